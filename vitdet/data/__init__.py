@@ -1,0 +1,173 @@
+"""From a folder in COCO's layout to batches: the training stream and the validation images.
+
+What a position of the training stream becomes depends on (seed, position) alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import signal
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from vitdet.config import DataConfig
+from vitdet.data.coco import CocoSplit, Record, read_coco, read_image
+from vitdet.data.masks import outline, pad_edges
+from vitdet.data.samplers import InfiniteSampler, positions
+from vitdet.data.transforms import jitter, pad, resize_and_pad, visible_boxes
+from vitdet.types import Batch, Polygons, Target
+
+CACHED_RECORDS = 20_000  # a split of up to so many images keeps its outlines in memory
+
+Sample = tuple[Tensor, Target | None, tuple[int, int], int, tuple[int, int]]
+
+
+def split_files(data: DataConfig, split: str) -> tuple[Path, Path]:
+    """The annotation file and the image folder of a split."""
+    root = Path(data.root)
+    return root / "annotations" / f"instances_{split}.json", root / split
+
+
+def read_split(data: DataConfig, split: str) -> CocoSplit:
+    """The split's records; with data.max_images, only the so many images of lowest id that hold an object.
+
+    Raises what `read_coco` raises, and FileNotFoundError naming the first image file that is not there.
+    """
+    found = read_coco(*split_files(data, split))
+    if data.max_images:
+        found = replace(found, records=[record for record in found.records if len(record)][: data.max_images])
+    missing = [record.path for record in found.records if not record.path.is_file()]
+    if missing:
+        raise FileNotFoundError(f"{missing[0]}: no such file, and {len(missing) - 1} more images of the annotations "
+                                f"are missing; `vitdet data check {data.root}` lists all problems")
+    return found
+
+
+class TrainData(Dataset):
+    """Position of the infinite stream -> an augmented sample; images without a usable object are left out."""
+
+    def __init__(self, split: CocoSplit, data: DataConfig, seed: int) -> None:
+        self.split = split
+        self.data = data
+        self.seed = seed
+        self.records = [record for record in split.records if len(record)]
+        self.without_objects = len(split.records) - len(self.records)
+        if not self.records:
+            raise ValueError(f"{data.root}: no image of {data.train_split} holds an object to learn from")
+        self.sampler = InfiniteSampler(len(self.records), seed)
+        self._outlines: dict[int, np.ndarray] = {}
+
+    def __getitem__(self, position: int) -> Sample:
+        index = self.sampler[position]
+        record, data = self.records[index], self.data
+        rng = np.random.default_rng((self.seed, position))
+        affine = jitter(rng, (record.height, record.width), data.image_size, data.scale_range, data.flip,
+                        data.transpose, data.color_jitter)
+        seen = affine.pixels(read_image(record.path, affine.source))
+        edges = affine.edges(self._edges(index, record))
+        boxes, keep = visible_boxes(edges, affine.size)
+        target = Target(torch.from_numpy(boxes[keep]), torch.from_numpy(record.labels[keep]),
+                        Polygons(torch.from_numpy(edges[keep])))
+        return torch.from_numpy(pad(seen, data.image_size)), target, affine.size, record.image_id, affine.source
+
+    def _edges(self, index: int, record: Record) -> np.ndarray:
+        edges = self._outlines.get(index)
+        if edges is None:
+            edges = pad_edges([outline(one, record.height, record.width) for one in record.segmentations])
+            if len(self.records) <= CACHED_RECORDS:
+                self._outlines[index] = edges
+        return edges
+
+
+class ValData(Dataset):
+    """Index -> an image of the records, longest side = canvas, without targets."""
+
+    def __init__(self, records: list[Record], image_size: int) -> None:
+        self.records = records
+        self.image_size = image_size
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, index: int) -> Sample:
+        record = self.records[index]
+        source = (record.height, record.width)
+        canvas, size = resize_and_pad(np.asarray(read_image(record.path, source)), self.image_size)
+        return torch.from_numpy(canvas), None, size, record.image_id, source
+
+
+def collate(samples: list[Sample]) -> Batch:
+    """Samples as one batch; without ground truth, its targets are an empty list."""
+    images, targets, sizes, image_ids, originals = zip(*samples, strict=True)
+    return Batch(torch.stack(images), [target for target in targets if target is not None],
+                 torch.tensor(sizes), tuple(image_ids), torch.tensor(originals))
+
+
+def train_loader(
+    data: DataConfig, batch_size: int, seed: int, start_step: int, steps: int, rank: int = 0, world_size: int = 1
+) -> DataLoader:
+    """Batches of this rank for the steps start_step..steps-1; `batch_size` counts the images of all ranks.
+
+    Raises what `read_split` raises, ValueError when the ranks cannot share a batch, and while it is read from
+    ValueError for an image file that cannot be used.
+    """
+    dataset = TrainData(read_split(data, data.train_split), data, seed)
+    sampler = _Steps(batch_size, start_step, steps, rank, world_size)
+    return DataLoader(dataset, batch_sampler=sampler, **_processes(data.workers))
+
+
+def val_loader(data: DataConfig, batch_size: int, rank: int = 0, world_size: int = 1) -> DataLoader:
+    """Batches of this rank's part of the validation images, also those without objects, in order of image id.
+
+    The ranks' parts, one after the other, are all images once. Raises what `read_split` raises, and ValueError for
+    an image file that cannot be used.
+    """
+    records = read_split(data, data.val_split).records
+    part = records[len(records) * rank // world_size : len(records) * (rank + 1) // world_size]
+    return DataLoader(ValData(part, data.image_size), batch_size=batch_size, **_processes(data.workers))
+
+
+def dataset_digest(data: DataConfig) -> str:
+    """16 hex digits that change when annotations, image names, image file sizes or data.max_images change."""
+    digest = hashlib.sha256(str(data.max_images).encode())
+    for split in (data.train_split, data.val_split):
+        annotations, images = split_files(data, split)
+        for path in (annotations, images):
+            if not path.exists():
+                raise FileNotFoundError(f"{path}: not there; expected COCO's layout under data.root")
+        digest.update(f"\n{split}\n".encode() + hashlib.sha256(annotations.read_bytes()).digest())
+        files = sorted((str(path.relative_to(images)), path.stat().st_size)
+                       for path in images.rglob("*") if path.is_file())
+        digest.update("\n".join(f"{name} {size}" for name, size in files).encode())
+    return digest.hexdigest()[:16]
+
+
+class _Steps(Sampler):
+    def __init__(self, batch_size: int, start_step: int, steps: int, rank: int, world_size: int) -> None:
+        self.count = max(steps - start_step, 0)
+        self.arguments = (start_step, batch_size, rank, world_size)
+        positions(*self.arguments)  # complains here, not in the loop
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return islice(positions(*self.arguments), self.count)
+
+    def __len__(self) -> int:
+        return self.count
+
+
+def _processes(workers: int) -> dict:
+    return {"num_workers": workers, "persistent_workers": workers > 0, "collate_fn": collate,
+            "pin_memory": torch.cuda.is_available(), "worker_init_fn": _start_worker}
+
+
+def _start_worker(worker: int) -> None:
+    """A worker ends when its parent does: a signal to the whole group must not take the parent's next batch away."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)

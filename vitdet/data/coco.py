@@ -1,0 +1,180 @@
+"""A COCO annotation file as records: one an image, with the objects that training can use.
+
+Lin et al. 2014, https://cocodataset.org/#format-data. Crowd regions and boxes of zero size are real but cannot be
+learnt from: they are left out and counted. Anything else that is wrong stops the reading, in one line.
+Letters: G usable objects of an image.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps
+
+log = logging.getLogger(__name__)
+
+
+class ImageError(ValueError):
+    """An image file that cannot be used; the message is one line, also after it crossed a worker process.
+
+    A DataLoader re-raises a worker's error with the whole traceback as its message: only the last line is ours.
+    """
+
+    def __init__(self, message: str) -> None:
+        last = message.strip().splitlines()[-1]
+        super().__init__(last.removeprefix(f"{__name__}.{type(self).__name__}: "))
+
+
+@dataclass(frozen=True)
+class Record:
+    """One image: boxes (G, 4) float32 xyxy in its pixels, labels (G,) int64 contiguous, a segmentation an object."""
+
+    image_id: int
+    path: Path
+    height: int
+    width: int
+    boxes: np.ndarray
+    labels: np.ndarray
+    segmentations: list  # COCO's polygons (a list of flat x, y lists) or an RLE dict
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+
+@dataclass(frozen=True)
+class CocoSplit:
+    """The records in order of image id; label k is class_names[k] and category_ids[k] of the file."""
+
+    class_names: tuple[str, ...]
+    category_ids: tuple[int, ...]
+    records: list[Record]
+    dropped: dict[str, int]  # reason -> objects left out
+
+
+def read_coco(annotations: Path | str, images: Path | str) -> CocoSplit:
+    """The records of an annotation file whose images lie in the folder `images` (no image is opened).
+
+    Raises FileNotFoundError without the file, and ValueError with its first problem: broken JSON, a missing field,
+    an unknown image or category, an id that comes twice, a polygon under 3 points, a box outside its image.
+    """
+    path, images = Path(annotations), Path(images)
+    content = _read(path)
+    try:
+        categories = _by_id(content["categories"], "category")
+        heads = _by_id(content["images"], "image")
+        _by_id(content["annotations"], "annotation")
+        category_ids = tuple(sorted(categories))
+        label_of = {category: label for label, category in enumerate(category_ids)}
+        found: dict[int, list[dict]] = {image_id: [] for image_id in heads}
+        dropped: Counter[str] = Counter()
+        for annotation in content["annotations"]:
+            reason = _judge(annotation, heads, label_of)
+            if reason:
+                dropped[reason] += 1
+            else:
+                found[annotation["image_id"]].append(annotation)
+        records = [_record(heads[image_id], found[image_id], label_of, images) for image_id in sorted(heads)]
+        class_names = tuple(str(categories[category]["name"]) for category in category_ids)
+    except KeyError as error:
+        raise ValueError(f"{path}: the field {error} is missing; `vitdet data check` lists all problems") from error
+    except (TypeError, AttributeError) as error:
+        raise ValueError(f"{path}: not COCO's layout ({error}); `vitdet data check` lists all problems") from error
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}; `vitdet data check {path.parent.parent}` lists all problems") from error
+    if dropped:
+        counts = ", ".join(f"{count} {reason}" for reason, count in sorted(dropped.items()))
+        log.warning("%s: objects left out of training: %s", path, counts)
+    return CocoSplit(class_names, category_ids, records, dict(dropped))
+
+
+def read_image(path: Path, size: tuple[int, int] | None = None) -> Image.Image:
+    """The file as an upright RGB image of (height, width) `size`.
+
+    Raises ImageError for a file that is missing, no image, truncated or of another size.
+    """
+    try:
+        with Image.open(path) as file:
+            image = ImageOps.exif_transpose(file).convert("RGB")
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        reason = "no such file" if isinstance(error, FileNotFoundError) else " ".join(str(error).split())
+        raise ImageError(f"{path}: cannot be read ({reason}); `vitdet data check` lists all such files") from error
+    if size is not None and (image.height, image.width) != size:
+        raise ImageError(f"{path}: {image.width} x {image.height} pixels, but the annotations say {size[1]} x "
+                         f"{size[0]}; `vitdet data check` lists all such files")
+    return image
+
+
+def _read(path: Path) -> dict:
+    try:
+        content = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path}: no such annotation file; expected ROOT/annotations/instances_SPLIT.json, "
+                                "see data.root and data.*_split") from None
+    except ValueError as error:
+        raise ValueError(f"{path}: broken JSON ({error}); write or download the file again") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: expected an object with images, annotations and categories, "
+                         f"got a {type(content).__name__}")
+    return content
+
+
+def _by_id(items: list[dict], kind: str) -> dict[int, dict]:
+    table = {item["id"]: item for item in items}
+    if len(table) < len(items):
+        twice = next(key for key, count in Counter(item["id"] for item in items).items() if count > 1)
+        raise ValueError(f"{kind} id {twice} comes twice")
+    return table
+
+
+def _judge(annotation: dict, heads: dict[int, dict], label_of: dict[int, int]) -> str:
+    """Why training leaves the object out ('': it does not); ValueError for what no annotation may be."""
+    name = f"annotation {annotation['id']}"
+    if annotation["image_id"] not in heads:
+        raise ValueError(f"{name}: image {annotation['image_id']} does not exist")
+    if annotation["category_id"] not in label_of:
+        raise ValueError(f"{name}: category {annotation['category_id']} does not exist")
+    x, y, width, height = annotation["bbox"]
+    if not math.isfinite(x + y + width + height):
+        raise ValueError(f"{name}: bbox must hold four finite numbers, got {annotation['bbox']}")
+    if annotation.get("iscrowd", 0):
+        return "crowd"
+    if width <= 0 or height <= 0:
+        return "of zero size"
+    head = heads[annotation["image_id"]]
+    if x >= head["width"] or y >= head["height"] or x + width <= 0 or y + height <= 0:
+        raise ValueError(f"{name}: bbox {annotation['bbox']} lies outside the image of "
+                         f"{head['width']} x {head['height']} pixels")
+    _check_segmentation(annotation["segmentation"], head, name)
+    return ""
+
+
+def _check_segmentation(segmentation: list | dict, head: dict, name: str) -> None:
+    if isinstance(segmentation, dict):
+        if list(segmentation["size"]) != [head["height"], head["width"]]:
+            raise ValueError(f"{name}: RLE of size {segmentation['size']} on an image of "
+                             f"{[head['height'], head['width']]} (height, width)")
+        return
+    if not isinstance(segmentation, list) or not segmentation:
+        raise ValueError(f"{name}: segmentation must be polygons or RLE, got {str(segmentation)[:40]}")
+    for part in segmentation:
+        if len(part) < 6 or len(part) % 2:
+            raise ValueError(f"{name}: a polygon needs x, y of at least 3 points, got {len(part)} numbers")
+        if not math.isfinite(sum(part)):
+            raise ValueError(f"{name}: a polygon's points must be finite numbers")
+
+
+def _record(head: dict, annotations: list[dict], label_of: dict[int, int], images: Path) -> Record:
+    height, width = head["height"], head["width"]
+    if not (isinstance(height, int) and isinstance(width, int) and height > 0 and width > 0):
+        raise ValueError(f"image {head['id']}: height and width must be positive whole numbers, got {height}, {width}")
+    boxes = np.array([annotation["bbox"] for annotation in annotations], np.float32).reshape(-1, 4)
+    boxes[:, 2:] += boxes[:, :2]
+    labels = np.array([label_of[annotation["category_id"]] for annotation in annotations], np.int64)
+    outlines = [annotation["segmentation"] for annotation in annotations]
+    return Record(head["id"], images / head["file_name"], height, width, boxes, labels, outlines)

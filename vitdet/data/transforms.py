@@ -1,0 +1,176 @@
+"""One affine an image: drawn once, it moves the outlines as points and the pixels by one resize and crop.
+
+Large-scale jitter (Ghiasi et al. 2021) as Detectron2 does it (ResizeScale, FixedSizeCrop): order, rounding and the
+one random number for both crop offsets are its. The axes may be exchanged first; colours are changed last.
+Letters: G objects, E edges, S side of the square canvas. Sizes are (height, width).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from einops import rearrange
+from PIL import Image
+
+LUMA = np.array([0.299, 0.587, 0.114])  # ITU-R BT.601, as PIL's grey
+
+
+@dataclass(frozen=True)
+class Affine:
+    """Exchange of axes -> horizontal flip -> resize to `scaled` -> crop of `size` at `offset` (top, left)."""
+
+    source: tuple[int, int]  # the image in the file
+    scaled: tuple[int, int]  # all of it after the resize
+    offset: tuple[int, int]
+    size: tuple[int, int]  # what is seen
+    flip: bool = False
+    transpose: bool = False
+    colors: tuple[float, float, float] = (1.0, 1.0, 1.0)  # factors of brightness, contrast, saturation
+
+    def matrix(self) -> np.ndarray:
+        """(2, 3) float64: new (x, y) = matrix @ (x, y, 1)."""
+        height, width = self.source[::-1] if self.transpose else self.source
+        matrix = np.array([[0.0, 1.0, 0.0], [1.0, 0.0, 0.0]] if self.transpose else [[1.0, 0.0, 0.0], [0.0, 1.0, 0.0]])
+        if self.flip:
+            matrix[0] = -matrix[0]
+            matrix[0, 2] += width
+        matrix[0] *= self.scaled[1] / width
+        matrix[1] *= self.scaled[0] / height
+        matrix[:, 2] -= self.offset[::-1]
+        return matrix
+
+    def pixels(self, image: Image.Image) -> np.ndarray:
+        """What is seen of the RGB image: (h, w, 3) uint8, antialiased bilinear; only that part is ever computed."""
+        if self.transpose:
+            image = image.transpose(Image.Transpose.TRANSPOSE)
+        if self.flip:
+            image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        (height, width), (top, left) = self.size, self.offset
+        y, x = image.height / self.scaled[0], image.width / self.scaled[1]
+        box = (left * x, top * y, min((left + width) * x, image.width), min((top + height) * y, image.height))
+        image = image.resize((width, height), Image.Resampling.BILINEAR, box=box)
+        return np.asarray(change_colors(image, *self.colors))
+
+    def edges(self, edges: np.ndarray) -> np.ndarray:
+        """Edges (G, E, 4) x0, y0, x1, y1 moved to the canvas, float32; the zero edges that pad them stay zero."""
+        matrix = self.matrix()
+        linear, shift = np.zeros((4, 4)), np.concatenate([matrix[:, 2], matrix[:, 2]])
+        linear[:2, :2] = linear[2:, 2:] = matrix[:, :2].T
+        moved = edges @ linear + shift
+        moved *= edges.any(axis=2, keepdims=True)
+        return moved.astype(np.float32)
+
+
+def jitter(
+    rng: np.random.Generator,
+    source: tuple[int, int],
+    canvas: int,
+    scale_range: tuple[float, float] = (0.1, 2.0),
+    flip: float = 0.5,
+    transpose: float = 0.0,
+    color_jitter: float = 0.0,
+) -> Affine:
+    """Draws the affine of an image of size `source`: scale s ~ U(scale_range) to fit a square of s * canvas pixels,
+    crop to the canvas; flip and transpose are probabilities, colour factors lie in 1 +- color_jitter.
+    """
+    draws = rng.random(7)  # always as many, so that one setting does not shift the others' draws
+    transposed = bool(draws[0] < transpose)
+    shape = np.array(source[::-1] if transposed else source)
+    scale = scale_range[0] + draws[2] * (scale_range[1] - scale_range[0])
+    scaled = np.maximum(np.round(shape * (canvas * scale / shape).min()), 1).astype(int)  # round: half to even
+    offset = np.round(draws[3] * np.maximum(scaled - canvas, 0)).astype(int)
+    size = np.minimum(scaled, canvas)
+    colors = tuple((1 + color_jitter * (2 * draws[4:] - 1)).tolist())
+    return Affine(source, _pair(scaled), _pair(offset), _pair(size), bool(draws[1] < flip), transposed, colors)
+
+
+def fit(source: tuple[int, int], size: int) -> tuple[int, int]:
+    """The size (height, width) whose longest side is `size`, as Detectron2's ResizeShortestEdge rounds it."""
+    scale = size / min(source)
+    height, width = scale * source[0], scale * source[1]
+    shrink = size / max(height, width)
+    if shrink < 1:
+        height, width = height * shrink, width * shrink
+    return max(int(height + 0.5), 1), max(int(width + 0.5), 1)
+
+
+def resize_longest(image: np.ndarray, size: int) -> np.ndarray:
+    """An image (H, W, 3) uint8 with its longest side made `size` pixels, antialiased bilinear."""
+    height, width = fit(image.shape[:2], size)
+    return np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.BILINEAR))
+
+
+def resize_and_pad(image: np.ndarray, size: int) -> tuple[np.ndarray, tuple[int, int]]:
+    """The image (H, W, 3) uint8 on a canvas (3, size, size), longest side = canvas; and its size without the padding.
+    """
+    resized = resize_longest(image, size)
+    return pad(resized, size), resized.shape[:2]
+
+
+def pad(image: np.ndarray, size: int) -> np.ndarray:
+    """The image (h, w, 3) in the top left corner of a black canvas (3, size, size)."""
+    canvas = np.zeros((3, size, size), np.uint8)
+    canvas[:, : image.shape[0], : image.shape[1]] = rearrange(image, "h w c -> c h w")
+    return canvas
+
+
+def visible_boxes(edges: np.ndarray, size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
+    """Boxes (G, 4) float32 xyxy around what of the outlines (G, E, 4) lies in the image of (height, width) `size`,
+    and which of them (G,) bool hold something: sides above 1e-5.
+    """
+    real = edges.any(axis=2)[:, :, None]
+    ends = np.stack([edges[..., :2], edges[..., 2:]])
+    low = np.where(real, ends, np.inf).min(axis=(0, 2), initial=np.inf)
+    high = np.where(real, ends, -np.inf).max(axis=(0, 2), initial=-np.inf)
+    window = np.array(size[::-1], np.float64)
+    cut = ((low < 0) | (high > window)).any(axis=1)
+    if cut.any():
+        low[cut], high[cut] = _clipped(edges[cut].astype(np.float64), real[cut], window)
+    boxes = np.concatenate([low, high], axis=1).astype(np.float32)
+    keep = (boxes[:, 2:] - boxes[:, :2] > 1e-5).all(axis=1)
+    return boxes, keep
+
+
+def change_colors(image: Image.Image, brightness: float, contrast: float, saturation: float) -> Image.Image:
+    """The image with brightness, then contrast, then saturation multiplied; all three are one colour matrix."""
+    if brightness == contrast == saturation == 1:
+        return image
+    grey = brightness * float(np.asarray(image.convert("L")).mean())
+    matrix = brightness * contrast * (saturation * np.eye(3) + (1 - saturation) * LUMA)
+    rows = np.concatenate([matrix, np.full((3, 1), (1 - contrast) * grey)], axis=1)
+    return image.convert("RGB", tuple(rows.ravel().tolist()))
+
+
+def _pair(values: np.ndarray) -> tuple[int, int]:
+    return int(values[0]), int(values[1])
+
+
+def _clipped(edges: np.ndarray, real: np.ndarray, window: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Low and high corners (G, 2) of outline and window's intersection.
+
+    Its corners are the ends of the edges' pieces in the window and the window's corners inside the outline.
+    """
+    start, along = edges[..., :2], edges[..., 2:] - edges[..., :2]
+    along = np.where(along == 0, 1e-12, along)
+    bounds = np.sort(np.stack([-start / along, (window - start) / along]), axis=0)
+    enter = bounds[0].max(axis=2, keepdims=True).clip(min=0)
+    leave = bounds[1].min(axis=2, keepdims=True).clip(max=1)
+    seen = real & (enter <= leave)
+    pieces = np.stack([start + enter * along, start + leave * along]).clip(0, window)
+    low = np.where(seen, pieces, np.inf).min(axis=(0, 2))
+    high = np.where(seen, pieces, -np.inf).max(axis=(0, 2))
+    corners = window * np.array([[0, 0], [0, 1], [1, 0], [1, 1]])
+    inside = _winding(edges, corners)[:, :, None] != 0
+    low = np.minimum(low, np.where(inside, corners, np.inf).min(axis=1))
+    high = np.maximum(high, np.where(inside, corners, -np.inf).max(axis=1))
+    return low, high
+
+
+def _winding(edges: np.ndarray, points: np.ndarray) -> np.ndarray:
+    """How often each outline (G, E, 4) turns around each point (P, 2): (G, P)."""
+    x0, y0, x1, y1 = np.moveaxis(edges[:, None], 3, 0)
+    x, y = points[:, :1], points[:, 1:]
+    down, up = (y0 <= y) & (y < y1), (y1 <= y) & (y < y0)
+    side = (x1 - x0) * (y - y0) - (x - x0) * (y1 - y0)
+    return (down & (side > 0)).sum(axis=2) - (up & (side < 0)).sum(axis=2)
