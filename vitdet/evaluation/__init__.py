@@ -1,0 +1,161 @@
+"""How good a detector is: its detections on the validation images, as COCO results, against the annotations.
+
+Masks are compared in the size of the original image, as Detectron2 does: boxes go back by one factor an axis, masks are
+pasted there with threshold 0.5, boxes are written xywh without rounding.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from pycocotools.cocoeval import COCOeval
+from torch import nn
+
+from vitdet import distributed
+from vitdet.config import Config, DataConfig, EvalConfig, load_config, save_config
+from vitdet.data import read_split, split_files, val_loader
+from vitdet.data.masks import encode, paste
+from vitdet.evaluation.coco import class_rows, coco_ap, compare, curve_rows, summary
+from vitdet.evaluation.pictures import write_pictures
+from vitdet.predictor import to_image
+from vitdet.types import Detections
+
+__all__ = ["coco_ap", "detect", "detections_to_results", "evaluate", "evaluate_detector", "write_pictures",
+           "write_report"]
+PIXELS = 2**26  # of pasted masks at a time: 64 MB
+
+
+def detections_to_results(detections: Detections, size: tuple[int, int], original: tuple[int, int], image_id: int,
+                          category_ids: Sequence[int]) -> list[dict]:
+    """COCO results {image_id, category_id, bbox xywh, score, segmentation RLE} of the detections of one canvas.
+
+    size (height, width) of the unpadded image on the canvas, original of the file; category_ids[label] is a label's id.
+    """
+    found = to_image(detections.to("cpu"), size, original)
+    corners = found.boxes.double()
+    boxes = torch.cat([corners[:, :2], corners[:, 2:] - corners[:, :2]], dim=1).tolist()
+    step = max(1, PIXELS // (original[0] * original[1]))
+    codes = [code for start in range(0, len(found), step)
+             for code in encode(paste(found.masks[start : start + step].float(),
+                                      found.boxes[start : start + step].float(), original))]
+    return [{"image_id": image_id, "category_id": category_ids[label], "bbox": box, "score": score,
+             "segmentation": code}
+            for label, box, score, code in zip(found.labels.tolist(), boxes, found.scores.double().tolist(), codes,
+                                               strict=True)]
+
+
+def evaluate_detector(detector: nn.Module, data: DataConfig, settings: EvalConfig, device: torch.device | str = "cpu",
+                      precision: str = "fp32") -> tuple[dict[str, float], list[dict]]:
+    """Box and mask AP in percent on the validation split, and the COCO results (sorted by image) that they come from.
+
+    The detector lies on `device`; its mode is put back afterwards. Under several processes each takes a share of the
+    images and all return the same. Raises ValueError for a precision other than fp32 and bf16.
+    """
+    results, image_ids = detect(detector, data, settings, device, precision)
+    metrics = {}
+    if distributed.rank() == 0:
+        metrics = coco_ap(split_files(data, data.val_split)[0], results, image_ids=image_ids)
+    return distributed.all_gather_objects(metrics)[0], results
+
+
+def detect(detector: nn.Module, data: DataConfig, settings: EvalConfig, device: torch.device | str = "cpu",
+           precision: str = "fp32") -> tuple[list[dict], list[int]]:
+    """The COCO results of `evaluate_detector` without the comparison, and the ids of the images that were looked at."""
+    if precision not in ("fp32", "bf16"):
+        raise ValueError(f"precision of an evaluation is fp32 or bf16, got {precision!r}")
+    was_training = detector.training
+    detector.eval()
+    try:
+        share = _detect_share(detector, data, settings, torch.device(device), precision == "bf16")
+    finally:
+        detector.train(was_training)
+    found: dict[int, list[dict]] = {}
+    for part in distributed.all_gather_objects(share):
+        found.update(part)  # a sampler may hand an image to two ranks
+    image_ids = sorted(found)
+    return [result for image_id in image_ids for result in found[image_id]], image_ids
+
+
+def evaluate(checkpoint: str | Path, overrides: Sequence[str] = (), output: str | Path | None = None,
+             device: torch.device | str | None = None, pictures: int = 8) -> dict[str, float]:
+    """Box and mask AP in percent of a checkpoint on its validation split, as {"box_ap": 51.6, "mask_ap": 45.9, ...}.
+
+    overrides change the data and evaluate settings in the checkpoint; `output`, a folder, receives what `write_report`
+    writes and some pictures. Raises ValueError when the data set has other classes than the checkpoint, or when an
+    override changes another section.
+    """
+    from vitdet.models import build_detector  # here: the AP of results needs neither models nor training
+    from vitdet.training.checkpoint import restore_detector
+
+    detector, stored, class_names = restore_detector(checkpoint)
+    config = _overridden(stored, overrides)
+    if config.evaluate != stored.evaluate:
+        rebuilt = build_detector(config.model, config.evaluate)
+        rebuilt.load_state_dict(detector.state_dict())
+        detector = rebuilt
+    _check_classes(checkpoint, class_names, read_split(config.data, config.data.val_split).class_names, config.data)
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    detector = detector.to(device).eval()
+    results, image_ids = detect(detector, config.data, config.evaluate, device)
+    metrics = {}
+    if distributed.rank() == 0:
+        finished = compare(split_files(config.data, config.data.val_split)[0], results, image_ids=image_ids)
+        metrics = summary(finished)
+        if output is not None:
+            write_report(output, finished, results)
+            write_pictures(detector, config.data, Path(output) / "pictures", pictures)
+    return distributed.all_gather_objects(metrics)[0]
+
+
+def write_report(folder: str | Path, finished: Mapping[str, COCOeval], results: list[dict]) -> None:
+    """Writes metrics.json, classes.json (AP of each class), curve.json (precision over recall), results.json (as COCO).
+
+    classes.json and curve.json are lists of rows that `dvc plots` draws.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, value in (("metrics", summary(finished)), ("classes", class_rows(finished)),
+                        ("curve", curve_rows(finished)), ("results", results)):
+        temporary = folder / f".{name}.{os.getpid()}.tmp"
+        try:
+            temporary.write_text(json.dumps(value, indent=None if name == "results" else 1) + "\n")
+            temporary.replace(folder / f"{name}.json")
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+@torch.no_grad()
+def _detect_share(detector: nn.Module, data: DataConfig, settings: EvalConfig, device: torch.device, bf16: bool,
+                  ) -> dict[int, list[dict]]:
+    category_ids = read_split(data, data.val_split).category_ids
+    share = {}
+    for batch in val_loader(data, settings.batch_size, distributed.rank(), distributed.world_size()):
+        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+            found = detector(batch.images.to(device, non_blocking=True), None, batch.sizes.to(device))
+        for one, size, original, image_id in zip(found, batch.sizes.tolist(), batch.originals.tolist(),
+                                                 batch.image_ids, strict=True):
+            share[image_id] = detections_to_results(one, tuple(size), tuple(original), image_id, category_ids)
+    return share
+
+
+def _overridden(config: Config, overrides: Sequence[str]) -> Config:
+    for override in overrides:
+        if override.split(".")[0].strip() not in ("data", "evaluate"):
+            raise ValueError(f"override {override!r}: only data.* and evaluate.* can change for a trained checkpoint")
+    with tempfile.TemporaryDirectory() as folder:
+        save_config(config, Path(folder) / "config.yaml")
+        return load_config(Path(folder) / "config.yaml", overrides)
+
+
+def _check_classes(checkpoint: str | Path, trained: Sequence[str], present: Sequence[str], data: DataConfig) -> None:
+    if tuple(trained) == tuple(present):
+        return
+    differs = next((f"class {i} is {b!r}, not {a!r}" for i, (a, b) in enumerate(zip(trained, present, strict=False))
+                    if a != b), f"{len(present)} classes, not {len(trained)}")
+    raise ValueError(f"{data.root}: its classes are not those that {checkpoint} was trained on: {differs}; "
+                     "set data.root to a data set with the checkpoint's classes")

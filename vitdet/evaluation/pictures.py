@@ -1,0 +1,86 @@
+"""Pictures to look at: a validation image with its ground truth on the left, with what was found on the right."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from torch import nn
+
+from vitdet.config import DataConfig
+from vitdet.data import read_split
+from vitdet.data.coco import Record
+from vitdet.data.masks import decode
+from vitdet.predictor import Predictor, comfortable_scale, draw, paint, read_image
+
+GAP = 8  # pixels between the two halves
+
+
+def write_pictures(detector: nn.Module, data: DataConfig, folder: str | Path, count: int = 8, threshold: float = 0.5,
+                   ) -> list[Path]:
+    """Writes `count` pictures FOLDER/<image id>.jpg of the validation split, ground truth left, detections right.
+
+    The images are spread evenly over the split, so the same ones are drawn every time; detections have a score of at
+    least `threshold`. The detector's mode is put back afterwards.
+    """
+    split = read_split(data, data.val_split)
+    chosen = [split.records[i] for i in spread(len(split.records), count)]
+    predictor = Predictor(detector, split.class_names, data.image_size)
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    was_training = detector.training
+    detector.eval()
+    try:
+        return [_write(_compare(record, predictor, threshold), folder / f"{record.image_id:012d}.jpg")
+                for record in chosen]
+    finally:
+        detector.train(was_training)
+
+
+def spread(length: int, count: int) -> list[int]:
+    """At most `count` different indices below `length`, evenly spread."""
+    count = min(length, count)
+    return [(2 * i + 1) * length // (2 * count) for i in range(count)]
+
+
+def draw_truth(record: Record, class_names: tuple[str, ...]) -> Image.Image:
+    """The image of a record with its annotated objects, drawn as `draw` draws detections."""
+    picture = read_image(record.path)
+    scale = comfortable_scale(picture.size)
+    masks = [_enlarged(decode(one, record.height, record.width), scale) for one in record.segmentations]
+    labels = record.labels.tolist()
+    return paint(picture, torch.from_numpy(record.boxes), labels, [class_names[label] for label in labels], masks,
+                 scale)
+
+
+def _enlarged(bitmap: np.ndarray, scale: int) -> torch.Tensor:
+    size = (bitmap.shape[1] * scale, bitmap.shape[0] * scale)
+    soft = Image.fromarray(bitmap * np.uint8(255)).resize(size, Image.Resampling.BILINEAR)
+    return torch.from_numpy(np.asarray(soft) >= 128)
+
+
+def _compare(record: Record, predictor: Predictor, threshold: float) -> Image.Image:
+    left = draw_truth(record, predictor.class_names)
+    right = draw(record.path, predictor(record.path, threshold))
+    font = ImageFont.load_default(max(14, round(max(left.size) / 45)))
+    head = round(1.8 * font.size)
+    sheet = Image.new("RGB", (2 * left.width + GAP, left.height + head), (250, 250, 250))
+    pen = ImageDraw.Draw(sheet)
+    for title, picture, x in (("ground truth", left, 0), (f"detections, score >= {threshold:g}", right,
+                                                         left.width + GAP)):
+        sheet.paste(picture, (x, head))
+        pen.text((x + head // 4, head / 2), title, fill=(40, 40, 40), font=font, anchor="lm")
+    return sheet
+
+
+def _write(picture: Image.Image, path: Path) -> Path:
+    temporary = path.with_name(f".{path.stem}.{os.getpid()}.tmp")
+    try:
+        picture.save(temporary, "JPEG", quality=90, subsampling=0)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return path

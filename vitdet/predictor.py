@@ -1,0 +1,227 @@
+"""From a picture to detections in its own pixels, and from detections to a picture.
+
+`to_image` undoes the canvas as Detectron2's `detector_postprocess` does: one factor an axis, since the sides of a
+resized image are rounded apart; clip; drop what is empty. Drawing knows no thresholds: it draws what it is given.
+Letters: N objects, H, W height and width in pixels.
+"""
+
+from __future__ import annotations
+
+import colorsys
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFilter, ImageFont, ImageOps, UnidentifiedImageError
+from torch import Tensor, nn
+
+from vitdet.data.masks import paste
+from vitdet.data.transforms import resize_and_pad
+from vitdet.types import Detections
+
+GOLDEN = 0.618034  # of the circle of hues: neighbours in the list of classes get far colours, however many there are
+COMFORTABLE = 768  # pixels of the longest side; smaller images are drawn enlarged, so that names can be read
+Picture = str | Path | Image.Image | np.ndarray | Tensor
+
+
+class Predictor:
+    """A detector with its class names: predictor(image, threshold) -> Detections in pixels of that image."""
+
+    def __init__(self, detector: nn.Module, class_names: Sequence[str], image_size: int) -> None:
+        """detector takes canvases of image_size pixels a side; its mode and device stay as they are."""
+        self.detector = detector
+        self.class_names = tuple(class_names)
+        self.image_size = image_size
+
+    @classmethod
+    def load(cls, path: str | Path, device: str | torch.device | None = None) -> Predictor:
+        """The predictor of a checkpoint, on the given device (default: a GPU if there is one).
+
+        Raises FileNotFoundError or ValueError with one line for a file that is no checkpoint.
+        """
+        from vitdet.training.checkpoint import restore_detector  # here: training stands above the predictor
+
+        detector, config, class_names = restore_detector(path)
+        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        return cls(detector.to(device).eval(), class_names, config.data.image_size)
+
+    @torch.no_grad()
+    def __call__(self, image: Picture | list[Picture], threshold: float = 0.5) -> Detections | list[Detections]:
+        """What is in an image with a score of at least `threshold`; a list of images gives a list.
+
+        image: a file, a PIL image (EXIF orientation is applied), an array (H, W, 3) or a tensor (3, H, W), uint8 RGB.
+        Boxes are pixels of the upright image; the result lies on the CPU. Raises FileNotFoundError for a missing file
+        and ValueError for what is not an image.
+        """
+        if isinstance(image, list):
+            return [self(item, threshold) for item in image]
+        pixels = np.asarray(read_image(image))
+        canvas, size = resize_and_pad(pixels, self.image_size)
+        device = next((parameter.device for parameter in self.detector.parameters()), torch.device("cpu"))
+        images = torch.from_numpy(canvas)[None].to(device)
+        sizes = torch.tensor([size], device=device)
+        (found,) = self.detector(images, None, sizes)
+        found = to_image(found.to("cpu"), size, pixels.shape[:2])
+        return replace(found[found.scores >= threshold], class_names=self.class_names)
+
+
+def to_image(found: Detections, size: tuple[int, int], original: tuple[int, int]) -> Detections:
+    """Detections of a canvas in pixels of the original image, clipped to it and without empty boxes.
+
+    size (height, width) of the unpadded image on the canvas, original (height, width) of the image itself.
+    """
+    high, wide = original
+    factors = torch.tensor([wide / size[1], high / size[0]] * 2, device=found.boxes.device)
+    limits = torch.tensor([wide, high] * 2, dtype=found.boxes.dtype, device=found.boxes.device)
+    boxes = torch.minimum((found.boxes * factors).clamp(min=0), limits)
+    return replace(found, boxes=boxes)[((boxes[:, 2] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 1]))]
+
+
+def read_image(image: Picture) -> Image.Image:
+    """Anything that `Predictor` takes, as an upright RGB image; errors as there."""
+    if isinstance(image, str | Path):
+        return _open(Path(image))
+    if isinstance(image, Image.Image):
+        return _upright(image)
+    if isinstance(image, Tensor):
+        if image.ndim != 3 or image.shape[0] != 3 or image.dtype != torch.uint8:
+            raise ValueError(f"expected an image tensor (3, H, W) of uint8, got {tuple(image.shape)} of {image.dtype}")
+        image = image.permute(1, 2, 0).cpu().numpy()
+    if not isinstance(image, np.ndarray):
+        raise ValueError(f"expected a file, PIL image, array or tensor as image, got {type(image).__name__}")
+    if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8 or 0 in image.shape:
+        raise ValueError(f"expected an image array (H, W, 3) of uint8, got {image.shape} of {image.dtype}")
+    return Image.fromarray(np.ascontiguousarray(image))
+
+
+def draw(image: Picture, found: Detections, scale: float | None = None) -> Image.Image:
+    """The image with masks, boxes, names and scores of the detections, which are in its pixels.
+
+    scale enlarges the picture; by default small images are drawn at a size at which names can be read.
+    """
+    picture = read_image(image)
+    scale = comfortable_scale(picture.size) if scale is None else scale
+    names = found.names if found.class_names else [f"class {label}" for label in found.labels.tolist()]
+    captions = [f"{name} {score:.2f}" for name, score in zip(names, found.scores.tolist(), strict=True)]
+    size = tuple(max(1, round(side * scale)) for side in reversed(picture.size))
+    boxes = found.boxes.detach().cpu().float() * scale
+    bitmaps = paste(found.masks.detach().cpu().float(), boxes, size)
+    return paint(picture, found.boxes, found.labels.tolist(), captions, bitmaps, scale)
+
+
+def comfortable_scale(size: tuple[int, int]) -> int:
+    """How many times a picture with these sides is enlarged for drawing."""
+    return max(1, round(COMFORTABLE / max(size)))
+
+
+def paint(picture: Image.Image, boxes: Tensor, labels: Sequence[int], captions: Sequence[str],
+          bitmaps: Sequence[Tensor], scale: float) -> Image.Image:
+    """The picture, `scale` times enlarged, with N objects on it; large objects lie under small ones.
+
+    boxes (N, 4) xyxy pixels of the picture, a label (it picks the colour) and a caption an object, its bitmap
+    (H, W) bool of the enlarged picture.
+    """
+    size = tuple(max(1, round(side * scale)) for side in picture.size)
+    canvas = picture.convert("RGB").resize(size, Image.Resampling.BICUBIC)
+    width = max(2, round(max(size) / 400))
+    corners = (boxes.detach().cpu().double() * scale).tolist()
+    order = sorted(range(len(corners)), key=lambda i: -_area(corners[i]))
+    colors = [class_color(label) for label in labels]
+    for i in order:
+        _paint_mask(canvas, bitmaps[i], colors[i], width)
+    for i in order:
+        _paint_box(canvas, corners[i], colors[i], width)
+    taken: list[tuple[float, float, float, float]] = []
+    font = ImageFont.load_default(max(12, round(max(size) / 52)))
+    for i in reversed(order):  # small objects choose a place for their name first
+        taken.append(_paint_caption(canvas, corners[i], captions[i], colors[i], font, taken))
+    return canvas
+
+
+def class_color(label: int) -> tuple[int, int, int]:
+    """The colour of a class, the same in every picture."""
+    value, saturation = ((1.0, 0.80), (0.86, 0.62), (1.0, 0.48))[label // 7 % 3]
+    red, green, blue = colorsys.hsv_to_rgb((0.58 + label * GOLDEN) % 1, saturation, value)
+    return round(255 * red), round(255 * green), round(255 * blue)
+
+
+def _open(path: Path) -> Image.Image:
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such image file")
+    try:
+        with Image.open(path) as image:
+            return _upright(image)
+    except UnidentifiedImageError as error:
+        raise ValueError(f"{path}: not an image that can be read (JPEG, PNG, ...)") from error
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+        raise ValueError(f"{path}: the image is damaged: {error}") from error
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I;16"):  # PIL would cut 16 bits to 255 instead of scaling them
+        image = Image.fromarray((np.asarray(image).astype(np.uint16) >> 8).astype(np.uint8))
+    return ImageOps.exif_transpose(image).convert("RGB")
+
+
+def _area(box: Sequence[float]) -> float:
+    return (box[2] - box[0]) * (box[3] - box[1])
+
+
+def _paint_mask(canvas: Image.Image, bitmap: Tensor, color: tuple[int, int, int], width: int) -> None:
+    inside = bitmap.cpu().numpy()
+    rows, columns = np.flatnonzero(inside.any(1)), np.flatnonzero(inside.any(0))
+    if not len(rows):
+        return
+    margin = 2 * width
+    left, top = max(0, columns[0] - margin), max(0, rows[0] - margin)
+    part = inside[top : rows[-1] + 1 + margin, left : columns[-1] + 1 + margin]
+    shape = Image.fromarray((part * 255).astype(np.uint8))
+    # a border of nothing around the part, else an object at the image's edge has no outline there
+    grown = ImageOps.expand(shape, margin)
+    outline = np.asarray(grown, np.int16) - np.asarray(grown.filter(ImageFilter.MinFilter(2 * width - 1)), np.int16)
+    line = Image.fromarray(outline.astype(np.uint8)).filter(ImageFilter.GaussianBlur(0.6))
+    line = ImageOps.crop(line, margin)
+    soft = shape.filter(ImageFilter.GaussianBlur(0.7))
+    at = (int(left), int(top))
+    canvas.paste(color, at, soft.point([round(value * 0.42) for value in range(256)]))
+    canvas.paste(tuple(round(channel * 0.9) for channel in color), at, line)
+
+
+def _paint_box(canvas: Image.Image, box: Sequence[float], color: tuple[int, int, int], width: int) -> None:
+    thin = max(1, width - 1)
+    left, top = (max(0, math.floor(value)) for value in box[:2])
+    right, bottom = (min(side, math.ceil(value)) - 1 for value, side in zip(box[2:], canvas.size, strict=True))
+    if right < left or bottom < top:
+        return
+    ImageDraw.Draw(canvas).rectangle((left, top, right, bottom), outline=color, width=thin)
+
+
+def _paint_caption(canvas: Image.Image, box: Sequence[float], text: str, color: tuple[int, int, int],
+                   font: ImageFont.FreeTypeFont, taken: Sequence[tuple[float, float, float, float]],
+                   ) -> tuple[float, float, float, float]:
+    pen = ImageDraw.Draw(canvas)
+    pad = max(2, round(font.size / 5))
+    ascent, descent = font.getmetrics()
+    wide, high = math.ceil(pen.textlength(text, font)) + 2 * pad, ascent + descent + pad
+    left, top, right, bottom = box
+    places = [(left, top - high), (left, top), (right - wide, top - high), (left, bottom),
+              (right - wide, bottom - high), (left, bottom - high), (right - wide, bottom)]
+    frames = []
+    for x, y in places:
+        x = round(min(max(x, 0), max(0, canvas.width - wide)))
+        y = round(min(max(y, 0), max(0, canvas.height - high)))
+        frames.append((x, y, x + wide, y + high))
+    frame = min(frames, key=lambda one: sum(_shared(one, other) for other in taken))  # the first of equally good ones
+    pen.rounded_rectangle((frame[0], frame[1], frame[2] - 1, frame[3] - 1), radius=pad, fill=color)
+    light = 0.299 * color[0] + 0.587 * color[1] + 0.114 * color[2]
+    pen.text((frame[0] + pad, frame[1] + pad // 2), text, fill=(20, 20, 20) if light > 140 else "white", font=font)
+    return frame
+
+
+def _shared(one: Sequence[float], other: Sequence[float]) -> float:
+    wide = min(one[2], other[2]) - max(one[0], other[0])
+    high = min(one[3], other[3]) - max(one[1], other[1])
+    return max(wide, 0) * max(high, 0)
