@@ -1,0 +1,72 @@
+# make demo    the whole job: data, weights, training, evaluation, registration; some minutes on 2 cores
+# make test    the test suite (one file: make test TESTS=tests/test_config.py)
+# make ui      MLflow in the browser: the demo's runs and models
+# make lint    ruff
+# make lock    renews requirements.lock: the newest versions that the ranges in pyproject.toml allow
+# make clean   removes what the others made: the environment, the work folder, DVC's cache and experiments
+#
+# Each first makes the environment (.venv) when it is missing or older than requirements.lock or pyproject.toml.
+# Another interpreter: make demo PYTHON=python3.12
+
+PYTHON ?= python3
+PORT ?= 5000
+TESTS ?= tests
+WORK := work
+BIN := .venv/bin
+READY := .venv/.ready
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+
+.PHONY: demo test ui lint lock setup clean
+
+demo: $(READY)
+	dvc repro
+	dvc exp save --quiet --force --name demo
+	@python -c "$$SUMMARY" $(WORK)
+
+test: $(READY)
+	OMP_NUM_THREADS=1 python -m pytest $(TESTS)
+
+ui: $(READY)
+	@test -f $(WORK)/mlflow.db || { echo "$(WORK)/mlflow.db is missing: run make demo first" >&2; exit 1; }
+	@echo "MLflow at http://127.0.0.1:$(PORT) until Ctrl-C; another port: make ui PORT=5001"
+	mlflow server --backend-store-uri sqlite:///$(WORK)/mlflow.db --host 127.0.0.1 --port $(PORT) --workers 1
+
+lint: $(READY)
+	ruff check .
+
+lock: $(READY)
+	uv pip compile --no-config --quiet --upgrade --universal --python-version 3.11 --generate-hashes \
+	  --index-strategy unsafe-best-match --no-emit-index-url --no-emit-find-links --extra dev \
+	  --custom-compile-command "make lock" --output-file requirements.lock pyproject.toml
+
+setup: $(READY)
+
+$(READY): requirements.lock pyproject.toml
+	@command -v $(PYTHON) >/dev/null || { echo "$(PYTHON): not found; name one: make PYTHON=python3.12" >&2; exit 1; }
+	@$(PYTHON) -c 'import platform, sys; v = platform.python_version(); \
+	  sys.version_info >= (3, 11) or sys.exit("Python >= 3.11 is needed, $(PYTHON) is " + v + "; name another: make PYTHON=python3.12")'
+	@$(PYTHON) -c 'import ensurepip' 2>/dev/null || \
+	  { echo "$(PYTHON) cannot make virtual environments; on Debian: apt-get install python3-venv" >&2; exit 1; }
+	$(PYTHON) -m venv .venv
+	python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements.lock
+	python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	touch $@
+
+clean:
+	rm -rf .venv $(WORK) .dvc/cache .dvc/tmp build *.egg-info
+
+define SUMMARY
+import json, pathlib, sys
+work = pathlib.Path(sys.argv[1])
+metrics = json.loads((work / "metrics.json").read_text())
+model = json.loads((work / "registered.json").read_text())
+columns = [key.removeprefix("box_") for key in metrics if key.startswith("box_")]
+print("", "".join(f"{name:>12}" for name in ["", *columns]), sep="\n")
+for kind in ("box", "mask"):
+    values = (metrics.get(f"{kind}_{column}") for column in columns)
+    print(f"{kind:>12}" + "".join(f"{'-' if value is None else format(value, '.1f'):>12}" for value in values))
+print(f"\npictures     {work / 'pictures'}")
+print(f"model        {model['name']}, version {model['version']}")
+print("all figures  make ui")
+endef
+export SUMMARY
