@@ -1,0 +1,275 @@
+"""Experiment tracking: one MLflow run a training, its points, pictures and registered model.
+
+Everything is first a line of a journal on disk (`vitdet.journal`), which takes microseconds; a thread ships the lines
+in batches. So a server that is slow, dead or not there yet costs training nothing: what waits is sent when it answers
+again, at the end, or by the next process that opens the run. Nothing is logged twice: a step that the journal holds is
+not journaled again, and where a shipment's fate is unknown (a failed request, an earlier process) the server is asked
+for what it has. Only this module and `vitdet.serving` import mlflow; both know nothing of training.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+import subprocess
+import threading
+import time
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from vitdet.journal import Journal, find, journals
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+log = logging.getLogger(__name__)
+
+SHIP_SECONDS = 3.0  # between shipments
+BACK_OFF_SECONDS = 30.0  # longest pause after failures
+CLOSE_SECONDS = 20.0  # longest wait at the end; what is not shipped by then stays in the journal
+BATCH = 1000  # points a request: MLflow's limit
+# MLflow's own defaults make a request to a dead server wait for four minutes.
+HTTP = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1",
+        "MLFLOW_HTTP_REQUEST_TIMEOUT": "15", "MLFLOW_DISABLE_TELEMETRY": "true"}
+REFUSED = {"INVALID_PARAMETER_VALUE", "BAD_REQUEST"}  # sending the same again cannot help
+
+
+class Tracker:
+    """The silent tracker: for ranks other than 0, and for tests."""
+
+    run_id: str | None = None
+
+    def log(self, values: dict[str, float], step: int) -> None:
+        """Values of this step, by name; the steps of a name rise, and one that the run already has is dropped."""
+
+    def artifact(self, path: Path, folder: str = "") -> None:
+        """A copy of the file, for this folder of the run's artifacts."""
+
+    def close(self, status: str = "FINISHED") -> None:
+        """Ends the run as FINISHED, FAILED or KILLED."""
+
+
+class MLflowTracker(Tracker):
+    """Journals at once and ships in a thread; made by `start_run`. Never raises for a server's sake."""
+
+    def __init__(self, journal: Journal, uri: str) -> None:
+        self._journal, self._shipper = journal, _Shipper(journal, uri)
+        self._last = journal.last_steps()
+        self._closing = threading.Event()
+        self._shipper.deliver()  # here, so that the run's id is known before the first checkpoint
+        self._thread = threading.Thread(target=self._ship, name="tracking", daemon=True)
+        self._thread.start()
+
+    @property
+    def run_id(self) -> str:
+        return self._journal.run_id
+
+    def log(self, values: dict[str, float], step: int) -> None:
+        points = {key: float(value) for key, value in values.items() if step > self._last.get(key, -1)}
+        if points:
+            self._last.update(dict.fromkeys(points, step))
+            self._journal.append({"points": points, "step": step})
+
+    def artifact(self, path: Path, folder: str = "") -> None:
+        self._journal.append_file(path, folder)
+
+    def close(self, status: str = "FINISHED") -> None:
+        if not self._closing.is_set():
+            self._journal.append({"end": status})
+            self._closing.set()
+            self._thread.join(CLOSE_SECONDS)
+
+    def _ship(self) -> None:
+        pause, others = SHIP_SECONDS, journals(self._journal.folder)
+        while not self._closing.wait(pause):
+            if self._shipper.deliver():
+                pause = SHIP_SECONDS
+                for journal in others:  # what earlier runs of this folder could not ship
+                    _Shipper(journal, self._shipper.uri).deliver()
+                others = []
+            else:
+                pause = min(2 * pause, BACK_OFF_SECONDS)
+        self._shipper.deliver(CLOSE_SECONDS - 2)
+
+
+def start_run(*, uri: str, folder: Path, experiment: str, name: str, params: dict[str, bool | int | float | str],
+              tags: dict[str, str], dataset: dict[str, str], run_id: str | None = None,
+              resume_step: int = 0) -> Tracker:
+    """A tracker of a new run, or of the run `run_id` (MLflow's id or a pending one), which goes on at `resume_step`.
+
+    `uri` '' means a sqlite file in `folder`; the environment's MLFLOW_TRACKING_URI wins. dataset: name, digest, source.
+    A run that the server does not know becomes a new one with everything that the journal holds.
+    """
+    revision = git_revision()
+    tags = {"mlflow.source.name": "vitdet train", "mlflow.source.type": "LOCAL", **tags,
+            **({"git_revision": revision, "mlflow.source.git.commit": revision[:40]} if revision else {})}
+    journal = find(folder, run_id)
+    if journal.start() is None:
+        journal.append({"start": {"experiment": experiment, "name": name, "params": params, "tags": tags,
+                                  "dataset": dataset}})
+    if run_id is not None:
+        journal.append({"resume": resume_step})
+    return MLflowTracker(journal, tracking_uri(uri, folder))
+
+
+def log_metrics(run_id: str, uri: str, folder: Path, values: dict[str, float], step: int,
+                artifacts: dict[Path, str] | None = None) -> str:
+    """Adds values and files ({path: folder}) to a run after its training; the same value again is not repeated.
+
+    Returns MLflow's run id or the pending one. Where the server does not answer, the journal keeps them for later.
+    """
+    journal = find(folder, run_id)
+    journal.append({"points": {key: float(value) for key, value in values.items()}, "step": step, "renew": True})
+    for path, place in (artifacts or {}).items():
+        journal.append_file(path, place)
+    _Shipper(journal, tracking_uri(uri, folder)).deliver(CLOSE_SECONDS)
+    return journal.run_id
+
+
+def tracking_uri(uri: str, folder: Path) -> str:
+    """The server in use: the environment's MLFLOW_TRACKING_URI, else `uri`, else FOLDER/mlflow.db."""
+    return os.environ.get("MLFLOW_TRACKING_URI") or uri or f"sqlite:///{Path(folder).resolve() / 'mlflow.db'}"
+
+
+def git_revision() -> str | None:
+    """The commit of the working directory's repository, with `-dirty` where tracked files differ; None without one."""
+    if shutil.which("git") is None:
+        return None
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True)
+    if commit.returncode != 0:
+        return None
+    changes = subprocess.run(["git", "status", "--porcelain", "--untracked-files=no"], capture_output=True, text=True)
+    return commit.stdout.strip() + ("-dirty" if changes.stdout.strip() else "")
+
+
+class _Shipper:
+    """Brings a journal's lines to the server at `uri`, each once."""
+
+    def __init__(self, journal: Journal, uri: str) -> None:
+        self.journal, self.uri = journal, uri
+        self._run_id: str | None = None  # once this process has seen the run on the server
+        self._held: dict[str, dict[int, float]] | None = {}  # name -> step -> value there; None: the run is empty
+        self._refused: set[str] = set()  # names that the server does not take
+        self._answers = True
+
+    def deliver(self, seconds: float = 0.0) -> bool:
+        """Ships what waits, trying again for so many seconds; False, and once a warning, where lines are left."""
+        deadline, pause = time.monotonic() + seconds, 0.5
+        while self.journal.waiting():
+            try:
+                with self.journal.locked():
+                    self._ship(_client(self.uri))
+            except Exception as error:  # whatever a server, its client or a database does, the caller goes on
+                self._run_id, self._held = None, {}  # the server may or may not have what was on its way
+                if self._answers:
+                    log.warning("tracking: %s does not take the run's points (%s); they wait in %s", self.uri,
+                                (str(error).splitlines() or [repr(error)])[0][:200], self.journal.path)
+                    self._answers = False
+                if time.monotonic() + pause > deadline:
+                    return False
+                time.sleep(pause)
+                pause = min(2 * pause, BACK_OFF_SECONDS)
+        if not self._answers:
+            log.warning("tracking: %s answers again and has all points", self.uri)
+            self._answers = True
+        return True
+
+    def _ship(self, client: MlflowClient) -> None:
+        if self._run_id is None:
+            self._run_id = self._known(client) or self._create(client)
+        for records, end in self.journal.batches(BATCH):
+            self._send(client, records)
+            self.journal.move(self._run_id, end)
+
+    def _known(self, client: MlflowClient) -> str | None:
+        from mlflow import MlflowException
+
+        run_id, _ = self.journal.cursor()
+        try:
+            return client.get_run(run_id).info.run_id if run_id else None
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                raise
+            log.warning("tracking: %s has no run %s; a new one gets all that the journal holds", self.uri, run_id)
+            return None
+
+    def _create(self, client: MlflowClient) -> str:
+        from mlflow.entities import Dataset, DatasetInput, InputTag, Param
+
+        start = self.journal.start()
+        if start is None:
+            raise LookupError(f"no such run there, and {self.journal.path} does not say what it was")
+        experiment = client.get_experiment_by_name(start["experiment"])
+        place = (self.journal.folder / "mlartifacts").as_uri() if self.uri.startswith("sqlite:") else None
+        experiment_id = experiment.experiment_id if experiment else client.create_experiment(start["experiment"], place)
+        tags = {**start["tags"], "journal": self.journal.key}
+        made = client.search_runs([experiment_id], f"tags.journal = '{self.journal.key}'", max_results=1)
+        run_id = (made[0] if made else client.create_run(experiment_id, start["time"], tags, start["name"])).info.run_id
+        self._held = {} if made else None  # made: an earlier request arrived, though its answer did not
+        params = [Param(key, str(value)[:6000]) for key, value in start["params"].items()]
+        for first in range(0, len(params), 100):  # MLflow's limits
+            client.log_batch(run_id, params=params[first:first + 100])
+        if data := start["dataset"]:
+            source = json.dumps({"uri": data["source"]})
+            client.log_inputs(run_id, [DatasetInput(Dataset(data["name"], data["digest"][:36], "local", source),
+                                                    [InputTag("mlflow.data.context", "training")])])
+        self.journal.move(run_id, 0)
+        return run_id
+
+    def _send(self, client: MlflowClient, records: list[dict]) -> None:
+        from mlflow import MlflowException
+
+        record = records[0]
+        try:
+            if "points" in record:
+                self._send_points(client, records)
+            elif "file" in record and (path := self.journal.path.parent / record["file"]).exists():
+                client.log_artifact(self._run_id, str(path), record["folder"] or None)
+                shutil.rmtree(path.parent)
+            elif "resume" in record:
+                client.update_run(self._run_id, "RUNNING")
+                client.set_tag(self._run_id, "resumed_at_step", record["resume"])
+            elif "end" in record:
+                client.set_terminated(self._run_id, record["end"], record["time"])
+        except MlflowException as error:
+            if error.error_code not in REFUSED:
+                raise
+            names = {name for record in records for name in record.get("points", ())} - self._refused
+            if len(names) > 1:  # one bad name must not take its neighbours along
+                for name in sorted(names):
+                    self._send(client, [{**record, "points": {name: record["points"][name]}} for record in records
+                                        if name in record["points"]])
+            else:
+                self._refused |= names
+                log.warning("tracking: the server refuses %s: %s", *names or [record], error)
+
+    def _send_points(self, client: MlflowClient, records: list[dict]) -> None:
+        from mlflow.entities import Metric
+
+        metrics = [Metric(key, value, record["time"], record["step"]) for record in records
+                   for key, value in record["points"].items() if key not in self._refused
+                   if not self._has(client, key, record["step"], value if "renew" in record else None)]
+        for first in range(0, len(metrics), BATCH):
+            client.log_batch(self._run_id, metrics[first:first + BATCH])
+
+    def _has(self, client: MlflowClient, key: str, step: int, value: float | None) -> bool:
+        """Whether the run holds a point of this name and step (and value, where one is given)."""
+        if self._held is None:
+            return False
+        if key not in self._held:
+            self._held[key] = {point.step: point.value for point in client.get_metric_history(self._run_id, key)}
+        return step in self._held[key] and value in (None, self._held[key][step])
+
+
+@cache
+def _client(uri: str) -> MlflowClient:
+    for key, value in HTTP.items():
+        os.environ.setdefault(key, value)
+    from mlflow import MlflowClient
+
+    for name in ("alembic", "mlflow.store.db.utils"):  # the tables of a new sqlite file are no news
+        logging.getLogger(name).setLevel(logging.WARNING)
+    return MlflowClient(uri, uri)
