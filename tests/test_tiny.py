@@ -1,0 +1,223 @@
+"""The tiny data set: frozen, complete, and not to be solved by colour."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from pycocotools import mask as rle
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+
+from vitdet.data.outlines import fill, trace
+from vitdet.data.tiny import CATEGORIES, PRETRAIN_SEED, draw_scene, make_tiny
+
+TRAIN, VAL = 300, 120
+FROZEN_ANNOTATIONS = "b345dadd7ce88403c583a8aa2be9148fffb8baa7e38eae5971d79b8ff120669a"  # 32 + 8 images, seed 0
+FROZEN_PIXELS = "6f91d0d379e58cc5e6528f0332d9cacaae278e0e499bd1df07e21bdd02e84c64"  # scenes (0, 0..7) before JPEG
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("data") / "tiny"
+    assert make_tiny(folder, TRAIN, VAL)
+    return folder
+
+
+def read(folder: Path, split: str) -> dict:
+    return json.loads((folder / "annotations" / f"instances_{split}.json").read_text())
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def test_bytes_are_frozen_and_independent_of_processes(tmp_path: Path) -> None:
+    assert make_tiny(tmp_path / "one", 32, 8, processes=1)
+    assert make_tiny(tmp_path / "two", 32, 8, processes=2)
+    one, two = files(tmp_path / "one"), files(tmp_path / "two")
+    assert one == two and len(one) == 42
+    annotations = b"".join(one[f"annotations/instances_{split}.json"] for split in ("train", "val"))
+    assert hashlib.sha256(annotations).hexdigest() == FROZEN_ANNOTATIONS
+    pixels = hashlib.sha256(b"".join(draw_scene(0, index).image.tobytes() for index in range(8))).hexdigest()
+    assert pixels == FROZEN_PIXELS
+
+
+def test_same_call_again_does_nothing_and_another_is_refused(tmp_path: Path) -> None:
+    folder = tmp_path / "tiny"
+    folder.mkdir()
+    assert make_tiny(folder, 3, 2)
+    before = files(folder)
+    assert not make_tiny(folder, 3, 2)
+    for other in ({"train": 4, "val": 2}, {"train": 3, "val": 2, "seed": 1}):
+        with pytest.raises(ValueError, match="holds something else"):
+            make_tiny(folder, **other)
+    next((folder / "train").iterdir()).unlink()
+    with pytest.raises(ValueError, match="holds something else"):
+        make_tiny(folder, 3, 2)
+    assert len(files(folder)) == len(before) - 1
+    assert [path.name for path in tmp_path.iterdir()] == ["tiny"]  # no temporary folder is left
+
+
+@pytest.mark.parametrize("wrong", [{"train": 0}, {"val": -1}, {"seed": -1}, {"seed": PRETRAIN_SEED}])
+def test_counts_and_seeds_out_of_range_are_refused(tmp_path: Path, wrong: dict[str, int]) -> None:
+    with pytest.raises(ValueError, match="expected"):
+        make_tiny(tmp_path / "tiny", **wrong)
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_interrupted_call_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stop(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+    monkeypatch.setattr(Image.Image, "save", stop)
+    with pytest.raises(KeyboardInterrupt):
+        make_tiny(tmp_path / "tiny", 2, 2)
+    assert not list(tmp_path.iterdir())
+
+
+def test_no_image_is_in_two_splits_or_in_the_pretraining_scenes(tiny: Path) -> None:
+    train, val = (
+        {hashlib.sha256(path.read_bytes()).digest() for path in (tiny / split).glob("*.jpg")}
+        for split in ("train", "val")
+    )
+    assert len(train) == TRAIN and len(val) == VAL and not train & val
+    drawn = {draw_scene(seed, index).image.tobytes() for seed in (0, 1, PRETRAIN_SEED) for index in range(40)}
+    assert len(drawn) == 120
+
+
+def test_every_feature_of_real_data_is_there(tiny: Path) -> None:
+    document = read(tiny, "train")
+    images, annotations = document["images"], document["annotations"]
+    assert {entry["id"]: entry["name"] for entry in document["categories"]} == CATEGORIES
+    assert document["info"]["version"] == 1 and document["info"]["seed"] == 0
+    sizes = {(image["height"], image["width"]) for image in images}
+    assert all(max(size) == 128 and 88 <= min(size) for size in sizes)
+    assert any(h > w for h, w in sizes) and any(h < w for h, w in sizes)
+    of_image = {image["id"]: [a for a in annotations if a["image_id"] == image["id"]] for image in images}
+    counts = np.array([len(found) for found in of_image.values()])
+    assert (counts == 0).any() and (counts == 1).any() and counts.max() >= 10 and counts.max() <= 12
+    things = [a for a in annotations if not a["iscrowd"]]
+    longer = np.array([max(a["bbox"][2:]) for a in things])
+    assert longer.min() < 16 and longer.max() > 70 and longer.max() < 81
+    assert {a["category_id"] for a in things} == set(CATEGORIES)
+    assert sum(len(a["segmentation"]) > 1 for a in things) > 0.05 * len(things)
+    assert 0.01 < len({a["image_id"] for a in annotations if a["iscrowd"]}) / TRAIN < 0.12
+    assert min(a["area"] for a in things) >= 40
+    assert all(3 <= len(part) // 2 <= 60 for a in things for part in a["segmentation"])
+    assert len({a["id"] for a in annotations} | {a["id"] for a in read(tiny, "val")["annotations"]}) == len(
+        annotations
+    ) + len(read(tiny, "val")["annotations"])
+
+
+def test_outlines_fit_box_area_and_image(tiny: Path) -> None:
+    document = read(tiny, "val")
+    sizes = {image["id"]: (image["height"], image["width"]) for image in document["images"]}
+    for annotation in document["annotations"]:
+        height, width = sizes[annotation["image_id"]]
+        x, y, w, h = annotation["bbox"]
+        assert 0 <= x and 0 <= y and x + w <= width and y + h <= height
+        if annotation["iscrowd"]:
+            region = annotation["segmentation"]
+            assert region["size"] == [height, width] and sum(region["counts"]) == height * width
+            encoded = rle.frPyObjects(region, height, width)
+            assert rle.area(encoded) == annotation["area"] and rle.toBbox(encoded).tolist() == annotation["bbox"]
+            continue
+        points = np.concatenate([np.reshape(part, (-1, 2)) for part in annotation["segmentation"]])
+        assert np.allclose([*points.min(axis=0), *np.ptp(points, axis=0)], annotation["bbox"])
+        area = rle.area(rle.merge(rle.frPyObjects(annotation["segmentation"], height, width)))
+        assert abs(float(area) - annotation["area"]) < 0.15 * annotation["area"] + 6
+        assert annotation["area"] >= 40
+
+
+def test_images_are_the_files(tiny: Path) -> None:
+    for entry in read(tiny, "val")["images"][:20]:
+        with Image.open(tiny / "val" / entry["file_name"]) as image:
+            assert image.size == (entry["width"], entry["height"]) and image.mode == "RGB"
+
+
+# The baseline: whatever has not the colours of the ground is an object; its colours say its class.
+# It is told which pixels are ground: nothing but the separation of touching objects and the class is left to it.
+
+
+def colour_bins(pixels: np.ndarray) -> np.ndarray:
+    """Histogram (64,) of pixels (P, 3), 4 levels a channel, sum 1."""
+    level = pixels.astype(int) // 64
+    counts = np.bincount(level[:, 0] * 16 + level[:, 1] * 4 + level[:, 2], minlength=64)
+    return counts / max(counts.sum(), 1)
+
+
+def covered(annotations: list[dict], height: int, width: int) -> np.ndarray:
+    """The pixels (H, W) bool of any of the annotations."""
+    regions = [rle.decode(rle.frPyObjects(a["segmentation"], height, width)).any(axis=2) for a in annotations
+               if not a["iscrowd"]]
+    return np.any([np.zeros((height, width), dtype=bool), *regions], axis=0)
+
+
+def two_colours(pixels: np.ndarray) -> np.ndarray:
+    """The two centres (2, 3) of k-means over pixels (P, 3)."""
+    centres = pixels[[pixels.sum(axis=1).argmin(), pixels.sum(axis=1).argmax()]]
+    for _ in range(8):
+        nearest = np.linalg.norm(pixels[:, None] - centres, axis=2).argmin(axis=1)
+        centres = np.stack([pixels[nearest == k].mean(axis=0) if (nearest == k).any() else centres[k] for k in (0, 1)])
+    return centres
+
+
+def components(picture: np.ndarray, ground: np.ndarray) -> list[np.ndarray]:
+    """Connected regions (H, W) bool, large enough to be objects, that differ from both colours of the ground."""
+    away = np.linalg.norm(picture[:, :, None].astype(float) - two_colours(picture[ground].astype(float)), axis=3)
+    regions = [fill(part, *ground.shape) for part in trace([away.min(axis=2) > 55], 0.0)[0]]
+    return [region for region in regions if region.sum() >= 60]
+
+
+def detect_by_colour(folder: Path) -> list[dict]:
+    """COCO results: each component under each class, scored by the likeness of its colours to the class's mean."""
+    known: dict[int, list[np.ndarray]] = {category: [] for category in CATEGORIES}
+    for picture, annotations, _ in pictures(folder, "train"):
+        for annotation in annotations:
+            if not annotation["iscrowd"]:
+                inside = covered([annotation], *picture.shape[:2])
+                known[annotation["category_id"]].append(colour_bins(picture[inside]))
+    means = {category: np.mean(histograms, axis=0) for category, histograms in known.items()}
+    results = []
+    for picture, annotations, number in pictures(folder, "val"):
+        for region in components(picture, ~covered(annotations, *picture.shape[:2])):
+            encoded = rle.encode(np.asfortranarray(region, dtype=np.uint8))
+            likeness = {c: np.sqrt(colour_bins(picture[region]) * mean).sum() for c, mean in means.items()}
+            total = sum(value**8 for value in likeness.values())
+            for category, value in likeness.items():
+                results.append({"image_id": number, "category_id": category, "score": value**8 / total,
+                                "bbox": rle.toBbox(encoded).tolist(), "segmentation": encoded})
+    return results
+
+
+def pictures(folder: Path, split: str) -> Iterator[tuple[np.ndarray, list[dict], int]]:
+    document = read(folder, split)
+    for entry in document["images"]:
+        annotations = [a for a in document["annotations"] if a["image_id"] == entry["id"]]
+        yield np.asarray(Image.open(folder / split / entry["file_name"])), annotations, entry["id"]
+
+
+def average_precision(folder: Path, results: list[dict], kind: str, classes: bool) -> float:
+    with contextlib.redirect_stdout(io.StringIO()):
+        truth = COCO(str(folder / "annotations" / "instances_val.json"))
+        evaluation = COCOeval(truth, truth.loadRes(results), kind)
+        evaluation.params.useCats = int(classes)
+        evaluation.evaluate()
+        evaluation.accumulate()
+        evaluation.summarize()
+    return 100 * float(evaluation.stats[0])
+
+
+def test_colour_and_connected_components_do_not_solve_it(tiny: Path) -> None:
+    results = detect_by_colour(tiny)
+    assert average_precision(tiny, results, "bbox", classes=True) < 15
+    assert average_precision(tiny, results, "segm", classes=True) < 15
+    one_each = results[:: len(CATEGORIES)]
+    assert average_precision(tiny, one_each, "bbox", classes=False) > 15  # it finds things: what it lacks is the class
