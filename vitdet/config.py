@@ -1,0 +1,363 @@
+"""Every setting of an experiment, once: a tree of frozen dataclasses whose defaults are the published
+ViTDet-B Mask R-CNN on COCO (Detectron2, mask_rcnn_vitdet_b_100ep).
+
+A recipe (a YAML file in `recipes/`) lists what differs from the defaults, an override `a.b=c` changes one setting
+more. The field's type converts the text, so `1e-4` is a number although YAML reads it as a string.
+A resolved config holds every value and is what is stored, logged and passed between the steps.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import math
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Literal, get_args, get_origin, get_type_hints
+
+import yaml
+
+RECIPES = Path(__file__).parent / "recipes"
+
+
+@dataclass(frozen=True)
+class BackboneConfig:
+    """A plain ViT; depth, width, heads and the blocks with global attention belong to the name."""
+
+    name: Literal["vit_tiny", "vit_b", "vit_l", "vit_h"] = "vit_b"
+    patch_size: int = 16  # pixels; the stride of the one feature map
+    window_size: int = 14  # tokens, side of a window of the local attention blocks
+    drop_path: float = 0.1  # rate of the last block; grows linearly from 0
+    pos_embed_grid: int = 14  # tokens a side of the stored position embedding: 224 / 16 in the MAE pre-training
+    rel_pos_size: int = 1024  # pixels a side for which the global blocks' relative-position tables are made
+
+
+@dataclass(frozen=True)
+class PyramidConfig:
+    """Simple feature pyramid over the last map of the backbone."""
+
+    channels: int = 256
+    scales: tuple[float, float, float, float] = (4.0, 2.0, 1.0, 0.5)  # of p2..p5 against the backbone's map
+
+
+@dataclass(frozen=True)
+class RPNConfig:
+    """Region proposal network."""
+
+    anchor_scale: float = 8.0  # anchor side / stride of its level: 32..512 on strides 4..64
+    aspect_ratios: tuple[float, ...] = (0.5, 1.0, 2.0)  # height / width
+    num_convs: int = 2
+    samples: int = 256  # anchors an image that the loss looks at
+    positive_fraction: float = 0.5
+    iou_low: float = 0.3  # below: background
+    iou_high: float = 0.7  # from here: object
+    pre_nms_train: int = 2000  # best anchors a level that enter NMS
+    pre_nms_test: int = 1000
+    post_nms_train: int = 1000  # proposals an image, over all levels
+    post_nms_test: int = 1000
+    nms_iou: float = 0.7
+
+
+@dataclass(frozen=True)
+class RoIHeadsConfig:
+    """Box stages: one is Mask R-CNN, three are Cascade Mask R-CNN."""
+
+    num_classes: int = 80
+    ious: tuple[float, ...] = (0.5,)  # one stage an entry; a box is foreground from this IoU
+    loss: Literal["softmax", "federated"] = "softmax"
+    samples: int = 512  # boxes an image that the loss looks at
+    positive_fraction: float = 0.25
+    num_convs: int = 4
+    fc_dim: int = 1024
+    sampling_ratio: int = 0  # RoIAlign points a bin and axis; 0: adaptive, as published
+    federated_classes: int = 50
+
+
+@dataclass(frozen=True)
+class MaskConfig:
+    """Mask head."""
+
+    num_convs: int = 4
+    samples: int = 128  # at most so many of an image's foreground boxes train the mask head
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The detector."""
+
+    backbone: BackboneConfig = field(default_factory=BackboneConfig)
+    pyramid: PyramidConfig = field(default_factory=PyramidConfig)
+    rpn: RPNConfig = field(default_factory=RPNConfig)
+    roi_heads: RoIHeadsConfig = field(default_factory=RoIHeadsConfig)
+    mask: MaskConfig = field(default_factory=MaskConfig)
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """A folder in COCO's layout: ROOT/SPLIT/*.jpg and ROOT/annotations/instances_SPLIT.json."""
+
+    dataset: Literal["coco"] = "coco"
+    root: str = "data/coco"
+    train_split: str = "train2017"
+    val_split: str = "val2017"
+    max_images: int = 0  # of each split only the so many images of lowest id that hold an object; 0: all
+    image_size: int = 1024  # pixels a side of the square canvas
+    scale_range: tuple[float, float] = (0.1, 2.0)  # large-scale jitter; (1, 1): longest side = canvas
+    flip: float = 0.5  # probability of a horizontal flip
+    transpose: float = 0.0  # probability of exchanging the axes
+    color_jitter: float = 0.0  # brightness, contrast and saturation change by up to this factor - 1
+    workers: int = 4  # data-loader processes a rank; 0: load in the training process
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """AdamW with layer-wise decay of the learning rate, linear warm-up."""
+
+    lr: float = 1e-4
+    weight_decay: float = 0.1
+    decay_norms: bool = False  # weight decay also on the blocks' LayerNorms and the position embedding (ViT-H)
+    layer_decay: float = 0.7
+    steps: int = 184_375  # 100 epochs of COCO at batch 64
+    schedule: Literal["step", "cosine"] = "step"
+    milestones: tuple[float, ...] = (0.8888889, 0.962963)  # fractions of `steps`; the rate drops to a tenth at each
+    warmup_steps: float = 250.0
+    warmup_factor: float = 0.001  # of lr at step 0
+    clip: float = 0.0  # largest gradient norm; 0: no clipping, as published
+    ema: float = 0.0  # decay of the averaged weights that are evaluated and shipped; 0: none
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """The loop."""
+
+    init: str = "mae_vit_b"  # a name of the weights catalogue or a file; '': from scratch
+    batch_size: int = 64  # images a step over all processes
+    precision: Literal["fp32", "bf16", "auto"] = "bf16"  # auto: bf16 where the processor multiplies it natively
+    seed: int = 0
+    log_every: int = 20  # steps
+    eval_every: int = 5000
+    save_every: int = 1000
+    keep: int = 2  # checkpoints
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """What counts as a detection."""
+
+    score_threshold: float = 0.05
+    nms_iou: float = 0.5
+    max_detections: int = 100
+    batch_size: int = 1
+
+
+@dataclass(frozen=True)
+class TrackingConfig:
+    """MLflow; the environment's MLFLOW_TRACKING_URI wins over `uri`."""
+
+    uri: str = ""  # '': a sqlite file in the output folder
+    experiment: str = "vitdet"
+    model_name: str = "vitdet"
+
+
+@dataclass(frozen=True)
+class Config:
+    """The whole experiment."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    evaluate: EvalConfig = field(default_factory=EvalConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+
+    def __post_init__(self) -> None:
+        backbone, data, optim, train = self.model.backbone, self.data, self.optim, self.train
+        stride = round(2 * backbone.patch_size / self.model.pyramid.scales[-1])  # p6: a whole number of its cells
+        _rule(data.image_size % stride == 0 and data.image_size > 0,
+              f"data.image_size must be a positive multiple of {stride} (the coarsest stride), got {data.image_size}")
+        _rule(all(0 < a < b for a, b in zip(optim.milestones, optim.milestones[1:] + (1.0,), strict=True)),
+              f"optim.milestones must rise between 0 and 1 (fractions of the steps), got {list(optim.milestones)}")
+        _rule(0 < data.scale_range[0] <= data.scale_range[1],
+              f"data.scale_range must be 0 < low <= high, got {list(data.scale_range)}")
+        _rule(len(self.model.roi_heads.ious) > 0, "model.roi_heads.ious needs one IoU a stage, got none")
+        for name, value in (("optim.steps", optim.steps), ("train.batch_size", train.batch_size),
+                            ("train.log_every", train.log_every), ("train.eval_every", train.eval_every),
+                            ("train.save_every", train.save_every), ("train.keep", train.keep),
+                            ("model.roi_heads.num_classes", self.model.roi_heads.num_classes),
+                            ("evaluate.batch_size", self.evaluate.batch_size)):
+            _rule(value > 0, f"{name} must be at least 1, got {value}")
+        for name, value in (("data.flip", data.flip), ("data.transpose", data.transpose),
+                            ("data.color_jitter", data.color_jitter), ("model.backbone.drop_path", backbone.drop_path),
+                            ("optim.ema", optim.ema), ("model.rpn.positive_fraction", self.model.rpn.positive_fraction),
+                            ("model.roi_heads.positive_fraction", self.model.roi_heads.positive_fraction),
+                            ("evaluate.score_threshold", self.evaluate.score_threshold)):
+            _rule(0 <= value <= 1, f"{name} must lie between 0 and 1, got {value}")
+
+
+def load_config(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """The resolved config of a recipe (by name) or YAML file, with overrides `section.key=value` applied in order.
+
+    Raises ValueError for an unknown recipe, setting or choice (naming the nearest one) and for a value of the wrong
+    type; FileNotFoundError for a missing file.
+    """
+    tree = _read(name_or_path)
+    for override in overrides:
+        key, separator, text = override.partition("=")
+        if not separator or not key:
+            raise ValueError(f"override {override!r}: expected section.key=value, as in optim.lr=2e-4")
+        node = tree
+        *parents, leaf = key.strip().split(".")
+        for depth, parent in enumerate(parents):
+            if node.get(parent) is None:
+                node[parent] = {}
+            node = node[parent]
+            if not isinstance(node, dict):
+                raise ValueError(f"{key}: {'.'.join(parents[: depth + 1])} is a setting, not a section")
+        node[leaf] = _parse(key, text)
+    return _build(Config, tree, "")
+
+
+def save_config(config: Config, path: str | Path) -> None:
+    """Writes the resolved config as YAML: to a temporary file first, so a full disk leaves the old one whole."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_text(dump_config(config))
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def dump_config(config: Config) -> str:
+    """The resolved config as YAML text that `load_config` reads back to an equal config."""
+    return yaml.safe_dump(to_dict(config), sort_keys=False, default_flow_style=None, width=100)
+
+
+def to_dict(config: Config) -> dict:
+    """The config as plain dicts, lists, numbers and strings."""
+    return json.loads(json.dumps(asdict(config)))
+
+
+def from_dict(tree: Mapping) -> Config:
+    """The inverse of `to_dict`; absent settings take their defaults. Raises ValueError as `load_config` does."""
+    return _build(Config, dict(tree), "")
+
+
+def flatten(config: Config) -> dict[str, bool | int | float | str]:
+    """{'optim.lr': 0.0001, ...}: the keys that overrides use; lists as text."""
+    def walk(tree: dict, prefix: str) -> Iterator[tuple[str, bool | int | float | str]]:
+        for key, value in tree.items():
+            if isinstance(value, dict):
+                yield from walk(value, f"{prefix}{key}.")
+            else:
+                yield f"{prefix}{key}", json.dumps(value) if isinstance(value, list) else value
+    return dict(walk(to_dict(config), ""))
+
+
+def difference(ours: Config, theirs: Config) -> list[str]:
+    """One text a setting that differs, as in `optim.lr: 0.0001, not 0.0002`."""
+    left, right = flatten(ours), flatten(theirs)
+    return [f"{key}: {left[key]}, not {right[key]}" for key in left if left[key] != right[key]]
+
+
+def digest(config: Config) -> str:
+    """12 hexadecimal digits that name this config."""
+    return hashlib.sha256(json.dumps(to_dict(config), sort_keys=True).encode()).hexdigest()[:12]
+
+
+def recipes() -> list[str]:
+    """The names of the recipes that ship with the package."""
+    return sorted(path.stem for path in RECIPES.glob("*.yaml"))
+
+
+def _rule(holds: bool, message: str) -> None:
+    if not holds:
+        raise ValueError(message)
+
+
+def _near(name: str, known: Sequence[str]) -> str:
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f"did you mean '{close[0]}'?" if close else f"known: {', '.join(known)}"
+
+
+def _read(name_or_path: str | Path) -> dict:
+    text = str(name_or_path)
+    path = Path(text)
+    if not path.suffix and os.sep not in text:
+        path = RECIPES / f"{text}.yaml"
+        if not path.exists():
+            raise ValueError(f"{text}: no such recipe; {_near(text, recipes())}")
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such config file; give a recipe's name ({', '.join(recipes())}) or a file")
+    try:
+        tree = yaml.safe_load(path.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: not readable as YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(tree if tree is not None else {}, dict):
+        raise ValueError(f"{path}: expected sections ({', '.join(f.name for f in fields(Config))}), got {tree!r}")
+    return tree or {}
+
+
+def _parse(key: str, text: str) -> object:
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError(f"{key}: {text!r} is not readable as a value") from error
+
+
+def _build(kind: type, tree: object, prefix: str):  # noqa: ANN202 - an instance of `kind`
+    if tree is None:
+        tree = {}
+    if not isinstance(tree, dict):
+        raise ValueError(f"{prefix.rstrip('.')}: is a section ({', '.join(f.name for f in fields(kind))}), got {tree!r}")
+    hints = get_type_hints(kind)
+    values = {}
+    for key, value in tree.items():
+        if key not in hints:
+            raise ValueError(f"{prefix}{key}: no such setting; {_near(str(key), list(hints))}")
+        hint = hints[key]
+        values[key] = (_build(hint, value, f"{prefix}{key}.") if is_dataclass(hint)
+                       else _convert(hint, value, f"{prefix}{key}"))
+    return kind(**values)
+
+
+def _convert(hint: type, value: object, key: str) -> object:
+    wrong = ValueError(f"{key}: expected {_describe(hint)}, got {value!r}")
+    if get_origin(hint) is Literal:
+        if value not in get_args(hint):
+            raise ValueError(f"{key}: expected one of {', '.join(map(str, get_args(hint)))}, got {value!r}")
+        return value
+    if get_origin(hint) is tuple:
+        item, *rest = get_args(hint)
+        if not isinstance(value, list | tuple) or (rest != [Ellipsis] and len(value) != 1 + len(rest)):
+            raise wrong
+        return tuple(_convert(item, element, key) for element in value)
+    if hint is str:
+        if value is not None and not isinstance(value, str | int | float):
+            raise wrong
+        return "" if value is None else str(value)
+    if hint is bool:
+        if not isinstance(value, bool):
+            raise wrong
+        return value
+    if isinstance(value, bool):
+        raise wrong
+    try:
+        number = float(value)  # YAML reads 1e-4 as text
+    except (TypeError, ValueError):
+        raise wrong from None
+    if not math.isfinite(number) or (hint is int and number != int(number)):
+        raise wrong
+    return hint(number)
+
+
+def _describe(hint: type) -> str:
+    if get_origin(hint) is tuple:
+        item, *rest = get_args(hint)
+        count = "" if rest == [Ellipsis] else f"{1 + len(rest)} "
+        return f"a list of {count}x {_describe(item)}".replace("x ", "", 1)
+    return {int: "a whole number", float: "a number", str: "text", bool: "true or false"}[hint]

@@ -1,0 +1,75 @@
+"""Several processes: start, stop, who am I, means and objects over all. One process is the same with nobody else.
+
+The environment that torchrun sets decides; this is the only place that reads it.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+from torch import distributed as dist
+
+T = TypeVar("T")
+
+
+@contextmanager
+def process_group() -> Iterator[torch.device]:
+    """Joins the processes that torchrun started, if it did, and gives the device of this one."""
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    if "WORLD_SIZE" not in os.environ or dist.is_initialized():
+        yield device
+        return
+    dist.init_process_group("nccl" if cuda else "gloo")
+    try:
+        yield device
+    finally:
+        dist.destroy_process_group()
+
+
+def rank() -> int:
+    """Number of this process, 0 the first."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    """How many processes there are."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def mean(values: Tensor) -> Tensor:
+    """The mean of a tensor over all processes, in every one of them."""
+    if world_size() == 1:
+        return values
+    values = values.clone()
+    dist.all_reduce(values)
+    return values / world_size()
+
+
+def any_of(flag: bool, device: torch.device) -> bool:
+    """Whether a flag is set in any of the processes."""
+    if world_size() == 1:
+        return flag
+    return bool(mean(torch.tensor(float(flag), device=device)) > 0)
+
+
+def all_gather_objects(value: T) -> list[T]:
+    """Every process's object, by rank, in every process."""
+    if world_size() == 1:
+        return [value]
+    gathered: list = [None] * world_size()
+    dist.all_gather_object(gathered, value)
+    return gathered
+
+
+def barrier() -> None:
+    """Waits until all processes have come here."""
+    if world_size() > 1:
+        dist.barrier()

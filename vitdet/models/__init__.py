@@ -1,0 +1,64 @@
+"""`build_detector`: the only place where settings become constructor arguments."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from vitdet.config import EvalConfig, ModelConfig
+from vitdet.models.box_head import BoxHead
+from vitdet.models.detector import Detector
+from vitdet.models.losses import FederatedClassification, SoftmaxClassification
+from vitdet.models.mask_head import MaskHead
+from vitdet.models.pyramid import SimpleFeaturePyramid
+from vitdet.models.roi_heads import RoIHeads
+from vitdet.models.rpn import RPN
+from vitdet.models.vit import SIZES, ViT
+
+
+def build_backbone(settings: ModelConfig) -> ViT:
+    """The backbone that the settings name."""
+    backbone = settings.backbone
+    return ViT(
+        **SIZES[backbone.name]._asdict(), patch_size=backbone.patch_size, window_size=backbone.window_size,
+        drop_path=backbone.drop_path, pos_embed_grid=backbone.pos_embed_grid, rel_pos_size=backbone.rel_pos_size,
+    )
+
+
+def build_detector(
+    model: ModelConfig, evaluate: EvalConfig | None = None, class_weights: Tensor | None = None
+) -> Detector:
+    """A detector with fresh weights. class_weights (K,): odds of the classes in the federated loss, if that is used."""
+    evaluate = evaluate or EvalConfig()
+    rpn, roi, mask = model.rpn, model.roi_heads, model.mask
+    backbone = build_backbone(model)
+    pyramid = SimpleFeaturePyramid(backbone.out_channels, model.pyramid.channels, backbone.stride, model.pyramid.scales)
+    if roi.loss == "federated":
+        if class_weights is None:
+            raise ValueError("model.roi_heads.loss=federated needs class_weights: the odds of each class to be drawn")
+        classification = FederatedClassification(class_weights, roi.federated_classes)
+    else:
+        classification = SoftmaxClassification(roi.num_classes)
+    channels = pyramid.out_channels
+    stages = [
+        BoxHead(channels=channels, num_convs=roi.num_convs, fc_dim=roi.fc_dim, num_classes=roi.num_classes,
+                class_agnostic=len(roi.ious) > 1)
+        for _ in roi.ious
+    ]
+    return Detector(
+        backbone=backbone,
+        pyramid=pyramid,
+        rpn=RPN(
+            channels=channels, strides=pyramid.strides, anchor_scale=rpn.anchor_scale,
+            aspect_ratios=rpn.aspect_ratios, num_convs=rpn.num_convs, samples=rpn.samples,
+            positive_fraction=rpn.positive_fraction, iou_low=rpn.iou_low, iou_high=rpn.iou_high,
+            nms_iou=rpn.nms_iou, pre_nms_train=rpn.pre_nms_train, pre_nms_test=rpn.pre_nms_test,
+            post_nms_train=rpn.post_nms_train, post_nms_test=rpn.post_nms_test,
+        ),
+        roi_heads=RoIHeads(
+            stages=stages, mask=MaskHead(channels=channels, num_convs=mask.num_convs, num_classes=roi.num_classes),
+            classification=classification, strides=pyramid.strides[:4], ious=roi.ious, samples=roi.samples,
+            positive_fraction=roi.positive_fraction, mask_samples=mask.samples, sampling_ratio=roi.sampling_ratio,
+            score_threshold=evaluate.score_threshold, nms_iou=evaluate.nms_iou,
+            max_detections=evaluate.max_detections,
+        ),
+    )

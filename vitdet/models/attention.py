@@ -1,0 +1,73 @@
+"""Multi-head attention on a grid of tokens with decomposed relative positions, and the windows it is restricted to.
+
+Relative positions: Li et al., MViTv2 (2112.01526); windows and their padding: detectron2's ViT.
+The bias q.Rh[qh - kh] + q.Rw[qw - kw] is an inner product, [q s, q Rh, q Rw] . [k, onehot(kh), onehot(kw)], so the
+logits are one matrix product of widened queries and keys and no N x N bias is made apart.
+Letters: B images (or windows), H x W tokens, N = H W, C channels, h heads, d = C / h.
+"""
+
+from __future__ import annotations
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+def split_windows(x: Tensor, size: int) -> Tensor:
+    """(B, H, W, C) -> (B * windows, size, size, C); zeros fill the grid up on the right and at the bottom."""
+    height, width = x.shape[1:3]
+    x = F.pad(x, (0, 0, 0, -width % size, 0, -height % size))
+    return rearrange(x, "b (r h) (s w) c -> (b r s) h w c", h=size, w=size)
+
+
+def join_windows(windows: Tensor, grid: tuple[int, int]) -> Tensor:
+    """The inverse of `split_windows`: (B * windows, size, size, C) -> (B, H, W, C), grid = (H, W)."""
+    size, (height, width) = windows.shape[1], grid
+    rows, columns = -(-height // size), -(-width // size)
+    x = rearrange(windows, "(b r s) h w c -> b (r h) (s w) c", r=rows, s=columns)
+    return x[:, :height, :width]
+
+
+def relative_positions(table: Tensor, size: int) -> Tensor:
+    """Rows of the table (2 K - 1, d) for every query and key of an axis: (size, size, d).
+
+    A table made for another size is interpolated linearly along its length (detectron2: get_rel_pos).
+    """
+    if len(table) != 2 * size - 1:
+        table = F.interpolate(table.float().T[None], size=2 * size - 1, mode="linear")[0].T
+    steps = torch.arange(size, device=table.device)
+    return table[steps[:, None] - steps[None, :] + size - 1]
+
+
+class Attention(nn.Module):
+    """Attention among all tokens of a grid of `size` x `size` tokens (other grids interpolate the tables)."""
+
+    def __init__(self, dim: int, heads: int, size: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
+        self.rel_pos_h = nn.Parameter(torch.zeros(2 * size - 1, dim // heads))
+        self.rel_pos_w = nn.Parameter(torch.zeros(2 * size - 1, dim // heads))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, H, W, C) -> (B, H, W, C)."""
+        height, width = x.shape[1:3]
+        q, k, v = rearrange(self.qkv(x), "b h w (three n d) -> three b n (h w) d", three=3, n=self.heads)
+        query, key = self.with_positions(q, k, height, width)
+        y = F.scaled_dot_product_attention(query, key, v, scale=1.0)
+        return self.proj(rearrange(y, "b n (h w) d -> b h w (n d)", h=height))
+
+    def with_positions(self, q: Tensor, k: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:
+        """Queries and keys (B, h, N, d) widened to (B, h, N, d + H + W), whose inner products are the logits."""
+        grid = rearrange(q, "b n (h w) d -> b n h w d", h=height)
+        rows = relative_positions(self.rel_pos_h, height).to(q.dtype)
+        columns = relative_positions(self.rel_pos_w, width).to(q.dtype)
+        rel_h = torch.einsum("bnhwd,hkd->bnhwk", grid, rows).flatten(2, 3)
+        rel_w = torch.einsum("bnhwd,wkd->bnhwk", grid, columns).flatten(2, 3)
+        one_hot_h = torch.eye(height, dtype=k.dtype, device=k.device).repeat_interleave(width, dim=0)
+        one_hot_w = torch.eye(width, dtype=k.dtype, device=k.device).repeat(height, 1)
+        one_hot = torch.cat([one_hot_h, one_hot_w], dim=1).expand(*k.shape[:2], -1, -1)
+        query = torch.cat([q * q.shape[-1] ** -0.5, rel_h.to(q.dtype), rel_w.to(q.dtype)], dim=-1)
+        return query, torch.cat([k, one_hot], dim=-1)

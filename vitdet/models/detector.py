@@ -1,0 +1,53 @@
+"""The detector: images in, losses or detections out. What decides is whether targets are given.
+
+Letters: B images, S side of the square canvas.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from vitdet.types import Detections, Target
+
+PIXEL_MEAN = (123.675, 116.28, 103.53)  # RGB, 0..255; ImageNet's, as every published model uses
+PIXEL_STD = (58.395, 57.12, 57.375)
+
+
+class Detector(nn.Module):
+    """Backbone -> pyramid -> proposals -> boxes, classes and masks."""
+
+    def __init__(self, *, backbone: nn.Module, pyramid: nn.Module, rpn: nn.Module, roi_heads: nn.Module) -> None:
+        super().__init__()
+        self.backbone, self.pyramid, self.rpn, self.roi_heads = backbone, pyramid, rpn, roi_heads
+        self.register_buffer("mean", torch.tensor(PIXEL_MEAN).view(3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(PIXEL_STD).view(3, 1, 1), persistent=False)
+
+    def forward(
+        self, images: Tensor, targets: Sequence[Target] | None = None, sizes: Tensor | None = None
+    ) -> dict[str, Tensor] | list[Detections]:
+        """images (B, 3, S, S) RGB 0..255 -> a dict of losses if targets are given, else Detections an image.
+
+        sizes (B, 2) int (height, width): the part of each canvas that is picture, top left; absent: all of it.
+        Boxes are in pixels of the canvas.
+        """
+        if sizes is None:
+            sizes = torch.tensor([images.shape[-2:]] * len(images), device=images.device)
+        features = self.pyramid(self.backbone(self.normalize(images, sizes)))
+        found = self.rpn(features)
+        if targets is None:
+            proposals = self.rpn.propose(found, sizes, self.rpn.top_test)
+            return self.roi_heads.detect(features, [image.boxes for image in proposals], sizes)
+        proposals = self.rpn.propose(found, sizes, self.rpn.top_train)
+        boxes = [image.boxes for image in proposals]
+        return {**self.roi_heads.losses(features, boxes, targets, sizes), **self.rpn.losses(found, targets)}
+
+    def normalize(self, images: Tensor, sizes: Tensor) -> Tensor:
+        """Zero mean and unit deviation; exactly 0 outside the picture, as padding comes after it (detectron2)."""
+        height, width = images.shape[-2:]
+        rows = torch.arange(height, device=images.device) < sizes[:, :1]
+        columns = torch.arange(width, device=images.device) < sizes[:, 1:]
+        picture = (rows[:, None, :, None] & columns[:, None, None, :])
+        return torch.where(picture, (images - self.mean) / self.std, 0.0)

@@ -1,0 +1,69 @@
+"""Two convolutions that every part of the detector uses.
+
+Letters: B images, C channels.
+"""
+
+from __future__ import annotations
+
+import torch
+from einops import rearrange
+from timm.layers import LayerNorm2d
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+NORM_EPS = 1e-6  # detectron2: both the ViT's LayerNorm and the channel LN
+
+
+class ConvNorm(nn.Module):
+    """Convolution without bias, then LayerNorm over the channels of each pixel: (B, C, H, W) -> (B, C', H, W)."""
+
+    def __init__(self, in_channels: int, out_channels: int, kernel_size: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(in_channels, out_channels, kernel_size, padding=kernel_size // 2, bias=False)
+        self.norm = LayerNorm2d(out_channels, eps=NORM_EPS)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, C', H, W)."""
+        return self.norm(self.conv(x))
+
+
+class Deconv2x2(nn.ConvTranspose2d):
+    """Transposed convolution with kernel 2 and stride 2: (B, C, H, W) -> (B, C', 2H, 2W).
+
+    Its windows do not overlap, so it is one matrix product of every pixel, which is several times faster on a CPU
+    than the general transposed convolution.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__(in_channels, out_channels, kernel_size=2, stride=2)
+
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+        """(B, C, H, W) -> (B, C', 2H, 2W)."""
+        weight = rearrange(self.weight, "c out i j -> (i j out) c")
+        pixels = F.linear(x.permute(0, 2, 3, 1), weight, self.bias.repeat(4))
+        return rearrange(pixels, "b h w (i j out) -> b out (h i) (w j)", i=2, j=2)
+
+
+def init_conv(module: nn.Conv2d | nn.ConvTranspose2d) -> None:
+    """Kaiming normal over the outputs, bias 0 (detectron2: c2_msra_fill)."""
+    nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+    if module.bias is not None:
+        nn.init.zeros_(module.bias)
+
+
+def init_linear(module: nn.Linear) -> None:
+    """Uniform with variance 1 / inputs, bias 0 (detectron2: c2_xavier_fill)."""
+    nn.init.kaiming_uniform_(module.weight, a=1)
+    nn.init.zeros_(module.bias)
+
+
+def init_predictor(module: nn.Linear | nn.Conv2d, std: float) -> None:
+    """Normal with the given deviation, bias 0."""
+    nn.init.normal_(module.weight, std=std)
+    nn.init.zeros_(module.bias)
+
+
+def scale_gradient(x: Tensor, scale: float) -> Tensor:
+    """The same values, to the bit, with the gradient multiplied by `scale`."""
+    fixed = x.detach()
+    return torch.add(fixed, x - fixed, alpha=scale)

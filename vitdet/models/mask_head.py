@@ -1,0 +1,73 @@
+"""The mask head and its training targets.
+
+He et al. (1703.06870); 4 convolutions with LN and one deconvolution, as in detectron2's ViTDet configs.
+Letters: R RoIs, G ground truths, E edges, K classes, s x s cells of a mask (28).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torchvision.ops import roi_align
+
+from vitdet.models.layers import ConvNorm, Deconv2x2, init_conv, init_predictor
+from vitdet.types import Bitmaps, Polygons
+
+BINS = 14
+SIZE = 2 * BINS
+
+
+class MaskHead(nn.Module):
+    """A mask for each class and RoI, independent of the others."""
+
+    def __init__(self, *, channels: int, num_convs: int, num_classes: int) -> None:
+        super().__init__()
+        self.convs = nn.ModuleList(ConvNorm(channels, channels, 3) for _ in range(num_convs))
+        self.deconv = Deconv2x2(channels, channels)
+        self.logits = nn.Conv2d(channels, num_classes, 1)
+        for conv in (*[block.conv for block in self.convs], self.deconv):
+            init_conv(conv)
+        init_predictor(self.logits, std=0.001)
+
+    def forward(self, pooled: Tensor, labels: Tensor) -> Tensor:
+        """Pooled features (R, C, 14, 14) and labels (R,) in 0..K-1 -> logits (R, 28, 28) of each RoI's own class."""
+        for block in self.convs:
+            pooled = F.relu(block(pooled))
+        logits = self.logits(F.relu(self.deconv(pooled)))
+        return logits[torch.arange(len(labels), device=labels.device), labels]
+
+
+@torch.no_grad()
+def mask_targets(masks: Polygons | Bitmaps, boxes: Tensor, size: int = SIZE) -> Tensor:
+    """What the mask inside each box looks like: R masks and boxes (R, 4) -> (R, size, size) bool."""
+    if isinstance(masks, Bitmaps):
+        return crop_bitmaps(masks.pixels, boxes, size)
+    return rasterize(masks.edges, boxes, size)
+
+
+def crop_bitmaps(pixels: Tensor, boxes: Tensor, size: int) -> Tensor:
+    """(R, H, W) bool and boxes (R, 4) -> (R, size, size) bool: RoIAlign of the bitmap, at least 1/2 (detectron2)."""
+    index = torch.arange(len(boxes), device=boxes.device, dtype=boxes.dtype)
+    rois = torch.cat([index[:, None], boxes], dim=1).float()
+    return roi_align(pixels[:, None].float(), rois, size, 1.0, 0, aligned=True)[:, 0] >= 0.5
+
+
+def rasterize(edges: Tensor, boxes: Tensor, size: int) -> Tensor:
+    """Edges (R, E, 4) of outlines and boxes (R, 4) -> (R, size, size) bool: which cells' centres lie inside.
+
+    A cell is inside where the winding number is not zero: where the edges that cross its row on its left do not
+    cancel. Each edge adds its direction at the first cell right of its crossing, and a running sum spreads it.
+    """
+    low = boxes[:, None, :2]
+    span = (boxes[:, None, 2:] - low).clamp(min=0.1)  # detectron2: a box is at least a tenth of a pixel wide
+    start, end = (edges[..., :2] - low) / span * size, (edges[..., 2:] - low) / span * size
+    rows = torch.arange(size, device=edges.device, dtype=edges.dtype) + 0.5
+    (x0, y0), (x1, y1) = start.unsqueeze(2).unbind(-1), end.unsqueeze(2).unbind(-1)  # each (R, E, 1)
+    down, up = (y0 <= rows) & (y1 > rows), (y1 <= rows) & (y0 > rows)
+    direction = down.to(edges.dtype) - up.to(edges.dtype)  # (R, E, size): 0 where the edge misses the row
+    crossing = x0 + (rows - y0) * (x1 - x0) / torch.where(y1 == y0, torch.ones_like(y0), y1 - y0)
+    column = (crossing - 0.5).ceil().clamp(0, size).long()
+    steps = edges.new_zeros(len(edges), size, size + 1)
+    steps.scatter_add_(2, column.transpose(1, 2), direction.transpose(1, 2))
+    return steps[..., :size].cumsum(dim=2).round() != 0

@@ -1,0 +1,162 @@
+"""RoI heads: proposals -> class and box through one or several stages, then a mask.
+
+Mask R-CNN is a cascade of one stage: a loop over stages serves both (He et al. 1703.06870; Cai & Vasconcelos
+1712.00726); numbers as in detectron2's ViTDet configs.
+Letters: B images, R RoIs (of all images together), N boxes of one image, K classes, G ground truths.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torchvision.ops import batched_nms
+
+from vitdet.models import box_head, losses, mask_head
+from vitdet.models.assign import BACKGROUND, Choose, choose_randomly, match, sample
+from vitdet.models.boxes import clip, decode, encode, nonempty, pairwise_iou
+from vitdet.models.layers import scale_gradient
+from vitdet.models.roi_pool import pool
+from vitdet.types import Detections, Target
+
+WEIGHTS = (10.0, 10.0, 5.0, 5.0)  # of the first stage's box transform; stage s has s + 1 times these
+
+
+class Assigned(NamedTuple):
+    """Boxes (N, 4) of one image and the ground truth (N,) that each learns from, or BACKGROUND."""
+
+    boxes: Tensor
+    matched: Tensor
+
+
+class RoIHeads(nn.Module):
+    """`stages` refine boxes one after the other; `ious` says from which overlap a box is foreground in each.
+
+    `classification` turns logits into a loss and into probabilities; `strides` are those of the levels that RoIs are
+    read from (p2..p5).
+    """
+
+    def __init__(
+        self, *, stages: Sequence[nn.Module], mask: nn.Module, classification: nn.Module, strides: Sequence[int],
+        ious: Sequence[float] = (0.5,), samples: int = 512, positive_fraction: float = 0.25, mask_samples: int = 128,
+        sampling_ratio: int = 0, score_threshold: float = 0.05, nms_iou: float = 0.5, max_detections: int = 100,
+        choose: Choose = choose_randomly,
+    ) -> None:
+        super().__init__()
+        self.stages, self.mask, self.classification = nn.ModuleList(stages), mask, classification
+        self.strides, self.ious, self.sampling_ratio, self.choose = list(strides), tuple(ious), sampling_ratio, choose
+        self.samples, self.positive_fraction, self.mask_samples = samples, positive_fraction, mask_samples
+        self.score_threshold, self.nms_iou, self.max_detections = score_threshold, nms_iou, max_detections
+        self.weights = [tuple(w * (stage + 1) for w in WEIGHTS) for stage in range(len(stages))]
+
+    def losses(
+        self, features: Sequence[Tensor], proposals: Sequence[Tensor], targets: Sequence[Target], sizes: Tensor
+    ) -> dict[str, Tensor]:
+        """loss_cls and loss_box_reg (of every stage, named _stage0.. if there are several), and loss_mask."""
+        found = {}
+        assigned = [self.sample(boxes, target) for boxes, target in zip(proposals, targets, strict=True)]
+        found["loss_mask"] = self.mask_loss(features, assigned, targets)
+        for stage in range(len(self.stages)):
+            if stage > 0:
+                assigned = self.reassign(stage, refined, targets, sizes)  # noqa: F821 - set by the stage before
+            logits, deltas = self.run_stage(stage, features, [image.boxes for image in assigned])
+            suffix = f"_stage{stage}" if len(self.stages) > 1 else ""
+            labels = torch.cat([self.labels(a, target) for a, target in zip(assigned, targets, strict=True)])
+            found[f"loss_cls{suffix}"] = self.classification.loss(logits, labels)
+            found[f"loss_box_reg{suffix}"] = self.box_loss(stage, deltas, labels, assigned, targets)
+            counts = [len(image.boxes) for image in assigned]
+            boxes = torch.cat([image.boxes for image in assigned])
+            refined = decode(boxes, deltas.detach()[:, 0], self.weights[stage]).split(counts)
+        return found
+
+    def detect(self, features: Sequence[Tensor], proposals: Sequence[Tensor], sizes: Tensor) -> list[Detections]:
+        """Detections of every image, best first; boxes in pixels of the canvas, cut to sizes (B, 2)."""
+        counts = [len(boxes) for boxes in proposals]
+        boxes, scores = list(proposals), []
+        for stage in range(len(self.stages)):
+            logits, deltas = self.run_stage(stage, features, boxes)
+            scores.append(self.classification.probabilities(logits))
+            decoded = decode(torch.cat(boxes), deltas, self.weights[stage]).split(counts)
+            clipped = [clip(image, size) for image, size in zip(decoded, sizes, strict=True)]
+            boxes = [image[:, 0] for image in clipped]
+        mean_scores = torch.stack(scores).mean(dim=0).split(counts)
+        best = [self.select(b, s) for b, s in zip(clipped, mean_scores, strict=True)]
+        return self.with_masks(features, best)
+
+    def run_stage(self, stage: int, features: Sequence[Tensor], boxes: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """Logits (R, K + 1) and deltas (R, K or 1, 4) of all images' boxes."""
+        pooled = pool(features, boxes, self.strides, box_head.BINS, self.sampling_ratio)
+        if len(self.stages) > 1:
+            pooled = scale_gradient(pooled, 1 / len(self.stages))
+        return self.stages[stage](pooled)
+
+    @torch.no_grad()
+    def sample(self, proposals: Tensor, target: Target) -> Assigned:
+        """Foreground first, then background, out of the proposals and the ground truths themselves."""
+        boxes = torch.cat([proposals, target.boxes])
+        matched = match(pairwise_iou(target.boxes, boxes), self.ious[0], self.ious[0], keep_best=False)
+        chosen = torch.cat(sample(matched, self.samples, self.positive_fraction, self.choose))
+        return Assigned(boxes[chosen], matched[chosen])
+
+    @torch.no_grad()
+    def reassign(
+        self, stage: int, refined: Sequence[Tensor], targets: Sequence[Target], sizes: Tensor
+    ) -> list[Assigned]:
+        """The previous stage's boxes, cut to the image, with the ground truth that suits this stage's IoU."""
+        assigned = []
+        for boxes, target, size in zip(refined, targets, sizes, strict=True):
+            boxes = clip(boxes, size)
+            boxes = boxes[nonempty(boxes)]
+            iou = self.ious[stage]
+            assigned.append(Assigned(boxes, match(pairwise_iou(target.boxes, boxes), iou, iou, keep_best=False)))
+        return assigned
+
+    def labels(self, assigned: Assigned, target: Target) -> Tensor:
+        """(N,) class of each box; K for background."""
+        background = target.labels.new_full((1,), self.classification.num_classes)
+        return torch.cat([target.labels, background])[assigned.matched]
+
+    def box_loss(
+        self, stage: int, deltas: Tensor, labels: Tensor, assigned: Sequence[Assigned], targets: Sequence[Target]
+    ) -> Tensor:
+        """L1 of the foreground boxes' deltas (for their own class), divided by the number of all boxes."""
+        foreground = torch.cat([image.matched for image in assigned]) > BACKGROUND
+        boxes = torch.cat([image.boxes for image in assigned])[foreground]
+        truth = torch.cat([
+            target.boxes[image.matched[image.matched > BACKGROUND]]
+            for image, target in zip(assigned, targets, strict=True)
+        ])
+        column = labels[foreground].clamp(max=deltas.shape[1] - 1)  # one column if class-agnostic
+        return losses.box_l1(deltas[foreground, column], encode(boxes, truth, self.weights[stage]), len(labels))
+
+    def mask_loss(self, features: Sequence[Tensor], assigned: Sequence[Assigned], targets: Sequence[Target]) -> Tensor:
+        """Mask cross-entropy over (at most `mask_samples` of) the foreground boxes of every image."""
+        boxes, labels, wanted = [], [], []
+        for image, target in zip(assigned, targets, strict=True):
+            chosen = (image.matched > BACKGROUND).nonzero().flatten()[: self.mask_samples]
+            truth = image.matched[chosen]
+            boxes.append(image.boxes[chosen])
+            labels.append(target.labels[truth])
+            wanted.append(mask_head.mask_targets(target.masks[truth], image.boxes[chosen]))
+        pooled = pool(features, boxes, self.strides, mask_head.BINS, self.sampling_ratio)
+        return losses.mask_bce(self.mask(pooled, torch.cat(labels)), torch.cat(wanted))
+
+    def select(self, boxes: Tensor, scores: Tensor) -> Detections:
+        """The best boxes of one image after NMS within classes: boxes (N, K or 1, 4), scores (N, K)."""
+        finite = boxes.isfinite().all(dim=2).all(dim=1) & scores.isfinite().all(dim=1)
+        boxes, scores = boxes[finite], scores[finite]
+        row, label = (scores > self.score_threshold).nonzero().unbind(dim=1)
+        boxes = boxes[row, label.clamp(max=boxes.shape[1] - 1)]
+        scores = scores[row, label]
+        keep = batched_nms(boxes, scores, label, self.nms_iou)[: self.max_detections]
+        return Detections(boxes[keep], scores[keep], label[keep], scores.new_zeros(len(keep), 0, 0))
+
+    def with_masks(self, features: Sequence[Tensor], found: Sequence[Detections]) -> list[Detections]:
+        """The detections with the mask probabilities (N, 28, 28) inside their boxes."""
+        boxes = [image.boxes for image in found]
+        pooled = pool(features, boxes, self.strides, mask_head.BINS, self.sampling_ratio)
+        logits = self.mask(pooled, torch.cat([image.labels for image in found]))
+        masks = logits.float().sigmoid().split([len(b) for b in boxes])
+        return [Detections(image.boxes, image.scores, image.labels, m) for image, m in zip(found, masks, strict=True)]

@@ -1,0 +1,84 @@
+"""RoIAlign over a pyramid: each RoI is read from the level that suits its size.
+
+He et al., Mask R-CNN (1703.06870), aligned as in detectron2; level rule of FPN (1612.03144).
+Letters: B images, R RoIs, C channels, s x s bins.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torchvision.ops import roi_align
+
+from vitdet.models.boxes import area
+
+
+def assign_levels(boxes: Tensor, num_levels: int, finest_stride: int) -> Tensor:
+    """(R,) level of each box, 0 the finest: one of side 56 strides stands on level 2 (224 px for stride 4)."""
+    canonical = 56 * finest_stride
+    level = torch.floor(2 + torch.log2(area(boxes).sqrt() / canonical + 1e-8))  # detectron2: epsilon within the log
+    return level.clamp(0, num_levels - 1).long()
+
+
+def pool(
+    features: Sequence[Tensor], boxes: Sequence[Tensor], strides: Sequence[int], bins: int, sampling_ratio: int
+) -> Tensor:
+    """Features of every RoI (R, C, bins, bins): maps (B, C, h, w) and boxes, a tensor (., 4) for each image.
+
+    `sampling_ratio` points a bin and axis; 0 adapts them to the RoI's size, as the published models do.
+    """
+    features = features[: len(strides)]
+    levels = assign_levels(torch.cat(list(boxes)), len(features), strides[0])
+    if sampling_ratio > 0:
+        return _pool_by_products(features, boxes, levels, strides, bins, sampling_ratio)
+    image = torch.cat([torch.full((len(b),), i, device=b.device) for i, b in enumerate(boxes)])
+    rois = torch.cat([image[:, None].to(boxes[0].dtype), torch.cat(list(boxes))], dim=1)
+    pooled = features[0].new_zeros(len(rois), features[0].shape[1], bins, bins)
+    for level, (feature, stride) in enumerate(zip(features, strides, strict=True)):
+        chosen = (levels == level).nonzero().flatten()
+        values = roi_align(feature, rois[chosen].to(feature.dtype), bins, 1 / stride, 0, aligned=True)
+        pooled = pooled.index_put((chosen,), values.to(pooled.dtype))
+    return pooled
+
+
+def _pool_by_products(
+    features: Sequence[Tensor], boxes: Sequence[Tensor], levels: Tensor, strides: Sequence[int], bins: int,
+    ratio: int,
+) -> Tensor:
+    """With a fixed number of points RoIAlign is linear and separable: rows and columns are two matrix products.
+
+    Its gradient is then a matrix product as well, not the scattered additions that dominate a CPU's step.
+    """
+    values, order, start = [], [], 0
+    for image, image_boxes in enumerate(boxes):
+        image_levels = levels[start : start + len(image_boxes)]
+        for level, (feature, stride) in enumerate(zip(features, strides, strict=True)):
+            chosen = (image_levels == level).nonzero().flatten()
+            if len(chosen) == 0:  # most levels of most images; the products below would be right but not free
+                continue
+            rows = interpolation(image_boxes[chosen, 1::2] / stride, feature.shape[2], bins, ratio).to(feature.dtype)
+            columns = interpolation(image_boxes[chosen, 0::2] / stride, feature.shape[3], bins, ratio).to(feature.dtype)
+            pixels = feature[image].permute(1, 2, 0)
+            lines = (rows.flatten(0, 1) @ pixels.flatten(1)).unflatten(0, rows.shape[:2])
+            values.append(columns[:, None] @ lines.unflatten(2, pixels.shape[1:]))
+            order.append(chosen + start)
+        start += len(image_boxes)
+    if not values:
+        return features[0].new_zeros(0, features[0].shape[1], bins, bins)
+    return torch.cat(values)[torch.cat(order).argsort()].permute(0, 3, 1, 2)
+
+
+def interpolation(spans: Tensor, length: int, bins: int, ratio: int) -> Tensor:
+    """Weights (R, bins, length) with which the cells of an axis make each bin's mean over `ratio` points.
+
+    spans (R, 2): low and high end in cells. Points more than a cell outside the map count as 0, as in torchvision.
+    """
+    low, high = spans[:, :1] - 0.5, spans[:, 1:] - 0.5
+    steps = (torch.arange(bins * ratio, device=spans.device, dtype=spans.dtype) + 0.5) / (bins * ratio)
+    points = low + (high - low) * steps
+    inside = ((points >= -1) & (points <= length)).to(spans.dtype)
+    cells = torch.arange(length, device=spans.device, dtype=spans.dtype)
+    weights = (1 - (points.clamp(0, length - 1)[:, :, None] - cells).abs()).clamp(min=0) * inside[:, :, None]
+    return weights.unflatten(1, (bins, ratio)).mean(dim=2)

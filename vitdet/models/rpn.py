@@ -1,0 +1,129 @@
+"""Region proposal network: objectness and box deltas for every anchor, the proposals, and the losses.
+
+Ren et al., Faster R-CNN (1506.01497); numbers as in detectron2's ViTDet configs.
+Letters: B images, L levels, A anchors a cell, N anchors of a level (h w A) or proposals, G ground truths.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torchvision.ops import batched_nms
+
+from vitdet.models import losses
+from vitdet.models.anchors import grid_anchors
+from vitdet.models.assign import BACKGROUND, Choose, choose_randomly, match, sample
+from vitdet.models.boxes import clip, decode, encode, nonempty, pairwise_iou
+from vitdet.models.layers import init_predictor
+from vitdet.types import Target
+
+WEIGHTS = (1.0, 1.0, 1.0, 1.0)  # of the box transform
+
+
+class Anchored(NamedTuple):
+    """What the head says of each level's anchors: logits (B, N), deltas (B, N, 4), anchors (N, 4)."""
+
+    logits: list[Tensor]
+    deltas: list[Tensor]
+    anchors: list[Tensor]
+
+
+class Proposals(NamedTuple):
+    """Boxes (N, 4) of one image, best first, and their objectness logits (N,)."""
+
+    boxes: Tensor
+    logits: Tensor
+
+
+class RPN(nn.Module):
+    """`strides` are those of the levels; an anchor's side is `anchor_scale` times its level's stride."""
+
+    def __init__(
+        self, *, channels: int, strides: Sequence[int], anchor_scale: float = 8.0,
+        aspect_ratios: Sequence[float] = (0.5, 1.0, 2.0), num_convs: int = 2, samples: int = 256,
+        positive_fraction: float = 0.5, iou_low: float = 0.3, iou_high: float = 0.7, nms_iou: float = 0.7,
+        pre_nms_train: int = 2000, pre_nms_test: int = 1000, post_nms_train: int = 1000, post_nms_test: int = 1000,
+        choose: Choose = choose_randomly,
+    ) -> None:
+        super().__init__()
+        self.strides, self.anchor_scale, self.aspect_ratios = list(strides), anchor_scale, tuple(aspect_ratios)
+        self.samples, self.positive_fraction, self.choose = samples, positive_fraction, choose
+        self.iou_low, self.iou_high, self.nms_iou = iou_low, iou_high, nms_iou
+        self.top_train, self.top_test = (pre_nms_train, post_nms_train), (pre_nms_test, post_nms_test)
+        self.convs = nn.ModuleList(nn.Conv2d(channels, channels, 3, padding=1) for _ in range(num_convs))
+        self.objectness = nn.Conv2d(channels, len(self.aspect_ratios), 1)
+        self.deltas = nn.Conv2d(channels, 4 * len(self.aspect_ratios), 1)
+        for conv in (*self.convs, self.objectness, self.deltas):
+            init_predictor(conv, std=0.01)
+
+    def forward(self, features: Sequence[Tensor]) -> Anchored:
+        """Maps (B, C, h, w), finest first -> logits and deltas of every anchor."""
+        maps = [self.head(feature) for feature in features]
+        grids = [(feature.shape[2], feature.shape[3]) for feature in features]
+        return Anchored(
+            [rearrange(logits, "b a h w -> b (h w a)") for logits, _ in maps],
+            [rearrange(deltas, "b (a d) h w -> b (h w a) d", d=4) for _, deltas in maps],
+            grid_anchors(grids, self.strides, self.anchor_scale, self.aspect_ratios, features[0].device),
+        )
+
+    def head(self, feature: Tensor) -> tuple[Tensor, Tensor]:
+        """One level's map (B, C, h, w) -> logits (B, A, h, w) and deltas (B, 4 A, h, w)."""
+        for conv in self.convs:
+            feature = F.relu(conv(feature))
+        return self.objectness(feature), self.deltas(feature)
+
+    @torch.no_grad()
+    def propose(self, found: Anchored, sizes: Tensor, top: tuple[int, int]) -> list[Proposals]:
+        """The best boxes of each image after NMS within levels, cut to its size.
+
+        sizes (B, 2) unpadded (height, width); top = boxes a level that enter NMS, boxes an image that leave it.
+        """
+        pre_nms, post_nms = top
+        boxes, scores, levels = [], [], []
+        for level, (logits, deltas, anchors) in enumerate(zip(*found, strict=True)):
+            best, index = logits.float().topk(min(pre_nms, logits.shape[1]), dim=1)
+            chosen = deltas.gather(1, index[:, :, None].expand(-1, -1, 4))
+            decoded = decode(anchors[index].flatten(0, 1), chosen.flatten(0, 1), WEIGHTS)
+            boxes.append(decoded.unflatten(0, index.shape))
+            scores.append(best)
+            levels.append(torch.full((index.shape[1],), level, device=index.device))
+        level_of = torch.cat(levels)
+        return [
+            self._suppress(image_boxes, image_scores, level_of, size, post_nms)
+            for image_boxes, image_scores, size in zip(torch.cat(boxes, 1), torch.cat(scores, 1), sizes, strict=True)
+        ]
+
+    def _suppress(self, boxes: Tensor, scores: Tensor, levels: Tensor, size: Tensor, post_nms: int) -> Proposals:
+        boxes = clip(boxes, size)
+        usable = boxes.isfinite().all(dim=1) & scores.isfinite() & nonempty(boxes)
+        boxes, scores, levels = boxes[usable], scores[usable], levels[usable]
+        keep = batched_nms(boxes, scores, levels, self.nms_iou)[:post_nms]
+        return Proposals(boxes[keep], scores[keep])
+
+    def sample(self, anchors: Tensor, target: Target) -> tuple[Tensor, Tensor, Tensor]:
+        """For one image: anchors' ground truths (N,), indices of the sampled foreground and background anchors."""
+        matched = match(pairwise_iou(target.boxes, anchors), self.iou_low, self.iou_high, keep_best=True)
+        return matched, *sample(matched, self.samples, self.positive_fraction, self.choose)
+
+    def losses(self, found: Anchored, targets: Sequence[Target]) -> dict[str, Tensor]:
+        """loss_rpn_cls over the sampled anchors, loss_rpn_loc over the foreground ones; both / (samples * B)."""
+        anchors = torch.cat(found.anchors)
+        all_logits, all_deltas = torch.cat(found.logits, 1), torch.cat(found.deltas, 1)
+        logits, truth, deltas, delta_targets = [], [], [], []
+        for image, target in enumerate(targets):
+            matched, positive, negative = self.sample(anchors, target)
+            chosen = torch.cat([positive, negative])
+            logits.append(all_logits[image, chosen])
+            truth.append(matched[chosen] > BACKGROUND)
+            deltas.append(all_deltas[image, positive])
+            delta_targets.append(encode(anchors[positive], target.boxes[matched[positive]], WEIGHTS))
+        count = self.samples * len(targets)
+        return {
+            "loss_rpn_cls": losses.objectness(torch.cat(logits), torch.cat(truth), count),
+            "loss_rpn_loc": losses.box_l1(torch.cat(deltas), torch.cat(delta_targets), count),
+        }

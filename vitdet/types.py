@@ -1,0 +1,139 @@
+"""The three records that cross module borders: `Target`, `Detections`, `Batch`, and the two forms of a mask.
+
+Boxes are xyxy in float pixels, half-open; sizes are (height, width); labels are 0..K-1; images are RGB.
+Letters: B images, G ground truths, N detections, E edges, K classes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+from typing import TYPE_CHECKING, TypeVar
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+Record = TypeVar("Record", "Polygons", "Bitmaps", "Target", "Detections", "Batch")
+
+
+def _to(record: Record, device: torch.device | str, non_blocking: bool) -> Record:
+    moved = {}
+    for field in fields(record):
+        value = getattr(record, field.name)
+        if isinstance(value, list):
+            moved[field.name] = [item.to(device, non_blocking) for item in value]
+        elif hasattr(value, "to"):
+            moved[field.name] = value.to(device, non_blocking=non_blocking)
+    return replace(record, **moved)
+
+
+@dataclass(frozen=True)
+class Polygons:
+    """Outlines of G objects as directed edges, edges (G, E, 4) float: x0, y0, x1, y1 in pixels of the canvas.
+
+    A point is inside where the winding number of the edges around it is not zero. All parts of an object turn
+    the same way, so overlapping parts unite. Rows are padded with zero edges, which no ray crosses.
+    """
+
+    edges: Tensor
+
+    def __len__(self) -> int:
+        return len(self.edges)
+
+    def __getitem__(self, index: Tensor | slice) -> Polygons:
+        return Polygons(self.edges[index])
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> Polygons:
+        return _to(self, device, non_blocking)
+
+
+@dataclass(frozen=True)
+class Bitmaps:
+    """Masks of G objects as pixels (G, H, W) bool on the canvas."""
+
+    pixels: Tensor
+
+    def __len__(self) -> int:
+        return len(self.pixels)
+
+    def __getitem__(self, index: Tensor | slice) -> Bitmaps:
+        return Bitmaps(self.pixels[index])
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> Bitmaps:
+        return _to(self, device, non_blocking)
+
+
+@dataclass(frozen=True)
+class Target:
+    """Ground truth of one image: boxes (G, 4) xyxy pixels of the canvas, labels (G,) int64, masks of G objects."""
+
+    boxes: Tensor
+    labels: Tensor
+    masks: Polygons | Bitmaps
+
+    def __len__(self) -> int:
+        return len(self.boxes)
+
+    def __getitem__(self, index: Tensor | slice) -> Target:
+        return Target(self.boxes[index], self.labels[index], self.masks[index])
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> Target:
+        return _to(self, device, non_blocking)
+
+
+@dataclass(frozen=True)
+class Detections:
+    """What was found in one image, best first.
+
+    boxes (N, 4) xyxy pixels, scores (N,) in 0..1, labels (N,) int64, masks (N, 28, 28) probabilities inside the box
+    (they are put onto the image by `vitdet.data.masks.paste`); class_names[label] is a label's name.
+    """
+
+    boxes: Tensor
+    scores: Tensor
+    labels: Tensor
+    masks: Tensor
+    class_names: tuple[str, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.boxes)
+
+    def __getitem__(self, index: Tensor | slice) -> Detections:
+        return Detections(
+            self.boxes[index], self.scores[index], self.labels[index], self.masks[index], self.class_names
+        )
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> Detections:
+        return _to(self, device, non_blocking)
+
+    @property
+    def names(self) -> list[str]:
+        """The class name of each detection."""
+        return [self.class_names[label] for label in self.labels.tolist()]
+
+    def draw(self, image: str | Image.Image | Tensor) -> Image.Image:
+        """The image (anything that `Predictor` takes) with boxes, masks, names and scores on it."""
+        from vitdet.predictor import draw
+
+        return draw(image, self)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """images (B, 3, H, W) uint8 on a square canvas, a target an image, sizes (B, 2) int64 (height, width) unpadded,
+    image_ids of the annotation file, originals (B, 2) int64 (height, width) of the files before any resize.
+    """
+
+    images: Tensor
+    targets: list[Target]
+    sizes: Tensor
+    image_ids: tuple[int, ...] = ()
+    originals: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
+        return _to(self, device, non_blocking)
