@@ -153,9 +153,9 @@ def colour_bins(pixels: np.ndarray) -> np.ndarray:
     return counts / max(counts.sum(), 1)
 
 
-def covered(annotations: list[dict], height: int, width: int) -> np.ndarray:
-    """The pixels (H, W) bool of any of the annotations."""
-    regions = [rle.decode(rle.frPyObjects(a["segmentation"], height, width)).any(axis=2) for a in annotations
+def covered(objects: list[dict], height: int, width: int) -> np.ndarray:
+    """The pixels (H, W) bool of any of the objects."""
+    regions = [rle.decode(rle.frPyObjects(a["segmentation"], height, width)).any(axis=2) for a in objects
                if not a["iscrowd"]]
     return np.any([np.zeros((height, width), dtype=bool), *regions], axis=0)
 
@@ -179,15 +179,15 @@ def components(picture: np.ndarray, ground: np.ndarray) -> list[np.ndarray]:
 def detect_by_colour(folder: Path) -> list[dict]:
     """COCO results: each component under each class, scored by the likeness of its colours to the class's mean."""
     known: dict[int, list[np.ndarray]] = {category: [] for category in CATEGORIES}
-    for picture, annotations, _ in pictures(folder, "train"):
-        for annotation in annotations:
+    for picture, objects, _ in pictures(folder, "train"):
+        for annotation in objects:
             if not annotation["iscrowd"]:
                 inside = covered([annotation], *picture.shape[:2])
                 known[annotation["category_id"]].append(colour_bins(picture[inside]))
     means = {category: np.mean(histograms, axis=0) for category, histograms in known.items()}
     results = []
-    for picture, annotations, number in pictures(folder, "val"):
-        for region in components(picture, ~covered(annotations, *picture.shape[:2])):
+    for picture, objects, number in pictures(folder, "val"):
+        for region in components(picture, ~covered(objects, *picture.shape[:2])):
             encoded = rle.encode(np.asfortranarray(region, dtype=np.uint8))
             likeness = {c: np.sqrt(colour_bins(picture[region]) * mean).sum() for c, mean in means.items()}
             total = sum(value**8 for value in likeness.values())
@@ -200,8 +200,8 @@ def detect_by_colour(folder: Path) -> list[dict]:
 def pictures(folder: Path, split: str) -> Iterator[tuple[np.ndarray, list[dict], int]]:
     document = read(folder, split)
     for entry in document["images"]:
-        annotations = [a for a in document["annotations"] if a["image_id"] == entry["id"]]
-        yield np.asarray(Image.open(folder / split / entry["file_name"])), annotations, entry["id"]
+        objects = [a for a in document["annotations"] if a["image_id"] == entry["id"]]
+        yield np.asarray(Image.open(folder / split / entry["file_name"])), objects, entry["id"]
 
 
 def average_precision(folder: Path, results: list[dict], kind: str, classes: bool) -> float:
