@@ -1,0 +1,194 @@
+"""The stages of dvc.yaml under the real DVC, with a program of a few lines in place of the command line: what runs
+again after what, and what an experiment, a wrong setting and a killed training leave behind.
+"""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).parents[1]
+STAGES = ["config", "data", "weights", "train", "evaluate", "register"]
+RECIPE = "vitdet/recipes/tiny.yaml"
+STUB = '''#!{python}
+import json, os, sys, time
+from pathlib import Path
+sys.path.insert(0, {root!r})
+from vitdet.config import load_config, save_config, to_dict
+
+verb, *rest = sys.argv[1:]
+positions = [word for i, word in enumerate(rest) if not word.startswith("--") and (i == 0 or rest[i - 1][:2] != "--")]
+options = {{name: Path(value) for name, value in zip(rest, rest[1:]) if name.startswith("--")}}
+with open("ran.txt", "a") as log:
+    print(verb, file=log)
+output = options.get("--output", Path(positions[-1]))
+output.parent.mkdir(parents=True, exist_ok=True)
+if verb == "config":
+    try:
+        save_config(load_config(positions[0]), output)
+    except ValueError as error:
+        sys.exit(str(error))
+elif verb == "data":
+    output.mkdir()
+    (output / "image").write_text("image")
+elif verb == "weights":
+    output.write_text("weights")
+elif verb == "train":
+    config = load_config(positions[0])
+    output.mkdir()
+    progress = options["--checkpoints"] / "step"
+    progress.parent.mkdir(exist_ok=True)
+    start = int(progress.read_text()) if progress.exists() else 0
+    for step in range(start + 1, config.optim.steps + 1):
+        time.sleep(float(os.environ.get("SECONDS_A_STEP", "0")))
+        progress.with_suffix(".tmp").write_text(str(step))
+        progress.with_suffix(".tmp").replace(progress)
+    with open("ran.txt", "a") as log:
+        print(f"from {{start}} to {{config.optim.steps}}", file=log)
+    (output / "model.pt").write_text(json.dumps(to_dict(config)))
+elif verb == "evaluate":
+    config, model = load_config(options["--config"]), json.loads(Path(positions[0]).read_text())
+    ap = 10 + model["optim"]["clip"] + config.evaluate.nms_iou
+    output.write_text(json.dumps({{"box_ap": ap, "mask_ap": ap}}))
+    for name in ("--pictures", "--plots"):
+        options[name].mkdir()
+    (options["--plots"] / "curve.json").write_text(json.dumps([{{"recall": r / 4, "precision": ap}} for r in range(5)]))
+    (options["--plots"] / "classes.json").write_text(json.dumps([{{"class": "star", "box_ap": ap}}]))
+else:
+    output.write_text("{{}}")
+'''
+
+
+class Project:
+    """A git repository with the real dvc.yaml and a stub of the command line."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __call__(self, *words: str, ok: bool = True, **environment: str) -> str:
+        """What the command says; the verbs that it ran are in `ran`."""
+        (self.folder / "ran.txt").unlink(missing_ok=True)
+        done = subprocess.run(words, cwd=self.folder, env=self.environment(**environment), text=True,
+                              stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=120)
+        assert (done.returncode == 0) == ok, done.stdout
+        return done.stdout
+
+    def environment(self, **more: str) -> dict[str, str]:
+        """No settings of the user's git or DVC; the stub and this interpreter's tools before all others."""
+        path = os.pathsep.join([str(self.folder / "bin"), str(Path(sys.executable).parent), os.environ["PATH"]])
+        return {**os.environ, "PATH": path, "HOME": str(self.folder / "home"), "GIT_CONFIG_GLOBAL": os.devnull,
+                "GIT_CONFIG_NOSYSTEM": "1", "GIT_AUTHOR_NAME": "a", "GIT_AUTHOR_EMAIL": "a@b",
+                "GIT_COMMITTER_NAME": "a", "GIT_COMMITTER_EMAIL": "a@b", **more}
+
+    @property
+    def ran(self) -> list[str]:
+        """The verbs of the last command, in order."""
+        log = self.folder / "ran.txt"
+        return log.read_text().splitlines() if log.exists() else []
+
+    @property
+    def changed(self) -> str:
+        """The tracked files that differ from HEAD."""
+        return self("git", "status", "--porcelain", "--untracked-files=no")
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Project:
+    """A project after `make demo`."""
+    folder = tmp_path_factory.mktemp("project")
+    project = Project(folder)
+    for name in (".dvc/config", ".dvc/.gitignore", ".dvcignore", ".gitignore", "dvc.yaml"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        shutil.copy(ROOT / name, folder / name)
+    (folder / ".gitignore").write_text((folder / ".gitignore").read_text() + "/ran.txt\n/bin/\n/home/\n")
+    for stage in yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"].values():
+        for name in stage.get("deps", []):
+            if not name.startswith("work/"):
+                code = folder / name if name.endswith((".py", ".yaml")) else folder / name / "code.py"
+                code.parent.mkdir(parents=True, exist_ok=True)
+                code.write_text("code\n")
+    (folder / RECIPE).write_text("# a comment\noptim: {lr: 1e-3, steps: 20}\n")
+    stub = folder / "bin" / "vitdet"
+    stub.parent.mkdir()
+    stub.write_text(STUB.format(python=sys.executable, root=str(ROOT)))
+    stub.chmod(0o755)
+    project("git", "init", "--quiet", "--initial-branch", "main")
+    project("git", "add", ".")
+    project("git", "commit", "--quiet", "--message", "start")
+    project("dvc", "repro")
+    assert [word for word in project.ran if word in STAGES] == STAGES
+    project("dvc", "exp", "save", "--force", "--name", "demo")
+    return project
+
+
+@pytest.fixture
+def project(finished: Project, tmp_path: Path) -> Project:
+    """A copy of the finished project that a test may change."""
+    shutil.copytree(finished.folder, tmp_path / "project", symlinks=True)
+    return Project(tmp_path / "project")
+
+
+def test_a_second_repro_runs_nothing_and_the_demo_changes_no_tracked_file(project: Project) -> None:
+    start = time.monotonic()
+    project("dvc", "repro")
+    assert time.monotonic() - start < 5
+    assert project.ran == []
+    assert project.changed == ""
+
+
+def test_an_experiment_sets_what_the_recipe_does_not_name_and_keeps_the_data(project: Project) -> None:
+    project("dvc", "exp", "run", "--name", "clipped", "-S", f"{RECIPE}:++optim.clip=0.5")
+    assert project.ran == ["config", "train", "from 0 to 20", "evaluate", "register"]
+    table = json.loads(project("dvc", "metrics", "diff", "demo", "clipped", "--json"))
+    assert table["work/metrics.json"]["box_ap"]["diff"] == pytest.approx(0.5)
+    curve = json.loads(project("dvc", "plots", "diff", "demo", "clipped", "--json"))["data"]
+    assert any("demo" in str(plot) and "clipped" in str(plot) for plot in curve.values())
+    project("git", "restore", RECIPE)
+    project("dvc", "repro")
+    assert project.ran == []  # the demo's results come back from the cache
+    assert json.loads((project.folder / "work/metrics.json").read_text())["box_ap"] == pytest.approx(10.5)
+
+
+def test_a_setting_of_the_evaluation_trains_nothing(project: Project) -> None:
+    project("dvc", "exp", "run", "-S", f"{RECIPE}:++evaluate.nms_iou=0.7")
+    assert project.ran == ["config", "evaluate", "register"]
+    assert json.loads((project.folder / "work/metrics.json").read_text())["box_ap"] == pytest.approx(10.7)
+
+
+def test_edited_code_runs_its_stages(project: Project) -> None:
+    (project.folder / "vitdet/models/code.py").write_text("edited")
+    project("dvc", "repro")
+    assert project.ran == ["train", "from 0 to 20", "evaluate"]  # the stub's model and AP are the same: no registration
+
+
+@pytest.mark.parametrize(("setting", "says"), [("optim.lrr=1", "lrr"), ("optim.lr=fast", "optim.lr")])
+def test_a_wrong_setting_stops_before_anything_else_runs(project: Project, setting: str, says: str) -> None:
+    said = project("dvc", "exp", "run", "-S", f"{RECIPE}:++{setting}", ok=False)
+    assert project.ran == ["config"]
+    assert says in said
+    assert "Traceback" not in said
+
+
+def test_a_killed_training_goes_on_where_it_was(project: Project) -> None:
+    (project.folder / RECIPE).write_text("optim: {lr: 2e-3, steps: 20}\n")
+    (project.folder / "ran.txt").unlink(missing_ok=True)
+    process = subprocess.Popen(["dvc", "repro"], cwd=project.folder, start_new_session=True, stdout=subprocess.DEVNULL,
+                               stderr=subprocess.DEVNULL, env=project.environment(SECONDS_A_STEP="0.2"))
+    progress = project.folder / "work/checkpoints/step"
+    deadline = time.monotonic() + 60
+    while not (progress.exists() and progress.read_text() > "4") and time.monotonic() < deadline:
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    reached = int(progress.read_text())
+    assert 0 < reached < 20
+    project("dvc", "repro")
+    assert project.ran == ["train", f"from {reached} to 20", "evaluate", "register"]
+    assert not progress.exists()
