@@ -31,9 +31,8 @@ SHIP_SECONDS = 3.0  # between shipments
 BACK_OFF_SECONDS = 30.0  # longest pause after failures
 CLOSE_SECONDS = 20.0  # longest wait at the end; what is not shipped by then stays in the journal
 BATCH = 1000  # points a request: MLflow's limit
-# MLflow's own defaults make a request to a dead server wait for four minutes.
-HTTP = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1",
-        "MLFLOW_HTTP_REQUEST_TIMEOUT": "15", "MLFLOW_DISABLE_TELEMETRY": "true"}
+# MLflow's own defaults make a request to a dead server wait for four minutes; here everything is tried again anyway.
+HTTP = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0", "MLFLOW_HTTP_REQUEST_TIMEOUT": "15", "MLFLOW_DISABLE_TELEMETRY": "true"}
 REFUSED = {"INVALID_PARAMETER_VALUE", "BAD_REQUEST"}  # sending the same again cannot help
 
 
@@ -129,6 +128,26 @@ def log_metrics(run_id: str, uri: str, folder: Path, values: dict[str, float], s
     return journal.run_id
 
 
+def connect(run_id: str | None, uri: str, folder: Path) -> tuple[MlflowClient, str | None]:
+    """(client of the server in use, MLflow's id of the run), after everything that the run's journal holds is there.
+
+    Raises ConnectionError where the server does not answer, LookupError where it does not have the run.
+    """
+    uri = tracking_uri(uri, folder)
+    try:
+        client = _client(uri)
+        client.search_experiments(max_results=1)
+    except Exception as error:  # of MLflow, its HTTP client or a database
+        raise ConnectionError(f"{uri}: no answer from MLflow ({str(error).splitlines()[0][:200]}); start the server, "
+                              "or set MLFLOW_TRACKING_URI to one that runs") from error
+    if run_id is None:
+        return client, None
+    shipper = _Shipper(find(folder, run_id), uri)
+    run_id = shipper.attach(client)
+    shipper.deliver(CLOSE_SECONDS)
+    return client, run_id
+
+
 def tracking_uri(uri: str, folder: Path) -> str:
     """The server in use: the environment's MLFLOW_TRACKING_URI, else `uri`, else FOLDER/mlflow.db."""
     return os.environ.get("MLFLOW_TRACKING_URI") or uri or f"sqlite:///{Path(folder).resolve() / 'mlflow.db'}"
@@ -177,9 +196,14 @@ class _Shipper:
             self._answers = True
         return True
 
-    def _ship(self, client: MlflowClient) -> None:
+    def attach(self, client: MlflowClient) -> str:
+        """The run's id on the server, where it is made if it is not there. Raises what MLflow's client raises."""
         if self._run_id is None:
             self._run_id = self._known(client) or self._create(client)
+        return self._run_id
+
+    def _ship(self, client: MlflowClient) -> None:
+        self.attach(client)
         for records, end in self.journal.batches(BATCH):
             self._send(client, records)
             self.journal.move(self._run_id, end)
@@ -189,19 +213,20 @@ class _Shipper:
 
         run_id, _ = self.journal.cursor()
         try:
-            return client.get_run(run_id).info.run_id if run_id else None
+            if run_id is None or client.get_run(run_id).info.lifecycle_stage == "active":
+                return run_id
         except MlflowException as error:
             if error.error_code != "RESOURCE_DOES_NOT_EXIST":
                 raise
-            log.warning("tracking: %s has no run %s; a new one gets all that the journal holds", self.uri, run_id)
-            return None
+        log.warning("tracking: %s has no run %s; a new one gets all that the journal holds", self.uri, run_id)
+        return None
 
     def _create(self, client: MlflowClient) -> str:
         from mlflow.entities import Dataset, DatasetInput, InputTag, Param
 
         start = self.journal.start()
         if start is None:
-            raise LookupError(f"no such run there, and {self.journal.path} does not say what it was")
+            raise LookupError(f"{self.uri} has no such run, and {self.journal.path.parent} does not say what it was")
         experiment = client.get_experiment_by_name(start["experiment"])
         place = (self.journal.folder / "mlartifacts").as_uri() if self.uri.startswith("sqlite:") else None
         experiment_id = experiment.experiment_id if experiment else client.create_experiment(start["experiment"], place)
