@@ -3,7 +3,7 @@
 # make ui      MLflow in the browser: the demo's runs and models
 # make lint    ruff
 # make lock    renews requirements.lock: the newest versions that the ranges in pyproject.toml allow
-# make clean   removes what the others made: the environment, the work folder, DVC's cache and experiments
+# make clean   removes what the others made: the environment, the work folder, DVC's cache and lock
 #
 # Each first makes the environment (.venv) when it is missing or older than requirements.lock or pyproject.toml.
 # Another interpreter: make demo PYTHON=python3.12
@@ -29,7 +29,8 @@ test: $(READY)
 ui: $(READY)
 	@test -f $(WORK)/mlflow.db || { echo "$(WORK)/mlflow.db is missing: run make demo first" >&2; exit 1; }
 	@echo "MLflow at http://127.0.0.1:$(PORT) until Ctrl-C; another port: make ui PORT=5001"
-	mlflow server --backend-store-uri sqlite:///$(WORK)/mlflow.db --host 127.0.0.1 --port $(PORT) --workers 1
+	mlflow server --backend-store-uri sqlite:///$(WORK)/mlflow.db --artifacts-destination $(WORK)/mlartifacts \
+	  --host 127.0.0.1 --port $(PORT) --workers 1
 
 lint: $(READY)
 	ruff check .
@@ -53,7 +54,7 @@ $(READY): requirements.lock pyproject.toml
 	touch $@
 
 clean:
-	rm -rf .venv $(WORK) .dvc/cache .dvc/tmp build *.egg-info
+	rm -rf .venv $(WORK) .dvc/cache .dvc/tmp dvc.lock build *.egg-info
 
 define SUMMARY
 import json, pathlib, sys

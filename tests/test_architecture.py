@@ -4,6 +4,7 @@ import ast
 import re
 import subprocess
 import sys
+import tomllib
 from functools import cache
 from pathlib import Path
 
@@ -102,6 +103,17 @@ def test_a_foreign_package_has_one_place(package: str) -> None:
         if not name_of(path).startswith(ONLY_IN[package]):
             found = {module for module in imports(path) if module.split(".")[0] == package}
             assert not found, f"{name_of(path)} imports {package}; only {', '.join(ONLY_IN[package])} may"
+
+
+@pytest.mark.parametrize("path", [path for path in SOURCES if PACKAGE in path.parents], ids=name_of)
+def test_detection_needs_the_core_dependencies_only(path: Path) -> None:
+    if name_of(path) in ONLY_IN["mlflow"]:
+        return  # these come with the extra `tracking`
+    declared = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
+    packages = {re.match(r"[\w-]+", requirement)[0] for requirement in declared}
+    modules = {{"pillow": "PIL", "pyyaml": "yaml"}.get(package, package) for package in packages}
+    used = {module.split(".")[0] for module in imports(path)} - sys.stdlib_module_names - {"vitdet"}
+    assert used <= modules, f"{name_of(path)} imports {', '.join(used - modules)}"
 
 
 def test_of_timm_only_the_layers_are_used() -> None:
