@@ -1,4 +1,7 @@
-"""`python -m tests.parity DIR...`: hold our numbers against golden cases; exit code 1 when one is out of tolerance."""
+"""`python -m tests.parity DIR...`: hold our numbers against golden cases; exit code 1 when one is out of tolerance.
+
+Every kind of case is computed first, from its inputs alone, and then compared with its stored results.
+"""
 
 from __future__ import annotations
 
@@ -6,29 +9,45 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any, NamedTuple
 
-from tests.parity import detector, dynamics, resize, unit
+from tests.parity import compare_detector, detector, dynamics, resize, unit
 from tests.parity.report import Report
 
-# What tells a case's kind: the files that it consists of.
-KINDS: tuple[tuple[str, Callable[[Path, Report], None]], ...] = (
-    ("state_dict.npz", detector.check), ("unit.npz", unit.check), ("io.npz", resize.check),
-    ("losses.json", dynamics.check),
+
+class Kind(NamedTuple):
+    """A kind of case: the file that tells it, computing from the inputs, comparing with the results."""
+
+    file: str
+    compute: Callable[[Path], Any]
+    compare: Callable[[Path, Any, Report], None]
+
+
+KINDS = (
+    Kind("state_dict.npz", detector.compute, compare_detector.compare),
+    Kind("unit.npz", unit.compute, unit.compare),
+    Kind("io.npz", resize.compute, resize.compare),
+    Kind("losses.json", dynamics.compute, dynamics.compare),
 )
+
+
+def kind_of(folder: Path) -> Kind:
+    """The kind of a case folder. Raises ValueError for any other folder."""
+    for kind in KINDS:
+        if (folder / kind.file).exists():
+            return kind
+    raise ValueError(f"none of {', '.join(kind.file for kind in KINDS)} in {folder}")
 
 
 def run(folder: Path) -> Report:
     """The report of one case folder; what cannot be read or run is a failure of it."""
     report = Report(str(folder))
-    for file, check in KINDS:
-        if (folder / file).exists():
-            try:
-                check(folder, report)
-            except Exception as error:  # a broken case must not hide the others
-                traceback.print_exc()
-                report.out("the case", f"stopped by {type(error).__name__}: {error}")
-            return report
-    report.out("the case", f"none of {', '.join(file for file, _ in KINDS)} in this folder")
+    try:
+        kind = kind_of(folder)
+        kind.compare(folder, kind.compute(folder), report)
+    except Exception as error:  # whatever it is: a broken case must not hide the others
+        traceback.print_exc()
+        report.out("the case", f"stopped by {type(error).__name__}: {error}")
     return report
 
 
@@ -39,9 +58,12 @@ def main(folders: Sequence[str]) -> int:
         return 2
     failures = 0
     for folder in folders:
+        if Path(folder).is_file():  # `.../golden/*` names the README too
+            print(f"{folder}: skipped, a file and not a case folder")
+            continue
         report = run(Path(folder))
         print(report.title, *report.lines, sep="\n")
-        print(f"{report.title}: {'all hold' if report.failures == 0 else f'{report.failures} out'}")
+        print(f"{report.title}: {'all hold' if report.failures == 0 else f'{report.failures} out'}", flush=True)
         failures += report.failures
     return 1 if failures else 0
 

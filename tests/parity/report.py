@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -27,16 +28,27 @@ class Report:
         if ours.shape != theirs.shape:
             self.out(name, f"shape {ours.shape}, expected {theirs.shape}")
             return
-        error = np.abs(ours.astype(np.float64) - theirs.astype(np.float64))
-        allowed = absolute + relative * np.abs(theirs.astype(np.float64))
-        worst = np.unravel_index(np.argmax(np.nan_to_num(error - allowed, nan=np.inf)), error.shape) if error.size else None
-        holds = worst is None or bool(error[worst] <= allowed[worst])
-        figure = f"error {error[worst]:.3g}  tolerance {allowed[worst]:.3g}" if worst is not None else "empty"
-        self.line(name, figure, holds)
+        if not ours.size:
+            self.line(name, "empty, as expected", True)
+            return
+        with np.errstate(invalid="ignore"):
+            error = np.nan_to_num(np.abs(ours - theirs), nan=np.inf)
+        allowed = np.nan_to_num(absolute + relative * np.abs(theirs), nan=0.0, posinf=0.0)
+        worst = np.unravel_index(np.argmax(error - allowed), error.shape)
+        error, allowed = float(error[worst]), float(allowed[worst])
+        self.line(name, f"error {error:.3g}  tolerance {allowed:.3g}", error <= allowed)
 
-    def equal(self, name: str, ours: np.ndarray | Tensor, theirs: np.ndarray) -> None:
+    def equal(self, name: str, ours: np.ndarray | Tensor | float, theirs: np.ndarray) -> None:
         """The same numbers in the same order."""
         self.close(name, ours, theirs, 0.0)
+
+    def names(self, name: str, ours: Iterable[str], theirs: Iterable[str]) -> None:
+        """The same names, in any order."""
+        self.seen.add(name)
+        ours, theirs = set(ours), set(theirs)
+        differing = sorted(ours ^ theirs)
+        text = f"{len(ours & theirs)} in both, {len(differing)} in one only"
+        self.line(name, f"{text}: {', '.join(differing[:3])}" if differing else text, not differing)
 
     def at_least(self, name: str, value: float, bound: float) -> None:
         """A score, such as an IoU, that must reach a bound."""
@@ -58,7 +70,7 @@ class Report:
         self.failures += not holds
         self.lines.append(f"  {'ok  ' if holds else 'OUT '}  {name}: {text}")
 
-    def all_seen(self, names: list[str]) -> None:
+    def all_seen(self, names: Iterable[str]) -> None:
         """Every stored quantity must have been compared or skipped by name."""
         for name in names:
             if name not in self.seen:
@@ -66,4 +78,4 @@ class Report:
 
 
 def _array(value: np.ndarray | Tensor | float) -> np.ndarray:
-    return value.detach().cpu().numpy() if isinstance(value, Tensor) else np.asarray(value)
+    return np.asarray(value.detach().cpu().numpy() if isinstance(value, Tensor) else value).astype(np.float64)

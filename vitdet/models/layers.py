@@ -1,4 +1,4 @@
-"""Two convolutions that every part of the detector uses.
+"""What several parts of the detector use: two convolutions, initial weights, precision and scale of tensors.
 
 Letters: B images, C channels.
 """
@@ -61,6 +61,11 @@ def init_predictor(module: nn.Linear | nn.Conv2d, std: float) -> None:
     """Normal with the given deviation, bias 0."""
     nn.init.normal_(module.weight, std=std)
     nn.init.zeros_(module.bias)
+
+
+def at_least_float32(x: Tensor) -> Tensor:
+    """Half precision becomes float32; float32 and float64 stay what they are."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def scale_gradient(x: Tensor, scale: float) -> Tensor:

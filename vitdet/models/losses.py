@@ -1,4 +1,4 @@
-"""The loss functions, in float32: sums over a selection divided by a count, so that an empty selection gives 0.
+"""The loss functions, in at least float32: sums over a selection divided by a count, so an empty selection gives 0.
 
 Letters: R boxes or RoIs, K classes (label K is the background), F classes that the federated loss looks at.
 """
@@ -9,10 +9,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from vitdet.models.layers import at_least_float32
+
 
 def classification(logits: Tensor, labels: Tensor) -> Tensor:
     """Mean softmax cross-entropy of logits (R, K + 1) and labels (R,) in 0..K."""
-    return F.cross_entropy(logits.float(), labels, reduction="sum") / max(len(labels), 1)
+    return F.cross_entropy(at_least_float32(logits), labels, reduction="sum") / max(len(labels), 1)
 
 
 def federated_classes(labels: Tensor, weights: Tensor, num: int, draw: bool = True) -> Tensor:
@@ -33,25 +35,28 @@ def federated_classes(labels: Tensor, weights: Tensor, num: int, draw: bool = Tr
 def federated_classification(logits: Tensor, labels: Tensor, classes: Tensor) -> Tensor:
     """Sigmoid cross-entropy of logits (R, K + 1) over the chosen classes (F,), summed, divided by R."""
     num_classes = logits.shape[1] - 1
-    truth = F.one_hot(labels, num_classes + 1)[:, :num_classes].float()
-    chosen = torch.zeros(num_classes + 1, device=logits.device).index_fill(0, classes, 1.0)[:num_classes]
-    loss = F.binary_cross_entropy_with_logits(logits[:, :num_classes].float(), truth, reduction="none")
+    logits = at_least_float32(logits[:, :num_classes])
+    truth = F.one_hot(labels, num_classes + 1)[:, :num_classes].to(logits.dtype)
+    chosen = logits.new_zeros(num_classes + 1).index_fill(0, classes, 1.0)[:num_classes]
+    loss = F.binary_cross_entropy_with_logits(logits, truth, reduction="none")
     return (loss * chosen).sum() / max(len(labels), 1)
 
 
 def objectness(logits: Tensor, truth: Tensor, count: int) -> Tensor:
     """Binary cross-entropy of logits (R,) and truth (R,) bool, summed, divided by `count`."""
-    return F.binary_cross_entropy_with_logits(logits.float(), truth.float(), reduction="sum") / count
+    logits = at_least_float32(logits)
+    return F.binary_cross_entropy_with_logits(logits, truth.to(logits.dtype), reduction="sum") / count
 
 
 def box_l1(deltas: Tensor, targets: Tensor, count: int) -> Tensor:
     """Absolute differences of deltas (R, 4), summed, divided by `count`."""
-    return (deltas.float() - targets).abs().sum() / max(count, 1)
+    return (at_least_float32(deltas) - targets).abs().sum() / max(count, 1)
 
 
 def mask_bce(logits: Tensor, targets: Tensor) -> Tensor:
     """Mean binary cross-entropy over logits (R, s, s) and targets (R, s, s)."""
-    loss = F.binary_cross_entropy_with_logits(logits.float(), targets.float(), reduction="sum")
+    logits = at_least_float32(logits)
+    loss = F.binary_cross_entropy_with_logits(logits, targets.to(logits.dtype), reduction="sum")
     return loss / max(targets.numel(), 1)
 
 

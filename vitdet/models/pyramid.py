@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from torch import Tensor, nn
 from timm.layers import LayerNorm2d
+from torch import Tensor, nn
 
 from vitdet.models.layers import NORM_EPS, ConvNorm, Deconv2x2
 

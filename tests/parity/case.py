@@ -1,0 +1,127 @@
+"""What a detector's golden case puts in: config, weights, images and ground truth; nothing of its stored results.
+
+The published samplers draw at random; the cases replace that by `evenly` (their README says so).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from vitdet.data.masks import edges
+from vitdet.models.box_head import BoxHead
+from vitdet.models.detector import Detector
+from vitdet.models.losses import FederatedClassification, SoftmaxClassification
+from vitdet.models.mask_head import MaskHead
+from vitdet.models.pyramid import SimpleFeaturePyramid
+from vitdet.models.roi_heads import RoIHeads
+from vitdet.models.rpn import RPN
+from vitdet.models.vit import ViT
+from vitdet.types import Bitmaps, Polygons, Target
+from vitdet.weights.convert import DETECTRON2, rename, to_ours
+
+
+def evenly(candidates: Tensor, num: int) -> Tensor:
+    """`num` candidates at the positions floor(i M / num): the cases' stand-in for a random draw."""
+    return candidates[torch.arange(num) * len(candidates) // max(num, 1)]
+
+
+def build(config: dict) -> Detector:
+    """The detector that a case's config.json describes; the odds of classes come with its weights."""
+    stages = 3 if config["cascade"] else 1
+    classes, channels, depth = config["num_classes"], config["out_channels"], config["depth"]
+    backbone = ViT(
+        dim=config["embed_dim"], depth=depth, heads=config["num_heads"], patch_size=config["patch_size"],
+        global_blocks=[i for i in range(depth) if i not in config["window_block_indexes"]],
+        window_size=config["window_size"], pos_embed_grid=config["pretrain_img_size"] // config["patch_size"],
+        rel_pos_size=config["img_size"], residual_blocks=config["residual_block_indexes"],
+    )
+    pyramid = SimpleFeaturePyramid(backbone.out_channels, channels, backbone.stride)
+    if config["lvis"]:
+        num = config["fed_loss_num_classes"]
+        classification: nn.Module = FederatedClassification(torch.ones(classes), num, draw=False)
+    else:
+        classification = SoftmaxClassification(classes)
+    scale = config["anchor_sizes"][0][0] / pyramid.strides[0]
+    heads = [
+        BoxHead(channels=channels, num_convs=4, fc_dim=config["fc_dim"], num_classes=classes, class_agnostic=stages > 1)
+        for _ in range(stages)
+    ]
+    return Detector(
+        backbone=backbone,
+        pyramid=pyramid,
+        rpn=RPN(
+            channels=channels, strides=pyramid.strides, anchor_scale=scale, samples=config["rpn_batch"],
+            pre_nms_train=config["pre_nms_topk"][0], pre_nms_test=config["pre_nms_topk"][1],
+            post_nms_train=config["post_nms_topk"][0], post_nms_test=config["post_nms_topk"][1], choose=evenly,
+        ),
+        roi_heads=RoIHeads(
+            stages=heads, mask=MaskHead(channels=channels, num_convs=4, num_classes=classes),
+            classification=classification, strides=pyramid.strides[:4], ious=(0.5, 0.6, 0.7)[:stages],
+            samples=config["roi_batch"], score_threshold=config["score_thresh"], max_detections=config["test_topk"],
+            choose=evenly,
+        ),
+    )
+
+
+@dataclass
+class Case:
+    """The detector with its weights, images on the canvas, and ground truth as bitmaps and as polygons."""
+
+    config: dict
+    weights: dict[str, np.ndarray]
+    detector: Detector
+    images: Tensor
+    sizes: Tensor
+    bitmaps: list[Target]
+    polygons: list[Target]
+    truth: list[dict]
+    inputs: dict[str, np.ndarray]
+
+    @staticmethod
+    def read(folder: Path) -> Case:
+        """Reads config.json, state_dict.npz, inputs.npz and ground_truth.json, and nothing else."""
+        config = json.loads((folder / "config.json").read_text())
+        truth = json.loads((folder / "ground_truth.json").read_text())
+        inputs, weights = load(folder / "inputs.npz"), load(folder / "state_dict.npz")
+        detector = build(config)
+        detector.load_state_dict(to_ours({k: torch.from_numpy(v) for k, v in weights.items()}, DETECTRON2))
+        side, count = config["square_pad"], len(truth)
+        images, sizes = torch.zeros(count, 3, side, side, dtype=torch.uint8), []
+        bitmaps, polygons = [], []
+        for i in range(count):
+            pixels = torch.from_numpy(inputs[f"image{i}"]).permute(2, 0, 1)
+            height, width = pixels.shape[1:]
+            images[i, :, :height, :width] = pixels
+            sizes.append((height, width))
+            boxes, labels, masks = read_target(inputs, i, height, width)
+            bitmaps.append(Target(boxes, labels, Bitmaps(masks)))
+            polygons.append(Target(boxes, labels, Polygons(edges(truth[i]["polygons"], height, width))))
+        return Case(config, weights, detector, images, torch.tensor(sizes), bitmaps, polygons, truth, inputs)
+
+    def their_names(self) -> dict[str, str]:
+        """Our name -> their name of every parameter."""
+        ours = {rename(name, DETECTRON2): name for name in reversed(self.weights)}
+        return {name: ours[name] for name, _ in self.detector.named_parameters()}
+
+
+def read_target(inputs: dict[str, np.ndarray], i: int, height: int, width: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Boxes (G, 4), labels (G,), masks (G, height, width) of image i; an image without objects may have no arrays."""
+    boxes = inputs.get(f"gt_boxes{i}", np.zeros((0, 4), np.float32))
+    labels = inputs.get(f"gt_classes{i}", np.zeros(0, np.int64))
+    masks = inputs.get(f"gt_masks{i}", np.zeros((0, height, width), bool))
+    shapes = (boxes.reshape(-1, 4), labels.reshape(-1), masks.reshape(-1, height, width))
+    boxes, labels, masks = (torch.from_numpy(array) for array in shapes)
+    return boxes.float(), labels.long(), masks.bool()
+
+
+def load(path: Path, wanted: Callable[[str], bool] = lambda name: True) -> dict[str, np.ndarray]:
+    """The arrays of an npz file whose names are wanted; the others are not read."""
+    with np.load(path) as file:
+        return {name: file[name] for name in file.files if wanted(name)}
