@@ -6,7 +6,7 @@ What a position of the training stream becomes depends on (seed, position) alone
 from __future__ import annotations
 
 import hashlib
-import signal
+import os
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import islice
@@ -174,6 +174,5 @@ def _processes(workers: int) -> dict:
 
 
 def _start_worker(worker: int) -> None:
-    """A worker ends when its parent does: a signal to the whole group must not take the parent's next batch away."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """A signal to the group of the training process must not take its next batch away: it ends its workers itself."""
+    os.setpgrp()

@@ -69,6 +69,8 @@ def read_coco(annotations: Path | str, images: Path | str) -> CocoSplit:
         categories = _by_id(content["categories"], "category")
         heads = _by_id(content["images"], "image")
         _by_id(content["annotations"], "annotation")
+        for head in content["images"]:
+            _check_size(head)
         category_ids = tuple(sorted(categories))
         label_of = {category: label for label, category in enumerate(category_ids)}
         found: dict[int, list[dict]] = {image_id: [] for image_id in heads}
@@ -132,6 +134,12 @@ def _by_id(items: list[dict], kind: str) -> dict[int, dict]:
     return table
 
 
+def _check_size(head: dict) -> None:
+    height, width = head["height"], head["width"]
+    if not (isinstance(height, int) and isinstance(width, int) and height > 0 and width > 0):
+        raise ValueError(f"image {head['id']}: height and width must be positive whole numbers, got {height}, {width}")
+
+
 def _judge(annotation: dict, heads: dict[int, dict], label_of: dict[int, int]) -> str:
     """Why training leaves the object out ('': it does not); ValueError for what no annotation may be."""
     name = f"annotation {annotation['id']}"
@@ -170,11 +178,8 @@ def _check_segmentation(segmentation: list | dict, head: dict, name: str) -> Non
 
 
 def _record(head: dict, annotations: list[dict], label_of: dict[int, int], images: Path) -> Record:
-    height, width = head["height"], head["width"]
-    if not (isinstance(height, int) and isinstance(width, int) and height > 0 and width > 0):
-        raise ValueError(f"image {head['id']}: height and width must be positive whole numbers, got {height}, {width}")
     boxes = np.array([annotation["bbox"] for annotation in annotations], np.float32).reshape(-1, 4)
     boxes[:, 2:] += boxes[:, :2]
     labels = np.array([label_of[annotation["category_id"]] for annotation in annotations], np.int64)
     outlines = [annotation["segmentation"] for annotation in annotations]
-    return Record(head["id"], images / head["file_name"], height, width, boxes, labels, outlines)
+    return Record(head["id"], images / head["file_name"], head["height"], head["width"], boxes, labels, outlines)

@@ -1,0 +1,187 @@
+"""The affine moves pixels, outlines and boxes together, and follows the published pipeline's arithmetic."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from vitdet.data.masks import edges, pad_edges
+from vitdet.data.transforms import (
+    Affine,
+    change_colors,
+    fit,
+    jitter,
+    pad,
+    resize_and_pad,
+    resize_longest,
+    visible_boxes,
+)
+
+GOLDEN = Path(__file__).parent / "golden" / "test_resize" / "io.npz"
+
+
+def _noise(height: int, width: int, seed: int = 0) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8))
+
+
+def _rectangle(x0: float, y0: float, x1: float, y1: float) -> list:
+    return [[x0, y0, x1, y0, x1, y1, x0, y1]]
+
+
+def _draw(seed: int, source: tuple[int, int] = (90, 140), canvas: int = 128, **settings: object) -> Affine:
+    return jitter(np.random.default_rng(seed), source, canvas, **settings)
+
+
+def test_test_time_resize_equals_detectron2_to_the_byte() -> None:
+    golden = np.load(GOLDEN)
+    for index in range(8):
+        assert np.array_equal(resize_longest(golden[f"in{index}"], 128), golden[f"out{index}"])
+
+
+def test_pad_puts_the_image_top_left() -> None:
+    canvas, size = resize_and_pad(np.full((20, 50, 3), 9, np.uint8), 64)
+    assert canvas.shape == (3, 64, 64) and size == (26, 64)
+    assert (canvas[:, :26] == 9).all() and not canvas[:, 26:].any()
+    assert fit((1, 1000), 64) == (1, 64)
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_a_rectangle_is_where_its_box_says(seed: int) -> None:
+    image = np.zeros((90, 140, 3), np.uint8)
+    image[30:60, 50:100] = 255
+    affine = _draw(seed, scale_range=(0.5, 2.0), transpose=0.5)
+    seen = affine.pixels(Image.fromarray(image))
+    assert seen.shape[:2] == affine.size
+    outline = edges([_rectangle(50, 30, 100, 60)], 90, 140).numpy()
+    boxes, keep = visible_boxes(affine.edges(outline), affine.size)
+    rows, columns = np.nonzero(seen[:, :, 0] > 127)
+    if not keep[0]:
+        assert len(rows) == 0
+        return
+    found = [columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]
+    assert np.abs(boxes[0] - found).max() <= 0.75  # half a pixel of rounding and the blur of the resize
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_crop_before_resize_equals_resize_then_crop(seed: int) -> None:
+    image = _noise(90, 140, seed)
+    affine = _draw(seed, scale_range=(1.2, 2.0), transpose=0.5)
+    slow = image
+    if affine.transpose:
+        slow = slow.transpose(Image.Transpose.TRANSPOSE)
+    if affine.flip:
+        slow = slow.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    slow = np.asarray(slow.resize(affine.scaled[::-1], Image.Resampling.BILINEAR)).astype(int)
+    (top, left), (height, width) = affine.offset, affine.size
+    difference = affine.pixels(image) - slow[top : top + height, left : left + width]
+    assert abs(difference).max() <= 1
+
+
+def test_jitter_follows_the_published_arithmetic() -> None:
+    for seed in range(50):
+        draws = np.random.default_rng(seed).random(7)
+        affine = _draw(seed, source=(480, 640), canvas=1024)
+        scale = 0.1 + 1.9 * draws[2]
+        factor = min(1024 * scale / 480, 1024 * scale / 640)
+        assert affine.scaled == (int(np.round(480 * factor)), int(np.round(640 * factor)))
+        assert affine.offset == tuple(int(np.round(draws[3] * max(side - 1024, 0))) for side in affine.scaled)
+        assert affine.size == tuple(min(side, 1024) for side in affine.scaled)
+        assert affine.flip == (draws[1] < 0.5) and not affine.transpose and affine.colors == (1, 1, 1)
+
+
+def test_settings_do_not_shift_each_others_draws() -> None:
+    plain, changed = _draw(5), _draw(5, color_jitter=0.3)
+    assert (plain.scaled, plain.offset, plain.flip) == (changed.scaled, changed.offset, changed.flip)
+    assert all(0.7 <= factor <= 1.3 for factor in changed.colors) and len(set(changed.colors)) == 3
+    assert _draw(5, flip=0).flip is False and _draw(5, flip=1).flip is True
+
+
+def _only(**changes: bool) -> Affine:
+    return Affine(source=(30, 50), scaled=(50, 30) if changes.get("transpose") else (30, 50), offset=(0, 0),
+                  size=(50, 30) if changes.get("transpose") else (30, 50), **changes)
+
+
+@pytest.mark.parametrize("name", ["flip", "transpose"])
+def test_flip_and_transpose_twice_are_the_identity(name: str) -> None:
+    image, outline = _noise(30, 50), edges([[[3, 4, 20, 5, 11, 29]]], 30, 50).numpy()
+    affine = _only(**{name: True})
+    once = affine.pixels(image)
+    back = affine if name == "flip" else Affine((50, 30), (30, 50), (0, 0), (30, 50), transpose=True)
+    assert np.array_equal(back.pixels(Image.fromarray(once)), np.asarray(image))
+    assert not np.array_equal(affine.edges(outline), outline)
+    assert np.allclose(back.edges(affine.edges(outline)), outline)
+
+
+def test_flip_mirrors_boxes_and_pixels() -> None:
+    image, outline = _noise(30, 50), edges([_rectangle(3, 4, 20, 29)], 30, 50).numpy()
+    affine = _only(flip=True)
+    assert np.array_equal(affine.pixels(image), np.asarray(image)[:, ::-1])
+    assert visible_boxes(affine.edges(outline), (30, 50))[0].tolist() == [[30, 4, 47, 29]]
+    assert np.array_equal(_only(transpose=True).pixels(image), np.asarray(image).swapaxes(0, 1))
+    assert visible_boxes(_only(transpose=True).edges(outline), (50, 30))[0].tolist() == [[4, 3, 29, 20]]
+
+
+def _clip_polygon(points: list[tuple[float, float]], width: float, height: float) -> list[tuple[float, float]]:
+    """Sutherland-Hodgman, one side of the window after the other."""
+    for axis, bound, sign in ((0, 0, 1), (0, width, -1), (1, 0, 1), (1, height, -1)):
+        kept = []
+        for a, b in zip(points, points[1:] + points[:1], strict=True):
+            da, db = sign * (a[axis] - bound), sign * (b[axis] - bound)
+            if da >= 0:
+                kept.append(a)
+            if da * db < 0:
+                t = da / (da - db)
+                kept.append((a[0] + t * (b[0] - a[0]), a[1] + t * (b[1] - a[1])))
+        points = kept
+    return points
+
+
+def test_boxes_are_those_of_the_clipped_polygons() -> None:
+    rng = np.random.default_rng(0)
+    polygons = []
+    for _ in range(300):  # star-shaped: no side crosses another
+        center, turns = rng.uniform(-10, 50, 2), np.sort(rng.uniform(0, 2 * np.pi, rng.integers(3, 9)))
+        polygons.append(center + rng.uniform(1, 60, (len(turns), 1)) * np.stack([np.cos(turns), np.sin(turns)], axis=1))
+    outlines = edges([[polygon.ravel().tolist()] for polygon in polygons], 30, 40).numpy()
+    boxes, keep = visible_boxes(outlines, (30, 40))
+    seen = 0
+    for polygon, box, kept in zip(polygons, boxes, keep, strict=True):
+        clipped = np.array(_clip_polygon([tuple(point) for point in polygon], 40, 30)).reshape(-1, 2)
+        if len(clipped) and (np.ptp(clipped, axis=0) > 1e-3).all():
+            assert kept
+            assert np.allclose(box, [*clipped.min(axis=0), *clipped.max(axis=0)], atol=1e-3)
+            seen += 1
+        elif len(clipped) == 0:
+            assert not kept
+    assert 150 < seen < 300
+
+
+def test_an_outline_around_the_window_fills_it_and_one_outside_is_dropped() -> None:
+    outlines = edges([_rectangle(-5, -5, 100, 100), _rectangle(50, 5, 60, 9), [[-30, 0, 0, -30, -30, -30]],
+                      _rectangle(40, 0, 45, 30), _rectangle(5, 5, 9, 5)], 30, 40).numpy()
+    boxes, keep = visible_boxes(outlines, (30, 40))
+    assert keep.tolist() == [True, False, False, False, False]  # the fourth only touches, the fifth is flat
+    assert boxes[0].tolist() == [0, 0, 40, 30]
+    assert visible_boxes(pad_edges([]), (30, 40))[0].shape == (0, 4)
+
+
+def test_padding_edges_stay_zero() -> None:
+    outlines = edges([_rectangle(1, 1, 9, 9), [[1, 1, 5, 1, 3, 7]]], 30, 50).numpy()
+    moved = Affine((30, 50), (60, 100), (10, 20), (30, 40), flip=True).edges(outlines)
+    assert outlines.shape == moved.shape == (2, 4, 4) and not moved[1, 3].any() and moved[0].any(axis=1).all()
+
+
+def test_colors_equal_the_steps_one_after_the_other() -> None:
+    image = Image.fromarray(np.random.default_rng(0).integers(80, 150, (20, 30, 3), np.uint8))  # nothing saturates
+    luma = np.array([0.299, 0.587, 0.114])
+    expected = 1.1 * np.asarray(image).astype(float)
+    expected = 0.8 * expected + 0.2 * (expected @ luma).mean()
+    expected = 1.2 * expected - 0.2 * (expected @ luma)[..., None]
+    assert abs(np.asarray(change_colors(image, 1.1, 0.8, 1.2)) - expected).max() <= 1.5
+    assert change_colors(image, 1, 1, 1) is image
+
+
+def test_pad_keeps_every_byte() -> None:
+    image = np.asarray(_noise(5, 7))
+    assert np.array_equal(pad(image, 8)[:, :5, :7].transpose(1, 2, 0), image)
