@@ -12,7 +12,6 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 from pycocotools import mask as rle
 from torch import Tensor
 
@@ -40,8 +39,13 @@ def outline(segmentation: list | dict, height: int, width: int) -> np.ndarray:
     """The directed edges (E, 4) of one object: of its polygons, or of the pixels of its RLE."""
     if isinstance(segmentation, dict):
         pixels = decode(segmentation, height, width)
+        rows, columns = (np.flatnonzero(pixels.any(axis=axis)) for axis in (1, 0))
+        if len(rows) == 0:
+            return np.zeros((0, 4))
+        top, left = rows[0], columns[0]
+        pixels = pixels[top : rows[-1] + 1, left : columns[-1] + 1]
         across = _steps(pixels.T)[:, [3, 2, 1, 0]]  # axes exchanged, and turned round so that the outline closes
-        return np.concatenate([_steps(pixels), across])
+        return np.concatenate([_steps(pixels), across]) + np.array([left, top, left, top])
     return np.concatenate([_closed(part) for part in segmentation])
 
 
@@ -61,8 +65,8 @@ def decode(segmentation: list | dict, height: int, width: int) -> np.ndarray:
 
 def encode(bitmaps: Tensor) -> list[dict]:
     """COCO's compressed RLE dicts (counts as str, ready for JSON) of bitmaps (N, H, W) bool."""
-    columns = bitmaps.to(torch.uint8).transpose(1, 2).contiguous().cpu().numpy()  # pycocotools reads columns
-    encoded = rle.encode(rearrange(columns, "n w h -> h w n"))
+    pixels = bitmaps.cpu().numpy().view(np.uint8)
+    encoded = [rle.encode(np.asfortranarray(one)) for one in pixels]  # one by one: the copy stays in the cache
     return [{"size": [int(side) for side in one["size"]], "counts": one["counts"].decode("ascii")} for one in encoded]
 
 
