@@ -326,11 +326,11 @@ def _build(kind: type, tree: object, prefix: str):  # noqa: ANN202 - an instance
 
 
 def _convert(hint: type, value: object, key: str) -> object:
-    wrong = ValueError(f"{key}: expected {_describe(hint)}, got {value!r}")
     if get_origin(hint) is Literal:
         if value not in get_args(hint):
             raise ValueError(f"{key}: expected one of {', '.join(map(str, get_args(hint)))}, got {value!r}")
         return value
+    wrong = ValueError(f"{key}: expected {_describe(hint)}, got {value!r}")
     if get_origin(hint) is tuple:
         item, *rest = get_args(hint)
         if not isinstance(value, list | tuple) or (rest != [Ellipsis] and len(value) != 1 + len(rest)):
@@ -358,6 +358,6 @@ def _convert(hint: type, value: object, key: str) -> object:
 def _describe(hint: type) -> str:
     if get_origin(hint) is tuple:
         item, *rest = get_args(hint)
-        count = "" if rest == [Ellipsis] else f"{1 + len(rest)} "
-        return f"a list of {count}x {_describe(item)}".replace("x ", "", 1)
+        count = "values" if rest == [Ellipsis] else f"{1 + len(rest)} values"
+        return f"a list of {count}, each {_describe(item)}"
     return {int: "a whole number", float: "a number", str: "text", bool: "true or false"}[hint]

@@ -1,0 +1,77 @@
+"""What a person sees while a training runs: one line that changes on a terminal, plain lines in a log."""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+from typing import Protocol, TextIO
+
+
+class Tracker(Protocol):
+    """What `Progress` passes everything on to; see `vitdet.tracking`."""
+
+    run_id: str | None
+
+    def log(self, values: dict[str, float], step: int) -> None:
+        """Takes figures of a step."""
+
+    def artifact(self, path: Path, folder: str = "") -> None:
+        """Takes a file."""
+
+    def close(self, status: str = "FINISHED") -> None:
+        """Ends the run."""
+
+
+class Progress:
+    """A tracker that shows the figures and passes them on. `steps` is the length of the training."""
+
+    def __init__(self, tracker: Tracker, steps: int, start: int, stream: TextIO | None = None) -> None:
+        self.tracker, self.steps = tracker, steps
+        self.stream = stream or sys.stderr
+        self.begin, self.since = start, time.perf_counter()
+        self.changing = False
+
+    @property
+    def run_id(self) -> str | None:
+        """That of the tracker behind."""
+        return self.tracker.run_id
+
+    def log(self, values: dict[str, float], step: int) -> None:
+        """Shows losses, images/s and time left, or an evaluation's AP."""
+        self.tracker.log(values, step)
+        if "box_ap" in values:
+            text = f"step {step}/{self.steps}  box AP {values['box_ap']:.1f}  mask AP {values.get('mask_ap', 0):.1f}"
+            self.line(text, keep=True)
+            return
+        losses = "  ".join(f"{name.removeprefix('loss_')} {value:.3f}" for name, value in values.items()
+                           if name.startswith("loss_"))
+        left = (time.perf_counter() - self.since) / max(step - self.begin, 1) * (self.steps - step)
+        self.line(f"step {step}/{self.steps}  loss {values['loss']:.3f} ({losses})  "
+                  f"{values['images_per_second']:.1f} images/s  {clock(left)} left", keep=False)
+
+    def artifact(self, path: Path, folder: str = "") -> None:
+        """Passed on."""
+        self.tracker.artifact(path, folder)
+
+    def close(self, status: str = "FINISHED") -> None:
+        """Passed on; the changing line ends."""
+        if self.changing:
+            print(file=self.stream, flush=True)
+        self.changing = False
+        self.tracker.close(status)
+
+    def line(self, text: str, keep: bool) -> None:
+        """Shows a line: on a terminal in the place of the one before, unless that is to be kept."""
+        if not self.stream.isatty():
+            print(text, file=self.stream, flush=True)
+            return
+        print(f"\r\x1b[2K{text}", end="\n" if keep else "", file=self.stream, flush=True)
+        self.changing = not keep
+
+
+def clock(seconds: float) -> str:
+    """3725 -> '1:02:05', 65 -> '1:05'."""
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"

@@ -1,0 +1,96 @@
+"""Files of a training: the state to go on from, and the finished detector. Plain data and tensors, no code.
+
+A file is written under another name and renamed when it is whole, so that a full disk or a kill leaves the old one.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import re
+import zipfile
+from pathlib import Path
+
+import torch
+
+from vitdet.config import Config, from_dict
+from vitdet.models import Detector, build_detector
+
+FORMAT = "vitdet detector, version 1"
+STATE = "vitdet training state, version 1"
+
+
+def save(path: Path, content: dict) -> None:
+    """Writes plain data and tensors, all or nothing. Raises OSError with one clear line when the disk is full."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            torch.save(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except (OSError, RuntimeError) as error:
+        # torch reports a failed write as RuntimeError, the operating system's own words in it
+        raise OSError(f"{path}: could not be written ({error}); free some space and run the same command again, "
+                      "it goes on from the last whole checkpoint") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def load(path: Path, expected: str) -> dict:
+    """Reads a file of ours without running code from it.
+
+    Raises FileNotFoundError, and ValueError when it is cut off or something else than `expected`.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such checkpoint; expected the model.pt that `vitdet train` wrote")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, zipfile.BadZipFile, KeyError) as error:
+        raise ValueError(f"{path}: not a whole vitdet checkpoint ({str(error).splitlines()[0][:120]})") from error
+    if not isinstance(content, dict) or content.get("format") != expected:
+        found = content.get("format") if isinstance(content, dict) else type(content).__name__
+        raise ValueError(f"{path}: expected a {expected!r} file, got {found!r}")
+    return content
+
+
+def load_model_file(path: str | Path) -> dict:
+    """{config, class_names, model, run_id, step, dataset_digest} of a finished detector; raises as `load` does."""
+    return load(Path(path), FORMAT)
+
+
+def restore_detector(path: str | Path) -> tuple[Detector, Config, tuple[str, ...]]:
+    """The detector of a checkpoint (on the CPU, in evaluation mode), its config and its class names."""
+    content = load_model_file(path)
+    config = from_dict(content["config"])
+    detector = build_detector(config.model, config.evaluate)
+    try:
+        detector.load_state_dict(content["model"])
+    except RuntimeError as error:
+        raise ValueError(f"{path}: its weights do not fit its config: {' '.join(str(error).split())[:300]}") from error
+    return detector.eval(), config, tuple(content["class_names"])
+
+
+class Checkpoints:
+    """The training states in a folder, of which the last `keep` stay."""
+
+    def __init__(self, folder: Path, keep: int) -> None:
+        self.folder, self.keep = folder, keep
+
+    def save(self, step: int, content: dict) -> Path:
+        """Writes the state after `step` steps and removes those that are too old."""
+        path = self.folder / f"step_{step:08d}.pt"
+        save(path, {"format": STATE, "step": step, **content})
+        for old in self.all()[: -self.keep]:
+            old.unlink()
+        return path
+
+    def all(self) -> list[Path]:
+        """The whole states, oldest first."""
+        return sorted(p for p in self.folder.glob("step_*.pt") if re.fullmatch(r"step_\d{8}\.pt", p.name))
+
+    def latest(self) -> dict | None:
+        """The newest state, or None; raises as `load` does."""
+        states = self.all()
+        return load(states[-1], STATE) if states else None

@@ -1,0 +1,110 @@
+"""Parameter groups with layer-wise decay, AdamW, the learning-rate schedule, and the average of the weights.
+
+Layer-wise decay: Clark et al., ELECTRA (2003.10555), as BEiT and detectron2's ViTDet use it; AdamW: 1711.05101.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import defaultdict
+
+import torch
+from torch import Tensor, nn
+
+from vitdet.config import OptimConfig
+
+
+def parameter_groups(detector: nn.Module, settings: OptimConfig) -> list[dict]:
+    """Groups {params, names, lr, lr_scale, weight_decay}; each trained parameter is in exactly one.
+
+    Block i of n learns with lr * layer_decay ** (n - i), what stands before the blocks with layer_decay ** (n + 1),
+    the rest with lr. The blocks' LayerNorms and the position embedding are not decayed, unless decay_norms.
+    """
+    depth = len(detector.backbone.blocks)
+    # Exactly nn.LayerNorm, as in detectron2: the channel norms of pyramid and heads are another class, and decay.
+    norms = {name for name, module in detector.named_modules() if type(module) is nn.LayerNorm}
+    groups: dict[tuple[float, float], dict] = defaultdict(lambda: {"params": [], "names": []})
+    for name, parameter in detector.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        exempt = name.rpartition(".")[0] in norms or name == "backbone.pos_embed"
+        decay = 0.0 if exempt and not settings.decay_norms else settings.weight_decay
+        scale = settings.layer_decay ** (depth + 1 - layer_of(name, depth))
+        groups[scale, decay]["params"].append(parameter)
+        groups[scale, decay]["names"].append(name)
+    return [
+        {**group, "lr": settings.lr * scale, "lr_scale": scale, "weight_decay": decay}
+        for (scale, decay), group in groups.items()
+    ]
+
+
+def layer_of(name: str, depth: int) -> int:
+    """0 for what stands before the blocks, i + 1 for block i, depth + 1 for the rest (detectron2: get_vit_lr_decay_rate)."""
+    if name.startswith(("backbone.pos_embed", "backbone.patch_embed")):
+        return 0
+    block = re.match(r"backbone\.blocks\.(\d+)\.", name)
+    return int(block.group(1)) + 1 if block and ".residual." not in name else depth + 1
+
+
+def build_optimizer(detector: nn.Module, settings: OptimConfig) -> torch.optim.AdamW:
+    """AdamW over the parameter groups."""
+    groups = [{k: v for k, v in group.items() if k != "names"} for group in parameter_groups(detector, settings)]
+    return torch.optim.AdamW(groups, betas=(0.9, 0.999), eps=1e-8, fused=True)
+
+
+def lr_factor(step: int, settings: OptimConfig) -> float:
+    """What the learning rate is multiplied by at a step (0-based): warm-up, then drops to a tenth or half a cosine."""
+    warmup = 1.0
+    if step < settings.warmup_steps:
+        warmup = settings.warmup_factor + (1 - settings.warmup_factor) * step / settings.warmup_steps
+    if settings.schedule == "cosine":
+        return warmup * 0.5 * (1 + math.cos(math.pi * step / settings.steps))
+    return warmup * 0.1 ** sum(step >= round(fraction * settings.steps) for fraction in settings.milestones)
+
+
+def set_lr(optimizer: torch.optim.Optimizer, step: int, settings: OptimConfig) -> float:
+    """Sets every group's rate for a step and gives the rate of what has no layer-wise decay."""
+    lr = settings.lr * lr_factor(step, settings)
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group["lr_scale"]
+    return lr
+
+
+class WeightAverage:
+    """Exponential moving average of a model's weights (Polyak; 0 decay: the weights themselves).
+
+    The decay grows from 0 so that the first steps do not weigh on the average.
+    """
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        self.decay = decay
+        self.source = dict(model.named_parameters())
+        self.weights = {name: p.detach().clone() for name, p in self.source.items()} if decay > 0 else {}
+
+    @torch.no_grad()
+    def update(self, step: int) -> None:
+        """Moves the average towards the weights after step `step` (0-based)."""
+        if self.weights:
+            decay = min(self.decay, (1 + step) / (10 + step))
+            torch._foreach_lerp_(list(self.weights.values()), [p.detach() for p in self.source.values()], 1 - decay)
+
+    @torch.no_grad()
+    def swap(self) -> None:
+        """Exchanges the average and the model's weights; a second call puts them back."""
+        for name, average in self.weights.items():
+            weight = self.source[name]
+            held = weight.detach().clone()
+            weight.copy_(average)
+            average.copy_(held)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The average by parameter name."""
+        return self.weights
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Raises ValueError for other names than the model's."""
+        if set(state) != set(self.weights):
+            raise ValueError("the stored weight average belongs to another model")
+        for name, average in self.weights.items():
+            average.copy_(state[name])
