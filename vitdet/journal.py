@@ -131,7 +131,10 @@ class Journal:
     def locked(self) -> Iterator[None]:
         """While one process ships; raises BlockingIOError in the others."""
         with open(self.path, "rb") as file:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise BlockingIOError("another process is sending them") from error
             yield
 
 

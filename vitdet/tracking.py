@@ -4,7 +4,7 @@ Everything is first a line of a journal on disk (`vitdet.journal`), which takes 
 in batches. So a server that is slow, dead or not there yet costs training nothing: what waits is sent when it answers
 again, at the end, or by the next process that opens the run. Nothing is logged twice: a step that the journal holds is
 not journaled again, and where a shipment's fate is unknown (a failed request, an earlier process) the server is asked
-for what it has. Only this module and `vitdet.serving` import mlflow; both know nothing of training.
+for what it has. Only this module and `vitdet.serving` import mlflow.
 """
 
 from __future__ import annotations
@@ -32,7 +32,8 @@ BACK_OFF_SECONDS = 30.0  # longest pause after failures
 CLOSE_SECONDS = 20.0  # longest wait at the end; what is not shipped by then stays in the journal
 BATCH = 1000  # points a request: MLflow's limit
 # MLflow's own defaults make a request to a dead server wait for four minutes; here everything is tried again anyway.
-HTTP = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0", "MLFLOW_HTTP_REQUEST_TIMEOUT": "15", "MLFLOW_DISABLE_TELEMETRY": "true"}
+CLIENT = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0", "MLFLOW_HTTP_REQUEST_TIMEOUT": "15",
+          "MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false"}
 REFUSED = {"INVALID_PARAMETER_VALUE", "BAD_REQUEST"}  # sending the same again cannot help
 
 
@@ -69,7 +70,7 @@ class MLflowTracker(Tracker):
     def log(self, values: dict[str, float], step: int) -> None:
         points = {key: float(value) for key, value in values.items() if step > self._last.get(key, -1)}
         if points:
-            self._last.update(dict.fromkeys(points, step))
+            self._last |= dict.fromkeys(points, step)
             self._journal.append({"points": points, "step": step})
 
     def artifact(self, path: Path, folder: str = "") -> None:
@@ -95,20 +96,20 @@ class MLflowTracker(Tracker):
 
 
 def start_run(*, uri: str, folder: Path, experiment: str, name: str, params: dict[str, bool | int | float | str],
-              tags: dict[str, str], dataset: dict[str, str], run_id: str | None = None,
-              resume_step: int = 0) -> Tracker:
+              tags: dict[str, str], dataset: dict[str, str], run_id: str | None = None, resume_step: int = 0
+              ) -> Tracker:
     """A tracker of a new run, or of the run `run_id` (MLflow's id or a pending one), which goes on at `resume_step`.
 
     `uri` '' means a sqlite file in `folder`; the environment's MLFLOW_TRACKING_URI wins. dataset: name, digest, source.
     A run that the server does not know becomes a new one with everything that the journal holds.
     """
-    revision = git_revision()
-    tags = {"mlflow.source.name": "vitdet train", "mlflow.source.type": "LOCAL", **tags,
-            **({"git_revision": revision, "mlflow.source.git.commit": revision[:40]} if revision else {})}
+    tags = {"mlflow.source.name": "vitdet train", "mlflow.source.type": "LOCAL", **tags}
+    if revision := git_revision():
+        tags |= {"git_revision": revision, "mlflow.source.git.commit": revision[:40]}
     journal = find(folder, run_id)
     if journal.start() is None:
-        journal.append({"start": {"experiment": experiment, "name": name, "params": params, "tags": tags,
-                                  "dataset": dataset}})
+        what = {"experiment": experiment, "name": name, "params": params, "tags": tags, "dataset": dataset}
+        journal.append({"start": what})
     if run_id is not None:
         journal.append({"resume": resume_step})
     return MLflowTracker(journal, tracking_uri(uri, folder))
@@ -116,10 +117,7 @@ def start_run(*, uri: str, folder: Path, experiment: str, name: str, params: dic
 
 def log_metrics(run_id: str, uri: str, folder: Path, values: dict[str, float], step: int,
                 artifacts: dict[Path, str] | None = None) -> str:
-    """Adds values and files ({path: folder}) to a run after its training; the same value again is not repeated.
-
-    Returns MLflow's run id or the pending one. Where the server does not answer, the journal keeps them for later.
-    """
+    """Adds values and files ({path: folder}) to a run after its training, where it does not have them; its id."""
     journal = find(folder, run_id)
     journal.append({"points": {key: float(value) for key, value in values.items()}, "step": step, "renew": True})
     for path, place in (artifacts or {}).items():
@@ -129,7 +127,7 @@ def log_metrics(run_id: str, uri: str, folder: Path, values: dict[str, float], s
 
 
 def connect(run_id: str | None, uri: str, folder: Path) -> tuple[MlflowClient, str | None]:
-    """(client of the server in use, MLflow's id of the run), after everything that the run's journal holds is there.
+    """(client of the server in use, MLflow's id of the run), after all that the run's journal holds is there.
 
     Raises ConnectionError where the server does not answer, LookupError where it does not have the run.
     """
@@ -138,14 +136,21 @@ def connect(run_id: str | None, uri: str, folder: Path) -> tuple[MlflowClient, s
         client = _client(uri)
         client.search_experiments(max_results=1)
     except Exception as error:  # of MLflow, its HTTP client or a database
-        raise ConnectionError(f"{uri}: no answer from MLflow ({str(error).splitlines()[0][:200]}); start the server, "
-                              "or set MLFLOW_TRACKING_URI to one that runs") from error
+        raise ConnectionError(f"{uri}: no answer from MLflow ({_line(error)}); start the server, or set "
+                              "MLFLOW_TRACKING_URI to one that runs") from error
     if run_id is None:
         return client, None
     shipper = _Shipper(find(folder, run_id), uri)
-    run_id = shipper.attach(client)
+    shipper.attach(client)
     shipper.deliver(CLOSE_SECONDS)
-    return client, run_id
+    return client, shipper.journal.run_id
+
+
+def experiment_id(client: MlflowClient, uri: str, folder: Path, name: str) -> str:
+    """The id of the experiment; a new one in a sqlite file keeps its artifacts in FOLDER/mlartifacts."""
+    found = client.get_experiment_by_name(name)
+    place = (Path(folder).resolve() / "mlartifacts").as_uri() if uri.startswith("sqlite:") else None
+    return found.experiment_id if found else client.create_experiment(name, place)
 
 
 def tracking_uri(uri: str, folder: Path) -> str:
@@ -157,11 +162,9 @@ def git_revision() -> str | None:
     """The commit of the working directory's repository, with `-dirty` where tracked files differ; None without one."""
     if shutil.which("git") is None:
         return None
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True)
-    if commit.returncode != 0:
-        return None
-    changes = subprocess.run(["git", "status", "--porcelain", "--untracked-files=no"], capture_output=True, text=True)
-    return commit.stdout.strip() + ("-dirty" if changes.stdout.strip() else "")
+    commit, changes = (subprocess.run(["git", *words], capture_output=True, text=True).stdout.strip() for words in
+                       (["rev-parse", "--verify", "-q", "HEAD"], ["status", "--porcelain", "--untracked-files=no"]))
+    return commit + ("-dirty" if changes else "") if commit else None
 
 
 class _Shipper:
@@ -185,22 +188,21 @@ class _Shipper:
                 self._run_id, self._held = None, {}  # the server may or may not have what was on its way
                 if self._answers:
                     log.warning("tracking: %s does not take the run's points (%s); they wait in %s", self.uri,
-                                (str(error).splitlines() or [repr(error)])[0][:200], self.journal.path)
+                                _line(error), self.journal.path)
                     self._answers = False
                 if time.monotonic() + pause > deadline:
                     return False
                 time.sleep(pause)
                 pause = min(2 * pause, BACK_OFF_SECONDS)
         if not self._answers:
-            log.warning("tracking: %s answers again and has all points", self.uri)
             self._answers = True
+            log.warning("tracking: %s answers again and has all points", self.uri)
         return True
 
-    def attach(self, client: MlflowClient) -> str:
-        """The run's id on the server, where it is made if it is not there. Raises what MLflow's client raises."""
+    def attach(self, client: MlflowClient) -> None:
+        """Finds the run on the server, or makes it. Raises what MLflow's client raises."""
         if self._run_id is None:
             self._run_id = self._known(client) or self._create(client)
-        return self._run_id
 
     def _ship(self, client: MlflowClient) -> None:
         self.attach(client)
@@ -209,14 +211,12 @@ class _Shipper:
             self.journal.move(self._run_id, end)
 
     def _known(self, client: MlflowClient) -> str | None:
-        from mlflow import MlflowException
-
         run_id, _ = self.journal.cursor()
         try:
             if run_id is None or client.get_run(run_id).info.lifecycle_stage == "active":
                 return run_id
-        except MlflowException as error:
-            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+        except Exception as error:
+            if getattr(error, "error_code", None) != "RESOURCE_DOES_NOT_EXIST":
                 raise
         log.warning("tracking: %s has no run %s; a new one gets all that the journal holds", self.uri, run_id)
         return None
@@ -227,26 +227,21 @@ class _Shipper:
         start = self.journal.start()
         if start is None:
             raise LookupError(f"{self.uri} has no such run, and {self.journal.path.parent} does not say what it was")
-        experiment = client.get_experiment_by_name(start["experiment"])
-        place = (self.journal.folder / "mlartifacts").as_uri() if self.uri.startswith("sqlite:") else None
-        experiment_id = experiment.experiment_id if experiment else client.create_experiment(start["experiment"], place)
+        place = experiment_id(client, self.uri, self.journal.folder, start["experiment"])
         tags = {**start["tags"], "journal": self.journal.key}
-        made = client.search_runs([experiment_id], f"tags.journal = '{self.journal.key}'", max_results=1)
-        run_id = (made[0] if made else client.create_run(experiment_id, start["time"], tags, start["name"])).info.run_id
+        made = client.search_runs([place], f"tags.journal = '{self.journal.key}'")
+        run_id = (made[0] if made else client.create_run(place, start["time"], tags, start["name"])).info.run_id
         self._held = {} if made else None  # made: an earlier request arrived, though its answer did not
         params = [Param(key, str(value)[:6000]) for key, value in start["params"].items()]
         for first in range(0, len(params), 100):  # MLflow's limits
             client.log_batch(run_id, params=params[first:first + 100])
         if data := start["dataset"]:
-            source = json.dumps({"uri": data["source"]})
-            client.log_inputs(run_id, [DatasetInput(Dataset(data["name"], data["digest"][:36], "local", source),
-                                                    [InputTag("mlflow.data.context", "training")])])
+            data = Dataset(data["name"], data["digest"][:36], "local", json.dumps({"uri": data["source"]}))
+            client.log_inputs(run_id, [DatasetInput(data, [InputTag("mlflow.data.context", "training")])])
         self.journal.move(run_id, 0)
         return run_id
 
     def _send(self, client: MlflowClient, records: list[dict]) -> None:
-        from mlflow import MlflowException
-
         record = records[0]
         try:
             if "points" in record:
@@ -259,8 +254,8 @@ class _Shipper:
                 client.set_tag(self._run_id, "resumed_at_step", record["resume"])
             elif "end" in record:
                 client.set_terminated(self._run_id, record["end"], record["time"])
-        except MlflowException as error:
-            if error.error_code not in REFUSED:
+        except Exception as error:
+            if getattr(error, "error_code", None) not in REFUSED:
                 raise
             names = {name for record in records for name in record.get("points", ())} - self._refused
             if len(names) > 1:  # one bad name must not take its neighbours along
@@ -281,7 +276,6 @@ class _Shipper:
             client.log_batch(self._run_id, metrics[first:first + BATCH])
 
     def _has(self, client: MlflowClient, key: str, step: int, value: float | None) -> bool:
-        """Whether the run holds a point of this name and step (and value, where one is given)."""
         if self._held is None:
             return False
         if key not in self._held:
@@ -289,9 +283,13 @@ class _Shipper:
         return step in self._held[key] and value in (None, self._held[key][step])
 
 
+def _line(error: Exception) -> str:
+    return (str(error).splitlines() or [repr(error)])[0][:200]
+
+
 @cache
 def _client(uri: str) -> MlflowClient:
-    for key, value in HTTP.items():
+    for key, value in CLIENT.items():
         os.environ.setdefault(key, value)
     from mlflow import MlflowClient
 

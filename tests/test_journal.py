@@ -1,0 +1,79 @@
+"""The journal of a run, without a server."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from vitdet.journal import PENDING, Journal, find, journals
+
+
+def filled(folder: Path, steps: int) -> Journal:
+    journal = find(folder, None)
+    for step in range(steps):
+        journal.append({"points": {"loss": step / 2, "lr": 0.1}, "step": step})
+    return journal
+
+
+def test_a_run_is_found_by_either_name(tmp_path: Path) -> None:
+    journal, _ = filled(tmp_path, 1), filled(tmp_path, 1)
+    assert find(tmp_path, journal.run_id).key == journal.key
+    pending = journal.run_id
+    journal.move("abc", 0)
+    assert journal.run_id == "abc" and pending == PENDING + journal.key
+    assert find(tmp_path, "abc").key == find(tmp_path, pending).key == journal.key
+    assert find(tmp_path, "unknown").key != journal.key and len(journals(tmp_path)) == 2
+
+
+def test_points_are_batched_and_files_stay_alone(tmp_path: Path) -> None:
+    journal = filled(tmp_path, 5)
+    (tmp_path / "a.png").write_bytes(b"a")
+    journal.append_file(tmp_path / "a.png", "pictures")
+    journal.append({"points": {"loss": 1.0}, "step": 5})
+    journal.append({"end": "FINISHED"})
+    sizes = [len(records) for records, _ in journal.batches(4)]
+    assert sizes == [2, 2, 1, 1, 1, 1]  # 4 points a batch, 2 a record; the file; the last point; the end
+    offsets = [offset for _, offset in journal.batches(4)]
+    journal.move("abc", offsets[3])
+    assert [record for records, _ in journal.batches(4) for record in records][0]["step"] == 5
+    journal.move("abc", offsets[-1])
+    assert not journal.waiting()
+
+
+def test_one_record_larger_than_a_batch_goes_alone(tmp_path: Path) -> None:
+    journal = filled(tmp_path, 1)
+    journal.append({"points": {f"class {i}": 0.0 for i in range(9)}, "step": 1})
+    assert [len(records) for records, _ in journal.batches(4)] == [1, 1]
+
+
+def test_a_half_written_line_is_left_out_and_the_next_one_stands(tmp_path: Path) -> None:
+    journal = filled(tmp_path, 2)
+    with open(journal.path, "ab") as file:
+        file.write(b'{"points": {"loss": 7.0}, "st')
+    assert journal.last_steps() == {"loss": 1, "lr": 1}
+    again = find(tmp_path, journal.run_id)
+    again.append({"points": {"loss": 3.0}, "step": 7})
+    assert [record["step"] for record, _ in again.records()] == [0, 1, 7]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no full device")
+def test_a_full_disk_costs_a_line_and_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    journal = filled(tmp_path, 1)
+    journal.path = Path("/dev/full")
+    journal.append({"points": {"loss": 1.0}, "step": 1})
+    assert "cannot be written" in caplog.text
+
+
+def test_a_missing_file_costs_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    journal = filled(tmp_path, 1)
+    journal.append_file(tmp_path / "absent.png", "")
+    assert "absent.png is not logged" in caplog.text and len(list(journal.records())) == 1
+
+
+def test_one_process_ships_at_a_time(tmp_path: Path) -> None:
+    journal = filled(tmp_path, 1)
+    with journal.locked(), pytest.raises(BlockingIOError), Journal(tmp_path, journal.key).locked():
+        pass
+    with journal.locked():
+        pass

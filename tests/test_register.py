@@ -1,0 +1,171 @@
+"""A registered model: what it holds, and that it answers in an environment that has never seen this repository."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import mlflow
+import numpy as np
+import pytest
+import torch
+
+from vitdet import tracking
+from vitdet.config import load_config, to_dict
+from vitdet.models import build_detector
+from vitdet.predictor import Predictor
+from vitdet.serving import exported, register
+from vitdet.training.checkpoint import FORMAT, save
+from vitdet.wheel import build_wheel, requirements
+
+NAMES = ["disc", "ring", "star", "cross", "leaf", "wave"]
+IMAGE = np.random.default_rng(0).integers(0, 256, (60, 90, 3), np.uint8)
+ASK = """
+import json, sys
+import numpy as np
+import mlflow
+import vitdet.predictor
+model = mlflow.pyfunc.load_model(sys.argv[1])
+found = model.predict(np.load(sys.argv[2]), params={"threshold": 0.0})
+print(json.dumps({"file": vitdet.predictor.__file__, "rows": found.to_dict("records")}))
+"""
+
+
+def make_checkpoint(path: Path, seed: int) -> Path:
+    """A detector with random weights."""
+    torch.manual_seed(seed)
+    config = load_config("tiny")
+    detector = build_detector(config.model, config.evaluate)
+    save(path, {"format": FORMAT, "config": to_dict(config), "class_names": NAMES, "model": detector.state_dict(),
+                "run_id": None, "step": 1, "dataset_digest": "0123456789ab"})
+    return path
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A work folder with a finished run, a checkpoint and a registered version of it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
+        folder = tmp_path_factory.mktemp("work")
+        tracker = tracking.start_run(uri="", folder=folder, experiment="test", name="run", params={"optim.lr": 1e-4},
+                                     tags={}, dataset={"name": "tiny", "digest": "0123456789ab", "source": "data"})
+        tracker.close()
+        make_checkpoint(folder / "model.pt", 0)
+        build_wheel(folder)
+        (folder / "run_id").write_text(tracker.run_id)
+        assert enter(folder, folder / "model.pt", "candidate") == ("detector", "1")
+    return folder
+
+
+def enter(folder: Path, checkpoint: Path, alias: str, run_id: str | None = "") -> tuple[str, str]:
+    return register(checkpoint, run_id=(folder / "run_id").read_text() if run_id == "" else run_id, uri="",
+                    folder=folder, model_name="detector", alias=alias, example=IMAGE,
+                    metrics={"box_ap": 35.24, "mask_ap": 30.5}, wheel=next(folder.glob("*.whl")),
+                    tags={"dataset_digest": "0123456789ab", "git_revision": "a" * 40})
+
+
+@pytest.fixture(autouse=True)
+def no_server(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+
+
+def download(folder: Path, into: Path) -> Path:
+    with exported(tracking.tracking_uri("", folder)):
+        return Path(mlflow.artifacts.download_artifacts("models:/detector@candidate", dst_path=str(into)))
+
+
+def test_a_version_says_where_it_comes_from(work: Path) -> None:
+    client = tracking._client(tracking.tracking_uri("", work))
+    version = client.get_model_version_by_alias("detector", "candidate")
+    assert version.run_id == (work / "run_id").read_text()
+    assert version.tags["box_ap"] == "35.24" and version.tags["mask_ap"] == "30.5"
+    assert version.tags["dataset_digest"] == "0123456789ab" and version.tags["git_revision"] == "a" * 40
+    assert client.get_run(version.run_id).info.status == "FINISHED"
+
+
+def test_a_fresh_environment_loads_it_and_finds_the_same(work: Path, tmp_path: Path) -> None:
+    model = download(work, tmp_path / "model")
+    (wheel,) = [line for line in (model / "requirements.txt").read_text().splitlines() if line.endswith(".whl")]
+    subprocess.run([sys.executable, "-m", "venv", str(tmp_path / "venv")], check=True)
+    python = tmp_path / "venv" / "bin" / "python"
+    environment = {key: value for key, value in os.environ.items() if not key.startswith(("PYTHON", "VIRTUAL_ENV"))}
+    # requirements.txt names the wheel relative to itself, which is how MLflow installs it too
+    subprocess.run([str(python), "-m", "pip", "install", "-q", "--no-index", "--no-deps", wheel], cwd=model, check=True,
+                   env=environment)
+    # gigabytes of torch are not installed again; .pth files in there are not followed, so no editable install is seen
+    (site,) = (tmp_path / "venv" / "lib").glob("python*/site-packages")
+    (site / "others.pth").write_text("\n".join(path for path in sys.path if path.endswith("-packages")))
+    np.save(tmp_path / "image.npy", IMAGE)
+    done = subprocess.run([str(python), "-c", ASK, "models:/detector@candidate", str(tmp_path / "image.npy")],
+                          cwd=tmp_path, capture_output=True, text=True,
+                          env={**environment, "MLFLOW_TRACKING_URI": tracking.tracking_uri("", work),
+                               "MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false"})
+    assert done.returncode == 0, done.stderr
+    answer = json.loads(done.stdout.splitlines()[-1])
+    assert Path(answer["file"]).is_relative_to(site)
+    expected = Predictor.load(work / "model.pt")(IMAGE, threshold=0.0)
+    assert len(answer["rows"]) == len(expected) > 0
+    row = answer["rows"][0]
+    assert row["name"] == expected.names[0] and row["score"] == pytest.approx(float(expected.scores[0]), abs=1e-5)
+    assert [row[key] for key in ("x0", "y0", "x1", "y1")] == pytest.approx(expected.boxes[0].tolist(), abs=1e-3)
+    assert (row["height"], row["width"]) == (60, 90) and row["mask"]
+
+
+def test_nothing_is_pickled(work: Path, tmp_path: Path) -> None:
+    model = download(work, tmp_path)
+    files = {path.relative_to(model).as_posix() for path in model.rglob("*") if path.is_file()}
+    assert not [name for name in files if name.endswith((".pkl", ".pickle", ".cloudpickle"))]
+    assert "artifacts/model.pt" in files and "detector.py" in files
+    assert "torch==" in (model / "requirements.txt").read_text()
+
+
+def test_the_signature_checks_its_input(work: Path, tmp_path: Path) -> None:
+    model = mlflow.pyfunc.load_model(str(download(work, tmp_path)))
+    assert list(model.predict(IMAGE, params={"threshold": 1.0}).columns)[:3] == ["name", "label", "score"]
+    with pytest.raises(mlflow.MlflowException):
+        model.predict(IMAGE[..., :2])
+    with pytest.raises(mlflow.MlflowException):
+        model.predict(IMAGE.astype(np.float32))
+
+
+def test_the_same_checkpoint_is_registered_once(work: Path) -> None:
+    client = tracking._client(tracking.tracking_uri("", work))
+    assert enter(work, work / "model.pt", "candidate") == ("detector", "1")
+    other = make_checkpoint(work / "other.pt", 1)
+    assert enter(work, other, "next") == ("detector", "2")
+    assert enter(work, other, "again") == ("detector", "2")
+    assert client.get_model_version_by_alias("detector", "candidate").version == 1
+    assert client.get_model_version_by_alias("detector", "again").version == 2
+    assert enter(work, other, "untracked", run_id=None) == ("detector", "3")
+
+
+def test_a_damaged_checkpoint_is_not_registered(work: Path) -> None:
+    damaged = work / "damaged.pt"
+    damaged.write_bytes((work / "model.pt").read_bytes()[:1000])
+    client = tracking._client(tracking.tracking_uri("", work))
+    before = len(client.search_model_versions("name = 'detector'"))
+    with pytest.raises(ValueError, match="not a whole vitdet checkpoint"):
+        enter(work, damaged, "candidate")
+    assert len(client.search_model_versions("name = 'detector'")) == before
+
+
+def test_the_wheel_is_whole_and_repeatable(tmp_path: Path) -> None:
+    first, second = build_wheel(tmp_path / "a"), build_wheel(tmp_path / "b")
+    assert first.read_bytes() == second.read_bytes()
+    with zipfile.ZipFile(first) as wheel:
+        names = wheel.namelist()
+        info = next(name for name in names if name.endswith("METADATA")).rpartition("/")[0]
+        listed = [line.split(",")[0] for line in wheel.read(f"{info}/RECORD").decode().splitlines()]
+    assert sorted(listed) == sorted(names)
+    assert {"vitdet/predictor.py", "vitdet/recipes/tiny.yaml", "vitdet/models/vit.py"} <= set(names)
+    assert not any("__pycache__" in name for name in names)
+
+
+def test_requirements_name_what_runs_here() -> None:
+    pinned = dict(line.split("==") for line in requirements(("mlflow",)))
+    assert pinned["torch"] == torch.__version__.partition("+")[0]
+    assert pinned["mlflow"] == mlflow.__version__
