@@ -19,9 +19,12 @@ INPUTS = ("config.json", "state_dict.npz", "inputs.npz", "ground_truth.json")
 RESULTS = ("backbone.npz", "rpn.npz", "detections.npz", "train.npz")
 
 
+COMPUTE = {name: parity.kind_of(GOLDEN / name).compute for name in CASES}
+
+
 @cache
-def computed(case):
-    return parity.kind_of(GOLDEN / case).compute(GOLDEN / case)
+def computed(name):
+    return COMPUTE[name](GOLDEN / name)
 
 
 def compute_once(folder):
@@ -31,13 +34,14 @@ def compute_once(folder):
 
 
 @pytest.fixture
-def case(tmp_path, monkeypatch):
+def case(tmp_path, monkeypatch, capsys):
     """case(name, file, content, recompute): the exit code for a copy of a case with a file of other content.
 
-    If the file holds results, the copy lacks the others, so that the file alone decides.
+    If the file holds results, the copy lacks the others, so that the file alone decides. Unless `stops`, the code must
+    come from a comparison and not from a crash.
     """
 
-    def check(name, file, content, recompute=False):
+    def check(name, file, content, recompute=False, stops=False):
         folder = tmp_path / name
         folder.mkdir()
         alone = {*INPUTS, "noise_floor.json"} if file in (*RESULTS, "results.json", "losses.json") else None
@@ -49,7 +53,9 @@ def case(tmp_path, monkeypatch):
         if not recompute:
             kinds = tuple(kind._replace(compute=compute_once) for kind in parity.KINDS)
             monkeypatch.setattr(parity, "KINDS", kinds)
-        return parity.main([str(folder)])
+        code = parity.main([str(folder)])
+        assert ("stopped by" in capsys.readouterr().out) == stops
+        return code
 
     return check
 
@@ -215,7 +221,7 @@ def test_each_input_is_held(case, name):
 
 def test_a_weight_without_a_place_stops_the_case(case):
     content = read("maskrcnn_coco", "state_dict.npz") | {"roi_heads.extra.weight": np.zeros(1)}
-    assert case("maskrcnn_coco", "state_dict.npz", content, recompute=True) == 1
+    assert case("maskrcnn_coco", "state_dict.npz", content, recompute=True, stops=True) == 1
 
 
 @pytest.mark.parametrize("array", read("unit", "unit.npz"))
