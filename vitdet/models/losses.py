@@ -22,11 +22,11 @@ def federated_classes(labels: Tensor, weights: Tensor, num: int, draw: bool = Tr
     others drawn by weight (K,) without replacement (or the heaviest, with draw=False). Zhou et al. (2103.07461).
     """
     present = labels.unique()
-    missing = min(num - len(present), int((weights > 0).sum()))
-    if missing <= 0:
-        return present
     odds = torch.cat([weights.float(), weights.new_zeros(1)])
     odds[present] = 0
+    missing = min(num - len(present), int((odds > 0).sum()))
+    if missing <= 0:
+        return present
     if draw:
         return torch.cat([present, torch.multinomial(odds, missing)])
     return torch.cat([present, odds.sort(descending=True, stable=True).indices[:missing]])

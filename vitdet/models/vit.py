@@ -110,7 +110,7 @@ class ViT(nn.Module):
         self.stride = patch_size
         self.patch_embed = PatchEmbed(dim, patch_size)
         self.pos_embed = nn.Parameter(torch.zeros(1, pos_embed_grid, pos_embed_grid, dim))
-        rates = torch.linspace(0, drop_path, depth).tolist()
+        rates = torch.linspace(0, drop_path, depth, device="cpu").tolist()
         self.blocks = nn.ModuleList(
             Block(dim, heads, 0 if i in global_blocks else window_size, rel_pos_size // patch_size, rates[i],
                   i in residual_blocks)

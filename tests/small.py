@@ -1,0 +1,58 @@
+"""A detector small enough for tests, with weights that make every part of it matter, and targets for it."""
+
+import torch
+
+from vitdet.config import BackboneConfig, EvalConfig, MaskConfig, ModelConfig, PyramidConfig, RoIHeadsConfig, RPNConfig
+from vitdet.models import build_detector
+from vitdet.types import Bitmaps, Polygons, Target
+
+SIDE = 128
+CLASSES = 4
+
+
+def small_config(ious=(0.5,), loss="softmax", sampling_ratio=2):
+    return ModelConfig(
+        backbone=BackboneConfig(name="vit_tiny", window_size=3, drop_path=0.0, pos_embed_grid=4, rel_pos_size=96),
+        pyramid=PyramidConfig(channels=16),
+        rpn=RPNConfig(samples=32, pre_nms_train=60, pre_nms_test=30, post_nms_train=50, post_nms_test=25),
+        roi_heads=RoIHeadsConfig(num_classes=CLASSES, ious=ious, loss=loss, samples=24, num_convs=1, fc_dim=32,
+                                 sampling_ratio=sampling_ratio, federated_classes=3),
+        mask=MaskConfig(num_convs=1, samples=8),
+    )
+
+
+def small_detector(seed=0, ious=(0.5,), loss="softmax", sampling_ratio=2):
+    torch.manual_seed(seed)
+    odds = torch.ones(CLASSES) if loss == "federated" else None
+    settings = EvalConfig(score_threshold=0.05, max_detections=20)
+    detector = build_detector(small_config(ious, loss, sampling_ratio), settings, odds)
+    with torch.no_grad():
+        for name, parameter in detector.named_parameters():
+            fan_in = parameter[0].numel() if parameter.dim() > 1 else 100
+            factor = 0.05 if "rpn.deltas" in name or ".deltas" in name else 0.7
+            parameter += factor * torch.randn_like(parameter) / fan_in**0.5
+    return detector
+
+
+def images(count, seed=1):
+    generator = torch.Generator().manual_seed(seed)
+    blocks = torch.randint(0, 256, (count, 3, 16, 16), dtype=torch.uint8, generator=generator)
+    return blocks.repeat_interleave(8, dim=2).repeat_interleave(8, dim=3)
+
+
+def rectangle(x0, y0, x1, y1):
+    """The outline of a box as directed edges (4, 4)."""
+    return torch.tensor([[x0, y0, x1, y0], [x1, y0, x1, y1], [x1, y1, x0, y1], [x0, y1, x0, y0]], dtype=torch.float32)
+
+
+def target(boxes, labels, form="polygons"):
+    """Rectangles that fill their boxes."""
+    boxes = torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4)
+    labels = torch.tensor(labels, dtype=torch.int64)
+    if form == "polygons":
+        outlines = [rectangle(*box) for box in boxes.tolist()]
+        return Target(boxes, labels, Polygons(torch.stack(outlines) if outlines else torch.zeros(0, 0, 4)))
+    pixels = torch.zeros(len(boxes), SIDE, SIDE, dtype=torch.bool)
+    for mask, (x0, y0, x1, y1) in zip(pixels, boxes.int().tolist(), strict=True):
+        mask[y0:y1, x0:x1] = True
+    return Target(boxes, labels, Bitmaps(pixels))

@@ -1,0 +1,71 @@
+"""Matching against a loop over boxes, and the caps of sampling."""
+
+import pytest
+import torch
+
+from vitdet.models.assign import BACKGROUND, IGNORE, choose_randomly, match, sample
+from vitdet.models.boxes import pairwise_iou
+
+
+def slow_match(iou, low, high, keep_best):
+    truths, boxes = iou.shape
+    matched = []
+    for n in range(boxes):
+        column = [iou[g, n].item() for g in range(truths)]
+        best = max(column, default=0.0)
+        index = column.index(best) if column else None
+        is_best = any(iou[g, n] == iou[g].max() and iou[g, n] > 0 for g in range(truths))
+        if index is not None and (best >= high or (keep_best and is_best)):
+            matched.append(index)
+        else:
+            matched.append(BACKGROUND if best < low else IGNORE)
+    return matched
+
+
+@pytest.mark.parametrize("keep_best", [False, True])
+@pytest.mark.parametrize("truths", [0, 1, 5])
+@pytest.mark.parametrize(("low", "high"), [(0.3, 0.7), (0.5, 0.5)])
+def test_match_equals_the_loop(keep_best, truths, low, high):
+    generator = torch.Generator().manual_seed(truths)
+    for _ in range(10):
+        boxes = torch.randint(0, 20, (truths + 40, 4), generator=generator).float()  # whole numbers: many ties
+        boxes[:, 2:] += boxes[:, :2] + 1
+        iou = pairwise_iou(boxes[:truths], boxes[truths:])
+        assert match(iou, low, high, keep_best).tolist() == slow_match(iou, low, high, keep_best)
+
+
+def test_thresholds_are_half_open():
+    iou = torch.tensor([[0.29, 0.3, 0.69, 0.7, 1.0]])
+    assert match(iou, 0.3, 0.7, keep_best=False).tolist() == [BACKGROUND, IGNORE, IGNORE, 0, 0]
+
+
+def test_best_of_a_ground_truth_learns_from_its_own_best():
+    iou = torch.tensor([[0.2, 0.0], [0.25, 0.1]])  # box 0 is the best of both
+    assert match(iou, 0.3, 0.7, keep_best=True).tolist() == [1, BACKGROUND]
+
+
+def test_a_ground_truth_that_no_box_meets_makes_none_foreground():
+    assert match(torch.zeros(1, 4), 0.3, 0.7, keep_best=True).tolist() == [BACKGROUND] * 4
+
+
+@pytest.mark.parametrize(("positives", "negatives", "expected"), [
+    (50, 100, (8, 24)), (3, 100, (3, 29)), (50, 5, (8, 5)), (0, 100, (0, 32)), (0, 0, (0, 0)),
+])
+def test_sample_counts(positives, negatives, expected):
+    matched = torch.cat([torch.zeros(positives), torch.full((negatives,), BACKGROUND), torch.full((7,), IGNORE)]).long()
+    matched = matched[torch.randperm(len(matched), generator=torch.Generator().manual_seed(0))]
+    positive, negative = sample(matched, 32, 0.25, choose_randomly)
+    assert (len(positive), len(negative)) == expected
+    assert (matched[positive] == 0).all() and (matched[negative] == BACKGROUND).all()
+    chosen = torch.cat([positive, negative])
+    assert len(chosen.unique()) == len(chosen)
+
+
+def test_random_choice_is_fair_and_follows_the_seed():
+    candidates = torch.arange(10) * 3
+    torch.manual_seed(0)
+    drawn = torch.stack([choose_randomly(candidates, 5) for _ in range(400)])
+    counts = (drawn.flatten()[:, None] == candidates).sum(dim=0)
+    assert counts.min() > 140 and counts.max() < 260
+    torch.manual_seed(0)
+    assert torch.equal(choose_randomly(candidates, 5), drawn[0])

@@ -1,0 +1,97 @@
+"""Attention with decomposed relative positions against the formula written out, and windows."""
+
+import numpy as np
+import pytest
+import torch
+
+from vitdet.models.attention import Attention, join_windows, relative_positions, split_windows
+
+
+def table_for(table, size):
+    """The rows that a grid of `size` needs, interpolated (half-pixel centres) where the table has another length."""
+    length, wanted = len(table), 2 * size - 1
+    at = (np.arange(wanted) + 0.5) * length / wanted - 0.5
+    return np.stack([np.interp(at, np.arange(length), column) for column in table.T], axis=1)
+
+
+def plain_attention(attention, x):
+    """softmax(q k / sqrt(d) + q Rh + q Rw) v, one query and key after the other."""
+    weights = {name: value.detach().double().numpy() for name, value in attention.named_parameters()}
+    batch, height, width, channels = x.shape
+    heads, depth = attention.heads, channels // attention.heads
+    rows, columns = table_for(weights["rel_pos_h"], height), table_for(weights["rel_pos_w"], width)
+    places = [(i, j) for i in range(height) for j in range(width)]
+    out = np.zeros(x.shape)
+    for b in range(batch):
+        qkv = x[b].double().numpy().reshape(-1, channels) @ weights["qkv.weight"].T + weights["qkv.bias"]
+        q, k, v = qkv.reshape(-1, 3, heads, depth).transpose(1, 2, 0, 3)
+        mixed = np.zeros((heads, len(places), depth))
+        for head in range(heads):
+            logits = q[head] @ k[head].T / depth**0.5
+            for m, (qh, qw) in enumerate(places):
+                for n, (kh, kw) in enumerate(places):
+                    logits[m, n] += q[head, m] @ rows[qh - kh + height - 1] + q[head, m] @ columns[qw - kw + width - 1]
+            share = np.exp(logits - logits.max(axis=1, keepdims=True))
+            mixed[head] = share / share.sum(axis=1, keepdims=True) @ v[head]
+        joined = mixed.transpose(1, 0, 2).reshape(-1, channels)
+        out[b] = (joined @ weights["proj.weight"].T + weights["proj.bias"]).reshape(height, width, channels)
+    return out
+
+
+def random_attention(size, dim=12, heads=3):
+    torch.manual_seed(size)
+    attention = Attention(dim, heads, size)
+    for parameter in attention.parameters():
+        torch.nn.init.normal_(parameter, std=0.5)
+    return attention
+
+
+@pytest.mark.parametrize(
+    ("size", "grid"), [(4, (4, 4)), (5, (3, 5)), (4, (6, 7)), (6, (2, 3)), (1, (1, 1)), (3, (1, 4))]
+)
+def test_equals_the_formula_on_any_grid(size, grid):
+    attention = random_attention(size)
+    x = torch.randn(2, *grid, 12)
+    np.testing.assert_allclose(attention(x).detach().numpy(), plain_attention(attention, x), rtol=1e-4, atol=1e-5)
+
+
+def test_windows_with_padding_equal_the_formula_with_zero_tokens():
+    attention = random_attention(3)
+    x = torch.randn(1, 4, 5, 12)
+    found = join_windows(attention(split_windows(x, 3)), (4, 5)).detach().numpy()
+    padded = torch.zeros(1, 6, 6, 12)
+    padded[:, :4, :5] = x
+    for top in (0, 3):
+        for left in (0, 3):
+            window = plain_attention(attention, padded[:, top : top + 3, left : left + 3])
+            inside = found[:, top : top + 3, left : left + 3]
+            np.testing.assert_allclose(inside, window[:, : inside.shape[1], : inside.shape[2]], rtol=1e-4, atol=1e-5)
+
+
+def test_positions_get_gradients_from_every_row():
+    attention = random_attention(3)
+    attention(torch.randn(1, 3, 3, 12)).square().sum().backward()
+    assert (attention.rel_pos_h.grad.abs().sum(dim=1) > 0).all()
+    assert (attention.rel_pos_w.grad.abs().sum(dim=1) > 0).all()
+
+
+@pytest.mark.parametrize(("height", "width", "size"), [(4, 4, 2), (5, 7, 3), (2, 2, 5), (6, 6, 6), (1, 9, 4)])
+def test_windows_join_to_what_was_split(height, width, size):
+    x = torch.randn(2, height, width, 3)
+    windows = split_windows(x, size)
+    assert windows.shape[1:] == (size, size, 3)
+    assert torch.equal(join_windows(windows, (height, width)), x)
+
+
+def test_windows_go_row_by_row_and_are_filled_with_zeros():
+    x = torch.arange(1.0, 13).view(1, 3, 4, 1)
+    windows = split_windows(x, 2)[..., 0]
+    assert windows.tolist() == [
+        [[1, 2], [5, 6]], [[3, 4], [7, 8]], [[9, 10], [0, 0]], [[11, 12], [0, 0]],
+    ]
+
+
+def test_relative_positions_count_from_the_key():
+    table = torch.arange(5.0)[:, None]
+    assert relative_positions(table, 3)[..., 0].tolist() == [[2, 1, 0], [3, 2, 1], [4, 3, 2]]
+    assert relative_positions(table, 2)[0, 0].item() == 2  # the middle stays the middle

@@ -1,0 +1,129 @@
+"""The mask head and its targets: outlines and bitmaps cut to a box."""
+
+import numpy as np
+import pytest
+import torch
+from pycocotools import mask as rle
+
+from tests.small import rectangle, target
+from vitdet.models.mask_head import MaskHead, crop_bitmaps, mask_targets, rasterize
+from vitdet.types import Bitmaps, Polygons
+
+
+def star(centre, radius, points, generator):
+    """The corners (P, 2) of a star-shaped polygon."""
+    angles = torch.sort(torch.rand(points, generator=generator) * 2 * torch.pi).values
+    radii = radius * (0.3 + 0.7 * torch.rand(points, generator=generator))
+    return torch.stack([centre + radii * angles.cos(), centre + radii * angles.sin()], dim=1)
+
+
+def outline(corners):
+    return torch.cat([corners, corners.roll(-1, dims=0)], dim=1)
+
+
+def slow_inside(edges, x, y):
+    """The winding number of the edges around a point is not zero."""
+    winding = 0
+    for x0, y0, x1, y1 in edges.tolist():
+        side = (x1 - x0) * (y - y0) - (x - x0) * (y1 - y0)
+        if y0 <= y < y1 and side > 0:
+            winding += 1
+        elif y1 <= y < y0 and side < 0:
+            winding -= 1
+    return winding != 0
+
+
+def random_outlines(count, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return [star(32.0, 28.0, 9, generator) for _ in range(count)]
+
+
+def padded(outlines):
+    return torch.nn.utils.rnn.pad_sequence(outlines, batch_first=True)
+
+
+def test_rasterize_equals_point_in_polygon():
+    corners = random_outlines(6)
+    two_parts = torch.cat([outline(corners[0]), outline(corners[1] + 9.3)])
+    edges = padded([two_parts, *(outline(c) for c in corners[2:])])
+    boxes = torch.tensor([[2.3, 1.9, 70.1, 66.6], [0.0, 0, 64, 64], [20.4, 20.2, 41.3, 55.5], [-9.2, 5, 30.1, 90.3],
+                          [31.1, 30.9, 34.3, 33.2]])
+    found = rasterize(edges, boxes, 28)
+    for lines, (x0, y0, x1, y1), cells in zip(edges, boxes.tolist(), found, strict=True):
+        wanted = [[slow_inside(lines, x0 + (j + 0.5) * (x1 - x0) / 28, y0 + (i + 0.5) * (y1 - y0) / 28)
+                   for j in range(28)] for i in range(28)]
+        assert (cells != torch.tensor(wanted)).sum() <= 1  # a centre may lie on an edge within rounding
+
+
+def test_rasterize_agrees_with_pycocotools():
+    corners = random_outlines(12, seed=3)
+    found = rasterize(padded([outline(c) for c in corners]), torch.tensor([[0.0, 0, 64, 64]] * 12), 64)
+    overlaps = []
+    for mine, c in zip(found, corners, strict=True):
+        theirs = rle.decode(rle.merge(rle.frPyObjects([c.flatten().tolist()], 64, 64))).astype(bool)
+        overlaps.append((mine.numpy() & theirs).sum() / (mine.numpy() | theirs).sum())
+    assert np.mean(overlaps) > 0.96
+
+
+def test_rasterize_literal_rectangle():
+    found = rasterize(rectangle(2, 1, 4, 3)[None], torch.tensor([[0.0, 0, 4, 4]]), 4)
+    assert found[0].int().tolist() == [[0, 0, 0, 0], [0, 0, 1, 1], [0, 0, 1, 1], [0, 0, 0, 0]]
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_parts_that_overlap_unite(count):
+    lines = torch.cat([rectangle(0, 0, 3, 3)] * count + [rectangle(2, 2, 4, 4)])
+    found = rasterize(lines[None], torch.tensor([[0.0, 0, 4, 4]]), 4)[0].int().tolist()
+    assert found == [[1, 1, 1, 0], [1, 1, 1, 0], [1, 1, 1, 1], [0, 0, 1, 1]]
+
+
+def test_a_hole_turns_the_other_way():
+    hole = rectangle(1, 1, 3, 3)[:, [2, 3, 0, 1]]
+    found = rasterize(torch.cat([rectangle(0, 0, 4, 4), hole])[None], torch.tensor([[0.0, 0, 4, 4]]), 4)
+    assert found[0].sum() == 12 and not found[0, 1:3, 1:3].any()
+
+
+def test_flip_and_scale_of_outlines_and_boxes_flip_and_keep_the_mask():
+    edges = padded([outline(c) for c in random_outlines(5)])
+    boxes = torch.tensor([[3.3, 4.1, 60.2, 61.7]] * 5)
+    plain = rasterize(edges, boxes, 28)
+    flipped = edges * torch.tensor([-1.0, 1, -1, 1]) + torch.tensor([64.0, 0, 64, 0])
+    mirrored = torch.stack([64 - boxes[:, 2], boxes[:, 1], 64 - boxes[:, 0], boxes[:, 3]], dim=1)
+    assert (rasterize(flipped, mirrored, 28) != plain.flip(2)).sum() <= 2
+    assert (rasterize(edges * 3.7, boxes * 3.7, 28) != plain).sum() <= 2
+
+
+def test_outside_and_empty_outlines():
+    assert rasterize(rectangle(10, 10, 20, 20)[None], torch.tensor([[30.0, 30, 40, 40]]), 28).sum() == 0
+    assert rasterize(torch.zeros(1, 6, 4), torch.tensor([[0.0, 0, 9, 9]]), 28).sum() == 0
+    assert rasterize(rectangle(0, 0, 50, 50)[None], torch.tensor([[10.0, 10, 20, 20]]), 28).all()
+    assert rasterize(rectangle(0, 0, 9, 9)[None], torch.tensor([[5.0, 5, 5, 5]]), 28).shape == (1, 28, 28)
+    assert rasterize(torch.zeros(0, 4, 4), torch.zeros(0, 4), 28).shape == (0, 28, 28)
+
+
+def test_bitmaps_and_outlines_of_the_same_rectangles_agree():
+    boxes = [[10, 20, 60, 90], [0, 0, 128, 128], [100, 3, 104, 9]]
+    around = torch.tensor([[5.0, 10, 70, 100], [20, 20, 90, 70], [98, 0, 110, 12]])
+    outlines, bitmaps = target(boxes, [0, 1, 2]), target(boxes, [0, 1, 2], "bitmaps")
+    assert isinstance(outlines.masks, Polygons) and isinstance(bitmaps.masks, Bitmaps)
+    differing = mask_targets(outlines.masks, around) != mask_targets(bitmaps.masks, around)
+    assert differing.float().mean() < 0.02
+
+
+def test_bitmap_is_averaged_over_each_cell():
+    pixels = torch.zeros(1, 8, 8, dtype=torch.bool)
+    pixels[0, :, :3] = True
+    assert crop_bitmaps(pixels, torch.tensor([[0.0, 0, 8, 8]]), 4)[0, 0].tolist() == [True, True, False, False]
+    assert crop_bitmaps(torch.zeros(0, 8, 8, dtype=torch.bool), torch.zeros(0, 4), 4).shape == (0, 4, 4)
+
+
+def test_head_gives_the_mask_of_its_own_class():
+    torch.manual_seed(0)
+    head = MaskHead(channels=8, num_convs=1, num_classes=3)
+    for parameter in head.parameters():
+        torch.nn.init.normal_(parameter)
+    pooled = torch.randn(1, 8, 14, 14).expand(3, -1, -1, -1)
+    found = head(pooled, torch.tensor([2, 0, 2]))
+    assert found.shape == (3, 28, 28)
+    assert torch.allclose(found[0], found[2]) and not torch.allclose(found[0], found[1])
+    assert head(pooled[:0], torch.zeros(0, dtype=torch.long)).shape == (0, 28, 28)

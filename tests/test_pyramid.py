@@ -1,0 +1,33 @@
+"""The simple feature pyramid: sizes, strides, and where each level comes from."""
+
+import pytest
+import torch
+
+from vitdet.models.pyramid import SimpleFeaturePyramid
+
+
+@pytest.mark.parametrize(("stride", "scales", "strides"), [
+    (16, (4.0, 2.0, 1.0, 0.5), [4, 8, 16, 32, 64]), (8, (2.0, 1.0, 0.5, 0.25), [4, 8, 16, 32, 64]),
+])
+def test_levels_have_their_strides(stride, scales, strides):
+    pyramid = SimpleFeaturePyramid(16, 8, stride, scales)
+    assert pyramid.strides == strides
+    maps = pyramid(torch.randn(2, 16, 128 // stride, 192 // stride))
+    assert [tuple(m.shape) for m in maps] == [(2, 8, 128 // s, 192 // s) for s in strides]
+
+
+def test_last_level_is_every_other_cell_of_the_one_before():
+    maps = SimpleFeaturePyramid(16, 8, 16)(torch.randn(1, 16, 6, 6))
+    assert maps[3].shape[2:] == (3, 3)
+    assert torch.equal(maps[4], maps[3][:, :, ::2, ::2])
+
+
+def test_every_parameter_learns():
+    pyramid = SimpleFeaturePyramid(16, 8, 16)
+    sum(m.square().mean() * (i + 1) + m.mean() for i, m in enumerate(pyramid(torch.randn(1, 16, 4, 4)))).backward()
+    assert all(p.grad is not None for p in pyramid.parameters())
+
+
+def test_unknown_scale():
+    with pytest.raises(ValueError, match="scale must be 4, 2, 1, 0.5 or 0.25, got 3"):
+        SimpleFeaturePyramid(16, 8, 16, (4.0, 3.0, 1.0, 0.5))
