@@ -52,7 +52,8 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
         patch.delenv("MLFLOW_TRACKING_URI", raising=False)
         folder = tmp_path_factory.mktemp("work")
         tracker = tracking.start_run(uri="", folder=folder, experiment="test", name="run", params={"optim.lr": 1e-4},
-                                     tags={}, dataset={"name": "tiny", "digest": "0123456789ab", "source": "data"})
+                                     tags={"git_revision": "a" * 40},
+                                     dataset={"name": "tiny", "digest": "0123456789ab", "source": "data"})
         tracker.close()
         make_checkpoint(folder / "model.pt", 0)
         build_wheel(folder)
@@ -65,7 +66,7 @@ def enter(folder: Path, checkpoint: Path, alias: str, run_id: str | None = "") -
     return register(checkpoint, run_id=(folder / "run_id").read_text() if run_id == "" else run_id, uri="",
                     folder=folder, model_name="detector", alias=alias, example=IMAGE,
                     metrics={"box_ap": 35.24, "mask_ap": 30.5}, wheel=next(folder.glob("*.whl")),
-                    tags={"dataset_digest": "0123456789ab", "git_revision": "a" * 40})
+                    tags={"dataset_digest": "0123456789ab"})
 
 
 @pytest.fixture(autouse=True)
@@ -90,12 +91,12 @@ def test_a_version_says_where_it_comes_from(work: Path) -> None:
 def test_a_fresh_environment_loads_it_and_finds_the_same(work: Path, tmp_path: Path) -> None:
     model = download(work, tmp_path / "model")
     (wheel,) = [line for line in (model / "requirements.txt").read_text().splitlines() if line.endswith(".whl")]
-    subprocess.run([sys.executable, "-m", "venv", str(tmp_path / "venv")], check=True)
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(tmp_path / "venv")], check=True)
     python = tmp_path / "venv" / "bin" / "python"
     environment = {key: value for key, value in os.environ.items() if not key.startswith(("PYTHON", "VIRTUAL_ENV"))}
     # requirements.txt names the wheel relative to itself, which is how MLflow installs it too
-    subprocess.run([str(python), "-m", "pip", "install", "-q", "--no-index", "--no-deps", wheel], cwd=model, check=True,
-                   env=environment)
+    subprocess.run([sys.executable, "-m", "pip", "--python", str(python), "install", "-q", "--no-index", "--no-deps",
+                    wheel], cwd=model, check=True, env=environment)
     # gigabytes of torch are not installed again; .pth files in there are not followed, so no editable install is seen
     (site,) = (tmp_path / "venv" / "lib").glob("python*/site-packages")
     (site / "others.pth").write_text("\n".join(path for path in sys.path if path.endswith("-packages")))

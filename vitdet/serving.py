@@ -79,8 +79,8 @@ def register(checkpoint: Path, *, run_id: str | None, uri: str, folder: Path, mo
     """(name, version) of the checkpoint in the model registry; `alias` points to it.
 
     The same checkpoint of the same run is registered once: again, only the alias moves. example: an image (H, W, 3)
-    uint8 that the packed model is asked about before anything is registered. metrics and tags become tags of the
-    version. Raises ConnectionError where the server does not answer.
+    uint8 that the packed model is asked about before anything is registered. metrics, tags and the run's git revision
+    become tags of the version. Raises ConnectionError where the server does not answer.
     """
     client, run_id = connect(run_id, uri, folder)
     uri = tracking_uri(uri, folder)
@@ -104,6 +104,8 @@ def register(checkpoint: Path, *, run_id: str | None, uri: str, folder: Path, mo
         client.log_outputs(run_id, [LoggedModelOutput(logged.model_id, 0)])
     if not client.search_registered_models(f"name = '{model_name}'"):
         client.create_registered_model(model_name)
+    if run_id and (revision := client.get_run(run_id).data.tags.get("git_revision")):
+        tags = {"git_revision": revision, **tags}
     texts = {**tags, **{key: f"{value:.4g}" for key, value in metrics.items()}, "checkpoint_sha256": digest}
     with exported(uri):
         version = client.create_model_version(model_name, f"models:/{logged.model_id}", run_id, texts,

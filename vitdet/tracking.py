@@ -103,9 +103,9 @@ def start_run(*, uri: str, folder: Path, experiment: str, name: str, params: dic
     `uri` '' means a sqlite file in `folder`; the environment's MLFLOW_TRACKING_URI wins. dataset: name, digest, source.
     A run that the server does not know becomes a new one with everything that the journal holds.
     """
-    tags = {"mlflow.source.name": "vitdet train", "mlflow.source.type": "LOCAL", **tags}
     if revision := git_revision():
-        tags |= {"git_revision": revision, "mlflow.source.git.commit": revision[:40]}
+        tags = {"git_revision": revision, "mlflow.source.git.commit": revision[:40], **tags}
+    tags = {"mlflow.source.name": "vitdet train", "mlflow.source.type": "LOCAL", **tags}
     journal = find(folder, run_id)
     if journal.start() is None:
         what = {"experiment": experiment, "name": name, "params": params, "tags": tags, "dataset": dataset}
@@ -190,7 +190,7 @@ class _Shipper:
                     log.warning("tracking: %s does not take the run's points (%s); they wait in %s", self.uri,
                                 _line(error), self.journal.path)
                     self._answers = False
-                if time.monotonic() + pause > deadline:
+                if time.monotonic() + pause > deadline or isinstance(error, LookupError):
                     return False
                 time.sleep(pause)
                 pause = min(2 * pause, BACK_OFF_SECONDS)
