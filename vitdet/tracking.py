@@ -33,7 +33,8 @@ CLOSE_SECONDS = 20.0  # longest wait at the end; what is not shipped by then sta
 BATCH = 1000  # points a request: MLflow's limit
 # MLflow's own defaults make a request to a dead server wait for four minutes; here everything is tried again anyway.
 CLIENT = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0", "MLFLOW_HTTP_REQUEST_TIMEOUT": "15",
-          "MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false"}
+          "MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+          "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true"}
 REFUSED = {"INVALID_PARAMETER_VALUE", "BAD_REQUEST"}  # sending the same again cannot help
 
 
