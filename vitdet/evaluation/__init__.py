@@ -81,13 +81,13 @@ def detect(detector: nn.Module, data: DataConfig, settings: EvalConfig, device: 
     return [result for image_id in image_ids for result in found[image_id]], image_ids
 
 
-def evaluate(checkpoint: str | Path, overrides: Sequence[str] = (), output: str | Path | None = None,
-             device: torch.device | str | None = None, pictures: int = 8) -> dict[str, float]:
+def evaluate(checkpoint: str | Path, overrides: Sequence[str] = (), *, pictures: str | Path | None = None,
+             plots: str | Path | None = None, device: torch.device | str | None = None) -> dict[str, float]:
     """Box and mask AP in percent of a checkpoint on its validation split, as {"box_ap": 51.6, "mask_ap": 45.9, ...}.
 
-    overrides change the data and evaluate settings in the checkpoint; `output`, a folder, receives what `write_report`
-    writes and some pictures. Raises ValueError when the data set has other classes than the checkpoint, or when an
-    override changes another section.
+    overrides change the data and evaluate settings in the checkpoint. Two folders, if given: `pictures` receives what
+    `write_pictures` writes, `plots` what `write_report` does. Raises ValueError when the data set has other classes
+    than the checkpoint, or when an override changes another section, before anything is written.
     """
     from vitdet.models import build_detector  # here: the AP of results needs neither models nor training
     from vitdet.training.checkpoint import restore_detector
@@ -106,21 +106,21 @@ def evaluate(checkpoint: str | Path, overrides: Sequence[str] = (), output: str 
     if distributed.rank() == 0:
         finished = compare(split_files(config.data, config.data.val_split)[0], results, image_ids=image_ids)
         metrics = summary(finished)
-        if output is not None:
-            write_report(output, finished, results)
-            write_pictures(detector, config.data, Path(output) / "pictures", pictures)
+        if plots is not None:
+            write_report(plots, finished, results)
+        if pictures is not None:
+            write_pictures(detector, config.data, pictures)
     return distributed.all_gather_objects(metrics)[0]
 
 
 def write_report(folder: str | Path, finished: Mapping[str, COCOeval], results: list[dict]) -> None:
-    """Writes metrics.json, classes.json (AP of each class), curve.json (precision over recall), results.json (as COCO).
+    """Writes classes.json (AP of each class), curve.json (precision over recall) and results.json (as COCO).
 
     classes.json and curve.json are lists of rows that `dvc plots` draws.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    for name, value in (("metrics", summary(finished)), ("classes", class_rows(finished)),
-                        ("curve", curve_rows(finished)), ("results", results)):
+    for name, value in (("classes", class_rows(finished)), ("curve", curve_rows(finished)), ("results", results)):
         temporary = folder / f".{name}.{os.getpid()}.tmp"
         try:
             temporary.write_text(json.dumps(value, indent=None if name == "results" else 1) + "\n")
