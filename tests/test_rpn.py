@@ -1,0 +1,111 @@
+"""The region proposal network: order of anchors, proposals, and its losses."""
+
+import math
+
+import pytest
+import torch
+
+from tests.small import target
+from vitdet.models.boxes import pairwise_iou
+from vitdet.models.rpn import RPN, Anchored
+
+STRIDES = (8, 16)
+SIZES = torch.tensor([[64, 64], [40, 50]])
+
+
+def small_rpn(samples=16, choose=None):
+    torch.manual_seed(0)
+    chosen = {} if choose is None else {"choose": choose}
+    rpn = RPN(channels=4, strides=STRIDES, anchor_scale=3.0, samples=samples, **chosen)
+    for parameter in rpn.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    return rpn
+
+
+def features(seed=1):
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(2, 4, 64 // stride, 64 // stride, generator=generator) for stride in STRIDES]
+
+
+def test_maps_are_flattened_row_column_anchor():
+    rpn, maps = small_rpn(), features()
+    found = rpn(maps)
+    logits, deltas = rpn.head(maps[0])
+    row, column, anchor = 3, 5, 2
+    index = (row * 8 + column) * 3 + anchor
+    assert found.logits[0][1, index] == logits[1, anchor, row, column]
+    assert torch.equal(found.deltas[0][1, index], deltas[1, 4 * anchor : 4 * anchor + 4, row, column])
+    assert ((found.anchors[0][index, :2] + found.anchors[0][index, 2:]) / 2).tolist() == pytest.approx([40, 24])
+
+
+def test_proposals_are_sorted_inside_the_picture_and_few():
+    rpn = small_rpn()
+    found = rpn(features())
+    for proposals, (height, width) in zip(rpn.propose(found, SIZES, (40, 25)), SIZES.tolist(), strict=True):
+        assert 0 < len(proposals.boxes) <= 25
+        assert (proposals.logits.diff() <= 0).all()
+        assert (proposals.boxes >= 0).all()
+        assert (proposals.boxes[:, 0::2] <= width).all() and (proposals.boxes[:, 1::2] <= height).all()
+        assert (proposals.boxes[:, 2:] > proposals.boxes[:, :2]).all()
+        assert not proposals.boxes.requires_grad
+
+
+def one_level(boxes, logits):
+    boxes = torch.tensor(boxes)
+    return [torch.tensor([logits])], [torch.zeros(1, len(boxes), 4)], [boxes]
+
+
+def test_nms_is_within_levels():
+    box = [[10.0, 10, 30, 30], [11.0, 10, 31, 30]]
+    first, second = one_level(box, [1.0, 2.0]), one_level(box, [0.5, 3.0])
+    found = Anchored(*(a + b for a, b in zip(first, second, strict=True)))
+    (proposals,) = small_rpn().propose(found, SIZES[:1], (10, 10))
+    assert proposals.logits.tolist() == [3.0, 2.0]
+
+
+def test_only_the_best_of_a_level_enter_and_broken_boxes_leave():
+    far = [[0.0, 0, 8, 8], [20, 20, 30, 30], [40, 40, 50, 50], [70, 70, 90, 90]]
+    found = Anchored(*one_level(far, [1.0, 3.0, float("nan"), 2.0]))
+    found.deltas[0][0, 1] = float("inf")
+    (proposals,) = small_rpn().propose(found, SIZES[:1], (4, 10))
+    assert proposals.boxes.tolist() == [[0, 0, 8, 8]]  # infinite, no number, and outside of the picture
+    (proposals,) = small_rpn().propose(Anchored(*one_level(far, [1.0, 3.0, 0.0, 2.0])), SIZES[:1], (2, 10))
+    assert proposals.logits.tolist() == [3.0]
+
+
+def test_losses_are_divided_by_samples_and_images():
+    rpn = small_rpn(samples=8)
+    found = rpn(features())
+    zeros = Anchored([torch.zeros_like(x) for x in found.logits], [torch.zeros_like(x) for x in found.deltas],
+                     found.anchors)
+    nothing = target([], [])
+    losses = rpn.losses(zeros, [nothing, nothing])
+    assert losses["loss_rpn_cls"].item() == pytest.approx(math.log(2))  # 8 negatives an image
+    assert losses["loss_rpn_loc"].item() == 0
+    exact = target([found.anchors[0][50].tolist()], [0])
+    losses = rpn.losses(zeros, [exact, nothing])
+    assert losses["loss_rpn_cls"].item() == pytest.approx(math.log(2))
+    assert losses["loss_rpn_loc"].item() == pytest.approx(0, abs=1e-5)
+
+
+def test_sampled_anchors_suit_their_ground_truth():
+    rpn = small_rpn(samples=32)
+    anchors = torch.cat(rpn(features()).anchors)
+    one = target([[5, 5, 30, 31], [40, 10, 60, 60]], [0, 1])
+    matched, positive, negative = rpn.sample(anchors, one)
+    iou = pairwise_iou(one.boxes, anchors)
+    assert 1 <= len(positive) <= 16 and len(positive) + len(negative) == 32
+    assert (iou.amax(dim=0)[negative] < 0.3).all()
+    best = iou == iou.amax(dim=1, keepdim=True)
+    assert ((iou.amax(dim=0)[positive] >= 0.7) | best.any(dim=0)[positive]).all()
+    assert torch.equal(matched[positive], iou.argmax(dim=0)[positive])
+
+
+def test_losses_of_logits_that_know_the_answer_are_small():
+    rpn = small_rpn(samples=32)
+    found = rpn(features())
+    one = target([[5, 5, 30, 31]], [0])
+    matched, _, _ = rpn.sample(torch.cat(found.anchors), one)
+    right = torch.where(matched >= 0, 20.0, -20.0)[None].split([x.shape[1] for x in found.logits], dim=1)
+    losses = rpn.losses(Anchored(list(right), [x[:1] for x in found.deltas], found.anchors), [one])
+    assert losses["loss_rpn_cls"].item() < 1e-6
