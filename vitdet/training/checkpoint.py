@@ -12,6 +12,7 @@ import zipfile
 from pathlib import Path
 
 import torch
+from torch import Tensor, nn
 
 from vitdet.config import Config, from_dict
 from vitdet.models import Detector, build_detector
@@ -31,9 +32,9 @@ def save(path: Path, content: dict) -> None:
             os.fsync(file.fileno())
         temporary.replace(path)
     except (OSError, RuntimeError) as error:
-        # torch reports a failed write as RuntimeError, the operating system's own words in it
-        raise OSError(f"{path}: could not be written ({error}); free some space and run the same command again, "
-                      "it goes on from the last whole checkpoint") from error
+        # torch may report a failed write as RuntimeError, with a page of its own call stack
+        raise OSError(f"{path}: could not be written ({_first_line(error)}); free some space and run the same command "
+                      "again, it goes on from the last whole checkpoint") from error
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -48,7 +49,7 @@ def load(path: Path, expected: str) -> dict:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, zipfile.BadZipFile, KeyError) as error:
-        raise ValueError(f"{path}: not a whole vitdet checkpoint ({str(error).splitlines()[0][:120]})") from error
+        raise ValueError(f"{path}: not a whole vitdet checkpoint ({_first_line(error)})") from error
     if not isinstance(content, dict) or content.get("format") != expected:
         found = content.get("format") if isinstance(content, dict) else type(content).__name__
         raise ValueError(f"{path}: expected a {expected!r} file, got {found!r}")
@@ -63,13 +64,21 @@ def load_model_file(path: str | Path) -> dict:
 def restore_detector(path: str | Path) -> tuple[Detector, Config, tuple[str, ...]]:
     """The detector of a checkpoint (on the CPU, in evaluation mode), its config and its class names."""
     content = load_model_file(path)
-    config = from_dict(content["config"])
-    detector = build_detector(config.model, config.evaluate)
     try:
-        detector.load_state_dict(content["model"])
+        config = from_dict(content["config"])
+    except ValueError as error:
+        raise ValueError(f"{path}: its config is not one of this version: {error}") from error
+    detector = build_detector(config.model, config.evaluate)
+    load_weights(detector, content["model"], path)
+    return detector.eval(), config, tuple(content["class_names"])
+
+
+def load_weights(detector: nn.Module, weights: dict[str, Tensor], path: str | Path) -> None:
+    """Puts all weights of a file into the detector of its config; raises ValueError when one does not fit."""
+    try:
+        detector.load_state_dict(weights)
     except RuntimeError as error:
         raise ValueError(f"{path}: its weights do not fit its config: {' '.join(str(error).split())[:300]}") from error
-    return detector.eval(), config, tuple(content["class_names"])
 
 
 class Checkpoints:
@@ -82,7 +91,7 @@ class Checkpoints:
         """Writes the state after `step` steps and removes those that are too old."""
         path = self.folder / f"step_{step:08d}.pt"
         save(path, {"format": STATE, "step": step, **content})
-        for old in self.all()[: -self.keep]:
+        for old in [*self.all()[: -self.keep], *self.folder.glob(".step_*.tmp")]:  # a killed process left these
             old.unlink()
         return path
 
@@ -94,3 +103,7 @@ class Checkpoints:
         """The newest state, or None; raises as `load` does."""
         states = self.all()
         return load(states[-1], STATE) if states else None
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)[:120]

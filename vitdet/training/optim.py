@@ -40,7 +40,10 @@ def parameter_groups(detector: nn.Module, settings: OptimConfig) -> list[dict]:
 
 
 def layer_of(name: str, depth: int) -> int:
-    """0 for what stands before the blocks, i + 1 for block i, depth + 1 for the rest (detectron2: get_vit_lr_decay_rate)."""
+    """0 for what stands before the blocks, i + 1 for block i, depth + 1 for the rest.
+
+    As detectron2's get_vit_lr_decay_rate, in which a block's residual convolutions count as the rest.
+    """
     if name.startswith(("backbone.pos_embed", "backbone.patch_embed")):
         return 0
     block = re.match(r"backbone\.blocks\.(\d+)\.", name)

@@ -9,10 +9,8 @@ from __future__ import annotations
 import hashlib
 import logging
 import math
-import resource
 import signal
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol
@@ -25,9 +23,11 @@ from vitdet.config import Config, difference, digest, from_dict, save_config, to
 from vitdet.data import dataset_digest, read_split, train_loader
 from vitdet.evaluation import evaluate_detector, write_pictures
 from vitdet.models import build_detector
-from vitdet.training.checkpoint import FORMAT, Checkpoints, save
+from vitdet.training.checkpoint import FORMAT, Checkpoints, load_model_file, load_weights, save
+from vitdet.training.meter import Meter
 from vitdet.training.optim import WeightAverage, build_optimizer, set_lr
 from vitdet.training.parallel import parallelize
+from vitdet.types import Batch
 from vitdet.weights import load_pretrained, resolve
 
 log = logging.getLogger(__name__)
@@ -89,6 +89,9 @@ def train(
         _check_output(config, output)
         state = states.latest()
         _check_state(config, identity, state, states.folder)
+        loader = train_loader(config.data, config.train.batch_size, config.train.seed, state["step"] if state else 0,
+                              config.optim.steps, distributed.rank(), distributed.world_size())
+        class_names = _check_classes(config, loader.dataset.split.class_names)
         distributed.barrier()  # nobody writes before all have looked
 
         torch.manual_seed(config.train.seed)
@@ -99,31 +102,39 @@ def train(
         average = WeightAverage(detector, config.optim.ema)
         start = 0
         if state is not None:
-            detector.load_state_dict(state["model"])
+            load_weights(detector, state["model"], states.folder)
             optimizer.load_state_dict(state["optimizer"])
             average.load_state_dict(state["average"])
             start = state["step"]
-            log.info("going on from step %d of %d (%s)", start, config.optim.steps, states.folder)
         tracker: Tracker = Silent()
         if distributed.rank() == 0:
+            if state is not None:
+                log.info("going on from step %d of %d (%s)", start, config.optim.steps, states.folder)
             save_config(config, output / "config.yaml")
             tracker = start_tracking(identity, state["run_id"] if state else None, start)
             tracker.artifact(output / "config.yaml")
-        loop = Loop(config, detector, optimizer, average, tracker, states, identity, device, stop, output / "pictures")
+        loop = Loop(config, detector, optimizer, average, loader, tracker, states, identity, device, stop,
+                    output / "pictures")
+        path = output / "model.pt"
         try:
-            metrics = loop.run(start)
+            if state is None:
+                loop.save(0)  # a disk that is full or a folder that is closed shows now, and the run's id is kept
+            else:
+                loop.meter.restore(state["meter"])
+                loop.metrics = state["metrics"]
+            loop.run(start)
+            if distributed.rank() == 0:
+                average.swap()
+                save(path, {
+                    "format": FORMAT, "config": to_dict(config), "model": _on_cpu(detector.state_dict()),
+                    "class_names": list(class_names),
+                    "run_id": tracker.run_id, "step": config.optim.steps, "dataset_digest": identity,
+                    "metrics": loop.metrics,
+                })
         except BaseException as error:
             tracker.close("KILLED" if isinstance(error, Stopped | KeyboardInterrupt) else "FAILED")
             raise
-        path = output / "model.pt"
-        if distributed.rank() == 0:
-            average.swap()
-            save(path, {
-                "format": FORMAT, "config": to_dict(config), "model": _on_cpu(detector.state_dict()),
-                "class_names": list(read_split(config.data, config.data.train_split).class_names),
-                "run_id": tracker.run_id, "step": config.optim.steps, "dataset_digest": identity, "metrics": metrics,
-            })
-            tracker.close()
+        tracker.close()
         distributed.barrier()
         return path
 
@@ -133,24 +144,21 @@ class Loop:
 
     def __init__(
         self, config: Config, detector: nn.Module, optimizer: torch.optim.Optimizer, average: WeightAverage,
-        tracker: Tracker, states: Checkpoints, identity: str, device: torch.device, stop: Callable[[], bool],
-        pictures: Path,
+        loader: Iterable[Batch], tracker: Tracker, states: Checkpoints, identity: str, device: torch.device,
+        stop: Callable[[], bool], pictures: Path,
     ) -> None:
         self.config, self.detector, self.optimizer, self.average = config, detector, optimizer, average
         self.tracker, self.states, self.identity, self.device, self.stop = tracker, states, identity, device, stop
-        self.pictures = pictures
-        self.metrics: dict[str, float] = {}
+        self.loader, self.pictures = loader, pictures
+        self.meter = Meter(config.train.batch_size)
+        self.metrics: dict[str, float] = {}  # of the last evaluation
 
-    def run(self, start: int) -> dict[str, float]:
-        """Steps start..steps-1; gives the last evaluation's figures. Raises Stopped, and ValueError for a loss that
-        is not finite.
-        """
+    def run(self, start: int) -> None:
+        """Steps start..steps-1. Raises Stopped, and ValueError for a loss that is not finite."""
         config, settings = self.config, self.config.train
         model = parallelize(self.detector, self.device)
         autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=use_bf16(settings.precision, self.device))
-        loader = train_loader(config.data, settings.batch_size, settings.seed, start, config.optim.steps,
-                              distributed.rank(), distributed.world_size())
-        batches, meter = iter(loader), Meter(settings.batch_size)
+        batches, meter = iter(self.loader), self.meter
         self.detector.train()
         for step in range(start, config.optim.steps):
             with meter.waiting():
@@ -171,15 +179,14 @@ class Loop:
             if last or done % settings.log_every == 0:
                 self.tracker.log({**meter.read(self.device), "lr": lr}, done)
             if last or done % settings.eval_every == 0:
-                self.evaluate(done)
-                meter.restart()
+                with meter.paused():
+                    self.evaluate(done)
             stopped = distributed.world_size() == 1 or done % 10 == 0  # asking the others is a synchronisation
             stopped = stopped and distributed.any_of(self.stop(), self.device)
             if last or stopped or done % settings.save_every == 0:
                 self.save(done)
             if stopped and not last:
                 raise Stopped(f"stopped at step {done} of {config.optim.steps}; the same command goes on from there")
-        return self.metrics
 
     def evaluate(self, step: int) -> None:
         """AP on the validation split, of the averaged weights if there are any, and pictures of what they find."""
@@ -192,62 +199,16 @@ class Loop:
         self.tracker.log(self.metrics, step)
 
     def save(self, step: int) -> None:
-        """The whole state after `step` steps, by the first process."""
+        """The whole state after `step` steps, by the first process. Raises ValueError when a loss is not finite."""
+        meter = self.meter.state()  # of all processes, and a state that has diverged is none to go on from
         if distributed.rank() == 0:
             self.states.save(step, {
                 "config": to_dict(self.config), "model": self.detector.state_dict(),
                 "optimizer": self.optimizer.state_dict(), "average": self.average.state_dict(),
-                "run_id": self.tracker.run_id, "dataset_digest": self.identity,
+                "run_id": self.tracker.run_id, "dataset_digest": self.identity, "meter": meter,
+                "metrics": self.metrics,
             })
         distributed.barrier()
-
-
-class Meter:
-    """Means of the losses between two readings; they stay on the device until they are read."""
-
-    def __init__(self, batch_size: int) -> None:
-        self.batch_size = batch_size
-        self.restart()
-
-    def restart(self) -> None:
-        """Forgets all, and the time until now."""
-        self.sums: dict[str, Tensor] = {}
-        self.count, self.waited, self.since = 0, 0.0, time.perf_counter()
-
-    @contextmanager
-    def waiting(self) -> Iterator[None]:
-        """Counts the time within as waiting for data."""
-        start = time.perf_counter()
-        yield
-        self.waited += time.perf_counter() - start
-
-    def add(self, losses: dict[str, Tensor], grad_norm: Tensor) -> None:
-        """The figures of one step."""
-        total = sum(loss.detach() for loss in losses.values())
-        for name, value in {**losses, "loss": total, "grad_norm": grad_norm}.items():
-            self.sums[name] = self.sums.get(name, 0.0) + value.detach().float()
-        self.count += 1
-
-    def read(self, device: torch.device) -> dict[str, float]:
-        """Means since the last reading, images/s, seconds a step waited for data, memory in GB.
-
-        The one synchronisation of the loop. Raises ValueError when a loss is not finite.
-        """
-        means = distributed.mean(torch.stack(list(self.sums.values())) / self.count).tolist()
-        values = dict(zip(self.sums, means, strict=True))
-        broken = [name for name, value in values.items() if not math.isfinite(value)]
-        if broken:
-            raise ValueError(f"{', '.join(broken)} not finite: the training has diverged; try a smaller optim.lr, a "
-                             "longer optim.warmup_steps, or optim.clip=1; the last checkpoint is from before")
-        elapsed = time.perf_counter() - self.since
-        if device.type == "cuda":
-            memory = torch.cuda.max_memory_allocated(device) / 1e9
-        else:
-            memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
-        values |= {"images_per_second": self.count * self.batch_size / elapsed,
-                   "data_wait_seconds": self.waited / self.count, "memory_gb": memory}
-        self.restart()
-        return values
 
 
 @contextmanager
@@ -282,8 +243,6 @@ def _states_folder(
 
 
 def _check_output(config: Config, output: Path) -> None:
-    from vitdet.training.checkpoint import load_model_file
-
     finished = output / "model.pt"
     if finished.exists():
         differing = difference(config, from_dict(load_model_file(finished)["config"]))
@@ -301,6 +260,18 @@ def _check_state(config: Config, identity: str, state: dict | None, folder: Path
     if state["dataset_digest"] != identity:
         raise ValueError(f"{folder}: the data set has changed since this run began ({state['dataset_digest']}, now "
                          f"{identity}); choose another --output")
+
+
+def _check_classes(config: Config, trained: Sequence[str]) -> tuple[str, ...]:
+    data, expected = config.data, config.model.roi_heads.num_classes
+    if len(trained) != expected:
+        raise ValueError(f"{data.root}: {data.train_split} has {len(trained)} classes, but model.roi_heads.num_classes "
+                         f"is {expected}; set it to {len(trained)}")
+    validated = read_split(data, data.val_split).class_names
+    if tuple(validated) != tuple(trained):
+        raise ValueError(f"{data.root}: {data.train_split} and {data.val_split} have different classes "
+                         f"({', '.join(sorted(set(trained) ^ set(validated))) or 'in another order'})")
+    return tuple(trained)
 
 
 def _on_cpu(state: dict[str, Tensor]) -> dict[str, Tensor]:

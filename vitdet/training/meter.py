@@ -1,0 +1,88 @@
+"""What a training measures between two readings: means of the losses, speed, memory."""
+
+from __future__ import annotations
+
+import math
+import resource
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from vitdet import distributed
+
+
+class Meter:
+    """Means of the figures between two readings; they stay on the device until they are read."""
+
+    def __init__(self, batch_size: int) -> None:
+        self.batch_size = batch_size
+        self.restart()
+
+    def restart(self) -> None:
+        """Forgets all, and the time until now."""
+        self.sums: dict[str, Tensor | float] = {}
+        self.count = 0  # steps in the sums
+        self.timed, self.waited, self.since = 0, 0.0, time.perf_counter()  # steps of this process, its seconds
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Counts the time within as waiting for data."""
+        start = time.perf_counter()
+        yield
+        self.waited += time.perf_counter() - start
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """The time within does not count."""
+        start = time.perf_counter()
+        yield
+        self.since += time.perf_counter() - start
+
+    def add(self, losses: dict[str, Tensor], grad_norm: Tensor) -> None:
+        """The figures of one step."""
+        total = sum(loss.detach() for loss in losses.values())
+        for name, value in {**losses, "loss": total, "grad_norm": grad_norm}.items():
+            self.sums[name] = self.sums.get(name, 0.0) + value.detach().float()
+        self.count += 1
+        self.timed += 1
+
+    def state(self) -> dict:
+        """{sums, count}, the sums a mean of all processes: what a later process goes on from.
+
+        One synchronisation, of all processes. Raises ValueError when a figure is not finite.
+        """
+        if not self.sums:
+            return {"sums": {}, "count": 0}
+        sums = distributed.mean(torch.stack(list(self.sums.values()))).tolist()
+        broken = [name for name, value in zip(self.sums, sums, strict=True) if not math.isfinite(value)]
+        if broken:
+            raise ValueError(f"{', '.join(broken)} not finite: the training has diverged; try a smaller optim.lr, a "
+                             "longer optim.warmup_steps, or optim.clip=1; the last checkpoint is from before")
+        return {"sums": dict(zip(self.sums, sums, strict=True)), "count": self.count}
+
+    def restore(self, state: dict) -> None:
+        """Goes on from what `state` gave."""
+        self.sums, self.count = dict(state["sums"]), state["count"]
+
+    def read(self, device: torch.device) -> dict[str, float]:
+        """Means since the last reading, images/s, seconds a step waited for data, memory in GB; then starts anew.
+
+        Synchronises and raises as `state` does.
+        """
+        values = {name: value / self.count for name, value in self.state()["sums"].items()}
+        elapsed = time.perf_counter() - self.since
+        values |= {"images_per_second": self.timed * self.batch_size / elapsed,
+                   "data_wait_seconds": self.waited / self.timed, "memory_gb": memory(device) / 1e9}
+        self.restart()
+        return values
+
+
+def memory(device: torch.device) -> float:
+    """Most bytes held so far: on the GPU, or by this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
