@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -47,8 +48,8 @@ class Progress:
         losses = "  ".join(f"{name.removeprefix('loss_')} {value:.3f}" for name, value in values.items()
                            if name.startswith("loss_"))
         left = (time.perf_counter() - self.since) / max(step - self.begin, 1) * (self.steps - step)
-        self.line(f"step {step}/{self.steps}  loss {values['loss']:.3f} ({losses})  "
-                  f"{values['images_per_second']:.1f} images/s  {clock(left)} left", keep=False)
+        self.line(f"step {step}/{self.steps}  {clock(left)} left  {values['images_per_second']:.1f} images/s  "
+                  f"loss {values['loss']:.3f} ({losses})", keep=False)
 
     def artifact(self, path: Path, folder: str = "") -> None:
         """Passed on."""
@@ -66,6 +67,8 @@ class Progress:
         if not self.stream.isatty():
             print(text, file=self.stream, flush=True)
             return
+        if not keep:  # a line that the terminal breaks could not be taken back
+            text = text[: shutil.get_terminal_size().columns - 1]
         print(f"\r\x1b[2K{text}", end="\n" if keep else "", file=self.stream, flush=True)
         self.changing = not keep
 
