@@ -58,9 +58,10 @@ class RoIHeads(nn.Module):
         found = {}
         assigned = [self.sample(boxes, target) for boxes, target in zip(proposals, targets, strict=True)]
         found["loss_mask"] = self.mask_loss(features, assigned, targets)
+        refined: Sequence[Tensor] = ()  # the boxes of the stage before
         for stage in range(len(self.stages)):
             if stage > 0:
-                assigned = self.reassign(stage, refined, targets, sizes)  # noqa: F821 - set by the stage before
+                assigned = self.reassign(stage, refined, targets, sizes)
             logits, deltas = self.run_stage(stage, features, [image.boxes for image in assigned])
             suffix = f"_stage{stage}" if len(self.stages) > 1 else ""
             labels = torch.cat([self.labels(a, target) for a, target in zip(assigned, targets, strict=True)])
