@@ -28,7 +28,7 @@ test: $(READY)
 
 ui: $(READY)
 	@test -f $(WORK)/mlflow.db || { echo "$(WORK)/mlflow.db is missing: run make demo first" >&2; exit 1; }
-	@echo "MLflow at http://127.0.0.1:$(PORT) until Ctrl-C; another port: make ui PORT=5001"
+	@echo "MLflow at http://127.0.0.1:$(PORT)/#/experiments/1?workflowType=machine_learning until Ctrl-C; other port: make ui PORT=5001"
 	mlflow server --backend-store-uri sqlite:///$(WORK)/mlflow.db --artifacts-destination $(WORK)/mlartifacts \
 	  --host 127.0.0.1 --port $(PORT) --workers 1
 

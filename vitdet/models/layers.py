@@ -41,7 +41,8 @@ class Deconv2x2(nn.ConvTranspose2d):
         """(B, C, H, W) -> (B, C', 2H, 2W)."""
         weight = rearrange(self.weight, "c out i j -> (i j out) c")
         pixels = F.linear(x.permute(0, 2, 3, 1), weight, self.bias.repeat(4))
-        return rearrange(pixels, "b h w (i j out) -> b out (h i) (w j)", i=2, j=2)
+        # Channels stay innermost in memory, as they come from the tokens and as the next layers want them.
+        return rearrange(pixels, "b h w (i j out) -> b (h i) (w j) out", i=2, j=2).permute(0, 3, 1, 2)
 
 
 def init_conv(module: nn.Conv2d | nn.ConvTranspose2d) -> None:
