@@ -32,8 +32,9 @@ def save(path: Path, content: dict) -> None:
             os.fsync(file.fileno())
         temporary.replace(path)
     except (OSError, RuntimeError) as error:
-        # torch may report a failed write as RuntimeError, with a page of its own call stack
-        raise OSError(f"{path}: could not be written ({_first_line(error)}); free some space and run the same command "
+        # torch hides the system's own error behind one of its archive
+        cause = error.__context__ if isinstance(error.__context__, OSError) else error
+        raise OSError(f"{path}: could not be written ({_first_line(cause)}); free some space and run the same command "
                       "again, it goes on from the last whole checkpoint") from error
     finally:
         temporary.unlink(missing_ok=True)
@@ -46,9 +47,14 @@ def load(path: Path, expected: str) -> dict:
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such checkpoint; expected the model.pt that `vitdet train` wrote")
+    if not zipfile.is_zipfile(path):
+        raise ValueError(f"{path}: not a whole vitdet checkpoint (it was cut off, or is another kind of file)")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, zipfile.BadZipFile, KeyError) as error:
+    except pickle.UnpicklingError as error:
+        raise ValueError(f"{path}: not a vitdet checkpoint (it holds other things than numbers and text, "
+                         "and may not run code)") from error
+    except (RuntimeError, EOFError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise ValueError(f"{path}: not a whole vitdet checkpoint ({_first_line(error)})") from error
     if not isinstance(content, dict) or content.get("format") != expected:
         found = content.get("format") if isinstance(content, dict) else type(content).__name__
