@@ -2,23 +2,24 @@
 ViTDet-B Mask R-CNN on COCO (Detectron2, mask_rcnn_vitdet_b_100ep).
 
 A recipe (a YAML file in `recipes/`) lists what differs from the defaults, an override `a.b=c` changes one setting
-more. The field's type converts the text, so `1e-4` is a number although YAML reads it as a string.
+more. The field's type converts the text (`vitdet.typed`), so `1e-4` is a number although YAML reads it as a string.
 A resolved config holds every value and is what is stored, logged and passed between the steps.
 """
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import json
-import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from functools import reduce
 from pathlib import Path
-from typing import Literal, get_args, get_origin, get_type_hints
+from typing import Literal
 
 import yaml
+
+from vitdet.typed import build, nearest, parse, settings
 
 RECIPES = Path(__file__).parent / "recipes"
 
@@ -174,27 +175,34 @@ class Config:
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
 
     def __post_init__(self) -> None:
-        backbone, data, optim, train = self.model.backbone, self.data, self.optim, self.train
+        backbone, data, optim = self.model.backbone, self.data, self.optim
+        for keys, holds, what in RANGES:
+            for key in keys.split():
+                value = reduce(getattr, key.split("."), self)
+                several = isinstance(value, tuple)
+                _rule(value and all(map(holds, value)) if several else holds(value),
+                      f"{key} must {what}, got {list(value) if several else value}")
         stride = round(2 * backbone.patch_size / self.model.pyramid.scales[-1])  # p6: a whole number of its cells
-        _rule(data.image_size % stride == 0 and data.image_size > 0,
+        _rule(data.image_size % stride == 0,
               f"data.image_size must be a positive multiple of {stride} (the coarsest stride), got {data.image_size}")
         _rule(all(0 < a < b for a, b in zip(optim.milestones, optim.milestones[1:] + (1.0,), strict=True)),
               f"optim.milestones must rise between 0 and 1 (fractions of the steps), got {list(optim.milestones)}")
-        _rule(0 < data.scale_range[0] <= data.scale_range[1],
-              f"data.scale_range must be 0 < low <= high, got {list(data.scale_range)}")
-        _rule(len(self.model.roi_heads.ious) > 0, "model.roi_heads.ious needs one IoU a stage, got none")
-        for name, value in (("optim.steps", optim.steps), ("train.batch_size", train.batch_size),
-                            ("train.log_every", train.log_every), ("train.eval_every", train.eval_every),
-                            ("train.save_every", train.save_every), ("train.keep", train.keep),
-                            ("model.roi_heads.num_classes", self.model.roi_heads.num_classes),
-                            ("evaluate.batch_size", self.evaluate.batch_size)):
-            _rule(value > 0, f"{name} must be at least 1, got {value}")
-        for name, value in (("data.flip", data.flip), ("data.transpose", data.transpose),
-                            ("data.color_jitter", data.color_jitter), ("model.backbone.drop_path", backbone.drop_path),
-                            ("optim.ema", optim.ema), ("model.rpn.positive_fraction", self.model.rpn.positive_fraction),
-                            ("model.roi_heads.positive_fraction", self.model.roi_heads.positive_fraction),
-                            ("evaluate.score_threshold", self.evaluate.score_threshold)):
-            _rule(0 <= value <= 1, f"{name} must lie between 0 and 1, got {value}")
+        low, high = data.scale_range
+        _rule(low <= high, f"data.scale_range must be low <= high, got {[low, high]}")
+
+
+RANGES = (
+    ("optim.steps train.batch_size train.log_every train.eval_every train.save_every train.keep data.image_size "
+     "model.roi_heads.num_classes model.backbone.patch_size evaluate.batch_size evaluate.max_detections",
+     lambda value: value >= 1, "be at least 1"),
+    ("optim.lr optim.layer_decay data.scale_range model.pyramid.scales model.rpn.anchor_scale model.rpn.aspect_ratios",
+     lambda value: value > 0, "be above 0"),
+    ("optim.weight_decay optim.warmup_steps optim.clip data.workers data.max_images train.seed "
+     "model.backbone.window_size", lambda value: value >= 0, "not be negative"),
+    ("data.flip data.transpose data.color_jitter model.backbone.drop_path optim.ema optim.warmup_factor "
+     "model.rpn.positive_fraction model.roi_heads.positive_fraction model.roi_heads.ious model.rpn.nms_iou "
+     "evaluate.score_threshold evaluate.nms_iou", lambda value: 0 <= value <= 1, "lie between 0 and 1"),
+)
 
 
 def load_config(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Config:
@@ -216,8 +224,8 @@ def load_config(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Conf
             node = node[parent]
             if not isinstance(node, dict):
                 raise ValueError(f"{key}: {'.'.join(parents[: depth + 1])} is a setting, not a section")
-        node[leaf] = _parse(key, text)
-    return _build(Config, tree, "")
+        node[leaf] = parse(Config, key.strip(), text)
+    return build(Config, tree)
 
 
 def save_config(config: Config, path: str | Path) -> None:
@@ -244,18 +252,13 @@ def to_dict(config: Config) -> dict:
 
 def from_dict(tree: Mapping) -> Config:
     """The inverse of `to_dict`; absent settings take their defaults. Raises ValueError as `load_config` does."""
-    return _build(Config, dict(tree), "")
+    return build(Config, dict(tree))
 
 
 def flatten(config: Config) -> dict[str, bool | int | float | str]:
     """{'optim.lr': 0.0001, ...}: the keys that overrides use; lists as text."""
-    def walk(tree: dict, prefix: str) -> Iterator[tuple[str, bool | int | float | str]]:
-        for key, value in tree.items():
-            if isinstance(value, dict):
-                yield from walk(value, f"{prefix}{key}.")
-            else:
-                yield f"{prefix}{key}", json.dumps(value) if isinstance(value, list) else value
-    return dict(walk(to_dict(config), ""))
+    values = {key: reduce(getattr, key.split("."), config) for key in settings(Config)}
+    return {key: json.dumps(value) if isinstance(value, tuple) else value for key, value in values.items()}
 
 
 def difference(ours: Config, theirs: Config) -> list[str]:
@@ -279,18 +282,13 @@ def _rule(holds: bool, message: str) -> None:
         raise ValueError(message)
 
 
-def _near(name: str, known: Sequence[str]) -> str:
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    return f"did you mean '{close[0]}'?" if close else f"known: {', '.join(known)}"
-
-
 def _read(name_or_path: str | Path) -> dict:
     text = str(name_or_path)
     path = Path(text)
     if not path.suffix and os.sep not in text:
         path = RECIPES / f"{text}.yaml"
         if not path.exists():
-            raise ValueError(f"{text}: no such recipe; {_near(text, recipes())}")
+            raise ValueError(f"{text}: no such recipe; {nearest(text, recipes())}")
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such config file; give a recipe's name ({', '.join(recipes())}) or a file")
     try:
@@ -300,64 +298,3 @@ def _read(name_or_path: str | Path) -> dict:
     if not isinstance(tree if tree is not None else {}, dict):
         raise ValueError(f"{path}: expected sections ({', '.join(f.name for f in fields(Config))}), got {tree!r}")
     return tree or {}
-
-
-def _parse(key: str, text: str) -> object:
-    try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ValueError(f"{key}: {text!r} is not readable as a value") from error
-
-
-def _build(kind: type, tree: object, prefix: str):  # noqa: ANN202 - an instance of `kind`
-    if tree is None:
-        tree = {}
-    if not isinstance(tree, dict):
-        raise ValueError(f"{prefix.rstrip('.')}: is a section ({', '.join(f.name for f in fields(kind))}), got {tree!r}")
-    hints = get_type_hints(kind)
-    values = {}
-    for key, value in tree.items():
-        if key not in hints:
-            raise ValueError(f"{prefix}{key}: no such setting; {_near(str(key), list(hints))}")
-        hint = hints[key]
-        values[key] = (_build(hint, value, f"{prefix}{key}.") if is_dataclass(hint)
-                       else _convert(hint, value, f"{prefix}{key}"))
-    return kind(**values)
-
-
-def _convert(hint: type, value: object, key: str) -> object:
-    if get_origin(hint) is Literal:
-        if value not in get_args(hint):
-            raise ValueError(f"{key}: expected one of {', '.join(map(str, get_args(hint)))}, got {value!r}")
-        return value
-    wrong = ValueError(f"{key}: expected {_describe(hint)}, got {value!r}")
-    if get_origin(hint) is tuple:
-        item, *rest = get_args(hint)
-        if not isinstance(value, list | tuple) or (rest != [Ellipsis] and len(value) != 1 + len(rest)):
-            raise wrong
-        return tuple(_convert(item, element, key) for element in value)
-    if hint is str:
-        if value is not None and not isinstance(value, str | int | float):
-            raise wrong
-        return "" if value is None else str(value)
-    if hint is bool:
-        if not isinstance(value, bool):
-            raise wrong
-        return value
-    if isinstance(value, bool):
-        raise wrong
-    try:
-        number = float(value)  # YAML reads 1e-4 as text
-    except (TypeError, ValueError):
-        raise wrong from None
-    if not math.isfinite(number) or (hint is int and number != int(number)):
-        raise wrong
-    return hint(number)
-
-
-def _describe(hint: type) -> str:
-    if get_origin(hint) is tuple:
-        item, *rest = get_args(hint)
-        count = "values" if rest == [Ellipsis] else f"{1 + len(rest)} values"
-        return f"a list of {count}, each {_describe(item)}"
-    return {int: "a whole number", float: "a number", str: "text", bool: "true or false"}[hint]
