@@ -35,8 +35,8 @@ def process_group() -> Iterator[torch.device]:
 
 
 def rank() -> int:
-    """Number of this process, 0 the first."""
-    return dist.get_rank() if dist.is_initialized() else 0
+    """Number of this process, 0 the first; known from before the processes join until after they part."""
+    return dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", "0"))
 
 
 def world_size() -> int:

@@ -58,19 +58,24 @@ class Progress:
     def close(self, status: str = "FINISHED") -> None:
         """Passed on; the changing line ends."""
         if self.changing:
-            print(file=self.stream, flush=True)
+            self.write("\n")
         self.changing = False
         self.tracker.close(status)
 
     def line(self, text: str, keep: bool) -> None:
         """Shows a line: on a terminal in the place of the one before, unless that is to be kept."""
         if not self.stream.isatty():
-            print(text, file=self.stream, flush=True)
+            self.write(f"{text}\n")
             return
         if not keep:  # a line that the terminal breaks could not be taken back
             text = text[: shutil.get_terminal_size().columns - 1]
-        print(f"\r\x1b[2K{text}", end="\n" if keep else "", file=self.stream, flush=True)
+        self.write(f"\r\x1b[2K{text}" + ("\n" if keep else ""))
         self.changing = not keep
+
+    def write(self, text: str) -> None:
+        """At once."""
+        self.stream.write(text)
+        self.stream.flush()
 
 
 def clock(seconds: float) -> str:
