@@ -1,0 +1,102 @@
+"""Shared: a tiny data set, and a training on it that takes a second."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+ROOT = Path(__file__).parents[1]
+STEPS = 8
+MINIMAL = {
+    "model.backbone.rel_pos_size": 128, "model.pyramid.channels": 16, "model.roi_heads.fc_dim": 32,
+    "model.roi_heads.samples": 8, "model.roi_heads.num_convs": 1, "model.mask.num_convs": 1, "model.mask.samples": 4,
+    "model.rpn.samples": 16, "model.rpn.pre_nms_train": 20, "model.rpn.post_nms_train": 12,
+    "model.rpn.pre_nms_test": 20, "model.rpn.post_nms_test": 8, "data.image_size": 128, "optim.steps": STEPS,
+    "optim.lr": 1e-3, "optim.warmup_steps": 2, "optim.clip": 1.0, "optim.ema": 0.9, "train.init": "",
+    "train.batch_size": 2, "train.precision": "fp32", "train.log_every": 1, "train.eval_every": 4,
+    "train.save_every": 3, "evaluate.batch_size": 2, "evaluate.score_threshold": 0.0, "evaluate.max_detections": 4,
+}
+
+
+def minimal(root: Path, **changes: object) -> list[str]:
+    """Overrides of the recipe `tiny`; a change is optim__lr=1e-3 for optim.lr."""
+    settings = {**MINIMAL, "data.root": root, **{key.replace("__", "."): value for key, value in changes.items()}}
+    return [f"{key}={value}" for key, value in settings.items()]
+
+
+def options(overrides: list[str]) -> list[str]:
+    """The same for a command line."""
+    return [word for override in overrides for word in ("--set", override)]
+
+
+def environment(folder: Path) -> dict[str, str]:
+    """For a process of ours: this package, one thread, MLflow's file in `folder`."""
+    return {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1",
+            "MLFLOW_TRACKING_URI": f"sqlite:///{folder / 'mlflow.db'}"}
+
+
+def start(words: list[str], folder: Path, processes: int = 0) -> subprocess.Popen:
+    """`python -m vitdet WORDS` in `folder`, in a process group of its own; under torchrun with 1 process and more."""
+    launcher = ["torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", "-m"] if processes else []
+    return subprocess.Popen([sys.executable, "-m", *launcher, "vitdet", *words], cwd=folder, env=environment(folder),
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """12 training and 4 validation images; not to be changed."""
+    from vitdet.data.tiny import make_tiny
+
+    folder = tmp_path_factory.mktemp("data") / "tiny"
+    make_tiny(folder, 12, 4, processes=1)
+    return folder
+
+
+@pytest.fixture
+def own_tiny(tiny: Path, tmp_path: Path) -> Path:
+    """A copy that a test may damage."""
+    return Path(shutil.copytree(tiny, tmp_path / "own"))
+
+
+@pytest.fixture(scope="session")
+def trained(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a finished training of `minimal`, in one go and without tracking; not to be changed."""
+    from vitdet.config import load_config
+    from vitdet.training import train
+
+    output = tmp_path_factory.mktemp("trained") / "run"
+    train(load_config("tiny", minimal(tiny)), output)
+    return output
+
+
+@pytest.fixture
+def vitdet(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path,
+           ) -> Callable[..., tuple[int, str, str]]:
+    """vitdet(*words) runs a command in this process, in a folder of its own: (exit code, stdout, stderr)."""
+    from vitdet.cli import main
+
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.chdir(tmp_path)
+
+    def run(*words: object) -> tuple[int, str, str]:
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            main([str(word) for word in words])
+        return (stop.value.code, *capsys.readouterr())
+
+    return run
+
+
+@pytest.fixture
+def picture(tmp_path: Path) -> Path:
+    """A photo of nothing."""
+    path = tmp_path / "picture.png"
+    Image.effect_noise((90, 60), 40).convert("RGB").save(path)
+    return path
