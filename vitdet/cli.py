@@ -59,6 +59,10 @@ def parser() -> argparse.ArgumentParser:
     kind.add_argument("name", help="a name of the list, or a config file, whose train.init is meant")
     kind.add_argument("--output", type=Path, required=True, help="the folder")
     kind.set_defaults(run=verbs.run_weights_fetch)
+    kind = kinds.add_parser("pretrain", help="make mae_vit_tiny: a masked autoencoder on generated pictures, no labels")
+    kind.add_argument("output", type=Path, help="the .safetensors file to write")
+    kind.add_argument("--steps", type=int, default=6000, help="steps of 64 pictures (6000)")
+    kind.set_defaults(run=verbs.run_weights_pretrain)
 
     verb = actions.add_parser("train", help="train a detector; goes on where an interrupted training stopped")
     verb.add_argument("recipe", help="a recipe's name or a YAML file")

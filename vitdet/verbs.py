@@ -78,6 +78,15 @@ def run_weights_fetch(given: argparse.Namespace) -> int:
     return 0
 
 
+def run_weights_pretrain(given: argparse.Namespace) -> int:
+    """vitdet weights pretrain"""
+    from vitdet.training.mae import pretrain
+
+    pretrain("tiny", given.output, steps=given.steps)
+    print(given.output)
+    return 0
+
+
 def run_train(given: argparse.Namespace) -> int:
     """vitdet train"""
     from vitdet import distributed

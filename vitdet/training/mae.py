@@ -2,13 +2,13 @@
 
 He et al., Masked Autoencoders Are Scalable Vision Learners (2111.06377): the encoder sees a quarter of the patches, a
 small decoder paints the others. The pictures are drawn from seeds that neither split of the tiny data set uses.
-`python -m vitdet.training.mae OUTPUT` makes the weights that ship with the package.
+`vitdet weights pretrain OUTPUT` made the weights that ship with the package.
 Letters: B images, N tokens, V visible ones, C channels, P = 3 patch^2 values of a patch.
 """
 
 from __future__ import annotations
 
-import argparse
+import logging
 import math
 import multiprocessing
 import time
@@ -29,6 +29,8 @@ from vitdet.models.attention import attend
 from vitdet.models.detector import PIXEL_MEAN, PIXEL_STD
 from vitdet.models.vit import Block, ViT
 from vitdet.weights import NOT_PRETRAINED
+
+log = logging.getLogger(__name__)
 
 VISIBLE, PAINTED = 0.25, 0.375  # of the patches: seen, and asked for (half of the others: the decoder's cost)
 
@@ -111,14 +113,17 @@ def augment(images: Tensor, generator: torch.Generator) -> Tensor:
     return (images.float() - mean) / std
 
 
-def pretrain(recipe: str, output: Path, *, count: int, steps: int, batch_size: int, lr: float, seed: int) -> None:
-    """Trains the recipe's backbone and writes its weights, float16, without relative positions."""
+def pretrain(
+    recipe: str, output: Path, *, count: int = 24_000, steps: int = 6000, batch_size: int = 64, lr: float = 1.5e-3,
+    seed: int = 0,
+) -> None:
+    """Trains the recipe's backbone on `count` pictures and writes its weights, float16, without relative positions."""
     torch.manual_seed(seed)
     config = load_config(recipe)
     model = MaskedAutoencoder(build_backbone(config.model))
     started = time.perf_counter()
     images = pictures(count, config.data.image_size)
-    print(f"{count} pictures drawn in {time.perf_counter() - started:.0f} s", flush=True)
+    log.info("%d pictures drawn in %.0f s", count, time.perf_counter() - started)
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.05, fused=True)
     generator = torch.Generator().manual_seed(seed)
     total = 0.0
@@ -135,7 +140,7 @@ def pretrain(recipe: str, output: Path, *, count: int, steps: int, batch_size: i
         optimizer.step()
         total += loss.item()
         if (step + 1) % 100 == 0:
-            print(f"step {step + 1}/{steps}  loss {total / 100:.4f}  {time.perf_counter() - started:.0f} s", flush=True)
+            log.info("step %d/%d  loss %.4f  %.0f s", step + 1, steps, total / 100, time.perf_counter() - started)
             total = 0.0
         if (step + 1) % 1000 == 0 or step + 1 == steps:
             export(model.encoder, output)
@@ -149,16 +154,3 @@ def export(encoder: ViT, output: Path) -> None:
     save_file(weights, temporary, metadata={"format": "pt", "holds": "backbone"})
     temporary.replace(output)
 
-
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description="MAE pre-training of the tiny backbone on generated pictures")
-    parser.add_argument("output", type=Path, help="the .safetensors file to write")
-    parser.add_argument("--recipe", default="tiny")
-    parser.add_argument("--count", type=int, default=20_000, help="pictures")
-    parser.add_argument("--steps", type=int, default=10_000)
-    parser.add_argument("--batch-size", type=int, default=64)
-    parser.add_argument("--lr", type=float, default=1.5e-3)
-    parser.add_argument("--seed", type=int, default=0)
-    chosen = parser.parse_args()
-    pretrain(chosen.recipe, chosen.output, count=chosen.count, steps=chosen.steps, batch_size=chosen.batch_size,
-             lr=chosen.lr, seed=chosen.seed)

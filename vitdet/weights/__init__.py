@@ -11,7 +11,7 @@ from torch import nn
 PACKAGED = Path(__file__).parent
 # name -> what it is. Files that ship with the package lie beside this one.
 CATALOGUE = {
-    "mae_vit_tiny": "MAE pre-training of vit_tiny on generated images without labels (python -m vitdet.training.mae)",
+    "mae_vit_tiny": "MAE pre-training of vit_tiny on generated images without labels (vitdet weights pretrain)",
 }
 # A pre-training holds the backbone alone, and no relative positions, as its attention had none.
 NOT_PRETRAINED = ("rel_pos_h", "rel_pos_w")
