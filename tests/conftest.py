@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -37,9 +38,31 @@ def options(overrides: list[str]) -> list[str]:
 
 
 def environment(folder: Path) -> dict[str, str]:
-    """For a process of ours: this package, one thread, MLflow's file in `folder`."""
-    return {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1",
+    """For a process of ours: this package, as many threads as this process has, MLflow's file in `folder`."""
+    import torch
+
+    return {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": str(torch.get_num_threads()),
             "MLFLOW_TRACKING_URI": f"sqlite:///{folder / 'mlflow.db'}"}
+
+
+class Recorder:
+    """A tracker that keeps the points {step: {name: value}} and then calls `then` with the step's values."""
+
+    run_id = "recorded"
+
+    def __init__(self, then: Callable[[dict[str, float], int], None] = lambda *_: None) -> None:
+        self.points: dict[int, dict[str, float]] = {}
+        self.status, self.then = "", then
+
+    def log(self, values: dict[str, float], step: int) -> None:
+        self.points.setdefault(step, {}).update(values)
+        self.then(values, step)
+
+    def artifact(self, path: Path, folder: str = "") -> None:
+        assert path.is_file()
+
+    def close(self, status: str = "FINISHED") -> None:
+        self.status = status
 
 
 def start(words: list[str], folder: Path, processes: int = 0) -> subprocess.Popen:
@@ -67,13 +90,24 @@ def own_tiny(tiny: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def trained(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a finished training of `minimal`, in one go and without tracking; not to be changed."""
+    """The folder of a finished training of `minimal` in one go; points.json has its points. Not to be changed."""
     from vitdet.config import load_config
     from vitdet.training import train
 
     output = tmp_path_factory.mktemp("trained") / "run"
-    train(load_config("tiny", minimal(tiny)), output)
+    recorder = Recorder()
+    train(load_config("tiny", minimal(tiny)), output, start_tracking=lambda *_: recorder)
+    (output / "points.json").write_text(json.dumps(recorder.points))
     return output
+
+
+@pytest.fixture(scope="session", autouse=True)
+def nothing_is_left_in_the_repository() -> Iterator[None]:
+    """MLflow writes into the current folder unless it is told otherwise."""
+    names = ("mlflow.db", "mlruns", "mlartifacts", "journal")
+    before = [name for name in names if (ROOT / name).exists()]
+    yield
+    assert [name for name in names if (ROOT / name).exists()] == before
 
 
 @pytest.fixture

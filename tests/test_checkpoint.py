@@ -1,0 +1,164 @@
+"""Checkpoints: whole or not there, and nothing that is read can run code."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.conftest import environment
+from vitdet.config import load_config
+from vitdet.data.tiny import CATEGORIES
+from vitdet.training.checkpoint import FORMAT, STATE, Checkpoints, load, load_model_file, restore_detector, save
+
+# A process whose files cannot grow over 100 kB: `File too large` comes from the same place as `No space left`.
+FULL_DISK = """
+import resource, signal, sys
+from pathlib import Path
+import torch
+from vitdet.training.checkpoint import Checkpoints
+states = Checkpoints(Path(sys.argv[1]), keep=1)
+states.save(1, {"x": torch.arange(10)})
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+for size in (1_000_000, 24_900):  # the disk fills in the middle; with the very last bytes
+    try:
+        states.save(2, {"x": torch.zeros(size)})
+    except OSError as error:
+        print(error)
+"""
+
+
+class Exploit:
+    """A pickle of it runs a command when it is read."""
+
+    def __init__(self, proof: Path) -> None:
+        self.proof = proof
+
+    def __reduce__(self) -> tuple:
+        return os.mkdir, (str(self.proof),)
+
+
+def one_line(error: Exception) -> str:
+    assert "\n" not in str(error)
+    return str(error)
+
+
+def test_a_full_disk_leaves_the_old_state_and_one_line(tmp_path: Path) -> None:
+    done = subprocess.run([sys.executable, "-c", FULL_DISK, str(tmp_path / "states")], capture_output=True, text=True,
+                          env=environment(tmp_path))
+    assert done.returncode == 0 and not done.stderr, done.stderr
+    lines = done.stdout.splitlines()
+    assert len(lines) == 2
+    for line in lines:
+        assert "step_00000002.pt: could not be written ([Errno 27] File too large); free some space" in line
+    assert [path.name for path in (tmp_path / "states").iterdir()] == ["step_00000001.pt"]
+    assert torch.equal(Checkpoints(tmp_path / "states", 1).latest()["x"], torch.arange(10))
+
+
+def test_a_write_that_fails_leaves_the_old_file(tmp_path: Path) -> None:
+    path = tmp_path / "model.pt"
+    save(path, {"format": FORMAT, "x": torch.ones(3)})
+    with pytest.raises(AttributeError):  # not the disk's fault, so not called so
+        save(path, {"format": FORMAT, "x": lambda: None})
+    assert [one.name for one in tmp_path.iterdir()] == ["model.pt"]
+    assert torch.equal(load_model_file(path)["x"], torch.ones(3))
+
+
+def test_the_last_states_stay(tmp_path: Path) -> None:
+    states = Checkpoints(tmp_path, keep=2)
+    assert states.latest() is None
+    (tmp_path / ".step_00000002.pt.123.tmp").write_bytes(b"a killed process left this")
+    (tmp_path / "step_notes.pt").write_text("somebody's")
+    for step in (0, 3, 20, 100):
+        states.save(step, {"x": step})
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step_00000020.pt", "step_00000100.pt", "step_notes.pt"]
+    assert states.latest() == {"format": STATE, "step": 100, "x": 100}
+
+
+@pytest.mark.parametrize("part", [0, 1, 100, 0.5, 0.999, -1])
+def test_a_truncated_file_is_refused(trained: Path, tmp_path: Path, part: float) -> None:
+    whole = (trained / "model.pt").read_bytes()
+    path = tmp_path / "model.pt"
+    path.write_bytes(whole[: int(part * len(whole)) if isinstance(part, float) else part])
+    with pytest.raises(ValueError, match="not a whole vitdet checkpoint") as caught:
+        load_model_file(path)
+    assert one_line(caught.value).startswith(f"{path}: ")
+
+
+def test_a_damaged_file_is_refused_or_read(trained: Path, tmp_path: Path) -> None:
+    whole = (trained / "model.pt").read_bytes()
+    begin = whole.find(b"data.pkl")
+    generator = torch.Generator().manual_seed(0)
+    refused = 0
+    for place in torch.randint(begin, begin + 3000, (60,), generator=generator).tolist():
+        path = tmp_path / "model.pt"
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 0x55]) + whole[place + 1 :])
+        try:
+            load_model_file(path)
+        except ValueError as error:
+            one_line(error)
+            refused += 1
+    assert refused > 20
+
+
+def test_another_file_is_refused(trained: Path, tmp_path: Path) -> None:
+    states = sorted((trained / "checkpoints").iterdir())
+    torch.save([1, 2], tmp_path / "list.pt")
+    torch.save({"model": {}}, tmp_path / "foreign.pt")
+    with zipfile.ZipFile(tmp_path / "photos.zip", "w") as archive:
+        archive.writestr("a.txt", "a")
+    (tmp_path / "text.pt").write_text("weights")
+    for path, says in ((states[-1], f"expected a '{FORMAT}' file, got '{STATE}'"), (tmp_path / "list.pt", "got 'list'"),
+                       (tmp_path / "foreign.pt", "got None"), (tmp_path / "photos.zip", "not a whole vitdet"),
+                       (tmp_path / "text.pt", "or is another kind of file"),
+                       (trained / "config.yaml", "or is another kind of file")):
+        with pytest.raises(ValueError) as caught:
+            load_model_file(path)
+        assert one_line(caught.value).startswith(f"{path}: ") and says in str(caught.value)
+    for path in (tmp_path, tmp_path / "none.pt"):
+        with pytest.raises(FileNotFoundError, match="no such checkpoint"):
+            load_model_file(path)
+
+
+@pytest.mark.parametrize("packed", [True, False], ids=["as torch packs it", "as pickle does"])
+def test_code_in_a_checkpoint_does_not_run(tmp_path: Path, packed: bool) -> None:
+    content = {"format": FORMAT, "model": {}, "config": Exploit(tmp_path / "proof")}
+    path = tmp_path / "model.pt"
+    if packed:
+        torch.save(content, path)
+    else:
+        path.write_bytes(pickle.dumps(content))
+    with pytest.raises(ValueError, match="checkpoint") as caught:
+        load(path, FORMAT)
+    one_line(caught.value)
+    assert not (tmp_path / "proof").exists()
+    if packed:
+        torch.load(path, weights_only=False)
+        assert (tmp_path / "proof").exists()  # it would have
+
+
+def test_a_detector_comes_back_as_it_was(trained: Path) -> None:
+    detector, config, names = restore_detector(trained / "model.pt")
+    assert not detector.training and names == tuple(CATEGORIES.values())
+    stored = load_model_file(trained / "model.pt")
+    assert all(torch.equal(tensor, stored["model"][name]) for name, tensor in detector.state_dict().items())
+    assert config == load_config(trained / "config.yaml")
+
+
+def test_weights_of_another_model_are_refused(trained: Path, tmp_path: Path) -> None:
+    stored = load_model_file(trained / "model.pt")
+    path = tmp_path / "model.pt"
+    for change, says in (({"pyramid": {"channels": 32}}, "its weights do not fit its config"),
+                         ({"pyramids": {}}, "its config is not one of this version: model.pyramids: no such setting")):
+        config = {**stored["config"], "model": {**stored["config"]["model"], **change}}
+        save(path, {**stored, "config": config})
+        with pytest.raises(ValueError, match=says) as caught:
+            restore_detector(path)
+        assert one_line(caught.value).startswith(f"{path}: ")
