@@ -1,7 +1,6 @@
 """Reading annotation files: what becomes a record, what is dropped and counted, what stops with one line."""
 
 import json
-import logging
 from pathlib import Path
 
 import numpy as np
@@ -39,9 +38,8 @@ def _write(folder: Path, content: object) -> Path:
     return path
 
 
-def test_records_hold_usable_objects_in_order(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.WARNING):
-        split = read_coco(_write(tmp_path, _content()), tmp_path / "train")
+def test_records_hold_usable_objects_in_order(tmp_path: Path) -> None:
+    split = read_coco(_write(tmp_path, _content()), tmp_path / "train")
     assert split.class_names == ("dog", "cup") and split.category_ids == (3, 7)
     assert [record.image_id for record in split.records] == [10, 20]
     empty, full = split.records
@@ -51,7 +49,6 @@ def test_records_hold_usable_objects_in_order(tmp_path: Path, caplog: pytest.Log
     assert full.labels.tolist() == [1, 0] and full.labels.dtype == np.int64
     assert full.segmentations[0] == [TRIANGLE]
     assert split.dropped == {"crowd": 1, "of zero size": 1}
-    assert [record.getMessage() for record in caplog.records if "1 crowd, 1 of zero size" in record.getMessage()]
 
 
 def _damage(where: str, **values: object) -> dict:

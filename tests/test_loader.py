@@ -150,6 +150,18 @@ def test_missing_images_are_found_at_the_start(data: DataConfig) -> None:
         train_loader(data, 4, 0, 0, 2)
 
 
+def test_what_training_leaves_out_is_counted_once(data: DataConfig, caplog: pytest.LogCaptureFixture) -> None:
+    path = Path(data.root) / "annotations" / "instances_train.json"
+    content = json.loads(path.read_text())
+    content["annotations"][0]["bbox"][2] = 0
+    path.write_text(json.dumps(content))
+    train_loader(data, 4, seed=0, start_step=0, steps=1)
+    train_loader(data, 4, seed=0, start_step=0, steps=1, rank=1, world_size=2)  # the first process has said it
+    assert [record.getMessage() for record in caplog.records] == [
+        f"{path}: objects left out of training: 1 of zero size"
+    ]
+
+
 def test_a_split_without_objects_cannot_train(data: DataConfig) -> None:
     split = read_split(data, "train")
     empty = replace(split, records=[record for record in split.records if not len(record)])

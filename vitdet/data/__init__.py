@@ -6,6 +6,7 @@ What a position of the training stream becomes depends on (seed, position) alone
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 from collections.abc import Iterator
 from dataclasses import replace
@@ -24,6 +25,8 @@ from vitdet.data.masks import outline, pad_edges
 from vitdet.data.samplers import InfiniteSampler, positions
 from vitdet.data.transforms import jitter, pad, resize_and_pad, visible_boxes
 from vitdet.types import Batch, Polygons, Target
+
+log = logging.getLogger(__name__)
 
 CACHE = 1 << 28  # bytes: a training split whose decoded images fit stays in memory, images and outlines
 
@@ -125,6 +128,10 @@ def train_loader(
     ValueError for an image file that cannot be used.
     """
     dataset = TrainData(read_split(data, data.train_split), data, seed)
+    dropped = dataset.split.dropped
+    if dropped and rank == 0:
+        counts = ", ".join(f"{count} {reason}" for reason, count in sorted(dropped.items()))
+        log.warning("%s: objects left out of training: %s", split_files(data, data.train_split)[0], counts)
     sampler = _Steps(batch_size, start_step, steps, rank, world_size)
     return DataLoader(dataset, batch_sampler=sampler, **_processes(data.workers))
 

@@ -8,7 +8,6 @@ Letters: G usable objects of an image.
 from __future__ import annotations
 
 import json
-import logging
 import math
 from collections import Counter
 from dataclasses import dataclass
@@ -16,8 +15,6 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageOps
-
-log = logging.getLogger(__name__)
 
 
 class ImageError(ValueError):
@@ -89,9 +86,6 @@ def read_coco(annotations: Path | str, images: Path | str) -> CocoSplit:
         raise ValueError(f"{path}: not COCO's layout ({error}); `vitdet data check` lists all problems") from error
     except ValueError as error:
         raise ValueError(f"{path}: {error}; `vitdet data check {path.parent.parent}` lists all problems") from error
-    if dropped:
-        counts = ", ".join(f"{count} {reason}" for reason, count in sorted(dropped.items()))
-        log.warning("%s: objects left out of training: %s", path, counts)
     return CocoSplit(class_names, category_ids, records, dict(dropped))
 
 
