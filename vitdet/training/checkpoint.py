@@ -5,10 +5,13 @@ A file is written under another name and renamed when it is whole, so that a ful
 
 from __future__ import annotations
 
+import fcntl
 import os
 import pickle
 import re
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -92,6 +95,18 @@ class Checkpoints:
 
     def __init__(self, folder: Path, keep: int) -> None:
         self.folder, self.keep = folder, keep
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """While a process writes states here; raises ValueError in all others. The lock ends with the process."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with open(self.folder / ".lock", "w") as file:
+            try:
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock, data-loader processes do not share it
+            except BlockingIOError as error:
+                raise ValueError(f"{self.folder}: another training is writing here; wait for its end or choose "
+                                 "another --output") from error
+            yield
 
     def save(self, step: int, content: dict) -> Path:
         """Writes the state after `step` steps and removes those that are too old."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+
 import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -14,4 +16,6 @@ def parallelize(detector: nn.Module, device: torch.device) -> nn.Module:
     if distributed.world_size() == 1:
         return detector
     devices = [device.index] if device.type == "cuda" else None
-    return DistributedDataParallel(detector, device_ids=devices, broadcast_buffers=False, gradient_as_bucket_view=True)
+    known = inspect.signature(DistributedDataParallel).parameters
+    buffers = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"  # its name until 2.14
+    return DistributedDataParallel(detector, device_ids=devices, gradient_as_bucket_view=True, **{buffers: False})

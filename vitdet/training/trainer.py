@@ -9,9 +9,10 @@ from __future__ import annotations
 import hashlib
 import logging
 import math
+import os
 import signal
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Protocol
 
@@ -82,7 +83,7 @@ def train(
     finished run or one of another config, Stopped after SIGTERM.
     """
     output = Path(output)
-    with distributed.process_group() as device, sigterm() as stop:
+    with distributed.process_group() as device, sigterm() as stop, ExitStack() as alone:
         source = weights if weights is not None else resolve(config.train.init)
         identity = dataset_digest(config.data)
         states = Checkpoints(_states_folder(config, output, checkpoints, identity, source), config.train.keep)
@@ -108,6 +109,7 @@ def train(
             start = state["step"]
         tracker: Tracker = Silent()
         if distributed.rank() == 0:
+            alone.enter_context(states.locked())
             if state is not None:
                 log.info("going on from step %d of %d (%s)", start, config.optim.steps, states.folder)
             save_config(config, output / "config.yaml")
@@ -213,15 +215,18 @@ class Loop:
 
 @contextmanager
 def sigterm() -> Iterator[Callable[[], bool]]:
-    """Within it SIGTERM only raises a flag, which the function given asks for."""
-    received = []
+    """Within it SIGTERM only raises a flag, which the function given asks for.
+
+    The death of torchrun counts as SIGTERM: it cannot pass a SIGKILL on, and its processes would train on unseen.
+    """
+    received, parent = [], os.getppid()
     try:
         previous = signal.signal(signal.SIGTERM, lambda *_: received.append(True))
     except ValueError:  # not the main thread: signals are somebody else's matter
         yield lambda: False
         return
     try:
-        yield lambda: bool(received)
+        yield lambda: bool(received) or (distributed.world_size() > 1 and os.getppid() != parent)
     finally:
         signal.signal(signal.SIGTERM, previous)
 
