@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFilter, ImageFont, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageChops, ImageDraw, ImageFilter, ImageFont, ImageOps, UnidentifiedImageError
 from torch import Tensor, nn
 
 from vitdet.data.masks import paste
@@ -24,6 +24,7 @@ from vitdet.types import Detections
 
 GOLDEN = 0.618034  # of the circle of hues: neighbours in the list of classes get far colours, however many there are
 COMFORTABLE = 768  # pixels of the longest side; smaller images are drawn enlarged, so that names can be read
+DARK, FILL, SHADOW = (15, 15, 15), 0.42, 0.5  # colour of the shadow that lines cast on a like background; opacities
 Picture = str | Path | Image.Image | np.ndarray | Tensor
 
 
@@ -156,8 +157,8 @@ def _open(path: Path) -> Image.Image:
             return _upright(image)
     except UnidentifiedImageError as error:
         raise ValueError(f"{path}: not an image that can be read (JPEG, PNG, ...)") from error
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{path}: the image is damaged: {error}") from error
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise ValueError(f"{path}: the image cannot be read: {' '.join(str(error).split())}") from error
 
 
 def _upright(image: Image.Image) -> Image.Image:
@@ -178,25 +179,25 @@ def _paint_mask(canvas: Image.Image, bitmap: Tensor, color: tuple[int, int, int]
     margin = 2 * width
     left, top = max(0, columns[0] - margin), max(0, rows[0] - margin)
     part = inside[top : rows[-1] + 1 + margin, left : columns[-1] + 1 + margin]
-    shape = Image.fromarray((part * 255).astype(np.uint8))
     # a border of nothing around the part, else an object at the image's edge has no outline there
-    grown = ImageOps.expand(shape, margin)
-    outline = np.asarray(grown, np.int16) - np.asarray(grown.filter(ImageFilter.MinFilter(2 * width - 1)), np.int16)
-    line = Image.fromarray(outline.astype(np.uint8)).filter(ImageFilter.GaussianBlur(0.6))
-    line = ImageOps.crop(line, margin)
-    soft = shape.filter(ImageFilter.GaussianBlur(0.7))
+    shape = ImageOps.expand(Image.fromarray((part * 255).astype(np.uint8)), margin)
+    line = ImageChops.subtract(shape, shape.filter(ImageFilter.MinFilter(2 * width + 1)))
+    shadow = ImageChops.subtract(shape.filter(ImageFilter.MaxFilter(3)), shape)
     at = (int(left), int(top))
-    canvas.paste(color, at, soft.point([round(value * 0.42) for value in range(256)]))
-    canvas.paste(tuple(round(channel * 0.9) for channel in color), at, line)
+    for paint_color, area, blur, opacity in ((color, shape, 0.7, FILL), (DARK, shadow, 0.5, SHADOW),
+                                             (color, line, 0.6, 1.0)):
+        soft = ImageOps.crop(area.filter(ImageFilter.GaussianBlur(blur)), margin)
+        canvas.paste(paint_color, at, soft.point([round(value * opacity) for value in range(256)]))
 
 
 def _paint_box(canvas: Image.Image, box: Sequence[float], color: tuple[int, int, int], width: int) -> None:
-    thin = max(1, width - 1)
     left, top = (max(0, math.floor(value)) for value in box[:2])
     right, bottom = (min(side, math.ceil(value)) - 1 for value, side in zip(box[2:], canvas.size, strict=True))
     if right < left or bottom < top:
         return
-    ImageDraw.Draw(canvas).rectangle((left, top, right, bottom), outline=color, width=thin)
+    pen = ImageDraw.Draw(canvas, "RGBA")
+    pen.rectangle((left - 1, top - 1, right + 1, bottom + 1), outline=(*DARK, round(255 * SHADOW)), width=1)
+    pen.rectangle((left, top, right, bottom), outline=(*color, 235), width=width)
 
 
 def _paint_caption(canvas: Image.Image, box: Sequence[float], text: str, color: tuple[int, int, int],
