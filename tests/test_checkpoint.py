@@ -109,7 +109,7 @@ def test_a_damaged_file_is_refused_or_read(trained: Path, tmp_path: Path) -> Non
 
 
 def test_another_file_is_refused(trained: Path, tmp_path: Path) -> None:
-    states = sorted((trained / "checkpoints").iterdir())
+    states = sorted((trained / "checkpoints").glob("*.pt"))
     torch.save([1, 2], tmp_path / "list.pt")
     torch.save({"model": {}}, tmp_path / "foreign.pt")
     with zipfile.ZipFile(tmp_path / "photos.zip", "w") as archive:

@@ -7,18 +7,20 @@ import os
 import random
 import shutil
 import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
-from tests.conftest import STEPS, Recorder, minimal
+from tests.conftest import STEPS, Recorder, environment, minimal
 from vitdet import distributed
 from vitdet.config import load_config
 from vitdet.training import Stopped, train
 from vitdet.training.checkpoint import load_model_file
-from vitdet.training.trainer import use_bf16
+from vitdet.training.trainer import sigterm, use_bf16
 
 MEASURED = {"images_per_second", "data_wait_seconds", "memory_gb"}
 
@@ -185,9 +187,31 @@ def test_a_training_that_diverges_stops_and_keeps_a_sound_state(tiny: Path, tmp_
     with pytest.raises(ValueError, match="not finite: the training has diverged; try a smaller optim.lr") as caught:
         go(tiny, tmp_path, recorder, optim__lr=1e18, optim__clip=0, train__log_every=100, train__save_every=1)
     assert "\n" not in str(caught.value) and recorder.status == "FAILED" and recorder.points == {}
-    for path in (tmp_path / "checkpoints").iterdir():
+    for path in (tmp_path / "checkpoints").glob("*.pt"):
         state = torch.load(path, weights_only=True)
         assert all(tensor.isfinite().all() for tensor in state["model"].values()), path
+
+
+def test_one_training_at_a_time_writes_to_a_folder(tiny: Path, tmp_path: Path) -> None:
+    code = ("import sys; from pathlib import Path; from vitdet.training.checkpoint import Checkpoints\n"
+            "with Checkpoints(Path(sys.argv[1]), 1).locked(): print('locked', flush=True); sys.stdin.read()")
+    other = subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "checkpoints")], stdin=subprocess.PIPE,
+                             stdout=subprocess.PIPE, text=True, env=environment(tmp_path))
+    assert other.stdout.readline() == "locked\n"
+    with pytest.raises(ValueError, match="another training is writing here"):
+        go(tiny, tmp_path)
+    other.kill()
+    other.communicate()
+    go(tiny, tmp_path, optim__steps=1, data__workers=1)
+
+
+def test_a_process_whose_torchrun_died_stops(monkeypatch: pytest.MonkeyPatch) -> None:
+    with sigterm() as stop:
+        assert not stop()
+        monkeypatch.setattr(os, "getppid", lambda: 1)
+        assert not stop()  # alone, it may outlive the shell that started it
+        monkeypatch.setattr(distributed, "world_size", lambda: 2)
+        assert stop()
 
 
 def test_bf16_is_a_setting_or_the_machines_choice() -> None:
