@@ -32,7 +32,7 @@ MAY_IMPORT = {
     "serving": {"tracking", "wheel", "predictor", "data"},
     "models": RECORDS,
     "data": RECORDS,
-    "weights": {"config"},
+    "weights": {"typed"},
     "predictor": RECORDS | {"models", "data", "training.checkpoint"},
     "evaluation": RECORDS | {"models", "data", "predictor", "distributed", "training.checkpoint"},
     "training": RECORDS | {"models", "data", "weights", "evaluation", "predictor", "distributed"},

@@ -142,6 +142,8 @@ def run_evaluate(given: argparse.Namespace) -> int:
     from vitdet.evaluation import evaluate
     from vitdet.training.checkpoint import load_model_file
 
+    if given.output:
+        given.output.parent.mkdir(parents=True, exist_ok=True)  # minutes before it is needed
     overrides = [*sections(given.config, ("data", "evaluate")), *given.overrides]
     metrics = evaluate(given.checkpoint, overrides, pictures=given.pictures, plots=given.plots)
     print(table(metrics))

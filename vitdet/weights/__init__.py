@@ -8,6 +8,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
+from vitdet.typed import nearest
+
 PACKAGED = Path(__file__).parent
 # name -> what it is. Files that ship with the package lie beside this one.
 CATALOGUE = {
@@ -28,8 +30,8 @@ def resolve(name_or_path: str, folder: Path | None = None) -> Path | None:
     if name_or_path in CATALOGUE:
         path = (folder or PACKAGED) / f"{name_or_path}.safetensors"
     elif not path.suffix:
-        raise ValueError(f"train.init: no weights named {name_or_path!r}; known: {', '.join(CATALOGUE)}, or a "
-                         ".safetensors file; '' trains from scratch")
+        raise ValueError(f"train.init: no weights named {name_or_path!r}; {nearest(name_or_path, list(CATALOGUE))} "
+                         "(a .safetensors file can be given too; '' trains from scratch)")
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such weights file (train.init)")
     return path
