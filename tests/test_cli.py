@@ -22,13 +22,13 @@ from tests.conftest import environment, minimal, options
 from vitdet.config import load_config
 
 Run = Callable[..., tuple[int, str, str]]
+FIND = importlib.util.find_spec
 
 
 @pytest.fixture(autouse=True)
 def untracked(monkeypatch: pytest.MonkeyPatch) -> None:
     """As if mlflow were not installed, which saves seconds; `test_distributed` has it."""
-    find = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "mlflow" else find(name))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "mlflow" else FIND(name))
 
 
 def leftovers(folder: Path) -> list[Path]:
@@ -104,6 +104,15 @@ def test_evaluate(vitdet: Run, trained: Path, tmp_path: Path) -> None:
     assert not leftovers(tmp_path)
     code, output, _ = vitdet("evaluate", trained / "model.pt", "--set", "evaluate.max_detections=1")
     assert code == 0 and {path.name for path in tmp_path.iterdir()} == {"m", "pics", "plots"}
+
+
+def test_a_checkpoint_that_was_carried_away_makes_no_tracking_store(vitdet: Run, trained: Path, tmp_path: Path,
+                                                                    monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", FIND)
+    (tmp_path / "run").mkdir()
+    shutil.copy(trained / "model.pt", tmp_path / "run")
+    assert vitdet("evaluate", "run/model.pt")[0] == 0
+    assert {path.name for path in tmp_path.rglob("*")} == {"run", "model.pt"}
 
 
 def test_predict(vitdet: Run, trained: Path, tiny: Path, picture: Path, tmp_path: Path) -> None:

@@ -151,13 +151,15 @@ def run_evaluate(given: argparse.Namespace) -> int:
         write_json(given.output, metrics)
     stored = load_model_file(given.checkpoint)
     if stored["run_id"] and importlib.util.find_spec("mlflow"):
-        from vitdet.tracking import log_metrics
+        from vitdet.tracking import log_metrics, tracking_uri
 
         config = load_config(given.config) if given.config else None
-        files = sorted(given.pictures.glob("*.jpg")) if given.pictures else []
-        log_metrics(stored["run_id"], config.tracking.uri if config else stored["config"]["tracking"]["uri"],
-                    tracking_folder(given.checkpoint.parent), metrics, stored["step"],
-                    {path: "pictures" for path in files})
+        uri = config.tracking.uri if config else stored["config"]["tracking"]["uri"]
+        folder = tracking_folder(given.checkpoint.parent)
+        kind, _, path = tracking_uri(uri, folder).partition(":///")
+        if kind != "sqlite" or Path(path).exists():  # else the checkpoint was carried away from its run
+            files = sorted(given.pictures.glob("*.jpg")) if given.pictures else []
+            log_metrics(stored["run_id"], uri, folder, metrics, stored["step"], dict.fromkeys(files, "pictures"))
     return 0
 
 
