@@ -1,7 +1,7 @@
 """Average precision as COCO measures it (Lin et al. 2014, cocodataset.org/#detection-eval): pycocotools is the arbiter.
 
 `compare` matches results with the annotations once; `summary`, `class_rows` and `curve_rows` are views of its findings.
-Boxes and masks are compared apart: an object's size class comes from its box in one and from its mask in the other, as
+Boxes and masks are compared apart: a detection's size is that of its box in one and of its mask in the other, as
 Detectron2 does it. Figures are percent. A figure for which the annotations hold no object (AP of small objects where
 there are none) is left out of the views, so every number is finite and fit for JSON.
 Letters of pycocotools' precision table: T IoU thresholds, R recalls, K classes, A size ranges, M limits of detections.
@@ -19,6 +19,8 @@ import numpy as np
 from pycocotools import mask as rle
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
+
+from vitdet.data.masks import decode
 
 NAMES = {"bbox": "box", "segm": "mask"}
 FIGURES = ("ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large",
@@ -44,7 +46,7 @@ def compare(annotations: Path, results: Sequence[dict], kinds: Sequence[str] = (
     _check(tree, results, chosen, annotations)
     finished = {}
     with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints its progress
-        truth = _index(tree, [_complete(item) for item in tree["annotations"]])
+        truth = _index(tree, _objects(tree))
         for kind in kinds:
             found = _index(tree, _results(results, kind))
             finished[kind] = COCOeval(truth, found, kind)
@@ -127,9 +129,16 @@ def _index(tree: dict, items: list[dict]) -> COCO:
     return coco
 
 
-def _complete(item: dict) -> dict:
+def _objects(tree: dict) -> list[dict]:
     # own data sets often leave out the two keys that pycocotools cannot do without; it also writes into the items
-    return {"iscrowd": 0, "area": item["bbox"][2] * item["bbox"][3], **item}
+    sides = {image["id"]: (image["height"], image["width"]) for image in tree["images"]}
+    objects = []
+    for item in tree["annotations"]:
+        item = {"iscrowd": 0, **item}
+        if "area" not in item:
+            item["area"] = int(decode(item["segmentation"], *sides[item["image_id"]]).sum())
+        objects.append(item)
+    return objects
 
 
 def _results(results: Sequence[dict], kind: str) -> list[dict]:

@@ -1,0 +1,127 @@
+"""AP against pycocotools' own figures, and what is left out, refused or made up for."""
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+from pycocotools import mask as rle
+
+from vitdet.evaluation.coco import class_rows, coco_ap, compare, curve_rows, summary
+
+COCO = Path(__file__).parents[2] / "shared" / "data" / "coco-eval"
+
+
+@pytest.fixture
+def annotations(tmp_path):
+    """One image of 100 x 100 with a box 40 x 40 at 10, 10, whose mask is its left half; area and iscrowd left out."""
+    path = tmp_path / "truth.json"
+    path.write_text(json.dumps({
+        "images": [{"id": 5, "height": 100, "width": 100}, {"id": 6, "height": 100, "width": 100}],
+        "annotations": [{"id": 1, "image_id": 5, "category_id": 2, "bbox": [10, 10, 40, 40],
+                         "segmentation": [[10, 10, 30, 10, 30, 50, 10, 50]]}],
+        "categories": [{"id": 2, "name": "thing"}, {"id": 3, "name": "other"}]}))
+    return path
+
+
+def result(box=(10, 10, 40, 40), score=0.9, image_id=5, category_id=2):
+    mask = np.zeros((100, 100), np.uint8, order="F")
+    mask[10:50, 10:30] = 1
+    code = rle.encode(mask)
+    return {"image_id": image_id, "category_id": category_id, "bbox": list(box), "score": score,
+            "segmentation": {"size": code["size"], "counts": code["counts"].decode()}}
+
+
+@pytest.mark.parametrize("kind", ["bbox", "segm"])
+def test_the_twelve_figures_are_pycocotools_own(kind):
+    if not COCO.is_dir():
+        pytest.skip("needs ../shared")
+    expected = json.loads((COCO / "coco_fake100_expected.json").read_text())[kind]
+    results = json.loads((COCO / f"instances_val2014_fake{kind}100_results.json").read_text())
+    finished = compare(COCO / "instances_val2014_100.json", results, [kind])
+    figures = summary(finished)
+    prefix = {"bbox": "box", "segm": "mask"}[kind]
+    names = ("ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large",
+             "ar_1", "ar_10", "ar_100", "ar_small", "ar_medium", "ar_large")
+    assert list(figures) == [f"{prefix}_{name}" for name in names]
+    for name, value in zip(names, expected.values(), strict=True):
+        assert figures[f"{prefix}_{name}"] / 100 == pytest.approx(value, abs=1e-6), name
+    rows = class_rows(finished)
+    assert np.mean([row[f"{prefix}_ap"] for row in rows]) == pytest.approx(figures[f"{prefix}_ap"])
+    curve = [row["precision"] for row in curve_rows(finished) if row["curve"] == f"{prefix} IoU 0.5"]
+    assert 100 * np.mean(curve) == pytest.approx(figures[f"{prefix}_ap50"])
+
+
+def test_a_perfect_result_has_full_marks_and_missing_size_classes_are_left_out(annotations):
+    figures = coco_ap(annotations, [result()])
+    assert figures["box_ap"] == figures["mask_ap"] == pytest.approx(100)
+    # without an area in the file it is that of the mask, 20 x 40: small
+    assert figures["box_ap_small"] == figures["mask_ap_small"] == pytest.approx(100)
+    assert not {"box_ap_medium", "box_ap_large", "mask_ap_medium", "mask_ap_large"} & set(figures)
+    assert all(math.isfinite(value) for value in json.loads(json.dumps(figures)).values())
+
+
+def test_results_of_both_kinds_do_not_lend_each_other_their_area(annotations):
+    finished = compare(annotations, [result()])
+    assert [one["area"] for one in finished["bbox"].cocoDt.anns.values()] == [1600]
+    assert [one["area"] for one in finished["segm"].cocoDt.anns.values()] == [800]
+
+
+def test_nothing_found_is_an_ap_of_zero(annotations):
+    figures = coco_ap(annotations, [])
+    assert figures["box_ap"] == figures["mask_ap"] == figures["box_ar_100"] == 0
+
+
+def test_without_objects_there_are_no_figures(annotations):
+    finished = compare(annotations, [result(image_id=6)], image_ids=[6])
+    assert summary(finished) == {}
+    assert class_rows(finished) == curve_rows(finished) == []
+
+
+def test_only_the_chosen_images_count(annotations):
+    good, bad = result(score=0.5), result(image_id=6, score=0.9)
+    assert coco_ap(annotations, [good, bad], ["bbox"])["box_ap"] == pytest.approx(50, abs=1)
+    assert coco_ap(annotations, [good, bad], ["bbox"], image_ids=[5])["box_ap"] == pytest.approx(100)
+
+
+def test_only_classes_with_objects_have_a_row(annotations):
+    rows = class_rows(compare(annotations, [result(), result(category_id=3)]))
+    assert [row["class"] for row in rows] == ["thing"]
+    assert rows[0]["mask_ap50"] == pytest.approx(100)
+
+
+@pytest.mark.parametrize(("wrong", "message"), [
+    ({"image_id": 77}, "no image 77"), ({"category_id": 88}, "no category 88")])
+def test_results_of_something_else_are_refused_in_one_line(annotations, wrong, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        coco_ap(annotations, [result(), result(**wrong)])
+    assert "\n" not in str(caught.value)
+
+
+def test_bad_annotation_files_are_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match="absent.json"):
+        coco_ap(tmp_path / "absent.json", [])
+    for text in ("{", "[]", '{"images": []}'):
+        (tmp_path / "bad.json").write_text(text)
+        with pytest.raises(ValueError, match="bad.json"):
+            coco_ap(tmp_path / "bad.json", [])
+
+
+def test_evaluating_prints_nothing(annotations, capsys):
+    coco_ap(annotations, [result()])
+    assert capsys.readouterr() == ("", "")
+
+
+def test_what_lies_in_a_crowd_region_is_neither_right_nor_wrong(annotations):
+    tree = json.loads(annotations.read_text())
+    crowd = {"id": 2, "image_id": 5, "category_id": 2, "bbox": [60, 0, 40, 100], "iscrowd": 1,
+             "segmentation": {"size": [100, 100], "counts": [6000, 4000]}}
+    inside = result([65, 20, 10, 10], score=0.99)
+    inside["segmentation"] = {"size": [100, 100], "counts": [6520, 10, 3470]}
+    inside["segmentation"] = rle.frPyObjects(inside["segmentation"], 100, 100)
+    alone = coco_ap(annotations, [result(), inside])
+    assert alone["box_ap"] == alone["mask_ap"] == pytest.approx(50, abs=1)
+    annotations.write_text(json.dumps({**tree, "annotations": [*tree["annotations"], crowd]}))
+    figures = coco_ap(annotations, [result(), inside])
+    assert figures["box_ap"] == figures["mask_ap"] == pytest.approx(100)

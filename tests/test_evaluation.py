@@ -1,0 +1,211 @@
+"""The way from a canvas to COCO results, to the figures of a checkpoint and to pictures."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from pycocotools import mask as rle
+from torch import nn
+
+from vitdet import distributed
+from vitdet.config import DataConfig, EvalConfig
+from vitdet.data.masks import decode
+from vitdet.evaluation import detect, detections_to_results, evaluate, evaluate_detector, write_pictures
+from vitdet.evaluation.pictures import spread
+from vitdet.types import Detections
+
+
+class BrightSpot(nn.Module):
+    """Finds what is brighter than 128 in each image; also an empty box, and asks that nothing wants a gradient."""
+
+    def forward(self, images, targets=None, sizes=None):
+        assert not self.training and not torch.is_grad_enabled()
+        return [self.look(image) for image in images]
+
+    def look(self, image):
+        y, x = torch.nonzero(image.float().mean(0) > 128, as_tuple=True)
+        boxes = torch.zeros(0, 4) if not len(x) else torch.tensor(
+            [[x.min(), y.min(), x.max() + 1, y.max() + 1], [3, 3, 3, 9]], dtype=torch.float32)
+        count = len(boxes)
+        return Detections(boxes, torch.full((count,), 0.9), torch.ones(count, dtype=torch.int64),
+                          torch.ones(count, 28, 28))
+
+
+@pytest.fixture
+def spots(tmp_path):
+    """Five black images of different sizes, each but the last with one white box of category 9."""
+    images, annotations = [], []
+    (tmp_path / "val").mkdir()
+    (tmp_path / "annotations").mkdir()
+    sizes = [(40, 80), (90, 50), (64, 64), (33, 100), (50, 60)]
+    for number, (height, width) in enumerate(sizes, start=1):
+        pixels = np.zeros((height, width), np.uint8)
+        x, y, w, h = width // 4, height // 5, width // 2, height // 2
+        if number < len(sizes):
+            pixels[y : y + h, x : x + w] = 255
+            annotations.append({"id": number, "image_id": number, "category_id": 9, "bbox": [x, y, w, h],
+                                "segmentation": [[x, y, x + w, y, x + w, y + h, x, y + h]]})
+        Image.fromarray(pixels).save(tmp_path / "val" / f"{number}.png")
+        images.append({"id": number, "file_name": f"{number}.png", "height": height, "width": width})
+    categories = [{"id": 9, "name": "spot"}, {"id": 4, "name": "nothing"}]
+    (tmp_path / "annotations" / "instances_val.json").write_text(
+        json.dumps({"images": images, "annotations": annotations, "categories": categories}))
+    return DataConfig(root=str(tmp_path), train_split="val", val_split="val", image_size=128, workers=0)
+
+
+def test_results_are_in_the_original_images_pixels_without_rounding():
+    boxes = torch.tensor([[0.0, 0, 1024, 682], [100, 100, 200, 300], [7, 7, 7, 50]])
+    canvas = Detections(boxes, torch.tensor([0.9, 0.8, 0.7]), torch.tensor([1, 0, 1]), torch.ones(3, 28, 28))
+    whole, part = detections_to_results(canvas, (682, 1024), (333, 500), 12, (4, 9))
+    assert whole["bbox"] == [0, 0, 500, 333]
+    assert (whole["image_id"], whole["category_id"], part["category_id"]) == (12, 9, 4)
+    x, y, w, h = part["bbox"]
+    assert (x, w) == pytest.approx((100 * 500 / 1024, 100 * 500 / 1024))
+    assert (y, h) == pytest.approx((100 * 333 / 682, 200 * 333 / 682))
+    assert decode(whole["segmentation"], 333, 500).mean() > 0.999  # all but the corners, where the paste fades to 0
+    rows, columns = np.nonzero(decode(part["segmentation"], 333, 500))
+    inside = [round(value) for value in (x, y, x + w, y + h)]
+    assert np.abs(np.array([columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]) - inside).max() <= 1
+    assert json.loads(json.dumps([whole, part])) == [whole, part]
+
+
+def test_the_mask_is_where_the_probability_is_at_least_a_half():
+    masks = torch.full((2, 28, 28), 0.5)
+    masks[1] = 0.4999
+    canvas = Detections(torch.tensor([[2.0, 2, 10, 10]] * 2), torch.ones(2), torch.zeros(2, dtype=torch.int64), masks)
+    yes, no = detections_to_results(canvas, (20, 20), (20, 20), 1, (1,))
+    # bilinear sampling fades to zero past the outermost cells' centres, which the half-way rim shows
+    assert rle.area(yes["segmentation"]) >= 36
+    assert rle.area(no["segmentation"]) == 0
+
+
+def test_many_large_masks_are_pasted_in_parts(monkeypatch):
+    generator = torch.Generator().manual_seed(0)
+    low = 60 * torch.rand(7, 2, generator=generator)
+    canvas = Detections(torch.cat([low, low + 30], 1), torch.rand(7, generator=generator),
+                        torch.zeros(7, dtype=torch.int64), torch.rand(7, 28, 28, generator=generator))
+    at_once = detections_to_results(canvas, (100, 100), (150, 200), 1, (1,))
+    monkeypatch.setattr("vitdet.evaluation.PIXELS", 150 * 200 * 2)
+    assert detections_to_results(canvas, (100, 100), (150, 200), 1, (1,)) == at_once
+
+
+def test_no_detections_are_no_results():
+    nothing = Detections(torch.zeros(0, 4), torch.zeros(0), torch.zeros(0, dtype=torch.int64), torch.zeros(0, 28, 28))
+    assert detections_to_results(nothing, (20, 20), (40, 40), 1, (1,)) == []
+
+
+def test_a_detector_that_sees_everything_has_full_marks(spots):
+    # sides are whole pixels of a canvas that is up to 4 times finer or coarser than the image
+    figures, results = evaluate_detector(BrightSpot(), spots, EvalConfig(batch_size=2))
+    assert figures["box_ap50"] == figures["mask_ap50"] == pytest.approx(100)
+    assert figures["box_ap"] > 80
+    assert [one["image_id"] for one in results] == [1, 2, 3, 4]
+    assert {one["category_id"] for one in results} == {9}
+
+
+def test_an_images_results_do_not_depend_on_its_neighbours(spots):
+    alone = detect(BrightSpot(), spots, EvalConfig(batch_size=1))
+    assert alone == detect(BrightSpot(), spots, EvalConfig(batch_size=3))
+    assert alone == detect(BrightSpot(), replace(spots, workers=1), EvalConfig(batch_size=5))
+    assert alone[1] == [1, 2, 3, 4, 5]
+
+
+def test_two_processes_see_what_one_sees(spots, monkeypatch):
+    whole = detect(BrightSpot(), spots, EvalConfig(batch_size=2))
+    shares = []
+    monkeypatch.setattr(distributed, "world_size", lambda: 2)
+    for rank in (0, 1):
+        monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
+        monkeypatch.setattr(distributed, "all_gather_objects", lambda share: shares.append(share) or [share])
+        detect(BrightSpot(), spots, EvalConfig(batch_size=2))
+    assert len(shares[0]) + len(shares[1]) == 5
+    monkeypatch.setattr(distributed, "all_gather_objects", lambda share: shares)
+    assert detect(BrightSpot(), spots, EvalConfig(batch_size=2)) == whole
+
+
+def test_only_the_images_of_the_setting_count(spots):
+    figures, results = evaluate_detector(BrightSpot(), replace(spots, max_images=2), EvalConfig())
+    assert [one["image_id"] for one in results] == [1, 2]
+    assert figures["box_ap50"] == pytest.approx(100)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_the_detectors_mode_is_put_back(spots, training, tmp_path):
+    detector = BrightSpot().train(training)
+    evaluate_detector(detector, spots, EvalConfig(batch_size=5))
+    assert detector.training is training
+    write_pictures(detector, spots, tmp_path / "pictures", 1)
+    assert detector.training is training
+    Path(spots.root, "val", "3.png").write_bytes(b"")
+    with pytest.raises(ValueError, match="3.png"):
+        evaluate_detector(detector, spots, EvalConfig(batch_size=5))
+    assert detector.training is training
+
+
+def test_bf16_is_autocast_and_other_precisions_are_refused(spots):
+    class Asks(BrightSpot):
+        def look(self, image):
+            seen.add(torch.is_autocast_enabled("cpu"))
+            return super().look(image)
+
+    seen = set()
+    detect(Asks(), spots, EvalConfig(), precision="bf16")
+    assert seen == {True}
+    with pytest.raises(ValueError, match="fp16"):
+        detect(Asks(), spots, EvalConfig(), precision="fp16")
+
+
+def test_a_checkpoint_has_the_figures_that_its_training_ended_with(trained, tiny, tmp_path):
+    points = json.loads((trained / "points.json").read_text())
+    last = points[max(points, key=int)]
+    metrics = evaluate(trained / "model.pt", pictures=tmp_path / "pictures", plots=tmp_path / "plots")
+    for name, value in metrics.items():
+        assert value == pytest.approx(last[name], abs=1e-6), name
+    assert len(list((tmp_path / "pictures").glob("*.jpg"))) == 4
+    rows = json.loads((tmp_path / "plots" / "curve.json").read_text())
+    assert set(rows[0]) == {"curve", "recall", "precision"} and len(rows) == 4 * 101
+    assert {"class", "box_ap", "mask_ap"} <= set(json.loads((tmp_path / "plots" / "classes.json").read_text())[0])
+    assert len(json.loads((tmp_path / "plots" / "results.json").read_text())) > 4
+    assert not list(tmp_path.rglob("*.tmp"))
+
+
+def test_settings_of_the_evaluation_can_change(trained, tmp_path):
+    evaluate(trained / "model.pt", ["evaluate.max_detections=1"], plots=tmp_path)
+    images = [one["image_id"] for one in json.loads((tmp_path / "results.json").read_text())]
+    assert len(images) == len(set(images)) == 4
+
+
+def test_other_settings_cannot_change(trained):
+    with pytest.raises(ValueError, match="model.roi_heads.num_classes=3.*only data"):
+        evaluate(trained / "model.pt", ["model.roi_heads.num_classes=3"])
+
+
+def test_another_data_sets_classes_are_refused_before_anything_is_written(trained, spots, tmp_path):
+    with pytest.raises(ValueError, match="class 0 is 'nothing'") as caught:
+        evaluate(trained / "model.pt", [f"data.root={spots.root}", "data.val_split=val"], pictures=tmp_path / "new")
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "new").exists()
+
+
+def test_pictures_are_the_same_images_every_time_with_truth_beside_detections(spots, tmp_path):
+    first = write_pictures(BrightSpot(), spots, tmp_path / "a", 3)
+    second = write_pictures(BrightSpot(), spots, tmp_path / "b", 3)
+    assert [path.name for path in first] == [f"{number:012d}.jpg" for number in (1, 3, 5)]
+    for one, two in zip(first, second, strict=True):
+        assert one.read_bytes() == two.read_bytes()
+    sheet = np.asarray(Image.open(first[1])).astype(int)
+    half = sheet.shape[1] // 2
+    color = sheet.max(2) - sheet.min(2) > 60  # only what is drawn has a colour
+    assert color[:, :half].sum() > 1000 and color[:, half:].sum() > 1000
+    assert not list(tmp_path.rglob("*.tmp"))
+    assert len(write_pictures(BrightSpot(), spots, tmp_path / "c", 50)) == 5
+
+
+def test_spread_takes_different_indices_over_the_whole_range():
+    assert spread(100, 4) == [12, 37, 62, 87]
+    assert spread(3, 8) == [0, 1, 2]
+    assert spread(0, 8) == spread(8, 0) == []
