@@ -51,16 +51,18 @@ def _pool_by_products(
 
     Its gradient is then a matrix product as well, not the scattered additions that dominate a CPU's step.
     """
+    # Unbound once: indexing a map by image would make a gradient of the whole map for each image.
+    maps = [feature.permute(0, 2, 3, 1).unbind() for feature in features]
     values, order, start = [], [], 0
     for image, image_boxes in enumerate(boxes):
         image_levels = levels[start : start + len(image_boxes)]
-        for level, (feature, stride) in enumerate(zip(features, strides, strict=True)):
+        for level, (images, stride) in enumerate(zip(maps, strides, strict=True)):
             chosen = (image_levels == level).nonzero().flatten()
             if len(chosen) == 0:  # most levels of most images; the products below would be right but not free
                 continue
-            rows = interpolation(image_boxes[chosen, 1::2] / stride, feature.shape[2], bins, ratio).to(feature.dtype)
-            columns = interpolation(image_boxes[chosen, 0::2] / stride, feature.shape[3], bins, ratio).to(feature.dtype)
-            pixels = feature[image].permute(1, 2, 0)
+            pixels = images[image]
+            rows = interpolation(image_boxes[chosen, 1::2] / stride, len(pixels), bins, ratio).to(pixels.dtype)
+            columns = interpolation(image_boxes[chosen, 0::2] / stride, pixels.shape[1], bins, ratio).to(pixels.dtype)
             lines = (rows.flatten(0, 1) @ pixels.flatten(1)).unflatten(0, rows.shape[:2])
             values.append(columns[:, None] @ lines.unflatten(2, pixels.shape[1:]))
             order.append(chosen + start)
