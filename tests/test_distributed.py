@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import socket
 import subprocess
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -67,67 +70,95 @@ def one_of_two(rank: int, threads: int, port: int, root: Path, output: Path, cha
     output.with_name(f"rank{rank}.json").write_text(json.dumps([listener.image_ids, listener.points]))
 
 
-@pytest.fixture(scope="module")
-def pair(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of an uninterrupted training by two processes, beside what each of them saw."""
-    output = tmp_path_factory.mktemp("pair") / "run"
+def uninterrupted_pair(tiny: Path, folder: Path) -> None:
+    """folder/run: a training by two processes; rank0.json and rank1.json: what each of them saw."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    multiprocessing.spawn(one_of_two, (torch.get_num_threads(), port, tiny, output, TOGETHER), nprocs=2)
-    return output
+    multiprocessing.spawn(one_of_two, (torch.get_num_threads(), port, tiny, folder / "run", TOGETHER), nprocs=2)
+
+
+def wait_for(process: subprocess.Popen, text: str) -> None:
+    """Reads its stderr up to this text."""
+    seen = ""
+    while text not in seen:
+        line = process.stderr.readline()
+        assert line, f"it ended without {text!r}:\n{seen}"
+        seen += line
+
+
+def finish(process: subprocess.Popen) -> str:
+    """Waits for a good end; its stderr."""
+    output, errors = process.communicate(timeout=200)
+    assert process.returncode == 0 and output == "run/model.pt\n", errors
+    return errors
+
+
+def killed_alone(tiny: Path, folder: Path) -> None:
+    """folder/run: a training that got SIGTERM, was started again, got SIGKILL, and was started again."""
+    words = ["train", "tiny", *options(minimal(tiny)), "--output", "run"]
+    first = random.randrange(1, STEPS - 3)
+    process = start(words, folder)
+    wait_for(process, f"step {first}/{STEPS}")
+    process.terminate()
+    _, errors = process.communicate(timeout=200)
+    assert process.returncode == 143, errors
+    stopped = int(re.search(rf"stopped at step (\d+) of {STEPS}; the same command goes on", errors)[1])
+    assert first <= stopped < STEPS
+    process = start(words, folder)
+    wait_for(process, f"step {random.randrange(stopped + 1, max(STEPS, stopped + 2))}/{STEPS}")
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    finish(start(words, folder))
+
+
+def killed_pair(tiny: Path, folder: Path) -> None:
+    """folder/run: a training under torchrun with two processes, all of which got SIGKILL, and started again."""
+    words = ["train", "tiny", *options(minimal(tiny, **TOGETHER)), "--output", "run"]
+    process = start(words, folder, processes=2)
+    at = random.randrange(1, STEPS)
+    wait_for(process, f"step {at}/{STEPS}")
+    workers = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    for pid in (process.pid, *map(int, workers)):  # the workers are no members of its group
+        os.kill(pid, signal.SIGKILL)
+    process.communicate()
+    assert f"of {STEPS} (run/checkpoints)" in finish(start(words, folder, processes=2))  # it went on
 
 
 @pytest.fixture(scope="module")
-def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An MLflow file with its tables, which take seconds to make."""
-    from mlflow import MlflowClient  # here: the processes of `pair` import this module too
+    from mlflow import MlflowClient  # here: the processes of `uninterrupted_pair` import this module too
 
     path = tmp_path_factory.mktemp("store") / "mlflow.db"
     MlflowClient(f"sqlite:///{path}").search_experiments()
     return path
 
 
-@pytest.fixture
-def store(prepared: Path, tmp_path: Path) -> Path:
-    """A folder with such a file."""
-    shutil.copy(prepared, tmp_path)
-    return tmp_path
+@pytest.fixture(scope="module")
+def folders(tiny: Path, store: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Future[Path]]]:
+    """What the three functions make, side by side: most of their time is imports."""
+    def make(scene: Callable[[Path, Path], None]) -> Path:
+        folder = made[scene]
+        shutil.copy(store, folder)
+        scene(tiny, folder)
+        return folder
+
+    scenes = (killed_pair, killed_alone, uninterrupted_pair)
+    made = {scene: tmp_path_factory.mktemp(scene.__name__) for scene in scenes}
+    with ThreadPoolExecutor(len(scenes)) as pool:
+        yield {scene.__name__: pool.submit(make, scene) for scene in scenes}
 
 
-def wait_for(process: subprocess.Popen, text: str) -> str:
-    """Reads its stderr up to this text; all that was read."""
-    seen = ""
-    while text not in seen:
-        line = process.stderr.readline()
-        assert line, f"it ended without {text!r}:\n{seen}"
-        seen += line
-    return seen
-
-
-def test_killed_processes_go_on_under_one_run(tiny: Path, trained: Path, store: Path) -> None:
+def test_killed_processes_go_on_under_one_run(folders: dict[str, Future[Path]], trained: Path) -> None:
     from mlflow import MlflowClient
 
-    words = ["train", "tiny", *options(minimal(tiny)), "--output", "run"]
-    first, second = sorted(random.sample(range(1, STEPS), 2))
-    process = start(words, store)
-    wait_for(process, f"step {first}/{STEPS}")
-    process.terminate()
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == 143 and "the same command goes on from there" in errors.splitlines()[-1], errors
-    process = start(words, store)
-    wait_for(process, f"step {second}/{STEPS}") if f"stopped at step {second} " not in errors else None
-    os.killpg(process.pid, signal.SIGKILL)
-    process.communicate()
-    process = start(words, store)
-    output, errors = process.communicate(timeout=60)
-    assert process.returncode == 0 and output == "run/model.pt\n", errors
-    same_bits(store / "run", trained)
-    assert not list((store / "run").rglob(".*.tmp"))
-
-    client = MlflowClient(f"sqlite:///{store / 'mlflow.db'}")
+    folder = folders["killed_alone"].result()
+    same_bits(folder / "run", trained)
+    assert not list((folder / "run").rglob(".*.tmp"))
+    client = MlflowClient(f"sqlite:///{folder / 'mlflow.db'}")
     (run,) = client.search_runs([one.experiment_id for one in client.search_experiments()])
-    assert run.info.run_id == load_model_file(store / "run" / "model.pt")["run_id"]
+    assert run.info.run_id == load_model_file(folder / "run" / "model.pt")["run_id"]
     assert run.info.status == "FINISHED"
     expected = figures(json.loads((trained / "points.json").read_text()))
     for name in ("loss", "loss_mask", "lr", "grad_norm", "box_ap"):
@@ -135,26 +166,16 @@ def test_killed_processes_go_on_under_one_run(tiny: Path, trained: Path, store: 
         assert history == [(step, values[name]) for step, values in expected.items() if name in values], name
 
 
-def test_two_processes_under_torchrun_killed_and_started_again(tiny: Path, pair: Path, store: Path) -> None:
-    words = ["train", "tiny", *options(minimal(tiny, **TOGETHER)), "--output", "run"]
-    process = start(words, store, processes=2)
-    at = random.randrange(1, STEPS)
-    wait_for(process, f"step {at}/{STEPS}")
-    workers = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    for pid in (process.pid, *map(int, workers)):  # the workers are no members of its group
-        os.kill(pid, signal.SIGKILL)
-    process.communicate()
-    process = start(words, store, processes=2)
-    output, errors = process.communicate(timeout=90)
-    assert process.returncode == 0 and output == "run/model.pt\n", errors
-    assert at < 3 or f"of {STEPS} (run/checkpoints)" in errors, errors
-    same_bits(store / "run", pair)
+def test_two_processes_under_torchrun_killed_and_started_again(folders: dict[str, Future[Path]]) -> None:
+    same_bits(folders["killed_pair"].result() / "run", folders["uninterrupted_pair"].result() / "run")
 
 
-def test_one_and_two_processes_see_the_same_images_in_the_same_order(tiny: Path, pair: Path, tmp_path: Path) -> None:
+def test_one_and_two_processes_see_the_same_images_in_the_same_order(folders: dict[str, Future[Path]], tiny: Path,
+                                                                     tmp_path: Path) -> None:
+    pair = folders["uninterrupted_pair"].result()
     alone = Listener()
     alone.train(tiny, tmp_path / "run", TOGETHER)
-    (ids0, points), (ids1, _) = (json.loads(pair.with_name(f"rank{rank}.json").read_text()) for rank in (0, 1))
+    (ids0, points), (ids1, _) = (json.loads((pair / f"rank{rank}.json").read_text()) for rank in (0, 1))
     assert [list(ids) for ids in alone.image_ids] == [a + b for a, b in zip(ids0, ids1, strict=True)]
     assert len(ids0) == STEPS and len({image for ids in ids0 + ids1 for image in ids}) > 6
     first, other = alone.points[1], points["1"]
