@@ -33,6 +33,7 @@ class BackboneConfig:
     window_size: int = 14  # tokens, side of a window of the local attention blocks
     drop_path: float = 0.1  # rate of the last block; grows linearly from 0
     pos_embed_grid: int = 14  # tokens a side of the stored position embedding: 224 / 16 in the MAE pre-training
+    residual_blocks: tuple[int, ...] = ()  # blocks that residual convolutions follow: the paper's other propagation
     rel_pos_size: int = 1024  # pixels a side for which the global blocks' relative-position tables are made
 
 
@@ -283,8 +284,7 @@ def _rule(holds: bool, message: str) -> None:
 
 
 def _read(name_or_path: str | Path) -> dict:
-    text = str(name_or_path)
-    path = Path(text)
+    text, path = str(name_or_path), Path(name_or_path)
     if not path.suffix and os.sep not in text:
         path = RECIPES / f"{text}.yaml"
         if not path.exists():

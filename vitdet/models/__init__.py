@@ -21,6 +21,7 @@ def build_backbone(settings: ModelConfig) -> ViT:
     return ViT(
         **SIZES[backbone.name]._asdict(), patch_size=backbone.patch_size, window_size=backbone.window_size,
         drop_path=backbone.drop_path, pos_embed_grid=backbone.pos_embed_grid, rel_pos_size=backbone.rel_pos_size,
+        residual_blocks=backbone.residual_blocks,
     )
 
 

@@ -149,7 +149,7 @@ def pretrain(
 def export(encoder: ViT, output: Path) -> None:
     """The backbone's weights as safetensors, under the names that they have in a detector."""
     weights = {f"backbone.{name}": tensor.detach().half().contiguous() for name, tensor in encoder.state_dict().items()
-               if not name.endswith(NOT_PRETRAINED)}
+               if not any(part in name for part in NOT_PRETRAINED)}
     temporary = output.with_name(f".{output.name}.tmp")
     save_file(weights, temporary, metadata={"format": "pt", "holds": "backbone"})
     temporary.replace(output)

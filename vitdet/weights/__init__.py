@@ -15,8 +15,8 @@ PACKAGED = Path(__file__).parent
 CATALOGUE = {
     "mae_vit_tiny": "MAE pre-training of vit_tiny on generated images without labels (vitdet weights pretrain)",
 }
-# A pre-training holds the backbone alone, and no relative positions, as its attention had none.
-NOT_PRETRAINED = ("rel_pos_h", "rel_pos_w")
+# A pre-training holds the backbone alone, without what its scattered patches have no use for.
+NOT_PRETRAINED = ("rel_pos_h", "rel_pos_w", ".residual.")
 
 
 def resolve(name_or_path: str, folder: Path | None = None) -> Path | None:
@@ -54,7 +54,8 @@ def load_pretrained(detector: nn.Module, name_or_path: str | Path) -> list[str]:
     own = detector.state_dict()
     surplus = [name for name in weights if name not in own]
     missing = [name for name in own if name not in weights]
-    undeclared = [name for name in missing if name.startswith("backbone.") and not name.endswith(NOT_PRETRAINED)]
+    undeclared = [name for name in missing
+                  if name.startswith("backbone.") and not any(part in name for part in NOT_PRETRAINED)]
     other = [f"{name} {tuple(weights[name].shape)}, expected {tuple(own[name].shape)}"
              for name in weights if name in own and weights[name].shape != own[name].shape]
     if surplus or undeclared or other:
