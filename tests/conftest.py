@@ -13,6 +13,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+# Before torch is imported, here and in all processes of the tests: small models are no faster on several threads, on a
+# busy machine far slower, and equal bits need an equal number.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 ROOT = Path(__file__).parents[1]
 STEPS = 8
 MINIMAL = {
@@ -38,11 +41,8 @@ def options(overrides: list[str]) -> list[str]:
 
 
 def environment(folder: Path) -> dict[str, str]:
-    """For a process of ours: this package, as many threads as this process has, MLflow's file in `folder`."""
-    import torch
-
-    return {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": str(torch.get_num_threads()),
-            "MLFLOW_TRACKING_URI": f"sqlite:///{folder / 'mlflow.db'}"}
+    """For a process of ours: this package, as many threads as here, MLflow's file in `folder`."""
+    return {**os.environ, "PYTHONPATH": str(ROOT), "MLFLOW_TRACKING_URI": f"sqlite:///{folder / 'mlflow.db'}"}
 
 
 class Recorder:
