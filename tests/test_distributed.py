@@ -184,6 +184,14 @@ def test_one_and_two_processes_see_the_same_images_in_the_same_order(folders: di
     assert points[str(STEPS)]["box_ap"] >= 0  # of both processes' images
 
 
+def test_two_processes_evaluate_as_one(trained: Path, tmp_path: Path) -> None:
+    process = start(["evaluate", str(trained / "model.pt"), "--output", "metrics.json"], tmp_path, processes=2)
+    output, errors = process.communicate(timeout=200)
+    assert process.returncode == 0 and output.count("mask ") == 1, errors  # one table
+    expected = load_model_file(trained / "model.pt")["metrics"]
+    assert json.loads((tmp_path / "metrics.json").read_text()) == pytest.approx(expected)
+
+
 def test_one_process_is_the_first_of_one() -> None:
     assert (distributed.rank(), distributed.world_size()) == (0, 1)
     value = torch.tensor([1.0, 2.0])

@@ -139,6 +139,7 @@ def tracking_folder(output: Path) -> Path:
 
 def run_evaluate(given: argparse.Namespace) -> int:
     """vitdet evaluate"""
+    from vitdet import distributed
     from vitdet.evaluation import evaluate
     from vitdet.training.checkpoint import load_model_file
 
@@ -146,6 +147,8 @@ def run_evaluate(given: argparse.Namespace) -> int:
         given.output.parent.mkdir(parents=True, exist_ok=True)  # minutes before it is needed
     overrides = [*sections(given.config, ("data", "evaluate")), *given.overrides]
     metrics = evaluate(given.checkpoint, overrides, pictures=given.pictures, plots=given.plots)
+    if distributed.rank() != 0:
+        return 0
     print(table(metrics))
     if given.output:
         write_json(given.output, metrics)

@@ -86,7 +86,8 @@ def evaluate(checkpoint: str | Path, overrides: Sequence[str] = (), *, pictures:
     """Box and mask AP in percent of a checkpoint on its validation split, as {"box_ap": 51.6, "mask_ap": 45.9, ...}.
 
     overrides change the data and evaluate settings in the checkpoint. Two folders, if given: `pictures` receives what
-    `write_pictures` writes, `plots` what `write_report` does. Raises ValueError when the data set has other classes
+    `write_pictures` writes, `plots` what `write_report` does. Under torchrun each process takes a share of the images
+    and all return the same. device: a GPU if there is one. Raises ValueError when the data set has other classes
     than the checkpoint, or when an override changes another section, before anything is written.
     """
     from vitdet.models import build_detector  # here: the AP of results needs neither models nor training
@@ -99,18 +100,19 @@ def evaluate(checkpoint: str | Path, overrides: Sequence[str] = (), *, pictures:
         rebuilt.load_state_dict(detector.state_dict())
         detector = rebuilt
     _check_classes(checkpoint, class_names, read_split(config.data, config.data.val_split).class_names, config.data)
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    detector = detector.to(device).eval()
-    results, image_ids = detect(detector, config.data, config.evaluate, device)
-    metrics = {}
-    if distributed.rank() == 0:
-        finished = compare(split_files(config.data, config.data.val_split)[0], results, image_ids=image_ids)
-        metrics = summary(finished)
-        if plots is not None:
-            write_report(plots, finished, results)
-        if pictures is not None:
-            write_pictures(detector, config.data, pictures)
-    return distributed.all_gather_objects(metrics)[0]
+    with distributed.process_group() as own_device:
+        device = device or own_device
+        detector = detector.to(device).eval()
+        results, image_ids = detect(detector, config.data, config.evaluate, device)
+        metrics = {}
+        if distributed.rank() == 0:
+            finished = compare(split_files(config.data, config.data.val_split)[0], results, image_ids=image_ids)
+            metrics = summary(finished)
+            if plots is not None:
+                write_report(plots, finished, results)
+            if pictures is not None:
+                write_pictures(detector, config.data, pictures)
+        return distributed.all_gather_objects(metrics)[0]
 
 
 def write_report(folder: str | Path, finished: Mapping[str, COCOeval], results: list[dict]) -> None:
