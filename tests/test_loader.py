@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.utils.data._utils.pin_memory import pin_memory
 
 from vitdet.config import DataConfig
 from vitdet.data import TrainData, dataset_digest, read_split, train_loader, val_loader
@@ -113,6 +114,13 @@ def test_the_digest_notices_changes(data: DataConfig) -> None:
     annotations = Path(data.root) / "annotations" / "instances_train.json"
     annotations.write_text(annotations.read_text() + " ")
     assert len({first, second, dataset_digest(data)}) == 3
+
+
+def test_a_batch_is_pinned_for_the_gpu(data: DataConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor + 1)
+    batch = next(iter(train_loader(data, 2, 0, 0, 1)))
+    pinned = pin_memory(batch)  # as a DataLoader does where there is a GPU
+    assert torch.equal(pinned.images, batch.images + 1) and pinned.targets is batch.targets
 
 
 @pytest.mark.parametrize("workers", [0, 1])

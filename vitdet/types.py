@@ -135,5 +135,9 @@ class Batch:
     def __len__(self) -> int:
         return len(self.images)
 
+    def pin_memory(self) -> Batch:
+        """With the images where a GPU fetches them without waiting; what a DataLoader asks for."""
+        return replace(self, images=self.images.pin_memory())
+
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
         return _to(self, device, non_blocking)
