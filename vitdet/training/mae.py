@@ -66,7 +66,7 @@ class MaskedAutoencoder(nn.Module):
         """
         tokens = self.encoder.embed(images).flatten(1, 2)
         count = tokens.shape[1]
-        order = torch.rand(tokens.shape[:2]).argsort(dim=1)
+        order = torch.rand(tokens.shape[:2], device=tokens.device).argsort(dim=1)
         visible, hidden, _ = order.split([int(count * VISIBLE), int(count * PAINTED),
                                           count - int(count * VISIBLE) - int(count * PAINTED)], dim=1)
         x = take(tokens, visible)

@@ -1,0 +1,98 @@
+"""A pretended GPU: tensors that say they lie elsewhere, compute on the CPU, and refuse to meet tensors that lie there.
+
+The device calls itself `meta`, the only other one that every torch knows. What a GPU refuses, it refuses: operands on
+two devices, unless one is a number; indices from the CPU are let through, as CUDA does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
+
+FAR = "meta"
+aten = torch.ops.aten
+MOVES = {aten._to_copy.default, aten.copy_.default}
+INDEXING = {aten.index.Tensor, aten.index_put.default, aten.index_put_.default, aten._index_put_impl_.default}
+
+
+class FarTensor(Tensor):
+    """Wraps the tensor `near`, which does its arithmetic."""
+
+    @staticmethod
+    def __new__(cls, near: Tensor) -> FarTensor:
+        return Tensor._make_wrapper_subclass(cls, near.shape, strides=near.stride(), dtype=near.dtype, device=FAR)
+
+    def __init__(self, near: Tensor) -> None:
+        self.near = near
+
+    @classmethod
+    def __torch_dispatch__(cls, function: Callable, types: object, args: tuple = (), kwargs: dict | None = None):
+        return run(function, args, kwargs or {})
+
+
+def is_far(device: object) -> bool:
+    return device is not None and torch.device(device).type == FAR
+
+
+def run(function: Callable, args: tuple, kwargs: dict) -> object:
+    """An operation on the CPU, whose results are far if its operands are."""
+    tensors = [value for value in tree_leaves((args, kwargs)) if isinstance(value, Tensor)]
+    far = [tensor for tensor in tensors if isinstance(tensor, FarTensor)]
+    near = [tensor for tensor in tensors if not isinstance(tensor, FarTensor) and tensor.dim()]
+    if far and near and function not in MOVES and not (function in INDEXING and isinstance(args[0], FarTensor)):
+        raise RuntimeError(f"{function}: operands {[tuple(one.shape) for one in near]} on the CPU, "
+                           f"{[tuple(one.shape) for one in far]} far away")
+    stays_far = is_far(kwargs["device"]) if kwargs.get("device") is not None else bool(far)
+    if function is aten._local_scalar_dense.default:
+        stays_far = False
+    inner = {**kwargs, "device": torch.device("cpu")} if kwargs.get("device") is not None else kwargs
+    inside = [tree_map(lambda one: one.near if isinstance(one, FarTensor) else one, part) for part in (args, inner)]
+    found = function(*inside[0], **inside[1])
+    if function._schema.name.endswith("_") and found is not None:
+        return args[0]  # in place
+    return tree_map(lambda one: FarTensor(one) if stays_far and isinstance(one, Tensor) else one, found)
+
+
+class Dispatch(TorchDispatchMode):
+    """For what makes tensors out of nothing, as torch.arange(..., device=...)."""
+
+    def __torch_dispatch__(self, function: Callable, types: object, args: tuple = (), kwargs: dict | None = None):
+        return run(function, args, kwargs or {})
+
+
+class Literals(TorchFunctionMode):
+    """For what goes between Python's numbers and tensors, which no dispatch sees."""
+
+    def __torch_function__(self, function: Callable, types: object, args: tuple = (), kwargs: dict | None = None):
+        kwargs = dict(kwargs or {})
+        if function is torch.tensor:
+            device = kwargs.pop("device", None)
+            return FarTensor(torch.tensor(*args, **kwargs)) if is_far(device) else function(*args, **kwargs)
+        if function is Tensor.new_tensor and isinstance(args[0], FarTensor):
+            return FarTensor(torch.tensor(*args[1:], **{"dtype": args[0].dtype, **kwargs}))
+        if function is Tensor.tolist and isinstance(args[0], FarTensor):
+            return args[0].near.tolist()
+        return function(*args, **kwargs)
+
+
+@contextmanager
+def far_device() -> Iterator[str]:
+    """Within it `.to(name)` and `device=name` reach the pretended device."""
+    with Dispatch(), Literals():
+        yield FAR
+
+
+def send(module: nn.Module) -> nn.Module:
+    """The module with all of its tensors far away."""
+    for part in module.modules():
+        for name, parameter in part._parameters.items():
+            part._parameters[name] = nn.Parameter(FarTensor(parameter.data)) if parameter is not None else None
+        for name, buffer in part._buffers.items():
+            part._buffers[name] = FarTensor(buffer) if buffer is not None else None
+    return module
