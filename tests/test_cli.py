@@ -127,6 +127,18 @@ def test_predict(vitdet: Run, trained: Path, tiny: Path, picture: Path, tmp_path
     assert not leftovers(tmp_path)
 
 
+def test_predict_needs_the_checkpoint_alone(vitdet: Run, trained: Path, picture: Path, tmp_path: Path) -> None:
+    import torch
+
+    content = torch.load(trained / "model.pt", weights_only=True)
+    content["config"]["data"]["root"] = "no longer there"
+    torch.save(content, tmp_path / "carried.pt")
+    code, output, _ = vitdet("predict", "carried.pt", picture, "--output", "drawn", "--threshold", "0")
+    assert code == 0 and output.startswith("drawn/picture.jpg: ")
+    refused(vitdet("evaluate", "carried.pt", "--output", "m.json"), "no longer there")
+    assert not (tmp_path / "m.json").exists()
+
+
 def test_each_line_of_the_help_is_there(capsys: pytest.CaptureFixture[str]) -> None:
     from vitdet.cli import parser
 
