@@ -58,14 +58,11 @@ clean:
 
 define SUMMARY
 import json, pathlib, sys
+from vitdet.verbs import table
 work = pathlib.Path(sys.argv[1])
 metrics = json.loads((work / "metrics.json").read_text())
 model = json.loads((work / "registered.json").read_text())
-columns = [key.removeprefix("box_") for key in metrics if key.startswith("box_")]
-print("", "".join(f"{name:>12}" for name in ["", *columns]), sep="\n")
-for kind in ("box", "mask"):
-    values = (metrics.get(f"{kind}_{column}") for column in columns)
-    print(f"{kind:>12}" + "".join(f"{'-' if value is None else format(value, '.1f'):>12}" for value in values))
+print("", table(metrics), sep="\n")
 print(f"\npictures     {work / 'pictures'}")
 print(f"model        {model['name']}, version {model['version']}")
 print("all figures  make ui")

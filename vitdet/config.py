@@ -159,7 +159,7 @@ class EvalConfig:
 class TrackingConfig:
     """MLflow; the environment's MLFLOW_TRACKING_URI wins over `uri`."""
 
-    uri: str = ""  # '': a sqlite file in the output folder
+    uri: str = ""  # '': a sqlite file beside the output folder
     experiment: str = "vitdet"
     model_name: str = "vitdet"
 
