@@ -16,6 +16,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 
+from vitdet.data.values import segmentation_problem
+
 
 class ImageError(ValueError):
     """An image file that cannot be used; the message is one line, also after it crossed a worker process.
@@ -152,23 +154,10 @@ def _judge(annotation: dict, heads: dict[int, dict], label_of: dict[int, int]) -
     if x >= head["width"] or y >= head["height"] or x + width <= 0 or y + height <= 0:
         raise ValueError(f"{name}: bbox {annotation['bbox']} lies outside the image of "
                          f"{head['width']} x {head['height']} pixels")
-    _check_segmentation(annotation["segmentation"], head, name)
+    problem = segmentation_problem(annotation["segmentation"], (head["height"], head["width"]))
+    if problem:
+        raise ValueError(f"{name}: {problem[0]}: {problem[1]}")
     return ""
-
-
-def _check_segmentation(segmentation: list | dict, head: dict, name: str) -> None:
-    if isinstance(segmentation, dict):
-        if list(segmentation["size"]) != [head["height"], head["width"]]:
-            raise ValueError(f"{name}: RLE of size {segmentation['size']} on an image of "
-                             f"{[head['height'], head['width']]} (height, width)")
-        return
-    if not isinstance(segmentation, list) or not segmentation:
-        raise ValueError(f"{name}: segmentation must be polygons or RLE, got {str(segmentation)[:40]}")
-    for part in segmentation:
-        if len(part) < 6 or len(part) % 2:
-            raise ValueError(f"{name}: a polygon needs x, y of at least 3 points, got {len(part)} numbers")
-        if not math.isfinite(sum(part)):
-            raise ValueError(f"{name}: a polygon's points must be finite numbers")
 
 
 def _record(head: dict, annotations: list[dict], label_of: dict[int, int], images: Path) -> Record:
