@@ -8,6 +8,7 @@ import torch
 from tests.conftest import minimal
 from tests.far import FarTensor, far_device, send
 from tests.small import images, small_detector, target
+from tests.test_detector import KINDS
 from vitdet.config import load_config
 from vitdet.data import train_loader
 from vitdet.data.masks import paste
@@ -17,10 +18,6 @@ from vitdet.training.mae import MaskedAutoencoder
 from vitdet.training.meter import Meter
 from vitdet.training.optim import WeightAverage
 
-KINDS = {
-    "plain": {}, "cascade": {"ious": (0.5, 0.6, 0.7)}, "federated": {"loss": "federated"},
-    "adaptive points": {"sampling_ratio": 0},
-}
 OBJECTS = {"objects": [([[10, 10, 60, 70], [40, 50, 120, 120]], [0, 3]), ([[64, 8, 100, 40]], [2])],
            "nothing": [([], []), ([], [])]}
 
