@@ -28,14 +28,14 @@ MAY_IMPORT = {
     "progress": set(),
     "journal": set(),
     "wheel": set(),
-    "tracking": {"journal"},
+    "tracking": {"journal", "progress"},
     "serving": {"tracking", "wheel", "predictor", "data"},
     "models": RECORDS,
     "data": RECORDS,
     "weights": {"typed"},
     "predictor": RECORDS | {"models", "data", "training.checkpoint"},
     "evaluation": RECORDS | {"models", "data", "predictor", "distributed", "training.checkpoint"},
-    "training": RECORDS | {"models", "data", "weights", "evaluation", "predictor", "distributed"},
+    "training": RECORDS | {"models", "data", "weights", "evaluation", "predictor", "distributed", "progress"},
 }
 PRINTING = ("vitdet/cli.py", "vitdet/verbs.py", "pipeline/__main__.py")
 # Packages that only some files may import.

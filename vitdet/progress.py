@@ -1,4 +1,6 @@
-"""What a person sees while a training runs: one line that changes on a terminal, plain lines in a log."""
+"""Where the figures of a training go, and what a person sees of them: one line that changes on a terminal, plain
+lines in a log.
+"""
 
 from __future__ import annotations
 
@@ -6,25 +8,25 @@ import shutil
 import sys
 import time
 from pathlib import Path
-from typing import Protocol, TextIO
+from typing import TextIO
 
 
-class Tracker(Protocol):
-    """What `Progress` passes everything on to; see `vitdet.tracking`."""
+class Tracker:
+    """Where the figures of a training go; this one keeps nothing: for ranks other than 0, and without MLflow."""
 
-    run_id: str | None
+    run_id: str | None = None
 
     def log(self, values: dict[str, float], step: int) -> None:
-        """Takes figures of a step."""
+        """Values of this step, by name; the steps of a name rise, and one that the run already has is dropped."""
 
     def artifact(self, path: Path, folder: str = "") -> None:
-        """Takes a file."""
+        """A copy of the file, for this folder of the run's artifacts."""
 
     def close(self, status: str = "FINISHED") -> None:
-        """Ends the run."""
+        """Ends the run as FINISHED, FAILED or KILLED."""
 
 
-class Progress:
+class Progress(Tracker):
     """A tracker that shows the figures and passes them on. `steps` is the length of the training."""
 
     def __init__(self, tracker: Tracker, steps: int, start: int, stream: TextIO | None = None) -> None:

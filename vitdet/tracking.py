@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vitdet.journal import Journal, find, journals
+from vitdet.progress import Tracker
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -36,21 +37,6 @@ CLIENT = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0", "MLFLOW_HTTP_REQUEST_TIMEOUT":
           "MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
           "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true"}
 REFUSED = {"INVALID_PARAMETER_VALUE", "BAD_REQUEST"}  # sending the same again cannot help
-
-
-class Tracker:
-    """The silent tracker: for ranks other than 0, and for tests."""
-
-    run_id: str | None = None
-
-    def log(self, values: dict[str, float], step: int) -> None:
-        """Values of this step, by name; the steps of a name rise, and one that the run already has is dropped."""
-
-    def artifact(self, path: Path, folder: str = "") -> None:
-        """A copy of the file, for this folder of the run's artifacts."""
-
-    def close(self, status: str = "FINISHED") -> None:
-        """Ends the run as FINISHED, FAILED or KILLED."""
 
 
 class MLflowTracker(Tracker):

@@ -113,10 +113,9 @@ def start_tracker(
     config: Config, recipe: str, output: Path, identity: str, run_id: str | None, step: int
 ) -> Progress:
     """Progress for the eye, MLflow behind it where that is installed."""
-    from vitdet.progress import Progress
-    from vitdet.training.trainer import Silent
+    from vitdet.progress import Progress, Tracker
 
-    tracker = Silent()
+    tracker = Tracker()
     if importlib.util.find_spec("mlflow"):
         from vitdet.tracking import start_run
 

@@ -14,7 +14,6 @@ import signal
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +23,7 @@ from vitdet.config import Config, difference, digest, from_dict, save_config, to
 from vitdet.data import dataset_digest, read_split, train_loader
 from vitdet.evaluation import evaluate_detector, write_pictures
 from vitdet.models import build_detector
+from vitdet.progress import Tracker
 from vitdet.training.checkpoint import FORMAT, Checkpoints, load_model_file, load_weights, save
 from vitdet.training.meter import Meter
 from vitdet.training.optim import WeightAverage, build_optimizer, set_lr
@@ -32,36 +32,6 @@ from vitdet.types import Batch
 from vitdet.weights import load_pretrained, resolve
 
 log = logging.getLogger(__name__)
-
-
-class Tracker(Protocol):
-    """Where figures go; `vitdet.tracking` has those that keep them."""
-
-    run_id: str | None
-
-    def log(self, values: dict[str, float], step: int) -> None:
-        """Takes figures of a step."""
-
-    def artifact(self, path: Path, folder: str = "") -> None:
-        """Takes a file."""
-
-    def close(self, status: str = "FINISHED") -> None:
-        """Ends the run."""
-
-
-class Silent:
-    """Keeps nothing."""
-
-    run_id: str | None = None
-
-    def log(self, values: dict[str, float], step: int) -> None:
-        """Does nothing."""
-
-    def artifact(self, path: Path, folder: str = "") -> None:
-        """Does nothing."""
-
-    def close(self, status: str = "FINISHED") -> None:
-        """Does nothing."""
 
 
 class Stopped(Exception):
@@ -74,7 +44,7 @@ StartTracking = Callable[[str, str | None, int], Tracker]
 
 def train(
     config: Config, output: str | Path, *, checkpoints: str | Path | None = None, weights: str | Path | None = None,
-    start_tracking: StartTracking = lambda *_: Silent(),
+    start_tracking: StartTracking = lambda *_: Tracker(),
 ) -> Path:
     """Trains a detector and gives the path of output/model.pt; goes on where an interrupted training stopped.
 
@@ -107,7 +77,7 @@ def train(
             optimizer.load_state_dict(state["optimizer"])
             average.load_state_dict(state["average"])
             start = state["step"]
-        tracker: Tracker = Silent()
+        tracker = Tracker()
         if distributed.rank() == 0:
             alone.enter_context(states.locked())
             if state is not None:
