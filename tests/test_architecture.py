@@ -22,7 +22,8 @@ ENTRANCES = ("__init__", "__main__", "cli", "verbs")
 RECORDS = {"config", "types"}
 MAY_IMPORT = {
     "typed": set(),
-    "config": {"typed"},
+    "ranges": set(),
+    "config": {"typed", "ranges"},
     "types": {"predictor.draw"},  # inside Detections.draw
     "distributed": set(),
     "progress": set(),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -51,7 +52,7 @@ def test_the_flat_keys_are_those_of_overrides() -> None:
     config = load_config("tiny", ["train.init='1e5'", "data.root=2017", "train.seed=9007199254740993"])
     flat = flatten(config)
     assert flat["optim.lr"] == config.optim.lr and flat["model.backbone.name"] == "vit_tiny"
-    assert flat["data.scale_range"] == "[0.8, 1.25]"
+    assert json.loads(flat["data.scale_range"]) == list(config.data.scale_range)
     rebuilt = load_config(Path(__file__).parents[1] / "vitdet" / "recipes" / "tiny.yaml",
                           [f"{key}={value}" for key, value in flat.items()])
     assert rebuilt == config
@@ -115,6 +116,9 @@ def test_later_overrides_win_and_open_sections_that_the_file_lacks(tmp_path: Pat
     ("data.scale_range=[2,1]", "data.scale_range must be low <= high, got [2.0, 1.0]"),
     ("model.roi_heads.ious=[]", "model.roi_heads.ious must lie between 0 and 1, got []"),
     ("optim.steps=0", "optim.steps must be at least 1, got 0"),
+    ("model.rpn.samples=0", "model.rpn.samples must be at least 1, got 0"),
+    ("model.mask.num_convs=-1", "model.mask.num_convs must not be negative, got -1"),
+    ("model.backbone.rel_pos_size=4", "model.backbone.rel_pos_size must be at least patch_size (8), got 4"),
     ("optim.lr=-1", "optim.lr must be above 0, got -1.0"),
     ("data.workers=-1", "data.workers must not be negative, got -1"),
     ("optim.ema=1.5", "optim.ema must lie between 0 and 1, got 1.5"),

@@ -19,6 +19,7 @@ from typing import Literal
 
 import yaml
 
+from vitdet.ranges import RANGES
 from vitdet.typed import build, nearest, parse, settings
 
 RECIPES = Path(__file__).parent / "recipes"
@@ -188,22 +189,10 @@ class Config:
               f"data.image_size must be a positive multiple of {stride} (the coarsest stride), got {data.image_size}")
         _rule(all(0 < a < b for a, b in zip(optim.milestones, optim.milestones[1:] + (1.0,), strict=True)),
               f"optim.milestones must rise between 0 and 1 (fractions of the steps), got {list(optim.milestones)}")
+        _rule(backbone.rel_pos_size >= backbone.patch_size, "model.backbone.rel_pos_size must be at least patch_size "
+              f"({backbone.patch_size}), got {backbone.rel_pos_size}")
         low, high = data.scale_range
         _rule(low <= high, f"data.scale_range must be low <= high, got {[low, high]}")
-
-
-RANGES = (
-    ("optim.steps train.batch_size train.log_every train.eval_every train.save_every train.keep data.image_size "
-     "model.roi_heads.num_classes model.backbone.patch_size evaluate.batch_size evaluate.max_detections",
-     lambda value: value >= 1, "be at least 1"),
-    ("optim.lr optim.layer_decay data.scale_range model.pyramid.scales model.rpn.anchor_scale model.rpn.aspect_ratios",
-     lambda value: value > 0, "be above 0"),
-    ("optim.weight_decay optim.warmup_steps optim.clip data.workers data.max_images train.seed "
-     "model.backbone.window_size", lambda value: value >= 0, "not be negative"),
-    ("data.flip data.transpose data.color_jitter model.backbone.drop_path optim.ema optim.warmup_factor "
-     "model.rpn.positive_fraction model.roi_heads.positive_fraction model.roi_heads.ious model.rpn.nms_iou "
-     "evaluate.score_threshold evaluate.nms_iou", lambda value: 0 <= value <= 1, "lie between 0 and 1"),
-)
 
 
 def load_config(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Config:

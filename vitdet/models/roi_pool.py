@@ -13,6 +13,7 @@ from torch import Tensor
 from torchvision.ops import roi_align
 
 from vitdet.models.boxes import area
+from vitdet.models.layers import at_least_float32
 
 
 def assign_levels(boxes: Tensor, num_levels: int, finest_stride: int) -> Tensor:
@@ -38,7 +39,8 @@ def pool(
     pooled = features[0].new_zeros(len(rois), features[0].shape[1], bins, bins)
     for level, (feature, stride) in enumerate(zip(features, strides, strict=True)):
         chosen = (levels == level).nonzero().flatten()
-        values = roi_align(feature, rois[chosen].to(feature.dtype), bins, 1 / stride, 0, aligned=True)
+        exact = at_least_float32(feature)  # in bf16 a coordinate of 1000 px would be 4 px coarse
+        values = roi_align(exact, rois[chosen].to(exact.dtype), bins, 1 / stride, 0, aligned=True)
         pooled = pooled.index_put((chosen,), values.to(pooled.dtype))
     return pooled
 
