@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vitdet.config import Config, dump_config, flatten, load_config, save_config
+from vitdet.config import Config, digest, dump_config, flatten, load_config, save_config
 
 if TYPE_CHECKING:
     from vitdet.progress import Progress
@@ -122,7 +122,7 @@ def start_tracker(
         data = config.data
         tracker = start_run(
             uri=config.tracking.uri, folder=tracking_folder(output), experiment=config.tracking.experiment,
-            name=output.name if recipe == "config" else recipe, params=flatten(config), tags={"recipe": recipe},
+            name=f"{output.name if recipe == 'config' else recipe} {digest(config)[:6]}", params=flatten(config), tags={"recipe": recipe},
             dataset={"name": Path(data.root).name, "digest": identity, "source": str(Path(data.root).resolve())},
             run_id=run_id, resume_step=step,
         )
