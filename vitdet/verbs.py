@@ -122,7 +122,8 @@ def start_tracker(
         data = config.data
         tracker = start_run(
             uri=config.tracking.uri, folder=tracking_folder(output), experiment=config.tracking.experiment,
-            name=f"{output.name if recipe == 'config' else recipe} {digest(config)[:6]}", params=flatten(config), tags={"recipe": recipe},
+            name=f"{output.name if recipe == 'config' else recipe} {digest(config)[:6]}", params=flatten(config),
+            tags={"recipe": recipe},
             dataset={"name": Path(data.root).name, "digest": identity, "source": str(Path(data.root).resolve())},
             run_id=run_id, resume_step=step,
         )
