@@ -22,8 +22,8 @@ ENTRANCES = ("__init__", "__main__", "cli", "verbs")
 RECORDS = {"config", "types"}
 MAY_IMPORT = {
     "typed": set(),
-    "ranges": set(),
-    "config": {"typed", "ranges"},
+    "rules": {"config"},  # for the type
+    "config": {"typed", "rules"},
     "types": {"predictor.draw"},  # inside Detections.draw
     "distributed": set(),
     "progress": set(),

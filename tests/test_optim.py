@@ -68,10 +68,10 @@ def test_every_parameter_as_published(groups: dict[str, tuple[float, float]]) ->
         assert groups[name] == (pytest.approx(factor, rel=1e-9), decay), name
 
 
-def test_decay_norms_decays_everything() -> None:
+def test_undecayed_nothing_decays_everything() -> None:
     with torch.device("meta"):
         detector = build_detector(Config().model)
-    found = parameter_groups(detector, OptimConfig(decay_norms=True))
+    found = parameter_groups(detector, OptimConfig(undecayed="nothing"))
     assert {group["weight_decay"] for group in found} == {0.1}
 
 

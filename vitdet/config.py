@@ -19,7 +19,7 @@ from typing import Literal
 
 import yaml
 
-from vitdet.ranges import RANGES
+from vitdet import rules
 from vitdet.typed import build, nearest, parse, settings
 
 RECIPES = Path(__file__).parent / "recipes"
@@ -27,22 +27,26 @@ RECIPES = Path(__file__).parent / "recipes"
 
 @dataclass(frozen=True)
 class BackboneConfig:
-    """A plain ViT; depth, width, heads and the blocks with global attention belong to the name."""
+    """What an image goes through first; depth, width, heads and global blocks belong to the name."""
 
-    name: Literal["vit_tiny", "vit_b", "vit_l", "vit_h"] = "vit_b"
+    name: Literal["vit_tiny", "vit_b", "vit_l", "vit_h", "vitae_b", "vitae_s", "swin_t", "vitaev2_s"] = "vit_b"
     patch_size: int = 16  # pixels; the stride of the one feature map
     window_size: int = 14  # tokens, side of a window of the local attention blocks
     drop_path: float = 0.1  # rate of the last block; grows linearly from 0
     pos_embed_grid: int = 14  # tokens a side of the stored position embedding: 224 / 16 in the MAE pre-training
     residual_blocks: tuple[int, ...] = ()  # blocks that residual convolutions follow: the paper's other propagation
     rel_pos_size: int = 1024  # pixels a side for which the global blocks' relative-position tables are made
+    scaled_rel_pos: bool = False  # relative positions meet the scaled query (ViTAE-Transformer/ViTDet)
+    final_norm: bool = False  # LayerNorm after the last block (ViTAE-Transformer/ViTDet)
 
 
 @dataclass(frozen=True)
 class PyramidConfig:
-    """Simple feature pyramid over the last map of the backbone."""
+    """Simple feature pyramid over the last map of the backbone, or an FPN over the maps of a hierarchical one."""
 
+    kind: Literal["simple", "fpn"] = "simple"
     channels: int = 256
+    halve_channels: bool = True  # each deconvolution halves the channels; else keeps them (ViTAE-Transformer/ViTDet)
     scales: tuple[float, float, float, float] = (4.0, 2.0, 1.0, 0.5)  # of p2..p5 against the backbone's map
 
 
@@ -53,6 +57,8 @@ class RPNConfig:
     anchor_scale: float = 8.0  # anchor side / stride of its level: 32..512 on strides 4..64
     aspect_ratios: tuple[float, ...] = (0.5, 1.0, 2.0)  # height / width
     num_convs: int = 2
+    norm: bool = False  # LN after each convolution (ViTAE-Transformer/ViTDet)
+    divide_by_sampled: bool = False  # losses / anchors sampled (mmdet), not / (samples * images) (detectron2)
     samples: int = 256  # anchors an image that the loss looks at
     positive_fraction: float = 0.5
     iou_low: float = 0.3  # below: background
@@ -74,7 +80,9 @@ class RoIHeadsConfig:
     samples: int = 512  # boxes an image that the loss looks at
     positive_fraction: float = 0.25
     num_convs: int = 4
+    num_fcs: int = 1
     fc_dim: int = 1024
+    norm: bool = True  # LN after each convolution
     sampling_ratio: int = 0  # RoIAlign points a bin and axis; 0: adaptive, as published
     federated_classes: int = 50
 
@@ -84,6 +92,7 @@ class MaskConfig:
     """Mask head."""
 
     num_convs: int = 4
+    norm: bool = True  # LN after each convolution
     samples: int = 128  # at most so many of an image's foreground boxes train the mask head
 
 
@@ -96,13 +105,19 @@ class ModelConfig:
     rpn: RPNConfig = field(default_factory=RPNConfig)
     roi_heads: RoIHeadsConfig = field(default_factory=RoIHeadsConfig)
     mask: MaskConfig = field(default_factory=MaskConfig)
+    norm_eps: float = 1e-6  # of the LNs of pyramid and heads; 1e-5 in mmdet
+    low_quality: Literal["own", "best"] = "own"  # a ground truth's best box learns from its own best (detectron2, RPN
+    # only), or from that ground truth, in RPN and RoI heads (mmdet)
+    clamp_shrinking: bool = False  # a box also shrinks at most 1000 / 16 times in one step (mmdet), not only grows
 
 
 @dataclass(frozen=True)
 class DataConfig:
-    """A folder in COCO's layout: ROOT/SPLIT/*.jpg and ROOT/annotations/instances_SPLIT.json."""
+    """A folder in COCO's layout: ROOT/SPLIT/*.jpg and ROOT/annotations/instances_SPLIT.json (LVIS: lvis_v1_SPLIT.json,
+    whose images lie where their coco_url says).
+    """
 
-    dataset: Literal["coco"] = "coco"
+    dataset: Literal["coco", "lvis"] = "coco"
     root: str = "data/coco"
     train_split: str = "train2017"
     val_split: str = "val2017"
@@ -112,6 +127,9 @@ class DataConfig:
     flip: float = 0.5  # probability of a horizontal flip
     transpose: float = 0.0  # probability of exchanging the axes
     color_jitter: float = 0.0  # brightness, contrast and saturation change by up to this factor - 1
+    antialias: bool = True  # when an image is made smaller (PIL, detectron2); false: plain bilinear (OpenCV, mmdet)
+    redraw_empty: bool = False  # a crop without any object is replaced by one of another image (mmdet)
+    repeat_threshold: float = 0.0  # images with classes in a smaller share of the images are repeated; 0: none (LVIS)
     workers: int = 4  # data-loader processes a rank; 0: load in the training process
 
 
@@ -121,7 +139,9 @@ class OptimConfig:
 
     lr: float = 1e-4
     weight_decay: float = 0.1
-    decay_norms: bool = False  # weight decay also on the blocks' LayerNorms and the position embedding (ViT-H)
+    # What has no weight decay: the blocks' LayerNorms and the position embedding (ViT-B, L); everything of one axis,
+    # relative positions and the position embedding (ViTAE-Transformer/ViTDet); nothing (ViT-H).
+    undecayed: Literal["norms", "vectors", "nothing"] = "norms"
     layer_decay: float = 0.7
     steps: int = 184_375  # 100 epochs of COCO at batch 64
     schedule: Literal["step", "cosine"] = "step"
@@ -136,7 +156,8 @@ class OptimConfig:
 class TrainConfig:
     """The loop."""
 
-    init: str = "mae_vit_b"  # a name of the weights catalogue or a file; '': from scratch
+    init: str = "mae_vit_b"  # a name of the weights catalogue, a file of weights or a checkpoint; '': from scratch
+    init_format: Literal["vitdet", "detectron2", "mmdet", "mae", "vitae", "vitae_cls"] = "vitdet"  # of a file in `init`
     batch_size: int = 64  # images a step over all processes
     precision: Literal["fp32", "bf16", "auto"] = "bf16"  # auto: bf16 where the processor multiplies it natively
     seed: int = 0
@@ -177,22 +198,7 @@ class Config:
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
 
     def __post_init__(self) -> None:
-        backbone, data, optim = self.model.backbone, self.data, self.optim
-        for keys, holds, what in RANGES:
-            for key in keys.split():
-                value = reduce(getattr, key.split("."), self)
-                several = isinstance(value, tuple)
-                _rule(value and all(map(holds, value)) if several else holds(value),
-                      f"{key} must {what}, got {list(value) if several else value}")
-        stride = round(2 * backbone.patch_size / self.model.pyramid.scales[-1])  # p6: a whole number of its cells
-        _rule(data.image_size % stride == 0,
-              f"data.image_size must be a positive multiple of {stride} (the coarsest stride), got {data.image_size}")
-        _rule(all(0 < a < b for a, b in zip(optim.milestones, optim.milestones[1:] + (1.0,), strict=True)),
-              f"optim.milestones must rise between 0 and 1 (fractions of the steps), got {list(optim.milestones)}")
-        _rule(backbone.rel_pos_size >= backbone.patch_size, "model.backbone.rel_pos_size must be at least patch_size "
-              f"({backbone.patch_size}), got {backbone.rel_pos_size}")
-        low, high = data.scale_range
-        _rule(low <= high, f"data.scale_range must be low <= high, got {[low, high]}")
+        rules.check(self)
 
 
 def load_config(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Config:
@@ -265,11 +271,6 @@ def digest(config: Config) -> str:
 def recipes() -> list[str]:
     """The names of the recipes that ship with the package."""
     return sorted(path.stem for path in RECIPES.glob("*.yaml"))
-
-
-def _rule(holds: bool, message: str) -> None:
-    if not holds:
-        raise ValueError(message)
 
 
 def _read(name_or_path: str | Path) -> dict:

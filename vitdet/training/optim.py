@@ -19,7 +19,7 @@ def parameter_groups(detector: nn.Module, settings: OptimConfig) -> list[dict]:
     """Groups {params, names, lr, lr_scale, weight_decay}; each trained parameter is in exactly one.
 
     Block i of n learns with lr * layer_decay ** (n - i), what stands before the blocks with layer_decay ** (n + 1),
-    the rest with lr. The blocks' LayerNorms and the position embedding are not decayed, unless decay_norms.
+    the rest with lr. `undecayed` says what has no weight decay.
     """
     depth = len(detector.backbone.blocks)
     # Exactly nn.LayerNorm, as in detectron2: the channel norms of pyramid and heads are another class, and decay.
@@ -29,7 +29,7 @@ def parameter_groups(detector: nn.Module, settings: OptimConfig) -> list[dict]:
         if not parameter.requires_grad:
             continue
         exempt = name.rpartition(".")[0] in norms or name == "backbone.pos_embed"
-        decay = 0.0 if exempt and not settings.decay_norms else settings.weight_decay
+        decay = 0.0 if exempt and settings.undecayed == "norms" else settings.weight_decay
         scale = settings.layer_decay ** (depth + 1 - layer_of(name, depth))
         groups[scale, decay]["params"].append(parameter)
         groups[scale, decay]["names"].append(name)
