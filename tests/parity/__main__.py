@@ -5,6 +5,7 @@ Every kind of case is computed first, from its inputs alone, and then compared w
 
 from __future__ import annotations
 
+import json
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -16,27 +17,45 @@ from tests.parity.report import Report
 
 
 class Kind(NamedTuple):
-    """A kind of case: the file that tells it, computing from the inputs, comparing with the results."""
+    """A kind of case: what tells it, computing from the inputs, comparing with the results.
+
+    It is told by a file that the folder holds and by what config.json says ({} where there is none).
+    """
 
     file: str
     compute: Callable[[Path], Any]
     compare: Callable[[Path, Any, Report], None]
+    config: Callable[[dict], bool] = lambda config: True
 
 
+def says(kind: str) -> Callable[[dict], bool]:
+    """Holds for a config.json that names this kind itself."""
+    return lambda config: config.get("kind") == kind
+
+
+def lists(entry: str) -> Callable[[dict], bool]:
+    """Holds for a config.json of several small cases, {tag: {entry: ...}}."""
+    return lambda config: bool(config) and all(isinstance(c, dict) and entry in c for c in config.values())
+
+
+# The first row that fits.
 KINDS = (
     Kind("state_dict.npz", detector.compute, compare_detector.compare),
     Kind("unit.npz", unit.compute, unit.compare),
-    Kind("io.npz", resize.compute, resize.compare),
+    Kind("io.npz", resize.compute, resize.compare, lambda config: not config),
     Kind("losses.json", dynamics.compute, dynamics.compare),
 )
 
 
 def kind_of(folder: Path) -> Kind:
     """The kind of a case folder. Raises ValueError for any other folder."""
+    path = folder / "config.json"
+    config = json.loads(path.read_text()) if path.exists() else {}
     for kind in KINDS:
-        if (folder / kind.file).exists():
+        if (folder / kind.file).exists() and kind.config(config):
             return kind
-    raise ValueError(f"none of {', '.join(kind.file for kind in KINDS)} in {folder}")
+    files = ", ".join(sorted({kind.file for kind in KINDS}))
+    raise ValueError(f"{folder} is no case that is known here: it needs one of {files} and the config.json of its kind")
 
 
 def run(folder: Path) -> Report:
