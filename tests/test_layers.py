@@ -1,5 +1,6 @@
 """The shared layers against the general ones that they stand for."""
 
+import pytest
 import torch
 from torch import nn
 
@@ -24,18 +25,28 @@ def test_deconv_equals_the_general_transposed_convolution():
     assert torch.allclose(ours.bias.grad, general.bias.grad, atol=1e-4)
 
 
-def test_conv_norm_normalizes_the_channels_of_each_pixel():
+@pytest.mark.parametrize("eps", [1e-6, 0.1])
+def test_conv_norm_normalizes_the_channels_of_each_pixel(eps):
     torch.manual_seed(0)
-    layer = ConvNorm(4, 8, 3)
+    layer = ConvNorm(4, 8, 3, eps=eps)
     nn.init.normal_(layer.norm.weight)
     nn.init.normal_(layer.norm.bias)
     x = torch.randn(2, 4, 5, 6)
     y = nn.functional.conv2d(x, layer.conv.weight, padding=1)
     mean, variance = y.mean(dim=1, keepdim=True), y.var(dim=1, correction=0, keepdim=True)
-    wanted = (y - mean) / (variance + 1e-6).sqrt()
+    wanted = (y - mean) / (variance + eps).sqrt()
     wanted = wanted * layer.norm.weight[:, None, None] + layer.norm.bias[:, None, None]
     assert torch.allclose(layer(x), wanted, atol=1e-5)
     assert layer.conv.bias is None
+
+
+def test_conv_without_norm_has_a_bias():
+    layer = ConvNorm(4, 8, 1, norm=False)
+    nn.init.normal_(layer.conv.bias)
+    x = torch.randn(2, 4, 5, 6)
+    wanted = torch.einsum("bchw,dc->bdhw", x, layer.conv.weight[:, :, 0, 0]) + layer.conv.bias[:, None, None]
+    assert torch.allclose(layer(x), wanted, atol=1e-5)
+    assert set(layer.state_dict()) == {"conv.weight", "conv.bias"}
 
 
 def test_scaled_gradient_leaves_the_values():

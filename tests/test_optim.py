@@ -29,7 +29,7 @@ PUBLISHED = {
     "backbone.blocks.11.mlp.fc1.bias": (0.7, 0.1),
     "pyramid.levels.0.4.norm.weight": (1.0, 0.1),  # a channel norm of detectron2, which is no nn.LayerNorm
     "rpn.objectness.weight": (1.0, 0.1),
-    "roi_heads.stages.0.fc.weight": (1.0, 0.1),
+    "roi_heads.stages.0.fcs.0.weight": (1.0, 0.1),
     "roi_heads.mask.logits.bias": (1.0, 0.1),
 }
 

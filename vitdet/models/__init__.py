@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from vitdet.config import EvalConfig, ModelConfig
@@ -28,21 +29,27 @@ def build_backbone(settings: ModelConfig) -> ViT:
 def build_detector(
     model: ModelConfig, evaluate: EvalConfig | None = None, class_weights: Tensor | None = None
 ) -> Detector:
-    """A detector with fresh weights. class_weights (K,): odds of the classes in the federated loss, if that is used."""
+    """A detector with fresh weights.
+
+    class_weights (K,): odds of the classes to be drawn in the federated loss, if that is used; all alike if absent.
+    """
     evaluate = evaluate or EvalConfig()
     rpn, roi, mask = model.rpn, model.roi_heads, model.mask
     backbone = build_backbone(model)
-    pyramid = SimpleFeaturePyramid(backbone.out_channels, model.pyramid.channels, backbone.stride, model.pyramid.scales)
+    eps = model.norm_eps
+    pyramid = SimpleFeaturePyramid(
+        backbone.out_channels, model.pyramid.channels, backbone.stride, model.pyramid.scales,
+        halve_channels=model.pyramid.halve_channels, eps=eps,
+    )
     if roi.loss == "federated":
-        if class_weights is None:
-            raise ValueError("model.roi_heads.loss=federated needs class_weights: the odds of each class to be drawn")
-        classification = FederatedClassification(class_weights, roi.federated_classes)
+        odds = torch.ones(roi.num_classes) if class_weights is None else class_weights
+        classification = FederatedClassification(odds, roi.federated_classes)
     else:
         classification = SoftmaxClassification(roi.num_classes)
     channels = pyramid.out_channels
     stages = [
         BoxHead(channels=channels, num_convs=roi.num_convs, fc_dim=roi.fc_dim, num_classes=roi.num_classes,
-                class_agnostic=len(roi.ious) > 1)
+                class_agnostic=len(roi.ious) > 1, num_fcs=roi.num_fcs, norm=roi.norm, eps=eps)
         for _ in roi.ious
     ]
     return Detector(
@@ -50,13 +57,15 @@ def build_detector(
         pyramid=pyramid,
         rpn=RPN(
             channels=channels, strides=pyramid.strides, anchor_scale=rpn.anchor_scale,
-            aspect_ratios=rpn.aspect_ratios, num_convs=rpn.num_convs, samples=rpn.samples,
+            aspect_ratios=rpn.aspect_ratios, num_convs=rpn.num_convs, norm=rpn.norm, eps=eps, samples=rpn.samples,
             positive_fraction=rpn.positive_fraction, iou_low=rpn.iou_low, iou_high=rpn.iou_high,
             nms_iou=rpn.nms_iou, pre_nms_train=rpn.pre_nms_train, pre_nms_test=rpn.pre_nms_test,
             post_nms_train=rpn.post_nms_train, post_nms_test=rpn.post_nms_test,
         ),
         roi_heads=RoIHeads(
-            stages=stages, mask=MaskHead(channels=channels, num_convs=mask.num_convs, num_classes=roi.num_classes),
+            stages=stages,
+            mask=MaskHead(channels=channels, num_convs=mask.num_convs, num_classes=roi.num_classes, norm=mask.norm,
+                          eps=eps),
             classification=classification, strides=pyramid.strides[:4], ious=roi.ious, samples=roi.samples,
             positive_fraction=roi.positive_fraction, mask_samples=mask.samples, sampling_ratio=roi.sampling_ratio,
             score_threshold=evaluate.score_threshold, nms_iou=evaluate.nms_iou,

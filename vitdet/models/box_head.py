@@ -1,15 +1,17 @@
 """One box stage: pooled features -> class logits and box deltas.
 
-4 convolutions and one fully connected layer, as in detectron2's ViTDet configs.
+4 convolutions with LN and one fully connected layer, as in detectron2's ViTDet configs.
 Letters: R RoIs, C channels, K classes.
 """
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vitdet.models.layers import ConvNorm, init_conv, init_linear, init_predictor
+from vitdet.models.layers import NORM_EPS, ConvNorm, init_conv, init_linear, init_predictor
 
 BINS = 7
 
@@ -17,16 +19,21 @@ BINS = 7
 class BoxHead(nn.Module):
     """Logits over K classes and the background, which is last; deltas a class, or one set if class-agnostic."""
 
-    def __init__(self, *, channels: int, num_convs: int, fc_dim: int, num_classes: int, class_agnostic: bool) -> None:
+    def __init__(
+        self, *, channels: int, num_convs: int, fc_dim: int, num_classes: int, class_agnostic: bool, num_fcs: int = 1,
+        norm: bool = True, eps: float = NORM_EPS,
+    ) -> None:
         super().__init__()
         self.class_agnostic = class_agnostic
-        self.convs = nn.ModuleList(ConvNorm(channels, channels, 3) for _ in range(num_convs))
-        self.fc = nn.Linear(channels * BINS**2, fc_dim)
+        self.convs = nn.ModuleList(ConvNorm(channels, channels, 3, norm=norm, eps=eps) for _ in range(num_convs))
+        widths = [channels * BINS**2, *[fc_dim] * num_fcs]
+        self.fcs = nn.ModuleList(nn.Linear(width, following) for width, following in pairwise(widths))
         self.logits = nn.Linear(fc_dim, num_classes + 1)
         self.deltas = nn.Linear(fc_dim, 4 if class_agnostic else 4 * num_classes)
         for block in self.convs:
             init_conv(block.conv)
-        init_linear(self.fc)
+        for fc in self.fcs:
+            init_linear(fc)
         init_predictor(self.logits, std=0.01)
         init_predictor(self.deltas, std=0.001)
 
@@ -34,5 +41,7 @@ class BoxHead(nn.Module):
         """(R, C, 7, 7) -> logits (R, K + 1) and deltas (R, K, 4), or (R, 1, 4) if class-agnostic."""
         for block in self.convs:
             pooled = F.relu(block(pooled))
-        hidden = F.relu(self.fc(pooled.flatten(1)))
+        hidden = pooled.flatten(1)
+        for fc in self.fcs:
+            hidden = F.relu(fc(hidden))
         return self.logits(hidden), self.deltas(hidden).unflatten(1, (-1, 4))

@@ -11,16 +11,21 @@ from timm.layers import LayerNorm2d
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-NORM_EPS = 1e-6  # detectron2: both the ViT's LayerNorm and the channel LN
+NORM_EPS = 1e-6  # detectron2: both the ViT's LayerNorm and the channel LN (mmdet: 1e-5 in the latter)
 
 
 class ConvNorm(nn.Module):
-    """Convolution without bias, then LayerNorm over the channels of each pixel: (B, C, H, W) -> (B, C', H, W)."""
+    """Convolution without bias, then LayerNorm over the channels of each pixel: (B, C, H, W) -> (B, C', H, W).
 
-    def __init__(self, in_channels: int, out_channels: int, kernel_size: int) -> None:
+    With `norm` False it is the convolution alone, which then has a bias.
+    """
+
+    def __init__(
+        self, in_channels: int, out_channels: int, kernel_size: int, *, norm: bool = True, eps: float = NORM_EPS
+    ) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(in_channels, out_channels, kernel_size, padding=kernel_size // 2, bias=False)
-        self.norm = LayerNorm2d(out_channels, eps=NORM_EPS)
+        self.conv = nn.Conv2d(in_channels, out_channels, kernel_size, padding=kernel_size // 2, bias=not norm)
+        self.norm = LayerNorm2d(out_channels, eps=eps) if norm else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, C', H, W)."""
@@ -46,7 +51,7 @@ class Deconv2x2(nn.ConvTranspose2d):
 
 
 def init_conv(module: nn.Conv2d | nn.ConvTranspose2d) -> None:
-    """Kaiming normal over the outputs, bias 0 (detectron2: c2_msra_fill)."""
+    """Kaiming normal over the outputs, bias (if there is one) 0 (detectron2: c2_msra_fill)."""
     nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
     if module.bias is not None:
         nn.init.zeros_(module.bias)
@@ -59,9 +64,10 @@ def init_linear(module: nn.Linear) -> None:
 
 
 def init_predictor(module: nn.Linear | nn.Conv2d, std: float) -> None:
-    """Normal with the given deviation, bias 0."""
+    """Normal with the given deviation, bias (if there is one) 0."""
     nn.init.normal_(module.weight, std=std)
-    nn.init.zeros_(module.bias)
+    if module.bias is not None:
+        nn.init.zeros_(module.bias)
 
 
 def at_least_float32(x: Tensor) -> Tensor:

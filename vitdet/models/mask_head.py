@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.ops import roi_align
 
-from vitdet.models.layers import ConvNorm, Deconv2x2, init_conv, init_predictor
+from vitdet.models.layers import NORM_EPS, ConvNorm, Deconv2x2, init_conv, init_predictor
 from vitdet.types import Bitmaps, Polygons
 
 BINS = 14
@@ -21,9 +21,11 @@ SIZE = 2 * BINS
 class MaskHead(nn.Module):
     """A mask for each class and RoI, independent of the others."""
 
-    def __init__(self, *, channels: int, num_convs: int, num_classes: int) -> None:
+    def __init__(
+        self, *, channels: int, num_convs: int, num_classes: int, norm: bool = True, eps: float = NORM_EPS
+    ) -> None:
         super().__init__()
-        self.convs = nn.ModuleList(ConvNorm(channels, channels, 3) for _ in range(num_convs))
+        self.convs = nn.ModuleList(ConvNorm(channels, channels, 3, norm=norm, eps=eps) for _ in range(num_convs))
         self.deconv = Deconv2x2(channels, channels)
         self.logits = nn.Conv2d(channels, num_classes, 1)
         for conv in (*[block.conv for block in self.convs], self.deconv):

@@ -1,6 +1,7 @@
 """Simple feature pyramid: every level is made from the one last map of the backbone, without lateral connections.
 
-Li et al. (2203.16527), section 3; layers as in detectron2's SimpleFeaturePyramid.
+Li et al. (2203.16527), section 3; layers as in detectron2's SimpleFeaturePyramid, whose deconvolutions halve the
+channels; those of ViTAE-Transformer/ViTDet keep them.
 Letters: B images, C channels of the backbone, D channels of the pyramid.
 """
 
@@ -17,16 +18,19 @@ from vitdet.models.layers import NORM_EPS, ConvNorm, Deconv2x2
 class SimpleFeaturePyramid(nn.Module):
     """One map (B, C, h, w) of stride `stride` -> p2..p5 at the given scales of it, and p6 at half of the last.
 
-    `strides` holds the pixels a cell of each of the five levels: 4..64 for stride 16 and scales 4, 2, 1, 1/2.
+    `strides` holds the pixels a cell of each of the five levels: 4..64 for stride 16 and scales 4, 2, 1, 1/2. Each
+    deconvolution halves the channels if `halve_channels`; `eps` is that of the LNs after the convolutions.
     """
 
     def __init__(
-        self, in_channels: int, out_channels: int, stride: int, scales: Sequence[float] = (4.0, 2.0, 1.0, 0.5)
+        self, in_channels: int, out_channels: int, stride: int, scales: Sequence[float] = (4.0, 2.0, 1.0, 0.5),
+        *, halve_channels: bool = True, eps: float = NORM_EPS,
     ) -> None:
         super().__init__()
         self.out_channels = out_channels
         self.strides = [int(stride / scale) for scale in (*scales, scales[-1] / 2)]
-        self.levels = nn.ModuleList(_level(in_channels, out_channels, scale) for scale in scales)
+        shrink = 2 if halve_channels else 1
+        self.levels = nn.ModuleList(_level(in_channels, out_channels, scale, shrink, eps) for scale in scales)
 
     def forward(self, x: Tensor) -> list[Tensor]:
         """(B, C, h, w) -> maps (B, D, ., .), finest first."""
@@ -34,17 +38,19 @@ class SimpleFeaturePyramid(nn.Module):
         return [*maps, maps[-1][:, :, ::2, ::2]]
 
 
-def _level(in_channels: int, out_channels: int, scale: float) -> nn.Sequential:
-    resample, channels = _resample(in_channels, scale)
-    return nn.Sequential(*resample, ConvNorm(channels, out_channels, 1), ConvNorm(out_channels, out_channels, 3))
+def _level(in_channels: int, out_channels: int, scale: float, shrink: int, eps: float) -> nn.Sequential:
+    resample, channels = _resample(in_channels, scale, shrink)
+    convs = ConvNorm(channels, out_channels, 1, eps=eps), ConvNorm(out_channels, out_channels, 3, eps=eps)
+    return nn.Sequential(*resample, *convs)
 
 
-def _resample(dim: int, scale: float) -> tuple[list[nn.Module], int]:
+def _resample(dim: int, scale: float, shrink: int) -> tuple[list[nn.Module], int]:
+    """The layers that bring the map to its scale, and the channels that leave them."""
+    inner, last = dim // shrink, dim // shrink**2
     if scale == 4.0:
-        norm = LayerNorm2d(dim // 2, eps=NORM_EPS)
-        return [Deconv2x2(dim, dim // 2), norm, nn.GELU(), Deconv2x2(dim // 2, dim // 4)], dim // 4
+        return [Deconv2x2(dim, inner), LayerNorm2d(inner, eps=NORM_EPS), nn.GELU(), Deconv2x2(inner, last)], last
     if scale == 2.0:
-        return [Deconv2x2(dim, dim // 2)], dim // 2
+        return [Deconv2x2(dim, inner)], inner
     if scale == 1.0:
         return [], dim
     if scale in (0.5, 0.25):

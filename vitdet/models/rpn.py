@@ -19,7 +19,7 @@ from vitdet.models import losses
 from vitdet.models.anchors import grid_anchors
 from vitdet.models.assign import BACKGROUND, Choose, choose_randomly, match, sample
 from vitdet.models.boxes import clip, decode, encode, nonempty, pairwise_iou
-from vitdet.models.layers import init_predictor
+from vitdet.models.layers import NORM_EPS, ConvNorm, init_predictor
 from vitdet.types import Target
 
 WEIGHTS = (1.0, 1.0, 1.0, 1.0)  # of the box transform
@@ -45,20 +45,20 @@ class RPN(nn.Module):
 
     def __init__(
         self, *, channels: int, strides: Sequence[int], anchor_scale: float = 8.0,
-        aspect_ratios: Sequence[float] = (0.5, 1.0, 2.0), num_convs: int = 2, samples: int = 256,
-        positive_fraction: float = 0.5, iou_low: float = 0.3, iou_high: float = 0.7, nms_iou: float = 0.7,
-        pre_nms_train: int = 2000, pre_nms_test: int = 1000, post_nms_train: int = 1000, post_nms_test: int = 1000,
-        choose: Choose = choose_randomly,
+        aspect_ratios: Sequence[float] = (0.5, 1.0, 2.0), num_convs: int = 2, norm: bool = False,
+        eps: float = NORM_EPS, samples: int = 256, positive_fraction: float = 0.5, iou_low: float = 0.3,
+        iou_high: float = 0.7, nms_iou: float = 0.7, pre_nms_train: int = 2000, pre_nms_test: int = 1000,
+        post_nms_train: int = 1000, post_nms_test: int = 1000, choose: Choose = choose_randomly,
     ) -> None:
         super().__init__()
         self.strides, self.anchor_scale, self.aspect_ratios = list(strides), anchor_scale, tuple(aspect_ratios)
         self.samples, self.positive_fraction, self.choose = samples, positive_fraction, choose
         self.iou_low, self.iou_high, self.nms_iou = iou_low, iou_high, nms_iou
         self.top_train, self.top_test = (pre_nms_train, post_nms_train), (pre_nms_test, post_nms_test)
-        self.convs = nn.ModuleList(nn.Conv2d(channels, channels, 3, padding=1) for _ in range(num_convs))
+        self.convs = nn.ModuleList(ConvNorm(channels, channels, 3, norm=norm, eps=eps) for _ in range(num_convs))
         self.objectness = nn.Conv2d(channels, len(self.aspect_ratios), 1)
         self.deltas = nn.Conv2d(channels, 4 * len(self.aspect_ratios), 1)
-        for conv in (*self.convs, self.objectness, self.deltas):
+        for conv in (*[block.conv for block in self.convs], self.objectness, self.deltas):
             init_predictor(conv, std=0.01)
 
     def forward(self, features: Sequence[Tensor]) -> Anchored:
@@ -73,8 +73,8 @@ class RPN(nn.Module):
 
     def head(self, feature: Tensor) -> tuple[Tensor, Tensor]:
         """One level's map (B, C, h, w) -> logits (B, A, h, w) and deltas (B, 4 A, h, w)."""
-        for conv in self.convs:
-            feature = F.relu(conv(feature))
+        for block in self.convs:
+            feature = F.relu(block(feature))
         return self.objectness(feature), self.deltas(feature)
 
     @torch.no_grad()

@@ -35,12 +35,12 @@ def _box_stage(theirs: str, ours: str) -> tuple[tuple[str, str], ...]:
         row for n in range(1, 5)
         for row in (
             (f"roi_heads.box_head.{theirs}conv{n}.norm.{{}}", f"{ours}.convs.{n - 1}.norm.{{}}"),
-            (f"roi_heads.box_head.{theirs}conv{n}.weight", f"{ours}.convs.{n - 1}.conv.weight"),
+            (f"roi_heads.box_head.{theirs}conv{n}.{{}}", f"{ours}.convs.{n - 1}.conv.{{}}"),
         )
     )
     return (
         *convs,
-        (f"roi_heads.box_head.{theirs}fc1.{{}}", f"{ours}.fc.{{}}"),
+        *((f"roi_heads.box_head.{theirs}fc{n}.{{}}", f"{ours}.fcs.{n - 1}.{{}}") for n in range(1, 3)),
         (f"roi_heads.box_predictor.{theirs}cls_score.{{}}", f"{ours}.logits.{{}}"),
         (f"roi_heads.box_predictor.{theirs}bbox_pred.{{}}", f"{ours}.deltas.{{}}"),
     )
@@ -62,7 +62,7 @@ DETECTRON2 = Format(
         ("backbone.net.blocks.{}.residual.norm{}.{}", "backbone.blocks.{}.residual.conv{}.norm.{}"),
         ("backbone.net.{*}", "backbone.{*}"),
         *_PYRAMID,
-        ("proposal_generator.rpn_head.conv.conv{}.{}", "rpn.convs.{}.{}"),
+        ("proposal_generator.rpn_head.conv.conv{}.{}", "rpn.convs.{}.conv.{}"),
         ("proposal_generator.rpn_head.objectness_logits.{}", "rpn.objectness.{}"),
         ("proposal_generator.rpn_head.anchor_deltas.{}", "rpn.deltas.{}"),
         *_box_stage("", "roi_heads.stages.0"),
@@ -73,7 +73,7 @@ DETECTRON2 = Format(
             row for n in range(1, 5)
             for row in (
                 (f"roi_heads.mask_head.mask_fcn{n}.norm.{{}}", f"roi_heads.mask.convs.{n - 1}.norm.{{}}"),
-                (f"roi_heads.mask_head.mask_fcn{n}.weight", f"roi_heads.mask.convs.{n - 1}.conv.weight"),
+                (f"roi_heads.mask_head.mask_fcn{n}.{{}}", f"roi_heads.mask.convs.{n - 1}.conv.{{}}"),
             )
         ),
         ("roi_heads.mask_head.deconv.{}", "roi_heads.mask.deconv.{}"),
