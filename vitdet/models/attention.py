@@ -2,14 +2,16 @@
 
 Relative positions: Li et al., MViTv2 (2112.01526); windows and their padding: detectron2's ViT.
 The bias q.Rh[qh - kh] + q.Rw[qw - kw] is an inner product, [q s, q Rh, q Rw] . [k, onehot(kh), onehot(kw)], so the
-logits are one matrix product of widened queries and keys and no N x N bias is made apart.
-Letters: B images (or windows), H x W tokens, N = H W, C channels, h heads, d = C / h.
+logits are one matrix product of widened queries and keys and no N x N bias is made apart. ViTAE-Transformer/ViTDet
+takes q s there too: the same functions, from tables that are 1 / s times as large, but they learn more slowly.
+Letters: B images (or windows), H x W tokens, N = H W, C channels, h heads, d = C / h, s = d^-1/2.
 """
 
 from __future__ import annotations
 
 import torch
 from einops import rearrange
+from timm.layers import to_2tuple
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -54,15 +56,20 @@ def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 
 
 class Attention(nn.Module):
-    """Attention among all tokens of a grid of `size` x `size` tokens (other grids interpolate the tables)."""
+    """Attention among all tokens of a grid of `size` tokens a side, or (rows, columns).
 
-    def __init__(self, dim: int, heads: int, size: int) -> None:
+    Other grids interpolate the tables. `scaled_rel_pos`: relative positions meet the scaled query.
+    """
+
+    def __init__(self, dim: int, heads: int, size: int | tuple[int, int], scaled_rel_pos: bool = False) -> None:
         super().__init__()
+        rows, columns = to_2tuple(size)
         self.heads = heads
+        self.scaled_rel_pos = scaled_rel_pos
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
-        self.rel_pos_h = nn.Parameter(torch.zeros(2 * size - 1, dim // heads))
-        self.rel_pos_w = nn.Parameter(torch.zeros(2 * size - 1, dim // heads))
+        self.rel_pos_h = nn.Parameter(torch.zeros(2 * rows - 1, dim // heads))
+        self.rel_pos_w = nn.Parameter(torch.zeros(2 * columns - 1, dim // heads))
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, H, W, C) -> (B, H, W, C)."""
@@ -74,7 +81,8 @@ class Attention(nn.Module):
 
     def with_positions(self, q: Tensor, k: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:
         """Queries and keys (B, h, N, d) widened to (B, h, N, d + H + W), whose inner products are the logits."""
-        grid = rearrange(q, "b n (h w) d -> b n h w d", h=height)
+        scaled = q * q.shape[-1] ** -0.5
+        grid = rearrange(scaled if self.scaled_rel_pos else q, "b n (h w) d -> b n h w d", h=height)
         rows = relative_positions(self.rel_pos_h, height).to(q.dtype)
         columns = relative_positions(self.rel_pos_w, width).to(q.dtype)
         rel_h = torch.einsum("bnhwd,hkd->bnhwk", grid, rows).flatten(2, 3)
@@ -82,5 +90,5 @@ class Attention(nn.Module):
         one_hot_h = torch.eye(height, dtype=k.dtype, device=k.device).repeat_interleave(width, dim=0)
         one_hot_w = torch.eye(width, dtype=k.dtype, device=k.device).repeat(height, 1)
         one_hot = torch.cat([one_hot_h, one_hot_w], dim=1).expand(*k.shape[:2], -1, -1)
-        query = torch.cat([q * q.shape[-1] ** -0.5, rel_h.to(q.dtype), rel_w.to(q.dtype)], dim=-1)
+        query = torch.cat([scaled, rel_h.to(q.dtype), rel_w.to(q.dtype)], dim=-1)
         return query, torch.cat([k, one_hot], dim=-1)

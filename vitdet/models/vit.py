@@ -1,17 +1,19 @@
 """The plain Vision Transformer as a detection backbone: windowed attention, global in a few evenly spread blocks.
 
-Li et al., Exploring Plain Vision Transformer Backbones for Object Detection (2203.16527); numbers as in detectron2.
+Li et al., Exploring Plain Vision Transformer Backbones for Object Detection (2203.16527); numbers as in detectron2, or,
+with `scaled_rel_pos` and `final_norm`, as in ViTAE-Transformer/ViTDet.
 Letters: B images, H x W tokens, C channels.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 from einops import rearrange
-from timm.layers import DropPath, Mlp, trunc_normal_
+from timm.layers import DropPath, Mlp, to_2tuple, trunc_normal_
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -68,23 +70,32 @@ class ConvBottleneck(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block; `window` is the side of its windows in tokens, 0 for global attention."""
+    """Pre-norm transformer block; `window` is the side of its windows in tokens, 0 for attention over `grid`.
 
-    def __init__(self, dim: int, heads: int, window: int, grid: int, drop_path: float, conv_after: bool) -> None:
+    `branch` reads what the block reads, beside the attention: maps (B, C, H, W) -> (B, C, H, W).
+    """
+
+    def __init__(
+        self, dim: int, heads: int, window: int, grid: int | tuple[int, int], drop_path: float, conv_after: bool,
+        mlp_ratio: float = 4.0, scaled_rel_pos: bool = False, branch: nn.Module | None = None,
+    ) -> None:
         super().__init__()
         self.window = window
         self.norm1 = nn.LayerNorm(dim, eps=NORM_EPS)
-        self.attn = Attention(dim, heads, window or grid)
+        self.attn = Attention(dim, heads, window or grid, scaled_rel_pos)
+        self.pcm = branch
         self.norm2 = nn.LayerNorm(dim, eps=NORM_EPS)
-        self.mlp = Mlp(dim, 4 * dim)
+        self.mlp = Mlp(dim, int(mlp_ratio * dim))
         self.drop_path = DropPath(drop_path)
         self.residual = ConvBottleneck(dim) if conv_after else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, H, W, C) -> (B, H, W, C)."""
-        x = x + self.drop_path(self.attend(self.norm1(x)))
-        x = x + self.drop_path(self.mlp(self.norm2(x)))
-        return self.residual(x)
+        """(B, H, W, C) -> (B, H, W, C). Images drop each of the paths by a draw of its own."""
+        y = x + self.drop_path(self.attend(self.norm1(x)))
+        if self.pcm is not None:
+            y = y + self.drop_path(self.pcm(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
+        y = y + self.drop_path(self.mlp(self.norm2(y)))
+        return self.residual(y)
 
     def attend(self, x: Tensor) -> Tensor:
         """Attention over the windows, or over the whole grid."""
@@ -93,46 +104,83 @@ class Block(nn.Module):
         return join_windows(self.attn(split_windows(x, self.window)), (x.shape[1], x.shape[2]))
 
 
+def build_blocks(
+    *, dim: int, depth: int, heads: int, global_blocks: Sequence[int], window_size: int, grid: int | tuple[int, int],
+    drop_path: float, mlp_ratio: float = 4.0, residual_blocks: Sequence[int] = (), scaled_rel_pos: bool = False,
+    branch: Callable[[], nn.Module] | None = None,
+) -> nn.ModuleList:
+    """The blocks of a backbone; drop path grows linearly, and each block gets a `branch` of its own."""
+    rates = torch.linspace(0, drop_path, depth, device="cpu").tolist()
+    return nn.ModuleList(
+        Block(dim, heads, 0 if i in global_blocks else window_size, grid, rates[i], i in residual_blocks, mlp_ratio,
+              scaled_rel_pos, branch() if branch else None)
+        for i in range(depth)
+    )
+
+
+def init_linears(module: nn.Module) -> None:
+    """Normal weights of deviation 0.02, biases 0, of every linear layer inside."""
+    for child in module.modules():
+        if isinstance(child, nn.Linear):
+            trunc_normal_(child.weight, std=0.02)
+            nn.init.zeros_(child.bias)
+
+
 class ViT(nn.Module):
     """Images (B, 3, H, W) -> one map (B, C, H / patch, W / patch).
 
     `pos_embed_grid`: tokens a side of the stored position embedding; `rel_pos_size`: pixels a side for which the
-    global blocks' relative positions are stored. Both are resized to the image's grid.
+    global blocks' relative positions are stored; either may be (rows, columns). Both are resized to the image's grid.
     """
 
     def __init__(
         self, *, dim: int, depth: int, heads: int, global_blocks: Sequence[int], patch_size: int = 16,
-        window_size: int = 14, drop_path: float = 0.0, pos_embed_grid: int = 14, rel_pos_size: int = 1024,
-        residual_blocks: Sequence[int] = (),
+        window_size: int = 14, drop_path: float = 0.0, pos_embed_grid: int | tuple[int, int] = 14,
+        rel_pos_size: int | tuple[int, int] = 1024, residual_blocks: Sequence[int] = (), mlp_ratio: float = 4.0,
+        scaled_rel_pos: bool = False, final_norm: bool = False, branch: Callable[[], nn.Module] | None = None,
     ) -> None:
         super().__init__()
         self.out_channels = dim
         self.stride = patch_size
+        self.num_layers = depth
+        height, width = to_2tuple(rel_pos_size)
         self.patch_embed = PatchEmbed(dim, patch_size)
-        self.pos_embed = nn.Parameter(torch.zeros(1, pos_embed_grid, pos_embed_grid, dim))
-        rates = torch.linspace(0, drop_path, depth, device="cpu").tolist()
-        self.blocks = nn.ModuleList(
-            Block(dim, heads, 0 if i in global_blocks else window_size, rel_pos_size // patch_size, rates[i],
-                  i in residual_blocks)
-            for i in range(depth)
+        self.pos_embed = nn.Parameter(torch.zeros(1, *to_2tuple(pos_embed_grid), dim))
+        self.blocks = build_blocks(
+            dim=dim, depth=depth, heads=heads, global_blocks=global_blocks, window_size=window_size,
+            grid=(height // patch_size, width // patch_size), drop_path=drop_path, mlp_ratio=mlp_ratio,
+            residual_blocks=residual_blocks, scaled_rel_pos=scaled_rel_pos, branch=branch,
         )
+        self.norm = nn.LayerNorm(dim, eps=NORM_EPS) if final_norm else nn.Identity()
         trunc_normal_(self.pos_embed, std=0.02)
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                trunc_normal_(module.weight, std=0.02)
-                nn.init.zeros_(module.bias)
+        init_linears(self)
 
     def forward(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) -> (B, C, H / patch, W / patch)."""
         x = self.embed(images)
         for block in self.blocks:
             x = block(x)
-        return rearrange(x, "b h w c -> b c h w")
+        return rearrange(self.norm(x), "b h w c -> b c h w")
 
     def embed(self, images: Tensor) -> Tensor:
         """Tokens with their absolute positions, before the first block: (B, 3, H, W) -> (B, h, w, C)."""
         x = self.patch_embed(images)
         return x + resize_positions(self.pos_embed, (x.shape[1], x.shape[2]))
+
+    def layer_of(self, name: str) -> int:
+        """The layer of a parameter, for layer-wise decay: 0 before the blocks, i + 1 in block i, depth + 1 the rest.
+
+        As detectron2's get_vit_lr_decay_rate, in which a block's residual convolutions count as the rest.
+        """
+        if name.startswith(("pos_embed", "patch_embed.")):
+            return 0
+        return layer_of_block(name, 1, self.num_layers + 1)
+
+
+def layer_of_block(name: str, first: int, rest: int) -> int:
+    """first + i for what lies in block i, `rest` for anything else and for residual convolutions."""
+    block = re.match(r"blocks\.(\d+)\.", name)
+    return first + int(block.group(1)) if block and ".residual." not in name else rest
 
 
 def resize_positions(pos_embed: Tensor, grid: tuple[int, int]) -> Tensor:

@@ -1,0 +1,174 @@
+"""ViTAE as a detection backbone: a plain ViT whose blocks read what they are given with convolutions as well.
+
+Xu et al., ViTAE (2106.03348), Zhang et al., ViTAEv2 (2202.10108); numbers as in ViTAE-Transformer/ViTDet.
+ViTAE-B is the `ViT` with `wide_branch` in each block. ViTAE-S, `ViTAESmall`, makes its tokens in three reduction cells
+of dilated convolutions, two of them with linear attention (Performer: Choromanski et al., 2009.14794; in the form of
+T2T-ViT: Yuan et al., 2101.11986), and knows no absolute positions.
+Letters: B images, C channels, H x W tokens, N = H W, E channels of a cell's tokens, M = E / 2 random features.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from functools import partial
+
+import torch
+from einops import rearrange
+from timm.layers import to_2tuple
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from vitdet.models.layers import NORM_EPS, at_least_float32
+from vitdet.models.vit import Size, build_blocks, init_linears, layer_of_block
+
+SIZES = {
+    "vitae_b": Size(768, 12, 12, (2, 5, 8, 11)),
+    "vitae_s": Size(384, 14, 6, (2, 5, 8, 13)),
+}
+CELL_NORM_EPS = 1e-5  # of the LayerNorms in the reduction cells
+DROPOUT = 0.1  # in the reduction cells; no setting in the published implementation either
+EPSILON = 1e-8  # of the linear attention's denominator
+
+
+def conv(inputs: int, outputs: int, stride: int = 1, groups: int = 1) -> nn.Conv2d:
+    """A 3 x 3 convolution that keeps the size, or divides it by the stride."""
+    return nn.Conv2d(inputs, outputs, 3, stride=stride, padding=1, groups=groups)
+
+
+def wide_branch(dim: int, hidden: int) -> nn.Sequential:
+    """ViTAE-B's convolutions beside the attention, of 4 channels a group: (B, C, H, W) -> (B, C, H, W)."""
+    groups = dim // 4
+    return nn.Sequential(
+        conv(dim, hidden, groups=groups), nn.BatchNorm2d(hidden), nn.SiLU(),
+        conv(hidden, dim, groups=groups),
+    )
+
+
+def deep_branch(dim: int, hidden: int, groups: int) -> nn.Sequential:
+    """ViTAE-S's convolutions beside the attention: (B, C, H, W) -> (B, C, H, W)."""
+    return nn.Sequential(
+        conv(dim, hidden, groups=groups), nn.BatchNorm2d(hidden), nn.SiLU(),
+        conv(hidden, dim, groups=groups), nn.BatchNorm2d(dim), nn.SiLU(),
+        conv(dim, dim, groups=groups), nn.SiLU(),
+    )
+
+
+class Performer(nn.Module):
+    """Attention whose cost is linear in the tokens, and an MLP: (B, N, C) -> (B, N, E), `mixed` added between them.
+
+    exp(q . k) is replaced by phi(q) . phi(k), phi(u) = exp(W u - |u|^2 / 2) / sqrt(M), with W (M, E) fixed at random.
+    """
+
+    def __init__(self, inputs: int, dim: int) -> None:
+        super().__init__()
+        features = dim // 2
+        self.norm1 = nn.LayerNorm(inputs, eps=CELL_NORM_EPS)
+        self.kqv = nn.Linear(inputs, 3 * dim)
+        self.register_buffer("w", nn.init.orthogonal_(torch.empty(features, dim)) * math.sqrt(features))
+        self.proj = nn.Linear(dim, dim)
+        self.dropout = nn.Dropout(DROPOUT)
+        self.norm2 = nn.LayerNorm(dim, eps=CELL_NORM_EPS)
+        self.mlp = nn.Sequential(nn.Linear(dim, dim), nn.GELU(), nn.Linear(dim, dim), nn.Dropout(DROPOUT))
+
+    def forward(self, x: Tensor, mixed: Tensor) -> Tensor:
+        """Tokens (B, N, C) and what the convolutions made of the same image (B, N, E) -> (B, N, E)."""
+        k, q, v = self.kqv(self.norm1(x)).chunk(3, dim=-1)
+        y = v + self.dropout(self.proj(self.linear_attention(q, k, v))) + mixed
+        return y + self.mlp(self.norm2(y))
+
+    def linear_attention(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """(B, N, E) each -> (B, N, E), in float32: the features' exponentials leave the range of half precision."""
+        with torch.autocast(q.device.type, enabled=False):
+            query, key, value = self.features(q), self.features(k), at_least_float32(v)
+            share = (query * key.sum(dim=1, keepdim=True)).sum(dim=-1, keepdim=True)
+            return (query @ (key.transpose(1, 2) @ value) / (share + EPSILON)).to(v.dtype)
+
+    def features(self, u: Tensor) -> Tensor:
+        """phi: (B, N, E) -> (B, N, M)."""
+        u, w = at_least_float32(u), at_least_float32(self.w)
+        return torch.exp(u @ w.T - u.square().sum(dim=-1, keepdim=True) / 2) / math.sqrt(len(w))
+
+
+class ReductionCell(nn.Module):
+    """Parallel dilated convolutions of an image, concatenated: (B, C, H, W) -> (B, E, H / stride, W / stride).
+
+    With `dim`, a Performer brings their channels to E = dim, beside convolutions of the cell's input with `strides`.
+    """
+
+    def __init__(
+        self, inputs: int, width: int, kernel: int, stride: int, dilations: Sequence[int], dim: int = 0,
+        strides: Sequence[int] = (),
+    ) -> None:
+        super().__init__()
+        self.prm = nn.ModuleList(
+            nn.Conv2d(inputs, width, kernel, stride=stride, dilation=dilation,
+                      padding=math.ceil(((kernel - 1) * dilation + 1 - stride) / 2))
+            for dilation in dilations
+        )
+        self.attn = Performer(width * len(dilations), dim) if dim else None
+        self.pcm = nn.Sequential(
+            conv(inputs, width, strides[0]), nn.SiLU(),
+            conv(width, width, strides[1]), nn.BatchNorm2d(width), nn.SiLU(),
+            conv(width, dim, strides[2]), nn.SiLU(),
+        ) if dim else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, E, H / stride, W / stride)."""
+        maps = torch.cat([F.gelu(branch(x)) for branch in self.prm], dim=1)
+        if self.attn is None:
+            return maps
+        tokens, mixed = rearrange(maps, "b c h w -> b (h w) c"), rearrange(self.pcm(x), "b c h w -> b (h w) c")
+        return rearrange(self.attn(tokens, mixed), "b (h w) c -> b c h w", h=maps.shape[2])
+
+
+class ViTAESmall(nn.Module):
+    """ViTAE-S: images (B, 3, H, W) -> one map (B, C, H / 16, W / 16).
+
+    `widths`: channels of each dilated convolution in the three cells, 2 * the last = C; `cell_dims`: channels that
+    leave the first two; `groups`: of the blocks' convolutions; `rel_pos_size`: as in `ViT`.
+    """
+
+    def __init__(
+        self, *, dim: int, depth: int, heads: int, global_blocks: Sequence[int], widths: Sequence[int] = (64, 64, 192),
+        cell_dims: Sequence[int] = (96, 192), groups: int = 96, window_size: int = 14, drop_path: float = 0.0,
+        rel_pos_size: int | tuple[int, int] = 1024, residual_blocks: Sequence[int] = (), mlp_ratio: float = 3.0,
+        scaled_rel_pos: bool = False, final_norm: bool = False,
+    ) -> None:
+        super().__init__()
+        self.out_channels, self.stride = dim, 16
+        height, width = to_2tuple(rel_pos_size)
+        self.reductions = nn.ModuleList([
+            ReductionCell(3, widths[0], 7, 4, (1, 2, 3, 4), cell_dims[0], (2, 2, 1)),
+            ReductionCell(cell_dims[0], widths[1], 3, 2, (1, 2, 3), cell_dims[1], (2, 1, 1)),
+            ReductionCell(cell_dims[1], widths[2], 3, 2, (1, 2)),
+        ])
+        self.num_layers = len(self.reductions) + depth
+        self.blocks = build_blocks(
+            dim=dim, depth=depth, heads=heads, global_blocks=global_blocks, window_size=window_size,
+            grid=(height // self.stride, width // self.stride), drop_path=drop_path, mlp_ratio=mlp_ratio,
+            residual_blocks=residual_blocks, scaled_rel_pos=scaled_rel_pos,
+            branch=partial(deep_branch, dim, int(mlp_ratio * dim), groups),
+        )
+        self.norm = nn.LayerNorm(dim, eps=NORM_EPS) if final_norm else nn.Identity()
+        init_linears(self)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(B, 3, H, W) -> (B, C, H / 16, W / 16)."""
+        x = images
+        for cell in self.reductions:
+            x = cell(x)
+        x = rearrange(x, "b c h w -> b h w c")
+        for block in self.blocks:
+            x = block(x)
+        return rearrange(self.norm(x), "b h w c -> b c h w")
+
+    def layer_of(self, name: str) -> int:
+        """The layer of a parameter, for layer-wise decay: s in reduction cell s, 3 + j in block j, 18 for the rest.
+
+        So the published run had it; its published config counts 12 layers, in which the last blocks learn faster
+        than the heads.
+        """
+        cell = re.match(r"reductions\.(\d+)\.", name)
+        return int(cell.group(1)) if cell else layer_of_block(name, len(self.reductions), self.num_layers + 1)
