@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
 from vitdet.config import EvalConfig, ModelConfig
+from vitdet.models import vit, vitae
 from vitdet.models.box_head import BoxHead
 from vitdet.models.detector import Detector
 from vitdet.models.losses import FederatedClassification, SoftmaxClassification
@@ -13,17 +16,27 @@ from vitdet.models.mask_head import MaskHead
 from vitdet.models.pyramid import SimpleFeaturePyramid
 from vitdet.models.roi_heads import RoIHeads
 from vitdet.models.rpn import RPN
-from vitdet.models.vit import SIZES, ViT
+from vitdet.models.vit import ViT
+from vitdet.models.vitae import ViTAESmall, wide_branch
 
 
-def build_backbone(settings: ModelConfig) -> ViT:
-    """The backbone that the settings name."""
+def build_backbone(settings: ModelConfig) -> ViT | ViTAESmall:
+    """The backbone that the settings name. Raises ValueError for settings that it has not."""
     backbone = settings.backbone
-    return ViT(
-        **SIZES[backbone.name]._asdict(), patch_size=backbone.patch_size, window_size=backbone.window_size,
-        drop_path=backbone.drop_path, pos_embed_grid=backbone.pos_embed_grid, rel_pos_size=backbone.rel_pos_size,
-        residual_blocks=backbone.residual_blocks,
-    )
+    size = (vit.SIZES | vitae.SIZES)[backbone.name]
+    plain = {
+        **size._asdict(), "global_blocks": size.global_blocks if backbone.global_attention else (),
+        "window_size": backbone.window_size, "drop_path": backbone.drop_path, "rel_pos_size": backbone.rel_pos_size,
+        "residual_blocks": backbone.residual_blocks, "scaled_rel_pos": backbone.scaled_rel_pos,
+        "final_norm": backbone.final_norm,
+    }
+    if backbone.name == "vitae_s":
+        if backbone.patch_size != 16:
+            raise ValueError("model.backbone.patch_size must be 16 with vitae_s, whose cells reduce an image 4 * 2 * 2 "
+                             f"times, got {backbone.patch_size}")
+        return ViTAESmall(**plain)
+    branch = partial(wide_branch, size.dim, 4 * size.dim) if backbone.name == "vitae_b" else None
+    return ViT(**plain, patch_size=backbone.patch_size, pos_embed_grid=backbone.pos_embed_grid, branch=branch)
 
 
 def build_detector(
