@@ -34,6 +34,7 @@ class BackboneConfig:
     window_size: int = 14  # tokens, side of a window of the local attention blocks
     drop_path: float = 0.1  # rate of the last block; grows linearly from 0
     pos_embed_grid: int = 14  # tokens a side of the stored position embedding: 224 / 16 in the MAE pre-training
+    global_attention: bool = True  # in a few blocks that the name tells; false: all blocks look at windows
     residual_blocks: tuple[int, ...] = ()  # blocks that residual convolutions follow: the paper's other propagation
     rel_pos_size: int = 1024  # pixels a side for which the global blocks' relative-position tables are made
     scaled_rel_pos: bool = False  # relative positions meet the scaled query (ViTAE-Transformer/ViTDet)

@@ -6,7 +6,6 @@ Layer-wise decay: Clark et al., ELECTRA (2003.10555), as BEiT and detectron2's V
 from __future__ import annotations
 
 import math
-import re
 from collections import defaultdict
 
 import torch
@@ -19,18 +18,17 @@ def parameter_groups(detector: nn.Module, settings: OptimConfig) -> list[dict]:
     """Groups {params, names, lr, lr_scale, weight_decay}; each trained parameter is in exactly one.
 
     Block i of n learns with lr * layer_decay ** (n - i), what stands before the blocks with layer_decay ** (n + 1),
-    the rest with lr. `undecayed` says what has no weight decay.
+    the rest with lr; the backbone says which is which. `undecayed` says what has no weight decay.
     """
-    depth = len(detector.backbone.blocks)
-    # Exactly nn.LayerNorm, as in detectron2: the channel norms of pyramid and heads are another class, and decay.
-    norms = {name for name, module in detector.named_modules() if type(module) is nn.LayerNorm}
+    last, layer_of = detector.backbone.num_layers + 1, detector.backbone.layer_of
+    exempt = _undecayed(detector, settings.undecayed)
     groups: dict[tuple[float, float], dict] = defaultdict(lambda: {"params": [], "names": []})
     for name, parameter in detector.named_parameters():
         if not parameter.requires_grad:
             continue
-        exempt = name.rpartition(".")[0] in norms or name == "backbone.pos_embed"
-        decay = 0.0 if exempt and settings.undecayed == "norms" else settings.weight_decay
-        scale = settings.layer_decay ** (depth + 1 - layer_of(name, depth))
+        decay = 0.0 if name in exempt else settings.weight_decay
+        part, _, inside = name.partition(".")
+        scale = settings.layer_decay ** (last - layer_of(inside)) if part == "backbone" else 1.0
         groups[scale, decay]["params"].append(parameter)
         groups[scale, decay]["names"].append(name)
     return [
@@ -39,15 +37,18 @@ def parameter_groups(detector: nn.Module, settings: OptimConfig) -> list[dict]:
     ]
 
 
-def layer_of(name: str, depth: int) -> int:
-    """0 for what stands before the blocks, i + 1 for block i, depth + 1 for the rest.
-
-    As detectron2's get_vit_lr_decay_rate, in which a block's residual convolutions count as the rest.
-    """
-    if name.startswith(("backbone.pos_embed", "backbone.patch_embed")):
-        return 0
-    block = re.match(r"backbone\.blocks\.(\d+)\.", name)
-    return int(block.group(1)) + 1 if block and ".residual." not in name else depth + 1
+def _undecayed(detector: nn.Module, which: str) -> set[str]:
+    """The names of the parameters without weight decay."""
+    if which == "vectors":
+        return {name for name, parameter in detector.named_parameters()
+                if parameter.ndim == 1 or "pos_embed" in name or "rel_pos_" in name}
+    if which == "norms":
+        # Exactly nn.LayerNorm, as in detectron2: the channel norms of pyramid and heads are another class, and decay.
+        norms = {name for name, module in detector.named_modules()
+                 if type(module) is nn.LayerNorm or isinstance(module, nn.modules.batchnorm._BatchNorm)}
+        return {name for name, _ in detector.named_parameters()
+                if name.rpartition(".")[0] in norms or name == "backbone.pos_embed"}
+    return set()
 
 
 def build_optimizer(detector: nn.Module, settings: OptimConfig) -> torch.optim.AdamW:
