@@ -1,0 +1,161 @@
+"""A backbone's golden case: images in, the four maps of strides 4 to 32 out.
+
+ViTAE-Transformer/ViTDet counts the resampling of the one map to four among the backbone (fpn1 to fpn4); here it is the
+first part of the simple pyramid's levels, whose convolutions the cases do not hold.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from timm.layers import to_2tuple
+from torch import Tensor, nn
+
+from tests.parity.case import load
+from tests.parity.report import Report
+from vitdet.models.pyramid import SimpleFeaturePyramid
+from vitdet.models.vit import ViT
+from vitdet.models.vitae import ViTAESmall, wide_branch
+from vitdet.weights.convert import Format, mmdet, to_ours
+
+TOLERANCE = 1e-4  # absolute; the reference's own float32 and float64 runs differ by less than 1e-5
+STRIDE = 16
+NOTES = ("kind", "seed", "note", "float64_max_abs_diff")
+
+
+class System(NamedTuple):
+    """What a type of backbone in config.json stands for: the module from its settings, and the names of its weights.
+
+    The module turns images into the four maps; `settings` are those that it knows, all others are refused.
+    """
+
+    build: Callable[[dict], nn.Module]
+    layout: Callable[[dict], Format]
+    settings: tuple[str, ...]
+
+
+class Resampled(nn.Module):
+    """A backbone of one map, and what brings it to four scales: (B, 3, H, W) -> four maps (B, C, ., .)."""
+
+    def __init__(self, backbone: nn.Module) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.pyramid = SimpleFeaturePyramid(backbone.out_channels, 1, backbone.stride, halve_channels=False)
+        self.pyramid.levels = nn.ModuleList(level[:-2] for level in self.pyramid.levels)
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        """The maps of strides 4, 8, 16 and 32."""
+        return self.pyramid(self.backbone(images))[:4]
+
+
+def grid_of(settings: dict) -> tuple[int, int]:
+    """Tokens of the one size of images that the reference's backbone takes."""
+    height, width = to_2tuple(settings["img_size"])
+    return height // STRIDE, width // STRIDE
+
+
+def global_blocks(settings: dict) -> list[int]:
+    """Listed in ViTAE-S, one in every `interval` in the others."""
+    if "globalBlock" in settings:
+        return list(settings["globalBlock"])
+    interval = settings.get("interval", 3)
+    return [i for i in range(settings["depth"]) if (i + 1) % interval == 0]
+
+
+def build_vit(settings: dict) -> nn.Module:
+    """ViT-B's backbone, or ViTAE-B's, at the size that the settings say."""
+    dim, mlp_ratio = settings["embed_dim"], settings.get("mlp_ratio", 4)
+    branch = partial(wide_branch, dim, int(mlp_ratio * dim)) if settings["type"] == "ViTAE" else None
+    return ViT(
+        dim=dim, depth=settings["depth"], heads=settings["num_heads"], global_blocks=global_blocks(settings),
+        mlp_ratio=mlp_ratio, pos_embed_grid=grid_of(settings), rel_pos_size=to_2tuple(settings["img_size"]),
+        scaled_rel_pos=True, final_norm=True, branch=branch,
+    )
+
+
+def build_vitae_small(settings: dict) -> nn.Module:
+    """ViTAE-S's backbone at the size that the settings say."""
+    widths, dims = settings["embed_dims"], settings["token_dims"]
+    return ViTAESmall(
+        dim=dims[-1], depth=settings["NC_depth"][-1], heads=settings["NC_heads"][-1], widths=widths,
+        cell_dims=dims[:-1], groups=settings["NC_group"][-1], global_blocks=global_blocks(settings),
+        window_size=to_2tuple(settings["window_size"])[0], rel_pos_size=to_2tuple(settings["img_size"]),
+        mlp_ratio=settings["mlp_ratio"], scaled_rel_pos=True, final_norm=True,
+    )
+
+
+def fork_layout(settings: dict) -> Format:
+    """The names of ViTAE-Transformer/ViTDet."""
+    return mmdet(grid=grid_of(settings), wide=global_blocks(settings))
+
+
+def resampled(build: Callable[[dict], nn.Module]) -> Callable[[dict], nn.Module]:
+    """The same backbone with four maps."""
+    return lambda settings: Resampled(build(settings))
+
+
+RATES = ("type", "drop_rate", "attn_drop_rate", "drop_path_rate", "use_checkpoint", "qk_scale")
+PLAIN = (*RATES, "img_size", "embed_dim", "depth", "num_heads", "mlp_ratio", "qkv_bias", "use_abs_pos_emb", "interval")
+CELLS = (*RATES, "img_size", "RC_tokens_type", "NC_tokens_type", "stages", "embed_dims", "token_dims", "window_size",
+         "downsample_ratios", "NC_depth", "NC_heads", "RC_heads", "NC_group", "RC_group", "mlp_ratio", "globalBlock")
+SYSTEMS = {
+    "ViT": System(resampled(build_vit), fork_layout, PLAIN),
+    "ViTAE": System(resampled(build_vit), fork_layout, PLAIN),
+    "ViTAE_S": System(resampled(build_vitae_small), fork_layout, CELLS),
+}
+
+
+def system_of(settings: dict) -> System:
+    """Raises ValueError for a type, a setting or a value that is not rebuilt here."""
+    system = SYSTEMS.get(settings["type"])
+    if system is None:
+        raise ValueError(f"a backbone of type {settings['type']}: expected one of {', '.join(SYSTEMS)}")
+    unknown = sorted(settings.keys() - set(system.settings))
+    if unknown:
+        raise ValueError(f"settings of a {settings['type']} that are not rebuilt here: {', '.join(unknown)}")
+    if settings.get("qk_scale") is not None:
+        raise ValueError(f"qk_scale: expected null, the square root of a head's channels, got {settings['qk_scale']}")
+    return system
+
+
+def compute(folder: Path) -> dict[str, Tensor]:
+    """Reads the settings, the weights and the images, and nothing else; gives the maps by name."""
+    settings = json.loads((folder / "config.json").read_text())["backbone"]
+    system = system_of(settings)
+    weights = {f"backbone.{name}": torch.from_numpy(array) for name, array in load(folder / "weights.npz").items()}
+    images = torch.from_numpy(load(folder / "io.npz", lambda name: name == "img")["img"])
+    model = system.build(settings)
+    model.load_state_dict(to_ours(weights, system.layout(settings)))
+    with torch.no_grad():
+        return {f"feat{i}": feature for i, feature in enumerate(model.eval()(images))}
+
+
+def compare(folder: Path, found: dict[str, Tensor], report: Report) -> None:
+    """Compares every array of io.npz, and what config.json says of them."""
+    stored = load(folder / "io.npz")
+    report.skip("backbone.img", "an input: it shows in the maps")
+    for name, ours in found.items():
+        # Large maps are stored at every second pixel.
+        forms = {name: ours, f"{name}_s2": ours[:, :, ::2, ::2]}
+        for form in forms.keys() & stored.keys():
+            report.close(f"backbone.{form}", forms[form], stored[form], TOLERANCE)
+        if not forms.keys() & stored.keys():
+            report.out(f"backbone.{name}", "computed here but not stored")
+    report.all_seen([f"backbone.{name}" for name in stored])
+    config = json.loads((folder / "config.json").read_text())
+    said = {"input_shape": (stored["img"].shape,), "feat_shapes": [f.shape for f in found.values()],
+            "feat_std": [f.std() for f in found.values()]}
+    for name, value in config.items():
+        if name == "backbone" or name in NOTES:
+            report.skip(f"config.{name}", "a note" if name in NOTES else "an input: it shows in the maps")
+        elif name in said:
+            theirs = [value] if name == "input_shape" else value
+            report.close(f"config.{name}", np.array(said[name]), np.array(theirs), TOLERANCE)
+        else:
+            report.out(f"config.{name}", "not compared: this check does not know the entry")
