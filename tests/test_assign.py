@@ -1,13 +1,23 @@
 """Matching against a loop over boxes, and the caps of sampling."""
 
+from functools import partial
+
 import pytest
 import torch
 
-from vitdet.models.assign import BACKGROUND, IGNORE, choose_randomly, match, sample
+from vitdet.models.assign import (
+    BACKGROUND,
+    IGNORE,
+    choose_randomly,
+    match,
+    match_keeping_best,
+    match_keeping_own,
+    sample,
+)
 from vitdet.models.boxes import pairwise_iou
 
 
-def slow_match(iou, low, high, keep_best):
+def slow_match(iou, low, high, keep_best=False):
     truths, boxes = iou.shape
     matched = []
     for n in range(boxes):
@@ -22,30 +32,56 @@ def slow_match(iou, low, high, keep_best):
     return matched
 
 
-@pytest.mark.parametrize("keep_best", [False, True])
-@pytest.mark.parametrize("truths", [0, 1, 5])
+def slow_match_keeping_best(iou, low, high):
+    """As mmdet describes it: ground truth after ground truth takes the boxes that overlap it most."""
+    matched = slow_match(iou, low, high)
+    for g, row in enumerate(iou.tolist()):
+        if max(row) >= low:
+            for n, value in enumerate(row):
+                if value == max(row):
+                    matched[n] = g
+    return matched
+
+
+@pytest.mark.parametrize("ours, slow", [
+    (match, slow_match), (match_keeping_own, partial(slow_match, keep_best=True)),
+    (match_keeping_best, slow_match_keeping_best),
+])
+@pytest.mark.parametrize("truths", [0, 1, 5, 30])
 @pytest.mark.parametrize(("low", "high"), [(0.3, 0.7), (0.5, 0.5)])
-def test_match_equals_the_loop(keep_best, truths, low, high):
+def test_match_equals_the_loop(ours, slow, truths, low, high):
+    low, high = torch.tensor([low, high]).tolist()  # as float32 numbers, which IoUs of 0.7 are compared with
     generator = torch.Generator().manual_seed(truths)
     for _ in range(10):
         boxes = torch.randint(0, 20, (truths + 40, 4), generator=generator).float()  # whole numbers: many ties
         boxes[:, 2:] += boxes[:, :2] + 1
         iou = pairwise_iou(boxes[:truths], boxes[truths:])
-        assert match(iou, low, high, keep_best).tolist() == slow_match(iou, low, high, keep_best)
+        assert ours(iou, low, high).tolist() == slow(iou, low, high)
 
 
 def test_thresholds_are_half_open():
     iou = torch.tensor([[0.29, 0.3, 0.69, 0.7, 1.0]])
-    assert match(iou, 0.3, 0.7, keep_best=False).tolist() == [BACKGROUND, IGNORE, IGNORE, 0, 0]
+    assert match(iou, 0.3, 0.7).tolist() == [BACKGROUND, IGNORE, IGNORE, 0, 0]
 
 
 def test_best_of_a_ground_truth_learns_from_its_own_best():
     iou = torch.tensor([[0.2, 0.0], [0.25, 0.1]])  # box 0 is the best of both
-    assert match(iou, 0.3, 0.7, keep_best=True).tolist() == [1, BACKGROUND]
+    assert match_keeping_own(iou, 0.3, 0.7).tolist() == [1, BACKGROUND]
+    assert match_keeping_best(iou, 0.3, 0.7).tolist() == [BACKGROUND, BACKGROUND]  # both overlap too little
 
 
-def test_a_ground_truth_that_no_box_meets_makes_none_foreground():
-    assert match(torch.zeros(1, 4), 0.3, 0.7, keep_best=True).tolist() == [BACKGROUND] * 4
+def test_best_of_a_ground_truth_learns_from_that_ground_truth():
+    iou = torch.tensor([[0.9, 0.9, 0.0, 0.3], [0.0, 0.6, 0.0, 0.3], [0.0, 0.0, 0.2, 0.0], [0.3, 0.3, 0.0, 0.3]])
+    assert match_keeping_best(iou, 0.3, 0.7).tolist() == [3, 3, BACKGROUND, 3]  # the last ground truth takes all
+    assert match_keeping_best(iou[:3], 0.3, 0.7).tolist() == [0, 1, BACKGROUND, IGNORE]
+    assert match_keeping_own(iou[:3], 0.3, 0.7).tolist() == [0, 0, 2, IGNORE]
+
+
+@pytest.mark.parametrize("matching", [match_keeping_own, match_keeping_best])
+def test_a_ground_truth_that_no_box_meets_makes_none_foreground(matching):
+    assert matching(torch.zeros(1, 4), 0.3, 0.7).tolist() == [BACKGROUND] * 4
+    assert matching(torch.zeros(1, 4), 0.0, 0.7).tolist() == [IGNORE] * 4
+    assert matching(torch.zeros(3, 0), 0.3, 0.7).tolist() == []
 
 
 @pytest.mark.parametrize(("positives", "negatives", "expected"), [

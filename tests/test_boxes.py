@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from vitdet.models.boxes import area, clip, decode, encode, nonempty, pairwise_iou
+from vitdet.models.boxes import MAX_LOG_SCALE, area, clip, decode, encode, nonempty, pairwise_iou
 
 WEIGHTS = (10.0, 10.0, 5.0, 5.0)
 
@@ -40,6 +40,12 @@ def test_growth_is_limited_and_shrinking_is_not():
     assert (grown[:, 2:] - grown[:, :2])[0].tolist() == pytest.approx([1000, 1000], rel=1e-5)
     shrunk = decode(box, torch.tensor([[0.0, 0, -9, -9]]), (1.0, 1.0, 1.0, 1.0))
     assert (shrunk[:, 2:] - shrunk[:, :2])[0].tolist() == pytest.approx([16 * math.exp(-9)] * 2, rel=1e-2)
+
+
+def test_shrinking_is_limited_on_request():
+    box, weights = torch.tensor([[0.0, 0, 1000, 1000]]), (1.0, 1.0, 1.0, 1.0)
+    shrunk = decode(box, torch.tensor([[0.0, 0, -9, -1]]), weights, -MAX_LOG_SCALE)
+    assert (shrunk[:, 2:] - shrunk[:, :2])[0].tolist() == pytest.approx([16, 1000 / math.e], rel=1e-4)
 
 
 def test_decode_works_in_float32_for_half_precision():

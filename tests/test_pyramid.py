@@ -16,6 +16,16 @@ def test_levels_have_their_strides(stride, scales, strides):
     assert [tuple(m.shape) for m in maps] == [(2, 8, 128 // s, 192 // s) for s in strides]
 
 
+def test_deconvolutions_halve_the_channels_or_keep_them():
+    for halve, shapes in ((True, [(16, 8), (8, 4), (16, 8)]), (False, [(16, 16), (16, 16), (16, 16)])):
+        pyramid = SimpleFeaturePyramid(16, 8, 16, halve_channels=halve, eps=1e-3)
+        found = [m for m in pyramid.modules() if isinstance(m, torch.nn.ConvTranspose2d)]
+        assert [(m.in_channels, m.out_channels) for m in found] == shapes
+        assert [m.shape[1] for m in pyramid(torch.randn(1, 16, 4, 4))] == [8] * 5
+        assert pyramid.levels[0][1].eps == 1e-6
+        assert [block.norm.eps for level in pyramid.levels for block in level[-2:]] == [1e-3] * 8
+
+
 def test_last_level_is_every_other_cell_of_the_one_before():
     maps = SimpleFeaturePyramid(16, 8, 16)(torch.randn(1, 16, 6, 6))
     assert maps[3].shape[2:] == (3, 3)

@@ -1,9 +1,12 @@
 """RoI heads: who is sampled, which column learns, the cascade, and the choice of detections."""
 
+import math
+
 import pytest
 import torch
 
 from tests.small import CLASSES, small_detector, target
+from vitdet.models.assign import match_keeping_best
 from vitdet.models.boxes import encode, pairwise_iou
 from vitdet.models.roi_heads import WEIGHTS, Assigned
 from vitdet.models.roi_pool import pool
@@ -33,6 +36,24 @@ def test_foreground_comes_first_and_ground_truths_are_candidates(heads):
     assert (iou[foreground] >= 0.5).all() and (iou[~foreground] < 0.5).all()
     alone = heads.sample(torch.zeros(0, 4), one)
     assert sorted(alone.boxes[:, 0].tolist()) == [10, 70] and sorted(alone.matched.tolist()) == [0, 1]
+
+
+def test_ground_truths_are_apart_when_their_best_boxes_are_kept(heads):
+    """The best proposal of each learns from it; were the ground truths among the boxes, each would be its own best."""
+    one = target([[10, 10, 50, 50], [10, 10, 50, 80]], [1, 3])
+    boxes = torch.tensor([[10.0, 10, 50, 52], [10, 10, 50, 58]])  # both closer to the first
+    heads.choose = lambda candidates, num: candidates
+    assert heads.sample(boxes, one).matched.tolist() == [0, 0, 0, 1]
+    heads.match = match_keeping_best
+    assert heads.sample(boxes, one).matched.tolist() == [0, 1, 0, 1]
+
+
+def test_a_stage_shrinks_no_further_than_said(heads):
+    box, deltas = torch.tensor([[0.0, 0, 64, 64]]), torch.tensor([[[0.0, 0, -50, 0]]])
+    for limit, width in ((-math.inf, 64 * math.exp(-10)), (-math.log(8), 8)):
+        heads.min_log_scale = limit
+        found = heads.decode(0, box, deltas)[0, 0]
+        assert (found[2] - found[0]).item() == pytest.approx(width, rel=1e-2)
 
 
 def test_labels_name_the_background_last(heads):

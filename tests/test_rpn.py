@@ -13,10 +13,9 @@ STRIDES = (8, 16)
 SIZES = torch.tensor([[64, 64], [40, 50]])
 
 
-def small_rpn(samples=16, choose=None):
+def small_rpn(samples=16, **settings):
     torch.manual_seed(0)
-    chosen = {} if choose is None else {"choose": choose}
-    rpn = RPN(channels=4, strides=STRIDES, anchor_scale=3.0, samples=samples, **chosen)
+    rpn = RPN(channels=4, strides=STRIDES, anchor_scale=3.0, samples=samples, **settings)
     for parameter in rpn.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
     return rpn
@@ -86,6 +85,46 @@ def test_losses_are_divided_by_samples_and_images():
     losses = rpn.losses(zeros, [exact, nothing])
     assert losses["loss_rpn_cls"].item() == pytest.approx(math.log(2))
     assert losses["loss_rpn_loc"].item() == pytest.approx(0, abs=1e-5)
+
+
+def test_losses_are_divided_by_the_anchors_sampled():
+    """8 wanted, 2 of them foreground: a first image with 1 and 7, a second with none, which counts as 1, and 8."""
+    rpn = small_rpn(samples=8, positive_fraction=0.25, divide_by_sampled=True)
+    found = rpn(features())
+    anchors = torch.cat(found.anchors)
+    zeros = Anchored([torch.zeros_like(x) for x in found.logits], [torch.ones_like(x) for x in found.deltas],
+                     found.anchors)
+    one = target([anchors[100].tolist()], [0])
+    losses = rpn.losses(zeros, [one, target([], [])])
+    assert losses["loss_rpn_cls"].item() == pytest.approx(16 * math.log(2) / 17)
+    assert losses["loss_rpn_loc"].item() == pytest.approx(4 / 17, rel=1e-5)
+
+
+def test_heads_with_norm_and_without():
+    torch.manual_seed(0)
+    x = features()[0]
+    for norm in (False, True):
+        rpn = small_rpn(norm=norm, eps=0.1)
+        hidden = x
+        for block in rpn.convs:
+            assert (block.conv.bias is None) == norm
+            hidden = torch.nn.functional.conv2d(hidden, block.conv.weight, block.conv.bias, padding=1)
+            if norm:
+                mean, variance = hidden.mean(dim=1, keepdim=True), hidden.var(dim=1, correction=0, keepdim=True)
+                hidden = (hidden - mean) / (variance + 0.1).sqrt()
+                hidden = hidden * block.norm.weight[:, None, None] + block.norm.bias[:, None, None]
+            hidden = hidden.relu()
+        assert torch.allclose(rpn.head(x)[0], rpn.objectness(hidden), atol=1e-5)
+
+
+def test_proposals_shrink_no_further_than_said():
+    found = Anchored(*one_level([[0.0, 0, 32, 32]], [1.0]))
+    found.deltas[0][..., 2:] = -9.0
+    sides = []
+    for limit in (-math.inf, -math.log(4)):
+        (proposals,) = small_rpn(min_log_scale=limit).propose(found, SIZES[:1], (4, 10))
+        sides.append((proposals.boxes[0, 2:] - proposals.boxes[0, :2]).tolist())
+    assert sides[0] == pytest.approx([32 * math.exp(-9)] * 2, rel=1e-2) and sides[1] == pytest.approx([8, 8])
 
 
 def test_sampled_anchors_suit_their_ground_truth():

@@ -11,7 +11,7 @@ from torch import Tensor
 from tests.parity.case import load
 from tests.parity.report import Report
 from vitdet.models.anchors import grid_anchors
-from vitdet.models.assign import BACKGROUND, IGNORE, match
+from vitdet.models.assign import BACKGROUND, IGNORE, match, match_keeping_own
 from vitdet.models.boxes import decode, encode
 from vitdet.models.roi_pool import assign_levels, pool
 
@@ -36,8 +36,8 @@ def compute(folder: Path) -> dict[str, Tensor]:
     for factor, weights in ((1, (1.0, 1.0, 1.0, 1.0)), (10, (10.0, 10.0, 5.0, 5.0)), (30, (30.0, 30.0, 15.0, 15.0))):
         ours[f"bt_get_w{factor}"] = encode(source, target, weights)
         ours[f"bt_apply_w{factor}"] = decode(source, deltas.unflatten(1, (-1, 4)), weights).flatten(1)
-    for name, low, high, keep_best in (("rpn", 0.3, 0.7, True), ("roi", 0.5, 0.5, False)):
-        matched = match(inputs["match_iou"], low, high, keep_best)
+    for name, low, high, matching in (("rpn", 0.3, 0.7, match_keeping_own), ("roi", 0.5, 0.5, match)):
+        matched = matching(inputs["match_iou"], low, high)
         ours[f"match_{name}_label"] = torch.where(matched == IGNORE, -1, torch.where(matched == BACKGROUND, 0, 1))
         # Theirs names the best ground truth of boxes that learn from none as well.
         ours[f"match_{name}_idx"] = torch.where(matched >= 0, matched, inputs["match_iou"].argmax(dim=0))

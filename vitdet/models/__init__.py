@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from functools import partial
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from vitdet.config import EvalConfig, ModelConfig
 from vitdet.models import vit, vitae
+from vitdet.models.assign import match, match_keeping_best, match_keeping_own
 from vitdet.models.box_head import BoxHead
+from vitdet.models.boxes import MAX_LOG_SCALE
 from vitdet.models.detector import Detector
 from vitdet.models.losses import FederatedClassification, SoftmaxClassification
 from vitdet.models.mask_head import MaskHead
@@ -18,6 +21,9 @@ from vitdet.models.roi_heads import RoIHeads
 from vitdet.models.rpn import RPN
 from vitdet.models.vit import ViT
 from vitdet.models.vitae import ViTAESmall, wide_branch
+
+# model.low_quality -> who learns from which ground truth, in the RPN and in the RoI heads
+MATCHES = {"own": (match_keeping_own, match), "best": (match_keeping_best, match_keeping_best)}
 
 
 def build_backbone(settings: ModelConfig) -> ViT | ViTAESmall:
@@ -39,6 +45,15 @@ def build_backbone(settings: ModelConfig) -> ViT | ViTAESmall:
     return ViT(**plain, patch_size=backbone.patch_size, pos_embed_grid=backbone.pos_embed_grid, branch=branch)
 
 
+def build_pyramid(settings: ModelConfig, backbone: nn.Module) -> SimpleFeaturePyramid:
+    """The pyramid that the settings name, over the map or maps of the backbone."""
+    pyramid = settings.pyramid
+    return SimpleFeaturePyramid(
+        backbone.out_channels, pyramid.channels, backbone.stride, pyramid.scales,
+        halve_channels=pyramid.halve_channels, eps=settings.norm_eps,
+    )
+
+
 def build_detector(
     model: ModelConfig, evaluate: EvalConfig | None = None, class_weights: Tensor | None = None
 ) -> Detector:
@@ -46,42 +61,48 @@ def build_detector(
 
     class_weights (K,): odds of the classes to be drawn in the federated loss, if that is used; all alike if absent.
     """
-    evaluate = evaluate or EvalConfig()
-    rpn, roi, mask = model.rpn, model.roi_heads, model.mask
     backbone = build_backbone(model)
-    eps = model.norm_eps
-    pyramid = SimpleFeaturePyramid(
-        backbone.out_channels, model.pyramid.channels, backbone.stride, model.pyramid.scales,
-        halve_channels=model.pyramid.halve_channels, eps=eps,
+    pyramid = build_pyramid(model, backbone)
+    return Detector(
+        backbone=backbone, pyramid=pyramid, rpn=_rpn(model, pyramid),
+        roi_heads=_roi_heads(model, evaluate or EvalConfig(), class_weights, pyramid),
     )
-    if roi.loss == "federated":
-        odds = torch.ones(roi.num_classes) if class_weights is None else class_weights
-        classification = FederatedClassification(odds, roi.federated_classes)
-    else:
-        classification = SoftmaxClassification(roi.num_classes)
-    channels = pyramid.out_channels
+
+
+def _rpn(model: ModelConfig, pyramid: nn.Module) -> RPN:
+    rpn = model.rpn
+    return RPN(
+        channels=pyramid.out_channels, strides=pyramid.strides, anchor_scale=rpn.anchor_scale,
+        aspect_ratios=rpn.aspect_ratios, num_convs=rpn.num_convs, norm=rpn.norm, eps=model.norm_eps,
+        samples=rpn.samples, positive_fraction=rpn.positive_fraction, iou_low=rpn.iou_low, iou_high=rpn.iou_high,
+        nms_iou=rpn.nms_iou, pre_nms_train=rpn.pre_nms_train, pre_nms_test=rpn.pre_nms_test,
+        post_nms_train=rpn.post_nms_train, post_nms_test=rpn.post_nms_test, divide_by_sampled=rpn.divide_by_sampled,
+        min_log_scale=_min_log_scale(model), match=MATCHES[model.low_quality][0],
+    )
+
+
+def _roi_heads(model: ModelConfig, evaluate: EvalConfig, class_weights: Tensor | None, pyramid: nn.Module) -> RoIHeads:
+    roi, mask, channels, eps = model.roi_heads, model.mask, pyramid.out_channels, model.norm_eps
     stages = [
-        BoxHead(channels=channels, num_convs=roi.num_convs, fc_dim=roi.fc_dim, num_classes=roi.num_classes,
-                class_agnostic=len(roi.ious) > 1, num_fcs=roi.num_fcs, norm=roi.norm, eps=eps)
+        BoxHead(channels=channels, num_convs=roi.num_convs, num_fcs=roi.num_fcs, fc_dim=roi.fc_dim,
+                num_classes=roi.num_classes, class_agnostic=len(roi.ious) > 1, norm=roi.norm, eps=eps)
         for _ in roi.ious
     ]
-    return Detector(
-        backbone=backbone,
-        pyramid=pyramid,
-        rpn=RPN(
-            channels=channels, strides=pyramid.strides, anchor_scale=rpn.anchor_scale,
-            aspect_ratios=rpn.aspect_ratios, num_convs=rpn.num_convs, norm=rpn.norm, eps=eps, samples=rpn.samples,
-            positive_fraction=rpn.positive_fraction, iou_low=rpn.iou_low, iou_high=rpn.iou_high,
-            nms_iou=rpn.nms_iou, pre_nms_train=rpn.pre_nms_train, pre_nms_test=rpn.pre_nms_test,
-            post_nms_train=rpn.post_nms_train, post_nms_test=rpn.post_nms_test,
-        ),
-        roi_heads=RoIHeads(
-            stages=stages,
-            mask=MaskHead(channels=channels, num_convs=mask.num_convs, num_classes=roi.num_classes, norm=mask.norm,
-                          eps=eps),
-            classification=classification, strides=pyramid.strides[:4], ious=roi.ious, samples=roi.samples,
-            positive_fraction=roi.positive_fraction, mask_samples=mask.samples, sampling_ratio=roi.sampling_ratio,
-            score_threshold=evaluate.score_threshold, nms_iou=evaluate.nms_iou,
-            max_detections=evaluate.max_detections,
-        ),
+    if roi.loss == "federated":
+        odds = torch.ones(roi.num_classes) if class_weights is None else class_weights
+        classification: nn.Module = FederatedClassification(odds, roi.federated_classes)
+    else:
+        classification = SoftmaxClassification(roi.num_classes)
+    return RoIHeads(
+        stages=stages,
+        mask=MaskHead(channels=channels, num_convs=mask.num_convs, num_classes=roi.num_classes, norm=mask.norm,
+                      eps=eps),
+        classification=classification, strides=pyramid.strides[:4], ious=roi.ious, samples=roi.samples,
+        positive_fraction=roi.positive_fraction, mask_samples=mask.samples, sampling_ratio=roi.sampling_ratio,
+        score_threshold=evaluate.score_threshold, nms_iou=evaluate.nms_iou, max_detections=evaluate.max_detections,
+        min_log_scale=_min_log_scale(model), match=MATCHES[model.low_quality][1],
     )
+
+
+def _min_log_scale(model: ModelConfig) -> float:
+    return -MAX_LOG_SCALE if model.clamp_shrinking else -math.inf

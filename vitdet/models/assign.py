@@ -14,25 +14,51 @@ from torch import Tensor
 
 BACKGROUND, IGNORE = -1, -2
 
+Match = Callable[[Tensor, float, float], Tensor]
 Choose = Callable[[Tensor, int], Tensor]
 
 
 @torch.no_grad()
-def match(iou: Tensor, low: float, high: float, keep_best: bool) -> Tensor:
-    """iou (G, N) -> matched (N,): from `high` the best ground truth, below `low` BACKGROUND, between them IGNORE.
-
-    With `keep_best` every box that is some ground truth's best also learns from the ground truth it overlaps most.
-    (A ground truth that no box meets keeps none; in detectron2 it would turn all boxes of IoU 0 into foreground.)
-    """
-    padded = torch.cat([iou, iou.new_zeros(1, iou.shape[1])])  # so that no ground truth is nothing special
-    best, index = padded.max(dim=0)
+def match(iou: Tensor, low: float, high: float) -> Tensor:
+    """iou (G, N) -> matched (N,): from `high` the best ground truth, below `low` BACKGROUND, between them IGNORE."""
+    best, index = _with_none(iou).max(dim=0)
     matched = torch.where(best >= high, index, IGNORE)
-    matched = torch.where(best < low, BACKGROUND, matched)
-    if keep_best:
-        top = padded.max(dim=1, keepdim=True).values
-        is_best = ((padded == top) & (top > 0)).any(dim=0)
-        matched = torch.where(is_best, index, matched)
-    return matched
+    return torch.where(best < low, BACKGROUND, matched)
+
+
+@torch.no_grad()
+def match_keeping_own(iou: Tensor, low: float, high: float) -> Tensor:
+    """As `match`, but every box that is some ground truth's best learns from the ground truth it overlaps most itself.
+
+    Detectron2's RPN. (A ground truth that no box meets keeps none; there it would turn all boxes of IoU 0 into
+    foreground.)
+    """
+    padded = _with_none(iou)
+    return torch.where(_is_best(padded).any(dim=0), padded.max(dim=0).indices, match(iou, low, high))
+
+
+@torch.no_grad()
+def match_keeping_best(iou: Tensor, low: float, high: float) -> Tensor:
+    """As `match`, but every box that is some ground truth's best, with at least `low`, learns from that ground truth,
+    the last one if there are several. mmdet, in RPN and RoI heads.
+    """
+    padded = _with_none(iou)
+    kept = _is_best(padded) & (padded >= low)
+    last = torch.arange(len(padded), device=iou.device)[:, None].where(kept, BACKGROUND).amax(dim=0)
+    return torch.where(last >= 0, last, match(iou, low, high))
+
+
+def _with_none(iou: Tensor) -> Tensor:
+    """(G + 1, N): with a ground truth that overlaps nothing, so that an image without any is nothing special."""
+    return torch.cat([iou, iou.new_zeros(1, iou.shape[1])])
+
+
+def _is_best(iou: Tensor) -> Tensor:
+    """(G, N) bool: which boxes overlap the ground truth most, all that share its largest IoU."""
+    if iou.shape[1] == 0:
+        return iou > 0
+    top = iou.amax(dim=1, keepdim=True)
+    return (iou == top) & (top > 0)
 
 
 @torch.no_grad()

@@ -1,6 +1,6 @@
 """Box arithmetic: pure functions of boxes (..., 4) xyxy in float pixels, half-open.
 
-The transform is that of R-CNN (1311.2524); the clamp of detectron2.
+The transform is that of R-CNN (1311.2524), with the clamps of detectron2 and mmdet.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import math
 import torch
 from torch import Tensor
 
-MAX_LOG_SCALE = math.log(1000 / 16)  # detectron2: a box grows at most so much in one step
+MAX_LOG_SCALE = math.log(1000 / 16)  # a side grows at most so much in one step
 
 Weights = tuple[float, float, float, float]
 
@@ -23,15 +23,18 @@ def encode(boxes: Tensor, targets: Tensor, weights: Weights) -> Tensor:
     return deltas * deltas.new_tensor(weights)
 
 
-def decode(boxes: Tensor, deltas: Tensor, weights: Weights) -> Tensor:
-    """The inverse of `encode`, in float32: boxes (N, 4) and deltas (N, ..., 4) -> (N, ..., 4)."""
+def decode(boxes: Tensor, deltas: Tensor, weights: Weights, min_log_scale: float = -math.inf) -> Tensor:
+    """The inverse of `encode`, in float32: boxes (N, 4) and deltas (N, ..., 4) -> (N, ..., 4).
+
+    A side's logarithm changes at most by MAX_LOG_SCALE and at least by `min_log_scale`.
+    """
     boxes = boxes.to(torch.promote_types(boxes.dtype, torch.float32))
     deltas = deltas.to(boxes.dtype) / boxes.new_tensor(weights)
     boxes = boxes.reshape(len(boxes), *[1] * (deltas.dim() - 2), 4)
     size = boxes[..., 2:] - boxes[..., :2]
     centre = boxes[..., :2] + 0.5 * size
     new_centre = deltas[..., :2] * size + centre
-    new_size = torch.exp(deltas[..., 2:].clamp(max=MAX_LOG_SCALE)) * size
+    new_size = torch.exp(deltas[..., 2:].clamp(min_log_scale, MAX_LOG_SCALE)) * size
     return torch.cat([new_centre - 0.5 * new_size, new_centre + 0.5 * new_size], dim=-1)
 
 

@@ -7,6 +7,7 @@ Letters: B images, R RoIs (of all images together), N boxes of one image, K clas
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from torchvision.ops import batched_nms
 
 from vitdet.models import box_head, losses, mask_head
-from vitdet.models.assign import BACKGROUND, Choose, choose_randomly, match, sample
+from vitdet.models.assign import BACKGROUND, Choose, Match, choose_randomly, match, sample
 from vitdet.models.boxes import clip, decode, encode, nonempty, pairwise_iou
 from vitdet.models.layers import scale_gradient
 from vitdet.models.roi_pool import pool
@@ -35,18 +36,20 @@ class RoIHeads(nn.Module):
     """`stages` refine boxes one after the other; `ious` says from which overlap a box is foreground in each.
 
     `classification` turns logits into a loss and into probabilities; `strides` are those of the levels that RoIs are
-    read from (p2..p5).
+    read from (p2..p5); `match` says who learns from which ground truth, `min_log_scale` how much a box shrinks at most
+    in one stage.
     """
 
     def __init__(
         self, *, stages: Sequence[nn.Module], mask: nn.Module, classification: nn.Module, strides: Sequence[int],
         ious: Sequence[float] = (0.5,), samples: int = 512, positive_fraction: float = 0.25, mask_samples: int = 128,
         sampling_ratio: int = 0, score_threshold: float = 0.05, nms_iou: float = 0.5, max_detections: int = 100,
-        choose: Choose = choose_randomly,
+        min_log_scale: float = -math.inf, match: Match = match, choose: Choose = choose_randomly,
     ) -> None:
         super().__init__()
         self.stages, self.mask, self.classification = nn.ModuleList(stages), mask, classification
-        self.strides, self.ious, self.sampling_ratio, self.choose = list(strides), tuple(ious), sampling_ratio, choose
+        self.strides, self.ious, self.sampling_ratio = list(strides), tuple(ious), sampling_ratio
+        self.match, self.choose, self.min_log_scale = match, choose, min_log_scale
         self.samples, self.positive_fraction, self.mask_samples = samples, positive_fraction, mask_samples
         self.score_threshold, self.nms_iou, self.max_detections = score_threshold, nms_iou, max_detections
         self.weights = [tuple(w * (stage + 1) for w in WEIGHTS) for stage in range(len(stages))]
@@ -69,7 +72,7 @@ class RoIHeads(nn.Module):
             found[f"loss_box_reg{suffix}"] = self.box_loss(stage, deltas, labels, assigned, targets)
             counts = [len(image.boxes) for image in assigned]
             boxes = torch.cat([image.boxes for image in assigned])
-            refined = decode(boxes, deltas.detach()[:, 0], self.weights[stage]).split(counts)
+            refined = self.decode(stage, boxes, deltas.detach()[:, 0]).split(counts)
         return found
 
     def detect(self, features: Sequence[Tensor], proposals: Sequence[Tensor], sizes: Tensor) -> list[Detections]:
@@ -79,7 +82,7 @@ class RoIHeads(nn.Module):
         for stage in range(len(self.stages)):
             logits, deltas = self.run_stage(stage, features, boxes)
             scores.append(self.classification.probabilities(logits))
-            decoded = decode(torch.cat(boxes), deltas, self.weights[stage]).split(counts)
+            decoded = self.decode(stage, torch.cat(boxes), deltas).split(counts)
             clipped = [clip(image, size) for image, size in zip(decoded, sizes, strict=True)]
             boxes = [image[:, 0] for image in clipped]
         mean_scores = torch.stack(scores).mean(dim=0).split(counts)
@@ -93,11 +96,17 @@ class RoIHeads(nn.Module):
             pooled = scale_gradient(pooled, 1 / len(self.stages))
         return self.stages[stage](pooled)
 
+    def decode(self, stage: int, boxes: Tensor, deltas: Tensor) -> Tensor:
+        """What a stage makes of boxes (R, 4) by deltas (R, ..., 4): (R, ..., 4)."""
+        return decode(boxes, deltas, self.weights[stage], self.min_log_scale)
+
     @torch.no_grad()
     def sample(self, proposals: Tensor, target: Target) -> Assigned:
         """Foreground first, then background, out of the proposals and the ground truths themselves."""
         boxes = torch.cat([proposals, target.boxes])
-        matched = match(pairwise_iou(target.boxes, boxes), self.ious[0], self.ious[0], keep_best=False)
+        # Apart, for a ground truth's best box is the best of the proposals, and not itself.
+        ious = pairwise_iou(target.boxes, proposals), pairwise_iou(target.boxes, target.boxes)
+        matched = torch.cat([self.match(iou, self.ious[0], self.ious[0]) for iou in ious])
         chosen = torch.cat(sample(matched, self.samples, self.positive_fraction, self.choose))
         return Assigned(boxes[chosen], matched[chosen])
 
@@ -111,7 +120,7 @@ class RoIHeads(nn.Module):
             boxes = clip(boxes, size)
             boxes = boxes[nonempty(boxes)]
             iou = self.ious[stage]
-            assigned.append(Assigned(boxes, match(pairwise_iou(target.boxes, boxes), iou, iou, keep_best=False)))
+            assigned.append(Assigned(boxes, self.match(pairwise_iou(target.boxes, boxes), iou, iou)))
         return assigned
 
     def labels(self, assigned: Assigned, target: Target) -> Tensor:

@@ -6,6 +6,7 @@ Letters: B images, L levels, A anchors a cell, N anchors of a level (h w A) or p
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -17,7 +18,7 @@ from torchvision.ops import batched_nms
 
 from vitdet.models import losses
 from vitdet.models.anchors import grid_anchors
-from vitdet.models.assign import BACKGROUND, Choose, choose_randomly, match, sample
+from vitdet.models.assign import BACKGROUND, Choose, Match, choose_randomly, match_keeping_own, sample
 from vitdet.models.boxes import clip, decode, encode, nonempty, pairwise_iou
 from vitdet.models.layers import NORM_EPS, ConvNorm, init_predictor
 from vitdet.types import Target
@@ -41,18 +42,25 @@ class Proposals(NamedTuple):
 
 
 class RPN(nn.Module):
-    """`strides` are those of the levels; an anchor's side is `anchor_scale` times its level's stride."""
+    """`strides` are those of the levels; an anchor's side is `anchor_scale` times its level's stride.
+
+    `norm`, `eps`: whether LNs follow the convolutions, and theirs. `match` says who learns from which ground truth;
+    `min_log_scale` how much a box shrinks at most. The losses are divided by samples * images, or by the number of
+    anchors sampled if `divide_by_sampled`.
+    """
 
     def __init__(
         self, *, channels: int, strides: Sequence[int], anchor_scale: float = 8.0,
         aspect_ratios: Sequence[float] = (0.5, 1.0, 2.0), num_convs: int = 2, norm: bool = False,
         eps: float = NORM_EPS, samples: int = 256, positive_fraction: float = 0.5, iou_low: float = 0.3,
         iou_high: float = 0.7, nms_iou: float = 0.7, pre_nms_train: int = 2000, pre_nms_test: int = 1000,
-        post_nms_train: int = 1000, post_nms_test: int = 1000, choose: Choose = choose_randomly,
+        post_nms_train: int = 1000, post_nms_test: int = 1000, divide_by_sampled: bool = False,
+        min_log_scale: float = -math.inf, match: Match = match_keeping_own, choose: Choose = choose_randomly,
     ) -> None:
         super().__init__()
         self.strides, self.anchor_scale, self.aspect_ratios = list(strides), anchor_scale, tuple(aspect_ratios)
-        self.samples, self.positive_fraction, self.choose = samples, positive_fraction, choose
+        self.samples, self.positive_fraction, self.divide_by_sampled = samples, positive_fraction, divide_by_sampled
+        self.match, self.choose, self.min_log_scale = match, choose, min_log_scale
         self.iou_low, self.iou_high, self.nms_iou = iou_low, iou_high, nms_iou
         self.top_train, self.top_test = (pre_nms_train, post_nms_train), (pre_nms_test, post_nms_test)
         self.convs = nn.ModuleList(ConvNorm(channels, channels, 3, norm=norm, eps=eps) for _ in range(num_convs))
@@ -88,7 +96,7 @@ class RPN(nn.Module):
         for level, (logits, deltas, anchors) in enumerate(zip(*found, strict=True)):
             best, index = logits.float().topk(min(pre_nms, logits.shape[1]), dim=1)
             chosen = deltas.gather(1, index[:, :, None].expand(-1, -1, 4))
-            decoded = decode(anchors[index].flatten(0, 1), chosen.flatten(0, 1), WEIGHTS)
+            decoded = decode(anchors[index].flatten(0, 1), chosen.flatten(0, 1), WEIGHTS, self.min_log_scale)
             boxes.append(decoded.unflatten(0, index.shape))
             scores.append(best)
             levels.append(torch.full((index.shape[1],), level, device=index.device))
@@ -107,22 +115,23 @@ class RPN(nn.Module):
 
     def sample(self, anchors: Tensor, target: Target) -> tuple[Tensor, Tensor, Tensor]:
         """For one image: anchors' ground truths (N,), indices of the sampled foreground and background anchors."""
-        matched = match(pairwise_iou(target.boxes, anchors), self.iou_low, self.iou_high, keep_best=True)
+        matched = self.match(pairwise_iou(target.boxes, anchors), self.iou_low, self.iou_high)
         return matched, *sample(matched, self.samples, self.positive_fraction, self.choose)
 
     def losses(self, found: Anchored, targets: Sequence[Target]) -> dict[str, Tensor]:
-        """loss_rpn_cls over the sampled anchors, loss_rpn_loc over the foreground ones; both / (samples * B)."""
+        """loss_rpn_cls over the sampled anchors, loss_rpn_loc over the foreground ones, both divided by one count."""
         anchors = torch.cat(found.anchors)
         all_logits, all_deltas = torch.cat(found.logits, 1), torch.cat(found.deltas, 1)
-        logits, truth, deltas, delta_targets = [], [], [], []
+        logits, truth, deltas, delta_targets, sampled = [], [], [], [], 0
         for image, target in enumerate(targets):
             matched, positive, negative = self.sample(anchors, target)
             chosen = torch.cat([positive, negative])
+            sampled += max(len(positive), 1) + max(len(negative), 1)  # mmdet: none counts as one
             logits.append(all_logits[image, chosen])
             truth.append(matched[chosen] > BACKGROUND)
             deltas.append(all_deltas[image, positive])
             delta_targets.append(encode(anchors[positive], target.boxes[matched[positive]], WEIGHTS))
-        count = self.samples * len(targets)
+        count = sampled if self.divide_by_sampled else self.samples * len(targets)
         return {
             "loss_rpn_cls": losses.objectness(torch.cat(logits), torch.cat(truth), count),
             "loss_rpn_loc": losses.box_l1(torch.cat(deltas), torch.cat(delta_targets), count),
