@@ -123,7 +123,8 @@ def init_linears(module: nn.Module) -> None:
     for child in module.modules():
         if isinstance(child, nn.Linear):
             trunc_normal_(child.weight, std=0.02)
-            nn.init.zeros_(child.bias)
+            if child.bias is not None:
+                nn.init.zeros_(child.bias)
 
 
 class ViT(nn.Module):

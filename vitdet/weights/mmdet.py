@@ -83,7 +83,7 @@ _PYRAMID = (
         for row in (Row(f"{theirs}.conv.{{}}", f"{ours}.conv.{{}}"), Row(f"{theirs}.ln.{{}}", f"{ours}.norm.{{}}"))
     ),
 )
-_HEADS = (
+HEADS = (
     Row("rpn_head.rpn_conv.{}.conv.{}", "rpn.convs.{}.conv.{}"),
     Row("rpn_head.rpn_conv.{}.ln.{}", "rpn.convs.{}.norm.{}"),
     Row("rpn_head.rpn_cls.{}", "rpn.objectness.{}"),
@@ -119,7 +119,7 @@ def mmdet(grid: tuple[int, int] | None = None, wide: Sequence[int] = (), split: 
 
     cuts = {f"backbone.blocks.{i}.attn.rel_pos_w": Change(cut, fill_up) for i in wide if height != width}
     return Format(
-        rows=(*_BACKBONE, *_PYRAMID, *_HEADS),
+        rows=(*_BACKBONE, *_PYRAMID, *HEADS),
         changes={"backbone.pos_embed": Change(partial(to_grid, grid=grid), to_tokens), **cuts},
         before=join_bias,
         after=partial(split_bias, stems=[f"backbone.blocks.{i}" for i in split]),
