@@ -207,7 +207,7 @@ def test_a_truncated_image_is_one_line(vitdet: Run, own_tiny: Path, tmp_path: Pa
     for path in (own_tiny / "train").iterdir():
         path.write_bytes(path.read_bytes()[:-200])
     result = vitdet("train", "tiny", *options(minimal(own_tiny, data__workers=workers)), "--output", "run")
-    refused(result, ".jpg: cannot be read (")
+    refused(result, ".jpg: the image cannot be read: ")
     assert not leftovers(tmp_path) and not (tmp_path / "run" / "model.pt").exists()
 
 

@@ -127,7 +127,7 @@ def test_a_batch_is_pinned_for_the_gpu(data: DataConfig, monkeypatch: pytest.Mon
 def test_a_truncated_image_stops_with_one_line(data: DataConfig, workers: int) -> None:
     file = Path(data.root) / "train" / "1.jpg"
     file.write_bytes(file.read_bytes()[:600])
-    with pytest.raises(ValueError, match=r"train/1.jpg: cannot be read .*vitdet data check") as caught:
+    with pytest.raises(ValueError, match=r"train/1.jpg: the image cannot be read: .*vitdet data check") as caught:
         list(train_loader(replace(data, workers=workers), 4, 0, 0, 2))
     assert "\n" not in str(caught.value) and str(caught.value).startswith(data.root)
 

@@ -126,6 +126,7 @@ class DataConfig:
     image_size: int = 1024  # pixels a side of the square canvas
     scale_range: tuple[float, float] = (0.1, 2.0)  # large-scale jitter; (1, 1): longest side = canvas
     flip: float = 0.5  # probability of a horizontal flip
+    diagonal_crop: bool = True  # one random number for both offsets of the crop (detectron2); false: two (mmdet)
     transpose: float = 0.0  # probability of exchanging the axes
     color_jitter: float = 0.0  # brightness, contrast and saturation change by up to this factor - 1
     antialias: bool = True  # when an image is made smaller (PIL, detectron2); false: plain bilinear (OpenCV, mmdet)

@@ -15,9 +15,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageChops, ImageDraw, ImageFilter, ImageFont, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageChops, ImageDraw, ImageFilter, ImageFont, ImageOps
 from torch import Tensor, nn
 
+from vitdet.data.images import open_image, upright
 from vitdet.data.masks import paste
 from vitdet.data.transforms import resize_and_pad
 from vitdet.types import Detections
@@ -31,11 +32,16 @@ Picture = str | Path | Image.Image | np.ndarray | Tensor
 class Predictor:
     """A detector with its class names: predictor(image, threshold) -> Detections in pixels of that image."""
 
-    def __init__(self, detector: nn.Module, class_names: Sequence[str], image_size: int) -> None:
-        """detector takes canvases of image_size pixels a side; its mode and device stay as they are."""
+    def __init__(
+        self, detector: nn.Module, class_names: Sequence[str], image_size: int, antialias: bool = True
+    ) -> None:
+        """detector takes canvases of image_size pixels a side, resized with antialiasing or without as it was trained;
+        its mode and device stay as they are.
+        """
         self.detector = detector
         self.class_names = tuple(class_names)
         self.image_size = image_size
+        self.antialias = antialias
 
     @classmethod
     def load(cls, path: str | Path, device: str | torch.device | None = None) -> Predictor:
@@ -47,7 +53,7 @@ class Predictor:
 
         detector, config, class_names = restore_detector(path)
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        return cls(detector.to(device).eval(), class_names, config.data.image_size)
+        return cls(detector.to(device).eval(), class_names, config.data.image_size, config.data.antialias)
 
     @torch.no_grad()
     def __call__(self, image: Picture | list[Picture], threshold: float = 0.5) -> Detections | list[Detections]:
@@ -60,7 +66,7 @@ class Predictor:
         if isinstance(image, list):
             return [self(item, threshold) for item in image]
         pixels = np.asarray(read_image(image))
-        canvas, size = resize_and_pad(pixels, self.image_size)
+        canvas, size = resize_and_pad(pixels, self.image_size, self.antialias)
         device = next((parameter.device for parameter in self.detector.parameters()), torch.device("cpu"))
         images = torch.from_numpy(canvas)[None].to(device)
         sizes = torch.tensor([size], device=device)
@@ -84,9 +90,9 @@ def to_image(found: Detections, size: tuple[int, int], original: tuple[int, int]
 def read_image(image: Picture) -> Image.Image:
     """Anything that `Predictor` takes, as an upright RGB image; errors as there."""
     if isinstance(image, str | Path):
-        return _open(Path(image))
+        return open_image(Path(image))
     if isinstance(image, Image.Image):
-        return _upright(image)
+        return upright(image)
     if isinstance(image, Tensor):
         if image.ndim != 3 or image.shape[0] != 3 or image.dtype != torch.uint8:
             raise ValueError(f"expected an image tensor (3, H, W) of uint8, got {tuple(image.shape)} of {image.dtype}")
@@ -147,24 +153,6 @@ def class_color(label: int) -> tuple[int, int, int]:
     value, saturation = ((1.0, 0.80), (0.86, 0.62), (1.0, 0.48))[label // 7 % 3]
     red, green, blue = colorsys.hsv_to_rgb((0.58 + label * GOLDEN) % 1, saturation, value)
     return round(255 * red), round(255 * green), round(255 * blue)
-
-
-def _open(path: Path) -> Image.Image:
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such image file")
-    try:
-        with Image.open(path) as image:
-            return _upright(image)
-    except UnidentifiedImageError as error:
-        raise ValueError(f"{path}: not an image that can be read (JPEG, PNG, ...)") from error
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{path}: the image cannot be read: {' '.join(str(error).split())}") from error
-
-
-def _upright(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I;16"):  # PIL would cut 16 bits to 255 instead of scaling them
-        image = Image.fromarray((np.asarray(image).astype(np.uint16) >> 8).astype(np.uint8))
-    return ImageOps.exif_transpose(image).convert("RGB")
 
 
 def _area(box: Sequence[float]) -> float:

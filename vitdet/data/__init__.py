@@ -1,4 +1,4 @@
-"""From a folder in COCO's layout to batches: the training stream and the validation images.
+"""From a folder in COCO's or LVIS's layout to batches: the training stream and the validation images.
 
 What a position of the training stream becomes depends on (seed, position) alone.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+import re
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import islice
@@ -22,7 +23,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from vitdet.config import DataConfig
 from vitdet.data.coco import CocoSplit, Record, read_coco, read_image
 from vitdet.data.masks import outline, pad_edges
-from vitdet.data.samplers import InfiniteSampler, positions
+from vitdet.data.samplers import InfiniteSampler, positions, repeat_factors
 from vitdet.data.transforms import jitter, pad, resize_and_pad, visible_boxes
 from vitdet.types import Batch, Polygons, Target
 
@@ -30,12 +31,18 @@ log = logging.getLogger(__name__)
 
 CACHE = 1 << 28  # bytes: a training split whose decoded images fit stays in memory, images and outlines
 
+REDRAWS = 100  # images tried for one place in a batch until a crop holds an object
+
+COCO_URL = re.compile(rb'"coco_url": *"[^"]*?([^/"]+/[^/"]+)"')  # reading 1 GB as JSON takes a minute
+
 Sample = tuple[Tensor, Target | None, tuple[int, int], int, tuple[int, int]]
 
 
 def split_files(data: DataConfig, split: str) -> tuple[Path, Path]:
-    """The annotation file and the image folder of a split."""
+    """The annotation file of a split and the folder that its images' names start from."""
     root = Path(data.root)
+    if data.dataset == "lvis":
+        return root / "annotations" / f"lvis_v1_{split}.json", root
     return root / "annotations" / f"instances_{split}.json", root / split
 
 
@@ -44,7 +51,7 @@ def read_split(data: DataConfig, split: str) -> CocoSplit:
 
     Raises what `read_coco` raises, and FileNotFoundError naming the first image file that is not there.
     """
-    found = read_coco(*split_files(data, split))
+    found = read_coco(*split_files(data, split), by_url=data.dataset == "lvis")
     if data.max_images:
         found = replace(found, records=[record for record in found.records if len(record)][: data.max_images])
     missing = [record.path for record in found.records if not record.path.is_file()]
@@ -55,7 +62,10 @@ def read_split(data: DataConfig, split: str) -> CocoSplit:
 
 
 class TrainData(Dataset):
-    """Position of the infinite stream -> an augmented sample; images without a usable object are left out."""
+    """Position of the infinite stream -> an augmented sample; images without a usable object are left out.
+
+    With data.redraw_empty a crop without any object gives its place to one of any other image, as in mmdet.
+    """
 
     def __init__(self, split: CocoSplit, data: DataConfig, seed: int) -> None:
         self.split = split
@@ -65,22 +75,37 @@ class TrainData(Dataset):
         self.without_objects = len(split.records) - len(self.records)
         if not self.records:
             raise ValueError(f"{data.root}: no image of {data.train_split} holds an object to learn from")
-        self.sampler = InfiniteSampler(len(self.records), seed)
+        repeats = None
+        if data.repeat_threshold:
+            repeats = repeat_factors([record.labels for record in self.records], data.repeat_threshold)
+        self.sampler = InfiniteSampler(len(self.records), seed, repeats)
         self._small = sum(3 * record.height * record.width for record in self.records) <= CACHE
         self._cache: dict[int, tuple[Image.Image, np.ndarray]] = {}
 
     def __getitem__(self, position: int) -> Sample:
         index = self.sampler[position]
-        record, data = self.records[index], self.data
         rng = np.random.default_rng((self.seed, position))
+        for _ in range(REDRAWS):
+            sample = self._crop(index, rng)
+            if sample is not None:
+                return sample
+            index = int(rng.integers(len(self.records)))
+        raise ValueError(f"{self.data.root}: {REDRAWS} crops one after the other without any object: the objects are "
+                         "too few or have no area; data.redraw_empty=false takes such crops as they are")
+
+    def _crop(self, index: int, rng: np.random.Generator) -> Sample | None:
+        """The image under an affine drawn now; None if that shows no object and data.redraw_empty is set."""
+        record, data = self.records[index], self.data
         affine = jitter(rng, (record.height, record.width), data.image_size, data.scale_range, data.flip,
-                        data.transpose, data.color_jitter)
+                        data.transpose, data.color_jitter, data.diagonal_crop)
         image, edges = self._load(index)
         edges = affine.edges(edges)
         boxes, keep = visible_boxes(edges, affine.size)
+        if data.redraw_empty and not keep.any():
+            return None
         target = Target(torch.from_numpy(boxes[keep]), torch.from_numpy(record.labels[keep]),
                         Polygons(torch.from_numpy(edges[keep])))
-        canvas = pad(affine.pixels(image), data.image_size)
+        canvas = pad(affine.pixels(image, data.antialias), data.image_size)
         return torch.from_numpy(canvas), target, affine.size, record.image_id, affine.source
 
     def _load(self, index: int) -> tuple[Image.Image, np.ndarray]:
@@ -97,9 +122,10 @@ class TrainData(Dataset):
 class ValData(Dataset):
     """Index -> an image of the records, longest side = canvas, without targets."""
 
-    def __init__(self, records: list[Record], image_size: int) -> None:
+    def __init__(self, records: list[Record], image_size: int, antialias: bool = True) -> None:
         self.records = records
         self.image_size = image_size
+        self.antialias = antialias
 
     def __len__(self) -> int:
         return len(self.records)
@@ -107,7 +133,8 @@ class ValData(Dataset):
     def __getitem__(self, index: int) -> Sample:
         record = self.records[index]
         source = (record.height, record.width)
-        canvas, size = resize_and_pad(np.asarray(read_image(record.path, source)), self.image_size)
+        canvas, size = resize_and_pad(np.asarray(read_image(record.path, source)), self.image_size,
+                                      self.antialias)
         return torch.from_numpy(canvas), None, size, record.image_id, source
 
 
@@ -144,20 +171,26 @@ def val_loader(data: DataConfig, batch_size: int, rank: int = 0, world_size: int
     """
     records = read_split(data, data.val_split).records
     part = records[len(records) * rank // world_size : len(records) * (rank + 1) // world_size]
-    return DataLoader(ValData(part, data.image_size), batch_size=batch_size, **_processes(data.workers))
+    return DataLoader(ValData(part, data.image_size, data.antialias), batch_size=batch_size, **_processes(data.workers))
 
 
 def dataset_digest(data: DataConfig) -> str:
-    """16 hex digits that change when annotations, image names, image file sizes or data.max_images change."""
+    """16 hex digits that change when annotations, image names, image file sizes or data.max_images change.
+
+    Looked at are all files of a split's folder, and of LVIS those that coco_urls of the annotation file name.
+    """
     digest = hashlib.sha256(str(data.max_images).encode())
     for split in (data.train_split, data.val_split):
         annotations, images = split_files(data, split)
         for path in (annotations, images):
             if not path.exists():
                 raise FileNotFoundError(f"{path}: not there; expected COCO's layout under data.root")
-        digest.update(f"\n{split}\n".encode() + hashlib.sha256(annotations.read_bytes()).digest())
-        files = sorted((str(path.relative_to(images)), path.stat().st_size)
-                       for path in images.rglob("*") if path.is_file())
+        content = annotations.read_bytes()
+        digest.update(f"\n{split}\n".encode() + hashlib.sha256(content).digest())
+        found = images.rglob("*")
+        if data.dataset == "lvis":
+            found = (images / name.decode() for name in set(COCO_URL.findall(content)))
+        files = sorted((str(path.relative_to(images)), path.stat().st_size) for path in found if path.is_file())
         digest.update("\n".join(f"{name} {size}" for name, size in files).encode())
     return digest.hexdigest()[:16]
 

@@ -1,7 +1,8 @@
-"""A COCO annotation file as records: one an image, with the objects that training can use.
+"""A COCO or LVIS annotation file as records: one an image, with the objects that training can use.
 
-Lin et al. 2014, https://cocodataset.org/#format-data. Crowd regions and boxes of zero size are real but cannot be
-learnt from: they are left out and counted. Anything else that is wrong stops the reading, in one line.
+Lin et al. 2014, https://cocodataset.org/#format-data; Gupta et al. 2019, https://www.lvisdataset.org/dataset, whose
+images are COCO's, found by their coco_url. Crowd regions and boxes of zero size are real but cannot be learnt from:
+they are left out and counted. Anything else that is wrong stops the reading, in one line.
 Letters: G usable objects of an image.
 """
 
@@ -14,8 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
+from vitdet.data.images import open_image
 from vitdet.data.values import segmentation_problem
 
 
@@ -48,47 +50,50 @@ class Record:
 
 @dataclass(frozen=True)
 class CocoSplit:
-    """The records in order of image id; label k is class_names[k] and category_ids[k] of the file."""
+    """The records in order of image id; label k is class_names[k] and category_ids[k] of the file.
+
+    image_counts[k]: images that hold class k, as the file's categories say (LVIS) or else counted.
+    """
 
     class_names: tuple[str, ...]
     category_ids: tuple[int, ...]
     records: list[Record]
+    image_counts: tuple[int, ...]
     dropped: dict[str, int]  # reason -> objects left out
 
 
-def read_coco(annotations: Path | str, images: Path | str) -> CocoSplit:
+def read_coco(annotations: Path | str, images: Path | str, by_url: bool = False) -> CocoSplit:
     """The records of an annotation file whose images lie in the folder `images` (no image is opened).
 
+    by_url: under the last two parts of their coco_url where they have one, as LVIS's do; else under their file_name.
     Raises FileNotFoundError without the file, and ValueError with its first problem: broken JSON, a missing field,
     an unknown image or category, an id that comes twice, a polygon under 3 points, a box outside its image.
     """
-    path, images = Path(annotations), Path(images)
+    path = Path(annotations)
     content = _read(path)
     try:
-        categories = _by_id(content["categories"], "category")
-        heads = _by_id(content["images"], "image")
-        _by_id(content["annotations"], "annotation")
-        for head in content["images"]:
-            _check_size(head)
-        category_ids = tuple(sorted(categories))
-        label_of = {category: label for label, category in enumerate(category_ids)}
-        found: dict[int, list[dict]] = {image_id: [] for image_id in heads}
-        dropped: Counter[str] = Counter()
-        for annotation in content["annotations"]:
-            reason = _judge(annotation, heads, label_of)
-            if reason:
-                dropped[reason] += 1
-            else:
-                found[annotation["image_id"]].append(annotation)
-        records = [_record(heads[image_id], found[image_id], label_of, images) for image_id in sorted(heads)]
-        class_names = tuple(str(categories[category]["name"]) for category in category_ids)
+        return _split(content, Path(images), by_url)
     except KeyError as error:
         raise ValueError(f"{path}: the field {error} is missing; `vitdet data check` lists all problems") from error
     except (TypeError, AttributeError) as error:
         raise ValueError(f"{path}: not COCO's layout ({error}); `vitdet data check` lists all problems") from error
     except ValueError as error:
         raise ValueError(f"{path}: {error}; `vitdet data check {path.parent.parent}` lists all problems") from error
-    return CocoSplit(class_names, category_ids, records, dict(dropped))
+
+
+def image_name(head: dict, by_url: bool) -> str:
+    """Where an image lies in its folder: file_name, or as its coco_url ends, as in train2017/000000000139.jpg."""
+    url = head.get("coco_url") if by_url else None
+    return "/".join(url.split("/")[-2:]) if url else head["file_name"]
+
+
+def image_counts(categories: list[dict], records: list[Record]) -> tuple[int, ...]:
+    """How many images hold each category: what every one of them states as image_count, else counted."""
+    stated = [category.get("image_count") for category in categories]
+    if all(type(count) is int and count >= 0 for count in stated):
+        return tuple(stated)
+    counts = Counter(label for record in records for label in set(record.labels.tolist()))
+    return tuple(counts[label] for label in range(len(categories)))
 
 
 def read_image(path: Path, size: tuple[int, int] | None = None) -> Image.Image:
@@ -97,11 +102,9 @@ def read_image(path: Path, size: tuple[int, int] | None = None) -> Image.Image:
     Raises ImageError for a file that is missing, no image, truncated or of another size.
     """
     try:
-        with Image.open(path) as file:
-            image = ImageOps.exif_transpose(file).convert("RGB")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        reason = "no such file" if isinstance(error, FileNotFoundError) else " ".join(str(error).split())
-        raise ImageError(f"{path}: cannot be read ({reason}); `vitdet data check` lists all such files") from error
+        image = open_image(path)
+    except (FileNotFoundError, ValueError) as error:
+        raise ImageError(f"{error}; `vitdet data check` lists all such files") from error
     if size is not None and (image.height, image.width) != size:
         raise ImageError(f"{path}: {image.width} x {image.height} pixels, but the annotations say {size[1]} x "
                          f"{size[0]}; `vitdet data check` lists all such files")
@@ -112,14 +115,37 @@ def _read(path: Path) -> dict:
     try:
         content = json.loads(path.read_bytes())
     except FileNotFoundError:
-        raise FileNotFoundError(f"{path}: no such annotation file; expected ROOT/annotations/instances_SPLIT.json, "
-                                "see data.root and data.*_split") from None
+        raise FileNotFoundError(f"{path}: no such annotation file; expected ROOT/annotations/instances_SPLIT.json "
+                                "(data.dataset=lvis: lvis_v1_SPLIT.json), see data.root and data.*_split") from None
     except ValueError as error:
         raise ValueError(f"{path}: broken JSON ({error}); write or download the file again") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path}: expected an object with images, annotations and categories, "
                          f"got a {type(content).__name__}")
     return content
+
+
+def _split(content: dict, images: Path, by_url: bool) -> CocoSplit:
+    categories = _by_id(content["categories"], "category")
+    heads = _by_id(content["images"], "image")
+    _by_id(content["annotations"], "annotation")
+    for head in content["images"]:
+        _check_size(head)
+    category_ids = tuple(sorted(categories))
+    label_of = {category: label for label, category in enumerate(category_ids)}
+    found: dict[int, list[dict]] = {image_id: [] for image_id in heads}
+    dropped: Counter[str] = Counter()
+    for annotation in content["annotations"]:
+        reason = _judge(annotation, heads, label_of)
+        if reason:
+            dropped[reason] += 1
+        else:
+            found[annotation["image_id"]].append(annotation)
+    records = [_record(heads[image_id], found[image_id], label_of, images / image_name(heads[image_id], by_url))
+               for image_id in sorted(heads)]
+    ordered = [categories[category] for category in category_ids]
+    names = tuple(str(category["name"]) for category in ordered)
+    return CocoSplit(names, category_ids, records, image_counts(ordered, records), dict(dropped))
 
 
 def _by_id(items: list[dict], kind: str) -> dict[int, dict]:
@@ -160,9 +186,9 @@ def _judge(annotation: dict, heads: dict[int, dict], label_of: dict[int, int]) -
     return ""
 
 
-def _record(head: dict, annotations: list[dict], label_of: dict[int, int], images: Path) -> Record:
+def _record(head: dict, annotations: list[dict], label_of: dict[int, int], path: Path) -> Record:
     boxes = np.array([annotation["bbox"] for annotation in annotations], np.float32).reshape(-1, 4)
     boxes[:, 2:] += boxes[:, :2]
     labels = np.array([label_of[annotation["category_id"]] for annotation in annotations], np.int64)
     outlines = [annotation["segmentation"] for annotation in annotations]
-    return Record(head["id"], images / head["file_name"], head["height"], head["width"], boxes, labels, outlines)
+    return Record(head["id"], path, head["height"], head["width"], boxes, labels, outlines)

@@ -1,34 +1,76 @@
 """One infinite stream of images, from which every step, rank and restart takes its place.
 
-Position p of the stream is an image of epoch p // size, in that epoch's own random order. A step takes the next
-`batch_size` positions and a rank its contiguous share of them, so neither the number of processes, nor the workers,
-nor a restart changes which images a step sees.
+The stream is one epoch after the other, each in its own random order; with repeat factors each also of its own length.
+A step takes the next `batch_size` positions and a rank its contiguous share of them, so neither the number of
+processes, nor the workers, nor a restart changes which images a step sees.
+
+Repeat factors are those of Gupta et al. (LVIS, 1908.03195) as Detectron2's RepeatFactorTrainingSampler takes them: an
+image with factor 2.3 comes twice or, in 30 % of the epochs, three times, rounded anew each epoch.
+Letters: N images, K classes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
 
 class InfiniteSampler:
-    """Position -> index into `size` images; every image once an epoch, shuffled by `seed` and the epoch."""
+    """Position -> index into `size` images, shuffled by `seed` and the epoch.
 
-    def __init__(self, size: int, seed: int) -> None:
+    Every image comes once an epoch, or as often as `repeats` (N,) float, each at least 1, say on average. Then the
+    epochs' ends are counted from the first one on: a millisecond an epoch of 100,000 images, eight bytes each to keep.
+    """
+
+    def __init__(self, size: int, seed: int, repeats: np.ndarray | None = None) -> None:
         if size < 1:
             raise ValueError("there is no image to sample from")
+        if repeats is not None and (repeats.shape != (size,) or repeats.min() < 1):
+            raise ValueError(f"expected a repeat factor of at least 1 for each of {size} images")
         self.size = size
         self.seed = seed
+        self.repeats = repeats
+        self._ends = [0]  # with repeat factors: the position at which each epoch so far starts, and the end of the last
         self._epoch = -1
         self._order = np.arange(0)
 
     def __getitem__(self, position: int) -> int:
-        epoch, place = divmod(position, self.size)
+        epoch, place = self._locate(position)
         if epoch != self._epoch:
             self._epoch = epoch
-            self._order = np.random.default_rng((self.seed, epoch, 1)).permutation(self.size)
+            images = np.arange(self.size)
+            if self.repeats is not None:
+                images = images.repeat(self._counts(epoch))
+            self._order = np.random.default_rng((self.seed, epoch, 1)).permutation(images)
         return int(self._order[place])
+
+    def _locate(self, position: int) -> tuple[int, int]:
+        """The epoch of a position and its place in there."""
+        if self.repeats is None:
+            return divmod(position, self.size)
+        while self._ends[-1] <= position:
+            self._ends.append(self._ends[-1] + int(self._counts(len(self._ends) - 1).sum()))
+        epoch = bisect_right(self._ends, position) - 1
+        return epoch, position - self._ends[epoch]
+
+    def _counts(self, epoch: int) -> np.ndarray:
+        """(N,) how often each image comes in an epoch: its factor, rounded up as often as its fraction says."""
+        whole = np.floor(self.repeats)
+        up = np.random.default_rng((self.seed, epoch, 2)).random(self.size) < self.repeats - whole
+        return whole.astype(np.int64) + up
+
+
+def repeat_factors(labels: Sequence[np.ndarray], threshold: float) -> np.ndarray:
+    """(N,) how often each image comes an epoch on average; labels: the classes (G,) of each image's objects.
+
+    A class in a share f of the images asks for max(1, sqrt(threshold / f)), an image takes the most that is asked.
+    """
+    classes = [np.unique(image) for image in labels]
+    share = np.bincount(np.concatenate(classes)) / len(classes)
+    asked = np.maximum(1.0, np.sqrt(threshold / np.maximum(share, 1e-300)))
+    return np.array([asked[image].max(initial=1.0) for image in classes])
 
 
 def positions(start_step: int, batch_size: int, rank: int = 0, world_size: int = 1) -> Iterator[list[int]]:

@@ -1,7 +1,8 @@
 """One affine an image: drawn once, it moves the outlines as points and the pixels by one resize and crop.
 
 Large-scale jitter (Ghiasi et al. 2021) as Detectron2 does it (ResizeScale, FixedSizeCrop): order, rounding and the
-one random number for both crop offsets are its. The axes may be exchanged first; colours are changed last.
+one random number for both crop offsets are its. mmdet draws the offsets apart and resizes without antialiasing: both
+can be chosen. The axes may be exchanged first; colours are changed last.
 Letters: G objects, E edges, S side of the square canvas. Sizes are (height, width).
 """
 
@@ -12,6 +13,8 @@ from dataclasses import dataclass
 import numpy as np
 from einops import rearrange
 from PIL import Image
+
+from vitdet.data.bilinear import resize_bilinear
 
 LUMA = np.array([0.299, 0.587, 0.114])  # ITU-R BT.601, as PIL's grey
 
@@ -40,12 +43,15 @@ class Affine:
         matrix[:, 2] -= self.offset[::-1]
         return matrix
 
-    def pixels(self, image: Image.Image) -> np.ndarray:
-        """What is seen of the RGB image: (h, w, 3) uint8, antialiased bilinear; only that part is ever computed."""
+    def pixels(self, image: Image.Image, antialias: bool = True) -> np.ndarray:
+        """What is seen of the RGB image: (h, w, 3) uint8, bilinear; only that part is ever computed."""
         if self.transpose:
             image = image.transpose(Image.Transpose.TRANSPOSE)
         if self.flip:
             image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        if not antialias:
+            seen = resize_bilinear(np.asarray(image), self.scaled, self.offset, self.size)
+            return np.asarray(change_colors(Image.fromarray(seen), *self.colors))
         (height, width), (top, left) = self.size, self.offset
         y, x = image.height / self.scaled[0], image.width / self.scaled[1]
         box = (left * x, top * y, min((left + width) * x, image.width), min((top + height) * y, image.height))
@@ -70,18 +76,21 @@ def jitter(
     flip: float = 0.5,
     transpose: float = 0.0,
     color_jitter: float = 0.0,
+    diagonal: bool = True,
 ) -> Affine:
     """Draws the affine of an image of size `source`: scale s ~ U(scale_range) to fit a square of s * canvas pixels,
-    crop to the canvas; flip and transpose are probabilities, colour factors lie in 1 +- color_jitter.
+    crop to the canvas; flip and transpose are probabilities, colour factors lie in 1 +- color_jitter. With `diagonal`
+    one number gives both offsets of the crop (detectron2), else each has its own (mmdet).
     """
-    draws = rng.random(7)  # always as many, so that one setting does not shift the others' draws
+    draws = rng.random(8)  # always as many, so that one setting does not shift the others' draws
     transposed = bool(draws[0] < transpose)
     shape = np.array(source[::-1] if transposed else source)
     scale = scale_range[0] + draws[2] * (scale_range[1] - scale_range[0])
     scaled = np.maximum(np.round(shape * (canvas * scale / shape).min()), 1).astype(int)  # round: half to even
-    offset = np.round(draws[3] * np.maximum(scaled - canvas, 0)).astype(int)
+    places = draws[[3, 3]] if diagonal else draws[[3, 7]]
+    offset = np.round(places * np.maximum(scaled - canvas, 0)).astype(int)
     size = np.minimum(scaled, canvas)
-    colors = tuple((1 + color_jitter * (2 * draws[4:] - 1)).tolist())
+    colors = tuple((1 + color_jitter * (2 * draws[4:7] - 1)).tolist())
     return Affine(source, _pair(scaled), _pair(offset), _pair(size), bool(draws[1] < flip), transposed, colors)
 
 
@@ -95,16 +104,18 @@ def fit(source: tuple[int, int], size: int) -> tuple[int, int]:
     return max(int(height + 0.5), 1), max(int(width + 0.5), 1)
 
 
-def resize_longest(image: np.ndarray, size: int) -> np.ndarray:
-    """An image (H, W, 3) uint8 with its longest side made `size` pixels, antialiased bilinear."""
+def resize_longest(image: np.ndarray, size: int, antialias: bool = True) -> np.ndarray:
+    """An image (H, W, 3) uint8 with its longest side made `size` pixels, bilinear as PIL's or, plain, as OpenCV's."""
     height, width = fit(image.shape[:2], size)
+    if not antialias:
+        return resize_bilinear(image, (height, width))
     return np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.BILINEAR))
 
 
-def resize_and_pad(image: np.ndarray, size: int) -> tuple[np.ndarray, tuple[int, int]]:
+def resize_and_pad(image: np.ndarray, size: int, antialias: bool = True) -> tuple[np.ndarray, tuple[int, int]]:
     """The image (H, W, 3) uint8 on a canvas (3, size, size), longest side = canvas; and its size without the padding.
     """
-    resized = resize_longest(image, size)
+    resized = resize_longest(image, size, antialias)
     return pad(resized, size), resized.shape[:2]
 
 

@@ -28,7 +28,7 @@ def write_pictures(detector: nn.Module, data: DataConfig, folder: str | Path, co
     """
     split = read_split(data, data.val_split)
     chosen = [split.records[i] for i in spread(len(split.records), count)]
-    predictor = Predictor(detector, split.class_names, data.image_size)
+    predictor = Predictor(detector, split.class_names, data.image_size, data.antialias)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     was_training = detector.training
