@@ -8,27 +8,32 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from vitdet.config import EvalConfig, ModelConfig
-from vitdet.models import vit, vitae
+from vitdet.config import BackboneConfig, EvalConfig, ModelConfig
+from vitdet.models import swin, vit, vitae, vitaev2
 from vitdet.models.assign import match, match_keeping_best, match_keeping_own
 from vitdet.models.box_head import BoxHead
 from vitdet.models.boxes import MAX_LOG_SCALE
 from vitdet.models.detector import Detector
+from vitdet.models.fpn import FPN
 from vitdet.models.losses import FederatedClassification, SoftmaxClassification
 from vitdet.models.mask_head import MaskHead
 from vitdet.models.pyramid import SimpleFeaturePyramid
 from vitdet.models.roi_heads import RoIHeads
 from vitdet.models.rpn import RPN
+from vitdet.models.swin import Swin
 from vitdet.models.vit import ViT
 from vitdet.models.vitae import ViTAESmall, wide_branch
+from vitdet.models.vitaev2 import ViTAEv2
 
 # model.low_quality -> who learns from which ground truth, in the RPN and in the RoI heads
 MATCHES = {"own": (match_keeping_own, match), "best": (match_keeping_best, match_keeping_best)}
 
 
-def build_backbone(settings: ModelConfig) -> ViT | ViTAESmall:
+def build_backbone(settings: ModelConfig) -> ViT | ViTAESmall | Swin | ViTAEv2:
     """The backbone that the settings name. Raises ValueError for settings that it has not."""
     backbone = settings.backbone
+    if backbone.name in swin.SIZES | vitaev2.SIZES:
+        return _hierarchical(backbone)
     size = (vit.SIZES | vitae.SIZES)[backbone.name]
     plain = {
         **size._asdict(), "global_blocks": size.global_blocks if backbone.global_attention else (),
@@ -45,9 +50,22 @@ def build_backbone(settings: ModelConfig) -> ViT | ViTAESmall:
     return ViT(**plain, patch_size=backbone.patch_size, pos_embed_grid=backbone.pos_embed_grid, branch=branch)
 
 
-def build_pyramid(settings: ModelConfig, backbone: nn.Module) -> SimpleFeaturePyramid:
+def _hierarchical(backbone: BackboneConfig) -> Swin | ViTAEv2:
+    for name in ("residual_blocks", "scaled_rel_pos", "final_norm"):
+        if getattr(backbone, name):
+            raise ValueError(f"model.backbone.{name} is for the plain backbones: {backbone.name} has no such thing")
+    if backbone.name in swin.SIZES:
+        return Swin(**swin.SIZES[backbone.name]._asdict(), window_size=backbone.window_size,
+                    drop_path=backbone.drop_path)
+    return ViTAEv2(**vitaev2.SIZES[backbone.name]._asdict(), window_size=backbone.window_size,
+                   drop_path=backbone.drop_path)
+
+
+def build_pyramid(settings: ModelConfig, backbone: nn.Module) -> SimpleFeaturePyramid | FPN:
     """The pyramid that the settings name, over the map or maps of the backbone."""
     pyramid = settings.pyramid
+    if pyramid.kind == "fpn":
+        return FPN(backbone.out_channels, pyramid.channels, backbone.strides)
     return SimpleFeaturePyramid(
         backbone.out_channels, pyramid.channels, backbone.stride, pyramid.scales,
         halve_channels=pyramid.halve_channels, eps=settings.norm_eps,
