@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tests.parity import backbone, compare_detector, detector, dynamics, resize, unit
+from tests.parity import backbone, compare_detector, detector, dynamics, pipeline, resize, unit
 from tests.parity.report import Report
 
 
@@ -44,6 +44,7 @@ KINDS = (
     Kind("unit.npz", unit.compute, unit.compare),
     Kind("io.npz", resize.compute, resize.compare, lambda config: not config),
     Kind("io.npz", backbone.compute, backbone.compare, says("backbone")),
+    Kind("io.npz", pipeline.compute, pipeline.compare, lists("img_shape")),
     Kind("losses.json", dynamics.compute, dynamics.compare),
 )
 
