@@ -12,7 +12,18 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tests.parity import backbone, compare_detector, detector, dynamics, pipeline, resize, unit
+from tests.parity import (
+    backbone,
+    compare_detector,
+    compare_fork,
+    detector,
+    dynamics,
+    fingerprints,
+    fork_detector,
+    pipeline,
+    resize,
+    unit,
+)
 from tests.parity.report import Report
 
 
@@ -46,6 +57,8 @@ KINDS = (
     Kind("io.npz", backbone.compute, backbone.compare, says("backbone")),
     Kind("io.npz", pipeline.compute, pipeline.compare, lists("img_shape")),
     Kind("losses.json", dynamics.compute, dynamics.compare),
+    Kind("io.npz", fork_detector.compute, compare_fork.compare, says("detector")),
+    Kind("fingerprints.json", fingerprints.compute, fingerprints.compare),
 )
 
 

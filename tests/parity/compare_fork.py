@@ -1,0 +1,98 @@
+"""The stored results of a detector's golden case of ViTAE-Transformer/ViTDet against what `fork_detector` computed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+from pycocotools import mask as rle
+
+from tests.parity.case import load
+from tests.parity.compare_detector import FLIPPED, compare_table
+from tests.parity.fork_detector import INPUTS, Computed
+from tests.parity.report import Report
+
+BOXES, SCORES, LOSSES = 1e-2, 1e-4, 1e-4  # pixels; probabilities; relative. Maps: 1e-4
+# What is read inside of boxes moves as they do, and the reference's own float64 run moves them by 3e-4 pixels.
+LOGITS = 5e-4
+OVERLAP = 0.99
+NOTES = ("kind", "seed", "note", "float64")
+SETTINGS = ("model", "meta")
+
+
+def compare(folder: Path, found: Computed, report: Report) -> None:
+    """Compares every array of io.npz, masks_rle.json, and what config.json says of the results."""
+    stored = load(folder / "io.npz")
+    for name in INPUTS:
+        report.skip(f"io.{name}", "an input: it shows in the results")
+    ours = dict(found.arrays)
+    if "proposals" in stored and stored["proposals"].ndim == 2:
+        theirs = stored.pop("proposals")
+        report.close("io.proposals boxes", ours["proposals"][:, :4], theirs[:, :4], BOXES)
+        report.close("io.proposals scores", ours["proposals"][:, 4:], theirs[:, 4:], SCORES)
+    if "det_mask_logits" in stored:  # of the first detections only
+        ours["det_mask_logits"] = ours["det_mask_logits"][: len(stored["det_mask_logits"])]
+    tolerance = {"det_boxes": BOXES, "det_scores": SCORES, "det_labels": 0.0, "roi_cls_score": LOGITS,
+                 "roi_bbox_pred": LOGITS, "det_mask_logits": LOGITS}
+    if not ours.keys() & stored.keys():
+        report.out("io", "it holds no stored result")
+    compare_table("io", stored, ours, tolerance, report)
+    if (folder / "masks_rle.json").exists():
+        compare_masks(json.loads((folder / "masks_rle.json").read_text()), found, report)
+    else:
+        report.skip("masks_rle.json", "this case does not hold the file")
+    compare_config(json.loads((folder / "config.json").read_text()), found, report)
+
+
+def compare_masks(stored: list[dict], found: Computed, report: Report) -> None:
+    """masks_rle.json: a mask of the original image's size a detection, in their order."""
+    bitmaps = found.bitmaps.numpy()
+    if len(stored) != len(bitmaps):
+        report.out("masks_rle", f"{len(bitmaps)} masks, expected {len(stored)}")
+        return
+    overlaps = []
+    for ours, code in zip(bitmaps, stored, strict=True):
+        theirs = rle.decode(code).astype(bool)
+        same = theirs.shape == ours.shape
+        overlaps.append(1 - max((ours != theirs).sum() - FLIPPED, 0) / max((ours | theirs).sum(), 1) if same else 0.0)
+    report.at_least(f"masks_rle (IoU but for {FLIPPED} pixels)", min(overlaps, default=1.0), OVERLAP)
+    for name in sorted({name for code in stored for name in code} - {"size", "counts"}):
+        report.out(f"masks_rle.{name}", "not compared: this check does not know the quantity")
+
+
+def compare_config(config: Mapping, found: Computed, report: Report) -> None:
+    """config.json holds settings, and results: counts, ranges, areas and the training losses."""
+    labels, scores = found.arrays["det_labels"].numpy(), found.arrays["det_scores"].numpy()
+    areas = found.bitmaps.flatten(1).sum(dim=1)
+    said = {
+        "n_det": (len(labels), 0.0, 0.0), "n_proposals": (len(found.arrays["proposals"]), 0.0, 0.0),
+        "labels_hist": (np.bincount(labels, minlength=found.num_classes), 0.0, 0.0),
+        "score_range": (np.array([scores.min(initial=1.0), scores.max(initial=0.0)]), SCORES, 0.0),
+        "mask_areas": (areas, FLIPPED, 1 - OVERLAP), "losses_total": (found.losses["total"], 0.0, LOSSES),
+    }
+    for name, value in config.items():
+        if name in said:
+            ours, absolute, relative = said[name]
+            report.close(f"config.{name}", ours, np.array(value), absolute, relative)
+        elif name in NOTES:
+            report.skip(f"config.{name}", "a note")
+        elif name in SETTINGS:
+            report.skip(f"config.{name}", "settings: they show in the results")
+        elif name == "losses":
+            compare_losses(value, found, report)
+        else:
+            report.out(f"config.{name}", "not compared: this check does not know the entry")
+
+
+def compare_losses(stored: Mapping, found: Computed, report: Report) -> None:
+    """The training losses, those of the RPN a level and in all."""
+    for name, theirs in stored.items():
+        if name not in found.losses:
+            report.out(f"config.losses.{name}", "not compared: this check does not know the loss")
+            continue
+        report.close(f"config.losses.{name}", np.array(found.losses[name]), np.array(theirs), 0.0, LOSSES)
+        if isinstance(theirs, list):
+            whole = found.losses.get(f"sum of {name}", np.nan)
+            report.close(f"config.losses.{name} in all", whole, sum(theirs), 0.0, LOSSES)

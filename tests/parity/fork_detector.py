@@ -1,0 +1,158 @@
+"""A detector's golden case of ViTAE-Transformer/ViTDet, a fork of mmdet 2.18: config, weights, image and ground truth
+in, maps, proposals, detections, masks and training losses out.
+
+The stored results are opened by `compare_fork`, after this. Its losses were computed without sampling: `EVERYTHING`
+anchors and boxes are wanted, so all are used.
+Letters: K classes.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from tests.parity.backbone import system_of
+from tests.parity.case import load
+from vitdet.data.masks import paste
+from vitdet.models import losses, mask_head
+from vitdet.models.assign import BACKGROUND, match_keeping_best
+from vitdet.models.box_head import BoxHead
+from vitdet.models.boxes import MAX_LOG_SCALE, encode
+from vitdet.models.detector import Detector
+from vitdet.models.losses import SoftmaxClassification
+from vitdet.models.mask_head import MaskHead
+from vitdet.models.pyramid import SimpleFeaturePyramid
+from vitdet.models.roi_heads import RoIHeads
+from vitdet.models.roi_pool import pool
+from vitdet.models.rpn import RPN, WEIGHTS
+from vitdet.types import Bitmaps, Target
+from vitdet.weights.convert import to_ours
+
+EPS = 1e-5  # of the LNs in neck and heads
+EVERYTHING = 1_000_000
+INPUTS = ("img", "gt_boxes", "gt_labels", "gt_masks")
+
+
+def build(model: dict) -> Detector:
+    """The detector that the `model` of an mmdet config describes."""
+    backbone = system_of(model["backbone"]).build(model["backbone"]).backbone
+    channels, rpn, roi = model["neck"]["out_channels"], model["rpn_head"], model["roi_head"]
+    box, mask, train, test = roi["bbox_head"], roi["mask_head"], model["train_cfg"], model["test_cfg"]
+    pyramid = SimpleFeaturePyramid(backbone.out_channels, channels, backbone.stride, halve_channels=False, eps=EPS)
+    found_by = {"min_log_scale": -MAX_LOG_SCALE, "match": match_keeping_best}
+    stage = BoxHead(channels=channels, num_convs=4, fc_dim=box["fc_out_channels"], num_classes=box["num_classes"],
+                    class_agnostic=box["reg_class_agnostic"], norm="norm_cfg" in box, eps=EPS)
+    return Detector(
+        backbone=backbone, pyramid=pyramid,
+        rpn=RPN(
+            channels=channels, strides=rpn["anchor_generator"]["strides"],
+            anchor_scale=rpn["anchor_generator"]["scales"][0], aspect_ratios=rpn["anchor_generator"]["ratios"],
+            num_convs=rpn["num_convs"], norm="norm_cfg" in rpn, eps=EPS, samples=EVERYTHING, positive_fraction=1.0,
+            iou_low=train["rpn"]["assigner"]["neg_iou_thr"], iou_high=train["rpn"]["assigner"]["pos_iou_thr"],
+            nms_iou=test["rpn"]["nms"]["iou_threshold"], pre_nms_train=train["rpn_proposal"]["nms_pre"],
+            post_nms_train=train["rpn_proposal"]["max_per_img"], pre_nms_test=test["rpn"]["nms_pre"],
+            post_nms_test=test["rpn"]["max_per_img"], divide_by_sampled=True, **found_by,
+        ),
+        roi_heads=RoIHeads(
+            stages=[stage], classification=SoftmaxClassification(box["num_classes"]), strides=pyramid.strides[:4],
+            mask=MaskHead(channels=channels, num_convs=mask["num_convs"], num_classes=mask["num_classes"],
+                          norm="norm_cfg" in mask, eps=EPS),
+            ious=[train["rcnn"]["assigner"]["pos_iou_thr"]], samples=EVERYTHING, positive_fraction=1.0,
+            mask_samples=EVERYTHING, score_threshold=test["rcnn"]["score_thr"],
+            nms_iou=test["rcnn"]["nms"]["iou_threshold"], max_detections=test["rcnn"]["max_per_img"], **found_by,
+        ),
+    )
+
+
+@dataclass
+class Computed:
+    """Arrays by the names of io.npz, the bitmaps (N, H, W) of the detections on the original image, the losses."""
+
+    arrays: dict[str, Tensor]
+    bitmaps: Tensor
+    losses: dict[str, Sequence[float] | float]
+    num_classes: int
+
+
+def compute(folder: Path) -> Computed:
+    """Reads the settings, the weights, the image and the ground truth, and nothing else; runs the case."""
+    config = json.loads((folder / "config.json").read_text())
+    model, meta = config["model"], config["meta"]
+    inputs = {name: torch.from_numpy(array) for name, array in load(folder / "io.npz", INPUTS.__contains__).items()}
+    detector = build(model)
+    weights = {name: torch.from_numpy(array) for name, array in load(folder / "weights.npz").items()}
+    detector.load_state_dict(to_ours(weights, system_of(model["backbone"]).layout(model["backbone"])))
+    detector.mean.zero_()  # the image is stored as the backbone sees it
+    detector.std.fill_(1)
+    sizes = torch.tensor([meta["img_shape"][:2]])
+    target = Target(inputs["gt_boxes"], inputs["gt_labels"], Bitmaps(inputs["gt_masks"].bool()))
+    with torch.no_grad():
+        arrays, bitmaps = run_test(detector.eval(), inputs["img"], sizes, tuple(meta["ori_shape"][:2]))
+        found = run_losses(detector.train(), inputs["img"], sizes, target)
+    return Computed(arrays, bitmaps, found, model["roi_head"]["bbox_head"]["num_classes"])
+
+
+def run_test(
+    detector: Detector, image: Tensor, sizes: Tensor, original: tuple[int, int]
+) -> tuple[dict[str, Tensor], Tensor]:
+    """Every intermediate result of an image (1, 3, S, S), and its detections in pixels of the original (H, W)."""
+    heads, rpn = detector.roi_heads, detector.rpn
+    features = detector.pyramid(detector.backbone(image))
+    found = {f"neck{i}": feature for i, feature in enumerate(features)}
+    for i, (logits, deltas) in enumerate(map(rpn.head, features)):
+        found |= {f"rpn_cls{i}": logits, f"rpn_reg{i}": deltas}
+    (proposals,) = rpn.propose(rpn(features), sizes, rpn.top_test)
+    found["proposals"] = torch.cat([proposals.boxes, proposals.logits.sigmoid()[:, None]], dim=1)
+    logits, deltas = heads.run_stage(0, features, [proposals.boxes])
+    found |= {"roi_cls_score": logits, "roi_bbox_pred": deltas.flatten(1)}
+    (detections,) = detector(image, None, sizes)
+    pooled = pool(features, [detections.boxes], heads.strides, mask_head.BINS, heads.sampling_ratio)
+    found["det_mask_logits"] = heads.mask(pooled, detections.labels)
+    height, width = (one / two for one, two in zip(original, sizes[0].tolist(), strict=True))
+    boxes = detections.boxes * torch.tensor([width, height, width, height])  # empty ones stay, as in mmdet
+    found |= {"det_boxes": boxes, "det_scores": detections.scores, "det_labels": detections.labels}
+    return found, paste(detections.masks, boxes, original)
+
+
+def run_losses(detector: Detector, image: Tensor, sizes: Tensor, target: Target) -> dict[str, Sequence[float] | float]:
+    """The losses by mmdet's names, those of the RPN a level, and the percentage of boxes whose class is found."""
+    heads, rpn = detector.roi_heads, detector.rpn
+    features = detector.pyramid(detector.backbone(image))
+    found = rpn(features)
+    (proposals,) = rpn.propose(found, sizes, rpn.top_train)
+    assigned = heads.sample(proposals.boxes, target)
+    logits, _ = heads.run_stage(0, features, [assigned.boxes])
+    right = logits.argmax(dim=1) == heads.labels(assigned, target)
+    whole = detector(image, [target], sizes)
+    levels = rpn_losses(rpn, [x[0] for x in found.logits], [x[0] for x in found.deltas], found.anchors, target)
+    return {
+        **levels, "loss_cls": float(whole["loss_cls"]), "loss_bbox": float(whole["loss_box_reg"]),
+        "loss_mask": float(whole["loss_mask"]), "acc": 100 * float(right.float().mean()),
+        "sum of loss_rpn_cls": float(whole["loss_rpn_cls"]), "sum of loss_rpn_bbox": float(whole["loss_rpn_loc"]),
+        "total": float(sum(whole.values())),
+    }
+
+
+def rpn_losses(
+    rpn: RPN, logits: Sequence[Tensor], deltas: Sequence[Tensor], anchors: Sequence[Tensor], target: Target
+) -> dict[str, list[float]]:
+    """What each level adds to the losses of one image: logits (N,), deltas (N, 4), anchors (N, 4) a level."""
+    matched, positive, negative = rpn.sample(torch.cat(list(anchors)), target)
+    count = len(positive) + len(negative)
+    used = torch.zeros(len(matched), dtype=torch.bool)
+    used[torch.cat([positive, negative])] = True
+    found: dict[str, list[float]] = {"loss_rpn_cls": [], "loss_rpn_bbox": []}
+    sizes = [len(level) for level in anchors]
+    parts = zip(logits, deltas, anchors, matched.split(sizes), used.split(sizes), strict=True)
+    for level_logits, level_deltas, boxes, truth, chosen in parts:
+        foreground = chosen & (truth > BACKGROUND)
+        wanted = encode(boxes[foreground], target.boxes[truth[foreground]], WEIGHTS)
+        classes = losses.objectness(level_logits[chosen], truth[chosen] > BACKGROUND, count)
+        found["loss_rpn_cls"].append(float(classes))
+        found["loss_rpn_bbox"].append(float(losses.box_l1(level_deltas[foreground], wanted, count)))
+    return found
