@@ -38,9 +38,9 @@ def plain_attention(attention, x):
     return out
 
 
-def random_attention(size, dim=12, heads=3):
-    torch.manual_seed(size)
-    attention = Attention(dim, heads, size)
+def random_attention(size, dim=12, heads=3, scaled=False):
+    torch.manual_seed(0)
+    attention = Attention(dim, heads, size, scaled)
     for parameter in attention.parameters():
         torch.nn.init.normal_(parameter, std=0.5)
     return attention
@@ -53,6 +53,24 @@ def test_equals_the_formula_on_any_grid(size, grid):
     attention = random_attention(size)
     x = torch.randn(2, *grid, 12)
     np.testing.assert_allclose(attention(x).detach().numpy(), plain_attention(attention, x), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("grid", [(3, 5), (5, 4)])
+def test_tables_of_a_grid_that_is_not_square(grid):
+    attention = random_attention((3, 5))
+    assert (len(attention.rel_pos_h), len(attention.rel_pos_w)) == (5, 9)
+    x = torch.randn(1, *grid, 12)
+    np.testing.assert_allclose(attention(x).detach().numpy(), plain_attention(attention, x), rtol=1e-4, atol=1e-5)
+
+
+def test_scaled_positions_are_those_of_smaller_tables():
+    attention = random_attention(3, scaled=True)
+    x = torch.randn(1, 3, 3, 12)
+    found = attention(x).detach().numpy()
+    with torch.no_grad():
+        attention.rel_pos_h *= 4**-0.5  # channels of a head
+        attention.rel_pos_w *= 4**-0.5
+    np.testing.assert_allclose(found, plain_attention(attention, x), rtol=1e-4, atol=1e-5)
 
 
 def test_windows_with_padding_equal_the_formula_with_zero_tokens():

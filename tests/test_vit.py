@@ -4,13 +4,13 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from vitdet.models.vit import SIZES, ConvBottleneck, PatchEmbed, ViT, resize_positions
+from vitdet.models.vit import SIZES, ConvBottleneck, PatchEmbed, ViT, init_linears, resize_positions
 
 
-def small_vit(global_blocks=(1,), depth=2, window_size=2, residual_blocks=(), drop_path=0.0):
+def small_vit(global_blocks=(1,), depth=2, window_size=2, residual_blocks=(), drop_path=0.0, **settings):
     torch.manual_seed(0)
     vit = ViT(dim=16, depth=depth, heads=2, global_blocks=global_blocks, patch_size=4, window_size=window_size,
-              drop_path=drop_path, pos_embed_grid=4, rel_pos_size=16, residual_blocks=residual_blocks)
+              drop_path=drop_path, pos_embed_grid=4, rel_pos_size=16, residual_blocks=residual_blocks, **settings)
     for parameter in vit.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
     return vit
@@ -77,6 +77,47 @@ def test_drop_path_grows_linearly_and_rests_in_evaluation():
 def test_tables_have_the_size_of_a_window_or_of_the_grid():
     vit = small_vit()
     assert [len(block.attn.rel_pos_h) for block in vit.blocks] == [3, 7]
+
+
+def test_tables_of_a_grid_that_is_not_square():
+    vit = ViT(dim=16, depth=1, heads=2, global_blocks=(0,), patch_size=4, pos_embed_grid=(3, 5), rel_pos_size=(12, 20))
+    assert vit.pos_embed.shape == (1, 3, 5, 16)
+    assert (len(vit.blocks[0].attn.rel_pos_h), len(vit.blocks[0].attn.rel_pos_w)) == (5, 9)
+    assert vit(torch.randn(1, 3, 12, 20)).shape == (1, 16, 3, 5)
+
+
+def test_final_norm_comes_after_the_last_block():
+    images, plain, normed = torch.randn(1, 3, 16, 16), small_vit(), small_vit(final_norm=True)
+    weight, bias = normed.norm.weight[:, None, None], normed.norm.bias[:, None, None]
+    tokens = plain(images)
+    wanted = (tokens - tokens.mean(dim=1)) / (tokens.var(dim=1, correction=0) + 1e-6).sqrt() * weight + bias
+    assert torch.allclose(normed(images), wanted, atol=1e-5)
+    assert not any(name.startswith("norm") for name in plain.state_dict())
+
+
+def test_scaled_positions_and_the_width_of_the_mlp_reach_every_block():
+    vit = small_vit(scaled_rel_pos=True, mlp_ratio=2.5)
+    assert all(block.attn.scaled_rel_pos and block.mlp.fc1.out_features == 40 for block in vit.blocks)
+
+
+def test_layers_of_the_layer_wise_decay():
+    vit = small_vit(residual_blocks=(0,), final_norm=True)
+    names = {"pos_embed": 0, "patch_embed.proj.bias": 0, "blocks.0.attn.rel_pos_h": 1, "blocks.1.mlp.fc2.bias": 2,
+             "blocks.0.residual.conv1.norm.weight": 3, "norm.weight": 3}
+    assert {name: vit.layer_of(name) for name in names} == names
+    assert names.keys() <= dict(vit.named_parameters()).keys()
+
+
+def test_no_fresh_weight_is_far_out():
+    """Of 9 million draws with this seed, one would be -2 (100 deviations), were the distribution cut where it is cut
+    in the published code.
+    """
+    torch.manual_seed(1)
+    linear = torch.nn.Linear(3000, 3000)
+    torch.manual_seed(1)
+    init_linears(linear)
+    assert linear.weight.abs().max() < 0.13
+    assert linear.weight.std().item() == pytest.approx(0.02, rel=1e-3)
 
 
 @pytest.mark.parametrize(

@@ -58,7 +58,8 @@ def deep_branch(dim: int, hidden: int, groups: int) -> nn.Sequential:
 class Performer(nn.Module):
     """Attention whose cost is linear in the tokens, and an MLP: (B, N, C) -> (B, N, E), `mixed` added between them.
 
-    exp(q . k) is replaced by phi(q) . phi(k), phi(u) = exp(W u - |u|^2 / 2) / sqrt(M), with W (M, E) fixed at random.
+    phi(q) . phi(k) stands for exp(q . k), phi(u) = exp(W u - |u|^2 / 2) / sqrt(M), with W (M, E) fixed at random. Its
+    rows are orthogonal and sqrt(M) long, as published (an unbiased estimate would need sqrt(E)).
     """
 
     def __init__(self, inputs: int, dim: int) -> None:
