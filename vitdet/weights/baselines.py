@@ -1,16 +1,19 @@
-"""Names of the two hierarchical Mask R-CNNs that the ViTAE papers compare with, and of their pre-training.
+"""Names of the two hierarchical Mask R-CNNs that the ViTAE papers compare with, and of their pre-trained backbones.
 
-SWIN_MMDET: Swin-T as mmdet 2.18 stores it. SWIN: Microsoft's own names (Swin-Transformer, on ImageNet, and
-Swin-Transformer-Object-Detection). VITAEV2: ViTAE-Transformer/ViTAE-Transformer (Image-Classification and
-Object-Detection). Necks and heads have mmdet's names in all three. Classifiers stand without the prefix `backbone.`.
+Swin-T: as mmdet 2.18 has it; as Microsoft has it (Swin-Transformer-Object-Detection), and its ImageNet classifier
+(Swin-Transformer). ViTAEv2-S: ViTAE-Transformer/ViTAE-Transformer, Object-Detection and Image-Classification.
+Necks and heads have mmdet's names in all detectors.
 """
 
 from __future__ import annotations
+
+from collections.abc import Mapping
 
 from einops import rearrange
 from torch import Tensor
 
 from vitdet.weights.mmdet import HEADS
+from vitdet.weights.pretraining import strip
 from vitdet.weights.table import Change, Format, Row
 
 _DETECTOR = (
@@ -19,10 +22,14 @@ _DETECTOR = (
     Row("rpn_head.rpn_conv.{}", "rpn.convs.0.conv.{}"),
     *HEADS,
 )
+_SAVED = ("state_dict", "")
+_CLASSIFIER = ("state_dict_ema", "state_dict", "model", "")
 
 
 def slices_first(tensor: Tensor) -> Tensor:
-    """Each pixel of a 2 x 2 neighbourhood after the other, columns first, (..., 2 2 C), of mmdet's (..., C 2 2)."""
+    """A halving's weights (..., C 2 2) -> (..., 2 2 C): mmdet unfolds a 2 x 2 neighbourhood channel by channel, ours
+    (and Microsoft's) takes its pixels one after the other, columns first.
+    """
     return rearrange(tensor, "... (c h w) -> ... (w h c)", h=2, w=2)
 
 
@@ -31,57 +38,55 @@ def channels_first(tensor: Tensor) -> Tensor:
     return rearrange(tensor, "... (w h c) -> ... (c h w)", h=2, w=2)
 
 
-def _swin(prefix: str, stages: str, proj: str, block: dict[str, str]) -> tuple[Row, ...]:
-    """A stage ends with the halving of its map there; here the next one begins with it."""
+def _swin(stages: str, patches: str, inside: Mapping[str, str]) -> tuple[Row, ...]:
+    """Rows of the backbone: the names of its stages, of its patches' convolution and of a block's parts."""
     return (
-        Row(f"{prefix}patch_embed.{proj}.{{}}", "backbone.patch_embed.proj.{}"),
-        Row(f"{prefix}patch_embed.norm.{{}}", "backbone.patch_embed.norm.{}"),
-        *(Row(f"{prefix}{stages}.{s}.downsample.{{*}}", f"backbone.layers.{s + 1}.downsample.{{*}}") for s in range(3)),
-        *(Row(f"{prefix}{stages}.{{}}.blocks.{{}}.{theirs}", f"backbone.layers.{{}}.blocks.{{}}.{ours}")
-          for theirs, ours in block.items()),
-        *(Row(f"{prefix}norm{s}.{{}}", f"backbone.norms.{s}.{{}}") for s in range(4)),
+        Row(f"backbone.patch_embed.{patches}.{{}}", "backbone.patch_embed.proj.{}"),
+        Row("backbone.patch_embed.norm.{}", "backbone.patch_embed.norm.{}"),
+        # Their stages end with the halving with which the next of ours begins.
+        *(Row(f"backbone.{stages}.{s}.downsample.{{*}}", f"backbone.layers.{s + 1}.downsample.{{*}}")
+          for s in range(3)),
+        *(Row(f"backbone.{stages}.{{}}.blocks.{{}}.{theirs}", f"backbone.layers.{{}}.blocks.{{}}.{ours}")
+          for theirs, ours in inside.items()),
+        *(Row(f"backbone.norm{s}.{{}}", f"backbone.norms.{s}.{{}}") for s in range(4)),
     )
 
 
-_SWIN_BLOCK = {
-    "norm1.{}": "norm1.{}", "norm2.{}": "norm2.{}", "mlp.{*}": "mlp.{*}", "attn.qkv.{}": "attn.qkv.{}",
-    "attn.proj.{}": "attn.proj.{}", "attn.relative_position_bias_table": "attn.relative_position_bias_table",
-}
-_SWIN_MMDET_BLOCK = {
-    "norm1.{}": "norm1.{}", "norm2.{}": "norm2.{}", "ffn.layers.0.0.{}": "mlp.fc1.{}", "ffn.layers.1.{}": "mlp.fc2.{}",
-    "attn.w_msa.qkv.{}": "attn.qkv.{}", "attn.w_msa.proj.{}": "attn.proj.{}",
-    "attn.w_msa.relative_position_bias_table": "attn.relative_position_bias_table",
-}
+def _without_prefix(rows: tuple[Row, ...]) -> tuple[Row, ...]:
+    return tuple(row._replace(theirs=row.theirs.removeprefix("backbone.")) for row in rows)
 
-# In both, relative_position_index and attn_mask are made from the window's size.
+
+_MMDET_BLOCK = {
+    "norm1.{}": "norm1.{}", "norm2.{}": "norm2.{}", "attn.w_msa.{*}": "attn.{*}",
+    "ffn.layers.0.0.{}": "mlp.fc1.{}", "ffn.layers.1.{}": "mlp.fc2.{}",
+}
+_MICROSOFT = _swin("layers", "proj", {"{*}": "{*}"})
+_VITAEV2 = (
+    Row("backbone.layers.{}.RC.PRM.convs.{}.0.{}", "backbone.stages.{}.reduction.prm.{}.{}"),
+    Row("backbone.layers.{}.RC.PCM.{*}", "backbone.stages.{}.reduction.pcm.{*}"),
+    Row("backbone.layers.{}.RC.attn.{*}", "backbone.stages.{}.reduction.{*}"),
+    Row("backbone.layers.{}.NC.{}.PCM.{*}", "backbone.stages.{}.cells.{}.pcm.{*}"),
+    Row("backbone.layers.{}.NC.{}.{*}", "backbone.stages.{}.cells.{}.{*}"),
+)
+
+# Dropped besides the classifiers: what is made from the size of a window.
 SWIN_MMDET = Format(
-    rows=(*_swin("backbone.", "stages", "projection", _SWIN_MMDET_BLOCK), *_DETECTOR),
+    rows=(*_swin("stages", "projection", _MMDET_BLOCK), *_DETECTOR),
     changes={"backbone.layers.{}.downsample.{*}": Change(slices_first, channels_first)},
     dropped=("backbone.stages.{}.blocks.{}.attn.w_msa.relative_position_index",),
+    wrappers=_SAVED,
 )
 SWIN = Format(
-    rows=(*_swin("backbone.", "layers", "proj", _SWIN_BLOCK), *_swin("", "layers", "proj", _SWIN_BLOCK), *_DETECTOR),
-    dropped=(
-        "backbone.layers.{}.blocks.{}.attn.relative_position_index",
-        "layers.{}.blocks.{}.attn.relative_position_index", "layers.{}.blocks.{}.attn_mask",
-        "norm.{}", "head.{}",  # of the classifier
-    ),
+    rows=(*_MICROSOFT, *_DETECTOR),
+    dropped=("backbone.layers.{}.blocks.{}.attn.relative_position_index",),
+    wrappers=_SAVED,
 )
-
-
-def _vitaev2(prefix: str) -> tuple[Row, ...]:
-    reduction, cell = f"{prefix}layers.{{}}.RC", f"{prefix}layers.{{}}.NC.{{}}"
-    ours, our_cell = "backbone.stages.{}.reduction", "backbone.stages.{}.cells.{}"
-    return (
-        Row(f"{reduction}.PRM.convs.{{}}.0.{{}}", f"{ours}.prm.{{}}.{{}}"),
-        Row(f"{reduction}.PCM.{{*}}", f"{ours}.pcm.{{*}}"),
-        Row(f"{reduction}.attn.{{*}}", f"{ours}.{{*}}"),
-        Row(f"{cell}.PCM.{{*}}", f"{our_cell}.pcm.{{*}}"),
-        Row(f"{cell}.{{*}}", f"{our_cell}.{{*}}"),
-    )
-
-
-VITAEV2 = Format(
-    rows=(*_vitaev2("backbone."), *_vitaev2(""), *_DETECTOR),
-    dropped=("head.{}",),  # of the classifier
+SWIN_CLS = Format(
+    rows=_without_prefix(_MICROSOFT),
+    dropped=("layers.{}.blocks.{}.attn.relative_position_index", "layers.{}.blocks.{}.attn_mask", "norm.{}", "head.{}"),
+    before=strip,
+    wrappers=_CLASSIFIER,
+    fresh=("backbone.norms.{}.{}",),  # a classifier has one norm, behind its last map, and of another use
 )
+VITAEV2 = Format(rows=(*_VITAEV2, *_DETECTOR), wrappers=_SAVED)
+VITAEV2_CLS = Format(rows=_without_prefix(_VITAEV2), dropped=("head.{}",), before=strip, wrappers=_CLASSIFIER)

@@ -88,4 +88,6 @@ DETECTRON2 = Format(
         "pixel_mean", "pixel_std", "proposal_generator.anchor_generator.cell_anchors.{}",
     ),
     after=_repeat_odds,
+    wrappers=("model", ""),
+    scaled=False,
 )

@@ -123,6 +123,8 @@ def mmdet(grid: tuple[int, int] | None = None, wide: Sequence[int] = (), split: 
         changes={"backbone.pos_embed": Change(partial(to_grid, grid=grid), to_tokens), **cuts},
         before=join_bias,
         after=partial(split_bias, stems=[f"backbone.blocks.{i}" for i in split]),
+        wrappers=("state_dict", ""),
+        scaled=True,
     )
 
 

@@ -8,7 +8,7 @@ that no row knows is an error, in both directions.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import cache
 from typing import NamedTuple
 
@@ -47,6 +47,12 @@ class Format(NamedTuple):
     dropped: tuple[str, ...] = ()  # their names that have no place in our models
     before: Callable[[Weights], Weights] = same  # on their names, ahead of the rows
     after: Callable[[Weights], Weights] = same  # its inverse, on the way back
+    wrappers: tuple[str, ...] = ("",)  # where a file keeps the weights, the first that it has; '': at the top
+    # Declared differences of a pre-trained backbone, by our names: what it lacks and starts afresh, and what it may
+    # have without a place. A whole detector has none.
+    fresh: tuple[str, ...] = ()
+    spare: tuple[str, ...] = ()
+    scaled: bool | None = None  # whether relative positions meet the scaled query; None: it has none, or says so itself
 
 
 def to_ours(weights: Weights, layout: Format) -> dict[str, Tensor]:
@@ -57,7 +63,7 @@ def to_ours(weights: Weights, layout: Format) -> dict[str, Tensor]:
     ours: dict[str, Tensor] = {}
     unknown = []
     for name, tensor in layout.before(weights).items():
-        if any(pattern(one).fullmatch(name) for one in layout.dropped):
+        if known(name, layout.dropped):
             continue
         renamed = rename(name, layout)
         if renamed is None:
@@ -103,6 +109,11 @@ def fill(name: str, source: str, target: str) -> str | None:
         return None
     pieces = iter(found.groups())
     return re.sub(r"\{\*?\}", lambda _: next(pieces), target)
+
+
+def known(name: str, patterns: Iterable[str]) -> bool:
+    """Whether one of the patterns fits the name."""
+    return any(pattern(one).fullmatch(name) for one in patterns)
 
 
 @cache

@@ -1,0 +1,145 @@
+"""Weights of a file into a detector: exactly, or with a declared set of names that stay fresh.
+
+A pre-trained backbone fills the backbone. A whole detector fills everything; if it knows other classes, all but the
+layers whose rows are classes. Positions and patches of another size are resized.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from vitdet.weights.convert import FORMATS
+from vitdet.weights.resize import RELATIVE, rescale_relative_positions, resize
+from vitdet.weights.table import Format, known, to_ours
+from vitdet.weights.unpickle import metadata, read_file, state_of
+
+_LOGITS = "roi_heads.stages.0.logits.weight"
+_ODDS = "roi_heads.classification.class_weights"
+_DETECTOR = ("rpn.", "roi_heads.", "pyramid.")
+
+
+@dataclass(frozen=True)
+class Source:
+    """The weights of a file under our names, and what it says of them."""
+
+    weights: dict[str, Tensor]
+    layout: Format  # whose declared differences hold
+    scaled: bool | None  # whether its relative positions meet the scaled query; None: it does not say
+    class_names: tuple[str, ...] = ()  # none: it does not say
+
+    @property
+    def whole(self) -> bool:
+        """Whether it is a detector and not a backbone alone."""
+        return any(name.startswith(_DETECTOR) for name in self.weights)
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """What a load left: the names that keep their fresh values, and a line on each thing that a user should know."""
+
+    fresh: list[str]
+    notes: list[str]
+
+
+def read_source(path: Path, layout: str) -> Source:
+    """Reads a file of a named layout (`FORMATS`). Raises ValueError or FileNotFoundError with one line."""
+    table, content = FORMATS[layout], read_file(path)
+    try:
+        weights = to_ours(state_of(content, table.wrappers, path), table)
+    except ValueError as error:
+        prefix = "" if str(error).startswith(str(path)) else f"{path}, read as {layout}: "
+        raise ValueError(f"{prefix}{error}") from error
+    if layout != "vitdet":
+        return Source(weights, table, table.scaled)
+    said = metadata(path)
+    if said.get("layout") in FORMATS:  # converted before: what the original may lack, this may
+        scaled = {"true": True, "false": False}.get(said.get("scaled_rel_pos", ""))
+        return Source(weights, FORMATS[said["layout"]], scaled)
+    config = content.get("config")
+    scaled = config["model"]["backbone"].get("scaled_rel_pos", False) if isinstance(config, dict) else None
+    return Source(weights, table, scaled, tuple(content.get("class_names", ())))
+
+
+def load_pretrained(detector: nn.Module, path: str | Path, layout: str = "vitdet",
+                    class_names: Sequence[str] = ()) -> Loaded:
+    """Loads the weights of a file; `class_names` are the classes that the detector is to find.
+
+    Every tensor must have a place of its shape, or one that it can be resized to, and every place of the backbone, or
+    of the detector if the file holds one, must be filled, but for what the layout declares and for classes that
+    differ; else ValueError with the names, and nothing is loaded.
+    """
+    path = Path(path)
+    source, own = read_source(path, layout), detector.state_dict()
+    weights, notes = source.weights, []
+    wanted = next((part.scaled_rel_pos for part in detector.modules() if hasattr(part, "scaled_rel_pos")), None)
+    if None not in (source.scaled, wanted) and source.scaled != wanted and any(map(RELATIVE.fullmatch, weights)):
+        weights = rescale_relative_positions(weights, source.scaled, wanted)
+        notes.append("relative positions: rescaled for "
+                     f"{'the scaled' if wanted else 'the unscaled'} query that this model has them meet")
+    afresh = _other_classes(weights, own, source.class_names, tuple(class_names)) if source.whole else {}
+    notes += [f"{name}: starts afresh ({why})" for name, why in afresh.items()]
+    weights, lines = _fit({name: tensor for name, tensor in weights.items() if name not in afresh}, own, source,
+                          set(afresh), path)
+    with torch.no_grad():
+        for name, tensor in weights.items():
+            own[name].copy_(tensor)
+    return Loaded([name for name in own if name not in weights], [*notes, *lines])
+
+
+def _other_classes(weights: dict[str, Tensor], own: dict[str, Tensor], theirs: tuple[str, ...],
+                   ours: tuple[str, ...]) -> dict[str, str]:
+    """The layers of either detector that belong to classes and are not taken over, with the reason."""
+    if _LOGITS not in weights or _LOGITS not in own:
+        return {}
+    there, here = len(weights[_LOGITS]) - 1, len(own[_LOGITS]) - 1
+    layers = class_layers(own) | class_layers(weights)
+    if there != here:
+        return dict.fromkeys(sorted(layers), f"{there} classes in the file, {here} here")
+    if theirs and ours and theirs != ours:
+        first = next(pair for pair in zip(theirs, ours, strict=True) if pair[0] != pair[1])
+        return dict.fromkeys(sorted(layers), f"other classes, such as {first[0]!r} in the file and {first[1]!r} here")
+    return {_ODDS: "the loss is another one"} if (_ODDS in own) != (_ODDS in weights) else {}
+
+
+def class_layers(weights: dict[str, Tensor]) -> set[str]:
+    """The names whose rows are classes. The box deltas of a cascade are the same for all."""
+    patterns = ["roi_heads.stages.{}.logits.{}", "roi_heads.mask.logits.{}", _ODDS]
+    if not any(name.startswith("roi_heads.stages.1.") for name in weights):
+        patterns.append("roi_heads.stages.0.deltas.{}")
+    return {name for name in weights if known(name, patterns)}
+
+
+def _fit(weights: dict[str, Tensor], own: dict[str, Tensor], source: Source, afresh: set[str],
+         path: Path) -> tuple[dict[str, Tensor], list[str]]:
+    """The weights with a place, in its shape, and a line for each kind of tensor that was resized."""
+    fitting, surplus, shapes, resized = {}, [], [], {}
+    for name, tensor in weights.items():
+        if name not in own:
+            if source.whole or not known(name, source.layout.spare):
+                surplus.append(name)
+            continue
+        shape = tuple(own[name].shape)
+        fitted = tensor if tuple(tensor.shape) == shape else resize(name, tensor, shape)
+        if fitted is None:
+            shapes.append(f"{name} {tuple(tensor.shape)}, expected {shape}")
+            continue
+        fitting[name] = fitted
+        if fitted is not tensor:
+            resized.setdefault((tuple(tensor.shape), shape), []).append(name)
+    missing = [name for name in own if name not in weights and name not in afresh
+               and (source.whole or name.startswith("backbone.") and not known(name, source.layout.fresh))]
+    if surplus or missing or shapes:
+        raise ValueError(f"{path}: does not fit this {'detector' if source.whole else 'backbone'}: "
+                         f"{_few('no place for', surplus)}{_few('lacks', missing)}"
+                         f"{_few('other shape:', shapes)}".rstrip("; "))
+    return fitting, [f"{names[0]}{f' and {len(names) - 1} more' if names[1:] else ''}: resized from {before} to {after}"
+                     for (before, after), names in resized.items()]
+
+
+def _few(what: str, names: list[str]) -> str:
+    return f"{len(names)} tensors: {what} {', '.join(names[:3])}; " if names else ""

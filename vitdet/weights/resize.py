@@ -1,0 +1,60 @@
+"""Weights for another size of image or patch: tables of positions and patch kernels, told by their shapes.
+
+Letters: C channels, P patch, K tokens an axis.
+"""
+
+from __future__ import annotations
+
+import re
+
+from torch import Tensor
+from torch.nn import functional as F
+
+RELATIVE = re.compile(r"backbone\.blocks\.\d+\.attn\.rel_pos_[hw]")
+
+
+def resize(name: str, tensor: Tensor, shape: tuple[int, ...]) -> Tensor | None:
+    """The tensor (our name) at another shape, or None if only equal shapes will do for it."""
+    if name == "backbone.pos_embed" and tensor.dim() == 4 and tensor.shape[3] == shape[3]:
+        return resize_grid(tensor, (shape[1], shape[2]))
+    if RELATIVE.fullmatch(name) and tensor.dim() == 2 and tensor.shape[1] == shape[1]:
+        return resize_table(tensor, shape[0])
+    if name == "backbone.patch_embed.proj.weight" and tensor.dim() == 4 and tensor.shape[:2] == shape[:2]:
+        return resize_kernel(tensor, shape[2])
+    return None
+
+
+def resize_grid(pos_embed: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Absolute positions (1, h, w, C) -> (1, *grid, C), bicubic without antialiasing, as Detectron2 does in every
+    forward pass and ViTAE-Transformer/ViTDet when it loads a pre-training.
+    """
+    return _bicubic(pos_embed.float().permute(0, 3, 1, 2), grid).permute(0, 2, 3, 1).contiguous()
+
+
+def resize_table(table: Tensor, rows: int) -> Tensor:
+    """Relative positions (2 K - 1, d) -> (rows, d), linear along their length (detectron2: get_rel_pos)."""
+    return F.interpolate(table.float().T[None], size=rows, mode="linear")[0].T.contiguous()
+
+
+def resize_kernel(kernel: Tensor, patch: int) -> Tensor:
+    """Patch embedding (C, 3, P, P) -> (C, 3, patch, patch), bicubic: MAE's ViT-H has patches of 14 pixels, ViTDet's 16.
+
+    The interpolation of the ViTDet paper's authors, as told by R. Hu in facebookresearch/long_seq_mae, issue 2. Their
+    converted file, mae_pretrain_vit_huge_p14to16.pth, comes with no script.
+    """
+    return _bicubic(kernel.float(), (patch, patch))
+
+
+def rescale_relative_positions(weights: dict[str, Tensor], scaled: bool, wanted: bool) -> dict[str, Tensor]:
+    """Weights whose relative positions meet the scaled query (or the unscaled one), for a model that has it otherwise.
+
+    q d^-0.5 . R = q . (d^-0.5 R): the function stays what it is.
+    """
+    if scaled == wanted:
+        return weights
+    return {name: tensor * tensor.shape[1] ** (-0.5 if scaled else 0.5) if RELATIVE.fullmatch(name) else tensor
+            for name, tensor in weights.items()}
+
+
+def _bicubic(maps: Tensor, size: tuple[int, int]) -> Tensor:
+    return F.interpolate(maps, size=size, mode="bicubic", align_corners=False)
