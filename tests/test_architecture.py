@@ -18,7 +18,7 @@ PACKAGE = ROOT / "vitdet"
 SHELL = ("components", "pipeline", "manifests")
 
 # What each part of the package may import of the others, beside itself. Entrances may all.
-ENTRANCES = ("__init__", "__main__", "cli", "verbs")
+ENTRANCES = ("__init__", "__main__", "cli", "verbs", "weights_verbs")
 RECORDS = {"config", "types"}
 MAY_IMPORT = {
     "typed": set(),
@@ -38,7 +38,7 @@ MAY_IMPORT = {
     "evaluation": RECORDS | {"models", "data", "predictor", "distributed", "training.checkpoint"},
     "training": RECORDS | {"models", "data", "weights", "evaluation", "predictor", "distributed", "progress"},
 }
-PRINTING = ("vitdet/cli.py", "vitdet/verbs.py", "pipeline/__main__.py")
+PRINTING = ("vitdet/cli.py", "vitdet/verbs.py", "vitdet/weights_verbs.py", "pipeline/__main__.py")
 # Packages that only some files may import.
 ONLY_IN = {
     "mlflow": ("vitdet/tracking.py", "vitdet/serving.py", "tests/"),
@@ -48,7 +48,7 @@ ONLY_IN = {
     "pycocotools": ("vitdet/data/masks.py", "vitdet/evaluation/", "tests/"),
     "torch.distributed": ("vitdet/distributed.py", "vitdet/training/parallel.py", "tests/"),
     "torch.nn.parallel": ("vitdet/training/parallel.py", "tests/"),
-    "argparse": ("vitdet/cli.py", "vitdet/verbs.py", "pipeline/__main__.py", "scripts/", "tests/"),
+    "argparse": (*PRINTING, "scripts/", "tests/"),
 }
 
 

@@ -1,4 +1,4 @@
-"""The command line: its words and their help. `vitdet.verbs` has what each of them does."""
+"""The command line: its words and their help. `vitdet.verbs` and `vitdet.weights_verbs` have what each does."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from vitdet import verbs
+from vitdet import verbs, weights_verbs
 from vitdet.config import recipes
 
 
@@ -51,18 +51,7 @@ def parser() -> argparse.ArgumentParser:
     kind.add_argument("folder", type=Path)
     kind.set_defaults(run=verbs.run_data_check)
 
-    verb = actions.add_parser("weights", help="initial weights")
-    kinds = verb.add_subparsers(required=True, metavar="KIND")
-    kind = kinds.add_parser("list", help="the weights that have a name")
-    kind.set_defaults(run=verbs.run_weights_list)
-    kind = kinds.add_parser("fetch", help="put a weights file into a folder")
-    kind.add_argument("name", help="a name of the list, or a config file, whose train.init is meant")
-    kind.add_argument("--output", type=Path, required=True, help="the folder")
-    kind.set_defaults(run=verbs.run_weights_fetch)
-    kind = kinds.add_parser("pretrain", help="make mae_vit_tiny: a masked autoencoder on generated pictures, no labels")
-    kind.add_argument("output", type=Path, help="the .safetensors file to write")
-    kind.add_argument("--steps", type=int, default=6000, help="steps of 64 pictures (6000)")
-    kind.set_defaults(run=verbs.run_weights_pretrain)
+    add_weights(actions.add_parser("weights", help="list, fetch and convert published weights"))
 
     verb = actions.add_parser("train", help="train a detector; goes on where an interrupted training stopped")
     verb.add_argument("recipe", help="a recipe's name or a YAML file")
@@ -96,6 +85,40 @@ def parser() -> argparse.ArgumentParser:
     verb.add_argument("--output", type=Path, help="write name and version to this JSON file")
     verb.set_defaults(run=verbs.run_register)
     return root
+
+
+def add_weights(verb: argparse.ArgumentParser) -> None:
+    """The kinds of the verb `weights`."""
+    kinds = verb.add_subparsers(required=True, metavar="KIND")
+    kind = kinds.add_parser("list", help="the published files by name: what, where from, size, checksum, license")
+    kind.add_argument("--json", action="store_true", help="for programs")
+    kind.set_defaults(run=weights_verbs.run_list)
+
+    kind = kinds.add_parser("fetch", help="download a file of the list, verify and convert it", description=(
+        "Downloads a file of the list, verifies it and converts it: a pre-training to FOLDER/NAME.safetensors, for "
+        "train.init, a detector to FOLDER/NAME.pt, for evaluate, predict and train.init. A download that broke off "
+        "goes on where it was. The proxies of http_proxy and https_proxy are used."))
+    kind.add_argument("name", help="a name of the list, or a config file, whose train.init is meant")
+    kind.add_argument("--output", type=Path, metavar="FOLDER",
+                      help="the folder (~/.cache/vitdet, where train.init finds it)")
+    kind.add_argument("--mirror", default="", metavar="URL",
+                      help="take URL/PATH instead, where PATH is the path of the published address without its host")
+    kind.add_argument("--from", type=Path, metavar="FILE", dest="local", help="take this copy of the published file")
+    kind.set_defaults(run=weights_verbs.run_fetch)
+
+    kind = kinds.add_parser("convert", help="rewrite a foreign checkpoint under our names, or ours under theirs")
+    kind.add_argument("source", type=Path, metavar="SRC")
+    kind.add_argument("target", type=Path, metavar="DST",
+                      help=".safetensors: weights; .pt: a detector of --recipe; with --reverse .pkl or .pth")
+    kind.add_argument("--format", required=True, help="whose names the foreign file has: detectron2, mmdet, mae, ...")
+    kind.add_argument("--recipe", help="the model that the weights are for: a recipe's name or a YAML file")
+    kind.add_argument("--reverse", action="store_true", help="from our names to theirs")
+    kind.set_defaults(run=weights_verbs.run_convert)
+
+    kind = kinds.add_parser("pretrain", help="make mae_vit_tiny: a masked autoencoder on generated pictures, no labels")
+    kind.add_argument("output", type=Path, help="the .safetensors file to write")
+    kind.add_argument("--steps", type=int, default=6000, help="steps of 64 pictures (6000)")
+    kind.set_defaults(run=weights_verbs.run_pretrain)
 
 
 def add_set(verb: argparse.ArgumentParser) -> None:

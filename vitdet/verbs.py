@@ -11,7 +11,6 @@ import importlib.util
 import json
 import logging
 import os
-import shutil
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -50,41 +49,6 @@ def run_data_check(given: argparse.Namespace) -> int:
     report = check(given.folder)
     print(*report.lines(), sep="\n")
     return 0 if report.ok else 1
-
-
-def run_weights_list(given: argparse.Namespace) -> int:
-    """vitdet weights list"""
-    from vitdet.weights import CATALOGUE
-
-    for name, what in CATALOGUE.items():
-        print(f"{name:20} {what}")
-    return 0
-
-
-def run_weights_fetch(given: argparse.Namespace) -> int:
-    """vitdet weights fetch"""
-    from vitdet.weights import resolve
-
-    is_config = given.name.endswith((".yaml", ".yml"))
-    name = load_config(given.name).train.init if is_config else given.name
-    source = resolve(name)
-    given.output.mkdir(parents=True, exist_ok=True)
-    if source is None:
-        print("train.init is empty: training starts from random weights")
-        return 0
-    with written(given.output / source.name) as temporary:
-        shutil.copyfile(source, temporary)
-    print(given.output / source.name)
-    return 0
-
-
-def run_weights_pretrain(given: argparse.Namespace) -> int:
-    """vitdet weights pretrain"""
-    from vitdet.training.mae import pretrain
-
-    pretrain("tiny", given.output, steps=given.steps)
-    print(given.output)
-    return 0
 
 
 def run_train(given: argparse.Namespace) -> int:

@@ -1,0 +1,110 @@
+"""A server on this machine that does to a download whatever a test asks for."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+Answer = Callable[["Handler"], None]
+
+
+class Web(ThreadingHTTPServer):
+    """Serves `content` at every path. `plan`: the answers to the next requests; then all is well."""
+
+    daemon_threads = True
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.content, self.tag = b"", '"one"'
+        self.plan: list[Answer] = []
+        self.asked: list[tuple[str, str | None]] = []  # path and Range of each request
+        self.sent = 0  # bytes of bodies
+        self.resting = threading.Event()  # set: those that stall wake up
+        self.lock = threading.Lock()
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_port}"
+
+    def handle_error(self, *_: object) -> None:
+        """A client that was killed is no error here."""
+
+
+class Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    server: Web
+
+    def do_GET(self) -> None:  # noqa: N802 - named by http.server
+        self.close_connection = True
+        with self.server.lock:
+            self.server.asked.append((self.path, self.headers["Range"]))
+            answer = self.server.plan.pop(0) if self.server.plan else file()
+        answer(self)
+
+    def log_message(self, *_: object) -> None:
+        """Quiet."""
+
+    def begin(self, code: int, **headers: object) -> None:
+        self.send_response(code)
+        for name, value in headers.items():
+            self.send_header(name.replace("_", "-"), str(value))
+        self.end_headers()
+
+    def body(self, data: bytes) -> None:
+        for start in range(0, len(data), 1000):
+            self.wfile.write(data[start : start + 1000])
+            self.server.sent += len(data[start : start + 1000])
+        self.wfile.flush()
+
+
+def file(cut: int | None = None, ranges: bool = True, stall: bool = False, length: bool = True, tag: bool = True,
+         shift: int = 0, honest: bool = True, surplus: int = 0, date: str = "") -> Answer:
+    """The file. `cut`: only so many bytes of the body, and then the end, or silence (`stall`). `ranges`: heeds Range.
+    `shift`: the range begins so much later than asked. `honest`: heeds If-Range. `surplus`: announces more than comes.
+    """
+    def answer(to: Handler) -> None:
+        content, start = to.server.content, 0
+        headers: dict[str, object] = {"ETag": to.server.tag} if tag else {}
+        headers |= {"Last_Modified": date} if date else {}
+        known = to.headers["If-Range"] in (to.server.tag, date or None)
+        if ranges and to.headers["Range"] and (known or not honest):
+            start = int(to.headers["Range"].removeprefix("bytes=").removesuffix("-")) + shift
+            if start >= len(content):
+                return status(416)(to)
+            headers["Content_Range"] = f"bytes {start}-{len(content) - 1}/{len(content)}"
+        headers |= {"Content_Length": len(content) - start + surplus} if length else {"Connection": "close"}
+        to.begin(206 if "Content_Range" in headers else 200, **headers)
+        to.body(content[start:][:cut])
+        if stall:
+            to.server.resting.wait(20)
+    return answer
+
+
+def status(code: int, text: bytes = b"no", **headers: object) -> Answer:
+    """Only a status code."""
+    def answer(to: Handler) -> None:
+        to.begin(code, Content_Length=len(text), **headers)
+        to.wfile.write(text)
+    return answer
+
+
+def changed(content: bytes, then: Answer) -> Answer:
+    """Another file lies there from now on."""
+    def answer(to: Handler) -> None:
+        to.server.content, to.server.tag = content, '"two"'
+        then(to)
+    return answer
+
+
+@contextmanager
+def serve() -> Iterator[Web]:
+    """A running server."""
+    with Web() as web:
+        thread = threading.Thread(target=web.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
+        thread.start()
+        yield web
+        web.resting.set()
+        web.shutdown()
+        thread.join()

@@ -1,0 +1,123 @@
+"""A published file into weights under our names: downloaded or given, verified, converted, put in its place.
+
+FOLDER/NAME.safetensors (a detector: .pt) appears whole or not at all. Beside it FOLDER/.NAME.part.SUFFIX holds a
+download that is not complete, or that could not be converted yet; it is locked while a process works on it, so that two
+of them download the file once.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import logging
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path, PurePosixPath
+from typing import BinaryIO
+from urllib.parse import urlsplit
+
+from vitdet.weights.catalogue import Entry, trouble
+from vitdet.weights.download import Patience, Watcher, discard, download, mirrored
+
+Convert = Callable[[Path, Path], None]  # (the published file, the file to write)
+PATIENT = Patience()
+log = logging.getLogger(__name__)
+
+
+def fetch(entry: Entry, folder: Path, convert: Convert, watcher: Watcher, mirror: str = "", local: Path | None = None,
+          patience: Patience = PATIENT) -> Path:
+    """The file of an entry in this folder; nothing is done if it is there.
+
+    `local`: the published file itself, which is then not downloaded. Raises what `download` raises; ValueError for a
+    file that is not the published one, that cannot be converted, or that nobody can download.
+    """
+    target = folder / entry.file
+    if target.is_file():
+        return target
+    if local is None and not entry.downloadable:
+        raise ValueError(f"{entry.name} cannot be downloaded: {trouble(entry)}; {entry.instead}")
+    if local is not None and not local.is_file():
+        raise FileNotFoundError(f"{local}: no such file (--from)")
+    address = mirrored(entry.url, mirror) if mirror else entry.url
+    folder.mkdir(parents=True, exist_ok=True)
+    part = folder / f".{entry.name}.part{PurePosixPath(urlsplit(entry.url).path).suffix}"  # readers go by the suffix
+    with _locked(part):
+        if not target.is_file():  # else another process was faster
+            if local is None:
+                download(address, part, watcher, patience, entry.size)
+            _finish(local or part, target, entry, convert, downloaded=local is None)
+        discard(part)
+    return target
+
+
+def verify(path: Path, entry: Entry) -> None:
+    """Raises ValueError if the size or a published checksum of the file is another."""
+    size = path.stat().st_size
+    if entry.size is not None and size != entry.size:
+        raise ValueError(f"{size:,} bytes, expected {entry.size:,}: not the published {entry.name}")
+    for kind, expected in (("sha256", entry.sha256), ("md5", entry.md5)):
+        if not expected:
+            continue
+        with open(path, "rb") as file:
+            found = hashlib.file_digest(file, lambda kind=kind: hashlib.new(kind, usedforsecurity=False)).hexdigest()
+        if found.startswith(expected):
+            continue
+        text = f"{kind} {found[:len(expected)]}, expected {expected}"
+        if kind == "sha256" or not entry.md5_of_name:
+            raise ValueError(f"{text}: not the published {entry.name}")
+        log.warning("%s: %s by the name of the published file; it may be another one", entry.name, text)
+
+
+def _finish(source: Path, target: Path, entry: Entry, convert: Convert, downloaded: bool) -> None:
+    """Verifies and converts a complete file. A download that proves wrong is not kept for the next time."""
+    verified = False
+    try:
+        verify(source, entry)
+        verified = bool(entry.sha256 or entry.md5 and not entry.md5_of_name)
+        _place(source, target, convert)
+    except ValueError as error:
+        if not downloaded:
+            raise ValueError(f"{source}: {error}") from error
+        if not verified:
+            discard(source)
+        raise ValueError(f"{entry.name}: {error}; the download was {'kept' if verified else 'thrown away'}") from error
+
+
+def _place(source: Path, target: Path, convert: Convert) -> None:
+    """Converts into a temporary file, which then takes its name."""
+    temporary = target.with_name(f".{target.stem}.tmp{target.suffix}")  # of whoever holds the lock
+    try:
+        convert(source, temporary)
+        temporary.replace(target)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Makes the file and locks it, for this process alone; waits while another has it. An empty file does not stay."""
+    while True:
+        with open(path, "ab") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                log.info("%s: another process works on it; waiting", path)
+                fcntl.flock(file, fcntl.LOCK_EX)
+            if not _still(path, file):
+                continue  # the other one was done with it and removed it
+            try:
+                yield
+            finally:
+                if path.exists() and not path.stat().st_size:
+                    discard(path)
+                    path.unlink()
+            return
+
+
+def _still(path: Path, file: BinaryIO) -> bool:
+    """Whether the open file is the one of this name."""
+    try:
+        return os.path.samestat(path.stat(), os.fstat(file.fileno()))
+    except FileNotFoundError:
+        return False

@@ -1,0 +1,191 @@
+"""What the verbs of `vitdet weights` do, and how a person sees a download. See `vitdet.verbs`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import shutil
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, TextIO
+
+from vitdet.config import load_config
+from vitdet.progress import clock
+from vitdet.verbs import written
+
+if TYPE_CHECKING:
+    from vitdet.weights.catalogue import Entry
+
+log = logging.getLogger(__name__)
+
+
+def run_list(given: argparse.Namespace) -> int:
+    """vitdet weights list"""
+    from vitdet.weights.catalogue import CATALOGUE, cache_folder
+
+    if given.json:
+        print(json.dumps([as_dict(entry) for entry in CATALOGUE.values()], indent=1))
+        return 0
+    for title, kind in (("Pre-trainings, for train.init", False), ("Detectors", True)):
+        print(f"{title}\n")
+        for entry in CATALOGUE.values():
+            if bool(entry.recipe) == kind:
+                print(*lines(entry), sep="\n", end="\n\n")
+    print(f"vitdet weights fetch NAME converts a file and puts it into {cache_folder()} (--output: elsewhere).")
+    return 0
+
+
+def as_dict(entry: Entry) -> dict:
+    """All that is known of a file, for programs; what is not published is null."""
+    from vitdet.weights.catalogue import NOT_PUBLISHED
+
+    known = {key: None if value in ("", NOT_PUBLISHED) else value for key, value in asdict(entry).items()}
+    return {**known, "fetched": is_here(entry)}
+
+
+def lines(entry: Entry) -> Iterator[str]:
+    """A file in three lines: what, where from, what is known of its bytes."""
+    from vitdet.weights.catalogue import NOT_PUBLISHED
+
+    ap = f": box/mask AP {entry.ap[0]}/{entry.ap[1]}" if entry.ap else ""
+    yield f"  {entry.name:32} {entry.what}{ap}{'  [here]' if is_here(entry) else ''}"
+    remarks = {"page": " (a page, for a browser)", "dead": " (dead link)", "none": NOT_PUBLISHED,
+               "packaged": "ships with vitdet"}
+    yield f"      from {entry.url}{remarks.get(entry.state, '')}"
+    if entry.state == "packaged":
+        yield f"      license {entry.license}"
+        return
+    size = f"{entry.size:,} bytes" if entry.size else NOT_PUBLISHED
+    sha256 = f"{entry.sha256}{'...' if len(entry.sha256) < 64 else ''}" if entry.sha256 else NOT_PUBLISHED
+    md5 = f" | md5 {entry.md5}...{' by its name' if entry.md5_of_name else ''}" if entry.md5 else ""
+    yield f"      size {size} | sha256 {sha256}{md5} | license {entry.license}"
+
+
+def is_here(entry: Entry) -> bool:
+    """Whether the file ships with the package or lies in the cache."""
+    from vitdet.weights.catalogue import fetched
+
+    try:
+        fetched(entry.name)
+    except FileNotFoundError:
+        return False
+    return True
+
+
+def run_fetch(given: argparse.Namespace) -> int:
+    """vitdet weights fetch"""
+    from vitdet.weights.catalogue import find
+
+    is_config = given.name.endswith((".yaml", ".yml"))
+    name = load_config(given.name).train.init if is_config else given.name
+    if not name:
+        if given.output:
+            given.output.mkdir(parents=True, exist_ok=True)  # a stage of a pipeline has to leave something
+        print("train.init is empty: training starts from random weights")
+    elif Path(name).suffix:
+        print(own_file(Path(name), given.output))
+    else:
+        print(published_file(find(name), given))
+    return 0
+
+
+def own_file(source: Path, folder: Path | None) -> Path:
+    """A file of the user's: copied, if a folder is given."""
+    if not source.is_file():
+        raise FileNotFoundError(f"{source}: no such weights file")
+    return copied(source, folder) if folder else source
+
+
+def published_file(entry: Entry, given: argparse.Namespace) -> Path:
+    """A file of the list; one that the cache has is not fetched again for another folder."""
+    from vitdet.weights.catalogue import cache_folder, fetched
+    from vitdet.weights.fetch import fetch
+
+    def convert(source: Path, target: Path) -> None:
+        from vitdet.training.convert import convert_file
+
+        for line in convert_file(source, target, entry.format, entry.recipe or None):
+            log.info(line)
+
+    if is_here(entry) and not given.local:
+        return copied(fetched(entry.name), given.output) if given.output else fetched(entry.name)
+    return fetch(entry, given.output or cache_folder(), convert, Bar(entry.name), given.mirror, given.local)
+
+
+def copied(source: Path, folder: Path) -> Path:
+    """A copy in the folder, all or nothing."""
+    folder.mkdir(parents=True, exist_ok=True)
+    target = folder / source.name
+    with written(target) as temporary:
+        shutil.copyfile(source, temporary)
+    return target
+
+
+def run_convert(given: argparse.Namespace) -> int:
+    """vitdet weights convert"""
+    from vitdet.training.convert import convert_file
+
+    for line in convert_file(given.source, given.target, given.format, given.recipe, given.reverse):
+        log.info(line)
+    print(given.target)
+    return 0
+
+
+def run_pretrain(given: argparse.Namespace) -> int:
+    """vitdet weights pretrain"""
+    from vitdet.training.mae import pretrain
+
+    pretrain("tiny", given.output, steps=given.steps)
+    print(given.output)
+    return 0
+
+
+class Bar:
+    """A download for the eye: one changing line on a terminal, a line each tenth of the file in a log."""
+
+    WIDTH = 24  # characters
+
+    def __init__(self, name: str, stream: TextIO | None = None) -> None:
+        self.name, self.stream = name, stream or sys.stderr
+        self.first: tuple[float, int] | None = None  # when this attempt began, and with how many bytes
+        self.shown = (0.0, -1)  # when the last line was shown, and its tenth
+
+    def at(self, done: int, total: int | None) -> None:
+        """So many bytes of so many are here."""
+        now = time.monotonic()
+        if self.first is None:
+            self.first = (now, done)
+        terminal, whole = self.stream.isatty(), done == total
+        part = 10 * done // total if total else done // 100_000_000
+        if whole or (now - self.shown[0] >= 0.1 if terminal else part != self.shown[1]):
+            self.shown = (now, part)
+            text = self.text(done, total, now)
+            if terminal:  # a line that the terminal breaks could not be taken back
+                text = f"\r\x1b[2K{text[: shutil.get_terminal_size().columns - 1]}"
+            self.write(text if terminal else f"{text}\n")
+
+    def text(self, done: int, total: int | None, now: float) -> str:
+        """mae_vit_b  [######------]  50 %  171.6 of 343.2 MB  12.0 MB/s  0:14 left"""
+        begin, had = self.first or (now, done)
+        speed = (done - had) / max(now - begin, 1e-3)
+        if not total:
+            return f"{self.name}  {done / 1e6:.1f} MB  {speed / 1e6:.1f} MB/s"
+        filled = self.WIDTH * done // total
+        text = (f"{self.name}  [{'#' * filled}{'-' * (self.WIDTH - filled)}]  {100 * done // total} %  "
+                f"{done / 1e6:.1f} of {total / 1e6:.1f} MB")
+        return text + (f"  {speed / 1e6:.1f} MB/s  {clock((total - done) / speed)} left" if speed else "")
+
+    def end(self) -> None:
+        """No more bytes come from this attempt: the changing line ends."""
+        if self.first and self.stream.isatty():
+            self.write("\n")
+        self.first, self.shown = None, (0.0, -1)
+
+    def write(self, text: str) -> None:
+        """At once."""
+        self.stream.write(text)
+        self.stream.flush()
