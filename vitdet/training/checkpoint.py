@@ -38,7 +38,7 @@ def save(path: Path, content: dict) -> None:
         # torch hides the system's own error behind one of its archive
         cause = error.__context__ if isinstance(error.__context__, OSError) else error
         raise OSError(f"{path}: could not be written ({_first_line(cause)}); free some space and run the same command "
-                      "again, it goes on from the last whole checkpoint") from error
+                      "again") from error
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -70,16 +70,21 @@ def load_model_file(path: str | Path) -> dict:
     return load(Path(path), FORMAT)
 
 
-def restore_detector(path: str | Path) -> tuple[Detector, Config, tuple[str, ...]]:
-    """The detector of a checkpoint (on the CPU, in evaluation mode), its config and its class names."""
+def read_detector_file(path: str | Path) -> tuple[dict[str, Tensor], Config, tuple[str, ...]]:
+    """The weights of a finished detector, its config and its class names; raises as `load` does."""
     content = load_model_file(path)
     try:
-        config = from_dict(content["config"])
-    except ValueError as error:
+        return content["model"], from_dict(content["config"]), tuple(content["class_names"])
+    except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path}: its config is not one of this version: {error}") from error
+
+
+def restore_detector(path: str | Path) -> tuple[Detector, Config, tuple[str, ...]]:
+    """The detector of a checkpoint (on the CPU, in evaluation mode), its config and its class names."""
+    weights, config, names = read_detector_file(path)
     detector = build_detector(config.model, config.evaluate)
-    load_weights(detector, content["model"], path)
-    return detector.eval(), config, tuple(content["class_names"])
+    load_weights(detector, weights, path)
+    return detector.eval(), config, names
 
 
 def load_weights(detector: nn.Module, weights: dict[str, Tensor], path: str | Path) -> None:

@@ -62,7 +62,10 @@ DETECTRON2 = Format(
     rows=(
         Row("backbone.net.blocks.{}.residual.conv{}.weight", "backbone.blocks.{}.residual.conv{}.conv.weight"),
         Row("backbone.net.blocks.{}.residual.norm{}.{}", "backbone.blocks.{}.residual.conv{}.norm.{}"),
-        Row("backbone.net.{*}", "backbone.{*}"),
+        *(Row(f"backbone.net.blocks.{{}}.{part}.{{*}}", f"backbone.blocks.{{}}.{part}.{{*}}")
+          for part in ("norm1", "attn", "norm2", "mlp")),
+        Row("backbone.net.patch_embed.{*}", "backbone.patch_embed.{*}"),
+        Row("backbone.net.pos_embed", "backbone.pos_embed"),
         *_PYRAMID,
         Row("proposal_generator.rpn_head.conv.conv{}.{}", "rpn.convs.{}.conv.{}"),
         Row("proposal_generator.rpn_head.objectness_logits.{}", "rpn.objectness.{}"),

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from vitdet.weights.convert import FORMATS
 from vitdet.weights.resize import RELATIVE, rescale_relative_positions, resize
-from vitdet.weights.table import Format, known, to_ours
+from vitdet.weights.table import known, to_ours
 from vitdet.weights.unpickle import metadata, read_file, state_of
 
 _LOGITS = "roi_heads.stages.0.logits.weight"
@@ -28,7 +28,7 @@ class Source:
     """The weights of a file under our names, and what it says of them."""
 
     weights: dict[str, Tensor]
-    layout: Format  # whose declared differences hold
+    layout: str  # whose declared differences hold
     scaled: bool | None  # whether its relative positions meet the scaled query; None: it does not say
     class_names: tuple[str, ...] = ()  # none: it does not say
 
@@ -54,15 +54,27 @@ def read_source(path: Path, layout: str) -> Source:
     except ValueError as error:
         prefix = "" if str(error).startswith(str(path)) else f"{path}, read as {layout}: "
         raise ValueError(f"{prefix}{error}") from error
-    if layout != "vitdet":
-        return Source(weights, table, table.scaled)
     said = metadata(path)
     if said.get("layout") in FORMATS:  # converted before: what the original may lack, this may
         scaled = {"true": True, "false": False}.get(said.get("scaled_rel_pos", ""))
-        return Source(weights, FORMATS[said["layout"]], scaled)
-    config = content.get("config")
-    scaled = config["model"]["backbone"].get("scaled_rel_pos", False) if isinstance(config, dict) else None
-    return Source(weights, table, scaled, tuple(content.get("class_names", ())))
+        return Source(weights, said["layout"], scaled)
+    return Source(weights, layout, _scaled(content) if layout == "vitdet" else table.scaled, _class_names(content))
+
+
+def _scaled(content: dict) -> bool | None:
+    """What a checkpoint of ours says of its relative positions."""
+    try:
+        return bool(content["config"]["model"]["backbone"]["scaled_rel_pos"])
+    except (KeyError, TypeError):
+        return None
+
+
+def _class_names(content: dict) -> tuple[str, ...]:
+    """The classes, where a checkpoint of ours or of mmdet says them."""
+    meta = content.get("meta")
+    names = content.get("class_names") or (meta.get("CLASSES") if isinstance(meta, dict) else None)
+    plain = isinstance(names, list | tuple) and all(isinstance(name, str) for name in names)
+    return tuple(names) if plain else ()
 
 
 def load_pretrained(detector: nn.Module, path: str | Path, layout: str = "vitdet",
@@ -73,9 +85,20 @@ def load_pretrained(detector: nn.Module, path: str | Path, layout: str = "vitdet
     of the detector if the file holds one, must be filled, but for what the layout declares and for classes that
     differ; else ValueError with the names, and nothing is loaded.
     """
-    path = Path(path)
-    source, own = read_source(path, layout), detector.state_dict()
-    weights, notes = source.weights, []
+    path, own = Path(path), detector.state_dict()
+    weights, notes = fitted(read_source(path, layout), detector, path, class_names)
+    with torch.no_grad():
+        for name, tensor in weights.items():
+            own[name].copy_(tensor)
+    return Loaded([name for name in own if name not in weights], notes)
+
+
+def fitted(source: Source, detector: nn.Module, path: Path,
+           class_names: Sequence[str] = ()) -> tuple[dict[str, Tensor], list[str]]:
+    """The weights that `load_pretrained` puts into a detector, which may be one of shapes alone (device meta), and a
+    line on each change and each layer of classes that they leave out. Raises ValueError as there.
+    """
+    weights, own, notes = source.weights, detector.state_dict(), []
     wanted = next((part.scaled_rel_pos for part in detector.modules() if hasattr(part, "scaled_rel_pos")), None)
     if None not in (source.scaled, wanted) and source.scaled != wanted and any(map(RELATIVE.fullmatch, weights)):
         weights = rescale_relative_positions(weights, source.scaled, wanted)
@@ -85,10 +108,7 @@ def load_pretrained(detector: nn.Module, path: str | Path, layout: str = "vitdet
     notes += [f"{name}: starts afresh ({why})" for name, why in afresh.items()]
     weights, lines = _fit({name: tensor for name, tensor in weights.items() if name not in afresh}, own, source,
                           set(afresh), path)
-    with torch.no_grad():
-        for name, tensor in weights.items():
-            own[name].copy_(tensor)
-    return Loaded([name for name in own if name not in weights], [*notes, *lines])
+    return weights, [*notes, *lines]
 
 
 def _other_classes(weights: dict[str, Tensor], own: dict[str, Tensor], theirs: tuple[str, ...],
@@ -117,10 +137,11 @@ def class_layers(weights: dict[str, Tensor]) -> set[str]:
 def _fit(weights: dict[str, Tensor], own: dict[str, Tensor], source: Source, afresh: set[str],
          path: Path) -> tuple[dict[str, Tensor], list[str]]:
     """The weights with a place, in its shape, and a line for each kind of tensor that was resized."""
+    layout = FORMATS[source.layout]
     fitting, surplus, shapes, resized = {}, [], [], {}
     for name, tensor in weights.items():
         if name not in own:
-            if source.whole or not known(name, source.layout.spare):
+            if source.whole or not known(name, layout.spare):
                 surplus.append(name)
             continue
         shape = tuple(own[name].shape)
@@ -132,7 +153,7 @@ def _fit(weights: dict[str, Tensor], own: dict[str, Tensor], source: Source, afr
         if fitted is not tensor:
             resized.setdefault((tuple(tensor.shape), shape), []).append(name)
     missing = [name for name in own if name not in weights and name not in afresh
-               and (source.whole or name.startswith("backbone.") and not known(name, source.layout.fresh))]
+               and (source.whole or name.startswith("backbone.") and not known(name, layout.fresh))]
     if surplus or missing or shapes:
         raise ValueError(f"{path}: does not fit this {'detector' if source.whole else 'backbone'}: "
                          f"{_few('no place for', surplus)}{_few('lacks', missing)}"

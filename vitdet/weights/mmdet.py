@@ -39,6 +39,8 @@ def join_bias(weights: Weights) -> dict[str, Tensor]:
         if part == "q_bias":
             if f"{stem}.v_bias" not in weights:
                 raise ValueError(f"{name} without {stem}.v_bias")
+            if f"{stem}.qkv.bias" in weights:
+                raise ValueError(f"both {name} and {stem}.qkv.bias")
             joined[f"{stem}.qkv.bias"] = torch.cat([tensor, torch.zeros_like(tensor), weights[f"{stem}.v_bias"]])
         elif part == "v_bias" and f"{stem}.q_bias" not in weights:
             raise ValueError(f"{name} without {stem}.q_bias")

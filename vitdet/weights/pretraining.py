@@ -29,6 +29,8 @@ def strip(weights: Weights) -> dict[str, Tensor]:
     other parts are left out.
     """
     plain = {name.removeprefix("module."): tensor for name, tensor in weights.items()}
+    if len(plain) < len(weights):
+        raise ValueError("the same names with and without module.")
     inside = {name.removeprefix("encoder."): tensor for name, tensor in plain.items() if name.startswith("encoder.")}
     return join_bias(inside or plain)
 
