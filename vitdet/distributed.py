@@ -6,7 +6,7 @@ The environment that torchrun sets decides; this is the only place that reads it
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import TypeVar
 
@@ -51,6 +51,13 @@ def mean(values: Tensor) -> Tensor:
     values = values.clone()
     dist.all_reduce(values)
     return values / world_size()
+
+
+def broadcast(tensors: Iterable[Tensor]) -> None:
+    """Overwrites the tensors of all processes with those of the first one."""
+    if world_size() > 1:
+        for tensor in tensors:
+            dist.broadcast(tensor, 0)
 
 
 def any_of(flag: bool, device: torch.device) -> bool:

@@ -76,14 +76,16 @@ def set_lr(optimizer: torch.optim.Optimizer, step: int, settings: OptimConfig) -
 
 
 class WeightAverage:
-    """Exponential moving average of a model's weights (Polyak; 0 decay: the weights themselves).
+    """Exponential moving average of a model's weights (Polyak; 0 decay: the weights themselves) and of the BatchNorms'
+    statistics, which must fit them.
 
     The decay grows from 0 so that the first steps do not weigh on the average.
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:
         self.decay = decay
-        self.source = dict(model.named_parameters())
+        statistics = {name: b for name, b in model.named_buffers() if name.endswith((".running_mean", ".running_var"))}
+        self.source = {**dict(model.named_parameters()), **statistics}
         self.weights = {name: p.detach().clone() for name, p in self.source.items()} if decay > 0 else {}
 
     @torch.no_grad()

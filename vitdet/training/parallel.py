@@ -1,8 +1,14 @@
-"""What turns the single-device detector into one of several processes. The model does not know of it."""
+"""What turns the single-device detector into one of several processes. The model does not know of it.
+
+BatchNorm (in ViTAE) takes its statistics over the images of all processes on GPUs, as the published ViTAE-B run did.
+On CPUs torch has no such thing: each process uses its own images, and the running statistics that count, in checkpoints
+and evaluations, are the first process's.
+"""
 
 from __future__ import annotations
 
 import inspect
+import logging
 
 import torch
 from torch import nn
@@ -10,12 +16,29 @@ from torch.nn.parallel import DistributedDataParallel
 
 from vitdet import distributed
 
+log = logging.getLogger(__name__)
+
 
 def parallelize(detector: nn.Module, device: torch.device) -> nn.Module:
-    """The detector, wrapped to average gradients if there are several processes; save the bare one, not the result."""
+    """The detector, wrapped to average gradients if there are several processes; save the bare one, not the result.
+
+    Its BatchNorms become synchronised ones, in place and with the same names, where that is possible.
+    """
     if distributed.world_size() == 1:
         return detector
+    if any(isinstance(module, nn.BatchNorm2d) for module in detector.modules()):
+        if device.type == "cuda":
+            detector = nn.SyncBatchNorm.convert_sync_batchnorm(detector)
+        elif distributed.rank() == 0:
+            log.warning("without GPUs BatchNorm sees the images of its own process only: %d processes train another "
+                        "model than one does", distributed.world_size())
     devices = [device.index] if device.type == "cuda" else None
     known = inspect.signature(DistributedDataParallel).parameters
     buffers = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"  # its name until 2.14
     return DistributedDataParallel(detector, device_ids=devices, gradient_as_bucket_view=True, **{buffers: False})
+
+
+def share_statistics(detector: nn.Module) -> None:
+    """Gives all processes the first one's running statistics, with which each then evaluates its share."""
+    distributed.broadcast(buffer for name, buffer in detector.named_buffers()
+                          if name.endswith((".running_mean", ".running_var")))

@@ -21,13 +21,14 @@ from torch import Tensor, nn
 from vitdet import distributed
 from vitdet.config import Config, difference, digest, from_dict, save_config, to_dict
 from vitdet.data import dataset_digest, read_split, train_loader
+from vitdet.data.coco import CocoSplit
 from vitdet.evaluation import evaluate_detector, write_pictures
-from vitdet.models import build_detector
+from vitdet.models import Detector, build_detector
 from vitdet.progress import Tracker
 from vitdet.training.checkpoint import FORMAT, Checkpoints, load_model_file, load_weights, save
 from vitdet.training.meter import Meter
 from vitdet.training.optim import WeightAverage, build_optimizer, set_lr
-from vitdet.training.parallel import parallelize
+from vitdet.training.parallel import parallelize, share_statistics
 from vitdet.types import Batch
 from vitdet.weights import load_pretrained, resolve
 
@@ -57,73 +58,58 @@ def train(
         source = weights if weights is not None else resolve(config.train.init)
         identity = dataset_digest(config.data)
         states = Checkpoints(_states_folder(config, output, checkpoints, identity, source), config.train.keep)
-        _check_output(config, output)
-        state = states.latest()
-        _check_state(config, identity, state, states.folder)
-        loader = train_loader(config.data, config.train.batch_size, config.train.seed, state["step"] if state else 0,
-                              config.optim.steps, distributed.rank(), distributed.world_size())
-        class_names = _check_classes(config, loader.dataset.split.class_names)
+        state = _state_to_go_on_from(config, output, identity, states)
+        start = state["step"] if state else 0
+        loader = train_loader(config.data, config.train.batch_size, config.train.seed, start, config.optim.steps,
+                              distributed.rank(), distributed.world_size())
+        split = loader.dataset.split
+        _check_classes(config, split.class_names)
         distributed.barrier()  # nobody writes before all have looked
 
-        torch.manual_seed(config.train.seed)
-        detector = build_detector(config.model, config.evaluate).to(device)
-        if source is not None and state is None:
-            load_pretrained(detector, source)
-        optimizer = build_optimizer(detector, config.optim)
-        average = WeightAverage(detector, config.optim.ema)
-        start = 0
-        if state is not None:
-            load_weights(detector, state["model"], states.folder)
-            optimizer.load_state_dict(state["optimizer"])
-            average.load_state_dict(state["average"])
-            start = state["step"]
+        detector = _fresh_detector(config, split, None if state else source, device)
         tracker = Tracker()
         if distributed.rank() == 0:
             alone.enter_context(states.locked())
-            if state is not None:
-                log.info("going on from step %d of %d (%s)", start, config.optim.steps, states.folder)
-            save_config(config, output / "config.yaml")
-            tracker = start_tracking(identity, state["run_id"] if state else None, start)
-            tracker.artifact(output / "config.yaml")
-        loop = Loop(config, detector, optimizer, average, loader, tracker, states, identity, device, stop,
-                    output / "pictures")
-        path = output / "model.pt"
+            tracker = _announce(config, output, identity, states, state, start_tracking)
+        loop = Loop(config, detector, loader, tracker, states, identity, device, stop, output)
         try:
-            if state is None:
-                loop.save(0)  # a disk that is full or a folder that is closed shows now, and the run's id is kept
-            else:
-                loop.meter.restore(state["meter"])
-                loop.metrics = state["metrics"]
+            loop.begin(state)
             loop.run(start)
             if distributed.rank() == 0:
-                average.swap()
-                save(path, {
-                    "format": FORMAT, "config": to_dict(config), "model": _on_cpu(detector.state_dict()),
-                    "class_names": list(class_names),
-                    "run_id": tracker.run_id, "step": config.optim.steps, "dataset_digest": identity,
-                    "metrics": loop.metrics,
-                })
+                loop.finish(split.class_names)
         except BaseException as error:
             tracker.close("KILLED" if isinstance(error, Stopped | KeyboardInterrupt) else "FAILED")
             raise
         tracker.close()
         distributed.barrier()
-        return path
+        return output / "model.pt"
 
 
 class Loop:
     """The steps, with what they need at hand."""
 
     def __init__(
-        self, config: Config, detector: nn.Module, optimizer: torch.optim.Optimizer, average: WeightAverage,
-        loader: Iterable[Batch], tracker: Tracker, states: Checkpoints, identity: str, device: torch.device,
-        stop: Callable[[], bool], pictures: Path,
+        self, config: Config, detector: nn.Module, loader: Iterable[Batch], tracker: Tracker, states: Checkpoints,
+        identity: str, device: torch.device, stop: Callable[[], bool], output: Path,
     ) -> None:
-        self.config, self.detector, self.optimizer, self.average = config, detector, optimizer, average
+        self.config, self.detector = config, detector
+        self.optimizer = build_optimizer(detector, config.optim)
+        self.average = WeightAverage(detector, config.optim.ema)
         self.tracker, self.states, self.identity, self.device, self.stop = tracker, states, identity, device, stop
-        self.loader, self.pictures = loader, pictures
+        self.loader, self.output = loader, output
         self.meter = Meter(config.train.batch_size)
         self.metrics: dict[str, float] = {}  # of the last evaluation
+
+    def begin(self, state: dict | None) -> None:
+        """Goes on from a state; without one, saves the first."""
+        if state is None:
+            self.save(0)  # a disk that is full or a folder that is closed shows now, and the run's id is kept
+            return
+        load_weights(self.detector, state["model"], self.states.folder)
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.average.load_state_dict(state["average"])
+        self.meter.restore(state["meter"])
+        self.metrics = state["metrics"]
 
     def run(self, start: int) -> None:
         """Steps start..steps-1. Raises Stopped, and ValueError for a loss that is not finite."""
@@ -163,9 +149,10 @@ class Loop:
     def evaluate(self, step: int) -> None:
         """AP on the validation split, of the averaged weights if there are any, and pictures of what they find."""
         self.average.swap()
+        share_statistics(self.detector)
         self.metrics, _ = evaluate_detector(self.detector, self.config.data, self.config.evaluate, self.device)
         if distributed.rank() == 0:
-            for path in write_pictures(self.detector, self.config.data, self.pictures / f"step_{step:08d}"):
+            for path in write_pictures(self.detector, self.config.data, self.output / "pictures" / f"step_{step:08d}"):
                 self.tracker.artifact(path, f"pictures/{path.parent.name}")
         self.average.swap()
         self.tracker.log(self.metrics, step)
@@ -181,6 +168,15 @@ class Loop:
                 "metrics": self.metrics,
             })
         distributed.barrier()
+
+    def finish(self, class_names: Sequence[str]) -> None:
+        """Writes the finished detector, of the averaged weights if there are any."""
+        self.average.swap()
+        save(self.output / "model.pt", {
+            "format": FORMAT, "config": to_dict(self.config), "model": _on_cpu(self.detector.state_dict()),
+            "class_names": list(class_names), "run_id": self.tracker.run_id, "step": self.config.optim.steps,
+            "dataset_digest": self.identity, "metrics": self.metrics,
+        })
 
 
 @contextmanager
@@ -208,6 +204,29 @@ def use_bf16(precision: str, device: torch.device) -> bool:
     return precision == "bf16"
 
 
+def _fresh_detector(config: Config, split: CocoSplit, source: str | Path | None, device: torch.device) -> Detector:
+    """The detector before its first step; the odds of the federated loss are those of the training images."""
+    torch.manual_seed(config.train.seed)
+    odds = torch.tensor(split.image_counts, dtype=torch.float32).sqrt()  # detectron2: image_count ** 0.5
+    detector = build_detector(config.model, config.evaluate, odds).to(device)
+    if source is not None:
+        loaded = load_pretrained(detector, source, config.train.init_format, split.class_names)
+        for note in loaded.notes if distributed.rank() == 0 else ():
+            log.info("%s: %s", source, note)
+    return detector
+
+
+def _announce(config: Config, output: Path, identity: str, states: Checkpoints, state: dict | None,
+              start_tracking: StartTracking) -> Tracker:
+    """Writes down what is about to happen; by the first process."""
+    if state is not None:
+        log.info("going on from step %d of %d (%s)", state["step"], config.optim.steps, states.folder)
+    save_config(config, output / "config.yaml")
+    tracker = start_tracking(identity, state["run_id"] if state else None, state["step"] if state else 0)
+    tracker.artifact(output / "config.yaml")
+    return tracker
+
+
 def _states_folder(
     config: Config, output: Path, checkpoints: str | Path | None, identity: str, source: str | Path | None
 ) -> Path:
@@ -215,6 +234,15 @@ def _states_folder(
         return output / "checkpoints"
     initial = hashlib.sha256(Path(source).read_bytes()).hexdigest() if source is not None else ""
     return Path(checkpoints) / hashlib.sha256(f"{digest(config)} {identity} {initial}".encode()).hexdigest()[:12]
+
+
+def _state_to_go_on_from(config: Config, output: Path, identity: str, states: Checkpoints) -> dict | None:
+    """The newest state, if there is one; ValueError where neither it nor `output` suits this config and data."""
+    _check_output(config, output)
+    state = states.latest()
+    if state is not None:
+        _check_state(config, identity, state, states.folder)
+    return state
 
 
 def _check_output(config: Config, output: Path) -> None:
@@ -225,9 +253,7 @@ def _check_output(config: Config, output: Path) -> None:
         raise ValueError(f"{output}: holds a finished run {what}; choose another --output or remove it")
 
 
-def _check_state(config: Config, identity: str, state: dict | None, folder: Path) -> None:
-    if state is None:
-        return
+def _check_state(config: Config, identity: str, state: dict, folder: Path) -> None:
     differing = difference(config, from_dict(state["config"]))
     if differing:
         raise ValueError(f"{folder}: holds a run with another config ({'; '.join(differing)}); choose another "
@@ -237,7 +263,7 @@ def _check_state(config: Config, identity: str, state: dict | None, folder: Path
                          f"{identity}); choose another --output")
 
 
-def _check_classes(config: Config, trained: Sequence[str]) -> tuple[str, ...]:
+def _check_classes(config: Config, trained: Sequence[str]) -> None:
     data, expected = config.data, config.model.roi_heads.num_classes
     if len(trained) != expected:
         raise ValueError(f"{data.root}: {data.train_split} has {len(trained)} classes, but model.roi_heads.num_classes "
@@ -246,7 +272,6 @@ def _check_classes(config: Config, trained: Sequence[str]) -> tuple[str, ...]:
     if tuple(validated) != tuple(trained):
         raise ValueError(f"{data.root}: {data.train_split} and {data.val_split} have different classes "
                          f"({', '.join(sorted(set(trained) ^ set(validated))) or 'in another order'})")
-    return tuple(trained)
 
 
 def _on_cpu(state: dict[str, Tensor]) -> dict[str, Tensor]:
