@@ -10,22 +10,25 @@ SIDE = 128
 CLASSES = 4
 
 
-def small_config(ious=(0.5,), loss="softmax", sampling_ratio=2):
+def small_config(ious=(0.5,), loss="softmax", sampling_ratio=2, fork=False):
+    """fork: the settings of ViTAE-Transformer/ViTDet that its recipes have in common."""
     return ModelConfig(
-        backbone=BackboneConfig(name="vit_tiny", window_size=3, drop_path=0.0, pos_embed_grid=4, rel_pos_size=96),
-        pyramid=PyramidConfig(channels=16),
-        rpn=RPNConfig(samples=32, pre_nms_train=60, pre_nms_test=30, post_nms_train=50, post_nms_test=25),
+        backbone=BackboneConfig(name="vit_tiny", window_size=3, drop_path=0.0, pos_embed_grid=4, rel_pos_size=96,
+                                scaled_rel_pos=fork, final_norm=fork),
+        pyramid=PyramidConfig(channels=16, halve_channels=not fork),
+        rpn=RPNConfig(samples=32, pre_nms_train=60, pre_nms_test=30, post_nms_train=50, post_nms_test=25, norm=fork,
+                      divide_by_sampled=fork),
         roi_heads=RoIHeadsConfig(num_classes=CLASSES, ious=ious, loss=loss, samples=24, num_convs=1, fc_dim=32,
                                  sampling_ratio=sampling_ratio, federated_classes=3),
         mask=MaskConfig(num_convs=1, samples=8),
+        norm_eps=1e-5 if fork else 1e-6, low_quality="best" if fork else "own", clamp_shrinking=fork,
     )
 
 
-def small_detector(seed=0, ious=(0.5,), loss="softmax", sampling_ratio=2):
+def small_detector(seed=0, ious=(0.5,), loss="softmax", sampling_ratio=2, fork=False):
     torch.manual_seed(seed)
-    odds = torch.ones(CLASSES) if loss == "federated" else None
     settings = EvalConfig(score_threshold=0.05, max_detections=20)
-    detector = build_detector(small_config(ious, loss, sampling_ratio), settings, odds)
+    detector = build_detector(small_config(ious, loss, sampling_ratio, fork), settings)
     with torch.no_grad():
         for name, parameter in detector.named_parameters():
             fan_in = parameter[0].numel() if parameter.dim() > 1 else 100

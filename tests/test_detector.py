@@ -5,12 +5,13 @@ import copy
 import pytest
 import torch
 
-from tests.small import CLASSES, SIDE, images, small_detector, target
+from tests.small import CLASSES, SIDE, images, small_config, small_detector, target
+from vitdet.models import build_detector
 from vitdet.models.attention import Attention
 
 KINDS = {
     "plain": {}, "cascade": {"ious": (0.5, 0.6, 0.7)}, "federated": {"loss": "federated"},
-    "adaptive points": {"sampling_ratio": 0},
+    "adaptive points": {"sampling_ratio": 0}, "ViTAE-Transformer/ViTDet": {"fork": True},
 }
 OBJECTS = [target([[10, 10, 60, 70], [40, 50, 120, 120]], [0, 3]), target([[64, 8, 100, 40]], [2])]
 
@@ -154,3 +155,12 @@ def test_mirrored_weights_see_the_mirrored_image():
         assert torch.allclose(ours.flip(3), wanted, atol=1e-3)
     plain = detector.pyramid(detector.backbone(canvas.flip(3) / 64))
     assert not torch.allclose(plain[0].flip(3), maps[0], atol=1e-1)  # which is no property of any weights
+
+
+def test_odds_of_classes_in_the_federated_loss():
+    """Absent they are alike: the checkpoint that follows, or the training, knows better."""
+    heads = small_detector(loss="federated").roi_heads
+    assert heads.classification.class_weights.tolist() == [1.0] * CLASSES
+    odds = torch.tensor([3.0, 0.0, 1.0, 2.0])
+    named = build_detector(small_config(loss="federated"), class_weights=odds)
+    assert torch.equal(named.state_dict()["roi_heads.classification.class_weights"], odds)

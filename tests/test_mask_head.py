@@ -4,8 +4,10 @@ import numpy as np
 import pytest
 import torch
 from pycocotools import mask as rle
+from torch.nn import functional as F
 
 from tests.small import rectangle, target
+from tests.test_box_head import slow_block
 from vitdet.models.mask_head import MaskHead, crop_bitmaps, mask_targets, rasterize
 from vitdet.types import Bitmaps, Polygons
 
@@ -127,3 +129,19 @@ def test_head_gives_the_mask_of_its_own_class():
     assert found.shape == (3, 28, 28)
     assert torch.allclose(found[0], found[2]) and not torch.allclose(found[0], found[1])
     assert head(pooled[:0], torch.zeros(0, dtype=torch.long)).shape == (0, 28, 28)
+
+
+@pytest.mark.parametrize("norm", [True, False])
+def test_layers_of_the_head(norm):
+    torch.manual_seed(0)
+    head = MaskHead(channels=4, num_convs=2, num_classes=3, norm=norm, eps=0.1)
+    for parameter in head.parameters():
+        torch.nn.init.normal_(parameter)
+    hidden = pooled = torch.randn(2, 4, 14, 14)
+    for block in head.convs:
+        assert (block.conv.bias is None) == norm
+        hidden = slow_block(block, hidden, 0.1)
+    hidden = F.conv_transpose2d(hidden, head.deconv.weight, head.deconv.bias, stride=2).clamp(min=0)
+    wanted = F.conv2d(hidden, head.logits.weight, head.logits.bias)
+    found = head(pooled, torch.tensor([2, 0]))
+    assert torch.allclose(found, torch.stack([wanted[0, 2], wanted[1, 0]]), atol=1e-5 * wanted.abs().max().item())

@@ -20,7 +20,7 @@ from tests.parity.backbone import system_of
 from tests.parity.case import load
 from vitdet.data.masks import paste
 from vitdet.models import losses, mask_head
-from vitdet.models.assign import BACKGROUND, match_keeping_best
+from vitdet.models.assign import BACKGROUND, Match, match, match_keeping_best
 from vitdet.models.box_head import BoxHead
 from vitdet.models.boxes import MAX_LOG_SCALE, encode
 from vitdet.models.detector import Detector
@@ -35,7 +35,17 @@ from vitdet.weights.convert import to_ours
 
 EPS = 1e-5  # of the LNs in neck and heads
 EVERYTHING = 1_000_000
+BOX_HEADS = {"Shared4Conv1FCBBoxHead": (4, 1), "Shared2FCBBoxHead": (0, 2)}  # convolutions, fully connected layers
 INPUTS = ("img", "gt_boxes", "gt_labels", "gt_masks")
+
+
+def match_of(assigner: dict) -> Match:
+    """How an assigner's settings match. Raises ValueError for what is not rebuilt here."""
+    if not assigner["match_low_quality"]:
+        return match
+    if assigner["min_pos_iou"] != assigner["neg_iou_thr"]:
+        raise ValueError(f"min_pos_iou: expected neg_iou_thr, {assigner['neg_iou_thr']}, got {assigner['min_pos_iou']}")
+    return match_keeping_best
 
 
 def build(model: dict) -> Detector:
@@ -44,9 +54,10 @@ def build(model: dict) -> Detector:
     channels, rpn, roi = model["neck"]["out_channels"], model["rpn_head"], model["roi_head"]
     box, mask, train, test = roi["bbox_head"], roi["mask_head"], model["train_cfg"], model["test_cfg"]
     pyramid = SimpleFeaturePyramid(backbone.out_channels, channels, backbone.stride, halve_channels=False, eps=EPS)
-    found_by = {"min_log_scale": -MAX_LOG_SCALE, "match": match_keeping_best}
-    stage = BoxHead(channels=channels, num_convs=4, fc_dim=box["fc_out_channels"], num_classes=box["num_classes"],
-                    class_agnostic=box["reg_class_agnostic"], norm="norm_cfg" in box, eps=EPS)
+    num_convs, num_fcs = BOX_HEADS[box["type"]]
+    stage = BoxHead(channels=channels, num_convs=num_convs, num_fcs=num_fcs, fc_dim=box["fc_out_channels"],
+                    num_classes=box["num_classes"], class_agnostic=box["reg_class_agnostic"], norm="norm_cfg" in box,
+                    eps=EPS)
     return Detector(
         backbone=backbone, pyramid=pyramid,
         rpn=RPN(
@@ -56,15 +67,18 @@ def build(model: dict) -> Detector:
             iou_low=train["rpn"]["assigner"]["neg_iou_thr"], iou_high=train["rpn"]["assigner"]["pos_iou_thr"],
             nms_iou=test["rpn"]["nms"]["iou_threshold"], pre_nms_train=train["rpn_proposal"]["nms_pre"],
             post_nms_train=train["rpn_proposal"]["max_per_img"], pre_nms_test=test["rpn"]["nms_pre"],
-            post_nms_test=test["rpn"]["max_per_img"], divide_by_sampled=True, **found_by,
+            post_nms_test=test["rpn"]["max_per_img"], divide_by_sampled=True, min_log_scale=-MAX_LOG_SCALE,
+            match=match_of(train["rpn"]["assigner"]),
         ),
         roi_heads=RoIHeads(
             stages=[stage], classification=SoftmaxClassification(box["num_classes"]), strides=pyramid.strides[:4],
             mask=MaskHead(channels=channels, num_convs=mask["num_convs"], num_classes=mask["num_classes"],
                           norm="norm_cfg" in mask, eps=EPS),
             ious=[train["rcnn"]["assigner"]["pos_iou_thr"]], samples=EVERYTHING, positive_fraction=1.0,
-            mask_samples=EVERYTHING, score_threshold=test["rcnn"]["score_thr"],
-            nms_iou=test["rcnn"]["nms"]["iou_threshold"], max_detections=test["rcnn"]["max_per_img"], **found_by,
+            mask_samples=EVERYTHING, sampling_ratio=roi["bbox_roi_extractor"]["roi_layer"]["sampling_ratio"],
+            score_threshold=test["rcnn"]["score_thr"], nms_iou=test["rcnn"]["nms"]["iou_threshold"],
+            max_detections=test["rcnn"]["max_per_img"], min_log_scale=-MAX_LOG_SCALE,
+            match=match_of(train["rcnn"]["assigner"]),
         ),
     )
 
