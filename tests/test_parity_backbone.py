@@ -1,4 +1,4 @@
-"""Golden backbones of ViTAE-Transformer/ViTDet hold, and a change of anything that a case stores is noticed."""
+"""Golden backbones of ViTAE-Transformer and mmdet hold, and a change of anything that a case stores is noticed."""
 
 import json
 from functools import cache
@@ -14,7 +14,7 @@ from tests.test_parity import disturbed, write
 
 GOLDEN = Path(__file__).parent / "golden"
 SHARED = Path(__file__).parents[2] / "shared" / "reference" / "vitae" / "golden"
-CASES = ("vitae_vit_nonsquare", "vitae_b_128_b2", "vitae_s_128_b2")
+CASES = ("vitae_vit_nonsquare", "vitae_b_128_b2", "vitae_s_128_b2", "vitaev2_160x224", "swin_96x160_b2")
 COMPUTE = backbone.compute
 
 
@@ -57,7 +57,7 @@ def test_case_holds(name, capsys):
 
 
 @pytest.mark.parametrize("name", ["vit_128", "vit_256_b2", "vit_nonsquare", "vitae_128_b2", "vitae_256",
-                                  "vitae_s_128_b2", "vitae_s_256"])
+                                  "vitae_s_128_b2", "vitae_s_256", "vitaev2_160x224"])
 def test_shared_case_holds(name):
     if not SHARED.exists():
         pytest.skip("needs ../shared")
@@ -108,6 +108,9 @@ def test_what_the_config_says_of_the_arrays_is_held(case, entry):
     ("vitae_b_128_b2", "blocks.0.PCM.1.running_var"), ("vitae_s_128_b2", "layers.0.RC.attn.w"),
     ("vitae_s_128_b2", "layers.1.RC.PRM.convs.2.0.weight"), ("vitae_s_128_b2", "layers.0.RC.PCM.5.bias"),
     ("vitae_s_128_b2", "layers.2.NC.4.PCM.6.weight"), ("vitae_s_128_b2", "norm.bias"),
+    ("vitaev2_160x224", "layers.0.RC.PCM.1.running_var"), ("vitaev2_160x224", "layers.2.RC.attn.attn.qkv.weight"),
+    ("vitaev2_160x224", "layers.3.NC.0.PCM.6.bias"), ("swin_96x160_b2", "stages.0.downsample.norm.bias"),
+    ("swin_96x160_b2", "stages.3.blocks.1.attn.w_msa.relative_position_bias_table"),
 ])
 def test_each_weight_is_held(case, name, weight):
     content = read(name, "weights.npz")

@@ -20,8 +20,11 @@ from torch import Tensor, nn
 from tests.parity.case import load
 from tests.parity.report import Report
 from vitdet.models.pyramid import SimpleFeaturePyramid
+from vitdet.models.swin import Swin
 from vitdet.models.vit import ViT
 from vitdet.models.vitae import ViTAESmall, wide_branch
+from vitdet.models.vitaev2 import ViTAEv2
+from vitdet.weights.baselines import SWIN_MMDET, VITAEV2
 from vitdet.weights.convert import Format, mmdet, to_ours
 
 TOLERANCE = 1e-4  # absolute; the reference's own float32 and float64 runs differ by less than 1e-5
@@ -90,6 +93,46 @@ def build_vitae_small(settings: dict) -> nn.Module:
     )
 
 
+class Hierarchical(nn.Module):
+    """A backbone of four maps, under the name that it has in a detector."""
+
+    def __init__(self, backbone: nn.Module) -> None:
+        super().__init__()
+        self.backbone = backbone
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        """(B, 3, H, W) -> four maps (B, C, ., .)."""
+        return self.backbone(images)
+
+
+def fixed(settings: dict, values: dict) -> None:
+    """Raises ValueError for a setting that has another than its one value."""
+    for name, value in values.items():
+        if settings.get(name, value) != value:
+            raise ValueError(f"{name}: expected {value}, got {settings[name]}")
+
+
+def build_swin(settings: dict) -> nn.Module:
+    """Swin at the size that the settings say, as mmdet has it. Raises ValueError for what none of its sizes has."""
+    fixed(settings, {"mlp_ratio": 4})
+    return Hierarchical(Swin(
+        dim=settings["embed_dims"], depths=settings["depths"], heads=settings["num_heads"],
+        window_size=settings["window_size"],
+    ))
+
+
+def build_vitaev2(settings: dict) -> nn.Module:
+    """ViTAEv2's backbone at the size that the settings say. Raises ValueError for what none of its sizes has."""
+    attention = ["window", "window", "transformer", "transformer"]
+    fixed(settings, {"in_chans": 3, "stages": 4, "downsample_ratios": [4, 2, 2, 2], "mlp_ratio": 4,
+                     "out_indices": [0, 1, 2, 3], "RC_tokens_type": attention, "NC_tokens_type": attention})
+    return Hierarchical(ViTAEv2(
+        widths=settings["embed_dims"], dims=settings["token_dims"], depths=settings["NC_depth"],
+        reduction_heads=settings["RC_heads"], heads=settings["NC_heads"], reduction_groups=settings["RC_group"],
+        groups=settings["NC_group"], window_size=settings["window_size"],
+    ))
+
+
 def fork_layout(settings: dict) -> Format:
     """The names of ViTAE-Transformer/ViTDet."""
     return mmdet(grid=grid_of(settings), wide=global_blocks(settings))
@@ -108,6 +151,10 @@ SYSTEMS = {
     "ViT": System(resampled(build_vit), fork_layout, PLAIN),
     "ViTAE": System(resampled(build_vit), fork_layout, PLAIN),
     "ViTAE_S": System(resampled(build_vitae_small), fork_layout, CELLS),
+    "ViTAEv2": System(build_vitaev2, lambda settings: VITAEV2,
+                      (*(name for name in CELLS if name != "globalBlock"), "in_chans", "out_indices")),
+    "SwinTransformer": System(build_swin, lambda settings: SWIN_MMDET,
+                              (*RATES, "embed_dims", "depths", "num_heads", "window_size", "mlp_ratio")),
 }
 
 
