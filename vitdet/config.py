@@ -159,8 +159,8 @@ class TrainConfig:
     """The loop."""
 
     init: str = "mae_vit_b"  # a name of the weights catalogue, a file of weights or a checkpoint; '': from scratch
-    init_format: Literal["vitdet", "detectron2", "mmdet", "mae", "vitae", "vitae_cls", "swin", "swin_mmdet",
-                         "vitaev2"] = "vitdet"  # of a file in `init`
+    init_format: Literal["vitdet", "detectron2", "mmdet", "mae", "vitae", "vitae_cls", "swin", "swin_cls",
+                         "swin_mmdet", "vitaev2", "vitaev2_cls"] = "vitdet"  # of a file in `init`
     batch_size: int = 64  # images a step over all processes
     precision: Literal["fp32", "bf16", "auto"] = "bf16"  # auto: bf16 where the processor multiplies it natively
     seed: int = 0
