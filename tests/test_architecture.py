@@ -213,7 +213,7 @@ def test_no_file_names_a_registry_or_a_folder_of_one_machine() -> None:
                 assert not re.search(folders, line), where
 
 
-@pytest.mark.parametrize("words", [["--help"], ["config", "tiny"]], ids=" ".join)
+@pytest.mark.parametrize("words", [["--help"], ["config", "tiny"], ["weights", "list"]], ids=" ".join)
 def test_the_command_line_answers_without_loading_torch(words: list[str]) -> None:
     code = ("import sys, vitdet.cli\n"
             "sys.argv[0] = 'vitdet'\n"

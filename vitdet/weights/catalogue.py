@@ -43,6 +43,7 @@ class Entry:
     sha256: str = ""
     md5: str = ""
     md5_of_name: bool = False  # the md5 is what the file's name looks like, not what its page says
+    other: str = ""  # pre-trainings that nobody can download: a name to start from instead
     # file: a plain download. page: a page in a browser. dead: a link that no longer serves. none: never published.
     state: Literal["packaged", "file", "page", "dead", "none"] = "file"
 
@@ -64,7 +65,8 @@ class Entry:
             return f"download it there in a browser, then vitdet weights fetch {self.name} --from FILE"
         if self.recipe:
             return f"{own}, or train it from its pre-training (vitdet train {self.recipe})"
-        return f"{own}, or start from other weights (vitdet weights list)"
+        other = f"--set train.init={self.other}" if self.other else "vitdet weights list"
+        return f"{own}, or start from other weights ({other})"
 
 
 _DETECTRON2 = "https://dl.fbaipublicfiles.com/detectron2/"
@@ -89,7 +91,7 @@ def _pretrainings() -> Iterator[Entry]:
     yield Entry("mae_vit_h_p14", "MAE, ViT-H, ImageNet-1K, patch 14", f"{mae}huge.pth", "mae", "CC BY-NC 4.0",
                 md5="9bdbb0")
     # pretrained/mae_vitae_b.pth in logs/ViTAE-Base-GPU.log.json; no page links to it.
-    yield Entry("mae_vitae_b", "MAE, ViTAE-B, ImageNet-1K", "", "vitae", state="none")
+    yield Entry("mae_vitae_b", "MAE, ViTAE-B, ImageNet-1K", "", "vitae", other="vitae_b", state="none")
     yield Entry("vitae_b", "classification, ViTAE-B, ImageNet-1K (83.8 %)",
                 f"{_DRIVE}1KTu8dHoPVscVDPS_9qiA8UfCMb56dcsV?usp=sharing", "vitae_cls", state="page")
     yield Entry("vitae_s", "classification, ViTAE-S, ImageNet-1K (82.0 %)",

@@ -39,14 +39,15 @@ def fetch(entry: Entry, folder: Path, convert: Convert, watcher: Watcher, mirror
         raise ValueError(f"{entry.name} cannot be downloaded: {trouble(entry)}; {entry.instead}")
     if local is not None and not local.is_file():
         raise FileNotFoundError(f"{local}: no such file (--from)")
-    address = mirrored(entry.url, mirror) if mirror else entry.url
+    address = "" if local else mirrored(entry.url, mirror) if mirror else entry.url
     folder.mkdir(parents=True, exist_ok=True)
     part = folder / f".{entry.name}.part{PurePosixPath(urlsplit(entry.url).path).suffix}"  # readers go by the suffix
     with _locked(part):
         if not target.is_file():  # else another process was faster
-            if local is None:
+            if address:
                 download(address, part, watcher, patience, entry.size)
-            _finish(local or part, target, entry, convert, downloaded=local is None)
+                log.info("%s: verifying and converting", entry.name)
+            _finish(local or part, target, entry, convert, address)
         discard(part)
     return target
 
@@ -69,19 +70,20 @@ def verify(path: Path, entry: Entry) -> None:
         log.warning("%s: %s by the name of the published file; it may be another one", entry.name, text)
 
 
-def _finish(source: Path, target: Path, entry: Entry, convert: Convert, downloaded: bool) -> None:
-    """Verifies and converts a complete file. A download that proves wrong is not kept for the next time."""
+def _finish(source: Path, target: Path, entry: Entry, convert: Convert, address: str) -> None:
+    """Verifies and converts a complete file. A download (`address`) that proves wrong is not kept for the next time."""
     verified = False
     try:
         verify(source, entry)
         verified = bool(entry.sha256 or entry.md5 and not entry.md5_of_name)
         _place(source, target, convert)
     except ValueError as error:
-        if not downloaded:
+        if not address:
             raise ValueError(f"{source}: {error}") from error
         if not verified:
             discard(source)
-        raise ValueError(f"{entry.name}: {error}; the download was {'kept' if verified else 'thrown away'}") from error
+        fate = "kept" if verified else "thrown away"
+        raise ValueError(f"{entry.name}, from {address}: {error}; the download was {fate}") from error
 
 
 def _place(source: Path, target: Path, convert: Convert) -> None:
