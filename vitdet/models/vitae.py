@@ -20,7 +20,7 @@ from timm.layers import to_2tuple
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vitdet.models.layers import NORM_EPS, at_least_float32
+from vitdet.models.layers import NORM_EPS
 from vitdet.models.vit import Size, build_blocks, init_linears, layer_of_block
 
 SIZES = {
@@ -80,15 +80,16 @@ class Performer(nn.Module):
         return y + self.mlp(self.norm2(y))
 
     def linear_attention(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """(B, N, E) each -> (B, N, E), in float32: the features' exponentials leave the range of half precision."""
-        with torch.autocast(q.device.type, enabled=False):
-            query, key, value = self.features(q), self.features(k), at_least_float32(v)
-            share = (query * key.sum(dim=1, keepdim=True)).sum(dim=-1, keepdim=True)
-            return (query @ (key.transpose(1, 2) @ value) / (share + EPSILON)).to(v.dtype)
+        """(B, N, E) each -> (B, N, E). In float64, as the exponentials leave the range of half precision, to which
+        autocast would bring float32.
+        """
+        query, key = self.features(q), self.features(k)
+        share = (query * key.sum(dim=1, keepdim=True)).sum(dim=-1, keepdim=True)
+        return (query @ (key.transpose(1, 2) @ v.double()) / (share + EPSILON)).to(v.dtype)
 
     def features(self, u: Tensor) -> Tensor:
-        """phi: (B, N, E) -> (B, N, M)."""
-        u, w = at_least_float32(u), at_least_float32(self.w)
+        """phi: (B, N, E) -> (B, N, M) in float64."""
+        u, w = u.double(), self.w.double()
         return torch.exp(u @ w.T - u.square().sum(dim=-1, keepdim=True) / 2) / math.sqrt(len(w))
 
 
