@@ -204,6 +204,8 @@ def test_killed_and_run_again(web: Web, tmp_path: Path) -> None:
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
     assert names(tmp_path / "here") == [".some.part.pth", ".some.part.pth.json"]
+    (tmp_path / "here" / ".some.tmp").mkdir()
+    (tmp_path / "here" / ".some.tmp" / "half").touch()  # as if killed in the conversion
     both = [subprocess.Popen(words, env=environment(tmp_path)) for _ in range(2)]
     assert [one.wait(30) for one in both] == [0, 0]
     assert (tmp_path / "here" / "some.safetensors").read_bytes() == CONTENT

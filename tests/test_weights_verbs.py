@@ -57,6 +57,17 @@ def test_the_list_has_every_file_with_all_that_is_known(vitdet: Run) -> None:
     assert "(dead link)" in blocks["mask_rcnn_vitae_s_coco"] and "from not published" in blocks["mae_vitae_b"]
 
 
+def test_a_user_without_a_home(vitdet: Run, web: Web, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def nowhere() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", nowhere)
+    words = ("weights", "fetch", "mae_vit_h", "--mirror", f"{web.url}/there")
+    assert vitdet(*words) == (1, "", "vitdet: no home folder to keep weights in; give a folder with --output\n")
+    assert vitdet(*words, "--output", "w")[:2] == (0, "w/mae_vit_h.safetensors\n")
+    assert vitdet("weights", "list")[0] == 0
+
+
 def test_the_list_for_programs(vitdet: Run) -> None:
     entries = {entry["name"]: entry for entry in json.loads(vitdet("weights", "list", "--json")[1])}
     assert set(entries) == set(CATALOGUE)

@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 
 def run_list(given: argparse.Namespace) -> int:
     """vitdet weights list"""
-    from vitdet.weights.catalogue import CATALOGUE, cache_folder
+    from vitdet.weights.catalogue import CATALOGUE
 
     if given.json:
         print(json.dumps([as_dict(entry) for entry in CATALOGUE.values()], indent=1))
@@ -35,7 +35,7 @@ def run_list(given: argparse.Namespace) -> int:
         for entry in CATALOGUE.values():
             if bool(entry.recipe) == kind:
                 print(*lines(entry), sep="\n", end="\n\n")
-    print(f"vitdet weights fetch NAME converts a file and puts it into {cache_folder()} (--output: elsewhere).")
+    print("vitdet weights fetch NAME converts a file and puts it into ~/.cache/vitdet (--output: elsewhere).")
     return 0
 
 

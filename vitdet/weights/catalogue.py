@@ -164,9 +164,12 @@ def cache_folder() -> Path:
     """Where fetched files lie if no other folder is given: ~/.cache/vitdet.
 
     XDG_CACHE_HOME is not asked: no setting of this package comes from the environment. --output and --weights name
-    another folder.
+    another folder. Raises FileNotFoundError where the user has no home, as in some containers.
     """
-    return Path.home() / ".cache" / "vitdet"
+    try:
+        return Path.home() / ".cache" / "vitdet"
+    except RuntimeError as error:
+        raise FileNotFoundError("no home folder to keep weights in; give a folder with --output") from error
 
 
 def fetched(name: str, folder: Path | None = None) -> Path:

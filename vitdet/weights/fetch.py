@@ -11,6 +11,7 @@ import fcntl
 import hashlib
 import logging
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
@@ -87,13 +88,15 @@ def _finish(source: Path, target: Path, entry: Entry, convert: Convert, address:
 
 
 def _place(source: Path, target: Path, convert: Convert) -> None:
-    """Converts into a temporary file, which then takes its name."""
-    temporary = target.with_name(f".{target.stem}.tmp{target.suffix}")  # of whoever holds the lock
+    """Converts into a folder of its own, where a killed process leaves what the next one removes."""
+    workshop = target.with_name(f".{target.stem}.tmp")
+    shutil.rmtree(workshop, ignore_errors=True)
     try:
-        convert(source, temporary)
-        temporary.replace(target)
+        workshop.mkdir()
+        convert(source, workshop / target.name)
+        (workshop / target.name).replace(target)
     finally:
-        temporary.unlink(missing_ok=True)
+        shutil.rmtree(workshop, ignore_errors=True)
 
 
 @contextmanager
