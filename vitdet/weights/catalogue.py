@@ -70,7 +70,7 @@ class Entry:
 
 
 _DETECTRON2 = "https://dl.fbaipublicfiles.com/detectron2/"
-_ZOO = "CC BY-SA 3.0 (Detectron2's model zoo)"
+_ZOO = "CC BY-SA 3.0 (Detectron2's model zoo; its page of these files names none)"
 _ONEDRIVE = "https://1drv.ms/u/s!AimBgYV7JjTl"
 _DRIVE = "https://drive.google.com/drive/folders/"
 _SWIN = "https://github.com/SwinTransformer/storage/releases/download/"
