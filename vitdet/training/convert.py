@@ -16,14 +16,19 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from vitdet.config import Config, load_config, to_dict
+from vitdet.config import Config, flatten, load_config, to_dict
 from vitdet.models import Detector, build_detector
 from vitdet.training.checkpoint import FORMAT, read_detector_file, save
 from vitdet.weights import PACKAGED
-from vitdet.weights.convert import FORMATS, mmdet, to_theirs
+from vitdet.weights.convert import FORMATS, Format, mmdet, to_theirs
 from vitdet.weights.load import Source, fitted, read_source
 from vitdet.weights.resize import rescale_relative_positions
 
+# What both systems compute in the same way but for these settings, which their weights do not show.
+FIXED = {
+    "detectron2": {"model.norm_eps": 1e-6, "model.clamp_shrinking": False, "model.pyramid.halve_channels": True},
+    "mmdet": {"model.norm_eps": 1e-5, "model.clamp_shrinking": True, "model.pyramid.halve_channels": False},
+}
 AUTHOR = "vitdet"  # Detectron2 takes a .pkl for whole if somebody signed it
 
 
@@ -52,6 +57,7 @@ def convert_file(source: str | Path, destination: str | Path, layout: str, recip
         return []
     config = load_config(recipe)
     weights, notes = fitted(found, shapes_of(config), source)
+    notes += _other_settings(config, found.layout)
     if destination.suffix == ".safetensors":
         _write_tensors(destination, weights, found.layout, config.model.backbone.scaled_rel_pos)
         return notes
@@ -109,7 +115,10 @@ def _write_theirs(source: Path, destination: Path, layout: str) -> list[str]:
     _expect_suffix(destination, (".pkl", ".pth") if layout == "detectron2" else (".pth",), f"for {layout}")
     weights, config, names = read_detector_file(source)
     weights = rescale_relative_positions(weights, config.model.backbone.scaled_rel_pos, FORMATS[layout].scaled)
+    others = _other_settings(config, layout)
     try:
+        if others:
+            raise ValueError("; ".join(others))
         theirs = to_theirs(weights, _layout_of(config) if layout == "mmdet" else FORMATS[layout])
     except ValueError as error:
         raise ValueError(f"{source}: not a system of {layout}: {error}") from error
@@ -123,7 +132,14 @@ def _write_theirs(source: Path, destination: Path, layout: str) -> list[str]:
     return []
 
 
-def _layout_of(config: Config) -> object:
+def _other_settings(config: Config, layout: str) -> list[str]:
+    """A line on each setting of a config by which it computes something else than the layout's system."""
+    ours = flatten(config)
+    return [f"{key} is {ours[key]}, {layout} computes with {value}" for key, value in FIXED.get(layout, {}).items()
+            if ours[key] != value]
+
+
+def _layout_of(config: Config) -> Format:
     """ViTAE-Transformer/ViTDet keeps the biases of queries and values apart in the global blocks of ViTAE-B."""
     blocks = shapes_of(config).backbone.blocks if config.model.backbone.name == "vitae_b" else ()
     return mmdet(split=[i for i, block in enumerate(blocks) if block.window == 0])

@@ -85,9 +85,12 @@ _PYRAMID = (
         for row in (Row(f"{theirs}.conv.{{}}", f"{ours}.conv.{{}}"), Row(f"{theirs}.ln.{{}}", f"{ours}.norm.{{}}"))
     ),
 )
-HEADS = (
-    Row("rpn_head.rpn_conv.{}.conv.{}", "rpn.convs.{}.conv.{}"),
+# Without biases: a detector that has them is none of these.
+_NORMED_RPN = (
+    Row("rpn_head.rpn_conv.{}.conv.weight", "rpn.convs.{}.conv.weight"),
     Row("rpn_head.rpn_conv.{}.ln.{}", "rpn.convs.{}.norm.{}"),
+)
+HEADS = (
     Row("rpn_head.rpn_cls.{}", "rpn.objectness.{}"),
     Row("rpn_head.rpn_reg.{}", "rpn.deltas.{}"),
     Row("roi_head.bbox_head.shared_convs.{}.conv.{}", "roi_heads.stages.0.convs.{}.conv.{}"),
@@ -121,7 +124,7 @@ def mmdet(grid: tuple[int, int] | None = None, wide: Sequence[int] = (), split: 
 
     cuts = {f"backbone.blocks.{i}.attn.rel_pos_w": Change(cut, fill_up) for i in wide if height != width}
     return Format(
-        rows=(*_BACKBONE, *_PYRAMID, *HEADS),
+        rows=(*_BACKBONE, *_PYRAMID, *_NORMED_RPN, *HEADS),
         changes={"backbone.pos_embed": Change(partial(to_grid, grid=grid), to_tokens), **cuts},
         before=join_bias,
         after=partial(split_bias, stems=[f"backbone.blocks.{i}" for i in split]),
