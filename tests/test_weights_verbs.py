@@ -165,3 +165,19 @@ def test_a_log_gets_a_line_a_tenth_and_a_terminal_one_that_changes(monkeypatch: 
     for done in range(0, 250_000_000, 10_000_000):
         bar.at(done, None)
     assert [line.split("  ")[1] for line in log.getvalue().splitlines()] == ["0.0 MB", "100.0 MB", "200.0 MB"]
+
+
+def test_a_file_is_converted(vitdet: Run, web: Web, tmp_path: Path) -> None:
+    (tmp_path / "copy.pth").write_bytes(web.content)
+    words = ("weights", "convert", "copy.pth")
+    assert vitdet(*words, "out.safetensors", "--format", "mae") == (0, "out.safetensors\n", "")
+    assert load_file(tmp_path / "out.safetensors")["backbone.patch_embed.proj.bias"].tolist() == [1, 1]
+    for target, options, says in (
+        ("x.safetensors", ("--format", "mea"), "no layout of weights is named 'mea'; expected one of vitdet, "),
+        ("x.pt", ("--format", "mae"), "say whose (--recipe NAME)"),
+        ("x.safetensors", ("--format", "mae", "--recipe", "tiny"), "does not fit"),
+        ("x.pkl", ("--format", "mae", "--reverse"), "--reverse writes detectron2 and mmdet, not mae"),
+    ):
+        code, output, errors = vitdet(*words, target, *options)
+        assert (code, output) == (1, "") and errors.count("\n") == 1 and says in errors
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["copy.pth", "out.safetensors"]
