@@ -46,6 +46,7 @@ ONLY_IN = {
     "kubernetes": ("components/pytorchjob.py", "tests/"),
     "dvc": ("tests/",),
     "pycocotools": ("vitdet/data/masks.py", "vitdet/evaluation/", "tests/"),
+    "faster_coco_eval": ("vitdet/evaluation/", "tests/"),
     "torch.distributed": ("vitdet/distributed.py", "vitdet/training/parallel.py", "tests/"),
     "torch.nn.parallel": ("vitdet/training/parallel.py", "tests/"),
     "argparse": (*PRINTING, "scripts/", "tests/"),
@@ -119,7 +120,7 @@ def test_detection_needs_the_core_dependencies_only(path: Path) -> None:
         return  # these come with the extra `tracking`
     declared = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
     packages = {re.match(r"[\w-]+", requirement)[0] for requirement in declared}
-    modules = {{"pillow": "PIL", "pyyaml": "yaml"}.get(package, package) for package in packages}
+    modules = {{"pillow": "PIL", "pyyaml": "yaml"}.get(package, package.replace("-", "_")) for package in packages}
     used = {module.split(".")[0] for module in imports(path)} - sys.stdlib_module_names - {"vitdet"}
     assert used <= modules, f"{name_of(path)} imports {', '.join(used - modules)}"
 

@@ -1,5 +1,6 @@
 """AP against pycocotools' own figures, and what is left out, refused or made up for."""
 
+import copy
 import json
 import math
 from pathlib import Path
@@ -7,8 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 from pycocotools import mask as rle
+from pycocotools.coco import COCO as Index
+from pycocotools.cocoeval import COCOeval
 
-from vitdet.evaluation.coco import class_rows, coco_ap, compare, curve_rows, summary
+from tests.random_results import random_set
+from vitdet.evaluation.coco import compare, summary
+from vitdet.evaluation.files import read_truth
+from vitdet.evaluation.report import class_rows, curve_rows
 
 COCO = Path(__file__).parents[2] / "shared" / "data" / "coco-eval"
 
@@ -25,6 +31,10 @@ def annotations(tmp_path):
     return path
 
 
+def coco_ap(annotations, results, kinds=("bbox", "segm"), image_ids=None):
+    return summary(compare(read_truth(annotations), results, kinds, image_ids))
+
+
 def result(box=(10, 10, 40, 40), score=0.9, image_id=5, category_id=2):
     mask = np.zeros((100, 100), np.uint8, order="F")
     mask[10:50, 10:30] = 1
@@ -39,7 +49,7 @@ def test_the_twelve_figures_are_pycocotools_own(kind):
         pytest.skip("needs ../shared")
     expected = json.loads((COCO / "coco_fake100_expected.json").read_text())[kind]
     results = json.loads((COCO / f"instances_val2014_fake{kind}100_results.json").read_text())
-    finished = compare(COCO / "instances_val2014_100.json", results, [kind])
+    finished = compare(read_truth(COCO / "instances_val2014_100.json"), results, [kind])
     figures = summary(finished)
     prefix = {"bbox": "box", "segm": "mask"}[kind]
     names = ("ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large",
@@ -53,6 +63,51 @@ def test_the_twelve_figures_are_pycocotools_own(kind):
     assert 100 * np.mean(curve) == pytest.approx(figures[f"{prefix}_ap50"])
 
 
+def pycocotools_tables(truth, results, kind, image_ids):
+    """precision (T, R, K, A, M) and recall (T, K, A, M) as pycocotools itself has them."""
+    index = Index()
+    index.dataset = copy.deepcopy({"images": list(truth.images.values()), "annotations": truth.objects,
+                                   "categories": list(truth.categories.values())})
+    index.createIndex()
+    key = {"bbox": "bbox", "segm": "segmentation"}[kind]  # alone: with both, masks would have their boxes' areas
+    plain = [{name: one[name] for name in ("image_id", "category_id", "score", key)} for one in results]
+    work = COCOeval(index, index.loadRes(copy.deepcopy(plain)), kind)
+    work.params.imgIds = image_ids
+    work.evaluate()
+    work.accumulate()
+    return work.eval["precision"], work.eval["recall"]
+
+
+@pytest.mark.parametrize("kind", ["bbox", "segm"])
+@pytest.mark.parametrize("seed", range(6))
+def test_random_sets_have_pycocotools_tables(kind, seed):
+    truth, results = random_set(seed, images=25 + 5 * seed, categories=1 + 2 * seed)
+    assert any(one["iscrowd"] for one in truth.objects)
+    image_ids = sorted(truth.images)[:: 1 + seed % 2]
+    finished = compare(truth, results, [kind], image_ids)[kind]
+    precision, recall = pycocotools_tables(truth, results, kind, image_ids)
+    np.testing.assert_allclose(finished.precision, precision, rtol=0, atol=1e-12)
+    np.testing.assert_allclose(finished.recall, recall, rtol=0, atol=1e-12)
+
+
+def test_a_hundred_results_of_a_class_in_an_image_count():
+    truth, results = random_set(0, images=2, categories=1)
+    image_id = results[0]["image_id"]
+    results = [one for one in results if one["image_id"] == image_id] * 12
+    assert len(results) > 100
+    precision, recall = pycocotools_tables(truth, results, "bbox", sorted(truth.images))
+    finished = compare(truth, results, ["bbox"])["bbox"]
+    np.testing.assert_allclose(finished.precision, precision, rtol=0, atol=1e-12)
+    np.testing.assert_allclose(finished.recall, recall, rtol=0, atol=1e-12)
+
+
+def test_an_object_with_id_0_can_be_found(annotations):
+    text = annotations.read_text()
+    assert '"id": 1, "image_id"' in text
+    annotations.write_text(text.replace('"id": 1, "image_id"', '"id": 0, "image_id"'))
+    assert coco_ap(annotations, [result()])["box_ap"] == pytest.approx(100)  # pycocotools: 0
+
+
 def test_a_perfect_result_has_full_marks_and_missing_size_classes_are_left_out(annotations):
     figures = coco_ap(annotations, [result()])
     assert figures["box_ap"] == figures["mask_ap"] == pytest.approx(100)
@@ -62,10 +117,14 @@ def test_a_perfect_result_has_full_marks_and_missing_size_classes_are_left_out(a
     assert all(math.isfinite(value) for value in json.loads(json.dumps(figures)).values())
 
 
-def test_results_of_both_kinds_do_not_lend_each_other_their_area(annotations):
-    finished = compare(annotations, [result()])
-    assert [one["area"] for one in finished["bbox"].cocoDt.anns.values()] == [1600]
-    assert [one["area"] for one in finished["segm"].cocoDt.anns.values()] == [800]
+def test_a_detection_is_as_large_as_its_box_or_its_mask(annotations):
+    # false ones of higher score, whose boxes are medium (40 x 40) and whose masks are small (20 x 40)
+    tree = json.loads(annotations.read_text())
+    tree["annotations"][0]["area"] = 800
+    annotations.write_text(json.dumps(tree))
+    figures = coco_ap(annotations, [result(), result([50, 50, 40, 40], score=0.95) | {"image_id": 6}])
+    assert figures["box_ap_small"] == pytest.approx(100)
+    assert figures["mask_ap_small"] == pytest.approx(50)
 
 
 def test_nothing_found_is_an_ap_of_zero(annotations):
@@ -74,7 +133,7 @@ def test_nothing_found_is_an_ap_of_zero(annotations):
 
 
 def test_without_objects_there_are_no_figures(annotations):
-    finished = compare(annotations, [result(image_id=6)], image_ids=[6])
+    finished = compare(read_truth(annotations), [result(image_id=6)], image_ids=[6])
     assert summary(finished) == {}
     assert class_rows(finished) == curve_rows(finished) == []
 
@@ -86,7 +145,7 @@ def test_only_the_chosen_images_count(annotations):
 
 
 def test_only_classes_with_objects_have_a_row(annotations):
-    rows = class_rows(compare(annotations, [result(), result(category_id=3)]))
+    rows = class_rows(compare(read_truth(annotations), [result(), result(category_id=3)]))
     assert [row["class"] for row in rows] == ["thing"]
     assert rows[0]["mask_ap50"] == pytest.approx(100)
 

@@ -6,27 +6,27 @@ pasted there with threshold 0.5, boxes are written xywh without rounding.
 
 from __future__ import annotations
 
-import json
-import os
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from pycocotools.cocoeval import COCOeval
 from torch import nn
 
 from vitdet import distributed
 from vitdet.config import Config, DataConfig, EvalConfig, load_config, save_config
 from vitdet.data import read_split, split_files, val_loader
 from vitdet.data.masks import encode, paste
-from vitdet.evaluation.coco import class_rows, coco_ap, compare, curve_rows, summary
+from vitdet.evaluation import coco, lvis
+from vitdet.evaluation.files import kinds_of, read_results, read_truth
 from vitdet.evaluation.pictures import write_pictures
+from vitdet.evaluation.report import write_report
 from vitdet.predictor import to_image
 from vitdet.types import Detections
 
-__all__ = ["coco_ap", "detect", "detections_to_results", "evaluate", "evaluate_detector", "write_pictures",
+__all__ = ["detect", "detections_to_results", "evaluate", "evaluate_detector", "evaluate_results", "write_pictures",
            "write_report"]
+ARBITERS = {"coco": coco, "lvis": lvis}  # data.dataset -> how its AP is measured
 PIXELS = 2**26  # of pasted masks at a time: 64 MB
 
 
@@ -59,7 +59,9 @@ def evaluate_detector(detector: nn.Module, data: DataConfig, settings: EvalConfi
     results, image_ids = detect(detector, data, settings, device, precision)
     metrics = {}
     if distributed.rank() == 0:
-        metrics = coco_ap(split_files(data, data.val_split)[0], results, image_ids=image_ids)
+        arbiter = ARBITERS[data.dataset]
+        truth = read_truth(split_files(data, data.val_split)[0])
+        metrics = arbiter.summary(arbiter.compare(truth, results, image_ids=image_ids))
     return distributed.all_gather_objects(metrics)[0], results
 
 
@@ -106,8 +108,10 @@ def evaluate(checkpoint: str | Path, overrides: Sequence[str] = (), *, pictures:
         results, image_ids = detect(detector, config.data, config.evaluate, device)
         metrics = {}
         if distributed.rank() == 0:
-            finished = compare(split_files(config.data, config.data.val_split)[0], results, image_ids=image_ids)
-            metrics = summary(finished)
+            arbiter = ARBITERS[config.data.dataset]
+            truth = read_truth(split_files(config.data, config.data.val_split)[0])
+            finished = arbiter.compare(truth, results, image_ids=image_ids)
+            metrics = arbiter.summary(finished)
             if plots is not None:
                 write_report(plots, finished, results)
             if pictures is not None:
@@ -115,20 +119,24 @@ def evaluate(checkpoint: str | Path, overrides: Sequence[str] = (), *, pictures:
         return distributed.all_gather_objects(metrics)[0]
 
 
-def write_report(folder: str | Path, finished: Mapping[str, COCOeval], results: list[dict]) -> None:
-    """Writes classes.json (AP of each class), curve.json (precision over recall) and results.json (as COCO).
+def evaluate_results(results: str | Path, annotations: str | Path, dataset: str = "coco", *,
+                     plots: str | Path | None = None) -> dict[str, float]:
+    """Box and/or mask AP in percent of any file of COCO results, by what it holds, against an annotation file.
 
-    classes.json and curve.json are lists of rows that `dvc plots` draws.
+    dataset: 'coco' or 'lvis', whose rules differ. `plots` receives what `write_report` writes. Raises
+    FileNotFoundError for a missing file and ValueError, in one line, for what is wrong in them.
     """
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, value in (("classes", class_rows(finished)), ("curve", curve_rows(finished)), ("results", results)):
-        temporary = folder / f".{name}.{os.getpid()}.tmp"
-        try:
-            temporary.write_text(json.dumps(value, indent=None if name == "results" else 1) + "\n")
-            temporary.replace(folder / f"{name}.json")
-        finally:
-            temporary.unlink(missing_ok=True)
+    if dataset not in ARBITERS:
+        raise ValueError(f"dataset is {' or '.join(ARBITERS)}, got {dataset!r}")
+    found = read_results(results)
+    truth = read_truth(annotations)
+    try:
+        finished = ARBITERS[dataset].compare(truth, found, kinds_of(found))
+    except ValueError as error:
+        raise ValueError(f"{results}: {error}") from error
+    if plots is not None:
+        write_report(plots, finished, found)
+    return ARBITERS[dataset].summary(finished)
 
 
 @torch.no_grad()

@@ -1,0 +1,176 @@
+"""Which detection finds which object, and the precision over recall that follows from it.
+
+The rules are pycocotools'; the work is done by faster-coco-eval (C++), one class at a time with the images in which
+the class occurs: it keeps a record for every image, class and size that it is given, for LVIS at once 15 GB.
+Letters of the tables, as in pycocotools: T IoU thresholds, R recalls, K classes, A size ranges, M limits of detections.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from faster_coco_eval import COCO, COCOeval_faster
+from pycocotools import mask as rle
+
+from vitdet.evaluation.files import Truth, check_code, check_results
+from vitdet.evaluation.runs import areas
+
+IOUS = np.linspace(0.5, 0.95, 10)
+RECALLS = np.linspace(0, 1, 101)
+SIZES = ("all", "small", "medium", "large")  # up to 32 x 32 pixels, up to 96 x 96, above
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Precision (T, R, K, A, M) and recall (T, K, A, M) in 0..1, -1 where a class has no object; the K categories."""
+
+    precision: np.ndarray
+    recall: np.ndarray
+    categories: tuple[dict, ...]
+
+    def ap(self, iou: float | None = None, size: str = "all", chosen: Sequence[int] | None = None) -> float | None:
+        """Average precision in percent, most detections: of one IoU threshold or all, of `chosen` classes (indices)
+        or all; None where these have no object.
+        """
+        table = self.precision[..., SIZES.index(size), -1]
+        table = table if iou is None else table[[int(np.abs(IOUS - iou).argmin())]]
+        return _mean(table if chosen is None else table[:, :, chosen])
+
+    def ar(self, size: str = "all", limit: int = -1) -> float | None:
+        """Average recall in percent, with the `limit`-th limit of detections; None where there is no object."""
+        return _mean(self.recall[..., SIZES.index(size), limit])
+
+
+def choose(truth: Truth, results: Sequence[dict], kinds: Iterable[str], image_ids: Iterable[int] | None,
+           ) -> tuple[list[int], list[dict]]:
+    """The images to look at, all of the truth or `image_ids`, in order, and their results.
+
+    Raises ValueError for results that cannot be compared.
+    """
+    chosen = sorted(truth.images if image_ids is None else set(image_ids))
+    check_results(truth, results, kinds, chosen)
+    inside = set(chosen)
+    return chosen, list(results) if len(chosen) == len(truth.images) else [
+        item for item in results if item["image_id"] in inside]
+
+
+def compare_kind(truth: Truth, image_ids: Sequence[int], results: Sequence[dict], kind: str, limits: Sequence[int],
+                 crowds: bool = True, empty: bool = True, unsure: Collection[tuple[int, int]] = (), size_by: str = "",
+                 ) -> Comparison:
+    """The results of `image_ids` against the objects there, by 'bbox' or 'segm'.
+
+    limits: detections of a class in an image that count, rising. crowds: whether iscrowd means anything. empty:
+    whether what has no area takes part. unsure: pairs (image id, category id) of which not every object is annotated:
+    what is found beyond the annotated ones is not counted. size_by: which form, 'bbox' or 'segm', says how large a
+    detection is ('': that of `kind`). Raises ValueError for a broken mask.
+    """
+    places = {image_id: place for place, image_id in enumerate(image_ids)}
+    objects = _by_class(_objects(truth, places, kind, crowds), empty)
+    found = _by_class(_found(truth, places, results, kind, unsure, size_by or kind), empty)
+    shape = (len(IOUS), len(RECALLS), len(truth.categories), len(SIZES), len(limits))
+    precision, recall = np.full(shape, -1.0), np.full((shape[0], *shape[2:]), -1.0)
+    for column, category in enumerate(truth.categories):
+        if category in objects:
+            tables = _match(objects[category], found.get(category, []), category, kind, limits)
+            precision[:, :, column], recall[:, column] = tables
+    return Comparison(precision, recall, tuple(truth.categories.values()))
+
+
+def _match(objects: list[dict], found: list[dict], category: int, kind: str, limits: Sequence[int],
+           ) -> tuple[np.ndarray, np.ndarray]:
+    """Precision (T, R, A, M) and recall (T, A, M) of one class."""
+    images = [{"id": place, "height": 0, "width": 0}
+              for place in sorted({item["image_id"] for items in (objects, found) for item in items})]
+    sides = []
+    for items in (objects, found):
+        side = COCO()
+        side.dataset = {"images": images, "categories": [{"id": category}], "annotations": items}
+        side.createIndex()
+        sides.append(side)
+    work = COCOeval_faster(*sides, kind, print_function=log.debug, rle_iou_max_workers=1)
+    work.params.maxDets = list(limits)
+    work.params.iouThrs, work.params.recThrs = IOUS, RECALLS
+    work.evaluate()
+    return work.eval["precision"][:, :, 0], work.eval["recall"][:, 0]
+
+
+def _objects(truth: Truth, places: dict[int, int], kind: str, crowds: bool) -> list[dict]:
+    # ids are counted anew: pycocotools and its like take an object with id 0 for never found
+    items = []
+    for number, item in enumerate(truth.objects, start=1):
+        image_id = item["image_id"]
+        if image_id not in places:
+            continue
+        code, area = None, item.get("area")  # own data sets often leave areas out
+        if kind == "segm" or (area is None and item.get("segmentation")):
+            code = _code(item, f"{truth.path}: annotation {item.get('id', number)}", truth.sides(image_id))
+        if area is None:
+            area = float(rle.area(code)) if code else item["bbox"][2] * item["bbox"][3]
+        one = {"id": number, "image_id": places[image_id], "category_id": item["category_id"], "area": area,
+               "iscrowd": item.get("iscrowd", 0) if crowds else 0}
+        items.append({**one, "bbox": item["bbox"]} if kind == "bbox" else {**one, "rle": code})
+    return items
+
+
+def _found(truth: Truth, places: dict[int, int], results: Sequence[dict], kind: str,
+           unsure: Collection[tuple[int, int]], size_by: str) -> list[dict]:
+    if kind == "bbox":
+        key, forms = "bbox", [item["bbox"] for item in results]
+    else:
+        key, forms = "rle", [_text(item, number, truth) for number, item in enumerate(results, start=1)]
+        sizes = _areas(forms, results, truth)
+    if size_by == "bbox":
+        sizes = [item["bbox"][2] * item["bbox"][3] for item in results]
+    return [{"id": number, "image_id": places[item["image_id"]], "category_id": item["category_id"],
+             "score": item["score"], "area": size, key: form,
+             "lvis_mark": (item["image_id"], item["category_id"]) in unsure}
+            for number, (item, form, size) in enumerate(zip(results, forms, sizes, strict=True), start=1)]
+
+
+def _text(item: dict, number: int, truth: Truth) -> dict:
+    """A result's mask as compressed RLE with counts in bytes."""
+    code, size = item["segmentation"], truth.sides(item["image_id"])
+    counts = code.get("counts") if isinstance(code, dict) and code.get("size") == list(size) else None
+    if isinstance(counts, str):
+        return {"size": code["size"], "counts": counts.encode("ascii", "replace")}
+    return code if isinstance(counts, bytes) else _code(item, f"result {number}", size)
+
+
+def _areas(codes: list[dict], results: Sequence[dict], truth: Truth) -> list[float]:
+    sizes, sound = areas([code["counts"] for code in codes], [code["size"][0] * code["size"][1] for code in codes])
+    for index in np.flatnonzero(~sound):
+        check_code(results[index], f"result {index + 1}", truth.sides(results[index]["image_id"]))
+        sizes[index] = rle.area(codes[index])
+    return sizes.astype(float).tolist()
+
+
+def _code(item: dict, name: str, size: tuple[int, int]) -> dict:
+    """A segmentation of whatever form as compressed RLE, as pycocotools draws it."""
+    if "segmentation" not in item:
+        raise ValueError(f"{name}: segmentation is missing, without which masks cannot be compared")
+    check_code(item, name, size)
+    form = item["segmentation"]
+    if isinstance(form, list):
+        return rle.merge(rle.frPyObjects(form, *size))
+    if isinstance(form["counts"], list):
+        return rle.frPyObjects(form, *size)
+    return {"size": form["size"], "counts": form["counts"].encode()}
+
+
+def _by_class(items: list[dict], empty: bool) -> dict[int, list[dict]]:
+    classes = defaultdict(list)
+    for item in items:
+        if empty or item["area"] > 0:
+            classes[item["category_id"]].append(item)
+    return classes
+
+
+def _mean(table: np.ndarray) -> float | None:
+    table = table[table > -1]
+    return 100 * float(table.mean()) if len(table) else None

@@ -1,0 +1,52 @@
+"""The findings of an evaluation as rows that `dvc plots` draws: AP of each class, precision over recall."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from vitdet.evaluation.coco import NAMES
+from vitdet.evaluation.matching import IOUS, RECALLS, Comparison
+
+
+def class_rows(finished: Mapping[str, Comparison]) -> list[dict[str, str | float]]:
+    """AP of each class that has objects, as rows {class, box_ap, box_ap50, mask_ap, mask_ap50} in percent."""
+    rows: dict[str, dict[str, str | float]] = {}
+    for kind, comparison in finished.items():
+        for place, category in enumerate(comparison.categories):
+            ap = comparison.ap(chosen=[place])
+            if ap is not None:
+                row = rows.setdefault(category["name"], {"class": category["name"]})
+                row[f"{NAMES[kind]}_ap"] = ap
+                row[f"{NAMES[kind]}_ap50"] = comparison.ap(0.5, chosen=[place])
+    return list(rows.values())
+
+
+def curve_rows(finished: Mapping[str, Comparison], ious: Sequence[float] = (0.5, 0.75)) -> list[dict[str, str | float]]:
+    """Precision over recall, mean of the classes, as rows {curve: 'box IoU 0.5', recall, precision} in 0..1."""
+    rows = []
+    for kind, comparison in finished.items():
+        precision = comparison.precision[:, :, :, 0, -1]  # (T, R, K) of all sizes, most detections
+        known = (precision >= 0).all((0, 1))
+        for iou in ious if known.any() else ():
+            means = precision[int(np.abs(IOUS - iou).argmin())][:, known].mean(1)
+            rows += [{"curve": f"{NAMES[kind]} IoU {iou}", "recall": round(float(recall), 4), "precision": float(mean)}
+                     for recall, mean in zip(RECALLS, means, strict=True)]
+    return rows
+
+
+def write_report(folder: str | Path, finished: Mapping[str, Comparison], results: list[dict]) -> None:
+    """Writes classes.json (AP of each class), curve.json (precision over recall) and results.json (as COCO)."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, value in (("classes", class_rows(finished)), ("curve", curve_rows(finished)), ("results", results)):
+        temporary = folder / f".{name}.{os.getpid()}.tmp"
+        try:
+            temporary.write_text(json.dumps(value, indent=None if name == "results" else 1) + "\n")
+            temporary.replace(folder / f"{name}.json")
+        finally:
+            temporary.unlink(missing_ok=True)
