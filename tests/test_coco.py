@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 
 from vitdet.data.coco import ImageError, read_coco, read_image
+from vitdet.data.images import upright
 
 SAMPLE = Path(__file__).parents[2] / "shared" / "data" / "coco-sample"
 TRIANGLE = [2.0, 3.0, 12.0, 3.0, 2.0, 8.0]
@@ -110,6 +111,19 @@ def test_images_of_any_mode_come_upright_and_rgb(tmp_path: Path) -> None:
     exif[0x0112] = 6  # the camera was turned by a quarter
     turned.save(tmp_path / "turned.jpg", exif=exif)
     assert read_image(tmp_path / "turned.jpg", (6, 4)).size == (4, 6)
+
+
+def test_sixteen_bits_are_scaled_and_turned(tmp_path: Path) -> None:
+    pixels = np.array([[0, 255, 256], [32768, 40000, 65535]], np.uint16)
+    exif = Image.Exif()
+    exif[0x0112] = 3  # upside down
+    for name in ("x.png", "x.tiff"):
+        Image.fromarray(pixels).save(tmp_path / name, exif=exif)
+        image = np.asarray(read_image(tmp_path / name, (2, 3)))
+        assert image[::-1, ::-1, 0].tolist() == [[0, 0, 1], [128, 156, 255]] and (image == image[..., :1]).all()
+    wide = Image.fromarray(pixels.astype(np.int32))
+    assert wide.mode == "I" and np.asarray(upright(wide))[1, :, 0].tolist() == [128, 156, 255]
+    assert np.asarray(upright(Image.fromarray(np.array([[7, 255]], np.int32))))[0, :, 0].tolist() == [7, 255]
 
 
 def test_unusable_images_are_named(tmp_path: Path) -> None:

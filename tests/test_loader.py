@@ -14,6 +14,7 @@ from torch.utils.data._utils.pin_memory import pin_memory
 
 from vitdet.config import DataConfig
 from vitdet.data import TrainData, dataset_digest, read_split, train_loader, val_loader
+from vitdet.data.transforms import resize_and_pad
 from vitdet.types import Batch
 
 
@@ -168,6 +169,45 @@ def test_what_training_leaves_out_is_counted_once(data: DataConfig, caplog: pyte
     assert [record.getMessage() for record in caplog.records] == [
         f"{path}: objects left out of training: 1 of zero size"
     ]
+
+
+def test_an_empty_crop_gives_its_place_to_another_image(data: DataConfig) -> None:
+    data = replace(data, scale_range=(3.0, 6.0))
+    redrawn = replace(data, redraw_empty=True)
+    plain, full = (list(train_loader(one, 4, seed=1, start_step=0, steps=10)) for one in (data, redrawn))
+    empty = [len(target) == 0 for batch in plain for target in batch.targets]
+    assert 5 < sum(empty) < 35 and all(len(target) for batch in full for target in batch.targets)
+    ours, theirs = ([image for batch in batches for image in batch.images] for batches in (full, plain))
+    assert [torch.equal(*pair) for pair in zip(ours, theirs, strict=True)] == [not one for one in empty]
+    apart = list(train_loader(replace(redrawn, workers=2), 4, seed=1, start_step=6, steps=10))
+    assert all(map(_same, full[6:], apart))
+
+
+def test_a_data_set_that_shows_no_object_stops_instead_of_drawing_for_ever(data: DataConfig) -> None:
+    path = Path(data.root) / "annotations" / "instances_train.json"
+    content = json.loads(path.read_text())
+    for annotation in content["annotations"]:
+        annotation["segmentation"] = [[5, 5, 5, 5, 5, 5]]
+    path.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match="100 crops one after the other without any object.*redraw_empty=false"):
+        list(train_loader(replace(data, redraw_empty=True), 4, 0, 0, 1))
+
+
+def test_rare_classes_are_repeated_by_rank_and_restart(data: DataConfig) -> None:
+    data = replace(data, repeat_threshold=1.0)  # class b is in 4 of 8 images: a factor of 1.41
+    alone = [image for batch in train_loader(data, 4, 0, 0, 200) for image in batch.image_ids]
+    with_b = sum(image in (98, 95, 92, 89) for image in alone) / len(alone)
+    assert with_b == pytest.approx(2**0.5 / (1 + 2**0.5), abs=0.03)
+    shares = [[batch.image_ids for batch in train_loader(data, 4, 0, 90, 100, rank, 2)] for rank in (0, 1)]
+    assert [image for left, right in zip(*shares, strict=True) for image in left + right] == alone[360:400]
+
+
+@pytest.mark.parametrize("antialias", [True, False])
+def test_validation_resizes_as_the_setting_says(data: DataConfig, antialias: bool) -> None:
+    batch = next(iter(val_loader(replace(data, antialias=antialias), 1)))
+    record = read_split(data, "val").records[0]
+    expected, _ = resize_and_pad(np.asarray(Image.open(record.path)), 64, antialias)
+    assert np.array_equal(batch.images[0].numpy(), expected)
 
 
 def test_a_split_without_objects_cannot_train(data: DataConfig) -> None:

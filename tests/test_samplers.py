@@ -1,10 +1,13 @@
 """The stream of images: every image once an epoch, and the same images for any number of ranks and after a restart."""
 
+import time
+from collections import Counter
 from itertools import islice
 
+import numpy as np
 import pytest
 
-from vitdet.data.samplers import InfiniteSampler, positions
+from vitdet.data.samplers import InfiniteSampler, positions, repeat_factors
 
 
 def test_an_epoch_holds_every_image_once_in_an_order_of_its_own() -> None:
@@ -38,3 +41,68 @@ def test_uneven_shares_and_no_images_are_refused() -> None:
         positions(0, 6, 0, 4)
     with pytest.raises(ValueError, match="no image"):
         InfiniteSampler(0, 0)
+    with pytest.raises(ValueError, match="a repeat factor of at least 1 for each of 2 images"):
+        InfiniteSampler(2, 0, np.array([1.0, 0.5]))
+
+
+def test_repeat_factors_are_those_of_the_rarest_class() -> None:
+    labels = [np.array([0, 0]), np.array([0, 1]), np.array([0]), np.array([0, 2, 3]), np.array([0]), np.array([0, 1]),
+              np.array([0]), np.array([0, 3]), np.array([0]), np.array([], np.int64)]
+    # Shares of the ten images: class 0 in 9, class 1 in 2, class 2 in 1, class 3 in 2.
+    expected = [1, (0.4 / 0.2) ** 0.5, 1, 2, 1, (0.4 / 0.2) ** 0.5, 1, 2**0.5, 1, 1]
+    assert repeat_factors(labels, 0.4) == pytest.approx(expected)
+    assert repeat_factors(labels, 0.1).tolist() == [1.0] * 10  # no class is rarer
+
+
+def test_repeat_factors_of_random_images_follow_the_formula() -> None:
+    rng = np.random.default_rng(0)
+    labels = [rng.geometric(0.2, rng.integers(1, 6)) for _ in range(300)]
+    holding = Counter(label for image in labels for label in set(image.tolist()))
+    slow = [max(max(1.0, (0.05 / (holding[label] / 300)) ** 0.5) for label in image.tolist()) for image in labels]
+    assert max(slow) > 2 and repeat_factors(labels, 0.05) == pytest.approx(slow)
+
+
+def test_an_image_comes_as_often_as_its_factor_says() -> None:
+    factors = np.array([1.0, 1.3, 2.0, 2.75, 4.5])
+    sampler = InfiniteSampler(5, seed=1, repeats=factors)
+    epochs = 2000
+    ends, stream = [0], []
+    while len(ends) <= epochs:  # an epoch ends with the last image that its roundings ask for
+        sampler[ends[-1]]
+        start, length = ends[-1], len(sampler._order)
+        epoch = [sampler[position] for position in range(start, start + length)]
+        counts = np.bincount(epoch, minlength=5)
+        assert ((counts == np.floor(factors)) | (counts == np.ceil(factors))).all()
+        stream += epoch
+        ends.append(start + length)
+    error = np.bincount(stream) / epochs - factors
+    deviation = ((factors % 1) * (1 - factors % 1) / epochs) ** 0.5
+    assert (np.abs(error) <= 4 * deviation + 1e-12).all()
+    assert len(set(np.diff(ends).tolist())) > 2  # each epoch has its own length
+    assert stream[:12] != stream[ends[1] : ends[1] + 12]  # and order
+
+
+def test_with_repeat_factors_a_position_does_not_depend_on_what_was_asked_before() -> None:
+    factors = 1 + np.random.default_rng(0).random(9) * 2
+    forward = InfiniteSampler(9, 5, factors)
+    stream = [forward[position] for position in range(400)]
+    places = np.random.default_rng(1).permutation(400).tolist()
+    backward = InfiniteSampler(9, 5, factors)
+    assert [backward[place] for place in places] == [stream[place] for place in places]
+    assert [InfiniteSampler(9, 6, factors)[place] for place in range(30)] != stream[:30]
+    ones = InfiniteSampler(9, 5, np.ones(9))
+    assert [ones[place] for place in range(60)] == [InfiniteSampler(9, 5)[place] for place in range(60)]
+
+
+def test_a_restart_late_in_a_long_training_is_quick_and_exact() -> None:
+    """LVIS: 100,000 images; step 150,000 of batch 64 lies in an epoch of about 80."""
+    factors = 1 + np.random.default_rng(0).exponential(0.2, 100_000)
+    position = 150_000 * 64
+    start = time.process_time()
+    restarted = InfiniteSampler(100_000, 0, factors)
+    image = restarted[position]
+    assert time.process_time() - start < 5
+    going_on = InfiniteSampler(100_000, 0, factors)
+    for step in range(0, 150_000, 30_000):
+        going_on[step * 64]
+    assert going_on[position] == image and len(restarted._ends) < 100

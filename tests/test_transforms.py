@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from vitdet.data.bilinear import resize_bilinear
 from vitdet.data.masks import edges, pad_edges
 from vitdet.data.transforms import (
     Affine,
@@ -185,3 +186,56 @@ def test_colors_equal_the_steps_one_after_the_other() -> None:
 def test_pad_keeps_every_byte() -> None:
     image = np.asarray(_noise(5, 7))
     assert np.array_equal(pad(image, 8)[:, :5, :7].transpose(1, 2, 0), image)
+
+
+def _slow_bilinear(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Four neighbours of each pixel's centre, in float64."""
+    out = np.zeros((*size, 3))
+    for row in range(size[0]):
+        for column in range(size[1]):
+            y = min(max((row + 0.5) * image.shape[0] / size[0] - 0.5, 0), image.shape[0] - 1)
+            x = min(max((column + 0.5) * image.shape[1] / size[1] - 0.5, 0), image.shape[1] - 1)
+            top, left = int(y), int(x)
+            bottom, right = min(top + 1, image.shape[0] - 1), min(left + 1, image.shape[1] - 1)
+            corners = image[[top, top, bottom, bottom], [left, right, left, right]].astype(float)
+            b, a = y - top, x - left
+            out[row, column] = np.array([(1 - b) * (1 - a), (1 - b) * a, b * (1 - a), b * a]) @ corners
+    return out
+
+
+@pytest.mark.parametrize("size", [(20, 31), (9, 13), (45, 40), (1, 1), (90, 3)])
+def test_plain_bilinear_is_within_a_grey_level_of_its_definition(size: tuple[int, int]) -> None:
+    image = np.asarray(_noise(23, 17))
+    assert np.abs(resize_bilinear(image, size) - _slow_bilinear(image, size)).max() < 1
+    assert np.array_equal(resize_bilinear(image, image.shape[:2]), image)
+
+
+def test_a_part_of_a_plain_resize_is_cut_out_of_the_whole() -> None:
+    image = np.asarray(_noise(50, 70))
+    for scaled in ((120, 168), (25, 35), (20, 90)):
+        whole = resize_bilinear(image, scaled)
+        assert np.array_equal(resize_bilinear(image, scaled, (7, 11), (9, 20)), whole[7:16, 11:31])
+
+
+def test_antialiasing_can_be_left_out_in_training_and_evaluation() -> None:
+    image = _noise(90, 140)
+    affine = Affine((90, 140), (45, 70), (3, 5), (40, 60), flip=True)
+    plain = affine.pixels(image, antialias=False)
+    flipped = np.asarray(image)[:, ::-1]
+    assert np.array_equal(plain, resize_bilinear(flipped, (45, 70))[3:43, 5:65])
+    assert np.abs(plain.astype(int) - affine.pixels(image)).mean() > 10  # of noise, PIL's keeps far less
+    canvas, size = resize_and_pad(np.asarray(image), 64, antialias=False)
+    assert size == (41, 64) and np.array_equal(canvas[:, :41], resize_bilinear(np.asarray(image), (41, 64)).transpose(
+        2, 0, 1))
+    assert np.array_equal(resize_and_pad(np.asarray(image), 64)[0][:, :41], resize_longest(np.asarray(image), 64)
+                          .transpose(2, 0, 1))
+
+
+def test_a_crop_lies_on_the_diagonal_or_anywhere() -> None:
+    def places(**settings: bool) -> np.ndarray:
+        drawn = [_draw(seed, (100, 100), 100, scale_range=(2, 2), **settings) for seed in range(200)]
+        return np.array([affine.offset for affine in drawn])
+
+    diagonal, anywhere = places(), places(diagonal=False)
+    assert (diagonal[:, 0] == diagonal[:, 1]).all() and (anywhere[:, 0] == diagonal[:, 0]).all()
+    assert abs(np.corrcoef(anywhere.T)[0, 1]) < 0.2 and anywhere.min() < 5 and anywhere.max() > 95
