@@ -1,0 +1,98 @@
+"""Pre-trained files through our loader: the tensors that the reference's loader put into its backbone, from the same.
+
+A case holds several: {tag: {backbone: constructor arguments, loaded, left_at_init, unused_source}}, with the file's
+tensors under `<tag>/src/` and the backbone's under `<tag>/dst/`. Which layout a file has is told by its names, as the
+cases do not say it: `layers.` is ViTAE's classifier, PCM, q_bias or a prefix its autoencoder, and the rest MAE.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tests.parity.backbone import system_of
+from tests.parity.case import load
+from tests.parity.report import Report
+from vitdet.weights.convert import Format, rename, to_ours
+from vitdet.weights.load import load_pretrained
+
+RESIZED = 1e-5  # absolute, of what is interpolated; everything else is the same to the bit
+
+
+def layout_of(names: list[str]) -> str:
+    """The layout of a file with these names."""
+    if any(name.startswith("layers.") for name in names):
+        return "vitae_cls"
+    signs = ("PCM.", "q_bias", "module.", "encoder.")
+    return "vitae" if any(sign in name for name in names for sign in signs) else "mae"
+
+
+def compute(folder: Path) -> dict[str, tuple[dict[str, Tensor], list[str]]]:
+    """{tag: (the backbone's tensors after loading, the names that stayed fresh)}; reads only the files' tensors."""
+    config = json.loads((folder / "config.json").read_text())
+    sources = load(folder / "io.npz", lambda name: "/src/" in name)
+    found = {}
+    for tag, entry in config.items():
+        start = f"{tag}/src/"
+        weights = {name.removeprefix(start): torch.from_numpy(array) for name, array in sources.items()
+                   if name.startswith(start)}
+        torch.manual_seed(0)
+        model = system_of(entry["backbone"]).build(entry["backbone"])
+        layout = layout_of(list(weights))
+        with tempfile.TemporaryDirectory() as place:
+            path = Path(place) / "file.pth"
+            torch.save({"model" if layout == "mae" else "state_dict": weights}, path)
+            fresh = load_pretrained(model, path, layout).fresh
+        found[tag] = model.state_dict(), fresh
+    return found
+
+
+def compare(folder: Path, found: dict[str, tuple[dict[str, Tensor], list[str]]], report: Report) -> None:
+    """Compares every tensor that the reference loaded, and the names that it left alone."""
+    config = json.loads((folder / "config.json").read_text())
+    stored = load(folder / "io.npz")
+    for tag, (ours, fresh) in found.items():
+        entry, start = config[tag], f"{tag}/dst/"
+        layout = system_of(entry["backbone"]).layout(entry["backbone"])
+        inputs = {f"loading.{name}" for name in stored if name.startswith(f"{tag}/src/")}
+        report.skip(f"loading.{tag}/src/*", f"{len(inputs)} inputs: they show in what is loaded")
+        report.seen |= inputs
+        theirs = renamed({name.removeprefix(start): array for name, array in stored.items() if name.startswith(start)},
+                         layout, report, tag)
+        for name, expected in theirs.items():
+            report.close(f"loading.{tag}.{name}", ours[name], expected, RESIZED if "pos_embed" in name else 0.0)
+        more = more_than_the_reference(entry, layout)
+        if more:
+            report.skip(f"loading.{tag}.lost", f"{len(more)} tensors of the file that the reference has no place for")
+        loaded = [name for name in ours if name not in fresh]
+        report.names(f"loading.{tag}.loaded", set(loaded) - more, theirs)
+        left = {rename(f"backbone.{name}", layout) or name for name in entry["left_at_init"]}
+        report.names(f"loading.{tag}.left_at_init", fresh, {name for name in left if name in ours} - more)
+        listed = {f"{start}{name}" for name in entry["loaded"]}
+        report.names(f"loading.{tag}.list of loaded", listed, [name for name in stored if name.startswith(start)])
+        report.skip(f"loading.{tag}.unused_source", "names of the reference's own bookkeeping")
+    report.all_seen([f"loading.{name}" for name in stored])
+
+
+def more_than_the_reference(entry: dict, layout: Format) -> set[str]:
+    """Our names of what the reference leaves at its fresh values although the file has it: a bias of queries, keys and
+    values for the global blocks of a ViTAE, and everything if it knows none of the file's names.
+    """
+    left = entry["left_at_init"]
+    more = {f"backbone.{name.rpartition('.')[0]}.qkv.bias" for name in left if name.endswith(("q_bias", "v_bias"))}
+    if not entry["loaded"]:
+        kept = [name for name in left
+                if not name.startswith(("norm.", "fpn")) and not name.endswith(("rel_pos_h", "rel_pos_w"))]
+        more |= {rename(f"backbone.{name}", layout) or name for name in kept}
+    return more
+
+
+def renamed(arrays: dict[str, np.ndarray], layout: Format, report: Report, tag: str) -> dict[str, Tensor]:
+    """Our names of the reference's tensors; all of them are compared under these."""
+    report.seen |= {f"loading.{tag}/dst/{name}" for name in arrays}
+    return to_ours({f"backbone.{name}": torch.from_numpy(array) for name, array in arrays.items()}, layout)
