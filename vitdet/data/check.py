@@ -1,4 +1,4 @@
-"""All problems of a folder in COCO's layout at once.
+"""All problems of a folder in COCO's or LVIS's layout at once.
 
 An error is what training or evaluation would stop at, or what would make their figures worthless; without errors both
 run. A warning is what they leave out or tolerate, as the published recipes do with crowds and boxes of zero size.
@@ -19,37 +19,48 @@ from pathlib import Path
 
 from PIL import ExifTags, Image
 
+from vitdet.data.coco import image_name
 from vitdet.data.report import Report
 from vitdet.data.values import is_number, segmentation_problem, show
 
+PREFIXES = ("instances_", "lvis_v1_")  # of annotation files: COCO's and LVIS's
+LISTS = ("neg_category_ids", "not_exhaustive_category_ids")  # of an LVIS image: what its annotators looked for
 OUTSIDE = 1.0  # pixels by which a box may leave its image unnoticed: annotators' rounding
 
 
 def check(folder: Path | str, splits: Sequence[str] | None = None, images: bool = True) -> Report:
     """Looks at folder/annotations/instances_SPLIT.json and folder/SPLIT/ of the given splits, or of all there are.
 
-    images: also decode every image file, which takes most of the time.
+    LVIS is found as lvis_v1_SPLIT.json, its images below `folder` where their coco_url says. images: also decode every
+    image file, which takes most of the time.
     """
     report = Report(Path(folder))
-    found = sorted(path.stem.removeprefix("instances_") for path in report.folder.glob("annotations/instances_*.json"))
-    if not found and splits is None:
+    found = [(prefix, path.stem.removeprefix(prefix)) for prefix in PREFIXES
+             for path in sorted(report.folder.glob(f"annotations/{prefix}*.json"))]
+    if splits is not None:
+        there = {name: [pair for pair in found if pair[1] == name] for name in splits}
+        found = [pair for name, pairs in there.items() for pair in pairs or [(PREFIXES[0], name)]]
+    elif not found:
         report.error("no annotation file", f"expected {report.folder}/annotations/instances_SPLIT.json")
-    checked = {name: _Split(report, name) for name in (found if splits is None else splits)}
-    for split in checked.values():
+    checked = [_Split(report, prefix, name) for prefix, name in found]
+    for split in checked:
         split.check()
-    digests = {name: split.read_images() if images else {} for name, split in checked.items()}
-    for first, second in combinations(checked.values(), 2):
-        _compare(report, first, second, digests[first.name], digests[second.name])
+    digests = [split.read_images() if images else {} for split in checked]
+    for (first, its_digests), (second, other_digests) in combinations(zip(checked, digests, strict=True), 2):
+        if first.lvis == second.lvis:  # one picture may well be in COCO and in LVIS
+            _compare(report, first, second, its_digests, other_digests)
     return report
 
 
 class _Split:
     """One annotation file while it is looked at."""
 
-    def __init__(self, report: Report, name: str) -> None:
+    def __init__(self, report: Report, prefix: str, name: str) -> None:
         self.report = report
-        self.name = name
-        self.file = f"instances_{name}.json"
+        self.lvis = prefix == "lvis_v1_"
+        self.name = f"lvis_v1_{name}" if self.lvis else name  # in the report
+        self.images = report.folder if self.lvis else report.folder / name
+        self.file = f"{prefix}{name}.json"
         self.sizes: dict[int, tuple[int, int] | None] = {}  # image id -> (height, width), None where not known
         self.names: dict[int, str] = {}  # image id -> file name
         self.categories: dict[int, str] = {}
@@ -65,6 +76,8 @@ class _Split:
         self.report.splits[self.name] = len(images), len(annotations), len(categories)
         for where, category in self._items(categories, "category"):
             self.categories[category["id"]] = self._category_name(where, category)
+            if self.lvis and category.get("frequency") not in ("r", "c", "f"):
+                self._error("category whose frequency is not r, c or f", f"{where}: {show(category.get('frequency'))}")
         for where, image in self._items(images, "image"):
             self._image(where, image)
         for where, annotation in self._items(annotations, "annotation"):
@@ -86,7 +99,8 @@ class _Split:
             digests = {}
             for image_id, (kind, what, digest) in zip(self.names, outcomes, strict=True):
                 if kind:
-                    self._error(kind, f"image {image_id}: {self.name}/{show(self.names[image_id])}{what}")
+                    folder = "" if self.lvis else f"{self.name}/"
+                    self._error(kind, f"image {image_id}: {folder}{show(self.names[image_id])}{what}")
                 if digest:
                     digests[image_id] = digest
         return digests
@@ -153,13 +167,19 @@ class _Split:
             self._warning("category name that comes twice", f"{where}: {show(category['name'])}")
         return category["name"] if isinstance(category.get("name"), str) else ""
 
+    def _are_categories(self, ids: object) -> bool:
+        return isinstance(ids, list) and all(type(one) is int and one in self.categories for one in ids)
+
     def _image(self, where: str, image: dict) -> None:
-        name, image_id = image.get("file_name"), image["id"]
-        if self._has(where, image, "file_name"):
-            if isinstance(name, str) and name:
-                self.names[image_id] = name
+        image_id, place = image["id"], "coco_url" if self.lvis and image.get("coco_url") else "file_name"
+        if self._has(where, image, place):
+            if isinstance(image[place], str) and image[place]:
+                self.names[image_id] = image_name(image, self.lvis)
             else:
-                self._error("file name that is not text", f"{where}: {show(name)}")
+                self._error("file name that is not text", f"{where}: {show(image[place])}")
+        for key in LISTS if self.lvis else ():
+            if self._has(where, image, key) and not self._are_categories(image[key]):
+                self._error(f"{key!r} that are not categories", f"{where}: {show(image[key])}")
         present = [key for key in ("height", "width") if self._has(where, image, key)]
         wrong = [key for key in present if type(image[key]) is not int or not 0 < image[key] < 2**31]
         for key in wrong:
@@ -167,7 +187,7 @@ class _Split:
         self.sizes[image_id] = None if wrong or len(present) < 2 else (image["height"], image["width"])
 
     def _annotation(self, where: str, annotation: dict) -> None:
-        for key in ("area", "iscrowd"):
+        for key in ("area",) if self.lvis else ("area", "iscrowd"):
             self._has(where, annotation, key)
         image_id, category_id = annotation.get("image_id"), annotation.get("category_id")
         size = None
@@ -219,7 +239,7 @@ class _Split:
     def _read_image(self, image_id: int) -> tuple[str, str, str]:
         """Kind of error ('': none), its text, digest of the file's bytes ('': not read)."""
         try:
-            content = (self.report.folder / self.name / self.names[image_id]).read_bytes()
+            content = (self.images / self.names[image_id]).read_bytes()
         except FileNotFoundError:
             return "missing image file", "", ""
         except (OSError, ValueError) as error:  # ValueError: a name that no file can have

@@ -208,11 +208,13 @@ def _fresh_detector(config: Config, split: CocoSplit, source: str | Path | None,
     """The detector before its first step; the odds of the federated loss are those of the training images."""
     torch.manual_seed(config.train.seed)
     odds = torch.tensor(split.image_counts, dtype=torch.float32).sqrt()  # detectron2: image_count ** 0.5
-    detector = build_detector(config.model, config.evaluate, odds).to(device)
+    detector = build_detector(config.model, config.evaluate, odds.clone()).to(device)
     if source is not None:
         loaded = load_pretrained(detector, source, config.train.init_format, split.class_names)
         for note in loaded.notes if distributed.rank() == 0 else ():
             log.info("%s: %s", source, note)
+    if config.model.roi_heads.loss == "federated":
+        detector.roi_heads.classification.class_weights.copy_(odds)  # a file's are of the images that it learnt from
     return detector
 
 
