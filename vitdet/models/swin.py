@@ -4,7 +4,7 @@ shifted by half a window in every other block.
 Liu et al. (2103.14030); numbers as in mmdet. The layers are timm's; the block is not, as timm rolls a map before it
 pads it to whole windows, while the published detectors were trained the other way round: the two agree only where the
 map is a multiple of the window, which in detection it is not (256, 128, 64 and 32 cells at 1024 pixels, windows of 7).
-Letters: B images, C channels, H x W tokens, W windows of N tokens.
+Letters: B images, C channels, H x W tokens, K windows of N tokens.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ SIZES = {"swin_t": Size(96, (2, 2, 6, 2), (3, 6, 12, 24))}
 
 
 def shift_mask(height: int, width: int, window: int, shift: int, device: torch.device) -> Tensor:
-    """What is added to the logits in a map rolled by `shift`: (W, N, N), 0 between neighbours of the unrolled map.
+    """What is added to the logits in a map rolled by `shift`: (K, N, N), 0 between neighbours of the unrolled map.
 
     height and width are multiples of the window. Only the last windows of an axis hold tokens from both its ends.
     """
