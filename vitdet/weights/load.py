@@ -105,7 +105,7 @@ def fitted(source: Source, detector: nn.Module, path: Path,
         notes.append("relative positions: rescaled for "
                      f"{'the scaled' if wanted else 'the unscaled'} query that this model has them meet")
     afresh = _other_classes(weights, own, source.class_names, tuple(class_names)) if source.whole else {}
-    notes += [f"{name}: starts afresh ({why})" for name, why in afresh.items()]
+    notes += [f"{name}: {'starts afresh' if name in own else 'left out'} ({why})" for name, why in afresh.items()]
     weights, lines = _fit({name: tensor for name, tensor in weights.items() if name not in afresh}, own, source,
                           set(afresh), path)
     return weights, [*notes, *lines]
