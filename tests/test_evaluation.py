@@ -133,6 +133,27 @@ def test_only_the_images_of_the_setting_count(spots):
     assert figures["box_ap50"] == pytest.approx(100)
 
 
+def test_lvis_is_measured_by_its_own_rules(spots):
+    root = Path(spots.root)
+    tree = json.loads((root / "annotations" / "instances_val.json").read_text())
+    for image in tree["images"]:  # nothing is annotated on the last one, and it is not known whether there is a spot
+        image.update(coco_url=f"http://host/val/{image.pop('file_name')}", neg_category_ids=[],
+                     not_exhaustive_category_ids=[])
+    for category, frequency in zip(tree["categories"], "cr", strict=True):
+        category["frequency"] = frequency
+    (root / "annotations" / "lvis_v1_val.json").write_text(json.dumps(tree))
+    bright = np.full((50, 60), 200, np.uint8)
+    Image.fromarray(bright).save(root / "val" / "5.png")
+    figures, results = evaluate_detector(BrightSpot(), replace(spots, dataset="lvis"), EvalConfig())
+    assert 5 in {one["image_id"] for one in results}
+    assert figures["box_ap50"] == figures["mask_ap50"] == pytest.approx(100)
+    assert figures["box_ap_common"] == figures["box_ap"] and "box_ap_rare" not in figures and "box_ar_300" in figures
+    (root / "annotations" / "lvis_v1_val.json").write_text(json.dumps({**tree, "categories": [{"id": 9, "name": "spot"},
+                                                                                             {"id": 4, "name": "no"}]}))
+    with pytest.raises(ValueError, match="frequency of category 4 is missing"):
+        evaluate_detector(None, replace(spots, dataset="lvis"), EvalConfig())  # before anything is detected
+
+
 @pytest.mark.parametrize("training", [True, False])
 def test_the_detectors_mode_is_put_back(spots, training, tmp_path):
     detector = BrightSpot().train(training)
@@ -171,6 +192,13 @@ def test_a_checkpoint_has_the_figures_that_its_training_ended_with(trained, tiny
     assert {"class", "box_ap", "mask_ap"} <= set(json.loads((tmp_path / "plots" / "classes.json").read_text())[0])
     assert len(json.loads((tmp_path / "plots" / "results.json").read_text())) > 4
     assert not list(tmp_path.rglob("*.tmp"))
+
+
+def test_the_annotation_file_is_read_once(trained, tmp_path, monkeypatch):
+    read, as_bytes = [], Path.read_bytes
+    monkeypatch.setattr(Path, "read_bytes", lambda path: read.append(path.name) or as_bytes(path))
+    evaluate(trained / "model.pt", pictures=tmp_path / "pictures", plots=tmp_path / "plots")
+    assert [name for name in read if name.startswith("instances_")] == ["instances_val.json"]
 
 
 def test_settings_of_the_evaluation_can_change(trained, tmp_path):

@@ -46,12 +46,13 @@ def split_files(data: DataConfig, split: str) -> tuple[Path, Path]:
     return root / "annotations" / f"instances_{split}.json", root / split
 
 
-def read_split(data: DataConfig, split: str) -> CocoSplit:
+def read_split(data: DataConfig, split: str, tree: dict | None = None) -> CocoSplit:
     """The split's records; with data.max_images, only the so many images of lowest id that hold an object.
 
-    Raises what `read_coco` raises, and FileNotFoundError naming the first image file that is not there.
+    tree: the content of the annotation file, if it was read before. Raises what `read_coco` raises, and
+    FileNotFoundError naming the first image file that is not there.
     """
-    found = read_coco(*split_files(data, split), by_url=data.dataset == "lvis")
+    found = read_coco(*split_files(data, split), by_url=data.dataset == "lvis", tree=tree)
     if data.max_images:
         found = replace(found, records=[record for record in found.records if len(record)][: data.max_images])
     missing = [record.path for record in found.records if not record.path.is_file()]
@@ -163,13 +164,14 @@ def train_loader(
     return DataLoader(dataset, batch_sampler=sampler, **_processes(data.workers))
 
 
-def val_loader(data: DataConfig, batch_size: int, rank: int = 0, world_size: int = 1) -> DataLoader:
+def val_loader(data: DataConfig, batch_size: int, rank: int = 0, world_size: int = 1, split: CocoSplit | None = None,
+               ) -> DataLoader:
     """Batches of this rank's part of the validation images, also those without objects, in order of image id.
 
-    The ranks' parts, one after the other, are all images once. Raises what `read_split` raises, and ValueError for
-    an image file that cannot be used.
+    The ranks' parts, one after the other, are all images once. split: the validation split, if it was read before.
+    Raises what `read_split` raises, and ValueError for an image file that cannot be used.
     """
-    records = read_split(data, data.val_split).records
+    records = (split or read_split(data, data.val_split)).records
     part = records[len(records) * rank // world_size : len(records) * (rank + 1) // world_size]
     return DataLoader(ValData(part, data.image_size, data.antialias), batch_size=batch_size, **_processes(data.workers))
 

@@ -62,15 +62,16 @@ class CocoSplit:
     dropped: dict[str, int]  # reason -> objects left out
 
 
-def read_coco(annotations: Path | str, images: Path | str, by_url: bool = False) -> CocoSplit:
+def read_coco(annotations: Path | str, images: Path | str, by_url: bool = False, tree: dict | None = None) -> CocoSplit:
     """The records of an annotation file whose images lie in the folder `images` (no image is opened).
 
     by_url: under the last two parts of their coco_url where they have one, as LVIS's do; else under their file_name.
+    tree: the content of the file, if it was read before.
     Raises FileNotFoundError without the file, and ValueError with its first problem: broken JSON, a missing field,
     an unknown image or category, an id that comes twice, a polygon under 3 points, a box outside its image.
     """
     path = Path(annotations)
-    content = _read(path)
+    content = read_tree(path) if tree is None else tree
     try:
         return _split(content, Path(images), by_url)
     except KeyError as error:
@@ -111,7 +112,8 @@ def read_image(path: Path, size: tuple[int, int] | None = None) -> Image.Image:
     return image
 
 
-def _read(path: Path) -> dict:
+def read_tree(path: Path) -> dict:
+    """The content of an annotation file. Raises FileNotFoundError or ValueError with one line that names it."""
     try:
         content = json.loads(path.read_bytes())
     except FileNotFoundError:

@@ -16,9 +16,10 @@ from torch import nn
 from vitdet import distributed
 from vitdet.config import Config, DataConfig, EvalConfig, load_config, save_config
 from vitdet.data import read_split, split_files, val_loader
+from vitdet.data.coco import CocoSplit, read_tree
 from vitdet.data.masks import encode, paste
 from vitdet.evaluation import coco, lvis
-from vitdet.evaluation.files import kinds_of, read_results, read_truth
+from vitdet.evaluation.files import Truth, kinds_of, read_results, read_truth, truth_of
 from vitdet.evaluation.pictures import write_pictures
 from vitdet.evaluation.report import write_report
 from vitdet.predictor import to_image
@@ -56,24 +57,28 @@ def evaluate_detector(detector: nn.Module, data: DataConfig, settings: EvalConfi
     The detector lies on `device`; its mode is put back afterwards. Under several processes each takes a share of the
     images and all return the same. Raises ValueError for a precision other than fp32 and bf16.
     """
-    results, image_ids = detect(detector, data, settings, device, precision)
+    truth, split = _read(data)
+    results, image_ids = detect(detector, data, settings, device, precision, split)
     metrics = {}
     if distributed.rank() == 0:
         arbiter = ARBITERS[data.dataset]
-        truth = read_truth(split_files(data, data.val_split)[0])
         metrics = arbiter.summary(arbiter.compare(truth, results, image_ids=image_ids))
     return distributed.all_gather_objects(metrics)[0], results
 
 
 def detect(detector: nn.Module, data: DataConfig, settings: EvalConfig, device: torch.device | str = "cpu",
-           precision: str = "fp32") -> tuple[list[dict], list[int]]:
-    """The COCO results of `evaluate_detector` without the comparison, and the ids of the images that were looked at."""
+           precision: str = "fp32", split: CocoSplit | None = None) -> tuple[list[dict], list[int]]:
+    """The COCO results of `evaluate_detector` without the comparison, and the ids of the images that were looked at.
+
+    split: the validation split, if it was read before.
+    """
     if precision not in ("fp32", "bf16"):
         raise ValueError(f"precision of an evaluation is fp32 or bf16, got {precision!r}")
     was_training = detector.training
     detector.eval()
     try:
-        share = _detect_share(detector, data, settings, torch.device(device), precision == "bf16")
+        share = _detect_share(detector, data, split or read_split(data, data.val_split), settings,
+                              torch.device(device), precision == "bf16")
     finally:
         detector.train(was_training)
     found: dict[int, list[dict]] = {}
@@ -101,21 +106,21 @@ def evaluate(checkpoint: str | Path, overrides: Sequence[str] = (), *, pictures:
         rebuilt = build_detector(config.model, config.evaluate)
         rebuilt.load_state_dict(detector.state_dict())
         detector = rebuilt
-    _check_classes(checkpoint, class_names, read_split(config.data, config.data.val_split).class_names, config.data)
+    truth, split = _read(config.data)
+    _check_classes(checkpoint, class_names, split.class_names, config.data)
     with distributed.process_group() as own_device:
         device = device or own_device
         detector = detector.to(device).eval()
-        results, image_ids = detect(detector, config.data, config.evaluate, device)
+        results, image_ids = detect(detector, config.data, config.evaluate, device, split=split)
         metrics = {}
         if distributed.rank() == 0:
             arbiter = ARBITERS[config.data.dataset]
-            truth = read_truth(split_files(config.data, config.data.val_split)[0])
             finished = arbiter.compare(truth, results, image_ids=image_ids)
             metrics = arbiter.summary(finished)
             if plots is not None:
                 write_report(plots, finished, results)
             if pictures is not None:
-                write_pictures(detector, config.data, pictures)
+                write_pictures(detector, config.data, pictures, split=split)
         return distributed.all_gather_objects(metrics)[0]
 
 
@@ -139,12 +144,24 @@ def evaluate_results(results: str | Path, annotations: str | Path, dataset: str 
     return ARBITERS[dataset].summary(finished)
 
 
+def _read(data: DataConfig) -> tuple[Truth, CocoSplit]:
+    """The validation split for the comparison and for the detector: the annotation file is read once, and it is known
+    before anything is detected that it can be compared with.
+    """
+    path = split_files(data, data.val_split)[0]
+    tree = read_tree(path)
+    split = read_split(data, data.val_split, tree)
+    truth = truth_of(path, tree)
+    ARBITERS[data.dataset].check(truth)
+    return truth, split
+
+
 @torch.no_grad()
-def _detect_share(detector: nn.Module, data: DataConfig, settings: EvalConfig, device: torch.device, bf16: bool,
-                  ) -> dict[int, list[dict]]:
-    category_ids = read_split(data, data.val_split).category_ids
+def _detect_share(detector: nn.Module, data: DataConfig, split: CocoSplit, settings: EvalConfig, device: torch.device,
+                  bf16: bool) -> dict[int, list[dict]]:
+    category_ids = split.category_ids
     share = {}
-    for batch in val_loader(data, settings.batch_size, distributed.rank(), distributed.world_size()):
+    for batch in val_loader(data, settings.batch_size, distributed.rank(), distributed.world_size(), split):
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
             found = detector(batch.images.to(device, non_blocking=True), None, batch.sizes.to(device))
         for one, size, original, image_id in zip(found, batch.sizes.tolist(), batch.originals.tolist(),

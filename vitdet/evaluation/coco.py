@@ -27,6 +27,10 @@ def compare(truth: Truth, results: Sequence[dict], kinds: Sequence[str] = ("bbox
     return {kind: compare_kind(truth, image_ids, results, kind, LIMITS) for kind in kinds}
 
 
+def check(truth: Truth) -> None:
+    """Nothing more is needed of an annotation file than `files.truth_of` demands."""
+
+
 def summary(finished: Mapping[str, Comparison]) -> dict[str, float]:
     """COCO's twelve figures a kind in percent: box_ap, box_ap50, ..., box_ar_large, mask_ap, ..., mask_ar_large."""
     return named(finished, {kind: {

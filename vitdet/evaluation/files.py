@@ -38,8 +38,12 @@ def read_truth(path: Path | str) -> Truth:
 
     Raises FileNotFoundError without the file and ValueError for what is not such a file, in one line that names it.
     """
+    return truth_of(path, read_json(path, "annotation"))
+
+
+def truth_of(path: Path | str, tree: object) -> Truth:
+    """The content of the annotation file `path`. Raises ValueError as `read_truth` does."""
     path = Path(path)
-    tree = read_json(path, "annotation")
     missing = [key for key in ("images", "annotations", "categories") if not isinstance(tree, dict) or key not in tree]
     if missing:
         raise ValueError(f"{path}: expected COCO annotations, but {', '.join(missing)} is missing")

@@ -27,7 +27,7 @@ def compare(truth: Truth, results: Sequence[dict], kinds: Sequence[str] = ("bbox
 
     Raises ValueError as well for an annotation file without LVIS's own fields.
     """
-    _check(truth)
+    check(truth)
     boxed = bool(results) and "bbox" in kinds_of(results)
     image_ids, results = choose(truth, results, {*kinds, *(["bbox"] if boxed else [])}, image_ids)
     results = federated(truth, best(results))
@@ -35,6 +35,17 @@ def compare(truth: Truth, results: Sequence[dict], kinds: Sequence[str] = ("bbox
               for category in truth.images[image_id]["not_exhaustive_category_ids"]}
     return {kind: compare_kind(truth, image_ids, results, kind, (LIMIT,), crowds=False, empty=False,
                                unsure=unsure, size_by="bbox" if boxed else "") for kind in kinds}
+
+
+def check(truth: Truth) -> None:
+    """Raises ValueError, in one line, for an annotation file without LVIS's own fields."""
+    for items, keys in ((truth.images, ("neg_category_ids", "not_exhaustive_category_ids")),
+                        (truth.categories, ("frequency",))):
+        for key in keys:
+            lacking = next((one["id"] for one in items.values() if key not in one), None)
+            if lacking is not None:
+                raise ValueError(f"{truth.path}: {key} of {'image' if items is truth.images else 'category'} "
+                                 f"{lacking} is missing, which LVIS has; with COCO's annotations take dataset coco")
 
 
 def summary(finished: Mapping[str, Comparison]) -> dict[str, float]:
@@ -71,13 +82,3 @@ def federated(truth: Truth, results: Sequence[dict]) -> list[dict]:
     known |= {(image_id, category) for image_id, image in truth.images.items()
               for category in image["neg_category_ids"]}
     return [item for item in results if (item["image_id"], item["category_id"]) in known]
-
-
-def _check(truth: Truth) -> None:
-    for items, keys in ((truth.images, ("neg_category_ids", "not_exhaustive_category_ids")),
-                        (truth.categories, ("frequency",))):
-        for key in keys:
-            lacking = next((one["id"] for one in items.values() if key not in one), None)
-            if lacking is not None:
-                raise ValueError(f"{truth.path}: {key} of {'image' if items is truth.images else 'category'} "
-                                 f"{lacking} is missing, which LVIS has; with COCO's annotations take dataset coco")

@@ -12,7 +12,7 @@ from torch import nn
 
 from vitdet.config import DataConfig
 from vitdet.data import read_split
-from vitdet.data.coco import Record
+from vitdet.data.coco import CocoSplit, Record
 from vitdet.data.masks import decode
 from vitdet.predictor import Predictor, comfortable_scale, draw, paint, read_image
 
@@ -20,13 +20,13 @@ GAP = 8  # pixels between the two halves
 
 
 def write_pictures(detector: nn.Module, data: DataConfig, folder: str | Path, count: int = 8, threshold: float = 0.5,
-                   ) -> list[Path]:
+                   split: CocoSplit | None = None) -> list[Path]:
     """Writes `count` pictures FOLDER/<image id>.jpg of the validation split, ground truth left, detections right.
 
     The images are spread evenly over the split, so the same ones are drawn every time; detections have a score of at
-    least `threshold`. The detector's mode is put back afterwards.
+    least `threshold`. split: the validation split, if it was read before. The detector's mode is put back afterwards.
     """
-    split = read_split(data, data.val_split)
+    split = split or read_split(data, data.val_split)
     chosen = [split.records[i] for i in spread(len(split.records), count)]
     predictor = Predictor(detector, split.class_names, data.image_size, data.antialias)
     folder = Path(folder)
