@@ -7,6 +7,7 @@ from PIL import Image
 from torch import nn
 
 from tests.small import CLASSES, SIDE, small_detector
+from vitdet.data.transforms import resize_and_pad
 from vitdet.predictor import Predictor, class_color, comfortable_scale, draw, read_image, to_image
 from vitdet.types import Detections
 
@@ -160,6 +161,19 @@ def test_a_checkpoint_is_loaded_with_its_names(trained):
     assert "disc" in predictor.class_names
     with pytest.raises(FileNotFoundError):
         Predictor.load(trained / "absent.pt")
+
+
+def test_a_picture_is_resized_as_in_training(trained, tmp_path):
+    content = torch.load(trained / "model.pt", weights_only=True)
+    pixels = np.random.default_rng(0).integers(0, 256, (90, 300, 3), np.uint8)
+    for antialias in (True, False):
+        content["config"]["data"]["antialias"] = antialias
+        torch.save(content, tmp_path / "model.pt")
+        predictor = Predictor.load(tmp_path / "model.pt")
+        seen = []
+        predictor.detector.register_forward_pre_hook(lambda _, given, seen=seen: seen.append(given[0][0].cpu().numpy()))
+        predictor(pixels)
+        assert np.array_equal(seen[0], resize_and_pad(pixels, 128, antialias)[0])
 
 
 def test_nothing_found_is_drawn_as_the_picture_alone():
