@@ -127,3 +127,18 @@ def test_lvis_recipes_are_the_coco_ones_on_other_data() -> None:
             assert (config.data.dataset, config.model.roi_heads.num_classes) == ("lvis", 1203)
             assert (config.evaluate.score_threshold, config.evaluate.max_detections) == (0.02, 300)
             assert (config.model.roi_heads.loss, config.data.repeat_threshold) == ("federated", 0.001)
+
+
+# Of mmdet's and ViTAE-Transformer's configs and key lists: parameters, those without weight decay (its keys hold "norm"
+# or "relative_position_bias_table"), steps of an epoch of 16 images.
+@pytest.mark.parametrize(("recipe", "parameters", "undecayed", "warmup"), [
+    ("mask_rcnn_swin_t_coco", 47_794_602, 76, 1000), ("mask_rcnn_vitaev2_s_coco", 38_993_712, 72, 500)])
+def test_the_hierarchical_baselines_follow_their_configs(recipe: str, parameters: int, undecayed: int,
+                                                         warmup: int) -> None:
+    optim, epoch = load_config(recipe).optim, 7330
+    groups = parameter_groups(on_meta(recipe), optim)
+    assert sum(p.numel() for p in on_meta(recipe).parameters()) == parameters
+    assert sum(len(group["names"]) for group in groups if group["weight_decay"] == 0) == undecayed
+    assert {group["lr_scale"] for group in groups} == {1.0}
+    factors = [lr_factor(step, optim) for step in (0, warmup, 27 * epoch - 1, 27 * epoch, 33 * epoch, 36 * epoch - 1)]
+    assert factors == pytest.approx([0.001, 1, 1, 0.1, 0.01, 0.01]) and optim.steps == 36 * epoch

@@ -142,8 +142,9 @@ class OptimConfig:
     lr: float = 1e-4
     weight_decay: float = 0.1
     # What has no weight decay: the blocks' LayerNorms and the position embedding (ViT-B, L); everything of one axis,
-    # relative positions and the position embedding (ViTAE-Transformer/ViTDet); nothing (ViT-H).
-    undecayed: Literal["norms", "vectors", "nothing"] = "norms"
+    # relative positions and the position embedding (ViTAE-Transformer/ViTDet); LayerNorms and Swin's tables of
+    # positions, but no BatchNorm (mmdet's Swin); nothing (ViT-H).
+    undecayed: Literal["norms", "vectors", "layer_norms", "nothing"] = "norms"
     layer_decay: float = 0.7
     steps: int = 184_375  # 100 epochs of COCO at batch 64
     schedule: Literal["step", "cosine"] = "step"
@@ -283,7 +284,7 @@ def _read(name_or_path: str | Path) -> dict:
         if not path.exists():
             raise ValueError(f"{text}: no such recipe; {nearest(text, recipes())}")
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such config file; give a recipe's name ({', '.join(recipes())}) or a file")
+        raise FileNotFoundError(f"{path}: no such config file; give a file or a recipe's name: {', '.join(recipes())}")
     try:
         tree = yaml.safe_load(path.read_text())
     except (yaml.YAMLError, UnicodeDecodeError) as error:

@@ -50,6 +50,8 @@ def check(config: Config) -> None:
     hierarchical = backbone.name in ("swin_t", "vitaev2_s")
     _rule(hierarchical == (config.model.pyramid.kind == "fpn"),
           f"model.backbone.name={backbone.name} goes with model.pyramid.kind={'fpn' if hierarchical else 'simple'}")
+    _rule(not hierarchical or backbone.window_size == 7,
+          f"model.backbone.window_size must be 7 with {backbone.name}, got {backbone.window_size}")
 
 
 def _rule(holds: bool, message: str) -> None:

@@ -42,13 +42,14 @@ def _undecayed(detector: nn.Module, which: str) -> set[str]:
     if which == "vectors":
         return {name for name, parameter in detector.named_parameters()
                 if parameter.ndim == 1 or "pos_embed" in name or "rel_pos_" in name}
-    if which == "norms":
-        # Exactly nn.LayerNorm, as in detectron2: the channel norms of pyramid and heads are another class, and decay.
-        norms = {name for name, module in detector.named_modules()
-                 if type(module) is nn.LayerNorm or isinstance(module, nn.modules.batchnorm._BatchNorm)}
-        return {name for name, _ in detector.named_parameters()
-                if name.rpartition(".")[0] in norms or name == "backbone.pos_embed"}
-    return set()
+    if which == "nothing":
+        return set()
+    # Exactly nn.LayerNorm, as in detectron2: the channel norms of pyramid and heads are another class, and decay.
+    norms = {name for name, module in detector.named_modules() if type(module) is nn.LayerNorm
+             or which == "norms" and isinstance(module, nn.modules.batchnorm._BatchNorm)}
+    tables = ("pos_embed", "relative_position_bias_table")
+    return {name for name, _ in detector.named_parameters()
+            if name.rpartition(".")[0] in norms or name.endswith(tables)}
 
 
 def build_optimizer(detector: nn.Module, settings: OptimConfig) -> torch.optim.AdamW:
