@@ -109,6 +109,11 @@ def test_tensors_alone(model: Path, recipe: Path, tmp_path: Path) -> None:
     convert_file(tmp_path / "theirs.pkl", tmp_path / "ours.safetensors", "detectron2")
     with safe_open(tmp_path / "ours.safetensors", framework="pt") as file:
         assert file.metadata() == {"format": "pt", "layout": "detectron2", "scaled_rel_pos": "false"}
+    convert_file(tmp_path / "theirs.pkl", tmp_path / "fitted.safetensors", "detectron2", recipe)
+    assert read_source(tmp_path / "fitted.safetensors", "vitdet").class_names == ()  # not known
+    convert_file(model, tmp_path / "named.safetensors", "vitdet")
+    assert read_source(tmp_path / "named.safetensors", "vitdet").class_names == tuple(
+        load_model_file(model)["class_names"])
     assert read_source(tmp_path / "ours.safetensors", "vitdet").layout == "detectron2"
     convert_file(tmp_path / "ours.safetensors", tmp_path / "again.pt", "vitdet", recipe)
     one, two = load_model_file(model)["model"], load_model_file(tmp_path / "again.pt")["model"]

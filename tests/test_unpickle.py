@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import argparse
 import builtins
-import io
 import os
 import pickle
-import pickletools
 import struct
 import zipfile
 from collections import OrderedDict
@@ -93,6 +91,25 @@ def test_the_forbidden_name_is_said(tmp_path: Path) -> None:
     assert "it names posix.mkdir" in one_line(tmp_path / "model.pth")
 
 
+def packed(path: Path, content: bytes) -> Path:
+    """A torch file whose pickle is written by hand."""
+    torch.save({"w": torch.ones(2)}, path)
+    with zipfile.ZipFile(path) as archive:
+        files = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
+        for name, old in files.items():
+            archive.writestr(name, content if name.endswith("data.pkl") else old)
+    return path
+
+
+def test_persistent_ids_are_read_as_carefully(tmp_path: Path) -> None:
+    path, one = tmp_path / "model.pth", b"(X\x07\0\0\0storage%sX\x01\0\0\00X\x03\0\0\0cpuK\x02tQ"
+    assert "it names posix.system" in one_line(packed(path, b"\x80\x02" + one % b"cposix\nsystem\n" + b"."))
+    inner = one % b"ctorch\nFloatStorage\n"
+    assert "not a whole file of weights" in one_line(packed(path, b"\x80\x02" + one % inner + b"."))
+    assert "not a whole file of weights" in one_line(packed(path, b"\x80\x02X\x02\0\0\0idQ."))
+
+
 def test_a_reader_cannot_be_changed_by_what_it_reads(tmp_path: Path) -> None:
     path = tmp_path / "model.pkl"
     for state in (b"}S'call'\nS'x'\ns", b"(N}S'call'\nS'x'\nst", b"(N}S'__setattr__'\nS'x'\nst"):
@@ -176,16 +193,7 @@ def test_a_trainings_file_is_read_without_its_objects(tmp_path: Path, zipped: bo
 def test_a_missing_package_is_not_needed(tmp_path: Path) -> None:
     """mmcv's config, whose class is not installed here, is a table."""
     path = tmp_path / "model.pth"
-    torch.save({"state_dict": {"w": torch.ones(2)}, "cfg": OrderedDict(a=1)}, path)
-    with zipfile.ZipFile(path) as archive:
-        files = {name: archive.read(name) for name in archive.namelist()}
-    name = next(name for name in files if name.endswith("data.pkl"))
-    end = len(files[name]) - 1
-    files[name] = (files[name][:end] + b"U\x01c" + b"cmmcv.utils.config\nConfigDict\n)\x81U\x01kK\x05ss.")
-    pickletools.dis(files[name], io.StringIO())
-    with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
-        for one, content in files.items():
-            archive.writestr(one, content)
+    packed(path, b"\x80\x02}U\x01c" + b"cmmcv.utils.config\nConfigDict\n)\x81U\x01kK\x05ss.")
     assert dict(read_file(path)["c"]) == {"k": 5}
 
 

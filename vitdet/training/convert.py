@@ -6,6 +6,7 @@ that shows whether the weights fit.
 
 from __future__ import annotations
 
+import json
 import os
 import pickle
 from collections.abc import Iterator
@@ -21,7 +22,7 @@ from vitdet.models import Detector, build_detector
 from vitdet.training.checkpoint import FORMAT, read_detector_file, save
 from vitdet.weights import PACKAGED
 from vitdet.weights.convert import FORMATS, Format, mmdet, to_theirs
-from vitdet.weights.load import Source, fitted, read_source
+from vitdet.weights.load import LOGITS, Source, fitted, read_source
 from vitdet.weights.resize import rescale_relative_positions
 
 # What both systems compute in the same way but for these settings, which their weights do not show.
@@ -53,15 +54,20 @@ def convert_file(source: str | Path, destination: str | Path, layout: str, recip
                          "or write .safetensors")
     found = read_source(source, layout)
     if recipe is None:
-        _write_tensors(destination, found.weights, found.layout, found.scaled)
+        _write_tensors(destination, found.weights, found.layout, found.scaled, found.class_names)
         return []
     config = load_config(recipe)
     weights, notes = fitted(found, shapes_of(config), source)
     notes += _other_settings(config, found.layout)
+    if found.whole or destination.suffix == ".pt":
+        _check_whole(found, weights, config, source)
+    names, lines = class_names(config, found.class_names) if found.whole else ((), [])
     if destination.suffix == ".safetensors":
-        _write_tensors(destination, weights, found.layout, config.model.backbone.scaled_rel_pos)
+        known = () if lines else names
+        _write_tensors(destination, weights, found.layout, config.model.backbone.scaled_rel_pos, known)
         return notes
-    return [*notes, *_write_detector(destination, weights, found, config, source)]
+    _write_detector(destination, weights, config, names)
+    return [*notes, *lines]
 
 
 def shapes_of(config: Config) -> Detector:
@@ -85,26 +91,28 @@ def class_names(config: Config, stored: tuple[str, ...] = ()) -> tuple[tuple[str
                      "class 1, ..."]
 
 
-def _write_detector(destination: Path, weights: dict[str, Tensor], found: Source, config: Config,
-                    source: Path) -> list[str]:
-    if not found.whole:
-        raise ValueError(f"{source}: holds a backbone alone, and {destination} would be a whole detector; write "
-                         ".safetensors and train from it (train.init)")
-    count, here = len(weights.get("roi_heads.stages.0.logits.weight", ())) - 1, config.model.roi_heads.num_classes
-    if count != here:
-        theirs = len(found.weights["roi_heads.stages.0.logits.weight"]) - 1
-        raise ValueError(f"{source}: finds {theirs} classes, the recipe's model {here}; to train it for others, give "
-                         "it to train as train.init")
-    names, notes = class_names(config, found.class_names)
+def _write_detector(destination: Path, weights: dict[str, Tensor], config: Config, names: tuple[str, ...]) -> None:
     save(destination, {
         "format": FORMAT, "config": to_dict(config), "model": {name: one.contiguous() for name, one in weights.items()},
         "class_names": list(names), "run_id": None, "step": 0, "dataset_digest": "", "metrics": {},
     })
-    return notes
 
 
-def _write_tensors(destination: Path, weights: dict[str, Tensor], layout: str, scaled: bool | None) -> None:
-    said = {"format": "pt", "layout": layout} | ({} if scaled is None else {"scaled_rel_pos": str(scaled).lower()})
+def _check_whole(found: Source, weights: dict[str, Tensor], config: Config, source: Path) -> None:
+    """A detector's file has weights for everything that its config builds."""
+    if not found.whole:
+        raise ValueError(f"{source}: holds a backbone alone; write .safetensors and train from it (train.init)")
+    if LOGITS not in weights:
+        theirs, ours = len(found.weights[LOGITS]) - 1, config.model.roi_heads.num_classes
+        raise ValueError(f"{source}: finds {theirs} classes, the recipe's model {ours}; to train it for others, give "
+                         "it to train as train.init")
+
+
+def _write_tensors(destination: Path, weights: dict[str, Tensor], layout: str, scaled: bool | None,
+                   names: tuple[str, ...]) -> None:
+    said = {"format": "pt", "layout": layout}
+    said |= {} if scaled is None else {"scaled_rel_pos": str(scaled).lower()}
+    said |= {"class_names": json.dumps(names)} if names else {}
     with _written(destination) as temporary:
         save_file({name: tensor.contiguous() for name, tensor in weights.items()}, temporary, metadata=said)
 

@@ -13,8 +13,8 @@ _ODDS = "roi_heads.box_predictor.{}fed_loss_cls_weights"
 
 def drop_class_token(pos_embed: Tensor) -> Tensor:
     """(1, 1 + n n, C), class token first -> (1, n, n, C)."""
-    side = round((pos_embed.shape[1] - 1) ** 0.5)
-    if side * side + 1 != pos_embed.shape[1]:
+    side = round(max(pos_embed.shape[1] - 1, 0) ** 0.5) if pos_embed.dim() == 3 else 0
+    if side == 0 or side * side + 1 != pos_embed.shape[1]:
         raise ValueError(f"position embedding: expected (1, 1 + n * n, C), got {tuple(pos_embed.shape)}")
     return rearrange(pos_embed[:, 1:], "b (h w) c -> b h w c", h=side)
 

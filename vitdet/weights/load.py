@@ -6,6 +6,7 @@ layers whose rows are classes. Positions and patches of another size are resized
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +19,7 @@ from vitdet.weights.resize import RELATIVE, rescale_relative_positions, resize
 from vitdet.weights.table import known, to_ours
 from vitdet.weights.unpickle import metadata, read_file, state_of
 
-_LOGITS = "roi_heads.stages.0.logits.weight"
+LOGITS = "roi_heads.stages.0.logits.weight"
 _ODDS = "roi_heads.classification.class_weights"
 _DETECTOR = ("rpn.", "roi_heads.", "pyramid.")
 
@@ -51,13 +52,13 @@ def read_source(path: Path, layout: str) -> Source:
     table, content = FORMATS[layout], read_file(path)
     try:
         weights = to_ours(state_of(content, table.wrappers, path), table)
-    except ValueError as error:
+    except (ValueError, RuntimeError) as error:
         prefix = "" if str(error).startswith(str(path)) else f"{path}, read as {layout}: "
-        raise ValueError(f"{prefix}{error}") from error
+        raise ValueError(f"{prefix}{next(iter(str(error).splitlines()), 'broken')}") from error
     said = metadata(path)
     if said.get("layout") in FORMATS:  # converted before: what the original may lack, this may
         scaled = {"true": True, "false": False}.get(said.get("scaled_rel_pos", ""))
-        return Source(weights, said["layout"], scaled)
+        return Source(weights, said["layout"], scaled, tuple(json.loads(said.get("class_names", "[]"))))
     return Source(weights, layout, _scaled(content) if layout == "vitdet" else table.scaled, _class_names(content))
 
 
@@ -106,6 +107,9 @@ def fitted(source: Source, detector: nn.Module, path: Path,
                      f"{'the scaled' if wanted else 'the unscaled'} query that this model has them meet")
     afresh = _other_classes(weights, own, source.class_names, tuple(class_names)) if source.whole else {}
     notes += [f"{name}: {'starts afresh' if name in own else 'left out'} ({why})" for name, why in afresh.items()]
+    if source.whole and not afresh and class_names and not source.class_names:
+        notes.append(f"{len(class_names)} classes, as many as in the file, which does not name them: their layers are "
+                     "taken over")
     weights, lines = _fit({name: tensor for name, tensor in weights.items() if name not in afresh}, own, source,
                           set(afresh), path)
     return weights, [*notes, *lines]
@@ -114,9 +118,9 @@ def fitted(source: Source, detector: nn.Module, path: Path,
 def _other_classes(weights: dict[str, Tensor], own: dict[str, Tensor], theirs: tuple[str, ...],
                    ours: tuple[str, ...]) -> dict[str, str]:
     """The layers of either detector that belong to classes and are not taken over, with the reason."""
-    if _LOGITS not in weights or _LOGITS not in own:
+    if LOGITS not in weights or LOGITS not in own:
         return {}
-    there, here = len(weights[_LOGITS]) - 1, len(own[_LOGITS]) - 1
+    there, here = len(weights[LOGITS]) - 1, len(own[LOGITS]) - 1
     layers = class_layers(own) | class_layers(weights)
     if there != here:
         return dict.fromkeys(sorted(layers), f"{there} classes in the file, {here} here")
@@ -145,7 +149,7 @@ def _fit(weights: dict[str, Tensor], own: dict[str, Tensor], source: Source, afr
                 surplus.append(name)
             continue
         shape = tuple(own[name].shape)
-        fitted = tensor if tuple(tensor.shape) == shape else resize(name, tensor, shape)
+        fitted = tensor if tuple(tensor.shape) == shape else resize(name, tensor, shape) if tensor.numel() else None
         if fitted is None:
             shapes.append(f"{name} {tuple(tensor.shape)}, expected {shape}")
             continue
@@ -155,9 +159,10 @@ def _fit(weights: dict[str, Tensor], own: dict[str, Tensor], source: Source, afr
     missing = [name for name in own if name not in weights and name not in afresh
                and (source.whole or name.startswith("backbone.") and not known(name, layout.fresh))]
     if surplus or missing or shapes:
+        hint = "is it of another layout (train.init_format, --format)?" if surplus and source.layout == "vitdet" else ""
         raise ValueError(f"{path}: does not fit this {'detector' if source.whole else 'backbone'}: "
                          f"{_few('no place for', surplus)}{_few('lacks', missing)}"
-                         f"{_few('other shape:', shapes)}".rstrip("; "))
+                         f"{_few('other shape:', shapes)}{hint}".rstrip("; "))
     return fitting, [f"{names[0]}{f' and {len(names) - 1} more' if names[1:] else ''}: resized from {before} to {after}"
                      for (before, after), names in resized.items()]
 

@@ -18,9 +18,9 @@ from vitdet.weights.table import Change, Format, Row, Weights
 
 def to_grid(pos_embed: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
     """(1, h w, C), without a class token -> (1, h, w, C); h = w unless grid = (h, w) says otherwise."""
-    side = round(pos_embed.shape[1] ** 0.5)
+    side = round(pos_embed.shape[1] ** 0.5) if pos_embed.dim() == 3 else 0
     height, width = grid or (side, side)
-    if height * width != pos_embed.shape[1]:
+    if pos_embed.dim() != 3 or height * width != pos_embed.shape[1]:
         raise ValueError(f"position embedding: expected (1, {'h * w' if grid else 'n * n'}, C) without a class token, "
                          f"got {tuple(pos_embed.shape)}{f' for a grid of {height} x {width}' if grid else ''}")
     return rearrange(pos_embed, "b (h w) c -> b h w c", h=height)
