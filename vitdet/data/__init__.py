@@ -23,6 +23,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from vitdet.config import DataConfig
 from vitdet.data.coco import CocoSplit, Record, read_coco, read_image
 from vitdet.data.masks import outline, pad_edges
+from vitdet.data.packed import PackedList
 from vitdet.data.samplers import InfiniteSampler, positions, repeat_factors
 from vitdet.data.transforms import jitter, pad, resize_and_pad, visible_boxes
 from vitdet.types import Batch, Polygons, Target
@@ -69,18 +70,19 @@ class TrainData(Dataset):
     """
 
     def __init__(self, split: CocoSplit, data: DataConfig, seed: int) -> None:
-        self.split = split
+        records = [record for record in split.records if len(record)]
+        if not records:
+            raise ValueError(f"{data.root}: no image of {data.train_split} holds an object to learn from")
+        self.split = replace(split, records=[])  # all but these
+        self.records = PackedList(records)
+        self.without_objects = len(split.records) - len(records)
         self.data = data
         self.seed = seed
-        self.records = [record for record in split.records if len(record)]
-        self.without_objects = len(split.records) - len(self.records)
-        if not self.records:
-            raise ValueError(f"{data.root}: no image of {data.train_split} holds an object to learn from")
         repeats = None
         if data.repeat_threshold:
-            repeats = repeat_factors([record.labels for record in self.records], data.repeat_threshold)
-        self.sampler = InfiniteSampler(len(self.records), seed, repeats)
-        self._small = sum(3 * record.height * record.width for record in self.records) <= CACHE
+            repeats = repeat_factors([record.labels for record in records], data.repeat_threshold)
+        self.sampler = InfiniteSampler(len(records), seed, repeats)
+        self._small = sum(3 * record.height * record.width for record in records) <= CACHE
         self._cache: dict[int, tuple[Image.Image, np.ndarray]] = {}
 
     def __getitem__(self, position: int) -> Sample:
@@ -99,7 +101,7 @@ class TrainData(Dataset):
         record, data = self.records[index], self.data
         affine = jitter(rng, (record.height, record.width), data.image_size, data.scale_range, data.flip,
                         data.transpose, data.color_jitter, data.diagonal_crop)
-        image, edges = self._load(index)
+        image, edges = self._load(index, record)
         edges = affine.edges(edges)
         boxes, keep = visible_boxes(edges, affine.size)
         if data.redraw_empty and not keep.any():
@@ -109,10 +111,9 @@ class TrainData(Dataset):
         canvas = pad(affine.pixels(image, data.antialias), data.image_size)
         return torch.from_numpy(canvas), target, affine.size, record.image_id, affine.source
 
-    def _load(self, index: int) -> tuple[Image.Image, np.ndarray]:
+    def _load(self, index: int, record: Record) -> tuple[Image.Image, np.ndarray]:
         if index in self._cache:
             return self._cache[index]
-        record = self.records[index]
         image = read_image(record.path, (record.height, record.width))
         edges = pad_edges([outline(one, record.height, record.width) for one in record.segmentations])
         if self._small:
