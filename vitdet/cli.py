@@ -59,15 +59,21 @@ def parser() -> argparse.ArgumentParser:
     verb.add_argument("--output", type=Path, required=True, help="folder for model.pt, config.yaml and checkpoints")
     verb.add_argument("--checkpoints", type=Path, help="keep training states here, by config and data, not in --output")
     verb.add_argument("--weights", type=Path, help="folder that `vitdet weights fetch` filled, for train.init")
+    verb.add_argument("--group", default="", metavar="RUN", help="the pipeline run that MLflow shows it under")
     verb.set_defaults(run=verbs.run_train)
 
-    verb = actions.add_parser("evaluate", help="box and mask AP of a checkpoint on its validation images")
-    verb.add_argument("checkpoint", type=Path)
+    verb = actions.add_parser("evaluate", help="box and mask AP of a checkpoint on its validation images, or of a file "
+                              "of results")
+    verb.add_argument("checkpoint", type=Path, nargs="?")
     add_set(verb)
     verb.add_argument("--config", type=Path, help="take the data and evaluate settings from this file")
     verb.add_argument("--output", type=Path, help="write the figures to this JSON file")
     verb.add_argument("--pictures", type=Path, help="folder for pictures of detections beside ground truth")
     verb.add_argument("--plots", type=Path, help="folder for precision over recall and AP of each class, as JSON")
+    verb.add_argument("--results", type=Path, metavar="FILE",
+                      help="score this list of COCO results (image_id, category_id, score, bbox and/or segmentation)")
+    verb.add_argument("--annotations", type=Path, metavar="FILE", help="against these annotations")
+    verb.add_argument("--dataset", choices=("coco", "lvis"), help="by the rules of COCO (the default) or LVIS")
     verb.set_defaults(run=verbs.run_evaluate)
 
     verb = actions.add_parser("predict", help="draw what a checkpoint finds in pictures")
@@ -76,6 +82,15 @@ def parser() -> argparse.ArgumentParser:
     verb.add_argument("--output", type=Path, required=True, help="folder for the drawn pictures and detections.json")
     verb.add_argument("--threshold", type=float, default=0.5, help="least score (0.5)")
     verb.set_defaults(run=verbs.run_predict)
+
+    verb = actions.add_parser("bench", help="measure how fast something is")
+    kinds = verb.add_subparsers(required=True, metavar="KIND")
+    kind = kinds.add_parser("evaluate", help="AP of made-up results, beside plain pycocotools (5000 images: 3 minutes)")
+    kind.add_argument("--images", type=int, default=5000, help="5000")
+    kind.add_argument("--detections", type=int, default=100, help="of an image (100)")
+    kind.add_argument("--rounds", type=int, default=1, help="measure so often and take the least (1)")
+    kind.add_argument("--output", type=Path, help="write the figures to this JSON file")
+    kind.set_defaults(run=verbs.run_bench_evaluate)
 
     verb = actions.add_parser("register", help="add a checkpoint to the MLflow model registry")
     verb.add_argument("checkpoint", type=Path)

@@ -7,20 +7,14 @@ and raises the errors of what it calls; `vitdet.cli.main` makes one line of them
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
-import logging
 import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from vitdet.config import Config, digest, dump_config, flatten, load_config, save_config
-
-if TYPE_CHECKING:
-    from vitdet.progress import Progress
+from vitdet.config import dump_config, flatten, load_config, save_config
 
 
 def run_config(given: argparse.Namespace) -> int:
@@ -54,17 +48,13 @@ def run_data_check(given: argparse.Namespace) -> int:
 def run_train(given: argparse.Namespace) -> int:
     """vitdet train"""
     from vitdet import distributed
-    from vitdet.training import Stopped, train
-    from vitdet.weights import resolve
+    from vitdet.stages import train_tracked
+    from vitdet.training import Stopped
 
     config = load_config(given.recipe, given.overrides)
-    source = resolve(config.train.init, given.weights)
-
-    def start_tracking(identity: str, run_id: str | None, step: int) -> Progress:
-        return start_tracker(config, Path(given.recipe).stem, given.output, identity, run_id, step)
-
     try:
-        path = train(config, given.output, checkpoints=given.checkpoints, weights=source, start_tracking=start_tracking)
+        path = train_tracked(config, Path(given.recipe).stem, given.output, checkpoints=given.checkpoints,
+                             weights=given.weights, group=given.group)
     except Stopped as stopped:
         print(f"vitdet: {stopped}", file=sys.stderr)
         return 143  # as the shell says of a process that SIGTERM ended
@@ -73,39 +63,15 @@ def run_train(given: argparse.Namespace) -> int:
     return 0
 
 
-def start_tracker(
-    config: Config, recipe: str, output: Path, identity: str, run_id: str | None, step: int
-) -> Progress:
-    """Progress for the eye, MLflow behind it where that is installed."""
-    from vitdet.progress import Progress, Tracker
-
-    tracker = Tracker()
-    if importlib.util.find_spec("mlflow"):
-        from vitdet.tracking import start_run
-
-        data = config.data
-        tracker = start_run(
-            uri=config.tracking.uri, folder=tracking_folder(output), experiment=config.tracking.experiment,
-            name=f"{output.name if recipe == 'config' else recipe} {digest(config)[:6]}", params=flatten(config),
-            tags={"recipe": recipe},
-            dataset={"name": Path(data.root).name, "digest": identity, "source": str(Path(data.root).resolve())},
-            run_id=run_id, resume_step=step,
-        )
-    else:
-        logging.getLogger(__name__).warning("mlflow is not installed: this training is not tracked")
-    return Progress(tracker, config.optim.steps, step)
-
-
-def tracking_folder(output: Path) -> Path:
-    """Where the default MLflow store of a run lies: beside the run's folder, so that runs can be compared."""
-    return output.resolve().parent
-
-
 def run_evaluate(given: argparse.Namespace) -> int:
     """vitdet evaluate"""
+    if given.results or given.annotations or given.dataset:
+        return score_results(given)
+    if not given.checkpoint:
+        raise ValueError("name a CHECKPOINT, or --results FILE and --annotations FILE")
     from vitdet import distributed
     from vitdet.evaluation import evaluate
-    from vitdet.training.checkpoint import load_model_file
+    from vitdet.stages import log_evaluation, tracking_folder
 
     if given.output:
         given.output.parent.mkdir(parents=True, exist_ok=True)  # minutes before it is needed
@@ -116,17 +82,39 @@ def run_evaluate(given: argparse.Namespace) -> int:
     print(table(metrics))
     if given.output:
         write_json(given.output, metrics)
-    stored = load_model_file(given.checkpoint)
-    if stored["run_id"] and importlib.util.find_spec("mlflow"):
-        from vitdet.tracking import log_metrics, tracking_uri
+    uri = load_config(given.config).tracking.uri if given.config else None
+    pictures = sorted(given.pictures.glob("*.jpg")) if given.pictures else ()
+    log_evaluation(given.checkpoint, metrics, uri, tracking_folder(given.checkpoint.parent), pictures)
+    return 0
 
-        config = load_config(given.config) if given.config else None
-        uri = config.tracking.uri if config else stored["config"]["tracking"]["uri"]
-        folder = tracking_folder(given.checkpoint.parent)
-        kind, _, path = tracking_uri(uri, folder).partition(":///")
-        if kind != "sqlite" or Path(path).exists():  # else the checkpoint was carried away from its run
-            files = sorted(given.pictures.glob("*.jpg")) if given.pictures else []
-            log_metrics(stored["run_id"], uri, folder, metrics, stored["step"], dict.fromkeys(files, "pictures"))
+
+def score_results(given: argparse.Namespace) -> int:
+    """vitdet evaluate --results"""
+    if given.checkpoint or given.config or given.overrides or given.pictures:
+        raise ValueError("with --results there is no CHECKPOINT, --config, --set or --pictures: nothing is detected")
+    if not given.results or not given.annotations:
+        raise ValueError("--results FILE and --annotations FILE go together; --dataset says by whose rules (coco)")
+    from vitdet.evaluation import evaluate_results
+
+    metrics = evaluate_results(given.results, given.annotations, given.dataset or "coco", plots=given.plots)
+    print(table(metrics))
+    if given.output:
+        write_json(given.output, metrics)
+    return 0
+
+
+def run_bench_evaluate(given: argparse.Namespace) -> int:
+    """vitdet bench evaluate"""
+    from vitdet.evaluation.bench import measure
+
+    figures = measure(given.images, given.detections, given.rounds)
+    print(f"{figures['images']} images x {figures['detections_per_image']} detections, seconds of one processor")
+    for name, seconds in figures["cpu_seconds"].items():
+        print(f"{name:12}" + "".join(f"  {step} {value:.2f}" for step, value in seconds.items()))
+    print(f"pycocotools takes {figures['ratio']:.2f} times as long; "
+          f"the figures differ by {figures['largest_difference']:.0e}")
+    if given.output:
+        write_json(given.output, figures)
     return 0
 
 
@@ -176,29 +164,12 @@ def place(images: Sequence[Path], folder: Path) -> dict[Path, Path]:
 
 def run_register(given: argparse.Namespace) -> int:
     """vitdet register"""
-    if not importlib.util.find_spec("mlflow"):
-        raise ValueError("mlflow is not installed; install vitdet with its extra 'tracking'")
-    import tempfile
+    from vitdet.stages import register_checkpoint, tracking_folder
 
-    import numpy as np
-
-    from vitdet.config import from_dict
-    from vitdet.serving import register
-    from vitdet.training.checkpoint import load_model_file
-    from vitdet.wheel import build_wheel
-
-    stored = load_model_file(given.checkpoint)
-    settings = (load_config(given.config) if given.config else from_dict(stored["config"])).tracking
-    metrics = json.loads(given.metrics.read_text()) if given.metrics else stored["metrics"]
-    side = stored["config"]["data"]["image_size"]
-    example = np.random.default_rng(0).integers(0, 256, (side, side, 3), dtype=np.uint8)
-    with tempfile.TemporaryDirectory() as folder:
-        name, version = register(
-            given.checkpoint, run_id=stored["run_id"], uri=settings.uri,
-            folder=tracking_folder(given.checkpoint.parent), model_name=settings.model_name, alias=given.alias,
-            metrics={key: metrics[key] for key in ("box_ap", "mask_ap") if metrics.get(key) is not None},
-            example=example, wheel=build_wheel(Path(folder)), tags={"dataset_digest": stored["dataset_digest"]},
-        )
+    settings = load_config(given.config).tracking if given.config else None
+    metrics = json.loads(given.metrics.read_text()) if given.metrics else None
+    name, version = register_checkpoint(given.checkpoint, settings, metrics,
+                                        tracking_folder(given.checkpoint.parent), given.alias)
     print(f"{name}, version {version} ({given.alias})")
     if given.output:
         write_json(given.output, {"name": name, "version": version, "alias": given.alias})
@@ -213,12 +184,14 @@ def sections(path: Path | None, names: Sequence[str]) -> list[str]:
 
 
 def table(metrics: dict[str, float]) -> str:
-    """AP of boxes and masks, a column a kind."""
-    columns = [key.removeprefix("box_") for key in metrics if key.startswith("box_")]
-    rows = [f"{'':6}" + "".join(f"{column:>11}" for column in columns)]
-    for kind in ("box", "mask"):
+    """AP of boxes and masks, a column a kind of figure."""
+    kinds = [kind for kind in ("box", "mask") if any(key.startswith(f"{kind}_") for key in metrics)]
+    columns = list(dict.fromkeys(key.partition("_")[2] for key in metrics))
+    rows = [f"{'':6}" + "".join(f"{column:>{max(len(column) + 2, 7)}}" for column in columns)]
+    for kind in kinds:
         cells = [metrics.get(f"{kind}_{column}") for column in columns]
-        rows.append(f"{kind:6}" + "".join(f"{'-' if cell is None else format(cell, '.1f'):>11}" for cell in cells))
+        rows.append(f"{kind:6}" + "".join(f"{'-' if cell is None else format(cell, '.1f'):>{max(len(column) + 2, 7)}}"
+                                          for column, cell in zip(columns, cells, strict=True)))
     return "\n".join(rows)
 
 

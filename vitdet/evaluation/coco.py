@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 
 from vitdet.evaluation.files import Truth
-from vitdet.evaluation.matching import Comparison, choose, compare_kind
+from vitdet.evaluation.matching import Comparison, choose, index, match
 
 NAMES = {"bbox": "box", "segm": "mask"}
 LIMITS = (1, 10, 100)  # detections of a class in an image
@@ -24,7 +24,8 @@ def compare(truth: Truth, results: Sequence[dict], kinds: Sequence[str] = ("bbox
     key that is needed, with values that are not numbers, with broken masks.
     """
     image_ids, results = choose(truth, results, kinds, image_ids)
-    return {kind: compare_kind(truth, image_ids, results, kind, LIMITS) for kind in kinds}
+    return {kind: match(*index(truth, image_ids, results, kind), truth.categories.values(), kind, LIMITS)
+            for kind in kinds}
 
 
 def check(truth: Truth) -> None:

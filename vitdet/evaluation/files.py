@@ -5,8 +5,10 @@ Results are COCO's: a list of {image_id, category_id, score, bbox: [x, y, width,
 
 from __future__ import annotations
 
+import gc
 import json
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -73,6 +75,19 @@ def read_results(path: Path | str) -> list[dict]:
     return results
 
 
+@contextmanager
+def uncollected() -> Iterator[None]:
+    """Without garbage collection: it looks at half a million small dicts again and again, a quarter of the time."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+@uncollected()
 def read_json(path: Path | str, what: str) -> object:
     """The content of a JSON file. Raises FileNotFoundError or ValueError with one line that names it."""
     path = Path(path)

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from vitdet.evaluation.coco import named
 from vitdet.evaluation.files import Truth, kinds_of
-from vitdet.evaluation.matching import Comparison, choose, compare_kind
+from vitdet.evaluation.matching import Comparison, choose, index, match
 
 LIMIT = 300  # detections of an image
 GROUPS = {"rare": "r", "common": "c", "frequent": "f"}  # in at most 10, at most 100, more images of the training split
@@ -33,8 +33,9 @@ def compare(truth: Truth, results: Sequence[dict], kinds: Sequence[str] = ("bbox
     results = federated(truth, best(results))
     unsure = {(image_id, category) for image_id in image_ids
               for category in truth.images[image_id]["not_exhaustive_category_ids"]}
-    return {kind: compare_kind(truth, image_ids, results, kind, (LIMIT,), crowds=False, empty=False,
-                               unsure=unsure, size_by="bbox" if boxed else "") for kind in kinds}
+    sides = {kind: index(truth, image_ids, results, kind, crowds=False, empty=False, unsure=unsure,
+                         size_by="bbox" if boxed else "") for kind in kinds}
+    return {kind: match(*sides[kind], truth.categories.values(), kind, (LIMIT,)) for kind in kinds}
 
 
 def check(truth: Truth) -> None:

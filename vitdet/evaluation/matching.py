@@ -9,19 +9,21 @@ from __future__ import annotations
 
 import logging
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from faster_coco_eval import COCO, COCOeval_faster
 from pycocotools import mask as rle
 
-from vitdet.evaluation.files import Truth, check_code, check_results
+from vitdet.evaluation.files import Truth, check_code, check_results, uncollected
 from vitdet.evaluation.runs import areas
 
 IOUS = np.linspace(0.5, 0.95, 10)
 RECALLS = np.linspace(0, 1, 101)
 SIZES = ("all", "small", "medium", "large")  # up to 32 x 32 pixels, up to 96 x 96, above
+
+ByClass = Mapping[int, list[dict]]  # objects or results of each category, as faster-coco-eval takes them
 
 log = logging.getLogger(__name__)
 
@@ -60,29 +62,35 @@ def choose(truth: Truth, results: Sequence[dict], kinds: Iterable[str], image_id
         item for item in results if item["image_id"] in inside]
 
 
-def compare_kind(truth: Truth, image_ids: Sequence[int], results: Sequence[dict], kind: str, limits: Sequence[int],
-                 crowds: bool = True, empty: bool = True, unsure: Collection[tuple[int, int]] = (), size_by: str = "",
-                 ) -> Comparison:
-    """The results of `image_ids` against the objects there, by 'bbox' or 'segm'.
+@uncollected()
+def index(truth: Truth, image_ids: Sequence[int], results: Sequence[dict], kind: str, crowds: bool = True,
+          empty: bool = True, unsure: Collection[tuple[int, int]] = (), size_by: str = "") -> tuple[ByClass, ByClass]:
+    """The objects of `image_ids` and the results there, as `match` wants them, to be compared by 'bbox' or 'segm'.
 
-    limits: detections of a class in an image that count, rising. crowds: whether iscrowd means anything. empty:
-    whether what has no area takes part. unsure: pairs (image id, category id) of which not every object is annotated:
-    what is found beyond the annotated ones is not counted. size_by: which form, 'bbox' or 'segm', says how large a
-    detection is ('': that of `kind`). Raises ValueError for a broken mask.
+    crowds: whether iscrowd means anything. empty: whether what has no area takes part. unsure: pairs (image id,
+    category id) of which not every object is annotated: what is found beyond the annotated ones is not counted.
+    size_by: which form, 'bbox' or 'segm', says how large a detection is ('': that of `kind`). Raises ValueError for a
+    broken mask.
     """
     places = {image_id: place for place, image_id in enumerate(image_ids)}
     objects = _by_class(_objects(truth, places, kind, crowds), empty)
-    found = _by_class(_found(truth, places, results, kind, unsure, size_by or kind), empty)
-    shape = (len(IOUS), len(RECALLS), len(truth.categories), len(SIZES), len(limits))
+    return objects, _by_class(_found(truth, places, results, kind, unsure, size_by or kind), empty)
+
+
+@uncollected()
+def match(objects: ByClass, found: ByClass, categories: Iterable[dict], kind: str, limits: Sequence[int]) -> Comparison:
+    """What `index` gave, compared by `kind`; limits: detections of a class in an image that count, rising."""
+    categories = tuple(categories)
+    shape = (len(IOUS), len(RECALLS), len(categories), len(SIZES), len(limits))
     precision, recall = np.full(shape, -1.0), np.full((shape[0], *shape[2:]), -1.0)
-    for column, category in enumerate(truth.categories):
+    for column, category in enumerate(category["id"] for category in categories):
         if category in objects:
-            tables = _match(objects[category], found.get(category, []), category, kind, limits)
+            tables = _match_class(objects[category], found.get(category, []), category, kind, limits)
             precision[:, :, column], recall[:, column] = tables
-    return Comparison(precision, recall, tuple(truth.categories.values()))
+    return Comparison(precision, recall, categories)
 
 
-def _match(objects: list[dict], found: list[dict], category: int, kind: str, limits: Sequence[int],
+def _match_class(objects: list[dict], found: list[dict], category: int, kind: str, limits: Sequence[int],
            ) -> tuple[np.ndarray, np.ndarray]:
     """Precision (T, R, A, M) and recall (T, A, M) of one class."""
     images = [{"id": place, "height": 0, "width": 0}
