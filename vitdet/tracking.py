@@ -83,19 +83,21 @@ class MLflowTracker(Tracker):
 
 
 def start_run(*, uri: str, folder: Path, experiment: str, name: str, params: dict[str, bool | int | float | str],
-              tags: dict[str, str], dataset: dict[str, str], run_id: str | None = None, resume_step: int = 0
-              ) -> Tracker:
+              tags: dict[str, str], dataset: dict[str, str], run_id: str | None = None, resume_step: int = 0,
+              group: str = "") -> Tracker:
     """A tracker of a new run, or of the run `run_id` (MLflow's id or a pending one), which goes on at `resume_step`.
 
     `uri` '' means a sqlite file in `folder`; the environment's MLFLOW_TRACKING_URI wins. dataset: name, digest, source.
-    A run that the server does not know becomes a new one with everything that the journal holds.
+    A run that the server does not know becomes a new one with everything that the journal holds. group: a new run
+    becomes a child of the run in its experiment whose tag `group` says so.
     """
     if revision := git_revision():
         tags = {"git_revision": revision, "mlflow.source.git.commit": revision[:40], **tags}
     tags = {"mlflow.source.name": "vitdet train", "mlflow.source.type": "LOCAL", **tags}
     journal = find(folder, run_id)
     if journal.start() is None:
-        what = {"experiment": experiment, "name": name, "params": params, "tags": tags, "dataset": dataset}
+        what = {"experiment": experiment, "name": name, "params": params, "tags": tags, "dataset": dataset,
+                "group": group}
         journal.append({"start": what})
     if run_id is not None:
         journal.append({"resume": resume_step})
@@ -216,6 +218,9 @@ class _Shipper:
             raise LookupError(f"{self.uri} has no such run, and {self.journal.path.parent} does not say what it was")
         place = experiment_id(client, self.uri, self.journal.folder, start["experiment"])
         tags = {**start["tags"], "journal": self.journal.key}
+        if group := start.get("group"):
+            parents = client.search_runs([place], f"tags.group = '{group}'")
+            tags |= {"pipeline_run": group, **({"mlflow.parentRunId": parents[0].info.run_id} if parents else {})}
         made = client.search_runs([place], f"tags.journal = '{self.journal.key}'")
         run_id = (made[0] if made else client.create_run(place, start["time"], tags, start["name"])).info.run_id
         self._held = {} if made else None  # made: an earlier request arrived, though its answer did not
