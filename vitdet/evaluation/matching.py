@@ -1,7 +1,8 @@
 """Which detection finds which object, and the precision over recall that follows from it.
 
 The rules are pycocotools'; the work is done by faster-coco-eval (C++), one class at a time with the images in which
-the class occurs: it keeps a record for every image, class and size that it is given; for all of LVIS these would be some 15 GB.
+the class occurs: it keeps a record for every image, class and size that it is given, which for all of LVIS at once
+would be some 15 GB.
 Letters of the tables, as in pycocotools: T IoU thresholds, R recalls, K classes, A size ranges, M limits of detections.
 """
 
