@@ -73,11 +73,11 @@ def ended(name: str, node: str, terminated: dict, previous: bool) -> Cause:
 
 
 def first(causes: Iterable[Cause]) -> Cause | None:
-    """The cause that the others followed from: one that stands for itself, else the earliest.
+    """The cause of the others: of those not mended by a new start one that stands for itself, else the earliest.
 
     When one process of a distributed training dies, all others end with an error of their own, soon after.
     """
-    return min(causes, key=lambda cause: (not cause.own, cause.when or "9"), default=None)
+    return min(causes, key=lambda cause: (cause.previous, not cause.own, cause.when or "9"), default=None)
 
 
 def hindrance(pod: dict) -> Cause | None:

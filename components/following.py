@@ -95,7 +95,7 @@ class Follower:
         self.name = f"{kind.name} {job['metadata']['name']}"
         self.said: dict[str, str] = {}
         self.held: dict[str, float] = {}
-        self.seen: dict[str, Cause] = {}
+        self.seen: dict[str, tuple[Cause, list[str]]] = {}  # by pod: how it failed last, its log's end then
         self.logs: dict[str, Log] = {}
         self.limits = {"schedule": patience.schedule, "start": patience.start}
         own = (job["metadata"].get("annotations") or {}).get(SCHEDULE)
@@ -172,9 +172,9 @@ class Follower:
         phase, message = state(self.kind, job)
         pods, version = self.cluster.pods()
         self.note(pods)
-        self.tell_logs(job, pods)
         meaning = "suspended, a queue (Kueue) or somebody holds it back; waiting" if phase == "suspended" else phase
         self.say("phase", f"{self.name}: {meaning}" + (f" ({message})" if message else "") if phase else "")
+        self.tell_logs(job, pods)
         if phase == "succeeded":
             return True
         if phase == "failed":
@@ -191,12 +191,17 @@ class Follower:
         return False
 
     def note(self, pods: list[dict]) -> None:
-        """Remembers and tells how pods failed: the operator may delete them, and goes on where it can."""
+        """Tells and remembers how pods failed, with the ends of their logs: the operator may delete them at once."""
         for pod in pods:
             cause = failure(pod)
-            if cause and str(cause) != self.said.get(cause.pod):
-                self.seen[cause.pod] = cause
-                self.say(cause.pod, str(cause))
+            if cause is None:
+                continue
+            times = restarts(pod, self.kind.container)
+            text = f"{cause}{f'; started again, {times} times in all' if cause.previous else ''}"
+            if text != self.said.get(cause.pod):
+                self.say(cause.pod, text)
+                lines = self.cluster.log(cause.pod, tail=TAIL, previous=cause.previous)
+                self.seen[cause.pod] = cause, [line.partition(" ")[2] for line in lines]
 
     def tell_logs(self, job: dict, pods: list[dict]) -> None:
         """Writes what is new in the log of rank 0."""
@@ -210,7 +215,7 @@ class Follower:
     def check_start(self, pods: list[dict], phase: str) -> None:
         """Tells why pods do not start, and gives up when that has lasted."""
         found = [cause for pod in pods if (cause := hindrance(pod))]
-        elastic = self.job["spec"].get("elasticPolicy") and phase == "running"  # fewer nodes than wished will do
+        elastic = "elasticPolicy" in self.job["spec"] and phase == "running"  # fewer nodes than wished will do
         for topic in ("schedule", "start"):
             causes = [cause for cause in found if (cause.reason in BROKEN) == (topic == "start")]
             self.say(topic, f"waiting: {causes[0]}" if causes else "")
@@ -225,12 +230,11 @@ class Follower:
 
     def explain(self, pods: list[dict], cause: Cause | None) -> str:
         """The cause of a failure and the last log lines of the pod that it befell, as far as anything is known."""
-        cause = cause or first(found for pod in pods if (found := failure(pod))) or first(self.seen.values())
+        cause = cause or first(found for pod in pods if (found := failure(pod))) or first(
+            one for one, _ in self.seen.values())
         if cause is None:
             return ""
-        lines = [line.partition(" ")[2] for line in self.cluster.log(cause.pod, tail=TAIL, previous=cause.previous)]
-        uid = next((pod["metadata"]["uid"] for pod in pods if pod["metadata"]["name"] == cause.pod), "")
-        lines = lines or list(self.logs[uid].tail if uid in self.logs else ())
-        shown = f"\nlast lines of its log:\n  {chr(10).join(lines).replace(chr(10), chr(10) + '  ')}" if lines else ""
+        lines = self.seen.get(cause.pod, (None, []))[1]
+        shown = "\n  ".join(["\nlast lines of its log:", *lines]) if lines else ""
         killed = " (a process was killed by the system, most likely for want of memory)"
         return f"\ncause: {cause}{killed if any('Signal 9 (SIGKILL)' in line for line in lines) else ''}{shown}"

@@ -1,0 +1,130 @@
+"""For tests on a real API server: a namespace of their own in which jobs run as local processes.
+
+KUBECONFIG must name a control plane without scheduler and kubelets on this machine: tests/fake_node.py plays them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import pytest
+import yaml
+
+from components.following import Patience
+from components.jobs import KINDS, RECIPE, RUN, job_name
+from tests.conftest import ROOT
+
+on_cluster = [pytest.mark.cluster,
+              pytest.mark.skipif("KUBECONFIG" not in os.environ, reason="needs KUBECONFIG of a test control plane")]
+QUICK = Patience(look=1, api=60, forbidden=4, operator=4, start=3, schedule=3, deletion=20)
+PIPELINE_RUN = "6f0c8a52-1f3e-4b7e-9b1b-0d6c35f7a001"
+
+
+def kubectl(*words: str, given: object = None, fails: bool = False) -> str:
+    """Runs kubectl; its output, which of a wanted failure is that of stderr."""
+    text = given if isinstance(given, str) or given is None else json.dumps(given)
+    done = subprocess.run(["kubectl", *words], input=text, capture_output=True, text=True, timeout=60)
+    assert (done.returncode != 0) == fails, done.stderr + done.stdout
+    return done.stderr if fails else done.stdout
+
+
+def wait_until(holds: Callable[[], object], seconds: float = 60) -> object:
+    """What `holds` gives as soon as it is true."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if found := holds():
+            return found
+        time.sleep(0.1)
+    raise AssertionError("it did not come true in time")
+
+
+def template(kind: str = "pytorchjob", script: bool = False) -> str:
+    """The job file of manifests/ for one process a node, as overlays/kind has it; script: args are a shell script."""
+    job = yaml.safe_load((ROOT / "manifests" / kind / f"{kind}.yaml").read_text())
+    if kind == "trainjob":
+        job["spec"]["trainer"].update(command=["sh", "-c"] if script else ["torchrun", "-m", "vitdet"])
+        return yaml.safe_dump(job)
+    job["spec"]["nprocPerNode"] = "1"
+    for replica in job["spec"]["pytorchReplicaSpecs"].values():
+        container = replica["template"]["spec"]["containers"][0]
+        container["command"] = ["sh", "-c"] if script else container["command"]
+    return yaml.safe_dump(job)
+
+
+class Scene:
+    """A namespace with a node, an operator and a volume, and a launcher that is pointed there."""
+
+    def __init__(self, namespace: str, folder: Path) -> None:
+        self.namespace, self.volume = namespace, folder / "volume"
+        self.lines: list[str] = []
+        self.node = None
+
+    def launch(self, text: str, args: list[str], recipe: str = "tiny", run: str = PIPELINE_RUN, nodes: int = 2,
+               patience: Patience = QUICK, kind: str = "pytorchjob", task: dict | None = None) -> None:
+        """`components.pytorchjob.launch`, its lines in self.lines."""
+        from components.pytorchjob import launch
+
+        launch(template=text, kind=kind, run_id=run, name=recipe, args=args, nodes=nodes, pool="", image="",
+               workspace="/data", task_config=task, out=self.lines.append, patience=patience)
+
+    def job(self, recipe: str = "tiny", kind: str = "pytorchjob", run: str = PIPELINE_RUN) -> dict | None:
+        """The job of a recipe, None when it is gone."""
+        shape = KINDS[kind]
+        found = kubectl("get", f"{shape.plural}.{shape.group}", "-n", self.namespace, "-o", "json",
+                        "-l", f"{RUN}={run},{RECIPE}={recipe}")
+        return next(iter(json.loads(found)["items"]), None)
+
+    def pods(self, recipe: str = "tiny", run: str = PIPELINE_RUN) -> list[dict]:
+        """The pods of its PyTorchJob, the Master first."""
+        found = kubectl("get", "pods", "-n", self.namespace, "-o", "json",
+                        "-l", f"training.kubeflow.org/job-name={job_name(run, recipe)}")
+        return json.loads(found)["items"]
+
+    def step_pod(self, name: str) -> dict[str, str]:
+        """A pod in the place of a pipeline's step, and the environment that Kubeflow Pipelines gives it."""
+        pod = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": name},
+               "spec": {"schedulerName": "nobody", "containers": [{"name": "main", "image": "none"}]}}
+        made = json.loads(kubectl("create", "-n", self.namespace, "-o", "json", "-f", "-", given=pod))
+        return {"KFP_POD_NAME": name, "KFP_POD_UID": made["metadata"]["uid"]}
+
+
+@contextmanager
+def scene(folder: Path, node: bool = True, operator: bool = True, reasons: dict[int, str] | None = None,
+          ) -> Iterator[Scene]:
+    """A Scene; without `node` the pods stay as the test writes them, without `operator` the jobs."""
+    from kubernetes import client, config
+
+    from tests.fake_node import FakeNode
+    from tests.fake_operator import FakeOperator
+
+    before, name = os.environ["KUBECONFIG"], f"vitdet-test-{uuid.uuid4().hex[:8]}"
+    settings = yaml.safe_load(Path(before).read_text())
+    for context in settings["contexts"]:
+        context["context"]["namespace"] = name
+    (folder / "kubeconfig").write_text(yaml.safe_dump(settings))
+    (folder / "volume").mkdir()
+    made = Scene(name, folder)
+    with ExitStack() as stack:
+        os.environ["KUBECONFIG"] = str(folder / "kubeconfig")
+        stack.callback(os.environ.update, KUBECONFIG=before)
+        config.load_kube_config(str(folder / "kubeconfig"))
+        kubectl("create", "namespace", name)
+        stack.callback(kubectl, "delete", "namespace", name, "--wait=false")
+        core = client.CoreV1Api()
+        core.create_namespaced_secret(name, {"metadata": {"name": "vitdet-mlflow"}, "stringData": {
+            "MLFLOW_TRACKING_URI": "sqlite:////data/mlflow.db"}})
+        priority = {"apiVersion": "scheduling.k8s.io/v1", "kind": "PriorityClass", "metadata": {"name": "vitdet-train"},
+                    "value": 1000}
+        kubectl("apply", "-f", "-", given=priority)
+        if node:
+            made.node = stack.enter_context(FakeNode(name, folder, {"/data": made.volume}, reasons))
+        if operator:
+            stack.enter_context(FakeOperator(name))
+        yield made

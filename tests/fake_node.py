@@ -1,0 +1,242 @@
+"""Scheduler, kubelet, DNS and volumes of one machine, played: pods of a namespace run as local processes.
+
+A pod without a node is bound to this one; its first container becomes a process; its status is written in the shapes of
+core/v1 PodStatus as the kubelet writes them; its log is served as the kubelet does (GET /containerLogs/NAMESPACE/POD/
+CONTAINER?follow&timestamps&tailLines&sinceSeconds&previous), through which the API server answers `kubectl logs`.
+Images, probes, init containers and limits are not played. It needs the test control plane of this machine.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import ssl
+import subprocess
+import sys
+import threading
+import time
+from contextlib import suppress
+from datetime import UTC, datetime
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from urllib.parse import parse_qs, urlsplit
+
+from kubernetes import client
+from kubernetes.client.exceptions import ApiException
+
+ROOT = Path(__file__).parents[1]
+GRACE = 5  # seconds between SIGTERM and SIGKILL, where a pod's own are 30 or more
+
+
+def now() -> str:
+    return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+def free_port() -> int:
+    import socket
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+class Container:
+    """A process in a group of its own, started again in place; its lines with the time of each."""
+
+    def __init__(self, command: list[str], environment: dict[str, str], folder: Path) -> None:
+        self.command, self.environment, self.folder = command, environment, folder
+        self.restarts, self.killed_at, self.ended = 0, 0.0, False
+        self.lines: list[list[tuple[float, str]]] = []
+        self.start()
+
+    def start(self) -> None:
+        self.lines.append([])
+        self.started = now()
+        self.process = subprocess.Popen(self.command, env=self.environment, cwd=self.folder, start_new_session=True,
+                                        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace")
+        self.reader = threading.Thread(target=self.listen, args=(self.process, self.lines[-1]), daemon=True)
+        self.reader.start()
+
+    @staticmethod
+    def listen(process: subprocess.Popen, lines: list[tuple[float, str]]) -> None:
+        for line in process.stdout:
+            lines.append((time.time(), line.rstrip("\n")))
+
+    def kill(self, number: int = signal.SIGKILL) -> None:
+        """A signal for the process and for those that it started in sessions of their own, as torchrun does."""
+        family, waiting = [], [self.process.pid]
+        while waiting:
+            family.append(pid := waiting.pop())
+            with suppress(OSError):
+                waiting += map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split())
+        for pid in family if number == signal.SIGKILL else family[:1]:
+            with suppress(ProcessLookupError):
+                os.kill(pid, number)
+
+
+class FakeNode:
+    """`with FakeNode(namespace, {mountPath: folder}) as node`; node.containers: {pod name: Container}.
+
+    reasons: {exit code: reason}, which the container runtime finds out: {137: "OOMKilled"}.
+    """
+
+    def __init__(self, namespace: str, folder: Path, mounts: dict[str, Path], reasons: dict[int, str] | None = None,
+                 ) -> None:
+        self.namespace, self.mounts, self.reasons = namespace, mounts, reasons or {}
+        self.name, self.core = f"node-of-{namespace}", client.CoreV1Api()
+        self.containers: dict[str, Container] = {}
+        self.uids: dict[str, str] = {}
+        self.ports: dict[str, int] = {}
+        self.stopped = threading.Event()
+        subprocess.run(["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-subj", "/CN=node", "-keyout",
+                        folder / "key.pem", "-out", folder / "cert.pem"], check=True, capture_output=True)
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), type("Kubelet", (Kubelet,), {"node": self}))
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(folder / "cert.pem", folder / "key.pem")
+        self.server.socket = context.wrap_socket(self.server.socket, server_side=True)
+
+    def __enter__(self) -> FakeNode:
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+        self.core.create_node({"metadata": {"name": self.name}})
+        self.core.patch_node_status(self.name, {"status": {
+            "addresses": [{"type": "InternalIP", "address": "127.0.0.1"}],
+            "daemonEndpoints": {"kubeletEndpoint": {"Port": self.server.server_port}}}})
+        self.thread = threading.Thread(target=self.work, daemon=True)
+        self.thread.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.stopped.set()
+        self.thread.join()
+        for container in self.containers.values():
+            container.kill()
+        self.server.shutdown()
+        self.server.server_close()
+        with suppress(ApiException):
+            self.core.delete_node(self.name)
+
+    def work(self) -> None:
+        while not self.stopped.wait(0.2):
+            try:
+                found = json.loads(self.core.list_namespaced_pod(self.namespace, _preload_content=False).data)["items"]
+                for pod in found:
+                    self.tend(pod)
+            except Exception as error:  # noqa: BLE001 (a kubelet survives its API server)
+                if "--verbose" in sys.argv:
+                    print("node:", error)
+                continue
+            there = {pod["metadata"]["uid"] for pod in found}
+            for name, uid in self.uids.items():
+                if uid not in there and self.containers[name].process.poll() is None:
+                    self.containers[name].kill()  # deleted by force
+
+    def tend(self, pod: dict) -> None:
+        """One step of a pod's life."""
+        name, uid, status = pod["metadata"]["name"], pod["metadata"]["uid"], pod["status"]
+        mine = self.uids.get(name) == uid
+        if "deletionTimestamp" in pod["metadata"]:
+            if mine and self.containers[name].process.poll() is None:
+                container = self.containers[name]
+                if not container.killed_at:
+                    container.killed_at = time.monotonic()
+                    container.kill(signal.SIGTERM)
+                elif time.monotonic() - container.killed_at > GRACE:
+                    container.kill()
+            else:
+                self.core.delete_namespaced_pod(name, self.namespace, grace_period_seconds=0, _preload_content=False)
+        elif status.get("phase") in ("Failed", "Succeeded"):
+            if mine:
+                self.containers[name].kill()  # evicted
+        elif not pod["spec"].get("nodeName"):
+            self.core.create_namespaced_pod_binding(name, self.namespace, {
+                "metadata": {"name": name}, "target": {"kind": "Node", "name": self.name}}, _preload_content=False)
+        elif not mine:
+            spec = pod["spec"]["containers"][0]
+            self.containers[name] = Container(*self.process_of(pod, spec))
+            self.uids[name] = uid
+            self.write(pod, "Running", {"running": {"startedAt": now()}})
+        elif (code := self.containers[name].process.poll()) is not None:
+            self.end(pod, self.containers[name], code if code >= 0 else 128 - code)
+
+    def end(self, pod: dict, container: Container, code: int) -> None:
+        """The process has ended: started again in place, or the pod's end."""
+        container.reader.join()
+        reason = self.reasons.get(code) or ("Error" if code else "Completed")
+        over = {"terminated": {"exitCode": code, "reason": reason, "startedAt": container.started, "finishedAt": now(),
+                               "containerID": f"containerd://{container.process.pid}"}}
+        if code and pod["spec"]["restartPolicy"] == "OnFailure":
+            container.start()
+            container.restarts += 1
+            self.write(pod, "Running", {"running": {"startedAt": now()}}, over)
+        else:
+            self.write(pod, "Failed" if code else "Succeeded", over)
+
+    def write(self, pod: dict, phase: str, state: dict, last: dict | None = None) -> None:
+        container, name = pod["spec"]["containers"][0], pod["metadata"]["name"]
+        self.core.patch_namespaced_pod_status(name, self.namespace, {"status": {
+            "phase": phase, "hostIP": "127.0.0.1", "podIP": "127.0.0.1", "startTime": now(), "containerStatuses": [{
+                "name": container["name"], "image": container["image"], "imageID": "", "ready": "running" in state,
+                "started": "running" in state, "restartCount": self.containers[name].restarts, "state": state,
+                "lastState": last or {}}]}}, _preload_content=False)
+
+    def process_of(self, pod: dict, spec: dict) -> tuple[list[str], dict[str, str], Path]:
+        """Command, environment and folder: mounted folders and names in DNS become those of this machine."""
+        environment = {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT),
+                       "OMP_NUM_THREADS": "1"}
+        for one in spec.get("envFrom") or []:
+            secret = self.core.read_namespaced_secret(one["secretRef"]["name"], self.namespace, _preload_content=False)
+            import base64
+            environment |= {key: base64.b64decode(value).decode()
+                            for key, value in json.loads(secret.data).get("data", {}).items()}
+        for one in spec.get("env") or []:
+            path = ((one.get("valueFrom") or {}).get("fieldRef") or {}).get("fieldPath", "")
+            if path.startswith("metadata.annotations['"):
+                environment[one["name"]] = pod["metadata"]["annotations"][path.split("'")[1]]
+            else:
+                environment[one["name"]] = one.get("value", "")
+        job = pod["metadata"]["ownerReferences"][0]["uid"] if pod["metadata"].get("ownerReferences") else ""
+        port = str(self.ports.setdefault(job, free_port()))
+        for name in environment:
+            if name in ("MASTER_ADDR", "PET_MASTER_ADDR"):
+                environment[name] = "127.0.0.1"
+            elif name in ("MASTER_PORT", "PET_MASTER_PORT"):
+                environment[name] = port
+            elif name == "PET_RDZV_ENDPOINT":
+                environment[name] = f"127.0.0.1:{port}"
+        command = [self.local(word) for word in [*(spec.get("command") or []), *(spec.get("args") or [])]]
+        folder = Path(self.local(spec.get("workingDir") or "/tmp"))
+        return command, {key: self.local(value) for key, value in environment.items()}, folder
+
+    def local(self, text: str) -> str:
+        for mount, folder in self.mounts.items():
+            text = str(folder) if text == mount else text.replace(f"{mount}/", f"{folder}/")
+        return text
+
+
+class Kubelet(BaseHTTPRequestHandler):
+    """The kubelet's log endpoint."""
+
+    node: FakeNode
+
+    def do_GET(self) -> None:
+        url = urlsplit(self.path)
+        asked = {key: value[0] for key, value in parse_qs(url.query).items()}
+        container = self.node.containers.get(url.path.split("/")[3])
+        instance = -2 if asked.get("previous") == "true" else -1
+        if container is None or len(container.lines) < -instance:
+            self.send_error(404 if container is None else 400)
+            return
+        lines = container.lines[instance]
+        shown = [one for one in list(lines) if one[0] >= time.time() - float(asked.get("sinceSeconds", "inf"))]
+        shown = shown[-int(asked["tailLines"]):] if "tailLines" in asked else shown
+        self.send_response(200)
+        self.end_headers()
+        for when, text in shown:
+            fraction = f"{when % 1:.9f}"[2:].rstrip("0")  # Go's RFC3339Nano leaves zeros out
+            whole = datetime.fromtimestamp(int(when), UTC).strftime("%Y-%m-%dT%H:%M:%S")
+            stamp = f"{whole}{'.' if fraction else ''}{fraction}Z " if asked.get("timestamps") == "true" else ""
+            self.wfile.write(f"{stamp}{text}\n".encode())
+
+    def log_message(self, *given: object) -> None:
+        pass

@@ -1,0 +1,243 @@
+"""The training operator 1.9 and Kubeflow Trainer 2.3, played for one namespace: jobs become pods, pods become status.
+
+Pods get the names, labels and the exact environment that the real ones set: for PyTorchJob pkg/controller.v1/pytorch/
+{envvar,master,elastic}.go and pkg/controller.v1/common/pod.go of release 1.9, for TrainJob pkg/runtime/framework/
+plugins/torch/torch.go and JobSet 0.9. Conditions and their messages: pytorchjob_controller.go (UpdateJobStatus),
+common/job.go (ReconcileJobs), pkg/util/status.go (setCondition); Trainer's trainjob_controller.go. Left out: services,
+webhooks, gang scheduling, deadlines, the workers' init container.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import threading
+import uuid
+from contextlib import suppress
+
+from kubernetes import client
+from kubernetes.client.exceptions import ApiException
+
+from tests.fake_node import now
+
+PYTORCH = ("kubeflow.org", "v1", "pytorchjobs")
+TRAIN = ("trainer.kubeflow.org", "v1alpha1", "trainjobs")
+
+
+def pytorch_environment(job: dict, kind: str, index: int) -> dict[str, str]:
+    """What envvar.go adds to each container of the pod."""
+    spec, name = job["spec"], job["metadata"]["name"]
+    replicas = {key: one["replicas"] for key, one in spec["pytorchReplicaSpecs"].items()}
+    total, processes = sum(replicas.values()), spec.get("nprocPerNode", "auto")
+    added = {"PYTHONUNBUFFERED": "1"}
+    if "Master" in replicas:
+        rank = index + (kind == "Worker")
+        added |= {"MASTER_PORT": "23456", "PET_MASTER_PORT": "23456", "MASTER_ADDR": f"{name}-master-0",
+                  "PET_MASTER_ADDR": f"{name}-master-0",
+                  "WORLD_SIZE": str(total * (int(processes) if processes.isdigit() else 1)), "RANK": str(rank),
+                  "PET_NODE_RANK": str(rank)}
+    added["PET_NPROC_PER_NODE"] = processes
+    policy = spec.get("elasticPolicy")
+    if policy is None:
+        return {**added, "PET_NNODES": str(total)}
+    optional = {"PET_MAX_RESTARTS": policy.get("maxRestarts"), "PET_RDZV_ID": policy.get("rdzvId")}
+    return {**added, "PET_RDZV_ENDPOINT": f"{name}-worker-0:{policy.get('rdzvPort', 23456)}",
+            "PET_RDZV_BACKEND": policy.get("rdzvBackend", "c10d"),
+            "PET_NNODES": f"{policy['minReplicas']}:{policy['maxReplicas']}",
+            **{key: str(value) for key, value in optional.items() if value is not None}}
+
+
+def merged(base: object, patch: object) -> object:
+    """A strategic merge as far as pod templates need it: lists of named things by name, others replaced."""
+    if isinstance(base, dict) and isinstance(patch, dict):
+        return {**base, **{key: merged(base[key], value) if key in base else value for key, value in patch.items()}}
+    key = next((key for key in ("mountPath", "name") if isinstance(base, list) and base and key in base[0]), None)
+    if key and isinstance(patch, list):
+        there, added = {one[key]: one for one in base}, {one[key]: one for one in patch}
+        return [merged(one, added[name]) if name in added else one for name, one in there.items()] + [
+            one for name, one in added.items() if name not in there]
+    return patch
+
+
+class FakeOperator:
+    """`with FakeOperator(namespace):`"""
+
+    def __init__(self, namespace: str) -> None:
+        self.namespace, self.objects, self.core = namespace, client.CustomObjectsApi(), client.CoreV1Api()
+        self.stopped, self.restarts = threading.Event(), {}
+
+    def __enter__(self) -> FakeOperator:
+        self.thread = threading.Thread(target=self.work, daemon=True)
+        self.thread.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.stopped.set()
+        self.thread.join()
+
+    def work(self) -> None:
+        while not self.stopped.wait(0.2):
+            for (group, version, plural), tend in ((PYTORCH, self.tend_pytorch), (TRAIN, self.tend_train)):
+                with suppress(Exception):  # a controller tries again
+                    found = self.objects.list_namespaced_custom_object(group, version, self.namespace, plural)
+                    for job in found["items"]:
+                        before = json.dumps(job.get("status"))
+                        if "deletionTimestamp" not in job["metadata"]:
+                            tend(job)
+                        if json.dumps(job.get("status")) != before:
+                            self.objects.replace_namespaced_custom_object_status(
+                                group, version, self.namespace, plural, job["metadata"]["name"], job)
+
+    def pods(self, label: str, job: dict) -> dict[str, dict]:
+        """The job's pods by name."""
+        found = self.core.list_namespaced_pod(self.namespace, label_selector=f"{label}={job['metadata']['name']}",
+                                              _preload_content=False)
+        return {pod["metadata"]["name"]: pod for pod in json.loads(found.data)["items"]}
+
+    def create(self, job: dict, name: str, template: dict, labels: dict, annotations: dict, environment: dict) -> None:
+        """A pod of the template, owned by the job."""
+        template = copy.deepcopy(template)
+        for container in template["spec"]["containers"]:
+            container["env"] = [*(container.get("env") or []), *(
+                {"name": key, **(value if isinstance(value, dict) else {"value": value})}
+                for key, value in environment.items())]
+        metadata = template.get("metadata") or {}
+        with suppress(ApiException):  # that of before is still being deleted
+            self.core.create_namespaced_pod(self.namespace, {"metadata": {
+                "name": name, "labels": {**(metadata.get("labels") or {}), **labels},
+                "annotations": {**(metadata.get("annotations") or {}), **annotations},
+                "ownerReferences": [{"apiVersion": job["apiVersion"], "kind": job["kind"], "controller": True,
+                                     "blockOwnerDeletion": True, "name": job["metadata"]["name"],
+                                     "uid": job["metadata"]["uid"]}]}, "spec": template["spec"]})
+
+    def condition(self, job: dict, kind: str, reason: str, message: str, true: bool = True) -> None:
+        """Running and Restarting exclude each other; an end makes Running false; nothing follows on Failed."""
+        status = job.setdefault("status", {})
+        there = {one["type"]: one for one in status.setdefault("conditions", [])}
+        if there.get("Failed", {}).get("status") == "True":
+            return
+        wanted = {"type": kind, "status": str(true), "reason": reason, "message": message}
+        if all(there.get(kind, {}).get(key) == value for key, value in wanted.items() if key != "message"):
+            return
+        there.pop({"Running": "Restarting", "Restarting": "Running"}.get(kind), None)
+        there.pop(kind, None)
+        if kind in ("Succeeded", "Failed") and "Running" in there:
+            there["Running"]["status"] = "False"
+        times = {"lastTransitionTime": now(), **({"lastUpdateTime": now()} if job["kind"] == "PyTorchJob" else {})}
+        status["conditions"] = [*there.values(), {**wanted, **times}]
+
+    @staticmethod
+    def true(job: dict, *kinds: str) -> bool:
+        return any(one["type"] in kinds and one["status"] == "True" for one in job["status"].get("conditions", []))
+
+    def tend_pytorch(self, job: dict) -> None:
+        """common/job.go ReconcileJobs, then UpdateJobStatus of the PyTorchJob controller."""
+        name, policy = job["metadata"]["name"], job["spec"].get("runPolicy") or {}
+        if not job.get("status"):
+            self.condition(job, "Created", "PyTorchJobCreated", f"PyTorchJob {name} is created.")
+        pods = self.pods("training.kubeflow.org/job-name", job)
+        if self.true(job, "Succeeded", "Failed"):
+            clean = policy.get("cleanPodPolicy", "None")
+            for pod, one in pods.items():
+                if clean == "All" or clean == "Running" and one["status"]["phase"] in ("Running", "Pending"):
+                    self.core.delete_namespaced_pod(pod, self.namespace, _preload_content=False)
+            return
+        if policy.get("suspend"):
+            for pod in pods:
+                self.core.delete_namespaced_pod(pod, self.namespace, _preload_content=False)
+            self.condition(job, "Running", "PyTorchJobSuspended", f"PyTorchJob {name} is suspended.", False)
+            self.condition(job, "Suspended", "PyTorchJobSuspended", f"PyTorchJob {name} is suspended.")
+            return
+        if self.true(job, "Suspended"):
+            self.condition(job, "Suspended", "PyTorchJobResumed", f"PyTorchJob {name} is resumed.", False)
+        running = [pod for pod in pods.values() if pod["status"]["phase"] == "Running"]
+        again = sum(one["restartCount"] for pod in running for one in pod["status"].get("containerStatuses", []))
+        if "backoffLimit" in policy and again >= max(1, policy["backoffLimit"]):
+            for pod in pods:  # release 1.9 deletes them whatever cleanPodPolicy says, before it says Failed
+                self.core.delete_namespaced_pod(pod, self.namespace, _preload_content=False)
+            self.condition(job, "Failed", "PyTorchJobFailed",
+                           f"Job {name} has failed because it has reached the specified backoff limit")
+            return
+        for kind, replica in job["spec"]["pytorchReplicaSpecs"].items():
+            self.tend_replicas(job, kind, replica, pods)
+
+    def tend_replicas(self, job: dict, kind: str, replica: dict, pods: dict[str, dict]) -> None:
+        """common/pod.go ReconcilePods for one replica type, and its part of the job's status."""
+        name, policy = job["metadata"]["name"], replica.get("restartPolicy", "OnFailure")
+        counts = {"active": 0, "succeeded": 0, "failed": 0}
+        for index in range(replica["replicas"]):
+            pod = f"{name}-{kind.lower()}-{index}"
+            if pod not in pods:
+                template = copy.deepcopy(replica["template"])
+                template["spec"]["restartPolicy"] = "Never" if policy == "ExitCode" else policy
+                prefix = "training.kubeflow.org/"
+                labels = {f"{prefix}job-name": name, f"{prefix}operator-name": "pytorchjob-controller",
+                          f"{prefix}replica-type": kind.lower(), f"{prefix}replica-index": str(index),
+                          **({f"{prefix}job-role": "master"} if kind == "Master" else {})}
+                self.create(job, pod, template, labels, {}, pytorch_environment(job, kind, index))
+                continue
+            phase = pods[pod]["status"]["phase"]
+            counts[{"Running": "active", "Succeeded": "succeeded", "Failed": "failed"}.get(phase, "active")] += (
+                phase != "Pending")
+            codes = [one["state"]["terminated"]["exitCode"] for one in pods[pod]["status"].get("containerStatuses", [])
+                     if "terminated" in one["state"]]
+            if phase == "Failed" and (policy == "OnFailure" or policy == "ExitCode" and max(codes, default=0) >= 128):
+                self.core.delete_namespaced_pod(pod, self.namespace, _preload_content=False)
+                self.condition(job, "Restarting", "PyTorchJobRestarting",
+                               f"job {name} is restarting because {kind} replica(s) failed.")
+                counts["failed"] -= 1
+        job["status"].setdefault("replicaStatuses", {})[kind] = counts
+        leading = kind == "Master" or "Master" not in job["spec"]["pytorchReplicaSpecs"]
+        if counts["failed"]:
+            self.condition(job, "Failed", "PyTorchJobFailed",
+                           f"PyTorchJob {name} is failed because {counts['failed']} {kind} replica(s) failed.")
+        elif leading and counts["succeeded"] == replica["replicas"]:
+            self.condition(job, "Succeeded", "PyTorchJobSucceeded", f"PyTorchJob {name} is successfully completed.")
+        elif leading and counts["active"]:
+            self.condition(job, "Running", "PyTorchJobRunning", f"PyTorchJob {name} is running.")
+
+    def tend_train(self, job: dict) -> None:
+        """The runtime's template with the job's own over it as one indexed Job `node` of a JobSet."""
+        name, status = job["metadata"]["name"], job.setdefault("status", {})
+        pods = self.pods("jobset.sigs.k8s.io/jobset-name", job)
+        if self.true(job, "Complete", "Failed"):
+            return
+        if job["spec"].get("suspend"):
+            for pod in pods:
+                self.core.delete_namespaced_pod(pod, self.namespace, _preload_content=False)
+            self.condition(job, "Suspended", "Suspended", "TrainJob is suspended")
+            return
+        if self.true(job, "Suspended"):
+            self.condition(job, "Suspended", "Resumed", "TrainJob is resumed", False)
+        runtime = self.objects.get_cluster_custom_object(
+            *TRAIN[:2], "clustertrainingruntimes", job["spec"]["runtimeRef"]["name"])["spec"]
+        trainer, nodes = job["spec"]["trainer"], job["spec"]["trainer"]["numNodes"]
+        phases = [pod["status"]["phase"] for pod in pods.values() if "deletionTimestamp" not in pod["metadata"]]
+        if "Failed" in phases:
+            limit = runtime["template"]["spec"].get("failurePolicy", {}).get("maxRestarts", 0)
+            self.restarts[name] = self.restarts.get(name, 0) + 1
+            if self.restarts[name] > limit:
+                self.condition(job, "Failed", "FailedJobs", "jobset failed due to one or more job failures")
+                return
+            for pod in pods:  # JobSet makes all anew
+                self.core.delete_namespaced_pod(pod, self.namespace, _preload_content=False)
+        elif len(phases) == nodes and set(phases) == {"Succeeded"}:
+            self.condition(job, "Complete", "AllJobsCompleted", "jobset completed successfully")
+        template = runtime["template"]["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]
+        for patch in job["spec"].get("runtimePatches") or []:
+            one = patch["trainingRuntimeSpec"]["template"]["spec"]["replicatedJobs"][0]
+            template = merged(template, one["template"]["spec"]["template"])
+        own = {key: trainer[key] for key in ("image", "command", "args", "env") if key in trainer}
+        resources = {"resources": trainer["resourcesPerNode"]} if "resourcesPerNode" in trainer else {}
+        template = merged(template, {"spec": {"containers": [{"name": "node", **own, **resources}]}})
+        for index in range(nodes) if not pods else ():
+            annotation = "batch.kubernetes.io/job-completion-index"
+            self.create(job, f"{name}-node-0-{index}-{uuid.uuid4().hex[:5]}", template, {
+                "jobset.sigs.k8s.io/jobset-name": name, "jobset.sigs.k8s.io/replicatedjob-name": "node",
+                "jobset.sigs.k8s.io/job-index": "0", annotation: str(index)}, {annotation: str(index)}, {
+                "PET_NNODES": str(nodes), "PET_NPROC_PER_NODE": str(trainer.get("numProcPerNode", "auto")),
+                "PET_NODE_RANK": {"valueFrom": {"fieldRef": {"fieldPath": f"metadata.annotations['{annotation}']"}}},
+                "PET_MASTER_ADDR": f"{name}-node-0-0.{name}", "PET_MASTER_PORT": "29500"})
+        ready = phases.count("Running")
+        status["jobsStatus"] = [{"name": "node", "ready": int(ready == nodes), "succeeded": int("Succeeded" in phases),
+                                 "failed": 0, "suspended": 0, "active": int(bool(phases))}]

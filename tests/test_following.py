@@ -1,0 +1,266 @@
+"""Following a training job without a cluster: the API server is a list of answers."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from kubernetes import client
+from kubernetes.client.exceptions import ApiException
+from urllib3.exceptions import ProtocolError
+
+from components import pytorchjob
+from components.following import Follower, Log, Patience
+from components.jobs import KINDS
+from tests.test_launcher import LABELS, OWNER, TEMPLATES, conditions, ended, filled, pod
+
+PYTORCH = KINDS["pytorchjob"]
+SHORT = Patience(look=0.01, api=0.2, forbidden=0.1, operator=0.1, start=0.1, schedule=0.1, deletion=0.1)
+
+
+class Record:
+    """In the place of components.pytorchjob.Cluster: each look gets the next (job, pods); the last one stays."""
+
+    def __init__(self, *looks: tuple[dict | None, list[dict]], there: dict | None = None) -> None:
+        self.looks, self.there, self.asked = list(looks), there, []
+        self.logs: dict[str, list[str]] = {}
+        self.flicker: list[dict] = []
+
+    def create(self, job: dict) -> bool:
+        self.asked.append("create")
+        return self.there is None
+
+    def get(self) -> dict | None:
+        if self.there is not None and self.asked[-1] == "create":
+            return self.there
+        job = self.looks[0][0]
+        return None if job is None else {**filled(), **job}
+
+    def adopt(self, owner: dict) -> None:
+        self.asked.append(f"adopt {owner['name']}")
+        self.there = None
+
+    def delete(self) -> None:
+        self.asked.append("delete")
+        self.there = None
+
+    def pods(self) -> tuple[list[dict], str]:
+        return (self.looks.pop(0) if len(self.looks) > 1 else self.looks[0])[1], "1"
+
+    def changes(self, version: str, seconds: float) -> list[dict]:
+        shown, self.flicker = self.flicker, []
+        return shown
+
+    def log(self, pod: str, since: int | None = None, tail: int | None = None, previous: bool = False) -> list[str]:
+        return self.logs.get(f"{pod} previous" if previous else pod, [])[-(tail or 10**9):]
+
+
+def follow(record: Record, job: dict | None = None) -> tuple[list[str], str]:
+    """What is told, and the error's text."""
+    lines: list[str] = []
+    try:
+        Follower(record, PYTORCH, job or filled(owner=OWNER), lines.append, SHORT).run()
+    except RuntimeError as error:
+        return lines, str(error)
+    return lines, ""
+
+
+DONE, RUNNING = conditions("Succeeded=True", "Running=False"), conditions("Running=True")
+
+
+def test_a_job_is_made_and_followed_to_its_end() -> None:
+    record = Record((conditions("Created=True"), []), (RUNNING, [pod()]), (RUNNING, [pod()]), (DONE, [pod()]))
+    record.logs["w-0"] = ["2026-01-01T00:00:00.1Z step 1", "2026-01-01T00:00:00.12Z step 2"]
+    name = "launcher: PyTorchJob vitdet-tiny-1"
+    assert follow(record) == ([f"{name} is made in namespace ours", f"{name}: created", f"{name}: running",
+                               "step 1", "step 2", f"{name}: succeeded"], "")
+    assert record.asked == ["create"]
+
+
+def test_a_retried_step_takes_over_its_job_and_becomes_its_owner() -> None:
+    record = Record((DONE, []), there={"metadata": {"labels": LABELS}, **RUNNING})
+    lines, error = follow(record)
+    assert not error and "following it" in lines[0] and record.asked == ["create", "adopt step"]
+
+
+def test_a_failed_or_vanishing_job_of_an_earlier_try_is_made_anew() -> None:
+    for there in (conditions("Failed=True"), {"status": {}}):
+        metadata = {"labels": LABELS, **({} if there["status"] else {"deletionTimestamp": "2026-01-01T00:00:00Z"})}
+        record = Record((DONE, []), there={"metadata": metadata, **there})
+        assert follow(record)[1] == "" and record.asked == ["create", "delete", "create"]
+
+
+def test_a_job_of_another_run_is_left_alone() -> None:
+    record = Record((DONE, []), there={"metadata": {"labels": {"vitdet/run": "other"}}, **RUNNING})
+    assert "is not of this run" in follow(record)[1] and record.asked == ["create"]
+
+
+def test_a_suspended_job_is_waited_for_and_that_is_said_once() -> None:
+    held = (conditions("Created=True", "Suspended=True"), [])
+    lines, error = follow(Record(*[held] * 30, (RUNNING, []), (DONE, [])))
+    assert not error and sum("suspended, a queue (Kueue)" in line for line in lines) == 1
+
+
+def test_a_failed_job_fails_with_its_cause_and_the_last_30_lines() -> None:
+    job = {"status": {"conditions": [{"type": "Failed", "status": "True", "message": "1 Worker replica(s) failed."}]}}
+    record = Record((job, [pod("m", container=ended(1, when="2026-01-01T00:00:09Z")),
+                           pod("w", phase="Failed", container=ended(137, "OOMKilled"))]))
+    record.logs["w"] = [f"2026-01-01T00:00:{second:02}Z line {second}" for second in range(40)]
+    _, error = follow(record)
+    head, *tail = error.split("\n  ")
+    assert head == ("PyTorchJob vitdet-tiny-1 failed: 1 Worker replica(s) failed.\n"
+                    "cause: pod w on node n1: OOMKilled, exit code 137 (SIGKILL)\nlast lines of its log:")
+    assert tail == [f"line {second}" for second in range(10, 40)]
+
+
+def test_a_cause_that_lived_between_two_looks_only_is_remembered_with_its_log() -> None:
+    record = Record((RUNNING, [pod()]), (conditions("Failed=True"), []))
+    record.flicker = [pod(phase="Failed", reason="Evicted", message="low on memory")]
+    record.logs["w-0"] = ["2026-01-01T00:00:00Z last words"]
+    lines, error = follow(record)
+    assert "Evicted: low on memory\nlast lines of its log:\n  last words" in error
+    assert "launcher: pod w-0 on node n1: Evicted: low on memory" in lines
+
+
+def test_a_process_killed_under_torchrun_is_told_as_what_it_most_likely_is() -> None:
+    record = Record((conditions("Failed=True"), [pod(phase="Failed", container=ended(1))]))
+    record.logs["w-0"] = ["2026-01-01T00:00:00Z   error_file: <N/A> traceback : Signal 9 (SIGKILL) received by PID 17"]
+    assert "exit code 1 (a process was killed by the system, most likely for want of memory)" in follow(record)[1]
+
+
+def test_a_deleted_job_is_an_error() -> None:
+    assert "was deleted before it ended" in follow(Record((RUNNING, []), (None, [])))[1]
+
+
+def unschedulable(name: str = "w-0") -> dict:
+    return pod(name, "Pending", conditions=[{"type": "PodScheduled", "status": "False", "reason": "Unschedulable",
+                                             "message": "0/3 nodes are available: 3 Insufficient nvidia.com/gpu."}])
+
+
+BAD_IMAGE = pod(phase="Pending", container={"state": {"waiting": {"reason": "ImagePullBackOff", "message": "no tag"}}})
+
+
+@pytest.mark.parametrize(("look", "text"), [
+    (({}, []), "nothing has happened to PyTorchJob vitdet-tiny-1 for 0 s: the Kubeflow training operator (v1.9)"),
+    ((conditions("Created=True"), [unschedulable()]), "Unschedulable: 0/3 nodes are available: 3 Insufficient nvidia"),
+    ((conditions("Created=True"), [BAD_IMAGE]), "cause: pod w-0: ImagePullBackOff: no tag"),
+])
+def test_what_never_starts_is_given_up_and_deleted(look: tuple, text: str) -> None:
+    record = Record(look)
+    lines, error = follow(record)
+    assert text in error and error.endswith("it is deleted") and record.asked == ["create", "delete"]
+    assert sum("waiting" in line for line in lines) == bool(look[1])  # said before, and once
+
+
+def test_a_job_file_may_wait_longer_for_nodes() -> None:
+    job = filled()
+    job["metadata"]["annotations"] = {"vitdet/schedule-seconds": "1000"}
+    waiting = (conditions("Created=True"), [unschedulable()])
+    assert follow(Record(*[waiting] * 30, (DONE, [])), job)[1] == ""
+
+
+def test_an_elastic_job_that_runs_does_not_need_all_its_nodes() -> None:
+    job = filled()
+    job["spec"]["elasticPolicy"] = {}
+    assert follow(Record(*[(RUNNING, [pod("w-1"), unschedulable()])] * 30, (DONE, [])), job)[1] == ""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_stopped_step_deletes_its_job(number: int) -> None:
+    record = Record((RUNNING, []))
+    before = signal.getsignal(signal.SIGTERM)
+    threading.Timer(0.1, os.kill, (os.getpid(), number)).start()
+    with pytest.raises((SystemExit, KeyboardInterrupt)):
+        follow(record)
+    assert record.asked == ["create", "delete"] and signal.getsignal(signal.SIGTERM) is before
+
+
+def test_each_line_of_a_log_is_told_once_through_restarts() -> None:
+    record = Record((RUNNING, []))
+    log, alive = Log(record, "pytorch"), pod(container={"state": {"running": {}}})
+    stamps = ["2026-01-01T00:00:00.999999999Z a", "2026-01-01T00:00:01Z b", "2026-01-01T00:00:01.1Z c",
+              "2026-01-01T00:00:01.12Z d"]  # Go leaves zeros at the end out
+    record.logs["w-0"] = stamps[:3]
+    assert log.news(alive) == ["a", "b", "c"] and log.news(alive) == []
+    record.logs = {"w-0": ["2026-01-01T00:00:02Z again"], "w-0 previous": stamps}
+    again = pod(container={"state": {"running": {}}, "restartCount": 1})
+    assert log.news(again) == ["d", "again"] and log.news(again) == []
+
+
+def answers(*given: object) -> Callable:
+    """A request whose answers these are; the last one for ever."""
+    waiting = list(given)
+
+    def call(*_: object, **options: object) -> object:
+        answer = waiting.pop(0) if len(waiting) > 1 else waiting[0]
+        if isinstance(answer, Exception):
+            raise answer
+        return type("Raw", (), {"data": answer})
+
+    return call
+
+
+def refused(status: int, message: str | None = None) -> ApiException:
+    error = ApiException(status=status, reason="reason")
+    error.body = json.dumps({"kind": "Status", "message": message}) if message else "404 page not found"
+    return error
+
+
+def cluster(lines: list[str], patience: Patience = SHORT) -> pytorchjob.Cluster:
+    return pytorchjob.Cluster(client.ApiClient(client.Configuration()), PYTORCH, "j", "ours", lines.append, patience)
+
+
+def test_an_api_server_that_is_away_is_asked_again() -> None:
+    lines: list[str] = []
+    ask = cluster(lines).ask
+    gone = [ProtocolError("reset"), refused(503, "starting"), refused(429, "later"), b'{"half', b'{"a": 1}']
+    assert ask("get x", answers(*gone)) == {"a": 1}
+    assert lines == ["launcher: the API server does not answer (ProtocolError); asking again for 0 s",
+                     "launcher: the API server answers again"]
+    starting = [refused(403, "no roles yet"), refused(404), b"{}"]  # an API server that starts knows neither
+    assert ask("get x", answers(*starting), but=(404,), forbidden=5) == {}
+    start = time.monotonic()
+    with pytest.raises(RuntimeError, match="the API server does not answer"):
+        ask("get x", answers(ProtocolError("reset")))
+    assert time.monotonic() - start < 5
+
+
+@pytest.mark.parametrize(("error", "message"), [
+    (refused(403, 'pytorchjobs is forbidden: User "u" cannot'),
+     'cannot create in namespace ours: pytorchjobs is forbidden: User "u" cannot; the pipeline\'s service account needs the Role of manifests/shared'),
+    (refused(404), "the cluster knows no PyTorchJob .kubeflow.org/v1.; install the Kubeflow training operator"),
+    (refused(404, 'namespaces "ours" not found'), 'cannot create in namespace ours: namespaces "ours" not found'),
+    (refused(422, "spec.x: Invalid value"), "spec.x: Invalid value .HTTP 422."),
+])
+def test_a_refusal_is_one_line_at_once(error: ApiException, message: str) -> None:
+    lines: list[str] = []
+    with pytest.raises(RuntimeError, match=message) as raised:
+        cluster(lines, Patience()).ask("create", answers(error))
+    assert "\n" not in str(raised.value) and not lines
+
+
+def test_the_steps_own_pod_owns_the_job(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert pytorchjob.own_pod() is None
+    monkeypatch.setenv("KFP_POD_NAME", "step")
+    monkeypatch.setenv("KFP_POD_UID", "1")
+    assert pytorchjob.own_pod() == OWNER
+
+
+def test_what_cannot_be_launched_is_said_before_the_cluster_is_asked(
+        monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    given = {"template": TEMPLATES["pytorchjob"], "kind": "pytorchjob", "run_id": "r", "name": "tiny", "args": [],
+             "nodes": 2, "pool": "", "image": "", "workspace": "/data/runs", "task_config": None}
+    monkeypatch.setenv("KUBECONFIG", str(tmp_path / "none"))
+    with pytest.raises(RuntimeError, match="no cluster: this is no pod with a service account, and no kubeconfig"):
+        pytorchjob.launch(**given)
+    monkeypatch.setattr(pytorchjob, "connect", lambda: (client.ApiClient(client.Configuration()), "ours"))
+    with pytest.raises(ValueError, match="one of pytorchjob, trainjob, got 'job'"):
+        pytorchjob.launch(**{**given, "kind": "job"})
+    with pytest.raises(ValueError, match="do not see the workspace /database: their folders are /data, /tmp, /dev/shm"):
+        pytorchjob.launch(**{**given, "workspace": "/database"})
