@@ -18,7 +18,7 @@ PACKAGE = ROOT / "vitdet"
 SHELL = ("components", "pipeline", "manifests")
 
 # What each part of the package may import of the others, beside itself. Entrances may all.
-ENTRANCES = ("__init__", "__main__", "cli", "verbs", "weights_verbs", "stages")
+ENTRANCES = ("__init__", "__main__", "cli", "verbs", "weights_verbs", "stages", "workspace")
 RECORDS = {"config", "types"}
 MAY_IMPORT = {
     "typed": set(),
@@ -40,7 +40,8 @@ MAY_IMPORT = {
     "evaluation": RECORDS | {"models", "data", "predictor", "distributed", "training.checkpoint"},
     "training": RECORDS | {"models", "data", "weights", "evaluation", "predictor", "distributed", "progress"},
 }
-PRINTING = ("vitdet/cli.py", "vitdet/verbs.py", "vitdet/weights_verbs.py", "pipeline/__main__.py")
+PRINTING = ("vitdet/cli.py", "vitdet/verbs.py", "vitdet/weights_verbs.py", "pipeline/__main__.py",
+            "pipeline/remote_verbs.py")
 # Packages that only some files may import.
 ONLY_IN = {
     "mlflow": ("vitdet/tracking.py", "vitdet/serving.py", "vitdet/champion.py", "vitdet/comparison.py", "tests/"),
