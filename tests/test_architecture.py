@@ -26,6 +26,7 @@ MAY_IMPORT = {
     "config": {"typed", "rules"},
     "types": {"predictor.draw"},  # inside Detections.draw
     "distributed": set(),
+    "download": set(),
     "progress": set(),
     "journal": set(),
     "wheel": set(),
@@ -34,8 +35,8 @@ MAY_IMPORT = {
     "comparison": {"champion", "tracking"},
     "serving": {"tracking", "wheel", "predictor", "data"},
     "models": RECORDS,
-    "data": RECORDS,
-    "weights": {"typed"},
+    "data": RECORDS | {"download"},
+    "weights": {"typed", "download"},
     "predictor": RECORDS | {"models", "data", "training.checkpoint"},
     "evaluation": RECORDS | {"models", "data", "predictor", "distributed", "training.checkpoint"},
     "training": RECORDS | {"models", "data", "weights", "evaluation", "predictor", "distributed", "progress"},

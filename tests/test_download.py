@@ -12,7 +12,7 @@ import pytest
 
 from tests.test_cli import largest_file
 from tests.web import Answer, Web, changed, file, serve, status
-from vitdet.weights.download import Patience, download, mirrored, note
+from vitdet.download import Patience, download, mirrored, note
 
 CONTENT = random.Random(0).randbytes(100_000)
 OTHER = random.Random(1).randbytes(90_000)
@@ -43,9 +43,9 @@ def web() -> Iterator[Web]:
 @pytest.fixture
 def load(web: Web, tmp_path: Path) -> Load:
     """Downloads under these answers, and gives the file."""
-    def run(*plan: Answer, size: int | None = None, patience: Patience = QUICK) -> Path:
+    def run(*plan: Answer, size: int | None = None, patience: Patience = QUICK, copies: int = 1) -> Path:
         web.plan = list(plan)
-        download(f"{web.url}/a/file.pth", tmp_path / "part", Seen(), patience, size)
+        download(f"{web.url}/a/file.pth", tmp_path / "part", Seen(), patience, size, copies)
         return tmp_path / "part"
 
     return run
@@ -170,8 +170,8 @@ def test_a_full_disk_keeps_what_came(load: Load, web: Web, tmp_path: Path) -> No
 def test_the_disk_is_asked_first(load: Load, web: Web, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=199_999))
-    with pytest.raises(OSError, match="0.2 MB are needed for the file and its conversion, 0.2 MB"):
-        load()
+    with pytest.raises(OSError, match="0.2 MB are needed for 2 files of this size, 0.2 MB"):
+        load(copies=2)
     assert web.sent <= 1000 * 100 and not (tmp_path / "part").exists()
 
 

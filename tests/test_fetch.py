@@ -182,8 +182,8 @@ def test_two_at_once_download_it_once(get: Fetch, web: Web, caplog: pytest.LogCa
 SCRIPT = """
 import shutil, sys
 from pathlib import Path
+from vitdet.download import Patience
 from vitdet.weights.catalogue import Entry
-from vitdet.weights.download import Patience
 from vitdet.weights.fetch import fetch
 class Quiet:
     def at(self, done, total): pass

@@ -18,8 +18,8 @@ from pathlib import Path, PurePosixPath
 from typing import BinaryIO
 from urllib.parse import urlsplit
 
+from vitdet.download import Patience, Watcher, discard, download, mirrored
 from vitdet.weights.catalogue import Entry, trouble
-from vitdet.weights.download import Patience, Watcher, discard, download, mirrored
 
 Convert = Callable[[Path, Path], None]  # (the published file, the file to write)
 PATIENT = Patience()
@@ -46,7 +46,7 @@ def fetch(entry: Entry, folder: Path, convert: Convert, watcher: Watcher, mirror
     with _locked(part):
         if not target.is_file():  # else another process was faster
             if address:
-                download(address, part, watcher, patience, entry.size)
+                download(address, part, watcher, patience, entry.size, copies=2)  # it and the converted one
                 log.info("%s: verifying and converting", entry.name)
             _finish(local or part, target, entry, convert, address)
         discard(part)

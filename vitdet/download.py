@@ -67,8 +67,10 @@ class _Beginning(NamedTuple):
     total: int | None
 
 
-def download(url: str, path: Path, watcher: Watcher, patience: Patience, size: int | None = None) -> None:
-    """Makes `path` the whole file of the address, going on from what is there. `size`: the bytes that it must have.
+def download(url: str, path: Path, watcher: Watcher, patience: Patience, size: int | None = None,
+             copies: int = 1) -> None:
+    """Makes `path` the whole file of the address, going on from what is there. `size`: the bytes that it must have;
+    `copies`: as many files of its size must fit on the disk, in the end.
 
     Raises ConnectionError or FileNotFoundError when the server will not give it, OSError when the disk will not take
     it, ValueError when it is another file than expected.
@@ -76,7 +78,7 @@ def download(url: str, path: Path, watcher: Watcher, patience: Patience, size: i
     furthest, failures = _have(path), 0
     while True:
         try:
-            return _attempt(url, path, watcher, patience.stall, size)
+            return _attempt(url, path, watcher, patience.stall, size, copies)
         except _Broken as broken:
             here = _have(path)
             failures = 1 if here > furthest else failures + 1
@@ -110,7 +112,7 @@ def discard(path: Path) -> None:
         os.truncate(path, 0)
 
 
-def _attempt(url: str, path: Path, watcher: Watcher, stall: float, size: int | None) -> None:
+def _attempt(url: str, path: Path, watcher: Watcher, stall: float, size: int | None, copies: int) -> None:
     have, beginning = _have(path), _beginning(path)
     if not have or beginning is None or beginning.url != url:
         have, beginning = 0, None
@@ -123,7 +125,7 @@ def _attempt(url: str, path: Path, watcher: Watcher, stall: float, size: int | N
     with _open(request, path, stall) as response:
         start, total = _range(response, path, have, beginning)
         _check(response, url, total, size)
-        _ask_for_space(path, total, have)
+        _ask_for_space(path, total, have, copies)
         if not start:
             discard(path)  # first the old bytes, then the new note: a kill in between must not join the two
             _write_note(path, _Beginning(url, _validator(response), total))
@@ -182,13 +184,14 @@ def _check(response: http.client.HTTPResponse, url: str, total: int | None, size
         raise ValueError(f"{url}: the server has {total:,} bytes, expected {size:,}: not the published file")
 
 
-def _ask_for_space(path: Path, total: int | None, have: int) -> None:
-    """The rest of the file and once more all of it, for the converted one."""
-    needed = (total or 0) - have + (total or 0)
+def _ask_for_space(path: Path, total: int | None, have: int, copies: int) -> None:
+    """The rest of the file, and all of it for each further copy."""
+    needed = copies * (total or 0) - have
     free = shutil.disk_usage(path.parent).free
     if needed > free:
-        raise OSError(f"{path.parent}: {_bytes(needed)} are needed for the file and its conversion, "
-                      f"{_bytes(free)} are free; free some space or give another folder with --output")
+        what = "the file" if copies == 1 else f"{copies} files of this size"
+        raise OSError(f"{path.parent}: {_bytes(needed)} are needed for {what}, {_bytes(free)} are free; free some "
+                      "space or give another folder")
 
 
 def _receive(response: http.client.HTTPResponse, path: Path, start: int, total: int | None, watcher: Watcher,
