@@ -11,7 +11,7 @@ from vitdet.evaluation import evaluate_results, lvis
 from vitdet.evaluation.files import Truth, read_truth
 from vitdet.evaluation.lvis import best, compare, summary
 
-GOLDEN = Path(__file__).parent / "golden" / "lvis_random"
+GOLDEN = Path(__file__).parent / "published" / "lvis_random"
 EXAMPLE = Path(__file__).parents[2] / "shared" / "data" / "coco-eval"  # of the package: lvis_val_100.json
 NAMES = ("ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large", "ap_rare", "ap_common", "ap_frequent",
          "ar_300", "ar_small", "ar_medium", "ar_large")
