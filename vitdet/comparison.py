@@ -43,7 +43,7 @@ def close_group(group: str, state: str, *, uri: str, folder: Path, experiment: s
 def compare(group: str, rows: Sequence[dict], *, uri: str, folder: Path, experiment: str, model_name: str) -> str:
     """The table of a group in Markdown, best box AP first; it is also logged to the parent run.
 
-    rows: {"name", "recipe", "dataset_digest", "run_id", "passed", "reason", "metrics"} of each training. Raises
+    rows: {"name", "dataset_digest", "run_id", "passed", "reason", "metrics"} of each training. Raises
     ValueError when they were not measured on one and the same data, ConnectionError where MLflow does not answer.
     """
     digests = sorted({row["dataset_digest"] for row in rows})
@@ -53,7 +53,7 @@ def compare(group: str, rows: Sequence[dict], *, uri: str, folder: Path, experim
     champion, versions = _versions(client, model_name)
     ordered = sorted(rows, key=lambda row: -_figure(row, "box_ap"))
     text = table(ordered, champion, versions)
-    parent = open_group(group, [row["recipe"] for row in rows], uri=uri, folder=folder, experiment=experiment)
+    parent = open_group(group, [row["name"] for row in rows], uri=uri, folder=folder, experiment=experiment)
     for row in ordered:
         for key in COLUMNS[:2]:
             if row["metrics"].get(key) is not None:

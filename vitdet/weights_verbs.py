@@ -1,4 +1,4 @@
-"""What the verbs of `vitdet weights` do, and how a person sees a download. See `vitdet.verbs`."""
+"""What the verbs of `vitdet weights` do. See `vitdet.verbs`."""
 
 from __future__ import annotations
 
@@ -6,15 +6,13 @@ import argparse
 import json
 import logging
 import shutil
-import sys
-import time
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING
 
+from vitdet.bar import Bar
 from vitdet.config import load_config
-from vitdet.progress import clock
 from vitdet.verbs import written
 
 if TYPE_CHECKING:
@@ -89,7 +87,7 @@ def run_fetch(given: argparse.Namespace) -> int:
     elif Path(name).suffix:
         print(own_file(Path(name), given.output))
     else:
-        print(published_file(find(name), given))
+        print(published_file(find(name), given.output, given.mirror, given.local))
     return 0
 
 
@@ -100,7 +98,7 @@ def own_file(source: Path, folder: Path | None) -> Path:
     return copied(source, folder) if folder else source
 
 
-def published_file(entry: Entry, given: argparse.Namespace) -> Path:
+def published_file(entry: Entry, folder: Path | None, mirror: str = "", local: Path | None = None) -> Path:
     """A file of the list; one that the cache has is not fetched again for another folder."""
     from vitdet.weights.catalogue import cache_folder, fetched
     from vitdet.weights.fetch import fetch
@@ -111,9 +109,9 @@ def published_file(entry: Entry, given: argparse.Namespace) -> Path:
         for line in convert_file(source, target, entry.format, entry.recipe or None):
             log.info(line)
 
-    if is_here(entry) and not given.local:
-        return copied(fetched(entry.name), given.output) if given.output else fetched(entry.name)
-    return fetch(entry, given.output or cache_folder(), convert, Bar(entry.name), given.mirror, given.local)
+    if is_here(entry) and not local:
+        return copied(fetched(entry.name), folder) if folder else fetched(entry.name)
+    return fetch(entry, folder or cache_folder(), convert, Bar(entry.name), mirror, local)
 
 
 def copied(source: Path, folder: Path) -> Path:
@@ -142,51 +140,3 @@ def run_pretrain(given: argparse.Namespace) -> int:
     pretrain("tiny", given.output, steps=given.steps)
     print(given.output)
     return 0
-
-
-class Bar:
-    """A download for the eye: one changing line on a terminal, a line each tenth of the file in a log."""
-
-    def __init__(self, name: str, stream: TextIO | None = None) -> None:
-        self.name, self.stream = name, stream or sys.stderr
-        self.first: tuple[float, int] | None = None  # when this attempt began, and with how many bytes
-        self.shown = (0.0, -1)  # when the last line was shown, and its tenth
-
-    def at(self, done: int, total: int | None) -> None:
-        """So many bytes of so many are here."""
-        now = time.monotonic()
-        if self.first is None:
-            self.first = (now, done)
-        terminal, tenth = self.stream.isatty(), 10 * done // total if total else done // 100_000_000
-        if done != total and (now - self.shown[0] < 0.1 if terminal else tenth == self.shown[1]):
-            return
-        self.shown = (now, tenth)
-        text = self.text(done, total, now)
-        if terminal:  # a line that the terminal breaks could not be taken back
-            room = shutil.get_terminal_size().columns - 1
-            width = min(room - len(text) - 4, 30)
-            filled = width * done // total if total else 0
-            bar = f"  [{'#' * filled}{'-' * (width - filled)}]" if total and width > 4 else ""
-            text = f"\r\x1b[2K{f'{text}{bar}'[:room]}"
-        self.write(text if terminal else f"{text}\n")
-
-    def text(self, done: int, total: int | None, now: float) -> str:
-        """mae_vit_b   50 %   171.6 of 343.2 MB  12.0 MB/s  0:14 left"""
-        begin, had = self.first or (now, done)
-        speed = (done - had) / max(now - begin, 1e-3) / 1e6
-        if not total:
-            return f"{self.name}  {done / 1e6:.1f} MB  {speed:.1f} MB/s"
-        size = f"{total / 1e6:.1f}"
-        text = f"{self.name}  {100 * done // total:3} %  {done / 1e6:{len(size)}.1f} of {size} MB"
-        return text + (f"  {speed:.1f} MB/s  {clock((total - done) / speed / 1e6)} left" if speed else "")
-
-    def end(self) -> None:
-        """No more bytes come from this attempt: the changing line ends."""
-        if self.first and self.stream.isatty():
-            self.write("\n")
-        self.first, self.shown = None, (0.0, -1)
-
-    def write(self, text: str) -> None:
-        """At once."""
-        self.stream.write(text)
-        self.stream.flush()

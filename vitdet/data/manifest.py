@@ -5,13 +5,10 @@ images by number and size, and one digest of all that training and evaluation de
 from __future__ import annotations
 
 import hashlib
-import json
 from pathlib import Path
 
 from vitdet.config import DataConfig
 from vitdet.data import dataset_digest, read_split, split_files
-
-COMPARED = ("dataset", "root", "train_split", "val_split", "max_images")  # settings that say which data it is
 
 
 def describe(data: DataConfig) -> dict:
@@ -59,8 +56,3 @@ def verify(manifest: dict, data: DataConfig) -> str:
                 raise ValueError(f"{root / file['path']}: no longer the file that was verified ({file['sha256'][:12]})")
     raise ValueError(f"{root}: its images are not those that were verified (digest {found}, then "
                      f"{manifest['digest']}); run the step `data` again (without its cache)")
-
-
-def read_manifest(path: Path) -> dict:
-    """A manifest file."""
-    return json.loads(path.read_text())

@@ -1,0 +1,27 @@
+"""Steps `announce` and `compare`: the parent run of all trainings in MLflow, and at the end their table."""
+
+from kfp.dsl import Artifact, Input, Markdown, Output
+
+from components.shell import component
+
+
+@component
+def announce(resolved: Input[Artifact], workspace: str) -> None:
+    """Makes the parent run, before GPUs are asked for: without MLflow nothing could be registered in the end."""
+    from components import run_id
+    from vitdet import workspace as steps
+
+    steps.open_group(resolved.path, workspace, run_id())
+
+
+@component
+def compare(
+    verdicts: Input[list[Artifact]], resolved: Input[Artifact], workspace: str, table: Output[Markdown]
+) -> None:
+    """One table of all recipes, which were evaluated on the same data."""
+    from components import run_id
+    from vitdet import workspace as steps
+
+    text = steps.compare([verdict.path for verdict in verdicts], resolved.path, workspace, run_id(),
+                         table.path)
+    print(text)

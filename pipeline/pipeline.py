@@ -1,0 +1,148 @@
+"""The graph: recipes -> configs -> data, weights -> per recipe train -> evaluate -> gate -> register; one table at the
+end, and an exit handler.
+
+The cluster's pipeline and the local one differ in what `build` is given. Experiments are described by recipes and
+overrides, the cluster by nodes, pool, job_kind and workspace; neither knows the other.
+
+Around kfp 2.17: its local runner skips an If on an output that is not called `Output`, and one that is no string is
+compared wrongly, so `gate` returns one string. It calls container components and CreatePVC not at all, so every step is
+a Python component. `set_retry` really sleeps there, so local runs have none.
+"""
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import yaml
+from kfp import compiler, dsl, kubernetes
+from kfp.dsl import PipelineTask
+from kfp.dsl.base_component import BaseComponent
+
+from components import IMAGE, RUN_ID
+from components.cleanup import clean_up
+from components.compare import announce, compare
+from components.config import configs
+from components.data import data
+from components.evaluate import evaluate
+from components.gate import gate
+from components.register import register
+from components.train import train_job
+from components.weights import weights
+
+MANIFESTS = Path(__file__).parents[1] / "manifests"
+JOBS = (MANIFESTS / "pytorchjob" / "pytorchjob.yaml", MANIFESTS / "trainjob" / "trainjob.yaml")
+KINDS = {"PyTorchJob": "pytorchjob", "TrainJob": "trainjob"}
+CLAIM, MOUNT = "vitdet-data", "/data"
+SECRET = {"MLFLOW_TRACKING_URI": "MLFLOW_TRACKING_URI", "MLFLOW_TRACKING_USERNAME": "MLFLOW_TRACKING_USERNAME",
+          "MLFLOW_TRACKING_PASSWORD": "MLFLOW_TRACKING_PASSWORD"}
+GPU = "nvidia.com/gpu"
+
+Dress = Callable[[PipelineTask, str], PipelineTask]  # (task, its size) -> the task with what the cluster has to know
+
+
+def build(train: BaseComponent, job: str = "", dress: Dress = lambda task, size: task) -> BaseComponent:
+    """The pipeline with this way to train; `job` is the YAML text of the jobs that it may start."""
+
+    @dsl.pipeline(name="vitdet", description="Trains recipes, compares them, registers what beats the champion.")
+    def vitdet(recipes: list[str], overrides: list[str] = [], workspace: str = MOUNT, nodes: int = 1,  # noqa: B006
+               pool: str = "", job_kind: str = "pytorchjob") -> None:
+        end = dress(clean_up(recipes=recipes, overrides=overrides, workspace=workspace, job_kind=job_kind), "small")
+        with dsl.ExitHandler(end, name="experiment"):
+            config = dress(configs(recipes=recipes, overrides=overrides, workspace=workspace), "once")
+            resolved = config.outputs["resolved"]
+            dataset = dress(data(resolved=resolved, workspace=workspace), "data")
+            initial = dress(weights(resolved=resolved, workspace=workspace), "data")
+            parent = dress(announce(resolved=resolved, workspace=workspace), "small")
+            for task in (initial, parent, end):  # what they do outside of KFP's sight is done again
+                task.set_caching_options(False)
+            with dsl.ParallelFor(config.outputs["Output"], name="recipe") as name:
+                trained = dress(train(
+                    name=name, resolved=resolved, manifest=dataset.outputs["manifest"], data=dataset.outputs["Output"],
+                    initial=initial.output, workspace=workspace, nodes=nodes, pool=pool, job_kind=job_kind, job=job,
+                    image=IMAGE), "launcher").after(parent)
+                measured = dress(evaluate(
+                    checkpoint=trained.outputs["checkpoint"], name=name, resolved=resolved,
+                    manifest=dataset.outputs["manifest"], workspace=workspace), "gpu")
+                judged = dress(gate(figures=measured.outputs["figures"], name=name, resolved=resolved,
+                                    workspace=workspace), "small")
+                with dsl.If(judged.outputs["Output"] == "passed", name="better"):
+                    registered = dress(register(
+                        checkpoint=trained.outputs["checkpoint"], figures=measured.outputs["figures"], name=name,
+                        resolved=resolved, workspace=workspace), "model")
+            table = dress(compare(verdicts=dsl.Collected(judged.outputs["verdict"]), resolved=resolved,
+                                  workspace=workspace), "small")
+            for task in (measured, judged, registered, table):  # the registry and MLflow change without KFP's knowledge
+                task.set_caching_options(False)
+
+    return vitdet
+
+
+def compile_pipeline(file: Path, job: str = "") -> Path:
+    """Writes the cluster's pipeline; the same bytes each time.
+
+    job: YAML text with the training jobs, as `kubectl kustomize` prints it; else those of manifests/. Raises ValueError
+    when it holds none.
+    """
+    jobs = only_jobs(job or "\n---\n".join(path.read_text() for path in JOBS))
+    compiler.Compiler().compile(build(train_job, jobs, cluster(jobs)), str(file))
+    return file
+
+
+def only_jobs(text: str) -> str:
+    """The documents of a YAML stream that are training jobs, as text: a dict would turn 4 into 4.0.
+
+    Raises ValueError when there is none, or two of a kind.
+    """
+    parts = [part.strip("\n") for part in re.split(r"^---\s*$", text, flags=re.MULTILINE)]
+    found: dict[str, str] = {}
+    for part in parts:
+        kind = (yaml.safe_load(part) or {}).get("kind")
+        if kind in KINDS:
+            if kind in found:
+                raise ValueError(f"two documents of kind {kind}: which one is the training job?")
+            found[kind] = part
+    if not found:
+        raise ValueError(f"no {' or '.join(KINDS)} among the {len(parts)} documents; give the output of "
+                         "`kubectl kustomize manifests/overlays/NAME`")
+    return "\n---\n".join(found[kind] for kind in KINDS if kind in found) + "\n"
+
+
+def cluster(jobs: str) -> Dress:
+    """What pods need: volume, MLflow's secret, the run's id, resources, retries, and a GPU to evaluate where jobs train
+    on GPUs.
+    """
+    gpus, tolerations = accelerators(jobs)
+    # name: (processor, memory, memory at most, retries)
+    sizes = {"once": ("100m", "512Mi", "2Gi", 0), "small": ("100m", "512Mi", "2Gi", 3),
+             "data": ("500m", "2Gi", "24Gi", 2), "launcher": ("100m", "512Mi", "2Gi", 2),
+             "gpu": ("1", "4Gi", "24Gi", 2), "model": ("500m", "2Gi", "16Gi", 2)}
+
+    def dress(task: PipelineTask, size: str) -> PipelineTask:
+        processor, memory, most, retries = sizes[size]
+        task.set_cpu_request(processor).set_memory_request(memory).set_memory_limit(most)
+        if retries:
+            task.set_retry(retries, backoff_duration="30s", backoff_factor=2, backoff_max_duration="300s")
+        kubernetes.mount_pvc(task, CLAIM, MOUNT)
+        kubernetes.use_secret_as_env(task, "vitdet-mlflow", SECRET, optional=True)
+        # The label, for a placeholder as an argument would be another value in each run, and no step ever cached.
+        kubernetes.use_field_path_as_env(task, RUN_ID, "metadata.labels['pipeline/runid']")
+        if size == "gpu":
+            kubernetes.empty_dir_mount(task, "shm", "/dev/shm", medium="Memory", size_limit="4Gi")
+            if gpus:
+                task.set_accelerator_type(GPU).set_accelerator_limit(1)
+            for one in tolerations:
+                kubernetes.add_toleration(task, one.get("key"), one.get("operator"), one.get("value"),
+                                          one.get("effect"), one.get("tolerationSeconds"))
+        return task
+
+    return dress
+
+
+def accelerators(jobs: str) -> tuple[int, list[dict]]:
+    """(GPUs of a pod, tolerations) of the first job that says so."""
+    for job in yaml.safe_load_all(jobs):
+        for replica in job["spec"].get("pytorchReplicaSpecs", {}).values():
+            pod = replica["template"]["spec"]
+            limits = pod["containers"][0].get("resources", {}).get("limits", {})
+            return int(limits.get(GPU, 0)), pod.get("tolerations", [])
+    return 0, []
