@@ -15,8 +15,8 @@ import torch
 from safetensors.torch import load_file
 
 from tests.web import Web, file, serve, status
+from vitdet.bar import Bar
 from vitdet.weights import CATALOGUE, resolve
-from vitdet.weights_verbs import Bar
 
 Run = Callable[..., tuple[int, str, str]]
 ADDRESS = "/there/detectron2/ImageNetPretrained/MAE/mae_pretrain_vit_huge_p14to16.pth"

@@ -1,4 +1,4 @@
-"""The command line: its words and their help. `vitdet.verbs` and `vitdet.weights_verbs` have what each does."""
+"""The command line: its words and their help. What each does stands in `verbs`, `data_verbs`, `weights_verbs`."""
 
 from __future__ import annotations
 
@@ -8,8 +8,12 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from vitdet import verbs, weights_verbs
+from vitdet import data_verbs, verbs, weights_verbs
 from vitdet.config import recipes
+
+DATA = ("Brings the published archives, verifies and unpacks them into the layout that every COCO tool expects, and "
+        "writes DIR/manifest.json. Whatever interrupts it, the same command goes on from there; what is there is not "
+        "brought again, and nothing is written over. The proxies of http_proxy and https_proxy are used.")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -39,7 +43,7 @@ def parser() -> argparse.ArgumentParser:
     verb.add_argument("--output", type=Path, help="write it to this file instead")
     verb.set_defaults(run=verbs.run_config)
 
-    verb = actions.add_parser("data", help="make or check a data set")
+    verb = actions.add_parser("data", help="make, fetch or check a data set")
     kinds = verb.add_subparsers(required=True, metavar="KIND")
     kind = kinds.add_parser("tiny", help="draw the small data set of the demo")
     kind.add_argument("folder", type=Path)
@@ -47,6 +51,8 @@ def parser() -> argparse.ArgumentParser:
     kind.add_argument("--val", type=int, default=200, help="validation images (200)")
     kind.add_argument("--seed", type=int, default=0)
     kind.set_defaults(run=verbs.run_data_tiny)
+    for name, title in (("coco", "COCO 2017"), ("lvis", "LVIS v1 and COCO's images")):
+        add_fetch(kinds.add_parser(name, help=f"bring {title}: download, verify, unpack", description=DATA), name)
     kind = kinds.add_parser("check", help="list every problem of a folder in COCO's layout")
     kind.add_argument("folder", type=Path)
     kind.set_defaults(run=verbs.run_data_check)
@@ -100,6 +106,20 @@ def parser() -> argparse.ArgumentParser:
     verb.add_argument("--output", type=Path, help="write name and version to this JSON file")
     verb.set_defaults(run=verbs.run_register)
     return root
+
+
+def add_fetch(kind: argparse.ArgumentParser, dataset: str) -> None:
+    """The arguments of `data coco` and `data lvis`."""
+    kind.add_argument("folder", type=Path, metavar="DIR")
+    kind.add_argument("--split", default="", choices=("train", "val"), help="only what this split needs; val of LVIS "
+                      "lies in the images of COCO's train, too")
+    kind.add_argument("--mirror", default="", metavar="URL",
+                      help="take URL/PATH instead, where PATH is the path of the published address without its host; "
+                      "https://s3.amazonaws.com/images.cocodataset.org is one of COCO's")
+    kind.add_argument("--from", type=Path, metavar="FOLDER", dest="local",
+                      help="take the archives that lie in this folder; nothing is downloaded")
+    kind.add_argument("--keep-archives", action="store_true", help="leave the archives in DIR/archives: twice the disk")
+    kind.set_defaults(run=data_verbs.run_data_fetch, dataset=dataset)
 
 
 def add_weights(verb: argparse.ArgumentParser) -> None:

@@ -1,0 +1,169 @@
+"""A zip archive's files into one folder, and nowhere else, whoever made the archive.
+
+Before a byte is written all names are looked at: a name that leads elsewhere, a link, a device, two names that are one
+on some disks, encryption, a compression whose memory has no bound, or more than the caller allows in files or bytes
+refuses the whole archive. While it is written a file gets no more bytes than its entry declares, and its checksum
+(CRC-32, APPNOTE.TXT 4.4.7) has to be right. A file appears under its name when it is whole; one that is whole already
+is not written again, so that unpacking goes on where it was cut off.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+import struct
+import unicodedata
+import zipfile
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+CHUNK = 1 << 20  # bytes
+TEMPORARY = ".unpacking"  # how the name of the file ends that is being written
+METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
+BAD = (zipfile.BadZipFile, zlib.error, struct.error, EOFError, NotImplementedError, RuntimeError, OverflowError,
+       UnicodeError)  # what zipfile raises for an archive that is none
+
+
+class Limits(NamedTuple):
+    """What an archive may unpack to."""
+
+    files: int
+    size: int  # bytes
+
+
+class Entry(NamedTuple):
+    """An unpacked file: its name below the folder, its bytes and their CRC-32."""
+
+    name: str
+    size: int
+    crc: int
+
+
+def unpack(archive: Path, folder: Path, choose: Callable[[str], str | None], limits: Limits,
+           seen: Callable[[int], None], ours: bool) -> list[Entry]:
+    """Unpacks the files that `choose` names: a name in the archive -> the name below the folder, None: not that one.
+
+    seen: told the bytes of each file that is there. ours: what is there and differs is replaced, else ValueError.
+    Raises ValueError for an archive that is refused or broken, OSError when the disk will not take it.
+    """
+    found, temporary = [], folder / f".{archive.stem}{TEMPORARY}"
+    try:
+        with zipfile.ZipFile(archive) as opened:
+            chosen = _checked(opened.infolist(), choose, limits)
+            folder.mkdir(parents=True, exist_ok=True)
+            for info, name in chosen:
+                path = folder / name
+                _check_parents(path, folder)
+                if not _is_there(path, info, ours):
+                    _write(opened, info, path, temporary)
+                found.append(Entry(name, info.file_size, info.CRC))
+                seen(info.file_size)
+    except BAD as error:
+        raise ValueError(f"{archive}: not a whole zip archive ({error})") from error
+    except _Refused as error:
+        raise ValueError(f"{archive}: {error}") from error
+    finally:
+        if not folder.is_symlink():
+            temporary.unlink(missing_ok=True)
+    return found
+
+
+def crc32(path: Path) -> int:
+    """The checksum of a file, as zip archives have it."""
+    value = 0
+    with open(path, "rb") as file:
+        while chunk := file.read(CHUNK):
+            value = zlib.crc32(chunk, value)
+    return value
+
+
+class _Refused(Exception):
+    """Why an archive is not unpacked."""
+
+
+def _checked(infos: list[zipfile.ZipInfo], choose: Callable[[str], str | None], limits: Limits,
+             ) -> list[tuple[zipfile.ZipInfo, str]]:
+    """The chosen files of an archive that may be unpacked, with their names below the folder."""
+    chosen: list[tuple[zipfile.ZipInfo, str]] = []
+    for info in infos:
+        _check_entry(info)
+        name = None if info.is_dir() else choose(info.filename)
+        if name is not None:
+            _check_name(name)
+            chosen.append((info, name))
+    if len(chosen) > limits.files:
+        raise _Refused(f"{len(chosen):,} files, of which at most {limits.files:,} are expected: refused")
+    size = sum(info.file_size for info, _ in chosen)
+    if size > limits.size:
+        raise _Refused(f"unpacks to {size:,} bytes, at most {limits.size:,} are expected: refused")
+    first: dict[str, str] = {}
+    for _, name in chosen:  # as a disk would compare them that knows no case
+        other = first.setdefault(unicodedata.normalize("NFC", name).casefold(), name)
+        if other is not name:
+            raise _Refused(f"holds both {other} and {name}, which are one file on some disks: refused")
+    return chosen
+
+
+def _check_entry(info: zipfile.ZipInfo) -> None:
+    _check_name(info.orig_filename.removesuffix("/"))
+    kind = stat.S_IFMT(info.external_attr >> 16)
+    if kind not in (0, stat.S_IFREG, stat.S_IFDIR) or (kind == stat.S_IFDIR) > info.is_dir():
+        raise _Refused(f"{info.filename} is {'a link' if kind == stat.S_IFLNK else 'no plain file'}: refused")
+    if info.flag_bits & 0x1:
+        raise _Refused(f"{info.filename} is encrypted: refused")
+    if info.compress_type not in METHODS:
+        raise _Refused(f"{info.filename} is compressed by method {info.compress_type}, not deflated or stored: refused")
+
+
+def _check_name(name: str) -> None:
+    """Refuses what some system reads as a way out of the folder."""
+    parts = name.split("/")
+    outside = not all(parts) or ".." in parts or "." in parts or "\\" in name or ":" in parts[0]
+    if outside or not name.isprintable() or name.endswith(TEMPORARY):
+        raise _Refused(f"holds the name {name!r}, which leads out of the folder or is none: refused")
+    if max(len(part.encode()) for part in parts) > 255:
+        raise _Refused(f"holds a name of more than 255 bytes, {name[:40]!r}...: refused")
+
+
+def _check_parents(path: Path, folder: Path) -> None:
+    """The folders from `folder` down to the file are folders, not links to others."""
+    for parent in (path.parent, *path.parent.parents):
+        if parent.is_symlink():
+            raise OSError(f"{parent}: a link; nothing is written through it. Remove it, or name the folder it leads to")
+        if parent == folder:
+            break
+    if path.parent != folder:
+        path.parent.mkdir(parents=True, exist_ok=True)
+
+
+def _is_there(path: Path, info: zipfile.ZipInfo, ours: bool) -> bool:
+    """Whether the file is whole; raises ValueError for another one that is not ours to replace."""
+    try:
+        found = path.lstat()
+    except FileNotFoundError:
+        return False
+    if stat.S_ISREG(found.st_mode) and found.st_size == info.file_size and crc32(path) == info.CRC:
+        return True
+    if ours and stat.S_ISREG(found.st_mode):
+        return False
+    raise ValueError(f"{path}: there already, and not the file of the archive; move it away and run the same again")
+
+
+def _write(opened: zipfile.ZipFile, info: zipfile.ZipInfo, path: Path, temporary: Path) -> None:
+    """One file, whole or not at all."""
+    done, flags = 0, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | getattr(os, "O_NOFOLLOW", 0)
+    try:
+        with opened.open(info) as source, open(os.open(temporary, flags, 0o644), "wb") as target:
+            while chunk := source.read(CHUNK):  # zipfile compares the checksum at the end
+                done += len(chunk)
+                if done > info.file_size:
+                    raise _Refused(f"{info.filename} has more bytes than it declares ({info.file_size:,}): refused")
+                target.write(chunk)
+    except OSError as error:
+        raise OSError(f"{path}: could not be unpacked ({error}); free some space, the same command goes on from "
+                      "there") from error
+    if done != info.file_size:
+        raise _Refused(f"{info.filename} has {done:,} bytes, it declares {info.file_size:,}: broken")
+    temporary.replace(path)

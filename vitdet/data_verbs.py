@@ -1,0 +1,24 @@
+"""What `vitdet data coco` and `vitdet data lvis` do. See `vitdet.verbs`."""
+
+from __future__ import annotations
+
+import argparse
+
+from vitdet.bar import Bar
+
+
+def run_data_fetch(given: argparse.Namespace) -> int:
+    """vitdet data coco, vitdet data lvis"""
+    from vitdet.data import inventory
+    from vitdet.data.fetch import fetch
+    from vitdet.data.published import archives
+
+    if given.mirror and given.local:
+        raise ValueError("--from takes the archives of a folder and --mirror those of a server: give one of them")
+    wanted = archives(given.dataset, given.split)
+    made = fetch(wanted, given.folder, Bar, given.mirror, given.local, given.keep_archives)
+    paths = {path for archive in wanted for path in archive.paths}
+    here = inventory.read(given.folder).only((), paths)
+    parts = [f"{one.path} {one.count:,} images" for one in here.folders] + [one.path for one in here.files]
+    print(f"{given.folder}: {', '.join(parts)}{'' if made else ', already there'}")
+    return 0
