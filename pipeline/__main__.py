@@ -40,17 +40,14 @@ def add_compile(verb: argparse.ArgumentParser) -> None:
 
 def run_compile(given: argparse.Namespace) -> int:
     """python -m pipeline compile"""
+    from pipeline.order import jobs
     from pipeline.pipeline import compile_pipeline
 
     if given.file.suffix not in (".yaml", ".yml"):
         raise ValueError(f"{given.file}: the name of a compiled pipeline ends in .yaml")
-    job = ""
-    if given.job:
-        job = sys.stdin.read() if given.job == "-" else Path(given.job).read_text()
-        if not job.strip():
-            raise ValueError(f"--job {given.job}: empty")
+    text = jobs(given.job)
     given.file.parent.mkdir(parents=True, exist_ok=True)
-    print(compile_pipeline(given.file, job))
+    print(compile_pipeline(given.file, text))
     return 0
 
 
@@ -73,8 +70,7 @@ def run_run(given: argparse.Namespace) -> int:
     check(recipes, given.overrides)
     workspace = given.workspace.resolve()
     run_id = run_here(recipes, given.overrides, workspace)
-    print(f"run       {run_id}\nlog       {workspace / 'pipeline' / run_id}.log\n"
-          f"models    mlflow ui --backend-store-uri sqlite:///{workspace / 'runs' / 'mlflow.db'}")
+    print(f"run {run_id}\nlog {workspace / 'pipeline' / run_id}.log")
     return 0
 
 

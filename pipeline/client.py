@@ -19,7 +19,8 @@ from pipeline.connection import Refusal, inside
 from pipeline.order import Order, Schedule, cron, specification
 
 ENDED = ("SUCCEEDED", "FAILED", "SKIPPED", "CANCELED")  # kfp.Client waits on for the last
-# What Argo adds around a pipeline's steps: groups of steps, drivers, pods; "(0)" is one attempt of a retried step.
+# What Argo adds around a pipeline's steps: groups of steps, drivers, pods; "(0)" is one attempt of a retried step
+# (names: kubeflow/pipelines, backend/src/v2/compiler/argocompiler/dag.go).
 ATTEMPT = re.compile(r"\(\d+\)$")
 SHELL = re.compile(r"(root|executor|iteration.*|(for-loop|condition|condition-branches|exit-handler)-\d+.*)(-driver)?$")
 POD_NAMESPACE = Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace")
@@ -113,7 +114,7 @@ class Server:
             if last.status in (0, 409):  # without an answer the server may still be at it
                 break
             if attempt < self.transport.retries:
-                self.says(f"{last}; nothing was made, again")
+                self.transport.says(f"{last}; nothing was made, again")
                 time.sleep(self.transport.backoff * 2 ** attempt)
         doubt = "; nothing was made so far: look before you submit again" if last.status == 0 else ""
         raise Refusal(f"{last}{doubt}", last.status)
@@ -158,8 +159,13 @@ class Server:
         """Ends a run, if it has not ended; deletes a schedule."""
         if isinstance(found, api.V2beta1RecurringRun):
             self.recurring.recurring_run_service_delete_recurring_run(found.recurring_run_id)
-        elif found.state not in ENDED:
-            self.runs.run_service_terminate_run(found.run_id)
+        elif found.state not in (*ENDED, "CANCELING"):
+            try:
+                self.runs.run_service_terminate_run(found.run_id)
+            except Refusal:
+                state = self.runs.run_service_get_run(found.run_id).state
+                if state not in (*ENDED, "CANCELING"):  # it has ended in between, or the first request arrived
+                    raise
 
 
 def marked(listed: Sequence[Made] | None, mark: str) -> Made | None:
@@ -178,7 +184,7 @@ def steps(run: api.V2beta1Run) -> list[tuple[str, str, str]]:
 def failures(run: api.V2beta1Run) -> list[tuple[str, str]]:
     """(step, message) of the failed steps, the first first. Servers up to 2.17 give no messages: "".
 
-    A run whose steps failed inside an ExitHandler ends as SUCCEEDED, since the exit handler succeeded
+    On older servers a run whose steps failed inside an ExitHandler ends as SUCCEEDED, since the exit handler did
     (kubeflow/pipelines #9577): ask this, not the run's state alone.
     """
     tasks = run.run_details.task_details if run.run_details else None

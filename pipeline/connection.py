@@ -66,7 +66,8 @@ def address(host: str) -> str:
         raise ValueError(f"the address of the server holds a name or password; leave it out and give {LOGIN}")
     if parts.scheme not in ("http", "https") or not parts.hostname:
         raise ValueError(f"{host}: expected http:// or https://, as in https://kubeflow.example.com/pipeline")
-    return f"{parts.scheme}://{parts.netloc}{parts.path}".rstrip("/")  # a link from the browser has more behind it
+    path = parts.path.removeprefix("/_")  # Kubeflow's own pages show this one in a frame, and have more behind it
+    return f"{parts.scheme}://{parts.netloc}{path}".rstrip("/")
 
 
 def inside(host: str) -> bool:

@@ -28,11 +28,19 @@ class Order:
 
 @dataclass(frozen=True)
 class Schedule:
-    """When to start it again and again: see `cron`; max_concurrency: runs at one time."""
+    """When to start it again and again: see `cron`; max_concurrency: runs at one time, 1..10 as servers allow."""
 
     expression: str
     max_concurrency: int = 1
     catch_up: bool = True
+
+
+def jobs(file: str) -> str:
+    """The text of a --job file, "-" for the standard input; "" without one. Raises ValueError when it is empty."""
+    text = sys.stdin.read() if file == "-" else Path(file).read_text() if file else ""
+    if file and not text.strip():
+        raise ValueError(f"--job {file}: empty")
+    return text
 
 
 def specification(package: Path, parameters: dict[str, object], caching: bool) -> dict:
@@ -98,7 +106,7 @@ def check(recipes: Sequence[str], overrides: Sequence[str]) -> bool:
             continue
         words = [sys.executable, "-m", "vitdet", "config", recipe]
         words += [word for override in overrides for word in ("--set", override)]
-        done = subprocess.run(words, capture_output=True, text=True, timeout=60, cwd=Path(package.origin).parents[1])
+        done = subprocess.run(words, capture_output=True, text=True, cwd=Path(package.origin).parents[1])
         if done.returncode:
             reason = (done.stderr.strip().splitlines() or ["vitdet config failed"])[-1].removeprefix("vitdet: ")
             raise ValueError(reason)

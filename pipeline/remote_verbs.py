@@ -9,12 +9,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from urllib.parse import urlsplit
 
 from kfp_server_api import V2beta1RecurringRun
 
 from pipeline.client import ENDED, Server, failures, steps
-from pipeline.connection import LOGIN, address, connect, secrets
-from pipeline.order import Order, Schedule, check, cron
+from pipeline.connection import LOGIN, address, connect, inside, secrets
+from pipeline.order import Order, Schedule, check, cron, jobs
 
 EXPERIMENT = "vitdet"
 RECURRING = "recurringrun"  # as the links of Kubeflow's pages call a schedule
@@ -38,12 +39,15 @@ def add_verbs(verbs: argparse._SubParsersAction) -> None:
     run.add_argument("--experiment", default=EXPERIMENT, metavar="NAME", help=f"group of runs ({EXPERIMENT})")
     run.add_argument("--name", default="", help="of the run (the recipes and the time)")
     run.add_argument("--no-cache", action="store_true", help="run every step, also one that has run before")
-    run.add_argument("--package", type=Path, metavar="FILE", help="a compiled pipeline; without, it is compiled now")
+    source = run.add_mutually_exclusive_group()
+    source.add_argument("--package", type=Path, metavar="FILE", help="a compiled pipeline; without, it is compiled now")
+    source.add_argument("--job", default="", metavar="FILE",
+                        help="compile it with the training jobs of this YAML, as `compile --job`; - is standard input")
     run.add_argument("--wait", action="store_true", help="follow the run; exit code 0 only when it succeeded")
     run.add_argument("--cron", default="", metavar="WHEN",
                      help="start it again and again: '0 3 * * 1-5' as in a crontab (UTC), @daily, '@every 12h'")
-    run.add_argument("--max-concurrency", type=positive, default=1, metavar="N",
-                     help="with --cron: runs at one time (1)")
+    run.add_argument("--max-concurrency", type=int, choices=range(1, 11), default=1, metavar="N",
+                     help="with --cron: runs at one time, 1..10 (1)")
     run.add_argument("--no-catch-up", action="store_true", help="with --cron: leave out the times that were missed")
     add_server(verb)
     verb.set_defaults(run=run_submit)
@@ -93,6 +97,8 @@ def seconds(text: str) -> float:
 def run_submit(given: argparse.Namespace) -> int:
     """python -m pipeline submit"""
     schedule = None
+    if [given.job, given.token_file, given.cookie_file].count("-") > 1:
+        raise ValueError("the standard input can be read once: as --job, --token-file or --cookie-file")
     if given.cron:
         schedule = Schedule(given.cron, given.max_concurrency, catch_up=not given.no_catch_up)
         cron(given.cron)
@@ -100,7 +106,7 @@ def run_submit(given: argparse.Namespace) -> int:
             raise ValueError("--wait is for one run, --cron starts many; look at them with status")
     if not check(given.recipes, given.overrides):
         print("pipeline: recipes and settings could not be looked through here; the first step does", file=sys.stderr)
-    title = " + ".join(Path(recipe).stem for recipe in given.recipes)
+    title = " + ".join(Path(recipe).stem for recipe in given.recipes)[:100]
     name = given.name or (title if schedule else f"{title} {time.strftime('%Y-%m-%d %H-%M-%S')}")
     shape = {"nodes": given.nodes, "pool": given.pool, "job_kind": given.job_kind, "workspace": given.workspace}
     parameters = {"recipes": given.recipes, "overrides": given.overrides,
@@ -124,7 +130,7 @@ def package(given: argparse.Namespace) -> Iterator[Path]:
     from pipeline.pipeline import compile_pipeline
 
     with TemporaryDirectory() as folder:
-        yield compile_pipeline(Path(folder) / "pipeline.yaml")
+        yield compile_pipeline(Path(folder) / "pipeline.yaml", jobs(given.job))
 
 
 def follow(server: Server, run_id: str, every: float) -> int:
@@ -189,6 +195,9 @@ def served(given: argparse.Namespace) -> Server:
         raise ValueError(f"everybody on this machine can read a command line; give {LOGIN}")
     host = address(given.host)
     token, cookie = secrets(host, given.token_file, given.cookie_file)
+    loud = host.startswith("http:") and not inside(host) and urlsplit(host).hostname not in ("localhost", "127.0.0.1")
+    if loud and (token or cookie):
+        print(f"pipeline: {host}: without https everybody on the way can read the login", file=sys.stderr)
     client = connect(host, token, cookie, ca_file=given.ca_file, timeout=given.timeout, retries=max(given.retries, 0),
                      says=lambda line: print(f"pipeline: {line}", file=sys.stderr, flush=True))
     return Server(client, given.ui_host, says=lambda line: print(line, flush=True))

@@ -1,0 +1,221 @@
+"""Runs at a server, once they are asked for: started exactly once, followed to their end, looked at, ended."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+
+from components import pytorchjob
+from tests.kubeflow import Kubeflow, command, cut, failing, serving, stalling, task
+
+Run = Callable[..., tuple[int, str, str]]
+RUN = "0000-run-0"
+
+
+@pytest.fixture
+def kubeflow() -> Iterator[Kubeflow]:
+    with serving(Kubeflow()) as server:
+        yield server
+
+
+@pytest.fixture
+def pipeline(kubeflow: Kubeflow, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+             ) -> Run:
+    """submit takes a pipeline of nothing, and looks every 10 ms."""
+    package, run = tmp_path / "package.yaml", command(kubeflow, monkeypatch, capsys)
+    parameters = {name: {"parameterType": "LIST"} for name in ("recipes", "overrides")}
+    package.write_text(yaml.safe_dump({"root": {"inputDefinitions": {"parameters": parameters}}}))
+    monkeypatch.setattr("pipeline.remote_verbs.check", lambda *_: True)  # `test_submit` has it
+    return lambda verb, *words: run(verb, *words, "--every", 0.01,
+                                    *(["--package", package] if verb == "submit" else []))
+
+
+@pytest.mark.parametrize("trouble", [[failing(503)], [failing(429)], [failing(500), failing(504)],
+                                     [failing(503, done=True)], [failing(500), failing(502, done=True)],
+                                     [failing(409, done=True)]])
+@pytest.mark.parametrize("words", [[], ["--cron", "@daily"]], ids=["run", "schedule"])
+def test_a_request_that_failed_or_seemed_to_is_made_once(kubeflow: Kubeflow, pipeline: Run, trouble: list,
+                                                         words: list[str]) -> None:
+    kind = "recurringruns" if words else "runs"
+    kubeflow.plan[f"POST /{kind}"] = list(trouble)
+    code, out, _ = pipeline("submit", "tiny", *words)
+    assert code == 0 and len(kubeflow.kept[kind]) == 1
+    assert f"id   0000-{kind[:3]}-0" in out
+
+
+@pytest.mark.parametrize("trouble", [stalling, cut])
+def test_a_request_without_an_answer_is_not_repeated_blindly(kubeflow: Kubeflow, pipeline: Run,
+                                                             trouble: Callable) -> None:
+    kubeflow.plan["POST /runs"] = [trouble]
+    code, _, said = pipeline("submit", "tiny", "--timeout", 0.2)
+    assert code == 1 and kubeflow.words().count("POST /runs") == 1
+    assert said.splitlines()[-1].endswith("; nothing was made so far: look before you submit again")
+
+
+def test_a_server_that_stays_ill_gets_no_run(kubeflow: Kubeflow, pipeline: Run) -> None:
+    kubeflow.plan["POST /runs"] = [failing(500, "no space left")] * 9
+    code, out, said = pipeline("submit", "tiny", "--retries", 2)
+    assert (code, out) == (1, "") and kubeflow.words().count("POST /runs") == 3
+    assert said.splitlines()[-1] == f"pipeline: {kubeflow.url} answers 500 Internal Server Error: no space left"
+
+
+def test_an_experiment_that_another_makes_at_the_same_moment_is_used(kubeflow: Kubeflow, pipeline: Run) -> None:
+    kubeflow.plan["POST /experiments"] = [failing(409, "Already exists", done=True)]
+    assert pipeline("submit", "tiny")[0] == 0
+    assert kubeflow.bodies("POST /runs")[0]["experiment_id"] == "0000-exp-0"
+
+
+@pytest.mark.parametrize(("code", "said"), [(401, "wants to know who asks (401)"), (403, "(403): cannot create"),
+                                            (400, "answers 400 Bad Request: cannot create")])
+def test_a_refused_request_is_not_repeated(kubeflow: Kubeflow, pipeline: Run, code: int, said: str) -> None:
+    kubeflow.plan["POST /runs"] = [failing(code, "cannot create")]
+    status, out, line = pipeline("submit", "tiny")
+    assert (status, out) == (1, "") and said in line and len(line.splitlines()) == 1
+    assert kubeflow.words().count("POST /runs") == 1
+
+
+@pytest.mark.parametrize("path", ["", "/pipeline"])
+def test_an_address_without_the_api(kubeflow: Kubeflow, pipeline: Run, path: str) -> None:
+    kubeflow.plan["GET /healthz"] = [lambda handler: handler.send(404, "404 page not found")]
+    code, _, said = pipeline("submit", "tiny")
+    assert code == 1 and "has no API of Kubeflow Pipelines (404); with a whole Kubeflow the address ends in " in said
+
+
+def test_waiting_says_each_change_once_and_ends_well_after_success_only(kubeflow: Kubeflow, pipeline: Run) -> None:
+    shells = [task("root", "RUNNING"), task("root-driver", "SUCCEEDED"), task("for-loop-2", "RUNNING"),
+              task("iteration-iterations(0:0)", "RUNNING"), task("executor", "RUNNING")]
+    kubeflow.states = [
+        {"state": "RUNNING", "run_details": {"task_details": [*shells, task("configs", "RUNNING")]}},
+        {"state": "RUNNING", "run_details": {"task_details": [*shells, task("configs", "RUNNING")]}},
+        {"state": "RUNNING", "run_details": {"task_details": [*shells, task("configs", "SUCCEEDED"),
+                                                              task("train-job", "RUNNING")]}},
+        {"state": "SUCCEEDED", "run_details": {"task_details": [
+            task("configs", "SUCCEEDED"), task("train-job", "SUCCEEDED"), task("train-job(0)", "FAILED"),
+            task("register", "SKIPPED")]}},
+    ]
+    code, out, said = pipeline("submit", "tiny", "--wait")
+    assert (code, said) == (0, "")
+    assert [line[9:] for line in out.splitlines()[3:]] == [
+        "run RUNNING", "configs RUNNING", "configs SUCCEEDED", "train-job RUNNING", "run SUCCEEDED",
+        "train-job SUCCEEDED", "register SKIPPED"]
+
+
+FAILED = [task("root", "FAILED", end_time="2026-11-22T10:00:09Z"),
+          task("exit-handler-1", "FAILED", end_time="2026-11-22T10:00:08Z"),
+          task("evaluate-driver", "FAILED", end_time="2026-11-22T10:00:07Z"),
+          task("train-job", "FAILED", end_time="2026-11-22T10:00:05Z", state_history=[
+              {"state": "RUNNING"}, {"state": "FAILED", "error": {"code": 13, "message": "OOMKilled\n(exit 137)"}}]),
+          task("executor", "FAILED", end_time="2026-11-22T10:00:04Z"), task("clean-up", "SUCCEEDED")]
+
+
+@pytest.mark.parametrize("state", ["FAILED", "SUCCEEDED"])  # the second: what older servers make of an ExitHandler
+def test_a_failed_step_is_named_with_its_message(kubeflow: Kubeflow, pipeline: Run, state: str) -> None:
+    kubeflow.states = [{"state": state, "run_details": {"task_details": FAILED}}]
+    code, _, said = pipeline("submit", "tiny", "--wait")
+    assert code == 1 and said.splitlines() == [
+        "pipeline: train-job failed: OOMKilled (exit 137)",
+        "pipeline: evaluate failed: the server does not say why, its log does",
+        f"pipeline: run {RUN} FAILED: {kubeflow.url}/#/runs/details/{RUN}"]
+
+
+@pytest.mark.parametrize("state", ["CANCELED", "SKIPPED"])
+def test_a_run_that_ended_otherwise_is_no_success(kubeflow: Kubeflow, pipeline: Run, state: str) -> None:
+    kubeflow.states = [{"state": "CANCELING"}, {"state": state}]
+    code, _, said = pipeline("submit", "tiny", "--wait")
+    assert code == 1 and f"run {RUN} {state}" in said
+
+
+def test_a_run_that_failed_without_a_step_has_its_own_message(kubeflow: Kubeflow, pipeline: Run) -> None:
+    kubeflow.states = [{"state": "FAILED", "error": {"code": 3, "message": "workflow quota exceeded"}}]
+    assert "run failed: workflow quota exceeded" in pipeline("submit", "tiny", "--wait")[2]
+
+
+def test_waiting_outlasts_a_server_that_is_away_but_not_a_login_that_has_expired(kubeflow: Kubeflow,
+                                                                                 pipeline: Run) -> None:
+    kubeflow.plan[f"GET /runs/{RUN}"] = [failing(503)] * 6
+    kubeflow.states = [{"state": "SUCCEEDED"}]
+    code, out, _ = pipeline("submit", "tiny", "--wait", "--retries", 1)
+    assert code == 0 and out.count("; the run goes on") == 3
+    kubeflow.plan["GET /runs/0000-run-1"] = [failing(401)]
+    code, _, said = pipeline("submit", "tiny", "--wait")
+    assert code == 1 and said.rstrip().endswith("; the run goes on: python -m pipeline status 0000-run-1")
+
+
+def test_ctrl_c_ends_the_waiting_not_the_run(kubeflow: Kubeflow, pipeline: Run,
+                                             monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(_: float) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("pipeline.client.time.sleep", interrupt)
+    code, _, said = pipeline("submit", "tiny", "--wait")
+    assert code == 130 and f"python -m pipeline terminate {RUN}" in said
+    assert f"POST /runs/{RUN}:terminate" not in kubeflow.words()
+
+
+def test_status_of_a_run_and_of_a_schedule(kubeflow: Kubeflow, pipeline: Run) -> None:
+    pipeline("submit", "tiny", "--name", "mine")
+    pipeline("submit", "tiny", "--cron", "0 3 * * *")
+    kubeflow.states = [{"state": "FAILED", "finished_at": "2026-11-22T10:00:09Z", "run_details": {
+        "task_details": FAILED}}]
+    code, out, _ = pipeline("status", f"{kubeflow.url}/#/runs/details/{RUN}")
+    assert code == 0 and out == (
+        f"run   mine\nid    {RUN}\nstate FAILED, 2026-11-22 10:00:09\nlink  {kubeflow.url}/#/runs/details/{RUN}\n"
+        "  FAILED     train-job: OOMKilled (exit 137)\n  SUCCEEDED  clean-up\n")
+    code, out, _ = pipeline("status", "0000-rec-0")
+    assert code == 0, _
+    assert "when     0 0 3 * * *" in out
+    code, out, said = pipeline("status", "none")
+    assert (code, out, said) == (1, "", f"pipeline: {kubeflow.url} has no run or schedule none\n")
+
+
+@pytest.fixture
+def deleted(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
+    calls = []
+
+    def delete_jobs(run_id: str, namespace: str = "") -> list[str]:
+        calls.append((run_id, namespace))
+        return ["vitdet-1"]
+
+    monkeypatch.setattr(pytorchjob, "delete_jobs", delete_jobs)
+    return calls
+
+
+@pytest.mark.parametrize("state", ["RUNNING", "PENDING", "CANCELING", "FAILED", "SUCCEEDED", "CANCELED"])
+def test_terminating_ends_the_run_and_deletes_its_jobs_even_when_it_has_ended(
+    kubeflow: Kubeflow, pipeline: Run, deleted: list, state: str
+) -> None:
+    kubeflow.users = True
+    pipeline("submit", "tiny", "--namespace", "team-a")
+    kubeflow.states = [{"state": state}]
+    code, out, said = pipeline("terminate", RUN)
+    assert code == 0, said
+    assert "deleted vitdet-1" in out and deleted == [(RUN, "team-a")]
+    assert (f"POST /runs/{RUN}:terminate" in kubeflow.words()) == (state in ("RUNNING", "PENDING"))
+
+
+def test_terminating_a_run_that_ends_in_the_meantime(kubeflow: Kubeflow, pipeline: Run, deleted: list) -> None:
+    pipeline("submit", "tiny")
+    kubeflow.plan[f"POST /runs/{RUN}:terminate"] = [failing(400, "Row not found")]
+    kubeflow.states = [{"state": "RUNNING"}, {"state": "FAILED"}]
+    assert pipeline("terminate", RUN)[0] == 0 and deleted == [(RUN, "kubeflow")]
+
+
+def test_jobs_that_cannot_be_deleted_are_an_error_that_says_how(kubeflow: Kubeflow, pipeline: Run,
+                                                                monkeypatch: pytest.MonkeyPatch) -> None:
+    def forbidden(run_id: str, namespace: str = "") -> list[str]:
+        raise RuntimeError("may not delete pytorchjobs")
+
+    monkeypatch.setattr(pytorchjob, "delete_jobs", forbidden)
+    pipeline("submit", "tiny")
+    code, out, said = pipeline("terminate", RUN, "--namespace", "team-a")
+    assert code == 1 and "now ending" in out and len(said.splitlines()) == 1
+    assert f"kubectl delete -n team-a pytorchjobs,trainjobs -l vitdet/run={RUN}" in said
+
+
+def test_terminating_a_schedule_deletes_it(kubeflow: Kubeflow, pipeline: Run, deleted: list) -> None:
+    pipeline("submit", "tiny", "--cron", "@daily")
+    code, out, _ = pipeline("terminate", "0000-rec-0")
+    assert code == 0 and "runs that it started go on" in out and not kubeflow.kept["recurringruns"] and not deleted

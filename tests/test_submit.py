@@ -1,0 +1,206 @@
+"""Starting runs at a server: what is sent, and what is refused before. (No postponed annotations: kfp reads them.)"""
+
+import importlib.util
+import io
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from kfp import compiler, dsl, kubernetes
+from kfp.client.client import _extract_pipeline_yaml
+
+from pipeline import client, order
+from pipeline.order import cron, specification
+from tests.kubeflow import Kubeflow, command, serving
+
+Run = Callable[..., tuple[int, str, str]]
+ROOT = Path(__file__).parents[1]
+
+
+@dsl.component(base_image="python", install_kfp_package=False)
+def one(name: str) -> str:
+    return name
+
+
+@dsl.component(base_image="python", install_kfp_package=False)
+def last() -> None:
+    pass
+
+
+@dsl.pipeline(name="small")
+def small(recipes: list[str], overrides: list[str], nodes: int = 1, pool: str = "", job_kind: str = "pytorchjob",
+          workspace: str = "/data") -> None:
+    with dsl.ExitHandler(last()), dsl.ParallelFor(recipes) as name:
+        done = one(name=name)
+        kubernetes.mount_pvc(done, "vitdet-data", "/data")
+        with dsl.If(done.output == "tiny"):
+            one(name=name)
+
+
+@pytest.fixture(scope="session")
+def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("package") / "small.yaml"
+    compiler.Compiler().compile(small, str(path))
+    return path
+
+
+@pytest.fixture
+def kubeflow() -> Iterator[Kubeflow]:
+    with serving(Kubeflow()) as server:
+        yield server
+
+
+@pytest.fixture
+def pipeline(kubeflow: Kubeflow, package: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+             ) -> Run:
+    run = command(kubeflow, monkeypatch, capsys)
+
+    def with_package(verb: str, *words: object) -> tuple[int, str, str]:
+        given = ["--package", package] if verb == "submit" and "--package" not in words else []
+        return run(verb, *words, *given, *(["--every", 0.01] if verb == "submit" else []))
+
+    return with_package
+
+
+def test_a_run_is_what_was_asked_for(kubeflow: Kubeflow, pipeline: Run, package: Path) -> None:
+    code, out, said = pipeline(
+        "submit", "tiny", "mask_rcnn_vitdet_b_coco", "--set", "optim.lr=2e-4", "--set", "data.root=/data/coco",
+        "--nodes", 2, "--pool", "h100", "--job-kind", "trainjob", "--workspace", "/data/team", "--experiment", "study",
+        "--name", "a name", "--service-account", "vitdet-pipeline", "--pipeline-root", "s3://bucket/root")
+    assert (code, said) == (0, "")
+    assert out == f"run  a name\nid   0000-run-0\nlink {kubeflow.url}/#/runs/details/0000-run-0\n"
+    [body] = kubeflow.bodies("POST /runs")
+    assert body.pop("description").startswith("submission ")
+    assert body.pop("pipeline_spec") == _extract_pipeline_yaml(str(package)).to_dict()  # as kfp.Client has it
+    assert body == {
+        "display_name": "a name", "experiment_id": "0000-exp-0", "service_account": "vitdet-pipeline",
+        "runtime_config": {"pipeline_root": "s3://bucket/root", "parameters": {
+            "recipes": ["tiny", "mask_rcnn_vitdet_b_coco"], "overrides": ["optim.lr=2e-4", "data.root=/data/coco"],
+            "nodes": 2, "pool": "h100", "job_kind": "trainjob", "workspace": "/data/team"}}}
+    assert kubeflow.bodies("POST /experiments") == [{"display_name": "study"}]
+
+
+def test_what_is_not_asked_for_is_left_to_the_pipeline_and_the_server(kubeflow: Kubeflow, pipeline: Run) -> None:
+    for _ in range(2):
+        assert pipeline("submit", "tiny")[0] == 0
+    first, second = kubeflow.bodies("POST /runs")
+    assert first["runtime_config"] == {"parameters": {"recipes": ["tiny"], "overrides": []}}
+    assert "service_account" not in first and first["display_name"].startswith("tiny 20")
+    assert first["description"] != second["description"]
+    assert kubeflow.bodies("POST /experiments") == [{"display_name": "vitdet"}]  # once
+
+
+def test_the_experiments_pipeline_is_compiled_for_the_server(kubeflow: Kubeflow, monkeypatch: pytest.MonkeyPatch,
+                                                             capsys: pytest.CaptureFixture[str]) -> None:
+    run = command(kubeflow, monkeypatch, capsys)
+    code, _, said = run("submit", "tiny", "--nodes", 2, "--pool", "h100")
+    assert (code, said) == (0, "")
+    spec = kubeflow.bodies("POST /runs")[0]["pipeline_spec"]["pipeline_spec"]
+    assert spec["pipelineInfo"]["name"] == "vitdet" and "comp-train-job" in spec["components"]
+    job = (ROOT / "manifests" / "pytorchjob" / "pytorchjob.yaml").read_text()
+    monkeypatch.setattr("sys.stdin", io.StringIO(f"kind: Namespace\n---\n{job}# of the overlay\n"))
+    assert run("submit", "tiny", "--job", "-")[0] == 0
+    assert "# of the overlay" in str(kubeflow.bodies("POST /runs")[1]["pipeline_spec"])
+
+
+def test_without_caching_no_step_at_any_depth_takes_old_results(package: Path, kubeflow: Kubeflow,
+                                                                pipeline: Run) -> None:
+    def cached(spec: dict) -> list[bool]:
+        groups = [spec["root"], *spec["components"].values()]
+        return [task.get("cachingOptions", {}).get("enableCache", False)
+                for group in groups for task in group.get("dag", {}).get("tasks", {}).values()]
+
+    assert pipeline("submit", "tiny")[0] == pipeline("submit", "tiny", "--no-cache")[0] == 0
+    with_cache, without = (body["pipeline_spec"]["pipeline_spec"] for body in kubeflow.bodies("POST /runs"))
+    assert sum(cached(with_cache)) >= 3 and len(with_cache["root"]["dag"]["tasks"]) == 2
+    assert not any(cached(without))
+
+
+def test_a_server_with_users_wants_a_namespace_and_one_without_gets_none(kubeflow: Kubeflow, pipeline: Run,
+                                                                         monkeypatch: pytest.MonkeyPatch,
+                                                                         tmp_path: Path) -> None:
+    assert pipeline("submit", "tiny", "--namespace", "team-a")[0] == 0
+    kubeflow.users, kubeflow.kept["experiments"] = True, []
+    code, _, said = pipeline("submit", "tiny")
+    assert code == 1 and "name your profile's namespace with --namespace" in said
+    assert pipeline("submit", "tiny", "--namespace", "team-a")[0] == 0
+    assert kubeflow.bodies("POST /experiments")[-1] == {"display_name": "vitdet", "namespace": "team-a"}
+    (tmp_path / "namespace").write_text("team-b\n")
+    monkeypatch.setattr(client, "POD_NAMESPACE", tmp_path / "namespace")
+    kubeflow.kept["experiments"] = []
+    assert pipeline("submit", "tiny")[0] == 0
+    assert kubeflow.bodies("POST /experiments")[-1]["namespace"] == "team-b"
+
+
+@pytest.mark.parametrize(("words", "said"), [
+    (["tinyy"], "tinyy: no such recipe; did you mean 'tiny'?"),
+    (["tiny", "--set", "optim.lrr=1"], "optim.lrr: no such setting; did you mean 'lr'?"),
+    (["tiny", "--set", "optim.lr=fast"], "optim.lr"),
+    (["tiny", "tiny"], "a recipe is named twice: tiny tiny"),
+    (["mine.yaml"], "mine.yaml: a file of this machine; the cluster knows recipes by name"),
+    (["tiny", "--set", "tracking.uri=https://me:hunter2@mlflow"], "--set tracking.uri: a password would stand in"),
+    (["tiny", "--cron", "0 3 * *"], "schedule '0 3 * *': expected five fields"),
+    (["tiny", "--cron", "@daily", "--wait"], "--wait is for one run"),
+    (["tiny", "--package", ROOT / "dvc.yaml"], "no compiled pipeline"),
+    (["tiny", "--package", "none.yaml"], "none.yaml"),
+    (["tiny", "--token-file", "-", "--cookie-file", "-"], "the standard input can be read once"),
+])
+def test_a_mistake_is_one_line_before_anything_is_started(kubeflow: Kubeflow, pipeline: Run, words: list,
+                                                          said: str) -> None:
+    code, out, line = pipeline("submit", *words)
+    assert code == 1 and not out and len(line.splitlines()) == 1 and said in line and "hunter2" not in line
+    assert not [words for words in kubeflow.words() if words.startswith("POST") and words != "POST /experiments"]
+
+
+@pytest.mark.parametrize("words", [["--nodes", "0"], ["--nodes", "two"], ["--job-kind", "mpijob"], ["--timeout", "0"],
+                                   ["--cron", "@daily", "--max-concurrency", "11"], ["--node", "2"]])
+def test_a_wrong_word_is_refused_by_the_command_line(kubeflow: Kubeflow, pipeline: Run, words: list[str]) -> None:
+    assert pipeline("submit", "tiny", *words)[0] == 2
+    assert not kubeflow.requests
+
+
+def test_a_pipeline_with_other_parameters_is_refused(package: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="the pipeline has no parameter colour"):
+        specification(package, {"recipes": [], "overrides": [], "colour": "red"}, True)
+    with pytest.raises(ValueError, match="the pipeline also needs overrides, recipes"):
+        specification(package, {}, True)
+
+
+def test_without_vitdet_the_first_step_looks_recipes_through(kubeflow: Kubeflow, pipeline: Run,
+                                                             monkeypatch: pytest.MonkeyPatch) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr(order.importlib.util, "find_spec", lambda name: None if name == "vitdet" else find(name))
+    code, _, said = pipeline("submit", "tinyy")
+    assert code == 0 and said == ("pipeline: recipes and settings could not be looked through here; the first step "
+                                  "does\n")
+    monkeypatch.undo()
+    assert order.check(["/data/recipes/mine.yaml"], []) is False
+
+
+def test_the_client_needs_no_torch_and_answers_fast() -> None:
+    code = ("import sys, pipeline.__main__\ntry: pipeline.__main__.main(['submit', '--help'])\n"
+            "except SystemExit: pass\nsys.exit(' '.join({'torch', 'mlflow', 'vitdet'} & set(sys.modules)) or 0)")
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=20)
+    assert done.returncode == 0 and "--token-file" in done.stdout, done.stderr
+
+
+@pytest.mark.parametrize(("given", "sent"), [
+    ("0 3 * * 1-5", "0 0 3 * * 1-5"),  # Kubeflow would read it as "every hour, at minute 3"
+    ("*/30 2 4 * * ?", "*/30 2 4 * * ?"), ("@daily", "@daily"), ("@every 12h", "@every 12h"),
+])
+def test_a_schedule_means_what_a_crontab_means(kubeflow: Kubeflow, pipeline: Run, given: str, sent: str) -> None:
+    assert cron(given) == sent
+    code, out, _ = pipeline("submit", "tiny", "--cron", given, "--max-concurrency", 2, "--no-catch-up")
+    assert code == 0 and f"link {kubeflow.url}/#/recurringrun/details/0000-rec-0" in out
+    [body] = kubeflow.bodies("POST /recurringruns")
+    assert body["trigger"] == {"cron_schedule": {"cron": sent}} and body["mode"] == "ENABLE"
+    assert (body["max_concurrency"], body["no_catchup"], body["display_name"]) == ("2", True, "tiny")
+    assert not kubeflow.bodies("POST /runs")
+
+
+@pytest.mark.parametrize("expression", ["", "3", "0 3 * * * * *", "0 3 * * mon;x", "@never", "@every"])
+def test_a_schedule_that_is_none(expression: str) -> None:
+    with pytest.raises(ValueError, match="as in a crontab"):
+        cron(expression)
