@@ -43,18 +43,19 @@ class Server:
         """Where a browser shows it; without the host where that serves the API alone."""
         return f"{self.ui}/#/{kind}/details/{run_id}"
 
-    def namespace(self, asked: str) -> str:
-        """The namespace to name in requests: "" where the server has no users and refuses to be given one.
-
-        This is also the first request, which finds out whether the API is there.
-        """
+    def users(self) -> bool:
+        """Whether the server tells users apart: the plainest request, which finds out whether the API is there."""
         try:
-            users = self.health.healthz_service_get_healthz().multi_user
+            return bool(self.health.healthz_service_get_healthz().multi_user)
         except Refusal as refusal:
             if refusal.status != 404:
                 raise
-            raise Refusal(f"{self.host} has no API of Kubeflow Pipelines (404); with a whole Kubeflow the address ends "
-                          "in /pipeline", 404) from None
+        raise Refusal(f"{self.host} has no API of Kubeflow Pipelines (404); with a whole Kubeflow the address ends in "
+                      "/pipeline", 404)
+
+    def namespace(self, asked: str) -> str:
+        """The namespace to name in requests: "" where the server has no users and refuses to be given one."""
+        users = self.users()
         if users and not asked and POD_NAMESPACE.exists():
             return POD_NAMESPACE.read_text().strip()
         if users and not asked:
@@ -127,6 +128,7 @@ class Server:
             except Refusal as refusal:
                 if refusal.status != 404:
                     raise
+        self.users()  # perhaps there is nothing at all
         raise Refusal(f"{self.host} has no run or schedule {some_id}", 404)
 
     def place(self, run: api.V2beta1Run) -> str:

@@ -170,13 +170,15 @@ class Transport(RESTClientObject):
         """The meaning of an answer that is no success."""
         status = error.status or 0
         if not status:  # the base class makes this of TLS errors
-            reason = re.sub(r"\s+|\(_ssl\.c:\d+\)|\[SSL: \w+\]", " ", str(error.reason)).strip()
+            reason = " ".join(re.sub(r"SSLError|\(_ssl\.c:\d+\)|\[SSL: \w+\]", "", str(error.reason)).split())
             return Refusal(f"{self.host}: no TLS connection ({reason}); the certificate of a private authority is given"
                            " with --ca-file, and http:// is for a server without TLS", 0, reached=False)
         said, where = self.message(error), (error.headers or {}).get("location", "")
         if 300 <= status < 400:
-            target = urlsplit(where)._replace(query="", fragment="").geturl() or "elsewhere"
-            return Refusal(f"{self.host} sends us to {target}: {self.page()}", status)
+            target, here = urlsplit(where)._replace(query="", fragment=""), urlsplit(self.host)
+            moved = target.hostname == here.hostname and target.scheme != here.scheme
+            return Refusal(f"{self.host} sends us to {target.geturl() or 'another page'}: "
+                           f"{'give that one as --host' if moved else self.page()}", status)
         if status == 401 and not self.login:
             return Refusal(f"{self.host} wants to know who asks (401): give {LOGIN}", status)
         if status == 401:

@@ -105,6 +105,11 @@ def test_a_cookie_opens_a_server_behind_a_login_page(kubeflow: Kubeflow, pipelin
     assert "has no run" in pipeline("status", "x")[2]
 
 
+def test_a_server_that_has_moved_to_https_says_where(kubeflow: Kubeflow, pipeline: Run) -> None:
+    kubeflow.plan["GET /runs/x"] = [lambda handler: handler.send(308, "", Location="https://127.0.0.1/apis?a=b")]
+    assert pipeline("status", "x")[2].endswith("sends us to https://127.0.0.1/apis: give that one as --host\n")
+
+
 def test_a_token_that_is_renewed_in_its_file_is_used_at_once(kubeflow: Kubeflow, token: Path) -> None:
     from kfp_server_api import HealthzServiceApi
 

@@ -77,10 +77,10 @@ def test_a_refused_request_is_not_repeated(kubeflow: Kubeflow, pipeline: Run, co
     assert kubeflow.words().count("POST /runs") == 1
 
 
-@pytest.mark.parametrize("path", ["", "/pipeline"])
-def test_an_address_without_the_api(kubeflow: Kubeflow, pipeline: Run, path: str) -> None:
+@pytest.mark.parametrize("words", [["submit", "tiny"], ["status", "x"], ["terminate", "x"]], ids=lambda words: words[0])
+def test_an_address_without_the_api(kubeflow: Kubeflow, pipeline: Run, words: list[str]) -> None:
     kubeflow.plan["GET /healthz"] = [lambda handler: handler.send(404, "404 page not found")]
-    code, _, said = pipeline("submit", "tiny")
+    code, _, said = pipeline(*words)
     assert code == 1 and "has no API of Kubeflow Pipelines (404); with a whole Kubeflow the address ends in " in said
 
 
