@@ -11,7 +11,7 @@ def announce(resolved: Input[Artifact], workspace: str) -> None:
     from components import run_id
     from vitdet import workspace as steps
 
-    steps.open_group(resolved.path, workspace, run_id())
+    print(steps.open_group(resolved.path, workspace, run_id()))
 
 
 @component

@@ -72,5 +72,5 @@ def _judge(client: MlflowClient, ap: float | None, dataset_digest: str, model_na
 def _alone(folder: Path) -> Iterator[None]:
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / ".champion.lock", "w") as file:
-        fcntl.lockf(file, fcntl.LOCK_EX)
+        fcntl.flock(file, fcntl.LOCK_EX)
         yield

@@ -89,13 +89,17 @@ def fetch_weights(configs: str, workspace: str) -> str:
 
 
 def open_group(configs: str, workspace: str, run_id: str) -> str:
-    """Makes the parent run of this pipeline run in MLflow; raises ConnectionError where MLflow does not answer."""
+    """Makes the parent run of this pipeline run in MLflow and says in one line where it is.
+
+    Raises ConnectionError where MLflow does not answer.
+    """
     from vitdet import comparison
+    from vitdet.tracking import tracking_uri
 
     names = [path.stem for path in sorted(Path(configs).glob("*.yaml"))]
-    settings = _all(configs)[0].tracking
-    return comparison.open_group(run_id, names, uri=settings.uri, folder=runs_folder(workspace),
-                                 experiment=settings.experiment)
+    settings, folder = _all(configs)[0].tracking, runs_folder(workspace)
+    parent = comparison.open_group(run_id, names, uri=settings.uri, folder=folder, experiment=settings.experiment)
+    return f"MLflow: {tracking_uri(settings.uri, folder)}, experiment {settings.experiment}, parent run {parent}"
 
 
 def training_words(configs: str, name: str, manifest: str, workspace: str, run_id: str) -> list[str]:

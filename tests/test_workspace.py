@@ -1,0 +1,149 @@
+"""The steps of a pipeline run, one after the other in this process: two recipes on one workspace."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import yaml
+from mlflow import MlflowClient
+
+from tests.conftest import minimal
+from vitdet import workspace as steps
+from vitdet.config import load_config
+from vitdet.tracking import tracking_uri
+
+RUN = "0123456789abcdef"
+
+
+@pytest.fixture(autouse=True)
+def no_server(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+
+
+def client_of(workspace: Path) -> MlflowClient:
+    uri = tracking_uri("", workspace / "runs")
+    return MlflowClient(uri, uri)
+
+
+def recipe(path: Path, **changes: object) -> str:
+    """A file that is the recipe `tiny` with other settings: section__key=value."""
+    tree = yaml.safe_load((Path(steps.__file__).parent / "recipes" / "tiny.yaml").read_text())
+    for key, value in changes.items():
+        section, _, leaf = key.partition("__")
+        tree[section][leaf] = value
+    path.write_text(yaml.safe_dump(tree))
+    return str(path)
+
+
+def resolve(recipes: list[str], overrides: list[str], folder: Path) -> list[str]:
+    return steps.resolve_configs(recipes, overrides, str(folder / "space"), str(folder / "configs"))
+
+
+def test_two_recipes_are_trained_compared_and_registered(tiny: Path, tmp_path: Path) -> None:
+    space, configs, manifest = str(tmp_path / "space"), str(tmp_path / "configs"), str(tmp_path / "manifest")
+    heavier = recipe(tmp_path / "heavier.yaml", optim__weight_decay=0.5)
+    names = resolve(["tiny", heavier], minimal(tiny, optim__steps=2, train__eval_every=2), tmp_path)
+    assert [name.rpartition("-")[0] for name in names] == ["tiny", "heavier"]
+    digest = steps.prepare_data(configs, space, manifest)
+    steps.fetch_weights(configs, space)
+    assert steps.open_group(configs, space, RUN) == steps.open_group(configs, space, RUN)  # as a retried step does
+    verdicts = []
+    for name in names:
+        checkpoint, figures, verdict = (str(tmp_path / name / kind) for kind in ("model.pt", "figures", "verdict"))
+        steps.train(configs, name, manifest, space, RUN, checkpoint)
+        steps.evaluate(checkpoint, configs, name, manifest, space, figures)
+        passed, _ = steps.judge(figures, configs, name, space, verdict)
+        assert passed  # nobody is champion yet
+        verdicts.append(verdict)
+    first, second = tmp_path / names[0], tmp_path / names[1]
+    steps.register(str(first / "model.pt"), str(first / "figures"), configs, names[0], space)
+    table = steps.compare(verdicts, configs, space, RUN, str(tmp_path / "table.md"))
+
+    assert (tmp_path / "table.md").read_text() == table
+    assert f"Data {digest}" in table
+    rows = {line.split(" | ")[0].strip("| "): line for line in table.splitlines() if line.startswith("| ")}
+    assert "| 1 (champion) |" in rows[names[0]]
+    assert "| - |" in rows[names[1]]
+    client = client_of(tmp_path / "space")
+    (parent,) = client.search_runs(["1"], f"tags.group = '{RUN}'")
+    children = client.search_runs(["1"], f"tags.`mlflow.parentRunId` = '{parent.info.run_id}'")
+    assert {child.data.params["optim.weight_decay"] for child in children} == {"0.05", "0.5"}
+    assert {child.inputs.dataset_inputs[0].dataset.digest for child in children} == {digest}
+    assert {"box_ap/" + name for name in names} <= set(parent.data.metrics)
+    assert [file.path for file in client.list_artifacts(parent.info.run_id)] == ["comparison.md"]
+    assert parent.info.status == "RUNNING"
+    steps.close_group(["tiny"], [], space, RUN, "FAILED")
+    assert client.get_run(parent.info.run_id).info.status == "FAILED"
+
+    # A step that is repeated trains nothing again; with a model of no better AP the champion stays.
+    steps.train(configs, names[0], manifest, space, RUN, str(tmp_path / "again.pt"))
+    assert (tmp_path / "again.pt").read_bytes() == (first / "model.pt").read_bytes()
+    passed, reason = steps.judge(str(second / "figures"), configs, names[1], space, str(tmp_path / "verdict"))
+    assert not passed
+    assert "no better than" in reason
+
+
+def test_recipes_on_other_data_are_refused(tmp_path: Path) -> None:
+    other = recipe(tmp_path / "other.yaml", data__val_split="test")
+    with pytest.raises(ValueError, match=r"other.yaml and tiny cannot be compared: .* data.val_split is test, not val"):
+        resolve(["tiny", other], [], tmp_path)
+    with pytest.raises(ValueError, match="cannot be compared"):
+        resolve(["mask_rcnn_vitdet_b_coco", "mask_rcnn_vitdet_b_lvis"], [], tmp_path)
+    assert not (tmp_path / "configs").exists()  # and nothing was written
+
+
+@pytest.mark.parametrize(("recipes", "overrides", "message"), [
+    (["tiny", "tiny"], [], "given twice"), ([], [], "at least one"), (["tinny"], [], "did you mean 'tiny'"),
+    (["tiny"], ["optim.lrr=1"], "optim.lrr"), (["tiny"], ["optim.lr=-1"], "optim.lr must be above 0"),
+])
+def test_what_is_wrong_is_refused_in_one_line(recipes: list[str], overrides: list[str], message: str, tmp_path: Path
+                                              ) -> None:
+    with pytest.raises(ValueError, match=message) as refused:
+        resolve(recipes, overrides, tmp_path)
+    assert len(str(refused.value).splitlines()) == 1
+
+
+def test_relative_paths_lie_in_the_workspace(tmp_path: Path) -> None:
+    (name,) = resolve(["tiny"], ["data.root=sets/mine", "train.init=files/start.pt"], tmp_path)
+    config = load_config(tmp_path / "configs" / f"{name}.yaml")
+    assert config.data.root == str(tmp_path / "space" / "sets" / "mine")
+    assert config.train.init == str(tmp_path / "space" / "files" / "start.pt")
+    (absolute,) = resolve(["tiny"], ["data.root=/sets/mine"], tmp_path)
+    config = load_config(tmp_path / "configs" / f"{absolute}.yaml")
+    assert (config.data.root, config.train.init) == ("/sets/mine", "mae_vit_tiny")
+
+
+def test_the_demo_data_is_drawn_and_other_data_is_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from vitdet.data import tiny
+
+    made = tiny.make_tiny
+    monkeypatch.setattr(tiny, "make_tiny", lambda folder: made(folder, 3, 2, processes=1))
+    resolve(["tiny"], [], tmp_path)
+    space, manifest = str(tmp_path / "space"), str(tmp_path / "manifest")
+    digest = steps.prepare_data(str(tmp_path / "configs"), space, manifest)
+    described = json.loads(Path(manifest).read_text())
+    assert described["images"]["train"]["count"] == 3
+    assert steps.prepare_data(str(tmp_path / "configs"), space, manifest) == digest
+    shutil.rmtree(tmp_path / "configs")
+    resolve(["tiny"], ["data.root=absent"], tmp_path)
+    with pytest.raises(FileNotFoundError, match="absent"):
+        steps.prepare_data(str(tmp_path / "configs"), space, manifest)
+    assert not (tmp_path / "space" / "absent").exists()
+
+
+def test_a_model_for_other_classes_is_refused_with_the_data(tiny: Path, tmp_path: Path) -> None:
+    resolve(["tiny"], [f"data.root={tiny}", "model.roi_heads.num_classes=5"], tmp_path)
+    with pytest.raises(ValueError, match="has 6 classes, but model.roi_heads.num_classes is 5"):
+        steps.prepare_data(str(tmp_path / "configs"), str(tmp_path / "space"), str(tmp_path / "manifest"))
+
+
+def test_the_initial_weights_are_fetched_and_their_digest_is_theirs(tiny: Path, tmp_path: Path) -> None:
+    resolve(["tiny"], [f"data.root={tiny}"], tmp_path)
+    space = str(tmp_path / "space")
+    digest = steps.fetch_weights(str(tmp_path / "configs"), space)
+    (file,) = (tmp_path / "space" / "weights").iterdir()
+    assert file.name == "mae_vit_tiny.safetensors"
+    assert steps.fetch_weights(str(tmp_path / "configs"), space) == digest
+    file.write_bytes(file.read_bytes() + b" ")
+    assert steps.fetch_weights(str(tmp_path / "configs"), space) != digest
