@@ -179,7 +179,7 @@ def command(kubeflow: Kubeflow, monkeypatch: pytest.MonkeyPatch, capsys: pytest.
             ) -> Callable[..., tuple[int, str, str]]:
     """pipeline(*words) runs `python -m pipeline` in this process: (exit code, stdout, stderr)."""
     for name in list(os.environ):
-        if name.startswith(("KFP_", "KF_PIPELINES", "KUBE")):
+        if name.startswith(("KFP_", "KF_PIPELINES", "KUBERNETES_")):
             monkeypatch.delenv(name)
     monkeypatch.setattr(Transport, "backoff", 0.01)
 
