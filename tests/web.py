@@ -11,14 +11,17 @@ Answer = Callable[["Handler"], None]
 
 
 class Web(ThreadingHTTPServer):
-    """Serves `content` at every path. `plan`: the answers to the next requests; then all is well."""
+    """Serves `content` at every path, or with `files` each at its own. `plan`: the answers to the next requests,
+    `plans`: to the next of a path; then all is well."""
 
     daemon_threads = True
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
         self.content, self.tag = b"", '"one"'
+        self.files: dict[str, bytes] = {}
         self.plan: list[Answer] = []
+        self.plans: dict[str, list[Answer]] = {}
         self.asked: list[tuple[str, str | None]] = []  # path and Range of each request
         self.sent = 0  # bytes of bodies
         self.resting = threading.Event()  # set: those that stall wake up
@@ -40,7 +43,9 @@ class Handler(BaseHTTPRequestHandler):
         self.close_connection = True
         with self.server.lock:
             self.server.asked.append((self.path, self.headers["Range"]))
-            answer = self.server.plan.pop(0) if self.server.plan else file()
+            plan = self.server.plans.get(self.path) or self.server.plan
+            lost = self.server.files and self.path not in self.server.files
+            answer = plan.pop(0) if plan else status(404) if lost else file()
         answer(self)
 
     def log_message(self, *_: object) -> None:
@@ -55,7 +60,8 @@ class Handler(BaseHTTPRequestHandler):
     def body(self, data: bytes) -> None:
         for start in range(0, len(data), 1000):
             self.wfile.write(data[start : start + 1000])
-            self.server.sent += len(data[start : start + 1000])
+            with self.server.lock:
+                self.server.sent += len(data[start : start + 1000])
         self.wfile.flush()
 
 
@@ -65,7 +71,7 @@ def file(cut: int | None = None, ranges: bool = True, stall: bool = False, lengt
     `shift`: the range begins so much later than asked. `honest`: heeds If-Range. `surplus`: announces more than comes.
     """
     def answer(to: Handler) -> None:
-        content, start = to.server.content, 0
+        content, start = to.server.files.get(to.path, to.server.content), 0
         headers: dict[str, object] = {"ETag": to.server.tag} if tag else {}
         headers |= {"Last_Modified": date} if date else {}
         known = to.headers["If-Range"] in (to.server.tag, date or None)

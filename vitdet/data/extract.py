@@ -107,6 +107,8 @@ def _checked(infos: list[zipfile.ZipInfo], choose: Callable[[str], str | None], 
 
 
 def _check_entry(info: zipfile.ZipInfo) -> None:
+    if info.header_offset < 0:
+        raise _Refused("not a whole zip archive (its beginning is missing)")
     _check_name(info.orig_filename.removesuffix("/"))
     kind = stat.S_IFMT(info.external_attr >> 16)
     if kind not in (0, stat.S_IFREG, stat.S_IFDIR) or (kind == stat.S_IFDIR) > info.is_dir():

@@ -22,13 +22,13 @@ NAME = "manifest.json"
 
 @dataclass(frozen=True)
 class Archive:
-    """A file that came. `published`: whether its sha256 was known beforehand; else it is the one of what came."""
+    """A file that came. `known`: whether its sha256 was known beforehand; else it is that of what came."""
 
     name: str
     url: str
     size: int
     sha256: str
-    published: bool
+    known: bool
 
 
 @dataclass(frozen=True)

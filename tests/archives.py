@@ -1,0 +1,82 @@
+"""Small archives in the shape of the published ones, and what the wicked make of an archive."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import random
+import struct
+import zipfile
+from collections.abc import Mapping
+from dataclasses import replace
+
+from vitdet.data.published import Archive, archives
+
+PICTURES = 12
+
+
+def zipped(files: Mapping[str, bytes], method: int = zipfile.ZIP_DEFLATED, kinds: Mapping[str, int] | None = None,
+           ) -> bytes:
+    """An archive of these files; kinds: the file type of some, as in st_mode."""
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", method) as opened:
+        for name, content in files.items():
+            info = zipfile.ZipInfo(name, (2017, 9, 1, 12, 0, 0))
+            info.compress_type = method
+            info.external_attr = ((kinds or {}).get(name, 0o100000) | 0o644) << 16
+            opened.writestr(info, content)
+    return buffer.getvalue()
+
+
+def patched(archive: bytes, name: str, local: int, central: int, value: bytes) -> bytes:
+    """The archive with bytes of a file's two headers replaced, at these offsets (APPNOTE.TXT 4.3.7 and 4.3.12)."""
+    content = bytearray(archive)
+    for signature, offset, start in ((b"PK\3\4", local, 30), (b"PK\1\2", central, 46)):
+        at = content.find(signature)
+        while content[at + start : at + start + len(name)] != name.encode():
+            at = content.find(signature, at + 1)
+            assert at >= 0
+        content[at + offset : at + offset + len(value)] = value
+    return bytes(content)
+
+
+def declared(archive: bytes, name: str, size: int) -> bytes:
+    """The archive, which says that this file has so many bytes."""
+    return patched(archive, name, 22, 24, struct.pack("<I", size))
+
+
+def encrypted(archive: bytes, name: str) -> bytes:
+    """The archive, which says that this file is encrypted."""
+    return patched(archive, name, 6, 8, b"\1\0")
+
+
+def renamed(archive: bytes, name: str, other: bytes) -> bytes:
+    """The archive with another name of the same length, also one that no program would write."""
+    assert len(name) == len(other)
+    return patched(archive, name, 30, 46, other)
+
+
+def miniature(archive: Archive) -> tuple[Archive, bytes]:
+    """An archive of 12 pictures or a few lines of JSON in the place of a published one."""
+    rng = random.Random(archive.name)
+    if archive.members:
+        taken = {archive.prefix + name: f"[{rng.random()}]".encode() for name in archive.members}
+        others = {"annotations/captions_val2017.json": b"{}"} if archive.prefix else {}
+    else:
+        names = [f"{archive.prefix}{number:012}.jpg" for number in range(PICTURES)]
+        taken = {name: rng.randbytes(rng.randint(500, 3000)) for name in names}
+        others = {archive.prefix: b""}
+    content = zipped({**others, **taken})
+    return replace(archive, size=len(content), sha256=hashlib.sha256(content).hexdigest(), count=len(taken),
+                   unpacked=sum(map(len, taken.values()))), content
+
+
+def miniatures(dataset: str, split: str = "") -> tuple[list[Archive], dict[str, bytes]]:
+    """What `archives` gives, in small, and the content of each by its path on a server."""
+    made = [miniature(archive) for archive in archives(dataset, split)]
+    return [archive for archive, _ in made], {path(archive): content for archive, content in made}
+
+
+def path(archive: Archive) -> str:
+    """The path of its address: /zips/val2017.zip"""
+    return "/" + archive.url.split("/", 3)[3]
