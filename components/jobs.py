@@ -203,8 +203,10 @@ def add_to_container(container: dict, task: dict) -> None:
 def add_to_pod(pod: dict, wish: Wish) -> None:
     """Where the pod may run, and its volumes."""
     task = wish.task
-    selector = {**(pod.get("nodeSelector") or {}), **(task.get("node_selector") or {}),
-                **({POOL: wish.pool} if wish.pool else {})}
+    selector = {**(pod.get("nodeSelector") or {}), **(task.get("node_selector") or {})}
+    if wish.pool:  # a cloud may want the pool's name under a label of its own too (GKE: its compute class)
+        named = [key for key, value in selector.items() if value == selector.get(POOL)]
+        selector |= dict.fromkeys([POOL, *named], wish.pool)
     if selector:
         pod["nodeSelector"] = selector
     if task.get("affinity"):
