@@ -16,7 +16,7 @@ from uuid import uuid4
 import kfp_server_api as api
 
 from pipeline.connection import Refusal, inside
-from pipeline.order import Order, Schedule, cron, specification
+from pipeline.order import Order, Schedule, cron
 
 ENDED = ("SUCCEEDED", "FAILED", "SKIPPED", "CANCELED")  # kfp.Client waits on for the last
 # What Argo adds around a pipeline's steps: groups of steps, drivers, pods; "(0)" is one attempt of a retried step
@@ -81,8 +81,7 @@ class Server:
         """Starts a run, or a recurring run with a schedule, and gives its id."""
         experiment, mark = self.experiment(order.experiment, namespace), f"submission {uuid4().hex}"
         body = {"display_name": order.name, "description": mark, "experiment_id": experiment,
-                "pipeline_spec": specification(order.package, order.parameters, order.caching),
-                "runtime_config": api.V2beta1RuntimeConfig(parameters=order.parameters,
+                "pipeline_spec": order.pipeline, "runtime_config": api.V2beta1RuntimeConfig(parameters=order.parameters,
                                                            pipeline_root=order.root or None),
                 "service_account": order.account or None}
         listing = {"experiment_id": experiment, "sort_by": "created_at desc", "page_size": 50}

@@ -15,13 +15,12 @@ import yaml
 
 @dataclass(frozen=True)
 class Order:
-    """A run to start: the compiled pipeline's file and its parameters; "" leaves a choice to the server."""
+    """A run to start: the pipeline (see `specification`) and its parameters; "" leaves a choice to the server."""
 
-    package: Path
+    pipeline: dict
     parameters: dict[str, object]
     name: str
     experiment: str
-    caching: bool = True
     account: str = ""
     root: str = ""
 
@@ -48,7 +47,12 @@ def specification(package: Path, parameters: dict[str, object], caching: bool) -
 
     Raises ValueError when it is no pipeline or its parameters are others.
     """
-    documents = list(yaml.safe_load_all(Path(package).read_text()))
+    if not Path(package).is_file():
+        raise FileNotFoundError(f"{package}: no such file")
+    try:
+        documents = list(yaml.load_all(Path(package).read_text(), getattr(yaml, "CSafeLoader", yaml.SafeLoader)))
+    except (yaml.YAMLError, UnicodeDecodeError):
+        documents = []
     if not documents or not isinstance(documents[0], dict) or "root" not in documents[0]:
         raise ValueError(f"{package}: no compiled pipeline")
     spec, *platforms = documents

@@ -15,9 +15,10 @@ from kfp_server_api import V2beta1RecurringRun
 
 from pipeline.client import ENDED, Server, failures, steps
 from pipeline.connection import LOGIN, address, connect, inside, secrets
-from pipeline.order import Order, Schedule, check, cron, jobs
+from pipeline.order import Order, Schedule, check, cron, jobs, specification
 
 EXPERIMENT = "vitdet"
+ACCOUNT = "vitdet-pipeline"  # may make training jobs
 RECURRING = "recurringrun"  # as the links of Kubeflow's pages call a schedule
 
 
@@ -33,7 +34,8 @@ def add_verbs(verbs: argparse._SubParsersAction) -> None:
     shape.add_argument("--pool", metavar="NAME", help="the pool of nodes that trains (their label vitdet/pool)")
     shape.add_argument("--job-kind", choices=("pytorchjob", "trainjob"), help="what the training job is made as")
     shape.add_argument("--workspace", metavar="FOLDER", help="the folder for data and runs on the shared volume")
-    shape.add_argument("--service-account", default="", metavar="NAME", help="whose rights the steps have")
+    shape.add_argument("--service-account", default=ACCOUNT, metavar="NAME",
+                       help=f"whose rights the steps have ({ACCOUNT}, of manifests/; '' leaves it to the server)")
     shape.add_argument("--pipeline-root", default="", metavar="URL", help="where the steps' artifacts are kept")
     run = verb.add_argument_group("the run")
     run.add_argument("--experiment", default=EXPERIMENT, metavar="NAME", help=f"group of runs ({EXPERIMENT})")
@@ -111,11 +113,11 @@ def run_submit(given: argparse.Namespace) -> int:
     shape = {"nodes": given.nodes, "pool": given.pool, "job_kind": given.job_kind, "workspace": given.workspace}
     parameters = {"recipes": given.recipes, "overrides": given.overrides,
                   **{key: value for key, value in shape.items() if value is not None}}
-    server = served(given)
     with package(given) as compiled:
-        order = Order(compiled, parameters, name, given.experiment, not given.no_cache, given.service_account,
-                      given.pipeline_root)
-        run_id = server.start(order, server.namespace(given.namespace), schedule)
+        pipeline = specification(compiled, parameters, not given.no_cache)
+    order = Order(pipeline, parameters, name, given.experiment, given.service_account, given.pipeline_root)
+    server = served(given)
+    run_id = server.start(order, server.namespace(given.namespace), schedule)
     print(f"{'when' if schedule else 'run '} {name}\nid   {run_id}\n"
           f"link {server.link(run_id, RECURRING if schedule else 'runs')}", flush=True)
     return follow(server, run_id, given.every) if given.wait else 0

@@ -1,5 +1,6 @@
 """Starting runs at a server: what is sent, and what is refused before. (No postponed annotations: kfp reads them.)"""
 
+import functools
 import importlib.util
 import io
 import subprocess
@@ -8,6 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import yaml
 from kfp import compiler, dsl, kubernetes
 from kfp.client.client import _extract_pipeline_yaml
 
@@ -17,6 +19,9 @@ from tests.kubeflow import Kubeflow, command, serving
 
 Run = Callable[..., tuple[int, str, str]]
 ROOT = Path(__file__).parents[1]
+
+
+check = functools.cache(order.check)  # a process of 0.2 s each
 
 
 @dsl.component(base_image="python", install_kfp_package=False)
@@ -56,6 +61,7 @@ def kubeflow() -> Iterator[Kubeflow]:
 def pipeline(kubeflow: Kubeflow, package: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
              ) -> Run:
     run = command(kubeflow, monkeypatch, capsys)
+    monkeypatch.setattr("pipeline.remote_verbs.check", lambda recipes, settings: check(tuple(recipes), tuple(settings)))
 
     def with_package(verb: str, *words: object) -> tuple[int, str, str]:
         given = ["--package", package] if verb == "submit" and "--package" not in words else []
@@ -68,14 +74,14 @@ def test_a_run_is_what_was_asked_for(kubeflow: Kubeflow, pipeline: Run, package:
     code, out, said = pipeline(
         "submit", "tiny", "mask_rcnn_vitdet_b_coco", "--set", "optim.lr=2e-4", "--set", "data.root=/data/coco",
         "--nodes", 2, "--pool", "h100", "--job-kind", "trainjob", "--workspace", "/data/team", "--experiment", "study",
-        "--name", "a name", "--service-account", "vitdet-pipeline", "--pipeline-root", "s3://bucket/root")
+        "--name", "a name", "--service-account", "default-editor", "--pipeline-root", "s3://bucket/root")
     assert (code, said) == (0, "")
     assert out == f"run  a name\nid   0000-run-0\nlink {kubeflow.url}/#/runs/details/0000-run-0\n"
     [body] = kubeflow.bodies("POST /runs")
     assert body.pop("description").startswith("submission ")
     assert body.pop("pipeline_spec") == _extract_pipeline_yaml(str(package)).to_dict()  # as kfp.Client has it
     assert body == {
-        "display_name": "a name", "experiment_id": "0000-exp-0", "service_account": "vitdet-pipeline",
+        "display_name": "a name", "experiment_id": "0000-exp-0", "service_account": "default-editor",
         "runtime_config": {"pipeline_root": "s3://bucket/root", "parameters": {
             "recipes": ["tiny", "mask_rcnn_vitdet_b_coco"], "overrides": ["optim.lr=2e-4", "data.root=/data/coco"],
             "nodes": 2, "pool": "h100", "job_kind": "trainjob", "workspace": "/data/team"}}}
@@ -85,9 +91,13 @@ def test_a_run_is_what_was_asked_for(kubeflow: Kubeflow, pipeline: Run, package:
 def test_what_is_not_asked_for_is_left_to_the_pipeline_and_the_server(kubeflow: Kubeflow, pipeline: Run) -> None:
     for _ in range(2):
         assert pipeline("submit", "tiny")[0] == 0
-    first, second = kubeflow.bodies("POST /runs")
+    first, second = kubeflow.bodies("POST /runs")[:2]
     assert first["runtime_config"] == {"parameters": {"recipes": ["tiny"], "overrides": []}}
-    assert "service_account" not in first and first["display_name"].startswith("tiny 20")
+    assert first["service_account"] == "vitdet-pipeline" and first["display_name"].startswith("tiny 20")
+    accounts = list(yaml.safe_load_all((ROOT / "manifests" / "shared" / "accounts.yaml").read_text()))
+    assert any((one["kind"], one["metadata"]["name"]) == ("ServiceAccount", "vitdet-pipeline") for one in accounts)
+    assert pipeline("submit", "tiny", "--service-account", "")[0] == 0
+    assert "service_account" not in kubeflow.bodies("POST /runs")[-1]
     assert first["description"] != second["description"]
     assert kubeflow.bodies("POST /experiments") == [{"display_name": "vitdet"}]  # once
 
@@ -144,14 +154,15 @@ def test_a_server_with_users_wants_a_namespace_and_one_without_gets_none(kubeflo
     (["tiny", "--cron", "0 3 * *"], "schedule '0 3 * *': expected five fields"),
     (["tiny", "--cron", "@daily", "--wait"], "--wait is for one run"),
     (["tiny", "--package", ROOT / "dvc.yaml"], "no compiled pipeline"),
-    (["tiny", "--package", "none.yaml"], "none.yaml"),
+    (["tiny", "--package", "none.yaml"], "pipeline: none.yaml: no such file"),
+    (["tiny", "--package", sys.executable], "no compiled pipeline"),
     (["tiny", "--token-file", "-", "--cookie-file", "-"], "the standard input can be read once"),
 ])
 def test_a_mistake_is_one_line_before_anything_is_started(kubeflow: Kubeflow, pipeline: Run, words: list,
                                                           said: str) -> None:
     code, out, line = pipeline("submit", *words)
     assert code == 1 and not out and len(line.splitlines()) == 1 and said in line and "hunter2" not in line
-    assert not [words for words in kubeflow.words() if words.startswith("POST") and words != "POST /experiments"]
+    assert not kubeflow.requests
 
 
 @pytest.mark.parametrize("words", [["--nodes", "0"], ["--nodes", "two"], ["--job-kind", "mpijob"], ["--timeout", "0"],
