@@ -150,9 +150,10 @@ class Transport(RESTClientObject):
             try:
                 answer = super().request(method, url, query_params, {**(headers or {}), **cookies}, body, post_params,
                                          _preload_content, (self.timeout, self.timeout))
-                if answer.data.lstrip()[:1] != b"<":
+                if answer.data.lstrip()[:1] in (b"{", b""):
                     return answer
-                refusal = Refusal(f"{self.host} answers with a web page, not with the API of Kubeflow Pipelines: "
+                kind = "a web page" if answer.data.lstrip()[:1] == b"<" else "other text"
+                refusal = Refusal(f"{self.host} answers with {kind}, not as the API of Kubeflow Pipelines does: "
                                   f"{self.page()}", answer.status)
             except ApiException as error:
                 refusal = self.answered(error)

@@ -197,8 +197,8 @@ def served(given: argparse.Namespace) -> Server:
         raise ValueError(f"everybody on this machine can read a command line; give {LOGIN}")
     host = address(given.host)
     token, cookie = secrets(host, given.token_file, given.cookie_file)
-    loud = host.startswith("http:") and not inside(host) and urlsplit(host).hostname not in ("localhost", "127.0.0.1")
-    if loud and (token or cookie):
+    nearby = inside(host) or urlsplit(host).hostname in ("localhost", "127.0.0.1", "::1")
+    if host.startswith("http:") and not nearby and (token or cookie):
         print(f"pipeline: {host}: without https everybody on the way can read the login", file=sys.stderr)
     client = connect(host, token, cookie, ca_file=given.ca_file, timeout=given.timeout, retries=max(given.retries, 0),
                      says=lambda line: print(f"pipeline: {line}", file=sys.stderr, flush=True))

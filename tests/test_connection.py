@@ -170,7 +170,8 @@ def test_a_file_that_holds_no_secret(pipeline: Run, tmp_path: Path, kind: str, t
     (failing(403, f"user with {SECRET} cannot get runs\nin team-a"), "(403): user with *** cannot get runs in team-a"),
     (lambda handler: handler.send(403, "RBAC: access denied"), "(403): RBAC: access denied"),
     (failing(400, f"Invalid {SECRET}"), "answers 400 Bad Request: Invalid ***"),
-    (page, "with a web page, not with the API of Kubeflow Pipelines: the login of --token-file has expired"),
+    (page, "with a web page, not as the API of Kubeflow Pipelines does: the login of --token-file has expired"),
+    (lambda handler: handler.send(200, "ok"), "answers with other text, not as the API of Kubeflow Pipelines does"),
     (lambda handler: handler.send(502, "<html>nginx</html>"), "answers 502 Bad Gateway"),
 ])
 def test_an_error_is_one_line_without_the_secret(kubeflow: Kubeflow, pipeline: Run, token: Path,
