@@ -10,7 +10,7 @@ import zipfile
 from collections.abc import Mapping
 from dataclasses import replace
 
-from vitdet.data.published import Archive, archives
+from vitdet.data.published import SPLITS, Archive, archives
 
 PICTURES = 12
 
@@ -59,16 +59,15 @@ def renamed(archive: bytes, name: str, other: bytes) -> bytes:
 def miniature(archive: Archive) -> tuple[Archive, bytes]:
     """An archive of 12 pictures or a few lines of JSON in the place of a published one."""
     rng = random.Random(archive.name)
-    if archive.members:
-        taken = {archive.prefix + name: f"[{rng.random()}]".encode() for name in archive.members}
-        others = {"annotations/captions_val2017.json": b"{}"} if archive.prefix else {}
+    if archive.prefix == "annotations/":
+        names = [f"annotations/{kind}_{split}2017.json" for kind in ("captions", "instances") for split in SPLITS]
     else:
-        names = [f"{archive.prefix}{number:012}.jpg" for number in range(PICTURES)]
-        taken = {name: rng.randbytes(rng.randint(500, 3000)) for name in names}
-        others = {archive.prefix: b""}
-    content = zipped({**others, **taken})
-    return replace(archive, size=len(content), sha256=hashlib.sha256(content).hexdigest(), count=len(taken),
-                   unpacked=sum(map(len, taken.values()))), content
+        names = list(archive.members) or [f"{archive.prefix}{number:012}.jpg" for number in range(PICTURES)]
+    files = {name: rng.randbytes(rng.randint(500, 3000)) for name in names}
+    content = zipped({**({} if archive.members else {archive.prefix: b""}), **files})
+    sizes = [len(files[name]) for name in names if archive.choose(name)]
+    return replace(archive, size=len(content), sha256=hashlib.sha256(content).hexdigest(), count=len(sizes),
+                   unpacked=sum(sizes)), content
 
 
 def miniatures(dataset: str, split: str = "") -> tuple[list[Archive], dict[str, bytes]]:

@@ -1,0 +1,84 @@
+"""The manifest: what came is what lies there, or one line says what is not."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import zlib
+from pathlib import Path
+
+import pytest
+
+from vitdet.data.inventory import Archive, File, Images, Manifest, compare, digest, read, verify, write
+
+LIST = b"a.jpg 3\nb.jpg 4\n"
+SUMS = f"a.jpg 3 {zlib.crc32(b'one'):08x}\nb.jpg 4 {zlib.crc32(b'four'):08x}\n".encode()
+
+
+@pytest.fixture
+def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(os, "sync", lambda: None)
+    (tmp_path / "val2017").mkdir()
+    (tmp_path / "val2017" / "a.jpg").write_bytes(b"one")
+    (tmp_path / "val2017" / "b.jpg").write_bytes(b"four")
+    (tmp_path / "some.json").write_bytes(b"{}")
+    write(tmp_path, Manifest((Archive("x.zip", "http://x/x.zip", 9, "0" * 64, True),),
+                             (File("some.json", 2, hashlib.sha256(b"{}").hexdigest()),),
+                             (Images("val2017", 2, 7, hashlib.sha256(LIST).hexdigest(),
+                                     hashlib.sha256(SUMS).hexdigest()),)))
+    return tmp_path
+
+
+def test_what_came_is_there(root: Path) -> None:
+    expected = hashlib.sha256((root / "manifest.json").read_bytes()).hexdigest()
+    assert verify(root) == verify(root, contents=True) == expected
+    assert digest(["b.jpg 4", "a.jpg 3"]) == hashlib.sha256(LIST).hexdigest()
+    assert {path.name for path in root.iterdir()} == {"val2017", "some.json", "manifest.json"}
+
+
+@pytest.mark.parametrize(("change", "error", "says"), [
+    (lambda root: (root / "some.json").unlink(), FileNotFoundError, "some.json: gone"),
+    (lambda root: (root / "some.json").write_bytes(b"[]"), ValueError, "some.json: sha256 .*, it came with 44136fa3"),
+    (lambda root: (root / "some.json").write_bytes(b"[1]"), ValueError, "some.json: 3 bytes, it came with 2"),
+    (lambda root: (root / "val2017" / "a.jpg").unlink(), ValueError, "1 files of 4 bytes, it came with 2 of 7;"),
+    (lambda root: (root / "val2017" / "c.jpg").touch(), ValueError, "3 files of 7 bytes, it came with 2 of 7;"),
+    (lambda root: (root / "val2017" / "a.jpg").write_bytes(b"longer"), ValueError, "2 files of 10 bytes"),
+    (lambda root: (root / "val2017" / "a.jpg").rename(root / "val2017" / "A.jpg"), ValueError, "names or sizes are"),
+    (lambda root: (root / "val2017").rename(root / "val"), FileNotFoundError, "val2017: gone"),
+    (lambda root: (root / "manifest.json").unlink(), FileNotFoundError, "manifest.json: not there; `vitdet data coco"),
+    (lambda root: (root / "manifest.json").write_text("[]"), ValueError, "manifest.json: not a manifest"),
+    (lambda root: (root / "manifest.json").write_text("{"), ValueError, "manifest.json: not a manifest"),
+])
+def test_what_is_not_as_it_came_is_one_line(root: Path, change: object, error: type[Exception], says: str) -> None:
+    change(root)
+    with pytest.raises(error, match=says) as caught:
+        verify(root)
+    assert "\n" not in str(caught.value) and str(caught.value).startswith(str(root))
+
+
+def test_other_pixels_of_the_same_size_are_found_by_reading(root: Path) -> None:
+    (root / "val2017" / "a.jpg").write_bytes(b"two")
+    verify(root)
+    with pytest.raises(ValueError, match="val2017: the content of a file is not what came"):
+        verify(root, contents=True)
+
+
+def test_parts_are_added_and_looked_at_alone(root: Path) -> None:
+    more = Manifest((Archive("a.zip", "http://x/a.zip", 1, "1" * 64, False),), (File("other.json", 1, "2" * 64),))
+    both = read(root).with_(more)
+    assert [one.name for one in both.archives] == ["a.zip", "x.zip"]
+    assert both.with_(more) == more.with_(both) == both
+    compare(root, both.only(("x.zip",), ("some.json", "val2017")))
+    with pytest.raises(FileNotFoundError, match="other.json: gone"):
+        compare(root, both.only((), ("other.json",)))
+
+
+def test_a_write_that_fails_leaves_the_manifest_of_before(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full() -> None:
+        raise OSError("no space left on device")
+
+    before = (root / "manifest.json").read_bytes()
+    monkeypatch.setattr(os, "sync", full)
+    with pytest.raises(OSError, match="no space"):
+        write(root, Manifest())
+    assert (root / "manifest.json").read_bytes() == before and len(list(root.iterdir())) == 3
