@@ -91,12 +91,16 @@ def compile_pipeline(file: Path, job: str = "") -> Path:
 def only_jobs(text: str) -> str:
     """The documents of a YAML stream that are training jobs, as text: a dict would turn 4 into 4.0.
 
-    Raises ValueError when there is none, or two of a kind.
+    Raises ValueError when there is none, or two of a kind, or when it is no YAML.
     """
     parts = [part.strip("\n") for part in re.split(r"^---\s*$", text, flags=re.MULTILINE)]
     found: dict[str, str] = {}
     for part in parts:
-        kind = (yaml.safe_load(part) or {}).get("kind")
+        try:
+            document = yaml.safe_load(part)
+        except yaml.YAMLError as error:
+            raise ValueError(f"the job's file: not readable as YAML: {' '.join(str(error).split())}") from error
+        kind = document.get("kind") if isinstance(document, dict) else None
         if kind in KINDS:
             if kind in found:
                 raise ValueError(f"two documents of kind {kind}: which one is the training job?")

@@ -1,0 +1,180 @@
+"""The steps as shells: short, with nothing of their own, and what `train_job` asks before it asks for GPUs."""
+
+import ast
+import inspect
+import shutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from kfp import dsl
+from kfp.dsl.python_component import PythonComponent
+
+import components
+from components.cleanup import clean_up
+from components.compare import announce, compare
+from components.config import configs
+from components.data import data
+from components.evaluate import evaluate
+from components.gate import gate
+from components.register import register
+from components.train import train, train_job
+from components.weights import weights
+from tests.conftest import minimal
+from vitdet import workspace as steps
+
+ALL = [announce, clean_up, compare, configs, data, evaluate, gate, register, train, train_job, weights]
+RUN = "0123456789abcdef"
+FOLDER = Path(components.__file__).parent
+
+
+def statements(function: ast.FunctionDef) -> Iterator[ast.stmt]:
+    """All statements of a body at whatever depth, without its docstring."""
+    for node in ast.walk(function):
+        docstring = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+        if isinstance(node, ast.stmt) and node is not function and not docstring:
+            yield node
+
+
+@pytest.mark.parametrize("step", ALL, ids=lambda step: step.name)
+def test_a_body_is_short_and_knows_only_us(step: PythonComponent) -> None:
+    (function,) = ast.parse(inspect.getsource(step.python_func)).body
+    body = list(statements(function))
+    assert len(body) <= 8
+    modules = {node.module for node in body if isinstance(node, ast.ImportFrom)}
+    assert all(module.split(".")[0] in ("vitdet", "components") for module in modules)
+    assert not any(isinstance(node, ast.Import | ast.Try | ast.FunctionDef) for node in body)
+
+
+def test_every_component_is_looked_at() -> None:
+    decorated = [node.name for path in FOLDER.glob("*.py") for node in ast.parse(path.read_text()).body
+                 if isinstance(node, ast.FunctionDef) and any("component" in ast.unparse(one)
+                                                              for one in node.decorator_list)]
+    assert sorted(decorated) == sorted(step.python_func.__name__ for step in ALL)
+
+
+@pytest.mark.parametrize("step", ALL, ids=lambda step: step.name)
+def test_nothing_is_installed_when_a_pod_starts(step: PythonComponent) -> None:
+    container = step.component_spec.implementation.container
+    assert container.image == components.IMAGE
+    assert "pip" not in " ".join(container.command[:-1])
+
+
+@pytest.mark.parametrize("step", ALL, ids=lambda step: step.name)
+def test_a_component_has_no_defaults(step: PythonComponent) -> None:
+    parameters = inspect.signature(step.python_func).parameters.values()
+    assert all(parameter.default is inspect.Parameter.empty for parameter in parameters)
+
+
+def test_to_train_here_and_in_a_job_is_the_same_to_a_pipeline() -> None:
+    here, there = (dict(inspect.signature(step.python_func).parameters) for step in (train, train_job))
+    assert there.pop("task_config").annotation is dsl.TaskConfig
+    assert list(here.values()) == list(there.values())
+
+
+def test_the_run_has_to_be_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(components.RUN_ID, raising=False)
+    with pytest.raises(RuntimeError, match=f"{components.RUN_ID} is not set"):
+        components.run_id()
+
+
+class Jobs:
+    """Plays `launch` and `delete_jobs`: remembers what was asked, and does what the job would have done."""
+
+    def __init__(self) -> None:
+        self.asked: list[dict] = []
+        self.deleted: list[str] = []
+
+    def launch(self, **asked: object) -> None:
+        self.asked.append(asked)
+        output = Path(asked["args"][asked["args"].index("--output") + 1])
+        (output / "model.pt").write_bytes(b"a model")
+
+    def delete_jobs(self, run_id: str) -> list[str]:
+        self.deleted.append(run_id)
+        return ["vitdet-tiny-1"]
+
+
+@pytest.fixture
+def jobs(monkeypatch: pytest.MonkeyPatch) -> Jobs:
+    played = Jobs()
+    monkeypatch.setenv(components.RUN_ID, RUN)
+    monkeypatch.setitem(sys.modules, "components.pytorchjob",
+                        SimpleNamespace(launch=played.launch, delete_jobs=played.delete_jobs))
+    return played
+
+
+class Prepared:
+    """A workspace after the steps configs, data and weights."""
+
+    def __init__(self, root: Path, folder: Path) -> None:
+        self.root, self.space, self.checkpoint = root, folder / "space", folder / "out" / "model.pt"
+        self.resolved, self.manifest = str(folder / "configs"), str(folder / "manifest")
+        (self.name,) = steps.resolve_configs(["tiny"], minimal(root), str(self.space), self.resolved)
+        steps.prepare_data(self.resolved, str(self.space), self.manifest)
+
+    def train_job(self, task: dsl.TaskConfig) -> None:
+        train_job.python_func(
+            name=self.name, resolved=dsl.Artifact(uri=self.resolved), manifest=dsl.Dataset(uri=self.manifest), data="d",
+            initial="w", workspace=str(self.space), nodes=2, pool="gpu", job_kind="trainjob", job="kind: TrainJob",
+            image="vitdet:1", checkpoint=dsl.Model(uri=str(self.checkpoint)), task_config=task)
+
+
+@pytest.fixture
+def prepared(own_tiny: Path, tmp_path: Path) -> Prepared:
+    return Prepared(own_tiny, tmp_path)
+
+
+def test_a_job_gets_the_command_line_that_trains(prepared: Prepared, jobs: Jobs) -> None:
+    task = dsl.TaskConfig(node_selector={"a": "b"}, tolerations=[{"key": "k"}], env=[{"name": "N", "value": "v"}],
+                          volumes=[{"name": "v"}], volume_mounts=[{"name": "v", "mountPath": "/v"}],
+                          affinity={"nodeAffinity": {}}, resources={"limits": {"cpu": "100m"}})
+    prepared.train_job(task)
+    (asked,) = jobs.asked
+    output = prepared.space / "runs" / f"{prepared.name}-{RUN[:8]}"
+    assert asked["args"] == ["train", str(output / f"{prepared.name}.yaml"), "--output", str(output), "--weights",
+                             str(prepared.space / "weights"), "--group", RUN]
+    assert {key: asked[key] for key in ("template", "kind", "run_id", "nodes", "pool", "image")} == {
+        "template": "kind: TrainJob", "kind": "trainjob", "run_id": RUN, "nodes": 2, "pool": "gpu", "image": "vitdet:1"}
+    assert asked["task_config"] == {**vars(task), "resources": None}  # those are the launcher's own
+    assert prepared.checkpoint.read_bytes() == b"a model"
+
+    from vitdet.cli import parser
+
+    given = parser().parse_args(asked["args"])  # these are words of the command line
+    assert given.group == RUN
+    prepared.train_job(task)  # only the end of the step was lost: no second job
+    assert len(jobs.asked) == 1
+
+
+def test_no_gpu_is_asked_for_when_the_volume_was_wiped(prepared: Prepared, jobs: Jobs) -> None:
+    shutil.rmtree(prepared.root)
+    with pytest.raises(FileNotFoundError, match="gone since the data was verified"):
+        prepared.train_job(dsl.TaskConfig())
+    assert jobs.asked == []
+
+
+def test_no_gpu_is_asked_for_when_the_weights_are_gone(own_tiny: Path, tmp_path: Path, jobs: Jobs) -> None:
+    prepared = Prepared(own_tiny, tmp_path)
+    start = tmp_path / "start.safetensors"
+    start.touch()
+    (prepared.name,) = steps.resolve_configs(["tiny"], minimal(own_tiny, train__init=start), str(prepared.space),
+                                             prepared.resolved)
+    start.unlink()
+    with pytest.raises(FileNotFoundError, match="no such weights file"):
+        prepared.train_job(dsl.TaskConfig())
+    assert jobs.asked == []
+
+
+@pytest.mark.parametrize(("kind", "deleted"), [("pytorchjob", [RUN]), ("", [])])
+def test_at_the_end_the_jobs_of_a_cluster_are_deleted(kind: str, deleted: list[str], jobs: Jobs, tmp_path: Path,
+                                                      monkeypatch: pytest.MonkeyPatch) -> None:
+    closed = []
+    monkeypatch.setattr(steps, "close_group", lambda *words: closed.append(words[-1]))
+    status = dsl.PipelineTaskFinalStatus(state="CANCELLED", pipeline_job_resource_name="", pipeline_task_name="",
+                                         error_code=None, error_message=None)
+    clean_up.python_func(recipes=["tiny"], overrides=[], workspace=str(tmp_path), job_kind=kind, status=status)
+    assert jobs.deleted == deleted
+    assert closed == ["CANCELLED"]

@@ -1,0 +1,193 @@
+"""The pipeline: what is compiled, and a run of all of it on this machine.
+
+After a change that is meant:
+  env -u VITDET_IMAGE python -m pipeline compile tests/golden_pipeline/pipeline.yaml \
+    --job tests/golden_pipeline/jobs.yaml
+"""
+
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+from mlflow import MlflowClient
+
+from pipeline.local import Screen
+from pipeline.pipeline import accelerators, only_jobs
+from tests.conftest import ROOT, minimal, options
+
+GOLDEN = ROOT / "tests" / "golden_pipeline"
+JOBS = (GOLDEN / "jobs.yaml").read_text()
+
+
+def pipeline(*words: object, stdin: str = "") -> subprocess.CompletedProcess:
+    """`python -m pipeline WORDS`."""
+    outer = {key: value for key, value in os.environ.items() if key not in ("VITDET_IMAGE", "MLFLOW_TRACKING_URI")}
+    return subprocess.run([sys.executable, "-m", "pipeline", *map(str, words)], cwd=ROOT, env=outer, input=stdin,
+                          capture_output=True, text=True, timeout=300)
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("compiled") / "pipeline.yaml"
+    start = time.perf_counter()
+    done = pipeline("compile", path, "--job", GOLDEN / "jobs.yaml")
+    assert done.returncode == 0, done.stderr
+    assert time.perf_counter() - start < 3
+    return path
+
+
+@pytest.fixture(scope="module")
+def documents(compiled: Path) -> tuple[dict, dict]:
+    """(the pipeline, what Kubernetes has to know)."""
+    specification, platforms = yaml.safe_load_all(compiled.read_text())
+    return specification, platforms["platforms"]["kubernetes"]["deploymentSpec"]["executors"]
+
+
+def test_it_compiles_to_the_golden_file(compiled: Path) -> None:
+    assert compiled.read_text() == (GOLDEN / "pipeline.yaml").read_text(), "if the change is meant: see the docstring"
+
+
+def test_the_job_may_come_from_kustomize_through_a_pipe(compiled: Path, tmp_path: Path) -> None:
+    done = pipeline("compile", tmp_path / "again.yaml", "--job", "-", stdin=JOBS)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "again.yaml").read_bytes() == compiled.read_bytes()
+
+
+def test_the_jobs_in_manifests_compile_as_they_are(tmp_path: Path) -> None:
+    done = pipeline("compile", tmp_path / "own.yaml")
+    assert done.returncode == 0, done.stderr
+    assert "kind: PyTorchJob" in (tmp_path / "own.yaml").read_text()
+
+
+@pytest.mark.parametrize(("stdin", "message"), [
+    ("", "--job -: empty"), ("kind: Service\n", "no PyTorchJob or TrainJob among the 1 documents"),
+    ("kind: TrainJob\n---\nkind: TrainJob\n", "two documents of kind TrainJob"), ("a: [", "not readable as YAML"),
+    ("- a list\n", "no PyTorchJob or TrainJob"),
+])
+def test_a_wrong_job_is_told_in_one_line(stdin: str, message: str, tmp_path: Path) -> None:
+    done = pipeline("compile", tmp_path / "a.yaml", "--job", "-", stdin=stdin)
+    assert (done.returncode, len(done.stderr.splitlines())) == (1, 1), done.stderr
+    assert message in done.stderr
+    assert not (tmp_path / "a.yaml").exists()
+
+
+def test_the_jobs_travel_as_text() -> None:
+    jobs = only_jobs(JOBS)
+    assert "runPolicy: {backoffLimit: 4}  # stays 4, not 4.0" in jobs
+    assert "template: *template" in jobs
+    assert "ServiceAccount" not in jobs
+    assert accelerators(jobs) == (8, [{"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"}])
+    assert accelerators(jobs.replace("nvidia.com/gpu: 8", "ephemeral-storage: 1Gi"))[0] == 0
+
+
+def test_nothing_is_installed_and_every_step_has_what_it_needs(compiled: Path, documents: tuple[dict, dict]) -> None:
+    specification, kubernetes = documents
+    assert "pip install" not in compiled.read_text()
+    executors = specification["deploymentSpec"]["executors"]
+    assert executors.keys() == kubernetes.keys()
+    assert {one["container"]["image"] for one in executors.values()} == {"vitdet:0.1.0"}
+    for name, needs in kubernetes.items():
+        assert needs["fieldPathAsEnv"] == [{"fieldPath": "metadata.labels['pipeline/runid']", "name": "KFP_RUN_ID"}]
+        assert [(one["constant"], one["mountPath"]) for one in needs["pvcMount"]] == [("vitdet-data", "/data")]
+        assert [one["secretName"] for one in needs["secretAsEnv"]] == ["vitdet-mlflow"]
+        assert {"memoryLimit", "memoryRequest", "cpuRequest"} <= executors[name]["container"]["resources"].keys()
+    with_gpu = [name for name, one in executors.items() if "accelerator" in one["container"]["resources"]]
+    assert with_gpu == ["exec-evaluate"] == [name for name, needs in kubernetes.items() if "tolerations" in needs]
+
+
+def test_what_changes_the_world_is_never_taken_from_a_cache(documents: tuple[dict, dict]) -> None:
+    specification, _ = documents
+    groups = [specification["root"], *specification["components"].values()]
+    tasks = {name: task for group in groups for name, task in group.get("dag", {}).get("tasks", {}).items()}
+    steps = {name: task for name, task in tasks.items() if not re.search(r"-\d+$", name)}
+    cached = {name for name, task in steps.items() if task["cachingOptions"].get("enableCache")}
+    assert cached == {"configs", "data", "train-job"}
+    # What a training's result depends on is among its inputs; the run is not.
+    inputs = steps["train-job"]["inputs"]["parameters"]
+    assert {"name", "data", "initial", "image", "job"} <= inputs.keys()
+    assert "pipeline_job" not in (GOLDEN / "pipeline.yaml").read_text()
+    assert {name for name, task in steps.items() if "retryPolicy" not in task} == {"configs"}
+
+
+def test_the_parameters_are_recipes_and_the_shape_of_the_cluster(documents: tuple[dict, dict]) -> None:
+    parameters = documents[0]["root"]["inputDefinitions"]["parameters"]
+    assert sorted(parameters) == ["job_kind", "nodes", "overrides", "pool", "recipes", "workspace"]
+    assert [name for name, about in parameters.items() if not about.get("isOptional")] == ["recipes"]
+
+
+@pytest.fixture(scope="module")
+def finished(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.CompletedProcess]:
+    """(workspace, what was printed) of a whole run."""
+    space = tmp_path_factory.mktemp("run") / "space"
+    settings = minimal(tiny, optim__steps=2, train__eval_every=2)
+    return space, pipeline("run", "tiny", *options(settings), "--workspace", space)
+
+
+def client_of(space: Path) -> MlflowClient:
+    uri = f"sqlite:///{space / 'runs' / 'mlflow.db'}"
+    return MlflowClient(uri, uri)
+
+
+def test_a_run_on_this_machine_ends_in_a_registered_model(finished: tuple[Path, subprocess.CompletedProcess],
+                                                          monkeypatch: pytest.MonkeyPatch) -> None:
+    space, done = finished
+    assert done.returncode == 0, done.stdout + done.stderr
+    steps = re.findall(r"^-- ([\w-]+)$", done.stdout, re.MULTILINE)
+    assert sorted(steps[:4]) == ["announce", "configs", "data", "weights"]
+    assert steps[4:] == ["train", "evaluate", "gate", "register", "compare", "clean-up"]
+    client = client_of(space)
+    (model,) = client.search_registered_models()
+    version = client.get_model_version(model.name, model.aliases["champion"])
+    (parent,) = client.search_runs(["1"], "tags.group LIKE '%'")
+    assert client.get_run(version.run_id).data.tags["mlflow.parentRunId"] == parent.info.run_id
+    assert parent.info.status == "FINISHED"
+    assert parent.data.tags["group"] in done.stdout
+
+
+def test_the_screen_shows_the_steps_own_lines(finished: tuple[Path, subprocess.CompletedProcess]) -> None:
+    space, done = finished
+    assert "| 1 (champion) | " in done.stdout
+    assert "step 2/2" in done.stdout
+    assert not re.search(r"KFP Executor|executor_input|Traceback|schemaTitle|\033", done.stdout)
+    assert done.stderr == ""
+    (log,) = (space / "pipeline").glob("*.log")
+    assert "executor_input" in log.read_text()
+
+
+def test_a_run_that_cannot_be_is_ended_by_its_first_steps(finished: tuple[Path, subprocess.CompletedProcess],
+                                                          tiny: Path, tmp_path: Path) -> None:
+    space, _ = finished
+    other = tmp_path / "other.yaml"
+    other.write_text((ROOT / "vitdet" / "recipes" / "tiny.yaml").read_text().replace("val_split: val", "val_split: no"))
+    done = pipeline("run", "tiny", other, *options(minimal(tiny)), "--workspace", space)
+    assert done.returncode == 1
+    assert "other.yaml and tiny cannot be compared" in done.stdout.replace(str(other), "other.yaml")
+    assert re.findall(r"^-- (.+)$", done.stdout, re.MULTILINE) == ["configs", "configs failed", "clean-up"]
+    assert re.fullmatch(r"pipeline: step configs failed; the whole log: \S+\n", done.stderr)
+    unknown = pipeline("run", "tinny", "--workspace", space)
+    assert (unknown.returncode, unknown.stdout) == (1, "")
+    assert unknown.stderr.startswith("pipeline: tinny: no such recipe; did you mean 'tiny'")
+
+
+def test_of_an_error_the_screen_shows_the_last_line() -> None:
+    class Lines(list):
+        def write(self, text: str) -> None:
+            self.append(text)
+
+        def flush(self) -> None:
+            pass
+
+    shown, log = Lines(), Lines()
+    screen = Screen(shown, log)
+    for text in ("12:00:00.123 - INFO - Executing task \033[96m'train'\033[0m\n", "    ",
+                 "Traceback (most recent call last):\n",
+                 '      File "a.py", line 1, in <module>\n', "        train()\n", "    ValueError: what is wrong\n",
+                 "    next\n", "12:00:01.000 - ERROR - Task \033[96m'train'\033[0m finished with status FAILURE\n"):
+        screen.write(text)
+    assert shown == ["-- train\n", "ValueError: what is wrong\n", "next\n", "-- train failed\n"]
+    assert len(log) == 7
