@@ -46,15 +46,14 @@ def wait_until(holds: Callable[[], object], seconds: float = 60) -> object:
 
 
 def template(kind: str = "pytorchjob", script: bool = False) -> str:
-    """The job file of manifests/ for one process a node, as overlays/kind has it; script: args are a shell script."""
-    job = yaml.safe_load((ROOT / "manifests" / kind / f"{kind}.yaml").read_text())
-    if kind == "trainjob":
-        job["spec"]["trainer"].update(command=["sh", "-c"] if script else ["torchrun", "-m", "vitdet"])
-        return yaml.safe_dump(job)
-    job["spec"]["nprocPerNode"] = "1"
-    for replica in job["spec"]["pytorchReplicaSpecs"].values():
-        container = replica["template"]["spec"]["containers"][0]
-        container["command"] = ["sh", "-c"] if script else container["command"]
+    """The job of overlays/kind, as `kubectl apply -k` sends it; script: its args are a shell script."""
+    folder = ROOT / "manifests/overlays/kind" / ("trainjob" if kind == "trainjob" else "")
+    found = subprocess.run(["kubectl", "kustomize", folder], capture_output=True, text=True, check=True).stdout
+    job = next(part for part in yaml.safe_load_all(found) if part["kind"] == KINDS[kind].name)
+    containers = [job["spec"]["trainer"]] if kind == "trainjob" else [
+        replica["template"]["spec"]["containers"][0] for replica in job["spec"]["pytorchReplicaSpecs"].values()]
+    for container in containers if script else ():
+        container["command"] = ["sh", "-c"]
     return yaml.safe_dump(job)
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import ssl
 import subprocess
@@ -195,8 +196,21 @@ class FakeNode:
                 environment[one["name"]] = pod["metadata"]["annotations"][path.split("'")[1]]
             else:
                 environment[one["name"]] = one.get("value", "")
-        job = pod["metadata"]["ownerReferences"][0]["uid"] if pod["metadata"].get("ownerReferences") else ""
-        port = str(self.ports.setdefault(job, free_port()))
+        self.resolve(pod, environment)
+        command = [re.sub(r"\$\((\w+)\)", lambda found: environment.get(found[1], found[0]), self.local(word))
+                   for word in [*(spec.get("command") or []), *(spec.get("args") or [])]]
+        folder = Path(self.local(spec.get("workingDir") or "/tmp"))
+        return command, {key: self.local(value) for key, value in environment.items()}, folder
+
+    def resolve(self, pod: dict, environment: dict[str, str]) -> None:
+        """In the place of DNS: the services' names become this machine, a port of its own for each job.
+
+        All pods have that one address, so torchrun cannot see by it whether the others look for it or for another pod
+        (is_host), nor order the nodes as it does by their names (local address).
+        """
+        owners = pod["metadata"].get("ownerReferences") or [{"uid": ""}]
+        port = str(self.ports.setdefault(owners[0]["uid"], free_port()))
+        looked_for = environment.get("PET_RDZV_ENDPOINT") or environment.get("PET_MASTER_ADDR") or ""
         for name in environment:
             if name in ("MASTER_ADDR", "PET_MASTER_ADDR"):
                 environment[name] = "127.0.0.1"
@@ -204,9 +218,10 @@ class FakeNode:
                 environment[name] = port
             elif name == "PET_RDZV_ENDPOINT":
                 environment[name] = f"127.0.0.1:{port}"
-        command = [self.local(word) for word in [*(spec.get("command") or []), *(spec.get("args") or [])]]
-        folder = Path(self.local(spec.get("workingDir") or "/tmp"))
-        return command, {key: self.local(value) for key, value in environment.items()}, folder
+        if looked_for:
+            host = looked_for.split(":")[0] == pod["metadata"]["name"] or environment.get("PET_NODE_RANK") == "0"
+            environment["PET_RDZV_CONF"] = f"is_host={int(host)}"
+            environment["PET_LOCAL_ADDR"] = f"127.0.0.{1 + int(environment.get('PET_NODE_RANK') or 0)}"
 
     def local(self, text: str) -> str:
         for mount, folder in self.mounts.items():

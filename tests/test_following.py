@@ -233,7 +233,7 @@ def test_an_api_server_that_is_away_is_asked_again() -> None:
 
 @pytest.mark.parametrize(("error", "message"), [
     (refused(403, 'pytorchjobs is forbidden: User "u" cannot'),
-     'cannot create in namespace ours: pytorchjobs is forbidden: User "u" cannot; the pipeline\'s service account needs the Role of manifests/shared'),
+     'cannot create in namespace ours: pytorchjobs is forbidden: User "u" cannot; the pipeline.s service account'),
     (refused(404), "the cluster knows no PyTorchJob .kubeflow.org/v1.; install the Kubeflow training operator"),
     (refused(404, 'namespaces "ours" not found'), 'cannot create in namespace ours: namespaces "ours" not found'),
     (refused(422, "spec.x: Invalid value"), "spec.x: Invalid value .HTTP 422."),

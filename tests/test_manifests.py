@@ -150,7 +150,9 @@ def test_both_kinds_run_the_same(name: str) -> None:
     assert ours["args"] == trainjob["spec"]["trainer"]["args"] and ours["args"][0] == "train"
     assert ours["args"][1] in recipes()
     assert theirs["image"] == trainjob["spec"]["trainer"]["image"]
-    own = ("name", "args", "ports")
+    assert ours["command"][0] == theirs["command"][0] == "torchrun"  # a PyTorchJob's nodes meet by c10d
+    assert ours["command"][-2:] == theirs["command"][-2:] == ["-m", "vitdet"]
+    own = ("name", "args", "ports", "command")
     assert {**master, "spec": {**master["spec"], "containers": [{k: v for k, v in ours.items() if k not in own}]}} == \
            {**node, "spec": {**node["spec"], "containers": [{k: v for k, v in theirs.items() if k not in own}]}}
     gpus = ours["resources"]["limits"].get("nvidia.com/gpu", 1)
