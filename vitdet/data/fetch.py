@@ -53,6 +53,7 @@ def fetch(archives: Sequence[Archive], root: Path, show: Callable[[str], Watcher
             _check_space(todo, root, local)
             files = _given(todo, local) if local else _downloaded(todo, root, show, mirror, patience)
             found = _unpacked(todo, files, root, show)
+            log.info("%s: unpacked; waiting until all of it is on the disk", root)
             inventory.write(root, inventory.read(root).with_(found))
         _tidy(archives, root, keep)
     return bool(todo)
@@ -98,7 +99,7 @@ def _check_space(todo: Sequence[Archive], root: Path, local: Path | None) -> Non
     download = 0 if local else sum(archive.size - _used(root / ".archives", archive.name)
                                    for archive in todo if not (root / "archives" / archive.name).exists())
     content = sum(archive.unpacked + archive.count * BLOCK for archive in todo)
-    content -= sum(_used(root, folder) for archive in todo for folder in (archive.folder, _part(archive))
+    content -= sum(_used(root, folder) for archive in todo for folder in (archive.folder, f".{archive.folder}.part")
                    if not archive.members)
     free = shutil.disk_usage(root).free
     if download + content > free:
@@ -196,16 +197,16 @@ def _place(archive: Archive, path: Path, root: Path, seen: Callable[[int], None]
     folder = root / archive.folder
     limits = Limits(archive.count, archive.unpacked + archive.unpacked // 10)
     there = bool(archive.members) or folder.exists()
-    entries = unpack(path, folder if there else root / _part(archive), archive.choose, limits, seen, ours=not there)
+    work = folder if there else root / f".{archive.folder}.part"
+    entries = unpack(path, work, archive.choose, limits, seen, ours=not there)
     if len(entries) != archive.count:
         raise ValueError(f"{path}: holds {len(entries):,} of the {archive.count:,} files of {archive.folder}")
+    foreign = () if archive.members else set(os.listdir(work)) - {entry.name for entry in entries}
+    if foreign:
+        raise ValueError(f"{work / min(foreign)}: not of {archive.name}, and {len(foreign) - 1} more files; move them "
+                         "away and run the same again")
     if not there:
-        (root / _part(archive)).rename(folder)
-    elif not archive.members:
-        foreign = set(os.listdir(folder)) - {entry.name for entry in entries}
-        if foreign:
-            raise ValueError(f"{folder / min(foreign)}: not of {archive.name}, and {len(foreign) - 1} more files; move "
-                             "them away and run the same again")
+        work.rename(folder)
     return entries
 
 
@@ -235,10 +236,6 @@ def _tidy(archives: Sequence[Archive], root: Path, keep: bool) -> None:
             (waiting / name).unlink(missing_ok=True)
     if not os.listdir(waiting):
         waiting.rmdir()
-
-
-def _part(archive: Archive) -> str:
-    return f".{archive.folder}.part"
 
 
 def _sha256(path: Path) -> str:

@@ -14,6 +14,7 @@ from pathlib import Path
 from vitdet.download import Watcher
 
 LINGER = 10.0  # seconds that the others have to end when one has failed
+SHORT = 0.2  # seconds that each has to end after Ctrl-C
 log = logging.getLogger(__name__)
 
 
@@ -64,8 +65,9 @@ def side_by_side(works: Sequence[Callable[[], None]], stop: threading.Event) -> 
         except Exception as error:  # whichever: it is raised below
             ended.put(error)
 
-    for work in works:
-        threading.Thread(target=run, args=(work,), daemon=True).start()  # Ctrl-C does not wait for them
+    threads = [threading.Thread(target=run, args=(work,), daemon=True) for work in works]  # Ctrl-C waits for no server
+    for thread in threads:
+        thread.start()
     failed = None
     try:
         for _ in works:
@@ -78,6 +80,8 @@ def side_by_side(works: Sequence[Callable[[], None]], stop: threading.Event) -> 
                 stop.set()
     finally:
         stop.set()
+        for thread in threads:
+            thread.join(SHORT)
     if failed:
         raise failed
 
@@ -92,8 +96,12 @@ def locked(path: Path) -> Iterator[None]:
             except BlockingIOError:
                 log.info("%s: another process works on it; waiting", path.parent)
                 fcntl.flock(file, fcntl.LOCK_EX)
-            if not path.exists() or not os.path.samestat(path.stat(), os.fstat(file.fileno())):
-                continue  # the other one is done
+            try:
+                same = os.path.samestat(path.stat(), os.fstat(file.fileno()))
+            except FileNotFoundError:
+                same = False
+            if not same:
+                continue  # the other one is done, and a new file may be somebody else's
             try:
                 yield
             finally:
