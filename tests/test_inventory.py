@@ -9,7 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from vitdet.config import DataConfig
 from vitdet.data.inventory import Archive, File, Images, Manifest, compare, digest, read, verify, write
+from vitdet.data.manifest import describe
 
 LIST = b"a.jpg 3\nb.jpg 4\n"
 SUMS = f"a.jpg 3 {zlib.crc32(b'one'):08x}\nb.jpg 4 {zlib.crc32(b'four'):08x}\n".encode()
@@ -82,3 +84,16 @@ def test_a_write_that_fails_leaves_the_manifest_of_before(root: Path, monkeypatc
     with pytest.raises(OSError, match="no space"):
         write(root, Manifest())
     assert (root / "manifest.json").read_bytes() == before and len(list(root.iterdir())) == 3
+
+
+def test_a_pipeline_does_not_start_on_data_that_is_not_as_it_came(root: Path, own_tiny: Path) -> None:
+    data = DataConfig(root=str(own_tiny), train_split="train", val_split="val")
+    described = describe(data)
+    path = own_tiny / "annotations" / "instances_val.json"
+    with open(path, "rb") as file:
+        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+    write(own_tiny, Manifest((), (File("annotations/instances_val.json", path.stat().st_size, sha256),)))
+    assert describe(data) == described
+    write(own_tiny, Manifest((), (File("annotations/instances_val.json", path.stat().st_size, "0" * 64),)))
+    with pytest.raises(ValueError, match="instances_val.json: sha256 .*, it came with 0000"):
+        describe(data)

@@ -8,14 +8,17 @@ import hashlib
 from pathlib import Path
 
 from vitdet.config import DataConfig
-from vitdet.data import dataset_digest, read_split, split_files
+from vitdet.data import dataset_digest, inventory, read_split, split_files
 
 
 def describe(data: DataConfig) -> dict:
     """{"root", "digest", "classes", "files": [{"path", "size", "sha256"}], "images": {split: {"count", "bytes"}}}.
 
-    Both splits are read: raises FileNotFoundError or ValueError, in one line, for what training could not use.
+    Both splits are read: raises FileNotFoundError or ValueError, in one line, for what training could not use, and for
+    data that `vitdet data coco|lvis` brought and that is no longer as it came.
     """
+    if inventory.exists(Path(data.root)):
+        inventory.verify(Path(data.root))
     identity = dataset_digest(data)
     files, images, classes = [], {}, []
     for split in (data.train_split, data.val_split):
