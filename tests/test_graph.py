@@ -1,0 +1,128 @@
+"""What follows what: the pipeline's own graph and components under kfp's local runner, with steps of a few lines in
+place of `vitdet.workspace`.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import ROOT
+
+STEPS = '''
+import json, os
+from pathlib import Path
+
+def note(*words):
+    with open(os.environ["CALLS"], "a") as file:
+        file.write(json.dumps(words) + "\\n")
+
+def write(path, text):
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    Path(path).write_text(text)
+
+def resolve_configs(recipes, overrides, workspace, folder):
+    note("configs", recipes, overrides)
+    write(Path(folder) / "config", "")
+    return recipes
+
+def prepare_data(configs, workspace, manifest):
+    note("data")
+    write(manifest, "manifest")
+    return "digest"
+
+def fetch_weights(configs, workspace):
+    note("weights")
+    return ""
+
+def open_group(configs, workspace, run_id):
+    note("announce", run_id)
+    return "parent"
+
+def train(configs, name, manifest, workspace, run_id, checkpoint):
+    assert Path(manifest).read_text() == "manifest"
+    note("train", name, run_id)
+    if name == "broken":
+        raise ValueError("a loss is not finite")
+    write(checkpoint, name)
+
+def evaluate(checkpoint, configs, name, manifest, workspace, figures):
+    note("evaluate", name, Path(checkpoint).read_text())
+    write(figures, name)
+    return {"box_ap": 40.0}
+
+def judge(figures, configs, name, workspace, verdict):
+    note("gate", name)
+    write(verdict, name)
+    return "better" in name, "why"
+
+def register(checkpoint, figures, configs, name, workspace):
+    note("register", name, Path(checkpoint).read_text())
+    return "version 1"
+
+def compare(verdicts, configs, workspace, run_id, table):
+    note("compare", sorted(Path(verdict).read_text() for verdict in verdicts), run_id)
+    write(table, "| a table |")
+    return "| a table |"
+
+def close_group(recipes, overrides, workspace, run_id, state):
+    note("clean-up", recipes, state, run_id)
+'''
+
+
+class Played:
+    """A run of `python -m pipeline run` with such steps: its calls in their order."""
+
+    def __init__(self, folder: Path, *recipes: str) -> None:
+        package, self.log = folder / "steps" / "vitdet", folder / "calls"
+        package.mkdir(parents=True)
+        (package / "__init__.py").touch()
+        (package / "__main__.py").touch()
+        (package / "workspace.py").write_text(STEPS)
+        outer = {**os.environ, "PYTHONPATH": f"{package.parent}{os.pathsep}{ROOT}", "CALLS": str(self.log)}
+        self.done = subprocess.run([sys.executable, "-m", "pipeline", "run", *recipes, "--set", "a.b=1"], cwd=folder,
+                                   env=outer, capture_output=True, text=True, timeout=120)
+        self.calls = [json.loads(line) for line in self.log.read_text().splitlines()]
+
+    def of(self, step: str) -> list[list]:
+        return [rest for name, *rest in self.calls if name == step]
+
+    def order(self) -> list[str]:
+        return [name for name, *_ in self.calls]
+
+
+def test_every_recipe_goes_its_way_and_one_table_ends_it(tmp_path: Path) -> None:
+    played = Played(tmp_path, "good", "better", "best")
+    assert played.done.returncode == 0, played.done.stdout + played.done.stderr
+    assert played.of("configs") == [[["good", "better", "best"], ["a.b=1"]]]
+    (run_id,) = played.of("announce")[0]
+    assert sorted(played.of("train")) == [["best", run_id], ["better", run_id], ["good", run_id]]
+    assert sorted(played.of("evaluate")) == [["best", "best"], ["better", "better"], ["good", "good"]]
+    assert played.of("register") == [["better", "better"]]  # alone passed the gate
+    assert played.of("compare") == [[["best", "better", "good"], run_id]]
+    assert played.of("clean-up") == [[["good", "better", "best"], "SUCCEEDED", run_id]]
+    order = played.order()
+    assert order[0] == "configs"
+    assert sorted(order[1:4]) == ["announce", "data", "weights"]  # all of them before anything is trained
+    assert order[-2:] == ["compare", "clean-up"]
+    assert "| a table |" in played.done.stdout
+
+
+def test_one_recipe_is_the_same_pipeline(tmp_path: Path) -> None:
+    played = Played(tmp_path, "better")
+    assert played.done.returncode == 0, played.done.stdout + played.done.stderr
+    assert played.order()[4:] == ["train", "evaluate", "gate", "register", "compare", "clean-up"]
+
+
+@pytest.mark.parametrize("recipes", [["broken"], ["better", "broken"]], ids=" ".join)
+def test_whatever_fails_the_exit_handler_runs_and_knows(recipes: list[str], tmp_path: Path) -> None:
+    played = Played(tmp_path, *recipes)
+    assert played.done.returncode == 1
+    assert "ValueError: a loss is not finite" in played.done.stdout
+    assert played.done.stderr.startswith("pipeline: step train failed")
+    assert played.of("compare") == []
+    assert played.of("clean-up")[0][1] == "FAILED"
+    assert played.order()[-1] == "clean-up"
