@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 
-IMAGE = os.environ.get("VITDET_IMAGE", "vitdet:0.1.0")  # of all steps; read when the pipeline is compiled
+IMAGE = os.environ.get("VITDET_IMAGE", "")  # of all steps, read when a pipeline is compiled; '': that of the job
 RUN_ID = "KFP_RUN_ID"  # set in the pods from their label, in a local run by `python -m pipeline run`
 
 

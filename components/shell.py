@@ -1,4 +1,5 @@
-"""The decorator of every component: the one image, in which nothing is installed when a pod starts.
+"""The decorator of every component: in the one image, where nothing is installed when a pod starts. Without a name for
+it here, the pipeline gives the tasks that of the training job.
 
 Apart from `components` itself, which the steps import too: in a pod kfp has no decorators.
 """
@@ -9,4 +10,4 @@ from kfp import dsl
 
 from components import IMAGE
 
-component = partial(dsl.component, base_image=IMAGE, install_kfp_package=False, packages_to_install=[])
+component = partial(dsl.component, base_image=IMAGE or "python", install_kfp_package=False, packages_to_install=[])

@@ -40,8 +40,9 @@ GPU = "nvidia.com/gpu"
 Dress = Callable[[PipelineTask, str], PipelineTask]  # (task, its size) -> the task with what the cluster has to know
 
 
-def build(train: BaseComponent, job: str = "", dress: Dress = lambda task, size: task) -> BaseComponent:
-    """The pipeline with this way to train; `job` is the YAML text of the jobs that it may start."""
+def build(train: BaseComponent, job: str = "", image: str = "", dress: Dress = lambda task, size: task
+          ) -> BaseComponent:
+    """The pipeline with this way to train; `job` is the YAML text of the jobs that it may start in this image."""
 
     @dsl.pipeline(name="vitdet", description="Trains recipes, compares them, registers what beats the champion.")
     def vitdet(recipes: list[str], overrides: list[str] = [], workspace: str = MOUNT, nodes: int = 1,  # noqa: B006
@@ -59,7 +60,7 @@ def build(train: BaseComponent, job: str = "", dress: Dress = lambda task, size:
                 trained = dress(train(
                     name=name, resolved=resolved, manifest=dataset.outputs["manifest"], data=dataset.outputs["Output"],
                     initial=initial.output, workspace=workspace, nodes=nodes, pool=pool, job_kind=job_kind, job=job,
-                    image=IMAGE), "launcher").after(parent)
+                    image=image), "launcher").after(parent)
                 measured = dress(evaluate(
                     checkpoint=trained.outputs["checkpoint"], name=name, resolved=resolved,
                     manifest=dataset.outputs["manifest"], workspace=workspace), "gpu")
@@ -80,11 +81,12 @@ def build(train: BaseComponent, job: str = "", dress: Dress = lambda task, size:
 def compile_pipeline(file: Path, job: str = "") -> Path:
     """Writes the cluster's pipeline; the same bytes each time.
 
-    job: YAML text with the training jobs, as `kubectl kustomize` prints it; else those of manifests/. Raises ValueError
-    when it holds none.
+    job: YAML text with the training jobs, as `kubectl kustomize` prints it; else those of manifests/. The steps run in
+    its image, unless the environment's VITDET_IMAGE names another. Raises ValueError when it holds no job.
     """
     jobs = only_jobs(job or "\n---\n".join(path.read_text() for path in JOBS))
-    compiler.Compiler().compile(build(train_job, jobs, cluster(jobs)), str(file))
+    image = IMAGE or image_of(jobs)
+    compiler.Compiler().compile(build(train_job, jobs, image, cluster(jobs, image)), str(file))
     return file
 
 
@@ -111,9 +113,9 @@ def only_jobs(text: str) -> str:
     return "\n---\n".join(found[kind] for kind in KINDS if kind in found) + "\n"
 
 
-def cluster(jobs: str) -> Dress:
-    """What pods need: volume, MLflow's secret, the run's id, resources, retries, and a GPU to evaluate where jobs train
-    on GPUs.
+def cluster(jobs: str, image: str) -> Dress:
+    """What pods need: image, volume, MLflow's secret, the run's id, resources, retries, and a GPU to evaluate where jobs
+    train on GPUs.
     """
     gpus, tolerations = accelerators(jobs)
     # name: (processor, memory, memory at most, retries)
@@ -123,6 +125,7 @@ def cluster(jobs: str) -> Dress:
 
     def dress(task: PipelineTask, size: str) -> PipelineTask:
         processor, memory, most, retries = sizes[size]
+        task.set_container_image(image)
         task.set_cpu_request(processor).set_memory_request(memory).set_memory_limit(most)
         if retries:
             task.set_retry(retries, backoff_duration="30s", backoff_factor=2, backoff_max_duration="300s")
@@ -140,6 +143,19 @@ def cluster(jobs: str) -> Dress:
         return task
 
     return dress
+
+
+def image_of(jobs: str) -> str:
+    """The image of the jobs. Raises ValueError when they name different ones, or none."""
+    found = set()
+    for job in yaml.safe_load_all(jobs):
+        replicas = job["spec"].get("pytorchReplicaSpecs", {}).values()
+        found |= {one["template"]["spec"]["containers"][0].get("image", "") for one in replicas}
+        found |= {job["spec"].get("trainer", {}).get("image", "")} - {""}
+    if len(found) != 1 or "" in found:
+        raise ValueError(f"the training jobs must name one image, they name {', '.join(sorted(found)) or 'none'}; "
+                         "set it in the manifests, or for all steps in VITDET_IMAGE")
+    return found.pop()
 
 
 def accelerators(jobs: str) -> tuple[int, list[dict]]:

@@ -58,7 +58,6 @@ def test_every_component_is_looked_at() -> None:
 @pytest.mark.parametrize("step", ALL, ids=lambda step: step.name)
 def test_nothing_is_installed_when_a_pod_starts(step: PythonComponent) -> None:
     container = step.component_spec.implementation.container
-    assert container.image == components.IMAGE
     assert "pip" not in " ".join(container.command[:-1])
 
 

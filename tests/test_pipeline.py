@@ -17,7 +17,7 @@ import yaml
 from mlflow import MlflowClient
 
 from pipeline.local import Screen
-from pipeline.pipeline import accelerators, only_jobs
+from pipeline.pipeline import accelerators, image_of, only_jobs
 from tests.conftest import ROOT, minimal, options
 
 GOLDEN = ROOT / "tests" / "golden_pipeline"
@@ -85,12 +85,23 @@ def test_the_jobs_travel_as_text() -> None:
     assert accelerators(jobs.replace("nvidia.com/gpu: 8", "ephemeral-storage: 1Gi"))[0] == 0
 
 
+def test_the_steps_run_in_the_image_of_the_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert image_of(only_jobs(JOBS)) == "registry.example.com/vitdet:1"
+    with pytest.raises(ValueError, match="name one image, they name a, registry.example.com/vitdet:1"):
+        image_of(only_jobs(JOBS.replace("numNodes: 2", "image: a, numNodes: 2")))
+    outer = {**os.environ, "VITDET_IMAGE": "other:2"}
+    subprocess.run([sys.executable, "-m", "pipeline", "compile", tmp_path / "other.yaml"], cwd=ROOT, env=outer,
+                   check=True)
+    executors = yaml.safe_load((tmp_path / "other.yaml").read_text().split("\n---\n")[0])["deploymentSpec"]["executors"]
+    assert {one["container"]["image"] for one in executors.values()} == {"other:2"}
+
+
 def test_nothing_is_installed_and_every_step_has_what_it_needs(compiled: Path, documents: tuple[dict, dict]) -> None:
     specification, kubernetes = documents
     assert "pip install" not in compiled.read_text()
     executors = specification["deploymentSpec"]["executors"]
     assert executors.keys() == kubernetes.keys()
-    assert {one["container"]["image"] for one in executors.values()} == {"vitdet:0.1.0"}
+    assert {one["container"]["image"] for one in executors.values()} == {"registry.example.com/vitdet:1"}
     for name, needs in kubernetes.items():
         assert needs["fieldPathAsEnv"] == [{"fieldPath": "metadata.labels['pipeline/runid']", "name": "KFP_RUN_ID"}]
         assert [(one["constant"], one["mountPath"]) for one in needs["pvcMount"]] == [("vitdet-data", "/data")]
