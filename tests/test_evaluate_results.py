@@ -127,6 +127,14 @@ def test_what_is_no_file_of_results_is_refused(files, text, message):
     (lambda tree: tree["annotations"][0].pop("segmentation"), "annotation 1: segmentation is missing"),
     (lambda tree: tree["annotations"][0].update(segmentation=SHORT), "annotation 1: RLE whose counts do not fill"),
     (lambda tree: tree.update(images=3), "not COCO's layout"),
+    (lambda tree: tree["images"].append(tree["images"][0]), "images: an id comes twice"),
+    (lambda tree: tree["categories"].append(tree["categories"][0]), "categories: an id comes twice"),
+    (lambda tree: tree["images"][0].update(height="9"), "image .*: height and width must be whole numbers"),
+    (lambda tree: tree["annotations"][0].update(bbox="x"), "annotation 1: bbox must be 4 finite numbers .*, got 'x'"),
+    (lambda tree: tree["annotations"][0].update(bbox=[0, 0, float("nan"), 1]), "annotation 1: bbox must be 4 finite"),
+    (lambda tree: tree["annotations"][0].update(area="big"), "annotation 1: area must be a finite number, got 'big'"),
+    (lambda tree: tree["annotations"][0].update(iscrowd="no"), "annotation 1: iscrowd must be 0 or 1, got 'no'"),
+    (lambda tree: tree["annotations"].clear(), "holds no object to find"),
     (lambda tree: tree.pop("categories"), "categories is missing")])
 def test_broken_annotations_are_refused_in_one_line(files, change, message):
     results, annotations = files

@@ -139,9 +139,12 @@ def evaluate_results(results: str | Path, annotations: str | Path, dataset: str 
         finished = ARBITERS[dataset].compare(truth, found, kinds_of(found))
     except ValueError as error:
         raise ValueError(f"{results}: {error}") from error
+    metrics = ARBITERS[dataset].summary(finished)
+    if not metrics:
+        raise ValueError(f"{annotations}: holds no object to find; there is nothing to score")
     if plots is not None:
         write_report(plots, finished, found)
-    return ARBITERS[dataset].summary(finished)
+    return metrics
 
 
 def _read(data: DataConfig) -> tuple[Truth, CocoSplit]:

@@ -14,9 +14,10 @@ from pathlib import Path
 
 import numpy as np
 
-from vitdet.data.values import segmentation_problem
+from vitdet.data.values import segmentation_problem, show
 
 KINDS = {"bbox": "bbox", "segm": "segmentation"}  # of comparisons, and the key of a result that each looks at
+BBOX = "4 finite numbers x, y, width, height"
 CHECK = "`vitdet data check` lists all problems"
 
 
@@ -52,17 +53,38 @@ def truth_of(path: Path | str, tree: object) -> Truth:
     try:
         images, categories = ({item["id"]: item for item in sorted(tree[key], key=lambda item: item["id"])}
                               for key in ("images", "categories"))
-        for image in images.values():
-            _ = image["height"], image["width"]
         for category in categories.values():
             _ = category["name"]
         for item in tree["annotations"]:
             _ = item["bbox"], images[item["image_id"]], categories[item["category_id"]]
+        _check_truth(tree, images, categories)
     except KeyError as error:
         raise ValueError(f"{path}: {error} is neither a field nor an id that is there; {CHECK}") from error
     except (TypeError, AttributeError) as error:
         raise ValueError(f"{path}: not COCO's layout ({error}); {CHECK}") from error
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}; {CHECK}") from error
     return Truth(path, images, categories, tree["annotations"])
+
+
+def _check_truth(tree: dict, images: dict[int, dict], categories: dict[int, dict]) -> None:
+    """Raises ValueError for the first value that has no meaning in a comparison."""
+    for key, ids in (("images", images), ("categories", categories)):
+        if len(ids) != len(tree[key]):
+            raise ValueError(f"{key}: an id comes twice")
+    for image in images.values():
+        if any(type(side) is not int or side < 1 for side in (image["height"], image["width"])):
+            raise ValueError(f"image {show(image['id'])}: height and width must be whole numbers of pixels")
+    objects = tree["annotations"]
+    sized = [item for item in objects if item.get("area") is not None]
+    for items, key, shape, expected in ((objects, "bbox", (4,), BBOX), (sized, "area", (), "a finite number")):
+        place = _first_bad([item[key] for item in items], shape)
+        if place is not None:
+            item = items[place]
+            raise ValueError(f"annotation {show(item.get('id'))}: {key} must be {expected}, got {show(item[key])}")
+    for item in objects:
+        if item.get("iscrowd", 0) not in (0, 1):
+            raise ValueError(f"annotation {show(item.get('id'))}: iscrowd must be 0 or 1, got {show(item['iscrowd'])}")
 
 
 def read_results(path: Path | str) -> list[dict]:
@@ -129,9 +151,11 @@ def check_results(truth: Truth, results: Sequence[dict], kinds: Iterable[str], i
     if strangers:
         raise ValueError(f"{truth.path}: holds no category {strangers[0]}, which has results ({len(strangers)} such "
                          "categories); are the results of another data set?")
-    _check_numbers([item["score"] for item in results], (), "score", "a finite number")
-    if "bbox" in kinds:
-        _check_numbers([item["bbox"] for item in results], (4,), "bbox", "4 finite numbers x, y, width, height")
+    boxes = [("bbox", (4,), BBOX)] if "bbox" in kinds else []
+    for key, shape, expected in [("score", (), "a finite number"), *boxes]:
+        place = _first_bad([item[key] for item in results], shape)
+        if place is not None:
+            raise ValueError(f"result {place + 1}: {key} must be {expected}, got {show(results[place][key])}")
 
 
 def _strangers(results: Sequence[dict], key: str, known: dict[int, dict]) -> list:
@@ -141,22 +165,19 @@ def _strangers(results: Sequence[dict], key: str, known: dict[int, dict]) -> lis
         raise ValueError(f"{key} of a result must be a number ({error})") from error
 
 
-def _check_numbers(values: list, shape: tuple[int, ...], key: str, expected: str) -> None:
+def _first_bad(values: list, shape: tuple[int, ...]) -> int | None:
+    """The index of the first value that is not finite numbers of this shape, None if all are."""
+    if not values or _finite(values, (len(values), *shape)):
+        return None
+    return next(place for place, value in enumerate(values) if not _finite(value, shape))
+
+
+def _finite(values: object, shape: tuple[int, ...]) -> bool:
     try:
         array = np.array(values)
-        good = array.shape == (len(values), *shape) and array.dtype.kind in "iuf" and np.isfinite(array).all()
     except ValueError:  # of different lengths
-        good = False
-    if good or not values:
-        return
-    for number, value in enumerate(values, start=1):
-        try:
-            array = np.array(value)
-            fits = array.shape == shape and array.dtype.kind in "iuf" and np.isfinite(array).all()
-        except ValueError:
-            fits = False
-        if not fits:
-            raise ValueError(f"result {number}: {key} must be {expected}, got {value!r}")
+        return False
+    return array.shape == shape and array.dtype.kind in "iuf" and bool(np.isfinite(array).all())
 
 
 def check_code(item: dict, name: str, size: tuple[int, int]) -> None:
