@@ -102,6 +102,13 @@ def packed(path: Path, content: bytes) -> Path:
     return path
 
 
+def test_torch_s_advice_to_run_the_code_is_not_passed_on(tmp_path: Path) -> None:
+    path = tmp_path / "model.pth"
+    torch.save({"model": {"w": torch.ones(2)}, "x": Call(os.system, "true")}, path, pickle_protocol=4)
+    text = one_line(path)
+    assert "Unsupported operand 149" in text and "weights_only" not in text
+
+
 def test_persistent_ids_are_read_as_carefully(tmp_path: Path) -> None:
     path, one = tmp_path / "model.pth", b"(X\x07\0\0\0storage%sX\x01\0\0\00X\x03\0\0\0cpuK\x02tQ"
     assert "it names posix.system" in one_line(packed(path, b"\x80\x02" + one % b"cposix\nsystem\n" + b"."))

@@ -52,6 +52,8 @@ def test_what_does_not_fit_is_named_and_nothing_is_loaded(detector: Detector, ba
         (lacking, "tensors: lacks backbone.blocks.0.norm1.weight"),
         ({**backbone, "backbone.pos_embed": torch.zeros(1, 3, 3, 64)},
          "1 tensors: other shape: backbone.pos_embed (1, 3, 3, 64), expected (1, 16, 16, 128)"),
+        ({**backbone, "backbone.pos_embed": torch.ones(1, 16, 16, 128, dtype=torch.int8)},
+         "1 tensors: other type: backbone.pos_embed torch.int8, expected torch.float32"),
         ({"x": torch.zeros(1)}, "1 tensors: no place for x; "),
     )
     for number, (weights, says) in enumerate(cases):

@@ -142,11 +142,14 @@ def _fit(weights: dict[str, Tensor], own: dict[str, Tensor], source: Source, afr
          path: Path) -> tuple[dict[str, Tensor], list[str]]:
     """The weights with a place, in its shape, and a line for each kind of tensor that was resized."""
     layout = FORMATS[source.layout]
-    fitting, surplus, shapes, resized = {}, [], [], {}
+    fitting, surplus, shapes, types, resized = {}, [], [], [], {}
     for name, tensor in weights.items():
         if name not in own:
             if source.whole or not known(name, layout.spare):
                 surplus.append(name)
+            continue
+        if tensor.is_floating_point() != own[name].is_floating_point():  # such as whole numbers of a compressed model
+            types.append(f"{name} {tensor.dtype}, expected {own[name].dtype}")
             continue
         shape = tuple(own[name].shape)
         fitted = tensor if tuple(tensor.shape) == shape else resize(name, tensor, shape) if tensor.numel() else None
@@ -158,11 +161,12 @@ def _fit(weights: dict[str, Tensor], own: dict[str, Tensor], source: Source, afr
             resized.setdefault((tuple(tensor.shape), shape), []).append(name)
     missing = [name for name in own if name not in weights and name not in afresh
                and (source.whole or name.startswith("backbone.") and not known(name, layout.fresh))]
-    if surplus or missing or shapes:
+    if surplus or missing or shapes or types:
         hint = "is it of another layout (train.init_format, --format)?" if surplus and source.layout == "vitdet" else ""
         raise ValueError(f"{path}: does not fit this {'detector' if source.whole else 'backbone'}: "
                          f"{_few('no place for', surplus)}{_few('lacks', missing)}"
-                         f"{_few('other shape:', shapes)}{hint}".rstrip("; "))
+                         f"{_few('other shape:', shapes)}"
+                         f"{_few('other type:', types)}{hint}".rstrip("; "))
     return fitting, [f"{names[0]}{f' and {len(names) - 1} more' if names[1:] else ''}: resized from {before} to {after}"
                      for (before, after), names in resized.items()]
 

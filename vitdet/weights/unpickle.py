@@ -135,7 +135,8 @@ def _read_torch(path: Path) -> object:
         named = re.search(r"GLOBAL (\S+)", str(error))
         if named:
             raise ValueError(refusal(path, named.group(1))) from error
-        raise ValueError(f"{path}: not a whole file of weights ({_first_line(error)})") from error
+        cause = str(error).rpartition("WeightsUnpickler error: ")[2]  # torch's advice, to run the code, goes before it
+        raise ValueError(f"{path}: not a whole file of weights ({' '.join(cause.split())[:120]})") from error
     except (RuntimeError, EOFError, OSError, ValueError, LookupError, TypeError, AttributeError, AssertionError,
             MemoryError) as error:
         raise ValueError(f"{path}: not a whole file of weights ({_first_line(error)})") from error
