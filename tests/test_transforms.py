@@ -52,7 +52,7 @@ def test_a_rectangle_is_where_its_box_says(seed: int) -> None:
     image = np.zeros((90, 140, 3), np.uint8)
     image[30:60, 50:100] = 255
     affine = _draw(seed, scale_range=(0.5, 2.0), transpose=0.5)
-    seen = affine.pixels(Image.fromarray(image))
+    seen = np.asarray(affine.seen(Image.fromarray(image)))
     assert seen.shape[:2] == affine.size
     outline = edges([_rectangle(50, 30, 100, 60)], 90, 140).numpy()
     boxes, keep = visible_boxes(affine.edges(outline), affine.size)
@@ -75,7 +75,7 @@ def test_crop_before_resize_equals_resize_then_crop(seed: int) -> None:
         slow = slow.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     slow = np.asarray(slow.resize(affine.scaled[::-1], Image.Resampling.BILINEAR)).astype(int)
     (top, left), (height, width) = affine.offset, affine.size
-    difference = affine.pixels(image) - slow[top : top + height, left : left + width]
+    difference = np.asarray(affine.seen(image)) - slow[top : top + height, left : left + width]
     assert abs(difference).max() <= 1
 
 
@@ -107,9 +107,9 @@ def _only(**changes: bool) -> Affine:
 def test_flip_and_transpose_twice_are_the_identity(name: str) -> None:
     image, outline = _noise(30, 50), edges([[[3, 4, 20, 5, 11, 29]]], 30, 50).numpy()
     affine = _only(**{name: True})
-    once = affine.pixels(image)
+    once = np.asarray(affine.seen(image))
     back = affine if name == "flip" else Affine((50, 30), (30, 50), (0, 0), (30, 50), transpose=True)
-    assert np.array_equal(back.pixels(Image.fromarray(once)), np.asarray(image))
+    assert np.array_equal(np.asarray(back.seen(Image.fromarray(once))), np.asarray(image))
     assert not np.array_equal(affine.edges(outline), outline)
     assert np.allclose(back.edges(affine.edges(outline)), outline)
 
@@ -117,9 +117,9 @@ def test_flip_and_transpose_twice_are_the_identity(name: str) -> None:
 def test_flip_mirrors_boxes_and_pixels() -> None:
     image, outline = _noise(30, 50), edges([_rectangle(3, 4, 20, 29)], 30, 50).numpy()
     affine = _only(flip=True)
-    assert np.array_equal(affine.pixels(image), np.asarray(image)[:, ::-1])
+    assert np.array_equal(np.asarray(affine.seen(image)), np.asarray(image)[:, ::-1])
     assert visible_boxes(affine.edges(outline), (30, 50))[0].tolist() == [[30, 4, 47, 29]]
-    assert np.array_equal(_only(transpose=True).pixels(image), np.asarray(image).swapaxes(0, 1))
+    assert np.array_equal(np.asarray(_only(transpose=True).seen(image)), np.asarray(image).swapaxes(0, 1))
     assert visible_boxes(_only(transpose=True).edges(outline), (50, 30))[0].tolist() == [[4, 3, 29, 20]]
 
 
@@ -185,7 +185,7 @@ def test_colors_equal_the_steps_one_after_the_other() -> None:
 
 def test_pad_keeps_every_byte() -> None:
     image = np.asarray(_noise(5, 7))
-    assert np.array_equal(pad(image, 8)[:, :5, :7].transpose(1, 2, 0), image)
+    assert np.array_equal(pad(Image.fromarray(image), 8)[:, :5, :7].transpose(1, 2, 0), image)
 
 
 def _slow_bilinear(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
@@ -220,10 +220,10 @@ def test_a_part_of_a_plain_resize_is_cut_out_of_the_whole() -> None:
 def test_antialiasing_can_be_left_out_in_training_and_evaluation() -> None:
     image = _noise(90, 140)
     affine = Affine((90, 140), (45, 70), (3, 5), (40, 60), flip=True)
-    plain = affine.pixels(image, antialias=False)
+    plain = np.asarray(affine.seen(image, antialias=False))
     flipped = np.asarray(image)[:, ::-1]
     assert np.array_equal(plain, resize_bilinear(flipped, (45, 70))[3:43, 5:65])
-    assert np.abs(plain.astype(int) - affine.pixels(image)).mean() > 10  # of noise, PIL's keeps far less
+    assert np.abs(plain.astype(int) - np.asarray(affine.seen(image))).mean() > 10  # of noise, PIL's keeps far less
     canvas, size = resize_and_pad(np.asarray(image), 64, antialias=False)
     assert size == (41, 64) and np.array_equal(canvas[:, :41], resize_bilinear(np.asarray(image), (41, 64)).transpose(
         2, 0, 1))

@@ -108,7 +108,7 @@ class TrainData(Dataset):
             return None
         target = Target(torch.from_numpy(boxes[keep]), torch.from_numpy(record.labels[keep]),
                         Polygons(torch.from_numpy(edges[keep])))
-        canvas = pad(affine.pixels(image, data.antialias), data.image_size)
+        canvas = pad(affine.seen(image, data.antialias), data.image_size)
         return torch.from_numpy(canvas), target, affine.size, record.image_id, affine.source
 
     def _load(self, index: int, record: Record) -> tuple[Image.Image, np.ndarray]:

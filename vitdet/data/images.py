@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 
 def open_image(path: Path) -> Image.Image:
@@ -17,6 +17,7 @@ def open_image(path: Path) -> Image.Image:
         raise FileNotFoundError(f"{path}: no such image file")
     try:
         with Image.open(path) as file:
+            file.load()
             return upright(file)
     except UnidentifiedImageError as error:
         raise ValueError(f"{path}: not an image that can be read (JPEG, PNG, ...)") from error
@@ -25,10 +26,11 @@ def open_image(path: Path) -> Image.Image:
 
 
 def upright(image: Image.Image) -> Image.Image:
-    """The image in RGB, turned as its EXIF orientation says."""
-    image = ImageOps.exif_transpose(image)
+    """The image in RGB, turned as its EXIF orientation says; the image itself, not a copy, where it is that already."""
+    if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
+        image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I;16") or image.mode == "I":  # PIL would cut 16 bits to 255 instead of scaling them
         pixels = np.asarray(image)
         if image.mode != "I" or pixels.max(initial=0) > 255:
             image = Image.fromarray((pixels >> 8).clip(0, 255).astype(np.uint8))
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")

@@ -11,7 +11,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-from einops import rearrange
 from PIL import Image
 
 from vitdet.data.bilinear import resize_bilinear
@@ -43,20 +42,20 @@ class Affine:
         matrix[:, 2] -= self.offset[::-1]
         return matrix
 
-    def pixels(self, image: Image.Image, antialias: bool = True) -> np.ndarray:
-        """What is seen of the RGB image: (h, w, 3) uint8, bilinear; only that part is ever computed."""
+    def seen(self, image: Image.Image, antialias: bool = True) -> Image.Image:
+        """What is seen of the RGB image, bilinear; only that part is ever computed."""
         if self.transpose:
             image = image.transpose(Image.Transpose.TRANSPOSE)
         if self.flip:
             image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
         if not antialias:
             seen = resize_bilinear(np.asarray(image), self.scaled, self.offset, self.size)
-            return np.asarray(change_colors(Image.fromarray(seen), *self.colors))
+            return change_colors(Image.fromarray(seen), *self.colors)
         (height, width), (top, left) = self.size, self.offset
         y, x = image.height / self.scaled[0], image.width / self.scaled[1]
         box = (left * x, top * y, min((left + width) * x, image.width), min((top + height) * y, image.height))
         image = image.resize((width, height), Image.Resampling.BILINEAR, box=box)
-        return np.asarray(change_colors(image, *self.colors))
+        return change_colors(image, *self.colors)
 
     def edges(self, edges: np.ndarray) -> np.ndarray:
         """Edges (G, E, 4) x0, y0, x1, y1 moved to the canvas, float32; the zero edges that pad them stay zero."""
@@ -116,13 +115,14 @@ def resize_and_pad(image: np.ndarray, size: int, antialias: bool = True) -> tupl
     """The image (H, W, 3) uint8 on a canvas (3, size, size), longest side = canvas; and its size without the padding.
     """
     resized = resize_longest(image, size, antialias)
-    return pad(resized, size), resized.shape[:2]
+    return pad(Image.fromarray(resized), size), resized.shape[:2]
 
 
-def pad(image: np.ndarray, size: int) -> np.ndarray:
-    """The image (h, w, 3) in the top left corner of a black canvas (3, size, size)."""
+def pad(image: Image.Image, size: int) -> np.ndarray:
+    """The RGB image in the top left corner of a black canvas (3, size, size) uint8."""
     canvas = np.zeros((3, size, size), np.uint8)
-    canvas[:, : image.shape[0], : image.shape[1]] = rearrange(image, "h w c -> c h w")
+    for plane, band in zip(canvas, image.split(), strict=True):  # a third of the time of exchanging an array's axes
+        plane[: image.height, : image.width] = band
     return canvas
 
 
