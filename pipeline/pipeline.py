@@ -114,8 +114,8 @@ def only_jobs(text: str) -> str:
 
 
 def cluster(jobs: str, image: str) -> Dress:
-    """What pods need: image, volume, MLflow's secret, the run's id, resources, retries, and a GPU to evaluate where jobs
-    train on GPUs.
+    """What pods need: image, volume, MLflow's secret, the run's id, resources, retries; and to evaluate a GPU where
+    jobs train on GPUs.
     """
     gpus, tolerations = accelerators(jobs)
     # name: (processor, memory, memory at most, retries)

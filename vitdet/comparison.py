@@ -14,7 +14,10 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
 
 COLUMNS = ("box_ap", "mask_ap", "box_ap50", "box_ap75")
-ENDS = {"SUCCEEDED": "FINISHED", "CANCELLED": "KILLED"}  # how KFP says a run ended -> how MLflow does
+# How KFP says that a run ended -> how MLflow does. Its servers say COMPLETE or SUCCEEDED, and some RUNNING of a run
+# whose exit handler runs: then the table tells, which the last step makes.
+ENDS = {"SUCCEEDED": "FINISHED", "COMPLETE": "FINISHED", "CACHED": "FINISHED", "FAILED": "FAILED",
+        "CANCELLED": "KILLED", "CANCELED": "KILLED"}
 
 
 def open_group(group: str, names: Sequence[str], *, uri: str, folder: Path, experiment: str) -> str:
@@ -37,7 +40,8 @@ def close_group(group: str, state: str, *, uri: str, folder: Path, experiment: s
     client, _ = connect(None, uri, folder)
     place = experiment_id(client, tracking_uri(uri, folder), folder, experiment)
     if parent := _parent(client, place, group):
-        client.set_terminated(parent, ENDS.get(state, "FAILED"))
+        unknown = "FINISHED" if "best" in client.get_run(parent).data.tags else "FAILED"
+        client.set_terminated(parent, ENDS.get(state.upper(), unknown))
 
 
 def compare(group: str, rows: Sequence[dict], *, uri: str, folder: Path, experiment: str, model_name: str) -> str:
