@@ -103,6 +103,7 @@ def test_a_halving_is_the_same_function_in_both_orders() -> None:
 
 @pytest.mark.parametrize("setting", [{"residual_blocks": [1]}, {"scaled_rel_pos": True}, {"final_norm": True}])
 def test_what_only_a_plain_backbone_has_is_refused(setting: dict) -> None:
-    config = from_dict({"model": {"backbone": {"name": "swin_t", "window_size": 7, **setting}, "pyramid": {"kind": "fpn"}}})
+    backbone = {"name": "swin_t", "window_size": 7, **setting}
+    config = from_dict({"model": {"backbone": backbone, "pyramid": {"kind": "fpn"}}})
     with pytest.raises(ValueError, match=f"{next(iter(setting))} is for the plain backbones: swin_t has no such thing"):
         build_detector(config.model)
