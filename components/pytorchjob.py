@@ -131,12 +131,12 @@ class Cluster:
         self.blind = False  # and that was said
 
     def ask(self, verb: str, call: Callable, *given: object, but: tuple[int, ...] = (), forbidden: float = 0,
-            **options: object) -> dict | None:
+            options: dict[str, object] | None = None) -> dict | None:
         """The answer, None for a status of `but`. forbidden: for how many seconds a refusal is not believed."""
         start, said = time.monotonic(), False
         while True:
             try:
-                raw = call(*given, _preload_content=False, _request_timeout=(5, 30), **options).data
+                raw = call(*given, _preload_content=False, _request_timeout=(5, 30), **(options or {})).data
                 answer = json.loads(raw)
                 if said:
                     self.out("launcher: the API server answers again")
@@ -181,12 +181,12 @@ class Cluster:
     def delete(self) -> None:
         """Deletes the job, if it is there, and with it its pods."""
         self.ask(f"delete {self.kind.plural}", self.objects.delete_namespaced_custom_object, *self.place, self.name,
-                 but=(404,), propagation_policy="Background")
+                 but=(404,), options={"propagation_policy": "Background"})
 
     def pods(self) -> tuple[list[dict], str]:
         """The job's pods, and the version of that list, from which `changes` goes on."""
         found = self.ask("list pods", self.core.list_namespaced_pod, self.namespace,
-                         label_selector=self.kind.selector(self.name), forbidden=self.patience.forbidden)
+                         options={"label_selector": self.kind.selector(self.name)}, forbidden=self.patience.forbidden)
         return found["items"], found["metadata"]["resourceVersion"]
 
     def changes(self, version: str, seconds: float) -> Iterator[dict]:
