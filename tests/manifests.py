@@ -50,7 +50,7 @@ def pods(documents: list[dict]) -> Iterator[tuple[str, dict]]:
     """(where, pod template) of everything that makes pods."""
     for document in documents:
         name, spec = f"{document['kind']} {document['metadata']['name']}", document.get("spec", {})
-        if document["kind"] in ("Deployment", "StatefulSet"):
+        if document["kind"] in ("Deployment", "Job", "StatefulSet"):
             yield name, spec["template"]
         elif document["kind"] == "PyTorchJob":
             for role, replica in spec["pytorchReplicaSpecs"].items():

@@ -255,7 +255,9 @@ def test_a_typo_is_noticed(typo: str, copy: Path) -> None:
     path, change = TYPOS[typo]
     (copy / path).write_text(change((copy / path).read_text()))
     try:
-        cluster, folder = kustomize(copy / "overlays" / "eks" / "cluster"), copy / "overlays" / "eks"
+        folder = copy / "overlays" / "eks"
+        untouched = path.startswith(("pytorchjob", "trainjob"))
+        cluster = overlay("eks", "cluster") if untouched else kustomize(folder / "cluster")
         jobs = kustomize(folder / "trainjob" if path.startswith("trainjob") else folder)
     except ValueError:
         return  # kubectl itself noticed
@@ -264,5 +266,10 @@ def test_a_typo_is_noticed(typo: str, copy: Path) -> None:
 
 def test_the_guide_names_files_that_exist() -> None:
     for guide in (MANIFESTS / "README.md", MANIFESTS / "training-operator" / "kustomization.yaml"):
-        for path in re.findall(r"\bmanifests/[\w./-]+\w", guide.read_text()):
+        for path in re.findall(r"(?<![\w/])manifests/[\w./-]+\w", guide.read_text()):
             assert (ROOT / path).exists(), f"{guide.name}: {path}"
+    text = (MANIFESTS / "README.md").read_text()
+    for folder in re.findall(r"(?<![\w/])((?:components|overlays|node-pools)/[\w-]+)", text):
+        assert (MANIFESTS / folder).exists() or folder == "overlays/CLUSTER", folder
+    named = set(re.findall(r"`([\w-]+)`", text)) | set(re.findall(r"components/([\w-]+)", text))
+    assert {path.name for path in (MANIFESTS / "components").iterdir()} - named == set()
