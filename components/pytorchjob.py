@@ -174,7 +174,7 @@ class Cluster:
 
     def adopt(self, owner: dict) -> None:
         """Makes `owner` the job's only one."""
-        change = [{"op": "add", "path": "/metadata/ownerReferences", "value": [owner]}]
+        change = {"metadata": {"ownerReferences": [owner]}}  # a merge patch: all that the client sends to these kinds
         self.ask(f"patch {self.kind.plural}", self.objects.patch_namespaced_custom_object, *self.place, self.name,
                  change, but=(404,))
 

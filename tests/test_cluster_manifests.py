@@ -10,7 +10,8 @@ from collections.abc import Iterator
 import pytest
 import yaml
 
-from tests.cluster import kubectl, on_cluster
+from components.jobs import KINDS
+from tests.cluster import QUICK, kubectl, on_cluster
 from tests.test_manifests import JOBS, MANIFESTS, OVERLAYS, overlay
 
 pytestmark = [*on_cluster, pytest.mark.skipif(not shutil.which("kubectl"), reason="needs kubectl")]
@@ -89,6 +90,29 @@ def test_a_pipeline_s_account_may_what_it_must_and_no_more(accounts: str) -> Non
     denied = kubectl("get", "pods", "--namespace=default", f"--as=system:serviceaccount:{accounts}:vitdet-pipeline",
                      fails=True)
     assert "forbidden" in denied
+
+
+@pytest.mark.parametrize("kind", JOBS)
+def test_the_launcher_s_requests_are_all_allowed(kind: str, accounts: str) -> None:
+    from kubernetes import config
+
+    from components.pytorchjob import Cluster
+
+    api = config.new_client_from_config()
+    api.set_default_header("Impersonate-User", f"system:serviceaccount:{accounts}:vitdet-pipeline")
+    said: list[str] = []
+    cluster = Cluster(api, KINDS[kind], "vitdet-train", accounts, said.append, QUICK)
+    *_, job = moved(overlay("kind", JOBS[kind]), accounts)
+    owner = {"apiVersion": "v1", "kind": "Pod", "name": "step", "uid": "1", "blockOwnerDeletion": False}
+    assert cluster.create(job) and not cluster.create(job)
+    cluster.adopt(owner)
+    assert cluster.get()["metadata"]["ownerReferences"][0]["name"] == "step"
+    found, version = cluster.pods()
+    assert found == [] and list(cluster.changes(version, 1)) == [] and cluster.log("vitdet-train-master-0") == []
+    cluster.delete()
+    assert cluster.get() is None and said == []
+    with pytest.raises(RuntimeError, match="forbidden"):
+        Cluster(api, KINDS[kind], "vitdet-train", "default", said.append, QUICK).create(job)
 
 
 def test_a_training_s_account_may_nothing(accounts: str) -> None:
