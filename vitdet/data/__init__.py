@@ -21,9 +21,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from vitdet.config import DataConfig
-from vitdet.data.coco import CocoSplit, Record, read_coco, read_image
+from vitdet.data.coco import CocoSplit, read_coco, read_image
 from vitdet.data.masks import outline, pad_edges
-from vitdet.data.packed import PackedList
+from vitdet.data.records import Record, Records
 from vitdet.data.samplers import InfiniteSampler, positions, repeat_factors
 from vitdet.data.transforms import jitter, pad, resize_and_pad, visible_boxes
 from vitdet.types import Batch, Polygons, Target
@@ -55,8 +55,8 @@ def read_split(data: DataConfig, split: str, tree: dict | None = None) -> CocoSp
     """
     found = read_coco(*split_files(data, split), by_url=data.dataset == "lvis", tree=tree)
     if data.max_images:
-        found = replace(found, records=[record for record in found.records if len(record)][: data.max_images])
-    missing = [record.path for record in found.records if not record.path.is_file()]
+        found = replace(found, records=_with_objects(found)[: data.max_images])
+    missing = [path for path in found.records.paths() if not path.is_file()]
     if missing:
         raise FileNotFoundError(f"{missing[0]}: no such file, and {len(missing) - 1} more images of the annotations "
                                 f"are missing; `vitdet data check {data.root}` lists all problems")
@@ -70,19 +70,18 @@ class TrainData(Dataset):
     """
 
     def __init__(self, split: CocoSplit, data: DataConfig, seed: int) -> None:
-        records = [record for record in split.records if len(record)]
-        if not records:
+        self.split = split
+        self.records = _with_objects(split)
+        if not self.records:
             raise ValueError(f"{data.root}: no image of {data.train_split} holds an object to learn from")
-        self.split = replace(split, records=[])  # all but these
-        self.records = PackedList(records)
-        self.without_objects = len(split.records) - len(records)
+        self.without_objects = len(split.records) - len(self.records)
         self.data = data
         self.seed = seed
         repeats = None
         if data.repeat_threshold:
-            repeats = repeat_factors([record.labels for record in records], data.repeat_threshold)
-        self.sampler = InfiniteSampler(len(records), seed, repeats)
-        self._small = sum(3 * record.height * record.width for record in records) <= CACHE
+            repeats = repeat_factors(self.records.labels(), data.repeat_threshold)
+        self.sampler = InfiniteSampler(len(self.records), seed, repeats)
+        self._small = 3 * int(self.records.sizes().prod(axis=1).sum()) <= CACHE
         self._cache: dict[int, tuple[Image.Image, np.ndarray]] = {}
 
     def __getitem__(self, position: int) -> Sample:
@@ -124,7 +123,7 @@ class TrainData(Dataset):
 class ValData(Dataset):
     """Index -> an image of the records, longest side = canvas, without targets."""
 
-    def __init__(self, records: list[Record], image_size: int, antialias: bool = True) -> None:
+    def __init__(self, records: Records, image_size: int, antialias: bool = True) -> None:
         self.records = records
         self.image_size = image_size
         self.antialias = antialias
@@ -209,6 +208,10 @@ class _Steps(Sampler):
 
     def __len__(self) -> int:
         return self.count
+
+
+def _with_objects(split: CocoSplit) -> Records:
+    return split.records.select(np.flatnonzero(split.records.counts()))
 
 
 def _processes(workers: int) -> dict:

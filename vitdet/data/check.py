@@ -9,10 +9,9 @@ from __future__ import annotations
 
 import hashlib
 import io
-import json
 import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import combinations
 from pathlib import Path
@@ -20,11 +19,13 @@ from pathlib import Path
 from PIL import ExifTags, Image
 
 from vitdet.data.coco import image_name
+from vitdet.data.entries import Entries, read_entries
 from vitdet.data.report import Report
 from vitdet.data.values import is_number, segmentation_problem, show
 
 PREFIXES = ("instances_", "lvis_v1_")  # of annotation files: COCO's and LVIS's
 LISTS = ("neg_category_ids", "not_exhaustive_category_ids")  # of an LVIS image: what its annotators looked for
+Table = list | Entries
 OUTSIDE = 1.0  # pixels by which a box may leave its image unnoticed: annotators' rounding
 
 
@@ -111,10 +112,10 @@ class _Split:
     def _warning(self, kind: str, where: str) -> None:
         self.report.warning(kind, f"{self.file}: {where}")
 
-    def _load(self) -> tuple[list, list, list] | None:
+    def _load(self) -> tuple[Table, Table, Table] | None:
         path = self.report.folder / "annotations" / self.file
         try:
-            content = json.loads(path.read_bytes())
+            content = read_entries(path)
         except FileNotFoundError:
             self.report.error("no annotation file", f"expected {path}")
             return None
@@ -133,14 +134,14 @@ class _Split:
             table = content.get(key)
             if key not in content:
                 self._error(f"no {key!r} in the file", f"its keys are {show(list(content))}")
-            elif not isinstance(table, list):
+            elif not isinstance(table, Table):
                 self._error(f"{key!r} is not a list", f"got {show(table)}")
-            tables.append(table if isinstance(table, list) else [])
+            tables.append(table if isinstance(table, Table) else [])
         return tables[0], tables[1], tables[2]
 
-    def _items(self, table: list, what: str) -> list[tuple[str, dict]]:
+    def _items(self, table: Table, what: str) -> Iterator[tuple[str, dict]]:
         """The entries that are objects with an id of their own, each with how to name it."""
-        found, seen = [], set()
+        seen = set()
         for index, item in enumerate(table):
             if not isinstance(item, dict):
                 self._error(f"{what} that is not an object", f"entry {index}: {show(item)}")
@@ -148,12 +149,13 @@ class _Split:
                 self._error(f"{what} without 'id'", f"entry {index}: {show(item)}")
             elif type(item["id"]) is not int:
                 self._error(f"{what} id that is not a whole number", f"entry {index}: {show(item['id'])}")
+            elif not -(2**63) <= item["id"] < 2**63:
+                self._error(f"{what} id of more than 64 bits", f"entry {index}: {show(item['id'])}")
             elif item["id"] in seen:
                 self._error(f"{what} id that comes twice", f"{what} {item['id']} (entry {index})")
             else:
                 seen.add(item["id"])
-                found.append((f"{what} {item['id']}", item))
-        return found
+                yield f"{what} {item['id']}", item
 
     def _has(self, where: str, item: dict, key: str) -> bool:
         if key not in item:

@@ -3,7 +3,6 @@
 Lin et al. 2014, https://cocodataset.org/#format-data; Gupta et al. 2019, https://www.lvisdataset.org/dataset, whose
 images are COCO's, found by their coco_url. Crowd regions and boxes of zero size are real but cannot be learnt from:
 they are left out and counted. Anything else that is wrong stops the reading, in one line.
-Letters: G usable objects of an image.
 """
 
 from __future__ import annotations
@@ -11,14 +10,16 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
+from collections.abc import Callable, Container, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 from PIL import Image
 
+from vitdet.data.entries import read_entries
 from vitdet.data.images import open_image
-from vitdet.data.values import segmentation_problem
+from vitdet.data.records import Objects, Records
+from vitdet.data.values import segmentation_problem, show
 
 
 class ImageError(ValueError):
@@ -33,22 +34,6 @@ class ImageError(ValueError):
 
 
 @dataclass(frozen=True)
-class Record:
-    """One image: boxes (G, 4) float32 xyxy in its pixels, labels (G,) int64 contiguous, a segmentation an object."""
-
-    image_id: int
-    path: Path
-    height: int
-    width: int
-    boxes: np.ndarray
-    labels: np.ndarray
-    segmentations: list  # COCO's polygons (a list of flat x, y lists) or an RLE dict
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-
-@dataclass(frozen=True)
 class CocoSplit:
     """The records in order of image id; label k is class_names[k] and category_ids[k] of the file.
 
@@ -57,7 +42,7 @@ class CocoSplit:
 
     class_names: tuple[str, ...]
     category_ids: tuple[int, ...]
-    records: list[Record]
+    records: Records
     image_counts: tuple[int, ...]
     dropped: dict[str, int]  # reason -> objects left out
 
@@ -71,12 +56,12 @@ def read_coco(annotations: Path | str, images: Path | str, by_url: bool = False,
     an unknown image or category, an id that comes twice, a polygon under 3 points, a box outside its image.
     """
     path = Path(annotations)
-    content = read_tree(path) if tree is None else tree
+    content = _read(path, read_entries) if tree is None else tree
     try:
         return _split(content, Path(images), by_url)
     except KeyError as error:
         raise ValueError(f"{path}: the field {error} is missing; `vitdet data check` lists all problems") from error
-    except (TypeError, AttributeError) as error:
+    except (TypeError, AttributeError, OverflowError) as error:
         raise ValueError(f"{path}: not COCO's layout ({error}); `vitdet data check` lists all problems") from error
     except ValueError as error:
         raise ValueError(f"{path}: {error}; `vitdet data check {path.parent.parent}` lists all problems") from error
@@ -88,12 +73,12 @@ def image_name(head: dict, by_url: bool) -> str:
     return "/".join(url.split("/")[-2:]) if url else head["file_name"]
 
 
-def image_counts(categories: list[dict], records: list[Record]) -> tuple[int, ...]:
+def image_counts(categories: list[dict], records: Records) -> tuple[int, ...]:
     """How many images hold each category: what every one of them states as image_count, else counted."""
     stated = [category.get("image_count") for category in categories]
     if all(type(count) is int and count >= 0 for count in stated):
         return tuple(stated)
-    counts = Counter(label for record in records for label in set(record.labels.tolist()))
+    counts = Counter(label for labels in records.labels() for label in set(labels.tolist()))
     return tuple(counts[label] for label in range(len(categories)))
 
 
@@ -114,12 +99,16 @@ def read_image(path: Path, size: tuple[int, int] | None = None) -> Image.Image:
 
 def read_tree(path: Path) -> dict:
     """The content of an annotation file. Raises FileNotFoundError or ValueError with one line that names it."""
+    return _read(path, lambda file: json.loads(file.read_bytes()))
+
+
+def _read(path: Path, read: Callable[[Path], object]) -> dict:
     try:
-        content = json.loads(path.read_bytes())
+        content = read(path)
     except FileNotFoundError:
         raise FileNotFoundError(f"{path}: no such annotation file; expected ROOT/annotations/instances_SPLIT.json "
                                 "(data.dataset=lvis: lvis_v1_SPLIT.json), see data.root and data.*_split") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: broken JSON ({error}); write or download the file again") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path}: expected an object with images, annotations and categories, "
@@ -128,69 +117,79 @@ def read_tree(path: Path) -> dict:
 
 
 def _split(content: dict, images: Path, by_url: bool) -> CocoSplit:
-    categories = _by_id(content["categories"], "category")
-    heads = _by_id(content["images"], "image")
-    _by_id(content["annotations"], "annotation")
+    categories: dict[int, dict] = {}
+    for category in content["categories"]:
+        _is_new(category["id"], categories, "category")
+        categories[category["id"]] = category
+    heads: dict[int, tuple[int, int, int]] = {}
+    names = {}
     for head in content["images"]:
-        _check_size(head)
+        _is_new(head["id"], heads, "image")
+        heads[head["id"]] = _head(head)
+        names[head["id"]] = image_name(head, by_url)
+    row_of = {image_id: row for row, image_id in enumerate(sorted(heads))}
     category_ids = tuple(sorted(categories))
     label_of = {category: label for label, category in enumerate(category_ids)}
-    found: dict[int, list[dict]] = {image_id: [] for image_id in heads}
-    dropped: Counter[str] = Counter()
-    for annotation in content["annotations"]:
+    objects, dropped = _objects(content["annotations"], heads, row_of, label_of)
+    records = Records.of(images, [names[image_id] for image_id in row_of], [heads[image_id] for image_id in row_of],
+                         objects)
+    ordered = [categories[category] for category in category_ids]
+    class_names = tuple(str(category["name"]) for category in ordered)
+    return CocoSplit(class_names, category_ids, records, image_counts(ordered, records), dropped)
+
+
+def _objects(annotations: Iterable[dict], heads: dict[int, tuple[int, int, int]], row_of: dict[int, int],
+             label_of: dict[int, int]) -> tuple[Objects, dict[str, int]]:
+    """What training can use, and how many for each reason it cannot."""
+    objects, dropped, seen = Objects(), Counter(), set()
+    for annotation in annotations:
+        _is_new(annotation["id"], seen, "annotation")
+        seen.add(annotation["id"])
         reason = _judge(annotation, heads, label_of)
         if reason:
             dropped[reason] += 1
         else:
-            found[annotation["image_id"]].append(annotation)
-    records = [_record(heads[image_id], found[image_id], label_of, images / image_name(heads[image_id], by_url))
-               for image_id in sorted(heads)]
-    ordered = [categories[category] for category in category_ids]
-    names = tuple(str(category["name"]) for category in ordered)
-    return CocoSplit(names, category_ids, records, image_counts(ordered, records), dict(dropped))
+            objects.append(row_of[annotation["image_id"]], label_of[annotation["category_id"]], annotation["bbox"],
+                           annotation["segmentation"])
+    return objects, dict(dropped)
 
 
-def _by_id(items: list[dict], kind: str) -> dict[int, dict]:
-    table = {item["id"]: item for item in items}
-    if len(table) < len(items):
-        twice = next(key for key, count in Counter(item["id"] for item in items).items() if count > 1)
-        raise ValueError(f"{kind} id {twice} comes twice")
-    return table
+def _is_new(number: int, seen: Container[int], kind: str) -> None:
+    if number in seen:
+        raise ValueError(f"{kind} id {number} comes twice")
 
 
-def _check_size(head: dict) -> None:
-    height, width = head["height"], head["width"]
-    if not (isinstance(height, int) and isinstance(width, int) and height > 0 and width > 0):
-        raise ValueError(f"image {head['id']}: height and width must be positive whole numbers, got {height}, {width}")
+def _head(head: dict) -> tuple[int, int, int]:
+    """Image id, height, width."""
+    image_id, height, width = head["id"], head["height"], head["width"]
+    if type(image_id) is not int or not -(2**63) <= image_id < 2**63:
+        raise ValueError(f"image id {show(image_id)}: expected a whole number")
+    if not all(isinstance(side, int) and 0 < side < 2**31 for side in (height, width)):
+        raise ValueError(f"image {image_id}: height and width must be positive whole numbers, got {show(height)}, "
+                         f"{show(width)}")
+    return image_id, int(height), int(width)
 
 
-def _judge(annotation: dict, heads: dict[int, dict], label_of: dict[int, int]) -> str:
+def _judge(annotation: dict, heads: dict[int, tuple[int, int, int]], label_of: dict[int, int]) -> str:
     """Why training leaves the object out ('': it does not); ValueError for what no annotation may be."""
-    name = f"annotation {annotation['id']}"
-    if annotation["image_id"] not in heads:
-        raise ValueError(f"{name}: image {annotation['image_id']} does not exist")
+    image_id = annotation["image_id"]
+    if image_id not in heads:
+        raise ValueError(f"annotation {annotation['id']}: image {image_id} does not exist")
     if annotation["category_id"] not in label_of:
-        raise ValueError(f"{name}: category {annotation['category_id']} does not exist")
+        raise ValueError(f"annotation {annotation['id']}: category {annotation['category_id']} does not exist")
     x, y, width, height = annotation["bbox"]
     if not math.isfinite(x + y + width + height):
-        raise ValueError(f"{name}: bbox must hold four finite numbers, got {annotation['bbox']}")
+        raise ValueError(f"annotation {annotation['id']}: bbox must hold four finite numbers, got "
+                         f"{annotation['bbox']}")
     if annotation.get("iscrowd", 0):
         return "crowd"
     if width <= 0 or height <= 0:
         return "of zero size"
-    head = heads[annotation["image_id"]]
-    if x >= head["width"] or y >= head["height"] or x + width <= 0 or y + height <= 0:
-        raise ValueError(f"{name}: bbox {annotation['bbox']} lies outside the image of "
-                         f"{head['width']} x {head['height']} pixels")
-    problem = segmentation_problem(annotation["segmentation"], (head["height"], head["width"]))
+    _, rows, columns = heads[image_id]
+    if x >= columns or y >= rows or x + width <= 0 or y + height <= 0:
+        raise ValueError(f"annotation {annotation['id']}: bbox {annotation['bbox']} lies outside the image of "
+                         f"{columns} x {rows} pixels")
+    problem = segmentation_problem(annotation["segmentation"], (rows, columns))
     if problem:
-        raise ValueError(f"{name}: {problem[0]}: {problem[1]}")
+        raise ValueError(f"annotation {annotation['id']}: {problem[0]}: {problem[1]}")
     return ""
-
-
-def _record(head: dict, annotations: list[dict], label_of: dict[int, int], path: Path) -> Record:
-    boxes = np.array([annotation["bbox"] for annotation in annotations], np.float32).reshape(-1, 4)
-    boxes[:, 2:] += boxes[:, :2]
-    labels = np.array([label_of[annotation["category_id"]] for annotation in annotations], np.int64)
-    outlines = [annotation["segmentation"] for annotation in annotations]
-    return Record(head["id"], path, head["height"], head["width"], boxes, labels, outlines)

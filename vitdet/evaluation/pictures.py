@@ -12,8 +12,9 @@ from torch import nn
 
 from vitdet.config import DataConfig
 from vitdet.data import read_split
-from vitdet.data.coco import CocoSplit, Record
+from vitdet.data.coco import CocoSplit
 from vitdet.data.masks import decode
+from vitdet.data.records import Record
 from vitdet.predictor import Predictor, comfortable_scale, draw, paint, read_image
 
 GAP = 8  # pixels between the two halves
