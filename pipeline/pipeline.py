@@ -117,10 +117,10 @@ def cluster(jobs: str, image: str) -> Dress:
     """What pods need: image, volume, MLflow's secret, the run's id, resources, retries; and to evaluate a GPU where
     jobs train on GPUs.
     """
-    gpus, tolerations = accelerators(jobs)
+    gpus, tolerations, selector = accelerators(jobs)
     # name: (processor, memory, memory at most, retries)
     sizes = {"once": ("100m", "512Mi", "2Gi", 0), "small": ("100m", "512Mi", "2Gi", 3),
-             "data": ("500m", "2Gi", "24Gi", 2), "launcher": ("100m", "512Mi", "2Gi", 2),
+             "data": ("500m", "2Gi", "24Gi", 2), "launcher": ("100m", "1Gi", "4Gi", 2),
              "gpu": ("1", "4Gi", "24Gi", 2), "model": ("500m", "2Gi", "16Gi", 2)}
 
     def dress(task: PipelineTask, size: str) -> PipelineTask:
@@ -129,6 +129,8 @@ def cluster(jobs: str, image: str) -> Dress:
         task.set_cpu_request(processor).set_memory_request(memory).set_memory_limit(most)
         if retries:
             task.set_retry(retries, backoff_duration="30s", backoff_factor=2, backoff_max_duration="300s")
+        # The image's own user, said, since Pod Security `restricted` believes no image; KFP adds the rest of it.
+        kubernetes.set_security_context(task, run_as_user=1000, run_as_group=1000, run_as_non_root=True)
         kubernetes.mount_pvc(task, CLAIM, MOUNT)
         kubernetes.use_secret_as_env(task, "vitdet-mlflow", SECRET, optional=True)
         # The label, for a placeholder as an argument would be another value in each run, and no step ever cached.
@@ -137,6 +139,8 @@ def cluster(jobs: str, image: str) -> Dress:
             kubernetes.empty_dir_mount(task, "shm", "/dev/shm", medium="Memory", size_limit="4Gi")
             if gpus:
                 task.set_accelerator_type(GPU).set_accelerator_limit(1)
+                for key, value in selector.items():  # GKE lets a pod onto a pool's nodes only if it selects the pool
+                    kubernetes.add_node_selector(task, key, value)
             for one in tolerations:
                 kubernetes.add_toleration(task, one.get("key"), one.get("operator"), one.get("value"),
                                           one.get("effect"), one.get("tolerationSeconds"))
@@ -158,11 +162,11 @@ def image_of(jobs: str) -> str:
     return found.pop()
 
 
-def accelerators(jobs: str) -> tuple[int, list[dict]]:
-    """(GPUs of a pod, tolerations) of the first job that says so."""
+def accelerators(jobs: str) -> tuple[int, list[dict], dict[str, str]]:
+    """(GPUs of a pod, tolerations, node selector) of the first job that says so."""
     for job in yaml.safe_load_all(jobs):
         for replica in job["spec"].get("pytorchReplicaSpecs", {}).values():
             pod = replica["template"]["spec"]
             limits = pod["containers"][0].get("resources", {}).get("limits", {})
-            return int(limits.get(GPU, 0)), pod.get("tolerations", [])
-    return 0, []
+            return int(limits.get(GPU, 0)), pod.get("tolerations", []), pod.get("nodeSelector", {})
+    return 0, [], {}

@@ -81,7 +81,8 @@ def test_the_jobs_travel_as_text() -> None:
     assert "runPolicy: {backoffLimit: 4}  # stays 4, not 4.0" in jobs
     assert "template: *template" in jobs
     assert "ServiceAccount" not in jobs
-    assert accelerators(jobs) == (8, [{"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"}])
+    toleration = {"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"}
+    assert accelerators(jobs) == (8, [toleration], {"vitdet/pool": "gpu-train"})
     assert accelerators(jobs.replace("nvidia.com/gpu: 8", "ephemeral-storage: 1Gi"))[0] == 0
 
 
@@ -106,9 +107,11 @@ def test_nothing_is_installed_and_every_step_has_what_it_needs(compiled: Path, d
         assert needs["fieldPathAsEnv"] == [{"fieldPath": "metadata.labels['pipeline/runid']", "name": "KFP_RUN_ID"}]
         assert [(one["constant"], one["mountPath"]) for one in needs["pvcMount"]] == [("vitdet-data", "/data")]
         assert [one["secretName"] for one in needs["secretAsEnv"]] == ["vitdet-mlflow"]
+        assert needs["securityContext"] == {"runAsUser": "1000", "runAsGroup": "1000", "runAsNonRoot": True}
         assert {"memoryLimit", "memoryRequest", "cpuRequest"} <= executors[name]["container"]["resources"].keys()
     with_gpu = [name for name, one in executors.items() if "accelerator" in one["container"]["resources"]]
     assert with_gpu == ["exec-evaluate"] == [name for name, needs in kubernetes.items() if "tolerations" in needs]
+    assert kubernetes["exec-evaluate"]["nodeSelector"] == {"labels": {"vitdet/pool": "gpu-train"}}
 
 
 def test_what_changes_the_world_is_never_taken_from_a_cache(documents: tuple[dict, dict]) -> None:
