@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 import yaml
 
 POOL = "vitdet/pool"  # the label that our node pools set, so that a job does not know its cloud
+COMPUTE_CLASS = "cloud.google.com/compute-class"  # the same on GKE, where a pool's nodes can have no label with a slash
 RUN, RECIPE = "vitdet/run", "vitdet/recipe"
 DEADLINE, KEEP = 14 * 24 * 3600, 7 * 24 * 3600  # seconds, where the template says nothing: active at most, kept after
 
@@ -204,9 +205,8 @@ def add_to_pod(pod: dict, wish: Wish) -> None:
     """Where the pod may run, and its volumes."""
     task = wish.task
     selector = {**(pod.get("nodeSelector") or {}), **(task.get("node_selector") or {})}
-    if wish.pool:  # a cloud may want the pool's name under a label of its own too (GKE: its compute class)
-        named = [key for key, value in selector.items() if value == selector.get(POOL)]
-        selector |= dict.fromkeys([POOL, *named], wish.pool)
+    if wish.pool:
+        selector[COMPUTE_CLASS if COMPUTE_CLASS in selector else POOL] = wish.pool
     if selector:
         pod["nodeSelector"] = selector
     if task.get("affinity"):

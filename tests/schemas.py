@@ -32,7 +32,7 @@ TEXT, YES_NO, NUMBER = {"type": "string"}, {"type": "boolean"}, {"type": "intege
 COMPUTE_CLASS = closed(
     apiVersion=TEXT, kind=TEXT, metadata=METADATA,
     spec=closed(
-        nodePoolAutoCreation=closed(enabled=YES_NO), nodePoolConfig=closed(nodeLabels=STRINGS),
+        nodePoolAutoCreation=closed(enabled=YES_NO),
         autoscalingPolicy=closed(consolidationDelayMinutes=NUMBER),
         whenUnsatisfiable={"enum": ["DoNotScaleUp", "ScaleUpAnyway"]},
         priorities={"type": "array", "items": closed(gpu=closed(type=TEXT, count=NUMBER, driverVersion=TEXT),
