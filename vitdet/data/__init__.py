@@ -5,6 +5,7 @@ What a position of the training stream becomes depends on (seed, position) alone
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import logging
 import os
@@ -187,14 +188,19 @@ def dataset_digest(data: DataConfig) -> str:
         for path in (annotations, images):
             if not path.exists():
                 raise FileNotFoundError(f"{path}: not there; expected COCO's layout under data.root")
-        content = annotations.read_bytes()
-        digest.update(f"\n{split}\n".encode() + hashlib.sha256(content).digest())
-        found = images.rglob("*")
+        with open(annotations, "rb") as file:
+            digest.update(f"\n{split}\n".encode() + hashlib.file_digest(file, "sha256").digest())
+        found = _files(images)
         if data.dataset == "lvis":
-            found = (images / name.decode() for name in set(COCO_URL.findall(content)))
-        files = sorted((str(path.relative_to(images)), path.stat().st_size) for path in found if path.is_file())
+            found = (str(images / name.decode()) for name in set(COCO_URL.findall(annotations.read_bytes())))
+        start = len(str(images)) + 1
+        files = sorted((path[start:], os.stat(path).st_size) for path in found if os.path.isfile(path))
         digest.update("\n".join(f"{name} {size}" for name, size in files).encode())
     return digest.hexdigest()[:16]
+
+
+def _files(folder: Path) -> Iterator[str]:
+    return (os.path.join(place, name) for place, _, names in os.walk(folder) for name in names)
 
 
 class _Steps(Sampler):
@@ -220,5 +226,9 @@ def _processes(workers: int) -> dict:
 
 
 def _start_worker(worker: int) -> None:
-    """A signal to the group of the training process must not take its next batch away: it ends its workers itself."""
+    """A signal to the group of the training process must not take its next batch away: it ends its workers itself.
+
+    And the collector leaves alone what was there before the fork: to look at an object is to copy its page of memory.
+    """
     os.setpgrp()
+    gc.freeze()
