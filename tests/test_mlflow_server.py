@@ -1,0 +1,58 @@
+"""The MLflow server of manifests/mlflow: its options, variables and accounts are ones that the locked MLflow knows."""
+
+from __future__ import annotations
+
+import re
+from configparser import ConfigParser
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.conftest import ROOT
+
+FOLDER = ROOT / "manifests" / "mlflow"
+
+
+@pytest.fixture(scope="module")
+def container() -> dict:
+    deployment, = (document for document in yaml.safe_load_all((FOLDER / "server.yaml").read_text())
+                   if document["kind"] == "Deployment")
+    return deployment["spec"]["template"]["spec"]["containers"][0]
+
+
+def test_mlflow_knows_every_option_and_variable(container: dict) -> None:
+    from mlflow import environment_variables
+    from mlflow.cli import server
+
+    assert container["command"] == ["mlflow", "server"]
+    options = {option for parameter in server.params for option in parameter.opts}
+    assert {argument.split("=")[0] for argument in container["args"]} <= options
+    variables = {name.removeprefix("_") for name in vars(environment_variables)}
+    variables |= {str(parameter.envvar) for parameter in server.params}
+    told = {entry["name"] for entry in container["env"]}
+    told |= set(re.findall(r"MLFLOW_\w+", (ROOT / "manifests" / "README.md").read_text()))
+    assert {name for name in told if name.startswith("MLFLOW_")} <= variables
+
+
+def test_the_accounts_lie_in_the_same_database(container: dict) -> None:
+    known = Path(find_spec("mlflow").origin).parent / "server" / "auth" / "basic_auth.ini"  # its own, with all settings
+    ours = ConfigParser()
+    ours.read(FOLDER / "basic_auth.ini")
+    settings = dict(ours["mlflow"])
+    assert settings.keys() <= set(re.findall(r"(?m)^(?:# )?(\w+) = ", known.read_text()))
+    given = {entry["name"]: entry["value"] for entry in container["env"]}
+    assert settings["database_uri"] == given["MLFLOW_BACKEND_STORE_URI"]
+    user = settings["database_uri"].split("://")[1].split("@")[0]
+    assert user == "mlflow", "a password has no place in a ConfigMap: libpq takes PGPASSWORD"
+    mounted = {mount["mountPath"] for mount in container["volumeMounts"]}
+    assert Path(given["MLFLOW_AUTH_CONFIG_PATH"]) in {Path(folder) / "basic_auth.ini" for folder in mounted}
+
+
+@pytest.mark.parametrize("name", ["kind", "gke", "eks", "onprem"])
+def test_only_the_names_of_the_service_are_let_in(name: str) -> None:
+    values = yaml.safe_load((ROOT / "manifests" / "overlays" / name / "values" / "values.yaml").read_text())["data"]
+    space = values["namespace"]
+    assert values["mlflowHosts"].split(",") == ["mlflow:5000", f"mlflow.{space}:5000", f"mlflow.{space}.svc:5000",
+                                                "localhost:5000"]
