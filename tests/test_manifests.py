@@ -125,8 +125,8 @@ def test_every_value_reaches_its_place(name: str, copy: Path) -> None:
     file.write_text(yaml.safe_dump({**values, "data": marks}))
     folder = copy / "overlays" / name
     rendered = [*kustomize(folder), *kustomize(folder / "trainjob"), *kustomize(folder / "cluster")]
-    if name != "kind":
-        rendered += build(copy, name, ["shared"], ["components/kueue-queues", "components/values"])
+    queues = ["components/kueue-queues"] if name != "kind" else []
+    rendered += build(copy, name, ["shared"], [*queues, "components/values"])
     rendered += build(copy, name, ["pytorchjob"], ["components/values", "components/elastic"])
     text = yaml.safe_dump_all(rendered)
     assert [key for key, mark in marks.items() if not re.search(rf"\b{mark}\b", text)] == []
