@@ -239,3 +239,33 @@ def test_a_crop_lies_on_the_diagonal_or_anywhere() -> None:
     diagonal, anywhere = places(), places(diagonal=False)
     assert (diagonal[:, 0] == diagonal[:, 1]).all() and (anywhere[:, 0] == diagonal[:, 0]).all()
     assert abs(np.corrcoef(anywhere.T)[0, 1]) < 0.2 and anywhere.min() < 5 and anywhere.max() > 95
+
+
+def _published(rng: np.random.Generator, box: np.ndarray, source: tuple[int, int], canvas: int) -> list[float]:
+    """Detectron2's RandomFlip, ResizeScale and FixedSizeCrop of a box, as its conventions have it; one step a line."""
+    (height, width), (x0, y0, x1, y1) = source, box
+    flip, scale, place = rng.random() < 0.5, rng.uniform(0.1, 2.0), rng.uniform()
+    x0, x1 = (width - x1, width - x0) if flip else (x0, x1)
+    factor = min(canvas * scale / height, canvas * scale / width)
+    new_height, new_width = int(np.round(height * factor)), int(np.round(width * factor))
+    top, left = (int(np.round(place * max(side - canvas, 0))) for side in (new_height, new_width))
+    x0, x1 = (np.clip(x * new_width / width - left, 0, canvas) for x in (x0, x1))
+    y0, y1 = (np.clip(y * new_height / height - top, 0, canvas) for y in (y0, y1))
+    seen = x1 - x0 > 1e-5 and y1 - y0 > 1e-5
+    return [new_height, new_width, top, left, flip, seen, *((x0, y0, x1, y1) if seen else (0, 0, 0, 0))]
+
+
+def test_scales_crops_flips_and_boxes_are_spread_as_published() -> None:
+    """Kolmogorov and Smirnov's test of two samples, for each figure at a level of one in 1000."""
+    count, source, box = 4000, (480, 640), np.array([400.0, 30.0, 610.0, 140.0])
+    outline = edges([_rectangle(*box)], *source).numpy()
+    ours, theirs = [], []
+    for seed in range(count):
+        affine = _draw(seed, source, 1024)
+        (found,), (seen,) = visible_boxes(affine.edges(outline), affine.size)
+        ours.append([*affine.scaled, *affine.offset, affine.flip, seen, *(found if seen else np.zeros(4))])
+        theirs.append(_published(np.random.default_rng((1, seed)), box, source, 1024))
+    for one, other in zip(np.array(ours, float).T, np.array(theirs, float).T, strict=True):
+        values = np.sort(np.concatenate([one, other]))
+        below = [np.searchsorted(np.sort(sample), values, side="right") / count for sample in (one, other)]
+        assert np.abs(below[0] - below[1]).max() < 1.95 * (2 / count) ** 0.5

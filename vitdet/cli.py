@@ -55,6 +55,8 @@ def parser() -> argparse.ArgumentParser:
         add_fetch(kinds.add_parser(name, help=f"bring {title}: download, verify, unpack", description=DATA), name)
     kind = kinds.add_parser("check", help="list every problem of a folder in COCO's layout")
     kind.add_argument("folder", type=Path)
+    kind.add_argument("--images", action="store_true", help="read every image file too, and look for the same picture "
+                      "in two splits (on all processors; COCO takes a quarter of an hour of one)")
     kind.set_defaults(run=verbs.run_data_check)
 
     add_weights(actions.add_parser("weights", help="list, fetch and convert published weights"))
@@ -97,6 +99,13 @@ def parser() -> argparse.ArgumentParser:
     kind.add_argument("--rounds", type=int, default=1, help="measure so often and take the least (1)")
     kind.add_argument("--output", type=Path, help="write the figures to this JSON file")
     kind.set_defaults(run=verbs.run_bench_evaluate)
+    kind = kinds.add_parser("data", help="time of reading and augmenting a training image, beside Detectron2's mapper "
+                            "where that is installed")
+    kind.add_argument("folder", type=Path, help="photos in COCO's layout")
+    kind.add_argument("--split", action="append", help="may be repeated (train2017 and val2017)")
+    kind.add_argument("--rounds", type=int, default=5, help="turns over all images (5)")
+    kind.add_argument("--output", type=Path, help="write the figures to this JSON file")
+    kind.set_defaults(run=verbs.run_bench_data)
 
     verb = actions.add_parser("register", help="add a checkpoint to the MLflow model registry")
     verb.add_argument("checkpoint", type=Path)

@@ -70,7 +70,7 @@ class TrainData(Dataset):
     With data.redraw_empty a crop without any object gives its place to one of any other image, as in mmdet.
     """
 
-    def __init__(self, split: CocoSplit, data: DataConfig, seed: int) -> None:
+    def __init__(self, split: CocoSplit, data: DataConfig, seed: int, cache: int = CACHE) -> None:
         self.split = split
         self.records = _with_objects(split)
         if not self.records:
@@ -82,7 +82,7 @@ class TrainData(Dataset):
         if data.repeat_threshold:
             repeats = repeat_factors(self.records.labels(), data.repeat_threshold)
         self.sampler = InfiniteSampler(len(self.records), seed, repeats)
-        self._small = 3 * int(self.records.sizes().prod(axis=1).sum()) <= CACHE
+        self._small = 3 * int(self.records.sizes().prod(axis=1).sum()) <= cache
         self._cache: dict[int, tuple[Image.Image, np.ndarray]] = {}
 
     def __getitem__(self, position: int) -> Sample:

@@ -90,10 +90,10 @@ def read_image(path: Path, size: tuple[int, int] | None = None) -> Image.Image:
     try:
         image = open_image(path)
     except (FileNotFoundError, ValueError) as error:
-        raise ImageError(f"{error}; `vitdet data check` lists all such files") from error
+        raise ImageError(f"{error}; `vitdet data check --images` lists all such files") from error
     if size is not None and (image.height, image.width) != size:
         raise ImageError(f"{path}: {image.width} x {image.height} pixels, but the annotations say {size[1]} x "
-                         f"{size[0]}; `vitdet data check` lists all such files")
+                         f"{size[0]}; `vitdet data check --images` lists all such files")
     return image
 
 
