@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+import sys
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -24,13 +25,15 @@ from tests.conftest import ROOT
 on_cluster = [pytest.mark.cluster,
               pytest.mark.skipif("KUBECONFIG" not in os.environ, reason="needs KUBECONFIG of a test control plane")]
 QUICK = Patience(look=1, api=60, forbidden=4, operator=4, start=3, schedule=3, deletion=20)
+ADMIN: dict[str, str] = {}  # KUBECONFIG of the test itself, while the launcher has another
 PIPELINE_RUN = "6f0c8a52-1f3e-4b7e-9b1b-0d6c35f7a001"
 
 
 def kubectl(*words: str, given: object = None, fails: bool = False) -> str:
     """Runs kubectl; its output, which of a wanted failure is that of stderr."""
     text = given if isinstance(given, str) or given is None else json.dumps(given)
-    done = subprocess.run(["kubectl", *words], input=text, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(["kubectl", *words], input=text, capture_output=True, text=True, timeout=60,
+                          env={**os.environ, **ADMIN})
     assert (done.returncode != 0) == fails, done.stderr + done.stdout
     return done.stderr if fails else done.stdout
 
@@ -61,7 +64,7 @@ class Scene:
     """A namespace with a node, an operator and a volume, and a launcher that is pointed there."""
 
     def __init__(self, namespace: str, folder: Path) -> None:
-        self.namespace, self.volume = namespace, folder / "volume"
+        self.namespace, self.volume, self.kubeconfig = namespace, folder / "volume", folder / "kubeconfig"
         self.lines: list[str] = []
         self.node = None
 
@@ -70,8 +73,20 @@ class Scene:
         """`components.pytorchjob.launch`, its lines in self.lines."""
         from components.pytorchjob import launch
 
-        launch(template=text, kind=kind, run_id=run, name=recipe, args=args, nodes=nodes, pool="", image="",
-               workspace="/data", task_config=task, out=self.lines.append, patience=patience)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("KUBECONFIG", str(self.kubeconfig))
+            launch(template=text, kind=kind, run_id=run, name=recipe, args=args, nodes=nodes, pool="", image="",
+                   workspace="/data", task_config=task, out=self.lines.append, patience=patience)
+
+    def start(self, text: str, args: list[str], recipe: str, environment: dict[str, str]) -> subprocess.Popen:
+        """The same in a process of its own, as in a step's pod."""
+        given = {"template": text, "kind": "pytorchjob", "run_id": PIPELINE_RUN, "name": recipe, "args": args,
+                 "nodes": 2, "pool": "", "image": "", "workspace": "/data", "task_config": None}
+        code = ("import json, sys; from tests.cluster import QUICK; from components.pytorchjob import launch; "
+                "launch(**json.loads(sys.argv[1]), patience=QUICK)")
+        return subprocess.Popen([sys.executable, "-u", "-c", code, json.dumps(given)], cwd=ROOT, text=True,
+                                env={**os.environ, **environment, "KUBECONFIG": str(self.kubeconfig)},
+                                stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 
     def job(self, recipe: str = "tiny", kind: str = "pytorchjob", run: str = PIPELINE_RUN) -> dict | None:
         """The job of a recipe, None when it is gone."""
@@ -103,19 +118,20 @@ def scene(folder: Path, node: bool = True, operator: bool = True, reasons: dict[
     from tests.fake_node import FakeNode
     from tests.fake_operator import FakeOperator
 
-    before, name = os.environ["KUBECONFIG"], f"vitdet-test-{uuid.uuid4().hex[:8]}"
-    settings = yaml.safe_load(Path(before).read_text())
+    name = f"vitdet-test-{uuid.uuid4().hex[:8]}"
+    settings = yaml.safe_load(Path(os.environ["KUBECONFIG"]).read_text())
     for context in settings["contexts"]:
         context["context"]["namespace"] = name
     (folder / "kubeconfig").write_text(yaml.safe_dump(settings))
     (folder / "volume").mkdir()
     made = Scene(name, folder)
-    with ExitStack() as stack:
-        os.environ["KUBECONFIG"] = str(folder / "kubeconfig")
-        stack.callback(os.environ.update, KUBECONFIG=before)
+    with ExitStack() as stack, pytest.MonkeyPatch.context() as patch:
+        patch.setitem(ADMIN, "KUBECONFIG", os.environ["KUBECONFIG"])
         config.load_kube_config(str(folder / "kubeconfig"))
         kubectl("create", "namespace", name)
         stack.callback(kubectl, "delete", "namespace", name, "--wait=false")
+        stack.callback(kubectl, "delete", "pods", "--all", "-n", name, "--force", "--grace-period=0", "--wait=false")
+        stack.callback(kubectl, "delete", "pytorchjobs,trainjobs", "--all", "-n", name, "--wait=false")
         core = client.CoreV1Api()
         core.create_namespaced_secret(name, {"metadata": {"name": "vitdet-mlflow"}, "stringData": {
             "MLFLOW_TRACKING_URI": "sqlite:////data/mlflow.db"}})

@@ -25,6 +25,7 @@ from urllib.parse import parse_qs, urlsplit
 
 from kubernetes import client
 from kubernetes.client.exceptions import ApiException
+from urllib3.exceptions import HTTPError
 
 ROOT = Path(__file__).parents[1]
 GRACE = 5  # seconds between SIGTERM and SIGKILL, where a pod's own are 30 or more
@@ -53,7 +54,7 @@ class Container:
 
     def start(self) -> None:
         self.lines.append([])
-        self.started = now()
+        self.started, self.family = now(), set()
         self.process = subprocess.Popen(self.command, env=self.environment, cwd=self.folder, start_new_session=True,
                                         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace")
         self.reader = threading.Thread(target=self.listen, args=(self.process, self.lines[-1]), daemon=True)
@@ -65,15 +66,22 @@ class Container:
             lines.append((time.time(), line.rstrip("\n")))
 
     def kill(self, number: int = signal.SIGKILL) -> None:
-        """A signal for the process and for those that it started in sessions of their own, as torchrun does."""
-        family, waiting = [], [self.process.pid]
+        """A signal for the process; SIGKILL for all that it has started too, in whatever session, as torchrun does."""
+        waiting = [self.process.pid]
         while waiting:
-            family.append(pid := waiting.pop())
+            self.family.add(pid := waiting.pop())
             with suppress(OSError):
                 waiting += map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split())
-        for pid in family if number == signal.SIGKILL else family[:1]:
+        for pid in self.family if number == signal.SIGKILL else (self.process.pid,):
             with suppress(ProcessLookupError):
                 os.kill(pid, number)
+
+    def wait(self) -> None:
+        """What the process leaves behind ends with it, as in a container; then its last lines are there."""
+        self.kill()
+        with suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.reader.join(5)
 
 
 class FakeNode:
@@ -111,7 +119,7 @@ class FakeNode:
         self.stopped.set()
         self.thread.join()
         for container in self.containers.values():
-            container.kill()
+            container.wait()
         self.server.shutdown()
         self.server.server_close()
         with suppress(ApiException):
@@ -123,14 +131,12 @@ class FakeNode:
                 found = json.loads(self.core.list_namespaced_pod(self.namespace, _preload_content=False).data)["items"]
                 for pod in found:
                     self.tend(pod)
-            except Exception as error:  # noqa: BLE001 (a kubelet survives its API server)
-                if "--verbose" in sys.argv:
-                    print("node:", error)
+            except (ApiException, HTTPError, ValueError):  # a kubelet survives its API server, and conflicts
                 continue
             there = {pod["metadata"]["uid"] for pod in found}
             for name, uid in self.uids.items():
                 if uid not in there and self.containers[name].process.poll() is None:
-                    self.containers[name].kill()  # deleted by force
+                    self.containers[name].wait()  # deleted by force
 
     def tend(self, pod: dict) -> None:
         """One step of a pod's life."""
@@ -145,10 +151,14 @@ class FakeNode:
                 elif time.monotonic() - container.killed_at > GRACE:
                     container.kill()
             else:
+                if mine:
+                    self.containers[name].wait()
                 self.core.delete_namespaced_pod(name, self.namespace, grace_period_seconds=0, _preload_content=False)
         elif status.get("phase") in ("Failed", "Succeeded"):
-            if mine:
-                self.containers[name].kill()  # evicted
+            if mine and self.containers[name].process.poll() is None:
+                self.containers[name].wait()  # evicted
+        elif pod["spec"].get("schedulerName") != "default-scheduler":
+            return
         elif not pod["spec"].get("nodeName"):
             self.core.create_namespaced_pod_binding(name, self.namespace, {
                 "metadata": {"name": name}, "target": {"kind": "Node", "name": self.name}}, _preload_content=False)
@@ -162,7 +172,7 @@ class FakeNode:
 
     def end(self, pod: dict, container: Container, code: int) -> None:
         """The process has ended: started again in place, or the pod's end."""
-        container.reader.join()
+        container.wait()
         reason = self.reasons.get(code) or ("Error" if code else "Completed")
         over = {"terminated": {"exitCode": code, "reason": reason, "startedAt": container.started, "finishedAt": now(),
                                "containerID": f"containerd://{container.process.pid}"}}

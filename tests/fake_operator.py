@@ -17,6 +17,7 @@ from contextlib import suppress
 
 from kubernetes import client
 from kubernetes.client.exceptions import ApiException
+from urllib3.exceptions import HTTPError
 
 from tests.fake_node import now
 
@@ -78,7 +79,7 @@ class FakeOperator:
     def work(self) -> None:
         while not self.stopped.wait(0.2):
             for (group, version, plural), tend in ((PYTORCH, self.tend_pytorch), (TRAIN, self.tend_train)):
-                with suppress(Exception):  # a controller tries again
+                with suppress(ApiException, HTTPError, ValueError):  # a controller tries again
                     found = self.objects.list_namespaced_custom_object(group, version, self.namespace, plural)
                     for job in found["items"]:
                         before = json.dumps(job.get("status"))
