@@ -42,8 +42,8 @@ MAY_IMPORT = {
     "evaluation": RECORDS | {"models", "data", "predictor", "distributed", "training.checkpoint"},
     "training": RECORDS | {"models", "data", "weights", "evaluation", "predictor", "distributed", "progress"},
 }
-PRINTING = ("vitdet/cli.py", "vitdet/verbs.py", "vitdet/data_verbs.py", "vitdet/weights_verbs.py", "pipeline/__main__.py",
-            "pipeline/remote_verbs.py")
+PRINTING = ("vitdet/cli.py", "vitdet/verbs.py", "vitdet/data_verbs.py", "vitdet/weights_verbs.py",
+            "pipeline/__main__.py", "pipeline/remote_verbs.py")
 # Packages that only some files may import.
 ONLY_IN = {
     "mlflow": ("vitdet/tracking.py", "vitdet/serving.py", "vitdet/champion.py", "vitdet/comparison.py", "tests/"),

@@ -108,7 +108,8 @@ def test_later_overrides_win_and_open_sections_that_the_file_lacks(tmp_path: Pat
     ("data.scale_range=[1, 2, 3]", "data.scale_range: expected a list of 2 values, each a number, got [1, 2, 3]"),
     ("data.scale_range=[1, x]", "data.scale_range: expected a number, got 'x'"),
     ("model.backbone.name=vit_x",
-     "model.backbone.name: expected one of vit_tiny, vit_b, vit_l, vit_h, vitae_b, vitae_s, swin_t, vitaev2_s, got 'vit_x'"),
+     "model.backbone.name: expected one of vit_tiny, vit_b, vit_l, vit_h, vitae_b, vitae_s, swin_t, vitaev2_s, "
+     "got 'vit_x'"),
     ("data.image_size=100", "data.image_size must be a positive multiple of 64 (the coarsest stride), got 100"),
     ("data.image_size=0", "data.image_size must be at least 1, got 0"),
     ("model.pyramid.scales=[4,2,1,0]", "model.pyramid.scales must be above 0, got [4.0, 2.0, 1.0, 0.0]"),
@@ -132,7 +133,7 @@ def test_a_wrong_override_is_named(override: str, says: str) -> None:
 
 @pytest.mark.parametrize(("name", "says"), [
     ("tinny", "tinny: no such recipe; did you mean 'tiny'?"),
-    ("there/is/none.yaml", "there/is/none.yaml: no such config file; give a file or a recipe's name: cascade_mask_rcnn_vitdet_b"),
+    ("there/is/none.yaml", "there/is/none.yaml: no such config file; give a file or a recipe's name: cascade_mask_rc"),
 ])
 def test_an_unknown_recipe_is_named(name: str, says: str) -> None:
     with pytest.raises((ValueError, FileNotFoundError), match=f"^{re.escape(says)}"):
