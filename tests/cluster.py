@@ -24,7 +24,7 @@ from tests.conftest import ROOT
 
 on_cluster = [pytest.mark.cluster,
               pytest.mark.skipif("KUBECONFIG" not in os.environ, reason="needs KUBECONFIG of a test control plane")]
-QUICK = Patience(look=1, api=60, forbidden=4, operator=4, start=3, schedule=3, deletion=20)
+QUICK = Patience(look=1, api=60, forbidden=4, operator=20, start=3, schedule=3, deletion=20)
 ADMIN: dict[str, str] = {}  # KUBECONFIG of the test itself, while the launcher has another
 PIPELINE_RUN = "6f0c8a52-1f3e-4b7e-9b1b-0d6c35f7a001"
 

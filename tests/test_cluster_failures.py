@@ -14,6 +14,7 @@ import json
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -21,7 +22,7 @@ import yaml
 
 from components.jobs import job_name
 from components.pytorchjob import delete_jobs
-from tests.cluster import PIPELINE_RUN, Scene, kubectl, on_cluster, scene, template, wait_until
+from tests.cluster import PIPELINE_RUN, QUICK, Scene, kubectl, on_cluster, scene, template, wait_until
 
 pytestmark = on_cluster
 
@@ -184,7 +185,7 @@ def test_a_pod_that_never_starts_fails_the_step_and_frees_the_queue(
 def test_without_an_operator_the_step_says_so(tmp_path: Path) -> None:
     with scene(tmp_path, node=False, operator=False) as empty:
         with pytest.raises(RuntimeError, match="the Kubeflow training operator .v1.9. does not run; it is deleted"):
-            empty.launch(script(), ["true"], "nobody")
+            empty.launch(script(), ["true"], "nobody", patience=replace(QUICK, operator=3))
 
 
 def test_all_jobs_of_a_run_are_deleted_and_no_others(still: Scene, monkeypatch: pytest.MonkeyPatch) -> None:

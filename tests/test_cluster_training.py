@@ -100,3 +100,16 @@ def test_a_trainjob_trains_behind_the_same_launcher(training: Scene) -> None:
     assert f"step {STEPS}/{STEPS}" in text and "TrainJob vitdet-second" in text and text.count("step 1/") == 1
     assert training.job("second", "trainjob")["status"]["conditions"][-1]["type"] == "Complete"
     assert load_model_file(training.volume / "trained" / "model.pt")["step"] == STEPS
+
+
+def test_an_elastic_job_trains_with_workers_alone(training: Scene) -> None:
+    job = yaml.safe_load(template())
+    del job["spec"]["pytorchReplicaSpecs"]["Master"]
+    job["spec"]["pytorchReplicaSpecs"]["Worker"]["template"]["spec"]["containers"][0]["command"] = [
+        "torchrun", "-m", "vitdet"]  # as in manifests/components/elastic
+    job["spec"]["elasticPolicy"] = {"rdzvBackend": "c10d", "minReplicas": 1, "maxReplicas": 2, "maxRestarts": 20}
+    training.lines.clear()
+    training.launch(yaml.safe_dump(job), words("elastic", optim__lr=4e-3), recipe="elastic")
+    text = "\n".join(training.lines)
+    assert text.count("step 1/") == 1 and f"step {STEPS}/{STEPS}" in text  # of whichever pod became rank 0
+    assert load_model_file(training.volume / "elastic" / "model.pt")["step"] == STEPS
