@@ -56,7 +56,7 @@ def parser() -> argparse.ArgumentParser:
     kind = kinds.add_parser("check", help="list every problem of a folder in COCO's layout")
     kind.add_argument("folder", type=Path)
     kind.add_argument("--images", action="store_true", help="read every image file too, and look for the same picture "
-                      "in two splits (on all processors; COCO takes a quarter of an hour of one)")
+                      "in two splits, on all processors")
     kind.set_defaults(run=verbs.run_data_check)
 
     add_weights(actions.add_parser("weights", help="list, fetch and convert published weights"))
