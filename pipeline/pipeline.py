@@ -90,6 +90,11 @@ def compile_pipeline(file: Path, job: str = "") -> Path:
     return file
 
 
+def kinds(text: str) -> set[str]:
+    """The values of job_kind that the jobs of a YAML stream serve. Raises as `only_jobs` does."""
+    return {KINDS[job["kind"]] for job in yaml.safe_load_all(only_jobs(text))}
+
+
 def only_jobs(text: str) -> str:
     """The documents of a YAML stream that are training jobs, as text: a dict would turn 4 into 4.0.
 

@@ -129,10 +129,14 @@ def package(given: argparse.Namespace) -> Iterator[Path]:
     if given.package:
         yield given.package
         return
-    from pipeline.pipeline import compile_pipeline
+    from pipeline.pipeline import compile_pipeline, kinds
 
+    text, wanted = jobs(given.job), given.job_kind or "pytorchjob"
+    if text and wanted not in kinds(text):  # the step that trains would say so, after data and weights
+        held = " and ".join(sorted(kinds(text)))
+        raise ValueError(f"--job {given.job}: holds no {wanted} but {held}; see --job-kind")
     with TemporaryDirectory() as folder:
-        yield compile_pipeline(Path(folder) / "pipeline.yaml", jobs(given.job))
+        yield compile_pipeline(Path(folder) / "pipeline.yaml", text)
 
 
 def follow(server: Server, run_id: str, every: float) -> int:

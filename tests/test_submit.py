@@ -115,6 +115,20 @@ def test_the_experiments_pipeline_is_compiled_for_the_server(kubeflow: Kubeflow,
     assert "# of the overlay" in str(kubeflow.bodies("POST /runs")[1]["pipeline_spec"])
 
 
+@pytest.mark.parametrize(("kind", "words", "said"), [
+    ("pytorchjob", ["--job-kind", "trainjob"], "--job -: holds no trainjob but pytorchjob; see --job-kind"),
+    ("trainjob", [], "--job -: holds no pytorchjob but trainjob; see --job-kind"),
+])
+def test_a_job_of_another_kind_is_refused_before_anything_runs(kubeflow: Kubeflow, monkeypatch: pytest.MonkeyPatch,
+                                                              capsys: pytest.CaptureFixture[str], kind: str,
+                                                              words: list[str], said: str) -> None:
+    run = command(kubeflow, monkeypatch, capsys)
+    job = (ROOT / "manifests" / kind / f"{kind}.yaml").read_text()
+    monkeypatch.setattr("sys.stdin", io.StringIO(job))
+    assert run("submit", "tiny", "--job", "-", *words) == (1, "", f"pipeline: {said}\n")
+    assert not kubeflow.bodies("POST /runs")
+
+
 def test_without_caching_no_step_at_any_depth_takes_old_results(package: Path, kubeflow: Kubeflow,
                                                                 pipeline: Run) -> None:
     def cached(spec: dict) -> list[bool]:
