@@ -45,6 +45,8 @@ def jobs(file: str) -> str:
 def specification(package: Path, parameters: dict[str, object], caching: bool) -> dict:
     """The body of a request from a compiled pipeline. Without caching no step, at whatever depth, takes old results.
 
+    With it step `configs` does not either where a recipe is a file: the file may have changed, its name has not.
+
     Raises ValueError when it is no pipeline or its parameters are others.
     """
     if not Path(package).is_file():
@@ -62,11 +64,17 @@ def specification(package: Path, parameters: dict[str, object], caching: bool) -
     needed = {name for name, about in known.items() if "defaultValue" not in about and not about.get("isOptional")}
     if missing := needed - parameters.keys():
         raise ValueError(f"{package}: the pipeline also needs {', '.join(sorted(missing))}")
-    if not caching:
-        for group in (spec["root"], *spec.get("components", {}).values()):
-            for task in group.get("dag", {}).get("tasks", {}).values():
+    files = any(is_file(str(recipe)) for recipe in parameters.get("recipes") or ())
+    for group in (spec["root"], *spec.get("components", {}).values()):
+        for name, task in group.get("dag", {}).get("tasks", {}).items():
+            if not caching or (files and name == "configs"):
                 task["cachingOptions"] = {}
     return {"pipeline_spec": spec, "platform_spec": platforms[0]} if platforms else spec
+
+
+def is_file(recipe: str) -> bool:
+    """Whether a recipe is named by its file."""
+    return recipe.endswith((".yaml", ".yml"))
 
 
 def cron(expression: str) -> str:
@@ -101,11 +109,10 @@ def check(recipes: Sequence[str], overrides: Sequence[str]) -> bool:
         return False
     told = True
     for recipe in recipes:
-        is_file = recipe.endswith((".yaml", ".yml"))
-        if is_file and not Path(recipe).is_absolute():
+        if is_file(recipe) and not Path(recipe).is_absolute():
             raise ValueError(f"{recipe}: a file of this machine; the cluster knows recipes by name and files by their "
                              "absolute path on the shared volume")
-        if is_file and not Path(recipe).exists():
+        if is_file(recipe) and not Path(recipe).exists():
             told = False
             continue
         words = [sys.executable, "-m", "vitdet", "config", recipe]

@@ -142,6 +142,18 @@ def test_without_caching_no_step_at_any_depth_takes_old_results(package: Path, k
     assert not any(cached(without))
 
 
+def test_a_recipe_s_file_is_read_anew_in_each_run(kubeflow: Kubeflow, monkeypatch: pytest.MonkeyPatch,
+                                                  capsys: pytest.CaptureFixture[str]) -> None:
+    run = command(kubeflow, monkeypatch, capsys)
+    assert run("submit", "tiny")[0] == run("submit", "/data/mine.yaml", "tiny")[0] == 0
+    cached = []
+    for body in kubeflow.bodies("POST /runs"):
+        components = body["pipeline_spec"]["pipeline_spec"]["components"].values()
+        steps = [step for one in components for step in one.get("dag", {}).get("tasks", {}).items()]
+        cached.append({name for name, task in steps if task.get("cachingOptions", {}).get("enableCache")})
+    assert cached[0] - cached[1] == {"configs"} and {"data", "train-job"} <= cached[1]
+
+
 def test_a_server_with_users_wants_a_namespace_and_one_without_gets_none(kubeflow: Kubeflow, pipeline: Run,
                                                                          monkeypatch: pytest.MonkeyPatch,
                                                                          tmp_path: Path) -> None:
