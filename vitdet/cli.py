@@ -58,6 +58,7 @@ def parser() -> argparse.ArgumentParser:
     kind.add_argument("--images", action="store_true", help="read every image file too, and look for the same picture "
                       "in two splits, on all processors")
     kind.set_defaults(run=verbs.run_data_check)
+    add_convert(kinds.add_parser("convert", help="rewrite a folder of YOLO or Pascal VOC in COCO's layout"))
 
     add_weights(actions.add_parser("weights", help="list, fetch and convert published weights"))
 
@@ -129,6 +130,16 @@ def add_fetch(kind: argparse.ArgumentParser, dataset: str) -> None:
                       help="take the archives that lie in this folder; nothing is downloaded")
     kind.add_argument("--keep-archives", action="store_true", help="leave the archives in DIR/archives: twice the disk")
     kind.set_defaults(run=data_verbs.run_data_fetch, dataset=dataset)
+
+
+def add_convert(kind: argparse.ArgumentParser) -> None:
+    """The arguments of `data convert`."""
+    kind.add_argument("source", type=Path, metavar="SRC", help="the folder of data.yaml (YOLO), or of Annotations/, "
+                      "JPEGImages/ and ImageSets/ (Pascal VOC)")
+    kind.add_argument("target", type=Path, metavar="DST", help="a new folder")
+    kind.add_argument("--format", choices=("yolo", "voc"), help="what SRC is, where it looks like both")
+    kind.add_argument("--copy", action="store_true", help="copy the images instead of linking them (hard links)")
+    kind.set_defaults(run=data_verbs.run_data_convert)
 
 
 def add_weights(verb: argparse.ArgumentParser) -> None:

@@ -1,4 +1,4 @@
-"""What `vitdet data coco` and `vitdet data lvis` do. See `vitdet.verbs`."""
+"""What `vitdet data coco`, `lvis` and `convert` do. See `vitdet.verbs`."""
 
 from __future__ import annotations
 
@@ -21,4 +21,16 @@ def run_data_fetch(given: argparse.Namespace) -> int:
     here = inventory.read(given.folder).only((), paths)
     parts = [f"{one.path} {one.count:,} images" for one in here.folders] + [one.path for one in here.files]
     print(f"{given.folder}: {', '.join(parts)}{'' if made else ', already there'}")
+    return 0
+
+
+def run_data_convert(given: argparse.Namespace) -> int:
+    """vitdet data convert"""
+    from vitdet.data.convert import convert
+
+    made = convert(given.source, given.target, given.format or "", given.copy)
+    splits = [f"{split} {images:,} images, {objects:,} objects" for split, (images, objects) in made.splits.items()]
+    print(f"{given.target}: {'; '.join([f'{len(made.class_names)} classes', *splits])}")
+    for note, count in made.notes.items():
+        print(f"  {count:,} x {note}")
     return 0

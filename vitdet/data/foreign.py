@@ -1,0 +1,90 @@
+"""What a data set in another format says, in one form: the pictures of each split and the objects on them.
+
+Boxes and outlines are pixels of the upright picture, x to the right and y down from its corner, as in COCO.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from PIL import ExifTags, Image
+
+SUFFIXES = frozenset({".bmp", ".jpeg", ".jpg", ".mpo", ".png", ".tif", ".tiff", ".webp"})
+EMPTY = "objects without size left out"
+BOX_ONLY = "objects have a box only, which is their mask as well"
+
+
+@dataclass(frozen=True)
+class Thing:
+    """An object: its class, left, top, width, height, COCO's polygons or RLE, area in pixels.
+
+    crowd: evaluation counts it neither way, and training leaves it out.
+    """
+
+    label: int
+    box: tuple[float, float, float, float]
+    segmentation: list[list[float]] | dict
+    area: float
+    crowd: bool = False
+
+
+@dataclass(frozen=True)
+class Picture:
+    """An image file, its upright height and width, and its objects."""
+
+    path: Path
+    height: int
+    width: int
+    things: tuple[Thing, ...]
+
+
+@dataclass
+class Foreign:
+    """A data set; label k is class_names[k]. Going through a split counts in `notes` what a person should know."""
+
+    class_names: tuple[str, ...]
+    splits: dict[str, Iterable[Picture]]
+    notes: Counter[str] = field(default_factory=Counter)
+
+
+def image_size(path: Path) -> tuple[int, int]:
+    """Height and width of the upright picture; its pixels are not read.
+
+    Raises FileNotFoundError, and ValueError with one line for what is no image.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such image file")
+    try:
+        with Image.open(path) as image:
+            width, height = image.size
+            turned = image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise ValueError(f"{path}: not an image that can be read: {' '.join(str(error).split())}") from error
+    return (width, height) if turned else (height, width)
+
+
+def images_below(folder: Path) -> list[Path]:
+    """All image files of a folder and its subfolders, in order of their paths; hidden ones are none."""
+    return sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.name[0] != ".")
+
+
+def box_thing(label: int, corners: Sequence[float], size: tuple[int, int], crowd: bool = False) -> Thing | None:
+    """An object known by its box x0, y0, x1, y1 only, cut at the border of the picture (height, width); None: empty."""
+    x0, y0, x1, y1 = corners
+    return polygon_thing(label, [x0, y0, x1, y0, x1, y1, x0, y1], size, crowd)
+
+
+def polygon_thing(label: int, points: Sequence[float], size: tuple[int, int], crowd: bool = False) -> Thing | None:
+    """An object known by its outline x, y, x, y, ...; points outside the picture move to its border; None: empty."""
+    height, width = size
+    x = [round(min(max(value, 0), width), 3) for value in points[0::2]]
+    y = [round(min(max(value, 0), height), 3) for value in points[1::2]]
+    box = (min(x), min(y), round(max(x) - min(x), 3), round(max(y) - min(y), 3))
+    twice = sum(a * d - c * b for a, b, c, d in zip(x, y, x[1:] + x[:1], y[1:] + y[:1], strict=True))
+    if box[2] <= 0 or box[3] <= 0:
+        return None
+    return Thing(label, box, [[value for point in zip(x, y, strict=True) for value in point]],
+                 round(abs(twice) / 2, 3), crowd)
