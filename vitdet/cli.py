@@ -58,6 +58,12 @@ def parser() -> argparse.ArgumentParser:
     kind.add_argument("--images", action="store_true", help="read every image file too, and look for the same picture "
                       "in two splits, on all processors")
     kind.set_defaults(run=verbs.run_data_check)
+    kind = kinds.add_parser("report", help="show a folder in COCO's layout on one HTML page: counts, classes, sizes, "
+                            "pictures, problems")
+    kind.add_argument("folder", type=Path)
+    kind.add_argument("--output", type=Path, metavar="FILE", help="(NAME OF THE FOLDER.html, here)")
+    kind.add_argument("--images", action="store_true", help="read every image file too, as data check does")
+    kind.set_defaults(run=data_verbs.run_data_report)
     add_convert(kinds.add_parser("convert", help="rewrite a folder of YOLO or Pascal VOC in COCO's layout"))
 
     add_weights(actions.add_parser("weights", help="list, fetch and convert published weights"))

@@ -1,8 +1,9 @@
-"""What `vitdet data coco`, `lvis` and `convert` do. See `vitdet.verbs`."""
+"""What `vitdet data coco`, `lvis`, `convert` and `report` do. See `vitdet.verbs`."""
 
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 from vitdet.bar import Bar
 
@@ -33,4 +34,15 @@ def run_data_convert(given: argparse.Namespace) -> int:
     print(f"{given.target}: {'; '.join([f'{len(made.class_names)} classes', *splits])}")
     for note, count in made.notes.items():
         print(f"  {count:,} x {note}")
+    return 0
+
+
+def run_data_report(given: argparse.Namespace) -> int:
+    """vitdet data report"""
+    from vitdet.data.page import write_page
+
+    output = given.output or Path(f"{given.folder.resolve().name}.html")
+    images, objects, report = write_page(given.folder, output, given.images)
+    errors, warnings = (sum(one.count for one in found) for found in (report.errors, report.warnings))
+    print(f"{output}: {images:,} images, {objects:,} annotations, {errors:,} errors, {warnings:,} warnings")
     return 0
