@@ -35,11 +35,8 @@ def make_tiny(folder: Path, train: int = 4000, val: int = 200, seed: int = 0, pr
         raise ValueError(f"expected 1 to 500000 images a split, got {train} and {val}")
     if not 0 <= seed < PRETRAIN_SEED // 2:
         raise ValueError(f"expected a seed from 0 to {PRETRAIN_SEED // 2 - 1}, got {seed}")
-    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
-        if _holds(folder, train, val, seed):
-            return False
-        raise ValueError(f"{folder}: holds something else than the tiny data set (version {VERSION}, seed {seed}, "
-                         f"{train} + {val} images); give another folder or delete this one")
+    if _is_there(folder, train, val, seed):
+        return False
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:
@@ -50,9 +47,24 @@ def make_tiny(folder: Path, train: int = 4000, val: int = 200, seed: int = 0, pr
             document = _write_split(temporary / split, count, 2 * seed + order, 1 + 500_000 * order, processes)
             document["info"] = _info(split, count, seed)
             (temporary / "annotations" / f"instances_{split}.json").write_text(json.dumps(document))
-        temporary.replace(folder)
+        try:
+            temporary.replace(folder)
+        except OSError:  # another process has finished it meanwhile, as the pods of one job do that start together
+            if not _is_there(folder, train, val, seed):
+                raise
+            return False
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+    return True
+
+
+def _is_there(folder: Path, train: int, val: int, seed: int) -> bool:
+    """Whether the folder is this data set; False for none and for an empty one. Raises ValueError for another."""
+    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+        return False
+    if not _holds(folder, train, val, seed):
+        raise ValueError(f"{folder}: holds something else than the tiny data set (version {VERSION}, seed {seed}, "
+                         f"{train} + {val} images); give another folder or delete this one")
     return True
 
 
