@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import subprocess
 import uuid
@@ -103,10 +104,13 @@ def test_the_launcher_s_requests_are_all_allowed(kind: str, accounts: str) -> No
     said: list[str] = []
     cluster = Cluster(api, KINDS[kind], "vitdet-train", accounts, said.append, QUICK)
     *_, job = moved(overlay("kind", JOBS[kind]), accounts)
-    owner = {"apiVersion": "v1", "kind": "Pod", "name": "step", "uid": "1", "blockOwnerDeletion": False}
+    # one that exists: else the garbage collector takes the job, sooner or later
+    made = json.loads(kubectl("create", "configmap", f"step-{kind}", "-n", accounts, "-o", "json"))["metadata"]
+    owner = {"apiVersion": "v1", "kind": "ConfigMap", "name": made["name"], "uid": made["uid"],
+             "blockOwnerDeletion": False}
     assert cluster.create(job) and not cluster.create(job)
     cluster.adopt(owner)
-    assert cluster.get()["metadata"]["ownerReferences"][0]["name"] == "step"
+    assert cluster.get()["metadata"]["ownerReferences"][0]["name"] == f"step-{kind}"
     found, version = cluster.pods()
     assert found == [] and list(cluster.changes(version, 1)) == [] and cluster.log("vitdet-train-master-0") == []
     cluster.delete()

@@ -59,9 +59,9 @@ class Handler(BaseHTTPRequestHandler):
 
     def body(self, data: bytes) -> None:
         for start in range(0, len(data), 1000):
-            self.wfile.write(data[start : start + 1000])
-            with self.server.lock:
+            with self.server.lock:  # before the client can have it: a test looks as soon as it has
                 self.server.sent += len(data[start : start + 1000])
+            self.wfile.write(data[start : start + 1000])
         self.wfile.flush()
 
 
