@@ -1,5 +1,5 @@
 # make demo    the whole job: data, weights, training, evaluation, registration; some minutes on 2 cores
-# make test    the test suite (one file: make test TESTS=tests/test_config.py)
+# make test    the test suite (one file: make test TESTS=tests/test_config.py; on more cores: JOBS=8)
 # make ui      MLflow in the browser: the demo's runs and models
 # make lint    ruff
 # make lock    renews requirements.lock: the newest versions that the ranges in pyproject.toml allow
@@ -11,6 +11,7 @@
 PYTHON ?= python3
 PORT ?= 5000
 TESTS ?= tests
+JOBS ?= 2
 WORK := work
 BIN := .venv/bin
 READY := .venv/.ready
@@ -23,8 +24,9 @@ demo: $(READY)
 	dvc exp save --quiet --force --name demo
 	@python -c "$$SUMMARY" $(WORK)
 
+# A file of tests stays with one process: its fixtures are made once. In their order: the long ones come early.
 test: $(READY)
-	OMP_NUM_THREADS=1 python -m pytest $(TESTS)
+	OMP_NUM_THREADS=1 python -m pytest -n $(JOBS) --dist loadscope --no-loadscope-reorder $(TESTS)
 
 ui: $(READY)
 	@test -f $(WORK)/mlflow.db || { echo "$(WORK)/mlflow.db is missing: run make demo first" >&2; exit 1; }
