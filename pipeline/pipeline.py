@@ -28,6 +28,7 @@ from components.gate import gate
 from components.register import register
 from components.train import train_job
 from components.weights import weights
+from pipeline.accelerators import GPU, Accelerators, accelerators
 
 MANIFESTS = Path(__file__).parents[1] / "manifests"
 JOBS = (MANIFESTS / "pytorchjob" / "pytorchjob.yaml", MANIFESTS / "trainjob" / "trainjob.yaml")
@@ -35,7 +36,6 @@ KINDS = {"PyTorchJob": "pytorchjob", "TrainJob": "trainjob"}
 CLAIM, MOUNT = "vitdet-data", "/data"
 SECRET = {"MLFLOW_TRACKING_URI": "MLFLOW_TRACKING_URI", "MLFLOW_TRACKING_USERNAME": "MLFLOW_TRACKING_USERNAME",
           "MLFLOW_TRACKING_PASSWORD": "MLFLOW_TRACKING_PASSWORD"}
-GPU = "nvidia.com/gpu"
 
 Dress = Callable[[PipelineTask, str], PipelineTask]  # (task, its size) -> the task with what the cluster has to know
 
@@ -82,11 +82,13 @@ def compile_pipeline(file: Path, job: str = "") -> Path:
     """Writes the cluster's pipeline; the same bytes each time.
 
     job: YAML text with the training jobs, as `kubectl kustomize` prints it; else those of manifests/. The steps run in
-    its image, unless the environment's VITDET_IMAGE names another. Raises ValueError when it holds no job.
+    its image, unless the environment's VITDET_IMAGE names another. Raises ValueError when it holds no job, or a
+    TrainJob without its runtime.
     """
-    jobs = only_jobs(job or "\n---\n".join(path.read_text() for path in JOBS))
+    text = job or "\n---\n".join(path.read_text() for path in JOBS)
+    jobs = only_jobs(text)
     image = IMAGE or image_of(jobs)
-    compiler.Compiler().compile(build(train_job, jobs, image, cluster(jobs, image)), str(file))
+    compiler.Compiler().compile(build(train_job, jobs, image, cluster(accelerators(text), image)), str(file))
     return file
 
 
@@ -109,6 +111,8 @@ def only_jobs(text: str) -> str:
             raise ValueError(f"the job's file: not readable as YAML: {' '.join(str(error).split())}") from error
         kind = document.get("kind") if isinstance(document, dict) else None
         if kind in KINDS:
+            if not isinstance(document.get("spec"), dict):
+                raise ValueError(f"the job's file: its {kind} has no spec")
             if kind in found:
                 raise ValueError(f"two documents of kind {kind}: which one is the training job?")
             found[kind] = part
@@ -118,11 +122,10 @@ def only_jobs(text: str) -> str:
     return "\n---\n".join(found[kind] for kind in KINDS if kind in found) + "\n"
 
 
-def cluster(jobs: str, image: str) -> Dress:
+def cluster(needs: Accelerators, image: str) -> Dress:
     """What pods need: image, volume, MLflow's secret, the run's id, resources, retries; and to evaluate a GPU where
     jobs train on GPUs.
     """
-    gpus, tolerations, selector = accelerators(jobs)
     # name: (processor, memory, memory at most, retries)
     sizes = {"once": ("100m", "512Mi", "2Gi", 0), "small": ("100m", "512Mi", "2Gi", 3),
              "data": ("500m", "2Gi", "24Gi", 2), "launcher": ("100m", "1Gi", "4Gi", 2),
@@ -142,11 +145,11 @@ def cluster(jobs: str, image: str) -> Dress:
         kubernetes.use_field_path_as_env(task, RUN_ID, "metadata.labels['pipeline/runid']")
         if size == "gpu":
             kubernetes.empty_dir_mount(task, "shm", "/dev/shm", medium="Memory", size_limit="4Gi")
-            if gpus:
+            if needs.gpus:
                 task.set_accelerator_type(GPU).set_accelerator_limit(1)
-                for key, value in selector.items():  # GKE lets a pod onto a pool's nodes only if it selects the pool
+                for key, value in needs.selector.items():  # GKE lets a pod onto nodes only if it selects their pool
                     kubernetes.add_node_selector(task, key, value)
-            for one in tolerations:
+            for one in needs.tolerations:
                 kubernetes.add_toleration(task, one.get("key"), one.get("operator"), one.get("value"),
                                           one.get("effect"), one.get("tolerationSeconds"))
         return task
@@ -165,13 +168,3 @@ def image_of(jobs: str) -> str:
         raise ValueError(f"the training jobs must name one image, they name {', '.join(sorted(found)) or 'none'}; "
                          "set it in the manifests, or for all steps in VITDET_IMAGE")
     return found.pop()
-
-
-def accelerators(jobs: str) -> tuple[int, list[dict], dict[str, str]]:
-    """(GPUs of a pod, tolerations, node selector) of the first job that says so."""
-    for job in yaml.safe_load_all(jobs):
-        for replica in job["spec"].get("pytorchReplicaSpecs", {}).values():
-            pod = replica["template"]["spec"]
-            limits = pod["containers"][0].get("resources", {}).get("limits", {})
-            return int(limits.get(GPU, 0)), pod.get("tolerations", []), pod.get("nodeSelector", {})
-    return 0, [], {}

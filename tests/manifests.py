@@ -15,6 +15,7 @@ from tests.schemas import misspelled
 GPU_TAINT = "nvidia.com/gpu"
 # Secrets that README.md has made by hand, and what others bring.
 BY_HAND = {("Secret", "vitdet-mlflow"), ("Secret", "mlflow-server")}
+RUNTIMES = ("ClusterTrainingRuntime", "TrainingRuntime")
 
 
 def kustomize(folder: Path) -> list[dict]:
@@ -55,7 +56,7 @@ def pods(documents: list[dict]) -> Iterator[tuple[str, dict]]:
         elif document["kind"] == "PyTorchJob":
             for role, replica in spec["pytorchReplicaSpecs"].items():
                 yield f"{name} {role}", replica["template"]
-        elif document["kind"] == "ClusterTrainingRuntime":
+        elif document["kind"] in RUNTIMES:
             for job in spec["template"]["spec"]["replicatedJobs"]:
                 yield f"{name} {job['name']}", job["template"]["spec"]["template"]
 
@@ -87,7 +88,7 @@ def refused(job: dict) -> list[str]:
                 "restartPolicy" in replica["template"]["spec"])
         if not re.fullmatch(r"auto|cpu|gpu|[1-9]\d*", spec.get("nprocPerNode", "auto")):
             said.append(f"nprocPerNode {spec['nprocPerNode']}: not auto, cpu, gpu or a number")
-    elif job["kind"] == "ClusterTrainingRuntime":
+    elif job["kind"] in RUNTIMES:
         inner = {entry["name"]: entry for entry in spec["template"]["spec"]["replicatedJobs"]}
         if "node" not in inner:
             said.append("no replicated job `node`")
@@ -189,7 +190,7 @@ def unmatched(documents: list[dict]) -> list[str]:
             wanted += [("ServiceAccount", subject["name"]) for subject in document["subjects"]]
             said += [f"{where}: no {kind} {name}" for kind, name in wanted if (kind, name) not in names]
         elif document["kind"] == "TrainJob":
-            runtime = ("ClusterTrainingRuntime", spec["runtimeRef"]["name"])
+            runtime = (spec["runtimeRef"].get("kind", RUNTIMES[0]), spec["runtimeRef"]["name"])
             said += [f"{where}: no {' '.join(runtime)}"] * (runtime not in names)
         said += [f"{where}: no pod has {wanted}" for wanted in chosen
                  if not any(wanted.items() <= own.items() for own in labels)]

@@ -17,7 +17,7 @@ import yaml
 from mlflow import MlflowClient
 
 from pipeline.local import Screen
-from pipeline.pipeline import accelerators, image_of, only_jobs
+from pipeline.pipeline import image_of, only_jobs
 from tests.conftest import ROOT, minimal, options
 
 GOLDEN = ROOT / "tests" / "golden_pipeline"
@@ -66,8 +66,11 @@ def test_the_jobs_in_manifests_compile_as_they_are(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("stdin", "message"), [
     ("", "--job -: empty"), ("kind: Service\n", "no PyTorchJob or TrainJob among the 1 documents"),
-    ("kind: TrainJob\n---\nkind: TrainJob\n", "two documents of kind TrainJob"), ("a: [", "not readable as YAML"),
-    ("- a list\n", "no PyTorchJob or TrainJob"),
+    ("kind: TrainJob\nspec: {}\n---\nkind: TrainJob\nspec: {}\n", "two documents of kind TrainJob"),
+    ("a: [", "not readable as YAML"),
+    ("- a list\n", "no PyTorchJob or TrainJob"), ("kind: PyTorchJob\n", "its PyTorchJob has no spec"),
+    ("kind: TrainJob\nspec: {runtimeRef: {name: vitdet}, trainer: {image: a}}\n",
+     "the TrainJob's ClusterTrainingRuntime vitdet is not among the documents"),
 ])
 def test_a_wrong_job_is_told_in_one_line(stdin: str, message: str, tmp_path: Path) -> None:
     done = pipeline("compile", tmp_path / "a.yaml", "--job", "-", stdin=stdin)
@@ -81,9 +84,6 @@ def test_the_jobs_travel_as_text() -> None:
     assert "runPolicy: {backoffLimit: 4}  # stays 4, not 4.0" in jobs
     assert "template: *template" in jobs
     assert "ServiceAccount" not in jobs
-    toleration = {"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"}
-    assert accelerators(jobs) == (8, [toleration], {"vitdet/pool": "gpu-train"})
-    assert accelerators(jobs.replace("nvidia.com/gpu: 8", "ephemeral-storage: 1Gi"))[0] == 0
 
 
 def test_the_steps_run_in_the_image_of_the_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

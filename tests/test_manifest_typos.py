@@ -1,0 +1,78 @@
+"""A typo anywhere in the manifests is an error: one planted at a time, in a copy."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.manifests import kustomize, problems
+from tests.test_manifests import copy, overlay, pools, pytestmark
+
+__all__ = ["copy", "pytestmark"]  # a fixture and a mark of the whole file
+
+
+def swap(old: str, new: str) -> Callable[[str], str]:
+    def change(text: str) -> str:
+        assert old in text, f"{old} stands there no more"
+        return text.replace(old, new)
+
+    return change
+
+
+TYPOS = {
+    "a field of the job": ("pytorchjob/pytorchjob.yaml", swap("backoffLimit", "backofLimit")),
+    "a field of the pod": ("pytorchjob/pytorchjob.yaml", swap("nodeSelector", "nodeSelecter")),
+    "a field of the container": ("pytorchjob/pytorchjob.yaml", swap("volumeMounts", "volumeMount")),
+    "a field of the pod's metadata": ("pytorchjob/pytorchjob.yaml", swap("annotations:", "annotation:")),
+    "a type": ("pytorchjob/pytorchjob.yaml", swap("enableServiceLinks: false", 'enableServiceLinks: "no"')),
+    "the container's name": ("pytorchjob/pytorchjob.yaml", swap("name: pytorch ", "name: torch ")),
+    "a replica's role": ("pytorchjob/pytorchjob.yaml", swap("    Worker:", "    Workers:")),
+    "the master's count": ("pytorchjob/pytorchjob.yaml", swap("replicas: 1  # must", "replicas: 2  # must")),
+    "the account": ("pytorchjob/pytorchjob.yaml", swap("AccountName: vitdet-train", "AccountName: vitdet-trains")),
+    "the claim": ("shared/volume.yaml", swap("name: vitdet-data", "name: vitdet-date")),
+    "the priority": ("shared/priority.yaml", swap("name: vitdet-train", "name: vitdet-trian")),
+    "the secret": ("pytorchjob/pytorchjob.yaml", swap("name: vitdet-mlflow", "name: vitdet-mflow")),
+    "a mount": ("pytorchjob/pytorchjob.yaml", swap("{name: shm, mountPath", "{name: smh, mountPath")),
+    "the pool": ("node-pools/eks/karpenter.yaml", swap("vitdet/pool", "vitdet/pools")),
+    "a taint": ("node-pools/eks/karpenter.yaml", swap("key: nvidia.com/gpu", "key: nvidia.com/gpus")),
+    "a field of the pool": ("node-pools/eks/karpenter.yaml", swap("expireAfter", "expiresAfter")),
+    "root": ("pytorchjob/pytorchjob.yaml", swap("runAsNonRoot: true", "runAsNonRoot: false")),
+    "a writable root": ("mlflow/server.yaml", swap("readOnlyRootFilesystem: true", "readOnlyRootFilesystem: false")),
+    "no seccomp": ("mlflow/database.yaml", swap("type: RuntimeDefault", "type: Unconfined")),
+    "a floating tag": ("overlays/eks/values/values.yaml", swap("vitdet:0.1.0", "vitdet:latest")),
+    "a port of a probe's schema": ("mlflow/server.yaml", swap("periodSeconds: 5", "periodSecond: 5")),
+    "a service's selector": ("mlflow/server.yaml", swap("selector: {app.kubernetes.io/name: mlflow}",
+                                                        "selector: {app.kubernetes.io/name: mlfow}")),
+    "a policy's selector": ("shared/network.yaml", swap("name: mlflow}", "name: mflow}")),
+    "a role's field": ("shared/accounts.yaml", swap("resources: [pods]", "resource: [pods]")),
+    "the binding's account": ("shared/accounts.yaml", swap("{kind: ServiceAccount, name: vitdet-pipeline, namespace",
+                                                           "{kind: ServiceAccount, name: vitdet-pipelin, namespace")),
+    "a value's name": ("overlays/eks/values/values.yaml", swap("sharedMemory", "sharedMemori")),
+    "a replaced place": ("components/values/job.yaml", swap("vitdet/pool", "vitdet/pol")),
+    "the runtime's name": ("trainjob/trainjob.yaml", swap("runtimeRef: {name: vitdet}", "runtimeRef: {name: vitde}")),
+    "the runtime's kind": ("trainjob/trainjob.yaml", swap("{name: vitdet}", "{name: vitdet, kind: TrainingRuntime}")),
+    "the kind of a profile's runtime": ("components/profile/kustomization.yaml", swap("value: TrainingRuntime}",
+                                                                                      "value: TrainRuntime}")),
+    "the wait": ("pytorchjob/pytorchjob.yaml", swap("vitdet/schedule-seconds", "vitdet/schedule-second")),
+    "the restarts": ("trainjob/runtime.yaml", swap("maxRestarts", "maxRestart")),
+    "a pool's family": ("node-pools/eks/karpenter.yaml", swap("aws/instance-family", "aws/instance-famly")),
+    "a removed field": ("trainjob/trainjob.yaml", swap("  trainer:", "  podTemplateOverrides: []\n  trainer:")),
+    "a reserved variable": ("trainjob/runtime.yaml", swap("NCCL_DEBUG", "PET_NNODES")),
+}
+
+
+@pytest.mark.parametrize("typo", TYPOS)
+def test_a_typo_is_noticed(typo: str, copy: Path) -> None:
+    path, change = TYPOS[typo]
+    (copy / path).write_text(change((copy / path).read_text()))
+    try:
+        name = "kind" if "profile" in path else "eks"
+        folder = copy / "overlays" / name
+        untouched = path.startswith(("pytorchjob", "trainjob"))
+        cluster = overlay(name, "cluster") if untouched else kustomize(folder / "cluster")
+        jobs = kustomize(folder / "trainjob" if path.startswith(("trainjob", "components/profile")) else folder)
+    except ValueError:
+        return  # kubectl itself noticed
+    assert problems(cluster, jobs, pools(name, copy, cluster)) != []
