@@ -210,8 +210,13 @@ class FakeOperator:
             return
         if self.true(job, "Suspended"):
             self.condition(job, "Suspended", "Resumed", "TrainJob is resumed", False)
-        runtime = self.objects.get_cluster_custom_object(
-            *TRAIN[:2], "clustertrainingruntimes", job["spec"]["runtimeRef"]["name"])["spec"]
+        named = job["spec"]["runtimeRef"]
+        if named.get("kind") == "TrainingRuntime":
+            runtime = self.objects.get_namespaced_custom_object(
+                *TRAIN[:2], self.namespace, "trainingruntimes", named["name"])["spec"]
+        else:
+            runtime = self.objects.get_cluster_custom_object(
+                *TRAIN[:2], "clustertrainingruntimes", named["name"])["spec"]
         trainer, nodes = job["spec"]["trainer"], job["spec"]["trainer"]["numNodes"]
         phases = [pod["status"]["phase"] for pod in pods.values() if "deletionTimestamp" not in pod["metadata"]]
         if "Failed" in phases:

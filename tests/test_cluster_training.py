@@ -18,6 +18,7 @@ from mlflow import MlflowClient
 from components.jobs import job_name
 from tests.cluster import PIPELINE_RUN, Scene, kubectl, on_cluster, scene, template, wait_until
 from tests.conftest import ROOT, STEPS, minimal, options
+from tests.manifests import kustomize
 from vitdet.training.checkpoint import load_model_file
 
 pytestmark = on_cluster
@@ -94,7 +95,9 @@ def test_a_killed_worker_costs_the_steps_since_the_last_checkpoint(training: Sce
 
 def test_a_trainjob_trains_behind_the_same_launcher(training: Scene) -> None:
     training.lines.clear()
-    kubectl("apply", "-f", str(ROOT / "manifests/trainjob/runtime.yaml"))
+    runtime, _ = kustomize(ROOT / "manifests" / "overlays" / "kind" / "trainjob")
+    runtime["metadata"]["namespace"] = training.namespace
+    kubectl("apply", "-f", "-", given=runtime)
     training.launch(template("trainjob"), words("trained", optim__lr=3e-3), recipe="second", kind="trainjob")
     text = "\n".join(training.lines)
     assert f"step {STEPS}/{STEPS}" in text and "TrainJob vitdet-second" in text and text.count("step 1/") == 1
