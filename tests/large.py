@@ -1,9 +1,11 @@
-"""Writes a folder in COCO's layout as large as COCO's training split, to measure how its reading scales.
+"""Writes a folder in COCO's or LVIS's layout as large as theirs, to measure how its reading scales.
 
     python tests/large.py DIR [IMAGES OBJECTS]     118,287 and 860,001, a file of 450 MB; no data set for training
+    python tests/large.py DIR lvis                 both splits of LVIS v1 (100,170 images, 1,270,141 objects of 1,203
+                                                   classes; 19,809 and 244,707), files of 1 and 0.2 GB
 
-Outlines are star-shaped with as many corners as COCO's on average, one object in 85 is a crowd; the image files are
-links to a few drawn pictures.
+Outlines are star-shaped with as many corners as COCO's on average, one object in 85 is a crowd (none in LVIS); the
+image files are links to a few drawn pictures.
 """
 
 from __future__ import annotations
@@ -18,10 +20,13 @@ from PIL import Image
 SIZES = ((480, 640), (427, 640), (640, 480), (333, 500))  # height, width
 
 
-def write(folder: Path, images: int = 118_287, objects: int = 860_001, split: str = "train", first: int = 1) -> Path:
-    """FOLDER/annotations/instances_SPLIT.json and FOLDER/SPLIT/; image ids from `first` on."""
+def write(folder: Path, images: int = 118_287, objects: int = 860_001, split: str = "train", first: int = 1,
+          lvis: bool = False) -> Path:
+    """FOLDER/annotations/instances_SPLIT.json (lvis: lvis_v1_SPLIT.json) and FOLDER/SPLIT/ (lvis: what their coco_url
+    says); image ids from `first` on.
+    """
     rng = np.random.default_rng(first)
-    place = folder / split
+    place = folder / (f"{split}2017" if lvis else split)
     for path in (place, folder / "annotations"):
         path.mkdir(parents=True, exist_ok=True)
     for height, width in SIZES:
@@ -33,26 +38,35 @@ def write(folder: Path, images: int = 118_287, objects: int = 860_001, split: st
         name = f"{first + number:012d}.jpg"
         heads.append({"license": 4, "file_name": name, "height": height, "width": width, "id": first + number,
                       "coco_url": f"http://images.cocodataset.org/{split}2017/{name}",
-                      "date_captured": "2013-11-14 11:18:45"})
+                      "date_captured": "2013-11-14 11:18:45"} | (_searched(rng) if lvis else {}))
         if not (place / name).is_symlink():
             (place / name).symlink_to(f"../{height}x{width}.jpg")
-    categories = [{"supercategory": "thing", "id": 1 + k, "name": f"class {k}"} for k in range(80)]
-    path = folder / "annotations" / f"instances_{split}.json"
+    classes = 1203 if lvis else 80
+    categories = [{"supercategory": "thing", "id": 1 + k, "name": f"class {k}"}
+                  | ({"frequency": "fcr"[k % 3]} if lvis else {}) for k in range(classes)]
+    path = folder / "annotations" / f"{'lvis_v1' if lvis else 'instances'}_{split}.json"
     with open(path, "wb") as file:
         file.write(b'{"images": ' + msgspec.json.encode(heads) + b', "categories": ' + msgspec.json.encode(categories))
         file.write(b', "annotations": [')
         for number in rng.permutation(objects).tolist():
-            annotation = _object(rng, heads[owners[number]]) | {"id": 900_100_000_000 + number}
+            annotation = _object(rng, heads[owners[number]], lvis) | {"id": 900_100_000_000 + number}
+            annotation["category_id"] = int(classes * rng.random() ** (3 if lvis else 1)) + 1  # LVIS: many are rare
             file.write(msgspec.json.encode(annotation) + b", ")
         file.seek(-2, 2)
         file.write(b"]}")
     return path
 
 
-def _object(rng: np.random.Generator, head: dict) -> dict:
+def _searched(rng: np.random.Generator) -> dict[str, list[int]]:
+    """What the annotators of an LVIS image looked for in vain, and what they did not mark everywhere."""
+    ids = rng.permutation(1203)[:8] + 1
+    return {"neg_category_ids": ids[:6].tolist(), "not_exhaustive_category_ids": ids[6:].tolist()}
+
+
+def _object(rng: np.random.Generator, head: dict, lvis: bool) -> dict:
     height, width = head["height"], head["width"]
-    many = rng.random() < 1 / 85
-    corners = int(np.clip(rng.lognormal(3.0, 0.6), 4, 200))
+    many = not lvis and rng.random() < 1 / 85
+    corners = int(np.clip(rng.lognormal(3.65 if lvis else 3.0, 0.6), 4, 300))
     turns = np.arange(corners) * (2 * np.pi / corners)
     radius = np.exp(rng.uniform(1.5, 5.0)) * rng.uniform(0.7, 1.3, corners)
     centre = rng.uniform((20, 20), (width - 20, height - 20))
@@ -63,8 +77,12 @@ def _object(rng: np.random.Generator, head: dict) -> dict:
     outline["counts"].append(height * width - sum(outline["counts"]))
     box = np.concatenate([low, high - low]).round(2).tolist()
     return {"segmentation": outline if many else [points.ravel().tolist()], "area": round(0.6 * box[2] * box[3], 4),
-            "iscrowd": int(many), "image_id": head["id"], "bbox": box, "category_id": int(rng.integers(1, 81))}
+            "image_id": head["id"], "bbox": box} | ({} if lvis else {"iscrowd": int(many)})
 
 
 if __name__ == "__main__":
-    write(Path(sys.argv[1]), *map(int, sys.argv[2:4]))
+    if sys.argv[2:] == ["lvis"]:
+        write(Path(sys.argv[1]), 100_170, 1_270_141, lvis=True)
+        write(Path(sys.argv[1]), 19_809, 244_707, "val", 200_001, lvis=True)
+    else:
+        write(Path(sys.argv[1]), *map(int, sys.argv[2:4]))

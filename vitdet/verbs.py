@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from vitdet.config import dump_config, flatten, load_config, save_config
+from vitdet.config import Config, dump_config, flatten, load_config, recipes, save_config
 
 
 def run_config(given: argparse.Namespace) -> int:
@@ -51,7 +52,7 @@ def run_train(given: argparse.Namespace) -> int:
     from vitdet.stages import train_tracked
     from vitdet.training import Stopped
 
-    config = load_config(given.recipe, given.overrides)
+    config = own_data(load_config(given.recipe, given.overrides), given)
     try:
         path = train_tracked(config, Path(given.recipe).stem, given.output, checkpoints=given.checkpoints,
                              weights=given.weights, group=given.group)
@@ -61,6 +62,23 @@ def run_train(given: argparse.Namespace) -> int:
     if distributed.rank() == 0:
         print(path)
     return 0
+
+
+def own_data(config: Config, given: argparse.Namespace) -> Config:
+    """The config for the data that --set data.root puts in the place of a recipe's; says what this changes.
+
+    A file of settings is taken at its word, as a recipe that --set goes on from is not.
+    """
+    if given.recipe not in recipes():
+        return config
+    from vitdet import distributed
+    from vitdet.data.layout import follow
+
+    config, found = follow(config, given.overrides)
+    if found and distributed.rank() == 0:
+        settings = ", ".join(f"{key}={value}" for key, value in found.items())
+        logging.getLogger(__name__).info("%s has %s", config.data.root, settings)
+    return config
 
 
 def run_evaluate(given: argparse.Namespace) -> int:

@@ -23,6 +23,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from vitdet.config import DataConfig
 from vitdet.data.coco import CocoSplit, read_coco, read_image
+from vitdet.data.layout import missing, split_files
 from vitdet.data.masks import outline, pad_edges
 from vitdet.data.records import Record, Records
 from vitdet.data.samplers import InfiniteSampler, positions, repeat_factors
@@ -42,14 +43,6 @@ COCO_URL = re.compile(rb'"coco_url": *"[^"]*?([^/"]+/[^/"]+)"')  # reading 1 GB 
 Sample = tuple[Tensor, Target | None, tuple[int, int], int, tuple[int, int]]
 
 
-def split_files(data: DataConfig, split: str) -> tuple[Path, Path]:
-    """The annotation file of a split and the folder that its images' names start from."""
-    root = Path(data.root)
-    if data.dataset == "lvis":
-        return root / "annotations" / f"lvis_v1_{split}.json", root
-    return root / "annotations" / f"instances_{split}.json", root / split
-
-
 def read_split(data: DataConfig, split: str, tree: dict | None = None) -> CocoSplit:
     """The split's records; with data.max_images, only the so many images of lowest id that hold an object.
 
@@ -59,9 +52,9 @@ def read_split(data: DataConfig, split: str, tree: dict | None = None) -> CocoSp
     found = read_coco(*split_files(data, split), by_url=data.dataset == "lvis", tree=tree)
     if data.max_images:
         found = replace(found, records=_with_objects(found)[: data.max_images])
-    missing = [path for path in found.records.paths() if not path.is_file()]
-    if missing:
-        raise FileNotFoundError(f"{missing[0]}: no such file, and {len(missing) - 1} more images of the annotations "
+    gone = [path for path in found.records.paths() if not path.is_file()]
+    if gone:
+        raise FileNotFoundError(f"{gone[0]}: no such file, and {len(gone) - 1} more images of the annotations "
                                 f"are missing; `vitdet data check {data.root}` lists all problems")
     return found
 
@@ -190,7 +183,7 @@ def dataset_digest(data: DataConfig) -> str:
         annotations, images = split_files(data, split)
         for path in (annotations, images):
             if not path.exists():
-                raise FileNotFoundError(f"{path}: not there; expected COCO's layout under data.root")
+                raise missing(path, data)
         with open(annotations, "rb") as file:
             digest.update(f"\n{split}\n".encode() + hashlib.file_digest(file, "sha256").digest())
         found = _files(images)

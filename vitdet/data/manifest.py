@@ -8,7 +8,8 @@ import hashlib
 from pathlib import Path
 
 from vitdet.config import DataConfig
-from vitdet.data import dataset_digest, inventory, read_split, split_files
+from vitdet.data import dataset_digest, inventory, read_split
+from vitdet.data.layout import split_files
 
 
 def describe(data: DataConfig) -> dict:

@@ -15,8 +15,9 @@ from torch import nn
 
 from vitdet import distributed
 from vitdet.config import Config, DataConfig, EvalConfig, load_config, save_config
-from vitdet.data import read_split, split_files, val_loader
+from vitdet.data import read_split, val_loader
 from vitdet.data.coco import CocoSplit, read_tree
+from vitdet.data.layout import split_files
 from vitdet.data.masks import encode, paste
 from vitdet.evaluation import coco, lvis
 from vitdet.evaluation.files import Truth, kinds_of, read_results, read_truth, truth_of
@@ -134,7 +135,7 @@ def evaluate_results(results: str | Path, annotations: str | Path, dataset: str 
     if dataset not in ARBITERS:
         raise ValueError(f"dataset is {' or '.join(ARBITERS)}, got {dataset!r}")
     found = read_results(results)
-    truth = read_truth(annotations)
+    truth = read_truth(annotations, dataset == "lvis")
     try:
         finished = ARBITERS[dataset].compare(truth, found, kinds_of(found))
     except ValueError as error:

@@ -1,0 +1,90 @@
+"""Where the files of a data set lie, and a data set of one's own in the place of a recipe's.
+
+A recipe names a data set: its folder, its splits, the number of its classes. The last two are facts of the folder, so
+whoever sets another folder and not them means those that are there. What is read there becomes a setting like any
+other: said when a training starts, stored with it, and refused where it is set to something else.
+"""
+
+from __future__ import annotations
+
+import mmap
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import msgspec
+
+from vitdet.config import Config, DataConfig, flatten
+
+SPLITS = {  # setting -> what its split is commonly called, in the order in which they are looked for
+    "data.train_split": ("train", "train2017", "train2014", "training"),
+    "data.val_split": ("val", "val2017", "val2014", "valid", "validation"),
+}
+CLASSES = "model.roi_heads.num_classes"
+
+
+class _Categories(msgspec.Struct):
+    categories: list[msgspec.Raw]
+
+
+def split_files(data: DataConfig, split: str) -> tuple[Path, Path]:
+    """The annotation file of a split and the folder that its images' names start from."""
+    root = Path(data.root)
+    if data.dataset == "lvis":
+        return root / "annotations" / f"lvis_v1_{split}.json", root
+    return root / "annotations" / f"instances_{split}.json", root / split
+
+
+def splits(data: DataConfig) -> list[str]:
+    """The splits that have an annotation file under data.root."""
+    start, end = split_files(data, "*")[0].name.split("*")
+    return sorted(path.name[len(start) : -len(end)] for path in Path(data.root, "annotations").glob(f"{start}*{end}"))
+
+
+def missing(path: Path, data: DataConfig) -> FileNotFoundError:
+    """What to say when the annotation file or the folder of a split is not there."""
+    other = replace(data, dataset="coco" if data.dataset == "lvis" else "lvis")
+    if path.suffix != ".json":
+        there = f"expected the images of {split_files(data, path.name)[0]} there"
+    elif found := splits(data):
+        there = f"there are the splits {', '.join(found)}; set data.train_split and data.val_split to two of them"
+    elif splits(other):
+        there = f"there are annotations of another kind; set data.dataset={other.dataset}"
+    else:
+        there = (f"expected {path.name.replace(path.stem.rpartition('_')[2], 'SPLIT')} for each split, as in COCO's "
+                 "layout under data.root")
+    return FileNotFoundError(f"{path}: not there; {there}")
+
+
+def follow(config: Config, overrides: Sequence[str]) -> tuple[Config, dict[str, str | int]]:
+    """The config with the splits and the number of classes that data.root has, and the settings that this changed.
+
+    Only if the overrides set data.root, and no setting that they name. What is not there or cannot be read stays as it
+    is: the training says what is wrong with it.
+    """
+    named = {override.partition("=")[0].strip() for override in overrides}
+    if "data.root" not in named:
+        return config, {}
+    there, before = splits(config.data), flatten(config)
+    found: dict[str, str | int] = {}
+    for key, names in SPLITS.items():
+        usual = [name for name in names if name in there]
+        if key not in named and before[key] not in there and usual:
+            found[key] = usual[0]
+    data = replace(config.data, **{key.removeprefix("data."): name for key, name in found.items()})
+    config = replace(config, data=data)
+    count = _count(split_files(data, data.train_split)[0])
+    if CLASSES not in named and count not in (None, before[CLASSES]):
+        heads = replace(config.model.roi_heads, num_classes=count)
+        config, found[CLASSES] = replace(config, model=replace(config.model, roi_heads=heads)), count
+    return config, found
+
+
+def _count(annotations: Path) -> int | None:
+    """The classes of an annotation file; None if it is none that training could use."""
+    try:
+        with open(annotations, "rb") as file:
+            content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)  # the list stands behind 450 MB of others
+        return len(msgspec.json.decode(content, type=_Categories).categories) or None
+    except (OSError, ValueError, RecursionError):
+        return None
