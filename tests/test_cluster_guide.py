@@ -31,7 +31,8 @@ def test_the_runtime_is_applied_alone_by_its_label(name: str) -> None:
     """Not the TrainJob beside it, which would start to train."""
     said = kubectl("apply", "-k", str(MANIFESTS / "overlays" / name / "trainjob"), "--dry-run=client",
                    "-l", "app.kubernetes.io/component=runtime", "-o", "name")
-    assert said.split() == [f"{'' if name == 'kind' else 'cluster'}trainingruntime.trainer.kubeflow.org/vitdet"]
+    kind = "trainingruntime" if name == "kind" else "clustertrainingruntime"
+    assert said.split() == [f"{kind}.trainer.kubeflow.org/vitdet-gpu-train"]
 
 
 def test_the_administrator_s_part_is_applied_alone_by_its_label() -> None:
@@ -71,6 +72,6 @@ def test_a_profile_s_runtime_is_made_in_its_namespace(namespace: str) -> None:
     runtime, _ = moved(overlay("kind", "trainjob"), namespace)
     kubectl("apply", "-f", "-", given=runtime)
     found = json.loads(kubectl("get", "trainingruntimes", "-n", namespace, "-o", "json"))["items"]
-    assert [one["metadata"]["name"] for one in found] == ["vitdet"]
+    assert [one["metadata"]["name"] for one in found] == ["vitdet-gpu-train"]
     assert found[0]["spec"]["mlPolicy"]["numNodes"] == 2
     assert yaml.safe_dump(found[0]["spec"]["template"]).count("vitdet:0.1.0") == 2  # training, and the demo's data

@@ -163,6 +163,17 @@ def test_the_launcher_s_job_is_right_too(name: str, nodes: int) -> None:
     assert len(jobs[0]["spec"]["pytorchReplicaSpecs"]) == min(nodes, 2)
 
 
+@pytest.mark.parametrize("name", CLOUDS)
+def test_another_pool_s_trainjob_has_a_runtime_of_its_own(name: str, copy: Path) -> None:
+    file = copy / "overlays" / name / "values" / "values.yaml"
+    file.write_text(file.read_text().replace("pool: gpu-train", "pool: small"))
+    (runtime, job), (first, _) = kustomize(copy / "overlays" / name / "trainjob"), overlay(name, "trainjob")
+    assert runtime["metadata"]["name"] == job["spec"]["runtimeRef"]["name"] == "vitdet-small"
+    assert first["metadata"]["name"] == "vitdet-gpu-train"
+    (_, pod), = pods([runtime])
+    assert list(pod["spec"]["nodeSelector"].values()) == ["small"]
+
+
 def test_another_pool_is_another_compute_class() -> None:
     wish = Wish("x", "vitdet", {}, "", ["train"], 2, "small")
     job = fill(yaml.safe_dump(overlay("gke")[0]), KINDS["pytorchjob"], wish)

@@ -44,7 +44,7 @@ def test_nothing_cluster_wide_is_left(name: str, copy: Path) -> None:
     assert problems(cluster, jobs, pools(name)) == []
     assert {"LocalQueue", "PersistentVolumeClaim", "StatefulSet"} <= {document["kind"] for document in cluster}
     runtime, trainjob = (one for kind in ("TrainingRuntime", "TrainJob") for one in jobs if one["kind"] == kind)
-    assert trainjob["spec"]["runtimeRef"] == {"kind": "TrainingRuntime", "name": "vitdet"}
+    assert trainjob["spec"]["runtimeRef"] == {"kind": "TrainingRuntime", "name": "vitdet-gpu-train"}
     (_, pod), = pods([runtime])  # the other options have reached it under its new kind
     assert "rdma/rdma_shared_device_a" in pod["spec"]["containers"][0]["resources"]["limits"]
     assert "coscheduling" in runtime["spec"]["podGroupPolicy"] and "priorityClassName" not in pod["spec"]
