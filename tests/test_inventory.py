@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
+import shutil
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from tests.conftest import minimal, options
 from vitdet.config import DataConfig
+from vitdet.data import read_split
 from vitdet.data.inventory import Archive, File, Images, Manifest, compare, digest, read, verify, write
 from vitdet.data.manifest import describe
 
@@ -84,6 +89,65 @@ def test_a_write_that_fails_leaves_the_manifest_of_before(root: Path, monkeypatc
     with pytest.raises(OSError, match="no space"):
         write(root, Manifest())
     assert (root / "manifest.json").read_bytes() == before and len(list(root.iterdir())) == 3
+
+
+@pytest.fixture
+def fetched(own_tiny: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The tiny data with the manifest that `vitdet data coco` would have left."""
+    monkeypatch.setattr(os, "sync", lambda: None)
+    files, folders = [], []
+    for split in ("train", "val"):
+        file = own_tiny / "annotations" / f"instances_{split}.json"
+        pictures = {one.name: one.read_bytes() for one in (own_tiny / split).iterdir()}
+        files.append(File(f"annotations/{file.name}", file.stat().st_size,
+                          hashlib.sha256(file.read_bytes()).hexdigest()))
+        folders.append(Images(split, len(pictures), sum(map(len, pictures.values())),
+                              digest(f"{name} {len(content)}" for name, content in pictures.items()),
+                              digest(f"{name} {len(content)} {zlib.crc32(content):08x}"
+                                     for name, content in pictures.items())))
+    write(own_tiny, Manifest((), tuple(files), tuple(folders)))
+    return own_tiny
+
+
+def longer(path: Path) -> None:
+    path.write_bytes(path.read_bytes() + b" ")
+
+
+@pytest.mark.parametrize(("change", "says"), [
+    (lambda root: shutil.rmtree(root / "train"), "train: not there; expected the images of"),
+    (lambda root: shutil.rmtree(root / "val"), "val: not there; expected the images of"),
+    (lambda root: min((root / "val").iterdir()).unlink(), "val: 3 files of .*, it came with 4 of .*`vitdet data coco"),
+    (lambda root: longer(max((root / "train").iterdir())), "train: 12 files .* are others. `vitdet data coco"),
+    (lambda root: (root / "val" / "more.jpg").touch(), "val: 5 files of"),
+    (lambda root: longer(root / "annotations" / "instances_val.json"), "instances_val.json: .* bytes, it came with"),
+])
+def test_no_training_begins_on_pictures_that_are_not_as_they_came(fetched: Path, vitdet: Callable, change: object,
+                                                                  says: str) -> None:
+    change(fetched)
+    words = ["train", "tiny", *options(minimal(fetched)), "--output", "run"]
+    code, _, said = vitdet(*words)
+    assert code == 1 and re.search(says, said) and len(said.splitlines()) == 1, said
+    assert not Path("run/model.pt").exists() and not list(Path("run").rglob("*.pt"))
+
+
+def test_a_split_is_compared_alone_and_a_foreign_manifest_is_none(fetched: Path) -> None:
+    data = DataConfig(root=str(fetched), train_split="train", val_split="val")
+    longer(min((fetched / "train").iterdir()))
+    assert len(read_split(data, "val").records) == 4
+    with pytest.raises(ValueError, match="train: 12 files of"):
+        read_split(data, "train")
+    (fetched / "manifest.json").write_text('{"version": 1}')
+    assert len(read_split(data, "train").records) == 12
+
+
+def test_the_check_names_pictures_that_are_not_as_they_came(fetched: Path, vitdet: Callable) -> None:
+    assert vitdet("data", "check", fetched, "--images")[0] == 0
+    with open(min((fetched / "val").iterdir()), "r+b") as picture:
+        picture.seek(-1, os.SEEK_END)
+        picture.write(b"?")  # behind the last marker: still a picture
+    assert vitdet("data", "check", fetched)[0] == 0
+    code, listed, _ = vitdet("data", "check", fetched, "--images")
+    assert code == 1 and "1 x not as manifest.json says" in listed and "val: the content of a file" in listed
 
 
 def test_a_pipeline_does_not_start_on_data_that_is_not_as_it_came(root: Path, own_tiny: Path) -> None:

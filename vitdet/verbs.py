@@ -39,9 +39,15 @@ def run_data_tiny(given: argparse.Namespace) -> int:
 
 def run_data_check(given: argparse.Namespace) -> int:
     """vitdet data check"""
+    from vitdet.data import inventory
     from vitdet.data.check import check
 
     report = check(given.folder, images=given.images)
+    try:
+        if inventory.exists(given.folder):
+            inventory.verify(given.folder, contents=given.images)
+    except (ValueError, FileNotFoundError) as error:
+        report.error(f"not as {inventory.NAME} says", str(error))
     print(*report.lines(), sep="\n")
     return 0 if report.ok else 1
 

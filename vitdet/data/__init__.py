@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from vitdet.config import DataConfig
+from vitdet.data import inventory
 from vitdet.data.coco import CocoSplit, read_coco, read_image
 from vitdet.data.layout import missing, split_files
 from vitdet.data.masks import outline, pad_edges
@@ -46,10 +47,12 @@ Sample = tuple[Tensor, Target | None, tuple[int, int], int, tuple[int, int]]
 def read_split(data: DataConfig, split: str, tree: dict | None = None) -> CocoSplit:
     """The split's records; with data.max_images, only the so many images of lowest id that hold an object.
 
-    tree: the content of the annotation file, if it was read before. Raises what `read_coco` raises, and
-    FileNotFoundError naming the first image file that is not there.
+    tree: the content of the annotation file, if it was read before. Raises what `read_coco` raises, FileNotFoundError
+    naming the first image file that is not there, and either for what is no longer as `vitdet data coco|lvis` left it.
     """
-    found = read_coco(*split_files(data, split), by_url=data.dataset == "lvis", tree=tree)
+    files = split_files(data, split)
+    inventory.look(Path(data.root), *files)
+    found = read_coco(*files, by_url=data.dataset == "lvis", tree=tree)
     if data.max_images:
         found = replace(found, records=_with_objects(found)[: data.max_images])
     gone = [path for path in found.records.paths() if not path.is_file()]

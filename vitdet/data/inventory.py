@@ -141,6 +141,24 @@ def compare(root: Path, manifest: Manifest, contents: bool = False) -> None:
             raise ValueError(f"{folder}: the content of a file is not what came")
 
 
+def look(root: Path, annotations: Path, images: Path) -> None:
+    """Raises as `compare` does, and says what to do, for a split that is not as the manifest, if there is one, says.
+
+    images: the folder that the names of the split's images start from. A manifest.json of another program is none.
+    """
+    try:
+        known = read(root)
+    except ValueError:
+        return
+    used = {str(annotations.relative_to(root)),
+            *(one.path for one in known.folders if images in (root, root / one.path))}
+    try:
+        compare(root, known.only((), used))
+    except (FileNotFoundError, ValueError) as error:
+        raise type(error)(f"{error}. `vitdet data coco|lvis {root}` brings what is missing; if the change is meant, "
+                          f"remove {root / NAME}") from error
+
+
 def digest(lines: Iterable[str]) -> str:
     """sha256 over the sorted lines."""
     return hashlib.sha256("".join(f"{line}\n" for line in sorted(lines)).encode()).hexdigest()
