@@ -181,7 +181,7 @@ def test_voc(vitdet: Run, voc: Path, tmp_path: Path) -> None:
     ("Annotations/one.xml", "<a/>", "has an object 1, but"),
     ("ImageSets/Main/train.txt", "three", "three.xml: no such annotation file"),
     ("ImageSets/Main/train.txt", "../one", "../one: expected the name of an image"),
-    ("SegmentationObject/one.png", "", "not an image that can be read"),
+    ("SegmentationObject/one.png", "", "one.png: the image cannot be read: the file is empty"),
 ])
 def test_bad_voc_is_one_line_and_leaves_nothing(vitdet: Run, voc: Path, tmp_path: Path, file: str, content: str,
                                                 says: str) -> None:

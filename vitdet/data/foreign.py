@@ -10,8 +10,6 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from PIL import ExifTags, Image
-
 SUFFIXES = frozenset({".bmp", ".jpeg", ".jpg", ".mpo", ".png", ".tif", ".tiff", ".webp"})
 EMPTY = "objects without size left out"
 BOX_ONLY = "objects have a box only, which is their mask as well"
@@ -48,22 +46,6 @@ class Foreign:
     class_names: tuple[str, ...]
     splits: dict[str, Iterable[Picture]]
     notes: Counter[str] = field(default_factory=Counter)
-
-
-def image_size(path: Path) -> tuple[int, int]:
-    """Height and width of the upright picture; its pixels are not read.
-
-    Raises FileNotFoundError, and ValueError with one line for what is no image.
-    """
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such image file")
-    try:
-        with Image.open(path) as image:
-            width, height = image.size
-            turned = image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{path}: not an image that can be read: {' '.join(str(error).split())}") from error
-    return (width, height) if turned else (height, width)
 
 
 def images_below(folder: Path) -> list[Path]:

@@ -19,7 +19,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from vitdet.data.foreign import BOX_ONLY, EMPTY, SUFFIXES, Foreign, Picture, Thing, box_thing, image_size
+from vitdet.data.foreign import BOX_ONLY, EMPTY, SUFFIXES, Foreign, Picture, Thing, box_thing
+from vitdet.data.images import image_size
 from vitdet.data.masks import encode
 from vitdet.data.values import show
 

@@ -26,10 +26,10 @@ from vitdet.data.foreign import (
     Picture,
     Thing,
     box_thing,
-    image_size,
     images_below,
     polygon_thing,
 )
+from vitdet.data.images import image_size
 from vitdet.data.values import show
 
 TOLERANCE = 0.01  # of the picture, by which a coordinate may lie outside
