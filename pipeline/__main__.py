@@ -12,13 +12,7 @@ from pipeline.remote_verbs import add_verbs
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs a command; a user's mistake is one line on stderr and exit code 1 (2 for the command line itself)."""
-    parser = argparse.ArgumentParser(prog="python -m pipeline", description="The experiment as a Kubeflow pipeline.")
-    verbs = parser.add_subparsers(required=True, metavar="VERB")
-    add_compile(verbs.add_parser("compile", allow_abbrev=False, help="write the pipeline to a file, for `submit` or "
-                                 "Kubeflow's pages"))
-    add_run(verbs.add_parser("run", allow_abbrev=False, help="run the pipeline on this machine, without a cluster"))
-    add_verbs(verbs)
-    given = parser.parse_args(arguments)
+    given = parser().parse_args(arguments)
     try:
         code = given.run(given)
     except (ValueError, OSError, RuntimeError) as error:
@@ -27,6 +21,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except KeyboardInterrupt:
         code = 130
     sys.exit(code)
+
+
+def parser() -> argparse.ArgumentParser:
+    """All verbs and their arguments."""
+    root = argparse.ArgumentParser(prog="python -m pipeline", description="The experiment as a Kubeflow pipeline.")
+    verbs = root.add_subparsers(required=True, metavar="VERB")
+    add_compile(verbs.add_parser("compile", allow_abbrev=False, help="write the pipeline to a file, for `submit` or "
+                                 "Kubeflow's pages"))
+    add_run(verbs.add_parser("run", allow_abbrev=False, help="run the pipeline on this machine, without a cluster"))
+    add_verbs(verbs)
+    return root
 
 
 def add_compile(verb: argparse.ArgumentParser) -> None:
