@@ -122,20 +122,20 @@ def test_what_is_no_file_of_results_is_refused(files, text, message):
 
 
 @pytest.mark.parametrize(("change", "message"), [
-    (lambda tree: tree["images"].clear(), "is neither a field nor an id that is there"),
-    (lambda tree: tree["annotations"][0].pop("bbox"), "'bbox' is neither a field"),
-    (lambda tree: tree["annotations"][0].pop("segmentation"), "annotation 1: segmentation is missing"),
-    (lambda tree: tree["annotations"][0].update(segmentation=SHORT), "annotation 1: RLE whose counts do not fill"),
-    (lambda tree: tree.update(images=3), "not COCO's layout"),
-    (lambda tree: tree["images"].append(tree["images"][0]), "images: an id comes twice"),
-    (lambda tree: tree["categories"].append(tree["categories"][0]), "categories: an id comes twice"),
-    (lambda tree: tree["images"][0].update(height="9"), "image .*: height and width must be whole numbers"),
-    (lambda tree: tree["annotations"][0].update(bbox="x"), "annotation 1: bbox must be 4 finite numbers .*, got 'x'"),
-    (lambda tree: tree["annotations"][0].update(bbox=[0, 0, float("nan"), 1]), "annotation 1: bbox must be 4 finite"),
-    (lambda tree: tree["annotations"][0].update(area="big"), "annotation 1: area must be a finite number, got 'big'"),
-    (lambda tree: tree["annotations"][0].update(iscrowd="no"), "annotation 1: iscrowd must be 0 or 1, got 'no'"),
+    (lambda tree: tree["images"].clear(), "annotation 1: annotation of an image that does not exist"),
+    (lambda tree: tree["annotations"][0].pop("bbox"), "annotation 1 .*: annotation without 'bbox'"),
+    (lambda tree: tree["annotations"][0].pop("segmentation"), "annotation 1 .*: annotation without 'segmentation'"),
+    (lambda tree: tree["annotations"][0].update(segmentation=SHORT), "annotation 1 .*: RLE whose counts do not fill"),
+    (lambda tree: tree.update(images=3), "'images' is not a list: got 3"),
+    (lambda tree: tree["images"].append(tree["images"][0]), "image .*: image id that comes twice: entry 6"),
+    (lambda tree: tree["categories"].append(tree["categories"][0]), "category id that comes twice: entry 3"),
+    (lambda tree: tree["images"][0].update(height="9"), "image height that is not a whole number from 1 to 65535: '9'"),
+    (lambda tree: tree["annotations"][0].update(bbox="x"), "bbox that is not four finite numbers: 'x'"),
+    (lambda tree: tree["annotations"][0].update(bbox=[0, 0, float("nan"), 1]), "annotation 1 .*: bbox that is not"),
+    (lambda tree: tree["annotations"][0].update(area="big"), "area that is not a number of pixels: 'big'"),
+    (lambda tree: tree["annotations"][0].update(iscrowd="no"), "iscrowd that is neither 0 nor 1: 'no'"),
     (lambda tree: tree["annotations"].clear(), "holds no object to find"),
-    (lambda tree: tree.pop("categories"), "categories is missing")])
+    (lambda tree: tree.pop("categories"), "no 'categories' in the file")])
 def test_broken_annotations_are_refused_in_one_line(files, change, message):
     results, annotations = files
     tree = json.loads(annotations.read_text())

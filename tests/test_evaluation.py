@@ -150,7 +150,7 @@ def test_lvis_is_measured_by_its_own_rules(spots):
     assert figures["box_ap_common"] == figures["box_ap"] and "box_ap_rare" not in figures and "box_ar_300" in figures
     (root / "annotations" / "lvis_v1_val.json").write_text(json.dumps({**tree, "categories": [{"id": 9, "name": "spot"},
                                                                                              {"id": 4, "name": "no"}]}))
-    with pytest.raises(ValueError, match="frequency of category 4 is missing"):
+    with pytest.raises(ValueError, match="category 9: category whose frequency is not r, c or f: LVIS has it"):
         evaluate_detector(None, replace(spots, dataset="lvis"), EvalConfig())  # before anything is detected
 
 

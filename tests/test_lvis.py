@@ -123,7 +123,10 @@ def test_groups_without_objects_have_no_figure():
 
 def test_cocos_annotations_are_refused_in_one_line(tmp_path):
     (tmp_path / "coco.json").write_text(json.dumps({
-        "images": [{"id": 4, "height": 9, "width": 9}], "annotations": [], "categories": [{"id": 1, "name": "a"}]}))
+        "images": [{"id": 4, "height": 9, "width": 9}], "annotations": [], "categories": [
+            {"id": 1, "name": "a", "frequency": "r"}]}))
+    with pytest.raises(ValueError, match="coco.json: image 4: image without 'neg_category_ids': .*take dataset coco;"):
+        read_truth(tmp_path / "coco.json", lvis=True)
     with pytest.raises(ValueError, match="coco.json: neg_category_ids of image 4 is missing.*dataset coco$"):
         compare(read_truth(tmp_path / "coco.json"), [])
 

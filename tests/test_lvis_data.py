@@ -17,6 +17,7 @@ from vitdet.config import DataConfig, load_config
 from vitdet.data import dataset_digest, read_split
 from vitdet.data.check import check
 from vitdet.data.coco import read_coco
+from vitdet.data.judge import LISTS
 from vitdet.evaluation import evaluate
 from vitdet.training import train
 from vitdet.training.checkpoint import load_model_file, restore_detector
@@ -90,6 +91,7 @@ def test_labels_are_the_ranks_of_ids_and_file_names_do_as_well(own_lvis: Path) -
         content["categories"].reverse()
         for image in content["images"]:
             image["file_name"] = "/".join(image.pop("coco_url").split("/")[-2:])
+            image.update({key: [100 * one for one in image[key]] for key in LISTS})
 
     before = read_split(settings(own_lvis), "train")
     change(own_lvis, "train", renumber)
@@ -143,7 +145,7 @@ def test_coco_and_lvis_may_share_a_folder(lvis: Path, tiny: Path, tmp_path: Path
     (lambda c: c["images"][1].update(not_exhaustive_category_ids=None),
      "'not_exhaustive_category_ids' that are not categories"),
     (lambda c: c["categories"][2].pop("frequency"), "category whose frequency is not r, c or f"),
-    (lambda c: c["annotations"][2].pop("area"), "annotation without 'area'"),
+    (lambda c: c["annotations"][2].update(area=-1), "area that is not a number of pixels"),
 ])
 def test_what_lvis_needs_is_checked(own_lvis: Path, what: Callable[[dict], object], kind: str) -> None:
     change(own_lvis, "val", what)

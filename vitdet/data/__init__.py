@@ -53,9 +53,11 @@ def read_split(data: DataConfig, split: str, tree: dict | None = None) -> CocoSp
     files = split_files(data, split)
     inventory.look(Path(data.root), *files)
     found = read_coco(*files, by_url=data.dataset == "lvis", tree=tree)
+    if not found.records.counts().any():
+        raise ValueError(f"{data.root}: no image of {split} holds an object to learn from or to find")
     if data.max_images:
         found = replace(found, records=_with_objects(found)[: data.max_images])
-    gone = [path for path in found.records.paths() if not path.is_file()]
+    gone = [path for path in found.records.paths() if not os.path.isfile(path)]
     if gone:
         raise FileNotFoundError(f"{gone[0]}: no such file, and {len(gone) - 1} more images of the annotations "
                                 f"are missing; `vitdet data check {data.root}` lists all problems")

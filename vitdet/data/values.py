@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import math
 import reprlib
+from collections.abc import Sequence
 
 import numpy as np
 
+NUMBERS = {int, float}
+SIDE = 2**16  # pixels that no side of an image reaches: JPEG has none as long, and RLEs count pixels in 32 bits
+
 
 def segmentation_problem(segmentation: object, size: tuple[int, int] | None) -> tuple[str, str] | None:
-    """(kind, text) of the first thing that is wrong with polygons or an RLE."""
+    """(kind, text) of the first thing that is wrong with polygons or an RLE on an image of (height, width) `size`."""
     if isinstance(segmentation, dict):
         return _rle_problem(segmentation, size)
     if not isinstance(segmentation, list) or not segmentation:
@@ -20,11 +24,13 @@ def segmentation_problem(segmentation: object, size: tuple[int, int] | None) -> 
         if len(part) < 6 or len(part) % 2:
             return "polygon without x, y of at least 3 points", f"{len(part)} numbers"
         try:
-            finite = math.isfinite(sum(part))
+            finite = math.isfinite(sum(part)) and {*map(type, part)} <= NUMBERS
         except (TypeError, OverflowError):  # text, lists, nothing, or beyond any float
             finite = False
         if not finite:
             return "polygon with coordinates that are not finite numbers", show(part)
+        if size is not None and reaches_far(part, size):  # pycocotools draws all of it, pixel by pixel
+            return "polygon far outside its image", f"{show(part)} on {size[1]} x {size[0]} pixels"
     return None
 
 
@@ -65,11 +71,22 @@ def _run_lengths(counts: object) -> list[int] | None:
     return runs.tolist() if runs.min() >= 0 else None
 
 
+def reaches_far(coordinates: Sequence[float], size: tuple[int, int]) -> bool:
+    """Whether any of these numbers lies farther outside an image of (height, width) `size` than its longer side."""
+    side = max(size)
+    return min(coordinates) < -side or max(coordinates) > 2 * side
+
+
+def is_text(value: object) -> bool:
+    """Whether it is text that can be written to a file: without half a surrogate pair."""
+    return isinstance(value, str) and (value.isascii() or not any("\ud800" <= letter <= "\udfff" for letter in value))
+
+
 def is_number(value: object) -> bool:
     """Whether it is a finite number."""
     return type(value) in (int, float) and abs(value) < 1e300  # false for nan, inf and integers beyond floats
 
 
 def show(value: object) -> str:
-    """The value in a few characters, whatever it is."""
+    """The value in a few characters of one line, whatever it is."""
     return reprlib.repr(value)

@@ -6,7 +6,6 @@ Results are COCO's: a list of {image_id, category_id, score, bbox: [x, y, width,
 from __future__ import annotations
 
 import gc
-import json
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,11 +13,12 @@ from pathlib import Path
 
 import numpy as np
 
+from vitdet.data.coco import judge_tree, read_tree
+from vitdet.data.entries import parse
 from vitdet.data.values import segmentation_problem, show
 
 KINDS = {"bbox": "bbox", "segm": "segmentation"}  # of comparisons, and the key of a result that each looks at
 BBOX = "4 finite numbers x, y, width, height"
-CHECK = "`vitdet data check` lists all problems"
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Truth:
     path: Path
     images: dict[int, dict]
     categories: dict[int, dict]
-    objects: list[dict]
+    objects: Iterable[dict]  # from a file decoded anew in each pass: as objects those of LVIS would take 3 GB
 
     def sides(self, image_id: int) -> tuple[int, int]:
         """Height and width of an image."""
@@ -36,55 +36,24 @@ class Truth:
         return image["height"], image["width"]
 
 
-def read_truth(path: Path | str) -> Truth:
+def read_truth(path: Path | str, lvis: bool = False) -> Truth:
     """An annotation file of COCO or LVIS.
 
-    Raises FileNotFoundError without the file and ValueError for what is not such a file, in one line that names it.
+    Raises FileNotFoundError without the file and ValueError, in one line, for what `vitdet data check` calls an error.
     """
-    return truth_of(path, read_json(path, "annotation"))
-
-
-def truth_of(path: Path | str, tree: object) -> Truth:
-    """The content of the annotation file `path`. Raises ValueError as `read_truth` does."""
     path = Path(path)
-    missing = [key for key in ("images", "annotations", "categories") if not isinstance(tree, dict) or key not in tree]
-    if missing:
-        raise ValueError(f"{path}: expected COCO annotations, but {', '.join(missing)} is missing")
-    try:
-        images, categories = ({item["id"]: item for item in sorted(tree[key], key=lambda item: item["id"])}
-                              for key in ("images", "categories"))
-        for category in categories.values():
-            _ = category["name"]
-        for item in tree["annotations"]:
-            _ = item["bbox"], images[item["image_id"]], categories[item["category_id"]]
-        _check_truth(tree, images, categories)
-    except KeyError as error:
-        raise ValueError(f"{path}: {error} is neither a field nor an id that is there; {CHECK}") from error
-    except (TypeError, AttributeError) as error:
-        raise ValueError(f"{path}: not COCO's layout ({error}); {CHECK}") from error
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}; {CHECK}") from error
-    return Truth(path, images, categories, tree["annotations"])
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such annotation file")
+    tree = read_tree(path)
+    judge_tree(path, tree, lvis)
+    return truth_of(path, tree)
 
 
-def _check_truth(tree: dict, images: dict[int, dict], categories: dict[int, dict]) -> None:
-    """Raises ValueError for the first value that has no meaning in a comparison."""
-    for key, ids in (("images", images), ("categories", categories)):
-        if len(ids) != len(tree[key]):
-            raise ValueError(f"{key}: an id comes twice")
-    for image in images.values():
-        if any(type(side) is not int or side < 1 for side in (image["height"], image["width"])):
-            raise ValueError(f"image {show(image['id'])}: height and width must be whole numbers of pixels")
-    objects = tree["annotations"]
-    sized = [item for item in objects if item.get("area") is not None]
-    for items, key, shape, expected in ((objects, "bbox", (4,), BBOX), (sized, "area", (), "a finite number")):
-        place = _first_bad([item[key] for item in items], shape)
-        if place is not None:
-            item = items[place]
-            raise ValueError(f"annotation {show(item.get('id'))}: {key} must be {expected}, got {show(item[key])}")
-    for item in objects:
-        if item.get("iscrowd", 0) not in (0, 1):
-            raise ValueError(f"annotation {show(item.get('id'))}: iscrowd must be 0 or 1, got {show(item['iscrowd'])}")
+def truth_of(path: Path | str, tree: dict) -> Truth:
+    """The content of the annotation file `path`, which was judged: `read_coco` and `read_truth` do."""
+    images, categories = ({item["id"]: item for item in sorted(tree[key], key=lambda item: item["id"])}
+                          for key in ("images", "categories"))
+    return Truth(Path(path), images, categories, tree["annotations"])
 
 
 def read_results(path: Path | str) -> list[dict]:
@@ -116,7 +85,7 @@ def read_json(path: Path | str, what: str) -> object:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such {what} file")
     try:
-        return json.loads(path.read_bytes())
+        return parse(path.read_bytes())
     except ValueError as error:  # JSON, or not UTF-8
         raise ValueError(f"{path}: not readable as JSON ({error}); write or download the file again") from error
 
@@ -145,12 +114,12 @@ def check_results(truth: Truth, results: Sequence[dict], kinds: Iterable[str], i
     strangers = [one for one in image_ids if one not in truth.images]
     strangers += _strangers(results, "image_id", truth.images)
     if strangers:
-        raise ValueError(f"{truth.path}: holds no image {strangers[0]}, which has results ({len(strangers)} such "
+        raise ValueError(f"{truth.path}: holds no image {show(strangers[0])}, which has results ({len(strangers)} such "
                          "images); are the results of another data set?")
     strangers = _strangers(results, "category_id", truth.categories)
     if strangers:
-        raise ValueError(f"{truth.path}: holds no category {strangers[0]}, which has results ({len(strangers)} such "
-                         "categories); are the results of another data set?")
+        raise ValueError(f"{truth.path}: holds no category {show(strangers[0])}, which has results ({len(strangers)} "
+                         "such categories); are the results of another data set?")
     boxes = [("bbox", (4,), BBOX)] if "bbox" in kinds else []
     for key, shape, expected in [("score", (), "a finite number"), *boxes]:
         place = _first_bad([item[key] for item in results], shape)
@@ -169,7 +138,7 @@ def _first_bad(values: list, shape: tuple[int, ...]) -> int | None:
     """The index of the first value that is not finite numbers of this shape, None if all are."""
     if not values or _finite(values, (len(values), *shape)):
         return None
-    return next(place for place, value in enumerate(values) if not _finite(value, shape))
+    return next((place for place, value in enumerate(values) if not _finite(value, shape)), 0)
 
 
 def _finite(values: object, shape: tuple[int, ...]) -> bool:

@@ -117,10 +117,10 @@ def _objects(truth: Truth, places: dict[int, int], kind: str, crowds: bool) -> l
         if image_id not in places:
             continue
         code, area = None, item.get("area")  # own data sets often leave areas out
-        if kind == "segm" or (area is None and item.get("segmentation")):
-            code = _code(item, f"{truth.path}: annotation {item.get('id', number)}", truth.sides(image_id))
+        if kind == "segm" or area is None:
+            code = _code(item, truth.sides(image_id))
         if area is None:
-            area = float(rle.area(code)) if code else item["bbox"][2] * item["bbox"][3]
+            area = float(rle.area(code))
         one = {"id": number, "image_id": places[image_id], "category_id": item["category_id"], "area": area,
                "iscrowd": item.get("iscrowd", 0) if crowds else 0}
         items.append({**one, "bbox": item["bbox"]} if kind == "bbox" else {**one, "rle": code})
@@ -147,8 +147,11 @@ def _text(item: dict, number: int, truth: Truth) -> dict:
     code, size = item["segmentation"], truth.sides(item["image_id"])
     counts = code.get("counts") if isinstance(code, dict) and code.get("size") == list(size) else None
     if isinstance(counts, str):
-        return {"size": code["size"], "counts": counts.encode("ascii", "replace")}
-    return code if isinstance(counts, bytes) else _code(item, f"result {number}", size)
+        return {"size": list(size), "counts": counts.encode("utf-8", "surrogatepass")}
+    if isinstance(counts, bytes):
+        return code
+    check_code(item, f"result {number}", size)
+    return _code(item, size)
 
 
 def _areas(codes: list[dict], results: Sequence[dict], truth: Truth) -> list[float]:
@@ -159,11 +162,8 @@ def _areas(codes: list[dict], results: Sequence[dict], truth: Truth) -> list[flo
     return sizes.astype(float).tolist()
 
 
-def _code(item: dict, name: str, size: tuple[int, int]) -> dict:
-    """A segmentation of whatever form as compressed RLE, as pycocotools draws it."""
-    if "segmentation" not in item:
-        raise ValueError(f"{name}: segmentation is missing, without which masks cannot be compared")
-    check_code(item, name, size)
+def _code(item: dict, size: tuple[int, int]) -> dict:
+    """A segmentation of whatever form, found to be sound, as compressed RLE, as pycocotools draws it."""
     form = item["segmentation"]
     if isinstance(form, list):
         return rle.merge(rle.frPyObjects(form, *size))
