@@ -9,11 +9,11 @@ from components.shell import component
 def clean_up(
     recipes: list[str], overrides: list[str], workspace: str, job_kind: str, status: dsl.PipelineTaskFinalStatus
 ) -> None:
-    """Deletes the jobs of this run that still exist (job_kind '': there are none) and ends its parent run in MLflow."""
+    """Deletes the jobs of this run that still run (job_kind '': there are none) and ends its parent run in MLflow."""
     from components import run_id
     from components.pytorchjob import delete_jobs
     from vitdet import workspace as steps
 
-    for job in delete_jobs(run_id()) if job_kind else []:
-        print(f"deleted job {job}")
+    deleted, left = delete_jobs(run_id()) if job_kind else ([], [])
+    print(*(f"deleted job {job}" for job in deleted), *(f"job {job}" for job in left), sep="\n")
     steps.close_group(recipes, overrides, workspace, run_id(), status.state)

@@ -17,9 +17,12 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from components.causes import BROKEN, Cause, failure, first, hindrance, restarts
-from components.jobs import Kind, state
+from components.jobs import Kind, overrun, state
 
 SCHEDULE = "vitdet/schedule-seconds"  # annotation of a job file: how long its pods may wait for a node
+FAILURE = "vitdet/failure"  # annotation that the launcher writes: why the job has failed, or was given up
+MOST = 32_000  # characters of it; the API server takes 256 KiB of annotations
+QUEUE = "kueue.x-k8s.io/queue-name"  # label of a job that Kueue suspends and resumes: nobody else can
 TAIL = 30  # log lines of the failing replica
 FIRST = 1000  # log lines at most of a job that was there before
 
@@ -46,6 +49,7 @@ class Requests(Protocol):
     def create(self, job: dict) -> bool: ...
     def get(self) -> dict | None: ...
     def adopt(self, owner: dict) -> None: ...
+    def mark(self, failure: str, halt: bool) -> None: ...
     def delete(self) -> None: ...
     def pods(self) -> tuple[list[dict], str]: ...
     def changes(self, version: str, seconds: float) -> Iterable[dict]: ...
@@ -87,11 +91,19 @@ def moment(when: str) -> str:
 
 
 class Follower:
-    """One job, from its creation to its end."""
+    """One job, from its creation to its end.
 
-    def __init__(self, cluster: Requests, kind: Kind, job: dict, out: Callable[[str], None],
-                 patience: Patience) -> None:
+    A job that has failed, or could not start, would do so again. So it is kept, with the cause written on it, and a
+    step that is retried says that again instead of training again. finished: whether what it was made for is there,
+    for when it is gone. first: this is no retry, so that a failed job that is there is one of before the user started
+    the run again.
+    """
+
+    def __init__(self, cluster: Requests, kind: Kind, job: dict, out: Callable[[str], None], patience: Patience,
+                 finished: Callable[[], bool] = lambda: False, first: bool = False) -> None:
+        self.first, self.there = first, job
         self.cluster, self.kind, self.job, self.out, self.patience = cluster, kind, job, out, patience
+        self.finished = finished
         self.name = f"{kind.name} {job['metadata']['name']}"
         self.said: dict[str, str] = {}
         self.held: dict[str, float] = {}
@@ -152,10 +164,10 @@ class Follower:
             labels = there["metadata"].get("labels") or {}
             if any(labels.get(key) != value for key, value in wanted["labels"].items() if key.startswith("vitdet/")):
                 raise RuntimeError(f"{self.name} exists and is not of this run: its labels are {labels}")
-            if state(self.kind, there)[0] != "failed" and "deletionTimestamp" not in there["metadata"]:
-                self.say("made", f"{self.name} is there, from an earlier try of this step: following it")
-                if wanted.get("ownerReferences"):  # the pod of the earlier try may be deleted, and the job with it
-                    self.cluster.adopt(wanted["ownerReferences"][0])
+            told = (there["metadata"].get("annotations") or {}).get(FAILURE, "")
+            over = self.first and (told or state(self.kind, there)[0] == "failed")
+            if not over and "deletionTimestamp" not in there["metadata"]:
+                self.take_over(told)
                 return
             self.say("made", f"{self.name} of an earlier try has failed or is being deleted: making it anew")
             if self.lasts("deletion", True, self.patience.deletion):
@@ -164,12 +176,22 @@ class Follower:
             time.sleep(min(self.patience.look, 1))
         self.say("made", f"{self.name} is made in namespace {wanted['namespace']}")
 
+    def take_over(self, told: str) -> None:
+        """Follows the job of an earlier try. Raises RuntimeError at once where that try has told why it failed."""
+        meaning = "has told why it failed, no other is made" if told else "following it"
+        self.say("made", f"{self.name} is there, from an earlier try of this step: {meaning}")
+        owners = self.job["metadata"].get("ownerReferences")
+        if owners:  # the pod of the earlier try may be deleted, and the job with it
+            self.cluster.adopt(owners[0])
+        if told:
+            raise RuntimeError(told)
+
     def look(self) -> bool:
         """Tells what is new; True when the job has succeeded. Raises RuntimeError with the cause when it never will."""
         job = self.cluster.get()
         if job is None:
-            raise RuntimeError(f"{self.name} was deleted before it ended, by somebody else or with its owner")
-        phase, message = state(self.kind, job)
+            return self.vanished()
+        self.there, (phase, message) = job, state(self.kind, job)
         pods, version = self.cluster.pods()
         self.note(pods)
         meaning = "suspended, a queue (Kueue) or somebody holds it back; waiting" if phase == "suspended" else phase
@@ -178,7 +200,9 @@ class Follower:
         if phase == "succeeded":
             return True
         if phase == "failed":
-            raise RuntimeError(f"{self.name} failed: {message or 'its status says no more'}{self.explain(pods, None)}")
+            late = overrun(job, message)  # its pods fail too, as the operator deletes them
+            why = f"\ncause: {late}; its checkpoints stay" if late else self.explain(pods, None)
+            self.fail(f"{self.name} failed: {message or 'its status says no more'}{why}", False)
         limit = self.patience.operator
         if self.lasts("operator", not phase and not pods, limit):
             self.give_up(f"nothing has happened to {self.name} for {limit:.0f} s: {self.kind.operator} does not run",
@@ -189,6 +213,14 @@ class Follower:
             self.note([pod])
         time.sleep(max(0.0, until - time.monotonic()))
         return False
+
+    def vanished(self) -> bool:
+        """True when the job had done its work before it went, as by its time to live. Raises RuntimeError else."""
+        if self.finished():
+            self.say("phase", f"{self.name} is gone, and its training is complete")
+            return True
+        raise RuntimeError(f"{self.name} was deleted before it ended, by somebody else or with its owner; or it failed "
+                           f"unseen, and its time to live is over{self.explain([], None)}")
 
     def note(self, pods: list[dict]) -> None:
         """Tells and remembers how pods failed, with the ends of their logs: the operator may delete them at once."""
@@ -223,10 +255,20 @@ class Follower:
                 self.give_up(f"{self.name} cannot start, for {self.limits[topic]:.0f} s now", pods, causes[0])
 
     def give_up(self, text: str, pods: list[dict], cause: Cause | None) -> None:
-        """Deletes the job, which would else start some day with nobody to follow it. Raises RuntimeError."""
+        """Holds the job, which would else start some day with nobody to follow it. Raises RuntimeError."""
         explained = self.explain(pods, cause)
-        self.cluster.delete()
-        raise RuntimeError(f"{text}{explained}; it is deleted")
+        if QUEUE in (self.there["metadata"].get("labels") or {}):
+            self.cluster.delete()
+            raise RuntimeError(f"{text}{explained}; it is deleted")
+        self.fail(f"{text}{explained}; it is suspended", True)
+
+    def fail(self, text: str, halt: bool) -> None:
+        """Writes the cause on the job; halt: and lets it do nothing more. Raises RuntimeError with it."""
+        try:
+            self.cluster.mark(text[:MOST], halt)
+        except RuntimeError as error:
+            self.out(f"launcher: the cause could not be written on the job: {error}")
+        raise RuntimeError(text)
 
     def explain(self, pods: list[dict], cause: Cause | None) -> str:
         """The cause of a failure and the last log lines of the pod that it befell, as far as anything is known."""

@@ -10,7 +10,7 @@ import hashlib
 import json
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import yaml
 
@@ -46,6 +46,7 @@ class Kind:
 
     phases: (condition type, what it means) in the order in which they outrank each other.
     rank0: labels of the pods one of which writes the log of rank 0, by what the job says.
+    halt: what its spec has to say for the operator to take its pods away and keep the job.
     """
 
     name: str
@@ -58,6 +59,7 @@ class Kind:
     phases: tuple[tuple[str, str], ...]
     fill: Callable[[dict, Wish], None]
     rank0: Callable[[dict], dict[str, str]]
+    halt: dict
 
     def selector(self, name: str) -> str:
         """Selects the pods of a job."""
@@ -116,6 +118,18 @@ def state(kind: Kind, job: dict) -> tuple[str, str]:
     return ("created", "") if status.get("jobsStatus") or status.get("replicaStatuses") else ("", "")
 
 
+def overrun(job: dict, message: str) -> str:
+    """What a failed job's deadline was, when that is what failed it; else "".
+
+    The message tells: of the training operator it is "... active longer than specified deadline" (common/job.go,
+    ReconcileJobs, whose reason is that of every failure), of Trainer "... exceeded its active deadline".
+    """
+    if "deadline" not in message:
+        return ""
+    spec = job["spec"]
+    return f"activeDeadlineSeconds, {(spec.get('runPolicy') or spec).get('activeDeadlineSeconds')} s in the job's file"
+
+
 def mounts(kind: Kind, job: dict) -> list[str]:
     """The folders that the training container mounts; empty where another object of the cluster says so."""
     replicas = job["spec"].get("pytorchReplicaSpecs")
@@ -143,6 +157,8 @@ def fill_pytorchjob(job: dict, wish: Wish) -> None:
     policy = spec.setdefault("runPolicy", {})
     policy.setdefault("activeDeadlineSeconds", DEADLINE)
     policy.setdefault("ttlSecondsAfterFinished", KEEP)
+    if "backoffLimit" in policy:  # the operator adds up the restarts of all pods, and they start again together
+        policy["backoffLimit"] *= wish.nodes
     elastic = spec.get("elasticPolicy")
     if "Master" not in replicas and not elastic:
         raise ValueError("a PyTorchJob without a Master needs an elasticPolicy: its pods would not find each other")
@@ -165,8 +181,9 @@ def fill_pytorchjob(job: dict, wish: Wish) -> None:
         pod = template["spec"]
         container = main_container(pod, "pytorch")
         container.update(args=wish.args, **({"image": wish.image} if wish.image else {}))
-        add_to_container(container, wish.task)
-        add_to_pod(pod, wish)
+        task = once_mounted(pod, wish.task)
+        add_to_container(container, task)
+        add_to_pod(pod, replace(wish, task=task))
 
 
 def fill_trainjob(job: dict, wish: Wish) -> None:
@@ -218,6 +235,22 @@ def add_to_pod(pod: dict, wish: Wish) -> None:
         pod["volumes"] = over(pod.get("volumes"), task["volumes"], "name")
 
 
+def once_mounted(pod: dict, task: dict) -> dict:
+    """The task with the pod's own volume wherever it has another one of the same claim.
+
+    A pod with two volumes of one claim stays in ContainerCreating for ever (kubernetes/kubernetes, issue 127004). KFP
+    gives a volume the name of its claim; under that name the runtime of a TrainJob has it too, and they are merged.
+    """
+    def claim(volume: dict) -> str:
+        return (volume.get("persistentVolumeClaim") or {}).get("claimName") or ""
+
+    there = {claim(one): one["name"] for one in pod.get("volumes") or [] if claim(one)}
+    volumes = task.get("volumes") or []
+    names = {one["name"]: there[claim(one)] for one in volumes if claim(one) in there}
+    return {**task, "volumes": [one for one in volumes if one["name"] not in names], "volume_mounts": [
+        {**one, "name": names.get(one["name"], one["name"])} for one in task.get("volume_mounts") or []]}
+
+
 def over(there: list[dict] | None, added: list[dict], key: str) -> list[dict]:
     """Both lists; of two with the same key the added one."""
     names = {one[key] for one in added}
@@ -249,13 +282,14 @@ KINDS = {
         name="PyTorchJob", group="kubeflow.org", version="v1", plural="pytorchjobs",
         operator="the Kubeflow training operator (v1.9)", container="pytorch",
         job_label="training.kubeflow.org/job-name", fill=fill_pytorchjob, rank0=pytorch_rank0,
+        halt={"runPolicy": {"suspend": True}},
         phases=(("Failed", "failed"), ("Succeeded", "succeeded"), ("Suspended", "suspended"),
                 ("Restarting", "restarting"), ("Running", "running"), ("Created", "created")),
     ),
     "trainjob": Kind(
         name="TrainJob", group="trainer.kubeflow.org", version="v1alpha1", plural="trainjobs",
         operator="Kubeflow Trainer (v2.3)", container="node",
-        job_label="jobset.sigs.k8s.io/jobset-name", fill=fill_trainjob, rank0=train_rank0,
+        job_label="jobset.sigs.k8s.io/jobset-name", fill=fill_trainjob, rank0=train_rank0, halt={"suspend": True},
         phases=(("Failed", "failed"), ("Complete", "succeeded"), ("Suspended", "suspended")),
     ),
 }

@@ -2,7 +2,11 @@
 
 `components.jobs` knows what the job looks like, `components.following` what its states mean; here are the requests.
 What keeps a job from outliving its run: the step deletes it on SIGTERM; the API server deletes it together with the
-step's pod (ownerReference); the operator ends it at its deadline; `delete_jobs` deletes all jobs of a run.
+step's pod (ownerReference); `delete_jobs` deletes those of a run; the operator ends it after its deadline. Trainer
+does that to the second. The training operator 1.9 asks for the deadline only when something happens to the job or to a
+pod of it, and every 10 hours (its work queue, which was to remind it, is a FakeWorkQueue: pytorchjob_controller.go), so
+that a job that hangs may live that much longer. It deletes a PyTorchJob that ended after its time to live; a TrainJob
+has none.
 """
 
 from __future__ import annotations
@@ -17,21 +21,24 @@ from kubernetes import client, config
 from kubernetes.client.exceptions import ApiException
 from urllib3.exceptions import HTTPError
 
-from components.following import Follower, Patience
+from components.ending import stay
+from components.following import FAILURE, Follower, Patience
 from components.jobs import KINDS, RECIPE, RUN, Kind, Wish, fill, job_name, label, mounts
 
 ACCOUNT = Path("/var/run/secrets/kubernetes.io/serviceaccount")
+TRY = "KFP_RETRY_INDEX"  # "0" in a step's first pod; servers before 2.17 do not say (argocompiler/common.go)
 
 
 def launch(*, template: str, kind: str, run_id: str, name: str, args: list[str], nodes: int, pool: str, image: str,
            workspace: str, task_config: dict | None, out: Callable[[str], None] = print,
-           patience: Patience | None = None) -> None:
+           patience: Patience | None = None, finished: Callable[[], bool] = lambda: False) -> None:
     """Trains in a job of `nodes` pods and returns when it succeeded; `name` is the recipe, `template` the job's YAML.
 
-    A job of the same run and recipe that is there already is followed, so that a step may be retried. task_config:
-    the fields of kfp's dsl.TaskConfig. Lines of rank 0's log and of the job's progress go to `out`. Raises
-    RuntimeError with the cause when the job fails, cannot start, is deleted or may not be made; ValueError when
-    template and wishes do not fit.
+    A job of the same run and recipe that is there already is followed, so that a step may be retried; one that has
+    failed fails the retried step too, at once and with the same words. task_config: the fields of kfp's dsl.TaskConfig.
+    Lines of rank 0's log and of the job's progress go to `out`. finished: whether the training is complete, asked when
+    the job is gone. Raises RuntimeError with the cause when the job fails, cannot start, is deleted or may not be made;
+    ValueError when template and wishes do not fit.
     """
     shape = KINDS.get(kind.lower())
     if shape is None:
@@ -44,31 +51,43 @@ def launch(*, template: str, kind: str, run_id: str, name: str, args: list[str],
     folders = [folder.rstrip("/") for folder in mounts(shape, job)]
     if folders and not any(f"{workspace.rstrip('/')}/".startswith(f"{folder}/") for folder in folders):
         raise ValueError(f"the job's pods do not see the workspace {workspace}: their folders are {', '.join(folders)}")
-    follower = Follower(Cluster(api, shape, wish.name, namespace, out, patience), shape, job, out, patience)
-    follower.run()
+    cluster = Cluster(api, shape, wish.name, namespace, out, patience)
+    Follower(cluster, shape, job, out, patience, finished, first=os.environ.get(TRY) == "0").run()
 
 
-def delete_jobs(run_id: str, namespace: str = "") -> list[str]:
-    """Deletes all training jobs of a pipeline run and gives their names; "" is the current namespace.
+def delete_jobs(run_id: str, namespace: str = "") -> tuple[list[str], list[str]]:
+    """Deletes the training jobs of a pipeline run that have not ended; "" is the current namespace.
 
+    Gives the names of those, and for each that has ended a line: its name, how long it and its pods' logs stay.
     Raises RuntimeError when that is refused or nobody answers.
     """
     api, here = connect()
-    objects, deleted = client.CustomObjectsApi(api), []
+    objects, deleted, left = client.CustomObjectsApi(api), [], []
     for kind in KINDS.values():
         place = (kind.group, kind.version, namespace or here, kind.plural)
-        try:
-            found = objects.list_namespaced_custom_object(*place, label_selector=f"{RUN}={label(run_id)}")
-            for job in found["items"]:
-                name = job["metadata"]["name"]
-                objects.delete_namespaced_custom_object(*place, name, propagation_policy="Background")
-                deleted.append(name)
-        except ApiException as error:
-            if error.status != 404:  # this kind is not installed, or the job is gone
-                raise RuntimeError(refusal(kind, namespace or here, "delete", error)) from error
-        except HTTPError as error:
-            raise RuntimeError(f"the API server does not answer: {error}") from error
-    return deleted
+        found = at_once(kind, place[2], objects.list_namespaced_custom_object, place,
+                        {"label_selector": f"{RUN}={label(run_id)}"})
+        for job in found.get("items", ()):
+            name, ended = job["metadata"]["name"], stay(kind, job)
+            if ended:
+                left.append(f"{name}: {ended}")
+                continue
+            at_once(kind, place[2], objects.delete_namespaced_custom_object, (*place, name),
+                    {"propagation_policy": "Background"})
+            deleted.append(name)
+    return deleted, left
+
+
+def at_once(kind: Kind, namespace: str, call: Callable, given: tuple[str, ...], options: dict[str, str]) -> dict:
+    """The answer to a request that is made once, {} for what is not there. Raises RuntimeError."""
+    try:
+        return call(*given, _request_timeout=(5, 30), **options)
+    except ApiException as error:
+        if error.status == 404:  # this kind is not installed, or the job is gone
+            return {}
+        raise RuntimeError(refusal(kind, namespace, "delete", error)) from error
+    except HTTPError as error:
+        raise RuntimeError(f"the API server does not answer ({type(error).__name__})") from error
 
 
 def connect() -> tuple[client.ApiClient, str]:
@@ -175,6 +194,12 @@ class Cluster:
     def adopt(self, owner: dict) -> None:
         """Makes `owner` the job's only one."""
         change = {"metadata": {"ownerReferences": [owner]}}  # a merge patch: all that the client sends to these kinds
+        self.ask(f"patch {self.kind.plural}", self.objects.patch_namespaced_custom_object, *self.place, self.name,
+                 change, but=(404,))
+
+    def mark(self, failure: str, halt: bool) -> None:
+        """Writes on the job why it failed; halt: and has the operator take its pods away."""
+        change = {"metadata": {"annotations": {FAILURE: failure}}, **({"spec": self.kind.halt} if halt else {})}
         self.ask(f"patch {self.kind.plural}", self.objects.patch_namespaced_custom_object, *self.place, self.name,
                  change, but=(404,))
 

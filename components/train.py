@@ -47,5 +47,6 @@ def train_job(
     words = steps.training_words(resolved.path, name, manifest.path, workspace, run_id())
     if not steps.is_trained(workspace, name, run_id()):
         launch(template=job, kind=job_kind, run_id=run_id(), name=name, args=words, nodes=nodes, pool=pool,
-               image=image, workspace=workspace, task_config={**vars(task_config), "resources": None})
+               image=image, workspace=workspace, task_config={**vars(task_config), "resources": None},
+               finished=lambda: steps.is_trained(workspace, name, run_id()))
     steps.collect(workspace, name, run_id(), checkpoint.path)

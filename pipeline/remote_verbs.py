@@ -187,11 +187,12 @@ def run_terminate(given: argparse.Namespace) -> int:
     print(f"run {run_id}: {found.state}" + ("" if found.state in ENDED else ", now ending"), flush=True)
     namespace = given.namespace or server.place(found)
     try:
-        deleted = delete_jobs(run_id, namespace)
+        deleted, left = delete_jobs(run_id, namespace)
     except (RuntimeError, ValueError, OSError) as error:
         raise RuntimeError(f"the run's training jobs may still be there ({error}): kubectl delete -n {namespace} "
                            f"pytorchjobs,trainjobs -l vitdet/run={run_id}") from None
-    print(*(f"deleted {name}" for name in deleted) if deleted else ["no training jobs of it are left"], sep="\n")
+    lines = [*(f"deleted {name}" for name in deleted), *left] or ["no training jobs of it are left"]
+    print(*lines, sep="\n")
     return 0
 
 

@@ -91,9 +91,9 @@ class Jobs:
         output = Path(asked["args"][asked["args"].index("--output") + 1])
         (output / "model.pt").write_bytes(b"a model")
 
-    def delete_jobs(self, run_id: str) -> list[str]:
+    def delete_jobs(self, run_id: str) -> tuple[list[str], list[str]]:
         self.deleted.append(run_id)
-        return ["vitdet-tiny-1"]
+        return ["vitdet-tiny-1"], ["vitdet-tiny-2: failed; stays"]
 
 
 @pytest.fixture

@@ -46,6 +46,10 @@ class Record:
         self.asked.append(f"adopt {owner['name']}")
         self.there = None
 
+    def mark(self, failure: str, halt: bool) -> None:
+        self.asked.append("halt" if halt else "mark")
+        self.told = failure
+
     def delete(self) -> None:
         self.asked.append("delete")
         self.there = None
@@ -61,11 +65,14 @@ class Record:
         return self.logs.get(f"{pod} previous" if previous else pod, [])[-(tail or 10**9):]
 
 
-def follow(record: Record, job: dict | None = None) -> tuple[list[str], str]:
+def follow(record: Record, job: dict | None = None, complete: bool = False) -> tuple[list[str], str]:
     """What is told, and the error's text."""
     lines: list[str] = []
+    if job is None:
+        job = filled(owner=OWNER)
+        del job["metadata"]["annotations"]  # the file's own patience with nodes
     try:
-        Follower(record, PYTORCH, job or filled(owner=OWNER), lines.append, SHORT).run()
+        Follower(record, PYTORCH, job, lines.append, SHORT, lambda: complete).run()
     except RuntimeError as error:
         return lines, str(error)
     return lines, ""
@@ -89,9 +96,9 @@ def test_a_retried_step_takes_over_its_job_and_becomes_its_owner() -> None:
     assert not error and "following it" in lines[0] and record.asked == ["create", "adopt step"]
 
 
-def test_a_failed_or_vanishing_job_of_an_earlier_try_is_made_anew() -> None:
+def test_a_vanishing_job_of_an_earlier_try_is_made_anew() -> None:
     for there in (conditions("Failed=True"), {"status": {}}):
-        metadata = {"labels": LABELS, **({} if there["status"] else {"deletionTimestamp": "2026-01-01T00:00:00Z"})}
+        metadata = {"labels": LABELS, "deletionTimestamp": "2026-01-01T00:00:00Z"}
         record = Record((DONE, []), there={"metadata": metadata, **there})
         assert follow(record)[1] == "" and record.asked == ["create", "delete", "create"]
 
@@ -134,8 +141,22 @@ def test_a_process_killed_under_torchrun_is_told_as_what_it_most_likely_is() -> 
     assert "exit code 1 (a process was killed by the system, most likely for want of memory)" in follow(record)[1]
 
 
-def test_a_deleted_job_is_an_error() -> None:
-    assert "was deleted before it ended" in follow(Record((RUNNING, []), (None, [])))[1]
+def test_a_job_that_is_gone_is_an_error_unless_its_training_is_complete() -> None:
+    record = Record((RUNNING, [pod(container=ended(1, key="lastState"))]), (None, []))
+    error = follow(record)[1]
+    assert "was deleted before it ended" in error and "cause: pod w-0 on node n1: Error, exit code 1" in error
+    lines, error = follow(Record((RUNNING, []), (None, [])), complete=True)  # after its time to live
+    assert error == "" and lines[-1].endswith("is gone, and its training is complete")
+
+
+def test_the_deadline_is_the_cause_and_not_the_pods_that_died_of_it() -> None:
+    texts = {"Job j has failed because it was active longer than specified deadline": "PyTorchJobFailed",
+             "TrainJob exceeded its active deadline": "DeadlineExceeded"}
+    for message, reason in texts.items():
+        job = {"status": {"conditions": [{"type": "Failed", "status": "True", "message": message, "reason": reason}]}}
+        _, error = follow(Record((job, [pod(container=ended(143))])))
+        assert error == (f"PyTorchJob vitdet-tiny-1 failed: {message}\ncause: activeDeadlineSeconds, 1209600 s in the "
+                         "job's file; its checkpoints stay")
 
 
 def unschedulable(name: str = "w-0") -> dict:
@@ -151,10 +172,10 @@ BAD_IMAGE = pod(phase="Pending", container={"state": {"waiting": {"reason": "Ima
     ((conditions("Created=True"), [unschedulable()]), "Unschedulable: 0/3 nodes are available: 3 Insufficient nvidia"),
     ((conditions("Created=True"), [BAD_IMAGE]), "cause: pod w-0: ImagePullBackOff: no tag"),
 ])
-def test_what_never_starts_is_given_up_and_deleted(look: tuple, text: str) -> None:
+def test_what_never_starts_is_given_up_and_suspended(look: tuple, text: str) -> None:
     record = Record(look)
     lines, error = follow(record)
-    assert text in error and error.endswith("it is deleted") and record.asked == ["create", "delete"]
+    assert text in error and error.endswith("it is suspended") and record.asked == ["create", "halt"]
     assert sum("waiting" in line for line in lines) == bool(look[1])  # said before, and once
 
 

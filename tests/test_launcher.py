@@ -59,7 +59,7 @@ def test_the_five_things_are_filled_in_and_the_rest_stays() -> None:
         assert container["image"] == "registry/vitdet:1" and container["args"] == ["train", "x.yaml"]
         assert container["command"] == replica(template, kind)[1]["command"]
         assert pod["nodeSelector"]["vitdet/pool"] == "h200"
-    assert job["spec"]["runPolicy"] == template["spec"]["runPolicy"]
+    assert job["spec"]["runPolicy"] == {**template["spec"]["runPolicy"], "backoffLimit": 3 * 6}  # 6 of each node
     assert filled(pool="", image="")["spec"]["pytorchReplicaSpecs"]["Master"]["template"]["spec"]["nodeSelector"] == (
         replica(template, "Master")[0]["nodeSelector"])
 
@@ -112,6 +112,28 @@ def test_the_tasks_settings_reach_the_pods() -> None:
             "/data": "data", "/dev/shm": "shm", "/fast": "fast", "/tmp": "fast"}
         assert container["resources"] == {"limits": {"cpu": "16", "memory": "1Ti", "nvidia.com/gpu": "8"},
                                           "requests": {"cpu": "16"}}
+
+
+def test_a_claim_that_both_mount_is_one_volume() -> None:
+    """KFP gives a volume the name of its claim; a pod with two of one claim stays in ContainerCreating."""
+    task = {"volumes": [{"name": "vitdet-data", "persistentVolumeClaim": {"claimName": "vitdet-data"}},
+                        {"name": "other", "persistentVolumeClaim": {"claimName": "other"}}],
+            "volume_mounts": [{"name": "vitdet-data", "mountPath": "/work"}, {"name": "other", "mountPath": "/other"}]}
+    template = yaml.safe_load(TEMPLATES["pytorchjob"])
+    for one in template["spec"]["pytorchReplicaSpecs"].values():  # whatever its name in the job's file
+        text = yaml.safe_dump(one).replace("name: vitdet-data", "name: mine").replace("name: data", "name: mine")
+        one.update(yaml.safe_load(text))
+    job = fill(yaml.safe_dump(template), PYTORCH, wish(task=task))
+    for kind in ("Master", "Worker"):
+        pod, container = replica(job, kind)
+        claims = {one["name"]: one["persistentVolumeClaim"]["claimName"] for one in pod["volumes"]
+                  if "persistentVolumeClaim" in one}
+        assert claims == {"mine": "vitdet-data", "other": "other"}
+        assert {one["mountPath"]: one["name"] for one in container["volumeMounts"] if one["name"] in claims} == {
+            "/data": "mine", "/work": "mine", "/other": "other"}
+    runtime = yaml.safe_load((ROOT / "manifests/trainjob/runtime.yaml").read_text())["spec"]["template"]["spec"]
+    volumes = runtime["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]["volumes"]
+    assert task["volumes"][0] in volumes  # there the controller merges by the name
 
 
 def test_a_trainjob_carries_the_same_as_trainer_and_runtime_patch() -> None:

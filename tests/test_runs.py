@@ -175,9 +175,9 @@ def test_status_of_a_run_and_of_a_schedule(kubeflow: Kubeflow, pipeline: Run) ->
 def deleted(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
     calls = []
 
-    def delete_jobs(run_id: str, namespace: str = "") -> list[str]:
+    def delete_jobs(run_id: str, namespace: str = "") -> tuple[list[str], list[str]]:
         calls.append((run_id, namespace))
-        return ["vitdet-1"]
+        return ["vitdet-1"], ["vitdet-2: failed; stays until 2026-11-29 12:00 UTC"]
 
     monkeypatch.setattr(pytorchjob, "delete_jobs", delete_jobs)
     return calls
@@ -192,7 +192,8 @@ def test_terminating_ends_the_run_and_deletes_its_jobs_even_when_it_has_ended(
     kubeflow.states = [{"state": state}]
     code, out, said = pipeline("terminate", RUN)
     assert code == 0, said
-    assert "deleted vitdet-1" in out and deleted == [(RUN, "team-a")]
+    assert out.endswith("deleted vitdet-1\nvitdet-2: failed; stays until 2026-11-29 12:00 UTC\n")
+    assert deleted == [(RUN, "team-a")]
     assert (f"POST /runs/{RUN}:terminate" in kubeflow.words()) == (state in ("RUNNING", "PENDING"))
 
 
@@ -205,7 +206,7 @@ def test_terminating_a_run_that_ends_in_the_meantime(kubeflow: Kubeflow, pipelin
 
 def test_jobs_that_cannot_be_deleted_are_an_error_that_says_how(kubeflow: Kubeflow, pipeline: Run,
                                                                 monkeypatch: pytest.MonkeyPatch) -> None:
-    def forbidden(run_id: str, namespace: str = "") -> list[str]:
+    def forbidden(run_id: str, namespace: str = "") -> tuple[list[str], list[str]]:
         raise RuntimeError("may not delete pytorchjobs")
 
     monkeypatch.setattr(pytorchjob, "delete_jobs", forbidden)

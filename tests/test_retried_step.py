@@ -1,0 +1,197 @@
+"""A step that Kubeflow repeats: what a retry can mend is tried again, what it cannot is told again, at once."""
+
+from __future__ import annotations
+
+import json
+from datetime import datetime, timedelta
+
+import pytest
+from kubernetes import client
+from kubernetes.client.exceptions import ApiException
+from urllib3.exceptions import ReadTimeoutError
+
+from components import pytorchjob
+from components.ending import stay
+from components.following import FAILURE, MOST, Follower
+from components.jobs import KINDS
+from tests.test_following import BAD_IMAGE, DONE, PYTORCH, RUNNING, SHORT, Record, follow
+from tests.test_launcher import LABELS, OWNER, conditions, ended, filled, pod
+
+FAILED = {"status": {"conditions": [{"type": "Failed", "status": "True", "message": "1 Worker replica(s) failed.",
+                                     "lastTransitionTime": "2026-01-01T00:00:10Z"}]}}
+
+
+def there(status: dict, told: str = "") -> dict:
+    """A job of an earlier try, on which that may have written why it failed."""
+    annotations = {"annotations": {FAILURE: told}} if told else {}
+    return {"metadata": {"labels": LABELS, **annotations}, **status}
+
+
+def test_the_cause_is_written_on_the_failed_job_which_stays() -> None:
+    record = Record((FAILED, [pod("w", phase="Failed", container=ended(137, "OOMKilled"))]))
+    record.logs["w"] = ["2026-01-01T00:00:00Z last words"]
+    _, error = follow(record)
+    assert record.asked == ["create", "mark"] and record.told == error
+    assert "OOMKilled, exit code 137 (SIGKILL)\nlast lines of its log:\n  last words" in error
+
+
+def test_a_retried_step_says_it_again_at_once_and_trains_nothing() -> None:
+    told = "PyTorchJob vitdet-tiny-1 failed: 1 Worker replica(s) failed.\ncause: pod w: OOMKilled"
+    for status in (FAILED, conditions("Created=True", "Suspended=True")):  # the latter could not start
+        record = Record((RUNNING, []), there=there(status, told))
+        lines, error = follow(record)
+        assert error == told and record.asked == ["create", "adopt step"]
+        assert lines == ["launcher: PyTorchJob vitdet-tiny-1 is there, from an earlier try of this step: has told why "
+                         "it failed, no other is made"]
+
+
+def test_a_job_that_failed_while_no_step_followed_it_is_explained_by_the_next() -> None:
+    record = Record((FAILED, [pod("w", phase="Failed", container=ended(1))]), there=there(FAILED))
+    record.logs["w"] = ["2026-01-01T00:00:00Z RuntimeError: a loss is not finite"]
+    _, error = follow(record)
+    assert record.asked == ["create", "adopt step", "mark"]
+    assert error.endswith("cause: pod w on node n1: Error, exit code 1\nlast lines of its log:\n  RuntimeError: a loss "
+                          "is not finite")
+
+
+@pytest.mark.parametrize("told", ["", "PyTorchJob vitdet-tiny-1 failed: no quota"])
+def test_a_run_that_the_user_starts_again_trains_anew(told: str) -> None:
+    """Kubeflow deletes the failed steps' pods then, and with them goes the job; this is for the moment before."""
+    record = Record((DONE, []), there=there(FAILED, told))
+    Follower(record, PYTORCH, filled(owner=OWNER), lambda _: None, SHORT, first=True).run()
+    assert record.asked == ["create", "delete", "create"]
+
+
+def test_the_first_pod_of_a_step_knows_that_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+
+    class Noted(Follower):
+        def run(self) -> None:
+            seen.append(self.first)
+
+    monkeypatch.setattr(pytorchjob, "Follower", Noted)
+    monkeypatch.setattr(pytorchjob, "connect", lambda: (client.ApiClient(client.Configuration()), "ours"))
+    from tests.test_launcher import TEMPLATES
+
+    for index in ("0", "1", None):
+        monkeypatch.setenv("KFP_RETRY_INDEX", index) if index else monkeypatch.delenv("KFP_RETRY_INDEX")
+        pytorchjob.launch(template=TEMPLATES["pytorchjob"], kind="pytorchjob", run_id="r", name="tiny", args=[],
+                          nodes=2, pool="", image="", workspace="/data", task_config=None)
+    assert seen == [True, False, False]
+
+
+def test_a_job_that_a_queue_would_start_again_is_deleted_when_it_cannot_start() -> None:
+    job = filled(owner=OWNER)
+    job["metadata"]["labels"]["kueue.x-k8s.io/queue-name"] = "vitdet"
+    record = Record(({"metadata": job["metadata"], **conditions("Created=True")}, [BAD_IMAGE]))
+    _, error = follow(record, job)
+    assert error.endswith("ImagePullBackOff: no tag; it is deleted") and record.asked == ["create", "delete"]
+
+
+def test_an_api_server_that_takes_no_more_words_does_not_hide_the_cause() -> None:
+    class Mute(Record):
+        def mark(self, failure: str, halt: bool) -> None:
+            raise RuntimeError("cannot patch pytorchjobs")
+
+    lines, error = follow(Mute((FAILED, [])))
+    assert error == "PyTorchJob vitdet-tiny-1 failed: 1 Worker replica(s) failed."
+    assert lines[-1] == "launcher: the cause could not be written on the job: cannot patch pytorchjobs"
+
+
+def test_a_log_of_endless_lines_is_cut_for_the_job_and_not_for_the_step() -> None:
+    record = Record((FAILED, [pod("w", phase="Failed", container=ended(1))]))
+    record.logs["w"] = ["2026-01-01T00:00:00Z " + "x" * 300_000]
+    _, error = follow(record)
+    assert len(error) > 300_000 and len(record.told) == MOST
+
+
+@pytest.mark.parametrize(("kind", "spec"), [("pytorchjob", {"runPolicy": {"suspend": True}}),
+                                            ("trainjob", {"suspend": True})])
+def test_what_is_written_on_a_job(kind: str, spec: dict) -> None:
+    sent = []
+    cluster = pytorchjob.Cluster(client.ApiClient(client.Configuration()), KINDS[kind], "j", "ours", print, SHORT)
+
+    def patch(*given: object, **_: object) -> object:
+        sent.append(given[-1])
+        return type("Raw", (), {"data": b"{}"})
+
+    cluster.objects.patch_namespaced_custom_object = patch
+    cluster.mark("why", halt=False)
+    cluster.mark("why", halt=True)
+    assert sent == [{"metadata": {"annotations": {"vitdet/failure": "why"}}},
+                    {"metadata": {"annotations": {"vitdet/failure": "why"}}, "spec": spec}]
+
+
+class Objects:
+    """CustomObjectsApi with these jobs: an exception for a kind is its list's answer, one for a name its deletion's."""
+
+    def __init__(self, jobs: dict[str, object], deletions: dict[str, Exception] | None = None) -> None:
+        self.jobs, self.deletions, self.deleted = jobs, deletions or {}, []
+
+    def list_namespaced_custom_object(self, group: str, version: str, namespace: str, plural: str, *,
+                                      label_selector: str, _request_timeout: tuple) -> dict:
+        assert label_selector == "vitdet/run=run-1" and namespace == "ours"
+        if isinstance(self.jobs[plural], Exception):
+            raise self.jobs[plural]
+        return {"items": self.jobs[plural]}
+
+    def delete_namespaced_custom_object(self, group: str, version: str, namespace: str, plural: str, name: str, *,
+                                        propagation_policy: str, _request_timeout: tuple) -> dict:
+        if name in self.deletions:
+            raise self.deletions[name]
+        self.deleted.append(f"{plural}/{name}")
+        return {}
+
+
+def named(name: str, status: dict, **spec: object) -> dict:
+    return {"metadata": {"name": name, "ownerReferences": [OWNER]}, "spec": spec, **status}
+
+
+def delete(objects: Objects, monkeypatch: pytest.MonkeyPatch) -> tuple[list[str], list[str]]:
+    monkeypatch.setattr(pytorchjob, "connect", lambda: (None, "ours"))
+    monkeypatch.setattr(pytorchjob.client, "CustomObjectsApi", lambda _: objects)
+    return pytorchjob.delete_jobs("run-1")
+
+
+def test_jobs_that_run_are_deleted_and_those_that_ended_stay_and_that_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    objects = Objects({
+        "pytorchjobs": [named("runs", RUNNING), named("failed", FAILED, runPolicy={"ttlSecondsAfterFinished": 3600}),
+                        named("suspended", conditions("Suspended=True", "Running=False")), named("new", {})],
+        "trainjobs": [named("done", {"status": {"conditions": [{"type": "Complete", "status": "True"}]}})]})
+    deleted, left = delete(objects, monkeypatch)
+    assert deleted == ["runs", "suspended", "new"]
+    assert objects.deleted == [f"pytorchjobs/{name}" for name in deleted]
+    until = "stays, with the logs of pods that are left, until"
+    assert left == [f"failed: failed; {until} 2026-01-01 01:00 UTC or the pod of its step is deleted",
+                    f"done: succeeded; {until} the pod of its step is deleted"]
+
+
+def test_one_job_that_is_gone_keeps_no_other_and_a_kind_that_is_not_installed_none(
+        monkeypatch: pytest.MonkeyPatch) -> None:
+    absent = ApiException(status=404)
+    objects = Objects({"pytorchjobs": [named("gone", RUNNING), named("runs", RUNNING)], "trainjobs": absent},
+                      {"gone": absent})
+    assert delete(objects, monkeypatch) == (["gone", "runs"], []) and objects.deleted == ["pytorchjobs/runs"]
+
+
+@pytest.mark.parametrize(("error", "text"), [
+    (ApiException(status=403, reason="Forbidden"), "cannot delete in namespace ours"),
+    (ReadTimeoutError(None, "/", "x"), "the API server does not answer .ReadTimeoutError."),
+])
+def test_a_deletion_that_is_refused_or_stalls_is_one_line(monkeypatch: pytest.MonkeyPatch, error: Exception, text: str
+                                                          ) -> None:
+    if isinstance(error, ApiException):
+        error.body = json.dumps({"message": "jobs is forbidden"})
+    with pytest.raises(RuntimeError, match=text) as raised:
+        delete(Objects({"pytorchjobs": error, "trainjobs": []}), monkeypatch)
+    assert "\n" not in str(raised.value)
+
+
+def test_how_long_a_job_stays_counts_from_its_end() -> None:
+    status = {"status": {**DONE["status"], "completionTime": "2026-03-01T10:00:00Z"}}
+    job = {"metadata": {"name": "j"}, "spec": {"runPolicy": {"ttlSecondsAfterFinished": 86400}}, **status}
+    assert stay(PYTORCH, job).endswith("until 2026-03-02 10:00 UTC")
+    del job["spec"]["runPolicy"]
+    assert stay(PYTORCH, job).endswith("until somebody deletes it")
+    assert stay(PYTORCH, {**job, **RUNNING}) == ""
+    assert datetime.fromisoformat("2026-03-01T10:00:00Z") + timedelta(days=1)  # Python 3.11 reads Kubernetes' times
