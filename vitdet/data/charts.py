@@ -20,8 +20,12 @@ def share(part: float, whole: float) -> str:
     return f"{100 * part / whole:.0f} %" if whole else "-"
 
 
-def histogram(title: str, labels: Sequence[str], series: Sequence[tuple[str, np.ndarray]], unit: str) -> str:
-    """Bars of shares over bins; a series (name, counts a bin) has the colours --s0, --s1, ...; hovering says counts."""
+def histogram(title: str, labels: Sequence[str], series: Sequence[tuple[str, np.ndarray]], unit: str,
+              edges: Sequence[int] = ()) -> str:
+    """Bars of shares over bins; a series (name, counts a bin) has the colours --s0, --s1, ...; hovering says counts.
+
+    edges: numbers to write below the borders of the bins, instead of the bins' names below them.
+    """
     shares = [counts / max(counts.sum(), 1) for _, counts in series]
     top = max((float(one.max(initial=0)) for one in shares), default=0) or 1
     step = (WIDE - 2 * LEFT) / max(len(labels), 1)
@@ -35,7 +39,10 @@ def histogram(title: str, labels: Sequence[str], series: Sequence[tuple[str, np.
             parts.append(f'<rect x="{x + step * 0.08 + number * bar:.1f}" y="{HIGH - FOOT - tall:.1f}" rx="2" '
                          f'width="{bar * 0.92:.1f}" height="{tall:.1f}" fill="var(--s{number % 4})">'
                          f"<title>{tip}</title></rect>")
-        parts.append(f'<text x="{x + step / 2:.1f}" y="{HIGH - 8}" text-anchor="middle">{text(label)}</text>')
+    marks = [(place, str(edge)) for place, edge in enumerate(edges, 1)] or \
+        [(place + 0.5, label) for place, label in enumerate(labels)]
+    parts += [f'<text x="{LEFT + place * step:.1f}" y="{HIGH - 8}" text-anchor="middle">{text(mark)}</text>'
+              for place, mark in marks]
     line = f'<line x1="{LEFT}" x2="{WIDE - LEFT}" y1="{HIGH - FOOT}" y2="{HIGH - FOOT}"/>'
     return (f'<figure class="card"><figcaption>{text(title)} <small>{text(unit)}</small></figcaption>'
             f'<svg viewBox="0 0 {WIDE} {HIGH}" role="img">{"".join(parts)}{line}</svg></figure>')

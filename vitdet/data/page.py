@@ -48,8 +48,9 @@ align-items:center}.bar i{height:12px;border-radius:3px;min-width:1px;flex:none;
 .photo{break-inside:avoid;margin:0 0 12px;background:var(--card);
 border:1px solid var(--line);border-radius:12px;overflow:hidden}.photo div{position:relative}
 .photo img{display:block;width:100%}.photo div svg{position:absolute;inset:0;width:100%;height:100%}
-.photo figcaption{padding:8px 12px;font-size:13px;overflow-wrap:anywhere}.mask{fill:var(--c);fill-opacity:.38;
-fill-rule:evenodd;stroke:var(--c);stroke-width:1;vector-effect:non-scaling-stroke}.box{fill:none;stroke:var(--c);
+.photo figcaption{padding:8px 12px;font-size:13px;overflow-wrap:anywhere}.photo small{display:block}
+.mask{fill:var(--c);fill-opacity:.38;fill-rule:evenodd;stroke:var(--c);stroke-width:1;
+vector-effect:non-scaling-stroke}.box{fill:none;stroke:var(--c);
 stroke-width:2;vector-effect:non-scaling-stroke}.name rect{fill:var(--c)}.photo svg .name text{font-size:inherit;
 fill:#10131a}.photo svg>g:hover .mask{fill-opacity:.65}label{margin-left:4px;font-size:14px;font-weight:400}
 #m:not(:checked)~.photos .mask,#b:not(:checked)~.photos .box,#n:not(:checked)~.photos .name{display:none}
@@ -145,7 +146,7 @@ def _table(report: Report, splits: list[_Split], broken: list[tuple[str, str]]) 
 def _charts(splits: list[_Split]) -> str:
     def chart(title: str, unit: str, edges: tuple[int, ...], values: list[np.ndarray]) -> str:
         series = [(split.name, doubling(one, edges)) for split, one in zip(splits, values, strict=True)]
-        return histogram(title, ranges(edges), series, unit)
+        return histogram(title, ranges(edges), series, unit, () if edges is OBJECTS else edges)
 
     kinds = [np.array([len(np.unique(labels)) for labels in split.found.records.labels()]) for split in splits]
     charts = [chart("Objects of an image", "objects", OBJECTS, [split.counts for split in splits]),
