@@ -1,6 +1,7 @@
 """A detector small enough for tests, with weights that make every part of it matter, and targets for it."""
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from vitdet.config import BackboneConfig, EvalConfig, MaskConfig, ModelConfig, PyramidConfig, RoIHeadsConfig, RPNConfig
 from vitdet.models import build_detector
@@ -59,3 +60,16 @@ def target(boxes, labels, form="polygons"):
     for mask, (x0, y0, x1, y1) in zip(pixels, boxes.int().tolist(), strict=True):
         mask[y0:y1, x0:x1] = True
     return Target(boxes, labels, Bitmaps(pixels))
+
+
+class Operations(TorchDispatchMode):
+    """Keeps the names of the operations that torch runs within it, and what they were given by name."""
+
+    def __init__(self):
+        super().__init__()
+        self.names, self.given = [], []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names.append(str(function))
+        self.given.append(kwargs or {})
+        return function(*args, **(kwargs or {}))

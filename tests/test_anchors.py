@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from tests.small import Operations
 from vitdet.models.anchors import cell_anchors, grid_anchors
 
 
@@ -26,3 +27,12 @@ def test_anchors_of_a_cell_stand_together():
     centres = (anchors[:, :2] + anchors[:, 2:]) / 2
     assert centres.tolist() == [[0, 0]] * 3 + [[16, 0]] * 3
     assert torch.equal(anchors[3:] - anchors[:3], torch.tensor([[16.0, 0, 16, 0]] * 3))
+
+
+def test_anchors_reach_another_device_in_one_copy_that_nothing_waits_for():
+    with Operations() as operations:
+        levels = grid_anchors([(2, 3), (1, 2)], [4, 8], 2.0, (0.5, 1.0), "meta")
+    assert [tuple(one.shape) for one in levels] == [(12, 4), (4, 4)]
+    copies = [given for name, given in zip(operations.names, operations.given, strict=True) if "_to_copy" in name
+              and given.get("device") == torch.device("meta")]
+    assert len(copies) == 1 and copies[0]["non_blocking"]

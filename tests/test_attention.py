@@ -4,7 +4,10 @@ import numpy as np
 import pytest
 import torch
 
+from tests.far import far_device, send
+from vitdet.models import attention as module
 from vitdet.models.attention import Attention, join_windows, relative_positions, split_windows
+from vitdet.models.vit import SIZES
 
 
 def table_for(table, size):
@@ -84,6 +87,38 @@ def test_windows_with_padding_equal_the_formula_with_zero_tokens():
             window = plain_attention(attention, padded[:, top : top + 3, left : left + 3])
             inside = found[:, top : top + 3, left : left + 3]
             np.testing.assert_allclose(inside, window[:, : inside.shape[1], : inside.shape[2]], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("side", [14, 64], ids=["windowed", "global"])
+@pytest.mark.parametrize("name", SIZES)
+def test_a_fused_kernel_gets_widths_that_it_takes_in_half_precision(name, side, monkeypatch):
+    size = SIZES[name]
+    handed = []
+    monkeypatch.setattr(module, "attend", lambda *given: handed.extend(one.shape[-1] for one in given) or given[2])
+    with torch.device("meta"):
+        Attention(size.dim, size.heads, side).bfloat16()(torch.empty(1, side, side, size.dim, dtype=torch.bfloat16))
+    query, key, value = handed
+    assert query % 8 == value % 8 == 0 and query == key >= value + 2 * side > query - 8
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+def test_widening_changes_no_value_and_no_gradient(scaled):
+    attention = random_attention(5, scaled=scaled).double()
+    x = torch.randn(2, 5, 5, 12, dtype=torch.float64, requires_grad=True)
+    wanted = attention(x)
+    wanted.square().sum().backward()
+    gradients = [x.grad, *(parameter.grad for parameter in attention.parameters())]
+    names = [name for name, _ in attention.named_parameters()]
+    far = send(random_attention(5, scaled=scaled).double())
+    with far_device() as device:
+        query, key = far.with_positions(*torch.ones(2, 1, 3, 25, 4, dtype=torch.float64).to(device), 5, 5)
+        assert query.shape[-1] == key.shape[-1] == 16  # 4 + 5 + 5 on the CPU
+        y = x.detach().to(device).requires_grad_()
+        found = far(y)
+        found.square().sum().backward()
+        assert torch.allclose(found.to("cpu"), wanted, rtol=1e-12, atol=1e-12)
+        others = [y.grad, *(dict(far.named_parameters())[name].grad for name in names)]
+        assert all(torch.allclose(a.to("cpu"), b, rtol=1e-9, atol=1e-9) for a, b in zip(others, gradients, strict=True))
 
 
 def test_positions_get_gradients_from_every_row():

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from tests.small import Operations
 from vitdet.models.boxes import MAX_LOG_SCALE, area, clip, decode, encode, nonempty, pairwise_iou
 
 WEIGHTS = (10.0, 10.0, 5.0, 5.0)
@@ -80,3 +81,14 @@ def test_iou_equals_counting():
 def test_iou_of_nothing():
     assert pairwise_iou(torch.zeros(0, 4), random_boxes(3)).shape == (0, 3)
     assert pairwise_iou(random_boxes(2), torch.zeros(0, 4)).shape == (2, 0)
+
+
+@pytest.mark.parametrize("weights", [WEIGHTS, (30.0, 20.0, 15.0, 5.0)])
+def test_weights_are_numbers_that_no_device_waits_for(weights):
+    boxes, targets, deltas = random_boxes(6), random_boxes(6), torch.randn(6, 3, 4)
+    row, ones = torch.tensor(weights), (1.0,) * 4
+    with Operations() as operations:
+        found = encode(boxes, targets, weights), decode(boxes, deltas, weights)
+    assert not [name for name in operations.names if "copy" in name or "lift" in name]  # no tensor of the weights
+    assert torch.equal(found[0], encode(boxes, targets, ones) * row)
+    assert torch.equal(found[1], decode(boxes, deltas / row, ones))

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torchvision.ops import roi_align
 
+from tests.small import Operations
 from vitdet.models.roi_pool import assign_levels, pool
 
 STRIDES = (4, 8, 16, 32)
@@ -46,6 +47,25 @@ def test_equals_torchvision_in_values_and_gradients(ratio, bins):
     for a, b in zip(ours, theirs, strict=True):
         gradient = torch.zeros_like(a) if a.grad is None else a.grad
         assert torch.allclose(gradient, torch.zeros_like(b) if b.grad is None else b.grad, atol=1e-4)
+
+
+def test_adaptive_points_put_each_level_in_its_place_without_another_copy():
+    ours, theirs = maps(3), maps(3)
+    with Operations() as operations:
+        found = pool(ours, BOXES, STRIDES, 7, 0)
+    assert not [name for name in operations.names if "index_put" in name]
+    levels = assign_levels(torch.cat(BOXES), 4, 4)
+    image = torch.tensor([0.0] * 5 + [2.0] * 5)
+    rois = torch.cat([image[:, None], torch.cat(BOXES)], dim=1)
+    wanted = torch.zeros_like(found)
+    for level, stride in enumerate(STRIDES):
+        chosen = (levels == level).nonzero().flatten()
+        wanted = wanted.index_put((chosen,), roi_align(theirs[level], rois[chosen], 7, 1 / stride, 0, aligned=True))
+    assert torch.equal(found, wanted)
+    weight = torch.randn(found.shape, generator=torch.Generator().manual_seed(1))
+    (found * weight).sum().backward()
+    (wanted * weight).sum().backward()
+    assert all(torch.equal(a.grad, b.grad) for a, b in zip(ours, theirs, strict=True))
 
 
 @pytest.mark.parametrize("ratio", [0, 2])

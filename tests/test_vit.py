@@ -47,6 +47,15 @@ def test_residual_convolutions_pass_between_windows():
     assert change[2, 2]
 
 
+def test_residual_convolutions_start_as_in_detectron2():
+    """c2_msra_fill: deviation sqrt(2 / (outputs * kernel area)), a normal draw."""
+    torch.manual_seed(0)
+    block = ConvBottleneck(256)
+    for conv, wanted in ((block.conv1, (2 / 128) ** 0.5), (block.conv2, (2 / 128 / 9) ** 0.5),
+                         (block.conv3, (2 / 256) ** 0.5)):
+        assert conv.conv.weight.std().item() == pytest.approx(wanted, rel=0.03)
+
+
 def test_residual_convolutions_start_as_the_identity():
     x = torch.randn(1, 4, 4, 8)
     assert torch.equal(ConvBottleneck(8)(x), x)

@@ -23,12 +23,13 @@ def grid_anchors(
     device: torch.device | str = "cpu",
 ) -> list[Tensor]:
     """Anchors (h w A, 4) of every level, pixels of the canvas; grids are the levels' (h, w)."""
+    cells = torch.stack([cell_anchors(scale * stride, aspect_ratios) for stride in strides])
+    cells = cells.to(device, non_blocking=True)  # one copy, which nothing waits for
     levels = []
-    for (height, width), stride in zip(grids, strides, strict=True):
+    for (height, width), stride, cell in zip(grids, strides, cells, strict=True):
         y = torch.arange(0, height * stride, stride, dtype=torch.float32, device=device)
         x = torch.arange(0, width * stride, stride, dtype=torch.float32, device=device)
         y, x = torch.meshgrid(y, x, indexing="ij")
         corners = torch.stack([x, y, x, y], dim=-1)[:, :, None]
-        cell = cell_anchors(scale * stride, aspect_ratios).to(device)
         levels.append((corners + cell).reshape(-1, 4))
     return levels

@@ -4,6 +4,8 @@ Relative positions: Li et al., MViTv2 (2112.01526); windows and their padding: d
 The bias q.Rh[qh - kh] + q.Rw[qw - kw] is an inner product, [q s, q Rh, q Rw] . [k, onehot(kh), onehot(kw)], so the
 logits are one matrix product of widened queries and keys and no N x N bias is made apart. ViTAE-Transformer/ViTDet
 takes q s there too: the same functions, from tables that are 1 / s times as large, but they learn more slowly.
+On a GPU zeros widen them to a multiple of 8: no fused kernel takes other widths in half precision (PyTorch's
+sdp_utils.cpp), and d + 14 + 14 is none.
 Letters: B images (or windows), H x W tokens, N = H W, C channels, h heads, d = C / h, s = d^-1/2.
 """
 
@@ -16,6 +18,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vitdet.models.layers import at_least_float32
+
+WIDTH = 8  # what the fused kernels want queries, keys and values to be a multiple of in half precision: 16 bytes
 
 
 def split_windows(x: Tensor, size: int) -> Tensor:
@@ -47,8 +51,9 @@ def relative_positions(table: Tensor, size: int) -> Tensor:
 def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """Softmax of query . key, times value: (B, h, N, e), (B, h, N, e), (B, h, N, d) -> (B, h, N, d).
 
-    The fused kernels save memory where N is thousands; on a CPU they have none for widened queries and fall back on
-    a slower version of the plain products (their backward took 1.8 times as long at N = 256).
+    On a GPU by a fused kernel, which never holds the N x N logits: the memory-efficient one where e is not d, if both
+    are multiples of 8. A CPU has none for widened queries and falls back on a slower version of the plain products
+    (their backward took 1.8 times as long at N = 256).
     """
     if query.device.type == "cpu":
         return (query @ key.transpose(-1, -2)).softmax(dim=-1, dtype=query.dtype) @ value
@@ -80,7 +85,8 @@ class Attention(nn.Module):
         return self.proj(rearrange(y, "b n (h w) d -> b h w (n d)", h=height))
 
     def with_positions(self, q: Tensor, k: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:
-        """Queries and keys (B, h, N, d) widened to (B, h, N, d + H + W), whose inner products are the logits."""
+        """Queries and keys (B, h, N, d) widened to (B, h, N, d + H + W and zeros), whose inner products are the logits.
+        """
         scaled = q * q.shape[-1] ** -0.5
         grid = rearrange(scaled if self.scaled_rel_pos else q, "b n (h w) d -> b n h w d", h=height)
         rows = relative_positions(self.rel_pos_h, height).to(q.dtype)
@@ -89,6 +95,8 @@ class Attention(nn.Module):
         rel_w = torch.einsum("bnhwd,wkd->bnhwk", grid, columns).flatten(2, 3)
         one_hot_h = torch.eye(height, dtype=k.dtype, device=k.device).repeat_interleave(width, dim=0)
         one_hot_w = torch.eye(width, dtype=k.dtype, device=k.device).repeat(height, 1)
-        one_hot = torch.cat([one_hot_h, one_hot_w], dim=1).expand(*k.shape[:2], -1, -1)
-        query = torch.cat([scaled, rel_h.to(q.dtype), rel_w.to(q.dtype)], dim=-1)
+        spare = 0 if q.device.type == "cpu" else -(q.shape[-1] + height + width) % WIDTH
+        zeros = [q.new_zeros(1).expand(*q.shape[:3], spare)] if spare else []
+        one_hot = F.pad(torch.cat([one_hot_h, one_hot_w], dim=1), (0, spare)).expand(*k.shape[:2], -1, -1)
+        query = torch.cat([scaled, rel_h.to(q.dtype), rel_w.to(q.dtype), *zeros], dim=-1)
         return query, torch.cat([k, one_hot], dim=-1)

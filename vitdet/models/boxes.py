@@ -1,6 +1,7 @@
 """Box arithmetic: pure functions of boxes (..., 4) xyxy in float pixels, half-open.
 
-The transform is that of R-CNN (1311.2524), with the clamps of detectron2 and mmdet.
+The transform is that of R-CNN (1311.2524), with the clamps of detectron2 and mmdet. Its weights are numbers, not a
+tensor, whose way to a GPU would make every step wait.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ def encode(boxes: Tensor, targets: Tensor, weights: Weights) -> Tensor:
     size, target_size = boxes[:, 2:] - boxes[:, :2], targets[:, 2:] - targets[:, :2]
     centre, target_centre = boxes[:, :2] + 0.5 * size, targets[:, :2] + 0.5 * target_size
     deltas = torch.cat([(target_centre - centre) / size, torch.log(target_size / size)], dim=1)
-    return deltas * deltas.new_tensor(weights)
+    return torch.stack([one * weight for one, weight in zip(deltas.unbind(1), weights, strict=True)], dim=1)
 
 
 def decode(boxes: Tensor, deltas: Tensor, weights: Weights, min_log_scale: float = -math.inf) -> Tensor:
@@ -29,7 +30,8 @@ def decode(boxes: Tensor, deltas: Tensor, weights: Weights, min_log_scale: float
     A side's logarithm changes at most by MAX_LOG_SCALE and at least by `min_log_scale`.
     """
     boxes = boxes.to(torch.promote_types(boxes.dtype, torch.float32))
-    deltas = deltas.to(boxes.dtype) / boxes.new_tensor(weights)
+    columns = deltas.to(boxes.dtype).unbind(-1)
+    deltas = torch.stack([one / weight for one, weight in zip(columns, weights, strict=True)], dim=-1)
     boxes = boxes.reshape(len(boxes), *[1] * (deltas.dim() - 2), 4)
     size = boxes[..., 2:] - boxes[..., :2]
     centre = boxes[..., :2] + 0.5 * size

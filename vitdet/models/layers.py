@@ -9,6 +9,7 @@ import torch
 from einops import rearrange
 from timm.layers import LayerNorm2d
 from torch import Tensor, nn
+from torch.autograd.function import FunctionCtx
 from torch.nn import functional as F
 
 NORM_EPS = 1e-6  # detectron2: both the ViT's LayerNorm and the channel LN (mmdet: 1e-5 in the latter)
@@ -76,6 +77,16 @@ def at_least_float32(x: Tensor) -> Tensor:
 
 
 def scale_gradient(x: Tensor, scale: float) -> Tensor:
-    """The same values, to the bit, with the gradient multiplied by `scale`."""
-    fixed = x.detach()
-    return torch.add(fixed, x - fixed, alpha=scale)
+    """The same values, in the same memory, with the gradient multiplied by `scale`."""
+    return _ScaledGradient.apply(x, scale)
+
+
+class _ScaledGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: FunctionCtx, x: Tensor, scale: float) -> Tensor:
+        ctx.scale = scale
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient * ctx.scale, None

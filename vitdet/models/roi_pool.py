@@ -36,13 +36,13 @@ def pool(
         return _pool_by_products(features, boxes, levels, strides, bins, sampling_ratio)
     image = torch.cat([torch.full((len(b),), i, device=b.device) for i, b in enumerate(boxes)])
     rois = torch.cat([image[:, None].to(boxes[0].dtype), torch.cat(list(boxes))], dim=1)
-    pooled = features[0].new_zeros(len(rois), features[0].shape[1], bins, bins)
-    for level, (feature, stride) in enumerate(zip(features, strides, strict=True)):
-        chosen = (levels == level).nonzero().flatten()
+    order = [(levels == level).nonzero().flatten() for level in range(len(features))]
+    values = []
+    for feature, chosen, stride in zip(features, order, strides, strict=True):
         exact = at_least_float32(feature)  # in bf16 a coordinate of 1000 px would be 4 px coarse
-        values = roi_align(exact, rois[chosen].to(exact.dtype), bins, 1 / stride, 0, aligned=True)
-        pooled = pooled.index_put((chosen,), values.to(pooled.dtype))
-    return pooled
+        found = roi_align(exact, rois[chosen].to(exact.dtype), bins, 1 / stride, 0, aligned=True)
+        values.append(found.to(features[0].dtype))
+    return torch.cat(values)[torch.cat(order).argsort()]
 
 
 def _pool_by_products(

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vitdet.models.attention import Attention, join_windows, split_windows
-from vitdet.models.layers import NORM_EPS, ConvNorm
+from vitdet.models.layers import NORM_EPS, ConvNorm, init_conv
 
 
 class Size(NamedTuple):
@@ -60,6 +60,8 @@ class ConvBottleneck(nn.Module):
         self.conv1 = ConvNorm(dim, dim // 2, 1)
         self.conv2 = ConvNorm(dim // 2, dim // 2, 3)
         self.conv3 = ConvNorm(dim // 2, dim, 1)
+        for block in (self.conv1, self.conv2, self.conv3):
+            init_conv(block.conv)
         nn.init.zeros_(self.conv3.norm.weight)  # the block starts as the identity
 
     def forward(self, x: Tensor) -> Tensor:
