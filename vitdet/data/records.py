@@ -14,6 +14,7 @@ from typing import overload
 import numpy as np
 
 from vitdet.data.packed import PackedList
+from vitdet.data.shared import Shared
 
 
 @dataclass(frozen=True)
@@ -53,11 +54,11 @@ class _Columns:
 
     folder: Path
     names: PackedList[str]
-    heads: np.ndarray  # (N, 3) int64: image id, height, width
-    starts: np.ndarray  # (N + 1,) int64: the objects of image n are starts[n] .. starts[n + 1]
-    boxes: np.ndarray  # (M, 4) float32
-    labels: np.ndarray  # (M,) int64
-    places: np.ndarray  # (M,) int64: where the object's segmentation stands
+    heads: Shared  # (N, 3) int64: image id, height, width
+    starts: Shared  # (N + 1,) int64: the objects of image n are starts[n] .. starts[n + 1]
+    boxes: Shared  # (M, 4) float32
+    labels: Shared  # (M,) int64
+    places: Shared  # (M,) int64: where the object's segmentation stands
     segmentations: PackedList[list | dict]
 
 
@@ -76,8 +77,9 @@ class Records(Sequence[Record]):
         boxes = np.array(objects.boxes).reshape(-1, 4).astype(np.float32)[order]
         boxes[:, 2:] += boxes[:, :2]
         starts = np.append(0, np.cumsum(np.bincount(rows, minlength=len(names))))
-        columns = _Columns(folder, PackedList(names), np.array(heads, np.int64).reshape(-1, 3), starts, boxes,
-                           np.array(objects.labels, np.int64)[order], order, objects.segmentations)
+        arrays = (np.array(heads, np.int64).reshape(-1, 3), starts, boxes, np.array(objects.labels, np.int64)[order],
+                  order)
+        columns = _Columns(folder, PackedList(names), *map(Shared, arrays), objects.segmentations)
         return cls(columns, np.arange(len(names)))
 
     def __len__(self) -> int:
@@ -105,15 +107,15 @@ class Records(Sequence[Record]):
 
     def counts(self) -> np.ndarray:
         """(N,) objects of each image."""
-        return np.diff(self._columns.starts)[self._rows]
+        return np.diff(self._columns.starts.array)[self._rows]
 
     def sizes(self) -> np.ndarray:
         """(N, 2) height and width of each image."""
-        return self._columns.heads[self._rows, 1:]
+        return self._columns.heads.array[self._rows, 1:]
 
     def labels(self) -> list[np.ndarray]:
         """The labels (G,) of each image."""
-        starts, labels = self._columns.starts, self._columns.labels
+        starts, labels = self._columns.starts.array, self._columns.labels.array
         return [labels[starts[row] : starts[row + 1]] for row in self._rows]
 
     def paths(self) -> Iterator[Path]:
