@@ -45,7 +45,7 @@ def add_compile(verb: argparse.ArgumentParser) -> None:
 
 def run_compile(given: argparse.Namespace) -> int:
     """python -m pipeline compile"""
-    from pipeline.order import jobs
+    from pipeline.order import bare, jobs, specification
     from pipeline.pipeline import compile_pipeline
 
     if given.file.suffix not in (".yaml", ".yml"):
@@ -53,6 +53,8 @@ def run_compile(given: argparse.Namespace) -> int:
     text = jobs(given.job)
     given.file.parent.mkdir(parents=True, exist_ok=True)
     print(compile_pipeline(given.file, text))
+    if said := bare(specification(given.file, {"recipes": []}, True)):
+        print(f"pipeline: {said}", file=sys.stderr)
     return 0
 
 

@@ -12,6 +12,10 @@ from pathlib import Path
 
 import yaml
 
+IMAGE = "vitdet"  # in manifests/ before an overlay names the registry
+BARE = (f"the steps' image is {IMAGE!r}, of no registry: no cluster can pull it. Give your cluster's job: kubectl "
+        "kustomize manifests/overlays/NAME | python -m pipeline ... --job - (or set VITDET_IMAGE)")
+
 
 @dataclass(frozen=True)
 class Order:
@@ -70,6 +74,13 @@ def specification(package: Path, parameters: dict[str, object], caching: bool) -
             if not caching or (files and name == "configs"):
                 task["cachingOptions"] = {}
     return {"pipeline_spec": spec, "platform_spec": platforms[0]} if platforms else spec
+
+
+def bare(pipeline: dict) -> str:
+    """What to say of a pipeline in the image of manifests/ as they are, which no cluster can pull; "" of another."""
+    executors = pipeline.get("pipeline_spec", pipeline).get("deploymentSpec", {}).get("executors", {})
+    images = {one.get("container", {}).get("image") for one in executors.values()}
+    return BARE if images == {IMAGE} else ""
 
 
 def is_file(recipe: str) -> bool:

@@ -15,7 +15,7 @@ from kfp_server_api import V2beta1RecurringRun
 
 from pipeline.client import ENDED, Server, failures, steps
 from pipeline.connection import LOGIN, address, connect, inside, secrets
-from pipeline.order import Order, Schedule, check, cron, jobs, specification
+from pipeline.order import Order, Schedule, bare, check, cron, jobs, specification
 
 EXPERIMENT = "vitdet"
 ACCOUNT = "vitdet-pipeline"  # may make training jobs
@@ -115,6 +115,8 @@ def run_submit(given: argparse.Namespace) -> int:
                   **{key: value for key, value in shape.items() if value is not None}}
     with package(given) as compiled:
         pipeline = specification(compiled, parameters, not given.no_cache)
+    if said := bare(pipeline):
+        print(f"pipeline: {said}", file=sys.stderr)
     order = Order(pipeline, parameters, name, given.experiment, given.service_account, given.pipeline_root)
     server = served(given)
     run_id = server.start(order, server.namespace(given.namespace), schedule)

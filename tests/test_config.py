@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -133,7 +134,10 @@ def test_a_wrong_override_is_named(override: str, says: str) -> None:
 
 @pytest.mark.parametrize(("name", "says"), [
     ("tinny", "tinny: no such recipe; did you mean 'tiny'?"),
-    ("there/is/none.yaml", "there/is/none.yaml: no such config file; give a file or a recipe's name: cascade_mask_rc"),
+    ("swin", "swin: no such recipe; of 27 the nearest are mask_rcnn_swin_t_coco (`vitdet config` lists all recipes)"),
+    ("lvis", "lvis: no such recipe; of 27 the nearest are mask_rcnn_vitdet_l_lvis, mask_rcnn_vitdet_h_lvis, mask_rcnn"),
+    ("zzz", "zzz: no such recipe; of 27 the nearest are tiny, "),
+    ("there/is/none.yaml", "there/is/none.yaml: no such config file; give a file or a recipe's name (`vitdet config`"),
 ])
 def test_an_unknown_recipe_is_named(name: str, says: str) -> None:
     with pytest.raises((ValueError, FileNotFoundError), match=f"^{re.escape(says)}"):
@@ -157,3 +161,10 @@ def test_a_difference_names_the_settings() -> None:
     assert difference(ours, theirs) == ["data.flip: 0.0, not 0.5", "optim.lr: 1.0, not 2.0"]
     assert difference(ours, ours) == []
     assert digest(ours) == digest(load_config("tiny", ["data.flip=0", "optim.lr=1"])) != digest(theirs)
+
+
+def test_the_recipes_are_listed(vitdet: Callable[..., tuple[int, str, str]]) -> None:
+    code, out, said = vitdet("config")
+    assert (code, said) == (0, "") and out.splitlines() == recipes()
+    code, out, said = vitdet("config", "--set", "optim.lr=1")
+    assert (code, out, said) == (1, "", "vitdet: of which recipe? `vitdet config` alone lists them\n")

@@ -106,12 +106,15 @@ def test_the_experiments_pipeline_is_compiled_for_the_server(kubeflow: Kubeflow,
                                                              capsys: pytest.CaptureFixture[str]) -> None:
     run = command(kubeflow, monkeypatch, capsys)
     code, _, said = run("submit", "tiny", "--nodes", 2, "--pool", "h100")
-    assert (code, said) == (0, "")
+    assert code == 0 and len(said.splitlines()) == 1
+    assert "the steps' image is 'vitdet', of no registry" in said and "| python -m pipeline ... --job -" in said
     spec = kubeflow.bodies("POST /runs")[0]["pipeline_spec"]["pipeline_spec"]
     assert spec["pipelineInfo"]["name"] == "vitdet" and "comp-train-job" in spec["components"]
     job = (ROOT / "manifests" / "pytorchjob" / "pytorchjob.yaml").read_text()
+    job = job.replace("image: vitdet", "image: registry.example.com/vitdet:1")
     monkeypatch.setattr("sys.stdin", io.StringIO(f"kind: Namespace\n---\n{job}# of the overlay\n"))
-    assert run("submit", "tiny", "--job", "-")[0] == 0
+    code, _, said = run("submit", "tiny", "--job", "-")
+    assert (code, said) == (0, "")
     assert "# of the overlay" in str(kubeflow.bodies("POST /runs")[1]["pipeline_spec"])
 
 

@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from vitdet import data_verbs, verbs, weights_verbs
-from vitdet.config import recipes
 
 DATA = ("Brings the published archives, verifies and unpacks them into the layout that every COCO tool expects, and "
         "writes DIR/manifest.json. Whatever interrupts it, the same command goes on from there; what is there is not "
@@ -37,8 +36,8 @@ def parser() -> argparse.ArgumentParser:
     root = argparse.ArgumentParser(prog="vitdet", description="Plain Vision Transformer detectors.")
     actions = root.add_subparsers(required=True, metavar="VERB")
 
-    verb = actions.add_parser("config", help="print the resolved config of a recipe or file")
-    verb.add_argument("recipe", help=f"a recipe ({', '.join(recipes())}) or a YAML file")
+    verb = actions.add_parser("config", help="print the resolved config of a recipe or file, or the recipes' names")
+    verb.add_argument("recipe", nargs="?", help="a recipe's name or a YAML file; without one, the names are listed")
     add_set(verb)
     verb.add_argument("--output", type=Path, help="write it to this file instead")
     verb.set_defaults(run=verbs.run_config)

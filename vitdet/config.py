@@ -272,6 +272,9 @@ def digest(config: Config) -> str:
     return hashlib.sha256(json.dumps(to_dict(config), sort_keys=True).encode()).hexdigest()[:12]
 
 
+LISTED = " (`vitdet config` lists all recipes)"
+
+
 def recipes() -> list[str]:
     """The names of the recipes that ship with the package."""
     return sorted(path.stem for path in RECIPES.glob("*.yaml"))
@@ -282,9 +285,9 @@ def _read(name_or_path: str | Path) -> dict:
     if not path.suffix and os.sep not in text:
         path = RECIPES / f"{text}.yaml"
         if not path.exists():
-            raise ValueError(f"{text}: no such recipe; {nearest(text, recipes())}")
+            raise ValueError(f"{text}: no such recipe; {nearest(text, recipes())}{LISTED}")
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such config file; give a file or a recipe's name: {', '.join(recipes())}")
+        raise FileNotFoundError(f"{path}: no such config file; give a file or a recipe's name{LISTED}")
     try:
         tree = yaml.safe_load(path.read_text())
     except (yaml.YAMLError, UnicodeDecodeError) as error:

@@ -44,10 +44,19 @@ def settings(kind: type) -> dict[str, type]:
     return dict(walk(kind, ""))
 
 
+FEW = 16  # names that a message can list
+
+
 def nearest(name: str, known: Sequence[str]) -> str:
-    """A hint for somebody who wrote a name that is not known."""
+    """A hint for somebody who wrote a name that is not known: of many names the three that are nearest."""
+    inside = [one for one in known if name and name in one] if len(known) > FEW else []
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    return f"did you mean '{close[0]}'?" if close else f"known: {', '.join(known)}"
+    if close and not inside:
+        return f"did you mean '{close[0]}'?"
+    if len(known) <= FEW:
+        return f"known: {', '.join(known)}"
+    like = difflib.get_close_matches(name, inside or known, n=3, cutoff=0)
+    return f"of {len(known)} the nearest are {', '.join(like)}"
 
 
 def _build(kind: type, tree: object, prefix: str, root: type):  # noqa: ANN202 - an instance of `kind`

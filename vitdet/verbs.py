@@ -20,6 +20,11 @@ from vitdet.config import Config, dump_config, flatten, load_config, recipes, sa
 
 def run_config(given: argparse.Namespace) -> int:
     """vitdet config"""
+    if given.recipe is None:
+        if given.overrides or given.output:
+            raise ValueError("of which recipe? `vitdet config` alone lists them")
+        print("\n".join(recipes()))
+        return 0
     config = load_config(given.recipe, given.overrides)
     if given.output:
         save_config(config, given.output)
