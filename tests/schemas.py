@@ -16,7 +16,8 @@ import jsonschema
 from referencing import Registry, Resource
 
 KUBERNETES = "1.32.0"
-CORE = ("v1", "apps/v1", "batch/v1", "rbac.authorization.k8s.io/v1", "networking.k8s.io/v1", "scheduling.k8s.io/v1")
+CORE = ("v1", "apps/v1", "batch/v1", "rbac.authorization.k8s.io/v1", "networking.k8s.io/v1", "scheduling.k8s.io/v1",
+        "storage.k8s.io/v1")
 STRINGS = {"type": "object", "additionalProperties": {"type": "string"}}
 METADATA = {"type": "object", "additionalProperties": False,
             "properties": {"name": {"type": "string"}, "namespace": {"type": "string"}, "labels": STRINGS,

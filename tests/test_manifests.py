@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from components.following import SCHEDULE
 from components.jobs import KINDS, Wish, fill
 from tests.conftest import ROOT
 from tests.manifests import GPU_TAINT, containers, insecure, kustomize, pods, problems
@@ -161,6 +162,8 @@ def test_the_launcher_s_job_is_right_too(name: str, nodes: int) -> None:
         jobs += [*others, fill(yaml.safe_dump(job), KINDS[kind], wish)]
     assert problems(overlay(name, "cluster"), jobs, pools(name)) == []
     assert len(jobs[0]["spec"]["pytorchReplicaSpecs"]) == min(nodes, 2)
+    assert [job["metadata"]["annotations"] for job in (jobs[0], jobs[-1])] == [{SCHEDULE: "3600"}] * 2
+    assert jobs[0]["spec"]["runPolicy"]["backoffLimit"] == 6 * nodes
 
 
 @pytest.mark.parametrize("name", CLOUDS)
@@ -185,7 +188,7 @@ def test_passwords_and_answers_of_users_stand_where_they_should() -> None:
     for name in CLOUDS:
         assert not [document for document in overlay(name, "cluster") if document["kind"] == "Secret"]
         text = yaml.safe_dump_all([*overlay(name), *overlay(name, "cluster")])
-        assert {"gke": 1, "eks": 5, "onprem": 0}[name] == text.count("YOUR-"), "what README.md has users fill in"
+        assert {"gke": 1, "eks": 6, "onprem": 0}[name] == text.count("YOUR-"), "what README.md has users fill in"
 
 
 def test_the_operator_s_init_container_meets_restricted() -> None:
@@ -205,14 +208,3 @@ def test_images_are_ours_or_pinned_by_digest() -> None:
               for _, pod in pods(overlay(name, part)) for one in containers(pod)}
     ours = {image for image in images if re.fullmatch(r"(registry[.]example[.]com/)?vitdet:\d+[.]\d+[.]\d+", image)}
     assert ours and all("@sha256:" in image for image in images - ours), images - ours
-
-
-def test_the_guide_names_files_that_exist() -> None:
-    for guide in (MANIFESTS / "README.md", MANIFESTS / "training-operator" / "kustomization.yaml"):
-        for path in re.findall(r"(?<![\w/])manifests/[\w./-]+\w", guide.read_text()):
-            assert (ROOT / path).exists(), f"{guide.name}: {path}"
-    text = (MANIFESTS / "README.md").read_text()
-    for folder in re.findall(r"(?<![\w/])((?:components|overlays|node-pools)/[\w-]+)", text):
-        assert (MANIFESTS / folder).exists() or folder == "overlays/CLUSTER", folder
-    named = set(re.findall(r"`([\w-]+)`", text)) | set(re.findall(r"components/([\w-]+)", text))
-    assert {path.name for path in (MANIFESTS / "components").iterdir()} - named == set()

@@ -12,7 +12,7 @@ from tests.manifests import kustomize, pods, problems
 from tests.test_manifests import CLOUDS, build, copy, pools, pytestmark
 
 __all__ = ["copy", "pytestmark"]  # a fixture and a mark of the whole file
-WIDE = {"gke": {"ComputeClass"}, "eks": {"NodePool", "EC2NodeClass"}, "onprem": set()}
+WIDE = {"gke": {"ComputeClass"}, "eks": {"NodePool", "EC2NodeClass", "StorageClass"}, "onprem": set()}
 
 
 def cluster_wide(documents: list[dict]) -> dict[str, dict]:
