@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -84,7 +85,8 @@ def register(checkpoint: Path, *, run_id: str | None, uri: str, folder: Path, mo
     """
     client, run_id = connect(run_id, uri, folder)
     uri = tracking_uri(uri, folder)
-    digest = hashlib.sha256(Path(checkpoint).read_bytes()).hexdigest()
+    with open(checkpoint, "rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
     for version in client.search_model_versions(f"name = '{model_name}'"):
         if version.tags.get("checkpoint_sha256") == digest and (version.run_id or None) == run_id:
             client.set_registered_model_alias(model_name, alias, version.version)
@@ -118,6 +120,8 @@ def _pack(path: Path, model: Model, checkpoint: Path, wheel: Path, example: np.n
     """The model as a folder; proves that it loads and answers."""
     code = path.parent / "detector.py"
     code.write_text(CODE)
+    if checkpoint.is_symlink():  # as DVC leaves it with cache.type symlink; mlflow follows no link out of a folder
+        checkpoint = Path(shutil.copyfile(checkpoint, path.parent / checkpoint.name))
     logging.getLogger("mlflow").setLevel(logging.ERROR)  # it warns that torch was imported before it
     save_model(str(path), python_model=str(code), artifacts={"checkpoint": str(checkpoint)}, signature=SIGNATURE,
                code_paths=[str(wheel)], mlflow_model=model, input_example=example[:64, :64],
