@@ -21,6 +21,7 @@ TURNS = {
     5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }  # EXIF orientation -> what makes it upright
+JPEGS = ("JPEG", "MPO")
 DRAWINGS = ("EPS", "WMF")  # programs that another program would have to run
 SIXTEEN = ("PNG", "PPM")  # formats whose 16 bits an older Pillow or a newer one gives as 32
 
@@ -33,12 +34,11 @@ def open_image(path: Path) -> Image.Image:
     with _named(path):
         look(path)
         with _opened(path) as file:
-            file.load()
             return upright(file)
 
 
 def image_size(path: Path) -> tuple[int, int]:
-    """Height and width of the upright picture, of which only the head is read. Raises as `open_image`."""
+    """Height and width of the upright picture; of a JPEG only the head is read. Raises as `open_image`."""
     with _named(path):
         look(path)
         with _opened(path) as file:
@@ -70,6 +70,7 @@ def upright(image: Image.Image) -> Image.Image:
 
     Raises ValueError for pixels that are no numbers from 0 to 255 or to 65535.
     """
+    image.load()  # which turns a TIFF already
     turn = _turn(image)
     if image.mode[0] in "IF":
         image = _eight_bits(image)
@@ -84,7 +85,7 @@ def upright(image: Image.Image) -> Image.Image:
 
 
 def _upright_size(file: Image.Image) -> tuple[int, int]:
-    if file.format == "TIFF":  # Pillow turns these itself, the newer the earlier, and at the latest when it reads them
+    if file.format not in JPEGS:  # others may keep their EXIF at the end, and a TIFF is turned by Pillow as it is read
         file.load()
     lies = _turn(file) in (TURNS[5], TURNS[6], TURNS[7], TURNS[8])
     return (file.width, file.height) if lies else (file.height, file.width)

@@ -1,0 +1,173 @@
+"""Images that are not a plain RGB JPEG, each through everything that reads images: exact pixels, or one clear line.
+
+What is expected is worked out in `odd_files`, from numbers that never saw Pillow.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+from tests.odd_files import GREY, ODD, RNG, Make, png
+from tests.test_cli import Run, refused
+from vitdet.config import DataConfig
+from vitdet.data import read_split, train_loader, val_loader
+from vitdet.data.check import check
+from vitdet.data.coco import ImageError
+from vitdet.data.images import examine, image_size, open_image
+from vitdet.data.portrait import portrait
+from vitdet.evaluation.pictures import draw_truth
+from vitdet.predictor import Predictor, draw
+from vitdet.types import Detections
+
+
+class Watcher(nn.Module):
+    """Sees what a detector would see, and finds nothing."""
+
+    def forward(self, images: torch.Tensor, targets: None, sizes: torch.Tensor) -> list[Detections]:
+        self.images = images
+        none = torch.zeros(0)
+        return [Detections(none.reshape(0, 4), none, none.long(), none.reshape(0, 28, 28))]
+
+
+def data_set(root: Path, size: tuple[int, int], name: str = "odd.jpg") -> DataConfig:
+    """A split of one image, ROOT/odd/odd.jpg, that holds one object; its canvas is as long as the image."""
+    (root / "odd").mkdir(parents=True, exist_ok=True)
+    (root / "annotations").mkdir(exist_ok=True)
+    height, width = size
+    thing = {"id": 1, "image_id": 1, "category_id": 1, "bbox": [0, 0, width, height], "iscrowd": 0,
+             "area": width * height, "segmentation": [[0, 0, width, 0, width, height, 0, height]]}
+    tree = {"images": [{"id": 1, "file_name": name, "height": height, "width": width}], "annotations": [thing],
+            "categories": [{"id": 1, "name": "thing"}]}
+    (root / "annotations" / "instances_odd.json").write_text(json.dumps(tree))
+    return DataConfig(root=str(root), train_split="odd", val_split="odd", image_size=max(size), workers=0,
+                      scale_range=(1.0, 1.0), flip=0.0)
+
+
+def readings(data: DataConfig) -> Iterator[tuple[str, np.ndarray]]:
+    """The upright picture as each part of the program has it."""
+    record = read_split(data, "odd").records[0]
+    yield "open_image", np.asarray(open_image(record.path))
+    canvas = np.s_[0, :, : record.height, : record.width]
+    yield "training", next(iter(train_loader(data, 1, 0, 0, 1))).images.numpy()[canvas].transpose(1, 2, 0)
+    yield "evaluation", next(iter(val_loader(data, 1))).images.numpy()[canvas].transpose(1, 2, 0)
+    predictor = Predictor(Watcher(), ("thing",), data.image_size)
+    found = predictor(record.path)
+    yield "predictor", predictor.detector.images.numpy()[canvas].transpose(1, 2, 0)
+    yield "drawing", np.asarray(draw(record.path, found, scale=1))
+    with Image.open(record.path) as file:
+        predictor(file)
+        yield "predictor of an open file", predictor.detector.images.numpy()[canvas].transpose(1, 2, 0)
+
+
+@pytest.mark.parametrize("make", ODD.values(), ids=ODD)
+def test_everything_sees_the_same_upright_pixels(make: Make, tmp_path: Path) -> None:
+    (tmp_path / "odd").mkdir()
+    path = tmp_path / "odd" / "odd.jpg"  # whatever it is: the name says nothing
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module=r"PIL\.")  # as the command line does
+        expected, near = make(path)
+        data = data_set(tmp_path, expected.shape[:2])
+        for reader, seen in readings(data):
+            assert seen.shape == expected.shape, reader
+            assert np.abs(seen.astype(int) - expected).max() <= near, reader
+        assert image_size(path) == examine(path.read_bytes()) == expected.shape[:2]
+        assert check(tmp_path, images=True).lines()[1:] == ["  odd: 1 images, 1 annotations, 1 categories", *CLEAN]
+        record = read_split(data, "odd").records[0]
+        assert "error" not in portrait(record, ("thing",), "odd") and draw_truth(record, ("thing",)).mode == "RGB"
+
+
+CLEAN = ["errors: none", "warnings: none"]
+JPEG = io.BytesIO()
+Image.fromarray(RNG.integers(0, 256, (64, 64, 3), np.uint8)).save(JPEG, "JPEG", progressive=True)
+LARGE = png((20000, 20000), 1, 0, [])
+REFUSED: dict[str, tuple[bytes | Image.Image | Callable[[Path], None], str]] = {
+    "truncated": (JPEG.getvalue()[:-400], "the image cannot be read: image file is truncated"),
+    "truncated by two bytes": (JPEG.getvalue()[:-2], "the image cannot be read: image file is truncated"),
+    "head of a JPEG": (JPEG.getvalue()[:30], "the image cannot be read: "),
+    "half a PNG": (png((64, 64), 8, 0, [bytes(64)] * 64)[:48], "the image cannot be read: "),
+    "text": (b"<!doctype html>", "not an image that can be read"),
+    "a program in PostScript": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n",
+                                "not an image that can be read"),
+    "empty": (b"", "the file is empty"), "a folder": (Path.mkdir, "it is a folder"),
+    "missing": (lambda path: None, ""), "a link to nothing": (lambda path: path.symlink_to("nowhere"), ""),
+    "a pipe": (os.mkfifo, "it is no regular file"),
+    "too large": (LARGE, "the image has more than 178,956,970 pixels; make it smaller or cut it into parts"),
+    "fractions": (Image.fromarray(GREY / np.float32(255)), "its pixels are floating-point numbers of no known range"),
+    "32 bits": (Image.fromarray(GREY.astype(np.int32) * 70000), "its pixels are numbers from 0 to "),
+    "below zero": (Image.fromarray(GREY.astype(np.int32) - 1000), "its pixels are numbers from -1000 to "),
+}
+
+
+@pytest.mark.parametrize(("content", "says"), REFUSED.values(), ids=REFUSED)
+def test_what_cannot_be_used_is_refused_in_one_line_everywhere(
+    vitdet: Run, tmp_path: Path, content: bytes | Image.Image | Callable[[Path], None], says: str
+) -> None:
+    data, path = data_set(tmp_path / "own", (64, 64)), tmp_path / "own" / "odd" / "odd.jpg"
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    elif isinstance(content, Image.Image):
+        content.save(path, "TIFF")
+    else:
+        content(path)
+    code, output, errors = vitdet("data", "check", "own", "--images")
+    assert (code, errors) == (1, "") and "errors: 1\n" in output and "image 1: odd/'odd.jpg'" in output
+    assert says in output if says else "missing image file" in output
+    refused(vitdet("predict", "none.pt", path, "--output", "drawn"), says or "no such image file")
+    with pytest.raises((ImageError, FileNotFoundError), match="vitdet data check") as caught:
+        next(iter(train_loader(data, 1, 0, 0, 1)))
+    assert str(caught.value).startswith(f"{path}: ") and "\n" not in str(caught.value)
+    assert says in str(caught.value) or "no such file, and 0 more" in str(caught.value)
+    assert vitdet("data", "report", "own", "--output", "page.html")[0] == 0 and not (tmp_path / "drawn").exists()
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 300), (1, 20000), (20000, 1)])
+def test_a_line_of_pixels_is_an_image(size: tuple[int, int], tmp_path: Path) -> None:
+    data, path = data_set(tmp_path, size), tmp_path / "odd" / "odd.jpg"
+    path.write_bytes(png(size, 8, 2, [bytes([3, 99, 200]) * size[1]] * size[0]))
+    data = DataConfig(root=str(tmp_path), train_split="odd", val_split="odd", image_size=64, workers=0)
+    long = tuple(min(side, 64) if max(size) > 64 else 64 for side in size)
+    batch = next(iter(val_loader(data, 1)))
+    assert batch.sizes[0].tolist() == list(long) and batch.images.sum() == 302 * long[0] * long[1]
+    for batch in train_loader(data, 1, 0, 0, 20):
+        high, wide = batch.sizes[0].tolist()
+        assert batch.images.sum() == 302 * high * wide and (batch.images[0, :, :high, :wide] > 0).all()
+    found = Predictor(Watcher(), ("thing",), 64)(path)
+    assert found.draw(path).convert("RGB").getpixel((0, 0)) == (3, 99, 200)
+
+
+def test_damaged_bytes_end_in_an_image_or_in_one_line(tmp_path: Path) -> None:
+    """And `check` says of them what training does."""
+    rng, path, read = np.random.default_rng(3), tmp_path / "x", 0
+    files = []
+    for make in ODD.values():
+        make(path)
+        files.append(path.read_bytes())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for number in range(400):
+            content = np.frombuffer(files[number % len(files)], np.uint8).copy()
+            places = rng.integers(0, min(len(content), rng.choice([60, 300])), rng.integers(1, 5))
+            content[places] = rng.integers(0, 256)
+            path.write_bytes(content.tobytes()[: None if number % 4 else rng.integers(1, len(content))])
+            said = []
+            for reader in (lambda: open_image(path), lambda: examine(path.read_bytes())):
+                try:
+                    result = reader()
+                    said.append(result if isinstance(result, tuple) else (result.height, result.width))
+                    read += isinstance(result, tuple)
+                except ValueError as error:
+                    assert "\n" not in str(error)
+                    said.append("refused")
+            assert said[0] == said[1], (number, said)
+    assert 40 < read < 360
