@@ -9,7 +9,7 @@ import pytest
 from tests.random_results import random_set
 from vitdet.evaluation import evaluate_results, lvis
 from vitdet.evaluation.files import Truth, read_truth
-from vitdet.evaluation.lvis import best, compare, summary
+from vitdet.evaluation.lvis import best, compare, compare_file, summary
 
 GOLDEN = Path(__file__).parent / "published" / "lvis_random"
 EXAMPLE = Path(__file__).parents[2] / "shared" / "data" / "coco-eval"  # of the package: lvis_val_100.json
@@ -98,15 +98,16 @@ def test_what_has_no_area_does_not_take_part():
     assert ap(truth_of([(1, BOX), (1, flat)]), found(BOX) + found(flat, score=1.0)) == pytest.approx(100)
 
 
-def test_a_mask_is_as_large_as_the_box_beside_it():
+def test_a_mask_of_a_file_is_as_large_as_the_box_beside_it_and_a_detectors_as_itself():
     truth = truth_of([(1, BOX)])
     truth.objects[0].update(area=400, segmentation=[[10, 10, 30, 10, 30, 30, 10, 30]])  # small
     square = {"segmentation": {"size": [100, 100], "counts": [6060, 30, 3910]}, **found(ELSEWHERE, score=1.0)[0]}
     right = {"segmentation": truth.objects[0]["segmentation"], **found(BOX)[0]}
     both = [square | {"bbox": [60, 60, 40, 40]}, right]  # a false mask of 30 pixels, its box medium
-    assert summary(compare(truth, both))["mask_ap_small"] == pytest.approx(100)
+    assert summary(compare_file(truth, both, ["bbox", "segm"]))["mask_ap_small"] == pytest.approx(100)
+    assert summary(compare(truth, both))["mask_ap_small"] == pytest.approx(50)
     alone = [{key: one[key] for key in one if key != "bbox"} for one in both]
-    assert summary(compare(truth, alone, ["segm"]))["mask_ap_small"] == pytest.approx(50)
+    assert summary(compare_file(truth, alone, ["segm"]))["mask_ap_small"] == pytest.approx(50)
 
 
 def test_there_are_no_crowds():

@@ -29,6 +29,7 @@ from vitdet.types import Detections
 __all__ = ["detect", "detections_to_results", "evaluate", "evaluate_detector", "evaluate_results", "write_pictures",
            "write_report"]
 ARBITERS = {"coco": coco, "lvis": lvis}  # data.dataset -> how its AP is measured
+OF_FILES = {"coco": coco.compare, "lvis": lvis.compare_file}  # the same of results that anybody made
 PIXELS = 2**26  # of pasted masks at a time: 64 MB
 
 
@@ -137,7 +138,7 @@ def evaluate_results(results: str | Path, annotations: str | Path, dataset: str 
     found = read_results(results)
     truth = read_truth(annotations, dataset == "lvis")
     try:
-        finished = ARBITERS[dataset].compare(truth, found, kinds_of(found))
+        finished = OF_FILES[dataset](truth, found, kinds_of(found))
     except ValueError as error:
         raise ValueError(f"{results}: {error}") from error
     metrics = ARBITERS[dataset].summary(finished)

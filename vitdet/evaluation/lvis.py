@@ -3,9 +3,11 @@
 An image of LVIS is annotated for some categories only. Detections of a category that is neither annotated there nor
 named as absent (neg_category_ids) are left out; where not every object of a category is annotated
 (not_exhaustive_category_ids), what is found beyond the annotated ones is not counted. The 300 best detections of an
-image count, of all categories together. There are no crowds, and what has no area does not take part. Where results
-hold boxes, a detection is as large as its box when masks are compared, too, as the package has it (Detectron2 takes the
-boxes away before: its AP of small, medium and large masks counts other detections).
+image count, of all categories together. There are no crowds, and what has no area does not take part.
+
+How large is a detection whose mask is compared? As its mask, for the published figures of Detectron2, which takes the
+boxes away before (`compare`); as its box, where the package itself is given a file that holds both (`compare_file`).
+Only AP and AR of small, medium and large masks differ.
 """
 
 from __future__ import annotations
@@ -27,8 +29,17 @@ def compare(truth: Truth, results: Sequence[dict], kinds: Sequence[str] = ("bbox
 
     Raises ValueError as well for an annotation file without LVIS's own fields.
     """
+    return _compare(truth, results, kinds, image_ids, boxed=False)
+
+
+def compare_file(truth: Truth, results: Sequence[dict], kinds: Sequence[str]) -> dict[str, Comparison]:
+    """The same with sizes as the package gives them to a file of these results."""
+    return _compare(truth, results, kinds, None, boxed=bool(results) and "bbox" in kinds_of(results))
+
+
+def _compare(truth: Truth, results: Sequence[dict], kinds: Sequence[str], image_ids: Iterable[int] | None, boxed: bool,
+             ) -> dict[str, Comparison]:
     check(truth)
-    boxed = bool(results) and "bbox" in kinds_of(results)
     image_ids, results = choose(truth, results, {*kinds, *(["bbox"] if boxed else [])}, image_ids)
     results = federated(truth, best(results))
     unsure = {(image_id, category) for image_id in image_ids
