@@ -173,10 +173,13 @@ def homeless(where: str, spec: dict, pools: dict[str, set[str]]) -> list[str]:
 
 
 def unmatched(documents: list[dict]) -> list[str]:
-    """Selectors of services and policies that no pod has, bindings to what is not there, probes without a port."""
+    """Selectors of services and policies that no pod has, bindings, runtimes and our own classes that are not there."""
     labels = [pod["metadata"]["labels"] for _, pod in pods(documents)]
     names, said = {(d["kind"], d["metadata"]["name"]) for d in documents}, []
     for document in documents:
+        for claim in [document, *document.get("spec", {}).get("volumeClaimTemplates", [])]:
+            wanted = claim.get("spec", {}).get("storageClassName", "")  # others are the cluster's
+            said += [f"no StorageClass {wanted}"] * (wanted[:7] == "vitdet-" and ("StorageClass", wanted) not in names)
         where, spec, chosen = f"{document['kind']} {document['metadata']['name']}", document.get("spec", {}), []
         if document["kind"] == "Service":
             chosen = [spec["selector"]]

@@ -36,6 +36,8 @@ TYPOS = {
     "the secret": ("pytorchjob/pytorchjob.yaml", swap("name: vitdet-mlflow", "name: vitdet-mflow")),
     "a mount": ("pytorchjob/pytorchjob.yaml", swap("{name: shm, mountPath", "{name: smh, mountPath")),
     "the pool": ("node-pools/eks/karpenter.yaml", swap("vitdet/pool", "vitdet/pools")),
+    "a class of volumes": ("node-pools/eks/storage.yaml", swap("name: vitdet-gp3", "name: vitdet-gp2")),
+    "a class's field": ("node-pools/eks/storage.yaml", swap("reclaimPolicy", "reclaimPolici")),
     "a taint": ("node-pools/eks/karpenter.yaml", swap("key: nvidia.com/gpu", "key: nvidia.com/gpus")),
     "a field of the pool": ("node-pools/eks/karpenter.yaml", swap("expireAfter", "expiresAfter")),
     "root": ("pytorchjob/pytorchjob.yaml", swap("runAsNonRoot: true", "runAsNonRoot: false")),

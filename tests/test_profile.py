@@ -9,7 +9,7 @@ import yaml
 
 from components.jobs import KINDS, Wish, fill
 from tests.manifests import kustomize, pods, problems
-from tests.test_manifests import CLOUDS, build, copy, pools, pytestmark
+from tests.test_manifests import CLOUDS, build, copy, overlay, pools, pytestmark
 
 __all__ = ["copy", "pytestmark"]  # a fixture and a mark of the whole file
 WIDE = {"gke": {"ComputeClass"}, "eks": {"NodePool", "EC2NodeClass", "StorageClass"}, "onprem": set()}
@@ -41,7 +41,8 @@ def test_nothing_cluster_wide_is_left(name: str, copy: Path) -> None:
                  [*before(name), "components/rdma", "components/coscheduling", "components/kueue",
                   "components/profile", "components/values", *after(name)])
     assert cluster_wide([*cluster, *jobs]) == {}
-    assert problems(cluster, jobs, pools(name)) == []
+    classes = [one for one in overlay(name, "cluster") if one["kind"] == "StorageClass"]  # the administrator's
+    assert problems([*cluster, *classes], jobs, pools(name)) == []
     assert {"LocalQueue", "PersistentVolumeClaim", "StatefulSet"} <= {document["kind"] for document in cluster}
     runtime, trainjob = (one for kind in ("TrainingRuntime", "TrainJob") for one in jobs if one["kind"] == kind)
     assert trainjob["spec"]["runtimeRef"] == {"kind": "TrainingRuntime", "name": "vitdet-gpu-train"}
