@@ -24,6 +24,16 @@ def test_a_position_does_not_depend_on_what_was_asked_before() -> None:
     assert [sampler[position] for position in (45, 3, 22, 8, 45)] == [stream[p] for p in (45, 3, 22, 8, 45)]
 
 
+@pytest.mark.parametrize("repeats", [None, np.array([1.0, 2.5, 1.25])], ids=["once", "repeated"])
+def test_the_stream_has_no_end(repeats: np.ndarray | None) -> None:
+    sampler = InfiniteSampler(3, 0, repeats)
+    far = [sampler[position] for position in range(9_000, 9_600)]
+    start = [sampler[position] for position in range(300)]
+    assert set(far) == {0, 1, 2} and far[:300] != far[300:] != start != far[:300]
+    steps = positions(10**12, 6, 1, 2)
+    assert next(steps) == [6 * 10**12 + 3, 6 * 10**12 + 4, 6 * 10**12 + 5] and next(steps)[0] == 6 * 10**12 + 9
+
+
 def test_ranks_share_the_batch_of_one_process() -> None:
     alone = list(islice(positions(0, 6), 4))
     for world_size in (1, 2, 3, 6):
