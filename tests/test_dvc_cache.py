@@ -53,6 +53,8 @@ def space(tiny: Path, trained: Path, tmp_path: Path, vitdet: Run, monkeypatch: p
     for path, content in miniatures("coco")[1].items():
         Path("archives", path.split("/")[-1]).write_bytes(content)
     fetch(published.archives("coco", ""), Path("data/coco"), lambda _: Watch(), local=Path("archives"))
+    Path("data/coco/train2017").rename("another disk")
+    Path("data/coco/train2017").symlink_to(tmp_path / "another disk")
     shutil.copytree(min((trained / "pictures").iterdir()), "work/pictures")
     result = {"image_id": 500001, "category_id": 1, "score": 0.5, "bbox": [0, 0, 9, 9]}
     for name in ("work/plots/results.json", "work/plots/curve.json", "work/plots/classes.json", "work/config.yaml",
