@@ -11,9 +11,10 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 
 from vitdet.data.entries import Broken, Entries
-from vitdet.data.values import SIDE, is_number, is_text, reaches_far, segmentation_problem, show
+from vitdet.data.values import NUMBERS, SIDE, are_numbers, is_text, reaches_far, segmentation_problem, show
 
 LISTS = ("neg_category_ids", "not_exhaustive_category_ids")  # of an LVIS image: what its annotators looked for
+NEEDED = frozenset({"image_id", "category_id", "bbox", "segmentation"})  # of an annotation
 OUTSIDE = 1.0  # pixels by which a box may leave its image unnoticed: annotators' rounding
 COCOS = "LVIS has it; with COCO's annotations take dataset coco"
 LARGEST = SIDE**2  # pixels of an area; beyond 1e10 COCO's evaluation would pass over the object
@@ -168,69 +169,78 @@ class Judge:
         return isinstance(ids, list) and all(type(one) is int and one in self.categories for one in ids)
 
     def _annotation(self, annotation: dict) -> str:
-        """Why training leaves it out."""
-        where = f"annotation {annotation['id']}"
+        """Why training leaves it out. Here the time goes: names are put together only where there is need."""
         image_id, category_id = annotation.get("image_id"), annotation.get("category_id")
+        for key in () if annotation.keys() >= NEEDED else sorted(NEEDED - annotation.keys()):
+            self.error(f"annotation without {key!r}", _place(annotation), "")
         size = None
-        if self._has(annotation, "image_id", where):
-            if type(image_id) is not int or image_id not in self.sizes:
-                self.error("annotation of an image that does not exist", where, f"image {show(image_id)}")
-            else:
-                size = self.sizes[image_id]
-                self.objects[image_id] += 1
-                where = f"{where} (image {image_id})"
+        if type(image_id) is int and image_id in self.sizes:
+            size = self.sizes[image_id]
+            self.objects[image_id] += 1
+        elif "image_id" in annotation:
+            self.error("annotation of an image that does not exist", f"annotation {annotation['id']}",
+                       f"image {show(image_id)}")
         known = type(category_id) is int and category_id in self.categories
-        if not known and self._has(annotation, "category_id", where):
-            self.error("annotation of a category that does not exist", where, f"category {show(category_id)}")
-        crowd, area = self._crowd(annotation, where), self._area(annotation, where)
-        empty = self._has(annotation, "bbox", where) and self._box(annotation["bbox"], where, area, size, crowd)
-        if self._has(annotation, "segmentation", where):
+        if not known and "category_id" in annotation:
+            self.error("annotation of a category that does not exist", _place(annotation),
+                       f"category {show(category_id)}")
+        crowd, empty = self._crowd(annotation), self._box(annotation, size)
+        if "segmentation" in annotation:
             problem = segmentation_problem(annotation["segmentation"], size)
             if problem:
-                self.error(problem[0], where, problem[1])
+                self.error(problem[0], _place(annotation), problem[1])
         if known and not crowd and not empty:
             self.instances[category_id] += 1
         return CROWD if crowd else EMPTY if empty else ""
 
-    def _crowd(self, annotation: dict, where: str) -> bool:
+    def _crowd(self, annotation: dict) -> bool:
         crowd = annotation.get("iscrowd", 0)
         if type(crowd) not in (int, bool) or crowd not in (0, 1):
-            self.error("iscrowd that is neither 0 nor 1", where, show(crowd))
+            self.error("iscrowd that is neither 0 nor 1", _place(annotation), show(crowd))
             return False
         if crowd:
-            self.warning("crowd region (training leaves it out)", where, "")
+            self.warning("crowd region (training leaves it out)", _place(annotation), "")
         elif "iscrowd" not in annotation and not self.lvis:
-            self.warning("annotation without 'iscrowd' (it is no crowd)", where, "")
+            self.warning("annotation without 'iscrowd' (it is no crowd)", _place(annotation), "")
         return bool(crowd)
 
-    def _area(self, annotation: dict, where: str) -> float | None:
-        area = annotation.get("area")
+    def _box(self, annotation: dict, size: tuple[int, int] | None) -> bool:
+        """Judges box and area; True where the box has no size."""
+        box, area = annotation.get("bbox"), annotation.get("area")
         if "area" not in annotation:
-            self.warning("annotation without 'area' (that of its mask is taken)", where, "")
-        elif not is_number(area) or not 0 <= area <= LARGEST:
-            self.error("area that is not a number of pixels", where, show(area))
-            return None
-        return area
-
-    def _box(self, box: object, where: str, area: float | None, size: tuple[int, int] | None, crowd: bool) -> bool:
-        """Judges a box; True where it has no size."""
-        if type(box) is not list or len(box) != 4 or not all(map(is_number, box)):
-            self.error("bbox that is not four finite numbers", where, show(box))
+            self.warning("annotation without 'area' (that of its mask is taken)", _place(annotation), "")
+        elif type(area) not in NUMBERS or not 0 <= area <= LARGEST:
+            self.error("area that is not a number of pixels", _place(annotation), show(area))
+            area = None
+        if type(box) is not list or len(box) != 4 or not are_numbers(box):
+            if "bbox" in annotation:
+                self.error("bbox that is not four finite numbers", _place(annotation), show(box))
             return False
         x, y, width, height = box
         empty = width <= 0 or height <= 0
         if empty:
-            self.warning("box of zero size (training leaves it out)", where, show(box))
-        if size is not None:
-            rows, columns = size
-            right, low = x + width, y + height
-            if reaches_far((x, y, right, low), size):
-                self.error("box far outside its image", where, f"{show(box)} on {columns} x {rows} pixels")
-            elif not empty and (x >= columns or y >= rows or right <= 0 or low <= 0):
-                self.error("box outside its image", where, f"{show(box)} on {columns} x {rows} pixels")
-            elif not empty and (min(x, y) < -OUTSIDE or right > columns + OUTSIDE or low > rows + OUTSIDE):
-                self.warning("box partly outside its image", where, f"{show(box)} on {columns} x {rows} pixels")
-        if not empty and not crowd and area is not None and not 0.005 * width * height <= area <= (
-                1.1 * width * height + 4):
-            self.warning("area that does not fit its box", where, f"{show(area)} in {width:g} x {height:g}")
+            self.warning("box of zero size (training leaves it out)", _place(annotation), show(box))
+        if size is not None and not (0 <= x <= x + width <= size[1] and 0 <= y <= y + height <= size[0]):
+            self._outside(annotation, box, size, empty)
+        pixels = float(width) * height
+        if area is not None and not empty and not 0.005 * pixels <= area <= 1.1 * pixels + 4 and not annotation.get(
+                "iscrowd", 0):
+            inside = f"{show(area)} in {width:g} x {height:g}"
+            self.warning("area that does not fit its box", _place(annotation), inside)
         return empty
+
+    def _outside(self, annotation: dict, box: list, size: tuple[int, int], empty: bool) -> None:
+        x, y, right, low = box[0], box[1], box[0] + box[2], box[1] + box[3]
+        rows, columns = size
+        inside = f"{show(box)} on {columns} x {rows} pixels"
+        if reaches_far((x, y, right, low), size):
+            self.error("box far outside its image", _place(annotation), inside)
+        elif not empty and (x >= columns or y >= rows or right <= 0 or low <= 0):
+            self.error("box outside its image", _place(annotation), inside)
+        elif not empty and (min(x, y) < -OUTSIDE or right > columns + OUTSIDE or low > rows + OUTSIDE):
+            self.warning("box partly outside its image", _place(annotation), inside)
+
+
+def _place(annotation: dict) -> str:
+    image = f" (image {show(annotation['image_id'])})" if "image_id" in annotation else ""
+    return f"annotation {annotation['id']}{image}"

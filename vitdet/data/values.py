@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-NUMBERS = {int, float}
+NUMBERS = frozenset({int, float})
 SIDE = 2**16  # pixels that no side of an image reaches: JPEG has none as long, and RLEs count pixels in 32 bits
 
 
@@ -24,7 +24,7 @@ def segmentation_problem(segmentation: object, size: tuple[int, int] | None) -> 
         if len(part) < 6 or len(part) % 2:
             return "polygon without x, y of at least 3 points", f"{len(part)} numbers"
         try:
-            finite = math.isfinite(sum(part)) and {*map(type, part)} <= NUMBERS
+            finite = math.isfinite(sum(part))
         except (TypeError, OverflowError):  # text, lists, nothing, or beyond any float
             finite = False
         if not finite:
@@ -51,7 +51,7 @@ def _rle_problem(code: dict, size: tuple[int, int] | None) -> tuple[str, str] | 
 def _run_lengths(counts: object) -> list[int] | None:
     """Run lengths as they are, or out of COCO's compressed text: 5 bits a character, differences to two runs before."""
     if isinstance(counts, list):
-        return counts if all(type(run) is int and run >= 0 for run in counts) else None
+        return counts if {int}.issuperset(map(type, counts)) and min(counts, default=0) >= 0 else None
     if not isinstance(counts, str) or not counts.isascii():
         return None
     codes = np.frombuffer(counts.encode(), np.uint8).astype(np.int64) - 48
@@ -82,9 +82,12 @@ def is_text(value: object) -> bool:
     return isinstance(value, str) and (value.isascii() or not any("\ud800" <= letter <= "\udfff" for letter in value))
 
 
-def is_number(value: object) -> bool:
-    """Whether it is a finite number."""
-    return type(value) in (int, float) and abs(value) < 1e300  # false for nan, inf and integers beyond floats
+def are_numbers(values: Sequence[object]) -> bool:
+    """Whether all of them are finite numbers."""
+    try:
+        return math.isfinite(sum(values)) and NUMBERS.issuperset(map(type, values))
+    except (TypeError, OverflowError):  # text, lists, nothing, or beyond any float
+        return False
 
 
 def show(value: object) -> str:
