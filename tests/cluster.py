@@ -53,6 +53,7 @@ def template(kind: str = "pytorchjob", script: bool = False) -> str:
     folder = ROOT / "manifests/overlays/kind" / ("trainjob" if kind == "trainjob" else "")
     found = subprocess.run(["kubectl", "kustomize", folder], capture_output=True, text=True, check=True).stdout
     job = next(part for part in yaml.safe_load_all(found) if part["kind"] == KINDS[kind].name)
+    job["metadata"].pop("annotations")  # for how long its pods may wait for a node: the tests' patience says that
     containers = [job["spec"]["trainer"]] if kind == "trainjob" else [
         replica["template"]["spec"]["containers"][0] for replica in job["spec"]["pytorchReplicaSpecs"].values()]
     for container in containers if script else ():
@@ -69,14 +70,16 @@ class Scene:
         self.node = None
 
     def launch(self, text: str, args: list[str], recipe: str = "tiny", run: str = PIPELINE_RUN, nodes: int = 2,
-               patience: Patience = QUICK, kind: str = "pytorchjob", task: dict | None = None) -> None:
+               patience: Patience = QUICK, kind: str = "pytorchjob", task: dict | None = None,
+               finished: Callable[[], bool] = lambda: False) -> None:
         """`components.pytorchjob.launch`, its lines in self.lines."""
         from components.pytorchjob import launch
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("KUBECONFIG", str(self.kubeconfig))
             launch(template=text, kind=kind, run_id=run, name=recipe, args=args, nodes=nodes, pool="", image="",
-                   workspace="/data", task_config=task, out=self.lines.append, patience=patience)
+                   workspace="/data", task_config=task, out=self.lines.append, patience=patience,
+                   finished=finished)
 
     def start(self, text: str, args: list[str], recipe: str, environment: dict[str, str]) -> subprocess.Popen:
         """The same in a process of its own, as in a step's pod."""
@@ -95,10 +98,10 @@ class Scene:
                         "-l", f"{RUN}={run},{RECIPE}={recipe}")
         return next(iter(json.loads(found)["items"]), None)
 
-    def pods(self, recipe: str = "tiny", run: str = PIPELINE_RUN) -> list[dict]:
-        """The pods of its PyTorchJob, the Master first."""
+    def pods(self, recipe: str = "tiny", run: str = PIPELINE_RUN, kind: str = "pytorchjob") -> list[dict]:
+        """The pods of its job, of a PyTorchJob the Master first."""
         found = kubectl("get", "pods", "-n", self.namespace, "-o", "json",
-                        "-l", f"training.kubeflow.org/job-name={job_name(run, recipe)}")
+                        "-l", KINDS[kind].selector(job_name(run, recipe)))
         return json.loads(found)["items"]
 
     def step_pod(self, name: str) -> dict[str, str]:
@@ -139,7 +142,7 @@ def scene(folder: Path, node: bool = True, operator: bool = True, reasons: dict[
                     "value": 1000}
         kubectl("apply", "-f", "-", given=priority)
         if node:
-            made.node = stack.enter_context(FakeNode(name, folder, {"/data": made.volume}, reasons))
+            made.node = stack.enter_context(FakeNode(name, folder, {"vitdet-data": made.volume}, reasons))
         if operator:
             stack.enter_context(FakeOperator(name))
         yield made

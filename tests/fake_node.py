@@ -8,6 +8,7 @@ Images, probes, init containers and limits are not played. It needs the test con
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 import re
@@ -33,6 +34,11 @@ GRACE = 5  # seconds between SIGTERM and SIGKILL, where a pod's own are 30 or mo
 
 def now() -> str:
     return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+def since(when: str) -> float:
+    """Seconds that have gone since a time of the API."""
+    return time.time() - datetime.fromisoformat(when).timestamp()
 
 
 def free_port() -> int:
@@ -85,14 +91,17 @@ class Container:
 
 
 class FakeNode:
-    """`with FakeNode(namespace, {mountPath: folder}) as node`; node.containers: {pod name: Container}.
+    """`with FakeNode(namespace, {claim: folder}) as node`; node.containers: {pod name: Container}.
+
+    A pod sees the folder of a claim where it mounts it, and nowhere else. With two volumes of one claim it stays Pending
+    (kubernetes/kubernetes, issue 127004).
 
     reasons: {exit code: reason}, which the container runtime finds out: {137: "OOMKilled"}.
     """
 
-    def __init__(self, namespace: str, folder: Path, mounts: dict[str, Path], reasons: dict[int, str] | None = None,
+    def __init__(self, namespace: str, folder: Path, claims: dict[str, Path], reasons: dict[int, str] | None = None,
                  ) -> None:
-        self.namespace, self.mounts, self.reasons = namespace, mounts, reasons or {}
+        self.namespace, self.claims, self.reasons = namespace, claims, reasons or {}
         self.name, self.core = f"node-of-{namespace}", client.CoreV1Api()
         self.containers: dict[str, Container] = {}
         self.uids: dict[str, str] = {}
@@ -162,7 +171,7 @@ class FakeNode:
         elif not pod["spec"].get("nodeName"):
             self.core.create_namespaced_pod_binding(name, self.namespace, {
                 "metadata": {"name": name}, "target": {"kind": "Node", "name": self.name}}, _preload_content=False)
-        elif not mine:
+        elif not mine and len(set(claims(pod).values())) == len(claims(pod)):  # else nothing is ever mounted
             spec = pod["spec"]["containers"][0]
             self.containers[name] = Container(*self.process_of(pod, spec))
             self.uids[name] = uid
@@ -196,21 +205,29 @@ class FakeNode:
         environment = {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT),
                        "OMP_NUM_THREADS": "1"}
         for one in spec.get("envFrom") or []:
-            secret = self.core.read_namespaced_secret(one["secretRef"]["name"], self.namespace, _preload_content=False)
-            import base64
-            environment |= {key: base64.b64decode(value).decode()
-                            for key, value in json.loads(secret.data).get("data", {}).items()}
+            environment |= self.secret(one["secretRef"]["name"])
         for one in spec.get("env") or []:
-            path = ((one.get("valueFrom") or {}).get("fieldRef") or {}).get("fieldPath", "")
+            source = one.get("valueFrom") or {}
+            path, key = (source.get("fieldRef") or {}).get("fieldPath", ""), source.get("secretKeyRef")
             if path.startswith("metadata.annotations['"):
                 environment[one["name"]] = pod["metadata"]["annotations"][path.split("'")[1]]
+            elif key:
+                found = self.secret(key["name"])
+                if key["key"] in found or not key.get("optional"):
+                    environment[one["name"]] = found[key["key"]]
             else:
                 environment[one["name"]] = one.get("value", "")
         self.resolve(pod, environment)
-        command = [re.sub(r"\$\((\w+)\)", lambda found: environment.get(found[1], found[0]), self.local(word))
+        folders = {one["mountPath"]: self.claims[claims(pod)[one["name"]]] for one in spec.get("volumeMounts") or []
+                   if one["name"] in claims(pod)}
+        command = [re.sub(r"\$\((\w+)\)", lambda found: environment.get(found[1], found[0]), local(word, folders))
                    for word in [*(spec.get("command") or []), *(spec.get("args") or [])]]
-        folder = Path(self.local(spec.get("workingDir") or "/tmp"))
-        return command, {key: self.local(value) for key, value in environment.items()}, folder
+        folder = Path(local(spec.get("workingDir") or "/tmp", folders))
+        return command, {key: local(value, folders) for key, value in environment.items()}, folder
+
+    def secret(self, name: str) -> dict[str, str]:
+        found = json.loads(self.core.read_namespaced_secret(name, self.namespace, _preload_content=False).data)
+        return {key: base64.b64decode(value).decode() for key, value in found.get("data", {}).items()}
 
     def resolve(self, pod: dict, environment: dict[str, str]) -> None:
         """In the place of DNS: the services' names become this machine, a port of its own for each job.
@@ -230,13 +247,22 @@ class FakeNode:
                 environment[name] = f"127.0.0.1:{port}"
         if looked_for:
             host = looked_for.split(":")[0] == pod["metadata"]["name"] or environment.get("PET_NODE_RANK") == "0"
-            environment["PET_RDZV_CONF"] = f"is_host={int(host)}"
+            # A lost node is given up after 3 of these intervals, 6 s here and 15 s by default.
+            environment["PET_RDZV_CONF"] = f"is_host={int(host)},keep_alive_interval=2"
             environment["PET_LOCAL_ADDR"] = f"127.0.0.{1 + int(environment.get('PET_NODE_RANK') or 0)}"
 
-    def local(self, text: str) -> str:
-        for mount, folder in self.mounts.items():
-            text = str(folder) if text == mount else text.replace(f"{mount}/", f"{folder}/")
-        return text
+
+def claims(pod: dict) -> dict[str, str]:
+    """The claims of a pod's volumes."""
+    return {one["name"]: one["persistentVolumeClaim"]["claimName"] for one in pod["spec"].get("volumes") or []
+            if "persistentVolumeClaim" in one}
+
+
+def local(text: str, folders: dict[str, Path]) -> str:
+    """Mounted folders become those of this machine."""
+    for mount, folder in folders.items():
+        text = str(folder) if text == mount else text.replace(f"{mount}/", f"{folder}/")
+    return text
 
 
 class Kubelet(BaseHTTPRequestHandler):

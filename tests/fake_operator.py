@@ -2,9 +2,12 @@
 
 Pods get the names, labels and the exact environment that the real ones set: for PyTorchJob pkg/controller.v1/pytorch/
 {envvar,master,elastic}.go and pkg/controller.v1/common/pod.go of release 1.9, for TrainJob pkg/runtime/framework/
-plugins/torch/torch.go and JobSet 0.9. Conditions and their messages: pytorchjob_controller.go (UpdateJobStatus),
-common/job.go (ReconcileJobs), pkg/util/status.go (setCondition); Trainer's trainjob_controller.go. Left out: services,
-webhooks, gang scheduling, deadlines, the workers' init container.
+plugins/torch/torch.go. Conditions and their messages: pytorchjob_controller.go (UpdateJobStatus), common/job.go
+(ReconcileJobs), pkg/util/status.go (setCondition); of Trainer 2.3 pkg/controller/trainjob_controller.go, of its JobSet
+0.12 pkg/controllers/{failure_policy,jobset_controller}.go. Deadlines: pkg/core/job.go (PastActiveDeadline), which is
+asked only when something has happened, as pytorchjob_controller.go gives the controller a FakeWorkQueue; the other
+thing that makes it ask, a look at all jobs every 10 hours (controller-runtime's SyncPeriod), is not played. Trainer:
+reconcileDeadline, at the second. Left out: services, webhooks, gang scheduling, the workers' init container.
 """
 
 from __future__ import annotations
@@ -19,7 +22,7 @@ from kubernetes import client
 from kubernetes.client.exceptions import ApiException
 from urllib3.exceptions import HTTPError
 
-from tests.fake_node import now
+from tests.fake_node import now, since
 
 PYTORCH = ("kubeflow.org", "v1", "pytorchjobs")
 TRAIN = ("trainer.kubeflow.org", "v1alpha1", "trainjobs")
@@ -65,7 +68,7 @@ class FakeOperator:
 
     def __init__(self, namespace: str) -> None:
         self.namespace, self.objects, self.core = namespace, client.CustomObjectsApi(), client.CoreV1Api()
-        self.stopped, self.restarts = threading.Event(), {}
+        self.stopped, self.restarts, self.versions = threading.Event(), {}, {}
 
     def __enter__(self) -> FakeOperator:
         self.thread = threading.Thread(target=self.work, daemon=True)
@@ -124,12 +127,26 @@ class FakeOperator:
         there.pop(kind, None)
         if kind in ("Succeeded", "Failed") and "Running" in there:
             there["Running"]["status"] = "False"
+        if kind in ("Succeeded", "Failed") and job["kind"] == "PyTorchJob":
+            status.setdefault("completionTime", now())
         times = {"lastTransitionTime": now(), **({"lastUpdateTime": now()} if job["kind"] == "PyTorchJob" else {})}
         status["conditions"] = [*there.values(), {**wanted, **times}]
 
     @staticmethod
     def true(job: dict, *kinds: str) -> bool:
         return any(one["type"] in kinds and one["status"] == "True" for one in job["status"].get("conditions", []))
+
+    def delete_pods(self, pods: dict[str, dict], but: tuple[str, ...] = ()) -> None:
+        """All whose phase is none of `but`."""
+        for pod, one in pods.items():
+            if one["status"]["phase"] not in but:
+                self.core.delete_namespaced_pod(pod, self.namespace, _preload_content=False)
+
+    def stirred(self, job: dict, pods: dict[str, dict]) -> bool:
+        """Whether anything has happened to job or pods since this was asked last."""
+        versions = sorted(one["metadata"]["resourceVersion"] for one in (job, *pods.values()))
+        before, self.versions[job["metadata"]["uid"]] = self.versions.get(job["metadata"]["uid"]), versions
+        return before != versions
 
     def tend_pytorch(self, job: dict) -> None:
         """common/job.go ReconcileJobs, then UpdateJobStatus of the PyTorchJob controller."""
@@ -138,27 +155,33 @@ class FakeOperator:
             self.condition(job, "Created", "PyTorchJobCreated", f"PyTorchJob {name} is created.")
         pods = self.pods("training.kubeflow.org/job-name", job)
         if self.true(job, "Succeeded", "Failed"):
-            clean = policy.get("cleanPodPolicy", "None")
-            for pod, one in pods.items():
-                if clean == "All" or clean == "Running" and one["status"]["phase"] in ("Running", "Pending"):
-                    self.core.delete_namespaced_pod(pod, self.namespace, _preload_content=False)
+            clean, keep = policy.get("cleanPodPolicy", "None"), policy.get("ttlSecondsAfterFinished")
+            if clean != "None":
+                self.delete_pods(pods, ("Succeeded", "Failed") if clean == "Running" else ())
+            if keep is not None and since(job["status"]["completionTime"]) > keep:  # CleanupJob
+                self.objects.delete_namespaced_custom_object(*PYTORCH[:2], self.namespace, PYTORCH[2], name)
             return
         if policy.get("suspend"):
-            for pod in pods:
-                self.core.delete_namespaced_pod(pod, self.namespace, _preload_content=False)
+            self.delete_pods(pods)
             self.condition(job, "Running", "PyTorchJobSuspended", f"PyTorchJob {name} is suspended.", False)
             self.condition(job, "Suspended", "PyTorchJobSuspended", f"PyTorchJob {name} is suspended.")
             return
         if self.true(job, "Suspended"):
             self.condition(job, "Suspended", "PyTorchJobResumed", f"PyTorchJob {name} is resumed.", False)
+            job["status"]["startTime"] = now()
         running = [pod for pod in pods.values() if pod["status"]["phase"] == "Running"]
         again = sum(one["restartCount"] for pod in running for one in pod["status"].get("containerStatuses", []))
-        if "backoffLimit" in policy and again >= max(1, policy["backoffLimit"]):
-            for pod in pods:  # release 1.9 deletes them whatever cleanPodPolicy says, before it says Failed
-                self.core.delete_namespaced_pod(pod, self.namespace, _preload_content=False)
-            self.condition(job, "Failed", "PyTorchJobFailed",
-                           f"Job {name} has failed because it has reached the specified backoff limit")
-            return
+        limits = {"it has reached the specified backoff limit":
+                  "backoffLimit" in policy and again >= max(1, policy["backoffLimit"]),
+                  "it was active longer than specified deadline":
+                  self.stirred(job, pods) and "activeDeadlineSeconds" in policy and "startTime" in job["status"]
+                  and since(job["status"]["startTime"]) >= policy["activeDeadlineSeconds"]}
+        for limit, past in limits.items():
+            if past:
+                self.delete_pods(pods)  # whatever cleanPodPolicy says, before release 1.9 says Failed
+                self.condition(job, "Failed", "PyTorchJobFailed", f"Job {name} has failed because {limit}")
+                return
+        job["status"].setdefault("startTime", now())
         for kind, replica in job["spec"]["pytorchReplicaSpecs"].items():
             self.tend_replicas(job, kind, replica, pods)
 
@@ -189,44 +212,52 @@ class FakeOperator:
                 counts["failed"] -= 1
         job["status"].setdefault("replicaStatuses", {})[kind] = counts
         leading = kind == "Master" or "Master" not in job["spec"]["pytorchReplicaSpecs"]
+        wanted = 1 if "elasticPolicy" in job["spec"] and kind == "Worker" else replica["replicas"]
         if counts["failed"]:
             self.condition(job, "Failed", "PyTorchJobFailed",
                            f"PyTorchJob {name} is failed because {counts['failed']} {kind} replica(s) failed.")
-        elif leading and counts["succeeded"] == replica["replicas"]:
+        elif leading and counts["succeeded"] >= wanted:
             self.condition(job, "Succeeded", "PyTorchJobSucceeded", f"PyTorchJob {name} is successfully completed.")
         elif leading and counts["active"]:
             self.condition(job, "Running", "PyTorchJobRunning", f"PyTorchJob {name} is running.")
+
+    def runtime(self, named: dict) -> dict:
+        """The spec of a TrainJob's runtime, the namespace's or the cluster's."""
+        if named.get("kind") == "TrainingRuntime":
+            return self.objects.get_namespaced_custom_object(*TRAIN[:2], self.namespace, "trainingruntimes",
+                                                             named["name"])["spec"]
+        return self.objects.get_cluster_custom_object(*TRAIN[:2], "clustertrainingruntimes", named["name"])["spec"]
 
     def tend_train(self, job: dict) -> None:
         """The runtime's template with the job's own over it as one indexed Job `node` of a JobSet."""
         name, status = job["metadata"]["name"], job.setdefault("status", {})
         pods = self.pods("jobset.sigs.k8s.io/jobset-name", job)
         if self.true(job, "Complete", "Failed"):
+            self.delete_pods(pods, ("Succeeded", "Failed"))
             return
         if job["spec"].get("suspend"):
-            for pod in pods:
-                self.core.delete_namespaced_pod(pod, self.namespace, _preload_content=False)
+            self.delete_pods(pods)
             self.condition(job, "Suspended", "Suspended", "TrainJob is suspended")
             return
         if self.true(job, "Suspended"):
             self.condition(job, "Suspended", "Resumed", "TrainJob is resumed", False)
-        named = job["spec"]["runtimeRef"]
-        if named.get("kind") == "TrainingRuntime":
-            runtime = self.objects.get_namespaced_custom_object(
-                *TRAIN[:2], self.namespace, "trainingruntimes", named["name"])["spec"]
-        else:
-            runtime = self.objects.get_cluster_custom_object(
-                *TRAIN[:2], "clustertrainingruntimes", named["name"])["spec"]
+        resumed = [one["lastTransitionTime"] for one in status.get("conditions", []) if one["type"] == "Suspended"]
+        start = resumed[0] if resumed else job["metadata"]["creationTimestamp"]
+        if 0 < job["spec"].get("activeDeadlineSeconds", 0) < since(start):
+            self.delete_pods(pods)  # it deletes the JobSet
+            self.condition(job, "Failed", "DeadlineExceeded", "TrainJob exceeded its active deadline")
+            return
+        runtime = self.runtime(job["spec"]["runtimeRef"])
         trainer, nodes = job["spec"]["trainer"], job["spec"]["trainer"]["numNodes"]
         phases = [pod["status"]["phase"] for pod in pods.values() if "deletionTimestamp" not in pod["metadata"]]
         if "Failed" in phases:
             limit = runtime["template"]["spec"].get("failurePolicy", {}).get("maxRestarts", 0)
             self.restarts[name] = self.restarts.get(name, 0) + 1
             if self.restarts[name] > limit:
-                self.condition(job, "Failed", "FailedJobs", "jobset failed due to one or more job failures")
+                self.condition(job, "Failed", "ReachedMaxRestarts", "jobset failed due to reaching max number of "
+                               f"restarts (first failed job: {name}-node-0)")
                 return
-            for pod in pods:  # JobSet makes all anew
-                self.core.delete_namespaced_pod(pod, self.namespace, _preload_content=False)
+            self.delete_pods(pods)  # JobSet makes all anew
         elif len(phases) == nodes and set(phases) == {"Succeeded"}:
             self.condition(job, "Complete", "AllJobsCompleted", "jobset completed successfully")
         template = runtime["template"]["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]
