@@ -8,6 +8,7 @@ from __future__ import annotations
 import gc
 import hashlib
 import logging
+import multiprocessing
 import os
 import re
 from collections.abc import Iterator
@@ -231,6 +232,7 @@ def _with_objects(split: CocoSplit) -> Records:
 
 
 def _processes(workers: int) -> dict:
+    multiprocessing.set_forkserver_preload(["__main__", __name__])  # where a server forks workers, it imports torch
     return {"num_workers": workers, "persistent_workers": workers > 0, "collate_fn": collate,
             "pin_memory": torch.cuda.is_available(), "worker_init_fn": _start_worker}
 
