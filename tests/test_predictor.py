@@ -3,12 +3,14 @@
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageFilter
 from torch import nn
 
 from tests.small import CLASSES, SIDE, small_detector
+from vitdet import predictor as predictor_module
+from vitdet.data.masks import paste
 from vitdet.data.transforms import resize_and_pad
-from vitdet.predictor import Predictor, class_color, comfortable_scale, draw, read_image, to_image
+from vitdet.predictor import Predictor, _shrunk, class_color, comfortable_scale, draw, read_image, to_image
 from vitdet.types import Detections
 
 NAMES = ("cat", "dog", "bird")
@@ -231,3 +233,22 @@ def test_masks_at_the_edge_and_outside_are_drawn_without_complaint():
     assert draw(spot(60, 100, (0, 0, 5, 5)), found(boxes), scale=1).size == (100, 60)
     unnamed = found([[10, 10, 50, 50]], names=())
     assert draw(spot(60, 100), unnamed).size == (800, 480)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (7, 31), (90, 61)])
+def test_an_outline_is_as_wide_as_pillows_filter_makes_it(size):
+    shape = Image.fromarray((np.random.default_rng(0).random(size) > 0.04).astype(np.uint8) * 255)
+    for width in (1, 2, 3, 10):
+        assert _shrunk(shape, width).tobytes() == shape.filter(ImageFilter.MinFilter(2 * width + 1)).tobytes()
+
+
+def test_a_large_picture_is_drawn_object_by_object(monkeypatch):
+    shapes = []
+
+    def watched(masks, boxes, size):
+        shapes.append((len(masks), *size))
+        return paste(masks, boxes, size)
+
+    monkeypatch.setattr(predictor_module, "paste", watched)
+    draw(Image.new("RGB", (900, 700)), found([[5, 5, 300, 400]] * 40))
+    assert shapes == [(1, 700, 900)] * 40

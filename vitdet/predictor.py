@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import colorsys
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -65,13 +65,13 @@ class Predictor:
         """
         if isinstance(image, list):
             return [self(item, threshold) for item in image]
-        pixels = np.asarray(read_image(image))
-        canvas, size = resize_and_pad(pixels, self.image_size, self.antialias)
+        picture = read_image(image)
+        canvas, size = resize_and_pad(picture, self.image_size, self.antialias)
         device = next((parameter.device for parameter in self.detector.parameters()), torch.device("cpu"))
         images = torch.from_numpy(canvas)[None].to(device)
         sizes = torch.tensor([size], device=device)
         (found,) = self.detector(images, None, sizes)
-        found = to_image(found.to("cpu"), size, pixels.shape[:2])
+        found = to_image(found.to("cpu"), size, (picture.height, picture.width))
         return replace(found[found.scores >= threshold], class_names=self.class_names)
 
 
@@ -115,8 +115,9 @@ def draw(image: Picture, found: Detections, scale: float | None = None) -> Image
     captions = [f"{name} {score:.2f}" for name, score in zip(names, found.scores.tolist(), strict=True)]
     size = tuple(max(1, round(side * scale)) for side in reversed(picture.size))
     boxes = found.boxes.detach().cpu().float() * scale
-    bitmaps = paste(found.masks.detach().cpu().float(), boxes, size)
-    return paint(picture, found.boxes, found.labels.tolist(), captions, bitmaps, scale)
+    masks = found.masks.detach().cpu().float()
+    return paint(picture, found.boxes, found.labels.tolist(), captions,
+                 lambda i: paste(masks[i : i + 1], boxes[i : i + 1], size)[0], scale)
 
 
 def comfortable_scale(size: tuple[int, int]) -> int:
@@ -125,11 +126,11 @@ def comfortable_scale(size: tuple[int, int]) -> int:
 
 
 def paint(picture: Image.Image, boxes: Tensor, labels: Sequence[int], captions: Sequence[str],
-          bitmaps: Sequence[Tensor], scale: float) -> Image.Image:
+          bitmap: Callable[[int], Tensor], scale: float) -> Image.Image:
     """The picture, `scale` times enlarged, with N objects on it; large objects lie under small ones.
 
     boxes (N, 4) xyxy pixels of the picture, a label (it picks the colour) and a caption an object, its bitmap
-    (H, W) bool of the enlarged picture.
+    (H, W) bool of the enlarged picture, which is asked for when it is drawn: all of a large picture's fill a memory.
     """
     size = tuple(max(1, round(side * scale)) for side in picture.size)
     canvas = picture.convert("RGB").resize(size, Image.Resampling.BICUBIC)
@@ -138,7 +139,7 @@ def paint(picture: Image.Image, boxes: Tensor, labels: Sequence[int], captions: 
     order = sorted(range(len(corners)), key=lambda i: -_area(corners[i]))
     colors = [class_color(label) for label in labels]
     for i in order:
-        _paint_mask(canvas, bitmaps[i], colors[i], width)
+        _paint_mask(canvas, bitmap(i), colors[i], width)
     for i in order:
         _paint_box(canvas, corners[i], colors[i], width)
     taken: list[tuple[float, float, float, float]] = []
@@ -169,13 +170,25 @@ def _paint_mask(canvas: Image.Image, bitmap: Tensor, color: tuple[int, int, int]
     part = inside[top : rows[-1] + 1 + margin, left : columns[-1] + 1 + margin]
     # a border of nothing around the part, else an object at the image's edge has no outline there
     shape = ImageOps.expand(Image.fromarray((part * 255).astype(np.uint8)), margin)
-    line = ImageChops.subtract(shape, shape.filter(ImageFilter.MinFilter(2 * width + 1)))
+    line = ImageChops.subtract(shape, _shrunk(shape, width))
     shadow = ImageChops.subtract(shape.filter(ImageFilter.MaxFilter(3)), shape)
     at = (int(left), int(top))
     for paint_color, area, blur, opacity in ((color, shape, 0.7, FILL), (DARK, shadow, 0.5, SHADOW),
                                              (color, line, 0.6, 1.0)):
         soft = ImageOps.crop(area.filter(ImageFilter.GaussianBlur(blur)), margin)
         canvas.paste(paint_color, at, soft.point([round(value * opacity) for value in range(256)]))
+
+
+def _shrunk(shape: Image.Image, width: int) -> Image.Image:
+    """The minimum of the 2 * width + 1 pixels around each, along both axes; PIL's filter takes all of their square."""
+    pixels, side = np.pad(np.asarray(shape), width, "edge"), 2 * width + 1
+    for _ in range(2):
+        reach, low = 1, pixels.T
+        while reach < side:
+            step = min(reach, side - reach)
+            low, reach = np.minimum(low[:-step], low[step:]), reach + step
+        pixels = low
+    return Image.fromarray(pixels)
 
 
 def _paint_box(canvas: Image.Image, box: Sequence[float], color: tuple[int, int, int], width: int) -> None:

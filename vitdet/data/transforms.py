@@ -103,16 +103,21 @@ def fit(source: tuple[int, int], size: int) -> tuple[int, int]:
     return max(int(height + 0.5), 1), max(int(width + 0.5), 1)
 
 
-def resize_longest(image: np.ndarray, size: int, antialias: bool = True) -> np.ndarray:
-    """An image (H, W, 3) uint8 with its longest side made `size` pixels, bilinear as PIL's or, plain, as OpenCV's."""
-    height, width = fit(image.shape[:2], size)
+def resize_longest(image: Image.Image | np.ndarray, size: int, antialias: bool = True) -> np.ndarray:
+    """An RGB image or array (H, W, 3) uint8 with its longest side made `size` pixels, bilinear as PIL's or, plain, as
+    OpenCV's.
+    """
+    image = Image.fromarray(image) if isinstance(image, np.ndarray) else image
+    height, width = fit((image.height, image.width), size)
     if not antialias:
-        return resize_bilinear(image, (height, width))
-    return np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.BILINEAR))
+        return resize_bilinear(np.asarray(image), (height, width))
+    return np.asarray(image.resize((width, height), Image.Resampling.BILINEAR))
 
 
-def resize_and_pad(image: np.ndarray, size: int, antialias: bool = True) -> tuple[np.ndarray, tuple[int, int]]:
-    """The image (H, W, 3) uint8 on a canvas (3, size, size), longest side = canvas; and its size without the padding.
+def resize_and_pad(image: Image.Image | np.ndarray, size: int, antialias: bool = True,
+                   ) -> tuple[np.ndarray, tuple[int, int]]:
+    """The RGB image or array (H, W, 3) uint8 on a canvas (3, size, size), longest side = canvas; and its size without
+    the padding. An array is copied before: of a large picture that is much.
     """
     resized = resize_longest(image, size, antialias)
     return pad(Image.fromarray(resized), size), resized.shape[:2]

@@ -51,10 +51,9 @@ def draw_truth(record: Record, class_names: tuple[str, ...]) -> Image.Image:
     """The image of a record with its annotated objects, drawn as `draw` draws detections."""
     picture = read_image(record.path)
     scale = comfortable_scale(picture.size)
-    masks = [_enlarged(decode(one, record.height, record.width), scale) for one in record.segmentations]
     labels = record.labels.tolist()
-    return paint(picture, torch.from_numpy(record.boxes), labels, [class_names[label] for label in labels], masks,
-                 scale)
+    return paint(picture, torch.from_numpy(record.boxes), labels, [class_names[label] for label in labels],
+                 lambda i: _enlarged(decode(record.segmentations[i], record.height, record.width), scale), scale)
 
 
 def _enlarged(bitmap: np.ndarray, scale: int) -> torch.Tensor:
