@@ -118,6 +118,9 @@ def test_of_coco_a_folder_carries_the_annotations_and_the_manifest(project: Proj
     assert held == {"data/coco/annotations": 2, "data/coco/manifest.json": 1}
     assert held.keys() < {one["path"] for one in locked["train"]["deps"]}
 
+    project("dvc", "repro", "--force", "--single-item", "data")
+    assert results(project.folder) == before  # nothing was deleted that would have to be downloaded again
+
     project("dvc", "push")
     on_another_machine(project)
     project("dvc", "pull")
