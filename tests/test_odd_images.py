@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from tests.odd_files import GREY, ODD, RNG, Make, png
+from tests.odd_files import GREY, HIGH, ODD, RNG, WIDE, Make, png
 from tests.test_cli import Run, refused
 from vitdet.config import DataConfig
 from vitdet.data import read_split, train_loader, val_loader
@@ -129,6 +129,30 @@ def test_what_cannot_be_used_is_refused_in_one_line_everywhere(
     assert str(caught.value).startswith(f"{path}: ") and "\n" not in str(caught.value)
     assert says in str(caught.value) or "no such file, and 0 more" in str(caught.value)
     assert vitdet("data", "report", "own", "--output", "page.html")[0] == 0 and not (tmp_path / "drawn").exists()
+
+
+def test_what_pillow_suspects_is_not_said_to_the_user(vitdet: Run, tmp_path: Path,
+                                                      monkeypatch: pytest.MonkeyPatch) -> None:
+    data_set(tmp_path, (HIGH, WIDE))
+    ODD["EXIF that is broken: cut"](tmp_path / "odd" / "odd.jpg")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", HIGH * WIDE - 1)  # a warning; of twice as many an error
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        assert vitdet("data", "check", tmp_path, "--images")[::2] == (0, "")
+        refused(vitdet("predict", "none.pt", tmp_path / "odd" / "odd.jpg", "--output", "drawn"), "none.pt: no such")
+    assert not said
+
+
+@pytest.mark.parametrize("found", [(24, 16), (16, 25)])
+def test_a_picture_annotated_as_it_lies_is_told_why_its_size_is_wrong(tmp_path: Path, found: tuple[int, int]) -> None:
+    data = data_set(tmp_path, found)
+    ODD["grey"](tmp_path / "odd" / "odd.jpg")
+    hint = "a picture is annotated upright, as its EXIF orientation turns it"
+    with pytest.raises(ImageError, match=f"24 x 16 pixels, but the annotations say {found[1]} x {found[0]}") as caught:
+        next(iter(train_loader(data, 1, 0, 0, 1)))
+    text = "\n".join(check(tmp_path, images=True).lines())
+    assert (hint in str(caught.value)) == (hint in text) == (found == (24, 16))
+    assert f"24 x 16, annotated {found[1]} x {found[0]}" in text
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 300), (1, 20000), (20000, 1)])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -18,6 +19,7 @@ DATA = ("Brings the published archives, verifies and unpacks them into the layou
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs a command; a user's mistake is one line on stderr and exit code 1 (2 for the command line itself)."""
     given = parser().parse_args(arguments)
+    warnings.filterwarnings("ignore", module=r"PIL\.")  # of an odd image what matters is said in one line
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     try:
         code = given.run(given)
