@@ -93,8 +93,8 @@ class Container:
 class FakeNode:
     """`with FakeNode(namespace, {claim: folder}) as node`; node.containers: {pod name: Container}.
 
-    A pod sees the folder of a claim where it mounts it, and nowhere else. With two volumes of one claim it stays Pending
-    (kubernetes/kubernetes, issue 127004).
+    A pod sees the folder of a claim where it mounts it, and nowhere else. With two volumes of one claim it stays
+    Pending (kubernetes/kubernetes, issue 127004).
 
     reasons: {exit code: reason}, which the container runtime finds out: {137: "OOMKilled"}.
     """

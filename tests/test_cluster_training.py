@@ -105,14 +105,34 @@ def test_a_trainjob_trains_behind_the_same_launcher(training: Scene) -> None:
     assert load_model_file(training.volume / "trained" / "model.pt")["step"] == STEPS
 
 
-def test_an_elastic_job_trains_with_workers_alone(training: Scene) -> None:
-    job = yaml.safe_load(template())
-    del job["spec"]["pytorchReplicaSpecs"]["Master"]
-    job["spec"]["pytorchReplicaSpecs"]["Worker"]["template"]["spec"]["containers"][0]["command"] = [
-        "torchrun", "-m", "vitdet"]  # as in manifests/components/elastic
-    job["spec"]["elasticPolicy"] = {"rdzvBackend": "c10d", "minReplicas": 1, "maxReplicas": 2, "maxRestarts": 20}
-    training.lines.clear()
-    training.launch(yaml.safe_dump(job), words("elastic", optim__lr=4e-3), recipe="elastic")
+def elastic(folder: Path) -> str:
+    """The job of the kind overlay with components/elastic."""
+    overlay = shutil.copytree(ROOT / "manifests", folder / "manifests") / "overlays" / "kind"
+    file = overlay / "kustomization.yaml"
+    file.write_text(file.read_text().rstrip() + "\n  - ../../components/elastic\n")
+    job, = (one for one in kustomize(overlay) if one["kind"] == "PyTorchJob")
+    del job["metadata"]["annotations"]
+    return yaml.safe_dump(job)
+
+
+def test_an_elastic_job_goes_on_when_a_worker_was_killed(training: Scene, tmp_path: Path) -> None:
+    """The other one's torchrun stays, waits for it at the c10d rendezvous, and starts its process again."""
+    name, training.lines[:] = job_name(PIPELINE_RUN, "elastic"), []
+
+    def kill() -> None:
+        wait_until(lambda: any(f"step 5/{STEPS}" in line for line in training.lines), 120)
+        training.node.containers[f"{name}-worker-1"].kill(signal.SIGKILL)
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    training.launch(elastic(tmp_path), words("elastic", optim__lr=4e-3), recipe="elastic")
+    killer.join()
     text = "\n".join(training.lines)
-    assert text.count("step 1/") == 1 and f"step {STEPS}/{STEPS}" in text  # of whichever pod became rank 0
+    pods = {key: one for key, one in training.node.containers.items() if key.startswith(name)}
+    assert {key[-8:]: one.restarts for key, one in pods.items()} == {"worker-0": 0, "worker-1": 1}, text
+    assert pods[f"{name}-worker-0"].environment["PET_NNODES"] == "1:2"
+    assert f"of {STEPS} (/" in text.replace(str(training.volume), "/data"), text  # it went on from a checkpoint
+    assert text.count("step 1/") == 1 and text.count(f"step {STEPS}/{STEPS}  box") == 1  # of whichever pod is rank 0
     assert load_model_file(training.volume / "elastic" / "model.pt")["step"] == STEPS
+    (run,) = runs(training, "elastic")
+    assert run.info.status == "FINISHED" and points(training, run) == list(range(1, STEPS + 1))
