@@ -36,6 +36,10 @@ KINDS = {"PyTorchJob": "pytorchjob", "TrainJob": "trainjob"}
 CLAIM, MOUNT = "vitdet-data", "/data"
 SECRET = {"MLFLOW_TRACKING_URI": "MLFLOW_TRACKING_URI", "MLFLOW_TRACKING_USERNAME": "MLFLOW_TRACKING_USERNAME",
           "MLFLOW_TRACKING_PASSWORD": "MLFLOW_TRACKING_PASSWORD"}
+# Longer than any training. Argo counts this from the start of the first try: when it is over it tries no more, and ends
+# the try that runs (argo-workflows, operator.go: processNodeRetries); kfp's default is an hour. What no retry mends,
+# the launcher knows (components/following.py); a pod that is deleted without a trace Argo does not retry.
+TRYING = "1296000s"
 
 Dress = Callable[[PipelineTask, str], PipelineTask]  # (task, its size) -> the task with what the cluster has to know
 
@@ -136,7 +140,7 @@ def cluster(needs: Accelerators, image: str) -> Dress:
         task.set_container_image(image)
         task.set_cpu_request(processor).set_memory_request(memory).set_memory_limit(most)
         if retries:
-            task.set_retry(retries, backoff_duration="30s", backoff_factor=2, backoff_max_duration="300s")
+            task.set_retry(retries, backoff_duration="30s", backoff_factor=2, backoff_max_duration=TRYING)
         # The image's own user, said, since Pod Security `restricted` believes no image; KFP adds the rest of it.
         kubernetes.set_security_context(task, run_as_user=1000, run_as_group=1000, run_as_non_root=True)
         kubernetes.mount_pvc(task, CLAIM, MOUNT)

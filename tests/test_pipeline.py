@@ -1,4 +1,4 @@
-"""The pipeline: what is compiled, and a run of all of it on this machine.
+"""The pipeline: what is compiled.
 
 After a change that is meant:
   env -u VITDET_IMAGE python -m pipeline compile tests/golden_pipeline/pipeline.yaml \
@@ -7,18 +7,17 @@ After a change that is meant:
 
 import os
 import re
+import resource
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import yaml
-from mlflow import MlflowClient
 
 from pipeline.local import Screen
 from pipeline.pipeline import image_of, only_jobs
-from tests.conftest import ROOT, minimal, options
+from tests.conftest import ROOT
 
 GOLDEN = ROOT / "tests" / "golden_pipeline"
 JOBS = (GOLDEN / "jobs.yaml").read_text()
@@ -34,10 +33,11 @@ def pipeline(*words: object, stdin: str = "") -> subprocess.CompletedProcess:
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("compiled") / "pipeline.yaml"
-    start = time.perf_counter()
+    start = resource.getrusage(resource.RUSAGE_CHILDREN)
     done = pipeline("compile", path, "--job", GOLDEN / "jobs.yaml")
     assert done.returncode == 0, done.stderr
-    assert time.perf_counter() - start < 3
+    end = resource.getrusage(resource.RUSAGE_CHILDREN)  # seconds of work: others may be at it on this machine
+    assert end.ru_utime + end.ru_stime - start.ru_utime - start.ru_stime < 3
     return path
 
 
@@ -129,64 +129,22 @@ def test_what_changes_the_world_is_never_taken_from_a_cache(documents: tuple[dic
     assert {name for name, task in steps.items() if "retryPolicy" not in task} == {"configs"}
 
 
+def test_a_step_that_is_lost_late_is_still_tried_again(documents: tuple[dict, dict]) -> None:
+    """Argo counts from the first try's start: with less than a training takes, a launcher lost later is given up."""
+    specification, _ = documents
+    groups = [specification["root"], *specification["components"].values()]
+    policies = [task["retryPolicy"] for group in groups for task in group.get("dag", {}).get("tasks", {}).values()
+                if "retryPolicy" in task]
+    job = yaml.safe_load((ROOT / "manifests" / "pytorchjob" / "pytorchjob.yaml").read_text())
+    longest = job["spec"]["runPolicy"]["activeDeadlineSeconds"]
+    assert longest >= 1209600 and len(policies) == 9
+    assert all(int(policy["backoffMaxDuration"].removesuffix("s")) > longest for policy in policies)
+
+
 def test_the_parameters_are_recipes_and_the_shape_of_the_cluster(documents: tuple[dict, dict]) -> None:
     parameters = documents[0]["root"]["inputDefinitions"]["parameters"]
     assert sorted(parameters) == ["job_kind", "nodes", "overrides", "pool", "recipes", "workspace"]
     assert [name for name, about in parameters.items() if not about.get("isOptional")] == ["recipes"]
-
-
-@pytest.fixture(scope="module")
-def finished(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.CompletedProcess]:
-    """(workspace, what was printed) of a whole run."""
-    space = tmp_path_factory.mktemp("run") / "space"
-    settings = minimal(tiny, optim__steps=2, train__eval_every=2)
-    return space, pipeline("run", "tiny", *options(settings), "--workspace", space)
-
-
-def client_of(space: Path) -> MlflowClient:
-    uri = f"sqlite:///{space / 'runs' / 'mlflow.db'}"
-    return MlflowClient(uri, uri)
-
-
-def test_a_run_on_this_machine_ends_in_a_registered_model(finished: tuple[Path, subprocess.CompletedProcess],
-                                                          monkeypatch: pytest.MonkeyPatch) -> None:
-    space, done = finished
-    assert done.returncode == 0, done.stdout + done.stderr
-    steps = re.findall(r"^-- ([\w-]+)$", done.stdout, re.MULTILINE)
-    assert sorted(steps[:4]) == ["announce", "configs", "data", "weights"]
-    assert steps[4:] == ["train", "evaluate", "gate", "register", "compare", "clean-up"]
-    client = client_of(space)
-    (model,) = client.search_registered_models()
-    version = client.get_model_version(model.name, model.aliases["champion"])
-    (parent,) = client.search_runs(["1"], "tags.group LIKE '%'")
-    assert client.get_run(version.run_id).data.tags["mlflow.parentRunId"] == parent.info.run_id
-    assert parent.info.status == "FINISHED"
-    assert parent.data.tags["group"] in done.stdout
-
-
-def test_the_screen_shows_the_steps_own_lines(finished: tuple[Path, subprocess.CompletedProcess]) -> None:
-    space, done = finished
-    assert "| 1 (champion) | " in done.stdout
-    assert "step 2/2" in done.stdout
-    assert not re.search(r"KFP Executor|executor_input|Traceback|schemaTitle|\033", done.stdout)
-    assert done.stderr == ""
-    (log,) = (space / "pipeline").glob("*.log")
-    assert "executor_input" in log.read_text()
-
-
-def test_a_run_that_cannot_be_is_ended_by_its_first_steps(finished: tuple[Path, subprocess.CompletedProcess],
-                                                          tiny: Path, tmp_path: Path) -> None:
-    space, _ = finished
-    other = tmp_path / "other.yaml"
-    other.write_text((ROOT / "vitdet" / "recipes" / "tiny.yaml").read_text().replace("val_split: val", "val_split: no"))
-    done = pipeline("run", "tiny", other, *options(minimal(tiny)), "--workspace", space)
-    assert done.returncode == 1
-    assert "other.yaml and tiny cannot be compared" in done.stdout.replace(str(other), "other.yaml")
-    assert re.findall(r"^-- (.+)$", done.stdout, re.MULTILINE) == ["configs", "configs failed", "clean-up"]
-    assert re.fullmatch(r"pipeline: step configs failed; the whole log: \S+\n", done.stderr)
-    unknown = pipeline("run", "tinny", "--workspace", space)
-    assert (unknown.returncode, unknown.stdout) == (1, "")
-    assert unknown.stderr.startswith("pipeline: tinny: no such recipe; did you mean 'tiny'")
 
 
 def test_of_an_error_the_screen_shows_the_last_line() -> None:

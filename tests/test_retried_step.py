@@ -38,7 +38,7 @@ def test_the_cause_is_written_on_the_failed_job_which_stays() -> None:
 def test_a_retried_step_says_it_again_at_once_and_trains_nothing() -> None:
     told = "PyTorchJob vitdet-tiny-1 failed: 1 Worker replica(s) failed.\ncause: pod w: OOMKilled"
     for status in (FAILED, conditions("Created=True", "Suspended=True")):  # the latter could not start
-        record = Record((RUNNING, []), there=there(status, told))
+        record = Record((DONE, []), there=there(status, told))
         lines, error = follow(record)
         assert error == told and record.asked == ["create", "adopt step"]
         assert lines == ["launcher: PyTorchJob vitdet-tiny-1 is there, from an earlier try of this step: has told why "
