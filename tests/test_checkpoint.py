@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import pickle
 import subprocess
@@ -162,3 +163,24 @@ def test_weights_of_another_model_are_refused(trained: Path, tmp_path: Path) -> 
         with pytest.raises(ValueError, match=says) as caught:
             restore_detector(path)
         assert one_line(caught.value).startswith(f"{path}: ")
+
+
+def test_only_a_full_disk_is_told_to_be_emptied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def failing(error: Exception) -> str:
+        def write(*_: object) -> None:
+            raise error
+
+        monkeypatch.setattr(torch, "save", write)
+        with pytest.raises((OSError, RuntimeError)) as caught:
+            save(tmp_path / "model.pt", {})
+        assert list(tmp_path.iterdir()) == []
+        return f"{type(caught.value).__name__} {one_line(caught.value)}"
+
+    for code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        assert failing(OSError(code, os.strerror(code))).endswith("free some space and run the same command again")
+    for words in ("[enforce fail at inline_container.cc:664] . unexpected pos 576 vs 470",
+                  "PytorchStreamWriter failed writing file data/7: file write failed"):
+        assert "OSError" in failing(RuntimeError(words)) and "free some space" in failing(RuntimeError(words))
+    assert failing(OSError(errno.EIO, "Input/output error")) == (
+        f"OSError {tmp_path / 'model.pt'}: could not be written ([Errno 5] Input/output error)")
+    assert failing(RuntimeError("CUDA error: out of memory")) == "RuntimeError CUDA error: out of memory"

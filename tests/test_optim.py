@@ -12,7 +12,14 @@ from torch import nn
 
 from vitdet.config import Config, OptimConfig
 from vitdet.models import build_detector
-from vitdet.training.optim import WeightAverage, build_optimizer, lr_factor, parameter_groups, set_lr
+from vitdet.training.optim import (
+    WeightAverage,
+    build_optimizer,
+    clip_gradients,
+    lr_factor,
+    parameter_groups,
+    set_lr,
+)
 from vitdet.weights.convert import DETECTRON2, rename
 
 KEYS = Path(__file__).parents[2] / "shared" / "reference" / "detectron2" / "keys"
@@ -158,3 +165,17 @@ def test_without_decay_there_is_no_average() -> None:
     before = model.weight.detach().clone()
     average.swap()
     assert torch.equal(model.weight, before) and average.state_dict() == {}
+
+
+@pytest.mark.parametrize(("scale", "largest"), [(1.0, 0.0), (1e30, 0.0), (1.0, 0.5), (1.0, 100.0)])
+def test_gradients_shrink_to_the_largest_norm_only_if_there_is_one(scale, largest):
+    model = nn.Linear(3, 2)
+    model.weight.grad = torch.arange(6.0).view(2, 3) * scale
+    before = model.weight.grad.clone()
+    norm = clip_gradients(model, largest)
+    if scale == 1.0:
+        assert norm.item() == pytest.approx(55**0.5)
+    else:
+        assert norm.isinf()  # its square is beyond float32, the gradients are not
+    wanted = before * 0.5 / 55**0.5 if largest == 0.5 else before
+    assert torch.allclose(model.weight.grad, wanted, rtol=1e-5)

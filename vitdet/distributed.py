@@ -6,8 +6,9 @@ The environment that torchrun sets decides; this is the only place that reads it
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import TypeVar
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor
 from torch import distributed as dist
 
 T = TypeVar("T")
+PATIENCE = timedelta(minutes=30)  # what all wait for one: it may look at a million files, or compare LVIS's detections
 
 
 @contextmanager
@@ -27,7 +29,7 @@ def process_group() -> Iterator[torch.device]:
     if "WORLD_SIZE" not in os.environ or dist.is_initialized():
         yield device
         return
-    dist.init_process_group("nccl" if cuda else "gloo", device_id=device if cuda else None)
+    dist.init_process_group("nccl" if cuda else "gloo", timeout=PATIENCE, device_id=device if cuda else None)
     try:
         yield device
     finally:
@@ -74,6 +76,27 @@ def all_gather_objects(value: T) -> list[T]:
     gathered: list = [None] * world_size()
     dist.all_gather_object(gathered, value)
     return gathered
+
+
+def together(make: Callable[[], T]) -> T:
+    """What `make` gives this process; where it fails in any of them, all raise the error of the first that failed.
+
+    So nobody waits for one that has ended. Only what a user can mend counts: OSError, ValueError, LookupError.
+    """
+    found, failure = None, None
+    try:
+        found = make()
+    except (OSError, ValueError, LookupError) as error:
+        failure = error
+    for one in all_gather_objects(failure):
+        if one is not None:
+            raise one
+    return found  # type: ignore[return-value]
+
+
+def from_first(make: Callable[[], T]) -> T:
+    """What `make`, which only the first process calls, gives it, in every process; all raise what it raises there."""
+    return all_gather_objects(together(lambda: make() if rank() == 0 else None))[0]  # type: ignore[return-value]
 
 
 def barrier() -> None:

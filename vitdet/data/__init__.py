@@ -45,20 +45,22 @@ COCO_URL = re.compile(rb'"coco_url": *"[^"]*?([^/"]+/[^/"]+)"')  # reading 1 GB 
 Sample = tuple[Tensor, Target | None, tuple[int, int], int, tuple[int, int]]
 
 
-def read_split(data: DataConfig, split: str, tree: dict | None = None) -> CocoSplit:
+def read_split(data: DataConfig, split: str, tree: dict | None = None, look: bool = True) -> CocoSplit:
     """The split's records; with data.max_images, only the so many images of lowest id that hold an object.
 
-    tree: the content of the annotation file, if it was read before. Raises what `read_coco` raises, FileNotFoundError
-    naming the first image file that is not there, and either for what is no longer as `vitdet data coco|lvis` left it.
+    tree: the content of the annotation file, if it was read before. look: whether files are compared with what they
+    should be, which one process of several does for all. Raises what `read_coco` raises, FileNotFoundError naming the
+    first image file that is not there, and either for what is no longer as `vitdet data coco|lvis` left it.
     """
     files = split_files(data, split)
-    inventory.look(Path(data.root), *files)
+    if look:
+        inventory.look(Path(data.root), *files)
     found = read_coco(*files, by_url=data.dataset == "lvis", tree=tree)
     if not found.records.counts().any():
         raise ValueError(f"{data.root}: no image of {split} holds an object to learn from or to find")
     if data.max_images:
         found = replace(found, records=_with_objects(found)[: data.max_images])
-    gone = [path for path in found.records.paths() if not os.path.isfile(path)]
+    gone = [path for path in found.records.paths() if not os.path.isfile(path)] if look else []
     if gone:
         raise FileNotFoundError(f"{gone[0]}: no such file, and {len(gone) - 1} more images of the annotations "
                                 f"are missing; `vitdet data check {data.root}` lists all problems")
@@ -155,10 +157,10 @@ def train_loader(
 ) -> DataLoader:
     """Batches of this rank for the steps start_step..steps-1; `batch_size` counts the images of all ranks.
 
-    Raises what `read_split` raises, ValueError when the ranks cannot share a batch, and while it is read from
-    ValueError for an image file that cannot be used.
+    Raises what `read_split` raises (rank 0 alone looks at the files), ValueError when the ranks cannot share a batch,
+    and while it is read from ValueError for an image file that cannot be used.
     """
-    dataset = TrainData(read_split(data, data.train_split), data, seed)
+    dataset = TrainData(read_split(data, data.train_split, look=rank == 0), data, seed)
     dropped = dataset.split.dropped
     if dropped and rank == 0:
         counts = ", ".join(f"{count} {reason}" for reason, count in sorted(dropped.items()))

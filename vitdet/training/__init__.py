@@ -1,5 +1,6 @@
 """Training a detector."""
 
-from vitdet.training.trainer import Stopped, train
+from vitdet.training.stop import Stopped
+from vitdet.training.trainer import train
 
 __all__ = ["Stopped", "train"]

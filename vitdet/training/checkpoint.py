@@ -5,6 +5,7 @@ A file is written under another name and renamed when it is whole, so that a ful
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import pickle
@@ -22,10 +23,12 @@ from vitdet.models import Detector, build_detector
 
 FORMAT = "vitdet detector, version 1"
 STATE = "vitdet training state, version 1"
+FULL = {errno.ENOSPC, errno.EFBIG, errno.EDQUOT}
+TORN = ("PytorchStreamWriter failed writing file", "unexpected pos")  # torch's words where the disk takes less than all
 
 
 def save(path: Path, content: dict) -> None:
-    """Writes plain data and tensors, all or nothing. Raises OSError with one clear line when the disk is full."""
+    """Writes plain data and tensors, all or nothing. Raises OSError with one line if the disk does not take it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -37,14 +40,17 @@ def save(path: Path, content: dict) -> None:
     except (OSError, RuntimeError) as error:
         # torch hides the system's own error behind one of its archive
         cause = error.__context__ if isinstance(error.__context__, OSError) else error
-        raise OSError(f"{path}: could not be written ({_first_line(cause)}); free some space and run the same command "
-                      "again") from error
+        torn = any(words in str(cause) for words in TORN)
+        if not isinstance(cause, OSError) and not torn:
+            raise  # not the disk's fault
+        advice = "; free some space and run the same command again" if torn or cause.errno in FULL else ""
+        raise OSError(f"{path}: could not be written ({_first_line(cause)}){advice}") from error
     finally:
         temporary.unlink(missing_ok=True)
 
 
 def load(path: Path, expected: str) -> dict:
-    """Reads a file of ours without running code from it.
+    """Reads a file of ours without running code from it; its tensors are read when they are first looked at.
 
     Raises FileNotFoundError, and ValueError when it is cut off or something else than `expected`.
     """
@@ -53,7 +59,7 @@ def load(path: Path, expected: str) -> dict:
     if not zipfile.is_zipfile(path):
         raise ValueError(f"{path}: not a whole vitdet checkpoint (it was cut off, or is another kind of file)")
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except pickle.UnpicklingError as error:
         raise ValueError(f"{path}: not a vitdet checkpoint (it holds other things than numbers and text, "
                          "and may not run code)") from error
@@ -126,9 +132,15 @@ class Checkpoints:
         return sorted(p for p in self.folder.glob("step_*.pt") if re.fullmatch(r"step_\d{8}\.pt", p.name))
 
     def latest(self) -> dict | None:
-        """The newest state, or None; raises as `load` does."""
+        """The newest state, or None; raises as `load` does, and says what there is to go on from without it."""
         states = self.all()
-        return load(states[-1], STATE) if states else None
+        if not states:
+            return None
+        try:
+            return load(states[-1], STATE)
+        except ValueError as error:
+            rest = f"to go on from {states[-2].name}" if states[1:] else "to begin anew"
+            raise ValueError(f"{error}; remove it {rest}") from error
 
 
 def _first_line(error: Exception) -> str:

@@ -55,8 +55,8 @@ class Meter:
 
         One synchronisation, of all processes. Raises ValueError when a figure is not finite.
         """
-        if not self.sums:
-            return {"sums": {}, "count": 0}
+        if not self.timed:  # no step of this process: what `restore` brought, if it did
+            return {"sums": dict(self.sums), "count": self.count}
         sums = distributed.mean(torch.stack(list(self.sums.values()))).tolist()
         broken = [name for name, value in zip(self.sums, sums, strict=True) if not math.isfinite(value)]
         if broken:

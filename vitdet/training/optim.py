@@ -58,6 +58,16 @@ def build_optimizer(detector: nn.Module, settings: OptimConfig) -> torch.optim.A
     return torch.optim.AdamW(groups, betas=(0.9, 0.999), eps=1e-8, fused=True)
 
 
+def clip_gradients(detector: nn.Module, largest: float) -> Tensor:
+    """The norm of all gradients together, which shrink to `largest` where it is above that; 0: they stay as they are.
+    """
+    parameters = list(detector.parameters())
+    norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    if largest:
+        nn.utils.clip_grads_with_norm_(parameters, largest, norm)
+    return norm
+
+
 def lr_factor(step: int, settings: OptimConfig) -> float:
     """What the learning rate is multiplied by at a step (0-based): warm-up, then drops to a tenth or half a cosine."""
     warmup = 1.0

@@ -1,18 +1,16 @@
 """Training: the story, and the loop.
 
 What happens at a step depends on (config, data, step) alone: the batch by its place in the stream, every random draw
-by a seed made of seed, step and rank. So a restart needs no random state and goes on bit for bit.
+by a seed made of seed, step and rank. So a restart needs no random state and goes on with the same numbers: on a CPU
+bit for bit, on a GPU as far as its kernels, some of which add in any order, repeat themselves.
 """
 
 from __future__ import annotations
 
 import hashlib
 import logging
-import math
-import os
-import signal
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
@@ -27,16 +25,14 @@ from vitdet.models import Detector, build_detector
 from vitdet.progress import Tracker
 from vitdet.training.checkpoint import FORMAT, Checkpoints, load_model_file, load_weights, save
 from vitdet.training.meter import Meter
-from vitdet.training.optim import WeightAverage, build_optimizer, set_lr
+from vitdet.training.optim import WeightAverage, build_optimizer, clip_gradients, set_lr
 from vitdet.training.parallel import parallelize, share_statistics
+from vitdet.training.precision import chosen, tf32
+from vitdet.training.stop import Stopped, sigterm
 from vitdet.types import Batch
 from vitdet.weights import load_pretrained, resolve
 
 log = logging.getLogger(__name__)
-
-
-class Stopped(Exception):
-    """SIGTERM came; the state is saved, and the same command goes on from it."""
 
 
 # (identity of the data, run id of the interrupted run or None, step it goes on from) -> tracker
@@ -56,12 +52,14 @@ def train(
     output = Path(output)
     with distributed.process_group() as device, sigterm() as stop, ExitStack() as alone:
         source = weights if weights is not None else resolve(config.train.init)
-        identity = dataset_digest(config.data)
-        states = Checkpoints(_states_folder(config, output, checkpoints, identity, source), config.train.keep)
+        identity = distributed.from_first(lambda: dataset_digest(config.data))
+        folder = distributed.from_first(lambda: _states_folder(config, output, checkpoints, identity, source))
+        states = Checkpoints(folder, config.train.keep)
         state = _state_to_go_on_from(config, output, identity, states)
         start = state["step"] if state else 0
-        loader = train_loader(config.data, config.train.batch_size, config.train.seed, start, config.optim.steps,
-                              distributed.rank(), distributed.world_size())
+        loader = distributed.together(lambda: train_loader(
+            config.data, config.train.batch_size, config.train.seed, start, config.optim.steps, distributed.rank(),
+            distributed.world_size()))
         split = loader.dataset.split
         _check_classes(config, split.class_names)
         distributed.barrier()  # nobody writes before all have looked
@@ -74,6 +72,7 @@ def train(
         loop = Loop(config, detector, loader, tracker, states, identity, device, stop, output)
         try:
             loop.begin(state)
+            state = None  # it weighs as much as detector and optimizer, who have it now
             loop.run(start)
             if distributed.rank() == 0:
                 loop.finish(split.class_names)
@@ -99,6 +98,7 @@ class Loop:
         self.loader, self.output = loader, output
         self.meter = Meter(config.train.batch_size)
         self.metrics: dict[str, float] = {}  # of the last evaluation
+        self.evaluated = 0  # the step of that
 
     def begin(self, state: dict | None) -> None:
         """Goes on from a state; without one, saves the first."""
@@ -107,55 +107,76 @@ class Loop:
             return
         load_weights(self.detector, state["model"], self.states.folder)
         self.optimizer.load_state_dict(state["optimizer"])
+        for slots in self.optimizer.state.values() if self.device.type == "cpu" else ():
+            slots |= {name: value.clone() for name, value in slots.items()}  # no longer the file's own pages
         self.average.load_state_dict(state["average"])
         self.meter.restore(state["meter"])
         self.metrics = state["metrics"]
+        self.evaluated = state.get("evaluated", state["step"])  # states of version 0.1 were saved after evaluations
 
     def run(self, start: int) -> None:
         """Steps start..steps-1. Raises Stopped, and ValueError for a loss that is not finite."""
-        config, settings = self.config, self.config.train
+        config, settings, meter = self.config, self.config.train, self.meter
         model = parallelize(self.detector, self.device)
-        autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=use_bf16(settings.precision, self.device))
-        batches, meter = iter(self.loader), self.meter
+        precision = chosen(settings.precision, self.device)
+        batches = iter(self.loader)
+        if start and self.is_due(start) and self.evaluated < start:
+            self.evaluate(start)  # an evaluation was cut off
         self.detector.train()
         for step in range(start, config.optim.steps):
             with meter.waiting():
                 batch = next(batches).to(self.device, non_blocking=True)
-            torch.manual_seed(hash((settings.seed, step, distributed.rank())) & 0x7FFFFFFF)
-            lr = set_lr(self.optimizer, step, config.optim)
-            with autocast:
-                losses = model(batch.images, batch.targets, batch.sizes)
-            self.optimizer.zero_grad()
-            sum(losses.values()).backward()
-            norm = nn.utils.clip_grad_norm_(self.detector.parameters(), config.optim.clip or math.inf)
-            self.optimizer.step()
-            self.average.update(step)
-            meter.add(losses, norm)
-
+            with tf32(precision, self.device):
+                lr = self.learn(model, batch, step, precision)
             done = step + 1
-            last = done == config.optim.steps
+            last, due = done == config.optim.steps, self.is_due(done)
             if last or done % settings.log_every == 0:
                 self.tracker.log({**meter.read(self.device), "lr": lr}, done)
-            if last or done % settings.eval_every == 0:
-                with meter.paused():
-                    self.evaluate(done)
+            saved = due or done % settings.save_every == 0
+            if saved:
+                self.save(done)
+            if due:
+                self.evaluate(done)
             stopped = distributed.world_size() == 1 or done % 10 == 0  # asking the others is a synchronisation
             stopped = stopped and distributed.any_of(self.stop(), self.device)
-            if last or stopped or done % settings.save_every == 0:
-                self.save(done)
             if stopped and not last:
+                if not saved:
+                    self.save(done)
                 raise Stopped(f"stopped at step {done} of {config.optim.steps}; the same command goes on from there")
 
+    def is_due(self, step: int) -> bool:
+        """Whether an evaluation follows this step."""
+        return step == self.config.optim.steps or step % self.config.train.eval_every == 0
+
+    def learn(self, model: nn.Module, batch: Batch, step: int, precision: str) -> float:
+        """One step of the optimizer; its learning rate."""
+        torch.manual_seed(hash((self.config.train.seed, step, distributed.rank())) & 0x7FFFFFFF)
+        lr = set_lr(self.optimizer, step, self.config.optim)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=precision == "bf16"):
+            losses = model(batch.images, batch.targets, batch.sizes)
+        self.optimizer.zero_grad()
+        sum(losses.values()).backward()
+        norm = clip_gradients(self.detector, self.config.optim.clip)
+        self.optimizer.step()
+        self.average.update(step)
+        self.meter.add(losses, norm)
+        return lr
+
     def evaluate(self, step: int) -> None:
-        """AP on the validation split, of the averaged weights if there are any, and pictures of what they find."""
-        self.average.swap()
-        share_statistics(self.detector)
-        self.metrics, _ = evaluate_detector(self.detector, self.config.data, self.config.evaluate, self.device)
-        if distributed.rank() == 0:
-            for path in write_pictures(self.detector, self.config.data, self.output / "pictures" / f"step_{step:08d}"):
-                self.tracker.artifact(path, f"pictures/{path.parent.name}")
-        self.average.swap()
-        self.tracker.log(self.metrics, step)
+        """AP on the validation split, of the averaged weights if there are any, and pictures of what they find; saved.
+        """
+        with self.meter.paused():
+            self.average.swap()
+            share_statistics(self.detector)
+            self.metrics, _ = evaluate_detector(self.detector, self.config.data, self.config.evaluate, self.device)
+            if distributed.rank() == 0:
+                folder = self.output / "pictures" / f"step_{step:08d}"
+                for path in write_pictures(self.detector, self.config.data, folder):
+                    self.tracker.artifact(path, f"pictures/{folder.name}")
+            self.average.swap()
+            self.tracker.log(self.metrics, step)
+            self.evaluated = step
+            self.save(step)  # once more, now with the figures
 
     def save(self, step: int) -> None:
         """The whole state after `step` steps, by the first process. Raises ValueError when a loss is not finite."""
@@ -165,7 +186,7 @@ class Loop:
                 "config": to_dict(self.config), "model": self.detector.state_dict(),
                 "optimizer": self.optimizer.state_dict(), "average": self.average.state_dict(),
                 "run_id": self.tracker.run_id, "dataset_digest": self.identity, "meter": meter,
-                "metrics": self.metrics,
+                "metrics": self.metrics, "evaluated": self.evaluated,
             })
         distributed.barrier()
 
@@ -177,31 +198,6 @@ class Loop:
             "class_names": list(class_names), "run_id": self.tracker.run_id, "step": self.config.optim.steps,
             "dataset_digest": self.identity, "metrics": self.metrics,
         })
-
-
-@contextmanager
-def sigterm() -> Iterator[Callable[[], bool]]:
-    """Within it SIGTERM only raises a flag, which the function given asks for.
-
-    The death of torchrun counts as SIGTERM: it cannot pass a SIGKILL on, and its processes would train on unseen.
-    """
-    received, parent = [], os.getppid()
-    try:
-        previous = signal.signal(signal.SIGTERM, lambda *_: received.append(True))
-    except ValueError:  # not the main thread: signals are somebody else's matter
-        yield lambda: False
-        return
-    try:
-        yield lambda: bool(received) or (distributed.world_size() > 1 and os.getppid() != parent)
-    finally:
-        signal.signal(signal.SIGTERM, previous)
-
-
-def use_bf16(precision: str, device: torch.device) -> bool:
-    """Whether to compute in bf16: as told, or with 'auto' where the processor has instructions for it."""
-    if precision == "auto":
-        return device.type == "cuda" or torch.cpu._is_avx512_bf16_supported()
-    return precision == "bf16"
 
 
 def _fresh_detector(config: Config, split: CocoSplit, source: str | Path | None, device: torch.device) -> Detector:
@@ -234,7 +230,10 @@ def _states_folder(
 ) -> Path:
     if checkpoints is None:
         return output / "checkpoints"
-    initial = hashlib.sha256(Path(source).read_bytes()).hexdigest() if source is not None else ""
+    initial = ""
+    if source is not None:
+        with open(source, "rb") as file:
+            initial = hashlib.file_digest(file, "sha256").hexdigest()
     return Path(checkpoints) / hashlib.sha256(f"{digest(config)} {identity} {initial}".encode()).hexdigest()[:12]
 
 
@@ -270,7 +269,7 @@ def _check_classes(config: Config, trained: Sequence[str]) -> None:
     if len(trained) != expected:
         raise ValueError(f"{data.root}: {data.train_split} has {len(trained)} classes, but model.roi_heads.num_classes "
                          f"is {expected}; set it to {len(trained)}")
-    validated = read_split(data, data.val_split).class_names
+    validated = distributed.from_first(lambda: read_split(data, data.val_split).class_names)
     if tuple(validated) != tuple(trained):
         raise ValueError(f"{data.root}: {data.train_split} and {data.val_split} have different classes "
                          f"({', '.join(sorted(set(trained) ^ set(validated))) or 'in another order'})")

@@ -1,0 +1,69 @@
+"""In which numbers a training computes; what GPUs say is pretended."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.conftest import STEPS, Recorder, minimal
+from vitdet.config import load_config
+from vitdet.training import train, trainer
+from vitdet.training.precision import chosen, tf32
+
+CPU, GPU = torch.device("cpu"), torch.device("cuda")
+
+
+@pytest.mark.parametrize("device", [CPU, GPU])
+def test_a_precision_that_is_told_is_taken(device: torch.device) -> None:
+    assert [chosen(told, device) for told in ("bf16", "fp32")] == ["bf16", "fp32"]
+
+
+def test_auto_is_what_the_processor_has_instructions_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    for answer, wanted in ((True, "bf16"), (False, "fp32")):
+        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda answer=answer: answer)
+        assert chosen("auto", CPU) == wanted
+
+
+def test_an_old_gpu_trains_in_fp32_and_says_so(monkeypatch: pytest.MonkeyPatch,
+                                               caplog: pytest.LogCaptureFixture) -> None:
+    """A V100 emulates bf16: torch calls it supported unless emulation is excluded."""
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
+    with caplog.at_level(logging.WARNING):
+        assert chosen("auto", GPU) == "fp32"
+    assert len(caplog.messages) == 1 and "no instructions for bf16" in caplog.text
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: True)
+    assert chosen("auto", GPU) == "bf16" and len(caplog.messages) == 1
+
+
+@pytest.mark.parametrize(("device", "precision", "within"),
+                         [(GPU, "fp32", "high"), (GPU, "bf16", "highest"), (CPU, "fp32", "highest")])
+def test_only_fp32_on_a_gpu_is_tf32_and_only_within(device: torch.device, precision: str, within: str) -> None:
+    assert torch.get_float32_matmul_precision() == "highest"
+    with pytest.raises(KeyError), tf32(precision, device):
+        assert torch.get_float32_matmul_precision() == within
+        raise KeyError
+    assert torch.get_float32_matmul_precision() == "highest"
+
+
+def test_steps_are_within_and_evaluations_without(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    told, within, evaluated = [], [], []
+
+    @contextmanager
+    def spy(precision: str, device: torch.device) -> Iterator[None]:
+        told.append((precision, device.type))
+        within.append(True)
+        yield
+        within.pop()
+
+    evaluate, backward = trainer.evaluate_detector, torch.Tensor.backward
+    steps = []
+    monkeypatch.setattr(trainer, "tf32", spy)
+    monkeypatch.setattr(trainer, "evaluate_detector", lambda *a: evaluated.append(bool(within)) or evaluate(*a))
+    monkeypatch.setattr(torch.Tensor, "backward", lambda *a: steps.append(bool(within)) or backward(*a))
+    train(load_config("tiny", minimal(tiny)), tmp_path, start_tracking=lambda *_: Recorder())
+    assert steps == [True] * STEPS and evaluated == [False] * 2 and set(told) == {("fp32", "cpu")}

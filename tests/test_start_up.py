@@ -1,0 +1,86 @@
+"""Several processes that start on one volume: one looks at the files, and all hear what it found."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import minimal, options, start
+from vitdet import distributed
+from vitdet.config import DataConfig
+from vitdet.data import train_loader
+
+WORLD = 3
+
+
+@pytest.fixture
+def everyone(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[int], object]], list[object]]:
+    """everyone(act): what act(rank) gave or raised, in threads that stand for processes."""
+    here, meeting, table = threading.local(), threading.Barrier(WORLD, timeout=20), [None] * WORLD
+
+    def gather(value: object) -> list[object]:
+        table[here.rank] = value
+        meeting.wait()
+        found = list(table)
+        meeting.wait()
+        return found
+
+    monkeypatch.setattr(distributed, "rank", lambda: here.rank)
+    monkeypatch.setattr(distributed, "world_size", lambda: WORLD)
+    monkeypatch.setattr(distributed, "all_gather_objects", gather)
+
+    def run(act: Callable[[int], object]) -> list[object]:
+        def one(rank: int) -> object:
+            here.rank = rank
+            try:
+                return act(rank)
+            except Exception as error:
+                return error
+
+        with ThreadPoolExecutor(WORLD) as pool:
+            return list(pool.map(one, range(WORLD)))
+
+    return run
+
+
+def test_only_the_first_process_looks_and_all_know(everyone: Callable) -> None:
+    looked = []
+    assert everyone(lambda rank: distributed.from_first(lambda: looked.append(rank) or "digest")) == ["digest"] * WORLD
+    assert looked == [0]
+
+
+@pytest.mark.parametrize("broken", [{0}, {1}, {1, 2}])
+def test_an_error_of_one_is_everyone_s(everyone: Callable, broken: set[int]) -> None:
+    def make(rank: int) -> str:
+        if rank in broken:
+            raise FileNotFoundError(f"no file, says {rank}")
+        return f"loader {rank}"
+
+    found = everyone(lambda rank: distributed.together(lambda: make(rank)))
+    assert {(type(error), str(error)) for error in found} == {(FileNotFoundError, f"no file, says {min(broken)}")}
+    assert everyone(lambda rank: distributed.together(lambda: rank)) == [0, 1, 2]
+
+
+def test_only_the_first_process_s_loader_looks_for_image_files(own_tiny: Path) -> None:
+    next((own_tiny / "train").iterdir()).unlink()
+    data = DataConfig(root=str(own_tiny), train_split="train", val_split="val", workers=0)
+    train_loader(data, 2, 0, 0, 1, rank=1, world_size=2)
+    with pytest.raises(FileNotFoundError, match="no such file"):
+        train_loader(data, 2, 0, 0, 1, rank=0, world_size=2)
+
+
+def test_processes_with_a_broken_data_set_end_at_once_with_its_one_line(own_tiny: Path, tmp_path: Path) -> None:
+    gone = next((own_tiny / "train").iterdir())
+    gone.unlink()
+    began = time.monotonic()
+    process = start(["train", "tiny", *options(minimal(own_tiny)), "--output", "run"], tmp_path, processes=2)
+    output, errors = process.communicate(timeout=120)
+    said = [line for line in errors.splitlines() if line.startswith("vitdet:")]
+    assert process.returncode != 0 and not output and said and set(said) == {said[0]}, errors
+    assert f"{gone}: no such file" in said[0] and time.monotonic() - began < 90
+    assert not (tmp_path / "run" / "checkpoints").exists() or not list((tmp_path / "run" / "checkpoints").glob("*.pt"))
