@@ -107,7 +107,7 @@ FAULTS = [
     (set_value("images", 1, "height", 0), "image height that is not a whole number from 1 to 65535", "image 2: 0"),
     (set_value("images", 1, "width", 63), "image of another size than annotated", "64 x 48, annotated 63 x 48"),
     (set_value("images", 1, "file_name", 7), "file name that is not text", "image 2: 7"),
-    (set_value("images", 1, "file_name", "a\0b"), "image file that cannot be read", "image 2"),
+    (set_value("images", 1, "file_name", "a\0b"), "file name that is not text", "image 2"),
     (set_value("images", 1, "file_name", "none.jpg"), "missing image file", "train/'none.jpg'"),
     (set_value("categories", 0, "name", 5), "category name that is not text", "category 1: 5"),
     (set_value("annotations", 0, "bbox", [1, 2, 3]), "bbox that is not four finite numbers", "[1, 2, 3]"),

@@ -98,8 +98,8 @@ def test_yolo(vitdet: Run, yolo: Path, tmp_path: Path) -> None:
     assert turned["bbox"] == [0, 45, 50, 10]  # shares of the upright picture
     assert [one["file_name"] for one in tree(out, "val")["images"]] == ["a_2.jpg"]  # another file of that name
     assert (out / "train" / "a.jpg").samefile(yolo / "images" / "train" / "a.jpg")
-    assert check(out).ok and read_coco(out / "annotations/instances_train.json", out / "train").class_names == ("no",
-                                                                                                                "dog")
+    assert [finding.kind for finding in check(out).errors] == ["no object to learn from or to find"]  # in val
+    assert read_coco(out / "annotations/instances_train.json", out / "train").class_names == ("no", "dog")
     assert vitdet("data", "convert", yolo / "data.yaml", "copied", "--copy")[0] == 0
     assert not (tmp_path / "copied" / "train" / "a.jpg").samefile(yolo / "images" / "train" / "a.jpg")
     code, output, errors = vitdet("data", "convert", yolo, "out")

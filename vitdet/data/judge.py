@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 
 from vitdet.data.entries import Broken, Entries
-from vitdet.data.values import NUMBERS, SIDE, are_numbers, is_text, reaches_far, segmentation_problem, show
+from vitdet.data.values import NUMBERS, SIDE, are_numbers, is_line, is_text, reaches_far, segmentation_problem, show
 
 LISTS = ("neg_category_ids", "not_exhaustive_category_ids")  # of an LVIS image: what its annotators looked for
 NEEDED = frozenset({"image_id", "category_id", "bbox", "segmentation"})  # of an annotation
@@ -156,7 +156,7 @@ class Judge:
     def _name(self, image: dict, where: str) -> None:
         place = "coco_url" if self.lvis and image.get("coco_url") else "file_name"
         if self._has(image, place, where):
-            if not isinstance(image[place], str) or not image[place]:
+            if not is_line(image[place]) or not image[place]:
                 self.error("file name that is not text", where, show(image[place]))
                 return
             name = image_name(image, self.lvis)

@@ -77,9 +77,14 @@ def reaches_far(coordinates: Sequence[float], size: tuple[int, int]) -> bool:
     return min(coordinates) < -side or max(coordinates) > 2 * side
 
 
+def is_line(value: object) -> bool:
+    """Whether it is text of one line, or none, as the name of a file is."""
+    return isinstance(value, str) and len(value.splitlines()) < 2 and "\0" not in value
+
+
 def is_text(value: object) -> bool:
-    """Whether it is text that can be written to a file: without half a surrogate pair."""
-    return isinstance(value, str) and (value.isascii() or not any("\ud800" <= letter <= "\udfff" for letter in value))
+    """Whether it is text of one line that any file can hold: without half a surrogate pair."""
+    return is_line(value) and (value.isascii() or not any("\ud800" <= letter <= "\udfff" for letter in value))
 
 
 def are_numbers(values: Sequence[object]) -> bool:

@@ -10,6 +10,7 @@ objects, which is nobody's. Files per class (aeroplane_train.txt) have a second 
 from __future__ import annotations
 
 import math
+import os
 from collections import Counter
 from pathlib import Path
 from xml.etree.ElementTree import Element, TreeBuilder
@@ -39,7 +40,7 @@ def read_voc(source: Path) -> Foreign:
                                     "ImageSets/Main/train.txt, val.txt with an ID a line")
     found, notes = {}, Counter()
     for split, ids in _splits(source).items():
-        if split == "test" and not any(_xml(source, one).is_file() for one in ids):
+        if split == "test" and not any(os.path.isfile(_xml(source, one)) for one in ids):
             continue  # as VOC2012 has it: the answers are not published
         found[split] = [_parse(_xml(source, one)) for one in ids]
     names = sorted({_text(path, thing, "name") for trees in found.values() for path, tree in trees
@@ -80,7 +81,7 @@ def _parse(path: Path) -> tuple[Path, Element]:
     def refuse(*_: object) -> None:
         raise ValueError("it has a DOCTYPE, which annotations do not need")
 
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise FileNotFoundError(f"{path}: no such annotation file")
     if path.stat().st_size > LARGEST:
         raise ValueError(f"{path}: {path.stat().st_size:,} bytes are no annotation of one image")
@@ -126,10 +127,10 @@ def _image(source: Path, path: Path, tree: Element) -> Path:
     folder = source / "JPEGImages"
     stem = folder / path.relative_to(source / "Annotations").with_suffix("")
     for suffix in (".jpg", *sorted(SUFFIXES), *(suffix.upper() for suffix in sorted(SUFFIXES))):
-        if (stem.parent / (stem.name + suffix)).is_file():
+        if os.path.isfile(stem.parent / (stem.name + suffix)):
             return stem.parent / (stem.name + suffix)
     named = Path(tree.findtext("filename", "").strip().replace("\\", "/")).name
-    if named and (folder / named).is_file():
+    if named and os.path.isfile(folder / named):
         return folder / named
     raise FileNotFoundError(f"{path}: no image {stem}.jpg (.png, ...)")
 
@@ -137,7 +138,7 @@ def _image(source: Path, path: Path, tree: Element) -> Path:
 def _numbers(source: Path, path: Path, size: tuple[int, int], objects: int) -> np.ndarray | None:
     """Which object each pixel (H, W) is of, from 1; None without a file."""
     file = source / "SegmentationObject" / path.relative_to(source / "Annotations").with_suffix(".png")
-    if not file.is_file():
+    if not os.path.isfile(file):
         return None
     if image_size(file) != size:
         raise ValueError(f"{file}: not of the size of its image, {size[1]} x {size[0]} (width x height)")
@@ -169,7 +170,7 @@ def _corners(path: Path, element: Element, size: tuple[int, int]) -> tuple[float
 
 
 def _text(path: Path, element: Element, key: str) -> str:
-    text = element.findtext(key, "").strip()
+    text = " ".join(element.findtext(key, "").split())
     if not text:
         raise ValueError(f"{path}: an object without <{key}>")
     return text

@@ -30,7 +30,7 @@ from vitdet.data.foreign import (
     polygon_thing,
 )
 from vitdet.data.images import image_size
-from vitdet.data.values import show
+from vitdet.data.values import is_text, show
 
 TOLERANCE = 0.01  # of the picture, by which a coordinate may lie outside
 SPLITS = {"train": "train", "val": "val", "validation": "val", "test": "test"}
@@ -64,7 +64,7 @@ def read_yolo(source: Path) -> Foreign:
         images = list(dict.fromkeys(image for entry in entries for image in _images(path, head, key, entry)))
         if not images:
             raise ValueError(f"{path}: {key}: no image in {', '.join(entries)}")
-        if any(_label_file(image).is_file() for image in images):
+        if any(os.path.isfile(_label_file(image)) for image in images):
             splits[name] = _Split(images, len(names), notes)
         elif name != "test":
             raise FileNotFoundError(f"{path}: {key}: none of {len(images)} images has a label file; expected "
@@ -92,7 +92,7 @@ def _names(path: Path, head: dict) -> tuple[str, ...]:
         return tuple(f"class_{label}" for label in range(int(count)))
     if isinstance(names, dict) and all(str(label) in names for label in range(len(names))):
         names = [names[str(label)] for label in range(len(names))]
-    if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
+    if not isinstance(names, list) or not names or not all(map(is_text, names)):
         raise ValueError(f"{path}: names: expected a list of class names, or a map 0: name, 1: name, ...; got "
                          f"{show(names)}")
     if count is not None and count != str(len(names)):
@@ -106,7 +106,7 @@ def _images(path: Path, head: dict, key: str, entry: str) -> list[Path]:
     root = head.get("path") if isinstance(head.get("path"), str) else ""
     roots = list(dict.fromkeys([base / root, base, base.parent / root]))
     places = [place for root in roots for place in (root / entry, root / entry.removeprefix("../"))]
-    place = next((Path(os.path.abspath(place)) for place in places if place.exists()), None)
+    place = next((Path(os.path.abspath(place)) for place in places if os.path.exists(place)), None)
     if place is None:
         raise FileNotFoundError(f"{path}: {key}: {entry} is not there, looked below {', '.join(map(str, roots))}")
     if place.is_dir():
@@ -118,7 +118,7 @@ def _images(path: Path, head: dict, key: str, entry: str) -> list[Path]:
 
 def _listed(place: Path, line: str, roots: list[Path]) -> Path:
     for root in (place.parent, *roots):
-        if (root / line).is_file():
+        if os.path.isfile(root / line):
             if (root / line).suffix.lower() not in SUFFIXES:
                 break
             return Path(os.path.abspath(root / line))
@@ -141,7 +141,7 @@ class _Split(Iterable[Picture]):
             size = image_size(image)
             label_file = _label_file(image)
             things: tuple[Thing, ...] = ()
-            if label_file.is_file():
+            if os.path.isfile(label_file):
                 things = tuple(self._things(label_file, size))
             else:
                 self.notes["images without a label file: without objects"] += 1

@@ -138,7 +138,7 @@ def _first_bad(values: list, shape: tuple[int, ...]) -> int | None:
     """The index of the first value that is not finite numbers of this shape, None if all are."""
     if not values or _finite(values, (len(values), *shape)):
         return None
-    return next((place for place, value in enumerate(values) if not _finite(value, shape)), 0)
+    return next((place for place, value in enumerate(values) if not _finite(value, shape)), None)
 
 
 def _finite(values: object, shape: tuple[int, ...]) -> bool:

@@ -1,0 +1,85 @@
+"""An annotation file through all that reads one: `data check`, the report, training, evaluation. They must agree."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from vitdet.config import DataConfig
+from vitdet.data import TrainData, ValData, read_split
+from vitdet.data.check import check
+from vitdet.data.coco import ImageError
+from vitdet.data.page import write_page
+from vitdet.data.report import Report
+from vitdet.evaluation import evaluate_results
+from vitdet.evaluation.files import Truth, read_truth
+
+FILES = {"missing image file", "image file that cannot be read", "image file that is truncated or no image",
+         "image of another size than annotated"}  # errors of image files
+NAMES = {"image without 'file_name'", "file name that is not text", "file name that leaves its folder"}
+EMPTY = "no object to learn from or to find"
+
+
+def judged(data: DataConfig, content: bytes) -> Report:
+    """Goes through all readers with this annotation file; the report of `check`."""
+    lvis, root = data.dataset == "lvis", Path(data.root)
+    path = root / "annotations" / ("lvis_v1_val.json" if lvis else "instances_val.json")
+    path.write_bytes(content)
+    report = check(root)
+    "\n".join(report.lines()).encode()
+    page(root)
+    kinds = {finding.kind for finding in report.errors}
+    split, truth = outcome(path, lambda: read_split(data, "val")), outcome(path, lambda: read_truth(path, lvis))
+    if not kinds:
+        assert not isinstance(split, Exception) and not isinstance(truth, Exception), (split, truth)
+        training = TrainData(split, data, seed=0)
+        for position in range(2 * len(training.records)):
+            target = training[position][1]
+            assert np.isfinite(target.boxes.numpy()).all() and len(target.labels) == len(target.boxes)
+        assert [sample[3] for sample in map(ValData(split.records, 64).__getitem__, range(len(split.records)))]
+        figures = evaluate_results(perfect(root, truth), path, data.dataset)
+        assert all(0 <= value <= 100 + 1e-9 for value in figures.values())
+    elif kinds <= FILES:
+        assert not isinstance(truth, Exception), truth
+        assert isinstance(outcome(path, lambda: opened(split)), Exception)
+    else:
+        assert isinstance(split, ValueError), kinds
+        assert isinstance(truth, ValueError) or kinds <= FILES | NAMES | {EMPTY}, kinds
+    return report
+
+
+def outcome(path: Path, read: Callable[[], object]) -> object:
+    """What it returns, or the error in one line that names a file."""
+    try:
+        return read()
+    except (ValueError, FileNotFoundError) as error:
+        assert type(error) in (ValueError, FileNotFoundError, ImageError), repr(error)
+        assert str(path.parent.parent) in str(error) and "\n" not in str(error), repr(error)
+        return error
+
+
+def opened(split: object) -> None:
+    """Reads all images, as an evaluation does."""
+    if isinstance(split, Exception):
+        raise split
+    for index in range(len(split.records)):
+        ValData(split.records, 64)[index]
+
+
+def perfect(root: Path, truth: Truth) -> Path:
+    """A file of results that finds every object."""
+    (root / "results.json").write_text(json.dumps([
+        {key: one[key] for key in ("image_id", "category_id", "bbox", "segmentation")} | {"score": 0.5}
+        for one in truth.objects]))
+    return root / "results.json"
+
+
+def page(root: Path) -> None:
+    """The report of the data set, which says what it cannot read."""
+    try:
+        write_page(root, root / "page.html")
+    except FileNotFoundError as error:  # nothing that could be shown
+        assert "\n" not in str(error)
