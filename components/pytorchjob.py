@@ -26,7 +26,7 @@ from components.following import FAILURE, Follower, Patience
 from components.jobs import KINDS, RECIPE, RUN, Kind, Wish, fill, job_name, label, mounts
 
 ACCOUNT = Path("/var/run/secrets/kubernetes.io/serviceaccount")
-TRY = "KFP_RETRY_INDEX"  # "0" in a step's first pod; servers before 2.17 do not say (argocompiler/common.go)
+TRY = "KFP_RETRY_INDEX"  # "0" in the first pod of a step; older servers do not say (argocompiler/common.go)
 
 
 def launch(*, template: str, kind: str, run_id: str, name: str, args: list[str], nodes: int, pool: str, image: str,
