@@ -93,8 +93,8 @@ class Container:
 class FakeNode:
     """`with FakeNode(namespace, {claim: folder}) as node`; node.containers: {pod name: Container}.
 
-    A pod sees the folder of a claim where it mounts it, and nowhere else. With two volumes of one claim it stays
-    Pending (kubernetes/kubernetes, issue 127004).
+    A pod sees the folder of a claim where it mounts it, and nowhere else. One with two volumes of one claim, which a
+    kubelet leaves in ContainerCreating (kubernetes/kubernetes, issue 127004), is Unschedulable, for tests to end.
 
     reasons: {exit code: reason}, which the container runtime finds out: {137: "OOMKilled"}.
     """
@@ -168,10 +168,13 @@ class FakeNode:
                 self.containers[name].wait()  # evicted
         elif pod["spec"].get("schedulerName") != "default-scheduler":
             return
+        elif len(set(claims(pod).values())) < len(claims(pod)):
+            self.core.patch_namespaced_pod_status(name, self.namespace, {"status": {"conditions": [{
+                "type": "PodScheduled", "status": "False", "reason": "Unschedulable", "message": "a claim twice"}]}})
         elif not pod["spec"].get("nodeName"):
             self.core.create_namespaced_pod_binding(name, self.namespace, {
                 "metadata": {"name": name}, "target": {"kind": "Node", "name": self.name}}, _preload_content=False)
-        elif not mine and len(set(claims(pod).values())) == len(claims(pod)):  # else nothing is ever mounted
+        elif not mine:
             spec = pod["spec"]["containers"][0]
             self.containers[name] = Container(*self.process_of(pod, spec))
             self.uids[name] = uid

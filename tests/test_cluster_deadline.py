@@ -31,34 +31,34 @@ def test_the_training_operator_ends_a_job_after_its_deadline_when_something_happ
 
     def stir() -> None:
         running(played, "late")
-        time.sleep(5)
+        time.sleep(3)
         quiet.append(state(KINDS["pytorchjob"], played.job("late"))[0])
         kubectl("annotate", "pytorchjob", "-n", played.namespace, name, "something=happened")
 
     other = meanwhile(stir)
     with pytest.raises(RuntimeError) as raised:
-        played.launch(script(activeDeadlineSeconds=2), ["echo on; sleep 60"], "late")
+        played.launch(script(activeDeadlineSeconds=1), ["echo on; sleep 60"], "late")
     other.join()
     assert quiet == ["running"]  # past its deadline, and nobody has looked
     assert str(raised.value) == (
         f"PyTorchJob {name} failed: Job {name} has failed because it was active longer than specified deadline\n"
-        "cause: activeDeadlineSeconds, 2 s in the job's file; its checkpoints stay")
+        "cause: activeDeadlineSeconds, 1 s in the job's file; its checkpoints stay")
     wait_until(lambda: not played.pods("late"))
 
 
 def test_trainer_ends_a_job_at_its_deadline(played: Scene) -> None:
     job = yaml.safe_load(template("trainjob", script=True))
-    job["spec"]["activeDeadlineSeconds"] = 3
+    job["spec"]["activeDeadlineSeconds"] = 2
     with pytest.raises(RuntimeError) as raised:
         played.launch(yaml.safe_dump(job), ["echo on; sleep 60"], "late", kind="trainjob")
     assert str(raised.value).split(" failed: ")[1] == (
-        "TrainJob exceeded its active deadline\ncause: activeDeadlineSeconds, 3 s in the job's file; its checkpoints "
+        "TrainJob exceeded its active deadline\ncause: activeDeadlineSeconds, 2 s in the job's file; its checkpoints "
         "stay")
     wait_until(lambda: not played.pods("late", kind="trainjob"))
 
 
 def test_a_job_that_is_gone_after_its_time_to_live_has_succeeded(played: Scene) -> None:
-    seldom = replace(QUICK, look=4)  # so that it ends and goes between two looks
+    seldom = replace(QUICK, look=3)  # so that it ends and goes between two looks
     played.launch(script(ttlSecondsAfterFinished=0), ["echo on; sleep 1; echo done > /data/complete"], "short",
                   patience=seldom, finished=lambda: (played.volume / "complete").exists())
     wait_until(lambda: played.job("short") is None and not played.pods("short"))

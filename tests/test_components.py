@@ -138,7 +138,7 @@ def test_a_job_gets_the_command_line_that_trains(prepared: Prepared, jobs: Jobs)
     assert {key: asked[key] for key in ("template", "kind", "run_id", "nodes", "pool", "image")} == {
         "template": "kind: TrainJob", "kind": "trainjob", "run_id": RUN, "nodes": 2, "pool": "gpu", "image": "vitdet:1"}
     assert asked["task_config"] == {**vars(task), "resources": None}  # those are the launcher's own
-    assert prepared.checkpoint.read_bytes() == b"a model"
+    assert prepared.checkpoint.read_bytes() == b"a model" and asked["finished"]()
 
     from vitdet.cli import parser
 
