@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import TextIO
 from uuid import uuid4
 
-from kfp import local
+from kfp import dsl, local
 
 from components import RUN_ID
+from components.cleanup import clean_up
 from components.train import train
 from pipeline.pipeline import build
 
@@ -75,7 +76,7 @@ class Screen:
 def run_here(recipes: Sequence[str], overrides: Sequence[str], workspace: Path) -> str:
     """Runs the pipeline to its end and gives the run's id; what the steps pass on lies in WORKSPACE/pipeline.
 
-    Raises RuntimeError when a step fails; why is then on the screen, and in the log beside.
+    Raises RuntimeError when a step fails; why is then on the screen, and in the log beside. Ctrl-C ends the run.
     """
     root, run_id = workspace / "pipeline", uuid4().hex
     root.mkdir(parents=True, exist_ok=True)
@@ -89,6 +90,11 @@ def run_here(recipes: Sequence[str], overrides: Sequence[str], workspace: Path) 
         except RuntimeError as error:
             failed = re.findall(r"'([\w-]+)'", COLOR.sub("", str(error)).partition("Inner task failed:")[2])
             raise RuntimeError(f"step {failed[0] if failed else '?'} failed; the whole log: {log.name}") from error
+        except KeyboardInterrupt:  # kfp's runner leaves the exit handler out, and MLflow's run would go on for ever
+            ended = dsl.PipelineTaskFinalStatus("CANCELED", "", "", None, None)
+            clean_up.python_func(recipes=list(recipes), overrides=list(overrides), workspace=str(workspace),
+                                 job_kind="", status=ended)
+            raise
         finally:
             builtins.print = show  # kfp puts its own there, and with parallel steps leaves it
     return run_id

@@ -4,8 +4,10 @@ place of `vitdet.workspace`.
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 from tests.conftest import ROOT
@@ -43,6 +45,9 @@ def open_group(configs, workspace, run_id):
 def train(configs, name, manifest, workspace, run_id, checkpoint):
     assert Path(manifest).read_text() == "manifest"
     note("train", name, run_id)
+    if name == "slow":
+        import time
+        time.sleep(60)
     if name == "broken":
         raise ValueError("a loss is not finite")
     write(checkpoint, name)
@@ -72,17 +77,25 @@ def close_group(recipes, overrides, workspace, run_id, state):
 
 
 class Played:
-    """A run of `python -m pipeline run` with such steps: its calls in their order."""
+    """A run of `python -m pipeline run` with such steps: its calls in their order. interrupt: Ctrl-C once it trains."""
 
-    def __init__(self, folder: Path, *recipes: str) -> None:
+    def __init__(self, folder: Path, *recipes: str, interrupt: bool = False) -> None:
         package, self.log = folder / "steps" / "vitdet", folder / "calls"
         package.mkdir(parents=True)
         (package / "__init__.py").touch()
         (package / "__main__.py").touch()
         (package / "workspace.py").write_text(STEPS)
         outer = {**os.environ, "PYTHONPATH": f"{package.parent}{os.pathsep}{ROOT}", "CALLS": str(self.log)}
-        self.done = subprocess.run([sys.executable, "-m", "pipeline", "run", *recipes, "--set", "a.b=1"], cwd=folder,
-                                   env=outer, capture_output=True, text=True, timeout=120)
+        run = subprocess.Popen([sys.executable, "-m", "pipeline", "run", *recipes, "--set", "a.b=1"], cwd=folder,
+                               env=outer, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                               start_new_session=True)
+        while interrupt and run.poll() is None:
+            if self.log.exists() and '["train"' in self.log.read_text():
+                os.killpg(run.pid, signal.SIGINT)  # as a terminal does: to all processes
+                break
+            time.sleep(0.1)
+        self.done = subprocess.CompletedProcess(run.args, 0, *run.communicate(timeout=120))
+        self.done.returncode = run.returncode
         self.calls = [json.loads(line) for line in self.log.read_text().splitlines()]
 
     def of(self, step: str) -> list[list]:
@@ -117,3 +130,11 @@ def test_whatever_fails_the_exit_handler_runs_and_knows(tmp_path: Path) -> None:
     assert played.of("compare") == []
     assert played.of("clean-up")[0][1] == "FAILED"
     assert played.order()[-1] == "clean-up"
+
+
+def test_ctrl_c_ends_the_steps_and_says_so_to_the_parent_run(tmp_path: Path) -> None:
+    start = time.monotonic()
+    played = Played(tmp_path, "slow", interrupt=True)
+    assert played.done.returncode == 130 and time.monotonic() - start < 50, played.done.stderr
+    assert played.of("clean-up")[0][:2] == [["slow"], "CANCELED"] and played.order()[-1] == "clean-up"
+    assert played.of("evaluate") == []
