@@ -95,8 +95,8 @@ class Follower:
 
     A job that has failed, or could not start, would do so again. So it is kept, with the cause written on it, and a
     step that is retried says that again instead of training again. finished: whether what it was made for is there,
-    for when it is gone. first: this is no retry, so that a failed job that is there is one of before the user started
-    the run again.
+    for when it is gone or failed. first: this is no retry, so that a failed job that is there is one of before the user
+    started the run again.
     """
 
     def __init__(self, cluster: Requests, kind: Kind, job: dict, out: Callable[[str], None], patience: Patience,
@@ -198,6 +198,9 @@ class Follower:
         self.say("phase", f"{self.name}: {meaning}" + (f" ({message})" if message else "") if phase else "")
         self.tell_logs(job, pods)
         if phase == "succeeded":
+            return True
+        if phase == "failed" and self.finished():  # a pod lost at the very end starts again, and is refused
+            self.say("complete", f"{self.name} failed when its training was complete already")
             return True
         if phase == "failed":
             late = overrun(job, message)  # its pods fail too, as the operator deletes them

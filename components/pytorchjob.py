@@ -37,8 +37,8 @@ def launch(*, template: str, kind: str, run_id: str, name: str, args: list[str],
     A job of the same run and recipe that is there already is followed, so that a step may be retried; one that has
     failed fails the retried step too, at once and with the same words. task_config: the fields of kfp's dsl.TaskConfig.
     Lines of rank 0's log and of the job's progress go to `out`. finished: whether the training is complete, asked when
-    the job is gone. Raises RuntimeError with the cause when the job fails, cannot start, is deleted or may not be made;
-    ValueError when template and wishes do not fit.
+    the job is gone or failed. Raises RuntimeError with the cause when the job fails, cannot start, is deleted or may
+    not be made; ValueError when template and wishes do not fit.
     """
     shape = KINDS.get(kind.lower())
     if shape is None:

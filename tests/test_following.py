@@ -149,6 +149,11 @@ def test_a_job_that_is_gone_is_an_error_unless_its_training_is_complete() -> Non
     assert error == "" and lines[-1].endswith("is gone, and its training is complete")
 
 
+def test_a_job_that_failed_after_its_training_was_complete_has_succeeded() -> None:
+    lines, error = follow(Record((conditions("Failed=True"), [pod(container=ended(1))])), complete=True)
+    assert error == "" and lines[-1].endswith("failed when its training was complete already")
+
+
 def test_the_deadline_is_the_cause_and_not_the_pods_that_died_of_it() -> None:
     texts = {"Job j has failed because it was active longer than specified deadline": "PyTorchJobFailed",
              "TrainJob exceeded its active deadline": "DeadlineExceeded"}
