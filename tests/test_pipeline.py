@@ -27,7 +27,7 @@ def pipeline(*words: object, stdin: str = "") -> subprocess.CompletedProcess:
     """`python -m pipeline WORDS`."""
     outer = {key: value for key, value in os.environ.items() if key not in ("VITDET_IMAGE", "MLFLOW_TRACKING_URI")}
     return subprocess.run([sys.executable, "-m", "pipeline", *map(str, words)], cwd=ROOT, env=outer, input=stdin,
-                          capture_output=True, text=True, timeout=300)
+                          capture_output=True, text=True, timeout=600)
 
 
 @pytest.fixture(scope="module")
