@@ -165,7 +165,10 @@ def test_a_setting_of_the_evaluation_trains_nothing(project: Project) -> None:
 def test_edited_code_runs_its_stages(project: Project) -> None:
     (project.folder / "vitdet/models/code.py").write_text("edited")
     project("dvc", "repro")
-    assert project.ran == ["train", "from 0 to 20", "evaluate"]  # the stub's model and AP are the same: no registration
+    assert project.ran == ["train", "from 0 to 20", "evaluate", "register"]
+    (project.folder / "vitdet/evaluation/code.py").write_text("edited")
+    project("dvc", "repro")
+    assert project.ran == ["evaluate", "register"]  # with the code as it now is: it travels with the model
 
 
 @pytest.mark.parametrize(("setting", "says"), [("optim.lrr=1", "lrr"), ("optim.lr=fast", "optim.lr")])
