@@ -9,6 +9,7 @@ from pathlib import Path
 
 import yaml
 
+from tests.free_maps import unknown
 from tests.schemas import misspelled
 
 # What the clouds taint GPU nodes with by themselves, or the administrator by hand (node-pools/onprem).
@@ -32,7 +33,7 @@ def problems(cluster: list[dict], jobs: list[dict], pools: dict[str, set[str]]) 
     pools: the labels "key=value" of each pool's nodes -> the taints on them.
     """
     documents = [*cluster, *jobs]
-    found = [problem for document in documents for problem in misspelled(document)]
+    found = [problem for document in documents for problem in [*misspelled(document), *unknown(document)]]
     if found:
         return found  # the rest may assume the shape
     for document in jobs:
@@ -183,6 +184,10 @@ def unmatched(documents: list[dict]) -> list[str]:
         where, spec, chosen = f"{document['kind']} {document['metadata']['name']}", document.get("spec", {}), []
         if document["kind"] == "Service":
             chosen = [spec["selector"]]
+        elif document["kind"] in ("Deployment", "StatefulSet"):
+            own = spec["template"]["metadata"]["labels"]
+            said += [f"{where}: its own pods have no {wanted}" for wanted in [spec["selector"]["matchLabels"]]
+                     if not wanted.items() <= own.items()]
         elif document["kind"] == "NetworkPolicy":
             sides = [side for rule in spec.get("ingress", []) for side in rule.get("from", [])]
             sides += [side for rule in spec.get("egress", []) for side in rule.get("to", [])]

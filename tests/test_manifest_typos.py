@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Iterator
+from functools import reduce
+from operator import getitem
 from pathlib import Path
 
 import pytest
 
+from tests.free_maps import unknown
 from tests.manifests import kustomize, problems
-from tests.test_manifests import copy, overlay, pools, pytestmark
+from tests.schemas import misspelled
+from tests.test_manifests import OVERLAYS, copy, overlay, pools, pytestmark
 
 __all__ = ["copy", "pytestmark"]  # a fixture and a mark of the whole file
+SECRETS = {"AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "MLFLOW_AUTH_ADMIN_PASSWORD", "MLFLOW_FLASK_SERVER_SECRET_KEY",
+           "MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_URI", "MLFLOW_TRACKING_USERNAME", "PGPASSWORD"}
 
 
 def swap(old: str, new: str) -> Callable[[str], str]:
@@ -79,3 +86,33 @@ def test_a_typo_is_noticed(typo: str, copy: Path) -> None:
     except ValueError:
         return  # kubectl itself noticed
     assert problems(cluster, jobs, pools(name, copy, cluster)) != []
+
+
+def keys(node: object, at: tuple = ()) -> Iterator[tuple]:
+    """The path of each key."""
+    for key, value in node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ():
+        if isinstance(node, dict):
+            yield *at, key
+        yield from keys(value, (*at, key))
+
+
+@pytest.mark.parametrize("name", OVERLAYS)
+def test_a_typo_in_any_key_is_noticed(name: str) -> None:
+    cluster, jobs = overlay(name, "cluster"), [*overlay(name), *overlay(name, "trainjob")]
+    missed, tried = set(), 0
+    for document in [*cluster, *jobs]:
+        for *at, key in keys(document):
+            changed = json.loads(json.dumps(document))
+            place = reduce(getitem, at, changed)
+            place[f"{key}x"] = place.pop(key)
+            tried += 1
+            try:
+                if misspelled(changed) or unknown(changed):
+                    continue
+                there = [changed if one is document else one for one in (*cluster, *jobs)]
+                if not problems(there[:len(cluster)], there[len(cluster):], pools(name)):
+                    missed.add(f"{document['kind']}: {key}")
+            except KeyError:
+                continue  # not so much as a kind or a name
+    assert tried > 700
+    assert missed <= {"ConfigMap: basic_auth.ini", *(f"Secret: {key}" for key in SECRETS)}
