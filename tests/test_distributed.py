@@ -196,6 +196,7 @@ def test_one_process_is_the_first_of_one() -> None:
     assert (distributed.rank(), distributed.world_size()) == (0, 1)
     value = torch.tensor([1.0, 2.0])
     assert torch.equal(distributed.mean(value), value) and distributed.all_gather_objects("a") == ["a"]
+    assert distributed.gather_objects("a") == ["a"]
     assert distributed.any_of(True, torch.device("cpu")) and not distributed.any_of(False, torch.device("cpu"))
     with distributed.process_group() as device:
         assert distributed.world_size() == 1 and device.type in ("cpu", "cuda")

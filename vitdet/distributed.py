@@ -29,7 +29,9 @@ def process_group() -> Iterator[torch.device]:
     if "WORLD_SIZE" not in os.environ or dist.is_initialized():
         yield device
         return
-    dist.init_process_group("nccl" if cuda else "gloo", timeout=PATIENCE, device_id=device if cuda else None)
+    # gloo beside NCCL carries what lies in the host's memory: results of LVIS are gigabytes, too many for a GPU's
+    backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
+    dist.init_process_group(backend, timeout=PATIENCE, device_id=device if cuda else None)
     try:
         yield device
     finally:
@@ -67,6 +69,15 @@ def any_of(flag: bool, device: torch.device) -> bool:
     if world_size() == 1:
         return flag
     return bool(mean(torch.tensor(float(flag), device=device)) > 0)
+
+
+def gather_objects(value: T) -> list[T]:
+    """Every process's object, by rank, in the first process; an empty list in the others."""
+    if world_size() == 1:
+        return [value]
+    gathered: list | None = [None] * world_size() if rank() == 0 else None
+    dist.gather_object(value, gathered)
+    return gathered or []
 
 
 def all_gather_objects(value: T) -> list[T]:
