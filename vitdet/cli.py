@@ -36,15 +36,29 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def parser() -> argparse.ArgumentParser:
     """All verbs and their arguments."""
     root = argparse.ArgumentParser(prog="vitdet", description="Plain Vision Transformer detectors.")
-    actions = root.add_subparsers(required=True, metavar="VERB")
+    add = root.add_subparsers(required=True, metavar="VERB").add_parser
+    add_config(add("config", help="print the resolved config of a recipe or file, or the recipes' names"))
+    add_data(add("data", help="make, fetch or check a data set"))
+    add_weights(add("weights", help="list, fetch and convert published weights"))
+    add_train(add("train", help="train a detector; goes on where an interrupted training stopped"))
+    add_evaluate(add("evaluate", help="box and mask AP of a checkpoint on its validation images, or of a file of "
+                     "results"))
+    add_predict(add("predict", help="draw what a checkpoint finds in pictures"))
+    add_bench(add("bench", help="measure how fast something is"))
+    add_register(add("register", help="add a checkpoint to the MLflow model registry"))
+    return root
 
-    verb = actions.add_parser("config", help="print the resolved config of a recipe or file, or the recipes' names")
+
+def add_config(verb: argparse.ArgumentParser) -> None:
+    """The arguments of the verb `config`."""
     verb.add_argument("recipe", nargs="?", help="a recipe's name or a YAML file; without one, the names are listed")
     add_set(verb)
     verb.add_argument("--output", type=Path, help="write it to this file instead")
     verb.set_defaults(run=verbs.run_config)
 
-    verb = actions.add_parser("data", help="make, fetch or check a data set")
+
+def add_data(verb: argparse.ArgumentParser) -> None:
+    """The kinds of the verb `data`."""
     kinds = verb.add_subparsers(required=True, metavar="KIND")
     kind = kinds.add_parser("tiny", help="draw the small data set of the demo")
     kind.add_argument("folder", type=Path)
@@ -66,63 +80,6 @@ def parser() -> argparse.ArgumentParser:
     kind.add_argument("--images", action="store_true", help="read every image file too, as data check does")
     kind.set_defaults(run=data_verbs.run_data_report)
     add_convert(kinds.add_parser("convert", help="rewrite a folder of YOLO or Pascal VOC in COCO's layout"))
-
-    add_weights(actions.add_parser("weights", help="list, fetch and convert published weights"))
-
-    verb = actions.add_parser("train", help="train a detector; goes on where an interrupted training stopped")
-    verb.add_argument("recipe", help="a recipe's name or a YAML file")
-    add_set(verb)
-    verb.add_argument("--output", type=Path, required=True, help="folder for model.pt, config.yaml and checkpoints")
-    verb.add_argument("--checkpoints", type=Path, help="keep training states here, by config and data, not in --output")
-    verb.add_argument("--weights", type=Path, help="folder that `vitdet weights fetch` filled, for train.init")
-    verb.add_argument("--group", default="", metavar="RUN", help="the pipeline run that MLflow shows it under")
-    verb.set_defaults(run=verbs.run_train)
-
-    verb = actions.add_parser("evaluate", help="box and mask AP of a checkpoint on its validation images, or of a file "
-                              "of results")
-    verb.add_argument("checkpoint", type=Path, nargs="?")
-    add_set(verb)
-    verb.add_argument("--config", type=Path, help="take the data and evaluate settings from this file")
-    verb.add_argument("--output", type=Path, help="write the figures to this JSON file")
-    verb.add_argument("--pictures", type=Path, help="folder for pictures of detections beside ground truth")
-    verb.add_argument("--plots", type=Path, help="folder for precision over recall and AP of each class, as JSON")
-    verb.add_argument("--results", type=Path, metavar="FILE",
-                      help="score this list of COCO results (image_id, category_id, score, bbox and/or segmentation)")
-    verb.add_argument("--annotations", type=Path, metavar="FILE", help="against these annotations")
-    verb.add_argument("--dataset", choices=("coco", "lvis"), help="by the rules of COCO (the default) or LVIS")
-    verb.set_defaults(run=verbs.run_evaluate)
-
-    verb = actions.add_parser("predict", help="draw what a checkpoint finds in pictures")
-    verb.add_argument("checkpoint", type=Path)
-    verb.add_argument("images", type=Path, nargs="+", metavar="IMAGE")
-    verb.add_argument("--output", type=Path, required=True, help="folder for the drawn pictures and detections.json")
-    verb.add_argument("--threshold", type=float, default=0.5, help="least score (0.5)")
-    verb.set_defaults(run=verbs.run_predict)
-
-    verb = actions.add_parser("bench", help="measure how fast something is")
-    kinds = verb.add_subparsers(required=True, metavar="KIND")
-    kind = kinds.add_parser("evaluate", help="AP of made-up results, beside plain pycocotools (5000 images: 3 minutes)")
-    kind.add_argument("--images", type=int, default=5000, help="5000")
-    kind.add_argument("--detections", type=int, default=100, help="of an image (100)")
-    kind.add_argument("--rounds", type=int, default=1, help="measure so often and take the least (1)")
-    kind.add_argument("--output", type=Path, help="write the figures to this JSON file")
-    kind.set_defaults(run=verbs.run_bench_evaluate)
-    kind = kinds.add_parser("data", help="time of reading and augmenting a training image, beside Detectron2's mapper "
-                            "where that is installed")
-    kind.add_argument("folder", type=Path, help="photos in COCO's layout")
-    kind.add_argument("--split", action="append", help="may be repeated (train2017 and val2017)")
-    kind.add_argument("--rounds", type=int, default=5, help="turns over all images (5)")
-    kind.add_argument("--output", type=Path, help="write the figures to this JSON file")
-    kind.set_defaults(run=verbs.run_bench_data)
-
-    verb = actions.add_parser("register", help="add a checkpoint to the MLflow model registry")
-    verb.add_argument("checkpoint", type=Path)
-    verb.add_argument("--alias", default="candidate", help="name that then points to this version (candidate)")
-    verb.add_argument("--config", type=Path, help="take the tracking settings from this file")
-    verb.add_argument("--metrics", type=Path, help="JSON file of `vitdet evaluate`, for the version's tags")
-    verb.add_argument("--output", type=Path, help="write name and version to this JSON file")
-    verb.set_defaults(run=verbs.run_register)
-    return root
 
 
 def add_fetch(kind: argparse.ArgumentParser, dataset: str) -> None:
@@ -181,6 +138,69 @@ def add_weights(verb: argparse.ArgumentParser) -> None:
     kind.add_argument("output", type=Path, help="the .safetensors file to write")
     kind.add_argument("--steps", type=int, default=6000, help="steps of 64 pictures (6000)")
     kind.set_defaults(run=weights_verbs.run_pretrain)
+
+
+def add_train(verb: argparse.ArgumentParser) -> None:
+    """The arguments of the verb `train`."""
+    verb.add_argument("recipe", help="a recipe's name or a YAML file")
+    add_set(verb)
+    verb.add_argument("--output", type=Path, required=True, help="folder for model.pt, config.yaml and checkpoints")
+    verb.add_argument("--checkpoints", type=Path, help="keep training states here, by config and data, not in --output")
+    verb.add_argument("--weights", type=Path, help="folder that `vitdet weights fetch` filled, for train.init")
+    verb.add_argument("--group", default="", metavar="RUN", help="the pipeline run that MLflow shows it under")
+    verb.set_defaults(run=verbs.run_train)
+
+
+def add_evaluate(verb: argparse.ArgumentParser) -> None:
+    """The arguments of the verb `evaluate`."""
+    verb.add_argument("checkpoint", type=Path, nargs="?")
+    add_set(verb)
+    verb.add_argument("--config", type=Path, help="take the data and evaluate settings from this file")
+    verb.add_argument("--output", type=Path, help="write the figures to this JSON file")
+    verb.add_argument("--pictures", type=Path, help="folder for pictures of detections beside ground truth")
+    verb.add_argument("--plots", type=Path, help="folder for precision over recall and AP of each class, as JSON")
+    verb.add_argument("--results", type=Path, metavar="FILE",
+                      help="score this list of COCO results (image_id, category_id, score, bbox and/or segmentation)")
+    verb.add_argument("--annotations", type=Path, metavar="FILE", help="against these annotations")
+    verb.add_argument("--dataset", choices=("coco", "lvis"), help="by the rules of COCO (the default) or LVIS")
+    verb.set_defaults(run=verbs.run_evaluate)
+
+
+def add_predict(verb: argparse.ArgumentParser) -> None:
+    """The arguments of the verb `predict`."""
+    verb.add_argument("checkpoint", type=Path)
+    verb.add_argument("images", type=Path, nargs="+", metavar="IMAGE")
+    verb.add_argument("--output", type=Path, required=True, help="folder for the drawn pictures and detections.json")
+    verb.add_argument("--threshold", type=float, default=0.5, help="least score (0.5)")
+    verb.set_defaults(run=verbs.run_predict)
+
+
+def add_bench(verb: argparse.ArgumentParser) -> None:
+    """The kinds of the verb `bench`."""
+    kinds = verb.add_subparsers(required=True, metavar="KIND")
+    kind = kinds.add_parser("evaluate", help="AP of made-up results, beside plain pycocotools (5000 images: 3 minutes)")
+    kind.add_argument("--images", type=int, default=5000, help="5000")
+    kind.add_argument("--detections", type=int, default=100, help="of an image (100)")
+    kind.add_argument("--rounds", type=int, default=1, help="measure so often and take the least (1)")
+    kind.add_argument("--output", type=Path, help="write the figures to this JSON file")
+    kind.set_defaults(run=verbs.run_bench_evaluate)
+    kind = kinds.add_parser("data", help="time of reading and augmenting a training image, beside Detectron2's mapper "
+                            "where that is installed")
+    kind.add_argument("folder", type=Path, help="photos in COCO's layout")
+    kind.add_argument("--split", action="append", help="may be repeated (train2017 and val2017)")
+    kind.add_argument("--rounds", type=int, default=5, help="turns over all images (5)")
+    kind.add_argument("--output", type=Path, help="write the figures to this JSON file")
+    kind.set_defaults(run=verbs.run_bench_data)
+
+
+def add_register(verb: argparse.ArgumentParser) -> None:
+    """The arguments of the verb `register`."""
+    verb.add_argument("checkpoint", type=Path)
+    verb.add_argument("--alias", default="candidate", help="name that then points to this version (candidate)")
+    verb.add_argument("--config", type=Path, help="take the tracking settings from this file")
+    verb.add_argument("--metrics", type=Path, help="JSON file of `vitdet evaluate`, for the version's tags")
+    verb.add_argument("--output", type=Path, help="write name and version to this JSON file")
+    verb.set_defaults(run=verbs.run_register)
 
 
 def add_set(verb: argparse.ArgumentParser) -> None:
