@@ -120,10 +120,10 @@ def test_two_processes_see_what_one_sees(spots, monkeypatch):
     monkeypatch.setattr(distributed, "world_size", lambda: 2)
     for rank in (0, 1):
         monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
-        monkeypatch.setattr(distributed, "all_gather_objects", lambda share: shares.append(share) or [share])
+        monkeypatch.setattr(distributed, "gather_objects", lambda share: shares.append(share) or [share])
         detect(BrightSpot(), spots, EvalConfig(batch_size=2))
     assert len(shares[0]) + len(shares[1]) == 5
-    monkeypatch.setattr(distributed, "all_gather_objects", lambda share: shares)
+    monkeypatch.setattr(distributed, "gather_objects", lambda share: shares)
     assert detect(BrightSpot(), spots, EvalConfig(batch_size=2)) == whole
 
 
