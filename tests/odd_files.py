@@ -140,6 +140,7 @@ ODD: dict[str, Make] = {
     "16 bits TIFF, high byte first": saved("TIFF", Image.fromarray(MANY[..., 0]),
                                            rgb(FEW[..., 0])),
     "16 bits PGM": saved("PPM", Image.fromarray(MANY[..., 0].astype("<u2")), rgb(FEW[..., 0])),
+    "16 bits PGM, dark": saved("PPM", Image.fromarray((MANY[..., 0] & 255).astype("<u2")), rgb(0 * FEW[..., 0])),
     "32 bits that hold 16": saved("TIFF", Image.fromarray(MANY[..., 0].astype(np.int32)),
                                   rgb(FEW[..., 0])),
     "32 bits that hold 8": saved("TIFF", Image.fromarray(GREY.astype(np.int32)), rgb(GREY)),
@@ -153,5 +154,6 @@ ODD: dict[str, Make] = {
     **{f"EXIF that is broken: {what}": saved(
         "JPEG", PICTURE, COLORS if what != "beside" else np.rot90(COLORS, -1), 2, exif=blob, quality=100, subsampling=0)
        for what, blob in BROKEN.items()},
+    "EXIF that is no TIFF": drawn(2, COLORS, COLORS, (b"eXIf", b"MM\0\0\0\0\0\x08")),
     "orientation 9": drawn(2, COLORS, COLORS, (b"eXIf", b"MM\0*\0\0\0\x08\0\1\1\x12\0\3\0\0\0\1\0\x09\0\0\0\0\0\0")),
 }

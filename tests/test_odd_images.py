@@ -24,7 +24,7 @@ from vitdet.config import DataConfig
 from vitdet.data import read_split, train_loader, val_loader
 from vitdet.data.check import check
 from vitdet.data.coco import ImageError
-from vitdet.data.images import examine, image_size, open_image
+from vitdet.data.images import examine, image_size, open_image, upright
 from vitdet.data.portrait import portrait
 from vitdet.evaluation.pictures import draw_truth
 from vitdet.predictor import Predictor, draw
@@ -58,6 +58,7 @@ def readings(data: DataConfig) -> Iterator[tuple[str, np.ndarray]]:
     """The upright picture as each part of the program has it."""
     record = read_split(data, "odd").records[0]
     yield "open_image", np.asarray(open_image(record.path))
+    yield "what was read before", np.asarray(upright(open_image(record.path)))
     canvas = np.s_[0, :, : record.height, : record.width]
     yield "training", next(iter(train_loader(data, 1, 0, 0, 1))).images.numpy()[canvas].transpose(1, 2, 0)
     yield "evaluation", next(iter(val_loader(data, 1))).images.numpy()[canvas].transpose(1, 2, 0)
@@ -141,6 +142,17 @@ def test_what_pillow_suspects_is_not_said_to_the_user(vitdet: Run, tmp_path: Pat
         assert vitdet("data", "check", tmp_path, "--images")[::2] == (0, "")
         refused(vitdet("predict", "none.pt", tmp_path / "odd" / "odd.jpg", "--output", "drawn"), "none.pt: no such")
     assert not said
+
+
+def test_whatever_a_decoder_raises_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def load(image: Image.Image) -> None:
+        raise KeyError("two\nlines")
+
+    Image.new("RGB", (3, 3)).save(tmp_path / "x.bmp")
+    monkeypatch.setattr(Image.Image, "load", load)
+    monkeypatch.setattr("PIL.ImageFile.ImageFile.load", load)
+    with pytest.raises(ValueError, match=r"^[^\n]*x.bmp: the image cannot be read: [^\n]*$"):
+        open_image(tmp_path / "x.bmp")
 
 
 @pytest.mark.parametrize("found", [(24, 16), (16, 25)])
