@@ -139,8 +139,7 @@ class ValData(Dataset):
     def __getitem__(self, index: int) -> Sample:
         record = self.records[index]
         source = (record.height, record.width)
-        canvas, size = resize_and_pad(np.asarray(read_image(record.path, source)), self.image_size,
-                                      self.antialias)
+        canvas, size = resize_and_pad(read_image(record.path, source), self.image_size, self.antialias)
         return torch.from_numpy(canvas), None, size, record.image_id, source
 
 
