@@ -22,25 +22,27 @@ ENTRANCES = ("__init__", "__main__", "cli", "verbs", "data_verbs", "weights_verb
 RECORDS = {"config", "types"}
 MAY_IMPORT = {
     "typed": set(),
+    "written": set(),
     "rules": {"config"},  # for the type
-    "config": {"typed", "rules"},
+    "config": {"typed", "rules", "written"},
     "types": {"predictor.draw"},  # inside Detections.draw
     "bar": {"progress"},
     "distributed": set(),
-    "download": set(),
+    "download": {"written"},
     "progress": set(),
-    "journal": set(),
-    "wheel": set(),
+    "journal": {"written"},
+    "wheel": {"written"},
     "tracking": {"journal", "progress"},
     "champion": {"tracking"},
     "comparison": {"champion", "tracking"},
     "serving": {"tracking", "wheel", "predictor", "data"},
     "models": RECORDS,
-    "data": RECORDS | {"download"},
+    "data": RECORDS | {"download", "written"},
     "weights": {"typed", "download"},
     "predictor": RECORDS | {"models", "data", "training.checkpoint"},
-    "evaluation": RECORDS | {"models", "data", "predictor", "distributed", "training.checkpoint"},
-    "training": RECORDS | {"models", "data", "weights", "evaluation", "predictor", "distributed", "progress"},
+    "evaluation": RECORDS | {"models", "data", "predictor", "distributed", "written", "training.checkpoint"},
+    "training": RECORDS | {"models", "data", "weights", "evaluation", "predictor", "distributed", "progress",
+                          "written"},
 }
 PRINTING = ("vitdet/cli.py", "vitdet/verbs.py", "vitdet/data_verbs.py", "vitdet/weights_verbs.py",
             "pipeline/__main__.py", "pipeline/remote_verbs.py")

@@ -20,7 +20,8 @@ from typing import Literal
 import yaml
 
 from vitdet import rules
-from vitdet.typed import build, nearest, parse, settings
+from vitdet.typed import build, nearest, overridden, settings
+from vitdet.written import written
 
 RECIPES = Path(__file__).parent / "recipes"
 
@@ -211,33 +212,23 @@ def load_config(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Conf
     Raises ValueError for an unknown recipe, setting or choice (naming the nearest one) and for a value of the wrong
     type; FileNotFoundError for a missing file.
     """
-    tree = _read(name_or_path)
-    for override in overrides:
-        key, separator, text = override.partition("=")
-        if not separator or not key:
-            raise ValueError(f"override {override!r}: expected section.key=value, as in optim.lr=2e-4")
-        node = tree
-        *parents, leaf = key.strip().split(".")
-        for depth, parent in enumerate(parents):
-            if node.get(parent) is None:
-                node[parent] = {}
-            node = node[parent]
-            if not isinstance(node, dict):
-                raise ValueError(f"{key}: {'.'.join(parents[: depth + 1])} is a setting, not a section")
-        node[leaf] = parse(Config, key.strip(), text)
-    return build(Config, tree)
+    return overridden(Config, _read(name_or_path), overrides)
+
+
+def override(config: Config, overrides: Sequence[str], other: Config | None = None,
+             sections: Sequence[str] = ()) -> Config:
+    """The config with these sections of another one, if there is one, then with overrides as `load_config` takes them.
+
+    Raises ValueError as there.
+    """
+    theirs = to_dict(other) if other else {}
+    return overridden(Config, to_dict(config) | {name: theirs[name] for name in sections if theirs}, overrides)
 
 
 def save_config(config: Config, path: str | Path) -> None:
     """Writes the resolved config as YAML: to a temporary file first, so a full disk leaves the old one whole."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
+    with written(Path(path)) as temporary:
         temporary.write_text(dump_config(config))
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def dump_config(config: Config) -> str:

@@ -24,6 +24,8 @@ from urllib.error import HTTPError, URLError
 from urllib.parse import urlsplit, urlunsplit
 from urllib.request import Request, urlopen
 
+from vitdet.written import write_json
+
 CHUNK = 1 << 18  # bytes
 PASSING = (408, 425, 429, 500, 502, 503, 504)  # status codes after which another attempt may do
 REASONS = {401: "it asks for a password", 403: "it does not give out this file", 404: "no such file there",
@@ -257,9 +259,4 @@ def _beginning(path: Path) -> _Beginning | None:
 
 
 def _write_note(path: Path, beginning: _Beginning) -> None:
-    temporary = note(path).with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_text(json.dumps(beginning._asdict()))
-        temporary.replace(note(path))
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_json(note(path), beginning._asdict())

@@ -10,13 +10,14 @@ from __future__ import annotations
 import fcntl
 import json
 import logging
-import os
 import shutil
 import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from vitdet.written import write_json
 
 log = logging.getLogger(__name__)
 
@@ -116,10 +117,7 @@ class Journal:
 
     def move(self, run_id: str, offset: int) -> None:
         """Sets the cursor."""
-        temporary = self._cursor.with_suffix(".tmp")
-        temporary.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(json.dumps({"run_id": run_id, "offset": offset}))
-        os.replace(temporary, self._cursor)
+        write_json(self._cursor, {"run_id": run_id, "offset": offset})
 
     def mend(self) -> None:
         """Ends a line that was left half-written, so that the next one stands alone."""

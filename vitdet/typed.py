@@ -22,6 +22,24 @@ def build(kind: type[Tree], tree: object) -> Tree:
     return _build(kind, tree, "", kind)
 
 
+def overridden(kind: type[Tree], tree: dict, overrides: Sequence[str]) -> Tree:
+    """As `build`, after overrides `section.key=value` have changed the tree, in order."""
+    for one in overrides:
+        key, separator, text = one.partition("=")
+        if not separator or not key:
+            raise ValueError(f"override {one!r}: expected section.key=value, as in optim.lr=2e-4")
+        node = tree
+        *parents, leaf = key.strip().split(".")
+        for depth, parent in enumerate(parents):
+            if node.get(parent) is None:
+                node[parent] = {}
+            node = node[parent]
+            if not isinstance(node, dict):
+                raise ValueError(f"{key}: {'.'.join(parents[: depth + 1])} is a setting, not a section")
+        node[leaf] = parse(kind, key.strip(), text)
+    return build(kind, tree)
+
+
 def parse(kind: type, key: str, text: str) -> object:
     """The value of a setting from text: as in YAML, but a setting that is text stays as it is."""
     if settings(kind).get(key) is str and not text.strip().startswith(("'", '"')):

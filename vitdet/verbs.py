@@ -9,13 +9,12 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-import os
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 
-from vitdet.config import Config, dump_config, flatten, load_config, recipes, save_config
+from vitdet.config import Config, dump_config, load_config, recipes, save_config
+from vitdet.written import write_json, written
 
 
 def run_config(given: argparse.Namespace) -> int:
@@ -104,14 +103,14 @@ def run_evaluate(given: argparse.Namespace) -> int:
 
     if given.output:
         given.output.parent.mkdir(parents=True, exist_ok=True)  # minutes before it is needed
-    overrides = [*sections(given.config, ("data", "evaluate")), *given.overrides]
-    metrics = evaluate(given.checkpoint, overrides, pictures=given.pictures, plots=given.plots)
+    config = load_config(given.config) if given.config else None
+    metrics = evaluate(given.checkpoint, given.overrides, config=config, pictures=given.pictures, plots=given.plots)
     if distributed.rank() != 0:
         return 0
     print(table(metrics))
     if given.output:
         write_json(given.output, metrics)
-    uri = load_config(given.config).tracking.uri if given.config else None
+    uri = config.tracking.uri if config else None
     pictures = sorted(given.pictures.glob("*.jpg")) if given.pictures else ()
     log_evaluation(given.checkpoint, metrics, uri, tracking_folder(given.checkpoint.parent), pictures)
     return 0
@@ -220,13 +219,6 @@ def run_register(given: argparse.Namespace) -> int:
     return 0
 
 
-def sections(path: Path | None, names: Sequence[str]) -> list[str]:
-    """The settings of some sections of a config file, as overrides."""
-    if path is None:
-        return []
-    return [f"{key}={value}" for key, value in flatten(load_config(path)).items() if key.split(".")[0] in names]
-
-
 def table(metrics: dict[str, float]) -> str:
     """AP of boxes and masks, a column a kind of figure."""
     kinds = [kind for kind in ("box", "mask") if any(key.startswith(f"{kind}_") for key in metrics)]
@@ -237,21 +229,3 @@ def table(metrics: dict[str, float]) -> str:
         rows.append(f"{kind:6}" + "".join(f"{'-' if cell is None else format(cell, '.1f'):>{max(len(column) + 2, 7)}}"
                                           for column, cell in zip(columns, cells, strict=True)))
     return "\n".join(rows)
-
-
-def write_json(path: Path, content: dict) -> None:
-    """Writes a JSON file, all or nothing."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with written(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=1) + "\n")
-
-
-@contextmanager
-def written(path: Path) -> Iterator[Path]:
-    """The name under which to write a file; it takes its own name when it is whole, else nothing is left."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        yield temporary
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from vitdet.bar import Bar
 from vitdet.config import load_config
-from vitdet.verbs import written
+from vitdet.written import written
 
 if TYPE_CHECKING:
     from vitdet.weights.catalogue import Entry

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import os
 import tomllib
 import zipfile
 from importlib import metadata
 from pathlib import Path
+
+from vitdet.written import written
 
 PACKAGE = Path(__file__).parent
 STAMP = (1980, 1, 1, 0, 0, 0)  # zip's first day: the same files give the same wheel
@@ -30,15 +31,12 @@ def build_wheel(folder: Path) -> Path:
     rows = [f"{name},sha256={_digest(content)},{len(content)}" for name, content in files.items()]
     files[f"{info}/RECORD"] = "\n".join([*rows, f"{info}/RECORD,,", ""]).encode()
     path = Path(folder) / f"vitdet-{version}-py3-none-any.whl"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    with zipfile.ZipFile(temporary, "w", zipfile.ZIP_DEFLATED) as archive:
+    with written(path) as temporary, zipfile.ZipFile(temporary, "w", zipfile.ZIP_DEFLATED) as archive:
         for name, content in files.items():
             entry = zipfile.ZipInfo(name, STAMP)
             entry.external_attr = 0o100644 << 16
             entry.compress_type = zipfile.ZIP_DEFLATED
             archive.writestr(entry, content)
-    os.replace(temporary, path)
     return path
 
 

@@ -20,6 +20,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from vitdet.config import Config, digest, flatten, load_config, save_config
+from vitdet.written import write_json
 
 COMPARED = ("data.dataset", "data.root", "data.train_split", "data.val_split", "data.max_images", "tracking.uri",
             "tracking.experiment", "tracking.model_name")
@@ -65,7 +66,7 @@ def prepare_data(configs: str, workspace: str, manifest: str) -> str:
         if expected != found:
             raise ValueError(f"{data.root} has {found} classes, but model.roi_heads.num_classes is {expected}; set it "
                              f"to {found}")
-    _write(manifest, described)
+    write_json(manifest, described)
     return described["digest"]
 
 
@@ -146,10 +147,9 @@ def evaluate(checkpoint: str, configs: str, name: str, manifest: str, workspace:
     from vitdet.stages import log_evaluation
 
     config = _checked(configs, name, manifest)
-    settings = [f"{key}={value}" for key, value in flatten(config).items() if key.split(".")[0] in ("data", "evaluate")]
-    metrics = measure(checkpoint, settings)
+    metrics = measure(checkpoint, config=config)
     run_id = log_evaluation(Path(checkpoint), metrics, config.tracking.uri, runs_folder(workspace))
-    _write(figures, {"name": name, "dataset_digest": _read(manifest)["digest"], "run_id": run_id,
+    write_json(figures, {"name": name, "dataset_digest": _read(manifest)["digest"], "run_id": run_id,
                      "metrics": metrics})
     return metrics
 
@@ -161,7 +161,7 @@ def judge(figures: str, configs: str, name: str, workspace: str, verdict: str) -
     row, settings = _read(figures), _config(configs, name).tracking
     found = champion.judge(row["metrics"].get("box_ap"), row["dataset_digest"], uri=settings.uri,
                            folder=runs_folder(workspace), model_name=settings.model_name)
-    _write(verdict, {**row, "passed": found.passed, "reason": found.reason})
+    write_json(verdict, {**row, "passed": found.passed, "reason": found.reason})
     return found.passed, found.reason
 
 
@@ -250,8 +250,3 @@ def _all(configs: str) -> list[Config]:
 
 def _read(path: str) -> dict:
     return json.loads(Path(path).read_text())
-
-
-def _write(path: str, content: dict) -> None:
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    Path(path).write_text(json.dumps(content, indent=1) + "\n")

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import tempfile
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from pathlib import Path
 from vitdet.data.foreign import Foreign, Picture
 from vitdet.data.voc import read_voc
 from vitdet.data.yolo import description, read_yolo
+from vitdet.written import written_folder
 
 READERS: dict[str, Callable[[Path], Foreign]] = {"yolo": read_yolo, "voc": read_voc}
 
@@ -43,16 +43,10 @@ def convert(source: Path, target: Path, kind: str = "", copy: bool = False) -> C
     if not source.exists():
         raise FileNotFoundError(f"{source}: no such folder")
     found = READERS[kind or _kind(source)](source)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-    try:
-        temporary.chmod(0o755)
+    with written_folder(target) as temporary:
         (temporary / "annotations").mkdir()
         writer = _Writer(temporary, found, copy)
         counts = {split: writer.write(split) for split in found.splits}
-        temporary.replace(target)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
     return Converted(counts, found.class_names, {note: count for note, count in found.notes.items() if count})
 
 

@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from vitdet.data.extract import crc32
+from vitdet.written import written
 
 NAME = "manifest.json"
 
@@ -91,14 +92,9 @@ def read(root: Path) -> Manifest:
 
 def write(root: Path, manifest: Manifest) -> None:
     """Writes the manifest, all or nothing, after everything it speaks of has reached the disk."""
-    temporary = root / f".{NAME}.{os.getpid()}.tmp"
-    try:
-        with open(temporary, "w") as file:
-            file.write(json.dumps(asdict(manifest), indent=1) + "\n")
+    with written(root / NAME) as temporary:
+        temporary.write_text(json.dumps(asdict(manifest), indent=1) + "\n")
         os.sync()
-        temporary.replace(root / NAME)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def verify(root: Path, contents: bool = False) -> str:

@@ -6,7 +6,6 @@ The page is one file and asks for nothing from outside. What it counts is what t
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from vitdet.data.check import check
 from vitdet.data.coco import CocoSplit, read_coco
 from vitdet.data.portrait import portrait, spread
 from vitdet.data.report import Finding, Report
+from vitdet.written import written
 
 PICTURES = 12
 FIRST = 30  # classes shown at once; the others open with a click
@@ -203,10 +203,5 @@ def _problems(report: Report) -> str:
 
 
 def _write(output: Path, page: str) -> None:
-    output.parent.mkdir(parents=True, exist_ok=True)
-    temporary = output.with_name(f".{output.name}.{os.getpid()}.tmp")
-    try:
+    with written(output) as temporary:
         temporary.write_text(page, encoding="utf-8")
-        temporary.replace(output)
-    finally:
-        temporary.unlink(missing_ok=True)

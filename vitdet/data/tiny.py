@@ -9,15 +9,14 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
-import shutil
 import sys
-import tempfile
 from functools import partial
 from pathlib import Path
 
 from PIL import Image
 
 from vitdet.data.scenes import CATEGORIES, VERSION, Scene, SceneObject, draw_scene
+from vitdet.written import written_folder
 
 __all__ = ["CATEGORIES", "PRETRAIN_SEED", "Scene", "SceneObject", "draw_scene", "make_tiny"]
 
@@ -37,24 +36,18 @@ def make_tiny(folder: Path, train: int = 4000, val: int = 200, seed: int = 0, pr
         raise ValueError(f"expected a seed from 0 to {PRETRAIN_SEED // 2 - 1}, got {seed}")
     if _is_there(folder, train, val, seed):
         return False
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:
-        temporary.chmod(0o755)
-        (temporary / "annotations").mkdir()
-        for order, (split, count) in enumerate((("train", train), ("val", val))):
-            (temporary / split).mkdir()
-            document = _write_split(temporary / split, count, 2 * seed + order, 1 + 500_000 * order, processes)
-            document["info"] = _info(split, count, seed)
-            (temporary / "annotations" / f"instances_{split}.json").write_text(json.dumps(document))
-        try:
-            temporary.replace(folder)
-        except OSError:  # another process has finished it meanwhile, as the pods of one job do that start together
-            if not _is_there(folder, train, val, seed):
-                raise
-            return False
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        with written_folder(folder) as temporary:
+            (temporary / "annotations").mkdir()
+            for order, (split, count) in enumerate((("train", train), ("val", val))):
+                (temporary / split).mkdir()
+                document = _write_split(temporary / split, count, 2 * seed + order, 1 + 500_000 * order, processes)
+                document["info"] = _info(split, count, seed)
+                (temporary / "annotations" / f"instances_{split}.json").write_text(json.dumps(document))
+    except OSError:
+        if not _is_there(folder, train, val, seed):
+            raise
+        return False  # another process has finished it meanwhile, as the pods of one job do that start together
     return True
 
 

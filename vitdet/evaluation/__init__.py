@@ -6,7 +6,6 @@ pasted there with threshold 0.5, boxes are written xywh without rounding.
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,7 +13,7 @@ import torch
 from torch import nn
 
 from vitdet import distributed
-from vitdet.config import Config, DataConfig, EvalConfig, load_config, save_config
+from vitdet.config import Config, DataConfig, EvalConfig, override
 from vitdet.data import read_split, val_loader
 from vitdet.data.coco import CocoSplit, read_tree
 from vitdet.data.layout import split_files
@@ -30,6 +29,7 @@ __all__ = ["detect", "detections_to_results", "evaluate", "evaluate_detector", "
            "write_report"]
 ARBITERS = {"coco": coco, "lvis": lvis}  # data.dataset -> how its AP is measured
 OF_FILES = {"coco": coco.compare, "lvis": lvis.compare_file}  # the same of results that anybody made
+SECTIONS = ("data", "evaluate")  # of a config, that an evaluation may change
 PIXELS = 2**26  # of pasted masks at a time: 64 MB
 
 
@@ -91,20 +91,25 @@ def detect(detector: nn.Module, data: DataConfig, settings: EvalConfig, device: 
     return [result for image_id in image_ids for result in found[image_id]], image_ids
 
 
-def evaluate(checkpoint: str | Path, overrides: Sequence[str] = (), *, pictures: str | Path | None = None,
-             plots: str | Path | None = None, device: torch.device | str | None = None) -> dict[str, float]:
+def evaluate(checkpoint: str | Path, overrides: Sequence[str] = (), *, config: Config | None = None,
+             pictures: str | Path | None = None, plots: str | Path | None = None,
+             device: torch.device | str | None = None) -> dict[str, float]:
     """Box and mask AP in percent of a checkpoint on its validation split, as {"box_ap": 51.6, "mask_ap": 45.9, ...}.
 
-    overrides change the data and evaluate settings in the checkpoint. Two folders, if given: `pictures` receives what
-    `write_pictures` writes, `plots` what `write_report` does. Under torchrun each process takes a share of the images
-    and all return the same. device: a GPU if there is one. Raises ValueError when the data set has other classes
-    than the checkpoint, or when an override changes another section, before anything is written.
+    The data and evaluate settings are the checkpoint's, or those of `config`, changed by overrides. Two folders, if
+    given: `pictures` receives what `write_pictures` writes, `plots` what `write_report` does. Under torchrun each
+    process takes a share of the images and all return the same. device: a GPU if there is one. Raises ValueError when
+    the data set has other classes than the checkpoint, or when an override changes another section, before anything is
+    written.
     """
     from vitdet.models import build_detector  # here: the AP of results needs neither models nor training
     from vitdet.training.checkpoint import restore_detector
 
     detector, stored, class_names = restore_detector(checkpoint)
-    config = _overridden(stored, overrides)
+    for one in overrides:
+        if one.split(".")[0].strip() not in SECTIONS:
+            raise ValueError(f"override {one!r}: only data.* and evaluate.* can change for a trained checkpoint")
+    config = override(stored, overrides, config, SECTIONS)
     if config.evaluate != stored.evaluate:
         rebuilt = build_detector(config.model, config.evaluate)
         rebuilt.load_state_dict(detector.state_dict())
@@ -174,15 +179,6 @@ def _detect_share(detector: nn.Module, data: DataConfig, split: CocoSplit, setti
                                                  batch.image_ids, strict=True):
             share[image_id] = detections_to_results(one, tuple(size), tuple(original), image_id, category_ids)
     return share
-
-
-def _overridden(config: Config, overrides: Sequence[str]) -> Config:
-    for override in overrides:
-        if override.split(".")[0].strip() not in ("data", "evaluate"):
-            raise ValueError(f"override {override!r}: only data.* and evaluate.* can change for a trained checkpoint")
-    with tempfile.TemporaryDirectory() as folder:
-        save_config(config, Path(folder) / "config.yaml")
-        return load_config(Path(folder) / "config.yaml", overrides)
 
 
 def _check_classes(checkpoint: str | Path, trained: Sequence[str], present: Sequence[str], data: DataConfig) -> None:

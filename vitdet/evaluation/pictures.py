@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +15,7 @@ from vitdet.data.coco import CocoSplit
 from vitdet.data.masks import decode
 from vitdet.data.records import Record
 from vitdet.predictor import Predictor, comfortable_scale, draw, paint, read_image
+from vitdet.written import written
 
 GAP = 8  # pixels between the two halves
 
@@ -30,12 +30,10 @@ def write_pictures(detector: nn.Module, data: DataConfig, folder: str | Path, co
     split = split or read_split(data, data.val_split)
     chosen = [split.records[i] for i in spread(len(split.records), count)]
     predictor = Predictor(detector, split.class_names, data.image_size, data.antialias)
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     was_training = detector.training
     detector.eval()
     try:
-        return [_write(_compare(record, predictor, threshold), folder / f"{record.image_id:012d}.jpg")
+        return [_write(_compare(record, predictor, threshold), Path(folder) / f"{record.image_id:012d}.jpg")
                 for record in chosen]
     finally:
         detector.train(was_training)
@@ -77,10 +75,6 @@ def _compare(record: Record, predictor: Predictor, threshold: float) -> Image.Im
 
 
 def _write(picture: Image.Image, path: Path) -> Path:
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}.tmp")
-    try:
+    with written(path) as temporary:
         picture.save(temporary, "JPEG", quality=90, subsampling=0)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
     return path

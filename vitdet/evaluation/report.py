@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -11,6 +9,7 @@ import numpy as np
 
 from vitdet.evaluation.coco import NAMES
 from vitdet.evaluation.matching import IOUS, RECALLS, Comparison
+from vitdet.written import write_json
 
 
 def class_rows(finished: Mapping[str, Comparison]) -> list[dict[str, str | float]]:
@@ -41,12 +40,5 @@ def curve_rows(finished: Mapping[str, Comparison], ious: Sequence[float] = (0.5,
 
 def write_report(folder: str | Path, finished: Mapping[str, Comparison], results: list[dict]) -> None:
     """Writes classes.json (AP of each class), curve.json (precision over recall) and results.json (as COCO)."""
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     for name, value in (("classes", class_rows(finished)), ("curve", curve_rows(finished)), ("results", results)):
-        temporary = folder / f".{name}.{os.getpid()}.tmp"
-        try:
-            temporary.write_text(json.dumps(value, indent=None if name == "results" else 1) + "\n")
-            temporary.replace(folder / f"{name}.json")
-        finally:
-            temporary.unlink(missing_ok=True)
+        write_json(Path(folder) / f"{name}.json", value, indent=None if name == "results" else 1)

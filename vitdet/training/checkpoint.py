@@ -1,13 +1,9 @@
-"""Files of a training: the state to go on from, and the finished detector. Plain data and tensors, no code.
-
-A file is written under another name and renamed when it is whole, so that a full disk or a kill leaves the old one.
-"""
+"""Files of a training: the state to go on from, and the finished detector. Plain data and tensors, no code."""
 
 from __future__ import annotations
 
 import errno
 import fcntl
-import os
 import pickle
 import re
 import zipfile
@@ -20,6 +16,7 @@ from torch import Tensor, nn
 
 from vitdet.config import Config, from_dict
 from vitdet.models import Detector, build_detector
+from vitdet.written import written
 
 FORMAT = "vitdet detector, version 1"
 STATE = "vitdet training state, version 1"
@@ -29,14 +26,9 @@ TORN = ("PytorchStreamWriter failed writing file", "unexpected pos")  # torch's 
 
 def save(path: Path, content: dict) -> None:
     """Writes plain data and tensors, all or nothing. Raises OSError with one line if the disk does not take it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with open(temporary, "wb") as file:
+        with written(path, sync=True) as temporary, open(temporary, "wb") as file:
             torch.save(content, file)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
     except (OSError, RuntimeError) as error:
         # torch hides the system's own error behind one of its archive
         cause = error.__context__ if isinstance(error.__context__, OSError) else error
@@ -45,8 +37,6 @@ def save(path: Path, content: dict) -> None:
             raise  # not the disk's fault
         advice = "; free some space and run the same command again" if torn or cause.errno in FULL else ""
         raise OSError(f"{path}: could not be written ({_first_line(cause)}){advice}") from error
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def load(path: Path, expected: str) -> dict:

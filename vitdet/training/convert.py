@@ -7,7 +7,6 @@ that shows whether the weights fit.
 from __future__ import annotations
 
 import json
-import os
 import pickle
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,6 +23,7 @@ from vitdet.weights import PACKAGED
 from vitdet.weights.convert import FORMATS, Format, mmdet, to_theirs
 from vitdet.weights.load import LOGITS, Source, fitted, read_source
 from vitdet.weights.resize import rescale_relative_positions
+from vitdet.written import written
 
 # What both systems compute in the same way but for these settings, which their weights do not show.
 FIXED = {
@@ -160,13 +160,9 @@ def _expect_suffix(path: Path, suffixes: tuple[str, ...], why: str) -> None:
 
 @contextmanager
 def _written(path: Path) -> Iterator[Path]:
-    """The name under which to write; the file takes its own when it is whole."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    """As `written`, but an error of the disk names the file."""
     try:
-        yield temporary
-        temporary.replace(path)
+        with written(path) as temporary:
+            yield temporary
     except OSError as error:
         raise OSError(f"{path}: could not be written ({error})") from error
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -29,6 +29,7 @@ from vitdet.models.attention import attend
 from vitdet.models.detector import PIXEL_MEAN, PIXEL_STD
 from vitdet.models.vit import Block, ViT
 from vitdet.weights import NOT_PRETRAINED
+from vitdet.written import written
 
 log = logging.getLogger(__name__)
 
@@ -150,7 +151,6 @@ def export(encoder: ViT, output: Path) -> None:
     """The backbone's weights as safetensors, under the names that they have in a detector."""
     weights = {f"backbone.{name}": tensor.detach().half().contiguous() for name, tensor in encoder.state_dict().items()
                if not any(part in name for part in NOT_PRETRAINED)}
-    temporary = output.with_name(f".{output.name}.tmp")
-    save_file(weights, temporary, metadata={"format": "pt", "holds": "backbone"})
-    temporary.replace(output)
+    with written(output) as temporary:
+        save_file(weights, temporary, metadata={"format": "pt", "holds": "backbone"})
 

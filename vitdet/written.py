@@ -1,0 +1,51 @@
+"""A file or folder that is whole or not there: it is written beside its place and takes its name when it is complete.
+
+A full disk or a kill so leaves the old one, and readers never see half of the new one.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+@contextmanager
+def written(path: Path, sync: bool = False) -> Iterator[Path]:
+    """The name under which to write the file; what was written there takes the name `path`, or if that fails is gone.
+
+    The folder is made. sync: the content reaches the disk before its name does, for when the machine goes down.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        if sync:
+            with open(temporary, "rb") as file:
+                os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def written_folder(path: Path) -> Iterator[Path]:
+    """The same for a folder. Raises OSError in the end where `path` is there and not an empty folder."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    try:
+        temporary.chmod(0o755)
+        yield temporary
+        temporary.replace(path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def write_json(path: str | Path, content: object, indent: int | None = 1) -> None:
+    """Writes a JSON file, whole or not at all."""
+    with written(Path(path)) as temporary:
+        temporary.write_text(json.dumps(content, indent=indent) + "\n")
