@@ -230,7 +230,7 @@ def test_killed_anywhere_and_run_again(web: Web, root: Path) -> None:
     process = start(web, root, "000000000005.jpg")  # stops in the middle of this image of both folders
     assert process.stdout.readline().startswith("here")
     assert (TRAIN, "bytes=9000-") in web.asked
-    until(lambda: (root / ".train2017.part" / "000000000004.jpg").exists())  # the other folder may have come so far first
+    until(lambda: (root / ".train2017.part" / "000000000004.jpg").exists())  # after the other folder
     kill(process)
     assert not (root / "train2017").exists()
     web.asked.clear()
