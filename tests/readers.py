@@ -37,9 +37,9 @@ def judged(data: DataConfig, content: bytes) -> Report:
         assert not isinstance(split, Exception) and not isinstance(truth, Exception), (split, truth)
         training = TrainData(split, data, seed=0)
         for position in range(2 * len(training.records)):
-            target = training[position][1]
+            (target,) = training[position].targets
             assert np.isfinite(target.boxes.numpy()).all() and len(target.labels) == len(target.boxes)
-        assert [sample[3] for sample in map(ValData(split.records, 64).__getitem__, range(len(split.records)))]
+        assert ValData(split.records, 64).__getitems__(range(len(split.records))).image_ids
         figures = evaluate_results(perfect(root, truth), path, data.dataset)
         assert all(0 <= value <= 100 + 1e-9 for value in figures.values())
     elif kinds <= FILES:

@@ -185,7 +185,9 @@ def test_colors_equal_the_steps_one_after_the_other() -> None:
 
 def test_pad_keeps_every_byte() -> None:
     image = np.asarray(_noise(5, 7))
-    assert np.array_equal(pad(Image.fromarray(image), 8)[:, :5, :7].transpose(1, 2, 0), image)
+    canvas = np.zeros((3, 8, 8), np.uint8)
+    pad(Image.fromarray(image), canvas)
+    assert np.array_equal(canvas[:, :5, :7].transpose(1, 2, 0), image) and not canvas[:, 5:].any()
 
 
 def _slow_bilinear(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:

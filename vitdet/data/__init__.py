@@ -8,10 +8,11 @@ from __future__ import annotations
 import gc
 import hashlib
 import logging
+import math
 import multiprocessing
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -19,8 +20,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
 from vitdet.config import DataConfig
 from vitdet.data import inventory
@@ -42,7 +42,7 @@ REDRAWS = 100  # images tried for one place in a batch until a crop holds an obj
 
 COCO_URL = re.compile(rb'"coco_url": *"[^"]*?([^/"]+/[^/"]+)"')  # reading 1 GB as JSON takes a minute
 
-Sample = tuple[Tensor, Target | None, tuple[int, int], int, tuple[int, int]]
+Sample = tuple[Target | None, tuple[int, int], int, tuple[int, int]]  # all but the pixels: targets, size, id, source
 
 
 def read_split(data: DataConfig, split: str, tree: dict | None = None, look: bool = True) -> CocoSplit:
@@ -68,7 +68,7 @@ def read_split(data: DataConfig, split: str, tree: dict | None = None, look: boo
 
 
 class TrainData(Dataset):
-    """Position of the infinite stream -> an augmented sample; images without a usable object are left out.
+    """Positions of the infinite stream -> a batch of augmented samples; images without a usable object are left out.
 
     With data.redraw_empty a crop without any object gives its place to one of any other image, as in mmdet.
     """
@@ -89,18 +89,25 @@ class TrainData(Dataset):
         self._cache: dict[int, tuple[Image.Image, np.ndarray]] = {}
         _keep_freed_memory()
 
-    def __getitem__(self, position: int) -> Sample:
+    def __getitems__(self, positions: Sequence[int]) -> Batch:
+        return make_batch(self.draw, positions, self.data.image_size)
+
+    def __getitem__(self, position: int) -> Batch:
+        return self.__getitems__([position])
+
+    def draw(self, position: int, canvas: np.ndarray) -> Sample:
+        """The sample, its image on the black `canvas` (3, S, S) uint8."""
         index = self.sampler[position]
         rng = np.random.default_rng((self.seed, position))
         for _ in range(REDRAWS):
-            sample = self._crop(index, rng)
+            sample = self._crop(index, rng, canvas)
             if sample is not None:
                 return sample
             index = int(rng.integers(len(self.records)))
         raise ValueError(f"{self.data.root}: {REDRAWS} crops one after the other without any object: the objects are "
                          "too few or have no area; data.redraw_empty=false takes such crops as they are")
 
-    def _crop(self, index: int, rng: np.random.Generator) -> Sample | None:
+    def _crop(self, index: int, rng: np.random.Generator, canvas: np.ndarray) -> Sample | None:
         """The image under an affine drawn now; None if that shows no object and data.redraw_empty is set."""
         record, data = self.records[index], self.data
         affine = jitter(rng, (record.height, record.width), data.image_size, data.scale_range, data.flip,
@@ -112,8 +119,8 @@ class TrainData(Dataset):
             return None
         target = Target(torch.from_numpy(boxes[keep]), torch.from_numpy(record.labels[keep]),
                         Polygons(torch.from_numpy(edges[keep])))
-        canvas = pad(affine.seen(image, data.antialias), data.image_size)
-        return torch.from_numpy(canvas), target, affine.size, record.image_id, affine.source
+        pad(affine.seen(image, data.antialias), canvas)
+        return target, affine.size, record.image_id, affine.source
 
     def _load(self, index: int, record: Record) -> tuple[Image.Image, np.ndarray]:
         if index in self._cache:
@@ -126,7 +133,7 @@ class TrainData(Dataset):
 
 
 class ValData(Dataset):
-    """Index -> an image of the records, longest side = canvas, without targets."""
+    """Indices -> a batch of these images of the records, longest side = canvas, without targets."""
 
     def __init__(self, records: Records, image_size: int, antialias: bool = True) -> None:
         self.records = records
@@ -136,19 +143,39 @@ class ValData(Dataset):
     def __len__(self) -> int:
         return len(self.records)
 
-    def __getitem__(self, index: int) -> Sample:
+    def __getitems__(self, indices: Sequence[int]) -> Batch:
+        return make_batch(self.draw, indices, self.image_size)
+
+    def __getitem__(self, index: int) -> Batch:
+        return self.__getitems__([index])
+
+    def draw(self, index: int, canvas: np.ndarray) -> Sample:
+        """The image on the black `canvas` (3, S, S) uint8, and what is known of it."""
         record = self.records[index]
         source = (record.height, record.width)
-        canvas, size = resize_and_pad(read_image(record.path, source), self.image_size, self.antialias)
-        return torch.from_numpy(canvas), None, size, record.image_id, source
+        _, size = resize_and_pad(read_image(record.path, source), self.image_size, self.antialias, canvas)
+        return None, size, record.image_id, source
 
 
-def collate(samples: list[Sample]) -> Batch:
-    """Samples as one batch; without ground truth, its targets are an empty list."""
-    images, targets, sizes, image_ids, originals = zip(*samples, strict=True)
-    stacked = np.stack([image.numpy() for image in images])  # torch.stack starts threads: 20 ms on a busy processor
-    return Batch(torch.from_numpy(stacked), [target for target in targets if target is not None],
+def make_batch(draw: Callable[[int, np.ndarray], Sample], indices: Sequence[int], size: int) -> Batch:
+    """The samples of `indices` as one batch. Each writes its pixels to their place in it: a worker holds them once.
+
+    Without ground truth, the targets are an empty list.
+    """
+    shape = (len(indices), 3, size, size)
+    if get_worker_info() is None:
+        images = torch.zeros(shape, dtype=torch.uint8)
+    else:  # in what the processes share, where torch would copy it to, as `default_collate` does; new, it is zero
+        images = torch.empty(0, dtype=torch.uint8).set_(torch.UntypedStorage._new_shared(math.prod(shape)), 0, shape)
+    samples = [draw(index, canvas) for index, canvas in zip(indices, images.numpy(), strict=True)]
+    targets, sizes, image_ids, originals = zip(*samples, strict=True)
+    return Batch(images, [target for target in targets if target is not None],
                  torch.tensor(sizes), tuple(image_ids), torch.tensor(originals))
+
+
+def as_it_is(batch: Batch) -> Batch:
+    """What a data loader is to do with a batch."""
+    return batch
 
 
 def train_loader(
@@ -234,7 +261,7 @@ def _with_objects(split: CocoSplit) -> Records:
 
 def _processes(workers: int) -> dict:
     multiprocessing.set_forkserver_preload(["__main__", __name__])  # where a server forks workers, it imports torch
-    return {"num_workers": workers, "persistent_workers": workers > 0, "collate_fn": collate,
+    return {"num_workers": workers, "persistent_workers": workers > 0, "collate_fn": as_it_is,
             "pin_memory": torch.cuda.is_available(), "worker_init_fn": _start_worker}
 
 
