@@ -14,8 +14,8 @@ from torch import nn
 from vitdet import distributed
 from vitdet.config import DataConfig, EvalConfig
 from vitdet.data.masks import decode
+from vitdet.data.portrait import spread
 from vitdet.evaluation import detect, detections_to_results, evaluate, evaluate_detector, write_pictures
-from vitdet.evaluation.pictures import spread
 from vitdet.types import Detections
 
 
@@ -165,19 +165,6 @@ def test_the_detectors_mode_is_put_back(spots, training, tmp_path):
     with pytest.raises(ValueError, match="3.png"):
         evaluate_detector(detector, spots, EvalConfig(batch_size=5))
     assert detector.training is training
-
-
-def test_bf16_is_autocast_and_other_precisions_are_refused(spots):
-    class Asks(BrightSpot):
-        def look(self, image):
-            seen.add(torch.is_autocast_enabled("cpu"))
-            return super().look(image)
-
-    seen = set()
-    detect(Asks(), spots, EvalConfig(), precision="bf16")
-    assert seen == {True}
-    with pytest.raises(ValueError, match="fp16"):
-        detect(Asks(), spots, EvalConfig(), precision="fp16")
 
 
 def test_a_checkpoint_has_the_figures_that_its_training_ended_with(trained, tiny, tmp_path):

@@ -14,6 +14,8 @@ import numpy as np
 from PIL import Image
 
 from vitdet.data.charts import doubling, ranges
+from vitdet.data.palette import class_color
+from vitdet.data.scenes import CATEGORIES
 
 Run = Callable[..., tuple[int, str, str]]
 VOID = {"meta", "img", "input"}
@@ -91,6 +93,7 @@ def test_an_outline_is_drawn_where_it_is(vitdet: Run, own_tiny: Path, tmp_path: 
     assert 'd="M3.0,4.0 53.0,4.0 3.0,64.0Z"/><rect class="box" x="3.0" y="4.0" width="50.0" height="60.0"/>' in page
     (path,) = re.findall(r'd="M([^"Z]*)Z"/><rect class="box" x="20.0" y="10.0" width="1.0"', page)
     points = np.array([[float(value) for value in point.split(",")] for point in path.split()])
+    assert f'<g style="--c:rgb{class_color(0)}"><title>{CATEGORIES[1]}</title><path class="mask" d="M3.0,4.0' in page
     assert np.abs(points.min(axis=0) - (20, 10)).max() <= 0.5 and np.abs(points.max(axis=0) - (21, 40)).max() <= 0.5
 
 

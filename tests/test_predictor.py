@@ -9,8 +9,9 @@ from torch import nn
 from tests.small import CLASSES, SIDE, small_detector
 from vitdet import predictor as predictor_module
 from vitdet.data.masks import paste
+from vitdet.data.palette import class_color
 from vitdet.data.transforms import resize_and_pad
-from vitdet.predictor import Predictor, _shrunk, class_color, comfortable_scale, draw, read_image, to_image
+from vitdet.predictor import Predictor, _shrunk, comfortable_scale, draw, read_image, to_image
 from vitdet.types import Detections
 
 NAMES = ("cat", "dog", "bird")

@@ -7,7 +7,6 @@ Letters: N objects, H, W height and width in pixels.
 
 from __future__ import annotations
 
-import colorsys
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -20,10 +19,10 @@ from torch import Tensor, nn
 
 from vitdet.data.images import open_image, upright
 from vitdet.data.masks import paste
+from vitdet.data.palette import class_color
 from vitdet.data.transforms import resize_and_pad
 from vitdet.types import Detections
 
-GOLDEN = 0.618034  # of the circle of hues: neighbours in the list of classes get far colours, however many there are
 COMFORTABLE = 768  # pixels of the longest side; smaller images are drawn enlarged, so that names can be read
 DARK, FILL, SHADOW = (15, 15, 15), 0.42, 0.5  # colour of the shadow that lines cast on a like background; opacities
 Picture = str | Path | Image.Image | np.ndarray | Tensor
@@ -147,13 +146,6 @@ def paint(picture: Image.Image, boxes: Tensor, labels: Sequence[int], captions: 
     for i in reversed(order):  # small objects choose a place for their name first
         taken.append(_paint_caption(canvas, corners[i], captions[i], colors[i], font, taken))
     return canvas
-
-
-def class_color(label: int) -> tuple[int, int, int]:
-    """The colour of a class, the same in every picture."""
-    value, saturation = ((1.0, 0.80), (0.86, 0.62), (1.0, 0.48))[label // 7 % 3]
-    red, green, blue = colorsys.hsv_to_rgb((0.58 + label * GOLDEN) % 1, saturation, value)
-    return round(255 * red), round(255 * green), round(255 * blue)
 
 
 def _area(box: Sequence[float]) -> float:

@@ -12,11 +12,11 @@ from vitdet.data.charts import text
 from vitdet.data.coco import read_image
 from vitdet.data.masks import decode
 from vitdet.data.outlines import trace
+from vitdet.data.palette import class_color
 from vitdet.data.records import Record
 
 SIDE = 560  # pixels of the longer side
 TOLERANCE = 0.5  # pixels by which the outline of an RLE may leave its pixels
-GOLDEN = 222.5  # degrees of the circle of hues from class to class: neighbours in the list are far apart
 
 
 def portrait(record: Record, class_names: Sequence[str], split: str) -> str:
@@ -48,7 +48,7 @@ def _thing(record: Record, index: int, class_names: Sequence[str]) -> str:
     side = max(record.width, record.height) / 34  # of a letter
     wide, low = side * (0.62 * len(class_names[label]) + 0.6), max(y0, 1.25 * side)
     left = max(min(x0, record.width - wide), 0)
-    return (f'<g style="--c:hsl({label * GOLDEN % 360:.0f} 90% 58%)"><title>{name}</title>'
+    return (f'<g style="--c:rgb{class_color(label)}"><title>{name}</title>'
             f'<path class="mask" d="{path}"/>'
             f'<rect class="box" x="{x0:.1f}" y="{y0:.1f}" width="{x1 - x0:.1f}" height="{y1 - y0:.1f}"/>'
             f'<g class="name"><rect x="{left:.1f}" y="{low - 1.25 * side:.1f}" width="{wide:.1f}" '

@@ -52,16 +52,15 @@ def detections_to_results(detections: Detections, size: tuple[int, int], origina
                                                strict=True)]
 
 
-def evaluate_detector(detector: nn.Module, data: DataConfig, settings: EvalConfig, device: torch.device | str = "cpu",
-                      precision: str = "fp32") -> tuple[dict[str, float], list[dict]]:
+def evaluate_detector(detector: nn.Module, data: DataConfig, settings: EvalConfig,
+                      device: torch.device | str = "cpu") -> tuple[dict[str, float], list[dict]]:
     """Box and mask AP in percent on the validation split, and the COCO results (sorted by image) that they come from.
 
     The detector lies on `device`; its mode is put back afterwards. Under several processes each takes a share of the
-    images and all return the same figures, the first alone the results (those of LVIS take 5 GB). Raises ValueError for
-    a precision other than fp32 and bf16.
+    images and all return the same figures, the first alone the results (those of LVIS take 5 GB).
     """
     truth, split = _read(data)
-    results, image_ids = detect(detector, data, settings, device, precision, split)
+    results, image_ids = detect(detector, data, settings, device, split)
     metrics = {}
     if distributed.rank() == 0:
         arbiter = ARBITERS[data.dataset]
@@ -70,18 +69,15 @@ def evaluate_detector(detector: nn.Module, data: DataConfig, settings: EvalConfi
 
 
 def detect(detector: nn.Module, data: DataConfig, settings: EvalConfig, device: torch.device | str = "cpu",
-           precision: str = "fp32", split: CocoSplit | None = None) -> tuple[list[dict], list[int]]:
+           split: CocoSplit | None = None) -> tuple[list[dict], list[int]]:
     """The COCO results of `evaluate_detector` without the comparison, and the ids of the images that were looked at.
 
     split: the validation split, if it was read before. Of several processes the first has those of all, others none.
     """
-    if precision not in ("fp32", "bf16"):
-        raise ValueError(f"precision of an evaluation is fp32 or bf16, got {precision!r}")
     was_training = detector.training
     detector.eval()
     try:
-        share = _detect_share(detector, data, split or read_split(data, data.val_split), settings,
-                              torch.device(device), precision == "bf16")
+        share = _detect_share(detector, data, split or read_split(data, data.val_split), settings, device)
     finally:
         detector.train(was_training)
     found: dict[int, list[dict]] = {}
@@ -119,7 +115,7 @@ def evaluate(checkpoint: str | Path, overrides: Sequence[str] = (), *, config: C
     with distributed.process_group() as own_device:
         device = device or own_device
         detector = detector.to(device).eval()
-        results, image_ids = detect(detector, config.data, config.evaluate, device, split=split)
+        results, image_ids = detect(detector, config.data, config.evaluate, device, split)
         metrics = {}
         if distributed.rank() == 0:
             arbiter = ARBITERS[config.data.dataset]
@@ -168,13 +164,12 @@ def _read(data: DataConfig) -> tuple[Truth, CocoSplit]:
 
 
 @torch.no_grad()
-def _detect_share(detector: nn.Module, data: DataConfig, split: CocoSplit, settings: EvalConfig, device: torch.device,
-                  bf16: bool) -> dict[int, list[dict]]:
+def _detect_share(detector: nn.Module, data: DataConfig, split: CocoSplit, settings: EvalConfig,
+                  device: torch.device | str) -> dict[int, list[dict]]:
     category_ids = split.category_ids
     share = {}
     for batch in val_loader(data, settings.batch_size, distributed.rank(), distributed.world_size(), split):
-        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-            found = detector(batch.images.to(device, non_blocking=True), None, batch.sizes.to(device))
+        found = detector(batch.images.to(device, non_blocking=True), None, batch.sizes.to(device))
         for one, size, original, image_id in zip(found, batch.sizes.tolist(), batch.originals.tolist(),
                                                  batch.image_ids, strict=True):
             share[image_id] = detections_to_results(one, tuple(size), tuple(original), image_id, category_ids)

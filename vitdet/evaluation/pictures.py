@@ -13,6 +13,7 @@ from vitdet.config import DataConfig
 from vitdet.data import read_split
 from vitdet.data.coco import CocoSplit
 from vitdet.data.masks import decode
+from vitdet.data.portrait import spread
 from vitdet.data.records import Record
 from vitdet.predictor import Predictor, comfortable_scale, draw, paint, read_image
 from vitdet.written import written
@@ -37,12 +38,6 @@ def write_pictures(detector: nn.Module, data: DataConfig, folder: str | Path, co
                 for record in chosen]
     finally:
         detector.train(was_training)
-
-
-def spread(length: int, count: int) -> list[int]:
-    """At most `count` different indices below `length`, evenly spread."""
-    count = min(length, count)
-    return [(2 * i + 1) * length // (2 * count) for i in range(count)]
 
 
 def draw_truth(record: Record, class_names: tuple[str, ...]) -> Image.Image:
