@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from vitdet.data.coco import read_coco
-from vitdet.data.masks import decode, edges, encode, paste
+from vitdet.data.masks import decode, edges_of, encode, paste
 
 SAMPLE = Path(__file__).parents[2] / "shared" / "data" / "coco-sample"
 
@@ -33,13 +33,13 @@ def _closes(lines: np.ndarray) -> bool:
 
 def test_polygon_parts_turn_alike_and_unite() -> None:
     square, turned = [1, 1, 7, 1, 7, 7, 1, 7], [4, 4, 4, 9, 9, 9, 9, 4]  # one clockwise, one not, overlapping
-    found = edges([[square, turned], [square]], 12, 12)
-    assert found.shape == (2, 8, 4) and found.dtype == torch.float32
+    found = edges_of([[square, turned], [square]], 12, 12)
+    assert found.shape == (2, 8, 4) and found.dtype == np.float32
     assert not found[1, 4:].any()
     expected = np.zeros((12, 12), bool)
     expected[1:7, 1:7] = expected[4:9, 4:9] = True
-    assert np.array_equal(_rasterise(found[0].numpy(), 12, 12), expected)
-    assert _closes(found[0].numpy())
+    assert np.array_equal(_rasterise(found[0], 12, 12), expected)
+    assert _closes(found[0])
 
 
 def test_rle_outline_is_exact() -> None:
@@ -47,22 +47,22 @@ def test_rle_outline_is_exact() -> None:
     for density in (0.1, 0.5, 0.9, 1.0):
         pixels = rng.random((17, 23)) < density
         (rle,) = encode(torch.from_numpy(pixels)[None])
-        found = edges([rle], 17, 23)[0].numpy()
+        found = edges_of([rle], 17, 23)[0]
         assert np.array_equal(_rasterise(found, 17, 23), pixels) and _closes(found)
         across = found[:, [1, 0, 3, 2]]  # exchanged axes need the horizontal edges
         assert np.array_equal(_rasterise(across, 23, 17), pixels.T)
 
 
 def test_a_rectangle_of_pixels_has_four_edges_also_uncompressed() -> None:
-    (found,) = edges([{"size": [4, 5], "counts": [5, 2, 2, 2, 9]}], 4, 5).numpy()  # columns 1, 2, rows 1, 2
+    (found,) = edges_of([{"size": [4, 5], "counts": [5, 2, 2, 2, 9]}], 4, 5)  # columns 1, 2, rows 1, 2
     assert sorted(map(tuple, found.tolist())) == [(1, 1, 1, 3), (1, 3, 3, 3), (3, 1, 1, 1), (3, 3, 3, 1)]
 
 
 def test_no_objects_and_empty_rle() -> None:
-    assert edges([], 4, 5).shape == (0, 0, 4)
-    assert edges([{"size": [4, 5], "counts": [20]}], 4, 5).shape == (1, 0, 4)
+    assert edges_of([], 4, 5).shape == (0, 0, 4)
+    assert edges_of([{"size": [4, 5], "counts": [20]}], 4, 5).shape == (1, 0, 4)
     with pytest.raises(ValueError, match="RLE of size"):
-        edges([{"size": [4, 5], "counts": [20]}], 5, 5)
+        edges_of([{"size": [4, 5], "counts": [20]}], 5, 5)
 
 
 def test_encode_is_read_back() -> None:
@@ -82,7 +82,7 @@ def test_real_outlines_cover_the_pixels_of_pycocotools() -> None:
         for one in record.segmentations[:6]:
             expected = decode(one, record.height, record.width)
             if expected.sum() >= 200:
-                ours = _rasterise(edges([one], record.height, record.width)[0].numpy(), record.height, record.width)
+                ours = _rasterise(edges_of([one], record.height, record.width)[0], record.height, record.width)
                 overlaps.append((ours & expected).sum() / (ours | expected).sum())
     assert len(overlaps) > 10 and np.mean(overlaps) > 0.95 and min(overlaps) > 0.8
 

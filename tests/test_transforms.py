@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from vitdet.data.bilinear import resize_bilinear
-from vitdet.data.masks import edges, pad_edges
+from vitdet.data.masks import edges_of
 from vitdet.data.transforms import (
     Affine,
     change_colors,
@@ -54,7 +54,7 @@ def test_a_rectangle_is_where_its_box_says(seed: int) -> None:
     affine = _draw(seed, scale_range=(0.5, 2.0), transpose=0.5)
     seen = np.asarray(affine.seen(Image.fromarray(image)))
     assert seen.shape[:2] == affine.size
-    outline = edges([_rectangle(50, 30, 100, 60)], 90, 140).numpy()
+    outline = edges_of([_rectangle(50, 30, 100, 60)], 90, 140)
     boxes, keep = visible_boxes(affine.edges(outline), affine.size)
     rows, columns = np.nonzero(seen[:, :, 0] > 127)
     if not keep[0]:
@@ -105,7 +105,7 @@ def _only(**changes: bool) -> Affine:
 
 @pytest.mark.parametrize("name", ["flip", "transpose"])
 def test_flip_and_transpose_twice_are_the_identity(name: str) -> None:
-    image, outline = _noise(30, 50), edges([[[3, 4, 20, 5, 11, 29]]], 30, 50).numpy()
+    image, outline = _noise(30, 50), edges_of([[[3, 4, 20, 5, 11, 29]]], 30, 50)
     affine = _only(**{name: True})
     once = np.asarray(affine.seen(image))
     back = affine if name == "flip" else Affine((50, 30), (30, 50), (0, 0), (30, 50), transpose=True)
@@ -115,7 +115,7 @@ def test_flip_and_transpose_twice_are_the_identity(name: str) -> None:
 
 
 def test_flip_mirrors_boxes_and_pixels() -> None:
-    image, outline = _noise(30, 50), edges([_rectangle(3, 4, 20, 29)], 30, 50).numpy()
+    image, outline = _noise(30, 50), edges_of([_rectangle(3, 4, 20, 29)], 30, 50)
     affine = _only(flip=True)
     assert np.array_equal(np.asarray(affine.seen(image)), np.asarray(image)[:, ::-1])
     assert visible_boxes(affine.edges(outline), (30, 50))[0].tolist() == [[30, 4, 47, 29]]
@@ -144,7 +144,7 @@ def test_boxes_are_those_of_the_clipped_polygons() -> None:
     for _ in range(300):  # star-shaped: no side crosses another
         center, turns = rng.uniform(-10, 50, 2), np.sort(rng.uniform(0, 2 * np.pi, rng.integers(3, 9)))
         polygons.append(center + rng.uniform(1, 60, (len(turns), 1)) * np.stack([np.cos(turns), np.sin(turns)], axis=1))
-    outlines = edges([[polygon.ravel().tolist()] for polygon in polygons], 30, 40).numpy()
+    outlines = edges_of([[polygon.ravel().tolist()] for polygon in polygons], 30, 40)
     boxes, keep = visible_boxes(outlines, (30, 40))
     seen = 0
     for polygon, box, kept in zip(polygons, boxes, keep, strict=True):
@@ -159,16 +159,16 @@ def test_boxes_are_those_of_the_clipped_polygons() -> None:
 
 
 def test_an_outline_around_the_window_fills_it_and_one_outside_is_dropped() -> None:
-    outlines = edges([_rectangle(-5, -5, 100, 100), _rectangle(50, 5, 60, 9), [[-30, 0, 0, -30, -30, -30]],
-                      _rectangle(40, 0, 45, 30), _rectangle(5, 5, 9, 5)], 30, 40).numpy()
+    outlines = edges_of([_rectangle(-5, -5, 100, 100), _rectangle(50, 5, 60, 9), [[-30, 0, 0, -30, -30, -30]],
+                         _rectangle(40, 0, 45, 30), _rectangle(5, 5, 9, 5)], 30, 40)
     boxes, keep = visible_boxes(outlines, (30, 40))
     assert keep.tolist() == [True, False, False, False, False]  # the fourth only touches, the fifth is flat
     assert boxes[0].tolist() == [0, 0, 40, 30]
-    assert visible_boxes(pad_edges([]), (30, 40))[0].shape == (0, 4)
+    assert visible_boxes(edges_of([], 30, 40), (30, 40))[0].shape == (0, 4)
 
 
 def test_padding_edges_stay_zero() -> None:
-    outlines = edges([_rectangle(1, 1, 9, 9), [[1, 1, 5, 1, 3, 7]]], 30, 50).numpy()
+    outlines = edges_of([_rectangle(1, 1, 9, 9), [[1, 1, 5, 1, 3, 7]]], 30, 50)
     moved = Affine((30, 50), (60, 100), (10, 20), (30, 40), flip=True).edges(outlines)
     assert outlines.shape == moved.shape == (2, 4, 4) and not moved[1, 3].any() and moved[0].any(axis=1).all()
 
@@ -260,7 +260,7 @@ def _published(rng: np.random.Generator, box: np.ndarray, source: tuple[int, int
 def test_scales_crops_flips_and_boxes_are_spread_as_published() -> None:
     """Kolmogorov and Smirnov's test of two samples, for each figure at a level of one in 1000."""
     count, source, box = 4000, (480, 640), np.array([400.0, 30.0, 610.0, 140.0])
-    outline = edges([_rectangle(*box)], *source).numpy()
+    outline = edges_of([_rectangle(*box)], *source)
     ours, theirs = [], []
     for seed in range(count):
         affine = _draw(seed, source, 1024)

@@ -51,7 +51,9 @@ class Polygons:
 
 @dataclass(frozen=True)
 class Bitmaps:
-    """Masks of G objects as pixels (G, H, W) bool on the canvas."""
+    """Masks of G objects as pixels (G, H, W) bool on the canvas: what detectron2 and mmdet may train on. Our data are
+    Polygons; these serve the comparisons with them.
+    """
 
     pixels: Tensor
 

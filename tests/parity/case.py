@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from vitdet.data.masks import edges
+from vitdet.data.masks import edges_of
 from vitdet.models.box_head import BoxHead
 from vitdet.models.detector import Detector
 from vitdet.models.losses import FederatedClassification, SoftmaxClassification
@@ -102,7 +102,8 @@ class Case:
             sizes.append((height, width))
             boxes, labels, masks = read_target(inputs, i, height, width)
             bitmaps.append(Target(boxes, labels, Bitmaps(masks)))
-            polygons.append(Target(boxes, labels, Polygons(edges(truth[i]["polygons"], height, width))))
+            edges = torch.from_numpy(edges_of(truth[i]["polygons"], height, width))
+            polygons.append(Target(boxes, labels, Polygons(edges)))
         return Case(config, weights, detector, images, torch.tensor(sizes), bitmaps, polygons, truth, inputs)
 
     def their_names(self) -> dict[str, str]:

@@ -26,7 +26,7 @@ from vitdet.config import DataConfig
 from vitdet.data import inventory
 from vitdet.data.coco import CocoSplit, read_coco, read_image
 from vitdet.data.layout import missing, split_files
-from vitdet.data.masks import outline, pad_edges
+from vitdet.data.masks import edges_of
 from vitdet.data.records import Record, Records
 from vitdet.data.samplers import InfiniteSampler, positions, repeat_factors
 from vitdet.data.transforms import jitter, pad, resize_and_pad, visible_boxes
@@ -126,7 +126,7 @@ class TrainData(Dataset):
         if index in self._cache:
             return self._cache[index]
         image = read_image(record.path, (record.height, record.width))
-        edges = pad_edges([outline(one, record.height, record.width) for one in record.segmentations])
+        edges = edges_of(record.segmentations, record.height, record.width)
         if self._small:
             self._cache[index] = image, edges
         return image, edges

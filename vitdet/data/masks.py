@@ -15,20 +15,14 @@ import torch.nn.functional as F
 from pycocotools import mask as rle
 from torch import Tensor
 
-CHUNK = 1 << 28  # pixels x detections that are pasted at once on an accelerator: 1 GiB of float32
 
-
-def edges(segmentations: Sequence[list | dict], height: int, width: int) -> Tensor:
+def edges_of(segmentations: Sequence[list | dict], height: int, width: int) -> np.ndarray:
     """Outlines (G, E, 4) float32 of COCO polygons or RLEs on an image of height x width, as `types.Polygons` holds
     them: x0, y0, x1, y1 in pixels, parts closed and turning alike, rows padded with zero edges.
 
     Raises ValueError for an RLE of another size.
     """
-    return torch.from_numpy(pad_edges([outline(one, height, width) for one in segmentations]))
-
-
-def pad_edges(outlines: Sequence[np.ndarray]) -> np.ndarray:
-    """Outlines (E_i, 4) as one array (G, E, 4) float32; E is the longest, the others end in zero edges."""
+    outlines = [outline(one, height, width) for one in segmentations]
     padded = np.zeros((len(outlines), max(map(len, outlines), default=0), 4), np.float32)
     for row, lines in zip(padded, outlines, strict=True):
         row[: len(lines)] = lines
@@ -72,40 +66,30 @@ def encode(bitmaps: Tensor) -> list[dict]:
 
 @torch.no_grad()
 def paste(masks: Tensor, boxes: Tensor, size: tuple[int, int], threshold: float = 0.5) -> Tensor:
-    """Bitmaps (N, H, W) bool of masks (N, M, M) probabilities put into boxes (N, 4) xyxy on an image of (H, W) `size`.
+    """Bitmaps (N, H, W) bool of masks (N, M, M) probabilities put into boxes (N, 4) xyxy on an image of (H, W) `size`,
+    all on the CPU.
 
     A pixel belongs to the mask where the probability at its centre is at least `threshold` (above 0).
     """
     height, width = size
-    pasted = torch.zeros(len(masks), height, width, dtype=torch.bool, device=masks.device)
-    if masks.device.type != "cpu":
-        step = max(CHUNK // (height * width), 1)
-        for start in range(0, len(masks), step):
-            part = slice(start, start + step)
-            pasted[part] = _sample(masks[part], boxes[part], (0, 0, width, height)) >= threshold
-        return pasted
+    pasted = torch.zeros(len(masks), height, width, dtype=torch.bool)
     low = (boxes[:, :2].floor() - 1).clamp(min=0).long()
     high = torch.minimum(boxes[:, 2:].ceil().long() + 1, torch.tensor([width, height]))
     for index, (x0, y0, x1, y1) in enumerate(torch.cat([low, high], dim=1).tolist()):
         if x0 < x1 and y0 < y1:  # outside this region all is zero
-            inside = _sample(masks[index : index + 1], boxes[index : index + 1], (x0, y0, x1, y1))
-            pasted[index, y0:y1, x0:x1] = inside[0] >= threshold
+            pasted[index, y0:y1, x0:x1] = _sample(masks[index], boxes[index], (x0, y0, x1, y1)) >= threshold
     return pasted
 
 
-def _sample(masks: Tensor, boxes: Tensor, region: tuple[int, int, int, int]) -> Tensor:
-    """Probabilities (N, h, w) at the pixel centres of a region x0, y0, x1, y1."""
+def _sample(mask: Tensor, box: Tensor, region: tuple[int, int, int, int]) -> Tensor:
+    """Probabilities (h, w) of one mask at the pixel centres of a region x0, y0, x1, y1."""
     x0, y0, x1, y1 = region
-    boxes = boxes.float()
-    low, sides = boxes[:, :2], (boxes[:, 2:] - boxes[:, :2]).clamp(min=1e-9)  # an empty box holds no pixel centre
-    x = torch.arange(x0, x1, device=masks.device, dtype=torch.float32) + 0.5
-    y = torch.arange(y0, y1, device=masks.device, dtype=torch.float32) + 0.5
-    x = (x - low[:, :1]) / sides[:, :1] * 2 - 1
-    y = (y - low[:, 1:]) / sides[:, 1:] * 2 - 1
-    grid = torch.stack(
-        [x[:, None, :].expand(-1, y1 - y0, -1), y[:, :, None].expand(-1, -1, x1 - x0)], dim=3
-    )
-    return F.grid_sample(masks.float()[:, None], grid, mode="bilinear", padding_mode="zeros", align_corners=False)[:, 0]
+    box = box.float()
+    low, sides = box[:2], (box[2:] - box[:2]).clamp(min=1e-9)  # an empty box holds no pixel centre
+    x = (torch.arange(x0, x1, dtype=torch.float32) + 0.5 - low[0]) / sides[0] * 2 - 1
+    y = (torch.arange(y0, y1, dtype=torch.float32) + 0.5 - low[1]) / sides[1] * 2 - 1
+    grid = torch.stack([x.expand(y1 - y0, -1), y[:, None].expand(-1, x1 - x0)], dim=2)
+    return F.grid_sample(mask.float()[None, None], grid[None], padding_mode="zeros", align_corners=False)[0, 0]
 
 
 def _closed(part: Sequence[float]) -> np.ndarray:

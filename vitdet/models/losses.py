@@ -19,7 +19,9 @@ def classification(logits: Tensor, labels: Tensor) -> Tensor:
 
 def federated_classes(labels: Tensor, weights: Tensor, num: int, draw: bool = True) -> Tensor:
     """The classes (F,) that a batch is judged on: those present (background K among them) and, up to `num` in all,
-    others drawn by weight (K,) without replacement (or the heaviest, with draw=False). Zhou et al. (2103.07461).
+    others drawn by weight (K,) without replacement. Zhou et al. (2103.07461).
+
+    draw=False takes the heaviest instead: for comparisons with another implementation, whose draws would be others.
     """
     present = labels.unique()
     odds = torch.cat([weights.float(), weights.new_zeros(1)])
@@ -78,7 +80,7 @@ class SoftmaxClassification(nn.Module):
 
 class FederatedClassification(nn.Module):
     """Every class for itself, judged only on a sample of classes: LVIS. `class_weights` (K,) are the odds of a class
-    to be drawn, image_count ** 0.5 in the published models.
+    to be drawn, image_count ** 0.5 in the published models; `draw` as in `federated_classes`.
     """
 
     def __init__(self, class_weights: Tensor, num: int, draw: bool = True) -> None:

@@ -49,7 +49,9 @@ def mask_targets(masks: Polygons | Bitmaps, boxes: Tensor, size: int = SIZE) -> 
 
 
 def crop_bitmaps(pixels: Tensor, boxes: Tensor, size: int) -> Tensor:
-    """(R, H, W) bool and boxes (R, 4) -> (R, size, size) bool: RoIAlign of the bitmap, at least 1/2 (detectron2)."""
+    """(R, H, W) bool and boxes (R, 4) -> (R, size, size) bool: RoIAlign of the bitmap, at least 1/2 (detectron2), for
+    comparisons with it.
+    """
     index = torch.arange(len(boxes), device=boxes.device, dtype=boxes.dtype)
     rois = torch.cat([index[:, None], boxes], dim=1).float()
     return roi_align(pixels[:, None].float(), rois, size, 1.0, 0, aligned=True)[:, 0] >= 0.5

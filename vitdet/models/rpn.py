@@ -35,7 +35,9 @@ class Anchored(NamedTuple):
 
 
 class Proposals(NamedTuple):
-    """Boxes (N, 4) of one image, best first, and their objectness logits (N,)."""
+    """Boxes (N, 4) of one image, best first, and their objectness logits (N,), which are for comparisons alone: the
+    RoI heads look at the boxes.
+    """
 
     boxes: Tensor
     logits: Tensor
