@@ -20,6 +20,7 @@ from vitdet.config import (
     flatten,
     from_dict,
     load_config,
+    override,
     recipes,
     save_config,
     to_dict,
@@ -30,6 +31,16 @@ def write(folder: Path, text: str) -> Path:
     path = folder / "own.yaml"
     path.write_text(text)
     return path
+
+
+def test_a_config_takes_sections_of_another_and_then_overrides() -> None:
+    ours, theirs = Config(), load_config("tiny")
+    found = override(ours, ["data.workers=7", "optim.lr=1e-5"], theirs, ("data", "evaluate"))
+    assert found == replace(ours, data=replace(theirs.data, workers=7), evaluate=theirs.evaluate,
+                            optim=replace(ours.optim, lr=1e-5))
+    assert override(ours, []) == ours and theirs.data != ours.data
+    with pytest.raises(ValueError, match="data.worker: no such setting; did you mean 'workers'"):
+        override(ours, ["data.worker=1"], theirs)
 
 
 @pytest.mark.parametrize("name", recipes())

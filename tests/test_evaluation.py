@@ -12,7 +12,7 @@ from pycocotools import mask as rle
 from torch import nn
 
 from vitdet import distributed
-from vitdet.config import DataConfig, EvalConfig
+from vitdet.config import DataConfig, EvalConfig, load_config, override
 from vitdet.data.masks import decode
 from vitdet.data.portrait import spread
 from vitdet.evaluation import detect, detections_to_results, evaluate, evaluate_detector, write_pictures
@@ -189,7 +189,8 @@ def test_the_annotation_file_is_read_once(trained, tmp_path, monkeypatch):
 
 
 def test_settings_of_the_evaluation_can_change(trained, tmp_path):
-    evaluate(trained / "model.pt", ["evaluate.max_detections=1"], plots=tmp_path)
+    other = override(load_config(trained / "config.yaml"), ["evaluate.max_detections=1", "evaluate.nms_iou=0.25"])
+    evaluate(trained / "model.pt", ["evaluate.nms_iou=0.5"], config=other, plots=tmp_path)
     images = [one["image_id"] for one in json.loads((tmp_path / "results.json").read_text())]
     assert len(images) == len(set(images)) == 4
 

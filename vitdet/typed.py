@@ -36,11 +36,11 @@ def overridden(kind: type[Tree], tree: dict, overrides: Sequence[str]) -> Tree:
             node = node[parent]
             if not isinstance(node, dict):
                 raise ValueError(f"{key}: {'.'.join(parents[: depth + 1])} is a setting, not a section")
-        node[leaf] = parse(kind, key.strip(), text)
+        node[leaf] = _parse(kind, key.strip(), text)
     return build(kind, tree)
 
 
-def parse(kind: type, key: str, text: str) -> object:
+def _parse(kind: type, key: str, text: str) -> object:
     """The value of a setting from text: as in YAML, but a setting that is text stays as it is."""
     if settings(kind).get(key) is str and not text.strip().startswith(("'", '"')):
         return text.strip()  # YAML would make a number of a folder called 2017, and a comment of its #
