@@ -15,7 +15,7 @@ def test_a_file_is_made_with_its_folder_and_takes_the_place_of_a_link(tmp_path: 
     assert (tmp_path / "a" / "b" / "new.json").read_text() == '{\n "x": [\n  1\n ]\n}\n'
     (tmp_path / "link").symlink_to(tmp_path / "a" / "b" / "new.json")
     write_json(tmp_path / "link", 1, indent=None)
-    assert not (tmp_path / "link").is_symlink() and (tmp_path / "a" / "b" / "new.json").stat().st_size == 18
+    assert not (tmp_path / "link").is_symlink() and (tmp_path / "a" / "b" / "new.json").stat().st_size == 19
     assert {path.name for path in tmp_path.rglob("*")} == {"a", "b", "new.json", "link"}
 
 
