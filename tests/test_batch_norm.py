@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import socket
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -67,11 +68,10 @@ def test_the_average_of_the_weights_holds_that_of_the_statistics() -> None:
     torch.testing.assert_close(model[1].running_mean, started + 8)
 
 
-def one_of_two(rank: int, port: int, root: Path, folder: Path) -> None:
+def one_of_two(rank: int, ports: list[int], root: Path, folder: Path) -> None:
     """Trains in one go, and again with a stop after step 4; notes what it is told and what it evaluates."""
     torch.set_num_threads(1)
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
-                   "MASTER_PORT": str(port)}
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
     said: list[str] = []
     handler = logging.Handler()
     handler.emit = lambda record: said.append(record.getMessage())
@@ -86,22 +86,27 @@ def one_of_two(rank: int, port: int, root: Path, folder: Path) -> None:
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
 
-    config = small(root)
+    def together(output: str) -> None:  # on a port of its own: the one before may not have closed yet
+        os.environ["MASTER_PORT"] = str(ports.pop())
+        train(small(root), folder / output)
+
     trainer.evaluate_detector = listening
-    train(config, folder / "whole")
+    together("whole")
     (folder / f"rank{rank}.json").write_text(json.dumps([said, norms]))
     trainer.evaluate_detector = interrupted  # in both, after step 4
     with pytest.raises(KeyboardInterrupt):
-        train(config, folder / "cut")
+        together("cut")
     trainer.evaluate_detector = evaluate
-    train(config, folder / "cut")
+    together("cut")
 
 
 def test_two_processes_without_gpus(tiny: Path, tmp_path: Path) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    multiprocessing.spawn(one_of_two, (port, tiny, tmp_path), nprocs=2)
+    with ExitStack() as stack:
+        free = [stack.enter_context(socket.socket()) for _ in range(3)]
+        for one in free:
+            one.bind(("127.0.0.1", 0))
+        ports = [one.getsockname()[1] for one in free]
+    multiprocessing.spawn(one_of_two, (ports, tiny, tmp_path), nprocs=2)
     same_bits(tmp_path / "cut", tmp_path / "whole")
     (said, norms), (silent, others) = (json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in (0, 1))
     assert len(said) == 1 and "BatchNorm sees the images of its own process only: 2 processes" in said[0]

@@ -70,12 +70,17 @@ def test_images_of_before_are_compared_and_completed(get: Fetch, web: Web, root:
     (root / "manifest.json").unlink()
     (root / "train2017" / "000000000007.jpg").unlink()
     (root / "train2017" / "holiday.jpg").write_bytes(b"mine")
-    with pytest.raises(ValueError, match="train2017/holiday.jpg: not of train2017.zip, and 0 more files; move"):
-        get()
     web.asked.clear()
+    with pytest.raises(ValueError, match="train2017/holiday.jpg: not of train2017.zip; move it away"):
+        get()
+    (root / "train2017" / "holiday.jpg").rename(root / "train2017" / "000000000099.jpg")
+    (root / "train2017" / "000000000099.jpg").with_name("000000000098.jpg").write_bytes(b"mine")
     with pytest.raises(ValueError, match="train2017: has more than the 12 files of train2017.zip; move it away"):
         get()
-    assert web.asked == [] and (root / "train2017" / "holiday.jpg").read_bytes() == b"mine"
+    assert web.asked == [] and (root / "train2017" / "000000000099.jpg").read_bytes() == b"mine"
+    (root / "train2017" / "000000000098.jpg").unlink()
+    with pytest.raises(ValueError, match="train2017.*/000000000099.jpg: not of train2017.zip, and 0 more files; move"):
+        get()
 
 
 def test_a_link_is_refused_before_anything_is_asked_for(get: Fetch, web: Web, root: Path, tmp_path: Path) -> None:

@@ -15,7 +15,8 @@ from tests.conftest import MINIMAL, minimal, options
 from tests.test_fine_tuning import other_classes
 from vitdet import Predictor
 from vitdet.config import load_config, save_config
-from vitdet.data.layout import follow
+from vitdet.data.check import check
+from vitdet.data.layout import follow, missing, split_files
 from vitdet.training.checkpoint import load_model_file
 from vitdet.types import Detections
 
@@ -161,3 +162,25 @@ def test_other_names_are_not_evaluated(vitdet: Run, trained: Path, own_tiny: Pat
     code, _, err = vitdet("evaluate", trained / "model.pt", "--set", f"data.root={own_tiny}", "--output", "m.json")
     assert code == 1 and says in err and "its classes are not those that" in err, err
     assert not Path("m.json").exists()
+
+
+@pytest.mark.parametrize("rewrite", [
+    lambda text: b"\xef\xbb\xbf" + text.encode(), lambda text: text.encode("utf-16"),
+    lambda text: text.replace('"iscrowd"', '"score": NaN, "iscrowd"', 1).encode()], ids=["mark", "utf-16", "nan"])
+def test_what_the_check_accepts_has_its_classes_counted(own_tiny: Path, rewrite: Callable[[str], bytes]) -> None:
+    for path in (own_tiny / "annotations").iterdir():
+        content = json.loads(path.read_text())
+        content["categories"].append({"id": 99, "name": "seventh"})
+        path.write_bytes(rewrite(json.dumps(content)))
+    assert check(own_tiny, images=False).ok
+    override = f"data.root={own_tiny}"
+    config, found = follow(load_config("tiny", [override]), [override])
+    assert config.model.roi_heads.num_classes == 7 and found == {"model.roi_heads.num_classes": 7}
+
+
+def test_an_export_of_another_layout_is_named(own_tiny: Path) -> None:
+    shutil.move(own_tiny / "annotations" / "instances_train.json", own_tiny / "train" / "_annotations.coco.json")
+    shutil.rmtree(own_tiny / "annotations")
+    data = load_config("tiny", [f"data.root={own_tiny}"]).data
+    assert str(missing(split_files(data, "train")[0], data)).endswith(
+        "as in COCO's layout under data.root, found train/_annotations.coco.json")

@@ -20,6 +20,7 @@ LAUNCHER = '''
 import json, os
 
 def launch(**asked):
+    asked["finished"] = asked["finished"]()  # whether the training is complete
     with open(os.environ["CALLS"], "w") as file:
         json.dump(asked, file)
 '''
@@ -74,7 +75,8 @@ def test_a_pod_can_run_what_was_compiled(tmp_path: Path) -> None:
     asked = json.loads((tmp_path / "asked.json").read_text())
     config = asked.pop("task_config")
     assert asked == {"template": "backoffLimit: 4", "kind": "trainjob", "run_id": "run", "name": "tiny", "nodes": 2,
-                     "args": ["train", "tiny", "run"], "pool": "p", "image": "i:1", "workspace": "/data"}
+                     "args": ["train", "tiny", "run"], "pool": "p", "image": "i:1", "workspace": "/data",
+                     "finished": False}
     assert config == {"node_selector": {"a": "b"}, "tolerations": [{"key": "k"}], "volume_mounts": [{"name": "v"}],
                       "volumes": [{"name": "v"}], "env": [{"name": "E"}], "affinity": None, "resources": None}
     assert (tmp_path / "checkpoint").read_text() == "model"

@@ -89,7 +89,7 @@ def download(url: str, path: Path, watcher: Watcher, patience: Patience, size: i
                 raise ConnectionError(f"{url}: {broken}, {failures} times in a row; {_kept(here)}") from broken
             pause = min(max(patience.pause * 2 ** (failures - 1), broken.pause), patience.longest_pause)
             watcher.end()
-            log.warning("%s; next attempt in %.0f s", broken, pause)
+            log.warning("%s: %s; next attempt in %.0f s", path.name, broken, pause)
             time.sleep(pause)
         finally:
             watcher.end()

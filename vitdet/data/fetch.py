@@ -16,6 +16,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+import re
 import shutil
 import threading
 from collections.abc import Callable, Sequence
@@ -29,6 +30,7 @@ from vitdet.data.published import Archive
 from vitdet.data.together import Together, locked, side_by_side
 from vitdet.download import Patience, Watcher, discard, download, mirrored
 
+PICTURE = re.compile(r"\d{12}\.jpg")  # as all of COCO's are named
 BLOCK = 4096  # bytes that a disk gives a file at a time
 PATIENT = Patience()
 log = logging.getLogger(__name__)
@@ -89,7 +91,13 @@ def _check_places(todo: Sequence[Archive], root: Path) -> None:
         if folder.is_symlink():
             raise OSError(f"{folder}: a link; nothing is written through it. Remove it, or fetch into the folder above "
                           "the one that it leads to")
-        if not archive.members and folder.exists() and len(os.listdir(folder)) > archive.count:
+        if archive.members or not folder.exists():
+            continue
+        there = os.listdir(folder)
+        foreign = [name for name in there if not PICTURE.fullmatch(name)]
+        if foreign:
+            raise ValueError(f"{folder / min(foreign)}: not of {archive.name}; move it away and run the same again")
+        if len(there) > archive.count:
             raise ValueError(f"{folder}: has more than the {archive.count:,} files of {archive.name}; move it away and "
                              "run the same again")
 

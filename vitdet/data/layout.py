@@ -7,24 +7,18 @@ other: said when a training starts, stored with it, and refused where it is set 
 
 from __future__ import annotations
 
-import mmap
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-import msgspec
-
 from vitdet.config import Config, DataConfig, flatten
+from vitdet.data.entries import Entries, read_entries
 
 SPLITS = {  # setting -> what its split is commonly called, in the order in which they are looked for
     "data.train_split": ("train", "train2017", "train2014", "training"),
     "data.val_split": ("val", "val2017", "val2014", "valid", "validation"),
 }
 CLASSES = "model.roi_heads.num_classes"
-
-
-class _Categories(msgspec.Struct):
-    categories: list[msgspec.Raw]
 
 
 def split_files(data: DataConfig, split: str) -> tuple[Path, Path]:
@@ -53,6 +47,8 @@ def missing(path: Path, data: DataConfig) -> FileNotFoundError:
     else:
         there = (f"expected {path.name.replace(path.stem.rpartition('_')[2], 'SPLIT')} for each split, as in COCO's "
                  "layout under data.root")
+        other_files = sorted(str(one.relative_to(data.root)) for one in Path(data.root).glob("*/*.json"))
+        there += f", found {', '.join(other_files[:3])}" if other_files else ""
     return FileNotFoundError(f"{path}: not there; {there}")
 
 
@@ -83,8 +79,8 @@ def follow(config: Config, overrides: Sequence[str]) -> tuple[Config, dict[str, 
 def _count(annotations: Path) -> int | None:
     """The classes of an annotation file; None if it is none that training could use."""
     try:
-        with open(annotations, "rb") as file:
-            content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)  # the list stands behind 450 MB of others
-        return len(msgspec.json.decode(content, type=_Categories).categories) or None
-    except (OSError, ValueError, RecursionError):
+        content = read_entries(annotations)
+    except (OSError, ValueError):
         return None
+    categories = content.get("categories") if isinstance(content, dict) else None
+    return len(categories) or None if isinstance(categories, list | Entries) else None

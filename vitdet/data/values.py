@@ -16,7 +16,9 @@ def segmentation_problem(segmentation: object, size: tuple[int, int] | None) -> 
     """(kind, text) of the first thing that is wrong with polygons or an RLE on an image of (height, width) `size`."""
     if isinstance(segmentation, dict):
         return _rle_problem(segmentation, size)
-    if not isinstance(segmentation, list) or not segmentation:
+    if segmentation == []:
+        return "segmentation that is neither polygons nor RLE", "[] (where there is a box only, write its corners)"
+    if not isinstance(segmentation, list):
         return "segmentation that is neither polygons nor RLE", show(segmentation)
     for part in segmentation:
         if not isinstance(part, list):

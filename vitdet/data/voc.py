@@ -61,7 +61,8 @@ def _splits(source: Path) -> dict[str, list[str]]:
     """The IDs of each split; without trainval where train and val are there."""
     splits = {}
     for path in sorted((source / "ImageSets" / "Main").glob("*.txt")):
-        lines = [line.split() for line in path.read_text(errors="replace").splitlines() if line.strip()]
+        text = path.read_text(encoding="utf-8-sig", errors="replace")
+        lines = [line.split() for line in text.splitlines() if line.strip()]
         if lines and all(len(words) == 1 for words in lines):
             ids = list(dict.fromkeys(words[0] for words in lines))
             wrong = [one for one in ids if Path(one).is_absolute() or ".." in Path(one).parts]

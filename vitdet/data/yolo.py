@@ -76,7 +76,8 @@ def read_yolo(source: Path) -> Foreign:
 
 def _head(path: Path) -> dict:
     try:
-        head = yaml.load(path.read_text(), yaml.BaseLoader)  # scalars stay text: a class may be called "no"
+        # scalars stay text: a class may be called "no"
+        head = yaml.load(path.read_text(encoding="utf-8-sig"), yaml.BaseLoader)
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(f"{path}: not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(head, dict):
