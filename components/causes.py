@@ -28,6 +28,9 @@ class Cause:
     when: str = ""
     node: str = ""
     previous: bool = False  # the container runs again: its log is that of the instance before
+    container: str = ""
+    init: bool = False  # that is an init container
+    what: str = "pod"  # or "job", that has no pod
 
     @property
     def own(self) -> bool:
@@ -36,7 +39,9 @@ class Cause:
     def __str__(self) -> str:
         code = "" if self.exit_code is None else f", exit code {self.exit_code}{named_signal(self.exit_code)}"
         node = f" on node {self.node}" if self.node else ""
-        return f"pod {self.pod}{node}: {self.reason}{code}" + (f": {self.message.strip()}" if self.message else "")
+        where = f"init container {self.container}: " if self.init else ""
+        message = f": {self.message.strip()}" if self.message else ""
+        return f"{self.what} {self.pod}{node}: {where}{self.reason}{code}{message}"
 
 
 def named_signal(code: int) -> str:
@@ -52,7 +57,9 @@ def failure(pod: dict) -> Cause | None:
     status, name = pod.get("status") or {}, pod["metadata"]["name"]
     node = (pod.get("spec") or {}).get("nodeName") or ""
     containers = [*(status.get("initContainerStatuses") or []), *(status.get("containerStatuses") or [])]
-    ends = [(part, key == "lastState") for key in ("state", "lastState") for one in containers
+    inits = len(status.get("initContainerStatuses") or [])
+    ends = [(part, key == "lastState", one.get("name") or "", place < inits)
+            for key in ("state", "lastState") for place, one in enumerate(containers)
             if (part := (one.get(key) or {}).get("terminated")) and part.get("exitCode")]
     if ends and ends[0][0].get("reason") not in (None, "Error"):
         return ended(name, node, *ends[0])  # OOMKilled says more than what the pod says of itself
@@ -66,10 +73,10 @@ def failure(pod: dict) -> Cause | None:
     return ended(name, node, *ends[0]) if ends else None
 
 
-def ended(name: str, node: str, terminated: dict, previous: bool) -> Cause:
+def ended(name: str, node: str, terminated: dict, previous: bool, container: str, init: bool) -> Cause:
     """The cause that a container's state.terminated tells."""
     return Cause(name, terminated.get("reason") or "Error", terminated["exitCode"], terminated.get("message") or "",
-                 terminated.get("finishedAt") or "", node, previous)
+                 terminated.get("finishedAt") or "", node, previous, container, init)
 
 
 def first(causes: Iterable[Cause]) -> Cause | None:
@@ -90,10 +97,16 @@ def hindrance(pod: dict) -> Cause | None:
         waiting = (one.get("state") or {}).get("waiting") or {}
         if waiting.get("reason") in BROKEN:
             return Cause(name, waiting["reason"], message=waiting.get("message") or "")
+    for one in status.get("initContainerStatuses") or []:  # the operators count restarts of running pods only
+        last = (one.get("lastState") or {}).get("terminated") or {}
+        done = ((one.get("state") or {}).get("terminated") or {}).get("exitCode") == 0
+        if one.get("restartCount") and last.get("exitCode") and not done and not one.get("ready"):
+            return Cause(name, "CrashLoopBackOff", last["exitCode"], container=one.get("name") or "", init=True)
     return None
 
 
 def restarts(pod: dict, container: str) -> int:
     """How often the node has started this container again."""
-    found = (pod.get("status") or {}).get("containerStatuses") or []
+    status = pod.get("status") or {}
+    found = [*(status.get("initContainerStatuses") or []), *(status.get("containerStatuses") or [])]
     return next((one.get("restartCount", 0) for one in found if one.get("name") == container), 0)

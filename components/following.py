@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from components.causes import BROKEN, Cause, failure, first, hindrance, restarts
+from components.events import stalled, unmade
 from components.jobs import Kind, overrun, state
 
 SCHEDULE = "vitdet/schedule-seconds"  # annotation of a job file: how long its pods may wait for a node
@@ -31,7 +32,8 @@ FIRST = 1000  # log lines at most of a job that was there before
 class Patience:
     """Seconds: between two looks; and how long is waited while the API server is silent, while it refuses what it has
     allowed before (one that has just started refuses until it has read the roles), for an operator's first sign, for
-    a pod that cannot start (image, Secret, command), for a node, for a deletion.
+    a pod that cannot start (image, Secret, command), for a node (or a quota, a volume, an init container: the
+    operator's own waits for the Master and fails every 200 s), for a deletion.
     """
 
     look: float = 5
@@ -53,7 +55,9 @@ class Requests(Protocol):
     def delete(self) -> None: ...
     def pods(self) -> tuple[list[dict], str]: ...
     def changes(self, version: str, seconds: float) -> Iterable[dict]: ...
-    def log(self, pod: str, since: int | None = None, tail: int | None = None, previous: bool = False) -> list[str]: ...
+    def events(self, selector: str) -> list[dict]: ...
+    def log(self, pod: str, since: int | None = None, tail: int | None = None, previous: bool = False,
+            container: str = "") -> list[str]: ...
 
 
 class Log:
@@ -207,10 +211,11 @@ class Follower:
             why = f"\ncause: {late}; its checkpoints stay" if late else self.explain(pods, None)
             self.fail(f"{self.name} failed: {message or 'its status says no more'}{why}", False)
         limit = self.patience.operator
-        if self.lasts("operator", not phase and not pods, limit):
+        refused = None if phase == "suspended" else unmade(job, pods, self.cluster.events)
+        if self.lasts("operator", not phase and not pods and not refused, limit):
             self.give_up(f"nothing has happened to {self.name} for {limit:.0f} s: {self.kind.operator} does not run",
                          pods, None)
-        self.check_start(pods, phase)
+        self.check_start(pods, phase, refused)
         until = time.monotonic() + self.patience.look
         for pod in self.cluster.changes(version, self.patience.look):
             self.note([pod])
@@ -231,11 +236,12 @@ class Follower:
             cause = failure(pod)
             if cause is None:
                 continue
-            times = restarts(pod, self.kind.container)
+            container = cause.container or self.kind.container
+            times = restarts(pod, container)
             text = f"{cause}{f'; started again, {times} times in all' if cause.previous else ''}"
             if text != self.said.get(cause.pod):
                 self.say(cause.pod, text)
-                lines = self.cluster.log(cause.pod, tail=TAIL, previous=cause.previous)
+                lines = self.cluster.log(cause.pod, tail=TAIL, previous=cause.previous, container=container)
                 self.seen[cause.pod] = cause, [line.partition(" ")[2] for line in lines]
 
     def tell_logs(self, job: dict, pods: list[dict]) -> None:
@@ -247,9 +253,10 @@ class Follower:
                 for line in log.news(pod):
                     self.out(line)
 
-    def check_start(self, pods: list[dict], phase: str) -> None:
+    def check_start(self, pods: list[dict], phase: str, refused: Cause | None) -> None:
         """Tells why pods do not start, and gives up when that has lasted."""
-        found = [cause for pod in pods if (cause := hindrance(pod))]
+        found = [cause for pod in pods if (cause := hindrance(pod) or stalled(pod, self.cluster.events))]
+        found += [refused] if refused else []
         elastic = "elasticPolicy" in self.job["spec"] and phase == "running"  # fewer nodes than wished will do
         for topic in ("schedule", "start"):
             causes = [cause for cause in found if (cause.reason in BROKEN) == (topic == "start")]

@@ -228,16 +228,24 @@ class Cluster:
         except (ApiException, HTTPError, ValueError):
             return  # the next request finds out whether that lasts
 
-    def log(self, pod: str, since: int | None = None, tail: int | None = None, previous: bool = False) -> list[str]:
-        """Lines of the training container's log, each after its time and a space; none when there is no log (yet).
+    def events(self, selector: str) -> list[dict]:
+        """The events that a field selector selects; none when that may not be asked: then less is told."""
+        found = self.ask("list events", self.core.list_namespaced_event, self.namespace, but=(401, 403),
+                         options={"field_selector": selector})
+        return found["items"] if found else []
+
+    def log(self, pod: str, since: int | None = None, tail: int | None = None, previous: bool = False,
+            container: str = "") -> list[str]:
+        """Lines of a container's log, "" the training's, each after its time and a space; none when there is none.
 
         since: of the last so many seconds; tail: the last lines; previous: of the instance before the running one.
         """
         options = {"since_seconds": since, "tail_lines": tail, "previous": previous or None}
         try:
             raw = self.core.read_namespaced_pod_log(
-                pod, self.namespace, container=self.kind.container, timestamps=True, _preload_content=False,
-                _request_timeout=(5, 30), **{key: value for key, value in options.items() if value is not None})
+                pod, self.namespace, container=container or self.kind.container, timestamps=True,
+                _preload_content=False, _request_timeout=(5, 30),
+                **{key: value for key, value in options.items() if value is not None})
             return raw.data.decode(errors="replace").splitlines()
         except ApiException as error:
             if error.status in (401, 403) and not self.blind:

@@ -106,13 +106,29 @@ class FakeOperator:
                 {"name": key, **(value if isinstance(value, dict) else {"value": value})}
                 for key, value in environment.items())]
         metadata = template.get("metadata") or {}
-        with suppress(ApiException):  # that of before is still being deleted
+        try:
             self.core.create_namespaced_pod(self.namespace, {"metadata": {
                 "name": name, "labels": {**(metadata.get("labels") or {}), **labels},
                 "annotations": {**(metadata.get("annotations") or {}), **annotations},
                 "ownerReferences": [{"apiVersion": job["apiVersion"], "kind": job["kind"], "controller": True,
                                      "blockOwnerDeletion": True, "name": job["metadata"]["name"],
                                      "uid": job["metadata"]["uid"]}]}, "spec": template["spec"]})
+        except ApiException as error:
+            if error.status == 409:  # that of before is still being deleted
+                return
+            self.warn(job, json.loads(error.body)["message"])
+            raise
+
+    def warn(self, job: dict, message: str) -> None:
+        """What a refused pod leaves: pod_control.go, of a TrainJob the Job controller."""
+        mine = job["kind"] == "PyTorchJob"
+        one = {"namespace": self.namespace, "kind": job["kind"] if mine else "Job",
+               "name": job["metadata"]["name"] + ("" if mine else "-node-0"),
+               "uid": job["metadata"]["uid"] if mine else "of-that-job"}
+        self.core.create_namespaced_event(self.namespace, {
+            "metadata": {"name": f"{one['name']}.{uuid.uuid4().hex[:12]}"}, "type": "Warning", "involvedObject": one,
+            "reason": "FailedCreatePod" if mine else "FailedCreate", "message": f"Error creating: {message}",
+            "firstTimestamp": now(), "lastTimestamp": now(), "count": 1}, _preload_content=False)
 
     def condition(self, job: dict, kind: str, reason: str, message: str, true: bool = True) -> None:
         """Running and Restarting exclude each other; an end makes Running false; nothing follows on Failed."""

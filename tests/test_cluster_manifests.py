@@ -78,7 +78,7 @@ def test_a_pipeline_s_account_may_what_it_must_and_no_more(accounts: str) -> Non
     for verb in ("create", "get", "list", "patch", "delete"):
         assert check(verb, "pytorchjobs.kubeflow.org") and check(verb, "trainjobs.trainer.kubeflow.org"), verb
     assert check("get", "pods") and check("list", "pods") and check("watch", "pods")
-    assert check("get", "pods --subresource=log")
+    assert check("get", "pods --subresource=log") and check("list", "events") and not check("create", "events")
     assert check("get", "secrets", "mlpipeline-minio-artifact") and check("get", "configmaps", "kfp-launcher")
     for verb, resource, name in [
             ("get", "secrets", ""), ("get", "secrets", "mlflow-server"), ("list", "secrets", ""),
@@ -113,6 +113,7 @@ def test_the_launcher_s_requests_are_all_allowed(kind: str, accounts: str) -> No
     assert cluster.get()["metadata"]["ownerReferences"][0]["name"] == f"step-{kind}"
     found, version = cluster.pods()
     assert found == [] and list(cluster.changes(version, 1)) == [] and cluster.log("vitdet-train-master-0") == []
+    assert cluster.events("type=Warning") == []
     cluster.delete()
     assert cluster.get() is None and said == []
     with pytest.raises(RuntimeError, match="forbidden"):

@@ -31,6 +31,7 @@ class Record:
         self.looks, self.there, self.asked = list(looks), there, []
         self.logs: dict[str, list[str]] = {}
         self.flicker: list[dict] = []
+        self.warnings: list[dict] = []
 
     def create(self, job: dict) -> bool:
         self.asked.append("create")
@@ -61,7 +62,12 @@ class Record:
         shown, self.flicker = self.flicker, []
         return shown
 
-    def log(self, pod: str, since: int | None = None, tail: int | None = None, previous: bool = False) -> list[str]:
+    def events(self, selector: str) -> list[dict]:
+        return self.warnings
+
+    def log(self, pod: str, since: int | None = None, tail: int | None = None, previous: bool = False,
+            container: str = "") -> list[str]:
+        pod = f"{pod} {container}" if container not in ("", "pytorch") else pod
         return self.logs.get(f"{pod} previous" if previous else pod, [])[-(tail or 10**9):]
 
 
