@@ -103,6 +103,12 @@ def cron(expression: str) -> str:
     return " ".join(fields if len(fields) == 6 else ["0", *fields])
 
 
+def pool(name: str | None) -> None:
+    """Refuses, by ValueError, what no label of a node can be: no pod could be made that asks for it."""
+    if name and not re.fullmatch(r"[A-Za-z0-9]([A-Za-z0-9._-]{0,61}[A-Za-z0-9])?", name):
+        raise ValueError(f"--pool {name!r}: expected a label's value: letters, digits, - _ . inside, at most 63")
+
+
 def check(recipes: Sequence[str], overrides: Sequence[str]) -> bool:
     """Refuses, by ValueError, what the pipeline's first step would; False where this machine cannot tell.
 

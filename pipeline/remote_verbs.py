@@ -15,7 +15,7 @@ from kfp_server_api import V2beta1RecurringRun
 
 from pipeline.client import ENDED, Server, failures, steps
 from pipeline.connection import LOGIN, address, connect, inside, secrets
-from pipeline.order import Order, Schedule, bare, check, cron, jobs, specification
+from pipeline.order import Order, Schedule, bare, check, cron, jobs, pool, specification
 
 EXPERIMENT = "vitdet"
 ACCOUNT = "vitdet-pipeline"  # may make training jobs
@@ -106,6 +106,7 @@ def run_submit(given: argparse.Namespace) -> int:
         cron(given.cron)
         if given.wait:
             raise ValueError("--wait is for one run, --cron starts many; look at them with status")
+    pool(given.pool)
     if not check(given.recipes, given.overrides):
         print("pipeline: recipes and settings could not be looked through here; the first step does", file=sys.stderr)
     title = " + ".join(Path(recipe).stem for recipe in given.recipes)[:100]

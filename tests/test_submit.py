@@ -14,7 +14,7 @@ from kfp import compiler, dsl, kubernetes
 from kfp.client.client import _extract_pipeline_yaml
 
 from pipeline import client, order
-from pipeline.order import cron, specification
+from pipeline.order import cron, pool, specification
 from tests.kubeflow import Kubeflow, command, serving
 
 Run = Callable[..., tuple[int, str, str]]
@@ -244,3 +244,11 @@ def test_a_schedule_means_what_a_crontab_means(kubeflow: Kubeflow, pipeline: Run
 def test_a_schedule_that_is_none(expression: str) -> None:
     with pytest.raises(ValueError, match="as in a crontab"):
         cron(expression)
+
+
+def test_a_pool_that_no_label_can_name_is_refused() -> None:
+    for good in (None, "", "h200", "a100.spot_1"):
+        pool(good)
+    for bad in ("h200 ", "-x", "a/b", "x" * 64):
+        with pytest.raises(ValueError, match="--pool .*expected a label's value"):
+            pool(bad)
