@@ -10,10 +10,10 @@ def clean_up(
     recipes: list[str], overrides: list[str], workspace: str, job_kind: str, status: dsl.PipelineTaskFinalStatus
 ) -> None:
     """Deletes the jobs of this run that still run (job_kind '': there are none) and ends its parent run in MLflow."""
-    from components import run_id
+    from components import afterwards, run_id
     from components.pytorchjob import delete_jobs
     from vitdet import workspace as steps
 
-    deleted, left = delete_jobs(run_id()) if job_kind else ([], [])
-    print(*(f"deleted job {job}" for job in deleted), *(f"job {job}" for job in left), sep="\n")
-    steps.close_group(recipes, overrides, workspace, run_id(), status.state)
+    with afterwards(lambda: steps.close_group(recipes, overrides, workspace, run_id(), status.state)):
+        deleted, left = delete_jobs(run_id()) if job_kind else ([], [])
+        print(*(f"deleted job {job}" for job in deleted), *left, sep="\n")

@@ -177,3 +177,17 @@ def test_at_the_end_the_jobs_of_a_cluster_are_deleted(kind: str, deleted: list[s
     clean_up.python_func(recipes=["tiny"], overrides=[], workspace=str(tmp_path), job_kind=kind, status=status)
     assert jobs.deleted == deleted
     assert closed == ["CANCELLED"]
+
+
+def test_the_parent_run_ends_although_the_jobs_cannot_be_deleted(jobs: Jobs, monkeypatch: pytest.MonkeyPatch) -> None:
+    def forbidden(run_id: str) -> None:
+        raise PermissionError("no")
+
+    closed = []
+    monkeypatch.setattr(steps, "close_group", lambda *words: closed.append(words[-1]))
+    monkeypatch.setattr(sys.modules["components.pytorchjob"], "delete_jobs", forbidden)
+    status = dsl.PipelineTaskFinalStatus(state="FAILED", pipeline_job_resource_name="", pipeline_task_name="",
+                                         error_code=None, error_message=None)
+    with pytest.raises(PermissionError):
+        clean_up.python_func(recipes=["tiny"], overrides=[], workspace="", job_kind="pytorchjob", status=status)
+    assert closed == ["FAILED"]

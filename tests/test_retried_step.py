@@ -182,9 +182,20 @@ def test_a_deletion_that_is_refused_or_stalls_is_one_line(monkeypatch: pytest.Mo
                                                           ) -> None:
     if isinstance(error, ApiException):
         error.body = json.dumps({"message": "jobs is forbidden"})
-    with pytest.raises(RuntimeError, match=text) as raised:
-        delete(Objects({"pytorchjobs": error, "trainjobs": []}), monkeypatch)
-    assert "\n" not in str(raised.value)
+    for objects in (Objects({"pytorchjobs": error, "trainjobs": error}),
+                    Objects({"pytorchjobs": [named("runs", RUNNING)], "trainjobs": []}, {"runs": error})):
+        with pytest.raises((RuntimeError, PermissionError), match=text) as raised:
+            delete(objects, monkeypatch)
+        assert "\n" not in str(raised.value)
+
+
+def test_a_kind_that_may_not_be_listed_keeps_no_job_of_the_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    error = ApiException(status=403, reason="Forbidden")
+    error.body = json.dumps({"message": "trainjobs is forbidden"})
+    objects = Objects({"pytorchjobs": [named("runs", RUNNING)], "trainjobs": error})
+    deleted, (left,) = delete(objects, monkeypatch)
+    assert deleted == ["runs"] and objects.deleted == ["pytorchjobs/runs"]
+    assert left.startswith("trainjobs were not looked at: cannot delete in namespace ours: trainjobs is forbidden")
 
 
 def test_how_long_a_job_stays_counts_from_its_end() -> None:
