@@ -22,7 +22,7 @@ from components.following import Patience
 from components.jobs import KINDS, RECIPE, RUN, job_name
 from tests.conftest import ROOT
 
-on_cluster = [pytest.mark.cluster,
+on_cluster = [pytest.mark.cluster, pytest.mark.timeout(240),  # when a test's other thread failed, the launcher waits
               pytest.mark.skipif("KUBECONFIG" not in os.environ, reason="needs KUBECONFIG of a test control plane")]
 QUICK = Patience(look=1, api=60, forbidden=4, operator=20, start=3, schedule=3, deletion=20)
 ADMIN: dict[str, str] = {}  # KUBECONFIG of the test itself, while the launcher has another

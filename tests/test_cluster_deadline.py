@@ -31,18 +31,18 @@ def test_the_training_operator_ends_a_job_after_its_deadline_when_something_happ
 
     def stir() -> None:
         running(played, "late")
-        time.sleep(3)
+        time.sleep(12)
         quiet.append(state(KINDS["pytorchjob"], played.job("late"))[0])
         kubectl("annotate", "pytorchjob", "-n", played.namespace, name, "something=happened")
 
     other = meanwhile(stir)
     with pytest.raises(RuntimeError) as raised:
-        played.launch(script(activeDeadlineSeconds=1), ["echo on; sleep 60"], "late")
+        played.launch(script(activeDeadlineSeconds=10), ["echo on; sleep 60"], "late")
     other.join()
     assert quiet == ["running"]  # past its deadline, and nobody has looked
     assert str(raised.value) == (
         f"PyTorchJob {name} failed: Job {name} has failed because it was active longer than specified deadline\n"
-        "cause: activeDeadlineSeconds, 1 s in the job's file; its checkpoints stay")
+        "cause: activeDeadlineSeconds, 10 s in the job's file; its checkpoints stay")
     wait_until(lambda: not played.pods("late"))
 
 

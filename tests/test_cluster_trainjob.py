@@ -113,7 +113,9 @@ def test_a_job_that_kueue_holds_back_and_takes_back_is_waited_for(played: Scene)
         wait_until(lambda: told(1))
         time.sleep(4)  # longer than the patience for a node or a start
         suspend(False)
-        running(played, "queued")
+        # The launcher has seen it run, else it would not tell a second time that it is suspended.
+        wait_until(lambda: "spoken" in played.lines
+                   and any(f"{name}: running" in line for line in played.lines))
         suspend(True)
         wait_until(lambda: told(2) and not played.pods("queued", kind="trainjob"))
         suspend(False)
@@ -123,7 +125,8 @@ def test_a_job_that_kueue_holds_back_and_takes_back_is_waited_for(played: Scene)
             "volumes": [{"name": "vitdet-data", "persistentVolumeClaim": {"claimName": "vitdet-data"}}],
             "volume_mounts": [{"name": "vitdet-data", "mountPath": "/more"}]}
     other = meanwhile(queue)
-    launch(played, "queued", "echo $WORD; sleep 3; ls /data/ > /more/seen", task, suspend=True)
+    script = "echo $WORD; if mkdir /more/life-of-$PET_NODE_RANK 2>/dev/null; then sleep 60; fi; ls /data/ > /more/seen"
+    launch(played, "queued", script, task, suspend=True)
     other.join()
     assert played.lines.count("spoken") == 2  # before it was taken back, and after
     assert "seen" in (played.volume / "seen").read_text()
