@@ -15,5 +15,5 @@ def clean_up(
     from vitdet import workspace as steps
 
     with afterwards(lambda: steps.close_group(recipes, overrides, workspace, run_id(), status.state)):
-        deleted, left = delete_jobs(run_id()) if job_kind else ([], [])
+        deleted, left = delete_jobs(run_id(), own=job_kind) if job_kind else ([], [])
         print(*(f"deleted job {job}" for job in deleted), *left, sep="\n")

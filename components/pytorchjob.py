@@ -55,22 +55,24 @@ def launch(*, template: str, kind: str, run_id: str, name: str, args: list[str],
     Follower(cluster, shape, job, out, patience, finished, first=os.environ.get(TRY) == "0").run()
 
 
-def delete_jobs(run_id: str, namespace: str = "") -> tuple[list[str], list[str]]:
+def delete_jobs(run_id: str, namespace: str = "", own: str = "") -> tuple[list[str], list[str]]:
     """Deletes the training jobs of a pipeline run that have not ended; "" is the current namespace.
+
+    own: the kind that the run makes, "" where that is not known.
 
     Gives the names of those, and for each that has ended a line: its name, how long it and its pods' logs stay; and a
     line for a kind of job that may not be listed, as where an account has the rights of one operator only. Raises
-    PermissionError when no kind may be, or a deletion is forbidden; RuntimeError when nobody answers.
+    PermissionError when `own` or no kind may be, or a deletion is forbidden; RuntimeError when nobody answers.
     """
     api, here = connect()
-    objects, deleted, left, hidden = client.CustomObjectsApi(api), [], [], []
-    for kind in KINDS.values():
+    objects, deleted, left, hidden = client.CustomObjectsApi(api), [], [], {}
+    for word, kind in KINDS.items():
         place = (kind.group, kind.version, namespace or here, kind.plural)
         try:
             found = at_once(kind, place[2], objects.list_namespaced_custom_object, place,
                             {"label_selector": f"{RUN}={label(run_id)}"})
         except PermissionError as error:
-            hidden.append(error)
+            hidden[word] = error
             left.append(f"{kind.plural} were not looked at: {error}")
             continue
         for job in found.get("items", ()):
@@ -81,9 +83,26 @@ def delete_jobs(run_id: str, namespace: str = "") -> tuple[list[str], list[str]]
             at_once(kind, place[2], objects.delete_namespaced_custom_object, (*place, name),
                     {"propagation_policy": "Background"})
             deleted.append(name)
-    if len(hidden) == len(KINDS):
-        raise hidden[0]
+    if own.lower() in hidden or len(hidden) == len(KINDS):
+        raise hidden.get(own.lower()) or next(iter(hidden.values()))
     return deleted, left
+
+
+def whereabouts(namespace: str) -> str:
+    """Which namespace of which cluster `delete_jobs` asks, for a reader.
+
+    Raises RuntimeError when that cluster has no such namespace; who may not ask is not told so.
+    """
+    api, _ = connect()
+    name = "this pod's cluster" if at_home() else f"the cluster of context {active()['name']}"
+    try:
+        client.CoreV1Api(api).read_namespace(namespace, _request_timeout=(5, 30))
+    except ApiException as error:
+        if error.status == 404:
+            raise RuntimeError(f"{name} has no namespace {namespace}: it is not the pipeline's") from error
+    except HTTPError as error:
+        raise RuntimeError(f"{name} does not answer ({type(error).__name__})") from error
+    return f"namespace {namespace} of {name}"
 
 
 def at_once(kind: Kind, namespace: str, call: Callable, given: tuple[str, ...], options: dict[str, str]) -> dict:
@@ -102,6 +121,16 @@ def at_once(kind: Kind, namespace: str, call: Callable, given: tuple[str, ...], 
         raise RuntimeError(f"the API server does not answer ({type(error).__name__})") from error
 
 
+def at_home() -> bool:
+    """Whether this is a pod that asks its own cluster."""
+    return not os.environ.get("KUBECONFIG") and (ACCOUNT / "namespace").exists()
+
+
+def active() -> dict:
+    """The kubeconfig's current context."""
+    return config.list_kube_config_contexts(config_file=os.environ.get("KUBECONFIG"))[1]
+
+
 def connect() -> tuple[client.ApiClient, str]:
     """A client of the API server and the namespace to work in: the pod's own, else the kubeconfig's.
 
@@ -109,12 +138,11 @@ def connect() -> tuple[client.ApiClient, str]:
     """
     settings, file = client.Configuration(), os.environ.get("KUBECONFIG")
     try:
-        if not file and (ACCOUNT / "namespace").exists():
+        if at_home():
             config.load_incluster_config(client_configuration=settings)
             return client.ApiClient(settings), (ACCOUNT / "namespace").read_text().strip()
         config.load_kube_config(config_file=file, client_configuration=settings)
-        context = config.list_kube_config_contexts(config_file=file)[1]
-        return client.ApiClient(settings), context["context"].get("namespace") or "default"
+        return client.ApiClient(settings), active()["context"].get("namespace") or "default"
     except config.ConfigException as error:
         raise RuntimeError(f"no cluster: this is no pod with a service account, and no kubeconfig ({error})") from error
 

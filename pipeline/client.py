@@ -156,6 +156,20 @@ class Server:
                     return run
             time.sleep(every)
 
+    def over(self, run_id: str, every: float, seconds: float) -> bool:
+        """Whether a run that is ending has ended within that time; a server may be away for as long."""
+        start = time.monotonic()
+        while True:
+            try:
+                if self.runs.run_service_get_run(run_id).state in ENDED:
+                    return True
+            except Refusal as refusal:
+                if not refusal.passing:
+                    raise
+            if time.monotonic() - start >= seconds:
+                return False
+            time.sleep(every)
+
     def end(self, found: api.V2beta1Run | api.V2beta1RecurringRun) -> None:
         """Ends a run, if it has not ended; deletes a schedule."""
         if isinstance(found, api.V2beta1RecurringRun):

@@ -11,7 +11,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from urllib.parse import urlsplit
 
-from kfp_server_api import V2beta1RecurringRun
+from kfp_server_api import V2beta1RecurringRun, V2beta1Run
 
 from pipeline.client import ENDED, Server, failures, steps
 from pipeline.connection import LOGIN, address, connect, inside, secrets
@@ -19,6 +19,7 @@ from pipeline.order import Order, Schedule, bare, check, cron, jobs, pool, speci
 
 EXPERIMENT = "vitdet"
 ACCOUNT = "vitdet-pipeline"  # may make training jobs
+STOPPING = 180.0  # seconds until a run has ended: the pods' grace of 30, Argo's looks, the pod of the exit handler
 RECURRING = "recurringrun"  # as the links of Kubeflow's pages call a schedule
 
 
@@ -184,19 +185,44 @@ def run_terminate(given: argparse.Namespace) -> int:
     if isinstance(found, V2beta1RecurringRun):
         print(f"schedule {found.recurring_run_id}: deleted; runs that it started go on")
         return 0
-    from components.pytorchjob import delete_jobs
-
     run_id = found.run_id
     print(f"run {run_id}: {found.state}" + ("" if found.state in ENDED else ", now ending"), flush=True)
     namespace = given.namespace or server.place(found)
     try:
-        deleted, left = delete_jobs(run_id, namespace)
+        for line in end_jobs(server, found, namespace, given.every):
+            print(line, flush=True)
     except (RuntimeError, ValueError, OSError) as error:
         raise RuntimeError(f"the run's training jobs may still be there ({error}): kubectl delete -n {namespace} "
                            f"pytorchjobs,trainjobs -l vitdet/run={run_id}") from None
-    lines = [*(f"deleted {name}" for name in deleted), *left] or ["no training jobs of it are left"]
-    print(*lines, sep="\n")
     return 0
+
+
+def end_jobs(server: Server, found: V2beta1Run, namespace: str, every: float) -> Iterator[str]:
+    """Deletes a run's jobs, and once more when it has ended, as a step that was at work may have made one since.
+
+    Gives lines for the reader. Raises RuntimeError when the run does not end.
+    """
+    from components.pytorchjob import delete_jobs, whereabouts
+
+    place, own = whereabouts(namespace), made_as(found)
+    deleted, left = delete_jobs(found.run_id, namespace, own)
+    yield from (f"deleted {name}" for name in deleted)
+    if found.state not in ENDED:
+        yield f"looking again when the run has ended, for {STOPPING:.0f} s at most"
+        ended = server.over(found.run_id, every, STOPPING)
+        late, left = delete_jobs(found.run_id, namespace, own)
+        yield from (f"deleted {name}, made by a step that was ending" for name in late)
+        deleted += late
+        if not ended:
+            raise RuntimeError("the run is still ending, and its steps may make some; terminate it again")
+    yield from left
+    if not deleted and not left:
+        yield f"no training jobs of it are left in {place}"
+
+
+def made_as(run: V2beta1Run) -> str:
+    """The kind of a run's jobs: its parameter, else the pipeline's default."""
+    return ((run.runtime_config and run.runtime_config.parameters) or {}).get("job_kind") or "pytorchjob"
 
 
 def served(given: argparse.Namespace) -> Server:

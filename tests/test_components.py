@@ -91,7 +91,7 @@ class Jobs:
         output = Path(asked["args"][asked["args"].index("--output") + 1])
         (output / "model.pt").write_bytes(b"a model")
 
-    def delete_jobs(self, run_id: str) -> tuple[list[str], list[str]]:
+    def delete_jobs(self, run_id: str, own: str) -> tuple[list[str], list[str]]:
         self.deleted.append(run_id)
         return ["vitdet-tiny-1"], ["vitdet-tiny-2: failed; stays"]
 
@@ -180,7 +180,7 @@ def test_at_the_end_the_jobs_of_a_cluster_are_deleted(kind: str, deleted: list[s
 
 
 def test_the_parent_run_ends_although_the_jobs_cannot_be_deleted(jobs: Jobs, monkeypatch: pytest.MonkeyPatch) -> None:
-    def forbidden(run_id: str) -> None:
+    def forbidden(run_id: str, own: str) -> None:
         raise PermissionError("no")
 
     closed = []

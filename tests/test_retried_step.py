@@ -147,10 +147,10 @@ def named(name: str, status: dict, **spec: object) -> dict:
     return {"metadata": {"name": name, "ownerReferences": [OWNER]}, "spec": spec, **status}
 
 
-def delete(objects: Objects, monkeypatch: pytest.MonkeyPatch) -> tuple[list[str], list[str]]:
+def delete(objects: Objects, monkeypatch: pytest.MonkeyPatch, own: str = "") -> tuple[list[str], list[str]]:
     monkeypatch.setattr(pytorchjob, "connect", lambda: (None, "ours"))
     monkeypatch.setattr(pytorchjob.client, "CustomObjectsApi", lambda _: objects)
-    return pytorchjob.delete_jobs("run-1")
+    return pytorchjob.delete_jobs("run-1", own=own)
 
 
 def test_jobs_that_run_are_deleted_and_those_that_ended_stay_and_that_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -193,9 +193,11 @@ def test_a_kind_that_may_not_be_listed_keeps_no_job_of_the_other(monkeypatch: py
     error = ApiException(status=403, reason="Forbidden")
     error.body = json.dumps({"message": "trainjobs is forbidden"})
     objects = Objects({"pytorchjobs": [named("runs", RUNNING)], "trainjobs": error})
-    deleted, (left,) = delete(objects, monkeypatch)
+    deleted, (left,) = delete(objects, monkeypatch, "pytorchjob")
     assert deleted == ["runs"] and objects.deleted == ["pytorchjobs/runs"]
     assert left.startswith("trainjobs were not looked at: cannot delete in namespace ours: trainjobs is forbidden")
+    with pytest.raises(PermissionError, match="trainjobs is forbidden"):  # those of this run may be left
+        delete(objects, monkeypatch, "TrainJob")
 
 
 def test_how_long_a_job_stays_counts_from_its_end() -> None:

@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from components import pytorchjob
-from tests.kubeflow import Kubeflow, command, cut, failing, serving, stalling, task
+from tests.kubeflow import Handler, Kubeflow, command, cut, failing, serving, stalling, task
 
 Run = Callable[..., tuple[int, str, str]]
 RUN = "0000-run-0"
@@ -171,42 +171,84 @@ def test_status_of_a_run_and_of_a_schedule(kubeflow: Kubeflow, pipeline: Run) ->
     assert (code, out, said) == (1, "", f"pipeline: {kubeflow.url} has no run or schedule none\n")
 
 
+class Cluster:
+    """asked: (run, namespace, kind of its jobs) of each deletion; found: what the next deletions find."""
+
+    def __init__(self) -> None:
+        self.asked: list[tuple[str, str, str]] = []
+        self.found: list[tuple[list[str], list[str]]] = []
+
+    def delete_jobs(self, run_id: str, namespace: str, own: str) -> tuple[list[str], list[str]]:
+        self.asked.append((run_id, namespace, own))
+        return self.found.pop(0) if self.found else ([], [])
+
+
 @pytest.fixture
-def deleted(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
-    calls = []
-
-    def delete_jobs(run_id: str, namespace: str = "") -> tuple[list[str], list[str]]:
-        calls.append((run_id, namespace))
-        return ["vitdet-1"], ["vitdet-2: failed; stays until 2026-11-29 12:00 UTC"]
-
-    monkeypatch.setattr(pytorchjob, "delete_jobs", delete_jobs)
-    return calls
+def cluster(monkeypatch: pytest.MonkeyPatch) -> Cluster:
+    made = Cluster()
+    monkeypatch.setattr(pytorchjob, "delete_jobs", made.delete_jobs)
+    monkeypatch.setattr(pytorchjob, "whereabouts", "namespace {} of the cluster of context work".format)
+    monkeypatch.setattr("pipeline.remote_verbs.STOPPING", 0.3)
+    return made
 
 
-@pytest.mark.parametrize("state", ["RUNNING", "PENDING", "CANCELING", "FAILED", "SUCCEEDED", "CANCELED"])
-def test_terminating_ends_the_run_and_deletes_its_jobs_even_when_it_has_ended(
-    kubeflow: Kubeflow, pipeline: Run, deleted: list, state: str
-) -> None:
+KEPT = "vitdet-2: failed; stays until 2026-11-29 12:00 UTC"
+
+
+@pytest.mark.parametrize("state", ["FAILED", "SUCCEEDED", "CANCELED"])
+def test_the_jobs_of_a_run_that_has_ended_are_deleted(kubeflow: Kubeflow, pipeline: Run, cluster: Cluster, state: str
+                                                      ) -> None:
     kubeflow.users = True
     pipeline("submit", "tiny", "--namespace", "team-a")
-    kubeflow.states = [{"state": state}]
+    kubeflow.kept["runs"][0]["runtime_config"] = {"parameters": {"job_kind": "trainjob"}}
+    kubeflow.states, cluster.found = [{"state": state}], [(["vitdet-1"], [KEPT])]
     code, out, said = pipeline("terminate", RUN)
-    assert code == 0, said
-    assert out.endswith("deleted vitdet-1\nvitdet-2: failed; stays until 2026-11-29 12:00 UTC\n")
-    assert deleted == [(RUN, "team-a")]
-    assert (f"POST /runs/{RUN}:terminate" in kubeflow.words()) == (state in ("RUNNING", "PENDING"))
+    assert (code, said) == (0, "") and out == f"run {RUN}: {state}\ndeleted vitdet-1\n{KEPT}\n"
+    assert cluster.asked == [(RUN, "team-a", "trainjob")]
+    assert f"POST /runs/{RUN}:terminate" not in kubeflow.words()
 
 
-def test_terminating_a_run_that_ends_in_the_meantime(kubeflow: Kubeflow, pipeline: Run, deleted: list) -> None:
+@pytest.mark.parametrize("state", ["RUNNING", "PENDING", "CANCELING"])
+def test_the_jobs_of_a_run_are_deleted_at_once_and_when_it_has_ended(kubeflow: Kubeflow, pipeline: Run,
+                                                                     cluster: Cluster, state: str) -> None:
+    pipeline("submit", "tiny")
+    kubeflow.states = [{"state": state}, {"state": "CANCELING"}, {"state": "CANCELING"}, {"state": "CANCELED"}]
+    cluster.found = [(["vitdet-1"], [KEPT]), (["vitdet-3"], [KEPT])]
+    code, out, said = pipeline("terminate", RUN)
+    assert (code, said) == (0, "")
+    assert out.splitlines()[1:] == ["deleted vitdet-1", "looking again when the run has ended, for 0 s at most",
+                                    "deleted vitdet-3, made by a step that was ending", KEPT]
+    assert cluster.asked == [(RUN, "kubeflow", "pytorchjob")] * 2
+    assert (f"POST /runs/{RUN}:terminate" in kubeflow.words()) == (state != "CANCELING")
+
+
+def test_where_there_are_no_jobs_it_says_where_it_looked(kubeflow: Kubeflow, pipeline: Run, cluster: Cluster) -> None:
+    pipeline("submit", "tiny")
+    kubeflow.states = [{"state": "FAILED"}]
+    assert pipeline("terminate", RUN)[1].splitlines()[1:] == [
+        "no training jobs of it are left in namespace kubeflow of the cluster of context work"]
+
+
+def test_a_run_that_does_not_end_is_an_error(kubeflow: Kubeflow, pipeline: Run, cluster: Cluster) -> None:
+    pipeline("submit", "tiny")
+    cluster.found = [(["vitdet-1"], [])]
+    kubeflow.plan[f"GET /runs/{RUN}"] = [Handler.serve, failing(503), failing(503), failing(503)]
+    code, out, said = pipeline("terminate", RUN, "--retries", 0)
+    assert code == 1 and "deleted vitdet-1" in out and len(cluster.asked) == 2
+    assert "the run is still ending, and its steps may make some; terminate it again" in said.splitlines()[-1]
+
+
+def test_terminating_a_run_that_ends_in_the_meantime(kubeflow: Kubeflow, pipeline: Run, cluster: Cluster) -> None:
     pipeline("submit", "tiny")
     kubeflow.plan[f"POST /runs/{RUN}:terminate"] = [failing(400, "Row not found")]
     kubeflow.states = [{"state": "RUNNING"}, {"state": "FAILED"}]
-    assert pipeline("terminate", RUN)[0] == 0 and deleted == [(RUN, "kubeflow")]
+    assert pipeline("terminate", RUN)[0] == 0 and {asked[:2] for asked in cluster.asked} == {(RUN, "kubeflow")}
 
 
 def test_jobs_that_cannot_be_deleted_are_an_error_that_says_how(kubeflow: Kubeflow, pipeline: Run,
-                                                                monkeypatch: pytest.MonkeyPatch) -> None:
-    def forbidden(run_id: str, namespace: str = "") -> tuple[list[str], list[str]]:
+                                                                cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+                                                                ) -> None:
+    def forbidden(run_id: str, namespace: str, own: str) -> tuple[list[str], list[str]]:
         raise RuntimeError("may not delete pytorchjobs")
 
     monkeypatch.setattr(pytorchjob, "delete_jobs", forbidden)
@@ -216,7 +258,8 @@ def test_jobs_that_cannot_be_deleted_are_an_error_that_says_how(kubeflow: Kubefl
     assert f"kubectl delete -n team-a pytorchjobs,trainjobs -l vitdet/run={RUN}" in said
 
 
-def test_terminating_a_schedule_deletes_it(kubeflow: Kubeflow, pipeline: Run, deleted: list) -> None:
+def test_terminating_a_schedule_deletes_it(kubeflow: Kubeflow, pipeline: Run, cluster: Cluster) -> None:
     pipeline("submit", "tiny", "--cron", "@daily")
     code, out, _ = pipeline("terminate", "0000-rec-0")
-    assert code == 0 and "runs that it started go on" in out and not kubeflow.kept["recurringruns"] and not deleted
+    assert code == 0 and "runs that it started go on" in out
+    assert not kubeflow.kept["recurringruns"] and not cluster.asked
