@@ -72,13 +72,17 @@ class Scene:
     def launch(self, text: str, args: list[str], recipe: str = "tiny", run: str = PIPELINE_RUN, nodes: int = 2,
                patience: Patience = QUICK, kind: str = "pytorchjob", task: dict | None = None,
                finished: Callable[[], bool] = lambda: False) -> None:
-        """`components.pytorchjob.launch`, its lines in self.lines."""
+        """`components.pytorchjob.launch`, its lines in self.lines and in the output of a test that fails."""
         from components.pytorchjob import launch
+
+        def out(line: str) -> None:
+            self.lines.append(line)
+            print(f"{time.strftime('%H:%M:%S')} {line}")
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("KUBECONFIG", str(self.kubeconfig))
             launch(template=text, kind=kind, run_id=run, name=recipe, args=args, nodes=nodes, pool="", image="",
-                   workspace="/data", task_config=task, out=self.lines.append, patience=patience,
+                   workspace="/data", task_config=task, out=out, patience=patience,
                    finished=finished)
 
     def start(self, text: str, args: list[str], recipe: str, environment: dict[str, str]) -> subprocess.Popen:

@@ -24,6 +24,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import parse_qs, urlsplit
 
+import psutil
 from kubernetes import client
 from kubernetes.client.exceptions import ApiException
 from urllib3.exceptions import HTTPError
@@ -50,40 +51,50 @@ def free_port() -> int:
 
 
 class Container:
-    """A process in a group of its own, started again in place; its lines with the time of each."""
+    """A process in a group of its own, started again in place; its lines with the time of each.
 
-    def __init__(self, command: list[str], environment: dict[str, str], folder: Path) -> None:
-        self.command, self.environment, self.folder = command, environment, folder
-        self.restarts, self.killed_at, self.ended = 0, 0.0, False
+    They stand in the output of a test that fails, too.
+    """
+
+    def __init__(self, name: str, command: list[str], environment: dict[str, str], folder: Path) -> None:
+        self.name, self.command, self.environment, self.folder = name, command, environment, folder
+        self.restarts, self.killed_at = 0, 0.0
         self.lines: list[list[tuple[float, str]]] = []
         self.start()
 
     def start(self) -> None:
         self.lines.append([])
-        self.started, self.family = now(), set()
+        self.started, self.over = now(), False
         self.process = subprocess.Popen(self.command, env=self.environment, cwd=self.folder, start_new_session=True,
                                         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace")
+        self.root, self.family = psutil.Process(self.process.pid), set()
         self.reader = threading.Thread(target=self.listen, args=(self.process, self.lines[-1]), daemon=True)
         self.reader.start()
 
-    @staticmethod
-    def listen(process: subprocess.Popen, lines: list[tuple[float, str]]) -> None:
+    def listen(self, process: subprocess.Popen, lines: list[tuple[float, str]]) -> None:
         for line in process.stdout:
             lines.append((time.time(), line.rstrip("\n")))
+            print(f"{time.strftime('%H:%M:%S')} {self.name}: {line}", end="")
 
     def kill(self, number: int = signal.SIGKILL) -> None:
         """A signal for the process; SIGKILL for all that it has started too, in whatever session, as torchrun does."""
-        waiting = [self.process.pid]
-        while waiting:
-            self.family.add(pid := waiting.pop())
-            with suppress(OSError):
-                waiting += map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split())
-        for pid in self.family if number == signal.SIGKILL else (self.process.pid,):
-            with suppress(ProcessLookupError):
-                os.kill(pid, number)
+        gone, found = suppress(psutil.NoSuchProcess), set()  # also where the number is another's by now
+        with gone:
+            while new := {self.root, *self.root.children(recursive=True)} - found:
+                found |= new
+                for one in new if number == signal.SIGKILL else ():
+                    with gone:
+                        one.suspend()  # so that no child is born unseen
+        self.family |= found
+        for one in self.family if number == signal.SIGKILL else {self.root}:
+            with gone:
+                one.send_signal(number)
 
     def wait(self) -> None:
         """What the process leaves behind ends with it, as in a container; then its last lines are there."""
+        if self.over:
+            return
+        self.over = True
         self.kill()
         with suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
@@ -176,7 +187,7 @@ class FakeNode:
                 "metadata": {"name": name}, "target": {"kind": "Node", "name": self.name}}, _preload_content=False)
         elif not mine:
             spec = pod["spec"]["containers"][0]
-            self.containers[name] = Container(*self.process_of(pod, spec))
+            self.containers[name] = Container(name, *self.process_of(pod, spec))
             self.uids[name] = uid
             self.write(pod, "Running", {"running": {"startedAt": now()}})
         elif (code := self.containers[name].process.poll()) is not None:

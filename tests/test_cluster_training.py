@@ -120,7 +120,9 @@ def test_an_elastic_job_goes_on_when_a_worker_was_killed(training: Scene, tmp_pa
     name, training.lines[:] = job_name(PIPELINE_RUN, "elastic"), []
 
     def kill() -> None:
-        wait_until(lambda: any(f"step 5/{STEPS}" in line for line in training.lines), 120)
+        """At once, not when the launcher tells: of a training that is over torchrun waits 5 minutes for the other's."""
+        wait_until(lambda: any(f"step 5/{STEPS}" in line for pod, one in list(training.node.containers.items())
+                               if pod.startswith(name) for _, line in one.lines[0]), 120)
         training.node.containers[f"{name}-worker-1"].kill(signal.SIGKILL)
 
     killer = threading.Thread(target=kill)
