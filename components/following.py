@@ -203,7 +203,7 @@ class Follower:
         self.tell_logs(job, pods)
         if phase == "succeeded":
             return True
-        if phase == "failed" and self.finished():  # a pod lost at the very end starts again, and is refused
+        if phase == "failed" and self.finished():  # by its deadline, say, or when a pod was lost at the very end
             self.say("complete", f"{self.name} failed when its training was complete already")
             return True
         if phase == "failed":

@@ -123,6 +123,10 @@ def killed_pair(tiny: Path, folder: Path) -> None:
         os.kill(pid, signal.SIGKILL)
     process.communicate()
     assert f"of {STEPS} (run/checkpoints)" in finish(start(words, folder, processes=2))  # it went on
+    trained = (folder / "run" / "model.pt").read_bytes()
+    # as torchrun does when another node is lost at the very end
+    assert "run: complete already, nothing is left to do" in finish(start(words, folder, processes=2))
+    assert (folder / "run" / "model.pt").read_bytes() == trained
 
 
 @pytest.fixture(scope="module")

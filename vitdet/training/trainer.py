@@ -47,15 +47,18 @@ def train(
 
     Training states go to output/checkpoints, or to a folder of their own under `checkpoints`, named by config, data
     and initial weights. `weights` is a local file to use for train.init. Raises ValueError when `output` holds a
-    finished run or one of another config, Stopped after SIGTERM.
+    finished run or one of another config, Stopped after SIGTERM. Under torchrun a finished run of this config is the
+    result: where another node is lost at the very end, torchrun starts all again.
     """
     output = Path(output)
     with distributed.process_group() as device, sigterm() as stop, ExitStack() as alone:
+        if distributed.from_first(lambda: _is_complete(config, output)):
+            return output / "model.pt"
         source = weights if weights is not None else resolve(config.train.init)
         identity = distributed.from_first(lambda: dataset_digest(config.data))
         folder = distributed.from_first(lambda: _states_folder(config, output, checkpoints, identity, source))
         states = Checkpoints(folder, config.train.keep)
-        state = _state_to_go_on_from(config, output, identity, states)
+        state = _state_to_go_on_from(config, identity, states)
         start = state["step"] if state else 0
         loader = distributed.together(lambda: train_loader(
             config.data, config.train.batch_size, config.train.seed, start, config.optim.steps, distributed.rank(),
@@ -237,21 +240,25 @@ def _states_folder(
     return Path(checkpoints) / hashlib.sha256(f"{digest(config)} {identity} {initial}".encode()).hexdigest()[:12]
 
 
-def _state_to_go_on_from(config: Config, output: Path, identity: str, states: Checkpoints) -> dict | None:
-    """The newest state, if there is one; ValueError where neither it nor `output` suits this config and data."""
-    _check_output(config, output)
+def _state_to_go_on_from(config: Config, identity: str, states: Checkpoints) -> dict | None:
+    """The newest state, if there is one; ValueError where it does not suit this config and data."""
     state = states.latest()
     if state is not None:
         _check_state(config, identity, state, states.folder)
     return state
 
 
-def _check_output(config: Config, output: Path) -> None:
+def _is_complete(config: Config, output: Path) -> bool:
+    """Whether torchrun has started a training again that had ended; ValueError for any other finished run."""
     finished = output / "model.pt"
-    if finished.exists():
-        differing = difference(config, from_dict(load_model_file(finished)["config"]))
+    if not finished.exists():
+        return False
+    differing = difference(config, from_dict(load_model_file(finished)["config"]))
+    if differing or not distributed.by_torchrun():
         what = f"with another config ({'; '.join(differing)})" if differing else "of this very config"
         raise ValueError(f"{output}: holds a finished run {what}; choose another --output or remove it")
+    log.info("%s: complete already, nothing is left to do", output)
+    return True
 
 
 def _check_state(config: Config, identity: str, state: dict, folder: Path) -> None:

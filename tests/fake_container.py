@@ -1,0 +1,70 @@
+"""A container of a played pod: a local process, with all that it starts."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import threading
+import time
+from contextlib import suppress
+from datetime import UTC, datetime
+from pathlib import Path
+
+import psutil
+
+
+def now() -> str:
+    """As the API writes a time."""
+    return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+class Container:
+    """A process in a group of its own, started again in place; its lines with the time of each.
+
+    They stand in the output of a test that fails, too.
+    """
+
+    def __init__(self, name: str, command: list[str], environment: dict[str, str], folder: Path) -> None:
+        self.name, self.command, self.environment, self.folder = name, command, environment, folder
+        self.restarts, self.killed_at = 0, 0.0
+        self.lines: list[list[tuple[float, str]]] = []
+        self.start()
+
+    def start(self) -> None:
+        self.lines.append([])
+        self.started, self.over = now(), False
+        self.process = subprocess.Popen(self.command, env=self.environment, cwd=self.folder, start_new_session=True,
+                                        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace")
+        self.root, self.family = psutil.Process(self.process.pid), set()
+        self.reader = threading.Thread(target=self.listen, args=(self.process, self.lines[-1]), daemon=True)
+        self.reader.start()
+
+    def listen(self, process: subprocess.Popen, lines: list[tuple[float, str]]) -> None:
+        for line in process.stdout:
+            lines.append((time.time(), line.rstrip("\n")))
+            print(f"{time.strftime('%H:%M:%S')} {self.name}: {line}", end="")
+
+    def kill(self, number: int = signal.SIGKILL) -> None:
+        """A signal for the process; SIGKILL for all that it has started too, in whatever session, as torchrun does."""
+        gone, found = suppress(psutil.NoSuchProcess), set()  # also where the number is another's by now
+        with gone:
+            while new := {self.root, *self.root.children(recursive=True)} - found:
+                found |= new
+                for one in new if number == signal.SIGKILL else ():
+                    with gone:
+                        one.suspend()  # so that no child is born unseen
+        self.family |= found
+        for one in self.family if number == signal.SIGKILL else {self.root}:
+            with gone:
+                one.send_signal(number)
+
+    def wait(self) -> None:
+        """What the process leaves behind ends with it, as in a container; then its last lines are there."""
+        if self.over:
+            return
+        self.over = True
+        self.kill()
+        with suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.reader.join(5)
