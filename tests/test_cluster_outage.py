@@ -75,8 +75,14 @@ def test_an_api_server_that_is_away_for_20_s_costs_nothing(server: Server, alone
     assert any("the API server answers again" in line for line in alone.lines)
 
 
+def served() -> bool:
+    path = "/apis/kubeflow.org/v1/namespaces/default/pytorchjobs"
+    return subprocess.run(["kubectl", "get", "--raw", path], capture_output=True, timeout=60).returncode == 0
+
+
 def test_a_cluster_without_the_definition_is_told_what_to_install(alone: Scene) -> None:
     kubectl("delete", "crd", "pytorchjobs.kubeflow.org")
+    wait_until(lambda: not served())  # a moment longer than the definition is there
     with pytest.raises(RuntimeError) as raised:
         alone.launch(template(script=True), ["true"], "undefined")
     text = str(raised.value)

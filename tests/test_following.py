@@ -204,7 +204,7 @@ def test_an_elastic_job_that_runs_does_not_need_all_its_nodes() -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_stopped_step_deletes_its_job(number: int) -> None:
+def test_a_stopped_step_deletes_its_job(number: int, ctrl_c: None) -> None:
     record = Record((RUNNING, []))
     before = signal.getsignal(signal.SIGTERM)
     threading.Timer(0.1, os.kill, (os.getpid(), number)).start()

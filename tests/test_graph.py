@@ -132,7 +132,7 @@ def test_whatever_fails_the_exit_handler_runs_and_knows(tmp_path: Path) -> None:
     assert played.order()[-1] == "clean-up"
 
 
-def test_ctrl_c_ends_the_steps_and_says_so_to_the_parent_run(tmp_path: Path) -> None:
+def test_ctrl_c_ends_the_steps_and_says_so_to_the_parent_run(tmp_path: Path, ctrl_c: None) -> None:
     start = time.monotonic()
     played = Played(tmp_path, "slow", interrupt=True)
     assert played.done.returncode == 130 and time.monotonic() - start < 50, played.done.stderr
