@@ -60,9 +60,10 @@ def delete_jobs(run_id: str, namespace: str = "", own: str = "") -> tuple[list[s
 
     own: the kind that the run makes, "" where that is not known.
 
-    Gives the names of those, and for each that has ended a line: its name, how long it and its pods' logs stay; and a
-    line for a kind of job that may not be listed, as where an account has the rights of one operator only. Raises
-    PermissionError when `own` or no kind may be, or a deletion is forbidden; RuntimeError when nobody answers.
+    Gives the names of those, and a line for each that has ended, how long it and its pods' logs stay; for each that
+    is being deleted already; and for a kind of job that may not be listed, as where an account has the rights of one
+    operator only. Raises PermissionError when `own` or no kind may be, or a deletion is forbidden; RuntimeError when
+    nobody answers.
     """
     api, here = connect()
     objects, deleted, left, hidden = client.CustomObjectsApi(api), [], [], {}
@@ -76,22 +77,24 @@ def delete_jobs(run_id: str, namespace: str = "", own: str = "") -> tuple[list[s
             left.append(f"{kind.plural} were not looked at: {error}")
             continue
         for job in found.get("items", ()):
-            name, ended = job["metadata"]["name"], stay(kind, job)
-            if ended:
+            name, going = job["metadata"]["name"], job["metadata"].get("deletionTimestamp")
+            if ended := "is being deleted already" if going else stay(kind, job):
                 left.append(f"{name}: {ended}")
                 continue
             at_once(kind, place[2], objects.delete_namespaced_custom_object, (*place, name),
                     {"propagation_policy": "Background"})
             deleted.append(name)
     if own.lower() in hidden or len(hidden) == len(KINDS):
-        raise hidden.get(own.lower()) or next(iter(hidden.values()))
+        error = hidden.get(own.lower()) or next(iter(hidden.values()))
+        raise PermissionError(f"{error}; deleted: {', '.join(deleted)}" if deleted else str(error))
     return deleted, left
 
 
 def whereabouts(namespace: str) -> str:
     """Which namespace of which cluster `delete_jobs` asks, for a reader.
 
-    Raises RuntimeError when that cluster has no such namespace; who may not ask is not told so.
+    Raises ValueError when that cluster has no such namespace, RuntimeError when nobody answers; who may not ask is not
+    told so.
     """
     api, _ = connect()
     name = "this pod's cluster" if at_home() else f"the cluster of context {active()['name']}"
@@ -99,7 +102,8 @@ def whereabouts(namespace: str) -> str:
         client.CoreV1Api(api).read_namespace(namespace, _request_timeout=(5, 30))
     except ApiException as error:
         if error.status == 404:
-            raise RuntimeError(f"{name} has no namespace {namespace}: it is not the pipeline's") from error
+            raise ValueError(f"{name} has no namespace {namespace}; give that of the run's pods with --namespace, or "
+                             "set KUBECONFIG or its current context to the pipeline's cluster") from error
     except HTTPError as error:
         raise RuntimeError(f"{name} does not answer ({type(error).__name__})") from error
     return f"namespace {namespace} of {name}"

@@ -14,12 +14,12 @@ from urllib.parse import urlsplit
 from kfp_server_api import V2beta1RecurringRun, V2beta1Run
 
 from pipeline.client import ENDED, Server, failures, steps
-from pipeline.connection import LOGIN, address, connect, inside, secrets
+from pipeline.connection import LOGIN, Refusal, address, connect, inside, secrets
 from pipeline.order import Order, Schedule, bare, check, cron, jobs, pool, specification
 
 EXPERIMENT = "vitdet"
 ACCOUNT = "vitdet-pipeline"  # may make training jobs
-STOPPING = 180.0  # seconds until a run has ended: the pods' grace of 30, Argo's looks, the pod of the exit handler
+STOPPING = 300.0  # seconds until a run has ended: the pods' grace of 30, Argo's looks, the pod of the exit handler
 RECURRING = "recurringrun"  # as the links of Kubeflow's pages call a schedule
 
 
@@ -187,11 +187,18 @@ def run_terminate(given: argparse.Namespace) -> int:
         return 0
     run_id = found.run_id
     print(f"run {run_id}: {found.state}" + ("" if found.state in ENDED else ", now ending"), flush=True)
-    namespace = given.namespace or server.place(found)
+    namespace, again = given.namespace or server.place(found), f"python -m pipeline terminate {run_id}"
     try:
         for line in end_jobs(server, found, namespace, given.every):
             print(line, flush=True)
-    except (RuntimeError, ValueError, OSError) as error:
+    except KeyboardInterrupt:
+        print(f"\npipeline: the run is ending; training jobs that it may have made since: {again}", file=sys.stderr)
+        return 130
+    except StillEnding as error:
+        raise RuntimeError(f"{error}; training jobs that it may make yet: {again}") from None
+    except ValueError as error:
+        raise ValueError(f"the run's training jobs may still be there: {error}") from None
+    except (RuntimeError, OSError) as error:
         raise RuntimeError(f"the run's training jobs may still be there ({error}): kubectl delete -n {namespace} "
                            f"pytorchjobs,trainjobs -l vitdet/run={run_id}") from None
     return 0
@@ -200,24 +207,33 @@ def run_terminate(given: argparse.Namespace) -> int:
 def end_jobs(server: Server, found: V2beta1Run, namespace: str, every: float) -> Iterator[str]:
     """Deletes a run's jobs, and once more when it has ended, as a step that was at work may have made one since.
 
-    Gives lines for the reader. Raises RuntimeError when the run does not end.
+    Gives lines for the reader. Raises StillEnding when the run is not seen to end.
     """
     from components.pytorchjob import delete_jobs, whereabouts
 
-    place, own = whereabouts(namespace), made_as(found)
+    own = made_as(found)
+    yield f"deleting its training jobs in {whereabouts(namespace)}"
     deleted, left = delete_jobs(found.run_id, namespace, own)
     yield from (f"deleted {name}" for name in deleted)
+    doubt = ""
     if found.state not in ENDED:
-        yield f"looking again when the run has ended, for {STOPPING:.0f} s at most"
-        ended = server.over(found.run_id, every, STOPPING)
+        yield f"looking again when the run has ended, for about {STOPPING:.0f} s"
+        try:
+            doubt = "" if server.over(found.run_id, every, STOPPING) else "the run is still ending"
+        except Refusal as refusal:  # the cluster may answer all the same
+            doubt = f"whether the run has ended is not known ({refusal})"
         late, left = delete_jobs(found.run_id, namespace, own)
-        yield from (f"deleted {name}, made by a step that was ending" for name in late)
+        yield from (f"deleted {name}, made since" for name in late)
         deleted += late
-        if not ended:
-            raise RuntimeError("the run is still ending, and its steps may make some; terminate it again")
     yield from left
-    if not deleted and not left:
-        yield f"no training jobs of it are left in {place}"
+    if doubt:
+        raise StillEnding(doubt)
+    if not deleted:
+        yield "found none to delete"
+
+
+class StillEnding(Exception):
+    """A run whose steps may still make jobs."""
 
 
 def made_as(run: V2beta1Run) -> str:

@@ -49,15 +49,14 @@ def test_terminate_deletes_the_jobs_of_its_run_only(tmp_path: Path, monkeypatch:
         pipeline = command(kubeflow, monkeypatch, capsys)
         code, out, said = pipeline("terminate", PIPELINE_RUN, "--every", 0.1)
         assert (code, said) == (0, "")
-        assert out == (f"run {PIPELINE_RUN}: RUNNING, now ending\ndeleted a\ndeleted b\n"
-                       "looking again when the run has ended, for 180 s at most\n"
-                       "deleted late, made by a step that was ending\n")
+        context = yaml.safe_load(Path(os.environ["KUBECONFIG"]).read_text())["current-context"]
+        place = f"deleting its training jobs in namespace {made.namespace} of the cluster of context {context}\n"
+        assert out == (f"run {PIPELINE_RUN}: RUNNING, now ending\n{place}deleted a\ndeleted b\n"
+                       "looking again when the run has ended, for about 300 s\ndeleted late, made since\n")
         assert jobs(made.namespace) == [OF_THE_OTHER]
         code, out, _ = pipeline("terminate", PIPELINE_RUN)
-        context = yaml.safe_load(Path(os.environ["KUBECONFIG"]).read_text())["current-context"]
-        assert code == 0 and out.endswith(
-            f"no training jobs of it are left in namespace {made.namespace} of the cluster of context {context}\n")
+        assert code == 0 and out.endswith(f"{place}found none to delete\n")
         experiment["namespace"] = "of-another-cluster"
         code, _, said = pipeline("terminate", PIPELINE_RUN)
-        assert code == 1 and (f"the cluster of context {context} has no namespace of-another-cluster: it is not the "
-                              "pipeline's") in said
+        assert code == 1 and (f"the cluster of context {context} has no namespace of-another-cluster; give that of the "
+                              "run's pods with --namespace") in said

@@ -13,6 +13,7 @@ import subprocess
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
@@ -24,6 +25,10 @@ from vitdet import distributed
 from vitdet.config import load_config
 from vitdet.training import train, trainer
 from vitdet.training.checkpoint import load_model_file
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities import Run
 
 # No random draw of proposals and a batch that is not too small, so that one and two processes differ by rounding only.
 TOGETHER = {"train__batch_size": 4, "model__rpn__samples": 4000, "model__rpn__positive_fraction": 1,
@@ -94,6 +99,15 @@ def finish(process: subprocess.Popen) -> str:
     return errors
 
 
+def tracked(folder: Path) -> tuple[MlflowClient, Run]:
+    """MLflow there, and the one run that it has."""
+    from mlflow import MlflowClient  # here: the processes of `uninterrupted_pair` import this module too
+
+    client = MlflowClient(f"sqlite:///{folder / 'mlflow.db'}")
+    (run,) = client.search_runs([one.experiment_id for one in client.search_experiments()])
+    return client, run
+
+
 def killed_alone(tiny: Path, folder: Path) -> None:
     """folder/run: a training that got SIGTERM, was started again, got SIGKILL, and was started again."""
     words = ["train", "tiny", *options(minimal(tiny)), "--output", "run"]
@@ -123,16 +137,18 @@ def killed_pair(tiny: Path, folder: Path) -> None:
         os.kill(pid, signal.SIGKILL)
     process.communicate()
     assert f"of {STEPS} (run/checkpoints)" in finish(start(words, folder, processes=2))  # it went on
-    trained = (folder / "run" / "model.pt").read_bytes()
+    trained, (client, run) = (folder / "run" / "model.pt").read_bytes(), tracked(folder)
+    client.update_run(run.info.run_id, "RUNNING")  # its process was killed before it could say that it has finished
     # as torchrun does when another node is lost at the very end
     assert "run: complete already, nothing is left to do" in finish(start(words, folder, processes=2))
     assert (folder / "run" / "model.pt").read_bytes() == trained
+    assert tracked(folder)[1].info.status == "FINISHED"
 
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An MLflow file with its tables, which take seconds to make."""
-    from mlflow import MlflowClient  # here: the processes of `uninterrupted_pair` import this module too
+    from mlflow import MlflowClient
 
     path = tmp_path_factory.mktemp("store") / "mlflow.db"
     MlflowClient(f"sqlite:///{path}").search_experiments()
@@ -155,13 +171,10 @@ def folders(tiny: Path, store: Path, tmp_path_factory: pytest.TempPathFactory) -
 
 
 def test_killed_processes_go_on_under_one_run(folders: dict[str, Future[Path]], trained: Path) -> None:
-    from mlflow import MlflowClient
-
     folder = folders["killed_alone"].result()
     same_bits(folder / "run", trained)
     assert not list((folder / "run").rglob(".*.tmp"))
-    client = MlflowClient(f"sqlite:///{folder / 'mlflow.db'}")
-    (run,) = client.search_runs([one.experiment_id for one in client.search_experiments()])
+    client, run = tracked(folder)
     assert run.info.run_id == load_model_file(folder / "run" / "model.pt")["run_id"]
     assert run.info.status == "FINISHED"
     expected = figures(json.loads((trained / "points.json").read_text()))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import json
 import weakref
 from pathlib import Path
 
@@ -109,3 +110,34 @@ def test_weights_of_a_file_name_its_states_without_being_read_into_memory(tiny: 
     assert len(list((tmp_path / "states").iterdir())) == 1
     state = torch.load(next((tmp_path / "states").rglob("*.pt")), weights_only=True)
     assert state["step"] in (0, 1)
+
+
+def test_under_torchrun_a_finished_run_is_the_result_of_its_own_config_and_data_only(
+        own_tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    output, heard = tmp_path / "run", []
+    go(own_tiny, output, optim__steps=1)
+    before = (output / "model.pt").read_bytes()
+
+    def start_tracking(*given: object) -> Recorder:
+        heard.append((*given, Recorder()))
+        return heard[-1][-1]
+
+    def again(**changes: object) -> Path:
+        return train(load_config("tiny", minimal(own_tiny, optim__steps=1, **changes)), output,
+                     start_tracking=start_tracking)
+
+    with pytest.raises(ValueError, match="holds a finished run of this very config; choose another --output"):
+        again()
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "as torchrun does")
+    assert again() == output / "model.pt" and (output / "model.pt").read_bytes() == before
+    ((_, run_id, step, tracker),) = heard  # what was not shipped is, and the run is no longer open
+    assert (run_id, step, tracker.status, tracker.points) == ("recorded", 1, "FINISHED", {})
+    with pytest.raises(ValueError, match=r"finished run with another config \(optim.lr: 0.1, not 0.001\)"):
+        again(optim__lr=0.1)
+    path = own_tiny / "annotations" / "instances_train.json"
+    content = json.loads(path.read_text())
+    content["annotations"].pop()
+    path.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=r"run: holds a finished run on other data \(\w+, now \w+\); choose another"):
+        again()
+    assert len(heard) == 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from datetime import datetime, timedelta
+from pathlib import Path
 
 import pytest
 from kubernetes import client
@@ -166,6 +167,13 @@ def test_jobs_that_run_are_deleted_and_those_that_ended_stay_and_that_is_said(mo
                     f"done: succeeded; {until} the pod of its step is deleted"]
 
 
+def test_a_job_that_is_being_deleted_is_told_and_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    going = named("going", RUNNING)
+    going["metadata"]["deletionTimestamp"] = "2026-01-01T00:00:00Z"  # a finalizer holds it, Kueue's for one
+    objects = Objects({"pytorchjobs": [going], "trainjobs": []})
+    assert delete(objects, monkeypatch) == ([], ["going: is being deleted already"]) and objects.deleted == []
+
+
 def test_one_job_that_is_gone_keeps_no_other_and_a_kind_that_is_not_installed_none(
         monkeypatch: pytest.MonkeyPatch) -> None:
     absent = ApiException(status=404)
@@ -196,8 +204,40 @@ def test_a_kind_that_may_not_be_listed_keeps_no_job_of_the_other(monkeypatch: py
     deleted, (left,) = delete(objects, monkeypatch, "pytorchjob")
     assert deleted == ["runs"] and objects.deleted == ["pytorchjobs/runs"]
     assert left.startswith("trainjobs were not looked at: cannot delete in namespace ours: trainjobs is forbidden")
-    with pytest.raises(PermissionError, match="trainjobs is forbidden"):  # those of this run may be left
+    with pytest.raises(PermissionError, match="trainjobs is forbidden.*; deleted: runs$"):  # the run's may be left
         delete(objects, monkeypatch, "TrainJob")
+
+
+@pytest.mark.parametrize(("answer", "told"), [
+    (None, "namespace team-a of the cluster of context work"),
+    (ApiException(status=403), "namespace team-a of the cluster of context work"),  # who asks may know jobs only
+    (ApiException(status=404), "the cluster of context work has no namespace team-a; give that of the run's pods with"),
+    (ReadTimeoutError(None, "/", "x"), "the cluster of context work does not answer (ReadTimeoutError)"),
+])
+def test_where_jobs_are_looked_for_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, answer: Exception | None,
+                                           told: str) -> None:
+    def read_namespace(_: object, name: str, _request_timeout: tuple) -> None:
+        assert name == "team-a"
+        if answer is not None:
+            raise answer
+
+    monkeypatch.setattr(pytorchjob.client.CoreV1Api, "read_namespace", read_namespace)
+    kubeconfig = {"current-context": "work", "contexts": [{"name": "work", "context": {"cluster": "c", "user": "u"}}],
+                  "clusters": [{"name": "c", "cluster": {"server": "http://127.0.0.1:1"}}],
+                  "users": [{"name": "u", "user": {}}]}
+    (tmp_path / "kubeconfig").write_text(json.dumps(kubeconfig))
+    monkeypatch.setenv("KUBECONFIG", str(tmp_path / "kubeconfig"))
+    try:
+        found = pytorchjob.whereabouts("team-a")
+    except (ValueError, RuntimeError) as error:
+        found = str(error)
+    assert found.startswith(told)
+    monkeypatch.delenv("KUBECONFIG")
+    monkeypatch.setattr(pytorchjob, "ACCOUNT", tmp_path)
+    monkeypatch.setattr(pytorchjob.config, "load_incluster_config", lambda **_: None)
+    (tmp_path / "namespace").write_text("team-a")
+    if answer is None:
+        assert pytorchjob.whereabouts("team-a") == "namespace team-a of this pod's cluster"
 
 
 def test_how_long_a_job_stays_counts_from_its_end() -> None:

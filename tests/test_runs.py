@@ -188,10 +188,10 @@ def cluster(monkeypatch: pytest.MonkeyPatch) -> Cluster:
     made = Cluster()
     monkeypatch.setattr(pytorchjob, "delete_jobs", made.delete_jobs)
     monkeypatch.setattr(pytorchjob, "whereabouts", "namespace {} of the cluster of context work".format)
-    monkeypatch.setattr("pipeline.remote_verbs.STOPPING", 0.3)
     return made
 
 
+PLACE = "deleting its training jobs in namespace {} of the cluster of context work"
 KEPT = "vitdet-2: failed; stays until 2026-11-29 12:00 UTC"
 
 
@@ -203,7 +203,8 @@ def test_the_jobs_of_a_run_that_has_ended_are_deleted(kubeflow: Kubeflow, pipeli
     kubeflow.kept["runs"][0]["runtime_config"] = {"parameters": {"job_kind": "trainjob"}}
     kubeflow.states, cluster.found = [{"state": state}], [(["vitdet-1"], [KEPT])]
     code, out, said = pipeline("terminate", RUN)
-    assert (code, said) == (0, "") and out == f"run {RUN}: {state}\ndeleted vitdet-1\n{KEPT}\n"
+    assert (code, said) == (0, "")
+    assert out.splitlines() == [f"run {RUN}: {state}", PLACE.format("team-a"), "deleted vitdet-1", KEPT]
     assert cluster.asked == [(RUN, "team-a", "trainjob")]
     assert f"POST /runs/{RUN}:terminate" not in kubeflow.words()
 
@@ -216,26 +217,57 @@ def test_the_jobs_of_a_run_are_deleted_at_once_and_when_it_has_ended(kubeflow: K
     cluster.found = [(["vitdet-1"], [KEPT]), (["vitdet-3"], [KEPT])]
     code, out, said = pipeline("terminate", RUN)
     assert (code, said) == (0, "")
-    assert out.splitlines()[1:] == ["deleted vitdet-1", "looking again when the run has ended, for 0 s at most",
-                                    "deleted vitdet-3, made by a step that was ending", KEPT]
+    assert out.splitlines()[1:] == [
+        PLACE.format("kubeflow"), "deleted vitdet-1", "looking again when the run has ended, for about 300 s",
+        "deleted vitdet-3, made since", KEPT]
     assert cluster.asked == [(RUN, "kubeflow", "pytorchjob")] * 2
     assert (f"POST /runs/{RUN}:terminate" in kubeflow.words()) == (state != "CANCELING")
 
 
-def test_where_there_are_no_jobs_it_says_where_it_looked(kubeflow: Kubeflow, pipeline: Run, cluster: Cluster) -> None:
+@pytest.mark.parametrize("left", [[], [KEPT]])
+def test_where_there_are_no_jobs_it_says_where_it_looked(kubeflow: Kubeflow, pipeline: Run, cluster: Cluster,
+                                                         left: list[str]) -> None:
     pipeline("submit", "tiny")
-    kubeflow.states = [{"state": "FAILED"}]
-    assert pipeline("terminate", RUN)[1].splitlines()[1:] == [
-        "no training jobs of it are left in namespace kubeflow of the cluster of context work"]
+    kubeflow.states, cluster.found = [{"state": "FAILED"}], [([], left)]
+    assert pipeline("terminate", RUN)[1].splitlines()[1:] == [PLACE.format("kubeflow"), *left, "found none to delete"]
 
 
-def test_a_run_that_does_not_end_is_an_error(kubeflow: Kubeflow, pipeline: Run, cluster: Cluster) -> None:
+@pytest.mark.parametrize("status", [503, 401, 404])  # silent; the login has expired; somebody has deleted the run
+def test_jobs_of_a_run_that_is_not_seen_to_end_are_deleted(kubeflow: Kubeflow, pipeline: Run, cluster: Cluster,
+                                                           monkeypatch: pytest.MonkeyPatch, status: int) -> None:
+    monkeypatch.setattr("pipeline.remote_verbs.STOPPING", 0.3)
     pipeline("submit", "tiny")
-    cluster.found = [(["vitdet-1"], [])]
-    kubeflow.plan[f"GET /runs/{RUN}"] = [Handler.serve, failing(503), failing(503), failing(503)]
+    cluster.found = [(["vitdet-1"], []), (["vitdet-2"], [KEPT])]
+    kubeflow.plan[f"GET /runs/{RUN}"] = [Handler.serve, *[failing(status)] * 3]
     code, out, said = pipeline("terminate", RUN, "--retries", 0)
-    assert code == 1 and "deleted vitdet-1" in out and len(cluster.asked) == 2
-    assert "the run is still ending, and its steps may make some; terminate it again" in said.splitlines()[-1]
+    assert code == 1 and out.splitlines()[-2:] == ["deleted vitdet-2, made since", KEPT] and len(cluster.asked) == 2
+    cause = "the run is still ending" if status == 503 else "whether the run has ended is not known ("
+    assert said.splitlines()[-1].startswith(f"pipeline: {cause}") and said.splitlines()[-1].endswith(
+        f"; training jobs that it may make yet: python -m pipeline terminate {RUN}")
+
+
+def test_ctrl_c_while_a_run_ends_says_what_is_left_to_do(kubeflow: Kubeflow, pipeline: Run, cluster: Cluster,
+                                                         monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("pipeline.client.Server.over", interrupt)
+    pipeline("submit", "tiny")
+    code, _, said = pipeline("terminate", RUN)
+    assert code == 130 and len(cluster.asked) == 1
+    assert said.endswith(f"jobs that it may have made since: python -m pipeline terminate {RUN}\n")
+
+
+def test_a_cluster_without_the_namespace_is_refused_in_one_line(kubeflow: Kubeflow, pipeline: Run, cluster: Cluster,
+                                                                monkeypatch: pytest.MonkeyPatch) -> None:
+    def another(namespace: str) -> str:
+        raise ValueError(f"the cluster of context work has no namespace {namespace}")
+
+    monkeypatch.setattr(pytorchjob, "whereabouts", another)
+    pipeline("submit", "tiny")
+    code, out, said = pipeline("terminate", RUN)
+    assert code == 1 and "now ending" in out and cluster.asked == []
+    assert said.endswith("training jobs may still be there: the cluster of context work has no namespace kubeflow\n")
 
 
 def test_terminating_a_run_that_ends_in_the_meantime(kubeflow: Kubeflow, pipeline: Run, cluster: Cluster) -> None:

@@ -47,12 +47,12 @@ def train(
 
     Training states go to output/checkpoints, or to a folder of their own under `checkpoints`, named by config, data
     and initial weights. `weights` is a local file to use for train.init. Raises ValueError when `output` holds a
-    finished run or one of another config, Stopped after SIGTERM. Under torchrun a finished run of this config is the
-    result: where another node is lost at the very end, torchrun starts all again.
+    finished run or one of another config, Stopped after SIGTERM. Under torchrun a finished run of this config and data
+    is the result: where another node is lost at the very end, torchrun starts all again.
     """
     output = Path(output)
     with distributed.process_group() as device, sigterm() as stop, ExitStack() as alone:
-        if distributed.from_first(lambda: _is_complete(config, output)):
+        if distributed.from_first(lambda: _was_complete(config, output, start_tracking)):
             return output / "model.pt"
         source = weights if weights is not None else resolve(config.train.init)
         identity = distributed.from_first(lambda: dataset_digest(config.data))
@@ -248,16 +248,26 @@ def _state_to_go_on_from(config: Config, identity: str, states: Checkpoints) -> 
     return state
 
 
-def _is_complete(config: Config, output: Path) -> bool:
-    """Whether torchrun has started a training again that had ended; ValueError for any other finished run."""
+def _was_complete(config: Config, output: Path, start_tracking: StartTracking) -> bool:
+    """Whether torchrun has started a training again that had ended, with all that its tracker may have kept back.
+
+    Raises ValueError for any other finished run.
+    """
     finished = output / "model.pt"
     if not finished.exists():
         return False
-    differing = difference(config, from_dict(load_model_file(finished)["config"]))
+    done = load_model_file(finished)
+    differing = difference(config, from_dict(done["config"]))
     if differing or not distributed.by_torchrun():
         what = f"with another config ({'; '.join(differing)})" if differing else "of this very config"
         raise ValueError(f"{output}: holds a finished run {what}; choose another --output or remove it")
-    log.info("%s: complete already, nothing is left to do", output)
+    identity = dataset_digest(config.data)
+    if done["dataset_digest"] != identity:
+        raise ValueError(f"{output}: holds a finished run on other data ({done['dataset_digest']}, now {identity}); "
+                         "choose another --output or remove it")
+    log.warning("%s: complete already, nothing is left to do", output)
+    if done["run_id"]:
+        start_tracking(identity, done["run_id"], done["step"]).close()
     return True
 
 
