@@ -20,7 +20,7 @@ import torch
 from torch import multiprocessing
 
 from tests.conftest import STEPS, Recorder, minimal, options, start
-from tests.test_trainer import figures, same_bits
+from tests.test_trainer import cut, figures, go, interrupt, same_bits
 from vitdet import distributed
 from vitdet.config import load_config
 from vitdet.training import train, trainer
@@ -77,10 +77,30 @@ def one_of_two(rank: int, threads: int, port: int, root: Path, output: Path, cha
 
 def uninterrupted_pair(tiny: Path, folder: Path) -> None:
     """folder/run: a training by two processes; rank0.json and rank1.json: what each of them saw."""
+    multiprocessing.spawn(one_of_two, (torch.get_num_threads(), free_port(), tiny, folder / "run", TOGETHER), nprocs=2)
+
+
+def apart(rank: int, port: int, root: Path, folder: Path) -> None:
+    """What torchrun does on machines that share no folder: the second one finds nothing of the first one's."""
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
+                   "MASTER_PORT": str(port)}
+    if rank == 1:
+        trainer.Checkpoints.latest = lambda _: None
+    train(load_config("tiny", minimal(root, **TOGETHER)), folder)
+
+
+def test_processes_that_share_no_folder_end_at_once(tiny: Path, tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        go(tiny, tmp_path, interrupt(cut, 4), **TOGETHER)
+    with pytest.raises(Exception, match=r"found states of different steps \(3, 0\); --output must be one folder"):
+        multiprocessing.spawn(apart, (free_port(), tiny, tmp_path), nprocs=2)
+    assert min(go(tiny, tmp_path, **TOGETHER).points) == 4  # nothing was lost
+
+
+def free_port() -> int:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    multiprocessing.spawn(one_of_two, (torch.get_num_threads(), port, tiny, folder / "run", TOGETHER), nprocs=2)
+        return free.getsockname()[1]
 
 
 def wait_for(process: subprocess.Popen, text: str) -> None:

@@ -32,10 +32,9 @@ def process_group() -> Iterator[torch.device]:
     # gloo beside NCCL carries what lies in the host's memory: results of LVIS are gigabytes, too many for a GPU's
     backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
     dist.init_process_group(backend, timeout=PATIENCE, device_id=device if cuda else None)
-    try:
-        yield device
-    finally:
-        dist.destroy_process_group()
+    yield device
+    # Not after an error: NCCL would wait here for processes that wait for this one, and the error were never told.
+    dist.destroy_process_group()
 
 
 def rank() -> int:

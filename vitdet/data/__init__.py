@@ -12,6 +12,7 @@ import math
 import multiprocessing
 import os
 import re
+import resource
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from itertools import islice
@@ -37,6 +38,8 @@ log = logging.getLogger(__name__)
 CACHE = 1 << 28  # bytes: a training split whose decoded images fit stays in memory, images and outlines
 
 LARGEST = 31 << 20  # bytes, just below the most that glibc learns from
+
+FILES = 1 << 16  # each tensor of a batch that comes from a worker is an open file; 1,024, the usual limit, is too few
 
 REDRAWS = 100  # images tried for one place in a batch until a crop holds an object
 
@@ -260,6 +263,10 @@ def _with_objects(split: CocoSplit) -> Records:
 
 
 def _processes(workers: int) -> dict:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = FILES if hard == resource.RLIM_INFINITY else min(FILES, hard)
+    if soft != resource.RLIM_INFINITY and soft < most:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
     multiprocessing.set_forkserver_preload(["__main__", __name__])  # where a server forks workers, it imports torch
     return {"num_workers": workers, "persistent_workers": workers > 0, "collate_fn": as_it_is,
             "pin_memory": torch.cuda.is_available(), "worker_init_fn": _start_worker}

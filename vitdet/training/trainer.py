@@ -14,7 +14,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from vitdet import distributed
 from vitdet.config import Config, difference, digest, from_dict, save_config, to_dict
@@ -58,8 +58,9 @@ def train(
         identity = distributed.from_first(lambda: dataset_digest(config.data))
         folder = distributed.from_first(lambda: _states_folder(config, output, checkpoints, identity, source))
         states = Checkpoints(folder, config.train.keep)
-        state = _state_to_go_on_from(config, identity, states)
+        state = distributed.together(lambda: _state_to_go_on_from(config, identity, states))
         start = state["step"] if state else 0
+        _check_agreement(distributed.all_gather_objects(start), folder)
         loader = distributed.together(lambda: train_loader(
             config.data, config.train.batch_size, config.train.seed, start, config.optim.steps, distributed.rank(),
             distributed.world_size()))
@@ -155,9 +156,9 @@ class Loop:
         """One step of the optimizer; its learning rate."""
         torch.manual_seed(hash((self.config.train.seed, step, distributed.rank())) & 0x7FFFFFFF)
         lr = set_lr(self.optimizer, step, self.config.optim)
+        self.optimizer.zero_grad()  # before the activations, which need the memory
         with torch.autocast(self.device.type, torch.bfloat16, enabled=precision == "bf16"):
             losses = model(batch.images, batch.targets, batch.sizes)
-        self.optimizer.zero_grad()
         sum(losses.values()).backward()
         norm = clip_gradients(self.detector, self.config.optim.clip)
         self.optimizer.step()
@@ -196,8 +197,9 @@ class Loop:
     def finish(self, class_names: Sequence[str]) -> None:
         """Writes the finished detector, of the averaged weights if there are any."""
         self.average.swap()
+        weights = {name: tensor.detach().cpu() for name, tensor in self.detector.state_dict().items()}
         save(self.output / "model.pt", {
-            "format": FORMAT, "config": to_dict(self.config), "model": _on_cpu(self.detector.state_dict()),
+            "format": FORMAT, "config": to_dict(self.config), "model": weights,
             "class_names": list(class_names), "run_id": self.tracker.run_id, "step": self.config.optim.steps,
             "dataset_digest": self.identity, "metrics": self.metrics,
         })
@@ -281,6 +283,12 @@ def _check_state(config: Config, identity: str, state: dict, folder: Path) -> No
                          f"{identity}); choose another --output")
 
 
+def _check_agreement(starts: Sequence[int], folder: Path) -> None:
+    if len(set(starts)) > 1:  # a folder of each machine's own, or one that lags behind
+        raise ValueError(f"{folder}: the processes found states of different steps ({', '.join(map(str, starts))}); "
+                         "--output must be one folder that all of them share; if it is, start again")
+
+
 def _check_classes(config: Config, trained: Sequence[str]) -> None:
     data, expected = config.data, config.model.roi_heads.num_classes
     if len(trained) != expected:
@@ -290,7 +298,3 @@ def _check_classes(config: Config, trained: Sequence[str]) -> None:
     if tuple(validated) != tuple(trained):
         raise ValueError(f"{data.root}: {data.train_split} and {data.val_split} have different classes "
                          f"({', '.join(sorted(set(trained) ^ set(validated))) or 'in another order'})")
-
-
-def _on_cpu(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: tensor.detach().cpu() for name, tensor in state.items()}
