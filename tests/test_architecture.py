@@ -144,7 +144,7 @@ def test_of_timm_only_the_layers_are_used() -> None:
 
 @pytest.mark.parametrize("path", tracked("*.py"), ids=name_of)
 def test_a_file_is_read_in_one_sitting(path: Path) -> None:
-    assert len(path.read_text().splitlines()) <= 300
+    assert len(path.read_text().splitlines()) <= 500
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=name_of)
