@@ -10,15 +10,21 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-IMAGE = os.environ.get("VITDET_IMAGE", "")  # of all steps, read when a pipeline is compiled; '': that of the job
-RUN_ID = "KFP_RUN_ID"  # set in the pods from their label, in a local run by `python -m pipeline run`
+IMAGE = os.environ.get(
+    "VITDET_IMAGE", ""
+)  # of all steps, read when a pipeline is compiled; '': that of the job
+RUN_ID = (
+    "KFP_RUN_ID"  # set in the pods from their label, in a local run by `python -m pipeline run`
+)
 
 
 def run_id() -> str:
     """The id of the pipeline run that this step belongs to. Raises RuntimeError outside of a step."""
     found = os.environ.get(RUN_ID, "")
     if not found:
-        raise RuntimeError(f"{RUN_ID} is not set: the step does not know the run that it belongs to")
+        raise RuntimeError(
+            f"{RUN_ID} is not set: the step does not know the run that it belongs to"
+        )
     return found
 
 

@@ -7,13 +7,19 @@ from components.shell import component
 
 @component
 def clean_up(
-    recipes: list[str], overrides: list[str], workspace: str, job_kind: str, status: dsl.PipelineTaskFinalStatus
+    recipes: list[str],
+    overrides: list[str],
+    workspace: str,
+    job_kind: str,
+    status: dsl.PipelineTaskFinalStatus,
 ) -> None:
     """Deletes the jobs of this run that still run (job_kind '': there are none) and ends its parent run in MLflow."""
     from components import afterwards, run_id
     from components.pytorchjob import delete_jobs
     from vitdet import workspace as steps
 
-    with afterwards(lambda: steps.close_group(recipes, overrides, workspace, run_id(), status.state)):
+    with afterwards(
+        lambda: steps.close_group(recipes, overrides, workspace, run_id(), status.state)
+    ):
         deleted, left = delete_jobs(run_id(), own=job_kind) if job_kind else ([], [])
         print(*(f"deleted job {job}" for job in deleted), *left, sep="\n")

@@ -16,12 +16,16 @@ def announce(resolved: Input[Artifact], workspace: str) -> None:
 
 @component
 def compare(
-    verdicts: Input[list[Artifact]], resolved: Input[Artifact], workspace: str, table: Output[Markdown]
+    verdicts: Input[list[Artifact]],
+    resolved: Input[Artifact],
+    workspace: str,
+    table: Output[Markdown],
 ) -> None:
     """One table of all recipes, which were evaluated on the same data."""
     from components import run_id
     from vitdet import workspace as steps
 
-    text = steps.compare([verdict.path for verdict in verdicts], resolved.path, workspace, run_id(),
-                         table.path)
+    text = steps.compare(
+        [verdict.path for verdict in verdicts], resolved.path, workspace, run_id(), table.path
+    )
     print(text)

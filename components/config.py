@@ -6,7 +6,9 @@ from components.shell import component
 
 
 @component
-def configs(recipes: list[str], overrides: list[str], workspace: str, resolved: Output[Artifact]) -> list[str]:
+def configs(
+    recipes: list[str], overrides: list[str], workspace: str, resolved: Output[Artifact]
+) -> list[str]:
     """Resolves the recipes; refuses, in one line, what is wrong or cannot be compared. Gives the experiments' names."""
     from vitdet.workspace import resolve_configs
 

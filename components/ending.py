@@ -13,10 +13,14 @@ def stay(kind: Kind, job: dict) -> str:
     if phase not in ("failed", "succeeded"):
         return ""
     seconds = (spec.get("runPolicy") or spec).get("ttlSecondsAfterFinished")
-    ended = status.get("completionTime") or max(one.get("lastTransitionTime") or "" for one in status["conditions"])
+    ended = status.get("completionTime") or max(
+        one.get("lastTransitionTime") or "" for one in status["conditions"]
+    )
     until = []
     if seconds is not None and ended:
-        until.append(f"{datetime.fromisoformat(ended) + timedelta(seconds=seconds):%Y-%m-%d %H:%M} UTC")
+        until.append(
+            f"{datetime.fromisoformat(ended) + timedelta(seconds=seconds):%Y-%m-%d %H:%M} UTC"
+        )
     if job["metadata"].get("ownerReferences"):
         until.append("the pod of its step is deleted")
     return f"{phase}; stays, with the logs of pods that are left, until {' or '.join(until) or 'somebody deletes it'}"

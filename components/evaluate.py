@@ -7,13 +7,19 @@ from components.shell import component
 
 @component
 def evaluate(
-    checkpoint: Input[Model], name: str, resolved: Input[Artifact], manifest: Input[Dataset], workspace: str,
+    checkpoint: Input[Model],
+    name: str,
+    resolved: Input[Artifact],
+    manifest: Input[Dataset],
+    workspace: str,
     figures: Output[Metrics],
 ) -> None:
     """Box and mask AP in percent and the rest of the figures, here and in MLflow."""
     from vitdet import workspace as steps
 
-    found = steps.evaluate(checkpoint.path, resolved.path, name, manifest.path, workspace, figures.path)
+    found = steps.evaluate(
+        checkpoint.path, resolved.path, name, manifest.path, workspace, figures.path
+    )
     for key, value in found.items():
         figures.log_metric(key, value)
     print(f"{name}: box AP {found.get('box_ap')}, mask AP {found.get('mask_ap')}")

@@ -18,8 +18,11 @@ Ask = Callable[[str], list[dict]]  # the events that a field selector selects
 def wished(job: dict) -> int:
     """How many pods a job is to have."""
     replicas = job["spec"].get("pytorchReplicaSpecs")
-    return sum(one.get("replicas", 1) for one in replicas.values()) if replicas else (
-        (job["spec"].get("trainer") or {}).get("numNodes", 1))
+    return (
+        sum(one.get("replicas", 1) for one in replicas.values())
+        if replicas
+        else ((job["spec"].get("trainer") or {}).get("numNodes", 1))
+    )
 
 
 def unmade(job: dict, pods: list[dict], ask: Ask) -> Cause | None:
@@ -28,16 +31,26 @@ def unmade(job: dict, pods: list[dict], ask: Ask) -> Cause | None:
         return None
     metadata = job["metadata"]
     name, since = metadata["name"], metadata.get("creationTimestamp") or ""
-    own = f"involvedObject.uid={metadata.get('uid')}" if "pytorchReplicaSpecs" in job["spec"] else (
-        "involvedObject.kind=Job")  # of the JobSet's; their names begin with the job's
-    found = [one for one in ask(f"type=Warning,{own}") if one["reason"].startswith("FailedCreate")
-             and f"{one['involvedObject']['name']}-".startswith(f"{name}-") and when(one) >= since]
+    own = (
+        f"involvedObject.uid={metadata.get('uid')}"
+        if "pytorchReplicaSpecs" in job["spec"]
+        else ("involvedObject.kind=Job")
+    )  # of the JobSet's; their names begin with the job's
+    found = [
+        one
+        for one in ask(f"type=Warning,{own}")
+        if one["reason"].startswith("FailedCreate")
+        and f"{one['involvedObject']['name']}-".startswith(f"{name}-")
+        and when(one) >= since
+    ]
     return told(max(found, key=when), name, "job") if found else None
 
 
 def stalled(pod: dict, ask: Ask) -> Cause | None:
     """Why a pod that has its node does not start, where the last that happened to it is a warning; else None."""
-    if (pod.get("status") or {}).get("phase") != "Pending" or not (pod.get("spec") or {}).get("nodeName"):
+    if (pod.get("status") or {}).get("phase") != "Pending" or not (pod.get("spec") or {}).get(
+        "nodeName"
+    ):
         return None
     last = max(ask(f"involvedObject.uid={pod['metadata']['uid']}"), key=when, default=None)
     return told(last, pod["metadata"]["name"]) if last and last.get("type") == "Warning" else None
@@ -46,11 +59,18 @@ def stalled(pod: dict, ask: Ask) -> Cause | None:
 def when(event: dict) -> str:
     """The time at which it happened last, to the second."""
     series = event.get("series") or {}
-    time = (event.get("lastTimestamp") or series.get("lastObservedTime") or event.get("eventTime")
-            or event["metadata"].get("creationTimestamp") or "")
+    time = (
+        event.get("lastTimestamp")
+        or series.get("lastObservedTime")
+        or event.get("eventTime")
+        or event["metadata"].get("creationTimestamp")
+        or ""
+    )
     return time[:19] + "Z" if time else ""
 
 
 def told(event: dict, name: str, what: str = "pod") -> Cause:
     """The event in one line."""
-    return Cause(name, event["reason"], message=" ".join((event.get("message") or "").split()), what=what)
+    return Cause(
+        name, event["reason"], message=" ".join((event.get("message") or "").split()), what=what
+    )

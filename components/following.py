@@ -20,10 +20,16 @@ from components.causes import BROKEN, Cause, failure, first, hindrance, restarts
 from components.events import stalled, unmade
 from components.jobs import Kind, overrun, state
 
-SCHEDULE = "vitdet/schedule-seconds"  # annotation of a job file: how long its pods may wait for a node
-FAILURE = "vitdet/failure"  # annotation that the launcher writes: why the job has failed, or was given up
+SCHEDULE = (
+    "vitdet/schedule-seconds"  # annotation of a job file: how long its pods may wait for a node
+)
+FAILURE = (
+    "vitdet/failure"  # annotation that the launcher writes: why the job has failed, or was given up
+)
 MOST = 32_000  # characters of it; the API server takes 256 KiB of annotations
-QUEUE = "kueue.x-k8s.io/queue-name"  # label of a job that Kueue suspends and resumes: nobody else can
+QUEUE = (
+    "kueue.x-k8s.io/queue-name"  # label of a job that Kueue suspends and resumes: nobody else can
+)
 TAIL = 30  # log lines of the failing replica
 FIRST = 1000  # log lines at most of a job that was there before
 
@@ -56,8 +62,14 @@ class Requests(Protocol):
     def pods(self) -> tuple[list[dict], str]: ...
     def changes(self, version: str, seconds: float) -> Iterable[dict]: ...
     def events(self, selector: str) -> list[dict]: ...
-    def log(self, pod: str, since: int | None = None, tail: int | None = None, previous: bool = False,
-            container: str = "") -> list[str]: ...
+    def log(
+        self,
+        pod: str,
+        since: int | None = None,
+        tail: int | None = None,
+        previous: bool = False,
+        container: str = "",
+    ) -> list[str]: ...
 
 
 class Log:
@@ -103,15 +115,31 @@ class Follower:
     started the run again.
     """
 
-    def __init__(self, cluster: Requests, kind: Kind, job: dict, out: Callable[[str], None], patience: Patience,
-                 finished: Callable[[], bool] = lambda: False, first: bool = False) -> None:
+    def __init__(
+        self,
+        cluster: Requests,
+        kind: Kind,
+        job: dict,
+        out: Callable[[str], None],
+        patience: Patience,
+        finished: Callable[[], bool] = lambda: False,
+        first: bool = False,
+    ) -> None:
         self.first, self.there = first, job
-        self.cluster, self.kind, self.job, self.out, self.patience = cluster, kind, job, out, patience
+        self.cluster, self.kind, self.job, self.out, self.patience = (
+            cluster,
+            kind,
+            job,
+            out,
+            patience,
+        )
         self.finished = finished
         self.name = f"{kind.name} {job['metadata']['name']}"
         self.said: dict[str, str] = {}
         self.held: dict[str, float] = {}
-        self.seen: dict[str, tuple[Cause, list[str]]] = {}  # by pod: how it failed last, its log's end then
+        self.seen: dict[
+            str, tuple[Cause, list[str]]
+        ] = {}  # by pod: how it failed last, its log's end then
         self.logs: dict[str, Log] = {}
         self.limits = {"schedule": patience.schedule, "start": patience.start}
         own = (job["metadata"].get("annotations") or {}).get(SCHEDULE)
@@ -128,10 +156,13 @@ class Follower:
     @contextmanager
     def deleted_on_signal(self) -> Iterator[None]:
         """SIGTERM and Ctrl-C delete the job. Kubernetes gives a pod 30 s between SIGTERM and SIGKILL."""
+
         def stop(number: int, frame: object) -> None:
             raise SystemExit(128 + number)
 
-        main = threading.current_thread() is threading.main_thread()  # only there signals can be handled
+        main = (
+            threading.current_thread() is threading.main_thread()
+        )  # only there signals can be handled
         before = signal.signal(signal.SIGTERM, stop) if main else None
         try:
             yield
@@ -166,16 +197,27 @@ class Follower:
             if there is None:
                 continue
             labels = there["metadata"].get("labels") or {}
-            if any(labels.get(key) != value for key, value in wanted["labels"].items() if key.startswith("vitdet/")):
-                raise RuntimeError(f"{self.name} exists and is not of this run: its labels are {labels}")
+            if any(
+                labels.get(key) != value
+                for key, value in wanted["labels"].items()
+                if key.startswith("vitdet/")
+            ):
+                raise RuntimeError(
+                    f"{self.name} exists and is not of this run: its labels are {labels}"
+                )
             told = (there["metadata"].get("annotations") or {}).get(FAILURE, "")
             over = self.first and (told or state(self.kind, there)[0] == "failed")
             if not over and "deletionTimestamp" not in there["metadata"]:
                 self.take_over(told)
                 return
-            self.say("made", f"{self.name} of an earlier try has failed or is being deleted: making it anew")
+            self.say(
+                "made",
+                f"{self.name} of an earlier try has failed or is being deleted: making it anew",
+            )
             if self.lasts("deletion", True, self.patience.deletion):
-                raise RuntimeError(f"{self.name} of an earlier try is still being deleted: see its finalizers")
+                raise RuntimeError(
+                    f"{self.name} of an earlier try is still being deleted: see its finalizers"
+                )
             self.cluster.delete()
             time.sleep(min(self.patience.look, 1))
         self.say("made", f"{self.name} is made in namespace {wanted['namespace']}")
@@ -198,12 +240,21 @@ class Follower:
         self.there, (phase, message) = job, state(self.kind, job)
         pods, version = self.cluster.pods()
         self.note(pods)
-        meaning = "suspended, a queue (Kueue) or somebody holds it back; waiting" if phase == "suspended" else phase
-        self.say("phase", f"{self.name}: {meaning}" + (f" ({message})" if message else "") if phase else "")
+        meaning = (
+            "suspended, a queue (Kueue) or somebody holds it back; waiting"
+            if phase == "suspended"
+            else phase
+        )
+        self.say(
+            "phase",
+            f"{self.name}: {meaning}" + (f" ({message})" if message else "") if phase else "",
+        )
         self.tell_logs(job, pods)
         if phase == "succeeded":
             return True
-        if phase == "failed" and self.finished():  # by its deadline, say, or when a pod was lost at the very end
+        if (
+            phase == "failed" and self.finished()
+        ):  # by its deadline, say, or when a pod was lost at the very end
             self.say("complete", f"{self.name} failed when its training was complete already")
             return True
         if phase == "failed":
@@ -213,8 +264,11 @@ class Follower:
         limit = self.patience.operator
         refused = None if phase == "suspended" else unmade(job, pods, self.cluster.events)
         if self.lasts("operator", not phase and not pods and not refused, limit):
-            self.give_up(f"nothing has happened to {self.name} for {limit:.0f} s: {self.kind.operator} does not run",
-                         pods, None)
+            self.give_up(
+                f"nothing has happened to {self.name} for {limit:.0f} s: {self.kind.operator} does not run",
+                pods,
+                None,
+            )
         self.check_start(pods, phase, refused)
         until = time.monotonic() + self.patience.look
         for pod in self.cluster.changes(version, self.patience.look):
@@ -227,8 +281,10 @@ class Follower:
         if self.finished():
             self.say("phase", f"{self.name} is gone, and its training is complete")
             return True
-        raise RuntimeError(f"{self.name} was deleted before it ended, by somebody else or with its owner; or it failed "
-                           f"unseen, and its time to live is over{self.explain([], None)}")
+        raise RuntimeError(
+            f"{self.name} was deleted before it ended, by somebody else or with its owner; or it failed "
+            f"unseen, and its time to live is over{self.explain([], None)}"
+        )
 
     def note(self, pods: list[dict]) -> None:
         """Tells and remembers how pods failed, with the ends of their logs: the operator may delete them at once."""
@@ -241,7 +297,9 @@ class Follower:
             text = f"{cause}{f'; started again, {times} times in all' if cause.previous else ''}"
             if text != self.said.get(cause.pod):
                 self.say(cause.pod, text)
-                lines = self.cluster.log(cause.pod, tail=TAIL, previous=cause.previous, container=container)
+                lines = self.cluster.log(
+                    cause.pod, tail=TAIL, previous=cause.previous, container=container
+                )
                 self.seen[cause.pod] = cause, [line.partition(" ")[2] for line in lines]
 
     def tell_logs(self, job: dict, pods: list[dict]) -> None:
@@ -249,20 +307,28 @@ class Follower:
         wanted = self.kind.rank0(job).items()
         for pod in pods:
             if wanted <= (pod["metadata"].get("labels") or {}).items():
-                log = self.logs.setdefault(pod["metadata"]["uid"], Log(self.cluster, self.kind.container))
+                log = self.logs.setdefault(
+                    pod["metadata"]["uid"], Log(self.cluster, self.kind.container)
+                )
                 for line in log.news(pod):
                     self.out(line)
 
     def check_start(self, pods: list[dict], phase: str, refused: Cause | None) -> None:
         """Tells why pods do not start, and gives up when that has lasted."""
-        found = [cause for pod in pods if (cause := hindrance(pod) or stalled(pod, self.cluster.events))]
+        found = [
+            cause for pod in pods if (cause := hindrance(pod) or stalled(pod, self.cluster.events))
+        ]
         found += [refused] if refused else []
-        elastic = "elasticPolicy" in self.job["spec"] and phase == "running"  # fewer nodes than wished will do
+        elastic = (
+            "elasticPolicy" in self.job["spec"] and phase == "running"
+        )  # fewer nodes than wished will do
         for topic in ("schedule", "start"):
             causes = [cause for cause in found if (cause.reason in BROKEN) == (topic == "start")]
             self.say(topic, f"waiting: {causes[0]}" if causes else "")
             if self.lasts(topic, bool(causes) and not elastic, self.limits[topic]):
-                self.give_up(f"{self.name} cannot start, for {self.limits[topic]:.0f} s now", pods, causes[0])
+                self.give_up(
+                    f"{self.name} cannot start, for {self.limits[topic]:.0f} s now", pods, causes[0]
+                )
 
     def give_up(self, text: str, pods: list[dict], cause: Cause | None) -> None:
         """Holds the job, which would else start some day with nobody to follow it. Raises RuntimeError."""
@@ -282,8 +348,11 @@ class Follower:
 
     def explain(self, pods: list[dict], cause: Cause | None) -> str:
         """The cause of a failure and the last log lines of the pod that it befell, as far as anything is known."""
-        cause = cause or first(found for pod in pods if (found := failure(pod))) or first(
-            one for one, _ in self.seen.values())
+        cause = (
+            cause
+            or first(found for pod in pods if (found := failure(pod)))
+            or first(one for one, _ in self.seen.values())
+        )
         if cause is None:
             return ""
         lines = self.seen.get(cause.pod, (None, []))[1]

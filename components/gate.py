@@ -6,8 +6,13 @@ from components.shell import component
 
 
 @component
-def gate(figures: Input[Metrics], name: str, resolved: Input[Artifact], workspace: str, verdict: Output[Artifact]
-         ) -> str:
+def gate(
+    figures: Input[Metrics],
+    name: str,
+    resolved: Input[Artifact],
+    workspace: str,
+    verdict: Output[Artifact],
+) -> str:
     """'passed' or 'stopped', by box AP on the same data. The first model passes, a tie does not."""
     from vitdet import workspace as steps
 

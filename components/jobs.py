@@ -17,7 +17,10 @@ import yaml
 POOL = "vitdet/pool"  # the label that our node pools set, so that a job does not know its cloud
 COMPUTE_CLASS = "cloud.google.com/compute-class"  # the same on GKE, where a pool's nodes can have no label with a slash
 RUN, RECIPE = "vitdet/run", "vitdet/recipe"
-DEADLINE, KEEP = 14 * 24 * 3600, 7 * 24 * 3600  # seconds, where the template says nothing: active at most, kept after
+DEADLINE, KEEP = (
+    14 * 24 * 3600,
+    7 * 24 * 3600,
+)  # seconds, where the template says nothing: active at most, kept after
 
 
 @dataclass(frozen=True)
@@ -91,9 +94,13 @@ def fill(template: str, kind: Kind, wish: Wish) -> dict:
     found = [part for part in yaml.safe_load_all(template) if part]
     jobs = [part for part in found if part.get("kind") == kind.name]
     if len(jobs) != 1:
-        raise ValueError(f"the job's template must hold one {kind.name}, it holds "
-                         f"{', '.join(str(part.get('kind')) for part in found) or 'nothing'}")
-    job = json.loads(json.dumps(jobs[0]))  # YAML anchors share one object: Master and Worker must not
+        raise ValueError(
+            f"the job's template must hold one {kind.name}, it holds "
+            f"{', '.join(str(part.get('kind')) for part in found) or 'nothing'}"
+        )
+    job = json.loads(
+        json.dumps(jobs[0])
+    )  # YAML anchors share one object: Master and Worker must not
     metadata = job.setdefault("metadata", {})
     metadata.update(name=wish.name, namespace=wish.namespace)
     metadata.setdefault("labels", {}).update(wish.labels)
@@ -109,13 +116,17 @@ def state(kind: Kind, job: dict) -> tuple[str, str]:
     Any condition counts, whatever its place: controllers keep the old ones and do not sort them.
     """
     status = job.get("status") or {}
-    true = {one["type"]: one for one in status.get("conditions") or [] if one.get("status") == "True"}
+    true = {
+        one["type"]: one for one in status.get("conditions") or [] if one.get("status") == "True"
+    }
     for condition, phase in kind.phases:
         if condition in true:
             return phase, true[condition].get("message") or true[condition].get("reason") or ""
     if any(one.get("ready") for one in status.get("jobsStatus") or []):
         return "running", ""
-    return ("created", "") if status.get("jobsStatus") or status.get("replicaStatuses") else ("", "")
+    return (
+        ("created", "") if status.get("jobsStatus") or status.get("replicaStatuses") else ("", "")
+    )
 
 
 def overrun(job: dict, message: str) -> str:
@@ -147,7 +158,9 @@ def main_container(pod: dict, name: str) -> dict:
     for container in pod.get("containers") or []:
         if container.get("name") == name:
             return container
-    raise ValueError(f"the job's template has no container named {name!r}, which is the one that the operator starts")
+    raise ValueError(
+        f"the job's template has no container named {name!r}, which is the one that the operator starts"
+    )
 
 
 def fill_pytorchjob(job: dict, wish: Wish) -> None:
@@ -157,13 +170,19 @@ def fill_pytorchjob(job: dict, wish: Wish) -> None:
     policy = spec.setdefault("runPolicy", {})
     policy.setdefault("activeDeadlineSeconds", DEADLINE)
     policy.setdefault("ttlSecondsAfterFinished", KEEP)
-    if "backoffLimit" in policy:  # the operator adds up the restarts of all pods, and they start again together
+    if (
+        "backoffLimit" in policy
+    ):  # the operator adds up the restarts of all pods, and they start again together
         policy["backoffLimit"] *= wish.nodes
     elastic = spec.get("elasticPolicy")
     if "Master" not in replicas and not elastic:
-        raise ValueError("a PyTorchJob without a Master needs an elasticPolicy: its pods would not find each other")
+        raise ValueError(
+            "a PyTorchJob without a Master needs an elasticPolicy: its pods would not find each other"
+        )
     if "Master" in replicas:
-        replicas["Master"]["replicas"] = 1  # written out: the operator's webhook looks before defaults are set
+        replicas["Master"]["replicas"] = (
+            1  # written out: the operator's webhook looks before defaults are set
+        )
     workers = wish.nodes - ("Master" in replicas)
     if workers and "Worker" not in replicas:
         raise ValueError(f"{wish.nodes} nodes are wished, but the job's template has no Worker")
@@ -191,27 +210,40 @@ def fill_trainjob(job: dict, wish: Wish) -> None:
     spec = job["spec"]
     spec.setdefault("activeDeadlineSeconds", DEADLINE)  # a TrainJob has no time to live
     trainer = spec.setdefault("trainer", {})
-    trainer.update(args=wish.args, numNodes=wish.nodes, **({"image": wish.image} if wish.image else {}))
+    trainer.update(
+        args=wish.args, numNodes=wish.nodes, **({"image": wish.image} if wish.image else {})
+    )
     task = wish.task
     add_to_container(trainer, {"env": task.get("env")})
     if task.get("resources"):
-        trainer["resourcesPerNode"] = merged_resources(trainer.get("resourcesPerNode"), task["resources"])
+        trainer["resourcesPerNode"] = merged_resources(
+            trainer.get("resourcesPerNode"), task["resources"]
+        )
     pod: dict = {}
-    add_to_pod(pod, wish)  # the controller merges as kubectl patch does: by name and key, but tolerations as a whole
+    add_to_pod(
+        pod, wish
+    )  # the controller merges as kubectl patch does: by name and key, but tolerations as a whole
     if task.get("volume_mounts"):
         pod["containers"] = [{"name": "node", "volumeMounts": task["volume_mounts"]}]
     template: dict = {"metadata": {"labels": wish.labels}, **({"spec": pod} if pod else {})}
     nodes = {"name": "node", "template": {"spec": {"template": template}}}
-    patch = {"manager": "vitdet/launcher",
-             "trainingRuntimeSpec": {"template": {"spec": {"replicatedJobs": [nodes]}}}}
+    patch = {
+        "manager": "vitdet/launcher",
+        "trainingRuntimeSpec": {"template": {"spec": {"replicatedJobs": [nodes]}}},
+    }
     others = [one for one in spec.get("runtimePatches") or [] if one["manager"] != patch["manager"]]
     spec["runtimePatches"] = [*others, patch]  # the later one wins
 
 
 def add_to_container(container: dict, task: dict) -> None:
     """Env and mounts of the task over those of the template, its resources over the template's."""
-    own = [one for one in task.get("env") or [] if not one["name"].startswith("KFP_")]  # those name the step's own pod
-    for key, added, by in (("env", own, "name"), ("volumeMounts", task.get("volume_mounts"), "mountPath")):
+    own = [
+        one for one in task.get("env") or [] if not one["name"].startswith("KFP_")
+    ]  # those name the step's own pod
+    for key, added, by in (
+        ("env", own, "name"),
+        ("volumeMounts", task.get("volume_mounts"), "mountPath"),
+    ):
         if added:
             container[key] = over(container.get(key), added, by)
     if task.get("resources"):
@@ -241,14 +273,21 @@ def once_mounted(pod: dict, task: dict) -> dict:
     A pod with two volumes of one claim stays in ContainerCreating for ever (kubernetes/kubernetes, issue 127004). KFP
     gives a volume the name of its claim; under that name the runtime of a TrainJob has it too, and they are merged.
     """
+
     def claim(volume: dict) -> str:
         return (volume.get("persistentVolumeClaim") or {}).get("claimName") or ""
 
     there = {claim(one): one["name"] for one in pod.get("volumes") or [] if claim(one)}
     volumes = task.get("volumes") or []
     names = {one["name"]: there[claim(one)] for one in volumes if claim(one) in there}
-    return {**task, "volumes": [one for one in volumes if one["name"] not in names], "volume_mounts": [
-        {**one, "name": names.get(one["name"], one["name"])} for one in task.get("volume_mounts") or []]}
+    return {
+        **task,
+        "volumes": [one for one in volumes if one["name"] not in names],
+        "volume_mounts": [
+            {**one, "name": names.get(one["name"], one["name"])}
+            for one in task.get("volume_mounts") or []
+        ],
+    }
 
 
 def over(there: list[dict] | None, added: list[dict], key: str) -> list[dict]:
@@ -261,9 +300,16 @@ def merged_resources(there: dict | None, added: dict) -> dict:
     """Limits and requests, the added ones first; an added limit without a request takes the old request's place."""
     there = there or {}
     limits = {**there.get("limits", {}), **added.get("limits", {})}
-    old = {key: value for key, value in there.get("requests", {}).items() if key not in added.get("limits", {})}
+    old = {
+        key: value
+        for key, value in there.get("requests", {}).items()
+        if key not in added.get("limits", {})
+    }
     requests = {**old, **added.get("requests", {})}
-    return {**({"limits": limits} if limits else {}), **({"requests": requests} if requests else {})}
+    return {
+        **({"limits": limits} if limits else {}),
+        **({"requests": requests} if requests else {}),
+    }
 
 
 def pytorch_rank0(job: dict) -> dict[str, str]:
@@ -274,22 +320,44 @@ def pytorch_rank0(job: dict) -> dict[str, str]:
 
 def train_rank0(job: dict) -> dict[str, str]:
     """The first pod of the indexed Job `node` of the JobSet."""
-    return {"batch.kubernetes.io/job-completion-index": "0", "jobset.sigs.k8s.io/replicatedjob-name": "node"}
+    return {
+        "batch.kubernetes.io/job-completion-index": "0",
+        "jobset.sigs.k8s.io/replicatedjob-name": "node",
+    }
 
 
 KINDS = {
     "pytorchjob": Kind(
-        name="PyTorchJob", group="kubeflow.org", version="v1", plural="pytorchjobs",
-        operator="the Kubeflow training operator (v1.9)", container="pytorch",
-        job_label="training.kubeflow.org/job-name", fill=fill_pytorchjob, rank0=pytorch_rank0,
+        name="PyTorchJob",
+        group="kubeflow.org",
+        version="v1",
+        plural="pytorchjobs",
+        operator="the Kubeflow training operator (v1.9)",
+        container="pytorch",
+        job_label="training.kubeflow.org/job-name",
+        fill=fill_pytorchjob,
+        rank0=pytorch_rank0,
         halt={"runPolicy": {"suspend": True}},
-        phases=(("Failed", "failed"), ("Succeeded", "succeeded"), ("Suspended", "suspended"),
-                ("Restarting", "restarting"), ("Running", "running"), ("Created", "created")),
+        phases=(
+            ("Failed", "failed"),
+            ("Succeeded", "succeeded"),
+            ("Suspended", "suspended"),
+            ("Restarting", "restarting"),
+            ("Running", "running"),
+            ("Created", "created"),
+        ),
     ),
     "trainjob": Kind(
-        name="TrainJob", group="trainer.kubeflow.org", version="v1alpha1", plural="trainjobs",
-        operator="Kubeflow Trainer (v2.3)", container="node",
-        job_label="jobset.sigs.k8s.io/jobset-name", fill=fill_trainjob, rank0=train_rank0, halt={"suspend": True},
+        name="TrainJob",
+        group="trainer.kubeflow.org",
+        version="v1alpha1",
+        plural="trainjobs",
+        operator="Kubeflow Trainer (v2.3)",
+        container="node",
+        job_label="jobset.sigs.k8s.io/jobset-name",
+        fill=fill_trainjob,
+        rank0=train_rank0,
+        halt={"suspend": True},
         phases=(("Failed", "failed"), ("Complete", "succeeded"), ("Suspended", "suspended")),
     ),
 }

@@ -29,9 +29,22 @@ ACCOUNT = Path("/var/run/secrets/kubernetes.io/serviceaccount")
 TRY = "KFP_RETRY_INDEX"  # "0" in the first pod of a step; older servers do not say (argocompiler/common.go)
 
 
-def launch(*, template: str, kind: str, run_id: str, name: str, args: list[str], nodes: int, pool: str, image: str,
-           workspace: str, task_config: dict | None, out: Callable[[str], None] = print,
-           patience: Patience | None = None, finished: Callable[[], bool] = lambda: False) -> None:
+def launch(
+    *,
+    template: str,
+    kind: str,
+    run_id: str,
+    name: str,
+    args: list[str],
+    nodes: int,
+    pool: str,
+    image: str,
+    workspace: str,
+    task_config: dict | None,
+    out: Callable[[str], None] = print,
+    patience: Patience | None = None,
+    finished: Callable[[], bool] = lambda: False,
+) -> None:
     """Trains in a job of `nodes` pods and returns when it succeeded; `name` is the recipe, `template` the job's YAML.
 
     A job of the same run and recipe that is there already is followed, so that a step may be retried; one that has
@@ -46,11 +59,25 @@ def launch(*, template: str, kind: str, run_id: str, name: str, args: list[str],
     patience = patience or Patience()
     api, namespace = connect()
     labels = {RUN: label(run_id), RECIPE: label(name)}
-    wish = Wish(job_name(run_id, name), namespace, labels, image, args, nodes, pool, task_config or {}, own_pod())
+    wish = Wish(
+        job_name(run_id, name),
+        namespace,
+        labels,
+        image,
+        args,
+        nodes,
+        pool,
+        task_config or {},
+        own_pod(),
+    )
     job = fill(template, shape, wish)
     folders = [folder.rstrip("/") for folder in mounts(shape, job)]
-    if folders and not any(f"{workspace.rstrip('/')}/".startswith(f"{folder}/") for folder in folders):
-        raise ValueError(f"the job's pods do not see the workspace {workspace}: their folders are {', '.join(folders)}")
+    if folders and not any(
+        f"{workspace.rstrip('/')}/".startswith(f"{folder}/") for folder in folders
+    ):
+        raise ValueError(
+            f"the job's pods do not see the workspace {workspace}: their folders are {', '.join(folders)}"
+        )
     cluster = Cluster(api, shape, wish.name, namespace, out, patience)
     Follower(cluster, shape, job, out, patience, finished, first=os.environ.get(TRY) == "0").run()
 
@@ -70,8 +97,13 @@ def delete_jobs(run_id: str, namespace: str = "", own: str = "") -> tuple[list[s
     for word, kind in KINDS.items():
         place = (kind.group, kind.version, namespace or here, kind.plural)
         try:
-            found = at_once(kind, place[2], objects.list_namespaced_custom_object, place,
-                            {"label_selector": f"{RUN}={label(run_id)}"})
+            found = at_once(
+                kind,
+                place[2],
+                objects.list_namespaced_custom_object,
+                place,
+                {"label_selector": f"{RUN}={label(run_id)}"},
+            )
         except PermissionError as error:
             hidden[word] = error
             left.append(f"{kind.plural} were not looked at: {error}")
@@ -81,8 +113,13 @@ def delete_jobs(run_id: str, namespace: str = "", own: str = "") -> tuple[list[s
             if ended := "is being deleted already" if going else stay(kind, job):
                 left.append(f"{name}: {ended}")
                 continue
-            at_once(kind, place[2], objects.delete_namespaced_custom_object, (*place, name),
-                    {"propagation_policy": "Background"})
+            at_once(
+                kind,
+                place[2],
+                objects.delete_namespaced_custom_object,
+                (*place, name),
+                {"propagation_policy": "Background"},
+            )
             deleted.append(name)
     if own.lower() in hidden or len(hidden) == len(KINDS):
         error = hidden.get(own.lower()) or next(iter(hidden.values()))
@@ -102,14 +139,18 @@ def whereabouts(namespace: str) -> str:
         client.CoreV1Api(api).read_namespace(namespace, _request_timeout=(5, 30))
     except ApiException as error:
         if error.status == 404:
-            raise ValueError(f"{name} has no namespace {namespace}; give that of the run's pods with --namespace, or "
-                             "set KUBECONFIG or its current context to the pipeline's cluster") from error
+            raise ValueError(
+                f"{name} has no namespace {namespace}; give that of the run's pods with --namespace, or "
+                "set KUBECONFIG or its current context to the pipeline's cluster"
+            ) from error
     except HTTPError as error:
         raise RuntimeError(f"{name} does not answer ({type(error).__name__})") from error
     return f"namespace {namespace} of {name}"
 
 
-def at_once(kind: Kind, namespace: str, call: Callable, given: tuple[str, ...], options: dict[str, str]) -> dict:
+def at_once(
+    kind: Kind, namespace: str, call: Callable, given: tuple[str, ...], options: dict[str, str]
+) -> dict:
     """The answer to a request that is made once, {} for what is not there.
 
     Raises PermissionError when it is forbidden, RuntimeError for anything else.
@@ -148,7 +189,9 @@ def connect() -> tuple[client.ApiClient, str]:
         config.load_kube_config(config_file=file, client_configuration=settings)
         return client.ApiClient(settings), active()["context"].get("namespace") or "default"
     except config.ConfigException as error:
-        raise RuntimeError(f"no cluster: this is no pod with a service account, and no kubeconfig ({error})") from error
+        raise RuntimeError(
+            f"no cluster: this is no pod with a service account, and no kubeconfig ({error})"
+        ) from error
 
 
 def own_pod() -> dict | None:
@@ -186,26 +229,50 @@ class Cluster:
     All raise RuntimeError with one line when patience ends or the answer is no.
     """
 
-    def __init__(self, api: client.ApiClient, kind: Kind, name: str, namespace: str, out: Callable[[str], None],
-                 patience: Patience) -> None:
-        self.kind, self.name, self.namespace, self.out, self.patience = kind, name, namespace, out, patience
+    def __init__(
+        self,
+        api: client.ApiClient,
+        kind: Kind,
+        name: str,
+        namespace: str,
+        out: Callable[[str], None],
+        patience: Patience,
+    ) -> None:
+        self.kind, self.name, self.namespace, self.out, self.patience = (
+            kind,
+            name,
+            namespace,
+            out,
+            patience,
+        )
         self.objects, self.core = client.CustomObjectsApi(api), client.CoreV1Api(api)
         self.place = (kind.group, kind.version, namespace, kind.plural)
         self.blind = False  # and that was said
 
-    def ask(self, verb: str, call: Callable, *given: object, but: tuple[int, ...] = (), forbidden: float = 0,
-            options: dict[str, object] | None = None) -> dict | None:
+    def ask(
+        self,
+        verb: str,
+        call: Callable,
+        *given: object,
+        but: tuple[int, ...] = (),
+        forbidden: float = 0,
+        options: dict[str, object] | None = None,
+    ) -> dict | None:
         """The answer, None for a status of `but`. forbidden: for how many seconds a refusal is not believed."""
         start, said = time.monotonic(), False
         while True:
             try:
-                raw = call(*given, _preload_content=False, _request_timeout=(5, 30), **(options or {})).data
+                raw = call(
+                    *given, _preload_content=False, _request_timeout=(5, 30), **(options or {})
+                ).data
                 answer = json.loads(raw)
                 if said:
                     self.out("launcher: the API server answers again")
                 return answer
             except ApiException as error:
-                unknown = error.status == 404 and not answered(error)  # an API server that starts knows no kinds yet
+                unknown = error.status == 404 and not answered(
+                    error
+                )  # an API server that starts knows no kinds yet
                 if error.status in but and not unknown:
                     return None
                 problem, limit = refusal(self.kind, self.namespace, verb, error), self.patience.api
@@ -226,44 +293,89 @@ class Cluster:
 
     def create(self, job: dict) -> bool:
         """Makes the job; False when there is one of this name."""
-        made = self.ask(f"create {self.kind.plural}", self.objects.create_namespaced_custom_object, *self.place, job,
-                        but=(409,))
+        made = self.ask(
+            f"create {self.kind.plural}",
+            self.objects.create_namespaced_custom_object,
+            *self.place,
+            job,
+            but=(409,),
+        )
         return made is not None
 
     def get(self) -> dict | None:
         """The job, None when there is none."""
-        return self.ask(f"get {self.kind.plural}", self.objects.get_namespaced_custom_object, *self.place, self.name,
-                        but=(404,), forbidden=self.patience.forbidden)
+        return self.ask(
+            f"get {self.kind.plural}",
+            self.objects.get_namespaced_custom_object,
+            *self.place,
+            self.name,
+            but=(404,),
+            forbidden=self.patience.forbidden,
+        )
 
     def adopt(self, owner: dict) -> None:
         """Makes `owner` the job's only one."""
-        change = {"metadata": {"ownerReferences": [owner]}}  # a merge patch: all that the client sends to these kinds
-        self.ask(f"patch {self.kind.plural}", self.objects.patch_namespaced_custom_object, *self.place, self.name,
-                 change, but=(404,))
+        change = {
+            "metadata": {"ownerReferences": [owner]}
+        }  # a merge patch: all that the client sends to these kinds
+        self.ask(
+            f"patch {self.kind.plural}",
+            self.objects.patch_namespaced_custom_object,
+            *self.place,
+            self.name,
+            change,
+            but=(404,),
+        )
 
     def mark(self, failure: str, halt: bool) -> None:
         """Writes on the job why it failed; halt: and has the operator take its pods away."""
-        change = {"metadata": {"annotations": {FAILURE: failure}}, **({"spec": self.kind.halt} if halt else {})}
-        self.ask(f"patch {self.kind.plural}", self.objects.patch_namespaced_custom_object, *self.place, self.name,
-                 change, but=(404,))
+        change = {
+            "metadata": {"annotations": {FAILURE: failure}},
+            **({"spec": self.kind.halt} if halt else {}),
+        }
+        self.ask(
+            f"patch {self.kind.plural}",
+            self.objects.patch_namespaced_custom_object,
+            *self.place,
+            self.name,
+            change,
+            but=(404,),
+        )
 
     def delete(self) -> None:
         """Deletes the job, if it is there, and with it its pods."""
-        self.ask(f"delete {self.kind.plural}", self.objects.delete_namespaced_custom_object, *self.place, self.name,
-                 but=(404,), options={"propagation_policy": "Background"})
+        self.ask(
+            f"delete {self.kind.plural}",
+            self.objects.delete_namespaced_custom_object,
+            *self.place,
+            self.name,
+            but=(404,),
+            options={"propagation_policy": "Background"},
+        )
 
     def pods(self) -> tuple[list[dict], str]:
         """The job's pods, and the version of that list, from which `changes` goes on."""
-        found = self.ask("list pods", self.core.list_namespaced_pod, self.namespace,
-                         options={"label_selector": self.kind.selector(self.name)}, forbidden=self.patience.forbidden)
+        found = self.ask(
+            "list pods",
+            self.core.list_namespaced_pod,
+            self.namespace,
+            options={"label_selector": self.kind.selector(self.name)},
+            forbidden=self.patience.forbidden,
+        )
         return found["items"], found["metadata"]["resourceVersion"]
 
     def changes(self, version: str, seconds: float) -> Iterator[dict]:
         """The job's pods as they change, for this long; sooner over when the connection drops."""
         try:
             lines = self.core.list_namespaced_pod(
-                self.namespace, label_selector=self.kind.selector(self.name), resource_version=version, watch=True,
-                timeout_seconds=max(1, round(seconds)), _preload_content=False, _request_timeout=(5, seconds + 10))
+                self.namespace,
+                label_selector=self.kind.selector(self.name),
+                resource_version=version,
+                watch=True,
+                timeout_seconds=max(1, round(seconds)),
+                _preload_content=False,
+                _request_timeout=(5, seconds + 10),
+            )
             for line in lines:
                 event = json.loads(line)
                 if event["type"] == "ERROR":  # the version is too old: the next list has a new one
@@ -274,12 +386,23 @@ class Cluster:
 
     def events(self, selector: str) -> list[dict]:
         """The events that a field selector selects; none when that may not be asked: then less is told."""
-        found = self.ask("list events", self.core.list_namespaced_event, self.namespace, but=(401, 403),
-                         options={"field_selector": selector})
+        found = self.ask(
+            "list events",
+            self.core.list_namespaced_event,
+            self.namespace,
+            but=(401, 403),
+            options={"field_selector": selector},
+        )
         return found["items"] if found else []
 
-    def log(self, pod: str, since: int | None = None, tail: int | None = None, previous: bool = False,
-            container: str = "") -> list[str]:
+    def log(
+        self,
+        pod: str,
+        since: int | None = None,
+        tail: int | None = None,
+        previous: bool = False,
+        container: str = "",
+    ) -> list[str]:
         """Lines of a container's log, "" the training's, each after its time and a space; none when there is none.
 
         since: of the last so many seconds; tail: the last lines; previous: of the instance before the running one.
@@ -287,9 +410,14 @@ class Cluster:
         options = {"since_seconds": since, "tail_lines": tail, "previous": previous or None}
         try:
             raw = self.core.read_namespaced_pod_log(
-                pod, self.namespace, container=container or self.kind.container, timestamps=True,
-                _preload_content=False, _request_timeout=(5, 30),
-                **{key: value for key, value in options.items() if value is not None})
+                pod,
+                self.namespace,
+                container=container or self.kind.container,
+                timestamps=True,
+                _preload_content=False,
+                _request_timeout=(5, 30),
+                **{key: value for key, value in options.items() if value is not None},
+            )
             return raw.data.decode(errors="replace").splitlines()
         except ApiException as error:
             if error.status in (401, 403) and not self.blind:

@@ -7,7 +7,11 @@ from components.shell import component
 
 @component
 def register(
-    checkpoint: Input[Model], figures: Input[Metrics], name: str, resolved: Input[Artifact], workspace: str
+    checkpoint: Input[Model],
+    figures: Input[Metrics],
+    name: str,
+    resolved: Input[Artifact],
+    workspace: str,
 ) -> str:
     """Packs the detector for MLflow, asks it about an image, and registers it; gives the version in one line."""
     from vitdet import workspace as steps

@@ -10,4 +10,6 @@ from kfp import dsl
 
 from components import IMAGE
 
-component = partial(dsl.component, base_image=IMAGE or "python", install_kfp_package=False, packages_to_install=[])
+component = partial(
+    dsl.component, base_image=IMAGE or "python", install_kfp_package=False, packages_to_install=[]
+)

@@ -12,7 +12,8 @@ from components.shell import component
 # What is set on the task reaches the job's pods. Resources are named because kfp refuses to set any else: those of the
 # task are the launcher's own, those of the job stand in its manifest.
 PASSED_ON = [
-    dsl.TaskConfigField.KUBERNETES_AFFINITY, dsl.TaskConfigField.KUBERNETES_NODE_SELECTOR,
+    dsl.TaskConfigField.KUBERNETES_AFFINITY,
+    dsl.TaskConfigField.KUBERNETES_NODE_SELECTOR,
     dsl.TaskConfigField.KUBERNETES_TOLERATIONS,
     dsl.TaskConfigPassthrough(field=dsl.TaskConfigField.ENV, apply_to_task=True),
     dsl.TaskConfigPassthrough(field=dsl.TaskConfigField.KUBERNETES_VOLUMES, apply_to_task=True),
@@ -22,8 +23,17 @@ PASSED_ON = [
 
 @component
 def train(
-    name: str, resolved: Input[Artifact], manifest: Input[Dataset], data: str, initial: str, workspace: str,
-    nodes: int, pool: str, job_kind: str, job: str, image: str,
+    name: str,
+    resolved: Input[Artifact],
+    manifest: Input[Dataset],
+    data: str,
+    initial: str,
+    workspace: str,
+    nodes: int,
+    pool: str,
+    job_kind: str,
+    job: str,
+    image: str,
     checkpoint: Output[Model],
 ) -> None:
     """Trains here. Nodes, pool, kind and job are the cluster's and unused."""
@@ -35,9 +45,19 @@ def train(
 
 @component(task_config_passthroughs=PASSED_ON)
 def train_job(
-    name: str, resolved: Input[Artifact], manifest: Input[Dataset], data: str, initial: str, workspace: str,
-    nodes: int, pool: str, job_kind: str, job: str, image: str,
-    checkpoint: Output[Model], task_config: dsl.TaskConfig,
+    name: str,
+    resolved: Input[Artifact],
+    manifest: Input[Dataset],
+    data: str,
+    initial: str,
+    workspace: str,
+    nodes: int,
+    pool: str,
+    job_kind: str,
+    job: str,
+    image: str,
+    checkpoint: Output[Model],
+    task_config: dsl.TaskConfig,
 ) -> None:
     """Trains in a job of the cluster, once the data has proved to be what it was; follows a job that is there."""
     from components import run_id
@@ -46,7 +66,17 @@ def train_job(
 
     words = steps.training_words(resolved.path, name, manifest.path, workspace, run_id())
     if not steps.is_trained(workspace, name, run_id()):
-        launch(template=job, kind=job_kind, run_id=run_id(), name=name, args=words, nodes=nodes, pool=pool,
-               image=image, workspace=workspace, task_config={**vars(task_config), "resources": None},
-               finished=lambda: steps.is_trained(workspace, name, run_id()))
+        launch(
+            template=job,
+            kind=job_kind,
+            run_id=run_id(),
+            name=name,
+            args=words,
+            nodes=nodes,
+            pool=pool,
+            image=image,
+            workspace=workspace,
+            task_config={**vars(task_config), "resources": None},
+            finished=lambda: steps.is_trained(workspace, name, run_id()),
+        )
     steps.collect(workspace, name, run_id(), checkpoint.path)

@@ -25,11 +25,22 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def parser() -> argparse.ArgumentParser:
     """All verbs and their arguments."""
-    root = argparse.ArgumentParser(prog="python -m pipeline", description="The experiment as a Kubeflow pipeline.")
+    root = argparse.ArgumentParser(
+        prog="python -m pipeline", description="The experiment as a Kubeflow pipeline."
+    )
     verbs = root.add_subparsers(required=True, metavar="VERB")
-    add_compile(verbs.add_parser("compile", allow_abbrev=False, help="write the pipeline to a file, for `submit` or "
-                                 "Kubeflow's pages"))
-    add_run(verbs.add_parser("run", allow_abbrev=False, help="run the pipeline on this machine, without a cluster"))
+    add_compile(
+        verbs.add_parser(
+            "compile",
+            allow_abbrev=False,
+            help="write the pipeline to a file, for `submit` or Kubeflow's pages",
+        )
+    )
+    add_run(
+        verbs.add_parser(
+            "run", allow_abbrev=False, help="run the pipeline on this machine, without a cluster"
+        )
+    )
     add_verbs(verbs)
     return root
 
@@ -37,9 +48,13 @@ def parser() -> argparse.ArgumentParser:
 def add_compile(verb: argparse.ArgumentParser) -> None:
     """The words of `compile`."""
     verb.add_argument("file", type=Path, metavar="FILE", help="the YAML file to write")
-    verb.add_argument("--job", metavar="FILE", default="",
-                      help="YAML with the training jobs to start, as `kubectl kustomize manifests/overlays/NAME` "
-                           "prints it; - is the standard input (the jobs in manifests/ as they are)")
+    verb.add_argument(
+        "--job",
+        metavar="FILE",
+        default="",
+        help="YAML with the training jobs to start, as `kubectl kustomize manifests/overlays/NAME` "
+        "prints it; - is the standard input (the jobs in manifests/ as they are)",
+    )
     verb.set_defaults(run=run_compile)
 
 
@@ -60,11 +75,24 @@ def run_compile(given: argparse.Namespace) -> int:
 
 def add_run(verb: argparse.ArgumentParser) -> None:
     """The words of `run`."""
-    verb.add_argument("recipes", nargs="+", metavar="RECIPE", help="a recipe's name or file; several are compared")
-    verb.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", dest="overrides",
-                      help="change a setting, as `vitdet train --set`; may be repeated")
-    verb.add_argument("--workspace", type=Path, default=Path("work/pipeline"), metavar="DIR",
-                      help="folder for data, runs and models; relative paths of the recipes start here (work/pipeline)")
+    verb.add_argument(
+        "recipes", nargs="+", metavar="RECIPE", help="a recipe's name or file; several are compared"
+    )
+    verb.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="SECTION.KEY=VALUE",
+        dest="overrides",
+        help="change a setting, as `vitdet train --set`; may be repeated",
+    )
+    verb.add_argument(
+        "--workspace",
+        type=Path,
+        default=Path("work/pipeline"),
+        metavar="DIR",
+        help="folder for data, runs and models; relative paths of the recipes start here (work/pipeline)",
+    )
     verb.set_defaults(run=run_run)
 
 
@@ -73,7 +101,10 @@ def run_run(given: argparse.Namespace) -> int:
     from pipeline.local import run_here
     from pipeline.order import check
 
-    recipes = [str(Path(one).resolve()) if Path(one).suffix in (".yaml", ".yml") else one for one in given.recipes]
+    recipes = [
+        str(Path(one).resolve()) if Path(one).suffix in (".yaml", ".yml") else one
+        for one in given.recipes
+    ]
     check(recipes, given.overrides)
     workspace = given.workspace.resolve()
     run_id = run_here(recipes, given.overrides, workspace)

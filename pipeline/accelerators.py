@@ -40,22 +40,30 @@ def accelerators(text: str) -> Accelerators:
 def of_pod(pod: dict, resources: dict | None) -> Accelerators:
     """Of a pod's spec and the resources of its training container."""
     limits = (resources or {}).get("limits") or {}
-    return Accelerators(int(limits.get(GPU, 0)), pod.get("tolerations") or [], pod.get("nodeSelector") or {})
+    return Accelerators(
+        int(limits.get(GPU, 0)), pod.get("tolerations") or [], pod.get("nodeSelector") or {}
+    )
 
 
 def of_trainjob(job: dict, documents: list[dict]) -> Accelerators:
     """Of a TrainJob and of its runtime, where that is among the documents. Raises as `accelerators` does."""
     wanted, trainer = job["spec"]["runtimeRef"], job["spec"].get("trainer") or {}
     kind, name = wanted.get("kind", "ClusterTrainingRuntime"), wanted["name"]
-    runtime = next((one for one in documents if one.get("kind") == kind and one["metadata"]["name"] == name), None)
+    runtime = next(
+        (one for one in documents if one.get("kind") == kind and one["metadata"]["name"] == name),
+        None,
+    )
     resources = trainer.get("resourcesPerNode")
     if runtime is None and resources is None:
-        raise ValueError(f"the TrainJob's {kind} {name} is not among the documents, so that nobody says what GPUs and "
-                         "nodes `evaluate` needs; give all that `kubectl kustomize manifests/overlays/NAME/trainjob` "
-                         "prints, or set the job's spec.trainer.resourcesPerNode")
+        raise ValueError(
+            f"the TrainJob's {kind} {name} is not among the documents, so that nobody says what GPUs and "
+            "nodes `evaluate` needs; give all that `kubectl kustomize manifests/overlays/NAME/trainjob` "
+            "prints, or set the job's spec.trainer.resourcesPerNode"
+        )
     pod: dict = {}
     for spec in ([runtime["spec"]] if runtime else []) + [
-            one["trainingRuntimeSpec"] for one in job["spec"].get("runtimePatches") or []]:
+        one["trainingRuntimeSpec"] for one in job["spec"].get("runtimePatches") or []
+    ]:
         found = node(spec)
         pod["nodeSelector"] = {**pod.get("nodeSelector", {}), **(found.get("nodeSelector") or {})}
         pod["tolerations"] = found.get("tolerations") or pod.get("tolerations")

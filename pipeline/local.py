@@ -81,19 +81,37 @@ def run_here(recipes: Sequence[str], overrides: Sequence[str], workspace: Path) 
     root, run_id = workspace / "pipeline", uuid4().hex
     root.mkdir(parents=True, exist_ok=True)
     os.environ[RUN_ID] = run_id
-    warnings.filterwarnings("ignore", category=RuntimeWarning, module="kfp.local")  # that our image is none of Python's
+    warnings.filterwarnings(
+        "ignore", category=RuntimeWarning, module="kfp.local"
+    )  # that our image is none of Python's
     local.init(local.SubprocessRunner(use_venv=False), pipeline_root=str(root))
     show = builtins.print
     with open(root / f"{run_id}.log", "w") as log, redirect_stdout(Screen(sys.stdout, log)):
         try:
-            build(train)(recipes=list(recipes), overrides=list(overrides), workspace=str(workspace), job_kind="")
+            build(train)(
+                recipes=list(recipes),
+                overrides=list(overrides),
+                workspace=str(workspace),
+                job_kind="",
+            )
         except RuntimeError as error:
-            failed = re.findall(r"'([\w-]+)'", COLOR.sub("", str(error)).partition("Inner task failed:")[2])
-            raise RuntimeError(f"step {failed[0] if failed else '?'} failed; the whole log: {log.name}") from error
-        except KeyboardInterrupt:  # kfp's runner leaves the exit handler out, and MLflow's run would go on for ever
+            failed = re.findall(
+                r"'([\w-]+)'", COLOR.sub("", str(error)).partition("Inner task failed:")[2]
+            )
+            raise RuntimeError(
+                f"step {failed[0] if failed else '?'} failed; the whole log: {log.name}"
+            ) from error
+        except (
+            KeyboardInterrupt
+        ):  # kfp's runner leaves the exit handler out, and MLflow's run would go on for ever
             ended = dsl.PipelineTaskFinalStatus("CANCELED", "", "", None, None)
-            clean_up.python_func(recipes=list(recipes), overrides=list(overrides), workspace=str(workspace),
-                                 job_kind="", status=ended)
+            clean_up.python_func(
+                recipes=list(recipes),
+                overrides=list(overrides),
+                workspace=str(workspace),
+                job_kind="",
+                status=ended,
+            )
             raise
         finally:
             builtins.print = show  # kfp puts its own there, and with parallel steps leaves it

@@ -13,8 +13,10 @@ from pathlib import Path
 import yaml
 
 IMAGE = "vitdet"  # in manifests/ before an overlay names the registry
-BARE = (f"the steps' image is {IMAGE!r}, of no registry: no cluster can pull it. Give your cluster's job: kubectl "
-        "kustomize manifests/overlays/NAME | python -m pipeline ... --job - (or set VITDET_IMAGE)")
+BARE = (
+    f"the steps' image is {IMAGE!r}, of no registry: no cluster can pull it. Give your cluster's job: kubectl "
+    "kustomize manifests/overlays/NAME | python -m pipeline ... --job - (or set VITDET_IMAGE)"
+)
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,9 @@ def specification(package: Path, parameters: dict[str, object], caching: bool) -
     if not Path(package).is_file():
         raise FileNotFoundError(f"{package}: no such file")
     try:
-        documents = list(yaml.load_all(Path(package).read_text(), getattr(yaml, "CSafeLoader", yaml.SafeLoader)))
+        documents = list(
+            yaml.load_all(Path(package).read_text(), getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+        )
     except (yaml.YAMLError, UnicodeDecodeError):
         documents = []
     if not documents or not isinstance(documents[0], dict) or "root" not in documents[0]:
@@ -65,7 +69,11 @@ def specification(package: Path, parameters: dict[str, object], caching: bool) -
     known = spec["root"].get("inputDefinitions", {}).get("parameters", {})
     if wrong := parameters.keys() - known.keys():
         raise ValueError(f"{package}: the pipeline has no parameter {', '.join(sorted(wrong))}")
-    needed = {name for name, about in known.items() if "defaultValue" not in about and not about.get("isOptional")}
+    needed = {
+        name
+        for name, about in known.items()
+        if "defaultValue" not in about and not about.get("isOptional")
+    }
     if missing := needed - parameters.keys():
         raise ValueError(f"{package}: the pipeline also needs {', '.join(sorted(missing))}")
     files = any(is_file(str(recipe)) for recipe in parameters.get("recipes") or ())
@@ -78,7 +86,9 @@ def specification(package: Path, parameters: dict[str, object], caching: bool) -
 
 def bare(pipeline: dict) -> str:
     """What to say of a pipeline in the image of manifests/ as they are, which no cluster can pull; "" of another."""
-    executors = pipeline.get("pipeline_spec", pipeline).get("deploymentSpec", {}).get("executors", {})
+    executors = (
+        pipeline.get("pipeline_spec", pipeline).get("deploymentSpec", {}).get("executors", {})
+    )
     images = {one.get("container", {}).get("image") for one in executors.values()}
     return BARE if images == {IMAGE} else ""
 
@@ -95,18 +105,24 @@ def cron(expression: str) -> str:
     they get second 0. Six fields and @daily, @every 12h pass. Raises ValueError for anything else.
     """
     fields = expression.split()
-    if expression.startswith("@") and re.fullmatch(r"@(yearly|monthly|weekly|daily|hourly|every \w+)", expression):
+    if expression.startswith("@") and re.fullmatch(
+        r"@(yearly|monthly|weekly|daily|hourly|every \w+)", expression
+    ):
         return expression
     if len(fields) not in (5, 6) or not all(re.fullmatch(r"[\w*/,?-]+", one) for one in fields):
-        raise ValueError(f"schedule {expression!r}: expected five fields as in a crontab (minute hour day month "
-                         "weekday), six with seconds first, or @daily, @weekly, @every 12h")
+        raise ValueError(
+            f"schedule {expression!r}: expected five fields as in a crontab (minute hour day month "
+            "weekday), six with seconds first, or @daily, @weekly, @every 12h"
+        )
     return " ".join(fields if len(fields) == 6 else ["0", *fields])
 
 
 def pool(name: str | None) -> None:
     """Refuses, by ValueError, what no label of a node can be: no pod could be made that asks for it."""
     if name and not re.fullmatch(r"[A-Za-z0-9]([A-Za-z0-9._-]{0,61}[A-Za-z0-9])?", name):
-        raise ValueError(f"--pool {name!r}: expected a label's value: letters, digits, - _ . inside, at most 63")
+        raise ValueError(
+            f"--pool {name!r}: expected a label's value: letters, digits, - _ . inside, at most 63"
+        )
 
 
 def check(recipes: Sequence[str], overrides: Sequence[str]) -> bool:
@@ -119,23 +135,31 @@ def check(recipes: Sequence[str], overrides: Sequence[str]) -> bool:
         raise ValueError(f"a recipe is named twice: {' '.join(recipes)}")
     for override in overrides:
         if re.search(r"://[^/@\s]*:[^/@\s]*@", override):
-            raise ValueError(f"--set {override.partition('=')[0]}: a password would stand in the run's parameters for "
-                             "everybody to read; it belongs into the cluster's Secret")
+            raise ValueError(
+                f"--set {override.partition('=')[0]}: a password would stand in the run's parameters for "
+                "everybody to read; it belongs into the cluster's Secret"
+            )
     package = importlib.util.find_spec("vitdet")
     if package is None or not package.origin:
         return False
     told = True
     for recipe in recipes:
         if is_file(recipe) and not Path(recipe).is_absolute():
-            raise ValueError(f"{recipe}: a file of this machine; the cluster knows recipes by name and files by their "
-                             "absolute path on the shared volume")
+            raise ValueError(
+                f"{recipe}: a file of this machine; the cluster knows recipes by name and files by their "
+                "absolute path on the shared volume"
+            )
         if is_file(recipe) and not Path(recipe).exists():
             told = False
             continue
         words = [sys.executable, "-m", "vitdet", "config", recipe]
         words += [word for override in overrides for word in ("--set", override)]
-        done = subprocess.run(words, capture_output=True, text=True, cwd=Path(package.origin).parents[1])
+        done = subprocess.run(
+            words, capture_output=True, text=True, cwd=Path(package.origin).parents[1]
+        )
         if done.returncode:
-            reason = (done.stderr.strip().splitlines() or ["vitdet config failed"])[-1].removeprefix("vitdet: ")
+            reason = (done.stderr.strip().splitlines() or ["vitdet config failed"])[
+                -1
+            ].removeprefix("vitdet: ")
             raise ValueError(reason)
     return told

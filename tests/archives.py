@@ -15,8 +15,11 @@ from vitdet.data.published import SPLITS, Archive, archives
 PICTURES = 12
 
 
-def zipped(files: Mapping[str, bytes], method: int = zipfile.ZIP_DEFLATED, kinds: Mapping[str, int] | None = None,
-           ) -> bytes:
+def zipped(
+    files: Mapping[str, bytes],
+    method: int = zipfile.ZIP_DEFLATED,
+    kinds: Mapping[str, int] | None = None,
+) -> bytes:
     """An archive of these files; kinds: the file type of some, as in st_mode."""
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w", method) as opened:
@@ -60,14 +63,25 @@ def miniature(archive: Archive) -> tuple[Archive, bytes]:
     """An archive of 12 pictures or a few lines of JSON in the place of a published one."""
     rng = random.Random(archive.name)
     if archive.prefix == "annotations/":
-        names = [f"annotations/{kind}_{split}2017.json" for kind in ("captions", "instances") for split in SPLITS]
+        names = [
+            f"annotations/{kind}_{split}2017.json"
+            for kind in ("captions", "instances")
+            for split in SPLITS
+        ]
     else:
-        names = list(archive.members) or [f"{archive.prefix}{number:012}.jpg" for number in range(PICTURES)]
+        names = list(archive.members) or [
+            f"{archive.prefix}{number:012}.jpg" for number in range(PICTURES)
+        ]
     files = {name: rng.randbytes(rng.randint(500, 3000)) for name in names}
     content = zipped({**({} if archive.members else {archive.prefix: b""}), **files})
     sizes = [len(files[name]) for name in names if archive.choose(name)]
-    return replace(archive, size=len(content), sha256=hashlib.sha256(content).hexdigest(), count=len(sizes),
-                   unpacked=sum(sizes)), content
+    return replace(
+        archive,
+        size=len(content),
+        sha256=hashlib.sha256(content).hexdigest(),
+        count=len(sizes),
+        unpacked=sum(sizes),
+    ), content
 
 
 def miniatures(dataset: str, split: str = "") -> tuple[list[Archive], dict[str, bytes]]:

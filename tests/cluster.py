@@ -22,8 +22,13 @@ from components.following import Patience
 from components.jobs import KINDS, RECIPE, RUN, job_name
 from tests.conftest import ROOT
 
-on_cluster = [pytest.mark.cluster, pytest.mark.timeout(240),  # when a test's other thread failed, the launcher waits
-              pytest.mark.skipif("KUBECONFIG" not in os.environ, reason="needs KUBECONFIG of a test control plane")]
+on_cluster = [
+    pytest.mark.cluster,
+    pytest.mark.timeout(240),  # when a test's other thread failed, the launcher waits
+    pytest.mark.skipif(
+        "KUBECONFIG" not in os.environ, reason="needs KUBECONFIG of a test control plane"
+    ),
+]
 QUICK = Patience(look=1, api=60, forbidden=4, operator=20, start=3, schedule=3, deletion=20)
 ADMIN: dict[str, str] = {}  # KUBECONFIG of the test itself, while the launcher has another
 PIPELINE_RUN = "6f0c8a52-1f3e-4b7e-9b1b-0d6c35f7a001"
@@ -32,8 +37,14 @@ PIPELINE_RUN = "6f0c8a52-1f3e-4b7e-9b1b-0d6c35f7a001"
 def kubectl(*words: str, given: object = None, fails: bool = False) -> str:
     """Runs kubectl; its output, which of a wanted failure is that of stderr."""
     text = given if isinstance(given, str) or given is None else json.dumps(given)
-    done = subprocess.run(["kubectl", *words], input=text, capture_output=True, text=True, timeout=60,
-                          env={**os.environ, **ADMIN})
+    done = subprocess.run(
+        ["kubectl", *words],
+        input=text,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env={**os.environ, **ADMIN},
+    )
     assert (done.returncode != 0) == fails, done.stderr + done.stdout
     return done.stderr if fails else done.stdout
 
@@ -51,11 +62,21 @@ def wait_until(holds: Callable[[], object], seconds: float = 60) -> object:
 def template(kind: str = "pytorchjob", script: bool = False) -> str:
     """The job of overlays/kind, as `kubectl apply -k` sends it; script: its args are a shell script."""
     folder = ROOT / "manifests/overlays/kind" / ("trainjob" if kind == "trainjob" else "")
-    found = subprocess.run(["kubectl", "kustomize", folder], capture_output=True, text=True, check=True).stdout
+    found = subprocess.run(
+        ["kubectl", "kustomize", folder], capture_output=True, text=True, check=True
+    ).stdout
     job = next(part for part in yaml.safe_load_all(found) if part["kind"] == KINDS[kind].name)
-    job["metadata"].pop("annotations")  # for how long its pods may wait for a node: the tests' patience says that
-    containers = [job["spec"]["trainer"]] if kind == "trainjob" else [
-        replica["template"]["spec"]["containers"][0] for replica in job["spec"]["pytorchReplicaSpecs"].values()]
+    job["metadata"].pop(
+        "annotations"
+    )  # for how long its pods may wait for a node: the tests' patience says that
+    containers = (
+        [job["spec"]["trainer"]]
+        if kind == "trainjob"
+        else [
+            replica["template"]["spec"]["containers"][0]
+            for replica in job["spec"]["pytorchReplicaSpecs"].values()
+        ]
+    )
     for container in containers if script else ():
         container["command"] = ["sh", "-c"]
     return yaml.safe_dump(job)
@@ -65,13 +86,26 @@ class Scene:
     """A namespace with a node, an operator and a volume, and a launcher that is pointed there."""
 
     def __init__(self, namespace: str, folder: Path) -> None:
-        self.namespace, self.volume, self.kubeconfig = namespace, folder / "volume", folder / "kubeconfig"
+        self.namespace, self.volume, self.kubeconfig = (
+            namespace,
+            folder / "volume",
+            folder / "kubeconfig",
+        )
         self.lines: list[str] = []
         self.node = None
 
-    def launch(self, text: str, args: list[str], recipe: str = "tiny", run: str = PIPELINE_RUN, nodes: int = 2,
-               patience: Patience = QUICK, kind: str = "pytorchjob", task: dict | None = None,
-               finished: Callable[[], bool] = lambda: False) -> None:
+    def launch(
+        self,
+        text: str,
+        args: list[str],
+        recipe: str = "tiny",
+        run: str = PIPELINE_RUN,
+        nodes: int = 2,
+        patience: Patience = QUICK,
+        kind: str = "pytorchjob",
+        task: dict | None = None,
+        finished: Callable[[], bool] = lambda: False,
+    ) -> None:
         """`components.pytorchjob.launch`, its lines in self.lines and in the output of a test that fails."""
         from components.pytorchjob import launch
 
@@ -81,44 +115,105 @@ class Scene:
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("KUBECONFIG", str(self.kubeconfig))
-            launch(template=text, kind=kind, run_id=run, name=recipe, args=args, nodes=nodes, pool="", image="",
-                   workspace="/data", task_config=task, out=out, patience=patience,
-                   finished=finished)
+            launch(
+                template=text,
+                kind=kind,
+                run_id=run,
+                name=recipe,
+                args=args,
+                nodes=nodes,
+                pool="",
+                image="",
+                workspace="/data",
+                task_config=task,
+                out=out,
+                patience=patience,
+                finished=finished,
+            )
 
-    def start(self, text: str, args: list[str], recipe: str, environment: dict[str, str]) -> subprocess.Popen:
+    def start(
+        self, text: str, args: list[str], recipe: str, environment: dict[str, str]
+    ) -> subprocess.Popen:
         """The same in a process of its own, as in a step's pod."""
-        given = {"template": text, "kind": "pytorchjob", "run_id": PIPELINE_RUN, "name": recipe, "args": args,
-                 "nodes": 2, "pool": "", "image": "", "workspace": "/data", "task_config": None}
-        code = ("import json, sys; from tests.cluster import QUICK; from components.pytorchjob import launch; "
-                "launch(**json.loads(sys.argv[1]), patience=QUICK)")
-        return subprocess.Popen([sys.executable, "-u", "-c", code, json.dumps(given)], cwd=ROOT, text=True,
-                                env={**os.environ, **environment, "KUBECONFIG": str(self.kubeconfig)},
-                                stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        given = {
+            "template": text,
+            "kind": "pytorchjob",
+            "run_id": PIPELINE_RUN,
+            "name": recipe,
+            "args": args,
+            "nodes": 2,
+            "pool": "",
+            "image": "",
+            "workspace": "/data",
+            "task_config": None,
+        }
+        code = (
+            "import json, sys; from tests.cluster import QUICK; from components.pytorchjob import launch; "
+            "launch(**json.loads(sys.argv[1]), patience=QUICK)"
+        )
+        return subprocess.Popen(
+            [sys.executable, "-u", "-c", code, json.dumps(given)],
+            cwd=ROOT,
+            text=True,
+            env={**os.environ, **environment, "KUBECONFIG": str(self.kubeconfig)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )
 
-    def job(self, recipe: str = "tiny", kind: str = "pytorchjob", run: str = PIPELINE_RUN) -> dict | None:
+    def job(
+        self, recipe: str = "tiny", kind: str = "pytorchjob", run: str = PIPELINE_RUN
+    ) -> dict | None:
         """The job of a recipe, None when it is gone."""
         shape = KINDS[kind]
-        found = kubectl("get", f"{shape.plural}.{shape.group}", "-n", self.namespace, "-o", "json",
-                        "-l", f"{RUN}={run},{RECIPE}={recipe}")
+        found = kubectl(
+            "get",
+            f"{shape.plural}.{shape.group}",
+            "-n",
+            self.namespace,
+            "-o",
+            "json",
+            "-l",
+            f"{RUN}={run},{RECIPE}={recipe}",
+        )
         return next(iter(json.loads(found)["items"]), None)
 
-    def pods(self, recipe: str = "tiny", run: str = PIPELINE_RUN, kind: str = "pytorchjob") -> list[dict]:
+    def pods(
+        self, recipe: str = "tiny", run: str = PIPELINE_RUN, kind: str = "pytorchjob"
+    ) -> list[dict]:
         """The pods of its job, of a PyTorchJob the Master first."""
-        found = kubectl("get", "pods", "-n", self.namespace, "-o", "json",
-                        "-l", KINDS[kind].selector(job_name(run, recipe)))
+        found = kubectl(
+            "get",
+            "pods",
+            "-n",
+            self.namespace,
+            "-o",
+            "json",
+            "-l",
+            KINDS[kind].selector(job_name(run, recipe)),
+        )
         return json.loads(found)["items"]
 
     def step_pod(self, name: str) -> dict[str, str]:
         """A pod in the place of a pipeline's step, and the environment that Kubeflow Pipelines gives it."""
-        pod = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": name},
-               "spec": {"schedulerName": "nobody", "containers": [{"name": "main", "image": "none"}]}}
-        made = json.loads(kubectl("create", "-n", self.namespace, "-o", "json", "-f", "-", given=pod))
+        pod = {
+            "apiVersion": "v1",
+            "kind": "Pod",
+            "metadata": {"name": name},
+            "spec": {"schedulerName": "nobody", "containers": [{"name": "main", "image": "none"}]},
+        }
+        made = json.loads(
+            kubectl("create", "-n", self.namespace, "-o", "json", "-f", "-", given=pod)
+        )
         return {"KFP_POD_NAME": name, "KFP_POD_UID": made["metadata"]["uid"]}
 
 
 @contextmanager
-def scene(folder: Path, node: bool = True, operator: bool = True, reasons: dict[int, str] | None = None,
-          ) -> Iterator[Scene]:
+def scene(
+    folder: Path,
+    node: bool = True,
+    operator: bool = True,
+    reasons: dict[int, str] | None = None,
+) -> Iterator[Scene]:
     """A Scene; without `node` the pods stay as the test writes them, without `operator` the jobs."""
     from kubernetes import client, config
 
@@ -137,16 +232,39 @@ def scene(folder: Path, node: bool = True, operator: bool = True, reasons: dict[
         config.load_kube_config(str(folder / "kubeconfig"))
         kubectl("create", "namespace", name)
         stack.callback(kubectl, "delete", "namespace", name, "--wait=false")
-        stack.callback(kubectl, "delete", "pods", "--all", "-n", name, "--force", "--grace-period=0", "--wait=false")
-        stack.callback(kubectl, "delete", "pytorchjobs,trainjobs", "--all", "-n", name, "--wait=false")
+        stack.callback(
+            kubectl,
+            "delete",
+            "pods",
+            "--all",
+            "-n",
+            name,
+            "--force",
+            "--grace-period=0",
+            "--wait=false",
+        )
+        stack.callback(
+            kubectl, "delete", "pytorchjobs,trainjobs", "--all", "-n", name, "--wait=false"
+        )
         core = client.CoreV1Api()
-        core.create_namespaced_secret(name, {"metadata": {"name": "vitdet-mlflow"}, "stringData": {
-            "MLFLOW_TRACKING_URI": "sqlite:////data/mlflow.db"}})
-        priority = {"apiVersion": "scheduling.k8s.io/v1", "kind": "PriorityClass", "metadata": {"name": "vitdet-train"},
-                    "value": 1000}
+        core.create_namespaced_secret(
+            name,
+            {
+                "metadata": {"name": "vitdet-mlflow"},
+                "stringData": {"MLFLOW_TRACKING_URI": "sqlite:////data/mlflow.db"},
+            },
+        )
+        priority = {
+            "apiVersion": "scheduling.k8s.io/v1",
+            "kind": "PriorityClass",
+            "metadata": {"name": "vitdet-train"},
+            "value": 1000,
+        }
         kubectl("apply", "-f", "-", given=priority)
         if node:
-            made.node = stack.enter_context(FakeNode(name, folder, {"vitdet-data": made.volume}, reasons))
+            made.node = stack.enter_context(
+                FakeNode(name, folder, {"vitdet-data": made.volume}, reasons)
+            )
         if operator:
             stack.enter_context(FakeOperator(name))
         yield made

@@ -19,25 +19,51 @@ from PIL import Image
 # busy machine far slower, and equal bits need an equal number.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Invented inputs: in the suite the same ones each time; with --hypothesis-profile=long others, for an hour.
-settings.register_profile("suite", max_examples=100, derandomize=True, deadline=20_000, database=None)
+settings.register_profile(
+    "suite", max_examples=100, derandomize=True, deadline=20_000, database=None
+)
 settings.register_profile("long", max_examples=100_000, deadline=20_000, database=None)
 settings.load_profile("suite")
 ROOT = Path(__file__).parents[1]
 STEPS = 8
 MINIMAL = {
-    "model.backbone.rel_pos_size": 128, "model.pyramid.channels": 16, "model.roi_heads.fc_dim": 32,
-    "model.roi_heads.samples": 8, "model.roi_heads.num_convs": 1, "model.mask.num_convs": 1, "model.mask.samples": 4,
-    "model.rpn.samples": 16, "model.rpn.pre_nms_train": 20, "model.rpn.post_nms_train": 12,
-    "model.rpn.pre_nms_test": 20, "model.rpn.post_nms_test": 8, "data.image_size": 128, "optim.steps": STEPS,
-    "optim.lr": 1e-3, "optim.warmup_steps": 2, "optim.clip": 1.0, "optim.ema": 0.9, "train.init": "",
-    "train.batch_size": 2, "train.precision": "fp32", "train.log_every": 1, "train.eval_every": 4,
-    "train.save_every": 3, "evaluate.batch_size": 2, "evaluate.score_threshold": 0.0, "evaluate.max_detections": 4,
+    "model.backbone.rel_pos_size": 128,
+    "model.pyramid.channels": 16,
+    "model.roi_heads.fc_dim": 32,
+    "model.roi_heads.samples": 8,
+    "model.roi_heads.num_convs": 1,
+    "model.mask.num_convs": 1,
+    "model.mask.samples": 4,
+    "model.rpn.samples": 16,
+    "model.rpn.pre_nms_train": 20,
+    "model.rpn.post_nms_train": 12,
+    "model.rpn.pre_nms_test": 20,
+    "model.rpn.post_nms_test": 8,
+    "data.image_size": 128,
+    "optim.steps": STEPS,
+    "optim.lr": 1e-3,
+    "optim.warmup_steps": 2,
+    "optim.clip": 1.0,
+    "optim.ema": 0.9,
+    "train.init": "",
+    "train.batch_size": 2,
+    "train.precision": "fp32",
+    "train.log_every": 1,
+    "train.eval_every": 4,
+    "train.save_every": 3,
+    "evaluate.batch_size": 2,
+    "evaluate.score_threshold": 0.0,
+    "evaluate.max_detections": 4,
 }
 
 
 def minimal(root: Path, **changes: object) -> list[str]:
     """Overrides of the recipe `tiny`; a change is optim__lr=1e-3 for optim.lr."""
-    settings = {**MINIMAL, "data.root": root, **{key.replace("__", "."): value for key, value in changes.items()}}
+    settings = {
+        **MINIMAL,
+        "data.root": root,
+        **{key.replace("__", "."): value for key, value in changes.items()},
+    }
     return [f"{key}={value}" for key, value in settings.items()]
 
 
@@ -48,7 +74,11 @@ def options(overrides: list[str]) -> list[str]:
 
 def environment(folder: Path) -> dict[str, str]:
     """For a process of ours: this package, as many threads as here, MLflow's file in `folder`."""
-    return {**os.environ, "PYTHONPATH": str(ROOT), "MLFLOW_TRACKING_URI": f"sqlite:///{folder / 'mlflow.db'}"}
+    return {
+        **os.environ,
+        "PYTHONPATH": str(ROOT),
+        "MLFLOW_TRACKING_URI": f"sqlite:///{folder / 'mlflow.db'}",
+    }
 
 
 class Recorder:
@@ -73,9 +103,20 @@ class Recorder:
 
 def start(words: list[str], folder: Path, processes: int = 0) -> subprocess.Popen:
     """`python -m vitdet WORDS` in `folder`, in a process group of its own; under torchrun with 1 process and more."""
-    launcher = ["torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", "-m"] if processes else []
-    return subprocess.Popen([sys.executable, "-m", *launcher, "vitdet", *words], cwd=folder, env=environment(folder),
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    launcher = (
+        ["torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", "-m"]
+        if processes
+        else []
+    )
+    return subprocess.Popen(
+        [sys.executable, "-m", *launcher, "vitdet", *words],
+        cwd=folder,
+        env=environment(folder),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
 
 
 @pytest.fixture
@@ -125,8 +166,11 @@ def nothing_is_left_in_the_repository() -> Iterator[None]:
 
 
 @pytest.fixture
-def vitdet(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path,
-           ) -> Callable[..., tuple[int, str, str]]:
+def vitdet(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+) -> Callable[..., tuple[int, str, str]]:
     """vitdet(*words) runs a command in this process, in a folder of its own: (exit code, stdout, stderr)."""
     from vitdet.cli import main
 

@@ -25,7 +25,9 @@ class Container:
     They stand in the output of a test that fails, too.
     """
 
-    def __init__(self, name: str, command: list[str], environment: dict[str, str], folder: Path) -> None:
+    def __init__(
+        self, name: str, command: list[str], environment: dict[str, str], folder: Path
+    ) -> None:
         self.name, self.command, self.environment, self.folder = name, command, environment, folder
         self.restarts, self.killed_at = 0, 0.0
         self.lines: list[list[tuple[float, str]]] = []
@@ -34,10 +36,20 @@ class Container:
     def start(self) -> None:
         self.lines.append([])
         self.started, self.over = now(), False
-        self.process = subprocess.Popen(self.command, env=self.environment, cwd=self.folder, start_new_session=True,
-                                        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace")
+        self.process = subprocess.Popen(
+            self.command,
+            env=self.environment,
+            cwd=self.folder,
+            start_new_session=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+        )
         self.root, self.family = psutil.Process(self.process.pid), set()
-        self.reader = threading.Thread(target=self.listen, args=(self.process, self.lines[-1]), daemon=True)
+        self.reader = threading.Thread(
+            target=self.listen, args=(self.process, self.lines[-1]), daemon=True
+        )
         self.reader.start()
 
     def listen(self, process: subprocess.Popen, lines: list[tuple[float, str]]) -> None:
@@ -47,7 +59,10 @@ class Container:
 
     def kill(self, number: int = signal.SIGKILL) -> None:
         """A signal for the process; SIGKILL for all that it has started too, in whatever session, as torchrun does."""
-        gone, found = suppress(psutil.NoSuchProcess), set()  # also where the number is another's by now
+        gone, found = (
+            suppress(psutil.NoSuchProcess),
+            set(),
+        )  # also where the number is another's by now
         with gone:
             while new := {self.root, *self.root.children(recursive=True)} - found:
                 found |= new

@@ -18,7 +18,12 @@ from torch.utils._pytree import tree_leaves, tree_map
 FAR = "meta"
 aten = torch.ops.aten
 MOVES = {aten._to_copy.default, aten.copy_.default}
-INDEXING = {aten.index.Tensor, aten.index_put.default, aten.index_put_.default, aten._index_put_impl_.default}
+INDEXING = {
+    aten.index.Tensor,
+    aten.index_put.default,
+    aten.index_put_.default,
+    aten._index_put_impl_.default,
+}
 
 
 class FarTensor(Tensor):
@@ -26,13 +31,17 @@ class FarTensor(Tensor):
 
     @staticmethod
     def __new__(cls, near: Tensor) -> FarTensor:
-        return Tensor._make_wrapper_subclass(cls, near.shape, strides=near.stride(), dtype=near.dtype, device=FAR)
+        return Tensor._make_wrapper_subclass(
+            cls, near.shape, strides=near.stride(), dtype=near.dtype, device=FAR
+        )
 
     def __init__(self, near: Tensor) -> None:
         self.near = near
 
     @classmethod
-    def __torch_dispatch__(cls, function: Callable, types: object, args: tuple = (), kwargs: dict | None = None):
+    def __torch_dispatch__(
+        cls, function: Callable, types: object, args: tuple = (), kwargs: dict | None = None
+    ):
         return run(function, args, kwargs or {})
 
 
@@ -45,35 +54,57 @@ def run(function: Callable, args: tuple, kwargs: dict) -> object:
     tensors = [value for value in tree_leaves((args, kwargs)) if isinstance(value, Tensor)]
     far = [tensor for tensor in tensors if isinstance(tensor, FarTensor)]
     near = [tensor for tensor in tensors if not isinstance(tensor, FarTensor) and tensor.dim()]
-    if far and near and function not in MOVES and not (function in INDEXING and isinstance(args[0], FarTensor)):
-        raise RuntimeError(f"{function}: operands {[tuple(one.shape) for one in near]} on the CPU, "
-                           f"{[tuple(one.shape) for one in far]} far away")
+    if (
+        far
+        and near
+        and function not in MOVES
+        and not (function in INDEXING and isinstance(args[0], FarTensor))
+    ):
+        raise RuntimeError(
+            f"{function}: operands {[tuple(one.shape) for one in near]} on the CPU, "
+            f"{[tuple(one.shape) for one in far]} far away"
+        )
     stays_far = is_far(kwargs["device"]) if kwargs.get("device") is not None else bool(far)
     if function is aten._local_scalar_dense.default:
         stays_far = False
-    inner = {**kwargs, "device": torch.device("cpu")} if kwargs.get("device") is not None else kwargs
-    inside = [tree_map(lambda one: one.near if isinstance(one, FarTensor) else one, part) for part in (args, inner)]
+    inner = (
+        {**kwargs, "device": torch.device("cpu")} if kwargs.get("device") is not None else kwargs
+    )
+    inside = [
+        tree_map(lambda one: one.near if isinstance(one, FarTensor) else one, part)
+        for part in (args, inner)
+    ]
     found = function(*inside[0], **inside[1])
     if function._schema.name.endswith("_") and found is not None:
         return args[0]  # in place
-    return tree_map(lambda one: FarTensor(one) if stays_far and isinstance(one, Tensor) else one, found)
+    return tree_map(
+        lambda one: FarTensor(one) if stays_far and isinstance(one, Tensor) else one, found
+    )
 
 
 class Dispatch(TorchDispatchMode):
     """For what makes tensors out of nothing, as torch.arange(..., device=...)."""
 
-    def __torch_dispatch__(self, function: Callable, types: object, args: tuple = (), kwargs: dict | None = None):
+    def __torch_dispatch__(
+        self, function: Callable, types: object, args: tuple = (), kwargs: dict | None = None
+    ):
         return run(function, args, kwargs or {})
 
 
 class Literals(TorchFunctionMode):
     """For what goes between Python's numbers and tensors, which no dispatch sees."""
 
-    def __torch_function__(self, function: Callable, types: object, args: tuple = (), kwargs: dict | None = None):
+    def __torch_function__(
+        self, function: Callable, types: object, args: tuple = (), kwargs: dict | None = None
+    ):
         kwargs = dict(kwargs or {})
         if function is torch.tensor:
             device = kwargs.pop("device", None)
-            return FarTensor(torch.tensor(*args, **kwargs)) if is_far(device) else function(*args, **kwargs)
+            return (
+                FarTensor(torch.tensor(*args, **kwargs))
+                if is_far(device)
+                else function(*args, **kwargs)
+            )
         if function is Tensor.new_tensor and isinstance(args[0], FarTensor):
             return FarTensor(torch.tensor(*args[1:], **{"dtype": args[0].dtype, **kwargs}))
         if function is Tensor.tolist and isinstance(args[0], FarTensor):
@@ -92,7 +123,9 @@ def send(module: nn.Module) -> nn.Module:
     """The module with all of its tensors far away."""
     for part in module.modules():
         for name, parameter in part._parameters.items():
-            part._parameters[name] = nn.Parameter(FarTensor(parameter.data)) if parameter is not None else None
+            part._parameters[name] = (
+                nn.Parameter(FarTensor(parameter.data)) if parameter is not None else None
+            )
         for name, buffer in part._buffers.items():
             part._buffers[name] = FarTensor(buffer) if buffer is not None else None
     return module

@@ -9,21 +9,43 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 LABELS = {
-    "app.kubernetes.io/component", "app.kubernetes.io/name", "app.kubernetes.io/part-of",
+    "app.kubernetes.io/component",
+    "app.kubernetes.io/name",
+    "app.kubernetes.io/part-of",
     "cloud.google.com/compute-class",  # GKE's, of a ComputeClass
     "kubernetes.io/metadata.name",  # the API server's, of each namespace
     "kueue.x-k8s.io/queue-name",
-    "pod-security.kubernetes.io/audit", "pod-security.kubernetes.io/enforce", "pod-security.kubernetes.io/warn",
-    "trainer.kubeflow.org/framework", "trainer.kubeflow.org/trainjob-ancestor-step",
-    "vitdet/pool", "vitdet/run", "vitdet/scope",
+    "pod-security.kubernetes.io/audit",
+    "pod-security.kubernetes.io/enforce",
+    "pod-security.kubernetes.io/warn",
+    "trainer.kubeflow.org/framework",
+    "trainer.kubeflow.org/trainjob-ancestor-step",
+    "vitdet/pool",
+    "vitdet/run",
+    "vitdet/scope",
 }
 RESOURCES = {"cpu", "memory", "nvidia.com/gpu", "rdma/rdma_shared_device_a", "storage"}
 KNOWN = {
-    "labels": LABELS, "matchLabels": LABELS, "nodeSelector": LABELS,
-    "annotations": {"cluster-autoscaler.kubernetes.io/safe-to-evict", "karpenter.sh/do-not-disrupt",
-                    "sidecar.istio.io/inject", "vitdet/schedule-seconds"},
-    "requests": RESOURCES, "limits": RESOURCES,
-    "parameters": {"directoryPerms", "encrypted", "fileSystemId", "gid", "provisioningMode", "type", "uid"},
+    "labels": LABELS,
+    "matchLabels": LABELS,
+    "nodeSelector": LABELS,
+    "annotations": {
+        "cluster-autoscaler.kubernetes.io/safe-to-evict",
+        "karpenter.sh/do-not-disrupt",
+        "sidecar.istio.io/inject",
+        "vitdet/schedule-seconds",
+    },
+    "requests": RESOURCES,
+    "limits": RESOURCES,
+    "parameters": {
+        "directoryPerms",
+        "encrypted",
+        "fileSystemId",
+        "gid",
+        "provisioningMode",
+        "type",
+        "uid",
+    },
     "tags": {"karpenter.sh/discovery"},
 }
 SELECTORS = {"Service": "selector"}  # kind -> a map of labels under another name
@@ -32,7 +54,10 @@ SELECTORS = {"Service": "selector"}  # kind -> a map of labels under another nam
 def unknown(document: dict) -> list[str]:
     """The keys of such maps that are not known."""
     name = f"{document['kind']} {document['metadata']['name']}"
-    return [f"{name}: {where}: nobody knows {key}" for where, key in _keys(document, "", document["kind"])]
+    return [
+        f"{name}: {where}: nobody knows {key}"
+        for where, key in _keys(document, "", document["kind"])
+    ]
 
 
 def _keys(node: object, where: str, kind: str) -> Iterator[tuple[str, str]]:

@@ -23,7 +23,9 @@ from pipeline.__main__ import main
 from pipeline.connection import Transport
 
 API = "/apis/v2beta1"
-PAGE = "<!DOCTYPE html>\n<html><title>Dex</title><form action='/dex/auth/local'>Log in</form></html>"
+PAGE = (
+    "<!DOCTYPE html>\n<html><title>Dex</title><form action='/dex/auth/local'>Log in</form></html>"
+)
 
 
 @dataclass
@@ -85,9 +87,12 @@ class Handler(BaseHTTPRequestHandler):
         self.close_connection = True
         parts = urlsplit(self.path)
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-        self.request_made = Request(f"{self.command} {parts.path.removeprefix(API)}",
-                                    {key: values[0] for key, values in parse_qs(parts.query).items()},
-                                    dict(self.headers), json.loads(body or b"{}"))
+        self.request_made = Request(
+            f"{self.command} {parts.path.removeprefix(API)}",
+            {key: values[0] for key, values in parse_qs(parts.query).items()},
+            dict(self.headers),
+            json.loads(body or b"{}"),
+        )
         with self.server.lock:
             self.server.requests.append(self.request_made)
             planned = self.server.plan[self.request_made.words]
@@ -101,14 +106,20 @@ class Handler(BaseHTTPRequestHandler):
         if server.token and self.headers["Authorization"] != f"Bearer {server.token}":
             return self.fail(401, "Unauthenticated")
         if server.cookie and self.headers["Cookie"] != server.cookie:
-            return self.send(302, PAGE, Location="https://dex.example.com/auth?client_id=kf&state=hidden")
+            return self.send(
+                302, PAGE, Location="https://dex.example.com/auth?client_id=kf&state=hidden"
+            )
         method, (_, *path) = self.command, made.words.split(" ")[1].split("/")
         if path == ["healthz"]:
             return self.send(200, {"multi_user": server.users, "pipeline_store": "database"})
         kept = server.kept.get(path[0])
         if kept is None:
             return self.send(404, "404 page not found")
-        key = {"experiments": "experiment_id", "runs": "run_id", "recurringruns": "recurring_run_id"}[path[0]]
+        key = {
+            "experiments": "experiment_id",
+            "runs": "run_id",
+            "recurringruns": "recurring_run_id",
+        }[path[0]]
         if len(path) == 1:
             return self.create(kept, key) if method == "POST" else self.list(kept, path[0])
         name, _, verb = path[1].partition(":")
@@ -131,8 +142,13 @@ class Handler(BaseHTTPRequestHandler):
             if bool(body.get("namespace")) != users:
                 return self.fail(400, "Invalid input error: namespace")
             if any(item["display_name"] == body["display_name"] for item in kept):
-                return self.fail(409, f"Already exist error: experiment {body['display_name']} already exists")
-        elif not any(item["experiment_id"] == body["experiment_id"] for item in self.server.kept["experiments"]):
+                return self.fail(
+                    409, f"Already exist error: experiment {body['display_name']} already exists"
+                )
+        elif not any(
+            item["experiment_id"] == body["experiment_id"]
+            for item in self.server.kept["experiments"]
+        ):
             return self.fail(400, "Invalid input error: experiment")
         kept.append({**body, key: f"0000-{key[:3]}-{len(kept)}", "state": "PENDING"})
         return self.send(200, kept[-1])
@@ -154,9 +170,20 @@ class Handler(BaseHTTPRequestHandler):
         if self.silent:
             return
         data = (body if isinstance(body, str) else json.dumps(body)).encode()
-        kind = "application/json" if isinstance(body, dict) else "text/html" if body[:1] == "<" else "text/plain"
+        kind = (
+            "application/json"
+            if isinstance(body, dict)
+            else "text/html"
+            if body[:1] == "<"
+            else "text/plain"
+        )
         self.send_response(code)
-        headers = {"Content-Type": kind, "Content-Length": str(len(data)), "Connection": "close", **headers}
+        headers = {
+            "Content-Type": kind,
+            "Content-Length": str(len(data)),
+            "Connection": "close",
+            **headers,
+        }
         for name, value in headers.items():
             self.send_header(name, value)
         self.end_headers()
@@ -166,7 +193,9 @@ class Handler(BaseHTTPRequestHandler):
 @contextmanager
 def serving(server: Kubeflow) -> Iterator[Kubeflow]:
     """The server at work."""
-    threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
+    threading.Thread(
+        target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True
+    ).start()
     try:
         yield server
     finally:
@@ -175,8 +204,9 @@ def serving(server: Kubeflow) -> Iterator[Kubeflow]:
         server.server_close()
 
 
-def command(kubeflow: Kubeflow, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-            ) -> Callable[..., tuple[int, str, str]]:
+def command(
+    kubeflow: Kubeflow, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., tuple[int, str, str]]:
     """pipeline(*words) runs `python -m pipeline` in this process: (exit code, stdout, stderr)."""
     for name in list(os.environ):
         if name.startswith(("KFP_", "KF_PIPELINES", "KUBERNETES_")):
@@ -195,11 +225,13 @@ def command(kubeflow: Kubeflow, monkeypatch: pytest.MonkeyPatch, capsys: pytest.
 
 def failing(code: int, message: str = "internal", done: bool = False) -> Callable[[Handler], None]:
     """An error; `done`: of a server that did what was asked and could not say so."""
+
     def act(handler: Handler) -> None:
         handler.silent = done
         handler.serve() if done else None
         handler.silent = False
         handler.fail(code, message)
+
     return act
 
 
@@ -210,7 +242,9 @@ def stalling(handler: Handler) -> None:
 
 def cut(handler: Handler) -> None:
     """Half an answer."""
-    handler.wfile.write(b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: 100\r\n\r\n{")
+    handler.wfile.write(
+        b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: 100\r\n\r\n{"
+    )
 
 
 def page(handler: Handler) -> None:

@@ -20,8 +20,14 @@ from PIL import Image
 SIZES = ((480, 640), (427, 640), (640, 480), (333, 500))  # height, width
 
 
-def write(folder: Path, images: int = 118_287, objects: int = 860_001, split: str = "train", first: int = 1,
-          lvis: bool = False) -> Path:
+def write(
+    folder: Path,
+    images: int = 118_287,
+    objects: int = 860_001,
+    split: str = "train",
+    first: int = 1,
+    lvis: bool = False,
+) -> Path:
     """FOLDER/annotations/instances_SPLIT.json (lvis: lvis_v1_SPLIT.json) and FOLDER/SPLIT/ (lvis: what their coco_url
     says); image ids from `first` on.
     """
@@ -36,21 +42,42 @@ def write(folder: Path, images: int = 118_287, objects: int = 860_001, split: st
     for number in range(images):
         height, width = SIZES[number % len(SIZES)]
         name = f"{first + number:012d}.jpg"
-        heads.append({"license": 4, "file_name": name, "height": height, "width": width, "id": first + number,
-                      "coco_url": f"http://images.cocodataset.org/{split}2017/{name}",
-                      "date_captured": "2013-11-14 11:18:45"} | (_searched(rng) if lvis else {}))
+        heads.append(
+            {
+                "license": 4,
+                "file_name": name,
+                "height": height,
+                "width": width,
+                "id": first + number,
+                "coco_url": f"http://images.cocodataset.org/{split}2017/{name}",
+                "date_captured": "2013-11-14 11:18:45",
+            }
+            | (_searched(rng) if lvis else {})
+        )
         if not (place / name).is_symlink():
             (place / name).symlink_to(f"../{height}x{width}.jpg")
     classes = 1203 if lvis else 80
-    categories = [{"supercategory": "thing", "id": 1 + k, "name": f"class {k}"}
-                  | ({"frequency": "fcr"[k % 3]} if lvis else {}) for k in range(classes)]
+    categories = [
+        {"supercategory": "thing", "id": 1 + k, "name": f"class {k}"}
+        | ({"frequency": "fcr"[k % 3]} if lvis else {})
+        for k in range(classes)
+    ]
     path = folder / "annotations" / f"{'lvis_v1' if lvis else 'instances'}_{split}.json"
     with open(path, "wb") as file:
-        file.write(b'{"images": ' + msgspec.json.encode(heads) + b', "categories": ' + msgspec.json.encode(categories))
+        file.write(
+            b'{"images": '
+            + msgspec.json.encode(heads)
+            + b', "categories": '
+            + msgspec.json.encode(categories)
+        )
         file.write(b', "annotations": [')
         for number in rng.permutation(objects).tolist():
-            annotation = _object(rng, heads[owners[number]], lvis) | {"id": 900_100_000_000 + number}
-            annotation["category_id"] = int(classes * rng.random() ** (3 if lvis else 1)) + 1  # LVIS: many are rare
+            annotation = _object(rng, heads[owners[number]], lvis) | {
+                "id": 900_100_000_000 + number
+            }
+            annotation["category_id"] = (
+                int(classes * rng.random() ** (3 if lvis else 1)) + 1
+            )  # LVIS: many are rare
             file.write(msgspec.json.encode(annotation) + b", ")
         file.seek(-2, 2)
         file.write(b"]}")
@@ -76,8 +103,12 @@ def _object(rng: np.random.Generator, head: dict, lvis: bool) -> dict:
     outline = {"size": [height, width], "counts": [height * 7, *[9, height - 9] * (width - 20)]}
     outline["counts"].append(height * width - sum(outline["counts"]))
     box = np.concatenate([low, high - low]).round(2).tolist()
-    return {"segmentation": outline if many else [points.ravel().tolist()], "area": round(0.6 * box[2] * box[3], 4),
-            "image_id": head["id"], "bbox": box} | ({} if lvis else {"iscrowd": int(many)})
+    return {
+        "segmentation": outline if many else [points.ravel().tolist()],
+        "area": round(0.6 * box[2] * box[3], 4),
+        "image_id": head["id"],
+        "bbox": box,
+    } | ({} if lvis else {"iscrowd": int(many)})
 
 
 if __name__ == "__main__":

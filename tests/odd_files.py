@@ -10,7 +10,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-Make = Callable[[Path], tuple[np.ndarray, int]]  # writes the file, says its pixels (H, W, 3) and how exactly
+Make = Callable[
+    [Path], tuple[np.ndarray, int]
+]  # writes the file, says its pixels (H, W, 3) and how exactly
 RNG = np.random.default_rng(0)
 # flat blocks, which JPEG keeps
 COLORS = np.kron(RNG.integers(0, 256, (2, 3, 3)), np.ones((8, 8, 1), int)).astype(np.uint8)
@@ -19,16 +21,36 @@ GREY = RNG.integers(0, 256, (HIGH, WIDE), np.uint8)
 OPACITY = RNG.choice(np.array([0, 1, 127, 128, 254, 255], np.uint8), (HIGH, WIDE))
 MANY = RNG.integers(0, 65536, (HIGH, WIDE, 4)).astype(">u2")
 FEW = (MANY >> 8).astype(np.uint8)
-UPRIGHT = {1: "top left", 2: "top right", 3: "bottom right", 4: "bottom left", 5: "left top", 6: "right top",
-           7: "right bottom", 8: "left bottom"}  # EXIF: where the first row and the first column are seen
+UPRIGHT = {
+    1: "top left",
+    2: "top right",
+    3: "bottom right",
+    4: "bottom left",
+    5: "left top",
+    6: "right top",
+    7: "right bottom",
+    8: "left bottom",
+}  # EXIF: where the first row and the first column are seen
 
 
-def png(size: tuple[int, int], bits: int, kind: int, rows: list[bytes], *extra: tuple[bytes, bytes]) -> bytes:
+def png(
+    size: tuple[int, int], bits: int, kind: int, rows: list[bytes], *extra: tuple[bytes, bytes]
+) -> bytes:
     """A PNG file; kind: 0 grey, 2 RGB, 3 palette, 4 grey and opacity, 6 RGB and opacity."""
     head = struct.pack(">IIBBBBB", size[1], size[0], bits, kind, 0, 0, 0)
-    chunks = [(b"IHDR", head), *extra, (b"IDAT", zlib.compress(b"".join(b"\0" + row for row in rows))), (b"IEND", b"")]
-    return b"\x89PNG\r\n\x1a\n" + b"".join(struct.pack(">I", len(content)) + name + content + struct.pack(
-        ">I", zlib.crc32(name + content)) for name, content in chunks)
+    chunks = [
+        (b"IHDR", head),
+        *extra,
+        (b"IDAT", zlib.compress(b"".join(b"\0" + row for row in rows))),
+        (b"IEND", b""),
+    ]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(content))
+        + name
+        + content
+        + struct.pack(">I", zlib.crc32(name + content))
+        for name, content in chunks
+    )
 
 
 def rgb(grey: np.ndarray) -> np.ndarray:
@@ -40,8 +62,11 @@ def over_white(colors: np.ndarray, opacity: np.ndarray) -> np.ndarray:
     return np.floor(colors * share + 255 * (1 - share) + 0.5).astype(np.uint8)
 
 
-def saved(name: str, image: Image.Image, expected: np.ndarray, near: int = 0, **options: object) -> Make:
+def saved(
+    name: str, image: Image.Image, expected: np.ndarray, near: int = 0, **options: object
+) -> Make:
     """A file that Pillow writes; name is that of the format."""
+
     def make(path: Path) -> tuple[np.ndarray, int]:
         image.save(path, name, **options)
         return expected, near
@@ -49,7 +74,9 @@ def saved(name: str, image: Image.Image, expected: np.ndarray, near: int = 0, **
     return make
 
 
-def drawn(kind: int, pixels: np.ndarray, expected: np.ndarray, *extra: tuple[bytes, bytes], bits: int = 0) -> Make:
+def drawn(
+    kind: int, pixels: np.ndarray, expected: np.ndarray, *extra: tuple[bytes, bytes], bits: int = 0
+) -> Make:
     def make(path: Path) -> tuple[np.ndarray, int]:
         depth = bits or 8 * pixels.dtype.itemsize
         path.write_bytes(png((HIGH, WIDE), depth, kind, [row.tobytes() for row in pixels], *extra))
@@ -62,7 +89,9 @@ def turned(orientation: int, name: str) -> Make:
     def make(path: Path) -> tuple[np.ndarray, int]:
         exif = Image.Exif()
         exif[0x0112] = orientation
-        Image.fromarray(COLORS).save(path, name, exif=exif, quality=100, subsampling=0, lossless=True)
+        Image.fromarray(COLORS).save(
+            path, name, exif=exif, quality=100, subsampling=0, lossless=True
+        )
         first_row, first_column = UPRIGHT[orientation].split()
         lies = first_row in ("left", "right")
         seen = np.zeros((WIDE, HIGH, 3) if lies else (HIGH, WIDE, 3), np.uint8)
@@ -70,7 +99,9 @@ def turned(orientation: int, name: str) -> Make:
             for column in range(WIDE):
                 down, across = (column, row) if lies else (row, column)
                 down = seen.shape[0] - 1 - down if "bottom" in (first_row, first_column) else down
-                across = seen.shape[1] - 1 - across if "right" in (first_row, first_column) else across
+                across = (
+                    seen.shape[1] - 1 - across if "right" in (first_row, first_column) else across
+                )
                 seen[down, across] = COLORS[row, column]
         return seen, 2 if name == "JPEG" else 0
 
@@ -79,9 +110,14 @@ def turned(orientation: int, name: str) -> Make:
 
 def printed(mark: int, adobe: bool = True) -> Make:
     """A CMYK JPEG of inverted inks, as Adobe writes it; mark 2: its first three are YCbCr. Or one without its name."""
+
     def make(path: Path) -> tuple[np.ndarray, int]:
-        stored = np.concatenate([COLORS, np.full((HIGH, WIDE, 1), 200, np.uint8)], axis=2)  # 255: no ink
-        Image.frombytes("CMYK", (WIDE, HIGH), (255 - stored).tobytes()).save(path, "JPEG", quality=100, subsampling=0)
+        stored = np.concatenate(
+            [COLORS, np.full((HIGH, WIDE, 1), 200, np.uint8)], axis=2
+        )  # 255: no ink
+        Image.frombytes("CMYK", (WIDE, HIGH), (255 - stored).tobytes()).save(
+            path, "JPEG", quality=100, subsampling=0
+        )
         content = path.read_bytes()
         place = content.index(b"Adobe")
         assert content[place - 4 : place] == b"\xff\xee\x00\x0e"
@@ -90,7 +126,9 @@ def printed(mark: int, adobe: bool = True) -> Make:
         inks = COLORS.astype(float)
         if mark == 2:
             y, b, r = inks[..., 0], inks[..., 1] - 128, inks[..., 2] - 128
-            inks = 255 - np.stack([y + 1.402 * r, y - 0.344136 * b - 0.714136 * r, y + 1.772 * b], axis=2).clip(0, 255)
+            inks = 255 - np.stack(
+                [y + 1.402 * r, y - 0.344136 * b - 0.714136 * r, y + 1.772 * b], axis=2
+            ).clip(0, 255)
         return np.round(inks * 200 / 255).astype(np.uint8), 3
 
     return make
@@ -98,7 +136,9 @@ def printed(mark: int, adobe: bool = True) -> Make:
 
 def animated(name: str) -> Make:
     later = [Image.new("RGB", (WIDE, HIGH), (value, 9, 9)) for value in (1, 2)]
-    return saved(name, Image.fromarray(COLORS), COLORS, save_all=True, append_images=later, lossless=True)
+    return saved(
+        name, Image.fromarray(COLORS), COLORS, save_all=True, append_images=later, lossless=True
+    )
 
 
 PALETTE = RNG.integers(0, 256, (256, 3), np.uint8)
@@ -108,52 +148,108 @@ CLEAR = np.where((COLORS == COLORS[0, 0]).all(axis=2, keepdims=True), 255, COLOR
 HALF = (b"tRNS", OPACITY.ravel()[:256].tobytes())
 EXIF = Image.Exif()
 EXIF[0x0112], EXIF[0x010F] = 6, "maker"
-BROKEN = {"short": EXIF.tobytes()[:11], "cut": EXIF.tobytes()[:-8], "no TIFF": b"Exif\0\0MM\0\0\0\0\0\x08",
-          "a tag of text": b"Exif\0\0II*\0\x08\0\0\0\1\0\x12\1\2\0\2\0\0\x006\0\0\0\0\0\0\0",
-          "beside": EXIF.tobytes().replace(b"\1\x0f\0\2", b"\1\x0f\0\x0a")}
+BROKEN = {
+    "short": EXIF.tobytes()[:11],
+    "cut": EXIF.tobytes()[:-8],
+    "no TIFF": b"Exif\0\0MM\0\0\0\0\0\x08",
+    "a tag of text": b"Exif\0\0II*\0\x08\0\0\0\1\0\x12\1\2\0\2\0\0\x006\0\0\0\0\0\0\0",
+    "beside": EXIF.tobytes().replace(b"\1\x0f\0\2", b"\1\x0f\0\x0a"),
+}
 ODD: dict[str, Make] = {
     "grey": drawn(0, GREY, rgb(GREY)),
-    "grey JPEG": saved("JPEG", Image.fromarray(COLORS[..., 0]), rgb(COLORS[..., 0]), 1, quality=100),
-    "grey of 2 bits": drawn(0, GREY[:, : WIDE // 4], rgb(np.stack([GREY[:, : WIDE // 4] >> shift & 3 for shift in (
-        6, 4, 2, 0)], axis=2).reshape(HIGH, WIDE) * np.uint8(85)), bits=2),
+    "grey JPEG": saved(
+        "JPEG", Image.fromarray(COLORS[..., 0]), rgb(COLORS[..., 0]), 1, quality=100
+    ),
+    "grey of 2 bits": drawn(
+        0,
+        GREY[:, : WIDE // 4],
+        rgb(
+            np.stack([GREY[:, : WIDE // 4] >> shift & 3 for shift in (6, 4, 2, 0)], axis=2).reshape(
+                HIGH, WIDE
+            )
+            * np.uint8(85)
+        ),
+        bits=2,
+    ),
     "1 bit": drawn(0, np.packbits(GREY > 99, axis=1), rgb((GREY > 99) * np.uint8(255)), bits=1),
     "grey and opacity": drawn(4, np.dstack([GREY, OPACITY]), over_white(rgb(GREY), OPACITY)),
     "opacity": drawn(6, np.dstack([COLORS, OPACITY]), over_white(COLORS, OPACITY)),
     "fully opaque": drawn(6, np.dstack([COLORS, np.full_like(GREY, 255)]), COLORS),
     "fourth channel that is no opacity": drawn(6, np.dstack([COLORS, np.zeros_like(GREY)]), COLORS),
-    "opacity WebP": saved("WEBP", Image.fromarray(np.dstack([COLORS, OPACITY])), over_white(COLORS, OPACITY),
-                          lossless=True, exact=True),
+    "opacity WebP": saved(
+        "WEBP",
+        Image.fromarray(np.dstack([COLORS, OPACITY])),
+        over_white(COLORS, OPACITY),
+        lossless=True,
+        exact=True,
+    ),
     "a clear colour": drawn(2, COLORS, CLEAR, (b"tRNS", COLORS[0, 0].astype(">u2").tobytes())),
     "palette": drawn(3, GREY, PALETTE[GREY], TABLE),
-    "palette and a clear colour": drawn(3, GREY, np.where((GREY == 2)[..., None], 255, PALETTE[GREY]), TABLE,
-                                        (b"tRNS", b"\xff\xff\0")),
-    "palette and opacity": drawn(3, GREY, over_white(PALETTE[GREY], OPACITY.ravel()[:256][GREY]), TABLE, HALF),
-    "palette of 4 bits": drawn(3, GREY[:, : WIDE // 2], PALETTE[np.stack([
-        GREY[:, : WIDE // 2] >> 4, GREY[:, : WIDE // 2] & 15], axis=2).reshape(HIGH, WIDE)], TABLE, bits=4),
-    "CMYK": printed(0), "CMYK without Adobe's name": printed(0, adobe=False), "YCCK": printed(2),
+    "palette and a clear colour": drawn(
+        3,
+        GREY,
+        np.where((GREY == 2)[..., None], 255, PALETTE[GREY]),
+        TABLE,
+        (b"tRNS", b"\xff\xff\0"),
+    ),
+    "palette and opacity": drawn(
+        3, GREY, over_white(PALETTE[GREY], OPACITY.ravel()[:256][GREY]), TABLE, HALF
+    ),
+    "palette of 4 bits": drawn(
+        3,
+        GREY[:, : WIDE // 2],
+        PALETTE[
+            np.stack([GREY[:, : WIDE // 2] >> 4, GREY[:, : WIDE // 2] & 15], axis=2).reshape(
+                HIGH, WIDE
+            )
+        ],
+        TABLE,
+        bits=4,
+    ),
+    "CMYK": printed(0),
+    "CMYK without Adobe's name": printed(0, adobe=False),
+    "YCCK": printed(2),
     "CMYK TIFF": saved("TIFF", PICTURE.convert("CMYK"), COLORS),
     "16 bits": drawn(0, MANY[..., 0], rgb(FEW[..., 0])),
     "16 bits, dark": drawn(0, (MANY[..., 0] & 255).astype(">u2"), rgb(np.zeros_like(GREY))),
     "16 bits RGB": drawn(2, MANY[..., :3], FEW[..., :3]),
     "16 bits and opacity": drawn(6, MANY, over_white(FEW[..., :3], FEW[..., 3])),
     "16 bits TIFF": saved("TIFF", Image.fromarray(MANY[..., 0].astype("<u2")), rgb(FEW[..., 0])),
-    "16 bits TIFF, high byte first": saved("TIFF", Image.fromarray(MANY[..., 0]),
-                                           rgb(FEW[..., 0])),
+    "16 bits TIFF, high byte first": saved("TIFF", Image.fromarray(MANY[..., 0]), rgb(FEW[..., 0])),
     "16 bits PGM": saved("PPM", Image.fromarray(MANY[..., 0].astype("<u2")), rgb(FEW[..., 0])),
-    "16 bits PGM, dark": saved("PPM", Image.fromarray((MANY[..., 0] & 255).astype("<u2")), rgb(0 * FEW[..., 0])),
-    "32 bits that hold 16": saved("TIFF", Image.fromarray(MANY[..., 0].astype(np.int32)),
-                                  rgb(FEW[..., 0])),
+    "16 bits PGM, dark": saved(
+        "PPM", Image.fromarray((MANY[..., 0] & 255).astype("<u2")), rgb(0 * FEW[..., 0])
+    ),
+    "32 bits that hold 16": saved(
+        "TIFF", Image.fromarray(MANY[..., 0].astype(np.int32)), rgb(FEW[..., 0])
+    ),
     "32 bits that hold 8": saved("TIFF", Image.fromarray(GREY.astype(np.int32)), rgb(GREY)),
     "progressive": saved("JPEG", PICTURE, COLORS, 2, progressive=True, quality=100, subsampling=0),
-    "PNG": drawn(2, COLORS, COLORS), "WebP": saved("WEBP", PICTURE, COLORS, lossless=True),
-    "BMP": saved("BMP", PICTURE, COLORS), "TIFF": saved("TIFF", PICTURE, COLORS, compression="tiff_lzw"),
-    "GIF": animated("GIF"), "animated PNG": animated("PNG"), "animated WebP": animated("WEBP"),
+    "PNG": drawn(2, COLORS, COLORS),
+    "WebP": saved("WEBP", PICTURE, COLORS, lossless=True),
+    "BMP": saved("BMP", PICTURE, COLORS),
+    "TIFF": saved("TIFF", PICTURE, COLORS, compression="tiff_lzw"),
+    "GIF": animated("GIF"),
+    "animated PNG": animated("PNG"),
+    "animated WebP": animated("WEBP"),
     "TIFF of several pages": animated("TIFF"),
     **{f"turned {one} {name}": turned(one, name) for one in UPRIGHT for name in ("JPEG", "TIFF")},
-    "turned PNG": turned(6, "PNG"), "turned WebP": turned(8, "WEBP"),
-    **{f"EXIF that is broken: {what}": saved(
-        "JPEG", PICTURE, COLORS if what != "beside" else np.rot90(COLORS, -1), 2, exif=blob, quality=100, subsampling=0)
-       for what, blob in BROKEN.items()},
+    "turned PNG": turned(6, "PNG"),
+    "turned WebP": turned(8, "WEBP"),
+    **{
+        f"EXIF that is broken: {what}": saved(
+            "JPEG",
+            PICTURE,
+            COLORS if what != "beside" else np.rot90(COLORS, -1),
+            2,
+            exif=blob,
+            quality=100,
+            subsampling=0,
+        )
+        for what, blob in BROKEN.items()
+    },
     "EXIF that is no TIFF": drawn(2, COLORS, COLORS, (b"eXIf", b"MM\0\0\0\0\0\x08")),
-    "orientation 9": drawn(2, COLORS, COLORS, (b"eXIf", b"MM\0*\0\0\0\x08\0\1\1\x12\0\3\0\0\0\1\0\x09\0\0\0\0\0\0")),
+    "orientation 9": drawn(
+        2, COLORS, COLORS, (b"eXIf", b"MM\0*\0\0\0\x08\0\1\1\x12\0\3\0\0\0\1\0\x09\0\0\0\0\0\0")
+    ),
 }

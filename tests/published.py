@@ -18,13 +18,22 @@ GOLDEN = Path(__file__).parent / "golden"
 # {name: {keys: {tensor: shape}, n_params of detectors}}
 PUBLISHED: dict[str, dict] = json.loads(gzip.decompress((GOLDEN / "keys.json.gz").read_bytes()))
 DETECTORS = {
-    **{f"detectron2/{data}_{kind}mask_rcnn_vitdet_{size}_{epochs}ep": f"{kind}mask_rcnn_vitdet_{size}_{data.lower()}"
-       for data, schedule in (("COCO", {"b": 100, "l": 100, "h": 75}), ("LVIS", {"b": 100, "l": 100, "h": 100}))
-       for kind in ("", "cascade_") for size, epochs in schedule.items()},
+    **{
+        f"detectron2/{data}_{kind}mask_rcnn_vitdet_{size}_{epochs}ep": f"{kind}mask_rcnn_vitdet_{size}_{data.lower()}"
+        for data, schedule in (
+            ("COCO", {"b": 100, "l": 100, "h": 75}),
+            ("LVIS", {"b": 100, "l": 100, "h": 100}),
+        )
+        for kind in ("", "cascade_")
+        for size, epochs in schedule.items()
+    },
     **{f"mmdet/{name}": f"mask_rcnn_{name}_coco" for name in ("vit_b", "vitae_b", "vitae_s")},
 }
 BACKBONES = {
-    **{("mae/base", recipe): 0 for recipe in ("mask_rcnn_vitdet_b_coco", "cascade_mask_rcnn_vitdet_b_lvis")},
+    **{
+        ("mae/base", recipe): 0
+        for recipe in ("mask_rcnn_vitdet_b_coco", "cascade_mask_rcnn_vitdet_b_lvis")
+    },
     ("mae/base", "mask_rcnn_vit_b_coco"): 1,
     ("mae/large", "mask_rcnn_vitdet_l_coco"): 0,
     ("mae/huge", "mask_rcnn_vitdet_h_coco"): 2,
@@ -51,4 +60,6 @@ def draw(shape: list[int], generator: torch.Generator) -> Tensor:
     if len(shape) == 0:
         return torch.tensor(7)
     positions = len(shape) == 3 or len(shape) == 2 and shape[0] < 128
-    return torch.randn(shape if len(shape) == 1 or positions else (), generator=generator).expand(shape)
+    return torch.randn(shape if len(shape) == 1 or positions else (), generator=generator).expand(
+        shape
+    )

@@ -15,8 +15,10 @@ SIDE = 150
 def random_set(seed, images=30, categories=6, lvis=False):
     """A Truth and a list of results with boxes and masks; the annotation ids begin at 1."""
     rng = np.random.default_rng(seed)
-    heads = {int(key): {"id": int(key), "height": SIDE, "width": SIDE}
-             for key in np.sort(rng.choice(10**6, images, replace=False))}
+    heads = {
+        int(key): {"id": int(key), "height": SIDE, "width": SIDE}
+        for key in np.sort(rng.choice(10**6, images, replace=False))
+    }
     kinds = {2 * k + 3: {"id": 2 * k + 3, "name": f"class {k}"} for k in range(categories)}
     objects, results = [], []
     for image_id in heads:
@@ -24,9 +26,17 @@ def random_set(seed, images=30, categories=6, lvis=False):
         for _ in range(rng.integers(0, 9)):
             box = random_box(rng)
             crowd = int(not lvis and rng.random() < 0.2)
-            objects.append({"id": len(objects) + 1, "image_id": image_id, "category_id": int(rng.choice(present)),
-                            "bbox": box, "area": random_area(rng, box), "iscrowd": crowd,
-                            "segmentation": code(box) if crowd else polygon(box)})
+            objects.append(
+                {
+                    "id": len(objects) + 1,
+                    "image_id": image_id,
+                    "category_id": int(rng.choice(present)),
+                    "bbox": box,
+                    "area": random_area(rng, box),
+                    "iscrowd": crowd,
+                    "segmentation": code(box) if crowd else polygon(box),
+                }
+            )
             for _ in range(rng.integers(0, 5)):
                 near = [max(0.0, value + rng.normal(0, 2)) for value in box]
                 results.append(one(rng, image_id, objects[-1]["category_id"], near))
@@ -36,16 +46,26 @@ def random_set(seed, images=30, categories=6, lvis=False):
         for image_id, head in heads.items():
             here = {item["category_id"] for item in objects if item["image_id"] == image_id}
             absent = [key for key in kinds if key not in here and rng.random() < 0.5]
-            head.update(neg_category_ids=absent, not_exhaustive_category_ids=[
-                key for key in sorted(here) if rng.random() < 0.3])
+            head.update(
+                neg_category_ids=absent,
+                not_exhaustive_category_ids=[key for key in sorted(here) if rng.random() < 0.3],
+            )
         for key, letter in zip(kinds, "rccfff" * categories, strict=False):
             kinds[key]["frequency"] = letter
-    return Truth(Path("random.json"), heads, kinds, objects), [results[i] for i in rng.permutation(len(results))]
+    return Truth(Path("random.json"), heads, kinds, objects), [
+        results[i] for i in rng.permutation(len(results))
+    ]
 
 
 def one(rng, image_id, category, box):
     score = float(rng.choice([0.1, 0.3, 0.5, 0.9])) if rng.random() < 0.5 else float(rng.random())
-    return {"image_id": image_id, "category_id": category, "bbox": box, "score": score, "segmentation": code(box)}
+    return {
+        "image_id": image_id,
+        "category_id": category,
+        "bbox": box,
+        "score": score,
+        "segmentation": code(box),
+    }
 
 
 def random_box(rng):

@@ -17,9 +17,17 @@ from vitdet.data.report import Report
 from vitdet.evaluation import evaluate_results
 from vitdet.evaluation.files import Truth, read_truth
 
-FILES = {"missing image file", "image file that cannot be read", "image file that is truncated or no image",
-         "image of another size than annotated"}  # errors of image files
-NAMES = {"image without 'file_name'", "file name that is not text", "file name that leaves its folder"}
+FILES = {
+    "missing image file",
+    "image file that cannot be read",
+    "image file that is truncated or no image",
+    "image of another size than annotated",
+}  # errors of image files
+NAMES = {
+    "image without 'file_name'",
+    "file name that is not text",
+    "file name that leaves its folder",
+}
 EMPTY = "no object to learn from or to find"
 
 
@@ -32,13 +40,18 @@ def judged(data: DataConfig, content: bytes) -> Report:
     "\n".join(report.lines()).encode()
     page(root)
     kinds = {finding.kind for finding in report.errors}
-    split, truth = outcome(path, lambda: read_split(data, "val")), outcome(path, lambda: read_truth(path, lvis))
+    split, truth = (
+        outcome(path, lambda: read_split(data, "val")),
+        outcome(path, lambda: read_truth(path, lvis)),
+    )
     if not kinds:
         assert not isinstance(split, Exception) and not isinstance(truth, Exception), (split, truth)
         training = TrainData(split, data, seed=0)
         for position in range(2 * len(training.records)):
             (target,) = training[position].targets
-            assert np.isfinite(target.boxes.numpy()).all() and len(target.labels) == len(target.boxes)
+            assert np.isfinite(target.boxes.numpy()).all() and len(target.labels) == len(
+                target.boxes
+            )
         assert ValData(split.records, 64).__getitems__(range(len(split.records))).image_ids
         figures = evaluate_results(perfect(root, truth), path, data.dataset)
         assert all(0 <= value <= 100 + 1e-9 for value in figures.values())
@@ -71,9 +84,15 @@ def opened(split: object) -> None:
 
 def perfect(root: Path, truth: Truth) -> Path:
     """A file of results that finds every object."""
-    (root / "results.json").write_text(json.dumps([
-        {key: one[key] for key in ("image_id", "category_id", "bbox", "segmentation")} | {"score": 0.5}
-        for one in truth.objects]))
+    (root / "results.json").write_text(
+        json.dumps(
+            [
+                {key: one[key] for key in ("image_id", "category_id", "bbox", "segmentation")}
+                | {"score": 0.5}
+                for one in truth.objects
+            ]
+        )
+    )
     return root / "results.json"
 
 

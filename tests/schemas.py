@@ -16,12 +16,26 @@ import jsonschema
 from referencing import Registry, Resource
 
 KUBERNETES = "1.32.0"
-CORE = ("v1", "apps/v1", "batch/v1", "rbac.authorization.k8s.io/v1", "networking.k8s.io/v1", "scheduling.k8s.io/v1",
-        "storage.k8s.io/v1")
+CORE = (
+    "v1",
+    "apps/v1",
+    "batch/v1",
+    "rbac.authorization.k8s.io/v1",
+    "networking.k8s.io/v1",
+    "scheduling.k8s.io/v1",
+    "storage.k8s.io/v1",
+)
 STRINGS = {"type": "object", "additionalProperties": {"type": "string"}}
-METADATA = {"type": "object", "additionalProperties": False,
-            "properties": {"name": {"type": "string"}, "namespace": {"type": "string"}, "labels": STRINGS,
-                           "annotations": STRINGS}}
+METADATA = {
+    "type": "object",
+    "additionalProperties": False,
+    "properties": {
+        "name": {"type": "string"},
+        "namespace": {"type": "string"},
+        "labels": STRINGS,
+        "annotations": STRINGS,
+    },
+}
 
 
 def closed(**properties: object) -> dict:
@@ -31,13 +45,19 @@ def closed(**properties: object) -> dict:
 TEXT, YES_NO, NUMBER = {"type": "string"}, {"type": "boolean"}, {"type": "integer"}
 # From Google's reference: there is no definition to take (tests/crds/README.md).
 COMPUTE_CLASS = closed(
-    apiVersion=TEXT, kind=TEXT, metadata=METADATA,
+    apiVersion=TEXT,
+    kind=TEXT,
+    metadata=METADATA,
     spec=closed(
         nodePoolAutoCreation=closed(enabled=YES_NO),
         autoscalingPolicy=closed(consolidationDelayMinutes=NUMBER),
         whenUnsatisfiable={"enum": ["DoNotScaleUp", "ScaleUpAnyway"]},
-        priorities={"type": "array", "items": closed(gpu=closed(type=TEXT, count=NUMBER, driverVersion=TEXT),
-                                                     spot=YES_NO)}))
+        priorities={
+            "type": "array",
+            "items": closed(gpu=closed(type=TEXT, count=NUMBER, driverVersion=TEXT), spot=YES_NO),
+        },
+    ),
+)
 
 
 def misspelled(document: dict) -> list[str]:
@@ -49,12 +69,17 @@ def misspelled(document: dict) -> list[str]:
             errors = core(version, kind).iter_errors(document)
         except FileNotFoundError:
             return [f"{name}: {version} has no such kind"]
-        return [f"{name}: {'.'.join(map(str, error.absolute_path))}: {error.message[:200]}" for error in errors]
+        return [
+            f"{name}: {'.'.join(map(str, error.absolute_path))}: {error.message[:200]}"
+            for error in errors
+        ]
     found = definitions().get(f"{version} {kind}")
     if found is None:
         return [f"{name}: no schema of {version} {kind}"]
-    problems = [f"{name}: {'.'.join(map(str, error.absolute_path))}: {error.message[:200]}"
-                for error in found["validator"].iter_errors(document)]
+    problems = [
+        f"{name}: {'.'.join(map(str, error.absolute_path))}: {error.message[:200]}"
+        for error in found["validator"].iter_errors(document)
+    ]
     if found["namespaced"] != ("namespace" in document["metadata"]):
         problems.append(f"{name}: {'needs' if found['namespaced'] else 'has no'} namespace")
     return problems
@@ -80,8 +105,13 @@ def definitions() -> dict[str, dict]:
     packed = (Path(__file__).parent / "crds" / "crds.json.gz").read_bytes()
     entries = json.loads(gzip.decompress(packed))
     entries["cloud.google.com/v1 ComputeClass"] = {"namespaced": False, "schema": COMPUTE_CLASS}
-    return {key: {**entry, "validator": jsonschema.Draft202012Validator(strict(entry["schema"], top=True))}
-            for key, entry in entries.items()}
+    return {
+        key: {
+            **entry,
+            "validator": jsonschema.Draft202012Validator(strict(entry["schema"], top=True)),
+        }
+        for key, entry in entries.items()
+    }
 
 
 def strict(node: object, top: bool = False) -> object:
@@ -94,7 +124,8 @@ def strict(node: object, top: bool = False) -> object:
     if "properties" in node and isinstance(node["properties"], dict):
         out["properties"] = {
             key: METADATA if key == "metadata" and not value.get("properties") else strict(value)
-            for key, value in node["properties"].items()}
+            for key, value in node["properties"].items()
+        }
         if top:
             out["properties"] |= {"apiVersion": TEXT, "kind": TEXT}
         if not node.get("x-kubernetes-preserve-unknown-fields"):

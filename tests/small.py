@@ -3,7 +3,15 @@
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from vitdet.config import BackboneConfig, EvalConfig, MaskConfig, ModelConfig, PyramidConfig, RoIHeadsConfig, RPNConfig
+from vitdet.config import (
+    BackboneConfig,
+    EvalConfig,
+    MaskConfig,
+    ModelConfig,
+    PyramidConfig,
+    RoIHeadsConfig,
+    RPNConfig,
+)
 from vitdet.models import build_detector
 from vitdet.types import Bitmaps, Polygons, Target
 
@@ -14,15 +22,39 @@ CLASSES = 4
 def small_config(ious=(0.5,), loss="softmax", sampling_ratio=2, fork=False):
     """fork: the settings of ViTAE-Transformer/ViTDet that its recipes have in common."""
     return ModelConfig(
-        backbone=BackboneConfig(name="vit_tiny", window_size=3, drop_path=0.0, pos_embed_grid=4, rel_pos_size=96,
-                                scaled_rel_pos=fork, final_norm=fork),
+        backbone=BackboneConfig(
+            name="vit_tiny",
+            window_size=3,
+            drop_path=0.0,
+            pos_embed_grid=4,
+            rel_pos_size=96,
+            scaled_rel_pos=fork,
+            final_norm=fork,
+        ),
         pyramid=PyramidConfig(channels=16, halve_channels=not fork),
-        rpn=RPNConfig(samples=32, pre_nms_train=60, pre_nms_test=30, post_nms_train=50, post_nms_test=25, norm=fork,
-                      divide_by_sampled=fork),
-        roi_heads=RoIHeadsConfig(num_classes=CLASSES, ious=ious, loss=loss, samples=24, num_convs=1, fc_dim=32,
-                                 sampling_ratio=sampling_ratio, federated_classes=3),
+        rpn=RPNConfig(
+            samples=32,
+            pre_nms_train=60,
+            pre_nms_test=30,
+            post_nms_train=50,
+            post_nms_test=25,
+            norm=fork,
+            divide_by_sampled=fork,
+        ),
+        roi_heads=RoIHeadsConfig(
+            num_classes=CLASSES,
+            ious=ious,
+            loss=loss,
+            samples=24,
+            num_convs=1,
+            fc_dim=32,
+            sampling_ratio=sampling_ratio,
+            federated_classes=3,
+        ),
         mask=MaskConfig(num_convs=1, samples=8),
-        norm_eps=1e-5 if fork else 1e-6, low_quality="best" if fork else "own", clamp_shrinking=fork,
+        norm_eps=1e-5 if fork else 1e-6,
+        low_quality="best" if fork else "own",
+        clamp_shrinking=fork,
     )
 
 
@@ -46,7 +78,10 @@ def images(count, seed=1):
 
 def rectangle(x0, y0, x1, y1):
     """The outline of a box as directed edges (4, 4)."""
-    return torch.tensor([[x0, y0, x1, y0], [x1, y0, x1, y1], [x1, y1, x0, y1], [x0, y1, x0, y0]], dtype=torch.float32)
+    return torch.tensor(
+        [[x0, y0, x1, y0], [x1, y0, x1, y1], [x1, y1, x0, y1], [x0, y1, x0, y0]],
+        dtype=torch.float32,
+    )
 
 
 def target(boxes, labels, form="polygons"):
@@ -55,7 +90,9 @@ def target(boxes, labels, form="polygons"):
     labels = torch.tensor(labels, dtype=torch.int64)
     if form == "polygons":
         outlines = [rectangle(*box) for box in boxes.tolist()]
-        return Target(boxes, labels, Polygons(torch.stack(outlines) if outlines else torch.zeros(0, 0, 4)))
+        return Target(
+            boxes, labels, Polygons(torch.stack(outlines) if outlines else torch.zeros(0, 0, 4))
+        )
     pixels = torch.zeros(len(boxes), SIDE, SIDE, dtype=torch.bool)
     for mask, (x0, y0, x1, y1) in zip(pixels, boxes.int().tolist(), strict=True):
         mask[y0:y1, x0:x1] = True

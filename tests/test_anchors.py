@@ -9,8 +9,11 @@ from vitdet.models.anchors import cell_anchors, grid_anchors
 
 def test_cell_anchors_keep_the_area():
     found = cell_anchors(32.0, (0.5, 1.0, 2.0))
-    wanted = [[-22.627417, -11.313708, 22.627417, 11.313708], [-16, -16, 16, 16],
-              [-11.313708, -22.627417, 11.313708, 22.627417]]
+    wanted = [
+        [-22.627417, -11.313708, 22.627417, 11.313708],
+        [-16, -16, 16, 16],
+        [-11.313708, -22.627417, 11.313708, 22.627417],
+    ]
     assert found.flatten().tolist() == pytest.approx(sum(wanted, []))
 
 
@@ -33,6 +36,9 @@ def test_anchors_reach_another_device_in_one_copy_that_nothing_waits_for():
     with Operations() as operations:
         levels = grid_anchors([(2, 3), (1, 2)], [4, 8], 2.0, (0.5, 1.0), "meta")
     assert [tuple(one.shape) for one in levels] == [(12, 4), (4, 4)]
-    copies = [given for name, given in zip(operations.names, operations.given, strict=True) if "_to_copy" in name
-              and given.get("device") == torch.device("meta")]
+    copies = [
+        given
+        for name, given in zip(operations.names, operations.given, strict=True)
+        if "_to_copy" in name and given.get("device") == torch.device("meta")
+    ]
     assert len(copies) == 1 and copies[0]["non_blocking"]

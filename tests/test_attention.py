@@ -19,25 +19,35 @@ def table_for(table, size):
 
 def plain_attention(attention, x):
     """softmax(q k / sqrt(d) + q Rh + q Rw) v, one query and key after the other."""
-    weights = {name: value.detach().double().numpy() for name, value in attention.named_parameters()}
+    weights = {
+        name: value.detach().double().numpy() for name, value in attention.named_parameters()
+    }
     batch, height, width, channels = x.shape
     heads, depth = attention.heads, channels // attention.heads
     rows, columns = table_for(weights["rel_pos_h"], height), table_for(weights["rel_pos_w"], width)
     places = [(i, j) for i in range(height) for j in range(width)]
     out = np.zeros(x.shape)
     for b in range(batch):
-        qkv = x[b].double().numpy().reshape(-1, channels) @ weights["qkv.weight"].T + weights["qkv.bias"]
+        qkv = (
+            x[b].double().numpy().reshape(-1, channels) @ weights["qkv.weight"].T
+            + weights["qkv.bias"]
+        )
         q, k, v = qkv.reshape(-1, 3, heads, depth).transpose(1, 2, 0, 3)
         mixed = np.zeros((heads, len(places), depth))
         for head in range(heads):
             logits = q[head] @ k[head].T / depth**0.5
             for m, (qh, qw) in enumerate(places):
                 for n, (kh, kw) in enumerate(places):
-                    logits[m, n] += q[head, m] @ rows[qh - kh + height - 1] + q[head, m] @ columns[qw - kw + width - 1]
+                    logits[m, n] += (
+                        q[head, m] @ rows[qh - kh + height - 1]
+                        + q[head, m] @ columns[qw - kw + width - 1]
+                    )
             share = np.exp(logits - logits.max(axis=1, keepdims=True))
             mixed[head] = share / share.sum(axis=1, keepdims=True) @ v[head]
         joined = mixed.transpose(1, 0, 2).reshape(-1, channels)
-        out[b] = (joined @ weights["proj.weight"].T + weights["proj.bias"]).reshape(height, width, channels)
+        out[b] = (joined @ weights["proj.weight"].T + weights["proj.bias"]).reshape(
+            height, width, channels
+        )
     return out
 
 
@@ -55,7 +65,9 @@ def random_attention(size, dim=12, heads=3, scaled=False):
 def test_equals_the_formula_on_any_grid(size, grid):
     attention = random_attention(size)
     x = torch.randn(2, *grid, 12)
-    np.testing.assert_allclose(attention(x).detach().numpy(), plain_attention(attention, x), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(
+        attention(x).detach().numpy(), plain_attention(attention, x), rtol=1e-4, atol=1e-5
+    )
 
 
 @pytest.mark.parametrize("grid", [(3, 5), (5, 4)])
@@ -63,7 +75,9 @@ def test_tables_of_a_grid_that_is_not_square(grid):
     attention = random_attention((3, 5))
     assert (len(attention.rel_pos_h), len(attention.rel_pos_w)) == (5, 9)
     x = torch.randn(1, *grid, 12)
-    np.testing.assert_allclose(attention(x).detach().numpy(), plain_attention(attention, x), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(
+        attention(x).detach().numpy(), plain_attention(attention, x), rtol=1e-4, atol=1e-5
+    )
 
 
 def test_scaled_positions_are_those_of_smaller_tables():
@@ -86,7 +100,9 @@ def test_windows_with_padding_equal_the_formula_with_zero_tokens():
         for left in (0, 3):
             window = plain_attention(attention, padded[:, top : top + 3, left : left + 3])
             inside = found[:, top : top + 3, left : left + 3]
-            np.testing.assert_allclose(inside, window[:, : inside.shape[1], : inside.shape[2]], rtol=1e-4, atol=1e-5)
+            np.testing.assert_allclose(
+                inside, window[:, : inside.shape[1], : inside.shape[2]], rtol=1e-4, atol=1e-5
+            )
 
 
 @pytest.mark.parametrize("side", [14, 64], ids=["windowed", "global"])
@@ -94,9 +110,13 @@ def test_windows_with_padding_equal_the_formula_with_zero_tokens():
 def test_a_fused_kernel_gets_widths_that_it_takes_in_half_precision(name, side, monkeypatch):
     size = SIZES[name]
     handed = []
-    monkeypatch.setattr(module, "attend", lambda *given: handed.extend(one.shape[-1] for one in given) or given[2])
+    monkeypatch.setattr(
+        module, "attend", lambda *given: handed.extend(one.shape[-1] for one in given) or given[2]
+    )
     with torch.device("meta"):
-        Attention(size.dim, size.heads, side).bfloat16()(torch.empty(1, side, side, size.dim, dtype=torch.bfloat16))
+        Attention(size.dim, size.heads, side).bfloat16()(
+            torch.empty(1, side, side, size.dim, dtype=torch.bfloat16)
+        )
     query, key, value = handed
     assert query % 8 == value % 8 == 0 and query == key >= value + 2 * side > query - 8
 
@@ -111,14 +131,19 @@ def test_widening_changes_no_value_and_no_gradient(scaled):
     names = [name for name, _ in attention.named_parameters()]
     far = send(random_attention(5, scaled=scaled).double())
     with far_device() as device:
-        query, key = far.with_positions(*torch.ones(2, 1, 3, 25, 4, dtype=torch.float64).to(device), 5, 5)
+        query, key = far.with_positions(
+            *torch.ones(2, 1, 3, 25, 4, dtype=torch.float64).to(device), 5, 5
+        )
         assert query.shape[-1] == key.shape[-1] == 16  # 4 + 5 + 5 on the CPU
         y = x.detach().to(device).requires_grad_()
         found = far(y)
         found.square().sum().backward()
         assert torch.allclose(found.to("cpu"), wanted, rtol=1e-12, atol=1e-12)
         others = [y.grad, *(dict(far.named_parameters())[name].grad for name in names)]
-        assert all(torch.allclose(a.to("cpu"), b, rtol=1e-9, atol=1e-9) for a, b in zip(others, gradients, strict=True))
+        assert all(
+            torch.allclose(a.to("cpu"), b, rtol=1e-9, atol=1e-9)
+            for a, b in zip(others, gradients, strict=True)
+        )
 
 
 def test_positions_get_gradients_from_every_row():
@@ -128,7 +153,9 @@ def test_positions_get_gradients_from_every_row():
     assert (attention.rel_pos_w.grad.abs().sum(dim=1) > 0).all()
 
 
-@pytest.mark.parametrize(("height", "width", "size"), [(4, 4, 2), (5, 7, 3), (2, 2, 5), (6, 6, 6), (1, 9, 4)])
+@pytest.mark.parametrize(
+    ("height", "width", "size"), [(4, 4, 2), (5, 7, 3), (2, 2, 5), (6, 6, 6), (1, 9, 4)]
+)
 def test_windows_join_to_what_was_split(height, width, size):
     x = torch.randn(2, height, width, 3)
     windows = split_windows(x, size)
@@ -140,7 +167,10 @@ def test_windows_go_row_by_row_and_are_filled_with_zeros():
     x = torch.arange(1.0, 13).view(1, 3, 4, 1)
     windows = split_windows(x, 2)[..., 0]
     assert windows.tolist() == [
-        [[1, 2], [5, 6]], [[3, 4], [7, 8]], [[9, 10], [0, 0]], [[11, 12], [0, 0]],
+        [[1, 2], [5, 6]],
+        [[3, 4], [7, 8]],
+        [[9, 10], [0, 0]],
+        [[11, 12], [0, 0]],
     ]
 
 

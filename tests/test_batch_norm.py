@@ -46,11 +46,17 @@ def test_statistics_survive_a_stop(tiny: Path, tmp_path: Path) -> None:
         train(config, tmp_path / "cut", start_tracking=lambda *_: recorders[1])
     train(config, tmp_path / "cut", start_tracking=lambda *_: recorders[2])
     same_bits(tmp_path / "cut", tmp_path / "whole")
-    assert {step: figures(recorders[0].points)[step] for step in (4, 5, 6)} == figures(recorders[2].points)
+    assert {step: figures(recorders[0].points)[step] for step in (4, 5, 6)} == figures(
+        recorders[2].points
+    )
 
     shipped = load_model_file(tmp_path / "whole" / "model.pt")["model"]
     state = torch.load(tmp_path / "whole" / "checkpoints" / "step_00000006.pt", weights_only=True)
-    for name in (f"{NORM}.running_mean", f"{NORM}.running_var", f"{NORM}.weight"):  # what is shipped is the average
+    for name in (
+        f"{NORM}.running_mean",
+        f"{NORM}.running_var",
+        f"{NORM}.weight",
+    ):  # what is shipped is the average
         assert torch.equal(shipped[name], state["average"][name])
         assert not torch.equal(shipped[name], state["model"][name])
     assert state["model"][f"{NORM}.num_batches_tracked"] == 6
@@ -71,7 +77,12 @@ def test_the_average_of_the_weights_holds_that_of_the_statistics() -> None:
 def one_of_two(rank: int, ports: list[int], root: Path, folder: Path) -> None:
     """Trains in one go, and again with a stop after step 4; notes what it is told and what it evaluates."""
     torch.set_num_threads(1)
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+    os.environ |= {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+    }
     said: list[str] = []
     handler = logging.Handler()
     handler.emit = lambda record: said.append(record.getMessage())
@@ -86,7 +97,9 @@ def one_of_two(rank: int, ports: list[int], root: Path, folder: Path) -> None:
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
 
-    def together(output: str) -> None:  # on a port of its own: the one before may not have closed yet
+    def together(
+        output: str,
+    ) -> None:  # on a port of its own: the one before may not have closed yet
         os.environ["MASTER_PORT"] = str(ports.pop())
         train(small(root), folder / output)
 
@@ -108,14 +121,24 @@ def test_two_processes_without_gpus(tiny: Path, tmp_path: Path) -> None:
         ports = [one.getsockname()[1] for one in free]
     multiprocessing.spawn(one_of_two, (ports, tiny, tmp_path), nprocs=2)
     same_bits(tmp_path / "cut", tmp_path / "whole")
-    (said, norms), (silent, others) = (json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in (0, 1))
-    assert len(said) == 1 and "BatchNorm sees the images of its own process only: 2 processes" in said[0]
-    assert silent == [] and len(norms) == 2 and norms == others  # they have seen other images but evaluate one model
+    (said, norms), (silent, others) = (
+        json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in (0, 1)
+    )
+    assert (
+        len(said) == 1
+        and "BatchNorm sees the images of its own process only: 2 processes" in said[0]
+    )
+    assert (
+        silent == [] and len(norms) == 2 and norms == others
+    )  # they have seen other images but evaluate one model
 
 
 def test_on_gpus_the_norms_are_synchronised_in_place(monkeypatch: pytest.MonkeyPatch) -> None:
     model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Sequential(nn.BatchNorm2d(4)))
-    before, tensors = copy.deepcopy(model.state_dict()), dict(model.named_parameters()) | dict(model.named_buffers())
+    before, tensors = (
+        copy.deepcopy(model.state_dict()),
+        dict(model.named_parameters()) | dict(model.named_buffers()),
+    )
     monkeypatch.setattr(parallel.distributed, "world_size", lambda: 2)
     monkeypatch.setattr(parallel, "DistributedDataParallel", lambda module, **_: module)
     assert parallel.parallelize(model, torch.device("cuda", 0)) is model

@@ -11,7 +11,9 @@ import pytest
 from tests.test_cli import Run, refused
 
 
-def test_the_benchmark_prints_and_writes_what_an_image_takes(vitdet: Run, tiny: Path, tmp_path: Path) -> None:
+def test_the_benchmark_prints_and_writes_what_an_image_takes(
+    vitdet: Run, tiny: Path, tmp_path: Path
+) -> None:
     options = ("--split", "val", "--rounds", "2", "--output", tmp_path / "bench.json")
     code, output, _ = vitdet("bench", "data", tiny, *options)
     figures = json.loads((tmp_path / "bench.json").read_text())
@@ -22,6 +24,7 @@ def test_the_benchmark_prints_and_writes_what_an_image_takes(vitdet: Run, tiny: 
     for name, times in figures["cpu_ms"].items():
         assert 0 < times["least"] <= times["mean"] < 1000 and name in output
     assert figures["ratio"]["pillow"] == pytest.approx(
-        figures["cpu_ms"]["vitdet"]["mean"] / figures["cpu_ms"]["pillow"]["mean"], rel=0.02)
+        figures["cpu_ms"]["vitdet"]["mean"] / figures["cpu_ms"]["pillow"]["mean"], rel=0.02
+    )
     refused(vitdet("bench", "data", tiny, "--rounds", "0"), "rounds must be at least 1")
     refused(vitdet("bench", "data", tiny), "instances_train2017.json: no such annotation file")

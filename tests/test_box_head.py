@@ -17,11 +17,21 @@ def slow_block(block, x, eps):
     return x.clamp(min=0)
 
 
-@pytest.mark.parametrize(("norm", "num_convs", "num_fcs"), [(True, 2, 1), (False, 1, 2), (True, 0, 3)])
+@pytest.mark.parametrize(
+    ("norm", "num_convs", "num_fcs"), [(True, 2, 1), (False, 1, 2), (True, 0, 3)]
+)
 def test_layers(norm, num_convs, num_fcs):
     torch.manual_seed(0)
-    head = BoxHead(channels=4, num_convs=num_convs, num_fcs=num_fcs, fc_dim=6, num_classes=3, class_agnostic=False,
-                   norm=norm, eps=0.1)
+    head = BoxHead(
+        channels=4,
+        num_convs=num_convs,
+        num_fcs=num_fcs,
+        fc_dim=6,
+        num_classes=3,
+        class_agnostic=False,
+        norm=norm,
+        eps=0.1,
+    )
     for parameter in head.parameters():
         torch.nn.init.normal_(parameter)
     pooled = torch.randn(5, 4, 7, 7)
@@ -35,14 +45,24 @@ def test_layers(norm, num_convs, num_fcs):
     logits, deltas = head(pooled)
     assert len(head.convs) == num_convs and [fc.out_features for fc in head.fcs] == [6] * num_fcs
     scale = hidden.abs().max().item()
-    assert torch.allclose(logits, hidden @ head.logits.weight.T + head.logits.bias, atol=1e-5 * scale)
+    assert torch.allclose(
+        logits, hidden @ head.logits.weight.T + head.logits.bias, atol=1e-5 * scale
+    )
     wanted = (hidden @ head.deltas.weight.T + head.deltas.bias).view(5, 3, 4)
     assert torch.allclose(deltas, wanted, atol=1e-5 * scale)
 
 
 def test_fresh_weights_say_nothing_yet():
     torch.manual_seed(0)
-    head = BoxHead(channels=16, num_convs=1, num_fcs=2, fc_dim=64, num_classes=3, class_agnostic=True, norm=False)
+    head = BoxHead(
+        channels=16,
+        num_convs=1,
+        num_fcs=2,
+        fc_dim=64,
+        num_classes=3,
+        class_agnostic=True,
+        norm=False,
+    )
     logits, deltas = head(torch.randn(50, 16, 7, 7))
     assert deltas.shape == (50, 1, 4)
     assert logits.abs().max() < 0.5 and deltas.abs().max() < 0.05

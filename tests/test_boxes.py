@@ -19,13 +19,17 @@ def random_boxes(count, seed=0):
 
 def test_encode_literal():
     found = encode(torch.tensor([[0.0, 0, 10, 20]]), torch.tensor([[5.0, 0, 25, 20]]), WEIGHTS)
-    assert found[0].tolist() == pytest.approx([10.0, 0.0, 5 * math.log(2), 0.0])  # 10 px of 10, twice as wide
+    assert found[0].tolist() == pytest.approx(
+        [10.0, 0.0, 5 * math.log(2), 0.0]
+    )  # 10 px of 10, twice as wide
 
 
 def test_decode_inverts_encode():
     boxes, targets = random_boxes(50), random_boxes(50, seed=1)
     for weights in ((1.0, 1.0, 1.0, 1.0), WEIGHTS):
-        assert torch.allclose(decode(boxes, encode(boxes, targets, weights), weights), targets, atol=1e-3)
+        assert torch.allclose(
+            decode(boxes, encode(boxes, targets, weights), weights), targets, atol=1e-3
+        )
 
 
 def test_decode_takes_a_box_for_each_class():
@@ -40,13 +44,17 @@ def test_growth_is_limited_and_shrinking_is_not():
     grown = decode(box, torch.tensor([[0.0, 0, 50, 100]]), (1.0, 1.0, 1.0, 1.0))
     assert (grown[:, 2:] - grown[:, :2])[0].tolist() == pytest.approx([1000, 1000], rel=1e-5)
     shrunk = decode(box, torch.tensor([[0.0, 0, -9, -9]]), (1.0, 1.0, 1.0, 1.0))
-    assert (shrunk[:, 2:] - shrunk[:, :2])[0].tolist() == pytest.approx([16 * math.exp(-9)] * 2, rel=1e-2)
+    assert (shrunk[:, 2:] - shrunk[:, :2])[0].tolist() == pytest.approx(
+        [16 * math.exp(-9)] * 2, rel=1e-2
+    )
 
 
 def test_shrinking_is_limited_on_request():
     box, weights = torch.tensor([[0.0, 0, 1000, 1000]]), (1.0, 1.0, 1.0, 1.0)
     shrunk = decode(box, torch.tensor([[0.0, 0, -9, -1]]), weights, -MAX_LOG_SCALE)
-    assert (shrunk[:, 2:] - shrunk[:, :2])[0].tolist() == pytest.approx([16, 1000 / math.e], rel=1e-4)
+    assert (shrunk[:, 2:] - shrunk[:, :2])[0].tolist() == pytest.approx(
+        [16, 1000 / math.e], rel=1e-4
+    )
 
 
 def test_decode_works_in_float32_for_half_precision():
@@ -75,7 +83,9 @@ def test_iou_equals_counting():
         for j, b in enumerate(second.int().tolist()):
             cells = [{(x, y) for x in range(c[0], c[2]) for y in range(c[1], c[3])} for c in (a, b)]
             union = len(cells[0] | cells[1])
-            assert found[i, j].item() == pytest.approx(len(cells[0] & cells[1]) / union if union else 0.0)
+            assert found[i, j].item() == pytest.approx(
+                len(cells[0] & cells[1]) / union if union else 0.0
+            )
 
 
 def test_iou_of_nothing():
@@ -89,6 +99,8 @@ def test_weights_are_numbers_that_no_device_waits_for(weights):
     row, ones = torch.tensor(weights), (1.0,) * 4
     with Operations() as operations:
         found = encode(boxes, targets, weights), decode(boxes, deltas, weights)
-    assert not [name for name in operations.names if "copy" in name or "lift" in name]  # no tensor of the weights
+    assert not [
+        name for name in operations.names if "copy" in name or "lift" in name
+    ]  # no tensor of the weights
     assert torch.equal(found[0], encode(boxes, targets, ones) * row)
     assert torch.equal(found[1], decode(boxes, deltas / row, ones))

@@ -33,7 +33,9 @@ def version(folder: Path, name: str, ap: float, digest: str = "data") -> str:
 
 
 @pytest.fixture
-def model(request: pytest.FixtureRequest, store: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, object]:
+def model(
+    request: pytest.FixtureRequest, store: Path, monkeypatch: pytest.MonkeyPatch
+) -> dict[str, object]:
     """A registered model of its own, whose champion has 40 AP on `data`."""
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     name = request.node.name
@@ -53,7 +55,9 @@ def test_the_first_model_wins(store: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert "first champion" in verdict.reason
 
 
-@pytest.mark.parametrize(("ap", "passed"), [(40.01, True), (40.0, False), (40.001, False), (39.9, False), (100, True)])
+@pytest.mark.parametrize(
+    ("ap", "passed"), [(40.01, True), (40.0, False), (40.001, False), (39.9, False), (100, True)]
+)
 def test_a_better_one_passes_and_a_tie_does_not(model: dict, ap: float, passed: bool) -> None:
     verdict = judge(ap, "data", **model)
     assert verdict.passed is passed
@@ -82,8 +86,13 @@ def test_of_two_that_passed_the_better_is_champion_whoever_comes_last(model: dic
 
 
 def test_of_many_at_once_the_best_is_champion(model: dict) -> None:
-    candidates = [(version(model["folder"], model["model_name"], ap), ap) for ap in (41.0, 44.0, 42.0, 43.0)]
-    threads = [threading.Thread(target=promote, args=(number, ap, "data"), kwargs=model) for number, ap in candidates]
+    candidates = [
+        (version(model["folder"], model["model_name"], ap), ap) for ap in (41.0, 44.0, 42.0, 43.0)
+    ]
+    threads = [
+        threading.Thread(target=promote, args=(number, ap, "data"), kwargs=model)
+        for number, ap in candidates
+    ]
     for thread in threads:
         thread.start()
     for thread in threads:

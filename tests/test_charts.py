@@ -16,7 +16,9 @@ LETTERS = ImageFont.load_default(10.5)  # pixels, as the page's style says of SV
 
 def marks(chart: str) -> list[tuple[float, str]]:
     """Where the middle of each text lies, and what it says."""
-    return [(float(x), said) for x, said in re.findall(r'<text x="([\d.]+)"[^>]*>([^<]*)</text>', chart)]
+    return [
+        (float(x), said) for x, said in re.findall(r'<text x="([\d.]+)"[^>]*>([^<]*)</text>', chart)
+    ]
 
 
 @pytest.mark.parametrize("edges, borders", [(OBJECTS, False), (SIDES, True), (LENGTHS, True)])
@@ -29,10 +31,23 @@ def test_neighbours_do_not_touch(edges: tuple[int, ...], borders: bool) -> None:
 
 
 def test_an_edge_stands_between_what_is_below_and_what_is_from_it_on() -> None:
-    chart = histogram("", ranges((8, 16)), [("train", doubling(np.array([3, 8, 8, 20]), (8, 16)))], "", (8, 16))
-    bars = [(float(x), float(wide), int(count)) for x, wide, count in
-            re.findall(r'<rect x="([\d.]+)"[^>]*width="([\d.]+)".*?: (\d+) \(', chart)]
+    chart = histogram(
+        "", ranges((8, 16)), [("train", doubling(np.array([3, 8, 8, 20]), (8, 16)))], "", (8, 16)
+    )
+    bars = [
+        (float(x), float(wide), int(count))
+        for x, wide, count in re.findall(
+            r'<rect x="([\d.]+)"[^>]*width="([\d.]+)".*?: (\d+) \(', chart
+        )
+    ]
     (eight, _), (sixteen, _) = marks(chart)
     assert [count for _, _, count in bars] == [1, 2, 1]
-    assert bars[0][0] + bars[0][1] < eight < bars[1][0] < bars[1][0] + bars[1][1] < sixteen < bars[2][0]
+    assert (
+        bars[0][0] + bars[0][1]
+        < eight
+        < bars[1][0]
+        < bars[1][0] + bars[1][1]
+        < sixteen
+        < bars[2][0]
+    )
     assert [said for _, said in marks(chart)] == ["8", "16"]

@@ -23,18 +23,52 @@ SQUARE = [10.0, 10.0, 30.0, 10.0, 30.0, 30.0, 10.0, 30.0]
 def document(first_id: int = 1) -> dict:
     """Three images of 64 x 48 (width x height) with a polygon, a crowd and a box of zero size; two categories."""
     annotations = [
-        {"id": first_id, "image_id": first_id, "category_id": 1, "bbox": [10.0, 10.0, 20.0, 20.0], "area": 400.0,
-         "iscrowd": 0, "segmentation": [SQUARE]},
-        {"id": first_id + 1, "image_id": first_id + 1, "category_id": 3, "bbox": [0, 0, 1, 48], "area": 48,
-         "iscrowd": 1, "segmentation": {"size": [48, 64], "counts": [0, 48, 63 * 48]}},
-        {"id": first_id + 2, "image_id": first_id + 1, "category_id": 3, "bbox": [5.0, 5.0, 0.0, 3.0], "area": 0.0,
-         "iscrowd": 0, "segmentation": [[5.0, 5.0, 5.0, 8.0, 5.0, 6.0]]},
-        {"id": first_id + 3, "image_id": first_id, "category_id": 3, "bbox": [10.0, 10.0, 20.0, 20.0], "area": 400.0,
-         "iscrowd": 0, "segmentation": [SQUARE, SQUARE]},
+        {
+            "id": first_id,
+            "image_id": first_id,
+            "category_id": 1,
+            "bbox": [10.0, 10.0, 20.0, 20.0],
+            "area": 400.0,
+            "iscrowd": 0,
+            "segmentation": [SQUARE],
+        },
+        {
+            "id": first_id + 1,
+            "image_id": first_id + 1,
+            "category_id": 3,
+            "bbox": [0, 0, 1, 48],
+            "area": 48,
+            "iscrowd": 1,
+            "segmentation": {"size": [48, 64], "counts": [0, 48, 63 * 48]},
+        },
+        {
+            "id": first_id + 2,
+            "image_id": first_id + 1,
+            "category_id": 3,
+            "bbox": [5.0, 5.0, 0.0, 3.0],
+            "area": 0.0,
+            "iscrowd": 0,
+            "segmentation": [[5.0, 5.0, 5.0, 8.0, 5.0, 6.0]],
+        },
+        {
+            "id": first_id + 3,
+            "image_id": first_id,
+            "category_id": 3,
+            "bbox": [10.0, 10.0, 20.0, 20.0],
+            "area": 400.0,
+            "iscrowd": 0,
+            "segmentation": [SQUARE, SQUARE],
+        },
     ]
-    images = [{"id": first_id + k, "file_name": f"{first_id + k}.jpg", "height": 48, "width": 64} for k in range(3)]
-    return {"images": images, "annotations": annotations,
-            "categories": [{"id": 1, "name": "disc"}, {"id": 3, "name": "bar"}]}
+    images = [
+        {"id": first_id + k, "file_name": f"{first_id + k}.jpg", "height": 48, "width": 64}
+        for k in range(3)
+    ]
+    return {
+        "images": images,
+        "annotations": annotations,
+        "categories": [{"id": 1, "name": "disc"}, {"id": 3, "name": "bar"}],
+    }
 
 
 def write(folder: Path, split: str, content: dict | str) -> None:
@@ -54,7 +88,9 @@ def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
         write(folder, split, document(first_id))
         (folder / split).mkdir()
         for k in range(3):
-            pixels = np.random.default_rng(first_id + k).integers(0, 255, (48, 64, 3), dtype=np.uint8)
+            pixels = np.random.default_rng(first_id + k).integers(
+                0, 255, (48, 64, 3), dtype=np.uint8
+            )
             Image.fromarray(pixels).save(folder / split / f"{first_id + k}.jpg")
     return folder
 
@@ -67,11 +103,20 @@ def folder(sound: Path, tmp_path: Path) -> Path:
 def test_a_sound_folder_has_warnings_for_what_training_leaves_out(sound: Path) -> None:
     report = check(sound)
     assert report.ok and report.splits == {"train": (3, 4, 2), "val": (3, 4, 2)}
-    assert kinds(report) == ({}, {"crowd region (training leaves it out)": 2, "image without objects": 2,
-                                  "box of zero size (training leaves it out)": 2})
+    assert kinds(report) == (
+        {},
+        {
+            "crowd region (training leaves it out)": 2,
+            "image without objects": 2,
+            "box of zero size (training leaves it out)": 2,
+        },
+    )
     lines = report.lines()
-    assert lines[1:4] == ["  train: 3 images, 4 annotations, 2 categories",
-                          "  val: 3 images, 4 annotations, 2 categories", "errors: none"]
+    assert lines[1:4] == [
+        "  train: 3 images, 4 annotations, 2 categories",
+        "  val: 3 images, 4 annotations, 2 categories",
+        "errors: none",
+    ]
     assert "      instances_train.json: annotation 2 (image 2)" in lines
 
 
@@ -95,47 +140,138 @@ def delete(table: str, index: int, key: str) -> Callable[[dict], None]:
 
 
 FAULTS = [
-    (set_value("annotations", 0, "image_id", 99), "annotation of an image that does not exist", "image 99"),
-    (set_value("annotations", 0, "image_id", "1"), "annotation of an image that does not exist", "image '1'"),
-    (set_value("annotations", 0, "image_id", [1]), "annotation of an image that does not exist", "[1]"),
-    (set_value("annotations", 0, "category_id", 2), "annotation of a category that does not exist", "category 2"),
-    (set_value("annotations", 1, "id", 1), "annotation id that comes twice", "annotation 1: entry 1"),
+    (
+        set_value("annotations", 0, "image_id", 99),
+        "annotation of an image that does not exist",
+        "image 99",
+    ),
+    (
+        set_value("annotations", 0, "image_id", "1"),
+        "annotation of an image that does not exist",
+        "image '1'",
+    ),
+    (
+        set_value("annotations", 0, "image_id", [1]),
+        "annotation of an image that does not exist",
+        "[1]",
+    ),
+    (
+        set_value("annotations", 0, "category_id", 2),
+        "annotation of a category that does not exist",
+        "category 2",
+    ),
+    (
+        set_value("annotations", 1, "id", 1),
+        "annotation id that comes twice",
+        "annotation 1: entry 1",
+    ),
     (set_value("annotations", 1, "id", 1.5), "annotation id that is not a whole number", "1.5"),
     (set_value("images", 1, "id", 1), "image id that comes twice", "image 1: entry 1"),
     (set_value("images", 1, "id", None), "image id that is not a whole number", "None"),
     (set_value("categories", 1, "id", 1), "category id that comes twice", "category 1: entry 1"),
-    (set_value("images", 1, "height", 0), "image height that is not a whole number from 1 to 65535", "image 2: 0"),
-    (set_value("images", 1, "width", 63), "image of another size than annotated", "64 x 48, annotated 63 x 48"),
+    (
+        set_value("images", 1, "height", 0),
+        "image height that is not a whole number from 1 to 65535",
+        "image 2: 0",
+    ),
+    (
+        set_value("images", 1, "width", 63),
+        "image of another size than annotated",
+        "64 x 48, annotated 63 x 48",
+    ),
     (set_value("images", 1, "file_name", 7), "file name that is not text", "image 2: 7"),
     (set_value("images", 1, "file_name", "a\0b"), "file name that is not text", "image 2"),
     (set_value("images", 1, "file_name", "none.jpg"), "missing image file", "train/'none.jpg'"),
     (set_value("categories", 0, "name", 5), "category name that is not text", "category 1: 5"),
-    (set_value("annotations", 0, "bbox", [1, 2, 3]), "bbox that is not four finite numbers", "[1, 2, 3]"),
-    (set_value("annotations", 0, "bbox", [1, 2, 3, float("nan")]), "bbox that is not four finite numbers", "nan"),
-    (set_value("annotations", 0, "bbox", [1, 2, 3, "4"]), "bbox that is not four finite numbers", "'4'"),
-    (set_value("annotations", 0, "bbox", [64, 2, 3, 4]), "box outside its image", "annotation 1 (image 1)"),
+    (
+        set_value("annotations", 0, "bbox", [1, 2, 3]),
+        "bbox that is not four finite numbers",
+        "[1, 2, 3]",
+    ),
+    (
+        set_value("annotations", 0, "bbox", [1, 2, 3, float("nan")]),
+        "bbox that is not four finite numbers",
+        "nan",
+    ),
+    (
+        set_value("annotations", 0, "bbox", [1, 2, 3, "4"]),
+        "bbox that is not four finite numbers",
+        "'4'",
+    ),
+    (
+        set_value("annotations", 0, "bbox", [64, 2, 3, 4]),
+        "box outside its image",
+        "annotation 1 (image 1)",
+    ),
     (set_value("annotations", 0, "iscrowd", "no"), "iscrowd that is neither 0 nor 1", "'no'"),
     (set_value("annotations", 0, "area", None), "area that is not a number of pixels", "None"),
-    (set_value("annotations", 0, "segmentation", []), "segmentation that is neither polygons nor RLE", "[]"),
-    (set_value("annotations", 0, "segmentation", None), "segmentation that is neither polygons nor RLE", "None"),
-    (set_value("annotations", 0, "segmentation", [5]), "polygon that is not a list x, y, x, y, ...", "5"),
-    (set_value("annotations", 0, "segmentation", [[1, 2, 3, 4]]), "polygon without x, y of at least 3 points", "4 num"),
-    (set_value("annotations", 0, "segmentation", [SQUARE, [1] * 7]), "polygon without x, y of at least 3 points", "7"),
-    (set_value("annotations", 0, "segmentation", [[1, 2, 3, 4, 5, float("inf")]]),
-     "polygon with coordinates that are not finite numbers", "annotation 1"),
-    (set_value("annotations", 0, "segmentation", [[1, 2, 3, 4, 5, "6"]]),
-     "polygon with coordinates that are not finite numbers", "'6'"),
-    (set_value("annotations", 0, "segmentation", [[[1, 2], [3, 4], [5, 6], [7, 8], [9, 9], [1, 1]]]),
-     "polygon with coordinates that are not finite numbers", "annotation 1"),
-    (set_value("annotations", 1, "segmentation", {"size": [64, 48], "counts": [64 * 48]}),
-     "RLE of another size than its image", "[64, 48]"),
-    (set_value("annotations", 1, "segmentation", {"size": [48, 64], "counts": [5, 6]}),
-     "RLE whose counts do not fill its size", "11 of 3072"),
-    (set_value("annotations", 1, "segmentation", {"size": [48, 64], "counts": [5, -6]}),
-     "RLE whose counts are not run lengths", "-6"),
-    (set_value("annotations", 1, "segmentation", {"size": [48, 64], "counts": "\x7f"}),
-     "RLE whose counts are not run lengths", "annotation 2"),
-    (set_value("annotations", 1, "segmentation", {"counts": [1]}), "RLE without size [height, width]", "None"),
+    (
+        set_value("annotations", 0, "segmentation", []),
+        "segmentation that is neither polygons nor RLE",
+        "[]",
+    ),
+    (
+        set_value("annotations", 0, "segmentation", None),
+        "segmentation that is neither polygons nor RLE",
+        "None",
+    ),
+    (
+        set_value("annotations", 0, "segmentation", [5]),
+        "polygon that is not a list x, y, x, y, ...",
+        "5",
+    ),
+    (
+        set_value("annotations", 0, "segmentation", [[1, 2, 3, 4]]),
+        "polygon without x, y of at least 3 points",
+        "4 num",
+    ),
+    (
+        set_value("annotations", 0, "segmentation", [SQUARE, [1] * 7]),
+        "polygon without x, y of at least 3 points",
+        "7",
+    ),
+    (
+        set_value("annotations", 0, "segmentation", [[1, 2, 3, 4, 5, float("inf")]]),
+        "polygon with coordinates that are not finite numbers",
+        "annotation 1",
+    ),
+    (
+        set_value("annotations", 0, "segmentation", [[1, 2, 3, 4, 5, "6"]]),
+        "polygon with coordinates that are not finite numbers",
+        "'6'",
+    ),
+    (
+        set_value(
+            "annotations", 0, "segmentation", [[[1, 2], [3, 4], [5, 6], [7, 8], [9, 9], [1, 1]]]
+        ),
+        "polygon with coordinates that are not finite numbers",
+        "annotation 1",
+    ),
+    (
+        set_value("annotations", 1, "segmentation", {"size": [64, 48], "counts": [64 * 48]}),
+        "RLE of another size than its image",
+        "[64, 48]",
+    ),
+    (
+        set_value("annotations", 1, "segmentation", {"size": [48, 64], "counts": [5, 6]}),
+        "RLE whose counts do not fill its size",
+        "11 of 3072",
+    ),
+    (
+        set_value("annotations", 1, "segmentation", {"size": [48, 64], "counts": [5, -6]}),
+        "RLE whose counts are not run lengths",
+        "-6",
+    ),
+    (
+        set_value("annotations", 1, "segmentation", {"size": [48, 64], "counts": "\x7f"}),
+        "RLE whose counts are not run lengths",
+        "annotation 2",
+    ),
+    (
+        set_value("annotations", 1, "segmentation", {"counts": [1]}),
+        "RLE without size [height, width]",
+        "None",
+    ),
     (delete("annotations", 0, "bbox"), "annotation without 'bbox'", "annotation 1"),
     (delete("annotations", 0, "segmentation"), "annotation without 'segmentation'", "annotation 1"),
     (delete("annotations", 0, "image_id"), "annotation without 'image_id'", "annotation 1"),
@@ -143,14 +279,20 @@ FAULTS = [
     (delete("images", 0, "height"), "image without 'height'", "image 1"),
     (delete("images", 0, "file_name"), "image without 'file_name'", "image 1"),
     (delete("categories", 0, "name"), "category without 'name'", "category 1"),
-    (lambda content: content["images"].append("a picture"), "image that is not an object", "'a picture'"),
+    (
+        lambda content: content["images"].append("a picture"),
+        "image that is not an object",
+        "'a picture'",
+    ),
     (lambda content: content.pop("images"), "no 'images' in the file", "annotations"),
     (lambda content: content.update(categories={}), "'categories' is not a list", "{}"),
 ]
 
 
 @pytest.mark.parametrize(("damage", "kind", "example"), FAULTS)
-def test_an_error_is_named_with_its_place(folder: Path, damage: Callable, kind: str, example: str) -> None:
+def test_an_error_is_named_with_its_place(
+    folder: Path, damage: Callable, kind: str, example: str
+) -> None:
     content = document()
     damage(content)
     write(folder, "train", content)
@@ -160,14 +302,20 @@ def test_an_error_is_named_with_its_place(folder: Path, damage: Callable, kind: 
     assert example in found[kind].examples[0] and "instances_train.json" in found[kind].examples[0]
 
 
-@pytest.mark.parametrize(("damage", "kind"), [
-    (set_value("annotations", 0, "bbox", [-5.0, 10.0, 20.0, 20.0]), "box partly outside its image"),
-    (set_value("annotations", 0, "area", 4000.0), "area that does not fit its box"),
-    (set_value("annotations", 0, "category_id", 3), "category without instances"),
-    (delete("annotations", 0, "iscrowd"), "annotation without 'iscrowd' (it is no crowd)"),
-    (delete("annotations", 0, "area"), "annotation without 'area' (that of its mask is taken)"),
-    (set_value("categories", 0, "name", "bar"), "category name that comes twice"),
-])
+@pytest.mark.parametrize(
+    ("damage", "kind"),
+    [
+        (
+            set_value("annotations", 0, "bbox", [-5.0, 10.0, 20.0, 20.0]),
+            "box partly outside its image",
+        ),
+        (set_value("annotations", 0, "area", 4000.0), "area that does not fit its box"),
+        (set_value("annotations", 0, "category_id", 3), "category without instances"),
+        (delete("annotations", 0, "iscrowd"), "annotation without 'iscrowd' (it is no crowd)"),
+        (delete("annotations", 0, "area"), "annotation without 'area' (that of its mask is taken)"),
+        (set_value("categories", 0, "name", "bar"), "category name that comes twice"),
+    ],
+)
 def test_a_warning_is_no_error(folder: Path, damage: Callable, kind: str) -> None:
     content = document()
     damage(content)
@@ -184,15 +332,27 @@ def test_all_problems_are_listed_at_once_with_counts_and_three_examples(folder: 
     write(folder, "train", content)
     write(folder, "val", '{"images": [], \n "annotations": [,]}')
     report = check(folder)
-    assert kinds(report)[0] == {"annotation of a category that does not exist": 4,
-                                "image height that is not a whole number from 1 to 65535": 1, "broken JSON": 1}
+    assert kinds(report)[0] == {
+        "annotation of a category that does not exist": 4,
+        "image height that is not a whole number from 1 to 65535": 1,
+        "broken JSON": 1,
+    }
     text = report.lines()
     assert sum("category 77" in line for line in text) == 3 and "      ..." in text
     assert any("line 2 column 18" in line for line in text)
 
 
-@pytest.mark.parametrize("text", ["", "[1, 2]", "null", "[" * 100_000, '{"images": 1e999}', "\ud800".encode(
-    "utf-8", "surrogatepass").decode("latin1")])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "[1, 2]",
+        "null",
+        "[" * 100_000,
+        '{"images": 1e999}',
+        "\ud800".encode("utf-8", "surrogatepass").decode("latin1"),
+    ],
+)
 def test_a_file_that_is_something_else_is_an_error(folder: Path, text: str) -> None:
     write(folder, "train", text)
     report = check(folder, ["train"])
@@ -205,7 +365,10 @@ def test_damaged_image_files_are_told_apart(folder: Path) -> None:
     (folder / "train" / "2.jpg").write_text("<html>not found</html>")
     (folder / "train" / "3.jpg").unlink()
     report = check(folder)
-    assert kinds(report)[0] == {"image file that is truncated or no image": 2, "missing image file": 1}
+    assert kinds(report)[0] == {
+        "image file that is truncated or no image": 2,
+        "missing image file": 1,
+    }
     assert kinds(check(folder, images=False))[0] == {"missing image file": 1}
 
 
@@ -225,9 +388,16 @@ def test_the_same_ids_in_two_splits_are_an_error_unless_the_pictures_differ(fold
     write(folder, "val", document())
     for number in (1, 2, 3):
         (folder / "val" / f"1{number}.jpg").rename(folder / "val" / f"{number}.jpg")
-    assert kinds(check(folder, images=False))[0] == {"image id in two splits": 3, "file name in two splits": 3}
+    assert kinds(check(folder, images=False))[0] == {
+        "image id in two splits": 3,
+        "file name in two splits": 3,
+    }
     errors, warnings = kinds(check(folder))
-    assert not errors and warnings["image id in two splits"] == 3 and warnings["file name in two splits"] == 3
+    assert (
+        not errors
+        and warnings["image id in two splits"] == 3
+        and warnings["file name in two splits"] == 3
+    )
 
 
 def test_categories_that_differ_between_splits_are_an_error(folder: Path) -> None:

@@ -16,7 +16,15 @@ import torch
 from tests.conftest import environment
 from vitdet.config import load_config
 from vitdet.data.tiny import CATEGORIES
-from vitdet.training.checkpoint import FORMAT, STATE, Checkpoints, load, load_model_file, restore_detector, save
+from vitdet.training.checkpoint import (
+    FORMAT,
+    STATE,
+    Checkpoints,
+    load,
+    load_model_file,
+    restore_detector,
+    save,
+)
 
 # A process whose files cannot grow over 100 kB: `File too large` comes from the same place as `No space left`.
 FULL_DISK = """
@@ -52,13 +60,20 @@ def one_line(error: Exception) -> str:
 
 
 def test_a_full_disk_leaves_the_old_state_and_one_line(tmp_path: Path) -> None:
-    done = subprocess.run([sys.executable, "-c", FULL_DISK, str(tmp_path / "states")], capture_output=True, text=True,
-                          env=environment(tmp_path))
+    done = subprocess.run(
+        [sys.executable, "-c", FULL_DISK, str(tmp_path / "states")],
+        capture_output=True,
+        text=True,
+        env=environment(tmp_path),
+    )
     assert done.returncode == 0 and not done.stderr, done.stderr
     lines = done.stdout.splitlines()
     assert len(lines) == 2
     for line in lines:
-        assert "step_00000002.pt: could not be written ([Errno 27] File too large); free some space" in line
+        assert (
+            "step_00000002.pt: could not be written ([Errno 27] File too large); free some space"
+            in line
+        )
     assert [path.name for path in (tmp_path / "states").iterdir()] == ["step_00000001.pt"]
     assert torch.equal(Checkpoints(tmp_path / "states", 1).latest()["x"], torch.arange(10))
 
@@ -79,7 +94,11 @@ def test_the_last_states_stay(tmp_path: Path) -> None:
     (tmp_path / "step_notes.pt").write_text("somebody's")
     for step in (0, 3, 20, 100):
         states.save(step, {"x": step})
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["step_00000020.pt", "step_00000100.pt", "step_notes.pt"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "step_00000020.pt",
+        "step_00000100.pt",
+        "step_notes.pt",
+    ]
     assert states.latest() == {"format": STATE, "step": 100, "x": 100}
 
 
@@ -116,10 +135,14 @@ def test_another_file_is_refused(trained: Path, tmp_path: Path) -> None:
     with zipfile.ZipFile(tmp_path / "photos.zip", "w") as archive:
         archive.writestr("a.txt", "a")
     (tmp_path / "text.pt").write_text("weights")
-    for path, says in ((states[-1], f"expected a '{FORMAT}' file, got '{STATE}'"), (tmp_path / "list.pt", "got 'list'"),
-                       (tmp_path / "foreign.pt", "got None"), (tmp_path / "photos.zip", "not a whole vitdet"),
-                       (tmp_path / "text.pt", "or is another kind of file"),
-                       (trained / "config.yaml", "or is another kind of file")):
+    for path, says in (
+        (states[-1], f"expected a '{FORMAT}' file, got '{STATE}'"),
+        (tmp_path / "list.pt", "got 'list'"),
+        (tmp_path / "foreign.pt", "got None"),
+        (tmp_path / "photos.zip", "not a whole vitdet"),
+        (tmp_path / "text.pt", "or is another kind of file"),
+        (trained / "config.yaml", "or is another kind of file"),
+    ):
         with pytest.raises(ValueError) as caught:
             load_model_file(path)
         assert one_line(caught.value).startswith(f"{path}: ") and says in str(caught.value)
@@ -149,15 +172,22 @@ def test_a_detector_comes_back_as_it_was(trained: Path) -> None:
     detector, config, names = restore_detector(trained / "model.pt")
     assert not detector.training and names == tuple(CATEGORIES.values())
     stored = load_model_file(trained / "model.pt")
-    assert all(torch.equal(tensor, stored["model"][name]) for name, tensor in detector.state_dict().items())
+    assert all(
+        torch.equal(tensor, stored["model"][name]) for name, tensor in detector.state_dict().items()
+    )
     assert config == load_config(trained / "config.yaml")
 
 
 def test_weights_of_another_model_are_refused(trained: Path, tmp_path: Path) -> None:
     stored = load_model_file(trained / "model.pt")
     path = tmp_path / "model.pt"
-    for change, says in (({"pyramid": {"channels": 32}}, "its weights do not fit its config"),
-                         ({"pyramids": {}}, "its config is not one of this version: model.pyramids: no such setting")):
+    for change, says in (
+        ({"pyramid": {"channels": 32}}, "its weights do not fit its config"),
+        (
+            {"pyramids": {}},
+            "its config is not one of this version: model.pyramids: no such setting",
+        ),
+    ):
         config = {**stored["config"], "model": {**stored["config"]["model"], **change}}
         save(path, {**stored, "config": config})
         with pytest.raises(ValueError, match=says) as caught:
@@ -165,7 +195,9 @@ def test_weights_of_another_model_are_refused(trained: Path, tmp_path: Path) -> 
         assert one_line(caught.value).startswith(f"{path}: ")
 
 
-def test_only_a_full_disk_is_told_to_be_emptied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_a_full_disk_is_told_to_be_emptied(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def failing(error: Exception) -> str:
         def write(*_: object) -> None:
             raise error
@@ -177,10 +209,20 @@ def test_only_a_full_disk_is_told_to_be_emptied(tmp_path: Path, monkeypatch: pyt
         return f"{type(caught.value).__name__} {one_line(caught.value)}"
 
     for code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        assert failing(OSError(code, os.strerror(code))).endswith("free some space and run the same command again")
-    for words in ("[enforce fail at inline_container.cc:664] . unexpected pos 576 vs 470",
-                  "PytorchStreamWriter failed writing file data/7: file write failed"):
-        assert "OSError" in failing(RuntimeError(words)) and "free some space" in failing(RuntimeError(words))
+        assert failing(OSError(code, os.strerror(code))).endswith(
+            "free some space and run the same command again"
+        )
+    for words in (
+        "[enforce fail at inline_container.cc:664] . unexpected pos 576 vs 470",
+        "PytorchStreamWriter failed writing file data/7: file write failed",
+    ):
+        assert "OSError" in failing(RuntimeError(words)) and "free some space" in failing(
+            RuntimeError(words)
+        )
     assert failing(OSError(errno.EIO, "Input/output error")) == (
-        f"OSError {tmp_path / 'model.pt'}: could not be written ([Errno 5] Input/output error)")
-    assert failing(RuntimeError("CUDA error: out of memory")) == "RuntimeError CUDA error: out of memory"
+        f"OSError {tmp_path / 'model.pt'}: could not be written ([Errno 5] Input/output error)"
+    )
+    assert (
+        failing(RuntimeError("CUDA error: out of memory"))
+        == "RuntimeError CUDA error: out of memory"
+    )

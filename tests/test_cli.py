@@ -28,17 +28,23 @@ FIND = importlib.util.find_spec
 @pytest.fixture(autouse=True)
 def untracked(monkeypatch: pytest.MonkeyPatch) -> None:
     """As if mlflow were not installed, which saves seconds; `test_distributed` has it."""
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "mlflow" else FIND(name))
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name == "mlflow" else FIND(name)
+    )
 
 
 def leftovers(folder: Path) -> list[Path]:
     """What was begun and not ended."""
-    return [path for path in folder.rglob("*") if path.name.startswith(".") and path.name != ".lock"]
+    return [
+        path for path in folder.rglob("*") if path.name.startswith(".") and path.name != ".lock"
+    ]
 
 
 def refused(result: tuple[int, str, str], says: str) -> None:
     code, output, errors = result
-    assert code == 1 and output == "" and errors.count("\n") == 1 and errors.startswith("vitdet: "), errors
+    assert (
+        code == 1 and output == "" and errors.count("\n") == 1 and errors.startswith("vitdet: ")
+    ), errors
     assert says in errors
 
 
@@ -75,8 +81,13 @@ def test_weights(vitdet: Run, tmp_path: Path) -> None:
     vitdet("config", "tiny", "--set", "train.init=", "--output", "config.yaml")
     code, output, _ = vitdet("weights", "fetch", "config.yaml", "--output", "nothing")
     assert code == 0 and "starts from random weights" in output and (tmp_path / "nothing").is_dir()
-    refused(vitdet("weights", "fetch", "mae_vit_tny", "--output", "x"), "did you mean 'mae_vit_tiny'?")
-    refused(vitdet("weights", "fetch", "none.safetensors", "--output", "x"), "none.safetensors: no such weights file")
+    refused(
+        vitdet("weights", "fetch", "mae_vit_tny", "--output", "x"), "did you mean 'mae_vit_tiny'?"
+    )
+    refused(
+        vitdet("weights", "fetch", "none.safetensors", "--output", "x"),
+        "none.safetensors: no such weights file",
+    )
     assert not (tmp_path / "x").exists()
 
 
@@ -84,30 +95,56 @@ def test_train_shows_its_progress_and_goes_on(vitdet: Run, tiny: Path, tmp_path:
     words = ("train", "tiny", *options(minimal(tiny, optim__steps=2)), "--output", "run")
     code, output, errors = vitdet(*words)
     assert (code, output) == (0, "run/model.pt\n")
-    assert [line.split("  ")[0] for line in errors.splitlines()] == ["step 1/2", "step 2/2", "step 2/2"]
-    assert {path.name for path in (tmp_path / "run").iterdir()} == {"model.pt", "config.yaml", "checkpoints",
-                                                                   "pictures"}
+    assert [line.split("  ")[0] for line in errors.splitlines()] == [
+        "step 1/2",
+        "step 2/2",
+        "step 2/2",
+    ]
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {
+        "model.pt",
+        "config.yaml",
+        "checkpoints",
+        "pictures",
+    }
     assert not leftovers(tmp_path)
     refused(vitdet(*words), "run: holds a finished run of this very config")
-    refused(vitdet(*words, "--set", "optim.lr=5"), "finished run with another config (optim.lr: 5.0, not 0.001)")
+    refused(
+        vitdet(*words, "--set", "optim.lr=5"),
+        "finished run with another config (optim.lr: 5.0, not 0.001)",
+    )
 
 
 def test_evaluate(vitdet: Run, trained: Path, tmp_path: Path) -> None:
-    code, output, errors = vitdet("evaluate", trained / "model.pt", "--output", "m/metrics.json", "--pictures", "pics",
-                                  "--plots", "plots", "--config", trained / "config.yaml")
+    code, output, errors = vitdet(
+        "evaluate",
+        trained / "model.pt",
+        "--output",
+        "m/metrics.json",
+        "--pictures",
+        "pics",
+        "--plots",
+        "plots",
+        "--config",
+        trained / "config.yaml",
+    )
     assert (code, errors) == (0, "")
     assert [line.split()[0] for line in output.splitlines()] == ["ap", "box", "mask"]
     metrics = json.loads((tmp_path / "m" / "metrics.json").read_text())
     assert {"box_ap", "mask_ap", "box_ap50"} <= set(metrics)
     assert len(list((tmp_path / "pics").glob("*.jpg"))) == 4
-    assert {path.name for path in (tmp_path / "plots").iterdir()} == {"classes.json", "curve.json", "results.json"}
+    assert {path.name for path in (tmp_path / "plots").iterdir()} == {
+        "classes.json",
+        "curve.json",
+        "results.json",
+    }
     assert not leftovers(tmp_path)
     code, output, _ = vitdet("evaluate", trained / "model.pt", "--set", "evaluate.max_detections=1")
     assert code == 0 and {path.name for path in tmp_path.iterdir()} == {"m", "pics", "plots"}
 
 
-def test_a_checkpoint_that_was_carried_away_makes_no_tracking_store(vitdet: Run, trained: Path, tmp_path: Path,
-                                                                    monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_checkpoint_that_was_carried_away_makes_no_tracking_store(
+    vitdet: Run, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", FIND)
     (tmp_path / "run").mkdir()
     shutil.copy(trained / "model.pt", tmp_path / "run")
@@ -117,23 +154,42 @@ def test_a_checkpoint_that_was_carried_away_makes_no_tracking_store(vitdet: Run,
 
 def test_predict(vitdet: Run, trained: Path, tiny: Path, picture: Path, tmp_path: Path) -> None:
     other = Path(shutil.copy(sorted((tiny / "val").iterdir())[0], tmp_path / "picture.jpg"))
-    code, output, _ = vitdet("predict", trained / "model.pt", picture, other, picture, "--output", "drawn",
-                             "--threshold", "0")
-    assert code == 0 and [line.split(":")[0] for line in output.splitlines()] == ["drawn/picture.jpg",
-                                                                                   "drawn/picture_2.jpg"]
+    code, output, _ = vitdet(
+        "predict",
+        trained / "model.pt",
+        picture,
+        other,
+        picture,
+        "--output",
+        "drawn",
+        "--threshold",
+        "0",
+    )
+    assert code == 0 and [line.split(":")[0] for line in output.splitlines()] == [
+        "drawn/picture.jpg",
+        "drawn/picture_2.jpg",
+    ]
     found = json.loads((tmp_path / "drawn" / "detections.json").read_text())
-    assert set(found) == {"picture.jpg", "picture_2.jpg"} and set(found["picture.jpg"][0]) == {"name", "score", "box"}
+    assert set(found) == {"picture.jpg", "picture_2.jpg"} and set(found["picture.jpg"][0]) == {
+        "name",
+        "score",
+        "box",
+    }
     assert Image.open(tmp_path / "drawn" / "picture_2.jpg").format == "JPEG"
     assert not leftovers(tmp_path)
 
 
-def test_predict_needs_the_checkpoint_alone(vitdet: Run, trained: Path, picture: Path, tmp_path: Path) -> None:
+def test_predict_needs_the_checkpoint_alone(
+    vitdet: Run, trained: Path, picture: Path, tmp_path: Path
+) -> None:
     import torch
 
     content = torch.load(trained / "model.pt", weights_only=True)
     content["config"]["data"]["root"] = "no longer there"
     torch.save(content, tmp_path / "carried.pt")
-    code, output, _ = vitdet("predict", "carried.pt", picture, "--output", "drawn", "--threshold", "0")
+    code, output, _ = vitdet(
+        "predict", "carried.pt", picture, "--output", "drawn", "--threshold", "0"
+    )
     assert code == 0 and output.startswith("drawn/picture.jpg: ")
     refused(vitdet("evaluate", "carried.pt", "--output", "m.json"), "no longer there")
     assert not (tmp_path / "m.json").exists()
@@ -145,25 +201,54 @@ def test_each_line_of_the_help_is_there(capsys: pytest.CaptureFixture[str]) -> N
     with pytest.raises(SystemExit):
         parser().parse_args(["--help"])
     text = capsys.readouterr().out
-    assert all(verb in text for verb in ("config", "data", "weights", "train", "evaluate", "predict", "register"))
+    assert all(
+        verb in text
+        for verb in ("config", "data", "weights", "train", "evaluate", "predict", "register")
+    )
 
 
 # --- what does not
 
 
-@pytest.mark.parametrize(("words", "says"), [
-    (("config", "tny"), "tny: no such recipe; did you mean 'tiny'?"),
-    (("train", "tny", "--output", "run"), "did you mean 'tiny'?"),
-    (("train", "none.yaml", "--output", "run"), "none.yaml: no such config file"),
-    (("train", "tiny", "--set", "optim.lrate=1", "--output", "run"), "optim.lrate: no such setting; did you mean 'lr'"),
-    (("train", "tiny", "--set", "optim.lr=fast", "--output", "run"), "optim.lr: expected a number, got 'fast'"),
-    (("train", "tiny", "--set", "data.root=nowhere", "--set", "train.init=", "--output", "run"), "nowhere"),
-    (("train", "tiny", "--set", "train.init=none.safetensors", "--output", "run"), "no such weights file"),
-    (("evaluate", "none.pt"), "none.pt: no such checkpoint"),
-    (("predict", "none.pt", "none.jpg", "--output", "drawn"), "none.jpg: no such image file"),
-    (("data", "tiny", "x", "--train", "0"), "expected 1 to 500000 images"),
-])
-def test_a_mistake_is_one_line_and_leaves_nothing(vitdet: Run, tmp_path: Path, words: tuple, says: str) -> None:
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (("config", "tny"), "tny: no such recipe; did you mean 'tiny'?"),
+        (("train", "tny", "--output", "run"), "did you mean 'tiny'?"),
+        (("train", "none.yaml", "--output", "run"), "none.yaml: no such config file"),
+        (
+            ("train", "tiny", "--set", "optim.lrate=1", "--output", "run"),
+            "optim.lrate: no such setting; did you mean 'lr'",
+        ),
+        (
+            ("train", "tiny", "--set", "optim.lr=fast", "--output", "run"),
+            "optim.lr: expected a number, got 'fast'",
+        ),
+        (
+            (
+                "train",
+                "tiny",
+                "--set",
+                "data.root=nowhere",
+                "--set",
+                "train.init=",
+                "--output",
+                "run",
+            ),
+            "nowhere",
+        ),
+        (
+            ("train", "tiny", "--set", "train.init=none.safetensors", "--output", "run"),
+            "no such weights file",
+        ),
+        (("evaluate", "none.pt"), "none.pt: no such checkpoint"),
+        (("predict", "none.pt", "none.jpg", "--output", "drawn"), "none.jpg: no such image file"),
+        (("data", "tiny", "x", "--train", "0"), "expected 1 to 500000 images"),
+    ],
+)
+def test_a_mistake_is_one_line_and_leaves_nothing(
+    vitdet: Run, tmp_path: Path, words: tuple, says: str
+) -> None:
     refused(vitdet(*words), says)
     assert not list(tmp_path.iterdir())
 
@@ -180,21 +265,57 @@ def plain(content: dict) -> dict:
     return next(one for one in content["annotations"] if not one["iscrowd"])
 
 
-@pytest.mark.parametrize(("damage", "says"), [
-    (lambda root: (root / "annotations" / "instances_train.json").write_text('{"images": ['), "broken JSON"),
-    (lambda root: (root / "annotations" / "instances_val.json").write_text("[]"), "top level: not COCO's layout"),
-    (lambda root: next((root / "train").iterdir()).unlink(), "no such file"),
-    (lambda root: change(root, lambda c: plain(c).update(image_id=99)), "that does not exist: image 99"),
-    (lambda root: change(root, lambda c: plain(c).update(category_id=99)), "that does not exist: category 99"),
-    (lambda root: change(root, lambda c: plain(c).update(bbox=[5000, 5000, 10, 10])), "box far outside its image"),
-    (lambda root: change(root, lambda c: plain(c).update(segmentation=[[1, 1, 5, 5]])), "at least 3 points"),
-    (lambda root: change(root, lambda c: c["annotations"].append(c["annotations"][0])), "comes twice"),
-    (lambda root: change(root, lambda c: c["images"].append(c["images"][0])), "comes twice"),
-    (lambda root: change(root, lambda c: c.pop("categories")), "no 'categories' in the file"),
-], ids=["broken JSON", "a list", "no image file", "no such image", "no such category", "box outside", "two points",
-        "annotation twice", "image twice", "no categories"])
-def test_a_damaged_data_set_is_one_line_and_leaves_nothing(vitdet: Run, own_tiny: Path, tmp_path: Path,
-                                                           damage: Callable[[Path], None], says: str) -> None:
+@pytest.mark.parametrize(
+    ("damage", "says"),
+    [
+        (
+            lambda root: (root / "annotations" / "instances_train.json").write_text('{"images": ['),
+            "broken JSON",
+        ),
+        (
+            lambda root: (root / "annotations" / "instances_val.json").write_text("[]"),
+            "top level: not COCO's layout",
+        ),
+        (lambda root: next((root / "train").iterdir()).unlink(), "no such file"),
+        (
+            lambda root: change(root, lambda c: plain(c).update(image_id=99)),
+            "that does not exist: image 99",
+        ),
+        (
+            lambda root: change(root, lambda c: plain(c).update(category_id=99)),
+            "that does not exist: category 99",
+        ),
+        (
+            lambda root: change(root, lambda c: plain(c).update(bbox=[5000, 5000, 10, 10])),
+            "box far outside its image",
+        ),
+        (
+            lambda root: change(root, lambda c: plain(c).update(segmentation=[[1, 1, 5, 5]])),
+            "at least 3 points",
+        ),
+        (
+            lambda root: change(root, lambda c: c["annotations"].append(c["annotations"][0])),
+            "comes twice",
+        ),
+        (lambda root: change(root, lambda c: c["images"].append(c["images"][0])), "comes twice"),
+        (lambda root: change(root, lambda c: c.pop("categories")), "no 'categories' in the file"),
+    ],
+    ids=[
+        "broken JSON",
+        "a list",
+        "no image file",
+        "no such image",
+        "no such category",
+        "box outside",
+        "two points",
+        "annotation twice",
+        "image twice",
+        "no categories",
+    ],
+)
+def test_a_damaged_data_set_is_one_line_and_leaves_nothing(
+    vitdet: Run, own_tiny: Path, tmp_path: Path, damage: Callable[[Path], None], says: str
+) -> None:
     damage(own_tiny)
     refused(vitdet("train", "tiny", *options(minimal(own_tiny)), "--output", "run"), says)
     assert not (tmp_path / "run").exists()
@@ -203,54 +324,99 @@ def test_a_damaged_data_set_is_one_line_and_leaves_nothing(vitdet: Run, own_tiny
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_truncated_image_is_one_line(vitdet: Run, own_tiny: Path, tmp_path: Path, workers: int) -> None:
+def test_a_truncated_image_is_one_line(
+    vitdet: Run, own_tiny: Path, tmp_path: Path, workers: int
+) -> None:
     for path in (own_tiny / "train").iterdir():
         path.write_bytes(path.read_bytes()[:-200])
-    result = vitdet("train", "tiny", *options(minimal(own_tiny, data__workers=workers)), "--output", "run")
+    result = vitdet(
+        "train", "tiny", *options(minimal(own_tiny, data__workers=workers)), "--output", "run"
+    )
     refused(result, ".jpg: the image cannot be read: ")
     assert not leftovers(tmp_path) and not (tmp_path / "run" / "model.pt").exists()
 
 
-def test_boxes_of_zero_size_are_counted_and_left_out(vitdet: Run, own_tiny: Path,
-                                                     caplog: pytest.LogCaptureFixture) -> None:
-    change(own_tiny, lambda c: [one.update(bbox=[3, 3, 0, 9]) for one in c["annotations"][:2] if not one["iscrowd"]])
+def test_boxes_of_zero_size_are_counted_and_left_out(
+    vitdet: Run, own_tiny: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    change(
+        own_tiny,
+        lambda c: [
+            one.update(bbox=[3, 3, 0, 9]) for one in c["annotations"][:2] if not one["iscrowd"]
+        ],
+    )
     with caplog.at_level(logging.WARNING, "vitdet"):
-        code, *_ = vitdet("train", "tiny", *options(minimal(own_tiny, optim__steps=1)), "--output", "run")
+        code, *_ = vitdet(
+            "train", "tiny", *options(minimal(own_tiny, optim__steps=1)), "--output", "run"
+        )
     assert code == 0
-    assert any("objects left out of training" in message and "of zero size" in message for message in caplog.messages)
+    assert any(
+        "objects left out of training" in message and "of zero size" in message
+        for message in caplog.messages
+    )
 
 
-def test_checkpoints_that_do_not_fit(vitdet: Run, trained: Path, own_tiny: Path, picture: Path, tmp_path: Path) -> None:
+def test_checkpoints_that_do_not_fit(
+    vitdet: Run, trained: Path, own_tiny: Path, picture: Path, tmp_path: Path
+) -> None:
     state = sorted((trained / "checkpoints").glob("*.pt"))[-1]
-    refused(vitdet("evaluate", state), "expected a 'vitdet detector, version 1' file, got 'vitdet training state")
-    refused(vitdet("predict", picture, picture, "--output", "drawn"), "not a whole vitdet checkpoint")
-    refused(vitdet("evaluate", trained / "model.pt", "--set", "optim.lr=1"), "only data.* and evaluate.* can change")
+    refused(
+        vitdet("evaluate", state),
+        "expected a 'vitdet detector, version 1' file, got 'vitdet training state",
+    )
+    refused(
+        vitdet("predict", picture, picture, "--output", "drawn"), "not a whole vitdet checkpoint"
+    )
+    refused(
+        vitdet("evaluate", trained / "model.pt", "--set", "optim.lr=1"),
+        "only data.* and evaluate.* can change",
+    )
     for name in ("train", "val"):
         path = own_tiny / "annotations" / f"instances_{name}.json"
         path.write_text(path.read_text().replace('"star"', '"sun"'))
-    result = vitdet("evaluate", trained / "model.pt", "--set", f"data.root={own_tiny}", "--output", "m.json",
-                    "--plots", "plots")
+    result = vitdet(
+        "evaluate",
+        trained / "model.pt",
+        "--set",
+        f"data.root={own_tiny}",
+        "--output",
+        "m.json",
+        "--plots",
+        "plots",
+    )
     refused(result, "its classes are not those that")
     assert {path.name for path in tmp_path.iterdir()} == {"own", "picture.png"}
 
 
-def test_predict_looks_before_it_writes(vitdet: Run, trained: Path, tiny: Path, picture: Path, tmp_path: Path) -> None:
+def test_predict_looks_before_it_writes(
+    vitdet: Run, trained: Path, tiny: Path, picture: Path, tmp_path: Path
+) -> None:
     text, cut = tmp_path / "text.jpg", tmp_path / "cut.jpg"
     text.write_text("no picture")
     cut.write_bytes(sorted((tiny / "val").iterdir())[0].read_bytes()[:-500])
     model = trained / "model.pt"
-    refused(vitdet("predict", model, picture, text, "--output", "drawn"), "text.jpg: not an image that can be read")
+    refused(
+        vitdet("predict", model, picture, text, "--output", "drawn"),
+        "text.jpg: not an image that can be read",
+    )
     refused(vitdet("predict", model, picture, cut, "--output", "drawn"), "cut.jpg: the image ")
-    refused(vitdet("predict", model, picture, "--threshold", "2", "--output", "drawn"), "--threshold must lie between")
+    refused(
+        vitdet("predict", model, picture, "--threshold", "2", "--output", "drawn"),
+        "--threshold must lie between",
+    )
     assert not (tmp_path / "drawn").exists()
     photo = Path(shutil.copy(sorted((tiny / "val").iterdir())[0], tmp_path / "photo.jpg"))
     before = photo.read_bytes()
-    refused(vitdet("predict", model, photo, "--output", "."), "the drawing would take the place of the picture")
+    refused(
+        vitdet("predict", model, photo, "--output", "."),
+        "the drawing would take the place of the picture",
+    )
     assert photo.read_bytes() == before
 
 
-def test_an_output_that_cannot_be_a_folder(vitdet: Run, trained: Path, tiny: Path, picture: Path,
-                                           tmp_path: Path) -> None:
+def test_an_output_that_cannot_be_a_folder(
+    vitdet: Run, trained: Path, tiny: Path, picture: Path, tmp_path: Path
+) -> None:
     (tmp_path / "file").write_text("mine")
     for output in ("file", "file/inside"):
         refused(vitdet("train", "tiny", *options(minimal(tiny)), "--output", output), "file")
@@ -272,19 +438,37 @@ def largest_file(size: int) -> Iterator[None]:
 
 
 def test_a_full_disk_costs_nothing_but_time(vitdet: Run, tiny: Path, tmp_path: Path) -> None:
-    words = ("train", "tiny", *options(minimal(tiny, optim__steps=4, train__save_every=1)), "--output", "run")
+    words = (
+        "train",
+        "tiny",
+        *options(minimal(tiny, optim__steps=4, train__save_every=1)),
+        "--output",
+        "run",
+    )
     with largest_file(8_000_000):  # the first state is smaller: it has no moments of the optimizer
         code, output, errors = vitdet(*words)
     assert (code, output) == (1, "")
-    assert "step_00000001.pt: could not be written ([Errno 27] File too large); free some" in errors.splitlines()[-1]
-    assert [path.name for path in sorted((tmp_path / "run" / "checkpoints").glob("*"))] == [".lock", "step_00000000.pt"]
+    assert (
+        "step_00000001.pt: could not be written ([Errno 27] File too large); free some"
+        in errors.splitlines()[-1]
+    )
+    assert [path.name for path in sorted((tmp_path / "run" / "checkpoints").glob("*"))] == [
+        ".lock",
+        "step_00000000.pt",
+    ]
     assert not leftovers(tmp_path)
     assert vitdet(*words)[:2] == (0, "run/model.pt\n")
 
 
 def run_process(folder: Path, *words: object) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, "-m", "vitdet", *map(str, words)], cwd=folder, env=environment(folder),
-                          capture_output=True, text=True, timeout=60)
+    return subprocess.run(
+        [sys.executable, "-m", "vitdet", *map(str, words)],
+        cwd=folder,
+        env=environment(folder),
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
 
 
 def test_in_a_process_of_its_own(tiny: Path, tmp_path: Path) -> None:
@@ -294,6 +478,17 @@ def test_in_a_process_of_its_own(tiny: Path, tmp_path: Path) -> None:
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr == "vitdet: optim.lr: expected a number, got 'x'\n"
     assert run_process(tmp_path).returncode == run_process(tmp_path, "trian").returncode == 2
-    done = run_process(tmp_path, "train", "tiny", *options(minimal(tiny, data__val_split="test")), "--output", "run")
-    assert done.returncode == 1 and done.stderr.count("\n") == 1 and "instances_test.json: not there" in done.stderr
+    done = run_process(
+        tmp_path,
+        "train",
+        "tiny",
+        *options(minimal(tiny, data__val_split="test")),
+        "--output",
+        "run",
+    )
+    assert (
+        done.returncode == 1
+        and done.stderr.count("\n") == 1
+        and "instances_test.json: not there" in done.stderr
+    )
     assert not list(tmp_path.iterdir())

@@ -13,7 +13,16 @@ import pytest
 import yaml
 
 from components.jobs import KINDS, job_name, state
-from tests.cluster import PIPELINE_RUN, QUICK, Scene, kubectl, on_cluster, scene, template, wait_until
+from tests.cluster import (
+    PIPELINE_RUN,
+    QUICK,
+    Scene,
+    kubectl,
+    on_cluster,
+    scene,
+    template,
+    wait_until,
+)
 from tests.test_cluster_failures import meanwhile, running, script
 from tests.test_cluster_trainjob import with_runtime
 
@@ -26,7 +35,9 @@ def played(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scene]:
         yield with_runtime(made)
 
 
-def test_the_training_operator_ends_a_job_after_its_deadline_when_something_happens(played: Scene) -> None:
+def test_the_training_operator_ends_a_job_after_its_deadline_when_something_happens(
+    played: Scene,
+) -> None:
     name, quiet = job_name(PIPELINE_RUN, "late"), []
 
     def stir() -> None:
@@ -42,7 +53,8 @@ def test_the_training_operator_ends_a_job_after_its_deadline_when_something_happ
     assert quiet == ["running"]  # past its deadline, and nobody has looked
     assert str(raised.value) == (
         f"PyTorchJob {name} failed: Job {name} has failed because it was active longer than specified deadline\n"
-        "cause: activeDeadlineSeconds, 10 s in the job's file; its checkpoints stay")
+        "cause: activeDeadlineSeconds, 10 s in the job's file; its checkpoints stay"
+    )
     wait_until(lambda: not played.pods("late"))
 
 
@@ -53,13 +65,21 @@ def test_trainer_ends_a_job_at_its_deadline(played: Scene) -> None:
         played.launch(yaml.safe_dump(job), ["echo on; sleep 60"], "late", kind="trainjob")
     assert str(raised.value).split(" failed: ")[1] == (
         "TrainJob exceeded its active deadline\ncause: activeDeadlineSeconds, 2 s in the job's file; its checkpoints "
-        "stay")
+        "stay"
+    )
     wait_until(lambda: not played.pods("late", kind="trainjob"))
 
 
 def test_a_job_that_is_gone_after_its_time_to_live_has_succeeded(played: Scene) -> None:
     seldom = replace(QUICK, look=3)  # so that it ends and goes between two looks
-    played.launch(script(ttlSecondsAfterFinished=0), ["echo on; sleep 1; echo done > /data/complete"], "short",
-                  patience=seldom, finished=lambda: (played.volume / "complete").exists())
+    played.launch(
+        script(ttlSecondsAfterFinished=0),
+        ["echo on; sleep 1; echo done > /data/complete"],
+        "short",
+        patience=seldom,
+        finished=lambda: (played.volume / "complete").exists(),
+    )
     wait_until(lambda: played.job("short") is None and not played.pods("short"))
-    assert played.lines[-1].endswith(("is gone, and its training is complete", "is successfully completed.)"))
+    assert played.lines[-1].endswith(
+        ("is gone, and its training is complete", "is successfully completed.)")
+    )

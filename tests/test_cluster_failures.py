@@ -22,7 +22,16 @@ import yaml
 
 from components.jobs import job_name
 from components.pytorchjob import delete_jobs
-from tests.cluster import PIPELINE_RUN, QUICK, Scene, kubectl, on_cluster, scene, template, wait_until
+from tests.cluster import (
+    PIPELINE_RUN,
+    QUICK,
+    Scene,
+    kubectl,
+    on_cluster,
+    scene,
+    template,
+    wait_until,
+)
 
 pytestmark = on_cluster
 
@@ -65,31 +74,50 @@ def gone(made: Scene, recipe: str) -> None:
     """Waits until job, pods and processes are."""
     wait_until(lambda: made.job(recipe) is None and not made.pods(recipe))
     name = job_name(PIPELINE_RUN, recipe)
-    assert all(one.process.poll() is not None for key, one in made.node.containers.items() if key.startswith(name))
+    assert all(
+        one.process.poll() is not None
+        for key, one in made.node.containers.items()
+        if key.startswith(name)
+    )
 
 
 def write_status(made: Scene, recipe: str, status: dict) -> None:
     """Writes the status of the Worker, as soon as there is one."""
-    pod = wait_until(lambda: [one for one in made.pods(recipe) if "worker" in one["metadata"]["name"]])[0]
+    pod = wait_until(
+        lambda: [one for one in made.pods(recipe) if "worker" in one["metadata"]["name"]]
+    )[0]
     from kubernetes import client
 
-    client.CoreV1Api().patch_namespaced_pod_status(pod["metadata"]["name"], made.namespace, {"status": status})
+    client.CoreV1Api().patch_namespaced_pod_status(
+        pod["metadata"]["name"], made.namespace, {"status": status}
+    )
 
 
 def test_a_job_deleted_from_outside_is_an_error(played: Scene) -> None:
     def delete() -> None:
         running(played, "deleted")
-        kubectl("delete", "pytorchjob", "-n", played.namespace, job_name(PIPELINE_RUN, "deleted"), "--wait=false")
+        kubectl(
+            "delete",
+            "pytorchjob",
+            "-n",
+            played.namespace,
+            job_name(PIPELINE_RUN, "deleted"),
+            "--wait=false",
+        )
 
     other = meanwhile(delete)
-    with pytest.raises(RuntimeError, match="was deleted before it ended, by somebody else or with its owner"):
+    with pytest.raises(
+        RuntimeError, match="was deleted before it ended, by somebody else or with its owner"
+    ):
         played.launch(script(), ["echo on; sleep 60"], "deleted")
     other.join()
     gone(played, "deleted")
 
 
 def test_the_job_goes_with_the_pod_of_its_step(played: Scene) -> None:
-    launcher = played.start(script(), ["echo on; sleep 60"], "orphan", played.step_pod("step-orphan"))
+    launcher = played.start(
+        script(), ["echo on; sleep 60"], "orphan", played.step_pod("step-orphan")
+    )
     running(played, "orphan")
     launcher.kill()  # no handler runs
     time.sleep(2)
@@ -114,21 +142,33 @@ def test_a_retried_step_goes_on_with_the_job_of_the_first(played: Scene) -> None
     lost.kill()
     uid = played.job("retried")["metadata"]["uid"]
     again = played.start(script(), ["another script"], "retried", second)
-    wait_until(lambda: played.job("retried")["metadata"]["ownerReferences"][0]["name"] == "step-second", 20)
+    wait_until(
+        lambda: played.job("retried")["metadata"]["ownerReferences"][0]["name"] == "step-second", 20
+    )
     kubectl("delete", "pod", "-n", played.namespace, "step-first", "--wait=false")
     output, _ = again.communicate(timeout=60)
-    assert again.returncode == 0 and "following it" in output and "on\n" in output and "off\n" in output
+    assert (
+        again.returncode == 0
+        and "following it" in output
+        and "on\n" in output
+        and "off\n" in output
+    )
     assert played.job("retried")["metadata"]["uid"] == uid
 
 
-def test_a_killed_container_that_keeps_dying_fails_the_step_with_its_last_words(played: Scene) -> None:
+def test_a_killed_container_that_keeps_dying_fails_the_step_with_its_last_words(
+    played: Scene,
+) -> None:
     dying = "echo working; if [ $RANK = 1 ]; then seq 100; sleep 1; kill -9 $$; fi; sleep 60"
     with pytest.raises(RuntimeError) as raised:
         played.launch(script(backoffLimit=2), [dying], "oom")
     head, *tail = str(raised.value).split("\n  ")
     name = job_name(PIPELINE_RUN, "oom")
     assert f"Job {name} has failed because it has reached the specified backoff limit" in head
-    assert f"cause: pod {name}-worker-0 on node {played.node.name}: OOMKilled, exit code 137 (SIGKILL)" in head
+    assert (
+        f"cause: pod {name}-worker-0 on node {played.node.name}: OOMKilled, exit code 137 (SIGKILL)"
+        in head
+    )
     assert tail == [str(number) for number in range(71, 101)]
     wait_until(lambda: not played.pods("oom"))  # the operator took them away, with their logs
 
@@ -136,8 +176,16 @@ def test_a_killed_container_that_keeps_dying_fails_the_step_with_its_last_words(
 def test_an_evicted_pod_is_told_and_replaced(played: Scene) -> None:
     def evict() -> None:
         running(played, "evicted")
-        write_status(played, "evicted", {"phase": "Failed", "reason": "Evicted", "containerStatuses": [],
-                                         "message": "The node was low on resource: memory. "})
+        write_status(
+            played,
+            "evicted",
+            {
+                "phase": "Failed",
+                "reason": "Evicted",
+                "containerStatuses": [],
+                "message": "The node was low on resource: memory. ",
+            },
+        )
 
     other = meanwhile(evict)
     played.launch(script(), ["echo on; sleep 6"], "evicted")
@@ -151,8 +199,16 @@ def test_a_job_that_kueue_holds_back_is_waited_for(played: Scene) -> None:
     def admit() -> None:
         wait_until(lambda: any("suspended, a queue (Kueue)" in line for line in played.lines))
         time.sleep(5)  # longer than any other patience of these tests
-        kubectl("patch", "pytorchjob", "-n", played.namespace, job_name(PIPELINE_RUN, "queued"), "--type=json",
-                "-p", '[{"op": "replace", "path": "/spec/runPolicy/suspend", "value": false}]')
+        kubectl(
+            "patch",
+            "pytorchjob",
+            "-n",
+            played.namespace,
+            job_name(PIPELINE_RUN, "queued"),
+            "--type=json",
+            "-p",
+            '[{"op": "replace", "path": "/spec/runPolicy/suspend", "value": false}]',
+        )
 
     other = meanwhile(admit)
     played.launch(script(suspend=True), ["echo admitted"], "queued")
@@ -160,20 +216,53 @@ def test_a_job_that_kueue_holds_back_is_waited_for(played: Scene) -> None:
     assert "admitted" in played.lines
 
 
-IMAGE = {"phase": "Pending", "containerStatuses": [{
-    "name": "pytorch", "image": "vitdet:typo", "imageID": "", "ready": False, "restartCount": 0, "started": False,
-    "state": {"waiting": {"reason": "ImagePullBackOff", "message": 'Back-off pulling image "vitdet:typo"'}}}]}
-NO_NODE = {"phase": "Pending", "conditions": [{
-    "type": "PodScheduled", "status": "False", "reason": "Unschedulable", "lastTransitionTime": "2026-01-01T00:00:00Z",
-    "message": "0/3 nodes are available: 3 Insufficient nvidia.com/gpu."}]}
+IMAGE = {
+    "phase": "Pending",
+    "containerStatuses": [
+        {
+            "name": "pytorch",
+            "image": "vitdet:typo",
+            "imageID": "",
+            "ready": False,
+            "restartCount": 0,
+            "started": False,
+            "state": {
+                "waiting": {
+                    "reason": "ImagePullBackOff",
+                    "message": 'Back-off pulling image "vitdet:typo"',
+                }
+            },
+        }
+    ],
+}
+NO_NODE = {
+    "phase": "Pending",
+    "conditions": [
+        {
+            "type": "PodScheduled",
+            "status": "False",
+            "reason": "Unschedulable",
+            "lastTransitionTime": "2026-01-01T00:00:00Z",
+            "message": "0/3 nodes are available: 3 Insufficient nvidia.com/gpu.",
+        }
+    ],
+}
 
 
-@pytest.mark.parametrize(("recipe", "status", "text"), [
-    ("image", IMAGE, 'ImagePullBackOff: Back-off pulling image "vitdet:typo"'),
-    ("no-node", NO_NODE, "Unschedulable: 0/3 nodes are available: 3 Insufficient nvidia.com/gpu."),
-])
+@pytest.mark.parametrize(
+    ("recipe", "status", "text"),
+    [
+        ("image", IMAGE, 'ImagePullBackOff: Back-off pulling image "vitdet:typo"'),
+        (
+            "no-node",
+            NO_NODE,
+            "Unschedulable: 0/3 nodes are available: 3 Insufficient nvidia.com/gpu.",
+        ),
+    ],
+)
 def test_a_pod_that_never_starts_fails_the_step_and_frees_the_queue(
-        still: Scene, recipe: str, status: dict, text: str) -> None:
+    still: Scene, recipe: str, status: dict, text: str
+) -> None:
     other = meanwhile(lambda: write_status(still, recipe, status))
     with pytest.raises(RuntimeError) as raised:
         still.launch(script(), ["true"], recipe)
@@ -185,17 +274,28 @@ def test_a_pod_that_never_starts_fails_the_step_and_frees_the_queue(
 
 def test_without_an_operator_the_step_says_so(tmp_path: Path) -> None:
     with scene(tmp_path, node=False, operator=False) as empty:
-        with pytest.raises(RuntimeError, match="the Kubeflow training operator .v1.9. does not run; it is suspended"):
+        with pytest.raises(
+            RuntimeError,
+            match="the Kubeflow training operator .v1.9. does not run; it is suspended",
+        ):
             empty.launch(script(), ["true"], "nobody", patience=replace(QUICK, operator=3))
 
 
-def test_all_jobs_of_a_run_are_deleted_and_no_others(still: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_all_jobs_of_a_run_are_deleted_and_no_others(
+    still: Scene, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("KUBECONFIG", str(still.kubeconfig))
     given = yaml.safe_load(template())
     for name, run in (("a", "mine"), ("b", "mine"), ("c", "other")):
-        given["metadata"] = {"name": name, "namespace": still.namespace, "labels": {"vitdet/run": run}}
+        given["metadata"] = {
+            "name": name,
+            "namespace": still.namespace,
+            "labels": {"vitdet/run": run},
+        }
         kubectl("create", "-f", "-", given=given)
-    assert sorted(delete_jobs("mine")[0]) == ["a", "b"] and delete_jobs("mine", still.namespace) == ([], [])
+    assert sorted(delete_jobs("mine")[0]) == ["a", "b"] and delete_jobs(
+        "mine", still.namespace
+    ) == ([], [])
     assert "c" in kubectl("get", "pytorchjobs", "-n", still.namespace, "-o", "name")
 
 
@@ -203,23 +303,36 @@ def test_all_jobs_of_a_run_are_deleted_and_no_others(still: Scene, monkeypatch: 
 def account(played: Scene, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The launcher as the pipeline's service account, with the Role of manifests/shared and nothing else."""
     shared = Path(__file__).parents[1] / "manifests/shared/accounts.yaml"
-    rights = [part for part in yaml.safe_load_all(shared.read_text())
-              if part["kind"] in ("ServiceAccount", "Role", "RoleBinding")]
+    rights = [
+        part
+        for part in yaml.safe_load_all(shared.read_text())
+        if part["kind"] in ("ServiceAccount", "Role", "RoleBinding")
+    ]
     for part in rights:
         part["metadata"]["namespace"] = played.namespace
         for subject in part.get("subjects", []):
             subject["namespace"] = played.namespace
         kubectl("apply", "-f", "-", given=part)
-    secret = wait_until(lambda: [one for one in json.loads(kubectl(
-        "get", "secrets", "-n", played.namespace, "-o", "json"))["items"] if one["metadata"].get(
-        "annotations", {}).get("kubernetes.io/service-account.name") == "vitdet-pipeline" and "data" in one])[0]
+    secret = wait_until(
+        lambda: [
+            one
+            for one in json.loads(kubectl("get", "secrets", "-n", played.namespace, "-o", "json"))[
+                "items"
+            ]
+            if one["metadata"].get("annotations", {}).get("kubernetes.io/service-account.name")
+            == "vitdet-pipeline"
+            and "data" in one
+        ]
+    )[0]
     settings = yaml.safe_load(played.kubeconfig.read_text())
     settings["users"][0]["user"] = {"token": base64.b64decode(secret["data"]["token"]).decode()}
     (tmp_path / "account").write_text(yaml.safe_dump(settings))
     monkeypatch.setattr(played, "kubeconfig", tmp_path / "account")
 
 
-def test_the_role_of_the_manifests_suffices_and_its_loss_is_one_line(played: Scene, account: None) -> None:
+def test_the_role_of_the_manifests_suffices_and_its_loss_is_one_line(
+    played: Scene, account: None
+) -> None:
     played.launch(script(), ["echo with rights"], "allowed")
     assert "with rights" in played.lines
 
@@ -228,7 +341,9 @@ def test_the_role_of_the_manifests_suffices_and_its_loss_is_one_line(played: Sce
         kubectl("delete", "rolebindings", "--all", "-n", played.namespace)
 
     other = meanwhile(revoke)
-    with pytest.raises(RuntimeError, match="cannot get pytorchjobs in .*is forbidden.*the Role of manifests/shared"):
+    with pytest.raises(
+        RuntimeError, match="cannot get pytorchjobs in .*is forbidden.*the Role of manifests/shared"
+    ):
         played.launch(script(), ["echo on; sleep 60"], "revoked")
     other.join()
     with pytest.raises(RuntimeError, match="cannot create pytorchjobs in .*is forbidden") as raised:

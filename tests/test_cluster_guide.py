@@ -29,33 +29,66 @@ def namespace() -> Iterator[str]:
 @pytest.mark.parametrize("name", ["kind", "eks"])
 def test_the_runtime_is_applied_alone_by_its_label(name: str) -> None:
     """Not the TrainJob beside it, which would start to train."""
-    said = kubectl("apply", "-k", str(MANIFESTS / "overlays" / name / "trainjob"), "--dry-run=client",
-                   "-l", "app.kubernetes.io/component=runtime", "-o", "name")
+    said = kubectl(
+        "apply",
+        "-k",
+        str(MANIFESTS / "overlays" / name / "trainjob"),
+        "--dry-run=client",
+        "-l",
+        "app.kubernetes.io/component=runtime",
+        "-o",
+        "name",
+    )
     kind = "trainingruntime" if name == "kind" else "clustertrainingruntime"
     assert said.split() == [f"{kind}.trainer.kubeflow.org/vitdet-gpu-train"]
 
 
 def test_the_administrator_s_part_is_applied_alone_by_its_label() -> None:
-    said = kubectl("apply", "-k", str(MANIFESTS / "overlays" / "onprem" / "cluster"), "--dry-run=client",
-                   "-l", "vitdet/scope=cluster", "-o", "name")
+    said = kubectl(
+        "apply",
+        "-k",
+        str(MANIFESTS / "overlays" / "onprem" / "cluster"),
+        "--dry-run=client",
+        "-l",
+        "vitdet/scope=cluster",
+        "-o",
+        "name",
+    )
     assert said.split() == ["priorityclass.scheduling.k8s.io/vitdet-train"]
 
 
 def one(kind: str, namespace: str) -> dict:
     """The object of this kind that stays in a cluster, under names of this test."""
-    found, = (document for document in moved(overlay("onprem", "cluster"), namespace) if document["kind"] == kind)
+    (found,) = (
+        document
+        for document in moved(overlay("onprem", "cluster"), namespace)
+        if document["kind"] == kind
+    )
     return found
 
 
 def test_what_cannot_change_is_refused(namespace: str) -> None:
     changes = {
-        "PriorityClass": (lambda spec: spec.update(value=-2), "Forbidden: may not be changed in an update"),
-        "StatefulSet": (lambda spec: spec["spec"]["volumeClaimTemplates"][0]["spec"].update(storageClassName="other"),
-                        "updates to statefulset spec for fields other than"),
-        "Job": (lambda spec: spec["spec"]["template"]["spec"]["containers"][0].update(image="other:1.0"),
-                "field is immutable"),
-        "PersistentVolumeClaim": (lambda spec: spec["spec"].update(storageClassName="other"),
-                                  "is immutable after creation"),
+        "PriorityClass": (
+            lambda spec: spec.update(value=-2),
+            "Forbidden: may not be changed in an update",
+        ),
+        "StatefulSet": (
+            lambda spec: spec["spec"]["volumeClaimTemplates"][0]["spec"].update(
+                storageClassName="other"
+            ),
+            "updates to statefulset spec for fields other than",
+        ),
+        "Job": (
+            lambda spec: spec["spec"]["template"]["spec"]["containers"][0].update(
+                image="other:1.0"
+            ),
+            "field is immutable",
+        ),
+        "PersistentVolumeClaim": (
+            lambda spec: spec["spec"].update(storageClassName="other"),
+            "is immutable after creation",
+        ),
     }
     for kind, (change, said) in changes.items():
         before = one(kind, namespace)
@@ -74,4 +107,6 @@ def test_a_profile_s_runtime_is_made_in_its_namespace(namespace: str) -> None:
     found = json.loads(kubectl("get", "trainingruntimes", "-n", namespace, "-o", "json"))["items"]
     assert [one["metadata"]["name"] for one in found] == ["vitdet-gpu-train"]
     assert found[0]["spec"]["mlPolicy"]["numNodes"] == 2
-    assert yaml.safe_dump(found[0]["spec"]["template"]).count("vitdet:0.1.0") == 2  # training, and the demo's data
+    assert (
+        yaml.safe_dump(found[0]["spec"]["template"]).count("vitdet:0.1.0") == 2
+    )  # training, and the demo's data

@@ -17,7 +17,14 @@ from tests.test_manifests import JOBS, MANIFESTS, OVERLAYS, overlay
 
 pytestmark = [*on_cluster, pytest.mark.skipif(not shutil.which("kubectl"), reason="needs kubectl")]
 # Kinds that only their own cloud or add-on defines; tests/test_manifests.py has their schemas.
-UNKNOWN = {"ComputeClass", "NodePool", "EC2NodeClass", "ClusterQueue", "LocalQueue", "ResourceFlavor"}
+UNKNOWN = {
+    "ComputeClass",
+    "NodePool",
+    "EC2NodeClass",
+    "ClusterQueue",
+    "LocalQueue",
+    "ResourceFlavor",
+}
 
 
 @pytest.fixture(scope="module")
@@ -46,20 +53,40 @@ def moved(documents: list[dict], namespace: str) -> list[dict]:
 @pytest.mark.parametrize("name", OVERLAYS)
 def test_a_server_accepts_an_overlay(name: str, part: str, namespace: str) -> None:
     documents = moved(overlay(name, JOBS.get(part, part)), namespace)
-    said = kubectl("apply", "--dry-run=server", "--validate=true", "--filename=-", given=yaml.safe_dump_all(documents))
+    said = kubectl(
+        "apply",
+        "--dry-run=server",
+        "--validate=true",
+        "--filename=-",
+        given=yaml.safe_dump_all(documents),
+    )
     assert said.count("created (server dry run)") == len(documents)
 
 
 def test_a_server_refuses_a_typo(namespace: str) -> None:
     job = moved(overlay("kind"), namespace)[0]
     job["spec"]["runPolicy"]["backofLimit"] = 3
-    assert "backofLimit" in kubectl("apply", "--dry-run=server", "--filename=-", given=yaml.safe_dump(job), fails=True)
+    assert "backofLimit" in kubectl(
+        "apply", "--dry-run=server", "--filename=-", given=yaml.safe_dump(job), fails=True
+    )
 
 
 def may(account: str, namespace: str, verb: str, resource: str, name: str = "") -> bool:
     resource = f"{resource}/{name}" if name else resource
-    done = subprocess.run(["kubectl", "auth", "can-i", verb, *resource.split(" "), "--namespace", namespace,
-                           f"--as=system:serviceaccount:{namespace}:{account}"], capture_output=True, text=True)
+    done = subprocess.run(
+        [
+            "kubectl",
+            "auth",
+            "can-i",
+            verb,
+            *resource.split(" "),
+            "--namespace",
+            namespace,
+            f"--as=system:serviceaccount:{namespace}:{account}",
+        ],
+        capture_output=True,
+        text=True,
+    )
     assert done.stdout.strip() in ("yes", "no"), done.stderr
     return done.stdout.strip() == "yes"
 
@@ -67,7 +94,11 @@ def may(account: str, namespace: str, verb: str, resource: str, name: str = "") 
 @pytest.fixture(scope="module")
 def accounts(namespace: str) -> str:
     text = (MANIFESTS / "shared" / "accounts.yaml").read_text()
-    kubectl("apply", "--filename=-", given=yaml.safe_dump_all(moved(list(yaml.safe_load_all(text)), namespace)))
+    kubectl(
+        "apply",
+        "--filename=-",
+        given=yaml.safe_dump_all(moved(list(yaml.safe_load_all(text)), namespace)),
+    )
     return namespace
 
 
@@ -76,20 +107,41 @@ def test_a_pipeline_s_account_may_what_it_must_and_no_more(accounts: str) -> Non
         return may("vitdet-pipeline", accounts, verb, resource, name)
 
     for verb in ("create", "get", "list", "patch", "delete"):
-        assert check(verb, "pytorchjobs.kubeflow.org") and check(verb, "trainjobs.trainer.kubeflow.org"), verb
+        assert check(verb, "pytorchjobs.kubeflow.org") and check(
+            verb, "trainjobs.trainer.kubeflow.org"
+        ), verb
     assert check("get", "pods") and check("list", "pods") and check("watch", "pods")
-    assert check("get", "pods --subresource=log") and check("list", "events") and not check("create", "events")
-    assert check("get", "secrets", "mlpipeline-minio-artifact") and check("get", "configmaps", "kfp-launcher")
+    assert (
+        check("get", "pods --subresource=log")
+        and check("list", "events")
+        and not check("create", "events")
+    )
+    assert check("get", "secrets", "mlpipeline-minio-artifact") and check(
+        "get", "configmaps", "kfp-launcher"
+    )
     for verb, resource, name in [
-            ("get", "secrets", ""), ("get", "secrets", "mlflow-server"), ("list", "secrets", ""),
-            ("create", "pods", ""), ("delete", "pods", ""), ("create", "pods --subresource=exec", ""),
-            ("create", "rolebindings.rbac.authorization.k8s.io", ""), ("update", "pytorchjobs.kubeflow.org", ""),
-            ("deletecollection", "pytorchjobs.kubeflow.org", ""), ("create", "deployments.apps", ""),
-            ("get", "nodes", ""), ("create", "serviceaccounts --subresource=token", "")]:
+        ("get", "secrets", ""),
+        ("get", "secrets", "mlflow-server"),
+        ("list", "secrets", ""),
+        ("create", "pods", ""),
+        ("delete", "pods", ""),
+        ("create", "pods --subresource=exec", ""),
+        ("create", "rolebindings.rbac.authorization.k8s.io", ""),
+        ("update", "pytorchjobs.kubeflow.org", ""),
+        ("deletecollection", "pytorchjobs.kubeflow.org", ""),
+        ("create", "deployments.apps", ""),
+        ("get", "nodes", ""),
+        ("create", "serviceaccounts --subresource=token", ""),
+    ]:
         assert not check(verb, resource, name), f"{verb} {resource} {name}"
     assert not may("vitdet-pipeline", accounts, "list", "pods --all-namespaces")
-    denied = kubectl("get", "pods", "--namespace=default", f"--as=system:serviceaccount:{accounts}:vitdet-pipeline",
-                     fails=True)
+    denied = kubectl(
+        "get",
+        "pods",
+        "--namespace=default",
+        f"--as=system:serviceaccount:{accounts}:vitdet-pipeline",
+        fails=True,
+    )
     assert "forbidden" in denied
 
 
@@ -105,14 +157,25 @@ def test_the_launcher_s_requests_are_all_allowed(kind: str, accounts: str) -> No
     cluster = Cluster(api, KINDS[kind], "vitdet-train", accounts, said.append, QUICK)
     *_, job = moved(overlay("kind", JOBS[kind]), accounts)
     # one that exists: else the garbage collector takes the job, sooner or later
-    made = json.loads(kubectl("create", "configmap", f"step-{kind}", "-n", accounts, "-o", "json"))["metadata"]
-    owner = {"apiVersion": "v1", "kind": "ConfigMap", "name": made["name"], "uid": made["uid"],
-             "blockOwnerDeletion": False}
+    made = json.loads(kubectl("create", "configmap", f"step-{kind}", "-n", accounts, "-o", "json"))[
+        "metadata"
+    ]
+    owner = {
+        "apiVersion": "v1",
+        "kind": "ConfigMap",
+        "name": made["name"],
+        "uid": made["uid"],
+        "blockOwnerDeletion": False,
+    }
     assert cluster.create(job) and not cluster.create(job)
     cluster.adopt(owner)
     assert cluster.get()["metadata"]["ownerReferences"][0]["name"] == f"step-{kind}"
     found, version = cluster.pods()
-    assert found == [] and list(cluster.changes(version, 1)) == [] and cluster.log("vitdet-train-master-0") == []
+    assert (
+        found == []
+        and list(cluster.changes(version, 1)) == []
+        and cluster.log("vitdet-train-master-0") == []
+    )
     assert cluster.events("type=Warning") == []
     cluster.delete()
     assert cluster.get() is None and said == []
@@ -121,6 +184,12 @@ def test_the_launcher_s_requests_are_all_allowed(kind: str, accounts: str) -> No
 
 
 def test_a_training_s_account_may_nothing(accounts: str) -> None:
-    for verb, resource in [("get", "pods"), ("list", "pods"), ("get", "secrets"), ("list", "events"),
-                           ("get", "configmaps"), ("create", "pytorchjobs.kubeflow.org")]:
+    for verb, resource in [
+        ("get", "pods"),
+        ("list", "pods"),
+        ("get", "secrets"),
+        ("list", "events"),
+        ("get", "configmaps"),
+        ("create", "pytorchjobs.kubeflow.org"),
+    ]:
         assert not may("vitdet-train", accounts, verb, resource), f"{verb} {resource}"

@@ -27,17 +27,32 @@ class Server:
     def __init__(self, folder: Path) -> None:
         etcd = free_port()  # and the next one
         self.folder = folder
-        self.environment = {**os.environ, "KUBE_TEST_RUN": str(folder), "KUBE_TEST_PORT": str(free_port()),
-                            "KUBE_TEST_ETCD_PORT": str(etcd)}
+        self.environment = {
+            **os.environ,
+            "KUBE_TEST_RUN": str(folder),
+            "KUBE_TEST_PORT": str(free_port()),
+            "KUBE_TEST_ETCD_PORT": str(etcd),
+        }
 
     def up(self) -> None:
-        subprocess.run([KUBE / "up"], env=self.environment, check=True, stdout=subprocess.DEVNULL,
-                       stderr=subprocess.DEVNULL, timeout=120)
+        subprocess.run(
+            [KUBE / "up"],
+            env=self.environment,
+            check=True,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            timeout=120,
+        )
 
     def stop_api(self) -> None:
         pid = int((self.folder / "kube-apiserver.pid").read_text())
         os.kill(pid, signal.SIGKILL)
-        wait_until(lambda: not Path(f"/proc/{pid}").exists() or "Z" in Path(f"/proc/{pid}/stat").read_text().split()[2])
+        wait_until(
+            lambda: (
+                not Path(f"/proc/{pid}").exists()
+                or "Z" in Path(f"/proc/{pid}/stat").read_text().split()[2]
+            )
+        )
 
 
 @pytest.fixture(scope="module")
@@ -68,16 +83,25 @@ def test_an_api_server_that_is_away_for_20_s_costs_nothing(server: Server, alone
         assert alone.node.containers[name].process.poll() is None  # the training went on meanwhile
 
     other = meanwhile(outage)
-    alone.launch(template(script=True), ["for i in $(seq 50); do echo line $i; sleep 1; done"], "outage")
+    alone.launch(
+        template(script=True), ["for i in $(seq 50); do echo line $i; sleep 1; done"], "outage"
+    )
     other.join()
-    assert [line for line in alone.lines if line.startswith("line")] == [f"line {number}" for number in range(1, 51)]
+    assert [line for line in alone.lines if line.startswith("line")] == [
+        f"line {number}" for number in range(1, 51)
+    ]
     assert any("the API server does not answer" in line for line in alone.lines)
     assert any("the API server answers again" in line for line in alone.lines)
 
 
 def served() -> bool:
     path = "/apis/kubeflow.org/v1/namespaces/default/pytorchjobs"
-    return subprocess.run(["kubectl", "get", "--raw", path], capture_output=True, timeout=60).returncode == 0
+    return (
+        subprocess.run(
+            ["kubectl", "get", "--raw", path], capture_output=True, timeout=60
+        ).returncode
+        == 0
+    )
 
 
 def test_a_cluster_without_the_definition_is_told_what_to_install(alone: Scene) -> None:
@@ -86,5 +110,8 @@ def test_a_cluster_without_the_definition_is_told_what_to_install(alone: Scene) 
     with pytest.raises(RuntimeError) as raised:
         alone.launch(template(script=True), ["true"], "undefined")
     text = str(raised.value)
-    assert "the cluster knows no PyTorchJob (kubeflow.org/v1); install the Kubeflow training operator" in text
+    assert (
+        "the cluster knows no PyTorchJob (kubeflow.org/v1); install the Kubeflow training operator"
+        in text
+    )
     assert "\n" not in text

@@ -21,14 +21,20 @@ def played(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scene]:
 
 
 @pytest.mark.parametrize("kinds", [("Master", "Worker"), ("Worker",)])
-def test_a_refused_pod_is_the_cause_whether_others_run_or_not(played: Scene, kinds: tuple[str, ...]) -> None:
+def test_a_refused_pod_is_the_cause_whether_others_run_or_not(
+    played: Scene, kinds: tuple[str, ...]
+) -> None:
     job, recipe = yaml.safe_load(template(script=True)), f"refused-{len(kinds)}"
     for kind in kinds:
-        job["spec"]["pytorchReplicaSpecs"][kind]["template"]["spec"]["priorityClassName"] = "not-there"
+        job["spec"]["pytorchReplicaSpecs"][kind]["template"]["spec"]["priorityClassName"] = (
+            "not-there"
+        )
     with pytest.raises(RuntimeError) as raised:
         played.launch(yaml.safe_dump(job), ["echo on; sleep 60"], recipe, patience=QUICK)
     name = job_name(PIPELINE_RUN, recipe)
-    assert f"{name} cannot start, for 3 s now\ncause: job {name}: FailedCreatePod: " in str(raised.value)
+    assert f"{name} cannot start, for 3 s now\ncause: job {name}: FailedCreatePod: " in str(
+        raised.value
+    )
     assert MISSING in str(raised.value) and "does not run" not in str(raised.value)
     assert any("waiting: " in line and name in line and MISSING in line for line in played.lines)
     assert ("on" in played.lines) == (kinds == ("Worker",))

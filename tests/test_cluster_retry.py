@@ -33,8 +33,14 @@ def failing() -> str:
     return yaml.safe_dump(job)
 
 
-def refused(made: Scene, recipe: str, text: str, args: list[str], step: dict[str, str],
-            monkeypatch: pytest.MonkeyPatch) -> tuple[str, float]:
+def refused(
+    made: Scene,
+    recipe: str,
+    text: str,
+    args: list[str],
+    step: dict[str, str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> tuple[str, float]:
     """What the step in this pod fails with, and after how many seconds."""
     for name, value in step.items():
         monkeypatch.setenv(name, value)
@@ -45,20 +51,27 @@ def refused(made: Scene, recipe: str, text: str, args: list[str], step: dict[str
 
 
 def test_a_training_that_fails_is_tried_once_and_anew_when_the_user_starts_the_run_again(
-        played: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+    played: Scene, monkeypatch: pytest.MonkeyPatch
+) -> None:
     first, second = played.step_pod("failing-0"), played.step_pod("failing-1")
-    args = ["echo one try >> /data/tries; if [ $RANK = 1 ]; then echo no such weights; exit 3; fi; sleep 60"]
+    args = [
+        "echo one try >> /data/tries; if [ $RANK = 1 ]; then echo no such weights; exit 3; fi; sleep 60"
+    ]
     error, _ = refused(played, "failing", failing(), args, first, monkeypatch)
     name = job_name(PIPELINE_RUN, "failing")
-    assert error.endswith(f"cause: pod {name}-worker-0 on node {played.node.name}: Error, exit code 3\n"
-                          "last lines of its log:\n  no such weights")
+    assert error.endswith(
+        f"cause: pod {name}-worker-0 on node {played.node.name}: Error, exit code 3\n"
+        "last lines of its log:\n  no such weights"
+    )
     job = played.job("failing")
     assert job["metadata"]["annotations"][FAILURE] == error
 
     again, seconds = refused(played, "failing", failing(), args, second, monkeypatch)
     assert again == error and seconds < 10
     assert played.job("failing")["metadata"]["uid"] == job["metadata"]["uid"]
-    assert "no such weights" in kubectl("logs", "-n", played.namespace, f"{name}-worker-0")  # it can be looked into
+    assert "no such weights" in kubectl(
+        "logs", "-n", played.namespace, f"{name}-worker-0"
+    )  # it can be looked into
     assert (played.volume / "tries").read_text() == "one try\n" * 2  # one a pod
 
     # Kubeflow's `Retry` deletes the pods of the failed steps first (backend/src/common/util/workflow.go).
@@ -71,7 +84,8 @@ def test_a_training_that_fails_is_tried_once_and_anew_when_the_user_starts_the_r
 
 
 def test_a_job_that_could_not_start_is_held_and_told_again_and_the_end_of_the_run_deletes_it(
-        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with scene(tmp_path, node=False) as still:
         step = still.step_pod("step")
         other = meanwhile(lambda: write_status(still, "image", IMAGE))
@@ -87,19 +101,34 @@ def test_a_job_that_could_not_start_is_held_and_told_again_and_the_end_of_the_ru
 
 
 def test_the_end_of_a_run_deletes_what_runs_and_leaves_what_has_ended_with_its_logs(
-        played: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+    played: Scene, monkeypatch: pytest.MonkeyPatch
+) -> None:
     run = "11111111-1f3e-4b7e-9b1b-0d6c35f7a002"
     played.launch(script(), ["echo last words"], "ended", run=run)
     given = yaml.safe_load(template())
-    given["metadata"] = {"name": "going-on", "namespace": played.namespace, "labels": {"vitdet/run": run}}
+    given["metadata"] = {
+        "name": "going-on",
+        "namespace": played.namespace,
+        "labels": {"vitdet/run": run},
+    }
     for replica in given["spec"]["pytorchReplicaSpecs"].values():
-        replica["template"]["spec"]["containers"][0].update(command=["sh", "-c"], args=["echo on; sleep 60"])
+        replica["template"]["spec"]["containers"][0].update(
+            command=["sh", "-c"], args=["echo on; sleep 60"]
+        )
     kubectl("create", "-f", "-", given=given)
     wait_until(lambda: "going-on-master-0" in played.node.containers)
     monkeypatch.setenv("KUBECONFIG", str(played.kubeconfig))
     deleted, left = delete_jobs(run)
     name = job_name(run, "ended")
-    assert deleted == ["going-on"] and len(left) == 1 and left[0].startswith(f"{name}: succeeded; stays, with the logs")
+    assert (
+        deleted == ["going-on"]
+        and len(left) == 1
+        and left[0].startswith(f"{name}: succeeded; stays, with the logs")
+    )
     assert " UTC" in left[0]
     assert "last words" in kubectl("logs", "-n", played.namespace, f"{name}-master-0")
-    wait_until(lambda: "going-on" not in kubectl("get", "pytorchjobs", "-n", played.namespace, "-o", "name"))
+    wait_until(
+        lambda: (
+            "going-on" not in kubectl("get", "pytorchjobs", "-n", played.namespace, "-o", "name")
+        )
+    )

@@ -27,23 +27,53 @@ from vitdet.training.checkpoint import load_model_file
 
 pytestmark = on_cluster
 RUN, OTHER = "0b1c2d3e-1f3e-4b7e-9b1b-0d6c35f7a001", "9a8b7c6d-1f3e-4b7e-9b1b-0d6c35f7a001"
-AFFINITY = {"nodeAffinity": {"requiredDuringSchedulingIgnoredDuringExecution": {"nodeSelectorTerms": [{
-    "matchExpressions": [{"key": "zone", "operator": "In", "values": ["a"]}]}]}}}
-SPOT = {"key": "spot", "operator": "Equal", "value": "yes", "effect": "NoExecute", "tolerationSeconds": 300}
+AFFINITY = {
+    "nodeAffinity": {
+        "requiredDuringSchedulingIgnoredDuringExecution": {
+            "nodeSelectorTerms": [
+                {"matchExpressions": [{"key": "zone", "operator": "In", "values": ["a"]}]}
+            ]
+        }
+    }
+}
+SPOT = {
+    "key": "spot",
+    "operator": "Equal",
+    "value": "yes",
+    "effect": "NoExecute",
+    "tolerationSeconds": 300,
+}
 SCRATCH = {"name": "scratch", "emptyDir": {"sizeLimit": "1Gi"}}
 
 
 def given(workspace: str) -> dict:
     """The task's settings: of the pipeline, and what a user could set besides on a task of his own."""
-    secret = [{"name": name, "valueFrom": {"secretKeyRef": {"name": "vitdet-mlflow", "key": name, "optional": True}}}
-              for name in ("MLFLOW_TRACKING_URI", "MLFLOW_TRACKING_USERNAME")]
-    run = {"name": "KFP_RUN_ID", "valueFrom": {"fieldRef": {"fieldPath": "metadata.labels['pipeline/runid']"}}}
+    secret = [
+        {
+            "name": name,
+            "valueFrom": {"secretKeyRef": {"name": "vitdet-mlflow", "key": name, "optional": True}},
+        }
+        for name in ("MLFLOW_TRACKING_URI", "MLFLOW_TRACKING_USERNAME")
+    ]
+    run = {
+        "name": "KFP_RUN_ID",
+        "valueFrom": {"fieldRef": {"fieldPath": "metadata.labels['pipeline/runid']"}},
+    }
     return {
-        "affinity": AFFINITY, "tolerations": [SPOT], "nodeSelector": {"disk": "fast"},
+        "affinity": AFFINITY,
+        "tolerations": [SPOT],
+        "nodeSelector": {"disk": "fast"},
         "env": [{"name": "NCCL_DEBUG", "value": "INFO"}, *secret, run],
-        "volumes": [{"name": "vitdet-data", "persistentVolumeClaim": {"claimName": "vitdet-data"}}, SCRATCH],
-        "volumeMounts": [{"name": "vitdet-data", "mountPath": workspace}, {"name": "scratch", "mountPath": "/scratch"}],
-        "resources": {"limits": {"memory": "4Gi"}, "requests": {"cpu": "100m", "memory": "1Gi"}}}
+        "volumes": [
+            {"name": "vitdet-data", "persistentVolumeClaim": {"claimName": "vitdet-data"}},
+            SCRATCH,
+        ],
+        "volumeMounts": [
+            {"name": "vitdet-data", "mountPath": workspace},
+            {"name": "scratch", "mountPath": "/scratch"},
+        ],
+        "resources": {"limits": {"memory": "4Gi"}, "requests": {"cpu": "100m", "memory": "1Gi"}},
+    }
 
 
 class Step:
@@ -52,24 +82,55 @@ class Step:
     def __init__(self, made: Scene) -> None:
         self.made, self.workspace, self.out = made, str(made.volume), made.volume.parent / "out"
         self.resolved, self.manifest = str(self.out / "configs"), str(self.out / "manifest")
-        short = minimal(made.volume / "tiny", optim__steps=2, optim__warmup_steps=1, train__eval_every=2)
+        short = minimal(
+            made.volume / "tiny", optim__steps=2, optim__warmup_steps=1, train__eval_every=2
+        )
         (self.name,) = steps.resolve_configs(["tiny"], short, self.workspace, self.resolved)
         self.data = steps.prepare_data(self.resolved, self.workspace, self.manifest)
         steps.open_group(self.resolved, self.workspace, RUN)
 
     def __call__(self, file: str) -> Path:
         """Runs it; the file that it gives to the next step."""
-        def artifact(kind: str, path: str) -> dict:
-            return {"artifacts": [{"name": kind, "type": {"schemaTitle": f"system.{kind}"}, "uri": path}]}
 
-        checkpoint, jobs = self.out / file, "---\n".join(template(kind) for kind in ("pytorchjob", "trainjob"))
-        values = {"name": self.name, "data": self.data, "initial": "none", "workspace": self.workspace, "nodes": 2,
-                  "pool": "h200", "job_kind": "pytorchjob", "job": jobs, "image": "vitdet:1",
-                  "task_config": given(self.workspace)}
-        Executor({"inputs": {"parameterValues": values, "artifacts": {
-            "resolved": artifact("Artifact", self.resolved), "manifest": artifact("Dataset", self.manifest)}},
-            "outputs": {"artifacts": {"checkpoint": artifact("Model", str(checkpoint))},
-                        "outputFile": str(self.out / "output.json")}}, train_job).execute()
+        def artifact(kind: str, path: str) -> dict:
+            return {
+                "artifacts": [
+                    {"name": kind, "type": {"schemaTitle": f"system.{kind}"}, "uri": path}
+                ]
+            }
+
+        checkpoint, jobs = (
+            self.out / file,
+            "---\n".join(template(kind) for kind in ("pytorchjob", "trainjob")),
+        )
+        values = {
+            "name": self.name,
+            "data": self.data,
+            "initial": "none",
+            "workspace": self.workspace,
+            "nodes": 2,
+            "pool": "h200",
+            "job_kind": "pytorchjob",
+            "job": jobs,
+            "image": "vitdet:1",
+            "task_config": given(self.workspace),
+        }
+        Executor(
+            {
+                "inputs": {
+                    "parameterValues": values,
+                    "artifacts": {
+                        "resolved": artifact("Artifact", self.resolved),
+                        "manifest": artifact("Dataset", self.manifest),
+                    },
+                },
+                "outputs": {
+                    "artifacts": {"checkpoint": artifact("Model", str(checkpoint))},
+                    "outputFile": str(self.out / "output.json"),
+                },
+            },
+            train_job,
+        ).execute()
         return checkpoint
 
 
@@ -98,40 +159,56 @@ def check_carried(pod: dict, workspace: str) -> None:
     claimed = [one["name"] for one in spec["volumes"] if "persistentVolumeClaim" in one]
     mounts = {one["mountPath"]: one["name"] for one in container["volumeMounts"]}
     assert len(claimed) == 1  # of two volumes of one claim the second is never mounted
-    assert (mounts["/data"], mounts[workspace], mounts["/scratch"]) == (claimed[0], claimed[0], "scratch")
+    assert (mounts["/data"], mounts[workspace], mounts["/scratch"]) == (
+        claimed[0],
+        claimed[0],
+        "scratch",
+    )
     assert {"/tmp", "/dev/shm"} < set(mounts)
     assert container["image"] == "vitdet:1" and container["resources"]["limits"]["memory"] != "4Gi"
 
 
-def test_the_step_trains_once_on_the_data_that_was_verified(step: Step, monkeypatch: pytest.MonkeyPatch,
-                                                            capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_step_trains_once_on_the_data_that_was_verified(
+    step: Step, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     made, pods = step.made, []
     monkeypatch.setenv(components.RUN_ID, RUN)
-    other = meanwhile(lambda: pods.extend(
-        wait_until(lambda: len(found := made.pods(step.name, RUN)) == 2 and found)))
+    other = meanwhile(
+        lambda: pods.extend(
+            wait_until(lambda: len(found := made.pods(step.name, RUN)) == 2 and found)
+        )
+    )
     trained = step("model.pt")
     other.join()
     for pod in pods:
         check_carried(pod, step.workspace)
-        assert len(made.node.containers[pod["metadata"]["name"]].lines) == 1  # a process, which was started once
+        assert (
+            len(made.node.containers[pod["metadata"]["name"]].lines) == 1
+        )  # a process, which was started once
     assert "step 2/2" in capsys.readouterr().out and load_model_file(trained)["step"] == 2
     job = made.job(step.name, run=RUN)
     assert job["metadata"]["ownerReferences"][0]["name"] == "step"
     store = MlflowClient(f"sqlite:///{made.volume / 'mlflow.db'}")
-    parent, = store.search_runs(["1"], f"tags.group = '{RUN}'")
-    run, = store.search_runs(["1"], f"tags.`mlflow.parentRunId` = '{parent.info.run_id}'")
+    (parent,) = store.search_runs(["1"], f"tags.group = '{RUN}'")
+    (run,) = store.search_runs(["1"], f"tags.`mlflow.parentRunId` = '{parent.info.run_id}'")
     assert [one.step for one in store.get_metric_history(run.info.run_id, "loss")] == [1, 2]
 
     processes = set(made.node.containers)
     kubectl("delete", "pytorchjob", "-n", made.namespace, job["metadata"]["name"], "--wait=false")
     wait_until(lambda: made.job(step.name, run=RUN) is None)
-    assert step("again.pt").read_bytes() == trained.read_bytes()  # a step that KFP retries after its work was done
+    assert (
+        step("again.pt").read_bytes() == trained.read_bytes()
+    )  # a step that KFP retries after its work was done
     assert made.job(step.name, run=RUN) is None and set(made.node.containers) == processes
 
 
-def test_no_job_is_made_on_a_volume_that_is_not_what_was_verified(step: Step, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_job_is_made_on_a_volume_that_is_not_what_was_verified(
+    step: Step, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv(components.RUN_ID, OTHER)
-    file = step.made.volume / "tiny" / json.loads(Path(step.manifest).read_text())["files"][0]["path"]
+    file = (
+        step.made.volume / "tiny" / json.loads(Path(step.manifest).read_text())["files"][0]["path"]
+    )
     before = file.read_text()
     file.write_text(before.replace('"iscrowd": 0', '"iscrowd": 1', 1))
     with pytest.raises(ValueError, match="no longer the file that was verified"):

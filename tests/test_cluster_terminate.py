@@ -28,11 +28,15 @@ def make(namespace: str, kind: str, run: str, name: str) -> None:
     kubectl("create", "-f", "-", given=job)
 
 
-def test_terminate_deletes_the_jobs_of_its_run_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-                                                    capsys: pytest.CaptureFixture[str]) -> None:
+def test_terminate_deletes_the_jobs_of_its_run_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     with scene(tmp_path, node=False, operator=False) as made, serving(Kubeflow()) as kubeflow:
-        for kind, run, name in (("pytorchjob", PIPELINE_RUN, "a"), ("trainjob", PIPELINE_RUN, "b"),
-                                ("pytorchjob", OTHER, "c")):
+        for kind, run, name in (
+            ("pytorchjob", PIPELINE_RUN, "a"),
+            ("trainjob", PIPELINE_RUN, "b"),
+            ("pytorchjob", OTHER, "c"),
+        ):
             make(made.namespace, kind, run, name)
         experiment = {"experiment_id": "e", "display_name": "e", "namespace": made.namespace}
         kubeflow.kept["experiments"] = [experiment]
@@ -40,7 +44,9 @@ def test_terminate_deletes_the_jobs_of_its_run_only(tmp_path: Path, monkeypatch:
 
         def end(handler: Handler) -> None:
             """The run ends, after its step was stopped too late to make no job."""
-            assert kubeflow.kept["runs"][0]["state"] == "CANCELING" and jobs(made.namespace) == [OF_THE_OTHER]
+            assert kubeflow.kept["runs"][0]["state"] == "CANCELING" and jobs(made.namespace) == [
+                OF_THE_OTHER
+            ]
             make(made.namespace, "pytorchjob", PIPELINE_RUN, "late")
             kubeflow.kept["runs"][0]["state"] = "CANCELED"
             handler.serve()
@@ -51,12 +57,20 @@ def test_terminate_deletes_the_jobs_of_its_run_only(tmp_path: Path, monkeypatch:
         assert (code, said) == (0, "")
         context = yaml.safe_load(Path(os.environ["KUBECONFIG"]).read_text())["current-context"]
         place = f"deleting its training jobs in namespace {made.namespace} of the cluster of context {context}\n"
-        assert out == (f"run {PIPELINE_RUN}: RUNNING, now ending\n{place}deleted a\ndeleted b\n"
-                       "looking again when the run has ended, for about 300 s\ndeleted late, made since\n")
+        assert out == (
+            f"run {PIPELINE_RUN}: RUNNING, now ending\n{place}deleted a\ndeleted b\n"
+            "looking again when the run has ended, for about 300 s\ndeleted late, made since\n"
+        )
         assert jobs(made.namespace) == [OF_THE_OTHER]
         code, out, _ = pipeline("terminate", PIPELINE_RUN)
         assert code == 0 and out.endswith(f"{place}found none to delete\n")
         experiment["namespace"] = "of-another-cluster"
         code, _, said = pipeline("terminate", PIPELINE_RUN)
-        assert code == 1 and (f"the cluster of context {context} has no namespace of-another-cluster; give that of the "
-                              "run's pods with --namespace") in said
+        assert (
+            code == 1
+            and (
+                f"the cluster of context {context} has no namespace of-another-cluster; give that of the "
+                "run's pods with --namespace"
+            )
+            in said
+        )

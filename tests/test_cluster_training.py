@@ -36,7 +36,13 @@ def training(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[S
 
 def words(name: str, **changes: object) -> list[str]:
     """args of a job: train the smallest model for some steps into /data/NAME."""
-    return ["train", "tiny", *options(minimal("/data/tiny", **changes)), "--output", f"/data/{name}"]
+    return [
+        "train",
+        "tiny",
+        *options(minimal("/data/tiny", **changes)),
+        "--output",
+        f"/data/{name}",
+    ]
 
 
 def runs(made: Scene, name: str) -> list:
@@ -44,7 +50,9 @@ def runs(made: Scene, name: str) -> list:
     store = MlflowClient(f"sqlite:///{made.volume / 'mlflow.db'}")
     stored = load_model_file(made.volume / name / "model.pt")
     found = store.search_runs([one.experiment_id for one in store.search_experiments()])
-    return [run for run in found if run.data.params["optim.lr"] == str(stored["config"]["optim"]["lr"])]
+    return [
+        run for run in found if run.data.params["optim.lr"] == str(stored["config"]["optim"]["lr"])
+    ]
 
 
 def points(made: Scene, run: object, key: str = "loss") -> list[int]:
@@ -58,15 +66,23 @@ def test_kubectl_apply_alone_trains_on_two_nodes(training: Scene) -> None:
     for replica in job["spec"]["pytorchReplicaSpecs"].values():
         replica["template"]["spec"]["containers"][0]["args"] = words("applied", optim__lr=1e-3)
     kubectl("apply", "-f", "-", given=job)
-    kubectl("wait", "--for=condition=Succeeded", "-n", training.namespace, "pytorchjob/vitdet-train", "--timeout=120s")
+    kubectl(
+        "wait",
+        "--for=condition=Succeeded",
+        "-n",
+        training.namespace,
+        "pytorchjob/vitdet-train",
+        "--timeout=120s",
+    )
     assert load_model_file(training.volume / "applied" / "model.pt")["step"] == STEPS
     log = kubectl("logs", "-n", training.namespace, "vitdet-train-master-0")
     assert f"step {STEPS}/{STEPS}" in log and "/applied/model.pt" in log
     (run,) = runs(training, "applied")
     assert run.info.status == "FINISHED" and points(training, run) == list(range(1, STEPS + 1))
     environment = training.node.containers["vitdet-train-worker-0"].environment
-    assert {key: environment[key] for key in ("PET_NNODES", "PET_NODE_RANK", "WORLD_SIZE", "RANK")} == {
-        "PET_NNODES": "2", "PET_NODE_RANK": "1", "WORLD_SIZE": "2", "RANK": "1"}
+    assert {
+        key: environment[key] for key in ("PET_NNODES", "PET_NODE_RANK", "WORLD_SIZE", "RANK")
+    } == {"PET_NNODES": "2", "PET_NODE_RANK": "1", "WORLD_SIZE": "2", "RANK": "1"}
 
 
 def test_a_killed_worker_costs_the_steps_since_the_last_checkpoint(training: Scene) -> None:
@@ -84,10 +100,21 @@ def test_a_killed_worker_costs_the_steps_since_the_last_checkpoint(training: Sce
     training.launch(template(), words("killed", optim__lr=2e-3))
     killer.join()
     text = "\n".join(training.lines)
-    assert all(container.restarts for key, container in training.node.containers.items() if key.startswith(name)), text
-    assert f"pod {name}-worker-0 on node {training.node.name}: Error, exit code 137 (SIGKILL); started again" in text
-    assert f"of {STEPS} (/" in text.replace(str(training.volume), "/data"), text  # it went on from a checkpoint
-    assert text.count(f"step {STEPS}/{STEPS}  box") == 1  # each line once, through both lives of the container
+    assert all(
+        container.restarts
+        for key, container in training.node.containers.items()
+        if key.startswith(name)
+    ), text
+    assert (
+        f"pod {name}-worker-0 on node {training.node.name}: Error, exit code 137 (SIGKILL); started again"
+        in text
+    )
+    assert f"of {STEPS} (/" in text.replace(str(training.volume), "/data"), (
+        text
+    )  # it went on from a checkpoint
+    assert (
+        text.count(f"step {STEPS}/{STEPS}  box") == 1
+    )  # each line once, through both lives of the container
     assert load_model_file(training.volume / "killed" / "model.pt")["step"] == STEPS
     (run,) = runs(training, "killed")  # the same run went on
     assert run.info.status == "FINISHED" and points(training, run) == list(range(1, STEPS + 1))
@@ -98,9 +125,15 @@ def test_a_trainjob_trains_behind_the_same_launcher(training: Scene) -> None:
     runtime, _ = kustomize(ROOT / "manifests" / "overlays" / "kind" / "trainjob")
     runtime["metadata"]["namespace"] = training.namespace
     kubectl("apply", "-f", "-", given=runtime)
-    training.launch(template("trainjob"), words("trained", optim__lr=3e-3), recipe="second", kind="trainjob")
+    training.launch(
+        template("trainjob"), words("trained", optim__lr=3e-3), recipe="second", kind="trainjob"
+    )
     text = "\n".join(training.lines)
-    assert f"step {STEPS}/{STEPS}" in text and "TrainJob vitdet-second" in text and text.count("step 1/") == 1
+    assert (
+        f"step {STEPS}/{STEPS}" in text
+        and "TrainJob vitdet-second" in text
+        and text.count("step 1/") == 1
+    )
     assert training.job("second", "trainjob")["status"]["conditions"][-1]["type"] == "Complete"
     assert load_model_file(training.volume / "trained" / "model.pt")["step"] == STEPS
 
@@ -110,7 +143,7 @@ def elastic(folder: Path) -> str:
     overlay = shutil.copytree(ROOT / "manifests", folder / "manifests") / "overlays" / "kind"
     file = overlay / "kustomization.yaml"
     file.write_text(file.read_text().rstrip() + "\n  - ../../components/elastic\n")
-    job, = (one for one in kustomize(overlay) if one["kind"] == "PyTorchJob")
+    (job,) = (one for one in kustomize(overlay) if one["kind"] == "PyTorchJob")
     del job["metadata"]["annotations"]
     return yaml.safe_dump(job)
 
@@ -121,8 +154,15 @@ def test_an_elastic_job_goes_on_when_a_worker_was_killed(training: Scene, tmp_pa
 
     def kill() -> None:
         """At once, not when the launcher tells: of a training that is over torchrun waits 5 minutes for the other's."""
-        wait_until(lambda: any(f"step 5/{STEPS}" in line for pod, one in list(training.node.containers.items())
-                               if pod.startswith(name) for _, line in one.lines[0]), 120)
+        wait_until(
+            lambda: any(
+                f"step 5/{STEPS}" in line
+                for pod, one in list(training.node.containers.items())
+                if pod.startswith(name)
+                for _, line in one.lines[0]
+            ),
+            120,
+        )
         training.node.containers[f"{name}-worker-1"].kill(signal.SIGKILL)
 
     killer = threading.Thread(target=kill)
@@ -131,10 +171,17 @@ def test_an_elastic_job_goes_on_when_a_worker_was_killed(training: Scene, tmp_pa
     killer.join()
     text = "\n".join(training.lines)
     pods = {key: one for key, one in training.node.containers.items() if key.startswith(name)}
-    assert {key[-8:]: one.restarts for key, one in pods.items()} == {"worker-0": 0, "worker-1": 1}, text
+    assert {key[-8:]: one.restarts for key, one in pods.items()} == {
+        "worker-0": 0,
+        "worker-1": 1,
+    }, text
     assert pods[f"{name}-worker-0"].environment["PET_NNODES"] == "1:2"
-    assert f"of {STEPS} (/" in text.replace(str(training.volume), "/data"), text  # it went on from a checkpoint
-    assert text.count("step 1/") == 1 and text.count(f"step {STEPS}/{STEPS}  box") == 1  # of whichever pod is rank 0
+    assert f"of {STEPS} (/" in text.replace(str(training.volume), "/data"), (
+        text
+    )  # it went on from a checkpoint
+    assert (
+        text.count("step 1/") == 1 and text.count(f"step {STEPS}/{STEPS}  box") == 1
+    )  # of whichever pod is rank 0
     assert load_model_file(training.volume / "elastic" / "model.pt")["step"] == STEPS
     (run,) = runs(training, "elastic")
     assert run.info.status == "FINISHED" and points(training, run) == list(range(1, STEPS + 1))

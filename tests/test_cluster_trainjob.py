@@ -43,7 +43,9 @@ def played(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scene]:
         yield with_runtime(made)
 
 
-def launch(made: Scene, recipe: str, words: str, task: dict | None = None, **changes: object) -> None:
+def launch(
+    made: Scene, recipe: str, words: str, task: dict | None = None, **changes: object
+) -> None:
     job = yaml.safe_load(template("trainjob", script=True))
     job["spec"].update(changes)
     made.launch(yaml.safe_dump(job), [words], recipe, kind="trainjob", task=task)
@@ -51,16 +53,25 @@ def launch(made: Scene, recipe: str, words: str, task: dict | None = None, **cha
 
 def pod(made: Scene, recipe: str) -> dict:
     """That of the second node, as soon as it is there."""
-    return wait_until(lambda: [one for one in made.pods(recipe, kind="trainjob")
-                               if one["metadata"]["labels"][INDEX] == "1" and one["status"]["phase"] != "Failed"
-                               and "deletionTimestamp" not in one["metadata"]])[0]
+    return wait_until(
+        lambda: [
+            one
+            for one in made.pods(recipe, kind="trainjob")
+            if one["metadata"]["labels"][INDEX] == "1"
+            and one["status"]["phase"] != "Failed"
+            and "deletionTimestamp" not in one["metadata"]
+        ]
+    )[0]
 
 
 def running(made: Scene, recipe: str) -> str:
     """The name of that pod, as soon as its script has said something."""
+
     def name() -> str:
         found = pod(made, recipe)["metadata"]["name"]
-        return found if found in made.node.containers and made.node.containers[found].lines[0] else ""
+        return (
+            found if found in made.node.containers and made.node.containers[found].lines[0] else ""
+        )
 
     return wait_until(name)
 
@@ -75,27 +86,46 @@ def test_a_pod_that_keeps_failing_fails_the_step_with_its_last_words(played: Sce
         launch(played, "failing", failing)
     head, *tail = str(raised.value).split("\n  ")
     name = job_name(PIPELINE_RUN, "failing")
-    assert f"{name} failed: jobset failed due to reaching max number of restarts (first failed job: {name}-node-0" in (
-        head)
-    assert f"cause: pod {name}-node-0-1-" in head and f"on node {played.node.name}: Error, exit code 3" in head
+    assert (
+        f"{name} failed: jobset failed due to reaching max number of restarts (first failed job: {name}-node-0"
+        in (head)
+    )
+    assert (
+        f"cause: pod {name}-node-0-1-" in head
+        and f"on node {played.node.name}: Error, exit code 3" in head
+    )
     assert tail == [str(number) for number in range(71, 101)]
     pods = [key for key in played.node.containers if key.startswith(f"{name}-node-0-1-")]
     assert len(pods) == 2  # the runtime's one restart made all anew
-    wait_until(lambda: {one["status"]["phase"] for one in played.pods("failing", kind="trainjob")} == {"Failed"})
+    wait_until(
+        lambda: (
+            {one["status"]["phase"] for one in played.pods("failing", kind="trainjob")}
+            == {"Failed"}
+        )
+    )
 
 
 def test_an_evicted_pod_is_told_and_all_are_made_anew(played: Scene) -> None:
     def evict() -> None:
-        write_status(played, running(played, "evicted"), {
-            "phase": "Failed", "reason": "Evicted", "containerStatuses": [],
-            "message": "The node was low on resource: ephemeral-storage. "})
+        write_status(
+            played,
+            running(played, "evicted"),
+            {
+                "phase": "Failed",
+                "reason": "Evicted",
+                "containerStatuses": [],
+                "message": "The node was low on resource: ephemeral-storage. ",
+            },
+        )
 
     other = meanwhile(evict)
     launch(played, "evicted", "echo on; sleep 3")
     other.join()
     lines = [line for line in played.lines if job_name(PIPELINE_RUN, "evicted") in line]
-    assert any("-node-0-1-" in line and "Evicted: The node was low on resource: ephemeral-storage." in line
-               for line in lines)
+    assert any(
+        "-node-0-1-" in line and "Evicted: The node was low on resource: ephemeral-storage." in line
+        for line in lines
+    )
     assert lines[-1].endswith(": succeeded (jobset completed successfully)")
 
 
@@ -103,8 +133,16 @@ def test_a_job_that_kueue_holds_back_and_takes_back_is_waited_for(played: Scene)
     name = job_name(PIPELINE_RUN, "queued")
 
     def suspend(value: bool) -> None:
-        kubectl("patch", "trainjob", "-n", played.namespace, name, "--type=merge",
-                "-p", json.dumps({"spec": {"suspend": value}}))
+        kubectl(
+            "patch",
+            "trainjob",
+            "-n",
+            played.namespace,
+            name,
+            "--type=merge",
+            "-p",
+            json.dumps({"spec": {"suspend": value}}),
+        )
 
     def told(times: int) -> bool:
         return sum(f"{name}: suspended, a queue (Kueue)" in line for line in played.lines) == times
@@ -114,16 +152,23 @@ def test_a_job_that_kueue_holds_back_and_takes_back_is_waited_for(played: Scene)
         time.sleep(4)  # longer than the patience for a node or a start
         suspend(False)
         # The launcher has seen it run, else it would not tell a second time that it is suspended.
-        wait_until(lambda: "spoken" in played.lines
-                   and any(f"{name}: running" in line for line in played.lines))
+        wait_until(
+            lambda: (
+                "spoken" in played.lines
+                and any(f"{name}: running" in line for line in played.lines)
+            )
+        )
         suspend(True)
         wait_until(lambda: told(2) and not played.pods("queued", kind="trainjob"))
         suspend(False)
 
-    task = {"node_selector": {"disk": "fast"}, "tolerations": [{"key": "spot", "operator": "Exists"}],
-            "env": [{"name": "WORD", "value": "spoken"}],
-            "volumes": [{"name": "vitdet-data", "persistentVolumeClaim": {"claimName": "vitdet-data"}}],
-            "volume_mounts": [{"name": "vitdet-data", "mountPath": "/more"}]}
+    task = {
+        "node_selector": {"disk": "fast"},
+        "tolerations": [{"key": "spot", "operator": "Exists"}],
+        "env": [{"name": "WORD", "value": "spoken"}],
+        "volumes": [{"name": "vitdet-data", "persistentVolumeClaim": {"claimName": "vitdet-data"}}],
+        "volume_mounts": [{"name": "vitdet-data", "mountPath": "/more"}],
+    }
     other = meanwhile(queue)
     script = "echo $WORD; if mkdir /more/life-of-$PET_NODE_RANK 2>/dev/null; then sleep 60; fi; ls /data/ > /more/seen"
     launch(played, "queued", script, task, suspend=True)
@@ -136,10 +181,13 @@ def test_a_job_that_kueue_holds_back_and_takes_back_is_waited_for(played: Scene)
 
 
 def test_a_pod_that_no_node_takes_fails_the_step_and_frees_the_queue(
-        tmp_path_factory: pytest.TempPathFactory) -> None:
+    tmp_path_factory: pytest.TempPathFactory,
+) -> None:
     with scene(tmp_path_factory.mktemp("still"), node=False) as still:
         with_runtime(still)
-        other = meanwhile(lambda: write_status(still, pod(still, "no-node")["metadata"]["name"], NO_NODE))
+        other = meanwhile(
+            lambda: write_status(still, pod(still, "no-node")["metadata"]["name"], NO_NODE)
+        )
         with pytest.raises(RuntimeError) as raised:
             launch(still, "no-node", "true")
         other.join()

@@ -22,12 +22,37 @@ def _content() -> dict:
             {"id": 10, "file_name": "a.png", "height": 20, "width": 40},
         ],
         "annotations": [
-            {"id": 1, "image_id": 20, "category_id": 7, "bbox": [2, 3, 10, 5], "segmentation": [TRIANGLE]},
-            {"id": 2, "image_id": 20, "category_id": 3, "bbox": [0, 0, 40, 30], "iscrowd": 1,
-             "segmentation": {"size": [30, 40], "counts": [600, 600]}},
-            {"id": 3, "image_id": 20, "category_id": 3, "bbox": [5, 5, 0, 4], "iscrowd": 0, "segmentation": [TRIANGLE]},
-            {"id": 4, "image_id": 20, "category_id": 3, "bbox": [0, 0, 40, 15], "iscrowd": 0,
-             "segmentation": {"size": [30, 40], "counts": [600, 600]}},
+            {
+                "id": 1,
+                "image_id": 20,
+                "category_id": 7,
+                "bbox": [2, 3, 10, 5],
+                "segmentation": [TRIANGLE],
+            },
+            {
+                "id": 2,
+                "image_id": 20,
+                "category_id": 3,
+                "bbox": [0, 0, 40, 30],
+                "iscrowd": 1,
+                "segmentation": {"size": [30, 40], "counts": [600, 600]},
+            },
+            {
+                "id": 3,
+                "image_id": 20,
+                "category_id": 3,
+                "bbox": [5, 5, 0, 4],
+                "iscrowd": 0,
+                "segmentation": [TRIANGLE],
+            },
+            {
+                "id": 4,
+                "image_id": 20,
+                "category_id": 3,
+                "bbox": [0, 0, 40, 15],
+                "iscrowd": 0,
+                "segmentation": {"size": [30, 40], "counts": [600, 600]},
+            },
         ],
     }
 
@@ -61,28 +86,63 @@ def _damage(where: str, **values: object) -> dict:
 @pytest.mark.parametrize(
     ("content", "expected"),
     [
-        (_damage("annotations", image_id=99), "annotation 1: annotation of an image that does not exist: image 99"),
-        (_damage("annotations", category_id=99), "annotation of a category that does not exist: category 99"),
+        (
+            _damage("annotations", image_id=99),
+            "annotation 1: annotation of an image that does not exist: image 99",
+        ),
+        (
+            _damage("annotations", category_id=99),
+            "annotation of a category that does not exist: category 99",
+        ),
         (_damage("annotations", id=2), "annotation 2: annotation id that comes twice: entry 1"),
         (_damage("images", id=10), "image 10: image id that comes twice: entry 1"),
         (_damage("categories", id=3), "category 3: category id that comes twice: entry 1"),
-        (_damage("annotations", segmentation=[[1, 2, 3, 4]]), "annotation 1 .image 20.: polygon without x, y of"),
-        (_damage("annotations", segmentation=[[1, 2, 3, 4, 5, 6, 7]]), "annotation 1 .*: polygon without"),
-        (_damage("annotations", segmentation=[]), "annotation 1 .*: segmentation that is neither polygons nor RLE"),
-        (_damage("annotations", segmentation={"size": [5, 5], "counts": [25]}), "annotation 1 .*: RLE of another size"),
-        (_damage("annotations", segmentation={"size": [30, 40], "counts": [25]}), "counts do not fill its size"),
-        (_damage("annotations", segmentation={"size": [30, 40], "counts": "~"}), "counts are not run lengths"),
-        (_damage("annotations", bbox=[50, 3, 10, 5]), "annotation 1 .*: box outside its image: .*on 40 x 30 pixels"),
-        (_damage("annotations", bbox=[float("nan"), 3, 10, 5]), "annotation 1 .*: bbox that is not four finite"),
+        (
+            _damage("annotations", segmentation=[[1, 2, 3, 4]]),
+            "annotation 1 .image 20.: polygon without x, y of",
+        ),
+        (
+            _damage("annotations", segmentation=[[1, 2, 3, 4, 5, 6, 7]]),
+            "annotation 1 .*: polygon without",
+        ),
+        (
+            _damage("annotations", segmentation=[]),
+            "annotation 1 .*: segmentation that is neither polygons nor RLE",
+        ),
+        (
+            _damage("annotations", segmentation={"size": [5, 5], "counts": [25]}),
+            "annotation 1 .*: RLE of another size",
+        ),
+        (
+            _damage("annotations", segmentation={"size": [30, 40], "counts": [25]}),
+            "counts do not fill its size",
+        ),
+        (
+            _damage("annotations", segmentation={"size": [30, 40], "counts": "~"}),
+            "counts are not run lengths",
+        ),
+        (
+            _damage("annotations", bbox=[50, 3, 10, 5]),
+            "annotation 1 .*: box outside its image: .*on 40 x 30 pixels",
+        ),
+        (
+            _damage("annotations", bbox=[float("nan"), 3, 10, 5]),
+            "annotation 1 .*: bbox that is not four finite",
+        ),
         (_damage("annotations", bbox=[1, 2, 3]), "bbox that is not four finite"),
         (_damage("annotations", bbox=None), "bbox that is not four finite"),
         (_damage("images", height=0), "image 20: image height that is not a whole number from 1"),
-        (_damage("images", height="30"), "image 20: image height that is not a whole number from 1"),
+        (
+            _damage("images", height="30"),
+            "image 20: image height that is not a whole number from 1",
+        ),
         ({"images": [], "annotations": []}, "no 'categories' in the file"),
         ([1, 2], "expected an object with images, annotations, categories; got a list"),
     ],
 )
-def test_a_problem_is_one_line_that_says_what_to_do(tmp_path: Path, content: object, expected: str) -> None:
+def test_a_problem_is_one_line_that_says_what_to_do(
+    tmp_path: Path, content: object, expected: str
+) -> None:
     with pytest.raises(ValueError, match=expected) as caught:
         read_coco(_write(tmp_path, content), tmp_path / "train")
     message = str(caught.value)
@@ -120,10 +180,15 @@ def test_sixteen_bits_are_scaled_and_turned(tmp_path: Path) -> None:
     for name in ("x.png", "x.tiff"):
         Image.fromarray(pixels).save(tmp_path / name, exif=exif)
         image = np.asarray(read_image(tmp_path / name, (2, 3)))
-        assert image[::-1, ::-1, 0].tolist() == [[0, 0, 1], [128, 156, 255]] and (image == image[..., :1]).all()
+        assert (
+            image[::-1, ::-1, 0].tolist() == [[0, 0, 1], [128, 156, 255]]
+            and (image == image[..., :1]).all()
+        )
     wide = Image.fromarray(pixels.astype(np.int32))
     assert wide.mode == "I" and np.asarray(upright(wide))[1, :, 0].tolist() == [128, 156, 255]
-    assert np.asarray(upright(Image.fromarray(np.array([[7, 255]], np.int32))))[0, :, 0].tolist() == [7, 255]
+    assert np.asarray(upright(Image.fromarray(np.array([[7, 255]], np.int32))))[
+        0, :, 0
+    ].tolist() == [7, 255]
 
 
 def test_unusable_images_are_named(tmp_path: Path) -> None:

@@ -23,11 +23,26 @@ COCO = Path(__file__).parents[2] / "shared" / "data" / "coco-eval"
 def annotations(tmp_path):
     """One image of 100 x 100 with a box 40 x 40 at 10, 10, whose mask is its left half; area and iscrowd left out."""
     path = tmp_path / "truth.json"
-    path.write_text(json.dumps({
-        "images": [{"id": 5, "height": 100, "width": 100}, {"id": 6, "height": 100, "width": 100}],
-        "annotations": [{"id": 1, "image_id": 5, "category_id": 2, "bbox": [10, 10, 40, 40],
-                         "segmentation": [[10, 10, 30, 10, 30, 50, 10, 50]]}],
-        "categories": [{"id": 2, "name": "thing"}, {"id": 3, "name": "other"}]}))
+    path.write_text(
+        json.dumps(
+            {
+                "images": [
+                    {"id": 5, "height": 100, "width": 100},
+                    {"id": 6, "height": 100, "width": 100},
+                ],
+                "annotations": [
+                    {
+                        "id": 1,
+                        "image_id": 5,
+                        "category_id": 2,
+                        "bbox": [10, 10, 40, 40],
+                        "segmentation": [[10, 10, 30, 10, 30, 50, 10, 50]],
+                    }
+                ],
+                "categories": [{"id": 2, "name": "thing"}, {"id": 3, "name": "other"}],
+            }
+        )
+    )
     return path
 
 
@@ -39,8 +54,13 @@ def result(box=(10, 10, 40, 40), score=0.9, image_id=5, category_id=2):
     mask = np.zeros((100, 100), np.uint8, order="F")
     mask[10:50, 10:30] = 1
     code = rle.encode(mask)
-    return {"image_id": image_id, "category_id": category_id, "bbox": list(box), "score": score,
-            "segmentation": {"size": code["size"], "counts": code["counts"].decode()}}
+    return {
+        "image_id": image_id,
+        "category_id": category_id,
+        "bbox": list(box),
+        "score": score,
+        "segmentation": {"size": code["size"], "counts": code["counts"].decode()},
+    }
 
 
 @pytest.mark.parametrize("kind", ["bbox", "segm"])
@@ -52,25 +72,48 @@ def test_the_twelve_figures_are_pycocotools_own(kind):
     finished = compare(read_truth(COCO / "instances_val2014_100.json"), results, [kind])
     figures = summary(finished)
     prefix = {"bbox": "box", "segm": "mask"}[kind]
-    names = ("ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large",
-             "ar_1", "ar_10", "ar_100", "ar_small", "ar_medium", "ar_large")
+    names = (
+        "ap",
+        "ap50",
+        "ap75",
+        "ap_small",
+        "ap_medium",
+        "ap_large",
+        "ar_1",
+        "ar_10",
+        "ar_100",
+        "ar_small",
+        "ar_medium",
+        "ar_large",
+    )
     assert list(figures) == [f"{prefix}_{name}" for name in names]
     for name, value in zip(names, expected.values(), strict=True):
         assert figures[f"{prefix}_{name}"] / 100 == pytest.approx(value, abs=1e-6), name
     rows = class_rows(finished)
     assert np.mean([row[f"{prefix}_ap"] for row in rows]) == pytest.approx(figures[f"{prefix}_ap"])
-    curve = [row["precision"] for row in curve_rows(finished) if row["curve"] == f"{prefix} IoU 0.5"]
+    curve = [
+        row["precision"] for row in curve_rows(finished) if row["curve"] == f"{prefix} IoU 0.5"
+    ]
     assert 100 * np.mean(curve) == pytest.approx(figures[f"{prefix}_ap50"])
 
 
 def pycocotools_tables(truth, results, kind, image_ids):
     """precision (T, R, K, A, M) and recall (T, K, A, M) as pycocotools itself has them."""
     index = Index()
-    index.dataset = copy.deepcopy({"images": list(truth.images.values()), "annotations": truth.objects,
-                                   "categories": list(truth.categories.values())})
+    index.dataset = copy.deepcopy(
+        {
+            "images": list(truth.images.values()),
+            "annotations": truth.objects,
+            "categories": list(truth.categories.values()),
+        }
+    )
     index.createIndex()
-    key = {"bbox": "bbox", "segm": "segmentation"}[kind]  # alone: with both, masks would have their boxes' areas
-    plain = [{name: one[name] for name in ("image_id", "category_id", "score", key)} for one in results]
+    key = {"bbox": "bbox", "segm": "segmentation"}[
+        kind
+    ]  # alone: with both, masks would have their boxes' areas
+    plain = [
+        {name: one[name] for name in ("image_id", "category_id", "score", key)} for one in results
+    ]
     work = COCOeval(index, index.loadRes(copy.deepcopy(plain)), kind)
     work.params.imgIds = image_ids
     work.evaluate()
@@ -122,7 +165,9 @@ def test_a_detection_is_as_large_as_its_box_or_its_mask(annotations):
     tree = json.loads(annotations.read_text())
     tree["annotations"][0]["area"] = 800
     annotations.write_text(json.dumps(tree))
-    figures = coco_ap(annotations, [result(), result([50, 50, 40, 40], score=0.95) | {"image_id": 6}])
+    figures = coco_ap(
+        annotations, [result(), result([50, 50, 40, 40], score=0.95) | {"image_id": 6}]
+    )
     assert figures["box_ap_small"] == pytest.approx(100)
     assert figures["mask_ap_small"] == pytest.approx(50)
 
@@ -141,7 +186,9 @@ def test_without_objects_there_are_no_figures(annotations):
 def test_only_the_chosen_images_count(annotations):
     good, bad = result(score=0.5), result(image_id=6, score=0.9)
     assert coco_ap(annotations, [good, bad], ["bbox"])["box_ap"] == pytest.approx(50, abs=1)
-    assert coco_ap(annotations, [good, bad], ["bbox"], image_ids=[5])["box_ap"] == pytest.approx(100)
+    assert coco_ap(annotations, [good, bad], ["bbox"], image_ids=[5])["box_ap"] == pytest.approx(
+        100
+    )
 
 
 def test_only_classes_with_objects_have_a_row(annotations):
@@ -150,8 +197,10 @@ def test_only_classes_with_objects_have_a_row(annotations):
     assert rows[0]["mask_ap50"] == pytest.approx(100)
 
 
-@pytest.mark.parametrize(("wrong", "message"), [
-    ({"image_id": 77}, "no image 77"), ({"category_id": 88}, "no category 88")])
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [({"image_id": 77}, "no image 77"), ({"category_id": 88}, "no category 88")],
+)
 def test_results_of_something_else_are_refused_in_one_line(annotations, wrong, message):
     with pytest.raises(ValueError, match=message) as caught:
         coco_ap(annotations, [result(), result(**wrong)])
@@ -174,8 +223,14 @@ def test_evaluating_prints_nothing(annotations, capsys):
 
 def test_what_lies_in_a_crowd_region_is_neither_right_nor_wrong(annotations):
     tree = json.loads(annotations.read_text())
-    crowd = {"id": 2, "image_id": 5, "category_id": 2, "bbox": [60, 0, 40, 100], "iscrowd": 1,
-             "segmentation": {"size": [100, 100], "counts": [6000, 4000]}}
+    crowd = {
+        "id": 2,
+        "image_id": 5,
+        "category_id": 2,
+        "bbox": [60, 0, 40, 100],
+        "iscrowd": 1,
+        "segmentation": {"size": [100, 100], "counts": [6000, 4000]},
+    }
     inside = result([65, 20, 10, 10], score=0.99)
     inside["segmentation"] = {"size": [100, 100], "counts": [6520, 10, 3470]}
     inside["segmentation"] = rle.frPyObjects(inside["segmentation"], 100, 100)

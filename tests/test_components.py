@@ -25,7 +25,19 @@ from components.weights import weights
 from tests.conftest import minimal
 from vitdet import workspace as steps
 
-ALL = [announce, clean_up, compare, configs, data, evaluate, gate, register, train, train_job, weights]
+ALL = [
+    announce,
+    clean_up,
+    compare,
+    configs,
+    data,
+    evaluate,
+    gate,
+    register,
+    train,
+    train_job,
+    weights,
+]
 RUN = "0123456789abcdef"
 FOLDER = Path(components.__file__).parent
 
@@ -49,9 +61,13 @@ def test_a_body_is_short_and_knows_only_us(step: PythonComponent) -> None:
 
 
 def test_every_component_is_looked_at() -> None:
-    decorated = [node.name for path in FOLDER.glob("*.py") for node in ast.parse(path.read_text()).body
-                 if isinstance(node, ast.FunctionDef) and any("component" in ast.unparse(one)
-                                                              for one in node.decorator_list)]
+    decorated = [
+        node.name
+        for path in FOLDER.glob("*.py")
+        for node in ast.parse(path.read_text()).body
+        if isinstance(node, ast.FunctionDef)
+        and any("component" in ast.unparse(one) for one in node.decorator_list)
+    ]
     assert sorted(decorated) == sorted(step.python_func.__name__ for step in ALL)
 
 
@@ -68,7 +84,9 @@ def test_a_component_has_no_defaults(step: PythonComponent) -> None:
 
 
 def test_to_train_here_and_in_a_job_is_the_same_to_a_pipeline() -> None:
-    here, there = (dict(inspect.signature(step.python_func).parameters) for step in (train, train_job))
+    here, there = (
+        dict(inspect.signature(step.python_func).parameters) for step in (train, train_job)
+    )
     assert there.pop("task_config").annotation is dsl.TaskConfig
     assert list(here.values()) == list(there.values())
 
@@ -100,8 +118,11 @@ class Jobs:
 def jobs(monkeypatch: pytest.MonkeyPatch) -> Jobs:
     played = Jobs()
     monkeypatch.setenv(components.RUN_ID, RUN)
-    monkeypatch.setitem(sys.modules, "components.pytorchjob",
-                        SimpleNamespace(launch=played.launch, delete_jobs=played.delete_jobs))
+    monkeypatch.setitem(
+        sys.modules,
+        "components.pytorchjob",
+        SimpleNamespace(launch=played.launch, delete_jobs=played.delete_jobs),
+    )
     return played
 
 
@@ -111,14 +132,27 @@ class Prepared:
     def __init__(self, root: Path, folder: Path) -> None:
         self.root, self.space, self.checkpoint = root, folder / "space", folder / "out" / "model.pt"
         self.resolved, self.manifest = str(folder / "configs"), str(folder / "manifest")
-        (self.name,) = steps.resolve_configs(["tiny"], minimal(root), str(self.space), self.resolved)
+        (self.name,) = steps.resolve_configs(
+            ["tiny"], minimal(root), str(self.space), self.resolved
+        )
         steps.prepare_data(self.resolved, str(self.space), self.manifest)
 
     def train_job(self, task: dsl.TaskConfig) -> None:
         train_job.python_func(
-            name=self.name, resolved=dsl.Artifact(uri=self.resolved), manifest=dsl.Dataset(uri=self.manifest), data="d",
-            initial="w", workspace=str(self.space), nodes=2, pool="gpu", job_kind="trainjob", job="kind: TrainJob",
-            image="vitdet:1", checkpoint=dsl.Model(uri=str(self.checkpoint)), task_config=task)
+            name=self.name,
+            resolved=dsl.Artifact(uri=self.resolved),
+            manifest=dsl.Dataset(uri=self.manifest),
+            data="d",
+            initial="w",
+            workspace=str(self.space),
+            nodes=2,
+            pool="gpu",
+            job_kind="trainjob",
+            job="kind: TrainJob",
+            image="vitdet:1",
+            checkpoint=dsl.Model(uri=str(self.checkpoint)),
+            task_config=task,
+        )
 
 
 @pytest.fixture
@@ -127,16 +161,38 @@ def prepared(own_tiny: Path, tmp_path: Path) -> Prepared:
 
 
 def test_a_job_gets_the_command_line_that_trains(prepared: Prepared, jobs: Jobs) -> None:
-    task = dsl.TaskConfig(node_selector={"a": "b"}, tolerations=[{"key": "k"}], env=[{"name": "N", "value": "v"}],
-                          volumes=[{"name": "v"}], volume_mounts=[{"name": "v", "mountPath": "/v"}],
-                          affinity={"nodeAffinity": {}}, resources={"limits": {"cpu": "100m"}})
+    task = dsl.TaskConfig(
+        node_selector={"a": "b"},
+        tolerations=[{"key": "k"}],
+        env=[{"name": "N", "value": "v"}],
+        volumes=[{"name": "v"}],
+        volume_mounts=[{"name": "v", "mountPath": "/v"}],
+        affinity={"nodeAffinity": {}},
+        resources={"limits": {"cpu": "100m"}},
+    )
     prepared.train_job(task)
     (asked,) = jobs.asked
     output = prepared.space / "runs" / f"{prepared.name}-{RUN[:8]}"
-    assert asked["args"] == ["train", str(output / f"{prepared.name}.yaml"), "--output", str(output), "--weights",
-                             str(prepared.space / "weights"), "--group", RUN]
-    assert {key: asked[key] for key in ("template", "kind", "run_id", "nodes", "pool", "image")} == {
-        "template": "kind: TrainJob", "kind": "trainjob", "run_id": RUN, "nodes": 2, "pool": "gpu", "image": "vitdet:1"}
+    assert asked["args"] == [
+        "train",
+        str(output / f"{prepared.name}.yaml"),
+        "--output",
+        str(output),
+        "--weights",
+        str(prepared.space / "weights"),
+        "--group",
+        RUN,
+    ]
+    assert {
+        key: asked[key] for key in ("template", "kind", "run_id", "nodes", "pool", "image")
+    } == {
+        "template": "kind: TrainJob",
+        "kind": "trainjob",
+        "run_id": RUN,
+        "nodes": 2,
+        "pool": "gpu",
+        "image": "vitdet:1",
+    }
     assert asked["task_config"] == {**vars(task), "resources": None}  # those are the launcher's own
     assert prepared.checkpoint.read_bytes() == b"a model" and asked["finished"]()
 
@@ -155,12 +211,15 @@ def test_no_gpu_is_asked_for_when_the_volume_was_wiped(prepared: Prepared, jobs:
     assert jobs.asked == []
 
 
-def test_no_gpu_is_asked_for_when_the_weights_are_gone(own_tiny: Path, tmp_path: Path, jobs: Jobs) -> None:
+def test_no_gpu_is_asked_for_when_the_weights_are_gone(
+    own_tiny: Path, tmp_path: Path, jobs: Jobs
+) -> None:
     prepared = Prepared(own_tiny, tmp_path)
     start = tmp_path / "start.safetensors"
     start.touch()
-    (prepared.name,) = steps.resolve_configs(["tiny"], minimal(own_tiny, train__init=start), str(prepared.space),
-                                             prepared.resolved)
+    (prepared.name,) = steps.resolve_configs(
+        ["tiny"], minimal(own_tiny, train__init=start), str(prepared.space), prepared.resolved
+    )
     start.unlink()
     with pytest.raises(FileNotFoundError, match="no such weights file"):
         prepared.train_job(dsl.TaskConfig())
@@ -168,26 +227,43 @@ def test_no_gpu_is_asked_for_when_the_weights_are_gone(own_tiny: Path, tmp_path:
 
 
 @pytest.mark.parametrize(("kind", "deleted"), [("pytorchjob", [RUN]), ("", [])])
-def test_at_the_end_the_jobs_of_a_cluster_are_deleted(kind: str, deleted: list[str], jobs: Jobs, tmp_path: Path,
-                                                      monkeypatch: pytest.MonkeyPatch) -> None:
+def test_at_the_end_the_jobs_of_a_cluster_are_deleted(
+    kind: str, deleted: list[str], jobs: Jobs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     closed = []
     monkeypatch.setattr(steps, "close_group", lambda *words: closed.append(words[-1]))
-    status = dsl.PipelineTaskFinalStatus(state="CANCELLED", pipeline_job_resource_name="", pipeline_task_name="",
-                                         error_code=None, error_message=None)
-    clean_up.python_func(recipes=["tiny"], overrides=[], workspace=str(tmp_path), job_kind=kind, status=status)
+    status = dsl.PipelineTaskFinalStatus(
+        state="CANCELLED",
+        pipeline_job_resource_name="",
+        pipeline_task_name="",
+        error_code=None,
+        error_message=None,
+    )
+    clean_up.python_func(
+        recipes=["tiny"], overrides=[], workspace=str(tmp_path), job_kind=kind, status=status
+    )
     assert jobs.deleted == deleted
     assert closed == ["CANCELLED"]
 
 
-def test_the_parent_run_ends_although_the_jobs_cannot_be_deleted(jobs: Jobs, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_parent_run_ends_although_the_jobs_cannot_be_deleted(
+    jobs: Jobs, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def forbidden(run_id: str, own: str) -> None:
         raise PermissionError("no")
 
     closed = []
     monkeypatch.setattr(steps, "close_group", lambda *words: closed.append(words[-1]))
     monkeypatch.setattr(sys.modules["components.pytorchjob"], "delete_jobs", forbidden)
-    status = dsl.PipelineTaskFinalStatus(state="FAILED", pipeline_job_resource_name="", pipeline_task_name="",
-                                         error_code=None, error_message=None)
+    status = dsl.PipelineTaskFinalStatus(
+        state="FAILED",
+        pipeline_job_resource_name="",
+        pipeline_task_name="",
+        error_code=None,
+        error_message=None,
+    )
     with pytest.raises(PermissionError):
-        clean_up.python_func(recipes=["tiny"], overrides=[], workspace="", job_kind="pytorchjob", status=status)
+        clean_up.python_func(
+            recipes=["tiny"], overrides=[], workspace="", job_kind="pytorchjob", status=status
+        )
     assert closed == ["FAILED"]

@@ -31,12 +31,22 @@ def certificate(folder: Path) -> Path:
 
     key, now = ec.generate_private_key(ec.SECP256R1()), datetime.datetime.now(datetime.UTC)
     name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "127.0.0.1")])
-    made = (x509.CertificateBuilder(name, name, key.public_key(), 1, now, now + datetime.timedelta(days=1))
-            .add_extension(x509.SubjectAlternativeName([x509.IPAddress(ip_address("127.0.0.1"))]), critical=False)
-            .sign(key, hashes.SHA256()))
+    made = (
+        x509.CertificateBuilder(
+            name, name, key.public_key(), 1, now, now + datetime.timedelta(days=1)
+        )
+        .add_extension(
+            x509.SubjectAlternativeName([x509.IPAddress(ip_address("127.0.0.1"))]), critical=False
+        )
+        .sign(key, hashes.SHA256())
+    )
     path, encoding = folder / "server.pem", serialization.Encoding.PEM
-    path.write_bytes(made.public_bytes(encoding) + key.private_bytes(
-        encoding, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()))
+    path.write_bytes(
+        made.public_bytes(encoding)
+        + key.private_bytes(
+            encoding, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+        )
+    )
     return path
 
 
@@ -47,7 +57,9 @@ def kubeflow() -> Iterator[Kubeflow]:
 
 
 @pytest.fixture
-def pipeline(kubeflow: Kubeflow, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+def pipeline(
+    kubeflow: Kubeflow, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Run:
     return command(kubeflow, monkeypatch, capsys)
 
 
@@ -68,9 +80,13 @@ def test_a_token_comes_from_a_file_a_pipe_the_standard_input_the_environment_or_
     read, write = os.pipe()
     os.write(write, SECRET.encode())
     os.close(write)
-    for words, variables in [(["--token-file", token], {}), (["--token-file", "-"], {}),
-                             (["--token-file", f"/dev/fd/{read}"], {}), ([], {"KFP_TOKEN": SECRET}),
-                             ([], {"KF_PIPELINES_SA_TOKEN_PATH": str(token)})]:
+    for words, variables in [
+        (["--token-file", token], {}),
+        (["--token-file", "-"], {}),
+        (["--token-file", f"/dev/fd/{read}"], {}),
+        ([], {"KFP_TOKEN": SECRET}),
+        ([], {"KF_PIPELINES_SA_TOKEN_PATH": str(token)}),
+    ]:
         with monkeypatch.context() as patch:
             for name, value in variables.items():
                 patch.setenv(name, value)
@@ -78,8 +94,9 @@ def test_a_token_comes_from_a_file_a_pipe_the_standard_input_the_environment_or_
     os.close(read)
 
 
-def test_a_secret_is_sent_in_its_header_and_nowhere_else(kubeflow: Kubeflow, pipeline: Run, token: Path,
-                                                         tmp_path: Path) -> None:
+def test_a_secret_is_sent_in_its_header_and_nowhere_else(
+    kubeflow: Kubeflow, pipeline: Run, token: Path, tmp_path: Path
+) -> None:
     package = compile_pipeline(tmp_path / "pipeline.yaml")
     code, out, said = pipeline("submit", "tiny", "--package", package, "--token-file", token)
     assert code == 0 and SECRET not in out + said and len(kubeflow.requests) == 4
@@ -90,11 +107,14 @@ def test_a_secret_is_sent_in_its_header_and_nowhere_else(kubeflow: Kubeflow, pip
 
 def test_a_login_without_encryption_is_warned_of(pipeline: Run, token: Path) -> None:
     said = pipeline("status", "x", "--host", "http://kf.invalid", "--token-file", token)[2]
-    assert said.startswith("pipeline: http://kf.invalid: without https everybody on the way can read the login\n")
+    assert said.startswith(
+        "pipeline: http://kf.invalid: without https everybody on the way can read the login\n"
+    )
 
 
-def test_a_cookie_opens_a_server_behind_a_login_page(kubeflow: Kubeflow, pipeline: Run,
-                                                     monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_cookie_opens_a_server_behind_a_login_page(
+    kubeflow: Kubeflow, pipeline: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     kubeflow.cookie = "authservice_session=MTY5"
     code, _, said = pipeline("status", "x")
     assert code == 1 and "hidden" not in said
@@ -106,11 +126,17 @@ def test_a_cookie_opens_a_server_behind_a_login_page(kubeflow: Kubeflow, pipelin
 
 
 def test_a_server_that_has_moved_to_https_says_where(kubeflow: Kubeflow, pipeline: Run) -> None:
-    kubeflow.plan["GET /runs/x"] = [lambda handler: handler.send(308, "", Location="https://127.0.0.1/apis?a=b")]
-    assert pipeline("status", "x")[2].endswith("sends us to https://127.0.0.1/apis: give that one as --host\n")
+    kubeflow.plan["GET /runs/x"] = [
+        lambda handler: handler.send(308, "", Location="https://127.0.0.1/apis?a=b")
+    ]
+    assert pipeline("status", "x")[2].endswith(
+        "sends us to https://127.0.0.1/apis: give that one as --host\n"
+    )
 
 
-def test_a_token_that_is_renewed_in_its_file_is_used_at_once(kubeflow: Kubeflow, token: Path) -> None:
+def test_a_token_that_is_renewed_in_its_file_is_used_at_once(
+    kubeflow: Kubeflow, token: Path
+) -> None:
     from kfp_server_api import HealthzServiceApi
 
     client = connect(kubeflow.url, *secrets(kubeflow.url, str(token)))
@@ -121,7 +147,9 @@ def test_a_token_that_is_renewed_in_its_file_is_used_at_once(kubeflow: Kubeflow,
     assert sent == [f"Bearer {SECRET}", "Bearer renewed"]
 
 
-def test_the_pods_token_goes_to_the_clusters_services_only(monkeypatch: pytest.MonkeyPatch, token: Path) -> None:
+def test_the_pods_token_goes_to_the_clusters_services_only(
+    monkeypatch: pytest.MonkeyPatch, token: Path
+) -> None:
     monkeypatch.setattr(connection, "POD_TOKEN", token)
     monkeypatch.setenv("KUBERNETES_SERVICE_HOST", "10.0.0.1")
     assert address("") == "http://ml-pipeline.kubeflow.svc.cluster.local:8888"
@@ -129,11 +157,14 @@ def test_the_pods_token_goes_to_the_clusters_services_only(monkeypatch: pytest.M
     assert secrets("https://kubeflow.example.com/pipeline") == (None, None)
 
 
-@pytest.mark.parametrize(("given", "wanted"), [
-    ("https://kf.example.com/pipeline/#/experiments", "https://kf.example.com/pipeline"),
-    ("https://kf.example.com/_/pipeline/?ns=team-a#/runs", "https://kf.example.com/pipeline"),
-    ("http://127.0.0.1:8080/", "http://127.0.0.1:8080"),
-])
+@pytest.mark.parametrize(
+    ("given", "wanted"),
+    [
+        ("https://kf.example.com/pipeline/#/experiments", "https://kf.example.com/pipeline"),
+        ("https://kf.example.com/_/pipeline/?ns=team-a#/runs", "https://kf.example.com/pipeline"),
+        ("http://127.0.0.1:8080/", "http://127.0.0.1:8080"),
+    ],
+)
 def test_a_link_from_the_browser_is_an_address(given: str, wanted: str) -> None:
     assert address(given) == wanted
 
@@ -144,38 +175,78 @@ def test_an_address_that_is_none(host: str) -> None:
         address(host)
 
 
-@pytest.mark.parametrize("words", [
-    ["--token", SECRET], [f"--token={SECRET}"], ["--cookie", f"a={SECRET}"], ["--existing-token", SECRET],
-    ["--token-file", SECRET], ["--token-file", SECRET * 20], ["--cookie-file", f"a={SECRET}"],
-    ["--host", f"https://me:{SECRET}@kf.example.com"],
-], ids=lambda words: words[0])
-def test_a_secret_in_the_wrong_place_is_refused_and_not_repeated(kubeflow: Kubeflow, pipeline: Run,
-                                                                 words: list[str]) -> None:
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--token", SECRET],
+        [f"--token={SECRET}"],
+        ["--cookie", f"a={SECRET}"],
+        ["--existing-token", SECRET],
+        ["--token-file", SECRET],
+        ["--token-file", SECRET * 20],
+        ["--cookie-file", f"a={SECRET}"],
+        ["--host", f"https://me:{SECRET}@kf.example.com"],
+    ],
+    ids=lambda words: words[0],
+)
+def test_a_secret_in_the_wrong_place_is_refused_and_not_repeated(
+    kubeflow: Kubeflow, pipeline: Run, words: list[str]
+) -> None:
     code, out, said = pipeline("status", "x", *words)
     assert code == 1 and len(said.splitlines()) == 1 and SECRET not in out + said
     assert not kubeflow.requests
 
 
-@pytest.mark.parametrize(("kind", "text"), [("token", f"{SECRET}\nX-Evil: 1"), ("token", f"{SECRET} {SECRET}"),
-                                            ("token", ""), ("token", f"{SECRET}é"), ("cookie", SECRET),
-                                            ("cookie", f"a={SECRET}\nb=c"), ("token", "\udcff")])
+@pytest.mark.parametrize(
+    ("kind", "text"),
+    [
+        ("token", f"{SECRET}\nX-Evil: 1"),
+        ("token", f"{SECRET} {SECRET}"),
+        ("token", ""),
+        ("token", f"{SECRET}é"),
+        ("cookie", SECRET),
+        ("cookie", f"a={SECRET}\nb=c"),
+        ("token", "\udcff"),
+    ],
+)
 def test_a_file_that_holds_no_secret(pipeline: Run, tmp_path: Path, kind: str, text: str) -> None:
     (tmp_path / "file").write_bytes(text.encode(errors="surrogateescape"))
     code, _, said = pipeline("status", "x", f"--{kind}-file", tmp_path / "file")
-    assert code == 1 and len(said.splitlines()) == 1 and f"--{kind}-file: " in said and SECRET not in said
+    assert (
+        code == 1
+        and len(said.splitlines()) == 1
+        and f"--{kind}-file: " in said
+        and SECRET not in said
+    )
 
 
-@pytest.mark.parametrize(("answer", "said"), [
-    (failing(401, f"bad {SECRET}"), "does not accept the login of --token-file (401): it has expired"),
-    (failing(403, f"user with {SECRET} cannot get runs\nin team-a"), "(403): user with *** cannot get runs in team-a"),
-    (lambda handler: handler.send(403, "RBAC: access denied"), "(403): RBAC: access denied"),
-    (failing(400, f"Invalid {SECRET}"), "answers 400 Bad Request: Invalid ***"),
-    (page, "with a web page, not as the API of Kubeflow Pipelines does: the login of --token-file has expired"),
-    (lambda handler: handler.send(200, "ok"), "answers with other text, not as the API of Kubeflow Pipelines does"),
-    (lambda handler: handler.send(502, "<html>nginx</html>"), "answers 502 Bad Gateway"),
-])
-def test_an_error_is_one_line_without_the_secret(kubeflow: Kubeflow, pipeline: Run, token: Path,
-                                                 answer: Callable, said: str) -> None:
+@pytest.mark.parametrize(
+    ("answer", "said"),
+    [
+        (
+            failing(401, f"bad {SECRET}"),
+            "does not accept the login of --token-file (401): it has expired",
+        ),
+        (
+            failing(403, f"user with {SECRET} cannot get runs\nin team-a"),
+            "(403): user with *** cannot get runs in team-a",
+        ),
+        (lambda handler: handler.send(403, "RBAC: access denied"), "(403): RBAC: access denied"),
+        (failing(400, f"Invalid {SECRET}"), "answers 400 Bad Request: Invalid ***"),
+        (
+            page,
+            "with a web page, not as the API of Kubeflow Pipelines does: the login of --token-file has expired",
+        ),
+        (
+            lambda handler: handler.send(200, "ok"),
+            "answers with other text, not as the API of Kubeflow Pipelines does",
+        ),
+        (lambda handler: handler.send(502, "<html>nginx</html>"), "answers 502 Bad Gateway"),
+    ],
+)
+def test_an_error_is_one_line_without_the_secret(
+    kubeflow: Kubeflow, pipeline: Run, token: Path, answer: Callable, said: str
+) -> None:
     kubeflow.plan["GET /runs/x"] = [answer]
     code, out, line = pipeline("status", "x", "--token-file", token, "--retries", 0)
     assert code == 1 and not out and len(line.splitlines()) == 1
@@ -195,15 +266,21 @@ def test_a_traceback_leads_to_no_header(kubeflow: Kubeflow, token: Path) -> None
         assert SECRET not in "".join(traceback.format_exception(caught.value)) + repr(both)
 
 
-def test_nobody_is_asked_who_they_are_before_the_server_wants_to_know(kubeflow: Kubeflow, pipeline: Run,
-                                                                      ) -> None:
+def test_nobody_is_asked_who_they_are_before_the_server_wants_to_know(
+    kubeflow: Kubeflow,
+    pipeline: Run,
+) -> None:
     kubeflow.token = SECRET
-    assert "wants to know who asks (401): give a token (--token-file FILE or KFP_TOKEN)" in pipeline("status", "x")[2]
+    assert (
+        "wants to know who asks (401): give a token (--token-file FILE or KFP_TOKEN)"
+        in pipeline("status", "x")[2]
+    )
 
 
 @pytest.mark.parametrize("trouble", [failing(503), failing(429), failing(500), cut, stalling])
-def test_a_look_is_repeated_until_the_server_is_well(kubeflow: Kubeflow, pipeline: Run,
-                                                     trouble: Callable) -> None:
+def test_a_look_is_repeated_until_the_server_is_well(
+    kubeflow: Kubeflow, pipeline: Run, trouble: Callable
+) -> None:
     kubeflow.kept["runs"].append({"run_id": "x", "display_name": "a run", "state": "RUNNING"})
     kubeflow.plan["GET /runs/x"] = [trouble, trouble]
     code, out, said = pipeline("status", "x", "--timeout", 0.2)
@@ -215,7 +292,10 @@ def test_a_server_that_stays_ill_is_given_up(kubeflow: Kubeflow, pipeline: Run) 
     kubeflow.plan["GET /runs/x"] = [failing(503, "no database")] * 9
     code, _, said = pipeline("status", "x", "--retries", 2)
     assert code == 1 and len(kubeflow.requests) == 3
-    assert said.splitlines()[-1] == f"pipeline: {kubeflow.url} answers 503 Service Unavailable: no database"
+    assert (
+        said.splitlines()[-1]
+        == f"pipeline: {kubeflow.url} answers 503 Service Unavailable: no database"
+    )
 
 
 def test_a_stalled_connection_ends_with_its_time(kubeflow: Kubeflow, pipeline: Run) -> None:
@@ -230,7 +310,9 @@ def test_a_host_that_refuses_and_one_that_does_not_exist(pipeline: Run) -> None:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     code, _, said = pipeline("status", "x", "--host", f"http://127.0.0.1:{port}", "--retries", 1)
-    assert code == 1 and "again in" in said.splitlines()[0] and said.endswith("Connection refused\n")
+    assert (
+        code == 1 and "again in" in said.splitlines()[0] and said.endswith("Connection refused\n")
+    )
     code, _, said = pipeline("status", "x", "--host", "http://nowhere.invalid", "--retries", 5)
     assert code == 1 and said == "pipeline: http://nowhere.invalid: no such host\n"
 
@@ -239,7 +321,12 @@ def test_a_certificate_that_nobody_vouches_for(pipeline: Run, tmp_path: Path) ->
     path = certificate(tmp_path)
     with serving(Kubeflow(path)) as secure:
         code, _, said = pipeline("status", "x", "--host", secure.url)
-        assert code == 1 and "no TLS connection" in said and "certificate" in said and "--ca-file" in said
+        assert (
+            code == 1
+            and "no TLS connection" in said
+            and "certificate" in said
+            and "--ca-file" in said
+        )
         assert len(said.splitlines()) == 1 and not secure.requests
         assert "has no run" in pipeline("status", "x", "--host", secure.url, "--ca-file", path)[2]
         plain = secure.url.replace("https", "http")
@@ -250,4 +337,6 @@ def test_a_certificate_that_nobody_vouches_for(pipeline: Run, tmp_path: Path) ->
 
 def test_tls_where_the_server_has_none(kubeflow: Kubeflow, pipeline: Run) -> None:
     code, _, said = pipeline("status", "x", "--host", kubeflow.url.replace("http", "https"))
-    assert code == 1 and len(said.splitlines()) == 1 and "http:// is for a server without TLS" in said
+    assert (
+        code == 1 and len(said.splitlines()) == 1 and "http:// is for a server without TLS" in said
+    )

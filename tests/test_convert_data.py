@@ -16,10 +16,14 @@ from vitdet.data.coco import read_coco
 from vitdet.data.masks import decode
 
 Run = Callable[..., tuple[int, str, str]]
-OBJECT = ("<object><name>{}</name>{}<bndbox><ymin>{}</ymin><xmin>{}</xmin><xmax>{}</xmax><ymax>{}</ymax></bndbox>"
-          "</object>")
-BOMB = ('<!DOCTYPE x [<!ENTITY a "aaaaaaaaaa"><!ENTITY b "&a;&a;&a;&a;&a;&a;&a;&a;&a;&a;">]>'
-        "<annotation><filename>&b;</filename></annotation>")
+OBJECT = (
+    "<object><name>{}</name>{}<bndbox><ymin>{}</ymin><xmin>{}</xmin><xmax>{}</xmax><ymax>{}</ymax></bndbox>"
+    "</object>"
+)
+BOMB = (
+    '<!DOCTYPE x [<!ENTITY a "aaaaaaaaaa"><!ENTITY b "&a;&a;&a;&a;&a;&a;&a;&a;&a;&a;">]>'
+    "<annotation><filename>&b;</filename></annotation>"
+)
 
 
 def write(path: Path, content: str) -> None:
@@ -27,7 +31,9 @@ def write(path: Path, content: str) -> None:
     path.write_text(content)
 
 
-def image(path: Path, width: int = 100, height: int = 50, value: int = 0, orientation: int = 1) -> None:
+def image(
+    path: Path, width: int = 100, height: int = 50, value: int = 0, orientation: int = 1
+) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     exif = Image.Exif()
     exif[0x0112] = orientation
@@ -37,13 +43,19 @@ def image(path: Path, width: int = 100, height: int = 50, value: int = 0, orient
 @pytest.fixture
 def yolo(tmp_path: Path) -> Path:
     root = tmp_path / "yolo"
-    write(root / "data.yaml", "path: ../datasets/yolo\n"
-          "train: images/train\nval: [images/val.txt]\nnames: {0: no, 1: dog}\n")
+    write(
+        root / "data.yaml",
+        "path: ../datasets/yolo\n"
+        "train: images/train\nval: [images/val.txt]\nnames: {0: no, 1: dog}\n",
+    )
     for number, name in enumerate(("train/a.jpg", "train/b.jpg", "train/none.png", "val/a.jpg")):
         image(root / "images" / name, value=40 * number)
     image(root / "images" / "train" / "turned.jpg", value=200, orientation=6)
     write(root / "images" / "val.txt", "./val/a.jpg\n\n")
-    write(root / "labels" / "train" / "a.txt", "1 0.5 0.5 0.2 0.4\n1 0.5 0.5 0.2 0.4\n0 0.95 0.5 0.2 0.4\n")
+    write(
+        root / "labels" / "train" / "a.txt",
+        "1 0.5 0.5 0.2 0.4\n1 0.5 0.5 0.2 0.4\n0 0.95 0.5 0.2 0.4\n",
+    )
     write(root / "labels" / "train" / "b.txt", "0 0.1 0.2 0.5 0.2 0.5 0.8\n")
     write(root / "labels" / "train" / "turned.txt", "1 0.5 0.5 1 0.1\n")
     write(root / "labels" / "val" / "a.txt", "")
@@ -60,8 +72,16 @@ def voc(tmp_path: Path) -> Path:
     things = OBJECT.format("dog", part, 1, 1, 10, 20)
     things += OBJECT.format("cat", "<difficult>1</difficult>", 11, 31, 100, 50)
     write(root / "Annotations" / "one.xml", f"<annotation>{size}{things}</annotation>")
-    write(root / "Annotations" / "two.xml", f"<annotation>{OBJECT.format('cat', '', 5, 5, 5, 5.5)}</annotation>")
-    for split, ids in (("train", "one\n"), ("val", "two\n"), ("trainval", "one\ntwo\n"), ("dog_train", "one  1\n")):
+    write(
+        root / "Annotations" / "two.xml",
+        f"<annotation>{OBJECT.format('cat', '', 5, 5, 5, 5.5)}</annotation>",
+    )
+    for split, ids in (
+        ("train", "one\n"),
+        ("val", "two\n"),
+        ("trainval", "one\ntwo\n"),
+        ("dog_train", "one  1\n"),
+    ):
         write(root / "ImageSets" / "Main" / f"{split}.txt", ids)
     numbers = np.zeros((50, 100), np.uint8)
     numbers[0:20, 0:8], numbers[20, 0:8] = 1, 255
@@ -83,12 +103,17 @@ def test_yolo(vitdet: Run, yolo: Path, tmp_path: Path) -> None:
         "out: 2 classes; train 4 images, 4 objects; val 1 images, 0 objects",
         "  3 x objects have a box only, which is their mask as well",
         "  1 x rows that came twice, once left out",
-        "  1 x images without a label file: without objects"]
+        "  1 x images without a label file: without objects",
+    ]
     out = tmp_path / "out"
     train = tree(out, "train")
     assert train["categories"] == [{"id": 1, "name": "no"}, {"id": 2, "name": "dog"}]
     assert [(one["file_name"], one["height"], one["width"]) for one in train["images"]] == [
-        ("a.jpg", 50, 100), ("b.jpg", 50, 100), ("none.png", 50, 100), ("turned.jpg", 100, 50)]
+        ("a.jpg", 50, 100),
+        ("b.jpg", 50, 100),
+        ("none.png", 50, 100),
+        ("turned.jpg", 100, 50),
+    ]
     box, cut, outline, turned = train["annotations"]
     assert box["bbox"] == [40, 15, 20, 20] and box["area"] == 400
     assert box["segmentation"] == [[40, 15, 60, 15, 60, 35, 40, 35]] and box["category_id"] == 2
@@ -96,69 +121,131 @@ def test_yolo(vitdet: Run, yolo: Path, tmp_path: Path) -> None:
     assert outline["segmentation"] == [[10, 10, 50, 10, 50, 40]]
     assert outline["bbox"] == [10, 10, 40, 30] and outline["area"] == 600
     assert turned["bbox"] == [0, 45, 50, 10]  # shares of the upright picture
-    assert [one["file_name"] for one in tree(out, "val")["images"]] == ["a_2.jpg"]  # another file of that name
+    assert [one["file_name"] for one in tree(out, "val")["images"]] == [
+        "a_2.jpg"
+    ]  # another file of that name
     assert (out / "train" / "a.jpg").samefile(yolo / "images" / "train" / "a.jpg")
-    assert [finding.kind for finding in check(out).errors] == ["no object to learn from or to find"]  # in val
-    assert read_coco(out / "annotations/instances_train.json", out / "train").class_names == ("no", "dog")
+    assert [finding.kind for finding in check(out).errors] == [
+        "no object to learn from or to find"
+    ]  # in val
+    assert read_coco(out / "annotations/instances_train.json", out / "train").class_names == (
+        "no",
+        "dog",
+    )
     assert vitdet("data", "convert", yolo / "data.yaml", "copied", "--copy")[0] == 0
-    assert not (tmp_path / "copied" / "train" / "a.jpg").samefile(yolo / "images" / "train" / "a.jpg")
+    assert not (tmp_path / "copied" / "train" / "a.jpg").samefile(
+        yolo / "images" / "train" / "a.jpg"
+    )
     code, output, errors = vitdet("data", "convert", yolo, "out")
     assert (code, output, errors) == (1, "", "vitdet: out: is there already; give a new folder\n")
 
 
-def test_a_picture_in_two_splits_is_not_hidden_by_a_new_name(yolo: Path, vitdet: Run, tmp_path: Path) -> None:
+def test_a_picture_in_two_splits_is_not_hidden_by_a_new_name(
+    yolo: Path, vitdet: Run, tmp_path: Path
+) -> None:
     write(yolo / "images" / "val.txt", "./val/a.jpg\ntrain/b.jpg\n")
     assert vitdet("data", "convert", yolo, "out")[0] == 0
-    assert [finding.kind for finding in check(tmp_path / "out", images=False).errors] == ["file name in two splits"]
+    assert [finding.kind for finding in check(tmp_path / "out", images=False).errors] == [
+        "file name in two splits"
+    ]
 
 
 def test_roboflow_names_splits_from_outside(vitdet: Run, tmp_path: Path) -> None:
-    write(tmp_path / "r" / "data.yaml", "train: ../train/images\nval: ../valid/images\nnc: 1\nnames: ['a b']\n")
+    write(
+        tmp_path / "r" / "data.yaml",
+        "train: ../train/images\nval: ../valid/images\nnc: 1\nnames: ['a b']\n",
+    )
     for number, split in enumerate(("train", "valid")):
         image(tmp_path / "r" / split / "images" / f"{split}.jpg", value=number)
         write(tmp_path / "r" / split / "labels" / f"{split}.txt", "0 .5 .5 .5 .5")
-    assert vitdet("data", "convert", "r", "out")[1].startswith("out: 1 classes; train 1 images, 1 objects; val 1 im")
+    assert vitdet("data", "convert", "r", "out")[1].startswith(
+        "out: 1 classes; train 1 images, 1 objects; val 1 im"
+    )
 
 
-@pytest.mark.parametrize(("file", "content", "says"), [
-    ("labels/train/a.txt", "0 .5 .5 .5", "a.txt:1: expected 'class x y width height'"),
-    ("labels/train/a.txt", "0 .5 .5 .5 .5\n0 .5 .5 .5 .5 .9", "a.txt:2: expected 'class x y width height'"),
-    ("labels/train/a.txt", "2 .5 .5 .5 .5", "a.txt:1: class 2: expected a whole number from 0 to 1"),
-    ("labels/train/a.txt", "0.5 .5 .5 .5 .5", "class 0.5: expected a whole number"),
-    ("labels/train/a.txt", "nan .5 .5 .5 .5", "class nan: expected a whole number"),
-    ("labels/train/a.txt", "0 .5 .5 40 .5", "coordinate 40: expected a share of the picture"),
-    ("labels/train/a.txt", "0 .5 nan .5 .5", "coordinate nan"),
-    ("labels/train/a.txt", "0 .5 x .5 .5", "expected numbers, got '0 .5 x .5 .5'"),
-    ("images/train/a.jpg", "no image", "a.jpg: not an image that can be read"),
-    ("images/val.txt", "./val/b.jpg", "val.txt: ./val/b.jpg: no such image file"),
-    ("data.yaml", "train: images/train\nval: images/v\nnames: [a]", "val: images/v is not there, looked below"),
-    ("data.yaml", "train: images/train\nnames: [a, b]", "expected the keys train and val"),
-    ("data.yaml", "train: images\nval: images\nnames: {1: a}", "names: expected a list of class names"),
-    ("data.yaml", "train: images\nval: images\nnames: [a]\nnc: 2", "1 names, but nc: '2'"),
-    ("data.yaml", "train: images\nval: images\nnames: [a]\nkpt_shape: [17, 3]", "these are key points"),
-    ("data.yaml", "train: [", "data.yaml: not YAML"),
-    ("data.yaml", "train: {a: b}\nnames: [a]", "train: expected a folder, a text file or a list of these"),
-])
-def test_bad_yolo_is_one_line_and_leaves_nothing(vitdet: Run, yolo: Path, tmp_path: Path, file: str, content: str,
-                                                 says: str) -> None:
+@pytest.mark.parametrize(
+    ("file", "content", "says"),
+    [
+        ("labels/train/a.txt", "0 .5 .5 .5", "a.txt:1: expected 'class x y width height'"),
+        (
+            "labels/train/a.txt",
+            "0 .5 .5 .5 .5\n0 .5 .5 .5 .5 .9",
+            "a.txt:2: expected 'class x y width height'",
+        ),
+        (
+            "labels/train/a.txt",
+            "2 .5 .5 .5 .5",
+            "a.txt:1: class 2: expected a whole number from 0 to 1",
+        ),
+        ("labels/train/a.txt", "0.5 .5 .5 .5 .5", "class 0.5: expected a whole number"),
+        ("labels/train/a.txt", "nan .5 .5 .5 .5", "class nan: expected a whole number"),
+        ("labels/train/a.txt", "0 .5 .5 40 .5", "coordinate 40: expected a share of the picture"),
+        ("labels/train/a.txt", "0 .5 nan .5 .5", "coordinate nan"),
+        ("labels/train/a.txt", "0 .5 x .5 .5", "expected numbers, got '0 .5 x .5 .5'"),
+        ("images/train/a.jpg", "no image", "a.jpg: not an image that can be read"),
+        ("images/val.txt", "./val/b.jpg", "val.txt: ./val/b.jpg: no such image file"),
+        (
+            "data.yaml",
+            "train: images/train\nval: images/v\nnames: [a]",
+            "val: images/v is not there, looked below",
+        ),
+        ("data.yaml", "train: images/train\nnames: [a, b]", "expected the keys train and val"),
+        (
+            "data.yaml",
+            "train: images\nval: images\nnames: {1: a}",
+            "names: expected a list of class names",
+        ),
+        ("data.yaml", "train: images\nval: images\nnames: [a]\nnc: 2", "1 names, but nc: '2'"),
+        (
+            "data.yaml",
+            "train: images\nval: images\nnames: [a]\nkpt_shape: [17, 3]",
+            "these are key points",
+        ),
+        ("data.yaml", "train: [", "data.yaml: not YAML"),
+        (
+            "data.yaml",
+            "train: {a: b}\nnames: [a]",
+            "train: expected a folder, a text file or a list of these",
+        ),
+    ],
+)
+def test_bad_yolo_is_one_line_and_leaves_nothing(
+    vitdet: Run, yolo: Path, tmp_path: Path, file: str, content: str, says: str
+) -> None:
     write(yolo / file, content)
     refused(vitdet("data", "convert", yolo, "out"), says, tmp_path)
 
 
-def test_labels_in_the_wrong_place_are_not_empty_pictures(vitdet: Run, yolo: Path, tmp_path: Path) -> None:
+def test_labels_in_the_wrong_place_are_not_empty_pictures(
+    vitdet: Run, yolo: Path, tmp_path: Path
+) -> None:
     (yolo / "labels").rename(yolo / "label")
-    refused(vitdet("data", "convert", yolo, "out"), "none of 4 images has a label file; expected", tmp_path)
+    refused(
+        vitdet("data", "convert", yolo, "out"),
+        "none of 4 images has a label file; expected",
+        tmp_path,
+    )
 
 
 def test_voc(vitdet: Run, voc: Path, tmp_path: Path) -> None:
     code, output, errors = vitdet("data", "convert", voc, "out")
     assert (code, errors) == (0, "") and output.splitlines()[0] == (
-        "out: 2 classes; train 1 images, 2 objects; val 1 images, 1 objects")
+        "out: 2 classes; train 1 images, 2 objects; val 1 images, 1 objects"
+    )
     assert "1 x difficult objects" in output and "2 x objects have a box only" in output
     train, val = tree(tmp_path / "out", "train"), tree(tmp_path / "out", "val")
-    assert train["categories"] == val["categories"] == [{"id": 1, "name": "cat"}, {"id": 2, "name": "dog"}]
+    assert (
+        train["categories"]
+        == val["categories"]
+        == [{"id": 1, "name": "cat"}, {"id": 2, "name": "dog"}]
+    )
     dog, cat = train["annotations"]
-    assert (dog["category_id"], dog["bbox"], dog["iscrowd"], dog["area"]) == (2, [0, 0, 10, 20], 0, 160)
+    assert (dog["category_id"], dog["bbox"], dog["iscrowd"], dog["area"]) == (
+        2,
+        [0, 0, 10, 20],
+        0,
+        160,
+    )
     pixels = decode(dog["segmentation"], 50, 100)
     assert pixels.sum() == 160 and pixels[:20, :8].all()  # the rim of 255 is nobody's
     assert (cat["category_id"], cat["bbox"], cat["iscrowd"]) == (1, [30, 10, 70, 40], 1)
@@ -166,45 +253,89 @@ def test_voc(vitdet: Run, voc: Path, tmp_path: Path) -> None:
     assert check(tmp_path / "out").ok
 
 
-@pytest.mark.parametrize(("file", "content", "says"), [
-    ("Annotations/one.xml", BOMB, "one.xml: not XML that can be read: it has a DOCTYPE"),
-    ("Annotations/one.xml", "<annotation>", "one.xml: not XML that can be read: no element found"),
-    ("Annotations/one.xml", "", "one.xml: not XML that can be read: no element found"),
-    ("Annotations/one.xml", "<?xml version='1.0' encoding='no'?><a/>", "unknown encoding"),
-    ("Annotations/one.xml", "<a>" * (1 << 21), "6,291,456 bytes are no annotation of one image"),
-    ("Annotations/one.xml", f"<a>{OBJECT.format('a', '', 1, 1, 'x', 1)}</a>", "bndbox: expected numbers"),
-    ("Annotations/one.xml", f"<a>{OBJECT.format('a', '', 1, 9, 5, 1)}</a>", "expected xmin <= xmax"),
-    ("Annotations/one.xml", f"<a>{OBJECT.format('a', '', 1, 'nan', 5, 1)}</a>", "expected xmin <= xmax"),
-    ("Annotations/one.xml", f"<a>{OBJECT.format('a', '', 1, 101, 105, 9)}</a>", "lies outside the image of 100 x 50"),
-    ("Annotations/one.xml", f"<a>{OBJECT.format(' ', '', 1, 1, 5, 9)}</a>", "an object without <name>"),
-    ("Annotations/one.xml", "<a><size><width>50</width><height>100</height></size></a>", "the size is 50 x 100, but"),
-    ("Annotations/one.xml", "<a/>", "has an object 1, but"),
-    ("ImageSets/Main/train.txt", "three", "three.xml: no such annotation file"),
-    ("ImageSets/Main/train.txt", "../one", "../one: expected the name of an image"),
-    ("SegmentationObject/one.png", "", "one.png: the image cannot be read: the file is empty"),
-])
-def test_bad_voc_is_one_line_and_leaves_nothing(vitdet: Run, voc: Path, tmp_path: Path, file: str, content: str,
-                                                says: str) -> None:
+@pytest.mark.parametrize(
+    ("file", "content", "says"),
+    [
+        ("Annotations/one.xml", BOMB, "one.xml: not XML that can be read: it has a DOCTYPE"),
+        (
+            "Annotations/one.xml",
+            "<annotation>",
+            "one.xml: not XML that can be read: no element found",
+        ),
+        ("Annotations/one.xml", "", "one.xml: not XML that can be read: no element found"),
+        ("Annotations/one.xml", "<?xml version='1.0' encoding='no'?><a/>", "unknown encoding"),
+        (
+            "Annotations/one.xml",
+            "<a>" * (1 << 21),
+            "6,291,456 bytes are no annotation of one image",
+        ),
+        (
+            "Annotations/one.xml",
+            f"<a>{OBJECT.format('a', '', 1, 1, 'x', 1)}</a>",
+            "bndbox: expected numbers",
+        ),
+        (
+            "Annotations/one.xml",
+            f"<a>{OBJECT.format('a', '', 1, 9, 5, 1)}</a>",
+            "expected xmin <= xmax",
+        ),
+        (
+            "Annotations/one.xml",
+            f"<a>{OBJECT.format('a', '', 1, 'nan', 5, 1)}</a>",
+            "expected xmin <= xmax",
+        ),
+        (
+            "Annotations/one.xml",
+            f"<a>{OBJECT.format('a', '', 1, 101, 105, 9)}</a>",
+            "lies outside the image of 100 x 50",
+        ),
+        (
+            "Annotations/one.xml",
+            f"<a>{OBJECT.format(' ', '', 1, 1, 5, 9)}</a>",
+            "an object without <name>",
+        ),
+        (
+            "Annotations/one.xml",
+            "<a><size><width>50</width><height>100</height></size></a>",
+            "the size is 50 x 100, but",
+        ),
+        ("Annotations/one.xml", "<a/>", "has an object 1, but"),
+        ("ImageSets/Main/train.txt", "three", "three.xml: no such annotation file"),
+        ("ImageSets/Main/train.txt", "../one", "../one: expected the name of an image"),
+        ("SegmentationObject/one.png", "", "one.png: the image cannot be read: the file is empty"),
+    ],
+)
+def test_bad_voc_is_one_line_and_leaves_nothing(
+    vitdet: Run, voc: Path, tmp_path: Path, file: str, content: str, says: str
+) -> None:
     write(voc / file, content)
     refused(vitdet("data", "convert", voc, "out"), says, tmp_path)
 
 
 def test_what_the_source_is(vitdet: Run, voc: Path, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
-    refused(vitdet("data", "convert", "empty", "out"), "empty: looks like neither yolo nor voc", tmp_path)
+    refused(
+        vitdet("data", "convert", "empty", "out"),
+        "empty: looks like neither yolo nor voc",
+        tmp_path,
+    )
     refused(vitdet("data", "convert", "none", "out"), "none: no such folder", tmp_path)
     write(voc / "data.yaml", "names: [a]")
     refused(vitdet("data", "convert", voc, "out"), "looks like yolo and voc", tmp_path)
     assert vitdet("data", "convert", voc, "out", "--format", "voc")[0] == 0
 
 
-def test_without_hard_links_it_copies(vitdet: Run, voc: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_hard_links_it_copies(
+    vitdet: Run, voc: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def no(*_: object) -> None:
         raise OSError("another disk")
 
     monkeypatch.setattr(os, "link", no)
     assert vitdet("data", "convert", voc, "out")[0] == 0
-    assert (tmp_path / "out/train/one.jpg").read_bytes() == (voc / "JPEGImages/one.jpg").read_bytes()
+    assert (tmp_path / "out/train/one.jpg").read_bytes() == (
+        voc / "JPEGImages/one.jpg"
+    ).read_bytes()
 
 
 def refused(result: tuple[int, str, str], says: str, folder: Path) -> None:

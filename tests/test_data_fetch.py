@@ -22,7 +22,11 @@ from vitdet.data import inventory
 from vitdet.data.fetch import fetch
 from vitdet.data.published import Archive
 
-TRAIN, VAL, BOTH = "/zips/train2017.zip", "/zips/val2017.zip", "/annotations/annotations_trainval2017.zip"
+TRAIN, VAL, BOTH = (
+    "/zips/train2017.zip",
+    "/zips/val2017.zip",
+    "/annotations/annotations_trainval2017.zip",
+)
 Fetch = Callable[..., bool]
 
 
@@ -42,10 +46,21 @@ def web() -> Iterator[Web]:
 
 @pytest.fixture
 def get(web: Web, tmp_path: Path) -> Fetch:
-    def run(dataset: str = "coco", split: str = "", wanted: list[Archive] | None = None, mirror: str = web.url,
-            **options: object) -> bool:
-        return fetch(wanted or miniatures(dataset, split)[0], tmp_path / "data", lambda _: Seen(), mirror,
-                     patience=QUICK, **options)
+    def run(
+        dataset: str = "coco",
+        split: str = "",
+        wanted: list[Archive] | None = None,
+        mirror: str = web.url,
+        **options: object,
+    ) -> bool:
+        return fetch(
+            wanted or miniatures(dataset, split)[0],
+            tmp_path / "data",
+            lambda _: Seen(),
+            mirror,
+            patience=QUICK,
+            **options,
+        )
 
     return run
 
@@ -62,14 +77,20 @@ def tree(root: Path) -> set[str]:
 def expected(content: bytes, folder: str) -> dict[str, bytes]:
     """The files of an archive by their name below the root."""
     with zipfile.ZipFile(io.BytesIO(content)) as opened:
-        return {f"{folder}/{name.split('/')[-1]}": opened.read(name) for name in opened.namelist()
-                if not name.endswith("/") and "captions" not in name}
+        return {
+            f"{folder}/{name.split('/')[-1]}": opened.read(name)
+            for name in opened.namelist()
+            if not name.endswith("/") and "captions" not in name
+        }
 
 
 def check(root: Path, web: Web) -> None:
     """COCO lies below root, whole, and nothing else."""
-    wanted = {**expected(web.files[TRAIN], "train2017"), **expected(web.files[VAL], "val2017"),
-              **expected(web.files[BOTH], "annotations")}
+    wanted = {
+        **expected(web.files[TRAIN], "train2017"),
+        **expected(web.files[VAL], "val2017"),
+        **expected(web.files[BOTH], "annotations"),
+    }
     assert len(wanted) == 26 and tree(root) == {*wanted, "manifest.json"}
     assert all((root / name).read_bytes() == content for name, content in wanted.items())
     inventory.verify(root, contents=True)
@@ -104,7 +125,11 @@ def test_lvis_lies_over_the_same_images(get: Fetch, web: Web, root: Path) -> Non
     assert get("lvis") is True
     assert asked(web) == ["/LVIS/lvis_v1_train.json.zip", "/LVIS/lvis_v1_val.json.zip"]
     assert {path.name for path in (root / "annotations").iterdir()} == {
-        "instances_train2017.json", "instances_val2017.json", "lvis_v1_train.json", "lvis_v1_val.json"}
+        "instances_train2017.json",
+        "instances_val2017.json",
+        "lvis_v1_train.json",
+        "lvis_v1_val.json",
+    }
     assert get("lvis") is False and get() is False and len(inventory.read(root).archives) == 5
 
 
@@ -119,11 +144,19 @@ def test_one_split_and_then_the_other(get: Fetch, web: Web, root: Path) -> None:
     assert asked(web) == [BOTH, BOTH, TRAIN, VAL]
 
 
-@pytest.mark.parametrize("bad", [
-    [file(cut=9_000), file(cut=3_000)], [file(cut=5_000, stall=True)], [status(503, Retry_After=0), file(cut=10)],
-    [file(cut=9_000), file(ranges=False)], [file(cut=9_000, tag=False), file(tag=False)], [file(length=False)],
-    [file(cut=9_000), file(shift=3)],
-], ids=["cut", "stall", "503", "no Range", "no tag", "no length", "another range"])
+@pytest.mark.parametrize(
+    "bad",
+    [
+        [file(cut=9_000), file(cut=3_000)],
+        [file(cut=5_000, stall=True)],
+        [status(503, Retry_After=0), file(cut=10)],
+        [file(cut=9_000), file(ranges=False)],
+        [file(cut=9_000, tag=False), file(tag=False)],
+        [file(length=False)],
+        [file(cut=9_000), file(shift=3)],
+    ],
+    ids=["cut", "stall", "503", "no Range", "no tag", "no length", "another range"],
+)
 def test_a_bad_line_costs_time_only(get: Fetch, web: Web, root: Path, bad: list) -> None:
     web.plans = {TRAIN: list(bad), VAL: list(bad)}
     get()
@@ -151,20 +184,39 @@ def wrong(to: Handler) -> None:
     to.body(bytes(len(to.server.files[TRAIN])))
 
 
-@pytest.mark.parametrize(("bad", "error", "says"), [
-    (wrong, ValueError, "sha256 .*, expected .*: not the published train2017.zip; the download was thrown away"),
-    (status(404), FileNotFoundError, "404 Not Found"),
-    (status(403), ConnectionError, "403 Forbidden"),
-    (status(200, b"<html>log in</html>", Content_Type="text/html"), ValueError, "a web page came instead"),
-    (status(200, b"short", Content_Type="application/zip"), ValueError, "the server has 5 bytes, expected"),
-], ids=["wrong bytes", "404", "403", "web page", "wrong length"])
-def test_what_will_not_pass_is_one_line_and_the_rest_is_kept(get: Fetch, web: Web, root: Path, bad: Callable,
-                                                             error: type[Exception], says: str) -> None:
+@pytest.mark.parametrize(
+    ("bad", "error", "says"),
+    [
+        (
+            wrong,
+            ValueError,
+            "sha256 .*, expected .*: not the published train2017.zip; the download was thrown away",
+        ),
+        (status(404), FileNotFoundError, "404 Not Found"),
+        (status(403), ConnectionError, "403 Forbidden"),
+        (
+            status(200, b"<html>log in</html>", Content_Type="text/html"),
+            ValueError,
+            "a web page came instead",
+        ),
+        (
+            status(200, b"short", Content_Type="application/zip"),
+            ValueError,
+            "the server has 5 bytes, expected",
+        ),
+    ],
+    ids=["wrong bytes", "404", "403", "web page", "wrong length"],
+)
+def test_what_will_not_pass_is_one_line_and_the_rest_is_kept(
+    get: Fetch, web: Web, root: Path, bad: Callable, error: type[Exception], says: str
+) -> None:
     web.plans = {TRAIN: [bad]}
     with pytest.raises(error, match=says) as caught:
         get()
     assert str(caught.value).startswith(f"{web.url}{TRAIN}: ") and "\n" not in str(caught.value)
-    assert all(name.startswith(".archives/") for name in tree(root))  # nothing is unpacked before all is verified
+    assert all(
+        name.startswith(".archives/") for name in tree(root)
+    )  # nothing is unpacked before all is verified
     get()
     check(root, web)
 
@@ -213,8 +265,13 @@ print(fetch.fetch(miniatures("coco")[0], root, lambda _: Quiet(), url, patience=
 
 
 def start(web: Web, root: Path, *words: str) -> subprocess.Popen:
-    return subprocess.Popen([sys.executable, "-c", SCRIPT, web.url, str(root), *words], env=environment(root.parent),
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        [sys.executable, "-c", SCRIPT, web.url, str(root), *words],
+        env=environment(root.parent),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
 
 
 def kill(process: subprocess.Popen) -> None:
@@ -225,12 +282,21 @@ def kill(process: subprocess.Popen) -> None:
 def test_killed_anywhere_and_run_again(web: Web, root: Path) -> None:
     web.plans = {TRAIN: [file(cut=9_000, stall=True)]}
     process = start(web, root)
-    until(lambda: size(root / ".archives" / "train2017.zip.part") == 9_000 and size(root / ".archives" / "val2017.zip"))
+    until(
+        lambda: (
+            size(root / ".archives" / "train2017.zip.part") == 9_000
+            and size(root / ".archives" / "val2017.zip")
+        )
+    )
     kill(process)
-    process = start(web, root, "000000000005.jpg")  # stops in the middle of this image of both folders
+    process = start(
+        web, root, "000000000005.jpg"
+    )  # stops in the middle of this image of both folders
     assert process.stdout.readline().startswith("here")
     assert (TRAIN, "bytes=9000-") in web.asked
-    until(lambda: (root / ".train2017.part" / "000000000004.jpg").exists())  # after the other folder
+    until(
+        lambda: (root / ".train2017.part" / "000000000004.jpg").exists()
+    )  # after the other folder
     kill(process)
     assert not (root / "train2017").exists()
     web.asked.clear()

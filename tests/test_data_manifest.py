@@ -21,8 +21,11 @@ def test_it_names_files_images_and_classes(data: DataConfig) -> None:
     manifest = json.loads(json.dumps(describe(data)))
     root = Path(data.root)
     content = (root / "annotations" / "instances_train.json").read_bytes()
-    assert manifest["files"][0] == {"path": "annotations/instances_train.json", "size": len(content),
-                                    "sha256": hashlib.sha256(content).hexdigest()}
+    assert manifest["files"][0] == {
+        "path": "annotations/instances_train.json",
+        "size": len(content),
+        "sha256": hashlib.sha256(content).hexdigest(),
+    }
     sizes = [path.stat().st_size for path in (root / "train").glob("*.jpg")]
     assert manifest["images"]["train"] == {"count": 12, "bytes": sum(sizes)}
     assert manifest["images"]["val"]["count"] == 4
@@ -47,7 +50,9 @@ def test_other_annotations_are_told(data: DataConfig) -> None:
     manifest = describe(data)
     path = Path(data.root) / "annotations" / "instances_val.json"
     path.write_text(path.read_text() + " ")
-    with pytest.raises(ValueError, match=r"instances_val.json: no longer the file that was verified"):
+    with pytest.raises(
+        ValueError, match=r"instances_val.json: no longer the file that was verified"
+    ):
         verify(manifest, data)
 
 

@@ -21,7 +21,9 @@ def web(monkeypatch: pytest.MonkeyPatch) -> Iterator[Web]:
     monkeypatch.setattr(os, "sync", lambda: None)
     with serve() as web:
         web.files = {**miniatures("coco")[1], **miniatures("lvis")[1]}
-        monkeypatch.setattr(published, "archives", lambda dataset, split: miniatures(dataset, split)[0])
+        monkeypatch.setattr(
+            published, "archives", lambda dataset, split: miniatures(dataset, split)[0]
+        )
         yield web
 
 
@@ -30,14 +32,28 @@ def test_what_is_published() -> None:
     both, train, val = published.archives("coco")
     assert [one.url for one in (both, train, val)] == [
         "http://images.cocodataset.org/annotations/annotations_trainval2017.zip",
-        "http://images.cocodataset.org/zips/train2017.zip", "http://images.cocodataset.org/zips/val2017.zip"]
+        "http://images.cocodataset.org/zips/train2017.zip",
+        "http://images.cocodataset.org/zips/val2017.zip",
+    ]
     assert (both.size, train.size, val.size) == (252_907_541, 19_336_861_798, 815_585_330)
-    assert both.paths == ("annotations/instances_train2017.json", "annotations/instances_val2017.json")
-    assert [one.name for one in published.archives("coco", "val")] == ["annotations_trainval2017.zip", "val2017.zip"]
-    assert [one.name for one in published.archives("lvis", "val")] == ["train2017.zip", "val2017.zip",
-                                                                       "lvis_v1_val.json.zip"]
+    assert both.paths == (
+        "annotations/instances_train2017.json",
+        "annotations/instances_val2017.json",
+    )
+    assert [one.name for one in published.archives("coco", "val")] == [
+        "annotations_trainval2017.zip",
+        "val2017.zip",
+    ]
+    assert [one.name for one in published.archives("lvis", "val")] == [
+        "train2017.zip",
+        "val2017.zip",
+        "lvis_v1_val.json.zip",
+    ]
     every = published.archives("coco") + published.archives("lvis")
-    assert all(len(bytes.fromhex(one.sha256)) == 32 for one in every) and len({one.sha256 for one in every}) == 5
+    assert (
+        all(len(bytes.fromhex(one.sha256)) == 32 for one in every)
+        and len({one.sha256 for one in every}) == 5
+    )
     assert path(every[-1]) == "/LVIS/lvis_v1_val.json.zip"
 
 
@@ -49,7 +65,11 @@ def test_of_an_archive_of_images_nothing_else_is_taken() -> None:
             train.choose(name)
     both = published.instances("val")
     assert both.choose("annotations/instances_val2017.json") == "instances_val2017.json"
-    assert both.choose("annotations/instances_train2017.json") is both.choose("instances_val2017.json") is None
+    assert (
+        both.choose("annotations/instances_train2017.json")
+        is both.choose("instances_val2017.json")
+        is None
+    )
 
 
 def test_a_person_fetches(vitdet: Run, web: Web) -> None:
@@ -57,27 +77,52 @@ def test_a_person_fetches(vitdet: Run, web: Web) -> None:
     assert (code, output) == (0, "d: val2017 12 images, annotations/instances_val2017.json\n")
     assert "downloading  100 %" in errors and "unpacking  100 %" in errors
     code, output, errors = vitdet("data", "lvis", "d", "--mirror", web.url, "--keep-archives")
-    assert (code, output) == (0, "d: train2017 12 images, val2017 12 images, annotations/lvis_v1_train.json, "
-                                 "annotations/lvis_v1_val.json\n")
+    assert (code, output) == (
+        0,
+        "d: train2017 12 images, val2017 12 images, annotations/lvis_v1_train.json, "
+        "annotations/lvis_v1_val.json\n",
+    )
     again = vitdet("data", "lvis", "d", "--from", "nowhere")
     assert again == (0, output.replace("\n", ", already there\n"), "")
     assert len(web.asked) == 5
-    assert vitdet("data", "coco", "e", "--from", "d/archives", "--split", "train")[0] == 1  # no COCO annotations there
-    assert vitdet("data", "lvis", "e", "--from", "d/archives", "--split", "val")[0] == 1  # val2017.zip was not kept
+    assert (
+        vitdet("data", "coco", "e", "--from", "d/archives", "--split", "train")[0] == 1
+    )  # no COCO annotations there
+    assert (
+        vitdet("data", "lvis", "e", "--from", "d/archives", "--split", "val")[0] == 1
+    )  # val2017.zip was not kept
 
 
-@pytest.mark.parametrize(("words", "says"), [
-    (("--mirror", "http://x", "--from", "y"), "vitdet: --from takes the archives of a folder and --mirror those of a"),
-    (("--mirror", "x"), "vitdet: --mirror x: expected an address such as https://"),
-    (("--from", "y"), "vitdet: y: lacks annotations_trainval2017.zip (http://images.cocodataset.org/annotations/"),
-], ids=["both", "mirror", "from"])
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (
+            ("--mirror", "http://x", "--from", "y"),
+            "vitdet: --from takes the archives of a folder and --mirror those of a",
+        ),
+        (("--mirror", "x"), "vitdet: --mirror x: expected an address such as https://"),
+        (
+            ("--from", "y"),
+            "vitdet: y: lacks annotations_trainval2017.zip (http://images.cocodataset.org/annotations/",
+        ),
+    ],
+    ids=["both", "mirror", "from"],
+)
 def test_a_wrong_word_is_one_line(vitdet: Run, web: Web, words: tuple[str, ...], says: str) -> None:
     code, output, errors = vitdet("data", "coco", "d", *words)
-    assert (code, output) == (1, "") and errors.startswith(says) and errors.count("\n") == 1 and web.asked == []
+    assert (
+        (code, output) == (1, "")
+        and errors.startswith(says)
+        and errors.count("\n") == 1
+        and web.asked == []
+    )
 
 
 def test_a_failure_is_one_line(vitdet: Run, web: Web, tmp_path: Path) -> None:
     web.plans = {"/zips/val2017.zip": [status(404)]}
     code, _, errors = vitdet("data", "coco", "d", "--mirror", web.url)
-    assert code == 1 and f"vitdet: {web.url}/zips/val2017.zip: the server answers 404 Not Found" in errors
+    assert (
+        code == 1
+        and f"vitdet: {web.url}/zips/val2017.zip: the server answers 404 Not Found" in errors
+    )
     assert "Traceback" not in errors and not (tmp_path / "d" / "manifest.json").exists()

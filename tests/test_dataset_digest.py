@@ -42,22 +42,32 @@ def place(source: Path, target: str, copy: Callable = shutil.copyfile) -> str:
 
 
 @pytest.mark.parametrize("dataset", ["coco", "lvis"])
-def test_every_way_to_train_logs_the_same_digest(dataset: str, request: pytest.FixtureRequest, tmp_path: Path,
-                                                 vitdet: Run, logged: list[str]) -> None:
+def test_every_way_to_train_logs_the_same_digest(
+    dataset: str, request: pytest.FixtureRequest, tmp_path: Path, vitdet: Run, logged: list[str]
+) -> None:
     source = request.getfixturevalue("tiny" if dataset == "coco" else "lvis")
 
     def settings(root: str) -> list[str]:
         return [*minimal(root, optim__steps=1), f"data.dataset={dataset}"]
 
-    own, held = place(source, "own"), place(source, "work/data/held", os.symlink)  # as DVC leaves it
+    own, held = (
+        place(source, "own"),
+        place(source, "work/data/held", os.symlink),
+    )  # as DVC leaves it
     assert vitdet("train", "tiny", *options(settings(own)), "--output", "runs/a")[0] == 143
 
-    assert vitdet("config", "tiny", *options(settings(held)), "--output", "work/config.yaml")[0] == 0
+    assert (
+        vitdet("config", "tiny", *options(settings(held)), "--output", "work/config.yaml")[0] == 0
+    )
     command = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]["train"]["cmd"][0].split()
     Path("work/weights").mkdir()
     assert vitdet(*command[1:])[0] == 143
 
-    space, configs, manifest = str(tmp_path / "space"), str(tmp_path / "configs"), str(tmp_path / "manifest")
+    space, configs, manifest = (
+        str(tmp_path / "space"),
+        str(tmp_path / "configs"),
+        str(tmp_path / "manifest"),
+    )
     place(source, "space/sets/there")
     (name,) = steps.resolve_configs(["tiny"], settings("sets/there"), space, configs)
     key = steps.prepare_data(configs, space, manifest)  # what the step `train` is cached by

@@ -10,8 +10,11 @@ from vitdet.models import build_detector
 from vitdet.models.attention import Attention
 
 KINDS = {
-    "plain": {}, "cascade": {"ious": (0.5, 0.6, 0.7)}, "federated": {"loss": "federated"},
-    "adaptive points": {"sampling_ratio": 0}, "ViTAE-Transformer/ViTDet": {"fork": True},
+    "plain": {},
+    "cascade": {"ious": (0.5, 0.6, 0.7)},
+    "federated": {"loss": "federated"},
+    "adaptive points": {"sampling_ratio": 0},
+    "ViTAE-Transformer/ViTDet": {"fork": True},
 }
 OBJECTS = [target([[10, 10, 60, 70], [40, 50, 120, 120]], [0, 3]), target([[64, 8, 100, 40]], [2])]
 
@@ -35,7 +38,11 @@ def test_losses_are_finite_and_reach_every_parameter(detector, form):
     assert losses.keys() == names(detector)
     assert all(loss.isfinite() and loss.dim() == 0 and loss > 0 for loss in losses.values())
     sum(losses.values()).backward()
-    assert [name for name, p in detector.named_parameters() if p.grad is None or not p.grad.isfinite().all()] == []
+    assert [
+        name
+        for name, p in detector.named_parameters()
+        if p.grad is None or not p.grad.isfinite().all()
+    ] == []
 
 
 def test_a_batch_without_objects_reaches_every_parameter_too(detector):
@@ -95,11 +102,17 @@ def test_detections_do_not_depend_on_the_neighbours(detector):
 def test_detections_are_what_they_promise(detector):
     detector.eval()
     sizes = torch.tensor([[128, 128], [100, 61]])
-    for found, (height, width) in zip(detector(images(2), None, sizes), sizes.tolist(), strict=True):
+    for found, (height, width) in zip(
+        detector(images(2), None, sizes), sizes.tolist(), strict=True
+    ):
         assert 0 < len(found) <= 20
         assert found.masks.shape == (len(found), 28, 28)
         assert ((found.masks >= 0) & (found.masks <= 1)).all()
-        assert (found.scores.diff() <= 0).all() and (found.scores > 0.05).all() and (found.scores <= 1).all()
+        assert (
+            (found.scores.diff() <= 0).all()
+            and (found.scores > 0.05).all()
+            and (found.scores <= 1).all()
+        )
         assert (found.labels >= 0).all() and (found.labels < CLASSES).all()
         assert (found.boxes >= 0).all()
         assert (found.boxes[:, 2] <= width).all() and (found.boxes[:, 3] <= height).all()
@@ -113,7 +126,9 @@ def test_what_lies_outside_the_picture_does_not_matter(detector):
     for image, (height, width) in zip(dirty, sizes.tolist(), strict=True):
         image[:, height:] = 255
         image[:, :, width:] = 7
-    for found, wanted in zip(detector(dirty, None, sizes), detector(clean, None, sizes), strict=True):
+    for found, wanted in zip(
+        detector(dirty, None, sizes), detector(clean, None, sizes), strict=True
+    ):
         same(found, wanted)
 
 
@@ -122,7 +137,9 @@ def test_padding_is_exactly_the_mean_colour():
     canvas = small_detector().normalize(images(2), torch.tensor([[100, 60], [128, 128]]))
     assert (canvas[0, :, 100:] == 0).all() and (canvas[0, :, :, 60:] == 0).all()
     pixel = images(2)[1, :, 5, 9].float()
-    wanted = (pixel - torch.tensor([123.675, 116.28, 103.53])) / torch.tensor([58.395, 57.12, 57.375])
+    wanted = (pixel - torch.tensor([123.675, 116.28, 103.53])) / torch.tensor(
+        [58.395, 57.12, 57.375]
+    )
     assert torch.allclose(canvas[1, :, 5, 9], wanted)
 
 
@@ -154,7 +171,9 @@ def test_mirrored_weights_see_the_mirrored_image():
     for ours, wanted in zip(found[:4], maps[:4], strict=True):
         assert torch.allclose(ours.flip(3), wanted, atol=1e-3)
     plain = detector.pyramid(detector.backbone(canvas.flip(3) / 64))
-    assert not torch.allclose(plain[0].flip(3), maps[0], atol=1e-1)  # which is no property of any weights
+    assert not torch.allclose(
+        plain[0].flip(3), maps[0], atol=1e-1
+    )  # which is no property of any weights
 
 
 def test_odds_of_classes_in_the_federated_loss():

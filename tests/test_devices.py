@@ -17,8 +17,10 @@ from vitdet.training.mae import MaskedAutoencoder
 from vitdet.training.meter import Meter
 from vitdet.training.optim import WeightAverage
 
-OBJECTS = {"objects": [([[10, 10, 60, 70], [40, 50, 120, 120]], [0, 3]), ([[64, 8, 100, 40]], [2])],
-           "nothing": [([], []), ([], [])]}
+OBJECTS = {
+    "objects": [([[10, 10, 60, 70], [40, 50, 120, 120]], [0, 3]), ([[64, 8, 100, 40]], [2])],
+    "nothing": [([], []), ([], [])],
+}
 
 
 def test_operands_on_two_devices_are_refused():
@@ -45,11 +47,15 @@ def test_the_detector_stays_on_its_device(kind, objects, form):
         sum(losses.values()).backward()
         with torch.no_grad():
             found = detector.eval()(images(2).to(device))
-        assert all(isinstance(one.masks, FarTensor) and isinstance(one.boxes, FarTensor) for one in found)
+        assert all(
+            isinstance(one.masks, FarTensor) and isinstance(one.boxes, FarTensor) for one in found
+        )
 
 
 def test_what_stands_around_the_detector_follows_it(tiny, tmp_path, monkeypatch):
-    monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())  # it knows real devices alone
+    monkeypatch.setattr(
+        torch, "autocast", lambda *_, **__: contextlib.nullcontext()
+    )  # it knows real devices alone
     config = load_config("tiny", minimal(tiny))
     detector = send(build_detector(config.model, config.evaluate))
     with far_device() as device:
@@ -60,7 +66,9 @@ def test_what_stands_around_the_detector_follows_it(tiny, tmp_path, monkeypatch)
             sum(losses.values()).backward()
             meter.add(losses, torch.ones((), device=device))
             average.update(0)
-        average.load_state_dict({name: weights.to("cpu") for name, weights in average.state_dict().items()})
+        average.load_state_dict(
+            {name: weights.to("cpu") for name, weights in average.state_dict().items()}
+        )
         average.swap()
         gone_on = Meter(2)
         gone_on.restore(meter.state())
@@ -69,5 +77,9 @@ def test_what_stands_around_the_detector_follows_it(tiny, tmp_path, monkeypatch)
         metrics, _ = evaluate_detector(detector, config.data, config.evaluate, device)
         assert metrics["box_ap"] >= 0
         assert len(write_pictures(detector, config.data, tmp_path, count=1, threshold=0.0)) == 1
-        assert isinstance(send(MaskedAutoencoder(build_backbone(config.model)))(torch.zeros(1, 3, 128, 128).to(device)),
-                          FarTensor)
+        assert isinstance(
+            send(MaskedAutoencoder(build_backbone(config.model)))(
+                torch.zeros(1, 3, 128, 128).to(device)
+            ),
+            FarTensor,
+        )

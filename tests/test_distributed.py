@@ -31,8 +31,14 @@ if TYPE_CHECKING:
     from mlflow.entities import Run
 
 # No random draw of proposals and a batch that is not too small, so that one and two processes differ by rounding only.
-TOGETHER = {"train__batch_size": 4, "model__rpn__samples": 4000, "model__rpn__positive_fraction": 1,
-            "model__roi_heads__samples": 100, "model__roi_heads__positive_fraction": 1, "model__mask__samples": 100}
+TOGETHER = {
+    "train__batch_size": 4,
+    "model__rpn__samples": 4000,
+    "model__rpn__positive_fraction": 1,
+    "model__roi_heads__samples": 100,
+    "model__roi_heads__positive_fraction": 1,
+    "model__mask__samples": 100,
+}
 
 
 class Listener(Recorder):
@@ -60,7 +66,11 @@ class Listener(Recorder):
 
         trainer.train_loader = listening
         try:
-            train(load_config("tiny", minimal(root, **changes)), output, start_tracking=lambda *_: self)
+            train(
+                load_config("tiny", minimal(root, **changes)),
+                output,
+                start_tracking=lambda *_: self,
+            )
         finally:
             trainer.train_loader = loader
 
@@ -68,22 +78,36 @@ class Listener(Recorder):
 def one_of_two(rank: int, threads: int, port: int, root: Path, output: Path, changes: dict) -> None:
     """What torchrun does, with a listener."""
     torch.set_num_threads(threads)
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
-                   "MASTER_PORT": str(port)}
+    os.environ |= {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
     listener = Listener()
     listener.train(root, output, changes)
-    output.with_name(f"rank{rank}.json").write_text(json.dumps([listener.image_ids, listener.points]))
+    output.with_name(f"rank{rank}.json").write_text(
+        json.dumps([listener.image_ids, listener.points])
+    )
 
 
 def uninterrupted_pair(tiny: Path, folder: Path) -> None:
     """folder/run: a training by two processes; rank0.json and rank1.json: what each of them saw."""
-    multiprocessing.spawn(one_of_two, (torch.get_num_threads(), free_port(), tiny, folder / "run", TOGETHER), nprocs=2)
+    multiprocessing.spawn(
+        one_of_two, (torch.get_num_threads(), free_port(), tiny, folder / "run", TOGETHER), nprocs=2
+    )
 
 
 def apart(rank: int, port: int, root: Path, folder: Path) -> None:
     """What torchrun does on machines that share no folder: the second one finds nothing of the first one's."""
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
-                   "MASTER_PORT": str(port)}
+    os.environ |= {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
     if rank == 1:
         trainer.Checkpoints.latest = lambda _: None
     train(load_config("tiny", minimal(root, **TOGETHER)), folder)
@@ -92,7 +116,9 @@ def apart(rank: int, port: int, root: Path, folder: Path) -> None:
 def test_processes_that_share_no_folder_end_at_once(tiny: Path, tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         go(tiny, tmp_path, interrupt(cut, 4), **TOGETHER)
-    with pytest.raises(Exception, match=r"found states of different steps \(3, 0\); --output must be one folder"):
+    with pytest.raises(
+        Exception, match=r"found states of different steps \(3, 0\); --output must be one folder"
+    ):
         multiprocessing.spawn(apart, (free_port(), tiny, tmp_path), nprocs=2)
     assert min(go(tiny, tmp_path, **TOGETHER).points) == 4  # nothing was lost
 
@@ -121,7 +147,9 @@ def finish(process: subprocess.Popen) -> str:
 
 def tracked(folder: Path) -> tuple[MlflowClient, Run]:
     """MLflow there, and the one run that it has."""
-    from mlflow import MlflowClient  # here: the processes of `uninterrupted_pair` import this module too
+    from mlflow import (
+        MlflowClient,
+    )  # here: the processes of `uninterrupted_pair` import this module too
 
     client = MlflowClient(f"sqlite:///{folder / 'mlflow.db'}")
     (run,) = client.search_runs([one.experiment_id for one in client.search_experiments()])
@@ -137,7 +165,9 @@ def killed_alone(tiny: Path, folder: Path) -> None:
     process.terminate()
     _, errors = process.communicate(timeout=200)
     assert process.returncode == 143, errors
-    stopped = int(re.search(rf"stopped at step (\d+) of {STEPS}; the same command goes on", errors)[1])
+    stopped = int(
+        re.search(rf"stopped at step (\d+) of {STEPS}; the same command goes on", errors)[1]
+    )
     assert first <= stopped < STEPS
     process = start(words, folder)
     wait_for(process, f"step {random.randrange(stopped + 1, max(STEPS, stopped + 2))}/{STEPS}")
@@ -156,11 +186,17 @@ def killed_pair(tiny: Path, folder: Path) -> None:
     for pid in (process.pid, *map(int, workers)):  # the workers are no members of its group
         os.kill(pid, signal.SIGKILL)
     process.communicate()
-    assert f"of {STEPS} (run/checkpoints)" in finish(start(words, folder, processes=2))  # it went on
+    assert f"of {STEPS} (run/checkpoints)" in finish(
+        start(words, folder, processes=2)
+    )  # it went on
     trained, (client, run) = (folder / "run" / "model.pt").read_bytes(), tracked(folder)
-    client.update_run(run.info.run_id, "RUNNING")  # its process was killed before it could say that it has finished
+    client.update_run(
+        run.info.run_id, "RUNNING"
+    )  # its process was killed before it could say that it has finished
     # as torchrun does when another node is lost at the very end
-    assert "run: complete already, nothing is left to do" in finish(start(words, folder, processes=2))
+    assert "run: complete already, nothing is left to do" in finish(
+        start(words, folder, processes=2)
+    )
     assert (folder / "run" / "model.pt").read_bytes() == trained
     assert tracked(folder)[1].info.status == "FINISHED"
 
@@ -176,8 +212,11 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def folders(tiny: Path, store: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Future[Path]]]:
+def folders(
+    tiny: Path, store: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[dict[str, Future[Path]]]:
     """What the three functions make, side by side: most of their time is imports."""
+
     def make(scene: Callable[[Path, Path], None]) -> Path:
         folder = made[scene]
         shutil.copy(store, folder)
@@ -190,7 +229,9 @@ def folders(tiny: Path, store: Path, tmp_path_factory: pytest.TempPathFactory) -
         yield {scene.__name__: pool.submit(make, scene) for scene in scenes}
 
 
-def test_killed_processes_go_on_under_one_run(folders: dict[str, Future[Path]], trained: Path) -> None:
+def test_killed_processes_go_on_under_one_run(
+    folders: dict[str, Future[Path]], trained: Path
+) -> None:
     folder = folders["killed_alone"].result()
     same_bits(folder / "run", trained)
     assert not list((folder / "run").rglob(".*.tmp"))
@@ -199,21 +240,34 @@ def test_killed_processes_go_on_under_one_run(folders: dict[str, Future[Path]], 
     assert run.info.status == "FINISHED"
     expected = figures(json.loads((trained / "points.json").read_text()))
     for name in ("loss", "loss_mask", "lr", "grad_norm", "box_ap"):
-        history = [(point.step, point.value) for point in client.get_metric_history(run.info.run_id, name)]
-        assert history == [(step, values[name]) for step, values in expected.items() if name in values], name
+        history = [
+            (point.step, point.value) for point in client.get_metric_history(run.info.run_id, name)
+        ]
+        assert history == [
+            (step, values[name]) for step, values in expected.items() if name in values
+        ], name
 
 
-def test_two_processes_under_torchrun_killed_and_started_again(folders: dict[str, Future[Path]]) -> None:
-    same_bits(folders["killed_pair"].result() / "run", folders["uninterrupted_pair"].result() / "run")
+def test_two_processes_under_torchrun_killed_and_started_again(
+    folders: dict[str, Future[Path]],
+) -> None:
+    same_bits(
+        folders["killed_pair"].result() / "run", folders["uninterrupted_pair"].result() / "run"
+    )
 
 
-def test_one_and_two_processes_see_the_same_images_in_the_same_order(folders: dict[str, Future[Path]], tiny: Path,
-                                                                     tmp_path: Path) -> None:
+def test_one_and_two_processes_see_the_same_images_in_the_same_order(
+    folders: dict[str, Future[Path]], tiny: Path, tmp_path: Path
+) -> None:
     pair = folders["uninterrupted_pair"].result()
     alone = Listener()
     alone.train(tiny, tmp_path / "run", TOGETHER)
-    (ids0, points), (ids1, _) = (json.loads((pair / f"rank{rank}.json").read_text()) for rank in (0, 1))
-    assert [list(ids) for ids in alone.image_ids] == [a + b for a, b in zip(ids0, ids1, strict=True)]
+    (ids0, points), (ids1, _) = (
+        json.loads((pair / f"rank{rank}.json").read_text()) for rank in (0, 1)
+    )
+    assert [list(ids) for ids in alone.image_ids] == [
+        a + b for a, b in zip(ids0, ids1, strict=True)
+    ]
     assert len(ids0) == STEPS and len({image for ids in ids0 + ids1 for image in ids}) > 6
     first, other = alone.points[1], points["1"]
     for name in ("loss", "loss_cls", "loss_rpn_cls", "loss_rpn_loc", "loss_mask"):
@@ -222,7 +276,9 @@ def test_one_and_two_processes_see_the_same_images_in_the_same_order(folders: di
 
 
 def test_two_processes_evaluate_as_one(trained: Path, tmp_path: Path) -> None:
-    process = start(["evaluate", str(trained / "model.pt"), "--output", "metrics.json"], tmp_path, processes=2)
+    process = start(
+        ["evaluate", str(trained / "model.pt"), "--output", "metrics.json"], tmp_path, processes=2
+    )
     output, errors = process.communicate(timeout=200)
     assert process.returncode == 0 and output.count("mask ") == 1, errors  # one table
     expected = load_model_file(trained / "model.pt")["metrics"]
@@ -232,8 +288,12 @@ def test_two_processes_evaluate_as_one(trained: Path, tmp_path: Path) -> None:
 def test_one_process_is_the_first_of_one() -> None:
     assert (distributed.rank(), distributed.world_size()) == (0, 1)
     value = torch.tensor([1.0, 2.0])
-    assert torch.equal(distributed.mean(value), value) and distributed.all_gather_objects("a") == ["a"]
+    assert torch.equal(distributed.mean(value), value) and distributed.all_gather_objects("a") == [
+        "a"
+    ]
     assert distributed.gather_objects("a") == ["a"]
-    assert distributed.any_of(True, torch.device("cpu")) and not distributed.any_of(False, torch.device("cpu"))
+    assert distributed.any_of(True, torch.device("cpu")) and not distributed.any_of(
+        False, torch.device("cpu")
+    )
     with distributed.process_group() as device:
         assert distributed.world_size() == 1 and device.type in ("cpu", "cuda")

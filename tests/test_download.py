@@ -43,7 +43,10 @@ def web() -> Iterator[Web]:
 @pytest.fixture
 def load(web: Web, tmp_path: Path) -> Load:
     """Downloads under these answers, and gives the file."""
-    def run(*plan: Answer, size: int | None = None, patience: Patience = QUICK, copies: int = 1) -> Path:
+
+    def run(
+        *plan: Answer, size: int | None = None, patience: Patience = QUICK, copies: int = 1
+    ) -> Path:
         web.plan = list(plan)
         download(f"{web.url}/a/file.pth", tmp_path / "part", Seen(), patience, size, copies)
         return tmp_path / "part"
@@ -69,9 +72,17 @@ def test_a_cut_connection_goes_on_where_it_was(web: Web, load: Load) -> None:
     assert ranges(web) == [None, *(f"bytes={n}-" for n in (30_000, 50_000, 50_001, 50_002, 50_003))]
 
 
-@pytest.mark.parametrize("bad", [
-    file(cut=5_000, stall=True), status(500), status(503, Retry_After=0), status(429), file(cut=0),
-], ids=["stall", "500", "503", "429", "nothing"])
+@pytest.mark.parametrize(
+    "bad",
+    [
+        file(cut=5_000, stall=True),
+        status(500),
+        status(503, Retry_After=0),
+        status(429),
+        file(cut=0),
+    ],
+    ids=["stall", "500", "503", "429", "nothing"],
+)
 def test_what_may_pass_is_tried_again(web: Web, load: Load, bad: Answer) -> None:
     assert load(bad, bad).read_bytes() == CONTENT
     assert web.sent == 100_000 and len(web.asked) == 3
@@ -82,7 +93,8 @@ def test_a_server_that_never_gets_further_is_given_up(web: Web, load: Load, tmp_
         load(file(cut=30_000), *[file(cut=0)] * 9)
     assert str(caught.value) == (
         f"{web.url}/a/file.pth: the connection was cut at 30,000 of 100,000 bytes, 3 times in a row; the 30,000 bytes "
-        "so far are kept, the same command goes on from there")
+        "so far are kept, the same command goes on from there"
+    )
     assert len(web.asked) == 3 and (tmp_path / "part").read_bytes() == CONTENT[:30_000]
     assert load().read_bytes() == CONTENT and web.sent == 100_000
 
@@ -95,9 +107,16 @@ def test_a_server_that_ignores_range_starts_again(web: Web, load: Load, tmp_path
         load(changed(OTHER, file(ranges=False, cut=40_000)), *[file(ranges=False, cut=40_000)] * 9)
 
 
-@pytest.mark.parametrize("then", [
-    file(), file(honest=False), file(ranges=False), file(cut=20_000),
-], ids=["If-Range", "ignores If-Range", "ignores Range", "cut again"])
+@pytest.mark.parametrize(
+    "then",
+    [
+        file(),
+        file(honest=False),
+        file(ranges=False),
+        file(cut=20_000),
+    ],
+    ids=["If-Range", "ignores If-Range", "ignores Range", "cut again"],
+)
 def test_two_files_are_never_joined(load: Load, then: Answer) -> None:
     assert load(file(cut=30_000), changed(OTHER, then)).read_bytes() == OTHER
 
@@ -127,17 +146,38 @@ def test_a_length_that_is_not_known(web: Web, load: Load) -> None:
     assert load(file(length=False)).read_bytes() == CONTENT
 
 
-@pytest.mark.parametrize(("answer", "error", "says"), [
-    (status(404), FileNotFoundError, "the server answers 404 Not Found (no such file there)"),
-    (status(403), ConnectionError, "the server answers 403 Forbidden (it does not give out this file)"),
-    (status(200, b"<html>log in</html>", Content_Type="text/html"), ValueError, "a web page came instead of the file"),
-    (file(surplus=1), ValueError, "the server has 100,001 bytes, expected 100,000: not the published file"),
-], ids=["404", "403", "web page", "wrong length"])
-def test_what_will_not_pass_is_one_line_at_once(web: Web, load: Load, tmp_path: Path, answer: Answer,
-                                                error: type[Exception], says: str) -> None:
+@pytest.mark.parametrize(
+    ("answer", "error", "says"),
+    [
+        (status(404), FileNotFoundError, "the server answers 404 Not Found (no such file there)"),
+        (
+            status(403),
+            ConnectionError,
+            "the server answers 403 Forbidden (it does not give out this file)",
+        ),
+        (
+            status(200, b"<html>log in</html>", Content_Type="text/html"),
+            ValueError,
+            "a web page came instead of the file",
+        ),
+        (
+            file(surplus=1),
+            ValueError,
+            "the server has 100,001 bytes, expected 100,000: not the published file",
+        ),
+    ],
+    ids=["404", "403", "web page", "wrong length"],
+)
+def test_what_will_not_pass_is_one_line_at_once(
+    web: Web, load: Load, tmp_path: Path, answer: Answer, error: type[Exception], says: str
+) -> None:
     with pytest.raises(error) as caught:
         load(answer, size=100_000)
-    assert says in str(caught.value) and f"{web.url}/a/file.pth" in str(caught.value) and len(web.asked) == 1
+    assert (
+        says in str(caught.value)
+        and f"{web.url}/a/file.pth" in str(caught.value)
+        and len(web.asked) == 1
+    )
     assert "\n" not in str(caught.value) and not (tmp_path / "part").exists()
 
 
@@ -161,13 +201,18 @@ def test_redirects_are_followed_with_the_range(web: Web, load: Load) -> None:
 
 
 def test_a_full_disk_keeps_what_came(load: Load, web: Web, tmp_path: Path) -> None:
-    with largest_file(40_000), pytest.raises(OSError, match="part: could not be written .*File too large"):
+    with (
+        largest_file(40_000),
+        pytest.raises(OSError, match="part: could not be written .*File too large"),
+    ):
         load()
     assert (tmp_path / "part").read_bytes() == CONTENT[:40_000]
     assert load().read_bytes() == CONTENT and ranges(web) == [None, "bytes=40000-"]
 
 
-def test_the_disk_is_asked_first(load: Load, web: Web, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_disk_is_asked_first(
+    load: Load, web: Web, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=199_999))
     with pytest.raises(OSError, match="0.2 MB are needed for 2 files of this size, 0.2 MB"):

@@ -24,11 +24,17 @@ from moto.server import ThreadedMotoServer
 from tests.archives import miniatures
 from tests.test_pipeline_dvc import RECIPE, ROOT, Project, finished, project
 
-KEYS = {"AWS_ACCESS_KEY_ID": "a", "AWS_SECRET_ACCESS_KEY": "b", "AWS_DEFAULT_REGION": "us-east-1",
-        "AWS_EC2_METADATA_DISABLED": "true", "NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1"}
+KEYS = {
+    "AWS_ACCESS_KEY_ID": "a",
+    "AWS_SECRET_ACCESS_KEY": "b",
+    "AWS_DEFAULT_REGION": "us-east-1",
+    "AWS_EC2_METADATA_DISABLED": "true",
+    "NO_PROXY": "127.0.0.1",
+    "no_proxy": "127.0.0.1",
+}
 # The real `vitdet data coco` where there are no pictures (it takes a second to do nothing), of archives of 12 that lie
 # in bin/; and the stub, which needs them to train.
-COCO = '''#!{python}
+COCO = """#!{python}
 import os, sys
 sys.path.insert(0, {root!r})
 there = [len(os.listdir(name)) for name in ("data/coco/train2017", "data/coco/val2017") if os.path.isdir(name)]
@@ -42,7 +48,7 @@ if sys.argv[1:3] == ["data", "coco"] and not there:
 assert there == [12, 12] or sys.argv[1] not in ("train", "evaluate")
 if sys.argv[1] != "data":
     os.execv("bin/stub", ["bin/stub", *sys.argv[1:]])
-'''
+"""
 
 
 @pytest.fixture(autouse=True)
@@ -66,9 +72,12 @@ def bucket() -> Iterator[str]:
 
 def results(folder: Path) -> dict[str, str]:
     """The files of results and data, by their checksums."""
-    return {str(one.relative_to(folder)): hashlib.sha256(one.read_bytes()).hexdigest()
-            for place in ("work", "data") for one in (folder / place).rglob("*")
-            if one.is_file() and one.name != ".gitignore"}
+    return {
+        str(one.relative_to(folder)): hashlib.sha256(one.read_bytes()).hexdigest()
+        for place in ("work", "data")
+        for one in (folder / place).rglob("*")
+        if one.is_file() and one.name != ".gitignore"
+    }
 
 
 def on_another_machine(project: Project) -> None:
@@ -79,9 +88,13 @@ def on_another_machine(project: Project) -> None:
 
 def remote(project: Project, url: str, endpoint: str = "") -> None:
     """As `dvc remote add -d storage URL` and, with an endpoint, `dvc remote modify` leave it."""
-    lines = f"['remote \"storage\"']\n    url = {url}\n" + (f"    endpointurl = {endpoint}\n" if endpoint else "")
+    lines = f"['remote \"storage\"']\n    url = {url}\n" + (
+        f"    endpointurl = {endpoint}\n" if endpoint else ""
+    )
     config = project.folder / ".dvc" / "config"
-    config.write_text(config.read_text().replace("[core]", "[core]\n    remote = storage", 1) + lines)
+    config.write_text(
+        config.read_text().replace("[core]", "[core]\n    remote = storage", 1) + lines
+    )
 
 
 def with_coco(project: Project) -> None:
@@ -106,7 +119,9 @@ def with_coco(project: Project) -> None:
         stub.with_name(where.split("/")[-1]).write_bytes(content)
 
 
-def test_of_coco_a_folder_carries_the_annotations_and_the_manifest(project: Project, tmp_path: Path) -> None:
+def test_of_coco_a_folder_carries_the_annotations_and_the_manifest(
+    project: Project, tmp_path: Path
+) -> None:
     with_coco(project)
     remote(project, str(tmp_path / "storage"))
     project("dvc", "repro")
@@ -119,7 +134,9 @@ def test_of_coco_a_folder_carries_the_annotations_and_the_manifest(project: Proj
     assert held.keys() < {one["path"] for one in locked["train"]["deps"]}
 
     project("dvc", "repro", "--force", "--single-item", "data")
-    assert results(project.folder) == before  # nothing was deleted that would have to be downloaded again
+    assert (
+        results(project.folder) == before
+    )  # nothing was deleted that would have to be downloaded again
 
     project("dvc", "push")
     on_another_machine(project)
@@ -133,16 +150,24 @@ def test_of_coco_a_folder_carries_the_annotations_and_the_manifest(project: Proj
     assert project.ran == ["config", "train", "from 0 to 20", "evaluate", "register"]
     after = results(project.folder)
     assert {name: after[name] for name in after if name.startswith("data/")} == {
-        name: before[name] for name in before if name.startswith("data/")}
+        name: before[name] for name in before if name.startswith("data/")
+    }
 
 
 def test_a_bucket_carries_the_results_to_another_machine(project: Project, bucket: str) -> None:
     before = results(project.folder)
-    assert {"work/data/tiny/image", "work/train/model.pt", "work/metrics.json", "work/registered.json"} <= before.keys()
+    assert {
+        "work/data/tiny/image",
+        "work/train/model.pt",
+        "work/metrics.json",
+        "work/registered.json",
+    } <= before.keys()
     remote(project, "s3://bucket/vitdet", bucket)
     project("dvc", "push", **KEYS)
     on_another_machine(project)
-    assert "Unable to locate credentials" in project("dvc", "pull", ok=False, AWS_EC2_METADATA_DISABLED="true")
+    assert "Unable to locate credentials" in project(
+        "dvc", "pull", ok=False, AWS_EC2_METADATA_DISABLED="true"
+    )
     project("dvc", "pull", **KEYS)
     assert results(project.folder) == before
     project("dvc", "repro", **KEYS)

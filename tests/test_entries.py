@@ -29,26 +29,34 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_entries_are_those_of_json(large: Path) -> None:
     path = large / "annotations" / "instances_train.json"
     found, expected = read_entries(path), json.loads(path.read_bytes())
-    assert set(found) == {"images", "annotations", "categories"} and len(found["annotations"]) == 300
+    assert (
+        set(found) == {"images", "annotations", "categories"} and len(found["annotations"]) == 300
+    )
     for table, entries in found.items():
         assert isinstance(entries, Entries)
         for _ in range(2):
             assert list(entries) == expected[table]
 
 
-@pytest.mark.parametrize("text", [
-    '{"images": [{"a": NaN}], "annotations": [], "categories": []}',
-    '{"images": [{"a": 1e400, "b": "\\ud800"}], "annotations": [3, null], "categories": [], "info": {}}',
-    '{"images": {}, "annotations": [], "categories": []}',
-    '[1, 2]',
-    '{"images": [1267650600228229401496703205376]}',
-])
+@pytest.mark.parametrize(
+    "text",
+    [
+        '{"images": [{"a": NaN}], "annotations": [], "categories": []}',
+        '{"images": [{"a": 1e400, "b": "\\ud800"}], "annotations": [3, null], "categories": [], "info": {}}',
+        '{"images": {}, "annotations": [], "categories": []}',
+        "[1, 2]",
+        '{"images": [1267650600228229401496703205376]}',
+    ],
+)
 def test_what_is_no_sound_file_is_as_json_reads_it(tmp_path: Path, text: str) -> None:
     path = tmp_path / "x.json"
     path.write_text(text)
     found, expected = read_entries(path), json.loads(text)
     if isinstance(found, dict):
-        found = {table: list(value) if isinstance(value, Entries) else value for table, value in found.items()}
+        found = {
+            table: list(value) if isinstance(value, Entries) else value
+            for table, value in found.items()
+        }
         expected = {table: expected[table] for table in found}
     assert repr(found) == repr(expected)  # nan is not equal to nan
 
@@ -66,8 +74,14 @@ def test_records_are_equal_however_the_file_was_read(large: Path) -> None:
     path = large / "annotations" / "instances_train.json"
     tree = json.loads(path.read_bytes())
     streamed, whole = read_coco(path, large / "train"), read_coco(path, large / "train", tree=tree)
-    of_image = {image["id"]: [one for one in tree["annotations"] if one["image_id"] == image["id"]
-                              and not one["iscrowd"]] for image in tree["images"]}
+    of_image = {
+        image["id"]: [
+            one
+            for one in tree["annotations"]
+            if one["image_id"] == image["id"] and not one["iscrowd"]
+        ]
+        for image in tree["images"]
+    }
     assert streamed.dropped == whole.dropped and streamed.image_counts == whole.image_counts
     for one, other in zip(streamed.records, whole.records, strict=True):
         expected = of_image[one.image_id]
@@ -86,7 +100,11 @@ def test_parts_of_the_records_share_their_arrays_and_hold_no_objects(large: Path
     assert records[-1].image_id == 60 and len(records[60:]) == 0
     with pytest.raises(IndexError):
         records[60]
-    assert part.counts().tolist() == [len(record) for record in part] == [len(labels) for labels in part.labels()]
+    assert (
+        part.counts().tolist()
+        == [len(record) for record in part]
+        == [len(labels) for labels in part.labels()]
+    )
     assert part.sizes().tolist() == [[record.height, record.width] for record in part]
     assert list(part.paths()) == [record.path for record in part]
     reached, waiting = 0, [records]
@@ -102,4 +120,6 @@ def test_parts_of_the_records_share_their_arrays_and_hold_no_objects(large: Path
 def test_a_picture_of_two_splits_is_found_when_images_are_read(large: Path) -> None:
     assert check(large, images=False).ok  # ids and names are others
     (error, *_) = check(large).errors
-    assert error.kind == "picture in two splits" and error.count == 20  # all are links to the same four
+    assert (
+        error.kind == "picture in two splits" and error.count == 20
+    )  # all are links to the same four

@@ -16,8 +16,15 @@ def files(tmp_path):
     """A file of annotations and one of results."""
     truth, results = random_set(3, images=6, categories=3)
     annotations = tmp_path / "truth.json"
-    annotations.write_text(json.dumps({"images": list(truth.images.values()), "annotations": truth.objects,
-                                       "categories": list(truth.categories.values())}))
+    annotations.write_text(
+        json.dumps(
+            {
+                "images": list(truth.images.values()),
+                "annotations": truth.objects,
+                "categories": list(truth.categories.values()),
+            }
+        )
+    )
     (tmp_path / "results.json").write_text(json.dumps(results))
     return tmp_path / "results.json", annotations
 
@@ -30,15 +37,28 @@ def run(*words):
 
 def test_the_verb_prints_a_table_and_writes_the_figures(files, tmp_path, capsys):
     results, annotations = files
-    assert run("evaluate", "--results", results, "--annotations", annotations, "--output", tmp_path / "new" / "m.json",
-               "--plots", tmp_path / "plots") == 0
+    assert (
+        run(
+            "evaluate",
+            "--results",
+            results,
+            "--annotations",
+            annotations,
+            "--output",
+            tmp_path / "new" / "m.json",
+            "--plots",
+            tmp_path / "plots",
+        )
+        == 0
+    )
     lines = capsys.readouterr().out.splitlines()
     metrics = json.loads((tmp_path / "new" / "m.json").read_text())
     assert [line.split()[0] for line in lines] == ["ap", "box", "mask"]
     assert lines[1].split()[1] == format(metrics["box_ap"], ".1f")
     assert len(metrics) == 24 and 0 < metrics["mask_ap"] < 100
-    assert {row["class"] for row in json.loads((tmp_path / "plots" / "classes.json").read_text())} <= {
-        "class 0", "class 1", "class 2"}
+    assert {
+        row["class"] for row in json.loads((tmp_path / "plots" / "classes.json").read_text())
+    } <= {"class 0", "class 1", "class 2"}
     assert json.loads((tmp_path / "plots" / "curve.json").read_text())
 
 
@@ -46,8 +66,14 @@ def test_the_verb_prints_a_table_and_writes_the_figures(files, tmp_path, capsys)
 def test_only_what_the_results_hold_is_scored(files, capsys, lost, kept):
     results, annotations = files
     both = evaluate_results(results, annotations)
-    results.write_text(json.dumps([{key: one[key] for key in one if key != lost}
-                                   for one in json.loads(results.read_text())]))
+    results.write_text(
+        json.dumps(
+            [
+                {key: one[key] for key in one if key != lost}
+                for one in json.loads(results.read_text())
+            ]
+        )
+    )
     alone = evaluate_results(results, annotations)
     assert alone == {key: value for key, value in both.items() if key.startswith(kept)}
     assert run("evaluate", "--results", results, "--annotations", annotations) == 0
@@ -59,8 +85,10 @@ def test_masks_may_be_polygons_and_run_lengths(files):
     items = json.loads(results.read_text())
     expected = evaluate_results(results, annotations)
     x, y = 10.0, 20.0
-    shapes = [[[x, y, x + 30, y, x + 30, y + 40, x, y + 40]],
-              {"size": [SIDE, SIDE], "counts": [10 * SIDE + 20, *[40, 110] * 29, 40, SIDE * 110 + 90]}]
+    shapes = [
+        [[x, y, x + 30, y, x + 30, y + 40, x, y + 40]],
+        {"size": [SIDE, SIDE], "counts": [10 * SIDE + 20, *[40, 110] * 29, 40, SIDE * 110 + 90]},
+    ]
     assert sum(shapes[1]["counts"]) == SIDE * SIDE
     figures = []
     for shape in shapes:
@@ -73,22 +101,35 @@ BROKEN = {"size": [SIDE, SIDE], "counts": "abc"}
 SHORT = {"size": [SIDE, SIDE], "counts": [SIDE * SIDE - 1]}
 
 
-@pytest.mark.parametrize(("change", "message"), [
-    ({"image_id": 7}, "holds no image 7, which has results"),
-    ({"image_id": None}, "holds no image None"),
-    ({"image_id": [7]}, "image_id of a result must be a number"),
-    ({"category_id": 4}, "holds no category 4"),
-    ({"score": None}, "result 2: score must be a finite number, got None"),
-    ({"score": "0.5"}, "result 2: score must be a finite number, got '0.5'"),
-    ({"score": float("nan")}, "result 2: score must be a finite number, got nan"),
-    ({"bbox": [1, 2, 3]}, "result 2: bbox must be 4 finite numbers x, y, width, height, got .1, 2, 3."),
-    ({"bbox": [1, 2, 3, float("inf")]}, "result 2: bbox must be 4 finite"),
-    ({"segmentation": BROKEN}, "result 2: RLE whose counts"),
-    ({"segmentation": SHORT}, "result 2: RLE whose counts do not fill its size"),
-    ({"segmentation": {"size": [5, 5], "counts": "i0"}}, "result 2: RLE of another size than its image"),
-    ({"segmentation": {"size": [SIDE, SIDE], "counts": "ää"}}, "result 2: RLE whose counts are not run lengths"),
-    ({"segmentation": 3}, "result 2: segmentation that is neither"),
-], ids=str)
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"image_id": 7}, "holds no image 7, which has results"),
+        ({"image_id": None}, "holds no image None"),
+        ({"image_id": [7]}, "image_id of a result must be a number"),
+        ({"category_id": 4}, "holds no category 4"),
+        ({"score": None}, "result 2: score must be a finite number, got None"),
+        ({"score": "0.5"}, "result 2: score must be a finite number, got '0.5'"),
+        ({"score": float("nan")}, "result 2: score must be a finite number, got nan"),
+        (
+            {"bbox": [1, 2, 3]},
+            "result 2: bbox must be 4 finite numbers x, y, width, height, got .1, 2, 3.",
+        ),
+        ({"bbox": [1, 2, 3, float("inf")]}, "result 2: bbox must be 4 finite"),
+        ({"segmentation": BROKEN}, "result 2: RLE whose counts"),
+        ({"segmentation": SHORT}, "result 2: RLE whose counts do not fill its size"),
+        (
+            {"segmentation": {"size": [5, 5], "counts": "i0"}},
+            "result 2: RLE of another size than its image",
+        ),
+        (
+            {"segmentation": {"size": [SIDE, SIDE], "counts": "ää"}},
+            "result 2: RLE whose counts are not run lengths",
+        ),
+        ({"segmentation": 3}, "result 2: segmentation that is neither"),
+    ],
+    ids=str,
+)
 def test_a_result_that_cannot_be_compared_is_named_in_one_line(files, change, message):
     results, annotations = files
     items = json.loads(results.read_text())
@@ -108,11 +149,19 @@ def test_a_missing_key_is_named(files, key):
         evaluate_results(results, annotations)
 
 
-@pytest.mark.parametrize(("text", "message"), [
-    ("[]", "list of results is empty"), ("{}", "expected a list of results, got a dict"),
-    ("[{", "not readable as JSON"), ("\xff", "not readable as JSON"), ("[3]", "expected a bbox and/or"),
-    ('[{"image_id": 1}]', "expected a bbox and/or"),
-    ('[{"bbox": [1, 2, 3, 4]}, 5]', "result 2: expected an object, got a int")], ids=str)
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[]", "list of results is empty"),
+        ("{}", "expected a list of results, got a dict"),
+        ("[{", "not readable as JSON"),
+        ("\xff", "not readable as JSON"),
+        ("[3]", "expected a bbox and/or"),
+        ('[{"image_id": 1}]', "expected a bbox and/or"),
+        ('[{"bbox": [1, 2, 3, 4]}, 5]', "result 2: expected an object, got a int"),
+    ],
+    ids=str,
+)
 def test_what_is_no_file_of_results_is_refused(files, text, message):
     results, annotations = files
     results.write_bytes(text.encode("latin-1"))
@@ -121,21 +170,58 @@ def test_what_is_no_file_of_results_is_refused(files, text, message):
     assert str(caught.value).startswith(str(results))
 
 
-@pytest.mark.parametrize(("change", "message"), [
-    (lambda tree: tree["images"].clear(), "annotation 1: annotation of an image that does not exist"),
-    (lambda tree: tree["annotations"][0].pop("bbox"), "annotation 1 .*: annotation without 'bbox'"),
-    (lambda tree: tree["annotations"][0].pop("segmentation"), "annotation 1 .*: annotation without 'segmentation'"),
-    (lambda tree: tree["annotations"][0].update(segmentation=SHORT), "annotation 1 .*: RLE whose counts do not fill"),
-    (lambda tree: tree.update(images=3), "'images' is not a list: got 3"),
-    (lambda tree: tree["images"].append(tree["images"][0]), "image .*: image id that comes twice: entry 6"),
-    (lambda tree: tree["categories"].append(tree["categories"][0]), "category id that comes twice: entry 3"),
-    (lambda tree: tree["images"][0].update(height="9"), "image height that is not a whole number from 1 to 65535: '9'"),
-    (lambda tree: tree["annotations"][0].update(bbox="x"), "bbox that is not four finite numbers: 'x'"),
-    (lambda tree: tree["annotations"][0].update(bbox=[0, 0, float("nan"), 1]), "annotation 1 .*: bbox that is not"),
-    (lambda tree: tree["annotations"][0].update(area="big"), "area that is not a number of pixels: 'big'"),
-    (lambda tree: tree["annotations"][0].update(iscrowd="no"), "iscrowd that is neither 0 nor 1: 'no'"),
-    (lambda tree: tree["annotations"].clear(), "holds no object to find"),
-    (lambda tree: tree.pop("categories"), "no 'categories' in the file")])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda tree: tree["images"].clear(),
+            "annotation 1: annotation of an image that does not exist",
+        ),
+        (
+            lambda tree: tree["annotations"][0].pop("bbox"),
+            "annotation 1 .*: annotation without 'bbox'",
+        ),
+        (
+            lambda tree: tree["annotations"][0].pop("segmentation"),
+            "annotation 1 .*: annotation without 'segmentation'",
+        ),
+        (
+            lambda tree: tree["annotations"][0].update(segmentation=SHORT),
+            "annotation 1 .*: RLE whose counts do not fill",
+        ),
+        (lambda tree: tree.update(images=3), "'images' is not a list: got 3"),
+        (
+            lambda tree: tree["images"].append(tree["images"][0]),
+            "image .*: image id that comes twice: entry 6",
+        ),
+        (
+            lambda tree: tree["categories"].append(tree["categories"][0]),
+            "category id that comes twice: entry 3",
+        ),
+        (
+            lambda tree: tree["images"][0].update(height="9"),
+            "image height that is not a whole number from 1 to 65535: '9'",
+        ),
+        (
+            lambda tree: tree["annotations"][0].update(bbox="x"),
+            "bbox that is not four finite numbers: 'x'",
+        ),
+        (
+            lambda tree: tree["annotations"][0].update(bbox=[0, 0, float("nan"), 1]),
+            "annotation 1 .*: bbox that is not",
+        ),
+        (
+            lambda tree: tree["annotations"][0].update(area="big"),
+            "area that is not a number of pixels: 'big'",
+        ),
+        (
+            lambda tree: tree["annotations"][0].update(iscrowd="no"),
+            "iscrowd that is neither 0 nor 1: 'no'",
+        ),
+        (lambda tree: tree["annotations"].clear(), "holds no object to find"),
+        (lambda tree: tree.pop("categories"), "no 'categories' in the file"),
+    ],
+)
 def test_broken_annotations_are_refused_in_one_line(files, change, message):
     results, annotations = files
     tree = json.loads(annotations.read_text())
@@ -146,11 +232,15 @@ def test_broken_annotations_are_refused_in_one_line(files, change, message):
     assert "\n" not in str(caught.value) and "truth.json" in str(caught.value)
 
 
-@pytest.mark.parametrize(("words", "message"), [
-    ((), "name a CHECKPOINT, or --results FILE"),
-    (("--results", "r.json"), "go together"),
-    (("model.pt", "--dataset", "lvis"), "there is no CHECKPOINT"),
-    (("--results", "r.json", "--annotations", "a.json"), "r.json: no such results file")])
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ((), "name a CHECKPOINT, or --results FILE"),
+        (("--results", "r.json"), "go together"),
+        (("model.pt", "--dataset", "lvis"), "there is no CHECKPOINT"),
+        (("--results", "r.json", "--annotations", "a.json"), "r.json: no such results file"),
+    ],
+)
 def test_words_that_do_not_go_together(words, message, capsys):
     assert run("evaluate", *words) == 1
     assert message in capsys.readouterr().err
@@ -165,7 +255,19 @@ def test_codes_are_measured_in_parts(monkeypatch):
 
 
 def test_the_benchmark_compares_the_figures_too(tmp_path, capsys):
-    assert run("bench", "evaluate", "--images", 12, "--detections", 30, "--output", tmp_path / "bench.json") == 0
+    assert (
+        run(
+            "bench",
+            "evaluate",
+            "--images",
+            12,
+            "--detections",
+            30,
+            "--output",
+            tmp_path / "bench.json",
+        )
+        == 0
+    )
     figures = json.loads((tmp_path / "bench.json").read_text())
     assert figures["largest_difference"] < 1e-9
     assert set(figures["cpu_seconds"]) == {"vitdet", "pycocotools"}

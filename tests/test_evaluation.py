@@ -15,7 +15,13 @@ from vitdet import distributed
 from vitdet.config import DataConfig, EvalConfig, load_config, override
 from vitdet.data.masks import decode
 from vitdet.data.portrait import spread
-from vitdet.evaluation import detect, detections_to_results, evaluate, evaluate_detector, write_pictures
+from vitdet.evaluation import (
+    detect,
+    detections_to_results,
+    evaluate,
+    evaluate_detector,
+    write_pictures,
+)
 from vitdet.types import Detections
 
 
@@ -28,11 +34,20 @@ class BrightSpot(nn.Module):
 
     def look(self, image):
         y, x = torch.nonzero(image.float().mean(0) > 128, as_tuple=True)
-        boxes = torch.zeros(0, 4) if not len(x) else torch.tensor(
-            [[x.min(), y.min(), x.max() + 1, y.max() + 1], [3, 3, 3, 9]], dtype=torch.float32)
+        boxes = (
+            torch.zeros(0, 4)
+            if not len(x)
+            else torch.tensor(
+                [[x.min(), y.min(), x.max() + 1, y.max() + 1], [3, 3, 3, 9]], dtype=torch.float32
+            )
+        )
         count = len(boxes)
-        return Detections(boxes, torch.full((count,), 0.9), torch.ones(count, dtype=torch.int64),
-                          torch.ones(count, 28, 28))
+        return Detections(
+            boxes,
+            torch.full((count,), 0.9),
+            torch.ones(count, dtype=torch.int64),
+            torch.ones(count, 28, 28),
+        )
 
 
 @pytest.fixture
@@ -47,36 +62,62 @@ def spots(tmp_path):
         x, y, w, h = width // 4, height // 5, width // 2, height // 2
         if number < len(sizes):
             pixels[y : y + h, x : x + w] = 255
-            annotations.append({"id": number, "image_id": number, "category_id": 9, "bbox": [x, y, w, h],
-                                "segmentation": [[x, y, x + w, y, x + w, y + h, x, y + h]]})
+            annotations.append(
+                {
+                    "id": number,
+                    "image_id": number,
+                    "category_id": 9,
+                    "bbox": [x, y, w, h],
+                    "segmentation": [[x, y, x + w, y, x + w, y + h, x, y + h]],
+                }
+            )
         Image.fromarray(pixels).save(tmp_path / "val" / f"{number}.png")
-        images.append({"id": number, "file_name": f"{number}.png", "height": height, "width": width})
+        images.append(
+            {"id": number, "file_name": f"{number}.png", "height": height, "width": width}
+        )
     categories = [{"id": 9, "name": "spot"}, {"id": 4, "name": "nothing"}]
     (tmp_path / "annotations" / "instances_val.json").write_text(
-        json.dumps({"images": images, "annotations": annotations, "categories": categories}))
-    return DataConfig(root=str(tmp_path), train_split="val", val_split="val", image_size=128, workers=0)
+        json.dumps({"images": images, "annotations": annotations, "categories": categories})
+    )
+    return DataConfig(
+        root=str(tmp_path), train_split="val", val_split="val", image_size=128, workers=0
+    )
 
 
 def test_results_are_in_the_original_images_pixels_without_rounding():
     boxes = torch.tensor([[0.0, 0, 1024, 682], [100, 100, 200, 300], [7, 7, 7, 50]])
-    canvas = Detections(boxes, torch.tensor([0.9, 0.8, 0.7]), torch.tensor([1, 0, 1]), torch.ones(3, 28, 28))
+    canvas = Detections(
+        boxes, torch.tensor([0.9, 0.8, 0.7]), torch.tensor([1, 0, 1]), torch.ones(3, 28, 28)
+    )
     whole, part = detections_to_results(canvas, (682, 1024), (333, 500), 12, (4, 9))
     assert whole["bbox"] == [0, 0, 500, 333]
     assert (whole["image_id"], whole["category_id"], part["category_id"]) == (12, 9, 4)
     x, y, w, h = part["bbox"]
     assert (x, w) == pytest.approx((100 * 500 / 1024, 100 * 500 / 1024))
     assert (y, h) == pytest.approx((100 * 333 / 682, 200 * 333 / 682))
-    assert decode(whole["segmentation"], 333, 500).mean() > 0.999  # all but the corners, where the paste fades to 0
+    assert (
+        decode(whole["segmentation"], 333, 500).mean() > 0.999
+    )  # all but the corners, where the paste fades to 0
     rows, columns = np.nonzero(decode(part["segmentation"], 333, 500))
     inside = [round(value) for value in (x, y, x + w, y + h)]
-    assert np.abs(np.array([columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]) - inside).max() <= 1
+    assert (
+        np.abs(
+            np.array([columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]) - inside
+        ).max()
+        <= 1
+    )
     assert json.loads(json.dumps([whole, part])) == [whole, part]
 
 
 def test_the_mask_is_where_the_probability_is_at_least_a_half():
     masks = torch.full((2, 28, 28), 0.5)
     masks[1] = 0.4999
-    canvas = Detections(torch.tensor([[2.0, 2, 10, 10]] * 2), torch.ones(2), torch.zeros(2, dtype=torch.int64), masks)
+    canvas = Detections(
+        torch.tensor([[2.0, 2, 10, 10]] * 2),
+        torch.ones(2),
+        torch.zeros(2, dtype=torch.int64),
+        masks,
+    )
     yes, no = detections_to_results(canvas, (20, 20), (20, 20), 1, (1,))
     # bilinear sampling fades to zero past the outermost cells' centres, which the half-way rim shows
     assert rle.area(yes["segmentation"]) >= 36
@@ -86,15 +127,21 @@ def test_the_mask_is_where_the_probability_is_at_least_a_half():
 def test_many_large_masks_are_pasted_in_parts(monkeypatch):
     generator = torch.Generator().manual_seed(0)
     low = 60 * torch.rand(7, 2, generator=generator)
-    canvas = Detections(torch.cat([low, low + 30], 1), torch.rand(7, generator=generator),
-                        torch.zeros(7, dtype=torch.int64), torch.rand(7, 28, 28, generator=generator))
+    canvas = Detections(
+        torch.cat([low, low + 30], 1),
+        torch.rand(7, generator=generator),
+        torch.zeros(7, dtype=torch.int64),
+        torch.rand(7, 28, 28, generator=generator),
+    )
     at_once = detections_to_results(canvas, (100, 100), (150, 200), 1, (1,))
     monkeypatch.setattr("vitdet.evaluation.PIXELS", 150 * 200 * 2)
     assert detections_to_results(canvas, (100, 100), (150, 200), 1, (1,)) == at_once
 
 
 def test_no_detections_are_no_results():
-    nothing = Detections(torch.zeros(0, 4), torch.zeros(0), torch.zeros(0, dtype=torch.int64), torch.zeros(0, 28, 28))
+    nothing = Detections(
+        torch.zeros(0, 4), torch.zeros(0), torch.zeros(0, dtype=torch.int64), torch.zeros(0, 28, 28)
+    )
     assert detections_to_results(nothing, (20, 20), (40, 40), 1, (1,)) == []
 
 
@@ -120,7 +167,9 @@ def test_two_processes_see_what_one_sees(spots, monkeypatch):
     monkeypatch.setattr(distributed, "world_size", lambda: 2)
     for rank in (0, 1):
         monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
-        monkeypatch.setattr(distributed, "gather_objects", lambda share: shares.append(share) or [share])
+        monkeypatch.setattr(
+            distributed, "gather_objects", lambda share: shares.append(share) or [share]
+        )
         detect(BrightSpot(), spots, EvalConfig(batch_size=2))
     assert len(shares[0]) + len(shares[1]) == 5
     monkeypatch.setattr(distributed, "gather_objects", lambda share: shares)
@@ -136,9 +185,14 @@ def test_only_the_images_of_the_setting_count(spots):
 def test_lvis_is_measured_by_its_own_rules(spots):
     root = Path(spots.root)
     tree = json.loads((root / "annotations" / "instances_val.json").read_text())
-    for image in tree["images"]:  # nothing is annotated on the last one, and it is not known whether there is a spot
-        image.update(coco_url=f"http://host/val/{image.pop('file_name')}", neg_category_ids=[],
-                     not_exhaustive_category_ids=[])
+    for image in tree[
+        "images"
+    ]:  # nothing is annotated on the last one, and it is not known whether there is a spot
+        image.update(
+            coco_url=f"http://host/val/{image.pop('file_name')}",
+            neg_category_ids=[],
+            not_exhaustive_category_ids=[],
+        )
     for category, frequency in zip(tree["categories"], "cr", strict=True):
         category["frequency"] = frequency
     (root / "annotations" / "lvis_v1_val.json").write_text(json.dumps(tree))
@@ -147,11 +201,20 @@ def test_lvis_is_measured_by_its_own_rules(spots):
     figures, results = evaluate_detector(BrightSpot(), replace(spots, dataset="lvis"), EvalConfig())
     assert 5 in {one["image_id"] for one in results}
     assert figures["box_ap50"] == figures["mask_ap50"] == pytest.approx(100)
-    assert figures["box_ap_common"] == figures["box_ap"] and "box_ap_rare" not in figures and "box_ar_300" in figures
-    (root / "annotations" / "lvis_v1_val.json").write_text(json.dumps({**tree, "categories": [{"id": 9, "name": "spot"},
-                                                                                             {"id": 4, "name": "no"}]}))
-    with pytest.raises(ValueError, match="category 9: category whose frequency is not r, c or f: LVIS has it"):
-        evaluate_detector(None, replace(spots, dataset="lvis"), EvalConfig())  # before anything is detected
+    assert (
+        figures["box_ap_common"] == figures["box_ap"]
+        and "box_ap_rare" not in figures
+        and "box_ar_300" in figures
+    )
+    (root / "annotations" / "lvis_v1_val.json").write_text(
+        json.dumps({**tree, "categories": [{"id": 9, "name": "spot"}, {"id": 4, "name": "no"}]})
+    )
+    with pytest.raises(
+        ValueError, match="category 9: category whose frequency is not r, c or f: LVIS has it"
+    ):
+        evaluate_detector(
+            None, replace(spots, dataset="lvis"), EvalConfig()
+        )  # before anything is detected
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -170,13 +233,17 @@ def test_the_detectors_mode_is_put_back(spots, training, tmp_path):
 def test_a_checkpoint_has_the_figures_that_its_training_ended_with(trained, tiny, tmp_path):
     points = json.loads((trained / "points.json").read_text())
     last = points[max(points, key=int)]
-    metrics = evaluate(trained / "model.pt", pictures=tmp_path / "pictures", plots=tmp_path / "plots")
+    metrics = evaluate(
+        trained / "model.pt", pictures=tmp_path / "pictures", plots=tmp_path / "plots"
+    )
     for name, value in metrics.items():
         assert value == pytest.approx(last[name], abs=1e-6), name
     assert len(list((tmp_path / "pictures").glob("*.jpg"))) == 4
     rows = json.loads((tmp_path / "plots" / "curve.json").read_text())
     assert set(rows[0]) == {"curve", "recall", "precision"} and len(rows) == 4 * 101
-    assert {"class", "box_ap", "mask_ap"} <= set(json.loads((tmp_path / "plots" / "classes.json").read_text())[0])
+    assert {"class", "box_ap", "mask_ap"} <= set(
+        json.loads((tmp_path / "plots" / "classes.json").read_text())[0]
+    )
     assert len(json.loads((tmp_path / "plots" / "results.json").read_text())) > 4
     assert not list(tmp_path.rglob("*.tmp"))
 
@@ -189,7 +256,9 @@ def test_the_annotation_file_is_read_once(trained, tmp_path, monkeypatch):
 
 
 def test_settings_of_the_evaluation_can_change(trained, tmp_path):
-    other = override(load_config(trained / "config.yaml"), ["evaluate.max_detections=1", "evaluate.nms_iou=0.25"])
+    other = override(
+        load_config(trained / "config.yaml"), ["evaluate.max_detections=1", "evaluate.nms_iou=0.25"]
+    )
     evaluate(trained / "model.pt", ["evaluate.nms_iou=0.5"], config=other, plots=tmp_path)
     images = [one["image_id"] for one in json.loads((tmp_path / "results.json").read_text())]
     assert len(images) == len(set(images)) == 4
@@ -202,7 +271,11 @@ def test_other_settings_cannot_change(trained):
 
 def test_another_data_sets_classes_are_refused_before_anything_is_written(trained, spots, tmp_path):
     with pytest.raises(ValueError, match="class 0 is 'nothing'") as caught:
-        evaluate(trained / "model.pt", [f"data.root={spots.root}", "data.val_split=val"], pictures=tmp_path / "new")
+        evaluate(
+            trained / "model.pt",
+            [f"data.root={spots.root}", "data.val_split=val"],
+            pictures=tmp_path / "new",
+        )
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "new").exists()
 

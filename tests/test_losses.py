@@ -11,7 +11,9 @@ from vitdet.models.losses import FederatedClassification, SoftmaxClassification,
 
 def test_classification_literal():
     logits = torch.tensor([[0.0, math.log(3.0)], [0.0, 0.0]])
-    assert losses.classification(logits, torch.tensor([0, 1])).item() == pytest.approx((math.log(4) + math.log(2)) / 2)
+    assert losses.classification(logits, torch.tensor([0, 1])).item() == pytest.approx(
+        (math.log(4) + math.log(2)) / 2
+    )
 
 
 def test_objectness_literal():
@@ -20,7 +22,10 @@ def test_objectness_literal():
 
 
 def test_box_l1_literal():
-    assert losses.box_l1(torch.tensor([[1.0, 2, 3, 4]]), torch.tensor([[0.0, 2, 5, 4.5]]), 7).item() == 0.5
+    assert (
+        losses.box_l1(torch.tensor([[1.0, 2, 3, 4]]), torch.tensor([[0.0, 2, 5, 4.5]]), 7).item()
+        == 0.5
+    )
 
 
 def test_mask_bce_literal():
@@ -32,7 +37,9 @@ def test_empty_selections_give_zero_with_a_gradient():
     nothing = torch.zeros(0, 4, requires_grad=True)
     found = [
         losses.classification(nothing, torch.zeros(0, dtype=torch.long)),
-        losses.federated_classification(nothing, torch.zeros(0, dtype=torch.long), torch.tensor([3])),
+        losses.federated_classification(
+            nothing, torch.zeros(0, dtype=torch.long), torch.tensor([3])
+        ),
         losses.objectness(nothing[:, 0], torch.zeros(0, dtype=torch.bool), 8),
         losses.box_l1(nothing, torch.zeros(0, 4), 0),
         losses.mask_bce(nothing.view(0, 2, 2), torch.zeros(0, 2, 2, dtype=torch.bool)),
@@ -47,15 +54,19 @@ def test_precision_is_float32_or_better(dtype):
     logits, labels = torch.zeros(2, 3, dtype=dtype), torch.tensor([0, 2])
     wanted = torch.float32 if dtype == torch.bfloat16 else torch.float64
     found = [
-        losses.classification(logits, labels), losses.federated_classification(logits, labels, labels),
-        losses.objectness(logits[:, 0], labels > 0, 1), losses.box_l1(logits, torch.zeros(2, 3), 1),
+        losses.classification(logits, labels),
+        losses.federated_classification(logits, labels, labels),
+        losses.objectness(logits[:, 0], labels > 0, 1),
+        losses.box_l1(logits, torch.zeros(2, 3), 1),
         losses.mask_bce(logits, labels[:, None].expand(2, 3) > 0),
     ]
     assert [loss.dtype for loss in found] == [wanted] * 5
 
 
 def test_federated_looks_at_the_chosen_classes_alone():
-    logits = torch.tensor([[1.0, -2.0, 3.0, 9.0], [0.5, 0.0, -1.0, 9.0]], requires_grad=True)  # the last: background
+    logits = torch.tensor(
+        [[1.0, -2.0, 3.0, 9.0], [0.5, 0.0, -1.0, 9.0]], requires_grad=True
+    )  # the last: background
     labels = torch.tensor([0, 3])
     found = losses.federated_classification(logits, labels, torch.tensor([0, 2, 3]))
     wanted = [math.log(1 + math.exp(x)) for x in (-1.0, 3.0, 0.5, -1.0)]
@@ -74,7 +85,9 @@ def test_federated_classes_are_those_present_and_drawn_ones():
         assert len(found.unique()) == 4 and 1 not in found  # class 1 has no weight
     assert federated_classes(labels, weights, 4, draw=False).tolist() == [2, 6, 0, 3]
     assert federated_classes(labels, weights, 2).tolist() == [2, 6]
-    assert federated_classes(torch.arange(7), weights, 3).tolist() == list(range(7))  # more present than wanted
+    assert federated_classes(torch.arange(7), weights, 3).tolist() == list(
+        range(7)
+    )  # more present than wanted
 
 
 def test_federated_classes_are_drawn_by_weight():
@@ -100,4 +113,6 @@ def test_federated_classes_that_are_present_are_not_drawn_again():
 def test_probabilities_leave_the_background_out():
     logits = torch.tensor([[0.0, 0.0, math.log(2.0)]])
     assert SoftmaxClassification(2).probabilities(logits)[0].tolist() == pytest.approx([0.25, 0.25])
-    assert FederatedClassification(torch.ones(2), 2).probabilities(logits)[0].tolist() == pytest.approx([0.5, 0.5])
+    assert FederatedClassification(torch.ones(2), 2).probabilities(logits)[
+        0
+    ].tolist() == pytest.approx([0.5, 0.5])

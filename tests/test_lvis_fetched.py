@@ -26,11 +26,20 @@ def packed(folder: Path) -> tuple[list[Archive], dict[str, bytes]]:
     made, contents = [], {}
     for archive in published.archives("lvis"):
         place = folder / archive.folder
-        files = {f"{archive.prefix}{name}": (place / name).read_bytes()
-                 for name in archive.members or sorted(one.name for one in place.iterdir())}
+        files = {
+            f"{archive.prefix}{name}": (place / name).read_bytes()
+            for name in archive.members or sorted(one.name for one in place.iterdir())
+        }
         contents[path(archive)] = content = zipped(files)
-        made.append(replace(archive, size=len(content), sha256="", count=len(files),
-                            unpacked=sum(map(len, files.values()))))
+        made.append(
+            replace(
+                archive,
+                size=len(content),
+                sha256="",
+                count=len(files),
+                unpacked=sum(map(len, files.values())),
+            )
+        )
     return made, contents
 
 
@@ -39,9 +48,14 @@ def test_what_was_brought_can_be_trained_on(get: Fetch, web: Web, root: Path, lv
     get(wanted=wanted)
     data = settings(root)
     brought, made = (read_split(settings(place), "val") for place in (root, lvis))
-    assert {one.path.parent.name for one in brought.records} == {"train2017", "val2017"}  # LVIS divides COCO anew
-    assert all(one.path.read_bytes() == other.path.read_bytes() and one.image_id == other.image_id
-               for one, other in zip(brought.records, made.records, strict=True))
+    assert {one.path.parent.name for one in brought.records} == {
+        "train2017",
+        "val2017",
+    }  # LVIS divides COCO anew
+    assert all(
+        one.path.read_bytes() == other.path.read_bytes() and one.image_id == other.image_id
+        for one, other in zip(brought.records, made.records, strict=True)
+    )
     assert data_check.check(root).ok and len(dataset_digest(data)) == 16
 
 
@@ -68,7 +82,9 @@ def leak(content: dict, folder: Path, url: str | None = None) -> None:
     content["images"].append({**train, **({"coco_url": url} if url else {})})
 
 
-@pytest.mark.parametrize("images, kind", [(False, "image id in two splits"), (True, "picture in two splits")])
+@pytest.mark.parametrize(
+    "images, kind", [(False, "image id in two splits"), (True, "picture in two splits")]
+)
 def test_an_image_of_both_splits_is_an_error(own_lvis: Path, images: bool, kind: str) -> None:
     change(own_lvis, "val", lambda content: leak(content, own_lvis))
     found = [one.kind for one in data_check.check(own_lvis, images=images).errors]
@@ -80,5 +96,7 @@ def test_a_copy_under_another_name_keeps_its_id(own_lvis: Path) -> None:
     name = Path(train["coco_url"]).name
     shutil.copy(own_lvis / "train2017" / name, own_lvis / "val2017" / "copy.png")
     change(own_lvis, "val", lambda content: leak(content, own_lvis, "http://x/val2017/copy.png"))
-    assert [one.kind for one in data_check.check(own_lvis, images=False).errors] == ["image id in two splits"]
+    assert [one.kind for one in data_check.check(own_lvis, images=False).errors] == [
+        "image id in two splits"
+    ]
     assert "picture in two splits" in [one.kind for one in data_check.check(own_lvis).errors]

@@ -16,8 +16,16 @@ from tests.schemas import misspelled
 from tests.test_manifests import OVERLAYS, copy, overlay, pools, pytestmark
 
 __all__ = ["copy", "pytestmark"]  # a fixture and a mark of the whole file
-SECRETS = {"AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "MLFLOW_AUTH_ADMIN_PASSWORD", "MLFLOW_FLASK_SERVER_SECRET_KEY",
-           "MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_URI", "MLFLOW_TRACKING_USERNAME", "PGPASSWORD"}
+SECRETS = {
+    "AWS_ACCESS_KEY_ID",
+    "AWS_SECRET_ACCESS_KEY",
+    "MLFLOW_AUTH_ADMIN_PASSWORD",
+    "MLFLOW_FLASK_SERVER_SECRET_KEY",
+    "MLFLOW_TRACKING_PASSWORD",
+    "MLFLOW_TRACKING_URI",
+    "MLFLOW_TRACKING_USERNAME",
+    "PGPASSWORD",
+}
 
 
 def swap(old: str, new: str) -> Callable[[str], str]:
@@ -32,43 +40,96 @@ TYPOS = {
     "a field of the job": ("pytorchjob/pytorchjob.yaml", swap("backoffLimit", "backofLimit")),
     "a field of the pod": ("pytorchjob/pytorchjob.yaml", swap("nodeSelector", "nodeSelecter")),
     "a field of the container": ("pytorchjob/pytorchjob.yaml", swap("volumeMounts", "volumeMount")),
-    "a field of the pod's metadata": ("pytorchjob/pytorchjob.yaml", swap("annotations:", "annotation:")),
-    "a type": ("pytorchjob/pytorchjob.yaml", swap("enableServiceLinks: false", 'enableServiceLinks: "no"')),
+    "a field of the pod's metadata": (
+        "pytorchjob/pytorchjob.yaml",
+        swap("annotations:", "annotation:"),
+    ),
+    "a type": (
+        "pytorchjob/pytorchjob.yaml",
+        swap("enableServiceLinks: false", 'enableServiceLinks: "no"'),
+    ),
     "the container's name": ("pytorchjob/pytorchjob.yaml", swap("name: pytorch ", "name: torch ")),
     "a replica's role": ("pytorchjob/pytorchjob.yaml", swap("    Worker:", "    Workers:")),
-    "the master's count": ("pytorchjob/pytorchjob.yaml", swap("replicas: 1  # must", "replicas: 2  # must")),
-    "the account": ("pytorchjob/pytorchjob.yaml", swap("AccountName: vitdet-train", "AccountName: vitdet-trains")),
+    "the master's count": (
+        "pytorchjob/pytorchjob.yaml",
+        swap("replicas: 1  # must", "replicas: 2  # must"),
+    ),
+    "the account": (
+        "pytorchjob/pytorchjob.yaml",
+        swap("AccountName: vitdet-train", "AccountName: vitdet-trains"),
+    ),
     "the claim": ("shared/volume.yaml", swap("name: vitdet-data", "name: vitdet-date")),
     "the priority": ("shared/priority.yaml", swap("name: vitdet-train", "name: vitdet-trian")),
     "the secret": ("pytorchjob/pytorchjob.yaml", swap("name: vitdet-mlflow", "name: vitdet-mflow")),
-    "a mount": ("pytorchjob/pytorchjob.yaml", swap("{name: shm, mountPath", "{name: smh, mountPath")),
+    "a mount": (
+        "pytorchjob/pytorchjob.yaml",
+        swap("{name: shm, mountPath", "{name: smh, mountPath"),
+    ),
     "the pool": ("node-pools/eks/karpenter.yaml", swap("vitdet/pool", "vitdet/pools")),
-    "a class of volumes": ("node-pools/eks/storage.yaml", swap("name: vitdet-gp3", "name: vitdet-gp2")),
+    "a class of volumes": (
+        "node-pools/eks/storage.yaml",
+        swap("name: vitdet-gp3", "name: vitdet-gp2"),
+    ),
     "a class's field": ("node-pools/eks/storage.yaml", swap("reclaimPolicy", "reclaimPolici")),
-    "a taint": ("node-pools/eks/karpenter.yaml", swap("key: nvidia.com/gpu", "key: nvidia.com/gpus")),
+    "a taint": (
+        "node-pools/eks/karpenter.yaml",
+        swap("key: nvidia.com/gpu", "key: nvidia.com/gpus"),
+    ),
     "a field of the pool": ("node-pools/eks/karpenter.yaml", swap("expireAfter", "expiresAfter")),
     "root": ("pytorchjob/pytorchjob.yaml", swap("runAsNonRoot: true", "runAsNonRoot: false")),
-    "a writable root": ("mlflow/server.yaml", swap("readOnlyRootFilesystem: true", "readOnlyRootFilesystem: false")),
+    "a writable root": (
+        "mlflow/server.yaml",
+        swap("readOnlyRootFilesystem: true", "readOnlyRootFilesystem: false"),
+    ),
     "no seccomp": ("mlflow/database.yaml", swap("type: RuntimeDefault", "type: Unconfined")),
     "a floating tag": ("overlays/eks/values/values.yaml", swap("vitdet:0.1.0", "vitdet:latest")),
-    "a port of a probe's schema": ("mlflow/server.yaml", swap("periodSeconds: 5", "periodSecond: 5")),
-    "a service's selector": ("mlflow/server.yaml", swap("selector: {app.kubernetes.io/name: mlflow}",
-                                                        "selector: {app.kubernetes.io/name: mlfow}")),
+    "a port of a probe's schema": (
+        "mlflow/server.yaml",
+        swap("periodSeconds: 5", "periodSecond: 5"),
+    ),
+    "a service's selector": (
+        "mlflow/server.yaml",
+        swap(
+            "selector: {app.kubernetes.io/name: mlflow}",
+            "selector: {app.kubernetes.io/name: mlfow}",
+        ),
+    ),
     "a policy's selector": ("shared/network.yaml", swap("name: mlflow}", "name: mflow}")),
     "a role's field": ("shared/accounts.yaml", swap("resources: [pods]", "resource: [pods]")),
-    "the binding's account": ("shared/accounts.yaml", swap("{kind: ServiceAccount, name: vitdet-pipeline, namespace",
-                                                           "{kind: ServiceAccount, name: vitdet-pipelin, namespace")),
+    "the binding's account": (
+        "shared/accounts.yaml",
+        swap(
+            "{kind: ServiceAccount, name: vitdet-pipeline, namespace",
+            "{kind: ServiceAccount, name: vitdet-pipelin, namespace",
+        ),
+    ),
     "a value's name": ("overlays/eks/values/values.yaml", swap("sharedMemory", "sharedMemori")),
     "a replaced place": ("components/values/job.yaml", swap("vitdet/pool", "vitdet/pol")),
-    "the runtime's name": ("trainjob/trainjob.yaml", swap("{name: vitdet-pool}", "{name: vitde-pool}")),
-    "the runtime's kind": ("trainjob/trainjob.yaml", swap("{name: vitdet-pool}",
-                                                           "{name: vitdet-pool, kind: TrainingRuntime}")),
-    "the kind of a profile's runtime": ("components/profile/kustomization.yaml", swap("value: TrainingRuntime}",
-                                                                                      "value: TrainRuntime}")),
-    "the wait": ("pytorchjob/pytorchjob.yaml", swap("vitdet/schedule-seconds", "vitdet/schedule-second")),
+    "the runtime's name": (
+        "trainjob/trainjob.yaml",
+        swap("{name: vitdet-pool}", "{name: vitde-pool}"),
+    ),
+    "the runtime's kind": (
+        "trainjob/trainjob.yaml",
+        swap("{name: vitdet-pool}", "{name: vitdet-pool, kind: TrainingRuntime}"),
+    ),
+    "the kind of a profile's runtime": (
+        "components/profile/kustomization.yaml",
+        swap("value: TrainingRuntime}", "value: TrainRuntime}"),
+    ),
+    "the wait": (
+        "pytorchjob/pytorchjob.yaml",
+        swap("vitdet/schedule-seconds", "vitdet/schedule-second"),
+    ),
     "the restarts": ("trainjob/runtime.yaml", swap("maxRestarts", "maxRestart")),
-    "a pool's family": ("node-pools/eks/karpenter.yaml", swap("aws/instance-family", "aws/instance-famly")),
-    "a removed field": ("trainjob/trainjob.yaml", swap("  trainer:", "  podTemplateOverrides: []\n  trainer:")),
+    "a pool's family": (
+        "node-pools/eks/karpenter.yaml",
+        swap("aws/instance-family", "aws/instance-famly"),
+    ),
+    "a removed field": (
+        "trainjob/trainjob.yaml",
+        swap("  trainer:", "  podTemplateOverrides: []\n  trainer:"),
+    ),
     "a reserved variable": ("trainjob/runtime.yaml", swap("NCCL_DEBUG", "PET_NNODES")),
 }
 
@@ -82,7 +143,9 @@ def test_a_typo_is_noticed(typo: str, copy: Path) -> None:
         folder = copy / "overlays" / name
         untouched = path.startswith(("pytorchjob", "trainjob"))
         cluster = overlay(name, "cluster") if untouched else kustomize(folder / "cluster")
-        jobs = kustomize(folder / "trainjob" if path.startswith(("trainjob", "components/profile")) else folder)
+        jobs = kustomize(
+            folder / "trainjob" if path.startswith(("trainjob", "components/profile")) else folder
+        )
     except ValueError:
         return  # kubectl itself noticed
     assert problems(cluster, jobs, pools(name, copy, cluster)) != []
@@ -90,7 +153,13 @@ def test_a_typo_is_noticed(typo: str, copy: Path) -> None:
 
 def keys(node: object, at: tuple = ()) -> Iterator[tuple]:
     """The path of each key."""
-    for key, value in node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ():
+    for key, value in (
+        node.items()
+        if isinstance(node, dict)
+        else enumerate(node)
+        if isinstance(node, list)
+        else ()
+    ):
         if isinstance(node, dict):
             yield *at, key
         yield from keys(value, (*at, key))
@@ -110,7 +179,7 @@ def test_a_typo_in_any_key_is_noticed(name: str) -> None:
                 if misspelled(changed) or unknown(changed):
                     continue
                 there = [changed if one is document else one for one in (*cluster, *jobs)]
-                if not problems(there[:len(cluster)], there[len(cluster):], pools(name)):
+                if not problems(there[: len(cluster)], there[len(cluster) :], pools(name)):
                     missed.add(f"{document['kind']}: {key}")
             except KeyError:
                 continue  # not so much as a kind or a name

@@ -48,18 +48,34 @@ def test_rasterize_equals_point_in_polygon():
     corners = random_outlines(6)
     two_parts = torch.cat([outline(corners[0]), outline(corners[1] + 9.3)])
     edges = padded([two_parts, *(outline(c) for c in corners[2:])])
-    boxes = torch.tensor([[2.3, 1.9, 70.1, 66.6], [0.0, 0, 64, 64], [20.4, 20.2, 41.3, 55.5], [-9.2, 5, 30.1, 90.3],
-                          [31.1, 30.9, 34.3, 33.2]])
+    boxes = torch.tensor(
+        [
+            [2.3, 1.9, 70.1, 66.6],
+            [0.0, 0, 64, 64],
+            [20.4, 20.2, 41.3, 55.5],
+            [-9.2, 5, 30.1, 90.3],
+            [31.1, 30.9, 34.3, 33.2],
+        ]
+    )
     found = rasterize(edges, boxes, 28)
     for lines, (x0, y0, x1, y1), cells in zip(edges, boxes.tolist(), found, strict=True):
-        wanted = [[slow_inside(lines, x0 + (j + 0.5) * (x1 - x0) / 28, y0 + (i + 0.5) * (y1 - y0) / 28)
-                   for j in range(28)] for i in range(28)]
-        assert (cells != torch.tensor(wanted)).sum() <= 1  # a centre may lie on an edge within rounding
+        wanted = [
+            [
+                slow_inside(lines, x0 + (j + 0.5) * (x1 - x0) / 28, y0 + (i + 0.5) * (y1 - y0) / 28)
+                for j in range(28)
+            ]
+            for i in range(28)
+        ]
+        assert (
+            cells != torch.tensor(wanted)
+        ).sum() <= 1  # a centre may lie on an edge within rounding
 
 
 def test_rasterize_agrees_with_pycocotools():
     corners = random_outlines(12, seed=3)
-    found = rasterize(padded([outline(c) for c in corners]), torch.tensor([[0.0, 0, 64, 64]] * 12), 64)
+    found = rasterize(
+        padded([outline(c) for c in corners]), torch.tensor([[0.0, 0, 64, 64]] * 12), 64
+    )
     overlaps = []
     for mine, c in zip(found, corners, strict=True):
         theirs = rle.decode(rle.merge(rle.frPyObjects([c.flatten().tolist()], 64, 64))).astype(bool)
@@ -81,7 +97,9 @@ def test_parts_that_overlap_unite(count):
 
 def test_a_hole_turns_the_other_way():
     hole = rectangle(1, 1, 3, 3)[:, [2, 3, 0, 1]]
-    found = rasterize(torch.cat([rectangle(0, 0, 4, 4), hole])[None], torch.tensor([[0.0, 0, 4, 4]]), 4)
+    found = rasterize(
+        torch.cat([rectangle(0, 0, 4, 4), hole])[None], torch.tensor([[0.0, 0, 4, 4]]), 4
+    )
     assert found[0].sum() == 12 and not found[0, 1:3, 1:3].any()
 
 
@@ -96,10 +114,17 @@ def test_flip_and_scale_of_outlines_and_boxes_flip_and_keep_the_mask():
 
 
 def test_outside_and_empty_outlines():
-    assert rasterize(rectangle(10, 10, 20, 20)[None], torch.tensor([[30.0, 30, 40, 40]]), 28).sum() == 0
+    assert (
+        rasterize(rectangle(10, 10, 20, 20)[None], torch.tensor([[30.0, 30, 40, 40]]), 28).sum()
+        == 0
+    )
     assert rasterize(torch.zeros(1, 6, 4), torch.tensor([[0.0, 0, 9, 9]]), 28).sum() == 0
     assert rasterize(rectangle(0, 0, 50, 50)[None], torch.tensor([[10.0, 10, 20, 20]]), 28).all()
-    assert rasterize(rectangle(0, 0, 9, 9)[None], torch.tensor([[5.0, 5, 5, 5]]), 28).shape == (1, 28, 28)
+    assert rasterize(rectangle(0, 0, 9, 9)[None], torch.tensor([[5.0, 5, 5, 5]]), 28).shape == (
+        1,
+        28,
+        28,
+    )
     assert rasterize(torch.zeros(0, 4, 4), torch.zeros(0, 4), 28).shape == (0, 28, 28)
 
 
@@ -115,8 +140,17 @@ def test_bitmaps_and_outlines_of_the_same_rectangles_agree():
 def test_bitmap_is_averaged_over_each_cell():
     pixels = torch.zeros(1, 8, 8, dtype=torch.bool)
     pixels[0, :, :3] = True
-    assert crop_bitmaps(pixels, torch.tensor([[0.0, 0, 8, 8]]), 4)[0, 0].tolist() == [True, True, False, False]
-    assert crop_bitmaps(torch.zeros(0, 8, 8, dtype=torch.bool), torch.zeros(0, 4), 4).shape == (0, 4, 4)
+    assert crop_bitmaps(pixels, torch.tensor([[0.0, 0, 8, 8]]), 4)[0, 0].tolist() == [
+        True,
+        True,
+        False,
+        False,
+    ]
+    assert crop_bitmaps(torch.zeros(0, 8, 8, dtype=torch.bool), torch.zeros(0, 4), 4).shape == (
+        0,
+        4,
+        4,
+    )
 
 
 def test_head_gives_the_mask_of_its_own_class():
@@ -144,4 +178,6 @@ def test_layers_of_the_head(norm):
     hidden = F.conv_transpose2d(hidden, head.deconv.weight, head.deconv.bias, stride=2).clamp(min=0)
     wanted = F.conv2d(hidden, head.logits.weight, head.logits.bias)
     found = head(pooled, torch.tensor([2, 0]))
-    assert torch.allclose(found, torch.stack([wanted[0, 2], wanted[1, 0]]), atol=1e-5 * wanted.abs().max().item())
+    assert torch.allclose(
+        found, torch.stack([wanted[0, 2], wanted[1, 0]]), atol=1e-5 * wanted.abs().max().item()
+    )

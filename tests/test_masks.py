@@ -27,12 +27,18 @@ def _rasterise(lines: np.ndarray, height: int, width: int) -> np.ndarray:
 
 
 def _closes(lines: np.ndarray) -> bool:
-    starts, ends = sorted(map(tuple, lines[:, :2].tolist())), sorted(map(tuple, lines[:, 2:].tolist()))
+    starts, ends = (
+        sorted(map(tuple, lines[:, :2].tolist())),
+        sorted(map(tuple, lines[:, 2:].tolist())),
+    )
     return starts == ends
 
 
 def test_polygon_parts_turn_alike_and_unite() -> None:
-    square, turned = [1, 1, 7, 1, 7, 7, 1, 7], [4, 4, 4, 9, 9, 9, 9, 4]  # one clockwise, one not, overlapping
+    square, turned = (
+        [1, 1, 7, 1, 7, 7, 1, 7],
+        [4, 4, 4, 9, 9, 9, 9, 4],
+    )  # one clockwise, one not, overlapping
     found = edges_of([[square, turned], [square]], 12, 12)
     assert found.shape == (2, 8, 4) and found.dtype == np.float32
     assert not found[1, 4:].any()
@@ -54,8 +60,15 @@ def test_rle_outline_is_exact() -> None:
 
 
 def test_a_rectangle_of_pixels_has_four_edges_also_uncompressed() -> None:
-    (found,) = edges_of([{"size": [4, 5], "counts": [5, 2, 2, 2, 9]}], 4, 5)  # columns 1, 2, rows 1, 2
-    assert sorted(map(tuple, found.tolist())) == [(1, 1, 1, 3), (1, 3, 3, 3), (3, 1, 1, 1), (3, 3, 3, 1)]
+    (found,) = edges_of(
+        [{"size": [4, 5], "counts": [5, 2, 2, 2, 9]}], 4, 5
+    )  # columns 1, 2, rows 1, 2
+    assert sorted(map(tuple, found.tolist())) == [
+        (1, 1, 1, 3),
+        (1, 3, 3, 3),
+        (3, 1, 1, 1),
+        (3, 3, 3, 1),
+    ]
 
 
 def test_no_objects_and_empty_rle() -> None:
@@ -82,7 +95,9 @@ def test_real_outlines_cover_the_pixels_of_pycocotools() -> None:
         for one in record.segmentations[:6]:
             expected = decode(one, record.height, record.width)
             if expected.sum() >= 200:
-                ours = _rasterise(edges_of([one], record.height, record.width)[0], record.height, record.width)
+                ours = _rasterise(
+                    edges_of([one], record.height, record.width)[0], record.height, record.width
+                )
                 overlaps.append((ours & expected).sum() / (ours | expected).sum())
     assert len(overlaps) > 10 and np.mean(overlaps) > 0.95 and min(overlaps) > 0.8
 
@@ -104,8 +119,16 @@ def _slow_paste(mask: np.ndarray, box: np.ndarray, height: int, width: int) -> n
     return out
 
 
-BOXES = torch.tensor([[3.2, 4.7, 20.1, 15.9], [-6.0, -3.5, 9.0, 40.0], [0, 0, 33, 26], [25.4, 20.2, 50, 60],
-                      [10.1, 10.2, 10.4, 10.9], [12.5, 7.5, 12.5, 9.5]])
+BOXES = torch.tensor(
+    [
+        [3.2, 4.7, 20.1, 15.9],
+        [-6.0, -3.5, 9.0, 40.0],
+        [0, 0, 33, 26],
+        [25.4, 20.2, 50, 60],
+        [10.1, 10.2, 10.4, 10.9],
+        [12.5, 7.5, 12.5, 9.5],
+    ]
+)
 
 
 def test_paste_equals_a_slow_version() -> None:

@@ -17,8 +17,11 @@ FOLDER = ROOT / "manifests" / "mlflow"
 
 @pytest.fixture(scope="module")
 def container() -> dict:
-    deployment, = (document for document in yaml.safe_load_all((FOLDER / "server.yaml").read_text())
-                   if document["kind"] == "Deployment")
+    (deployment,) = (
+        document
+        for document in yaml.safe_load_all((FOLDER / "server.yaml").read_text())
+        if document["kind"] == "Deployment"
+    )
     return deployment["spec"]["template"]["spec"]["containers"][0]
 
 
@@ -37,7 +40,9 @@ def test_mlflow_knows_every_option_and_variable(container: dict) -> None:
 
 
 def test_the_accounts_lie_in_the_same_database(container: dict) -> None:
-    known = Path(find_spec("mlflow").origin).parent / "server" / "auth" / "basic_auth.ini"  # its own, with all settings
+    known = (
+        Path(find_spec("mlflow").origin).parent / "server" / "auth" / "basic_auth.ini"
+    )  # its own, with all settings
     ours = ConfigParser()
     ours.read(FOLDER / "basic_auth.ini")
     settings = dict(ours["mlflow"])
@@ -47,11 +52,15 @@ def test_the_accounts_lie_in_the_same_database(container: dict) -> None:
     user = settings["database_uri"].split("://")[1].split("@")[0]
     assert user == "mlflow", "a password has no place in a ConfigMap: libpq takes PGPASSWORD"
     mounted = {mount["mountPath"] for mount in container["volumeMounts"]}
-    assert Path(given["MLFLOW_AUTH_CONFIG_PATH"]) in {Path(folder) / "basic_auth.ini" for folder in mounted}
+    assert Path(given["MLFLOW_AUTH_CONFIG_PATH"]) in {
+        Path(folder) / "basic_auth.ini" for folder in mounted
+    }
 
 
 @pytest.mark.parametrize("name", ["kind", "gke", "eks", "onprem"])
 def test_only_the_names_of_the_service_are_let_in(name: str) -> None:
-    values = yaml.safe_load((ROOT / "manifests" / "overlays" / name / "values" / "values.yaml").read_text())["data"]
+    values = yaml.safe_load(
+        (ROOT / "manifests" / "overlays" / name / "values" / "values.yaml").read_text()
+    )["data"]
     # The host of MLFLOW_TRACKING_URI in README.md, and of a port-forward; neither changes with the namespace.
     assert values["mlflowHosts"].split(",") == ["mlflow:5000", "localhost:5000"]

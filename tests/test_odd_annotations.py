@@ -35,8 +35,11 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> DataConfig:
 
 def kinds(data: DataConfig, content: bytes | dict) -> tuple[set[str], set[str]]:
     """Errors and warnings of the file, beside the warnings of a sound one; all readers agree with them."""
-    plain = {"crowd region (training leaves it out)", "image without objects",
-             "box of zero size (training leaves it out)"}
+    plain = {
+        "crowd region (training leaves it out)",
+        "image without objects",
+        "box of zero size (training leaves it out)",
+    }
     report = judged(data, content if isinstance(content, bytes) else json.dumps(content).encode())
     return {one.kind for one in report.errors}, {one.kind for one in report.warnings} - plain
 
@@ -54,79 +57,191 @@ def without(table: str, key: str) -> dict:
 
 
 ERRORS = [
-    *((changed("annotations", "id", value), f"annotation {WHOLE}") for value in (1.0, 1.5, "1", True, None, [1])),
+    *(
+        (changed("annotations", "id", value), f"annotation {WHOLE}")
+        for value in (1.0, 1.5, "1", True, None, [1])
+    ),
     *((changed("images", "id", value, 2), f"image {WHOLE}") for value in (3.0, "3", True, None)),
-    *((changed("categories", "id", value, 1), f"category {WHOLE}") for value in (3.0, "3", True, None)),
+    *(
+        (changed("categories", "id", value, 1), f"category {WHOLE}")
+        for value in (3.0, "3", True, None)
+    ),
     (changed("annotations", "id", 2**63), "annotation id of more than 64 bits"),
-    *((changed("annotations", "image_id", value), "annotation of an image that does not exist")
-      for value in (1.0, "1", True, -1, None)),
-    *((changed("annotations", "category_id", value), "annotation of a category that does not exist")
-      for value in (1.0, "1", True, 2**63, None)),
-    *((changed("annotations", "iscrowd", value), "iscrowd that is neither 0 nor 1") for value in (1.0, 2, "0", None)),
-    *((changed("annotations", "segmentation", {"size": SIZE, "counts": counts}), "RLE whose counts are not run lengths")
-      for counts in ("", "\x7f", "0`1`n", "ä", "o" * 8, "oooooooo0", [1.0, 3071], [-1, 3073], ["3072"], [True], None)),
-    *((changed("annotations", "segmentation", {"size": SIZE, "counts": counts}),
-       "RLE whose counts do not fill its size")
-      for counts in ("0`1`n3", "0", [3071], [], [2**32 + 3072])),
-    (changed("annotations", "segmentation", COMPRESSED | {"size": SIZE[::-1]}), "RLE of another size than its image"),
-    (changed("annotations", "segmentation", COMPRESSED | {"size": [48.0, 64.0]}), "RLE without size [height, width]"),
-    *((changed("annotations", "segmentation", value), "segmentation that is neither polygons nor RLE")
-      for value in ([], None, "x", 5)),
-    *((changed("annotations", "segmentation", [value]), "polygon without x, y of at least 3 points")
-      for value in ([1, 2, 3, 4], SQUARE[:-1], [])),
-    *((changed("annotations", "segmentation", [SQUARE[:-1] + [value]]),
-       "polygon with coordinates that are not finite numbers")
-      for value in (float("nan"), float("inf"), "30", None, 10**400, [1])),
-    *((changed("annotations", "segmentation", [SQUARE[:-1] + [value]]), "polygon far outside its image")
-      for value in (129, -65, 1e9, 1e308)),
-    *((changed("annotations", "bbox", value), "bbox that is not four finite numbers")
-      for value in ([1, 2, 3], [1, 2, 3, 4, 5], [1, 2, 3, float("nan")], [1, 2, float("inf"), 4], ["1", 2, 3, 4],
-                    [True, 2, 3, 4], [1, 2, 3, 10**400], None, "1 2 3 4", {"x": 1})),
-    *((changed("annotations", "bbox", value), "box far outside its image")
-      for value in ([-100, 0, 120, 20], [0, 0, 1e39, 20], [0, 0, 10**200, 10**200], [0, 0, 0, 1e39])),
+    *(
+        (changed("annotations", "image_id", value), "annotation of an image that does not exist")
+        for value in (1.0, "1", True, -1, None)
+    ),
+    *(
+        (
+            changed("annotations", "category_id", value),
+            "annotation of a category that does not exist",
+        )
+        for value in (1.0, "1", True, 2**63, None)
+    ),
+    *(
+        (changed("annotations", "iscrowd", value), "iscrowd that is neither 0 nor 1")
+        for value in (1.0, 2, "0", None)
+    ),
+    *(
+        (
+            changed("annotations", "segmentation", {"size": SIZE, "counts": counts}),
+            "RLE whose counts are not run lengths",
+        )
+        for counts in (
+            "",
+            "\x7f",
+            "0`1`n",
+            "ä",
+            "o" * 8,
+            "oooooooo0",
+            [1.0, 3071],
+            [-1, 3073],
+            ["3072"],
+            [True],
+            None,
+        )
+    ),
+    *(
+        (
+            changed("annotations", "segmentation", {"size": SIZE, "counts": counts}),
+            "RLE whose counts do not fill its size",
+        )
+        for counts in ("0`1`n3", "0", [3071], [], [2**32 + 3072])
+    ),
+    (
+        changed("annotations", "segmentation", COMPRESSED | {"size": SIZE[::-1]}),
+        "RLE of another size than its image",
+    ),
+    (
+        changed("annotations", "segmentation", COMPRESSED | {"size": [48.0, 64.0]}),
+        "RLE without size [height, width]",
+    ),
+    *(
+        (
+            changed("annotations", "segmentation", value),
+            "segmentation that is neither polygons nor RLE",
+        )
+        for value in ([], None, "x", 5)
+    ),
+    *(
+        (
+            changed("annotations", "segmentation", [value]),
+            "polygon without x, y of at least 3 points",
+        )
+        for value in ([1, 2, 3, 4], SQUARE[:-1], [])
+    ),
+    *(
+        (
+            changed("annotations", "segmentation", [SQUARE[:-1] + [value]]),
+            "polygon with coordinates that are not finite numbers",
+        )
+        for value in (float("nan"), float("inf"), "30", None, 10**400, [1])
+    ),
+    *(
+        (
+            changed("annotations", "segmentation", [SQUARE[:-1] + [value]]),
+            "polygon far outside its image",
+        )
+        for value in (129, -65, 1e9, 1e308)
+    ),
+    *(
+        (changed("annotations", "bbox", value), "bbox that is not four finite numbers")
+        for value in (
+            [1, 2, 3],
+            [1, 2, 3, 4, 5],
+            [1, 2, 3, float("nan")],
+            [1, 2, float("inf"), 4],
+            ["1", 2, 3, 4],
+            [True, 2, 3, 4],
+            [1, 2, 3, 10**400],
+            None,
+            "1 2 3 4",
+            {"x": 1},
+        )
+    ),
+    *(
+        (changed("annotations", "bbox", value), "box far outside its image")
+        for value in (
+            [-100, 0, 120, 20],
+            [0, 0, 1e39, 20],
+            [0, 0, 10**200, 10**200],
+            [0, 0, 0, 1e39],
+        )
+    ),
     (changed("annotations", "bbox", [64, 10, 20, 20]), "box outside its image"),
-    *((changed("annotations", "area", value), "area that is not a number of pixels")
-      for value in (-1, float("nan"), float("inf"), "400", None, True, 1e11)),
-    *((changed("categories", "name", value), "category name that is not text")
-      for value in (None, 5, ["a"], "\ud800", "a\nb")),
-    *((changed("images", "file_name", value), "file name that leaves its folder")
-      for value in ("../val/1.png", "/etc/passwd", "a/../../val/1.png")),
-    *((changed("images", "file_name", value), "file name that is not text") for value in ("", None, 1, "x\ny", "a\0b")),
+    *(
+        (changed("annotations", "area", value), "area that is not a number of pixels")
+        for value in (-1, float("nan"), float("inf"), "400", None, True, 1e11)
+    ),
+    *(
+        (changed("categories", "name", value), "category name that is not text")
+        for value in (None, 5, ["a"], "\ud800", "a\nb")
+    ),
+    *(
+        (changed("images", "file_name", value), "file name that leaves its folder")
+        for value in ("../val/1.png", "/etc/passwd", "a/../../val/1.png")
+    ),
+    *(
+        (changed("images", "file_name", value), "file name that is not text")
+        for value in ("", None, 1, "x\ny", "a\0b")
+    ),
     (changed("images", "file_name", "none.png"), "missing image file"),
-    *((changed("images", "file_name", value), "image file that cannot be read")
-      for value in ("é" * 300, "\ud800")),
-    *((changed("images", side, value), f"image {side} that is not a whole number from 1 to 65535")
-      for side in ("height", "width") for value in (0, -1, 48.0, "48", None, 2**16, True)),
-    *((without(table, key), f"{table[:-1].replace('ie', 'y')} without {key!r}") for table, key in (
-        ("annotations", "id"), ("annotations", "image_id"), ("annotations", "category_id"), ("annotations", "bbox"),
-        ("annotations", "segmentation"), ("images", "id"), ("images", "width"), ("images", "height"),
-        ("images", "file_name"), ("categories", "id"), ("categories", "name"))),
+    *(
+        (changed("images", "file_name", value), "image file that cannot be read")
+        for value in ("é" * 300, "\ud800")
+    ),
+    *(
+        (changed("images", side, value), f"image {side} that is not a whole number from 1 to 65535")
+        for side in ("height", "width")
+        for value in (0, -1, 48.0, "48", None, 2**16, True)
+    ),
+    *(
+        (without(table, key), f"{table[:-1].replace('ie', 'y')} without {key!r}")
+        for table, key in (
+            ("annotations", "id"),
+            ("annotations", "image_id"),
+            ("annotations", "category_id"),
+            ("annotations", "bbox"),
+            ("annotations", "segmentation"),
+            ("images", "id"),
+            ("images", "width"),
+            ("images", "height"),
+            ("images", "file_name"),
+            ("categories", "id"),
+            ("categories", "name"),
+        )
+    ),
     (document() | {"annotations": None}, "'annotations' is not a list"),
     (document() | {"annotations": [None]}, "annotation that is not an object"),
     (document() | {"annotations": []}, "no object to learn from or to find"),
 ]
 
 
-@pytest.mark.parametrize(("content", "kind"), ERRORS, ids=[f"{number}-{kind}" for number, (_, kind) in
-                                                         enumerate(ERRORS)])
+@pytest.mark.parametrize(
+    ("content", "kind"), ERRORS, ids=[f"{number}-{kind}" for number, (_, kind) in enumerate(ERRORS)]
+)
 def test_an_error_is_one_for_all_readers(data: DataConfig, content: dict, kind: str) -> None:
     assert kind in kinds(data, content)[0]
 
 
-@pytest.mark.parametrize(("content", "kind"), [
-    (changed("annotations", "id", -7), ""), (changed("annotations", "id", 2**63 - 1), ""),
-    (changed("annotations", "iscrowd", True), "category without instances"),
-    (changed("annotations", "segmentation", COMPRESSED), ""),
-    (changed("annotations", "segmentation", {"size": SIZE, "counts": [0, 0, 3072]}), ""),
-    (changed("annotations", "segmentation", [[5, 5] * 3]), ""),  # a point
-    (without("annotations", "area"), "annotation without 'area' (that of its mask is taken)"),
-    (without("annotations", "iscrowd"), "annotation without 'iscrowd' (it is no crowd)"),
-    (changed("annotations", "area", 0), "area that does not fit its box"),
-    (changed("annotations", "bbox", [-5, 10, 20, 20]), "box partly outside its image"),
-    (changed("categories", "name", "bar"), "category name that comes twice"),
-    (changed("images", "file_name", "2.png"), "file that several images share"),
-    (changed("categories", "image_count", 10**400), ""),
-])
+@pytest.mark.parametrize(
+    ("content", "kind"),
+    [
+        (changed("annotations", "id", -7), ""),
+        (changed("annotations", "id", 2**63 - 1), ""),
+        (changed("annotations", "iscrowd", True), "category without instances"),
+        (changed("annotations", "segmentation", COMPRESSED), ""),
+        (changed("annotations", "segmentation", {"size": SIZE, "counts": [0, 0, 3072]}), ""),
+        (changed("annotations", "segmentation", [[5, 5] * 3]), ""),  # a point
+        (without("annotations", "area"), "annotation without 'area' (that of its mask is taken)"),
+        (without("annotations", "iscrowd"), "annotation without 'iscrowd' (it is no crowd)"),
+        (changed("annotations", "area", 0), "area that does not fit its box"),
+        (changed("annotations", "bbox", [-5, 10, 20, 20]), "box partly outside its image"),
+        (changed("categories", "name", "bar"), "category name that comes twice"),
+        (changed("images", "file_name", "2.png"), "file that several images share"),
+        (changed("categories", "image_count", 10**400), ""),
+    ],
+)
 def test_what_is_tolerated_is_tolerated_by_all(data: DataConfig, content: dict, kind: str) -> None:
     assert kinds(data, content) == (set(), {kind} - {""})
 
@@ -134,13 +249,37 @@ def test_what_is_tolerated_is_tolerated_by_all(data: DataConfig, content: dict, 
 SOUND = json.dumps(document()).encode()
 
 
-@pytest.mark.parametrize(("content", "message"), [
-    (b"", "the file is empty"), (gzip.compress(SOUND), "compressed by gzip"), (SOUND[:-100], "line 1 column"),
-    (SOUND.replace(b"disc", "Fläche".encode("latin-1")), "utf-8"), (b"[" * 100_000, "nested too deeply"),
-    (SOUND.replace(b"48", b"[" * 5000 + b"]" * 5000, 1), "nested too deeply|is not a whole number"),
-    (b"\xff\xfe\x00", "utf"), (SOUND + b"}", "Extra data"), (SOUND.replace(b"[10.0", b"[10.", 1), "line 1 column")],
-    ids=["empty", "gzip", "truncated", "latin-1", "deep", "deep inside", "half utf-16", "more", "number"])
-def test_a_broken_file_is_refused_with_the_reason(data: DataConfig, content: bytes, message: str) -> None:
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "the file is empty"),
+        (gzip.compress(SOUND), "compressed by gzip"),
+        (SOUND[:-100], "line 1 column"),
+        (SOUND.replace(b"disc", "Fläche".encode("latin-1")), "utf-8"),
+        (b"[" * 100_000, "nested too deeply"),
+        (
+            SOUND.replace(b"48", b"[" * 5000 + b"]" * 5000, 1),
+            "nested too deeply|is not a whole number",
+        ),
+        (b"\xff\xfe\x00", "utf"),
+        (SOUND + b"}", "Extra data"),
+        (SOUND.replace(b"[10.0", b"[10.", 1), "line 1 column"),
+    ],
+    ids=[
+        "empty",
+        "gzip",
+        "truncated",
+        "latin-1",
+        "deep",
+        "deep inside",
+        "half utf-16",
+        "more",
+        "number",
+    ],
+)
+def test_a_broken_file_is_refused_with_the_reason(
+    data: DataConfig, content: bytes, message: str
+) -> None:
     assert kinds(data, content)[0]
     path = Path(data.root, "annotations", "instances_val.json")
     for read in (lambda: read_split(data, "val"), lambda: read_truth(path)):
@@ -148,7 +287,9 @@ def test_a_broken_file_is_refused_with_the_reason(data: DataConfig, content: byt
             read()
 
 
-@pytest.mark.parametrize("content", [SOUND.decode().encode(code) for code in ("utf-8-sig", "utf-16", "utf-32-be")])
+@pytest.mark.parametrize(
+    "content", [SOUND.decode().encode(code) for code in ("utf-8-sig", "utf-16", "utf-32-be")]
+)
 def test_other_encodings_of_json_are_read(data: DataConfig, content: bytes) -> None:
     assert kinds(data, content) == (set(), set())
 
@@ -158,17 +299,28 @@ def test_of_a_key_that_comes_twice_the_last_counts(data: DataConfig, first: str)
     assert kinds(data, b"{" + first.encode() + b", " + SOUND[1:]) == (set(), set())
     twice = SOUND.replace(b'"id": 1,', b'"id": "x", "id": 1,')
     assert kinds(data, twice) == (set(), set())
-    assert len(list(read_entries(Path(data.root, "annotations", "instances_val.json"))["images"])) == 3
+    assert (
+        len(list(read_entries(Path(data.root, "annotations", "instances_val.json"))["images"])) == 3
+    )
 
 
-@pytest.mark.parametrize(("change", "message"), [
-    (lambda one: one["segmentation"].update(counts="äao2"), "RLE whose counts are not run lengths"),
-    (lambda one: one.update(image_id="a\nb"), r"no image 'a\\nb'"),
-    (lambda one: one.update(score=10**400), "score must be"), (lambda one: one.update(score=[1]), "score must be"),
-    (lambda one: one.update(bbox=[10**400, 0, 0.5, 1]), "bbox must be"),
-    (lambda one: one.update(segmentation=[[1e9] * 6]), "polygon far outside its image"),
-])
-def test_odd_results_are_refused_in_one_line(tmp_path: Path, change: Callable[[dict], None], message: str) -> None:
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda one: one["segmentation"].update(counts="äao2"),
+            "RLE whose counts are not run lengths",
+        ),
+        (lambda one: one.update(image_id="a\nb"), r"no image 'a\\nb'"),
+        (lambda one: one.update(score=10**400), "score must be"),
+        (lambda one: one.update(score=[1]), "score must be"),
+        (lambda one: one.update(bbox=[10**400, 0, 0.5, 1]), "bbox must be"),
+        (lambda one: one.update(segmentation=[[1e9] * 6]), "polygon far outside its image"),
+    ],
+)
+def test_odd_results_are_refused_in_one_line(
+    tmp_path: Path, change: Callable[[dict], None], message: str
+) -> None:
     found = [one | {"segmentation": dict(COMPRESSED)} for one in results()]
     (tmp_path / "truth.json").write_text(json.dumps(document()))
     (tmp_path / "results.json").write_text(json.dumps(found))
@@ -183,5 +335,8 @@ def test_odd_results_are_refused_in_one_line(tmp_path: Path, change: Callable[[d
 def test_results_nested_too_deeply_are_refused(tmp_path: Path) -> None:
     (tmp_path / "truth.json").write_text(json.dumps(document()))
     (tmp_path / "results.json").write_bytes(b"[" * 100_000)
-    with pytest.raises(ValueError, match="results.json: not readable as JSON .lists or objects are nested too deeply"):
+    with pytest.raises(
+        ValueError,
+        match="results.json: not readable as JSON .lists or objects are nested too deeply",
+    ):
         evaluate_results(tmp_path / "results.json", tmp_path / "truth.json")

@@ -45,13 +45,30 @@ def data_set(root: Path, size: tuple[int, int], name: str = "odd.jpg") -> DataCo
     (root / "odd").mkdir(parents=True, exist_ok=True)
     (root / "annotations").mkdir(exist_ok=True)
     height, width = size
-    thing = {"id": 1, "image_id": 1, "category_id": 1, "bbox": [0, 0, width, height], "iscrowd": 0,
-             "area": width * height, "segmentation": [[0, 0, width, 0, width, height, 0, height]]}
-    tree = {"images": [{"id": 1, "file_name": name, "height": height, "width": width}], "annotations": [thing],
-            "categories": [{"id": 1, "name": "thing"}]}
+    thing = {
+        "id": 1,
+        "image_id": 1,
+        "category_id": 1,
+        "bbox": [0, 0, width, height],
+        "iscrowd": 0,
+        "area": width * height,
+        "segmentation": [[0, 0, width, 0, width, height, 0, height]],
+    }
+    tree = {
+        "images": [{"id": 1, "file_name": name, "height": height, "width": width}],
+        "annotations": [thing],
+        "categories": [{"id": 1, "name": "thing"}],
+    }
     (root / "annotations" / "instances_odd.json").write_text(json.dumps(tree))
-    return DataConfig(root=str(root), train_split="odd", val_split="odd", image_size=max(size), workers=0,
-                      scale_range=(1.0, 1.0), flip=0.0)
+    return DataConfig(
+        root=str(root),
+        train_split="odd",
+        val_split="odd",
+        image_size=max(size),
+        workers=0,
+        scale_range=(1.0, 1.0),
+        flip=0.0,
+    )
 
 
 def readings(data: DataConfig) -> Iterator[tuple[str, np.ndarray]]:
@@ -60,7 +77,10 @@ def readings(data: DataConfig) -> Iterator[tuple[str, np.ndarray]]:
     yield "open_image", np.asarray(open_image(record.path))
     yield "what was read before", np.asarray(upright(open_image(record.path)))
     canvas = np.s_[0, :, : record.height, : record.width]
-    yield "training", next(iter(train_loader(data, 1, 0, 0, 1))).images.numpy()[canvas].transpose(1, 2, 0)
+    yield (
+        "training",
+        next(iter(train_loader(data, 1, 0, 0, 1))).images.numpy()[canvas].transpose(1, 2, 0),
+    )
     yield "evaluation", next(iter(val_loader(data, 1))).images.numpy()[canvas].transpose(1, 2, 0)
     predictor = Predictor(Watcher(), ("thing",), data.image_size)
     found = predictor(record.path)
@@ -68,7 +88,10 @@ def readings(data: DataConfig) -> Iterator[tuple[str, np.ndarray]]:
     yield "drawing", np.asarray(draw(record.path, found, scale=1))
     with Image.open(record.path) as file:
         predictor(file)
-        yield "predictor of an open file", predictor.detector.images.numpy()[canvas].transpose(1, 2, 0)
+        yield (
+            "predictor of an open file",
+            predictor.detector.images.numpy()[canvas].transpose(1, 2, 0),
+        )
 
 
 @pytest.mark.parametrize("make", ODD.values(), ids=ODD)
@@ -83,9 +106,15 @@ def test_everything_sees_the_same_upright_pixels(make: Make, tmp_path: Path) -> 
             assert seen.shape == expected.shape, reader
             assert np.abs(seen.astype(int) - expected).max() <= near, reader
         assert image_size(path) == examine(path.read_bytes()) == expected.shape[:2]
-        assert check(tmp_path, images=True).lines()[1:] == ["  odd: 1 images, 1 annotations, 1 categories", *CLEAN]
+        assert check(tmp_path, images=True).lines()[1:] == [
+            "  odd: 1 images, 1 annotations, 1 categories",
+            *CLEAN,
+        ]
         record = read_split(data, "odd").records[0]
-        assert "error" not in portrait(record, ("thing",), "odd") and draw_truth(record, ("thing",)).mode == "RGB"
+        assert (
+            "error" not in portrait(record, ("thing",), "odd")
+            and draw_truth(record, ("thing",)).mode == "RGB"
+        )
 
 
 CLEAN = ["errors: none", "warnings: none"]
@@ -94,19 +123,38 @@ Image.fromarray(RNG.integers(0, 256, (64, 64, 3), np.uint8)).save(JPEG, "JPEG", 
 LARGE = png((20000, 20000), 1, 0, [])
 REFUSED: dict[str, tuple[bytes | Image.Image | Callable[[Path], None], str]] = {
     "truncated": (JPEG.getvalue()[:-400], "the image cannot be read: image file is truncated"),
-    "truncated by two bytes": (JPEG.getvalue()[:-2], "the image cannot be read: image file is truncated"),
+    "truncated by two bytes": (
+        JPEG.getvalue()[:-2],
+        "the image cannot be read: image file is truncated",
+    ),
     "head of a JPEG": (JPEG.getvalue()[:30], "the image cannot be read: "),
     "half a PNG": (png((64, 64), 8, 0, [bytes(64)] * 64)[:48], "the image cannot be read: "),
     "text": (b"<!doctype html>", "not an image that can be read"),
-    "a program in PostScript": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n",
-                                "not an image that can be read"),
-    "empty": (b"", "the file is empty"), "a folder": (Path.mkdir, "it is a folder"),
-    "missing": (lambda path: None, ""), "a link to nothing": (lambda path: path.symlink_to("nowhere"), ""),
+    "a program in PostScript": (
+        b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n",
+        "not an image that can be read",
+    ),
+    "empty": (b"", "the file is empty"),
+    "a folder": (Path.mkdir, "it is a folder"),
+    "missing": (lambda path: None, ""),
+    "a link to nothing": (lambda path: path.symlink_to("nowhere"), ""),
     "a pipe": (os.mkfifo, "it is no regular file"),
-    "too large": (LARGE, "the image has more than 178,956,970 pixels; make it smaller or cut it into parts"),
-    "fractions": (Image.fromarray(GREY / np.float32(255)), "its pixels are floating-point numbers of no known range"),
-    "32 bits": (Image.fromarray(GREY.astype(np.int32) * 70000), "its pixels are numbers from 0 to "),
-    "below zero": (Image.fromarray(GREY.astype(np.int32) - 1000), "its pixels are numbers from -1000 to "),
+    "too large": (
+        LARGE,
+        "the image has more than 178,956,970 pixels; make it smaller or cut it into parts",
+    ),
+    "fractions": (
+        Image.fromarray(GREY / np.float32(255)),
+        "its pixels are floating-point numbers of no known range",
+    ),
+    "32 bits": (
+        Image.fromarray(GREY.astype(np.int32) * 70000),
+        "its pixels are numbers from 0 to ",
+    ),
+    "below zero": (
+        Image.fromarray(GREY.astype(np.int32) - 1000),
+        "its pixels are numbers from -1000 to ",
+    ),
 }
 
 
@@ -122,29 +170,42 @@ def test_what_cannot_be_used_is_refused_in_one_line_everywhere(
     else:
         content(path)
     code, output, errors = vitdet("data", "check", "own", "--images")
-    assert (code, errors) == (1, "") and "errors: 1\n" in output and "image 1: odd/'odd.jpg'" in output
+    assert (
+        (code, errors) == (1, "") and "errors: 1\n" in output and "image 1: odd/'odd.jpg'" in output
+    )
     assert says in output if says else "missing image file" in output
     refused(vitdet("predict", "none.pt", path, "--output", "drawn"), says or "no such image file")
     with pytest.raises((ImageError, FileNotFoundError), match="vitdet data check") as caught:
         next(iter(train_loader(data, 1, 0, 0, 1)))
     assert str(caught.value).startswith(f"{path}: ") and "\n" not in str(caught.value)
     assert says in str(caught.value) or "no such file, and 0 more" in str(caught.value)
-    assert vitdet("data", "report", "own", "--output", "page.html")[0] == 0 and not (tmp_path / "drawn").exists()
+    assert (
+        vitdet("data", "report", "own", "--output", "page.html")[0] == 0
+        and not (tmp_path / "drawn").exists()
+    )
 
 
-def test_what_pillow_suspects_is_not_said_to_the_user(vitdet: Run, tmp_path: Path,
-                                                      monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_pillow_suspects_is_not_said_to_the_user(
+    vitdet: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     data_set(tmp_path, (HIGH, WIDE))
     ODD["EXIF that is broken: cut"](tmp_path / "odd" / "odd.jpg")
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", HIGH * WIDE - 1)  # a warning; of twice as many an error
+    monkeypatch.setattr(
+        Image, "MAX_IMAGE_PIXELS", HIGH * WIDE - 1
+    )  # a warning; of twice as many an error
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         assert vitdet("data", "check", tmp_path, "--images")[::2] == (0, "")
-        refused(vitdet("predict", "none.pt", tmp_path / "odd" / "odd.jpg", "--output", "drawn"), "none.pt: no such")
+        refused(
+            vitdet("predict", "none.pt", tmp_path / "odd" / "odd.jpg", "--output", "drawn"),
+            "none.pt: no such",
+        )
     assert not said
 
 
-def test_whatever_a_decoder_raises_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_whatever_a_decoder_raises_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def load(image: Image.Image) -> None:
         raise KeyError("two\nlines")
 
@@ -156,11 +217,15 @@ def test_whatever_a_decoder_raises_is_one_line(tmp_path: Path, monkeypatch: pyte
 
 
 @pytest.mark.parametrize("found", [(24, 16), (16, 25)])
-def test_a_picture_annotated_as_it_lies_is_told_why_its_size_is_wrong(tmp_path: Path, found: tuple[int, int]) -> None:
+def test_a_picture_annotated_as_it_lies_is_told_why_its_size_is_wrong(
+    tmp_path: Path, found: tuple[int, int]
+) -> None:
     data = data_set(tmp_path, found)
     ODD["grey"](tmp_path / "odd" / "odd.jpg")
     hint = "a picture is annotated upright, as its EXIF orientation turns it"
-    with pytest.raises(ImageError, match=f"24 x 16 pixels, but the annotations say {found[1]} x {found[0]}") as caught:
+    with pytest.raises(
+        ImageError, match=f"24 x 16 pixels, but the annotations say {found[1]} x {found[0]}"
+    ) as caught:
         next(iter(train_loader(data, 1, 0, 0, 1)))
     text = "\n".join(check(tmp_path, images=True).lines())
     assert (hint in str(caught.value)) == (hint in text) == (found == (24, 16))
@@ -171,13 +236,17 @@ def test_a_picture_annotated_as_it_lies_is_told_why_its_size_is_wrong(tmp_path: 
 def test_a_line_of_pixels_is_an_image(size: tuple[int, int], tmp_path: Path) -> None:
     data, path = data_set(tmp_path, size), tmp_path / "odd" / "odd.jpg"
     path.write_bytes(png(size, 8, 2, [bytes([3, 99, 200]) * size[1]] * size[0]))
-    data = DataConfig(root=str(tmp_path), train_split="odd", val_split="odd", image_size=64, workers=0)
+    data = DataConfig(
+        root=str(tmp_path), train_split="odd", val_split="odd", image_size=64, workers=0
+    )
     long = tuple(min(side, 64) if max(size) > 64 else 64 for side in size)
     batch = next(iter(val_loader(data, 1)))
     assert batch.sizes[0].tolist() == list(long) and batch.images.sum() == 302 * long[0] * long[1]
     for batch in train_loader(data, 1, 0, 0, 20):
         high, wide = batch.sizes[0].tolist()
-        assert batch.images.sum() == 302 * high * wide and (batch.images[0, :, :high, :wide] > 0).all()
+        assert (
+            batch.images.sum() == 302 * high * wide and (batch.images[0, :, :high, :wide] > 0).all()
+        )
     found = Predictor(Watcher(), ("thing",), 64)(path)
     assert found.draw(path).convert("RGB").getpixel((0, 0)) == (3, 99, 200)
 
@@ -195,12 +264,16 @@ def test_damaged_bytes_end_in_an_image_or_in_one_line(tmp_path: Path) -> None:
             content = np.frombuffer(files[number % len(files)], np.uint8).copy()
             places = rng.integers(0, min(len(content), rng.choice([60, 300])), rng.integers(1, 5))
             content[places] = rng.integers(0, 256)
-            path.write_bytes(content.tobytes()[: None if number % 4 else rng.integers(1, len(content))])
+            path.write_bytes(
+                content.tobytes()[: None if number % 4 else rng.integers(1, len(content))]
+            )
             said = []
             for reader in (lambda: open_image(path), lambda: examine(path.read_bytes())):
                 try:
                     result = reader()
-                    said.append(result if isinstance(result, tuple) else (result.height, result.width))
+                    said.append(
+                        result if isinstance(result, tuple) else (result.height, result.width)
+                    )
                     read += isinstance(result, tuple)
                 except ValueError as error:
                     assert "\n" not in str(error)

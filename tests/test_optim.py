@@ -34,7 +34,10 @@ PUBLISHED = {
     "backbone.blocks.5.norm1.weight": (0.7**7, 0.0),
     "backbone.blocks.11.norm2.bias": (0.7, 0.0),
     "backbone.blocks.11.mlp.fc1.bias": (0.7, 0.1),
-    "pyramid.levels.0.4.norm.weight": (1.0, 0.1),  # a channel norm of detectron2, which is no nn.LayerNorm
+    "pyramid.levels.0.4.norm.weight": (
+        1.0,
+        0.1,
+    ),  # a channel norm of detectron2, which is no nn.LayerNorm
     "rpn.objectness.weight": (1.0, 0.1),
     "roi_heads.stages.0.fcs.0.weight": (1.0, 0.1),
     "roi_heads.mask.logits.bias": (1.0, 0.1),
@@ -47,8 +50,16 @@ def groups() -> dict[str, tuple[float, float]]:
     with torch.device("meta"):
         detector = build_detector(Config().model)
     found = parameter_groups(detector, Config().optim)
-    table = {name: (group["lr_scale"], group["weight_decay"]) for group in found for name in group["names"]}
-    assert sum(len(group["names"]) for group in found) == len(table) == len(list(detector.parameters()))
+    table = {
+        name: (group["lr_scale"], group["weight_decay"])
+        for group in found
+        for name in group["names"]
+    }
+    assert (
+        sum(len(group["names"]) for group in found)
+        == len(table)
+        == len(list(detector.parameters()))
+    )
     return table
 
 
@@ -69,7 +80,10 @@ def test_every_parameter_as_published(groups: dict[str, tuple[float, float]]) ->
     path = KEYS / f"{RECIPE}.optim.json"
     if not path.exists():
         pytest.skip("needs ../shared")
-    theirs = {rename(name, DETECTRON2): tuple(value) for name, value in json.loads(path.read_text()).items()}
+    theirs = {
+        rename(name, DETECTRON2): tuple(value)
+        for name, value in json.loads(path.read_text()).items()
+    }
     assert set(theirs) == set(groups)
     for name, (factor, decay) in theirs.items():
         assert groups[name] == (pytest.approx(factor, rel=1e-9), decay), name
@@ -86,30 +100,42 @@ def test_a_frozen_parameter_is_in_no_group() -> None:
     with torch.device("meta"):
         detector = build_detector(Config().model)
     detector.backbone.pos_embed.requires_grad_(False)
-    assert not any("backbone.pos_embed" in group["names"] for group in parameter_groups(detector, OptimConfig()))
+    assert not any(
+        "backbone.pos_embed" in group["names"]
+        for group in parameter_groups(detector, OptimConfig())
+    )
 
 
 def test_the_schedule_of_the_published_recipe(summary: dict) -> None:
     settings = Config().optim
     assert (settings.steps, settings.lr, settings.weight_decay) == (
-        summary["max_iter"], summary["lr"], summary["weight_decay"])
+        summary["max_iter"],
+        summary["lr"],
+        summary["weight_decay"],
+    )
     for step, factor in summary["lr_multiplier_at"].items():
         assert lr_factor(int(step), settings) == pytest.approx(factor, rel=1e-9)
     tenth, hundredth = summary["first_iter_at_0p1_and_0p01"]
-    assert [lr_factor(step, settings) for step in (tenth - 1, tenth, hundredth - 1, hundredth)] == pytest.approx(
-        [1, 0.1, 0.1, 0.01])
+    assert [
+        lr_factor(step, settings) for step in (tenth - 1, tenth, hundredth - 1, hundredth)
+    ] == pytest.approx([1, 0.1, 0.1, 0.01])
 
 
 def test_the_steps_of_the_schedule_by_hand() -> None:
     settings = Config().optim
-    found = [lr_factor(step, settings) for step in (0, 125, 249, 250, 163_888, 163_889, 177_545, 177_546, 184_374)]
+    found = [
+        lr_factor(step, settings)
+        for step in (0, 125, 249, 250, 163_888, 163_889, 177_545, 177_546, 184_374)
+    ]
     assert found == pytest.approx([0.001, 0.5005, 0.996004, 1, 1, 0.1, 0.1, 0.01, 0.01], rel=1e-9)
 
 
 def test_half_a_cosine_after_the_warm_up() -> None:
     settings = OptimConfig(schedule="cosine", steps=100, warmup_steps=10, warmup_factor=0.0)
     factors = [lr_factor(step, settings) for step in range(100)]
-    assert factors[0] == 0 and factors[5] == pytest.approx(0.5 * 0.5 * (1 + math.cos(math.pi * 0.05)))
+    assert factors[0] == 0 and factors[5] == pytest.approx(
+        0.5 * 0.5 * (1 + math.cos(math.pi * 0.05))
+    )
     assert factors[50] == pytest.approx(0.5) and 0 < factors[99] < 0.001
     assert factors[10:] == sorted(factors[10:], reverse=True)
     assert lr_factor(0, OptimConfig(warmup_steps=0)) == 1

@@ -31,12 +31,16 @@ def test_trace_is_undone_by_fill() -> None:
     rng = np.random.default_rng(1)
     for _ in range(10):
         bitmap = np.zeros((20, 30), dtype=bool)
-        bitmap[rng.integers(0, 9) : rng.integers(10, 20), rng.integers(0, 14) : rng.integers(15, 30)] = True
+        bitmap[
+            rng.integers(0, 9) : rng.integers(10, 20), rng.integers(0, 14) : rng.integers(15, 30)
+        ] = True
         bitmap[4:12, 7:9] = False
         [parts] = trace([bitmap], 0.0)
         assert all(signed_area(part) > 0 for part in parts)
         filled = np.any([fill(part, 20, 30) for part in parts], axis=0)
-        assert (filled | bitmap == filled).all()  # a slot through the middle may be a hole, which is filled
+        assert (
+            filled | bitmap == filled
+        ).all()  # a slot through the middle may be a hole, which is filled
 
 
 def test_pixels_that_touch_at_a_corner_are_two_parts() -> None:
@@ -54,7 +58,9 @@ def test_holes_are_filled() -> None:
 
 def test_a_traced_disc_is_round_with_few_vertices() -> None:
     angle = np.arange(200) * (2 * math.pi / 200)
-    [[part]] = trace([fill(np.stack([40 + 30 * np.cos(angle), 40 + 30 * np.sin(angle)], axis=1), 80, 80)], 0.9)
+    [[part]] = trace(
+        [fill(np.stack([40 + 30 * np.cos(angle), 40 + 30 * np.sin(angle)], axis=1), 80, 80)], 0.9
+    )
     assert len(part) <= 40
     assert np.abs(np.hypot(*(part - 40).T) - 30).max() < 1
     assert abs(signed_area(part) / (math.pi * 900) - 1) < 0.03

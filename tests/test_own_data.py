@@ -21,7 +21,9 @@ from vitdet.training.checkpoint import load_model_file
 from vitdet.types import Detections
 
 Run = Callable[..., tuple[int, str, str]]
-SMALL = options([f"{key}={value}" for key, value in MINIMAL.items()] + ["optim.steps=1", "data.max_images=2"])
+SMALL = options(
+    [f"{key}={value}" for key, value in MINIMAL.items()] + ["optim.steps=1", "data.max_images=2"]
+)
 NAMES = ("bolt", "nut", "split pin")
 
 
@@ -34,9 +36,14 @@ def yolo(tmp_path: Path) -> Path:
             (folder / split / kind).mkdir(parents=True)
         for number in range(3):
             Image.fromarray(rng.integers(0, 256, (96, 128, 3), np.uint8)).save(
-                folder / split / "images" / f"{split}{number}.jpg")
-            (folder / split / "labels" / f"{split}{number}.txt").write_text(f"{number} 0.5 0.5 0.4 0.5\n")
-    (folder / "data.yaml").write_text(f"train: train/images\nval: valid/images\nnames: {list(NAMES)}\n")
+                folder / split / "images" / f"{split}{number}.jpg"
+            )
+            (folder / split / "labels" / f"{split}{number}.txt").write_text(
+                f"{number} 0.5 0.5 0.4 0.5\n"
+            )
+    (folder / "data.yaml").write_text(
+        f"train: train/images\nval: valid/images\nnames: {list(NAMES)}\n"
+    )
     return folder
 
 
@@ -44,7 +51,10 @@ def renamed(data: Path, **splits: str) -> Path:
     """Splits under other names."""
     for old, new in splits.items():
         shutil.move(data / old, data / new)
-        shutil.move(data / "annotations" / f"instances_{old}.json", data / "annotations" / f"instances_{new}.json")
+        shutil.move(
+            data / "annotations" / f"instances_{old}.json",
+            data / "annotations" / f"instances_{new}.json",
+        )
     return data
 
 
@@ -55,20 +65,30 @@ def said(caplog: pytest.LogCaptureFixture) -> Callable[[], str]:
     return lambda: "\n".join(record.getMessage() for record in caplog.records)
 
 
-def test_from_labels_to_pictures_with_one_setting(vitdet: Run, yolo: Path, tmp_path: Path,
-                                                  said: Callable[[], str]) -> None:
+def test_from_labels_to_pictures_with_one_setting(
+    vitdet: Run, yolo: Path, tmp_path: Path, said: Callable[[], str]
+) -> None:
     root, output = tmp_path / "parts", tmp_path / "runs" / "parts"
     assert vitdet("data", "convert", yolo, root)[0] == 0
-    code, out, err = vitdet("train", "tiny", *SMALL, "--set", f"data.root={root}", "--output", output)
+    code, out, err = vitdet(
+        "train", "tiny", *SMALL, "--set", f"data.root={root}", "--output", output
+    )
     assert code == 0 and f"{root} has model.roi_heads.num_classes=3" in said().splitlines(), err
     assert "num_classes: 3" in (output / "config.yaml").read_text()
     assert load_model_file(output / "model.pt")["class_names"] == list(NAMES)
     assert Predictor.load(output / "model.pt").class_names == NAMES
 
     photo = root / "val" / "valid0.jpg"
-    code, out, _ = vitdet("predict", output / "model.pt", photo, "--threshold", 0, "--output", tmp_path / "drawn")
+    code, out, _ = vitdet(
+        "predict", output / "model.pt", photo, "--threshold", 0, "--output", tmp_path / "drawn"
+    )
     found = json.loads((tmp_path / "drawn" / "detections.json").read_text())["valid0.jpg"]
-    assert code == 0 and found and {one["name"] for one in found} <= set(NAMES) and found[0]["name"] in out
+    assert (
+        code == 0
+        and found
+        and {one["name"] for one in found} <= set(NAMES)
+        and found[0]["name"] in out
+    )
     code, out, _ = vitdet("evaluate", output / "model.pt", "--plots", tmp_path / "plots")
     table = json.loads((tmp_path / "plots" / "classes.json").read_text())
     assert code == 0 and {row["class"] for row in table} <= set(NAMES) and table
@@ -77,17 +97,27 @@ def test_from_labels_to_pictures_with_one_setting(vitdet: Run, yolo: Path, tmp_p
 @pytest.mark.parametrize("recipe", ["tiny", "mask_rcnn_vitdet_b_coco", "mask_rcnn_vitdet_b_lvis"])
 def test_a_folder_brings_its_splits_and_classes(own_tiny: Path, recipe: str) -> None:
     kind = [] if recipe != "mask_rcnn_vitdet_b_lvis" else ["data.dataset=coco"]
-    overrides = [*kind, f"data.root={renamed(own_tiny, train='train2017', val='valid')}", "optim.lr=1e-3"]
+    overrides = [
+        *kind,
+        f"data.root={renamed(own_tiny, train='train2017', val='valid')}",
+        "optim.lr=1e-3",
+    ]
     before = load_config(recipe, overrides)
     config, found = follow(before, overrides)
     data, count = config.data, config.model.roi_heads.num_classes
     assert (data.train_split, data.val_split, count) == ("train2017", "valid", 6)
-    assert found["data.val_split"] == "valid" and ("model.roi_heads.num_classes" in found) == (recipe != "tiny")
+    assert found["data.val_split"] == "valid" and ("model.roi_heads.num_classes" in found) == (
+        recipe != "tiny"
+    )
     told = [f"{key}={value}" for key, value in found.items()]
-    assert load_config(recipe, [*overrides, *told]) == config  # nothing else, and a user could have set it
+    assert (
+        load_config(recipe, [*overrides, *told]) == config
+    )  # nothing else, and a user could have set it
 
 
-@pytest.mark.parametrize("named", [["data.train_split=day", "data.val_split=night"], ["model.roi_heads.num_classes=4"]])
+@pytest.mark.parametrize(
+    "named", [["data.train_split=day", "data.val_split=night"], ["model.roi_heads.num_classes=4"]]
+)
 def test_what_a_user_sets_stays(own_tiny: Path, named: list[str]) -> None:
     overrides = [f"data.root={own_tiny}", *named]
     config = load_config("tiny", overrides)
@@ -109,65 +139,135 @@ def test_coco_stays_coco(tmp_path: Path) -> None:
     assert follow(config, [f"data.root={tmp_path}"]) == (config, {})
 
 
-def test_settings_of_a_file_are_taken_at_their_word(vitdet: Run, own_tiny: Path, tmp_path: Path) -> None:
-    save_config(load_config("tiny", minimal(own_tiny, model__roi_heads__num_classes=5)), tmp_path / "mine.yaml")
-    code, _, err = vitdet("train", tmp_path / "mine.yaml", "--set", f"data.root={own_tiny}", "--output", "out")
-    assert code == 1 and err.endswith("has 6 classes, but model.roi_heads.num_classes is 5; set it to 6\n")
+def test_settings_of_a_file_are_taken_at_their_word(
+    vitdet: Run, own_tiny: Path, tmp_path: Path
+) -> None:
+    save_config(
+        load_config("tiny", minimal(own_tiny, model__roi_heads__num_classes=5)),
+        tmp_path / "mine.yaml",
+    )
+    code, _, err = vitdet(
+        "train", tmp_path / "mine.yaml", "--set", f"data.root={own_tiny}", "--output", "out"
+    )
+    assert code == 1 and err.endswith(
+        "has 6 classes, but model.roi_heads.num_classes is 5; set it to 6\n"
+    )
 
 
-@pytest.mark.parametrize("change, says", [
-    (lambda root: renamed(root, train="day", val="night"),
-     "/instances_train.json: not there; there are the splits day, night; set data.train_split and data.val_split to"),
-    (lambda root: renamed(root, val="holdout"), "/instances_val.json: not there; there are the splits holdout, train;"),
-    (lambda root: shutil.rmtree(root / "val"), "/val: not there; expected the images of "),
-    (lambda root: shutil.rmtree(root / "annotations"), "/instances_train.json: not there; expected instances_SPLIT.js"),
-    (lambda root: [path.rename(path.with_name(path.name.replace("instances", "lvis_v1")))
-                   for path in (root / "annotations").iterdir()], "of another kind; set data.dataset=lvis"),
-    (lambda root: (root / "annotations" / "instances_train.json").write_text('{"categories": [1, 2'), "broken JSON"),
-], ids=["names nobody knows", "no validation", "no images", "nothing", "lvis", "broken"])
-def test_what_cannot_be_known_is_one_line(vitdet: Run, own_tiny: Path, change: Callable, says: str) -> None:
+@pytest.mark.parametrize(
+    "change, says",
+    [
+        (
+            lambda root: renamed(root, train="day", val="night"),
+            "/instances_train.json: not there; there are the splits day, night; set data.train_split and data.val_split to",
+        ),
+        (
+            lambda root: renamed(root, val="holdout"),
+            "/instances_val.json: not there; there are the splits holdout, train;",
+        ),
+        (lambda root: shutil.rmtree(root / "val"), "/val: not there; expected the images of "),
+        (
+            lambda root: shutil.rmtree(root / "annotations"),
+            "/instances_train.json: not there; expected instances_SPLIT.js",
+        ),
+        (
+            lambda root: [
+                path.rename(path.with_name(path.name.replace("instances", "lvis_v1")))
+                for path in (root / "annotations").iterdir()
+            ],
+            "of another kind; set data.dataset=lvis",
+        ),
+        (
+            lambda root: (root / "annotations" / "instances_train.json").write_text(
+                '{"categories": [1, 2'
+            ),
+            "broken JSON",
+        ),
+    ],
+    ids=["names nobody knows", "no validation", "no images", "nothing", "lvis", "broken"],
+)
+def test_what_cannot_be_known_is_one_line(
+    vitdet: Run, own_tiny: Path, change: Callable, says: str
+) -> None:
     change(own_tiny)
-    code, _, err = vitdet("train", "tiny", *SMALL, "--set", f"data.root={own_tiny}", "--output", "out")
+    code, _, err = vitdet(
+        "train", "tiny", *SMALL, "--set", f"data.root={own_tiny}", "--output", "out"
+    )
     assert code == 1 and err.count("\n") == 1 and says in err, err
     assert not Path("out").exists()
 
 
-def test_a_finished_detector_goes_on_with_the_folders_classes(vitdet: Run, trained: Path, own_tiny: Path,
-                                                              tmp_path: Path, said: Callable[[], str]) -> None:
+def test_a_finished_detector_goes_on_with_the_folders_classes(
+    vitdet: Run, trained: Path, own_tiny: Path, tmp_path: Path, said: Callable[[], str]
+) -> None:
     other_classes(own_tiny, ["one", "two"])
-    words = [*SMALL, "--set", f"train.init={trained / 'model.pt'}", "--set", f"data.root={own_tiny}"]
+    words = [
+        *SMALL,
+        "--set",
+        f"train.init={trained / 'model.pt'}",
+        "--set",
+        f"data.root={own_tiny}",
+    ]
     code, _, err = vitdet("train", "tiny", *words, "--output", tmp_path / "run")
-    assert code == 0 and "logits.weight: starts afresh (6 classes in the file, 2 here)" in said(), err
+    assert code == 0 and "logits.weight: starts afresh (6 classes in the file, 2 here)" in said(), (
+        err
+    )
     assert Predictor.load(tmp_path / "run" / "model.pt").class_names == ("one", "two")
 
 
-def test_a_drawn_name_is_that_of_the_checkpoint(trained: Path, picture: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_drawn_name_is_that_of_the_checkpoint(
+    trained: Path, picture: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     captions_drawn = []
-    monkeypatch.setattr("vitdet.predictor.paint", lambda image, boxes, labels, captions, *_:
-                        captions_drawn.extend(captions))
+    monkeypatch.setattr(
+        "vitdet.predictor.paint",
+        lambda image, boxes, labels, captions, *_: captions_drawn.extend(captions),
+    )
     found: Detections = Predictor.load(trained / "model.pt")(picture, threshold=0.0)
     names = load_model_file(trained / "model.pt")["class_names"]
     found.draw(picture)
-    expected = [f"{names[label]} {score:.2f}" for label, score in zip(found.labels, found.scores, strict=True)]
+    expected = [
+        f"{names[label]} {score:.2f}"
+        for label, score in zip(found.labels, found.scores, strict=True)
+    ]
     assert expected and captions_drawn == expected
 
 
-@pytest.mark.parametrize("names, says", [
-    (["one", "two"], "class 0 is 'one', not "), (None, "class 5 is 'pentagon', not "),
-    ("turned", "class 0 is "),
-], ids=["fewer", "as many, one of another name", "in another order"])
-def test_other_names_are_not_evaluated(vitdet: Run, trained: Path, own_tiny: Path, names: object, says: str) -> None:
+@pytest.mark.parametrize(
+    "names, says",
+    [
+        (["one", "two"], "class 0 is 'one', not "),
+        (None, "class 5 is 'pentagon', not "),
+        ("turned", "class 0 is "),
+    ],
+    ids=["fewer", "as many, one of another name", "in another order"],
+)
+def test_other_names_are_not_evaluated(
+    vitdet: Run, trained: Path, own_tiny: Path, names: object, says: str
+) -> None:
     trained_on = load_model_file(trained / "model.pt")["class_names"]
-    other_classes(own_tiny, trained_on[::-1] if names == "turned" else names or [*trained_on[:-1], "pentagon"])
-    code, _, err = vitdet("evaluate", trained / "model.pt", "--set", f"data.root={own_tiny}", "--output", "m.json")
+    other_classes(
+        own_tiny, trained_on[::-1] if names == "turned" else names or [*trained_on[:-1], "pentagon"]
+    )
+    code, _, err = vitdet(
+        "evaluate", trained / "model.pt", "--set", f"data.root={own_tiny}", "--output", "m.json"
+    )
     assert code == 1 and says in err and "its classes are not those that" in err, err
     assert not Path("m.json").exists()
 
 
-@pytest.mark.parametrize("rewrite", [
-    lambda text: b"\xef\xbb\xbf" + text.encode(), lambda text: text.encode("utf-16"),
-    lambda text: text.replace('"iscrowd"', '"score": NaN, "iscrowd"', 1).encode()], ids=["mark", "utf-16", "nan"])
-def test_what_the_check_accepts_has_its_classes_counted(own_tiny: Path, rewrite: Callable[[str], bytes]) -> None:
+@pytest.mark.parametrize(
+    "rewrite",
+    [
+        lambda text: b"\xef\xbb\xbf" + text.encode(),
+        lambda text: text.encode("utf-16"),
+        lambda text: text.replace('"iscrowd"', '"score": NaN, "iscrowd"', 1).encode(),
+    ],
+    ids=["mark", "utf-16", "nan"],
+)
+def test_what_the_check_accepts_has_its_classes_counted(
+    own_tiny: Path, rewrite: Callable[[str], bytes]
+) -> None:
     for path in (own_tiny / "annotations").iterdir():
         content = json.loads(path.read_text())
         content["categories"].append({"id": 99, "name": "seventh"})
@@ -179,8 +279,12 @@ def test_what_the_check_accepts_has_its_classes_counted(own_tiny: Path, rewrite:
 
 
 def test_an_export_of_another_layout_is_named(own_tiny: Path) -> None:
-    shutil.move(own_tiny / "annotations" / "instances_train.json", own_tiny / "train" / "_annotations.coco.json")
+    shutil.move(
+        own_tiny / "annotations" / "instances_train.json",
+        own_tiny / "train" / "_annotations.coco.json",
+    )
     shutil.rmtree(own_tiny / "annotations")
     data = load_config("tiny", [f"data.root={own_tiny}"]).data
     assert str(missing(split_files(data, "train")[0], data)).endswith(
-        "as in COCO's layout under data.root, found train/_annotations.coco.json")
+        "as in COCO's layout under data.root, found train/_annotations.coco.json"
+    )

@@ -11,13 +11,20 @@ from vitdet.data.records import Record
 
 def test_values_come_back() -> None:
     polygons = [[[0.1, 2.0, 3.5, 4.0, 1e-9, 6.0]], {"size": [2, 3], "counts": "0123"}]
-    records = [Record(7, Path("a/b.jpg"), 20, 30, np.ones((2, 4), np.float32), np.array([3, 1]), polygons),
-               Record(8, Path("c.jpg"), 1, 1, np.zeros((0, 4), np.float32), np.zeros(0, np.int64), [])]
+    records = [
+        Record(7, Path("a/b.jpg"), 20, 30, np.ones((2, 4), np.float32), np.array([3, 1]), polygons),
+        Record(8, Path("c.jpg"), 1, 1, np.zeros((0, 4), np.float32), np.zeros(0, np.int64), []),
+    ]
     packed = PackedList(records)
     assert len(packed) == 2 and packed[1].image_id == 8 and len(packed[1]) == 0
     for _ in range(2):
         first = packed[0]
-        assert (first.image_id, first.path, first.height, first.width) == (7, Path("a/b.jpg"), 20, 30)
+        assert (first.image_id, first.path, first.height, first.width) == (
+            7,
+            Path("a/b.jpg"),
+            20,
+            30,
+        )
         assert first.segmentations == polygons and np.array_equal(first.boxes, records[0].boxes)
         assert first.labels.tolist() == [3, 1] and first.labels.dtype == np.int64
     assert len(PackedList([])) == 0

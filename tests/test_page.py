@@ -49,7 +49,9 @@ def change(root: Path, split: str, then: Callable[[dict], None]) -> None:
     path.write_text(json.dumps(tree))
 
 
-def test_the_page_tells_what_is_there_and_asks_nobody(vitdet: Run, tiny: Path, tmp_path: Path) -> None:
+def test_the_page_tells_what_is_there_and_asks_nobody(
+    vitdet: Run, tiny: Path, tmp_path: Path
+) -> None:
     before = sorted((path, path.stat().st_mtime_ns) for path in tiny.rglob("*"))
     code, output, errors = vitdet("data", "report", tiny)
     assert (code, errors) == (0, "") and output.startswith("tiny.html: 16 images, ")
@@ -60,7 +62,10 @@ def test_the_page_tells_what_is_there_and_asks_nobody(vitdet: Run, tiny: Path, t
     assert not tags.open
     for tag, attributes in tags.seen:
         assert tag not in ("script", "link", "iframe", "object") and "href" not in attributes
-        assert attributes.get("src", "data:").startswith("data:image/jpeg;base64,") or "src" not in attributes
+        assert (
+            attributes.get("src", "data:").startswith("data:image/jpeg;base64,")
+            or "src" not in attributes
+        )
     assert "url(" not in page and "http" not in page
     photos = [attributes["src"] for tag, attributes in tags.seen if tag == "img"]
     assert len(photos) == 10  # six of train, the four of val
@@ -68,36 +73,71 @@ def test_the_page_tells_what_is_there_and_asks_nobody(vitdet: Run, tiny: Path, t
     for split in ("train", "val"):
         tree = json.loads((tiny / "annotations" / f"instances_{split}.json").read_text())
         kept = [one for one in tree["annotations"] if not one["iscrowd"]]
-        assert re.search(rf"<tr><th>{split}</th><td>{len(tree['images'])}</td><td>\d+</td><td>{len(kept)}</td>", page)
+        assert re.search(
+            rf"<tr><th>{split}</th><td>{len(tree['images'])}</td><td>\d+</td><td>{len(kept)}</td>",
+            page,
+        )
         first = tree["categories"][0]
         mine = [one for one in kept if one["category_id"] == first["id"]]
         row = re.search(rf"<tr><th>{first['name']}</th>(.*?)</tr>", page)[1]
         numbers = re.findall(r'<b>(\d+)</b></div></td><td class="n">(\d+)<', row)
-        assert (str(len(mine)), str(len({one["image_id"] for one in mine}))) == numbers[split == "val"]
+        assert (str(len(mine)), str(len({one["image_id"] for one in mine}))) == numbers[
+            split == "val"
+        ]
 
 
 def test_an_outline_is_drawn_where_it_is(vitdet: Run, own_tiny: Path, tmp_path: Path) -> None:
     def then(tree: dict) -> None:
         head = tree["images"][0]
-        counts = [head["height"] * 20 + 10, 30, head["height"] * (head["width"] - 20) - 40]  # a line down in column 20
+        counts = [
+            head["height"] * 20 + 10,
+            30,
+            head["height"] * (head["width"] - 20) - 40,
+        ]  # a line down in column 20
         tree["images"] = [head]
         tree["annotations"] = [
-            {"id": 1, "image_id": head["id"], "category_id": 1, "bbox": [3, 4, 50, 60], "area": 1500, "iscrowd": 0,
-             "segmentation": [[3, 4, 53, 4, 3, 64]]},
-            {"id": 2, "image_id": head["id"], "category_id": 1, "bbox": [20, 10, 1, 30], "area": 30, "iscrowd": 0,
-             "segmentation": {"size": [head["height"], head["width"]], "counts": counts}}]
+            {
+                "id": 1,
+                "image_id": head["id"],
+                "category_id": 1,
+                "bbox": [3, 4, 50, 60],
+                "area": 1500,
+                "iscrowd": 0,
+                "segmentation": [[3, 4, 53, 4, 3, 64]],
+            },
+            {
+                "id": 2,
+                "image_id": head["id"],
+                "category_id": 1,
+                "bbox": [20, 10, 1, 30],
+                "area": 30,
+                "iscrowd": 0,
+                "segmentation": {"size": [head["height"], head["width"]], "counts": counts},
+            },
+        ]
 
     change(own_tiny, "val", then)
     assert vitdet("data", "report", own_tiny, "--output", "deep/page.html")[0] == 0
     page = (tmp_path / "deep" / "page.html").read_text()
-    assert 'd="M3.0,4.0 53.0,4.0 3.0,64.0Z"/><rect class="box" x="3.0" y="4.0" width="50.0" height="60.0"/>' in page
+    assert (
+        'd="M3.0,4.0 53.0,4.0 3.0,64.0Z"/><rect class="box" x="3.0" y="4.0" width="50.0" height="60.0"/>'
+        in page
+    )
     (path,) = re.findall(r'd="M([^"Z]*)Z"/><rect class="box" x="20.0" y="10.0" width="1.0"', page)
     points = np.array([[float(value) for value in point.split(",")] for point in path.split()])
-    assert f'<g style="--c:rgb{class_color(0)}"><title>{CATEGORIES[1]}</title><path class="mask" d="M3.0,4.0' in page
-    assert np.abs(points.min(axis=0) - (20, 10)).max() <= 0.5 and np.abs(points.max(axis=0) - (21, 40)).max() <= 0.5
+    assert (
+        f'<g style="--c:rgb{class_color(0)}"><title>{CATEGORIES[1]}</title><path class="mask" d="M3.0,4.0'
+        in page
+    )
+    assert (
+        np.abs(points.min(axis=0) - (20, 10)).max() <= 0.5
+        and np.abs(points.max(axis=0) - (21, 40)).max() <= 0.5
+    )
 
 
-def test_names_are_text_and_problems_are_on_the_page(vitdet: Run, own_tiny: Path, tmp_path: Path) -> None:
+def test_names_are_text_and_problems_are_on_the_page(
+    vitdet: Run, own_tiny: Path, tmp_path: Path
+) -> None:
     evil = "<script>alert('&')</script>"
 
     def then(tree: dict) -> None:
@@ -128,7 +168,9 @@ def test_a_split_that_cannot_be_read_is_said(vitdet: Run, own_tiny: Path, tmp_pa
 def test_nothing_to_show_is_one_line(vitdet: Run, tmp_path: Path) -> None:
     code, output, errors = vitdet("data", "report", "nowhere")
     assert (code, output) == (1, "") and not list(tmp_path.iterdir())
-    assert errors == ("vitdet: nowhere: no annotation file: expected nowhere/annotations/instances_SPLIT.json\n")
+    assert errors == (
+        "vitdet: nowhere: no annotation file: expected nowhere/annotations/instances_SPLIT.json\n"
+    )
 
 
 def test_bins() -> None:

@@ -14,7 +14,14 @@ from tests.parity.case import Case, load
 
 GOLDEN = Path(__file__).parent / "golden"
 SHARED = Path(__file__).parents[2] / "shared" / "reference" / "detectron2" / "golden"
-CASES = ("maskrcnn_coco", "unit", "dynamics", "test_resize", "cascade_lvis", "maskrcnn_coco_resblock")
+CASES = (
+    "maskrcnn_coco",
+    "unit",
+    "dynamics",
+    "test_resize",
+    "cascade_lvis",
+    "maskrcnn_coco_resblock",
+)
 INPUTS = ("config.json", "state_dict.npz", "inputs.npz", "ground_truth.json")
 RESULTS = ("backbone.npz", "rpn.npz", "detections.npz", "train.npz")
 
@@ -44,7 +51,11 @@ def case(tmp_path, monkeypatch, capsys):
     def check(name, file, content, recompute=False, stops=False):
         folder = tmp_path / name
         folder.mkdir()
-        alone = {*INPUTS, "noise_floor.json"} if file in (*RESULTS, "results.json", "losses.json") else None
+        alone = (
+            {*INPUTS, "noise_floor.json"}
+            if file in (*RESULTS, "results.json", "losses.json")
+            else None
+        )
         for path in (GOLDEN / name).iterdir():
             if path.name != file and (alone is None or path.name in alone):
                 (folder / path.name).symlink_to(path)
@@ -114,14 +125,18 @@ def test_computing_needs_the_inputs_alone(tmp_path):
 
 
 def test_units_compute_from_their_inputs_alone(tmp_path):
-    inputs = {name: array for name, array in read("unit", "unit.npz").items() if name in unit.INPUTS}
+    inputs = {
+        name: array for name, array in read("unit", "unit.npz").items() if name in unit.INPUTS
+    }
     np.savez(tmp_path / "unit.npz", **inputs)
     assert unit.compute(tmp_path).keys() == computed("unit").keys()
     np.savez(tmp_path / "io.npz", in0=np.zeros((30, 20, 3), np.uint8))
     assert resize.compute(tmp_path)["out0"].shape == (128, 85, 3)
 
 
-@pytest.mark.parametrize(("file", "array"), [(file, array) for file in RESULTS for array in read(CASES[0], file)])
+@pytest.mark.parametrize(
+    ("file", "array"), [(file, array) for file in RESULTS for array in read(CASES[0], file)]
+)
 def test_each_stored_array_is_held(case, file, array):
     content = read("maskrcnn_coco", file)
     assert case("maskrcnn_coco", file, content | {array: disturbed(content[array])}) == 1
@@ -142,7 +157,9 @@ def test_undisturbed_copy_holds(case, file):
     assert case("maskrcnn_coco", file, file and read("maskrcnn_coco", file)) == 0
 
 
-@pytest.mark.parametrize("group", [group for group in read(CASES[0], "losses.json") if group != "params_without_grad"])
+@pytest.mark.parametrize(
+    "group", [group for group in read(CASES[0], "losses.json") if group != "params_without_grad"]
+)
 def test_each_group_of_losses_is_held(case, group, tmp_path):
     content = read("maskrcnn_coco", "losses.json")
     name = max(content[group], key=lambda name: abs(content[group][name]))
@@ -154,17 +171,30 @@ def test_each_group_of_losses_is_held(case, group, tmp_path):
     assert parity.main([str(tmp_path / "maskrcnn_coco")]) == 1
 
 
-@pytest.mark.parametrize("change", [{"params_without_grad": ["backbone.net.pos_embed"]}, {"losses_other": {"a": 1.0}}])
+@pytest.mark.parametrize(
+    "change", [{"params_without_grad": ["backbone.net.pos_embed"]}, {"losses_other": {"a": 1.0}}]
+)
 def test_other_entries_of_losses_are_held(case, change):
     assert case("maskrcnn_coco", "losses.json", read("maskrcnn_coco", "losses.json") | change) == 1
 
 
-@pytest.mark.parametrize("field", ["image", "category", "score", "bbox_xywh", "area", "segmentation", "surprise"])
+@pytest.mark.parametrize(
+    "field", ["image", "category", "score", "bbox_xywh", "area", "segmentation", "surprise"]
+)
 def test_each_field_of_results_is_held(case, field):
     content = read("maskrcnn_coco", "results.json")
-    one, other = content[0], next(c for c in content if c["image"] == 0 and c["area"] < content[0]["area"] / 2)
-    changes = {"image": 1, "category": one["category"] + 1, "score": one["score"] + 0.01, "area": one["area"] + 50,
-               "bbox_xywh": [one["bbox_xywh"][0] + 1, *one["bbox_xywh"][1:]], "segmentation": other["segmentation"]}
+    one, other = (
+        content[0],
+        next(c for c in content if c["image"] == 0 and c["area"] < content[0]["area"] / 2),
+    )
+    changes = {
+        "image": 1,
+        "category": one["category"] + 1,
+        "score": one["score"] + 0.01,
+        "area": one["area"] + 50,
+        "bbox_xywh": [one["bbox_xywh"][0] + 1, *one["bbox_xywh"][1:]],
+        "segmentation": other["segmentation"],
+    }
     content[0] = one | {field: changes.get(field, 1)}
     assert case("maskrcnn_coco", "results.json", content) == 1
 
@@ -188,35 +218,65 @@ def test_each_part_of_the_ground_truth_is_held(case, name):
     assert case("maskrcnn_coco", "ground_truth.json", content) == 1
 
 
-@pytest.mark.parametrize("change", [{"n_params": 1}, {"n_gt": [10, 8]}, {"images": [[200, 256], [256, 180]]},
-                                    {"outputs": [[1, 1], [1, 1]]}])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"n_params": 1},
+        {"n_gt": [10, 8]},
+        {"images": [[200, 256], [256, 180]]},
+        {"outputs": [[1, 1], [1, 1]]},
+    ],
+)
 def test_what_the_config_says_of_the_inputs_is_held(case, change):
     assert case("maskrcnn_coco", "config.json", read("maskrcnn_coco", "config.json") | change) == 1
 
 
-@pytest.mark.parametrize("name", ["p2", "scores", "boxes", "mask_probs", "losses_rel", "grad_norm_rel_max"])
+@pytest.mark.parametrize(
+    "name", ["p2", "scores", "boxes", "mask_probs", "losses_rel", "grad_norm_rel_max"]
+)
 def test_a_noise_floor_that_is_no_noise_is_held(case, name):
     content = read("maskrcnn_coco", "noise_floor.json")
     change = {"loss_cls": 1.0} if name == "losses_rel" else 1.0
     assert case("maskrcnn_coco", "noise_floor.json", content | {name: change}) == 1
 
 
-@pytest.mark.parametrize("name", [
-    "backbone.net.pos_embed", "backbone.net.blocks.0.attn.rel_pos_h", "backbone.simfp_4.1.norm.bias",
-    "proposal_generator.rpn_head.conv.conv1.weight", "roi_heads.box_head.fc1.weight",
-    "roi_heads.mask_head.predictor.bias",
-])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "backbone.net.pos_embed",
+        "backbone.net.blocks.0.attn.rel_pos_h",
+        "backbone.simfp_4.1.norm.bias",
+        "proposal_generator.rpn_head.conv.conv1.weight",
+        "roi_heads.box_head.fc1.weight",
+        "roi_heads.mask_head.predictor.bias",
+    ],
+)
 def test_each_weight_is_held(case, name):
     content = read("maskrcnn_coco", "state_dict.npz")
-    assert case("maskrcnn_coco", "state_dict.npz", content | {name: content[name] * 1.05}, recompute=True) == 1
+    assert (
+        case(
+            "maskrcnn_coco",
+            "state_dict.npz",
+            content | {name: content[name] * 1.05},
+            recompute=True,
+        )
+        == 1
+    )
 
 
 @pytest.mark.parametrize("name", ["image0", "gt_boxes1", "gt_classes0", "gt_masks1"])
 def test_each_input_is_held(case, name):
     content = read("maskrcnn_coco", "inputs.npz")
-    change = {"image0": lambda x: x[::-1], "gt_boxes1": disturbed, "gt_classes0": lambda x: (x + 1) % 5,
-              "gt_masks1": lambda x: x[::-1]}[name]
-    assert case("maskrcnn_coco", "inputs.npz", content | {name: change(content[name])}, recompute=True) == 1
+    change = {
+        "image0": lambda x: x[::-1],
+        "gt_boxes1": disturbed,
+        "gt_classes0": lambda x: (x + 1) % 5,
+        "gt_masks1": lambda x: x[::-1],
+    }[name]
+    assert (
+        case("maskrcnn_coco", "inputs.npz", content | {name: change(content[name])}, recompute=True)
+        == 1
+    )
 
 
 def test_a_weight_without_a_place_stops_the_case(case):
@@ -235,7 +295,15 @@ def test_each_array_of_unit_is_held(case, array):
 @pytest.mark.parametrize("array", read("test_resize", "io.npz"))
 def test_each_array_of_resize_is_held(case, array):
     content = read("test_resize", "io.npz")
-    assert case("test_resize", "io.npz", content | {array: disturbed(content[array])}, recompute=array[0] == "i") == 1
+    assert (
+        case(
+            "test_resize",
+            "io.npz",
+            content | {array: disturbed(content[array])},
+            recompute=array[0] == "i",
+        )
+        == 1
+    )
 
 
 @pytest.mark.parametrize(("name", "file"), [("unit", "unit.npz"), ("test_resize", "io.npz")])
@@ -243,7 +311,9 @@ def test_unknown_array_of_other_kinds(case, name, file):
     assert case(name, file, read(name, file) | {"surprise": np.zeros(1)}) == 1
 
 
-@pytest.mark.parametrize("kind", [kind for kind in read("dynamics", "losses.json") if kind != "batch"])
+@pytest.mark.parametrize(
+    "kind", [kind for kind in read("dynamics", "losses.json") if kind != "batch"]
+)
 @pytest.mark.parametrize("step", [3, 15])
 def test_each_part_of_dynamics_is_held(case, kind, step):
     content = read("dynamics", "losses.json")
@@ -270,16 +340,34 @@ def test_a_case_of_three_images_of_which_two_hold_nothing(tmp_path):
     config = read("maskrcnn_coco", "config.json")
     for name in ("images", "outputs", "n_gt"):
         del config[name]
-    empty = {"classes": [], "polygons": [], "boxes": [], "height": 96, "width": 64, "out_height": 48, "out_width": 32}
+    empty = {
+        "classes": [],
+        "polygons": [],
+        "boxes": [],
+        "height": 96,
+        "width": 64,
+        "out_height": 48,
+        "out_width": 32,
+    }
     kept = {name: array for name, array in inputs.items() if name.endswith("0")}
-    kept |= {"image1": inputs["image1"][:96, :64], "image2": inputs["image0"][:96, :64],
-             "gt_boxes2": np.zeros((0, 4), np.float32), "gt_classes2": np.zeros(0, np.int64)}
+    kept |= {
+        "image1": inputs["image1"][:96, :64],
+        "image2": inputs["image0"][:96, :64],
+        "gt_boxes2": np.zeros((0, 4), np.float32),
+        "gt_classes2": np.zeros(0, np.int64),
+    }
     write(tmp_path / "inputs.npz", kept)
     write(tmp_path / "ground_truth.json", [truth[0], empty, empty])
     write(tmp_path / "config.json", config)
     (tmp_path / "state_dict.npz").symlink_to(GOLDEN / "maskrcnn_coco" / "state_dict.npz")
     found = detector.compute(tmp_path)
     write(tmp_path / "losses.json", found.losses | {"params_without_grad": []})
-    write(tmp_path / "rpn.npz", {f"eval_proposals{i}": one.boxes for i, one in enumerate(found.proposals["eval"])})
-    write(tmp_path / "train.npz", {k: v for k, v in found.training.items() if not k.startswith("mask_targets")})
+    write(
+        tmp_path / "rpn.npz",
+        {f"eval_proposals{i}": one.boxes for i, one in enumerate(found.proposals["eval"])},
+    )
+    write(
+        tmp_path / "train.npz",
+        {k: v for k, v in found.training.items() if not k.startswith("mask_targets")},
+    )
     assert parity.main([str(tmp_path)]) == 0

@@ -62,14 +62,22 @@ def test_case_holds(capsys):
     assert "vitae_mask_rcnn_192: all hold" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("array", [name for name in read("io.npz") if name not in fork_detector.INPUTS])
+@pytest.mark.parametrize(
+    "array", [name for name in read("io.npz") if name not in fork_detector.INPUTS]
+)
 def test_each_stored_array_is_held(case, array):
     content = read("io.npz")
     assert case("io.npz", content | {array: disturbed(content[array])}) == 1
 
 
-@pytest.mark.parametrize("change", [{"surprise": np.zeros(1)}, {"neck4": np.full((1, 32, 3, 3), np.nan)},
-                                    {"proposals": np.zeros((999, 5), np.float32)}])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"surprise": np.zeros(1)},
+        {"neck4": np.full((1, 32, 3, 3), np.nan)},
+        {"proposals": np.zeros((999, 5), np.float32)},
+    ],
+)
 def test_unknown_no_number_and_other_shape(case, change):
     assert case("io.npz", read("io.npz") | change) == 1
 
@@ -88,15 +96,26 @@ def test_a_case_without_results_fails(case):
 @pytest.mark.parametrize("change", ["other", "fewer", "surprise"])
 def test_masks_are_held(case, change):
     content = read("masks_rle.json")
-    changed = {"other": [content[1], *content[1:]], "fewer": content[1:],
-               "surprise": [content[0] | {"surprise": 1}, *content[1:]]}[change]
+    changed = {
+        "other": [content[1], *content[1:]],
+        "fewer": content[1:],
+        "surprise": [content[0] | {"surprise": 1}, *content[1:]],
+    }[change]
     assert case("masks_rle.json", changed) == 1
 
 
-@pytest.mark.parametrize("change", [
-    {"n_det": 99}, {"n_proposals": 999}, {"labels_hist": [0, 11, 22, 6, 61]}, {"score_range": [0.68, 0.95]},
-    {"mask_areas": [1300] * 100}, {"losses_total": 5.64}, {"surprise": 1},
-])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"n_det": 99},
+        {"n_proposals": 999},
+        {"labels_hist": [0, 11, 22, 6, 61]},
+        {"score_range": [0.68, 0.95]},
+        {"mask_areas": [1300] * 100},
+        {"losses_total": 5.64},
+        {"surprise": 1},
+    ],
+)
 def test_what_the_config_says_of_the_results_is_held(case, change):
     assert case("config.json", read("config.json") | change) == 1
 
@@ -105,7 +124,9 @@ def test_what_the_config_says_of_the_results_is_held(case, change):
 def test_each_loss_is_held(case, name):
     content = read("config.json")
     value = content["losses"][name]
-    content["losses"][name] = [value[0] * 1.01, *value[1:]] if isinstance(value, list) else value * 1.01
+    content["losses"][name] = (
+        [value[0] * 1.01, *value[1:]] if isinstance(value, list) else value * 1.01
+    )
     assert case("config.json", content) == 1
 
 
@@ -117,12 +138,20 @@ def test_an_unknown_loss_is_noticed(case):
 @pytest.mark.parametrize("name", ["img", "gt_boxes", "gt_labels", "gt_masks"])
 def test_each_input_is_held(case, name):
     content = read("io.npz")
-    change = {"gt_labels": lambda x: (x + 1) % 5, "gt_boxes": lambda x: x * 0.9}.get(name, lambda x: x[..., ::-1])
+    change = {"gt_labels": lambda x: (x + 1) % 5, "gt_boxes": lambda x: x * 0.9}.get(
+        name, lambda x: x[..., ::-1]
+    )
     assert case("io.npz", content | {name: change(content[name])}, recompute=True) == 1
 
 
-@pytest.mark.parametrize("name", ["backbone.fpn1.1.ln.weight", "rpn_head.rpn_conv.1.ln.bias",
-                                  "roi_head.mask_head.convs.3.ln.weight"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "backbone.fpn1.1.ln.weight",
+        "rpn_head.rpn_conv.1.ln.bias",
+        "roi_head.mask_head.convs.3.ln.weight",
+    ],
+)
 def test_each_weight_is_held(case, name):
     content = read("weights.npz")
     assert case("weights.npz", content | {name: content[name] * 1.2}, recompute=True) == 1
@@ -136,10 +165,15 @@ def test_the_settings_of_the_recipe_build_the_golden_detector():
     """Layers, epsilons, assignment, clamps and normaliser."""
     model = load_config("mask_rcnn_vit_b_coco").model
     small = replace(
-        model, backbone=replace(model.backbone, name="vit_tiny", rel_pos_size=192, pos_embed_grid=12),
-        pyramid=replace(model.pyramid, channels=32), roi_heads=replace(model.roi_heads, num_classes=5, fc_dim=64),
+        model,
+        backbone=replace(model.backbone, name="vit_tiny", rel_pos_size=192, pos_embed_grid=12),
+        pyramid=replace(model.pyramid, channels=32),
+        roi_heads=replace(model.roi_heads, num_classes=5, fc_dim=64),
     )
-    ours, golden = build_detector(small).eval(), fork_detector.build(read("config.json")["model"]).eval()
+    ours, golden = (
+        build_detector(small).eval(),
+        fork_detector.build(read("config.json")["model"]).eval(),
+    )
     heads = ("rpn", "roi_heads")
     for name in heads:
         getattr(golden, name).load_state_dict(getattr(ours, name).state_dict())
@@ -150,7 +184,9 @@ def test_the_settings_of_the_recipe_build_the_golden_detector():
     assert norms(ours.pyramid) == norms(golden.pyramid)
     plain = build_detector(replace(small, norm_eps=1e-6, low_quality="own", clamp_shrinking=False))
     assert {*norms(plain.rpn).values(), *norms(plain.roi_heads).values()} == {1e-6}
-    assert plain.rpn.match is not ours.rpn.match and plain.roi_heads.match is not ours.roi_heads.match
+    assert (
+        plain.rpn.match is not ours.rpn.match and plain.roi_heads.match is not ours.roi_heads.match
+    )
     for side in (48, 3):
         level = torch.randn(1, 32, side, side)
         assert torch.equal(ours.rpn.head(level)[0], golden.rpn.head(level)[0])
@@ -160,7 +196,14 @@ def test_fingerprints_are_held(tmp_path):
     """The comparison alone, on arrays of three numbers."""
     entry = {"shape": [3], "mean": 2.0, "std": 1.0, "index": [0, 2], "value": [1.0, 3.0]}
     found = {"vit_b": {"neck0": fingerprints.print_of(torch.tensor([1.0, 2.0, 3.0]), [0, 2])}}
-    changes = [{}, {"shape": [4]}, {"mean": 2.01}, {"std": 1.01}, {"value": [1.0, 3.01]}, {"surprise": 1}]
+    changes = [
+        {},
+        {"shape": [4]},
+        {"mean": 2.01},
+        {"std": 1.01},
+        {"value": [1.0, 3.01]},
+        {"surprise": 1},
+    ]
     stored = [{"vit_b": {"neck0": entry | change}} for change in changes]
     stored += [{"vit_b": {"neck9": entry}}, {"vit_x": {"neck0": entry}}, {}]
     for content in stored:
@@ -176,6 +219,8 @@ def test_fingerprints_draw_weights_by_the_published_names(tag):
         pytest.skip("needs ../shared")
     with torch.device("meta"):
         detector = build_detector(load_config(fingerprints.RECIPES[tag]).model)
-    theirs = fingerprints.to_theirs(detector.state_dict(), fingerprints.mmdet(split=fingerprints.SPLIT.get(tag, ())))
+    theirs = fingerprints.to_theirs(
+        detector.state_dict(), fingerprints.mmdet(split=fingerprints.SPLIT.get(tag, ()))
+    )
     published = json.loads((SHARED / "keys" / f"detector_{tag}.json").read_text())
     assert {name: list(tensor.shape) for name, tensor in theirs.items()} == published

@@ -38,8 +38,16 @@ def test_the_shared_case_holds() -> None:
     assert parity.main([str(SHARED)]) == 0
 
 
-@pytest.mark.parametrize("name", ["pos_embed", "blocks.0.attn.qkv.bias", "blocks.2.attn.v_bias",
-                                  "blocks.1.PCM.1.running_var", "norm.weight"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "pos_embed",
+        "blocks.0.attn.qkv.bias",
+        "blocks.2.attn.v_bias",
+        "blocks.1.PCM.1.running_var",
+        "norm.weight",
+    ],
+)
 def test_each_tensor_is_held(tmp_path: Path, name: str) -> None:
     arrays, config = case()
     arrays[f"{TAG}/dst/{name}"].flat[-1] += 1e-3
@@ -55,12 +63,17 @@ def test_lists_are_held(tmp_path: Path) -> None:
 
 def test_another_interpolation_is_out(monkeypatch: pytest.MonkeyPatch) -> None:
     plain = resize.F.interpolate
-    monkeypatch.setattr(resize.F, "interpolate",
-                        lambda *given, **named: plain(*given, **{**named, "mode": "bilinear"}))
+    monkeypatch.setattr(
+        resize.F,
+        "interpolate",
+        lambda *given, **named: plain(*given, **{**named, "mode": "bilinear"}),
+    )
     assert parity.main([str(GOLDEN)]) == 1
 
 
-def test_what_the_reference_loses_is_loaded_and_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_the_reference_loses_is_loaded_and_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """The file of its own ViTAE with qkv.bias everywhere: its loader has no place for a global block's."""
     arrays, config = case()
     stem = "blocks.2.attn."
@@ -71,4 +84,6 @@ def test_what_the_reference_loses_is_loaded_and_said(tmp_path: Path, capsys: pyt
         config[TAG]["loaded"].remove(f"{stem}{part}_bias")
         config[TAG]["left_at_init"].append(f"{stem}{part}_bias")
     assert check(tmp_path, arrays, config) == 0
-    assert "lost: 1 tensors of the file that the reference has no place for" in capsys.readouterr().out
+    assert (
+        "lost: 1 tensors of the file that the reference has no place for" in capsys.readouterr().out
+    )

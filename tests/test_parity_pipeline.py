@@ -51,7 +51,9 @@ def test_the_shared_case_holds():
 
 
 def test_an_antialiased_resize_is_out(monkeypatch):
-    monkeypatch.setattr(pipeline, "resize_and_pad", lambda image, size, **_: transforms.resize_and_pad(image, size))
+    monkeypatch.setattr(
+        pipeline, "resize_and_pad", lambda image, size, **_: transforms.resize_and_pad(image, size)
+    )
     assert parity.main([str(GOLDEN)]) == 1
 
 
@@ -66,8 +68,16 @@ def test_each_array_is_held(case, arrays, config, tag):
     assert case(arrays, config) == 1
 
 
-@pytest.mark.parametrize("change", [{"img_shape": [80, 128, 3]}, {"ori_shape": [61, 97, 3]}, {"surprise": 1},
-                                    {"scale_factor": [1.3195876, 1.32, 1.3195876, 1.32]}], ids=str)
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"img_shape": [80, 128, 3]},
+        {"ori_shape": [61, 97, 3]},
+        {"surprise": 1},
+        {"scale_factor": [1.3195876, 1.32, 1.3195876, 1.32]},
+    ],
+    ids=str,
+)
 def test_what_the_config_says_is_held(case, arrays, config, change):
     config["landscape"].update(change)
     assert case(arrays, config) == 1
@@ -77,4 +87,8 @@ def test_it_computes_from_pictures_and_the_canvas_alone(arrays, config, tmp_path
     np.savez(tmp_path / "io.npz", **{"portrait/bgr": arrays["portrait/bgr"]})
     (tmp_path / "config.json").write_text(json.dumps({"portrait": {"pad_shape": [96, 96, 3]}}))
     found = pipeline.compute(tmp_path)
-    assert found["portrait/out"].shape == (3, 96, 96) and found["portrait/img_shape"].tolist() == [96, 61, 3]
+    assert found["portrait/out"].shape == (3, 96, 96) and found["portrait/img_shape"].tolist() == [
+        96,
+        61,
+        3,
+    ]

@@ -25,9 +25,20 @@ JOBS = (GOLDEN / "jobs.yaml").read_text()
 
 def pipeline(*words: object, stdin: str = "") -> subprocess.CompletedProcess:
     """`python -m pipeline WORDS`."""
-    outer = {key: value for key, value in os.environ.items() if key not in ("VITDET_IMAGE", "MLFLOW_TRACKING_URI")}
-    return subprocess.run([sys.executable, "-m", "pipeline", *map(str, words)], cwd=ROOT, env=outer, input=stdin,
-                          capture_output=True, text=True, timeout=600)
+    outer = {
+        key: value
+        for key, value in os.environ.items()
+        if key not in ("VITDET_IMAGE", "MLFLOW_TRACKING_URI")
+    }
+    return subprocess.run(
+        [sys.executable, "-m", "pipeline", *map(str, words)],
+        cwd=ROOT,
+        env=outer,
+        input=stdin,
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +47,9 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> Path:
     start = resource.getrusage(resource.RUSAGE_CHILDREN)
     done = pipeline("compile", path, "--job", GOLDEN / "jobs.yaml")
     assert done.returncode == 0, done.stderr
-    end = resource.getrusage(resource.RUSAGE_CHILDREN)  # seconds of work: others may be at it on this machine
+    end = resource.getrusage(
+        resource.RUSAGE_CHILDREN
+    )  # seconds of work: others may be at it on this machine
     assert end.ru_utime + end.ru_stime - start.ru_utime - start.ru_stime < 3
     return path
 
@@ -49,7 +62,9 @@ def documents(compiled: Path) -> tuple[dict, dict]:
 
 
 def test_it_compiles_to_the_golden_file(compiled: Path) -> None:
-    assert compiled.read_text() == (GOLDEN / "pipeline.yaml").read_text(), "if the change is meant: see the docstring"
+    assert compiled.read_text() == (GOLDEN / "pipeline.yaml").read_text(), (
+        "if the change is meant: see the docstring"
+    )
 
 
 def test_the_job_may_come_from_kustomize_through_a_pipe(compiled: Path, tmp_path: Path) -> None:
@@ -65,14 +80,24 @@ def test_the_jobs_in_manifests_compile_as_they_are(tmp_path: Path) -> None:
     assert done.stderr.startswith("pipeline: the steps' image is 'vitdet', of no registry")
 
 
-@pytest.mark.parametrize(("stdin", "message"), [
-    ("", "--job -: empty"), ("kind: Service\n", "no PyTorchJob or TrainJob among the 1 documents"),
-    ("kind: TrainJob\nspec: {}\n---\nkind: TrainJob\nspec: {}\n", "two documents of kind TrainJob"),
-    ("a: [", "not readable as YAML"),
-    ("- a list\n", "no PyTorchJob or TrainJob"), ("kind: PyTorchJob\n", "its PyTorchJob has no spec"),
-    ("kind: TrainJob\nspec: {runtimeRef: {name: vitdet}, trainer: {image: a}}\n",
-     "the TrainJob's ClusterTrainingRuntime vitdet is not among the documents"),
-])
+@pytest.mark.parametrize(
+    ("stdin", "message"),
+    [
+        ("", "--job -: empty"),
+        ("kind: Service\n", "no PyTorchJob or TrainJob among the 1 documents"),
+        (
+            "kind: TrainJob\nspec: {}\n---\nkind: TrainJob\nspec: {}\n",
+            "two documents of kind TrainJob",
+        ),
+        ("a: [", "not readable as YAML"),
+        ("- a list\n", "no PyTorchJob or TrainJob"),
+        ("kind: PyTorchJob\n", "its PyTorchJob has no spec"),
+        (
+            "kind: TrainJob\nspec: {runtimeRef: {name: vitdet}, trainer: {image: a}}\n",
+            "the TrainJob's ClusterTrainingRuntime vitdet is not among the documents",
+        ),
+    ],
+)
 def test_a_wrong_job_is_told_in_one_line(stdin: str, message: str, tmp_path: Path) -> None:
     done = pipeline("compile", tmp_path / "a.yaml", "--job", "-", stdin=stdin)
     assert (done.returncode, len(done.stderr.splitlines())) == (1, 1), done.stderr
@@ -87,38 +112,72 @@ def test_the_jobs_travel_as_text() -> None:
     assert "ServiceAccount" not in jobs
 
 
-def test_the_steps_run_in_the_image_of_the_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_steps_run_in_the_image_of_the_job(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert image_of(only_jobs(JOBS)) == "registry.example.com/vitdet:1"
-    with pytest.raises(ValueError, match="name one image, they name a, registry.example.com/vitdet:1"):
+    with pytest.raises(
+        ValueError, match="name one image, they name a, registry.example.com/vitdet:1"
+    ):
         image_of(only_jobs(JOBS.replace("numNodes: 2", "image: a, numNodes: 2")))
     outer = {**os.environ, "VITDET_IMAGE": "other:2"}
-    subprocess.run([sys.executable, "-m", "pipeline", "compile", tmp_path / "other.yaml"], cwd=ROOT, env=outer,
-                   check=True)
-    executors = yaml.safe_load((tmp_path / "other.yaml").read_text().split("\n---\n")[0])["deploymentSpec"]["executors"]
+    subprocess.run(
+        [sys.executable, "-m", "pipeline", "compile", tmp_path / "other.yaml"],
+        cwd=ROOT,
+        env=outer,
+        check=True,
+    )
+    executors = yaml.safe_load((tmp_path / "other.yaml").read_text().split("\n---\n")[0])[
+        "deploymentSpec"
+    ]["executors"]
     assert {one["container"]["image"] for one in executors.values()} == {"other:2"}
 
 
-def test_nothing_is_installed_and_every_step_has_what_it_needs(compiled: Path, documents: tuple[dict, dict]) -> None:
+def test_nothing_is_installed_and_every_step_has_what_it_needs(
+    compiled: Path, documents: tuple[dict, dict]
+) -> None:
     specification, kubernetes = documents
     assert "pip install" not in compiled.read_text()
     executors = specification["deploymentSpec"]["executors"]
     assert executors.keys() == kubernetes.keys()
-    assert {one["container"]["image"] for one in executors.values()} == {"registry.example.com/vitdet:1"}
+    assert {one["container"]["image"] for one in executors.values()} == {
+        "registry.example.com/vitdet:1"
+    }
     for name, needs in kubernetes.items():
-        assert needs["fieldPathAsEnv"] == [{"fieldPath": "metadata.labels['pipeline/runid']", "name": "KFP_RUN_ID"}]
-        assert [(one["constant"], one["mountPath"]) for one in needs["pvcMount"]] == [("vitdet-data", "/data")]
+        assert needs["fieldPathAsEnv"] == [
+            {"fieldPath": "metadata.labels['pipeline/runid']", "name": "KFP_RUN_ID"}
+        ]
+        assert [(one["constant"], one["mountPath"]) for one in needs["pvcMount"]] == [
+            ("vitdet-data", "/data")
+        ]
         assert [one["secretName"] for one in needs["secretAsEnv"]] == ["vitdet-mlflow"]
-        assert needs["securityContext"] == {"runAsUser": "1000", "runAsGroup": "1000", "runAsNonRoot": True}
-        assert {"memoryLimit", "memoryRequest", "cpuRequest"} <= executors[name]["container"]["resources"].keys()
-    with_gpu = [name for name, one in executors.items() if "accelerator" in one["container"]["resources"]]
-    assert with_gpu == ["exec-evaluate"] == [name for name, needs in kubernetes.items() if "tolerations" in needs]
+        assert needs["securityContext"] == {
+            "runAsUser": "1000",
+            "runAsGroup": "1000",
+            "runAsNonRoot": True,
+        }
+        assert {"memoryLimit", "memoryRequest", "cpuRequest"} <= executors[name]["container"][
+            "resources"
+        ].keys()
+    with_gpu = [
+        name for name, one in executors.items() if "accelerator" in one["container"]["resources"]
+    ]
+    assert (
+        with_gpu
+        == ["exec-evaluate"]
+        == [name for name, needs in kubernetes.items() if "tolerations" in needs]
+    )
     assert kubernetes["exec-evaluate"]["nodeSelector"] == {"labels": {"vitdet/pool": "gpu-train"}}
 
 
 def test_what_changes_the_world_is_never_taken_from_a_cache(documents: tuple[dict, dict]) -> None:
     specification, _ = documents
     groups = [specification["root"], *specification["components"].values()]
-    tasks = {name: task for group in groups for name, task in group.get("dag", {}).get("tasks", {}).items()}
+    tasks = {
+        name: task
+        for group in groups
+        for name, task in group.get("dag", {}).get("tasks", {}).items()
+    }
     steps = {name: task for name, task in tasks.items() if not re.search(r"-\d+$", name)}
     cached = {name for name, task in steps.items() if task["cachingOptions"].get("enableCache")}
     assert cached == {"configs", "data", "train-job"}
@@ -133,18 +192,26 @@ def test_a_step_that_is_lost_late_is_still_tried_again(documents: tuple[dict, di
     """Argo counts from the first try's start: with less than a training takes, a launcher lost later is given up."""
     specification, _ = documents
     groups = [specification["root"], *specification["components"].values()]
-    policies = [task["retryPolicy"] for group in groups for task in group.get("dag", {}).get("tasks", {}).values()
-                if "retryPolicy" in task]
+    policies = [
+        task["retryPolicy"]
+        for group in groups
+        for task in group.get("dag", {}).get("tasks", {}).values()
+        if "retryPolicy" in task
+    ]
     job = yaml.safe_load((ROOT / "manifests" / "pytorchjob" / "pytorchjob.yaml").read_text())
     longest = job["spec"]["runPolicy"]["activeDeadlineSeconds"]
     assert longest >= 1209600 and len(policies) == 9
     assert all(int(policy["backoffMaxDuration"].removesuffix("s")) > longest for policy in policies)
 
 
-def test_the_parameters_are_recipes_and_the_shape_of_the_cluster(documents: tuple[dict, dict]) -> None:
+def test_the_parameters_are_recipes_and_the_shape_of_the_cluster(
+    documents: tuple[dict, dict],
+) -> None:
     parameters = documents[0]["root"]["inputDefinitions"]["parameters"]
     assert sorted(parameters) == ["job_kind", "nodes", "overrides", "pool", "recipes", "workspace"]
-    assert [name for name, about in parameters.items() if not about.get("isOptional")] == ["recipes"]
+    assert [name for name, about in parameters.items() if not about.get("isOptional")] == [
+        "recipes"
+    ]
 
 
 def test_of_an_error_the_screen_shows_the_last_line() -> None:
@@ -157,10 +224,16 @@ def test_of_an_error_the_screen_shows_the_last_line() -> None:
 
     shown, log = Lines(), Lines()
     screen = Screen(shown, log)
-    for text in ("12:00:00.123 - INFO - Executing task \033[96m'train'\033[0m\n", "    ",
-                 "Traceback (most recent call last):\n",
-                 '      File "a.py", line 1, in <module>\n', "        train()\n", "    ValueError: what is wrong\n",
-                 "    next\n", "12:00:01.000 - ERROR - Task \033[96m'train'\033[0m finished with status FAILURE\n"):
+    for text in (
+        "12:00:00.123 - INFO - Executing task \033[96m'train'\033[0m\n",
+        "    ",
+        "Traceback (most recent call last):\n",
+        '      File "a.py", line 1, in <module>\n',
+        "        train()\n",
+        "    ValueError: what is wrong\n",
+        "    next\n",
+        "12:00:01.000 - ERROR - Task \033[96m'train'\033[0m finished with status FAILURE\n",
+    ):
         screen.write(text)
     assert shown == ["-- train\n", "ValueError: what is wrong\n", "next\n", "-- train failed\n"]
     assert len(log) == 7

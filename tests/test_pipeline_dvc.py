@@ -17,7 +17,7 @@ import yaml
 ROOT = Path(__file__).parents[1]
 STAGES = ["config", "data", "weights", "train", "evaluate", "register"]
 RECIPE = "vitdet/recipes/tiny.yaml"
-STUB = '''#!{python}
+STUB = """#!{python}
 import json, os, sys, time
 from pathlib import Path
 sys.path.insert(0, {root!r})
@@ -63,7 +63,7 @@ elif verb == "evaluate":
     (options["--plots"] / "classes.json").write_text(json.dumps([{{"class": "star", "box_ap": ap}}]))
 else:
     output.write_text("{{}}")
-'''
+"""
 
 
 class Project:
@@ -75,17 +75,35 @@ class Project:
     def __call__(self, *words: str, ok: bool = True, **environment: str) -> str:
         """What the command says; the verbs that it ran are in `ran`."""
         (self.folder / "ran.txt").unlink(missing_ok=True)
-        done = subprocess.run(words, cwd=self.folder, env=self.environment(**environment), text=True,
-                              stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=120)
+        done = subprocess.run(
+            words,
+            cwd=self.folder,
+            env=self.environment(**environment),
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            timeout=120,
+        )
         assert (done.returncode == 0) == ok, done.stdout
         return done.stdout
 
     def environment(self, **more: str) -> dict[str, str]:
         """No settings of the user's git or DVC; the stub and this interpreter's tools before all others."""
-        path = os.pathsep.join([str(self.folder / "bin"), str(Path(sys.executable).parent), os.environ["PATH"]])
-        return {**os.environ, "PATH": path, "HOME": str(self.folder / "home"), "GIT_CONFIG_GLOBAL": os.devnull,
-                "GIT_CONFIG_NOSYSTEM": "1", "GIT_AUTHOR_NAME": "a", "GIT_AUTHOR_EMAIL": "a@b",
-                "GIT_COMMITTER_NAME": "a", "GIT_COMMITTER_EMAIL": "a@b", **more}
+        path = os.pathsep.join(
+            [str(self.folder / "bin"), str(Path(sys.executable).parent), os.environ["PATH"]]
+        )
+        return {
+            **os.environ,
+            "PATH": path,
+            "HOME": str(self.folder / "home"),
+            "GIT_CONFIG_GLOBAL": os.devnull,
+            "GIT_CONFIG_NOSYSTEM": "1",
+            "GIT_AUTHOR_NAME": "a",
+            "GIT_AUTHOR_EMAIL": "a@b",
+            "GIT_COMMITTER_NAME": "a",
+            "GIT_COMMITTER_EMAIL": "a@b",
+            **more,
+        }
 
     @property
     def ran(self) -> list[str]:
@@ -107,11 +125,15 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Project:
     for name in (".dvc/config", ".dvc/.gitignore", ".dvcignore", ".gitignore", "dvc.yaml"):
         (folder / name).parent.mkdir(exist_ok=True)
         shutil.copy(ROOT / name, folder / name)
-    (folder / ".gitignore").write_text((folder / ".gitignore").read_text() + "/ran.txt\n/bin/\n/home/\n")
+    (folder / ".gitignore").write_text(
+        (folder / ".gitignore").read_text() + "/ran.txt\n/bin/\n/home/\n"
+    )
     for stage in yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"].values():
         for name in stage.get("deps", []):
             if not name.startswith("work/"):
-                code = folder / name if name.endswith((".py", ".yaml")) else folder / name / "code.py"
+                code = (
+                    folder / name if name.endswith((".py", ".yaml")) else folder / name / "code.py"
+                )
                 code.parent.mkdir(parents=True, exist_ok=True)
                 code.write_text("code\n")
     (folder / RECIPE).write_text("# a comment\noptim: {lr: 1e-3, steps: 20}\n")
@@ -143,7 +165,9 @@ def test_a_second_repro_runs_nothing_and_the_demo_changes_no_tracked_file(projec
     assert project.changed == ""
 
 
-def test_an_experiment_sets_what_the_recipe_does_not_name_and_keeps_the_data(project: Project) -> None:
+def test_an_experiment_sets_what_the_recipe_does_not_name_and_keeps_the_data(
+    project: Project,
+) -> None:
     project("dvc", "exp", "run", "--name", "clipped", "-S", f"{RECIPE}:++optim.clip=0.5")
     assert project.ran == ["config", "train", "from 0 to 20", "evaluate", "register"]
     table = json.loads(project("dvc", "metrics", "diff", "demo", "clipped", "--json"))
@@ -153,13 +177,17 @@ def test_an_experiment_sets_what_the_recipe_does_not_name_and_keeps_the_data(pro
     project("git", "restore", RECIPE)
     project("dvc", "repro")
     assert project.ran == []  # the demo's results come back from the cache
-    assert json.loads((project.folder / "work/metrics.json").read_text())["box_ap"] == pytest.approx(10.5)
+    assert json.loads((project.folder / "work/metrics.json").read_text())[
+        "box_ap"
+    ] == pytest.approx(10.5)
 
 
 def test_a_setting_of_the_evaluation_trains_nothing(project: Project) -> None:
     project("dvc", "exp", "run", "-S", f"{RECIPE}:++evaluate.nms_iou=0.7")
     assert project.ran == ["config", "evaluate", "register"]
-    assert json.loads((project.folder / "work/metrics.json").read_text())["box_ap"] == pytest.approx(10.7)
+    assert json.loads((project.folder / "work/metrics.json").read_text())[
+        "box_ap"
+    ] == pytest.approx(10.7)
 
 
 def test_edited_code_runs_its_stages(project: Project) -> None:
@@ -168,11 +196,18 @@ def test_edited_code_runs_its_stages(project: Project) -> None:
     assert project.ran == ["train", "from 0 to 20", "evaluate", "register"]
     (project.folder / "vitdet/evaluation/code.py").write_text("edited")
     project("dvc", "repro")
-    assert project.ran == ["evaluate", "register"]  # with the code as it now is: it travels with the model
+    assert project.ran == [
+        "evaluate",
+        "register",
+    ]  # with the code as it now is: it travels with the model
 
 
-@pytest.mark.parametrize(("setting", "says"), [("optim.lrr=1", "lrr"), ("optim.lr=fast", "optim.lr")])
-def test_a_wrong_setting_stops_before_anything_else_runs(project: Project, setting: str, says: str) -> None:
+@pytest.mark.parametrize(
+    ("setting", "says"), [("optim.lrr=1", "lrr"), ("optim.lr=fast", "optim.lr")]
+)
+def test_a_wrong_setting_stops_before_anything_else_runs(
+    project: Project, setting: str, says: str
+) -> None:
     said = project("dvc", "exp", "run", "-S", f"{RECIPE}:++{setting}", ok=False)
     assert project.ran == ["config"]
     assert says in said
@@ -182,8 +217,14 @@ def test_a_wrong_setting_stops_before_anything_else_runs(project: Project, setti
 def test_a_killed_training_goes_on_where_it_was(project: Project) -> None:
     (project.folder / RECIPE).write_text("optim: {lr: 2e-3, steps: 20}\n")
     (project.folder / "ran.txt").unlink(missing_ok=True)
-    process = subprocess.Popen(["dvc", "repro"], cwd=project.folder, start_new_session=True, stdout=subprocess.DEVNULL,
-                               stderr=subprocess.DEVNULL, env=project.environment(SECONDS_A_STEP="0.2"))
+    process = subprocess.Popen(
+        ["dvc", "repro"],
+        cwd=project.folder,
+        start_new_session=True,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        env=project.environment(SECONDS_A_STEP="0.2"),
+    )
     progress = project.folder / "work/checkpoints/step"
     deadline = time.monotonic() + 60
     while not (progress.exists() and progress.read_text() > "4") and time.monotonic() < deadline:

@@ -10,21 +10,21 @@ import yaml
 
 from tests.conftest import ROOT
 
-COMPONENTS = '''
+COMPONENTS = """
 from pathlib import Path
 real = Path({real!r})
 __path__.append(str(real))
 exec((real / "__init__.py").read_text())
-'''
-LAUNCHER = '''
+"""
+LAUNCHER = """
 import json, os
 
 def launch(**asked):
     asked["finished"] = asked["finished"]()  # whether the training is complete
     with open(os.environ["CALLS"], "w") as file:
         json.dump(asked, file)
-'''
-STEPS = '''
+"""
+STEPS = """
 from pathlib import Path
 
 def training_words(configs, name, manifest, workspace, run_id):
@@ -35,48 +35,96 @@ def is_trained(workspace, name, run_id):
 
 def collect(workspace, name, run_id, checkpoint):
     Path(checkpoint).write_text("model")
-'''
+"""
 VALUES = {
-    "name": "tiny", "data": "d", "initial": "i", "workspace": "/data", "nodes": 2, "pool": "p", "image": "i:1",
-    "job_kind": "trainjob", "job": "backoffLimit: 4",
+    "name": "tiny",
+    "data": "d",
+    "initial": "i",
+    "workspace": "/data",
+    "nodes": 2,
+    "pool": "p",
+    "image": "i:1",
+    "job_kind": "trainjob",
+    "job": "backoffLimit: 4",
     # in the words that kfp/dsl/executor.py expects of the server
-    "task_config": {"nodeSelector": {"a": "b"}, "tolerations": [{"key": "k"}], "volumeMounts": [{"name": "v"}],
-                    "volumes": [{"name": "v"}], "env": [{"name": "E"}], "resources": {"limits": {"cpu": "1"}}},
+    "task_config": {
+        "nodeSelector": {"a": "b"},
+        "tolerations": [{"key": "k"}],
+        "volumeMounts": [{"name": "v"}],
+        "volumes": [{"name": "v"}],
+        "env": [{"name": "E"}],
+        "resources": {"limits": {"cpu": "1"}},
+    },
 }
 
 
 def artifact(folder: Path, name: str, kind: str) -> dict:
     schema = {"schemaTitle": f"system.{kind}", "schemaVersion": "0.0.1"}
-    return {"artifacts": [{"name": name, "uri": str(folder / name), "metadata": {}, "type": schema}]}
+    return {
+        "artifacts": [{"name": name, "uri": str(folder / name), "metadata": {}, "type": schema}]
+    }
 
 
 def test_a_pod_can_run_what_was_compiled(tmp_path: Path) -> None:
-    files = {"components/__init__": COMPONENTS.format(real=str(ROOT / "components")), "vitdet/workspace": STEPS,
-             "components/pytorchjob": LAUNCHER, "vitdet/__init__": ""}
+    files = {
+        "components/__init__": COMPONENTS.format(real=str(ROOT / "components")),
+        "vitdet/workspace": STEPS,
+        "components/pytorchjob": LAUNCHER,
+        "vitdet/__init__": "",
+    }
     for name, text in files.items():
         path = tmp_path / f"{name}.py"
         path.parent.mkdir(exist_ok=True)
         path.write_text(text)
-    specification = next(yaml.safe_load_all((ROOT / "tests" / "golden_pipeline" / "pipeline.yaml").read_text()))
+    specification = next(
+        yaml.safe_load_all((ROOT / "tests" / "golden_pipeline" / "pipeline.yaml").read_text())
+    )
     container = specification["deploymentSpec"]["executors"]["exec-train-job"]["container"]
     kinds = {"resolved": "Artifact", "manifest": "Dataset"}
     inputs = {name: artifact(tmp_path, name, kind) for name, kind in kinds.items()}
-    given = json.dumps({
-        "inputs": {"parameterValues": VALUES, "artifacts": inputs},
-        "outputs": {"artifacts": {"checkpoint": artifact(tmp_path, "checkpoint", "Model")},
-                    "outputFile": str(tmp_path / "out.json")},
-    })
+    given = json.dumps(
+        {
+            "inputs": {"parameterValues": VALUES, "artifacts": inputs},
+            "outputs": {
+                "artifacts": {"checkpoint": artifact(tmp_path, "checkpoint", "Model")},
+                "outputFile": str(tmp_path / "out.json"),
+            },
+        }
+    )
     words = [given if word == "{{$}}" else word for word in container["args"]]
     search = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    outer = {**os.environ, "PATH": search, "PYTHONPATH": str(tmp_path), "CALLS": str(tmp_path / "asked.json"),
-             "KFP_RUN_ID": "run"}
-    done = subprocess.run([*container["command"], *words], cwd=tmp_path, env=outer, capture_output=True, text=True)
+    outer = {
+        **os.environ,
+        "PATH": search,
+        "PYTHONPATH": str(tmp_path),
+        "CALLS": str(tmp_path / "asked.json"),
+        "KFP_RUN_ID": "run",
+    }
+    done = subprocess.run(
+        [*container["command"], *words], cwd=tmp_path, env=outer, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     asked = json.loads((tmp_path / "asked.json").read_text())
     config = asked.pop("task_config")
-    assert asked == {"template": "backoffLimit: 4", "kind": "trainjob", "run_id": "run", "name": "tiny", "nodes": 2,
-                     "args": ["train", "tiny", "run"], "pool": "p", "image": "i:1", "workspace": "/data",
-                     "finished": False}
-    assert config == {"node_selector": {"a": "b"}, "tolerations": [{"key": "k"}], "volume_mounts": [{"name": "v"}],
-                      "volumes": [{"name": "v"}], "env": [{"name": "E"}], "affinity": None, "resources": None}
+    assert asked == {
+        "template": "backoffLimit: 4",
+        "kind": "trainjob",
+        "run_id": "run",
+        "name": "tiny",
+        "nodes": 2,
+        "args": ["train", "tiny", "run"],
+        "pool": "p",
+        "image": "i:1",
+        "workspace": "/data",
+        "finished": False,
+    }
+    assert config == {
+        "node_selector": {"a": "b"},
+        "tolerations": [{"key": "k"}],
+        "volume_mounts": [{"name": "v"}],
+        "volumes": [{"name": "v"}],
+        "env": [{"name": "E"}],
+        "affinity": None,
+        "resources": None,
+    }
     assert (tmp_path / "checkpoint").read_text() == "model"

@@ -29,10 +29,13 @@ def test_auto_is_what_the_processor_has_instructions_for(monkeypatch: pytest.Mon
         assert chosen("auto", CPU) == wanted
 
 
-def test_an_old_gpu_trains_in_fp32_and_says_so(monkeypatch: pytest.MonkeyPatch,
-                                               caplog: pytest.LogCaptureFixture) -> None:
+def test_an_old_gpu_trains_in_fp32_and_says_so(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     """A V100 emulates bf16: torch calls it supported unless emulation is excluded."""
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
+    monkeypatch.setattr(
+        torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation
+    )
     with caplog.at_level(logging.WARNING):
         assert chosen("auto", GPU) == "fp32"
     assert len(caplog.messages) == 1 and "no instructions for bf16" in caplog.text
@@ -40,9 +43,13 @@ def test_an_old_gpu_trains_in_fp32_and_says_so(monkeypatch: pytest.MonkeyPatch,
     assert chosen("auto", GPU) == "bf16" and len(caplog.messages) == 1
 
 
-@pytest.mark.parametrize(("device", "precision", "within"),
-                         [(GPU, "fp32", "high"), (GPU, "bf16", "highest"), (CPU, "fp32", "highest")])
-def test_only_fp32_on_a_gpu_is_tf32_and_only_within(device: torch.device, precision: str, within: str) -> None:
+@pytest.mark.parametrize(
+    ("device", "precision", "within"),
+    [(GPU, "fp32", "high"), (GPU, "bf16", "highest"), (CPU, "fp32", "highest")],
+)
+def test_only_fp32_on_a_gpu_is_tf32_and_only_within(
+    device: torch.device, precision: str, within: str
+) -> None:
     assert torch.get_float32_matmul_precision() == "highest"
     with pytest.raises(KeyError), tf32(precision, device):
         assert torch.get_float32_matmul_precision() == within
@@ -50,7 +57,9 @@ def test_only_fp32_on_a_gpu_is_tf32_and_only_within(device: torch.device, precis
     assert torch.get_float32_matmul_precision() == "highest"
 
 
-def test_steps_are_within_and_evaluations_without(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_steps_are_within_and_evaluations_without(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     told, within, evaluated = [], [], []
 
     @contextmanager
@@ -63,7 +72,11 @@ def test_steps_are_within_and_evaluations_without(tiny: Path, tmp_path: Path, mo
     evaluate, backward = trainer.evaluate_detector, torch.Tensor.backward
     steps = []
     monkeypatch.setattr(trainer, "tf32", spy)
-    monkeypatch.setattr(trainer, "evaluate_detector", lambda *a: evaluated.append(bool(within)) or evaluate(*a))
-    monkeypatch.setattr(torch.Tensor, "backward", lambda *a: steps.append(bool(within)) or backward(*a))
+    monkeypatch.setattr(
+        trainer, "evaluate_detector", lambda *a: evaluated.append(bool(within)) or evaluate(*a)
+    )
+    monkeypatch.setattr(
+        torch.Tensor, "backward", lambda *a: steps.append(bool(within)) or backward(*a)
+    )
     train(load_config("tiny", minimal(tiny)), tmp_path, start_tracking=lambda *_: Recorder())
     assert steps == [True] * STEPS and evaluated == [False] * 2 and set(told) == {("fp32", "cpu")}

@@ -26,7 +26,11 @@ class BrightSpot(nn.Module):
             y, x = torch.nonzero(image.float().mean(0) > 128, as_tuple=True)
             spot = [x.min(), y.min(), x.max() + 1, y.max() + 1]
             boxes = torch.tensor([spot, [0, 0, size[1], size[0]]], dtype=torch.float32)
-            found.append(Detections(boxes, torch.tensor([0.9, 0.3]), torch.tensor([1, 0]), torch.ones(2, 28, 28)))
+            found.append(
+                Detections(
+                    boxes, torch.tensor([0.9, 0.3]), torch.tensor([1, 0]), torch.ones(2, 28, 28)
+                )
+            )
         return found
 
 
@@ -40,7 +44,9 @@ def spot(height=40, width=80, box=(8, 10, 28, 30)):
 def found(boxes, labels=None, names=NAMES):
     boxes = torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4)
     labels = torch.zeros(len(boxes), dtype=torch.int64) if labels is None else torch.tensor(labels)
-    return Detections(boxes, torch.linspace(0.99, 0.5, len(boxes)), labels, torch.ones(len(boxes), 28, 28), names)
+    return Detections(
+        boxes, torch.linspace(0.99, 0.5, len(boxes)), labels, torch.ones(len(boxes), 28, 28), names
+    )
 
 
 @pytest.fixture
@@ -54,9 +60,17 @@ def test_the_same_picture_in_every_form_gives_the_same_detections(predictor, tmp
     Image.fromarray(pixels).save(path)
     # 80 wide on a canvas of 64: the factor back is 1.25, a side is known to a pixel of the canvas
     expected = predictor(pixels)
-    torch.testing.assert_close(expected.boxes, torch.tensor([[8.0, 10.0, 28.0, 30.0]]), atol=1.3, rtol=0)
+    torch.testing.assert_close(
+        expected.boxes, torch.tensor([[8.0, 10.0, 28.0, 30.0]]), atol=1.3, rtol=0
+    )
     assert expected.names == ["dog"]
-    forms = [path, str(path), Image.open(path), torch.from_numpy(pixels).permute(2, 0, 1), np.asfortranarray(pixels)]
+    forms = [
+        path,
+        str(path),
+        Image.open(path),
+        torch.from_numpy(pixels).permute(2, 0, 1),
+        np.asfortranarray(pixels),
+    ]
     for image in forms:
         assert torch.equal(predictor(image).boxes, expected.boxes)
     for one in predictor(forms):
@@ -100,15 +114,18 @@ def test_threshold_is_the_lowest_score_that_is_returned(predictor):
     assert predictor(image, 0.95).boxes.shape == (0, 4)
 
 
-@pytest.mark.parametrize(("image", "message"), [
-    (np.zeros((4, 4), np.uint8), r"\(H, W, 3\) of uint8, got \(4, 4\)"),
-    (np.zeros((4, 4, 3), np.float32), "float32"),
-    (np.zeros((0, 4, 3), np.uint8), r"\(0, 4, 3\)"),
-    (torch.zeros(4, 4, 3, dtype=torch.uint8), r"\(3, H, W\) of uint8, got \(4, 4, 3\)"),
-    (torch.zeros(3, 4, 4), "float32"),
-    (7, "got int"),
-    ((1, 2), "got tuple"),
-])
+@pytest.mark.parametrize(
+    ("image", "message"),
+    [
+        (np.zeros((4, 4), np.uint8), r"\(H, W, 3\) of uint8, got \(4, 4\)"),
+        (np.zeros((4, 4, 3), np.float32), "float32"),
+        (np.zeros((0, 4, 3), np.uint8), r"\(0, 4, 3\)"),
+        (torch.zeros(4, 4, 3, dtype=torch.uint8), r"\(3, H, W\) of uint8, got \(4, 4, 3\)"),
+        (torch.zeros(3, 4, 4), "float32"),
+        (7, "got int"),
+        ((1, 2), "got tuple"),
+    ],
+)
 def test_what_is_no_image_is_refused_in_one_line(predictor, image, message):
     with pytest.raises(ValueError, match=message) as caught:
         predictor(image)
@@ -135,12 +152,16 @@ def test_each_axis_goes_back_by_its_own_factor():
     canvas = found([[0, 0, 1024, 682], [100, 100, 200, 300]])
     boxes = to_image(canvas, (682, 1024), (333, 500)).boxes
     torch.testing.assert_close(boxes[0], torch.tensor([0.0, 0.0, 500.0, 333.0]))
-    torch.testing.assert_close(boxes[1], torch.tensor([100 * 500 / 1024, 100 * 333 / 682, 200 * 500 / 1024,
-                                                       300 * 333 / 682]))
+    torch.testing.assert_close(
+        boxes[1],
+        torch.tensor([100 * 500 / 1024, 100 * 333 / 682, 200 * 500 / 1024, 300 * 333 / 682]),
+    )
 
 
 def test_boxes_are_clipped_to_the_image_and_empty_ones_dropped():
-    canvas = found([[-5, -5, 20, 20], [10, 10, 10, 30], [90, 10, 130, 30], [101, 10, 120, 30]], [0, 1, 2, 0])
+    canvas = found(
+        [[-5, -5, 20, 20], [10, 10, 10, 30], [90, 10, 130, 30], [101, 10, 120, 30]], [0, 1, 2, 0]
+    )
     kept = to_image(canvas, (100, 100), (50, 50))
     assert kept.boxes.tolist() == [[0, 0, 10, 10], [45, 5, 50, 15]]
     assert kept.labels.tolist() == [0, 2]
@@ -174,7 +195,9 @@ def test_a_picture_is_resized_as_in_training(trained, tmp_path):
         torch.save(content, tmp_path / "model.pt")
         predictor = Predictor.load(tmp_path / "model.pt")
         seen = []
-        predictor.detector.register_forward_pre_hook(lambda _, given, seen=seen: seen.append(given[0][0].cpu().numpy()))
+        predictor.detector.register_forward_pre_hook(
+            lambda _, given, seen=seen: seen.append(given[0][0].cpu().numpy())
+        )
         predictor(pixels)
         assert np.array_equal(seen[0], resize_and_pad(pixels, 128, antialias)[0])
 
@@ -202,8 +225,10 @@ def test_drawing_paints_the_object_in_its_classes_colour_and_nothing_else():
     assert (grey == 90).all()
 
 
-@pytest.mark.parametrize("box", [[0, 0, 30, 30], [380, 0, 400, 20], [0, 380, 20, 400], [380, 380, 400, 400],
-                                 [0, 0, 400, 400]])
+@pytest.mark.parametrize(
+    "box",
+    [[0, 0, 30, 30], [380, 0, 400, 20], [0, 380, 20, 400], [380, 380, 400, 400], [0, 0, 400, 400]],
+)
 def test_the_name_is_whole_wherever_the_object_is(box):
     black = np.zeros((400, 400, 3), np.uint8)
     named = Detections.draw(found([box], [1], ("", "a fairly long class name", "")), black)
@@ -216,8 +241,10 @@ def test_names_of_neighbours_do_not_cover_each_other():
     black = np.zeros((600, 800, 3), np.uint8)
     both = found([[300, 300, 340, 340], [302, 302, 338, 338]], [0, 1])
     for index in (0, 1):
-        area = [(np.asarray(draw(black, what, scale=1)) == class_color(index)).all(2).sum()
-                for what in (both[index : index + 1], both)]
+        area = [
+            (np.asarray(draw(black, what, scale=1)) == class_color(index)).all(2).sum()
+            for what in (both[index : index + 1], both)
+        ]
         assert area[1] > 0.8 * area[0]
 
 
@@ -230,7 +257,13 @@ def test_colours_of_many_classes_differ():
 
 
 def test_masks_at_the_edge_and_outside_are_drawn_without_complaint():
-    boxes = [[-20, -20, 10, 10], [90, 50, 130, 90], [0, 0, 100, 1], [200, 200, 220, 220], [5, 5, 5.2, 5.2]]
+    boxes = [
+        [-20, -20, 10, 10],
+        [90, 50, 130, 90],
+        [0, 0, 100, 1],
+        [200, 200, 220, 220],
+        [5, 5, 5.2, 5.2],
+    ]
     assert draw(spot(60, 100, (0, 0, 5, 5)), found(boxes), scale=1).size == (100, 60)
     unnamed = found([[10, 10, 50, 50]], names=())
     assert draw(spot(60, 100), unnamed).size == (800, 480)
@@ -240,7 +273,10 @@ def test_masks_at_the_edge_and_outside_are_drawn_without_complaint():
 def test_an_outline_is_as_wide_as_pillows_filter_makes_it(size):
     shape = Image.fromarray((np.random.default_rng(0).random(size) > 0.04).astype(np.uint8) * 255)
     for width in (1, 2, 3, 10):
-        assert _shrunk(shape, width).tobytes() == shape.filter(ImageFilter.MinFilter(2 * width + 1)).tobytes()
+        assert (
+            _shrunk(shape, width).tobytes()
+            == shape.filter(ImageFilter.MinFilter(2 * width + 1)).tobytes()
+        )
 
 
 def test_a_large_picture_is_drawn_object_by_object(monkeypatch):

@@ -9,7 +9,14 @@ import pytest
 from tests.conftest import Recorder
 from vitdet.progress import Progress, clock
 
-POINTS = {"loss": 3.5, "loss_cls": 1.25, "loss_mask": 0.7, "grad_norm": 2.0, "images_per_second": 12.34, "lr": 1e-3}
+POINTS = {
+    "loss": 3.5,
+    "loss_cls": 1.25,
+    "loss_mask": 0.7,
+    "grad_norm": 2.0,
+    "images_per_second": 12.34,
+    "lr": 1e-3,
+}
 AP = {"box_ap": 35.21, "mask_ap": 30.05}
 
 
@@ -34,10 +41,15 @@ def test_plain_lines_in_a_log() -> None:
     assert "\r" not in text and "\x1b" not in text
     lines = text.splitlines()
     assert len(lines) == 4 and text.endswith("\n")
-    assert lines[0].startswith("step 40/100  ") and "12.3 images/s" in lines[0] and " left" in lines[0]
+    assert (
+        lines[0].startswith("step 40/100  ") and "12.3 images/s" in lines[0] and " left" in lines[0]
+    )
     assert "loss 3.500 (cls 1.250  mask 0.700)" in lines[0]
     assert lines[2] == "step 60/100  box AP 35.2  mask AP 30.1"
-    assert recorder.points == {40: POINTS, 60: {**POINTS, **AP}, 100: POINTS} and recorder.status == "KILLED"
+    assert (
+        recorder.points == {40: POINTS, 60: {**POINTS, **AP}, 100: POINTS}
+        and recorder.status == "KILLED"
+    )
 
 
 def test_one_line_that_changes_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -45,8 +57,15 @@ def test_one_line_that_changes_on_a_terminal(monkeypatch: pytest.MonkeyPatch) ->
     text, _ = show(Terminal())
     shown = text.split("\r\x1b[2K")
     assert shown[0] == "" and len(shown) == 5
-    assert [part.endswith("\n") for part in shown[1:]] == [False, False, True, True]  # AP stays; close ends the line
-    assert all(len(part.rstrip("\n")) < 60 for part in shown)  # one that breaks could not be taken back
+    assert [part.endswith("\n") for part in shown[1:]] == [
+        False,
+        False,
+        True,
+        True,
+    ]  # AP stays; close ends the line
+    assert all(
+        len(part.rstrip("\n")) < 60 for part in shown
+    )  # one that breaks could not be taken back
     assert "images/s  loss 3.500" in shown[1]
 
 

@@ -6,9 +6,13 @@ import torch
 from vitdet.models.pyramid import SimpleFeaturePyramid
 
 
-@pytest.mark.parametrize(("stride", "scales", "strides"), [
-    (16, (4.0, 2.0, 1.0, 0.5), [4, 8, 16, 32, 64]), (8, (2.0, 1.0, 0.5, 0.25), [4, 8, 16, 32, 64]),
-])
+@pytest.mark.parametrize(
+    ("stride", "scales", "strides"),
+    [
+        (16, (4.0, 2.0, 1.0, 0.5), [4, 8, 16, 32, 64]),
+        (8, (2.0, 1.0, 0.5, 0.25), [4, 8, 16, 32, 64]),
+    ],
+)
 def test_levels_have_their_strides(stride, scales, strides):
     pyramid = SimpleFeaturePyramid(16, 8, stride, scales)
     assert pyramid.strides == strides
@@ -17,7 +21,10 @@ def test_levels_have_their_strides(stride, scales, strides):
 
 
 def test_deconvolutions_halve_the_channels_or_keep_them():
-    for halve, shapes in ((True, [(16, 8), (8, 4), (16, 8)]), (False, [(16, 16), (16, 16), (16, 16)])):
+    for halve, shapes in (
+        (True, [(16, 8), (8, 4), (16, 8)]),
+        (False, [(16, 16), (16, 16), (16, 16)]),
+    ):
         pyramid = SimpleFeaturePyramid(16, 8, 16, halve_channels=halve, eps=1e-3)
         found = [m for m in pyramid.modules() if isinstance(m, torch.nn.ConvTranspose2d)]
         assert [(m.in_channels, m.out_channels) for m in found] == shapes
@@ -34,7 +41,10 @@ def test_last_level_is_every_other_cell_of_the_one_before():
 
 def test_every_parameter_learns():
     pyramid = SimpleFeaturePyramid(16, 8, 16)
-    sum(m.square().mean() * (i + 1) + m.mean() for i, m in enumerate(pyramid(torch.randn(1, 16, 4, 4)))).backward()
+    sum(
+        m.square().mean() * (i + 1) + m.mean()
+        for i, m in enumerate(pyramid(torch.randn(1, 16, 4, 4)))
+    ).backward()
     assert all(p.grad is not None for p in pyramid.parameters())
 
 

@@ -16,14 +16,22 @@ from vitdet.cli import parser as vitdet_parser
 TEXT = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```(\w*)\n(.*?)```", TEXT, re.S)
 LOAD, TRAIN = (text for language, text in BLOCKS if language == "python")
-SHELL = [text for language, text in BLOCKS if not language and "[--set k=v]..." not in text]  # but for the synopsis
+SHELL = [
+    text for language, text in BLOCKS if not language and "[--set k=v]..." not in text
+]  # but for the synopsis
 LINES = "".join(SHELL).replace("\\\n", " ").splitlines()
-COMMANDS = [line.split("  #")[0].split(" | ")[-1].strip() for line in LINES
-            if re.match(r"vitdet |python -m pipeline |kubectl kustomize .* \| ", line)]
+COMMANDS = [
+    line.split("  #")[0].split(" | ")[-1].strip()
+    for line in LINES
+    if re.match(r"vitdet |python -m pipeline |kubectl kustomize .* \| ", line)
+]
 
 
 def test_its_commands_are_found() -> None:
-    assert len(COMMANDS) >= 12 and {command.split()[0] for command in COMMANDS} == {"vitdet", "python"}
+    assert len(COMMANDS) >= 12 and {command.split()[0] for command in COMMANDS} == {
+        "vitdet",
+        "python",
+    }
 
 
 @pytest.mark.parametrize("command", COMMANDS, ids=lambda command: " ".join(command.split()[:6]))
@@ -35,8 +43,9 @@ def test_a_command_is_one(command: str) -> None:
         assert vitdet_parser().parse_args(words).run
 
 
-def test_a_checkpoint_in_two_lines(trained: Path, picture: Path, tmp_path: Path,
-                                   monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_checkpoint_in_two_lines(
+    trained: Path, picture: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "work/train").mkdir(parents=True)
     shutil.copy(trained / "model.pt", tmp_path / "work/train/model.pt")
     assert LOAD.count("picture.jpg") == 2 and LOAD.count("threshold=0.5") == 1
@@ -45,15 +54,20 @@ def test_a_checkpoint_in_two_lines(trained: Path, picture: Path, tmp_path: Path,
     text = LOAD.replace("picture.jpg", picture.name).replace("threshold=0.5", "threshold=0")
     exec(text.replace("...", "seen = name"), names)
     assert names["seen"] in names["predictor"].class_names
-    assert (tmp_path / "drawn.jpg").is_file() and len(names["found"].boxes) == len(names["found"].masks) > 0
+    assert (tmp_path / "drawn.jpg").is_file() and len(names["found"].boxes) == len(
+        names["found"].masks
+    ) > 0
 
 
-def test_training_from_python(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-                              capsys: pytest.CaptureFixture[str]) -> None:
+def test_training_from_python(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.chdir(tmp_path)
     settings = '["optim.lr=1e-3", "train.batch_size=16"]'
     assert TRAIN.count(settings) == 1
     names: dict[str, object] = {}
     exec(TRAIN.replace(settings, repr(minimal(tiny, optim__steps=2))), names)
     assert "box_ap" in capsys.readouterr().out
-    assert all(name.startswith("loss_") and loss.requires_grad for name, loss in names["losses"].items())
+    assert all(
+        name.startswith("loss_") and loss.requires_grad for name, loss in names["losses"].items()
+    )

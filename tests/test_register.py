@@ -40,8 +40,18 @@ def make_checkpoint(path: Path, seed: int) -> Path:
     torch.manual_seed(seed)
     config = load_config("tiny")
     detector = build_detector(config.model, config.evaluate)
-    save(path, {"format": FORMAT, "config": to_dict(config), "class_names": NAMES, "model": detector.state_dict(),
-                "run_id": None, "step": 1, "dataset_digest": "0123456789ab"})
+    save(
+        path,
+        {
+            "format": FORMAT,
+            "config": to_dict(config),
+            "class_names": NAMES,
+            "model": detector.state_dict(),
+            "run_id": None,
+            "step": 1,
+            "dataset_digest": "0123456789ab",
+        },
+    )
     return path
 
 
@@ -51,9 +61,15 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("MLFLOW_TRACKING_URI", raising=False)
         folder = tmp_path_factory.mktemp("work")
-        tracker = tracking.start_run(uri="", folder=folder, experiment="test", name="run", params={"optim.lr": 1e-4},
-                                     tags={"git_revision": "a" * 40},
-                                     dataset={"name": "tiny", "digest": "0123456789ab", "source": "data"})
+        tracker = tracking.start_run(
+            uri="",
+            folder=folder,
+            experiment="test",
+            name="run",
+            params={"optim.lr": 1e-4},
+            tags={"git_revision": "a" * 40},
+            dataset={"name": "tiny", "digest": "0123456789ab", "source": "data"},
+        )
         tracker.close()
         make_checkpoint(folder / "model.pt", 0)
         build_wheel(folder)
@@ -63,10 +79,18 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def enter(folder: Path, checkpoint: Path, alias: str, run_id: str | None = "") -> tuple[str, str]:
-    return register(checkpoint, run_id=(folder / "run_id").read_text() if run_id == "" else run_id, uri="",
-                    folder=folder, model_name="detector", alias=alias, example=IMAGE,
-                    metrics={"box_ap": 35.24, "mask_ap": 30.5}, wheel=next(folder.glob("*.whl")),
-                    tags={"dataset_digest": "0123456789ab"})
+    return register(
+        checkpoint,
+        run_id=(folder / "run_id").read_text() if run_id == "" else run_id,
+        uri="",
+        folder=folder,
+        model_name="detector",
+        alias=alias,
+        example=IMAGE,
+        metrics={"box_ap": 35.24, "mask_ap": 30.5},
+        wheel=next(folder.glob("*.whl")),
+        tags={"dataset_digest": "0123456789ab"},
+    )
 
 
 @pytest.fixture(autouse=True)
@@ -76,7 +100,9 @@ def no_server(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def download(folder: Path, into: Path) -> Path:
     with exported(tracking.tracking_uri("", folder)):
-        return Path(mlflow.artifacts.download_artifacts("models:/detector@candidate", dst_path=str(into)))
+        return Path(
+            mlflow.artifacts.download_artifacts("models:/detector@candidate", dst_path=str(into))
+        )
 
 
 def test_a_version_says_where_it_comes_from(work: Path) -> None:
@@ -84,35 +110,76 @@ def test_a_version_says_where_it_comes_from(work: Path) -> None:
     version = client.get_model_version_by_alias("detector", "candidate")
     assert version.run_id == (work / "run_id").read_text()
     assert version.tags["box_ap"] == "35.24" and version.tags["mask_ap"] == "30.5"
-    assert version.tags["dataset_digest"] == "0123456789ab" and version.tags["git_revision"] == "a" * 40
+    assert (
+        version.tags["dataset_digest"] == "0123456789ab"
+        and version.tags["git_revision"] == "a" * 40
+    )
     assert client.get_run(version.run_id).info.status == "FINISHED"
 
 
 def test_a_fresh_environment_loads_it_and_finds_the_same(work: Path, tmp_path: Path) -> None:
     model = download(work, tmp_path / "model")
-    (wheel,) = [line for line in (model / "requirements.txt").read_text().splitlines() if line.endswith(".whl")]
-    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(tmp_path / "venv")], check=True)
+    (wheel,) = [
+        line
+        for line in (model / "requirements.txt").read_text().splitlines()
+        if line.endswith(".whl")
+    ]
+    subprocess.run(
+        [sys.executable, "-m", "venv", "--without-pip", str(tmp_path / "venv")], check=True
+    )
     python = tmp_path / "venv" / "bin" / "python"
-    environment = {key: value for key, value in os.environ.items() if not key.startswith(("PYTHON", "VIRTUAL_ENV"))}
+    environment = {
+        key: value
+        for key, value in os.environ.items()
+        if not key.startswith(("PYTHON", "VIRTUAL_ENV"))
+    }
     # requirements.txt names the wheel relative to itself, which is how MLflow installs it too
-    subprocess.run([sys.executable, "-m", "pip", "--python", str(python), "install", "-q", "--no-index", "--no-deps",
-                    wheel], cwd=model, check=True, env=environment)
+    subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "pip",
+            "--python",
+            str(python),
+            "install",
+            "-q",
+            "--no-index",
+            "--no-deps",
+            wheel,
+        ],
+        cwd=model,
+        check=True,
+        env=environment,
+    )
     # gigabytes of torch are not installed again; .pth files in there are not followed, so no editable install is seen
     (site,) = (tmp_path / "venv" / "lib").glob("python*/site-packages")
-    (site / "others.pth").write_text("\n".join(path for path in sys.path if path.endswith("-packages")))
+    (site / "others.pth").write_text(
+        "\n".join(path for path in sys.path if path.endswith("-packages"))
+    )
     np.save(tmp_path / "image.npy", IMAGE)
-    done = subprocess.run([str(python), "-c", ASK, "models:/detector@candidate", str(tmp_path / "image.npy")],
-                          cwd=tmp_path, capture_output=True, text=True,
-                          env={**environment, "MLFLOW_TRACKING_URI": tracking.tracking_uri("", work),
-                               "MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false"})
+    done = subprocess.run(
+        [str(python), "-c", ASK, "models:/detector@candidate", str(tmp_path / "image.npy")],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        env={
+            **environment,
+            "MLFLOW_TRACKING_URI": tracking.tracking_uri("", work),
+            "MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false",
+        },
+    )
     assert done.returncode == 0, done.stderr
     answer = json.loads(done.stdout.splitlines()[-1])
     assert Path(answer["file"]).is_relative_to(site)
     expected = Predictor.load(work / "model.pt")(IMAGE, threshold=0.0)
     assert len(answer["rows"]) == len(expected) > 0
     row = answer["rows"][0]
-    assert row["name"] == expected.names[0] and row["score"] == pytest.approx(float(expected.scores[0]), abs=1e-5)
-    assert [row[key] for key in ("x0", "y0", "x1", "y1")] == pytest.approx(expected.boxes[0].tolist(), abs=1e-3)
+    assert row["name"] == expected.names[0] and row["score"] == pytest.approx(
+        float(expected.scores[0]), abs=1e-5
+    )
+    assert [row[key] for key in ("x0", "y0", "x1", "y1")] == pytest.approx(
+        expected.boxes[0].tolist(), abs=1e-3
+    )
     assert (row["height"], row["width"]) == (60, 90) and row["mask"]
 
 
@@ -126,7 +193,11 @@ def test_nothing_is_pickled(work: Path, tmp_path: Path) -> None:
 
 def test_the_signature_checks_its_input(work: Path, tmp_path: Path) -> None:
     model = mlflow.pyfunc.load_model(str(download(work, tmp_path)))
-    assert list(model.predict(IMAGE, params={"threshold": 1.0}).columns)[:3] == ["name", "label", "score"]
+    assert list(model.predict(IMAGE, params={"threshold": 1.0}).columns)[:3] == [
+        "name",
+        "label",
+        "score",
+    ]
     with pytest.raises(mlflow.MlflowException):
         model.predict(IMAGE[..., :2])
     with pytest.raises(mlflow.MlflowException):

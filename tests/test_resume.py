@@ -17,8 +17,9 @@ from vitdet.training import Stopped, train, trainer
 from vitdet.training.checkpoint import Checkpoints
 
 
-def test_the_state_that_was_read_goes_when_it_is_applied(tiny: Path, tmp_path: Path,
-                                                         monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_state_that_was_read_goes_when_it_is_applied(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with pytest.raises(Stopped):
         go(tiny, tmp_path, interrupt(terminate, 2))
     alive: list[weakref.ref] = []
@@ -26,8 +27,13 @@ def test_the_state_that_was_read_goes_when_it_is_applied(tiny: Path, tmp_path: P
     class Watched(Checkpoints):
         def latest(self) -> dict | None:
             state = super().latest()
-            moments = [value for slots in state["optimizer"]["state"].values() for value in slots.values()]
-            alive.extend(weakref.ref(one) for one in (*state["model"].values(), *state["average"].values(), *moments))
+            moments = [
+                value for slots in state["optimizer"]["state"].values() for value in slots.values()
+            ]
+            alive.extend(
+                weakref.ref(one)
+                for one in (*state["model"].values(), *state["average"].values(), *moments)
+            )
             return state
 
     left = []
@@ -42,9 +48,9 @@ def test_the_state_that_was_read_goes_when_it_is_applied(tiny: Path, tmp_path: P
 
 
 @pytest.mark.parametrize("step", [4, 8])
-def test_an_evaluation_that_is_killed_costs_no_step_and_is_made_up_for(tiny: Path, trained: Path, tmp_path: Path,
-                                                                       monkeypatch: pytest.MonkeyPatch,
-                                                                       step: int) -> None:
+def test_an_evaluation_that_is_killed_costs_no_step_and_is_made_up_for(
+    tiny: Path, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int
+) -> None:
     """Whatever stops it: here before a figure is known."""
     evaluate = trainer.evaluate_detector
     calls = []
@@ -60,7 +66,12 @@ def test_an_evaluation_that_is_killed_costs_no_step_and_is_made_up_for(tiny: Pat
     assert max(before.points) == step and "box_ap" not in before.points[step]
     monkeypatch.setattr(trainer, "evaluate_detector", evaluate)
     rest = go(tiny, tmp_path)
-    assert min(rest.points) == step and set(rest.points[step]) == {"box_ap", "box_ap50", "box_ap75", *rest.points[step]}
+    assert min(rest.points) == step and set(rest.points[step]) == {
+        "box_ap",
+        "box_ap50",
+        "box_ap75",
+        *rest.points[step],
+    }
     assert "loss" not in rest.points[step]
     same_bits(tmp_path, trained)
 
@@ -71,13 +82,18 @@ def test_an_evaluation_that_was_done_is_not_done_again(tiny: Path, tmp_path: Pat
     assert min(go(tiny, tmp_path).points) == 5
 
 
-def test_a_broken_state_says_what_there_is_without_it(tiny: Path, trained: Path, tmp_path: Path) -> None:
+def test_a_broken_state_says_what_there_is_without_it(
+    tiny: Path, trained: Path, tmp_path: Path
+) -> None:
     with pytest.raises(Stopped):
         go(tiny, tmp_path, interrupt(terminate, 7))
     states = sorted((tmp_path / "checkpoints").glob("*.pt"))
     assert [path.name for path in states] == ["step_00000006.pt", "step_00000007.pt"]
     states[1].write_bytes(states[1].read_bytes()[:1000])
-    with pytest.raises(ValueError, match=r"step_00000007.pt: not a whole .*; remove it to go on from step_00000006.pt"):
+    with pytest.raises(
+        ValueError,
+        match=r"step_00000007.pt: not a whole .*; remove it to go on from step_00000006.pt",
+    ):
         go(tiny, tmp_path)
     states[1].unlink()
     assert min(go(tiny, tmp_path).points) == 7
@@ -95,8 +111,9 @@ def test_the_only_state_is_broken(tiny: Path, tmp_path: Path) -> None:
     assert min(go(tiny, tmp_path, optim__steps=1).points) == 1
 
 
-def test_weights_of_a_file_name_its_states_without_being_read_into_memory(tiny: Path, trained: Path, tmp_path: Path,
-                                                                          monkeypatch: pytest.MonkeyPatch) -> None:
+def test_weights_of_a_file_name_its_states_without_being_read_into_memory(
+    tiny: Path, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     read = Path.read_bytes
 
     def listed(path: Path) -> bytes:
@@ -105,15 +122,21 @@ def test_weights_of_a_file_name_its_states_without_being_read_into_memory(tiny: 
 
     monkeypatch.setattr(Path, "read_bytes", listed)
     config = load_config("tiny", minimal(tiny, optim__steps=1))
-    train(config, tmp_path / "run", checkpoints=tmp_path / "states", weights=trained / "model.pt",
-          start_tracking=lambda *_: Recorder())
+    train(
+        config,
+        tmp_path / "run",
+        checkpoints=tmp_path / "states",
+        weights=trained / "model.pt",
+        start_tracking=lambda *_: Recorder(),
+    )
     assert len(list((tmp_path / "states").iterdir())) == 1
     state = torch.load(next((tmp_path / "states").rglob("*.pt")), weights_only=True)
     assert state["step"] in (0, 1)
 
 
 def test_under_torchrun_a_finished_run_is_the_result_of_its_own_config_and_data_only(
-        own_tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    own_tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     output, heard = tmp_path / "run", []
     go(own_tiny, output, optim__steps=1)
     before = (output / "model.pt").read_bytes()
@@ -123,21 +146,31 @@ def test_under_torchrun_a_finished_run_is_the_result_of_its_own_config_and_data_
         return heard[-1][-1]
 
     def again(**changes: object) -> Path:
-        return train(load_config("tiny", minimal(own_tiny, optim__steps=1, **changes)), output,
-                     start_tracking=start_tracking)
+        return train(
+            load_config("tiny", minimal(own_tiny, optim__steps=1, **changes)),
+            output,
+            start_tracking=start_tracking,
+        )
 
-    with pytest.raises(ValueError, match="holds a finished run of this very config; choose another --output"):
+    with pytest.raises(
+        ValueError, match="holds a finished run of this very config; choose another --output"
+    ):
         again()
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "as torchrun does")
     assert again() == output / "model.pt" and (output / "model.pt").read_bytes() == before
     ((_, run_id, step, tracker),) = heard  # what was not shipped is, and the run is no longer open
     assert (run_id, step, tracker.status, tracker.points) == ("recorded", 1, "FINISHED", {})
-    with pytest.raises(ValueError, match=r"finished run with another config \(optim.lr: 0.1, not 0.001\)"):
+    with pytest.raises(
+        ValueError, match=r"finished run with another config \(optim.lr: 0.1, not 0.001\)"
+    ):
         again(optim__lr=0.1)
     path = own_tiny / "annotations" / "instances_train.json"
     content = json.loads(path.read_text())
     content["annotations"].pop()
     path.write_text(json.dumps(content))
-    with pytest.raises(ValueError, match=r"run: holds a finished run on other data \(\w+, now \w+\); choose another"):
+    with pytest.raises(
+        ValueError,
+        match=r"run: holds a finished run on other data \(\w+, now \w+\); choose another",
+    ):
         again()
     assert len(heard) == 1

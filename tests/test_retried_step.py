@@ -18,8 +18,18 @@ from components.jobs import KINDS
 from tests.test_following import BAD_IMAGE, DONE, PYTORCH, RUNNING, SHORT, Record, follow
 from tests.test_launcher import LABELS, OWNER, conditions, ended, filled, pod
 
-FAILED = {"status": {"conditions": [{"type": "Failed", "status": "True", "message": "1 Worker replica(s) failed.",
-                                     "lastTransitionTime": "2026-01-01T00:00:10Z"}]}}
+FAILED = {
+    "status": {
+        "conditions": [
+            {
+                "type": "Failed",
+                "status": "True",
+                "message": "1 Worker replica(s) failed.",
+                "lastTransitionTime": "2026-01-01T00:00:10Z",
+            }
+        ]
+    }
+}
 
 
 def there(status: dict, told: str = "") -> dict:
@@ -38,12 +48,17 @@ def test_the_cause_is_written_on_the_failed_job_which_stays() -> None:
 
 def test_a_retried_step_says_it_again_at_once_and_trains_nothing() -> None:
     told = "PyTorchJob vitdet-tiny-1 failed: 1 Worker replica(s) failed.\ncause: pod w: OOMKilled"
-    for status in (FAILED, conditions("Created=True", "Suspended=True")):  # the latter could not start
+    for status in (
+        FAILED,
+        conditions("Created=True", "Suspended=True"),
+    ):  # the latter could not start
         record = Record((DONE, []), there=there(status, told))
         lines, error = follow(record)
         assert error == told and record.asked == ["create", "adopt step"]
-        assert lines == ["launcher: PyTorchJob vitdet-tiny-1 is there, from an earlier try of this step: has told why "
-                         "it failed, no other is made"]
+        assert lines == [
+            "launcher: PyTorchJob vitdet-tiny-1 is there, from an earlier try of this step: has told why "
+            "it failed, no other is made"
+        ]
 
 
 def test_a_job_that_failed_while_no_step_followed_it_is_explained_by_the_next() -> None:
@@ -51,8 +66,10 @@ def test_a_job_that_failed_while_no_step_followed_it_is_explained_by_the_next() 
     record.logs["w"] = ["2026-01-01T00:00:00Z RuntimeError: a loss is not finite"]
     _, error = follow(record)
     assert record.asked == ["create", "adopt step", "mark"]
-    assert error.endswith("cause: pod w on node n1: Error, exit code 1\nlast lines of its log:\n  RuntimeError: a loss "
-                          "is not finite")
+    assert error.endswith(
+        "cause: pod w on node n1: Error, exit code 1\nlast lines of its log:\n  RuntimeError: a loss "
+        "is not finite"
+    )
 
 
 @pytest.mark.parametrize("told", ["", "PyTorchJob vitdet-tiny-1 failed: no quota"])
@@ -71,13 +88,27 @@ def test_the_first_pod_of_a_step_knows_that_it_is(monkeypatch: pytest.MonkeyPatc
             seen.append(self.first)
 
     monkeypatch.setattr(pytorchjob, "Follower", Noted)
-    monkeypatch.setattr(pytorchjob, "connect", lambda: (client.ApiClient(client.Configuration()), "ours"))
+    monkeypatch.setattr(
+        pytorchjob, "connect", lambda: (client.ApiClient(client.Configuration()), "ours")
+    )
     from tests.test_launcher import TEMPLATES
 
     for index in ("0", "1", None):
-        monkeypatch.setenv("KFP_RETRY_INDEX", index) if index else monkeypatch.delenv("KFP_RETRY_INDEX")
-        pytorchjob.launch(template=TEMPLATES["pytorchjob"], kind="pytorchjob", run_id="r", name="tiny", args=[],
-                          nodes=2, pool="", image="", workspace="/data", task_config=None)
+        monkeypatch.setenv("KFP_RETRY_INDEX", index) if index else monkeypatch.delenv(
+            "KFP_RETRY_INDEX"
+        )
+        pytorchjob.launch(
+            template=TEMPLATES["pytorchjob"],
+            kind="pytorchjob",
+            run_id="r",
+            name="tiny",
+            args=[],
+            nodes=2,
+            pool="",
+            image="",
+            workspace="/data",
+            task_config=None,
+        )
     assert seen == [True, False, False]
 
 
@@ -86,7 +117,10 @@ def test_a_job_that_a_queue_would_start_again_is_deleted_when_it_cannot_start() 
     job["metadata"]["labels"]["kueue.x-k8s.io/queue-name"] = "vitdet"
     record = Record(({"metadata": job["metadata"], **conditions("Created=True")}, [BAD_IMAGE]))
     _, error = follow(record, job)
-    assert error.endswith("ImagePullBackOff: no tag; it is deleted") and record.asked == ["create", "delete"]
+    assert error.endswith("ImagePullBackOff: no tag; it is deleted") and record.asked == [
+        "create",
+        "delete",
+    ]
 
 
 def test_an_api_server_that_takes_no_more_words_does_not_hide_the_cause() -> None:
@@ -96,7 +130,9 @@ def test_an_api_server_that_takes_no_more_words_does_not_hide_the_cause() -> Non
 
     lines, error = follow(Mute((FAILED, [])))
     assert error == "PyTorchJob vitdet-tiny-1 failed: 1 Worker replica(s) failed."
-    assert lines[-1] == "launcher: the cause could not be written on the job: cannot patch pytorchjobs"
+    assert (
+        lines[-1] == "launcher: the cause could not be written on the job: cannot patch pytorchjobs"
+    )
 
 
 def test_a_log_of_endless_lines_is_cut_for_the_job_and_not_for_the_step() -> None:
@@ -106,11 +142,15 @@ def test_a_log_of_endless_lines_is_cut_for_the_job_and_not_for_the_step() -> Non
     assert len(error) > 300_000 and len(record.told) == MOST
 
 
-@pytest.mark.parametrize(("kind", "spec"), [("pytorchjob", {"runPolicy": {"suspend": True}}),
-                                            ("trainjob", {"suspend": True})])
+@pytest.mark.parametrize(
+    ("kind", "spec"),
+    [("pytorchjob", {"runPolicy": {"suspend": True}}), ("trainjob", {"suspend": True})],
+)
 def test_what_is_written_on_a_job(kind: str, spec: dict) -> None:
     sent = []
-    cluster = pytorchjob.Cluster(client.ApiClient(client.Configuration()), KINDS[kind], "j", "ours", print, SHORT)
+    cluster = pytorchjob.Cluster(
+        client.ApiClient(client.Configuration()), KINDS[kind], "j", "ours", print, SHORT
+    )
 
     def patch(*given: object, **_: object) -> object:
         sent.append(given[-1])
@@ -119,25 +159,46 @@ def test_what_is_written_on_a_job(kind: str, spec: dict) -> None:
     cluster.objects.patch_namespaced_custom_object = patch
     cluster.mark("why", halt=False)
     cluster.mark("why", halt=True)
-    assert sent == [{"metadata": {"annotations": {"vitdet/failure": "why"}}},
-                    {"metadata": {"annotations": {"vitdet/failure": "why"}}, "spec": spec}]
+    assert sent == [
+        {"metadata": {"annotations": {"vitdet/failure": "why"}}},
+        {"metadata": {"annotations": {"vitdet/failure": "why"}}, "spec": spec},
+    ]
 
 
 class Objects:
     """CustomObjectsApi with these jobs: an exception for a kind is its list's answer, one for a name its deletion's."""
 
-    def __init__(self, jobs: dict[str, object], deletions: dict[str, Exception] | None = None) -> None:
+    def __init__(
+        self, jobs: dict[str, object], deletions: dict[str, Exception] | None = None
+    ) -> None:
         self.jobs, self.deletions, self.deleted = jobs, deletions or {}, []
 
-    def list_namespaced_custom_object(self, group: str, version: str, namespace: str, plural: str, *,
-                                      label_selector: str, _request_timeout: tuple) -> dict:
+    def list_namespaced_custom_object(
+        self,
+        group: str,
+        version: str,
+        namespace: str,
+        plural: str,
+        *,
+        label_selector: str,
+        _request_timeout: tuple,
+    ) -> dict:
         assert label_selector == "vitdet/run=run-1" and namespace == "ours"
         if isinstance(self.jobs[plural], Exception):
             raise self.jobs[plural]
         return {"items": self.jobs[plural]}
 
-    def delete_namespaced_custom_object(self, group: str, version: str, namespace: str, plural: str, name: str, *,
-                                        propagation_policy: str, _request_timeout: tuple) -> dict:
+    def delete_namespaced_custom_object(
+        self,
+        group: str,
+        version: str,
+        namespace: str,
+        plural: str,
+        name: str,
+        *,
+        propagation_policy: str,
+        _request_timeout: tuple,
+    ) -> dict:
         if name in self.deletions:
             raise self.deletions[name]
         self.deleted.append(f"{plural}/{name}")
@@ -148,83 +209,136 @@ def named(name: str, status: dict, **spec: object) -> dict:
     return {"metadata": {"name": name, "ownerReferences": [OWNER]}, "spec": spec, **status}
 
 
-def delete(objects: Objects, monkeypatch: pytest.MonkeyPatch, own: str = "") -> tuple[list[str], list[str]]:
+def delete(
+    objects: Objects, monkeypatch: pytest.MonkeyPatch, own: str = ""
+) -> tuple[list[str], list[str]]:
     monkeypatch.setattr(pytorchjob, "connect", lambda: (None, "ours"))
     monkeypatch.setattr(pytorchjob.client, "CustomObjectsApi", lambda _: objects)
     return pytorchjob.delete_jobs("run-1", own=own)
 
 
-def test_jobs_that_run_are_deleted_and_those_that_ended_stay_and_that_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    objects = Objects({
-        "pytorchjobs": [named("runs", RUNNING), named("failed", FAILED, runPolicy={"ttlSecondsAfterFinished": 3600}),
-                        named("suspended", conditions("Suspended=True", "Running=False")), named("new", {})],
-        "trainjobs": [named("done", {"status": {"conditions": [{"type": "Complete", "status": "True"}]}})]})
+def test_jobs_that_run_are_deleted_and_those_that_ended_stay_and_that_is_said(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    objects = Objects(
+        {
+            "pytorchjobs": [
+                named("runs", RUNNING),
+                named("failed", FAILED, runPolicy={"ttlSecondsAfterFinished": 3600}),
+                named("suspended", conditions("Suspended=True", "Running=False")),
+                named("new", {}),
+            ],
+            "trainjobs": [
+                named("done", {"status": {"conditions": [{"type": "Complete", "status": "True"}]}})
+            ],
+        }
+    )
     deleted, left = delete(objects, monkeypatch)
     assert deleted == ["runs", "suspended", "new"]
     assert objects.deleted == [f"pytorchjobs/{name}" for name in deleted]
     until = "stays, with the logs of pods that are left, until"
-    assert left == [f"failed: failed; {until} 2026-01-01 01:00 UTC or the pod of its step is deleted",
-                    f"done: succeeded; {until} the pod of its step is deleted"]
+    assert left == [
+        f"failed: failed; {until} 2026-01-01 01:00 UTC or the pod of its step is deleted",
+        f"done: succeeded; {until} the pod of its step is deleted",
+    ]
 
 
 def test_a_job_that_is_being_deleted_is_told_and_left(monkeypatch: pytest.MonkeyPatch) -> None:
     going = named("going", RUNNING)
-    going["metadata"]["deletionTimestamp"] = "2026-01-01T00:00:00Z"  # a finalizer holds it, Kueue's for one
+    going["metadata"]["deletionTimestamp"] = (
+        "2026-01-01T00:00:00Z"  # a finalizer holds it, Kueue's for one
+    )
     objects = Objects({"pytorchjobs": [going], "trainjobs": []})
-    assert delete(objects, monkeypatch) == ([], ["going: is being deleted already"]) and objects.deleted == []
+    assert (
+        delete(objects, monkeypatch) == ([], ["going: is being deleted already"])
+        and objects.deleted == []
+    )
 
 
 def test_one_job_that_is_gone_keeps_no_other_and_a_kind_that_is_not_installed_none(
-        monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     absent = ApiException(status=404)
-    objects = Objects({"pytorchjobs": [named("gone", RUNNING), named("runs", RUNNING)], "trainjobs": absent},
-                      {"gone": absent})
-    assert delete(objects, monkeypatch) == (["gone", "runs"], []) and objects.deleted == ["pytorchjobs/runs"]
+    objects = Objects(
+        {"pytorchjobs": [named("gone", RUNNING), named("runs", RUNNING)], "trainjobs": absent},
+        {"gone": absent},
+    )
+    assert delete(objects, monkeypatch) == (["gone", "runs"], []) and objects.deleted == [
+        "pytorchjobs/runs"
+    ]
 
 
-@pytest.mark.parametrize(("error", "text"), [
-    (ApiException(status=403, reason="Forbidden"), "cannot delete in namespace ours"),
-    (ReadTimeoutError(None, "/", "x"), "the API server does not answer .ReadTimeoutError."),
-])
-def test_a_deletion_that_is_refused_or_stalls_is_one_line(monkeypatch: pytest.MonkeyPatch, error: Exception, text: str
-                                                          ) -> None:
+@pytest.mark.parametrize(
+    ("error", "text"),
+    [
+        (ApiException(status=403, reason="Forbidden"), "cannot delete in namespace ours"),
+        (ReadTimeoutError(None, "/", "x"), "the API server does not answer .ReadTimeoutError."),
+    ],
+)
+def test_a_deletion_that_is_refused_or_stalls_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, error: Exception, text: str
+) -> None:
     if isinstance(error, ApiException):
         error.body = json.dumps({"message": "jobs is forbidden"})
-    for objects in (Objects({"pytorchjobs": error, "trainjobs": error}),
-                    Objects({"pytorchjobs": [named("runs", RUNNING)], "trainjobs": []}, {"runs": error})):
+    for objects in (
+        Objects({"pytorchjobs": error, "trainjobs": error}),
+        Objects({"pytorchjobs": [named("runs", RUNNING)], "trainjobs": []}, {"runs": error}),
+    ):
         with pytest.raises((RuntimeError, PermissionError), match=text) as raised:
             delete(objects, monkeypatch)
         assert "\n" not in str(raised.value)
 
 
-def test_a_kind_that_may_not_be_listed_keeps_no_job_of_the_other(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_kind_that_may_not_be_listed_keeps_no_job_of_the_other(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     error = ApiException(status=403, reason="Forbidden")
     error.body = json.dumps({"message": "trainjobs is forbidden"})
     objects = Objects({"pytorchjobs": [named("runs", RUNNING)], "trainjobs": error})
     deleted, (left,) = delete(objects, monkeypatch, "pytorchjob")
     assert deleted == ["runs"] and objects.deleted == ["pytorchjobs/runs"]
-    assert left.startswith("trainjobs were not looked at: cannot delete in namespace ours: trainjobs is forbidden")
-    with pytest.raises(PermissionError, match="trainjobs is forbidden.*; deleted: runs$"):  # the run's may be left
+    assert left.startswith(
+        "trainjobs were not looked at: cannot delete in namespace ours: trainjobs is forbidden"
+    )
+    with pytest.raises(
+        PermissionError, match="trainjobs is forbidden.*; deleted: runs$"
+    ):  # the run's may be left
         delete(objects, monkeypatch, "TrainJob")
 
 
-@pytest.mark.parametrize(("answer", "told"), [
-    (None, "namespace team-a of the cluster of context work"),
-    (ApiException(status=403), "namespace team-a of the cluster of context work"),  # who asks may know jobs only
-    (ApiException(status=404), "the cluster of context work has no namespace team-a; give that of the run's pods with"),
-    (ReadTimeoutError(None, "/", "x"), "the cluster of context work does not answer (ReadTimeoutError)"),
-])
-def test_where_jobs_are_looked_for_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, answer: Exception | None,
-                                           told: str) -> None:
+@pytest.mark.parametrize(
+    ("answer", "told"),
+    [
+        (None, "namespace team-a of the cluster of context work"),
+        (
+            ApiException(status=403),
+            "namespace team-a of the cluster of context work",
+        ),  # who asks may know jobs only
+        (
+            ApiException(status=404),
+            "the cluster of context work has no namespace team-a; give that of the run's pods with",
+        ),
+        (
+            ReadTimeoutError(None, "/", "x"),
+            "the cluster of context work does not answer (ReadTimeoutError)",
+        ),
+    ],
+)
+def test_where_jobs_are_looked_for_is_told(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, answer: Exception | None, told: str
+) -> None:
     def read_namespace(_: object, name: str, _request_timeout: tuple) -> None:
         assert name == "team-a"
         if answer is not None:
             raise answer
 
     monkeypatch.setattr(pytorchjob.client.CoreV1Api, "read_namespace", read_namespace)
-    kubeconfig = {"current-context": "work", "contexts": [{"name": "work", "context": {"cluster": "c", "user": "u"}}],
-                  "clusters": [{"name": "c", "cluster": {"server": "http://127.0.0.1:1"}}],
-                  "users": [{"name": "u", "user": {}}]}
+    kubeconfig = {
+        "current-context": "work",
+        "contexts": [{"name": "work", "context": {"cluster": "c", "user": "u"}}],
+        "clusters": [{"name": "c", "cluster": {"server": "http://127.0.0.1:1"}}],
+        "users": [{"name": "u", "user": {}}],
+    }
     (tmp_path / "kubeconfig").write_text(json.dumps(kubeconfig))
     monkeypatch.setenv("KUBECONFIG", str(tmp_path / "kubeconfig"))
     try:
@@ -242,9 +356,15 @@ def test_where_jobs_are_looked_for_is_told(monkeypatch: pytest.MonkeyPatch, tmp_
 
 def test_how_long_a_job_stays_counts_from_its_end() -> None:
     status = {"status": {**DONE["status"], "completionTime": "2026-03-01T10:00:00Z"}}
-    job = {"metadata": {"name": "j"}, "spec": {"runPolicy": {"ttlSecondsAfterFinished": 86400}}, **status}
+    job = {
+        "metadata": {"name": "j"},
+        "spec": {"runPolicy": {"ttlSecondsAfterFinished": 86400}},
+        **status,
+    }
     assert stay(PYTORCH, job).endswith("until 2026-03-02 10:00 UTC")
     del job["spec"]["runPolicy"]
     assert stay(PYTORCH, job).endswith("until somebody deletes it")
     assert stay(PYTORCH, {**job, **RUNNING}) == ""
-    assert datetime.fromisoformat("2026-03-01T10:00:00Z") + timedelta(days=1)  # Python 3.11 reads Kubernetes' times
+    assert datetime.fromisoformat("2026-03-01T10:00:00Z") + timedelta(
+        days=1
+    )  # Python 3.11 reads Kubernetes' times

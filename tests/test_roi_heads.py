@@ -35,7 +35,10 @@ def test_foreground_comes_first_and_ground_truths_are_candidates(heads):
     iou = pairwise_iou(one.boxes, found.boxes).amax(dim=0)
     assert (iou[foreground] >= 0.5).all() and (iou[~foreground] < 0.5).all()
     alone = heads.sample(torch.zeros(0, 4), one)
-    assert sorted(alone.boxes[:, 0].tolist()) == [10, 70] and sorted(alone.matched.tolist()) == [0, 1]
+    assert sorted(alone.boxes[:, 0].tolist()) == [10, 70] and sorted(alone.matched.tolist()) == [
+        0,
+        1,
+    ]
 
 
 def test_ground_truths_are_apart_when_their_best_boxes_are_kept(heads):
@@ -60,7 +63,10 @@ def test_labels_name_the_background_last(heads):
     one = target([[10, 10, 50, 60], [70, 70, 90, 120]], [1, 3])
     assigned = Assigned(proposals(3), torch.tensor([1, -1, 0]))
     assert heads.labels(assigned, one).tolist() == [3, CLASSES, 1]
-    assert heads.labels(Assigned(proposals(2), torch.tensor([-1, -1])), target([], [])).tolist() == [CLASSES] * 2
+    assert (
+        heads.labels(Assigned(proposals(2), torch.tensor([-1, -1])), target([], [])).tolist()
+        == [CLASSES] * 2
+    )
 
 
 def test_box_loss_looks_at_the_column_of_the_class(heads):
@@ -70,9 +76,13 @@ def test_box_loss_looks_at_the_column_of_the_class(heads):
     labels = torch.tensor([2, CLASSES])
     deltas = torch.full((2, CLASSES, 4), 100.0)
     deltas[0, 2] = wanted[0] + 1
-    assert heads.box_loss(0, deltas, labels, assigned, [one]).item() == pytest.approx(4 / 2, rel=1e-5)
+    assert heads.box_loss(0, deltas, labels, assigned, [one]).item() == pytest.approx(
+        4 / 2, rel=1e-5
+    )
     agnostic = (wanted[:, None] - 0.5).expand(2, 1, 4)
-    assert heads.box_loss(0, agnostic, labels, assigned, [one]).item() == pytest.approx(2 / 2, rel=1e-5)
+    assert heads.box_loss(0, agnostic, labels, assigned, [one]).item() == pytest.approx(
+        2 / 2, rel=1e-5
+    )
 
 
 def test_select_thresholds_suppresses_within_classes_and_counts(heads):
@@ -105,10 +115,21 @@ def test_next_stage_learns_from_boxes_cut_to_the_picture():
     heads = small_detector(ious=(0.5, 0.6, 0.7)).roi_heads
     one = target([[10, 10, 50, 50]], [1])
     refined = torch.tensor(
-        [[10.0, 10, 50, 50], [10, 10, 50, 40], [10, 10, 50, 34], [-20, -20, -5, -5], [60, 80, 200, 90]]
+        [
+            [10.0, 10, 50, 50],
+            [10, 10, 50, 40],
+            [10, 10, 50, 34],
+            [-20, -20, -5, -5],
+            [60, 80, 200, 90],
+        ]
     )
-    (found, _) = heads.reassign(2, [refined, refined[:0]], [one, target([], [])], torch.tensor([[128, 128], [9, 9]]))
-    assert found.boxes.tolist() == [*refined[:3].tolist(), [60, 80, 128, 90]]  # the empty one is gone
+    (found, _) = heads.reassign(
+        2, [refined, refined[:0]], [one, target([], [])], torch.tensor([[128, 128], [9, 9]])
+    )
+    assert found.boxes.tolist() == [
+        *refined[:3].tolist(),
+        [60, 80, 128, 90],
+    ]  # the empty one is gone
     assert found.matched.tolist() == [0, 0, -1, -1]  # IoU 1, 0.75, 0.6, 0 against 0.7
 
 
@@ -116,7 +137,9 @@ def test_next_stage_learns_from_boxes_cut_to_the_picture():
 def test_every_stage_of_detection_takes_the_boxes_of_the_one_before_cut_to_the_picture(monkeypatch):
     heads = small_detector(ious=(0.5, 0.6, 0.7)).roi_heads
     for stage in heads.stages:
-        stage.deltas.bias.copy_(torch.tensor([0.0, 0.0, 10.0, 10.0]))  # every stage doubles boxes, or more
+        stage.deltas.bias.copy_(
+            torch.tensor([0.0, 0.0, 10.0, 10.0])
+        )  # every stage doubles boxes, or more
     seen, run_stage = [], heads.run_stage
 
     def record(stage, features, boxes):
@@ -126,7 +149,11 @@ def test_every_stage_of_detection_takes_the_boxes_of_the_one_before_cut_to_the_p
     monkeypatch.setattr(heads, "run_stage", record)
     features = [torch.randn(2, 16, 128 // s, 128 // s) for s in (4, 8, 16, 32)]
     found = heads.detect(features, [proposals(6), proposals(4, seed=1)], SIZES)
-    assert len(found) == 2 and [len(boxes) for boxes in seen] == [10, 10, 10]  # none dropped on the way
+    assert len(found) == 2 and [len(boxes) for boxes in seen] == [
+        10,
+        10,
+        10,
+    ]  # none dropped on the way
     limits = torch.tensor([[128.0, 128.0]] * 6 + [[90.0, 100.0]] * 4)
     for boxes in seen[1:]:
         assert (boxes >= 0).all() and (boxes[:, 2:] <= limits).all()
@@ -146,12 +173,16 @@ def test_cascade_scales_the_gradient_of_the_features_and_not_of_the_head():
     heads = small_detector(ious=(0.5, 0.6, 0.7)).roi_heads
     stage, gradients = heads.stages[0], []
     for scaled in (False, True):
-        features = [torch.ones(1, 16, 128 // s, 128 // s, requires_grad=True) for s in (4, 8, 16, 32)]
+        features = [
+            torch.ones(1, 16, 128 // s, 128 // s, requires_grad=True) for s in (4, 8, 16, 32)
+        ]
         stage.zero_grad()
         if scaled:
             logits, _ = heads.run_stage(0, features, [proposals(5)])
         else:
-            logits, _ = stage(pool(features, [proposals(5)], heads.strides, 7, heads.sampling_ratio))
+            logits, _ = stage(
+                pool(features, [proposals(5)], heads.strides, 7, heads.sampling_ratio)
+            )
         logits.square().sum().backward()
         gradients.append((features[0].grad, stage.logits.weight.grad.clone()))
     assert gradients[0][0].abs().sum() > 0

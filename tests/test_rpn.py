@@ -23,7 +23,9 @@ def small_rpn(samples=16, **settings):
 
 def features(seed=1):
     generator = torch.Generator().manual_seed(seed)
-    return [torch.randn(2, 4, 64 // stride, 64 // stride, generator=generator) for stride in STRIDES]
+    return [
+        torch.randn(2, 4, 64 // stride, 64 // stride, generator=generator) for stride in STRIDES
+    ]
 
 
 def test_maps_are_flattened_row_column_anchor():
@@ -33,18 +35,26 @@ def test_maps_are_flattened_row_column_anchor():
     row, column, anchor = 3, 5, 2
     index = (row * 8 + column) * 3 + anchor
     assert found.logits[0][1, index] == logits[1, anchor, row, column]
-    assert torch.equal(found.deltas[0][1, index], deltas[1, 4 * anchor : 4 * anchor + 4, row, column])
-    assert ((found.anchors[0][index, :2] + found.anchors[0][index, 2:]) / 2).tolist() == pytest.approx([40, 24])
+    assert torch.equal(
+        found.deltas[0][1, index], deltas[1, 4 * anchor : 4 * anchor + 4, row, column]
+    )
+    assert (
+        (found.anchors[0][index, :2] + found.anchors[0][index, 2:]) / 2
+    ).tolist() == pytest.approx([40, 24])
 
 
 def test_proposals_are_sorted_inside_the_picture_and_few():
     rpn = small_rpn()
     found = rpn(features())
-    for proposals, (height, width) in zip(rpn.propose(found, SIZES, (40, 25)), SIZES.tolist(), strict=True):
+    for proposals, (height, width) in zip(
+        rpn.propose(found, SIZES, (40, 25)), SIZES.tolist(), strict=True
+    ):
         assert 0 < len(proposals.boxes) <= 25
         assert (proposals.logits.diff() <= 0).all()
         assert (proposals.boxes >= 0).all()
-        assert (proposals.boxes[:, 0::2] <= width).all() and (proposals.boxes[:, 1::2] <= height).all()
+        assert (proposals.boxes[:, 0::2] <= width).all() and (
+            proposals.boxes[:, 1::2] <= height
+        ).all()
         assert (proposals.boxes[:, 2:] > proposals.boxes[:, :2]).all()
         assert not proposals.boxes.requires_grad
 
@@ -67,16 +77,23 @@ def test_only_the_best_of_a_level_enter_and_broken_boxes_leave():
     found = Anchored(*one_level(far, [1.0, 3.0, float("nan"), 2.0]))
     found.deltas[0][0, 1] = float("inf")
     (proposals,) = small_rpn().propose(found, SIZES[:1], (4, 10))
-    assert proposals.boxes.tolist() == [[0, 0, 8, 8]]  # infinite, no number, and outside of the picture
-    (proposals,) = small_rpn().propose(Anchored(*one_level(far, [1.0, 3.0, 0.0, 2.0])), SIZES[:1], (2, 10))
+    assert proposals.boxes.tolist() == [
+        [0, 0, 8, 8]
+    ]  # infinite, no number, and outside of the picture
+    (proposals,) = small_rpn().propose(
+        Anchored(*one_level(far, [1.0, 3.0, 0.0, 2.0])), SIZES[:1], (2, 10)
+    )
     assert proposals.logits.tolist() == [3.0]
 
 
 def test_losses_are_divided_by_samples_and_images():
     rpn = small_rpn(samples=8)
     found = rpn(features())
-    zeros = Anchored([torch.zeros_like(x) for x in found.logits], [torch.zeros_like(x) for x in found.deltas],
-                     found.anchors)
+    zeros = Anchored(
+        [torch.zeros_like(x) for x in found.logits],
+        [torch.zeros_like(x) for x in found.deltas],
+        found.anchors,
+    )
     nothing = target([], [])
     losses = rpn.losses(zeros, [nothing, nothing])
     assert losses["loss_rpn_cls"].item() == pytest.approx(math.log(2))  # 8 negatives an image
@@ -92,8 +109,11 @@ def test_losses_are_divided_by_the_anchors_sampled():
     rpn = small_rpn(samples=8, positive_fraction=0.25, divide_by_sampled=True)
     found = rpn(features())
     anchors = torch.cat(found.anchors)
-    zeros = Anchored([torch.zeros_like(x) for x in found.logits], [torch.ones_like(x) for x in found.deltas],
-                     found.anchors)
+    zeros = Anchored(
+        [torch.zeros_like(x) for x in found.logits],
+        [torch.ones_like(x) for x in found.deltas],
+        found.anchors,
+    )
     one = target([anchors[100].tolist()], [0])
     losses = rpn.losses(zeros, [one, target([], [])])
     assert losses["loss_rpn_cls"].item() == pytest.approx(16 * math.log(2) / 17)
@@ -108,9 +128,14 @@ def test_heads_with_norm_and_without():
         hidden = x
         for block in rpn.convs:
             assert (block.conv.bias is None) == norm
-            hidden = torch.nn.functional.conv2d(hidden, block.conv.weight, block.conv.bias, padding=1)
+            hidden = torch.nn.functional.conv2d(
+                hidden, block.conv.weight, block.conv.bias, padding=1
+            )
             if norm:
-                mean, variance = hidden.mean(dim=1, keepdim=True), hidden.var(dim=1, correction=0, keepdim=True)
+                mean, variance = (
+                    hidden.mean(dim=1, keepdim=True),
+                    hidden.var(dim=1, correction=0, keepdim=True),
+                )
                 hidden = (hidden - mean) / (variance + 0.1).sqrt()
                 hidden = hidden * block.norm.weight[:, None, None] + block.norm.bias[:, None, None]
             hidden = hidden.relu()
@@ -124,7 +149,9 @@ def test_proposals_shrink_no_further_than_said():
     for limit in (-math.inf, -math.log(4)):
         (proposals,) = small_rpn(min_log_scale=limit).propose(found, SIZES[:1], (4, 10))
         sides.append((proposals.boxes[0, 2:] - proposals.boxes[0, :2]).tolist())
-    assert sides[0] == pytest.approx([32 * math.exp(-9)] * 2, rel=1e-2) and sides[1] == pytest.approx([8, 8])
+    assert sides[0] == pytest.approx([32 * math.exp(-9)] * 2, rel=1e-2) and sides[
+        1
+    ] == pytest.approx([8, 8])
 
 
 def test_sampled_anchors_suit_their_ground_truth():
@@ -145,6 +172,8 @@ def test_losses_of_logits_that_know_the_answer_are_small():
     found = rpn(features())
     one = target([[5, 5, 30, 31]], [0])
     matched, _, _ = rpn.sample(torch.cat(found.anchors), one)
-    right = torch.where(matched >= 0, 20.0, -20.0)[None].split([x.shape[1] for x in found.logits], dim=1)
+    right = torch.where(matched >= 0, 20.0, -20.0)[None].split(
+        [x.shape[1] for x in found.logits], dim=1
+    )
     losses = rpn.losses(Anchored(list(right), [x[:1] for x in found.deltas], found.anchors), [one])
     assert losses["loss_rpn_cls"].item() < 1e-6

@@ -22,23 +22,37 @@ def kubeflow() -> Iterator[Kubeflow]:
 
 
 @pytest.fixture
-def pipeline(kubeflow: Kubeflow, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
-             ) -> Run:
+def pipeline(
+    kubeflow: Kubeflow,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+) -> Run:
     """submit takes a pipeline of nothing, and looks every 10 ms."""
     package, run = tmp_path / "package.yaml", command(kubeflow, monkeypatch, capsys)
     parameters = {name: {"parameterType": "LIST"} for name in ("recipes", "overrides")}
     package.write_text(yaml.safe_dump({"root": {"inputDefinitions": {"parameters": parameters}}}))
     monkeypatch.setattr("pipeline.remote_verbs.check", lambda *_: True)  # `test_submit` has it
-    return lambda verb, *words: run(verb, *words, "--every", 0.01,
-                                    *(["--package", package] if verb == "submit" else []))
+    return lambda verb, *words: run(
+        verb, *words, "--every", 0.01, *(["--package", package] if verb == "submit" else [])
+    )
 
 
-@pytest.mark.parametrize("trouble", [[failing(503)], [failing(429)], [failing(500), failing(504)],
-                                     [failing(503, done=True)], [failing(500), failing(502, done=True)],
-                                     [failing(409, done=True)]])
+@pytest.mark.parametrize(
+    "trouble",
+    [
+        [failing(503)],
+        [failing(429)],
+        [failing(500), failing(504)],
+        [failing(503, done=True)],
+        [failing(500), failing(502, done=True)],
+        [failing(409, done=True)],
+    ],
+)
 @pytest.mark.parametrize("words", [[], ["--cron", "@daily"]], ids=["run", "schedule"])
-def test_a_request_that_failed_or_seemed_to_is_made_once(kubeflow: Kubeflow, pipeline: Run, trouble: list,
-                                                         words: list[str]) -> None:
+def test_a_request_that_failed_or_seemed_to_is_made_once(
+    kubeflow: Kubeflow, pipeline: Run, trouble: list, words: list[str]
+) -> None:
     kind = "recurringruns" if words else "runs"
     kubeflow.plan[f"POST /{kind}"] = list(trouble)
     code, out, _ = pipeline("submit", "tiny", *words)
@@ -47,8 +61,9 @@ def test_a_request_that_failed_or_seemed_to_is_made_once(kubeflow: Kubeflow, pip
 
 
 @pytest.mark.parametrize("trouble", [stalling, cut])
-def test_a_request_without_an_answer_is_not_repeated_blindly(kubeflow: Kubeflow, pipeline: Run,
-                                                             trouble: Callable) -> None:
+def test_a_request_without_an_answer_is_not_repeated_blindly(
+    kubeflow: Kubeflow, pipeline: Run, trouble: Callable
+) -> None:
     kubeflow.plan["POST /runs"] = [trouble]
     code, _, said = pipeline("submit", "tiny", "--timeout", 0.2)
     assert code == 1 and kubeflow.words().count("POST /runs") == 1
@@ -59,93 +74,172 @@ def test_a_server_that_stays_ill_gets_no_run(kubeflow: Kubeflow, pipeline: Run) 
     kubeflow.plan["POST /runs"] = [failing(500, "no space left")] * 9
     code, out, said = pipeline("submit", "tiny", "--retries", 2)
     assert (code, out) == (1, "") and kubeflow.words().count("POST /runs") == 3
-    assert said.splitlines()[-1] == f"pipeline: {kubeflow.url} answers 500 Internal Server Error: no space left"
+    assert (
+        said.splitlines()[-1]
+        == f"pipeline: {kubeflow.url} answers 500 Internal Server Error: no space left"
+    )
 
 
-def test_an_experiment_that_another_makes_at_the_same_moment_is_used(kubeflow: Kubeflow, pipeline: Run) -> None:
+def test_an_experiment_that_another_makes_at_the_same_moment_is_used(
+    kubeflow: Kubeflow, pipeline: Run
+) -> None:
     kubeflow.plan["POST /experiments"] = [failing(409, "Already exists", done=True)]
     assert pipeline("submit", "tiny")[0] == 0
     assert kubeflow.bodies("POST /runs")[0]["experiment_id"] == "0000-exp-0"
 
 
-@pytest.mark.parametrize(("code", "said"), [(401, "wants to know who asks (401)"), (403, "(403): cannot create"),
-                                            (400, "answers 400 Bad Request: cannot create")])
-def test_a_refused_request_is_not_repeated(kubeflow: Kubeflow, pipeline: Run, code: int, said: str) -> None:
+@pytest.mark.parametrize(
+    ("code", "said"),
+    [
+        (401, "wants to know who asks (401)"),
+        (403, "(403): cannot create"),
+        (400, "answers 400 Bad Request: cannot create"),
+    ],
+)
+def test_a_refused_request_is_not_repeated(
+    kubeflow: Kubeflow, pipeline: Run, code: int, said: str
+) -> None:
     kubeflow.plan["POST /runs"] = [failing(code, "cannot create")]
     status, out, line = pipeline("submit", "tiny")
     assert (status, out) == (1, "") and said in line and len(line.splitlines()) == 1
     assert kubeflow.words().count("POST /runs") == 1
 
 
-@pytest.mark.parametrize("words", [["submit", "tiny"], ["status", "x"], ["terminate", "x"]], ids=lambda words: words[0])
+@pytest.mark.parametrize(
+    "words", [["submit", "tiny"], ["status", "x"], ["terminate", "x"]], ids=lambda words: words[0]
+)
 def test_an_address_without_the_api(kubeflow: Kubeflow, pipeline: Run, words: list[str]) -> None:
     kubeflow.plan["GET /healthz"] = [lambda handler: handler.send(404, "404 page not found")]
     code, _, said = pipeline(*words)
-    assert code == 1 and "has no API of Kubeflow Pipelines (404); with a whole Kubeflow the address ends in " in said
+    assert (
+        code == 1
+        and "has no API of Kubeflow Pipelines (404); with a whole Kubeflow the address ends in "
+        in said
+    )
 
 
-def test_waiting_says_each_change_once_and_ends_well_after_success_only(kubeflow: Kubeflow, pipeline: Run) -> None:
-    shells = [task("root", "RUNNING"), task("root-driver", "SUCCEEDED"), task("for-loop-2", "RUNNING"),
-              task("iteration-iterations(0:0)", "RUNNING"), task("executor", "RUNNING")]
+def test_waiting_says_each_change_once_and_ends_well_after_success_only(
+    kubeflow: Kubeflow, pipeline: Run
+) -> None:
+    shells = [
+        task("root", "RUNNING"),
+        task("root-driver", "SUCCEEDED"),
+        task("for-loop-2", "RUNNING"),
+        task("iteration-iterations(0:0)", "RUNNING"),
+        task("executor", "RUNNING"),
+    ]
     kubeflow.states = [
-        {"state": "RUNNING", "run_details": {"task_details": [*shells, task("configs", "RUNNING")]}},
-        {"state": "RUNNING", "run_details": {"task_details": [*shells, task("configs", "RUNNING")]}},
-        {"state": "RUNNING", "run_details": {"task_details": [*shells, task("configs", "SUCCEEDED"),
-                                                              task("train-job", "RUNNING")]}},
-        {"state": "SUCCEEDED", "run_details": {"task_details": [
-            task("configs", "SUCCEEDED"), task("train-job", "SUCCEEDED"), task("train-job(0)", "FAILED"),
-            task("register", "SKIPPED")]}},
+        {
+            "state": "RUNNING",
+            "run_details": {"task_details": [*shells, task("configs", "RUNNING")]},
+        },
+        {
+            "state": "RUNNING",
+            "run_details": {"task_details": [*shells, task("configs", "RUNNING")]},
+        },
+        {
+            "state": "RUNNING",
+            "run_details": {
+                "task_details": [
+                    *shells,
+                    task("configs", "SUCCEEDED"),
+                    task("train-job", "RUNNING"),
+                ]
+            },
+        },
+        {
+            "state": "SUCCEEDED",
+            "run_details": {
+                "task_details": [
+                    task("configs", "SUCCEEDED"),
+                    task("train-job", "SUCCEEDED"),
+                    task("train-job(0)", "FAILED"),
+                    task("register", "SKIPPED"),
+                ]
+            },
+        },
     ]
     code, out, said = pipeline("submit", "tiny", "--wait")
     assert (code, said) == (0, "")
     assert [line[9:] for line in out.splitlines()[3:]] == [
-        "run RUNNING", "configs RUNNING", "configs SUCCEEDED", "train-job RUNNING", "run SUCCEEDED",
-        "train-job SUCCEEDED", "register SKIPPED"]
+        "run RUNNING",
+        "configs RUNNING",
+        "configs SUCCEEDED",
+        "train-job RUNNING",
+        "run SUCCEEDED",
+        "train-job SUCCEEDED",
+        "register SKIPPED",
+    ]
 
 
-FAILED = [task("root", "FAILED", end_time="2026-11-22T10:00:09Z"),
-          task("exit-handler-1", "FAILED", end_time="2026-11-22T10:00:08Z"),
-          task("evaluate-driver", "FAILED", end_time="2026-11-22T10:00:07Z"),
-          task("train-job", "FAILED", end_time="2026-11-22T10:00:05Z", state_history=[
-              {"state": "RUNNING"}, {"state": "FAILED", "error": {"code": 13, "message": "OOMKilled\n(exit 137)"}}]),
-          task("executor", "FAILED", end_time="2026-11-22T10:00:04Z"), task("clean-up", "SUCCEEDED")]
+FAILED = [
+    task("root", "FAILED", end_time="2026-11-22T10:00:09Z"),
+    task("exit-handler-1", "FAILED", end_time="2026-11-22T10:00:08Z"),
+    task("evaluate-driver", "FAILED", end_time="2026-11-22T10:00:07Z"),
+    task(
+        "train-job",
+        "FAILED",
+        end_time="2026-11-22T10:00:05Z",
+        state_history=[
+            {"state": "RUNNING"},
+            {"state": "FAILED", "error": {"code": 13, "message": "OOMKilled\n(exit 137)"}},
+        ],
+    ),
+    task("executor", "FAILED", end_time="2026-11-22T10:00:04Z"),
+    task("clean-up", "SUCCEEDED"),
+]
 
 
-@pytest.mark.parametrize("state", ["FAILED", "SUCCEEDED"])  # the second: what older servers make of an ExitHandler
-def test_a_failed_step_is_named_with_its_message(kubeflow: Kubeflow, pipeline: Run, state: str) -> None:
+@pytest.mark.parametrize(
+    "state", ["FAILED", "SUCCEEDED"]
+)  # the second: what older servers make of an ExitHandler
+def test_a_failed_step_is_named_with_its_message(
+    kubeflow: Kubeflow, pipeline: Run, state: str
+) -> None:
     kubeflow.states = [{"state": state, "run_details": {"task_details": FAILED}}]
     code, _, said = pipeline("submit", "tiny", "--wait")
     assert code == 1 and said.splitlines() == [
         "pipeline: train-job failed: OOMKilled (exit 137)",
         "pipeline: evaluate failed: the server does not say why, its log does",
-        f"pipeline: run {RUN} FAILED: {kubeflow.url}/#/runs/details/{RUN}"]
+        f"pipeline: run {RUN} FAILED: {kubeflow.url}/#/runs/details/{RUN}",
+    ]
 
 
 @pytest.mark.parametrize("state", ["CANCELED", "SKIPPED"])
-def test_a_run_that_ended_otherwise_is_no_success(kubeflow: Kubeflow, pipeline: Run, state: str) -> None:
+def test_a_run_that_ended_otherwise_is_no_success(
+    kubeflow: Kubeflow, pipeline: Run, state: str
+) -> None:
     kubeflow.states = [{"state": "CANCELING"}, {"state": state}]
     code, _, said = pipeline("submit", "tiny", "--wait")
     assert code == 1 and f"run {RUN} {state}" in said
 
 
-def test_a_run_that_failed_without_a_step_has_its_own_message(kubeflow: Kubeflow, pipeline: Run) -> None:
-    kubeflow.states = [{"state": "FAILED", "error": {"code": 3, "message": "workflow quota exceeded"}}]
+def test_a_run_that_failed_without_a_step_has_its_own_message(
+    kubeflow: Kubeflow, pipeline: Run
+) -> None:
+    kubeflow.states = [
+        {"state": "FAILED", "error": {"code": 3, "message": "workflow quota exceeded"}}
+    ]
     assert "run failed: workflow quota exceeded" in pipeline("submit", "tiny", "--wait")[2]
 
 
-def test_waiting_outlasts_a_server_that_is_away_but_not_a_login_that_has_expired(kubeflow: Kubeflow,
-                                                                                 pipeline: Run) -> None:
+def test_waiting_outlasts_a_server_that_is_away_but_not_a_login_that_has_expired(
+    kubeflow: Kubeflow, pipeline: Run
+) -> None:
     kubeflow.plan[f"GET /runs/{RUN}"] = [failing(503)] * 6
     kubeflow.states = [{"state": "SUCCEEDED"}]
     code, out, _ = pipeline("submit", "tiny", "--wait", "--retries", 1)
     assert code == 0 and out.count("; the run goes on") == 3
     kubeflow.plan["GET /runs/0000-run-1"] = [failing(401)]
     code, _, said = pipeline("submit", "tiny", "--wait")
-    assert code == 1 and said.rstrip().endswith("; the run goes on: python -m pipeline status 0000-run-1")
+    assert code == 1 and said.rstrip().endswith(
+        "; the run goes on: python -m pipeline status 0000-run-1"
+    )
 
 
-def test_ctrl_c_ends_the_waiting_not_the_run(kubeflow: Kubeflow, pipeline: Run,
-                                             monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ctrl_c_ends_the_waiting_not_the_run(
+    kubeflow: Kubeflow, pipeline: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def interrupt(_: float) -> None:
         raise KeyboardInterrupt
 
@@ -158,12 +252,18 @@ def test_ctrl_c_ends_the_waiting_not_the_run(kubeflow: Kubeflow, pipeline: Run,
 def test_status_of_a_run_and_of_a_schedule(kubeflow: Kubeflow, pipeline: Run) -> None:
     pipeline("submit", "tiny", "--name", "mine")
     pipeline("submit", "tiny", "--cron", "0 3 * * *")
-    kubeflow.states = [{"state": "FAILED", "finished_at": "2026-11-22T10:00:09Z", "run_details": {
-        "task_details": FAILED}}]
+    kubeflow.states = [
+        {
+            "state": "FAILED",
+            "finished_at": "2026-11-22T10:00:09Z",
+            "run_details": {"task_details": FAILED},
+        }
+    ]
     code, out, _ = pipeline("status", f"{kubeflow.url}/#/runs/details/{RUN}")
     assert code == 0 and out == (
         f"run   mine\nid    {RUN}\nstate FAILED, 2026-11-22 10:00:09\nlink  {kubeflow.url}/#/runs/details/{RUN}\n"
-        "  FAILED     train-job: OOMKilled (exit 137)\n  SUCCEEDED  clean-up\n")
+        "  FAILED     train-job: OOMKilled (exit 137)\n  SUCCEEDED  clean-up\n"
+    )
     code, out, _ = pipeline("status", "0000-rec-0")
     assert code == 0, _
     assert "when     0 0 3 * * *" in out
@@ -187,7 +287,9 @@ class Cluster:
 def cluster(monkeypatch: pytest.MonkeyPatch) -> Cluster:
     made = Cluster()
     monkeypatch.setattr(pytorchjob, "delete_jobs", made.delete_jobs)
-    monkeypatch.setattr(pytorchjob, "whereabouts", "namespace {} of the cluster of context work".format)
+    monkeypatch.setattr(
+        pytorchjob, "whereabouts", "namespace {} of the cluster of context work".format
+    )
     return made
 
 
@@ -196,58 +298,94 @@ KEPT = "vitdet-2: failed; stays until 2026-11-29 12:00 UTC"
 
 
 @pytest.mark.parametrize("state", ["FAILED", "SUCCEEDED", "CANCELED"])
-def test_the_jobs_of_a_run_that_has_ended_are_deleted(kubeflow: Kubeflow, pipeline: Run, cluster: Cluster, state: str
-                                                      ) -> None:
+def test_the_jobs_of_a_run_that_has_ended_are_deleted(
+    kubeflow: Kubeflow, pipeline: Run, cluster: Cluster, state: str
+) -> None:
     kubeflow.users = True
     pipeline("submit", "tiny", "--namespace", "team-a")
     kubeflow.kept["runs"][0]["runtime_config"] = {"parameters": {"job_kind": "trainjob"}}
     kubeflow.states, cluster.found = [{"state": state}], [(["vitdet-1"], [KEPT])]
     code, out, said = pipeline("terminate", RUN)
     assert (code, said) == (0, "")
-    assert out.splitlines() == [f"run {RUN}: {state}", PLACE.format("team-a"), "deleted vitdet-1", KEPT]
+    assert out.splitlines() == [
+        f"run {RUN}: {state}",
+        PLACE.format("team-a"),
+        "deleted vitdet-1",
+        KEPT,
+    ]
     assert cluster.asked == [(RUN, "team-a", "trainjob")]
     assert f"POST /runs/{RUN}:terminate" not in kubeflow.words()
 
 
 @pytest.mark.parametrize("state", ["RUNNING", "PENDING", "CANCELING"])
-def test_the_jobs_of_a_run_are_deleted_at_once_and_when_it_has_ended(kubeflow: Kubeflow, pipeline: Run,
-                                                                     cluster: Cluster, state: str) -> None:
+def test_the_jobs_of_a_run_are_deleted_at_once_and_when_it_has_ended(
+    kubeflow: Kubeflow, pipeline: Run, cluster: Cluster, state: str
+) -> None:
     pipeline("submit", "tiny")
-    kubeflow.states = [{"state": state}, {"state": "CANCELING"}, {"state": "CANCELING"}, {"state": "CANCELED"}]
+    kubeflow.states = [
+        {"state": state},
+        {"state": "CANCELING"},
+        {"state": "CANCELING"},
+        {"state": "CANCELED"},
+    ]
     cluster.found = [(["vitdet-1"], [KEPT]), (["vitdet-3"], [KEPT])]
     code, out, said = pipeline("terminate", RUN)
     assert (code, said) == (0, "")
     assert out.splitlines()[1:] == [
-        PLACE.format("kubeflow"), "deleted vitdet-1", "looking again when the run has ended, for about 300 s",
-        "deleted vitdet-3, made since", KEPT]
+        PLACE.format("kubeflow"),
+        "deleted vitdet-1",
+        "looking again when the run has ended, for about 300 s",
+        "deleted vitdet-3, made since",
+        KEPT,
+    ]
     assert cluster.asked == [(RUN, "kubeflow", "pytorchjob")] * 2
     assert (f"POST /runs/{RUN}:terminate" in kubeflow.words()) == (state != "CANCELING")
 
 
 @pytest.mark.parametrize("left", [[], [KEPT]])
-def test_where_there_are_no_jobs_it_says_where_it_looked(kubeflow: Kubeflow, pipeline: Run, cluster: Cluster,
-                                                         left: list[str]) -> None:
+def test_where_there_are_no_jobs_it_says_where_it_looked(
+    kubeflow: Kubeflow, pipeline: Run, cluster: Cluster, left: list[str]
+) -> None:
     pipeline("submit", "tiny")
     kubeflow.states, cluster.found = [{"state": "FAILED"}], [([], left)]
-    assert pipeline("terminate", RUN)[1].splitlines()[1:] == [PLACE.format("kubeflow"), *left, "found none to delete"]
+    assert pipeline("terminate", RUN)[1].splitlines()[1:] == [
+        PLACE.format("kubeflow"),
+        *left,
+        "found none to delete",
+    ]
 
 
-@pytest.mark.parametrize("status", [503, 401, 404])  # silent; the login has expired; somebody has deleted the run
-def test_jobs_of_a_run_that_is_not_seen_to_end_are_deleted(kubeflow: Kubeflow, pipeline: Run, cluster: Cluster,
-                                                           monkeypatch: pytest.MonkeyPatch, status: int) -> None:
+@pytest.mark.parametrize(
+    "status", [503, 401, 404]
+)  # silent; the login has expired; somebody has deleted the run
+def test_jobs_of_a_run_that_is_not_seen_to_end_are_deleted(
+    kubeflow: Kubeflow,
+    pipeline: Run,
+    cluster: Cluster,
+    monkeypatch: pytest.MonkeyPatch,
+    status: int,
+) -> None:
     monkeypatch.setattr("pipeline.remote_verbs.STOPPING", 0.3)
     pipeline("submit", "tiny")
     cluster.found = [(["vitdet-1"], []), (["vitdet-2"], [KEPT])]
     kubeflow.plan[f"GET /runs/{RUN}"] = [Handler.serve, *[failing(status)] * 3]
     code, out, said = pipeline("terminate", RUN, "--retries", 0)
-    assert code == 1 and out.splitlines()[-2:] == ["deleted vitdet-2, made since", KEPT] and len(cluster.asked) == 2
-    cause = "the run is still ending" if status == 503 else "whether the run has ended is not known ("
-    assert said.splitlines()[-1].startswith(f"pipeline: {cause}") and said.splitlines()[-1].endswith(
-        f"; training jobs that it may make yet: python -m pipeline terminate {RUN}")
+    assert (
+        code == 1
+        and out.splitlines()[-2:] == ["deleted vitdet-2, made since", KEPT]
+        and len(cluster.asked) == 2
+    )
+    cause = (
+        "the run is still ending" if status == 503 else "whether the run has ended is not known ("
+    )
+    assert said.splitlines()[-1].startswith(f"pipeline: {cause}") and said.splitlines()[
+        -1
+    ].endswith(f"; training jobs that it may make yet: python -m pipeline terminate {RUN}")
 
 
-def test_ctrl_c_while_a_run_ends_says_what_is_left_to_do(kubeflow: Kubeflow, pipeline: Run, cluster: Cluster,
-                                                         monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ctrl_c_while_a_run_ends_says_what_is_left_to_do(
+    kubeflow: Kubeflow, pipeline: Run, cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
@@ -258,8 +396,9 @@ def test_ctrl_c_while_a_run_ends_says_what_is_left_to_do(kubeflow: Kubeflow, pip
     assert said.endswith(f"jobs that it may have made since: python -m pipeline terminate {RUN}\n")
 
 
-def test_a_cluster_without_the_namespace_is_refused_in_one_line(kubeflow: Kubeflow, pipeline: Run, cluster: Cluster,
-                                                                monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cluster_without_the_namespace_is_refused_in_one_line(
+    kubeflow: Kubeflow, pipeline: Run, cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def another(namespace: str) -> str:
         raise ValueError(f"the cluster of context work has no namespace {namespace}")
 
@@ -267,19 +406,25 @@ def test_a_cluster_without_the_namespace_is_refused_in_one_line(kubeflow: Kubefl
     pipeline("submit", "tiny")
     code, out, said = pipeline("terminate", RUN)
     assert code == 1 and "now ending" in out and cluster.asked == []
-    assert said.endswith("training jobs may still be there: the cluster of context work has no namespace kubeflow\n")
+    assert said.endswith(
+        "training jobs may still be there: the cluster of context work has no namespace kubeflow\n"
+    )
 
 
-def test_terminating_a_run_that_ends_in_the_meantime(kubeflow: Kubeflow, pipeline: Run, cluster: Cluster) -> None:
+def test_terminating_a_run_that_ends_in_the_meantime(
+    kubeflow: Kubeflow, pipeline: Run, cluster: Cluster
+) -> None:
     pipeline("submit", "tiny")
     kubeflow.plan[f"POST /runs/{RUN}:terminate"] = [failing(400, "Row not found")]
     kubeflow.states = [{"state": "RUNNING"}, {"state": "FAILED"}]
-    assert pipeline("terminate", RUN)[0] == 0 and {asked[:2] for asked in cluster.asked} == {(RUN, "kubeflow")}
+    assert pipeline("terminate", RUN)[0] == 0 and {asked[:2] for asked in cluster.asked} == {
+        (RUN, "kubeflow")
+    }
 
 
-def test_jobs_that_cannot_be_deleted_are_an_error_that_says_how(kubeflow: Kubeflow, pipeline: Run,
-                                                                cluster: Cluster, monkeypatch: pytest.MonkeyPatch
-                                                                ) -> None:
+def test_jobs_that_cannot_be_deleted_are_an_error_that_says_how(
+    kubeflow: Kubeflow, pipeline: Run, cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def forbidden(run_id: str, namespace: str, own: str) -> tuple[list[str], list[str]]:
         raise RuntimeError("may not delete pytorchjobs")
 
@@ -290,7 +435,9 @@ def test_jobs_that_cannot_be_deleted_are_an_error_that_says_how(kubeflow: Kubefl
     assert f"kubectl delete -n team-a pytorchjobs,trainjobs -l vitdet/run={RUN}" in said
 
 
-def test_terminating_a_schedule_deletes_it(kubeflow: Kubeflow, pipeline: Run, cluster: Cluster) -> None:
+def test_terminating_a_schedule_deletes_it(
+    kubeflow: Kubeflow, pipeline: Run, cluster: Cluster
+) -> None:
     pipeline("submit", "tiny", "--cron", "@daily")
     code, out, _ = pipeline("terminate", "0000-rec-0")
     assert code == 0 and "runs that it started go on" in out

@@ -21,7 +21,9 @@ def test_an_epoch_holds_every_image_once_in_an_order_of_its_own() -> None:
 def test_a_position_does_not_depend_on_what_was_asked_before() -> None:
     sampler, forward = InfiniteSampler(7, 0), InfiniteSampler(7, 0)
     stream = [forward[position] for position in range(50)]
-    assert [sampler[position] for position in (45, 3, 22, 8, 45)] == [stream[p] for p in (45, 3, 22, 8, 45)]
+    assert [sampler[position] for position in (45, 3, 22, 8, 45)] == [
+        stream[p] for p in (45, 3, 22, 8, 45)
+    ]
 
 
 @pytest.mark.parametrize("repeats", [None, np.array([1.0, 2.5, 1.25])], ids=["once", "repeated"])
@@ -31,7 +33,10 @@ def test_the_stream_has_no_end(repeats: np.ndarray | None) -> None:
     start = [sampler[position] for position in range(300)]
     assert set(far) == {0, 1, 2} and far[:300] != far[300:] != start != far[:300]
     steps = positions(10**12, 6, 1, 2)
-    assert next(steps) == [6 * 10**12 + 3, 6 * 10**12 + 4, 6 * 10**12 + 5] and next(steps)[0] == 6 * 10**12 + 9
+    assert (
+        next(steps) == [6 * 10**12 + 3, 6 * 10**12 + 4, 6 * 10**12 + 5]
+        and next(steps)[0] == 6 * 10**12 + 9
+    )
 
 
 def test_ranks_share_the_batch_of_one_process() -> None:
@@ -47,7 +52,9 @@ def test_a_restart_takes_the_next_step() -> None:
 
 
 def test_uneven_shares_and_no_images_are_refused() -> None:
-    with pytest.raises(ValueError, match="train.batch_size must be a multiple of the 4 processes, got 6"):
+    with pytest.raises(
+        ValueError, match="train.batch_size must be a multiple of the 4 processes, got 6"
+    ):
         positions(0, 6, 0, 4)
     with pytest.raises(ValueError, match="no image"):
         InfiniteSampler(0, 0)
@@ -56,8 +63,18 @@ def test_uneven_shares_and_no_images_are_refused() -> None:
 
 
 def test_repeat_factors_are_those_of_the_rarest_class() -> None:
-    labels = [np.array([0, 0]), np.array([0, 1]), np.array([0]), np.array([0, 2, 3]), np.array([0]), np.array([0, 1]),
-              np.array([0]), np.array([0, 3]), np.array([0]), np.array([], np.int64)]
+    labels = [
+        np.array([0, 0]),
+        np.array([0, 1]),
+        np.array([0]),
+        np.array([0, 2, 3]),
+        np.array([0]),
+        np.array([0, 1]),
+        np.array([0]),
+        np.array([0, 3]),
+        np.array([0]),
+        np.array([], np.int64),
+    ]
     # Shares of the ten images: class 0 in 9, class 1 in 2, class 2 in 1, class 3 in 2.
     expected = [1, (0.4 / 0.2) ** 0.5, 1, 2, 1, (0.4 / 0.2) ** 0.5, 1, 2**0.5, 1, 1]
     assert repeat_factors(labels, 0.4) == pytest.approx(expected)
@@ -68,7 +85,10 @@ def test_repeat_factors_of_random_images_follow_the_formula() -> None:
     rng = np.random.default_rng(0)
     labels = [rng.geometric(0.2, rng.integers(1, 6)) for _ in range(300)]
     holding = Counter(label for image in labels for label in set(image.tolist()))
-    slow = [max(max(1.0, (0.05 / (holding[label] / 300)) ** 0.5) for label in image.tolist()) for image in labels]
+    slow = [
+        max(max(1.0, (0.05 / (holding[label] / 300)) ** 0.5) for label in image.tolist())
+        for image in labels
+    ]
     assert max(slow) > 2 and repeat_factors(labels, 0.05) == pytest.approx(slow)
 
 
@@ -101,7 +121,9 @@ def test_with_repeat_factors_a_position_does_not_depend_on_what_was_asked_before
     assert [backward[place] for place in places] == [stream[place] for place in places]
     assert [InfiniteSampler(9, 6, factors)[place] for place in range(30)] != stream[:30]
     ones = InfiniteSampler(9, 5, np.ones(9))
-    assert [ones[place] for place in range(60)] == [InfiniteSampler(9, 5)[place] for place in range(60)]
+    assert [ones[place] for place in range(60)] == [
+        InfiniteSampler(9, 5)[place] for place in range(60)
+    ]
 
 
 def test_a_restart_late_in_a_long_training_is_quick_and_exact() -> None:

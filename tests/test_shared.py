@@ -62,15 +62,25 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.skipif(not hasattr(os, "memfd_create"), reason="Linux only")
-def test_workers_that_start_afresh_look_at_the_memory_of_the_first(folder: Path, tmp_path: Path) -> None:
+def test_workers_that_start_afresh_look_at_the_memory_of_the_first(
+    folder: Path, tmp_path: Path
+) -> None:
     (tmp_path / "script.py").write_text(WORKERS)
-    done = subprocess.run([sys.executable, tmp_path / "script.py", folder], env=environment(tmp_path),
-                          capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(
+        [sys.executable, tmp_path / "script.py", folder],
+        env=environment(tmp_path),
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     rows, own = json.loads(done.stdout)
     assert len({pid for _, pid, _ in rows}) == 2
     assert len(own) == 4 and all("memfd:vitdet" in place for place in own) and len(set(own)) == 4
-    assert all(place == [*own, "(0, 4)", True] for _, _, place in rows)  # inode and name; torch comes from the parent
+    assert all(
+        place == [*own, "(0, 4)", True] for _, _, place in rows
+    )  # inode and name; torch comes from the parent
     data = DataConfig(root=str(folder), train_split="train", image_size=64)
     alone = TrainData(read_split(data, "train"), data, 0)
     assert [image for image, _, _ in rows] == list(alone.__getitems__(range(12)).image_ids)
@@ -78,7 +88,11 @@ def test_workers_that_start_afresh_look_at_the_memory_of_the_first(folder: Path,
 
 def test_a_plain_copy_is_a_copy() -> None:
     block = pickle.loads(pickle.dumps(Shared(np.arange(6).reshape(2, 3))))
-    assert block.array.tolist() == [[0, 1, 2], [3, 4, 5]] and len(block) == 2 and block[1].tolist() == [3, 4, 5]
+    assert (
+        block.array.tolist() == [[0, 1, 2], [3, 4, 5]]
+        and len(block) == 2
+        and block[1].tolist() == [3, 4, 5]
+    )
     values = [[1.5, 2.0], {"size": [3, 4], "counts": "abc"}, "name", []]
     packed = PackedList(values)
     again = pickle.loads(pickle.dumps(packed))

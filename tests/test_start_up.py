@@ -50,7 +50,10 @@ def everyone(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[int], objec
 
 def test_only_the_first_process_looks_and_all_know(everyone: Callable) -> None:
     looked = []
-    assert everyone(lambda rank: distributed.from_first(lambda: looked.append(rank) or "digest")) == ["digest"] * WORLD
+    assert (
+        everyone(lambda rank: distributed.from_first(lambda: looked.append(rank) or "digest"))
+        == ["digest"] * WORLD
+    )
     assert looked == [0]
 
 
@@ -62,7 +65,9 @@ def test_an_error_of_one_is_everyone_s(everyone: Callable, broken: set[int]) -> 
         return f"loader {rank}"
 
     found = everyone(lambda rank: distributed.together(lambda: make(rank)))
-    assert {(type(error), str(error)) for error in found} == {(FileNotFoundError, f"no file, says {min(broken)}")}
+    assert {(type(error), str(error)) for error in found} == {
+        (FileNotFoundError, f"no file, says {min(broken)}")
+    }
     assert everyone(lambda rank: distributed.together(lambda: rank)) == [0, 1, 2]
 
 
@@ -74,13 +79,19 @@ def test_only_the_first_process_s_loader_looks_for_image_files(own_tiny: Path) -
         train_loader(data, 2, 0, 0, 1, rank=0, world_size=2)
 
 
-def test_processes_with_a_broken_data_set_end_at_once_with_its_one_line(own_tiny: Path, tmp_path: Path) -> None:
+def test_processes_with_a_broken_data_set_end_at_once_with_its_one_line(
+    own_tiny: Path, tmp_path: Path
+) -> None:
     gone = next((own_tiny / "train").iterdir())
     gone.unlink()
     began = time.monotonic()
-    process = start(["train", "tiny", *options(minimal(own_tiny)), "--output", "run"], tmp_path, processes=2)
+    process = start(
+        ["train", "tiny", *options(minimal(own_tiny)), "--output", "run"], tmp_path, processes=2
+    )
     output, errors = process.communicate(timeout=120)
     said = [line for line in errors.splitlines() if line.startswith("vitdet:")]
     assert process.returncode != 0 and not output and said and set(said) == {said[0]}, errors
     assert f"{gone}: no such file" in said[0] and time.monotonic() - began < 90
-    assert not (tmp_path / "run" / "checkpoints").exists() or not list((tmp_path / "run" / "checkpoints").glob("*.pt"))
+    assert not (tmp_path / "run" / "checkpoints").exists() or not list(
+        (tmp_path / "run" / "checkpoints").glob("*.pt")
+    )

@@ -14,7 +14,12 @@ def small_swin(drop_path=0.0):
 def test_maps_have_their_strides_and_channels():
     swin = small_swin()
     maps = swin(torch.randn(2, 3, 64, 96))
-    assert [tuple(m.shape) for m in maps] == [(2, 4, 16, 24), (2, 8, 8, 12), (2, 16, 4, 6), (2, 32, 2, 3)]
+    assert [tuple(m.shape) for m in maps] == [
+        (2, 4, 16, 24),
+        (2, 8, 8, 12),
+        (2, 16, 4, 6),
+        (2, 32, 2, 3),
+    ]
     assert swin.out_channels == (4, 8, 16, 32)
     assert swin.strides == (4, 8, 16, 32)
 

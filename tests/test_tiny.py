@@ -20,7 +20,9 @@ from vitdet.data.outlines import fill, trace
 from vitdet.data.tiny import CATEGORIES, PRETRAIN_SEED, draw_scene, make_tiny
 
 TRAIN, VAL = 300, 120
-FROZEN_ANNOTATIONS = "b345dadd7ce88403c583a8aa2be9148fffb8baa7e38eae5971d79b8ff120669a"  # 32 + 8 images, seed 0
+FROZEN_ANNOTATIONS = (
+    "b345dadd7ce88403c583a8aa2be9148fffb8baa7e38eae5971d79b8ff120669a"  # 32 + 8 images, seed 0
+)
 FROZEN_PIXELS = "6f91d0d379e58cc5e6528f0332d9cacaae278e0e499bd1df07e21bdd02e84c64"  # scenes (0, 0..7) before JPEG
 
 
@@ -36,7 +38,11 @@ def read(folder: Path, split: str) -> dict:
 
 
 def files(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
 
 
 def test_bytes_are_frozen_and_independent_of_processes(tmp_path: Path) -> None:
@@ -46,7 +52,9 @@ def test_bytes_are_frozen_and_independent_of_processes(tmp_path: Path) -> None:
     assert one == two and len(one) == 42
     annotations = b"".join(one[f"annotations/instances_{split}.json"] for split in ("train", "val"))
     assert hashlib.sha256(annotations).hexdigest() == FROZEN_ANNOTATIONS
-    pixels = hashlib.sha256(b"".join(draw_scene(0, index).image.tobytes() for index in range(8))).hexdigest()
+    pixels = hashlib.sha256(
+        b"".join(draw_scene(0, index).image.tobytes() for index in range(8))
+    ).hexdigest()
     assert pixels == FROZEN_PIXELS
 
 
@@ -66,16 +74,21 @@ def test_same_call_again_does_nothing_and_another_is_refused(tmp_path: Path) -> 
     assert [path.name for path in tmp_path.iterdir()] == ["tiny"]  # no temporary folder is left
 
 
-@pytest.mark.parametrize("wrong", [{"train": 0}, {"val": -1}, {"seed": -1}, {"seed": PRETRAIN_SEED}])
+@pytest.mark.parametrize(
+    "wrong", [{"train": 0}, {"val": -1}, {"seed": -1}, {"seed": PRETRAIN_SEED}]
+)
 def test_counts_and_seeds_out_of_range_are_refused(tmp_path: Path, wrong: dict[str, int]) -> None:
     with pytest.raises(ValueError, match="expected"):
         make_tiny(tmp_path / "tiny", **wrong)
     assert not list(tmp_path.iterdir())
 
 
-def test_an_interrupted_call_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_call_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def stop(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
+
     monkeypatch.setattr(Image.Image, "save", stop)
     with pytest.raises(KeyboardInterrupt):
         make_tiny(tmp_path / "tiny", 2, 2)
@@ -88,7 +101,11 @@ def test_no_image_is_in_two_splits_or_in_the_pretraining_scenes(tiny: Path) -> N
         for split in ("train", "val")
     )
     assert len(train) == TRAIN and len(val) == VAL and not train & val
-    drawn = {draw_scene(seed, index).image.tobytes() for seed in (0, 1, PRETRAIN_SEED) for index in range(40)}
+    drawn = {
+        draw_scene(seed, index).image.tobytes()
+        for seed in (0, 1, PRETRAIN_SEED)
+        for index in range(40)
+    }
     assert len(drawn) == 120
 
 
@@ -100,7 +117,9 @@ def test_every_feature_of_real_data_is_there(tiny: Path) -> None:
     sizes = {(image["height"], image["width"]) for image in images}
     assert all(max(size) == 128 and 88 <= min(size) for size in sizes)
     assert any(h > w for h, w in sizes) and any(h < w for h, w in sizes)
-    of_image = {image["id"]: [a for a in annotations if a["image_id"] == image["id"]] for image in images}
+    of_image = {
+        image["id"]: [a for a in annotations if a["image_id"] == image["id"]] for image in images
+    }
     counts = np.array([len(found) for found in of_image.values()])
     assert (counts == 0).any() and (counts == 1).any() and counts.max() >= 10 and counts.max() <= 12
     things = [a for a in annotations if not a["iscrowd"]]
@@ -111,9 +130,9 @@ def test_every_feature_of_real_data_is_there(tiny: Path) -> None:
     assert 0.01 < len({a["image_id"] for a in annotations if a["iscrowd"]}) / TRAIN < 0.12
     assert min(a["area"] for a in things) >= 40
     assert all(3 <= len(part) // 2 <= 60 for a in things for part in a["segmentation"])
-    assert len({a["id"] for a in annotations} | {a["id"] for a in read(tiny, "val")["annotations"]}) == len(
-        annotations
-    ) + len(read(tiny, "val")["annotations"])
+    assert len(
+        {a["id"] for a in annotations} | {a["id"] for a in read(tiny, "val")["annotations"]}
+    ) == len(annotations) + len(read(tiny, "val")["annotations"])
 
 
 def test_outlines_fit_box_area_and_image(tiny: Path) -> None:
@@ -127,7 +146,10 @@ def test_outlines_fit_box_area_and_image(tiny: Path) -> None:
             region = annotation["segmentation"]
             assert region["size"] == [height, width] and sum(region["counts"]) == height * width
             encoded = rle.frPyObjects(region, height, width)
-            assert rle.area(encoded) == annotation["area"] and rle.toBbox(encoded).tolist() == annotation["bbox"]
+            assert (
+                rle.area(encoded) == annotation["area"]
+                and rle.toBbox(encoded).tolist() == annotation["bbox"]
+            )
             continue
         points = np.concatenate([np.reshape(part, (-1, 2)) for part in annotation["segmentation"]])
         assert np.allclose([*points.min(axis=0), *np.ptp(points, axis=0)], annotation["bbox"])
@@ -155,8 +177,11 @@ def colour_bins(pixels: np.ndarray) -> np.ndarray:
 
 def covered(objects: list[dict], height: int, width: int) -> np.ndarray:
     """The pixels (H, W) bool of any of the objects."""
-    regions = [rle.decode(rle.frPyObjects(a["segmentation"], height, width)).any(axis=2) for a in objects
-               if not a["iscrowd"]]
+    regions = [
+        rle.decode(rle.frPyObjects(a["segmentation"], height, width)).any(axis=2)
+        for a in objects
+        if not a["iscrowd"]
+    ]
     return np.any([np.zeros((height, width), dtype=bool), *regions], axis=0)
 
 
@@ -165,13 +190,20 @@ def two_colours(pixels: np.ndarray) -> np.ndarray:
     centres = pixels[[pixels.sum(axis=1).argmin(), pixels.sum(axis=1).argmax()]]
     for _ in range(8):
         nearest = np.linalg.norm(pixels[:, None] - centres, axis=2).argmin(axis=1)
-        centres = np.stack([pixels[nearest == k].mean(axis=0) if (nearest == k).any() else centres[k] for k in (0, 1)])
+        centres = np.stack(
+            [
+                pixels[nearest == k].mean(axis=0) if (nearest == k).any() else centres[k]
+                for k in (0, 1)
+            ]
+        )
     return centres
 
 
 def components(picture: np.ndarray, ground: np.ndarray) -> list[np.ndarray]:
     """Connected regions (H, W) bool, large enough to be objects, that differ from both colours of the ground."""
-    away = np.linalg.norm(picture[:, :, None].astype(float) - two_colours(picture[ground].astype(float)), axis=3)
+    away = np.linalg.norm(
+        picture[:, :, None].astype(float) - two_colours(picture[ground].astype(float)), axis=3
+    )
     regions = [fill(part, *ground.shape) for part in trace([away.min(axis=2) > 55], 0.0)[0]]
     return [region for region in regions if region.sum() >= 60]
 
@@ -189,11 +221,20 @@ def detect_by_colour(folder: Path) -> list[dict]:
     for picture, objects, number in pictures(folder, "val"):
         for region in components(picture, ~covered(objects, *picture.shape[:2])):
             encoded = rle.encode(np.asfortranarray(region, dtype=np.uint8))
-            likeness = {c: np.sqrt(colour_bins(picture[region]) * mean).sum() for c, mean in means.items()}
+            likeness = {
+                c: np.sqrt(colour_bins(picture[region]) * mean).sum() for c, mean in means.items()
+            }
             total = sum(value**8 for value in likeness.values())
             for category, value in likeness.items():
-                results.append({"image_id": number, "category_id": category, "score": value**8 / total,
-                                "bbox": rle.toBbox(encoded).tolist(), "segmentation": encoded})
+                results.append(
+                    {
+                        "image_id": number,
+                        "category_id": category,
+                        "score": value**8 / total,
+                        "bbox": rle.toBbox(encoded).tolist(),
+                        "segmentation": encoded,
+                    }
+                )
     return results
 
 
@@ -220,4 +261,6 @@ def test_colour_and_connected_components_do_not_solve_it(tiny: Path) -> None:
     assert average_precision(tiny, results, "bbox", classes=True) < 15
     assert average_precision(tiny, results, "segm", classes=True) < 15
     one_each = results[:: len(CATEGORIES)]
-    assert average_precision(tiny, one_each, "bbox", classes=False) > 15  # it finds things: what it lacks is the class
+    assert (
+        average_precision(tiny, one_each, "bbox", classes=False) > 15
+    )  # it finds things: what it lacks is the class

@@ -30,10 +30,17 @@ def draw(folder: Path, ready: Barrier, answers: Queue) -> None:
         answers.put(repr(error))
 
 
-def test_of_processes_that_draw_it_at_once_one_makes_it_and_the_others_find_it(tmp_path: Path) -> None:
-    context = multiprocessing.get_context("fork")  # as make_tiny itself does; the package takes a second to import
+def test_of_processes_that_draw_it_at_once_one_makes_it_and_the_others_find_it(
+    tmp_path: Path,
+) -> None:
+    context = multiprocessing.get_context(
+        "fork"
+    )  # as make_tiny itself does; the package takes a second to import
     ready, answers = context.Barrier(3), context.Queue()
-    racing = [context.Process(target=draw, args=(tmp_path / "tiny", ready, answers), daemon=True) for _ in range(3)]
+    racing = [
+        context.Process(target=draw, args=(tmp_path / "tiny", ready, answers), daemon=True)
+        for _ in range(3)
+    ]
     for process in racing:
         process.start()
     given = [answers.get(timeout=90) for _ in racing]
@@ -44,9 +51,12 @@ def test_of_processes_that_draw_it_at_once_one_makes_it_and_the_others_find_it(t
     assert not make_tiny(tmp_path / "tiny", *COUNTS)
 
 
-@pytest.mark.parametrize(("theirs", "refused"), [((3, 2), ""), ((4, 2), "holds something else than the tiny data set")])
+@pytest.mark.parametrize(
+    ("theirs", "refused"), [((3, 2), ""), ((4, 2), "holds something else than the tiny data set")]
+)
 def test_what_another_process_has_finished_meanwhile_counts_if_it_is_the_same(
-        tmp_path: Path, monkeypatch: pytest.MonkeyPatch, theirs: tuple[int, int], refused: str) -> None:
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, theirs: tuple[int, int], refused: str
+) -> None:
     make_tiny(tmp_path / "theirs", *theirs, processes=1)
     rename = Path.replace
 
@@ -64,7 +74,9 @@ def test_what_another_process_has_finished_meanwhile_counts_if_it_is_the_same(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["theirs", "tiny"]
 
 
-def test_another_trouble_with_the_folder_stays_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_trouble_with_the_folder_stays_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def refuse(temporary: Path, target: Path) -> Path:
         raise PermissionError(13, "Permission denied")
 

@@ -20,8 +20,13 @@ from vitdet import tracking
 from vitdet.journal import find
 
 ROOT = Path(__file__).parents[1]
-WHAT = {"experiment": "test", "name": "run", "params": {"optim.lr": 1e-4, "data.scale_range": "[0.1, 2.0]"},
-        "tags": {"recipe": "tiny"}, "dataset": {"name": "tiny", "digest": "0123456789ab" * 5, "source": "data/tiny"}}
+WHAT = {
+    "experiment": "test",
+    "name": "run",
+    "params": {"optim.lr": 1e-4, "data.scale_range": "[0.1, 2.0]"},
+    "tags": {"recipe": "tiny"},
+    "dataset": {"name": "tiny", "digest": "0123456789ab" * 5, "source": "data/tiny"},
+}
 
 
 @pytest.fixture(autouse=True)
@@ -47,14 +52,33 @@ class Server:
             free.bind(("127.0.0.1", 0))
             self.port = free.getsockname()[1]
         self.uri = f"http://127.0.0.1:{self.port}"
-        self.command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", store, "--workers", "1",
-                        "--artifacts-destination", str(artifacts), "--host", "127.0.0.1", "--port", str(self.port)]
+        self.command = [
+            sys.executable,
+            "-m",
+            "mlflow",
+            "server",
+            "--backend-store-uri",
+            store,
+            "--workers",
+            "1",
+            "--artifacts-destination",
+            str(artifacts),
+            "--host",
+            "127.0.0.1",
+            "--port",
+            str(self.port),
+        ]
         self.process: subprocess.Popen | None = None
 
     def start(self) -> None:
         environment = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
-        self.process = subprocess.Popen(self.command, start_new_session=True, stdout=subprocess.DEVNULL,
-                                        stderr=subprocess.DEVNULL, env=environment)
+        self.process = subprocess.Popen(
+            self.command,
+            start_new_session=True,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            env=environment,
+        )
 
     def wait(self) -> None:
         for _ in range(600):
@@ -84,14 +108,18 @@ def start(folder: Path, uri: str, **more: object) -> tracking.Tracker:
 
 
 def points(uri: str, run_id: str, key: str) -> list[tuple[int, float]]:
-    return sorted((point.step, point.value) for point in tracking._client(uri).get_metric_history(run_id, key))
+    return sorted(
+        (point.step, point.value) for point in tracking._client(uri).get_metric_history(run_id, key)
+    )
 
 
 def once(steps: range) -> list[tuple[int, float]]:
     return [(step, step / 2) for step in steps]
 
 
-def test_a_run_holds_what_was_logged(tmp_path: Path, store: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_holds_what_was_logged(
+    tmp_path: Path, store: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", store)
     picture = tmp_path / "found.png"
     picture.write_bytes(b"first")
@@ -108,11 +136,16 @@ def test_a_run_holds_what_was_logged(tmp_path: Path, store: str, monkeypatch: py
     assert run.inputs.dataset_inputs[0].dataset.digest == ("0123456789ab" * 5)[:36]
     assert run.info.status == "FINISHED"
     assert points(store, tracker.run_id, "loss") == [(0, 0.0), (20, 10.0), (40, 20.0)]
-    assert Path(client.download_artifacts(tracker.run_id, "predictions/found.png")).read_bytes() == b"first"
+    assert (
+        Path(client.download_artifacts(tracker.run_id, "predictions/found.png")).read_bytes()
+        == b"first"
+    )
     assert not list(tmp_path.glob("journal/*/*"))  # the copy that waited is gone
 
 
-def test_the_default_is_a_file_in_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_default_is_a_file_in_the_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert tracking.tracking_uri("", tmp_path) == f"sqlite:///{tmp_path}/mlflow.db"
     assert tracking.tracking_uri("http://a", tmp_path) == "http://a"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://b")
@@ -147,13 +180,17 @@ def test_a_resumed_run_has_each_step_once(tmp_path: Path, store: str, journal_lo
 
 
 def test_a_killed_process_loses_nothing(tmp_path: Path, store: str) -> None:
-    code = ("import sys, time; from pathlib import Path; from vitdet import tracking\n"
-            "tracking.SHIP_SECONDS = 0.05\n"
-            f"t = tracking.start_run(uri={store!r}, folder=Path({str(tmp_path)!r}), **{WHAT!r})\n"
-            "print(t.run_id, flush=True)\n"
-            "for step in range(10**6):\n"
-            "    t.log({'loss': step / 2}, step); print(step, flush=True); time.sleep(0.002)")
-    child = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    code = (
+        "import sys, time; from pathlib import Path; from vitdet import tracking\n"
+        "tracking.SHIP_SECONDS = 0.05\n"
+        f"t = tracking.start_run(uri={store!r}, folder=Path({str(tmp_path)!r}), **{WHAT!r})\n"
+        "print(t.run_id, flush=True)\n"
+        "for step in range(10**6):\n"
+        "    t.log({'loss': step / 2}, step); print(step, flush=True); time.sleep(0.002)"
+    )
+    child = subprocess.Popen(
+        [sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True
+    )
     run_id = child.stdout.readline().strip()
     while int(child.stdout.readline()) < 150:
         pass
@@ -167,7 +204,9 @@ def test_a_killed_process_loses_nothing(tmp_path: Path, store: str) -> None:
     assert points(store, run_id, "loss") == once(range(last + 50))
 
 
-def test_lost_answers_double_nothing(tmp_path: Path, store: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lost_answers_double_nothing(
+    tmp_path: Path, store: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The server does what it is asked, and every second answer is lost on the way back."""
     from mlflow import MlflowException
 
@@ -179,9 +218,14 @@ def test_lost_answers_double_nothing(tmp_path: Path, store: str, monkeypatch: py
             def call(*args: object, **kwargs: object) -> object:
                 result = getattr(client, name)(*args, **kwargs)
                 self.calls[name] = self.calls.get(name, 0) + 1
-                if self.calls[name] % 2 and name not in ("get_run", "search_runs", "get_metric_history"):
+                if self.calls[name] % 2 and name not in (
+                    "get_run",
+                    "search_runs",
+                    "get_metric_history",
+                ):
                     raise MlflowException("connection reset")
                 return result
+
             return call
 
     client, lossy = tracking._client(store), Lossy()
@@ -198,7 +242,9 @@ def test_lost_answers_double_nothing(tmp_path: Path, store: str, monkeypatch: py
     assert points(store, tracker.run_id, "loss") == once(range(100))
 
 
-def test_a_refused_name_takes_no_other_along(tmp_path: Path, store: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_refused_name_takes_no_other_along(
+    tmp_path: Path, store: str, caplog: pytest.LogCaptureFixture
+) -> None:
     tracker = start(tmp_path, store)
     for step in range(5):
         tracker.log({"loss": step / 2, "ap (%)": 1.0, "nan": float("nan")}, step)
@@ -212,7 +258,10 @@ def test_evaluation_adds_to_the_run_and_repeats_nothing(tmp_path: Path, store: s
     tracker = start(tmp_path, store)
     tracker.close()
     for value in (35.0, 35.0, 36.0):
-        assert tracking.log_metrics(tracker.run_id, store, tmp_path, {"final/box_ap": value}, 100) == tracker.run_id
+        assert (
+            tracking.log_metrics(tracker.run_id, store, tmp_path, {"final/box_ap": value}, 100)
+            == tracker.run_id
+        )
     assert points(store, tracker.run_id, "final/box_ap") == [(100, 35.0), (100, 36.0)]
     assert tracking._client(store).get_run(tracker.run_id).info.status == "FINISHED"
 
@@ -237,7 +286,9 @@ def test_connect_names_what_is_missing(tmp_path: Path, store: str) -> None:
         tracking.connect("1" * 32, store, tmp_path)
 
 
-def test_the_git_revision_is_of_the_working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_git_revision_is_of_the_working_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     assert tracking.git_revision() is None
     git = ["git", "-c", "user.name=a", "-c", "user.email=a@b"]
@@ -249,8 +300,9 @@ def test_the_git_revision_is_of_the_working_directory(tmp_path: Path, monkeypatc
     assert len(clean) == 40 and tracking.git_revision() == clean + "-dirty"
 
 
-def test_a_killed_server_costs_no_point_and_no_time(tmp_path: Path, server: Server,
-                                                    monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_killed_server_costs_no_point_and_no_time(
+    tmp_path: Path, server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
     picture = tmp_path / "found.png"
     picture.write_bytes(b"picture")
     server.wait()
@@ -285,7 +337,10 @@ def test_a_killed_server_costs_no_point_and_no_time(tmp_path: Path, server: Serv
     assert points(server.uri, tracker.run_id, "loss") == once(range(900))
     client = tracking._client(server.uri)
     assert client.get_run(tracker.run_id).info.status == "FINISHED"
-    assert Path(client.download_artifacts(tracker.run_id, "predictions/found.png")).read_bytes() == b"picture"
+    assert (
+        Path(client.download_artifacts(tracker.run_id, "predictions/found.png")).read_bytes()
+        == b"picture"
+    )
     assert statistics.median(took) < 1e-3
 
     resumed = start(tmp_path / "late", server.uri, run_id=pending, resume_step=40)
@@ -294,4 +349,7 @@ def test_a_killed_server_costs_no_point_and_no_time(tmp_path: Path, server: Serv
     resumed.close()
     assert points(server.uri, resumed.run_id, "loss") == once(range(60))
     assert find(tmp_path / "late", pending).run_id == resumed.run_id
-    assert json.loads(next((tmp_path / "late" / "journal").glob("*.json")).read_text())["run_id"] == resumed.run_id
+    assert (
+        json.loads(next((tmp_path / "late" / "journal").glob("*.json")).read_text())["run_id"]
+        == resumed.run_id
+    )

@@ -29,21 +29,33 @@ def same_bits(path: Path, trained: Path) -> None:
     """Both are finished trainings with equal weights, AP and place in the stream."""
     ours, theirs = load_model_file(path / "model.pt"), load_model_file(trained / "model.pt")
     assert ours["model"].keys() == theirs["model"].keys()
-    different = [name for name, tensor in ours["model"].items() if not torch.equal(tensor, theirs["model"][name])]
+    different = [
+        name
+        for name, tensor in ours["model"].items()
+        if not torch.equal(tensor, theirs["model"][name])
+    ]
     assert not different
-    assert all(ours[key] == theirs[key] for key in ("config", "class_names", "metrics", "step", "dataset_digest"))
+    assert all(
+        ours[key] == theirs[key]
+        for key in ("config", "class_names", "metrics", "step", "dataset_digest")
+    )
     states = [sorted((folder / "checkpoints").glob("*.pt"))[-1] for folder in (path, trained)]
     ours, theirs = (torch.load(state, weights_only=True) for state in states)
     for part in ("model", "average"):
         assert all(torch.equal(tensor, theirs[part][name]) for name, tensor in ours[part].items())
     for number, slot in ours["optimizer"]["state"].items():
-        assert all(torch.equal(value, theirs["optimizer"]["state"][number][key]) for key, value in slot.items())
+        assert all(
+            torch.equal(value, theirs["optimizer"]["state"][number][key])
+            for key, value in slot.items()
+        )
 
 
 def figures(points: dict) -> dict[int, dict[str, float]]:
     """The points that depend on the training alone."""
-    return {int(step): {key: value for key, value in values.items() if key not in MEASURED}
-            for step, values in points.items()}
+    return {
+        int(step): {key: value for key, value in values.items() if key not in MEASURED}
+        for step, values in points.items()
+    }
 
 
 def go(tiny: Path, output: Path, recorder: Recorder | None = None, **changes: object) -> Recorder:
@@ -81,7 +93,9 @@ def test_sigterm_at_any_step_loses_nothing(tiny: Path, trained: Path, tmp_path: 
     assert figures(found) == figures(json.loads((trained / "points.json").read_text()))
 
 
-def test_a_cut_at_any_step_loses_nothing_but_time(tiny: Path, trained: Path, tmp_path: Path) -> None:
+def test_a_cut_at_any_step_loses_nothing_but_time(
+    tiny: Path, trained: Path, tmp_path: Path
+) -> None:
     at = random.randrange(1, STEPS + 1)
     with pytest.raises(KeyboardInterrupt):
         go(tiny, tmp_path, interrupt(cut, at))
@@ -91,7 +105,9 @@ def test_a_cut_at_any_step_loses_nothing_but_time(tiny: Path, trained: Path, tmp
     same_bits(tmp_path, trained)
 
 
-def test_sigterm_before_the_first_step_and_during_an_evaluation(tiny: Path, trained: Path, tmp_path: Path) -> None:
+def test_sigterm_before_the_first_step_and_during_an_evaluation(
+    tiny: Path, trained: Path, tmp_path: Path
+) -> None:
     def early(*_: object) -> Recorder:
         terminate()
         return Recorder()
@@ -121,11 +137,18 @@ def test_means_of_several_steps_survive_a_stop(tiny: Path, tmp_path: Path) -> No
     assert figures(rest.points)[7] == figures(whole.points)[7]
 
 
-def test_states_outside_of_the_output_survive_its_removal(tiny: Path, trained: Path, tmp_path: Path) -> None:
+def test_states_outside_of_the_output_survive_its_removal(
+    tiny: Path, trained: Path, tmp_path: Path
+) -> None:
     """DVC removes a stage's outs before it runs the stage."""
+
     def run(recorder: Recorder, **changes: object) -> None:
-        train(load_config("tiny", minimal(tiny, **changes)), tmp_path / "out", checkpoints=tmp_path / "states",
-              start_tracking=lambda *_: recorder)
+        train(
+            load_config("tiny", minimal(tiny, **changes)),
+            tmp_path / "out",
+            checkpoints=tmp_path / "states",
+            start_tracking=lambda *_: recorder,
+        )
 
     with pytest.raises(Stopped):
         run(interrupt(terminate, 5))
@@ -136,20 +159,31 @@ def test_states_outside_of_the_output_survive_its_removal(tiny: Path, trained: P
     rest = Recorder()
     run(rest)
     assert min(rest.points) == 6
-    ours, theirs = load_model_file(tmp_path / "out" / "model.pt"), load_model_file(trained / "model.pt")
+    ours, theirs = (
+        load_model_file(tmp_path / "out" / "model.pt"),
+        load_model_file(trained / "model.pt"),
+    )
     assert all(torch.equal(tensor, theirs["model"][name]) for name, tensor in ours["model"].items())
     assert len(list((tmp_path / "states").iterdir())) == 2
 
 
-def test_an_output_with_another_config_is_refused(tiny: Path, trained: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="holds a finished run of this very config; choose another --output"):
+def test_an_output_with_another_config_is_refused(
+    tiny: Path, trained: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(
+        ValueError, match="holds a finished run of this very config; choose another --output"
+    ):
         go(tiny, trained)
-    with pytest.raises(ValueError, match=r"finished run with another config \(optim.lr: 0.1, not 0.001; train.keep"):
+    with pytest.raises(
+        ValueError, match=r"finished run with another config \(optim.lr: 0.1, not 0.001; train.keep"
+    ):
         go(tiny, trained, optim__lr=0.1, train__keep=1)
     with pytest.raises(KeyboardInterrupt):
         go(tiny, tmp_path, interrupt(cut, 1))  # also when it has only begun
     before = (tmp_path / "config.yaml").read_text()
-    with pytest.raises(ValueError, match=r"holds a run with another config \(optim.lr: 0.1, not 0.001\)"):
+    with pytest.raises(
+        ValueError, match=r"holds a run with another config \(optim.lr: 0.1, not 0.001\)"
+    ):
         go(tiny, tmp_path, optim__lr=0.1)
     assert (tmp_path / "config.yaml").read_text() == before
 
@@ -166,7 +200,9 @@ def test_a_data_set_that_changed_is_refused(own_tiny: Path, tmp_path: Path) -> N
 
 
 def test_classes_must_fit(own_tiny: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="has 6 classes, but model.roi_heads.num_classes is 80; set it to 6"):
+    with pytest.raises(
+        ValueError, match="has 6 classes, but model.roi_heads.num_classes is 80; set it to 6"
+    ):
         go(own_tiny, tmp_path / "run", model__roi_heads__num_classes=80)
     path = own_tiny / "annotations" / "instances_val.json"
     path.write_text(path.read_text().replace('"star"', '"sun"'))
@@ -175,19 +211,32 @@ def test_classes_must_fit(own_tiny: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
 
 
-def test_a_batch_that_the_processes_cannot_share_is_refused(tiny: Path, tmp_path: Path,
-                                                            monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_batch_that_the_processes_cannot_share_is_refused(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(distributed, "world_size", lambda: 2)
     monkeypatch.setattr(distributed, "all_gather_objects", lambda one: [one, one])
-    with pytest.raises(ValueError, match="train.batch_size must be a multiple of the 2 processes, got 3"):
+    with pytest.raises(
+        ValueError, match="train.batch_size must be a multiple of the 2 processes, got 3"
+    ):
         go(tiny, tmp_path / "run", train__batch_size=3)
     assert not (tmp_path / "run").exists()
 
 
 def test_a_training_that_diverges_stops_and_keeps_a_sound_state(tiny: Path, tmp_path: Path) -> None:
     recorder = Recorder()
-    with pytest.raises(ValueError, match="not finite: the training has diverged; try a smaller optim.lr") as caught:
-        go(tiny, tmp_path, recorder, optim__lr=1e18, optim__clip=0, train__log_every=100, train__save_every=1)
+    with pytest.raises(
+        ValueError, match="not finite: the training has diverged; try a smaller optim.lr"
+    ) as caught:
+        go(
+            tiny,
+            tmp_path,
+            recorder,
+            optim__lr=1e18,
+            optim__clip=0,
+            train__log_every=100,
+            train__save_every=1,
+        )
     assert "\n" not in str(caught.value) and recorder.status == "FAILED" and recorder.points == {}
     for path in (tmp_path / "checkpoints").glob("*.pt"):
         state = torch.load(path, weights_only=True)
@@ -195,10 +244,17 @@ def test_a_training_that_diverges_stops_and_keeps_a_sound_state(tiny: Path, tmp_
 
 
 def test_one_training_at_a_time_writes_to_a_folder(tiny: Path, tmp_path: Path) -> None:
-    code = ("import sys; from pathlib import Path; from vitdet.training.checkpoint import Checkpoints\n"
-            "with Checkpoints(Path(sys.argv[1]), 1).locked(): print('locked', flush=True); sys.stdin.read()")
-    other = subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "checkpoints")], stdin=subprocess.PIPE,
-                             stdout=subprocess.PIPE, text=True, env=environment(tmp_path))
+    code = (
+        "import sys; from pathlib import Path; from vitdet.training.checkpoint import Checkpoints\n"
+        "with Checkpoints(Path(sys.argv[1]), 1).locked(): print('locked', flush=True); sys.stdin.read()"
+    )
+    other = subprocess.Popen(
+        [sys.executable, "-c", code, str(tmp_path / "checkpoints")],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=environment(tmp_path),
+    )
     assert other.stdout.readline() == "locked\n"
     with pytest.raises(ValueError, match="another training is writing here"):
         go(tiny, tmp_path)

@@ -23,14 +23,18 @@ GOLDEN = Path(__file__).parent / "golden" / "test_resize" / "io.npz"
 
 
 def _noise(height: int, width: int, seed: int = 0) -> Image.Image:
-    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8))
+    return Image.fromarray(
+        np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8)
+    )
 
 
 def _rectangle(x0: float, y0: float, x1: float, y1: float) -> list:
     return [[x0, y0, x1, y0, x1, y1, x0, y1]]
 
 
-def _draw(seed: int, source: tuple[int, int] = (90, 140), canvas: int = 128, **settings: object) -> Affine:
+def _draw(
+    seed: int, source: tuple[int, int] = (90, 140), canvas: int = 128, **settings: object
+) -> Affine:
     return jitter(np.random.default_rng(seed), source, canvas, **settings)
 
 
@@ -61,7 +65,9 @@ def test_a_rectangle_is_where_its_box_says(seed: int) -> None:
         assert len(rows) == 0
         return
     found = [columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]
-    assert np.abs(boxes[0] - found).max() <= 0.75  # half a pixel of rounding and the blur of the resize
+    assert (
+        np.abs(boxes[0] - found).max() <= 0.75
+    )  # half a pixel of rounding and the blur of the resize
 
 
 @pytest.mark.parametrize("seed", range(8))
@@ -86,21 +92,34 @@ def test_jitter_follows_the_published_arithmetic() -> None:
         scale = 0.1 + 1.9 * draws[2]
         factor = min(1024 * scale / 480, 1024 * scale / 640)
         assert affine.scaled == (int(np.round(480 * factor)), int(np.round(640 * factor)))
-        assert affine.offset == tuple(int(np.round(draws[3] * max(side - 1024, 0))) for side in affine.scaled)
+        assert affine.offset == tuple(
+            int(np.round(draws[3] * max(side - 1024, 0))) for side in affine.scaled
+        )
         assert affine.size == tuple(min(side, 1024) for side in affine.scaled)
-        assert affine.flip == (draws[1] < 0.5) and not affine.transpose and affine.colors == (1, 1, 1)
+        assert (
+            affine.flip == (draws[1] < 0.5) and not affine.transpose and affine.colors == (1, 1, 1)
+        )
 
 
 def test_settings_do_not_shift_each_others_draws() -> None:
     plain, changed = _draw(5), _draw(5, color_jitter=0.3)
-    assert (plain.scaled, plain.offset, plain.flip) == (changed.scaled, changed.offset, changed.flip)
+    assert (plain.scaled, plain.offset, plain.flip) == (
+        changed.scaled,
+        changed.offset,
+        changed.flip,
+    )
     assert all(0.7 <= factor <= 1.3 for factor in changed.colors) and len(set(changed.colors)) == 3
     assert _draw(5, flip=0).flip is False and _draw(5, flip=1).flip is True
 
 
 def _only(**changes: bool) -> Affine:
-    return Affine(source=(30, 50), scaled=(50, 30) if changes.get("transpose") else (30, 50), offset=(0, 0),
-                  size=(50, 30) if changes.get("transpose") else (30, 50), **changes)
+    return Affine(
+        source=(30, 50),
+        scaled=(50, 30) if changes.get("transpose") else (30, 50),
+        offset=(0, 0),
+        size=(50, 30) if changes.get("transpose") else (30, 50),
+        **changes,
+    )
 
 
 @pytest.mark.parametrize("name", ["flip", "transpose"])
@@ -108,7 +127,9 @@ def test_flip_and_transpose_twice_are_the_identity(name: str) -> None:
     image, outline = _noise(30, 50), edges_of([[[3, 4, 20, 5, 11, 29]]], 30, 50)
     affine = _only(**{name: True})
     once = np.asarray(affine.seen(image))
-    back = affine if name == "flip" else Affine((50, 30), (30, 50), (0, 0), (30, 50), transpose=True)
+    back = (
+        affine if name == "flip" else Affine((50, 30), (30, 50), (0, 0), (30, 50), transpose=True)
+    )
     assert np.array_equal(np.asarray(back.seen(Image.fromarray(once))), np.asarray(image))
     assert not np.array_equal(affine.edges(outline), outline)
     assert np.allclose(back.edges(affine.edges(outline)), outline)
@@ -119,11 +140,17 @@ def test_flip_mirrors_boxes_and_pixels() -> None:
     affine = _only(flip=True)
     assert np.array_equal(np.asarray(affine.seen(image)), np.asarray(image)[:, ::-1])
     assert visible_boxes(affine.edges(outline), (30, 50))[0].tolist() == [[30, 4, 47, 29]]
-    assert np.array_equal(np.asarray(_only(transpose=True).seen(image)), np.asarray(image).swapaxes(0, 1))
-    assert visible_boxes(_only(transpose=True).edges(outline), (50, 30))[0].tolist() == [[4, 3, 29, 20]]
+    assert np.array_equal(
+        np.asarray(_only(transpose=True).seen(image)), np.asarray(image).swapaxes(0, 1)
+    )
+    assert visible_boxes(_only(transpose=True).edges(outline), (50, 30))[0].tolist() == [
+        [4, 3, 29, 20]
+    ]
 
 
-def _clip_polygon(points: list[tuple[float, float]], width: float, height: float) -> list[tuple[float, float]]:
+def _clip_polygon(
+    points: list[tuple[float, float]], width: float, height: float
+) -> list[tuple[float, float]]:
     """Sutherland-Hodgman, one side of the window after the other."""
     for axis, bound, sign in ((0, 0, 1), (0, width, -1), (1, 0, 1), (1, height, -1)):
         kept = []
@@ -142,13 +169,21 @@ def test_boxes_are_those_of_the_clipped_polygons() -> None:
     rng = np.random.default_rng(0)
     polygons = []
     for _ in range(300):  # star-shaped: no side crosses another
-        center, turns = rng.uniform(-10, 50, 2), np.sort(rng.uniform(0, 2 * np.pi, rng.integers(3, 9)))
-        polygons.append(center + rng.uniform(1, 60, (len(turns), 1)) * np.stack([np.cos(turns), np.sin(turns)], axis=1))
+        center, turns = (
+            rng.uniform(-10, 50, 2),
+            np.sort(rng.uniform(0, 2 * np.pi, rng.integers(3, 9))),
+        )
+        polygons.append(
+            center
+            + rng.uniform(1, 60, (len(turns), 1)) * np.stack([np.cos(turns), np.sin(turns)], axis=1)
+        )
     outlines = edges_of([[polygon.ravel().tolist()] for polygon in polygons], 30, 40)
     boxes, keep = visible_boxes(outlines, (30, 40))
     seen = 0
     for polygon, box, kept in zip(polygons, boxes, keep, strict=True):
-        clipped = np.array(_clip_polygon([tuple(point) for point in polygon], 40, 30)).reshape(-1, 2)
+        clipped = np.array(_clip_polygon([tuple(point) for point in polygon], 40, 30)).reshape(
+            -1, 2
+        )
         if len(clipped) and (np.ptp(clipped, axis=0) > 1e-3).all():
             assert kept
             assert np.allclose(box, [*clipped.min(axis=0), *clipped.max(axis=0)], atol=1e-3)
@@ -159,10 +194,25 @@ def test_boxes_are_those_of_the_clipped_polygons() -> None:
 
 
 def test_an_outline_around_the_window_fills_it_and_one_outside_is_dropped() -> None:
-    outlines = edges_of([_rectangle(-5, -5, 100, 100), _rectangle(50, 5, 60, 9), [[-30, 0, 0, -30, -30, -30]],
-                         _rectangle(40, 0, 45, 30), _rectangle(5, 5, 9, 5)], 30, 40)
+    outlines = edges_of(
+        [
+            _rectangle(-5, -5, 100, 100),
+            _rectangle(50, 5, 60, 9),
+            [[-30, 0, 0, -30, -30, -30]],
+            _rectangle(40, 0, 45, 30),
+            _rectangle(5, 5, 9, 5),
+        ],
+        30,
+        40,
+    )
     boxes, keep = visible_boxes(outlines, (30, 40))
-    assert keep.tolist() == [True, False, False, False, False]  # the fourth only touches, the fifth is flat
+    assert keep.tolist() == [
+        True,
+        False,
+        False,
+        False,
+        False,
+    ]  # the fourth only touches, the fifth is flat
     assert boxes[0].tolist() == [0, 0, 40, 30]
     assert visible_boxes(edges_of([], 30, 40), (30, 40))[0].shape == (0, 4)
 
@@ -170,11 +220,17 @@ def test_an_outline_around_the_window_fills_it_and_one_outside_is_dropped() -> N
 def test_padding_edges_stay_zero() -> None:
     outlines = edges_of([_rectangle(1, 1, 9, 9), [[1, 1, 5, 1, 3, 7]]], 30, 50)
     moved = Affine((30, 50), (60, 100), (10, 20), (30, 40), flip=True).edges(outlines)
-    assert outlines.shape == moved.shape == (2, 4, 4) and not moved[1, 3].any() and moved[0].any(axis=1).all()
+    assert (
+        outlines.shape == moved.shape == (2, 4, 4)
+        and not moved[1, 3].any()
+        and moved[0].any(axis=1).all()
+    )
 
 
 def test_colors_equal_the_steps_one_after_the_other() -> None:
-    image = Image.fromarray(np.random.default_rng(0).integers(80, 150, (20, 30, 3), np.uint8))  # nothing saturates
+    image = Image.fromarray(
+        np.random.default_rng(0).integers(80, 150, (20, 30, 3), np.uint8)
+    )  # nothing saturates
     luma = np.array([0.299, 0.587, 0.114])
     expected = 1.1 * np.asarray(image).astype(float)
     expected = 0.8 * expected + 0.2 * (expected @ luma).mean()
@@ -201,7 +257,9 @@ def _slow_bilinear(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
             bottom, right = min(top + 1, image.shape[0] - 1), min(left + 1, image.shape[1] - 1)
             corners = image[[top, top, bottom, bottom], [left, right, left, right]].astype(float)
             b, a = y - top, x - left
-            out[row, column] = np.array([(1 - b) * (1 - a), (1 - b) * a, b * (1 - a), b * a]) @ corners
+            out[row, column] = (
+                np.array([(1 - b) * (1 - a), (1 - b) * a, b * (1 - a), b * a]) @ corners
+            )
     return out
 
 
@@ -225,17 +283,24 @@ def test_antialiasing_can_be_left_out_in_training_and_evaluation() -> None:
     plain = np.asarray(affine.seen(image, antialias=False))
     flipped = np.asarray(image)[:, ::-1]
     assert np.array_equal(plain, resize_bilinear(flipped, (45, 70))[3:43, 5:65])
-    assert np.abs(plain.astype(int) - np.asarray(affine.seen(image))).mean() > 10  # of noise, PIL's keeps far less
+    assert (
+        np.abs(plain.astype(int) - np.asarray(affine.seen(image))).mean() > 10
+    )  # of noise, PIL's keeps far less
     canvas, size = resize_and_pad(np.asarray(image), 64, antialias=False)
-    assert size == (41, 64) and np.array_equal(canvas[:, :41], resize_bilinear(np.asarray(image), (41, 64)).transpose(
-        2, 0, 1))
-    assert np.array_equal(resize_and_pad(np.asarray(image), 64)[0][:, :41], resize_longest(np.asarray(image), 64)
-                          .transpose(2, 0, 1))
+    assert size == (41, 64) and np.array_equal(
+        canvas[:, :41], resize_bilinear(np.asarray(image), (41, 64)).transpose(2, 0, 1)
+    )
+    assert np.array_equal(
+        resize_and_pad(np.asarray(image), 64)[0][:, :41],
+        resize_longest(np.asarray(image), 64).transpose(2, 0, 1),
+    )
 
 
 def test_a_crop_lies_on_the_diagonal_or_anywhere() -> None:
     def places(**settings: bool) -> np.ndarray:
-        drawn = [_draw(seed, (100, 100), 100, scale_range=(2, 2), **settings) for seed in range(200)]
+        drawn = [
+            _draw(seed, (100, 100), 100, scale_range=(2, 2), **settings) for seed in range(200)
+        ]
         return np.array([affine.offset for affine in drawn])
 
     diagonal, anywhere = places(), places(diagonal=False)
@@ -243,7 +308,9 @@ def test_a_crop_lies_on_the_diagonal_or_anywhere() -> None:
     assert abs(np.corrcoef(anywhere.T)[0, 1]) < 0.2 and anywhere.min() < 5 and anywhere.max() > 95
 
 
-def _published(rng: np.random.Generator, box: np.ndarray, source: tuple[int, int], canvas: int) -> list[float]:
+def _published(
+    rng: np.random.Generator, box: np.ndarray, source: tuple[int, int], canvas: int
+) -> list[float]:
     """Detectron2's RandomFlip, ResizeScale and FixedSizeCrop of a box, as its conventions have it; one step a line."""
     (height, width), (x0, y0, x1, y1) = source, box
     flip, scale, place = rng.random() < 0.5, rng.uniform(0.1, 2.0), rng.uniform()
@@ -254,7 +321,15 @@ def _published(rng: np.random.Generator, box: np.ndarray, source: tuple[int, int
     x0, x1 = (np.clip(x * new_width / width - left, 0, canvas) for x in (x0, x1))
     y0, y1 = (np.clip(y * new_height / height - top, 0, canvas) for y in (y0, y1))
     seen = x1 - x0 > 1e-5 and y1 - y0 > 1e-5
-    return [new_height, new_width, top, left, flip, seen, *((x0, y0, x1, y1) if seen else (0, 0, 0, 0))]
+    return [
+        new_height,
+        new_width,
+        top,
+        left,
+        flip,
+        seen,
+        *((x0, y0, x1, y1) if seen else (0, 0, 0, 0)),
+    ]
 
 
 def test_scales_crops_flips_and_boxes_are_spread_as_published() -> None:
@@ -265,9 +340,14 @@ def test_scales_crops_flips_and_boxes_are_spread_as_published() -> None:
     for seed in range(count):
         affine = _draw(seed, source, 1024)
         (found,), (seen,) = visible_boxes(affine.edges(outline), affine.size)
-        ours.append([*affine.scaled, *affine.offset, affine.flip, seen, *(found if seen else np.zeros(4))])
+        ours.append(
+            [*affine.scaled, *affine.offset, affine.flip, seen, *(found if seen else np.zeros(4))]
+        )
         theirs.append(_published(np.random.default_rng((1, seed)), box, source, 1024))
     for one, other in zip(np.array(ours, float).T, np.array(theirs, float).T, strict=True):
         values = np.sort(np.concatenate([one, other]))
-        below = [np.searchsorted(np.sort(sample), values, side="right") / count for sample in (one, other)]
+        below = [
+            np.searchsorted(np.sort(sample), values, side="right") / count
+            for sample in (one, other)
+        ]
         assert np.abs(below[0] - below[1]).max() < 1.95 * (2 / count) ** 0.5

@@ -66,7 +66,9 @@ def one_line(path: Path) -> str:
 
 
 @pytest.mark.parametrize("name", exploits(Path("proof")))
-@pytest.mark.parametrize("how", ["pickle 0", "pickle 2", "pickle 4", "pickle 5", "torch", "torch before zips"])
+@pytest.mark.parametrize(
+    "how", ["pickle 0", "pickle 2", "pickle 4", "pickle 5", "torch", "torch before zips"]
+)
 def test_an_exploit_does_nothing(tmp_path: Path, name: str, how: str) -> None:
     proof, path = tmp_path / "proof", tmp_path / ("model.pkl" if "pickle" in how else "model.pth")
     content = exploits(proof)[name]
@@ -78,14 +80,20 @@ def test_an_exploit_does_nothing(tmp_path: Path, name: str, how: str) -> None:
     assert "refused: it names " in text or "getattr" in name or "array" in name, text
     assert not proof.exists()
     if name not in ("getattr", "numpy's own reader"):  # it would have happened
-        (pickle.loads(path.read_bytes()) if "pickle" in how else torch.load(path, weights_only=False))
+        (
+            pickle.loads(path.read_bytes())
+            if "pickle" in how
+            else torch.load(path, weights_only=False)
+        )
         assert proof.exists()
 
 
 def test_the_forbidden_name_is_said(tmp_path: Path) -> None:
     for suffix in ("pkl", "pth"):
         path = tmp_path / f"model.{suffix}"
-        path.write_bytes(b"cposix\nsystem\n(S'true'\ntR.")  # written by hand, in the oldest protocol
+        path.write_bytes(
+            b"cposix\nsystem\n(S'true'\ntR."
+        )  # written by hand, in the oldest protocol
         assert "it names posix.system, and reading that could run code" in one_line(path)
     torch.save({"model": {}, "x": Call(os.mkdir, "x")}, tmp_path / "model.pth")
     assert "it names posix.mkdir" in one_line(tmp_path / "model.pth")
@@ -104,14 +112,18 @@ def packed(path: Path, content: bytes) -> Path:
 
 def test_torch_s_advice_to_run_the_code_is_not_passed_on(tmp_path: Path) -> None:
     path = tmp_path / "model.pth"
-    torch.save({"model": {"w": torch.ones(2)}, "x": Call(os.system, "true")}, path, pickle_protocol=4)
+    torch.save(
+        {"model": {"w": torch.ones(2)}, "x": Call(os.system, "true")}, path, pickle_protocol=4
+    )
     text = one_line(path)
     assert "Unsupported operand 149" in text and "weights_only" not in text
 
 
 def test_persistent_ids_are_read_as_carefully(tmp_path: Path) -> None:
     path, one = tmp_path / "model.pth", b"(X\x07\0\0\0storage%sX\x01\0\0\00X\x03\0\0\0cpuK\x02tQ"
-    assert "it names posix.system" in one_line(packed(path, b"\x80\x02" + one % b"cposix\nsystem\n" + b"."))
+    assert "it names posix.system" in one_line(
+        packed(path, b"\x80\x02" + one % b"cposix\nsystem\n" + b".")
+    )
     inner = one % b"ctorch\nFloatStorage\n"
     assert "not a whole file of weights" in one_line(packed(path, b"\x80\x02" + one % inner + b"."))
     assert "not a whole file of weights" in one_line(packed(path, b"\x80\x02X\x02\0\0\0idQ."))
@@ -130,9 +142,17 @@ def test_a_reader_cannot_be_changed_by_what_it_reads(tmp_path: Path) -> None:
 
 def array(shape: object, kind: bytes = b"f4", raw: bytes = b"\0" * 8, order: bytes = b"<") -> bytes:
     """The pickle of {'w': an array} by hand."""
-    dtype = b"cnumpy\ndtype\n(S'" + kind + b"'\nI0\nI1\ntR(I3\nS'" + order + b"'\nNNNI-1\nI-1\nI0\ntb"
-    return (b"(dS'w'\ncnumpy.core.multiarray\n_reconstruct\n(cnumpy\nndarray\n(I0\ntS'b'\ntR(I1\n" + shape + dtype
-            + b"I00\nS'" + raw.decode().encode("unicode_escape") + b"'\ntbs.")
+    dtype = (
+        b"cnumpy\ndtype\n(S'" + kind + b"'\nI0\nI1\ntR(I3\nS'" + order + b"'\nNNNI-1\nI-1\nI0\ntb"
+    )
+    return (
+        b"(dS'w'\ncnumpy.core.multiarray\n_reconstruct\n(cnumpy\nndarray\n(I0\ntS'b'\ntR(I1\n"
+        + shape
+        + dtype
+        + b"I00\nS'"
+        + raw.decode().encode("unicode_escape")
+        + b"'\ntbs."
+    )
 
 
 def test_arrays_by_hand(tmp_path: Path) -> None:
@@ -142,33 +162,53 @@ def test_arrays_by_hand(tmp_path: Path) -> None:
     path.write_bytes(array(b"(I1\nI1\nt", b"i2", b"\x01\x02", b">"))
     assert read_file(path)["w"].tolist() == [[258]]
     for content, says in (
-        (array(b"(L1000000000000000L\nt"), "an array of shape (1000000000000000,) and 4 bytes a number with 8 bytes"),
+        (
+            array(b"(L1000000000000000L\nt"),
+            "an array of shape (1000000000000000,) and 4 bytes a number with 8 bytes",
+        ),
         (array(b"(I-2\nt"), "an array of shape (-2,)"),
         (array(b"(S'2'\nt"), "an array of shape ('2',)"),
         (array(b"(I2\nt", b"O8"), "arrays of type 'O8', expected numbers"),
         (array(b"(I2\nt", b"V4"), "arrays of type 'V4', expected numbers"),
-        (b"(dS'w'\ncnumpy.core.multiarray\n_reconstruct\n(cnumpy\nndarray\n(I0\ntS'b'\ntRs.", "an array without"),
+        (
+            b"(dS'w'\ncnumpy.core.multiarray\n_reconstruct\n(cnumpy\nndarray\n(I0\ntS'b'\ntRs.",
+            "an array without",
+        ),
         (b"\x80\x04B\xff\xff\xff\x7f" + b"x.", "not a whole file"),  # says it has 2 GB
         (b"\x80\x04\x8d" + struct.pack("<Q", 2**60) + b"x.", "not a whole file"),
         (b"\x80\x02N" + b"r\xff\xff\xff\xff.", "got a NoneType"),  # a memo of 4 billion places
         (b"\x80\x02(" + b"\x88" * 10 + b"Pid\n.", "not a whole file"),  # a persistent id
-        (b"", "not a whole file"), (b"weights", "not a whole file"), (b"\x80\x02}", "not a whole file"),
+        (b"", "not a whole file"),
+        (b"weights", "not a whole file"),
+        (b"\x80\x02}", "not a whole file"),
     ):
         path.write_bytes(content)
         assert says in one_line(path), content
 
 
 def test_a_detectron2_file_is_read(tmp_path: Path) -> None:
-    arrays = {"a.weight": np.arange(6, dtype=np.float32).reshape(2, 3), "b": np.array(2.5),
-              "columns": np.asfortranarray(np.arange(6.0).reshape(2, 3)), "half": np.ones(2, np.float16),
-              "count": np.arange(3)[::-1], "flag": np.array([True, False]), "big": np.arange(2, dtype=">i4")}
+    arrays = {
+        "a.weight": np.arange(6, dtype=np.float32).reshape(2, 3),
+        "b": np.array(2.5),
+        "columns": np.asfortranarray(np.arange(6.0).reshape(2, 3)),
+        "half": np.ones(2, np.float16),
+        "count": np.arange(3)[::-1],
+        "flag": np.array([True, False]),
+        "big": np.arange(2, dtype=">i4"),
+    }
     path = tmp_path / "model.pkl"
     for protocol in range(6):
-        path.write_bytes(pickle.dumps({"model": OrderedDict(arrays), "__author__": "x", "n": np.float32(1)}, protocol))
+        path.write_bytes(
+            pickle.dumps(
+                {"model": OrderedDict(arrays), "__author__": "x", "n": np.float32(1)}, protocol
+            )
+        )
         found = state_of(read_file(path), ("model",), path)
         assert list(found) == list(arrays)
         for name, tensor in found.items():
-            assert np.array_equal(tensor.numpy(), arrays[name]) and tensor.shape == arrays[name].shape, name
+            assert (
+                np.array_equal(tensor.numpy(), arrays[name]) and tensor.shape == arrays[name].shape
+            ), name
     # as Python 2 wrote it: text and bytes are one
     path.write_bytes(array(b"(I2\nt", raw=b"\x00\x00\x01\x02\x00\x00\x01\x02"))
     assert read_file(path)["w"].shape == (2,)
@@ -179,11 +219,22 @@ def mmdet_file() -> dict:
     weights = OrderedDict(w=torch.ones(2), n=torch.tensor(7))
     weights._metadata = OrderedDict({"": {"version": 1}})
     optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.ones(2))])
-    meta = {"epoch": 25, "iter": 183250, "CLASSES": ("person", "bicycle"), "env_info": "sys.platform: linux",
-            "config": "model = dict()", "hook_msgs": {"best_score": np.float64(0.5), "last": np.arange(3)},
-            "time": "Tue"}
-    return {"meta": meta, "state_dict": weights, "optimizer": optimizer.state_dict(), "epoch": np.int64(3),
-            "args": argparse.Namespace(path=Path("x"), lr=1e-4)}
+    meta = {
+        "epoch": 25,
+        "iter": 183250,
+        "CLASSES": ("person", "bicycle"),
+        "env_info": "sys.platform: linux",
+        "config": "model = dict()",
+        "hook_msgs": {"best_score": np.float64(0.5), "last": np.arange(3)},
+        "time": "Tue",
+    }
+    return {
+        "meta": meta,
+        "state_dict": weights,
+        "optimizer": optimizer.state_dict(),
+        "epoch": np.int64(3),
+        "args": argparse.Namespace(path=Path("x"), lr=1e-4),
+    }
 
 
 @pytest.mark.parametrize("zipped", [True, False])
@@ -206,8 +257,11 @@ def test_a_missing_package_is_not_needed(tmp_path: Path) -> None:
 
 def test_tensors_without_content_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "model.pth"
-    huge: list[Tensor] = [torch.zeros(1).expand(2**40), torch.empty(2**40, device="meta"),
-                          torch.zeros(2, 2).to_sparse()]
+    huge: list[Tensor] = [
+        torch.zeros(1).expand(2**40),
+        torch.empty(2**40, device="meta"),
+        torch.zeros(2, 2).to_sparse(),
+    ]
     for tensor in huge:
         torch.save({"model": {"w": tensor}}, path)
         assert "1 of its weights are no whole tensors, such as w" in one_line(path)

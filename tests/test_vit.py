@@ -7,10 +7,23 @@ from torch.nn import functional as F
 from vitdet.models.vit import SIZES, ConvBottleneck, PatchEmbed, ViT, init_linears, resize_positions
 
 
-def small_vit(global_blocks=(1,), depth=2, window_size=2, residual_blocks=(), drop_path=0.0, **settings):
+def small_vit(
+    global_blocks=(1,), depth=2, window_size=2, residual_blocks=(), drop_path=0.0, **settings
+):
     torch.manual_seed(0)
-    vit = ViT(dim=16, depth=depth, heads=2, global_blocks=global_blocks, patch_size=4, window_size=window_size,
-              drop_path=drop_path, pos_embed_grid=4, rel_pos_size=16, residual_blocks=residual_blocks, **settings)
+    vit = ViT(
+        dim=16,
+        depth=depth,
+        heads=2,
+        global_blocks=global_blocks,
+        patch_size=4,
+        window_size=window_size,
+        drop_path=drop_path,
+        pos_embed_grid=4,
+        rel_pos_size=16,
+        residual_blocks=residual_blocks,
+        **settings,
+    )
     for parameter in vit.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
     return vit
@@ -51,8 +64,11 @@ def test_residual_convolutions_start_as_in_detectron2():
     """c2_msra_fill: deviation sqrt(2 / (outputs * kernel area)), a normal draw."""
     torch.manual_seed(0)
     block = ConvBottleneck(256)
-    for conv, wanted in ((block.conv1, (2 / 128) ** 0.5), (block.conv2, (2 / 128 / 9) ** 0.5),
-                         (block.conv3, (2 / 256) ** 0.5)):
+    for conv, wanted in (
+        (block.conv1, (2 / 128) ** 0.5),
+        (block.conv2, (2 / 128 / 9) ** 0.5),
+        (block.conv3, (2 / 256) ** 0.5),
+    ):
         assert conv.conv.weight.std().item() == pytest.approx(wanted, rel=0.03)
 
 
@@ -64,7 +80,9 @@ def test_residual_convolutions_start_as_the_identity():
 def test_positions_are_resized_as_an_image():
     positions = torch.randn(1, 4, 4, 3)
     assert resize_positions(positions, (4, 4)) is positions
-    wanted = F.interpolate(positions.permute(0, 3, 1, 2), size=(6, 5), mode="bicubic").permute(0, 2, 3, 1)
+    wanted = F.interpolate(positions.permute(0, 3, 1, 2), size=(6, 5), mode="bicubic").permute(
+        0, 2, 3, 1
+    )
     assert torch.equal(resize_positions(positions, (6, 5)), wanted)
     flat = torch.ones(1, 4, 4, 3)
     assert torch.allclose(resize_positions(flat, (9, 7)), torch.ones(1, 9, 7, 3), atol=1e-6)
@@ -89,7 +107,15 @@ def test_tables_have_the_size_of_a_window_or_of_the_grid():
 
 
 def test_tables_of_a_grid_that_is_not_square():
-    vit = ViT(dim=16, depth=1, heads=2, global_blocks=(0,), patch_size=4, pos_embed_grid=(3, 5), rel_pos_size=(12, 20))
+    vit = ViT(
+        dim=16,
+        depth=1,
+        heads=2,
+        global_blocks=(0,),
+        patch_size=4,
+        pos_embed_grid=(3, 5),
+        rel_pos_size=(12, 20),
+    )
     assert vit.pos_embed.shape == (1, 3, 5, 16)
     assert (len(vit.blocks[0].attn.rel_pos_h), len(vit.blocks[0].attn.rel_pos_w)) == (5, 9)
     assert vit(torch.randn(1, 3, 12, 20)).shape == (1, 16, 3, 5)
@@ -99,20 +125,30 @@ def test_final_norm_comes_after_the_last_block():
     images, plain, normed = torch.randn(1, 3, 16, 16), small_vit(), small_vit(final_norm=True)
     weight, bias = normed.norm.weight[:, None, None], normed.norm.bias[:, None, None]
     tokens = plain(images)
-    wanted = (tokens - tokens.mean(dim=1)) / (tokens.var(dim=1, correction=0) + 1e-6).sqrt() * weight + bias
+    wanted = (tokens - tokens.mean(dim=1)) / (
+        tokens.var(dim=1, correction=0) + 1e-6
+    ).sqrt() * weight + bias
     assert torch.allclose(normed(images), wanted, atol=1e-5)
     assert not any(name.startswith("norm") for name in plain.state_dict())
 
 
 def test_scaled_positions_and_the_width_of_the_mlp_reach_every_block():
     vit = small_vit(scaled_rel_pos=True, mlp_ratio=2.5)
-    assert all(block.attn.scaled_rel_pos and block.mlp.fc1.out_features == 40 for block in vit.blocks)
+    assert all(
+        block.attn.scaled_rel_pos and block.mlp.fc1.out_features == 40 for block in vit.blocks
+    )
 
 
 def test_layers_of_the_layer_wise_decay():
     vit = small_vit(residual_blocks=(0,), final_norm=True)
-    names = {"pos_embed": 0, "patch_embed.proj.bias": 0, "blocks.0.attn.rel_pos_h": 1, "blocks.1.mlp.fc2.bias": 2,
-             "blocks.0.residual.conv1.norm.weight": 3, "norm.weight": 3}
+    names = {
+        "pos_embed": 0,
+        "patch_embed.proj.bias": 0,
+        "blocks.0.attn.rel_pos_h": 1,
+        "blocks.1.mlp.fc2.bias": 2,
+        "blocks.0.residual.conv1.norm.weight": 3,
+        "norm.weight": 3,
+    }
     assert {name: vit.layer_of(name) for name in names} == names
     assert names.keys() <= dict(vit.named_parameters()).keys()
 
@@ -136,7 +172,9 @@ def test_published_sizes(name, parameters):
     """Blocks and patches of 16 px, without positions: depth (12 d^2 + 13 d) + 769 d."""
     with torch.device("meta"):
         vit = ViT(**SIZES[name]._asdict())
-    counted = sum(p.numel() for n, p in vit.named_parameters() if "rel_pos" not in n and n != "pos_embed")
+    counted = sum(
+        p.numel() for n, p in vit.named_parameters() if "rel_pos" not in n and n != "pos_embed"
+    )
     assert counted == parameters
     quarter = SIZES[name].depth // 4
     assert SIZES[name].global_blocks == tuple(quarter * (i + 1) - 1 for i in range(4))

@@ -15,7 +15,14 @@ from vitdet.models.vit import Block, ViT
 from vitdet.models.vitae import Performer, ReductionCell, ViTAESmall, deep_branch, wide_branch
 from vitdet.weights.convert import MMDET, rename
 
-INIT = Path(__file__).parents[2] / "shared" / "reference" / "vitae" / "keys" / "init_mean_std_absmax.json"
+INIT = (
+    Path(__file__).parents[2]
+    / "shared"
+    / "reference"
+    / "vitae"
+    / "keys"
+    / "init_mean_std_absmax.json"
+)
 
 
 def random(module):
@@ -25,18 +32,44 @@ def random(module):
         if "num_batches" in name:
             continue
         values = 0.25 * torch.randn_like(tensor)
-        tensor.data.copy_(1 + values.abs() if name.endswith(("_var", "norm1.weight", "norm2.weight")) else values)
+        tensor.data.copy_(
+            1 + values.abs() if name.endswith(("_var", "norm1.weight", "norm2.weight")) else values
+        )
     return module
 
 
 def small_vitae(**settings):
-    return random(ViT(dim=16, depth=2, heads=2, global_blocks=(1,), patch_size=4, window_size=2, pos_embed_grid=4,
-                      rel_pos_size=16, branch=partial(wide_branch, 16, 64), **settings))
+    return random(
+        ViT(
+            dim=16,
+            depth=2,
+            heads=2,
+            global_blocks=(1,),
+            patch_size=4,
+            window_size=2,
+            pos_embed_grid=4,
+            rel_pos_size=16,
+            branch=partial(wide_branch, 16, 64),
+            **settings,
+        )
+    )
 
 
 def small_vitae_s(**settings):
-    return random(ViTAESmall(dim=32, depth=2, heads=2, global_blocks=(1,), widths=(8, 12, 16), cell_dims=(16, 24),
-                             groups=8, window_size=2, rel_pos_size=64, **settings))
+    return random(
+        ViTAESmall(
+            dim=32,
+            depth=2,
+            heads=2,
+            global_blocks=(1,),
+            widths=(8, 12, 16),
+            cell_dims=(16, 24),
+            groups=8,
+            window_size=2,
+            rel_pos_size=64,
+            **settings,
+        )
+    )
 
 
 BACKBONES = {"vitae_b": (small_vitae, 16), "vitae_s": (small_vitae_s, 64)}
@@ -44,8 +77,13 @@ BACKBONES = {"vitae_b": (small_vitae, 16), "vitae_s": (small_vitae_s, 64)}
 
 def named(name, **settings):
     with torch.device("meta"):
-        return build_backbone(ModelConfig(backbone=BackboneConfig(
-            name=name, pos_embed_grid=64, scaled_rel_pos=True, final_norm=True, **settings)))
+        return build_backbone(
+            ModelConfig(
+                backbone=BackboneConfig(
+                    name=name, pos_embed_grid=64, scaled_rel_pos=True, final_norm=True, **settings
+                )
+            )
+        )
 
 
 def silenced(branch):
@@ -66,7 +104,10 @@ def test_convolutions_read_what_the_block_reads_and_the_whole_map(branch):
         if isinstance(layer, torch.nn.Conv2d):
             maps = F.conv2d(maps, layer.weight, layer.bias, padding=1, groups=layer.groups)
         elif isinstance(layer, torch.nn.BatchNorm2d):
-            shift, scale = layer.running_mean[:, None, None], (layer.running_var + 1e-5).sqrt()[:, None, None]
+            shift, scale = (
+                layer.running_mean[:, None, None],
+                (layer.running_var + 1e-5).sqrt()[:, None, None],
+            )
             maps = (maps - shift) / scale * layer.weight[:, None, None] + layer.bias[:, None, None]
         else:
             maps = maps * torch.sigmoid(maps)
@@ -111,7 +152,9 @@ def slow_performer(performer, x, mixed):
 
     def norm(u, name):
         spread = np.sqrt(u.var(axis=-1, keepdims=True) + 1e-5)
-        return (u - u.mean(axis=-1, keepdims=True)) / spread * w[f"{name}.weight"] + w[f"{name}.bias"]
+        return (u - u.mean(axis=-1, keepdims=True)) / spread * w[f"{name}.weight"] + w[
+            f"{name}.bias"
+        ]
 
     def phi(u):
         return np.array([np.exp(row @ u - u @ u / 2) for row in w["w"]]) / len(w["w"]) ** 0.5
@@ -132,7 +175,9 @@ def slow_performer(performer, x, mixed):
 def test_linear_attention_equals_the_slow_sum():
     performer = random(Performer(10, 8)).eval()
     x, mixed = torch.randn(2, 7, 10), torch.randn(2, 7, 8)
-    np.testing.assert_allclose(performer(x, mixed).detach().numpy(), slow_performer(performer, x, mixed), atol=2e-6)
+    np.testing.assert_allclose(
+        performer(x, mixed).detach().numpy(), slow_performer(performer, x, mixed), atol=2e-6
+    )
 
 
 def test_random_features_are_orthogonal_and_not_learnt():
@@ -148,7 +193,9 @@ def test_a_cell_concatenates_dilations_and_keeps_the_grid():
     plain = random(ReductionCell(3, 5, 3, 2, (1, 2)))
     first, second = plain(images).split(5, dim=1)
     for map_, conv, dilation in ((first, plain.prm[0], 1), (second, plain.prm[1], 2)):
-        wanted = F.conv2d(images, conv.weight, conv.bias, stride=2, padding=dilation, dilation=dilation)
+        wanted = F.conv2d(
+            images, conv.weight, conv.bias, stride=2, padding=dilation, dilation=dilation
+        )
         assert torch.allclose(map_, F.gelu(wanted), atol=1e-6)
 
 
@@ -158,7 +205,12 @@ def test_images_of_a_batch_do_not_see_each_other(name):
     backbone = build(scaled_rel_pos=True, final_norm=True).eval()
     images = torch.randn(3, 3, side, 2 * side)
     together = backbone(images)
-    assert together.shape == (3, backbone.out_channels, side // backbone.stride, 2 * side // backbone.stride)
+    assert together.shape == (
+        3,
+        backbone.out_channels,
+        side // backbone.stride,
+        2 * side // backbone.stride,
+    )
     for i in range(3):
         assert torch.allclose(together[i], backbone(images[i : i + 1])[0], atol=1e-5)
 
@@ -179,19 +231,24 @@ def test_half_precision_stays_finite_and_near(name, dtype):
 
 def test_features_leave_the_range_of_half_precision_unharmed():
     performer = Performer(8, 64).eval()
-    u = (0.9 * performer.w[:1]).half()[None]  # exp(|w|^2 (0.9 - 0.81 / 2)) = exp(15.84), float16 ends at exp(11.09)
+    u = (0.9 * performer.w[:1]).half()[
+        None
+    ]  # exp(|w|^2 (0.9 - 0.81 / 2)) = exp(15.84), float16 ends at exp(11.09)
     assert performer.features(u).max() > 65504
     with torch.autocast("cpu", torch.float16):
         assert torch.allclose(performer.linear_attention(u, u, u), u, rtol=1e-3)
 
 
-@pytest.mark.parametrize(("name", "parameters", "buffers"), [
-    # Backbone of the published detector; less its deconvolutions, which are the pyramid's here; plus the keys' bias of
-    # 4 blocks, less the 2 random matrices, which are buffers here.
-    ("vit_b", 95_966_720 - 7_081_728, 0),
-    ("vitae_b", 98_737_664 - 7_081_728 + 4 * 768, 73_740),
-    ("vitae_s", 25_518_880 - 1_771_392 - 23_040, 43_294 + 23_040),
-])
+@pytest.mark.parametrize(
+    ("name", "parameters", "buffers"),
+    [
+        # Backbone of the published detector; less its deconvolutions, which are the pyramid's here; plus the keys' bias of
+        # 4 blocks, less the 2 random matrices, which are buffers here.
+        ("vit_b", 95_966_720 - 7_081_728, 0),
+        ("vitae_b", 98_737_664 - 7_081_728 + 4 * 768, 73_740),
+        ("vitae_s", 25_518_880 - 1_771_392 - 23_040, 43_294 + 23_040),
+    ],
+)
 def test_published_sizes(name, parameters, buffers):
     backbone = named(name)
     assert sum(p.numel() for p in backbone.parameters()) == parameters
@@ -209,12 +266,32 @@ def test_vitae_s_has_no_other_patch_size():
         named("vitae_s", patch_size=8)
 
 
-@pytest.mark.parametrize(("name", "layers"), [
-    ("vitae_b", {"pos_embed": 0, "patch_embed.proj.weight": 0, "blocks.0.pcm.0.weight": 1,
-                 "blocks.11.attn.proj.bias": 12, "norm.weight": 13}),
-    ("vitae_s", {"reductions.0.prm.3.weight": 0, "reductions.1.attn.kqv.bias": 1, "reductions.2.prm.1.bias": 2,
-                 "blocks.0.norm1.weight": 3, "blocks.13.pcm.6.weight": 16, "norm.bias": 18}),
-])
+@pytest.mark.parametrize(
+    ("name", "layers"),
+    [
+        (
+            "vitae_b",
+            {
+                "pos_embed": 0,
+                "patch_embed.proj.weight": 0,
+                "blocks.0.pcm.0.weight": 1,
+                "blocks.11.attn.proj.bias": 12,
+                "norm.weight": 13,
+            },
+        ),
+        (
+            "vitae_s",
+            {
+                "reductions.0.prm.3.weight": 0,
+                "reductions.1.attn.kqv.bias": 1,
+                "reductions.2.prm.1.bias": 2,
+                "blocks.0.norm1.weight": 3,
+                "blocks.13.pcm.6.weight": 16,
+                "norm.bias": 18,
+            },
+        ),
+    ],
+)
 def test_layers_of_the_layer_wise_decay(name, layers):
     backbone = named(name)
     assert {n: backbone.layer_of(n) for n in layers} == layers

@@ -27,33 +27,48 @@ def detector(tiny: Path) -> Detector:
 def backbone(detector: Detector) -> dict[str, Tensor]:
     """Weights of another seed, as a pre-training has them: without relative positions."""
     generator = torch.Generator().manual_seed(7)
-    return {name: torch.randn(tensor.shape, generator=generator) for name, tensor in detector.state_dict().items()
-            if name.startswith("backbone.") and not name.endswith(NOT_PRETRAINED)}
+    return {
+        name: torch.randn(tensor.shape, generator=generator)
+        for name, tensor in detector.state_dict().items()
+        if name.startswith("backbone.") and not name.endswith(NOT_PRETRAINED)
+    }
 
 
-def test_a_whole_backbone_is_loaded_and_the_rest_stays(detector: Detector, backbone: dict[str, Tensor],
-                                                       tmp_path: Path) -> None:
+def test_a_whole_backbone_is_loaded_and_the_rest_stays(
+    detector: Detector, backbone: dict[str, Tensor], tmp_path: Path
+) -> None:
     before = {name: tensor.clone() for name, tensor in detector.state_dict().items()}
-    save_file({name: tensor.half() for name, tensor in backbone.items()}, tmp_path / "w.safetensors")
+    save_file(
+        {name: tensor.half() for name, tensor in backbone.items()}, tmp_path / "w.safetensors"
+    )
     fresh = load_pretrained(detector, tmp_path / "w.safetensors").fresh
     after = detector.state_dict()
-    assert set(fresh) == set(before) - set(backbone) and any(name.endswith(NOT_PRETRAINED) for name in fresh)
+    assert set(fresh) == set(before) - set(backbone) and any(
+        name.endswith(NOT_PRETRAINED) for name in fresh
+    )
     for name, tensor in after.items():
         expected = backbone[name].half().float() if name in backbone else before[name]
         assert torch.equal(tensor, expected) and tensor.dtype == torch.float32, name
 
 
-def test_what_does_not_fit_is_named_and_nothing_is_loaded(detector: Detector, backbone: dict[str, Tensor],
-                                                          tmp_path: Path) -> None:
+def test_what_does_not_fit_is_named_and_nothing_is_loaded(
+    detector: Detector, backbone: dict[str, Tensor], tmp_path: Path
+) -> None:
     before = {name: tensor.clone() for name, tensor in detector.state_dict().items()}
-    lacking = {name: tensor for name, tensor in backbone.items() if not name.endswith("norm1.weight")}
+    lacking = {
+        name: tensor for name, tensor in backbone.items() if not name.endswith("norm1.weight")
+    }
     cases = (
         ({**backbone, "head.weight": torch.zeros(2)}, "1 tensors: no place for head.weight"),
         (lacking, "tensors: lacks backbone.blocks.0.norm1.weight"),
-        ({**backbone, "backbone.pos_embed": torch.zeros(1, 3, 3, 64)},
-         "1 tensors: other shape: backbone.pos_embed (1, 3, 3, 64), expected (1, 16, 16, 128)"),
-        ({**backbone, "backbone.pos_embed": torch.ones(1, 16, 16, 128, dtype=torch.int8)},
-         "1 tensors: other type: backbone.pos_embed torch.int8, expected torch.float32"),
+        (
+            {**backbone, "backbone.pos_embed": torch.zeros(1, 3, 3, 64)},
+            "1 tensors: other shape: backbone.pos_embed (1, 3, 3, 64), expected (1, 16, 16, 128)",
+        ),
+        (
+            {**backbone, "backbone.pos_embed": torch.ones(1, 16, 16, 128, dtype=torch.int8)},
+            "1 tensors: other type: backbone.pos_embed torch.int8, expected torch.float32",
+        ),
         ({"x": torch.zeros(1)}, "1 tensors: no place for x; "),
     )
     for number, (weights, says) in enumerate(cases):
@@ -62,14 +77,28 @@ def test_what_does_not_fit_is_named_and_nothing_is_loaded(detector: Detector, ba
         with pytest.raises(ValueError) as caught:
             load_pretrained(detector, path)
         text = str(caught.value)
-        assert text.startswith(f"{path}: does not fit this backbone: ") and says in text and "\n" not in text
+        assert (
+            text.startswith(f"{path}: does not fit this backbone: ")
+            and says in text
+            and "\n" not in text
+        )
     assert all(torch.equal(tensor, before[name]) for name, tensor in detector.state_dict().items())
 
 
-def test_a_damaged_file_is_one_line(detector: Detector, backbone: dict[str, Tensor], tmp_path: Path) -> None:
+def test_a_damaged_file_is_one_line(
+    detector: Detector, backbone: dict[str, Tensor], tmp_path: Path
+) -> None:
     save_file(backbone, tmp_path / "w.safetensors")
     whole = (tmp_path / "w.safetensors").read_bytes()
-    for content in (b"", whole[:5], whole[:100], whole[:-1], b"{}", b"not weights at all", whole[:8] + whole[9:]):
+    for content in (
+        b"",
+        whole[:5],
+        whole[:100],
+        whole[:-1],
+        b"{}",
+        b"not weights at all",
+        whole[:8] + whole[9:],
+    ):
         path = tmp_path / "cut.safetensors"
         path.write_bytes(content)
         with pytest.raises(ValueError, match="not a whole safetensors file") as caught:
@@ -79,17 +108,26 @@ def test_a_damaged_file_is_one_line(detector: Detector, backbone: dict[str, Tens
 
 def test_names_and_files(tmp_path: Path) -> None:
     assert resolve("") is None
-    with pytest.raises(ValueError, match="train.init: no weights named 'mae_vit_tny'; did you mean 'mae_vit_tiny'"):
+    with pytest.raises(
+        ValueError, match="train.init: no weights named 'mae_vit_tny'; did you mean 'mae_vit_tiny'"
+    ):
         resolve("mae_vit_tny")
-    with pytest.raises(FileNotFoundError, match=r"none.safetensors: no such weights file \(train.init\)"):
+    with pytest.raises(
+        FileNotFoundError, match=r"none.safetensors: no such weights file \(train.init\)"
+    ):
         resolve("none.safetensors")
     name = next(iter(CATALOGUE))
     (tmp_path / f"{name}.safetensors").write_bytes(b"")
     assert resolve(name, tmp_path) == tmp_path / f"{name}.safetensors"
-    assert resolve(str(tmp_path / f"{name}.safetensors"), Path("elsewhere")) == tmp_path / f"{name}.safetensors"
+    assert (
+        resolve(str(tmp_path / f"{name}.safetensors"), Path("elsewhere"))
+        == tmp_path / f"{name}.safetensors"
+    )
 
 
-def test_a_training_begins_with_them(tiny: Path, backbone: dict[str, Tensor], tmp_path: Path) -> None:
+def test_a_training_begins_with_them(
+    tiny: Path, backbone: dict[str, Tensor], tmp_path: Path
+) -> None:
     save_file(backbone, tmp_path / "w.safetensors")
     settings = minimal(tiny, train__init=tmp_path / "w.safetensors", optim__steps=1, train__keep=2)
     train(load_config("tiny", settings), tmp_path / "run")

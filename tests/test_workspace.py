@@ -41,16 +41,24 @@ def resolve(recipes: list[str], overrides: list[str], folder: Path) -> list[str]
 
 
 def test_two_recipes_are_trained_compared_and_registered(tiny: Path, tmp_path: Path) -> None:
-    space, configs, manifest = str(tmp_path / "space"), str(tmp_path / "configs"), str(tmp_path / "manifest")
+    space, configs, manifest = (
+        str(tmp_path / "space"),
+        str(tmp_path / "configs"),
+        str(tmp_path / "manifest"),
+    )
     heavier = recipe(tmp_path / "heavier.yaml", optim__weight_decay=0.5)
     names = resolve(["tiny", heavier], minimal(tiny, optim__steps=2, train__eval_every=2), tmp_path)
     assert [name.rpartition("-")[0] for name in names] == ["tiny", "heavier"]
     digest = steps.prepare_data(configs, space, manifest)
     steps.fetch_weights(configs, space)
-    assert steps.open_group(configs, space, RUN) == steps.open_group(configs, space, RUN)  # as a retried step does
+    assert steps.open_group(configs, space, RUN) == steps.open_group(
+        configs, space, RUN
+    )  # as a retried step does
     verdicts = []
     for name in names:
-        checkpoint, figures, verdict = (str(tmp_path / name / kind) for kind in ("model.pt", "figures", "verdict"))
+        checkpoint, figures, verdict = (
+            str(tmp_path / name / kind) for kind in ("model.pt", "figures", "verdict")
+        )
         steps.train(configs, name, manifest, space, RUN, checkpoint)
         steps.evaluate(checkpoint, configs, name, manifest, space, figures)
         passed, _ = steps.judge(figures, configs, name, space, verdict)
@@ -62,7 +70,11 @@ def test_two_recipes_are_trained_compared_and_registered(tiny: Path, tmp_path: P
 
     assert (tmp_path / "table.md").read_text() == table
     assert f"Data {digest}" in table
-    rows = {line.split(" | ")[0].strip("| "): line for line in table.splitlines() if line.startswith("| ")}
+    rows = {
+        line.split(" | ")[0].strip("| "): line
+        for line in table.splitlines()
+        if line.startswith("| ")
+    }
     assert "| 1 (champion) |" in rows[names[0]]
     assert "| - |" in rows[names[1]]
     client = client_of(tmp_path / "space")
@@ -81,26 +93,38 @@ def test_two_recipes_are_trained_compared_and_registered(tiny: Path, tmp_path: P
     # A step that is repeated trains nothing again; with a model of no better AP the champion stays.
     steps.train(configs, names[0], manifest, space, RUN, str(tmp_path / "again.pt"))
     assert (tmp_path / "again.pt").read_bytes() == (first / "model.pt").read_bytes()
-    passed, reason = steps.judge(str(second / "figures"), configs, names[1], space, str(tmp_path / "verdict"))
+    passed, reason = steps.judge(
+        str(second / "figures"), configs, names[1], space, str(tmp_path / "verdict")
+    )
     assert not passed
     assert "no better than" in reason
 
 
 def test_recipes_on_other_data_are_refused(tmp_path: Path) -> None:
     other = recipe(tmp_path / "other.yaml", data__val_split="test")
-    with pytest.raises(ValueError, match=r"other.yaml and tiny cannot be compared: .* data.val_split is test, not val"):
+    with pytest.raises(
+        ValueError,
+        match=r"other.yaml and tiny cannot be compared: .* data.val_split is test, not val",
+    ):
         resolve(["tiny", other], [], tmp_path)
     with pytest.raises(ValueError, match="cannot be compared"):
         resolve(["mask_rcnn_vitdet_b_coco", "mask_rcnn_vitdet_b_lvis"], [], tmp_path)
     assert not (tmp_path / "configs").exists()  # and nothing was written
 
 
-@pytest.mark.parametrize(("recipes", "overrides", "message"), [
-    (["tiny", "tiny"], [], "given twice"), ([], [], "at least one"), (["tinny"], [], "did you mean 'tiny'"),
-    (["tiny"], ["optim.lrr=1"], "optim.lrr"), (["tiny"], ["optim.lr=-1"], "optim.lr must be above 0"),
-])
-def test_what_is_wrong_is_refused_in_one_line(recipes: list[str], overrides: list[str], message: str, tmp_path: Path
-                                              ) -> None:
+@pytest.mark.parametrize(
+    ("recipes", "overrides", "message"),
+    [
+        (["tiny", "tiny"], [], "given twice"),
+        ([], [], "at least one"),
+        (["tinny"], [], "did you mean 'tiny'"),
+        (["tiny"], ["optim.lrr=1"], "optim.lrr"),
+        (["tiny"], ["optim.lr=-1"], "optim.lr must be above 0"),
+    ],
+)
+def test_what_is_wrong_is_refused_in_one_line(
+    recipes: list[str], overrides: list[str], message: str, tmp_path: Path
+) -> None:
     with pytest.raises(ValueError, match=message) as refused:
         resolve(recipes, overrides, tmp_path)
     assert len(str(refused.value).splitlines()) == 1
@@ -116,7 +140,9 @@ def test_relative_paths_lie_in_the_workspace(tmp_path: Path) -> None:
     assert (config.data.root, config.train.init) == ("/sets/mine", "mae_vit_tiny")
 
 
-def test_the_demo_data_is_drawn_and_other_data_is_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_demo_data_is_drawn_and_other_data_is_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from vitdet.data import tiny
 
     made = tiny.make_tiny
@@ -137,10 +163,14 @@ def test_the_demo_data_is_drawn_and_other_data_is_not(tmp_path: Path, monkeypatc
 def test_a_model_for_other_classes_is_refused_with_the_data(tiny: Path, tmp_path: Path) -> None:
     resolve(["tiny"], [f"data.root={tiny}", "model.roi_heads.num_classes=5"], tmp_path)
     with pytest.raises(ValueError, match="has 6 classes, but model.roi_heads.num_classes is 5"):
-        steps.prepare_data(str(tmp_path / "configs"), str(tmp_path / "space"), str(tmp_path / "manifest"))
+        steps.prepare_data(
+            str(tmp_path / "configs"), str(tmp_path / "space"), str(tmp_path / "manifest")
+        )
 
 
-def test_the_initial_weights_are_fetched_and_their_digest_is_theirs(tiny: Path, tmp_path: Path) -> None:
+def test_the_initial_weights_are_fetched_and_their_digest_is_theirs(
+    tiny: Path, tmp_path: Path
+) -> None:
     resolve(["tiny"], [f"data.root={tiny}"], tmp_path)
     space = str(tmp_path / "space")
     digest = steps.fetch_weights(str(tmp_path / "configs"), space)

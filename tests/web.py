@@ -65,11 +65,21 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.flush()
 
 
-def file(cut: int | None = None, ranges: bool = True, stall: bool = False, length: bool = True, tag: bool = True,
-         shift: int = 0, honest: bool = True, surplus: int = 0, date: str = "") -> Answer:
+def file(
+    cut: int | None = None,
+    ranges: bool = True,
+    stall: bool = False,
+    length: bool = True,
+    tag: bool = True,
+    shift: int = 0,
+    honest: bool = True,
+    surplus: int = 0,
+    date: str = "",
+) -> Answer:
     """The file. `cut`: only so many bytes of the body, and then the end, or silence (`stall`). `ranges`: heeds Range.
     `shift`: the range begins so much later than asked. `honest`: heeds If-Range. `surplus`: announces more than comes.
     """
+
     def answer(to: Handler) -> None:
         content, start = to.server.files.get(to.path, to.server.content), 0
         headers: dict[str, object] = {"ETag": to.server.tag} if tag else {}
@@ -80,27 +90,36 @@ def file(cut: int | None = None, ranges: bool = True, stall: bool = False, lengt
             if start >= len(content):
                 return status(416)(to)
             headers["Content_Range"] = f"bytes {start}-{len(content) - 1}/{len(content)}"
-        headers |= {"Content_Length": len(content) - start + surplus} if length else {"Connection": "close"}
+        headers |= (
+            {"Content_Length": len(content) - start + surplus}
+            if length
+            else {"Connection": "close"}
+        )
         to.begin(206 if "Content_Range" in headers else 200, **headers)
         to.body(content[start:][:cut])
         if stall:
             to.server.resting.wait(20)
+
     return answer
 
 
 def status(code: int, text: bytes = b"no", **headers: object) -> Answer:
     """Only a status code."""
+
     def answer(to: Handler) -> None:
         to.begin(code, Content_Length=len(text), **headers)
         to.wfile.write(text)
+
     return answer
 
 
 def changed(content: bytes, then: Answer) -> Answer:
     """Another file lies there from now on."""
+
     def answer(to: Handler) -> None:
         to.server.content, to.server.tag = content, '"two"'
         then(to)
+
     return answer
 
 
@@ -108,7 +127,9 @@ def changed(content: bytes, then: Answer) -> Answer:
 def serve() -> Iterator[Web]:
     """A running server."""
     with Web() as web:
-        thread = threading.Thread(target=web.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
+        thread = threading.Thread(
+            target=web.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True
+        )
         thread.start()
         yield web
         web.resting.set()

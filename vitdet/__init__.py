@@ -9,8 +9,12 @@ import importlib
 
 __version__ = "0.1.0"
 _HOMES = {
-    "Config": "vitdet.config", "load_config": "vitdet.config", "build_detector": "vitdet.models",
-    "Predictor": "vitdet.predictor", "train": "vitdet.training", "evaluate": "vitdet.evaluation",
+    "Config": "vitdet.config",
+    "load_config": "vitdet.config",
+    "build_detector": "vitdet.models",
+    "Predictor": "vitdet.predictor",
+    "train": "vitdet.training",
+    "evaluate": "vitdet.evaluation",
 }
 __all__ = ["Config", "Predictor", "build_detector", "evaluate", "load_config", "train"]  # noqa: F822 - see below
 

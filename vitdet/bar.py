@@ -15,7 +15,9 @@ class Bar:
 
     def __init__(self, name: str, stream: TextIO | None = None) -> None:
         self.name, self.stream = name, stream or sys.stderr
-        self.first: tuple[float, int] | None = None  # when this attempt began, and with how many bytes
+        self.first: tuple[float, int] | None = (
+            None  # when this attempt began, and with how many bytes
+        )
         self.shown = (0.0, -1)  # when the last line was shown, and its tenth
 
     def at(self, done: int, total: int | None) -> None:
@@ -44,7 +46,9 @@ class Bar:
             return f"{self.name}  {done / 1e6:.1f} MB  {speed:.1f} MB/s"
         size = f"{total / 1e6:.1f}"
         text = f"{self.name}  {100 * done // total:3} %  {done / 1e6:{len(size)}.1f} of {size} MB"
-        return text + (f"  {speed:.1f} MB/s  {clock((total - done) / speed / 1e6)} left" if speed else "")
+        return text + (
+            f"  {speed:.1f} MB/s  {clock((total - done) / speed / 1e6)} left" if speed else ""
+        )
 
     def end(self) -> None:
         """No more bytes come from this attempt: the changing line ends."""

@@ -29,7 +29,9 @@ class Verdict:
     reason: str
 
 
-def judge(ap: float | None, dataset_digest: str, *, uri: str, folder: Path, model_name: str) -> Verdict:
+def judge(
+    ap: float | None, dataset_digest: str, *, uri: str, folder: Path, model_name: str
+) -> Verdict:
     """Holds a box AP in percent, measured on this data, against the champion of a registered model.
 
     The first model wins, a tie does not. Raises ConnectionError where MLflow does not answer.
@@ -38,7 +40,9 @@ def judge(ap: float | None, dataset_digest: str, *, uri: str, folder: Path, mode
     return _judge(client, ap, dataset_digest, model_name)
 
 
-def promote(version: str, ap: float | None, dataset_digest: str, *, uri: str, folder: Path, model_name: str) -> Verdict:
+def promote(
+    version: str, ap: float | None, dataset_digest: str, *, uri: str, folder: Path, model_name: str
+) -> Verdict:
     """Makes this version the champion if it is still better: another may have been promoted since it was judged.
 
     Of several processes that share `folder` one promotes at a time.
@@ -61,11 +65,16 @@ def _judge(client: MlflowClient, ap: float | None, dataset_digest: str, model_na
     champion = client.get_model_version(model_name, number)
     before, data = champion.tags.get("box_ap"), champion.tags.get("dataset_digest")
     if data != dataset_digest or before is None:
-        return Verdict(True, f"box AP {ap:.4g}: the champion, version {number}, does not count: it was measured "
-                             f"on other data ({data}, not {dataset_digest})")
+        return Verdict(
+            True,
+            f"box AP {ap:.4g}: the champion, version {number}, does not count: it was measured "
+            f"on other data ({data}, not {dataset_digest})",
+        )
     better = float(f"{ap:.4g}") > float(before)
     relation = "above" if better else "no better than"
-    return Verdict(better, f"box AP {ap:.4g}, {relation} the {before} of the champion, version {number}")
+    return Verdict(
+        better, f"box AP {ap:.4g}, {relation} the {before} of the champion, version {number}"
+    )
 
 
 @contextmanager

@@ -16,8 +16,14 @@ if TYPE_CHECKING:
 COLUMNS = ("box_ap", "mask_ap", "box_ap50", "box_ap75")
 # How KFP says that a run ended -> how MLflow does. Its servers say COMPLETE or SUCCEEDED, and some RUNNING of a run
 # whose exit handler runs: then the table tells, which the last step makes.
-ENDS = {"SUCCEEDED": "FINISHED", "COMPLETE": "FINISHED", "CACHED": "FINISHED", "FAILED": "FAILED",
-        "CANCELLED": "KILLED", "CANCELED": "KILLED"}
+ENDS = {
+    "SUCCEEDED": "FINISHED",
+    "COMPLETE": "FINISHED",
+    "CACHED": "FINISHED",
+    "FAILED": "FAILED",
+    "CANCELLED": "KILLED",
+    "CANCELED": "KILLED",
+}
 
 
 def open_group(group: str, names: Sequence[str], *, uri: str, folder: Path, experiment: str) -> str:
@@ -29,8 +35,13 @@ def open_group(group: str, names: Sequence[str], *, uri: str, folder: Path, expe
     place = experiment_id(client, tracking_uri(uri, folder), folder, experiment)
     if found := _parent(client, place, group):
         return found
-    tags = {"group": group, "pipeline_run": group, "mlflow.source.name": "pipeline", "mlflow.source.type": "JOB",
-            "recipes": " ".join(names)}
+    tags = {
+        "group": group,
+        "pipeline_run": group,
+        "mlflow.source.name": "pipeline",
+        "mlflow.source.type": "JOB",
+        "recipes": " ".join(names),
+    }
     name = " / ".join(names) if len(names) < 4 else f"{len(names)} recipes"
     return client.create_run(place, None, tags, f"pipeline {name}").info.run_id
 
@@ -44,7 +55,9 @@ def close_group(group: str, state: str, *, uri: str, folder: Path, experiment: s
         client.set_terminated(parent, ENDS.get(state.upper(), unknown))
 
 
-def compare(group: str, rows: Sequence[dict], *, uri: str, folder: Path, experiment: str, model_name: str) -> str:
+def compare(
+    group: str, rows: Sequence[dict], *, uri: str, folder: Path, experiment: str, model_name: str
+) -> str:
     """The table of a group in Markdown, best box AP first; it is also logged to the parent run.
 
     rows: {"name", "dataset_digest", "run_id", "passed", "reason", "metrics"} of each training. Raises
@@ -52,12 +65,16 @@ def compare(group: str, rows: Sequence[dict], *, uri: str, folder: Path, experim
     """
     digests = sorted({row["dataset_digest"] for row in rows})
     if len(digests) != 1:
-        raise ValueError(f"the trainings were evaluated on different data ({', '.join(digests)}): not comparable")
+        raise ValueError(
+            f"the trainings were evaluated on different data ({', '.join(digests)}): not comparable"
+        )
     client, _ = connect(None, uri, folder)
     champion, versions = _versions(client, model_name)
     ordered = sorted(rows, key=lambda row: -_figure(row, "box_ap"))
     text = table(ordered, champion, versions)
-    parent = open_group(group, [row["name"] for row in rows], uri=uri, folder=folder, experiment=experiment)
+    parent = open_group(
+        group, [row["name"] for row in rows], uri=uri, folder=folder, experiment=experiment
+    )
     for row in ordered:
         for key in COLUMNS[:2]:
             if row["metrics"].get(key) is not None:
@@ -73,12 +90,20 @@ def compare(group: str, rows: Sequence[dict], *, uri: str, folder: Path, experim
 
 def table(rows: Sequence[dict], champion: str | None, versions: dict[str, str]) -> str:
     """Markdown; versions: MLflow's id of a training -> the version of the model that came of it."""
-    heads = ["recipe", *(column.replace("_ap", " AP ").strip() for column in COLUMNS), "version", "gate"]
+    heads = [
+        "recipe",
+        *(column.replace("_ap", " AP ").strip() for column in COLUMNS),
+        "version",
+        "gate",
+    ]
     lines = [f"Data {rows[0]['dataset_digest']}", "", _line(heads), _line(["---"] * len(heads))]
     for row in rows:
         version = versions.get(row["run_id"], "-")
         mark = f"{version} ({ALIAS})" if version == champion else version
-        figures = ["-" if row["metrics"].get(key) is None else f"{row['metrics'][key]:.2f}" for key in COLUMNS]
+        figures = [
+            "-" if row["metrics"].get(key) is None else f"{row['metrics'][key]:.2f}"
+            for key in COLUMNS
+        ]
         lines.append(_line([row["name"], *figures, mark, row["reason"]]))
     return "\n".join(lines) + "\n"
 
@@ -100,6 +125,8 @@ def _parent(client: MlflowClient, place: str, group: str) -> str | None:
 def _versions(client: MlflowClient, model_name: str) -> tuple[str | None, dict[str, str]]:
     """(the champion's version, {run id: its newest version})."""
     models = client.search_registered_models(f"name = '{model_name}'")
-    found = sorted(client.search_model_versions(f"name = '{model_name}'"), key=lambda one: int(one.version))
+    found = sorted(
+        client.search_model_versions(f"name = '{model_name}'"), key=lambda one: int(one.version)
+    )
     alias = models[0].aliases.get(ALIAS) if models else None
     return (None if alias is None else str(alias)), {one.run_id: str(one.version) for one in found}

@@ -30,15 +30,27 @@ RECIPES = Path(__file__).parent / "recipes"
 class BackboneConfig:
     """What an image goes through first; depth, width, heads and global blocks belong to the name."""
 
-    name: Literal["vit_tiny", "vit_b", "vit_l", "vit_h", "vitae_b", "vitae_s", "swin_t", "vitaev2_s"] = "vit_b"
+    name: Literal[
+        "vit_tiny", "vit_b", "vit_l", "vit_h", "vitae_b", "vitae_s", "swin_t", "vitaev2_s"
+    ] = "vit_b"
     patch_size: int = 16  # pixels; the stride of the one feature map
     window_size: int = 14  # tokens, side of a window of the local attention blocks
     drop_path: float = 0.1  # rate of the last block; grows linearly from 0
-    pos_embed_grid: int = 14  # tokens a side of the stored position embedding: 224 / 16 in the MAE pre-training
-    global_attention: bool = True  # in a few blocks that the name tells; false: all blocks look at windows
-    residual_blocks: tuple[int, ...] = ()  # blocks that residual convolutions follow: the paper's other propagation
-    rel_pos_size: int = 1024  # pixels a side for which the global blocks' relative-position tables are made
-    scaled_rel_pos: bool = False  # relative positions meet the scaled query (ViTAE-Transformer/ViTDet)
+    pos_embed_grid: int = (
+        14  # tokens a side of the stored position embedding: 224 / 16 in the MAE pre-training
+    )
+    global_attention: bool = (
+        True  # in a few blocks that the name tells; false: all blocks look at windows
+    )
+    residual_blocks: tuple[
+        int, ...
+    ] = ()  # blocks that residual convolutions follow: the paper's other propagation
+    rel_pos_size: int = (
+        1024  # pixels a side for which the global blocks' relative-position tables are made
+    )
+    scaled_rel_pos: bool = (
+        False  # relative positions meet the scaled query (ViTAE-Transformer/ViTDet)
+    )
     final_norm: bool = False  # LayerNorm after the last block (ViTAE-Transformer/ViTDet)
 
 
@@ -48,8 +60,15 @@ class PyramidConfig:
 
     kind: Literal["simple", "fpn"] = "simple"
     channels: int = 256
-    halve_channels: bool = True  # each deconvolution halves the channels; else keeps them (ViTAE-Transformer/ViTDet)
-    scales: tuple[float, float, float, float] = (4.0, 2.0, 1.0, 0.5)  # of p2..p5 against the backbone's map
+    halve_channels: bool = (
+        True  # each deconvolution halves the channels; else keeps them (ViTAE-Transformer/ViTDet)
+    )
+    scales: tuple[float, float, float, float] = (
+        4.0,
+        2.0,
+        1.0,
+        0.5,
+    )  # of p2..p5 against the backbone's map
 
 
 @dataclass(frozen=True)
@@ -60,7 +79,9 @@ class RPNConfig:
     aspect_ratios: tuple[float, ...] = (0.5, 1.0, 2.0)  # height / width
     num_convs: int = 2
     norm: bool = False  # LN after each convolution (ViTAE-Transformer/ViTDet)
-    divide_by_sampled: bool = False  # losses / anchors sampled (mmdet), not / (samples * images) (detectron2)
+    divide_by_sampled: bool = (
+        False  # losses / anchors sampled (mmdet), not / (samples * images) (detectron2)
+    )
     samples: int = 256  # anchors an image that the loss looks at
     positive_fraction: float = 0.5
     iou_low: float = 0.3  # below: background
@@ -108,9 +129,13 @@ class ModelConfig:
     roi_heads: RoIHeadsConfig = field(default_factory=RoIHeadsConfig)
     mask: MaskConfig = field(default_factory=MaskConfig)
     norm_eps: float = 1e-6  # of the LNs of pyramid and heads; 1e-5 in mmdet
-    low_quality: Literal["own", "best"] = "own"  # a ground truth's best box learns from its own best (detectron2, RPN
+    low_quality: Literal["own", "best"] = (
+        "own"  # a ground truth's best box learns from its own best (detectron2, RPN
+    )
     # only), or from that ground truth, in RPN and RoI heads (mmdet)
-    clamp_shrinking: bool = False  # a box also shrinks at most 1000 / 16 times in one step (mmdet), not only grows
+    clamp_shrinking: bool = (
+        False  # a box also shrinks at most 1000 / 16 times in one step (mmdet), not only grows
+    )
 
 
 @dataclass(frozen=True)
@@ -123,16 +148,27 @@ class DataConfig:
     root: str = "data/coco"
     train_split: str = "train2017"
     val_split: str = "val2017"
-    max_images: int = 0  # of each split only the so many images of lowest id that hold an object; 0: all
+    max_images: int = (
+        0  # of each split only the so many images of lowest id that hold an object; 0: all
+    )
     image_size: int = 1024  # pixels a side of the square canvas
-    scale_range: tuple[float, float] = (0.1, 2.0)  # large-scale jitter; (1, 1): longest side = canvas
+    scale_range: tuple[float, float] = (
+        0.1,
+        2.0,
+    )  # large-scale jitter; (1, 1): longest side = canvas
     flip: float = 0.5  # probability of a horizontal flip
-    diagonal_crop: bool = True  # one random number for both offsets of the crop (detectron2); false: two (mmdet)
+    diagonal_crop: bool = (
+        True  # one random number for both offsets of the crop (detectron2); false: two (mmdet)
+    )
     transpose: float = 0.0  # probability of exchanging the axes
     color_jitter: float = 0.0  # brightness, contrast and saturation change by up to this factor - 1
     antialias: bool = True  # when an image is made smaller (PIL, detectron2); false: plain bilinear (OpenCV, mmdet)
-    redraw_empty: bool = False  # a crop without any object is replaced by one of another image (mmdet)
-    repeat_threshold: float = 0.0  # images with classes in a smaller share of the images are repeated; 0: none (LVIS)
+    redraw_empty: bool = (
+        False  # a crop without any object is replaced by one of another image (mmdet)
+    )
+    repeat_threshold: float = (
+        0.0  # images with classes in a smaller share of the images are repeated; 0: none (LVIS)
+    )
     workers: int = 4  # data-loader processes a rank; 0: load in the training process
 
 
@@ -149,7 +185,10 @@ class OptimConfig:
     layer_decay: float = 0.7
     steps: int = 184_375  # 100 epochs of COCO at batch 64
     schedule: Literal["step", "cosine"] = "step"
-    milestones: tuple[float, ...] = (0.8888889, 0.962963)  # fractions of `steps`; the rate drops to a tenth at each
+    milestones: tuple[float, ...] = (
+        0.8888889,
+        0.962963,
+    )  # fractions of `steps`; the rate drops to a tenth at each
     warmup_steps: float = 250.0
     warmup_factor: float = 0.001  # of lr at step 0
     clip: float = 0.0  # largest gradient norm; 0: no clipping, as published
@@ -161,10 +200,23 @@ class TrainConfig:
     """The loop."""
 
     init: str = "mae_vit_b"  # a name of the weights catalogue, a file of weights or a checkpoint; '': from scratch
-    init_format: Literal["vitdet", "detectron2", "mmdet", "mae", "vitae", "vitae_cls", "swin", "swin_cls",
-                         "swin_mmdet", "vitaev2", "vitaev2_cls"] = "vitdet"  # of a file in `init`
+    init_format: Literal[
+        "vitdet",
+        "detectron2",
+        "mmdet",
+        "mae",
+        "vitae",
+        "vitae_cls",
+        "swin",
+        "swin_cls",
+        "swin_mmdet",
+        "vitaev2",
+        "vitaev2_cls",
+    ] = "vitdet"  # of a file in `init`
     batch_size: int = 64  # images a step over all processes
-    precision: Literal["fp32", "bf16", "auto"] = "bf16"  # auto: bf16 where the processor multiplies it natively
+    precision: Literal["fp32", "bf16", "auto"] = (
+        "bf16"  # auto: bf16 where the processor multiplies it natively
+    )
     seed: int = 0
     log_every: int = 20  # steps
     eval_every: int = 5000
@@ -215,14 +267,20 @@ def load_config(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Conf
     return overridden(Config, _read(name_or_path), overrides)
 
 
-def override(config: Config, overrides: Sequence[str], other: Config | None = None,
-             sections: Sequence[str] = ()) -> Config:
+def override(
+    config: Config,
+    overrides: Sequence[str],
+    other: Config | None = None,
+    sections: Sequence[str] = (),
+) -> Config:
     """The config with these sections of another one, if there is one, then with overrides as `load_config` takes them.
 
     Raises ValueError as there.
     """
     theirs = to_dict(other) if other else {}
-    return overridden(Config, to_dict(config) | {name: theirs[name] for name in sections if theirs}, overrides)
+    return overridden(
+        Config, to_dict(config) | {name: theirs[name] for name in sections if theirs}, overrides
+    )
 
 
 def save_config(config: Config, path: str | Path) -> None:
@@ -249,7 +307,10 @@ def from_dict(tree: Mapping) -> Config:
 def flatten(config: Config) -> dict[str, bool | int | float | str]:
     """{'optim.lr': 0.0001, ...}: the keys that overrides use; lists as text."""
     values = {key: reduce(getattr, key.split("."), config) for key in settings(Config)}
-    return {key: json.dumps(value) if isinstance(value, tuple) else value for key, value in values.items()}
+    return {
+        key: json.dumps(value) if isinstance(value, tuple) else value
+        for key, value in values.items()
+    }
 
 
 def difference(ours: Config, theirs: Config) -> list[str]:
@@ -278,11 +339,15 @@ def _read(name_or_path: str | Path) -> dict:
         if not path.exists():
             raise ValueError(f"{text}: no such recipe; {nearest(text, recipes())}{LISTED}")
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such config file; give a file or a recipe's name{LISTED}")
+        raise FileNotFoundError(
+            f"{path}: no such config file; give a file or a recipe's name{LISTED}"
+        )
     try:
         tree = yaml.safe_load(path.read_text())
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: not readable as YAML: {' '.join(str(error).split())}") from error
     if not isinstance(tree if tree is not None else {}, dict):
-        raise ValueError(f"{path}: expected sections ({', '.join(f.name for f in fields(Config))}), got {tree!r}")
+        raise ValueError(
+            f"{path}: expected sections ({', '.join(f.name for f in fields(Config))}), got {tree!r}"
+        )
     return tree or {}

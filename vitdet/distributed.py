@@ -16,14 +16,20 @@ from torch import Tensor
 from torch import distributed as dist
 
 T = TypeVar("T")
-PATIENCE = timedelta(minutes=30)  # what all wait for one: it may look at a million files, or compare LVIS's detections
+PATIENCE = timedelta(
+    minutes=30
+)  # what all wait for one: it may look at a million files, or compare LVIS's detections
 
 
 @contextmanager
 def process_group() -> Iterator[torch.device]:
     """Joins the processes that torchrun started, if it did, and gives the device of this one."""
     cuda = torch.cuda.is_available()
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if cuda else torch.device("cpu")
+    device = (
+        torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        if cuda
+        else torch.device("cpu")
+    )
     if cuda:
         torch.cuda.set_device(device)
     if "WORLD_SIZE" not in os.environ or dist.is_initialized():

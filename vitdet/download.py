@@ -28,8 +28,12 @@ from vitdet.written import write_json
 
 CHUNK = 1 << 18  # bytes
 PASSING = (408, 425, 429, 500, 502, 503, 504)  # status codes after which another attempt may do
-REASONS = {401: "it asks for a password", 403: "it does not give out this file", 404: "no such file there",
-           410: "the file is gone"}
+REASONS = {
+    401: "it asks for a password",
+    403: "it does not give out this file",
+    404: "no such file there",
+    410: "the file is gone",
+}
 log = logging.getLogger(__name__)
 
 
@@ -69,8 +73,14 @@ class _Beginning(NamedTuple):
     total: int | None
 
 
-def download(url: str, path: Path, watcher: Watcher, patience: Patience, size: int | None = None,
-             copies: int = 1) -> None:
+def download(
+    url: str,
+    path: Path,
+    watcher: Watcher,
+    patience: Patience,
+    size: int | None = None,
+    copies: int = 1,
+) -> None:
     """Makes `path` the whole file of the address, going on from what is there. `size`: the bytes that it must have;
     `copies`: as many files of its size must fit on the disk, in the end.
 
@@ -86,8 +96,12 @@ def download(url: str, path: Path, watcher: Watcher, patience: Patience, size: i
             failures = 1 if here > furthest else failures + 1
             furthest = max(here, furthest)
             if failures >= patience.tries:
-                raise ConnectionError(f"{url}: {broken}, {failures} times in a row; {_kept(here)}") from broken
-            pause = min(max(patience.pause * 2 ** (failures - 1), broken.pause), patience.longest_pause)
+                raise ConnectionError(
+                    f"{url}: {broken}, {failures} times in a row; {_kept(here)}"
+                ) from broken
+            pause = min(
+                max(patience.pause * 2 ** (failures - 1), broken.pause), patience.longest_pause
+            )
             watcher.end()
             log.warning("%s: %s; next attempt in %.0f s", path.name, broken, pause)
             time.sleep(pause)
@@ -102,9 +116,14 @@ def mirrored(url: str, mirror: str) -> str:
     """
     base, original = urlsplit(mirror), urlsplit(url)
     if base.scheme not in ("http", "https") or not base.netloc:
-        raise ValueError(f"--mirror {mirror}: expected an address such as https://mirror.example.org/weights")
-    return urlunsplit(original._replace(scheme=base.scheme, netloc=base.netloc, path=base.path.rstrip("/")
-                                        + original.path))
+        raise ValueError(
+            f"--mirror {mirror}: expected an address such as https://mirror.example.org/weights"
+        )
+    return urlunsplit(
+        original._replace(
+            scheme=base.scheme, netloc=base.netloc, path=base.path.rstrip("/") + original.path
+        )
+    )
 
 
 def discard(path: Path) -> None:
@@ -114,7 +133,9 @@ def discard(path: Path) -> None:
         os.truncate(path, 0)
 
 
-def _attempt(url: str, path: Path, watcher: Watcher, stall: float, size: int | None, copies: int) -> None:
+def _attempt(
+    url: str, path: Path, watcher: Watcher, stall: float, size: int | None, copies: int
+) -> None:
     have, beginning = _have(path), _beginning(path)
     if not have or beginning is None or beginning.url != url:
         have, beginning = 0, None
@@ -129,7 +150,9 @@ def _attempt(url: str, path: Path, watcher: Watcher, stall: float, size: int | N
         _check(response, url, total, size)
         _ask_for_space(path, total, have, copies)
         if not start:
-            discard(path)  # first the old bytes, then the new note: a kill in between must not join the two
+            discard(
+                path
+            )  # first the old bytes, then the new note: a kill in between must not join the two
             _write_note(path, _Beginning(url, _validator(response), total))
         _receive(response, path, start, total, watcher, stall)
     here = _have(path)
@@ -144,7 +167,9 @@ def _open(request: Request, path: Path, stall: float) -> http.client.HTTPRespons
         return urlopen(request, timeout=stall)
     except HTTPError as error:
         with error:
-            if error.code == 416:  # there is no such range: what is here is not the beginning of what is there
+            if (
+                error.code == 416
+            ):  # there is no such range: what is here is not the beginning of what is there
                 discard(path)
                 raise _Broken("the server has another file than before") from error
             text = f"the server answers {error.code} {error.reason}"
@@ -161,8 +186,9 @@ def _open(request: Request, path: Path, stall: float) -> http.client.HTTPRespons
         raise _Broken(_words(reason, stall)) from error
 
 
-def _range(response: http.client.HTTPResponse, path: Path, have: int,
-           beginning: _Beginning | None) -> tuple[int, int | None]:
+def _range(
+    response: http.client.HTTPResponse, path: Path, have: int, beginning: _Beginning | None
+) -> tuple[int, int | None]:
     """Where the body starts and how long the whole file is."""
     length = response.headers.get("Content-Length")
     if response.status != 206 or beginning is None:
@@ -176,14 +202,22 @@ def _range(response: http.client.HTTPResponse, path: Path, have: int,
     return have, total
 
 
-def _check(response: http.client.HTTPResponse, url: str, total: int | None, size: int | None) -> None:
+def _check(
+    response: http.client.HTTPResponse, url: str, total: int | None, size: int | None
+) -> None:
     if urlsplit(url).scheme == "https" and urlsplit(response.url).scheme != "https":
-        raise ValueError(f"{url}: leads to an address without encryption ({response.url}); it was not followed")
+        raise ValueError(
+            f"{url}: leads to an address without encryption ({response.url}); it was not followed"
+        )
     if response.headers.get_content_type() == "text/html":
-        raise ValueError(f"{url}: a web page came instead of the file: a log-in, a proxy's notice or a dead link; open "
-                         "it in a browser and give the file with --from")
+        raise ValueError(
+            f"{url}: a web page came instead of the file: a log-in, a proxy's notice or a dead link; open "
+            "it in a browser and give the file with --from"
+        )
     if size is not None and total is not None and total != size:
-        raise ValueError(f"{url}: the server has {total:,} bytes, expected {size:,}: not the published file")
+        raise ValueError(
+            f"{url}: the server has {total:,} bytes, expected {size:,}: not the published file"
+        )
 
 
 def _ask_for_space(path: Path, total: int | None, have: int, copies: int) -> None:
@@ -192,12 +226,20 @@ def _ask_for_space(path: Path, total: int | None, have: int, copies: int) -> Non
     free = shutil.disk_usage(path.parent).free
     if needed > free:
         what = "the file" if copies == 1 else f"{copies} files of this size"
-        raise OSError(f"{path.parent}: {_bytes(needed)} are needed for {what}, {_bytes(free)} are free; free some "
-                      "space or give another folder")
+        raise OSError(
+            f"{path.parent}: {_bytes(needed)} are needed for {what}, {_bytes(free)} are free; free some "
+            "space or give another folder"
+        )
 
 
-def _receive(response: http.client.HTTPResponse, path: Path, start: int, total: int | None, watcher: Watcher,
-             stall: float) -> None:
+def _receive(
+    response: http.client.HTTPResponse,
+    path: Path,
+    start: int,
+    total: int | None,
+    watcher: Watcher,
+    stall: float,
+) -> None:
     """Appends the body to the first `start` bytes of the file."""
     done = start
     with open(path, "ab", buffering=0) as file:  # what was received is in the file
@@ -206,11 +248,13 @@ def _receive(response: http.client.HTTPResponse, path: Path, start: int, total: 
             while chunk := _read(response, stall):
                 view = memoryview(chunk)
                 while view:
-                    view = view[file.write(view):]
+                    view = view[file.write(view) :]
                 done += len(chunk)
                 watcher.at(done, total)
         except OSError as error:
-            raise OSError(f"{path}: could not be written ({error}); free some space, {_kept(done)}") from error
+            raise OSError(
+                f"{path}: could not be written ({error}); free some space, {_kept(done)}"
+            ) from error
 
 
 def _read(response: http.client.HTTPResponse, stall: float) -> bytes:
@@ -241,7 +285,11 @@ def _have(path: Path) -> int:
 
 
 def _kept(done: int) -> str:
-    return f"the {done:,} bytes so far are kept, the same command goes on from there" if done else "nothing came"
+    return (
+        f"the {done:,} bytes so far are kept, the same command goes on from there"
+        if done
+        else "nothing came"
+    )
 
 
 def note(path: Path) -> Path:

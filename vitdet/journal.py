@@ -73,7 +73,9 @@ class Journal:
 
     def last_steps(self) -> dict[str, int]:
         """The last step of each name."""
-        return {key: record["step"] for record, _ in self.records() for key in record.get("points", ())}
+        return {
+            key: record["step"] for record, _ in self.records() for key in record.get("points", ())
+        }
 
     def records(self, offset: int = 0) -> Iterator[tuple[dict, int]]:
         """(record, offset behind it) of each whole line from this offset on."""
@@ -83,7 +85,9 @@ class Journal:
             file.seek(offset)
             for line in file:
                 offset += len(line)
-                if not line.endswith(b"\n"):  # being written, or the machine went down: `mend` ends it
+                if not line.endswith(
+                    b"\n"
+                ):  # being written, or the machine went down: `mend` ends it
                     return
                 try:
                     yield json.loads(line), offset
@@ -150,4 +154,6 @@ def find(folder: Path, run_id: str | None) -> Journal:
 
 def journals(folder: Path) -> list[Journal]:
     """All journals of a work folder."""
-    return [Journal(folder, path.stem) for path in sorted((Path(folder) / "journal").glob("*.jsonl"))]
+    return [
+        Journal(folder, path.stem) for path in sorted((Path(folder) / "journal").glob("*.jsonl"))
+    ]

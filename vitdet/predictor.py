@@ -23,8 +23,14 @@ from vitdet.data.palette import class_color
 from vitdet.data.transforms import resize_and_pad
 from vitdet.types import Detections
 
-COMFORTABLE = 768  # pixels of the longest side; smaller images are drawn enlarged, so that names can be read
-DARK, FILL, SHADOW = (15, 15, 15), 0.42, 0.5  # colour of the shadow that lines cast on a like background; opacities
+COMFORTABLE = (
+    768  # pixels of the longest side; smaller images are drawn enlarged, so that names can be read
+)
+DARK, FILL, SHADOW = (
+    (15, 15, 15),
+    0.42,
+    0.5,
+)  # colour of the shadow that lines cast on a like background; opacities
 Picture = str | Path | Image.Image | np.ndarray | Tensor
 
 
@@ -32,7 +38,11 @@ class Predictor:
     """A detector with its class names: predictor(image, threshold) -> Detections in pixels of that image."""
 
     def __init__(
-        self, detector: nn.Module, class_names: Sequence[str], image_size: int, antialias: bool = True
+        self,
+        detector: nn.Module,
+        class_names: Sequence[str],
+        image_size: int,
+        antialias: bool = True,
     ) -> None:
         """detector takes canvases of image_size pixels a side, resized with antialiasing or without as it was trained;
         its mode and device stay as they are.
@@ -48,14 +58,20 @@ class Predictor:
 
         Raises FileNotFoundError or ValueError with one line for a file that is no checkpoint.
         """
-        from vitdet.training.checkpoint import restore_detector  # here: training stands above the predictor
+        from vitdet.training.checkpoint import (
+            restore_detector,
+        )  # here: training stands above the predictor
 
         detector, config, class_names = restore_detector(path)
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        return cls(detector.to(device).eval(), class_names, config.data.image_size, config.data.antialias)
+        return cls(
+            detector.to(device).eval(), class_names, config.data.image_size, config.data.antialias
+        )
 
     @torch.no_grad()
-    def __call__(self, image: Picture | list[Picture], threshold: float = 0.5) -> Detections | list[Detections]:
+    def __call__(
+        self, image: Picture | list[Picture], threshold: float = 0.5
+    ) -> Detections | list[Detections]:
         """What is in an image with a score of at least `threshold`; a list of images gives a list.
 
         image: a file, a PIL image (EXIF orientation is applied), an array (H, W, 3) or a tensor (3, H, W), uint8 RGB.
@@ -66,7 +82,9 @@ class Predictor:
             return [self(item, threshold) for item in image]
         picture = read_image(image)
         canvas, size = resize_and_pad(picture, self.image_size, self.antialias)
-        device = next((parameter.device for parameter in self.detector.parameters()), torch.device("cpu"))
+        device = next(
+            (parameter.device for parameter in self.detector.parameters()), torch.device("cpu")
+        )
         images = torch.from_numpy(canvas)[None].to(device)
         sizes = torch.tensor([size], device=device)
         (found,) = self.detector(images, None, sizes)
@@ -94,12 +112,18 @@ def read_image(image: Picture) -> Image.Image:
         return upright(image)
     if isinstance(image, Tensor):
         if image.ndim != 3 or image.shape[0] != 3 or image.dtype != torch.uint8:
-            raise ValueError(f"expected an image tensor (3, H, W) of uint8, got {tuple(image.shape)} of {image.dtype}")
+            raise ValueError(
+                f"expected an image tensor (3, H, W) of uint8, got {tuple(image.shape)} of {image.dtype}"
+            )
         image = image.permute(1, 2, 0).cpu().numpy()
     if not isinstance(image, np.ndarray):
-        raise ValueError(f"expected a file, PIL image, array or tensor as image, got {type(image).__name__}")
+        raise ValueError(
+            f"expected a file, PIL image, array or tensor as image, got {type(image).__name__}"
+        )
     if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8 or 0 in image.shape:
-        raise ValueError(f"expected an image array (H, W, 3) of uint8, got {image.shape} of {image.dtype}")
+        raise ValueError(
+            f"expected an image array (H, W, 3) of uint8, got {image.shape} of {image.dtype}"
+        )
     return Image.fromarray(np.ascontiguousarray(image))
 
 
@@ -110,13 +134,23 @@ def draw(image: Picture, found: Detections, scale: float | None = None) -> Image
     """
     picture = read_image(image)
     scale = comfortable_scale(picture.size) if scale is None else scale
-    names = found.names if found.class_names else [f"class {label}" for label in found.labels.tolist()]
-    captions = [f"{name} {score:.2f}" for name, score in zip(names, found.scores.tolist(), strict=True)]
+    names = (
+        found.names if found.class_names else [f"class {label}" for label in found.labels.tolist()]
+    )
+    captions = [
+        f"{name} {score:.2f}" for name, score in zip(names, found.scores.tolist(), strict=True)
+    ]
     size = tuple(max(1, round(side * scale)) for side in reversed(picture.size))
     boxes = found.boxes.detach().cpu().float() * scale
     masks = found.masks.detach().cpu().float()
-    return paint(picture, found.boxes, found.labels.tolist(), captions,
-                 lambda i: paste(masks[i : i + 1], boxes[i : i + 1], size)[0], scale)
+    return paint(
+        picture,
+        found.boxes,
+        found.labels.tolist(),
+        captions,
+        lambda i: paste(masks[i : i + 1], boxes[i : i + 1], size)[0],
+        scale,
+    )
 
 
 def comfortable_scale(size: tuple[int, int]) -> int:
@@ -124,8 +158,14 @@ def comfortable_scale(size: tuple[int, int]) -> int:
     return max(1, round(COMFORTABLE / max(size)))
 
 
-def paint(picture: Image.Image, boxes: Tensor, labels: Sequence[int], captions: Sequence[str],
-          bitmap: Callable[[int], Tensor], scale: float) -> Image.Image:
+def paint(
+    picture: Image.Image,
+    boxes: Tensor,
+    labels: Sequence[int],
+    captions: Sequence[str],
+    bitmap: Callable[[int], Tensor],
+    scale: float,
+) -> Image.Image:
     """The picture, `scale` times enlarged, with N objects on it; large objects lie under small ones.
 
     boxes (N, 4) xyxy pixels of the picture, a label (it picks the colour) and a caption an object, its bitmap
@@ -152,7 +192,9 @@ def _area(box: Sequence[float]) -> float:
     return (box[2] - box[0]) * (box[3] - box[1])
 
 
-def _paint_mask(canvas: Image.Image, bitmap: Tensor, color: tuple[int, int, int], width: int) -> None:
+def _paint_mask(
+    canvas: Image.Image, bitmap: Tensor, color: tuple[int, int, int], width: int
+) -> None:
     inside = bitmap.cpu().numpy()
     rows, columns = np.flatnonzero(inside.any(1)), np.flatnonzero(inside.any(0))
     if not len(rows):
@@ -165,8 +207,11 @@ def _paint_mask(canvas: Image.Image, bitmap: Tensor, color: tuple[int, int, int]
     line = ImageChops.subtract(shape, _shrunk(shape, width))
     shadow = ImageChops.subtract(shape.filter(ImageFilter.MaxFilter(3)), shape)
     at = (int(left), int(top))
-    for paint_color, area, blur, opacity in ((color, shape, 0.7, FILL), (DARK, shadow, 0.5, SHADOW),
-                                             (color, line, 0.6, 1.0)):
+    for paint_color, area, blur, opacity in (
+        (color, shape, 0.7, FILL),
+        (DARK, shadow, 0.5, SHADOW),
+        (color, line, 0.6, 1.0),
+    ):
         soft = ImageOps.crop(area.filter(ImageFilter.GaussianBlur(blur)), margin)
         canvas.paste(paint_color, at, soft.point([round(value * opacity) for value in range(256)]))
 
@@ -183,35 +228,60 @@ def _shrunk(shape: Image.Image, width: int) -> Image.Image:
     return Image.fromarray(pixels)
 
 
-def _paint_box(canvas: Image.Image, box: Sequence[float], color: tuple[int, int, int], width: int) -> None:
+def _paint_box(
+    canvas: Image.Image, box: Sequence[float], color: tuple[int, int, int], width: int
+) -> None:
     left, top = (max(0, math.floor(value)) for value in box[:2])
-    right, bottom = (min(side, math.ceil(value)) - 1 for value, side in zip(box[2:], canvas.size, strict=True))
+    right, bottom = (
+        min(side, math.ceil(value)) - 1 for value, side in zip(box[2:], canvas.size, strict=True)
+    )
     if right < left or bottom < top:
         return
     pen = ImageDraw.Draw(canvas, "RGBA")
-    pen.rectangle((left - 1, top - 1, right + 1, bottom + 1), outline=(*DARK, round(255 * SHADOW)), width=1)
+    pen.rectangle(
+        (left - 1, top - 1, right + 1, bottom + 1), outline=(*DARK, round(255 * SHADOW)), width=1
+    )
     pen.rectangle((left, top, right, bottom), outline=(*color, 235), width=width)
 
 
-def _paint_caption(canvas: Image.Image, box: Sequence[float], text: str, color: tuple[int, int, int],
-                   font: ImageFont.FreeTypeFont, taken: Sequence[tuple[float, float, float, float]],
-                   ) -> tuple[float, float, float, float]:
+def _paint_caption(
+    canvas: Image.Image,
+    box: Sequence[float],
+    text: str,
+    color: tuple[int, int, int],
+    font: ImageFont.FreeTypeFont,
+    taken: Sequence[tuple[float, float, float, float]],
+) -> tuple[float, float, float, float]:
     pen = ImageDraw.Draw(canvas)
     pad = max(2, round(font.size / 5))
     ascent, descent = font.getmetrics()
     wide, high = math.ceil(pen.textlength(text, font)) + 2 * pad, ascent + descent + pad
     left, top, right, bottom = box
-    places = [(left, top - high), (left, top), (right - wide, top - high), (left, bottom),
-              (right - wide, bottom - high), (left, bottom - high), (right - wide, bottom)]
+    places = [
+        (left, top - high),
+        (left, top),
+        (right - wide, top - high),
+        (left, bottom),
+        (right - wide, bottom - high),
+        (left, bottom - high),
+        (right - wide, bottom),
+    ]
     frames = []
     for x, y in places:
         x = round(min(max(x, 0), max(0, canvas.width - wide)))
         y = round(min(max(y, 0), max(0, canvas.height - high)))
         frames.append((x, y, x + wide, y + high))
-    frame = min(frames, key=lambda one: sum(_shared(one, other) for other in taken))  # the first of equally good ones
+    frame = min(
+        frames, key=lambda one: sum(_shared(one, other) for other in taken)
+    )  # the first of equally good ones
     pen.rounded_rectangle((frame[0], frame[1], frame[2] - 1, frame[3] - 1), radius=pad, fill=color)
     light = 0.299 * color[0] + 0.587 * color[1] + 0.114 * color[2]
-    pen.text((frame[0] + pad, frame[1] + pad // 2), text, fill=(20, 20, 20) if light > 140 else "white", font=font)
+    pen.text(
+        (frame[0] + pad, frame[1] + pad // 2),
+        text,
+        fill=(20, 20, 20) if light > 140 else "white",
+        font=font,
+    )
     return frame
 
 

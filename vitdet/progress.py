@@ -29,7 +29,9 @@ class Tracker:
 class Progress(Tracker):
     """A tracker that shows the figures and passes them on. `steps` is the length of the training."""
 
-    def __init__(self, tracker: Tracker, steps: int, start: int, stream: TextIO | None = None) -> None:
+    def __init__(
+        self, tracker: Tracker, steps: int, start: int, stream: TextIO | None = None
+    ) -> None:
         self.tracker, self.steps = tracker, steps
         self.stream = stream or sys.stderr
         self.begin, self.since = start, time.perf_counter()
@@ -47,11 +49,17 @@ class Progress(Tracker):
             text = f"step {step}/{self.steps}  box AP {values['box_ap']:.1f}  mask AP {values.get('mask_ap', 0):.1f}"
             self.line(text, keep=True)
             return
-        losses = "  ".join(f"{name.removeprefix('loss_')} {value:.3f}" for name, value in values.items()
-                           if name.startswith("loss_"))
+        losses = "  ".join(
+            f"{name.removeprefix('loss_')} {value:.3f}"
+            for name, value in values.items()
+            if name.startswith("loss_")
+        )
         left = (time.perf_counter() - self.since) / max(step - self.begin, 1) * (self.steps - step)
-        self.line(f"step {step}/{self.steps}  {clock(left)} left  {values['images_per_second']:.1f} images/s  "
-                  f"loss {values['loss']:.3f} ({losses})", keep=False)
+        self.line(
+            f"step {step}/{self.steps}  {clock(left)} left  {values['images_per_second']:.1f} images/s  "
+            f"loss {values['loss']:.3f} ({losses})",
+            keep=False,
+        )
 
     def artifact(self, path: Path, folder: str = "") -> None:
         """Passed on."""

@@ -32,8 +32,18 @@ from vitdet.serving import DetectorModel
 
 set_model(DetectorModel())
 '''
-COLUMNS = {"name": "string", "label": "long", "score": "double", "x0": "double", "y0": "double", "x1": "double",
-           "y1": "double", "height": "long", "width": "long", "mask": "string"}
+COLUMNS = {
+    "name": "string",
+    "label": "long",
+    "score": "double",
+    "x0": "double",
+    "y0": "double",
+    "x1": "double",
+    "y1": "double",
+    "height": "long",
+    "width": "long",
+    "mask": "string",
+}
 SIGNATURE = ModelSignature(
     inputs=Schema([TensorSpec(np.dtype("uint8"), (-1, -1, 3), "image")]),
     outputs=Schema([ColSpec(kind, name) for name, kind in COLUMNS.items()]),
@@ -49,16 +59,28 @@ class DetectorModel(PythonModel):
 
         self.predictor = Predictor.load(context.artifacts["checkpoint"])
 
-    def predict(self, context: PythonModelContext, model_input: np.ndarray, params: dict | None = None) -> pd.DataFrame:
+    def predict(
+        self, context: PythonModelContext, model_input: np.ndarray, params: dict | None = None
+    ) -> pd.DataFrame:
         """name, label, score, box x0 y0 x1 y1 in pixels; mask: COCO's compressed RLE of a bitmap (height, width)."""
         from vitdet.data.masks import encode, paste
 
-        image = model_input["image"] if isinstance(model_input, dict) else model_input  # by its name in the signature
+        image = (
+            model_input["image"] if isinstance(model_input, dict) else model_input
+        )  # by its name in the signature
         found = self.predictor(image, threshold=(params or {}).get("threshold", 0.5))
         masks = encode(paste(found.masks, found.boxes, image.shape[:2]))
-        rows = [(name, label, score, *box, *image.shape[:2], mask["counts"]) for name, label, score, box, mask
-                in zip(found.names, found.labels.tolist(), found.scores.tolist(), found.boxes.tolist(), masks,
-                       strict=True)]
+        rows = [
+            (name, label, score, *box, *image.shape[:2], mask["counts"])
+            for name, label, score, box, mask in zip(
+                found.names,
+                found.labels.tolist(),
+                found.scores.tolist(),
+                found.boxes.tolist(),
+                masks,
+                strict=True,
+            )
+        ]
         return pd.DataFrame(rows, columns=list(COLUMNS))
 
 
@@ -75,8 +97,19 @@ def exported(uri: str) -> Iterator[None]:
             os.environ["MLFLOW_TRACKING_URI"] = before
 
 
-def register(checkpoint: Path, *, run_id: str | None, uri: str, folder: Path, model_name: str, alias: str,
-             metrics: dict[str, float], example: np.ndarray, wheel: Path, tags: dict[str, str]) -> tuple[str, str]:
+def register(
+    checkpoint: Path,
+    *,
+    run_id: str | None,
+    uri: str,
+    folder: Path,
+    model_name: str,
+    alias: str,
+    metrics: dict[str, float],
+    example: np.ndarray,
+    wheel: Path,
+    tags: dict[str, str],
+) -> tuple[str, str]:
     """(name, version) of the checkpoint in the model registry; `alias` points to it.
 
     The same checkpoint of the same run is registered once: again, only the alias moves. example: an image (H, W, 3)
@@ -95,7 +128,11 @@ def register(checkpoint: Path, *, run_id: str | None, uri: str, folder: Path, mo
         packed = Path(work) / "model"
         model = Model(run_id=run_id)
         _pack(packed, model, Path(checkpoint), wheel, example)
-        place = client.get_run(run_id).info.experiment_id if run_id else experiment_id(client, uri, folder, model_name)
+        place = (
+            client.get_run(run_id).info.experiment_id
+            if run_id
+            else experiment_id(client, uri, folder, model_name)
+        )
         logged = client.create_logged_model(place, "detector", run_id, model_type="detection")
         model.model_id = model.model_uuid = logged.model_id
         model.artifact_path = logged.artifact_location
@@ -108,10 +145,15 @@ def register(checkpoint: Path, *, run_id: str | None, uri: str, folder: Path, mo
         client.create_registered_model(model_name)
     if run_id and (revision := client.get_run(run_id).data.tags.get("git_revision")):
         tags = {"git_revision": revision, **tags}
-    texts = {**tags, **{key: f"{value:.4g}" for key, value in metrics.items()}, "checkpoint_sha256": digest}
+    texts = {
+        **tags,
+        **{key: f"{value:.4g}" for key, value in metrics.items()},
+        "checkpoint_sha256": digest,
+    }
     with exported(uri):
-        version = client.create_model_version(model_name, f"models:/{logged.model_id}", run_id, texts,
-                                              model_id=logged.model_id)
+        version = client.create_model_version(
+            model_name, f"models:/{logged.model_id}", run_id, texts, model_id=logged.model_id
+        )
     client.set_registered_model_alias(model_name, alias, version.version)
     return model_name, str(version.version)
 
@@ -120,10 +162,21 @@ def _pack(path: Path, model: Model, checkpoint: Path, wheel: Path, example: np.n
     """The model as a folder; proves that it loads and answers."""
     code = path.parent / "detector.py"
     code.write_text(CODE)
-    if checkpoint.is_symlink():  # as DVC leaves it with cache.type symlink; mlflow follows no link out of a folder
+    if (
+        checkpoint.is_symlink()
+    ):  # as DVC leaves it with cache.type symlink; mlflow follows no link out of a folder
         checkpoint = Path(shutil.copyfile(checkpoint, path.parent / checkpoint.name))
-    logging.getLogger("mlflow").setLevel(logging.ERROR)  # it warns that torch was imported before it
-    save_model(str(path), python_model=str(code), artifacts={"checkpoint": str(checkpoint)}, signature=SIGNATURE,
-               code_paths=[str(wheel)], mlflow_model=model, input_example=example[:64, :64],
-               pip_requirements=[*requirements(("mlflow", "pandas")), f"code/{wheel.name}"])
+    logging.getLogger("mlflow").setLevel(
+        logging.ERROR
+    )  # it warns that torch was imported before it
+    save_model(
+        str(path),
+        python_model=str(code),
+        artifacts={"checkpoint": str(checkpoint)},
+        signature=SIGNATURE,
+        code_paths=[str(wheel)],
+        mlflow_model=model,
+        input_example=example[:64, :64],
+        pip_requirements=[*requirements(("mlflow", "pandas")), f"code/{wheel.name}"],
+    )
     load_model(str(path)).predict(example, params={"threshold": 0.0})

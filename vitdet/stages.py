@@ -28,12 +28,21 @@ def has_mlflow() -> bool:
     return importlib.util.find_spec("mlflow") is not None
 
 
-def start_tracker(config: Config, recipe: str, output: Path, group: str, identity: str, run_id: str | None,
-                  step: int) -> Progress:
+def start_tracker(
+    config: Config,
+    recipe: str,
+    output: Path,
+    group: str,
+    identity: str,
+    run_id: str | None,
+    step: int,
+) -> Progress:
     """Progress for the eye, MLflow behind it where that is installed."""
     from vitdet.progress import Progress, Tracker
 
-    recipe = recipe.removesuffix(f"-{digest(config)[:8]}")  # which a pipeline adds to the names of its configs
+    recipe = recipe.removesuffix(
+        f"-{digest(config)[:8]}"
+    )  # which a pipeline adds to the names of its configs
 
     tracker = Tracker()
     if has_mlflow():
@@ -41,19 +50,35 @@ def start_tracker(config: Config, recipe: str, output: Path, group: str, identit
 
         data = config.data
         tracker = start_run(
-            uri=config.tracking.uri, folder=tracking_folder(output), experiment=config.tracking.experiment,
-            name=f"{output.name if recipe == 'config' else recipe} {digest(config)[:6]}", params=flatten(config),
-            tags={"recipe": recipe}, group=group,
-            dataset={"name": Path(data.root).name, "digest": identity, "source": str(Path(data.root).resolve())},
-            run_id=run_id, resume_step=step,
+            uri=config.tracking.uri,
+            folder=tracking_folder(output),
+            experiment=config.tracking.experiment,
+            name=f"{output.name if recipe == 'config' else recipe} {digest(config)[:6]}",
+            params=flatten(config),
+            tags={"recipe": recipe},
+            group=group,
+            dataset={
+                "name": Path(data.root).name,
+                "digest": identity,
+                "source": str(Path(data.root).resolve()),
+            },
+            run_id=run_id,
+            resume_step=step,
         )
     else:
         logging.getLogger(__name__).warning("mlflow is not installed: this training is not tracked")
     return Progress(tracker, config.optim.steps, step)
 
 
-def train_tracked(config: Config, recipe: str, output: Path, *, checkpoints: Path | None = None,
-                  weights: Path | None = None, group: str = "") -> Path:
+def train_tracked(
+    config: Config,
+    recipe: str,
+    output: Path,
+    *,
+    checkpoints: Path | None = None,
+    weights: Path | None = None,
+    group: str = "",
+) -> Path:
     """output/model.pt of a training that MLflow follows; raises what `vitdet.train` raises.
 
     weights: the folder in which train.init lies. group: the pipeline run that this training belongs to, if any.
@@ -64,12 +89,22 @@ def train_tracked(config: Config, recipe: str, output: Path, *, checkpoints: Pat
     def start_tracking(identity: str, run_id: str | None, step: int) -> Progress:
         return start_tracker(config, recipe, output, group, identity, run_id, step)
 
-    return train(config, output, checkpoints=checkpoints, weights=resolve(config.train.init, weights),
-                 start_tracking=start_tracking)
+    return train(
+        config,
+        output,
+        checkpoints=checkpoints,
+        weights=resolve(config.train.init, weights),
+        start_tracking=start_tracking,
+    )
 
 
-def log_evaluation(checkpoint: Path, metrics: dict[str, float], uri: str | None, folder: Path,
-                   pictures: Sequence[Path] = ()) -> str | None:
+def log_evaluation(
+    checkpoint: Path,
+    metrics: dict[str, float],
+    uri: str | None,
+    folder: Path,
+    pictures: Sequence[Path] = (),
+) -> str | None:
     """Adds an evaluation to the run that trained the checkpoint, and gives its id; uri None: that of its config.
 
     Nothing happens, and None is given, where the run's store is not in sight: the checkpoint was carried away.
@@ -85,11 +120,18 @@ def log_evaluation(checkpoint: Path, metrics: dict[str, float], uri: str | None,
     kind, _, path = tracking_uri(uri, folder).partition(":///")
     if kind == "sqlite" and not Path(path).exists():
         return None
-    return log_metrics(stored["run_id"], uri, folder, metrics, stored["step"], dict.fromkeys(pictures, "pictures"))
+    return log_metrics(
+        stored["run_id"], uri, folder, metrics, stored["step"], dict.fromkeys(pictures, "pictures")
+    )
 
 
-def register_checkpoint(checkpoint: Path, settings: TrackingConfig | None, metrics: dict[str, float] | None,
-                        folder: Path, alias: str) -> tuple[str, str]:
+def register_checkpoint(
+    checkpoint: Path,
+    settings: TrackingConfig | None,
+    metrics: dict[str, float] | None,
+    folder: Path,
+    alias: str,
+) -> tuple[str, str]:
     """(name, version) of a checkpoint in the model registry; settings and metrics None: those that it holds.
 
     Raises ValueError without MLflow, and what `vitdet.serving.register` raises.
@@ -112,7 +154,16 @@ def register_checkpoint(checkpoint: Path, settings: TrackingConfig | None, metri
     example = np.random.default_rng(0).integers(0, 256, (side, side, 3), dtype=np.uint8)
     with tempfile.TemporaryDirectory() as work:
         return register(
-            checkpoint, run_id=stored["run_id"], uri=settings.uri, folder=folder, model_name=settings.model_name,
-            alias=alias, metrics={key: metrics[key] for key in ("box_ap", "mask_ap") if metrics.get(key) is not None},
-            example=example, wheel=build_wheel(Path(work)), tags={"dataset_digest": stored["dataset_digest"]},
+            checkpoint,
+            run_id=stored["run_id"],
+            uri=settings.uri,
+            folder=folder,
+            model_name=settings.model_name,
+            alias=alias,
+            metrics={
+                key: metrics[key] for key in ("box_ap", "mask_ap") if metrics.get(key) is not None
+            },
+            example=example,
+            wheel=build_wheel(Path(work)),
+            tags={"dataset_digest": stored["dataset_digest"]},
         )

@@ -33,9 +33,13 @@ BACK_OFF_SECONDS = 30.0  # longest pause after failures
 CLOSE_SECONDS = 20.0  # longest wait at the end; what is not shipped by then stays in the journal
 BATCH = 1000  # points a request: MLflow's limit
 # MLflow's own defaults make a request to a dead server wait for four minutes; here everything is tried again anyway.
-CLIENT = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0", "MLFLOW_HTTP_REQUEST_TIMEOUT": "15",
-          "MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
-          "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true"}
+CLIENT = {
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "15",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
+}
 REFUSED = {"INVALID_PARAMETER_VALUE", "BAD_REQUEST"}  # sending the same again cannot help
 
 
@@ -55,7 +59,9 @@ class MLflowTracker(Tracker):
         return self._journal.run_id
 
     def log(self, values: dict[str, float], step: int) -> None:
-        points = {key: float(value) for key, value in values.items() if step > self._last.get(key, -1)}
+        points = {
+            key: float(value) for key, value in values.items() if step > self._last.get(key, -1)
+        }
         if points:
             self._last |= dict.fromkeys(points, step)
             self._journal.append({"points": points, "step": step})
@@ -82,9 +88,19 @@ class MLflowTracker(Tracker):
         self._shipper.deliver(CLOSE_SECONDS - 2)
 
 
-def start_run(*, uri: str, folder: Path, experiment: str, name: str, params: dict[str, bool | int | float | str],
-              tags: dict[str, str], dataset: dict[str, str], run_id: str | None = None, resume_step: int = 0,
-              group: str = "") -> Tracker:
+def start_run(
+    *,
+    uri: str,
+    folder: Path,
+    experiment: str,
+    name: str,
+    params: dict[str, bool | int | float | str],
+    tags: dict[str, str],
+    dataset: dict[str, str],
+    run_id: str | None = None,
+    resume_step: int = 0,
+    group: str = "",
+) -> Tracker:
     """A tracker of a new run, or of the run `run_id` (MLflow's id or a pending one), which goes on at `resume_step`.
 
     `uri` '' means a sqlite file in `folder`; the environment's MLFLOW_TRACKING_URI wins. dataset: name, digest, source.
@@ -96,19 +112,37 @@ def start_run(*, uri: str, folder: Path, experiment: str, name: str, params: dic
     tags = {"mlflow.source.name": "vitdet train", "mlflow.source.type": "LOCAL", **tags}
     journal = find(folder, run_id)
     if journal.start() is None:
-        what = {"experiment": experiment, "name": name, "params": params, "tags": tags, "dataset": dataset,
-                "group": group}
+        what = {
+            "experiment": experiment,
+            "name": name,
+            "params": params,
+            "tags": tags,
+            "dataset": dataset,
+            "group": group,
+        }
         journal.append({"start": what})
     if run_id is not None:
         journal.append({"resume": resume_step})
     return MLflowTracker(journal, tracking_uri(uri, folder))
 
 
-def log_metrics(run_id: str, uri: str, folder: Path, values: dict[str, float], step: int,
-                artifacts: dict[Path, str] | None = None) -> str:
+def log_metrics(
+    run_id: str,
+    uri: str,
+    folder: Path,
+    values: dict[str, float],
+    step: int,
+    artifacts: dict[Path, str] | None = None,
+) -> str:
     """Adds values and files ({path: folder}) to a run after its training, where it does not have them; its id."""
     journal = find(folder, run_id)
-    journal.append({"points": {key: float(value) for key, value in values.items()}, "step": step, "renew": True})
+    journal.append(
+        {
+            "points": {key: float(value) for key, value in values.items()},
+            "step": step,
+            "renew": True,
+        }
+    )
     for path, place in (artifacts or {}).items():
         journal.append_file(path, place)
     _Shipper(journal, tracking_uri(uri, folder)).deliver(CLOSE_SECONDS)
@@ -125,8 +159,10 @@ def connect(run_id: str | None, uri: str, folder: Path) -> tuple[MlflowClient, s
         client = _client(uri)
         client.search_experiments(max_results=1)
     except Exception as error:  # of MLflow, its HTTP client or a database
-        raise ConnectionError(f"{uri}: no answer from MLflow ({_line(error)}); start the server, or set "
-                              "MLFLOW_TRACKING_URI to one that runs") from error
+        raise ConnectionError(
+            f"{uri}: no answer from MLflow ({_line(error)}); start the server, or set "
+            "MLFLOW_TRACKING_URI to one that runs"
+        ) from error
     if run_id is None:
         return client, None
     shipper = _Shipper(find(folder, run_id), uri)
@@ -144,15 +180,24 @@ def experiment_id(client: MlflowClient, uri: str, folder: Path, name: str) -> st
 
 def tracking_uri(uri: str, folder: Path) -> str:
     """The server in use: the environment's MLFLOW_TRACKING_URI, else `uri`, else FOLDER/mlflow.db."""
-    return os.environ.get("MLFLOW_TRACKING_URI") or uri or f"sqlite:///{Path(folder).resolve() / 'mlflow.db'}"
+    return (
+        os.environ.get("MLFLOW_TRACKING_URI")
+        or uri
+        or f"sqlite:///{Path(folder).resolve() / 'mlflow.db'}"
+    )
 
 
 def git_revision() -> str | None:
     """The commit of the working directory's repository, with `-dirty` where tracked files differ; None without one."""
     if shutil.which("git") is None:
         return None
-    commit, changes = (subprocess.run(["git", *words], capture_output=True, text=True).stdout.strip() for words in
-                       (["rev-parse", "--verify", "-q", "HEAD"], ["status", "--porcelain", "--untracked-files=no"]))
+    commit, changes = (
+        subprocess.run(["git", *words], capture_output=True, text=True).stdout.strip()
+        for words in (
+            ["rev-parse", "--verify", "-q", "HEAD"],
+            ["status", "--porcelain", "--untracked-files=no"],
+        )
+    )
     return commit + ("-dirty" if changes else "") if commit else None
 
 
@@ -162,7 +207,9 @@ class _Shipper:
     def __init__(self, journal: Journal, uri: str) -> None:
         self.journal, self.uri = journal, uri
         self._run_id: str | None = None  # once this process has seen the run on the server
-        self._held: dict[str, dict[int, float]] | None = {}  # name -> step -> value there; None: the run is empty
+        self._held: (
+            dict[str, dict[int, float]] | None
+        ) = {}  # name -> step -> value there; None: the run is empty
         self._refused: set[str] = set()  # names that the server does not take
         self._answers = True
 
@@ -173,11 +220,20 @@ class _Shipper:
             try:
                 with self.journal.locked():
                     self._ship(_client(self.uri))
-            except Exception as error:  # whatever a server, its client or a database does, the caller goes on
-                self._run_id, self._held = None, {}  # the server may or may not have what was on its way
+            except (
+                Exception
+            ) as error:  # whatever a server, its client or a database does, the caller goes on
+                self._run_id, self._held = (
+                    None,
+                    {},
+                )  # the server may or may not have what was on its way
                 if self._answers:
-                    log.warning("tracking: %s does not take the run's points (%s); they wait in %s", self.uri,
-                                _line(error), self.journal.path)
+                    log.warning(
+                        "tracking: %s does not take the run's points (%s); they wait in %s",
+                        self.uri,
+                        _line(error),
+                        self.journal.path,
+                    )
                     self._answers = False
                 if time.monotonic() + pause > deadline or isinstance(error, LookupError):
                     return False
@@ -207,7 +263,11 @@ class _Shipper:
         except Exception as error:
             if getattr(error, "error_code", None) != "RESOURCE_DOES_NOT_EXIST":
                 raise
-        log.warning("tracking: %s has no run %s; a new one gets all that the journal holds", self.uri, run_id)
+        log.warning(
+            "tracking: %s has no run %s; a new one gets all that the journal holds",
+            self.uri,
+            run_id,
+        )
         return None
 
     def _create(self, client: MlflowClient) -> str:
@@ -215,21 +275,34 @@ class _Shipper:
 
         start = self.journal.start()
         if start is None:
-            raise LookupError(f"{self.uri} has no such run, and {self.journal.path.parent} does not say what it was")
+            raise LookupError(
+                f"{self.uri} has no such run, and {self.journal.path.parent} does not say what it was"
+            )
         place = experiment_id(client, self.uri, self.journal.folder, start["experiment"])
         tags = {**start["tags"], "journal": self.journal.key}
         if group := start.get("group"):
             parents = client.search_runs([place], f"tags.group = '{group}'")
-            tags |= {"pipeline_run": group, **({"mlflow.parentRunId": parents[0].info.run_id} if parents else {})}
+            tags |= {
+                "pipeline_run": group,
+                **({"mlflow.parentRunId": parents[0].info.run_id} if parents else {}),
+            }
         made = client.search_runs([place], f"tags.journal = '{self.journal.key}'")
-        run_id = (made[0] if made else client.create_run(place, start["time"], tags, start["name"])).info.run_id
-        self._held = {} if made else None  # made: an earlier request arrived, though its answer did not
+        run_id = (
+            made[0] if made else client.create_run(place, start["time"], tags, start["name"])
+        ).info.run_id
+        self._held = (
+            {} if made else None
+        )  # made: an earlier request arrived, though its answer did not
         params = [Param(key, str(value)[:6000]) for key, value in start["params"].items()]
         for first in range(0, len(params), 100):  # MLflow's limits
-            client.log_batch(run_id, params=params[first:first + 100])
+            client.log_batch(run_id, params=params[first : first + 100])
         if data := start["dataset"]:
-            data = Dataset(data["name"], data["digest"][:36], "local", json.dumps({"uri": data["source"]}))
-            client.log_inputs(run_id, [DatasetInput(data, [InputTag("mlflow.data.context", "training")])])
+            data = Dataset(
+                data["name"], data["digest"][:36], "local", json.dumps({"uri": data["source"]})
+            )
+            client.log_inputs(
+                run_id, [DatasetInput(data, [InputTag("mlflow.data.context", "training")])]
+            )
         self.journal.move(run_id, 0)
         return run_id
 
@@ -249,11 +322,19 @@ class _Shipper:
         except Exception as error:
             if getattr(error, "error_code", None) not in REFUSED:
                 raise
-            names = {name for record in records for name in record.get("points", ())} - self._refused
+            names = {
+                name for record in records for name in record.get("points", ())
+            } - self._refused
             if len(names) > 1:  # one bad name must not take its neighbours along
                 for name in sorted(names):
-                    self._send(client, [{**record, "points": {name: record["points"][name]}} for record in records
-                                        if name in record["points"]])
+                    self._send(
+                        client,
+                        [
+                            {**record, "points": {name: record["points"][name]}}
+                            for record in records
+                            if name in record["points"]
+                        ],
+                    )
             else:
                 self._refused |= names
                 log.warning("tracking: the server refuses %s: %s", *names or [record], error)
@@ -261,17 +342,23 @@ class _Shipper:
     def _send_points(self, client: MlflowClient, records: list[dict]) -> None:
         from mlflow.entities import Metric
 
-        metrics = [Metric(key, value, record["time"], record["step"]) for record in records
-                   for key, value in record["points"].items() if key not in self._refused
-                   if not self._has(client, key, record["step"], value if "renew" in record else None)]
+        metrics = [
+            Metric(key, value, record["time"], record["step"])
+            for record in records
+            for key, value in record["points"].items()
+            if key not in self._refused
+            if not self._has(client, key, record["step"], value if "renew" in record else None)
+        ]
         for first in range(0, len(metrics), BATCH):
-            client.log_batch(self._run_id, metrics[first:first + BATCH])
+            client.log_batch(self._run_id, metrics[first : first + BATCH])
 
     def _has(self, client: MlflowClient, key: str, step: int, value: float | None) -> bool:
         if self._held is None:
             return False
         if key not in self._held:
-            self._held[key] = {point.step: point.value for point in client.get_metric_history(self._run_id, key)}
+            self._held[key] = {
+                point.step: point.value for point in client.get_metric_history(self._run_id, key)
+            }
         return step in self._held[key] and value in (None, self._held[key][step])
 
 

@@ -35,7 +35,9 @@ def overridden(kind: type[Tree], tree: dict, overrides: Sequence[str]) -> Tree:
                 node[parent] = {}
             node = node[parent]
             if not isinstance(node, dict):
-                raise ValueError(f"{key}: {'.'.join(parents[: depth + 1])} is a setting, not a section")
+                raise ValueError(
+                    f"{key}: {'.'.join(parents[: depth + 1])} is a setting, not a section"
+                )
         node[leaf] = _parse(kind, key.strip(), text)
     return build(kind, tree)
 
@@ -43,7 +45,9 @@ def overridden(kind: type[Tree], tree: dict, overrides: Sequence[str]) -> Tree:
 def _parse(kind: type, key: str, text: str) -> object:
     """The value of a setting from text: as in YAML, but a setting that is text stays as it is."""
     if settings(kind).get(key) is str and not text.strip().startswith(("'", '"')):
-        return text.strip()  # YAML would make a number of a folder called 2017, and a comment of its #
+        return (
+            text.strip()
+        )  # YAML would make a number of a folder called 2017, and a comment of its #
     try:
         return yaml.safe_load(text)
     except yaml.YAMLError as error:
@@ -53,12 +57,14 @@ def _parse(kind: type, key: str, text: str) -> object:
 @cache
 def settings(kind: type) -> dict[str, type]:
     """The type of every setting of a tree by its key."""
+
     def walk(kind: type, prefix: str) -> Iterator[tuple[str, type]]:
         for name, hint in get_type_hints(kind).items():
             if is_dataclass(hint):
                 yield from walk(hint, f"{prefix}{name}.")
             else:
                 yield f"{prefix}{name}", hint
+
     return dict(walk(kind, ""))
 
 
@@ -87,24 +93,35 @@ def _build(kind: type, tree: object, prefix: str, root: type):  # noqa: ANN202 -
     values = {}
     for key, value in tree.items():
         if key not in hints:
-            elsewhere = [name for name in settings(root) if name.endswith(f".{key}")]  # right name, wrong section
-            hint = f"did you mean '{elsewhere[0]}'?" if elsewhere else nearest(str(key), list(hints))
+            elsewhere = [
+                name for name in settings(root) if name.endswith(f".{key}")
+            ]  # right name, wrong section
+            hint = (
+                f"did you mean '{elsewhere[0]}'?" if elsewhere else nearest(str(key), list(hints))
+            )
             raise ValueError(f"{prefix}{key}: no such setting; {hint}")
         hint = hints[key]
-        values[key] = (_build(hint, value, f"{prefix}{key}.", root) if is_dataclass(hint)
-                       else _convert(hint, value, f"{prefix}{key}"))
+        values[key] = (
+            _build(hint, value, f"{prefix}{key}.", root)
+            if is_dataclass(hint)
+            else _convert(hint, value, f"{prefix}{key}")
+        )
     return kind(**values)
 
 
 def _convert(hint: type, value: object, key: str) -> object:
     if get_origin(hint) is Literal:
         if value not in get_args(hint):
-            raise ValueError(f"{key}: expected one of {', '.join(map(str, get_args(hint)))}, got {value!r}")
+            raise ValueError(
+                f"{key}: expected one of {', '.join(map(str, get_args(hint)))}, got {value!r}"
+            )
         return value
     wrong = ValueError(f"{key}: expected {_describe(hint)}, got {value!r}")
     if get_origin(hint) is tuple:
         item, *rest = get_args(hint)
-        if not isinstance(value, list | tuple) or (rest != [Ellipsis] and len(value) != 1 + len(rest)):
+        if not isinstance(value, list | tuple) or (
+            rest != [Ellipsis] and len(value) != 1 + len(rest)
+        ):
             raise wrong
         return tuple(_convert(item, element, key) for element in value)
     if hint is str:

@@ -104,7 +104,11 @@ class Detections:
 
     def __getitem__(self, index: Tensor | slice) -> Detections:
         return Detections(
-            self.boxes[index], self.scores[index], self.labels[index], self.masks[index], self.class_names
+            self.boxes[index],
+            self.scores[index],
+            self.labels[index],
+            self.masks[index],
+            self.class_names,
         )
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Detections:

@@ -37,7 +37,9 @@ def run_data_tiny(given: argparse.Namespace) -> int:
     from vitdet.data.tiny import make_tiny
 
     made = make_tiny(given.folder, given.train, given.val, given.seed)
-    print(f"{given.folder}: {given.train} + {given.val} images" + ("" if made else ", already there"))
+    print(
+        f"{given.folder}: {given.train} + {given.val} images" + ("" if made else ", already there")
+    )
     return 0
 
 
@@ -64,8 +66,14 @@ def run_train(given: argparse.Namespace) -> int:
 
     config = own_data(load_config(given.recipe, given.overrides), given)
     try:
-        path = train_tracked(config, Path(given.recipe).stem, given.output, checkpoints=given.checkpoints,
-                             weights=given.weights, group=given.group)
+        path = train_tracked(
+            config,
+            Path(given.recipe).stem,
+            given.output,
+            checkpoints=given.checkpoints,
+            weights=given.weights,
+            group=given.group,
+        )
     except Stopped as stopped:
         print(f"vitdet: {stopped}", file=sys.stderr)
         return 143  # as the shell says of a process that SIGTERM ended
@@ -104,7 +112,9 @@ def run_evaluate(given: argparse.Namespace) -> int:
     if given.output:
         given.output.parent.mkdir(parents=True, exist_ok=True)  # minutes before it is needed
     config = load_config(given.config) if given.config else None
-    metrics = evaluate(given.checkpoint, given.overrides, config=config, pictures=given.pictures, plots=given.plots)
+    metrics = evaluate(
+        given.checkpoint, given.overrides, config=config, pictures=given.pictures, plots=given.plots
+    )
     if distributed.rank() != 0:
         return 0
     print(table(metrics))
@@ -112,19 +122,27 @@ def run_evaluate(given: argparse.Namespace) -> int:
         write_json(given.output, metrics)
     uri = config.tracking.uri if config else None
     pictures = sorted(given.pictures.glob("*.jpg")) if given.pictures else ()
-    log_evaluation(given.checkpoint, metrics, uri, tracking_folder(given.checkpoint.parent), pictures)
+    log_evaluation(
+        given.checkpoint, metrics, uri, tracking_folder(given.checkpoint.parent), pictures
+    )
     return 0
 
 
 def score_results(given: argparse.Namespace) -> int:
     """vitdet evaluate --results"""
     if given.checkpoint or given.config or given.overrides or given.pictures:
-        raise ValueError("with --results there is no CHECKPOINT, --config, --set or --pictures: nothing is detected")
+        raise ValueError(
+            "with --results there is no CHECKPOINT, --config, --set or --pictures: nothing is detected"
+        )
     if not given.results or not given.annotations:
-        raise ValueError("--results FILE and --annotations FILE go together; --dataset says by whose rules (coco)")
+        raise ValueError(
+            "--results FILE and --annotations FILE go together; --dataset says by whose rules (coco)"
+        )
     from vitdet.evaluation import evaluate_results
 
-    metrics = evaluate_results(given.results, given.annotations, given.dataset or "coco", plots=given.plots)
+    metrics = evaluate_results(
+        given.results, given.annotations, given.dataset or "coco", plots=given.plots
+    )
     print(table(metrics))
     if given.output:
         write_json(given.output, metrics)
@@ -136,11 +154,15 @@ def run_bench_evaluate(given: argparse.Namespace) -> int:
     from vitdet.evaluation.bench import measure
 
     figures = measure(given.images, given.detections, given.rounds)
-    print(f"{figures['images']} images x {figures['detections_per_image']} detections, seconds of one processor")
+    print(
+        f"{figures['images']} images x {figures['detections_per_image']} detections, seconds of one processor"
+    )
     for name, seconds in figures["cpu_seconds"].items():
         print(f"{name:12}" + "".join(f"  {step} {value:.2f}" for step, value in seconds.items()))
-    print(f"pycocotools takes {figures['ratio']:.2f} times as long; "
-          f"the figures differ by {figures['largest_difference']:.0e}")
+    print(
+        f"pycocotools takes {figures['ratio']:.2f} times as long; "
+        f"the figures differ by {figures['largest_difference']:.0e}"
+    )
     if given.output:
         write_json(given.output, figures)
     return 0
@@ -151,11 +173,15 @@ def run_bench_data(given: argparse.Namespace) -> int:
     from vitdet.evaluation.bench_data import measure
 
     figures = measure(given.folder, given.split or ("train2017", "val2017"), given.rounds)
-    print(f"{figures['images']} images, {figures['objects']} objects: milliseconds of one processor an image")
+    print(
+        f"{figures['images']} images, {figures['objects']} objects: milliseconds of one processor an image"
+    )
     for name, times in figures["cpu_ms"].items():
         ratio = figures["ratio"].get(name)
-        print(f"{name:20} {times['mean']:7.2f}  least {times['least']:7.2f}" +
-              (f"  vitdet takes {ratio:.2f} of it" if ratio else ""))
+        print(
+            f"{name:20} {times['mean']:7.2f}  least {times['least']:7.2f}"
+            + (f"  vitdet takes {ratio:.2f} of it" if ratio else "")
+        )
     if given.output:
         write_json(given.output, figures)
     return 0
@@ -179,7 +205,9 @@ def run_predict(given: argparse.Namespace) -> int:
             found.draw(path).save(temporary, "JPEG", quality=92)
         table[target.name] = [
             {"name": name, "score": round(score, 4), "box": [round(side, 2) for side in box]}
-            for name, score, box in zip(found.names, found.scores.tolist(), found.boxes.tolist(), strict=True)
+            for name, score, box in zip(
+                found.names, found.scores.tolist(), found.boxes.tolist(), strict=True
+            )
         ]
         named = ", ".join(f"{one['name']} {one['score']:.2f}" for one in table[target.name])
         print(f"{target}: {named or 'nothing'}")
@@ -201,7 +229,9 @@ def place(images: Sequence[Path], folder: Path) -> dict[Path, Path]:
         targets.setdefault(path, target)
     own = {path.resolve() for path in images} & {target.resolve() for target in targets.values()}
     if own:
-        raise ValueError(f"{min(own)}: the drawing would take the place of the picture; choose another --output")
+        raise ValueError(
+            f"{min(own)}: the drawing would take the place of the picture; choose another --output"
+        )
     return targets
 
 
@@ -211,8 +241,9 @@ def run_register(given: argparse.Namespace) -> int:
 
     settings = load_config(given.config).tracking if given.config else None
     metrics = json.loads(given.metrics.read_text()) if given.metrics else None
-    name, version = register_checkpoint(given.checkpoint, settings, metrics,
-                                        tracking_folder(given.checkpoint.parent), given.alias)
+    name, version = register_checkpoint(
+        given.checkpoint, settings, metrics, tracking_folder(given.checkpoint.parent), given.alias
+    )
     print(f"{name}, version {version} ({given.alias})")
     if given.output:
         write_json(given.output, {"name": name, "version": version, "alias": given.alias})
@@ -226,6 +257,11 @@ def table(metrics: dict[str, float]) -> str:
     rows = [f"{'':6}" + "".join(f"{column:>{max(len(column) + 2, 7)}}" for column in columns)]
     for kind in kinds:
         cells = [metrics.get(f"{kind}_{column}") for column in columns]
-        rows.append(f"{kind:6}" + "".join(f"{'-' if cell is None else format(cell, '.1f'):>{max(len(column) + 2, 7)}}"
-                                          for column, cell in zip(columns, cells, strict=True)))
+        rows.append(
+            f"{kind:6}"
+            + "".join(
+                f"{'-' if cell is None else format(cell, '.1f'):>{max(len(column) + 2, 7)}}"
+                for column, cell in zip(columns, cells, strict=True)
+            )
+        )
     return "\n".join(rows)

@@ -33,7 +33,9 @@ def run_list(given: argparse.Namespace) -> int:
         for entry in CATALOGUE.values():
             if bool(entry.recipe) == kind:
                 print(*lines(entry), sep="\n", end="\n\n")
-    print("vitdet weights fetch NAME converts a file and puts it into ~/.cache/vitdet (--output: elsewhere).")
+    print(
+        "vitdet weights fetch NAME converts a file and puts it into ~/.cache/vitdet (--output: elsewhere)."
+    )
     return 0
 
 
@@ -41,7 +43,9 @@ def as_dict(entry: Entry) -> dict:
     """All that is known of a file, for programs; what is not published is null."""
     from vitdet.weights.catalogue import NOT_PUBLISHED
 
-    known = {key: None if value in ("", NOT_PUBLISHED) else value for key, value in asdict(entry).items()}
+    known = {
+        key: None if value in ("", NOT_PUBLISHED) else value for key, value in asdict(entry).items()
+    }
     return {**known, "fetched": is_here(entry)}
 
 
@@ -51,14 +55,22 @@ def lines(entry: Entry) -> Iterator[str]:
 
     ap = f": box/mask AP {entry.ap[0]}/{entry.ap[1]}" if entry.ap else ""
     yield f"  {entry.name:32} {entry.what}{ap}{'  [here]' if is_here(entry) else ''}"
-    remarks = {"page": " (a page, for a browser)", "dead": " (dead link)", "none": NOT_PUBLISHED,
-               "packaged": "ships with vitdet"}
+    remarks = {
+        "page": " (a page, for a browser)",
+        "dead": " (dead link)",
+        "none": NOT_PUBLISHED,
+        "packaged": "ships with vitdet",
+    }
     yield f"      from {entry.url}{remarks.get(entry.state, '')}"
     if entry.state == "packaged":
         yield f"      license {entry.license}"
         return
     size = f"{entry.size:,} bytes" if entry.size else NOT_PUBLISHED
-    sha256 = f"{entry.sha256}{'...' if len(entry.sha256) < 64 else ''}" if entry.sha256 else NOT_PUBLISHED
+    sha256 = (
+        f"{entry.sha256}{'...' if len(entry.sha256) < 64 else ''}"
+        if entry.sha256
+        else NOT_PUBLISHED
+    )
     md5 = f" | md5 {entry.md5}...{' by its name' if entry.md5_of_name else ''}" if entry.md5 else ""
     yield f"      size {size} | sha256 {sha256}{md5} | license {entry.license}"
 
@@ -82,7 +94,9 @@ def run_fetch(given: argparse.Namespace) -> int:
     name = load_config(given.name).train.init if is_config else given.name
     if not name:
         if given.output:
-            given.output.mkdir(parents=True, exist_ok=True)  # a stage of a pipeline has to leave something
+            given.output.mkdir(
+                parents=True, exist_ok=True
+            )  # a stage of a pipeline has to leave something
         print("train.init is empty: training starts from random weights")
     elif Path(name).suffix:
         print(own_file(Path(name), given.output))
@@ -98,7 +112,9 @@ def own_file(source: Path, folder: Path | None) -> Path:
     return copied(source, folder) if folder else source
 
 
-def published_file(entry: Entry, folder: Path | None, mirror: str = "", local: Path | None = None) -> Path:
+def published_file(
+    entry: Entry, folder: Path | None, mirror: str = "", local: Path | None = None
+) -> Path:
     """A file of the list; one that the cache has is not fetched again for another folder."""
     from vitdet.weights.catalogue import cache_folder, fetched
     from vitdet.weights.fetch import fetch

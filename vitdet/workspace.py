@@ -22,11 +22,21 @@ from pathlib import Path
 from vitdet.config import Config, digest, flatten, load_config, save_config
 from vitdet.written import write_json
 
-COMPARED = ("data.dataset", "data.root", "data.train_split", "data.val_split", "data.max_images", "tracking.uri",
-            "tracking.experiment", "tracking.model_name")
+COMPARED = (
+    "data.dataset",
+    "data.root",
+    "data.train_split",
+    "data.val_split",
+    "data.max_images",
+    "tracking.uri",
+    "tracking.experiment",
+    "tracking.model_name",
+)
 
 
-def resolve_configs(recipes: Sequence[str], overrides: Sequence[str], workspace: str, folder: str) -> list[str]:
+def resolve_configs(
+    recipes: Sequence[str], overrides: Sequence[str], workspace: str, folder: str
+) -> list[str]:
     """Writes folder/NAME.yaml for each recipe, everything resolved, and gives the names.
 
     Raises ValueError or FileNotFoundError, in one line, for a recipe or setting that is wrong, for the same experiment
@@ -39,7 +49,9 @@ def resolve_configs(recipes: Sequence[str], overrides: Sequence[str], workspace:
         config = _placed(load_config(recipe, overrides), Path(workspace))
         name = f"{Path(recipe).stem}-{digest(config)[:8]}"
         if name in configs:
-            raise ValueError(f"{recipe} is given twice with the same settings: there is nothing to compare")
+            raise ValueError(
+                f"{recipe} is given twice with the same settings: there is nothing to compare"
+            )
         _check_comparable(next(iter(configs.values()), config), config, recipes[0], recipe)
         configs[name] = config
     for name, config in configs.items():
@@ -64,8 +76,10 @@ def prepare_data(configs: str, workspace: str, manifest: str) -> str:
     for config in every:
         expected, found = config.model.roi_heads.num_classes, len(described["classes"])
         if expected != found:
-            raise ValueError(f"{data.root} has {found} classes, but model.roi_heads.num_classes is {expected}; set it "
-                             f"to {found}")
+            raise ValueError(
+                f"{data.root} has {found} classes, but model.roi_heads.num_classes is {expected}; set it "
+                f"to {found}"
+            )
     write_json(manifest, described)
     return described["digest"]
 
@@ -99,11 +113,15 @@ def open_group(configs: str, workspace: str, run_id: str) -> str:
 
     names = [path.stem for path in sorted(Path(configs).glob("*.yaml"))]
     settings, folder = _all(configs)[0].tracking, runs_folder(workspace)
-    parent = comparison.open_group(run_id, names, uri=settings.uri, folder=folder, experiment=settings.experiment)
+    parent = comparison.open_group(
+        run_id, names, uri=settings.uri, folder=folder, experiment=settings.experiment
+    )
     return f"MLflow: {tracking_uri(settings.uri, folder)}, experiment {settings.experiment}, parent run {parent}"
 
 
-def training_words(configs: str, name: str, manifest: str, workspace: str, run_id: str) -> list[str]:
+def training_words(
+    configs: str, name: str, manifest: str, workspace: str, run_id: str
+) -> list[str]:
     """What follows `vitdet` on the command line that trains; the config is put where the job's processes see it.
 
     Before anything is asked of the cluster: raises as `vitdet.data.manifest.verify` does when the data is not what it
@@ -114,8 +132,16 @@ def training_words(configs: str, name: str, manifest: str, workspace: str, run_i
     config, output = _checked(configs, name, manifest), training_folder(workspace, name, run_id)
     resolve(config.train.init, weights_folder(workspace))
     save_config(config, output / f"{name}.yaml")
-    return ["train", str(output / f"{name}.yaml"), "--output", str(output), "--weights",
-            str(weights_folder(workspace)), "--group", run_id]
+    return [
+        "train",
+        str(output / f"{name}.yaml"),
+        "--output",
+        str(output),
+        "--weights",
+        str(weights_folder(workspace)),
+        "--group",
+        run_id,
+    ]
 
 
 def is_trained(workspace: str, name: str, run_id: str) -> bool:
@@ -129,19 +155,32 @@ def collect(workspace: str, name: str, run_id: str, checkpoint: str) -> None:
     shutil.copyfile(training_folder(workspace, name, run_id) / "model.pt", checkpoint)
 
 
-def train(configs: str, name: str, manifest: str, workspace: str, run_id: str, checkpoint: str) -> None:
+def train(
+    configs: str, name: str, manifest: str, workspace: str, run_id: str, checkpoint: str
+) -> None:
     """Trains in this process; raises as `training_words` and `vitdet.train` do."""
     from vitdet.stages import train_tracked
 
     config = _checked(configs, name, manifest)
     if not is_trained(workspace, name, run_id):
-        train_tracked(config, name, training_folder(workspace, name, run_id), weights=weights_folder(workspace),
-                      group=run_id)
+        train_tracked(
+            config,
+            name,
+            training_folder(workspace, name, run_id),
+            weights=weights_folder(workspace),
+            group=run_id,
+        )
     collect(workspace, name, run_id, checkpoint)
 
 
-def evaluate(checkpoint: str, configs: str, name: str, manifest: str, workspace: str, figures: str,
-             ) -> dict[str, float]:
+def evaluate(
+    checkpoint: str,
+    configs: str,
+    name: str,
+    manifest: str,
+    workspace: str,
+    figures: str,
+) -> dict[str, float]:
     """The detector's figures by name, also in MLflow; writes them with what they belong to, as `judge` reads them."""
     from vitdet.evaluation import evaluate as measure
     from vitdet.stages import log_evaluation
@@ -149,8 +188,15 @@ def evaluate(checkpoint: str, configs: str, name: str, manifest: str, workspace:
     config = _checked(configs, name, manifest)
     metrics = measure(checkpoint, config=config)
     run_id = log_evaluation(Path(checkpoint), metrics, config.tracking.uri, runs_folder(workspace))
-    write_json(figures, {"name": name, "dataset_digest": _read(manifest)["digest"], "run_id": run_id,
-                     "metrics": metrics})
+    write_json(
+        figures,
+        {
+            "name": name,
+            "dataset_digest": _read(manifest)["digest"],
+            "run_id": run_id,
+            "metrics": metrics,
+        },
+    )
     return metrics
 
 
@@ -159,8 +205,13 @@ def judge(figures: str, configs: str, name: str, workspace: str, verdict: str) -
     from vitdet import champion
 
     row, settings = _read(figures), _config(configs, name).tracking
-    found = champion.judge(row["metrics"].get("box_ap"), row["dataset_digest"], uri=settings.uri,
-                           folder=runs_folder(workspace), model_name=settings.model_name)
+    found = champion.judge(
+        row["metrics"].get("box_ap"),
+        row["dataset_digest"],
+        uri=settings.uri,
+        folder=runs_folder(workspace),
+        model_name=settings.model_name,
+    )
     write_json(verdict, {**row, "passed": found.passed, "reason": found.reason})
     return found.passed, found.reason
 
@@ -171,9 +222,17 @@ def register(checkpoint: str, figures: str, configs: str, name: str, workspace: 
     from vitdet.stages import register_checkpoint
 
     row, settings, folder = _read(figures), _config(configs, name).tracking, runs_folder(workspace)
-    model, version = register_checkpoint(Path(checkpoint), settings, row["metrics"], folder, "candidate")
-    found = champion.promote(version, row["metrics"].get("box_ap"), row["dataset_digest"], uri=settings.uri,
-                             folder=folder, model_name=model)
+    model, version = register_checkpoint(
+        Path(checkpoint), settings, row["metrics"], folder, "candidate"
+    )
+    found = champion.promote(
+        version,
+        row["metrics"].get("box_ap"),
+        row["dataset_digest"],
+        uri=settings.uri,
+        folder=folder,
+        model_name=model,
+    )
     return f"{model}, version {version}{f' ({champion.ALIAS})' if found.passed else ''}: {found.reason}"
 
 
@@ -183,14 +242,22 @@ def compare(verdicts: Sequence[str], configs: str, workspace: str, run_id: str, 
 
     settings = _all(configs)[0].tracking
     rows = [_read(path) for path in verdicts]
-    text = comparison.compare(run_id, rows, uri=settings.uri, folder=runs_folder(workspace),
-                              experiment=settings.experiment, model_name=settings.model_name)
+    text = comparison.compare(
+        run_id,
+        rows,
+        uri=settings.uri,
+        folder=runs_folder(workspace),
+        experiment=settings.experiment,
+        model_name=settings.model_name,
+    )
     Path(table).parent.mkdir(parents=True, exist_ok=True)
     Path(table).write_text(text)
     return text
 
 
-def close_group(recipes: Sequence[str], overrides: Sequence[str], workspace: str, run_id: str, state: str) -> None:
+def close_group(
+    recipes: Sequence[str], overrides: Sequence[str], workspace: str, run_id: str, state: str
+) -> None:
     """Ends the parent run, if there is one; state: KFP's word for how the pipeline ended."""
     from vitdet import comparison
 
@@ -198,8 +265,13 @@ def close_group(recipes: Sequence[str], overrides: Sequence[str], workspace: str
         settings = load_config(recipes[0], overrides).tracking
     except (ValueError, FileNotFoundError, IndexError):
         return  # for this the first step ended the run, so that no parent was made
-    comparison.close_group(run_id, state, uri=settings.uri, folder=runs_folder(workspace),
-                           experiment=settings.experiment)
+    comparison.close_group(
+        run_id,
+        state,
+        uri=settings.uri,
+        folder=runs_folder(workspace),
+        experiment=settings.experiment,
+    )
 
 
 def weights_folder(workspace: str) -> Path:
@@ -221,15 +293,21 @@ def _placed(config: Config, workspace: Path) -> Config:
     """The config with the relative paths of data and weights put below the workspace."""
     init = config.train.init
     train = replace(config.train, init=str(workspace / init)) if Path(init).suffix else config.train
-    return replace(config, data=replace(config.data, root=str(workspace / config.data.root)), train=train)
+    return replace(
+        config, data=replace(config.data, root=str(workspace / config.data.root)), train=train
+    )
 
 
 def _check_comparable(first: Config, other: Config, name: str, other_name: str) -> None:
     ours, theirs = flatten(first), flatten(other)
-    differing = [f"{key} is {theirs[key]}, not {ours[key]}" for key in COMPARED if ours[key] != theirs[key]]
+    differing = [
+        f"{key} is {theirs[key]}, not {ours[key]}" for key in COMPARED if ours[key] != theirs[key]
+    ]
     if differing:
-        raise ValueError(f"{other_name} and {name} cannot be compared: of {other_name} {'; '.join(differing)}; "
-                         "run them one by one, or set the same for both")
+        raise ValueError(
+            f"{other_name} and {name} cannot be compared: of {other_name} {'; '.join(differing)}; "
+            "run them one by one, or set the same for both"
+        )
 
 
 def _checked(configs: str, name: str, manifest: str) -> Config:

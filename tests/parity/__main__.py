@@ -47,7 +47,9 @@ def says(kind: str) -> Callable[[dict], bool]:
 
 def lists(entry: str) -> Callable[[dict], bool]:
     """Holds for a config.json of several small cases, {tag: {entry: ...}}."""
-    return lambda config: bool(config) and all(isinstance(c, dict) and entry in c for c in config.values())
+    return lambda config: (
+        bool(config) and all(isinstance(c, dict) and entry in c for c in config.values())
+    )
 
 
 # The first row that fits.
@@ -72,7 +74,9 @@ def kind_of(folder: Path) -> Kind:
         if (folder / kind.file).exists() and kind.config(config):
             return kind
     files = ", ".join(sorted({kind.file for kind in KINDS}))
-    raise ValueError(f"{folder} is no case that is known here: it needs one of {files} and the config.json of its kind")
+    raise ValueError(
+        f"{folder} is no case that is known here: it needs one of {files} and the config.json of its kind"
+    )
 
 
 def run(folder: Path) -> Report:
@@ -99,7 +103,10 @@ def main(folders: Sequence[str]) -> int:
             continue
         report = run(Path(folder))
         print(report.title, *report.lines, sep="\n")
-        print(f"{report.title}: {'all hold' if report.failures == 0 else f'{report.failures} out'}", flush=True)
+        print(
+            f"{report.title}: {'all hold' if report.failures == 0 else f'{report.failures} out'}",
+            flush=True,
+        )
         failures += report.failures
     return 1 if failures else 0
 

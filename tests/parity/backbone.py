@@ -49,7 +49,9 @@ class Resampled(nn.Module):
     def __init__(self, backbone: nn.Module) -> None:
         super().__init__()
         self.backbone = backbone
-        self.pyramid = SimpleFeaturePyramid(backbone.out_channels, 1, backbone.stride, halve_channels=False)
+        self.pyramid = SimpleFeaturePyramid(
+            backbone.out_channels, 1, backbone.stride, halve_channels=False
+        )
         self.pyramid.levels = nn.ModuleList(level[:-2] for level in self.pyramid.levels)
 
     def forward(self, images: Tensor) -> list[Tensor]:
@@ -74,11 +76,20 @@ def global_blocks(settings: dict) -> list[int]:
 def build_vit(settings: dict) -> nn.Module:
     """ViT-B's backbone, or ViTAE-B's, at the size that the settings say."""
     dim, mlp_ratio = settings["embed_dim"], settings.get("mlp_ratio", 4)
-    branch = partial(wide_branch, dim, int(mlp_ratio * dim)) if settings["type"] == "ViTAE" else None
+    branch = (
+        partial(wide_branch, dim, int(mlp_ratio * dim)) if settings["type"] == "ViTAE" else None
+    )
     return ViT(
-        dim=dim, depth=settings["depth"], heads=settings["num_heads"], global_blocks=global_blocks(settings),
-        mlp_ratio=mlp_ratio, pos_embed_grid=grid_of(settings), rel_pos_size=to_2tuple(settings["img_size"]),
-        scaled_rel_pos=True, final_norm=True, branch=branch,
+        dim=dim,
+        depth=settings["depth"],
+        heads=settings["num_heads"],
+        global_blocks=global_blocks(settings),
+        mlp_ratio=mlp_ratio,
+        pos_embed_grid=grid_of(settings),
+        rel_pos_size=to_2tuple(settings["img_size"]),
+        scaled_rel_pos=True,
+        final_norm=True,
+        branch=branch,
     )
 
 
@@ -86,10 +97,18 @@ def build_vitae_small(settings: dict) -> nn.Module:
     """ViTAE-S's backbone at the size that the settings say."""
     widths, dims = settings["embed_dims"], settings["token_dims"]
     return ViTAESmall(
-        dim=dims[-1], depth=settings["NC_depth"][-1], heads=settings["NC_heads"][-1], widths=widths,
-        cell_dims=dims[:-1], groups=settings["NC_group"][-1], global_blocks=global_blocks(settings),
-        window_size=to_2tuple(settings["window_size"])[0], rel_pos_size=to_2tuple(settings["img_size"]),
-        mlp_ratio=settings["mlp_ratio"], scaled_rel_pos=True, final_norm=True,
+        dim=dims[-1],
+        depth=settings["NC_depth"][-1],
+        heads=settings["NC_heads"][-1],
+        widths=widths,
+        cell_dims=dims[:-1],
+        groups=settings["NC_group"][-1],
+        global_blocks=global_blocks(settings),
+        window_size=to_2tuple(settings["window_size"])[0],
+        rel_pos_size=to_2tuple(settings["img_size"]),
+        mlp_ratio=settings["mlp_ratio"],
+        scaled_rel_pos=True,
+        final_norm=True,
     )
 
 
@@ -115,22 +134,43 @@ def fixed(settings: dict, values: dict) -> None:
 def build_swin(settings: dict) -> nn.Module:
     """Swin at the size that the settings say, as mmdet has it. Raises ValueError for what none of its sizes has."""
     fixed(settings, {"mlp_ratio": 4})
-    return Hierarchical(Swin(
-        dim=settings["embed_dims"], depths=settings["depths"], heads=settings["num_heads"],
-        window_size=settings["window_size"],
-    ))
+    return Hierarchical(
+        Swin(
+            dim=settings["embed_dims"],
+            depths=settings["depths"],
+            heads=settings["num_heads"],
+            window_size=settings["window_size"],
+        )
+    )
 
 
 def build_vitaev2(settings: dict) -> nn.Module:
     """ViTAEv2's backbone at the size that the settings say. Raises ValueError for what none of its sizes has."""
     attention = ["window", "window", "transformer", "transformer"]
-    fixed(settings, {"in_chans": 3, "stages": 4, "downsample_ratios": [4, 2, 2, 2], "mlp_ratio": 4,
-                     "out_indices": [0, 1, 2, 3], "RC_tokens_type": attention, "NC_tokens_type": attention})
-    return Hierarchical(ViTAEv2(
-        widths=settings["embed_dims"], dims=settings["token_dims"], depths=settings["NC_depth"],
-        reduction_heads=settings["RC_heads"], heads=settings["NC_heads"], reduction_groups=settings["RC_group"],
-        groups=settings["NC_group"], window_size=settings["window_size"],
-    ))
+    fixed(
+        settings,
+        {
+            "in_chans": 3,
+            "stages": 4,
+            "downsample_ratios": [4, 2, 2, 2],
+            "mlp_ratio": 4,
+            "out_indices": [0, 1, 2, 3],
+            "RC_tokens_type": attention,
+            "NC_tokens_type": attention,
+        },
+    )
+    return Hierarchical(
+        ViTAEv2(
+            widths=settings["embed_dims"],
+            dims=settings["token_dims"],
+            depths=settings["NC_depth"],
+            reduction_heads=settings["RC_heads"],
+            heads=settings["NC_heads"],
+            reduction_groups=settings["RC_group"],
+            groups=settings["NC_group"],
+            window_size=settings["window_size"],
+        )
+    )
 
 
 def fork_layout(settings: dict) -> Format:
@@ -144,17 +184,49 @@ def resampled(build: Callable[[dict], nn.Module]) -> Callable[[dict], nn.Module]
 
 
 RATES = ("type", "drop_rate", "attn_drop_rate", "drop_path_rate", "use_checkpoint", "qk_scale")
-PLAIN = (*RATES, "img_size", "embed_dim", "depth", "num_heads", "mlp_ratio", "qkv_bias", "use_abs_pos_emb", "interval")
-CELLS = (*RATES, "img_size", "RC_tokens_type", "NC_tokens_type", "stages", "embed_dims", "token_dims", "window_size",
-         "downsample_ratios", "NC_depth", "NC_heads", "RC_heads", "NC_group", "RC_group", "mlp_ratio", "globalBlock")
+PLAIN = (
+    *RATES,
+    "img_size",
+    "embed_dim",
+    "depth",
+    "num_heads",
+    "mlp_ratio",
+    "qkv_bias",
+    "use_abs_pos_emb",
+    "interval",
+)
+CELLS = (
+    *RATES,
+    "img_size",
+    "RC_tokens_type",
+    "NC_tokens_type",
+    "stages",
+    "embed_dims",
+    "token_dims",
+    "window_size",
+    "downsample_ratios",
+    "NC_depth",
+    "NC_heads",
+    "RC_heads",
+    "NC_group",
+    "RC_group",
+    "mlp_ratio",
+    "globalBlock",
+)
 SYSTEMS = {
     "ViT": System(resampled(build_vit), fork_layout, PLAIN),
     "ViTAE": System(resampled(build_vit), fork_layout, PLAIN),
     "ViTAE_S": System(resampled(build_vitae_small), fork_layout, CELLS),
-    "ViTAEv2": System(build_vitaev2, lambda settings: VITAEV2,
-                      (*(name for name in CELLS if name != "globalBlock"), "in_chans", "out_indices")),
-    "SwinTransformer": System(build_swin, lambda settings: SWIN_MMDET,
-                              (*RATES, "embed_dims", "depths", "num_heads", "window_size", "mlp_ratio")),
+    "ViTAEv2": System(
+        build_vitaev2,
+        lambda settings: VITAEV2,
+        (*(name for name in CELLS if name != "globalBlock"), "in_chans", "out_indices"),
+    ),
+    "SwinTransformer": System(
+        build_swin,
+        lambda settings: SWIN_MMDET,
+        (*RATES, "embed_dims", "depths", "num_heads", "window_size", "mlp_ratio"),
+    ),
 }
 
 
@@ -162,12 +234,18 @@ def system_of(settings: dict) -> System:
     """Raises ValueError for a type, a setting or a value that is not rebuilt here."""
     system = SYSTEMS.get(settings["type"])
     if system is None:
-        raise ValueError(f"a backbone of type {settings['type']}: expected one of {', '.join(SYSTEMS)}")
+        raise ValueError(
+            f"a backbone of type {settings['type']}: expected one of {', '.join(SYSTEMS)}"
+        )
     unknown = sorted(settings.keys() - set(system.settings))
     if unknown:
-        raise ValueError(f"settings of a {settings['type']} that are not rebuilt here: {', '.join(unknown)}")
+        raise ValueError(
+            f"settings of a {settings['type']} that are not rebuilt here: {', '.join(unknown)}"
+        )
     if settings.get("qk_scale") is not None:
-        raise ValueError(f"qk_scale: expected null, the square root of a head's channels, got {settings['qk_scale']}")
+        raise ValueError(
+            f"qk_scale: expected null, the square root of a head's channels, got {settings['qk_scale']}"
+        )
     return system
 
 
@@ -175,7 +253,10 @@ def compute(folder: Path) -> dict[str, Tensor]:
     """Reads the settings, the weights and the images, and nothing else; gives the maps by name."""
     settings = json.loads((folder / "config.json").read_text())["backbone"]
     system = system_of(settings)
-    weights = {f"backbone.{name}": torch.from_numpy(array) for name, array in load(folder / "weights.npz").items()}
+    weights = {
+        f"backbone.{name}": torch.from_numpy(array)
+        for name, array in load(folder / "weights.npz").items()
+    }
     images = torch.from_numpy(load(folder / "io.npz", lambda name: name == "img")["img"])
     model = system.build(settings)
     model.load_state_dict(to_ours(weights, system.layout(settings)))
@@ -196,11 +277,16 @@ def compare(folder: Path, found: dict[str, Tensor], report: Report) -> None:
             report.out(f"backbone.{name}", "computed here but not stored")
     report.all_seen([f"backbone.{name}" for name in stored])
     config = json.loads((folder / "config.json").read_text())
-    said = {"input_shape": (stored["img"].shape,), "feat_shapes": [f.shape for f in found.values()],
-            "feat_std": [f.std() for f in found.values()]}
+    said = {
+        "input_shape": (stored["img"].shape,),
+        "feat_shapes": [f.shape for f in found.values()],
+        "feat_std": [f.std() for f in found.values()],
+    }
     for name, value in config.items():
         if name == "backbone" or name in NOTES:
-            report.skip(f"config.{name}", "a note" if name in NOTES else "an input: it shows in the maps")
+            report.skip(
+                f"config.{name}", "a note" if name in NOTES else "an input: it shows in the maps"
+            )
         elif name in said:
             theirs = [value] if name == "input_shape" else value
             report.close(f"config.{name}", np.array(said[name]), np.array(theirs), TOLERANCE)

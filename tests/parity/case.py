@@ -37,10 +37,15 @@ def build(config: dict) -> Detector:
     stages = 3 if config["cascade"] else 1
     classes, channels, depth = config["num_classes"], config["out_channels"], config["depth"]
     backbone = ViT(
-        dim=config["embed_dim"], depth=depth, heads=config["num_heads"], patch_size=config["patch_size"],
+        dim=config["embed_dim"],
+        depth=depth,
+        heads=config["num_heads"],
+        patch_size=config["patch_size"],
         global_blocks=[i for i in range(depth) if i not in config["window_block_indexes"]],
-        window_size=config["window_size"], pos_embed_grid=config["pretrain_img_size"] // config["patch_size"],
-        rel_pos_size=config["img_size"], residual_blocks=config["residual_block_indexes"],
+        window_size=config["window_size"],
+        pos_embed_grid=config["pretrain_img_size"] // config["patch_size"],
+        rel_pos_size=config["img_size"],
+        residual_blocks=config["residual_block_indexes"],
     )
     pyramid = SimpleFeaturePyramid(backbone.out_channels, channels, backbone.stride)
     if config["lvis"]:
@@ -50,21 +55,38 @@ def build(config: dict) -> Detector:
         classification = SoftmaxClassification(classes)
     scale = config["anchor_sizes"][0][0] / pyramid.strides[0]
     heads = [
-        BoxHead(channels=channels, num_convs=4, fc_dim=config["fc_dim"], num_classes=classes, class_agnostic=stages > 1)
+        BoxHead(
+            channels=channels,
+            num_convs=4,
+            fc_dim=config["fc_dim"],
+            num_classes=classes,
+            class_agnostic=stages > 1,
+        )
         for _ in range(stages)
     ]
     return Detector(
         backbone=backbone,
         pyramid=pyramid,
         rpn=RPN(
-            channels=channels, strides=pyramid.strides, anchor_scale=scale, samples=config["rpn_batch"],
-            pre_nms_train=config["pre_nms_topk"][0], pre_nms_test=config["pre_nms_topk"][1],
-            post_nms_train=config["post_nms_topk"][0], post_nms_test=config["post_nms_topk"][1], choose=evenly,
+            channels=channels,
+            strides=pyramid.strides,
+            anchor_scale=scale,
+            samples=config["rpn_batch"],
+            pre_nms_train=config["pre_nms_topk"][0],
+            pre_nms_test=config["pre_nms_topk"][1],
+            post_nms_train=config["post_nms_topk"][0],
+            post_nms_test=config["post_nms_topk"][1],
+            choose=evenly,
         ),
         roi_heads=RoIHeads(
-            stages=heads, mask=MaskHead(channels=channels, num_convs=4, num_classes=classes),
-            classification=classification, strides=pyramid.strides[:4], ious=(0.5, 0.6, 0.7)[:stages],
-            samples=config["roi_batch"], score_threshold=config["score_thresh"], max_detections=config["test_topk"],
+            stages=heads,
+            mask=MaskHead(channels=channels, num_convs=4, num_classes=classes),
+            classification=classification,
+            strides=pyramid.strides[:4],
+            ious=(0.5, 0.6, 0.7)[:stages],
+            samples=config["roi_batch"],
+            score_threshold=config["score_thresh"],
+            max_detections=config["test_topk"],
             choose=evenly,
         ),
     )
@@ -91,7 +113,9 @@ class Case:
         truth = json.loads((folder / "ground_truth.json").read_text())
         inputs, weights = load(folder / "inputs.npz"), load(folder / "state_dict.npz")
         detector = build(config)
-        detector.load_state_dict(to_ours({k: torch.from_numpy(v) for k, v in weights.items()}, DETECTRON2))
+        detector.load_state_dict(
+            to_ours({k: torch.from_numpy(v) for k, v in weights.items()}, DETECTRON2)
+        )
         side, count = config["square_pad"], len(truth)
         images, sizes = torch.zeros(count, 3, side, side, dtype=torch.uint8), []
         bitmaps, polygons = [], []
@@ -104,7 +128,9 @@ class Case:
             bitmaps.append(Target(boxes, labels, Bitmaps(masks)))
             edges = torch.from_numpy(edges_of(truth[i]["polygons"], height, width))
             polygons.append(Target(boxes, labels, Polygons(edges)))
-        return Case(config, weights, detector, images, torch.tensor(sizes), bitmaps, polygons, truth, inputs)
+        return Case(
+            config, weights, detector, images, torch.tensor(sizes), bitmaps, polygons, truth, inputs
+        )
 
     def their_names(self) -> dict[str, str]:
         """Our name -> their name of every parameter."""
@@ -112,7 +138,9 @@ class Case:
         return {name: ours[name] for name, _ in self.detector.named_parameters()}
 
 
-def read_target(inputs: dict[str, np.ndarray], i: int, height: int, width: int) -> tuple[Tensor, Tensor, Tensor]:
+def read_target(
+    inputs: dict[str, np.ndarray], i: int, height: int, width: int
+) -> tuple[Tensor, Tensor, Tensor]:
     """Boxes (G, 4), labels (G,), masks (G, height, width) of image i; an image without objects may have no arrays."""
     boxes = inputs.get(f"gt_boxes{i}", np.zeros((0, 4), np.float32))
     labels = inputs.get(f"gt_classes{i}", np.zeros(0, np.int64))

@@ -38,14 +38,24 @@ def compare(folder: Path, found: Computed, report: Report) -> None:
     compare_floors(floors, report)
     compare_inputs(found.case, report)
     compared = 0
-    for file, check in (("backbone.npz", compare_backbone), ("rpn.npz", compare_rpn),
-                        ("detections.npz", compare_detections), ("results.json", compare_results),
-                        ("train.npz", compare_training), ("losses.json", compare_losses)):
+    for file, check in (
+        ("backbone.npz", compare_backbone),
+        ("rpn.npz", compare_rpn),
+        ("detections.npz", compare_detections),
+        ("results.json", compare_results),
+        ("train.npz", compare_training),
+        ("losses.json", compare_losses),
+    ):
         path = folder / file
         if not path.exists():
             report.skip(file, "this case does not hold the file")
             continue
-        check(load(path) if path.suffix == ".npz" else json.loads(path.read_text()), found, floors, report)
+        check(
+            load(path) if path.suffix == ".npz" else json.loads(path.read_text()),
+            found,
+            floors,
+            report,
+        )
         compared += 1
     if not compared:
         report.out("the case", "it holds no stored result")
@@ -70,11 +80,24 @@ def compare_inputs(case: Case, report: Report) -> None:
     for i, truth in enumerate(case.truth):
         size = case.sizes[i].tolist()
         target = case.bitmaps[i]
-        drawn = [rle.decode(rle.merge(rle.frPyObjects(parts, *size))) for parts in truth["polygons"]]
-        report.equal(f"ground_truth.{i}.classes", target.labels, np.asarray(truth["classes"], np.int64))
-        report.close(f"ground_truth.{i}.boxes", target.boxes, np.asarray(truth["boxes"]).reshape(-1, 4), BOXES)
-        report.equal(f"ground_truth.{i}.polygons", target.masks.pixels, np.array(drawn).reshape(-1, *size))
-        report.equal(f"ground_truth.{i}.size", case.sizes[i], np.array([truth["height"], truth["width"]]))
+        drawn = [
+            rle.decode(rle.merge(rle.frPyObjects(parts, *size))) for parts in truth["polygons"]
+        ]
+        report.equal(
+            f"ground_truth.{i}.classes", target.labels, np.asarray(truth["classes"], np.int64)
+        )
+        report.close(
+            f"ground_truth.{i}.boxes",
+            target.boxes,
+            np.asarray(truth["boxes"]).reshape(-1, 4),
+            BOXES,
+        )
+        report.equal(
+            f"ground_truth.{i}.polygons", target.masks.pixels, np.array(drawn).reshape(-1, *size)
+        )
+        report.equal(
+            f"ground_truth.{i}.size", case.sizes[i], np.array([truth["height"], truth["width"]])
+        )
         if "images" in config:
             report.equal(f"config.images.{i}", case.sizes[i], np.array(config["images"][i]))
         if "outputs" in config:
@@ -84,10 +107,15 @@ def compare_inputs(case: Case, report: Report) -> None:
             report.equal(f"config.n_gt.{i}", len(target), np.array(config["n_gt"][i]))
         for name in sorted(truth.keys() - {"classes", "boxes", "polygons", "height", "width"}):
             known = name in ("out_height", "out_width")
-            report.skip(f"ground_truth.{i}.{name}", "an input: it shows in post_boxes" if known else "not known here")
+            report.skip(
+                f"ground_truth.{i}.{name}",
+                "an input: it shows in post_boxes" if known else "not known here",
+            )
     if "n_params" in config:
         # the class token's row of the position embedding, which we do not keep
-        token = case.weights["backbone.net.pos_embed"].size - case.detector.backbone.pos_embed.numel()
+        token = (
+            case.weights["backbone.net.pos_embed"].size - case.detector.backbone.pos_embed.numel()
+        )
         count = sum(p.numel() for p in case.detector.parameters()) + token
         report.equal("config.n_params", count, np.array(config["n_params"]))
     if config.get("image_counts") is not None:
@@ -96,22 +124,34 @@ def compare_inputs(case: Case, report: Report) -> None:
             report.close(f"config.image_counts against {name}", case.weights[name], odds, 0.0, 1e-6)
     for name in sorted(case.inputs):
         known = name.rstrip("0123456789") in ("image", "gt_boxes", "gt_classes", "gt_masks")
-        report.skip(f"inputs.{name}", "an input: it shows in the results" if known else "not known here: not used")
+        report.skip(
+            f"inputs.{name}",
+            "an input: it shows in the results" if known else "not known here: not used",
+        )
 
 
 def compare_backbone(stored: Stored, found: Computed, floors: Mapping, report: Report) -> None:
     """backbone.npz."""
     maps = found.maps
-    ours = {"pos_embed_resized": maps["pos_embed_resized"], "last_feat": maps["last_feat"],
-            "patch_embed_image0_channels_0_5": maps["patch_embed"][0, :, :, [0, 5]],
-            "p2_channels_0_7": maps["p2"][:, [0, 7]]}
+    ours = {
+        "pos_embed_resized": maps["pos_embed_resized"],
+        "last_feat": maps["last_feat"],
+        "patch_embed_image0_channels_0_5": maps["patch_embed"][0, :, :, [0, 5]],
+        "p2_channels_0_7": maps["p2"][:, [0, 7]],
+    }
     for name, block in maps.items():
         if name.startswith("block"):
-            ours |= {f"{name}_out_image0": block[0], f"{name}_out_image0_every4": block[0, ::4, ::4]}
+            ours |= {
+                f"{name}_out_image0": block[0],
+                f"{name}_out_image0_every4": block[0, ::4, ::4],
+            }
     for level in range(2, 7):
         feature = maps[f"p{level}"]
-        ours |= {f"p{level}": feature, f"p{level}_mean": feature.mean(dim=(2, 3)),
-                 f"p{level}_std": feature.flatten(2).std(dim=2)}
+        ours |= {
+            f"p{level}": feature,
+            f"p{level}_mean": feature.mean(dim=(2, 3)),
+            f"p{level}_std": feature.flatten(2).std(dim=2),
+        }
     tolerance = {name: max(10 * floors.get(name.split("_")[0], 0.0), FEATURES) for name in ours}
     compare_table("backbone", stored, ours, tolerance, report)
 
@@ -120,11 +160,17 @@ def compare_rpn(stored: Stored, found: Computed, floors: Mapping, report: Report
     """rpn.npz."""
     ours, tolerance = {}, {}
     for level, (logits, deltas) in enumerate(found.heads, start=2):
-        ours |= {f"objectness_p{level}": logits, f"deltas_p{level}": deltas,
-                 f"deltas_p{level}_every4": deltas[:, :, ::4, ::4]}
+        ours |= {
+            f"objectness_p{level}": logits,
+            f"deltas_p{level}": deltas,
+            f"deltas_p{level}_every4": deltas[:, :, ::4, ::4],
+        }
     for mode, images in found.proposals.items():
         for i, image in enumerate(images):
-            ours |= {f"{mode}_proposals{i}": image.boxes, f"{mode}_proposal_logits{i}": image.logits}
+            ours |= {
+                f"{mode}_proposals{i}": image.boxes,
+                f"{mode}_proposal_logits{i}": image.logits,
+            }
             tolerance[f"{mode}_proposals{i}"] = BOXES
     compare_table("rpn", stored, ours, tolerance, report)
 
@@ -132,24 +178,49 @@ def compare_rpn(stored: Stored, found: Computed, floors: Mapping, report: Report
 def compare_detections(stored: Stored, found: Computed, floors: Mapping, report: Report) -> None:
     """detections.npz: on the canvas, and after rescaling to the output size."""
     ours, tolerance = {}, {}
-    boxes, scores = max(10 * floors.get("boxes", 0), BOXES), max(10 * floors.get("scores", 0), SCORES)
+    boxes, scores = (
+        max(10 * floors.get("boxes", 0), BOXES),
+        max(10 * floors.get("scores", 0), SCORES),
+    )
     masks = max(10 * floors.get("mask_probs", 0), SCORES)
     for stage, (logits, deltas) in enumerate(found.stages):
         ours |= {f"cls_logits_stage{stage}": logits, f"box_deltas_stage{stage}": deltas}
     for i, image in enumerate(found.detections):
-        ours |= {f"boxes{i}": image.boxes, f"scores{i}": image.scores, f"classes{i}": image.labels,
-                 f"mask_probs_first20_{i}": image.masks[:20], f"mask_probs_mean{i}": image.masks.mean(dim=(1, 2))}
+        ours |= {
+            f"boxes{i}": image.boxes,
+            f"scores{i}": image.scores,
+            f"classes{i}": image.labels,
+            f"mask_probs_first20_{i}": image.masks[:20],
+            f"mask_probs_mean{i}": image.masks.mean(dim=(1, 2)),
+        }
         truth = found.case.truth[i]
-        output = to_image(image, tuple(found.case.sizes[i].tolist()), (truth["out_height"], truth["out_width"]))
-        ours |= {f"post_boxes{i}": output.boxes, f"post_scores{i}": output.scores, f"post_classes{i}": output.labels}
-        tolerance |= {f"boxes{i}": boxes, f"post_boxes{i}": boxes, f"scores{i}": scores, f"post_scores{i}": scores,
-                      f"classes{i}": 0.0, f"post_classes{i}": 0.0, f"mask_probs_first20_{i}": masks,
-                      f"mask_probs_mean{i}": masks}
+        output = to_image(
+            image, tuple(found.case.sizes[i].tolist()), (truth["out_height"], truth["out_width"])
+        )
+        ours |= {
+            f"post_boxes{i}": output.boxes,
+            f"post_scores{i}": output.scores,
+            f"post_classes{i}": output.labels,
+        }
+        tolerance |= {
+            f"boxes{i}": boxes,
+            f"post_boxes{i}": boxes,
+            f"scores{i}": scores,
+            f"post_scores{i}": scores,
+            f"classes{i}": 0.0,
+            f"post_classes{i}": 0.0,
+            f"mask_probs_first20_{i}": masks,
+            f"mask_probs_mean{i}": masks,
+        }
     compare_table("detections", stored, ours, tolerance, report)
 
 
 def compare_table(
-    title: str, stored: Stored, ours: Mapping[str, Tensor], tolerance: Mapping[str, float], report: Report
+    title: str,
+    stored: Stored,
+    ours: Mapping[str, Tensor],
+    tolerance: Mapping[str, float],
+    report: Report,
 ) -> None:
     """Each stored array with ours of the same name; `tolerance` where it is not that of features."""
     for name, theirs in stored.items():
@@ -163,25 +234,49 @@ def compare_results(stored: list[dict], found: Computed, floors: Mapping, report
     ours = []
     for i, image in enumerate(found.detections):
         truth = found.case.truth[i]
-        size, original = tuple(found.case.sizes[i].tolist()), (truth["out_height"], truth["out_width"])
-        ours += detections_to_results(image, size, original, i, range(found.case.config["num_classes"]))[:40]
+        size, original = (
+            tuple(found.case.sizes[i].tolist()),
+            (truth["out_height"], truth["out_width"]),
+        )
+        ours += detections_to_results(
+            image, size, original, i, range(found.case.config["num_classes"])
+        )[:40]
     if len(ours) != len(stored):
         report.out("results", f"{len(ours)} results, expected {len(stored)}")
         return
-    columns = (("image_id", "image", 0.0, 0.0), ("category_id", "category", 0.0, 0.0),
-               ("score", "score", max(10 * floors.get("scores", 0), SCORES), 0.0),
-               ("bbox", "bbox_xywh", max(10 * floors.get("boxes", 0), BOXES), 0.0))
+    columns = (
+        ("image_id", "image", 0.0, 0.0),
+        ("category_id", "category", 0.0, 0.0),
+        ("score", "score", max(10 * floors.get("scores", 0), SCORES), 0.0),
+        ("bbox", "bbox_xywh", max(10 * floors.get("boxes", 0), BOXES), 0.0),
+    )
     for mine, theirs, absolute, relative in columns:
-        report.close(f"results.{theirs}", np.array([one[mine] for one in ours]),
-                     np.array([one[theirs] for one in stored]), absolute, relative)
+        report.close(
+            f"results.{theirs}",
+            np.array([one[mine] for one in ours]),
+            np.array([one[theirs] for one in stored]),
+            absolute,
+            relative,
+        )
     overlaps, areas = [], []
     for mine, theirs in zip(ours, stored, strict=True):
-        a, b = rle.decode(mine["segmentation"]).astype(bool), rle.decode(theirs["segmentation"]).astype(bool)
+        a, b = (
+            rle.decode(mine["segmentation"]).astype(bool),
+            rle.decode(theirs["segmentation"]).astype(bool),
+        )
         areas.append(int(a.sum()))
-        overlaps.append(0.0 if a.shape != b.shape else 1 - max((a != b).sum() - FLIPPED, 0) / max((a | b).sum(), 1))
-    report.at_least(f"results.segmentation (IoU but for {FLIPPED} pixels)", min(overlaps, default=1.0), 0.999)
+        overlaps.append(
+            0.0
+            if a.shape != b.shape
+            else 1 - max((a != b).sum() - FLIPPED, 0) / max((a | b).sum(), 1)
+        )
+    report.at_least(
+        f"results.segmentation (IoU but for {FLIPPED} pixels)", min(overlaps, default=1.0), 0.999
+    )
     report.seen.add("results.segmentation")
-    report.close("results.area", np.array(areas), np.array([one["area"] for one in stored]), FLIPPED, 1e-3)
+    report.close(
+        "results.area", np.array(areas), np.array([one["area"] for one in stored]), FLIPPED, 1e-3
+    )
     report.all_seen(sorted({f"results.{name}" for one in stored for name in one}))
 
 
@@ -195,13 +290,20 @@ def compare_training(stored: Stored, found: Computed, floors: Mapping, report: R
         elif name.endswith("_packed") and base in ours:
             mine = ours[base].numpy()
             if theirs.shape != ((mine.size + 7) // 8,):
-                report.out(full, f"{theirs.size} bytes, expected {(mine.size + 7) // 8} for {mine.shape} cells")
+                report.out(
+                    full,
+                    f"{theirs.size} bytes, expected {(mine.size + 7) // 8} for {mine.shape} cells",
+                )
                 continue
             wanted = np.unpackbits(theirs)[: mine.size].reshape(mine.shape).astype(bool)
             if "polygon" in base:
                 union = np.maximum((mine | wanted).sum(axis=(1, 2)), 1)
-                overlap = np.where((mine | wanted).any(axis=(1, 2)), (mine & wanted).sum(axis=(1, 2)) / union, 1.0)
-                report.at_least(f"{full} (mean IoU)", float(overlap.mean()) if len(overlap) else 1.0, 0.98)
+                overlap = np.where(
+                    (mine | wanted).any(axis=(1, 2)), (mine & wanted).sum(axis=(1, 2)) / union, 1.0
+                )
+                report.at_least(
+                    f"{full} (mean IoU)", float(overlap.mean()) if len(overlap) else 1.0, 0.98
+                )
                 report.seen.add(full)
             else:
                 report.close(full, float((mine != wanted).mean()) if mine.size else 0.0, 0.0, 2e-4)
@@ -224,17 +326,23 @@ def compare_losses(stored: Mapping, found: Computed, floors: Mapping, report: Re
     floor = 10 * max([*floors.get("losses_rel", {}).values(), 0.0])
     for kind, theirs in stored.items():
         exact, base = kind.endswith("_float64"), kind.removesuffix("_float64")
-        losses, gradients = (found.losses64, found.gradients64) if exact else (found.losses, found.gradients)
+        losses, gradients = (
+            (found.losses64, found.gradients64) if exact else (found.losses, found.gradients)
+        )
         if base in losses:
             report.names(f"losses.{kind} names", losses[base], theirs)
             for name in theirs.keys() & losses[base].keys():
                 by_polygon = base == "losses_polygon" and name == "loss_mask"
                 relative = 1e-2 if by_polygon else LOSSES64 if exact else max(floor, LOSSES)
-                report.close(f"losses.{kind}.{name}", losses[base][name], theirs[name], 0.0, relative)
+                report.close(
+                    f"losses.{kind}.{name}", losses[base][name], theirs[name], 0.0, relative
+                )
         elif base in ("grad_norms", "grad_sums"):
             exact = exact or base == "grad_sums"  # the sums are stored in float64 only
             gradients = found.gradients64 if exact else found.gradients
-            relative = GRADIENTS64 if exact else max(10 * floors.get("grad_norm_rel_max", 0.0), GRADIENTS)
+            relative = (
+                GRADIENTS64 if exact else max(10 * floors.get("grad_norm_rel_max", 0.0), GRADIENTS)
+            )
             absolute = 1e-6 if exact else 1e-5
             ours = {their_names[name]: gradient for name, gradient in gradients.items()}
             report.names(f"losses.{kind} names", ours, theirs)
@@ -242,9 +350,13 @@ def compare_losses(stored: Mapping, found: Computed, floors: Mapping, report: Re
                 value = ours[name].norm() if base == "grad_norms" else ours[name].sum()
                 # a sum of cancelling terms is as exact as its terms are large
                 scale = float(ours[name].abs().sum()) if base == "grad_sums" else abs(theirs[name])
-                report.close(f"losses.{kind}.{name}", value, theirs[name], absolute + relative * scale)
+                report.close(
+                    f"losses.{kind}.{name}", value, theirs[name], absolute + relative * scale
+                )
         elif kind == "params_without_grad":
-            without = [theirs for ours, theirs in their_names.items() if ours not in found.gradients]
+            without = [
+                theirs for ours, theirs in their_names.items() if ours not in found.gradients
+            ]
             report.names(f"losses.{kind}", without, theirs)
         else:
             continue

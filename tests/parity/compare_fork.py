@@ -34,8 +34,14 @@ def compare(folder: Path, found: Computed, report: Report) -> None:
         report.close("io.proposals scores", ours["proposals"][:, 4:], theirs[:, 4:], SCORES)
     if "det_mask_logits" in stored:  # of the first detections only
         ours["det_mask_logits"] = ours["det_mask_logits"][: len(stored["det_mask_logits"])]
-    tolerance = {"det_boxes": BOXES, "det_scores": SCORES, "det_labels": 0.0, "roi_cls_score": LOGITS,
-                 "roi_bbox_pred": LOGITS, "det_mask_logits": LOGITS}
+    tolerance = {
+        "det_boxes": BOXES,
+        "det_scores": SCORES,
+        "det_labels": 0.0,
+        "roi_cls_score": LOGITS,
+        "roi_bbox_pred": LOGITS,
+        "det_mask_logits": LOGITS,
+    }
     if not ours.keys() & stored.keys():
         report.out("io", "it holds no stored result")
     compare_table("io", stored, ours, tolerance, report)
@@ -56,8 +62,14 @@ def compare_masks(stored: list[dict], found: Computed, report: Report) -> None:
     for ours, code in zip(bitmaps, stored, strict=True):
         theirs = rle.decode(code).astype(bool)
         same = theirs.shape == ours.shape
-        overlaps.append(1 - max((ours != theirs).sum() - FLIPPED, 0) / max((ours | theirs).sum(), 1) if same else 0.0)
-    report.at_least(f"masks_rle (IoU but for {FLIPPED} pixels)", min(overlaps, default=1.0), OVERLAP)
+        overlaps.append(
+            1 - max((ours != theirs).sum() - FLIPPED, 0) / max((ours | theirs).sum(), 1)
+            if same
+            else 0.0
+        )
+    report.at_least(
+        f"masks_rle (IoU but for {FLIPPED} pixels)", min(overlaps, default=1.0), OVERLAP
+    )
     for name in sorted({name for code in stored for name in code} - {"size", "counts"}):
         report.out(f"masks_rle.{name}", "not compared: this check does not know the quantity")
 
@@ -67,10 +79,12 @@ def compare_config(config: Mapping, found: Computed, report: Report) -> None:
     labels, scores = found.arrays["det_labels"].numpy(), found.arrays["det_scores"].numpy()
     areas = found.bitmaps.flatten(1).sum(dim=1)
     said = {
-        "n_det": (len(labels), 0.0, 0.0), "n_proposals": (len(found.arrays["proposals"]), 0.0, 0.0),
+        "n_det": (len(labels), 0.0, 0.0),
+        "n_proposals": (len(found.arrays["proposals"]), 0.0, 0.0),
         "labels_hist": (np.bincount(labels, minlength=found.num_classes), 0.0, 0.0),
         "score_range": (np.array([scores.min(initial=1.0), scores.max(initial=0.0)]), SCORES, 0.0),
-        "mask_areas": (areas, FLIPPED, 1 - OVERLAP), "losses_total": (found.losses["total"], 0.0, LOSSES),
+        "mask_areas": (areas, FLIPPED, 1 - OVERLAP),
+        "losses_total": (found.losses["total"], 0.0, LOSSES),
     }
     for name, value in config.items():
         if name in said:
@@ -92,7 +106,9 @@ def compare_losses(stored: Mapping, found: Computed, report: Report) -> None:
         if name not in found.losses:
             report.out(f"config.losses.{name}", "not compared: this check does not know the loss")
             continue
-        report.close(f"config.losses.{name}", np.array(found.losses[name]), np.array(theirs), 0.0, LOSSES)
+        report.close(
+            f"config.losses.{name}", np.array(found.losses[name]), np.array(theirs), 0.0, LOSSES
+        )
         if isinstance(theirs, list):
             whole = found.losses.get(f"sum of {name}", np.nan)
             report.close(f"config.losses.{name} in all", whole, sum(theirs), 0.0, LOSSES)

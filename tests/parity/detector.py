@@ -57,12 +57,23 @@ def compute(folder: Path) -> Computed:
         }
         stages = run_stages(detector, features, [p.boxes for p in proposals["eval"]], case.sizes)
         detections = detector(case.images, None, case.sizes)
-        training = run_training(case, found.anchors, [p.boxes for p in proposals["train"]], features)
+        training = run_training(
+            case, found.anchors, [p.boxes for p in proposals["train"]], features
+        )
     losses, gradients = run_losses(case, detector)
     losses64, gradients64 = run_losses(case, copy.deepcopy(detector).double())
     return Computed(
-        case=case, maps=maps, heads=heads, proposals=proposals, stages=stages, detections=detections,
-        training=training, losses=losses, gradients=gradients, losses64=losses64, gradients64=gradients64,
+        case=case,
+        maps=maps,
+        heads=heads,
+        proposals=proposals,
+        stages=stages,
+        detections=detections,
+        training=training,
+        losses=losses,
+        gradients=gradients,
+        losses64=losses64,
+        gradients64=gradients64,
     )
 
 
@@ -70,7 +81,10 @@ def run_backbone(case: Case) -> dict[str, Tensor]:
     """Everything up to the pyramid (whole maps; `compare_detector` cuts them)."""
     vit = case.detector.backbone
     tokens = vit.patch_embed(case.detector.normalize(case.images, case.sizes))
-    found = {"patch_embed": tokens, "pos_embed_resized": resize_positions(vit.pos_embed, tuple(tokens.shape[1:3]))}
+    found = {
+        "patch_embed": tokens,
+        "pos_embed_resized": resize_positions(vit.pos_embed, tuple(tokens.shape[1:3])),
+    }
     x = tokens + found["pos_embed_resized"]
     for i, block in enumerate(vit.blocks):
         x = block(x)
@@ -90,7 +104,10 @@ def run_stages(
         logits, deltas = detector.roi_heads.run_stage(stage, features, boxes)
         found.append((logits, deltas.flatten(1)))
         decoded = decode(torch.cat(list(boxes)), deltas[:, 0], detector.roi_heads.weights[stage])
-        boxes = [clip(b, size) for b, size in zip(decoded.split([len(b) for b in boxes]), sizes, strict=True)]
+        boxes = [
+            clip(b, size)
+            for b, size in zip(decoded.split([len(b) for b in boxes]), sizes, strict=True)
+        ]
     return found
 
 
@@ -117,10 +134,15 @@ def run_training(
         labels = [heads.labels(a, target) for a, target in zip(assigned, case.bitmaps, strict=True)]
         for i, (one, target) in enumerate(zip(assigned, case.bitmaps, strict=True)):
             found[f"{name}_boxes{i}"], found[f"{name}_gt_classes{i}"] = one.boxes, labels[i]
-            found[f"{name}_gt_boxes{i}"] = torch.cat([target.boxes, target.boxes.new_zeros(1, 4)])[one.matched]
+            found[f"{name}_gt_boxes{i}"] = torch.cat([target.boxes, target.boxes.new_zeros(1, 4)])[
+                one.matched
+            ]
         if isinstance(heads.classification, FederatedClassification):
             found[f"fed_classes_call{stage}"] = federated_classes(
-                torch.cat(labels), heads.classification.class_weights, heads.classification.num, draw=False
+                torch.cat(labels),
+                heads.classification.class_weights,
+                heads.classification.num,
+                draw=False,
             )
         if stage + 1 < len(heads.stages):
             counts = [len(a.boxes) for a in assigned]
@@ -131,11 +153,20 @@ def run_training(
     return found
 
 
-def run_losses(case: Case, detector: Detector) -> tuple[dict[str, dict[str, float]], dict[str, Tensor]]:
+def run_losses(
+    case: Case, detector: Detector
+) -> tuple[dict[str, dict[str, float]], dict[str, Tensor]]:
     """The losses of the three kinds that a case stores, and the gradients (by our names) of the bitmaps' sum."""
-    kinds: dict[str, list[Target]] = {"losses_polygon": case.polygons, "losses_bitmask": case.bitmaps}
+    kinds: dict[str, list[Target]] = {
+        "losses_polygon": case.polygons,
+        "losses_bitmask": case.bitmaps,
+    }
     if len(case.bitmaps) > 1:
-        kinds["losses_image1_without_gt"] = [case.bitmaps[0], case.bitmaps[1][:0], *case.bitmaps[2:]]
+        kinds["losses_image1_without_gt"] = [
+            case.bitmaps[0],
+            case.bitmaps[1][:0],
+            *case.bitmaps[2:],
+        ]
     detector.train()
     losses, gradients = {}, {}
     for name, targets in kinds.items():
@@ -143,6 +174,8 @@ def run_losses(case: Case, detector: Detector) -> tuple[dict[str, dict[str, floa
             found = detector(case.images, targets, case.sizes)
         if name == "losses_bitmask":
             sum(found.values()).backward()
-            gradients = {n: p.grad.detach() for n, p in detector.named_parameters() if p.grad is not None}
+            gradients = {
+                n: p.grad.detach() for n, p in detector.named_parameters() if p.grad is not None
+            }
         losses[name] = {key: float(value.detach()) for key, value in found.items()}
     return losses, gradients

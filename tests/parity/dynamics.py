@@ -54,7 +54,9 @@ def train(folder: Path, by_polygon: bool) -> Run:
         sum(losses.values()).backward()
         optimizer.step()
         run.losses.append({name: float(value.detach()) for name, value in losses.items()})
-        run.norms.append({names[name]: float(p.detach().norm()) for name, p in detector.named_parameters()})
+        run.norms.append(
+            {names[name]: float(p.detach().norm()) for name, p in detector.named_parameters()}
+        )
     return run
 
 
@@ -69,11 +71,21 @@ def compare(folder: Path, runs: dict[str, Run], report: Report) -> None:
         elif kind == "batch":
             report.skip(name, "a text that says how it was made")
         elif run is None or lengths.get(kind.removeprefix("final_norms_"), STEPS) > STEPS:
-            report.out(name, f"a run that is not known here: {', '.join(runs)} of at most {STEPS} steps are")
+            report.out(
+                name,
+                f"a run that is not known here: {', '.join(runs)} of at most {STEPS} steps are",
+            )
         elif kind.startswith("final_norms_"):
-            compare_norms(name, values, run.norms[lengths.get(kind.removeprefix("final_norms_"), STEPS) - 1], report)
+            compare_norms(
+                name,
+                values,
+                run.norms[lengths.get(kind.removeprefix("final_norms_"), STEPS) - 1],
+                report,
+            )
         else:
-            compare_steps(name, values, run.losses, 1 if kind == "bitmask" else 2, kind == "polygon", report)
+            compare_steps(
+                name, values, run.losses, 1 if kind == "bitmask" else 2, kind == "polygon", report
+            )
         report.seen.add(name)
     report.all_seen([f"dynamics.{kind}" for kind in stored])
 
@@ -83,13 +95,20 @@ def compare_norms(name: str, stored: Losses, norms: dict[str, float], report: Re
     report.names(f"{name} names", norms, stored)
     for parameter in (parameter for parameter in stored if parameter in norms):
         if parameter.endswith("pos_embed"):
-            report.skip(f"{name}.{parameter}", "theirs counts the class token's row, which is not used")
+            report.skip(
+                f"{name}.{parameter}", "theirs counts the class token's row, which is not used"
+            )
         else:
             report.close(f"{name}.{parameter}", norms[parameter], stored[parameter], 1e-4, LATE)
 
 
 def compare_steps(
-    name: str, stored: list[Losses], losses: list[Losses], factor: int, by_polygon: bool, report: Report
+    name: str,
+    stored: list[Losses],
+    losses: list[Losses],
+    factor: int,
+    by_polygon: bool,
+    report: Report,
 ) -> None:
     """The total of each step within a share of itself; each loss within that share too, later of the total."""
     for step, theirs in enumerate(stored):

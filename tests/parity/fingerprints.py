@@ -23,7 +23,11 @@ from vitdet.models.roi_pool import pool
 from vitdet.weights.convert import mmdet, to_ours, to_theirs
 
 TOLERANCE = 2e-3
-RECIPES = {"vit_b": "mask_rcnn_vit_b_coco", "vitae_b": "mask_rcnn_vitae_b_coco", "vitae_s": "mask_rcnn_vitae_s_coco"}
+RECIPES = {
+    "vit_b": "mask_rcnn_vit_b_coco",
+    "vitae_b": "mask_rcnn_vitae_b_coco",
+    "vitae_s": "mask_rcnn_vitae_s_coco",
+}
 SPLIT = {"vitae_b": (2, 5, 8, 11)}  # blocks whose biases of queries and values stand apart
 SIDE, SEED = 1024, 123
 ROIS = torch.tensor([[10.0, 20, 300, 200], [500, 400, 560, 470], [0, 0, 1024, 1024]])
@@ -58,9 +62,12 @@ def build(tag: str) -> Detector:
     """One of the three detectors with the weights of the formula."""
     detector = build_detector(load_config(RECIPES[tag]).model)
     theirs = to_theirs(detector.state_dict(), mmdet(split=SPLIT.get(tag, ())))
-    made = {name: tensor if name.endswith("num_batches_tracked")
-            else torch.from_numpy(np.asarray(weight(name, tuple(tensor.shape)), np.float32))
-            for name, tensor in theirs.items()}
+    made = {
+        name: tensor
+        if name.endswith("num_batches_tracked")
+        else torch.from_numpy(np.asarray(weight(name, tuple(tensor.shape)), np.float32))
+        for name, tensor in theirs.items()
+    }
     detector.load_state_dict(to_ours(made, mmdet()))
     return detector.eval()
 
@@ -77,30 +84,45 @@ def stages(detector: Detector, images: Tensor) -> dict[str, Tensor]:
     logits, deltas = heads.run_stage(0, features, [ROIS])
     found |= {"roi_cls_score": logits, "roi_bbox_pred": deltas.flatten(1)}
     # The head gives each RoI's own class only; its last layer gives all.
-    hook = heads.mask.logits.register_forward_hook(lambda _, __, output: found.update(mask_logits=output))
-    heads.mask(pool(features, [ROIS], heads.strides, mask_head.BINS, 0), torch.zeros(len(ROIS), dtype=torch.long))
+    hook = heads.mask.logits.register_forward_hook(
+        lambda _, __, output: found.update(mask_logits=output)
+    )
+    heads.mask(
+        pool(features, [ROIS], heads.strides, mask_head.BINS, 0),
+        torch.zeros(len(ROIS), dtype=torch.long),
+    )
     hook.remove()
     return found
 
 
 def compute(folder: Path) -> dict[str, dict[str, dict]]:
     """Of fingerprints.json reads which detectors and stages there are and the places `index`, not the values there."""
-    wanted = {tag: {stage: entry["index"] for stage, entry in entries.items()}
-              for tag, entries in json.loads((folder / "fingerprints.json").read_text()).items()}
+    wanted = {
+        tag: {stage: entry["index"] for stage, entry in entries.items()}
+        for tag, entries in json.loads((folder / "fingerprints.json").read_text()).items()
+    }
     image = torch.from_numpy(drawn(SEED, (1, 3, SIDE, SIDE)))
     found = {}
     for tag in wanted.keys() & RECIPES.keys():
         with torch.no_grad():
             maps = stages(build(tag), image)
-        found[tag] = {stage: print_of(maps[stage], index) for stage, index in wanted[tag].items() if stage in maps}
+        found[tag] = {
+            stage: print_of(maps[stage], index)
+            for stage, index in wanted[tag].items()
+            if stage in maps
+        }
     return found
 
 
 def print_of(array: Tensor, index: list[int]) -> dict:
     """Shape, mean, deviation and the values at flat places of an array."""
     flat = array.flatten()
-    return {"shape": list(array.shape), "mean": float(flat.double().mean()), "std": float(flat.double().std()),
-            "value": flat[torch.tensor(index)].tolist()}
+    return {
+        "shape": list(array.shape),
+        "mean": float(flat.double().mean()),
+        "std": float(flat.double().std()),
+        "value": flat[torch.tensor(index)].tolist(),
+    }
 
 
 def compare(folder: Path, found: Mapping[str, Mapping[str, dict]], report: Report) -> None:
@@ -112,13 +134,21 @@ def compare(folder: Path, found: Mapping[str, Mapping[str, dict]], report: Repor
         for stage, entries in stages_of_tag.items():
             ours = found.get(tag, {}).get(stage)
             if ours is None:
-                report.out(f"{tag}.{stage}", "not compared: this check does not know the detector or the stage")
+                report.out(
+                    f"{tag}.{stage}",
+                    "not compared: this check does not know the detector or the stage",
+                )
                 continue
             for name, theirs in entries.items():
                 full = f"{tag}.{stage}.{name}"
                 if name == "index":
                     report.skip(full, "an input: the places of the values")
                 elif name in ours:
-                    report.close(full, np.array(ours[name]), np.array(theirs), 0.0 if name == "shape" else TOLERANCE)
+                    report.close(
+                        full,
+                        np.array(ours[name]),
+                        np.array(theirs),
+                        0.0 if name == "shape" else TOLERANCE,
+                    )
                 else:
                     report.out(full, "not compared: this check does not know the quantity")

@@ -35,7 +35,10 @@ from vitdet.weights.convert import to_ours
 
 EPS = 1e-5  # of the LNs in neck and heads
 EVERYTHING = 1_000_000
-BOX_HEADS = {"Shared4Conv1FCBBoxHead": (4, 1), "Shared2FCBBoxHead": (0, 2)}  # convolutions, fully connected layers
+BOX_HEADS = {
+    "Shared4Conv1FCBBoxHead": (4, 1),
+    "Shared2FCBBoxHead": (0, 2),
+}  # convolutions, fully connected layers
 INPUTS = ("img", "gt_boxes", "gt_labels", "gt_masks")
 
 
@@ -44,7 +47,9 @@ def match_of(assigner: dict) -> Match:
     if not assigner["match_low_quality"]:
         return match
     if assigner["min_pos_iou"] != assigner["neg_iou_thr"]:
-        raise ValueError(f"min_pos_iou: expected neg_iou_thr, {assigner['neg_iou_thr']}, got {assigner['min_pos_iou']}")
+        raise ValueError(
+            f"min_pos_iou: expected neg_iou_thr, {assigner['neg_iou_thr']}, got {assigner['min_pos_iou']}"
+        )
     return match_keeping_best
 
 
@@ -52,32 +57,70 @@ def build(model: dict) -> Detector:
     """The detector that the `model` of an mmdet config describes."""
     backbone = system_of(model["backbone"]).build(model["backbone"]).backbone
     channels, rpn, roi = model["neck"]["out_channels"], model["rpn_head"], model["roi_head"]
-    box, mask, train, test = roi["bbox_head"], roi["mask_head"], model["train_cfg"], model["test_cfg"]
-    pyramid = SimpleFeaturePyramid(backbone.out_channels, channels, backbone.stride, halve_channels=False, eps=EPS)
+    box, mask, train, test = (
+        roi["bbox_head"],
+        roi["mask_head"],
+        model["train_cfg"],
+        model["test_cfg"],
+    )
+    pyramid = SimpleFeaturePyramid(
+        backbone.out_channels, channels, backbone.stride, halve_channels=False, eps=EPS
+    )
     num_convs, num_fcs = BOX_HEADS[box["type"]]
-    stage = BoxHead(channels=channels, num_convs=num_convs, num_fcs=num_fcs, fc_dim=box["fc_out_channels"],
-                    num_classes=box["num_classes"], class_agnostic=box["reg_class_agnostic"], norm="norm_cfg" in box,
-                    eps=EPS)
+    stage = BoxHead(
+        channels=channels,
+        num_convs=num_convs,
+        num_fcs=num_fcs,
+        fc_dim=box["fc_out_channels"],
+        num_classes=box["num_classes"],
+        class_agnostic=box["reg_class_agnostic"],
+        norm="norm_cfg" in box,
+        eps=EPS,
+    )
     return Detector(
-        backbone=backbone, pyramid=pyramid,
+        backbone=backbone,
+        pyramid=pyramid,
         rpn=RPN(
-            channels=channels, strides=rpn["anchor_generator"]["strides"],
-            anchor_scale=rpn["anchor_generator"]["scales"][0], aspect_ratios=rpn["anchor_generator"]["ratios"],
-            num_convs=rpn["num_convs"], norm="norm_cfg" in rpn, eps=EPS, samples=EVERYTHING, positive_fraction=1.0,
-            iou_low=train["rpn"]["assigner"]["neg_iou_thr"], iou_high=train["rpn"]["assigner"]["pos_iou_thr"],
-            nms_iou=test["rpn"]["nms"]["iou_threshold"], pre_nms_train=train["rpn_proposal"]["nms_pre"],
-            post_nms_train=train["rpn_proposal"]["max_per_img"], pre_nms_test=test["rpn"]["nms_pre"],
-            post_nms_test=test["rpn"]["max_per_img"], divide_by_sampled=True, min_log_scale=-MAX_LOG_SCALE,
+            channels=channels,
+            strides=rpn["anchor_generator"]["strides"],
+            anchor_scale=rpn["anchor_generator"]["scales"][0],
+            aspect_ratios=rpn["anchor_generator"]["ratios"],
+            num_convs=rpn["num_convs"],
+            norm="norm_cfg" in rpn,
+            eps=EPS,
+            samples=EVERYTHING,
+            positive_fraction=1.0,
+            iou_low=train["rpn"]["assigner"]["neg_iou_thr"],
+            iou_high=train["rpn"]["assigner"]["pos_iou_thr"],
+            nms_iou=test["rpn"]["nms"]["iou_threshold"],
+            pre_nms_train=train["rpn_proposal"]["nms_pre"],
+            post_nms_train=train["rpn_proposal"]["max_per_img"],
+            pre_nms_test=test["rpn"]["nms_pre"],
+            post_nms_test=test["rpn"]["max_per_img"],
+            divide_by_sampled=True,
+            min_log_scale=-MAX_LOG_SCALE,
             match=match_of(train["rpn"]["assigner"]),
         ),
         roi_heads=RoIHeads(
-            stages=[stage], classification=SoftmaxClassification(box["num_classes"]), strides=pyramid.strides[:4],
-            mask=MaskHead(channels=channels, num_convs=mask["num_convs"], num_classes=mask["num_classes"],
-                          norm="norm_cfg" in mask, eps=EPS),
-            ious=[train["rcnn"]["assigner"]["pos_iou_thr"]], samples=EVERYTHING, positive_fraction=1.0,
-            mask_samples=EVERYTHING, sampling_ratio=roi["bbox_roi_extractor"]["roi_layer"]["sampling_ratio"],
-            score_threshold=test["rcnn"]["score_thr"], nms_iou=test["rcnn"]["nms"]["iou_threshold"],
-            max_detections=test["rcnn"]["max_per_img"], min_log_scale=-MAX_LOG_SCALE,
+            stages=[stage],
+            classification=SoftmaxClassification(box["num_classes"]),
+            strides=pyramid.strides[:4],
+            mask=MaskHead(
+                channels=channels,
+                num_convs=mask["num_convs"],
+                num_classes=mask["num_classes"],
+                norm="norm_cfg" in mask,
+                eps=EPS,
+            ),
+            ious=[train["rcnn"]["assigner"]["pos_iou_thr"]],
+            samples=EVERYTHING,
+            positive_fraction=1.0,
+            mask_samples=EVERYTHING,
+            sampling_ratio=roi["bbox_roi_extractor"]["roi_layer"]["sampling_ratio"],
+            score_threshold=test["rcnn"]["score_thr"],
+            nms_iou=test["rcnn"]["nms"]["iou_threshold"],
+            max_detections=test["rcnn"]["max_per_img"],
+            min_log_scale=-MAX_LOG_SCALE,
             match=match_of(train["rcnn"]["assigner"]),
         ),
     )
@@ -97,16 +140,25 @@ def compute(folder: Path) -> Computed:
     """Reads the settings, the weights, the image and the ground truth, and nothing else; runs the case."""
     config = json.loads((folder / "config.json").read_text())
     model, meta = config["model"], config["meta"]
-    inputs = {name: torch.from_numpy(array) for name, array in load(folder / "io.npz", INPUTS.__contains__).items()}
+    inputs = {
+        name: torch.from_numpy(array)
+        for name, array in load(folder / "io.npz", INPUTS.__contains__).items()
+    }
     detector = build(model)
-    weights = {name: torch.from_numpy(array) for name, array in load(folder / "weights.npz").items()}
-    detector.load_state_dict(to_ours(weights, system_of(model["backbone"]).layout(model["backbone"])))
+    weights = {
+        name: torch.from_numpy(array) for name, array in load(folder / "weights.npz").items()
+    }
+    detector.load_state_dict(
+        to_ours(weights, system_of(model["backbone"]).layout(model["backbone"]))
+    )
     detector.mean.zero_()  # the image is stored as the backbone sees it
     detector.std.fill_(1)
     sizes = torch.tensor([meta["img_shape"][:2]])
     target = Target(inputs["gt_boxes"], inputs["gt_labels"], Bitmaps(inputs["gt_masks"].bool()))
     with torch.no_grad():
-        arrays, bitmaps = run_test(detector.eval(), inputs["img"], sizes, tuple(meta["ori_shape"][:2]))
+        arrays, bitmaps = run_test(
+            detector.eval(), inputs["img"], sizes, tuple(meta["ori_shape"][:2])
+        )
         found = run_losses(detector.train(), inputs["img"], sizes, target)
     return Computed(arrays, bitmaps, found, model["roi_head"]["bbox_head"]["num_classes"])
 
@@ -128,12 +180,16 @@ def run_test(
     pooled = pool(features, [detections.boxes], heads.strides, mask_head.BINS, heads.sampling_ratio)
     found["det_mask_logits"] = heads.mask(pooled, detections.labels)
     height, width = (one / two for one, two in zip(original, sizes[0].tolist(), strict=True))
-    boxes = detections.boxes * torch.tensor([width, height, width, height])  # empty ones stay, as in mmdet
+    boxes = detections.boxes * torch.tensor(
+        [width, height, width, height]
+    )  # empty ones stay, as in mmdet
     found |= {"det_boxes": boxes, "det_scores": detections.scores, "det_labels": detections.labels}
     return found, paste(detections.masks, boxes, original)
 
 
-def run_losses(detector: Detector, image: Tensor, sizes: Tensor, target: Target) -> dict[str, Sequence[float] | float]:
+def run_losses(
+    detector: Detector, image: Tensor, sizes: Tensor, target: Target
+) -> dict[str, Sequence[float] | float]:
     """The losses by mmdet's names, those of the RPN a level, and the percentage of boxes whose class is found."""
     heads, rpn = detector.roi_heads, detector.rpn
     features = detector.pyramid(detector.backbone(image))
@@ -143,17 +199,27 @@ def run_losses(detector: Detector, image: Tensor, sizes: Tensor, target: Target)
     logits, _ = heads.run_stage(0, features, [assigned.boxes])
     right = logits.argmax(dim=1) == heads.labels(assigned, target)
     whole = detector(image, [target], sizes)
-    levels = rpn_losses(rpn, [x[0] for x in found.logits], [x[0] for x in found.deltas], found.anchors, target)
+    levels = rpn_losses(
+        rpn, [x[0] for x in found.logits], [x[0] for x in found.deltas], found.anchors, target
+    )
     return {
-        **levels, "loss_cls": float(whole["loss_cls"]), "loss_bbox": float(whole["loss_box_reg"]),
-        "loss_mask": float(whole["loss_mask"]), "acc": 100 * float(right.float().mean()),
-        "sum of loss_rpn_cls": float(whole["loss_rpn_cls"]), "sum of loss_rpn_bbox": float(whole["loss_rpn_loc"]),
+        **levels,
+        "loss_cls": float(whole["loss_cls"]),
+        "loss_bbox": float(whole["loss_box_reg"]),
+        "loss_mask": float(whole["loss_mask"]),
+        "acc": 100 * float(right.float().mean()),
+        "sum of loss_rpn_cls": float(whole["loss_rpn_cls"]),
+        "sum of loss_rpn_bbox": float(whole["loss_rpn_loc"]),
         "total": float(sum(whole.values())),
     }
 
 
 def rpn_losses(
-    rpn: RPN, logits: Sequence[Tensor], deltas: Sequence[Tensor], anchors: Sequence[Tensor], target: Target
+    rpn: RPN,
+    logits: Sequence[Tensor],
+    deltas: Sequence[Tensor],
+    anchors: Sequence[Tensor],
+    target: Target,
 ) -> dict[str, list[float]]:
     """What each level adds to the losses of one image: logits (N,), deltas (N, 4), anchors (N, 4) a level."""
     matched, positive, negative = rpn.sample(torch.cat(list(anchors)), target)

@@ -39,8 +39,11 @@ def compute(folder: Path) -> dict[str, tuple[dict[str, Tensor], list[str]]]:
     found = {}
     for tag, entry in config.items():
         start = f"{tag}/src/"
-        weights = {name.removeprefix(start): torch.from_numpy(array) for name, array in sources.items()
-                   if name.startswith(start)}
+        weights = {
+            name.removeprefix(start): torch.from_numpy(array)
+            for name, array in sources.items()
+            if name.startswith(start)
+        }
         torch.manual_seed(0)
         model = system_of(entry["backbone"]).build(entry["backbone"])
         layout = layout_of(list(weights))
@@ -52,7 +55,9 @@ def compute(folder: Path) -> dict[str, tuple[dict[str, Tensor], list[str]]]:
     return found
 
 
-def compare(folder: Path, found: dict[str, tuple[dict[str, Tensor], list[str]]], report: Report) -> None:
+def compare(
+    folder: Path, found: dict[str, tuple[dict[str, Tensor], list[str]]], report: Report
+) -> None:
     """Compares every tensor that the reference loaded, and the names that it left alone."""
     config = json.loads((folder / "config.json").read_text())
     stored = load(folder / "io.npz")
@@ -62,19 +67,41 @@ def compare(folder: Path, found: dict[str, tuple[dict[str, Tensor], list[str]]],
         inputs = {f"loading.{name}" for name in stored if name.startswith(f"{tag}/src/")}
         report.skip(f"loading.{tag}/src/*", f"{len(inputs)} inputs: they show in what is loaded")
         report.seen |= inputs
-        theirs = renamed({name.removeprefix(start): array for name, array in stored.items() if name.startswith(start)},
-                         layout, report, tag)
+        theirs = renamed(
+            {
+                name.removeprefix(start): array
+                for name, array in stored.items()
+                if name.startswith(start)
+            },
+            layout,
+            report,
+            tag,
+        )
         for name, expected in theirs.items():
-            report.close(f"loading.{tag}.{name}", ours[name], expected, RESIZED if "pos_embed" in name else 0.0)
+            report.close(
+                f"loading.{tag}.{name}",
+                ours[name],
+                expected,
+                RESIZED if "pos_embed" in name else 0.0,
+            )
         more = more_than_the_reference(entry, layout)
         if more:
-            report.skip(f"loading.{tag}.lost", f"{len(more)} tensors of the file that the reference has no place for")
+            report.skip(
+                f"loading.{tag}.lost",
+                f"{len(more)} tensors of the file that the reference has no place for",
+            )
         loaded = [name for name in ours if name not in fresh]
         report.names(f"loading.{tag}.loaded", set(loaded) - more, theirs)
         left = {rename(f"backbone.{name}", layout) or name for name in entry["left_at_init"]}
-        report.names(f"loading.{tag}.left_at_init", fresh, {name for name in left if name in ours} - more)
+        report.names(
+            f"loading.{tag}.left_at_init", fresh, {name for name in left if name in ours} - more
+        )
         listed = {f"{start}{name}" for name in entry["loaded"]}
-        report.names(f"loading.{tag}.list of loaded", listed, [name for name in stored if name.startswith(start)])
+        report.names(
+            f"loading.{tag}.list of loaded",
+            listed,
+            [name for name in stored if name.startswith(start)],
+        )
         report.skip(f"loading.{tag}.unused_source", "names of the reference's own bookkeeping")
     report.all_seen([f"loading.{name}" for name in stored])
 
@@ -84,15 +111,27 @@ def more_than_the_reference(entry: dict, layout: Format) -> set[str]:
     values for the global blocks of a ViTAE, and everything if it knows none of the file's names.
     """
     left = entry["left_at_init"]
-    more = {f"backbone.{name.rpartition('.')[0]}.qkv.bias" for name in left if name.endswith(("q_bias", "v_bias"))}
+    more = {
+        f"backbone.{name.rpartition('.')[0]}.qkv.bias"
+        for name in left
+        if name.endswith(("q_bias", "v_bias"))
+    }
     if not entry["loaded"]:
-        kept = [name for name in left
-                if not name.startswith(("norm.", "fpn")) and not name.endswith(("rel_pos_h", "rel_pos_w"))]
+        kept = [
+            name
+            for name in left
+            if not name.startswith(("norm.", "fpn"))
+            and not name.endswith(("rel_pos_h", "rel_pos_w"))
+        ]
         more |= {rename(f"backbone.{name}", layout) or name for name in kept}
     return more
 
 
-def renamed(arrays: dict[str, np.ndarray], layout: Format, report: Report, tag: str) -> dict[str, Tensor]:
+def renamed(
+    arrays: dict[str, np.ndarray], layout: Format, report: Report, tag: str
+) -> dict[str, Tensor]:
     """Our names of the reference's tensors; all of them are compared under these."""
     report.seen |= {f"loading.{tag}/dst/{name}" for name in arrays}
-    return to_ours({f"backbone.{name}": torch.from_numpy(array) for name, array in arrays.items()}, layout)
+    return to_ours(
+        {f"backbone.{name}": torch.from_numpy(array) for name, array in arrays.items()}, layout
+    )

@@ -21,7 +21,9 @@ def compute(folder: Path) -> dict[str, np.ndarray]:
     """{tag/out: normalised canvas (3, S, S), tag/img_shape, tag/scale_factor} of each tag's image."""
     config = json.loads((folder / "config.json").read_text())
     inputs = load(folder / "io.npz", lambda name: name.endswith("/bgr"))
-    parts = Detector(backbone=nn.Identity(), pyramid=nn.Identity(), rpn=nn.Identity(), roi_heads=nn.Identity())
+    parts = Detector(
+        backbone=nn.Identity(), pyramid=nn.Identity(), rpn=nn.Identity(), roi_heads=nn.Identity()
+    )
     ours = {}
     for name, bgr in inputs.items():
         tag = name.removesuffix("/bgr")
@@ -29,9 +31,13 @@ def compute(folder: Path) -> dict[str, np.ndarray]:
         canvas, size = resize_and_pad(np.ascontiguousarray(bgr[..., ::-1]), side, antialias=False)
         normal = parts.normalize(torch.from_numpy(canvas)[None], torch.tensor([size]))
         factors = np.array([size[1] / bgr.shape[1], size[0] / bgr.shape[0]] * 2)
-        ours |= {f"{tag}/out": normal[0].numpy(), f"{tag}/img_shape": np.array([*size, 3]),
-                 f"{tag}/pad_shape": np.array([*canvas.shape[1:], 3]), f"{tag}/scale_factor": factors,
-                 f"{tag}/ori_shape": np.array(bgr.shape)}
+        ours |= {
+            f"{tag}/out": normal[0].numpy(),
+            f"{tag}/img_shape": np.array([*size, 3]),
+            f"{tag}/pad_shape": np.array([*canvas.shape[1:], 3]),
+            f"{tag}/scale_factor": factors,
+            f"{tag}/ori_shape": np.array(bgr.shape),
+        }
     return ours
 
 
@@ -39,14 +45,20 @@ def compare(folder: Path, found: dict[str, np.ndarray], report: Report) -> None:
     """Compares each tag's canvas, shapes and factors."""
     stored = load(folder / "io.npz")
     config = json.loads((folder / "config.json").read_text())
-    stored |= {f"{tag}/{key}": np.array(value) for tag, values in config.items() for key, value in values.items()}
+    stored |= {
+        f"{tag}/{key}": np.array(value)
+        for tag, values in config.items()
+        for key, value in values.items()
+    }
     tolerances = {"out": GREY_LEVEL, "scale_factor": 1e-6}
     for name in stored:
         if name.endswith("/bgr"):
             report.skip(f"pipeline.{name}", "an input: it shows in what is made of it")
     for name, ours in found.items():
         if name in stored:
-            report.close(f"pipeline.{name}", ours, stored[name], tolerances.get(name.split("/")[-1], 0.0))
+            report.close(
+                f"pipeline.{name}", ours, stored[name], tolerances.get(name.split("/")[-1], 0.0)
+            )
         else:
             report.out(f"pipeline.{name}", "computed here but not stored")
     report.all_seen([f"pipeline.{name}" for name in stored])

@@ -19,7 +19,11 @@ class Report:
     seen: set[str] = field(default_factory=set)
 
     def close(
-        self, name: str, ours: np.ndarray | Tensor | float, theirs: np.ndarray | float, absolute: float,
+        self,
+        name: str,
+        ours: np.ndarray | Tensor | float,
+        theirs: np.ndarray | float,
+        absolute: float,
         relative: float = 0.0,
     ) -> None:
         """|ours - theirs| <= absolute + relative * |theirs| everywhere; NaN, or another shape, is out."""
@@ -78,4 +82,6 @@ class Report:
 
 
 def _array(value: np.ndarray | Tensor | float) -> np.ndarray:
-    return np.asarray(value.detach().cpu().numpy() if isinstance(value, Tensor) else value).astype(np.float64)
+    return np.asarray(value.detach().cpu().numpy() if isinstance(value, Tensor) else value).astype(
+        np.float64
+    )

@@ -16,7 +16,10 @@ LONGEST = 128
 def compute(folder: Path) -> dict[str, np.ndarray]:
     """Our resize of each in{i}, by the name out{i}."""
     inputs = load(folder / "io.npz", lambda name: name.startswith("in"))
-    return {f"out{name.removeprefix('in')}": resize_longest(pixels, LONGEST) for name, pixels in inputs.items()}
+    return {
+        f"out{name.removeprefix('in')}": resize_longest(pixels, LONGEST)
+        for name, pixels in inputs.items()
+    }
 
 
 def compare(folder: Path, found: dict[str, np.ndarray], report: Report) -> None:

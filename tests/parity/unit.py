@@ -22,7 +22,10 @@ INPUTS = ("pool_boxes", *MAPS, "bt_src", "bt_tgt", "bt_deltas_in", "match_iou")
 
 def compute(folder: Path) -> dict[str, Tensor]:
     """What our functions make of the inputs among the arrays of unit.npz."""
-    inputs = {k: torch.from_numpy(v) for k, v in load(folder / "unit.npz", lambda name: name in INPUTS).items()}
+    inputs = {
+        k: torch.from_numpy(v)
+        for k, v in load(folder / "unit.npz", lambda name: name in INPUTS).items()
+    }
     boxes = inputs["pool_boxes"]
     features = [inputs[name] for name in MAPS]
     ours = {"pool_levels_minus2": assign_levels(boxes, 4, STRIDES[0])}
@@ -30,17 +33,33 @@ def compute(folder: Path) -> dict[str, Tensor]:
         ours[f"pool_out_{bins}"] = pool(features, [boxes], STRIDES[:4], bins, sampling_ratio=0)
     grids = [(1024 // stride, 1024 // stride) for stride in STRIDES]
     for level, anchors in enumerate(grid_anchors(grids, STRIDES, 8.0, (0.5, 1.0, 2.0)), start=2):
-        ours |= {f"anchors1024_p{level}_first6": anchors[:6], f"anchors1024_p{level}_last3": anchors[-3:],
-                 f"anchors1024_p{level}_count": torch.tensor(len(anchors))}
+        ours |= {
+            f"anchors1024_p{level}_first6": anchors[:6],
+            f"anchors1024_p{level}_last3": anchors[-3:],
+            f"anchors1024_p{level}_count": torch.tensor(len(anchors)),
+        }
     source, target, deltas = inputs["bt_src"], inputs["bt_tgt"], inputs["bt_deltas_in"]
-    for factor, weights in ((1, (1.0, 1.0, 1.0, 1.0)), (10, (10.0, 10.0, 5.0, 5.0)), (30, (30.0, 30.0, 15.0, 15.0))):
+    for factor, weights in (
+        (1, (1.0, 1.0, 1.0, 1.0)),
+        (10, (10.0, 10.0, 5.0, 5.0)),
+        (30, (30.0, 30.0, 15.0, 15.0)),
+    ):
         ours[f"bt_get_w{factor}"] = encode(source, target, weights)
-        ours[f"bt_apply_w{factor}"] = decode(source, deltas.unflatten(1, (-1, 4)), weights).flatten(1)
-    for name, low, high, matching in (("rpn", 0.3, 0.7, match_keeping_own), ("roi", 0.5, 0.5, match)):
+        ours[f"bt_apply_w{factor}"] = decode(source, deltas.unflatten(1, (-1, 4)), weights).flatten(
+            1
+        )
+    for name, low, high, matching in (
+        ("rpn", 0.3, 0.7, match_keeping_own),
+        ("roi", 0.5, 0.5, match),
+    ):
         matched = matching(inputs["match_iou"], low, high)
-        ours[f"match_{name}_label"] = torch.where(matched == IGNORE, -1, torch.where(matched == BACKGROUND, 0, 1))
+        ours[f"match_{name}_label"] = torch.where(
+            matched == IGNORE, -1, torch.where(matched == BACKGROUND, 0, 1)
+        )
         # Theirs names the best ground truth of boxes that learn from none as well.
-        ours[f"match_{name}_idx"] = torch.where(matched >= 0, matched, inputs["match_iou"].argmax(dim=0))
+        ours[f"match_{name}_idx"] = torch.where(
+            matched >= 0, matched, inputs["match_iou"].argmax(dim=0)
+        )
     return ours
 
 
@@ -53,6 +72,15 @@ def compare(folder: Path, found: dict[str, Tensor], report: Report) -> None:
         if name not in stored:
             report.out(f"unit.{name}", "computed here but not stored")
             continue
-        scale = float(np.abs(stored[name]).max()) if ours.is_floating_point() and stored[name].size else 0.0
-        report.close(f"unit.{name}", ours, stored[name], 1e-5 + 1e-6 * scale if ours.is_floating_point() else 0.0)
+        scale = (
+            float(np.abs(stored[name]).max())
+            if ours.is_floating_point() and stored[name].size
+            else 0.0
+        )
+        report.close(
+            f"unit.{name}",
+            ours,
+            stored[name],
+            1e-5 + 1e-6 * scale if ours.is_floating_point() else 0.0,
+        )
     report.all_seen([f"unit.{name}" for name in stored])

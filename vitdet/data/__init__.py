@@ -35,20 +35,30 @@ from vitdet.types import Batch, Polygons, Target
 
 log = logging.getLogger(__name__)
 
-CACHE = 1 << 28  # bytes: a training split whose decoded images fit stays in memory, images and outlines
+CACHE = (
+    1 << 28
+)  # bytes: a training split whose decoded images fit stays in memory, images and outlines
 
 LARGEST = 31 << 20  # bytes, just below the most that glibc learns from
 
-FILES = 1 << 16  # each tensor of a batch that comes from a worker is an open file; 1,024, the usual limit, is too few
+FILES = (
+    1 << 16
+)  # each tensor of a batch that comes from a worker is an open file; 1,024, the usual limit, is too few
 
 REDRAWS = 100  # images tried for one place in a batch until a crop holds an object
 
-COCO_URL = re.compile(rb'"coco_url": *"[^"]*?([^/"]+/[^/"]+)"')  # reading 1 GB as JSON takes a minute
+COCO_URL = re.compile(
+    rb'"coco_url": *"[^"]*?([^/"]+/[^/"]+)"'
+)  # reading 1 GB as JSON takes a minute
 
-Sample = tuple[Target | None, tuple[int, int], int, tuple[int, int]]  # all but the pixels: targets, size, id, source
+Sample = tuple[
+    Target | None, tuple[int, int], int, tuple[int, int]
+]  # all but the pixels: targets, size, id, source
 
 
-def read_split(data: DataConfig, split: str, tree: dict | None = None, look: bool = True) -> CocoSplit:
+def read_split(
+    data: DataConfig, split: str, tree: dict | None = None, look: bool = True
+) -> CocoSplit:
     """The split's records; with data.max_images, only the so many images of lowest id that hold an object.
 
     tree: the content of the annotation file, if it was read before. look: whether files are compared with what they
@@ -60,13 +70,17 @@ def read_split(data: DataConfig, split: str, tree: dict | None = None, look: boo
         inventory.look(Path(data.root), *files)
     found = read_coco(*files, by_url=data.dataset == "lvis", tree=tree)
     if not found.records.counts().any():
-        raise ValueError(f"{data.root}: no image of {split} holds an object to learn from or to find")
+        raise ValueError(
+            f"{data.root}: no image of {split} holds an object to learn from or to find"
+        )
     if data.max_images:
         found = replace(found, records=_with_objects(found)[: data.max_images])
     gone = [path for path in found.records.paths() if not os.path.isfile(path)] if look else []
     if gone:
-        raise FileNotFoundError(f"{gone[0]}: no such file, and {len(gone) - 1} more images of the annotations "
-                                f"are missing; `vitdet data check {data.root}` lists all problems")
+        raise FileNotFoundError(
+            f"{gone[0]}: no such file, and {len(gone) - 1} more images of the annotations "
+            f"are missing; `vitdet data check {data.root}` lists all problems"
+        )
     return found
 
 
@@ -80,7 +94,9 @@ class TrainData(Dataset):
         self.split = split
         self.records = _with_objects(split)
         if not self.records:
-            raise ValueError(f"{data.root}: no image of {data.train_split} holds an object to learn from")
+            raise ValueError(
+                f"{data.root}: no image of {data.train_split} holds an object to learn from"
+            )
         self.without_objects = len(split.records) - len(self.records)
         self.data = data
         self.seed = seed
@@ -107,21 +123,34 @@ class TrainData(Dataset):
             if sample is not None:
                 return sample
             index = int(rng.integers(len(self.records)))
-        raise ValueError(f"{self.data.root}: {REDRAWS} crops one after the other without any object: the objects are "
-                         "too few or have no area; data.redraw_empty=false takes such crops as they are")
+        raise ValueError(
+            f"{self.data.root}: {REDRAWS} crops one after the other without any object: the objects are "
+            "too few or have no area; data.redraw_empty=false takes such crops as they are"
+        )
 
     def _crop(self, index: int, rng: np.random.Generator, canvas: np.ndarray) -> Sample | None:
         """The image under an affine drawn now; None if that shows no object and data.redraw_empty is set."""
         record, data = self.records[index], self.data
-        affine = jitter(rng, (record.height, record.width), data.image_size, data.scale_range, data.flip,
-                        data.transpose, data.color_jitter, data.diagonal_crop)
+        affine = jitter(
+            rng,
+            (record.height, record.width),
+            data.image_size,
+            data.scale_range,
+            data.flip,
+            data.transpose,
+            data.color_jitter,
+            data.diagonal_crop,
+        )
         image, edges = self._load(index, record)
         edges = affine.edges(edges)
         boxes, keep = visible_boxes(edges, affine.size)
         if data.redraw_empty and not keep.any():
             return None
-        target = Target(torch.from_numpy(boxes[keep]), torch.from_numpy(record.labels[keep]),
-                        Polygons(torch.from_numpy(edges[keep])))
+        target = Target(
+            torch.from_numpy(boxes[keep]),
+            torch.from_numpy(record.labels[keep]),
+            Polygons(torch.from_numpy(edges[keep])),
+        )
         pad(affine.seen(image, data.antialias), canvas)
         return target, affine.size, record.image_id, affine.source
 
@@ -156,11 +185,15 @@ class ValData(Dataset):
         """The image on the black `canvas` (3, S, S) uint8, and what is known of it."""
         record = self.records[index]
         source = (record.height, record.width)
-        _, size = resize_and_pad(read_image(record.path, source), self.image_size, self.antialias, canvas)
+        _, size = resize_and_pad(
+            read_image(record.path, source), self.image_size, self.antialias, canvas
+        )
         return None, size, record.image_id, source
 
 
-def make_batch(draw: Callable[[int, np.ndarray], Sample], indices: Sequence[int], size: int) -> Batch:
+def make_batch(
+    draw: Callable[[int, np.ndarray], Sample], indices: Sequence[int], size: int
+) -> Batch:
     """The samples of `indices` as one batch. Each writes its pixels to their place in it: a worker holds them once.
 
     Without ground truth, the targets are an empty list.
@@ -169,11 +202,18 @@ def make_batch(draw: Callable[[int, np.ndarray], Sample], indices: Sequence[int]
     if get_worker_info() is None:
         images = torch.zeros(shape, dtype=torch.uint8)
     else:  # in what the processes share, where torch would copy it to, as `default_collate` does; new, it is zero
-        images = torch.empty(0, dtype=torch.uint8).set_(torch.UntypedStorage._new_shared(math.prod(shape)), 0, shape)
+        images = torch.empty(0, dtype=torch.uint8).set_(
+            torch.UntypedStorage._new_shared(math.prod(shape)), 0, shape
+        )
     samples = [draw(index, canvas) for index, canvas in zip(indices, images.numpy(), strict=True)]
     targets, sizes, image_ids, originals = zip(*samples, strict=True)
-    return Batch(images, [target for target in targets if target is not None],
-                 torch.tensor(sizes), tuple(image_ids), torch.tensor(originals))
+    return Batch(
+        images,
+        [target for target in targets if target is not None],
+        torch.tensor(sizes),
+        tuple(image_ids),
+        torch.tensor(originals),
+    )
 
 
 def as_it_is(batch: Batch) -> Batch:
@@ -182,7 +222,13 @@ def as_it_is(batch: Batch) -> Batch:
 
 
 def train_loader(
-    data: DataConfig, batch_size: int, seed: int, start_step: int, steps: int, rank: int = 0, world_size: int = 1
+    data: DataConfig,
+    batch_size: int,
+    seed: int,
+    start_step: int,
+    steps: int,
+    rank: int = 0,
+    world_size: int = 1,
 ) -> DataLoader:
     """Batches of this rank for the steps start_step..steps-1; `batch_size` counts the images of all ranks.
 
@@ -193,13 +239,20 @@ def train_loader(
     dropped = dataset.split.dropped
     if dropped and rank == 0:
         counts = ", ".join(f"{count} {reason}" for reason, count in sorted(dropped.items()))
-        log.warning("%s: objects left out of training: %s", split_files(data, data.train_split)[0], counts)
+        log.warning(
+            "%s: objects left out of training: %s", split_files(data, data.train_split)[0], counts
+        )
     sampler = _Steps(batch_size, start_step, steps, rank, world_size)
     return DataLoader(dataset, batch_sampler=sampler, **_processes(data.workers))
 
 
-def val_loader(data: DataConfig, batch_size: int, rank: int = 0, world_size: int = 1, split: CocoSplit | None = None,
-               ) -> DataLoader:
+def val_loader(
+    data: DataConfig,
+    batch_size: int,
+    rank: int = 0,
+    world_size: int = 1,
+    split: CocoSplit | None = None,
+) -> DataLoader:
     """Batches of this rank's part of the validation images, also those without objects, in order of image id.
 
     The ranks' parts, one after the other, are all images once. split: the validation split, if it was read before.
@@ -207,7 +260,11 @@ def val_loader(data: DataConfig, batch_size: int, rank: int = 0, world_size: int
     """
     records = (split or read_split(data, data.val_split)).records
     part = records[len(records) * rank // world_size : len(records) * (rank + 1) // world_size]
-    return DataLoader(ValData(part, data.image_size, data.antialias), batch_size=batch_size, **_processes(data.workers))
+    return DataLoader(
+        ValData(part, data.image_size, data.antialias),
+        batch_size=batch_size,
+        **_processes(data.workers),
+    )
 
 
 def dataset_digest(data: DataConfig) -> str:
@@ -225,9 +282,14 @@ def dataset_digest(data: DataConfig) -> str:
             digest.update(f"\n{split}\n".encode() + hashlib.file_digest(file, "sha256").digest())
         found = _files(images)
         if data.dataset == "lvis":
-            found = (str(images / name.decode()) for name in set(COCO_URL.findall(annotations.read_bytes())))
+            found = (
+                str(images / name.decode())
+                for name in set(COCO_URL.findall(annotations.read_bytes()))
+            )
         start = len(str(images)) + 1
-        files = sorted((path[start:], os.stat(path).st_size) for path in found if os.path.isfile(path))
+        files = sorted(
+            (path[start:], os.stat(path).st_size) for path in found if os.path.isfile(path)
+        )
         digest.update("\n".join(f"{name} {size}" for name, size in files).encode())
     return digest.hexdigest()[:16]
 
@@ -237,7 +299,9 @@ def _files(folder: Path) -> Iterator[str]:
 
 
 class _Steps(Sampler):
-    def __init__(self, batch_size: int, start_step: int, steps: int, rank: int, world_size: int) -> None:
+    def __init__(
+        self, batch_size: int, start_step: int, steps: int, rank: int, world_size: int
+    ) -> None:
         self.count = max(steps - start_step, 0)
         self.arguments = (start_step, batch_size, rank, world_size)
         positions(*self.arguments)  # complains here, not in the loop
@@ -267,9 +331,16 @@ def _processes(workers: int) -> dict:
     most = FILES if hard == resource.RLIM_INFINITY else min(FILES, hard)
     if soft != resource.RLIM_INFINITY and soft < most:
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
-    multiprocessing.set_forkserver_preload(["__main__", __name__])  # where a server forks workers, it imports torch
-    return {"num_workers": workers, "persistent_workers": workers > 0, "collate_fn": as_it_is,
-            "pin_memory": torch.cuda.is_available(), "worker_init_fn": _start_worker}
+    multiprocessing.set_forkserver_preload(
+        ["__main__", __name__]
+    )  # where a server forks workers, it imports torch
+    return {
+        "num_workers": workers,
+        "persistent_workers": workers > 0,
+        "collate_fn": as_it_is,
+        "pin_memory": torch.cuda.is_available(),
+        "worker_init_fn": _start_worker,
+    }
 
 
 def _start_worker(worker: int) -> None:

@@ -13,7 +13,10 @@ BLOCK = 16  # rows at a time, so that they stay in the processor's cache
 
 
 def resize_bilinear(
-    image: np.ndarray, scaled: tuple[int, int], offset: tuple[int, int] = (0, 0), size: tuple[int, int] | None = None
+    image: np.ndarray,
+    scaled: tuple[int, int],
+    offset: tuple[int, int] = (0, 0),
+    size: tuple[int, int] | None = None,
 ) -> np.ndarray:
     """The part of (height, width) `size` at `offset` (top, left) of an image (H, W, 3) uint8 resized to `scaled`.
 
@@ -43,7 +46,9 @@ def resize_bilinear(
     return seen
 
 
-def _neighbours(source: int, scaled: int, start: int, count: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _neighbours(
+    source: int, scaled: int, start: int, count: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Of pixels start..start+count-1 of a resized axis: both neighbours (count,), the second one's weight int32."""
     place = ((np.arange(start, start + count) + 0.5) * (source / scaled) - 0.5).astype(np.float32)
     low = np.floor(place)

@@ -30,18 +30,25 @@ def check(folder: Path | str, splits: Sequence[str] | None = None, images: bool 
     image file, on all processors, which takes most of the time; else only whether it is there.
     """
     report = Report(Path(folder))
-    found = [(prefix, path.stem.removeprefix(prefix)) for prefix in PREFIXES
-             for path in sorted(report.folder.glob(f"annotations/{prefix}*.json"))]
+    found = [
+        (prefix, path.stem.removeprefix(prefix))
+        for prefix in PREFIXES
+        for path in sorted(report.folder.glob(f"annotations/{prefix}*.json"))
+    ]
     if splits is not None:
         there = {name: [pair for pair in found if pair[1] == name] for name in splits}
         found = [pair for name, pairs in there.items() for pair in pairs or [(PREFIXES[0], name)]]
     elif not found:
-        report.error("no annotation file", f"expected {report.folder}/annotations/instances_SPLIT.json")
+        report.error(
+            "no annotation file", f"expected {report.folder}/annotations/instances_SPLIT.json"
+        )
     checked = [_Split(report, prefix, name) for prefix, name in found]
     for split in checked:
         split.check()
     digests = [split.read_images() if images else split.find_images() for split in checked]
-    for (first, its_digests), (second, other_digests) in combinations(zip(checked, digests, strict=True), 2):
+    for (first, its_digests), (second, other_digests) in combinations(
+        zip(checked, digests, strict=True), 2
+    ):
         if first.lvis == second.lvis:  # one picture may well be in COCO and in LVIS
             _compare(report, first, second, its_digests, other_digests)
     return report
@@ -76,9 +83,17 @@ class _Split:
                 self.report.splits[self.name] = tuple(map(len, tables.values()))
                 for _ in self.judge.annotations(tables["annotations"]):
                     pass
-                if not self.judge.instances and kinds == len(self.report.errors):  # else these say why
-                    say = self._warning if "test" in self.name else self._error  # its answers may be secret
-                    say("no object to learn from or to find", "annotations", f"{len(tables['annotations'])} entries")
+                if not self.judge.instances and kinds == len(
+                    self.report.errors
+                ):  # else these say why
+                    say = (
+                        self._warning if "test" in self.name else self._error
+                    )  # its answers may be secret
+                    say(
+                        "no object to learn from or to find",
+                        "annotations",
+                        f"{len(tables['annotations'])} entries",
+                    )
 
     def find_images(self) -> dict[int, str]:
         """No digests; the files that are not there become errors."""
@@ -126,28 +141,49 @@ class _Split:
             return "image file that is truncated or no image", f": {error}", digest
         size = self.judge.sizes.get(image_id)
         if size not in (None, found):
-            return ("image of another size than annotated", f": {found[1]} x {found[0]}, annotated {size[1]} x "
-                    f"{size[0]} (width x height){exchanged(found, size)}", digest)
+            return (
+                "image of another size than annotated",
+                f": {found[1]} x {found[0]}, annotated {size[1]} x "
+                f"{size[0]} (width x height){exchanged(found, size)}",
+                digest,
+            )
         return "", "", digest
 
 
-def _compare(report: Report, first: _Split, second: _Split, first_digests: dict[int, str],
-             second_digests: dict[int, str]) -> None:
+def _compare(
+    report: Report,
+    first: _Split,
+    second: _Split,
+    first_digests: dict[int, str],
+    second_digests: dict[int, str],
+) -> None:
     """What two splits must not share; pictures are compared where both were read, else ids and file names."""
     one, two = first.judge, second.judge
     pair = f"{first.file} and {second.file}"
-    if one.categories != two.categories and first.name in report.splits and second.name in report.splits:
+    if (
+        one.categories != two.categories
+        and first.name in report.splits
+        and second.name in report.splits
+    ):
         differing = sorted(set(one.categories.items()) ^ set(two.categories.items()))
         report.error("categories that differ between splits", f"{pair}: {show(differing)}")
     image_of = {digest: image_id for image_id, digest in first_digests.items()}
     for image_id, digest in second_digests.items():
         if digest in image_of:
-            report.error("picture in two splits",
-                  f"{pair}: image {image_of[digest]} and image {image_id}, {show(two.names[image_id])}")
+            report.error(
+                "picture in two splits",
+                f"{pair}: image {image_of[digest]} and image {image_id}, {show(two.names[image_id])}",
+            )
     by_name = {name: image_id for image_id, name in two.names.items()}
-    same_id = [("image id in two splits", str(key), key, key) for key in one.sizes.keys() & two.sizes.keys()]
-    same_name = [("file name in two splits", show(name), key, by_name[name]) for key, name in one.names.items()
-                 if name in by_name]
+    same_id = [
+        ("image id in two splits", str(key), key, key)
+        for key in one.sizes.keys() & two.sizes.keys()
+    ]
+    same_name = [
+        ("file name in two splits", show(name), key, by_name[name])
+        for key, name in one.names.items()
+        if name in by_name
+    ]
     for kind, value, key, other in sorted(same_id, key=lambda entry: entry[2]) + same_name:
         digests = first_digests.get(key), second_digests.get(other)
         if None in digests:  # not read: it may be the same picture

@@ -46,7 +46,9 @@ class CocoSplit:
     dropped: dict[str, int]  # reason -> objects left out
 
 
-def read_coco(annotations: Path | str, images: Path | str, by_url: bool = False, tree: dict | None = None) -> CocoSplit:
+def read_coco(
+    annotations: Path | str, images: Path | str, by_url: bool = False, tree: dict | None = None
+) -> CocoSplit:
     """The records of an annotation file whose images lie in the folder `images` (no image is opened).
 
     by_url: under the last two parts of their coco_url where they have one, as LVIS's do; else under their file_name.
@@ -73,7 +75,9 @@ def _named(path: Path) -> Iterator[None]:
     try:
         yield
     except ValueError as error:
-        raise ValueError(f"{path}: {error}; `vitdet data check {path.parent.parent}` lists all problems") from error
+        raise ValueError(
+            f"{path}: {error}; `vitdet data check {path.parent.parent}` lists all problems"
+        ) from error
 
 
 def image_counts(stated: list[object], records: Records) -> tuple[int, ...]:
@@ -94,9 +98,11 @@ def read_image(path: Path, size: tuple[int, int] | None = None) -> Image.Image:
     except (FileNotFoundError, ValueError) as error:
         raise ImageError(f"{error}; `vitdet data check --images` lists all such files") from error
     if size is not None and (image.height, image.width) != size:
-        raise ImageError(f"{path}: {image.width} x {image.height} pixels, but the annotations say {size[1]} x "
-                         f"{size[0]}{exchanged((image.height, image.width), size)}; `vitdet data check --images` lists "
-                         "all such files")
+        raise ImageError(
+            f"{path}: {image.width} x {image.height} pixels, but the annotations say {size[1]} x "
+            f"{size[0]}{exchanged((image.height, image.width), size)}; `vitdet data check --images` lists "
+            "all such files"
+        )
     return image
 
 
@@ -112,10 +118,14 @@ def _read(path: Path, mapped: bool = True) -> object:
     try:
         return read_entries(path, mapped)
     except FileNotFoundError:
-        raise FileNotFoundError(f"{path}: no such annotation file; expected ROOT/annotations/instances_SPLIT.json "
-                                "(data.dataset=lvis: lvis_v1_SPLIT.json), see data.root and data.*_split") from None
+        raise FileNotFoundError(
+            f"{path}: no such annotation file; expected ROOT/annotations/instances_SPLIT.json "
+            "(data.dataset=lvis: lvis_v1_SPLIT.json), see data.root and data.*_split"
+        ) from None
     except ValueError as error:
-        raise ValueError(f"{path}: broken JSON ({error}); write or download the file again") from error
+        raise ValueError(
+            f"{path}: broken JSON ({error}); write or download the file again"
+        ) from error
 
 
 def _split(content: dict, images: Path, by_url: bool) -> CocoSplit:
@@ -129,9 +139,18 @@ def _split(content: dict, images: Path, by_url: bool) -> CocoSplit:
         if reason:
             dropped[reason] += 1
         else:
-            objects.append(row_of[annotation["image_id"]], label_of[annotation["category_id"]], annotation["bbox"],
-                           annotation["segmentation"])
+            objects.append(
+                row_of[annotation["image_id"]],
+                label_of[annotation["category_id"]],
+                annotation["bbox"],
+                annotation["segmentation"],
+            )
     heads = [(image_id, *judge.sizes[image_id]) for image_id in image_ids]
     records = Records.of(images, [judge.names[image_id] for image_id in image_ids], heads, objects)
-    return CocoSplit(tuple(judge.categories[category] for category in category_ids), tuple(category_ids), records,
-                     image_counts([judge.stated[category] for category in category_ids], records), dict(dropped))
+    return CocoSplit(
+        tuple(judge.categories[category] for category in category_ids),
+        tuple(category_ids),
+        records,
+        image_counts([judge.stated[category] for category in category_ids], records),
+        dict(dropped),
+    )

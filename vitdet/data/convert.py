@@ -47,15 +47,19 @@ def convert(source: Path, target: Path, kind: str = "", copy: bool = False) -> C
         (temporary / "annotations").mkdir()
         writer = _Writer(temporary, found, copy)
         counts = {split: writer.write(split) for split in found.splits}
-    return Converted(counts, found.class_names, {note: count for note, count in found.notes.items() if count})
+    return Converted(
+        counts, found.class_names, {note: count for note, count in found.notes.items() if count}
+    )
 
 
 def _kind(source: Path) -> str:
     looks = {"yolo": description(source) is not None, "voc": (source / "Annotations").is_dir()}
     kinds = [kind for kind, like in looks.items() if like]
     if len(kinds) != 1:
-        raise ValueError(f"{source}: looks like {' and '.join(kinds) or 'neither yolo nor voc'}; expected data.yaml "
-                         "(YOLO), or Annotations/, JPEGImages/ and ImageSets/ (Pascal VOC); --format says which")
+        raise ValueError(
+            f"{source}: looks like {' and '.join(kinds) or 'neither yolo nor voc'}; expected data.yaml "
+            "(YOLO), or Annotations/, JPEGImages/ and ImageSets/ (Pascal VOC); --format says which"
+        )
     return kinds[0]
 
 
@@ -71,18 +75,32 @@ class _Writer:
     def write(self, split: str) -> tuple[int, int]:
         """Writes a split; its number of images and of objects."""
         (self.folder / split).mkdir()
-        categories = [{"id": label + 1, "name": name} for label, name in enumerate(self.found.class_names)]
+        categories = [
+            {"id": label + 1, "name": name} for label, name in enumerate(self.found.class_names)
+        ]
         images, objects = [], self.objects
         with open(self.folder / "annotations" / f"instances_{split}.json", "w") as file:
-            file.write('{"info": {}, "licenses": [], "categories": ' + json.dumps(categories) + ', "annotations": [')
+            file.write(
+                '{"info": {}, "licenses": [], "categories": '
+                + json.dumps(categories)
+                + ', "annotations": ['
+            )
             for picture in self.found.splits[split]:
                 images.append(self._image(split, picture))
                 for thing in picture.things:
                     self.objects += 1
-                    annotation = {"id": self.objects, "image_id": self.images, "category_id": thing.label + 1,
-                                  "bbox": thing.box, "area": thing.area, "segmentation": thing.segmentation,
-                                  "iscrowd": int(thing.crowd)}
-                    file.write((",\n" if self.objects > objects + 1 else "\n") + json.dumps(annotation))
+                    annotation = {
+                        "id": self.objects,
+                        "image_id": self.images,
+                        "category_id": thing.label + 1,
+                        "bbox": thing.box,
+                        "area": thing.area,
+                        "segmentation": thing.segmentation,
+                        "iscrowd": int(thing.crowd),
+                    }
+                    file.write(
+                        (",\n" if self.objects > objects + 1 else "\n") + json.dumps(annotation)
+                    )
             file.write('\n], "images": ' + json.dumps(images) + "}\n")
         return len(images), self.objects - objects
 
@@ -92,7 +110,12 @@ class _Writer:
         self.name_of[path] = name
         _bring(path, self.folder / split / name, self.copy)
         self.images += 1
-        return {"id": self.images, "file_name": name, "height": picture.height, "width": picture.width}
+        return {
+            "id": self.images,
+            "file_name": name,
+            "height": picture.height,
+            "width": picture.width,
+        }
 
     def _name(self, name: str) -> str:
         """The name, with a number if another file has it."""

@@ -53,7 +53,11 @@ def read_entries(path: Path, mapped: bool = True) -> object:
     """
     if mapped:
         with open(path, "rb") as file:
-            content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if os.fstat(file.fileno()).st_size else b""
+            content = (
+                mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+                if os.fstat(file.fileno()).st_size
+                else b""
+            )
     else:
         content = path.read_bytes()
     if content[:2] == GZIP:

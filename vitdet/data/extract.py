@@ -22,8 +22,16 @@ from typing import NamedTuple
 CHUNK = 1 << 20  # bytes
 TEMPORARY = ".unpacking"  # how the name of the file ends that is being written
 METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
-BAD = (zipfile.BadZipFile, zlib.error, struct.error, EOFError, NotImplementedError, RuntimeError, OverflowError,
-       UnicodeError)  # what zipfile raises for an archive that is none
+BAD = (
+    zipfile.BadZipFile,
+    zlib.error,
+    struct.error,
+    EOFError,
+    NotImplementedError,
+    RuntimeError,
+    OverflowError,
+    UnicodeError,
+)  # what zipfile raises for an archive that is none
 
 
 class Limits(NamedTuple):
@@ -41,8 +49,14 @@ class Entry(NamedTuple):
     crc: int
 
 
-def unpack(archive: Path, folder: Path, choose: Callable[[str], str | None], limits: Limits,
-           seen: Callable[[int], None], ours: bool) -> list[Entry]:
+def unpack(
+    archive: Path,
+    folder: Path,
+    choose: Callable[[str], str | None],
+    limits: Limits,
+    seen: Callable[[int], None],
+    ours: bool,
+) -> list[Entry]:
     """Unpacks the files that `choose` names: a name in the archive -> the name below the folder, None: not that one.
 
     seen: told the bytes of each file that is there. ours: what is there and differs is replaced, else ValueError.
@@ -83,8 +97,11 @@ class _Refused(Exception):
     """Why an archive is not unpacked."""
 
 
-def _checked(infos: list[zipfile.ZipInfo], choose: Callable[[str], str | None], limits: Limits,
-             ) -> list[tuple[zipfile.ZipInfo, str]]:
+def _checked(
+    infos: list[zipfile.ZipInfo],
+    choose: Callable[[str], str | None],
+    limits: Limits,
+) -> list[tuple[zipfile.ZipInfo, str]]:
     """The chosen files of an archive that may be unpacked, with their names below the folder."""
     chosen: list[tuple[zipfile.ZipInfo, str]] = []
     for info in infos:
@@ -94,7 +111,9 @@ def _checked(infos: list[zipfile.ZipInfo], choose: Callable[[str], str | None], 
             _check_name(name)
             chosen.append((info, name))
     if len(chosen) > limits.files:
-        raise _Refused(f"{len(chosen):,} files, of which at most {limits.files:,} are expected: refused")
+        raise _Refused(
+            f"{len(chosen):,} files, of which at most {limits.files:,} are expected: refused"
+        )
     size = sum(info.file_size for info, _ in chosen)
     if size > limits.size:
         raise _Refused(f"unpacks to {size:,} bytes, at most {limits.size:,} are expected: refused")
@@ -102,7 +121,9 @@ def _checked(infos: list[zipfile.ZipInfo], choose: Callable[[str], str | None], 
     for _, name in chosen:  # as a disk would compare them that knows no case
         other = first.setdefault(unicodedata.normalize("NFC", name).casefold(), name)
         if other is not name:
-            raise _Refused(f"holds both {other} and {name}, which are one file on some disks: refused")
+            raise _Refused(
+                f"holds both {other} and {name}, which are one file on some disks: refused"
+            )
     return chosen
 
 
@@ -112,11 +133,15 @@ def _check_entry(info: zipfile.ZipInfo) -> None:
     _check_name(info.orig_filename.removesuffix("/"))
     kind = stat.S_IFMT(info.external_attr >> 16)
     if kind not in (0, stat.S_IFREG, stat.S_IFDIR) or (kind == stat.S_IFDIR) > info.is_dir():
-        raise _Refused(f"{info.filename} is {'a link' if kind == stat.S_IFLNK else 'no plain file'}: refused")
+        raise _Refused(
+            f"{info.filename} is {'a link' if kind == stat.S_IFLNK else 'no plain file'}: refused"
+        )
     if info.flag_bits & 0x1:
         raise _Refused(f"{info.filename} is encrypted: refused")
     if info.compress_type not in METHODS:
-        raise _Refused(f"{info.filename} is compressed by method {info.compress_type}, not deflated or stored: refused")
+        raise _Refused(
+            f"{info.filename} is compressed by method {info.compress_type}, not deflated or stored: refused"
+        )
 
 
 def _check_name(name: str) -> None:
@@ -124,7 +149,9 @@ def _check_name(name: str) -> None:
     parts = name.split("/")
     outside = not all(parts) or ".." in parts or "." in parts or "\\" in name or ":" in parts[0]
     if outside or not name.isprintable() or name.endswith(TEMPORARY):
-        raise _Refused(f"holds the name {name!r}, which leads out of the folder or is none: refused")
+        raise _Refused(
+            f"holds the name {name!r}, which leads out of the folder or is none: refused"
+        )
     if max(len(part.encode()) for part in parts) > 255:
         raise _Refused(f"holds a name of more than 255 bytes, {name[:40]!r}...: refused")
 
@@ -133,7 +160,9 @@ def _check_parents(path: Path, folder: Path) -> None:
     """The folders from `folder` down to the file are folders, not links to others."""
     for parent in (path.parent, *path.parent.parents):
         if parent.is_symlink():
-            raise OSError(f"{parent}: a link; nothing is written through it. Remove it, or name the folder it leads to")
+            raise OSError(
+                f"{parent}: a link; nothing is written through it. Remove it, or name the folder it leads to"
+            )
         if parent == folder:
             break
     if path.parent != folder:
@@ -150,7 +179,9 @@ def _is_there(path: Path, info: zipfile.ZipInfo, ours: bool) -> bool:
         return True
     if ours and stat.S_ISREG(found.st_mode):
         return False
-    raise ValueError(f"{path}: there already, and not the file of the archive; move it away and run the same again")
+    raise ValueError(
+        f"{path}: there already, and not the file of the archive; move it away and run the same again"
+    )
 
 
 def _write(opened: zipfile.ZipFile, info: zipfile.ZipInfo, path: Path, temporary: Path) -> None:
@@ -161,11 +192,17 @@ def _write(opened: zipfile.ZipFile, info: zipfile.ZipInfo, path: Path, temporary
             while chunk := source.read(CHUNK):  # zipfile compares the checksum at the end
                 done += len(chunk)
                 if done > info.file_size:
-                    raise _Refused(f"{info.filename} has more bytes than it declares ({info.file_size:,}): refused")
+                    raise _Refused(
+                        f"{info.filename} has more bytes than it declares ({info.file_size:,}): refused"
+                    )
                 target.write(chunk)
     except OSError as error:
-        raise OSError(f"{path}: could not be unpacked ({error}); free some space, the same command goes on from "
-                      "there") from error
+        raise OSError(
+            f"{path}: could not be unpacked ({error}); free some space, the same command goes on from "
+            "there"
+        ) from error
     if done != info.file_size:
-        raise _Refused(f"{info.filename} has {done:,} bytes, it declares {info.file_size:,}: broken")
+        raise _Refused(
+            f"{info.filename} has {done:,} bytes, it declares {info.file_size:,}: broken"
+        )
     temporary.replace(path)

@@ -36,8 +36,15 @@ PATIENT = Patience()
 log = logging.getLogger(__name__)
 
 
-def fetch(archives: Sequence[Archive], root: Path, show: Callable[[str], Watcher], mirror: str = "",
-          local: Path | None = None, keep: bool = False, patience: Patience = PATIENT) -> bool:
+def fetch(
+    archives: Sequence[Archive],
+    root: Path,
+    show: Callable[[str], Watcher],
+    mirror: str = "",
+    local: Path | None = None,
+    keep: bool = False,
+    patience: Patience = PATIENT,
+) -> bool:
     """Brings the content of the archives below `root`; False if all of it was there.
 
     show: makes what shows how far a step is. local: a folder that has the archives, which are then not downloaded.
@@ -53,7 +60,9 @@ def fetch(archives: Sequence[Archive], root: Path, show: Callable[[str], Watcher
         if todo:
             _check_places(todo, root)
             _check_space(todo, root, local)
-            files = _given(todo, local) if local else _downloaded(todo, root, show, mirror, patience)
+            files = (
+                _given(todo, local) if local else _downloaded(todo, root, show, mirror, patience)
+            )
             found = _unpacked(todo, files, root, show)
             log.info("%s: unpacked; waiting until all of it is on the disk", root)
             inventory.write(root, inventory.read(root).with_(found))
@@ -89,31 +98,50 @@ def _check_places(todo: Sequence[Archive], root: Path) -> None:
     for archive in todo:
         folder = root / archive.folder
         if folder.is_symlink():
-            raise OSError(f"{folder}: a link; nothing is written through it. Remove it, or fetch into the folder above "
-                          "the one that it leads to")
+            raise OSError(
+                f"{folder}: a link; nothing is written through it. Remove it, or fetch into the folder above "
+                "the one that it leads to"
+            )
         if archive.members or not folder.exists():
             continue
         there = os.listdir(folder)
         foreign = [name for name in there if not PICTURE.fullmatch(name)]
         if foreign:
-            raise ValueError(f"{folder / min(foreign)}: not of {archive.name}; move it away and run the same again")
+            raise ValueError(
+                f"{folder / min(foreign)}: not of {archive.name}; move it away and run the same again"
+            )
         if len(there) > archive.count:
-            raise ValueError(f"{folder}: has more than the {archive.count:,} files of {archive.name}; move it away and "
-                             "run the same again")
+            raise ValueError(
+                f"{folder}: has more than the {archive.count:,} files of {archive.name}; move it away and "
+                "run the same again"
+            )
 
 
 def _check_space(todo: Sequence[Archive], root: Path, local: Path | None) -> None:
     """Raises OSError if the archives and what they hold do not fit beside what is there."""
-    download = 0 if local else sum(archive.size - _used(root / ".archives", archive.name)
-                                   for archive in todo if not (root / "archives" / archive.name).exists())
+    download = (
+        0
+        if local
+        else sum(
+            archive.size - _used(root / ".archives", archive.name)
+            for archive in todo
+            if not (root / "archives" / archive.name).exists()
+        )
+    )
     content = sum(archive.unpacked + archive.count * BLOCK for archive in todo)
-    content -= sum(_used(root, folder) for archive in todo for folder in (archive.folder, f".{archive.folder}.part")
-                   if not archive.members)
+    content -= sum(
+        _used(root, folder)
+        for archive in todo
+        for folder in (archive.folder, f".{archive.folder}.part")
+        if not archive.members
+    )
     free = shutil.disk_usage(root).free
     if download + content > free:
-        raise OSError(f"{root}: {(download + content) / 1e9:.1f} GB are needed ({download / 1e9:.1f} for archives, "
-                      f"{content / 1e9:.1f} for what they hold), {free / 1e9:.1f} GB are free; free some space or name "
-                      "a folder on another disk")
+        raise OSError(
+            f"{root}: {(download + content) / 1e9:.1f} GB are needed ({download / 1e9:.1f} for archives, "
+            f"{content / 1e9:.1f} for what they hold), {free / 1e9:.1f} GB are free; free some space or name "
+            "a folder on another disk"
+        )
 
 
 def _used(root: Path, name: str) -> int:
@@ -121,24 +149,37 @@ def _used(root: Path, name: str) -> int:
     if (root / name).is_dir():
         with os.scandir(root / name) as listed:
             return sum(one.stat(follow_symlinks=False).st_size + BLOCK for one in listed)
-    return max((path.stat().st_size for path in (root / name, root / f"{name}.part") if path.is_file()), default=0)
+    return max(
+        (path.stat().st_size for path in (root / name, root / f"{name}.part") if path.is_file()),
+        default=0,
+    )
 
 
 def _given(todo: Sequence[Archive], local: Path) -> list[Path]:
     """The archives in a folder of the user's, verified."""
     files = [local / archive.name for archive in todo]
-    missing = [f"{archive.name} ({archive.url})" for archive, path in zip(todo, files, strict=True)
-               if not path.is_file()]
+    missing = [
+        f"{archive.name} ({archive.url})"
+        for archive, path in zip(todo, files, strict=True)
+        if not path.is_file()
+    ]
     if missing:
         raise FileNotFoundError(f"{local}: lacks {', '.join(missing)}")
     log.info("verifying %s", ", ".join(path.name for path in files))
-    side_by_side([partial(_verify, path, archive) for path, archive in zip(files, todo, strict=True)],
-                  threading.Event())
+    side_by_side(
+        [partial(_verify, path, archive) for path, archive in zip(files, todo, strict=True)],
+        threading.Event(),
+    )
     return files
 
 
-def _downloaded(todo: Sequence[Archive], root: Path, show: Callable[[str], Watcher], mirror: str, patience: Patience,
-                ) -> list[Path]:
+def _downloaded(
+    todo: Sequence[Archive],
+    root: Path,
+    show: Callable[[str], Watcher],
+    mirror: str,
+    patience: Patience,
+) -> list[Path]:
     """The archives, verified: kept ones, and the others from the network."""
     addresses = [mirrored(archive.url, mirror) if mirror else archive.url for archive in todo]
     (root / ".archives").mkdir(exist_ok=True)
@@ -171,12 +212,18 @@ def _downloaded(todo: Sequence[Archive], root: Path, show: Callable[[str], Watch
 def _verify(path: Path, archive: Archive) -> None:
     size = path.stat().st_size
     if size != archive.size:
-        raise ValueError(f"{path}: {size:,} bytes, expected {archive.size:,}: not the published {archive.name}")
+        raise ValueError(
+            f"{path}: {size:,} bytes, expected {archive.size:,}: not the published {archive.name}"
+        )
     if archive.sha256 and (found := _sha256(path)) != archive.sha256:
-        raise ValueError(f"{path}: sha256 {found}, expected {archive.sha256}: not the published {archive.name}")
+        raise ValueError(
+            f"{path}: sha256 {found}, expected {archive.sha256}: not the published {archive.name}"
+        )
 
 
-def _unpacked(todo: Sequence[Archive], files: Sequence[Path], root: Path, show: Callable[[str], Watcher]) -> Manifest:
+def _unpacked(
+    todo: Sequence[Archive], files: Sequence[Path], root: Path, show: Callable[[str], Watcher]
+) -> Manifest:
     """Unpacks the archives and describes what they held."""
     stop, found = threading.Event(), []
     together = Together(show("unpacking"), sum(archive.unpacked for archive in todo), stop)
@@ -187,7 +234,9 @@ def _unpacked(todo: Sequence[Archive], files: Sequence[Path], root: Path, show: 
         def seen(size: int) -> None:
             nonlocal done
             done += size
-            watcher.at(min(done, archive.unpacked - 1), None)  # how much it will be is known about only
+            watcher.at(
+                min(done, archive.unpacked - 1), None
+            )  # how much it will be is known about only
 
         found.append(_describe(archive, path, root, _place(archive, path, root, seen)))
         watcher.at(archive.unpacked, None)
@@ -208,11 +257,15 @@ def _place(archive: Archive, path: Path, root: Path, seen: Callable[[int], None]
     work = folder if there else root / f".{archive.folder}.part"
     entries = unpack(path, work, archive.choose, limits, seen, ours=not there)
     if len(entries) != archive.count:
-        raise ValueError(f"{path}: holds {len(entries):,} of the {archive.count:,} files of {archive.folder}")
+        raise ValueError(
+            f"{path}: holds {len(entries):,} of the {archive.count:,} files of {archive.folder}"
+        )
     foreign = () if archive.members else set(os.listdir(work)) - {entry.name for entry in entries}
     if foreign:
-        raise ValueError(f"{work / min(foreign)}: not of {archive.name}, and {len(foreign) - 1} more files; move them "
-                         "away and run the same again")
+        raise ValueError(
+            f"{work / min(foreign)}: not of {archive.name}, and {len(foreign) - 1} more files; move them "
+            "away and run the same again"
+        )
     if not there:
         work.rename(folder)
     return entries
@@ -220,15 +273,27 @@ def _place(archive: Archive, path: Path, root: Path, seen: Callable[[int], None]
 
 def _describe(archive: Archive, path: Path, root: Path, entries: Sequence[Entry]) -> Manifest:
     sha256 = archive.sha256 or _sha256(path)
-    source = inventory.Archive(archive.name, archive.url, path.stat().st_size, sha256, bool(archive.sha256))
+    source = inventory.Archive(
+        archive.name, archive.url, path.stat().st_size, sha256, bool(archive.sha256)
+    )
     if archive.members:
-        return Manifest((source,), tuple(
-            inventory.File(f"{archive.folder}/{entry.name}", entry.size, _sha256(root / archive.folder / entry.name))
-            for entry in entries))
+        return Manifest(
+            (source,),
+            tuple(
+                inventory.File(
+                    f"{archive.folder}/{entry.name}",
+                    entry.size,
+                    _sha256(root / archive.folder / entry.name),
+                )
+                for entry in entries
+            ),
+        )
     names = inventory.digest(f"{entry.name} {entry.size}" for entry in entries)
     content = inventory.digest(f"{entry.name} {entry.size} {entry.crc:08x}" for entry in entries)
     size = sum(entry.size for entry in entries)
-    return Manifest((source,), (), (inventory.Images(archive.folder, len(entries), size, names, content),))
+    return Manifest(
+        (source,), (), (inventory.Images(archive.folder, len(entries), size, names, content),)
+    )
 
 
 def _tidy(archives: Sequence[Archive], root: Path, keep: bool) -> None:

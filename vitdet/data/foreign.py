@@ -50,23 +50,38 @@ class Foreign:
 
 def images_below(folder: Path) -> list[Path]:
     """All image files of a folder and its subfolders, in order of their paths; hidden ones are none."""
-    return sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.name[0] != ".")
+    return sorted(
+        path
+        for path in folder.rglob("*")
+        if path.suffix.lower() in SUFFIXES and path.name[0] != "."
+    )
 
 
-def box_thing(label: int, corners: Sequence[float], size: tuple[int, int], crowd: bool = False) -> Thing | None:
+def box_thing(
+    label: int, corners: Sequence[float], size: tuple[int, int], crowd: bool = False
+) -> Thing | None:
     """An object known by its box x0, y0, x1, y1 only, cut at the border of the picture (height, width); None: empty."""
     x0, y0, x1, y1 = corners
     return polygon_thing(label, [x0, y0, x1, y0, x1, y1, x0, y1], size, crowd)
 
 
-def polygon_thing(label: int, points: Sequence[float], size: tuple[int, int], crowd: bool = False) -> Thing | None:
+def polygon_thing(
+    label: int, points: Sequence[float], size: tuple[int, int], crowd: bool = False
+) -> Thing | None:
     """An object known by its outline x, y, x, y, ...; points outside the picture move to its border; None: empty."""
     height, width = size
     x = [round(min(max(value, 0), width), 3) for value in points[0::2]]
     y = [round(min(max(value, 0), height), 3) for value in points[1::2]]
     box = (min(x), min(y), round(max(x) - min(x), 3), round(max(y) - min(y), 3))
-    twice = sum(a * d - c * b for a, b, c, d in zip(x, y, x[1:] + x[:1], y[1:] + y[:1], strict=True))
+    twice = sum(
+        a * d - c * b for a, b, c, d in zip(x, y, x[1:] + x[:1], y[1:] + y[:1], strict=True)
+    )
     if box[2] <= 0 or box[3] <= 0:
         return None
-    return Thing(label, box, [[value for point in zip(x, y, strict=True) for value in point]],
-                 round(abs(twice) / 2, 3), crowd)
+    return Thing(
+        label,
+        box,
+        [[value for point in zip(x, y, strict=True) for value in point]],
+        round(abs(twice) / 2, 3),
+        crowd,
+    )

@@ -17,8 +17,12 @@ import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
 
 TURNS = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }  # EXIF orientation -> what makes it upright
 JPEGS = ("JPEG", "MPO")
@@ -62,7 +66,11 @@ def examine(content: bytes) -> tuple[int, int]:
 
 def exchanged(found: tuple[int, int], annotated: tuple[int, int]) -> str:
     """What to add where a picture's size is not the annotated one: '' unless the sides are those of a turned one."""
-    return "; a picture is annotated upright, as its EXIF orientation turns it" if found == annotated[::-1] else ""
+    return (
+        "; a picture is annotated upright, as its EXIF orientation turns it"
+        if found == annotated[::-1]
+        else ""
+    )
 
 
 def upright(image: Image.Image) -> Image.Image:
@@ -85,7 +93,9 @@ def upright(image: Image.Image) -> Image.Image:
 
 
 def _upright_size(file: Image.Image) -> tuple[int, int]:
-    if file.format not in JPEGS:  # others may keep their EXIF at the end, and a TIFF is turned by Pillow as it is read
+    if (
+        file.format not in JPEGS
+    ):  # others may keep their EXIF at the end, and a TIFF is turned by Pillow as it is read
         file.load()
     lies = _turn(file) in (TURNS[5], TURNS[6], TURNS[7], TURNS[8])
     return (file.width, file.height) if lies else (file.height, file.width)
@@ -94,14 +104,18 @@ def _upright_size(file: Image.Image) -> tuple[int, int]:
 def _turn(image: Image.Image) -> Image.Transpose | None:
     try:
         return TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
-    except Exception:  # whatever Pillow does with broken EXIF: the pixels are sound, and lie as they are stored
+    except (
+        Exception
+    ):  # whatever Pillow does with broken EXIF: the pixels are sound, and lie as they are stored
         return None
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:
     """Greys of 16 bits, or of 32 that hold no more than these."""
     if image.mode == "F":
-        raise ValueError("its pixels are floating-point numbers of no known range; save it with 8 or 16 bits")
+        raise ValueError(
+            "its pixels are floating-point numbers of no known range; save it with 8 or 16 bits"
+        )
     pixels = np.asarray(image)
     low, high = int(pixels.min(initial=0)), int(pixels.max(initial=0))
     if low < 0 or high > 65535:
@@ -151,8 +165,10 @@ def _one_line() -> Iterator[None]:
     except UnidentifiedImageError as error:
         raise ValueError("not an image that can be read (JPEG, PNG, ...)") from error
     except Image.DecompressionBombError as error:
-        raise ValueError(f"the image has more than {2 * Image.MAX_IMAGE_PIXELS:,} pixels; make it smaller or cut it "
-                         "into parts") from error
+        raise ValueError(
+            f"the image has more than {2 * Image.MAX_IMAGE_PIXELS:,} pixels; make it smaller or cut it "
+            "into parts"
+        ) from error
     except Exception as error:
         said = " ".join(str(error).split()) or type(error).__name__
         raise ValueError(f"the image cannot be read: {said}") from error

@@ -62,14 +62,20 @@ class Manifest:
 
     def with_(self, other: Manifest) -> Manifest:
         """This and another; what both name is as the other says."""
-        return Manifest(*(tuple(sorted({_key(one): one for one in (*ours, *theirs)}.values(), key=_key))
-                          for ours, theirs in zip(_parts(self), _parts(other), strict=True)))
+        return Manifest(
+            *(
+                tuple(sorted({_key(one): one for one in (*ours, *theirs)}.values(), key=_key))
+                for ours, theirs in zip(_parts(self), _parts(other), strict=True)
+            )
+        )
 
     def only(self, archives: Collection[str], paths: Collection[str]) -> Manifest:
         """The part about these archives and paths."""
-        return Manifest(tuple(one for one in self.archives if one.name in archives),
-                        tuple(one for one in self.files if one.path in paths),
-                        tuple(one for one in self.folders if one.path in paths))
+        return Manifest(
+            tuple(one for one in self.archives if one.name in archives),
+            tuple(one for one in self.files if one.path in paths),
+            tuple(one for one in self.folders if one.path in paths),
+        )
 
 
 def exists(root: Path) -> bool:
@@ -81,13 +87,19 @@ def read(root: Path) -> Manifest:
     """The manifest of the folder; an empty one if there is none. Raises ValueError for one that cannot be read."""
     try:
         stored = json.loads((root / NAME).read_text())
-        return Manifest(*(tuple(kind(**one) for one in stored[key])
-                          for key, kind in (("archives", Archive), ("files", File), ("folders", Images))))
+        return Manifest(
+            *(
+                tuple(kind(**one) for one in stored[key])
+                for key, kind in (("archives", Archive), ("files", File), ("folders", Images))
+            )
+        )
     except FileNotFoundError:
         return Manifest()
     except (ValueError, TypeError, KeyError) as error:
-        raise ValueError(f"{root / NAME}: not a manifest of `vitdet data` ({error}); remove it and fetch again: what "
-                         "is there will be compared with the archives") from error
+        raise ValueError(
+            f"{root / NAME}: not a manifest of `vitdet data` ({error}); remove it and fetch again: what "
+            "is there will be compared with the archives"
+        ) from error
 
 
 def write(root: Path, manifest: Manifest) -> None:
@@ -103,7 +115,9 @@ def verify(root: Path, contents: bool = False) -> str:
     Raises FileNotFoundError or ValueError, in one line, for the first thing that is not as it came.
     """
     if not exists(root):
-        raise FileNotFoundError(f"{root / NAME}: not there; `vitdet data coco|lvis {root}` makes it")
+        raise FileNotFoundError(
+            f"{root / NAME}: not there; `vitdet data coco|lvis {root}` makes it"
+        )
     manifest = read(root)
     compare(root, manifest, contents)
     for file in manifest.files:
@@ -128,12 +142,20 @@ def compare(root: Path, manifest: Manifest, contents: bool = False) -> None:
             raise FileNotFoundError(f"{folder}: gone")
         with os.scandir(folder) as listed:
             found = {one.name: one.stat().st_size for one in listed}
-        same = len(found) == images.count and digest(f"{name} {size}" for name, size in found.items()) == images.names
+        same = (
+            len(found) == images.count
+            and digest(f"{name} {size}" for name, size in found.items()) == images.names
+        )
         if not same:
-            raise ValueError(f"{folder}: {len(found):,} files of {sum(found.values()):,} bytes, it came with "
-                             f"{images.count:,} of {images.size:,}; the names or sizes are others")
-        if contents and digest(f"{name} {size} {crc32(folder / name):08x}"
-                               for name, size in found.items()) != images.content:
+            raise ValueError(
+                f"{folder}: {len(found):,} files of {sum(found.values()):,} bytes, it came with "
+                f"{images.count:,} of {images.size:,}; the names or sizes are others"
+            )
+        if (
+            contents
+            and digest(f"{name} {size} {crc32(folder / name):08x}" for name, size in found.items())
+            != images.content
+        ):
             raise ValueError(f"{folder}: the content of a file is not what came")
 
 
@@ -146,13 +168,17 @@ def look(root: Path, annotations: Path, images: Path) -> None:
         known = read(root)
     except ValueError:
         return
-    used = {str(annotations.relative_to(root)),
-            *(one.path for one in known.folders if images in (root, root / one.path))}
+    used = {
+        str(annotations.relative_to(root)),
+        *(one.path for one in known.folders if images in (root, root / one.path)),
+    }
     try:
         compare(root, known.only((), used))
     except (FileNotFoundError, ValueError) as error:
-        raise type(error)(f"{error}. `vitdet data coco|lvis {root}` brings what is missing; if the change is meant, "
-                          f"remove {root / NAME}") from error
+        raise type(error)(
+            f"{error}. `vitdet data coco|lvis {root}` brings what is missing; if the change is meant, "
+            f"remove {root / NAME}"
+        ) from error
 
 
 def digest(lines: Iterable[str]) -> str:

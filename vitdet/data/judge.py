@@ -11,9 +11,21 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 
 from vitdet.data.entries import Broken, Entries
-from vitdet.data.values import NUMBERS, SIDE, are_numbers, is_line, is_text, reaches_far, segmentation_problem, show
+from vitdet.data.values import (
+    NUMBERS,
+    SIDE,
+    are_numbers,
+    is_line,
+    is_text,
+    reaches_far,
+    segmentation_problem,
+    show,
+)
 
-LISTS = ("neg_category_ids", "not_exhaustive_category_ids")  # of an LVIS image: what its annotators looked for
+LISTS = (
+    "neg_category_ids",
+    "not_exhaustive_category_ids",
+)  # of an LVIS image: what its annotators looked for
 NEEDED = frozenset({"image_id", "category_id", "bbox", "segmentation"})  # of an annotation
 OUTSIDE = 1.0  # pixels by which a box may leave its image unnoticed: annotators' rounding
 COCOS = "LVIS has it; with COCO's annotations take dataset coco"
@@ -21,7 +33,9 @@ LARGEST = SIDE**2  # pixels of an area; beyond 1e10 COCO's evaluation would pass
 CROWD, EMPTY = "crowd", "of zero size"  # why training leaves an object out
 
 Table = list | Entries
-Say = Callable[[str, str, str], None]  # is told the kind of problem, the place in the file, the value ('': none)
+Say = Callable[
+    [str, str, str], None
+]  # is told the kind of problem, the place in the file, the value ('': none)
 
 
 def refuse(kind: str, where: str, what: str) -> None:
@@ -47,7 +61,9 @@ class Judge:
     an error may be missing in them, and sizes has None for it. files: image files will be opened, so they need names.
     """
 
-    def __init__(self, lvis: bool, error: Say = refuse, warning: Say = tolerate, files: bool = True) -> None:
+    def __init__(
+        self, lvis: bool, error: Say = refuse, warning: Say = tolerate, files: bool = True
+    ) -> None:
         self.lvis, self.error, self.warning, self.files = lvis, error, warning, files
         self.sizes: dict[int, tuple[int, int] | None] = {}
         self.names: dict[int, str] = {}
@@ -82,12 +98,17 @@ class Judge:
     def _tables(self, content: object) -> dict[str, Table]:
         tables: dict[str, Table] = {"images": [], "annotations": [], "categories": []}
         if not isinstance(content, dict):
-            self.error("not COCO's layout", "top level", f"expected an object with {', '.join(tables)}; got a "
-                                                        f"{type(content).__name__}")
+            self.error(
+                "not COCO's layout",
+                "top level",
+                f"expected an object with {', '.join(tables)}; got a {type(content).__name__}",
+            )
             return tables
         for key in tables:
             if key not in content:
-                self.error(f"no {key!r} in the file", "top level", f"its keys are {show(list(content))}")
+                self.error(
+                    f"no {key!r} in the file", "top level", f"its keys are {show(list(content))}"
+                )
             elif not isinstance(content[key], Table):
                 self.error(f"{key!r} is not a list", "top level", f"got {show(content[key])}")
             else:
@@ -150,7 +171,11 @@ class Judge:
         sides = [key for key in ("height", "width") if self._has(image, key, where)]
         wrong = [key for key in sides if type(image[key]) is not int or not 0 < image[key] < SIDE]
         for key in wrong:
-            self.error(f"image {key} that is not a whole number from 1 to {SIDE - 1}", where, show(image[key]))
+            self.error(
+                f"image {key} that is not a whole number from 1 to {SIDE - 1}",
+                where,
+                show(image[key]),
+            )
         self.sizes[number] = None if wrong or len(sides) < 2 else (image["height"], image["width"])
 
     def _name(self, image: dict, where: str) -> None:
@@ -166,7 +191,9 @@ class Judge:
                 self.names[image["id"]] = name
 
     def _are_categories(self, ids: object) -> bool:
-        return isinstance(ids, list) and all(type(one) is int and one in self.categories for one in ids)
+        return isinstance(ids, list) and all(
+            type(one) is int and one in self.categories for one in ids
+        )
 
     def _annotation(self, annotation: dict) -> str:
         """Why training leaves it out. Here the time goes: names are put together only where there is need."""
@@ -178,12 +205,18 @@ class Judge:
             size = self.sizes[image_id]
             self.objects[image_id] += 1
         elif "image_id" in annotation:
-            self.error("annotation of an image that does not exist", f"annotation {annotation['id']}",
-                       f"image {show(image_id)}")
+            self.error(
+                "annotation of an image that does not exist",
+                f"annotation {annotation['id']}",
+                f"image {show(image_id)}",
+            )
         known = type(category_id) is int and category_id in self.categories
         if not known and "category_id" in annotation:
-            self.error("annotation of a category that does not exist", _place(annotation),
-                       f"category {show(category_id)}")
+            self.error(
+                "annotation of a category that does not exist",
+                _place(annotation),
+                f"category {show(category_id)}",
+            )
         crowd, empty = self._crowd(annotation), self._box(annotation, size)
         if "segmentation" in annotation:
             problem = segmentation_problem(annotation["segmentation"], size)
@@ -208,7 +241,9 @@ class Judge:
         """Judges box and area; True where the box has no size."""
         box, area = annotation.get("bbox"), annotation.get("area")
         if "area" not in annotation:
-            self.warning("annotation without 'area' (that of its mask is taken)", _place(annotation), "")
+            self.warning(
+                "annotation without 'area' (that of its mask is taken)", _place(annotation), ""
+            )
         elif type(area) not in NUMBERS or not 0 <= area <= LARGEST:
             self.error("area that is not a number of pixels", _place(annotation), show(area))
             area = None
@@ -220,11 +255,17 @@ class Judge:
         empty = width <= 0 or height <= 0
         if empty:
             self.warning("box of zero size (training leaves it out)", _place(annotation), show(box))
-        if size is not None and not (0 <= x <= x + width <= size[1] and 0 <= y <= y + height <= size[0]):
+        if size is not None and not (
+            0 <= x <= x + width <= size[1] and 0 <= y <= y + height <= size[0]
+        ):
             self._outside(annotation, box, size, empty)
         pixels = float(width) * height
-        if area is not None and not empty and not 0.005 * pixels <= area <= 1.1 * pixels + 4 and not annotation.get(
-                "iscrowd", 0):
+        if (
+            area is not None
+            and not empty
+            and not 0.005 * pixels <= area <= 1.1 * pixels + 4
+            and not annotation.get("iscrowd", 0)
+        ):
             inside = f"{show(area)} in {width:g} x {height:g}"
             self.warning("area that does not fit its box", _place(annotation), inside)
         return empty
@@ -237,7 +278,9 @@ class Judge:
             self.error("box far outside its image", _place(annotation), inside)
         elif not empty and (x >= columns or y >= rows or right <= 0 or low <= 0):
             self.error("box outside its image", _place(annotation), inside)
-        elif not empty and (min(x, y) < -OUTSIDE or right > columns + OUTSIDE or low > rows + OUTSIDE):
+        elif not empty and (
+            min(x, y) < -OUTSIDE or right > columns + OUTSIDE or low > rows + OUTSIDE
+        ):
             self.warning("box partly outside its image", _place(annotation), inside)
 
 

@@ -32,7 +32,10 @@ def split_files(data: DataConfig, split: str) -> tuple[Path, Path]:
 def splits(data: DataConfig) -> list[str]:
     """The splits that have an annotation file under data.root."""
     start, end = split_files(data, "*")[0].name.split("*")
-    return sorted(path.name[len(start) : -len(end)] for path in Path(data.root, "annotations").glob(f"{start}*{end}"))
+    return sorted(
+        path.name[len(start) : -len(end)]
+        for path in Path(data.root, "annotations").glob(f"{start}*{end}")
+    )
 
 
 def missing(path: Path, data: DataConfig) -> FileNotFoundError:
@@ -45,9 +48,13 @@ def missing(path: Path, data: DataConfig) -> FileNotFoundError:
     elif splits(other):
         there = f"there are annotations of another kind; set data.dataset={other.dataset}"
     else:
-        there = (f"expected {path.name.replace(path.stem.rpartition('_')[2], 'SPLIT')} for each split, as in COCO's "
-                 "layout under data.root")
-        other_files = sorted(str(one.relative_to(data.root)) for one in Path(data.root).glob("*/*.json"))
+        there = (
+            f"expected {path.name.replace(path.stem.rpartition('_')[2], 'SPLIT')} for each split, as in COCO's "
+            "layout under data.root"
+        )
+        other_files = sorted(
+            str(one.relative_to(data.root)) for one in Path(data.root).glob("*/*.json")
+        )
         there += f", found {', '.join(other_files[:3])}" if other_files else ""
     return FileNotFoundError(f"{path}: not there; {there}")
 
@@ -72,7 +79,10 @@ def follow(config: Config, overrides: Sequence[str]) -> tuple[Config, dict[str, 
     count = _count(split_files(data, data.train_split)[0])
     if CLASSES not in named and count not in (None, before[CLASSES]):
         heads = replace(config.model.roi_heads, num_classes=count)
-        config, found[CLASSES] = replace(config, model=replace(config.model, roi_heads=heads)), count
+        config, found[CLASSES] = (
+            replace(config, model=replace(config.model, roi_heads=heads)),
+            count,
+        )
     return config, found
 
 

@@ -26,14 +26,30 @@ def describe(data: DataConfig) -> dict:
         annotations, _ = split_files(data, split)
         with open(annotations, "rb") as file:
             sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-        files.append({"path": str(annotations.relative_to(data.root)), "size": annotations.stat().st_size,
-                      "sha256": sha256})
+        files.append(
+            {
+                "path": str(annotations.relative_to(data.root)),
+                "size": annotations.stat().st_size,
+                "sha256": sha256,
+            }
+        )
         found = read_split(data, split)
-        images[split] = {"count": len(found.records), "bytes": sum(one.path.stat().st_size for one in found.records)}
+        images[split] = {
+            "count": len(found.records),
+            "bytes": sum(one.path.stat().st_size for one in found.records),
+        }
         classes.append(list(found.class_names))
     if classes[0] != classes[1]:
-        raise ValueError(f"{data.root}: {data.train_split} and {data.val_split} have different classes")
-    return {"root": str(data.root), "digest": identity, "classes": classes[0], "files": files, "images": images}
+        raise ValueError(
+            f"{data.root}: {data.train_split} and {data.val_split} have different classes"
+        )
+    return {
+        "root": str(data.root),
+        "digest": identity,
+        "classes": classes[0],
+        "files": files,
+        "images": images,
+    }
 
 
 def verify(manifest: dict, data: DataConfig) -> str:
@@ -45,14 +61,20 @@ def verify(manifest: dict, data: DataConfig) -> str:
     for file in manifest["files"]:
         path = root / file["path"]
         if not path.is_file():
-            raise FileNotFoundError(f"{path}: gone since the data was verified; bring the data back, and run the step "
-                                    "`data` again (without its cache)")
+            raise FileNotFoundError(
+                f"{path}: gone since the data was verified; bring the data back, and run the step "
+                "`data` again (without its cache)"
+            )
     found = dataset_digest(data)
     if found == manifest["digest"]:
         return found
     for file in manifest["files"]:
         with open(root / file["path"], "rb") as opened:
             if hashlib.file_digest(opened, "sha256").hexdigest() != file["sha256"]:
-                raise ValueError(f"{root / file['path']}: no longer the file that was verified ({file['sha256'][:12]})")
-    raise ValueError(f"{root}: its images are not those that were verified (digest {found}, then "
-                     f"{manifest['digest']}); run the step `data` again (without its cache)")
+                raise ValueError(
+                    f"{root / file['path']}: no longer the file that was verified ({file['sha256'][:12]})"
+                )
+    raise ValueError(
+        f"{root}: its images are not those that were verified (digest {found}, then "
+        f"{manifest['digest']}); run the step `data` again (without its cache)"
+    )

@@ -38,7 +38,9 @@ def outline(segmentation: list | dict, height: int, width: int) -> np.ndarray:
             return np.zeros((0, 4))
         top, left = rows[0], columns[0]
         pixels = pixels[top : rows[-1] + 1, left : columns[-1] + 1]
-        across = _steps(pixels.T)[:, [3, 2, 1, 0]]  # axes exchanged, and turned round so that the outline closes
+        across = _steps(pixels.T)[
+            :, [3, 2, 1, 0]
+        ]  # axes exchanged, and turned round so that the outline closes
         return np.concatenate([_steps(pixels), across]) + np.array([left, top, left, top])
     return np.concatenate([_closed(part) for part in segmentation])
 
@@ -51,7 +53,9 @@ def decode(segmentation: list | dict, height: int, width: int) -> np.ndarray:
     if isinstance(segmentation, list):
         return rle.decode(rle.merge(rle.frPyObjects(segmentation, height, width))).astype(bool)
     if list(segmentation["size"]) != [height, width]:
-        raise ValueError(f"RLE of size {segmentation['size']}, expected {[height, width]} (height, width)")
+        raise ValueError(
+            f"RLE of size {segmentation['size']}, expected {[height, width]} (height, width)"
+        )
     if isinstance(segmentation["counts"], list):
         segmentation = rle.frPyObjects(segmentation, height, width)
     return rle.decode(segmentation).astype(bool)
@@ -60,8 +64,13 @@ def decode(segmentation: list | dict, height: int, width: int) -> np.ndarray:
 def encode(bitmaps: Tensor) -> list[dict]:
     """COCO's compressed RLE dicts (counts as str, ready for JSON) of bitmaps (N, H, W) bool."""
     pixels = bitmaps.cpu().numpy().view(np.uint8)
-    encoded = [rle.encode(np.asfortranarray(one)) for one in pixels]  # one by one: the copy stays in the cache
-    return [{"size": [int(side) for side in one["size"]], "counts": one["counts"].decode("ascii")} for one in encoded]
+    encoded = [
+        rle.encode(np.asfortranarray(one)) for one in pixels
+    ]  # one by one: the copy stays in the cache
+    return [
+        {"size": [int(side) for side in one["size"]], "counts": one["counts"].decode("ascii")}
+        for one in encoded
+    ]
 
 
 @torch.no_grad()
@@ -77,7 +86,9 @@ def paste(masks: Tensor, boxes: Tensor, size: tuple[int, int], threshold: float 
     high = torch.minimum(boxes[:, 2:].ceil().long() + 1, torch.tensor([width, height]))
     for index, (x0, y0, x1, y1) in enumerate(torch.cat([low, high], dim=1).tolist()):
         if x0 < x1 and y0 < y1:  # outside this region all is zero
-            pasted[index, y0:y1, x0:x1] = _sample(masks[index], boxes[index], (x0, y0, x1, y1)) >= threshold
+            pasted[index, y0:y1, x0:x1] = (
+                _sample(masks[index], boxes[index], (x0, y0, x1, y1)) >= threshold
+            )
     return pasted
 
 
@@ -89,7 +100,9 @@ def _sample(mask: Tensor, box: Tensor, region: tuple[int, int, int, int]) -> Ten
     x = (torch.arange(x0, x1, dtype=torch.float32) + 0.5 - low[0]) / sides[0] * 2 - 1
     y = (torch.arange(y0, y1, dtype=torch.float32) + 0.5 - low[1]) / sides[1] * 2 - 1
     grid = torch.stack([x.expand(y1 - y0, -1), y[:, None].expand(-1, x1 - x0)], dim=2)
-    return F.grid_sample(mask.float()[None, None], grid[None], padding_mode="zeros", align_corners=False)[0, 0]
+    return F.grid_sample(
+        mask.float()[None, None], grid[None], padding_mode="zeros", align_corners=False
+    )[0, 0]
 
 
 def _closed(part: Sequence[float]) -> np.ndarray:
@@ -106,11 +119,15 @@ def _steps(pixels: np.ndarray) -> np.ndarray:
     """
     height, _ = pixels.shape
     change = np.diff(np.pad(pixels, ((0, 0), (1, 1))).astype(np.int8), axis=1)
-    columns = np.pad(change.T, ((0, 0), (0, 1))).ravel()  # a zero ends each column, so that no run leaves it
+    columns = np.pad(
+        change.T, ((0, 0), (0, 1))
+    ).ravel()  # a zero ends each column, so that no run leaves it
     starts = np.flatnonzero(np.diff(columns, prepend=0))
     ends = np.append(starts[1:], len(columns))
     value = columns[starts]
     starts, ends, value = starts[value != 0], ends[value != 0], value[value != 0]
     x, top = np.divmod(starts, height + 1)
     bottom = top + ends - starts
-    return np.stack([x, np.where(value > 0, top, bottom), x, np.where(value > 0, bottom, top)], axis=1)
+    return np.stack(
+        [x, np.where(value > 0, top, bottom), x, np.where(value > 0, bottom, top)], axis=1
+    )

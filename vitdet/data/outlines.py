@@ -21,7 +21,9 @@ def fill(vertices: np.ndarray, height: int, width: int) -> np.ndarray:
     row, edge = np.nonzero((y0 <= centres) != (y1 <= centres))
     x = x0[edge] + (row + 0.5 - y0[edge]) * (x1[edge] - x0[edge]) / (y1[edge] - y0[edge])
     column = np.clip(np.ceil(x - 0.5), 0, width).astype(np.int64)
-    flips = np.bincount(row * (width + 1) + column, minlength=height * (width + 1)).reshape(height, width + 1)
+    flips = np.bincount(row * (width + 1) + column, minlength=height * (width + 1)).reshape(
+        height, width + 1
+    )
     return (np.cumsum(flips, axis=1)[:, :width] & 1).astype(bool)
 
 
@@ -54,7 +56,12 @@ def _crack_loops(bitmap: np.ndarray) -> list[np.ndarray]:
     # Directions 0..3: right along the top of a pixel, down its right side, left along its bottom, up its left side.
     neighbours = (inside[:-2, 1:-1], inside[1:-1, 2:], inside[2:, 1:-1], inside[1:-1, :-2])
     starts, ends, midpoints, directions = [], [], [], []
-    corners = ((0, 0), (0, 1), (1, 1), (1, 0))  # (row, column) offsets: where the crack of each direction starts
+    corners = (
+        (0, 0),
+        (0, 1),
+        (1, 1),
+        (1, 0),
+    )  # (row, column) offsets: where the crack of each direction starts
     for direction, neighbour in enumerate(neighbours):
         row, column = np.nonzero(core & ~neighbour)
         (r0, c0), (r1, c1) = corners[direction], corners[(direction + 1) % 4]
@@ -66,7 +73,9 @@ def _crack_loops(bitmap: np.ndarray) -> list[np.ndarray]:
     midpoint = np.concatenate(midpoints)
     crack_at = np.full((bitmap.shape[0] + 1) * pitch * 4, -1)
     crack_at[start * 4 + direction] = np.arange(len(start))
-    follower = crack_at[end * 4 + (direction + 1) % 4]  # a right turn first: pixels that touch at a corner stay apart
+    follower = crack_at[
+        end * 4 + (direction + 1) % 4
+    ]  # a right turn first: pixels that touch at a corner stay apart
     for turn in (0, 3):
         follower = np.where(follower < 0, crack_at[end * 4 + (direction + turn) % 4], follower)
     successors = follower.tolist()
@@ -98,9 +107,15 @@ def _simplify(loops: list[np.ndarray], tolerance: float) -> list[np.ndarray]:
         chord = np.diff(points[knots], axis=0, append=points[knots[-1:]])
         segment = np.cumsum(keep) - 1
         offset, along = points - points[knots[segment]], chord[segment]
-        length = np.sqrt((along * along).sum(axis=1))  # exact where the root is, unlike some hypot: ties fall alike
-        away = np.abs(offset[:, 0] * along[:, 1] - offset[:, 1] * along[:, 0]) / np.maximum(length, 1e-9)
-        away = np.where(length == 0, np.sqrt((offset * offset).sum(axis=1)), away)  # the chord of a whole loop
+        length = np.sqrt(
+            (along * along).sum(axis=1)
+        )  # exact where the root is, unlike some hypot: ties fall alike
+        away = np.abs(offset[:, 0] * along[:, 1] - offset[:, 1] * along[:, 0]) / np.maximum(
+            length, 1e-9
+        )
+        away = np.where(
+            length == 0, np.sqrt((offset * offset).sum(axis=1)), away
+        )  # the chord of a whole loop
         farthest = np.maximum.reduceat(away, knots)
         candidates = np.flatnonzero((away == farthest[segment]) & (away > tolerance))
         if not len(candidates):

@@ -93,67 +93,124 @@ def write_page(folder: Path, output: Path, images: bool = False) -> tuple[int, i
     body = [_head(folder, report, splits), _table(report, splits, broken)]
     if splits:
         body += [_charts(splits), _classes(splits), _pictures(splits)]
-    page = (f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><meta name="viewport" '
-            f'content="width=device-width"><title>{text(folder.resolve().name)}</title><style>{STYLE}</style></head><body>'
-            f'{"".join(body)}{_problems(report)}</body></html>\n')
+    page = (
+        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><meta name="viewport" '
+        f'content="width=device-width"><title>{text(folder.resolve().name)}</title><style>{STYLE}</style></head><body>'
+        f"{''.join(body)}{_problems(report)}</body></html>\n"
+    )
     _write(output, page)
     return (*_sums(report), report)
 
 
 def _sums(report: Report) -> tuple[int, int]:
-    return sum(one[0] for one in report.splits.values()), sum(one[1] for one in report.splits.values())
+    return sum(one[0] for one in report.splits.values()), sum(
+        one[1] for one in report.splits.values()
+    )
 
 
 def _read(folder: Path, name: str) -> _Split:
     lvis = name.startswith("lvis_v1_")
-    found = read_coco(folder / "annotations" / f"{name if lvis else f'instances_{name}'}.json",
-                      folder if lvis else folder / name, by_url=lvis)
+    found = read_coco(
+        folder / "annotations" / f"{name if lvis else f'instances_{name}'}.json",
+        folder if lvis else folder / name,
+        by_url=lvis,
+    )
     sides = [record.boxes[:, 2:] - record.boxes[:, :2] for record in found.records]
-    return _Split(name, found, np.prod(np.concatenate([np.zeros((0, 2), np.float32), *sides]), axis=1))
+    return _Split(
+        name, found, np.prod(np.concatenate([np.zeros((0, 2), np.float32), *sides]), axis=1)
+    )
 
 
 def _head(folder: Path, report: Report, splits: list[_Split]) -> str:
     images, objects = _sums(report)
-    errors, warnings = (sum(one.count for one in found) for found in (report.errors, report.warnings))
-    tiles = [("images", f"{images:,}", ""), ("annotations", f"{objects:,}", ""),
-             ("classes", f"{max(one[2] for one in report.splits.values()):,}", ""),
-             ("objects an image", f"{objects / max(images, 1):.1f}", ""),
-             ("errors", f"{errors:,}", "bad" if errors else ""),
-             ("warnings", f"{warnings:,}", "warn" if warnings else "")]
-    cells = "".join(f'<div class="tile {kind}"><b>{value}</b>{name}</div>' for name, value, kind in tiles)
-    key = "".join(f'<i style="background:var(--s{number % 4})"></i>{text(split.name)}'
-                  for number, split in enumerate(splits))
-    return (f'<h1>{text(folder.resolve().name)}</h1><span class="dim">{text(folder)}</span>'
-            f'<span class="key dim">{key}</span><div class="tiles">{cells}</div>')
+    errors, warnings = (
+        sum(one.count for one in found) for found in (report.errors, report.warnings)
+    )
+    tiles = [
+        ("images", f"{images:,}", ""),
+        ("annotations", f"{objects:,}", ""),
+        ("classes", f"{max(one[2] for one in report.splits.values()):,}", ""),
+        ("objects an image", f"{objects / max(images, 1):.1f}", ""),
+        ("errors", f"{errors:,}", "bad" if errors else ""),
+        ("warnings", f"{warnings:,}", "warn" if warnings else ""),
+    ]
+    cells = "".join(
+        f'<div class="tile {kind}"><b>{value}</b>{name}</div>' for name, value, kind in tiles
+    )
+    key = "".join(
+        f'<i style="background:var(--s{number % 4})"></i>{text(split.name)}'
+        for number, split in enumerate(splits)
+    )
+    return (
+        f'<h1>{text(folder.resolve().name)}</h1><span class="dim">{text(folder)}</span>'
+        f'<span class="key dim">{key}</span><div class="tiles">{cells}</div>'
+    )
 
 
 def _table(report: Report, splits: list[_Split], broken: list[tuple[str, str]]) -> str:
-    names = ("split", "images", "without objects", "objects", "small", "medium", "large", "left out")
-    rows = [f"<tr><th>{text(name)}</th><td colspan='7' class='error'>{text(reason)}</td></tr>"
-            for name, reason in broken]
+    names = (
+        "split",
+        "images",
+        "without objects",
+        "objects",
+        "small",
+        "medium",
+        "large",
+        "left out",
+    )
+    rows = [
+        f"<tr><th>{text(name)}</th><td colspan='7' class='error'>{text(reason)}</td></tr>"
+        for name, reason in broken
+    ]
     for split in splits:
         total, left = len(split.areas), split.found.dropped
         small, large = int((split.areas < SMALL).sum()), int((split.areas >= LARGE).sum())
-        values = [f"{len(split.counts):,}", f"{int((split.counts == 0).sum()):,}", f"{total:,}", share(small, total),
-                  share(total - small - large, total), share(large, total),
-                  ", ".join(f"{count:,} {reason}" for reason, count in sorted(left.items())) or "-"]
-        rows.append(f"<tr><th>{text(split.name)}</th>{''.join(f'<td>{value}</td>' for value in values)}</tr>")
+        values = [
+            f"{len(split.counts):,}",
+            f"{int((split.counts == 0).sum()):,}",
+            f"{total:,}",
+            share(small, total),
+            share(total - small - large, total),
+            share(large, total),
+            ", ".join(f"{count:,} {reason}" for reason, count in sorted(left.items())) or "-",
+        ]
+        rows.append(
+            f"<tr><th>{text(split.name)}</th>{''.join(f'<td>{value}</td>' for value in values)}</tr>"
+        )
     head = "".join(f"<th>{name}</th>" for name in names)
-    return (f'<h2>Splits</h2><div class="card"><table><thead><tr>{head}</tr></thead><tbody>{"".join(rows)}</tbody>'
-            "</table></div>")
+    return (
+        f'<h2>Splits</h2><div class="card"><table><thead><tr>{head}</tr></thead><tbody>{"".join(rows)}</tbody>'
+        "</table></div>"
+    )
 
 
 def _charts(splits: list[_Split]) -> str:
     def chart(title: str, unit: str, edges: tuple[int, ...], values: list[np.ndarray]) -> str:
-        series = [(split.name, doubling(one, edges)) for split, one in zip(splits, values, strict=True)]
+        series = [
+            (split.name, doubling(one, edges)) for split, one in zip(splits, values, strict=True)
+        ]
         return histogram(title, ranges(edges), series, unit, () if edges is OBJECTS else edges)
 
-    kinds = [np.array([len(np.unique(labels)) for labels in split.found.records.labels()]) for split in splits]
-    charts = [chart("Objects of an image", "objects", OBJECTS, [split.counts for split in splits]),
-              chart("Classes of an image", "classes", OBJECTS, kinds),
-              chart("Size of objects", "pixels, root of the box's area", SIDES, [split.areas**0.5 for split in splits]),
-              chart("Size of images", "pixels, longer side", LENGTHS,
-                    [split.found.records.sizes().max(axis=1, initial=0) for split in splits])]
+    kinds = [
+        np.array([len(np.unique(labels)) for labels in split.found.records.labels()])
+        for split in splits
+    ]
+    charts = [
+        chart("Objects of an image", "objects", OBJECTS, [split.counts for split in splits]),
+        chart("Classes of an image", "classes", OBJECTS, kinds),
+        chart(
+            "Size of objects",
+            "pixels, root of the box's area",
+            SIDES,
+            [split.areas**0.5 for split in splits],
+        ),
+        chart(
+            "Size of images",
+            "pixels, longer side",
+            LENGTHS,
+            [split.found.records.sizes().max(axis=1, initial=0) for split in splits],
+        ),
+    ]
     return f'<h2>Distributions</h2><div class="two">{"".join(charts)}</div>'
 
 
@@ -170,12 +227,17 @@ def _classes(splits: list[_Split]) -> str:
     order = np.argsort(-objects.sum(axis=0), kind="stable")
 
     def table(part: np.ndarray) -> str:
-        columns = [(split.name, counts[part].tolist()) for split, counts in zip(splits, objects, strict=True)]
+        columns = [
+            (split.name, counts[part].tolist())
+            for split, counts in zip(splits, objects, strict=True)
+        ]
         return bars([names[row] for row in part], columns, images[:, part].tolist())
 
     more = f"<details><summary>{len(order) - FIRST:,} more classes</summary>{table(order[FIRST:])}</details>"
-    return (f'<h2>Classes <small>{len(names):,}, the most frequent first</small></h2><div class="card">'
-            f"{table(order[:FIRST])}{more if len(order) > FIRST else ''}</div>")
+    return (
+        f'<h2>Classes <small>{len(names):,}, the most frequent first</small></h2><div class="card">'
+        f"{table(order[:FIRST])}{more if len(order) > FIRST else ''}</div>"
+    )
 
 
 def _pictures(splits: list[_Split]) -> str:
@@ -183,23 +245,33 @@ def _pictures(splits: list[_Split]) -> str:
     shown = []
     for split in splits:
         held = np.flatnonzero(split.counts)
-        shown += [portrait(split.found.records[int(held[one])], split.found.class_names, split.name)
-                  for one in spread(len(held), each)]
-    boxes = "".join(f'<input type="checkbox" id="{name[0]}" checked><label for="{name[0]}">{name}</label>'
-                    for name in ("masks", "boxes", "names"))
-    return ("<h2>Pictures <small>evenly spread over those with objects</small></h2>"
-            f'<section>{boxes}<div class="photos">{"".join(shown)}</div></section>')
+        shown += [
+            portrait(split.found.records[int(held[one])], split.found.class_names, split.name)
+            for one in spread(len(held), each)
+        ]
+    boxes = "".join(
+        f'<input type="checkbox" id="{name[0]}" checked><label for="{name[0]}">{name}</label>'
+        for name in ("masks", "boxes", "names")
+    )
+    return (
+        "<h2>Pictures <small>evenly spread over those with objects</small></h2>"
+        f'<section>{boxes}<div class="photos">{"".join(shown)}</div></section>'
+    )
 
 
 def _problems(report: Report) -> str:
     def lines(findings: list[Finding], color: str) -> str:
-        return "".join(f'<div class="finding"><b style="color:var(--{color})">{one.count:,}</b>{text(one.kind)}'
-                       f"{''.join(f'<code>{text(example)}</code>' for example in one.examples)}</div>"
-                       for one in findings)
+        return "".join(
+            f'<div class="finding"><b style="color:var(--{color})">{one.count:,}</b>{text(one.kind)}'
+            f"{''.join(f'<code>{text(example)}</code>' for example in one.examples)}</div>"
+            for one in findings
+        )
 
     found = lines(report.errors, "bad") + lines(report.warnings, "warn")
-    return (f'<h2>Problems <small>errors stop training, warnings do not</small></h2><div class="card">'
-            f'{found or "None."}</div>')
+    return (
+        f'<h2>Problems <small>errors stop training, warnings do not</small></h2><div class="card">'
+        f"{found or 'None.'}</div>"
+    )
 
 
 def _write(output: Path, page: str) -> None:

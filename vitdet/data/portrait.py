@@ -25,35 +25,46 @@ def portrait(record: Record, class_names: Sequence[str], split: str) -> str:
     try:
         picture = read_image(record.path, (record.height, record.width))
     except ValueError as error:
-        return (f'<figure class="photo"><p class="error">{text(error)}</p><figcaption>{text(title)}</figcaption>'
-                "</figure>")
+        return (
+            f'<figure class="photo"><p class="error">{text(error)}</p><figcaption>{text(title)}</figcaption>'
+            "</figure>"
+        )
     picture.thumbnail((SIDE, SIDE))
     content = io.BytesIO()
     picture.save(content, "JPEG", quality=84)
     coded = base64.b64encode(content.getvalue()).decode("ascii")
-    order = np.argsort(-np.prod(record.boxes[:, 2:] - record.boxes[:, :2], axis=1))  # small ones lie on top
+    order = np.argsort(
+        -np.prod(record.boxes[:, 2:] - record.boxes[:, :2], axis=1)
+    )  # small ones lie on top
     things = "".join(_thing(record, int(one), class_names) for one in order)
     width, height = record.width, record.height
     counts = f"{len(record)} {'object' if len(record) == 1 else 'objects'}, {width} x {height}"
-    return (f'<figure class="photo"><div><img alt="" src="data:image/jpeg;base64,{coded}">'
-            f'<svg viewBox="0 0 {width} {height}" style="font-size:{max(width, height) / 34:.1f}px">{things}</svg>'
-            f"</div><figcaption>{text(title)} <small>{counts}</small></figcaption></figure>")
+    return (
+        f'<figure class="photo"><div><img alt="" src="data:image/jpeg;base64,{coded}">'
+        f'<svg viewBox="0 0 {width} {height}" style="font-size:{max(width, height) / 34:.1f}px">{things}</svg>'
+        f"</div><figcaption>{text(title)} <small>{counts}</small></figcaption></figure>"
+    )
 
 
 def _thing(record: Record, index: int, class_names: Sequence[str]) -> str:
     label = int(record.labels[index])
     name = text(class_names[label])
     x0, y0, x1, y1 = record.boxes[index].tolist()
-    path = "".join("M" + " ".join(f"{x:.1f},{y:.1f}" for x, y in part) + "Z" for part in _outlines(record, index))
+    path = "".join(
+        "M" + " ".join(f"{x:.1f},{y:.1f}" for x, y in part) + "Z"
+        for part in _outlines(record, index)
+    )
     side = max(record.width, record.height) / 34  # of a letter
     wide, low = side * (0.62 * len(class_names[label]) + 0.6), max(y0, 1.25 * side)
     left = max(min(x0, record.width - wide), 0)
-    return (f'<g style="--c:rgb{class_color(label)}"><title>{name}</title>'
-            f'<path class="mask" d="{path}"/>'
-            f'<rect class="box" x="{x0:.1f}" y="{y0:.1f}" width="{x1 - x0:.1f}" height="{y1 - y0:.1f}"/>'
-            f'<g class="name"><rect x="{left:.1f}" y="{low - 1.25 * side:.1f}" width="{wide:.1f}" '
-            f'height="{1.25 * side:.1f}"/><text x="{left + 0.3 * side:.1f}" y="{low - 0.33 * side:.1f}" '
-            f'textLength="{wide - 0.6 * side:.1f}" lengthAdjust="spacingAndGlyphs">{name}</text></g></g>')
+    return (
+        f'<g style="--c:rgb{class_color(label)}"><title>{name}</title>'
+        f'<path class="mask" d="{path}"/>'
+        f'<rect class="box" x="{x0:.1f}" y="{y0:.1f}" width="{x1 - x0:.1f}" height="{y1 - y0:.1f}"/>'
+        f'<g class="name"><rect x="{left:.1f}" y="{low - 1.25 * side:.1f}" width="{wide:.1f}" '
+        f'height="{1.25 * side:.1f}"/><text x="{left + 0.3 * side:.1f}" y="{low - 0.33 * side:.1f}" '
+        f'textLength="{wide - 0.6 * side:.1f}" lengthAdjust="spacingAndGlyphs">{name}</text></g></g>'
+    )
 
 
 def _outlines(record: Record, index: int) -> list[np.ndarray]:

@@ -59,30 +59,61 @@ class Archive:
 
 # JPEG files do not get smaller in an archive: what they unpack to is the archive's size, or a little more.
 TRAIN2017 = Archive(
-    f"{COCO}/zips/train2017.zip", 19_336_861_798, "69a8bb58ea5f8f99d24875f21416de2e9ded3178e903f1f7603e283b9e06d929",
-    19_336_861_798, "train2017/", "train2017", 118_287)
+    f"{COCO}/zips/train2017.zip",
+    19_336_861_798,
+    "69a8bb58ea5f8f99d24875f21416de2e9ded3178e903f1f7603e283b9e06d929",
+    19_336_861_798,
+    "train2017/",
+    "train2017",
+    118_287,
+)
 VAL2017 = Archive(
-    f"{COCO}/zips/val2017.zip", 815_585_330, "4f7e2ccb2866ec5041993c9cf2a952bbed69647b115d0f74da7ce8f4bef82f05",
-    815_585_330, "val2017/", "val2017", 5_000)
+    f"{COCO}/zips/val2017.zip",
+    815_585_330,
+    "4f7e2ccb2866ec5041993c9cf2a952bbed69647b115d0f74da7ce8f4bef82f05",
+    815_585_330,
+    "val2017/",
+    "val2017",
+    5_000,
+)
 UNPACKED = {"train": 469_785_474, "val": 19_987_840}  # bytes of instances_*2017.json
 
 
 def instances(*splits: str) -> Archive:
     """The archive of COCO's annotations, of which the object instances of these splits are taken."""
     return Archive(
-        f"{COCO}/annotations/annotations_trainval2017.zip", 252_907_541,
-        "113a836d90195ee1f884e704da6304dfaaecff1f023f49b6ca93c4aaae470268", sum(UNPACKED[split] for split in splits),
-        "annotations/", "annotations", len(splits), tuple(f"instances_{split}2017.json" for split in splits))
+        f"{COCO}/annotations/annotations_trainval2017.zip",
+        252_907_541,
+        "113a836d90195ee1f884e704da6304dfaaecff1f023f49b6ca93c4aaae470268",
+        sum(UNPACKED[split] for split in splits),
+        "annotations/",
+        "annotations",
+        len(splits),
+        tuple(f"instances_{split}2017.json" for split in splits),
+    )
 
 
 LVIS_V1 = {
     "train": Archive(
-        f"{LVIS}/lvis_v1_train.json.zip", 350_264_821,
+        f"{LVIS}/lvis_v1_train.json.zip",
+        350_264_821,
         "334a4caa374030a7817cf050364525e910f7960f9b6968cef47cffbf3893f8ba",
-        1_097_154_875, "", "annotations", 1, ("lvis_v1_train.json",)),
+        1_097_154_875,
+        "",
+        "annotations",
+        1,
+        ("lvis_v1_train.json",),
+    ),
     "val": Archive(
-        f"{LVIS}/lvis_v1_val.json.zip", 64_026_968, "5cae9a3c79aadb667550c2b5dcf7f4d86e059a41ec91ef690225b667e28e9ba5",
-        201_235_232, "", "annotations", 1, ("lvis_v1_val.json",)),
+        f"{LVIS}/lvis_v1_val.json.zip",
+        64_026_968,
+        "5cae9a3c79aadb667550c2b5dcf7f4d86e059a41ec91ef690225b667e28e9ba5",
+        201_235_232,
+        "",
+        "annotations",
+        1,
+        ("lvis_v1_val.json",),
+    ),
 }
 
 

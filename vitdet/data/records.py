@@ -70,15 +70,26 @@ class Records(Sequence[Record]):
         self._rows = rows
 
     @classmethod
-    def of(cls, folder: Path, names: Sequence[str], heads: Sequence[tuple[int, int, int]], objects: Objects) -> Records:
+    def of(
+        cls,
+        folder: Path,
+        names: Sequence[str],
+        heads: Sequence[tuple[int, int, int]],
+        objects: Objects,
+    ) -> Records:
         """Images in `folder` by name and (id, height, width), with the objects whose `row` says which of them."""
         rows = np.array(objects.rows, np.int64)
         order = np.argsort(rows, kind="stable")
         boxes = np.array(objects.boxes).reshape(-1, 4).astype(np.float32)[order]
         boxes[:, 2:] += boxes[:, :2]
         starts = np.append(0, np.cumsum(np.bincount(rows, minlength=len(names))))
-        arrays = (np.array(heads, np.int64).reshape(-1, 3), starts, boxes, np.array(objects.labels, np.int64)[order],
-                  order)
+        arrays = (
+            np.array(heads, np.int64).reshape(-1, 3),
+            starts,
+            boxes,
+            np.array(objects.labels, np.int64)[order],
+            order,
+        )
         columns = _Columns(folder, PackedList(names), *map(Shared, arrays), objects.segmentations)
         return cls(columns, np.arange(len(names)))
 
@@ -98,8 +109,15 @@ class Records(Sequence[Record]):
         image_id, height, width = columns.heads[row].tolist()
         part = slice(columns.starts[row], columns.starts[row + 1])
         segmentations = [columns.segmentations[place] for place in columns.places[part].tolist()]
-        return Record(image_id, columns.folder / columns.names[row], height, width, columns.boxes[part].copy(),
-                      columns.labels[part].copy(), segmentations)
+        return Record(
+            image_id,
+            columns.folder / columns.names[row],
+            height,
+            width,
+            columns.boxes[part].copy(),
+            columns.labels[part].copy(),
+            segmentations,
+        )
 
     def select(self, indices: np.ndarray) -> Records:
         """The records at these indices."""

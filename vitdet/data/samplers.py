@@ -32,7 +32,9 @@ class InfiniteSampler:
         self.size = size
         self.seed = seed
         self.repeats = repeats
-        self._ends = [0]  # with repeat factors: the position at which each epoch so far starts, and the end of the last
+        self._ends = [
+            0
+        ]  # with repeat factors: the position at which each epoch so far starts, and the end of the last
         self._epoch = -1
         self._order = np.arange(0)
 
@@ -73,13 +75,17 @@ def repeat_factors(labels: Sequence[np.ndarray], threshold: float) -> np.ndarray
     return np.array([asked[image].max(initial=1.0) for image in classes])
 
 
-def positions(start_step: int, batch_size: int, rank: int = 0, world_size: int = 1) -> Iterator[list[int]]:
+def positions(
+    start_step: int, batch_size: int, rank: int = 0, world_size: int = 1
+) -> Iterator[list[int]]:
     """The positions of one rank, a list a step, for ever; `batch_size` counts the images of all ranks.
 
     Raises ValueError when the ranks cannot share a batch evenly.
     """
     if batch_size % world_size:
-        raise ValueError(f"train.batch_size must be a multiple of the {world_size} processes, got {batch_size}")
+        raise ValueError(
+            f"train.batch_size must be a multiple of the {world_size} processes, got {batch_size}"
+        )
     return _positions(start_step, batch_size, rank, batch_size // world_size)
 
 

@@ -19,7 +19,14 @@ from vitdet.data.outlines import fill, signed_area, trace
 from vitdet.data.shapes import TEXTURES, Color, Dice, placed, random_color, silhouette, texture
 
 VERSION = 1
-CATEGORIES = {1: "disc", 2: "triangle", 3: "bar", 5: "star", 8: "crescent", 13: "cross"}  # favourites: TEXTURES
+CATEGORIES = {
+    1: "disc",
+    2: "triangle",
+    3: "bar",
+    5: "star",
+    8: "crescent",
+    13: "cross",
+}  # favourites: TEXTURES
 FINE = 2  # fine pixels a pixel and axis
 SIDES = (14.0, 80.0)  # longer side of an object's box, pixels, log-uniform
 TOLERANCE = 0.45  # pixels between a traced outline and its polygon
@@ -60,8 +67,12 @@ def draw_scene(seed: int, index: int) -> Scene:
         if crowd:
             canvas.paint_crowd()
         count = 1 + int((11 if crowd else 12) * dice.uniform(0, 1) ** 1.6)
-        sides = [math.exp(dice.uniform(math.log(SIDES[0]), math.log(SIDES[1]))) for _ in range(count)]
-        for side in sorted(sides, key=lambda side: -side * dice.uniform(0.6, 1.6)):  # mostly small on large
+        sides = [
+            math.exp(dice.uniform(math.log(SIDES[0]), math.log(SIDES[1]))) for _ in range(count)
+        ]
+        for side in sorted(
+            sides, key=lambda side: -side * dice.uniform(0.6, 1.6)
+        ):  # mostly small on large
             canvas.paint_object(side)
         if dice.chance(0.25):
             for _ in range(dice.integer(1, 3)):
@@ -77,25 +88,39 @@ class _Canvas:
         self.height, self.width = height * FINE, width * FINE
         ground = random_color(dice, [], 0)
         self.palette = [ground, random_color(dice, [ground], 25, 75)]
-        pattern = texture(TEXTURES[dice.integer(0, 6)], self.height, self.width, FINE * dice.uniform(12, 40), dice)
+        pattern = texture(
+            TEXTURES[dice.integer(0, 6)], self.height, self.width, FINE * dice.uniform(12, 40), dice
+        )
         self.paint = pattern.astype(np.uint8)
-        self.owner = np.zeros((self.height, self.width), dtype=np.uint8)  # 0: nobody, else the number of an object
+        self.owner = np.zeros(
+            (self.height, self.width), dtype=np.uint8
+        )  # 0: nobody, else the number of an object
         self.category, self.crowd = [0], [False]  # of object 1, 2, ...; entry 0 is the ground
         self.full, self.seen = [0.0], [0]  # fine pixels: of the whole object, of its visible part
-        self.window = [(slice(0, self.height), slice(0, self.width))]  # the part of the canvas that holds the object
+        self.window = [
+            (slice(0, self.height), slice(0, self.width))
+        ]  # the part of the canvas that holds the object
 
     def paint_scrap(self) -> None:
         """A small untextured scrap or line that belongs to no class."""
         side = FINE * self.dice.uniform(3, 8)
         length = 1.0 if self.dice.chance(0.6) else self.dice.uniform(2.5, 6)
-        scrap = placed(np.array([[-1, -1], [1, -1], [1, 1], [-1, 1]]) * (0.5 + 0.5 * self.dice.numbers((4, 2)))
-                        * [length, 0.6], side * length, self.dice)
+        scrap = placed(
+            np.array([[-1, -1], [1, -1], [1, 1], [-1, 1]])
+            * (0.5 + 0.5 * self.dice.numbers((4, 2)))
+            * [length, 0.6],
+            side * length,
+            self.dice,
+        )
         self._apply(scrap + self._centre(0), 0, [self._plain()])
 
     def paint_line(self) -> None:
         """A thin line over everything, which cuts objects in parts but does not hide them."""
-        line = placed(np.array([[-1, -1], [1, -1], [1, 1], [-1, 1]]) * [1, 0.02], FINE * self.dice.uniform(50, 110),
-                       self.dice)
+        line = placed(
+            np.array([[-1, -1], [1, -1], [1, 1], [-1, 1]]) * [1, 0.02],
+            FINE * self.dice.uniform(50, 110),
+            self.dice,
+        )
         line, color = line + self._centre(20 * FINE), self._plain()
         if math.isfinite(self._cost(line)):
             self._apply(line, 0, [color])
@@ -109,7 +134,13 @@ class _Canvas:
         for _ in range(self.dice.integer(9, 16)):
             size = FINE * self.dice.uniform(8, 11)
             place = centre + (self.dice.numbers(2) - 0.5) * (side - size)
-            self._apply(placed(silhouette(kind, self.dice), size, self.dice) + place, number, colors, pattern, size)
+            self._apply(
+                placed(silhouette(kind, self.dice), size, self.dice) + place,
+                number,
+                colors,
+                pattern,
+                size,
+            )
         self.full[number] = float(self.seen[number])
 
     def paint_object(self, side: float) -> None:
@@ -138,25 +169,43 @@ class _Canvas:
         angle, strength = self.dice.uniform(0, 2 * math.pi), self.dice.uniform(0, 0.15)
         slope = (np.arange(height, dtype=np.float32)[:, None] / height - 0.5) * math.sin(angle)
         slope = slope + (np.arange(width, dtype=np.float32) / width - 0.5) * math.cos(angle)
-        return np.clip(rgb * (0.25 + 0.25 * strength * slope[..., None]) + 0.5, 0, 255).astype(np.uint8)
+        return np.clip(rgb * (0.25 + 0.25 * strength * slope[..., None]) + 0.5, 0, 255).astype(
+            np.uint8
+        )
 
     def objects(self) -> tuple[SceneObject, ...]:
         """What is visible of each object, in pixels."""
         things = [number for number in range(1, len(self.category)) if not self.crowd[number]]
-        outlines = trace([self.owner[self.window[number]] == number for number in things], TOLERANCE * FINE)
-        return tuple([self._crowd_region(number) for number in range(1, len(self.category)) if self.crowd[number]]
-                     + [self._visible(number, parts) for number, parts in zip(things, outlines, strict=True)])
+        outlines = trace(
+            [self.owner[self.window[number]] == number for number in things], TOLERANCE * FINE
+        )
+        return tuple(
+            [
+                self._crowd_region(number)
+                for number in range(1, len(self.category))
+                if self.crowd[number]
+            ]
+            + [self._visible(number, parts) for number, parts in zip(things, outlines, strict=True)]
+        )
 
     def _visible(self, number: int, outlines: list[np.ndarray]) -> SceneObject:
         rows, columns = window = self.window[number]
         areas = [signed_area(part) for part in outlines]
-        parts = [(part + (columns.start, rows.start)) / FINE for part, area in zip(outlines, areas, strict=True)
-                 if area >= min(SLIVER * FINE**2, max(areas))]
+        parts = [
+            (part + (columns.start, rows.start)) / FINE
+            for part, area in zip(outlines, areas, strict=True)
+            if area >= min(SLIVER * FINE**2, max(areas))
+        ]
         x0, y0 = np.min([part.min(axis=0) for part in parts], axis=0).tolist()
         x1, y1 = np.max([part.max(axis=0) for part in parts], axis=0).tolist()
         area = int(np.count_nonzero(self.owner[window] == number)) / FINE**2
-        return SceneObject(self.category[number], (x0, y0, x1 - x0, y1 - y0), area,
-                           [part.ravel().tolist() for part in parts], False)
+        return SceneObject(
+            self.category[number],
+            (x0, y0, x1 - x0, y1 - y0),
+            area,
+            [part.ravel().tolist() for part in parts],
+            False,
+        )
 
     def _crowd_region(self, number: int) -> SceneObject:
         fine = (self.owner == number).astype(np.int64)
@@ -165,15 +214,27 @@ class _Canvas:
         flat = region.ravel(order="F")  # COCO runs down the columns and starts with the outside
         changes = np.flatnonzero(np.diff(flat, prepend=False))
         counts = np.diff(changes, prepend=0, append=flat.size).tolist()
-        box = (float(columns[0]), float(rows[0]), columns[-1] + 1.0 - columns[0], rows[-1] + 1.0 - rows[0])
-        return SceneObject(self.category[number], box, float(region.sum()),
-                           {"size": list(region.shape), "counts": counts}, True)
+        box = (
+            float(columns[0]),
+            float(rows[0]),
+            columns[-1] + 1.0 - columns[0],
+            rows[-1] + 1.0 - rows[0],
+        )
+        return SceneObject(
+            self.category[number],
+            box,
+            float(region.sum()),
+            {"size": list(region.shape), "counts": counts},
+            True,
+        )
 
     def _centre(self, margin: float) -> np.ndarray:
         return margin + self.dice.numbers(2) * (np.array([self.width, self.height]) - 2 * margin)
 
     def _favourite(self, kind: int) -> str:
-        return TEXTURES[kind if self.dice.chance(0.64) else self.dice.integer(0, 6)]  # 0.64 + 0.36 / 6 = 0.7
+        return TEXTURES[
+            kind if self.dice.chance(0.64) else self.dice.integer(0, 6)
+        ]  # 0.64 + 0.36 / 6 = 0.7
 
     def _colors(self) -> list[Color]:
         """Two colours that stand off from each other and from both colours of the ground."""
@@ -186,7 +247,9 @@ class _Canvas:
     def _unlike(self, others: list[Color]) -> Color:
         """A colour that stands off from these, and of four such the one least like anything there is."""
         choices = [random_color(self.dice, others, 95) for _ in range(4)]
-        return max(choices, key=lambda color: min(math.dist(color, other) for other in self.palette))
+        return max(
+            choices, key=lambda color: min(math.dist(color, other) for other in self.palette)
+        )
 
     def _register(self, kind: int, crowd: bool) -> int:
         self.category.append(list(CATEGORIES)[kind])
@@ -198,8 +261,10 @@ class _Canvas:
 
     def _window(self, vertices: np.ndarray) -> tuple[slice, slice]:
         (x0, y0), (x1, y1) = np.floor(vertices.min(axis=0)), np.ceil(vertices.max(axis=0))
-        return (slice(max(int(y0), 0), max(min(int(y1), self.height), 0)),
-                slice(max(int(x0), 0), max(min(int(x1), self.width), 0)))
+        return (
+            slice(max(int(y0), 0), max(min(int(y1), self.height), 0)),
+            slice(max(int(x0), 0), max(min(int(x1), self.width), 0)),
+        )
 
     def _stencil(self, vertices: np.ndarray) -> tuple[tuple[slice, slice], np.ndarray]:
         rows, columns = window = self._window(vertices)
@@ -214,12 +279,20 @@ class _Canvas:
         if size < 0.7 * abs(signed_area(vertices)) or max(covered[1:], default=0) == size:
             return math.inf
         left = zip(self.seen[1:], covered[1:], self.full[1:], strict=True)
-        if any(loss and seen - loss < max(VISIBLE * full, VISIBLE_AREA * FINE**2) for seen, loss, full in left):
+        if any(
+            loss and seen - loss < max(VISIBLE * full, VISIBLE_AREA * FINE**2)
+            for seen, loss, full in left
+        ):
             return math.inf
         return float(sum(covered[1:]))
 
     def _apply(
-        self, vertices: np.ndarray, number: int, colors: list[Color], pattern: str = "", side: float = 0.0
+        self,
+        vertices: np.ndarray,
+        number: int,
+        colors: list[Color],
+        pattern: str = "",
+        side: float = 0.0,
     ) -> None:
         """Paints a polygon for owner `number` in one colour, or in two with a pattern that suits its longer side."""
         window, stencil = self._stencil(vertices)
@@ -229,7 +302,9 @@ class _Canvas:
             index += texture(pattern, *stencil.shape, period, self.dice)
         self.palette += colors
         self.paint[window][stencil] = index[stencil]
-        for loser, loss in enumerate(np.bincount(self.owner[window][stencil], minlength=len(self.seen)).tolist()):
+        for loser, loss in enumerate(
+            np.bincount(self.owner[window][stencil], minlength=len(self.seen)).tolist()
+        ):
             self.seen[loser] -= loss
         self.owner[window][stencil] = number
         self.seen[number] += int(np.count_nonzero(stencil))

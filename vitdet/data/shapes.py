@@ -17,7 +17,9 @@ class Dice:
     """Random numbers from `random()` alone, the one distribution whose stream NumPy is least likely to change."""
 
     def __init__(self, seed: int, index: int) -> None:
-        self._generator = np.random.Generator(np.random.PCG64(np.random.SeedSequence([seed, index])))
+        self._generator = np.random.Generator(
+            np.random.PCG64(np.random.SeedSequence([seed, index]))
+        )
 
     def numbers(self, shape: int | tuple[int, int]) -> np.ndarray:
         """Independent numbers from 0 to 1."""
@@ -55,13 +57,19 @@ def silhouette(kind: int, dice: Dice) -> np.ndarray:
     if kind == 2:  # bar
         return np.array([[-1, -1], [1, -1], [1, 1], [-1, 1]]) * [1, dice.uniform(0.4, 0.9)]
     if kind == 3:  # star
-        angle, radius = np.arange(10) * (2 * math.pi / 10), np.array([1, dice.uniform(0.4, 0.5)] * 5)
+        angle, radius = (
+            np.arange(10) * (2 * math.pi / 10),
+            np.array([1, dice.uniform(0.4, 0.5)] * 5),
+        )
         return np.stack([np.cos(angle) * radius, np.sin(angle) * radius], axis=1)
     if kind == 4:  # crescent: most of a circle, and back along the half of an ellipse
         tip, depth = dice.uniform(0.7, 1.1), dice.uniform(0.25, 0.45)
         outer = tip + np.arange(21) / 20 * (2 * math.pi - 2 * tip)
         inner = (0.5 - np.arange(1, 14) / 14) * -math.pi
-        x, y = math.cos(tip) - (math.cos(tip) + depth) * np.cos(inner), math.sin(tip) * np.sin(inner)
+        x, y = (
+            math.cos(tip) - (math.cos(tip) + depth) * np.cos(inner),
+            math.sin(tip) * np.sin(inner),
+        )
         return np.stack([np.append(np.cos(outer), x), np.append(np.sin(outer), y)], axis=1)
     arm = dice.uniform(0.28, 0.4)  # cross
     quarter = np.array([[arm, arm], [arm, 1], [-arm, 1]])
@@ -71,7 +79,9 @@ def silhouette(kind: int, dice: Dice) -> np.ndarray:
 
 def placed(outline: np.ndarray, side: float, dice: Dice) -> np.ndarray:
     """Squeezed, bent and turned at random, the longer side of its box as given, centred at the origin."""
-    outline = outline * [1, dice.uniform(0.8, 1)] + 0.05 * (dice.numbers(2) - 0.5) * outline[:, ::-1] ** 2
+    outline = (
+        outline * [1, dice.uniform(0.8, 1)] + 0.05 * (dice.numbers(2) - 0.5) * outline[:, ::-1] ** 2
+    )
     angle = dice.uniform(0, 2 * math.pi)
     cos, sin = math.cos(angle), math.sin(angle)
     outline = outline @ np.array([[cos, sin], [-sin, cos]])
@@ -96,7 +106,9 @@ def texture(name: str, height: int, width: int, period: float, dice: Dice) -> np
         return (_fraction(u) - 0.5) ** 2 + (_fraction(v) - 0.5) ** 2 < 0.1
     if name == "zigzag":
         return _fraction(u + np.abs(_fraction(0.7 * v) - 0.5)) < 0.5
-    heights = dice.numbers((int(height / period) + 3, int(width / period) + 3))  # blotches: noise on a grid, smoothed
+    heights = dice.numbers(
+        (int(height / period) + 3, int(width / period) + 3)
+    )  # blotches: noise on a grid, smoothed
     rows, columns = np.arange(height) / period + shift[0], np.arange(width) / period + shift[1]
     return _smooth(heights, rows, columns) < 0.5
 
@@ -106,6 +118,8 @@ def _fraction(values: np.ndarray) -> np.ndarray:
 
 
 def _smooth(heights: np.ndarray, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
-    (i, a), (j, b) = ((at.astype(np.int64), (at % 1) ** 2 * (3 - 2 * (at % 1))) for at in (rows, columns))
+    (i, a), (j, b) = (
+        (at.astype(np.int64), (at % 1) ** 2 * (3 - 2 * (at % 1))) for at in (rows, columns)
+    )
     across = heights[:, j] * (1 - b) + heights[:, j + 1] * b
     return across[i] * (1 - a[:, None]) + across[i + 1] * a[:, None]

@@ -23,7 +23,9 @@ __all__ = ["CATEGORIES", "PRETRAIN_SEED", "Scene", "SceneObject", "draw_scene", 
 PRETRAIN_SEED = 1_000_000
 
 
-def make_tiny(folder: Path, train: int = 4000, val: int = 200, seed: int = 0, processes: int = 0) -> bool:
+def make_tiny(
+    folder: Path, train: int = 4000, val: int = 200, seed: int = 0, processes: int = 0
+) -> bool:
     """Writes folder/{train,val}/*.jpg and folder/annotations/instances_{train,val}.json; False if they are there.
 
     processes: 0 takes every processor this process may use; the result does not depend on it.
@@ -41,9 +43,13 @@ def make_tiny(folder: Path, train: int = 4000, val: int = 200, seed: int = 0, pr
             (temporary / "annotations").mkdir()
             for order, (split, count) in enumerate((("train", train), ("val", val))):
                 (temporary / split).mkdir()
-                document = _write_split(temporary / split, count, 2 * seed + order, 1 + 500_000 * order, processes)
+                document = _write_split(
+                    temporary / split, count, 2 * seed + order, 1 + 500_000 * order, processes
+                )
                 document["info"] = _info(split, count, seed)
-                (temporary / "annotations" / f"instances_{split}.json").write_text(json.dumps(document))
+                (temporary / "annotations" / f"instances_{split}.json").write_text(
+                    json.dumps(document)
+                )
     except OSError:
         if not _is_there(folder, train, val, seed):
             raise
@@ -56,13 +62,21 @@ def _is_there(folder: Path, train: int, val: int, seed: int) -> bool:
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return False
     if not _holds(folder, train, val, seed):
-        raise ValueError(f"{folder}: holds something else than the tiny data set (version {VERSION}, seed {seed}, "
-                         f"{train} + {val} images); give another folder or delete this one")
+        raise ValueError(
+            f"{folder}: holds something else than the tiny data set (version {VERSION}, seed {seed}, "
+            f"{train} + {val} images); give another folder or delete this one"
+        )
     return True
 
 
 def _info(split: str, count: int, seed: int) -> dict[str, str | int]:
-    return {"description": "vitdet tiny", "version": VERSION, "seed": seed, "split": split, "images": count}
+    return {
+        "description": "vitdet tiny",
+        "version": VERSION,
+        "seed": seed,
+        "split": split,
+        "images": count,
+    }
 
 
 def _holds(folder: Path, train: int, val: int, seed: int) -> bool:
@@ -77,9 +91,13 @@ def _holds(folder: Path, train: int, val: int, seed: int) -> bool:
     return True
 
 
-def _write_split(folder: Path, count: int, seed: int, first_id: int, processes: int) -> dict[str, object]:
+def _write_split(
+    folder: Path, count: int, seed: int, first_id: int, processes: int
+) -> dict[str, object]:
     """Draws and writes the images; returns the annotation document."""
-    processes = processes or len(os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count()))
+    processes = processes or len(
+        os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count())
+    )
     work = partial(_write_image, folder, seed, first_id)
     if min(processes, count // 16) > 1:
         # fork: the workers use nothing that runs threads, and start without importing the package again
@@ -92,14 +110,33 @@ def _write_split(folder: Path, count: int, seed: int, first_id: int, processes: 
     for index, (name, height, width, objects) in enumerate(scenes):
         images.append({"id": first_id + index, "file_name": name, "height": height, "width": width})
         for thing in objects:
-            annotations.append({"id": 2 * first_id + len(annotations), "image_id": first_id + index,
-                                "category_id": thing.category_id, "bbox": list(thing.bbox), "area": thing.area,
-                                "segmentation": thing.segmentation, "iscrowd": int(thing.crowd)})
-    categories = [{"id": number, "name": name, "supercategory": "shape"} for number, name in CATEGORIES.items()]
-    return {"info": {}, "licenses": [], "images": images, "annotations": annotations, "categories": categories}
+            annotations.append(
+                {
+                    "id": 2 * first_id + len(annotations),
+                    "image_id": first_id + index,
+                    "category_id": thing.category_id,
+                    "bbox": list(thing.bbox),
+                    "area": thing.area,
+                    "segmentation": thing.segmentation,
+                    "iscrowd": int(thing.crowd),
+                }
+            )
+    categories = [
+        {"id": number, "name": name, "supercategory": "shape"}
+        for number, name in CATEGORIES.items()
+    ]
+    return {
+        "info": {},
+        "licenses": [],
+        "images": images,
+        "annotations": annotations,
+        "categories": categories,
+    }
 
 
-def _write_image(folder: Path, seed: int, first_id: int, index: int) -> tuple[str, int, int, tuple[SceneObject, ...]]:
+def _write_image(
+    folder: Path, seed: int, first_id: int, index: int
+) -> tuple[str, int, int, tuple[SceneObject, ...]]:
     scene = draw_scene(seed, index)
     name = f"{first_id + index:012d}.jpg"
     Image.fromarray(scene.image).save(folder / name, quality=92, subsampling=0)

@@ -28,12 +28,20 @@ class Affine:
     size: tuple[int, int]  # what is seen
     flip: bool = False
     transpose: bool = False
-    colors: tuple[float, float, float] = (1.0, 1.0, 1.0)  # factors of brightness, contrast, saturation
+    colors: tuple[float, float, float] = (
+        1.0,
+        1.0,
+        1.0,
+    )  # factors of brightness, contrast, saturation
 
     def matrix(self) -> np.ndarray:
         """(2, 3) float64: new (x, y) = matrix @ (x, y, 1)."""
         height, width = self.source[::-1] if self.transpose else self.source
-        matrix = np.array([[0.0, 1.0, 0.0], [1.0, 0.0, 0.0]] if self.transpose else [[1.0, 0.0, 0.0], [0.0, 1.0, 0.0]])
+        matrix = np.array(
+            [[0.0, 1.0, 0.0], [1.0, 0.0, 0.0]]
+            if self.transpose
+            else [[1.0, 0.0, 0.0], [0.0, 1.0, 0.0]]
+        )
         if self.flip:
             matrix[0] = -matrix[0]
             matrix[0, 2] += width
@@ -53,7 +61,12 @@ class Affine:
             return change_colors(Image.fromarray(seen), *self.colors)
         (height, width), (top, left) = self.size, self.offset
         y, x = image.height / self.scaled[0], image.width / self.scaled[1]
-        box = (left * x, top * y, min((left + width) * x, image.width), min((top + height) * y, image.height))
+        box = (
+            left * x,
+            top * y,
+            min((left + width) * x, image.width),
+            min((top + height) * y, image.height),
+        )
         image = image.resize((width, height), Image.Resampling.BILINEAR, box=box)
         return change_colors(image, *self.colors)
 
@@ -85,12 +98,16 @@ def jitter(
     transposed = bool(draws[0] < transpose)
     shape = np.array(source[::-1] if transposed else source)
     scale = scale_range[0] + draws[2] * (scale_range[1] - scale_range[0])
-    scaled = np.maximum(np.round(shape * (canvas * scale / shape).min()), 1).astype(int)  # round: half to even
+    scaled = np.maximum(np.round(shape * (canvas * scale / shape).min()), 1).astype(
+        int
+    )  # round: half to even
     places = draws[[3, 3]] if diagonal else draws[[3, 7]]
     offset = np.round(places * np.maximum(scaled - canvas, 0)).astype(int)
     size = np.minimum(scaled, canvas)
     colors = tuple((1 + color_jitter * (2 * draws[4:7] - 1)).tolist())
-    return Affine(source, _pair(scaled), _pair(offset), _pair(size), bool(draws[1] < flip), transposed, colors)
+    return Affine(
+        source, _pair(scaled), _pair(offset), _pair(size), bool(draws[1] < flip), transposed, colors
+    )
 
 
 def fit(source: tuple[int, int], size: int) -> tuple[int, int]:
@@ -103,7 +120,9 @@ def fit(source: tuple[int, int], size: int) -> tuple[int, int]:
     return max(int(height + 0.5), 1), max(int(width + 0.5), 1)
 
 
-def resize_longest(image: Image.Image | np.ndarray, size: int, antialias: bool = True) -> np.ndarray:
+def resize_longest(
+    image: Image.Image | np.ndarray, size: int, antialias: bool = True
+) -> np.ndarray:
     """An RGB image or array (H, W, 3) uint8 with its longest side made `size` pixels, bilinear as PIL's or, plain, as
     OpenCV's.
     """
@@ -114,8 +133,12 @@ def resize_longest(image: Image.Image | np.ndarray, size: int, antialias: bool =
     return np.asarray(image.resize((width, height), Image.Resampling.BILINEAR))
 
 
-def resize_and_pad(image: Image.Image | np.ndarray, size: int, antialias: bool = True, canvas: np.ndarray | None = None,
-                   ) -> tuple[np.ndarray, tuple[int, int]]:
+def resize_and_pad(
+    image: Image.Image | np.ndarray,
+    size: int,
+    antialias: bool = True,
+    canvas: np.ndarray | None = None,
+) -> tuple[np.ndarray, tuple[int, int]]:
     """The RGB image or array (H, W, 3) uint8 on a canvas (3, size, size), longest side = canvas; and its size without
     the padding. canvas: a black one to be filled (a new one). An array is copied before: of a large picture that is
     much.
@@ -128,7 +151,9 @@ def resize_and_pad(image: Image.Image | np.ndarray, size: int, antialias: bool =
 
 def pad(image: Image.Image, canvas: np.ndarray) -> None:
     """Writes the RGB image into the top left corner of a black canvas (3, S, S) uint8."""
-    for plane, band in zip(canvas, image.split(), strict=True):  # a third of the time of exchanging an array's axes
+    for plane, band in zip(
+        canvas, image.split(), strict=True
+    ):  # a third of the time of exchanging an array's axes
         plane[: image.height, : image.width] = band
 
 
@@ -149,7 +174,9 @@ def visible_boxes(edges: np.ndarray, size: tuple[int, int]) -> tuple[np.ndarray,
     return boxes, keep
 
 
-def change_colors(image: Image.Image, brightness: float, contrast: float, saturation: float) -> Image.Image:
+def change_colors(
+    image: Image.Image, brightness: float, contrast: float, saturation: float
+) -> Image.Image:
     """The image with brightness, then contrast, then saturation multiplied; all three are one colour matrix."""
     if brightness == contrast == saturation == 1:
         return image
@@ -163,7 +190,9 @@ def _pair(values: np.ndarray) -> tuple[int, int]:
     return int(values[0]), int(values[1])
 
 
-def _clipped(edges: np.ndarray, real: np.ndarray, window: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _clipped(
+    edges: np.ndarray, real: np.ndarray, window: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
     """Low and high corners (G, 2) of outline and window's intersection.
 
     Its corners are the ends of the edges' pieces in the window and the window's corners inside the outline.

@@ -9,15 +9,22 @@ from collections.abc import Sequence
 import numpy as np
 
 NUMBERS = frozenset({int, float})
-SIDE = 2**16  # pixels that no side of an image reaches: JPEG has none as long, and RLEs count pixels in 32 bits
+SIDE = (
+    2**16
+)  # pixels that no side of an image reaches: JPEG has none as long, and RLEs count pixels in 32 bits
 
 
-def segmentation_problem(segmentation: object, size: tuple[int, int] | None) -> tuple[str, str] | None:
+def segmentation_problem(
+    segmentation: object, size: tuple[int, int] | None
+) -> tuple[str, str] | None:
     """(kind, text) of the first thing that is wrong with polygons or an RLE on an image of (height, width) `size`."""
     if isinstance(segmentation, dict):
         return _rle_problem(segmentation, size)
     if segmentation == []:
-        return "segmentation that is neither polygons nor RLE", "[] (where there is a box only, write its corners)"
+        return (
+            "segmentation that is neither polygons nor RLE",
+            "[] (where there is a box only, write its corners)",
+        )
     if not isinstance(segmentation, list):
         return "segmentation that is neither polygons nor RLE", show(segmentation)
     for part in segmentation:
@@ -31,29 +38,43 @@ def segmentation_problem(segmentation: object, size: tuple[int, int] | None) -> 
             finite = False
         if not finite:
             return "polygon with coordinates that are not finite numbers", show(part)
-        if size is not None and reaches_far(part, size):  # pycocotools draws all of it, pixel by pixel
+        if size is not None and reaches_far(
+            part, size
+        ):  # pycocotools draws all of it, pixel by pixel
             return "polygon far outside its image", f"{show(part)} on {size[1]} x {size[0]} pixels"
     return None
 
 
 def _rle_problem(code: dict, size: tuple[int, int] | None) -> tuple[str, str] | None:
     shape, counts = code.get("size"), code.get("counts")
-    if not isinstance(shape, list) or len(shape) != 2 or any(type(side) is not int or side <= 0 for side in shape):
+    if (
+        not isinstance(shape, list)
+        or len(shape) != 2
+        or any(type(side) is not int or side <= 0 for side in shape)
+    ):
         return "RLE without size [height, width]", show(shape)
     if size is not None and tuple(shape) != size:
-        return "RLE of another size than its image", f"{shape}, the image {list(size)} (height, width)"
+        return (
+            "RLE of another size than its image",
+            f"{shape}, the image {list(size)} (height, width)",
+        )
     runs = _run_lengths(counts)
     if runs is None:
         return "RLE whose counts are not run lengths", show(counts)
     if sum(runs) != shape[0] * shape[1]:
-        return "RLE whose counts do not fill its size", f"{sum(runs)} of {shape[0] * shape[1]} pixels"
+        return (
+            "RLE whose counts do not fill its size",
+            f"{sum(runs)} of {shape[0] * shape[1]} pixels",
+        )
     return None
 
 
 def _run_lengths(counts: object) -> list[int] | None:
     """Run lengths as they are, or out of COCO's compressed text: 5 bits a character, differences to two runs before."""
     if isinstance(counts, list):
-        return counts if {int}.issuperset(map(type, counts)) and min(counts, default=0) >= 0 else None
+        return (
+            counts if {int}.issuperset(map(type, counts)) and min(counts, default=0) >= 0 else None
+        )
     if not isinstance(counts, str) or not counts.isascii():
         return None
     codes = np.frombuffer(counts.encode(), np.uint8).astype(np.int64) - 48
@@ -86,7 +107,9 @@ def is_line(value: object) -> bool:
 
 def is_text(value: object) -> bool:
     """Whether it is text of one line that any file can hold: without half a surrogate pair."""
-    return is_line(value) and (value.isascii() or not any("\ud800" <= letter <= "\udfff" for letter in value))
+    return is_line(value) and (
+        value.isascii() or not any("\ud800" <= letter <= "\udfff" for letter in value)
+    )
 
 
 def are_numbers(values: Sequence[object]) -> bool:

@@ -36,20 +36,30 @@ def read_voc(source: Path) -> Foreign:
     """
     for name in ("Annotations", "JPEGImages", "ImageSets/Main"):
         if not (source / name).is_dir():
-            raise FileNotFoundError(f"{source / name}: not there; expected Annotations/ID.xml, JPEGImages/ID.jpg and "
-                                    "ImageSets/Main/train.txt, val.txt with an ID a line")
+            raise FileNotFoundError(
+                f"{source / name}: not there; expected Annotations/ID.xml, JPEGImages/ID.jpg and "
+                "ImageSets/Main/train.txt, val.txt with an ID a line"
+            )
     found, notes = {}, Counter()
     for split, ids in _splits(source).items():
         if split == "test" and not any(os.path.isfile(_xml(source, one)) for one in ids):
             continue  # as VOC2012 has it: the answers are not published
         found[split] = [_parse(_xml(source, one)) for one in ids]
-    names = sorted({_text(path, thing, "name") for trees in found.values() for path, tree in trees
-                    for thing in tree.findall("object")})
+    names = sorted(
+        {
+            _text(path, thing, "name")
+            for trees in found.values()
+            for path, tree in trees
+            for thing in tree.findall("object")
+        }
+    )
     if not names:
         raise ValueError(f"{source / 'Annotations'}: no object in any file")
     label_of = {name: label for label, name in enumerate(names)}
-    splits = {split: [_picture(source, path, tree, label_of, notes) for path, tree in trees]
-              for split, trees in found.items()}
+    splits = {
+        split: [_picture(source, path, tree, label_of, notes) for path, tree in trees]
+        for split, trees in found.items()
+    }
     return Foreign(tuple(names), splits, notes)
 
 
@@ -67,10 +77,14 @@ def _splits(source: Path) -> dict[str, list[str]]:
             ids = list(dict.fromkeys(words[0] for words in lines))
             wrong = [one for one in ids if Path(one).is_absolute() or ".." in Path(one).parts]
             if wrong:
-                raise ValueError(f"{path}: {wrong[0]}: expected the name of an image without its ending")
+                raise ValueError(
+                    f"{path}: {wrong[0]}: expected the name of an image without its ending"
+                )
             splits[path.stem] = ids
     if not splits:
-        raise FileNotFoundError(f"{source / 'ImageSets' / 'Main'}: no train.txt or val.txt with an ID a line")
+        raise FileNotFoundError(
+            f"{source / 'ImageSets' / 'Main'}: no train.txt or val.txt with an ID a line"
+        )
     if "train" in splits and "val" in splits:
         splits.pop("trainval", None)
     return splits
@@ -96,13 +110,17 @@ def _parse(path: Path) -> tuple[Path, Element]:
     return path, builder.close()
 
 
-def _picture(source: Path, path: Path, tree: Element, label_of: dict[str, int], notes: Counter[str]) -> Picture:
+def _picture(
+    source: Path, path: Path, tree: Element, label_of: dict[str, int], notes: Counter[str]
+) -> Picture:
     image = _image(source, path, tree)
     size = image_size(image)
     stated = tuple(tree.findtext(f"size/{side}", "0").strip() for side in ("height", "width"))
     if stated != ("0", "0") and stated != tuple(map(str, size)):
-        raise ValueError(f"{path}: the size is {stated[1]} x {stated[0]}, but {image} is {size[1]} x {size[0]} (width "
-                         "x height, upright)")
+        raise ValueError(
+            f"{path}: the size is {stated[1]} x {stated[0]}, but {image} is {size[1]} x {size[0]} (width "
+            "x height, upright)"
+        )
     objects = tree.findall("object")
     numbers = _numbers(source, path, size, len(objects))
     things = []
@@ -117,8 +135,16 @@ def _picture(source: Path, path: Path, tree: Element, label_of: dict[str, int], 
         if pixels is None or not pixels.any():
             notes[BOX_ONLY] += 1
         else:
-            thing = Thing(thing.label, thing.box, encode(torch.from_numpy(pixels[None]))[0], float(pixels.sum()), crowd)
-        notes["difficult objects: training leaves them out, evaluation counts them neither way"] += crowd
+            thing = Thing(
+                thing.label,
+                thing.box,
+                encode(torch.from_numpy(pixels[None]))[0],
+                float(pixels.sum()),
+                crowd,
+            )
+        notes[
+            "difficult objects: training leaves them out, evaluation counts them neither way"
+        ] += crowd
         things.append(thing)
     return Picture(image, *size, tuple(things))
 
@@ -138,15 +164,21 @@ def _image(source: Path, path: Path, tree: Element) -> Path:
 
 def _numbers(source: Path, path: Path, size: tuple[int, int], objects: int) -> np.ndarray | None:
     """Which object each pixel (H, W) is of, from 1; None without a file."""
-    file = source / "SegmentationObject" / path.relative_to(source / "Annotations").with_suffix(".png")
+    file = (
+        source / "SegmentationObject" / path.relative_to(source / "Annotations").with_suffix(".png")
+    )
     if not os.path.isfile(file):
         return None
     if image_size(file) != size:
-        raise ValueError(f"{file}: not of the size of its image, {size[1]} x {size[0]} (width x height)")
+        raise ValueError(
+            f"{file}: not of the size of its image, {size[1]} x {size[0]} (width x height)"
+        )
     try:
         with Image.open(file) as image:
             if image.mode not in ("P", "L"):
-                raise ValueError(f"expected an image of numbers (palette), got one of mode {image.mode}")
+                raise ValueError(
+                    f"expected an image of numbers (palette), got one of mode {image.mode}"
+                )
             numbers = np.asarray(image)
     except (OSError, SyntaxError, ValueError) as error:
         raise ValueError(f"{file}: {error}") from error
@@ -156,17 +188,25 @@ def _numbers(source: Path, path: Path, size: tuple[int, int], objects: int) -> n
     return numbers
 
 
-def _corners(path: Path, element: Element, size: tuple[int, int]) -> tuple[float, float, float, float]:
+def _corners(
+    path: Path, element: Element, size: tuple[int, int]
+) -> tuple[float, float, float, float]:
     words = [element.findtext(f"bndbox/{side}", "") for side in ("xmin", "ymin", "xmax", "ymax")]
     try:
         x0, y0, x1, y1 = map(float, words)
     except ValueError:
-        raise ValueError(f"{path}: bndbox: expected numbers xmin, ymin, xmax, ymax, got {show(words)}") from None
+        raise ValueError(
+            f"{path}: bndbox: expected numbers xmin, ymin, xmax, ymax, got {show(words)}"
+        ) from None
     height, width = size
     if not all(map(math.isfinite, (x0, y0, x1, y1))) or x1 < x0 or y1 < y0:
-        raise ValueError(f"{path}: bndbox: expected xmin <= xmax and ymin <= ymax, got {show(words)}")
+        raise ValueError(
+            f"{path}: bndbox: expected xmin <= xmax and ymin <= ymax, got {show(words)}"
+        )
     if x0 > width or y0 > height or x1 < 1 or y1 < 1:
-        raise ValueError(f"{path}: bndbox: {show(words)} lies outside the image of {width} x {height} pixels")
+        raise ValueError(
+            f"{path}: bndbox: {show(words)} lies outside the image of {width} x {height} pixels"
+        )
     return x0 - 1, y0 - 1, x1, y1
 
 

@@ -41,7 +41,10 @@ def description(source: Path) -> Path | None:
     if source.is_file():
         return source if source.suffix in (".yaml", ".yml") else None
     found = sorted([*source.glob("*.yaml"), *source.glob("*.yml")])
-    return next((path for path in found if path.stem in ("data", source.name)), found[0] if len(found) == 1 else None)
+    return next(
+        (path for path in found if path.stem in ("data", source.name)),
+        found[0] if len(found) == 1 else None,
+    )
 
 
 def read_yolo(source: Path) -> Foreign:
@@ -51,26 +54,36 @@ def read_yolo(source: Path) -> Foreign:
     """
     path = description(source)
     if path is None:
-        raise FileNotFoundError(f"{source}: expected one data.yaml, which names the classes and the splits")
+        raise FileNotFoundError(
+            f"{source}: expected one data.yaml, which names the classes and the splits"
+        )
     head = _head(path)
     names, notes, splits = _names(path, head), Counter(), {}
     for key, name in SPLITS.items():
         entries = head.get(key) or []
         entries = [entries] if isinstance(entries, str) else entries
         if not isinstance(entries, list) or not all(isinstance(entry, str) for entry in entries):
-            raise ValueError(f"{path}: {key}: expected a folder, a text file or a list of these, got {show(entries)}")
+            raise ValueError(
+                f"{path}: {key}: expected a folder, a text file or a list of these, got {show(entries)}"
+            )
         if not entries or name in splits:
             continue
-        images = list(dict.fromkeys(image for entry in entries for image in _images(path, head, key, entry)))
+        images = list(
+            dict.fromkeys(image for entry in entries for image in _images(path, head, key, entry))
+        )
         if not images:
             raise ValueError(f"{path}: {key}: no image in {', '.join(entries)}")
         if any(os.path.isfile(_label_file(image)) for image in images):
             splits[name] = _Split(images, len(names), notes)
         elif name != "test":
-            raise FileNotFoundError(f"{path}: {key}: none of {len(images)} images has a label file; expected "
-                                    f"{_label_file(images[0])} for {images[0]}")
+            raise FileNotFoundError(
+                f"{path}: {key}: none of {len(images)} images has a label file; expected "
+                f"{_label_file(images[0])} for {images[0]}"
+            )
     if "train" not in splits or "val" not in splits:
-        raise ValueError(f"{path}: expected the keys train and val, got {', '.join(map(str, head))}")
+        raise ValueError(
+            f"{path}: expected the keys train and val, got {', '.join(map(str, head))}"
+        )
     return Foreign(names, splits, notes)
 
 
@@ -94,8 +107,10 @@ def _names(path: Path, head: dict) -> tuple[str, ...]:
     if isinstance(names, dict) and all(str(label) in names for label in range(len(names))):
         names = [names[str(label)] for label in range(len(names))]
     if not isinstance(names, list) or not names or not all(map(is_text, names)):
-        raise ValueError(f"{path}: names: expected a list of class names, or a map 0: name, 1: name, ...; got "
-                         f"{show(names)}")
+        raise ValueError(
+            f"{path}: names: expected a list of class names, or a map 0: name, 1: name, ...; got "
+            f"{show(names)}"
+        )
     if count is not None and count != str(len(names)):
         raise ValueError(f"{path}: {len(names)} names, but nc: {show(count)}")
     return tuple(names)
@@ -109,12 +124,16 @@ def _images(path: Path, head: dict, key: str, entry: str) -> list[Path]:
     places = [place for root in roots for place in (root / entry, root / entry.removeprefix("../"))]
     place = next((Path(os.path.abspath(place)) for place in places if os.path.exists(place)), None)
     if place is None:
-        raise FileNotFoundError(f"{path}: {key}: {entry} is not there, looked below {', '.join(map(str, roots))}")
+        raise FileNotFoundError(
+            f"{path}: {key}: {entry} is not there, looked below {', '.join(map(str, roots))}"
+        )
     if place.is_dir():
         return images_below(place)
     if place.suffix != ".txt":
         raise ValueError(f"{path}: {key}: {entry}: expected a folder or a .txt file of image paths")
-    return [_listed(place, line.strip(), roots) for line in _text(place).splitlines() if line.strip()]
+    return [
+        _listed(place, line.strip(), roots) for line in _text(place).splitlines() if line.strip()
+    ]
 
 
 def _listed(place: Path, line: str, roots: list[Path]) -> Path:
@@ -167,19 +186,28 @@ class _Split(Iterable[Picture]):
 
 def _row(where: str, words: list[str], classes: int) -> tuple[float, ...]:
     if len(words) < 5 or len(words) % 2 == 0:
-        raise ValueError(f"{where}: expected 'class x y width height' or 'class x y x y x y ...', got {len(words)} "
-                         f"numbers: {show(' '.join(words))}")
+        raise ValueError(
+            f"{where}: expected 'class x y width height' or 'class x y x y x y ...', got {len(words)} "
+            f"numbers: {show(' '.join(words))}"
+        )
     try:
         row = tuple(map(float, words))
     except ValueError:
         raise ValueError(f"{where}: expected numbers, got {show(' '.join(words))}") from None
     if row[0] not in range(classes):
-        raise ValueError(f"{where}: class {words[0]}: expected a whole number from 0 to {classes - 1}, as data.yaml "
-                         "names them")
-    wrong = [word for word, value in zip(words[1:], row[1:], strict=True)
-             if not math.isfinite(value) or not -TOLERANCE <= value <= 1 + TOLERANCE]
+        raise ValueError(
+            f"{where}: class {words[0]}: expected a whole number from 0 to {classes - 1}, as data.yaml "
+            "names them"
+        )
+    wrong = [
+        word
+        for word, value in zip(words[1:], row[1:], strict=True)
+        if not math.isfinite(value) or not -TOLERANCE <= value <= 1 + TOLERANCE
+    ]
     if wrong:
-        raise ValueError(f"{where}: coordinate {wrong[0]}: expected a share of the picture, from 0 to 1")
+        raise ValueError(
+            f"{where}: coordinate {wrong[0]}: expected a share of the picture, from 0 to 1"
+        )
     return row
 
 
@@ -187,7 +215,9 @@ def _thing(row: tuple[float, ...], size: tuple[int, int]) -> Thing | None:
     height, width = size
     if len(row) == 5:
         x, y, wide, high = row[1] * width, row[2] * height, row[3] * width, row[4] * height
-        return box_thing(int(row[0]), (x - wide / 2, y - high / 2, x + wide / 2, y + high / 2), size)
+        return box_thing(
+            int(row[0]), (x - wide / 2, y - high / 2, x + wide / 2, y + high / 2), size
+        )
     points = [value * (height if place % 2 else width) for place, value in enumerate(row[1:])]
     return polygon_thing(int(row[0]), points, size)
 

@@ -25,16 +25,31 @@ from vitdet.evaluation.report import write_report
 from vitdet.predictor import to_image
 from vitdet.types import Detections
 
-__all__ = ["detect", "detections_to_results", "evaluate", "evaluate_detector", "evaluate_results", "write_pictures",
-           "write_report"]
+__all__ = [
+    "detect",
+    "detections_to_results",
+    "evaluate",
+    "evaluate_detector",
+    "evaluate_results",
+    "write_pictures",
+    "write_report",
+]
 ARBITERS = {"coco": coco, "lvis": lvis}  # data.dataset -> how its AP is measured
-OF_FILES = {"coco": coco.compare, "lvis": lvis.compare_file}  # the same of results that anybody made
+OF_FILES = {
+    "coco": coco.compare,
+    "lvis": lvis.compare_file,
+}  # the same of results that anybody made
 SECTIONS = ("data", "evaluate")  # of a config, that an evaluation may change
 PIXELS = 2**26  # of pasted masks at a time: 64 MB
 
 
-def detections_to_results(detections: Detections, size: tuple[int, int], original: tuple[int, int], image_id: int,
-                          category_ids: Sequence[int]) -> list[dict]:
+def detections_to_results(
+    detections: Detections,
+    size: tuple[int, int],
+    original: tuple[int, int],
+    image_id: int,
+    category_ids: Sequence[int],
+) -> list[dict]:
     """COCO results {image_id, category_id, bbox xywh, score, segmentation RLE} of the detections of one canvas.
 
     size (height, width) of the unpadded image on the canvas, original of the file; category_ids[label] is a label's id.
@@ -43,17 +58,34 @@ def detections_to_results(detections: Detections, size: tuple[int, int], origina
     corners = found.boxes.double()
     boxes = torch.cat([corners[:, :2], corners[:, 2:] - corners[:, :2]], dim=1).tolist()
     step = max(1, PIXELS // (original[0] * original[1]))
-    codes = [code for start in range(0, len(found), step)
-             for code in encode(paste(found.masks[start : start + step].float(),
-                                      found.boxes[start : start + step].float(), original))]
-    return [{"image_id": image_id, "category_id": category_ids[label], "bbox": box, "score": score,
-             "segmentation": code}
-            for label, box, score, code in zip(found.labels.tolist(), boxes, found.scores.double().tolist(), codes,
-                                               strict=True)]
+    codes = [
+        code
+        for start in range(0, len(found), step)
+        for code in encode(
+            paste(
+                found.masks[start : start + step].float(),
+                found.boxes[start : start + step].float(),
+                original,
+            )
+        )
+    ]
+    return [
+        {
+            "image_id": image_id,
+            "category_id": category_ids[label],
+            "bbox": box,
+            "score": score,
+            "segmentation": code,
+        }
+        for label, box, score, code in zip(
+            found.labels.tolist(), boxes, found.scores.double().tolist(), codes, strict=True
+        )
+    ]
 
 
-def evaluate_detector(detector: nn.Module, data: DataConfig, settings: EvalConfig,
-                      device: torch.device | str = "cpu") -> tuple[dict[str, float], list[dict]]:
+def evaluate_detector(
+    detector: nn.Module, data: DataConfig, settings: EvalConfig, device: torch.device | str = "cpu"
+) -> tuple[dict[str, float], list[dict]]:
     """Box and mask AP in percent on the validation split, and the COCO results (sorted by image) that they come from.
 
     The detector lies on `device`; its mode is put back afterwards. Under several processes each takes a share of the
@@ -68,8 +100,13 @@ def evaluate_detector(detector: nn.Module, data: DataConfig, settings: EvalConfi
     return distributed.all_gather_objects(metrics)[0], results
 
 
-def detect(detector: nn.Module, data: DataConfig, settings: EvalConfig, device: torch.device | str = "cpu",
-           split: CocoSplit | None = None) -> tuple[list[dict], list[int]]:
+def detect(
+    detector: nn.Module,
+    data: DataConfig,
+    settings: EvalConfig,
+    device: torch.device | str = "cpu",
+    split: CocoSplit | None = None,
+) -> tuple[list[dict], list[int]]:
     """The COCO results of `evaluate_detector` without the comparison, and the ids of the images that were looked at.
 
     split: the validation split, if it was read before. Of several processes the first has those of all, others none.
@@ -77,7 +114,9 @@ def detect(detector: nn.Module, data: DataConfig, settings: EvalConfig, device: 
     was_training = detector.training
     detector.eval()
     try:
-        share = _detect_share(detector, data, split or read_split(data, data.val_split), settings, device)
+        share = _detect_share(
+            detector, data, split or read_split(data, data.val_split), settings, device
+        )
     finally:
         detector.train(was_training)
     found: dict[int, list[dict]] = {}
@@ -87,9 +126,15 @@ def detect(detector: nn.Module, data: DataConfig, settings: EvalConfig, device: 
     return [result for image_id in image_ids for result in found[image_id]], image_ids
 
 
-def evaluate(checkpoint: str | Path, overrides: Sequence[str] = (), *, config: Config | None = None,
-             pictures: str | Path | None = None, plots: str | Path | None = None,
-             device: torch.device | str | None = None) -> dict[str, float]:
+def evaluate(
+    checkpoint: str | Path,
+    overrides: Sequence[str] = (),
+    *,
+    config: Config | None = None,
+    pictures: str | Path | None = None,
+    plots: str | Path | None = None,
+    device: torch.device | str | None = None,
+) -> dict[str, float]:
     """Box and mask AP in percent of a checkpoint on its validation split, as {"box_ap": 51.6, "mask_ap": 45.9, ...}.
 
     The data and evaluate settings are the checkpoint's, or those of `config`, changed by overrides. Two folders, if
@@ -98,13 +143,17 @@ def evaluate(checkpoint: str | Path, overrides: Sequence[str] = (), *, config: C
     the data set has other classes than the checkpoint, or when an override changes another section, before anything is
     written.
     """
-    from vitdet.models import build_detector  # here: the AP of results needs neither models nor training
+    from vitdet.models import (
+        build_detector,
+    )  # here: the AP of results needs neither models nor training
     from vitdet.training.checkpoint import restore_detector
 
     detector, stored, class_names = restore_detector(checkpoint)
     for one in overrides:
         if one.split(".")[0].strip() not in SECTIONS:
-            raise ValueError(f"override {one!r}: only data.* and evaluate.* can change for a trained checkpoint")
+            raise ValueError(
+                f"override {one!r}: only data.* and evaluate.* can change for a trained checkpoint"
+            )
     config = override(stored, overrides, config, SECTIONS)
     if config.evaluate != stored.evaluate:
         rebuilt = build_detector(config.model, config.evaluate)
@@ -128,8 +177,13 @@ def evaluate(checkpoint: str | Path, overrides: Sequence[str] = (), *, config: C
         return distributed.all_gather_objects(metrics)[0]
 
 
-def evaluate_results(results: str | Path, annotations: str | Path, dataset: str = "coco", *,
-                     plots: str | Path | None = None) -> dict[str, float]:
+def evaluate_results(
+    results: str | Path,
+    annotations: str | Path,
+    dataset: str = "coco",
+    *,
+    plots: str | Path | None = None,
+) -> dict[str, float]:
     """Box and/or mask AP in percent of any file of COCO results, by what it holds, against an annotation file.
 
     dataset: 'coco' or 'lvis', whose rules differ. `plots` receives what `write_report` writes. Raises
@@ -164,22 +218,42 @@ def _read(data: DataConfig) -> tuple[Truth, CocoSplit]:
 
 
 @torch.no_grad()
-def _detect_share(detector: nn.Module, data: DataConfig, split: CocoSplit, settings: EvalConfig,
-                  device: torch.device | str) -> dict[int, list[dict]]:
+def _detect_share(
+    detector: nn.Module,
+    data: DataConfig,
+    split: CocoSplit,
+    settings: EvalConfig,
+    device: torch.device | str,
+) -> dict[int, list[dict]]:
     category_ids = split.category_ids
     share = {}
-    for batch in val_loader(data, settings.batch_size, distributed.rank(), distributed.world_size(), split):
+    for batch in val_loader(
+        data, settings.batch_size, distributed.rank(), distributed.world_size(), split
+    ):
         found = detector(batch.images.to(device, non_blocking=True), None, batch.sizes.to(device))
-        for one, size, original, image_id in zip(found, batch.sizes.tolist(), batch.originals.tolist(),
-                                                 batch.image_ids, strict=True):
-            share[image_id] = detections_to_results(one, tuple(size), tuple(original), image_id, category_ids)
+        for one, size, original, image_id in zip(
+            found, batch.sizes.tolist(), batch.originals.tolist(), batch.image_ids, strict=True
+        ):
+            share[image_id] = detections_to_results(
+                one, tuple(size), tuple(original), image_id, category_ids
+            )
     return share
 
 
-def _check_classes(checkpoint: str | Path, trained: Sequence[str], present: Sequence[str], data: DataConfig) -> None:
+def _check_classes(
+    checkpoint: str | Path, trained: Sequence[str], present: Sequence[str], data: DataConfig
+) -> None:
     if tuple(trained) == tuple(present):
         return
-    differs = next((f"class {i} is {b!r}, not {a!r}" for i, (a, b) in enumerate(zip(trained, present, strict=False))
-                    if a != b), f"{len(present)} classes, not {len(trained)}")
-    raise ValueError(f"{data.root}: its classes are not those that {checkpoint} was trained on: {differs}; "
-                     "set data.root to a data set with the checkpoint's classes")
+    differs = next(
+        (
+            f"class {i} is {b!r}, not {a!r}"
+            for i, (a, b) in enumerate(zip(trained, present, strict=False))
+            if a != b
+        ),
+        f"{len(present)} classes, not {len(trained)}",
+    )
+    raise ValueError(
+        f"{data.root}: its classes are not those that {checkpoint} was trained on: {differs}; "
+        "set data.root to a data set with the checkpoint's classes"
+    )

@@ -33,7 +33,9 @@ def measure(images: int = 5000, detections: int = 100, rounds: int = 1, seed: in
     largest difference of their figures in percent points.
     """
     if min(images, detections, rounds) < 1:
-        raise ValueError(f"images, detections and rounds must be at least 1, got {images}, {detections}, {rounds}")
+        raise ValueError(
+            f"images, detections and rounds must be at least 1, got {images}, {detections}, {rounds}"
+        )
     runs: dict[str, list[dict[str, float]]] = {"vitdet": [], "pycocotools": []}
     figures: dict[str, list[float]] = {}
     with tempfile.TemporaryDirectory() as folder:
@@ -45,13 +47,27 @@ def measure(images: int = 5000, detections: int = 100, rounds: int = 1, seed: in
                 start = time.process_time()
                 figures[name] = evaluation(annotations, results, seconds)
                 runs[name].append({**seconds, "total": time.process_time() - start})
-        sizes = {path.stem + "_mb": round(path.stat().st_size / 2**20, 1) for path in (annotations, results)}
+        sizes = {
+            path.stem + "_mb": round(path.stat().st_size / 2**20, 1)
+            for path in (annotations, results)
+        }
     best = {name: min(those, key=lambda run: run["total"]) for name, those in runs.items()}
-    return {"images": images, "detections_per_image": detections, "classes": CLASSES, **sizes,
-            "cpu_seconds": {name: {step: round(value, 2) for step, value in run.items()} for name, run in best.items()},
-            "ratio": round(best["pycocotools"]["total"] / best["vitdet"]["total"], 2),
-            "largest_difference": float(np.abs(np.subtract(figures["vitdet"], figures["pycocotools"])).max()),
-            "box_ap": figures["vitdet"][0], "mask_ap": figures["vitdet"][12]}
+    return {
+        "images": images,
+        "detections_per_image": detections,
+        "classes": CLASSES,
+        **sizes,
+        "cpu_seconds": {
+            name: {step: round(value, 2) for step, value in run.items()}
+            for name, run in best.items()
+        },
+        "ratio": round(best["pycocotools"]["total"] / best["vitdet"]["total"], 2),
+        "largest_difference": float(
+            np.abs(np.subtract(figures["vitdet"], figures["pycocotools"])).max()
+        ),
+        "box_ap": figures["vitdet"][0],
+        "mask_ap": figures["vitdet"][12],
+    }
 
 
 def _ours(annotations: Path, results: Path, seconds: dict[str, float]) -> list[float]:
@@ -77,7 +93,9 @@ def _plain(annotations: Path, results: Path, seconds: dict[str, float]) -> list[
         for kind, key in KINDS.items():
             with _step(seconds, "index"):  # the other form away, else masks have their boxes' areas
                 others = set(KINDS.values()) - {key}
-                index = truth.loadRes([{name: one[name] for name in one if name not in others} for one in found])
+                index = truth.loadRes(
+                    [{name: one[name] for name in one if name not in others} for one in found]
+                )
             evaluation = COCOeval(truth, index, kind)
             for step in ("evaluate", "accumulate", "summarize"):
                 with _step(seconds, step):
@@ -96,50 +114,98 @@ def write_set(annotations: Path, results: Path, images: int, detections: int, se
         classes = rng.choice(rng.choice(CLASSES, 3, p=often / often.sum()), count)
         shapes = _shapes(rng, count)
         crowd = rng.random(count) < 0.012
-        objects += [_object(image_id, int(label) + 1, shape, bool(many))
-                    for label, shape, many in zip(classes, shapes, crowd, strict=True)]
-        source, near, loose = rng.integers(0, count, detections), rng.random(detections) < 0.6, rng.random(detections)
+        objects += [
+            _object(image_id, int(label) + 1, shape, bool(many))
+            for label, shape, many in zip(classes, shapes, crowd, strict=True)
+        ]
+        source, near, loose = (
+            rng.integers(0, count, detections),
+            rng.random(detections) < 0.6,
+            rng.random(detections),
+        )
         moved = shapes[source]
         moved[:, :2] += moved[:, 2:] * rng.normal(0, 0.4, (detections, 2)) * loose[:, None]
         moved[:, 2:] *= np.exp(rng.normal(0, 0.3, (detections, 2)) * loose[:, None])
         right = near & (rng.random(detections) < 0.8)
-        labels = np.where(right, classes[source], rng.choice(CLASSES, detections, p=often / often.sum()))
-        scores = np.where(near, (1 - loose) * rng.uniform(0.3, 1, detections), 0.3 * rng.random(detections) ** 2)
+        labels = np.where(
+            right, classes[source], rng.choice(CLASSES, detections, p=often / often.sum())
+        )
+        scores = np.where(
+            near, (1 - loose) * rng.uniform(0.3, 1, detections), 0.3 * rng.random(detections) ** 2
+        )
         shapes = np.where(near[:, None], moved, _shapes(rng, detections))
-        found += [_result(image_id, int(label) + 1, shape, float(score))
-                  for label, shape, score in zip(labels, shapes, scores, strict=True)]
+        found += [
+            _result(image_id, int(label) + 1, shape, float(score))
+            for label, shape, score in zip(labels, shapes, scores, strict=True)
+        ]
     for number, item in enumerate(objects, start=1):
         item["id"] = number
-    heads = [{"id": image_id, "height": HEIGHT, "width": WIDTH} for image_id in range(1, images + 1)]
+    heads = [
+        {"id": image_id, "height": HEIGHT, "width": WIDTH} for image_id in range(1, images + 1)
+    ]
     categories = [{"id": number, "name": f"class {number}"} for number in range(1, CLASSES + 1)]
-    annotations.write_text(json.dumps({"images": heads, "annotations": objects, "categories": categories}))
+    annotations.write_text(
+        json.dumps({"images": heads, "annotations": objects, "categories": categories})
+    )
     results.write_text(json.dumps(found))
 
 
 def _shapes(rng: np.random.Generator, count: int) -> np.ndarray:
     """Ellipses (N, 4): centre x, y and half axes, of sides between 12 and 380 pixels."""
-    side, aspect = np.exp(rng.uniform(np.log(12), np.log(380), count)), np.exp(rng.normal(0, 0.4, count))
-    return np.stack([rng.uniform(0, WIDTH, count), rng.uniform(0, HEIGHT, count), side * aspect / 2,
-                     side / aspect / 2], axis=1)
+    side, aspect = (
+        np.exp(rng.uniform(np.log(12), np.log(380), count)),
+        np.exp(rng.normal(0, 0.4, count)),
+    )
+    return np.stack(
+        [
+            rng.uniform(0, WIDTH, count),
+            rng.uniform(0, HEIGHT, count),
+            side * aspect / 2,
+            side / aspect / 2,
+        ],
+        axis=1,
+    )
 
 
 def _object(image_id: int, category: int, shape: np.ndarray, crowd: bool) -> dict:
     x, y, a, b = shape
     turns = np.linspace(0, 2 * np.pi, 24, endpoint=False)
-    points = np.stack([np.clip(x + a * np.cos(turns), 0, WIDTH), np.clip(y + b * np.sin(turns), 0, HEIGHT)], axis=1)
+    points = np.stack(
+        [np.clip(x + a * np.cos(turns), 0, WIDTH), np.clip(y + b * np.sin(turns), 0, HEIGHT)],
+        axis=1,
+    )
     low, high = points.min(0), points.max(0)
-    outline = {"size": [HEIGHT, WIDTH], "counts": _runs(shape)} if crowd else [points.round(2).ravel().tolist()]
-    return {"image_id": image_id, "category_id": category, "bbox": [*low.tolist(), *(high - low).tolist()],
-            "area": float(np.pi * a * b), "iscrowd": int(crowd), "segmentation": outline}
+    outline = (
+        {"size": [HEIGHT, WIDTH], "counts": _runs(shape)}
+        if crowd
+        else [points.round(2).ravel().tolist()]
+    )
+    return {
+        "image_id": image_id,
+        "category_id": category,
+        "bbox": [*low.tolist(), *(high - low).tolist()],
+        "area": float(np.pi * a * b),
+        "iscrowd": int(crowd),
+        "segmentation": outline,
+    }
 
 
 def _result(image_id: int, category: int, shape: np.ndarray, score: float) -> dict:
     x, y, a, b = shape.tolist()
-    left, top, right, bottom = max(x - a, 0.0), max(y - b, 0.0), min(x + a, float(WIDTH)), min(y + b, float(HEIGHT))
+    left, top, right, bottom = (
+        max(x - a, 0.0),
+        max(y - b, 0.0),
+        min(x + a, float(WIDTH)),
+        min(y + b, float(HEIGHT)),
+    )
     code = rle.frPyObjects({"size": [HEIGHT, WIDTH], "counts": _runs(shape)}, HEIGHT, WIDTH)
-    return {"image_id": image_id, "category_id": category, "score": score,
-            "bbox": [left, top, max(right - left, 0.0), max(bottom - top, 0.0)],
-            "segmentation": {"size": [HEIGHT, WIDTH], "counts": code["counts"].decode()}}
+    return {
+        "image_id": image_id,
+        "category_id": category,
+        "score": score,
+        "bbox": [left, top, max(right - left, 0.0), max(bottom - top, 0.0)],
+        "segmentation": {"size": [HEIGHT, WIDTH], "counts": code["counts"].decode()},
+    }
 
 
 def _runs(shape: np.ndarray) -> list[int]:

@@ -24,7 +24,9 @@ from vitdet.data.records import Record
 SIDE = 1024
 
 
-def measure(folder: Path | str, splits: tuple[str, ...] = ("train2017", "val2017"), rounds: int = 5) -> dict:
+def measure(
+    folder: Path | str, splits: tuple[str, ...] = ("train2017", "val2017"), rounds: int = 5
+) -> dict:
     """Milliseconds of the processor an image, mean and least of the rounds over all images with objects of these
     splits of a folder in COCO's layout, and the ratios of our mean to Detectron2's.
 
@@ -32,8 +34,14 @@ def measure(folder: Path | str, splits: tuple[str, ...] = ("train2017", "val2017
     """
     if rounds < 1:
         raise ValueError(f"rounds must be at least 1, got {rounds}")
-    stream = [_stream(DataConfig(root=str(folder), train_split=split, val_split=split, image_size=SIDE, workers=0))
-              for split in splits]
+    stream = [
+        _stream(
+            DataConfig(
+                root=str(folder), train_split=split, val_split=split, image_size=SIDE, workers=0
+            )
+        )
+        for split in splits
+    ]
     records = [record for data in stream for record in data.records]
     ways: dict[str, Callable[[int], None]] = {"vitdet": lambda turn: _ours(stream, turn)}
     ways |= {f"detectron2 {form}": way for form, way in _detectron2(records).items()}
@@ -46,10 +54,16 @@ def measure(folder: Path | str, splits: tuple[str, ...] = ("train2017", "val2017
             if turn >= 0:
                 found[name].append(1000 * (time.process_time() - start) / len(records))
     mean = {name: float(np.mean(those)) for name, those in found.items()}
-    return {"images": len(records), "objects": sum(map(len, records)), "rounds": rounds,
-            "cpu_ms": {name: {"mean": round(mean[name], 2), "least": round(min(those), 2)}
-                       for name, those in found.items()},
-            "ratio": {name: round(mean["vitdet"] / mean[name], 3) for name in ways if name != "vitdet"}}
+    return {
+        "images": len(records),
+        "objects": sum(map(len, records)),
+        "rounds": rounds,
+        "cpu_ms": {
+            name: {"mean": round(mean[name], 2), "least": round(min(those), 2)}
+            for name, those in found.items()
+        },
+        "ratio": {name: round(mean["vitdet"] / mean[name], 3) for name in ways if name != "vitdet"},
+    }
 
 
 def _stream(data: DataConfig) -> TrainData:
@@ -77,18 +91,42 @@ def _detectron2(records: list[Record]) -> dict[str, Callable[[int], None]]:
         from detectron2.structures import BoxMode
     except ImportError:
         return {}
-    entries = [{"file_name": str(record.path), "height": record.height, "width": record.width,
-                "image_id": record.image_id, "annotations": [
-                    {"bbox": box.tolist(), "bbox_mode": BoxMode.XYXY_ABS, "category_id": int(label), "iscrowd": 0,
-                     "segmentation": outline}
-                    for box, label, outline in zip(record.boxes, record.labels, record.segmentations, strict=True)]}
-               for record in records]
-    chain = [transforms.RandomFlip(horizontal=True), transforms.ResizeScale(0.1, 2.0, SIDE, SIDE),
-             transforms.FixedSizeCrop((SIDE, SIDE), pad=False)]
+    entries = [
+        {
+            "file_name": str(record.path),
+            "height": record.height,
+            "width": record.width,
+            "image_id": record.image_id,
+            "annotations": [
+                {
+                    "bbox": box.tolist(),
+                    "bbox_mode": BoxMode.XYXY_ABS,
+                    "category_id": int(label),
+                    "iscrowd": 0,
+                    "segmentation": outline,
+                }
+                for box, label, outline in zip(
+                    record.boxes, record.labels, record.segmentations, strict=True
+                )
+            ],
+        }
+        for record in records
+    ]
+    chain = [
+        transforms.RandomFlip(horizontal=True),
+        transforms.ResizeScale(0.1, 2.0, SIDE, SIDE),
+        transforms.FixedSizeCrop((SIDE, SIDE), pad=False),
+    ]
 
     def way(form: str) -> Callable[[int], None]:
-        mapper = DatasetMapper(is_train=True, augmentations=chain, image_format="RGB", use_instance_mask=True,
-                               instance_mask_format=form, recompute_boxes=True)
+        mapper = DatasetMapper(
+            is_train=True,
+            augmentations=chain,
+            image_format="RGB",
+            use_instance_mask=True,
+            instance_mask_format=form,
+            recompute_boxes=True,
+        )
 
         def turn_over(turn: int) -> None:
             np.random.seed(turn + 1)  # detectron2 draws from numpy's own generator

@@ -16,16 +16,24 @@ NAMES = {"bbox": "box", "segm": "mask"}
 LIMITS = (1, 10, 100)  # detections of a class in an image
 
 
-def compare(truth: Truth, results: Sequence[dict], kinds: Sequence[str] = ("bbox", "segm"),
-            image_ids: Iterable[int] | None = None) -> dict[str, Comparison]:
+def compare(
+    truth: Truth,
+    results: Sequence[dict],
+    kinds: Sequence[str] = ("bbox", "segm"),
+    image_ids: Iterable[int] | None = None,
+) -> dict[str, Comparison]:
     """The comparison of each kind; image_ids limits it to these images (default: all of the file).
 
     Raises ValueError, in one line, for results that cannot be compared: of unknown images or categories, without a
     key that is needed, with values that are not numbers, with broken masks.
     """
     image_ids, results = choose(truth, results, kinds, image_ids)
-    return {kind: match(*index(truth, image_ids, results, kind), truth.categories.values(), kind, LIMITS)
-            for kind in kinds}
+    return {
+        kind: match(
+            *index(truth, image_ids, results, kind), truth.categories.values(), kind, LIMITS
+        )
+        for kind in kinds
+    }
 
 
 def check(truth: Truth) -> None:
@@ -34,15 +42,35 @@ def check(truth: Truth) -> None:
 
 def summary(finished: Mapping[str, Comparison]) -> dict[str, float]:
     """COCO's twelve figures a kind in percent: box_ap, box_ap50, ..., box_ar_large, mask_ap, ..., mask_ar_large."""
-    return named(finished, {kind: {
-        "ap": one.ap(), "ap50": one.ap(0.5), "ap75": one.ap(0.75), "ap_small": one.ap(size="small"),
-        "ap_medium": one.ap(size="medium"), "ap_large": one.ap(size="large"),
-        "ar_1": one.ar(limit=0), "ar_10": one.ar(limit=1), "ar_100": one.ar(),
-        "ar_small": one.ar("small"), "ar_medium": one.ar("medium"), "ar_large": one.ar("large"),
-    } for kind, one in finished.items()})
+    return named(
+        finished,
+        {
+            kind: {
+                "ap": one.ap(),
+                "ap50": one.ap(0.5),
+                "ap75": one.ap(0.75),
+                "ap_small": one.ap(size="small"),
+                "ap_medium": one.ap(size="medium"),
+                "ap_large": one.ap(size="large"),
+                "ar_1": one.ar(limit=0),
+                "ar_10": one.ar(limit=1),
+                "ar_100": one.ar(),
+                "ar_small": one.ar("small"),
+                "ar_medium": one.ar("medium"),
+                "ar_large": one.ar("large"),
+            }
+            for kind, one in finished.items()
+        },
+    )
 
 
-def named(finished: Mapping[str, Comparison], figures: Mapping[str, Mapping[str, float | None]]) -> dict[str, float]:
+def named(
+    finished: Mapping[str, Comparison], figures: Mapping[str, Mapping[str, float | None]]
+) -> dict[str, float]:
     """The figures of each kind as one table, without those of no object."""
-    return {f"{NAMES[kind]}_{name}": value
-            for kind in finished for name, value in figures[kind].items() if value is not None}
+    return {
+        f"{NAMES[kind]}_{name}": value
+        for kind in finished
+        for name, value in figures[kind].items()
+        if value is not None
+    }

@@ -17,7 +17,10 @@ from vitdet.data.coco import judge_tree, read_tree
 from vitdet.data.entries import parse
 from vitdet.data.values import segmentation_problem, show
 
-KINDS = {"bbox": "bbox", "segm": "segmentation"}  # of comparisons, and the key of a result that each looks at
+KINDS = {
+    "bbox": "bbox",
+    "segm": "segmentation",
+}  # of comparisons, and the key of a result that each looks at
 BBOX = "4 finite numbers x, y, width, height"
 
 
@@ -28,7 +31,9 @@ class Truth:
     path: Path
     images: dict[int, dict]
     categories: dict[int, dict]
-    objects: Iterable[dict]  # from a file decoded anew in each pass: as objects those of LVIS would take 3 GB
+    objects: Iterable[
+        dict
+    ]  # from a file decoded anew in each pass: as objects those of LVIS would take 3 GB
 
     def sides(self, image_id: int) -> tuple[int, int]:
         """Height and width of an image."""
@@ -51,8 +56,10 @@ def read_truth(path: Path | str, lvis: bool = False) -> Truth:
 
 def truth_of(path: Path | str, tree: dict) -> Truth:
     """The content of the annotation file `path`, which was judged: `read_coco` and `read_truth` do."""
-    images, categories = ({item["id"]: item for item in sorted(tree[key], key=lambda item: item["id"])}
-                          for key in ("images", "categories"))
+    images, categories = (
+        {item["id"]: item for item in sorted(tree[key], key=lambda item: item["id"])}
+        for key in ("images", "categories")
+    )
     return Truth(Path(path), images, categories, tree["annotations"])
 
 
@@ -87,7 +94,9 @@ def read_json(path: Path | str, what: str) -> object:
     try:
         return parse(path.read_bytes())
     except ValueError as error:  # JSON, or not UTF-8
-        raise ValueError(f"{path}: not readable as JSON ({error}); write or download the file again") from error
+        raise ValueError(
+            f"{path}: not readable as JSON ({error}); write or download the file again"
+        ) from error
 
 
 def kinds_of(results: Sequence[dict]) -> list[str]:
@@ -102,7 +111,9 @@ def kinds_of(results: Sequence[dict]) -> list[str]:
     return kinds
 
 
-def check_results(truth: Truth, results: Sequence[dict], kinds: Iterable[str], image_ids: Collection[int]) -> None:
+def check_results(
+    truth: Truth, results: Sequence[dict], kinds: Iterable[str], image_ids: Collection[int]
+) -> None:
     """Raises ValueError, in one line, for the first result that cannot be compared with the truth."""
     for number, item in enumerate(results, start=1):
         if not isinstance(item, dict):
@@ -114,17 +125,23 @@ def check_results(truth: Truth, results: Sequence[dict], kinds: Iterable[str], i
     strangers = [one for one in image_ids if one not in truth.images]
     strangers += _strangers(results, "image_id", truth.images)
     if strangers:
-        raise ValueError(f"{truth.path}: holds no image {show(strangers[0])}, which has results ({len(strangers)} such "
-                         "images); are the results of another data set?")
+        raise ValueError(
+            f"{truth.path}: holds no image {show(strangers[0])}, which has results ({len(strangers)} such "
+            "images); are the results of another data set?"
+        )
     strangers = _strangers(results, "category_id", truth.categories)
     if strangers:
-        raise ValueError(f"{truth.path}: holds no category {show(strangers[0])}, which has results ({len(strangers)} "
-                         "such categories); are the results of another data set?")
+        raise ValueError(
+            f"{truth.path}: holds no category {show(strangers[0])}, which has results ({len(strangers)} "
+            "such categories); are the results of another data set?"
+        )
     boxes = [("bbox", (4,), BBOX)] if "bbox" in kinds else []
     for key, shape, expected in [("score", (), "a finite number"), *boxes]:
         place = _first_bad([item[key] for item in results], shape)
         if place is not None:
-            raise ValueError(f"result {place + 1}: {key} must be {expected}, got {show(results[place][key])}")
+            raise ValueError(
+                f"result {place + 1}: {key} must be {expected}, got {show(results[place][key])}"
+            )
 
 
 def _strangers(results: Sequence[dict], key: str, known: dict[int, dict]) -> list:

@@ -24,7 +24,9 @@ IOUS = np.linspace(0.5, 0.95, 10)
 RECALLS = np.linspace(0, 1, 101)
 SIZES = ("all", "small", "medium", "large")  # up to 32 x 32 pixels, up to 96 x 96, above
 
-ByClass = Mapping[int, list[dict]]  # objects or results of each category, as faster-coco-eval takes them
+ByClass = Mapping[
+    int, list[dict]
+]  # objects or results of each category, as faster-coco-eval takes them
 
 log = logging.getLogger(__name__)
 
@@ -37,7 +39,9 @@ class Comparison:
     recall: np.ndarray
     categories: tuple[dict, ...]
 
-    def ap(self, iou: float | None = None, size: str = "all", chosen: Sequence[int] | None = None) -> float | None:
+    def ap(
+        self, iou: float | None = None, size: str = "all", chosen: Sequence[int] | None = None
+    ) -> float | None:
         """Average precision in percent, most detections: of one IoU threshold or all, of `chosen` classes (indices)
         or all; None where these have no object.
         """
@@ -50,8 +54,12 @@ class Comparison:
         return _mean(self.recall[..., SIZES.index(size), limit])
 
 
-def choose(truth: Truth, results: Sequence[dict], kinds: Iterable[str], image_ids: Iterable[int] | None,
-           ) -> tuple[list[int], list[dict]]:
+def choose(
+    truth: Truth,
+    results: Sequence[dict],
+    kinds: Iterable[str],
+    image_ids: Iterable[int] | None,
+) -> tuple[list[int], list[dict]]:
     """The images to look at, all of the truth or `image_ids`, in order, and their results.
 
     Raises ValueError for results that cannot be compared.
@@ -60,12 +68,21 @@ def choose(truth: Truth, results: Sequence[dict], kinds: Iterable[str], image_id
     check_results(truth, results, kinds, chosen)
     inside = set(chosen)
     return chosen, list(results) if len(chosen) == len(truth.images) else [
-        item for item in results if item["image_id"] in inside]
+        item for item in results if item["image_id"] in inside
+    ]
 
 
 @uncollected()
-def index(truth: Truth, image_ids: Sequence[int], results: Sequence[dict], kind: str, crowds: bool = True,
-          empty: bool = True, unsure: Collection[tuple[int, int]] = (), size_by: str = "") -> tuple[ByClass, ByClass]:
+def index(
+    truth: Truth,
+    image_ids: Sequence[int],
+    results: Sequence[dict],
+    kind: str,
+    crowds: bool = True,
+    empty: bool = True,
+    unsure: Collection[tuple[int, int]] = (),
+    size_by: str = "",
+) -> tuple[ByClass, ByClass]:
     """The objects of `image_ids` and the results there, as `match` wants them, to be compared by 'bbox' or 'segm'.
 
     crowds: whether iscrowd means anything. empty: whether what has no area takes part. unsure: pairs (image id,
@@ -79,23 +96,34 @@ def index(truth: Truth, image_ids: Sequence[int], results: Sequence[dict], kind:
 
 
 @uncollected()
-def match(objects: ByClass, found: ByClass, categories: Iterable[dict], kind: str, limits: Sequence[int]) -> Comparison:
+def match(
+    objects: ByClass, found: ByClass, categories: Iterable[dict], kind: str, limits: Sequence[int]
+) -> Comparison:
     """What `index` gave, compared by `kind`; limits: detections of a class in an image that count, rising."""
     categories = tuple(categories)
     shape = (len(IOUS), len(RECALLS), len(categories), len(SIZES), len(limits))
     precision, recall = np.full(shape, -1.0), np.full((shape[0], *shape[2:]), -1.0)
     for column, category in enumerate(category["id"] for category in categories):
         if category in objects:
-            tables = _match_class(objects[category], found.get(category, []), category, kind, limits)
+            tables = _match_class(
+                objects[category], found.get(category, []), category, kind, limits
+            )
             precision[:, :, column], recall[:, column] = tables
     return Comparison(precision, recall, categories)
 
 
-def _match_class(objects: list[dict], found: list[dict], category: int, kind: str, limits: Sequence[int],
-           ) -> tuple[np.ndarray, np.ndarray]:
+def _match_class(
+    objects: list[dict],
+    found: list[dict],
+    category: int,
+    kind: str,
+    limits: Sequence[int],
+) -> tuple[np.ndarray, np.ndarray]:
     """Precision (T, R, A, M) and recall (T, A, M) of one class."""
-    images = [{"id": place, "height": 0, "width": 0}
-              for place in sorted({item["image_id"] for items in (objects, found) for item in items})]
+    images = [
+        {"id": place, "height": 0, "width": 0}
+        for place in sorted({item["image_id"] for items in (objects, found) for item in items})
+    ]
     sides = []
     for items in (objects, found):
         side = COCO()
@@ -121,31 +149,57 @@ def _objects(truth: Truth, places: dict[int, int], kind: str, crowds: bool) -> l
             code = _code(item, truth.sides(image_id))
         if area is None:
             area = float(rle.area(code))
-        one = {"id": number, "image_id": places[image_id], "category_id": item["category_id"], "area": area,
-               "iscrowd": item.get("iscrowd", 0) if crowds else 0}
+        one = {
+            "id": number,
+            "image_id": places[image_id],
+            "category_id": item["category_id"],
+            "area": area,
+            "iscrowd": item.get("iscrowd", 0) if crowds else 0,
+        }
         items.append({**one, "bbox": item["bbox"]} if kind == "bbox" else {**one, "rle": code})
     return items
 
 
-def _found(truth: Truth, places: dict[int, int], results: Sequence[dict], kind: str,
-           unsure: Collection[tuple[int, int]], size_by: str) -> list[dict]:
+def _found(
+    truth: Truth,
+    places: dict[int, int],
+    results: Sequence[dict],
+    kind: str,
+    unsure: Collection[tuple[int, int]],
+    size_by: str,
+) -> list[dict]:
     if kind == "bbox":
         key, forms = "bbox", [item["bbox"] for item in results]
     else:
-        key, forms = "rle", [_text(item, number, truth) for number, item in enumerate(results, start=1)]
+        key, forms = (
+            "rle",
+            [_text(item, number, truth) for number, item in enumerate(results, start=1)],
+        )
         sizes = _areas(forms, results, truth)
     if size_by == "bbox":
         sizes = [item["bbox"][2] * item["bbox"][3] for item in results]
-    return [{"id": number, "image_id": places[item["image_id"]], "category_id": item["category_id"],
-             "score": item["score"], "area": size, key: form,
-             "lvis_mark": (item["image_id"], item["category_id"]) in unsure}
-            for number, (item, form, size) in enumerate(zip(results, forms, sizes, strict=True), start=1)]
+    return [
+        {
+            "id": number,
+            "image_id": places[item["image_id"]],
+            "category_id": item["category_id"],
+            "score": item["score"],
+            "area": size,
+            key: form,
+            "lvis_mark": (item["image_id"], item["category_id"]) in unsure,
+        }
+        for number, (item, form, size) in enumerate(
+            zip(results, forms, sizes, strict=True), start=1
+        )
+    ]
 
 
 def _text(item: dict, number: int, truth: Truth) -> dict:
     """A result's mask as compressed RLE with counts in bytes."""
     code, size = item["segmentation"], truth.sides(item["image_id"])
-    counts = code.get("counts") if isinstance(code, dict) and code.get("size") == list(size) else None
+    counts = (
+        code.get("counts") if isinstance(code, dict) and code.get("size") == list(size) else None
+    )
     if isinstance(counts, str):
         return {"size": list(size), "counts": counts.encode("utf-8", "surrogatepass")}
     if isinstance(counts, bytes):
@@ -155,7 +209,9 @@ def _text(item: dict, number: int, truth: Truth) -> dict:
 
 
 def _areas(codes: list[dict], results: Sequence[dict], truth: Truth) -> list[float]:
-    sizes, sound = areas([code["counts"] for code in codes], [code["size"][0] * code["size"][1] for code in codes])
+    sizes, sound = areas(
+        [code["counts"] for code in codes], [code["size"][0] * code["size"][1] for code in codes]
+    )
     for index in np.flatnonzero(~sound):
         check_code(results[index], f"result {index + 1}", truth.sides(results[index]["image_id"]))
         sizes[index] = rle.area(codes[index])

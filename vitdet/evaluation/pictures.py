@@ -21,8 +21,14 @@ from vitdet.written import written
 GAP = 8  # pixels between the two halves
 
 
-def write_pictures(detector: nn.Module, data: DataConfig, folder: str | Path, count: int = 8, threshold: float = 0.5,
-                   split: CocoSplit | None = None) -> list[Path]:
+def write_pictures(
+    detector: nn.Module,
+    data: DataConfig,
+    folder: str | Path,
+    count: int = 8,
+    threshold: float = 0.5,
+    split: CocoSplit | None = None,
+) -> list[Path]:
     """Writes `count` pictures FOLDER/<image id>.jpg of the validation split, ground truth left, detections right.
 
     The images are spread evenly over the split, so the same ones are drawn every time; detections have a score of at
@@ -34,8 +40,12 @@ def write_pictures(detector: nn.Module, data: DataConfig, folder: str | Path, co
     was_training = detector.training
     detector.eval()
     try:
-        return [_write(_compare(record, predictor, threshold), Path(folder) / f"{record.image_id:012d}.jpg")
-                for record in chosen]
+        return [
+            _write(
+                _compare(record, predictor, threshold), Path(folder) / f"{record.image_id:012d}.jpg"
+            )
+            for record in chosen
+        ]
     finally:
         detector.train(was_training)
 
@@ -45,8 +55,14 @@ def draw_truth(record: Record, class_names: tuple[str, ...]) -> Image.Image:
     picture = read_image(record.path)
     scale = comfortable_scale(picture.size)
     labels = record.labels.tolist()
-    return paint(picture, torch.from_numpy(record.boxes), labels, [class_names[label] for label in labels],
-                 lambda i: _enlarged(decode(record.segmentations[i], record.height, record.width), scale), scale)
+    return paint(
+        picture,
+        torch.from_numpy(record.boxes),
+        labels,
+        [class_names[label] for label in labels],
+        lambda i: _enlarged(decode(record.segmentations[i], record.height, record.width), scale),
+        scale,
+    )
 
 
 def _enlarged(bitmap: np.ndarray, scale: int) -> torch.Tensor:
@@ -62,8 +78,10 @@ def _compare(record: Record, predictor: Predictor, threshold: float) -> Image.Im
     head = round(1.8 * font.size)
     sheet = Image.new("RGB", (2 * left.width + GAP, left.height + head), (250, 250, 250))
     pen = ImageDraw.Draw(sheet)
-    for title, picture, x in (("ground truth", left, 0), (f"detections, score >= {threshold:g}", right,
-                                                         left.width + GAP)):
+    for title, picture, x in (
+        ("ground truth", left, 0),
+        (f"detections, score >= {threshold:g}", right, left.width + GAP),
+    ):
         sheet.paste(picture, (x, head))
         pen.text((x + head // 4, head / 2), title, fill=(40, 40, 40), font=font, anchor="lm")
     return sheet

@@ -25,7 +25,9 @@ def class_rows(finished: Mapping[str, Comparison]) -> list[dict[str, str | float
     return list(rows.values())
 
 
-def curve_rows(finished: Mapping[str, Comparison], ious: Sequence[float] = (0.5, 0.75)) -> list[dict[str, str | float]]:
+def curve_rows(
+    finished: Mapping[str, Comparison], ious: Sequence[float] = (0.5, 0.75)
+) -> list[dict[str, str | float]]:
     """Precision over recall, mean of the classes, as rows {curve: 'box IoU 0.5', recall, precision} in 0..1."""
     rows = []
     for kind, comparison in finished.items():
@@ -33,12 +35,24 @@ def curve_rows(finished: Mapping[str, Comparison], ious: Sequence[float] = (0.5,
         known = (precision >= 0).all((0, 1))
         for iou in ious if known.any() else ():
             means = precision[int(np.abs(IOUS - iou).argmin())][:, known].mean(1)
-            rows += [{"curve": f"{NAMES[kind]} IoU {iou}", "recall": round(float(recall), 4), "precision": float(mean)}
-                     for recall, mean in zip(RECALLS, means, strict=True)]
+            rows += [
+                {
+                    "curve": f"{NAMES[kind]} IoU {iou}",
+                    "recall": round(float(recall), 4),
+                    "precision": float(mean),
+                }
+                for recall, mean in zip(RECALLS, means, strict=True)
+            ]
     return rows
 
 
-def write_report(folder: str | Path, finished: Mapping[str, Comparison], results: list[dict]) -> None:
+def write_report(
+    folder: str | Path, finished: Mapping[str, Comparison], results: list[dict]
+) -> None:
     """Writes classes.json (AP of each class), curve.json (precision over recall) and results.json (as COCO)."""
-    for name, value in (("classes", class_rows(finished)), ("curve", curve_rows(finished)), ("results", results)):
+    for name, value in (
+        ("classes", class_rows(finished)),
+        ("curve", curve_rows(finished)),
+        ("results", results),
+    ):
         write_json(Path(folder) / f"{name}.json", value, indent=None if name == "results" else 1)

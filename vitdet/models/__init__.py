@@ -36,29 +36,48 @@ def build_backbone(settings: ModelConfig) -> ViT | ViTAESmall | Swin | ViTAEv2:
         return _hierarchical(backbone)
     size = (vit.SIZES | vitae.SIZES)[backbone.name]
     plain = {
-        **size._asdict(), "global_blocks": size.global_blocks if backbone.global_attention else (),
-        "window_size": backbone.window_size, "drop_path": backbone.drop_path, "rel_pos_size": backbone.rel_pos_size,
-        "residual_blocks": backbone.residual_blocks, "scaled_rel_pos": backbone.scaled_rel_pos,
+        **size._asdict(),
+        "global_blocks": size.global_blocks if backbone.global_attention else (),
+        "window_size": backbone.window_size,
+        "drop_path": backbone.drop_path,
+        "rel_pos_size": backbone.rel_pos_size,
+        "residual_blocks": backbone.residual_blocks,
+        "scaled_rel_pos": backbone.scaled_rel_pos,
         "final_norm": backbone.final_norm,
     }
     if backbone.name == "vitae_s":
         if backbone.patch_size != 16:
-            raise ValueError("model.backbone.patch_size must be 16 with vitae_s, whose cells reduce an image 4 * 2 * 2 "
-                             f"times, got {backbone.patch_size}")
+            raise ValueError(
+                "model.backbone.patch_size must be 16 with vitae_s, whose cells reduce an image 4 * 2 * 2 "
+                f"times, got {backbone.patch_size}"
+            )
         return ViTAESmall(**plain)
     branch = partial(wide_branch, size.dim, 4 * size.dim) if backbone.name == "vitae_b" else None
-    return ViT(**plain, patch_size=backbone.patch_size, pos_embed_grid=backbone.pos_embed_grid, branch=branch)
+    return ViT(
+        **plain,
+        patch_size=backbone.patch_size,
+        pos_embed_grid=backbone.pos_embed_grid,
+        branch=branch,
+    )
 
 
 def _hierarchical(backbone: BackboneConfig) -> Swin | ViTAEv2:
     for name in ("residual_blocks", "scaled_rel_pos", "final_norm"):
         if getattr(backbone, name):
-            raise ValueError(f"model.backbone.{name} is for the plain backbones: {backbone.name} has no such thing")
+            raise ValueError(
+                f"model.backbone.{name} is for the plain backbones: {backbone.name} has no such thing"
+            )
     if backbone.name in swin.SIZES:
-        return Swin(**swin.SIZES[backbone.name]._asdict(), window_size=backbone.window_size,
-                    drop_path=backbone.drop_path)
-    return ViTAEv2(**vitaev2.SIZES[backbone.name]._asdict(), window_size=backbone.window_size,
-                   drop_path=backbone.drop_path)
+        return Swin(
+            **swin.SIZES[backbone.name]._asdict(),
+            window_size=backbone.window_size,
+            drop_path=backbone.drop_path,
+        )
+    return ViTAEv2(
+        **vitaev2.SIZES[backbone.name]._asdict(),
+        window_size=backbone.window_size,
+        drop_path=backbone.drop_path,
+    )
 
 
 def build_pyramid(settings: ModelConfig, backbone: nn.Module) -> SimpleFeaturePyramid | FPN:
@@ -67,8 +86,12 @@ def build_pyramid(settings: ModelConfig, backbone: nn.Module) -> SimpleFeaturePy
     if pyramid.kind == "fpn":
         return FPN(backbone.out_channels, pyramid.channels, backbone.strides)
     return SimpleFeaturePyramid(
-        backbone.out_channels, pyramid.channels, backbone.stride, pyramid.scales,
-        halve_channels=pyramid.halve_channels, eps=settings.norm_eps,
+        backbone.out_channels,
+        pyramid.channels,
+        backbone.stride,
+        pyramid.scales,
+        halve_channels=pyramid.halve_channels,
+        eps=settings.norm_eps,
     )
 
 
@@ -82,7 +105,9 @@ def build_detector(
     backbone = build_backbone(model)
     pyramid = build_pyramid(model, backbone)
     return Detector(
-        backbone=backbone, pyramid=pyramid, rpn=_rpn(model, pyramid),
+        backbone=backbone,
+        pyramid=pyramid,
+        rpn=_rpn(model, pyramid),
         roi_heads=_roi_heads(model, evaluate or EvalConfig(), class_weights, pyramid),
     )
 
@@ -90,20 +115,43 @@ def build_detector(
 def _rpn(model: ModelConfig, pyramid: nn.Module) -> RPN:
     rpn = model.rpn
     return RPN(
-        channels=pyramid.out_channels, strides=pyramid.strides, anchor_scale=rpn.anchor_scale,
-        aspect_ratios=rpn.aspect_ratios, num_convs=rpn.num_convs, norm=rpn.norm, eps=model.norm_eps,
-        samples=rpn.samples, positive_fraction=rpn.positive_fraction, iou_low=rpn.iou_low, iou_high=rpn.iou_high,
-        nms_iou=rpn.nms_iou, pre_nms_train=rpn.pre_nms_train, pre_nms_test=rpn.pre_nms_test,
-        post_nms_train=rpn.post_nms_train, post_nms_test=rpn.post_nms_test, divide_by_sampled=rpn.divide_by_sampled,
-        min_log_scale=_min_log_scale(model), match=MATCHES[model.low_quality][0],
+        channels=pyramid.out_channels,
+        strides=pyramid.strides,
+        anchor_scale=rpn.anchor_scale,
+        aspect_ratios=rpn.aspect_ratios,
+        num_convs=rpn.num_convs,
+        norm=rpn.norm,
+        eps=model.norm_eps,
+        samples=rpn.samples,
+        positive_fraction=rpn.positive_fraction,
+        iou_low=rpn.iou_low,
+        iou_high=rpn.iou_high,
+        nms_iou=rpn.nms_iou,
+        pre_nms_train=rpn.pre_nms_train,
+        pre_nms_test=rpn.pre_nms_test,
+        post_nms_train=rpn.post_nms_train,
+        post_nms_test=rpn.post_nms_test,
+        divide_by_sampled=rpn.divide_by_sampled,
+        min_log_scale=_min_log_scale(model),
+        match=MATCHES[model.low_quality][0],
     )
 
 
-def _roi_heads(model: ModelConfig, evaluate: EvalConfig, class_weights: Tensor | None, pyramid: nn.Module) -> RoIHeads:
+def _roi_heads(
+    model: ModelConfig, evaluate: EvalConfig, class_weights: Tensor | None, pyramid: nn.Module
+) -> RoIHeads:
     roi, mask, channels, eps = model.roi_heads, model.mask, pyramid.out_channels, model.norm_eps
     stages = [
-        BoxHead(channels=channels, num_convs=roi.num_convs, num_fcs=roi.num_fcs, fc_dim=roi.fc_dim,
-                num_classes=roi.num_classes, class_agnostic=len(roi.ious) > 1, norm=roi.norm, eps=eps)
+        BoxHead(
+            channels=channels,
+            num_convs=roi.num_convs,
+            num_fcs=roi.num_fcs,
+            fc_dim=roi.fc_dim,
+            num_classes=roi.num_classes,
+            class_agnostic=len(roi.ious) > 1,
+            norm=roi.norm,
+            eps=eps,
+        )
         for _ in roi.ious
     ]
     if roi.loss == "federated":
@@ -113,12 +161,25 @@ def _roi_heads(model: ModelConfig, evaluate: EvalConfig, class_weights: Tensor |
         classification = SoftmaxClassification(roi.num_classes)
     return RoIHeads(
         stages=stages,
-        mask=MaskHead(channels=channels, num_convs=mask.num_convs, num_classes=roi.num_classes, norm=mask.norm,
-                      eps=eps),
-        classification=classification, strides=pyramid.strides[:4], ious=roi.ious, samples=roi.samples,
-        positive_fraction=roi.positive_fraction, mask_samples=mask.samples, sampling_ratio=roi.sampling_ratio,
-        score_threshold=evaluate.score_threshold, nms_iou=evaluate.nms_iou, max_detections=evaluate.max_detections,
-        min_log_scale=_min_log_scale(model), match=MATCHES[model.low_quality][1],
+        mask=MaskHead(
+            channels=channels,
+            num_convs=mask.num_convs,
+            num_classes=roi.num_classes,
+            norm=mask.norm,
+            eps=eps,
+        ),
+        classification=classification,
+        strides=pyramid.strides[:4],
+        ious=roi.ious,
+        samples=roi.samples,
+        positive_fraction=roi.positive_fraction,
+        mask_samples=mask.samples,
+        sampling_ratio=roi.sampling_ratio,
+        score_threshold=evaluate.score_threshold,
+        nms_iou=evaluate.nms_iou,
+        max_detections=evaluate.max_detections,
+        min_log_scale=_min_log_scale(model),
+        match=MATCHES[model.low_quality][1],
     )
 
 

@@ -13,13 +13,18 @@ from torch import Tensor
 
 def cell_anchors(side: float, aspect_ratios: Sequence[float]) -> Tensor:
     """Boxes (A, 4) xyxy around the origin with area side^2; aspect_ratios are height / width."""
-    widths = torch.tensor([(side**2 / ratio) ** 0.5 for ratio in aspect_ratios], dtype=torch.float64)
+    widths = torch.tensor(
+        [(side**2 / ratio) ** 0.5 for ratio in aspect_ratios], dtype=torch.float64
+    )
     heights = widths * torch.tensor(list(aspect_ratios), dtype=torch.float64)
     return (torch.stack([-widths, -heights, widths, heights], dim=1) / 2).float()
 
 
 def grid_anchors(
-    grids: Sequence[tuple[int, int]], strides: Sequence[int], scale: float, aspect_ratios: Sequence[float],
+    grids: Sequence[tuple[int, int]],
+    strides: Sequence[int],
+    scale: float,
+    aspect_ratios: Sequence[float],
     device: torch.device | str = "cpu",
 ) -> list[Tensor]:
     """Anchors (h w A, 4) of every level, pixels of the canvas; grids are the levels' (h, w)."""

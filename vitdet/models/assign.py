@@ -34,7 +34,9 @@ def match_keeping_own(iou: Tensor, low: float, high: float) -> Tensor:
     foreground.)
     """
     padded = _with_none(iou)
-    return torch.where(_is_best(padded).any(dim=0), padded.max(dim=0).indices, match(iou, low, high))
+    return torch.where(
+        _is_best(padded).any(dim=0), padded.max(dim=0).indices, match(iou, low, high)
+    )
 
 
 @torch.no_grad()
@@ -62,7 +64,9 @@ def _is_best(iou: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def sample(matched: Tensor, num: int, positive_fraction: float, choose: Choose) -> tuple[Tensor, Tensor]:
+def sample(
+    matched: Tensor, num: int, positive_fraction: float, choose: Choose
+) -> tuple[Tensor, Tensor]:
     """Indices of at most num * positive_fraction foreground boxes, and of background boxes up to `num` in all."""
     positive = (matched >= 0).nonzero().flatten()
     negative = (matched == BACKGROUND).nonzero().flatten()

@@ -43,7 +43,9 @@ def relative_positions(table: Tensor, size: int) -> Tensor:
     A table made for another size is interpolated linearly along its length (detectron2: get_rel_pos).
     """
     if len(table) != 2 * size - 1:
-        table = F.interpolate(at_least_float32(table).T[None], size=2 * size - 1, mode="linear")[0].T
+        table = F.interpolate(at_least_float32(table).T[None], size=2 * size - 1, mode="linear")[
+            0
+        ].T
     steps = torch.arange(size, device=table.device)
     return table[steps[:, None] - steps[None, :] + size - 1]
 
@@ -66,7 +68,9 @@ class Attention(nn.Module):
     Other grids interpolate the tables. `scaled_rel_pos`: relative positions meet the scaled query.
     """
 
-    def __init__(self, dim: int, heads: int, size: int | tuple[int, int], scaled_rel_pos: bool = False) -> None:
+    def __init__(
+        self, dim: int, heads: int, size: int | tuple[int, int], scaled_rel_pos: bool = False
+    ) -> None:
         super().__init__()
         rows, columns = to_2tuple(size)
         self.heads = heads
@@ -79,24 +83,31 @@ class Attention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(B, H, W, C) -> (B, H, W, C)."""
         height, width = x.shape[1:3]
-        q, k, v = rearrange(self.qkv(x), "b h w (three n d) -> three b n (h w) d", three=3, n=self.heads)
+        q, k, v = rearrange(
+            self.qkv(x), "b h w (three n d) -> three b n (h w) d", three=3, n=self.heads
+        )
         query, key = self.with_positions(q, k, height, width)
         y = attend(query, key, v)
         return self.proj(rearrange(y, "b n (h w) d -> b h w (n d)", h=height))
 
-    def with_positions(self, q: Tensor, k: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:
-        """Queries and keys (B, h, N, d) widened to (B, h, N, d + H + W and zeros), whose inner products are the logits.
-        """
+    def with_positions(
+        self, q: Tensor, k: Tensor, height: int, width: int
+    ) -> tuple[Tensor, Tensor]:
+        """Queries and keys (B, h, N, d) widened to (B, h, N, d + H + W and zeros), whose inner products are the logits."""
         scaled = q * q.shape[-1] ** -0.5
         grid = rearrange(scaled if self.scaled_rel_pos else q, "b n (h w) d -> b n h w d", h=height)
         rows = relative_positions(self.rel_pos_h, height).to(q.dtype)
         columns = relative_positions(self.rel_pos_w, width).to(q.dtype)
         rel_h = torch.einsum("bnhwd,hkd->bnhwk", grid, rows).flatten(2, 3)
         rel_w = torch.einsum("bnhwd,wkd->bnhwk", grid, columns).flatten(2, 3)
-        one_hot_h = torch.eye(height, dtype=k.dtype, device=k.device).repeat_interleave(width, dim=0)
+        one_hot_h = torch.eye(height, dtype=k.dtype, device=k.device).repeat_interleave(
+            width, dim=0
+        )
         one_hot_w = torch.eye(width, dtype=k.dtype, device=k.device).repeat(height, 1)
         spare = 0 if q.device.type == "cpu" else -(q.shape[-1] + height + width) % WIDTH
         zeros = [q.new_zeros(1).expand(*q.shape[:3], spare)] if spare else []
-        one_hot = F.pad(torch.cat([one_hot_h, one_hot_w], dim=1), (0, spare)).expand(*k.shape[:2], -1, -1)
+        one_hot = F.pad(torch.cat([one_hot_h, one_hot_w], dim=1), (0, spare)).expand(
+            *k.shape[:2], -1, -1
+        )
         query = torch.cat([scaled, rel_h.to(q.dtype), rel_w.to(q.dtype), *zeros], dim=-1)
         return query, torch.cat([k, one_hot], dim=-1)

@@ -20,14 +20,26 @@ class BoxHead(nn.Module):
     """Logits over K classes and the background, which is last; deltas a class, or one set if class-agnostic."""
 
     def __init__(
-        self, *, channels: int, num_convs: int, fc_dim: int, num_classes: int, class_agnostic: bool, num_fcs: int = 1,
-        norm: bool = True, eps: float = NORM_EPS,
+        self,
+        *,
+        channels: int,
+        num_convs: int,
+        fc_dim: int,
+        num_classes: int,
+        class_agnostic: bool,
+        num_fcs: int = 1,
+        norm: bool = True,
+        eps: float = NORM_EPS,
     ) -> None:
         super().__init__()
         self.class_agnostic = class_agnostic
-        self.convs = nn.ModuleList(ConvNorm(channels, channels, 3, norm=norm, eps=eps) for _ in range(num_convs))
+        self.convs = nn.ModuleList(
+            ConvNorm(channels, channels, 3, norm=norm, eps=eps) for _ in range(num_convs)
+        )
         widths = [channels * BINS**2, *[fc_dim] * num_fcs]
-        self.fcs = nn.ModuleList(nn.Linear(width, following) for width, following in pairwise(widths))
+        self.fcs = nn.ModuleList(
+            nn.Linear(width, following) for width, following in pairwise(widths)
+        )
         self.logits = nn.Linear(fc_dim, num_classes + 1)
         self.deltas = nn.Linear(fc_dim, 4 if class_agnostic else 4 * num_classes)
         for block in self.convs:

@@ -21,17 +21,23 @@ def encode(boxes: Tensor, targets: Tensor, weights: Weights) -> Tensor:
     size, target_size = boxes[:, 2:] - boxes[:, :2], targets[:, 2:] - targets[:, :2]
     centre, target_centre = boxes[:, :2] + 0.5 * size, targets[:, :2] + 0.5 * target_size
     deltas = torch.cat([(target_centre - centre) / size, torch.log(target_size / size)], dim=1)
-    return torch.stack([one * weight for one, weight in zip(deltas.unbind(1), weights, strict=True)], dim=1)
+    return torch.stack(
+        [one * weight for one, weight in zip(deltas.unbind(1), weights, strict=True)], dim=1
+    )
 
 
-def decode(boxes: Tensor, deltas: Tensor, weights: Weights, min_log_scale: float = -math.inf) -> Tensor:
+def decode(
+    boxes: Tensor, deltas: Tensor, weights: Weights, min_log_scale: float = -math.inf
+) -> Tensor:
     """The inverse of `encode`, in float32: boxes (N, 4) and deltas (N, ..., 4) -> (N, ..., 4).
 
     A side's logarithm changes at most by MAX_LOG_SCALE and at least by `min_log_scale`.
     """
     boxes = boxes.to(torch.promote_types(boxes.dtype, torch.float32))
     columns = deltas.to(boxes.dtype).unbind(-1)
-    deltas = torch.stack([one / weight for one, weight in zip(columns, weights, strict=True)], dim=-1)
+    deltas = torch.stack(
+        [one / weight for one, weight in zip(columns, weights, strict=True)], dim=-1
+    )
     boxes = boxes.reshape(len(boxes), *[1] * (deltas.dim() - 2), 4)
     size = boxes[..., 2:] - boxes[..., :2]
     centre = boxes[..., :2] + 0.5 * size

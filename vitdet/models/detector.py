@@ -19,7 +19,9 @@ PIXEL_STD = (58.395, 57.12, 57.375)
 class Detector(nn.Module):
     """Backbone -> pyramid -> proposals -> boxes, classes and masks."""
 
-    def __init__(self, *, backbone: nn.Module, pyramid: nn.Module, rpn: nn.Module, roi_heads: nn.Module) -> None:
+    def __init__(
+        self, *, backbone: nn.Module, pyramid: nn.Module, rpn: nn.Module, roi_heads: nn.Module
+    ) -> None:
         super().__init__()
         self.backbone, self.pyramid, self.rpn, self.roi_heads = backbone, pyramid, rpn, roi_heads
         self.register_buffer("mean", torch.tensor(PIXEL_MEAN).view(3, 1, 1), persistent=False)
@@ -42,12 +44,15 @@ class Detector(nn.Module):
             return self.roi_heads.detect(features, [image.boxes for image in proposals], sizes)
         proposals = self.rpn.propose(found, sizes, self.rpn.top_train)
         boxes = [image.boxes for image in proposals]
-        return {**self.roi_heads.losses(features, boxes, targets, sizes), **self.rpn.losses(found, targets)}
+        return {
+            **self.roi_heads.losses(features, boxes, targets, sizes),
+            **self.rpn.losses(found, targets),
+        }
 
     def normalize(self, images: Tensor, sizes: Tensor) -> Tensor:
         """Zero mean and unit deviation; exactly 0 outside the picture, as padding comes after it (detectron2)."""
         height, width = images.shape[-2:]
         rows = torch.arange(height, device=images.device) < sizes[:, :1]
         columns = torch.arange(width, device=images.device) < sizes[:, 1:]
-        picture = (rows[:, None, :, None] & columns[:, None, None, :])
+        picture = rows[:, None, :, None] & columns[:, None, None, :]
         return torch.where(picture, (images - self.mean) / self.std, 0.0)

@@ -19,12 +19,18 @@ class FPN(nn.Module):
     `strides` holds the pixels a cell of each of the five levels: 4..64 for maps of strides 4, 8, 16, 32.
     """
 
-    def __init__(self, in_channels: Sequence[int], out_channels: int, strides: Sequence[int]) -> None:
+    def __init__(
+        self, in_channels: Sequence[int], out_channels: int, strides: Sequence[int]
+    ) -> None:
         super().__init__()
         self.out_channels = out_channels
         self.strides = [*strides, 2 * strides[-1]]
-        self.lateral = nn.ModuleList(nn.Conv2d(channels, out_channels, 1) for channels in in_channels)
-        self.output = nn.ModuleList(nn.Conv2d(out_channels, out_channels, 3, padding=1) for _ in in_channels)
+        self.lateral = nn.ModuleList(
+            nn.Conv2d(channels, out_channels, 1) for channels in in_channels
+        )
+        self.output = nn.ModuleList(
+            nn.Conv2d(out_channels, out_channels, 3, padding=1) for _ in in_channels
+        )
         for conv in [*self.lateral, *self.output]:
             nn.init.xavier_uniform_(conv.weight)
             nn.init.zeros_(conv.bias)
@@ -33,6 +39,8 @@ class FPN(nn.Module):
         """Maps (B, C_i, ., .), finest first -> maps (B, D, ., .), finest first."""
         inner = [conv(x) for conv, x in zip(self.lateral, maps, strict=True)]
         for i in reversed(range(len(inner) - 1)):
-            inner[i] = inner[i] + F.interpolate(inner[i + 1], size=inner[i].shape[2:], mode="nearest")
+            inner[i] = inner[i] + F.interpolate(
+                inner[i + 1], size=inner[i].shape[2:], mode="nearest"
+            )
         levels = [conv(x) for conv, x in zip(self.output, inner, strict=True)]
         return [*levels, levels[-1][:, :, ::2, ::2]]

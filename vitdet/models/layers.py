@@ -12,7 +12,9 @@ from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx
 from torch.nn import functional as F
 
-NORM_EPS = 1e-6  # detectron2: both the ViT's LayerNorm and the channel LN (mmdet: 1e-5 in the latter)
+NORM_EPS = (
+    1e-6  # detectron2: both the ViT's LayerNorm and the channel LN (mmdet: 1e-5 in the latter)
+)
 
 
 class ConvNorm(nn.Module):
@@ -22,10 +24,18 @@ class ConvNorm(nn.Module):
     """
 
     def __init__(
-        self, in_channels: int, out_channels: int, kernel_size: int, *, norm: bool = True, eps: float = NORM_EPS
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int,
+        *,
+        norm: bool = True,
+        eps: float = NORM_EPS,
     ) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(in_channels, out_channels, kernel_size, padding=kernel_size // 2, bias=not norm)
+        self.conv = nn.Conv2d(
+            in_channels, out_channels, kernel_size, padding=kernel_size // 2, bias=not norm
+        )
         self.norm = LayerNorm2d(out_channels, eps=eps) if norm else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -48,7 +58,9 @@ class Deconv2x2(nn.ConvTranspose2d):
         weight = rearrange(self.weight, "c out i j -> (i j out) c")
         pixels = F.linear(x.permute(0, 2, 3, 1), weight, self.bias.repeat(4))
         # Channels stay innermost in memory, as they come from the tokens and as the next layers want them.
-        return rearrange(pixels, "b h w (i j out) -> b (h i) (w j) out", i=2, j=2).permute(0, 3, 1, 2)
+        return rearrange(pixels, "b h w (i j out) -> b (h i) (w j) out", i=2, j=2).permute(
+            0, 3, 1, 2
+        )
 
 
 def init_conv(module: nn.Conv2d | nn.ConvTranspose2d) -> None:

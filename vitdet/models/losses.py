@@ -47,7 +47,9 @@ def federated_classification(logits: Tensor, labels: Tensor, classes: Tensor) ->
 def objectness(logits: Tensor, truth: Tensor, count: int) -> Tensor:
     """Binary cross-entropy of logits (R,) and truth (R,) bool, summed, divided by `count`."""
     logits = at_least_float32(logits)
-    return F.binary_cross_entropy_with_logits(logits, truth.to(logits.dtype), reduction="sum") / count
+    return (
+        F.binary_cross_entropy_with_logits(logits, truth.to(logits.dtype), reduction="sum") / count
+    )
 
 
 def box_l1(deltas: Tensor, targets: Tensor, count: int) -> Tensor:

@@ -23,14 +23,22 @@ class SimpleFeaturePyramid(nn.Module):
     """
 
     def __init__(
-        self, in_channels: int, out_channels: int, stride: int, scales: Sequence[float] = (4.0, 2.0, 1.0, 0.5),
-        *, halve_channels: bool = True, eps: float = NORM_EPS,
+        self,
+        in_channels: int,
+        out_channels: int,
+        stride: int,
+        scales: Sequence[float] = (4.0, 2.0, 1.0, 0.5),
+        *,
+        halve_channels: bool = True,
+        eps: float = NORM_EPS,
     ) -> None:
         super().__init__()
         self.out_channels = out_channels
         self.strides = [int(stride / scale) for scale in (*scales, scales[-1] / 2)]
         shrink = 2 if halve_channels else 1
-        self.levels = nn.ModuleList(_level(in_channels, out_channels, scale, shrink, eps) for scale in scales)
+        self.levels = nn.ModuleList(
+            _level(in_channels, out_channels, scale, shrink, eps) for scale in scales
+        )
 
     def forward(self, x: Tensor) -> list[Tensor]:
         """(B, C, h, w) -> maps (B, D, ., .), finest first."""
@@ -38,9 +46,14 @@ class SimpleFeaturePyramid(nn.Module):
         return [*maps, maps[-1][:, :, ::2, ::2]]
 
 
-def _level(in_channels: int, out_channels: int, scale: float, shrink: int, eps: float) -> nn.Sequential:
+def _level(
+    in_channels: int, out_channels: int, scale: float, shrink: int, eps: float
+) -> nn.Sequential:
     resample, channels = _resample(in_channels, scale, shrink)
-    convs = ConvNorm(channels, out_channels, 1, eps=eps), ConvNorm(out_channels, out_channels, 3, eps=eps)
+    convs = (
+        ConvNorm(channels, out_channels, 1, eps=eps),
+        ConvNorm(out_channels, out_channels, 3, eps=eps),
+    )
     return nn.Sequential(*resample, *convs)
 
 
@@ -48,7 +61,12 @@ def _resample(dim: int, scale: float, shrink: int) -> tuple[list[nn.Module], int
     """The layers that bring the map to its scale, and the channels that leave them."""
     inner, last = dim // shrink, dim // shrink**2
     if scale == 4.0:
-        return [Deconv2x2(dim, inner), LayerNorm2d(inner, eps=NORM_EPS), nn.GELU(), Deconv2x2(inner, last)], last
+        return [
+            Deconv2x2(dim, inner),
+            LayerNorm2d(inner, eps=NORM_EPS),
+            nn.GELU(),
+            Deconv2x2(inner, last),
+        ], last
     if scale == 2.0:
         return [Deconv2x2(dim, inner)], inner
     if scale == 1.0:

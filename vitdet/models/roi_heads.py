@@ -22,7 +22,12 @@ from vitdet.models.layers import scale_gradient
 from vitdet.models.roi_pool import pool
 from vitdet.types import Detections, Target
 
-WEIGHTS = (10.0, 10.0, 5.0, 5.0)  # of the first stage's box transform; stage s has s + 1 times these
+WEIGHTS = (
+    10.0,
+    10.0,
+    5.0,
+    5.0,
+)  # of the first stage's box transform; stage s has s + 1 times these
 
 
 class Assigned(NamedTuple):
@@ -41,25 +46,52 @@ class RoIHeads(nn.Module):
     """
 
     def __init__(
-        self, *, stages: Sequence[nn.Module], mask: nn.Module, classification: nn.Module, strides: Sequence[int],
-        ious: Sequence[float] = (0.5,), samples: int = 512, positive_fraction: float = 0.25, mask_samples: int = 128,
-        sampling_ratio: int = 0, score_threshold: float = 0.05, nms_iou: float = 0.5, max_detections: int = 100,
-        min_log_scale: float = -math.inf, match: Match = match, choose: Choose = choose_randomly,
+        self,
+        *,
+        stages: Sequence[nn.Module],
+        mask: nn.Module,
+        classification: nn.Module,
+        strides: Sequence[int],
+        ious: Sequence[float] = (0.5,),
+        samples: int = 512,
+        positive_fraction: float = 0.25,
+        mask_samples: int = 128,
+        sampling_ratio: int = 0,
+        score_threshold: float = 0.05,
+        nms_iou: float = 0.5,
+        max_detections: int = 100,
+        min_log_scale: float = -math.inf,
+        match: Match = match,
+        choose: Choose = choose_randomly,
     ) -> None:
         super().__init__()
         self.stages, self.mask, self.classification = nn.ModuleList(stages), mask, classification
         self.strides, self.ious, self.sampling_ratio = list(strides), tuple(ious), sampling_ratio
         self.match, self.choose, self.min_log_scale = match, choose, min_log_scale
-        self.samples, self.positive_fraction, self.mask_samples = samples, positive_fraction, mask_samples
-        self.score_threshold, self.nms_iou, self.max_detections = score_threshold, nms_iou, max_detections
+        self.samples, self.positive_fraction, self.mask_samples = (
+            samples,
+            positive_fraction,
+            mask_samples,
+        )
+        self.score_threshold, self.nms_iou, self.max_detections = (
+            score_threshold,
+            nms_iou,
+            max_detections,
+        )
         self.weights = [tuple(w * (stage + 1) for w in WEIGHTS) for stage in range(len(stages))]
 
     def losses(
-        self, features: Sequence[Tensor], proposals: Sequence[Tensor], targets: Sequence[Target], sizes: Tensor
+        self,
+        features: Sequence[Tensor],
+        proposals: Sequence[Tensor],
+        targets: Sequence[Target],
+        sizes: Tensor,
     ) -> dict[str, Tensor]:
         """loss_cls and loss_box_reg (of every stage, named _stage0.. if there are several), and loss_mask."""
         found = {}
-        assigned = [self.sample(boxes, target) for boxes, target in zip(proposals, targets, strict=True)]
+        assigned = [
+            self.sample(boxes, target) for boxes, target in zip(proposals, targets, strict=True)
+        ]
         found["loss_mask"] = self.mask_loss(features, assigned, targets)
         refined: Sequence[Tensor] = ()  # the boxes of the stage before
         for stage in range(len(self.stages)):
@@ -67,7 +99,9 @@ class RoIHeads(nn.Module):
                 assigned = self.reassign(stage, refined, targets, sizes)
             logits, deltas = self.run_stage(stage, features, [image.boxes for image in assigned])
             suffix = f"_stage{stage}" if len(self.stages) > 1 else ""
-            labels = torch.cat([self.labels(a, target) for a, target in zip(assigned, targets, strict=True)])
+            labels = torch.cat(
+                [self.labels(a, target) for a, target in zip(assigned, targets, strict=True)]
+            )
             found[f"loss_cls{suffix}"] = self.classification.loss(logits, labels)
             found[f"loss_box_reg{suffix}"] = self.box_loss(stage, deltas, labels, assigned, targets)
             counts = [len(image.boxes) for image in assigned]
@@ -75,7 +109,9 @@ class RoIHeads(nn.Module):
             refined = self.decode(stage, boxes, deltas.detach()[:, 0]).split(counts)
         return found
 
-    def detect(self, features: Sequence[Tensor], proposals: Sequence[Tensor], sizes: Tensor) -> list[Detections]:
+    def detect(
+        self, features: Sequence[Tensor], proposals: Sequence[Tensor], sizes: Tensor
+    ) -> list[Detections]:
         """Detections of every image, best first; boxes in pixels of the canvas, cut to sizes (B, 2)."""
         counts = [len(boxes) for boxes in proposals]
         boxes, scores = list(proposals), []
@@ -89,7 +125,9 @@ class RoIHeads(nn.Module):
         best = [self.select(b, s) for b, s in zip(clipped, mean_scores, strict=True)]
         return self.with_masks(features, best)
 
-    def run_stage(self, stage: int, features: Sequence[Tensor], boxes: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    def run_stage(
+        self, stage: int, features: Sequence[Tensor], boxes: Sequence[Tensor]
+    ) -> tuple[Tensor, Tensor]:
         """Logits (R, K + 1) and deltas (R, K or 1, 4) of all images' boxes."""
         pooled = pool(features, boxes, self.strides, box_head.BINS, self.sampling_ratio)
         if len(self.stages) > 1:
@@ -120,7 +158,9 @@ class RoIHeads(nn.Module):
             boxes = clip(boxes, size)
             boxes = boxes[nonempty(boxes)]
             iou = self.ious[stage]
-            assigned.append(Assigned(boxes, self.match(pairwise_iou(target.boxes, boxes), iou, iou)))
+            assigned.append(
+                Assigned(boxes, self.match(pairwise_iou(target.boxes, boxes), iou, iou))
+            )
         return assigned
 
     def labels(self, assigned: Assigned, target: Target) -> Tensor:
@@ -129,19 +169,30 @@ class RoIHeads(nn.Module):
         return torch.cat([target.labels, background])[assigned.matched]
 
     def box_loss(
-        self, stage: int, deltas: Tensor, labels: Tensor, assigned: Sequence[Assigned], targets: Sequence[Target]
+        self,
+        stage: int,
+        deltas: Tensor,
+        labels: Tensor,
+        assigned: Sequence[Assigned],
+        targets: Sequence[Target],
     ) -> Tensor:
         """L1 of the foreground boxes' deltas (for their own class), divided by the number of all boxes."""
         foreground = torch.cat([image.matched for image in assigned]) > BACKGROUND
         boxes = torch.cat([image.boxes for image in assigned])[foreground]
-        truth = torch.cat([
-            target.boxes[image.matched[image.matched > BACKGROUND]]
-            for image, target in zip(assigned, targets, strict=True)
-        ])
+        truth = torch.cat(
+            [
+                target.boxes[image.matched[image.matched > BACKGROUND]]
+                for image, target in zip(assigned, targets, strict=True)
+            ]
+        )
         column = labels[foreground].clamp(max=deltas.shape[1] - 1)  # one column if class-agnostic
-        return losses.box_l1(deltas[foreground, column], encode(boxes, truth, self.weights[stage]), len(labels))
+        return losses.box_l1(
+            deltas[foreground, column], encode(boxes, truth, self.weights[stage]), len(labels)
+        )
 
-    def mask_loss(self, features: Sequence[Tensor], assigned: Sequence[Assigned], targets: Sequence[Target]) -> Tensor:
+    def mask_loss(
+        self, features: Sequence[Tensor], assigned: Sequence[Assigned], targets: Sequence[Target]
+    ) -> Tensor:
         """Mask cross-entropy over (at most `mask_samples` of) the foreground boxes of every image."""
         boxes, labels, wanted = [], [], []
         for image, target in zip(assigned, targets, strict=True):
@@ -163,10 +214,15 @@ class RoIHeads(nn.Module):
         keep = batched_nms(boxes, scores, label, self.nms_iou)[: self.max_detections]
         return Detections(boxes[keep], scores[keep], label[keep], scores.new_zeros(len(keep), 0, 0))
 
-    def with_masks(self, features: Sequence[Tensor], found: Sequence[Detections]) -> list[Detections]:
+    def with_masks(
+        self, features: Sequence[Tensor], found: Sequence[Detections]
+    ) -> list[Detections]:
         """The detections with the mask probabilities (N, 28, 28) inside their boxes."""
         boxes = [image.boxes for image in found]
         pooled = pool(features, boxes, self.strides, mask_head.BINS, self.sampling_ratio)
         logits = self.mask(pooled, torch.cat([image.labels for image in found]))
         masks = logits.float().sigmoid().split([len(b) for b in boxes])
-        return [Detections(image.boxes, image.scores, image.labels, m) for image, m in zip(found, masks, strict=True)]
+        return [
+            Detections(image.boxes, image.scores, image.labels, m)
+            for image, m in zip(found, masks, strict=True)
+        ]

@@ -19,12 +19,18 @@ from vitdet.models.layers import at_least_float32
 def assign_levels(boxes: Tensor, num_levels: int, finest_stride: int) -> Tensor:
     """(R,) level of each box, 0 the finest: one of side 56 strides stands on level 2 (224 px for stride 4)."""
     canonical = 56 * finest_stride
-    level = torch.floor(2 + torch.log2(area(boxes).sqrt() / canonical + 1e-8))  # detectron2: epsilon within the log
+    level = torch.floor(
+        2 + torch.log2(area(boxes).sqrt() / canonical + 1e-8)
+    )  # detectron2: epsilon within the log
     return level.clamp(0, num_levels - 1).long()
 
 
 def pool(
-    features: Sequence[Tensor], boxes: Sequence[Tensor], strides: Sequence[int], bins: int, sampling_ratio: int
+    features: Sequence[Tensor],
+    boxes: Sequence[Tensor],
+    strides: Sequence[int],
+    bins: int,
+    sampling_ratio: int,
 ) -> Tensor:
     """Features of every RoI (R, C, bins, bins): maps (B, C, h, w) and boxes, a tensor (., 4) for each image.
 
@@ -46,7 +52,11 @@ def pool(
 
 
 def _pool_by_products(
-    features: Sequence[Tensor], boxes: Sequence[Tensor], levels: Tensor, strides: Sequence[int], bins: int,
+    features: Sequence[Tensor],
+    boxes: Sequence[Tensor],
+    levels: Tensor,
+    strides: Sequence[int],
+    bins: int,
     ratio: int,
 ) -> Tensor:
     """With a fixed number of points RoIAlign is linear and separable: rows and columns are two matrix products.
@@ -60,11 +70,17 @@ def _pool_by_products(
         image_levels = levels[start : start + len(image_boxes)]
         for level, (images, stride) in enumerate(zip(maps, strides, strict=True)):
             chosen = (image_levels == level).nonzero().flatten()
-            if len(chosen) == 0:  # most levels of most images; the products below would be right but not free
+            if (
+                len(chosen) == 0
+            ):  # most levels of most images; the products below would be right but not free
                 continue
             pixels = images[image]
-            rows = interpolation(image_boxes[chosen, 1::2] / stride, len(pixels), bins, ratio).to(pixels.dtype)
-            columns = interpolation(image_boxes[chosen, 0::2] / stride, pixels.shape[1], bins, ratio).to(pixels.dtype)
+            rows = interpolation(image_boxes[chosen, 1::2] / stride, len(pixels), bins, ratio).to(
+                pixels.dtype
+            )
+            columns = interpolation(
+                image_boxes[chosen, 0::2] / stride, pixels.shape[1], bins, ratio
+            ).to(pixels.dtype)
             lines = (rows.flatten(0, 1) @ pixels.flatten(1)).unflatten(0, rows.shape[:2])
             values.append(columns[:, None] @ lines.unflatten(2, pixels.shape[1:]))
             order.append(chosen + start)
@@ -80,9 +96,13 @@ def interpolation(spans: Tensor, length: int, bins: int, ratio: int) -> Tensor:
     spans (R, 2): low and high end in cells. Points more than a cell outside the map count as 0, as in torchvision.
     """
     low, high = spans[:, :1] - 0.5, spans[:, 1:] - 0.5
-    steps = (torch.arange(bins * ratio, device=spans.device, dtype=spans.dtype) + 0.5) / (bins * ratio)
+    steps = (torch.arange(bins * ratio, device=spans.device, dtype=spans.dtype) + 0.5) / (
+        bins * ratio
+    )
     points = low + (high - low) * steps
     inside = ((points >= -1) & (points <= length)).to(spans.dtype)
     cells = torch.arange(length, device=spans.device, dtype=spans.dtype)
-    weights = (1 - (points.clamp(0, length - 1)[:, :, None] - cells).abs()).clamp(min=0) * inside[:, :, None]
+    weights = (1 - (points.clamp(0, length - 1)[:, :, None] - cells).abs()).clamp(min=0) * inside[
+        :, :, None
+    ]
     return weights.unflatten(1, (bins, ratio)).mean(dim=2)

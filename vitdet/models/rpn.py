@@ -18,7 +18,14 @@ from torchvision.ops import batched_nms
 
 from vitdet.models import losses
 from vitdet.models.anchors import grid_anchors
-from vitdet.models.assign import BACKGROUND, Choose, Match, choose_randomly, match_keeping_own, sample
+from vitdet.models.assign import (
+    BACKGROUND,
+    Choose,
+    Match,
+    choose_randomly,
+    match_keeping_own,
+    sample,
+)
 from vitdet.models.boxes import clip, decode, encode, nonempty, pairwise_iou
 from vitdet.models.layers import NORM_EPS, ConvNorm, init_predictor
 from vitdet.types import Target
@@ -52,20 +59,49 @@ class RPN(nn.Module):
     """
 
     def __init__(
-        self, *, channels: int, strides: Sequence[int], anchor_scale: float = 8.0,
-        aspect_ratios: Sequence[float] = (0.5, 1.0, 2.0), num_convs: int = 2, norm: bool = False,
-        eps: float = NORM_EPS, samples: int = 256, positive_fraction: float = 0.5, iou_low: float = 0.3,
-        iou_high: float = 0.7, nms_iou: float = 0.7, pre_nms_train: int = 2000, pre_nms_test: int = 1000,
-        post_nms_train: int = 1000, post_nms_test: int = 1000, divide_by_sampled: bool = False,
-        min_log_scale: float = -math.inf, match: Match = match_keeping_own, choose: Choose = choose_randomly,
+        self,
+        *,
+        channels: int,
+        strides: Sequence[int],
+        anchor_scale: float = 8.0,
+        aspect_ratios: Sequence[float] = (0.5, 1.0, 2.0),
+        num_convs: int = 2,
+        norm: bool = False,
+        eps: float = NORM_EPS,
+        samples: int = 256,
+        positive_fraction: float = 0.5,
+        iou_low: float = 0.3,
+        iou_high: float = 0.7,
+        nms_iou: float = 0.7,
+        pre_nms_train: int = 2000,
+        pre_nms_test: int = 1000,
+        post_nms_train: int = 1000,
+        post_nms_test: int = 1000,
+        divide_by_sampled: bool = False,
+        min_log_scale: float = -math.inf,
+        match: Match = match_keeping_own,
+        choose: Choose = choose_randomly,
     ) -> None:
         super().__init__()
-        self.strides, self.anchor_scale, self.aspect_ratios = list(strides), anchor_scale, tuple(aspect_ratios)
-        self.samples, self.positive_fraction, self.divide_by_sampled = samples, positive_fraction, divide_by_sampled
+        self.strides, self.anchor_scale, self.aspect_ratios = (
+            list(strides),
+            anchor_scale,
+            tuple(aspect_ratios),
+        )
+        self.samples, self.positive_fraction, self.divide_by_sampled = (
+            samples,
+            positive_fraction,
+            divide_by_sampled,
+        )
         self.match, self.choose, self.min_log_scale = match, choose, min_log_scale
         self.iou_low, self.iou_high, self.nms_iou = iou_low, iou_high, nms_iou
-        self.top_train, self.top_test = (pre_nms_train, post_nms_train), (pre_nms_test, post_nms_test)
-        self.convs = nn.ModuleList(ConvNorm(channels, channels, 3, norm=norm, eps=eps) for _ in range(num_convs))
+        self.top_train, self.top_test = (
+            (pre_nms_train, post_nms_train),
+            (pre_nms_test, post_nms_test),
+        )
+        self.convs = nn.ModuleList(
+            ConvNorm(channels, channels, 3, norm=norm, eps=eps) for _ in range(num_convs)
+        )
         self.objectness = nn.Conv2d(channels, len(self.aspect_ratios), 1)
         self.deltas = nn.Conv2d(channels, 4 * len(self.aspect_ratios), 1)
         for conv in (*[block.conv for block in self.convs], self.objectness, self.deltas):
@@ -78,7 +114,9 @@ class RPN(nn.Module):
         return Anchored(
             [rearrange(logits, "b a h w -> b (h w a)") for logits, _ in maps],
             [rearrange(deltas, "b (a d) h w -> b (h w a) d", d=4) for _, deltas in maps],
-            grid_anchors(grids, self.strides, self.anchor_scale, self.aspect_ratios, features[0].device),
+            grid_anchors(
+                grids, self.strides, self.anchor_scale, self.aspect_ratios, features[0].device
+            ),
         )
 
     def head(self, feature: Tensor) -> tuple[Tensor, Tensor]:
@@ -98,17 +136,23 @@ class RPN(nn.Module):
         for level, (logits, deltas, anchors) in enumerate(zip(*found, strict=True)):
             best, index = logits.float().topk(min(pre_nms, logits.shape[1]), dim=1)
             chosen = deltas.gather(1, index[:, :, None].expand(-1, -1, 4))
-            decoded = decode(anchors[index].flatten(0, 1), chosen.flatten(0, 1), WEIGHTS, self.min_log_scale)
+            decoded = decode(
+                anchors[index].flatten(0, 1), chosen.flatten(0, 1), WEIGHTS, self.min_log_scale
+            )
             boxes.append(decoded.unflatten(0, index.shape))
             scores.append(best)
             levels.append(torch.full((index.shape[1],), level, device=index.device))
         level_of = torch.cat(levels)
         return [
             self._suppress(image_boxes, image_scores, level_of, size, post_nms)
-            for image_boxes, image_scores, size in zip(torch.cat(boxes, 1), torch.cat(scores, 1), sizes, strict=True)
+            for image_boxes, image_scores, size in zip(
+                torch.cat(boxes, 1), torch.cat(scores, 1), sizes, strict=True
+            )
         ]
 
-    def _suppress(self, boxes: Tensor, scores: Tensor, levels: Tensor, size: Tensor, post_nms: int) -> Proposals:
+    def _suppress(
+        self, boxes: Tensor, scores: Tensor, levels: Tensor, size: Tensor, post_nms: int
+    ) -> Proposals:
         boxes = clip(boxes, size)
         usable = boxes.isfinite().all(dim=1) & scores.isfinite() & nonempty(boxes)
         boxes, scores, levels = boxes[usable], scores[usable], levels[usable]
@@ -132,7 +176,9 @@ class RPN(nn.Module):
             logits.append(all_logits[image, chosen])
             truth.append(matched[chosen] > BACKGROUND)
             deltas.append(all_deltas[image, positive])
-            delta_targets.append(encode(anchors[positive], target.boxes[matched[positive]], WEIGHTS))
+            delta_targets.append(
+                encode(anchors[positive], target.boxes[matched[positive]], WEIGHTS)
+            )
         count = sampled if self.divide_by_sampled else self.samples * len(targets)
         return {
             "loss_rpn_cls": losses.objectness(torch.cat(logits), torch.cat(truth), count),

@@ -41,6 +41,7 @@ def shift_mask(height: int, width: int, window: int, shift: int, device: torch.d
 
     height and width are multiples of the window. Only the last windows of an axis hold tokens from both its ends.
     """
+
     def parts(size: int) -> Tensor:
         steps = torch.arange(size, device=device)
         return (steps >= size - window).long() + (steps >= size - shift).long()
@@ -84,12 +85,17 @@ class Block(nn.Module):
 class Stage(nn.Module):
     """Halves the map unless it is the first stage, then blocks: (B, H, W, C) -> (B, H / 2, W / 2, 2 C)."""
 
-    def __init__(self, dim: int, heads: int, window: int, rates: Sequence[float], downsample: bool) -> None:
+    def __init__(
+        self, dim: int, heads: int, window: int, rates: Sequence[float], downsample: bool
+    ) -> None:
         super().__init__()
         self.downsample = PatchMerging(dim // 2) if downsample else nn.Identity()
-        self.blocks = nn.Sequential(*(
-            Block(dim, heads, window, window // 2 if i % 2 else 0, rate) for i, rate in enumerate(rates)
-        ))
+        self.blocks = nn.Sequential(
+            *(
+                Block(dim, heads, window, window // 2 if i % 2 else 0, rate)
+                for i, rate in enumerate(rates)
+            )
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, H, W, C) -> (B, H / 2, W / 2, 2 C)."""
@@ -103,14 +109,25 @@ class Swin(nn.Module):
     """
 
     def __init__(
-        self, *, dim: int, depths: Sequence[int], heads: Sequence[int], window_size: int = 7, drop_path: float = 0.0
+        self,
+        *,
+        dim: int,
+        depths: Sequence[int],
+        heads: Sequence[int],
+        window_size: int = 7,
+        drop_path: float = 0.0,
     ) -> None:
         super().__init__()
         self.out_channels = tuple(dim * 2**i for i in range(len(depths)))
         self.strides = tuple(4 * 2**i for i in range(len(depths)))
         self.num_layers = 0  # no layer-wise decay: every parameter belongs to the rest
         self.patch_embed = PatchEmbed(
-            None, 4, embed_dim=dim, norm_layer=nn.LayerNorm, output_fmt="NHWC", strict_img_size=False
+            None,
+            4,
+            embed_dim=dim,
+            norm_layer=nn.LayerNorm,
+            output_fmt="NHWC",
+            strict_img_size=False,
         )
         rates = torch.linspace(0, drop_path, sum(depths), device="cpu").split(list(depths))
         self.layers = nn.ModuleList(

@@ -78,8 +78,16 @@ class Block(nn.Module):
     """
 
     def __init__(
-        self, dim: int, heads: int, window: int, grid: int | tuple[int, int], drop_path: float, conv_after: bool,
-        mlp_ratio: float = 4.0, scaled_rel_pos: bool = False, branch: nn.Module | None = None,
+        self,
+        dim: int,
+        heads: int,
+        window: int,
+        grid: int | tuple[int, int],
+        drop_path: float,
+        conv_after: bool,
+        mlp_ratio: float = 4.0,
+        scaled_rel_pos: bool = False,
+        branch: nn.Module | None = None,
     ) -> None:
         super().__init__()
         self.window = window
@@ -107,15 +115,33 @@ class Block(nn.Module):
 
 
 def build_blocks(
-    *, dim: int, depth: int, heads: int, global_blocks: Sequence[int], window_size: int, grid: int | tuple[int, int],
-    drop_path: float, mlp_ratio: float = 4.0, residual_blocks: Sequence[int] = (), scaled_rel_pos: bool = False,
+    *,
+    dim: int,
+    depth: int,
+    heads: int,
+    global_blocks: Sequence[int],
+    window_size: int,
+    grid: int | tuple[int, int],
+    drop_path: float,
+    mlp_ratio: float = 4.0,
+    residual_blocks: Sequence[int] = (),
+    scaled_rel_pos: bool = False,
     branch: Callable[[], nn.Module] | None = None,
 ) -> nn.ModuleList:
     """The blocks of a backbone; drop path grows linearly, and each block gets a `branch` of its own."""
     rates = torch.linspace(0, drop_path, depth, device="cpu").tolist()
     return nn.ModuleList(
-        Block(dim, heads, 0 if i in global_blocks else window_size, grid, rates[i], i in residual_blocks, mlp_ratio,
-              scaled_rel_pos, branch() if branch else None)
+        Block(
+            dim,
+            heads,
+            0 if i in global_blocks else window_size,
+            grid,
+            rates[i],
+            i in residual_blocks,
+            mlp_ratio,
+            scaled_rel_pos,
+            branch() if branch else None,
+        )
         for i in range(depth)
     )
 
@@ -146,10 +172,22 @@ class ViT(nn.Module):
     """
 
     def __init__(
-        self, *, dim: int, depth: int, heads: int, global_blocks: Sequence[int], patch_size: int = 16,
-        window_size: int = 14, drop_path: float = 0.0, pos_embed_grid: int | tuple[int, int] = 14,
-        rel_pos_size: int | tuple[int, int] = 1024, residual_blocks: Sequence[int] = (), mlp_ratio: float = 4.0,
-        scaled_rel_pos: bool = False, final_norm: bool = False, branch: Callable[[], nn.Module] | None = None,
+        self,
+        *,
+        dim: int,
+        depth: int,
+        heads: int,
+        global_blocks: Sequence[int],
+        patch_size: int = 16,
+        window_size: int = 14,
+        drop_path: float = 0.0,
+        pos_embed_grid: int | tuple[int, int] = 14,
+        rel_pos_size: int | tuple[int, int] = 1024,
+        residual_blocks: Sequence[int] = (),
+        mlp_ratio: float = 4.0,
+        scaled_rel_pos: bool = False,
+        final_norm: bool = False,
+        branch: Callable[[], nn.Module] | None = None,
     ) -> None:
         super().__init__()
         self.out_channels = dim
@@ -159,9 +197,17 @@ class ViT(nn.Module):
         self.patch_embed = PatchEmbed(dim, patch_size)
         self.pos_embed = nn.Parameter(torch.zeros(1, *to_2tuple(pos_embed_grid), dim))
         self.blocks = build_blocks(
-            dim=dim, depth=depth, heads=heads, global_blocks=global_blocks, window_size=window_size,
-            grid=(height // patch_size, width // patch_size), drop_path=drop_path, mlp_ratio=mlp_ratio,
-            residual_blocks=residual_blocks, scaled_rel_pos=scaled_rel_pos, branch=branch,
+            dim=dim,
+            depth=depth,
+            heads=heads,
+            global_blocks=global_blocks,
+            window_size=window_size,
+            grid=(height // patch_size, width // patch_size),
+            drop_path=drop_path,
+            mlp_ratio=mlp_ratio,
+            residual_blocks=residual_blocks,
+            scaled_rel_pos=scaled_rel_pos,
+            branch=branch,
         )
         self.norm = nn.LayerNorm(dim, eps=NORM_EPS) if final_norm else nn.Identity()
         init_normal(self.pos_embed)
@@ -199,5 +245,7 @@ def resize_positions(pos_embed: Tensor, grid: tuple[int, int]) -> Tensor:
     """(1, h, w, C) -> (1, *grid, C), bicubic without antialiasing (detectron2: get_abs_pos)."""
     if tuple(pos_embed.shape[1:3]) == grid:
         return pos_embed
-    resized = F.interpolate(pos_embed.permute(0, 3, 1, 2), size=grid, mode="bicubic", align_corners=False)
+    resized = F.interpolate(
+        pos_embed.permute(0, 3, 1, 2), size=grid, mode="bicubic", align_corners=False
+    )
     return resized.permute(0, 2, 3, 1)

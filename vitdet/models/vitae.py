@@ -41,7 +41,9 @@ def wide_branch(dim: int, hidden: int) -> nn.Sequential:
     """ViTAE-B's convolutions beside the attention, of 4 channels a group: (B, C, H, W) -> (B, C, H, W)."""
     groups = dim // 4
     return nn.Sequential(
-        conv(dim, hidden, groups=groups), nn.BatchNorm2d(hidden), nn.SiLU(),
+        conv(dim, hidden, groups=groups),
+        nn.BatchNorm2d(hidden),
+        nn.SiLU(),
         conv(hidden, dim, groups=groups),
     )
 
@@ -49,9 +51,14 @@ def wide_branch(dim: int, hidden: int) -> nn.Sequential:
 def deep_branch(dim: int, hidden: int, groups: int) -> nn.Sequential:
     """ViTAE-S's convolutions beside the attention: (B, C, H, W) -> (B, C, H, W)."""
     return nn.Sequential(
-        conv(dim, hidden, groups=groups), nn.BatchNorm2d(hidden), nn.SiLU(),
-        conv(hidden, dim, groups=groups), nn.BatchNorm2d(dim), nn.SiLU(),
-        conv(dim, dim, groups=groups), nn.SiLU(),
+        conv(dim, hidden, groups=groups),
+        nn.BatchNorm2d(hidden),
+        nn.SiLU(),
+        conv(hidden, dim, groups=groups),
+        nn.BatchNorm2d(dim),
+        nn.SiLU(),
+        conv(dim, dim, groups=groups),
+        nn.SiLU(),
     )
 
 
@@ -67,11 +74,15 @@ class Performer(nn.Module):
         features = dim // 2
         self.norm1 = nn.LayerNorm(inputs, eps=CELL_NORM_EPS)
         self.kqv = nn.Linear(inputs, 3 * dim)
-        self.register_buffer("w", nn.init.orthogonal_(torch.empty(features, dim)) * math.sqrt(features))
+        self.register_buffer(
+            "w", nn.init.orthogonal_(torch.empty(features, dim)) * math.sqrt(features)
+        )
         self.proj = nn.Linear(dim, dim)
         self.dropout = nn.Dropout(DROPOUT)
         self.norm2 = nn.LayerNorm(dim, eps=CELL_NORM_EPS)
-        self.mlp = nn.Sequential(nn.Linear(dim, dim), nn.GELU(), nn.Linear(dim, dim), nn.Dropout(DROPOUT))
+        self.mlp = nn.Sequential(
+            nn.Linear(dim, dim), nn.GELU(), nn.Linear(dim, dim), nn.Dropout(DROPOUT)
+        )
 
     def forward(self, x: Tensor, mixed: Tensor) -> Tensor:
         """Tokens (B, N, C) and what the convolutions made of the same image (B, N, E) -> (B, N, E)."""
@@ -100,28 +111,51 @@ class ReductionCell(nn.Module):
     """
 
     def __init__(
-        self, inputs: int, width: int, kernel: int, stride: int, dilations: Sequence[int], dim: int = 0,
+        self,
+        inputs: int,
+        width: int,
+        kernel: int,
+        stride: int,
+        dilations: Sequence[int],
+        dim: int = 0,
         strides: Sequence[int] = (),
     ) -> None:
         super().__init__()
         self.prm = nn.ModuleList(
-            nn.Conv2d(inputs, width, kernel, stride=stride, dilation=dilation,
-                      padding=math.ceil(((kernel - 1) * dilation + 1 - stride) / 2))
+            nn.Conv2d(
+                inputs,
+                width,
+                kernel,
+                stride=stride,
+                dilation=dilation,
+                padding=math.ceil(((kernel - 1) * dilation + 1 - stride) / 2),
+            )
             for dilation in dilations
         )
         self.attn = Performer(width * len(dilations), dim) if dim else None
-        self.pcm = nn.Sequential(
-            conv(inputs, width, strides[0]), nn.SiLU(),
-            conv(width, width, strides[1]), nn.BatchNorm2d(width), nn.SiLU(),
-            conv(width, dim, strides[2]), nn.SiLU(),
-        ) if dim else None
+        self.pcm = (
+            nn.Sequential(
+                conv(inputs, width, strides[0]),
+                nn.SiLU(),
+                conv(width, width, strides[1]),
+                nn.BatchNorm2d(width),
+                nn.SiLU(),
+                conv(width, dim, strides[2]),
+                nn.SiLU(),
+            )
+            if dim
+            else None
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, E, H / stride, W / stride)."""
         maps = torch.cat([F.gelu(branch(x)) for branch in self.prm], dim=1)
         if self.attn is None:
             return maps
-        tokens, mixed = rearrange(maps, "b c h w -> b (h w) c"), rearrange(self.pcm(x), "b c h w -> b (h w) c")
+        tokens, mixed = (
+            rearrange(maps, "b c h w -> b (h w) c"),
+            rearrange(self.pcm(x), "b c h w -> b (h w) c"),
+        )
         return rearrange(self.attn(tokens, mixed), "b (h w) c -> b c h w", h=maps.shape[2])
 
 
@@ -133,24 +167,45 @@ class ViTAESmall(nn.Module):
     """
 
     def __init__(
-        self, *, dim: int, depth: int, heads: int, global_blocks: Sequence[int], widths: Sequence[int] = (64, 64, 192),
-        cell_dims: Sequence[int] = (96, 192), groups: int = 96, window_size: int = 14, drop_path: float = 0.0,
-        rel_pos_size: int | tuple[int, int] = 1024, residual_blocks: Sequence[int] = (), mlp_ratio: float = 3.0,
-        scaled_rel_pos: bool = False, final_norm: bool = False,
+        self,
+        *,
+        dim: int,
+        depth: int,
+        heads: int,
+        global_blocks: Sequence[int],
+        widths: Sequence[int] = (64, 64, 192),
+        cell_dims: Sequence[int] = (96, 192),
+        groups: int = 96,
+        window_size: int = 14,
+        drop_path: float = 0.0,
+        rel_pos_size: int | tuple[int, int] = 1024,
+        residual_blocks: Sequence[int] = (),
+        mlp_ratio: float = 3.0,
+        scaled_rel_pos: bool = False,
+        final_norm: bool = False,
     ) -> None:
         super().__init__()
         self.out_channels, self.stride = dim, 16
         height, width = to_2tuple(rel_pos_size)
-        self.reductions = nn.ModuleList([
-            ReductionCell(3, widths[0], 7, 4, (1, 2, 3, 4), cell_dims[0], (2, 2, 1)),
-            ReductionCell(cell_dims[0], widths[1], 3, 2, (1, 2, 3), cell_dims[1], (2, 1, 1)),
-            ReductionCell(cell_dims[1], widths[2], 3, 2, (1, 2)),
-        ])
+        self.reductions = nn.ModuleList(
+            [
+                ReductionCell(3, widths[0], 7, 4, (1, 2, 3, 4), cell_dims[0], (2, 2, 1)),
+                ReductionCell(cell_dims[0], widths[1], 3, 2, (1, 2, 3), cell_dims[1], (2, 1, 1)),
+                ReductionCell(cell_dims[1], widths[2], 3, 2, (1, 2)),
+            ]
+        )
         self.num_layers = len(self.reductions) + depth
         self.blocks = build_blocks(
-            dim=dim, depth=depth, heads=heads, global_blocks=global_blocks, window_size=window_size,
-            grid=(height // self.stride, width // self.stride), drop_path=drop_path, mlp_ratio=mlp_ratio,
-            residual_blocks=residual_blocks, scaled_rel_pos=scaled_rel_pos,
+            dim=dim,
+            depth=depth,
+            heads=heads,
+            global_blocks=global_blocks,
+            window_size=window_size,
+            grid=(height // self.stride, width // self.stride),
+            drop_path=drop_path,
+            mlp_ratio=mlp_ratio,
+            residual_blocks=residual_blocks,
+            scaled_rel_pos=scaled_rel_pos,
             branch=partial(deep_branch, dim, int(mlp_ratio * dim), groups),
         )
         self.norm = nn.LayerNorm(dim, eps=NORM_EPS) if final_norm else nn.Identity()
@@ -173,4 +228,8 @@ class ViTAESmall(nn.Module):
         than the heads.
         """
         cell = re.match(r"reductions\.(\d+)\.", name)
-        return int(cell.group(1)) if cell else layer_of_block(name, len(self.reductions), self.num_layers + 1)
+        return (
+            int(cell.group(1))
+            if cell
+            else layer_of_block(name, len(self.reductions), self.num_layers + 1)
+        )

@@ -39,19 +39,32 @@ class Size(NamedTuple):
 
 
 SIZES = {
-    "vitaev2_s": Size((64, 64, 128, 256), (64, 128, 256, 512), (2, 2, 8, 2), (1, 1, 2, 4), (1, 2, 4, 8),
-                      (1, 16, 32, 64), (1, 32, 64, 128)),
+    "vitaev2_s": Size(
+        (64, 64, 128, 256),
+        (64, 128, 256, 512),
+        (2, 2, 8, 2),
+        (1, 1, 2, 4),
+        (1, 2, 4, 8),
+        (1, 16, 32, 64),
+        (1, 32, 64, 128),
+    ),
 }
 KERNELS, STRIDES = (7, 3, 3, 3), (4, 2, 2, 2)
 DILATIONS = ((1, 2, 3, 4), (1, 2, 3), (1, 2), (1, 2))
 WINDOWED = (True, True, False, False)
 
 
-def branch(channels: Sequence[int], groups: int, strides: Sequence[int] = (1, 1, 1)) -> nn.Sequential:
+def branch(
+    channels: Sequence[int], groups: int, strides: Sequence[int] = (1, 1, 1)
+) -> nn.Sequential:
     """Three convolutions beside the attention, from channels[0] to channels[3]: (B, C, H, W) -> (B, E, ., .)."""
     return nn.Sequential(
-        conv(channels[0], channels[1], strides[0], groups), nn.BatchNorm2d(channels[1]), nn.SiLU(),
-        conv(channels[1], channels[2], strides[1], groups), nn.BatchNorm2d(channels[2]), nn.SiLU(),
+        conv(channels[0], channels[1], strides[0], groups),
+        nn.BatchNorm2d(channels[1]),
+        nn.SiLU(),
+        conv(channels[1], channels[2], strides[1], groups),
+        nn.BatchNorm2d(channels[2]),
+        nn.SiLU(),
         conv(channels[2], channels[3], strides[2], groups),
     )
 
@@ -63,7 +76,14 @@ class Attention(nn.Module):
     """
 
     def __init__(
-        self, inputs: int, dim: int, heads: int, window: int, *, bias: bool = True, keep_values: bool = False
+        self,
+        inputs: int,
+        dim: int,
+        heads: int,
+        window: int,
+        *,
+        bias: bool = True,
+        keep_values: bool = False,
     ) -> None:
         super().__init__()
         self.heads, self.window, self.keep_values = heads, window, keep_values
@@ -75,14 +95,19 @@ class Attention(nn.Module):
         if self.window == 0:
             return self.mix(x)
         (height, width), size = x.shape[1:3], self.window
-        top, left = -height % size // 2, -width % size // 2  # zeros all around, which take part in the attention
+        top, left = (
+            -height % size // 2,
+            -width % size // 2,
+        )  # zeros all around, which take part in the attention
         x = F.pad(x, (0, 0, left, -width % size - left, top, -height % size - top))
         x = join_windows(self.mix(split_windows(x, size)), (x.shape[1], x.shape[2]))
         return x[:, top : top + height, left : left + width]
 
     def mix(self, x: Tensor) -> Tensor:
         """Attention among all tokens of a map or window."""
-        q, k, v = rearrange(self.qkv(x), "b h w (three n d) -> three b n (h w) d", three=3, n=self.heads)
+        q, k, v = rearrange(
+            self.qkv(x), "b h w (three n d) -> three b n (h w) d", three=3, n=self.heads
+        )
         y = attend(q * q.shape[-1] ** -0.5, k, v)
         y, v = (rearrange(z, "b n (h w) d -> b h w (n d)", h=x.shape[1]) for z in (y, v))
         return self.proj(y) + v if self.keep_values else self.proj(y)
@@ -92,19 +117,35 @@ class ReductionCell(nn.Module):
     """Dilated convolutions, attention and convolutions of the cell's input: (B, C, H, W) -> (B, H / s, W / s, E)."""
 
     def __init__(
-        self, inputs: int, width: int, dim: int, kernel: int, stride: int, dilations: Sequence[int], heads: int,
-        groups: int, window: int,
+        self,
+        inputs: int,
+        width: int,
+        dim: int,
+        kernel: int,
+        stride: int,
+        dilations: Sequence[int],
+        heads: int,
+        groups: int,
+        window: int,
     ) -> None:
         super().__init__()
         self.prm = nn.ModuleList(
-            nn.Conv2d(inputs, width, kernel, stride=stride, dilation=dilation,
-                      padding=math.ceil(((kernel - 1) * dilation + 1 - stride) / 2))
+            nn.Conv2d(
+                inputs,
+                width,
+                kernel,
+                stride=stride,
+                dilation=dilation,
+                padding=math.ceil(((kernel - 1) * dilation + 1 - stride) / 2),
+            )
             for dilation in dilations
         )
         self.pcm = branch((inputs, width, width, dim), groups, (2, stride // 2, 1))
         channels = width * len(dilations)
         self.norm1 = nn.LayerNorm(channels, eps=CELL_NORM_EPS)
-        self.attn = Attention(channels, dim, heads, window, bias=window > 0, keep_values=window == 0)
+        self.attn = Attention(
+            channels, dim, heads, window, bias=window > 0, keep_values=window == 0
+        )
         self.norm2 = nn.LayerNorm(dim, eps=CELL_NORM_EPS)
         self.mlp = Mlp(dim, dim)
 
@@ -154,8 +195,16 @@ class ViTAEv2(nn.Module):
     """
 
     def __init__(
-        self, *, widths: Sequence[int], dims: Sequence[int], depths: Sequence[int], reduction_heads: Sequence[int],
-        heads: Sequence[int], reduction_groups: Sequence[int], groups: Sequence[int], window_size: int = 7,
+        self,
+        *,
+        widths: Sequence[int],
+        dims: Sequence[int],
+        depths: Sequence[int],
+        reduction_heads: Sequence[int],
+        heads: Sequence[int],
+        reduction_groups: Sequence[int],
+        groups: Sequence[int],
+        window_size: int = 7,
         drop_path: float = 0.0,
     ) -> None:
         super().__init__()
@@ -165,11 +214,22 @@ class ViTAEv2(nn.Module):
         self.stages = nn.ModuleList()
         for s, rates in enumerate(drop_rates(depths, drop_path)):
             window = window_size if WINDOWED[s] else 0
-            self.stages.append(Stage(
-                ReductionCell(dims[s - 1] if s else 3, widths[s], dims[s], KERNELS[s], STRIDES[s], DILATIONS[s],
-                              reduction_heads[s], reduction_groups[s], window),
-                [NormalCell(dims[s], heads[s], groups[s], window, rate) for rate in rates],
-            ))
+            self.stages.append(
+                Stage(
+                    ReductionCell(
+                        dims[s - 1] if s else 3,
+                        widths[s],
+                        dims[s],
+                        KERNELS[s],
+                        STRIDES[s],
+                        DILATIONS[s],
+                        reduction_heads[s],
+                        reduction_groups[s],
+                        window,
+                    ),
+                    [NormalCell(dims[s], heads[s], groups[s], window, rate) for rate in rates],
+                )
+            )
         init_linears(self)
 
     def forward(self, images: Tensor) -> list[Tensor]:

@@ -21,7 +21,10 @@ from vitdet.written import written
 FORMAT = "vitdet detector, version 1"
 STATE = "vitdet training state, version 1"
 FULL = {errno.ENOSPC, errno.EFBIG, errno.EDQUOT}
-TORN = ("PytorchStreamWriter failed writing file", "unexpected pos")  # torch's words where the disk takes less than all
+TORN = (
+    "PytorchStreamWriter failed writing file",
+    "unexpected pos",
+)  # torch's words where the disk takes less than all
 
 
 def save(path: Path, content: dict) -> None:
@@ -35,7 +38,11 @@ def save(path: Path, content: dict) -> None:
         torn = any(words in str(cause) for words in TORN)
         if not isinstance(cause, OSError) and not torn:
             raise  # not the disk's fault
-        advice = "; free some space and run the same command again" if torn or cause.errno in FULL else ""
+        advice = (
+            "; free some space and run the same command again"
+            if torn or cause.errno in FULL
+            else ""
+        )
         raise OSError(f"{path}: could not be written ({_first_line(cause)}){advice}") from error
 
 
@@ -45,14 +52,20 @@ def load(path: Path, expected: str) -> dict:
     Raises FileNotFoundError, and ValueError when it is cut off or something else than `expected`.
     """
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such checkpoint; expected the model.pt that `vitdet train` wrote")
+        raise FileNotFoundError(
+            f"{path}: no such checkpoint; expected the model.pt that `vitdet train` wrote"
+        )
     if not zipfile.is_zipfile(path):
-        raise ValueError(f"{path}: not a whole vitdet checkpoint (it was cut off, or is another kind of file)")
+        raise ValueError(
+            f"{path}: not a whole vitdet checkpoint (it was cut off, or is another kind of file)"
+        )
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except pickle.UnpicklingError as error:
-        raise ValueError(f"{path}: not a vitdet checkpoint (it holds other things than numbers and text, "
-                         "and may not run code)") from error
+        raise ValueError(
+            f"{path}: not a vitdet checkpoint (it holds other things than numbers and text, "
+            "and may not run code)"
+        ) from error
     except (RuntimeError, EOFError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise ValueError(f"{path}: not a whole vitdet checkpoint ({_first_line(error)})") from error
     if not isinstance(content, dict) or content.get("format") != expected:
@@ -88,7 +101,9 @@ def load_weights(detector: nn.Module, weights: dict[str, Tensor], path: str | Pa
     try:
         detector.load_state_dict(weights)
     except RuntimeError as error:
-        raise ValueError(f"{path}: its weights do not fit its config: {' '.join(str(error).split())[:300]}") from error
+        raise ValueError(
+            f"{path}: its weights do not fit its config: {' '.join(str(error).split())[:300]}"
+        ) from error
 
 
 class Checkpoints:
@@ -103,23 +118,32 @@ class Checkpoints:
         self.folder.mkdir(parents=True, exist_ok=True)
         with open(self.folder / ".lock", "w") as file:
             try:
-                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock, data-loader processes do not share it
+                fcntl.lockf(
+                    file, fcntl.LOCK_EX | fcntl.LOCK_NB
+                )  # unlike flock, data-loader processes do not share it
             except BlockingIOError as error:
-                raise ValueError(f"{self.folder}: another training is writing here; wait for its end or choose "
-                                 "another --output") from error
+                raise ValueError(
+                    f"{self.folder}: another training is writing here; wait for its end or choose "
+                    "another --output"
+                ) from error
             yield
 
     def save(self, step: int, content: dict) -> Path:
         """Writes the state after `step` steps and removes those that are too old."""
         path = self.folder / f"step_{step:08d}.pt"
         save(path, {"format": STATE, "step": step, **content})
-        for old in [*self.all()[: -self.keep], *self.folder.glob(".step_*.tmp")]:  # a killed process left these
+        for old in [
+            *self.all()[: -self.keep],
+            *self.folder.glob(".step_*.tmp"),
+        ]:  # a killed process left these
             old.unlink()
         return path
 
     def all(self) -> list[Path]:
         """The whole states, oldest first."""
-        return sorted(p for p in self.folder.glob("step_*.pt") if re.fullmatch(r"step_\d{8}\.pt", p.name))
+        return sorted(
+            p for p in self.folder.glob("step_*.pt") if re.fullmatch(r"step_\d{8}\.pt", p.name)
+        )
 
     def latest(self) -> dict | None:
         """The newest state, or None; raises as `load` does, and says what there is to go on from without it."""

@@ -27,14 +27,27 @@ from vitdet.written import written
 
 # What both systems compute in the same way but for these settings, which their weights do not show.
 FIXED = {
-    "detectron2": {"model.norm_eps": 1e-6, "model.clamp_shrinking": False, "model.pyramid.halve_channels": True},
-    "mmdet": {"model.norm_eps": 1e-5, "model.clamp_shrinking": True, "model.pyramid.halve_channels": False},
+    "detectron2": {
+        "model.norm_eps": 1e-6,
+        "model.clamp_shrinking": False,
+        "model.pyramid.halve_channels": True,
+    },
+    "mmdet": {
+        "model.norm_eps": 1e-5,
+        "model.clamp_shrinking": True,
+        "model.pyramid.halve_channels": False,
+    },
 }
 AUTHOR = "vitdet"  # Detectron2 takes a .pkl for whole if somebody signed it
 
 
-def convert_file(source: str | Path, destination: str | Path, layout: str, recipe: str | Path | None = None,
-                 reverse: bool = False) -> list[str]:
+def convert_file(
+    source: str | Path,
+    destination: str | Path,
+    layout: str,
+    recipe: str | Path | None = None,
+    reverse: bool = False,
+) -> list[str]:
     """Writes the weights of `source`, a file of a named layout, under our names; gives a line on each change.
 
     DST.safetensors holds the tensors; with a recipe they are those of its model, exactly. DST.pt is the whole detector
@@ -43,15 +56,19 @@ def convert_file(source: str | Path, destination: str | Path, layout: str, recip
     """
     source, destination = Path(source), Path(destination)
     if layout not in FORMATS:
-        raise ValueError(f"no layout of weights is named {layout!r}; expected one of {', '.join(FORMATS)}")
+        raise ValueError(
+            f"no layout of weights is named {layout!r}; expected one of {', '.join(FORMATS)}"
+        )
     if source.resolve() == destination.resolve():
         raise ValueError(f"{destination}: the source itself; choose another destination")
     if reverse:
         return _write_theirs(source, destination, layout)
     _expect_suffix(destination, (".safetensors", ".pt"), "--format names what SRC is")
     if destination.suffix == ".pt" and recipe is None:
-        raise ValueError(f"{destination}: a .pt file is a whole detector with its config; say whose (--recipe NAME), "
-                         "or write .safetensors")
+        raise ValueError(
+            f"{destination}: a .pt file is a whole detector with its config; say whose (--recipe NAME), "
+            "or write .safetensors"
+        )
     found = read_source(source, layout)
     if recipe is None:
         _write_tensors(destination, found.weights, found.layout, found.scaled, found.class_names)
@@ -64,7 +81,9 @@ def convert_file(source: str | Path, destination: str | Path, layout: str, recip
     names, lines = class_names(config, found.class_names) if found.whole else ((), [])
     if destination.suffix == ".safetensors":
         known = () if lines else names
-        _write_tensors(destination, weights, found.layout, config.model.backbone.scaled_rel_pos, known)
+        _write_tensors(
+            destination, weights, found.layout, config.model.backbone.scaled_rel_pos, known
+        )
         return notes
     _write_detector(destination, weights, config, names)
     return [*notes, *lines]
@@ -87,42 +106,72 @@ def class_names(config: Config, stored: tuple[str, ...] = ()) -> tuple[tuple[str
     if len(names) == count:
         return names, []
     numbers = tuple(f"class {i}" for i in range(count))
-    return numbers, [f"class names: not known for {count} classes of {config.data.dataset}; they are called class 0, "
-                     "class 1, ..."]
+    return numbers, [
+        f"class names: not known for {count} classes of {config.data.dataset}; they are called class 0, "
+        "class 1, ..."
+    ]
 
 
-def _write_detector(destination: Path, weights: dict[str, Tensor], config: Config, names: tuple[str, ...]) -> None:
-    save(destination, {
-        "format": FORMAT, "config": to_dict(config), "model": {name: one.contiguous() for name, one in weights.items()},
-        "class_names": list(names), "run_id": None, "step": 0, "dataset_digest": "", "metrics": {},
-    })
+def _write_detector(
+    destination: Path, weights: dict[str, Tensor], config: Config, names: tuple[str, ...]
+) -> None:
+    save(
+        destination,
+        {
+            "format": FORMAT,
+            "config": to_dict(config),
+            "model": {name: one.contiguous() for name, one in weights.items()},
+            "class_names": list(names),
+            "run_id": None,
+            "step": 0,
+            "dataset_digest": "",
+            "metrics": {},
+        },
+    )
 
 
 def _check_whole(found: Source, weights: dict[str, Tensor], config: Config, source: Path) -> None:
     """A detector's file has weights for everything that its config builds."""
     if not found.whole:
-        raise ValueError(f"{source}: holds a backbone alone; write .safetensors and train from it (train.init)")
+        raise ValueError(
+            f"{source}: holds a backbone alone; write .safetensors and train from it (train.init)"
+        )
     if LOGITS not in weights:
         theirs, ours = len(found.weights[LOGITS]) - 1, config.model.roi_heads.num_classes
-        raise ValueError(f"{source}: finds {theirs} classes, the recipe's model {ours}; to train it for others, give "
-                         "it to train as train.init")
+        raise ValueError(
+            f"{source}: finds {theirs} classes, the recipe's model {ours}; to train it for others, give "
+            "it to train as train.init"
+        )
 
 
-def _write_tensors(destination: Path, weights: dict[str, Tensor], layout: str, scaled: bool | None,
-                   names: tuple[str, ...]) -> None:
+def _write_tensors(
+    destination: Path,
+    weights: dict[str, Tensor],
+    layout: str,
+    scaled: bool | None,
+    names: tuple[str, ...],
+) -> None:
     said = {"format": "pt", "layout": layout}
     said |= {} if scaled is None else {"scaled_rel_pos": str(scaled).lower()}
     said |= {"class_names": json.dumps(names)} if names else {}
     with _written(destination) as temporary:
-        save_file({name: tensor.contiguous() for name, tensor in weights.items()}, temporary, metadata=said)
+        save_file(
+            {name: tensor.contiguous() for name, tensor in weights.items()},
+            temporary,
+            metadata=said,
+        )
 
 
 def _write_theirs(source: Path, destination: Path, layout: str) -> list[str]:
     if layout not in ("detectron2", "mmdet"):
         raise ValueError(f"--reverse writes detectron2 and mmdet, not {layout}")
-    _expect_suffix(destination, (".pkl", ".pth") if layout == "detectron2" else (".pth",), f"for {layout}")
+    _expect_suffix(
+        destination, (".pkl", ".pth") if layout == "detectron2" else (".pth",), f"for {layout}"
+    )
     weights, config, names = read_detector_file(source)
-    weights = rescale_relative_positions(weights, config.model.backbone.scaled_rel_pos, FORMATS[layout].scaled)
+    weights = rescale_relative_positions(
+        weights, config.model.backbone.scaled_rel_pos, FORMATS[layout].scaled
+    )
     others = _other_settings(config, layout)
     try:
         if others:
@@ -143,8 +192,11 @@ def _write_theirs(source: Path, destination: Path, layout: str) -> list[str]:
 def _other_settings(config: Config, layout: str) -> list[str]:
     """A line on each setting of a config by which it computes something else than the layout's system."""
     ours = flatten(config)
-    return [f"{key} is {ours[key]}, {layout} computes with {value}" for key, value in FIXED.get(layout, {}).items()
-            if ours[key] != value]
+    return [
+        f"{key} is {ours[key]}, {layout} computes with {value}"
+        for key, value in FIXED.get(layout, {}).items()
+        if ours[key] != value
+    ]
 
 
 def _layout_of(config: Config) -> Format:

@@ -33,13 +33,21 @@ from vitdet.written import written
 
 log = logging.getLogger(__name__)
 
-VISIBLE, PAINTED = 0.25, 0.375  # of the patches: seen, and asked for (half of the others: the decoder's cost)
+VISIBLE, PAINTED = (
+    0.25,
+    0.375,
+)  # of the patches: seen, and asked for (half of the others: the decoder's cost)
 
 
 def run_block(block: Block, x: Tensor) -> Tensor:
     """A block on tokens (B, N, C), without relative positions, which a set of scattered patches has not."""
     attention = block.attn
-    q, k, v = rearrange(attention.qkv(block.norm1(x)), "b n (three h d) -> three b h n d", three=3, h=attention.heads)
+    q, k, v = rearrange(
+        attention.qkv(block.norm1(x)),
+        "b n (three h d) -> three b h n d",
+        three=3,
+        h=attention.heads,
+    )
     y = attend(q * q.shape[-1] ** -0.5, k, v)
     x = x + attention.proj(rearrange(y, "b h n d -> b n (h d)"))
     return x + block.mlp(block.norm2(x))
@@ -57,9 +65,12 @@ class MaskedAutoencoder(nn.Module):
         self.mask_token = nn.Parameter(torch.zeros(1, 1, decoder_dim))
         self.positions = nn.Parameter(torch.randn(1, grid * grid, decoder_dim) * 0.02)
         self.decoder = nn.ModuleList(
-            Block(decoder_dim, 2, window=0, grid=grid, drop_path=0.0, conv_after=False) for _ in range(decoder_depth)
+            Block(decoder_dim, 2, window=0, grid=grid, drop_path=0.0, conv_after=False)
+            for _ in range(decoder_depth)
         )
-        self.to_pixels = nn.Sequential(nn.LayerNorm(decoder_dim), nn.Linear(decoder_dim, 3 * self.patch**2))
+        self.to_pixels = nn.Sequential(
+            nn.LayerNorm(decoder_dim), nn.Linear(decoder_dim, 3 * self.patch**2)
+        )
 
     def forward(self, images: Tensor) -> Tensor:
         """Normalised images (B, 3, S, S) -> mean squared error of the hidden patches, each of zero mean and unit
@@ -68,20 +79,34 @@ class MaskedAutoencoder(nn.Module):
         tokens = self.encoder.embed(images).flatten(1, 2)
         count = tokens.shape[1]
         order = torch.rand(tokens.shape[:2], device=tokens.device).argsort(dim=1)
-        visible, hidden, _ = order.split([int(count * VISIBLE), int(count * PAINTED),
-                                          count - int(count * VISIBLE) - int(count * PAINTED)], dim=1)
+        visible, hidden, _ = order.split(
+            [
+                int(count * VISIBLE),
+                int(count * PAINTED),
+                count - int(count * VISIBLE) - int(count * PAINTED),
+            ],
+            dim=1,
+        )
         x = take(tokens, visible)
         for block in self.encoder.blocks:
             x = run_block(block, x)
         x = self.into_decoder(self.norm(x))
-        filled = torch.cat([x, self.mask_token.expand(len(x), hidden.shape[1], -1).to(x.dtype)], dim=1)
-        filled = filled + take(self.positions.expand(len(x), -1, -1), torch.cat([visible, hidden], dim=1))
+        filled = torch.cat(
+            [x, self.mask_token.expand(len(x), hidden.shape[1], -1).to(x.dtype)], dim=1
+        )
+        filled = filled + take(
+            self.positions.expand(len(x), -1, -1), torch.cat([visible, hidden], dim=1)
+        )
         for layer in self.decoder:
             filled = run_block(layer, filled)
         painted = self.to_pixels(filled[:, visible.shape[1] :]).float()
-        patches = rearrange(images, "b c (h p) (w q) -> b (h w) (c p q)", p=self.patch, q=self.patch)
+        patches = rearrange(
+            images, "b c (h p) (w q) -> b (h w) (c p q)", p=self.patch, q=self.patch
+        )
         wanted = take(patches, hidden)
-        wanted = (wanted - wanted.mean(dim=-1, keepdim=True)) / (wanted.var(dim=-1, keepdim=True) + 1e-6).sqrt()
+        wanted = (wanted - wanted.mean(dim=-1, keepdim=True)) / (
+            wanted.var(dim=-1, keepdim=True) + 1e-6
+        ).sqrt()
         return F.mse_loss(painted, wanted)
 
 
@@ -93,7 +118,9 @@ def take(tokens: Tensor, index: Tensor) -> Tensor:
 def draw(index: int, side: int) -> np.ndarray:
     """Picture `index` of the pre-training seeds on a square canvas: (side, side, 3) uint8, mirrored into the rest."""
     image = draw_scene(PRETRAIN_SEED, index).image
-    return np.pad(image, ((0, side - image.shape[0]), (0, side - image.shape[1]), (0, 0)), mode="symmetric")
+    return np.pad(
+        image, ((0, side - image.shape[0]), (0, side - image.shape[1]), (0, 0)), mode="symmetric"
+    )
 
 
 def pictures(count: int, side: int) -> Tensor:
@@ -115,7 +142,13 @@ def augment(images: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def pretrain(
-    recipe: str, output: Path, *, count: int = 24_000, steps: int = 6000, batch_size: int = 64, lr: float = 1.5e-3,
+    recipe: str,
+    output: Path,
+    *,
+    count: int = 24_000,
+    steps: int = 6000,
+    batch_size: int = 64,
+    lr: float = 1.5e-3,
     seed: int = 0,
 ) -> None:
     """Trains the recipe's backbone on `count` pictures and writes its weights, float16, without relative positions."""
@@ -125,7 +158,9 @@ def pretrain(
     started = time.perf_counter()
     images = pictures(count, config.data.image_size)
     log.info("%d pictures drawn in %.0f s", count, time.perf_counter() - started)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.05, fused=True)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.05, fused=True
+    )
     generator = torch.Generator().manual_seed(seed)
     total = 0.0
     for step in range(steps):
@@ -141,7 +176,13 @@ def pretrain(
         optimizer.step()
         total += loss.item()
         if (step + 1) % 100 == 0:
-            log.info("step %d/%d  loss %.4f  %.0f s", step + 1, steps, total / 100, time.perf_counter() - started)
+            log.info(
+                "step %d/%d  loss %.4f  %.0f s",
+                step + 1,
+                steps,
+                total / 100,
+                time.perf_counter() - started,
+            )
             total = 0.0
         if (step + 1) % 1000 == 0 or step + 1 == steps:
             export(model.encoder, output)
@@ -149,8 +190,10 @@ def pretrain(
 
 def export(encoder: ViT, output: Path) -> None:
     """The backbone's weights as safetensors, under the names that they have in a detector."""
-    weights = {f"backbone.{name}": tensor.detach().half().contiguous() for name, tensor in encoder.state_dict().items()
-               if not any(part in name for part in NOT_PRETRAINED)}
+    weights = {
+        f"backbone.{name}": tensor.detach().half().contiguous()
+        for name, tensor in encoder.state_dict().items()
+        if not any(part in name for part in NOT_PRETRAINED)
+    }
     with written(output) as temporary:
         save_file(weights, temporary, metadata={"format": "pt", "holds": "backbone"})
-

@@ -26,7 +26,11 @@ class Meter:
         """Forgets all, and the time until now."""
         self.sums: dict[str, Tensor | float] = {}
         self.count = 0  # steps in the sums
-        self.timed, self.waited, self.since = 0, 0.0, time.perf_counter()  # steps of this process, its seconds
+        self.timed, self.waited, self.since = (
+            0,
+            0.0,
+            time.perf_counter(),
+        )  # steps of this process, its seconds
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
@@ -58,10 +62,14 @@ class Meter:
         if not self.timed:  # no step of this process: what `restore` brought, if it did
             return {"sums": dict(self.sums), "count": self.count}
         sums = distributed.mean(torch.stack(list(self.sums.values()))).tolist()
-        broken = [name for name, value in zip(self.sums, sums, strict=True) if not math.isfinite(value)]
+        broken = [
+            name for name, value in zip(self.sums, sums, strict=True) if not math.isfinite(value)
+        ]
         if broken:
-            raise ValueError(f"{', '.join(broken)} not finite: the training has diverged; try a smaller optim.lr, a "
-                             "longer optim.warmup_steps, or optim.clip=1; the last checkpoint is from before")
+            raise ValueError(
+                f"{', '.join(broken)} not finite: the training has diverged; try a smaller optim.lr, a "
+                "longer optim.warmup_steps, or optim.clip=1; the last checkpoint is from before"
+            )
         return {"sums": dict(zip(self.sums, sums, strict=True)), "count": self.count}
 
     def restore(self, state: dict) -> None:
@@ -75,8 +83,11 @@ class Meter:
         """
         values = {name: value / self.count for name, value in self.state()["sums"].items()}
         elapsed = time.perf_counter() - self.since
-        values |= {"images_per_second": self.timed * self.batch_size / elapsed,
-                   "data_wait_seconds": self.waited / self.timed, "memory_gb": memory(device) / 1e9}
+        values |= {
+            "images_per_second": self.timed * self.batch_size / elapsed,
+            "data_wait_seconds": self.waited / self.timed,
+            "memory_gb": memory(device) / 1e9,
+        }
         self.restart()
         return values
 
@@ -85,4 +96,6 @@ def memory(device: torch.device) -> float:
     """Most bytes held so far: on the GPU, or by this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
+        1 if sys.platform == "darwin" else 1024
+    )

@@ -40,27 +40,40 @@ def parameter_groups(detector: nn.Module, settings: OptimConfig) -> list[dict]:
 def _undecayed(detector: nn.Module, which: str) -> set[str]:
     """The names of the parameters without weight decay."""
     if which == "vectors":
-        return {name for name, parameter in detector.named_parameters()
-                if parameter.ndim == 1 or "pos_embed" in name or "rel_pos_" in name}
+        return {
+            name
+            for name, parameter in detector.named_parameters()
+            if parameter.ndim == 1 or "pos_embed" in name or "rel_pos_" in name
+        }
     if which == "nothing":
         return set()
     # Exactly nn.LayerNorm, as in detectron2: the channel norms of pyramid and heads are another class, and decay.
-    norms = {name for name, module in detector.named_modules() if type(module) is nn.LayerNorm
-             or which == "norms" and isinstance(module, nn.modules.batchnorm._BatchNorm)}
+    norms = {
+        name
+        for name, module in detector.named_modules()
+        if type(module) is nn.LayerNorm
+        or which == "norms"
+        and isinstance(module, nn.modules.batchnorm._BatchNorm)
+    }
     tables = ("pos_embed", "relative_position_bias_table")
-    return {name for name, _ in detector.named_parameters()
-            if name.rpartition(".")[0] in norms or name.endswith(tables)}
+    return {
+        name
+        for name, _ in detector.named_parameters()
+        if name.rpartition(".")[0] in norms or name.endswith(tables)
+    }
 
 
 def build_optimizer(detector: nn.Module, settings: OptimConfig) -> torch.optim.AdamW:
     """AdamW over the parameter groups."""
-    groups = [{k: v for k, v in group.items() if k != "names"} for group in parameter_groups(detector, settings)]
+    groups = [
+        {k: v for k, v in group.items() if k != "names"}
+        for group in parameter_groups(detector, settings)
+    ]
     return torch.optim.AdamW(groups, betas=(0.9, 0.999), eps=1e-8, fused=True)
 
 
 def clip_gradients(detector: nn.Module, largest: float) -> Tensor:
-    """The norm of all gradients together, which shrink to `largest` where it is above that; 0: they stay as they are.
-    """
+    """The norm of all gradients together, which shrink to `largest` where it is above that; 0: they stay as they are."""
     parameters = list(detector.parameters())
     norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
     if largest:
@@ -72,10 +85,14 @@ def lr_factor(step: int, settings: OptimConfig) -> float:
     """What the learning rate is multiplied by at a step (0-based): warm-up, then drops to a tenth or half a cosine."""
     warmup = 1.0
     if step < settings.warmup_steps:
-        warmup = settings.warmup_factor + (1 - settings.warmup_factor) * step / settings.warmup_steps
+        warmup = (
+            settings.warmup_factor + (1 - settings.warmup_factor) * step / settings.warmup_steps
+        )
     if settings.schedule == "cosine":
         return warmup * 0.5 * (1 + math.cos(math.pi * step / settings.steps))
-    return warmup * 0.1 ** sum(step >= round(fraction * settings.steps) for fraction in settings.milestones)
+    return warmup * 0.1 ** sum(
+        step >= round(fraction * settings.steps) for fraction in settings.milestones
+    )
 
 
 def set_lr(optimizer: torch.optim.Optimizer, step: int, settings: OptimConfig) -> float:
@@ -95,16 +112,24 @@ class WeightAverage:
 
     def __init__(self, model: nn.Module, decay: float) -> None:
         self.decay = decay
-        statistics = {name: b for name, b in model.named_buffers() if name.endswith((".running_mean", ".running_var"))}
+        statistics = {
+            name: b
+            for name, b in model.named_buffers()
+            if name.endswith((".running_mean", ".running_var"))
+        }
         self.source = {**dict(model.named_parameters()), **statistics}
-        self.weights = {name: p.detach().clone() for name, p in self.source.items()} if decay > 0 else {}
+        self.weights = (
+            {name: p.detach().clone() for name, p in self.source.items()} if decay > 0 else {}
+        )
 
     @torch.no_grad()
     def update(self, step: int) -> None:
         """Moves the average towards the weights after step `step` (0-based)."""
         if self.weights:
             decay = min(self.decay, (1 + step) / (10 + step))
-            torch._foreach_lerp_(list(self.weights.values()), [p.detach() for p in self.source.values()], 1 - decay)
+            torch._foreach_lerp_(
+                list(self.weights.values()), [p.detach() for p in self.source.values()], 1 - decay
+            )
 
     @torch.no_grad()
     def swap(self) -> None:

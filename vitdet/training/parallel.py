@@ -30,15 +30,25 @@ def parallelize(detector: nn.Module, device: torch.device) -> nn.Module:
         if device.type == "cuda":
             detector = nn.SyncBatchNorm.convert_sync_batchnorm(detector)
         elif distributed.rank() == 0:
-            log.warning("without GPUs BatchNorm sees the images of its own process only: %d processes train another "
-                        "model than one does", distributed.world_size())
+            log.warning(
+                "without GPUs BatchNorm sees the images of its own process only: %d processes train another "
+                "model than one does",
+                distributed.world_size(),
+            )
     devices = [device.index] if device.type == "cuda" else None
     known = inspect.signature(DistributedDataParallel).parameters
-    buffers = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"  # its name until 2.14
-    return DistributedDataParallel(detector, device_ids=devices, gradient_as_bucket_view=True, **{buffers: False})
+    buffers = (
+        "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
+    )  # its name until 2.14
+    return DistributedDataParallel(
+        detector, device_ids=devices, gradient_as_bucket_view=True, **{buffers: False}
+    )
 
 
 def share_statistics(detector: nn.Module) -> None:
     """Gives all processes the first one's running statistics, with which each then evaluates its share."""
-    distributed.broadcast(buffer for name, buffer in detector.named_buffers()
-                          if name.endswith((".running_mean", ".running_var")))
+    distributed.broadcast(
+        buffer
+        for name, buffer in detector.named_buffers()
+        if name.endswith((".running_mean", ".running_var"))
+    )

@@ -26,8 +26,10 @@ def chosen(precision: str, device: torch.device) -> str:
     if torch.cuda.is_bf16_supported(including_emulation=False):
         return "bf16"
     if distributed.rank() == 0:
-        log.warning("this GPU has no instructions for bf16 (those from Ampere on have): training in fp32, with more "
-                    "memory and time; train.precision=bf16 would emulate it")
+        log.warning(
+            "this GPU has no instructions for bf16 (those from Ampere on have): training in fp32, with more "
+            "memory and time; train.precision=bf16 would emulate it"
+        )
     return "fp32"
 
 

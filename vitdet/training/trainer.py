@@ -40,7 +40,11 @@ StartTracking = Callable[[str, str | None, int], Tracker]
 
 
 def train(
-    config: Config, output: str | Path, *, checkpoints: str | Path | None = None, weights: str | Path | None = None,
+    config: Config,
+    output: str | Path,
+    *,
+    checkpoints: str | Path | None = None,
+    weights: str | Path | None = None,
     start_tracking: StartTracking = lambda *_: Tracker(),
 ) -> Path:
     """Trains a detector and gives the path of output/model.pt; goes on where an interrupted training stopped.
@@ -56,14 +60,24 @@ def train(
             return output / "model.pt"
         source = weights if weights is not None else resolve(config.train.init)
         identity = distributed.from_first(lambda: dataset_digest(config.data))
-        folder = distributed.from_first(lambda: _states_folder(config, output, checkpoints, identity, source))
+        folder = distributed.from_first(
+            lambda: _states_folder(config, output, checkpoints, identity, source)
+        )
         states = Checkpoints(folder, config.train.keep)
         state = distributed.together(lambda: _state_to_go_on_from(config, identity, states))
         start = state["step"] if state else 0
         _check_agreement(distributed.all_gather_objects(start), folder)
-        loader = distributed.together(lambda: train_loader(
-            config.data, config.train.batch_size, config.train.seed, start, config.optim.steps, distributed.rank(),
-            distributed.world_size()))
+        loader = distributed.together(
+            lambda: train_loader(
+                config.data,
+                config.train.batch_size,
+                config.train.seed,
+                start,
+                config.optim.steps,
+                distributed.rank(),
+                distributed.world_size(),
+            )
+        )
         split = loader.dataset.split
         _check_classes(config, split.class_names)
         distributed.barrier()  # nobody writes before all have looked
@@ -92,13 +106,27 @@ class Loop:
     """The steps, with what they need at hand."""
 
     def __init__(
-        self, config: Config, detector: nn.Module, loader: Iterable[Batch], tracker: Tracker, states: Checkpoints,
-        identity: str, device: torch.device, stop: Callable[[], bool], output: Path,
+        self,
+        config: Config,
+        detector: nn.Module,
+        loader: Iterable[Batch],
+        tracker: Tracker,
+        states: Checkpoints,
+        identity: str,
+        device: torch.device,
+        stop: Callable[[], bool],
+        output: Path,
     ) -> None:
         self.config, self.detector = config, detector
         self.optimizer = build_optimizer(detector, config.optim)
         self.average = WeightAverage(detector, config.optim.ema)
-        self.tracker, self.states, self.identity, self.device, self.stop = tracker, states, identity, device, stop
+        self.tracker, self.states, self.identity, self.device, self.stop = (
+            tracker,
+            states,
+            identity,
+            device,
+            stop,
+        )
         self.loader, self.output = loader, output
         self.meter = Meter(config.train.batch_size)
         self.metrics: dict[str, float] = {}  # of the last evaluation
@@ -107,16 +135,22 @@ class Loop:
     def begin(self, state: dict | None) -> None:
         """Goes on from a state; without one, saves the first."""
         if state is None:
-            self.save(0)  # a disk that is full or a folder that is closed shows now, and the run's id is kept
+            self.save(
+                0
+            )  # a disk that is full or a folder that is closed shows now, and the run's id is kept
             return
         load_weights(self.detector, state["model"], self.states.folder)
         self.optimizer.load_state_dict(state["optimizer"])
         for slots in self.optimizer.state.values() if self.device.type == "cpu" else ():
-            slots |= {name: value.clone() for name, value in slots.items()}  # no longer the file's own pages
+            slots |= {
+                name: value.clone() for name, value in slots.items()
+            }  # no longer the file's own pages
         self.average.load_state_dict(state["average"])
         self.meter.restore(state["meter"])
         self.metrics = state["metrics"]
-        self.evaluated = state.get("evaluated", state["step"])  # states of version 0.1 were saved after evaluations
+        self.evaluated = state.get(
+            "evaluated", state["step"]
+        )  # states of version 0.1 were saved after evaluations
 
     def run(self, start: int) -> None:
         """Steps start..steps-1. Raises Stopped, and ValueError for a loss that is not finite."""
@@ -141,12 +175,16 @@ class Loop:
                 self.save(done)
             if due:
                 self.evaluate(done)
-            stopped = distributed.world_size() == 1 or done % 10 == 0  # asking the others is a synchronisation
+            stopped = (
+                distributed.world_size() == 1 or done % 10 == 0
+            )  # asking the others is a synchronisation
             stopped = stopped and distributed.any_of(self.stop(), self.device)
             if stopped and not last:
                 if not saved:
                     self.save(done)
-                raise Stopped(f"stopped at step {done} of {config.optim.steps}; the same command goes on from there")
+                raise Stopped(
+                    f"stopped at step {done} of {config.optim.steps}; the same command goes on from there"
+                )
 
     def is_due(self, step: int) -> bool:
         """Whether an evaluation follows this step."""
@@ -167,12 +205,13 @@ class Loop:
         return lr
 
     def evaluate(self, step: int) -> None:
-        """AP on the validation split, of the averaged weights if there are any, and pictures of what they find; saved.
-        """
+        """AP on the validation split, of the averaged weights if there are any, and pictures of what they find; saved."""
         with self.meter.paused():
             self.average.swap()
             share_statistics(self.detector)
-            self.metrics, _ = evaluate_detector(self.detector, self.config.data, self.config.evaluate, self.device)
+            self.metrics, _ = evaluate_detector(
+                self.detector, self.config.data, self.config.evaluate, self.device
+            )
             if distributed.rank() == 0:
                 folder = self.output / "pictures" / f"step_{step:08d}"
                 for path in write_pictures(self.detector, self.config.data, folder):
@@ -184,54 +223,94 @@ class Loop:
 
     def save(self, step: int) -> None:
         """The whole state after `step` steps, by the first process. Raises ValueError when a loss is not finite."""
-        meter = self.meter.state()  # of all processes, and a state that has diverged is none to go on from
+        meter = (
+            self.meter.state()
+        )  # of all processes, and a state that has diverged is none to go on from
         if distributed.rank() == 0:
-            self.states.save(step, {
-                "config": to_dict(self.config), "model": self.detector.state_dict(),
-                "optimizer": self.optimizer.state_dict(), "average": self.average.state_dict(),
-                "run_id": self.tracker.run_id, "dataset_digest": self.identity, "meter": meter,
-                "metrics": self.metrics, "evaluated": self.evaluated,
-            })
+            self.states.save(
+                step,
+                {
+                    "config": to_dict(self.config),
+                    "model": self.detector.state_dict(),
+                    "optimizer": self.optimizer.state_dict(),
+                    "average": self.average.state_dict(),
+                    "run_id": self.tracker.run_id,
+                    "dataset_digest": self.identity,
+                    "meter": meter,
+                    "metrics": self.metrics,
+                    "evaluated": self.evaluated,
+                },
+            )
         distributed.barrier()
 
     def finish(self, class_names: Sequence[str]) -> None:
         """Writes the finished detector, of the averaged weights if there are any."""
         self.average.swap()
-        weights = {name: tensor.detach().cpu() for name, tensor in self.detector.state_dict().items()}
-        save(self.output / "model.pt", {
-            "format": FORMAT, "config": to_dict(self.config), "model": weights,
-            "class_names": list(class_names), "run_id": self.tracker.run_id, "step": self.config.optim.steps,
-            "dataset_digest": self.identity, "metrics": self.metrics,
-        })
+        weights = {
+            name: tensor.detach().cpu() for name, tensor in self.detector.state_dict().items()
+        }
+        save(
+            self.output / "model.pt",
+            {
+                "format": FORMAT,
+                "config": to_dict(self.config),
+                "model": weights,
+                "class_names": list(class_names),
+                "run_id": self.tracker.run_id,
+                "step": self.config.optim.steps,
+                "dataset_digest": self.identity,
+                "metrics": self.metrics,
+            },
+        )
 
 
-def _fresh_detector(config: Config, split: CocoSplit, source: str | Path | None, device: torch.device) -> Detector:
+def _fresh_detector(
+    config: Config, split: CocoSplit, source: str | Path | None, device: torch.device
+) -> Detector:
     """The detector before its first step; the odds of the federated loss are those of the training images."""
     torch.manual_seed(config.train.seed)
-    odds = torch.tensor(split.image_counts, dtype=torch.float32).sqrt()  # detectron2: image_count ** 0.5
+    odds = torch.tensor(
+        split.image_counts, dtype=torch.float32
+    ).sqrt()  # detectron2: image_count ** 0.5
     detector = build_detector(config.model, config.evaluate, odds.clone()).to(device)
     if source is not None:
         loaded = load_pretrained(detector, source, config.train.init_format, split.class_names)
         for note in loaded.notes if distributed.rank() == 0 else ():
             log.info("%s: %s", source, note)
     if config.model.roi_heads.loss == "federated":
-        detector.roi_heads.classification.class_weights.copy_(odds)  # a file's are of the images that it learnt from
+        detector.roi_heads.classification.class_weights.copy_(
+            odds
+        )  # a file's are of the images that it learnt from
     return detector
 
 
-def _announce(config: Config, output: Path, identity: str, states: Checkpoints, state: dict | None,
-              start_tracking: StartTracking) -> Tracker:
+def _announce(
+    config: Config,
+    output: Path,
+    identity: str,
+    states: Checkpoints,
+    state: dict | None,
+    start_tracking: StartTracking,
+) -> Tracker:
     """Writes down what is about to happen; by the first process."""
     if state is not None:
-        log.info("going on from step %d of %d (%s)", state["step"], config.optim.steps, states.folder)
+        log.info(
+            "going on from step %d of %d (%s)", state["step"], config.optim.steps, states.folder
+        )
     save_config(config, output / "config.yaml")
-    tracker = start_tracking(identity, state["run_id"] if state else None, state["step"] if state else 0)
+    tracker = start_tracking(
+        identity, state["run_id"] if state else None, state["step"] if state else 0
+    )
     tracker.artifact(output / "config.yaml")
     return tracker
 
 
 def _states_folder(
-    config: Config, output: Path, checkpoints: str | Path | None, identity: str, source: str | Path | None
+    config: Config,
+    output: Path,
+    checkpoints: str | Path | None,
+    identity: str,
+    source: str | Path | None,
 ) -> Path:
     if checkpoints is None:
         return output / "checkpoints"
@@ -239,7 +318,10 @@ def _states_folder(
     if source is not None:
         with open(source, "rb") as file:
             initial = hashlib.file_digest(file, "sha256").hexdigest()
-    return Path(checkpoints) / hashlib.sha256(f"{digest(config)} {identity} {initial}".encode()).hexdigest()[:12]
+    return (
+        Path(checkpoints)
+        / hashlib.sha256(f"{digest(config)} {identity} {initial}".encode()).hexdigest()[:12]
+    )
 
 
 def _state_to_go_on_from(config: Config, identity: str, states: Checkpoints) -> dict | None:
@@ -261,12 +343,18 @@ def _was_complete(config: Config, output: Path, start_tracking: StartTracking) -
     done = load_model_file(finished)
     differing = difference(config, from_dict(done["config"]))
     if differing or not distributed.by_torchrun():
-        what = f"with another config ({'; '.join(differing)})" if differing else "of this very config"
-        raise ValueError(f"{output}: holds a finished run {what}; choose another --output or remove it")
+        what = (
+            f"with another config ({'; '.join(differing)})" if differing else "of this very config"
+        )
+        raise ValueError(
+            f"{output}: holds a finished run {what}; choose another --output or remove it"
+        )
     identity = dataset_digest(config.data)
     if done["dataset_digest"] != identity:
-        raise ValueError(f"{output}: holds a finished run on other data ({done['dataset_digest']}, now {identity}); "
-                         "choose another --output or remove it")
+        raise ValueError(
+            f"{output}: holds a finished run on other data ({done['dataset_digest']}, now {identity}); "
+            "choose another --output or remove it"
+        )
     log.warning("%s: complete already, nothing is left to do", output)
     if done["run_id"]:
         start_tracking(identity, done["run_id"], done["step"]).close()
@@ -276,25 +364,35 @@ def _was_complete(config: Config, output: Path, start_tracking: StartTracking) -
 def _check_state(config: Config, identity: str, state: dict, folder: Path) -> None:
     differing = difference(config, from_dict(state["config"]))
     if differing:
-        raise ValueError(f"{folder}: holds a run with another config ({'; '.join(differing)}); choose another "
-                         "--output, or go on with the same settings")
+        raise ValueError(
+            f"{folder}: holds a run with another config ({'; '.join(differing)}); choose another "
+            "--output, or go on with the same settings"
+        )
     if state["dataset_digest"] != identity:
-        raise ValueError(f"{folder}: the data set has changed since this run began ({state['dataset_digest']}, now "
-                         f"{identity}); choose another --output")
+        raise ValueError(
+            f"{folder}: the data set has changed since this run began ({state['dataset_digest']}, now "
+            f"{identity}); choose another --output"
+        )
 
 
 def _check_agreement(starts: Sequence[int], folder: Path) -> None:
     if len(set(starts)) > 1:  # a folder of each machine's own, or one that lags behind
-        raise ValueError(f"{folder}: the processes found states of different steps ({', '.join(map(str, starts))}); "
-                         "--output must be one folder that all of them share; if it is, start again")
+        raise ValueError(
+            f"{folder}: the processes found states of different steps ({', '.join(map(str, starts))}); "
+            "--output must be one folder that all of them share; if it is, start again"
+        )
 
 
 def _check_classes(config: Config, trained: Sequence[str]) -> None:
     data, expected = config.data, config.model.roi_heads.num_classes
     if len(trained) != expected:
-        raise ValueError(f"{data.root}: {data.train_split} has {len(trained)} classes, but model.roi_heads.num_classes "
-                         f"is {expected}; set it to {len(trained)}")
+        raise ValueError(
+            f"{data.root}: {data.train_split} has {len(trained)} classes, but model.roi_heads.num_classes "
+            f"is {expected}; set it to {len(trained)}"
+        )
     validated = distributed.from_first(lambda: read_split(data, data.val_split).class_names)
     if tuple(validated) != tuple(trained):
-        raise ValueError(f"{data.root}: {data.train_split} and {data.val_split} have different classes "
-                         f"({', '.join(sorted(set(trained) ^ set(validated))) or 'in another order'})")
+        raise ValueError(
+            f"{data.root}: {data.train_split} and {data.val_split} have different classes "
+            f"({', '.join(sorted(set(trained) ^ set(validated))) or 'in another order'})"
+        )

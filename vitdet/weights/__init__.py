@@ -33,8 +33,10 @@ def resolve(name_or_path: str, folder: Path | None = None) -> Path | None:
         return None
     path = Path(name_or_path)
     if not path.suffix and name_or_path not in CATALOGUE:
-        raise ValueError(f"train.init: no weights named {name_or_path!r}; {nearest(name_or_path, list(CATALOGUE))} "
-                         "(a file of weights can be given too; '' trains from scratch)")
+        raise ValueError(
+            f"train.init: no weights named {name_or_path!r}; {nearest(name_or_path, list(CATALOGUE))} "
+            "(a file of weights can be given too; '' trains from scratch)"
+        )
     if not path.suffix:
         return fetched(name_or_path, folder)
     if not path.is_file():

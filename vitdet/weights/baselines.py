@@ -44,10 +44,20 @@ def _swin(stages: str, patches: str, inside: Mapping[str, str]) -> tuple[Row, ..
         Row(f"backbone.patch_embed.{patches}.{{}}", "backbone.patch_embed.proj.{}"),
         Row("backbone.patch_embed.norm.{}", "backbone.patch_embed.norm.{}"),
         # Their stages end with the halving with which the next of ours begins.
-        *(Row(f"backbone.{stages}.{s}.downsample.{{*}}", f"backbone.layers.{s + 1}.downsample.{{*}}")
-          for s in range(3)),
-        *(Row(f"backbone.{stages}.{{}}.blocks.{{}}.{theirs}", f"backbone.layers.{{}}.blocks.{{}}.{ours}")
-          for theirs, ours in inside.items()),
+        *(
+            Row(
+                f"backbone.{stages}.{s}.downsample.{{*}}",
+                f"backbone.layers.{s + 1}.downsample.{{*}}",
+            )
+            for s in range(3)
+        ),
+        *(
+            Row(
+                f"backbone.{stages}.{{}}.blocks.{{}}.{theirs}",
+                f"backbone.layers.{{}}.blocks.{{}}.{ours}",
+            )
+            for theirs, ours in inside.items()
+        ),
         *(Row(f"backbone.norm{s}.{{}}", f"backbone.norms.{s}.{{}}") for s in range(4)),
     )
 
@@ -57,8 +67,11 @@ def _without_prefix(rows: tuple[Row, ...]) -> tuple[Row, ...]:
 
 
 _MMDET_BLOCK = {
-    "norm1.{}": "norm1.{}", "norm2.{}": "norm2.{}", "attn.w_msa.{*}": "attn.{*}",
-    "ffn.layers.0.0.{}": "mlp.fc1.{}", "ffn.layers.1.{}": "mlp.fc2.{}",
+    "norm1.{}": "norm1.{}",
+    "norm2.{}": "norm2.{}",
+    "attn.w_msa.{*}": "attn.{*}",
+    "ffn.layers.0.0.{}": "mlp.fc1.{}",
+    "ffn.layers.1.{}": "mlp.fc2.{}",
 }
 _MICROSOFT = _swin("layers", "proj", {"{*}": "{*}"})
 _VITAEV2 = (
@@ -83,10 +96,19 @@ SWIN = Format(
 )
 SWIN_CLS = Format(
     rows=_without_prefix(_MICROSOFT),
-    dropped=("layers.{}.blocks.{}.attn.relative_position_index", "layers.{}.blocks.{}.attn_mask", "norm.{}", "head.{}"),
+    dropped=(
+        "layers.{}.blocks.{}.attn.relative_position_index",
+        "layers.{}.blocks.{}.attn_mask",
+        "norm.{}",
+        "head.{}",
+    ),
     before=strip,
     wrappers=_CLASSIFIER,
-    fresh=("backbone.norms.{}.{}",),  # a classifier has one norm, behind its last map, and of another use
+    fresh=(
+        "backbone.norms.{}.{}",
+    ),  # a classifier has one norm, behind its last map, and of another use
 )
 VITAEV2 = Format(rows=(*_VITAEV2, *_DETECTOR), wrappers=_SAVED)
-VITAEV2_CLS = Format(rows=_without_prefix(_VITAEV2), dropped=("head.{}",), before=strip, wrappers=_CLASSIFIER)
+VITAEV2_CLS = Format(
+    rows=_without_prefix(_VITAEV2), dropped=("head.{}",), before=strip, wrappers=_CLASSIFIER
+)

@@ -26,8 +26,15 @@ PATIENT = Patience()
 log = logging.getLogger(__name__)
 
 
-def fetch(entry: Entry, folder: Path, convert: Convert, watcher: Watcher, mirror: str = "", local: Path | None = None,
-          patience: Patience = PATIENT) -> Path:
+def fetch(
+    entry: Entry,
+    folder: Path,
+    convert: Convert,
+    watcher: Watcher,
+    mirror: str = "",
+    local: Path | None = None,
+    patience: Patience = PATIENT,
+) -> Path:
     """The file of an entry in this folder; nothing is done if it is there.
 
     `local`: the published file itself, which is then not downloaded. Raises what `download` raises; ValueError for a
@@ -42,11 +49,15 @@ def fetch(entry: Entry, folder: Path, convert: Convert, watcher: Watcher, mirror
         raise FileNotFoundError(f"{local}: no such file (--from)")
     address = "" if local else mirrored(entry.url, mirror) if mirror else entry.url
     folder.mkdir(parents=True, exist_ok=True)
-    part = folder / f".{entry.name}.part{PurePosixPath(urlsplit(entry.url).path).suffix}"  # readers go by the suffix
+    part = (
+        folder / f".{entry.name}.part{PurePosixPath(urlsplit(entry.url).path).suffix}"
+    )  # readers go by the suffix
     with _locked(part):
         if not target.is_file():  # else another process was faster
             if address:
-                download(address, part, watcher, patience, entry.size, copies=2)  # it and the converted one
+                download(
+                    address, part, watcher, patience, entry.size, copies=2
+                )  # it and the converted one
                 log.info("%s: verifying and converting", entry.name)
             _finish(local or part, target, entry, convert, address)
         discard(part)
@@ -62,13 +73,17 @@ def verify(path: Path, entry: Entry) -> None:
         if not expected:
             continue
         with open(path, "rb") as file:
-            found = hashlib.file_digest(file, lambda kind=kind: hashlib.new(kind, usedforsecurity=False)).hexdigest()
+            found = hashlib.file_digest(
+                file, lambda kind=kind: hashlib.new(kind, usedforsecurity=False)
+            ).hexdigest()
         if found.startswith(expected):
             continue
-        text = f"{kind} {found[:len(expected)]}, expected {expected}"
+        text = f"{kind} {found[: len(expected)]}, expected {expected}"
         if kind == "sha256" or not entry.md5_of_name:
             raise ValueError(f"{text}: not the published {entry.name}")
-        log.warning("%s: %s by the name of the published file; it may be another one", entry.name, text)
+        log.warning(
+            "%s: %s by the name of the published file; it may be another one", entry.name, text
+        )
 
 
 def _finish(source: Path, target: Path, entry: Entry, convert: Convert, address: str) -> None:
@@ -84,7 +99,9 @@ def _finish(source: Path, target: Path, entry: Entry, convert: Convert, address:
         if not verified:
             discard(source)
         fate = "kept" if verified else "thrown away"
-        raise ValueError(f"{entry.name}, from {address}: {error}; the download was {fate}") from error
+        raise ValueError(
+            f"{entry.name}, from {address}: {error}; the download was {fate}"
+        ) from error
 
 
 def _place(source: Path, target: Path, convert: Convert) -> None:

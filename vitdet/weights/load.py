@@ -30,7 +30,9 @@ class Source:
 
     weights: dict[str, Tensor]
     layout: str  # whose declared differences hold
-    scaled: bool | None  # whether its relative positions meet the scaled query; None: it does not say
+    scaled: (
+        bool | None
+    )  # whether its relative positions meet the scaled query; None: it does not say
     class_names: tuple[str, ...] = ()  # none: it does not say
 
     @property
@@ -58,8 +60,15 @@ def read_source(path: Path, layout: str) -> Source:
     said = metadata(path)
     if said.get("layout") in FORMATS:  # converted before: what the original may lack, this may
         scaled = {"true": True, "false": False}.get(said.get("scaled_rel_pos", ""))
-        return Source(weights, said["layout"], scaled, tuple(json.loads(said.get("class_names", "[]"))))
-    return Source(weights, layout, _scaled(content) if layout == "vitdet" else table.scaled, _class_names(content))
+        return Source(
+            weights, said["layout"], scaled, tuple(json.loads(said.get("class_names", "[]")))
+        )
+    return Source(
+        weights,
+        layout,
+        _scaled(content) if layout == "vitdet" else table.scaled,
+        _class_names(content),
+    )
 
 
 def _scaled(content: dict) -> bool | None:
@@ -78,8 +87,9 @@ def _class_names(content: dict) -> tuple[str, ...]:
     return tuple(names) if plain else ()
 
 
-def load_pretrained(detector: nn.Module, path: str | Path, layout: str = "vitdet",
-                    class_names: Sequence[str] = ()) -> Loaded:
+def load_pretrained(
+    detector: nn.Module, path: str | Path, layout: str = "vitdet", class_names: Sequence[str] = ()
+) -> Loaded:
     """Loads the weights of a file; `class_names` are the classes that the detector is to find.
 
     Every tensor must have a place of its shape, or one that it can be resized to, and every place of the backbone, or
@@ -94,29 +104,55 @@ def load_pretrained(detector: nn.Module, path: str | Path, layout: str = "vitdet
     return Loaded([name for name in own if name not in weights], notes)
 
 
-def fitted(source: Source, detector: nn.Module, path: Path,
-           class_names: Sequence[str] = ()) -> tuple[dict[str, Tensor], list[str]]:
+def fitted(
+    source: Source, detector: nn.Module, path: Path, class_names: Sequence[str] = ()
+) -> tuple[dict[str, Tensor], list[str]]:
     """The weights that `load_pretrained` puts into a detector, which may be one of shapes alone (device meta), and a
     line on each change and each layer of classes that they leave out. Raises ValueError as there.
     """
     weights, own, notes = source.weights, detector.state_dict(), []
-    wanted = next((part.scaled_rel_pos for part in detector.modules() if hasattr(part, "scaled_rel_pos")), None)
-    if None not in (source.scaled, wanted) and source.scaled != wanted and any(map(RELATIVE.fullmatch, weights)):
+    wanted = next(
+        (part.scaled_rel_pos for part in detector.modules() if hasattr(part, "scaled_rel_pos")),
+        None,
+    )
+    if (
+        None not in (source.scaled, wanted)
+        and source.scaled != wanted
+        and any(map(RELATIVE.fullmatch, weights))
+    ):
         weights = rescale_relative_positions(weights, source.scaled, wanted)
-        notes.append("relative positions: rescaled for "
-                     f"{'the scaled' if wanted else 'the unscaled'} query that this model has them meet")
-    afresh = _other_classes(weights, own, source.class_names, tuple(class_names)) if source.whole else {}
-    notes += [f"{name}: {'starts afresh' if name in own else 'left out'} ({why})" for name, why in afresh.items()]
+        notes.append(
+            "relative positions: rescaled for "
+            f"{'the scaled' if wanted else 'the unscaled'} query that this model has them meet"
+        )
+    afresh = (
+        _other_classes(weights, own, source.class_names, tuple(class_names)) if source.whole else {}
+    )
+    notes += [
+        f"{name}: {'starts afresh' if name in own else 'left out'} ({why})"
+        for name, why in afresh.items()
+    ]
     if source.whole and not afresh and class_names and not source.class_names:
-        notes.append(f"{len(class_names)} classes, as many as in the file, which does not name them: their layers are "
-                     "taken over")
-    weights, lines = _fit({name: tensor for name, tensor in weights.items() if name not in afresh}, own, source,
-                          set(afresh), path)
+        notes.append(
+            f"{len(class_names)} classes, as many as in the file, which does not name them: their layers are "
+            "taken over"
+        )
+    weights, lines = _fit(
+        {name: tensor for name, tensor in weights.items() if name not in afresh},
+        own,
+        source,
+        set(afresh),
+        path,
+    )
     return weights, [*notes, *lines]
 
 
-def _other_classes(weights: dict[str, Tensor], own: dict[str, Tensor], theirs: tuple[str, ...],
-                   ours: tuple[str, ...]) -> dict[str, str]:
+def _other_classes(
+    weights: dict[str, Tensor],
+    own: dict[str, Tensor],
+    theirs: tuple[str, ...],
+    ours: tuple[str, ...],
+) -> dict[str, str]:
     """The layers of either detector that belong to classes and are not taken over, with the reason."""
     if LOGITS not in weights or LOGITS not in own:
         return {}
@@ -126,7 +162,9 @@ def _other_classes(weights: dict[str, Tensor], own: dict[str, Tensor], theirs: t
         return dict.fromkeys(sorted(layers), f"{there} classes in the file, {here} here")
     if theirs and ours and theirs != ours:
         first = next(pair for pair in zip(theirs, ours, strict=True) if pair[0] != pair[1])
-        return dict.fromkeys(sorted(layers), f"other classes, such as {first[0]!r} in the file and {first[1]!r} here")
+        return dict.fromkeys(
+            sorted(layers), f"other classes, such as {first[0]!r} in the file and {first[1]!r} here"
+        )
     return {_ODDS: "the loss is another one"} if (_ODDS in own) != (_ODDS in weights) else {}
 
 
@@ -138,8 +176,9 @@ def class_layers(weights: dict[str, Tensor]) -> set[str]:
     return {name for name in weights if known(name, patterns)}
 
 
-def _fit(weights: dict[str, Tensor], own: dict[str, Tensor], source: Source, afresh: set[str],
-         path: Path) -> tuple[dict[str, Tensor], list[str]]:
+def _fit(
+    weights: dict[str, Tensor], own: dict[str, Tensor], source: Source, afresh: set[str], path: Path
+) -> tuple[dict[str, Tensor], list[str]]:
     """The weights with a place, in its shape, and a line for each kind of tensor that was resized."""
     layout = FORMATS[source.layout]
     fitting, surplus, shapes, types, resized = {}, [], [], [], {}
@@ -148,27 +187,48 @@ def _fit(weights: dict[str, Tensor], own: dict[str, Tensor], source: Source, afr
             if source.whole or not known(name, layout.spare):
                 surplus.append(name)
             continue
-        if tensor.is_floating_point() != own[name].is_floating_point():  # such as whole numbers of a compressed model
+        if (
+            tensor.is_floating_point() != own[name].is_floating_point()
+        ):  # such as whole numbers of a compressed model
             types.append(f"{name} {tensor.dtype}, expected {own[name].dtype}")
             continue
         shape = tuple(own[name].shape)
-        fitted = tensor if tuple(tensor.shape) == shape else resize(name, tensor, shape) if tensor.numel() else None
+        fitted = (
+            tensor
+            if tuple(tensor.shape) == shape
+            else resize(name, tensor, shape)
+            if tensor.numel()
+            else None
+        )
         if fitted is None:
             shapes.append(f"{name} {tuple(tensor.shape)}, expected {shape}")
             continue
         fitting[name] = fitted
         if fitted is not tensor:
             resized.setdefault((tuple(tensor.shape), shape), []).append(name)
-    missing = [name for name in own if name not in weights and name not in afresh
-               and (source.whole or name.startswith("backbone.") and not known(name, layout.fresh))]
+    missing = [
+        name
+        for name in own
+        if name not in weights
+        and name not in afresh
+        and (source.whole or name.startswith("backbone.") and not known(name, layout.fresh))
+    ]
     if surplus or missing or shapes or types:
-        hint = "is it of another layout (train.init_format, --format)?" if surplus and source.layout == "vitdet" else ""
-        raise ValueError(f"{path}: does not fit this {'detector' if source.whole else 'backbone'}: "
-                         f"{_few('no place for', surplus)}{_few('lacks', missing)}"
-                         f"{_few('other shape:', shapes)}"
-                         f"{_few('other type:', types)}{hint}".rstrip("; "))
-    return fitting, [f"{names[0]}{f' and {len(names) - 1} more' if names[1:] else ''}: resized from {before} to {after}"
-                     for (before, after), names in resized.items()]
+        hint = (
+            "is it of another layout (train.init_format, --format)?"
+            if surplus and source.layout == "vitdet"
+            else ""
+        )
+        raise ValueError(
+            f"{path}: does not fit this {'detector' if source.whole else 'backbone'}: "
+            f"{_few('no place for', surplus)}{_few('lacks', missing)}"
+            f"{_few('other shape:', shapes)}"
+            f"{_few('other type:', types)}{hint}".rstrip("; ")
+        )
+    return fitting, [
+        f"{names[0]}{f' and {len(names) - 1} more' if names[1:] else ''}: resized from {before} to {after}"
+        for (before, after), names in resized.items()
+    ]
 
 
 def _few(what: str, names: list[str]) -> str:

@@ -21,8 +21,10 @@ def to_grid(pos_embed: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
     side = round(pos_embed.shape[1] ** 0.5) if pos_embed.dim() == 3 else 0
     height, width = grid or (side, side)
     if pos_embed.dim() != 3 or height * width != pos_embed.shape[1]:
-        raise ValueError(f"position embedding: expected (1, {'h * w' if grid else 'n * n'}, C) without a class token, "
-                         f"got {tuple(pos_embed.shape)}{f' for a grid of {height} x {width}' if grid else ''}")
+        raise ValueError(
+            f"position embedding: expected (1, {'h * w' if grid else 'n * n'}, C) without a class token, "
+            f"got {tuple(pos_embed.shape)}{f' for a grid of {height} x {width}' if grid else ''}"
+        )
     return rearrange(pos_embed, "b (h w) c -> b h w c", h=height)
 
 
@@ -41,7 +43,9 @@ def join_bias(weights: Weights) -> dict[str, Tensor]:
                 raise ValueError(f"{name} without {stem}.v_bias")
             if f"{stem}.qkv.bias" in weights:
                 raise ValueError(f"both {name} and {stem}.qkv.bias")
-            joined[f"{stem}.qkv.bias"] = torch.cat([tensor, torch.zeros_like(tensor), weights[f"{stem}.v_bias"]])
+            joined[f"{stem}.qkv.bias"] = torch.cat(
+                [tensor, torch.zeros_like(tensor), weights[f"{stem}.v_bias"]]
+            )
         elif part == "v_bias" and f"{stem}.q_bias" not in weights:
             raise ValueError(f"{name} without {stem}.q_bias")
         elif part != "v_bias":
@@ -55,7 +59,9 @@ def split_bias(weights: Weights, stems: Sequence[str]) -> dict[str, Tensor]:
     """
     split = dict(weights)
     for stem in stems:
-        split[f"{stem}.attn.q_bias"], _, split[f"{stem}.attn.v_bias"] = split.pop(f"{stem}.attn.qkv.bias").chunk(3)
+        split[f"{stem}.attn.q_bias"], _, split[f"{stem}.attn.v_bias"] = split.pop(
+            f"{stem}.attn.qkv.bias"
+        ).chunk(3)
     return split
 
 
@@ -79,10 +85,16 @@ _PYRAMID = (
     Row("backbone.fpn1.3.{}", "pyramid.levels.0.3.{}"),
     Row("backbone.fpn2.0.{}", "pyramid.levels.1.0.{}"),
     *(
-        row for level, first in enumerate((4, 1, 0, 1))
-        for theirs, ours in ((f"neck.lateral_convs.{level}", f"pyramid.levels.{level}.{first}"),
-                             (f"neck.fpn_convs.{level}", f"pyramid.levels.{level}.{first + 1}"))
-        for row in (Row(f"{theirs}.conv.{{}}", f"{ours}.conv.{{}}"), Row(f"{theirs}.ln.{{}}", f"{ours}.norm.{{}}"))
+        row
+        for level, first in enumerate((4, 1, 0, 1))
+        for theirs, ours in (
+            (f"neck.lateral_convs.{level}", f"pyramid.levels.{level}.{first}"),
+            (f"neck.fpn_convs.{level}", f"pyramid.levels.{level}.{first + 1}"),
+        )
+        for row in (
+            Row(f"{theirs}.conv.{{}}", f"{ours}.conv.{{}}"),
+            Row(f"{theirs}.ln.{{}}", f"{ours}.norm.{{}}"),
+        )
     ),
 )
 # Without biases: a detector that has them is none of these.
@@ -105,7 +117,9 @@ HEADS = (
 )
 
 
-def mmdet(grid: tuple[int, int] | None = None, wide: Sequence[int] = (), split: Sequence[int] = ()) -> Format:
+def mmdet(
+    grid: tuple[int, int] | None = None, wide: Sequence[int] = (), split: Sequence[int] = ()
+) -> Format:
     """The layout; for a model of images that are not square, grid = (h, w) tokens and `wide`, its global blocks.
 
     The original makes both tables of a global block as long as its height needs, so that the tail of rel_pos_w has no
@@ -116,13 +130,17 @@ def mmdet(grid: tuple[int, int] | None = None, wide: Sequence[int] = (), split: 
 
     def cut(table: Tensor) -> Tensor:
         if len(table) != 2 * height - 1:
-            raise ValueError(f"rel_pos_w of a global block: expected {2 * height - 1} rows, got {len(table)}")
+            raise ValueError(
+                f"rel_pos_w of a global block: expected {2 * height - 1} rows, got {len(table)}"
+            )
         return table[: 2 * width - 1]
 
     def fill_up(table: Tensor) -> Tensor:
         return torch.cat([table, table.new_zeros(2 * height - 1 - len(table), table.shape[1])])
 
-    cuts = {f"backbone.blocks.{i}.attn.rel_pos_w": Change(cut, fill_up) for i in wide if height != width}
+    cuts = {
+        f"backbone.blocks.{i}.attn.rel_pos_w": Change(cut, fill_up) for i in wide if height != width
+    }
     return Format(
         rows=(*_BACKBONE, *_PYRAMID, *_NORMED_RPN, *HEADS),
         changes={"backbone.pos_embed": Change(partial(to_grid, grid=grid), to_tokens), **cuts},

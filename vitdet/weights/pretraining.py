@@ -13,7 +13,11 @@ from vitdet.weights.mmdet import join_bias
 from vitdet.weights.table import Change, Format, Row, Weights
 
 _POSITIONS = {"backbone.pos_embed": Change(drop_class_token, add_class_token)}
-_FRESH = ("backbone.blocks.{}.attn.rel_pos_h", "backbone.blocks.{}.attn.rel_pos_w", "backbone.blocks.{}.residual.{*}")
+_FRESH = (
+    "backbone.blocks.{}.attn.rel_pos_h",
+    "backbone.blocks.{}.attn.rel_pos_w",
+    "backbone.blocks.{}.residual.{*}",
+)
 _NORM = ("backbone.norm.{}",)
 _BLOCKS = (
     Row("blocks.{}.PCM.{*}", "backbone.blocks.{}.pcm.{*}"),
@@ -31,7 +35,11 @@ def strip(weights: Weights) -> dict[str, Tensor]:
     plain = {name.removeprefix("module."): tensor for name, tensor in weights.items()}
     if len(plain) < len(weights):
         raise ValueError("the same names with and without module.")
-    inside = {name.removeprefix("encoder."): tensor for name, tensor in plain.items() if name.startswith("encoder.")}
+    inside = {
+        name.removeprefix("encoder."): tensor
+        for name, tensor in plain.items()
+        if name.startswith("encoder.")
+    }
     return join_bias(inside or plain)
 
 

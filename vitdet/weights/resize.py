@@ -19,7 +19,11 @@ def resize(name: str, tensor: Tensor, shape: tuple[int, ...]) -> Tensor | None:
         return resize_grid(tensor, (shape[1], shape[2]))
     if RELATIVE.fullmatch(name) and tensor.dim() == 2 and tensor.shape[1] == shape[1]:
         return resize_table(tensor, shape[0])
-    if name == "backbone.patch_embed.proj.weight" and tensor.dim() == 4 and tensor.shape[:2] == shape[:2]:
+    if (
+        name == "backbone.patch_embed.proj.weight"
+        and tensor.dim() == 4
+        and tensor.shape[:2] == shape[:2]
+    ):
         return resize_kernel(tensor, shape[2])
     return None
 
@@ -45,15 +49,21 @@ def resize_kernel(kernel: Tensor, patch: int) -> Tensor:
     return _bicubic(kernel.float(), (patch, patch))
 
 
-def rescale_relative_positions(weights: dict[str, Tensor], scaled: bool, wanted: bool) -> dict[str, Tensor]:
+def rescale_relative_positions(
+    weights: dict[str, Tensor], scaled: bool, wanted: bool
+) -> dict[str, Tensor]:
     """Weights whose relative positions meet the scaled query (or the unscaled one), for a model that has it otherwise.
 
     q d^-0.5 . R = q . (d^-0.5 R): the function stays what it is.
     """
     if scaled == wanted:
         return weights
-    return {name: tensor * tensor.shape[1] ** (-0.5 if scaled else 0.5) if RELATIVE.fullmatch(name) else tensor
-            for name, tensor in weights.items()}
+    return {
+        name: tensor * tensor.shape[1] ** (-0.5 if scaled else 0.5)
+        if RELATIVE.fullmatch(name)
+        else tensor
+        for name, tensor in weights.items()
+    }
 
 
 def _bicubic(maps: Tensor, size: tuple[int, int]) -> Tensor:

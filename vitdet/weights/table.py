@@ -47,12 +47,16 @@ class Format(NamedTuple):
     dropped: tuple[str, ...] = ()  # their names that have no place in our models
     before: Callable[[Weights], Weights] = same  # on their names, ahead of the rows
     after: Callable[[Weights], Weights] = same  # its inverse, on the way back
-    wrappers: tuple[str, ...] = ("",)  # where a file keeps the weights, the first that it has; '': at the top
+    wrappers: tuple[str, ...] = (
+        "",
+    )  # where a file keeps the weights, the first that it has; '': at the top
     # Declared differences of a pre-trained backbone, by our names: what it lacks and starts afresh, and what it may
     # have without a place. A whole detector has none.
     fresh: tuple[str, ...] = ()
     spare: tuple[str, ...] = ()
-    scaled: bool | None = None  # whether relative positions meet the scaled query; None: it has none, or says so itself
+    scaled: bool | None = (
+        None  # whether relative positions meet the scaled query; None: it has none, or says so itself
+    )
 
 
 def to_ours(weights: Weights, layout: Format) -> dict[str, Tensor]:
@@ -74,7 +78,9 @@ def to_ours(weights: Weights, layout: Format) -> dict[str, Tensor]:
         change = _change(renamed, layout)
         ours[renamed] = change.to_ours(tensor) if change else tensor
     if unknown:
-        raise ValueError(f"{len(unknown)} tensors that this format does not know, such as {', '.join(unknown[:3])}")
+        raise ValueError(
+            f"{len(unknown)} tensors that this format does not know, such as {', '.join(unknown[:3])}"
+        )
     return ours
 
 
@@ -89,7 +95,9 @@ def to_theirs(weights: Weights, layout: Format) -> dict[str, Tensor]:
         change = _change(name, layout)
         theirs[renamed] = change.to_theirs(tensor) if change else tensor
     if unknown:
-        raise ValueError(f"{len(unknown)} tensors that this format has no name for, such as {', '.join(unknown[:3])}")
+        raise ValueError(
+            f"{len(unknown)} tensors that this format has no name for, such as {', '.join(unknown[:3])}"
+        )
     return dict(layout.after(theirs))
 
 
@@ -125,10 +133,14 @@ def pattern(row: str) -> re.Pattern[str]:
 def _name_back(name: str, layout: Format, weights: Weights) -> str | None:
     for row in layout.rows:
         renamed = fill(name, row.ours, row.theirs)
-        if renamed is not None and (not row.given or any(other.startswith(row.given) for other in weights)):
+        if renamed is not None and (
+            not row.given or any(other.startswith(row.given) for other in weights)
+        ):
             return renamed
     return None
 
 
 def _change(name: str, layout: Format) -> Change | None:
-    return next((change for ours, change in layout.changes.items() if pattern(ours).fullmatch(name)), None)
+    return next(
+        (change for ours, change in layout.changes.items() if pattern(ours).fullmatch(name)), None
+    )

@@ -23,7 +23,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-LEGACY = pickle.dumps(0x1950A86A20F9469CFC6C, protocol=2)[:-1]  # how torch's files began before they were zips
+LEGACY = pickle.dumps(0x1950A86A20F9469CFC6C, protocol=2)[
+    :-1
+]  # how torch's files began before they were zips
 
 
 class Inert:
@@ -39,16 +41,36 @@ class Inert:
 # Who leaves them: MAE, ViTAE and timm their options; mmcv, mmengine and timm scores of numpy; mmcv, mmengine and
 # Detectron2 configs, which are tables.
 INERT: tuple[tuple[type, str], ...] = (
-    *((Inert, name) for name in (
-        "argparse.Namespace", "datetime.datetime", "pathlib.PosixPath", "pathlib.WindowsPath", "numpy.dtype",
-        "numpy.ndarray", "numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar",
-        "numpy.core.multiarray._reconstruct", "numpy._core.multiarray._reconstruct", "numpy.dtypes.Float64DType",
-        "mmcv.utils.config.Config", "mmengine.config.config.Config", "mmengine.logging.history_buffer.HistoryBuffer",
-    )),
-    *((OrderedDict, name) for name in (
-        "mmcv.utils.config.ConfigDict", "mmengine.config.config.ConfigDict", "addict.addict.Dict",
-        "fvcore.common.config.CfgNode", "yacs.config.CfgNode", "detectron2.config.config.CfgNode",
-    )),
+    *(
+        (Inert, name)
+        for name in (
+            "argparse.Namespace",
+            "datetime.datetime",
+            "pathlib.PosixPath",
+            "pathlib.WindowsPath",
+            "numpy.dtype",
+            "numpy.ndarray",
+            "numpy.core.multiarray.scalar",
+            "numpy._core.multiarray.scalar",
+            "numpy.core.multiarray._reconstruct",
+            "numpy._core.multiarray._reconstruct",
+            "numpy.dtypes.Float64DType",
+            "mmcv.utils.config.Config",
+            "mmengine.config.config.Config",
+            "mmengine.logging.history_buffer.HistoryBuffer",
+        )
+    ),
+    *(
+        (OrderedDict, name)
+        for name in (
+            "mmcv.utils.config.ConfigDict",
+            "mmengine.config.config.ConfigDict",
+            "addict.addict.Dict",
+            "fvcore.common.config.CfgNode",
+            "yacs.config.CfgNode",
+            "detectron2.config.config.CfgNode",
+        )
+    ),
 )
 
 
@@ -80,14 +102,28 @@ def state_of(content: Mapping, wrappers: tuple[str, ...], path: Path) -> dict[st
 
     Raises ValueError if none is there, or if something else than tensors is in it.
     """
-    inside = next((content.get(name) if name else content for name in wrappers if not name or name in content), None)
+    inside = next(
+        (
+            content.get(name) if name else content
+            for name in wrappers
+            if not name or name in content
+        ),
+        None,
+    )
     if not isinstance(inside, Mapping) or not inside:
-        raise ValueError(f"{path}: expected the weights under {' or '.join(filter(None, wrappers))}, "
-                         f"got {', '.join(map(str, list(content)[:4])) or 'nothing'}")
-    strange = [f"{name} ({type(value).__name__})" for name, value in inside.items()
-               if not isinstance(name, str) or not _is_whole(value)]
+        raise ValueError(
+            f"{path}: expected the weights under {' or '.join(filter(None, wrappers))}, "
+            f"got {', '.join(map(str, list(content)[:4])) or 'nothing'}"
+        )
+    strange = [
+        f"{name} ({type(value).__name__})"
+        for name, value in inside.items()
+        if not isinstance(name, str) or not _is_whole(value)
+    ]
     if strange:
-        raise ValueError(f"{path}: {len(strange)} of its weights are no whole tensors, such as {strange[0]}")
+        raise ValueError(
+            f"{path}: {len(strange)} of its weights are no whole tensors, such as {strange[0]}"
+        )
     return dict(inside)
 
 
@@ -123,7 +159,9 @@ def _read_npz(path: Path) -> dict[str, Tensor]:
         with np.load(path, allow_pickle=False) as file:
             return {name: torch.from_numpy(file[name]) for name in file.files}
     except (OSError, EOFError, ValueError, TypeError, zipfile.BadZipFile, AttributeError) as error:
-        raise ValueError(f"{path}: not a whole npz file of numbers ({_first_line(error)})") from error
+        raise ValueError(
+            f"{path}: not a whole npz file of numbers ({_first_line(error)})"
+        ) from error
 
 
 def _read_torch(path: Path) -> object:
@@ -135,10 +173,23 @@ def _read_torch(path: Path) -> object:
         named = re.search(r"GLOBAL (\S+)", str(error))
         if named:
             raise ValueError(refusal(path, named.group(1))) from error
-        cause = str(error).rpartition("WeightsUnpickler error: ")[2]  # torch's advice, to run the code, goes before it
-        raise ValueError(f"{path}: not a whole file of weights ({' '.join(cause.split())[:120]})") from error
-    except (RuntimeError, EOFError, OSError, ValueError, LookupError, TypeError, AttributeError, AssertionError,
-            MemoryError) as error:
+        cause = str(error).rpartition("WeightsUnpickler error: ")[
+            2
+        ]  # torch's advice, to run the code, goes before it
+        raise ValueError(
+            f"{path}: not a whole file of weights ({' '.join(cause.split())[:120]})"
+        ) from error
+    except (
+        RuntimeError,
+        EOFError,
+        OSError,
+        ValueError,
+        LookupError,
+        TypeError,
+        AttributeError,
+        AssertionError,
+        MemoryError,
+    ) as error:
         raise ValueError(f"{path}: not a whole file of weights ({_first_line(error)})") from error
 
 
@@ -148,8 +199,19 @@ def _read_pickle(path: Path) -> object:
             return _tensors(_Unpickler(file).load())
     except _ForbiddenError as error:
         raise ValueError(refusal(path, str(error))) from error
-    except (pickle.UnpicklingError, EOFError, ValueError, LookupError, TypeError, AttributeError, AssertionError,
-            MemoryError, OverflowError, RecursionError, UnicodeError) as error:
+    except (
+        pickle.UnpicklingError,
+        EOFError,
+        ValueError,
+        LookupError,
+        TypeError,
+        AttributeError,
+        AssertionError,
+        MemoryError,
+        OverflowError,
+        RecursionError,
+        UnicodeError,
+    ) as error:
         raise ValueError(f"{path}: not a whole file of weights ({_first_line(error)})") from error
 
 
@@ -229,15 +291,25 @@ def _from_buffer(raw: object, kind: object, shape: object, order: object) -> _Ar
 def _fill(raw: object, kind: object, shape: object, order: object) -> np.ndarray:
     if isinstance(raw, str):
         raw = raw.encode("latin1")  # a pickle of Python 2
-    if not isinstance(raw, bytes | bytearray) or not isinstance(kind, _Type) or order not in ("C", "F"):
+    if (
+        not isinstance(raw, bytes | bytearray)
+        or not isinstance(kind, _Type)
+        or order not in ("C", "F")
+    ):
         raise ValueError("an array that is not made of plain numbers")
     if not isinstance(shape, tuple) or not all(type(side) is int and side >= 0 for side in shape):
         raise ValueError(f"an array of shape {shape!r}")
     dtype = kind.dtype()
     if math.prod(shape) * dtype.itemsize != len(raw):
-        raise ValueError(f"an array of shape {shape} and {dtype.itemsize} bytes a number with {len(raw)} bytes")
+        raise ValueError(
+            f"an array of shape {shape} and {dtype.itemsize} bytes a number with {len(raw)} bytes"
+        )
     array = np.frombuffer(raw, dtype).reshape(shape, order=order)
-    return np.ascontiguousarray(array, dtype.newbyteorder("=")) if array.ndim else array.astype(dtype.newbyteorder("="))
+    return (
+        np.ascontiguousarray(array, dtype.newbyteorder("="))
+        if array.ndim
+        else array.astype(dtype.newbyteorder("="))
+    )
 
 
 def _scalar(kind: object, raw: object) -> object:
@@ -254,8 +326,11 @@ _MAKERS = {
     **{
         (f"numpy.{core}.{module}", name): make
         for core in ("core", "_core")
-        for module, name, make in (("multiarray", "_reconstruct", _Array), ("multiarray", "scalar", _scalar),
-                                   ("numeric", "_frombuffer", _from_buffer))
+        for module, name, make in (
+            ("multiarray", "_reconstruct", _Array),
+            ("multiarray", "scalar", _scalar),
+            ("numeric", "_frombuffer", _from_buffer),
+        )
     },
     ("numpy", "ndarray"): _Array,
     ("numpy", "dtype"): _Type,
