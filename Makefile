@@ -36,6 +36,7 @@ ui: $(READY)
 
 lint: $(READY)
 	ruff check .
+	ruff format --check .
 
 lock: $(READY)
 	uv pip compile --no-config --quiet --upgrade --universal --python-version 3.11 --generate-hashes \
