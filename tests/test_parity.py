@@ -441,3 +441,62 @@ def test_a_case_of_three_images_of_which_two_hold_nothing(tmp_path):
         {k: v for k, v in found.training.items() if not k.startswith("mask_targets")},
     )
     assert parity.main([str(tmp_path)]) == 0
+
+
+def test_a_case_without_losses_and_ground_truth_holds(tmp_path):
+    """A case for inference: the test-time files alone, and a config without training settings."""
+    folder = tmp_path / "inference"
+    folder.mkdir()
+    for file in ("state_dict.npz", "noise_floor.json", "backbone.npz", "detections.npz"):
+        (folder / file).symlink_to(GOLDEN / "maskrcnn_coco" / file)
+    (folder / "results.json").symlink_to(GOLDEN / "maskrcnn_coco" / "results.json")
+    rpn = read("maskrcnn_coco", "rpn.npz")
+    write(folder / "rpn.npz", {n: a for n, a in rpn.items() if not n.startswith("train")})
+    inputs = read("maskrcnn_coco", "inputs.npz")
+    write(folder / "inputs.npz", {n: a for n, a in inputs.items() if n.startswith("image")})
+    config = read("maskrcnn_coco", "config.json")
+    for name in ("rpn_batch", "roi_batch"):
+        del config[name]
+    write(folder / "config.json", config)
+    assert parity.main([str(folder)]) == 0
+    truth = read("maskrcnn_coco", "ground_truth.json")
+    sizes = ("height", "width", "out_height", "out_width")
+    write(folder / "ground_truth.json", [{name: one[name] for name in sizes} for one in truth])
+    del config["outputs"]
+    write(folder / "config.json", config)
+    assert parity.main([str(folder)]) == 0  # the sizes alone
+    content = read("maskrcnn_coco", "detections.npz")
+    (folder / "detections.npz").unlink()
+    write(folder / "detections.npz", content | {"post_boxes1": content["post_boxes1"] + 1})
+    assert parity.main([str(folder)]) == 1
+
+
+@pytest.mark.parametrize("file", ["train.npz", "losses.json"])
+def test_stored_training_results_without_ground_truth_are_out(tmp_path, capsys, file):
+    for name in ("state_dict.npz", "config.json", file):
+        (tmp_path / name).symlink_to(GOLDEN / "maskrcnn_coco" / name)
+    inputs = read("maskrcnn_coco", "inputs.npz")
+    write(tmp_path / "inputs.npz", {n: a for n, a in inputs.items() if n.startswith("image")})
+    assert parity.main([str(tmp_path)]) == 1
+    said = capsys.readouterr().out
+    assert "stopped by" not in said and "not compared" in said
+
+
+def test_a_case_with_bitmaps_alone_has_its_losses(tmp_path):
+    for name in ("state_dict.npz", "config.json", "inputs.npz"):
+        (tmp_path / name).symlink_to(GOLDEN / "maskrcnn_coco" / name)
+    losses = read("maskrcnn_coco", "losses.json")
+    kept = {name: value for name, value in losses.items() if "polygon" not in name}
+    write(tmp_path / "losses.json", kept)
+    assert parity.main([str(tmp_path)]) == 0
+    kept["losses_bitmask"]["loss_mask"] *= 1.001
+    write(tmp_path / "losses.json", kept)
+    assert parity.main([str(tmp_path)]) == 1
+
+
+def test_an_entry_of_the_ground_truth_for_each_image(tmp_path, capsys):
+    for name in ("state_dict.npz", "config.json", "inputs.npz"):
+        (tmp_path / name).symlink_to(GOLDEN / "maskrcnn_coco" / name)
+    write(tmp_path / "ground_truth.json", read("maskrcnn_coco", "ground_truth.json")[:1])
+    assert parity.main([str(tmp_path)]) == 1
+    assert "expected 2 entries, one per image, got 1" in capsys.readouterr().out
