@@ -47,7 +47,8 @@ MAY_IMPORT = {
     "serving": {"tracking", "wheel", "predictor", "data"},
     "models": RECORDS,
     "data": RECORDS | {"download", "written"},
-    "weights": {"typed", "download"},
+    "weights": RECORDS
+    | {"typed", "download", "written", "distributed", "models", "training.checkpoint"},
     "predictor": RECORDS | {"models", "data", "training.checkpoint"},
     "evaluation": RECORDS
     | {"models", "data", "predictor", "distributed", "written", "training.checkpoint"},

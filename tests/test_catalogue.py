@@ -10,7 +10,7 @@ import pytest
 
 from vitdet.config import load_config, recipes
 from vitdet.weights.catalogue import CATALOGUE, cache_folder, fetched, find
-from vitdet.weights.convert import FORMATS
+from vitdet.weights.formats import FORMATS
 
 PUBLISHED = Path(__file__).parents[2] / "shared" / "reference" / "detectron2" / "PUBLISHED.md"
 ENTRIES = list(CATALOGUE.values())

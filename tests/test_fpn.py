@@ -3,7 +3,7 @@
 import torch
 from torch.nn import functional as F
 
-from vitdet.models.fpn import FPN
+from vitdet.models.baselines.fpn import FPN
 
 CHANNELS, STRIDES = (3, 4, 5, 6), (4, 8, 16, 32)
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from vitdet.models.swin import SIZES, Block, Swin, shift_mask
+from vitdet.models.baselines.swin import SIZES, Block, Swin, shift_mask
 
 
 def small_swin(drop_path=0.0):

@@ -13,7 +13,8 @@ from vitdet.config import BackboneConfig, ModelConfig
 from vitdet.models import build_backbone
 from vitdet.models.vit import Block, ViT
 from vitdet.models.vitae import Performer, ReductionCell, ViTAESmall, deep_branch, wide_branch
-from vitdet.weights.convert import MMDET, rename
+from vitdet.weights.formats.mmdet import MMDET
+from vitdet.weights.formats.table import rename
 
 INIT = (
     Path(__file__).parents[2]

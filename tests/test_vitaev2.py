@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from vitdet.models.vitaev2 import SIZES, Attention, ViTAEv2, drop_rates
+from vitdet.models.baselines.vitaev2 import SIZES, Attention, ViTAEv2, drop_rates
 
 
 def small_vitaev2():

@@ -19,13 +19,15 @@ from torch import Tensor, nn
 
 from tests.parity.case import load
 from tests.parity.report import Report
+from vitdet.models.baselines.swin import Swin
+from vitdet.models.baselines.vitaev2 import ViTAEv2
 from vitdet.models.pyramid import SimpleFeaturePyramid
-from vitdet.models.swin import Swin
 from vitdet.models.vit import ViT
 from vitdet.models.vitae import ViTAESmall, wide_branch
-from vitdet.models.vitaev2 import ViTAEv2
-from vitdet.weights.baselines import SWIN_MMDET, VITAEV2
-from vitdet.weights.convert import Format, mmdet, to_ours
+from vitdet.weights.formats.mmdet import mmdet_format
+from vitdet.weights.formats.swin import SWIN_MMDET
+from vitdet.weights.formats.table import Format, to_ours
+from vitdet.weights.formats.vitaev2 import VITAEV2
 
 TOLERANCE = 1e-4  # absolute; the reference's own float32 and float64 runs differ by less than 1e-5
 STRIDE = 16
@@ -175,7 +177,7 @@ def build_vitaev2(settings: dict) -> nn.Module:
 
 def fork_layout(settings: dict) -> Format:
     """The names of ViTAE-Transformer/ViTDet."""
-    return mmdet(grid=grid_of(settings), wide=global_blocks(settings))
+    return mmdet_format(grid=grid_of(settings), wide=global_blocks(settings))
 
 
 def resampled(build: Callable[[dict], nn.Module]) -> Callable[[dict], nn.Module]:

@@ -24,7 +24,8 @@ from vitdet.models.roi_heads import RoIHeads
 from vitdet.models.rpn import RPN
 from vitdet.models.vit import ViT
 from vitdet.types import Bitmaps, Polygons, Target
-from vitdet.weights.convert import DETECTRON2, rename, to_ours
+from vitdet.weights.formats.detectron2 import DETECTRON2
+from vitdet.weights.formats.table import rename, to_ours
 
 
 def evenly(candidates: Tensor, num: int) -> Tensor:

@@ -31,7 +31,7 @@ from vitdet.models.roi_heads import RoIHeads
 from vitdet.models.roi_pool import pool
 from vitdet.models.rpn import RPN, WEIGHTS
 from vitdet.types import Bitmaps, Target
-from vitdet.weights.convert import to_ours
+from vitdet.weights.formats.table import to_ours
 
 EPS = 1e-5  # of the LNs in neck and heads
 EVERYTHING = 1_000_000

@@ -9,21 +9,22 @@ import torch
 from torch import Tensor, nn
 
 from vitdet.config import BackboneConfig, EvalConfig, ModelConfig
-from vitdet.models import swin, vit, vitae, vitaev2
+from vitdet.models import vit, vitae
 from vitdet.models.assign import match, match_keeping_best, match_keeping_own
+from vitdet.models.baselines import swin, vitaev2
+from vitdet.models.baselines.fpn import FPN
+from vitdet.models.baselines.swin import Swin
+from vitdet.models.baselines.vitaev2 import ViTAEv2
 from vitdet.models.box_head import BoxHead
 from vitdet.models.boxes import MAX_LOG_SCALE
 from vitdet.models.detector import Detector
-from vitdet.models.fpn import FPN
 from vitdet.models.losses import FederatedClassification, SoftmaxClassification
 from vitdet.models.mask_head import MaskHead
 from vitdet.models.pyramid import SimpleFeaturePyramid
 from vitdet.models.roi_heads import RoIHeads
 from vitdet.models.rpn import RPN
-from vitdet.models.swin import Swin
 from vitdet.models.vit import ViT
 from vitdet.models.vitae import ViTAESmall, wide_branch
-from vitdet.models.vitaev2 import ViTAEv2
 
 # model.low_quality -> who learns from which ground truth, in the RPN and in the RoI heads
 MATCHES = {"own": (match_keeping_own, match), "best": (match_keeping_best, match_keeping_best)}

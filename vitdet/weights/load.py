@@ -14,10 +14,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from vitdet.weights.convert import FORMATS
+from vitdet.weights.formats import FORMATS
+from vitdet.weights.formats.table import known, to_ours
+from vitdet.weights.pickles import metadata, read_file, state_of
 from vitdet.weights.resize import RELATIVE, rescale_relative_positions, resize
-from vitdet.weights.table import known, to_ours
-from vitdet.weights.unpickle import metadata, read_file, state_of
 
 LOGITS = "roi_heads.stages.0.logits.weight"
 _ODDS = "roi_heads.classification.class_weights"
