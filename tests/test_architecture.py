@@ -47,8 +47,7 @@ MAY_IMPORT = {
     "serving": {"tracking", "wheel", "predictor", "data"},
     "models": RECORDS,
     "data": RECORDS | {"download", "written"},
-    "weights": RECORDS
-    | {"typed", "download", "written", "distributed", "models", "training.checkpoint"},
+    "weights": {"typed", "download"},
     "predictor": RECORDS | {"models", "data", "training.checkpoint"},
     "evaluation": RECORDS
     | {"models", "data", "predictor", "distributed", "written", "training.checkpoint"},
