@@ -47,7 +47,7 @@ def draw(image: Picture, found: Detections, scale: float | None = None) -> Image
     captions = [
         f"{name} {score:.2f}" for name, score in zip(names, found.scores.tolist(), strict=True)
     ]
-    size = tuple(max(1, round(side * scale)) for side in reversed(picture.size))
+    width, height = scaled_size(picture.size, scale)
     boxes = found.boxes.detach().cpu().float() * scale
     masks = found.masks.detach().cpu().float()
     return paint(
@@ -55,9 +55,22 @@ def draw(image: Picture, found: Detections, scale: float | None = None) -> Image
         found.boxes,
         found.labels.tolist(),
         captions,
-        lambda i: paste(masks[i : i + 1], boxes[i : i + 1], size)[0],
+        lambda i: paste(masks[i : i + 1], boxes[i : i + 1], (height, width))[0],
         scale,
     )
+
+
+def scaled_size(size: tuple[int, int], scale: float) -> tuple[int, int]:
+    """(width, height) of an image after it is enlarged `scale` times."""
+    return max(1, round(size[0] * scale)), max(1, round(size[1] * scale))
+
+
+def load_font(size: int) -> ImageFont.FreeTypeFont:
+    """Pillow's own font at a size in pixels. Raises ImportError if Pillow was built without FreeType."""
+    font = ImageFont.load_default(size)
+    if not isinstance(font, ImageFont.FreeTypeFont):
+        raise ImportError("Pillow without FreeType cannot write captions; install its wheel")
+    return font
 
 
 def comfortable_scale(size: tuple[int, int]) -> int:
@@ -78,7 +91,7 @@ def paint(
     boxes (N, 4) xyxy pixels of the picture, a label (it picks the colour) and a caption an object, its bitmap
     (H, W) bool of the enlarged picture, which is asked for when it is drawn: all of a large picture's fill a memory.
     """
-    size = tuple(max(1, round(side * scale)) for side in picture.size)
+    size = scaled_size(picture.size, scale)
     canvas = picture.convert("RGB").resize(size, Image.Resampling.BICUBIC)
     width = max(2, round(max(size) / 400))
     corners = (boxes.detach().cpu().double() * scale).tolist()
@@ -89,7 +102,7 @@ def paint(
     for i in order:
         _paint_box(canvas, corners[i], colors[i], width)
     taken: list[tuple[float, float, float, float]] = []
-    font = ImageFont.load_default(max(12, round(max(size) / 52)))
+    font = load_font(max(12, round(max(size) / 52)))
     for i in reversed(order):  # small objects choose a place for their name first
         taken.append(_paint_caption(canvas, corners[i], captions[i], colors[i], font, taken))
     return canvas

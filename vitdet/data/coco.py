@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 
@@ -106,7 +107,7 @@ def read_image(path: Path, size: tuple[int, int] | None = None) -> Image.Image:
     return image
 
 
-def read_tree(path: Path) -> object:
+def read_tree(path: Path) -> Any:
     """The content of an annotation file, its tables as `Entries` that do not change with the file.
 
     Raises FileNotFoundError or ValueError with one line that names it.

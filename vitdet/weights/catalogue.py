@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -60,8 +60,11 @@ class Entry:
 def load_catalogue(path: Path) -> dict[str, Entry]:
     """The entries of a catalogue file by name, in its order."""
     loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # ten times as fast, if PyYAML has it
-    entries = (Entry(**fields) for fields in yaml.load(path.read_bytes(), loader))
-    return {entry.name: replace(entry, ap=entry.ap and tuple(entry.ap)) for entry in entries}
+    entries = {}
+    for fields in yaml.load(path.read_bytes(), loader):
+        ap = tuple(fields["ap"]) if "ap" in fields else None
+        entries[fields["name"]] = Entry(**fields | {"ap": ap})
+    return entries
 
 
 CATALOGUE = load_catalogue(PACKAGED / "catalogue.yaml")

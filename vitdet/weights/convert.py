@@ -20,6 +20,7 @@ from vitdet.checkpoint import FORMAT, read_detector_file, save
 from vitdet.config import Config, flatten, load_config, to_dict
 from vitdet.files import written
 from vitdet.models import Detector, build_detector
+from vitdet.models.vit import ViT
 from vitdet.weights import PACKAGED
 from vitdet.weights.formats import FORMATS
 from vitdet.weights.formats.mmdet import mmdet_format
@@ -171,9 +172,9 @@ def _write_theirs(source: Path, destination: Path, layout: str) -> list[str]:
         destination, (".pkl", ".pth") if layout == "detectron2" else (".pth",), f"for {layout}"
     )
     weights, config, names = read_detector_file(source)
-    weights = rescale_relative_positions(
-        weights, config.model.backbone.scaled_rel_pos, FORMATS[layout].scaled
-    )
+    scaled = FORMATS[layout].scaled
+    if scaled is not None:
+        weights = rescale_relative_positions(weights, config.model.backbone.scaled_rel_pos, scaled)
     others = _other_settings(config, layout)
     try:
         if others:
@@ -202,9 +203,11 @@ def _other_settings(config: Config, layout: str) -> list[str]:
 
 
 def _layout_of(config: Config) -> Format:
-    """ViTAE-Transformer/ViTDet keeps the biases of queries and values apart in the global blocks of ViTAE-B."""
-    blocks = shapes_of(config).backbone.blocks if config.model.backbone.name == "vitae_b" else ()
-    return mmdet_format(split=[i for i, block in enumerate(blocks) if block.window == 0])
+    """ViTAE-Transformer/ViTDet stores q_bias and v_bias as separate tensors in the global blocks of ViTAE-B."""
+    backbone = shapes_of(config).backbone
+    if config.model.backbone.name != "vitae_b" or not isinstance(backbone, ViT):
+        return mmdet_format()
+    return mmdet_format(split=[i for i, block in enumerate(backbone.blocks) if block.window == 0])
 
 
 def _expect_suffix(path: Path, suffixes: tuple[str, ...], why: str) -> None:
