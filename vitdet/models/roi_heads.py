@@ -14,13 +14,14 @@ import torch
 from torch import Tensor, nn
 from torchvision.ops import batched_nms
 
-from vitdet.models import box_head, losses, mask_head
 from vitdet.models.assign import BACKGROUND, Choose, Match, choose_randomly, sample
+from vitdet.models.box_head import BINS as BOX_BINS
 from vitdet.models.box_head import BoxHead
 from vitdet.models.boxes import Weights, clip, decode, encode, nonempty, pairwise_iou
 from vitdet.models.layers import scale_gradient
-from vitdet.models.losses import FederatedClassification, SoftmaxClassification
-from vitdet.models.mask_head import MaskHead
+from vitdet.models.losses import FederatedClassification, SoftmaxClassification, box_l1, mask_bce
+from vitdet.models.mask_head import BINS as MASK_BINS
+from vitdet.models.mask_head import MaskHead, mask_targets
 from vitdet.models.roi_pool import pool
 from vitdet.types import Detections, Polygons, Target
 
@@ -125,7 +126,7 @@ class RoIHeads(nn.Module):
         self, stage: int, features: Sequence[Tensor], boxes: Sequence[Tensor]
     ) -> tuple[Tensor, Tensor]:
         """Logits (R, K + 1) and deltas (R, K or 1, 4) of all images' boxes."""
-        pooled = pool(features, boxes, self.strides, box_head.BINS, self.sampling_ratio)
+        pooled = pool(features, boxes, self.strides, BOX_BINS, self.sampling_ratio)
         if len(self.stages) > 1:
             pooled = scale_gradient(pooled, 1 / len(self.stages))
         return self.stages[stage](pooled)
@@ -182,7 +183,7 @@ class RoIHeads(nn.Module):
             ]
         )
         column = labels[foreground].clamp(max=deltas.shape[1] - 1)  # one column if class-agnostic
-        return losses.box_l1(
+        return box_l1(
             deltas[foreground, column], encode(boxes, truth, self.weights[stage]), len(labels)
         )
 
@@ -197,12 +198,12 @@ class RoIHeads(nn.Module):
             boxes.append(image.boxes[chosen])
             labels.append(target.labels[truth])
             wanted.append(self.mask_targets(target.masks[truth], image.boxes[chosen]))
-        pooled = pool(features, boxes, self.strides, mask_head.BINS, self.sampling_ratio)
-        return losses.mask_bce(self.mask(pooled, torch.cat(labels)), torch.cat(wanted))
+        pooled = pool(features, boxes, self.strides, MASK_BINS, self.sampling_ratio)
+        return mask_bce(self.mask(pooled, torch.cat(labels)), torch.cat(wanted))
 
     def mask_targets(self, masks: Polygons, boxes: Tensor) -> Tensor:
         """The target masks (R, 28, 28) bool of boxes (R, 4), one mask each."""
-        return mask_head.mask_targets(masks, boxes)
+        return mask_targets(masks, boxes)
 
     def select(self, boxes: Tensor, scores: Tensor) -> Detections:
         """The best boxes of one image after NMS within classes: boxes (N, K or 1, 4), scores (N, K)."""
@@ -219,7 +220,7 @@ class RoIHeads(nn.Module):
     ) -> list[Detections]:
         """The detections with the mask probabilities (N, 28, 28) inside their boxes."""
         boxes = [image.boxes for image in found]
-        pooled = pool(features, boxes, self.strides, mask_head.BINS, self.sampling_ratio)
+        pooled = pool(features, boxes, self.strides, MASK_BINS, self.sampling_ratio)
         logits = self.mask(pooled, torch.cat([image.labels for image in found]))
         masks = logits.float().sigmoid().split([len(b) for b in boxes])
         return [

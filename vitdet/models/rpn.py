@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.ops import batched_nms
 
-from vitdet.models import losses
 from vitdet.models.anchors import grid_anchors
 from vitdet.models.assign import (
     BACKGROUND,
@@ -26,6 +25,7 @@ from vitdet.models.assign import (
 )
 from vitdet.models.boxes import clip, decode, encode, nonempty, pairwise_iou
 from vitdet.models.layers import ConvNorm, init_predictor
+from vitdet.models.losses import box_l1, objectness
 from vitdet.types import Target
 
 WEIGHTS = (1.0, 1.0, 1.0, 1.0)  # of the box transform
@@ -169,6 +169,6 @@ class RPN(nn.Module):
             )
         count = sampled if self.divide_by_sampled else self.samples * len(targets)
         return {
-            "loss_rpn_cls": losses.objectness(torch.cat(logits), torch.cat(truth), count),
-            "loss_rpn_loc": losses.box_l1(torch.cat(deltas), torch.cat(delta_targets), count),
+            "loss_rpn_cls": objectness(torch.cat(logits), torch.cat(truth), count),
+            "loss_rpn_loc": box_l1(torch.cat(deltas), torch.cat(delta_targets), count),
         }
