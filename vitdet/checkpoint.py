@@ -38,8 +38,11 @@ def save(path: Path, content: dict) -> None:
         torn = any(words in str(cause) for words in TORN)
         if not isinstance(cause, OSError) and not torn:
             raise  # not the disk's fault
-        full = torn or isinstance(cause, OSError) and cause.errno in FULL
-        advice = "; free some space and run the same command again" if full else ""
+        advice = (
+            "; free some space and run the same command again"
+            if torn or (isinstance(cause, OSError) and cause.errno in FULL)
+            else ""
+        )
         raise OSError(f"{path}: could not be written ({_first_line(cause)}){advice}") from error
 
 
