@@ -1,6 +1,7 @@
 """The client of Kubeflow Pipelines: start a run or a schedule of runs, follow it, terminate it.
 
-`pipeline.connection` sends the requests, translates their errors, and explains why kfp.Client is not used.
+`pipeline.connection` sends the requests, translates their errors, and explains why kfp.Client is
+not used.
 """
 
 from __future__ import annotations
@@ -20,8 +21,8 @@ from pipeline.request import RunRequest, Schedule, kubeflow_cron
 
 ENDED = ("SUCCEEDED", "FAILED", "SKIPPED", "CANCELED")  # kfp.Client keeps waiting on CANCELED
 RECURRING = "recurringrun"  # a schedule in the links of the web interface
-# Tasks that Argo adds to a pipeline's steps: groups of steps, drivers, pods; "(0)" is one attempt of a retried step
-# (names: kubeflow/pipelines, backend/src/v2/compiler/argocompiler/dag.go).
+# Tasks that Argo adds to a pipeline's steps: groups of steps, drivers, pods; "(0)" is one attempt
+# of a retried step (names: kubeflow/pipelines, backend/src/v2/compiler/argocompiler/dag.go).
 ATTEMPT = re.compile(r"\(\d+\)$")
 ARGO_TASK = re.compile(
     r"(root|executor|iteration.*|(for-loop|condition|condition-branches|exit-handler)-\d+.*)(-driver)?$"
@@ -47,11 +48,11 @@ class Server:
         self.ui = ui.rstrip("/") or ("" if in_cluster_address(self.host) else self.host)
 
     def link(self, run_id: str, kind: str = "runs") -> str:
-        """The link to a run in the web interface, without the host where that serves only the API."""
+        """The link to a run in the web interface; without the host if that only serves the API."""
         return f"{self.ui}/#/{kind}/details/{run_id}"
 
     def multi_user(self) -> bool:
-        """Whether the server has users; as the simplest request it also checks that this is the API."""
+        """Whether the server has users; the first request, which checks that this is the API."""
         try:
             return bool(self.health.healthz_service_get_healthz().multi_user)
         except ServerError as error:
@@ -138,8 +139,8 @@ class Server:
     ) -> Created:
         """The result of `create`, retried after transient errors.
 
-        When it is not known whether a request took effect, `find` checks that first, so that a retry does not train
-        twice.
+        When it is not known whether a request took effect, `find` checks that first, so that a
+        retry does not train twice.
         """
         for attempt in range(self.transport.retries + 1):
             try:
@@ -184,7 +185,10 @@ class Server:
         return experiment.namespace or "kubeflow"
 
     def follow(self, run_id: str, every: float = 10.0, tolerance: float = 600.0) -> api.V2beta1Run:
-        """Report each change of state until the run has ended; tolerate a server that is down for `tolerance` seconds."""
+        """Report changes of state until the run has ended.
+
+        A server may be down for `tolerance` seconds.
+        """
         reported: dict[str, str] = {}
         last_answer = time.monotonic()
         while True:
@@ -255,8 +259,8 @@ def steps(run: api.V2beta1Run) -> list[tuple[str, str, str]]:
 def failed_steps(run: api.V2beta1Run) -> list[tuple[str, str]]:
     """(step, message) of the failed steps, by time. Servers up to 2.17 return no messages: "".
 
-    On older servers a run whose steps failed inside an ExitHandler ends as SUCCEEDED, since the exit handler did
-    (kubeflow/pipelines #9577), so do not rely on the run's state alone.
+    On older servers a run whose steps failed inside an ExitHandler ends as SUCCEEDED, since the
+    exit handler did (kubeflow/pipelines #9577), so do not rely on the run's state alone.
     """
     tasks = run.run_details.task_details if run.run_details else None
     failed = [

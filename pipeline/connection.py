@@ -1,13 +1,14 @@
-"""The connection to Kubeflow Pipelines: credentials, timeouts, retries, and errors that tell what to do.
+"""The connection to Kubeflow Pipelines: credentials, timeouts, retries, errors.
 
-The requests are those of kfp_server_api, the generated client that kfp.Client uses. kfp.Client 2.17 itself is not used.
-Its constructor requests /healthz without a timeout, then again every 5 s with a traceback each, reads cookies from
-~/.config/kfp and, depending on an environment variable, prompts. It waits forever on a server that stalls and on a
-cancelled run, does not retry after a 5xx, and prints an error's headers including cookies; its `enable_caching=False`
-does not apply to steps inside an ExitHandler, a loop or a condition, thus to none of ours.
+The requests are those of kfp_server_api, the generated client that kfp.Client uses. kfp.Client 2.17
+itself is not used. Its constructor requests /healthz without a timeout, then again every 5 s with a
+traceback each, reads cookies from ~/.config/kfp and, depending on an environment variable, prompts.
+It waits forever on a server that stalls and on a cancelled run, does not retry after a 5xx, and
+prints an error's headers including cookies; its `enable_caching=False` does not apply to steps
+inside an ExitHandler, a loop or a condition, thus to none of ours.
 
-Secrets are read from a file, the environment or the pod, never from the command line, which every user of the machine
-can read; no message contains one.
+Secrets are read from a file, the environment or the pod, never from the command line, which every
+user of the machine can read; no message contains one.
 """
 
 from __future__ import annotations
@@ -35,7 +36,8 @@ TRANSIENT = (429, 500, 502, 503, 504)  # status codes of a server that may recov
 class ServerError(OSError):
     """A failed request, as a message for the user.
 
-    status: that of HTTP, 0 without an answer. transient: it may succeed later. sent: it may have taken effect.
+    status: that of HTTP, 0 without an answer. transient: it may succeed later. sent: it may have
+    taken effect.
     """
 
     def __init__(
@@ -57,7 +59,7 @@ class Secret:
 
 
 def server_address(host: str) -> str:
-    """The API's address: `host`, else KF_PIPELINES_ENDPOINT, else in a pod the cluster's own service.
+    """The API's address: `host`, else KF_PIPELINES_ENDPOINT, else in a pod the cluster's service.
 
     Raises ValueError when none is known or it is not http(s)://NAME[/PATH].
     """
@@ -92,10 +94,10 @@ def in_cluster_address(host: str) -> bool:
 def credentials(
     host: str, token_file: str = "", cookie_file: str = ""
 ) -> tuple[Secret | None, Secret | None]:
-    """Token and cookie: from the files, else from KFP_TOKEN and KFP_COOKIE, else the pod's own token.
+    """Token and cookie: from the files, else KFP_TOKEN and KFP_COOKIE, else the pod's token.
 
-    The pod's token is sent to the cluster's services only, unless KF_PIPELINES_SA_TOKEN_PATH names it. Raises
-    ValueError for an invalid one.
+    The pod's token is sent to the cluster's services only, unless KF_PIPELINES_SA_TOKEN_PATH names
+    it. Raises ValueError for an invalid one.
     """
     token = named_secret("token", token_file, "KFP_TOKEN")
     cookie = named_secret("cookie", cookie_file, "KFP_COOKIE")
@@ -129,7 +131,7 @@ def named_secret(kind: str, file: str, variable: str) -> Secret | None:
 
 
 def read_secret(file: str, source: str) -> str:
-    """The text of a secret's file. Raises ValueError without the file's name, which may be the secret by mistake."""
+    """The text of a secret's file. Raises ValueError, without the name: it may be the secret."""
     try:
         return sys.stdin.read() if file == "-" else Path(file).read_text()
     except (OSError, UnicodeDecodeError) as error:
@@ -138,7 +140,7 @@ def read_secret(file: str, source: str) -> str:
 
 
 def validate_secret(kind: str, text: str, source: str) -> str:
-    """The secret as the value of a header; http.client would print an invalid one in its traceback."""
+    """The secret as a header's value; http.client would print an invalid one in its traceback."""
     text = text.strip().removeprefix("Bearer ").removeprefix("Cookie: ").strip()
     if not re.fullmatch(r"[!-~]+" if kind == "token" else r"[ -~]+", text):
         raise ValueError(
@@ -152,10 +154,11 @@ def validate_secret(kind: str, text: str, source: str) -> str:
 
 
 class Transport(RESTClientObject):
-    """The transport of the generated client, with timeouts, retries where they are safe, and ServerError for errors.
+    """The transport of the generated client with timeouts, safe retries, and ServerError.
 
-    timeout: seconds to connect, and between two parts of the answer. retries: after the first attempt; a request that
-    changes something is repeated only if it cannot have arrived. report: called with the reason of a retry.
+    timeout: seconds to connect, and between two parts of the answer. retries: after the first
+    attempt; a request that changes something is repeated only if it cannot have arrived. report:
+    called with the reason of a retry.
     """
 
     backoff = 1.0  # seconds before the first retry, doubled for each further one
@@ -322,7 +325,7 @@ def connect(
     retries: int = 3,
     report: Callable[[str], None] = lambda _: None,
 ) -> ApiClient:
-    """A client of the API at `host` for the service classes of kfp_server_api; see Transport for the arguments.
+    """A client for the service classes of kfp_server_api; see Transport for the arguments.
 
     Raises FileNotFoundError when ca_file is missing. Its requests raise ServerError.
     """

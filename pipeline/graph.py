@@ -1,12 +1,14 @@
-"""The graph: recipes -> configs -> data, weights -> per recipe train -> evaluate -> gate -> register; one table at the
-end, and an exit handler.
+"""The graph: recipes -> configs -> data, weights -> per recipe train -> evaluate -> gate ->
+register; one table at the end, and an exit handler.
 
-The cluster's pipeline and the local one differ in the arguments of `build`. Recipes and overrides describe the
-experiment; nodes, pool, job_kind and workspace the cluster; neither depends on the other.
+The cluster's pipeline and the local one differ in the arguments of `build`. Recipes and overrides
+describe the experiment; nodes, pool, job_kind and workspace the cluster; neither depends on the
+other.
 
-Workarounds for kfp 2.17: its local runner skips an If on an output that is not called `Output`, and compares one that is
-not a string wrongly, so `gate` returns one string. It does not run container components and CreatePVC, so every step is
-a Python component. `set_retry` really sleeps there, so local runs have no retries.
+Workarounds for kfp 2.17: its local runner skips an If on an output that is not called `Output`, and
+compares one that is not a string wrongly, so `gate` returns one string. It does not run container
+components and CreatePVC, so every step is a Python component. `set_retry` really sleeps there, so
+local runs have no retries.
 """
 
 from collections.abc import Callable
@@ -36,10 +38,11 @@ SECRET = {
     "MLFLOW_TRACKING_USERNAME": "MLFLOW_TRACKING_USERNAME",
     "MLFLOW_TRACKING_PASSWORD": "MLFLOW_TRACKING_PASSWORD",
 }
-# Longer than any training. Argo counts this from the start of the first attempt: after it there are no more retries,
-# and the running attempt is ended (argo-workflows, operator.go: processNodeRetries); kfp's default is an hour. The
-# launcher (components/launcher/follower.py) does not repeat a training that a retry cannot mend; Argo does not retry a
-# pod that was deleted without a trace.
+# Longer than any training. Argo counts this from the start of the first attempt: after it there are
+# no more retries, and the running attempt is ended (argo-workflows, operator.go:
+# processNodeRetries); kfp's default is an hour. The launcher (components/launcher/follower.py) does
+# not repeat a training that a retry cannot mend; Argo does not retry a pod that was deleted without
+# a trace.
 MAX_RETRY_TIME = "1296000s"
 
 # (task, its size) -> the task with the settings of the cluster
@@ -52,7 +55,9 @@ def build(
     image: str = "",
     configure: Configure = lambda task, size: task,
 ) -> BaseComponent:
-    """The pipeline with this component to train; `job` is the YAML of the jobs that it may start in this image."""
+    """The pipeline with this component to train; `job` is the YAML of the jobs that it may start in
+    this image.
+    """
 
     @dsl.pipeline(
         name="vitdet",
@@ -146,9 +151,9 @@ def build(
 def compile_pipeline(file: Path, job: str = "") -> Path:
     """Write the cluster's pipeline; the output is deterministic.
 
-    job: YAML of the training jobs, as `kubectl kustomize` prints it; else those of manifests/. The steps run in their
-    image, unless the environment variable VITDET_IMAGE names another. Raises ValueError when it contains no job, or a
-    TrainJob without its runtime.
+    job: YAML of the training jobs, as `kubectl kustomize` prints it; else those of manifests/. The
+    steps run in their image, unless the environment variable VITDET_IMAGE names another. Raises
+    ValueError when it contains no job, or a TrainJob without its runtime.
     """
     text = job or "\n---\n".join(path.read_text() for path in JOBS)
     jobs = training_jobs(text)
@@ -160,8 +165,8 @@ def compile_pipeline(file: Path, job: str = "") -> Path:
 
 
 def cluster_settings(needs: Accelerators, image: str) -> Configure:
-    """Configures a task with image, volume, MLflow's secret, the run's id, resources, retries; `evaluate` with a GPU if
-    the jobs train on GPUs.
+    """Configures a task with image, volume, MLflow's secret, the run's id, resources, retries;
+    `evaluate` with a GPU if the jobs train on GPUs.
     """
     # name: (CPU request, memory request, memory limit, retries)
     sizes = {
@@ -184,13 +189,15 @@ def cluster_settings(needs: Accelerators, image: str) -> Configure:
                 backoff_factor=2,
                 backoff_max_duration=MAX_RETRY_TIME,
             )
-        # The image's own user, explicit as Pod Security `restricted` requires; KFP sets its other fields.
+        # The image's own user, explicit as Pod Security `restricted` requires; KFP sets its other
+        # fields.
         kubernetes.set_security_context(
             task, run_as_user=1000, run_as_group=1000, run_as_non_root=True
         )
         kubernetes.mount_pvc(task, CLAIM, MOUNT)
         kubernetes.use_secret_as_env(task, "vitdet-mlflow", SECRET, optional=True)
-        # From the label: a placeholder as an argument would change with each run, and no step would be cached.
+        # From the label: a placeholder as an argument would change with each run, and no step would
+        # be cached.
         kubernetes.use_field_path_as_env(task, RUN_ID, "metadata.labels['pipeline/runid']")
         if size == "gpu":
             kubernetes.empty_dir_mount(task, "shm", "/dev/shm", medium="Memory", size_limit="4Gi")

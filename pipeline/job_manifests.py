@@ -1,8 +1,9 @@
-"""What the pipeline reads from the YAML of the training jobs: their kinds, image, GPUs, tolerations and node selector.
+"""Read the YAML of the training jobs: kinds, image, GPUs, tolerations and node selector.
 
-Step `evaluate` needs the GPUs and nodes that a training needs. A PyTorchJob has them in its pod template. A TrainJob has
-them in parts, the later over the earlier: its runtime, which is another document; spec.trainer; its runtimePatches
-(Trainer 2.3: maps are merged, a list of tolerations is replaced).
+Step `evaluate` needs the GPUs and nodes that a training needs. A PyTorchJob has them in its pod
+template. A TrainJob has them in parts, the later over the earlier: its runtime, which is another
+document; spec.trainer; its runtimePatches (Trainer 2.3: maps are merged, a list of tolerations is
+replaced).
 """
 
 from __future__ import annotations
@@ -74,9 +75,11 @@ class Accelerators(NamedTuple):
 
 
 def accelerators(text: str) -> Accelerators:
-    """The accelerators of the training job in a YAML stream; of two kinds the PyTorchJob, as an overlay sets both alike.
+    """The accelerators of the training job in a YAML stream; of two kinds the PyTorchJob, as an
+    overlay sets both alike.
 
-    Raises ValueError when a TrainJob's runtime is not among the documents and it does not set its own resources.
+    Raises ValueError when a TrainJob's runtime is not among the documents and it does not set its
+    own resources.
     """
     documents = [document for document in yaml.safe_load_all(text) if isinstance(document, dict)]
     for job in documents:
@@ -98,7 +101,9 @@ def pod_accelerators(pod: dict, resources: dict | None) -> Accelerators:
 
 
 def trainjob_accelerators(job: dict, documents: list[dict]) -> Accelerators:
-    """The accelerators of a TrainJob and its runtime, if that is among the documents. Raises like `accelerators`."""
+    """The accelerators of a TrainJob and its runtime, if that is among the documents. Raises like
+    `accelerators`.
+    """
     wanted, trainer = job["spec"]["runtimeRef"], job["spec"].get("trainer") or {}
     kind, name = wanted.get("kind", "ClusterTrainingRuntime"), wanted["name"]
     runtime = next(
@@ -126,7 +131,9 @@ def trainjob_accelerators(job: dict, documents: list[dict]) -> Accelerators:
 
 
 def node_pod_spec(spec: dict) -> dict:
-    """The pod spec of the replicated job `node` in a runtime or a patch of one; {} if there is none."""
+    """The pod spec of the replicated job `node` in a runtime or a patch of one; {} if there is
+    none.
+    """
     jobs = spec.get("template", {}).get("spec", {}).get("replicatedJobs") or []
     job: dict = next((one for one in jobs if one["name"] == "node"), {})
     return job.get("template", {}).get("spec", {}).get("template", {}).get("spec") or {}

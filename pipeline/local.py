@@ -1,4 +1,6 @@
-"""Run the pipeline on this machine with kfp's local runner: each step is a process, also the training."""
+"""Run the pipeline on this machine with kfp's local runner: each step is a process, also the
+training.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +30,9 @@ NOISE = re.compile(r"\s*(\[KFP Executor |[\"{}\[\]]|\d\d:\d\d:\d\d\.\d+ - |-{20,
 
 
 class Screen:
-    """Shows the lines that the steps print, under the step's name, and the last line of an error; logs everything."""
+    """Shows the lines that the steps print, under the step's name, and the last line of an error;
+    logs everything.
+    """
 
     def __init__(self, screen: TextIO, log: TextIO) -> None:
         self.screen, self.log = screen, log

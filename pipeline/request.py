@@ -1,4 +1,4 @@
-"""A request for a run: the compiled pipeline and its parameters, validated before anything is sent."""
+"""A request for a run: the compiled pipeline and its parameters, validated before it is sent."""
 
 from __future__ import annotations
 
@@ -21,7 +21,9 @@ DEFAULT_IMAGE_WARNING = (
 
 @dataclass(frozen=True)
 class RunRequest:
-    """A run to start: the pipeline (see `load_package`) and its parameters; "" leaves a choice to the server."""
+    """A run to start: the pipeline (see `load_package`) and its parameters; "" leaves a choice to
+    the server.
+    """
 
     pipeline: dict
     parameters: dict[str, object]
@@ -33,7 +35,9 @@ class RunRequest:
 
 @dataclass(frozen=True)
 class Schedule:
-    """When to start runs: see `kubeflow_cron`; max_concurrency: runs at the same time, servers allow 1..10."""
+    """When to start runs: see `kubeflow_cron`; max_concurrency: runs at the same time, servers
+    allow 1..10.
+    """
 
     expression: str
     max_concurrency: int = 1
@@ -43,8 +47,8 @@ class Schedule:
 def load_package(package: Path, parameters: dict[str, object], caching: bool) -> dict:
     """The body of a request from a compiled pipeline.
 
-    Without caching no step at any depth reuses results. With caching, step `configs` does not if a recipe is a file,
-    which may have changed under the same name.
+    Without caching no step at any depth reuses results. With caching, step `configs` does not if a
+    recipe is a file, which may have changed under the same name.
 
     Raises ValueError when the file is no pipeline or does not have these parameters.
     """
@@ -79,7 +83,9 @@ def load_package(package: Path, parameters: dict[str, object], caching: bool) ->
 
 
 def default_image_warning(pipeline: dict) -> str:
-    """The warning about a pipeline with the placeholder image of manifests/, which no cluster can pull, else ""."""
+    """The warning about a pipeline with the placeholder image of manifests/, which no cluster can
+    pull, else "".
+    """
     executors = (
         pipeline.get("pipeline_spec", pipeline).get("deploymentSpec", {}).get("executors", {})
     )
@@ -95,8 +101,9 @@ def is_file(recipe: str) -> bool:
 def kubeflow_cron(expression: str) -> str:
     """A schedule in Kubeflow's notation, whose first field is seconds.
 
-    Kubeflow reads the five fields of a crontab as seconds..months, so that "0 3 * * *" would start a training every
-    hour; here they get second 0. Six fields and @daily, @every 12h are kept. Raises ValueError for anything else.
+    Kubeflow reads the five fields of a crontab as seconds..months, so that "0 3 * * *" would start
+    a training every hour; here they get second 0. Six fields and @daily, @every 12h are kept.
+    Raises ValueError for anything else.
     """
     fields = expression.split()
     if expression.startswith("@") and re.fullmatch(
@@ -112,10 +119,12 @@ def kubeflow_cron(expression: str) -> str:
 
 
 def check_recipes(recipes: Sequence[str], overrides: Sequence[str]) -> bool:
-    """Raise ValueError for what the pipeline's first step would reject; False if that cannot be checked here.
+    """Raise ValueError for what the pipeline's first step would reject; False if that cannot be
+    checked here.
 
-    It runs `vitdet config` in a process, as pipeline/ does not depend on vitdet, which only the image needs. Without it
-    the first step rejects the run, before data is prepared or GPUs are requested.
+    It runs `vitdet config` in a process, as pipeline/ does not depend on vitdet, which only the
+    image needs. Without it the first step rejects the run, before data is prepared or GPUs are
+    requested.
     """
     if len(set(recipes)) < len(recipes):
         raise ValueError(f"a recipe is named twice: {' '.join(recipes)}")

@@ -20,25 +20,22 @@ SERVICE_ACCOUNT = Path("/var/run/secrets/kubernetes.io/serviceaccount")
 
 @dataclass(frozen=True)
 class Timeouts:
-    """Seconds between two polls of a job, and how long each condition is tolerated.
-
-    forbidden: while the API server refuses what it allowed before, as it does after a start until it has read the
-    roles. operator: until the operator reacts to a new job. start: for a pod that cannot start (image, Secret,
-    command). schedule: for a node, or a quota, a volume, an init container, as the operator's own init container waits
-    for the Master and fails every 200 s.
-    """
+    """Seconds between two polls of a job, and for how long each problem is tolerated."""
 
     poll: float = 5
-    api: float = 600
+    api: float = 600  # the API server does not answer
+    # it refuses what it allowed before, as after a restart until it has read the roles
     forbidden: float = 60
-    operator: float = 300
-    start: float = 300
+    operator: float = 300  # the operator does not react to a new job
+    start: float = 300  # a pod cannot start: image, Secret, command
+    # a pod waits for a node, a quota, a volume, or an init container: the operator's own waits for
+    # the Master and fails every 200 s
     schedule: float = 3600
-    deletion: float = 120
+    deletion: float = 120  # a job of an earlier attempt is still being deleted
 
 
 def connect() -> tuple[client.ApiClient, str]:
-    """A client of the API server and the namespace to work in: the pod's own, else the kubeconfig's.
+    """A client of the API server, and the namespace: the pod's own, else the kubeconfig's.
 
     Raises RuntimeError when there is neither.
     """
@@ -69,8 +66,8 @@ def active_context() -> dict:
 def describe_namespace(namespace: str) -> str:
     """The namespace and cluster that requests go to, for a message.
 
-    Raises ValueError when the cluster has no such namespace, RuntimeError when it does not answer. An account that may
-    not read namespaces gets no error.
+    Raises ValueError when the cluster has no such namespace, RuntimeError when it does not answer.
+    An account that may not read namespaces gets no error.
     """
     api, _ = connect()
     name = (
@@ -92,10 +89,11 @@ def describe_namespace(namespace: str) -> str:
 
 
 def owner_reference() -> dict | None:
-    """An ownerReference to this pod, whose name Kubeflow Pipelines 2 sets in a step's environment; else None.
+    """An ownerReference to this pod; None outside of a pipeline step.
 
-    The variables are `commonEnvs` of the backend's argocompiler/common.go. It is not the job's controller, for which
-    Kueue would take it, and does not block its own deletion, which would need one more right.
+    The variables are `commonEnvs` of the backend's argocompiler/common.go. It is not the job's
+    controller, for which Kueue would take it, and does not block its own deletion, which would need
+    one more right.
     """
     name, uid = os.environ.get("KFP_POD_NAME"), os.environ.get("KFP_POD_UID")
     return {"apiVersion": "v1", "kind": "Pod", "name": name, "uid": uid} if name and uid else None
@@ -122,7 +120,7 @@ def delete_job(api: client.ApiClient, kind: Kind, namespace: str, name: str) -> 
 def request_once(
     kind: Kind, namespace: str, call: Callable, args: tuple[str, ...], options: dict[str, str]
 ) -> dict:
-    """The answer to a request that is not repeated, {} for what does not exist. Raises like `list_jobs`."""
+    """The answer to a request without retries, {} on 404. Raises like `list_jobs`."""
     try:
         return call(*args, _request_timeout=(5, 30), **options)
     except ApiException as error:
@@ -154,7 +152,7 @@ def describe_error(kind: Kind, namespace: str, verb: str, error: ApiException) -
 
 
 class JobClient:
-    """The requests about one job, each repeated while the API server does not answer or reports an internal error.
+    """The requests about one job, retried while the API server does not answer or fails.
 
     All methods raise RuntimeError, with one line, when the time is up or the request is rejected.
     """
@@ -246,12 +244,12 @@ class JobClient:
         self.patch({"metadata": {"ownerReferences": [owner]}})
 
     def mark(self, failure: str, halt: bool) -> None:
-        """Annotate the job with the cause of its failure; halt: suspend it, so that the operator deletes its pods."""
+        """Annotate the job with its failure; halt: suspend it, so that its pods are deleted."""
         change: dict = {"metadata": {"annotations": {FAILURE: failure}}}
         self.patch({**change, "spec": self.kind.halt} if halt else change)
 
     def patch(self, change: dict) -> None:
-        """Apply a merge patch, the only type that this client sends for custom objects; no error if the job is gone."""
+        """Apply a merge patch, the only type that this client sends for custom objects."""
         self.request(
             f"patch {self.kind.plural}",
             self.objects.patch_namespaced_custom_object,
@@ -305,7 +303,7 @@ class JobClient:
             return  # the next request reports it, if it lasts
 
     def events(self, selector: str) -> list[dict]:
-        """The events that a field selector selects; none when they may not be listed: then less is reported."""
+        """The events that a field selector selects; none when they may not be listed."""
         found = self.request(
             "list events",
             self.core.list_namespaced_event,
@@ -325,8 +323,8 @@ class JobClient:
     ) -> list[str]:
         """Lines of a container's log, each after its time and a space; none when there is no log.
 
-        since: of the last so many seconds; tail: the last lines; previous: of the instance before the running one;
-        container: "" is the one that trains.
+        since: of the last so many seconds; tail: the last lines; previous: of the instance before
+        the running one; container: "" is the one that trains.
         """
         options = {"since_seconds": since, "tail_lines": tail, "previous": previous or None}
         try:

@@ -1,8 +1,8 @@
-"""Follow one job from its creation to its end: forward its log, detect what blocks it, explain why it failed.
+"""Follow one job to its end: forward its log, detect what blocks it, explain why it failed.
 
-The job is polled every few seconds rather than watched: a poll needs no state that a dropped connection or a restarted
-API server could lose. Between two polls the pods are watched, so that a short-lived cause is not missed: the operator
-replaces a killed pod at once.
+The job is polled every few seconds rather than watched: a poll needs no state that a dropped
+connection or a restarted API server could lose. Between two polls the pods are watched, so that a
+short-lived cause is not missed: the operator replaces a killed pod at once.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ MAX_FIRST_LINES = 1000  # log lines of a job that existed before
 
 
 class PodLog:
-    """The new lines of a pod's log, each once, across restarts of its container and of the API server."""
+    """A pod's log, each line once, across restarts of its container and the API server."""
 
     def __init__(self, client: JobClient, container: str) -> None:
         self.client, self.container = client, container
@@ -65,7 +65,7 @@ class PodLog:
 
 
 def comparable_time(text: str) -> str:
-    """An RFC 3339 time with all nine digits of its fraction, which omits trailing zeros, so that times can be compared."""
+    """An RFC 3339 time with nine digits of its fraction, whose trailing zeros are omitted."""
     whole, _, fraction = text.removesuffix("Z").partition(".")
     return f"{whole}.{fraction:0<9}"
 
@@ -73,10 +73,12 @@ def comparable_time(text: str) -> str:
 class Follower:
     """One job, from its creation to its end.
 
-    Failed jobs are kept and annotated with the cause; a retried step re-raises it instead of retraining.
+    Failed jobs are kept and annotated with the cause; a retried step re-raises it instead of
+    training again.
 
-    finished: whether the training is complete; called when the job is gone or has failed. first_attempt: the step is
-    not retried, so an existing failed job is from before the user restarted the run.
+    finished: whether the training is complete; called when the job is gone or has failed.
+    first_attempt: the step is not retried, so an existing failed job is from before the user
+    restarted the run.
     """
 
     def __init__(
@@ -103,7 +105,7 @@ class Follower:
             self.limits["schedule"] = float(own)
 
     def run(self) -> None:
-        """Create or adopt the job and return when it has succeeded. Raises RuntimeError with the cause."""
+        """Return when the job has succeeded. Raises RuntimeError with the cause of a failure."""
         with self.deleted_on_signal():
             self.create_or_adopt()
             while not self.poll():
@@ -111,7 +113,7 @@ class Follower:
 
     @contextmanager
     def deleted_on_signal(self) -> Iterator[None]:
-        """Delete the job on SIGTERM and Ctrl-C. Kubernetes leaves a pod 30 s between SIGTERM and SIGKILL."""
+        """Delete the job on SIGTERM (30 s later Kubernetes sends SIGKILL) and on Ctrl-C."""
 
         def stop(number: int, frame: object) -> None:
             raise SystemExit(128 + number)
@@ -179,7 +181,7 @@ class Follower:
         self.report("created", f"{self.name} is made in namespace {wanted['namespace']}")
 
     def adopt(self, failure: str) -> None:
-        """Become the owner of an earlier attempt's job. Raises RuntimeError if that attempt recorded a failure."""
+        """Become the owner of an earlier attempt's job. Raises RuntimeError with its failure."""
         meaning = "has told why it failed, no other is made" if failure else "following it"
         self.report("created", f"{self.name} is there, from an earlier try of this step: {meaning}")
         owners = self.job["metadata"].get("ownerReferences")
@@ -189,7 +191,7 @@ class Follower:
             raise RuntimeError(failure)
 
     def poll(self) -> bool:
-        """Report what is new; True when the job has succeeded. Raises RuntimeError when it cannot any more."""
+        """Report what is new; True if the job has succeeded. Raises RuntimeError if it failed."""
         job = self.client.get()
         if job is None:
             return self.handle_missing()
@@ -232,7 +234,7 @@ class Follower:
         return False
 
     def handle_missing(self) -> bool:
-        """True when the training was complete before the job was deleted, as after its time to live; else raises."""
+        """True if the training was complete before the job was deleted. Raises otherwise."""
         if self.finished():
             self.report("phase", f"{self.name} is gone, and its training is complete")
             return True
@@ -242,7 +244,7 @@ class Follower:
         )
 
     def record_failures(self, pods: list[dict]) -> None:
-        """Report failed pods and keep the end of their logs, as the operator may delete them at once."""
+        """Report failed pods and keep the end of their logs: they may be deleted at once."""
         for pod in pods:
             cause = failure_reason(pod)
             if cause is None:
@@ -287,7 +289,7 @@ class Follower:
                 )
 
     def give_up(self, text: str, pods: list[dict], cause: Cause | None) -> NoReturn:
-        """Suspend the job, which could else start later with no step to follow it. Raises RuntimeError."""
+        """Suspend the job, as no step would follow it if it started. Raises RuntimeError."""
         explained = self.explain(pods, cause)
         if QUEUE in (self.current["metadata"].get("labels") or {}):
             self.client.delete()
@@ -295,7 +297,7 @@ class Follower:
         self.fail(f"{text}{explained}; it is suspended", True)
 
     def fail(self, text: str, halt: bool) -> NoReturn:
-        """Annotate the job with the cause, halt: and suspend it. Raises RuntimeError with the cause."""
+        """Annotate the job with the cause, halt: and suspend it. Raises RuntimeError."""
         try:
             self.client.mark(text[:MAX_ANNOTATION], halt)
         except RuntimeError as error:
@@ -303,7 +305,7 @@ class Follower:
         raise RuntimeError(text)
 
     def explain(self, pods: list[dict], cause: Cause | None) -> str:
-        """The cause of a failure and the last log lines of the failed pod, as far as they are known."""
+        """The cause of a failure and the last log lines of the pod; "" if nothing is known."""
         cause = (
             cause
             or root_cause(found for pod in pods if (found := failure_reason(pod)))

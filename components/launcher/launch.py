@@ -1,10 +1,11 @@
 """Start and delete training jobs: what a pipeline step and `python -m pipeline terminate` call.
 
-A job does not outlive its run for four reasons: the step deletes it on SIGTERM; the API server deletes it together with
-the step's pod (ownerReference); `delete_jobs` deletes the jobs of a run; the operator ends it after its deadline, a
-TrainJob on time. The training operator 1.9 checks the deadline only when the job or one of its pods changes, and every
-10 hours (the work queue that should remind it is a FakeWorkQueue: pytorchjob_controller.go), so a job that hangs may
-live that much longer. It deletes a finished PyTorchJob after its time to live; a TrainJob has none.
+A job does not outlive its run for four reasons: the step deletes it on SIGTERM; the API server
+deletes it together with the step's pod (ownerReference); `delete_jobs` deletes the jobs of a run;
+the operator ends it after its deadline, a TrainJob on time. The training operator 1.9 checks the
+deadline only when the job or one of its pods changes, and every 10 hours (the work queue that
+should remind it is a FakeWorkQueue: pytorchjob_controller.go), so a job that hangs may live that
+much longer. It deletes a finished PyTorchJob after its time to live; a TrainJob has none.
 """
 
 from __future__ import annotations
@@ -33,7 +34,8 @@ from components.launcher.templates import (
     mount_paths,
 )
 
-RETRY_INDEX = "KFP_RETRY_INDEX"  # "0" in the first pod of a step; not set by older servers (argocompiler/common.go)
+# "0" in the first pod of a step; not set by older servers (argocompiler/common.go)
+RETRY_INDEX = "KFP_RETRY_INDEX"
 
 
 def launch(
@@ -54,8 +56,8 @@ def launch(
 ) -> None:
     """Train in a job of `nodes` pods and return when it has succeeded.
 
-    An existing job of the same run and recipe is followed, so that a step can be retried; if it has failed, the retried
-    step fails at once with the same message.
+    An existing job of the same run and recipe is followed, so that a step can be retried; if it has
+    failed, the retried step fails at once with the same message.
 
     Args:
         template: YAML of the job.
@@ -66,7 +68,7 @@ def launch(
         finished: Whether the training is complete; called when the job is gone or has failed.
 
     Raises:
-        RuntimeError: The job fails, cannot start, is deleted, or may not be created; with the cause.
+        RuntimeError: The job fails, cannot start, is deleted, or may not be created.
         ValueError: The template does not fit the request.
     """
     job_kind = KINDS.get(kind.lower())
@@ -106,9 +108,9 @@ def delete_jobs(run_id: str, namespace: str = "", own: str = "") -> tuple[list[s
         own: The kind of job that the run creates, "" if unknown.
 
     Returns:
-        The names of the deleted jobs, and one line for each job that is left: a finished one, with how long it and the
-        logs of its pods are kept; one that is already being deleted; a kind of job that may not be listed, which is
-        normal for an account with the rights for one operator only.
+        The names of the deleted jobs, and one line for each job that is left: a finished one, with
+        how long it and its pods' logs are kept; one that is already being deleted; a kind of job
+        that may not be listed, as with an account that has the rights for one operator only.
 
     Raises:
         PermissionError: `own`, or every kind, may not be listed, or a deletion is forbidden.

@@ -1,16 +1,18 @@
-"""The state of a job, why one of its pods failed or does not start, how long a finished job is kept.
+"""The state of a job: why its pods fail or do not start, how long a finished job is kept.
 
-Plain functions of dictionaries as the Kubernetes API returns them. Of a pod (core/v1 PodStatus): a terminated container
-has state.terminated {exitCode, reason: OOMKilled | Error | Completed, finishedAt}, a restarted one has it under
-lastState; a pod lost with its node has status.phase Failed and status.reason (Evicted, NodeLost, Terminated) without
-such a container state, or the condition DisruptionTarget; a pod without a node has the condition PodScheduled False,
-reason Unschedulable.
+Plain functions of dictionaries as the Kubernetes API returns them. Of a pod (core/v1 PodStatus): a
+terminated container has state.terminated {exitCode, reason: OOMKilled | Error | Completed,
+finishedAt}, a restarted one has it under lastState; a pod lost with its node has status.phase
+Failed and status.reason (Evicted, NodeLost, Terminated) without such a container state, or the
+condition DisruptionTarget; a pod without a node has the condition PodScheduled False, reason
+Unschedulable.
 
-Two problems are reported by events only (core/v1 Event). A pod that the API server refuses to create (a quota, a missing
-PriorityClass or ServiceAccount, Pod Security): the training operator 1.9 creates the event FailedCreatePod of the job
-and returns before it writes the job's status (pkg/controller.v1/control/pod_control.go); Kubernetes' Job, which
-Trainer's JobSet creates, has the event FailedCreate. A volume or network that cannot be set up: the kubelet creates the
-events FailedMount and FailedCreatePodSandBox of the pod, whose status stays ContainerCreating.
+Two problems are reported by events only (core/v1 Event). A pod that the API server refuses to
+create (a quota, a missing PriorityClass or ServiceAccount, Pod Security): the training operator 1.9
+creates the event FailedCreatePod of the job and returns before it writes the job's status
+(pkg/controller.v1/control/pod_control.go); Kubernetes' Job, which Trainer's JobSet creates, has the
+event FailedCreate. A volume or network that cannot be set up: the kubelet creates the events
+FailedMount and FailedCreatePodSandBox of the pod, whose status stays ContainerCreating.
 """
 
 from __future__ import annotations
@@ -59,8 +61,9 @@ def job_phase(kind: Kind, job: dict) -> tuple[str, str]:
 def deadline_exceeded(job: dict, message: str) -> str:
     """The deadline of a failed job, if that is why it failed; else "".
 
-    Only the message tells: the training operator's is "... active longer than specified deadline" (common/job.go,
-    ReconcileJobs, with the same reason as every failure), Trainer's "... exceeded its active deadline".
+    Only the message tells: the training operator's is "... active longer than specified deadline"
+    (common/job.go, ReconcileJobs, with the same reason as every failure), Trainer's "... exceeded
+    its active deadline".
     """
     if "deadline" not in message:
         return ""
@@ -69,7 +72,7 @@ def deadline_exceeded(job: dict, message: str) -> str:
 
 
 def retention(kind: Kind, job: dict) -> str:
-    """The phase of a finished job, and how long it and its pods are kept; "" for one that has not finished."""
+    """The phase of a finished job, and how long it and its pods are kept; else ""."""
     phase, spec, status = job_phase(kind, job)[0], job["spec"], job.get("status") or {}
     if phase not in ("failed", "succeeded"):
         return ""
@@ -90,8 +93,8 @@ def retention(kind: Kind, job: dict) -> str:
 class Cause:
     """Why a pod failed or does not start; as a string, one line for the user.
 
-    previous: the container was restarted, so its log is that of the instance before. init: `container` is an init
-    container. subject: "pod", or "job" for a job without pods.
+    previous: the container was restarted, so its log is that of the instance before. init:
+    `container` is an init container. subject: "pod", or "job" for a job without pods.
     """
 
     pod: str
@@ -107,7 +110,7 @@ class Cause:
 
     @property
     def specific(self) -> bool:
-        """Whether the reason explains the failure; a bare exit code may follow from another pod's failure."""
+        """Whether the reason explains the failure; an exit code may follow from another pod's."""
         return self.reason not in ("Error", "Completed", "")
 
     def __str__(self) -> str:
@@ -189,9 +192,9 @@ def termination_cause(
 
 
 def root_cause(causes: Iterable[Cause]) -> Cause | None:
-    """The cause of the others: not one that a restart mended, preferably a specific one, else the earliest.
+    """The cause of the others: not one mended by a restart, rather a specific one, the earliest.
 
-    When one process of a distributed training dies, all others soon fail with an error of their own.
+    When one process of a distributed training dies, all others fail soon after.
     """
     return min(
         causes,
@@ -236,7 +239,7 @@ def expected_pods(job: dict) -> int:
 
 
 def missing_pods(job: dict, pods: list[dict], events: EventQuery) -> Cause | None:
-    """Why this job has fewer pods than expected; None when it has them all, or no event tells why."""
+    """Why this job has fewer pods than expected; None if it has all, or no event tells why."""
     if len(pods) >= expected_pods(job):
         return None
     metadata = job["metadata"]

@@ -1,7 +1,8 @@
-"""The two kinds of training job as plain dictionaries: how to fill in a template, where a kind differs from the other.
+"""The two kinds of training job as plain dictionaries, and how to fill in their templates.
 
-PyTorchJob (kubeflow.org/v1, training operator 1.9) and its successor TrainJob (trainer.kubeflow.org/v1alpha1, Kubeflow
-Trainer 2.3). Everything that is specific to a kind is in its entry of KINDS; the rest of the launcher treats both alike.
+PyTorchJob (kubeflow.org/v1, training operator 1.9) and its successor TrainJob
+(trainer.kubeflow.org/v1alpha1, Kubeflow Trainer 2.3). Everything that is specific to a kind is in
+its entry of KINDS; the rest of the launcher treats both alike.
 """
 
 from __future__ import annotations
@@ -30,8 +31,9 @@ DEFAULT_DEADLINE, DEFAULT_TTL = 14 * 24 * 3600, 7 * 24 * 3600
 class JobRequest:
     """Everything of a job that is not in its template.
 
-    task: settings of the pipeline's task, as the fields of kfp's dsl.TaskConfig: affinity, tolerations, node_selector,
-    env, volumes, volume_mounts, resources; each None or in the form of the Kubernetes API.
+    task: settings of the pipeline's task, as the fields of kfp's dsl.TaskConfig: affinity,
+    tolerations, node_selector, env, volumes, volume_mounts, resources; each None or in the form of
+    the Kubernetes API.
     owner: an ownerReference; the job is deleted together with it.
     """
 
@@ -73,7 +75,7 @@ class Kind:
 
 
 def job_name(run_id: str, recipe: str) -> str:
-    """The name of the job of a run and recipe, unique to them: a DNS-1035 label of at most 40 characters.
+    """The job's name, unique to run and recipe: a DNS-1035 label of at most 40 characters.
 
     The pods' names add a suffix and must be labels of at most 63 characters.
     """
@@ -114,7 +116,7 @@ def fill_template(template: str, kind: Kind, request: JobRequest) -> dict:
 
 
 def mount_paths(kind: Kind, job: dict) -> list[str]:
-    """Where the training container mounts volumes; empty where another object of the cluster defines that."""
+    """Where the training container mounts volumes; [] for a TrainJob, whose runtime defines it."""
     replicas = job["spec"].get("pytorchReplicaSpecs")
     if not replicas:
         return []
@@ -123,7 +125,7 @@ def mount_paths(kind: Kind, job: dict) -> list[str]:
 
 
 def main_container(pod: dict, name: str) -> dict:
-    """The container of this name, by which the operators find it. Raises ValueError when the pod has none."""
+    """The container of this name, by which the operators find it. Raises ValueError if none."""
     for container in pod.get("containers") or []:
         if container.get("name") == name:
             return container
@@ -133,7 +135,7 @@ def main_container(pod: dict, name: str) -> dict:
 
 
 def fill_pytorchjob(job: dict, request: JobRequest) -> None:
-    """Fill in a Master and nodes - 1 Workers, or `nodes` Workers if the template has no Master (elastic)."""
+    """Fill in a Master and nodes - 1 Workers, or `nodes` Workers without a Master (elastic)."""
     spec = job["spec"]
     replicas = spec["pytorchReplicaSpecs"]
     policy = spec.setdefault("runPolicy", {})
@@ -173,7 +175,7 @@ def fill_pytorchjob(job: dict, request: JobRequest) -> None:
 
 
 def fill_trainjob(job: dict, request: JobRequest) -> None:
-    """Fill in spec.trainer, and the settings of pods as a patch of the runtime (`runtimePatches`, Trainer 2.3)."""
+    """Fill in spec.trainer, and settings of pods as runtimePatches (Trainer 2.3)."""
     spec = job["spec"]
     spec.setdefault("activeDeadlineSeconds", DEFAULT_DEADLINE)  # a TrainJob has no time to live
     trainer = spec.setdefault("trainer", {})
@@ -189,7 +191,8 @@ def fill_trainjob(job: dict, request: JobRequest) -> None:
             trainer.get("resourcesPerNode"), task["resources"]
         )
     pod: dict = {}
-    # the controller merges like `kubectl patch`: lists by name or key, but tolerations are replaced as a whole
+    # the controller merges like `kubectl patch`: lists by name or key, but tolerations are replaced
+    # as a whole
     add_to_pod(pod, request)
     if task.get("volume_mounts"):
         pod["containers"] = [{"name": "node", "volumeMounts": task["volume_mounts"]}]
@@ -240,8 +243,9 @@ def add_to_pod(pod: dict, request: JobRequest) -> None:
 def reuse_claim_volumes(pod: dict, task: dict) -> dict:
     """The task, mounting the pod's own volume wherever it has another volume of the same claim.
 
-    A pod with two volumes of one claim stays in ContainerCreating forever (kubernetes/kubernetes, issue 127004). KFP
-    names a volume after its claim; the runtime of a TrainJob uses the same name, so there the volumes are merged.
+    A pod with two volumes of one claim stays in ContainerCreating forever (kubernetes/kubernetes,
+    issue 127004). KFP names a volume after its claim; the runtime of a TrainJob uses the same name,
+    so there the volumes are merged.
     """
 
     def claim(volume: dict) -> str:
@@ -267,7 +271,7 @@ def merge_by_key(existing: list[dict] | None, added: list[dict], key: str) -> li
 
 
 def merge_resources(existing: dict | None, added: dict) -> dict:
-    """Limits and requests, the added ones take precedence; an added limit without a request replaces the old request."""
+    """Limits and requests; the added ones take precedence, an added limit drops the old request."""
     existing = existing or {}
     limits = {**existing.get("limits", {}), **added.get("limits", {})}
     old = {

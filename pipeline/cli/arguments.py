@@ -1,4 +1,4 @@
-"""Arguments that several commands share, and what they name: the server, the file of training jobs."""
+"""Arguments that several commands share: overrides, the server, the file of training jobs."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ def run_id_of(run: str) -> str:
 
 
 def read_job_file(file: str) -> str:
-    """The text of a --job file, "-" is standard input, "" is none. Raises ValueError when it is empty."""
+    """The text of a --job file, "-" is standard input. Raises ValueError when it is empty."""
     text = sys.stdin.read() if file == "-" else Path(file).read_text() if file else ""
     if file and not text.strip():
         raise ValueError(f"--job {file}: empty")

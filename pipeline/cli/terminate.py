@@ -69,7 +69,7 @@ def run_terminate(args: argparse.Namespace) -> int:
 def delete_run_jobs(
     server: Server, found: V2beta1Run, namespace: str, every: float
 ) -> Iterator[str]:
-    """Delete a run's jobs, and again after its end, as a step that was running may have created one since.
+    """Delete a run's jobs, and again after its end, as a running step may create one until then.
 
     Yields lines for the user. Raises StillEnding when the run does not end in time.
     """
