@@ -16,11 +16,11 @@ from torch import multiprocessing, nn
 
 from tests.conftest import Recorder, minimal
 from tests.test_trainer import cut, figures, interrupt, same_bits
+from vitdet.checkpoint import load_model_file
 from vitdet.config import Config, load_config
 from vitdet.models import vitae
 from vitdet.models.vit import Size
 from vitdet.training import parallel, train, trainer
-from vitdet.training.checkpoint import load_model_file
 from vitdet.training.optim import WeightAverage
 
 NORM = "backbone.blocks.1.pcm.1"
@@ -29,7 +29,7 @@ CHANGES = {"model__backbone__name": "vitae_b", "optim__steps": 6, "train__batch_
 
 def small(root: Path, **changes: object) -> Config:
     """ViTAE-B of two narrow blocks; the change is to be undone."""
-    vitae.SIZES["vitae_b"] = Size(32, 2, 2, (1,))
+    vitae.SIZES["vitae_b"] = Size(32, 2, 2, (1,), 4.0)
     return load_config("tiny", minimal(root, **CHANGES, **changes))
 
 

@@ -10,10 +10,11 @@ from tests.far import FarTensor, far_device, send
 from tests.small import images, small_detector, target
 from tests.test_detector import KINDS
 from vitdet.config import load_config
-from vitdet.data import train_loader
-from vitdet.evaluation import evaluate_detector, write_pictures
+from vitdet.data.loader import train_loader
+from vitdet.demo.mae import MaskedAutoencoder
+from vitdet.evaluation.evaluator import evaluate_detector
+from vitdet.evaluation.pictures import write_pictures
 from vitdet.models import build_backbone, build_detector
-from vitdet.training.mae import MaskedAutoencoder
 from vitdet.training.meter import Meter
 from vitdet.training.optim import WeightAverage
 
@@ -34,13 +35,12 @@ def test_operands_on_two_devices_are_refused():
         assert far.to("cpu").tolist() == far.tolist() == [1, 1, 1]
 
 
-@pytest.mark.parametrize("form", ["polygons", "bitmaps"])
 @pytest.mark.parametrize("objects", OBJECTS)
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_detector_stays_on_its_device(kind, objects, form):
+def test_the_detector_stays_on_its_device(kind, objects):
     detector = send(small_detector(**KINDS[kind]))
     with far_device() as device:
-        targets = [target(*one, form).to(device) for one in OBJECTS[objects]]
+        targets = [target(*one).to(device) for one in OBJECTS[objects]]
         sizes = torch.tensor([[128, 128], [100, 61]], device=device)
         losses = detector(images(2).to(device), targets, sizes)
         assert all(isinstance(loss, FarTensor) for loss in losses.values())

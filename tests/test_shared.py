@@ -15,21 +15,21 @@ import pytest
 from tests.conftest import environment
 from tests.large import write
 from vitdet.config import DataConfig
-from vitdet.data import TrainData, read_split
-from vitdet.data.packed import PackedList
-from vitdet.data.shared import Shared
+from vitdet.data.dataset import TrainData, read_split
+from vitdet.data.shared_memory import PackedList, Shared
 
 WORKERS = """
 import json, os, sys
 import numpy as np
 import torch
 from vitdet.config import DataConfig
-from vitdet.data import TrainData, _processes, read_split
-from vitdet.data.shared import Shared
+from vitdet.data import TrainData, read_split
+from vitdet.data.loader import _processes
+from vitdet.data.shared_memory import Shared
 
 def places(data):
     columns, found = data.records._columns, []
-    for part in (columns.boxes, columns.heads, columns.names._ends, columns.segmentations._bytes):
+    for part in (columns.boxes, columns.heads, columns.names._sent[0], columns.segmentations._sent[1]):
         address = part.array.__array_interface__["data"][0]
         for line in open("/proc/self/maps"):
             low, high = (int(side, 16) for side in line.split()[0].split("-"))

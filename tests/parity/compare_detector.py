@@ -22,7 +22,7 @@ from tests.parity.compare_inputs import BOXES, FLIPPED, compare_floors, compare_
 from tests.parity.detector import Computed
 from tests.parity.report import Report
 from tests.parity.ties import order_within_ties
-from vitdet.evaluation import detections_to_results
+from vitdet.evaluation.evaluator import detections_to_results
 from vitdet.models.rpn import Proposals
 from vitdet.predictor import to_image
 

@@ -14,7 +14,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import ExifTags, Image, UnidentifiedImageError
+from torch import Tensor
+
+Picture = str | Path | Image.Image | np.ndarray | Tensor
 
 TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -39,6 +43,29 @@ def open_image(path: Path) -> Image.Image:
         look(path)
         with _opened(path) as file:
             return upright(file)
+
+
+def read_image(image: Picture) -> Image.Image:
+    """Anything that `Predictor` takes, as an upright RGB image; errors as there."""
+    if isinstance(image, str | Path):
+        return open_image(Path(image))
+    if isinstance(image, Image.Image):
+        return upright(image)
+    if isinstance(image, Tensor):
+        if image.ndim != 3 or image.shape[0] != 3 or image.dtype != torch.uint8:
+            raise ValueError(
+                f"expected an image tensor (3, H, W) of uint8, got {tuple(image.shape)} of {image.dtype}"
+            )
+        image = image.permute(1, 2, 0).cpu().numpy()
+    if not isinstance(image, np.ndarray):
+        raise ValueError(
+            f"expected a file, PIL image, array or tensor as image, got {type(image).__name__}"
+        )
+    if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8 or 0 in image.shape:
+        raise ValueError(
+            f"expected an image array (H, W, 3) of uint8, got {image.shape} of {image.dtype}"
+        )
+    return Image.fromarray(np.ascontiguousarray(image))
 
 
 def image_size(path: Path) -> tuple[int, int]:
@@ -103,7 +130,7 @@ def _upright_size(file: Image.Image) -> tuple[int, int]:
 
 def _turn(image: Image.Image) -> Image.Transpose | None:
     try:
-        return TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
+        return TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
     except (
         Exception
     ):  # whatever Pillow does with broken EXIF: the pixels are sound, and lie as they are stored
@@ -166,7 +193,7 @@ def _one_line() -> Iterator[None]:
         raise ValueError("not an image that can be read (JPEG, PNG, ...)") from error
     except Image.DecompressionBombError as error:
         raise ValueError(
-            f"the image has more than {2 * Image.MAX_IMAGE_PIXELS:,} pixels; make it smaller or cut it "
+            f"the image has more than {2 * (Image.MAX_IMAGE_PIXELS or 0):,} pixels; make it smaller or cut it "
             "into parts"
         ) from error
     except Exception as error:

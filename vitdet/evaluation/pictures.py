@@ -6,17 +6,17 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 from torch import nn
 
 from vitdet.config import DataConfig
-from vitdet.data import read_split
 from vitdet.data.coco import CocoSplit
+from vitdet.data.dataset import read_split
 from vitdet.data.masks import decode
-from vitdet.data.portrait import spread
 from vitdet.data.records import Record
-from vitdet.predictor import Predictor, comfortable_scale, draw, paint, read_image
-from vitdet.written import written
+from vitdet.files import written
+from vitdet.predictor import Predictor, read_image
+from vitdet.visualize import caption_font, comfortable_scale, draw, paint, spread
 
 GAP = 8  # pixels between the two halves
 
@@ -74,7 +74,7 @@ def _enlarged(bitmap: np.ndarray, scale: int) -> torch.Tensor:
 def _compare(record: Record, predictor: Predictor, threshold: float) -> Image.Image:
     left = draw_truth(record, predictor.class_names)
     right = draw(record.path, predictor(record.path, threshold))
-    font = ImageFont.load_default(max(14, round(max(left.size) / 45)))
+    font = caption_font(max(14, round(max(left.size) / 45)))
     head = round(1.8 * font.size)
     sheet = Image.new("RGB", (2 * left.width + GAP, left.height + head), (250, 250, 250))
     pen = ImageDraw.Draw(sheet)

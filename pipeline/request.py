@@ -1,0 +1,158 @@
+"""A request for a run: the compiled pipeline and its parameters, validated before it is sent."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+
+DEFAULT_IMAGE = "vitdet"  # in manifests/ before an overlay names the registry
+DEFAULT_IMAGE_WARNING = (
+    f"the steps' image is {DEFAULT_IMAGE!r}, of no registry: no cluster can pull it. Give your cluster's job: kubectl "
+    "kustomize manifests/overlays/NAME | python -m pipeline ... --job - (or set VITDET_IMAGE)"
+)
+
+
+@dataclass(frozen=True)
+class RunRequest:
+    """A run to start: the pipeline (see `load_package`) and its parameters; "" leaves a choice to
+    the server.
+    """
+
+    pipeline: dict
+    parameters: dict[str, object]
+    name: str
+    experiment: str
+    account: str = ""
+    root: str = ""
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """When to start runs: see `kubeflow_cron`; max_concurrency: runs at the same time, servers
+    allow 1..10.
+    """
+
+    expression: str
+    max_concurrency: int = 1
+    catch_up: bool = True
+
+
+def load_package(package: Path, parameters: dict[str, object], caching: bool) -> dict:
+    """The body of a request from a compiled pipeline.
+
+    Without caching no step at any depth reuses results. With caching, step `configs` does not if a
+    recipe is a file, which may have changed under the same name.
+
+    Raises ValueError when the file is no pipeline or does not have these parameters.
+    """
+    if not Path(package).is_file():
+        raise FileNotFoundError(f"{package}: no such file")
+    try:
+        documents = list(
+            yaml.load_all(Path(package).read_text(), getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+        )
+    except (yaml.YAMLError, UnicodeDecodeError):
+        documents = []
+    if not documents or not isinstance(documents[0], dict) or "root" not in documents[0]:
+        raise ValueError(f"{package}: no compiled pipeline")
+    spec, *platforms = documents
+    known = spec["root"].get("inputDefinitions", {}).get("parameters", {})
+    if wrong := parameters.keys() - known.keys():
+        raise ValueError(f"{package}: the pipeline has no parameter {', '.join(sorted(wrong))}")
+    needed = {
+        name
+        for name, about in known.items()
+        if "defaultValue" not in about and not about.get("isOptional")
+    }
+    if missing := needed - parameters.keys():
+        raise ValueError(f"{package}: the pipeline also needs {', '.join(sorted(missing))}")
+    recipes = parameters.get("recipes")
+    files = isinstance(recipes, list) and any(is_file(str(recipe)) for recipe in recipes)
+    for group in (spec["root"], *spec.get("components", {}).values()):
+        for name, task in group.get("dag", {}).get("tasks", {}).items():
+            if not caching or (files and name == "configs"):
+                task["cachingOptions"] = {}
+    return {"pipeline_spec": spec, "platform_spec": platforms[0]} if platforms else spec
+
+
+def default_image_warning(pipeline: dict) -> str:
+    """The warning about a pipeline with the placeholder image of manifests/, which no cluster can
+    pull, else "".
+    """
+    executors = (
+        pipeline.get("pipeline_spec", pipeline).get("deploymentSpec", {}).get("executors", {})
+    )
+    images = {item.get("container", {}).get("image") for item in executors.values()}
+    return DEFAULT_IMAGE_WARNING if images == {DEFAULT_IMAGE} else ""
+
+
+def is_file(recipe: str) -> bool:
+    """Whether a recipe is given as a file."""
+    return recipe.endswith((".yaml", ".yml"))
+
+
+def kubeflow_cron(expression: str) -> str:
+    """A schedule in Kubeflow's notation, whose first field is seconds.
+
+    Kubeflow reads the five fields of a crontab as seconds..months, so that "0 3 * * *" would start
+    a training every hour; here they get second 0. Six fields and @daily, @every 12h are kept.
+    Raises ValueError for anything else.
+    """
+    fields = expression.split()
+    if expression.startswith("@") and re.fullmatch(
+        r"@(yearly|monthly|weekly|daily|hourly|every \w+)", expression
+    ):
+        return expression
+    if len(fields) not in (5, 6) or not all(re.fullmatch(r"[\w*/,?-]+", item) for item in fields):
+        raise ValueError(
+            f"schedule {expression!r}: expected five fields as in a crontab (minute hour day month "
+            "weekday), six with seconds first, or @daily, @weekly, @every 12h"
+        )
+    return " ".join(fields if len(fields) == 6 else ["0", *fields])
+
+
+def check_recipes(recipes: Sequence[str], overrides: Sequence[str]) -> bool:
+    """Raise ValueError for what the pipeline's first step would reject; False if that cannot be
+    checked here.
+
+    It runs `vitdet config` in a process, as pipeline/ does not depend on vitdet, which only the
+    image needs. Without it the first step rejects the run, before data is prepared or GPUs are
+    requested.
+    """
+    if len(set(recipes)) < len(recipes):
+        raise ValueError(f"a recipe is named twice: {' '.join(recipes)}")
+    for override in overrides:
+        if re.search(r"://[^/@\s]*:[^/@\s]*@", override):
+            raise ValueError(
+                f"--set {override.partition('=')[0]}: a password would stand in the run's parameters for "
+                "everybody to read; it belongs into the cluster's Secret"
+            )
+    package = importlib.util.find_spec("vitdet")
+    if package is None or not package.origin:
+        return False
+    checked = True
+    for recipe in recipes:
+        if is_file(recipe) and not Path(recipe).is_absolute():
+            raise ValueError(
+                f"{recipe}: a file of this machine; the cluster knows recipes by name and files by their "
+                "absolute path on the shared volume"
+            )
+        if is_file(recipe) and not Path(recipe).exists():
+            checked = False
+            continue
+        argv = [sys.executable, "-m", "vitdet", "config", recipe]
+        argv += [arg for override in overrides for arg in ("--set", override)]
+        done = subprocess.run(
+            argv, capture_output=True, text=True, cwd=Path(package.origin).parents[1]
+        )
+        if done.returncode:
+            lines = done.stderr.strip().splitlines() or ["vitdet config failed"]
+            raise ValueError(lines[-1].removeprefix("vitdet: "))
+    return checked

@@ -1,0 +1,288 @@
+"""Foreign files are data: what a malicious one would do does not happen, and one line says what it names."""
+
+from __future__ import annotations
+
+import argparse
+import builtins
+import os
+import pickle
+import struct
+import zipfile
+from collections import OrderedDict
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from vitdet.weights.pickles import LEGACY, read_file, state_of
+
+
+class Call:
+    """Pickled, it is the call of a function."""
+
+    def __init__(self, function: Callable, *values: object) -> None:
+        self.what = function, values
+
+    def __reduce__(self) -> tuple:
+        return self.what
+
+
+class Late:
+    """Its call happens when its state is set: the fields of a harmless class are an exploit."""
+
+    def __init__(self, function: Callable, *values: object) -> None:
+        self.what = function, values
+
+    def __reduce__(self) -> tuple:
+        return OrderedDict, (), {"x": Call(*self.what[:1], *self.what[1])}
+
+
+def exploits(proof: Path) -> dict[str, object]:
+    """Objects whose pickles create `proof`."""
+    made = f"open({str(proof)!r}, 'w').close()"
+    return {
+        "os.system": Call(os.system, f"touch {proof}"),
+        "os.mkdir": Call(os.mkdir, str(proof)),
+        "eval": Call(builtins.eval, made),
+        "exec": Call(builtins.exec, made),
+        "in the weights": {"model": {"w": Call(os.mkdir, str(proof))}},
+        "as a key": {Call(os.mkdir, str(proof)): 1},
+        "in a state": {"model": Late(os.mkdir, str(proof))},
+        "within an array": {"model": {"w": np.array([Call(os.mkdir, str(proof))], dtype=object)}},
+        "getattr": Call(builtins.getattr, Call(__import__, "os"), "system"),
+        "numpy's own reader": Call(np.load, str(proof)),
+    }
+
+
+def one_line(path: Path) -> str:
+    with pytest.raises(ValueError) as caught:
+        state_of(read_file(path), ("model", ""), path)
+    text = str(caught.value)
+    assert text.startswith(f"{path}: ") and "\n" not in text and len(text) < len(str(path)) + 200
+    return text
+
+
+@pytest.mark.parametrize("name", exploits(Path("proof")))
+@pytest.mark.parametrize(
+    "how", ["pickle 0", "pickle 2", "pickle 4", "pickle 5", "torch", "torch before zips"]
+)
+def test_an_exploit_does_nothing(tmp_path: Path, name: str, how: str) -> None:
+    proof, path = tmp_path / "proof", tmp_path / ("model.pkl" if "pickle" in how else "model.pth")
+    content = exploits(proof)[name]
+    if how.startswith("pickle"):
+        path.write_bytes(pickle.dumps(content, int(how[-1])))
+    else:
+        torch.save(content, path, _use_new_zipfile_serialization=how == "torch")
+    text = one_line(path)
+    assert "refused: it names " in text or "getattr" in name or "array" in name, text
+    assert not proof.exists()
+    if name not in ("getattr", "numpy's own reader"):  # it would have happened
+        (
+            pickle.loads(path.read_bytes())
+            if "pickle" in how
+            else torch.load(path, weights_only=False)
+        )
+        assert proof.exists()
+
+
+def test_the_forbidden_name_is_said(tmp_path: Path) -> None:
+    for suffix in ("pkl", "pth"):
+        path = tmp_path / f"model.{suffix}"
+        path.write_bytes(
+            b"cposix\nsystem\n(S'true'\ntR."
+        )  # written by hand, in the oldest protocol
+        assert "it names posix.system, and reading that could run code" in one_line(path)
+    torch.save({"model": {}, "x": Call(os.mkdir, "x")}, tmp_path / "model.pth")
+    assert "it names posix.mkdir" in one_line(tmp_path / "model.pth")
+
+
+def packed(path: Path, content: bytes) -> Path:
+    """A torch file whose pickle is written by hand."""
+    torch.save({"w": torch.ones(2)}, path)
+    with zipfile.ZipFile(path) as archive:
+        files = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
+        for name, old in files.items():
+            archive.writestr(name, content if name.endswith("data.pkl") else old)
+    return path
+
+
+def test_torch_s_advice_to_run_the_code_is_not_passed_on(tmp_path: Path) -> None:
+    path = tmp_path / "model.pth"
+    torch.save(
+        {"model": {"w": torch.ones(2)}, "x": Call(os.system, "true")}, path, pickle_protocol=4
+    )
+    text = one_line(path)
+    assert "Unsupported operand 149" in text and "weights_only" not in text
+
+
+def test_persistent_ids_are_read_as_carefully(tmp_path: Path) -> None:
+    path, one = tmp_path / "model.pth", b"(X\x07\0\0\0storage%sX\x01\0\0\00X\x03\0\0\0cpuK\x02tQ"
+    assert "it names posix.system" in one_line(
+        packed(path, b"\x80\x02" + one % b"cposix\nsystem\n" + b".")
+    )
+    inner = one % b"ctorch\nFloatStorage\n"
+    assert "not a whole file of weights" in one_line(packed(path, b"\x80\x02" + one % inner + b"."))
+    assert "not a whole file of weights" in one_line(packed(path, b"\x80\x02X\x02\0\0\0idQ."))
+
+
+def test_a_reader_cannot_be_changed_by_what_it_reads(tmp_path: Path) -> None:
+    path = tmp_path / "model.pkl"
+    for state in (b"}S'call'\nS'x'\ns", b"(N}S'call'\nS'x'\nst", b"(N}S'__setattr__'\nS'x'\nst"):
+        path.write_bytes(b"cnumpy\ndtype\n" + state + b"b.")
+        assert "not a whole file of weights" in one_line(path)
+    path.write_bytes(b"cnumpy\ndtype\n).")  # a reader itself instead of weights
+    assert "got a " in one_line(path) or "not a whole" in one_line(path)
+    path.write_bytes(b"cnumpy\ndtype\n)\x81.")
+    assert "not a whole file of weights" in one_line(path)
+
+
+def array(shape: object, kind: bytes = b"f4", raw: bytes = b"\0" * 8, order: bytes = b"<") -> bytes:
+    """The pickle of {'w': an array} by hand."""
+    dtype = (
+        b"cnumpy\ndtype\n(S'" + kind + b"'\nI0\nI1\ntR(I3\nS'" + order + b"'\nNNNI-1\nI-1\nI0\ntb"
+    )
+    return (
+        b"(dS'w'\ncnumpy.core.multiarray\n_reconstruct\n(cnumpy\nndarray\n(I0\ntS'b'\ntR(I1\n"
+        + shape
+        + dtype
+        + b"I00\nS'"
+        + raw.decode().encode("unicode_escape")
+        + b"'\ntbs."
+    )
+
+
+def test_arrays_by_hand(tmp_path: Path) -> None:
+    path = tmp_path / "model.pkl"
+    path.write_bytes(array(b"(I2\nt"))
+    assert read_file(path)["w"].tolist() == [0, 0]
+    path.write_bytes(array(b"(I1\nI1\nt", b"i2", b"\x01\x02", b">"))
+    assert read_file(path)["w"].tolist() == [[258]]
+    for content, says in (
+        (
+            array(b"(L1000000000000000L\nt"),
+            "an array of shape (1000000000000000,) and 4 bytes a number with 8 bytes",
+        ),
+        (array(b"(I-2\nt"), "an array of shape (-2,)"),
+        (array(b"(S'2'\nt"), "an array of shape ('2',)"),
+        (array(b"(I2\nt", b"O8"), "arrays of type 'O8', expected numbers"),
+        (array(b"(I2\nt", b"V4"), "arrays of type 'V4', expected numbers"),
+        (
+            b"(dS'w'\ncnumpy.core.multiarray\n_reconstruct\n(cnumpy\nndarray\n(I0\ntS'b'\ntRs.",
+            "an array without",
+        ),
+        (b"\x80\x04B\xff\xff\xff\x7f" + b"x.", "not a whole file"),  # says it has 2 GB
+        (b"\x80\x04\x8d" + struct.pack("<Q", 2**60) + b"x.", "not a whole file"),
+        (b"\x80\x02N" + b"r\xff\xff\xff\xff.", "got a NoneType"),  # a memo of 4 billion places
+        (b"\x80\x02(" + b"\x88" * 10 + b"Pid\n.", "not a whole file"),  # a persistent id
+        (b"", "not a whole file"),
+        (b"weights", "not a whole file"),
+        (b"\x80\x02}", "not a whole file"),
+    ):
+        path.write_bytes(content)
+        assert says in one_line(path), content
+
+
+def test_a_detectron2_file_is_read(tmp_path: Path) -> None:
+    arrays = {
+        "a.weight": np.arange(6, dtype=np.float32).reshape(2, 3),
+        "b": np.array(2.5),
+        "columns": np.asfortranarray(np.arange(6.0).reshape(2, 3)),
+        "half": np.ones(2, np.float16),
+        "count": np.arange(3)[::-1],
+        "flag": np.array([True, False]),
+        "big": np.arange(2, dtype=">i4"),
+    }
+    path = tmp_path / "model.pkl"
+    for protocol in range(6):
+        path.write_bytes(
+            pickle.dumps(
+                {"model": OrderedDict(arrays), "__author__": "x", "n": np.float32(1)}, protocol
+            )
+        )
+        found = state_of(read_file(path), ("model",), path)
+        assert list(found) == list(arrays)
+        for name, tensor in found.items():
+            assert (
+                np.array_equal(tensor.numpy(), arrays[name]) and tensor.shape == arrays[name].shape
+            ), name
+    # as Python 2 wrote it: text and bytes are one
+    path.write_bytes(array(b"(I2\nt", raw=b"\x00\x00\x01\x02\x00\x00\x01\x02"))
+    assert read_file(path)["w"].shape == (2,)
+
+
+def mmdet_file() -> dict:
+    """What mmcv, MAE and timm leave beside the weights."""
+    weights = OrderedDict(w=torch.ones(2), n=torch.tensor(7))
+    weights._metadata = OrderedDict({"": {"version": 1}})
+    optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.ones(2))])
+    meta = {
+        "epoch": 25,
+        "iter": 183250,
+        "CLASSES": ("person", "bicycle"),
+        "env_info": "sys.platform: linux",
+        "config": "model = dict()",
+        "hook_msgs": {"best_score": np.float64(0.5), "last": np.arange(3)},
+        "time": "Tue",
+    }
+    return {
+        "meta": meta,
+        "state_dict": weights,
+        "optimizer": optimizer.state_dict(),
+        "epoch": np.int64(3),
+        "args": argparse.Namespace(path=Path("x"), lr=1e-4),
+    }
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_a_trainings_file_is_read_without_its_objects(tmp_path: Path, zipped: bool) -> None:
+    path = tmp_path / "epoch_25.pth"
+    torch.save(mmdet_file(), path, _use_new_zipfile_serialization=zipped)
+    assert (path.read_bytes()[: len(LEGACY)] == LEGACY) != zipped
+    content = read_file(path)
+    assert state_of(content, ("state_dict", ""), path)["w"].tolist() == [1, 1]
+    assert content["meta"]["CLASSES"] == ("person", "bicycle")
+    assert not hasattr(content["args"], "lr")  # forgotten
+
+
+def test_a_missing_package_is_not_needed(tmp_path: Path) -> None:
+    """mmcv's config, whose class is not installed here, is a table."""
+    path = tmp_path / "model.pth"
+    packed(path, b"\x80\x02}U\x01c" + b"cmmcv.utils.config\nConfigDict\n)\x81U\x01kK\x05ss.")
+    assert dict(read_file(path)["c"]) == {"k": 5}
+
+
+def test_tensors_without_content_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "model.pth"
+    huge: list[Tensor] = [
+        torch.zeros(1).expand(2**40),
+        torch.empty(2**40, device="meta"),
+        torch.zeros(2, 2).to_sparse(),
+    ]
+    for tensor in huge:
+        torch.save({"model": {"w": tensor}}, path)
+        assert "1 of its weights are no whole tensors, such as w" in one_line(path)
+    torch.save({"model": {"w": 3}}, path)
+    assert "such as w (int)" in one_line(path)
+    torch.save({"state": {"w": 3}}, path)
+    with pytest.raises(ValueError, match="expected the weights under model, got state"):
+        state_of(read_file(path), ("model",), path)
+
+
+def test_other_files(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="no such weights file"):
+        read_file(tmp_path / "none.pkl")
+    path = tmp_path / "w.npz"
+    np.savez(path, w=np.arange(3))
+    assert read_file(path)["w"].tolist() == [0, 1, 2]
+    np.savez(path, w=np.array([{}], dtype=object))
+    assert "not a whole npz file of numbers" in one_line(path)
+    whole = tmp_path / "w.pth"
+    torch.save({"model": {"w": torch.arange(1000)}}, whole)
+    for part in (10, 200, -1, -500):
+        cut = tmp_path / "cut.pth"
+        cut.write_bytes(whole.read_bytes()[:part])
+        assert "not a whole file of weights" in one_line(cut)

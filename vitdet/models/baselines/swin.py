@@ -1,0 +1,162 @@
+"""Swin Transformer, the hierarchical backbone that the ViTAE papers compare with: attention in windows that are
+shifted by half a window in every other block.
+
+Liu et al. (2103.14030); numbers as in mmdet. The layers are timm's; the block is not, as timm rolls a map before it
+pads it to whole windows, while the published detectors were trained the other way round: the two agree only where the
+map is a multiple of the window, which in detection it is not (256, 128, 64 and 32 cells at 1024 pixels, windows of 7).
+Letters: B images, C channels, H x W tokens, K windows of N tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from einops import rearrange
+from timm.layers import DropPath, Mlp, PatchEmbed
+from timm.models.swin_transformer import PatchMerging, WindowAttention
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from vitdet.models.attention import join_windows, split_windows
+from vitdet.models.vit import init_linears
+
+BLOCKED = -100.0  # added to the logits of two tokens that the roll brought together
+
+
+class Size(NamedTuple):
+    """What the name of a backbone stands for; channels double from stage to stage."""
+
+    dim: int
+    depths: tuple[int, ...]
+    heads: tuple[int, ...]
+
+
+SIZES = {"swin_t": Size(96, (2, 2, 6, 2), (3, 6, 12, 24))}
+
+
+def shift_mask(height: int, width: int, window: int, shift: int, device: torch.device) -> Tensor:
+    """What is added to the logits in a map rolled by `shift`: (K, N, N), 0 between neighbours of the unrolled map.
+
+    height and width are multiples of the window. Only the last windows of an axis hold tokens from both its ends.
+    """
+
+    def parts(size: int) -> Tensor:
+        steps = torch.arange(size, device=device)
+        return (steps >= size - window).long() + (steps >= size - shift).long()
+
+    regions = parts(height)[:, None] * 3 + parts(width)
+    windows = rearrange(regions, "(r h) (s w) -> (r s) (h w)", h=window, w=window)
+    return BLOCKED * (windows[:, :, None] != windows[:, None, :]).float()
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block on windows, of a map rolled by `shift` cells up and left."""
+
+    def __init__(self, *, dim: int, heads: int, window: int, shift: int, drop_path: float) -> None:
+        super().__init__()
+        self.window, self.shift = window, shift
+        self.norm1 = nn.LayerNorm(dim)
+        self.attn = WindowAttention(dim, heads, window_size=window)
+        self.norm2 = nn.LayerNorm(dim)
+        self.mlp = Mlp(dim, 4 * dim)
+        self.drop_path = DropPath(drop_path)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, H, W, C) -> (B, H, W, C)."""
+        x = x + self.drop_path(self.attend(self.norm1(x)))
+        return x + self.drop_path(self.mlp(self.norm2(x)))
+
+    def attend(self, x: Tensor) -> Tensor:
+        """Attention over the windows; zeros fill the map up on the right and at the bottom, and take part."""
+        height, width = x.shape[1:3]
+        size, shift, mask = self.window, self.shift, None
+        x = F.pad(x, (0, 0, 0, -width % size, 0, -height % size))
+        padded = (x.shape[1], x.shape[2])
+        if shift:
+            x = x.roll((-shift, -shift), (1, 2))
+            mask = shift_mask(*padded, size, shift, x.device).to(x.dtype)
+        windows = rearrange(split_windows(x, size), "b h w c -> b (h w) c")
+        windows = rearrange(self.attn(windows, mask), "b (h w) c -> b h w c", h=size)
+        return join_windows(windows, padded).roll((shift, shift), (1, 2))[:, :height, :width]
+
+
+class Stage(nn.Module):
+    """Halves the map unless it is the first stage, then blocks: (B, H, W, C) -> (B, H / 2, W / 2, 2 C)."""
+
+    def __init__(
+        self, *, dim: int, heads: int, window: int, rates: Sequence[float], downsample: bool
+    ) -> None:
+        super().__init__()
+        self.downsample = PatchMerging(dim // 2) if downsample else nn.Identity()
+        self.blocks = nn.Sequential(
+            *(
+                Block(
+                    dim=dim,
+                    heads=heads,
+                    window=window,
+                    shift=window // 2 if i % 2 else 0,
+                    drop_path=rate,
+                )
+                for i, rate in enumerate(rates)
+            )
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, H, W, C) -> (B, H / 2, W / 2, 2 C)."""
+        return self.blocks(self.downsample(x))
+
+
+class Swin(nn.Module):
+    """Images (B, 3, H, W) -> four maps of strides 4, 8, 16, 32, each behind a LayerNorm of its own.
+
+    H and W are multiples of 32. `drop_path`: rate of the last block; grows linearly from 0.
+    """
+
+    def __init__(
+        self,
+        *,
+        dim: int,
+        depths: Sequence[int],
+        heads: Sequence[int],
+        window_size: int,
+        drop_path: float,
+    ) -> None:
+        super().__init__()
+        self.out_channels = tuple(dim * 2**i for i in range(len(depths)))
+        self.strides = tuple(4 * 2**i for i in range(len(depths)))
+        self.num_layers = 0  # no layer-wise decay: every parameter belongs to the rest
+        self.patch_embed = PatchEmbed(
+            None,
+            4,
+            embed_dim=dim,
+            norm_layer=nn.LayerNorm,
+            output_fmt="NHWC",
+            strict_img_size=False,
+        )
+        rates = torch.linspace(0, drop_path, sum(depths), device="cpu").split(list(depths))
+        self.layers = nn.ModuleList(
+            Stage(
+                dim=channels,
+                heads=heads[i],
+                window=window_size,
+                rates=rates[i].tolist(),
+                downsample=i > 0,
+            )
+            for i, channels in enumerate(self.out_channels)
+        )
+        self.norms = nn.ModuleList(nn.LayerNorm(channels) for channels in self.out_channels)
+        init_linears(self)
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        """(B, 3, H, W) -> maps (B, C, ., .), finest first."""
+        x, maps = self.patch_embed(images), []
+        for stage, norm in zip(self.layers, self.norms, strict=True):
+            x = stage(x)
+            maps.append(rearrange(norm(x), "b h w c -> b c h w"))
+        return maps
+
+    def layer_of(self, name: str) -> int:
+        """The layer of a parameter, for layer-wise decay: that of the rest."""
+        return self.num_layers + 1

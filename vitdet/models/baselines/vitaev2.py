@@ -1,0 +1,273 @@
+"""ViTAEv2, a hierarchical backbone: four stages of a reduction cell, which shrinks the map, and of normal cells.
+
+Zhang et al., ViTAEv2 (2202.10108); numbers as in ViTAE-Transformer/ViTAE-Transformer (Object-Detection). The finer two
+stages attend in windows, without shift and without relative positions, the coarser two over the whole map; in each
+cell convolutions run beside the attention.
+Letters: B images, C channels, H x W tokens, N = H W, E channels that leave a cell, h heads, s stage.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from einops import rearrange
+from timm.layers import DropPath, Mlp
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from vitdet.models.attention import attend, join_windows, split_windows
+from vitdet.models.layers import NORM_EPS
+from vitdet.models.vit import init_linears
+from vitdet.models.vitae import CELL_NORM_EPS, conv
+
+
+class Size(NamedTuple):
+    """What the name of a backbone stands for, an entry a stage: channels of each dilated convolution, channels that
+    leave the stage, normal cells, heads and groups of the convolutions in the cells of either kind.
+    """
+
+    widths: tuple[int, ...]
+    dims: tuple[int, ...]
+    depths: tuple[int, ...]
+    reduction_heads: tuple[int, ...]
+    heads: tuple[int, ...]
+    reduction_groups: tuple[int, ...]
+    groups: tuple[int, ...]
+
+
+SIZES = {
+    "vitaev2_s": Size(
+        (64, 64, 128, 256),
+        (64, 128, 256, 512),
+        (2, 2, 8, 2),
+        (1, 1, 2, 4),
+        (1, 2, 4, 8),
+        (1, 16, 32, 64),
+        (1, 32, 64, 128),
+    ),
+}
+KERNELS, STRIDES = (7, 3, 3, 3), (4, 2, 2, 2)
+DILATIONS = ((1, 2, 3, 4), (1, 2, 3), (1, 2), (1, 2))
+WINDOWED = (True, True, False, False)
+
+
+def branch(
+    channels: Sequence[int], groups: int, strides: Sequence[int] = (1, 1, 1)
+) -> nn.Sequential:
+    """Three convolutions beside the attention, from channels[0] to channels[3]: (B, C, H, W) -> (B, E, ., .)."""
+    return nn.Sequential(
+        conv(channels[0], channels[1], strides[0], groups),
+        nn.BatchNorm2d(channels[1]),
+        nn.SiLU(),
+        conv(channels[1], channels[2], strides[1], groups),
+        nn.BatchNorm2d(channels[2]),
+        nn.SiLU(),
+        conv(channels[2], channels[3], strides[2], groups),
+    )
+
+
+class Attention(nn.Module):
+    """Attention without positions in windows of side `window`, or of all tokens (0); E may differ from C.
+
+    With `keep_values` the values are added to the result: (B, H, W, C) -> (B, H, W, E).
+    """
+
+    def __init__(
+        self,
+        *,
+        inputs: int,
+        dim: int,
+        heads: int,
+        window: int,
+        bias: bool,
+        keep_values: bool,
+    ) -> None:
+        super().__init__()
+        self.heads, self.window, self.keep_values = heads, window, keep_values
+        self.qkv = nn.Linear(inputs, 3 * dim, bias=bias)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, H, W, C) -> (B, H, W, E)."""
+        if self.window == 0:
+            return self.mix(x)
+        (height, width), size = x.shape[1:3], self.window
+        top, left = (
+            -height % size // 2,
+            -width % size // 2,
+        )  # zeros all around, which take part in the attention
+        x = F.pad(x, (0, 0, left, -width % size - left, top, -height % size - top))
+        x = join_windows(self.mix(split_windows(x, size)), (x.shape[1], x.shape[2]))
+        return x[:, top : top + height, left : left + width]
+
+    def mix(self, x: Tensor) -> Tensor:
+        """Attention among all tokens of a map or window."""
+        q, k, v = rearrange(
+            self.qkv(x), "b h w (three n d) -> three b n (h w) d", three=3, n=self.heads
+        )
+        y = attend(q * q.shape[-1] ** -0.5, k, v)
+        y, v = (rearrange(z, "b n (h w) d -> b h w (n d)", h=x.shape[1]) for z in (y, v))
+        return self.proj(y) + v if self.keep_values else self.proj(y)
+
+
+class ReductionCell(nn.Module):
+    """Dilated convolutions, attention and convolutions of the cell's input: (B, C, H, W) -> (B, H / s, W / s, E)."""
+
+    def __init__(
+        self,
+        *,
+        inputs: int,
+        width: int,
+        dim: int,
+        kernel: int,
+        stride: int,
+        dilations: Sequence[int],
+        heads: int,
+        groups: int,
+        window: int,
+    ) -> None:
+        super().__init__()
+        self.prm = nn.ModuleList(
+            nn.Conv2d(
+                inputs,
+                width,
+                kernel,
+                stride=stride,
+                dilation=dilation,
+                padding=math.ceil(((kernel - 1) * dilation + 1 - stride) / 2),
+            )
+            for dilation in dilations
+        )
+        self.pcm = branch((inputs, width, width, dim), groups, (2, stride // 2, 1))
+        channels = width * len(dilations)
+        self.norm1 = nn.LayerNorm(channels, eps=CELL_NORM_EPS)
+        self.attn = Attention(
+            inputs=channels,
+            dim=dim,
+            heads=heads,
+            window=window,
+            bias=window > 0,
+            keep_values=window == 0,
+        )
+        self.norm2 = nn.LayerNorm(dim, eps=CELL_NORM_EPS)
+        self.mlp = Mlp(dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, H / stride, W / stride, E)."""
+        maps = torch.cat([F.gelu(dilated(x)) for dilated in self.prm], dim=1)
+        y = self.attn(self.norm1(maps.permute(0, 2, 3, 1))) + self.pcm(x).permute(0, 2, 3, 1)
+        return y + self.mlp(self.norm2(y))
+
+
+class NormalCell(nn.Module):
+    """Pre-norm transformer block with convolutions of its input beside the attention."""
+
+    def __init__(self, *, dim: int, heads: int, groups: int, window: int, drop_path: float) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim, eps=NORM_EPS)
+        self.attn = Attention(
+            inputs=dim, dim=dim, heads=heads, window=window, bias=True, keep_values=False
+        )
+        self.pcm = branch((dim, 4 * dim, dim, dim), groups)
+        self.norm2 = nn.LayerNorm(dim, eps=NORM_EPS)
+        self.mlp = Mlp(dim, 4 * dim)
+        self.drop_path = DropPath(drop_path)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, H, W, C) -> (B, H, W, C)."""
+        mixed = self.pcm(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        x = x + self.drop_path(self.attn(self.norm1(x))) + self.drop_path(mixed)
+        return x + self.drop_path(self.mlp(self.norm2(x)))
+
+
+class Stage(nn.Module):
+    """A reduction cell, then normal cells: (B, C, H, W) -> (B, E, H / stride, W / stride)."""
+
+    def __init__(self, reduction: ReductionCell, cells: Sequence[NormalCell]) -> None:
+        super().__init__()
+        self.reduction = reduction
+        self.cells = nn.Sequential(*cells)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, E, H / stride, W / stride)."""
+        return self.cells(self.reduction(x)).permute(0, 3, 1, 2)
+
+
+class ViTAEv2(nn.Module):
+    """Images (B, 3, H, W) -> four maps of strides 4, 8, 16, 32, without a norm behind them.
+
+    H and W are multiples of 32. `drop_path`: the largest rate of a cell, as `drop_rates` spreads it.
+    """
+
+    def __init__(
+        self,
+        *,
+        widths: Sequence[int],
+        dims: Sequence[int],
+        depths: Sequence[int],
+        reduction_heads: Sequence[int],
+        heads: Sequence[int],
+        reduction_groups: Sequence[int],
+        groups: Sequence[int],
+        window_size: int,
+        drop_path: float,
+    ) -> None:
+        super().__init__()
+        self.out_channels = tuple(dims)
+        self.strides = tuple(math.prod(STRIDES[: s + 1]) for s in range(len(dims)))
+        self.num_layers = 0  # no layer-wise decay: every parameter belongs to the rest
+        self.stages = nn.ModuleList()
+        for s, rates in enumerate(drop_rates(depths, drop_path)):
+            window = window_size if WINDOWED[s] else 0
+            self.stages.append(
+                Stage(
+                    ReductionCell(
+                        inputs=dims[s - 1] if s else 3,
+                        width=widths[s],
+                        dim=dims[s],
+                        kernel=KERNELS[s],
+                        stride=STRIDES[s],
+                        dilations=DILATIONS[s],
+                        heads=reduction_heads[s],
+                        groups=reduction_groups[s],
+                        window=window,
+                    ),
+                    [
+                        NormalCell(
+                            dim=dims[s],
+                            heads=heads[s],
+                            groups=groups[s],
+                            window=window,
+                            drop_path=rate,
+                        )
+                        for rate in rates
+                    ],
+                )
+            )
+        init_linears(self)
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        """(B, 3, H, W) -> maps (B, C, ., .), finest first."""
+        x, maps = images, []
+        for stage in self.stages:
+            x = stage(x)
+            maps.append(x)
+        return maps
+
+    def layer_of(self, name: str) -> int:
+        """The layer of a parameter, for layer-wise decay: that of the rest."""
+        return self.num_layers + 1
+
+
+def drop_rates(depths: Sequence[int], largest: float) -> list[list[float]]:
+    """The rate of each normal cell of each stage, as the published run had them.
+
+    The rates grow linearly over all cells, but stage s takes them from the cell on that stage s - 1 has as its depth,
+    not from the sum of the depths before it: the last stage of depths (2, 2, 8, 2) has those of cells 8 and 9.
+    """
+    rates = torch.linspace(0, largest, sum(depths), device="cpu").tolist()
+    starts = [0, *depths[:-1]]
+    return [rates[start : start + depth] for start, depth in zip(starts, depths, strict=True)]

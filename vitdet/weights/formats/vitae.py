@@ -1,0 +1,53 @@
+"""Names of the ViTAE pre-trained backbones (ViTAE-Transformer/ViTAE-Transformer): MAE and classifiers."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from vitdet.weights.formats.mae import BLOCKS, FRESH, NORM, POSITIONS
+from vitdet.weights.formats.mmdet import join_bias
+from vitdet.weights.formats.table import Format, Row, Weights
+
+
+def strip(weights: Weights) -> dict[str, Tensor]:
+    """Names without what a training put before them: `module.` of parallel ones, `encoder.` of an autoencoder, whose
+    other parts are left out.
+    """
+    plain = {name.removeprefix("module."): tensor for name, tensor in weights.items()}
+    if len(plain) < len(weights):
+        raise ValueError("the same names with and without module.")
+    inside = {
+        name.removeprefix("encoder."): tensor
+        for name, tensor in plain.items()
+        if name.startswith("encoder.")
+    }
+    return join_bias(inside or plain)
+
+
+VITAE = Format(
+    rows=BLOCKS,
+    changes=POSITIONS,
+    dropped=("cls_token", "mask_token", "decoder_{*}", "head.{}"),
+    before=strip,
+    wrappers=("state_dict_ema", "state_dict", "model", ""),
+    fresh=FRESH,
+    spare=NORM,
+)
+# ViTAE-B: `layers.0.RC` holds the patches, `layers.2.NC` the blocks. ViTAE-S: three reduction cells. Both were trained
+# with a norm after the pooling instead of the last block's, which starts afresh.
+VITAE_CLS = Format(
+    rows=(
+        Row("layers.0.RC.pos_embed", "backbone.pos_embed"),
+        Row("layers.0.RC.PRM.proj.{}", "backbone.patch_embed.proj.{}"),
+        Row("layers.{}.RC.PRM.convs.{}.0.{}", "backbone.reductions.{}.prm.{}.{}"),
+        Row("layers.{}.RC.PCM.{*}", "backbone.reductions.{}.pcm.{*}"),
+        Row("layers.{}.RC.attn.{*}", "backbone.reductions.{}.attn.{*}"),
+        Row("layers.2.NC.{}.PCM.{*}", "backbone.blocks.{}.pcm.{*}"),
+        Row("layers.2.NC.{}.{*}", "backbone.blocks.{}.{*}"),
+    ),
+    changes=POSITIONS,
+    dropped=("layers.0.RC.cls_token", "fc_norm.{}", "head.{}"),
+    before=strip,
+    wrappers=("state_dict_ema", "state_dict", "model", ""),
+    fresh=(*FRESH, *NORM),
+)
