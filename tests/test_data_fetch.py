@@ -101,8 +101,7 @@ def size(path: Path) -> int:
 
 
 def until(happened: Callable[[], object]) -> None:
-    end = time.monotonic() + 20
-    while time.monotonic() < end and not happened():
+    while not happened():  # pytest-timeout ends a test that hangs
         time.sleep(0.01)
 
 
@@ -227,10 +226,9 @@ def test_a_failure_stops_the_others_where_they_are(get: Fetch, web: Web, root: P
         status(404)(to)
 
     web.plans = {TRAIN: [file(cut=5_000, stall=True), *[file(cut=0)] * 9], BOTH: [late]}
-    begin = time.monotonic()
     with pytest.raises(FileNotFoundError, match="404"):
         get()
-    assert time.monotonic() - begin < 5
+    assert [path for path, _ in web.asked].count(TRAIN) == 1  # stopped, not asked for again
     web.plans.clear()
     get()
     check(root, web)
@@ -255,12 +253,12 @@ if len(sys.argv) > 3:
         if path.name == sys.argv[3]:
             temporary.write_bytes(b"half")
             print("here", flush=True)
-            import time; time.sleep(20)
+            import time; time.sleep(600)
         write(opened, info, path, temporary)
     extract._write = unpacked
 logging.basicConfig(level=logging.INFO)
 url, root = sys.argv[1], Path(sys.argv[2])
-print(fetch.fetch(miniatures("coco")[0], root, lambda _: Quiet(), url, patience=Patience(stall=20)))
+print(fetch.fetch(miniatures("coco")[0], root, lambda _: Quiet(), url, patience=Patience(stall=600)))
 """
 
 
@@ -301,6 +299,6 @@ def test_killed_anywhere_and_run_again(web: Web, root: Path) -> None:
     assert not (root / "train2017").exists()
     web.asked.clear()
     two = [start(web, root), start(web, root)]  # the second waits and finds that all is done
-    said = sorted(one.communicate(timeout=30)[0] for one in two)
+    said = sorted(one.communicate()[0] for one in two)
     assert said == ["False\n", "True\n"] and web.asked == []
     check(root, web)

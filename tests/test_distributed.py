@@ -140,7 +140,7 @@ def wait_for(process: subprocess.Popen, text: str) -> None:
 
 def finish(process: subprocess.Popen) -> str:
     """Waits for a good end; its stderr."""
-    output, errors = process.communicate(timeout=200)
+    output, errors = process.communicate()
     assert process.returncode == 0 and output == "run/model.pt\n", errors
     return errors
 
@@ -163,7 +163,7 @@ def killed_alone(tiny: Path, folder: Path) -> None:
     process = start(words, folder)
     wait_for(process, f"step {first}/{STEPS}")
     process.terminate()
-    _, errors = process.communicate(timeout=200)
+    _, errors = process.communicate()
     assert process.returncode == 143, errors
     stopped = int(
         re.search(rf"stopped at step (\d+) of {STEPS}; the same command goes on", errors)[1]
@@ -279,7 +279,7 @@ def test_two_processes_evaluate_as_one(trained: Path, tmp_path: Path) -> None:
     process = start(
         ["evaluate", str(trained / "model.pt"), "--output", "metrics.json"], tmp_path, processes=2
     )
-    output, errors = process.communicate(timeout=200)
+    output, errors = process.communicate()
     assert process.returncode == 0 and output.count("mask ") == 1, errors  # one table
     expected = load_model_file(trained / "model.pt")["metrics"]
     assert json.loads((tmp_path / "metrics.json").read_text()) == pytest.approx(expected)

@@ -37,7 +37,6 @@ def pipeline(*words: object, stdin: str = "") -> subprocess.CompletedProcess:
         input=stdin,
         capture_output=True,
         text=True,
-        timeout=600,
     )
 
 

@@ -71,7 +71,6 @@ def test_workers_that_start_afresh_look_at_the_memory_of_the_first(
         env=environment(tmp_path),
         capture_output=True,
         text=True,
-        timeout=120,
         check=False,
     )
     assert done.returncode == 0, done.stderr[-2000:]
