@@ -58,10 +58,10 @@ PENDING = {
     ("vitdet.datasets.report.portrait", "vitdet.visualize"): "the colors of the classes",
     ("vitdet.demo.mae", "vitdet.weights"): "NOT_PRETRAINED",
     ("vitdet.predictor", "vitdet.data.transforms"): "the resize of an image",
-    ("vitdet.training.convert", "vitdet.weights"): "converts weights: belongs to weights/",
-    ("vitdet.training.convert", "vitdet.weights.convert"): "converts weights: belongs to weights/",
-    ("vitdet.training.convert", "vitdet.weights.resize"): "converts weights: belongs to weights/",
     ("vitdet.training.trainer", "vitdet.weights"): "import from weights.load",
+    ("vitdet.weights.convert", "vitdet.models"): "builds a detector",
+    ("vitdet.weights.convert", "vitdet.models.vit"): "tells a ViT from the other backbones",
+    ("vitdet.weights.load", "vitdet.models.attention"): "finds the modules with relative positions",
     ("vitdet.weights.fetch", "vitdet.datasets.download"): "both download",
     ("vitdet.workspace", "vitdet.cli.weights"): "stages does what the verb does",
 }
