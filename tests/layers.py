@@ -118,6 +118,13 @@ def read_imports(sources: Iterable[Source], modules: Iterable[str] = ()) -> list
     return [found for source in sources for found in _imports(source, known)]
 
 
+def statements(node: ast.AST) -> Iterator[ast.AST]:
+    """Yield the statements directly in a node; functions, classes and imports are nowhere else."""
+    for name in ("body", "handlers", "cases", "orelse", "finalbody"):
+        inside = getattr(node, name, ())
+        yield from inside if isinstance(inside, list) else ()
+
+
 def _imports(source: Source, known: set[str]) -> Iterator[Import]:
     def visit(node: ast.AST, scope: tuple[str, ...], type_checking: bool) -> Iterator[Import]:
         for target in _targets(node, source, known):
@@ -127,7 +134,7 @@ def _imports(source: Source, known: set[str]) -> Iterator[Import]:
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
             scope = (*scope, node.name)
         guarded = node.body if isinstance(node, ast.If) and _tests_type_checking(node.test) else []
-        for child in ast.iter_child_nodes(node):
+        for child in statements(node):
             yield from visit(child, scope, type_checking or child in guarded)
 
     yield from visit(source.tree, (), False)

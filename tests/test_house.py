@@ -235,7 +235,7 @@ def test_the_report_of_a_scratch_checkout(checkout: Path) -> None:
         "detector (D) 42 11 7 weights/ 0 0 0 vitdet/ 44 13 7",
         "components/ 2 1 1 pipeline/ 2 1 0",
         "manifests/ 3 1 (all text files) tests/ 6 1 2 1 of them test_*",
-        "7 modules, 3 folders, 1 other files (py.typed)",
+        "7 modules, 3 folders, other files: py.typed",
         "file median 1, longest 16 (vitdet/models/head.py)",
         "function median 2, longest 5 (other in vitdet/models/head.py)",
         "cycles between modules: 2",
