@@ -26,19 +26,20 @@ LAYERS: tuple[dict[str, str], ...] = (
     {"models": f"{BASE} kernels", "data": BASE},
     {"checkpoint": f"{BASE} models", "visualize": f"{BASE} data"},
     {
-        "predictor": f"{BASE} models data.images checkpoint visualize",
-        "weights": f"{BASE} data checkpoint",
-        "datasets": f"{BASE} data checkpoint",
+        "predictor": f"{BASE} models data.images data.transforms checkpoint visualize",
+        "datasets": f"{BASE} data checkpoint visualize",
     },
+    # a conversion needs the shapes of the model, a fetched file is a download
+    {"weights": f"{BASE} models data checkpoint datasets.download"},
     {
         "evaluation": f"{BASE} kernels models data checkpoint visualize predictor",
         "tracking": f"{BASE} data checkpoint predictor",
     },
     {
         "training": f"{BASE} models data checkpoint visualize predictor"
-        " evaluation weights.load tracking.tracker"
+        " evaluation weights tracking.tracker"
     },
-    {"demo": f"{BASE} data checkpoint models training"},
+    {"demo": f"{BASE} data checkpoint models training weights"},
     {"stages": ALL},
     {"cli": ALL, "components": "stages"},
     {"__main__": "cli", "pipeline": "components"},

@@ -54,15 +54,6 @@ ONLY_IN = {
 PENDING = {
     ("vitdet.data.dataset", "vitdet.datasets.inventory"): "data.fingerprint identifies a split",
     ("vitdet.data.fingerprint", "vitdet.datasets.inventory"): "data.fingerprint identifies a split",
-    ("vitdet.datasets.report.page", "vitdet.visualize"): "the colors of the classes",
-    ("vitdet.datasets.report.portrait", "vitdet.visualize"): "the colors of the classes",
-    ("vitdet.demo.mae", "vitdet.weights"): "NOT_PRETRAINED",
-    ("vitdet.predictor", "vitdet.data.transforms"): "the resize of an image",
-    ("vitdet.training.trainer", "vitdet.weights"): "import from weights.load",
-    ("vitdet.weights.convert", "vitdet.models"): "builds a detector",
-    ("vitdet.weights.convert", "vitdet.models.vit"): "tells a ViT from the other backbones",
-    ("vitdet.weights.load", "vitdet.models.attention"): "finds the modules with relative positions",
-    ("vitdet.weights.fetch", "vitdet.datasets.download"): "both download",
     ("vitdet.workspace", "vitdet.cli.weights"): "stages does what the verb does",
 }
 

@@ -65,7 +65,9 @@ def imported(path: Path) -> Iterator[Path]:
         for alias in node.names:
             candidates = [f"{node.module}.{alias.name}", node.module]
             paths = [ROOT / name.replace(".", "/") for name in candidates]
-            files = [file for one in paths for file in (one.with_suffix(".py"), one / "__init__.py")]
+            files = [
+                file for one in paths for file in (one.with_suffix(".py"), one / "__init__.py")
+            ]
             yield next(file for file in files if file.is_file())
 
 
@@ -88,7 +90,9 @@ def test_a_stage_depends_on_every_module_that_determines_its_result(stage: str) 
     missing = {path for path in used if not under(path, code) and not under(path, irrelevant)}
     assert not missing, f"{stage}: neither a dependency nor known to be irrelevant: {missing}"
     python = {name for name in code if name.endswith(".py") and not under(name, irrelevant)}
-    assert not python - used, f"{stage}: depends on modules that it does not import: {python - used}"
+    assert not python - used, (
+        f"{stage}: depends on modules that it does not import: {python - used}"
+    )
     stale = {name for name in irrelevant if not any(under(path, {name}) for path in used)}
     assert not stale, f"{stage}: listed as irrelevant, but not imported: {stale}"
 

@@ -142,15 +142,11 @@ def test_imports_against_the_layers_are_found(edges: list) -> None:
 
 
 def test_only_the_named_module_of_a_room_is_allowed() -> None:
-    text = "from vitdet.weights.load import a\nfrom vitdet.weights import b, catalogue\n"
-    source = Source("vitdet/training/trainer.py", text)
-    modules = ["vitdet.weights", "vitdet.weights.load", "vitdet.weights.catalogue"]
+    text = "from vitdet.data.images import a\nfrom vitdet.data import b, coco\n"
+    source = Source("vitdet/predictor.py", text)
+    modules = ["vitdet.data", "vitdet.data.images", "vitdet.data.coco"]
     found = {edge.target: is_allowed(edge) for edge in read_imports([source], modules)}
-    assert found == {
-        "vitdet.weights.load": True,
-        "vitdet.weights": False,
-        "vitdet.weights.catalogue": False,
-    }
+    assert found == {"vitdet.data.images": True, "vitdet.data": False, "vitdet.data.coco": False}
 
 
 def test_third_party_imports_keep_their_full_name() -> None:
