@@ -123,11 +123,11 @@ class TrainData(Dataset):
             rng,
             (record.height, record.width),
             data.image_size,
-            data.scale_range,
-            data.flip,
-            data.transpose,
-            data.color_jitter,
-            data.diagonal_crop,
+            scale_range=data.scale_range,
+            flip=data.flip,
+            transpose=data.transpose,
+            color_jitter=data.color_jitter,
+            diagonal=data.diagonal_crop,
         )
         image, edges = self._load(index, record)
         edges = affine.edges(edges)
@@ -155,7 +155,7 @@ class TrainData(Dataset):
 class ValData(Dataset):
     """Indices -> a batch of these images of the records, longest side = canvas, without targets."""
 
-    def __init__(self, records: Records, image_size: int, antialias: bool = True) -> None:
+    def __init__(self, records: Records, image_size: int, antialias: bool) -> None:
         self.records = records
         self.image_size = image_size
         self.antialias = antialias

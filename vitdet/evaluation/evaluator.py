@@ -173,7 +173,7 @@ def evaluate(
 def evaluate_results(
     results: str | Path,
     annotations: str | Path,
-    dataset: str = "coco",
+    dataset: str = DataConfig.dataset,
     *,
     plots: str | Path | None = None,
 ) -> dict[str, float]:
