@@ -71,11 +71,8 @@ class Head:
     def __init__(self, *, nms_iou=0.5, kind="simple", steps=None):
         pass
 
-    def resized(self, steps=HeadConfig.nms_iou):
-        pass
 
-
-def other(kind="runs", nms_iou="high"):
+def other(kind="runs", nms_iou="high", steps=Config.steps):
     def inner():
         return 1
 
