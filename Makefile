@@ -61,7 +61,7 @@ clean:
 
 define SUMMARY
 import json, pathlib, sys
-from vitdet.verbs import table
+from vitdet.cli.evaluate import table
 work = pathlib.Path(sys.argv[1])
 metrics = json.loads((work / "metrics.json").read_text())
 model = json.loads((work / "registered.json").read_text())

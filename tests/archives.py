@@ -10,7 +10,7 @@ import zipfile
 from collections.abc import Mapping
 from dataclasses import replace
 
-from vitdet.data.published import SPLITS, Archive, archives
+from vitdet.datasets.published import SPLITS, Archive, archives
 
 PICTURES = 12
 

@@ -130,7 +130,7 @@ def ctrl_c() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """12 training and 4 validation images; not to be changed."""
-    from vitdet.data.tiny import make_tiny
+    from vitdet.demo.tiny import make_tiny
 
     folder = tmp_path_factory.mktemp("data") / "tiny"
     make_tiny(folder, 12, 4, processes=1)

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from pycocotools import mask as rle
 
-from vitdet.evaluation.files import Truth
+from vitdet.evaluation.results import Truth
 
 SIDE = 150
 

@@ -9,13 +9,12 @@ from pathlib import Path
 import numpy as np
 
 from vitdet.config import DataConfig
-from vitdet.data import TrainData, ValData, read_split
-from vitdet.data.check import check
+from vitdet.data.check import Report, check
 from vitdet.data.coco import ImageError
-from vitdet.data.page import write_page
-from vitdet.data.report import Report
-from vitdet.evaluation import evaluate_results
-from vitdet.evaluation.files import Truth, read_truth
+from vitdet.data.dataset import TrainData, ValData, read_split
+from vitdet.datasets.report.page import write_page
+from vitdet.evaluation.evaluator import evaluate_results
+from vitdet.evaluation.results import Truth, read_truth
 
 FILES = {
     "missing image file",

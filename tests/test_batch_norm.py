@@ -16,11 +16,11 @@ from torch import multiprocessing, nn
 
 from tests.conftest import Recorder, minimal
 from tests.test_trainer import cut, figures, interrupt, same_bits
+from vitdet.checkpoint import load_model_file
 from vitdet.config import Config, load_config
 from vitdet.models import vitae
 from vitdet.models.vit import Size
 from vitdet.training import parallel, train, trainer
-from vitdet.training.checkpoint import load_model_file
 from vitdet.training.optim import WeightAverage
 
 NORM = "backbone.blocks.1.pcm.1"

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 from mlflow import MlflowClient
 
-from vitdet.champion import ALIAS, judge, promote
-from vitdet.tracking import tracking_uri
+from vitdet.tracking.champion import ALIAS, judge, promote
+from vitdet.tracking.mlflow import tracking_uri
 
 
 @pytest.fixture(scope="module")

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from PIL import ImageFont
 
-from vitdet.data.charts import doubling, histogram, ranges
-from vitdet.data.page import LENGTHS, OBJECTS, SIDES
+from vitdet.datasets.report.charts import doubling, histogram, ranges
+from vitdet.datasets.report.page import LENGTHS, OBJECTS, SIDES
 
 LETTERS = ImageFont.load_default(10.5)  # pixels, as the page's style says of SVG texts
 

@@ -12,9 +12,8 @@ import pytest
 from PIL import Image
 from pycocotools import mask as rle
 
-from vitdet.data.check import check
-from vitdet.data.report import Report
-from vitdet.data.values import segmentation_problem
+from vitdet.data.annotations import segmentation_problem
+from vitdet.data.check import Report, check
 
 COCO_SAMPLE = Path(__file__).parents[2] / "shared" / "data" / "coco-sample"
 SQUARE = [10.0, 10.0, 30.0, 10.0, 30.0, 30.0, 10.0, 30.0]
@@ -121,7 +120,7 @@ def test_a_sound_folder_has_warnings_for_what_training_leaves_out(sound: Path) -
 
 
 def test_real_pictures_and_the_tiny_data_set_pass(tmp_path: Path) -> None:
-    from vitdet.data.tiny import make_tiny
+    from vitdet.demo.tiny import make_tiny
 
     make_tiny(tmp_path / "tiny", 12, 8)
     assert not kinds(check(tmp_path / "tiny"))[0]

@@ -14,9 +14,7 @@ import pytest
 import torch
 
 from tests.conftest import environment
-from vitdet.config import load_config
-from vitdet.data.tiny import CATEGORIES
-from vitdet.training.checkpoint import (
+from vitdet.checkpoint import (
     FORMAT,
     STATE,
     Checkpoints,
@@ -25,13 +23,15 @@ from vitdet.training.checkpoint import (
     restore_detector,
     save,
 )
+from vitdet.config import load_config
+from vitdet.demo.tiny import CATEGORIES
 
 # A process whose files cannot grow over 100 kB: `File too large` comes from the same place as `No space left`.
 FULL_DISK = """
 import resource, signal, sys
 from pathlib import Path
 import torch
-from vitdet.training.checkpoint import Checkpoints
+from vitdet.checkpoint import Checkpoints
 states = Checkpoints(Path(sys.argv[1]), keep=1)
 states.save(1, {"x": torch.arange(10)})
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)

@@ -23,7 +23,7 @@ from tests.cluster import QUICK, Scene, kubectl, on_cluster, scene, template, wa
 from tests.conftest import minimal
 from tests.test_cluster_failures import meanwhile
 from vitdet import workspace as steps
-from vitdet.training.checkpoint import load_model_file
+from vitdet.checkpoint import load_model_file
 
 pytestmark = on_cluster
 RUN, OTHER = "0b1c2d3e-1f3e-4b7e-9b1b-0d6c35f7a001", "9a8b7c6d-1f3e-4b7e-9b1b-0d6c35f7a001"

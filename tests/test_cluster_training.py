@@ -19,7 +19,7 @@ from components.jobs import job_name
 from tests.cluster import PIPELINE_RUN, Scene, kubectl, on_cluster, scene, template, wait_until
 from tests.conftest import ROOT, STEPS, minimal, options
 from tests.manifests import kustomize
-from vitdet.training.checkpoint import load_model_file
+from vitdet.checkpoint import load_model_file
 
 pytestmark = on_cluster
 

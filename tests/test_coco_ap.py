@@ -13,8 +13,8 @@ from pycocotools.cocoeval import COCOeval
 
 from tests.random_results import random_set
 from vitdet.evaluation.coco import compare, summary
-from vitdet.evaluation.files import read_truth
 from vitdet.evaluation.report import class_rows, curve_rows
+from vitdet.evaluation.results import read_truth
 
 COCO = Path(__file__).parents[2] / "shared" / "data" / "coco-eval"
 

@@ -11,10 +11,10 @@ from safetensors import safe_open
 
 from tests.conftest import minimal
 from tests.published import file_of
+from vitdet.checkpoint import FORMAT, load_model_file, restore_detector, save
 from vitdet.config import load_config, save_config, to_dict
 from vitdet.models import build_detector
 from vitdet.predictor import Predictor
-from vitdet.training.checkpoint import FORMAT, load_model_file, restore_detector, save
 from vitdet.training.convert import class_names, convert_file
 from vitdet.weights.load import load_pretrained, read_source
 

@@ -15,7 +15,7 @@ from tests.archives import miniatures
 from tests.test_cli import largest_file
 from tests.test_data_fetch import BOTH, TRAIN, VAL, Fetch, asked, check, get, no_sync, root, web
 from tests.web import Web
-from vitdet.data import inventory
+from vitdet.datasets import inventory
 
 
 def test_archives_that_are_there_already(get: Fetch, web: Web, root: Path, tmp_path: Path) -> None:

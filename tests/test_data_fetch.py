@@ -18,9 +18,9 @@ from tests.archives import miniatures
 from tests.conftest import environment
 from tests.test_download import QUICK, Seen
 from tests.web import Handler, Web, file, serve, status
-from vitdet.data import inventory
-from vitdet.data.fetch import fetch
-from vitdet.data.published import Archive
+from vitdet.datasets import inventory
+from vitdet.datasets.fetch import fetch
+from vitdet.datasets.published import Archive
 
 TRAIN, VAL, BOTH = (
     "/zips/train2017.zip",
@@ -246,7 +246,7 @@ sys.modules["vitdet.data"] = package
 from pathlib import Path
 from tests.archives import miniatures
 from vitdet.data import extract, fetch
-from vitdet.download import Patience
+from vitdet.datasets.download import Patience
 class Quiet:
     def at(self, done, total): pass
     def end(self): pass

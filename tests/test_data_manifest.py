@@ -8,8 +8,7 @@ from pathlib import Path
 import pytest
 
 from vitdet.config import DataConfig
-from vitdet.data import dataset_digest
-from vitdet.data.manifest import describe, verify
+from vitdet.data.fingerprint import dataset_digest, describe, verify
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ import pytest
 
 from tests.archives import miniatures, path
 from tests.web import Web, serve, status
-from vitdet.data import published
+from vitdet.datasets import published
 
 Run = Callable[..., tuple[int, str, str]]
 

@@ -15,8 +15,8 @@ import yaml
 
 from tests.conftest import ROOT, minimal, options
 from tests.test_lvis_data import lvis
-from vitdet import tracking
 from vitdet import workspace as steps
+from vitdet.tracking import mlflow as tracking
 from vitdet.training import Stopped
 
 RUN = "0123456789abcdef"

@@ -10,10 +10,11 @@ from tests.far import FarTensor, far_device, send
 from tests.small import images, small_detector, target
 from tests.test_detector import KINDS
 from vitdet.config import load_config
-from vitdet.data import train_loader
-from vitdet.evaluation import evaluate_detector, write_pictures
+from vitdet.data.loader import train_loader
+from vitdet.demo.mae import MaskedAutoencoder
+from vitdet.evaluation.evaluator import evaluate_detector
+from vitdet.evaluation.pictures import write_pictures
 from vitdet.models import build_backbone, build_detector
-from vitdet.training.mae import MaskedAutoencoder
 from vitdet.training.meter import Meter
 from vitdet.training.optim import WeightAverage
 

@@ -22,9 +22,9 @@ from torch import multiprocessing
 from tests.conftest import STEPS, Recorder, minimal, options, start
 from tests.test_trainer import cut, figures, go, interrupt, same_bits
 from vitdet import distributed
+from vitdet.checkpoint import load_model_file
 from vitdet.config import load_config
 from vitdet.training import train, trainer
-from vitdet.training.checkpoint import load_model_file
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient

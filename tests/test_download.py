@@ -12,7 +12,7 @@ import pytest
 
 from tests.test_cli import largest_file
 from tests.web import Answer, Web, changed, file, serve, status
-from vitdet.download import Patience, download, mirrored, note
+from vitdet.datasets.download import Patience, download, mirrored, note
 
 CONTENT = random.Random(0).randbytes(100_000)
 OTHER = random.Random(1).randbytes(90_000)

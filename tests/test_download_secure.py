@@ -18,7 +18,7 @@ from cryptography.x509.oid import NameOID
 
 from tests.test_download import QUICK, Seen
 from tests.web import Web, serve, status
-from vitdet.download import download
+from vitdet.datasets.download import download
 
 CONTENT = random.Random(0).randbytes(30_000)
 

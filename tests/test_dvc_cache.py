@@ -18,9 +18,9 @@ import torch
 
 from tests.archives import miniatures
 from tests.conftest import minimal, options
-from vitdet.data import published
-from vitdet.data.fetch import fetch
-from vitdet.progress import Tracker
+from vitdet.datasets import published
+from vitdet.datasets.fetch import fetch
+from vitdet.tracking.tracker import Tracker
 
 HELD = (
     "work/data",

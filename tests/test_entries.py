@@ -11,10 +11,10 @@ import pytest
 
 from tests.large import write
 from vitdet.config import DataConfig
-from vitdet.data import read_split
+from vitdet.data.annotation_file import Entries, read_entries
 from vitdet.data.check import check
 from vitdet.data.coco import read_coco
-from vitdet.data.entries import Entries, read_entries
+from vitdet.data.dataset import read_split
 
 
 @pytest.fixture(scope="module")

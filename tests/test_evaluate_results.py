@@ -6,8 +6,8 @@ import pytest
 
 from tests.random_results import SIDE, random_set
 from vitdet.cli import main
-from vitdet.evaluation import evaluate_results
-from vitdet.evaluation.bench import measure
+from vitdet.cli.bench.evaluation import measure
+from vitdet.evaluation.evaluator import evaluate_results
 from vitdet.evaluation.runs import areas
 
 

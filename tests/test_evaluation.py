@@ -14,15 +14,10 @@ from torch import nn
 from vitdet import distributed
 from vitdet.config import DataConfig, EvalConfig, load_config, override
 from vitdet.data.masks import decode
-from vitdet.data.portrait import spread
-from vitdet.evaluation import (
-    detect,
-    detections_to_results,
-    evaluate,
-    evaluate_detector,
-    write_pictures,
-)
+from vitdet.evaluation.evaluator import detect, detections_to_results, evaluate, evaluate_detector
+from vitdet.evaluation.pictures import write_pictures
 from vitdet.types import Detections
+from vitdet.visualize import spread
 
 
 class BrightSpot(nn.Module):
@@ -134,7 +129,7 @@ def test_many_large_masks_are_pasted_in_parts(monkeypatch):
         torch.rand(7, 28, 28, generator=generator),
     )
     at_once = detections_to_results(canvas, (100, 100), (150, 200), 1, (1,))
-    monkeypatch.setattr("vitdet.evaluation.PIXELS", 150 * 200 * 2)
+    monkeypatch.setattr("vitdet.evaluation.evaluator.PIXELS", 150 * 200 * 2)
     assert detections_to_results(canvas, (100, 100), (150, 200), 1, (1,)) == at_once
 
 

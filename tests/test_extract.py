@@ -14,7 +14,7 @@ import pytest
 
 from tests.archives import declared, encrypted, renamed, zipped
 from tests.test_cli import largest_file
-from vitdet.data.extract import Entry, Limits, unpack
+from vitdet.datasets.extract import Entry, Limits, unpack
 
 GOOD = {"a.jpg": b"one" * 1000, "b/c.jpg": b"two" * 500, "empty": b""}
 Unpack = Callable[..., list[Entry]]

@@ -234,7 +234,7 @@ def test_two_at_once_download_it_once(
 SCRIPT = """
 import shutil, sys
 from pathlib import Path
-from vitdet.download import Patience
+from vitdet.datasets.download import Patience
 from vitdet.weights.catalogue import Entry
 from vitdet.weights.fetch import fetch
 class Quiet:

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from tests.conftest import minimal
 from tests.small import CLASSES, small_detector
+from vitdet.checkpoint import FORMAT, Checkpoints, load_model_file, save
 from vitdet.config import load_config
 from vitdet.training import train
-from vitdet.training.checkpoint import FORMAT, Checkpoints, load_model_file, save
 from vitdet.weights import load_pretrained
 
 LAYERS = {

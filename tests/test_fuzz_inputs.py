@@ -16,8 +16,8 @@ from PIL import Image
 
 from tests.annotations import HEIGHT, WIDTH, document, files, results, spliced
 from vitdet.data.check import check
-from vitdet.data.convert import convert
-from vitdet.evaluation import evaluate_results
+from vitdet.datasets.convert import convert
+from vitdet.evaluation.evaluator import evaluate_results
 
 YAML = "path: .\ntrain: images/train\nval: [images/val]\nnames: {0: no, 1: dog}\n"
 LABELS = "1 0.5 0.5 0.2 0.4\n0 0.1 0.2 0.5 0.2 0.5 0.8\n"

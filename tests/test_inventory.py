@@ -14,8 +14,9 @@ import pytest
 
 from tests.conftest import minimal, options
 from vitdet.config import DataConfig
-from vitdet.data import read_split
-from vitdet.data.inventory import (
+from vitdet.data.dataset import read_split
+from vitdet.data.fingerprint import describe
+from vitdet.datasets.inventory import (
     Archive,
     File,
     Images,
@@ -26,7 +27,6 @@ from vitdet.data.inventory import (
     verify,
     write,
 )
-from vitdet.data.manifest import describe
 
 LIST = b"a.jpg 3\nb.jpg 4\n"
 SUMS = f"a.jpg 3 {zlib.crc32(b'one'):08x}\nb.jpg 4 {zlib.crc32(b'four'):08x}\n".encode()

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from vitdet.journal import PENDING, Journal, find, journals
+from vitdet.tracking.journal import PENDING, Journal, find, journals
 
 
 def filled(folder: Path, steps: int) -> Journal:

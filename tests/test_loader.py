@@ -13,7 +13,9 @@ from PIL import Image
 from torch.utils.data._utils.pin_memory import pin_memory
 
 from vitdet.config import DataConfig
-from vitdet.data import TrainData, dataset_digest, read_split, train_loader, val_loader
+from vitdet.data.dataset import TrainData, read_split
+from vitdet.data.fingerprint import dataset_digest
+from vitdet.data.loader import train_loader, val_loader
 from vitdet.data.transforms import resize_and_pad
 from vitdet.types import Batch
 

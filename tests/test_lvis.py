@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 
 from tests.random_results import random_set
-from vitdet.evaluation import evaluate_results, lvis
-from vitdet.evaluation.files import Truth, read_truth
+from vitdet.evaluation import lvis
+from vitdet.evaluation.evaluator import evaluate_results
 from vitdet.evaluation.lvis import best, compare, compare_file, summary
+from vitdet.evaluation.results import Truth, read_truth
 
 GOLDEN = Path(__file__).parent / "published" / "lvis_random"
 EXAMPLE = (

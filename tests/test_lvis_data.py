@@ -13,14 +13,15 @@ import torch
 
 from tests.conftest import Recorder, minimal
 from vitdet import Predictor
+from vitdet.checkpoint import load_model_file, restore_detector
 from vitdet.config import DataConfig, load_config
-from vitdet.data import dataset_digest, read_split
+from vitdet.data.annotations import LISTS
 from vitdet.data.check import check
 from vitdet.data.coco import read_coco
-from vitdet.data.judge import LISTS
-from vitdet.evaluation import evaluate
+from vitdet.data.dataset import read_split
+from vitdet.data.fingerprint import dataset_digest
+from vitdet.evaluation.evaluator import evaluate
 from vitdet.training import train
-from vitdet.training.checkpoint import load_model_file, restore_detector
 
 SHARED = Path(__file__).parents[2] / "shared" / "data" / "coco-eval" / "lvis_val_100.json"
 COUNTS = (100, 81, 1, 0, 9, 4)  # images of each category, as the training file states them

@@ -17,8 +17,10 @@ from tests.test_data_fetch import BOTH, TRAIN, VAL, Fetch, asked, check, get, no
 from tests.test_lvis_data import change, lvis, own_lvis, settings
 from tests.web import Handler, Web, file, status
 from vitdet.data import check as data_check
-from vitdet.data import dataset_digest, published, read_split
-from vitdet.data.published import Archive
+from vitdet.data.dataset import read_split
+from vitdet.data.fingerprint import dataset_digest
+from vitdet.datasets import published
+from vitdet.datasets.published import Archive
 
 
 def packed(folder: Path) -> tuple[list[Archive], dict[str, bytes]]:

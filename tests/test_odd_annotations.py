@@ -15,10 +15,10 @@ import pytest
 from tests.annotations import COMPRESSED, HEIGHT, SQUARE, WIDTH, document, draw_images, results
 from tests.readers import judged
 from vitdet.config import DataConfig
-from vitdet.data import read_split
-from vitdet.data.entries import read_entries
-from vitdet.evaluation import evaluate_results
-from vitdet.evaluation.files import read_truth
+from vitdet.data.annotation_file import read_entries
+from vitdet.data.dataset import read_split
+from vitdet.evaluation.evaluator import evaluate_results
+from vitdet.evaluation.results import read_truth
 
 SIZE = [HEIGHT, WIDTH]
 WHOLE = "id that is not a whole number"

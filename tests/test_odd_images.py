@@ -21,14 +21,16 @@ from torch import nn
 from tests.odd_files import GREY, HIGH, ODD, RNG, WIDE, Make, png
 from tests.test_cli import Run, refused
 from vitdet.config import DataConfig
-from vitdet.data import read_split, train_loader, val_loader
 from vitdet.data.check import check
 from vitdet.data.coco import ImageError
+from vitdet.data.dataset import read_split
 from vitdet.data.images import examine, image_size, open_image, upright
-from vitdet.data.portrait import portrait
+from vitdet.data.loader import train_loader, val_loader
+from vitdet.datasets.report.portrait import portrait
 from vitdet.evaluation.pictures import draw_truth
-from vitdet.predictor import Predictor, draw
+from vitdet.predictor import Predictor
 from vitdet.types import Detections
+from vitdet.visualize import draw
 
 
 class Watcher(nn.Module):

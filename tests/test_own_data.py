@@ -14,10 +14,10 @@ from PIL import Image
 from tests.conftest import MINIMAL, minimal, options
 from tests.test_fine_tuning import other_classes
 from vitdet import Predictor
+from vitdet.checkpoint import load_model_file
 from vitdet.config import load_config, save_config
 from vitdet.data.check import check
 from vitdet.data.layout import follow, missing, split_files
-from vitdet.training.checkpoint import load_model_file
 from vitdet.types import Detections
 
 Run = Callable[..., tuple[int, str, str]]
@@ -220,7 +220,7 @@ def test_a_drawn_name_is_that_of_the_checkpoint(
 ) -> None:
     captions_drawn = []
     monkeypatch.setattr(
-        "vitdet.predictor.paint",
+        "vitdet.visualize.paint",
         lambda image, boxes, labels, captions, *_: captions_drawn.extend(captions),
     )
     found: Detections = Predictor.load(trained / "model.pt")(picture, threshold=0.0)

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import numpy as np
 
-from vitdet.data.packed import PackedList
 from vitdet.data.records import Record
+from vitdet.data.shared_memory import PackedList
 
 
 def test_values_come_back() -> None:

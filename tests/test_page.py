@@ -13,9 +13,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from vitdet.data.charts import doubling, ranges
-from vitdet.data.palette import class_color
-from vitdet.data.scenes import CATEGORIES
+from vitdet.datasets.report.charts import doubling, ranges
+from vitdet.demo.scenes import CATEGORIES
+from vitdet.visualize import class_color
 
 Run = Callable[..., tuple[int, str, str]]
 VOID = {"meta", "img", "input"}

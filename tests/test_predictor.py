@@ -9,10 +9,10 @@ from torch import nn
 from tests.small import CLASSES, SIDE, small_detector
 from vitdet import predictor as predictor_module
 from vitdet.data.masks import paste
-from vitdet.data.palette import class_color
 from vitdet.data.transforms import resize_and_pad
-from vitdet.predictor import Predictor, _shrunk, comfortable_scale, draw, read_image, to_image
+from vitdet.predictor import Predictor, read_image, to_image
 from vitdet.types import Detections
+from vitdet.visualize import _shrunk, class_color, comfortable_scale, draw
 
 NAMES = ("cat", "dog", "bird")
 

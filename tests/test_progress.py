@@ -7,7 +7,7 @@ import io
 import pytest
 
 from tests.conftest import Recorder
-from vitdet.progress import Progress, clock
+from vitdet.tracking.tracker import Progress, clock
 
 POINTS = {
     "loss": 3.5,
@@ -71,7 +71,7 @@ def test_one_line_that_changes_on_a_terminal(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_the_time_left_counts_the_steps_of_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [1000.0]
-    monkeypatch.setattr("vitdet.progress.time.perf_counter", lambda: now[0])
+    monkeypatch.setattr("vitdet.tracking.tracker.time.perf_counter", lambda: now[0])
     stream = io.StringIO()
     progress = Progress(Recorder(), steps=100, start=80, stream=stream)
     now[0] += 30  # ten steps

@@ -14,13 +14,13 @@ import numpy as np
 import pytest
 import torch
 
-from vitdet import tracking
+from vitdet.checkpoint import FORMAT, save
 from vitdet.config import load_config, to_dict
 from vitdet.models import build_detector
 from vitdet.predictor import Predictor
-from vitdet.serving import exported, register
-from vitdet.training.checkpoint import FORMAT, save
-from vitdet.wheel import build_wheel, requirements
+from vitdet.tracking import mlflow as tracking
+from vitdet.tracking.registry import exported, register
+from vitdet.tracking.wheel import build_wheel, requirements
 
 NAMES = ["disc", "ring", "star", "cross", "leaf", "wave"]
 IMAGE = np.random.default_rng(0).integers(0, 256, (60, 90, 3), np.uint8)

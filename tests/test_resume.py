@@ -12,9 +12,9 @@ import torch
 
 from tests.conftest import Recorder, minimal
 from tests.test_trainer import cut, go, interrupt, same_bits, terminate
+from vitdet.checkpoint import Checkpoints
 from vitdet.config import load_config
 from vitdet.training import Stopped, train, trainer
-from vitdet.training.checkpoint import Checkpoints
 
 
 def test_the_state_that_was_read_goes_when_it_is_applied(

@@ -15,9 +15,8 @@ import pytest
 from tests.conftest import environment
 from tests.large import write
 from vitdet.config import DataConfig
-from vitdet.data import TrainData, read_split
-from vitdet.data.packed import PackedList
-from vitdet.data.shared import Shared
+from vitdet.data.dataset import TrainData, read_split
+from vitdet.data.shared_memory import PackedList, Shared
 
 WORKERS = """
 import json, os, sys
@@ -25,7 +24,7 @@ import numpy as np
 import torch
 from vitdet.config import DataConfig
 from vitdet.data import TrainData, _processes, read_split
-from vitdet.data.shared import Shared
+from vitdet.data.shared_memory import Shared
 
 def places(data):
     columns, found = data.records._columns, []

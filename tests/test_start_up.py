@@ -13,7 +13,7 @@ import pytest
 from tests.conftest import minimal, options, start
 from vitdet import distributed
 from vitdet.config import DataConfig
-from vitdet.data import train_loader
+from vitdet.data.loader import train_loader
 
 WORLD = 3
 

@@ -17,7 +17,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from vitdet.data.outlines import fill, trace
-from vitdet.data.tiny import CATEGORIES, PRETRAIN_SEED, draw_scene, make_tiny
+from vitdet.demo.tiny import CATEGORIES, PRETRAIN_SEED, draw_scene, make_tiny
 
 TRAIN, VAL = 300, 120
 FROZEN_ANNOTATIONS = (

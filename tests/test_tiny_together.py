@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from vitdet.data.tiny import make_tiny
+from vitdet.demo.tiny import make_tiny
 
 COUNTS = (3, 2)
 

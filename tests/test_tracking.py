@@ -16,8 +16,8 @@ from pathlib import Path
 
 import pytest
 
-from vitdet import tracking
-from vitdet.journal import find
+from vitdet.tracking import mlflow as tracking
+from vitdet.tracking.journal import find
 
 ROOT = Path(__file__).parents[1]
 WHAT = {

@@ -17,9 +17,9 @@ import torch
 
 from tests.conftest import STEPS, Recorder, environment, minimal
 from vitdet import distributed
+from vitdet.checkpoint import load_model_file
 from vitdet.config import load_config
 from vitdet.training import Stopped, train
-from vitdet.training.checkpoint import load_model_file
 from vitdet.training.stop import sigterm
 
 MEASURED = {"images_per_second", "data_wait_seconds", "memory_gb"}
@@ -245,7 +245,7 @@ def test_a_training_that_diverges_stops_and_keeps_a_sound_state(tiny: Path, tmp_
 
 def test_one_training_at_a_time_writes_to_a_folder(tiny: Path, tmp_path: Path) -> None:
     code = (
-        "import sys; from pathlib import Path; from vitdet.training.checkpoint import Checkpoints\n"
+        "import sys; from pathlib import Path; from vitdet.checkpoint import Checkpoints\n"
         "with Checkpoints(Path(sys.argv[1]), 1).locked(): print('locked', flush=True); sys.stdin.read()"
     )
     other = subprocess.Popen(

@@ -10,10 +10,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from tests.conftest import minimal
+from vitdet.checkpoint import Checkpoints
 from vitdet.config import load_config
 from vitdet.models import Detector, build_detector
 from vitdet.training import train
-from vitdet.training.checkpoint import Checkpoints
 from vitdet.weights import CATALOGUE, NOT_PRETRAINED, load_pretrained, resolve
 
 

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.web import Web, file, serve, status
-from vitdet.bar import Bar
+from vitdet.cli.progress_bar import Bar
 from vitdet.weights import CATALOGUE, resolve
 
 Run = Callable[..., tuple[int, str, str]]

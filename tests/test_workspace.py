@@ -11,7 +11,7 @@ from mlflow import MlflowClient
 from tests.conftest import minimal
 from vitdet import workspace as steps
 from vitdet.config import load_config
-from vitdet.tracking import tracking_uri
+from vitdet.tracking.mlflow import tracking_uri
 
 RUN = "0123456789abcdef"
 
@@ -143,7 +143,7 @@ def test_relative_paths_lie_in_the_workspace(tmp_path: Path) -> None:
 def test_the_demo_data_is_drawn_and_other_data_is_not(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from vitdet.data import tiny
+    from vitdet.demo import tiny
 
     made = tiny.make_tiny
     monkeypatch.setattr(tiny, "make_tiny", lambda folder: made(folder, 3, 2, processes=1))

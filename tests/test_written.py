@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from vitdet.written import write_json, written, written_folder
+from vitdet.files import write_json, written, written_folder
 
 
 def test_a_file_is_made_with_its_folder_and_takes_the_place_of_a_link(tmp_path: Path) -> None:

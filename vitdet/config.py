@@ -20,8 +20,8 @@ from typing import Literal
 import yaml
 
 from vitdet import rules
+from vitdet.files import written
 from vitdet.typed import build, nearest, overridden, settings
-from vitdet.written import written
 
 RECIPES = Path(__file__).parent / "recipes"
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from vitdet.config import Config, TrackingConfig, digest, flatten
 
 if TYPE_CHECKING:
-    from vitdet.progress import Progress
+    from vitdet.tracking.tracker import Progress
 
 
 def tracking_folder(output: Path) -> Path:
@@ -38,7 +38,7 @@ def start_tracker(
     step: int,
 ) -> Progress:
     """Progress for the eye, MLflow behind it where that is installed."""
-    from vitdet.progress import Progress, Tracker
+    from vitdet.tracking.tracker import Progress, Tracker
 
     recipe = recipe.removesuffix(
         f"-{digest(config)[:8]}"
@@ -46,7 +46,7 @@ def start_tracker(
 
     tracker = Tracker()
     if has_mlflow():
-        from vitdet.tracking import start_run
+        from vitdet.tracking.mlflow import start_run
 
         data = config.data
         tracker = start_run(
@@ -109,12 +109,12 @@ def log_evaluation(
 
     Nothing happens, and None is given, where the run's store is not in sight: the checkpoint was carried away.
     """
-    from vitdet.training.checkpoint import load_model_file
+    from vitdet.checkpoint import load_model_file
 
     stored = load_model_file(checkpoint)
     if not stored["run_id"] or not has_mlflow():
         return None
-    from vitdet.tracking import log_metrics, tracking_uri
+    from vitdet.tracking.mlflow import log_metrics, tracking_uri
 
     uri = stored["config"]["tracking"]["uri"] if uri is None else uri
     kind, _, path = tracking_uri(uri, folder).partition(":///")
@@ -134,7 +134,7 @@ def register_checkpoint(
 ) -> tuple[str, str]:
     """(name, version) of a checkpoint in the model registry; settings and metrics None: those that it holds.
 
-    Raises ValueError without MLflow, and what `vitdet.serving.register` raises.
+    Raises ValueError without MLflow, and what `vitdet.tracking.registry.register` raises.
     """
     if not has_mlflow():
         raise ValueError("mlflow is not installed; install vitdet with its extra 'tracking'")
@@ -142,10 +142,10 @@ def register_checkpoint(
 
     import numpy as np
 
+    from vitdet.checkpoint import load_model_file
     from vitdet.config import from_dict
-    from vitdet.serving import register
-    from vitdet.training.checkpoint import load_model_file
-    from vitdet.wheel import build_wheel
+    from vitdet.tracking.registry import register
+    from vitdet.tracking.wheel import build_wheel
 
     stored = load_model_file(checkpoint)
     settings = settings or from_dict(stored["config"]).tracking

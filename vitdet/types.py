@@ -121,7 +121,7 @@ class Detections:
 
     def draw(self, image: str | Image.Image | Tensor) -> Image.Image:
         """The image (anything that `Predictor` takes) with boxes, masks, names and scores on it."""
-        from vitdet.predictor import draw
+        from vitdet.visualize import draw
 
         return draw(image, self)
 

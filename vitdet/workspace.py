@@ -20,7 +20,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from vitdet.config import Config, digest, flatten, load_config, save_config
-from vitdet.written import write_json
+from vitdet.files import write_json
 
 COMPARED = (
     "data.dataset",
@@ -64,8 +64,8 @@ def prepare_data(configs: str, workspace: str, manifest: str) -> str:
 
     Raises FileNotFoundError or ValueError, in one line, for data that is not there or that training could not use.
     """
-    from vitdet.data.manifest import describe
-    from vitdet.data.tiny import make_tiny
+    from vitdet.data.fingerprint import describe
+    from vitdet.demo.tiny import make_tiny
 
     every = _all(configs)
     data = every[0].data
@@ -89,9 +89,9 @@ def fetch_weights(configs: str, workspace: str) -> str:
 
     Raises what `vitdet weights fetch` raises.
     """
+    from vitdet.cli.weights import published_file
     from vitdet.weights import resolve
     from vitdet.weights.catalogue import find
-    from vitdet.weights_verbs import published_file
 
     sums, folder = [], weights_folder(workspace)
     for init in sorted({config.train.init for config in _all(configs)}):
@@ -108,8 +108,8 @@ def open_group(configs: str, workspace: str, run_id: str) -> str:
 
     Raises ConnectionError where MLflow does not answer.
     """
-    from vitdet import comparison
-    from vitdet.tracking import tracking_uri
+    from vitdet.tracking import comparison
+    from vitdet.tracking.mlflow import tracking_uri
 
     names = [path.stem for path in sorted(Path(configs).glob("*.yaml"))]
     settings, folder = _all(configs)[0].tracking, runs_folder(workspace)
@@ -124,7 +124,7 @@ def training_words(
 ) -> list[str]:
     """What follows `vitdet` on the command line that trains; the config is put where the job's processes see it.
 
-    Before anything is asked of the cluster: raises as `vitdet.data.manifest.verify` does when the data is not what it
+    Before anything is asked of the cluster: raises as `vitdet.data.fingerprint.verify` does when the data is not what it
     was, and FileNotFoundError when the initial weights are gone.
     """
     from vitdet.weights import resolve
@@ -182,7 +182,7 @@ def evaluate(
     figures: str,
 ) -> dict[str, float]:
     """The detector's figures by name, also in MLflow; writes them with what they belong to, as `judge` reads them."""
-    from vitdet.evaluation import evaluate as measure
+    from vitdet.evaluation.evaluator import evaluate as measure
     from vitdet.stages import log_evaluation
 
     config = _checked(configs, name, manifest)
@@ -202,7 +202,7 @@ def evaluate(
 
 def judge(figures: str, configs: str, name: str, workspace: str, verdict: str) -> tuple[bool, str]:
     """(whether the detector beats the registry's champion, why); writes both beside the figures."""
-    from vitdet import champion
+    from vitdet.tracking import champion
 
     row, settings = _read(figures), _config(configs, name).tracking
     found = champion.judge(
@@ -218,8 +218,8 @@ def judge(figures: str, configs: str, name: str, workspace: str, verdict: str) -
 
 def register(checkpoint: str, figures: str, configs: str, name: str, workspace: str) -> str:
     """Registers the detector, makes it the champion if it is still better, and says so in one line."""
-    from vitdet import champion
     from vitdet.stages import register_checkpoint
+    from vitdet.tracking import champion
 
     row, settings, folder = _read(figures), _config(configs, name).tracking, runs_folder(workspace)
     model, version = register_checkpoint(
@@ -238,7 +238,7 @@ def register(checkpoint: str, figures: str, configs: str, name: str, workspace: 
 
 def compare(verdicts: Sequence[str], configs: str, workspace: str, run_id: str, table: str) -> str:
     """The table of all recipes in Markdown, also in MLflow's parent run; writes it to the file `table`."""
-    from vitdet import comparison
+    from vitdet.tracking import comparison
 
     settings = _all(configs)[0].tracking
     rows = [_read(path) for path in verdicts]
@@ -259,7 +259,7 @@ def close_group(
     recipes: Sequence[str], overrides: Sequence[str], workspace: str, run_id: str, state: str
 ) -> None:
     """Ends the parent run, if there is one; state: KFP's word for how the pipeline ended."""
-    from vitdet import comparison
+    from vitdet.tracking import comparison
 
     try:
         settings = load_config(recipes[0], overrides).tracking
@@ -311,7 +311,7 @@ def _check_comparable(first: Config, other: Config, name: str, other_name: str) 
 
 
 def _checked(configs: str, name: str, manifest: str) -> Config:
-    from vitdet.data.manifest import verify
+    from vitdet.data.fingerprint import verify
 
     config = _config(configs, name)
     verify(_read(manifest), config.data)

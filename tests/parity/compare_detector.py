@@ -16,7 +16,7 @@ from torch import Tensor
 from tests.parity.case import Case, load
 from tests.parity.detector import Computed
 from tests.parity.report import Report
-from vitdet.evaluation import detections_to_results
+from vitdet.evaluation.evaluator import detections_to_results
 from vitdet.predictor import to_image
 
 # Absolute, for features and logits, boxes in pixels, scores and probabilities; relative for losses and gradients.

@@ -11,16 +11,75 @@ import hashlib
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from itertools import combinations
 from pathlib import Path
 
-from vitdet.data.entries import read_entries
+from vitdet.data.annotation_file import read_entries
+from vitdet.data.annotations import Judge, show
 from vitdet.data.images import examine, exchanged, look
-from vitdet.data.judge import Judge
-from vitdet.data.report import Report
-from vitdet.data.values import show
 
 PREFIXES = ("instances_", "lvis_v1_")  # of annotation files: COCO's and LVIS's
+EXAMPLES = 3  # places that are named of each kind of problem
+
+
+@dataclass
+class Finding:
+    """One kind of problem: how often it came, and where the first few times."""
+
+    kind: str
+    count: int = 0
+    examples: list[str] = field(default_factory=list)
+
+
+@dataclass
+class Report:
+    """What was found in a folder; `splits` counts the images, annotations and categories of each."""
+
+    folder: Path
+    splits: dict[str, tuple[int, int, int]] = field(default_factory=dict)
+    errors: list[Finding] = field(default_factory=list)
+    warnings: list[Finding] = field(default_factory=list)
+
+    def error(self, kind: str, example: str) -> None:
+        """Counts an error of this kind."""
+        _count(self.errors, kind, example)
+
+    def warning(self, kind: str, example: str) -> None:
+        """Counts a warning of this kind."""
+        _count(self.warnings, kind, example)
+
+    @property
+    def ok(self) -> bool:
+        """Whether training and evaluation can use the folder."""
+        return not self.errors
+
+    def lines(self) -> list[str]:
+        """The report as text: the splits, then errors, then warnings, each kind with its count and examples."""
+        text = [str(self.folder)]
+        for split, counts in self.splits.items():
+            text.append("  {}: {} images, {} annotations, {} categories".format(split, *counts))
+        for title, findings in (("errors", self.errors), ("warnings", self.warnings)):
+            text.append(f"{title}: {sum(finding.count for finding in findings) or 'none'}")
+            for finding in findings:
+                text.append(f"  {finding.count} x {finding.kind}")
+                text += [f"      {example}" for example in finding.examples]
+                if finding.count > len(finding.examples):
+                    text.append("      ...")
+        return [_printable(line) for line in text]
+
+
+def _count(findings: list[Finding], kind: str, example: str) -> None:
+    finding = next((finding for finding in findings if finding.kind == kind), None)
+    if finding is None:
+        findings.append(finding := Finding(kind))
+    finding.count += 1
+    if len(finding.examples) < EXAMPLES:
+        finding.examples.append(example)
+
+
+def _printable(text: str) -> str:
+    return " ".join(text.encode("utf-8", "backslashreplace").decode().splitlines())
 
 
 def check(folder: Path | str, splits: Sequence[str] | None = None, images: bool = True) -> Report:

@@ -15,9 +15,9 @@ from pathlib import Path
 
 from PIL import Image
 
-from vitdet.data.entries import read_entries
+from vitdet.data.annotation_file import read_entries
+from vitdet.data.annotations import Judge
 from vitdet.data.images import exchanged, open_image
-from vitdet.data.judge import Judge
 from vitdet.data.records import Objects, Records
 
 

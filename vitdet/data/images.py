@@ -14,7 +14,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import ExifTags, Image, UnidentifiedImageError
+from torch import Tensor
+
+Picture = str | Path | Image.Image | np.ndarray | Tensor
 
 TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -39,6 +43,29 @@ def open_image(path: Path) -> Image.Image:
         look(path)
         with _opened(path) as file:
             return upright(file)
+
+
+def read_image(image: Picture) -> Image.Image:
+    """Anything that `Predictor` takes, as an upright RGB image; errors as there."""
+    if isinstance(image, str | Path):
+        return open_image(Path(image))
+    if isinstance(image, Image.Image):
+        return upright(image)
+    if isinstance(image, Tensor):
+        if image.ndim != 3 or image.shape[0] != 3 or image.dtype != torch.uint8:
+            raise ValueError(
+                f"expected an image tensor (3, H, W) of uint8, got {tuple(image.shape)} of {image.dtype}"
+            )
+        image = image.permute(1, 2, 0).cpu().numpy()
+    if not isinstance(image, np.ndarray):
+        raise ValueError(
+            f"expected a file, PIL image, array or tensor as image, got {type(image).__name__}"
+        )
+    if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8 or 0 in image.shape:
+        raise ValueError(
+            f"expected an image array (H, W, 3) of uint8, got {image.shape} of {image.dtype}"
+        )
+    return Image.fromarray(np.ascontiguousarray(image))
 
 
 def image_size(path: Path) -> tuple[int, int]:

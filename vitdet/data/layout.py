@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from vitdet.config import Config, DataConfig, flatten
-from vitdet.data.entries import Entries, read_entries
+from vitdet.data.annotation_file import Entries, read_entries
 
 SPLITS = {  # setting -> what its split is commonly called, in the order in which they are looked for
     "data.train_split": ("train", "train2017", "train2014", "training"),

@@ -13,8 +13,7 @@ from typing import overload
 
 import numpy as np
 
-from vitdet.data.packed import PackedList
-from vitdet.data.shared import Shared
+from vitdet.data.shared_memory import PackedList, Shared
 
 
 @dataclass(frozen=True)

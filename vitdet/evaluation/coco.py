@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 
-from vitdet.evaluation.files import Truth
 from vitdet.evaluation.matching import Comparison, choose, index, match
+from vitdet.evaluation.results import Truth
 
 NAMES = {"bbox": "box", "segm": "mask"}
 LIMITS = (1, 10, 100)  # detections of a class in an image

@@ -16,8 +16,8 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 
 from vitdet.evaluation.coco import named
-from vitdet.evaluation.files import Truth, kinds_of
 from vitdet.evaluation.matching import Comparison, choose, index, match
+from vitdet.evaluation.results import Truth, kinds_of
 
 LIMIT = 300  # detections of an image
 GROUPS = {

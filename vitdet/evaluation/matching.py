@@ -17,7 +17,7 @@ import numpy as np
 from faster_coco_eval import COCO, COCOeval_faster
 from pycocotools import mask as rle
 
-from vitdet.evaluation.files import Truth, check_code, check_results, uncollected
+from vitdet.evaluation.results import Truth, check_code, check_results, uncollected
 from vitdet.evaluation.runs import areas
 
 IOUS = np.linspace(0.5, 0.95, 10)

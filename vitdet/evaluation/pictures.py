@@ -10,13 +10,13 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import nn
 
 from vitdet.config import DataConfig
-from vitdet.data import read_split
 from vitdet.data.coco import CocoSplit
+from vitdet.data.dataset import read_split
 from vitdet.data.masks import decode
-from vitdet.data.portrait import spread
 from vitdet.data.records import Record
-from vitdet.predictor import Predictor, comfortable_scale, draw, paint, read_image
-from vitdet.written import written
+from vitdet.files import written
+from vitdet.predictor import Predictor, read_image
+from vitdet.visualize import comfortable_scale, draw, paint, spread
 
 GAP = 8  # pixels between the two halves
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from vitdet.evaluation.coco import NAMES
 from vitdet.evaluation.matching import IOUS, RECALLS, Comparison
-from vitdet.written import write_json
+from vitdet.files import write_json
 
 
 def class_rows(finished: Mapping[str, Comparison]) -> list[dict[str, str | float]]:

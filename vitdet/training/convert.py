@@ -16,14 +16,14 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from vitdet.checkpoint import FORMAT, read_detector_file, save
 from vitdet.config import Config, flatten, load_config, to_dict
+from vitdet.files import written
 from vitdet.models import Detector, build_detector
-from vitdet.training.checkpoint import FORMAT, read_detector_file, save
 from vitdet.weights import PACKAGED
 from vitdet.weights.convert import FORMATS, Format, mmdet, to_theirs
 from vitdet.weights.load import LOGITS, Source, fitted, read_source
 from vitdet.weights.resize import rescale_relative_positions
-from vitdet.written import written
 
 # What both systems compute in the same way but for these settings, which their weights do not show.
 FIXED = {

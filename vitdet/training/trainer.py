@@ -17,13 +17,16 @@ import torch
 from torch import nn
 
 from vitdet import distributed
+from vitdet.checkpoint import FORMAT, Checkpoints, load_model_file, load_weights, save
 from vitdet.config import Config, difference, digest, from_dict, save_config, to_dict
-from vitdet.data import dataset_digest, read_split, train_loader
 from vitdet.data.coco import CocoSplit
-from vitdet.evaluation import evaluate_detector, write_pictures
+from vitdet.data.dataset import read_split
+from vitdet.data.fingerprint import dataset_digest
+from vitdet.data.loader import train_loader
+from vitdet.evaluation.evaluator import evaluate_detector
+from vitdet.evaluation.pictures import write_pictures
 from vitdet.models import Detector, build_detector
-from vitdet.progress import Tracker
-from vitdet.training.checkpoint import FORMAT, Checkpoints, load_model_file, load_weights, save
+from vitdet.tracking.tracker import Tracker
 from vitdet.training.meter import Meter
 from vitdet.training.optim import WeightAverage, build_optimizer, clip_gradients, set_lr
 from vitdet.training.parallel import parallelize, share_statistics

@@ -18,7 +18,7 @@ from pathlib import Path, PurePosixPath
 from typing import BinaryIO
 from urllib.parse import urlsplit
 
-from vitdet.download import Patience, Watcher, discard, download, mirrored
+from vitdet.datasets.download import Patience, Watcher, discard, download, mirrored
 from vitdet.weights.catalogue import Entry, trouble
 
 Convert = Callable[[Path, Path], None]  # (the published file, the file to write)

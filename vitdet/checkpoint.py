@@ -1,0 +1,161 @@
+"""Files of a training: the state to go on from, and the finished detector. Plain data and tensors, no code."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import pickle
+import re
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from vitdet.config import Config, from_dict
+from vitdet.files import written
+from vitdet.models import Detector, build_detector
+
+FORMAT = "vitdet detector, version 1"
+STATE = "vitdet training state, version 1"
+FULL = {errno.ENOSPC, errno.EFBIG, errno.EDQUOT}
+TORN = (
+    "PytorchStreamWriter failed writing file",
+    "unexpected pos",
+)  # torch's words where the disk takes less than all
+
+
+def save(path: Path, content: dict) -> None:
+    """Writes plain data and tensors, all or nothing. Raises OSError with one line if the disk does not take it."""
+    try:
+        with written(path, sync=True) as temporary, open(temporary, "wb") as file:
+            torch.save(content, file)
+    except (OSError, RuntimeError) as error:
+        # torch hides the system's own error behind one of its archive
+        cause = error.__context__ if isinstance(error.__context__, OSError) else error
+        torn = any(words in str(cause) for words in TORN)
+        if not isinstance(cause, OSError) and not torn:
+            raise  # not the disk's fault
+        advice = (
+            "; free some space and run the same command again"
+            if torn or cause.errno in FULL
+            else ""
+        )
+        raise OSError(f"{path}: could not be written ({_first_line(cause)}){advice}") from error
+
+
+def load(path: Path, expected: str) -> dict:
+    """Reads a file of ours without running code from it; its tensors are read when they are first looked at.
+
+    Raises FileNotFoundError, and ValueError when it is cut off or something else than `expected`.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{path}: no such checkpoint; expected the model.pt that `vitdet train` wrote"
+        )
+    if not zipfile.is_zipfile(path):
+        raise ValueError(
+            f"{path}: not a whole vitdet checkpoint (it was cut off, or is another kind of file)"
+        )
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except pickle.UnpicklingError as error:
+        raise ValueError(
+            f"{path}: not a vitdet checkpoint (it holds other things than numbers and text, "
+            "and may not run code)"
+        ) from error
+    except (RuntimeError, EOFError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path}: not a whole vitdet checkpoint ({_first_line(error)})") from error
+    if not isinstance(content, dict) or content.get("format") != expected:
+        found = content.get("format") if isinstance(content, dict) else type(content).__name__
+        raise ValueError(f"{path}: expected a {expected!r} file, got {found!r}")
+    return content
+
+
+def load_model_file(path: str | Path) -> dict:
+    """{config, class_names, model, run_id, step, dataset_digest} of a finished detector; raises as `load` does."""
+    return load(Path(path), FORMAT)
+
+
+def read_detector_file(path: str | Path) -> tuple[dict[str, Tensor], Config, tuple[str, ...]]:
+    """The weights of a finished detector, its config and its class names; raises as `load` does."""
+    content = load_model_file(path)
+    try:
+        return content["model"], from_dict(content["config"]), tuple(content["class_names"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path}: its config is not one of this version: {error}") from error
+
+
+def restore_detector(path: str | Path) -> tuple[Detector, Config, tuple[str, ...]]:
+    """The detector of a checkpoint (on the CPU, in evaluation mode), its config and its class names."""
+    weights, config, names = read_detector_file(path)
+    detector = build_detector(config.model, config.evaluate)
+    load_weights(detector, weights, path)
+    return detector.eval(), config, names
+
+
+def load_weights(detector: nn.Module, weights: dict[str, Tensor], path: str | Path) -> None:
+    """Puts all weights of a file into the detector of its config; raises ValueError when one does not fit."""
+    try:
+        detector.load_state_dict(weights)
+    except RuntimeError as error:
+        raise ValueError(
+            f"{path}: its weights do not fit its config: {' '.join(str(error).split())[:300]}"
+        ) from error
+
+
+class Checkpoints:
+    """The training states in a folder, of which the last `keep` stay."""
+
+    def __init__(self, folder: Path, keep: int) -> None:
+        self.folder, self.keep = folder, keep
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """While a process writes states here; raises ValueError in all others. The lock ends with the process."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with open(self.folder / ".lock", "w") as file:
+            try:
+                fcntl.lockf(
+                    file, fcntl.LOCK_EX | fcntl.LOCK_NB
+                )  # unlike flock, data-loader processes do not share it
+            except BlockingIOError as error:
+                raise ValueError(
+                    f"{self.folder}: another training is writing here; wait for its end or choose "
+                    "another --output"
+                ) from error
+            yield
+
+    def save(self, step: int, content: dict) -> Path:
+        """Writes the state after `step` steps and removes those that are too old."""
+        path = self.folder / f"step_{step:08d}.pt"
+        save(path, {"format": STATE, "step": step, **content})
+        for old in [
+            *self.all()[: -self.keep],
+            *self.folder.glob(".step_*.tmp"),
+        ]:  # a killed process left these
+            old.unlink()
+        return path
+
+    def all(self) -> list[Path]:
+        """The whole states, oldest first."""
+        return sorted(
+            p for p in self.folder.glob("step_*.pt") if re.fullmatch(r"step_\d{8}\.pt", p.name)
+        )
+
+    def latest(self) -> dict | None:
+        """The newest state, or None; raises as `load` does, and says what there is to go on from without it."""
+        states = self.all()
+        if not states:
+            return None
+        try:
+            return load(states[-1], STATE)
+        except ValueError as error:
+            rest = f"to go on from {states[-2].name}" if states[1:] else "to begin anew"
+            raise ValueError(f"{error}; remove it {rest}") from error
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)[:120]

@@ -1,0 +1,64 @@
+"""The command line. Each verb has a module of its own: its arguments, and the call that runs it.
+
+Imports of torch, MLflow and the like are inside the functions that run a verb, so that `vitdet --help` and
+`vitdet config` answer at once. A verb returns the exit code; `main` prints the errors that it raises in one line.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+import warnings
+from collections.abc import Sequence
+
+from vitdet.cli.bench import add_bench
+from vitdet.cli.config import add_config
+from vitdet.cli.data import add_data
+from vitdet.cli.evaluate import add_evaluate
+from vitdet.cli.predict import add_predict
+from vitdet.cli.register import add_register
+from vitdet.cli.train import add_train
+from vitdet.cli.weights import add_weights
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Runs a command; a user's mistake is one line on stderr and exit code 1 (2 for the command line itself)."""
+    given = parser().parse_args(arguments)
+    warnings.filterwarnings(
+        "ignore", module=r"PIL\."
+    )  # of an odd image what matters is said in one line
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    try:
+        code = given.run(given)
+    except (ValueError, OSError, LookupError) as error:
+        if isinstance(error, KeyError | IndexError):
+            raise  # a mistake of ours, not of the user's
+        print("vitdet:", *str(error).splitlines(), file=sys.stderr)
+        code = 1
+    except KeyboardInterrupt:
+        code = 130
+    sys.exit(code)
+
+
+def parser() -> argparse.ArgumentParser:
+    """All verbs and their arguments."""
+    root = argparse.ArgumentParser(prog="vitdet", description="Plain Vision Transformer detectors.")
+    add = root.add_subparsers(required=True, metavar="VERB").add_parser
+    add_config(
+        add("config", help="print the resolved config of a recipe or file, or the recipes' names")
+    )
+    add_data(add("data", help="make, fetch or check a data set"))
+    add_weights(add("weights", help="list, fetch and convert published weights"))
+    add_train(add("train", help="train a detector; goes on where an interrupted training stopped"))
+    add_evaluate(
+        add(
+            "evaluate",
+            help="box and mask AP of a checkpoint on its validation images, or of a file of "
+            "results",
+        )
+    )
+    add_predict(add("predict", help="draw what a checkpoint finds in pictures"))
+    add_bench(add("bench", help="measure how fast something is"))
+    add_register(add("register", help="add a checkpoint to the MLflow model registry"))
+    return root

@@ -1,0 +1,182 @@
+"""`vitdet data`: make, fetch, check, report or convert a data set."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from vitdet.cli.progress_bar import Bar
+
+DATA = (
+    "Brings the published archives, verifies and unpacks them into the layout that every COCO tool expects, and "
+    "writes DIR/manifest.json. Whatever interrupts it, the same command goes on from there; what is there is not "
+    "brought again, and nothing is written over. The proxies of http_proxy and https_proxy are used."
+)
+
+
+def add_data(verb: argparse.ArgumentParser) -> None:
+    """The kinds of the verb `data`."""
+    kinds = verb.add_subparsers(required=True, metavar="KIND")
+    kind = kinds.add_parser("tiny", help="draw the small data set of the demo")
+    kind.add_argument("folder", type=Path)
+    kind.add_argument("--train", type=int, default=4000, help="training images (4000)")
+    kind.add_argument("--val", type=int, default=200, help="validation images (200)")
+    kind.add_argument("--seed", type=int, default=0)
+    kind.set_defaults(run=run_data_tiny)
+    for name, title in (("coco", "COCO 2017"), ("lvis", "LVIS v1 and COCO's images")):
+        add_fetch(
+            kinds.add_parser(
+                name, help=f"bring {title}: download, verify, unpack", description=DATA
+            ),
+            name,
+        )
+    kind = kinds.add_parser("check", help="list every problem of a folder in COCO's layout")
+    kind.add_argument("folder", type=Path)
+    kind.add_argument(
+        "--images",
+        action="store_true",
+        help="read every image file too, and look for the same picture "
+        "in two splits, on all processors",
+    )
+    kind.set_defaults(run=run_data_check)
+    kind = kinds.add_parser(
+        "report",
+        help="show a folder in COCO's layout on one HTML page: counts, classes, sizes, "
+        "pictures, problems",
+    )
+    kind.add_argument("folder", type=Path)
+    kind.add_argument("--output", type=Path, metavar="FILE", help="(NAME OF THE FOLDER.html, here)")
+    kind.add_argument(
+        "--images", action="store_true", help="read every image file too, as data check does"
+    )
+    kind.set_defaults(run=run_data_report)
+    add_convert(
+        kinds.add_parser("convert", help="rewrite a folder of YOLO or Pascal VOC in COCO's layout")
+    )
+
+
+def add_fetch(kind: argparse.ArgumentParser, dataset: str) -> None:
+    """The arguments of `data coco` and `data lvis`."""
+    kind.add_argument("folder", type=Path, metavar="DIR")
+    kind.add_argument(
+        "--split",
+        default="",
+        choices=("train", "val"),
+        help="only what this split needs; val of LVIS lies in the images of COCO's train, too",
+    )
+    kind.add_argument(
+        "--mirror",
+        default="",
+        metavar="URL",
+        help="take URL/PATH instead, where PATH is the path of the published address without its host; "
+        "https://s3.amazonaws.com/images.cocodataset.org is one of COCO's",
+    )
+    kind.add_argument(
+        "--from",
+        type=Path,
+        metavar="FOLDER",
+        dest="local",
+        help="take the archives that lie in this folder; nothing is downloaded",
+    )
+    kind.add_argument(
+        "--keep-archives",
+        action="store_true",
+        help="leave the archives in DIR/archives: twice the disk",
+    )
+    kind.set_defaults(run=run_data_fetch, dataset=dataset)
+
+
+def add_convert(kind: argparse.ArgumentParser) -> None:
+    """The arguments of `data convert`."""
+    kind.add_argument(
+        "source",
+        type=Path,
+        metavar="SRC",
+        help="the folder of data.yaml (YOLO), or of Annotations/, "
+        "JPEGImages/ and ImageSets/ (Pascal VOC)",
+    )
+    kind.add_argument("target", type=Path, metavar="DST", help="a new folder")
+    kind.add_argument(
+        "--format", choices=("yolo", "voc"), help="what SRC is, where it looks like both"
+    )
+    kind.add_argument(
+        "--copy", action="store_true", help="copy the images instead of linking them (hard links)"
+    )
+    kind.set_defaults(run=run_data_convert)
+
+
+def run_data_tiny(given: argparse.Namespace) -> int:
+    """vitdet data tiny"""
+    from vitdet.demo.tiny import make_tiny
+
+    made = make_tiny(given.folder, given.train, given.val, given.seed)
+    print(
+        f"{given.folder}: {given.train} + {given.val} images" + ("" if made else ", already there")
+    )
+    return 0
+
+
+def run_data_check(given: argparse.Namespace) -> int:
+    """vitdet data check"""
+    from vitdet.data.check import check
+    from vitdet.datasets import inventory
+
+    report = check(given.folder, images=given.images)
+    try:
+        if inventory.exists(given.folder):
+            inventory.verify(given.folder, contents=given.images)
+    except (ValueError, FileNotFoundError) as error:
+        report.error(f"not as {inventory.NAME} says", str(error))
+    print(*report.lines(), sep="\n")
+    return 0 if report.ok else 1
+
+
+def run_data_fetch(given: argparse.Namespace) -> int:
+    """vitdet data coco, vitdet data lvis"""
+    from vitdet.datasets import inventory
+    from vitdet.datasets.fetch import fetch
+    from vitdet.datasets.published import archives
+
+    if given.mirror and given.local:
+        raise ValueError(
+            "--from takes the archives of a folder and --mirror those of a server: give one of them"
+        )
+    wanted = archives(given.dataset, given.split)
+    made = fetch(wanted, given.folder, Bar, given.mirror, given.local, given.keep_archives)
+    paths = {path for archive in wanted for path in archive.paths}
+    here = inventory.read(given.folder).only((), paths)
+    parts = [f"{one.path} {one.count:,} images" for one in here.folders] + [
+        one.path for one in here.files
+    ]
+    print(f"{given.folder}: {', '.join(parts)}{'' if made else ', already there'}")
+    return 0
+
+
+def run_data_convert(given: argparse.Namespace) -> int:
+    """vitdet data convert"""
+    from vitdet.datasets.convert import convert
+
+    made = convert(given.source, given.target, given.format or "", given.copy)
+    splits = [
+        f"{split} {images:,} images, {objects:,} objects"
+        for split, (images, objects) in made.splits.items()
+    ]
+    print(f"{given.target}: {'; '.join([f'{len(made.class_names)} classes', *splits])}")
+    for note, count in made.notes.items():
+        print(f"  {count:,} x {note}")
+    return 0
+
+
+def run_data_report(given: argparse.Namespace) -> int:
+    """vitdet data report"""
+    from vitdet.datasets.report.page import write_page
+
+    output = given.output or Path(f"{given.folder.resolve().name}.html")
+    images, objects, report = write_page(given.folder, output, given.images)
+    errors, warnings = (
+        sum(one.count for one in found) for found in (report.errors, report.warnings)
+    )
+    print(
+        f"{output}: {images:,} images, {objects:,} annotations, {errors:,} errors, {warnings:,} warnings"
+    )
+    return 0

@@ -1,0 +1,104 @@
+"""`vitdet evaluate`: a checkpoint, or a file of results."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from vitdet.cli.overrides import add_set
+from vitdet.config import load_config
+from vitdet.files import write_json
+
+
+def add_evaluate(verb: argparse.ArgumentParser) -> None:
+    """The arguments of the verb `evaluate`."""
+    verb.add_argument("checkpoint", type=Path, nargs="?")
+    add_set(verb)
+    verb.add_argument(
+        "--config", type=Path, help="take the data and evaluate settings from this file"
+    )
+    verb.add_argument("--output", type=Path, help="write the figures to this JSON file")
+    verb.add_argument(
+        "--pictures", type=Path, help="folder for pictures of detections beside ground truth"
+    )
+    verb.add_argument(
+        "--plots", type=Path, help="folder for precision over recall and AP of each class, as JSON"
+    )
+    verb.add_argument(
+        "--results",
+        type=Path,
+        metavar="FILE",
+        help="score this list of COCO results (image_id, category_id, score, bbox and/or segmentation)",
+    )
+    verb.add_argument("--annotations", type=Path, metavar="FILE", help="against these annotations")
+    verb.add_argument(
+        "--dataset", choices=("coco", "lvis"), help="by the rules of COCO (the default) or LVIS"
+    )
+    verb.set_defaults(run=run_evaluate)
+
+
+def run_evaluate(given: argparse.Namespace) -> int:
+    """vitdet evaluate"""
+    if given.results or given.annotations or given.dataset:
+        return score_results(given)
+    if not given.checkpoint:
+        raise ValueError("name a CHECKPOINT, or --results FILE and --annotations FILE")
+    from vitdet import distributed
+    from vitdet.evaluation.evaluator import evaluate
+    from vitdet.stages import log_evaluation, tracking_folder
+
+    if given.output:
+        given.output.parent.mkdir(parents=True, exist_ok=True)  # minutes before it is needed
+    config = load_config(given.config) if given.config else None
+    metrics = evaluate(
+        given.checkpoint, given.overrides, config=config, pictures=given.pictures, plots=given.plots
+    )
+    if distributed.rank() != 0:
+        return 0
+    print(table(metrics))
+    if given.output:
+        write_json(given.output, metrics)
+    uri = config.tracking.uri if config else None
+    pictures = sorted(given.pictures.glob("*.jpg")) if given.pictures else ()
+    log_evaluation(
+        given.checkpoint, metrics, uri, tracking_folder(given.checkpoint.parent), pictures
+    )
+    return 0
+
+
+def score_results(given: argparse.Namespace) -> int:
+    """vitdet evaluate --results"""
+    if given.checkpoint or given.config or given.overrides or given.pictures:
+        raise ValueError(
+            "with --results there is no CHECKPOINT, --config, --set or --pictures: nothing is detected"
+        )
+    if not given.results or not given.annotations:
+        raise ValueError(
+            "--results FILE and --annotations FILE go together; --dataset says by whose rules (coco)"
+        )
+    from vitdet.evaluation.evaluator import evaluate_results
+
+    metrics = evaluate_results(
+        given.results, given.annotations, given.dataset or "coco", plots=given.plots
+    )
+    print(table(metrics))
+    if given.output:
+        write_json(given.output, metrics)
+    return 0
+
+
+def table(metrics: dict[str, float]) -> str:
+    """AP of boxes and masks, a column a kind of figure."""
+    kinds = [kind for kind in ("box", "mask") if any(key.startswith(f"{kind}_") for key in metrics)]
+    columns = list(dict.fromkeys(key.partition("_")[2] for key in metrics))
+    rows = [f"{'':6}" + "".join(f"{column:>{max(len(column) + 2, 7)}}" for column in columns)]
+    for kind in kinds:
+        cells = [metrics.get(f"{kind}_{column}") for column in columns]
+        rows.append(
+            f"{kind:6}"
+            + "".join(
+                f"{'-' if cell is None else format(cell, '.1f'):>{max(len(column) + 2, 7)}}"
+                for column, cell in zip(columns, cells, strict=True)
+            )
+        )
+    return "\n".join(rows)

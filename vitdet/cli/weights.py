@@ -1,0 +1,229 @@
+"""`vitdet weights`: list, fetch, convert and pre-train initial weights."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import shutil
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from vitdet.cli.progress_bar import Bar
+from vitdet.config import load_config
+from vitdet.files import written
+
+if TYPE_CHECKING:
+    from vitdet.weights.catalogue import Entry
+
+log = logging.getLogger(__name__)
+
+
+def add_weights(verb: argparse.ArgumentParser) -> None:
+    """The kinds of the verb `weights`."""
+    kinds = verb.add_subparsers(required=True, metavar="KIND")
+    kind = kinds.add_parser(
+        "list", help="the published files by name: what, where from, size, checksum, license"
+    )
+    kind.add_argument("--json", action="store_true", help="for programs")
+    kind.set_defaults(run=run_list)
+
+    kind = kinds.add_parser(
+        "fetch",
+        help="download a file of the list, verify and convert it",
+        description=(
+            "Downloads a file of the list, verifies it and converts it: a pre-training to FOLDER/NAME.safetensors, for "
+            "train.init, a detector to FOLDER/NAME.pt, for evaluate, predict and train.init. A download that broke off "
+            "goes on where it was. The proxies of http_proxy and https_proxy are used."
+        ),
+    )
+    kind.add_argument(
+        "name", help="a name of the list, or a config file, whose train.init is meant"
+    )
+    kind.add_argument(
+        "--output",
+        type=Path,
+        metavar="FOLDER",
+        help="the folder (~/.cache/vitdet, where train.init finds it)",
+    )
+    kind.add_argument(
+        "--mirror",
+        default="",
+        metavar="URL",
+        help="take URL/PATH instead, where PATH is the path of the published address without its host",
+    )
+    kind.add_argument(
+        "--from",
+        type=Path,
+        metavar="FILE",
+        dest="local",
+        help="take this copy of the published file",
+    )
+    kind.set_defaults(run=run_fetch)
+
+    kind = kinds.add_parser(
+        "convert", help="rewrite a foreign checkpoint under our names, or ours under theirs"
+    )
+    kind.add_argument("source", type=Path, metavar="SRC")
+    kind.add_argument(
+        "target",
+        type=Path,
+        metavar="DST",
+        help=".safetensors: weights; .pt: a detector of --recipe; with --reverse .pkl or .pth",
+    )
+    kind.add_argument(
+        "--format",
+        required=True,
+        help="whose names the foreign file has: detectron2, mmdet, mae, ...",
+    )
+    kind.add_argument(
+        "--recipe", help="the model that the weights are for: a recipe's name or a YAML file"
+    )
+    kind.add_argument("--reverse", action="store_true", help="from our names to theirs")
+    kind.set_defaults(run=run_convert)
+
+    kind = kinds.add_parser(
+        "pretrain", help="make mae_vit_tiny: a masked autoencoder on generated pictures, no labels"
+    )
+    kind.add_argument("output", type=Path, help="the .safetensors file to write")
+    kind.add_argument("--steps", type=int, default=6000, help="steps of 64 pictures (6000)")
+    kind.set_defaults(run=run_pretrain)
+
+
+def run_list(given: argparse.Namespace) -> int:
+    """vitdet weights list"""
+    from vitdet.weights.catalogue import CATALOGUE
+
+    if given.json:
+        print(json.dumps([as_dict(entry) for entry in CATALOGUE.values()], indent=1))
+        return 0
+    for title, kind in (("Pre-trainings, for train.init", False), ("Detectors", True)):
+        print(f"{title}\n")
+        for entry in CATALOGUE.values():
+            if bool(entry.recipe) == kind:
+                print(*lines(entry), sep="\n", end="\n\n")
+    print(
+        "vitdet weights fetch NAME converts a file and puts it into ~/.cache/vitdet (--output: elsewhere)."
+    )
+    return 0
+
+
+def as_dict(entry: Entry) -> dict:
+    """All that is known of a file, for programs; what is not published is null."""
+    from vitdet.weights.catalogue import NOT_PUBLISHED
+
+    known = {
+        key: None if value in ("", NOT_PUBLISHED) else value for key, value in asdict(entry).items()
+    }
+    return {**known, "fetched": is_here(entry)}
+
+
+def lines(entry: Entry) -> Iterator[str]:
+    """A file in three lines: what, where from, what is known of its bytes."""
+    from vitdet.weights.catalogue import NOT_PUBLISHED
+
+    ap = f": box/mask AP {entry.ap[0]}/{entry.ap[1]}" if entry.ap else ""
+    yield f"  {entry.name:32} {entry.what}{ap}{'  [here]' if is_here(entry) else ''}"
+    remarks = {
+        "page": " (a page, for a browser)",
+        "dead": " (dead link)",
+        "none": NOT_PUBLISHED,
+        "packaged": "ships with vitdet",
+    }
+    yield f"      from {entry.url}{remarks.get(entry.state, '')}"
+    if entry.state == "packaged":
+        yield f"      license {entry.license}"
+        return
+    size = f"{entry.size:,} bytes" if entry.size else NOT_PUBLISHED
+    sha256 = (
+        f"{entry.sha256}{'...' if len(entry.sha256) < 64 else ''}"
+        if entry.sha256
+        else NOT_PUBLISHED
+    )
+    md5 = f" | md5 {entry.md5}...{' by its name' if entry.md5_of_name else ''}" if entry.md5 else ""
+    yield f"      size {size} | sha256 {sha256}{md5} | license {entry.license}"
+
+
+def is_here(entry: Entry) -> bool:
+    """Whether the file ships with the package or lies in the cache."""
+    from vitdet.weights.catalogue import fetched
+
+    try:
+        fetched(entry.name)
+    except FileNotFoundError:
+        return False
+    return True
+
+
+def run_fetch(given: argparse.Namespace) -> int:
+    """vitdet weights fetch"""
+    from vitdet.weights.catalogue import find
+
+    is_config = given.name.endswith((".yaml", ".yml"))
+    name = load_config(given.name).train.init if is_config else given.name
+    if not name:
+        if given.output:
+            given.output.mkdir(
+                parents=True, exist_ok=True
+            )  # a stage of a pipeline has to leave something
+        print("train.init is empty: training starts from random weights")
+    elif Path(name).suffix:
+        print(own_file(Path(name), given.output))
+    else:
+        print(published_file(find(name), given.output, given.mirror, given.local))
+    return 0
+
+
+def own_file(source: Path, folder: Path | None) -> Path:
+    """A file of the user's: copied, if a folder is given."""
+    if not source.is_file():
+        raise FileNotFoundError(f"{source}: no such weights file")
+    return copied(source, folder) if folder else source
+
+
+def published_file(
+    entry: Entry, folder: Path | None, mirror: str = "", local: Path | None = None
+) -> Path:
+    """A file of the list; one that the cache has is not fetched again for another folder."""
+    from vitdet.weights.catalogue import cache_folder, fetched
+    from vitdet.weights.fetch import fetch
+
+    def convert(source: Path, target: Path) -> None:
+        from vitdet.training.convert import convert_file
+
+        for line in convert_file(source, target, entry.format, entry.recipe or None):
+            log.info(line)
+
+    if is_here(entry) and not local:
+        return copied(fetched(entry.name), folder) if folder else fetched(entry.name)
+    return fetch(entry, folder or cache_folder(), convert, Bar(entry.name), mirror, local)
+
+
+def copied(source: Path, folder: Path) -> Path:
+    """A copy in the folder, all or nothing."""
+    folder.mkdir(parents=True, exist_ok=True)
+    target = folder / source.name
+    with written(target) as temporary:
+        shutil.copyfile(source, temporary)
+    return target
+
+
+def run_convert(given: argparse.Namespace) -> int:
+    """vitdet weights convert"""
+    from vitdet.training.convert import convert_file
+
+    for line in convert_file(given.source, given.target, given.format, given.recipe, given.reverse):
+        log.info(line)
+    print(given.target)
+    return 0
+
+
+def run_pretrain(given: argparse.Namespace) -> int:
+    """vitdet weights pretrain"""
+    from vitdet.demo.mae import pretrain
+
+    pretrain("tiny", given.output, steps=given.steps)
+    print(given.output)
+    return 0

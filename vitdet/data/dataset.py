@@ -1,0 +1,217 @@
+"""From a folder in COCO's or LVIS's layout to batches: the training stream and the validation images.
+
+What a position of the training stream becomes depends on (seed, position) alone.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch.utils.data import Dataset, get_worker_info
+
+from vitdet.config import DataConfig
+from vitdet.data.coco import CocoSplit, read_coco, read_image
+from vitdet.data.layout import split_files
+from vitdet.data.masks import edges_of
+from vitdet.data.records import Record, Records
+from vitdet.data.samplers import InfiniteSampler, repeat_factors
+from vitdet.data.transforms import jitter, pad, resize_and_pad, visible_boxes
+from vitdet.datasets import inventory
+from vitdet.types import Batch, Polygons, Target
+
+log = logging.getLogger(__name__)
+
+CACHE = (
+    1 << 28
+)  # bytes: a training split whose decoded images fit stays in memory, images and outlines
+
+LARGEST = 31 << 20  # bytes, just below the most that glibc learns from
+
+
+REDRAWS = 100  # images tried for one place in a batch until a crop holds an object
+
+
+Sample = tuple[
+    Target | None, tuple[int, int], int, tuple[int, int]
+]  # all but the pixels: targets, size, id, source
+
+
+def read_split(
+    data: DataConfig, split: str, tree: dict | None = None, look: bool = True
+) -> CocoSplit:
+    """The split's records; with data.max_images, only the so many images of lowest id that hold an object.
+
+    tree: the content of the annotation file, if it was read before. look: whether files are compared with what they
+    should be, which one process of several does for all. Raises what `read_coco` raises, FileNotFoundError naming the
+    first image file that is not there, and either for what is no longer as `vitdet data coco|lvis` left it.
+    """
+    files = split_files(data, split)
+    if look:
+        inventory.look(Path(data.root), *files)
+    found = read_coco(*files, by_url=data.dataset == "lvis", tree=tree)
+    if not found.records.counts().any():
+        raise ValueError(
+            f"{data.root}: no image of {split} holds an object to learn from or to find"
+        )
+    if data.max_images:
+        found = replace(found, records=_with_objects(found)[: data.max_images])
+    gone = [path for path in found.records.paths() if not os.path.isfile(path)] if look else []
+    if gone:
+        raise FileNotFoundError(
+            f"{gone[0]}: no such file, and {len(gone) - 1} more images of the annotations "
+            f"are missing; `vitdet data check {data.root}` lists all problems"
+        )
+    return found
+
+
+class TrainData(Dataset):
+    """Positions of the infinite stream -> a batch of augmented samples; images without a usable object are left out.
+
+    With data.redraw_empty a crop without any object gives its place to one of any other image, as in mmdet.
+    """
+
+    def __init__(self, split: CocoSplit, data: DataConfig, seed: int, cache: int = CACHE) -> None:
+        self.split = split
+        self.records = _with_objects(split)
+        if not self.records:
+            raise ValueError(
+                f"{data.root}: no image of {data.train_split} holds an object to learn from"
+            )
+        self.without_objects = len(split.records) - len(self.records)
+        self.data = data
+        self.seed = seed
+        repeats = None
+        if data.repeat_threshold:
+            repeats = repeat_factors(self.records.labels(), data.repeat_threshold)
+        self.sampler = InfiniteSampler(len(self.records), seed, repeats)
+        self._small = 3 * int(self.records.sizes().prod(axis=1).sum()) <= cache
+        self._cache: dict[int, tuple[Image.Image, np.ndarray]] = {}
+        _keep_freed_memory()
+
+    def __getitems__(self, positions: Sequence[int]) -> Batch:
+        return make_batch(self.draw, positions, self.data.image_size)
+
+    def __getitem__(self, position: int) -> Batch:
+        return self.__getitems__([position])
+
+    def draw(self, position: int, canvas: np.ndarray) -> Sample:
+        """The sample, its image on the black `canvas` (3, S, S) uint8."""
+        index = self.sampler[position]
+        rng = np.random.default_rng((self.seed, position))
+        for _ in range(REDRAWS):
+            sample = self._crop(index, rng, canvas)
+            if sample is not None:
+                return sample
+            index = int(rng.integers(len(self.records)))
+        raise ValueError(
+            f"{self.data.root}: {REDRAWS} crops one after the other without any object: the objects are "
+            "too few or have no area; data.redraw_empty=false takes such crops as they are"
+        )
+
+    def _crop(self, index: int, rng: np.random.Generator, canvas: np.ndarray) -> Sample | None:
+        """The image under an affine drawn now; None if that shows no object and data.redraw_empty is set."""
+        record, data = self.records[index], self.data
+        affine = jitter(
+            rng,
+            (record.height, record.width),
+            data.image_size,
+            data.scale_range,
+            data.flip,
+            data.transpose,
+            data.color_jitter,
+            data.diagonal_crop,
+        )
+        image, edges = self._load(index, record)
+        edges = affine.edges(edges)
+        boxes, keep = visible_boxes(edges, affine.size)
+        if data.redraw_empty and not keep.any():
+            return None
+        target = Target(
+            torch.from_numpy(boxes[keep]),
+            torch.from_numpy(record.labels[keep]),
+            Polygons(torch.from_numpy(edges[keep])),
+        )
+        pad(affine.seen(image, data.antialias), canvas)
+        return target, affine.size, record.image_id, affine.source
+
+    def _load(self, index: int, record: Record) -> tuple[Image.Image, np.ndarray]:
+        if index in self._cache:
+            return self._cache[index]
+        image = read_image(record.path, (record.height, record.width))
+        edges = edges_of(record.segmentations, record.height, record.width)
+        if self._small:
+            self._cache[index] = image, edges
+        return image, edges
+
+
+class ValData(Dataset):
+    """Indices -> a batch of these images of the records, longest side = canvas, without targets."""
+
+    def __init__(self, records: Records, image_size: int, antialias: bool = True) -> None:
+        self.records = records
+        self.image_size = image_size
+        self.antialias = antialias
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitems__(self, indices: Sequence[int]) -> Batch:
+        return make_batch(self.draw, indices, self.image_size)
+
+    def __getitem__(self, index: int) -> Batch:
+        return self.__getitems__([index])
+
+    def draw(self, index: int, canvas: np.ndarray) -> Sample:
+        """The image on the black `canvas` (3, S, S) uint8, and what is known of it."""
+        record = self.records[index]
+        source = (record.height, record.width)
+        _, size = resize_and_pad(
+            read_image(record.path, source), self.image_size, self.antialias, canvas
+        )
+        return None, size, record.image_id, source
+
+
+def make_batch(
+    draw: Callable[[int, np.ndarray], Sample], indices: Sequence[int], size: int
+) -> Batch:
+    """The samples of `indices` as one batch. Each writes its pixels to their place in it: a worker holds them once.
+
+    Without ground truth, the targets are an empty list.
+    """
+    shape = (len(indices), 3, size, size)
+    if get_worker_info() is None:
+        images = torch.zeros(shape, dtype=torch.uint8)
+    else:  # in what the processes share, where torch would copy it to, as `default_collate` does; new, it is zero
+        images = torch.empty(0, dtype=torch.uint8).set_(
+            torch.UntypedStorage._new_shared(math.prod(shape)), 0, shape
+        )
+    samples = [draw(index, canvas) for index, canvas in zip(indices, images.numpy(), strict=True)]
+    targets, sizes, image_ids, originals = zip(*samples, strict=True)
+    return Batch(
+        images,
+        [target for target in targets if target is not None],
+        torch.tensor(sizes),
+        tuple(image_ids),
+        torch.tensor(originals),
+    )
+
+
+def _keep_freed_memory() -> None:
+    """Pictures take the memory of those before them: a fifth of an image's time went into new pages of the kernel.
+
+    glibc gives freed memory back from twice the size of the largest piece on that it has seen freed; this one is never
+    touched, so it costs nothing. Worker processes inherit the limit.
+    """
+    np.empty(LARGEST, np.uint8)
+
+
+def _with_objects(split: CocoSplit) -> Records:
+    return split.records.select(np.flatnonzero(split.records.counts()))

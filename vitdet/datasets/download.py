@@ -1,0 +1,310 @@
+"""One file from one address into one file here, over connections that break.
+
+The bytes so far lie in PATH, and PATH.json says what they are the beginning of: the address, the validator that the
+server gave (a strong ETag, else Last-Modified) and the length. The next attempt asks for the rest by Range, on the
+condition (If-Range) that the file is still that one; a server that answers with the whole file, because it ignores
+Range or has another file by now, makes it start again. Attempts go on as long as they bring new bytes; `tries` in a row
+that do not are the end. RFC 9110, sections 8.8, 13.1.5 and 14.
+"""
+
+from __future__ import annotations
+
+import http.client
+import json
+import logging
+import os
+import re
+import shutil
+import ssl
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple, Protocol
+from urllib.error import HTTPError, URLError
+from urllib.parse import urlsplit, urlunsplit
+from urllib.request import Request, urlopen
+
+from vitdet.files import write_json
+
+CHUNK = 1 << 18  # bytes
+PASSING = (408, 425, 429, 500, 502, 503, 504)  # status codes after which another attempt may do
+REASONS = {
+    401: "it asks for a password",
+    403: "it does not give out this file",
+    404: "no such file there",
+    410: "the file is gone",
+}
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Patience:
+    """When to try again and when to give up."""
+
+    tries: int = 5  # attempts in a row that bring nothing new
+    pause: float = 1.0  # seconds before the second attempt; doubles each time
+    longest_pause: float = 60.0
+    stall: float = 30.0  # seconds without a byte
+
+
+class Watcher(Protocol):
+    """Who is told how far a download is."""
+
+    def at(self, done: int, total: int | None) -> None:
+        """So many bytes of so many are here; None: the server does not say."""
+
+    def end(self) -> None:
+        """No more bytes come from this attempt; may be said twice."""
+
+
+class _Broken(Exception):
+    """An attempt that failed in a way that may pass. `pause`: seconds that the server asks for."""
+
+    def __init__(self, reason: str, pause: float = 0.0) -> None:
+        super().__init__(reason)
+        self.pause = pause
+
+
+class _Beginning(NamedTuple):
+    """What the bytes so far are the beginning of."""
+
+    url: str
+    validator: str
+    total: int | None
+
+
+def download(
+    url: str,
+    path: Path,
+    watcher: Watcher,
+    patience: Patience,
+    size: int | None = None,
+    copies: int = 1,
+) -> None:
+    """Makes `path` the whole file of the address, going on from what is there. `size`: the bytes that it must have;
+    `copies`: as many files of its size must fit on the disk, in the end.
+
+    Raises ConnectionError or FileNotFoundError when the server will not give it, OSError when the disk will not take
+    it, ValueError when it is another file than expected.
+    """
+    furthest, failures = _have(path), 0
+    while True:
+        try:
+            return _attempt(url, path, watcher, patience.stall, size, copies)
+        except _Broken as broken:
+            here = _have(path)
+            failures = 1 if here > furthest else failures + 1
+            furthest = max(here, furthest)
+            if failures >= patience.tries:
+                raise ConnectionError(
+                    f"{url}: {broken}, {failures} times in a row; {_kept(here)}"
+                ) from broken
+            pause = min(
+                max(patience.pause * 2 ** (failures - 1), broken.pause), patience.longest_pause
+            )
+            watcher.end()
+            log.warning("%s: %s; next attempt in %.0f s", path.name, broken, pause)
+            time.sleep(pause)
+        finally:
+            watcher.end()
+
+
+def mirrored(url: str, mirror: str) -> str:
+    """The address on a mirror: MIRROR/PATH, where the path (and query) are those of the original address.
+
+    Raises ValueError for a mirror that is not an http address.
+    """
+    base, original = urlsplit(mirror), urlsplit(url)
+    if base.scheme not in ("http", "https") or not base.netloc:
+        raise ValueError(
+            f"--mirror {mirror}: expected an address such as https://mirror.example.org/weights"
+        )
+    return urlunsplit(
+        original._replace(
+            scheme=base.scheme, netloc=base.netloc, path=base.path.rstrip("/") + original.path
+        )
+    )
+
+
+def discard(path: Path) -> None:
+    """Empties the file, which whoever holds a lock on it goes on holding."""
+    note(path).unlink(missing_ok=True)
+    if path.exists():
+        os.truncate(path, 0)
+
+
+def _attempt(
+    url: str, path: Path, watcher: Watcher, stall: float, size: int | None, copies: int
+) -> None:
+    have, beginning = _have(path), _beginning(path)
+    if not have or beginning is None or beginning.url != url:
+        have, beginning = 0, None
+    if beginning and have == beginning.total:
+        return  # it broke off after the last byte
+    request = Request(url, headers={"User-Agent": "vitdet", "Accept-Encoding": "identity"})
+    if beginning:
+        request.add_header("Range", f"bytes={have}-")
+        request.add_header("If-Range", beginning.validator)
+    with _open(request, path, stall) as response:
+        start, total = _range(response, path, have, beginning)
+        _check(response, url, total, size)
+        _ask_for_space(path, total, have, copies)
+        if not start:
+            discard(
+                path
+            )  # first the old bytes, then the new note: a kill in between must not join the two
+            _write_note(path, _Beginning(url, _validator(response), total))
+        _receive(response, path, start, total, watcher, stall)
+    here = _have(path)
+    if total is not None and here != total:
+        raise _Broken(f"the connection was cut at {here:,} of {total:,} bytes")
+
+
+def _open(request: Request, path: Path, stall: float) -> http.client.HTTPResponse:
+    """The response, its body not yet read."""
+    url = request.full_url
+    try:
+        return urlopen(request, timeout=stall)
+    except HTTPError as error:
+        with error:
+            if (
+                error.code == 416
+            ):  # there is no such range: what is here is not the beginning of what is there
+                discard(path)
+                raise _Broken("the server has another file than before") from error
+            text = f"the server answers {error.code} {error.reason}"
+            if error.code in PASSING:
+                after = error.headers.get("Retry-After", "")
+                raise _Broken(text, float(after) if after.isdigit() else 0.0) from error
+            kind = FileNotFoundError if error.code in (404, 410) else ConnectionError
+            reason = REASONS.get(error.code, "it will not give out this file")
+            raise kind(f"{url}: {text} ({reason})") from error
+    except (URLError, OSError, http.client.HTTPException) as error:
+        reason = getattr(error, "reason", error)
+        if isinstance(reason, ssl.SSLCertVerificationError):
+            raise ConnectionError(f"{url}: {reason}") from error
+        raise _Broken(_words(reason, stall)) from error
+
+
+def _range(
+    response: http.client.HTTPResponse, path: Path, have: int, beginning: _Beginning | None
+) -> tuple[int, int | None]:
+    """Where the body starts and how long the whole file is."""
+    length = response.headers.get("Content-Length")
+    if response.status != 206 or beginning is None:
+        return 0, int(length) if length and length.isdigit() else None
+    found = re.fullmatch(r"bytes (\d+)-\d+/(\d+|\*)", response.headers.get("Content-Range", ""))
+    total = int(found[2]) if found and found[2] != "*" else None
+    same = _validator(response) in (beginning.validator, "")  # some servers ignore If-Range
+    if not found or int(found[1]) != have or total != beginning.total or not same:
+        discard(path)
+        raise _Broken("the server has another file than before")
+    return have, total
+
+
+def _check(
+    response: http.client.HTTPResponse, url: str, total: int | None, size: int | None
+) -> None:
+    if urlsplit(url).scheme == "https" and urlsplit(response.url).scheme != "https":
+        raise ValueError(
+            f"{url}: leads to an address without encryption ({response.url}); it was not followed"
+        )
+    if response.headers.get_content_type() == "text/html":
+        raise ValueError(
+            f"{url}: a web page came instead of the file: a log-in, a proxy's notice or a dead link; open "
+            "it in a browser and give the file with --from"
+        )
+    if size is not None and total is not None and total != size:
+        raise ValueError(
+            f"{url}: the server has {total:,} bytes, expected {size:,}: not the published file"
+        )
+
+
+def _ask_for_space(path: Path, total: int | None, have: int, copies: int) -> None:
+    """The rest of the file, and all of it for each further copy."""
+    needed = copies * (total or 0) - have
+    free = shutil.disk_usage(path.parent).free
+    if needed > free:
+        what = "the file" if copies == 1 else f"{copies} files of this size"
+        raise OSError(
+            f"{path.parent}: {_bytes(needed)} are needed for {what}, {_bytes(free)} are free; free some "
+            "space or give another folder"
+        )
+
+
+def _receive(
+    response: http.client.HTTPResponse,
+    path: Path,
+    start: int,
+    total: int | None,
+    watcher: Watcher,
+    stall: float,
+) -> None:
+    """Appends the body to the first `start` bytes of the file."""
+    done = start
+    with open(path, "ab", buffering=0) as file:  # what was received is in the file
+        try:
+            watcher.at(done, total)
+            while chunk := _read(response, stall):
+                view = memoryview(chunk)
+                while view:
+                    view = view[file.write(view) :]
+                done += len(chunk)
+                watcher.at(done, total)
+        except OSError as error:
+            raise OSError(
+                f"{path}: could not be written ({error}); free some space, {_kept(done)}"
+            ) from error
+
+
+def _read(response: http.client.HTTPResponse, stall: float) -> bytes:
+    try:
+        return response.read1(CHUNK)  # what has come: a cut loses nothing
+    except (OSError, http.client.HTTPException) as error:
+        raise _Broken(_words(error, stall)) from error
+
+
+def _bytes(number: int) -> str:
+    return f"{number / 1e9:.1f} GB" if number >= 1e9 else f"{number / 1e6:.1f} MB"
+
+
+def _words(error: object, stall: float) -> str:
+    if isinstance(error, TimeoutError):
+        return f"no byte came for {stall:g} s"
+    return f"the connection failed ({error})"
+
+
+def _validator(response: http.client.HTTPResponse) -> str:
+    """What tells this file from another at the same address; '' if the server says nothing."""
+    tag = response.headers.get("ETag", "")
+    return tag if tag and not tag.startswith("W/") else response.headers.get("Last-Modified", "")
+
+
+def _have(path: Path) -> int:
+    return path.stat().st_size if path.exists() else 0
+
+
+def _kept(done: int) -> str:
+    return (
+        f"the {done:,} bytes so far are kept, the same command goes on from there"
+        if done
+        else "nothing came"
+    )
+
+
+def note(path: Path) -> Path:
+    """The file that says what the bytes in `path` are the beginning of."""
+    return path.with_name(f"{path.name}.json")
+
+
+def _beginning(path: Path) -> _Beginning | None:
+    """What is noted of the bytes so far; None if that is nothing or not enough to go on."""
+    try:
+        noted = _Beginning(**json.loads(note(path).read_text()))
+    except (FileNotFoundError, ValueError, TypeError):
+        return None
+    return noted if noted.validator else None
+
+
+def _write_note(path: Path, beginning: _Beginning) -> None:
+    write_json(note(path), beginning._asdict())

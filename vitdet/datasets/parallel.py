@@ -1,0 +1,111 @@
+"""Several downloads or archives at once: what they do side by side, and how far they are together."""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+import os
+import queue
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from vitdet.datasets.download import Watcher
+
+LINGER = 10.0  # seconds that the others have to end when one has failed
+SHORT = 0.2  # seconds that each has to end after Ctrl-C
+log = logging.getLogger(__name__)
+
+
+class Stopped(Exception):
+    """Another file has failed."""
+
+
+class Together:
+    """Several files as one: so many bytes of the bytes of all."""
+
+    def __init__(self, bar: Watcher, total: int, stop: threading.Event) -> None:
+        self.bar, self.total, self.stop = bar, total, stop
+        self.done: dict[str, int] = {}
+        self.lock = threading.Lock()
+
+    def watcher(self, name: str) -> _One:
+        """What is told how far this file is."""
+        return _One(self, name)
+
+
+class _One:
+    def __init__(self, together: Together, name: str) -> None:
+        self.together, self.name = together, name
+
+    def at(self, done: int, _: int | None) -> None:
+        """So many bytes of this file."""
+        every = self.together
+        if every.stop.is_set():
+            raise Stopped
+        with every.lock:
+            every.done[self.name] = done
+            every.bar.at(sum(every.done.values()), every.total)
+
+    def end(self) -> None:
+        """The line ends, for what is to be said."""
+        with self.together.lock:
+            self.together.bar.end()
+
+
+def side_by_side(works: Sequence[Callable[[], None]], stop: threading.Event) -> None:
+    """Does all of them at once; when one fails the others stop at their next byte, and its error is raised."""
+    ended: queue.SimpleQueue[Exception | None] = queue.SimpleQueue()
+
+    def run(work: Callable[[], None]) -> None:
+        try:
+            work()
+            ended.put(None)
+        except Exception as error:  # whichever: it is raised below
+            ended.put(error)
+
+    threads = [
+        threading.Thread(target=run, args=(work,), daemon=True) for work in works
+    ]  # Ctrl-C waits for no server
+    for thread in threads:
+        thread.start()
+    failed = None
+    try:
+        for _ in works:
+            try:
+                error = ended.get(timeout=LINGER if failed else None)
+            except queue.Empty:
+                break  # it hangs in a connection; when that ends it writes no more
+            failed = failed or error
+            if failed:
+                stop.set()
+    finally:
+        stop.set()
+        for thread in threads:
+            thread.join(SHORT)
+    if failed:
+        raise failed
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Holds a file that one process at a time has; waits while another has it. It is gone afterwards."""
+    while True:
+        with open(path, "ab") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                log.info("%s: another process works on it; waiting", path.parent)
+                fcntl.flock(file, fcntl.LOCK_EX)
+            try:
+                same = os.path.samestat(path.stat(), os.fstat(file.fileno()))
+            except FileNotFoundError:
+                same = False
+            if not same:
+                continue  # the other one is done, and a new file may be somebody else's
+            try:
+                yield
+            finally:
+                path.unlink()
+            return

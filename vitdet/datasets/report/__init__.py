@@ -1,0 +1,1 @@
+"""A data set on one HTML page."""

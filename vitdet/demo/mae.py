@@ -1,0 +1,199 @@
+"""Masked-autoencoder pre-training of the tiny backbone on generated pictures, without any label.
+
+He et al., Masked Autoencoders Are Scalable Vision Learners (2111.06377): the encoder sees a quarter of the patches, a
+small decoder paints the others. The pictures are drawn from seeds that neither split of the tiny data set uses.
+`vitdet weights pretrain OUTPUT` made the weights that ship with the package.
+Letters: B images, N tokens, V visible ones, C channels, P = 3 patch^2 values of a patch.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import multiprocessing
+import time
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from einops import rearrange
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from vitdet.config import load_config
+from vitdet.demo.tiny import PRETRAIN_SEED, draw_scene
+from vitdet.files import written
+from vitdet.models import build_backbone
+from vitdet.models.attention import attend
+from vitdet.models.detector import PIXEL_MEAN, PIXEL_STD
+from vitdet.models.vit import Block, ViT
+from vitdet.weights import NOT_PRETRAINED
+
+log = logging.getLogger(__name__)
+
+VISIBLE, PAINTED = (
+    0.25,
+    0.375,
+)  # of the patches: seen, and asked for (half of the others: the decoder's cost)
+
+
+def run_block(block: Block, x: Tensor) -> Tensor:
+    """A block on tokens (B, N, C), without relative positions, which a set of scattered patches has not."""
+    attention = block.attn
+    q, k, v = rearrange(
+        attention.qkv(block.norm1(x)),
+        "b n (three h d) -> three b h n d",
+        three=3,
+        h=attention.heads,
+    )
+    y = attend(q * q.shape[-1] ** -0.5, k, v)
+    x = x + attention.proj(rearrange(y, "b h n d -> b n (h d)"))
+    return x + block.mlp(block.norm2(x))
+
+
+class MaskedAutoencoder(nn.Module):
+    """A ViT's patches, positions and blocks as encoder, and a decoder that is thrown away afterwards."""
+
+    def __init__(self, encoder: ViT, decoder_dim: int = 96, decoder_depth: int = 2) -> None:
+        super().__init__()
+        self.encoder, self.patch = encoder, encoder.stride
+        grid, dim = encoder.pos_embed.shape[1], encoder.out_channels
+        self.norm = nn.LayerNorm(dim)
+        self.into_decoder = nn.Linear(dim, decoder_dim)
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, decoder_dim))
+        self.positions = nn.Parameter(torch.randn(1, grid * grid, decoder_dim) * 0.02)
+        self.decoder = nn.ModuleList(
+            Block(decoder_dim, 2, window=0, grid=grid, drop_path=0.0, conv_after=False)
+            for _ in range(decoder_depth)
+        )
+        self.to_pixels = nn.Sequential(
+            nn.LayerNorm(decoder_dim), nn.Linear(decoder_dim, 3 * self.patch**2)
+        )
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Normalised images (B, 3, S, S) -> mean squared error of the hidden patches, each of zero mean and unit
+        deviation.
+        """
+        tokens = self.encoder.embed(images).flatten(1, 2)
+        count = tokens.shape[1]
+        order = torch.rand(tokens.shape[:2], device=tokens.device).argsort(dim=1)
+        visible, hidden, _ = order.split(
+            [
+                int(count * VISIBLE),
+                int(count * PAINTED),
+                count - int(count * VISIBLE) - int(count * PAINTED),
+            ],
+            dim=1,
+        )
+        x = take(tokens, visible)
+        for block in self.encoder.blocks:
+            x = run_block(block, x)
+        x = self.into_decoder(self.norm(x))
+        filled = torch.cat(
+            [x, self.mask_token.expand(len(x), hidden.shape[1], -1).to(x.dtype)], dim=1
+        )
+        filled = filled + take(
+            self.positions.expand(len(x), -1, -1), torch.cat([visible, hidden], dim=1)
+        )
+        for layer in self.decoder:
+            filled = run_block(layer, filled)
+        painted = self.to_pixels(filled[:, visible.shape[1] :]).float()
+        patches = rearrange(
+            images, "b c (h p) (w q) -> b (h w) (c p q)", p=self.patch, q=self.patch
+        )
+        wanted = take(patches, hidden)
+        wanted = (wanted - wanted.mean(dim=-1, keepdim=True)) / (
+            wanted.var(dim=-1, keepdim=True) + 1e-6
+        ).sqrt()
+        return F.mse_loss(painted, wanted)
+
+
+def take(tokens: Tensor, index: Tensor) -> Tensor:
+    """Tokens (B, N, C) at index (B, V) -> (B, V, C)."""
+    return tokens.gather(1, index[:, :, None].expand(-1, -1, tokens.shape[2]))
+
+
+def draw(index: int, side: int) -> np.ndarray:
+    """Picture `index` of the pre-training seeds on a square canvas: (side, side, 3) uint8, mirrored into the rest."""
+    image = draw_scene(PRETRAIN_SEED, index).image
+    return np.pad(
+        image, ((0, side - image.shape[0]), (0, side - image.shape[1]), (0, 0)), mode="symmetric"
+    )
+
+
+def pictures(count: int, side: int) -> Tensor:
+    """(count, 3, side, side) uint8, drawn by all processors."""
+    with multiprocessing.get_context("fork").Pool() as pool:
+        drawn = pool.map(partial(draw, side=side), range(count), chunksize=64)
+    return torch.from_numpy(np.stack(drawn)).permute(0, 3, 1, 2).contiguous()
+
+
+def augment(images: Tensor, generator: torch.Generator) -> Tensor:
+    """Shift each by up to a patch and more, mirror or transpose all alike, then normalise; (B, 3, S, S)."""
+    side = images.shape[-1]
+    dy, dx, flip, transpose = torch.randint(0, side, (4,), generator=generator).tolist()
+    images = images.roll((dy, dx), dims=(2, 3)) if flip % 4 == 0 else images
+    images = images.flip(3) if flip % 2 else images
+    images = images.transpose(2, 3) if transpose % 2 else images
+    mean, std = torch.tensor(PIXEL_MEAN).view(3, 1, 1), torch.tensor(PIXEL_STD).view(3, 1, 1)
+    return (images.float() - mean) / std
+
+
+def pretrain(
+    recipe: str,
+    output: Path,
+    *,
+    count: int = 24_000,
+    steps: int = 6000,
+    batch_size: int = 64,
+    lr: float = 1.5e-3,
+    seed: int = 0,
+) -> None:
+    """Trains the recipe's backbone on `count` pictures and writes its weights, float16, without relative positions."""
+    torch.manual_seed(seed)
+    config = load_config(recipe)
+    model = MaskedAutoencoder(build_backbone(config.model))
+    started = time.perf_counter()
+    images = pictures(count, config.data.image_size)
+    log.info("%d pictures drawn in %.0f s", count, time.perf_counter() - started)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.05, fused=True
+    )
+    generator = torch.Generator().manual_seed(seed)
+    total = 0.0
+    for step in range(steps):
+        chosen = torch.randint(0, count, (batch_size,), generator=generator)
+        batch = augment(images[chosen], generator)
+        warmup = min(1.0, (step + 1) / (0.05 * steps))
+        optimizer.param_groups[0]["lr"] = lr * warmup * 0.5 * (1 + math.cos(math.pi * step / steps))
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = model(batch)
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        total += loss.item()
+        if (step + 1) % 100 == 0:
+            log.info(
+                "step %d/%d  loss %.4f  %.0f s",
+                step + 1,
+                steps,
+                total / 100,
+                time.perf_counter() - started,
+            )
+            total = 0.0
+        if (step + 1) % 1000 == 0 or step + 1 == steps:
+            export(model.encoder, output)
+
+
+def export(encoder: ViT, output: Path) -> None:
+    """The backbone's weights as safetensors, under the names that they have in a detector."""
+    weights = {
+        f"backbone.{name}": tensor.detach().half().contiguous()
+        for name, tensor in encoder.state_dict().items()
+        if not any(part in name for part in NOT_PRETRAINED)
+    }
+    with written(output) as temporary:
+        save_file(weights, temporary, metadata={"format": "pt", "holds": "backbone"})

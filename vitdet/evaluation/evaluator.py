@@ -1,0 +1,251 @@
+"""How good a detector is: its detections on the validation images, as COCO results, against the annotations.
+
+Masks are compared in the size of the original image, as Detectron2 does: boxes go back by one factor an axis, masks are
+pasted there with threshold 0.5, boxes are written xywh without rounding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from vitdet import distributed
+from vitdet.config import Config, DataConfig, EvalConfig, override
+from vitdet.data.coco import CocoSplit, read_tree
+from vitdet.data.dataset import read_split
+from vitdet.data.layout import split_files
+from vitdet.data.loader import val_loader
+from vitdet.data.masks import encode, paste
+from vitdet.evaluation import coco, lvis
+from vitdet.evaluation.pictures import write_pictures
+from vitdet.evaluation.report import write_report
+from vitdet.evaluation.results import Truth, kinds_of, read_results, read_truth, truth_of
+from vitdet.predictor import to_image
+from vitdet.types import Detections
+
+ARBITERS = {"coco": coco, "lvis": lvis}  # data.dataset -> how its AP is measured
+OF_FILES = {
+    "coco": coco.compare,
+    "lvis": lvis.compare_file,
+}  # the same of results that anybody made
+SECTIONS = ("data", "evaluate")  # of a config, that an evaluation may change
+PIXELS = 2**26  # of pasted masks at a time: 64 MB
+
+
+def detections_to_results(
+    detections: Detections,
+    size: tuple[int, int],
+    original: tuple[int, int],
+    image_id: int,
+    category_ids: Sequence[int],
+) -> list[dict]:
+    """COCO results {image_id, category_id, bbox xywh, score, segmentation RLE} of the detections of one canvas.
+
+    size (height, width) of the unpadded image on the canvas, original of the file; category_ids[label] is a label's id.
+    """
+    found = to_image(detections.to("cpu"), size, original)
+    corners = found.boxes.double()
+    boxes = torch.cat([corners[:, :2], corners[:, 2:] - corners[:, :2]], dim=1).tolist()
+    step = max(1, PIXELS // (original[0] * original[1]))
+    codes = [
+        code
+        for start in range(0, len(found), step)
+        for code in encode(
+            paste(
+                found.masks[start : start + step].float(),
+                found.boxes[start : start + step].float(),
+                original,
+            )
+        )
+    ]
+    return [
+        {
+            "image_id": image_id,
+            "category_id": category_ids[label],
+            "bbox": box,
+            "score": score,
+            "segmentation": code,
+        }
+        for label, box, score, code in zip(
+            found.labels.tolist(), boxes, found.scores.double().tolist(), codes, strict=True
+        )
+    ]
+
+
+def evaluate_detector(
+    detector: nn.Module, data: DataConfig, settings: EvalConfig, device: torch.device | str = "cpu"
+) -> tuple[dict[str, float], list[dict]]:
+    """Box and mask AP in percent on the validation split, and the COCO results (sorted by image) that they come from.
+
+    The detector lies on `device`; its mode is put back afterwards. Under several processes each takes a share of the
+    images and all return the same figures, the first alone the results (those of LVIS take 5 GB).
+    """
+    truth, split = _read(data)
+    results, image_ids = detect(detector, data, settings, device, split)
+    metrics = {}
+    if distributed.rank() == 0:
+        arbiter = ARBITERS[data.dataset]
+        metrics = arbiter.summary(arbiter.compare(truth, results, image_ids=image_ids))
+    return distributed.all_gather_objects(metrics)[0], results
+
+
+def detect(
+    detector: nn.Module,
+    data: DataConfig,
+    settings: EvalConfig,
+    device: torch.device | str = "cpu",
+    split: CocoSplit | None = None,
+) -> tuple[list[dict], list[int]]:
+    """The COCO results of `evaluate_detector` without the comparison, and the ids of the images that were looked at.
+
+    split: the validation split, if it was read before. Of several processes the first has those of all, others none.
+    """
+    was_training = detector.training
+    detector.eval()
+    try:
+        share = _detect_share(
+            detector, data, split or read_split(data, data.val_split), settings, device
+        )
+    finally:
+        detector.train(was_training)
+    found: dict[int, list[dict]] = {}
+    for part in distributed.gather_objects(share):
+        found.update(part)  # a sampler may hand an image to two ranks
+    image_ids = sorted(found)
+    return [result for image_id in image_ids for result in found[image_id]], image_ids
+
+
+def evaluate(
+    checkpoint: str | Path,
+    overrides: Sequence[str] = (),
+    *,
+    config: Config | None = None,
+    pictures: str | Path | None = None,
+    plots: str | Path | None = None,
+    device: torch.device | str | None = None,
+) -> dict[str, float]:
+    """Box and mask AP in percent of a checkpoint on its validation split, as {"box_ap": 51.6, "mask_ap": 45.9, ...}.
+
+    The data and evaluate settings are the checkpoint's, or those of `config`, changed by overrides. Two folders, if
+    given: `pictures` receives what `write_pictures` writes, `plots` what `write_report` does. Under torchrun each
+    process takes a share of the images and all return the same. device: a GPU if there is one. Raises ValueError when
+    the data set has other classes than the checkpoint, or when an override changes another section, before anything is
+    written.
+    """
+    from vitdet.checkpoint import restore_detector
+    from vitdet.models import (
+        build_detector,
+    )  # here: the AP of results needs neither models nor training
+
+    detector, stored, class_names = restore_detector(checkpoint)
+    for one in overrides:
+        if one.split(".")[0].strip() not in SECTIONS:
+            raise ValueError(
+                f"override {one!r}: only data.* and evaluate.* can change for a trained checkpoint"
+            )
+    config = override(stored, overrides, config, SECTIONS)
+    if config.evaluate != stored.evaluate:
+        rebuilt = build_detector(config.model, config.evaluate)
+        rebuilt.load_state_dict(detector.state_dict())
+        detector = rebuilt
+    truth, split = _read(config.data)
+    _check_classes(checkpoint, class_names, split.class_names, config.data)
+    with distributed.process_group() as own_device:
+        device = device or own_device
+        detector = detector.to(device).eval()
+        results, image_ids = detect(detector, config.data, config.evaluate, device, split)
+        metrics = {}
+        if distributed.rank() == 0:
+            arbiter = ARBITERS[config.data.dataset]
+            finished = arbiter.compare(truth, results, image_ids=image_ids)
+            metrics = arbiter.summary(finished)
+            if plots is not None:
+                write_report(plots, finished, results)
+            if pictures is not None:
+                write_pictures(detector, config.data, pictures, split=split)
+        return distributed.all_gather_objects(metrics)[0]
+
+
+def evaluate_results(
+    results: str | Path,
+    annotations: str | Path,
+    dataset: str = "coco",
+    *,
+    plots: str | Path | None = None,
+) -> dict[str, float]:
+    """Box and/or mask AP in percent of any file of COCO results, by what it holds, against an annotation file.
+
+    dataset: 'coco' or 'lvis', whose rules differ. `plots` receives what `write_report` writes. Raises
+    FileNotFoundError for a missing file and ValueError, in one line, for what is wrong in them.
+    """
+    if dataset not in ARBITERS:
+        raise ValueError(f"dataset is {' or '.join(ARBITERS)}, got {dataset!r}")
+    found = read_results(results)
+    truth = read_truth(annotations, dataset == "lvis")
+    try:
+        finished = OF_FILES[dataset](truth, found, kinds_of(found))
+    except ValueError as error:
+        raise ValueError(f"{results}: {error}") from error
+    metrics = ARBITERS[dataset].summary(finished)
+    if not metrics:
+        raise ValueError(f"{annotations}: holds no object to find; there is nothing to score")
+    if plots is not None:
+        write_report(plots, finished, found)
+    return metrics
+
+
+def _read(data: DataConfig) -> tuple[Truth, CocoSplit]:
+    """The validation split for the comparison and for the detector: the annotation file is read once, and it is known
+    before anything is detected that it can be compared with.
+    """
+    path = split_files(data, data.val_split)[0]
+    tree = read_tree(path)
+    split = read_split(data, data.val_split, tree)
+    truth = truth_of(path, tree)
+    ARBITERS[data.dataset].check(truth)
+    return truth, split
+
+
+@torch.no_grad()
+def _detect_share(
+    detector: nn.Module,
+    data: DataConfig,
+    split: CocoSplit,
+    settings: EvalConfig,
+    device: torch.device | str,
+) -> dict[int, list[dict]]:
+    category_ids = split.category_ids
+    share = {}
+    for batch in val_loader(
+        data, settings.batch_size, distributed.rank(), distributed.world_size(), split
+    ):
+        found = detector(batch.images.to(device, non_blocking=True), None, batch.sizes.to(device))
+        for one, size, original, image_id in zip(
+            found, batch.sizes.tolist(), batch.originals.tolist(), batch.image_ids, strict=True
+        ):
+            share[image_id] = detections_to_results(
+                one, tuple(size), tuple(original), image_id, category_ids
+            )
+    return share
+
+
+def _check_classes(
+    checkpoint: str | Path, trained: Sequence[str], present: Sequence[str], data: DataConfig
+) -> None:
+    if tuple(trained) == tuple(present):
+        return
+    differs = next(
+        (
+            f"class {i} is {b!r}, not {a!r}"
+            for i, (a, b) in enumerate(zip(trained, present, strict=False))
+            if a != b
+        ),
+        f"{len(present)} classes, not {len(trained)}",
+    )
+    raise ValueError(
+        f"{data.root}: its classes are not those that {checkpoint} was trained on: {differs}; "
+        "set data.root to a data set with the checkpoint's classes"
+    )

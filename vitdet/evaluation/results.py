@@ -1,0 +1,173 @@
+"""What an evaluation reads: an annotation file, and a file of results; what is wrong with them is said in one line.
+
+Results are COCO's: a list of {image_id, category_id, score, bbox: [x, y, width, height] and/or segmentation: RLE}.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from vitdet.data.annotation_file import parse
+from vitdet.data.annotations import segmentation_problem, show
+from vitdet.data.coco import judge_tree, read_tree
+
+KINDS = {
+    "bbox": "bbox",
+    "segm": "segmentation",
+}  # of comparisons, and the key of a result that each looks at
+BBOX = "4 finite numbers x, y, width, height"
+
+
+@dataclass(frozen=True)
+class Truth:
+    """An annotation file: images and categories by id in the order of their ids, objects as they stand in the file."""
+
+    path: Path
+    images: dict[int, dict]
+    categories: dict[int, dict]
+    objects: Iterable[
+        dict
+    ]  # from a file decoded anew in each pass: as objects those of LVIS would take 3 GB
+
+    def sides(self, image_id: int) -> tuple[int, int]:
+        """Height and width of an image."""
+        image = self.images[image_id]
+        return image["height"], image["width"]
+
+
+def read_truth(path: Path | str, lvis: bool = False) -> Truth:
+    """An annotation file of COCO or LVIS.
+
+    Raises FileNotFoundError without the file and ValueError, in one line, for what `vitdet data check` calls an error.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such annotation file")
+    tree = read_tree(path)
+    judge_tree(path, tree, lvis)
+    return truth_of(path, tree)
+
+
+def truth_of(path: Path | str, tree: dict) -> Truth:
+    """The content of the annotation file `path`, which was judged: `read_coco` and `read_truth` do."""
+    images, categories = (
+        {item["id"]: item for item in sorted(tree[key], key=lambda item: item["id"])}
+        for key in ("images", "categories")
+    )
+    return Truth(Path(path), images, categories, tree["annotations"])
+
+
+def read_results(path: Path | str) -> list[dict]:
+    """A file of results. Raises FileNotFoundError, or ValueError for what is not a list of at least one result."""
+    results = read_json(path, "results")
+    if not isinstance(results, list):
+        raise ValueError(f"{path}: expected a list of results, got a {type(results).__name__}")
+    if not results:
+        raise ValueError(f"{path}: the list of results is empty; there is nothing to score")
+    return results
+
+
+@contextmanager
+def uncollected() -> Iterator[None]:
+    """Without garbage collection: it looks at half a million small dicts again and again, a quarter of the time."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+@uncollected()
+def read_json(path: Path | str, what: str) -> object:
+    """The content of a JSON file. Raises FileNotFoundError or ValueError with one line that names it."""
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such {what} file")
+    try:
+        return parse(path.read_bytes())
+    except ValueError as error:  # JSON, or not UTF-8
+        raise ValueError(
+            f"{path}: not readable as JSON ({error}); write or download the file again"
+        ) from error
+
+
+def kinds_of(results: Sequence[dict]) -> list[str]:
+    """The comparisons that results allow: 'bbox' and/or 'segm', by what the first of them holds.
+
+    Raises ValueError if it holds neither.
+    """
+    first = results[0]
+    kinds = [kind for kind, key in KINDS.items() if isinstance(first, dict) and key in first]
+    if not kinds:
+        raise ValueError("result 1: expected a bbox and/or a segmentation")
+    return kinds
+
+
+def check_results(
+    truth: Truth, results: Sequence[dict], kinds: Iterable[str], image_ids: Collection[int]
+) -> None:
+    """Raises ValueError, in one line, for the first result that cannot be compared with the truth."""
+    for number, item in enumerate(results, start=1):
+        if not isinstance(item, dict):
+            raise ValueError(f"result {number}: expected an object, got a {type(item).__name__}")
+    for key in ("image_id", "category_id", "score", *(KINDS[kind] for kind in kinds)):
+        for number, item in enumerate(results, start=1):
+            if key not in item:
+                raise ValueError(f"result {number}: {key} is missing")
+    strangers = [one for one in image_ids if one not in truth.images]
+    strangers += _strangers(results, "image_id", truth.images)
+    if strangers:
+        raise ValueError(
+            f"{truth.path}: holds no image {show(strangers[0])}, which has results ({len(strangers)} such "
+            "images); are the results of another data set?"
+        )
+    strangers = _strangers(results, "category_id", truth.categories)
+    if strangers:
+        raise ValueError(
+            f"{truth.path}: holds no category {show(strangers[0])}, which has results ({len(strangers)} "
+            "such categories); are the results of another data set?"
+        )
+    boxes = [("bbox", (4,), BBOX)] if "bbox" in kinds else []
+    for key, shape, expected in [("score", (), "a finite number"), *boxes]:
+        place = _first_bad([item[key] for item in results], shape)
+        if place is not None:
+            raise ValueError(
+                f"result {place + 1}: {key} must be {expected}, got {show(results[place][key])}"
+            )
+
+
+def _strangers(results: Sequence[dict], key: str, known: dict[int, dict]) -> list:
+    try:
+        return sorted({item[key] for item in results} - known.keys(), key=str)
+    except TypeError as error:
+        raise ValueError(f"{key} of a result must be a number ({error})") from error
+
+
+def _first_bad(values: list, shape: tuple[int, ...]) -> int | None:
+    """The index of the first value that is not finite numbers of this shape, None if all are."""
+    if not values or _finite(values, (len(values), *shape)):
+        return None
+    return next((place for place, value in enumerate(values) if not _finite(value, shape)), None)
+
+
+def _finite(values: object, shape: tuple[int, ...]) -> bool:
+    try:
+        array = np.array(values)
+    except ValueError:  # of different lengths
+        return False
+    return array.shape == shape and array.dtype.kind in "iuf" and bool(np.isfinite(array).all())
+
+
+def check_code(item: dict, name: str, size: tuple[int, int]) -> None:
+    """Raises ValueError, with `name` in front, for a segmentation that is no mask of an image of `size`."""
+    problem = segmentation_problem(item["segmentation"], size)
+    if problem:
+        raise ValueError(f"{name}: {problem[0]}: {problem[1]}")

@@ -1,0 +1,1 @@
+"""MLflow: tracking of a training, the model registry, comparison of trainings; mlflow is imported only here."""

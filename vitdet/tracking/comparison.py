@@ -1,0 +1,132 @@
+"""Several trainings of one pipeline run side by side: one parent run in MLflow, one table."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from vitdet.tracking.champion import ALIAS
+from vitdet.tracking.mlflow import connect, experiment_id, tracking_uri
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+COLUMNS = ("box_ap", "mask_ap", "box_ap50", "box_ap75")
+# How KFP says that a run ended -> how MLflow does. Its servers say COMPLETE or SUCCEEDED, and some RUNNING of a run
+# whose exit handler runs: then the table tells, which the last step makes.
+ENDS = {
+    "SUCCEEDED": "FINISHED",
+    "COMPLETE": "FINISHED",
+    "CACHED": "FINISHED",
+    "FAILED": "FAILED",
+    "CANCELLED": "KILLED",
+    "CANCELED": "KILLED",
+}
+
+
+def open_group(group: str, names: Sequence[str], *, uri: str, folder: Path, experiment: str) -> str:
+    """MLflow's id of the parent run of the trainings of a group; made where it is not there yet.
+
+    Raises ConnectionError where MLflow does not answer.
+    """
+    client, _ = connect(None, uri, folder)
+    place = experiment_id(client, tracking_uri(uri, folder), folder, experiment)
+    if found := _parent(client, place, group):
+        return found
+    tags = {
+        "group": group,
+        "pipeline_run": group,
+        "mlflow.source.name": "pipeline",
+        "mlflow.source.type": "JOB",
+        "recipes": " ".join(names),
+    }
+    name = " / ".join(names) if len(names) < 4 else f"{len(names)} recipes"
+    return client.create_run(place, None, tags, f"pipeline {name}").info.run_id
+
+
+def close_group(group: str, state: str, *, uri: str, folder: Path, experiment: str) -> None:
+    """Ends the parent run; state: KFP's word for how the pipeline ended. Raises as `open_group` does."""
+    client, _ = connect(None, uri, folder)
+    place = experiment_id(client, tracking_uri(uri, folder), folder, experiment)
+    if parent := _parent(client, place, group):
+        unknown = "FINISHED" if "best" in client.get_run(parent).data.tags else "FAILED"
+        client.set_terminated(parent, ENDS.get(state.upper(), unknown))
+
+
+def compare(
+    group: str, rows: Sequence[dict], *, uri: str, folder: Path, experiment: str, model_name: str
+) -> str:
+    """The table of a group in Markdown, best box AP first; it is also logged to the parent run.
+
+    rows: {"name", "dataset_digest", "run_id", "passed", "reason", "metrics"} of each training. Raises
+    ValueError when they were not measured on one and the same data, ConnectionError where MLflow does not answer.
+    """
+    digests = sorted({row["dataset_digest"] for row in rows})
+    if len(digests) != 1:
+        raise ValueError(
+            f"the trainings were evaluated on different data ({', '.join(digests)}): not comparable"
+        )
+    client, _ = connect(None, uri, folder)
+    champion, versions = _versions(client, model_name)
+    ordered = sorted(rows, key=lambda row: -_figure(row, "box_ap"))
+    text = table(ordered, champion, versions)
+    parent = open_group(
+        group, [row["name"] for row in rows], uri=uri, folder=folder, experiment=experiment
+    )
+    for row in ordered:
+        for key in COLUMNS[:2]:
+            if row["metrics"].get(key) is not None:
+                client.log_metric(parent, f"{key}/{row['name']}", row["metrics"][key])
+    client.set_tag(parent, "dataset_digest", digests[0])
+    client.set_tag(parent, "best", ordered[0]["name"])
+    client.set_tag(parent, "mlflow.note.content", text)
+    with tempfile.TemporaryDirectory() as work:
+        (Path(work) / "comparison.md").write_text(text)
+        client.log_artifact(parent, str(Path(work) / "comparison.md"))
+    return text
+
+
+def table(rows: Sequence[dict], champion: str | None, versions: dict[str, str]) -> str:
+    """Markdown; versions: MLflow's id of a training -> the version of the model that came of it."""
+    heads = [
+        "recipe",
+        *(column.replace("_ap", " AP ").strip() for column in COLUMNS),
+        "version",
+        "gate",
+    ]
+    lines = [f"Data {rows[0]['dataset_digest']}", "", _line(heads), _line(["---"] * len(heads))]
+    for row in rows:
+        version = versions.get(row["run_id"], "-")
+        mark = f"{version} ({ALIAS})" if version == champion else version
+        figures = [
+            "-" if row["metrics"].get(key) is None else f"{row['metrics'][key]:.2f}"
+            for key in COLUMNS
+        ]
+        lines.append(_line([row["name"], *figures, mark, row["reason"]]))
+    return "\n".join(lines) + "\n"
+
+
+def _line(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def _figure(row: dict, key: str) -> float:
+    value = row["metrics"].get(key)
+    return -1.0 if value is None else value
+
+
+def _parent(client: MlflowClient, place: str, group: str) -> str | None:
+    found = client.search_runs([place], f"tags.group = '{group}'")
+    return found[0].info.run_id if found else None
+
+
+def _versions(client: MlflowClient, model_name: str) -> tuple[str | None, dict[str, str]]:
+    """(the champion's version, {run id: its newest version})."""
+    models = client.search_registered_models(f"name = '{model_name}'")
+    found = sorted(
+        client.search_model_versions(f"name = '{model_name}'"), key=lambda one: int(one.version)
+    )
+    alias = models[0].aliases.get(ALIAS) if models else None
+    return (None if alias is None else str(alias)), {one.run_id: str(one.version) for one in found}

@@ -1,0 +1,159 @@
+"""The journal of a run on disk: what it has to tell its tracking server, and how far the server has it.
+
+FOLDER/journal/KEY.jsonl grows by one line an event: the run's start, points, files, its end. KEY.json is the cursor:
+the run's id on the server and the offset of the first line that still has to be sent. KEY/ holds copies of the files
+that wait. A line is one unbuffered write, so a killed process loses none; only standard library in here.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import logging
+import shutil
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from vitdet.files import write_json
+
+log = logging.getLogger(__name__)
+
+PENDING = "pending-"  # a run id of ours, until a server has given one
+
+
+class Journal:
+    """One run's lines: {"start": {...}}, {"points": {name: value}, "step"}, {"file", "folder"}, {"resume"}, {"end"}.
+
+    Each line also holds its time in ms since 1970.
+    """
+
+    def __init__(self, folder: Path, key: str) -> None:
+        self.folder, self.key = Path(folder).resolve(), key
+        self.path = self.folder / "journal" / f"{key}.jsonl"
+        self._cursor = self.path.with_suffix(".json")
+
+    @property
+    def run_id(self) -> str:
+        """The server's id of the run, or `pending-...` until one has answered; `find` knows both."""
+        return self.cursor()[0] or PENDING + self.key
+
+    def append(self, record: dict) -> None:
+        """One more line; a full disk costs the line and a warning, not the training."""
+        line = (json.dumps({**record, "time": int(time.time() * 1000)}) + "\n").encode()
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with open(self.path, "ab", buffering=0) as file:
+                size = file.tell()
+                if file.write(line) != len(line):
+                    file.truncate(size)
+                    raise OSError("the disk is full")
+        except OSError as error:
+            log.warning("tracking: a line is lost, %s cannot be written: %s", self.path, error)
+
+    def append_file(self, path: Path, folder: str) -> None:
+        """A file for this folder of the run's artifacts; a copy waits, so the original may change or go."""
+        copy = self.path.with_suffix("") / uuid.uuid4().hex[:8] / Path(path).name
+        try:
+            copy.parent.mkdir(parents=True)
+            shutil.copyfile(path, copy)
+        except OSError as error:
+            log.warning("tracking: %s is not logged: %s", path, error)
+            return
+        self.append({"file": str(copy.relative_to(self.path.parent)), "folder": folder})
+
+    def start(self) -> dict | None:
+        """What the run is, from its first line: experiment, name, params, tags, dataset, time."""
+        for record, _ in self.records():
+            if "start" in record:
+                return {**record["start"], "time": record["time"]}
+        return None
+
+    def last_steps(self) -> dict[str, int]:
+        """The last step of each name."""
+        return {
+            key: record["step"] for record, _ in self.records() for key in record.get("points", ())
+        }
+
+    def records(self, offset: int = 0) -> Iterator[tuple[dict, int]]:
+        """(record, offset behind it) of each whole line from this offset on."""
+        if not self.path.exists():
+            return
+        with open(self.path, "rb") as file:
+            file.seek(offset)
+            for line in file:
+                offset += len(line)
+                if not line.endswith(
+                    b"\n"
+                ):  # being written, or the machine went down: `mend` ends it
+                    return
+                try:
+                    yield json.loads(line), offset
+                except ValueError:
+                    log.warning("tracking: %s: an unreadable line is skipped", self.path)
+
+    def batches(self, most: int) -> Iterator[tuple[list[dict], int]]:
+        """What waits, with the offset behind it: neighbouring points together (at most so many), the rest alone."""
+        batch: list[dict] = []
+        size, offset = 0, self.cursor()[1]
+        for record, end in self.records(offset):
+            points = len(record.get("points", ()))
+            if batch and (not points or not size or size + points > most):
+                yield batch, offset
+                batch, size = [], 0
+            batch.append(record)
+            size, offset = size + points, end
+        if batch:
+            yield batch, offset
+
+    def waiting(self) -> bool:
+        """Whether there are lines that the server lacks."""
+        return next(self.records(self.cursor()[1]), None) is not None
+
+    def cursor(self) -> tuple[str | None, int]:
+        """(the run's id on the server or None, offset of the first line to send)."""
+        if not self._cursor.exists():
+            return None, 0
+        cursor = json.loads(self._cursor.read_text())
+        return cursor["run_id"], cursor["offset"]
+
+    def move(self, run_id: str, offset: int) -> None:
+        """Sets the cursor."""
+        write_json(self._cursor, {"run_id": run_id, "offset": offset})
+
+    def mend(self) -> None:
+        """Ends a line that was left half-written, so that the next one stands alone."""
+        if self.path.exists() and not self.path.read_bytes().endswith(b"\n"):
+            with open(self.path, "ab", buffering=0) as file:
+                file.write(b"\n")
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """While one process ships; raises BlockingIOError in the others."""
+        with open(self.path, "rb") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise BlockingIOError("another process is sending them") from error
+            yield
+
+
+def find(folder: Path, run_id: str | None) -> Journal:
+    """The journal of a run, by the server's id or the pending one; a new journal where there is none."""
+    for journal in journals(folder) if run_id else ():
+        if run_id in (PENDING + journal.key, journal.cursor()[0]):
+            journal.mend()
+            return journal
+    journal = Journal(folder, uuid.uuid4().hex)
+    if run_id and not run_id.startswith(PENDING):
+        journal.move(run_id, 0)
+    return journal
+
+
+def journals(folder: Path) -> list[Journal]:
+    """All journals of a work folder."""
+    return [
+        Journal(folder, path.stem) for path in sorted((Path(folder) / "journal").glob("*.jsonl"))
+    ]

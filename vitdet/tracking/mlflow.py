@@ -1,0 +1,377 @@
+"""Experiment tracking: one MLflow run a training, its points, pictures and registered model.
+
+Everything is first a line of a journal on disk (`vitdet.tracking.journal`), which takes microseconds; a thread ships the lines
+in batches. So a server that is slow, dead or not there yet costs training nothing: what waits is sent when it answers
+again, at the end, or by the next process that opens the run. Nothing is logged twice: a step that the journal holds is
+not journaled again, and where a shipment's fate is unknown (a failed request, an earlier process) the server is asked
+for what it has. Only this module and `vitdet.tracking.registry` import mlflow.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+import subprocess
+import threading
+import time
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from vitdet.tracking.journal import Journal, find, journals
+from vitdet.tracking.tracker import Tracker
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+log = logging.getLogger(__name__)
+
+SHIP_SECONDS = 3.0  # between shipments
+BACK_OFF_SECONDS = 30.0  # longest pause after failures
+CLOSE_SECONDS = 20.0  # longest wait at the end; what is not shipped by then stays in the journal
+BATCH = 1000  # points a request: MLflow's limit
+# MLflow's own defaults make a request to a dead server wait for four minutes; here everything is tried again anyway.
+CLIENT = {
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "15",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
+}
+REFUSED = {"INVALID_PARAMETER_VALUE", "BAD_REQUEST"}  # sending the same again cannot help
+
+
+class MLflowTracker(Tracker):
+    """Journals at once and ships in a thread; made by `start_run`. Never raises for a server's sake."""
+
+    def __init__(self, journal: Journal, uri: str) -> None:
+        self._journal, self._shipper = journal, _Shipper(journal, uri)
+        self._last = journal.last_steps()
+        self._closing = threading.Event()
+        self._shipper.deliver()  # here, so that the run's id is known before the first checkpoint
+        self._thread = threading.Thread(target=self._ship, name="tracking", daemon=True)
+        self._thread.start()
+
+    @property
+    def run_id(self) -> str:
+        return self._journal.run_id
+
+    def log(self, values: dict[str, float], step: int) -> None:
+        points = {
+            key: float(value) for key, value in values.items() if step > self._last.get(key, -1)
+        }
+        if points:
+            self._last |= dict.fromkeys(points, step)
+            self._journal.append({"points": points, "step": step})
+
+    def artifact(self, path: Path, folder: str = "") -> None:
+        self._journal.append_file(path, folder)
+
+    def close(self, status: str = "FINISHED") -> None:
+        if not self._closing.is_set():
+            self._journal.append({"end": status})
+            self._closing.set()
+            self._thread.join(CLOSE_SECONDS)
+
+    def _ship(self) -> None:
+        pause, others = SHIP_SECONDS, journals(self._journal.folder)
+        while not self._closing.wait(pause):
+            if self._shipper.deliver():
+                pause = SHIP_SECONDS
+                for journal in others:  # what earlier runs of this folder could not ship
+                    _Shipper(journal, self._shipper.uri).deliver()
+                others = []
+            else:
+                pause = min(2 * pause, BACK_OFF_SECONDS)
+        self._shipper.deliver(CLOSE_SECONDS - 2)
+
+
+def start_run(
+    *,
+    uri: str,
+    folder: Path,
+    experiment: str,
+    name: str,
+    params: dict[str, bool | int | float | str],
+    tags: dict[str, str],
+    dataset: dict[str, str],
+    run_id: str | None = None,
+    resume_step: int = 0,
+    group: str = "",
+) -> Tracker:
+    """A tracker of a new run, or of the run `run_id` (MLflow's id or a pending one), which goes on at `resume_step`.
+
+    `uri` '' means a sqlite file in `folder`; the environment's MLFLOW_TRACKING_URI wins. dataset: name, digest, source.
+    A run that the server does not know becomes a new one with everything that the journal holds. group: a new run
+    becomes a child of the run in its experiment whose tag `group` says so.
+    """
+    if revision := git_revision():
+        tags = {"git_revision": revision, "mlflow.source.git.commit": revision[:40], **tags}
+    tags = {"mlflow.source.name": "vitdet train", "mlflow.source.type": "LOCAL", **tags}
+    journal = find(folder, run_id)
+    if journal.start() is None:
+        what = {
+            "experiment": experiment,
+            "name": name,
+            "params": params,
+            "tags": tags,
+            "dataset": dataset,
+            "group": group,
+        }
+        journal.append({"start": what})
+    if run_id is not None:
+        journal.append({"resume": resume_step})
+    return MLflowTracker(journal, tracking_uri(uri, folder))
+
+
+def log_metrics(
+    run_id: str,
+    uri: str,
+    folder: Path,
+    values: dict[str, float],
+    step: int,
+    artifacts: dict[Path, str] | None = None,
+) -> str:
+    """Adds values and files ({path: folder}) to a run after its training, where it does not have them; its id."""
+    journal = find(folder, run_id)
+    journal.append(
+        {
+            "points": {key: float(value) for key, value in values.items()},
+            "step": step,
+            "renew": True,
+        }
+    )
+    for path, place in (artifacts or {}).items():
+        journal.append_file(path, place)
+    _Shipper(journal, tracking_uri(uri, folder)).deliver(CLOSE_SECONDS)
+    return journal.run_id
+
+
+def connect(run_id: str | None, uri: str, folder: Path) -> tuple[MlflowClient, str | None]:
+    """(client of the server in use, MLflow's id of the run), after all that the run's journal holds is there.
+
+    Raises ConnectionError where the server does not answer, LookupError where it does not have the run.
+    """
+    uri = tracking_uri(uri, folder)
+    try:
+        client = _client(uri)
+        client.search_experiments(max_results=1)
+    except Exception as error:  # of MLflow, its HTTP client or a database
+        raise ConnectionError(
+            f"{uri}: no answer from MLflow ({_line(error)}); start the server, or set "
+            "MLFLOW_TRACKING_URI to one that runs"
+        ) from error
+    if run_id is None:
+        return client, None
+    shipper = _Shipper(find(folder, run_id), uri)
+    shipper.attach(client)
+    shipper.deliver(CLOSE_SECONDS)
+    return client, shipper.journal.run_id
+
+
+def experiment_id(client: MlflowClient, uri: str, folder: Path, name: str) -> str:
+    """The id of the experiment; a new one in a sqlite file keeps its artifacts in FOLDER/mlartifacts."""
+    found = client.get_experiment_by_name(name)
+    place = (Path(folder).resolve() / "mlartifacts").as_uri() if uri.startswith("sqlite:") else None
+    return found.experiment_id if found else client.create_experiment(name, place)
+
+
+def tracking_uri(uri: str, folder: Path) -> str:
+    """The server in use: the environment's MLFLOW_TRACKING_URI, else `uri`, else FOLDER/mlflow.db."""
+    return (
+        os.environ.get("MLFLOW_TRACKING_URI")
+        or uri
+        or f"sqlite:///{Path(folder).resolve() / 'mlflow.db'}"
+    )
+
+
+def git_revision() -> str | None:
+    """The commit of the working directory's repository, with `-dirty` where tracked files differ; None without one."""
+    if shutil.which("git") is None:
+        return None
+    commit, changes = (
+        subprocess.run(["git", *words], capture_output=True, text=True).stdout.strip()
+        for words in (
+            ["rev-parse", "--verify", "-q", "HEAD"],
+            ["status", "--porcelain", "--untracked-files=no"],
+        )
+    )
+    return commit + ("-dirty" if changes else "") if commit else None
+
+
+class _Shipper:
+    """Brings a journal's lines to the server at `uri`, each once."""
+
+    def __init__(self, journal: Journal, uri: str) -> None:
+        self.journal, self.uri = journal, uri
+        self._run_id: str | None = None  # once this process has seen the run on the server
+        self._held: (
+            dict[str, dict[int, float]] | None
+        ) = {}  # name -> step -> value there; None: the run is empty
+        self._refused: set[str] = set()  # names that the server does not take
+        self._answers = True
+
+    def deliver(self, seconds: float = 0.0) -> bool:
+        """Ships what waits, trying again for so many seconds; False, and once a warning, where lines are left."""
+        deadline, pause = time.monotonic() + seconds, 0.5
+        while self.journal.waiting():
+            try:
+                with self.journal.locked():
+                    self._ship(_client(self.uri))
+            except (
+                Exception
+            ) as error:  # whatever a server, its client or a database does, the caller goes on
+                self._run_id, self._held = (
+                    None,
+                    {},
+                )  # the server may or may not have what was on its way
+                if self._answers:
+                    log.warning(
+                        "tracking: %s does not take the run's points (%s); they wait in %s",
+                        self.uri,
+                        _line(error),
+                        self.journal.path,
+                    )
+                    self._answers = False
+                if time.monotonic() + pause > deadline or isinstance(error, LookupError):
+                    return False
+                time.sleep(pause)
+                pause = min(2 * pause, BACK_OFF_SECONDS)
+        if not self._answers:
+            self._answers = True
+            log.warning("tracking: %s answers again and has all points", self.uri)
+        return True
+
+    def attach(self, client: MlflowClient) -> None:
+        """Finds the run on the server, or makes it. Raises what MLflow's client raises."""
+        if self._run_id is None:
+            self._run_id = self._known(client) or self._create(client)
+
+    def _ship(self, client: MlflowClient) -> None:
+        self.attach(client)
+        for records, end in self.journal.batches(BATCH):
+            self._send(client, records)
+            self.journal.move(self._run_id, end)
+
+    def _known(self, client: MlflowClient) -> str | None:
+        run_id, _ = self.journal.cursor()
+        try:
+            if run_id is None or client.get_run(run_id).info.lifecycle_stage == "active":
+                return run_id
+        except Exception as error:
+            if getattr(error, "error_code", None) != "RESOURCE_DOES_NOT_EXIST":
+                raise
+        log.warning(
+            "tracking: %s has no run %s; a new one gets all that the journal holds",
+            self.uri,
+            run_id,
+        )
+        return None
+
+    def _create(self, client: MlflowClient) -> str:
+        from mlflow.entities import Dataset, DatasetInput, InputTag, Param
+
+        start = self.journal.start()
+        if start is None:
+            raise LookupError(
+                f"{self.uri} has no such run, and {self.journal.path.parent} does not say what it was"
+            )
+        place = experiment_id(client, self.uri, self.journal.folder, start["experiment"])
+        tags = {**start["tags"], "journal": self.journal.key}
+        if group := start.get("group"):
+            parents = client.search_runs([place], f"tags.group = '{group}'")
+            tags |= {
+                "pipeline_run": group,
+                **({"mlflow.parentRunId": parents[0].info.run_id} if parents else {}),
+            }
+        made = client.search_runs([place], f"tags.journal = '{self.journal.key}'")
+        run_id = (
+            made[0] if made else client.create_run(place, start["time"], tags, start["name"])
+        ).info.run_id
+        self._held = (
+            {} if made else None
+        )  # made: an earlier request arrived, though its answer did not
+        params = [Param(key, str(value)[:6000]) for key, value in start["params"].items()]
+        for first in range(0, len(params), 100):  # MLflow's limits
+            client.log_batch(run_id, params=params[first : first + 100])
+        if data := start["dataset"]:
+            data = Dataset(
+                data["name"], data["digest"][:36], "local", json.dumps({"uri": data["source"]})
+            )
+            client.log_inputs(
+                run_id, [DatasetInput(data, [InputTag("mlflow.data.context", "training")])]
+            )
+        self.journal.move(run_id, 0)
+        return run_id
+
+    def _send(self, client: MlflowClient, records: list[dict]) -> None:
+        record = records[0]
+        try:
+            if "points" in record:
+                self._send_points(client, records)
+            elif "file" in record and (path := self.journal.path.parent / record["file"]).exists():
+                client.log_artifact(self._run_id, str(path), record["folder"] or None)
+                shutil.rmtree(path.parent)
+            elif "resume" in record:
+                client.update_run(self._run_id, "RUNNING")
+                client.set_tag(self._run_id, "resumed_at_step", record["resume"])
+            elif "end" in record:
+                client.set_terminated(self._run_id, record["end"], record["time"])
+        except Exception as error:
+            if getattr(error, "error_code", None) not in REFUSED:
+                raise
+            names = {
+                name for record in records for name in record.get("points", ())
+            } - self._refused
+            if len(names) > 1:  # one bad name must not take its neighbours along
+                for name in sorted(names):
+                    self._send(
+                        client,
+                        [
+                            {**record, "points": {name: record["points"][name]}}
+                            for record in records
+                            if name in record["points"]
+                        ],
+                    )
+            else:
+                self._refused |= names
+                log.warning("tracking: the server refuses %s: %s", *names or [record], error)
+
+    def _send_points(self, client: MlflowClient, records: list[dict]) -> None:
+        from mlflow.entities import Metric
+
+        metrics = [
+            Metric(key, value, record["time"], record["step"])
+            for record in records
+            for key, value in record["points"].items()
+            if key not in self._refused
+            if not self._has(client, key, record["step"], value if "renew" in record else None)
+        ]
+        for first in range(0, len(metrics), BATCH):
+            client.log_batch(self._run_id, metrics[first : first + BATCH])
+
+    def _has(self, client: MlflowClient, key: str, step: int, value: float | None) -> bool:
+        if self._held is None:
+            return False
+        if key not in self._held:
+            self._held[key] = {
+                point.step: point.value for point in client.get_metric_history(self._run_id, key)
+            }
+        return step in self._held[key] and value in (None, self._held[key][step])
+
+
+def _line(error: Exception) -> str:
+    return (str(error).splitlines() or [repr(error)])[0][:200]
+
+
+@cache
+def _client(uri: str) -> MlflowClient:
+    for key, value in CLIENT.items():
+        os.environ.setdefault(key, value)
+    from mlflow import MlflowClient
+
+    for name in ("alembic", "mlflow.store.db.utils"):  # the tables of a new sqlite file are no news
+        logging.getLogger(name).setLevel(logging.WARNING)
+    return MlflowClient(uri, uri)

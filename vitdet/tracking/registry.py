@@ -1,0 +1,182 @@
+"""The registered model: a detector that MLflow loads, asks and serves, in an environment without this repository.
+
+A version holds the checkpoint (plain tensors, read with weights_only), this package as a wheel, and a file of code
+that names the class below: nothing is pickled. requirements.txt lists the wheel by its place in the model, as MLflow
+resolves it when it makes an environment; by hand: `cd MODEL && pip install -r requirements.txt`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from mlflow.entities import LoggedModelOutput
+from mlflow.models import Model, ModelSignature
+from mlflow.pyfunc import PythonModel, PythonModelContext, load_model, save_model
+from mlflow.types import ColSpec, ParamSchema, ParamSpec, Schema, TensorSpec
+
+from vitdet.tracking.mlflow import connect, experiment_id, tracking_uri
+from vitdet.tracking.wheel import requirements
+
+CODE = '''"""The detector as an MLflow model; the code is in the wheel vitdet, which travels with it."""
+from mlflow.models import set_model
+from vitdet.tracking.registry import DetectorModel
+
+set_model(DetectorModel())
+'''
+COLUMNS = {
+    "name": "string",
+    "label": "long",
+    "score": "double",
+    "x0": "double",
+    "y0": "double",
+    "x1": "double",
+    "y1": "double",
+    "height": "long",
+    "width": "long",
+    "mask": "string",
+}
+SIGNATURE = ModelSignature(
+    inputs=Schema([TensorSpec(np.dtype("uint8"), (-1, -1, 3), "image")]),
+    outputs=Schema([ColSpec(kind, name) for name, kind in COLUMNS.items()]),
+    params=ParamSchema([ParamSpec("threshold", "double", 0.5)]),
+)
+
+
+class DetectorModel(PythonModel):
+    """One RGB image (H, W, 3) uint8 -> a table with a row a detection, best first."""
+
+    def load_context(self, context: PythonModelContext) -> None:
+        from vitdet.predictor import Predictor
+
+        self.predictor = Predictor.load(context.artifacts["checkpoint"])
+
+    def predict(
+        self, context: PythonModelContext, model_input: np.ndarray, params: dict | None = None
+    ) -> pd.DataFrame:
+        """name, label, score, box x0 y0 x1 y1 in pixels; mask: COCO's compressed RLE of a bitmap (height, width)."""
+        from vitdet.data.masks import encode, paste
+
+        image = (
+            model_input["image"] if isinstance(model_input, dict) else model_input
+        )  # by its name in the signature
+        found = self.predictor(image, threshold=(params or {}).get("threshold", 0.5))
+        masks = encode(paste(found.masks, found.boxes, image.shape[:2]))
+        rows = [
+            (name, label, score, *box, *image.shape[:2], mask["counts"])
+            for name, label, score, box, mask in zip(
+                found.names,
+                found.labels.tolist(),
+                found.scores.tolist(),
+                found.boxes.tolist(),
+                masks,
+                strict=True,
+            )
+        ]
+        return pd.DataFrame(rows, columns=list(COLUMNS))
+
+
+@contextmanager
+def exported(uri: str) -> Iterator[None]:
+    """While code of MLflow runs that asks the environment for the server instead of its client."""
+    before = os.environ.get("MLFLOW_TRACKING_URI")
+    os.environ["MLFLOW_TRACKING_URI"] = uri
+    try:
+        yield
+    finally:
+        del os.environ["MLFLOW_TRACKING_URI"]
+        if before is not None:
+            os.environ["MLFLOW_TRACKING_URI"] = before
+
+
+def register(
+    checkpoint: Path,
+    *,
+    run_id: str | None,
+    uri: str,
+    folder: Path,
+    model_name: str,
+    alias: str,
+    metrics: dict[str, float],
+    example: np.ndarray,
+    wheel: Path,
+    tags: dict[str, str],
+) -> tuple[str, str]:
+    """(name, version) of the checkpoint in the model registry; `alias` points to it.
+
+    The same checkpoint of the same run is registered once: again, only the alias moves. example: an image (H, W, 3)
+    uint8 that the packed model is asked about before anything is registered. metrics, tags and the run's git revision
+    become tags of the version. Raises ConnectionError where the server does not answer.
+    """
+    client, run_id = connect(run_id, uri, folder)
+    uri = tracking_uri(uri, folder)
+    with open(checkpoint, "rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    for version in client.search_model_versions(f"name = '{model_name}'"):
+        if version.tags.get("checkpoint_sha256") == digest and (version.run_id or None) == run_id:
+            client.set_registered_model_alias(model_name, alias, version.version)
+            return model_name, str(version.version)
+    with tempfile.TemporaryDirectory(prefix="vitdet-model-") as work:
+        packed = Path(work) / "model"
+        model = Model(run_id=run_id)
+        _pack(packed, model, Path(checkpoint), wheel, example)
+        place = (
+            client.get_run(run_id).info.experiment_id
+            if run_id
+            else experiment_id(client, uri, folder, model_name)
+        )
+        logged = client.create_logged_model(place, "detector", run_id, model_type="detection")
+        model.model_id = model.model_uuid = logged.model_id
+        model.artifact_path = logged.artifact_location
+        model.save(str(packed / "MLmodel"))
+        client.log_model_artifacts(logged.model_id, str(packed))
+    client.finalize_logged_model(logged.model_id, "READY")
+    if run_id:
+        client.log_outputs(run_id, [LoggedModelOutput(logged.model_id, 0)])
+    if not client.search_registered_models(f"name = '{model_name}'"):
+        client.create_registered_model(model_name)
+    if run_id and (revision := client.get_run(run_id).data.tags.get("git_revision")):
+        tags = {"git_revision": revision, **tags}
+    texts = {
+        **tags,
+        **{key: f"{value:.4g}" for key, value in metrics.items()},
+        "checkpoint_sha256": digest,
+    }
+    with exported(uri):
+        version = client.create_model_version(
+            model_name, f"models:/{logged.model_id}", run_id, texts, model_id=logged.model_id
+        )
+    client.set_registered_model_alias(model_name, alias, version.version)
+    return model_name, str(version.version)
+
+
+def _pack(path: Path, model: Model, checkpoint: Path, wheel: Path, example: np.ndarray) -> None:
+    """The model as a folder; proves that it loads and answers."""
+    code = path.parent / "detector.py"
+    code.write_text(CODE)
+    if (
+        checkpoint.is_symlink()
+    ):  # as DVC leaves it with cache.type symlink; mlflow follows no link out of a folder
+        checkpoint = Path(shutil.copyfile(checkpoint, path.parent / checkpoint.name))
+    logging.getLogger("mlflow").setLevel(
+        logging.ERROR
+    )  # it warns that torch was imported before it
+    save_model(
+        str(path),
+        python_model=str(code),
+        artifacts={"checkpoint": str(checkpoint)},
+        signature=SIGNATURE,
+        code_paths=[str(wheel)],
+        mlflow_model=model,
+        input_example=example[:64, :64],
+        pip_requirements=[*requirements(("mlflow", "pandas")), f"code/{wheel.name}"],
+    )
+    load_model(str(path)).predict(example, params={"threshold": 0.0})

@@ -1,0 +1,88 @@
+"""This package as a wheel, from the files that are running: what travels with a registered model.
+
+A wheel is a zip of the package and three text files. It is written here rather than by pip because the same files then
+give the same bytes from a source tree, an editable and an ordinary install, without a build back-end or a network.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import tomllib
+import zipfile
+from importlib import metadata
+from pathlib import Path
+
+from vitdet.files import written
+
+PACKAGE = Path(__file__).parent
+STAMP = (1980, 1, 1, 0, 0, 0)  # zip's first day: the same files give the same wheel
+
+
+def build_wheel(folder: Path) -> Path:
+    """FOLDER/vitdet-VERSION-py3-none-any.whl. Raises ValueError where the package's metadata cannot be found."""
+    version, description = _metadata()
+    info = f"vitdet-{version}.dist-info"
+    files = {
+        f"vitdet/{path.relative_to(PACKAGE).as_posix()}": path.read_bytes()
+        for path in sorted(PACKAGE.rglob("*"))
+        if path.is_file() and "__pycache__" not in path.parts and not path.name.startswith(".")
+    }
+    files[f"{info}/METADATA"] = description.encode()
+    files[f"{info}/WHEEL"] = (
+        b"Wheel-Version: 1.0\nGenerator: vitdet\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
+    )
+    files[f"{info}/entry_points.txt"] = b"[console_scripts]\nvitdet = vitdet.cli:main\n"
+    rows = [f"{name},sha256={_digest(content)},{len(content)}" for name, content in files.items()]
+    files[f"{info}/RECORD"] = "\n".join([*rows, f"{info}/RECORD,,", ""]).encode()
+    path = Path(folder) / f"vitdet-{version}-py3-none-any.whl"
+    with (
+        written(path) as temporary,
+        zipfile.ZipFile(temporary, "w", zipfile.ZIP_DEFLATED) as archive,
+    ):
+        for name, content in files.items():
+            entry = zipfile.ZipInfo(name, STAMP)
+            entry.external_attr = 0o100644 << 16
+            entry.compress_type = zipfile.ZIP_DEFLATED
+            archive.writestr(entry, content)
+    return path
+
+
+def requirements(extra: tuple[str, ...] = ()) -> list[str]:
+    """What the package needs, and `extra`, pinned to the versions that are running: `torch==2.15.0`, ..."""
+    _, description = _metadata()
+    needs = [
+        line.removeprefix("Requires-Dist: ")
+        for line in description.splitlines()
+        if line.startswith("Requires-Dist: ") and ";" not in line
+    ]
+    names = [need.partition(">")[0].partition("=")[0].partition("<")[0].strip() for need in needs]
+    # a local part (+cpu, +cu132) names a build that no public index has
+    return [f"{name}=={metadata.version(name).partition('+')[0]}" for name in [*names, *extra]]
+
+
+def _metadata() -> tuple[str, str]:
+    """(version, text of the METADATA file): of pyproject.toml in a source tree, else of the installed package."""
+    project = PACKAGE.parent / "pyproject.toml"
+    if project.is_file():
+        table = tomllib.loads(project.read_text())["project"]
+        lines = [
+            "Metadata-Version: 2.1",
+            "Name: vitdet",
+            f"Version: {table['version']}",
+            f"Summary: {table['description']}",
+            f"Requires-Python: {table['requires-python']}",
+            *(f"Requires-Dist: {need}" for need in table["dependencies"]),
+        ]
+        return table["version"], "\n".join(lines) + "\n"
+    try:
+        installed = metadata.distribution("vitdet")
+    except metadata.PackageNotFoundError as error:
+        raise ValueError(
+            f"{PACKAGE}: no pyproject.toml beside it and not installed; install vitdet"
+        ) from error
+    return installed.version, installed.read_text("METADATA") or ""
+
+
+def _digest(content: bytes) -> str:
+    return base64.urlsafe_b64encode(hashlib.sha256(content).digest()).rstrip(b"=").decode()

@@ -1,0 +1,204 @@
+"""Detections or ground truth drawn on an image, and the colour of a class: the same in every picture."""
+
+from __future__ import annotations
+
+import colorsys
+import math
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from PIL import Image, ImageChops, ImageDraw, ImageFilter, ImageFont, ImageOps
+from torch import Tensor
+
+from vitdet.data.images import Picture, read_image
+from vitdet.data.masks import paste
+from vitdet.types import Detections
+
+COMFORTABLE = (
+    768  # pixels of the longest side; smaller images are drawn enlarged, so that names can be read
+)
+
+
+DARK, FILL, SHADOW = (
+    (15, 15, 15),
+    0.42,
+    0.5,
+)  # colour of the shadow that lines cast on a like background; opacities
+GOLDEN = 0.618034  # of the circle of hues: neighbours in the list of classes get far colours, however many there are
+
+
+def class_color(label: int) -> tuple[int, int, int]:
+    """Red, green and blue, 0..255, of the class with this number."""
+    value, saturation = ((1.0, 0.80), (0.86, 0.62), (1.0, 0.48))[label // 7 % 3]
+    red, green, blue = colorsys.hsv_to_rgb((0.58 + label * GOLDEN) % 1, saturation, value)
+    return round(255 * red), round(255 * green), round(255 * blue)
+
+
+def draw(image: Picture, found: Detections, scale: float | None = None) -> Image.Image:
+    """The image with masks, boxes, names and scores of the detections, which are in its pixels.
+
+    scale enlarges the picture; by default small images are drawn at a size at which names can be read.
+    """
+    picture = read_image(image)
+    scale = comfortable_scale(picture.size) if scale is None else scale
+    names = (
+        found.names if found.class_names else [f"class {label}" for label in found.labels.tolist()]
+    )
+    captions = [
+        f"{name} {score:.2f}" for name, score in zip(names, found.scores.tolist(), strict=True)
+    ]
+    size = tuple(max(1, round(side * scale)) for side in reversed(picture.size))
+    boxes = found.boxes.detach().cpu().float() * scale
+    masks = found.masks.detach().cpu().float()
+    return paint(
+        picture,
+        found.boxes,
+        found.labels.tolist(),
+        captions,
+        lambda i: paste(masks[i : i + 1], boxes[i : i + 1], size)[0],
+        scale,
+    )
+
+
+def comfortable_scale(size: tuple[int, int]) -> int:
+    """How many times a picture with these sides is enlarged for drawing."""
+    return max(1, round(COMFORTABLE / max(size)))
+
+
+def paint(
+    picture: Image.Image,
+    boxes: Tensor,
+    labels: Sequence[int],
+    captions: Sequence[str],
+    bitmap: Callable[[int], Tensor],
+    scale: float,
+) -> Image.Image:
+    """The picture, `scale` times enlarged, with N objects on it; large objects lie under small ones.
+
+    boxes (N, 4) xyxy pixels of the picture, a label (it picks the colour) and a caption an object, its bitmap
+    (H, W) bool of the enlarged picture, which is asked for when it is drawn: all of a large picture's fill a memory.
+    """
+    size = tuple(max(1, round(side * scale)) for side in picture.size)
+    canvas = picture.convert("RGB").resize(size, Image.Resampling.BICUBIC)
+    width = max(2, round(max(size) / 400))
+    corners = (boxes.detach().cpu().double() * scale).tolist()
+    order = sorted(range(len(corners)), key=lambda i: -_area(corners[i]))
+    colors = [class_color(label) for label in labels]
+    for i in order:
+        _paint_mask(canvas, bitmap(i), colors[i], width)
+    for i in order:
+        _paint_box(canvas, corners[i], colors[i], width)
+    taken: list[tuple[float, float, float, float]] = []
+    font = ImageFont.load_default(max(12, round(max(size) / 52)))
+    for i in reversed(order):  # small objects choose a place for their name first
+        taken.append(_paint_caption(canvas, corners[i], captions[i], colors[i], font, taken))
+    return canvas
+
+
+def _area(box: Sequence[float]) -> float:
+    return (box[2] - box[0]) * (box[3] - box[1])
+
+
+def _paint_mask(
+    canvas: Image.Image, bitmap: Tensor, color: tuple[int, int, int], width: int
+) -> None:
+    inside = bitmap.cpu().numpy()
+    rows, columns = np.flatnonzero(inside.any(1)), np.flatnonzero(inside.any(0))
+    if not len(rows):
+        return
+    margin = 2 * width
+    left, top = max(0, columns[0] - margin), max(0, rows[0] - margin)
+    part = inside[top : rows[-1] + 1 + margin, left : columns[-1] + 1 + margin]
+    # a border of nothing around the part, else an object at the image's edge has no outline there
+    shape = ImageOps.expand(Image.fromarray((part * 255).astype(np.uint8)), margin)
+    line = ImageChops.subtract(shape, _shrunk(shape, width))
+    shadow = ImageChops.subtract(shape.filter(ImageFilter.MaxFilter(3)), shape)
+    at = (int(left), int(top))
+    for paint_color, area, blur, opacity in (
+        (color, shape, 0.7, FILL),
+        (DARK, shadow, 0.5, SHADOW),
+        (color, line, 0.6, 1.0),
+    ):
+        soft = ImageOps.crop(area.filter(ImageFilter.GaussianBlur(blur)), margin)
+        canvas.paste(paint_color, at, soft.point([round(value * opacity) for value in range(256)]))
+
+
+def _shrunk(shape: Image.Image, width: int) -> Image.Image:
+    """The minimum of the 2 * width + 1 pixels around each, along both axes; PIL's filter takes all of their square."""
+    pixels, side = np.pad(np.asarray(shape), width, "edge"), 2 * width + 1
+    for _ in range(2):
+        reach, low = 1, pixels.T
+        while reach < side:
+            step = min(reach, side - reach)
+            low, reach = np.minimum(low[:-step], low[step:]), reach + step
+        pixels = low
+    return Image.fromarray(pixels)
+
+
+def _paint_box(
+    canvas: Image.Image, box: Sequence[float], color: tuple[int, int, int], width: int
+) -> None:
+    left, top = (max(0, math.floor(value)) for value in box[:2])
+    right, bottom = (
+        min(side, math.ceil(value)) - 1 for value, side in zip(box[2:], canvas.size, strict=True)
+    )
+    if right < left or bottom < top:
+        return
+    pen = ImageDraw.Draw(canvas, "RGBA")
+    pen.rectangle(
+        (left - 1, top - 1, right + 1, bottom + 1), outline=(*DARK, round(255 * SHADOW)), width=1
+    )
+    pen.rectangle((left, top, right, bottom), outline=(*color, 235), width=width)
+
+
+def _paint_caption(
+    canvas: Image.Image,
+    box: Sequence[float],
+    text: str,
+    color: tuple[int, int, int],
+    font: ImageFont.FreeTypeFont,
+    taken: Sequence[tuple[float, float, float, float]],
+) -> tuple[float, float, float, float]:
+    pen = ImageDraw.Draw(canvas)
+    pad = max(2, round(font.size / 5))
+    ascent, descent = font.getmetrics()
+    wide, high = math.ceil(pen.textlength(text, font)) + 2 * pad, ascent + descent + pad
+    left, top, right, bottom = box
+    places = [
+        (left, top - high),
+        (left, top),
+        (right - wide, top - high),
+        (left, bottom),
+        (right - wide, bottom - high),
+        (left, bottom - high),
+        (right - wide, bottom),
+    ]
+    frames = []
+    for x, y in places:
+        x = round(min(max(x, 0), max(0, canvas.width - wide)))
+        y = round(min(max(y, 0), max(0, canvas.height - high)))
+        frames.append((x, y, x + wide, y + high))
+    frame = min(
+        frames, key=lambda one: sum(_shared(one, other) for other in taken)
+    )  # the first of equally good ones
+    pen.rounded_rectangle((frame[0], frame[1], frame[2] - 1, frame[3] - 1), radius=pad, fill=color)
+    light = 0.299 * color[0] + 0.587 * color[1] + 0.114 * color[2]
+    pen.text(
+        (frame[0] + pad, frame[1] + pad // 2),
+        text,
+        fill=(20, 20, 20) if light > 140 else "white",
+        font=font,
+    )
+    return frame
+
+
+def _shared(one: Sequence[float], other: Sequence[float]) -> float:
+    wide = min(one[2], other[2]) - max(one[0], other[0])
+    high = min(one[3], other[3]) - max(one[1], other[1])
+    return max(wide, 0) * max(high, 0)
+
+
+def spread(length: int, count: int) -> list[int]:
+    """At most `count` different indices below `length`, evenly spread."""
+    count = min(length, count)
+    return [(2 * i + 1) * length // (2 * count) for i in range(count)]
