@@ -30,10 +30,8 @@ ENTRANCES = (
 )
 RECORDS = {"config", "types"}
 MAY_IMPORT = {
-    "typed": set(),
     "written": set(),
-    "rules": {"config"},  # for the type
-    "config": {"typed", "rules", "written"},
+    "config": {"files"},
     "types": {"predictor.draw"},  # inside Detections.draw
     "bar": {"progress"},
     "distributed": set(),
@@ -47,7 +45,7 @@ MAY_IMPORT = {
     "serving": {"tracking", "wheel", "predictor", "data"},
     "models": RECORDS,
     "data": RECORDS | {"download", "written"},
-    "weights": {"typed", "download"},
+    "weights": {"config", "download"},
     "predictor": RECORDS | {"models", "data", "training.checkpoint"},
     "evaluation": RECORDS
     | {"models", "data", "predictor", "distributed", "written", "training.checkpoint"},

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from vitdet.typed import nearest
+from vitdet.config import nearest
 
 NOT_PUBLISHED = "not published"
 PACKAGED = Path(__file__).parent  # where the files that ship with the package lie
