@@ -7,7 +7,7 @@ from PIL import Image, ImageFilter
 from torch import nn
 
 from tests.small import CLASSES, SIDE, small_detector
-from vitdet import predictor as predictor_module
+from vitdet import visualize
 from vitdet.data.masks import paste
 from vitdet.data.transforms import resize_and_pad
 from vitdet.predictor import Predictor, read_image, to_image
@@ -286,6 +286,6 @@ def test_a_large_picture_is_drawn_object_by_object(monkeypatch):
         shapes.append((len(masks), *size))
         return paste(masks, boxes, size)
 
-    monkeypatch.setattr(predictor_module, "paste", watched)
+    monkeypatch.setattr(visualize, "paste", watched)
     draw(Image.new("RGB", (900, 700)), found([[5, 5, 300, 400]] * 40))
     assert shapes == [(1, 700, 900)] * 40

@@ -23,7 +23,8 @@ import json, os, sys
 import numpy as np
 import torch
 from vitdet.config import DataConfig
-from vitdet.data import TrainData, _processes, read_split
+from vitdet.data import TrainData, read_split
+from vitdet.data.loader import _processes
 from vitdet.data.shared_memory import Shared
 
 def places(data):

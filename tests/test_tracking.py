@@ -181,7 +181,7 @@ def test_a_resumed_run_has_each_step_once(tmp_path: Path, store: str, journal_lo
 
 def test_a_killed_process_loses_nothing(tmp_path: Path, store: str) -> None:
     code = (
-        "import sys, time; from pathlib import Path; from vitdet import tracking\n"
+        "import sys, time; from pathlib import Path; from vitdet.tracking import mlflow as tracking\n"
         "tracking.SHIP_SECONDS = 0.05\n"
         f"t = tracking.start_run(uri={store!r}, folder=Path({str(tmp_path)!r}), **{WHAT!r})\n"
         "print(t.run_id, flush=True)\n"
