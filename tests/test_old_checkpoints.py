@@ -16,7 +16,7 @@ import torch
 from tests.conftest import STEPS, Recorder, minimal
 from vitdet import Predictor, evaluate, train
 from vitdet.config import DataConfig, load_config
-from vitdet.training.checkpoint import restore_detector
+from vitdet.checkpoint import restore_detector
 
 STORED = Path(__file__).parent / "golden" / "checkpoints"
 CASES = {
