@@ -15,8 +15,8 @@ import torch
 
 from tests.conftest import STEPS, Recorder, minimal
 from vitdet import Predictor, evaluate, train
-from vitdet.config import DataConfig, load_config
 from vitdet.checkpoint import restore_detector
+from vitdet.config import DataConfig, load_config
 
 STORED = Path(__file__).parent / "golden" / "checkpoints"
 CASES = {
