@@ -13,7 +13,6 @@ LOADERS = """
 import json, multiprocessing.forkserver, resource, sys
 from vitdet import train
 from vitdet.config import load_config
-from vitdet.data.dataset import read_split
 from vitdet.data.loader import configure_process, train_loader, val_loader
 
 hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
@@ -25,16 +24,14 @@ def state():
             multiprocessing.get_start_method(allow_none=True)]
 
 found = {"before": state()}
-config = load_config("tiny", json.loads(sys.argv[1]))
-for _ in range(2):  # without and with workers
-    data = config.data
-    loader = train_loader(data, 2, 0, 0, 1)
-    next(iter(loader))
-    next(iter(val_loader(data, 1)))
-    config = load_config("tiny", [*json.loads(sys.argv[1]), "data.workers=1"])
+overrides = json.loads(sys.argv[1])
+for workers in (0, 2):
+    data = load_config("tiny", [*overrides, f"data.workers={workers}"]).data
+    train_loader(data, 2, 0, 0, 1)
+    val_loader(data, 1)
 found["loaders"] = state()
 if sys.argv[2] == "train":
-    train(config, "run")
+    train(load_config("tiny", overrides), "run")
 else:
     configure_process()
 found["configured"] = state()
