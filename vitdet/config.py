@@ -215,7 +215,7 @@ class TrainConfig(Section, prefix="train."):
         "swin_mmdet", "vitaev2", "vitaev2_cls",
     ] = "vitdet"  # fmt: skip  # of the file `init`
     batch_size: Count = 64  # images per step over all processes
-    precision: Literal["fp32", "bf16", "auto"] = "bf16"  # auto: bf16 where the GPU has it natively
+    precision: Literal["fp32", "bf16", "auto"] = "bf16"  # auto: bf16 if native
     seed: Number = 0
     log_every: Count = field(default=20, metadata=operational("logs"))  # steps
     eval_every: Count = field(default=5000, metadata=operational("evaluates only"))  # steps
