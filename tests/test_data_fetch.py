@@ -100,9 +100,11 @@ def size(path: Path) -> int:
     return path.stat().st_size if path.exists() else 0
 
 
-def until(happened: Callable[[], object]) -> None:
-    while not happened():  # pytest-timeout ends a test that hangs
+def until(happened: Callable[[], object], process: subprocess.Popen | None = None) -> None:
+    """Waits, but not for a process that has ended; pytest-timeout ends a test that hangs."""
+    while not happened() and (process is None or process.poll() is None):
         time.sleep(0.01)
+    assert happened(), process and process.communicate()
 
 
 def asked(web: Web) -> list[str]:
@@ -243,7 +245,7 @@ package.__path__ = [os.path.join(vitdet.__path__[0], "data")]
 sys.modules["vitdet.data"] = package
 from pathlib import Path
 from tests.archives import miniatures
-from vitdet.data import extract, fetch
+from vitdet.datasets import extract, fetch
 from vitdet.datasets.download import Patience
 class Quiet:
     def at(self, done, total): pass
@@ -284,7 +286,8 @@ def test_killed_anywhere_and_run_again(web: Web, root: Path) -> None:
         lambda: (
             size(root / ".archives" / "train2017.zip.part") == 9_000
             and size(root / ".archives" / "val2017.zip")
-        )
+        ),
+        process,
     )
     kill(process)
     process = start(
@@ -292,9 +295,8 @@ def test_killed_anywhere_and_run_again(web: Web, root: Path) -> None:
     )  # stops in the middle of this image of both folders
     assert process.stdout.readline().startswith("here")
     assert (TRAIN, "bytes=9000-") in web.asked
-    until(
-        lambda: (root / ".train2017.part" / "000000000004.jpg").exists()
-    )  # after the other folder
+    # after the other folder
+    until(lambda: (root / ".train2017.part" / "000000000004.jpg").exists(), process)
     kill(process)
     assert not (root / "train2017").exists()
     web.asked.clear()
