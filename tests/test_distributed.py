@@ -113,6 +113,7 @@ def apart(rank: int, port: int, root: Path, folder: Path) -> None:
     train(load_config("tiny", minimal(root, **TOGETHER)), folder)
 
 
+@pytest.mark.slow
 def test_processes_that_share_no_folder_end_at_once(tiny: Path, tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         go(tiny, tmp_path, interrupt(cut, 4), **TOGETHER)
@@ -229,6 +230,7 @@ def folders(
         yield {scene.__name__: pool.submit(make, scene) for scene in scenes}
 
 
+@pytest.mark.slow
 def test_killed_processes_go_on_under_one_run(
     folders: dict[str, Future[Path]], trained: Path
 ) -> None:
@@ -248,6 +250,7 @@ def test_killed_processes_go_on_under_one_run(
         ], name
 
 
+@pytest.mark.slow
 def test_two_processes_under_torchrun_killed_and_started_again(
     folders: dict[str, Future[Path]],
 ) -> None:
@@ -256,6 +259,7 @@ def test_two_processes_under_torchrun_killed_and_started_again(
     )
 
 
+@pytest.mark.slow
 def test_one_and_two_processes_see_the_same_images_in_the_same_order(
     folders: dict[str, Future[Path]], tiny: Path, tmp_path: Path
 ) -> None:
@@ -275,6 +279,7 @@ def test_one_and_two_processes_see_the_same_images_in_the_same_order(
     assert points[str(STEPS)]["box_ap"] >= 0  # of both processes' images
 
 
+@pytest.mark.slow
 def test_two_processes_evaluate_as_one(trained: Path, tmp_path: Path) -> None:
     process = start(
         ["evaluate", str(trained / "model.pt"), "--output", "metrics.json"], tmp_path, processes=2

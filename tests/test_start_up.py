@@ -78,6 +78,7 @@ def test_only_the_first_process_s_loader_looks_for_image_files(own_tiny: Path) -
         train_loader(data, 2, 0, 0, 1, rank=0, world_size=2)
 
 
+@pytest.mark.slow
 def test_processes_with_a_broken_data_set_end_at_once_with_its_one_line(
     own_tiny: Path, tmp_path: Path
 ) -> None:

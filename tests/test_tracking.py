@@ -96,9 +96,9 @@ class Server:
         self.process.wait()
 
 
-@pytest.fixture(scope="module", autouse=True)
+@pytest.fixture(scope="module")
 def server(store: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """Starts while the first tests run; the last test asks for it."""
+    """A real MLflow server, for the slow tests."""
     server = Server(store, tmp_path_factory.mktemp("artifacts"))
     server.start()
     yield server
@@ -181,6 +181,7 @@ def test_a_resumed_run_has_each_step_once(tmp_path: Path, store: str, journal_lo
     assert tracking._client(store).get_run(first.run_id).data.tags["resumed_at_step"] == "150"
 
 
+@pytest.mark.slow
 def test_a_killed_process_loses_nothing(tmp_path: Path, store: str) -> None:
     code = (
         "import sys, time; from pathlib import Path; from vitdet.tracking import mlflow as tracking\n"
@@ -302,6 +303,7 @@ def test_the_git_revision_is_of_the_working_directory(
     assert len(clean) == 40 and tracking.git_revision() == clean + "-dirty"
 
 
+@pytest.mark.slow
 def test_a_killed_server_costs_no_point_and_no_time(
     tmp_path: Path, server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
