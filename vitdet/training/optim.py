@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from vitdet.config import OptimConfig
+from vitdet.models import Detector
 
 
-def parameter_groups(detector: nn.Module, settings: OptimConfig) -> list[dict]:
+def parameter_groups(detector: Detector, settings: OptimConfig) -> list[dict]:
     """Groups {params, names, lr, lr_scale, weight_decay}; each trained parameter is in exactly one.
 
     Block i of n learns with lr * layer_decay ** (n - i), what stands before the blocks with layer_decay ** (n + 1),
@@ -63,7 +64,7 @@ def _undecayed(detector: nn.Module, which: str) -> set[str]:
     }
 
 
-def build_optimizer(detector: nn.Module, settings: OptimConfig) -> torch.optim.AdamW:
+def build_optimizer(detector: Detector, settings: OptimConfig) -> torch.optim.AdamW:
     """AdamW over the parameter groups."""
     groups = [
         {k: v for k, v in group.items() if k != "names"}
