@@ -158,7 +158,9 @@ def defaults_of(source: Source) -> list[Default]:
     found = []
 
     def add(node: ast.expr | None, owner: str, name: str) -> None:
-        if node is not None and ast.unparse(node) != "None":
+        # `DataConfig.antialias` refers to the one default, it does not repeat it
+        refers = isinstance(node, ast.Attribute) and ast.unparse(node.value).endswith("Config")
+        if node is not None and not refers and ast.unparse(node) != "None":
             found.append(Default(source.name, node.lineno, owner, name, ast.unparse(node)))
 
     def visit(node: ast.AST, scope: tuple[str, ...]) -> None:

@@ -72,7 +72,7 @@ class Head:
         pass
 
 
-def other(kind="runs", nms_iou="high"):
+def other(kind="runs", nms_iou="high", steps=Config.steps):
     def inner():
         return 1
 

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vitdet.config import Config, TrackingConfig, digest, flatten
+from vitdet.config import Config, TrackingConfig, digest, flatten, legacy_digest
 
 if TYPE_CHECKING:
     from vitdet.tracking.tracker import Progress
@@ -40,9 +40,8 @@ def start_tracker(
     """Progress for the eye, MLflow behind it where that is installed."""
     from vitdet.tracking.tracker import Progress, Tracker
 
-    recipe = recipe.removesuffix(
-        f"-{digest(config)[:8]}"
-    )  # which a pipeline adds to the names of its configs
+    for digits in filter(None, (digest(config), legacy_digest(config))):  # of a pipeline
+        recipe = recipe.removesuffix(f"-{digits[:8]}")
 
     tracker = Tracker()
     if has_mlflow():

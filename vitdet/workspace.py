@@ -12,6 +12,7 @@ caller names. A step may be repeated: what is there is not made again, and a tra
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 import shutil
@@ -19,7 +20,15 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from vitdet.config import Config, digest, flatten, load_config, save_config
+from vitdet.config import (
+    Config,
+    difference,
+    digest,
+    flatten,
+    legacy_digest,
+    load_config,
+    save_config,
+)
 from vitdet.files import write_json
 
 COMPARED = (
@@ -49,8 +58,11 @@ def resolve_configs(
         config = _placed(load_config(recipe, overrides), Path(workspace))
         name = f"{Path(recipe).stem}-{digest(config)[:8]}"
         if name in configs:
+            differing = "; ".join(difference(config, configs[name]))
             raise ValueError(
-                f"{recipe} is given twice with the same settings: there is nothing to compare"
+                f"{recipe} is given twice with the same settings"
+                + (f" for the training, only others differ ({differing})" if differing else "")
+                + ": there is nothing to compare"
             )
         _check_comparable(next(iter(configs.values()), config), config, recipes[0], recipe)
         configs[name] = config
@@ -285,8 +297,21 @@ def runs_folder(workspace: str) -> Path:
 
 
 def training_folder(workspace: str, name: str, run_id: str) -> Path:
-    """A folder for each training of each pipeline run, the same for a step that is retried."""
-    return runs_folder(workspace) / f"{name}-{run_id[:8]}"
+    """A folder for each training of each pipeline run, the same for a step that is retried.
+
+    Also one that version 0.1 began under its own digest of the config, if there is one.
+    """
+    run, (recipe, _, digits) = run_id[:8], name.rpartition("-")
+    folder = runs_folder(workspace) / f"{name}-{run}"
+    if not folder.exists():
+        for other in runs_folder(workspace).glob(
+            f"{glob.escape(recipe)}-????????-{run}/config.yaml"
+        ):
+            config = load_config(other)
+            old = (legacy_digest(config) or "")[:8]
+            if digest(config)[:8] == digits and other.parent.name == f"{recipe}-{old}-{run}":
+                return other.parent
+    return folder
 
 
 def _placed(config: Config, workspace: Path) -> Config:

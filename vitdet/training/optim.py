@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -131,6 +133,15 @@ class WeightAverage:
             torch._foreach_lerp_(
                 list(self.weights.values()), [p.detach() for p in self.source.values()], 1 - decay
             )
+
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        """Within it the model has the averaged weights; afterwards, also after an error, its own again."""
+        self.swap()
+        try:
+            yield
+        finally:
+            self.swap()
 
     @torch.no_grad()
     def swap(self) -> None:

@@ -7,33 +7,42 @@ bit for bit, on a GPU as far as its kernels, some of which add in any order, rep
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import nn
 
 from vitdet import distributed
-from vitdet.checkpoint import FORMAT, Checkpoints, load_model_file, load_weights, save
-from vitdet.config import Config, difference, digest, from_dict, save_config, to_dict
+from vitdet.checkpoint import FORMAT, Checkpoints, load_weights, save
+from vitdet.config import Config, save_config, to_dict
 from vitdet.data.coco import CocoSplit
-from vitdet.data.dataset import read_split
+from vitdet.data.dataset import TrainData, read_split
 from vitdet.data.fingerprint import dataset_digest
-from vitdet.data.loader import train_loader
+from vitdet.data.loader import configure_process, train_loader
 from vitdet.evaluation.evaluator import evaluate_detector
 from vitdet.evaluation.pictures import write_pictures
 from vitdet.models import Detector, build_detector
+from vitdet.models.losses import FederatedClassification
 from vitdet.tracking.tracker import Tracker
 from vitdet.training.meter import Meter
 from vitdet.training.optim import WeightAverage, build_optimizer, clip_gradients, set_lr
 from vitdet.training.parallel import parallelize, share_statistics
 from vitdet.training.precision import chosen, tf32
+from vitdet.training.resume import (
+    changed_settings,
+    check_agreement,
+    is_complete,
+    state_to_resume,
+    states_folder,
+)
 from vitdet.training.stop import Stopped, sigterm
 from vitdet.types import Batch
-from vitdet.weights import load_pretrained, resolve
+from vitdet.weights import resolve
+from vitdet.weights.load import load_pretrained
 
 log = logging.getLogger(__name__)
 
@@ -50,26 +59,35 @@ def train(
     weights: str | Path | None = None,
     start_tracking: StartTracking = lambda *_: Tracker(),
 ) -> Path:
-    """Trains a detector and gives the path of output/model.pt; goes on where an interrupted training stopped.
+    """Trains a detector and returns the path of output/model.pt; resumes an interrupted training.
 
-    Training states go to output/checkpoints, or to a folder of their own under `checkpoints`, named by config, data
-    and initial weights. `weights` is a local file to use for train.init. Raises ValueError when `output` holds a
-    finished run or one of another config, Stopped after SIGTERM. Under torchrun a finished run of this config and data
-    is the result: where another node is lost at the very end, torchrun starts all again.
+    Training states go to output/checkpoints, or to a folder of their own below `checkpoints`, named by the settings
+    that affect the weights, the data and the initial weights. `weights` is a local file to use for train.init.
+
+    A resumed training may change operational settings (see `vitdet.config.operational`), also where the data is, and
+    optim.steps if the learning rate of the steps already done stays the same; a finished run with its last state may so
+    be extended. Raises ValueError when `output` holds any other finished run or one of another config, Stopped after
+    SIGTERM. Under torchrun a finished run of this config and data is the result, since torchrun restarts all processes
+    when a node is lost at the very end.
+
+    Changes the process as described in `vitdet.data.loader.configure_process`.
     """
+    configure_process()
     output = Path(output)
     with distributed.process_group() as device, sigterm() as stop, ExitStack() as alone:
-        if distributed.from_first(lambda: _was_complete(config, output, start_tracking)):
+        if distributed.from_first(
+            lambda: is_complete(config, output, lambda *run: start_tracking(*run).close())
+        ):
             return output / "model.pt"
         source = weights if weights is not None else resolve(config.train.init)
         identity = distributed.from_first(lambda: dataset_digest(config.data))
         folder = distributed.from_first(
-            lambda: _states_folder(config, output, checkpoints, identity, source)
+            lambda: states_folder(config, output, checkpoints, identity, source)
         )
         states = Checkpoints(folder, config.train.keep)
-        state = distributed.together(lambda: _state_to_go_on_from(config, identity, states))
+        state = distributed.together(lambda: state_to_resume(config, output, identity, states))
         start = state["step"] if state else 0
-        _check_agreement(distributed.all_gather_objects(start), folder)
+        check_agreement(distributed.all_gather_objects(start), folder)
         loader = distributed.together(
             lambda: train_loader(
                 config.data,
@@ -81,6 +99,7 @@ def train(
                 distributed.world_size(),
             )
         )
+        assert isinstance(loader.dataset, TrainData)
         split = loader.dataset.split
         _check_classes(config, split.class_names)
         distributed.barrier()  # nobody writes before all have looked
@@ -111,7 +130,7 @@ class Loop:
     def __init__(
         self,
         config: Config,
-        detector: nn.Module,
+        detector: Detector,
         loader: Iterable[Batch],
         tracker: Tracker,
         states: Checkpoints,
@@ -138,22 +157,17 @@ class Loop:
     def begin(self, state: dict | None) -> None:
         """Goes on from a state; without one, saves the first."""
         if state is None:
-            self.save(
-                0
-            )  # a disk that is full or a folder that is closed shows now, and the run's id is kept
+            self.save(0)  # a full disk or a read-only folder is an error now; keeps the run's id
             return
         load_weights(self.detector, state["model"], self.states.folder)
         self.optimizer.load_state_dict(state["optimizer"])
         for slots in self.optimizer.state.values() if self.device.type == "cpu" else ():
-            slots |= {
-                name: value.clone() for name, value in slots.items()
-            }  # no longer the file's own pages
+            slots |= {name: value.clone() for name, value in slots.items()}  # not memory-mapped
         self.average.load_state_dict(state["average"])
         self.meter.restore(state["meter"])
         self.metrics = state["metrics"]
-        self.evaluated = state.get(
-            "evaluated", state["step"]
-        )  # states of version 0.1 were saved after evaluations
+        # states written before commit 29b381b do not have it: they were saved after evaluations
+        self.evaluated = state.get("evaluated", state["step"])
 
     def run(self, start: int) -> None:
         """Steps start..steps-1. Raises Stopped, and ValueError for a loss that is not finite."""
@@ -195,7 +209,7 @@ class Loop:
 
     def learn(self, model: nn.Module, batch: Batch, step: int, precision: str) -> float:
         """One step of the optimizer; its learning rate."""
-        torch.manual_seed(hash((self.config.train.seed, step, distributed.rank())) & 0x7FFFFFFF)
+        torch.manual_seed(step_seed(self.config.train.seed, step, distributed.rank()))
         lr = set_lr(self.optimizer, step, self.config.optim)
         self.optimizer.zero_grad()  # before the activations, which need the memory
         with torch.autocast(self.device.type, torch.bfloat16, enabled=precision == "bf16"):
@@ -210,16 +224,15 @@ class Loop:
     def evaluate(self, step: int) -> None:
         """AP on the validation split, of the averaged weights if there are any, and pictures of what they find; saved."""
         with self.meter.paused():
-            self.average.swap()
-            share_statistics(self.detector)
-            self.metrics, _ = evaluate_detector(
-                self.detector, self.config.data, self.config.evaluate, self.device
-            )
-            if distributed.rank() == 0:
-                folder = self.output / "pictures" / f"step_{step:08d}"
-                for path in write_pictures(self.detector, self.config.data, folder):
-                    self.tracker.artifact(path, f"pictures/{folder.name}")
-            self.average.swap()
+            with self.average.applied():
+                share_statistics(self.detector)
+                self.metrics, _ = evaluate_detector(
+                    self.detector, self.config.data, self.config.evaluate, self.device
+                )
+                if distributed.rank() == 0:
+                    folder = self.output / "pictures" / f"step_{step:08d}"
+                    for path in write_pictures(self.detector, self.config.data, folder):
+                        self.tracker.artifact(path, f"pictures/{folder.name}")
             self.tracker.log(self.metrics, step)
             self.evaluated = step
             self.save(step)  # once more, now with the figures
@@ -248,23 +261,26 @@ class Loop:
 
     def finish(self, class_names: Sequence[str]) -> None:
         """Writes the finished detector, of the averaged weights if there are any."""
-        self.average.swap()
-        weights = {
-            name: tensor.detach().cpu() for name, tensor in self.detector.state_dict().items()
-        }
-        save(
-            self.output / "model.pt",
-            {
-                "format": FORMAT,
-                "config": to_dict(self.config),
-                "model": weights,
-                "class_names": list(class_names),
-                "run_id": self.tracker.run_id,
-                "step": self.config.optim.steps,
-                "dataset_digest": self.identity,
-                "metrics": self.metrics,
-            },
-        )
+        with self.average.applied():
+            model = {name: tensor.cpu() for name, tensor in self.detector.state_dict().items()}
+            save(
+                self.output / "model.pt",
+                {
+                    "format": FORMAT,
+                    "config": to_dict(self.config),
+                    "model": model,
+                    "class_names": list(class_names),
+                    "run_id": self.tracker.run_id,
+                    "step": self.config.optim.steps,
+                    "dataset_digest": self.identity,
+                    "metrics": self.metrics,
+                },
+            )
+
+
+def step_seed(seed: int, step: int, rank: int) -> int:
+    """The seed of the random draws of one step in one process."""
+    return int(np.random.SeedSequence((seed, step, rank)).generate_state(1, np.uint64)[0])
 
 
 def _fresh_detector(
@@ -272,18 +288,16 @@ def _fresh_detector(
 ) -> Detector:
     """The detector before its first step; the odds of the federated loss are those of the training images."""
     torch.manual_seed(config.train.seed)
-    odds = torch.tensor(
-        split.image_counts, dtype=torch.float32
-    ).sqrt()  # detectron2: image_count ** 0.5
+    # image_count ** 0.5, as in detectron2
+    odds = torch.tensor(split.image_counts, dtype=torch.float32).sqrt()
     detector = build_detector(config.model, config.evaluate, odds.clone()).to(device)
     if source is not None:
         loaded = load_pretrained(detector, source, config.train.init_format, split.class_names)
         for note in loaded.notes if distributed.rank() == 0 else ():
             log.info("%s: %s", source, note)
-    if config.model.roi_heads.loss == "federated":
-        detector.roi_heads.classification.class_weights.copy_(
-            odds
-        )  # a file's are of the images that it learnt from
+    classification = detector.roi_heads.classification
+    if isinstance(classification, FederatedClassification):
+        classification.class_weights.copy_(odds)  # a file's are those of its own training images
     return detector
 
 
@@ -300,90 +314,14 @@ def _announce(
         log.info(
             "going on from step %d of %d (%s)", state["step"], config.optim.steps, states.folder
         )
+        if changed := changed_settings(config, state):
+            log.info("changed settings: %s", "; ".join(changed))
     save_config(config, output / "config.yaml")
     tracker = start_tracking(
         identity, state["run_id"] if state else None, state["step"] if state else 0
     )
     tracker.artifact(output / "config.yaml")
     return tracker
-
-
-def _states_folder(
-    config: Config,
-    output: Path,
-    checkpoints: str | Path | None,
-    identity: str,
-    source: str | Path | None,
-) -> Path:
-    if checkpoints is None:
-        return output / "checkpoints"
-    initial = ""
-    if source is not None:
-        with open(source, "rb") as file:
-            initial = hashlib.file_digest(file, "sha256").hexdigest()
-    return (
-        Path(checkpoints)
-        / hashlib.sha256(f"{digest(config)} {identity} {initial}".encode()).hexdigest()[:12]
-    )
-
-
-def _state_to_go_on_from(config: Config, identity: str, states: Checkpoints) -> dict | None:
-    """The newest state, if there is one; ValueError where it does not suit this config and data."""
-    state = states.latest()
-    if state is not None:
-        _check_state(config, identity, state, states.folder)
-    return state
-
-
-def _was_complete(config: Config, output: Path, start_tracking: StartTracking) -> bool:
-    """Whether torchrun has started a training again that had ended, with all that its tracker may have kept back.
-
-    Raises ValueError for any other finished run.
-    """
-    finished = output / "model.pt"
-    if not finished.exists():
-        return False
-    done = load_model_file(finished)
-    differing = difference(config, from_dict(done["config"]))
-    if differing or not distributed.by_torchrun():
-        what = (
-            f"with another config ({'; '.join(differing)})" if differing else "of this very config"
-        )
-        raise ValueError(
-            f"{output}: holds a finished run {what}; choose another --output or remove it"
-        )
-    identity = dataset_digest(config.data)
-    if done["dataset_digest"] != identity:
-        raise ValueError(
-            f"{output}: holds a finished run on other data ({done['dataset_digest']}, now {identity}); "
-            "choose another --output or remove it"
-        )
-    log.warning("%s: complete already, nothing is left to do", output)
-    if done["run_id"]:
-        start_tracking(identity, done["run_id"], done["step"]).close()
-    return True
-
-
-def _check_state(config: Config, identity: str, state: dict, folder: Path) -> None:
-    differing = difference(config, from_dict(state["config"]))
-    if differing:
-        raise ValueError(
-            f"{folder}: holds a run with another config ({'; '.join(differing)}); choose another "
-            "--output, or go on with the same settings"
-        )
-    if state["dataset_digest"] != identity:
-        raise ValueError(
-            f"{folder}: the data set has changed since this run began ({state['dataset_digest']}, now "
-            f"{identity}); choose another --output"
-        )
-
-
-def _check_agreement(starts: Sequence[int], folder: Path) -> None:
-    if len(set(starts)) > 1:  # a folder of each machine's own, or one that lags behind
-        raise ValueError(
-            f"{folder}: the processes found states of different steps ({', '.join(map(str, starts))}); "
-            "--output must be one folder that all of them share; if it is, start again"
-        )
 
 
 def _check_classes(config: Config, trained: Sequence[str]) -> None:
