@@ -14,6 +14,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[1]
 STAGES = ["config", "data", "weights", "train", "evaluate", "register"]
 RECIPE = "vitdet/recipes/tiny.yaml"
