@@ -314,6 +314,10 @@ def compare_training(stored: Stored, found: Computed, floors: Mapping, report: R
 def compare_losses(stored: Mapping, found: Computed, floors: Mapping, report: Report) -> None:
     """losses.json: the losses with each kind of target, norms and sums of the gradients."""
     their_names = found.case.their_names()
+    if found.decided:
+        report.inform(
+            "losses ties", f"{found.decided} ReLUs take the side that they have in float64"
+        )
     floor = 10 * max([*floors.get("losses_rel", {}).values(), 0.0])
     for kind, theirs in stored.items():
         exact, base = kind.endswith("_float64"), kind.removesuffix("_float64")
