@@ -84,15 +84,6 @@ def unpack(
     return found
 
 
-def crc32(path: Path) -> int:
-    """The checksum of a file, as zip archives have it."""
-    value = 0
-    with open(path, "rb") as file:
-        while chunk := file.read(CHUNK):
-            value = zlib.crc32(chunk, value)
-    return value
-
-
 class _Refused(Exception):
     """Why an archive is not unpacked."""
 

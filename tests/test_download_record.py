@@ -16,11 +16,11 @@ from tests.conftest import minimal, options
 from vitdet.config import DataConfig
 from vitdet.data.dataset import read_split
 from vitdet.data.fingerprint import describe
-from vitdet.datasets.inventory import (
+from vitdet.data.download_record import (
     Archive,
     File,
     Images,
-    Manifest,
+    DownloadRecord,
     compare,
     digest,
     read,
@@ -41,7 +41,7 @@ def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "some.json").write_bytes(b"{}")
     write(
         tmp_path,
-        Manifest(
+        DownloadRecord(
             (Archive("x.zip", "http://x/x.zip", 9, "0" * 64, True),),
             (File("some.json", 2, hashlib.sha256(b"{}").hexdigest()),),
             (
@@ -134,7 +134,7 @@ def test_other_pixels_of_the_same_size_are_found_by_reading(root: Path) -> None:
 
 
 def test_parts_are_added_and_looked_at_alone(root: Path) -> None:
-    more = Manifest(
+    more = DownloadRecord(
         (Archive("a.zip", "http://x/a.zip", 1, "1" * 64, False),),
         (File("other.json", 1, "2" * 64),),
     )
@@ -155,7 +155,7 @@ def test_a_write_that_fails_leaves_the_manifest_of_before(
     before = (root / "manifest.json").read_bytes()
     monkeypatch.setattr(os, "sync", full)
     with pytest.raises(OSError, match="no space"):
-        write(root, Manifest())
+        write(root, DownloadRecord())
     assert (root / "manifest.json").read_bytes() == before and len(list(root.iterdir())) == 3
 
 
@@ -186,7 +186,7 @@ def fetched(own_tiny: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
                 ),
             )
         )
-    write(own_tiny, Manifest((), tuple(files), tuple(folders)))
+    write(own_tiny, DownloadRecord((), tuple(files), tuple(folders)))
     return own_tiny
 
 
@@ -260,12 +260,12 @@ def test_a_pipeline_does_not_start_on_data_that_is_not_as_it_came(
         sha256 = hashlib.file_digest(file, "sha256").hexdigest()
     write(
         own_tiny,
-        Manifest((), (File("annotations/instances_val.json", path.stat().st_size, sha256),)),
+        DownloadRecord((), (File("annotations/instances_val.json", path.stat().st_size, sha256),)),
     )
     assert describe(data) == described
     write(
         own_tiny,
-        Manifest((), (File("annotations/instances_val.json", path.stat().st_size, "0" * 64),)),
+        DownloadRecord((), (File("annotations/instances_val.json", path.stat().st_size, "0" * 64),)),
     )
     with pytest.raises(ValueError, match="instances_val.json: sha256 .*, it came with 0000"):
         describe(data)
