@@ -40,7 +40,7 @@ def save(path: Path, content: dict) -> None:
             raise  # not the disk's fault
         advice = (
             "; free some space and run the same command again"
-            if torn or cause.errno in FULL
+            if torn or (isinstance(cause, OSError) and cause.errno in FULL)
             else ""
         )
         raise OSError(f"{path}: could not be written ({_first_line(cause)}){advice}") from error

@@ -47,7 +47,7 @@ def draw(image: Picture, found: Detections, scale: float | None = None) -> Image
     captions = [
         f"{name} {score:.2f}" for name, score in zip(names, found.scores.tolist(), strict=True)
     ]
-    size = tuple(max(1, round(side * scale)) for side in reversed(picture.size))
+    width, height = _scaled(picture.size, scale)
     boxes = found.boxes.detach().cpu().float() * scale
     masks = found.masks.detach().cpu().float()
     return paint(
@@ -55,7 +55,7 @@ def draw(image: Picture, found: Detections, scale: float | None = None) -> Image
         found.boxes,
         found.labels.tolist(),
         captions,
-        lambda i: paste(masks[i : i + 1], boxes[i : i + 1], size)[0],
+        lambda i: paste(masks[i : i + 1], boxes[i : i + 1], (height, width))[0],
         scale,
     )
 
@@ -63,6 +63,18 @@ def draw(image: Picture, found: Detections, scale: float | None = None) -> Image
 def comfortable_scale(size: tuple[int, int]) -> int:
     """How many times a picture with these sides is enlarged for drawing."""
     return max(1, round(COMFORTABLE / max(size)))
+
+
+def caption_font(size: int) -> ImageFont.FreeTypeFont:
+    """Pillow's own font at a size in pixels. Raises RuntimeError where Pillow was built without FreeType."""
+    font = ImageFont.load_default(size)
+    if not isinstance(font, ImageFont.FreeTypeFont):
+        raise RuntimeError("Pillow was built without FreeType; install a wheel of Pillow")
+    return font
+
+
+def _scaled(size: tuple[int, int], scale: float) -> tuple[int, int]:
+    return max(1, round(size[0] * scale)), max(1, round(size[1] * scale))
 
 
 def paint(
@@ -78,7 +90,7 @@ def paint(
     boxes (N, 4) xyxy pixels of the picture, a label (it picks the colour) and a caption an object, its bitmap
     (H, W) bool of the enlarged picture, which is asked for when it is drawn: all of a large picture's fill a memory.
     """
-    size = tuple(max(1, round(side * scale)) for side in picture.size)
+    size = _scaled(picture.size, scale)
     canvas = picture.convert("RGB").resize(size, Image.Resampling.BICUBIC)
     width = max(2, round(max(size) / 400))
     corners = (boxes.detach().cpu().double() * scale).tolist()
@@ -89,7 +101,7 @@ def paint(
     for i in order:
         _paint_box(canvas, corners[i], colors[i], width)
     taken: list[tuple[float, float, float, float]] = []
-    font = ImageFont.load_default(max(12, round(max(size) / 52)))
+    font = caption_font(max(12, round(max(size) / 52)))
     for i in reversed(order):  # small objects choose a place for their name first
         taken.append(_paint_caption(canvas, corners[i], captions[i], colors[i], font, taken))
     return canvas

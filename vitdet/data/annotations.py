@@ -11,6 +11,7 @@ import math
 import reprlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -154,7 +155,7 @@ class Judge:
         if self.lvis and category.get("frequency") not in ("r", "c", "f"):
             stated = show(category["frequency"]) if "frequency" in category else COCOS
             self.error("category whose frequency is not r, c or f", where, stated)
-        self.categories[number] = name if is_text(name) else ""
+        self.categories[number] = name if isinstance(name, str) and is_text(name) else ""
         self.stated[number] = category.get("image_count")
 
     def _image(self, image: dict) -> None:
@@ -208,7 +209,8 @@ class Judge:
                 f"annotation {annotation['id']}",
                 f"image {show(image_id)}",
             )
-        known = type(category_id) is int and category_id in self.categories
+        known = isinstance(category_id, int) and type(category_id) is int
+        known = known and category_id in self.categories
         if not known and "category_id" in annotation:
             self.error(
                 "annotation of a category that does not exist",
@@ -220,7 +222,7 @@ class Judge:
             problem = segmentation_problem(annotation["segmentation"], size)
             if problem:
                 self.error(problem[0], _place(annotation), problem[1])
-        if known and not crowd and not empty:
+        if category_id is not None and known and not crowd and not empty:
             self.instances[category_id] += 1
         return CROWD if crowd else EMPTY if empty else ""
 
@@ -242,7 +244,7 @@ class Judge:
             self.warning(
                 "annotation without 'area' (that of its mask is taken)", _place(annotation), ""
             )
-        elif type(area) not in NUMBERS or not 0 <= area <= LARGEST:
+        elif area is None or type(area) not in NUMBERS or not 0 <= area <= LARGEST:
             self.error("area that is not a number of pixels", _place(annotation), show(area))
             area = None
         if type(box) is not list or len(box) != 4 or not are_numbers(box):
@@ -380,12 +382,14 @@ def is_line(value: object) -> bool:
 
 def is_text(value: object) -> bool:
     """Whether it is text of one line that any file can hold: without half a surrogate pair."""
-    return is_line(value) and (
-        value.isascii() or not any("\ud800" <= letter <= "\udfff" for letter in value)
+    return (
+        isinstance(value, str)
+        and is_line(value)
+        and (value.isascii() or not any("\ud800" <= letter <= "\udfff" for letter in value))
     )
 
 
-def are_numbers(values: Sequence[object]) -> bool:
+def are_numbers(values: Sequence[Any]) -> bool:
     """Whether all of them are finite numbers."""
     try:
         return math.isfinite(sum(values)) and NUMBERS.issuperset(map(type, values))

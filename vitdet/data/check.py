@@ -139,7 +139,8 @@ class _Split:
             kinds = len(self.report.errors)
             tables = self.judge.heads(content)
             if isinstance(content, dict):
-                self.report.splits[self.name] = tuple(map(len, tables.values()))
+                images, annotations, categories = map(len, tables.values())
+                self.report.splits[self.name] = images, annotations, categories
                 for _ in self.judge.annotations(tables["annotations"]):
                     pass
                 if not self.judge.instances and kinds == len(

@@ -8,10 +8,11 @@ they are left out and counted. Anything that `judge` calls an error stops the re
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 
@@ -80,10 +81,11 @@ def _named(path: Path) -> Iterator[None]:
         ) from error
 
 
-def image_counts(stated: list[object], records: Records) -> tuple[int, ...]:
+def image_counts(stated: Sequence[object], records: Records) -> tuple[int, ...]:
     """How many images hold each category: what the file says as image_count if it does for all, else counted."""
-    if all(type(count) is int and 0 <= count < 2**53 for count in stated):
-        return tuple(stated)
+    known = [count for count in stated if isinstance(count, int) and type(count) is int]
+    if len(known) == len(stated) and all(0 <= count < 2**53 for count in known):
+        return tuple(known)
     counts = Counter(label for labels in records.labels() for label in set(labels.tolist()))
     return tuple(counts[label] for label in range(len(stated)))
 
@@ -114,7 +116,7 @@ def read_tree(path: Path) -> object:
     return _read(path, mapped=False)
 
 
-def _read(path: Path, mapped: bool = True) -> object:
+def _read(path: Path, mapped: bool = True) -> Any:
     try:
         return read_entries(path, mapped)
     except FileNotFoundError:
@@ -134,7 +136,7 @@ def _split(content: dict, images: Path, by_url: bool) -> CocoSplit:
     image_ids, category_ids = sorted(judge.sizes), sorted(judge.categories)
     row_of = {image_id: row for row, image_id in enumerate(image_ids)}
     label_of = {category: label for label, category in enumerate(category_ids)}
-    objects, dropped = Objects(), Counter()
+    objects, dropped = Objects(), Counter[str]()
     for annotation, reason in judge.annotations(annotations):
         if reason:
             dropped[reason] += 1
@@ -145,7 +147,8 @@ def _split(content: dict, images: Path, by_url: bool) -> CocoSplit:
                 annotation["bbox"],
                 annotation["segmentation"],
             )
-    heads = [(image_id, *judge.sizes[image_id]) for image_id in image_ids]
+    sizes = sorted(judge.sizes.items())  # no size is None: reading stops at an image without one
+    heads = [(image_id, *size) for image_id, size in sizes if size is not None]
     records = Records.of(images, [judge.names[image_id] for image_id in image_ids], heads, objects)
     return CocoSplit(
         tuple(judge.categories[category] for category in category_ids),

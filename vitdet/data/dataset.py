@@ -198,9 +198,8 @@ def make_batch(
     if get_worker_info() is None:
         images = torch.zeros(shape, dtype=torch.uint8)
     else:  # in what the processes share, where torch would copy it to, as `default_collate` does; new, it is zero
-        images = torch.empty(0, dtype=torch.uint8).set_(
-            torch.UntypedStorage._new_shared(math.prod(shape)), 0, shape
-        )
+        shared = torch.UntypedStorage._new_shared(math.prod(shape))
+        images = torch.empty(0, dtype=torch.uint8).set_(shared).view(shape)
     samples = [draw(index, canvas) for index, canvas in zip(indices, images.numpy(), strict=True)]
     targets, sizes, image_ids, originals = zip(*samples, strict=True)
     return Batch(

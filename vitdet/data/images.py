@@ -130,7 +130,7 @@ def _upright_size(file: Image.Image) -> tuple[int, int]:
 
 def _turn(image: Image.Image) -> Image.Transpose | None:
     try:
-        return TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
+        return TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
     except (
         Exception
     ):  # whatever Pillow does with broken EXIF: the pixels are sound, and lie as they are stored
@@ -193,7 +193,7 @@ def _one_line() -> Iterator[None]:
         raise ValueError("not an image that can be read (JPEG, PNG, ...)") from error
     except Image.DecompressionBombError as error:
         raise ValueError(
-            f"the image has more than {2 * Image.MAX_IMAGE_PIXELS:,} pixels; make it smaller or cut it "
+            f"the image has more than {2 * (Image.MAX_IMAGE_PIXELS or 0):,} pixels; make it smaller or cut it "
             "into parts"
         ) from error
     except Exception as error:

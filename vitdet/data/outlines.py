@@ -62,13 +62,13 @@ def _crack_loops(bitmap: np.ndarray) -> list[np.ndarray]:
         (1, 1),
         (1, 0),
     )  # (row, column) offsets: where the crack of each direction starts
-    for direction, neighbour in enumerate(neighbours):
+    for side, neighbour in enumerate(neighbours):
         row, column = np.nonzero(core & ~neighbour)
-        (r0, c0), (r1, c1) = corners[direction], corners[(direction + 1) % 4]
+        (r0, c0), (r1, c1) = corners[side], corners[(side + 1) % 4]
         starts.append((row + r0) * pitch + column + c0)
         ends.append((row + r1) * pitch + column + c1)
         midpoints.append(np.stack([column + (c0 + c1) / 2, row + (r0 + r1) / 2], axis=1))
-        directions.append(np.full(len(row), direction))
+        directions.append(np.full(len(row), side))
     start, end, direction = np.concatenate(starts), np.concatenate(ends), np.concatenate(directions)
     midpoint = np.concatenate(midpoints)
     crack_at = np.full((bitmap.shape[0] + 1) * pitch * 4, -1)

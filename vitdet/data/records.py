@@ -82,14 +82,16 @@ class Records(Sequence[Record]):
         boxes = np.array(objects.boxes).reshape(-1, 4).astype(np.float32)[order]
         boxes[:, 2:] += boxes[:, :2]
         starts = np.append(0, np.cumsum(np.bincount(rows, minlength=len(names))))
-        arrays = (
-            np.array(heads, np.int64).reshape(-1, 3),
-            starts,
-            boxes,
-            np.array(objects.labels, np.int64)[order],
-            order,
+        columns = _Columns(
+            folder,
+            PackedList(names),
+            heads=Shared(np.array(heads, np.int64).reshape(-1, 3)),
+            starts=Shared(starts),
+            boxes=Shared(boxes),
+            labels=Shared(np.array(objects.labels, np.int64)[order]),
+            places=Shared(order),
+            segmentations=objects.segmentations,
         )
-        columns = _Columns(folder, PackedList(names), *map(Shared, arrays), objects.segmentations)
         return cls(columns, np.arange(len(names)))
 
     def __len__(self) -> int:

@@ -32,9 +32,8 @@ class InfiniteSampler:
         self.size = size
         self.seed = seed
         self.repeats = repeats
-        self._ends = [
-            0
-        ]  # with repeat factors: the position at which each epoch so far starts, and the end of the last
+        # with repeat factors: the position at which each epoch so far starts, and the last one's end
+        self._ends = [0]
         self._epoch = -1
         self._order = np.arange(0)
 
@@ -44,7 +43,7 @@ class InfiniteSampler:
             self._epoch = epoch
             images = np.arange(self.size)
             if self.repeats is not None:
-                images = images.repeat(self._counts(epoch))
+                images = images.repeat(self._counts(self.repeats, epoch))
             self._order = np.random.default_rng((self.seed, epoch, 1)).permutation(images)
         return int(self._order[place])
 
@@ -53,14 +52,16 @@ class InfiniteSampler:
         if self.repeats is None:
             return divmod(position, self.size)
         while self._ends[-1] <= position:
-            self._ends.append(self._ends[-1] + int(self._counts(len(self._ends) - 1).sum()))
+            self._ends.append(
+                self._ends[-1] + int(self._counts(self.repeats, len(self._ends) - 1).sum())
+            )
         epoch = bisect_right(self._ends, position) - 1
         return epoch, position - self._ends[epoch]
 
-    def _counts(self, epoch: int) -> np.ndarray:
-        """(N,) how often each image comes in an epoch: its factor, rounded up as often as its fraction says."""
-        whole = np.floor(self.repeats)
-        up = np.random.default_rng((self.seed, epoch, 2)).random(self.size) < self.repeats - whole
+    def _counts(self, repeats: np.ndarray, epoch: int) -> np.ndarray:
+        """(N,) occurrences of each image in an epoch: its factor, rounded up with probability of its fraction."""
+        whole = np.floor(repeats)
+        up = np.random.default_rng((self.seed, epoch, 2)).random(self.size) < repeats - whole
         return whole.astype(np.int64) + up
 
 

@@ -14,7 +14,7 @@ from array import array
 from collections.abc import Iterable
 from multiprocessing.context import get_spawning_popen
 from multiprocessing.reduction import DupFd
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 
@@ -53,7 +53,7 @@ def _file_of(array: np.ndarray) -> int:
     file = os.memfd_create("vitdet")
     os.ftruncate(file, array.nbytes)
     with mmap.mmap(file, array.nbytes) as content:
-        content[:] = memoryview(np.ascontiguousarray(array)).cast("B")
+        content[:] = np.ascontiguousarray(array).tobytes()
     return file
 
 
@@ -62,7 +62,7 @@ def _mapped(file: int, dtype: np.dtype, shape: tuple[int, ...]) -> np.ndarray:
     return np.frombuffer(content, dtype).reshape(shape)
 
 
-def _received(sent: object, dtype: np.dtype, shape: tuple[int, ...]) -> Shared:
+def _received(sent: Any, dtype: np.dtype, shape: tuple[int, ...]) -> Shared:
     file = sent.detach()
     try:
         return Shared(_mapped(file, dtype, shape))
@@ -79,27 +79,34 @@ class PackedList(Generic[T]):
     """
 
     def __init__(self, values: Iterable[T] = ()) -> None:
-        self._ends: array[int] | Shared = array("q", [0])
-        self._bytes: bytearray | Shared = bytearray()
+        self._ends = array("q", [0])
+        self._bytes = bytearray()
+        self._sent: tuple[Shared, Shared] | None = None  # ends and bytes, in place of the above
         for value in values:
             self.append(value)
 
     def append(self, value: T) -> None:
-        """Adds a value at the end."""
+        """Add a value at the end. Raises ValueError once the list has been sent to another process."""
+        if self._sent is not None:
+            raise ValueError("a list that another process has can take no more values")
         self._bytes += pickle.dumps(value, pickle.HIGHEST_PROTOCOL)
         self._ends.append(len(self._bytes))
 
     def __len__(self) -> int:
-        return len(self._ends) - 1
+        return len(self._ends if self._sent is None else self._sent[0]) - 1
 
     def __getitem__(self, index: int) -> T:
-        return pickle.loads(self._bytes[self._ends[index] : self._ends[index + 1]])
+        if self._sent is None:
+            return pickle.loads(self._bytes[self._ends[index] : self._ends[index + 1]])
+        ends, content = self._sent
+        return pickle.loads(content[ends.array[index] : ends.array[index + 1]].data)
 
     def __getstate__(self) -> tuple[Shared, Shared]:
-        if not isinstance(self._bytes, Shared):
-            self._ends = Shared(np.frombuffer(self._ends, np.int64))
-            self._bytes = Shared(np.frombuffer(self._bytes, np.uint8))
-        return self._ends, self._bytes
+        if self._sent is None:
+            ends, content = np.array(self._ends, np.int64), np.frombuffer(self._bytes, np.uint8)
+            self._sent = Shared(ends), Shared(content)
+            self._ends, self._bytes = array("q"), bytearray()
+        return self._sent
 
     def __setstate__(self, state: tuple[Shared, Shared]) -> None:
-        self._ends, self._bytes = state
+        self._ends, self._bytes, self._sent = array("q"), bytearray(), state

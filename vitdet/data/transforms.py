@@ -161,16 +161,16 @@ def visible_boxes(edges: np.ndarray, size: tuple[int, int]) -> tuple[np.ndarray,
     """Boxes (G, 4) float32 xyxy around what of the outlines (G, E, 4) lies in the image of (height, width) `size`,
     and which of them (G,) bool hold something: sides above 1e-5.
     """
-    real = edges.any(axis=2)[:, :, None]
+    real = np.any(edges, axis=2, keepdims=True)
     ends = np.stack([edges[..., :2], edges[..., 2:]])
     low = np.where(real, ends, np.inf).min(axis=(0, 2), initial=np.inf)
     high = np.where(real, ends, -np.inf).max(axis=(0, 2), initial=-np.inf)
     window = np.array(size[::-1], np.float64)
-    cut = ((low < 0) | (high > window)).any(axis=1)
+    cut = np.any((low < 0) | (high > window), axis=1)
     if cut.any():
         low[cut], high[cut] = _clipped(edges[cut].astype(np.float64), real[cut], window)
     boxes = np.concatenate([low, high], axis=1).astype(np.float32)
-    keep = (boxes[:, 2:] - boxes[:, :2] > 1e-5).all(axis=1)
+    keep = np.all(boxes[:, 2:] - boxes[:, :2] > 1e-5, axis=1)
     return boxes, keep
 
 

@@ -177,10 +177,10 @@ def _open(request: Request, path: Path, stall: float) -> http.client.HTTPRespons
                 after = error.headers.get("Retry-After", "")
                 raise _Broken(text, float(after) if after.isdigit() else 0.0) from error
             kind = FileNotFoundError if error.code in (404, 410) else ConnectionError
-            reason = REASONS.get(error.code, "it will not give out this file")
-            raise kind(f"{url}: {text} ({reason})") from error
+            meaning = REASONS.get(error.code, "it will not give out this file")
+            raise kind(f"{url}: {text} ({meaning})") from error
     except (URLError, OSError, http.client.HTTPException) as error:
-        reason = getattr(error, "reason", error)
+        reason = error.reason if isinstance(error, URLError) else error
         if isinstance(reason, ssl.SSLCertVerificationError):
             raise ConnectionError(f"{url}: {reason}") from error
         raise _Broken(_words(reason, stall)) from error

@@ -39,8 +39,9 @@ VISIBLE, PAINTED = (
 )  # of the patches: seen, and asked for (half of the others: the decoder's cost)
 
 
-def run_block(block: Block, x: Tensor) -> Tensor:
+def run_block(block: nn.Module, x: Tensor) -> Tensor:
     """A block on tokens (B, N, C), without relative positions, which a set of scattered patches has not."""
+    assert isinstance(block, Block)
     attention = block.attn
     q, k, v = rearrange(
         attention.qkv(block.norm1(x)),
@@ -154,7 +155,10 @@ def pretrain(
     """Trains the recipe's backbone on `count` pictures and writes its weights, float16, without relative positions."""
     torch.manual_seed(seed)
     config = load_config(recipe)
-    model = MaskedAutoencoder(build_backbone(config.model))
+    encoder = build_backbone(config.model)
+    if not isinstance(encoder, ViT):
+        raise ValueError(f"{recipe}: expected a plain ViT, got {config.model.backbone.name}")
+    model = MaskedAutoencoder(encoder)
     started = time.perf_counter()
     images = pictures(count, config.data.image_size)
     log.info("%d pictures drawn in %.0f s", count, time.perf_counter() - started)

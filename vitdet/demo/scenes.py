@@ -299,7 +299,8 @@ class _Canvas:
         index = np.full(stencil.shape, len(self.palette), dtype=np.uint8)
         if pattern:
             period = min(max(side * self.dice.uniform(0.22, 0.4), 4.5 * FINE), 12.0 * FINE)
-            index += texture(pattern, *stencil.shape, period, self.dice)
+            height, width = stencil.shape
+            index += texture(pattern, height, width, period, self.dice)
         self.palette += colors
         self.paint[window][stencil] = index[stencil]
         for loser, loss in enumerate(

@@ -95,9 +95,8 @@ def _write_split(
     folder: Path, count: int, seed: int, first_id: int, processes: int
 ) -> dict[str, object]:
     """Draws and writes the images; returns the annotation document."""
-    processes = processes or len(
-        os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count())
-    )
+    affinity = hasattr(os, "sched_getaffinity")  # not on macOS
+    processes = processes or (len(os.sched_getaffinity(0)) if affinity else os.cpu_count() or 1)
     work = partial(_write_image, folder, seed, first_id)
     if min(processes, count // 16) > 1:
         # fork: the workers use nothing that runs threads, and start without importing the package again
@@ -106,7 +105,8 @@ def _write_split(
             scenes = pool.map(work, range(count), chunksize=8)
     else:
         scenes = [work(index) for index in range(count)]
-    images, annotations = [], []
+    images: list[dict[str, object]] = []
+    annotations: list[dict[str, object]] = []
     for index, (name, height, width, objects) in enumerate(scenes):
         images.append({"id": first_id + index, "file_name": name, "height": height, "width": width})
         for thing in objects:

@@ -244,16 +244,17 @@ class _Shipper:
             log.warning("tracking: %s answers again and has all points", self.uri)
         return True
 
-    def attach(self, client: MlflowClient) -> None:
+    def attach(self, client: MlflowClient) -> str:
         """Finds the run on the server, or makes it. Raises what MLflow's client raises."""
         if self._run_id is None:
             self._run_id = self._known(client) or self._create(client)
+        return self._run_id
 
     def _ship(self, client: MlflowClient) -> None:
-        self.attach(client)
+        run_id = self.attach(client)
         for records, end in self.journal.batches(BATCH):
-            self._send(client, records)
-            self.journal.move(self._run_id, end)
+            self._send(client, run_id, records)
+            self.journal.move(run_id, end)
 
     def _known(self, client: MlflowClient) -> str | None:
         run_id, _ = self.journal.cursor()
@@ -306,19 +307,19 @@ class _Shipper:
         self.journal.move(run_id, 0)
         return run_id
 
-    def _send(self, client: MlflowClient, records: list[dict]) -> None:
+    def _send(self, client: MlflowClient, run_id: str, records: list[dict]) -> None:
         record = records[0]
         try:
             if "points" in record:
-                self._send_points(client, records)
+                self._send_points(client, run_id, records)
             elif "file" in record and (path := self.journal.path.parent / record["file"]).exists():
-                client.log_artifact(self._run_id, str(path), record["folder"] or None)
+                client.log_artifact(run_id, str(path), record["folder"] or None)
                 shutil.rmtree(path.parent)
             elif "resume" in record:
-                client.update_run(self._run_id, "RUNNING")
-                client.set_tag(self._run_id, "resumed_at_step", record["resume"])
+                client.update_run(run_id, "RUNNING")
+                client.set_tag(run_id, "resumed_at_step", record["resume"])
             elif "end" in record:
-                client.set_terminated(self._run_id, record["end"], record["time"])
+                client.set_terminated(run_id, record["end"], record["time"])
         except Exception as error:
             if getattr(error, "error_code", None) not in REFUSED:
                 raise
@@ -329,6 +330,7 @@ class _Shipper:
                 for name in sorted(names):
                     self._send(
                         client,
+                        run_id,
                         [
                             {**record, "points": {name: record["points"][name]}}
                             for record in records
@@ -339,7 +341,7 @@ class _Shipper:
                 self._refused |= names
                 log.warning("tracking: the server refuses %s: %s", *names or [record], error)
 
-    def _send_points(self, client: MlflowClient, records: list[dict]) -> None:
+    def _send_points(self, client: MlflowClient, run_id: str, records: list[dict]) -> None:
         from mlflow.entities import Metric
 
         metrics = [
@@ -347,17 +349,21 @@ class _Shipper:
             for record in records
             for key, value in record["points"].items()
             if key not in self._refused
-            if not self._has(client, key, record["step"], value if "renew" in record else None)
+            if not self._has(
+                client, run_id, key, record["step"], value if "renew" in record else None
+            )
         ]
         for first in range(0, len(metrics), BATCH):
-            client.log_batch(self._run_id, metrics[first : first + BATCH])
+            client.log_batch(run_id, metrics[first : first + BATCH])
 
-    def _has(self, client: MlflowClient, key: str, step: int, value: float | None) -> bool:
+    def _has(
+        self, client: MlflowClient, run_id: str, key: str, step: int, value: float | None
+    ) -> bool:
         if self._held is None:
             return False
         if key not in self._held:
             self._held[key] = {
-                point.step: point.value for point in client.get_metric_history(self._run_id, key)
+                point.step: point.value for point in client.get_metric_history(run_id, key)
             }
         return step in self._held[key] and value in (None, self._held[key][step])
 

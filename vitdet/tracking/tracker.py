@@ -14,7 +14,10 @@ from typing import TextIO
 class Tracker:
     """Where the figures of a training go; this one keeps nothing: for ranks other than 0, and without MLflow."""
 
-    run_id: str | None = None
+    @property
+    def run_id(self) -> str | None:
+        """The id under which a later process continues this run; None where nothing is recorded."""
+        return None
 
     def log(self, values: dict[str, float], step: int) -> None:
         """Values of this step, by name; the steps of a name rise, and one that the run already has is dropped."""

@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 import os
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from xml.etree.ElementTree import Element, TreeBuilder
 from xml.parsers.expat import ExpatError, ParserCreate
@@ -48,7 +49,7 @@ def read_voc(source: Path) -> Foreign:
                 f"{source / name}: not there; expected Annotations/ID.xml, JPEGImages/ID.jpg and "
                 "ImageSets/Main/train.txt, val.txt with an ID a line"
             )
-    found, notes = {}, Counter()
+    found, notes = {}, Counter[str]()
     for split, ids in _splits(source).items():
         if split == "test" and not any(os.path.isfile(_xml(source, one)) for one in ids):
             continue  # as VOC2012 has it: the answers are not published
@@ -64,7 +65,7 @@ def read_voc(source: Path) -> Foreign:
     if not names:
         raise ValueError(f"{source / 'Annotations'}: no object in any file")
     label_of = {name: label for label, name in enumerate(names)}
-    splits = {
+    splits: dict[str, Iterable[Picture]] = {
         split: [_picture(source, path, tree, label_of, notes) for path, tree in trees]
         for split, trees in found.items()
     }

@@ -58,7 +58,8 @@ def read_yolo(source: Path) -> Foreign:
             f"{source}: expected one data.yaml, which names the classes and the splits"
         )
     head = _head(path)
-    names, notes, splits = _names(path, head), Counter(), {}
+    names, notes = _names(path, head), Counter[str]()
+    splits: dict[str, Iterable[Picture]] = {}
     for key, name in SPLITS.items():
         entries = head.get(key) or []
         entries = [entries] if isinstance(entries, str) else entries
@@ -119,7 +120,8 @@ def _names(path: Path, head: dict) -> tuple[str, ...]:
 def _images(path: Path, head: dict, key: str, entry: str) -> list[Path]:
     """The image files of one entry of a split, by absolute path, links as they are."""
     base = Path(os.path.abspath(path.parent))
-    root = head.get("path") if isinstance(head.get("path"), str) else ""
+    stated = head.get("path")
+    root = stated if isinstance(stated, str) else ""
     roots = list(dict.fromkeys([base / root, base, base.parent / root]))
     places = [place for root in roots for place in (root / entry, root / entry.removeprefix("../"))]
     place = next((Path(os.path.abspath(place)) for place in places if os.path.exists(place)), None)

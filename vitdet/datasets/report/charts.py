@@ -46,9 +46,8 @@ def histogram(
                 f'width="{bar * 0.92:.1f}" height="{tall:.1f}" fill="var(--s{number % 4})">'
                 f"<title>{tip}</title></rect>"
             )
-    marks = [(place, str(edge)) for place, edge in enumerate(edges, 1)] or [
-        (place + 0.5, label) for place, label in enumerate(labels)
-    ]
+    marks = [(float(place), str(edge)) for place, edge in enumerate(edges, 1)]
+    marks = marks or [(place + 0.5, label) for place, label in enumerate(labels)]
     parts += [
         f'<text x="{LEFT + place * step:.1f}" y="{HIGH - 8}" text-anchor="middle">{text(mark)}</text>'
         for place, mark in marks
