@@ -207,7 +207,6 @@ def longer(path: Path) -> None:
             lambda root: longer(max((root / "train").iterdir())),
             "train: 12 files .* are others. `vitdet data coco",
         ),
-        (lambda root: (root / "val" / "more.jpg").touch(), "val: 5 files of"),
         (
             lambda root: longer(root / "annotations" / "instances_val.json"),
             "instances_val.json: .* bytes, it came with",
@@ -222,6 +221,33 @@ def test_no_training_begins_on_pictures_that_are_not_as_they_came(
     code, _, said = vitdet(*words)
     assert code == 1 and re.search(says, said) and len(said.splitlines()) == 1, said
     assert not Path("run/model.pt").exists() and not list(Path("run").rglob("*.pt"))
+
+
+def test_files_beside_the_downloaded_ones_make_no_difference(fetched: Path) -> None:
+    data = DataConfig(root=str(fetched), train_split="train", val_split="val")
+    for name in (".DS_Store", "more.jpg"):
+        (fetched / "val" / name).touch()
+    assert len(read_split(data, "val").records) == 4
+    longer(min((fetched / "val").glob("0*.jpg")))
+    with pytest.raises(ValueError, match="val: 6 files of"):
+        read_split(data, "val")
+
+
+def test_a_check_passes_over_files_that_were_not_downloaded(root: Path) -> None:
+    for old, new in (("a.jpg", "000000000001.jpg"), ("b.jpg", "000000000002.jpg")):
+        (root / "val2017" / old).rename(root / "val2017" / new)
+    names, sums = (
+        hashlib.sha256(
+            text.replace(b"a.jpg", b"000000000001.jpg").replace(b"b.jpg", b"000000000002.jpg")
+        ).hexdigest()
+        for text in (LIST, SUMS)
+    )
+    write(root, DownloadRecord((), (), (Images("val2017", 2, 7, names, sums),)))
+    (root / "val2017" / ".DS_Store").touch()
+    verify(root, contents=True)
+    (root / "val2017" / "000000000003.jpg").touch()
+    with pytest.raises(ValueError, match="4 files of 7 bytes, it came with 2 of 7;"):
+        verify(root)
 
 
 def test_a_split_is_compared_alone_and_a_foreign_manifest_is_none(fetched: Path) -> None:
@@ -265,7 +291,9 @@ def test_a_pipeline_does_not_start_on_data_that_is_not_as_it_came(
     assert describe(data) == described
     write(
         own_tiny,
-        DownloadRecord((), (File("annotations/instances_val.json", path.stat().st_size, "0" * 64),)),
+        DownloadRecord(
+            (), (File("annotations/instances_val.json", path.stat().st_size, "0" * 64),)
+        ),
     )
     with pytest.raises(ValueError, match="instances_val.json: sha256 .*, it came with 0000"):
         describe(data)

@@ -118,8 +118,8 @@ def run_data_tiny(given: argparse.Namespace) -> int:
 
 def run_data_check(given: argparse.Namespace) -> int:
     """vitdet data check"""
-    from vitdet.data.check import check
     from vitdet.data import download_record
+    from vitdet.data.check import check
 
     report = check(given.folder, images=given.images)
     try:

@@ -61,10 +61,7 @@ def read_split(
         download_record.check_split(root, annotations)
     found = read_coco(annotations, images, by_url=data.dataset == "lvis", tree=tree)
     if look:
-        start = f"{images.relative_to(root)}/".removeprefix("./")
-        download_record.check_images(
-            root, images, (f"{start}{name}" for name in found.records.names())
-        )
+        download_record.check_images(root, images, found.records.names())
     if not found.records.counts().any():
         raise ValueError(
             f"{data.root}: no image of {split} holds an object to learn from or to find"

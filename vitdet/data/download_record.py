@@ -132,7 +132,7 @@ def verify(root: Path, contents: bool = False) -> str:
 
 
 def compare(
-    root: Path, record: DownloadRecord, used: Iterable[str] = (), contents: bool = False
+    root: Path, record: DownloadRecord, used: Collection[str] = (), contents: bool = False
 ) -> None:
     """Raises as `verify` does; compares names and sizes, and with `contents` the checksums of the images.
 
@@ -164,9 +164,10 @@ def compare(
 
 
 def _downloaded(
-    found: dict[str, int], images: Images, used: Iterable[str]
+    found: dict[str, int], images: Images, used: Collection[str]
 ) -> dict[str, int] | None:
     """Those files of a folder that are the downloaded ones; None if files are missing, added or of another size."""
+
     def is_complete(part: dict[str, int]) -> bool:
         lines = (f"{name} {size}" for name, size in part.items())
         return len(part) == images.count and digest(lines) == images.names
@@ -192,17 +193,19 @@ def check_split(root: Path, annotations: Path) -> None:
     _check(root, {str(annotations.relative_to(root))}, ())
 
 
-def check_images(root: Path, images: Path, used: Iterable[str]) -> None:
+def check_images(root: Path, images: Path, names: Iterable[str]) -> None:
     """Compare the image folders of a split with the record, if there is one. Raises as `check_split` does.
 
-    images: the folder that the names of the split's images are relative to. used: their paths below root.
+    names: of the split's images, relative to the folder `images`.
     """
     if exists(root):
         folders = _read_if_ours(root).folders
-        _check(root, {one.path for one in folders if images in (root, root / one.path)}, used)
+        paths = {one.path for one in folders if images in (root, root / one.path)}
+        start = "" if images == root else f"{images.relative_to(root)}/"
+        _check(root, paths, [f"{start}{name}" for name in names] if paths else ())
 
 
-def _check(root: Path, paths: Collection[str], used: Iterable[str]) -> None:
+def _check(root: Path, paths: Collection[str], used: Collection[str]) -> None:
     try:
         compare(root, _read_if_ours(root).only((), paths), used)
     except (FileNotFoundError, ValueError) as error:

@@ -19,6 +19,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+from vitdet.data.download_record import crc32
+
 CHUNK = 1 << 20  # bytes
 TEMPORARY = ".unpacking"  # how the name of the file ends that is being written
 METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)

@@ -24,9 +24,9 @@ from functools import partial
 from pathlib import Path
 
 from vitdet.data import download_record
+from vitdet.data.download_record import DownloadRecord
 from vitdet.datasets.download import Patience, Watcher, discard, download, mirrored
 from vitdet.datasets.extract import Entry, Limits, unpack
-from vitdet.data.download_record import DownloadRecord
 from vitdet.datasets.parallel import Together, locked, side_by_side
 from vitdet.datasets.published import Archive
 
@@ -289,7 +289,9 @@ def _describe(archive: Archive, path: Path, root: Path, entries: Sequence[Entry]
             ),
         )
     names = download_record.digest(f"{entry.name} {entry.size}" for entry in entries)
-    content = download_record.digest(f"{entry.name} {entry.size} {entry.crc:08x}" for entry in entries)
+    content = download_record.digest(
+        f"{entry.name} {entry.size} {entry.crc:08x}" for entry in entries
+    )
     size = sum(entry.size for entry in entries)
     return DownloadRecord(
         (source,), (), (download_record.Images(archive.folder, len(entries), size, names, content),)

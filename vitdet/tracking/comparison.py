@@ -26,7 +26,9 @@ ENDS = {
 }
 
 
-def open_group(group: str, names: Sequence[str], *, uri: str, folder: Path, experiment: str) -> str:
+def start_parent_run(
+    group: str, names: Sequence[str], *, uri: str, folder: Path, experiment: str
+) -> str:
     """MLflow's id of the parent run of the trainings of a group; made where it is not there yet.
 
     Raises ConnectionError where MLflow does not answer.
@@ -46,8 +48,8 @@ def open_group(group: str, names: Sequence[str], *, uri: str, folder: Path, expe
     return client.create_run(place, None, tags, f"pipeline {name}").info.run_id
 
 
-def close_group(group: str, state: str, *, uri: str, folder: Path, experiment: str) -> None:
-    """Ends the parent run; state: KFP's word for how the pipeline ended. Raises as `open_group` does."""
+def end_parent_run(group: str, state: str, *, uri: str, folder: Path, experiment: str) -> None:
+    """Ends the parent run; state: KFP's word for how the pipeline ended. Raises as `start_parent_run` does."""
     client, _ = connect(None, uri, folder)
     place = experiment_id(client, tracking_uri(uri, folder), folder, experiment)
     if parent := _parent(client, place, group):
@@ -60,26 +62,31 @@ def compare(
 ) -> str:
     """The table of a group in Markdown, best box AP first; it is also logged to the parent run.
 
-    rows: {"name", "dataset_digest", "run_id", "passed", "reason", "metrics"} of each training. Raises
-    ValueError when they were not measured on one and the same data, ConnectionError where MLflow does not answer.
+    rows: {"name", "val_fingerprint", "evaluate_settings", "run_id", "passed", "reason", "metrics"} of each training.
+    Raises ValueError when they were evaluated on different data or with different settings, ConnectionError where
+    MLflow does not answer.
     """
-    digests = sorted({row["dataset_digest"] for row in rows})
-    if len(digests) != 1:
-        raise ValueError(
-            f"the trainings were evaluated on different data ({', '.join(digests)}): not comparable"
-        )
+    for key, what in (
+        ("val_fingerprint", "on different data"),
+        ("evaluate_settings", "differently"),
+    ):
+        values = sorted({row[key] for row in rows})
+        if len(values) != 1:
+            raise ValueError(
+                f"the trainings were evaluated {what} ({', '.join(values)}): not comparable"
+            )
     client, _ = connect(None, uri, folder)
     champion, versions = _versions(client, model_name)
     ordered = sorted(rows, key=lambda row: -_figure(row, "box_ap"))
     text = table(ordered, champion, versions)
-    parent = open_group(
+    parent = start_parent_run(
         group, [row["name"] for row in rows], uri=uri, folder=folder, experiment=experiment
     )
     for row in ordered:
         for key in COLUMNS[:2]:
             if row["metrics"].get(key) is not None:
                 client.log_metric(parent, f"{key}/{row['name']}", row["metrics"][key])
-    client.set_tag(parent, "dataset_digest", digests[0])
+    client.set_tag(parent, "val_fingerprint", ordered[0]["val_fingerprint"])
     client.set_tag(parent, "best", ordered[0]["name"])
     client.set_tag(parent, "mlflow.note.content", text)
     with tempfile.TemporaryDirectory() as work:
@@ -96,7 +103,7 @@ def table(rows: Sequence[dict], champion: str | None, versions: dict[str, str]) 
         "version",
         "gate",
     ]
-    lines = [f"Data {rows[0]['dataset_digest']}", "", _line(heads), _line(["---"] * len(heads))]
+    lines = [f"Data {rows[0]['val_fingerprint']}", "", _line(heads), _line(["---"] * len(heads))]
     for row in rows:
         version = versions.get(row["run_id"], "-")
         mark = f"{version} ({ALIAS})" if version == champion else version

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from mlflow.artifacts import download_artifacts
 from mlflow.entities import LoggedModelOutput
 from mlflow.models import Model, ModelSignature
 from mlflow.pyfunc import PythonModel, PythonModelContext, load_model, save_model
@@ -156,6 +157,28 @@ def register(
         )
     client.set_registered_model_alias(model_name, alias, version.version)
     return model_name, str(version.version)
+
+
+def download_checkpoint(uri: str, model_name: str, version: str, folder: Path) -> Path:
+    """The checkpoint of a registered version, in `folder`.
+
+    uri: the server's. Raises MlflowException or OSError where its artifacts cannot be read, ValueError where it is not
+    a model of `register`.
+    """
+    with exported(uri):
+        model = Path(
+            download_artifacts(
+                f"models:/{model_name}/{version}",
+                dst_path=str(folder),
+                tracking_uri=uri,
+                registry_uri=uri,
+            )
+        )
+    try:
+        flavors = Model.load(str(model)).flavors
+        return model / flavors["python_function"]["artifacts"]["checkpoint"]["path"]
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"version {version} of {model_name} holds no checkpoint") from error
 
 
 def _pack(path: Path, model: Model, checkpoint: Path, wheel: Path, example: np.ndarray) -> None:

@@ -18,10 +18,10 @@ from torch import nn
 
 from vitdet import distributed
 from vitdet.checkpoint import FORMAT, Checkpoints, load_model_file, load_weights, save
-from vitdet.config import Config, difference, digest, from_dict, save_config, to_dict
+from vitdet.config import Config, DataConfig, difference, digest, from_dict, save_config, to_dict
+from vitdet.data import fingerprint
 from vitdet.data.coco import CocoSplit
 from vitdet.data.dataset import read_split
-from vitdet.data.fingerprint import dataset_digest
 from vitdet.data.loader import train_loader
 from vitdet.evaluation.evaluator import evaluate_detector
 from vitdet.evaluation.pictures import write_pictures
@@ -38,7 +38,7 @@ from vitdet.weights import load_pretrained, resolve
 log = logging.getLogger(__name__)
 
 
-# (identity of the data, run id of the interrupted run or None, step it goes on from) -> tracker
+# (fingerprint of the data, run id of the interrupted run or None, step it goes on from) -> tracker
 StartTracking = Callable[[str, str | None, int], Tracker]
 
 
@@ -62,12 +62,15 @@ def train(
         if distributed.from_first(lambda: _was_complete(config, output, start_tracking)):
             return output / "model.pt"
         source = weights if weights is not None else resolve(config.train.init)
-        identity = distributed.from_first(lambda: dataset_digest(config.data))
+        split = distributed.together(
+            lambda: read_split(config.data, config.data.train_split, look=distributed.rank() == 0)
+        )
+        val_classes, prints = distributed.from_first(lambda: _inspect(config.data, split))
         folder = distributed.from_first(
-            lambda: _states_folder(config, output, checkpoints, identity, source)
+            lambda: _states_folder(config, output, checkpoints, prints, source)
         )
         states = Checkpoints(folder, config.train.keep)
-        state = distributed.together(lambda: _state_to_go_on_from(config, identity, states))
+        state = distributed.together(lambda: _state_to_go_on_from(config, prints, states))
         start = state["step"] if state else 0
         _check_agreement(distributed.all_gather_objects(start), folder)
         loader = distributed.together(
@@ -79,18 +82,18 @@ def train(
                 config.optim.steps,
                 distributed.rank(),
                 distributed.world_size(),
+                split,
             )
         )
-        split = loader.dataset.split
-        _check_classes(config, split.class_names)
+        _check_classes(config, split.class_names, val_classes)
         distributed.barrier()  # nobody writes before all have looked
 
         detector = _fresh_detector(config, split, None if state else source, device)
         tracker = Tracker()
         if distributed.rank() == 0:
             alone.enter_context(states.locked())
-            tracker = _announce(config, output, identity, states, state, start_tracking)
-        loop = Loop(config, detector, loader, tracker, states, identity, device, stop, output)
+            tracker = _announce(config, output, prints, states, state, start_tracking)
+        loop = Loop(config, detector, loader, tracker, states, prints, device, stop, output)
         try:
             loop.begin(state)
             state = None  # it weighs as much as detector and optimizer, who have it now
@@ -115,7 +118,7 @@ class Loop:
         loader: Iterable[Batch],
         tracker: Tracker,
         states: Checkpoints,
-        identity: str,
+        prints: dict[str, str],
         device: torch.device,
         stop: Callable[[], bool],
         output: Path,
@@ -123,10 +126,10 @@ class Loop:
         self.config, self.detector = config, detector
         self.optimizer = build_optimizer(detector, config.optim)
         self.average = WeightAverage(detector, config.optim.ema)
-        self.tracker, self.states, self.identity, self.device, self.stop = (
+        self.tracker, self.states, self.prints, self.device, self.stop = (
             tracker,
             states,
-            identity,
+            prints,
             device,
             stop,
         )
@@ -238,7 +241,7 @@ class Loop:
                     "optimizer": self.optimizer.state_dict(),
                     "average": self.average.state_dict(),
                     "run_id": self.tracker.run_id,
-                    "dataset_digest": self.identity,
+                    "fingerprints": self.prints,
                     "meter": meter,
                     "metrics": self.metrics,
                     "evaluated": self.evaluated,
@@ -261,7 +264,7 @@ class Loop:
                 "class_names": list(class_names),
                 "run_id": self.tracker.run_id,
                 "step": self.config.optim.steps,
-                "dataset_digest": self.identity,
+                "fingerprints": self.prints,
                 "metrics": self.metrics,
             },
         )
@@ -290,7 +293,7 @@ def _fresh_detector(
 def _announce(
     config: Config,
     output: Path,
-    identity: str,
+    prints: dict[str, str],
     states: Checkpoints,
     state: dict | None,
     start_tracking: StartTracking,
@@ -302,7 +305,9 @@ def _announce(
         )
     save_config(config, output / "config.yaml")
     tracker = start_tracking(
-        identity, state["run_id"] if state else None, state["step"] if state else 0
+        fingerprint.combined(prints),
+        state["run_id"] if state else None,
+        state["step"] if state else 0,
     )
     tracker.artifact(output / "config.yaml")
     return tracker
@@ -312,7 +317,7 @@ def _states_folder(
     config: Config,
     output: Path,
     checkpoints: str | Path | None,
-    identity: str,
+    prints: dict[str, str],
     source: str | Path | None,
 ) -> Path:
     if checkpoints is None:
@@ -321,17 +326,35 @@ def _states_folder(
     if source is not None:
         with open(source, "rb") as file:
             initial = hashlib.file_digest(file, "sha256").hexdigest()
-    return (
-        Path(checkpoints)
-        / hashlib.sha256(f"{digest(config)} {identity} {initial}".encode()).hexdigest()[:12]
-    )
+
+    def named(data: str) -> Path:
+        name = hashlib.sha256(f"{digest(config)} {data} {initial}".encode()).hexdigest()[:12]
+        return Path(checkpoints) / name
+
+    folder = named(fingerprint.combined(prints))
+    if not folder.exists() and any(Path(checkpoints).glob("*/step_*.pt")):
+        old = named(fingerprint.legacy_dataset_digest(config.data))  # of version 0.1
+        return old if old.exists() else folder
+    return folder
 
 
-def _state_to_go_on_from(config: Config, identity: str, states: Checkpoints) -> dict | None:
+def _inspect(data: DataConfig, split: CocoSplit) -> tuple[tuple[str, ...], dict[str, str]]:
+    """The class names of the validation split, and the fingerprints of both."""
+    validation = read_split(data, data.val_split)
+    prints = {
+        "train": fingerprint.fingerprint(data, data.train_split, split.records),
+        "val": fingerprint.fingerprint(data, data.val_split, validation.records),
+    }
+    return validation.class_names, prints
+
+
+def _state_to_go_on_from(
+    config: Config, prints: dict[str, str], states: Checkpoints
+) -> dict | None:
     """The newest state, if there is one; ValueError where it does not suit this config and data."""
     state = states.latest()
     if state is not None:
-        _check_state(config, identity, state, states.folder)
+        _check_state(config, prints, state, states.folder)
     return state
 
 
@@ -352,29 +375,29 @@ def _was_complete(config: Config, output: Path, start_tracking: StartTracking) -
         raise ValueError(
             f"{output}: holds a finished run {what}; choose another --output or remove it"
         )
-    identity = dataset_digest(config.data)
-    if done["dataset_digest"] != identity:
+    prints = fingerprint.fingerprints(config.data)
+    if change := fingerprint.change(done, config.data, prints):
         raise ValueError(
-            f"{output}: holds a finished run on other data ({done['dataset_digest']}, now {identity}); "
-            "choose another --output or remove it"
+            f"{output}: holds a finished run on other data ({change}); choose another --output or "
+            "remove it"
         )
     log.warning("%s: complete already, nothing is left to do", output)
     if done["run_id"]:
-        start_tracking(identity, done["run_id"], done["step"]).close()
+        start_tracking(fingerprint.combined(prints), done["run_id"], done["step"]).close()
     return True
 
 
-def _check_state(config: Config, identity: str, state: dict, folder: Path) -> None:
+def _check_state(config: Config, prints: dict[str, str], state: dict, folder: Path) -> None:
     differing = difference(config, from_dict(state["config"]))
     if differing:
         raise ValueError(
             f"{folder}: holds a run with another config ({'; '.join(differing)}); choose another "
             "--output, or go on with the same settings"
         )
-    if state["dataset_digest"] != identity:
+    if change := fingerprint.change(state, config.data, prints):
         raise ValueError(
-            f"{folder}: the data set has changed since this run began ({state['dataset_digest']}, now "
-            f"{identity}); choose another --output"
+            f"{folder}: the data set has changed since this run began ({change}); choose another "
+            "--output"
         )
 
 
@@ -386,14 +409,13 @@ def _check_agreement(starts: Sequence[int], folder: Path) -> None:
         )
 
 
-def _check_classes(config: Config, trained: Sequence[str]) -> None:
+def _check_classes(config: Config, trained: Sequence[str], validated: Sequence[str]) -> None:
     data, expected = config.data, config.model.roi_heads.num_classes
     if len(trained) != expected:
         raise ValueError(
             f"{data.root}: {data.train_split} has {len(trained)} classes, but model.roi_heads.num_classes "
             f"is {expected}; set it to {len(trained)}"
         )
-    validated = distributed.from_first(lambda: read_split(data, data.val_split).class_names)
     if tuple(validated) != tuple(trained):
         raise ValueError(
             f"{data.root}: {data.train_split} and {data.val_split} have different classes "
