@@ -1,7 +1,7 @@
 """The pipeline's steps: thin shells over `vitdet.workspace`, one KFP component each.
 
-A component's source travels in the compiled pipeline as text, everything that it calls is in the image. So a body
-imports from vitdet or components, calls, and prints.
+A component's source travels in the compiled pipeline as text, everything that it calls is in the
+image. So a body imports from vitdet or components, calls, and prints.
 """
 
 from __future__ import annotations
@@ -10,16 +10,14 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-IMAGE = os.environ.get(
-    "VITDET_IMAGE", ""
-)  # of all steps, read when a pipeline is compiled; '': that of the job
-RUN_ID = (
-    "KFP_RUN_ID"  # set in the pods from their label, in a local run by `python -m pipeline run`
-)
+# The image of all steps, read when a pipeline is compiled; "" is that of the training job
+IMAGE = os.environ.get("VITDET_IMAGE", "")
+# Set in the pods from their label, in a local run by `python -m pipeline run`
+RUN_ID = "KFP_RUN_ID"
 
 
 def run_id() -> str:
-    """The id of the pipeline run that this step belongs to. Raises RuntimeError outside of a step."""
+    """The id of the pipeline run of this step. Raises RuntimeError outside of a step."""
     found = os.environ.get(RUN_ID, "")
     if not found:
         raise RuntimeError(
@@ -30,7 +28,7 @@ def run_id() -> str:
 
 @contextmanager
 def afterwards(call: Callable[[], None]) -> Iterator[None]:
-    """Calls it in the end, whatever fails before: a step's body has no `try`."""
+    """Call `call` at the end, also after an error: the body of a step has no `try`."""
     try:
         yield
     finally:

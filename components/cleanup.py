@@ -2,7 +2,7 @@
 
 from kfp import dsl
 
-from components.shell import component
+from components.decorator import component
 
 
 @component
@@ -15,7 +15,7 @@ def clean_up(
 ) -> None:
     """Deletes the jobs of this run that still run (job_kind '': there are none) and ends its parent run in MLflow."""
     from components import afterwards, run_id
-    from components.pytorchjob import delete_jobs
+    from components.launcher.launch import delete_jobs
     from vitdet import workspace as steps
 
     with afterwards(

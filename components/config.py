@@ -2,7 +2,7 @@
 
 from kfp.dsl import Artifact, Output
 
-from components.shell import component
+from components.decorator import component
 
 
 @component

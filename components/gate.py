@@ -2,7 +2,7 @@
 
 from kfp.dsl import Artifact, Input, Metrics, Output
 
-from components.shell import component
+from components.decorator import component
 
 
 @component

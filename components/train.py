@@ -7,7 +7,7 @@ a step whose inputs are those of an earlier one may be taken from KFP's cache.
 from kfp import dsl
 from kfp.dsl import Artifact, Dataset, Input, Model, Output
 
-from components.shell import component
+from components.decorator import component
 
 # What is set on the task reaches the job's pods. Resources are named because kfp refuses to set any else: those of the
 # task are the launcher's own, those of the job stand in its manifest.
@@ -61,7 +61,7 @@ def train_job(
 ) -> None:
     """Trains in a job of the cluster, once the data has proved to be what it was; follows a job that is there."""
     from components import run_id
-    from components.pytorchjob import launch
+    from components.launcher.launch import launch
     from vitdet import workspace as steps
 
     words = steps.training_words(resolved.path, name, manifest.path, workspace, run_id())

@@ -1,13 +1,14 @@
-"""A connection to Kubeflow Pipelines: who asks, how long an answer may take, and what an answer that is none means.
+"""The connection to Kubeflow Pipelines: credentials, timeouts, retries, errors.
 
-The requests are those of kfp_server_api, the generated client on which kfp.Client stands. kfp.Client 2.17 itself is
-passed over. Its constructor asks for /healthz without any time limit, then again every 5 s with a traceback each, reads
-cookies from ~/.config/kfp and, told by an environment variable, prompts. It waits for ever on a server that stalls and
-on a run that was cancelled, tries nothing twice after a 5xx, and prints an error's headers, cookies among them; its
-`enable_caching=False` reaches no step inside an ExitHandler, a loop or a condition, thus none of ours.
+The requests are those of kfp_server_api, the generated client that kfp.Client uses. kfp.Client 2.17
+itself is not used. Its constructor requests /healthz without a timeout, then again every 5 s with a
+traceback each, reads cookies from ~/.config/kfp and, depending on an environment variable, prompts.
+It waits forever on a server that stalls and on a cancelled run, does not retry after a 5xx, and
+prints an error's headers including cookies; its `enable_caching=False` does not apply to steps
+inside an ExitHandler, a loop or a condition, thus to none of ours.
 
-A secret is read from a file, the environment or the pod, never from the command line, where everybody on the machine
-sees it; it is in no message.
+Secrets are read from a file, the environment or the pod, never from the command line, which every
+user of the machine can read; no message contains one.
 """
 
 from __future__ import annotations
@@ -27,33 +28,38 @@ from kfp_server_api.rest import RESTClientObject, RESTResponse
 from urllib3 import exceptions
 
 IN_CLUSTER = "http://ml-pipeline.kubeflow.svc.cluster.local:8888"
-POD_TOKEN = Path("/var/run/secrets/kubeflow/pipelines/token")  # where kfp, too, looks for it
+POD_TOKEN = Path("/var/run/secrets/kubeflow/pipelines/token")  # kfp uses the same path
 LOGIN = "a token (--token-file FILE or KFP_TOKEN) or a cookie (--cookie-file FILE or KFP_COOKIE)"
-PASSING = (429, 500, 502, 503, 504)  # what a server says that will be well again
+TRANSIENT = (429, 500, 502, 503, 504)  # status codes of a server that may recover
 
 
-class Refusal(OSError):
-    """What the server's answer means to the user. status: HTTP's, 0 without an answer; passing: ask again later;
-    reached: the request may have had its effect."""
+class ServerError(OSError):
+    """A failed request, as a message for the user.
+
+    status: that of HTTP, 0 without an answer. transient: it may succeed later. sent: it may have
+    taken effect.
+    """
 
     def __init__(
-        self, message: str, status: int, *, passing: bool = False, reached: bool = True
+        self, message: str, status: int, *, transient: bool = False, sent: bool = True
     ) -> None:
         super().__init__(message)
-        self.status, self.passing, self.reached = status, passing, reached
+        self.status, self.transient, self.sent = status, transient, sent
 
 
 @dataclass(frozen=True)
 class Secret:
-    """A token or cookie: where it comes from, which messages say, and how to read it, which is done anew for every
-    request: tokens of pods and of login helpers are renewed in their files."""
+    """A token or cookie: its source, for messages, and how to read it.
+
+    It is read for every request: tokens of pods and of login helpers are renewed in their files.
+    """
 
     source: str
     read: Callable[[], str] = field(repr=False)
 
 
-def address(host: str) -> str:
-    """The API's address: `host`, else KF_PIPELINES_ENDPOINT, else in a pod that of the cluster's own service.
+def server_address(host: str) -> str:
+    """The API's address: `host`, else KF_PIPELINES_ENDPOINT, else in a pod the cluster's service.
 
     Raises ValueError when none is known or it is not http(s)://NAME[/PATH].
     """
@@ -74,58 +80,58 @@ def address(host: str) -> str:
         raise ValueError(
             f"{host}: expected http:// or https://, as in https://kubeflow.example.com/pipeline"
         )
-    path = parts.path.removeprefix(
-        "/_"
-    )  # Kubeflow's own pages show this one in a frame, and have more behind it
+    # Kubeflow's dashboard shows the page in a frame, under an address with this prefix
+    path = parts.path.removeprefix("/_")
     return f"{parts.scheme}://{parts.netloc}{path}".rstrip("/")
 
 
-def inside(host: str) -> bool:
-    """Whether an address is one of the cluster's own services."""
+def in_cluster_address(host: str) -> bool:
+    """Whether an address is one of a cluster's own services."""
     name = urlsplit(host).hostname or ""
     return name == "ml-pipeline" or name.endswith(".svc") or ".svc." in name
 
 
-def secrets(
+def credentials(
     host: str, token_file: str = "", cookie_file: str = ""
 ) -> tuple[Secret | None, Secret | None]:
-    """Token and cookie: from the files, else from KFP_TOKEN and KFP_COOKIE, else the pod's own token.
+    """Token and cookie: from the files, else KFP_TOKEN and KFP_COOKIE, else the pod's token.
 
-    The pod's token goes to the cluster's services only, unless KF_PIPELINES_SA_TOKEN_PATH names it. Raises ValueError
-    for what cannot be one.
+    The pod's token is sent to the cluster's services only, unless KF_PIPELINES_SA_TOKEN_PATH names
+    it. Raises ValueError for an invalid one.
     """
-    token, cookie = (
-        given("token", token_file, "KFP_TOKEN"),
-        given("cookie", cookie_file, "KFP_COOKIE"),
-    )
+    token = named_secret("token", token_file, "KFP_TOKEN")
+    cookie = named_secret("cookie", cookie_file, "KFP_COOKIE")
     pod = os.environ.get("KF_PIPELINES_SA_TOKEN_PATH", "")
-    if not pod and inside(host) and POD_TOKEN.exists():
+    if not pod and in_cluster_address(host) and POD_TOKEN.exists():
         pod = str(POD_TOKEN)
     if pod and not token and not cookie:
         token = Secret(
-            "the pod", lambda: checked("token", content(pod, "the pod's token"), "the pod")
+            "the pod",
+            lambda: validate_secret("token", read_secret(pod, "the pod's token"), "the pod"),
         )
     for secret in filter(None, (token, cookie)):
         secret.read()
     return token, cookie
 
 
-def given(kind: str, file: str, variable: str) -> Secret | None:
-    """The token or cookie that the user names, if any; "-" is the standard input."""
+def named_secret(kind: str, file: str, variable: str) -> Secret | None:
+    """The token or cookie that the user names, if any; "-" is standard input."""
     if file:
         source = f"--{kind}-file"
-        text = content(file, source)
+        text = read_secret(file, source)
         once = file == "-" or not Path(file).is_file()  # a pipe
         return Secret(
-            source, lambda: checked(kind, text if once else content(file, source), source)
+            source,
+            lambda: validate_secret(kind, text if once else read_secret(file, source), source),
         )
-    if text := os.environ.get(variable):
-        return Secret(variable, lambda: checked(kind, text, variable))
+    value = os.environ.get(variable)
+    if value:
+        return Secret(variable, lambda: validate_secret(kind, value, variable))
     return None
 
 
-def content(file: str, source: str) -> str:
-    """The text of a secret's file. Raises ValueError without its name: that may be the secret, put in the wrong place."""
+def read_secret(file: str, source: str) -> str:
+    """The text of a secret's file. Raises ValueError, without the name: it may be the secret."""
     try:
         return sys.stdin.read() if file == "-" else Path(file).read_text()
     except (OSError, UnicodeDecodeError) as error:
@@ -133,8 +139,8 @@ def content(file: str, source: str) -> str:
     raise ValueError(f"{source}: cannot be read: {reason}")
 
 
-def checked(kind: str, text: str, source: str) -> str:
-    """The secret as a header can carry it; http.client would put a wrong one into its traceback."""
+def validate_secret(kind: str, text: str, source: str) -> str:
+    """The secret as a header's value; http.client would print an invalid one in its traceback."""
     text = text.strip().removeprefix("Bearer ").removeprefix("Cookie: ").strip()
     if not re.fullmatch(r"[!-~]+" if kind == "token" else r"[ -~]+", text):
         raise ValueError(
@@ -148,13 +154,14 @@ def checked(kind: str, text: str, source: str) -> str:
 
 
 class Transport(RESTClientObject):
-    """The generated client's requests with a time limit, tried again where that is safe, and `Refusal` for errors.
+    """The transport of the generated client with timeouts, safe retries, and ServerError.
 
-    timeout: seconds to connect, and again between two parts of the answer. retries: how often more. A request that
-    changes something is only repeated when it cannot have arrived. `says` hears why it takes longer.
+    timeout: seconds to connect, and between two parts of the answer. retries: after the first
+    attempt; a request that changes something is repeated only if it cannot have arrived. report:
+    called with the reason of a retry.
     """
 
-    backoff = 1.0  # seconds before the first repetition; twice as long before each further one
+    backoff = 1.0  # seconds before the first retry, doubled for each further one
 
     def __init__(
         self,
@@ -163,18 +170,13 @@ class Transport(RESTClientObject):
         cookie: Secret | None,
         timeout: float,
         retries: int,
-        says: Callable[[str], None],
+        report: Callable[[str], None],
     ) -> None:
-        configuration.retries = (
-            False  # urllib3's own: three at once, none after a 5xx; and follows to login pages
-        )
+        # urllib3's own retries are immediate, not after a 5xx, and follow redirects to login pages
+        configuration.retries = False
         super().__init__(configuration)
-        self.host, self.timeout, self.retries, self.says = (
-            configuration.host,
-            timeout,
-            retries,
-            says,
-        )
+        self.host, self.timeout, self.retries = configuration.host, timeout, retries
+        self.report = report
         self.cookie, self.login = cookie, [secret for secret in (token, cookie) if secret]
 
     def request(
@@ -188,7 +190,7 @@ class Transport(RESTClientObject):
         _preload_content: bool = True,
         _request_timeout: object = None,
     ) -> RESTResponse:
-        """As the base class; it takes a pair of limits only, and ignores a single float."""
+        """Like the base class, which takes a pair of timeouts and ignores a single float."""
         cookies = {"Cookie": self.cookie.read()} if self.cookie else {}
         for attempt in range(self.retries + 1):
             try:
@@ -205,83 +207,87 @@ class Transport(RESTClientObject):
                 if answer.data.lstrip()[:1] in (b"{", b""):
                     return answer
                 kind = "a web page" if answer.data.lstrip()[:1] == b"<" else "other text"
-                refusal = Refusal(
+                failure = ServerError(
                     f"{self.host} answers with {kind}, not as the API of Kubeflow Pipelines does: "
-                    f"{self.page()}",
+                    f"{self.login_hint()}",
                     answer.status,
                 )
             except ApiException as error:
-                refusal = self.answered(error)
+                failure = self.response_error(error)
             except exceptions.HTTPError as error:
-                refusal = self.unanswered(error)
-            safe = method == "GET" or not refusal.reached
-            if attempt == self.retries or not refusal.passing or not safe:
+                failure = self.connection_error(error)
+            safe = method == "GET" or not failure.sent
+            if attempt == self.retries or not failure.transient or not safe:
                 break
             pause = self.backoff * 2**attempt
-            self.says(f"{refusal}; again in {pause:g} s")
+            self.report(f"{failure}; again in {pause:g} s")
             time.sleep(pause)
-        raise refusal  # outside of `except`: no traceback leads to the request's headers
+        raise failure  # outside of `except`: no traceback leads to the request's headers
 
-    def answered(self, error: ApiException) -> Refusal:
-        """The meaning of an answer that is no success."""
+    def response_error(self, error: ApiException) -> ServerError:
+        """The error for an answer with a status of failure."""
         status = error.status or 0
-        if not status:  # the base class makes this of TLS errors
+        if not status:  # the base class turns TLS errors into this
             reason = " ".join(
                 re.sub(r"SSLError|\(_ssl\.c:\d+\)|\[SSL: \w+\]", "", str(error.reason)).split()
             )
-            return Refusal(
+            return ServerError(
                 f"{self.host}: no TLS connection ({reason}); the certificate of a private authority is given"
                 " with --ca-file, and http:// is for a server without TLS",
                 0,
-                reached=False,
+                sent=False,
             )
-        said, where = self.message(error), (error.headers or {}).get("location", "")
+        text, location = self.server_text(error), (error.headers or {}).get("location", "")
         if 300 <= status < 400:
-            target, here = urlsplit(where)._replace(query="", fragment=""), urlsplit(self.host)
+            target, here = urlsplit(location)._replace(query="", fragment=""), urlsplit(self.host)
             moved = target.hostname == here.hostname and target.scheme != here.scheme
-            return Refusal(
+            return ServerError(
                 f"{self.host} sends us to {target.geturl() or 'another page'}: "
-                f"{'give that one as --host' if moved else self.page()}",
+                f"{'give that one as --host' if moved else self.login_hint()}",
                 status,
             )
         if status == 401 and not self.login:
-            return Refusal(f"{self.host} wants to know who asks (401): give {LOGIN}", status)
+            return ServerError(f"{self.host} wants to know who asks (401): give {LOGIN}", status)
         if status == 401:
-            return Refusal(
-                f"{self.host} does not accept the login of {self.sources()} (401): it has expired, or is for"
-                f" another server{said}",
+            return ServerError(
+                f"{self.host} does not accept the login of {self.login_sources()} (401): it has expired, or is for"
+                f" another server{text}",
                 status,
             )
         if status == 403:
             who = (
-                f"the login of {self.sources()}"
+                f"the login of {self.login_sources()}"
                 if self.login
                 else "a request without token and cookie"
             )
-            return Refusal(f"{self.host} forbids this to {who} (403){said}", status)
-        return Refusal(
-            f"{self.host} answers {status} {error.reason}{said}",
+            return ServerError(f"{self.host} forbids this to {who} (403){text}", status)
+        return ServerError(
+            f"{self.host} answers {status} {error.reason}{text}",
             status,
-            passing=status in PASSING,
-            reached=status != 429,
+            transient=status in TRANSIENT,
+            sent=status != 429,
         )
 
-    def unanswered(self, error: exceptions.HTTPError) -> Refusal:
-        """The meaning of no answer."""
+    def connection_error(self, error: exceptions.HTTPError) -> ServerError:
+        """The error when there is no answer."""
         if isinstance(error, exceptions.NameResolutionError):
-            return Refusal(f"{self.host}: no such host", 0, reached=False)
+            return ServerError(f"{self.host}: no such host", 0, sent=False)
         if isinstance(error, exceptions.ConnectTimeoutError | exceptions.NewConnectionError):
             reason = (
                 getattr(error.__cause__, "strerror", None)
                 or f"no connection within {self.timeout:g} s"
             )
-            return Refusal(f"{self.host}: {reason}", 0, passing=True, reached=False)
+            return ServerError(f"{self.host}: {reason}", 0, transient=True, sent=False)
         if isinstance(error, exceptions.ReadTimeoutError):
-            return Refusal(f"{self.host}: no answer within {self.timeout:g} s", 0, passing=True)
-        return Refusal(f"{self.host}: the connection broke off before an answer", 0, passing=True)
+            return ServerError(
+                f"{self.host}: no answer within {self.timeout:g} s", 0, transient=True
+            )
+        return ServerError(
+            f"{self.host}: the connection broke off before an answer", 0, transient=True
+        )
 
-    def page(self) -> str:
-        """What to do about a web page."""
+    def login_hint(self) -> str:
+        """What to do when the server returns a web page."""
         path = (
             ""
             if urlsplit(self.host).path
@@ -289,22 +295,19 @@ class Transport(RESTClientObject):
         )
         if not self.login:
             return f"it asks for a login: give {LOGIN}{path}"
-        return f"the login of {self.sources()} has expired or is not accepted{path}"
+        return f"the login of {self.login_sources()} has expired or is not accepted{path}"
 
-    def sources(self) -> str:
-        """Where the secrets came from."""
+    def login_sources(self) -> str:
+        """The sources of the secrets."""
         return " and ".join(secret.source for secret in self.login)
 
-    def message(self, error: ApiException) -> str:
-        """What the API says itself, on one line, without our secrets should it repeat them."""
+    def server_text(self, error: ApiException) -> str:
+        """The message of the API, on one line, with our secrets masked should it repeat them."""
         body = (error.body or b"").decode(errors="replace")
         try:
             text = str(json.loads(body)["message"])
-        except (
-            ValueError,
-            KeyError,
-            TypeError,
-        ):  # a proxy's words, as Istio's "RBAC: access denied"; no web page
+        except (ValueError, KeyError, TypeError):
+            # the text of a proxy, as Istio's "RBAC: access denied", but no web page
             text = "" if "<" in body else body
         text = " ".join(text.split())
         for secret in self.login:
@@ -320,26 +323,25 @@ def connect(
     ca_file: str = "",
     timeout: float = 30.0,
     retries: int = 3,
-    says: Callable[[str], None] = lambda _: None,
+    report: Callable[[str], None] = lambda _: None,
 ) -> ApiClient:
-    """A client of the API at `host` for the service classes of kfp_server_api; see `Transport` for the numbers.
+    """A client for the service classes of kfp_server_api; see Transport for the arguments.
 
-    Raises FileNotFoundError when ca_file is missing. Its requests raise `Refusal`.
+    Raises FileNotFoundError when ca_file is missing. Its requests raise ServerError.
     """
     if ca_file and not Path(ca_file).is_file():
         raise FileNotFoundError(f"--ca-file {ca_file}: no such file")
     configuration = Configuration(host=host)
     configuration.ssl_ca_cert = ca_file or None
     client = ApiClient(configuration)
-
-    def renew(settings: Configuration) -> None:
-        settings.api_key["authorization"] = token.read()
-
     if token:
-        configuration.api_key, configuration.api_key_prefix = (
-            {"authorization": ""},
-            {"authorization": "Bearer"},
-        )
+        read_token = token.read
+
+        def renew(settings: Configuration) -> None:
+            settings.api_key["authorization"] = read_token()
+
+        configuration.api_key = {"authorization": ""}
+        configuration.api_key_prefix = {"authorization": "Bearer"}
         configuration.refresh_api_key_hook = renew
-    client.rest_client = Transport(configuration, token, cookie, timeout, retries, says)
+    client.rest_client = Transport(configuration, token, cookie, timeout, retries, report)
     return client

@@ -1,4 +1,6 @@
-"""A pipeline run on this machine: kfp's local runner, each step a process, the training one of them."""
+"""Run the pipeline on this machine with kfp's local runner: each step is a process, also the
+training.
+"""
 
 from __future__ import annotations
 
@@ -18,74 +20,75 @@ from kfp import dsl, local
 from components import RUN_ID
 from components.cleanup import clean_up
 from components.train import train
-from pipeline.pipeline import build
+from pipeline.graph import build
 
 COLOR = re.compile(r"\033\[\d+m")
 BEGIN = re.compile(r"Executing task '([\w-]+)'")
 FAILED = re.compile(r"Task '([\w-]+)' finished with status FAILURE")
-# kfp's own lines: its executor's, the JSON of a step's inputs, times and levels, rulers
+# lines of kfp: its executor, the JSON of a step's inputs, times and levels, rulers
 NOISE = re.compile(r"\s*(\[KFP Executor |[\"{}\[\]]|\d\d:\d\d:\d\d\.\d+ - |-{20,}|$)")
 
 
 class Screen:
-    """Shows the steps' own lines, each under its step's name, and of an error its last line; all goes to a log file."""
+    """Shows the lines that the steps print, under the step's name, and the last line of an error;
+    logs everything.
+    """
 
     def __init__(self, screen: TextIO, log: TextIO) -> None:
         self.screen, self.log = screen, log
-        self.line, self.depth = "", -1  # depth: indentation of a traceback that is being left out
-        self.waits = False  # for the value of an output, which kfp shows in more lines
+        self.line, self.depth = "", -1  # depth: indentation of a traceback that is being skipped
+        self.in_outputs = False  # in the value of an output, which kfp prints on several lines
 
     def write(self, text: str) -> int:
-        """Takes any piece of text."""
+        """Split text into lines and process the complete ones."""
         *lines, self.line = (self.line + text).split("\n")
         for line in lines:
             plain = COLOR.sub("", line)
             self.log.write(f"{plain}\n")
-            self.take(plain)
+            self.process(plain)
         return len(text)
 
-    def take(self, line: str) -> None:
-        """Looks at one line."""
+    def process(self, line: str) -> None:
+        """Show the line or skip it."""
         indent = len(line) - len(line.lstrip())
         if begun := BEGIN.search(line):
-            self.waits = False
+            self.in_outputs = False
             self.show(f"-- {begun[1]}")
         elif failed := FAILED.search(line):
             self.show(f"-- {failed[1]} failed")
         elif NOISE.match(line):
-            self.waits = "outputs:" in line or (self.waits and " - " not in line[:20])
+            self.in_outputs = "outputs:" in line or (self.in_outputs and " - " not in line[:20])
         elif line.lstrip().startswith("Traceback (most recent"):
             self.depth = indent
-        elif self.waits or indent > self.depth >= 0:
+        elif self.in_outputs or indent > self.depth >= 0:
             return
         else:
             self.depth = -1
             self.show(line.lstrip(" "))  # parallel steps indent each other's lines
 
     def show(self, line: str) -> None:
-        """At once."""
+        """Write and flush a line."""
         self.screen.write(f"{line}\n")
         self.screen.flush()
 
     def flush(self) -> None:
-        """As files do."""
+        """Flush both, like a file."""
         self.screen.flush()
         self.log.flush()
 
 
-def run_here(recipes: Sequence[str], overrides: Sequence[str], workspace: Path) -> str:
-    """Runs the pipeline to its end and gives the run's id; what the steps pass on lies in WORKSPACE/pipeline.
+def run_locally(recipes: Sequence[str], overrides: Sequence[str], workspace: Path) -> str:
+    """Run the pipeline and return the run's id; its artifacts and log are in WORKSPACE/pipeline.
 
-    Raises RuntimeError when a step fails; why is then on the screen, and in the log beside. Ctrl-C ends the run.
+    Raises RuntimeError when a step fails, after its error was printed. Ctrl-C ends the run.
     """
     root, run_id = workspace / "pipeline", uuid4().hex
     root.mkdir(parents=True, exist_ok=True)
     os.environ[RUN_ID] = run_id
-    warnings.filterwarnings(
-        "ignore", category=RuntimeWarning, module="kfp.local"
-    )  # that our image is none of Python's
+    # kfp warns that the image is not an official one of Python
+    warnings.filterwarnings("ignore", category=RuntimeWarning, module="kfp.local")
     local.init(local.SubprocessRunner(use_venv=False), pipeline_root=str(root))
-    show = builtins.print
+    original_print = builtins.print
     with open(root / f"{run_id}.log", "w") as log, redirect_stdout(Screen(sys.stdout, log)):
         try:
             build(train)(
@@ -101,9 +104,8 @@ def run_here(recipes: Sequence[str], overrides: Sequence[str], workspace: Path) 
             raise RuntimeError(
                 f"step {failed[0] if failed else '?'} failed; the whole log: {log.name}"
             ) from error
-        except (
-            KeyboardInterrupt
-        ):  # kfp's runner leaves the exit handler out, and MLflow's run would go on for ever
+        except KeyboardInterrupt:
+            # kfp's local runner skips the exit handler, so MLflow's parent run would never end
             ended = dsl.PipelineTaskFinalStatus("CANCELED", "", "", None, None)
             clean_up.python_func(
                 recipes=list(recipes),
@@ -114,5 +116,7 @@ def run_here(recipes: Sequence[str], overrides: Sequence[str], workspace: Path) 
             )
             raise
         finally:
-            builtins.print = show  # kfp puts its own there, and with parallel steps leaves it
+            builtins.print = (
+                original_print  # kfp replaces it, and with parallel steps does not restore it
+            )
     return run_id

@@ -18,8 +18,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from components.following import Patience
-from components.jobs import KINDS, RECIPE, RUN, job_name
+from components.launcher.client import Timeouts
+from components.launcher.templates import KINDS, RECIPE, RUN, job_name
 from tests.conftest import ROOT
 
 on_cluster = [
@@ -29,7 +29,7 @@ on_cluster = [
         "KUBECONFIG" not in os.environ, reason="needs KUBECONFIG of a test control plane"
     ),
 ]
-QUICK = Patience(look=1, api=60, forbidden=4, operator=20, start=3, schedule=3, deletion=20)
+QUICK = Timeouts(poll=1, api=60, forbidden=4, operator=20, start=3, schedule=3, deletion=20)
 ADMIN: dict[str, str] = {}  # KUBECONFIG of the test itself, while the launcher has another
 PIPELINE_RUN = "6f0c8a52-1f3e-4b7e-9b1b-0d6c35f7a001"
 
@@ -68,7 +68,7 @@ def template(kind: str = "pytorchjob", script: bool = False) -> str:
     job = next(part for part in yaml.safe_load_all(found) if part["kind"] == KINDS[kind].name)
     job["metadata"].pop(
         "annotations"
-    )  # for how long its pods may wait for a node: the tests' patience says that
+    )  # for how long its pods may wait for a node: the tests' timeouts say that
     containers = (
         [job["spec"]["trainer"]]
         if kind == "trainjob"
@@ -101,13 +101,13 @@ class Scene:
         recipe: str = "tiny",
         run: str = PIPELINE_RUN,
         nodes: int = 2,
-        patience: Patience = QUICK,
+        timeouts: Timeouts = QUICK,
         kind: str = "pytorchjob",
         task: dict | None = None,
         finished: Callable[[], bool] = lambda: False,
     ) -> None:
-        """`components.pytorchjob.launch`, its lines in self.lines and in the output of a test that fails."""
-        from components.pytorchjob import launch
+        """`components.launcher.launch`, its lines in self.lines and in the output of a test that fails."""
+        from components.launcher.launch import launch
 
         def out(line: str) -> None:
             self.lines.append(line)
@@ -127,7 +127,7 @@ class Scene:
                 workspace="/data",
                 task_config=task,
                 out=out,
-                patience=patience,
+                timeouts=timeouts,
                 finished=finished,
             )
 
@@ -148,8 +148,8 @@ class Scene:
             "task_config": None,
         }
         code = (
-            "import json, sys; from tests.cluster import QUICK; from components.pytorchjob import launch; "
-            "launch(**json.loads(sys.argv[1]), patience=QUICK)"
+            "import json, sys; from tests.cluster import QUICK; from components.launcher.launch import launch; "
+            "launch(**json.loads(sys.argv[1]), timeouts=QUICK)"
         )
         return subprocess.Popen(
             [sys.executable, "-u", "-c", code, json.dumps(given)],

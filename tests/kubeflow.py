@@ -19,7 +19,7 @@ from urllib.parse import parse_qs, urlsplit
 
 import pytest
 
-from pipeline.__main__ import main
+from pipeline.cli import main
 from pipeline.connection import Transport
 
 API = "/apis/v2beta1"

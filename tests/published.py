@@ -12,7 +12,7 @@ from torch import Tensor
 
 from vitdet.config import load_config
 from vitdet.models import Detector
-from vitdet.training.convert import shapes_of
+from vitdet.weights.convert import shapes_of
 
 GOLDEN = Path(__file__).parent / "golden"
 # {name: {keys: {tensor: shape}, n_params of detectors}}

@@ -13,7 +13,7 @@ from vitdet.config import (
     RPNConfig,
 )
 from vitdet.models import build_detector
-from vitdet.types import Bitmaps, Polygons, Target
+from vitdet.types import Polygons, Target
 
 SIDE = 128
 CLASSES = 4
@@ -84,19 +84,13 @@ def rectangle(x0, y0, x1, y1):
     )
 
 
-def target(boxes, labels, form="polygons"):
+def target(boxes, labels):
     """Rectangles that fill their boxes."""
     boxes = torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4)
     labels = torch.tensor(labels, dtype=torch.int64)
-    if form == "polygons":
-        outlines = [rectangle(*box) for box in boxes.tolist()]
-        return Target(
-            boxes, labels, Polygons(torch.stack(outlines) if outlines else torch.zeros(0, 0, 4))
-        )
-    pixels = torch.zeros(len(boxes), SIDE, SIDE, dtype=torch.bool)
-    for mask, (x0, y0, x1, y1) in zip(pixels, boxes.int().tolist(), strict=True):
-        mask[y0:y1, x0:x1] = True
-    return Target(boxes, labels, Bitmaps(pixels))
+    outlines = [rectangle(*box) for box in boxes.tolist()]
+    edges = torch.stack(outlines) if outlines else torch.zeros(0, 0, 4)
+    return Target(boxes, labels, Polygons(edges))
 
 
 class Operations(TorchDispatchMode):

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from pipeline.accelerators import accelerators
-from pipeline.pipeline import compile_pipeline
+from pipeline.graph import compile_pipeline
+from pipeline.job_manifests import accelerators
 from tests.conftest import ROOT
 from tests.test_manifests import OVERLAYS, overlay
 
@@ -54,7 +54,7 @@ def test_both_kinds_say_the_same(name: str) -> None:
 def test_evaluate_is_compiled_the_same_from_both_kinds(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pipeline.pipeline.IMAGE", "")
+    monkeypatch.setattr("pipeline.graph.IMAGE", "")
     resources, needs = evaluation(text(name, "trainjob"), tmp_path / "t.yaml")
     assert (resources, needs) == evaluation(text(name), tmp_path / "p.yaml")
     assert ("accelerator" in resources, "tolerations" in needs, "nodeSelector" in needs) == (

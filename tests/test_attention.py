@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 import torch
 
+from tests import parts
 from tests.far import far_device, send
 from vitdet.models import attention as module
-from vitdet.models.attention import Attention, join_windows, relative_positions, split_windows
+from vitdet.models.attention import join_windows, relative_positions, split_windows
 from vitdet.models.vit import SIZES
 
 
@@ -53,7 +54,7 @@ def plain_attention(attention, x):
 
 def random_attention(size, dim=12, heads=3, scaled=False):
     torch.manual_seed(0)
-    attention = Attention(dim, heads, size, scaled)
+    attention = parts.attention(dim, heads, size, scaled)
     for parameter in attention.parameters():
         torch.nn.init.normal_(parameter, std=0.5)
     return attention
@@ -114,7 +115,7 @@ def test_a_fused_kernel_gets_widths_that_it_takes_in_half_precision(name, side, 
         module, "attend", lambda *given: handed.extend(one.shape[-1] for one in given) or given[2]
     )
     with torch.device("meta"):
-        Attention(size.dim, size.heads, side).bfloat16()(
+        parts.attention(size.dim, size.heads, side).bfloat16()(
             torch.empty(1, side, side, size.dim, dtype=torch.bfloat16)
         )
     query, key, value = handed

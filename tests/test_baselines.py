@@ -12,7 +12,9 @@ from torch.nn import functional as F
 from tests.published import PUBLISHED, file_of
 from vitdet.config import from_dict
 from vitdet.models import Detector, build_detector
-from vitdet.weights.convert import FORMATS, SWIN, SWIN_MMDET, to_ours, to_theirs
+from vitdet.weights.formats import FORMATS
+from vitdet.weights.formats.swin import SWIN, SWIN_MMDET
+from vitdet.weights.formats.table import to_ours, to_theirs
 from vitdet.weights.load import Source, fitted
 
 NAMES = {"swin_mmdet/swin_t": "swin_t", "vitaev2/vitaev2_s": "vitaev2_s"}

@@ -29,7 +29,7 @@ CHANGES = {"model__backbone__name": "vitae_b", "optim__steps": 6, "train__batch_
 
 def small(root: Path, **changes: object) -> Config:
     """ViTAE-B of two narrow blocks; the change is to be undone."""
-    vitae.SIZES["vitae_b"] = Size(32, 2, 2, (1,))
+    vitae.SIZES["vitae_b"] = Size(32, 2, 2, (1,), 4.0)
     return load_config("tiny", minimal(root, **CHANGES, **changes))
 
 

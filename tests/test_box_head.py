@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from vitdet.models.box_head import BoxHead
+from tests.parts import box_head
 
 
 def slow_block(block, x, eps):
@@ -22,7 +22,7 @@ def slow_block(block, x, eps):
 )
 def test_layers(norm, num_convs, num_fcs):
     torch.manual_seed(0)
-    head = BoxHead(
+    head = box_head(
         channels=4,
         num_convs=num_convs,
         num_fcs=num_fcs,
@@ -54,7 +54,7 @@ def test_layers(norm, num_convs, num_fcs):
 
 def test_fresh_weights_say_nothing_yet():
     torch.manual_seed(0)
-    head = BoxHead(
+    head = box_head(
         channels=16,
         num_convs=1,
         num_fcs=2,

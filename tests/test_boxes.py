@@ -28,22 +28,22 @@ def test_decode_inverts_encode():
     boxes, targets = random_boxes(50), random_boxes(50, seed=1)
     for weights in ((1.0, 1.0, 1.0, 1.0), WEIGHTS):
         assert torch.allclose(
-            decode(boxes, encode(boxes, targets, weights), weights), targets, atol=1e-3
+            decode(boxes, encode(boxes, targets, weights), weights, -math.inf), targets, atol=1e-3
         )
 
 
 def test_decode_takes_a_box_for_each_class():
     boxes, deltas = random_boxes(3), torch.randn(3, 5, 4)
-    found = decode(boxes, deltas, WEIGHTS)
+    found = decode(boxes, deltas, WEIGHTS, -math.inf)
     assert found.shape == (3, 5, 4)
-    assert torch.allclose(found[:, 2], decode(boxes, deltas[:, 2], WEIGHTS), atol=1e-4)
+    assert torch.allclose(found[:, 2], decode(boxes, deltas[:, 2], WEIGHTS, -math.inf), atol=1e-4)
 
 
 def test_growth_is_limited_and_shrinking_is_not():
     box = torch.tensor([[0.0, 0, 16, 16]])
-    grown = decode(box, torch.tensor([[0.0, 0, 50, 100]]), (1.0, 1.0, 1.0, 1.0))
+    grown = decode(box, torch.tensor([[0.0, 0, 50, 100]]), (1.0, 1.0, 1.0, 1.0), -math.inf)
     assert (grown[:, 2:] - grown[:, :2])[0].tolist() == pytest.approx([1000, 1000], rel=1e-5)
-    shrunk = decode(box, torch.tensor([[0.0, 0, -9, -9]]), (1.0, 1.0, 1.0, 1.0))
+    shrunk = decode(box, torch.tensor([[0.0, 0, -9, -9]]), (1.0, 1.0, 1.0, 1.0), -math.inf)
     assert (shrunk[:, 2:] - shrunk[:, :2])[0].tolist() == pytest.approx(
         [16 * math.exp(-9)] * 2, rel=1e-2
     )
@@ -58,7 +58,10 @@ def test_shrinking_is_limited_on_request():
 
 
 def test_decode_works_in_float32_for_half_precision():
-    assert decode(random_boxes(2), torch.randn(2, 4).bfloat16(), WEIGHTS).dtype == torch.float32
+    assert (
+        decode(random_boxes(2), torch.randn(2, 4).bfloat16(), WEIGHTS, -math.inf).dtype
+        == torch.float32
+    )
 
 
 def test_clip_to_height_and_width():
@@ -98,9 +101,9 @@ def test_weights_are_numbers_that_no_device_waits_for(weights):
     boxes, targets, deltas = random_boxes(6), random_boxes(6), torch.randn(6, 3, 4)
     row, ones = torch.tensor(weights), (1.0,) * 4
     with Operations() as operations:
-        found = encode(boxes, targets, weights), decode(boxes, deltas, weights)
+        found = encode(boxes, targets, weights), decode(boxes, deltas, weights, -math.inf)
     assert not [
         name for name in operations.names if "copy" in name or "lift" in name
     ]  # no tensor of the weights
     assert torch.equal(found[0], encode(boxes, targets, ones) * row)
-    assert torch.equal(found[1], decode(boxes, deltas / row, ones))
+    assert torch.equal(found[1], decode(boxes, deltas / row, ones, -math.inf))

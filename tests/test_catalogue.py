@@ -6,14 +6,20 @@ import re
 from pathlib import Path
 from urllib.parse import urlsplit
 
+import msgspec
 import pytest
 
 from vitdet.config import load_config, recipes
-from vitdet.weights.catalogue import CATALOGUE, cache_folder, fetched, find
-from vitdet.weights.convert import FORMATS
+from vitdet.weights.catalogue import CATALOGUE, PACKAGED, Entry, cache_folder, fetched, find
+from vitdet.weights.formats import FORMATS
 
 PUBLISHED = Path(__file__).parents[2] / "shared" / "reference" / "detectron2" / "PUBLISHED.md"
 ENTRIES = list(CATALOGUE.values())
+
+
+def test_every_value_has_the_type_of_its_field() -> None:
+    raw = (PACKAGED / "catalogue.yaml").read_bytes()
+    assert msgspec.yaml.decode(raw, type=list[Entry]) == ENTRIES
 
 
 def test_every_recipe_starts_from_a_name_of_the_list() -> None:

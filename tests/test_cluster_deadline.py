@@ -12,7 +12,8 @@ from dataclasses import replace
 import pytest
 import yaml
 
-from components.jobs import KINDS, job_name, state
+from components.launcher.status import job_phase
+from components.launcher.templates import KINDS, job_name
 from tests.cluster import (
     PIPELINE_RUN,
     QUICK,
@@ -43,7 +44,7 @@ def test_the_training_operator_ends_a_job_after_its_deadline_when_something_happ
     def stir() -> None:
         running(played, "late")
         time.sleep(12)
-        quiet.append(state(KINDS["pytorchjob"], played.job("late"))[0])
+        quiet.append(job_phase(KINDS["pytorchjob"], played.job("late"))[0])
         kubectl("annotate", "pytorchjob", "-n", played.namespace, name, "something=happened")
 
     other = meanwhile(stir)
@@ -76,7 +77,7 @@ def test_a_job_that_is_gone_after_its_time_to_live_has_succeeded(played: Scene) 
         script(ttlSecondsAfterFinished=0),
         ["echo on; sleep 1; echo done > /data/complete"],
         "short",
-        patience=seldom,
+        timeouts=seldom,
         finished=lambda: (played.volume / "complete").exists(),
     )
     wait_until(lambda: played.job("short") is None and not played.pods("short"))

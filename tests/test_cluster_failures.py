@@ -20,8 +20,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from components.jobs import job_name
-from components.pytorchjob import delete_jobs
+from components.launcher.launch import delete_jobs
+from components.launcher.templates import job_name
 from tests.cluster import (
     PIPELINE_RUN,
     QUICK,
@@ -278,7 +278,7 @@ def test_without_an_operator_the_step_says_so(tmp_path: Path) -> None:
             RuntimeError,
             match="the Kubeflow training operator .v1.9. does not run; it is suspended",
         ):
-            empty.launch(script(), ["true"], "nobody", patience=replace(QUICK, operator=3))
+            empty.launch(script(), ["true"], "nobody", timeouts=replace(QUICK, operator=3))
 
 
 def test_all_jobs_of_a_run_are_deleted_and_no_others(

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import pytest
 import yaml
 
-from components.jobs import KINDS
+from components.launcher.templates import KINDS
 from tests.cluster import QUICK, kubectl, on_cluster
 from tests.test_manifests import JOBS, MANIFESTS, OVERLAYS, overlay
 
@@ -149,12 +149,12 @@ def test_a_pipeline_s_account_may_what_it_must_and_no_more(accounts: str) -> Non
 def test_the_launcher_s_requests_are_all_allowed(kind: str, accounts: str) -> None:
     from kubernetes import config
 
-    from components.pytorchjob import Cluster
+    from components.launcher.client import JobClient
 
     api = config.new_client_from_config()
     api.set_default_header("Impersonate-User", f"system:serviceaccount:{accounts}:vitdet-pipeline")
     said: list[str] = []
-    cluster = Cluster(api, KINDS[kind], "vitdet-train", accounts, said.append, QUICK)
+    cluster = JobClient(api, KINDS[kind], "vitdet-train", accounts, said.append, QUICK)
     *_, job = moved(overlay("kind", JOBS[kind]), accounts)
     # one that exists: else the garbage collector takes the job, sooner or later
     made = json.loads(kubectl("create", "configmap", f"step-{kind}", "-n", accounts, "-o", "json"))[
@@ -180,7 +180,7 @@ def test_the_launcher_s_requests_are_all_allowed(kind: str, accounts: str) -> No
     cluster.delete()
     assert cluster.get() is None and said == []
     with pytest.raises(RuntimeError, match="forbidden"):
-        Cluster(api, KINDS[kind], "vitdet-train", "default", said.append, QUICK).create(job)
+        JobClient(api, KINDS[kind], "vitdet-train", "default", said.append, QUICK).create(job)
 
 
 def test_a_training_s_account_may_nothing(accounts: str) -> None:

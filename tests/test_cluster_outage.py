@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from components.jobs import job_name
+from components.launcher.templates import job_name
 from tests.cluster import PIPELINE_RUN, Scene, kubectl, on_cluster, scene, template, wait_until
 from tests.conftest import ROOT
 from tests.fake_node import free_port

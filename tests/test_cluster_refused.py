@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 import yaml
 
-from components.jobs import job_name
+from components.launcher.templates import job_name
 from tests.cluster import PIPELINE_RUN, QUICK, Scene, on_cluster, scene, template
 
 pytestmark = on_cluster
@@ -30,7 +30,7 @@ def test_a_refused_pod_is_the_cause_whether_others_run_or_not(
             "not-there"
         )
     with pytest.raises(RuntimeError) as raised:
-        played.launch(yaml.safe_dump(job), ["echo on; sleep 60"], recipe, patience=QUICK)
+        played.launch(yaml.safe_dump(job), ["echo on; sleep 60"], recipe, timeouts=QUICK)
     name = job_name(PIPELINE_RUN, recipe)
     assert f"{name} cannot start, for 3 s now\ncause: job {name}: FailedCreatePod: " in str(
         raised.value

@@ -9,9 +9,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from components.following import FAILURE
-from components.jobs import job_name
-from components.pytorchjob import delete_jobs
+from components.launcher.launch import delete_jobs
+from components.launcher.templates import FAILURE, job_name
 from tests.cluster import PIPELINE_RUN, Scene, kubectl, on_cluster, scene, template, wait_until
 from tests.test_cluster_failures import IMAGE, meanwhile, script, write_status
 

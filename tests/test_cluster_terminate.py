@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from components.jobs import KINDS, RUN, label
+from components.launcher.templates import KINDS, RUN, label
 from tests.cluster import PIPELINE_RUN, kubectl, on_cluster, scene, template
 from tests.kubeflow import Handler, Kubeflow, command, serving
 

@@ -17,7 +17,7 @@ import pytest
 import yaml
 from kubernetes import client
 
-from components.jobs import job_name
+from components.launcher.templates import job_name
 from tests.cluster import PIPELINE_RUN, Scene, kubectl, on_cluster, scene, template, wait_until
 from tests.conftest import ROOT
 from tests.manifests import kustomize

@@ -120,7 +120,7 @@ def jobs(monkeypatch: pytest.MonkeyPatch) -> Jobs:
     monkeypatch.setenv(components.RUN_ID, RUN)
     monkeypatch.setitem(
         sys.modules,
-        "components.pytorchjob",
+        "components.launcher.launch",
         SimpleNamespace(launch=played.launch, delete_jobs=played.delete_jobs),
     )
     return played
@@ -254,7 +254,7 @@ def test_the_parent_run_ends_although_the_jobs_cannot_be_deleted(
 
     closed = []
     monkeypatch.setattr(steps, "close_group", lambda *words: closed.append(words[-1]))
-    monkeypatch.setattr(sys.modules["components.pytorchjob"], "delete_jobs", forbidden)
+    monkeypatch.setattr(sys.modules["components.launcher.launch"], "delete_jobs", forbidden)
     status = dsl.PipelineTaskFinalStatus(
         state="FAILED",
         pipeline_job_resource_name="",

@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 
 from pipeline import connection
-from pipeline.connection import Refusal, address, connect, secrets
-from pipeline.pipeline import compile_pipeline
+from pipeline.connection import ServerError, connect, credentials, server_address
+from pipeline.graph import compile_pipeline
 from tests.kubeflow import Kubeflow, command, cut, failing, page, serving, stalling
 
 Run = Callable[..., tuple[int, str, str]]
@@ -139,7 +139,7 @@ def test_a_token_that_is_renewed_in_its_file_is_used_at_once(
 ) -> None:
     from kfp_server_api import HealthzServiceApi
 
-    client = connect(kubeflow.url, *secrets(kubeflow.url, str(token)))
+    client = connect(kubeflow.url, *credentials(kubeflow.url, str(token)))
     HealthzServiceApi(client).healthz_service_get_healthz()
     token.write_text("renewed")
     HealthzServiceApi(client).healthz_service_get_healthz()
@@ -152,9 +152,9 @@ def test_the_pods_token_goes_to_the_clusters_services_only(
 ) -> None:
     monkeypatch.setattr(connection, "POD_TOKEN", token)
     monkeypatch.setenv("KUBERNETES_SERVICE_HOST", "10.0.0.1")
-    assert address("") == "http://ml-pipeline.kubeflow.svc.cluster.local:8888"
-    assert secrets(address(""))[0].read() == SECRET
-    assert secrets("https://kubeflow.example.com/pipeline") == (None, None)
+    assert server_address("") == "http://ml-pipeline.kubeflow.svc.cluster.local:8888"
+    assert credentials(server_address(""))[0].read() == SECRET
+    assert credentials("https://kubeflow.example.com/pipeline") == (None, None)
 
 
 @pytest.mark.parametrize(
@@ -166,13 +166,13 @@ def test_the_pods_token_goes_to_the_clusters_services_only(
     ],
 )
 def test_a_link_from_the_browser_is_an_address(given: str, wanted: str) -> None:
-    assert address(given) == wanted
+    assert server_address(given) == wanted
 
 
 @pytest.mark.parametrize("host", ["", "kf.example.com", "ftp://kf", "https://"])
 def test_an_address_that_is_none(host: str) -> None:
     with pytest.raises(ValueError, match="https://kubeflow.example.com/pipeline"):
-        address(host)
+        server_address(host)
 
 
 @pytest.mark.parametrize(
@@ -256,11 +256,11 @@ def test_an_error_is_one_line_without_the_secret(
 def test_a_traceback_leads_to_no_header(kubeflow: Kubeflow, token: Path) -> None:
     from kfp_server_api import HealthzServiceApi
 
-    both = secrets(kubeflow.url, str(token))
+    both = credentials(kubeflow.url, str(token))
     client = connect(kubeflow.url, *both, retries=0)
     for answer in (failing(500, SECRET), failing(401, SECRET), cut):
         kubeflow.plan["GET /healthz"] = [answer]
-        with pytest.raises(Refusal) as caught:
+        with pytest.raises(ServerError) as caught:
             HealthzServiceApi(client).healthz_service_get_healthz()
         assert caught.value.__context__ is None
         assert SECRET not in "".join(traceback.format_exception(caught.value)) + repr(both)

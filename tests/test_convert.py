@@ -9,18 +9,11 @@ import torch
 from torch import Tensor
 
 from tests.published import BACKBONES, DETECTORS, PUBLISHED, file_of, model_of
-from vitdet.weights.convert import (
-    DETECTRON2,
-    FORMATS,
-    MMDET,
-    VITAE,
-    VITAE_CLS,
-    drop_class_token,
-    mmdet,
-    rename,
-    to_ours,
-    to_theirs,
-)
+from vitdet.weights.formats import FORMATS
+from vitdet.weights.formats.detectron2 import DETECTRON2, drop_class_token
+from vitdet.weights.formats.mmdet import MMDET, mmdet_format
+from vitdet.weights.formats.table import rename, to_ours, to_theirs
+from vitdet.weights.formats.vitae import VITAE, VITAE_CLS
 from vitdet.weights.load import Source, fitted
 from vitdet.weights.resize import (
     rescale_relative_positions,
@@ -60,7 +53,11 @@ def test_a_published_detector_is_the_recipes_and_comes_back(name: str) -> None:
     else:
         assert unread == 23040  # `attn.w` of two cells has no gradient and is no parameter here
 
-    layout = mmdet(split=(2, 5, 8, 11)) if name == "mmdet/vitae_b" else FORMATS[name.split("/")[0]]
+    layout = (
+        mmdet_format(split=(2, 5, 8, 11))
+        if name == "mmdet/vitae_b"
+        else FORMATS[name.split("/")[0]]
+    )
     back = to_theirs(weights, layout)
     assert shapes(back) == shapes(theirs)
     for key, tensor in back.items():
@@ -206,7 +203,7 @@ def test_biases_of_queries_and_values_leave_the_keys_without() -> None:
     )
     assert ours["backbone.blocks.2.attn.qkv.bias"].tolist() == [1, 0, 3]
     trained = {"backbone.blocks.2.attn.qkv.bias": torch.tensor([1.0, 9.0, 3.0])}
-    back = to_theirs(trained, mmdet(split=[2]))
+    back = to_theirs(trained, mmdet_format(split=[2]))
     assert {key: tensor.tolist() for key, tensor in back.items()} == {
         "backbone.blocks.2.attn.q_bias": [1],
         "backbone.blocks.2.attn.v_bias": [3],
@@ -224,7 +221,7 @@ def test_what_a_training_put_before_the_names_is_taken_off() -> None:
 
 
 def test_tables_of_images_that_are_not_square() -> None:
-    layout = mmdet(grid=(3, 2), wide=[1])
+    layout = mmdet_format(grid=(3, 2), wide=[1])
     weights = {
         "backbone.pos_embed": torch.arange(6.0).view(1, 6, 1),
         "backbone.blocks.0.attn.rel_pos_w": torch.ones(27, 1),  # of windows

@@ -15,7 +15,7 @@ from vitdet.checkpoint import FORMAT, load_model_file, restore_detector, save
 from vitdet.config import load_config, save_config, to_dict
 from vitdet.models import build_detector
 from vitdet.predictor import Predictor
-from vitdet.training.convert import class_names, convert_file
+from vitdet.weights.convert import class_names, convert_file
 from vitdet.weights.load import load_pretrained, read_source
 
 PLAIN = ["model.backbone.patch_size=16", "model.pyramid.scales=[4, 2, 1, 0.5]"]

@@ -35,13 +35,12 @@ def test_operands_on_two_devices_are_refused():
         assert far.to("cpu").tolist() == far.tolist() == [1, 1, 1]
 
 
-@pytest.mark.parametrize("form", ["polygons", "bitmaps"])
 @pytest.mark.parametrize("objects", OBJECTS)
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_detector_stays_on_its_device(kind, objects, form):
+def test_the_detector_stays_on_its_device(kind, objects):
     detector = send(small_detector(**KINDS[kind]))
     with far_device() as device:
-        targets = [target(*one, form).to(device) for one in OBJECTS[objects]]
+        targets = [target(*one).to(device) for one in OBJECTS[objects]]
         sizes = torch.tensor([[128, 128], [100, 61]], device=device)
         losses = detector(images(2).to(device), targets, sizes)
         assert all(isinstance(loss, FarTensor) for loss in losses.values())

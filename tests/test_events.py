@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import pytest
 
-from components.causes import failure, hindrance
-from components.events import stalled, unmade
+from components.launcher.status import (
+    blocking_reason,
+    failure_reason,
+    missing_pods,
+    startup_warning,
+)
 from tests.test_following import DONE, RUNNING, Record, cluster, follow, refused
 from tests.test_launcher import conditions, pod
 
@@ -69,11 +73,11 @@ def test_a_trainjob_s_refusals_are_of_its_own_jobs_since_it_was_made() -> None:
         event("FailedCreate", "old", when="2026-01-01T00:00:00Z", of=f"{NAME}-node-0"),
         event("FailedCreate", "other", of=f"{NAME}1-node-0"),
     ]
-    assert unmade(job, [], ask) is None and asked == ["type=Warning,involvedObject.kind=Job"]
+    assert missing_pods(job, [], ask) is None and asked == ["type=Warning,involvedObject.kind=Job"]
     found.append(event("FailedCreate", "mine", of=f"{NAME}-node-0"))
     assert (
-        str(unmade(job, [], ask)) == f"job {NAME}: FailedCreate: mine"
-        and unmade(job, [pod(), pod()], ask) is None
+        str(missing_pods(job, [], ask)) == f"job {NAME}: FailedCreate: mine"
+        and missing_pods(job, [pod(), pod()], ask) is None
     )
 
 
@@ -91,7 +95,7 @@ def test_a_pod_whose_volume_does_not_come_is_told_and_given_up() -> None:
     assert sum("waiting: pod w-0: FailedMount" in line for line in lines) == 1
     pulling = event("Pulling", kind="Normal", when="2026-01-01T00:00:06Z")
     assert (
-        stalled(creating, lambda _: [*record.warnings, pulling]) is None
+        startup_warning(creating, lambda _: [*record.warnings, pulling]) is None
     )  # a big image comes, however slowly
 
 
@@ -130,7 +134,7 @@ def test_an_init_container_that_keeps_failing_is_told_with_its_own_log_and_given
         in error
     )
     over = crashing({"terminated": {"exitCode": 0}})
-    assert hindrance(over) is None and failure(over).container == "wait"
+    assert blocking_reason(over) is None and failure_reason(over).container == "wait"
 
 
 def test_who_may_not_list_events_is_told_less() -> None:

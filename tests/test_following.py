@@ -15,19 +15,21 @@ from kubernetes import client
 from kubernetes.client.exceptions import ApiException
 from urllib3.exceptions import ProtocolError
 
-from components import pytorchjob
-from components.following import Follower, Log, Patience
-from components.jobs import KINDS
+from components.launcher import client as kube
+from components.launcher import launch as launcher
+from components.launcher.client import JobClient, Timeouts
+from components.launcher.follower import Follower, PodLog
+from components.launcher.templates import KINDS
 from tests.test_launcher import LABELS, OWNER, TEMPLATES, conditions, ended, filled, pod
 
 PYTORCH = KINDS["pytorchjob"]
-SHORT = Patience(
-    look=0.01, api=0.2, forbidden=0.1, operator=0.1, start=0.1, schedule=0.1, deletion=0.1
+SHORT = Timeouts(
+    poll=0.01, api=0.2, forbidden=0.1, operator=0.1, start=0.1, schedule=0.1, deletion=0.1
 )
 
 
 class Record:
-    """In the place of components.pytorchjob.Cluster: each look gets the next (job, pods); the last one stays."""
+    """In the place of JobClient: each poll gets the next (job, pods); the last one stays."""
 
     def __init__(self, *looks: tuple[dict | None, list[dict]], there: dict | None = None) -> None:
         self.looks, self.there, self.asked = list(looks), there, []
@@ -60,7 +62,7 @@ class Record:
     def pods(self) -> tuple[list[dict], str]:
         return (self.looks.pop(0) if len(self.looks) > 1 else self.looks[0])[1], "1"
 
-    def changes(self, version: str, seconds: float) -> list[dict]:
+    def watch(self, version: str, seconds: float) -> list[dict]:
         shown, self.flicker = self.flicker, []
         return shown
 
@@ -86,7 +88,7 @@ def follow(
     lines: list[str] = []
     if job is None:
         job = filled(owner=OWNER)
-        del job["metadata"]["annotations"]  # the file's own patience with nodes
+        del job["metadata"]["annotations"]  # the file's own timeout for nodes
     try:
         Follower(record, PYTORCH, job, lines.append, SHORT, lambda: complete).run()
     except RuntimeError as error:
@@ -250,7 +252,7 @@ BAD_IMAGE = pod(
 
 
 @pytest.mark.parametrize(
-    ("look", "text"),
+    ("poll", "text"),
     [
         (
             ({}, []),
@@ -263,13 +265,13 @@ BAD_IMAGE = pod(
         ((conditions("Created=True"), [BAD_IMAGE]), "cause: pod w-0: ImagePullBackOff: no tag"),
     ],
 )
-def test_what_never_starts_is_given_up_and_suspended(look: tuple, text: str) -> None:
-    record = Record(look)
+def test_what_never_starts_is_given_up_and_suspended(poll: tuple, text: str) -> None:
+    record = Record(poll)
     lines, error = follow(record)
     assert (
         text in error and error.endswith("it is suspended") and record.asked == ["create", "halt"]
     )
-    assert sum("waiting" in line for line in lines) == bool(look[1])  # said before, and once
+    assert sum("waiting" in line for line in lines) == bool(poll[1])  # said before, and once
 
 
 def test_a_job_file_may_wait_longer_for_nodes() -> None:
@@ -299,7 +301,7 @@ def test_a_stopped_step_deletes_its_job(number: int, ctrl_c: None) -> None:
 
 def test_each_line_of_a_log_is_told_once_through_restarts() -> None:
     record = Record((RUNNING, []))
-    log, alive = Log(record, "pytorch"), pod(container={"state": {"running": {}}})
+    log, alive = PodLog(record, "pytorch"), pod(container={"state": {"running": {}}})
     stamps = [
         "2026-01-01T00:00:00.999999999Z a",
         "2026-01-01T00:00:01Z b",
@@ -307,10 +309,10 @@ def test_each_line_of_a_log_is_told_once_through_restarts() -> None:
         "2026-01-01T00:00:01.12Z d",
     ]  # Go leaves zeros at the end out
     record.logs["w-0"] = stamps[:3]
-    assert log.news(alive) == ["a", "b", "c"] and log.news(alive) == []
+    assert log.new_lines(alive) == ["a", "b", "c"] and log.new_lines(alive) == []
     record.logs = {"w-0": ["2026-01-01T00:00:02Z again"], "w-0 previous": stamps}
     again = pod(container={"state": {"running": {}}, "restartCount": 1})
-    assert log.news(again) == ["d", "again"] and log.news(again) == []
+    assert log.new_lines(again) == ["d", "again"] and log.new_lines(again) == []
 
 
 def answers(*given: object) -> Callable:
@@ -334,15 +336,15 @@ def refused(status: int, message: str | None = None) -> ApiException:
     return error
 
 
-def cluster(lines: list[str], patience: Patience = SHORT) -> pytorchjob.Cluster:
-    return pytorchjob.Cluster(
-        client.ApiClient(client.Configuration()), PYTORCH, "j", "ours", lines.append, patience
+def cluster(lines: list[str], timeouts: Timeouts = SHORT) -> JobClient:
+    return JobClient(
+        client.ApiClient(client.Configuration()), PYTORCH, "j", "ours", lines.append, timeouts
     )
 
 
 def test_an_api_server_that_is_away_is_asked_again() -> None:
     lines: list[str] = []
-    ask = cluster(lines).ask
+    ask = cluster(lines).request
     gone = [
         ProtocolError("reset"),
         refused(503, "starting"),
@@ -360,7 +362,7 @@ def test_an_api_server_that_is_away_is_asked_again() -> None:
         refused(404),
         b"{}",
     ]  # an API server that starts knows neither
-    assert ask("get x", answers(*starting), but=(404,), forbidden=5) == {}
+    assert ask("get x", answers(*starting), none_if=(404,), forbidden=5) == {}
     start = time.monotonic()
     with pytest.raises(RuntimeError, match="the API server does not answer"):
         ask("get x", answers(ProtocolError("reset")))
@@ -388,15 +390,15 @@ def test_an_api_server_that_is_away_is_asked_again() -> None:
 def test_a_refusal_is_one_line_at_once(error: ApiException, message: str) -> None:
     lines: list[str] = []
     with pytest.raises(RuntimeError, match=message) as raised:
-        cluster(lines, Patience()).ask("create", answers(error))
+        cluster(lines, Timeouts()).request("create", answers(error))
     assert "\n" not in str(raised.value) and not lines
 
 
 def test_the_steps_own_pod_owns_the_job(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert pytorchjob.own_pod() is None
+    assert kube.owner_reference() is None
     monkeypatch.setenv("KFP_POD_NAME", "step")
     monkeypatch.setenv("KFP_POD_UID", "1")
-    assert pytorchjob.own_pod() == OWNER
+    assert kube.owner_reference() == OWNER
 
 
 def test_what_cannot_be_launched_is_said_before_the_cluster_is_asked(
@@ -418,14 +420,14 @@ def test_what_cannot_be_launched_is_said_before_the_cluster_is_asked(
     with pytest.raises(
         RuntimeError, match="no cluster: this is no pod with a service account, and no kubeconfig"
     ):
-        pytorchjob.launch(**given)
+        launcher.launch(**given)
     monkeypatch.setattr(
-        pytorchjob, "connect", lambda: (client.ApiClient(client.Configuration()), "ours")
+        launcher, "connect", lambda: (client.ApiClient(client.Configuration()), "ours")
     )
     with pytest.raises(ValueError, match="one of pytorchjob, trainjob, got 'job'"):
-        pytorchjob.launch(**{**given, "kind": "job"})
+        launcher.launch(**{**given, "kind": "job"})
     with pytest.raises(
         ValueError,
         match="do not see the workspace /database: their folders are /data, /tmp, /dev/shm",
     ):
-        pytorchjob.launch(**{**given, "workspace": "/database"})
+        launcher.launch(**{**given, "workspace": "/database"})

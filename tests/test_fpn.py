@@ -3,7 +3,7 @@
 import torch
 from torch.nn import functional as F
 
-from vitdet.models.fpn import FPN
+from vitdet.models.baselines.fpn import FPN
 
 CHANNELS, STRIDES = (3, 4, 5, 6), (4, 8, 16, 32)
 
@@ -17,7 +17,7 @@ def maps(height=64, width=96, seed=0):
 
 
 def test_levels_have_their_strides():
-    fpn = FPN(CHANNELS, 8, STRIDES)
+    fpn = FPN(in_channels=CHANNELS, out_channels=8, strides=STRIDES)
     assert (fpn.out_channels, fpn.strides) == (8, [4, 8, 16, 32, 64])
     assert [tuple(m.shape) for m in fpn(maps())] == [
         (2, 8, 64 // s, 96 // s) for s in (4, 8, 16, 32)
@@ -25,7 +25,7 @@ def test_levels_have_their_strides():
 
 
 def test_a_level_is_its_map_and_the_coarser_ones_repeated():
-    fpn, given = FPN(CHANNELS, 8, STRIDES), maps()
+    fpn, given = FPN(in_channels=CHANNELS, out_channels=8, strides=STRIDES), maps()
     inner = None
     for i in reversed(range(4)):
         coarser = 0 if inner is None else inner.repeat_interleave(2, 2).repeat_interleave(2, 3)
@@ -35,12 +35,12 @@ def test_a_level_is_its_map_and_the_coarser_ones_repeated():
 
 
 def test_last_level_is_every_other_cell_of_the_one_before():
-    levels = FPN(CHANNELS, 8, STRIDES)(maps(128, 128))
+    levels = FPN(in_channels=CHANNELS, out_channels=8, strides=STRIDES)(maps(128, 128))
     assert torch.equal(levels[4], levels[3][:, :, ::2, ::2])
 
 
 def test_a_map_reaches_its_own_level_and_the_finer_ones():
-    fpn = FPN(CHANNELS, 8, STRIDES)
+    fpn = FPN(in_channels=CHANNELS, out_channels=8, strides=STRIDES)
     given = maps()
     before = fpn(given)
     given[2] = given[2] + 1
@@ -49,6 +49,6 @@ def test_a_map_reaches_its_own_level_and_the_finer_ones():
 
 
 def test_every_parameter_learns():
-    fpn = FPN(CHANNELS, 8, STRIDES)
+    fpn = FPN(in_channels=CHANNELS, out_channels=8, strides=STRIDES)
     sum(level.square().mean() for level in fpn(maps())).backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in fpn.parameters())

@@ -9,7 +9,7 @@ import textwrap
 import pytest
 import yaml
 
-from pipeline.__main__ import main
+from pipeline.cli import main
 from tests.conftest import ROOT
 from tests.test_manifests import MANIFESTS
 

@@ -8,8 +8,16 @@ from pathlib import Path
 import pytest
 import yaml
 
-from components.causes import failure, first, hindrance
-from components.jobs import KINDS, RECIPE, RUN, Wish, fill, job_name, label, state
+from components.launcher.status import blocking_reason, failure_reason, job_phase, root_cause
+from components.launcher.templates import (
+    KINDS,
+    RECIPE,
+    RUN,
+    JobRequest,
+    fill_template,
+    job_name,
+    label,
+)
 
 ROOT = Path(__file__).parents[1]
 PYTORCH, TRAIN = KINDS["pytorchjob"], KINDS["trainjob"]
@@ -18,7 +26,7 @@ OWNER = {"apiVersion": "v1", "kind": "Pod", "name": "step", "uid": "1"}
 LABELS = {RUN: "run-1", RECIPE: "tiny"}
 
 
-def wish(**changes: object) -> Wish:
+def request(**changes: object) -> JobRequest:
     given = {
         "name": "vitdet-tiny-1",
         "namespace": "ours",
@@ -28,11 +36,11 @@ def wish(**changes: object) -> Wish:
         "nodes": 2,
         "pool": "h200",
     }
-    return Wish(**{**given, **changes})
+    return JobRequest(**{**given, **changes})
 
 
 def filled(**changes: object) -> dict:
-    return fill(TEMPLATES["pytorchjob"], PYTORCH, wish(**changes))
+    return fill_template(TEMPLATES["pytorchjob"], PYTORCH, request(**changes))
 
 
 def replica(job: dict, kind: str) -> tuple[dict, dict]:
@@ -88,7 +96,7 @@ def test_the_five_things_are_filled_in_and_the_rest_stays() -> None:
 def test_one_node_has_no_worker_and_nets_are_set_where_the_template_has_none() -> None:
     template = yaml.safe_load(TEMPLATES["pytorchjob"])
     template["spec"]["runPolicy"] = {"suspend": True}
-    job = fill(yaml.safe_dump(template), PYTORCH, wish(nodes=1))
+    job = fill_template(yaml.safe_dump(template), PYTORCH, request(nodes=1))
     assert list(job["spec"]["pytorchReplicaSpecs"]) == ["Master"]
     assert job["spec"]["runPolicy"] == {
         "suspend": True,
@@ -101,9 +109,9 @@ def test_an_elastic_job_has_as_many_workers_as_nodes() -> None:
     template = yaml.safe_load(TEMPLATES["pytorchjob"])
     del template["spec"]["pytorchReplicaSpecs"]["Master"]
     with pytest.raises(ValueError, match="needs an elasticPolicy"):
-        fill(yaml.safe_dump(template), PYTORCH, wish())
+        fill_template(yaml.safe_dump(template), PYTORCH, request())
     template["spec"]["elasticPolicy"] = {"minReplicas": 3, "maxReplicas": 9}
-    job = fill(yaml.safe_dump(template), PYTORCH, wish(nodes=2))
+    job = fill_template(yaml.safe_dump(template), PYTORCH, request(nodes=2))
     assert job["spec"]["pytorchReplicaSpecs"]["Worker"]["replicas"] == 2
     assert job["spec"]["elasticPolicy"] == {"minReplicas": 2, "maxReplicas": 2}
     assert PYTORCH.rank0(job) == {"training.kubeflow.org/replica-type": "worker"}
@@ -172,7 +180,7 @@ def test_a_claim_that_both_mount_is_one_volume() -> None:
             .replace("name: data", "name: mine")
         )
         one.update(yaml.safe_load(text))
-    job = fill(yaml.safe_dump(template), PYTORCH, wish(task=task))
+    job = fill_template(yaml.safe_dump(template), PYTORCH, request(task=task))
     for kind in ("Master", "Worker"):
         pod, container = replica(job, kind)
         claims = {
@@ -194,7 +202,7 @@ def test_a_claim_that_both_mount_is_one_volume() -> None:
 
 
 def test_a_trainjob_carries_the_same_as_trainer_and_runtime_patch() -> None:
-    job = fill(TEMPLATES["trainjob"], TRAIN, wish(nodes=3, task=TASK, owner=OWNER))
+    job = fill_template(TEMPLATES["trainjob"], TRAIN, request(nodes=3, task=TASK, owner=OWNER))
     trainer = job["spec"]["trainer"]
     assert (trainer["image"], trainer["numNodes"], trainer["args"]) == (
         "registry/vitdet:1",
@@ -213,7 +221,7 @@ def test_a_trainjob_carries_the_same_as_trainer_and_runtime_patch() -> None:
     assert pod["spec"]["nodeSelector"] == {"zone": "a", "vitdet/pool": "h200"}
     assert pod["spec"]["containers"] == [{"name": "node", "volumeMounts": TASK["volume_mounts"]}]
     assert (
-        fill(yaml.safe_dump(job), TRAIN, wish())["spec"]["runtimePatches"][1:] == []
+        fill_template(yaml.safe_dump(job), TRAIN, request())["spec"]["runtimePatches"][1:] == []
     )  # its own patch once only
 
 
@@ -228,12 +236,14 @@ def test_a_template_that_cannot_hold_the_wish_is_one_line(
     kind: str, change: dict, message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):
-        fill(TEMPLATES["pytorchjob"], KINDS[kind], wish(**change))
+        fill_template(TEMPLATES["pytorchjob"], KINDS[kind], request(**change))
 
 
 def test_the_operator_finds_the_container_by_its_name() -> None:
     with pytest.raises(ValueError, match="no container named 'pytorch'"):
-        fill(TEMPLATES["pytorchjob"].replace("name: pytorch ", "name: main "), PYTORCH, wish())
+        fill_template(
+            TEMPLATES["pytorchjob"].replace("name: pytorch ", "name: main "), PYTORCH, request()
+        )
 
 
 def conditions(*given: str) -> dict:
@@ -272,7 +282,7 @@ def conditions(*given: str) -> dict:
     ],
 )
 def test_a_state_is_read_from_any_true_condition(kind: object, job: dict, phase: str) -> None:
-    assert state(kind, job)[0] == phase
+    assert job_phase(kind, job)[0] == phase
 
 
 def pod(
@@ -335,24 +345,24 @@ def ended(
     ],
 )
 def test_a_failed_pod_says_why(found: dict, text: str) -> None:
-    assert str(failure(found)) == text
+    assert str(failure_reason(found)) == text
 
 
 def test_nothing_failed() -> None:
-    assert failure(pod()) is None and hindrance(pod()) is None
-    assert failure(pod(phase="Succeeded", container=ended(0, "Completed"))) is None
+    assert failure_reason(pod()) is None and blocking_reason(pod()) is None
+    assert failure_reason(pod(phase="Succeeded", container=ended(0, "Completed"))) is None
 
 
 def test_the_cause_is_what_stands_for_itself_or_came_first() -> None:
-    echo = failure(pod("a", container=ended(1, when="2026-01-01T00:00:05Z")))
-    start = failure(pod("b", container=ended(1, when="2026-01-01T00:00:04Z")))
-    killed = failure(pod("c", container=ended(137, "OOMKilled", "2026-01-01T00:00:09Z")))
-    mended = failure(
+    echo = failure_reason(pod("a", container=ended(1, when="2026-01-01T00:00:05Z")))
+    start = failure_reason(pod("b", container=ended(1, when="2026-01-01T00:00:04Z")))
+    killed = failure_reason(pod("c", container=ended(137, "OOMKilled", "2026-01-01T00:00:09Z")))
+    mended = failure_reason(
         pod("d", container=ended(137, "OOMKilled", "2025-01-01T00:00:09Z", key="lastState"))
     )
-    assert first([echo, start]) is start
-    assert first([echo, start, killed, mended]) is killed
-    assert first([mended, echo]) is echo and first([]) is None
+    assert root_cause([echo, start]) is start
+    assert root_cause([echo, start, killed, mended]) is killed
+    assert root_cause([mended, echo]) is echo and root_cause([]) is None
 
 
 @pytest.mark.parametrize(
@@ -388,4 +398,4 @@ def test_the_cause_is_what_stands_for_itself_or_came_first() -> None:
     ],
 )
 def test_a_pod_that_does_not_start_says_why(found: dict, text: str) -> None:
-    assert str(hindrance(found)) == text
+    assert str(blocking_reason(found)) == text

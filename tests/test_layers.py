@@ -28,7 +28,7 @@ def test_deconv_equals_the_general_transposed_convolution():
 @pytest.mark.parametrize("eps", [1e-6, 0.1])
 def test_conv_norm_normalizes_the_channels_of_each_pixel(eps):
     torch.manual_seed(0)
-    layer = ConvNorm(4, 8, 3, eps=eps)
+    layer = ConvNorm(4, 8, 3, norm=True, eps=eps)
     nn.init.normal_(layer.norm.weight)
     nn.init.normal_(layer.norm.bias)
     x = torch.randn(2, 4, 5, 6)
@@ -41,7 +41,7 @@ def test_conv_norm_normalizes_the_channels_of_each_pixel(eps):
 
 
 def test_conv_without_norm_has_a_bias():
-    layer = ConvNorm(4, 8, 1, norm=False)
+    layer = ConvNorm(4, 8, 1, norm=False, eps=1e-6)
     nn.init.normal_(layer.conv.bias)
     x = torch.randn(2, 4, 5, 6)
     wanted = (

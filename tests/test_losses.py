@@ -112,7 +112,9 @@ def test_federated_classes_that_are_present_are_not_drawn_again():
 
 def test_probabilities_leave_the_background_out():
     logits = torch.tensor([[0.0, 0.0, math.log(2.0)]])
-    assert SoftmaxClassification(2).probabilities(logits)[0].tolist() == pytest.approx([0.25, 0.25])
-    assert FederatedClassification(torch.ones(2), 2).probabilities(logits)[
+    assert SoftmaxClassification(num_classes=2).probabilities(logits)[0].tolist() == pytest.approx(
+        [0.25, 0.25]
+    )
+    assert FederatedClassification(class_weights=torch.ones(2), num=2).probabilities(logits)[
         0
     ].tolist() == pytest.approx([0.5, 0.5])

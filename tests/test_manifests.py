@@ -11,8 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from components.following import SCHEDULE
-from components.jobs import KINDS, Wish, fill
+from components.launcher.templates import KINDS, SCHEDULE, JobRequest, fill_template
 from tests.conftest import ROOT
 from tests.manifests import GPU_TAINT, containers, insecure, kustomize, pods, problems
 from vitdet.config import recipes
@@ -225,9 +224,11 @@ def test_both_kinds_run_the_same(name: str) -> None:
 def test_the_launcher_s_job_is_right_too(name: str, nodes: int) -> None:
     jobs = []
     for kind, part in JOBS.items():
-        wish = Wish("vitdet-x", "vitdet", {"vitdet/run": "r"}, "", ["train", "x.yaml"], nodes, "")
+        request = JobRequest(
+            "vitdet-x", "vitdet", {"vitdet/run": "r"}, "", ["train", "x.yaml"], nodes, ""
+        )
         *others, job = overlay(name, part)
-        jobs += [*others, fill(yaml.safe_dump(job), KINDS[kind], wish)]
+        jobs += [*others, fill_template(yaml.safe_dump(job), KINDS[kind], request)]
     assert problems(overlay(name, "cluster"), jobs, pools(name)) == []
     assert len(jobs[0]["spec"]["pytorchReplicaSpecs"]) == min(nodes, 2)
     assert [job["metadata"]["annotations"] for job in (jobs[0], jobs[-1])] == [
@@ -251,8 +252,8 @@ def test_another_pool_s_trainjob_has_a_runtime_of_its_own(name: str, copy: Path)
 
 
 def test_another_pool_is_another_compute_class() -> None:
-    wish = Wish("x", "vitdet", {}, "", ["train"], 2, "small")
-    job = fill(yaml.safe_dump(overlay("gke")[0]), KINDS["pytorchjob"], wish)
+    request = JobRequest("x", "vitdet", {}, "", ["train"], 2, "small")
+    job = fill_template(yaml.safe_dump(overlay("gke")[0]), KINDS["pytorchjob"], request)
     assert [pod["spec"]["nodeSelector"] for _, pod in pods([job])] == [
         {"cloud.google.com/compute-class": "small"}
     ] * 2

@@ -6,10 +6,11 @@ import torch
 from pycocotools import mask as rle
 from torch.nn import functional as F
 
-from tests.small import rectangle, target
+from tests.parity.bitmaps import crop_bitmaps
+from tests.parts import mask_head
+from tests.small import SIDE, rectangle, target
 from tests.test_box_head import slow_block
-from vitdet.models.mask_head import MaskHead, crop_bitmaps, mask_targets, rasterize
-from vitdet.types import Bitmaps, Polygons
+from vitdet.models.mask_head import SIZE, mask_targets, rasterize
 
 
 def star(centre, radius, points, generator):
@@ -131,9 +132,11 @@ def test_outside_and_empty_outlines():
 def test_bitmaps_and_outlines_of_the_same_rectangles_agree():
     boxes = [[10, 20, 60, 90], [0, 0, 128, 128], [100, 3, 104, 9]]
     around = torch.tensor([[5.0, 10, 70, 100], [20, 20, 90, 70], [98, 0, 110, 12]])
-    outlines, bitmaps = target(boxes, [0, 1, 2]), target(boxes, [0, 1, 2], "bitmaps")
-    assert isinstance(outlines.masks, Polygons) and isinstance(bitmaps.masks, Bitmaps)
-    differing = mask_targets(outlines.masks, around) != mask_targets(bitmaps.masks, around)
+    pixels = torch.zeros(3, SIDE, SIDE, dtype=torch.bool)
+    for bitmap, (x0, y0, x1, y1) in zip(pixels, boxes, strict=True):
+        bitmap[y0:y1, x0:x1] = True
+    outlines = target(boxes, [0, 1, 2]).masks
+    differing = mask_targets(outlines, around) != crop_bitmaps(pixels, around, SIZE)
     assert differing.float().mean() < 0.02
 
 
@@ -155,7 +158,7 @@ def test_bitmap_is_averaged_over_each_cell():
 
 def test_head_gives_the_mask_of_its_own_class():
     torch.manual_seed(0)
-    head = MaskHead(channels=8, num_convs=1, num_classes=3)
+    head = mask_head(channels=8, num_convs=1, num_classes=3)
     for parameter in head.parameters():
         torch.nn.init.normal_(parameter)
     pooled = torch.randn(1, 8, 14, 14).expand(3, -1, -1, -1)
@@ -168,7 +171,7 @@ def test_head_gives_the_mask_of_its_own_class():
 @pytest.mark.parametrize("norm", [True, False])
 def test_layers_of_the_head(norm):
     torch.manual_seed(0)
-    head = MaskHead(channels=4, num_convs=2, num_classes=3, norm=norm, eps=0.1)
+    head = mask_head(channels=4, num_convs=2, num_classes=3, norm=norm, eps=0.1)
     for parameter in head.parameters():
         torch.nn.init.normal_(parameter)
     hidden = pooled = torch.randn(2, 4, 14, 14)

@@ -20,7 +20,8 @@ from vitdet.training.optim import (
     parameter_groups,
     set_lr,
 )
-from vitdet.weights.convert import DETECTRON2, rename
+from vitdet.weights.formats.detectron2 import DETECTRON2
+from vitdet.weights.formats.table import rename
 
 KEYS = Path(__file__).parents[2] / "shared" / "reference" / "detectron2" / "keys"
 RECIPE = "COCO_mask_rcnn_vitdet_b_100ep"

@@ -35,4 +35,4 @@ def test_the_values_are_no_objects_any_more() -> None:
     packed = PackedList(values)
     values[3][0] = -1.0
     assert packed[3] == [3.0] * 50 and packed[3] is not packed[3]
-    assert {type(value) for value in vars(packed).values()} == {bytearray, array}
+    assert type(packed._ends) is array and type(packed._bytes) is bytearray

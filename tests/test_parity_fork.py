@@ -220,7 +220,7 @@ def test_fingerprints_draw_weights_by_the_published_names(tag):
     with torch.device("meta"):
         detector = build_detector(load_config(fingerprints.RECIPES[tag]).model)
     theirs = fingerprints.to_theirs(
-        detector.state_dict(), fingerprints.mmdet(split=fingerprints.SPLIT.get(tag, ()))
+        detector.state_dict(), fingerprints.mmdet_format(split=fingerprints.SPLIT.get(tag, ()))
     )
     published = json.loads((SHARED / "keys" / f"detector_{tag}.json").read_text())
     assert {name: list(tensor.shape) for name, tensor in theirs.items()} == published

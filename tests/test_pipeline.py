@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from pipeline.job_manifests import job_image, training_jobs
 from pipeline.local import Screen
-from pipeline.pipeline import image_of, only_jobs
 from tests.conftest import ROOT
 
 GOLDEN = ROOT / "tests" / "golden_pipeline"
@@ -106,7 +106,7 @@ def test_a_wrong_job_is_told_in_one_line(stdin: str, message: str, tmp_path: Pat
 
 
 def test_the_jobs_travel_as_text() -> None:
-    jobs = only_jobs(JOBS)
+    jobs = training_jobs(JOBS)
     assert "runPolicy: {backoffLimit: 4}  # stays 4, not 4.0" in jobs
     assert "template: *template" in jobs
     assert "ServiceAccount" not in jobs
@@ -115,11 +115,11 @@ def test_the_jobs_travel_as_text() -> None:
 def test_the_steps_run_in_the_image_of_the_job(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert image_of(only_jobs(JOBS)) == "registry.example.com/vitdet:1"
+    assert job_image(training_jobs(JOBS)) == "registry.example.com/vitdet:1"
     with pytest.raises(
         ValueError, match="name one image, they name a, registry.example.com/vitdet:1"
     ):
-        image_of(only_jobs(JOBS.replace("numNodes: 2", "image: a, numNodes: 2")))
+        job_image(training_jobs(JOBS.replace("numNodes: 2", "image: a, numNodes: 2")))
     outer = {**os.environ, "VITDET_IMAGE": "other:2"}
     subprocess.run(
         [sys.executable, "-m", "pipeline", "compile", tmp_path / "other.yaml"],

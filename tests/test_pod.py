@@ -69,12 +69,13 @@ def test_a_pod_can_run_what_was_compiled(tmp_path: Path) -> None:
     files = {
         "components/__init__": COMPONENTS.format(real=str(ROOT / "components")),
         "vitdet/workspace": STEPS,
-        "components/pytorchjob": LAUNCHER,
+        "components/launcher/__init__": "",
+        "components/launcher/launch": LAUNCHER,
         "vitdet/__init__": "",
     }
     for name, text in files.items():
         path = tmp_path / f"{name}.py"
-        path.parent.mkdir(exist_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
     specification = next(
         yaml.safe_load_all((ROOT / "tests" / "golden_pipeline" / "pipeline.yaml").read_text())

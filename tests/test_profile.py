@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from components.jobs import KINDS, Wish, fill
+from components.launcher.templates import KINDS, JobRequest, fill_template
 from tests.manifests import kustomize, pods, problems
 from tests.test_manifests import CLOUDS, build, copy, overlay, pools, pytestmark
 
@@ -143,8 +143,8 @@ def test_two_profiles_share_nothing_but_the_pool(copy: Path) -> None:
 
 def test_the_launcher_s_trainjob_keeps_the_profile_s_runtime(copy: Path) -> None:
     (runtime, job) = kustomize(copy / "overlays" / "kind" / "trainjob")
-    wish = Wish("vitdet-x", "kubeflow", {}, "", ["train"], 2, "", {})
-    made = fill(yaml.safe_dump_all([runtime, job]), KINDS["trainjob"], wish)
+    request = JobRequest("vitdet-x", "kubeflow", {}, "", ["train"], 2, "", {})
+    made = fill_template(yaml.safe_dump_all([runtime, job]), KINDS["trainjob"], request)
     assert made["spec"]["runtimeRef"] == {
         "kind": "TrainingRuntime",
         "name": runtime["metadata"]["name"],

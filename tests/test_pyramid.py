@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from vitdet.models.pyramid import SimpleFeaturePyramid
+from tests.parts import pyramid as build_pyramid
 
 
 @pytest.mark.parametrize(
@@ -14,7 +14,7 @@ from vitdet.models.pyramid import SimpleFeaturePyramid
     ],
 )
 def test_levels_have_their_strides(stride, scales, strides):
-    pyramid = SimpleFeaturePyramid(16, 8, stride, scales)
+    pyramid = build_pyramid(16, 8, stride, scales=scales)
     assert pyramid.strides == strides
     maps = pyramid(torch.randn(2, 16, 128 // stride, 192 // stride))
     assert [tuple(m.shape) for m in maps] == [(2, 8, 128 // s, 192 // s) for s in strides]
@@ -25,7 +25,7 @@ def test_deconvolutions_halve_the_channels_or_keep_them():
         (True, [(16, 8), (8, 4), (16, 8)]),
         (False, [(16, 16), (16, 16), (16, 16)]),
     ):
-        pyramid = SimpleFeaturePyramid(16, 8, 16, halve_channels=halve, eps=1e-3)
+        pyramid = build_pyramid(16, 8, 16, halve_channels=halve, eps=1e-3)
         found = [m for m in pyramid.modules() if isinstance(m, torch.nn.ConvTranspose2d)]
         assert [(m.in_channels, m.out_channels) for m in found] == shapes
         assert [m.shape[1] for m in pyramid(torch.randn(1, 16, 4, 4))] == [8] * 5
@@ -34,13 +34,13 @@ def test_deconvolutions_halve_the_channels_or_keep_them():
 
 
 def test_last_level_is_every_other_cell_of_the_one_before():
-    maps = SimpleFeaturePyramid(16, 8, 16)(torch.randn(1, 16, 6, 6))
+    maps = build_pyramid(16, 8, 16)(torch.randn(1, 16, 6, 6))
     assert maps[3].shape[2:] == (3, 3)
     assert torch.equal(maps[4], maps[3][:, :, ::2, ::2])
 
 
 def test_every_parameter_learns():
-    pyramid = SimpleFeaturePyramid(16, 8, 16)
+    pyramid = build_pyramid(16, 8, 16)
     sum(
         m.square().mean() * (i + 1) + m.mean()
         for i, m in enumerate(pyramid(torch.randn(1, 16, 4, 4)))
@@ -50,4 +50,4 @@ def test_every_parameter_learns():
 
 def test_unknown_scale():
     with pytest.raises(ValueError, match="scale must be 4, 2, 1, 0.5 or 0.25, got 3"):
-        SimpleFeaturePyramid(16, 8, 16, (4.0, 3.0, 1.0, 0.5))
+        build_pyramid(16, 8, 16, scales=(4.0, 3.0, 1.0, 0.5))

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.__main__ import parser as pipeline_parser
+from pipeline.cli import parser as pipeline_parser
 from tests.conftest import ROOT, minimal
 from vitdet.cli import parser as vitdet_parser
 

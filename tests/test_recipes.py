@@ -14,7 +14,9 @@ import yaml
 from vitdet.config import RECIPES, Config, difference, flatten, load_config, recipes
 from vitdet.models import Detector, build_detector
 from vitdet.training.optim import lr_factor, parameter_groups
-from vitdet.weights.convert import DETECTRON2, MMDET, Format, rename
+from vitdet.weights.formats.detectron2 import DETECTRON2
+from vitdet.weights.formats.mmdet import MMDET
+from vitdet.weights.formats.table import Format, rename
 
 FOLDER = Path(__file__).parent / "published"
 GROUPS = json.loads(gzip.decompress((FOLDER / "parameter_groups.json.gz").read_bytes()))

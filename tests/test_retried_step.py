@@ -11,10 +11,12 @@ from kubernetes import client
 from kubernetes.client.exceptions import ApiException
 from urllib3.exceptions import ReadTimeoutError
 
-from components import pytorchjob
-from components.ending import stay
-from components.following import FAILURE, MOST, Follower
-from components.jobs import KINDS
+from components.launcher import client as kube
+from components.launcher import launch as launcher
+from components.launcher.client import JobClient
+from components.launcher.follower import MAX_ANNOTATION, Follower
+from components.launcher.status import retention
+from components.launcher.templates import FAILURE, KINDS
 from tests.test_following import BAD_IMAGE, DONE, PYTORCH, RUNNING, SHORT, Record, follow
 from tests.test_launcher import LABELS, OWNER, conditions, ended, filled, pod
 
@@ -76,7 +78,7 @@ def test_a_job_that_failed_while_no_step_followed_it_is_explained_by_the_next() 
 def test_a_run_that_the_user_starts_again_trains_anew(told: str) -> None:
     """Kubeflow deletes the failed steps' pods then, and with them goes the job; this is for the moment before."""
     record = Record((DONE, []), there=there(FAILED, told))
-    Follower(record, PYTORCH, filled(owner=OWNER), lambda _: None, SHORT, first=True).run()
+    Follower(record, PYTORCH, filled(owner=OWNER), lambda _: None, SHORT, first_attempt=True).run()
     assert record.asked == ["create", "delete", "create"]
 
 
@@ -85,11 +87,11 @@ def test_the_first_pod_of_a_step_knows_that_it_is(monkeypatch: pytest.MonkeyPatc
 
     class Noted(Follower):
         def run(self) -> None:
-            seen.append(self.first)
+            seen.append(self.first_attempt)
 
-    monkeypatch.setattr(pytorchjob, "Follower", Noted)
+    monkeypatch.setattr(launcher, "Follower", Noted)
     monkeypatch.setattr(
-        pytorchjob, "connect", lambda: (client.ApiClient(client.Configuration()), "ours")
+        launcher, "connect", lambda: (client.ApiClient(client.Configuration()), "ours")
     )
     from tests.test_launcher import TEMPLATES
 
@@ -97,7 +99,7 @@ def test_the_first_pod_of_a_step_knows_that_it_is(monkeypatch: pytest.MonkeyPatc
         monkeypatch.setenv("KFP_RETRY_INDEX", index) if index else monkeypatch.delenv(
             "KFP_RETRY_INDEX"
         )
-        pytorchjob.launch(
+        launcher.launch(
             template=TEMPLATES["pytorchjob"],
             kind="pytorchjob",
             run_id="r",
@@ -139,7 +141,7 @@ def test_a_log_of_endless_lines_is_cut_for_the_job_and_not_for_the_step() -> Non
     record = Record((FAILED, [pod("w", phase="Failed", container=ended(1))]))
     record.logs["w"] = ["2026-01-01T00:00:00Z " + "x" * 300_000]
     _, error = follow(record)
-    assert len(error) > 300_000 and len(record.told) == MOST
+    assert len(error) > 300_000 and len(record.told) == MAX_ANNOTATION
 
 
 @pytest.mark.parametrize(
@@ -148,7 +150,7 @@ def test_a_log_of_endless_lines_is_cut_for_the_job_and_not_for_the_step() -> Non
 )
 def test_what_is_written_on_a_job(kind: str, spec: dict) -> None:
     sent = []
-    cluster = pytorchjob.Cluster(
+    cluster = JobClient(
         client.ApiClient(client.Configuration()), KINDS[kind], "j", "ours", print, SHORT
     )
 
@@ -212,9 +214,9 @@ def named(name: str, status: dict, **spec: object) -> dict:
 def delete(
     objects: Objects, monkeypatch: pytest.MonkeyPatch, own: str = ""
 ) -> tuple[list[str], list[str]]:
-    monkeypatch.setattr(pytorchjob, "connect", lambda: (None, "ours"))
-    monkeypatch.setattr(pytorchjob.client, "CustomObjectsApi", lambda _: objects)
-    return pytorchjob.delete_jobs("run-1", own=own)
+    monkeypatch.setattr(launcher, "connect", lambda: (None, "ours"))
+    monkeypatch.setattr(kube.client, "CustomObjectsApi", lambda _: objects)
+    return launcher.delete_jobs("run-1", own=own)
 
 
 def test_jobs_that_run_are_deleted_and_those_that_ended_stay_and_that_is_said(
@@ -332,7 +334,7 @@ def test_where_jobs_are_looked_for_is_told(
         if answer is not None:
             raise answer
 
-    monkeypatch.setattr(pytorchjob.client.CoreV1Api, "read_namespace", read_namespace)
+    monkeypatch.setattr(kube.client.CoreV1Api, "read_namespace", read_namespace)
     kubeconfig = {
         "current-context": "work",
         "contexts": [{"name": "work", "context": {"cluster": "c", "user": "u"}}],
@@ -342,16 +344,16 @@ def test_where_jobs_are_looked_for_is_told(
     (tmp_path / "kubeconfig").write_text(json.dumps(kubeconfig))
     monkeypatch.setenv("KUBECONFIG", str(tmp_path / "kubeconfig"))
     try:
-        found = pytorchjob.whereabouts("team-a")
+        found = kube.describe_namespace("team-a")
     except (ValueError, RuntimeError) as error:
         found = str(error)
     assert found.startswith(told)
     monkeypatch.delenv("KUBECONFIG")
-    monkeypatch.setattr(pytorchjob, "ACCOUNT", tmp_path)
-    monkeypatch.setattr(pytorchjob.config, "load_incluster_config", lambda **_: None)
+    monkeypatch.setattr(kube, "SERVICE_ACCOUNT", tmp_path)
+    monkeypatch.setattr(kube.config, "load_incluster_config", lambda **_: None)
     (tmp_path / "namespace").write_text("team-a")
     if answer is None:
-        assert pytorchjob.whereabouts("team-a") == "namespace team-a of this pod's cluster"
+        assert kube.describe_namespace("team-a") == "namespace team-a of this pod's cluster"
 
 
 def test_how_long_a_job_stays_counts_from_its_end() -> None:
@@ -361,10 +363,10 @@ def test_how_long_a_job_stays_counts_from_its_end() -> None:
         "spec": {"runPolicy": {"ttlSecondsAfterFinished": 86400}},
         **status,
     }
-    assert stay(PYTORCH, job).endswith("until 2026-03-02 10:00 UTC")
+    assert retention(PYTORCH, job).endswith("until 2026-03-02 10:00 UTC")
     del job["spec"]["runPolicy"]
-    assert stay(PYTORCH, job).endswith("until somebody deletes it")
-    assert stay(PYTORCH, {**job, **RUNNING}) == ""
+    assert retention(PYTORCH, job).endswith("until somebody deletes it")
+    assert retention(PYTORCH, {**job, **RUNNING}) == ""
     assert datetime.fromisoformat("2026-03-01T10:00:00Z") + timedelta(
         days=1
     )  # Python 3.11 reads Kubernetes' times

@@ -5,9 +5,10 @@ import math
 import pytest
 import torch
 
+from tests import parts
 from tests.small import target
 from vitdet.models.boxes import pairwise_iou
-from vitdet.models.rpn import RPN, Anchored
+from vitdet.models.rpn import Anchored
 
 STRIDES = (8, 16)
 SIZES = torch.tensor([[64, 64], [40, 50]])
@@ -15,7 +16,7 @@ SIZES = torch.tensor([[64, 64], [40, 50]])
 
 def small_rpn(samples=16, **settings):
     torch.manual_seed(0)
-    rpn = RPN(channels=4, strides=STRIDES, anchor_scale=3.0, samples=samples, **settings)
+    rpn = parts.rpn(channels=4, strides=STRIDES, anchor_scale=3.0, samples=samples, **settings)
     for parameter in rpn.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
     return rpn

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from components import pytorchjob
+from components.launcher import client as kube
+from components.launcher import launch as launcher
 from tests.kubeflow import Handler, Kubeflow, command, cut, failing, serving, stalling, task
 
 Run = Callable[..., tuple[int, str, str]]
@@ -32,7 +33,9 @@ def pipeline(
     package, run = tmp_path / "package.yaml", command(kubeflow, monkeypatch, capsys)
     parameters = {name: {"parameterType": "LIST"} for name in ("recipes", "overrides")}
     package.write_text(yaml.safe_dump({"root": {"inputDefinitions": {"parameters": parameters}}}))
-    monkeypatch.setattr("pipeline.remote_verbs.check", lambda *_: True)  # `test_submit` has it
+    monkeypatch.setattr(
+        "pipeline.cli.submit.check_recipes", lambda *_: True
+    )  # `test_submit` has it
     return lambda verb, *words: run(
         verb, *words, "--every", 0.01, *(["--package", package] if verb == "submit" else [])
     )
@@ -286,9 +289,9 @@ class Cluster:
 @pytest.fixture
 def cluster(monkeypatch: pytest.MonkeyPatch) -> Cluster:
     made = Cluster()
-    monkeypatch.setattr(pytorchjob, "delete_jobs", made.delete_jobs)
+    monkeypatch.setattr(launcher, "delete_jobs", made.delete_jobs)
     monkeypatch.setattr(
-        pytorchjob, "whereabouts", "namespace {} of the cluster of context work".format
+        kube, "describe_namespace", "namespace {} of the cluster of context work".format
     )
     return made
 
@@ -365,7 +368,7 @@ def test_jobs_of_a_run_that_is_not_seen_to_end_are_deleted(
     monkeypatch: pytest.MonkeyPatch,
     status: int,
 ) -> None:
-    monkeypatch.setattr("pipeline.remote_verbs.STOPPING", 0.3)
+    monkeypatch.setattr("pipeline.cli.terminate.END_TIMEOUT", 0.3)
     pipeline("submit", "tiny")
     cluster.found = [(["vitdet-1"], []), (["vitdet-2"], [KEPT])]
     kubeflow.plan[f"GET /runs/{RUN}"] = [Handler.serve, *[failing(status)] * 3]
@@ -389,7 +392,7 @@ def test_ctrl_c_while_a_run_ends_says_what_is_left_to_do(
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("pipeline.client.Server.over", interrupt)
+    monkeypatch.setattr("pipeline.client.Server.wait_until_ended", interrupt)
     pipeline("submit", "tiny")
     code, _, said = pipeline("terminate", RUN)
     assert code == 130 and len(cluster.asked) == 1
@@ -402,7 +405,7 @@ def test_a_cluster_without_the_namespace_is_refused_in_one_line(
     def another(namespace: str) -> str:
         raise ValueError(f"the cluster of context work has no namespace {namespace}")
 
-    monkeypatch.setattr(pytorchjob, "whereabouts", another)
+    monkeypatch.setattr(kube, "describe_namespace", another)
     pipeline("submit", "tiny")
     code, out, said = pipeline("terminate", RUN)
     assert code == 1 and "now ending" in out and cluster.asked == []
@@ -428,7 +431,7 @@ def test_jobs_that_cannot_be_deleted_are_an_error_that_says_how(
     def forbidden(run_id: str, namespace: str, own: str) -> tuple[list[str], list[str]]:
         raise RuntimeError("may not delete pytorchjobs")
 
-    monkeypatch.setattr(pytorchjob, "delete_jobs", forbidden)
+    monkeypatch.setattr(launcher, "delete_jobs", forbidden)
     pipeline("submit", "tiny")
     code, out, said = pipeline("terminate", RUN, "--namespace", "team-a")
     assert code == 1 and "now ending" in out and len(said.splitlines()) == 1

@@ -29,7 +29,7 @@ from vitdet.data.shared_memory import Shared
 
 def places(data):
     columns, found = data.records._columns, []
-    for part in (columns.boxes, columns.heads, columns.names._ends, columns.segmentations._bytes):
+    for part in (columns.boxes, columns.heads, columns.names._sent[0], columns.segmentations._sent[1]):
         address = part.array.__array_interface__["data"][0]
         for line in open("/proc/self/maps"):
             low, high = (int(side, 16) for side in line.split()[0].split("-"))

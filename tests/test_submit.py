@@ -13,15 +13,16 @@ import yaml
 from kfp import compiler, dsl, kubernetes
 from kfp.client.client import _extract_pipeline_yaml
 
-from pipeline import client, order
-from pipeline.order import cron, pool, specification
+from pipeline import client, request
+from pipeline.cli.submit import check_pool
+from pipeline.request import kubeflow_cron, load_package
 from tests.kubeflow import Kubeflow, command, serving
 
 Run = Callable[..., tuple[int, str, str]]
 ROOT = Path(__file__).parents[1]
 
 
-check = functools.cache(order.check)  # a process of 0.2 s each
+check = functools.cache(request.check_recipes)  # a process of 0.2 s each
 
 
 @dsl.component(base_image="python", install_kfp_package=False)
@@ -72,7 +73,7 @@ def pipeline(
 ) -> Run:
     run = command(kubeflow, monkeypatch, capsys)
     monkeypatch.setattr(
-        "pipeline.remote_verbs.check",
+        "pipeline.cli.submit.check_recipes",
         lambda recipes, settings: check(tuple(recipes), tuple(settings)),
     )
 
@@ -314,9 +315,9 @@ def test_a_wrong_word_is_refused_by_the_command_line(
 
 def test_a_pipeline_with_other_parameters_is_refused(package: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="the pipeline has no parameter colour"):
-        specification(package, {"recipes": [], "overrides": [], "colour": "red"}, True)
+        load_package(package, {"recipes": [], "overrides": [], "colour": "red"}, True)
     with pytest.raises(ValueError, match="the pipeline also needs overrides, recipes"):
-        specification(package, {}, True)
+        load_package(package, {}, True)
 
 
 def test_without_vitdet_the_first_step_looks_recipes_through(
@@ -324,19 +325,19 @@ def test_without_vitdet_the_first_step_looks_recipes_through(
 ) -> None:
     find = importlib.util.find_spec
     monkeypatch.setattr(
-        order.importlib.util, "find_spec", lambda name: None if name == "vitdet" else find(name)
+        request.importlib.util, "find_spec", lambda name: None if name == "vitdet" else find(name)
     )
     code, _, said = pipeline("submit", "tinyy")
     assert code == 0 and said == (
         "pipeline: recipes and settings could not be looked through here; the first step does\n"
     )
     monkeypatch.undo()
-    assert order.check(["/data/recipes/mine.yaml"], []) is False
+    assert request.check_recipes(["/data/recipes/mine.yaml"], []) is False
 
 
 def test_the_client_needs_no_torch_and_answers_fast() -> None:
     code = (
-        "import sys, pipeline.__main__\ntry: pipeline.__main__.main(['submit', '--help'])\n"
+        "import sys, pipeline.cli\ntry: pipeline.cli.main(['submit', '--help'])\n"
         "except SystemExit: pass\nsys.exit(' '.join({'torch', 'mlflow', 'vitdet'} & set(sys.modules)) or 0)"
     )
     done = subprocess.run(
@@ -357,7 +358,7 @@ def test_the_client_needs_no_torch_and_answers_fast() -> None:
 def test_a_schedule_means_what_a_crontab_means(
     kubeflow: Kubeflow, pipeline: Run, given: str, sent: str
 ) -> None:
-    assert cron(given) == sent
+    assert kubeflow_cron(given) == sent
     code, out, _ = pipeline(
         "submit", "tiny", "--cron", given, "--max-concurrency", 2, "--no-catch-up"
     )
@@ -377,12 +378,12 @@ def test_a_schedule_means_what_a_crontab_means(
 )
 def test_a_schedule_that_is_none(expression: str) -> None:
     with pytest.raises(ValueError, match="as in a crontab"):
-        cron(expression)
+        kubeflow_cron(expression)
 
 
 def test_a_pool_that_no_label_can_name_is_refused() -> None:
     for good in (None, "", "h200", "a100.spot_1"):
-        pool(good)
+        check_pool(good)
     for bad in ("h200 ", "-x", "a/b", "x" * 64):
         with pytest.raises(ValueError, match="--pool .*expected a label's value"):
-            pool(bad)
+            check_pool(bad)

@@ -3,12 +3,15 @@
 import pytest
 import torch
 
-from vitdet.models.swin import SIZES, Block, Swin, shift_mask
+from tests import parts
+from vitdet.models.baselines.swin import SIZES, Block, shift_mask
 
 
 def small_swin(drop_path=0.0):
     torch.manual_seed(0)
-    return Swin(dim=4, depths=(2, 2, 2, 2), heads=(1, 2, 2, 4), window_size=7, drop_path=drop_path)
+    return parts.swin(
+        dim=4, depths=(2, 2, 2, 2), heads=(1, 2, 2, 4), window_size=7, drop_path=drop_path
+    )
 
 
 def test_maps_have_their_strides_and_channels():
@@ -27,7 +30,7 @@ def test_maps_have_their_strides_and_channels():
 def test_published_size():
     """28,288,354 with the classifier of 1,000 classes and one norm of 768 channels; here four, of 1,440 in all."""
     with torch.device("meta"):
-        swin = Swin(**SIZES["swin_t"]._asdict())
+        swin = parts.swin(**SIZES["swin_t"]._asdict())
     assert sum(p.numel() for p in swin.parameters()) == 28_288_354 - 769 * 1000 - 2 * 768 + 2 * 1440
 
 
@@ -54,7 +57,7 @@ def test_a_token_reaches_its_window_and_half_of_the_next():
     """The window of a map of 12 x 12 holds 4 x 4 tokens, those of the shifted block begin at 2."""
     for shift, rows in ((0, range(4, 8)), (2, range(2, 6))):
         torch.manual_seed(0)
-        block = Block(8, 2, 4, shift, 0.0)
+        block = Block(dim=8, heads=2, window=4, shift=shift, drop_path=0.0)
         x = torch.randn(1, 12, 12, 8)
         other = x.clone()
         other[0, 5, 5, 0] += 1
@@ -67,7 +70,7 @@ def test_a_token_reaches_its_window_and_half_of_the_next():
 def test_the_first_tokens_share_a_window_with_each_other_alone():
     """Rolled, the first 2 rows come last, behind the padding; they must not meet the rows before it."""
     torch.manual_seed(0)
-    block = Block(8, 2, 4, 2, 0.0)
+    block = Block(dim=8, heads=2, window=4, shift=2, drop_path=0.0)
     x = torch.randn(1, 6, 6, 8)  # padded to 8
     other = x.clone()
     other[0, 5, 5, 0] += 1

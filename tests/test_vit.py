@@ -4,14 +4,15 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from vitdet.models.vit import SIZES, ConvBottleneck, PatchEmbed, ViT, init_linears, resize_positions
+from tests import parts
+from vitdet.models.vit import SIZES, ConvBottleneck, PatchEmbed, init_linears, resize_positions
 
 
 def small_vit(
     global_blocks=(1,), depth=2, window_size=2, residual_blocks=(), drop_path=0.0, **settings
 ):
     torch.manual_seed(0)
-    vit = ViT(
+    vit = parts.vit(
         dim=16,
         depth=depth,
         heads=2,
@@ -107,7 +108,7 @@ def test_tables_have_the_size_of_a_window_or_of_the_grid():
 
 
 def test_tables_of_a_grid_that_is_not_square():
-    vit = ViT(
+    vit = parts.vit(
         dim=16,
         depth=1,
         heads=2,
@@ -171,7 +172,7 @@ def test_no_fresh_weight_is_far_out():
 def test_published_sizes(name, parameters):
     """Blocks and patches of 16 px, without positions: depth (12 d^2 + 13 d) + 769 d."""
     with torch.device("meta"):
-        vit = ViT(**SIZES[name]._asdict())
+        vit = parts.vit(**SIZES[name]._asdict())
     counted = sum(
         p.numel() for n, p in vit.named_parameters() if "rel_pos" not in n and n != "pos_embed"
     )

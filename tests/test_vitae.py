@@ -9,11 +9,12 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from tests import parts
 from vitdet.config import BackboneConfig, ModelConfig
 from vitdet.models import build_backbone
-from vitdet.models.vit import Block, ViT
-from vitdet.models.vitae import Performer, ReductionCell, ViTAESmall, deep_branch, wide_branch
-from vitdet.weights.convert import MMDET, rename
+from vitdet.models.vitae import Performer, ReductionCell, deep_branch, wide_branch
+from vitdet.weights.formats.mmdet import MMDET
+from vitdet.weights.formats.table import rename
 
 INIT = (
     Path(__file__).parents[2]
@@ -40,7 +41,7 @@ def random(module):
 
 def small_vitae(**settings):
     return random(
-        ViT(
+        parts.vit(
             dim=16,
             depth=2,
             heads=2,
@@ -57,7 +58,7 @@ def small_vitae(**settings):
 
 def small_vitae_s(**settings):
     return random(
-        ViTAESmall(
+        parts.vitae_small(
             dim=32,
             depth=2,
             heads=2,
@@ -88,7 +89,7 @@ def named(name, **settings):
 
 def silenced(branch):
     """A block of 8 channels and windows of 2 x 2 whose attention and MLP add nothing: only its convolutions do."""
-    block = random(Block(8, 2, 2, 4, 0.0, False, branch=branch)).eval()
+    block = random(parts.block(dim=8, heads=2, window=2, grid=4, branch=branch)).eval()
     for layer in (block.attn.proj, block.mlp.fc2):
         torch.nn.init.zeros_(layer.weight)
         torch.nn.init.zeros_(layer.bias)
@@ -118,7 +119,7 @@ def test_convolutions_read_what_the_block_reads_and_the_whole_map(branch):
 
 
 def test_mlp_reads_the_sum_of_both_branches():
-    block = random(Block(8, 2, 0, 3, 0.0, False, branch=wide_branch(8, 32))).eval()
+    block = random(parts.block(dim=8, heads=2, window=0, grid=3, branch=wide_branch(8, 32))).eval()
     x = torch.randn(1, 3, 3, 8)
     mixed = x + block.attn(block.norm1(x)) + block.pcm(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
     assert torch.allclose(block(x), mixed + block.mlp(block.norm2(mixed)), atol=1e-5)
@@ -126,7 +127,9 @@ def test_mlp_reads_the_sum_of_both_branches():
 
 def test_images_drop_each_of_three_paths_by_itself():
     torch.manual_seed(0)
-    block = random(Block(8, 2, 0, 2, 0.5, False, branch=wide_branch(8, 32))).train()
+    block = random(
+        parts.block(dim=8, heads=2, window=0, grid=2, drop_path=0.5, branch=wide_branch(8, 32))
+    ).train()
     for layer in block.pcm:
         layer.eval()  # else the images of a batch change each other
     found = block(torch.ones(400, 2, 2, 8)).flatten(1)
@@ -307,10 +310,10 @@ def test_fresh_weights_are_distributed_as_the_published_ones(name, count):
     torch.manual_seed(0)
     plain = {"depth": 3, "global_blocks": (2,), "final_norm": True}
     if name == "vitae_s":
-        backbone = ViTAESmall(dim=384, heads=6, **plain)
+        backbone = parts.vitae_small(**plain)
     else:
         branch = partial(wide_branch, 768, 3072) if name == "vitae_b" else None
-        backbone = ViT(dim=768, heads=12, pos_embed_grid=64, branch=branch, **plain)
+        backbone = parts.vit(dim=768, heads=12, pos_embed_grid=64, branch=branch, **plain)
     ours = {f"backbone.{n}": value for n, value in backbone.state_dict().items()}
     held = 0
     for theirs, (mean, std, largest) in json.loads(INIT.read_text())[name].items():

@@ -3,12 +3,13 @@
 import pytest
 import torch
 
-from vitdet.models.vitaev2 import SIZES, Attention, ViTAEv2, drop_rates
+from tests import parts
+from vitdet.models.baselines.vitaev2 import SIZES, Attention, drop_rates
 
 
 def small_vitaev2():
     torch.manual_seed(0)
-    return ViTAEv2(
+    return parts.vitaev2(
         widths=(4, 4, 4, 8),
         dims=(4, 8, 8, 16),
         depths=(1, 1, 2, 1),
@@ -52,7 +53,7 @@ def test_only_the_coarser_stages_see_the_whole_image():
 @pytest.mark.parametrize(("height", "above"), [(4, 1), (5, 0), (6, 0), (7, 1)])
 def test_windows_are_padded_all_around(height, above):
     """Windows of 3 begin so many rows before the map; the odd row of padding stands below."""
-    attention = Attention(4, 4, 1, 3)
+    attention = Attention(inputs=4, dim=4, heads=1, window=3, bias=True, keep_values=False)
     torch.nn.init.normal_(attention.qkv.bias)
     x = torch.randn(1, height, 3, 4)
     other = x.clone()
@@ -62,7 +63,7 @@ def test_windows_are_padded_all_around(height, above):
 
 
 def test_values_are_kept_where_the_attention_changes_the_channels():
-    attention = Attention(6, 4, 2, 0, bias=False, keep_values=True)
+    attention = Attention(inputs=6, dim=4, heads=2, window=0, bias=False, keep_values=True)
     torch.nn.init.zeros_(attention.proj.weight)
     torch.nn.init.zeros_(attention.proj.bias)
     x = torch.randn(2, 3, 5, 6)
@@ -78,7 +79,7 @@ def test_rates_of_the_published_run():
         pytest.approx(stage) for stage in wanted
     ]
     with torch.device("meta"):
-        backbone = ViTAEv2(**SIZES["vitaev2_s"]._asdict(), drop_path=0.1)
+        backbone = parts.vitaev2(**SIZES["vitaev2_s"]._asdict(), drop_path=0.1)
     assert [
         [cell.drop_path.drop_prob for cell in stage.cells] for stage in backbone.stages
     ] == rates

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import overload
 
 import torch
 from torch import nn
@@ -48,6 +49,12 @@ class Predictor:
         return cls(
             detector.to(device).eval(), class_names, config.data.image_size, config.data.antialias
         )
+
+    @overload
+    def __call__(self, image: Picture, threshold: float = 0.5) -> Detections: ...
+
+    @overload
+    def __call__(self, image: list[Picture], threshold: float = 0.5) -> list[Detections]: ...
 
     @torch.no_grad()
     def __call__(

@@ -1,4 +1,4 @@
-"""The three records that cross module borders: `Target`, `Detections`, `Batch`, and the two forms of a mask.
+"""The three records that modules exchange: `Target`, `Detections` and `Batch`; and the form of a target's masks.
 
 Boxes are xyxy in float pixels, half-open; sizes are (height, width); labels are 0..K-1; images are RGB.
 Letters: B images, G ground truths, N detections, E edges, K classes.
@@ -7,7 +7,7 @@ Letters: B images, G ground truths, N detections, E edges, K classes.
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -15,11 +15,11 @@ from torch import Tensor
 if TYPE_CHECKING:
     from PIL import Image
 
-Record = TypeVar("Record", "Polygons", "Bitmaps", "Target", "Detections", "Batch")
+Record = TypeVar("Record", "Polygons", "Target", "Detections", "Batch")
 
 
 def _to(record: Record, device: torch.device | str, non_blocking: bool) -> Record:
-    moved = {}
+    moved: dict[str, Any] = {}
     for field in fields(record):
         value = getattr(record, field.name)
         if isinstance(value, list):
@@ -50,30 +50,12 @@ class Polygons:
 
 
 @dataclass(frozen=True)
-class Bitmaps:
-    """Masks of G objects as pixels (G, H, W) bool on the canvas: what detectron2 and mmdet may train on. Our data are
-    Polygons; these serve the comparisons with them.
-    """
-
-    pixels: Tensor
-
-    def __len__(self) -> int:
-        return len(self.pixels)
-
-    def __getitem__(self, index: Tensor | slice) -> Bitmaps:
-        return Bitmaps(self.pixels[index])
-
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> Bitmaps:
-        return _to(self, device, non_blocking)
-
-
-@dataclass(frozen=True)
 class Target:
     """Ground truth of one image: boxes (G, 4) xyxy pixels of the canvas, labels (G,) int64, masks of G objects."""
 
     boxes: Tensor
     labels: Tensor
-    masks: Polygons | Bitmaps
+    masks: Polygons
 
     def __len__(self) -> int:
         return len(self.boxes)

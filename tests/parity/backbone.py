@@ -17,15 +17,14 @@ import torch
 from timm.layers import to_2tuple
 from torch import Tensor, nn
 
+from tests import parts
 from tests.parity.case import load
 from tests.parity.report import Report
-from vitdet.models.pyramid import SimpleFeaturePyramid
-from vitdet.models.swin import Swin
-from vitdet.models.vit import ViT
-from vitdet.models.vitae import ViTAESmall, wide_branch
-from vitdet.models.vitaev2 import ViTAEv2
-from vitdet.weights.baselines import SWIN_MMDET, VITAEV2
-from vitdet.weights.convert import Format, mmdet, to_ours
+from vitdet.models.vitae import wide_branch
+from vitdet.weights.formats.mmdet import mmdet_format
+from vitdet.weights.formats.swin import SWIN_MMDET
+from vitdet.weights.formats.table import Format, to_ours
+from vitdet.weights.formats.vitaev2 import VITAEV2
 
 TOLERANCE = 1e-4  # absolute; the reference's own float32 and float64 runs differ by less than 1e-5
 STRIDE = 16
@@ -49,7 +48,7 @@ class Resampled(nn.Module):
     def __init__(self, backbone: nn.Module) -> None:
         super().__init__()
         self.backbone = backbone
-        self.pyramid = SimpleFeaturePyramid(
+        self.pyramid = parts.pyramid(
             backbone.out_channels, 1, backbone.stride, halve_channels=False
         )
         self.pyramid.levels = nn.ModuleList(level[:-2] for level in self.pyramid.levels)
@@ -79,7 +78,7 @@ def build_vit(settings: dict) -> nn.Module:
     branch = (
         partial(wide_branch, dim, int(mlp_ratio * dim)) if settings["type"] == "ViTAE" else None
     )
-    return ViT(
+    return parts.vit(
         dim=dim,
         depth=settings["depth"],
         heads=settings["num_heads"],
@@ -96,7 +95,7 @@ def build_vit(settings: dict) -> nn.Module:
 def build_vitae_small(settings: dict) -> nn.Module:
     """ViTAE-S's backbone at the size that the settings say."""
     widths, dims = settings["embed_dims"], settings["token_dims"]
-    return ViTAESmall(
+    return parts.vitae_small(
         dim=dims[-1],
         depth=settings["NC_depth"][-1],
         heads=settings["NC_heads"][-1],
@@ -135,7 +134,7 @@ def build_swin(settings: dict) -> nn.Module:
     """Swin at the size that the settings say, as mmdet has it. Raises ValueError for what none of its sizes has."""
     fixed(settings, {"mlp_ratio": 4})
     return Hierarchical(
-        Swin(
+        parts.swin(
             dim=settings["embed_dims"],
             depths=settings["depths"],
             heads=settings["num_heads"],
@@ -160,7 +159,7 @@ def build_vitaev2(settings: dict) -> nn.Module:
         },
     )
     return Hierarchical(
-        ViTAEv2(
+        parts.vitaev2(
             widths=settings["embed_dims"],
             dims=settings["token_dims"],
             depths=settings["NC_depth"],
@@ -175,7 +174,7 @@ def build_vitaev2(settings: dict) -> nn.Module:
 
 def fork_layout(settings: dict) -> Format:
     """The names of ViTAE-Transformer/ViTDet."""
-    return mmdet(grid=grid_of(settings), wide=global_blocks(settings))
+    return mmdet_format(grid=grid_of(settings), wide=global_blocks(settings))
 
 
 def resampled(build: Callable[[dict], nn.Module]) -> Callable[[dict], nn.Module]:

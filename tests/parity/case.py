@@ -14,17 +14,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from tests import parts
+from tests.parity.bitmaps import BitmapRoIHeads, Bitmaps
 from vitdet.data.masks import edges_of
-from vitdet.models.box_head import BoxHead
 from vitdet.models.detector import Detector
 from vitdet.models.losses import FederatedClassification, SoftmaxClassification
-from vitdet.models.mask_head import MaskHead
-from vitdet.models.pyramid import SimpleFeaturePyramid
-from vitdet.models.roi_heads import RoIHeads
-from vitdet.models.rpn import RPN
-from vitdet.models.vit import ViT
-from vitdet.types import Bitmaps, Polygons, Target
-from vitdet.weights.convert import DETECTRON2, rename, to_ours
+from vitdet.types import Polygons, Target
+from vitdet.weights.formats.detectron2 import DETECTRON2
+from vitdet.weights.formats.table import rename, to_ours
 
 
 def evenly(candidates: Tensor, num: int) -> Tensor:
@@ -36,7 +33,7 @@ def build(config: dict) -> Detector:
     """The detector that a case's config.json describes; the odds of classes come with its weights."""
     stages = 3 if config["cascade"] else 1
     classes, channels, depth = config["num_classes"], config["out_channels"], config["depth"]
-    backbone = ViT(
+    backbone = parts.vit(
         dim=config["embed_dim"],
         depth=depth,
         heads=config["num_heads"],
@@ -47,15 +44,17 @@ def build(config: dict) -> Detector:
         rel_pos_size=config["img_size"],
         residual_blocks=config["residual_block_indexes"],
     )
-    pyramid = SimpleFeaturePyramid(backbone.out_channels, channels, backbone.stride)
+    pyramid = parts.pyramid(backbone.out_channels, channels, backbone.stride)
     if config["lvis"]:
         num = config["fed_loss_num_classes"]
-        classification: nn.Module = FederatedClassification(torch.ones(classes), num, draw=False)
+        classification: nn.Module = FederatedClassification(
+            class_weights=torch.ones(classes), num=num, draw=False
+        )
     else:
-        classification = SoftmaxClassification(classes)
+        classification = SoftmaxClassification(num_classes=classes)
     scale = config["anchor_sizes"][0][0] / pyramid.strides[0]
     heads = [
-        BoxHead(
+        parts.box_head(
             channels=channels,
             num_convs=4,
             fc_dim=config["fc_dim"],
@@ -67,7 +66,7 @@ def build(config: dict) -> Detector:
     return Detector(
         backbone=backbone,
         pyramid=pyramid,
-        rpn=RPN(
+        rpn=parts.rpn(
             channels=channels,
             strides=pyramid.strides,
             anchor_scale=scale,
@@ -78,9 +77,10 @@ def build(config: dict) -> Detector:
             post_nms_test=config["post_nms_topk"][1],
             choose=evenly,
         ),
-        roi_heads=RoIHeads(
+        roi_heads=parts.roi_heads(
+            BitmapRoIHeads,
             stages=heads,
-            mask=MaskHead(channels=channels, num_convs=4, num_classes=classes),
+            mask=parts.mask_head(channels=channels, num_convs=4, num_classes=classes),
             classification=classification,
             strides=pyramid.strides[:4],
             ious=(0.5, 0.6, 0.7)[:stages],

@@ -16,10 +16,9 @@ import torch
 from torch import Tensor
 
 from tests.parity.case import Case
-from vitdet.models.boxes import clip, decode
+from vitdet.models.boxes import clip
 from vitdet.models.detector import Detector
 from vitdet.models.losses import FederatedClassification, federated_classes
-from vitdet.models.mask_head import mask_targets
 from vitdet.models.rpn import Proposals
 from vitdet.models.vit import resize_positions
 from vitdet.types import Detections, Target
@@ -103,7 +102,7 @@ def run_stages(
     for stage in range(len(detector.roi_heads.stages)):
         logits, deltas = detector.roi_heads.run_stage(stage, features, boxes)
         found.append((logits, deltas.flatten(1)))
-        decoded = decode(torch.cat(list(boxes)), deltas[:, 0], detector.roi_heads.weights[stage])
+        decoded = detector.roi_heads.decode(stage, torch.cat(list(boxes)), deltas[:, 0])
         boxes = [
             clip(b, size)
             for b, size in zip(decoded.split([len(b) for b in boxes]), sizes, strict=True)
@@ -127,8 +126,10 @@ def run_training(
         found[f"roi_pos_idx{i}"], found[f"roi_neg_idx{i}"] = index[foreground], index[~foreground]
         assigned.append(sampled)
         boxes, matched = sampled.boxes[foreground], sampled.matched[foreground]
-        found[f"mask_targets_bitmask{i}"] = mask_targets(target.masks[matched], boxes)
-        found[f"mask_targets_polygon{i}"] = mask_targets(case.polygons[i].masks[matched], boxes)
+        found[f"mask_targets_bitmask{i}"] = heads.mask_targets(target.masks[matched], boxes)
+        found[f"mask_targets_polygon{i}"] = heads.mask_targets(
+            case.polygons[i].masks[matched], boxes
+        )
     for stage in range(len(heads.stages)):
         name = "roi" if stage == 0 else f"stage{stage}"
         labels = [heads.labels(a, target) for a, target in zip(assigned, case.bitmaps, strict=True)]
@@ -148,7 +149,7 @@ def run_training(
             counts = [len(a.boxes) for a in assigned]
             boxes = [a.boxes for a in assigned]
             _, deltas = heads.run_stage(stage, features, boxes)
-            refined = decode(torch.cat(boxes), deltas[:, 0], heads.weights[stage]).split(counts)
+            refined = heads.decode(stage, torch.cat(boxes), deltas[:, 0]).split(counts)
             assigned = heads.reassign(stage + 1, refined, case.bitmaps, case.sizes)
     return found
 

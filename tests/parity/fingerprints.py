@@ -20,7 +20,8 @@ from vitdet.config import load_config
 from vitdet.models import build_detector, mask_head
 from vitdet.models.detector import Detector
 from vitdet.models.roi_pool import pool
-from vitdet.weights.convert import mmdet, to_ours, to_theirs
+from vitdet.weights.formats.mmdet import mmdet_format
+from vitdet.weights.formats.table import to_ours, to_theirs
 
 TOLERANCE = 2e-3
 RECIPES = {
@@ -61,14 +62,14 @@ def weight(name: str, shape: tuple[int, ...]) -> np.ndarray:
 def build(tag: str) -> Detector:
     """One of the three detectors with the weights of the formula."""
     detector = build_detector(load_config(RECIPES[tag]).model)
-    theirs = to_theirs(detector.state_dict(), mmdet(split=SPLIT.get(tag, ())))
+    theirs = to_theirs(detector.state_dict(), mmdet_format(split=SPLIT.get(tag, ())))
     made = {
         name: tensor
         if name.endswith("num_batches_tracked")
         else torch.from_numpy(np.asarray(weight(name, tuple(tensor.shape)), np.float32))
         for name, tensor in theirs.items()
     }
-    detector.load_state_dict(to_ours(made, mmdet()))
+    detector.load_state_dict(to_ours(made, mmdet_format()))
     return detector.eval()
 
 

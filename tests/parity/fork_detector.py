@@ -16,7 +16,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from tests import parts
 from tests.parity.backbone import system_of
+from tests.parity.bitmaps import BitmapRoIHeads, Bitmaps
 from tests.parity.case import load
 from vitdet.data.masks import paste
 from vitdet.models import losses, mask_head
@@ -26,12 +28,10 @@ from vitdet.models.boxes import MAX_LOG_SCALE, encode
 from vitdet.models.detector import Detector
 from vitdet.models.losses import SoftmaxClassification
 from vitdet.models.mask_head import MaskHead
-from vitdet.models.pyramid import SimpleFeaturePyramid
-from vitdet.models.roi_heads import RoIHeads
 from vitdet.models.roi_pool import pool
 from vitdet.models.rpn import RPN, WEIGHTS
-from vitdet.types import Bitmaps, Target
-from vitdet.weights.convert import to_ours
+from vitdet.types import Target
+from vitdet.weights.formats.table import to_ours
 
 EPS = 1e-5  # of the LNs in neck and heads
 EVERYTHING = 1_000_000
@@ -63,7 +63,7 @@ def build(model: dict) -> Detector:
         model["train_cfg"],
         model["test_cfg"],
     )
-    pyramid = SimpleFeaturePyramid(
+    pyramid = parts.pyramid(
         backbone.out_channels, channels, backbone.stride, halve_channels=False, eps=EPS
     )
     num_convs, num_fcs = BOX_HEADS[box["type"]]
@@ -101,9 +101,9 @@ def build(model: dict) -> Detector:
             min_log_scale=-MAX_LOG_SCALE,
             match=match_of(train["rpn"]["assigner"]),
         ),
-        roi_heads=RoIHeads(
+        roi_heads=BitmapRoIHeads(
             stages=[stage],
-            classification=SoftmaxClassification(box["num_classes"]),
+            classification=SoftmaxClassification(num_classes=box["num_classes"]),
             strides=pyramid.strides[:4],
             mask=MaskHead(
                 channels=channels,

@@ -18,7 +18,7 @@ from torch import Tensor
 from tests.parity.backbone import system_of
 from tests.parity.case import load
 from tests.parity.report import Report
-from vitdet.weights.convert import Format, rename, to_ours
+from vitdet.weights.formats.table import Format, rename, to_ours
 from vitdet.weights.load import load_pretrained
 
 RESIZED = 1e-5  # absolute, of what is interpolated; everything else is the same to the bit

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import numpy as np
@@ -45,9 +46,9 @@ def compute(folder: Path) -> dict[str, Tensor]:
         (30, (30.0, 30.0, 15.0, 15.0)),
     ):
         ours[f"bt_get_w{factor}"] = encode(source, target, weights)
-        ours[f"bt_apply_w{factor}"] = decode(source, deltas.unflatten(1, (-1, 4)), weights).flatten(
-            1
-        )
+        ours[f"bt_apply_w{factor}"] = decode(
+            source, deltas.unflatten(1, (-1, 4)), weights, -math.inf
+        ).flatten(1)
     for name, low, high, matching in (
         ("rpn", 0.3, 0.7, match_keeping_own),
         ("roi", 0.5, 0.5, match),

@@ -191,7 +191,7 @@ def published_file(
     from vitdet.weights.fetch import fetch
 
     def convert(source: Path, target: Path) -> None:
-        from vitdet.training.convert import convert_file
+        from vitdet.weights.convert import convert_file
 
         for line in convert_file(source, target, entry.format, entry.recipe or None):
             log.info(line)
@@ -212,7 +212,7 @@ def copied(source: Path, folder: Path) -> Path:
 
 def run_convert(given: argparse.Namespace) -> int:
     """vitdet weights convert"""
-    from vitdet.training.convert import convert_file
+    from vitdet.weights.convert import convert_file
 
     for line in convert_file(given.source, given.target, given.format, given.recipe, given.reverse):
         log.info(line)

@@ -108,7 +108,7 @@ def read_image(path: Path, size: tuple[int, int] | None = None) -> Image.Image:
     return image
 
 
-def read_tree(path: Path) -> object:
+def read_tree(path: Path) -> Any:
     """The content of an annotation file, its tables as `Entries` that do not change with the file.
 
     Raises FileNotFoundError or ValueError with one line that names it.

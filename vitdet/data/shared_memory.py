@@ -86,9 +86,9 @@ class PackedList(Generic[T]):
             self.append(value)
 
     def append(self, value: T) -> None:
-        """Add a value at the end. Raises ValueError once the list has been sent to another process."""
+        """Add a value at the end. Raises TypeError once the list has been sent to another process."""
         if self._sent is not None:
-            raise ValueError("a list that another process has can take no more values")
+            raise TypeError("a list that another process has can take no more values")
         self._bytes += pickle.dumps(value, pickle.HIGHEST_PROTOCOL)
         self._ends.append(len(self._bytes))
 

@@ -66,7 +66,17 @@ class MaskedAutoencoder(nn.Module):
         self.mask_token = nn.Parameter(torch.zeros(1, 1, decoder_dim))
         self.positions = nn.Parameter(torch.randn(1, grid * grid, decoder_dim) * 0.02)
         self.decoder = nn.ModuleList(
-            Block(decoder_dim, 2, window=0, grid=grid, drop_path=0.0, conv_after=False)
+            Block(
+                dim=decoder_dim,
+                heads=2,
+                window=0,
+                grid=grid,
+                drop_path=0.0,
+                conv_after=False,
+                mlp_ratio=4.0,
+                scaled_rel_pos=False,
+                branch=None,
+            )
             for _ in range(decoder_depth)
         )
         self.to_pixels = nn.Sequential(

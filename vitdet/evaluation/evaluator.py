@@ -12,6 +12,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
+import vitdet.evaluation.coco as coco
+import vitdet.evaluation.lvis as lvis
 from vitdet import distributed
 from vitdet.config import Config, DataConfig, EvalConfig, override
 from vitdet.data.coco import CocoSplit, read_tree
@@ -19,7 +21,6 @@ from vitdet.data.dataset import read_split
 from vitdet.data.layout import split_files
 from vitdet.data.loader import val_loader
 from vitdet.data.masks import encode, paste
-from vitdet.evaluation import coco, lvis
 from vitdet.evaluation.pictures import write_pictures
 from vitdet.evaluation.report import write_report
 from vitdet.evaluation.results import Truth, kinds_of, read_results, read_truth, truth_of

@@ -212,7 +212,7 @@ def _areas(codes: list[dict], results: Sequence[dict], truth: Truth) -> list[flo
     sizes, sound = areas(
         [code["counts"] for code in codes], [code["size"][0] * code["size"][1] for code in codes]
     )
-    for index in np.flatnonzero(~sound):
+    for index in np.flatnonzero(~sound).tolist():
         check_code(results[index], f"result {index + 1}", truth.sides(results[index]["image_id"]))
         sizes[index] = rle.area(codes[index])
     return sizes.astype(float).tolist()

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 from torch import nn
 
 from vitdet.config import DataConfig
@@ -16,7 +16,7 @@ from vitdet.data.masks import decode
 from vitdet.data.records import Record
 from vitdet.files import written
 from vitdet.predictor import Predictor, read_image
-from vitdet.visualize import comfortable_scale, draw, paint, spread
+from vitdet.visualize import caption_font, comfortable_scale, draw, paint, spread
 
 GAP = 8  # pixels between the two halves
 
@@ -74,7 +74,7 @@ def _enlarged(bitmap: np.ndarray, scale: int) -> torch.Tensor:
 def _compare(record: Record, predictor: Predictor, threshold: float) -> Image.Image:
     left = draw_truth(record, predictor.class_names)
     right = draw(record.path, predictor(record.path, threshold))
-    font = ImageFont.load_default(max(14, round(max(left.size) / 45)))
+    font = caption_font(max(14, round(max(left.size) / 45)))
     head = round(1.8 * font.size)
     sheet = Image.new("RGB", (2 * left.width + GAP, left.height + head), (250, 250, 250))
     pen = ImageDraw.Draw(sheet)

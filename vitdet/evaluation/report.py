@@ -12,9 +12,9 @@ from vitdet.evaluation.matching import IOUS, RECALLS, Comparison
 from vitdet.files import write_json
 
 
-def class_rows(finished: Mapping[str, Comparison]) -> list[dict[str, str | float]]:
+def class_rows(finished: Mapping[str, Comparison]) -> list[dict[str, str | float | None]]:
     """AP of each class that has objects, as rows {class, box_ap, box_ap50, mask_ap, mask_ap50} in percent."""
-    rows: dict[str, dict[str, str | float]] = {}
+    rows: dict[str, dict[str, str | float | None]] = {}
     for kind, comparison in finished.items():
         for place, category in enumerate(comparison.categories):
             ap = comparison.ap(chosen=[place])
@@ -29,7 +29,7 @@ def curve_rows(
     finished: Mapping[str, Comparison], ious: Sequence[float] = (0.5, 0.75)
 ) -> list[dict[str, str | float]]:
     """Precision over recall, mean of the classes, as rows {curve: 'box IoU 0.5', recall, precision} in 0..1."""
-    rows = []
+    rows: list[dict[str, str | float]] = []
     for kind, comparison in finished.items():
         precision = comparison.precision[:, :, :, 0, -1]  # (T, R, K) of all sizes, most detections
         known = (precision >= 0).all((0, 1))

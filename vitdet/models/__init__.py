@@ -6,35 +6,36 @@ import math
 from functools import partial
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from vitdet.config import BackboneConfig, EvalConfig, ModelConfig
-from vitdet.models import swin, vit, vitae, vitaev2
+from vitdet.models import vit, vitae
 from vitdet.models.assign import match, match_keeping_best, match_keeping_own
+from vitdet.models.baselines import swin, vitaev2
+from vitdet.models.baselines.fpn import FPN
+from vitdet.models.baselines.swin import Swin
+from vitdet.models.baselines.vitaev2 import ViTAEv2
 from vitdet.models.box_head import BoxHead
 from vitdet.models.boxes import MAX_LOG_SCALE
-from vitdet.models.detector import Detector
-from vitdet.models.fpn import FPN
+from vitdet.models.detector import Detector, Hierarchical, Plain
 from vitdet.models.losses import FederatedClassification, SoftmaxClassification
 from vitdet.models.mask_head import MaskHead
 from vitdet.models.pyramid import SimpleFeaturePyramid
-from vitdet.models.roi_heads import RoIHeads
+from vitdet.models.roi_heads import Classification, RoIHeads
 from vitdet.models.rpn import RPN
-from vitdet.models.swin import Swin
 from vitdet.models.vit import ViT
 from vitdet.models.vitae import ViTAESmall, wide_branch
-from vitdet.models.vitaev2 import ViTAEv2
 
-# model.low_quality -> who learns from which ground truth, in the RPN and in the RoI heads
+# model.low_quality -> how ground truths are assigned to boxes in the RPN and in the RoI heads
 MATCHES = {"own": (match_keeping_own, match), "best": (match_keeping_best, match_keeping_best)}
 
 
-def build_backbone(settings: ModelConfig) -> ViT | ViTAESmall | Swin | ViTAEv2:
-    """The backbone that the settings name. Raises ValueError for settings that it has not."""
+def build_backbone(settings: ModelConfig) -> Plain | Hierarchical:
+    """The backbone of the settings. Raises ValueError for settings that it does not support."""
     backbone = settings.backbone
     if backbone.name in swin.SIZES | vitaev2.SIZES:
         return _hierarchical(backbone)
-    size = (vit.SIZES | vitae.SIZES)[backbone.name]
+    size = (vit.SIZES | vitae.SIZES | vitae.SMALL_SIZES)[backbone.name]
     plain = {
         **size._asdict(),
         "global_blocks": size.global_blocks if backbone.global_attention else (),
@@ -45,14 +46,16 @@ def build_backbone(settings: ModelConfig) -> ViT | ViTAESmall | Swin | ViTAEv2:
         "scaled_rel_pos": backbone.scaled_rel_pos,
         "final_norm": backbone.final_norm,
     }
-    if backbone.name == "vitae_s":
+    if backbone.name in vitae.SMALL_SIZES:
         if backbone.patch_size != 16:
             raise ValueError(
-                "model.backbone.patch_size must be 16 with vitae_s, whose cells reduce an image 4 * 2 * 2 "
-                f"times, got {backbone.patch_size}"
+                f"model.backbone.patch_size must be 16 with {backbone.name}, whose cells reduce an image "
+                f"4 * 2 * 2 times, got {backbone.patch_size}"
             )
         return ViTAESmall(**plain)
-    branch = partial(wide_branch, size.dim, 4 * size.dim) if backbone.name == "vitae_b" else None
+    branch = None
+    if backbone.name in vitae.SIZES:
+        branch = partial(wide_branch, size.dim, int(size.mlp_ratio * size.dim))
     return ViT(
         **plain,
         patch_size=backbone.patch_size,
@@ -61,7 +64,7 @@ def build_backbone(settings: ModelConfig) -> ViT | ViTAESmall | Swin | ViTAEv2:
     )
 
 
-def _hierarchical(backbone: BackboneConfig) -> Swin | ViTAEv2:
+def _hierarchical(backbone: BackboneConfig) -> Hierarchical:
     for name in ("residual_blocks", "scaled_rel_pos", "final_norm"):
         if getattr(backbone, name):
             raise ValueError(
@@ -80,16 +83,27 @@ def _hierarchical(backbone: BackboneConfig) -> Swin | ViTAEv2:
     )
 
 
-def build_pyramid(settings: ModelConfig, backbone: nn.Module) -> SimpleFeaturePyramid | FPN:
-    """The pyramid that the settings name, over the map or maps of the backbone."""
+def build_pyramid(
+    settings: ModelConfig, backbone: Plain | Hierarchical
+) -> SimpleFeaturePyramid | FPN:
+    """The pyramid over the map or maps of the backbone. Raises ValueError if it is of the other kind."""
     pyramid = settings.pyramid
-    if pyramid.kind == "fpn":
-        return FPN(backbone.out_channels, pyramid.channels, backbone.strides)
+    kind = "fpn" if isinstance(backbone, Hierarchical) else "simple"
+    if kind != pyramid.kind:
+        raise ValueError(
+            f"model.pyramid.kind must be {kind} with {settings.backbone.name}, got {pyramid.kind}"
+        )
+    if isinstance(backbone, Hierarchical):
+        return FPN(
+            in_channels=backbone.out_channels,
+            out_channels=pyramid.channels,
+            strides=backbone.strides,
+        )
     return SimpleFeaturePyramid(
-        backbone.out_channels,
-        pyramid.channels,
-        backbone.stride,
-        pyramid.scales,
+        in_channels=backbone.out_channels,
+        out_channels=pyramid.channels,
+        stride=backbone.stride,
+        scales=pyramid.scales,
         halve_channels=pyramid.halve_channels,
         eps=settings.norm_eps,
     )
@@ -98,9 +112,9 @@ def build_pyramid(settings: ModelConfig, backbone: nn.Module) -> SimpleFeaturePy
 def build_detector(
     model: ModelConfig, evaluate: EvalConfig | None = None, class_weights: Tensor | None = None
 ) -> Detector:
-    """A detector with fresh weights.
+    """A detector with newly initialized weights.
 
-    class_weights (K,): odds of the classes to be drawn in the federated loss, if that is used; all alike if absent.
+    class_weights (K,): the odds of drawing each class in the federated loss, if that is used; uniform if absent.
     """
     backbone = build_backbone(model)
     pyramid = build_pyramid(model, backbone)
@@ -112,7 +126,7 @@ def build_detector(
     )
 
 
-def _rpn(model: ModelConfig, pyramid: nn.Module) -> RPN:
+def _rpn(model: ModelConfig, pyramid: SimpleFeaturePyramid | FPN) -> RPN:
     rpn = model.rpn
     return RPN(
         channels=pyramid.out_channels,
@@ -138,7 +152,10 @@ def _rpn(model: ModelConfig, pyramid: nn.Module) -> RPN:
 
 
 def _roi_heads(
-    model: ModelConfig, evaluate: EvalConfig, class_weights: Tensor | None, pyramid: nn.Module
+    model: ModelConfig,
+    evaluate: EvalConfig,
+    class_weights: Tensor | None,
+    pyramid: SimpleFeaturePyramid | FPN,
 ) -> RoIHeads:
     roi, mask, channels, eps = model.roi_heads, model.mask, pyramid.out_channels, model.norm_eps
     stages = [
@@ -154,11 +171,12 @@ def _roi_heads(
         )
         for _ in roi.ious
     ]
+    classification: Classification
     if roi.loss == "federated":
         odds = torch.ones(roi.num_classes) if class_weights is None else class_weights
-        classification: nn.Module = FederatedClassification(odds, roi.federated_classes)
+        classification = FederatedClassification(class_weights=odds, num=roi.federated_classes)
     else:
-        classification = SoftmaxClassification(roi.num_classes)
+        classification = SoftmaxClassification(num_classes=roi.num_classes)
     return RoIHeads(
         stages=stages,
         mask=MaskHead(

@@ -63,13 +63,14 @@ def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 
 
 class Attention(nn.Module):
-    """Attention among all tokens of a grid of `size` tokens a side, or (rows, columns).
+    """Attention among all tokens of a grid of `size` tokens per side, or (rows, columns).
 
-    Other grids interpolate the tables. `scaled_rel_pos`: relative positions meet the scaled query.
+    For another grid the tables are interpolated. `scaled_rel_pos`: relative positions are multiplied by the scaled
+    query.
     """
 
     def __init__(
-        self, dim: int, heads: int, size: int | tuple[int, int], scaled_rel_pos: bool = False
+        self, *, dim: int, heads: int, size: int | tuple[int, int], scaled_rel_pos: bool
     ) -> None:
         super().__init__()
         rows, columns = to_2tuple(size)

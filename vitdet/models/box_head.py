@@ -11,40 +11,36 @@ from itertools import pairwise
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vitdet.models.layers import NORM_EPS, ConvNorm, init_conv, init_linear, init_predictor
+from vitdet.models.layers import ConvNorm, init_conv, init_linear, init_predictor
 
 BINS = 7
 
 
 class BoxHead(nn.Module):
-    """Logits over K classes and the background, which is last; deltas a class, or one set if class-agnostic."""
+    """Logits over K classes and, last, the background; box deltas per class, or one set if class-agnostic."""
 
     def __init__(
         self,
         *,
         channels: int,
         num_convs: int,
+        num_fcs: int,
         fc_dim: int,
         num_classes: int,
         class_agnostic: bool,
-        num_fcs: int = 1,
-        norm: bool = True,
-        eps: float = NORM_EPS,
+        norm: bool,
+        eps: float,
     ) -> None:
         super().__init__()
-        self.class_agnostic = class_agnostic
-        self.convs = nn.ModuleList(
-            ConvNorm(channels, channels, 3, norm=norm, eps=eps) for _ in range(num_convs)
-        )
+        convs = [ConvNorm(channels, channels, 3, norm=norm, eps=eps) for _ in range(num_convs)]
         widths = [channels * BINS**2, *[fc_dim] * num_fcs]
-        self.fcs = nn.ModuleList(
-            nn.Linear(width, following) for width, following in pairwise(widths)
-        )
+        fcs = [nn.Linear(width, following) for width, following in pairwise(widths)]
+        self.convs, self.fcs = nn.ModuleList(convs), nn.ModuleList(fcs)
         self.logits = nn.Linear(fc_dim, num_classes + 1)
         self.deltas = nn.Linear(fc_dim, 4 if class_agnostic else 4 * num_classes)
-        for block in self.convs:
+        for block in convs:
             init_conv(block.conv)
-        for fc in self.fcs:
+        for fc in fcs:
             init_linear(fc)
         init_predictor(self.logits, std=0.01)
         init_predictor(self.deltas, std=0.001)

@@ -26,9 +26,7 @@ def encode(boxes: Tensor, targets: Tensor, weights: Weights) -> Tensor:
     )
 
 
-def decode(
-    boxes: Tensor, deltas: Tensor, weights: Weights, min_log_scale: float = -math.inf
-) -> Tensor:
+def decode(boxes: Tensor, deltas: Tensor, weights: Weights, min_log_scale: float) -> Tensor:
     """The inverse of `encode`, in float32: boxes (N, 4) and deltas (N, ..., 4) -> (N, ..., 4).
 
     A side's logarithm changes at most by MAX_LOG_SCALE and at least by `min_log_scale`.

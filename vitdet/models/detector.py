@@ -1,4 +1,4 @@
-"""The detector: images in, losses or detections out. What decides is whether targets are given.
+"""The detector: images in, losses out if targets are given, else detections.
 
 Letters: B images, S side of the square canvas.
 """
@@ -10,8 +10,18 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from vitdet.models.baselines.fpn import FPN
+from vitdet.models.baselines.swin import Swin
+from vitdet.models.baselines.vitaev2 import ViTAEv2
+from vitdet.models.pyramid import SimpleFeaturePyramid
+from vitdet.models.roi_heads import RoIHeads
+from vitdet.models.rpn import RPN
+from vitdet.models.vit import ViT
+from vitdet.models.vitae import ViTAESmall
 from vitdet.types import Detections, Target
 
+Plain = ViT | ViTAESmall  # backbones of one map
+Hierarchical = Swin | ViTAEv2  # backbones of four maps
 PIXEL_MEAN = (123.675, 116.28, 103.53)  # RGB, 0..255; ImageNet's, as every published model uses
 PIXEL_STD = (58.395, 57.12, 57.375)
 
@@ -19,8 +29,16 @@ PIXEL_STD = (58.395, 57.12, 57.375)
 class Detector(nn.Module):
     """Backbone -> pyramid -> proposals -> boxes, classes and masks."""
 
+    mean: Tensor
+    std: Tensor
+
     def __init__(
-        self, *, backbone: nn.Module, pyramid: nn.Module, rpn: nn.Module, roi_heads: nn.Module
+        self,
+        *,
+        backbone: Plain | Hierarchical,
+        pyramid: SimpleFeaturePyramid | FPN,
+        rpn: RPN,
+        roi_heads: RoIHeads,
     ) -> None:
         super().__init__()
         self.backbone, self.pyramid, self.rpn, self.roi_heads = backbone, pyramid, rpn, roi_heads

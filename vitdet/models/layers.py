@@ -5,16 +5,15 @@ Letters: B images, C channels.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from einops import rearrange
 from timm.layers import LayerNorm2d
 from torch import Tensor, nn
-from torch.autograd.function import FunctionCtx
 from torch.nn import functional as F
 
-NORM_EPS = (
-    1e-6  # detectron2: both the ViT's LayerNorm and the channel LN (mmdet: 1e-5 in the latter)
-)
+NORM_EPS = 1e-6  # of the LayerNorms inside backbones and between the pyramid's deconvolutions
 
 
 class ConvNorm(nn.Module):
@@ -29,8 +28,8 @@ class ConvNorm(nn.Module):
         out_channels: int,
         kernel_size: int,
         *,
-        norm: bool = True,
-        eps: float = NORM_EPS,
+        norm: bool,
+        eps: float,
     ) -> None:
         super().__init__()
         self.conv = nn.Conv2d(
@@ -50,10 +49,12 @@ class Deconv2x2(nn.ConvTranspose2d):
     than the general transposed convolution.
     """
 
+    bias: Tensor
+
     def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__(in_channels, out_channels, kernel_size=2, stride=2)
 
-    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]  # without output_size: always twice the input
         """(B, C, H, W) -> (B, C', 2H, 2W)."""
         weight = rearrange(self.weight, "c out i j -> (i j out) c")
         pixels = F.linear(x.permute(0, 2, 3, 1), weight, self.bias.repeat(4))
@@ -95,10 +96,10 @@ def scale_gradient(x: Tensor, scale: float) -> Tensor:
 
 class _ScaledGradient(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: FunctionCtx, x: Tensor, scale: float) -> Tensor:
+    def forward(ctx: Any, x: Tensor, scale: float) -> Tensor:
         ctx.scale = scale
         return x.view_as(x)
 
     @staticmethod
-    def backward(ctx: FunctionCtx, gradient: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         return gradient * ctx.scale, None

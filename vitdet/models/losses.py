@@ -65,9 +65,9 @@ def mask_bce(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 class SoftmaxClassification(nn.Module):
-    """One class or the background: COCO."""
+    """Exactly one class per box, or the background: COCO."""
 
-    def __init__(self, num_classes: int) -> None:
+    def __init__(self, *, num_classes: int) -> None:
         super().__init__()
         self.num_classes = num_classes
 
@@ -81,11 +81,15 @@ class SoftmaxClassification(nn.Module):
 
 
 class FederatedClassification(nn.Module):
-    """Every class for itself, judged only on a sample of classes: LVIS. `class_weights` (K,) are the odds of a class
-    to be drawn, image_count ** 0.5 in the published models; `draw` as in `federated_classes`.
+    """Independent binary classifiers, with a loss over a sample of the classes: LVIS.
+
+    `class_weights` (K,) are the odds of drawing each class, image_count ** 0.5 in the published models; `draw` as in
+    `federated_classes`.
     """
 
-    def __init__(self, class_weights: Tensor, num: int, draw: bool = True) -> None:
+    class_weights: Tensor
+
+    def __init__(self, *, class_weights: Tensor, num: int, draw: bool = True) -> None:
         super().__init__()
         self.num_classes, self.num, self.draw = len(class_weights), num, draw
         self.register_buffer("class_weights", class_weights)

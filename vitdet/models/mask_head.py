@@ -9,17 +9,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torchvision.ops import roi_align
 
-from vitdet.models.layers import NORM_EPS, ConvNorm, Deconv2x2, init_conv, init_predictor
-from vitdet.types import Bitmaps, Polygons
+from vitdet.models.layers import ConvNorm, Deconv2x2, init_conv, init_predictor
+from vitdet.types import Polygons
 
 BINS = 14
 SIZE = 2 * BINS
 
 
 class MaskHead(nn.Module):
-    """A mask for each class and RoI, independent of the others."""
+    """One mask per RoI and class, each an independent binary problem."""
 
     def __init__(
         self,
@@ -27,17 +26,17 @@ class MaskHead(nn.Module):
         channels: int,
         num_convs: int,
         num_classes: int,
-        norm: bool = True,
-        eps: float = NORM_EPS,
+        norm: bool,
+        eps: float,
     ) -> None:
         super().__init__()
-        self.convs = nn.ModuleList(
-            ConvNorm(channels, channels, 3, norm=norm, eps=eps) for _ in range(num_convs)
-        )
+        blocks = [ConvNorm(channels, channels, 3, norm=norm, eps=eps) for _ in range(num_convs)]
+        self.convs = nn.ModuleList(blocks)
         self.deconv = Deconv2x2(channels, channels)
         self.logits = nn.Conv2d(channels, num_classes, 1)
-        for conv in (*[block.conv for block in self.convs], self.deconv):
-            init_conv(conv)
+        for block in blocks:
+            init_conv(block.conv)
+        init_conv(self.deconv)
         init_predictor(self.logits, std=0.001)
 
     def forward(self, pooled: Tensor, labels: Tensor) -> Tensor:
@@ -49,20 +48,9 @@ class MaskHead(nn.Module):
 
 
 @torch.no_grad()
-def mask_targets(masks: Polygons | Bitmaps, boxes: Tensor, size: int = SIZE) -> Tensor:
-    """What the mask inside each box looks like: R masks and boxes (R, 4) -> (R, size, size) bool."""
-    if isinstance(masks, Bitmaps):
-        return crop_bitmaps(masks.pixels, boxes, size)
-    return rasterize(masks.edges, boxes, size)
-
-
-def crop_bitmaps(pixels: Tensor, boxes: Tensor, size: int) -> Tensor:
-    """(R, H, W) bool and boxes (R, 4) -> (R, size, size) bool: RoIAlign of the bitmap, at least 1/2 (detectron2), for
-    comparisons with it.
-    """
-    index = torch.arange(len(boxes), device=boxes.device, dtype=boxes.dtype)
-    rois = torch.cat([index[:, None], boxes], dim=1).float()
-    return roi_align(pixels[:, None].float(), rois, size, 1.0, 0, aligned=True)[:, 0] >= 0.5
+def mask_targets(masks: Polygons, boxes: Tensor) -> Tensor:
+    """The target of the mask head: R masks, each inside its box of (R, 4) -> (R, 28, 28) bool."""
+    return rasterize(masks.edges, boxes, SIZE)
 
 
 def rasterize(edges: Tensor, boxes: Tensor, size: int) -> Tensor:

@@ -16,21 +16,21 @@ from vitdet.models.layers import NORM_EPS, ConvNorm, Deconv2x2
 
 
 class SimpleFeaturePyramid(nn.Module):
-    """One map (B, C, h, w) of stride `stride` -> p2..p5 at the given scales of it, and p6 at half of the last.
+    """One map (B, C, h, w) of stride `stride` -> p2..p5 at the given scales, and p6 at half the scale of p5.
 
-    `strides` holds the pixels a cell of each of the five levels: 4..64 for stride 16 and scales 4, 2, 1, 1/2. Each
-    deconvolution halves the channels if `halve_channels`; `eps` is that of the LNs after the convolutions.
+    `self.strides` are the strides of the five levels: 4..64 for stride 16 and scales 4, 2, 1, 1/2. With
+    `halve_channels` each deconvolution halves the channels; `eps` is that of the LNs after the convolutions.
     """
 
     def __init__(
         self,
+        *,
         in_channels: int,
         out_channels: int,
         stride: int,
-        scales: Sequence[float] = (4.0, 2.0, 1.0, 0.5),
-        *,
-        halve_channels: bool = True,
-        eps: float = NORM_EPS,
+        scales: Sequence[float],
+        halve_channels: bool,
+        eps: float,
     ) -> None:
         super().__init__()
         self.out_channels = out_channels
@@ -51,8 +51,8 @@ def _level(
 ) -> nn.Sequential:
     resample, channels = _resample(in_channels, scale, shrink)
     convs = (
-        ConvNorm(channels, out_channels, 1, eps=eps),
-        ConvNorm(out_channels, out_channels, 3, eps=eps),
+        ConvNorm(channels, out_channels, 1, norm=True, eps=eps),
+        ConvNorm(out_channels, out_channels, 3, norm=True, eps=eps),
     )
     return nn.Sequential(*resample, *convs)
 

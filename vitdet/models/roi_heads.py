@@ -7,7 +7,6 @@ Letters: B images, R RoIs (of all images together), N boxes of one image, K clas
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -15,70 +14,68 @@ import torch
 from torch import Tensor, nn
 from torchvision.ops import batched_nms
 
-from vitdet.models import box_head, losses, mask_head
-from vitdet.models.assign import BACKGROUND, Choose, Match, choose_randomly, match, sample
-from vitdet.models.boxes import clip, decode, encode, nonempty, pairwise_iou
+from vitdet.models.assign import BACKGROUND, Choose, Match, choose_randomly, sample
+from vitdet.models.box_head import BINS as BOX_BINS
+from vitdet.models.box_head import BoxHead
+from vitdet.models.boxes import Weights, clip, decode, encode, nonempty, pairwise_iou
 from vitdet.models.layers import scale_gradient
+from vitdet.models.losses import FederatedClassification, SoftmaxClassification, box_l1, mask_bce
+from vitdet.models.mask_head import BINS as MASK_BINS
+from vitdet.models.mask_head import MaskHead, mask_targets
 from vitdet.models.roi_pool import pool
-from vitdet.types import Detections, Target
+from vitdet.types import Detections, Polygons, Target
 
-WEIGHTS = (
-    10.0,
-    10.0,
-    5.0,
-    5.0,
-)  # of the first stage's box transform; stage s has s + 1 times these
+Classification = SoftmaxClassification | FederatedClassification
+
+WEIGHTS = (10.0, 10.0, 5.0, 5.0)  # of the box transform of stage 0; stage s has s + 1 times these
 
 
 class Assigned(NamedTuple):
-    """Boxes (N, 4) of one image and the ground truth (N,) that each learns from, or BACKGROUND."""
+    """Boxes (N, 4) of one image and the ground truth (N,) assigned to each, or BACKGROUND."""
 
     boxes: Tensor
     matched: Tensor
 
 
 class RoIHeads(nn.Module):
-    """`stages` refine boxes one after the other; `ious` says from which overlap a box is foreground in each.
+    """`stages` refine the boxes one after another; in stage s a box is foreground from an IoU of `ious[s]`.
 
-    `classification` turns logits into a loss and into probabilities; `strides` are those of the levels that RoIs are
-    read from (p2..p5); `match` says who learns from which ground truth, `min_log_scale` how much a box shrinks at most
-    in one stage.
+    `classification` computes the loss and the probabilities from logits; `strides` are those of the levels that RoIs
+    are pooled from (p2..p5); `match` assigns ground truths to boxes; `min_log_scale` limits how much a box shrinks in
+    one stage.
     """
 
     def __init__(
         self,
         *,
-        stages: Sequence[nn.Module],
-        mask: nn.Module,
-        classification: nn.Module,
+        stages: Sequence[BoxHead],
+        mask: MaskHead,
+        classification: Classification,
         strides: Sequence[int],
-        ious: Sequence[float] = (0.5,),
-        samples: int = 512,
-        positive_fraction: float = 0.25,
-        mask_samples: int = 128,
-        sampling_ratio: int = 0,
-        score_threshold: float = 0.05,
-        nms_iou: float = 0.5,
-        max_detections: int = 100,
-        min_log_scale: float = -math.inf,
-        match: Match = match,
+        ious: Sequence[float],
+        samples: int,
+        positive_fraction: float,
+        mask_samples: int,
+        sampling_ratio: int,
+        score_threshold: float,
+        nms_iou: float,
+        max_detections: int,
+        min_log_scale: float,
+        match: Match,
         choose: Choose = choose_randomly,
     ) -> None:
         super().__init__()
         self.stages, self.mask, self.classification = nn.ModuleList(stages), mask, classification
         self.strides, self.ious, self.sampling_ratio = list(strides), tuple(ious), sampling_ratio
         self.match, self.choose, self.min_log_scale = match, choose, min_log_scale
-        self.samples, self.positive_fraction, self.mask_samples = (
-            samples,
-            positive_fraction,
-            mask_samples,
-        )
-        self.score_threshold, self.nms_iou, self.max_detections = (
-            score_threshold,
-            nms_iou,
-            max_detections,
-        )
-        self.weights = [tuple(w * (stage + 1) for w in WEIGHTS) for stage in range(len(stages))]
+        self.samples, self.positive_fraction = samples, positive_fraction
+        self.mask_samples, self.max_detections = mask_samples, max_detections
+        self.score_threshold, self.nms_iou = score_threshold, nms_iou
+        x, y, width, height = WEIGHTS
+        self.weights: list[Weights] = [
+            (x * factor, y * factor, width * factor, height * factor)
+            for factor in range(1, len(stages) + 1)
+        ]
 
     def losses(
         self,
@@ -129,7 +126,7 @@ class RoIHeads(nn.Module):
         self, stage: int, features: Sequence[Tensor], boxes: Sequence[Tensor]
     ) -> tuple[Tensor, Tensor]:
         """Logits (R, K + 1) and deltas (R, K or 1, 4) of all images' boxes."""
-        pooled = pool(features, boxes, self.strides, box_head.BINS, self.sampling_ratio)
+        pooled = pool(features, boxes, self.strides, BOX_BINS, self.sampling_ratio)
         if len(self.stages) > 1:
             pooled = scale_gradient(pooled, 1 / len(self.stages))
         return self.stages[stage](pooled)
@@ -142,7 +139,7 @@ class RoIHeads(nn.Module):
     def sample(self, proposals: Tensor, target: Target) -> Assigned:
         """Foreground first, then background, out of the proposals and the ground truths themselves."""
         boxes = torch.cat([proposals, target.boxes])
-        # Apart, for a ground truth's best box is the best of the proposals, and not itself.
+        # Match proposals and GT boxes separately; otherwise the best match of each GT is itself.
         ious = pairwise_iou(target.boxes, proposals), pairwise_iou(target.boxes, target.boxes)
         matched = torch.cat([self.match(iou, self.ious[0], self.ious[0]) for iou in ious])
         chosen = torch.cat(sample(matched, self.samples, self.positive_fraction, self.choose))
@@ -186,7 +183,7 @@ class RoIHeads(nn.Module):
             ]
         )
         column = labels[foreground].clamp(max=deltas.shape[1] - 1)  # one column if class-agnostic
-        return losses.box_l1(
+        return box_l1(
             deltas[foreground, column], encode(boxes, truth, self.weights[stage]), len(labels)
         )
 
@@ -200,9 +197,13 @@ class RoIHeads(nn.Module):
             truth = image.matched[chosen]
             boxes.append(image.boxes[chosen])
             labels.append(target.labels[truth])
-            wanted.append(mask_head.mask_targets(target.masks[truth], image.boxes[chosen]))
-        pooled = pool(features, boxes, self.strides, mask_head.BINS, self.sampling_ratio)
-        return losses.mask_bce(self.mask(pooled, torch.cat(labels)), torch.cat(wanted))
+            wanted.append(self.mask_targets(target.masks[truth], image.boxes[chosen]))
+        pooled = pool(features, boxes, self.strides, MASK_BINS, self.sampling_ratio)
+        return mask_bce(self.mask(pooled, torch.cat(labels)), torch.cat(wanted))
+
+    def mask_targets(self, masks: Polygons, boxes: Tensor) -> Tensor:
+        """The target masks (R, 28, 28) bool of boxes (R, 4), one mask each."""
+        return mask_targets(masks, boxes)
 
     def select(self, boxes: Tensor, scores: Tensor) -> Detections:
         """The best boxes of one image after NMS within classes: boxes (N, K or 1, 4), scores (N, K)."""
@@ -219,7 +220,7 @@ class RoIHeads(nn.Module):
     ) -> list[Detections]:
         """The detections with the mask probabilities (N, 28, 28) inside their boxes."""
         boxes = [image.boxes for image in found]
-        pooled = pool(features, boxes, self.strides, mask_head.BINS, self.sampling_ratio)
+        pooled = pool(features, boxes, self.strides, MASK_BINS, self.sampling_ratio)
         logits = self.mask(pooled, torch.cat([image.labels for image in found]))
         masks = logits.float().sigmoid().split([len(b) for b in boxes])
         return [

@@ -6,7 +6,6 @@ Letters: B images, L levels, A anchors a cell, N anchors of a level (h w A) or p
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -16,25 +15,24 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.ops import batched_nms
 
-from vitdet.models import losses
 from vitdet.models.anchors import grid_anchors
 from vitdet.models.assign import (
     BACKGROUND,
     Choose,
     Match,
     choose_randomly,
-    match_keeping_own,
     sample,
 )
 from vitdet.models.boxes import clip, decode, encode, nonempty, pairwise_iou
-from vitdet.models.layers import NORM_EPS, ConvNorm, init_predictor
+from vitdet.models.layers import ConvNorm, init_predictor
+from vitdet.models.losses import box_l1, objectness
 from vitdet.types import Target
 
 WEIGHTS = (1.0, 1.0, 1.0, 1.0)  # of the box transform
 
 
 class Anchored(NamedTuple):
-    """What the head says of each level's anchors: logits (B, N), deltas (B, N, 4), anchors (N, 4)."""
+    """The anchors (N, 4) of each level, and the predictions for them: logits (B, N), deltas (B, N, 4)."""
 
     logits: list[Tensor]
     deltas: list[Tensor]
@@ -42,20 +40,19 @@ class Anchored(NamedTuple):
 
 
 class Proposals(NamedTuple):
-    """Boxes (N, 4) of one image, best first, and their objectness logits (N,), which are for comparisons alone: the
-    RoI heads look at the boxes.
-    """
+    """Boxes (N, 4) of one image, best first, and their objectness logits (N,)."""
 
     boxes: Tensor
     logits: Tensor
 
 
 class RPN(nn.Module):
-    """`strides` are those of the levels; an anchor's side is `anchor_scale` times its level's stride.
+    """Region proposal network over the levels of a pyramid.
 
-    `norm`, `eps`: whether LNs follow the convolutions, and theirs. `match` says who learns from which ground truth;
-    `min_log_scale` how much a box shrinks at most. The losses are divided by samples * images, or by the number of
-    anchors sampled if `divide_by_sampled`.
+    `strides`: of the levels; the side of an anchor is `anchor_scale` times the stride of its level. `norm`, `eps`:
+    whether an LN follows each convolution, and its epsilon. `match` assigns ground truths to anchors; `min_log_scale`
+    limits how much a box shrinks. The losses are divided by samples * images, or with `divide_by_sampled` by the
+    number of sampled anchors.
     """
 
     def __init__(
@@ -63,48 +60,39 @@ class RPN(nn.Module):
         *,
         channels: int,
         strides: Sequence[int],
-        anchor_scale: float = 8.0,
-        aspect_ratios: Sequence[float] = (0.5, 1.0, 2.0),
-        num_convs: int = 2,
-        norm: bool = False,
-        eps: float = NORM_EPS,
-        samples: int = 256,
-        positive_fraction: float = 0.5,
-        iou_low: float = 0.3,
-        iou_high: float = 0.7,
-        nms_iou: float = 0.7,
-        pre_nms_train: int = 2000,
-        pre_nms_test: int = 1000,
-        post_nms_train: int = 1000,
-        post_nms_test: int = 1000,
-        divide_by_sampled: bool = False,
-        min_log_scale: float = -math.inf,
-        match: Match = match_keeping_own,
+        anchor_scale: float,
+        aspect_ratios: Sequence[float],
+        num_convs: int,
+        norm: bool,
+        eps: float,
+        samples: int,
+        positive_fraction: float,
+        iou_low: float,
+        iou_high: float,
+        nms_iou: float,
+        pre_nms_train: int,
+        pre_nms_test: int,
+        post_nms_train: int,
+        post_nms_test: int,
+        divide_by_sampled: bool,
+        min_log_scale: float,
+        match: Match,
         choose: Choose = choose_randomly,
     ) -> None:
         super().__init__()
-        self.strides, self.anchor_scale, self.aspect_ratios = (
-            list(strides),
-            anchor_scale,
-            tuple(aspect_ratios),
-        )
-        self.samples, self.positive_fraction, self.divide_by_sampled = (
-            samples,
-            positive_fraction,
-            divide_by_sampled,
-        )
-        self.match, self.choose, self.min_log_scale = match, choose, min_log_scale
+        self.strides, self.aspect_ratios = list(strides), tuple(aspect_ratios)
+        self.anchor_scale, self.min_log_scale = anchor_scale, min_log_scale
+        self.samples, self.positive_fraction = samples, positive_fraction
+        self.divide_by_sampled = divide_by_sampled
+        self.match, self.choose = match, choose
         self.iou_low, self.iou_high, self.nms_iou = iou_low, iou_high, nms_iou
-        self.top_train, self.top_test = (
-            (pre_nms_train, post_nms_train),
-            (pre_nms_test, post_nms_test),
-        )
-        self.convs = nn.ModuleList(
-            ConvNorm(channels, channels, 3, norm=norm, eps=eps) for _ in range(num_convs)
-        )
+        self.top_train = (pre_nms_train, post_nms_train)
+        self.top_test = (pre_nms_test, post_nms_test)
+        blocks = [ConvNorm(channels, channels, 3, norm=norm, eps=eps) for _ in range(num_convs)]
+        self.convs = nn.ModuleList(blocks)
         self.objectness = nn.Conv2d(channels, len(self.aspect_ratios), 1)
         self.deltas = nn.Conv2d(channels, 4 * len(self.aspect_ratios), 1)
-        for conv in (*[block.conv for block in self.convs], self.objectness, self.deltas):
+        for conv in (*(block.conv for block in blocks), self.objectness, self.deltas):
             init_predictor(conv, std=0.01)
 
     def forward(self, features: Sequence[Tensor]) -> Anchored:
@@ -181,6 +169,6 @@ class RPN(nn.Module):
             )
         count = sampled if self.divide_by_sampled else self.samples * len(targets)
         return {
-            "loss_rpn_cls": losses.objectness(torch.cat(logits), torch.cat(truth), count),
-            "loss_rpn_loc": losses.box_l1(torch.cat(deltas), torch.cat(delta_targets), count),
+            "loss_rpn_cls": objectness(torch.cat(logits), torch.cat(truth), count),
+            "loss_rpn_loc": box_l1(torch.cat(deltas), torch.cat(delta_targets), count),
         }

@@ -22,19 +22,20 @@ from vitdet.models.layers import NORM_EPS, ConvNorm, init_conv
 
 
 class Size(NamedTuple):
-    """What the name of a backbone stands for; the blocks in `global_blocks` see the whole image."""
+    """The constructor arguments of a named backbone; the blocks in `global_blocks` attend to the whole image."""
 
     dim: int
     depth: int
     heads: int
     global_blocks: tuple[int, ...]
+    mlp_ratio: float
 
 
 SIZES = {
-    "vit_tiny": Size(128, 4, 4, (1, 3)),
-    "vit_b": Size(768, 12, 12, (2, 5, 8, 11)),
-    "vit_l": Size(1024, 24, 16, (5, 11, 17, 23)),
-    "vit_h": Size(1280, 32, 16, (7, 15, 23, 31)),
+    "vit_tiny": Size(128, 4, 4, (1, 3), 4.0),
+    "vit_b": Size(768, 12, 12, (2, 5, 8, 11), 4.0),
+    "vit_l": Size(1024, 24, 16, (5, 11, 17, 23), 4.0),
+    "vit_h": Size(1280, 32, 16, (7, 15, 23, 31), 4.0),
 }
 
 
@@ -57,12 +58,13 @@ class ConvBottleneck(nn.Module):
 
     def __init__(self, dim: int) -> None:
         super().__init__()
-        self.conv1 = ConvNorm(dim, dim // 2, 1)
-        self.conv2 = ConvNorm(dim // 2, dim // 2, 3)
-        self.conv3 = ConvNorm(dim // 2, dim, 1)
+        self.conv1 = ConvNorm(dim, dim // 2, 1, norm=True, eps=NORM_EPS)
+        self.conv2 = ConvNorm(dim // 2, dim // 2, 3, norm=True, eps=NORM_EPS)
+        self.conv3 = ConvNorm(dim // 2, dim, 1, norm=True, eps=NORM_EPS)
         for block in (self.conv1, self.conv2, self.conv3):
             init_conv(block.conv)
-        nn.init.zeros_(self.conv3.norm.weight)  # the block starts as the identity
+        # The block starts as the identity.
+        nn.init.zeros_(self.conv3.norm.get_parameter("weight"))
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, H, W, C) -> (B, H, W, C)."""
@@ -74,25 +76,28 @@ class ConvBottleneck(nn.Module):
 class Block(nn.Module):
     """Pre-norm transformer block; `window` is the side of its windows in tokens, 0 for attention over `grid`.
 
-    `branch` reads what the block reads, beside the attention: maps (B, C, H, W) -> (B, C, H, W).
+    `branch` runs in parallel to the attention on the input of the block: maps (B, C, H, W) -> (B, C, H, W).
     """
 
     def __init__(
         self,
+        *,
         dim: int,
         heads: int,
         window: int,
         grid: int | tuple[int, int],
         drop_path: float,
         conv_after: bool,
-        mlp_ratio: float = 4.0,
-        scaled_rel_pos: bool = False,
-        branch: nn.Module | None = None,
+        mlp_ratio: float,
+        scaled_rel_pos: bool,
+        branch: nn.Module | None,
     ) -> None:
         super().__init__()
         self.window = window
         self.norm1 = nn.LayerNorm(dim, eps=NORM_EPS)
-        self.attn = Attention(dim, heads, window or grid, scaled_rel_pos)
+        self.attn = Attention(
+            dim=dim, heads=heads, size=window or grid, scaled_rel_pos=scaled_rel_pos
+        )
         self.pcm = branch
         self.norm2 = nn.LayerNorm(dim, eps=NORM_EPS)
         self.mlp = Mlp(dim, int(mlp_ratio * dim))
@@ -123,24 +128,24 @@ def build_blocks(
     window_size: int,
     grid: int | tuple[int, int],
     drop_path: float,
-    mlp_ratio: float = 4.0,
-    residual_blocks: Sequence[int] = (),
-    scaled_rel_pos: bool = False,
-    branch: Callable[[], nn.Module] | None = None,
+    mlp_ratio: float,
+    residual_blocks: Sequence[int],
+    scaled_rel_pos: bool,
+    branch: Callable[[], nn.Module] | None,
 ) -> nn.ModuleList:
-    """The blocks of a backbone; drop path grows linearly, and each block gets a `branch` of its own."""
+    """The blocks of a backbone; the drop path rate grows linearly, and `branch` creates one module per block."""
     rates = torch.linspace(0, drop_path, depth, device="cpu").tolist()
     return nn.ModuleList(
         Block(
-            dim,
-            heads,
-            0 if i in global_blocks else window_size,
-            grid,
-            rates[i],
-            i in residual_blocks,
-            mlp_ratio,
-            scaled_rel_pos,
-            branch() if branch else None,
+            dim=dim,
+            heads=heads,
+            window=0 if i in global_blocks else window_size,
+            grid=grid,
+            drop_path=rates[i],
+            conv_after=i in residual_blocks,
+            mlp_ratio=mlp_ratio,
+            scaled_rel_pos=scaled_rel_pos,
+            branch=branch() if branch else None,
         )
         for i in range(depth)
     )
@@ -167,8 +172,9 @@ def init_linears(module: nn.Module) -> None:
 class ViT(nn.Module):
     """Images (B, 3, H, W) -> one map (B, C, H / patch, W / patch).
 
-    `pos_embed_grid`: tokens a side of the stored position embedding; `rel_pos_size`: pixels a side for which the
-    global blocks' relative positions are stored; either may be (rows, columns). Both are resized to the image's grid.
+    `pos_embed_grid`: tokens per side of the stored position embedding; `rel_pos_size`: pixels per side for which the
+    relative positions of the global blocks are stored; either may be (rows, columns). Both are resized to the grid of
+    the image. `branch` creates the module that runs in parallel to the attention of a block.
     """
 
     def __init__(
@@ -178,16 +184,16 @@ class ViT(nn.Module):
         depth: int,
         heads: int,
         global_blocks: Sequence[int],
-        patch_size: int = 16,
-        window_size: int = 14,
-        drop_path: float = 0.0,
-        pos_embed_grid: int | tuple[int, int] = 14,
-        rel_pos_size: int | tuple[int, int] = 1024,
-        residual_blocks: Sequence[int] = (),
-        mlp_ratio: float = 4.0,
-        scaled_rel_pos: bool = False,
-        final_norm: bool = False,
-        branch: Callable[[], nn.Module] | None = None,
+        mlp_ratio: float,
+        patch_size: int,
+        window_size: int,
+        drop_path: float,
+        pos_embed_grid: int | tuple[int, int],
+        rel_pos_size: int | tuple[int, int],
+        residual_blocks: Sequence[int],
+        scaled_rel_pos: bool,
+        final_norm: bool,
+        branch: Callable[[], nn.Module] | None,
     ) -> None:
         super().__init__()
         self.out_channels = dim

@@ -13,6 +13,7 @@ import math
 import re
 from collections.abc import Sequence
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from einops import rearrange
@@ -23,10 +24,22 @@ from torch.nn import functional as F
 from vitdet.models.layers import NORM_EPS
 from vitdet.models.vit import Size, build_blocks, init_linears, layer_of_block
 
-SIZES = {
-    "vitae_b": Size(768, 12, 12, (2, 5, 8, 11)),
-    "vitae_s": Size(384, 14, 6, (2, 5, 8, 13)),
-}
+
+class SmallSize(NamedTuple):
+    """The constructor arguments of a named `ViTAESmall`."""
+
+    dim: int
+    depth: int
+    heads: int
+    global_blocks: tuple[int, ...]
+    mlp_ratio: float
+    widths: tuple[int, int, int]
+    cell_dims: tuple[int, int]
+    groups: int
+
+
+SIZES = {"vitae_b": Size(768, 12, 12, (2, 5, 8, 11), 4.0)}
+SMALL_SIZES = {"vitae_s": SmallSize(384, 14, 6, (2, 5, 8, 13), 3.0, (64, 64, 192), (96, 192), 96)}
 CELL_NORM_EPS = 1e-5  # of the LayerNorms in the reduction cells
 DROPOUT = 0.1  # in the reduction cells; no setting in the published implementation either
 EPSILON = 1e-8  # of the linear attention's denominator
@@ -68,6 +81,8 @@ class Performer(nn.Module):
     phi(q) . phi(k) stands for exp(q . k), phi(u) = exp(W u - |u|^2 / 2) / sqrt(M), with W (M, E) fixed at random. Its
     rows are orthogonal and sqrt(M) long, as published (an unbiased estimate would need sqrt(E)).
     """
+
+    w: Tensor
 
     def __init__(self, inputs: int, dim: int) -> None:
         super().__init__()
@@ -150,7 +165,7 @@ class ReductionCell(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, E, H / stride, W / stride)."""
         maps = torch.cat([F.gelu(branch(x)) for branch in self.prm], dim=1)
-        if self.attn is None:
+        if self.attn is None or self.pcm is None:
             return maps
         tokens, mixed = (
             rearrange(maps, "b c h w -> b (h w) c"),
@@ -162,8 +177,8 @@ class ReductionCell(nn.Module):
 class ViTAESmall(nn.Module):
     """ViTAE-S: images (B, 3, H, W) -> one map (B, C, H / 16, W / 16).
 
-    `widths`: channels of each dilated convolution in the three cells, 2 * the last = C; `cell_dims`: channels that
-    leave the first two; `groups`: of the blocks' convolutions; `rel_pos_size`: as in `ViT`.
+    `widths`: channels of each dilated convolution in the three cells, 2 * the last = C; `cell_dims`: output channels
+    of the first two; `groups`: groups of the convolutions in the blocks; the others as in `ViT`.
     """
 
     def __init__(
@@ -173,16 +188,16 @@ class ViTAESmall(nn.Module):
         depth: int,
         heads: int,
         global_blocks: Sequence[int],
-        widths: Sequence[int] = (64, 64, 192),
-        cell_dims: Sequence[int] = (96, 192),
-        groups: int = 96,
-        window_size: int = 14,
-        drop_path: float = 0.0,
-        rel_pos_size: int | tuple[int, int] = 1024,
-        residual_blocks: Sequence[int] = (),
-        mlp_ratio: float = 3.0,
-        scaled_rel_pos: bool = False,
-        final_norm: bool = False,
+        mlp_ratio: float,
+        widths: Sequence[int],
+        cell_dims: Sequence[int],
+        groups: int,
+        window_size: int,
+        drop_path: float,
+        rel_pos_size: int | tuple[int, int],
+        residual_blocks: Sequence[int],
+        scaled_rel_pos: bool,
+        final_norm: bool,
     ) -> None:
         super().__init__()
         self.out_channels, self.stride = dim, 16

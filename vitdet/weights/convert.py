@@ -1,44 +1,225 @@
-"""The formats of foreign checkpoints, by name: one table each."""
+"""Files of weights from one layout into another: theirs under our names, a whole detector of ours, and back.
+
+It stands here and not beside the tables because a detector's file holds its config, and only a detector built from
+that shows whether the weights fit.
+"""
 
 from __future__ import annotations
 
-from vitdet.weights.baselines import SWIN, SWIN_CLS, SWIN_MMDET, VITAEV2, VITAEV2_CLS
-from vitdet.weights.detectron2 import DETECTRON2, drop_class_token
-from vitdet.weights.mmdet import MMDET, mmdet
-from vitdet.weights.pretraining import MAE, VITAE, VITAE_CLS, VITDET
-from vitdet.weights.table import Format, rename, to_ours, to_theirs
+import json
+import pickle
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
-__all__ = [
-    "DETECTRON2",
-    "FORMATS",
-    "MAE",
-    "MMDET",
-    "SWIN",
-    "SWIN_CLS",
-    "SWIN_MMDET",
-    "VITAE",
-    "VITAEV2",
-    "VITAEV2_CLS",
-    "VITAE_CLS",
-    "VITDET",
-    "Format",
-    "drop_class_token",
-    "mmdet",
-    "rename",
-    "to_ours",
-    "to_theirs",
-]
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
 
-FORMATS = {
-    "vitdet": VITDET,
-    "detectron2": DETECTRON2,
-    "mmdet": MMDET,
-    "mae": MAE,
-    "vitae": VITAE,
-    "vitae_cls": VITAE_CLS,
-    "swin": SWIN,
-    "swin_cls": SWIN_CLS,
-    "swin_mmdet": SWIN_MMDET,
-    "vitaev2": VITAEV2,
-    "vitaev2_cls": VITAEV2_CLS,
+from vitdet.checkpoint import FORMAT, read_detector_file, save
+from vitdet.config import Config, flatten, load_config, to_dict
+from vitdet.files import written
+from vitdet.models import Detector, build_detector
+from vitdet.models.vit import ViT
+from vitdet.weights import PACKAGED
+from vitdet.weights.formats import FORMATS
+from vitdet.weights.formats.mmdet import mmdet_format
+from vitdet.weights.formats.table import Format, to_theirs
+from vitdet.weights.load import LOGITS, Source, fitted, read_source
+from vitdet.weights.resize import rescale_relative_positions
+
+# What both systems compute in the same way but for these settings, which their weights do not show.
+FIXED = {
+    "detectron2": {
+        "model.norm_eps": 1e-6,
+        "model.clamp_shrinking": False,
+        "model.pyramid.halve_channels": True,
+    },
+    "mmdet": {
+        "model.norm_eps": 1e-5,
+        "model.clamp_shrinking": True,
+        "model.pyramid.halve_channels": False,
+    },
 }
+AUTHOR = "vitdet"  # Detectron2 takes a .pkl for whole if somebody signed it
+
+
+def convert_file(
+    source: str | Path,
+    destination: str | Path,
+    layout: str,
+    recipe: str | Path | None = None,
+    reverse: bool = False,
+) -> list[str]:
+    """Writes the weights of `source`, a file of a named layout, under our names; gives a line on each change.
+
+    DST.safetensors holds the tensors; with a recipe they are those of its model, exactly. DST.pt is the whole detector
+    of a recipe, for predict, evaluate, register and train.init. reverse: a detector of ours becomes DST.pkl
+    (detectron2) or DST.pth (detectron2, mmdet). Raises ValueError or FileNotFoundError with one line.
+    """
+    source, destination = Path(source), Path(destination)
+    if layout not in FORMATS:
+        raise ValueError(
+            f"no layout of weights is named {layout!r}; expected one of {', '.join(FORMATS)}"
+        )
+    if source.resolve() == destination.resolve():
+        raise ValueError(f"{destination}: the source itself; choose another destination")
+    if reverse:
+        return _write_theirs(source, destination, layout)
+    _expect_suffix(destination, (".safetensors", ".pt"), "--format names what SRC is")
+    if destination.suffix == ".pt" and recipe is None:
+        raise ValueError(
+            f"{destination}: a .pt file is a whole detector with its config; say whose (--recipe NAME), "
+            "or write .safetensors"
+        )
+    found = read_source(source, layout)
+    if recipe is None:
+        _write_tensors(destination, found.weights, found.layout, found.scaled, found.class_names)
+        return []
+    config = load_config(recipe)
+    weights, notes = fitted(found, shapes_of(config), source)
+    notes += _other_settings(config, found.layout)
+    if found.whole or destination.suffix == ".pt":
+        _check_whole(found, weights, config, source)
+    names, lines = class_names(config, found.class_names) if found.whole else ((), [])
+    if destination.suffix == ".safetensors":
+        known = () if lines else names
+        _write_tensors(
+            destination, weights, found.layout, config.model.backbone.scaled_rel_pos, known
+        )
+        return notes
+    _write_detector(destination, weights, config, names)
+    return [*notes, *lines]
+
+
+def shapes_of(config: Config) -> Detector:
+    """The detector of a config without the memory of its weights."""
+    with torch.device("meta"):
+        return build_detector(config.model, config.evaluate)
+
+
+def class_names(config: Config, stored: tuple[str, ...] = ()) -> tuple[tuple[str, ...], list[str]]:
+    """The names of a model's classes: those of the file, else those of its data set; and a line where none are known.
+
+    The lists of COCO and LVIS v1 are the `name`s of their annotation files' categories, in the order of their ids.
+    """
+    count = config.model.roi_heads.num_classes
+    known = PACKAGED / "labels" / f"{config.data.dataset}.txt"
+    names = stored or tuple(known.read_text().splitlines())
+    if len(names) == count:
+        return names, []
+    numbers = tuple(f"class {i}" for i in range(count))
+    return numbers, [
+        f"class names: not known for {count} classes of {config.data.dataset}; they are called class 0, "
+        "class 1, ..."
+    ]
+
+
+def _write_detector(
+    destination: Path, weights: dict[str, Tensor], config: Config, names: tuple[str, ...]
+) -> None:
+    save(
+        destination,
+        {
+            "format": FORMAT,
+            "config": to_dict(config),
+            "model": {name: one.contiguous() for name, one in weights.items()},
+            "class_names": list(names),
+            "run_id": None,
+            "step": 0,
+            "fingerprints": {},
+            "metrics": {},
+        },
+    )
+
+
+def _check_whole(found: Source, weights: dict[str, Tensor], config: Config, source: Path) -> None:
+    """A detector's file has weights for everything that its config builds."""
+    if not found.whole:
+        raise ValueError(
+            f"{source}: holds a backbone alone; write .safetensors and train from it (train.init)"
+        )
+    if LOGITS not in weights:
+        theirs, ours = len(found.weights[LOGITS]) - 1, config.model.roi_heads.num_classes
+        raise ValueError(
+            f"{source}: finds {theirs} classes, the recipe's model {ours}; to train it for others, give "
+            "it to train as train.init"
+        )
+
+
+def _write_tensors(
+    destination: Path,
+    weights: dict[str, Tensor],
+    layout: str,
+    scaled: bool | None,
+    names: tuple[str, ...],
+) -> None:
+    said = {"format": "pt", "layout": layout}
+    said |= {} if scaled is None else {"scaled_rel_pos": str(scaled).lower()}
+    said |= {"class_names": json.dumps(names)} if names else {}
+    with _written(destination) as temporary:
+        save_file(
+            {name: tensor.contiguous() for name, tensor in weights.items()},
+            temporary,
+            metadata=said,
+        )
+
+
+def _write_theirs(source: Path, destination: Path, layout: str) -> list[str]:
+    if layout not in ("detectron2", "mmdet"):
+        raise ValueError(f"--reverse writes detectron2 and mmdet, not {layout}")
+    _expect_suffix(
+        destination, (".pkl", ".pth") if layout == "detectron2" else (".pth",), f"for {layout}"
+    )
+    weights, config, names = read_detector_file(source)
+    scaled = FORMATS[layout].scaled
+    if scaled is not None:
+        weights = rescale_relative_positions(weights, config.model.backbone.scaled_rel_pos, scaled)
+    others = _other_settings(config, layout)
+    try:
+        if others:
+            raise ValueError("; ".join(others))
+        theirs = to_theirs(weights, _layout_of(config) if layout == "mmdet" else FORMATS[layout])
+    except ValueError as error:
+        raise ValueError(f"{source}: not a system of {layout}: {error}") from error
+    if destination.suffix == ".pth":
+        meta = {"meta": {"CLASSES": names, "author": AUTHOR}} if layout == "mmdet" else {}
+        save(destination, {**meta, FORMATS[layout].wrappers[0]: theirs})
+        return []
+    with _written(destination) as temporary, open(temporary, "wb") as file:
+        arrays = {name: tensor.numpy() for name, tensor in theirs.items()}
+        pickle.dump({"model": arrays, "__author__": AUTHOR}, file, protocol=4)
+    return []
+
+
+def _other_settings(config: Config, layout: str) -> list[str]:
+    """A line on each setting of a config by which it computes something else than the layout's system."""
+    ours = flatten(config)
+    return [
+        f"{key} is {ours[key]}, {layout} computes with {value}"
+        for key, value in FIXED.get(layout, {}).items()
+        if ours[key] != value
+    ]
+
+
+def _layout_of(config: Config) -> Format:
+    """ViTAE-Transformer/ViTDet stores q_bias and v_bias as separate tensors in the global blocks of ViTAE-B."""
+    backbone = shapes_of(config).backbone
+    if config.model.backbone.name != "vitae_b" or not isinstance(backbone, ViT):
+        return mmdet_format()
+    return mmdet_format(split=[i for i, block in enumerate(backbone.blocks) if block.window == 0])
+
+
+def _expect_suffix(path: Path, suffixes: tuple[str, ...], why: str) -> None:
+    if path.suffix not in suffixes:
+        raise ValueError(f"{path}: expected a name that ends in {' or '.join(suffixes)} ({why})")
+
+
+@contextmanager
+def _written(path: Path) -> Iterator[Path]:
+    """As `written`, but an error of the disk names the file."""
+    try:
+        with written(path) as temporary:
+            yield temporary
+    except OSError as error:
+        raise OSError(f"{path}: could not be written ({error})") from error

@@ -14,6 +14,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO
 from urllib.parse import urlsplit
@@ -73,9 +74,8 @@ def verify(path: Path, entry: Entry) -> None:
         if not expected:
             continue
         with open(path, "rb") as file:
-            found = hashlib.file_digest(
-                file, lambda kind=kind: hashlib.new(kind, usedforsecurity=False)
-            ).hexdigest()
+            algorithm = partial(hashlib.new, kind, usedforsecurity=False)
+            found = hashlib.file_digest(file, algorithm).hexdigest()
         if found.startswith(expected):
             continue
         text = f"{kind} {found[: len(expected)]}, expected {expected}"

@@ -14,10 +14,11 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from vitdet.weights.convert import FORMATS
+from vitdet.models.attention import Attention
+from vitdet.weights.formats import FORMATS
+from vitdet.weights.formats.table import known, to_ours
+from vitdet.weights.pickles import metadata, read_file, state_of
 from vitdet.weights.resize import RELATIVE, rescale_relative_positions, resize
-from vitdet.weights.table import known, to_ours
-from vitdet.weights.unpickle import metadata, read_file, state_of
 
 LOGITS = "roi_heads.stages.0.logits.weight"
 _ODDS = "roi_heads.classification.class_weights"
@@ -80,11 +81,12 @@ def _scaled(content: dict) -> bool | None:
 
 
 def _class_names(content: dict) -> tuple[str, ...]:
-    """The classes, where a checkpoint of ours or of mmdet says them."""
+    """The class names, if a checkpoint of ours or of mmdet has them."""
     meta = content.get("meta")
     names = content.get("class_names") or (meta.get("CLASSES") if isinstance(meta, dict) else None)
-    plain = isinstance(names, list | tuple) and all(isinstance(name, str) for name in names)
-    return tuple(names) if plain else ()
+    if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
+        return ()
+    return tuple(names)
 
 
 def load_pretrained(
@@ -107,16 +109,17 @@ def load_pretrained(
 def fitted(
     source: Source, detector: nn.Module, path: Path, class_names: Sequence[str] = ()
 ) -> tuple[dict[str, Tensor], list[str]]:
-    """The weights that `load_pretrained` puts into a detector, which may be one of shapes alone (device meta), and a
-    line on each change and each layer of classes that they leave out. Raises ValueError as there.
+    """The weights that `load_pretrained` copies into a detector, and one line per change and per layer of classes that
+    is left out. The detector may be on the device meta. Raises ValueError as there.
     """
-    weights, own, notes = source.weights, detector.state_dict(), []
+    weights, own = source.weights, detector.state_dict()
+    notes: list[str] = []
     wanted = next(
-        (part.scaled_rel_pos for part in detector.modules() if hasattr(part, "scaled_rel_pos")),
-        None,
+        (part.scaled_rel_pos for part in detector.modules() if isinstance(part, Attention)), None
     )
     if (
-        None not in (source.scaled, wanted)
+        source.scaled is not None
+        and wanted is not None
         and source.scaled != wanted
         and any(map(RELATIVE.fullmatch, weights))
     ):
@@ -179,9 +182,13 @@ def class_layers(weights: dict[str, Tensor]) -> set[str]:
 def _fit(
     weights: dict[str, Tensor], own: dict[str, Tensor], source: Source, afresh: set[str], path: Path
 ) -> tuple[dict[str, Tensor], list[str]]:
-    """The weights with a place, in its shape, and a line for each kind of tensor that was resized."""
+    """The weights that the detector has, in its shapes, and one line per kind of tensor that was resized."""
     layout = FORMATS[source.layout]
-    fitting, surplus, shapes, types, resized = {}, [], [], [], {}
+    fitting: dict[str, Tensor] = {}
+    surplus: list[str] = []
+    shapes: list[str] = []
+    types: list[str] = []
+    resized: dict[tuple[tuple[int, ...], tuple[int, ...]], list[str]] = {}
     for name, tensor in weights.items():
         if name not in own:
             if source.whole or not known(name, layout.spare):

@@ -59,6 +59,11 @@ class Format(NamedTuple):
     )
 
 
+def without_prefix(rows: tuple[Row, ...]) -> tuple[Row, ...]:
+    """The rows of a detector's backbone, for a file that holds only the backbone."""
+    return tuple(row._replace(theirs=row.theirs.removeprefix("backbone.")) for row in rows)
+
+
 def to_ours(weights: Weights, layout: Format) -> dict[str, Tensor]:
     """Their state dict under our names.
 

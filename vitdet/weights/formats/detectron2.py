@@ -6,7 +6,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from vitdet.weights.table import Change, Format, Row, Weights
+from vitdet.weights.formats.table import Change, Format, Row, Weights
 
 _ODDS = "roi_heads.box_predictor.{}fed_loss_cls_weights"
 

@@ -54,7 +54,7 @@ def shift_mask(height: int, width: int, window: int, shift: int, device: torch.d
 class Block(nn.Module):
     """Pre-norm transformer block on windows, of a map rolled by `shift` cells up and left."""
 
-    def __init__(self, dim: int, heads: int, window: int, shift: int, drop_path: float) -> None:
+    def __init__(self, *, dim: int, heads: int, window: int, shift: int, drop_path: float) -> None:
         super().__init__()
         self.window, self.shift = window, shift
         self.norm1 = nn.LayerNorm(dim)
@@ -86,13 +86,19 @@ class Stage(nn.Module):
     """Halves the map unless it is the first stage, then blocks: (B, H, W, C) -> (B, H / 2, W / 2, 2 C)."""
 
     def __init__(
-        self, dim: int, heads: int, window: int, rates: Sequence[float], downsample: bool
+        self, *, dim: int, heads: int, window: int, rates: Sequence[float], downsample: bool
     ) -> None:
         super().__init__()
         self.downsample = PatchMerging(dim // 2) if downsample else nn.Identity()
         self.blocks = nn.Sequential(
             *(
-                Block(dim, heads, window, window // 2 if i % 2 else 0, rate)
+                Block(
+                    dim=dim,
+                    heads=heads,
+                    window=window,
+                    shift=window // 2 if i % 2 else 0,
+                    drop_path=rate,
+                )
                 for i, rate in enumerate(rates)
             )
         )
@@ -114,8 +120,8 @@ class Swin(nn.Module):
         dim: int,
         depths: Sequence[int],
         heads: Sequence[int],
-        window_size: int = 7,
-        drop_path: float = 0.0,
+        window_size: int,
+        drop_path: float,
     ) -> None:
         super().__init__()
         self.out_channels = tuple(dim * 2**i for i in range(len(depths)))
@@ -131,7 +137,13 @@ class Swin(nn.Module):
         )
         rates = torch.linspace(0, drop_path, sum(depths), device="cpu").split(list(depths))
         self.layers = nn.ModuleList(
-            Stage(channels, heads[i], window_size, rates[i].tolist(), downsample=i > 0)
+            Stage(
+                dim=channels,
+                heads=heads[i],
+                window=window_size,
+                rates=rates[i].tolist(),
+                downsample=i > 0,
+            )
             for i, channels in enumerate(self.out_channels)
         )
         self.norms = nn.ModuleList(nn.LayerNorm(channels) for channels in self.out_channels)

@@ -1,8 +1,7 @@
-"""Names of the two hierarchical Mask R-CNNs that the ViTAE papers compare with, and of their pre-trained backbones.
+"""Names of Swin-T, as a backbone and in a Mask R-CNN with FPN.
 
-Swin-T: as mmdet 2.18 has it; as Microsoft has it (Swin-Transformer-Object-Detection), and its ImageNet classifier
-(Swin-Transformer). ViTAEv2-S: ViTAE-Transformer/ViTAE-Transformer, Object-Detection and Image-Classification.
-Necks and heads have mmdet's names in all detectors.
+As mmdet 2.18 has it; as Microsoft has it (Swin-Transformer-Object-Detection), and its ImageNet classifier
+(Swin-Transformer). The FPN and the heads have mmdet's names in both detectors.
 """
 
 from __future__ import annotations
@@ -12,18 +11,9 @@ from collections.abc import Mapping
 from einops import rearrange
 from torch import Tensor
 
-from vitdet.weights.mmdet import HEADS
-from vitdet.weights.pretraining import strip
-from vitdet.weights.table import Change, Format, Row
-
-_DETECTOR = (
-    Row("neck.lateral_convs.{}.conv.{}", "pyramid.lateral.{}.{}"),
-    Row("neck.fpn_convs.{}.conv.{}", "pyramid.output.{}.{}"),
-    Row("rpn_head.rpn_conv.{}", "rpn.convs.0.conv.{}"),
-    *HEADS,
-)
-_SAVED = ("state_dict", "")
-_CLASSIFIER = ("state_dict_ema", "state_dict", "model", "")
+from vitdet.weights.formats.mmdet import FPN_DETECTOR
+from vitdet.weights.formats.table import Change, Format, Row, without_prefix
+from vitdet.weights.formats.vitae import strip
 
 
 def slices_first(tensor: Tensor) -> Tensor:
@@ -62,10 +52,6 @@ def _swin(stages: str, patches: str, inside: Mapping[str, str]) -> tuple[Row, ..
     )
 
 
-def _without_prefix(rows: tuple[Row, ...]) -> tuple[Row, ...]:
-    return tuple(row._replace(theirs=row.theirs.removeprefix("backbone.")) for row in rows)
-
-
 _MMDET_BLOCK = {
     "norm1.{}": "norm1.{}",
     "norm2.{}": "norm2.{}",
@@ -74,28 +60,21 @@ _MMDET_BLOCK = {
     "ffn.layers.1.{}": "mlp.fc2.{}",
 }
 _MICROSOFT = _swin("layers", "proj", {"{*}": "{*}"})
-_VITAEV2 = (
-    Row("backbone.layers.{}.RC.PRM.convs.{}.0.{}", "backbone.stages.{}.reduction.prm.{}.{}"),
-    Row("backbone.layers.{}.RC.PCM.{*}", "backbone.stages.{}.reduction.pcm.{*}"),
-    Row("backbone.layers.{}.RC.attn.{*}", "backbone.stages.{}.reduction.{*}"),
-    Row("backbone.layers.{}.NC.{}.PCM.{*}", "backbone.stages.{}.cells.{}.pcm.{*}"),
-    Row("backbone.layers.{}.NC.{}.{*}", "backbone.stages.{}.cells.{}.{*}"),
-)
 
 # Dropped besides the classifiers: what is made from the size of a window.
 SWIN_MMDET = Format(
-    rows=(*_swin("stages", "projection", _MMDET_BLOCK), *_DETECTOR),
+    rows=(*_swin("stages", "projection", _MMDET_BLOCK), *FPN_DETECTOR),
     changes={"backbone.layers.{}.downsample.{*}": Change(slices_first, channels_first)},
     dropped=("backbone.stages.{}.blocks.{}.attn.w_msa.relative_position_index",),
-    wrappers=_SAVED,
+    wrappers=("state_dict", ""),
 )
 SWIN = Format(
-    rows=(*_MICROSOFT, *_DETECTOR),
+    rows=(*_MICROSOFT, *FPN_DETECTOR),
     dropped=("backbone.layers.{}.blocks.{}.attn.relative_position_index",),
-    wrappers=_SAVED,
+    wrappers=("state_dict", ""),
 )
 SWIN_CLS = Format(
-    rows=_without_prefix(_MICROSOFT),
+    rows=without_prefix(_MICROSOFT),
     dropped=(
         "layers.{}.blocks.{}.attn.relative_position_index",
         "layers.{}.blocks.{}.attn_mask",
@@ -103,12 +82,8 @@ SWIN_CLS = Format(
         "head.{}",
     ),
     before=strip,
-    wrappers=_CLASSIFIER,
+    wrappers=("state_dict_ema", "state_dict", "model", ""),
     fresh=(
         "backbone.norms.{}.{}",
     ),  # a classifier has one norm, behind its last map, and of another use
-)
-VITAEV2 = Format(rows=(*_VITAEV2, *_DETECTOR), wrappers=_SAVED)
-VITAEV2_CLS = Format(
-    rows=_without_prefix(_VITAEV2), dropped=("head.{}",), before=strip, wrappers=_CLASSIFIER
 )

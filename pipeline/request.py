@@ -1,4 +1,4 @@
-"""What is to be run, looked through before anything of it is sent."""
+"""A request for a run: the compiled pipeline and its parameters, validated before it is sent."""
 
 from __future__ import annotations
 
@@ -12,16 +12,18 @@ from pathlib import Path
 
 import yaml
 
-IMAGE = "vitdet"  # in manifests/ before an overlay names the registry
-BARE = (
-    f"the steps' image is {IMAGE!r}, of no registry: no cluster can pull it. Give your cluster's job: kubectl "
+DEFAULT_IMAGE = "vitdet"  # in manifests/ before an overlay names the registry
+DEFAULT_IMAGE_WARNING = (
+    f"the steps' image is {DEFAULT_IMAGE!r}, of no registry: no cluster can pull it. Give your cluster's job: kubectl "
     "kustomize manifests/overlays/NAME | python -m pipeline ... --job - (or set VITDET_IMAGE)"
 )
 
 
 @dataclass(frozen=True)
-class Order:
-    """A run to start: the pipeline (see `specification`) and its parameters; "" leaves a choice to the server."""
+class RunRequest:
+    """A run to start: the pipeline (see `load_package`) and its parameters; "" leaves a choice to
+    the server.
+    """
 
     pipeline: dict
     parameters: dict[str, object]
@@ -33,27 +35,22 @@ class Order:
 
 @dataclass(frozen=True)
 class Schedule:
-    """When to start it again and again: see `cron`; max_concurrency: runs at one time, 1..10 as servers allow."""
+    """When to start runs: see `kubeflow_cron`; max_concurrency: runs at the same time, servers
+    allow 1..10.
+    """
 
     expression: str
     max_concurrency: int = 1
     catch_up: bool = True
 
 
-def jobs(file: str) -> str:
-    """The text of a --job file, "-" for the standard input; "" without one. Raises ValueError when it is empty."""
-    text = sys.stdin.read() if file == "-" else Path(file).read_text() if file else ""
-    if file and not text.strip():
-        raise ValueError(f"--job {file}: empty")
-    return text
+def load_package(package: Path, parameters: dict[str, object], caching: bool) -> dict:
+    """The body of a request from a compiled pipeline.
 
+    Without caching no step at any depth reuses results. With caching, step `configs` does not if a
+    recipe is a file, which may have changed under the same name.
 
-def specification(package: Path, parameters: dict[str, object], caching: bool) -> dict:
-    """The body of a request from a compiled pipeline. Without caching no step, at whatever depth, takes old results.
-
-    With it step `configs` does not either where a recipe is a file: the file may have changed, its name has not.
-
-    Raises ValueError when it is no pipeline or its parameters are others.
+    Raises ValueError when the file is no pipeline or does not have these parameters.
     """
     if not Path(package).is_file():
         raise FileNotFoundError(f"{package}: no such file")
@@ -76,7 +73,8 @@ def specification(package: Path, parameters: dict[str, object], caching: bool) -
     }
     if missing := needed - parameters.keys():
         raise ValueError(f"{package}: the pipeline also needs {', '.join(sorted(missing))}")
-    files = any(is_file(str(recipe)) for recipe in parameters.get("recipes") or ())
+    recipes = parameters.get("recipes")
+    files = isinstance(recipes, list) and any(is_file(str(recipe)) for recipe in recipes)
     for group in (spec["root"], *spec.get("components", {}).values()):
         for name, task in group.get("dag", {}).get("tasks", {}).items():
             if not caching or (files and name == "configs"):
@@ -84,32 +82,35 @@ def specification(package: Path, parameters: dict[str, object], caching: bool) -
     return {"pipeline_spec": spec, "platform_spec": platforms[0]} if platforms else spec
 
 
-def bare(pipeline: dict) -> str:
-    """What to say of a pipeline in the image of manifests/ as they are, which no cluster can pull; "" of another."""
+def default_image_warning(pipeline: dict) -> str:
+    """The warning about a pipeline with the placeholder image of manifests/, which no cluster can
+    pull, else "".
+    """
     executors = (
         pipeline.get("pipeline_spec", pipeline).get("deploymentSpec", {}).get("executors", {})
     )
-    images = {one.get("container", {}).get("image") for one in executors.values()}
-    return BARE if images == {IMAGE} else ""
+    images = {item.get("container", {}).get("image") for item in executors.values()}
+    return DEFAULT_IMAGE_WARNING if images == {DEFAULT_IMAGE} else ""
 
 
 def is_file(recipe: str) -> bool:
-    """Whether a recipe is named by its file."""
+    """Whether a recipe is given as a file."""
     return recipe.endswith((".yaml", ".yml"))
 
 
-def cron(expression: str) -> str:
-    """A schedule in Kubeflow's notation, which begins with seconds.
+def kubeflow_cron(expression: str) -> str:
+    """A schedule in Kubeflow's notation, whose first field is seconds.
 
-    It takes the five fields of a crontab for seconds..months, so that "0 3 * * *" would start a training every hour;
-    they get second 0. Six fields and @daily, @every 12h pass. Raises ValueError for anything else.
+    Kubeflow reads the five fields of a crontab as seconds..months, so that "0 3 * * *" would start
+    a training every hour; here they get second 0. Six fields and @daily, @every 12h are kept.
+    Raises ValueError for anything else.
     """
     fields = expression.split()
     if expression.startswith("@") and re.fullmatch(
         r"@(yearly|monthly|weekly|daily|hourly|every \w+)", expression
     ):
         return expression
-    if len(fields) not in (5, 6) or not all(re.fullmatch(r"[\w*/,?-]+", one) for one in fields):
+    if len(fields) not in (5, 6) or not all(re.fullmatch(r"[\w*/,?-]+", item) for item in fields):
         raise ValueError(
             f"schedule {expression!r}: expected five fields as in a crontab (minute hour day month "
             "weekday), six with seconds first, or @daily, @weekly, @every 12h"
@@ -117,19 +118,13 @@ def cron(expression: str) -> str:
     return " ".join(fields if len(fields) == 6 else ["0", *fields])
 
 
-def pool(name: str | None) -> None:
-    """Refuses, by ValueError, what no label of a node can be: no pod could be made that asks for it."""
-    if name and not re.fullmatch(r"[A-Za-z0-9]([A-Za-z0-9._-]{0,61}[A-Za-z0-9])?", name):
-        raise ValueError(
-            f"--pool {name!r}: expected a label's value: letters, digits, - _ . inside, at most 63"
-        )
+def check_recipes(recipes: Sequence[str], overrides: Sequence[str]) -> bool:
+    """Raise ValueError for what the pipeline's first step would reject; False if that cannot be
+    checked here.
 
-
-def check(recipes: Sequence[str], overrides: Sequence[str]) -> bool:
-    """Refuses, by ValueError, what the pipeline's first step would; False where this machine cannot tell.
-
-    `vitdet config` answers, as a process of its own: pipeline/ knows nothing of settings and runs without vitdet,
-    which only the image needs. Without it the first step refuses, before data or GPUs are touched.
+    It runs `vitdet config` in a process, as pipeline/ does not depend on vitdet, which only the
+    image needs. Without it the first step rejects the run, before data is prepared or GPUs are
+    requested.
     """
     if len(set(recipes)) < len(recipes):
         raise ValueError(f"a recipe is named twice: {' '.join(recipes)}")
@@ -142,7 +137,7 @@ def check(recipes: Sequence[str], overrides: Sequence[str]) -> bool:
     package = importlib.util.find_spec("vitdet")
     if package is None or not package.origin:
         return False
-    told = True
+    checked = True
     for recipe in recipes:
         if is_file(recipe) and not Path(recipe).is_absolute():
             raise ValueError(
@@ -150,16 +145,14 @@ def check(recipes: Sequence[str], overrides: Sequence[str]) -> bool:
                 "absolute path on the shared volume"
             )
         if is_file(recipe) and not Path(recipe).exists():
-            told = False
+            checked = False
             continue
-        words = [sys.executable, "-m", "vitdet", "config", recipe]
-        words += [word for override in overrides for word in ("--set", override)]
+        argv = [sys.executable, "-m", "vitdet", "config", recipe]
+        argv += [arg for override in overrides for arg in ("--set", override)]
         done = subprocess.run(
-            words, capture_output=True, text=True, cwd=Path(package.origin).parents[1]
+            argv, capture_output=True, text=True, cwd=Path(package.origin).parents[1]
         )
         if done.returncode:
-            reason = (done.stderr.strip().splitlines() or ["vitdet config failed"])[
-                -1
-            ].removeprefix("vitdet: ")
-            raise ValueError(reason)
-    return told
+            lines = done.stderr.strip().splitlines() or ["vitdet config failed"]
+            raise ValueError(lines[-1].removeprefix("vitdet: "))
+    return checked

@@ -16,7 +16,7 @@ import zipfile
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -228,6 +228,7 @@ class _Maker:
     """A function that a pickle may call. Unlike a real one it cannot be changed by the pickle."""
 
     __slots__ = ("call",)
+    call: Callable[..., object]
 
     def __init__(self, call: Callable) -> None:
         object.__setattr__(self, "call", call)
@@ -258,7 +259,7 @@ class _Type:
             raise ValueError(f"arrays of type {code!r}, expected numbers")
         self.code, self.order = code, "="
 
-    def __setstate__(self, state: object) -> None:
+    def __setstate__(self, state: Any) -> None:
         _, order, *rest = state
         if order not in ("<", ">", "=", "|") or any(part is not None for part in rest[:3]):
             raise ValueError("an array of a composed type, expected numbers")
@@ -277,7 +278,7 @@ class _Array:
     def __init__(self, *_: object) -> None:
         self.array: np.ndarray | None = None
 
-    def __setstate__(self, state: object) -> None:
+    def __setstate__(self, state: Any) -> None:
         _, shape, kind, columns_first, raw = state
         self.array = _fill(raw, kind, shape, "F" if columns_first else "C")
 

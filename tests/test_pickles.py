@@ -17,7 +17,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from vitdet.weights.unpickle import LEGACY, read_file, state_of
+from vitdet.weights.pickles import LEGACY, read_file, state_of
 
 
 class Call:

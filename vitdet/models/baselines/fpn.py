@@ -14,13 +14,13 @@ from torch.nn import functional as F
 
 
 class FPN(nn.Module):
-    """Four maps (B, C_i, h_i, w_i) of the given strides -> p2..p5, and p6 at half of p5.
+    """Four maps (B, C_i, h_i, w_i) of the given strides -> p2..p5, and p6 at half the scale of p5.
 
-    `strides` holds the pixels a cell of each of the five levels: 4..64 for maps of strides 4, 8, 16, 32.
+    `self.strides` are the strides of the five levels: 4..64 for maps of strides 4, 8, 16, 32.
     """
 
     def __init__(
-        self, in_channels: Sequence[int], out_channels: int, strides: Sequence[int]
+        self, *, in_channels: Sequence[int], out_channels: int, strides: Sequence[int]
     ) -> None:
         super().__init__()
         self.out_channels = out_channels

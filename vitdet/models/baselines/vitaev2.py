@@ -77,13 +77,13 @@ class Attention(nn.Module):
 
     def __init__(
         self,
+        *,
         inputs: int,
         dim: int,
         heads: int,
         window: int,
-        *,
-        bias: bool = True,
-        keep_values: bool = False,
+        bias: bool,
+        keep_values: bool,
     ) -> None:
         super().__init__()
         self.heads, self.window, self.keep_values = heads, window, keep_values
@@ -118,6 +118,7 @@ class ReductionCell(nn.Module):
 
     def __init__(
         self,
+        *,
         inputs: int,
         width: int,
         dim: int,
@@ -144,7 +145,12 @@ class ReductionCell(nn.Module):
         channels = width * len(dilations)
         self.norm1 = nn.LayerNorm(channels, eps=CELL_NORM_EPS)
         self.attn = Attention(
-            channels, dim, heads, window, bias=window > 0, keep_values=window == 0
+            inputs=channels,
+            dim=dim,
+            heads=heads,
+            window=window,
+            bias=window > 0,
+            keep_values=window == 0,
         )
         self.norm2 = nn.LayerNorm(dim, eps=CELL_NORM_EPS)
         self.mlp = Mlp(dim, dim)
@@ -159,10 +165,12 @@ class ReductionCell(nn.Module):
 class NormalCell(nn.Module):
     """Pre-norm transformer block with convolutions of its input beside the attention."""
 
-    def __init__(self, dim: int, heads: int, groups: int, window: int, drop_path: float) -> None:
+    def __init__(self, *, dim: int, heads: int, groups: int, window: int, drop_path: float) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(dim, eps=NORM_EPS)
-        self.attn = Attention(dim, dim, heads, window)
+        self.attn = Attention(
+            inputs=dim, dim=dim, heads=heads, window=window, bias=True, keep_values=False
+        )
         self.pcm = branch((dim, 4 * dim, dim, dim), groups)
         self.norm2 = nn.LayerNorm(dim, eps=NORM_EPS)
         self.mlp = Mlp(dim, 4 * dim)
@@ -204,8 +212,8 @@ class ViTAEv2(nn.Module):
         heads: Sequence[int],
         reduction_groups: Sequence[int],
         groups: Sequence[int],
-        window_size: int = 7,
-        drop_path: float = 0.0,
+        window_size: int,
+        drop_path: float,
     ) -> None:
         super().__init__()
         self.out_channels = tuple(dims)
@@ -217,17 +225,26 @@ class ViTAEv2(nn.Module):
             self.stages.append(
                 Stage(
                     ReductionCell(
-                        dims[s - 1] if s else 3,
-                        widths[s],
-                        dims[s],
-                        KERNELS[s],
-                        STRIDES[s],
-                        DILATIONS[s],
-                        reduction_heads[s],
-                        reduction_groups[s],
-                        window,
+                        inputs=dims[s - 1] if s else 3,
+                        width=widths[s],
+                        dim=dims[s],
+                        kernel=KERNELS[s],
+                        stride=STRIDES[s],
+                        dilations=DILATIONS[s],
+                        heads=reduction_heads[s],
+                        groups=reduction_groups[s],
+                        window=window,
                     ),
-                    [NormalCell(dims[s], heads[s], groups[s], window, rate) for rate in rates],
+                    [
+                        NormalCell(
+                            dim=dims[s],
+                            heads=heads[s],
+                            groups=groups[s],
+                            window=window,
+                            drop_path=rate,
+                        )
+                        for rate in rates
+                    ],
                 )
             )
         init_linears(self)

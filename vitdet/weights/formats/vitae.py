@@ -1,31 +1,12 @@
-"""Names of pre-trained backbones: MAE, ViTAE in MAE's naming, and ViTAE's classifiers.
-
-He et al. (2111.06377), facebookresearch/mae; ViTAE-Transformer/ViTAE-Transformer. None of them has relative positions,
-which start at zero, nor anything of a detector.
-"""
+"""Names of the ViTAE pre-trained backbones (ViTAE-Transformer/ViTAE-Transformer): MAE and classifiers."""
 
 from __future__ import annotations
 
 from torch import Tensor
 
-from vitdet.weights.detectron2 import add_class_token, drop_class_token
-from vitdet.weights.mmdet import join_bias
-from vitdet.weights.table import Change, Format, Row, Weights
-
-_POSITIONS = {"backbone.pos_embed": Change(drop_class_token, add_class_token)}
-_FRESH = (
-    "backbone.blocks.{}.attn.rel_pos_h",
-    "backbone.blocks.{}.attn.rel_pos_w",
-    "backbone.blocks.{}.residual.{*}",
-)
-_NORM = ("backbone.norm.{}",)
-_BLOCKS = (
-    Row("blocks.{}.PCM.{*}", "backbone.blocks.{}.pcm.{*}"),
-    Row("blocks.{}.{*}", "backbone.blocks.{}.{*}"),
-    Row("patch_embed.proj.{}", "backbone.patch_embed.proj.{}"),
-    Row("pos_embed", "backbone.pos_embed"),
-    Row("norm.{}", "backbone.norm.{}"),
-)
+from vitdet.weights.formats.mae import BLOCKS, FRESH, NORM, POSITIONS
+from vitdet.weights.formats.mmdet import join_bias
+from vitdet.weights.formats.table import Format, Row, Weights
 
 
 def strip(weights: Weights) -> dict[str, Tensor]:
@@ -43,25 +24,14 @@ def strip(weights: Weights) -> dict[str, Tensor]:
     return join_bias(inside or plain)
 
 
-# Our own names: the pre-training that ships with the package, and what was converted.
-VITDET = Format(rows=(Row("{*}", "{*}"),), wrappers=("model", ""), fresh=_FRESH)
-MAE = Format(
-    rows=_BLOCKS,
-    changes=_POSITIONS,
-    # What the detector has no place for: the class token, and the decoder of a whole autoencoder's file.
-    dropped=("cls_token", "mask_token", "decoder_{*}"),
-    wrappers=("model", ""),
-    fresh=_FRESH,
-    spare=_NORM,  # Detectron2's systems have no norm after the last block
-)
 VITAE = Format(
-    rows=_BLOCKS,
-    changes=_POSITIONS,
+    rows=BLOCKS,
+    changes=POSITIONS,
     dropped=("cls_token", "mask_token", "decoder_{*}", "head.{}"),
     before=strip,
     wrappers=("state_dict_ema", "state_dict", "model", ""),
-    fresh=_FRESH,
-    spare=_NORM,
+    fresh=FRESH,
+    spare=NORM,
 )
 # ViTAE-B: `layers.0.RC` holds the patches, `layers.2.NC` the blocks. ViTAE-S: three reduction cells. Both were trained
 # with a norm after the pooling instead of the last block's, which starts afresh.
@@ -75,9 +45,9 @@ VITAE_CLS = Format(
         Row("layers.2.NC.{}.PCM.{*}", "backbone.blocks.{}.pcm.{*}"),
         Row("layers.2.NC.{}.{*}", "backbone.blocks.{}.{*}"),
     ),
-    changes=_POSITIONS,
+    changes=POSITIONS,
     dropped=("layers.0.RC.cls_token", "fc_norm.{}", "head.{}"),
     before=strip,
     wrappers=("state_dict_ema", "state_dict", "model", ""),
-    fresh=(*_FRESH, *_NORM),
+    fresh=(*FRESH, *NORM),
 )

@@ -13,7 +13,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from vitdet.weights.table import Change, Format, Row, Weights
+from vitdet.weights.formats.table import Change, Format, Row, Weights
 
 
 def to_grid(pos_embed: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
@@ -115,9 +115,16 @@ HEADS = (
     Row("roi_head.mask_head.upsample.{}", "roi_heads.mask.deconv.{}"),
     Row("roi_head.mask_head.conv_logits.{}", "roi_heads.mask.logits.{}"),
 )
+# The neck and heads of the hierarchical detectors.
+FPN_DETECTOR = (
+    Row("neck.lateral_convs.{}.conv.{}", "pyramid.lateral.{}.{}"),
+    Row("neck.fpn_convs.{}.conv.{}", "pyramid.output.{}.{}"),
+    Row("rpn_head.rpn_conv.{}", "rpn.convs.0.conv.{}"),
+    *HEADS,
+)
 
 
-def mmdet(
+def mmdet_format(
     grid: tuple[int, int] | None = None, wide: Sequence[int] = (), split: Sequence[int] = ()
 ) -> Format:
     """The layout; for a model of images that are not square, grid = (h, w) tokens and `wide`, its global blocks.
@@ -151,4 +158,4 @@ def mmdet(
     )
 
 
-MMDET = mmdet()
+MMDET = mmdet_format()

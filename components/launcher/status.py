@@ -1,0 +1,291 @@
+"""The state of a job: why its pods fail or do not start, how long a finished job is kept.
+
+Plain functions of dictionaries as the Kubernetes API returns them. Of a pod (core/v1 PodStatus): a
+terminated container has state.terminated {exitCode, reason: OOMKilled | Error | Completed,
+finishedAt}, a restarted one has it under lastState; a pod lost with its node has status.phase
+Failed and status.reason (Evicted, NodeLost, Terminated) without such a container state, or the
+condition DisruptionTarget; a pod without a node has the condition PodScheduled False, reason
+Unschedulable.
+
+Two problems are reported by events only (core/v1 Event). A pod that the API server refuses to
+create (a quota, a missing PriorityClass or ServiceAccount, Pod Security): the training operator 1.9
+creates the event FailedCreatePod of the job and returns before it writes the job's status
+(pkg/controller.v1/control/pod_control.go); Kubernetes' Job, which Trainer's JobSet creates, has the
+event FailedCreate. A volume or network that cannot be set up: the kubelet creates the events
+FailedMount and FailedCreatePodSandBox of the pod, whose status stays ContainerCreating.
+"""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+
+from components.launcher.templates import Kind
+
+EventQuery = Callable[[str], list[dict]]  # the events that a field selector selects
+
+# Reasons of state.waiting that need a change by a user: the image's name, a Secret, a command.
+BROKEN = (
+    "ErrImagePull",
+    "ImagePullBackOff",
+    "InvalidImageName",
+    "ErrImageNeverPull",
+    "ImageInspectError",
+    "RegistryUnavailable",
+    "CreateContainerConfigError",
+    "CreateContainerError",
+    "RunContainerError",
+)
+
+
+def job_phase(kind: Kind, job: dict) -> tuple[str, str]:
+    """(phase, message) of the job's conditions with status True; "" when there is none.
+
+    The order of the conditions does not matter: controllers keep old ones and do not sort them.
+    """
+    status = job.get("status") or {}
+    true = {
+        one["type"]: one for one in status.get("conditions") or [] if one.get("status") == "True"
+    }
+    for condition, phase in kind.phases:
+        if condition in true:
+            return phase, true[condition].get("message") or true[condition].get("reason") or ""
+    if any(one.get("ready") for one in status.get("jobsStatus") or []):
+        return "running", ""
+    created = status.get("jobsStatus") or status.get("replicaStatuses")
+    return ("created" if created else ""), ""
+
+
+def deadline_exceeded(job: dict, message: str) -> str:
+    """The deadline of a failed job, if that is why it failed; else "".
+
+    Only the message tells: the training operator's is "... active longer than specified deadline"
+    (common/job.go, ReconcileJobs, with the same reason as every failure), Trainer's "... exceeded
+    its active deadline".
+    """
+    if "deadline" not in message:
+        return ""
+    spec = job["spec"]
+    return f"activeDeadlineSeconds, {(spec.get('runPolicy') or spec).get('activeDeadlineSeconds')} s in the job's file"
+
+
+def retention(kind: Kind, job: dict) -> str:
+    """The phase of a finished job, and how long it and its pods are kept; else ""."""
+    phase, spec, status = job_phase(kind, job)[0], job["spec"], job.get("status") or {}
+    if phase not in ("failed", "succeeded"):
+        return ""
+    seconds = (spec.get("runPolicy") or spec).get("ttlSecondsAfterFinished")
+    ended = status.get("completionTime") or max(
+        one.get("lastTransitionTime") or "" for one in status["conditions"]
+    )
+    until = []
+    if seconds is not None and ended:
+        expiry = datetime.fromisoformat(ended) + timedelta(seconds=seconds)
+        until.append(f"{expiry:%Y-%m-%d %H:%M} UTC")
+    if job["metadata"].get("ownerReferences"):
+        until.append("the pod of its step is deleted")
+    return f"{phase}; stays, with the logs of pods that are left, until {' or '.join(until) or 'somebody deletes it'}"
+
+
+@dataclass(frozen=True)
+class Cause:
+    """Why a pod failed or does not start; as a string, one line for the user.
+
+    previous: the container was restarted, so its log is that of the instance before. init:
+    `container` is an init container. subject: "pod", or "job" for a job without pods.
+    """
+
+    pod: str
+    reason: str
+    exit_code: int | None = None
+    message: str = ""
+    time: str = ""
+    node: str = ""
+    previous: bool = False
+    container: str = ""
+    init: bool = False
+    subject: str = "pod"
+
+    @property
+    def specific(self) -> bool:
+        """Whether the reason explains the failure; an exit code may follow from another pod's."""
+        return self.reason not in ("Error", "Completed", "")
+
+    def __str__(self) -> str:
+        code = ""
+        if self.exit_code is not None:
+            code = f", exit code {self.exit_code}{signal_name(self.exit_code)}"
+        node = f" on node {self.node}" if self.node else ""
+        where = f"init container {self.container}: " if self.init else ""
+        message = f": {self.message.strip()}" if self.message else ""
+        return f"{self.subject} {self.pod}{node}: {where}{self.reason}{code}{message}"
+
+
+def signal_name(code: int) -> str:
+    """` (SIGKILL)` for exit code 137 and so on: a shell adds 128 to the signal's number."""
+    try:
+        return f" ({signal.Signals(code - 128).name})" if code > 128 else ""
+    except ValueError:
+        return ""
+
+
+def container_statuses(pod: dict) -> list[dict]:
+    """The statuses of all containers, those of init containers first."""
+    status = pod.get("status") or {}
+    return [
+        *(status.get("initContainerStatuses") or []),
+        *(status.get("containerStatuses") or []),
+    ]
+
+
+def failure_reason(pod: dict) -> Cause | None:
+    """Why this pod, or the previous instance of its container, failed; None if neither did."""
+    status, name = pod.get("status") or {}, pod["metadata"]["name"]
+    node = (pod.get("spec") or {}).get("nodeName") or ""
+    containers = container_statuses(pod)
+    inits = len(status.get("initContainerStatuses") or [])
+    terminations = [
+        termination_cause(
+            name, node, part, key == "lastState", one.get("name") or "", place < inits
+        )
+        for key in ("state", "lastState")
+        for place, one in enumerate(containers)
+        if (part := (one.get(key) or {}).get("terminated")) and part.get("exitCode")
+    ]
+    first = terminations[0] if terminations else None
+    if first and first.reason != "Error":
+        return first  # OOMKilled is more specific than the status of the pod
+    exit_code = first.exit_code if first else None
+    for one in status.get("conditions") or []:
+        if one["type"] == "DisruptionTarget" and one.get("status") == "True":
+            return Cause(
+                name,
+                one.get("reason") or "Disrupted",
+                exit_code,
+                one.get("message") or "",
+                one.get("lastTransitionTime") or "",
+                node,
+            )
+    if status.get("phase") == "Failed" and status.get("reason"):
+        message, time = status.get("message") or "", first.time if first else ""
+        return Cause(name, status["reason"], exit_code, message, time, node)
+    return first
+
+
+def termination_cause(
+    name: str, node: str, terminated: dict, previous: bool, container: str, init: bool
+) -> Cause:
+    """The cause in a container's state.terminated."""
+    return Cause(
+        name,
+        terminated.get("reason") or "Error",
+        terminated["exitCode"],
+        terminated.get("message") or "",
+        terminated.get("finishedAt") or "",
+        node,
+        previous,
+        container,
+        init,
+    )
+
+
+def root_cause(causes: Iterable[Cause]) -> Cause | None:
+    """The cause of the others: not one mended by a restart, rather a specific one, the earliest.
+
+    When one process of a distributed training dies, all others fail soon after.
+    """
+    return min(
+        causes,
+        key=lambda cause: (cause.previous, not cause.specific, cause.time or "9"),
+        default=None,
+    )
+
+
+def blocking_reason(pod: dict) -> Cause | None:
+    """Why this pod does not start; None if it has started or is about to."""
+    status, name = pod.get("status") or {}, pod["metadata"]["name"]
+    for one in status.get("conditions") or []:
+        if one["type"] == "PodScheduled" and one.get("status") == "False":
+            reason = one.get("reason") or "Unschedulable"
+            return Cause(name, reason, message=one.get("message") or "")
+    for one in container_statuses(pod):
+        waiting = (one.get("state") or {}).get("waiting") or {}
+        if waiting.get("reason") in BROKEN:
+            return Cause(name, waiting["reason"], message=waiting.get("message") or "")
+    # the operators count the restarts of running pods only
+    for one in status.get("initContainerStatuses") or []:
+        last = (one.get("lastState") or {}).get("terminated") or {}
+        done = ((one.get("state") or {}).get("terminated") or {}).get("exitCode") == 0
+        if one.get("restartCount") and last.get("exitCode") and not done and not one.get("ready"):
+            container = one.get("name") or ""
+            return Cause(name, "CrashLoopBackOff", last["exitCode"], container=container, init=True)
+    return None
+
+
+def restart_count(pod: dict, container: str) -> int:
+    """How often the kubelet has restarted this container."""
+    found = container_statuses(pod)
+    return next((one.get("restartCount", 0) for one in found if one.get("name") == container), 0)
+
+
+def expected_pods(job: dict) -> int:
+    """The number of pods in the job's spec."""
+    replicas = job["spec"].get("pytorchReplicaSpecs")
+    if replicas:
+        return sum(one.get("replicas", 1) for one in replicas.values())
+    return (job["spec"].get("trainer") or {}).get("numNodes", 1)
+
+
+def missing_pods(job: dict, pods: list[dict], events: EventQuery) -> Cause | None:
+    """Why this job has fewer pods than expected; None if it has all, or no event tells why."""
+    if len(pods) >= expected_pods(job):
+        return None
+    metadata = job["metadata"]
+    name, created = metadata["name"], metadata.get("creationTimestamp") or ""
+    # the events of a TrainJob are those of its JobSet's Jobs, whose names begin with its name
+    own = (
+        f"involvedObject.uid={metadata.get('uid')}"
+        if "pytorchReplicaSpecs" in job["spec"]
+        else "involvedObject.kind=Job"
+    )
+    found = [
+        one
+        for one in events(f"type=Warning,{own}")
+        if one["reason"].startswith("FailedCreate")
+        and f"{one['involvedObject']['name']}-".startswith(f"{name}-")
+        and event_time(one) >= created
+    ]
+    return event_cause(max(found, key=event_time), name, "job") if found else None
+
+
+def startup_warning(pod: dict, events: EventQuery) -> Cause | None:
+    """Why a pod with a node does not start: its last event, if that is a warning; else None."""
+    scheduled = (pod.get("spec") or {}).get("nodeName")
+    if (pod.get("status") or {}).get("phase") != "Pending" or not scheduled:
+        return None
+    own = events(f"involvedObject.uid={pod['metadata']['uid']}")
+    last = max(own, key=event_time, default=None)
+    if last and last.get("type") == "Warning":
+        return event_cause(last, pod["metadata"]["name"])
+    return None
+
+
+def event_time(event: dict) -> str:
+    """The time of the last occurrence, to the second."""
+    series = event.get("series") or {}
+    time = (
+        event.get("lastTimestamp")
+        or series.get("lastObservedTime")
+        or event.get("eventTime")
+        or event["metadata"].get("creationTimestamp")
+        or ""
+    )
+    return time[:19] + "Z" if time else ""
+
+
+def event_cause(event: dict, name: str, subject: str = "pod") -> Cause:
+    """The event's reason and message, on one line."""
+    message = " ".join((event.get("message") or "").split())
+    return Cause(name, event["reason"], message=message, subject=subject)

@@ -1,0 +1,337 @@
+"""The two kinds of training job as plain dictionaries, and how to fill in their templates.
+
+PyTorchJob (kubeflow.org/v1, training operator 1.9) and its successor TrainJob
+(trainer.kubeflow.org/v1alpha1, Kubeflow Trainer 2.3). Everything that is specific to a kind is in
+its entry of KINDS; the rest of the launcher treats both alike.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+
+import yaml
+
+POOL = "vitdet/pool"  # label of our node pools, so that a job does not depend on the cloud
+# the same on GKE, where the label of a pool's nodes can have no slash
+COMPUTE_CLASS = "cloud.google.com/compute-class"
+RUN, RECIPE = "vitdet/run", "vitdet/recipe"  # labels of a job and its pods
+SCHEDULE = (
+    "vitdet/schedule-seconds"  # annotation of a template: how long its pods may wait for a node
+)
+FAILURE = "vitdet/failure"  # annotation set by the launcher: why the job failed or was given up
+# seconds, where the template sets none: longest run, and how long a finished job is kept
+DEFAULT_DEADLINE, DEFAULT_TTL = 14 * 24 * 3600, 7 * 24 * 3600
+
+
+@dataclass(frozen=True)
+class JobRequest:
+    """Everything of a job that is not in its template.
+
+    task: settings of the pipeline's task, as the fields of kfp's dsl.TaskConfig: affinity,
+    tolerations, node_selector, env, volumes, volume_mounts, resources; each None or in the form of
+    the Kubernetes API.
+    owner: an ownerReference; the job is deleted together with it.
+    """
+
+    name: str
+    namespace: str
+    labels: dict[str, str]
+    image: str
+    args: list[str]
+    nodes: int
+    pool: str
+    task: dict = field(default_factory=dict)
+    owner: dict | None = None
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of job: its API resource, the labels of its pods, how its template is filled in.
+
+    phases: (condition type, phase), highest priority first.
+    rank0: the labels of the pods that may have rank 0, for a job.
+    halt: the change of the spec that has the operator delete the pods and keep the job.
+    """
+
+    name: str
+    group: str
+    version: str
+    plural: str
+    operator: str
+    container: str
+    job_label: str
+    phases: tuple[tuple[str, str], ...]
+    fill: Callable[[dict, JobRequest], None]
+    rank0: Callable[[dict], dict[str, str]]
+    halt: dict
+
+    def selector(self, name: str) -> str:
+        """Label selector of a job's pods."""
+        return f"{self.job_label}={name}"
+
+
+def job_name(run_id: str, recipe: str) -> str:
+    """The job's name, unique to run and recipe: a DNS-1035 label of at most 40 characters.
+
+    The pods' names add a suffix and must be labels of at most 63 characters.
+    """
+    slug = re.sub(r"[^a-z0-9]+", "-", recipe.lower()).strip("-")[:22].strip("-")
+    mark = hashlib.sha256(f"{run_id}/{recipe}".encode()).hexdigest()[:10]
+    return "-".join(part for part in ("vitdet", slug, mark) if part)
+
+
+def label(text: str) -> str:
+    """The text as a label value: invalid characters become `-`, cut to 63 characters."""
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", text)[:63].strip("-._")
+
+
+def fill_template(template: str, kind: Kind, request: JobRequest) -> dict:
+    """The job of a YAML template, filled in.
+
+    Raises ValueError when the template is not one job of this kind or does not fit the request.
+    """
+    if request.nodes < 1:
+        raise ValueError(f"a job needs at least 1 node, got {request.nodes}")
+    found = [part for part in yaml.safe_load_all(template) if part]
+    jobs = [part for part in found if part.get("kind") == kind.name]
+    if len(jobs) != 1:
+        raise ValueError(
+            f"the job's template must hold one {kind.name}, it holds "
+            f"{', '.join(str(part.get('kind')) for part in found) or 'nothing'}"
+        )
+    job = json.loads(
+        json.dumps(jobs[0])
+    )  # a copy: YAML anchors share objects between Master and Worker
+    metadata = job.setdefault("metadata", {})
+    metadata.update(name=request.name, namespace=request.namespace)
+    metadata.setdefault("labels", {}).update(request.labels)
+    if request.owner:
+        metadata["ownerReferences"] = [request.owner]
+    kind.fill(job, request)
+    return job
+
+
+def mount_paths(kind: Kind, job: dict) -> list[str]:
+    """Where the training container mounts volumes; [] for a TrainJob, whose runtime defines it."""
+    replicas = job["spec"].get("pytorchReplicaSpecs")
+    if not replicas:
+        return []
+    container = main_container(next(iter(replicas.values()))["template"]["spec"], kind.container)
+    return [one["mountPath"] for one in container.get("volumeMounts") or []]
+
+
+def main_container(pod: dict, name: str) -> dict:
+    """The container of this name, by which the operators find it. Raises ValueError if none."""
+    for container in pod.get("containers") or []:
+        if container.get("name") == name:
+            return container
+    raise ValueError(
+        f"the job's template has no container named {name!r}, which is the one that the operator starts"
+    )
+
+
+def fill_pytorchjob(job: dict, request: JobRequest) -> None:
+    """Fill in a Master and nodes - 1 Workers, or `nodes` Workers without a Master (elastic)."""
+    spec = job["spec"]
+    replicas = spec["pytorchReplicaSpecs"]
+    policy = spec.setdefault("runPolicy", {})
+    policy.setdefault("activeDeadlineSeconds", DEFAULT_DEADLINE)
+    policy.setdefault("ttlSecondsAfterFinished", DEFAULT_TTL)
+    if "backoffLimit" in policy:
+        # the operator adds up the restarts of all pods, which restart together
+        policy["backoffLimit"] *= request.nodes
+    elastic = spec.get("elasticPolicy")
+    if "Master" not in replicas and not elastic:
+        raise ValueError(
+            "a PyTorchJob without a Master needs an elasticPolicy: its pods would not find each other"
+        )
+    if "Master" in replicas:
+        # explicit, as the operator's webhook validates before defaults are set
+        replicas["Master"]["replicas"] = 1
+    workers = request.nodes - ("Master" in replicas)
+    if workers and "Worker" not in replicas:
+        raise ValueError(f"{request.nodes} nodes are wished, but the job's template has no Worker")
+    if workers:
+        replicas["Worker"]["replicas"] = workers
+    elif "Worker" in replicas:
+        del replicas["Worker"]
+        spec.pop("elasticPolicy", None)  # it is refused without a Worker
+    if elastic:
+        elastic["maxReplicas"] = request.nodes
+        elastic["minReplicas"] = min(elastic.get("minReplicas", 1), request.nodes)
+    for replica in replicas.values():
+        template = replica["template"]
+        template.setdefault("metadata", {}).setdefault("labels", {}).update(request.labels)
+        pod = template["spec"]
+        container = main_container(pod, "pytorch")
+        container.update(args=request.args, **({"image": request.image} if request.image else {}))
+        task = reuse_claim_volumes(pod, request.task)
+        add_to_container(container, task)
+        add_to_pod(pod, replace(request, task=task))
+
+
+def fill_trainjob(job: dict, request: JobRequest) -> None:
+    """Fill in spec.trainer, and settings of pods as runtimePatches (Trainer 2.3)."""
+    spec = job["spec"]
+    spec.setdefault("activeDeadlineSeconds", DEFAULT_DEADLINE)  # a TrainJob has no time to live
+    trainer = spec.setdefault("trainer", {})
+    trainer.update(
+        args=request.args,
+        numNodes=request.nodes,
+        **({"image": request.image} if request.image else {}),
+    )
+    task = request.task
+    add_to_container(trainer, {"env": task.get("env")})
+    if task.get("resources"):
+        trainer["resourcesPerNode"] = merge_resources(
+            trainer.get("resourcesPerNode"), task["resources"]
+        )
+    pod: dict = {}
+    # the controller merges like `kubectl patch`: lists by name or key, but tolerations are replaced
+    # as a whole
+    add_to_pod(pod, request)
+    if task.get("volume_mounts"):
+        pod["containers"] = [{"name": "node", "volumeMounts": task["volume_mounts"]}]
+    template: dict = {"metadata": {"labels": request.labels}, **({"spec": pod} if pod else {})}
+    nodes = {"name": "node", "template": {"spec": {"template": template}}}
+    patch = {
+        "manager": "vitdet/launcher",
+        "trainingRuntimeSpec": {"template": {"spec": {"replicatedJobs": [nodes]}}},
+    }
+    others = [one for one in spec.get("runtimePatches") or [] if one["manager"] != patch["manager"]]
+    spec["runtimePatches"] = [*others, patch]  # the last one wins
+
+
+def add_to_container(container: dict, task: dict) -> None:
+    """Merge env, mounts and resources of the task into a container; the task's take precedence."""
+    # KFP_* variables identify the pod of the step
+    own = [one for one in task.get("env") or [] if not one["name"].startswith("KFP_")]
+    for key, added, by in (
+        ("env", own, "name"),
+        ("volumeMounts", task.get("volume_mounts"), "mountPath"),
+    ):
+        if added:
+            container[key] = merge_by_key(container.get(key), added, by)
+    if task.get("resources"):
+        container["resources"] = merge_resources(container.get("resources"), task["resources"])
+
+
+def add_to_pod(pod: dict, request: JobRequest) -> None:
+    """Merge scheduling constraints and volumes of the request into a pod's spec."""
+    task = request.task
+    selector = {**(pod.get("nodeSelector") or {}), **(task.get("node_selector") or {})}
+    if request.pool:
+        selector[COMPUTE_CLASS if COMPUTE_CLASS in selector else POOL] = request.pool
+    if selector:
+        pod["nodeSelector"] = selector
+    if task.get("affinity"):
+        pod["affinity"] = task["affinity"]
+    if task.get("tolerations"):
+        existing = pod.get("tolerations") or []
+        pod["tolerations"] = [
+            *existing,
+            *(one for one in task["tolerations"] if one not in existing),
+        ]
+    if task.get("volumes"):
+        pod["volumes"] = merge_by_key(pod.get("volumes"), task["volumes"], "name")
+
+
+def reuse_claim_volumes(pod: dict, task: dict) -> dict:
+    """The task, mounting the pod's own volume wherever it has another volume of the same claim.
+
+    A pod with two volumes of one claim stays in ContainerCreating forever (kubernetes/kubernetes,
+    issue 127004). KFP names a volume after its claim; the runtime of a TrainJob uses the same name,
+    so there the volumes are merged.
+    """
+
+    def claim(volume: dict) -> str:
+        return (volume.get("persistentVolumeClaim") or {}).get("claimName") or ""
+
+    existing = {claim(one): one["name"] for one in pod.get("volumes") or [] if claim(one)}
+    volumes = task.get("volumes") or []
+    names = {one["name"]: existing[claim(one)] for one in volumes if claim(one) in existing}
+    return {
+        **task,
+        "volumes": [one for one in volumes if one["name"] not in names],
+        "volume_mounts": [
+            {**one, "name": names.get(one["name"], one["name"])}
+            for one in task.get("volume_mounts") or []
+        ],
+    }
+
+
+def merge_by_key(existing: list[dict] | None, added: list[dict], key: str) -> list[dict]:
+    """Both lists; of two entries with the same key, the added one."""
+    names = {one[key] for one in added}
+    return [*(one for one in existing or [] if one[key] not in names), *added]
+
+
+def merge_resources(existing: dict | None, added: dict) -> dict:
+    """Limits and requests; the added ones take precedence, an added limit drops the old request."""
+    existing = existing or {}
+    limits = {**existing.get("limits", {}), **added.get("limits", {})}
+    old = {
+        key: value
+        for key, value in existing.get("requests", {}).items()
+        if key not in added.get("limits", {})
+    }
+    requests = {**old, **added.get("requests", {})}
+    return {
+        **({"limits": limits} if limits else {}),
+        **({"requests": requests} if requests else {}),
+    }
+
+
+def pytorchjob_rank0_labels(job: dict) -> dict[str, str]:
+    """The labels of the Master; without one, any Worker may have rank 0."""
+    master = "Master" in job["spec"]["pytorchReplicaSpecs"]
+    return {"training.kubeflow.org/replica-type": "master" if master else "worker"}
+
+
+def trainjob_rank0_labels(job: dict) -> dict[str, str]:
+    """The labels of the first pod of the indexed Job `node` of the JobSet."""
+    return {
+        "batch.kubernetes.io/job-completion-index": "0",
+        "jobset.sigs.k8s.io/replicatedjob-name": "node",
+    }
+
+
+KINDS = {
+    "pytorchjob": Kind(
+        name="PyTorchJob",
+        group="kubeflow.org",
+        version="v1",
+        plural="pytorchjobs",
+        operator="the Kubeflow training operator (v1.9)",
+        container="pytorch",
+        job_label="training.kubeflow.org/job-name",
+        fill=fill_pytorchjob,
+        rank0=pytorchjob_rank0_labels,
+        halt={"runPolicy": {"suspend": True}},
+        phases=(
+            ("Failed", "failed"),
+            ("Succeeded", "succeeded"),
+            ("Suspended", "suspended"),
+            ("Restarting", "restarting"),
+            ("Running", "running"),
+            ("Created", "created"),
+        ),
+    ),
+    "trainjob": Kind(
+        name="TrainJob",
+        group="trainer.kubeflow.org",
+        version="v1alpha1",
+        plural="trainjobs",
+        operator="Kubeflow Trainer (v2.3)",
+        container="node",
+        job_label="jobset.sigs.k8s.io/jobset-name",
+        fill=fill_trainjob,
+        rank0=trainjob_rank0_labels,
+        halt={"suspend": True},
+        phases=(("Failed", "failed"), ("Complete", "succeeded"), ("Suspended", "suspended")),
+    ),
+}

@@ -1,0 +1,40 @@
+"""The command line of the pipeline: one file per command, with its arguments and what it does."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from pipeline.cli.compile import add_compile
+from pipeline.cli.run import add_run
+from pipeline.cli.status import add_status
+from pipeline.cli.submit import add_submit
+from pipeline.cli.terminate import add_terminate
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run a command; a user error is one line on stderr and exit code 1 (2 for wrong arguments)."""
+    args = parser().parse_args(argv)
+    try:
+        code = args.run(args)
+    except (ValueError, OSError, RuntimeError) as error:
+        print("pipeline:", *str(error).splitlines(), file=sys.stderr)
+        code = 1
+    except KeyboardInterrupt:
+        code = 130
+    sys.exit(code)
+
+
+def parser() -> argparse.ArgumentParser:
+    """The parser with all commands."""
+    root = argparse.ArgumentParser(
+        prog="python -m pipeline", description="The experiment as a Kubeflow pipeline."
+    )
+    commands = root.add_subparsers(required=True, metavar="VERB")
+    add_compile(commands)
+    add_run(commands)
+    add_submit(commands)
+    add_status(commands)
+    add_terminate(commands)
+    return root

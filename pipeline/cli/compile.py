@@ -1,0 +1,42 @@
+"""python -m pipeline compile: write the pipeline to a file."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from pipeline.cli.arguments import read_job_file
+from pipeline.request import default_image_warning, load_package
+
+
+def add_compile(commands: argparse._SubParsersAction) -> None:
+    """Add the command and its arguments."""
+    command = commands.add_parser(
+        "compile",
+        allow_abbrev=False,
+        help="write the pipeline to a file, for `submit` or Kubeflow's pages",
+    )
+    command.add_argument("file", type=Path, metavar="FILE", help="the YAML file to write")
+    command.add_argument(
+        "--job",
+        metavar="FILE",
+        default="",
+        help="YAML with the training jobs to start, as `kubectl kustomize manifests/overlays/NAME` "
+        "prints it; - is the standard input (the jobs in manifests/ as they are)",
+    )
+    command.set_defaults(run=run_compile)
+
+
+def run_compile(args: argparse.Namespace) -> int:
+    """Compile the pipeline; warn when its image is in no registry."""
+    from pipeline.graph import compile_pipeline
+
+    if args.file.suffix not in (".yaml", ".yml"):
+        raise ValueError(f"{args.file}: the name of a compiled pipeline ends in .yaml")
+    text = read_job_file(args.job)
+    args.file.parent.mkdir(parents=True, exist_ok=True)
+    print(compile_pipeline(args.file, text))
+    if warning := default_image_warning(load_package(args.file, {"recipes": []}, True)):
+        print(f"pipeline: {warning}", file=sys.stderr)
+    return 0

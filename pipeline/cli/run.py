@@ -1,0 +1,43 @@
+"""python -m pipeline run: run the pipeline on this machine."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from pipeline.cli.arguments import add_overrides
+from pipeline.request import check_recipes
+
+
+def add_run(commands: argparse._SubParsersAction) -> None:
+    """Add the command and its arguments."""
+    command = commands.add_parser(
+        "run", allow_abbrev=False, help="run the pipeline on this machine, without a cluster"
+    )
+    command.add_argument(
+        "recipes", nargs="+", metavar="RECIPE", help="a recipe's name or file; several are compared"
+    )
+    add_overrides(command)
+    command.add_argument(
+        "--workspace",
+        type=Path,
+        default=Path("work/pipeline"),
+        metavar="DIR",
+        help="folder for data, runs and models; relative paths of the recipes start here (work/pipeline)",
+    )
+    command.set_defaults(run=run_run)
+
+
+def run_run(args: argparse.Namespace) -> int:
+    """Run all steps as processes and print where the log is."""
+    from pipeline.local import run_locally
+
+    recipes = [
+        str(Path(recipe).resolve()) if Path(recipe).suffix in (".yaml", ".yml") else recipe
+        for recipe in args.recipes
+    ]
+    check_recipes(recipes, args.overrides)
+    workspace = args.workspace.resolve()
+    run_id = run_locally(recipes, args.overrides, workspace)
+    print(f"run {run_id}\nlog {workspace / 'pipeline' / run_id}.log")
+    return 0

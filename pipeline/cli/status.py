@@ -1,0 +1,46 @@
+"""python -m pipeline status: print the state of a run or schedule."""
+
+from __future__ import annotations
+
+import argparse
+
+from kfp_server_api import V2beta1RecurringRun
+
+from pipeline.cli.arguments import add_server, connect_server, run_id_of
+from pipeline.client import ENDED, RECURRING, failed_steps, steps
+
+
+def add_status(commands: argparse._SubParsersAction) -> None:
+    """Add the command and its arguments."""
+    command = commands.add_parser(
+        "status",
+        allow_abbrev=False,
+        help="say how far a run is, or when a schedule starts one",
+    )
+    command.add_argument("run_id", metavar="RUN", help="the id of a run or schedule, or its link")
+    add_server(command)
+    command.set_defaults(run=run_status)
+
+
+def run_status(args: argparse.Namespace) -> int:
+    """Print the state of a run and its steps, or of a schedule."""
+    server = connect_server(args)
+    found = server.find(run_id_of(args.run_id))
+    if isinstance(found, V2beta1RecurringRun):
+        print(
+            f"schedule {found.display_name}\nid       {found.recurring_run_id}\nstate    {found.status}\n"
+            f"when     {found.trigger.cron_schedule.cron}\nlink     {server.link(found.recurring_run_id, RECURRING)}"
+        )
+        return 0
+    failed = dict(failed_steps(found))
+    ended = found.finished_at and found.state in ENDED
+    time = f", {found.finished_at:%Y-%m-%d %H:%M:%S}" if ended else ""
+    hidden = "; steps have failed" if failed and found.state == "SUCCEEDED" else ""
+    print(
+        f"run   {found.display_name}\nid    {found.run_id}\nstate {found.state}{time}{hidden}\n"
+        f"link  {server.link(found.run_id)}"
+    )
+    for _, name, state in steps(found):
+        reason = f": {failed[name]}" if failed.get(name) else ""
+        print(f"  {state or 'PENDING':<10} {name}{reason}")
+    return 0

@@ -1,0 +1,215 @@
+"""python -m pipeline submit: start a run, or a schedule of runs, on a cluster."""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from pipeline.cli.arguments import (
+    add_overrides,
+    add_server,
+    connect_server,
+    read_job_file,
+)
+from pipeline.client import RECURRING, Server, failed_steps
+from pipeline.request import (
+    RunRequest,
+    Schedule,
+    check_recipes,
+    default_image_warning,
+    kubeflow_cron,
+    load_package,
+)
+
+EXPERIMENT = "vitdet"
+ACCOUNT = "vitdet-pipeline"  # may create training jobs
+
+
+def add_submit(commands: argparse._SubParsersAction) -> None:
+    """Add the command and its arguments."""
+    command = commands.add_parser(
+        "submit", allow_abbrev=False, help="train, evaluate and compare recipes on a cluster"
+    )
+    command.add_argument(
+        "recipes",
+        nargs="+",
+        metavar="RECIPE",
+        help="a recipe's name, or the absolute path of one on the cluster's volume",
+    )
+    add_overrides(command)
+    cluster = command.add_argument_group("the cluster's part, no part of the experiment")
+    cluster.add_argument("--nodes", type=positive, metavar="N", help="machines a training runs on")
+    cluster.add_argument(
+        "--pool", metavar="NAME", help="the pool of nodes that trains (their label vitdet/pool)"
+    )
+    cluster.add_argument(
+        "--job-kind", choices=("pytorchjob", "trainjob"), help="what the training job is made as"
+    )
+    cluster.add_argument(
+        "--workspace", metavar="FOLDER", help="the folder for data and runs on the shared volume"
+    )
+    cluster.add_argument(
+        "--service-account",
+        default=ACCOUNT,
+        metavar="NAME",
+        help=f"whose rights the steps have ({ACCOUNT}, of manifests/; '' leaves it to the server)",
+    )
+    cluster.add_argument(
+        "--pipeline-root", default="", metavar="URL", help="where the steps' artifacts are kept"
+    )
+    run = command.add_argument_group("the run")
+    run.add_argument(
+        "--experiment", default=EXPERIMENT, metavar="NAME", help=f"group of runs ({EXPERIMENT})"
+    )
+    run.add_argument("--name", default="", help="of the run (the recipes and the time)")
+    run.add_argument(
+        "--no-cache", action="store_true", help="run every step, also one that has run before"
+    )
+    source = run.add_mutually_exclusive_group()
+    source.add_argument(
+        "--package",
+        type=Path,
+        metavar="FILE",
+        help="a compiled pipeline; without, it is compiled now",
+    )
+    source.add_argument(
+        "--job",
+        default="",
+        metavar="FILE",
+        help="compile it with the training jobs of this YAML, as `compile --job`; - is standard input",
+    )
+    run.add_argument(
+        "--wait", action="store_true", help="follow the run; exit code 0 only when it succeeded"
+    )
+    run.add_argument(
+        "--cron",
+        default="",
+        metavar="WHEN",
+        help="start it again and again: '0 3 * * 1-5' as in a crontab (UTC), @daily, '@every 12h'",
+    )
+    run.add_argument(
+        "--max-concurrency",
+        type=int,
+        choices=range(1, 11),
+        default=1,
+        metavar="N",
+        help="with --cron: runs at one time, 1..10 (1)",
+    )
+    run.add_argument(
+        "--no-catch-up",
+        action="store_true",
+        help="with --cron: leave out the times that were missed",
+    )
+    add_server(command)
+    command.set_defaults(run=run_submit)
+
+
+def positive(text: str) -> int:
+    """Argument type: an integer of at least 1."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a number of at least 1, got {text}")
+    return int(text)
+
+
+def run_submit(args: argparse.Namespace) -> int:
+    """Start the run or schedule and print its id and link; --wait: and follow it."""
+    schedule = None
+    if [args.job, args.token_file, args.cookie_file].count("-") > 1:
+        raise ValueError(
+            "the standard input can be read once: as --job, --token-file or --cookie-file"
+        )
+    if args.cron:
+        schedule = Schedule(args.cron, args.max_concurrency, catch_up=not args.no_catch_up)
+        kubeflow_cron(args.cron)
+        if args.wait:
+            raise ValueError("--wait is for one run, --cron starts many; look at them with status")
+    check_pool(args.pool)
+    if not check_recipes(args.recipes, args.overrides):
+        print(
+            "pipeline: recipes and settings could not be looked through here; the first step does",
+            file=sys.stderr,
+        )
+    title = " + ".join(Path(recipe).stem for recipe in args.recipes)[:100]
+    name = args.name or (title if schedule else f"{title} {time.strftime('%Y-%m-%d %H-%M-%S')}")
+    cluster = {
+        "nodes": args.nodes,
+        "pool": args.pool,
+        "job_kind": args.job_kind,
+        "workspace": args.workspace,
+    }
+    parameters = {
+        "recipes": args.recipes,
+        "overrides": args.overrides,
+        **{key: value for key, value in cluster.items() if value is not None},
+    }
+    with compiled_package(args) as package:
+        pipeline = load_package(package, parameters, not args.no_cache)
+    if warning := default_image_warning(pipeline):
+        print(f"pipeline: {warning}", file=sys.stderr)
+    request = RunRequest(
+        pipeline, parameters, name, args.experiment, args.service_account, args.pipeline_root
+    )
+    server = connect_server(args)
+    run_id = server.start(request, server.namespace(args.namespace), schedule)
+    print(
+        f"{'when' if schedule else 'run '} {name}\nid   {run_id}\n"
+        f"link {server.link(run_id, RECURRING if schedule else 'runs')}",
+        flush=True,
+    )
+    return follow(server, run_id, args.every) if args.wait else 0
+
+
+def check_pool(name: str | None) -> None:
+    """Raise ValueError for a name that cannot be a node's label, as no pod could select it."""
+    if name and not re.fullmatch(r"[A-Za-z0-9]([A-Za-z0-9._-]{0,61}[A-Za-z0-9])?", name):
+        raise ValueError(
+            f"--pool {name!r}: expected a label's value: letters, digits, - _ . inside, at most 63"
+        )
+
+
+@contextmanager
+def compiled_package(args: argparse.Namespace) -> Iterator[Path]:
+    """The file of --package, or the pipeline compiled with the jobs of --job."""
+    if args.package:
+        yield args.package
+        return
+    from pipeline.graph import compile_pipeline
+    from pipeline.job_manifests import job_kinds
+
+    text, wanted = read_job_file(args.job), args.job_kind or "pytorchjob"
+    if text and wanted not in job_kinds(text):  # else it would fail in the step that trains
+        found = " and ".join(sorted(job_kinds(text)))
+        raise ValueError(f"--job {args.job}: holds no {wanted} but {found}; see --job-kind")
+    with TemporaryDirectory() as folder:
+        yield compile_pipeline(Path(folder) / "pipeline.yaml", text)
+
+
+def follow(server: Server, run_id: str, every: float) -> int:
+    """Wait for the end of a run and print why it failed; the exit code."""
+    try:
+        run = server.follow(run_id, every)
+    except KeyboardInterrupt:
+        print(
+            f"\npipeline: the run goes on; python -m pipeline terminate {run_id} ends it",
+            file=sys.stderr,
+        )
+        return 130
+    failed = failed_steps(run)
+    for name, message in failed:
+        print(
+            f"pipeline: {name} failed: {message or 'the server does not say why, its log does'}",
+            file=sys.stderr,
+        )
+    if run.state == "SUCCEEDED" and not failed:
+        return 0
+    print(
+        f"pipeline: run {run_id} {'FAILED' if failed else run.state}: {server.link(run_id)}",
+        file=sys.stderr,
+    )
+    return 1

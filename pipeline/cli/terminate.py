@@ -1,0 +1,104 @@
+"""python -m pipeline terminate: end a run and delete its training jobs, or delete a schedule."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator
+
+from kfp_server_api import V2beta1RecurringRun, V2beta1Run
+
+from pipeline.cli.arguments import add_server, connect_server, run_id_of
+from pipeline.client import ENDED, Server
+from pipeline.connection import ServerError
+
+# Seconds until a run has ended: the 30 s that pods get, Argo's polls, the pod of the exit handler
+END_TIMEOUT = 300.0
+
+
+class StillEnding(Exception):
+    """A run that has not ended, so its steps may still create jobs."""
+
+
+def add_terminate(commands: argparse._SubParsersAction) -> None:
+    """Add the command and its arguments."""
+    command = commands.add_parser(
+        "terminate",
+        allow_abbrev=False,
+        help="end a run and delete its training jobs; delete a schedule",
+    )
+    command.add_argument("run_id", metavar="RUN", help="the id of a run or schedule, or its link")
+    add_server(command)
+    command.set_defaults(run=run_terminate)
+
+
+def run_terminate(args: argparse.Namespace) -> int:
+    """End the run, then delete its jobs; an error tells how to delete jobs that may be left."""
+    server = connect_server(args)
+    found = server.find(run_id_of(args.run_id))
+    server.terminate(found)
+    if isinstance(found, V2beta1RecurringRun):
+        print(f"schedule {found.recurring_run_id}: deleted; runs that it started go on")
+        return 0
+    run_id = found.run_id
+    ending = "" if found.state in ENDED else ", now ending"
+    print(f"run {run_id}: {found.state}{ending}", flush=True)
+    namespace = args.namespace or server.pod_namespace(found)
+    again = f"python -m pipeline terminate {run_id}"
+    try:
+        for line in delete_run_jobs(server, found, namespace, args.every):
+            print(line, flush=True)
+    except KeyboardInterrupt:
+        print(
+            f"\npipeline: the run is ending; training jobs that it may have made since: {again}",
+            file=sys.stderr,
+        )
+        return 130
+    except StillEnding as error:
+        raise RuntimeError(f"{error}; training jobs that it may make yet: {again}") from None
+    except ValueError as error:
+        raise ValueError(f"the run's training jobs may still be there: {error}") from None
+    except (RuntimeError, OSError) as error:
+        raise RuntimeError(
+            f"the run's training jobs may still be there ({error}): kubectl delete -n {namespace} "
+            f"pytorchjobs,trainjobs -l vitdet/run={run_id}"
+        ) from None
+    return 0
+
+
+def delete_run_jobs(
+    server: Server, found: V2beta1Run, namespace: str, every: float
+) -> Iterator[str]:
+    """Delete a run's jobs, and again after its end, as a running step may create one until then.
+
+    Yields lines for the user. Raises StillEnding when the run does not end in time.
+    """
+    from components.launcher.client import describe_namespace
+    from components.launcher.launch import delete_jobs
+
+    own = job_kind(found)
+    yield f"deleting its training jobs in {describe_namespace(namespace)}"
+    deleted, left = delete_jobs(found.run_id, namespace, own)
+    yield from (f"deleted {name}" for name in deleted)
+    doubt = ""
+    if found.state not in ENDED:
+        yield f"looking again when the run has ended, for about {END_TIMEOUT:.0f} s"
+        try:
+            ended = server.wait_until_ended(found.run_id, every, END_TIMEOUT)
+            doubt = "" if ended else "the run is still ending"
+        except ServerError as error:  # the cluster may answer nevertheless
+            doubt = f"whether the run has ended is not known ({error})"
+        late, left = delete_jobs(found.run_id, namespace, own)
+        yield from (f"deleted {name}, made since" for name in late)
+        deleted += late
+    yield from left
+    if doubt:
+        raise StillEnding(doubt)
+    if not deleted:
+        yield "found none to delete"
+
+
+def job_kind(run: V2beta1Run) -> str:
+    """The kind of a run's jobs: its parameter, else the pipeline's default."""
+    parameters = (run.runtime_config and run.runtime_config.parameters) or {}
+    return parameters.get("job_kind") or "pytorchjob"

@@ -1,0 +1,220 @@
+"""The graph: recipes -> configs -> data, weights -> per recipe train -> evaluate -> gate ->
+register; one table at the end, and an exit handler.
+
+The cluster's pipeline and the local one differ in the arguments of `build`. Recipes and overrides
+describe the experiment; nodes, pool, job_kind and workspace the cluster; neither depends on the
+other.
+
+Workarounds for kfp 2.17: its local runner skips an If on an output that is not called `Output`, and
+compares one that is not a string wrongly, so `gate` returns one string. It does not run container
+components and CreatePVC, so every step is a Python component. `set_retry` really sleeps there, so
+local runs have no retries.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+
+from kfp import compiler, dsl, kubernetes
+from kfp.dsl import PipelineTask
+from kfp.dsl.base_component import BaseComponent
+
+from components import IMAGE, RUN_ID
+from components.cleanup import clean_up
+from components.compare import announce, compare
+from components.config import configs
+from components.data import data
+from components.evaluate import evaluate
+from components.gate import gate
+from components.register import register
+from components.train import train_job
+from components.weights import weights
+from pipeline.job_manifests import GPU, Accelerators, accelerators, job_image, training_jobs
+
+MANIFESTS = Path(__file__).parents[1] / "manifests"
+JOBS = (MANIFESTS / "pytorchjob" / "pytorchjob.yaml", MANIFESTS / "trainjob" / "trainjob.yaml")
+CLAIM, MOUNT = "vitdet-data", "/data"
+SECRET = {
+    "MLFLOW_TRACKING_URI": "MLFLOW_TRACKING_URI",
+    "MLFLOW_TRACKING_USERNAME": "MLFLOW_TRACKING_USERNAME",
+    "MLFLOW_TRACKING_PASSWORD": "MLFLOW_TRACKING_PASSWORD",
+}
+# Longer than any training. Argo counts this from the start of the first attempt: after it there are
+# no more retries, and the running attempt is ended (argo-workflows, operator.go:
+# processNodeRetries); kfp's default is an hour. The launcher (components/launcher/follower.py) does
+# not repeat a training that a retry cannot mend; Argo does not retry a pod that was deleted without
+# a trace.
+MAX_RETRY_TIME = "1296000s"
+
+# (task, its size) -> the task with the settings of the cluster
+Configure = Callable[[PipelineTask, str], PipelineTask]
+
+
+def build(
+    train: BaseComponent,
+    job: str = "",
+    image: str = "",
+    configure: Configure = lambda task, size: task,
+) -> BaseComponent:
+    """The pipeline with this component to train; `job` is the YAML of the jobs that it may start in
+    this image.
+    """
+
+    @dsl.pipeline(
+        name="vitdet",
+        description="Trains recipes, compares them, registers what beats the champion.",
+    )
+    def vitdet(
+        recipes: list[str],
+        overrides: list[str] = [],  # noqa: B006
+        workspace: str = MOUNT,
+        nodes: int = 1,
+        pool: str = "",
+        job_kind: str = "pytorchjob",
+    ) -> None:
+        end = configure(
+            clean_up(recipes=recipes, overrides=overrides, workspace=workspace, job_kind=job_kind),
+            "small",
+        )
+        with dsl.ExitHandler(end, name="experiment"):
+            config = configure(
+                configs(recipes=recipes, overrides=overrides, workspace=workspace), "once"
+            )
+            resolved = config.outputs["resolved"]
+            dataset = configure(data(resolved=resolved, workspace=workspace), "data")
+            initial = configure(weights(resolved=resolved, workspace=workspace), "data")
+            parent = configure(announce(resolved=resolved, workspace=workspace), "small")
+            # never cached: their side effects outside of KFP must be repeated
+            for task in (initial, parent, end):
+                task.set_caching_options(False)
+            with dsl.ParallelFor(config.outputs["Output"], name="recipe") as name:
+                trained = configure(
+                    train(
+                        name=name,
+                        resolved=resolved,
+                        manifest=dataset.outputs["manifest"],
+                        data=dataset.outputs["Output"],
+                        initial=initial.output,
+                        workspace=workspace,
+                        nodes=nodes,
+                        pool=pool,
+                        job_kind=job_kind,
+                        job=job,
+                        image=image,
+                    ),
+                    "launcher",
+                ).after(parent)
+                measured = configure(
+                    evaluate(
+                        checkpoint=trained.outputs["checkpoint"],
+                        name=name,
+                        resolved=resolved,
+                        manifest=dataset.outputs["manifest"],
+                        workspace=workspace,
+                    ),
+                    "gpu",
+                )
+                judged = configure(
+                    gate(
+                        figures=measured.outputs["figures"],
+                        name=name,
+                        resolved=resolved,
+                        workspace=workspace,
+                    ),
+                    "small",
+                )
+                with dsl.If(judged.outputs["Output"] == "passed", name="better"):
+                    registered = configure(
+                        register(
+                            checkpoint=trained.outputs["checkpoint"],
+                            figures=measured.outputs["figures"],
+                            name=name,
+                            resolved=resolved,
+                            workspace=workspace,
+                        ),
+                        "model",
+                    )
+            table = configure(
+                compare(
+                    verdicts=dsl.Collected(judged.outputs["verdict"]),
+                    resolved=resolved,
+                    workspace=workspace,
+                ),
+                "small",
+            )
+            # never cached: KFP does not know when the registry and MLflow change
+            for task in (measured, judged, registered, table):
+                task.set_caching_options(False)
+
+    return vitdet
+
+
+def compile_pipeline(file: Path, job: str = "") -> Path:
+    """Write the cluster's pipeline; the output is deterministic.
+
+    job: YAML of the training jobs, as `kubectl kustomize` prints it; else those of manifests/. The
+    steps run in their image, unless the environment variable VITDET_IMAGE names another. Raises
+    ValueError when it contains no job, or a TrainJob without its runtime.
+    """
+    text = job or "\n---\n".join(path.read_text() for path in JOBS)
+    jobs = training_jobs(text)
+    image = IMAGE or job_image(jobs)
+    compiler.Compiler().compile(
+        build(train_job, jobs, image, cluster_settings(accelerators(text), image)), str(file)
+    )
+    return file
+
+
+def cluster_settings(needs: Accelerators, image: str) -> Configure:
+    """Configures a task with image, volume, MLflow's secret, the run's id, resources, retries;
+    `evaluate` with a GPU if the jobs train on GPUs.
+    """
+    # name: (CPU request, memory request, memory limit, retries)
+    sizes = {
+        "once": ("100m", "512Mi", "2Gi", 0),
+        "small": ("100m", "512Mi", "2Gi", 3),
+        "data": ("500m", "2Gi", "24Gi", 2),
+        "launcher": ("100m", "1Gi", "4Gi", 2),
+        "gpu": ("1", "4Gi", "24Gi", 2),
+        "model": ("500m", "2Gi", "16Gi", 2),
+    }
+
+    def configure(task: PipelineTask, size: str) -> PipelineTask:
+        processor, memory, memory_limit, retries = sizes[size]
+        task.set_container_image(image)
+        task.set_cpu_request(processor).set_memory_request(memory).set_memory_limit(memory_limit)
+        if retries:
+            task.set_retry(
+                retries,
+                backoff_duration="30s",
+                backoff_factor=2,
+                backoff_max_duration=MAX_RETRY_TIME,
+            )
+        # The image's own user, explicit as Pod Security `restricted` requires; KFP sets its other
+        # fields.
+        kubernetes.set_security_context(
+            task, run_as_user=1000, run_as_group=1000, run_as_non_root=True
+        )
+        kubernetes.mount_pvc(task, CLAIM, MOUNT)
+        kubernetes.use_secret_as_env(task, "vitdet-mlflow", SECRET, optional=True)
+        # From the label: a placeholder as an argument would change with each run, and no step would
+        # be cached.
+        kubernetes.use_field_path_as_env(task, RUN_ID, "metadata.labels['pipeline/runid']")
+        if size == "gpu":
+            kubernetes.empty_dir_mount(task, "shm", "/dev/shm", medium="Memory", size_limit="4Gi")
+            if needs.gpus:
+                task.set_accelerator_type(GPU).set_accelerator_limit(1)
+                # GKE schedules a pod to the nodes of a pool only if it selects the pool
+                for key, value in needs.selector.items():
+                    kubernetes.add_node_selector(task, key, value)
+            for one in needs.tolerations:
+                kubernetes.add_toleration(
+                    task,
+                    one.get("key"),
+                    one.get("operator"),
+                    one.get("value"),
+                    one.get("effect"),
+                    one.get("tolerationSeconds"),
+                )
+        return task
+
+    return configure

@@ -1,0 +1,139 @@
+"""Read the YAML of the training jobs: kinds, image, GPUs, tolerations and node selector.
+
+Step `evaluate` needs the GPUs and nodes that a training needs. A PyTorchJob has them in its pod
+template. A TrainJob has them in parts, the later over the earlier: its runtime, which is another
+document; spec.trainer; its runtimePatches (Trainer 2.3: maps are merged, a list of tolerations is
+replaced).
+"""
+
+from __future__ import annotations
+
+import re
+from typing import NamedTuple
+
+import yaml
+
+KINDS = {"PyTorchJob": "pytorchjob", "TrainJob": "trainjob"}
+GPU = "nvidia.com/gpu"
+
+
+def training_jobs(text: str) -> str:
+    """The training jobs of a YAML stream, as text: kfp would turn the 4 of a dict into 4.0.
+
+    Raises ValueError when there is none, or two of a kind, or when it is no YAML.
+    """
+    parts = [part.strip("\n") for part in re.split(r"^---\s*$", text, flags=re.MULTILINE)]
+    found: dict[str, str] = {}
+    for part in parts:
+        try:
+            document = yaml.safe_load(part)
+        except yaml.YAMLError as error:
+            raise ValueError(
+                f"the job's file: not readable as YAML: {' '.join(str(error).split())}"
+            ) from error
+        kind = document.get("kind") if isinstance(document, dict) else None
+        if kind in KINDS:
+            if not isinstance(document.get("spec"), dict):
+                raise ValueError(f"the job's file: its {kind} has no spec")
+            if kind in found:
+                raise ValueError(f"two documents of kind {kind}: which one is the training job?")
+            found[kind] = part
+    if not found:
+        raise ValueError(
+            f"no {' or '.join(KINDS)} among the {len(parts)} documents; give the output of "
+            "`kubectl kustomize manifests/overlays/NAME`"
+        )
+    return "\n---\n".join(found[kind] for kind in KINDS if kind in found) + "\n"
+
+
+def job_kinds(text: str) -> set[str]:
+    """The values of job_kind for the jobs of a YAML stream. Raises like `training_jobs`."""
+    return {KINDS[job["kind"]] for job in yaml.safe_load_all(training_jobs(text))}
+
+
+def job_image(jobs: str) -> str:
+    """The image of the jobs. Raises ValueError when they have different ones, or none."""
+    found = set()
+    for job in yaml.safe_load_all(jobs):
+        replicas = job["spec"].get("pytorchReplicaSpecs", {}).values()
+        found |= {one["template"]["spec"]["containers"][0].get("image", "") for one in replicas}
+        found |= {job["spec"].get("trainer", {}).get("image", "")} - {""}
+    if len(found) != 1 or "" in found:
+        raise ValueError(
+            f"the training jobs must name one image, they name {', '.join(sorted(found)) or 'none'}; "
+            "set it in the manifests, or for all steps in VITDET_IMAGE"
+        )
+    return found.pop()
+
+
+class Accelerators(NamedTuple):
+    """GPUs of a pod, and what a pod needs to be scheduled to their nodes."""
+
+    gpus: int = 0
+    tolerations: list[dict] = []
+    selector: dict[str, str] = {}
+
+
+def accelerators(text: str) -> Accelerators:
+    """The accelerators of the training job in a YAML stream; of two kinds the PyTorchJob, as an
+    overlay sets both alike.
+
+    Raises ValueError when a TrainJob's runtime is not among the documents and it does not set its
+    own resources.
+    """
+    documents = [document for document in yaml.safe_load_all(text) if isinstance(document, dict)]
+    for job in documents:
+        if job.get("kind") == "PyTorchJob":
+            pod = next(iter(job["spec"]["pytorchReplicaSpecs"].values()))["template"]["spec"]
+            return pod_accelerators(pod, pod["containers"][0].get("resources"))
+    for job in documents:
+        if job.get("kind") == "TrainJob":
+            return trainjob_accelerators(job, documents)
+    return Accelerators()
+
+
+def pod_accelerators(pod: dict, resources: dict | None) -> Accelerators:
+    """The accelerators in a pod's spec and the resources of its training container."""
+    limits = (resources or {}).get("limits") or {}
+    return Accelerators(
+        int(limits.get(GPU, 0)), pod.get("tolerations") or [], pod.get("nodeSelector") or {}
+    )
+
+
+def trainjob_accelerators(job: dict, documents: list[dict]) -> Accelerators:
+    """The accelerators of a TrainJob and its runtime, if that is among the documents. Raises like
+    `accelerators`.
+    """
+    wanted, trainer = job["spec"]["runtimeRef"], job["spec"].get("trainer") or {}
+    kind, name = wanted.get("kind", "ClusterTrainingRuntime"), wanted["name"]
+    runtime = next(
+        (one for one in documents if one.get("kind") == kind and one["metadata"]["name"] == name),
+        None,
+    )
+    resources = trainer.get("resourcesPerNode")
+    if runtime is None and resources is None:
+        raise ValueError(
+            f"the TrainJob's {kind} {name} is not among the documents, so that nobody says what GPUs and "
+            "nodes `evaluate` needs; give all that `kubectl kustomize manifests/overlays/NAME/trainjob` "
+            "prints, or set the job's spec.trainer.resourcesPerNode"
+        )
+    pod: dict = {}
+    for spec in ([runtime["spec"]] if runtime else []) + [
+        one["trainingRuntimeSpec"] for one in job["spec"].get("runtimePatches") or []
+    ]:
+        found = node_pod_spec(spec)
+        pod["nodeSelector"] = {**pod.get("nodeSelector", {}), **(found.get("nodeSelector") or {})}
+        pod["tolerations"] = found.get("tolerations") or pod.get("tolerations")
+        pod["containers"] = pod.get("containers") or found.get("containers")
+    containers: list[dict] = pod.get("containers") or []
+    own: dict = next((one for one in containers if one["name"] == "node"), {})
+    return pod_accelerators(pod, resources or own.get("resources"))
+
+
+def node_pod_spec(spec: dict) -> dict:
+    """The pod spec of the replicated job `node` in a runtime or a patch of one; {} if there is
+    none.
+    """
+    jobs = spec.get("template", {}).get("spec", {}).get("replicatedJobs") or []
+    job: dict = next((one for one in jobs if one["name"] == "node"), {})
+    return job.get("template", {}).get("spec", {}).get("template", {}).get("spec") or {}

@@ -1,0 +1,46 @@
+"""Ground-truth masks as bitmaps, which Detectron2 and mmdet train on, in place of our polygons."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from torchvision.ops import roi_align
+
+from vitdet.models.mask_head import SIZE, mask_targets
+from vitdet.models.roi_heads import RoIHeads
+from vitdet.types import Polygons
+
+
+@dataclass(frozen=True)
+class Bitmaps:
+    """Masks of G objects as pixels (G, H, W) bool on the canvas."""
+
+    pixels: Tensor
+
+    def __len__(self) -> int:
+        return len(self.pixels)
+
+    def __getitem__(self, index: Tensor | slice) -> Bitmaps:
+        return Bitmaps(self.pixels[index])
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> Bitmaps:
+        return replace(self, pixels=self.pixels.to(device, non_blocking=non_blocking))
+
+
+class BitmapRoIHeads(RoIHeads):
+    """RoI heads whose ground truth may have bitmaps."""
+
+    def mask_targets(self, masks: Polygons | Bitmaps, boxes: Tensor) -> Tensor:
+        """The target masks (R, 28, 28) bool of boxes (R, 4), one mask each."""
+        if isinstance(masks, Bitmaps):
+            return crop_bitmaps(masks.pixels, boxes, SIZE)
+        return mask_targets(masks, boxes)
+
+
+def crop_bitmaps(pixels: Tensor, boxes: Tensor, size: int) -> Tensor:
+    """(R, H, W) bool and boxes (R, 4) -> (R, size, size) bool: RoIAlign of the bitmap, at least 1/2 (detectron2)."""
+    index = torch.arange(len(boxes), device=boxes.device, dtype=boxes.dtype)
+    rois = torch.cat([index[:, None], boxes], dim=1).float()
+    return roi_align(pixels[:, None].float(), rois, size, 1.0, 0, aligned=True)[:, 0] >= 0.5

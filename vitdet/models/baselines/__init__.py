@@ -1,0 +1,1 @@
+"""The hierarchical detectors that the ViTAE papers compare with: Swin or ViTAEv2 with an FPN."""

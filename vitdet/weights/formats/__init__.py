@@ -1,0 +1,25 @@
+"""The formats of third-party checkpoints by name, as in `train.init_format` and `--format`; one module each."""
+
+from __future__ import annotations
+
+from vitdet.weights.formats.detectron2 import DETECTRON2
+from vitdet.weights.formats.mae import MAE
+from vitdet.weights.formats.mmdet import MMDET
+from vitdet.weights.formats.swin import SWIN, SWIN_CLS, SWIN_MMDET
+from vitdet.weights.formats.vitae import VITAE, VITAE_CLS
+from vitdet.weights.formats.vitaev2 import VITAEV2, VITAEV2_CLS
+from vitdet.weights.formats.vitdet import VITDET
+
+FORMATS = {
+    "vitdet": VITDET,
+    "detectron2": DETECTRON2,
+    "mmdet": MMDET,
+    "mae": MAE,
+    "vitae": VITAE,
+    "vitae_cls": VITAE_CLS,
+    "swin": SWIN,
+    "swin_cls": SWIN_CLS,
+    "swin_mmdet": SWIN_MMDET,
+    "vitaev2": VITAEV2,
+    "vitaev2_cls": VITAEV2_CLS,
+}

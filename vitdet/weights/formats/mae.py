@@ -1,0 +1,34 @@
+"""Names of the MAE pre-trained backbones (He et al., 2111.06377; facebookresearch/mae).
+
+A pre-trained backbone has no relative positions, which start at zero, and no part of a detector.
+"""
+
+from __future__ import annotations
+
+from vitdet.weights.formats.detectron2 import add_class_token, drop_class_token
+from vitdet.weights.formats.table import Change, Format, Row
+
+POSITIONS = {"backbone.pos_embed": Change(drop_class_token, add_class_token)}
+FRESH = (
+    "backbone.blocks.{}.attn.rel_pos_h",
+    "backbone.blocks.{}.attn.rel_pos_w",
+    "backbone.blocks.{}.residual.{*}",
+)
+NORM = ("backbone.norm.{}",)
+BLOCKS = (
+    Row("blocks.{}.PCM.{*}", "backbone.blocks.{}.pcm.{*}"),
+    Row("blocks.{}.{*}", "backbone.blocks.{}.{*}"),
+    Row("patch_embed.proj.{}", "backbone.patch_embed.proj.{}"),
+    Row("pos_embed", "backbone.pos_embed"),
+    Row("norm.{}", "backbone.norm.{}"),
+)
+
+MAE = Format(
+    rows=BLOCKS,
+    changes=POSITIONS,
+    # The detector has no class token, and no decoder, which the file of a whole autoencoder holds.
+    dropped=("cls_token", "mask_token", "decoder_{*}"),
+    wrappers=("model", ""),
+    fresh=FRESH,
+    spare=NORM,  # Detectron2's systems have no norm after the last block
+)
