@@ -15,18 +15,18 @@ import pytest
 from tests.conftest import minimal, options
 from vitdet.config import DataConfig
 from vitdet.data.dataset import read_split
-from vitdet.data.fingerprint import describe
 from vitdet.data.download_record import (
     Archive,
+    DownloadRecord,
     File,
     Images,
-    DownloadRecord,
     compare,
     digest,
     read,
     verify,
     write,
 )
+from vitdet.data.fingerprint import describe
 
 LIST = b"a.jpg 3\nb.jpg 4\n"
 SUMS = f"a.jpg 3 {zlib.crc32(b'one'):08x}\nb.jpg 4 {zlib.crc32(b'four'):08x}\n".encode()

@@ -15,24 +15,19 @@ Imports are inside the functions: help and configs need neither torch nor MLflow
 
 from __future__ import annotations
 
-import importlib.util
+import hashlib
 import json
-import logging
-import re
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from vitdet.config import Config, digest, flatten, load_config, save_config
-from vitdet.files import sha256, write_json
+from vitdet.config import Config, digest, flatten, from_dict, load_config, save_config
+from vitdet.files import write_json
 
 if TYPE_CHECKING:
     from vitdet.tracking.champion import Evaluate, Evaluated, Protocol
-    from vitdet.tracking.tracker import Progress
-
-log = logging.getLogger(__name__)
 
 # Settings that must be equal for one table to compare two recipes; SPLITS once they are known.
 COMPARED = (
@@ -66,55 +61,6 @@ class Registered(NamedTuple):
     reason: str
 
 
-def tracking_folder(output: Path) -> Path:
-    """The folder of a run's default MLflow store: that of the run's folder, so that runs can be compared."""
-    return output.resolve().parent
-
-
-def has_mlflow() -> bool:
-    """Whether the extra `tracking` is installed."""
-    return importlib.util.find_spec("mlflow") is not None
-
-
-def start_tracker(
-    config: Config,
-    recipe: str,
-    output: Path,
-    group: str,
-    data_digest: str,
-    run_id: str | None,
-    step: int,
-) -> Progress:
-    """Progress on the screen, with MLflow behind it where that is installed."""
-    from vitdet.tracking.tracker import Progress, Tracker
-
-    recipe = re.sub(r"-[0-9a-f]{8}$", "", recipe)  # a pipeline adds the digest of the config
-    tracker = Tracker()
-    if has_mlflow():
-        from vitdet.tracking.mlflow import start_run
-
-        data = config.data
-        tracker = start_run(
-            uri=config.tracking.uri,
-            folder=tracking_folder(output),
-            experiment=config.tracking.experiment,
-            name=f"{output.name if recipe == 'config' else recipe} {digest(config)[:6]}",
-            params=flatten(config),
-            tags={"recipe": recipe},
-            group=group,
-            dataset={
-                "name": Path(data.root).name,
-                "digest": data_digest,
-                "source": str(Path(data.root).resolve()),
-            },
-            run_id=run_id,
-            resume_step=step,
-        )
-    else:
-        log.warning("mlflow is not installed: this training is not tracked")
-    return Progress(tracker, config.optim.steps, step)
-
-
 def train(
     config: Config,
     recipe: str,
@@ -129,9 +75,11 @@ def train(
     weights: the folder of train.init. group: the pipeline run that this training belongs to, if any.
     """
     from vitdet import training
+    from vitdet.tracking.runs import start_tracker
+    from vitdet.tracking.tracker import Tracker
     from vitdet.weights import resolve
 
-    def start_tracking(data_digest: str, run_id: str | None, step: int) -> Progress:
+    def start_tracking(data_digest: str, run_id: str | None, step: int) -> Tracker:
         return start_tracker(config, recipe, output, group, data_digest, run_id, step)
 
     return training.train(
@@ -158,21 +106,13 @@ def evaluate(
     the run is not found: the checkpoint was carried away.
     """
     from vitdet import distributed
-    from vitdet.checkpoint import load_model_file
     from vitdet.evaluation.evaluator import evaluate as measure
+    from vitdet.tracking.runs import log_evaluation
 
     metrics = measure(checkpoint, overrides, config=config, pictures=pictures, plots=plots)
-    stored = load_model_file(checkpoint)
-    if distributed.rank() != 0 or not stored["run_id"] or not has_mlflow():
+    if distributed.rank() != 0:
         return metrics, None
-    from vitdet.tracking.mlflow import log_metrics, tracking_uri
-
-    uri = config.tracking.uri if config else stored["config"]["tracking"]["uri"]
-    kind, _, path = tracking_uri(uri, folder).partition(":///")
-    if kind == "sqlite" and not Path(path).exists():
-        return metrics, None
-    files = dict.fromkeys(sorted(pictures.glob("*.jpg")) if pictures else (), "pictures")
-    return metrics, log_metrics(stored["run_id"], uri, folder, metrics, stored["step"], files)
+    return metrics, log_evaluation(checkpoint, metrics, config, folder, pictures)
 
 
 def register(
@@ -191,17 +131,18 @@ def register(
     it. Raises ValueError without MLflow and for a candidate that the gate refuses, and what
     `vitdet.tracking.registry.register` raises.
     """
+    from vitdet.checkpoint import load_model_file
+    from vitdet.tracking.runs import has_mlflow
+
     if not has_mlflow():
         raise ValueError("mlflow is not installed; install vitdet with its extra 'tracking'")
-    from vitdet.checkpoint import load_model_file
-    from vitdet.config import from_dict
     from vitdet.tracking import champion, registry
 
     stored = load_model_file(checkpoint)
     own = from_dict(stored["config"])
     settings = (config or own).tracking
     if protocol is None:
-        protocol = _protocol(stored, own, own if metrics is None else config or own, metrics)
+        protocol = _protocol(stored, None if metrics is None else config or own)
     metrics = stored["metrics"] if metrics is None else metrics
     place = {"uri": settings.uri, "folder": folder, "model_name": settings.model_name}
     wins = alias == champion.ALIAS
@@ -252,7 +193,9 @@ def resolve_configs(
             )
         explicit[name] = sorted(explicit_settings(recipe, overrides))
         compared = COMPARED if "data.root" in explicit[name] else (*COMPARED, *SPLITS)
-        _check_comparable(next(iter(configs.values()), config), config, recipes[0], recipe, compared)
+        _check_comparable(
+            next(iter(configs.values()), config), config, recipes[0], recipe, compared
+        )
         configs[name] = config
     for name, config in configs.items():
         save_config(config, Path(folder) / f"{name}.yaml")
@@ -302,18 +245,17 @@ def fetch_weights(configs: str, workspace: str) -> str:
 
     Raises what `vitdet weights fetch` raises.
     """
-    import hashlib
-
     from vitdet.weights import resolve
     from vitdet.weights.catalogue import find
-    from vitdet.weights.publish import published_file
+    from vitdet.weights.fetch import fetch_published
 
     sums, folder = [], weights_folder(workspace)
     for init in sorted({config.train.init for config in _configs(configs).values()}):
         if init and not Path(init).suffix and not (folder / find(init).file).is_file():
-            published_file(find(init), folder)
+            fetch_published(find(init), folder)
         if file := resolve(init, folder):
-            sums.append(f"{init} {sha256(file)}")
+            with open(file, "rb") as opened:
+                sums.append(f"{init} {hashlib.file_digest(opened, 'sha256').hexdigest()}")
     return hashlib.sha256("\n".join(sums).encode()).hexdigest()[:16]
 
 
@@ -333,7 +275,7 @@ def start_parent_run(configs: str, workspace: str, run_id: str) -> str:
     return f"MLflow: {tracking_uri(settings.uri, folder)}, experiment {settings.experiment}, parent run {parent}"
 
 
-def train_argv(configs: str, name: str, manifest: str, workspace: str, run_id: str) -> list[str]:
+def train_argv(settings: str, name: str, data: str, workspace: str, run_id: str) -> list[str]:
     """The arguments of `vitdet` in a job that trains; the config is saved where the job's processes read it.
 
     Checked before anything is asked of the cluster: raises as `vitdet.data.fingerprint.verify` does when the data has
@@ -341,7 +283,7 @@ def train_argv(configs: str, name: str, manifest: str, workspace: str, run_id: s
     """
     from vitdet.weights import resolve
 
-    config, output = _verified(configs, name, manifest), training_folder(workspace, name, run_id)
+    config, output = _verified(settings, name, data), training_folder(workspace, name, run_id)
     weights = weights_folder(workspace)
     resolve(config.train.init, weights)
     file = output / f"{name}.yaml"
@@ -362,10 +304,10 @@ def copy_checkpoint(workspace: str, name: str, run_id: str, checkpoint: str) -> 
 
 
 def train_recipe(
-    configs: str, name: str, manifest: str, workspace: str, run_id: str, checkpoint: str
+    settings: str, name: str, data: str, workspace: str, run_id: str, checkpoint: str
 ) -> None:
     """Train in this process; raises as `train_argv` and `train` do."""
-    config = _verified(configs, name, manifest)
+    config = _verified(settings, name, data)
     if not is_trained(workspace, name, run_id):
         output = training_folder(workspace, name, run_id)
         train(config, name, output, weights=weights_folder(workspace), group=run_id)
@@ -373,7 +315,7 @@ def train_recipe(
 
 
 def evaluate_recipe(
-    checkpoint: str, configs: str, name: str, manifest: str, workspace: str, figures: str
+    checkpoint: str, configs: str, name: str, data: str, workspace: str, figures: str
 ) -> tuple[dict[str, float], bool]:
     """The detector's metrics, also in MLflow, and whether the champion's AP on this data is known.
 
@@ -381,9 +323,9 @@ def evaluate_recipe(
     """
     from vitdet.tracking import champion
 
-    config = _verified(configs, name, manifest)
+    config = _verified(configs, name, data)
     metrics, run_id = evaluate(Path(checkpoint), folder=runs_folder(workspace), config=config)
-    protocol = champion.Protocol.of(config, _read(manifest)["fingerprints"]["val"])
+    protocol = champion.Protocol.of(config, data.split("-")[1])
     row = {"name": name, "run_id": run_id, "metrics": metrics, **protocol.tags()}
     write_json(figures, row)
     return metrics, champion.is_known(protocol, **_registry(config, workspace))
@@ -502,6 +444,113 @@ def training_folder(workspace: str, name: str, run_id: str) -> Path:
 def resolve_paths(config: Config, workspace: Path) -> Config:
     """The config with the relative paths of data and weights below the workspace."""
     init = config.train.init
-    settings = replace(config.train, init=str(workspace / init)) if Path(init).suffix else config.train
+    settings = (
+        replace(config.train, init=str(workspace / init)) if Path(init).suffix else config.train
+    )
     data = replace(config.data, root=str(workspace / config.data.root))
     return replace(config, data=data, train=settings)
+
+
+def _check_comparable(
+    first: Config, other: Config, name: str, other_name: str, compared: Sequence[str]
+) -> None:
+    ours, theirs = flatten(first), flatten(other)
+    differing = [
+        f"{key} is {theirs[key]}, not {ours[key]}" for key in compared if ours[key] != theirs[key]
+    ]
+    if differing:
+        raise ValueError(
+            f"{other_name} and {name} cannot be compared: of {other_name} {'; '.join(differing)}; "
+            "run them one by one, or set the same for both"
+        )
+
+
+def _verified(configs: str, name: str, data: str) -> Config:
+    """A config of `resolve_configs` or `prepare_data` with what the data has, which has this fingerprint."""
+    from vitdet.data.fingerprint import verify
+    from vitdet.data.layout import resolve
+
+    config, explicit = load_config(Path(configs) / f"{name}.yaml"), Path(configs) / EXPLICIT
+    if explicit.is_file():
+        config, _ = resolve(config, _read(explicit)[name])
+    verify(config.data, data)
+    return config
+
+
+def _configs(folder: str) -> dict[str, Config]:
+    return {path.stem: load_config(path) for path in sorted(Path(folder).glob("*.yaml"))}
+
+
+def _registry(config: Config, workspace: str) -> dict[str, Any]:
+    settings = config.tracking
+    return {
+        "uri": settings.uri,
+        "folder": runs_folder(workspace),
+        "model_name": settings.model_name,
+    }
+
+
+def _protocol_of(row: dict) -> Protocol:
+    from vitdet.tracking.champion import Protocol
+
+    return Protocol(row["val_fingerprint"], row["evaluate_settings"])
+
+
+def _protocol(stored: dict, config: Config | None) -> Protocol:
+    """What the metrics of a checkpoint were measured on; config: of another evaluation than that of its training.
+
+    Such an evaluation was on the data that is there now, or, where there is none, on that of the training.
+    """
+    from vitdet.data.fingerprint import fingerprint
+    from vitdet.tracking.champion import Protocol
+
+    print_ = (stored.get("fingerprints") or {}).get("val", "")
+    if config is None:
+        return Protocol.of(from_dict(stored["config"]), print_)
+    try:
+        print_ = fingerprint(config.data, config.data.val_split)
+    except FileNotFoundError:
+        own = from_dict(stored["config"]).data
+        same = (own.root, own.val_split, own.max_images)
+        print_ = (
+            print_
+            if same == (config.data.root, config.data.val_split, config.data.max_images)
+            else ""
+        )
+    return Protocol.of(config, print_)
+
+
+def _champion_evaluation(config: Config, class_names: Sequence[str]) -> Evaluate:
+    """Evaluates the checkpoint of a champion on the validation data of this config, with its evaluate settings."""
+
+    def evaluate_checkpoint(checkpoint: Path) -> float | None:
+        from vitdet.checkpoint import load_model_file
+        from vitdet.evaluation.evaluator import evaluate as measure
+
+        stored = load_model_file(checkpoint)
+        others = [str(name) for name in stored["class_names"]]
+        if others != list(class_names):
+            raise ValueError(
+                f"it has other classes ({', '.join(others[:5])}{', ...' * (len(others) > 5)}); register this "
+                "model under another tracking.model_name"
+            )
+        own = from_dict(stored["config"]).data
+        data = replace(config.data, image_size=own.image_size, antialias=own.antialias)
+        return measure(checkpoint, config=replace(config, data=data)).get("box_ap")
+
+    return evaluate_checkpoint
+
+
+def _champion_file(workspace: str, name: str, run_id: str) -> Path:
+    return training_folder(workspace, name, run_id) / "champion.json"
+
+
+def _evaluated(workspace: str, name: str, run_id: str) -> Evaluated | None:
+    from vitdet.tracking.champion import Evaluated
+
+    path = _champion_file(workspace, name, run_id)
+    return Evaluated(**_read(path)) if path.is_file() else None
+
+
+def _read(path: str | Path) -> dict:
+    return json.loads(Path(path).read_text())

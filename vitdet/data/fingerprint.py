@@ -71,7 +71,7 @@ def change(stored: Mapping, data: DataConfig, found: Mapping[str, str]) -> str:
 
 
 def describe(data: DataConfig) -> dict:
-    """What the data consists of, for `verify` and for people to read.
+    """What the data consists of, for people to read.
 
     {"root", "classes", "fingerprints", "files": [{"path", "size", "sha256"}], "images": {split: {"count", "bytes"}}}
 
@@ -111,31 +111,25 @@ def describe(data: DataConfig) -> dict:
     }
 
 
-def verify(manifest: Mapping, data: DataConfig) -> dict[str, str]:
-    """The fingerprints of the data, which are those of the manifest.
+def verify(data: DataConfig, expected: str) -> dict[str, str]:
+    """The fingerprints of the data, which are `expected`, as `combined` wrote them.
 
-    Raises ValueError, naming the first difference, when they are not, and FileNotFoundError for missing files.
+    Raises ValueError, naming the split, when they differ, and FileNotFoundError for missing files.
     """
-    root = Path(data.root)
-    for file in manifest["files"]:
-        if not (root / file["path"]).is_file():
-            raise FileNotFoundError(
-                f"{root / file['path']}: gone since the data was verified; restore the data, or start "
-                "a new run"
-            )
-    found = fingerprints(data)
-    if found == manifest["fingerprints"]:
-        return found
-    for file in manifest["files"]:
-        if _sha256(root / file["path"]) != file["sha256"]:
+    try:
+        found = fingerprints(data)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(
+            f"{error}. It is gone since the data was verified; restore the data, or start a new run"
+        ) from error
+    for key, before in zip(("train", "val"), expected.split("-"), strict=True):
+        if found[key] != before:
+            split = data.train_split if key == "train" else data.val_split
             raise ValueError(
-                f"{root / file['path']}: no longer the file that was verified ({file['sha256'][:12]}); "
-                "start a new run"
+                f"{data.root}: {split} is no longer the split that was verified (fingerprint "
+                f"{found[key]}, then {before}); start a new run"
             )
-    raise ValueError(
-        f"{root}: its images are not those that were verified (fingerprint {combined(found)}, then "
-        f"{combined(manifest['fingerprints'])}); start a new run"
-    )
+    return found
 
 
 def legacy_dataset_digest(data: DataConfig) -> str:

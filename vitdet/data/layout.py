@@ -85,9 +85,7 @@ def explicit_settings(recipe: str | Path, overrides: Sequence[str] = ()) -> set[
     return explicit | set(_keys(yaml.safe_load(Path(recipe).read_text())))
 
 
-def resolve(
-    config: Config, explicit: Collection[str]
-) -> tuple[Config, dict[str, str | int]]:
+def resolve(config: Config, explicit: Collection[str]) -> tuple[Config, dict[str, str | int]]:
     """The config with the splits and the number of classes of data.root, and the settings that this changed.
 
     Only if data.root is among the explicit settings, and none of them is changed. Data that is missing or cannot be

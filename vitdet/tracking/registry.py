@@ -25,7 +25,7 @@ from mlflow.pyfunc import PythonModel, PythonModelContext, load_model, save_mode
 from mlflow.types import ColSpec, ParamSchema, ParamSpec, Schema, TensorSpec
 
 from vitdet.tracking.mlflow import connect, experiment_id, tracking_uri
-from vitdet.tracking.wheel import requirements
+from vitdet.tracking.wheel import build_wheel, requirements
 
 CODE = '''"""The detector as an MLflow model; the code is in the wheel vitdet, which travels with it."""
 from mlflow.models import set_model
@@ -96,6 +96,36 @@ def exported(uri: str) -> Iterator[None]:
         del os.environ["MLFLOW_TRACKING_URI"]
         if before is not None:
             os.environ["MLFLOW_TRACKING_URI"] = before
+
+
+def register_checkpoint(
+    checkpoint: Path,
+    stored: dict,
+    metrics: dict[str, float],
+    *,
+    uri: str,
+    folder: Path,
+    model_name: str,
+    alias: str,
+    tags: dict[str, str],
+) -> tuple[str, str]:
+    """`register` for a checkpoint with the content `stored`: an example image and the package's wheel are made here."""
+    side = stored["config"]["data"]["image_size"]
+    with tempfile.TemporaryDirectory() as work:
+        return register(
+            checkpoint,
+            run_id=stored["run_id"],
+            uri=uri,
+            folder=folder,
+            model_name=model_name,
+            alias=alias,
+            metrics={
+                key: metrics[key] for key in ("box_ap", "mask_ap") if metrics.get(key) is not None
+            },
+            example=np.random.default_rng(0).integers(0, 256, (side, side, 3), dtype=np.uint8),
+            wheel=build_wheel(Path(work)),
+            tags=tags,
+        )
 
 
 def register(
