@@ -15,7 +15,7 @@ from mlflow.entities import Run
 
 from tests.conftest import ROOT, minimal, options
 from tests.test_pipeline import pipeline
-from tests.test_workspace import client_of, recipe
+from tests.test_stages import client_of, recipe
 
 
 @dataclass(frozen=True)

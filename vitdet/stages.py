@@ -28,6 +28,7 @@ from vitdet.files import write_json
 
 if TYPE_CHECKING:
     from vitdet.tracking.champion import Evaluate, Evaluated, Protocol
+    from vitdet.tracking.registration import Registered
 
 # Settings that must be equal for one table to compare two recipes; SPLITS once they are known.
 COMPARED = (
@@ -50,15 +51,6 @@ class Data(NamedTuple):
 
     fingerprint: str
     notes: list[str]
-
-
-class Registered(NamedTuple):
-    """A version of the registered model; `reason`: why it is the champion, or is not."""
-
-    name: str
-    version: str
-    champion: bool
-    reason: str
 
 
 def train(
@@ -124,50 +116,25 @@ def register(
     metrics: dict[str, float] | None = None,
     protocol: Protocol | None = None,
 ) -> Registered:
-    """Add a checkpoint to the model registry. The alias `champion` goes through the gate, before and after.
+    """Add a checkpoint to the model registry; arguments and errors of `register_checkpoint`.
 
-    config: its tracking settings, and its data and evaluate settings for metrics that were measured with them; without
-    it, and without metrics, those in the checkpoint. protocol: what the metrics were measured on, where the caller knows
-    it. Raises ValueError without MLflow and for a candidate that the gate refuses, and what
-    `vitdet.tracking.registry.register` raises.
+    Raises ValueError without MLflow.
     """
-    from vitdet.checkpoint import load_model_file
     from vitdet.tracking.runs import has_mlflow
 
     if not has_mlflow():
         raise ValueError("mlflow is not installed; install vitdet with its extra 'tracking'")
-    from vitdet.tracking import champion, registry
+    from vitdet.tracking.registration import register_checkpoint
 
-    stored = load_model_file(checkpoint)
-    own = from_dict(stored["config"])
-    settings = (config or own).tracking
-    if protocol is None:
-        protocol = _protocol(stored, None if metrics is None else config or own)
-    metrics = stored["metrics"] if metrics is None else metrics
-    place = {"uri": settings.uri, "folder": folder, "model_name": settings.model_name}
-    wins = alias == champion.ALIAS
-    verdict = champion.Verdict(False, "")
-    if wins:
-        verdict = champion.judge(
-            metrics.get("box_ap"),
-            protocol,
-            **place,
-            evaluate=_champion_evaluation(config or own, stored["class_names"]),
-        )
-        if not verdict.passed:
-            raise ValueError(f"{checkpoint}: not the champion: {verdict.reason}")
-    prints = stored.get("fingerprints") or {}
-    name, version = registry.register_checkpoint(
+    return register_checkpoint(
         checkpoint,
-        stored,
-        metrics,
-        alias="candidate" if wins else alias,
-        tags=protocol.tags() | ({"train_fingerprint": prints["train"]} if prints else {}),
-        **place,
+        folder=folder,
+        alias=alias,
+        evaluation=_champion_evaluation,
+        config=config,
+        metrics=metrics,
+        protocol=protocol,
     )
-    if wins:
-        verdict = champion.promote(version, metrics.get("box_ap"), protocol, **place)
-    return Registered(name, version, verdict.passed, verdict.reason)
 
 
 def resolve_configs(
@@ -192,9 +159,12 @@ def resolve_configs(
                 f"{recipe} is given twice with the same settings: there is nothing to compare"
             )
         explicit[name] = sorted(explicit_settings(recipe, overrides))
-        compared = COMPARED if "data.root" in explicit[name] else (*COMPARED, *SPLITS)
+        first = next(iter(explicit))
+        known = [
+            key for key in SPLITS if not any(_is_open(key, explicit[one]) for one in (first, name))
+        ]
         _check_comparable(
-            next(iter(configs.values()), config), config, recipes[0], recipe, compared
+            configs.get(first, config), config, recipes[0], recipe, (*COMPARED, *known)
         )
         configs[name] = config
     for name, config in configs.items():
@@ -339,9 +309,10 @@ def evaluate_champion(
     from vitdet.tracking import champion
 
     config = load_config(Path(configs) / f"{name}.yaml")
+    protocol = _protocol_of(_read(figures))
     found = champion.evaluate_champion(
-        _protocol_of(_read(figures)),
-        _champion_evaluation(config, load_model_file(checkpoint)["class_names"]),
+        protocol,
+        _champion_evaluation(config, load_model_file(checkpoint), protocol),
         **_registry(config, workspace),
     )
     if found is None:
@@ -451,6 +422,11 @@ def resolve_paths(config: Config, workspace: Path) -> Config:
     return replace(config, data=data, train=settings)
 
 
+def _is_open(key: str, explicit: Sequence[str]) -> bool:
+    """Whether `resolve` may set this setting."""
+    return "data.root" in explicit and key not in explicit
+
+
 def _check_comparable(
     first: Config, other: Config, name: str, other_name: str, compared: Sequence[str]
 ) -> None:
@@ -496,45 +472,24 @@ def _protocol_of(row: dict) -> Protocol:
     return Protocol(row["val_fingerprint"], row["evaluate_settings"])
 
 
-def _protocol(stored: dict, config: Config | None) -> Protocol:
-    """What the metrics of a checkpoint were measured on; config: of another evaluation than that of its training.
-
-    Such an evaluation was on the data that is there now, or, where there is none, on that of the training.
-    """
-    from vitdet.data.fingerprint import fingerprint
-    from vitdet.tracking.champion import Protocol
-
-    print_ = (stored.get("fingerprints") or {}).get("val", "")
-    if config is None:
-        return Protocol.of(from_dict(stored["config"]), print_)
-    try:
-        print_ = fingerprint(config.data, config.data.val_split)
-    except FileNotFoundError:
-        own = from_dict(stored["config"]).data
-        same = (own.root, own.val_split, own.max_images)
-        print_ = (
-            print_
-            if same == (config.data.root, config.data.val_split, config.data.max_images)
-            else ""
-        )
-    return Protocol.of(config, print_)
-
-
-def _champion_evaluation(config: Config, class_names: Sequence[str]) -> Evaluate:
-    """Evaluates the checkpoint of a champion on the validation data of this config, with its evaluate settings."""
+def _champion_evaluation(config: Config, stored: dict, protocol: Protocol) -> Evaluate:
+    """Evaluates the checkpoint of a champion as the detector with the content `stored` was with this config."""
 
     def evaluate_checkpoint(checkpoint: Path) -> float | None:
         from vitdet.checkpoint import load_model_file
+        from vitdet.data.fingerprint import fingerprint
         from vitdet.evaluation.evaluator import evaluate as measure
 
-        stored = load_model_file(checkpoint)
-        others = [str(name) for name in stored["class_names"]]
-        if others != list(class_names):
+        champion = load_model_file(checkpoint)
+        names = [str(name) for name in champion["class_names"]]
+        if names != list(stored["class_names"]):
+            shown = f"{', '.join(names[:5])}{', ...' if len(names) > 5 else ''}"
             raise ValueError(
-                f"it has other classes ({', '.join(others[:5])}{', ...' * (len(others) > 5)}); register this "
-                "model under another tracking.model_name"
+                f"it has other classes ({shown}); register this model under another tracking.model_name"
             )
-        own = from_dict(stored["config"]).data
+        if fingerprint(config.data, config.data.val_split) != protocol.fingerprint:
+            raise ValueError(f"{config.data.root} has changed since the candidate was evaluated")
+        own = from_dict(champion["config"]).data
         data = replace(config.data, image_size=own.image_size, antialias=own.antialias)
         return measure(checkpoint, config=replace(config, data=data)).get("box_ap")
 

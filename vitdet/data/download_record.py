@@ -91,10 +91,9 @@ def read(root: Path) -> DownloadRecord:
     try:
         stored = json.loads((root / NAME).read_text())
         return DownloadRecord(
-            *(
-                tuple(kind(**one) for one in stored[key])
-                for key, kind in (("archives", Archive), ("files", File), ("folders", Images))
-            )
+            tuple(Archive(**one) for one in stored["archives"]),
+            tuple(File(**one) for one in stored["files"]),
+            tuple(Images(**one) for one in stored["folders"]),
         )
     except FileNotFoundError:
         return DownloadRecord()

@@ -12,6 +12,7 @@ import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from vitdet.config import DataConfig
 from vitdet.data import download_record
@@ -162,8 +163,8 @@ def _names(data: DataConfig, split: str) -> Iterator[str]:
     """The names of a split's images, without a look at the annotations where that is possible."""
     if not data.max_images:
         try:
-            content = read_entries(split_files(data, split)[0])
-            heads = content.get("images") if isinstance(content, dict) else None
+            content: Any = read_entries(split_files(data, split)[0])
+            heads: Any = content.get("images") if isinstance(content, dict) else None
             if isinstance(heads, list | Entries):
                 return iter([image_name(head, data.dataset == "lvis") for head in heads])
         except (ValueError, KeyError, AttributeError, TypeError):

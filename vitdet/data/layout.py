@@ -99,10 +99,14 @@ def resolve(config: Config, explicit: Collection[str]) -> tuple[Config, dict[str
         usual = [name for name in names if name in there]
         if key not in explicit and before[key] not in there and usual:
             found[key] = usual[0]
-    data = replace(config.data, **{key.removeprefix("data."): name for key, name in found.items()})
+    data = replace(
+        config.data,
+        train_split=str(found.get("data.train_split", config.data.train_split)),
+        val_split=str(found.get("data.val_split", config.data.val_split)),
+    )
     config = replace(config, data=data)
     count = _count(split_files(data, data.train_split)[0])
-    if CLASSES not in explicit and count not in (None, before[CLASSES]):
+    if CLASSES not in explicit and count is not None and count != before[CLASSES]:
         heads = replace(config.model.roi_heads, num_classes=count)
         config, found[CLASSES] = (
             replace(config, model=replace(config.model, roi_heads=heads)),

@@ -53,7 +53,12 @@ class Protocol:
         return f"box_ap_{hashlib.sha256(text.encode()).hexdigest()[:12]}"
 
     def tags(self) -> dict[str, str]:
-        """The tags of a version that was evaluated under this protocol when it was registered."""
+        """The tags of a version that was evaluated under this protocol when it was registered.
+
+        None where the data is not known: such an AP cannot be compared.
+        """
+        if not self.fingerprint:
+            return {}
         return {"val_fingerprint": self.fingerprint, "evaluate_settings": self.settings}
 
 
@@ -116,10 +121,11 @@ def judge(
     model_name: str,
     evaluated: Evaluated | None = None,
     evaluate: Evaluate | None = None,
+    checkpoint_sha256: str = "",
 ) -> Verdict:
     """Compare a box AP in percent with the champion's under the same protocol. The first model passes, a tie does not.
 
-    evaluated: an earlier result of `evaluate_champion`. evaluate: evaluates the champion here, where its AP is not
+    The champion itself passes again: checkpoint_sha256 is that of the candidate, if known. evaluated: an earlier result of `evaluate_champion`. evaluate: evaluates the champion here, where its AP is not
     known; without it, the candidate is refused then.
     """
     client, _ = connect(None, uri, folder)
@@ -129,7 +135,12 @@ def judge(
             return evaluated
         return _evaluate(client, champion, protocol, evaluate, uri, folder)
 
-    return _judge(client, ap, protocol, model_name, again)
+    def is_candidate(champion: ModelVersion) -> bool:
+        return bool(checkpoint_sha256) and checkpoint_sha256 == champion.tags.get(
+            "checkpoint_sha256"
+        )
+
+    return _judge(client, ap, protocol, model_name, again, is_candidate)
 
 
 def promote(
@@ -148,7 +159,14 @@ def promote(
     """
     client, _ = connect(None, uri, folder)
     with _locked(folder):
-        verdict = _judge(client, ap, protocol, model_name, lambda _: evaluated)
+        verdict = _judge(
+            client,
+            ap,
+            protocol,
+            model_name,
+            lambda _: evaluated,
+            lambda champion: str(champion.version) == version,
+        )
         if verdict.passed:
             client.set_model_version_tag(model_name, version, protocol.tag, f"{ap:.4g}")
             client.set_registered_model_alias(model_name, ALIAS, version)
@@ -161,12 +179,15 @@ def _judge(
     protocol: Protocol,
     model_name: str,
     evaluate: Callable[[ModelVersion], Evaluated | None],
+    is_candidate: Callable[[ModelVersion], bool],
 ) -> Verdict:
     if ap is None or not 0 <= ap <= 100:
         return Verdict(False, f"box AP is {ap}: nothing to compare")
     champion = _champion(client, model_name)
     if champion is None:
         return Verdict(True, f"box AP {ap:.4g}: the first champion")
+    if is_candidate(champion):
+        return Verdict(True, f"box AP {ap:.4g}: the champion, version {champion.version}, itself")
     before, failure = _known_ap(champion, protocol), ""
     if before is None:
         again = evaluate(champion)
@@ -192,8 +213,9 @@ def _champion(client: MlflowClient, model_name: str) -> ModelVersion | None:
 
 def _known_ap(version: ModelVersion, protocol: Protocol) -> float | None:
     tags = version.tags
-    own = {key: tags.get(key) for key in protocol.tags()}
-    ap = tags.get("box_ap") if own == protocol.tags() else tags.get(protocol.tag)
+    own = protocol.tags()
+    measured = bool(own) and own == {key: tags.get(key) for key in own}
+    ap = tags.get("box_ap") if measured else tags.get(protocol.tag)
     return None if ap is None else float(ap)
 
 

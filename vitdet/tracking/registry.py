@@ -25,7 +25,7 @@ from mlflow.pyfunc import PythonModel, PythonModelContext, load_model, save_mode
 from mlflow.types import ColSpec, ParamSchema, ParamSpec, Schema, TensorSpec
 
 from vitdet.tracking.mlflow import connect, experiment_id, tracking_uri
-from vitdet.tracking.wheel import build_wheel, requirements
+from vitdet.tracking.wheel import requirements
 
 CODE = '''"""The detector as an MLflow model; the code is in the wheel vitdet, which travels with it."""
 from mlflow.models import set_model
@@ -98,36 +98,6 @@ def exported(uri: str) -> Iterator[None]:
             os.environ["MLFLOW_TRACKING_URI"] = before
 
 
-def register_checkpoint(
-    checkpoint: Path,
-    stored: dict,
-    metrics: dict[str, float],
-    *,
-    uri: str,
-    folder: Path,
-    model_name: str,
-    alias: str,
-    tags: dict[str, str],
-) -> tuple[str, str]:
-    """`register` for a checkpoint with the content `stored`: an example image and the package's wheel are made here."""
-    side = stored["config"]["data"]["image_size"]
-    with tempfile.TemporaryDirectory() as work:
-        return register(
-            checkpoint,
-            run_id=stored["run_id"],
-            uri=uri,
-            folder=folder,
-            model_name=model_name,
-            alias=alias,
-            metrics={
-                key: metrics[key] for key in ("box_ap", "mask_ap") if metrics.get(key) is not None
-            },
-            example=np.random.default_rng(0).integers(0, 256, (side, side, 3), dtype=np.uint8),
-            wheel=build_wheel(Path(work)),
-            tags=tags,
-        )
-
-
 def register(
     checkpoint: Path,
     *,
@@ -149,8 +119,7 @@ def register(
     """
     client, run_id = connect(run_id, uri, folder)
     uri = tracking_uri(uri, folder)
-    with open(checkpoint, "rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    digest = sha256(checkpoint)
     for version in client.search_model_versions(f"name = '{model_name}'"):
         if version.tags.get("checkpoint_sha256") == digest and (version.run_id or None) == run_id:
             client.set_registered_model_alias(model_name, alias, version.version)
@@ -187,6 +156,12 @@ def register(
         )
     client.set_registered_model_alias(model_name, alias, version.version)
     return model_name, str(version.version)
+
+
+def sha256(checkpoint: Path) -> str:
+    """The tag `checkpoint_sha256` of a version."""
+    with open(checkpoint, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def download_checkpoint(uri: str, model_name: str, version: str, folder: Path) -> Path:
