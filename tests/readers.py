@@ -51,7 +51,11 @@ def judged(data: DataConfig, content: bytes) -> Report:
             assert np.isfinite(target.boxes.numpy()).all() and len(target.labels) == len(
                 target.boxes
             )
-        assert ValData(split.records, 64).__getitems__(range(len(split.records))).image_ids
+        assert (
+            ValData(split.records, 64, antialias=True)
+            .__getitems__(range(len(split.records)))
+            .image_ids
+        )
         figures = evaluate_results(perfect(root, truth), path, data.dataset)
         assert all(0 <= value <= 100 + 1e-9 for value in figures.values())
     elif kinds <= FILES:
@@ -78,7 +82,7 @@ def opened(split: object) -> None:
     if isinstance(split, Exception):
         raise split
     for index in range(len(split.records)):
-        ValData(split.records, 64)[index]
+        ValData(split.records, 64, antialias=True)[index]
 
 
 def perfect(root: Path, truth: Truth) -> Path:

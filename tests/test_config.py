@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Callable
 from dataclasses import replace
@@ -13,7 +14,9 @@ import yaml
 
 from vitdet.config import (
     Config,
+    DataConfig,
     OptimConfig,
+    RoIHeadsConfig,
     difference,
     digest,
     dump_config,
@@ -222,6 +225,67 @@ def test_a_wrong_file_is_named(tmp_path: Path, text: str, says: str) -> None:
     with pytest.raises(ValueError, match=re.escape(says)) as caught:
         load_config(write(tmp_path, text))
     assert "\n" not in str(caught.value)
+
+
+def test_all_unknown_settings_are_named_at_once(tmp_path: Path) -> None:
+    path = write(tmp_path, "optim:\n  lrr: 1\n  steps: fast\ndata:\n  batch_size: 2\n3: x\n")
+    with pytest.raises(ValueError) as caught:
+        load_config(path)
+    assert str(caught.value) == (
+        "optim.lrr: no such setting; did you mean 'lr'?; data.batch_size: no such setting; did you "
+        "mean 'train.batch_size'?; 3: no such setting; known: model, data, optim, train, evaluate, "
+        "tracking"
+    )
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: OptimConfig(steps=0), "optim.steps must be at least 1, got 0"),
+        (lambda: replace(Config().optim, lr=0.0), "optim.lr must be above 0, got 0.0"),
+        (lambda: OptimConfig(lr=math.inf), "optim.lr: expected a number, got inf"),
+        (lambda: OptimConfig(clip=math.nan), "optim.clip: expected a number, got nan"),
+        (lambda: OptimConfig(steps="3"), "optim.steps: expected a whole number, got '3'"),
+        (lambda: OptimConfig(schedule="line"), "optim.schedule: expected one of step, cosine, got"),
+        (lambda: OptimConfig(milestones=(0.9, 0.1)), "optim.milestones must rise between 0 and 1"),
+        (lambda: DataConfig(workers=-1), "data.workers must not be negative, got -1"),
+        (
+            lambda: DataConfig(scale_range=(0.1, math.inf)),
+            "data.scale_range: expected a number, got inf",
+        ),
+        (
+            lambda: RoIHeadsConfig(ious=(0.5, 1.5)),
+            "model.roi_heads.ious must lie between 0 and 1, got [0.5, 1.5]",
+        ),
+        (lambda: RoIHeadsConfig(ious=()), "model.roi_heads.ious must lie between 0 and 1, got []"),
+        (
+            lambda: replace(Config(), data=DataConfig(image_size=100)),
+            "data.image_size must be a positive multiple of 64",
+        ),
+    ],
+)
+def test_a_wrong_value_is_refused_wherever_a_section_is_made(
+    make: Callable[[], object], message: str
+) -> None:
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
+        make()
+
+
+def test_no_milestones_mean_a_constant_rate() -> None:
+    assert load_config("tiny", ["optim.milestones=[]"]).optim.milestones == ()
+
+
+def test_yaml_may_leave_out_sections_and_write_numbers_as_text(tmp_path: Path) -> None:
+    path = write(
+        tmp_path,
+        "optim:\nmodel:\n  rpn:\ndata: {root: 2017, train_split: , scale_range: ['1e-1', 2]}\n"
+        "train: {seed: '7', save_every: 1e3}\n",
+    )
+    config = load_config(path)
+    assert config.optim == OptimConfig() and config.model == Config().model
+    assert (config.data.root, config.data.train_split) == ("2017", "")
+    assert config.data.scale_range == (0.1, 2.0)
+    assert (config.train.seed, config.train.save_every) == (7, 1000)
 
 
 def test_a_difference_names_the_settings() -> None:

@@ -52,7 +52,9 @@ def test_the_shared_case_holds():
 
 def test_an_antialiased_resize_is_out(monkeypatch):
     monkeypatch.setattr(
-        pipeline, "resize_and_pad", lambda image, size, **_: transforms.resize_and_pad(image, size)
+        pipeline,
+        "resize_and_pad",
+        lambda image, size, **_: transforms.resize_and_pad(image, size, antialias=True),
     )
     assert parity.main([str(GOLDEN)]) == 1
 

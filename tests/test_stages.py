@@ -2,16 +2,19 @@
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import yaml
 from mlflow import MlflowClient
+from mlflow.entities import Run
 
 from tests.conftest import minimal
 from vitdet import stages
-from vitdet.config import load_config
+from vitdet.config import Config, digest, legacy_digest, load_config, save_config
 from vitdet.tracking.mlflow import tracking_uri
+from vitdet.tracking.runs import start_tracker
 
 RUN = "0123456789abcdef"
 
@@ -103,6 +106,55 @@ def test_two_recipes_are_trained_compared_and_registered(tiny: Path, tmp_path: P
     )
     assert not passed
     assert "no better than" in reason
+
+
+def test_operational_settings_do_not_change_the_names(tmp_path: Path) -> None:
+    changes = ["data.workers=1", "train.keep=9", "tracking.experiment=x", "evaluate.nms_iou=0.4"]
+    names = resolve(["tiny"], [], tmp_path)
+    assert resolve(["tiny"], changes, tmp_path) == names
+    assert resolve(["tiny"], ["optim.lr=1"], tmp_path) != names
+    (tmp_path / "a").mkdir()
+    other = recipe(tmp_path / "a" / "tiny.yaml", data__workers=3)
+    with pytest.raises(
+        ValueError, match=r"with the same settings for the .* \(data.workers: 3, not"
+    ):
+        resolve(["tiny", other], [], tmp_path)
+
+
+def test_a_training_that_commit_dad8b8b_began_is_found(tmp_path: Path) -> None:
+    """The digest of version 0.1 is part of its folder's name."""
+    (name,) = resolve(["tiny"], [], tmp_path)
+    space, runs = str(tmp_path / "space"), tmp_path / "space" / "runs"
+    expected = runs / f"{name}-{RUN[:8]}"
+    assert stages.training_folder(space, name, RUN) == expected
+    config = load_config(tmp_path / "settings" / f"{name}.yaml")
+    old = runs / f"tiny-{legacy_digest(config)[:8]}-{RUN[:8]}"
+    assert old != expected
+    save_config(config, old / "config.yaml")
+    assert stages.training_folder(space, name, RUN) == old
+    assert stages.training_folder(space, old.name.removesuffix(f"-{RUN[:8]}"), RUN) == old
+    assert stages.training_folder(space, name, "another run") == runs / f"{name}-another "
+    (other,) = resolve(["tiny"], ["optim.lr=1"], tmp_path)
+    assert stages.training_folder(space, other, RUN) == runs / f"{other}-{RUN[:8]}"
+    expected.mkdir()
+    assert stages.training_folder(space, name, RUN) == expected
+
+
+@pytest.mark.parametrize("digits", [digest, legacy_digest])
+def test_the_digest_in_a_config_s_name_is_no_part_of_the_recipe_s(
+    digits: Callable[[Config], str], tmp_path: Path
+) -> None:
+    config = load_config("tiny")
+    name = f"tiny-{digits(config)[:8]}"
+    start_tracker(config, name, tmp_path / "run", "", "0" * 16, None, 0).close()
+    (run,) = runs_in(tmp_path)
+    assert run.data.tags["recipe"] == "tiny"
+    assert run.info.run_name == f"tiny {digest(config)[:6]}"
+
+
+def runs_in(folder: Path) -> list[Run]:
+    client = MlflowClient(tracking_uri("", folder), tracking_uri("", folder))
+    return client.search_runs([one.experiment_id for one in client.search_experiments()])
 
 
 def test_recipes_on_other_data_are_refused(tmp_path: Path) -> None:

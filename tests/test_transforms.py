@@ -35,17 +35,22 @@ def _rectangle(x0: float, y0: float, x1: float, y1: float) -> list:
 def _draw(
     seed: int, source: tuple[int, int] = (90, 140), canvas: int = 128, **settings: object
 ) -> Affine:
-    return jitter(np.random.default_rng(seed), source, canvas, **settings)
+    published = {"scale_range": (0.1, 2.0), "flip": 0.5, "transpose": 0.0, "color_jitter": 0.0}
+    return jitter(
+        np.random.default_rng(seed), source, canvas, **{**published, "diagonal": True, **settings}
+    )
 
 
 def test_test_time_resize_equals_detectron2_to_the_byte() -> None:
     golden = np.load(GOLDEN)
     for index in range(8):
-        assert np.array_equal(resize_longest(golden[f"in{index}"], 128), golden[f"out{index}"])
+        assert np.array_equal(
+            resize_longest(golden[f"in{index}"], 128, antialias=True), golden[f"out{index}"]
+        )
 
 
 def test_pad_puts_the_image_top_left() -> None:
-    canvas, size = resize_and_pad(np.full((20, 50, 3), 9, np.uint8), 64)
+    canvas, size = resize_and_pad(np.full((20, 50, 3), 9, np.uint8), 64, antialias=True)
     assert canvas.shape == (3, 64, 64) and size == (26, 64)
     assert (canvas[:, :26] == 9).all() and not canvas[:, 26:].any()
     assert fit((1, 1000), 64) == (1, 64)
@@ -56,7 +61,7 @@ def test_a_rectangle_is_where_its_box_says(seed: int) -> None:
     image = np.zeros((90, 140, 3), np.uint8)
     image[30:60, 50:100] = 255
     affine = _draw(seed, scale_range=(0.5, 2.0), transpose=0.5)
-    seen = np.asarray(affine.seen(Image.fromarray(image)))
+    seen = np.asarray(affine.seen(Image.fromarray(image), antialias=True))
     assert seen.shape[:2] == affine.size
     outline = edges_of([_rectangle(50, 30, 100, 60)], 90, 140)
     boxes, keep = visible_boxes(affine.edges(outline), affine.size)
@@ -81,7 +86,10 @@ def test_crop_before_resize_equals_resize_then_crop(seed: int) -> None:
         slow = slow.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     slow = np.asarray(slow.resize(affine.scaled[::-1], Image.Resampling.BILINEAR)).astype(int)
     (top, left), (height, width) = affine.offset, affine.size
-    difference = np.asarray(affine.seen(image)) - slow[top : top + height, left : left + width]
+    difference = (
+        np.asarray(affine.seen(image, antialias=True))
+        - slow[top : top + height, left : left + width]
+    )
     assert abs(difference).max() <= 1
 
 
@@ -126,11 +134,13 @@ def _only(**changes: bool) -> Affine:
 def test_flip_and_transpose_twice_are_the_identity(name: str) -> None:
     image, outline = _noise(30, 50), edges_of([[[3, 4, 20, 5, 11, 29]]], 30, 50)
     affine = _only(**{name: True})
-    once = np.asarray(affine.seen(image))
+    once = np.asarray(affine.seen(image, antialias=True))
     back = (
         affine if name == "flip" else Affine((50, 30), (30, 50), (0, 0), (30, 50), transpose=True)
     )
-    assert np.array_equal(np.asarray(back.seen(Image.fromarray(once))), np.asarray(image))
+    assert np.array_equal(
+        np.asarray(back.seen(Image.fromarray(once), antialias=True)), np.asarray(image)
+    )
     assert not np.array_equal(affine.edges(outline), outline)
     assert np.allclose(back.edges(affine.edges(outline)), outline)
 
@@ -138,10 +148,13 @@ def test_flip_and_transpose_twice_are_the_identity(name: str) -> None:
 def test_flip_mirrors_boxes_and_pixels() -> None:
     image, outline = _noise(30, 50), edges_of([_rectangle(3, 4, 20, 29)], 30, 50)
     affine = _only(flip=True)
-    assert np.array_equal(np.asarray(affine.seen(image)), np.asarray(image)[:, ::-1])
+    assert np.array_equal(
+        np.asarray(affine.seen(image, antialias=True)), np.asarray(image)[:, ::-1]
+    )
     assert visible_boxes(affine.edges(outline), (30, 50))[0].tolist() == [[30, 4, 47, 29]]
     assert np.array_equal(
-        np.asarray(_only(transpose=True).seen(image)), np.asarray(image).swapaxes(0, 1)
+        np.asarray(_only(transpose=True).seen(image, antialias=True)),
+        np.asarray(image).swapaxes(0, 1),
     )
     assert visible_boxes(_only(transpose=True).edges(outline), (50, 30))[0].tolist() == [
         [4, 3, 29, 20]
@@ -284,15 +297,15 @@ def test_antialiasing_can_be_left_out_in_training_and_evaluation() -> None:
     flipped = np.asarray(image)[:, ::-1]
     assert np.array_equal(plain, resize_bilinear(flipped, (45, 70))[3:43, 5:65])
     assert (
-        np.abs(plain.astype(int) - np.asarray(affine.seen(image))).mean() > 10
+        np.abs(plain.astype(int) - np.asarray(affine.seen(image, antialias=True))).mean() > 10
     )  # of noise, PIL's keeps far less
     canvas, size = resize_and_pad(np.asarray(image), 64, antialias=False)
     assert size == (41, 64) and np.array_equal(
         canvas[:, :41], resize_bilinear(np.asarray(image), (41, 64)).transpose(2, 0, 1)
     )
     assert np.array_equal(
-        resize_and_pad(np.asarray(image), 64)[0][:, :41],
-        resize_longest(np.asarray(image), 64).transpose(2, 0, 1),
+        resize_and_pad(np.asarray(image), 64, antialias=True)[0][:, :41],
+        resize_longest(np.asarray(image), 64, antialias=True).transpose(2, 0, 1),
     )
 
 

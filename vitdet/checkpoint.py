@@ -19,7 +19,10 @@ from vitdet.files import written
 from vitdet.models import Detector, build_detector
 
 FORMAT = "vitdet detector, version 1"
-STATE = "vitdet training state, version 1"
+STATE = "vitdet training state, version 2"
+STATE_1 = (
+    "vitdet training state, version 1"  # the same content; each step drew other random numbers
+)
 FULL = {errno.ENOSPC, errno.EFBIG, errno.EDQUOT}
 TORN = (
     "PytorchStreamWriter failed writing file",
@@ -46,10 +49,10 @@ def save(path: Path, content: dict) -> None:
         raise OSError(f"{path}: could not be written ({_first_line(cause)}){advice}") from error
 
 
-def load(path: Path, expected: str) -> dict:
+def load(path: Path, *expected: str) -> dict:
     """Reads a file of ours without running code from it; its tensors are read when they are first looked at.
 
-    Raises FileNotFoundError, and ValueError when it is cut off or something else than `expected`.
+    Raises FileNotFoundError, and ValueError when it is cut off or something else than one of `expected`.
     """
     if not path.is_file():
         raise FileNotFoundError(
@@ -68,9 +71,9 @@ def load(path: Path, expected: str) -> dict:
         ) from error
     except (RuntimeError, EOFError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise ValueError(f"{path}: not a whole vitdet checkpoint ({_first_line(error)})") from error
-    if not isinstance(content, dict) or content.get("format") != expected:
+    if not isinstance(content, dict) or content.get("format") not in expected:
         found = content.get("format") if isinstance(content, dict) else type(content).__name__
-        raise ValueError(f"{path}: expected a {expected!r} file, got {found!r}")
+        raise ValueError(f"{path}: expected a {expected[0]!r} file, got {found!r}")
     return content
 
 
@@ -154,7 +157,7 @@ class Checkpoints:
         if not states:
             return None
         try:
-            return load(states[-1], STATE)
+            return load(states[-1], STATE, STATE_1)
         except ValueError as error:
             rest = f"to go on from {states[-2].name}" if states[1:] else "to begin anew"
             raise ValueError(f"{error}; remove it {rest}") from error

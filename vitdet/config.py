@@ -1,126 +1,146 @@
-"""Every setting of an experiment, once: a tree of frozen dataclasses whose defaults are the published
-ViTDet-B Mask R-CNN on COCO (Detectron2, mask_rcnn_vitdet_b_100ep).
+"""Every setting of an experiment: a tree of frozen dataclasses.
 
-A recipe (a YAML file in `recipes/`) lists what differs from the defaults, an override `a.b=c` changes one setting
-more. The field's type converts the text (`vitdet.typed`), so `1e-4` is a number although YAML reads it as a string.
-A resolved config holds every value and is what is stored, logged and passed between the steps.
+The defaults are Detectron2's ViTDet-B Mask R-CNN on COCO (mask_rcnn_vitdet_b_100ep); comments name
+the source of other values. A recipe (a YAML file in `recipes/`) lists what differs from them, an
+override `section.key=value` changes one more setting. Steps pass the resolved config on.
 """
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import json
+import math
 import os
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
-from functools import reduce
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from functools import cache, reduce
+from itertools import pairwise
 from pathlib import Path
-from typing import Literal
+from types import GenericAlias
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 import yaml
+from msgspec import Meta, ValidationError, convert
 
-from vitdet import rules
 from vitdet.files import written
-from vitdet.typed import build, nearest, overridden, settings
 
 RECIPES = Path(__file__).parent / "recipes"
+MANY = 16  # more names than this are not listed in an error message
+SEE_RECIPES = " (`vitdet config` lists all recipes)"
+LATER: tuple[str, ...] = ()  # settings that version 0.1 (commit dad8b8b) did not have
+
+# The description of a range completes the message "KEY must ...".
+Count = Annotated[int, Meta(ge=1, description="be at least 1")]
+Number = Annotated[int, Meta(ge=0, description="not be negative")]
+NonNegative = Annotated[float, Meta(ge=0, description="not be negative")]
+Positive = Annotated[float, Meta(gt=0, description="be above 0")]
+Positives = Annotated[tuple[Positive, ...], Meta(min_length=1, description="be above 0")]
+Fraction = Annotated[float, Meta(ge=0, le=1, description="lie between 0 and 1")]
+Fractions = Annotated[tuple[Fraction, ...], Meta(min_length=1, description="lie between 0 and 1")]
+TYPES = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
+
+
+def operational(reason: str) -> dict[str, str]:
+    """Metadata of what does not affect the trained weights, and why: a training can resume with
+    another value, and the names of run and checkpoint folders do not depend on it.
+    """
+    return {"operational": reason}
+
+
+class Section:
+    """A group of settings. Types, choices and ranges are checked whenever an instance is made."""
+
+    prefix = ""  # of its settings' keys, as `optim.` of `optim.lr`
+    hints = dict[str, Any]()  # field -> type and range
+
+    def __init_subclass__(cls, prefix: str | None = None) -> None:
+        cls.prefix = cls.prefix if prefix is None else prefix
+        cls.hints = get_type_hints(cls, include_extras=True)
+
+    def __post_init__(self) -> None:
+        for name, hint in self.hints.items():
+            if not is_dataclass(hint):
+                _check(self.prefix + name, hint, getattr(self, name))
 
 
 @dataclass(frozen=True)
-class BackboneConfig:
-    """What an image goes through first; depth, width, heads and global blocks belong to the name."""
+class BackboneConfig(Section, prefix="model.backbone."):
+    """Backbone; `name` determines depth, width, heads and the blocks with global attention."""
 
     name: Literal[
         "vit_tiny", "vit_b", "vit_l", "vit_h", "vitae_b", "vitae_s", "swin_t", "vitaev2_s"
     ] = "vit_b"
-    patch_size: int = 16  # pixels; the stride of the one feature map
-    window_size: int = 14  # tokens, side of a window of the local attention blocks
-    drop_path: float = 0.1  # rate of the last block; grows linearly from 0
-    pos_embed_grid: int = (
-        14  # tokens a side of the stored position embedding: 224 / 16 in the MAE pre-training
-    )
-    global_attention: bool = (
-        True  # in a few blocks that the name tells; false: all blocks look at windows
-    )
-    residual_blocks: tuple[
-        int, ...
-    ] = ()  # blocks that residual convolutions follow: the paper's other propagation
-    rel_pos_size: int = (
-        1024  # pixels a side for which the global blocks' relative-position tables are made
-    )
-    scaled_rel_pos: bool = (
-        False  # relative positions meet the scaled query (ViTAE-Transformer/ViTDet)
-    )
-    final_norm: bool = False  # LayerNorm after the last block (ViTAE-Transformer/ViTDet)
+    patch_size: Count = 16  # pixels; the stride of the feature map
+    window_size: Number = 14  # side of a local attention window in tokens
+    drop_path: Fraction = 0.1  # rate of the last block; increases linearly from 0
+    pos_embed_grid: Count = 14  # side of the stored position embedding in tokens: 224 / 16 in MAE
+    global_attention: bool = True  # in a few blocks; false: window attention in all blocks
+    residual_blocks: tuple[int, ...] = ()  # blocks followed by residual convolutions (ViTDet paper)
+    rel_pos_size: Count = 1024  # image side in pixels for the global blocks' relative positions
+    scaled_rel_pos: bool = False  # apply relative positions to the scaled query (ViTAE)
+    final_norm: bool = False  # LayerNorm after the last block (ViTAE)
 
 
 @dataclass(frozen=True)
-class PyramidConfig:
-    """Simple feature pyramid over the last map of the backbone, or an FPN over the maps of a hierarchical one."""
+class PyramidConfig(Section, prefix="model.pyramid."):
+    """Simple feature pyramid on a plain backbone's map, or an FPN on a hierarchical backbone."""
 
     kind: Literal["simple", "fpn"] = "simple"
-    channels: int = 256
-    halve_channels: bool = (
-        True  # each deconvolution halves the channels; else keeps them (ViTAE-Transformer/ViTDet)
-    )
-    scales: tuple[float, float, float, float] = (
-        4.0,
-        2.0,
-        1.0,
-        0.5,
-    )  # of p2..p5 against the backbone's map
+    channels: Count = 256
+    halve_channels: bool = True  # in each deconvolution; ViTAE keeps the channels
+    scales: tuple[Positive, Positive, Positive, Positive] = (4.0, 2.0, 1.0, 0.5)  # of p2..p5
 
 
 @dataclass(frozen=True)
-class RPNConfig:
+class RPNConfig(Section, prefix="model.rpn."):
     """Region proposal network."""
 
-    anchor_scale: float = 8.0  # anchor side / stride of its level: 32..512 on strides 4..64
-    aspect_ratios: tuple[float, ...] = (0.5, 1.0, 2.0)  # height / width
-    num_convs: int = 2
-    norm: bool = False  # LN after each convolution (ViTAE-Transformer/ViTDet)
-    divide_by_sampled: bool = (
-        False  # losses / anchors sampled (mmdet), not / (samples * images) (detectron2)
-    )
-    samples: int = 256  # anchors an image that the loss looks at
-    positive_fraction: float = 0.5
-    iou_low: float = 0.3  # below: background
-    iou_high: float = 0.7  # from here: object
-    pre_nms_train: int = 2000  # best anchors a level that enter NMS
-    pre_nms_test: int = 1000
-    post_nms_train: int = 1000  # proposals an image, over all levels
-    post_nms_test: int = 1000
-    nms_iou: float = 0.7
+    anchor_scale: Positive = 8.0  # anchor side / stride of its level: 32..512 on strides 4..64
+    aspect_ratios: Positives = (0.5, 1.0, 2.0)  # height / width
+    num_convs: Number = 2
+    norm: bool = False  # LayerNorm after each convolution (ViTAE)
+    divide_by_sampled: bool = False  # losses / sampled anchors (mmdet), not / (samples * images)
+    samples: Count = 256  # anchors per image in the loss
+    positive_fraction: Fraction = 0.5
+    iou_low: float = 0.3  # background below this IoU
+    iou_high: float = 0.7  # foreground from this IoU
+    pre_nms_train: Count = 2000  # best anchors per level before NMS
+    pre_nms_test: Count = 1000
+    post_nms_train: Count = 1000  # proposals per image after NMS, over all levels
+    post_nms_test: Count = 1000
+    nms_iou: Fraction = 0.7
 
 
 @dataclass(frozen=True)
-class RoIHeadsConfig:
-    """Box stages: one is Mask R-CNN, three are Cascade Mask R-CNN."""
+class RoIHeadsConfig(Section, prefix="model.roi_heads."):
+    """Box stages: one for Mask R-CNN, three for Cascade Mask R-CNN."""
 
-    num_classes: int = 80
-    ious: tuple[float, ...] = (0.5,)  # one stage an entry; a box is foreground from this IoU
+    num_classes: Count = 80
+    ious: Fractions = (0.5,)  # one per stage: a box is foreground from this IoU
     loss: Literal["softmax", "federated"] = "softmax"
-    samples: int = 512  # boxes an image that the loss looks at
-    positive_fraction: float = 0.25
-    num_convs: int = 4
-    num_fcs: int = 1
-    fc_dim: int = 1024
-    norm: bool = True  # LN after each convolution
-    sampling_ratio: int = 0  # RoIAlign points a bin and axis; 0: adaptive, as published
-    federated_classes: int = 50
+    samples: Count = 512  # boxes per image in the loss
+    positive_fraction: Fraction = 0.25
+    num_convs: Number = 4
+    num_fcs: Count = 1
+    fc_dim: Count = 1024
+    norm: bool = True  # LayerNorm after each convolution
+    sampling_ratio: Number = 0  # RoIAlign samples per bin and axis; 0: adaptive
+    federated_classes: Count = 50  # classes per step in the federated loss
 
 
 @dataclass(frozen=True)
-class MaskConfig:
+class MaskConfig(Section, prefix="model.mask."):
     """Mask head."""
 
-    num_convs: int = 4
-    norm: bool = True  # LN after each convolution
-    samples: int = 128  # at most so many of an image's foreground boxes train the mask head
+    num_convs: Number = 4
+    norm: bool = True  # LayerNorm after each convolution
+    samples: Count = 128  # most foreground boxes per image in the mask loss
 
 
 @dataclass(frozen=True)
-class ModelConfig:
+class ModelConfig(Section, prefix="model."):
     """The detector."""
 
     backbone: BackboneConfig = field(default_factory=BackboneConfig)
@@ -128,163 +148,153 @@ class ModelConfig:
     rpn: RPNConfig = field(default_factory=RPNConfig)
     roi_heads: RoIHeadsConfig = field(default_factory=RoIHeadsConfig)
     mask: MaskConfig = field(default_factory=MaskConfig)
-    norm_eps: float = 1e-6  # of the LNs of pyramid and heads; 1e-5 in mmdet
-    low_quality: Literal["own", "best"] = (
-        "own"  # a ground truth's best box learns from its own best (detectron2, RPN
-    )
-    # only), or from that ground truth, in RPN and RoI heads (mmdet)
-    clamp_shrinking: bool = (
-        False  # a box also shrinks at most 1000 / 16 times in one step (mmdet), not only grows
-    )
+    norm_eps: Positive = 1e-6  # of the LayerNorms in pyramid and heads; 1e-5 in mmdet
+    # GT of a low-quality match: the box's own best GT (Detectron2, RPN only), or the GT that the
+    # box is best for, in RPN and RoI heads (mmdet)
+    low_quality: Literal["own", "best"] = "own"
+    clamp_shrinking: bool = False  # limit the shrinking of a box to 16 / 1000 too (mmdet)
 
 
 @dataclass(frozen=True)
-class DataConfig:
-    """A folder in COCO's layout: ROOT/SPLIT/*.jpg and ROOT/annotations/instances_SPLIT.json (LVIS: lvis_v1_SPLIT.json,
-    whose images lie where their coco_url says).
+class DataConfig(Section, prefix="data."):
+    """A folder in COCO's layout, ROOT/SPLIT/*.jpg and ROOT/annotations/instances_SPLIT.json, or in
+    LVIS's, ROOT/annotations/lvis_v1_SPLIT.json and the images where their coco_url says.
     """
 
     dataset: Literal["coco", "lvis"] = "coco"
-    root: str = "data/coco"
+    root: str = field(default="data/coco", metadata=operational("the data's identity is compared"))
     train_split: str = "train2017"
     val_split: str = "val2017"
-    max_images: int = (
-        0  # of each split only the so many images of lowest id that hold an object; 0: all
-    )
-    image_size: int = 1024  # pixels a side of the square canvas
-    scale_range: tuple[float, float] = (
-        0.1,
-        2.0,
-    )  # large-scale jitter; (1, 1): longest side = canvas
-    flip: float = 0.5  # probability of a horizontal flip
-    diagonal_crop: bool = (
-        True  # one random number for both offsets of the crop (detectron2); false: two (mmdet)
-    )
-    transpose: float = 0.0  # probability of exchanging the axes
-    color_jitter: float = 0.0  # brightness, contrast and saturation change by up to this factor - 1
-    antialias: bool = True  # when an image is made smaller (PIL, detectron2); false: plain bilinear (OpenCV, mmdet)
-    redraw_empty: bool = (
-        False  # a crop without any object is replaced by one of another image (mmdet)
-    )
-    repeat_threshold: float = (
-        0.0  # images with classes in a smaller share of the images are repeated; 0: none (LVIS)
-    )
-    workers: int = 4  # data-loader processes a rank; 0: load in the training process
+    max_images: Number = 0  # per split, those of lowest id that hold an object; 0: all
+    image_size: Count = 1024  # side of the square canvas in pixels
+    scale_range: tuple[Positive, Positive] = (0.1, 2.0)  # jitter; (1, 1): longest side = canvas
+    flip: Fraction = 0.5  # probability of a horizontal flip
+    diagonal_crop: bool = True  # one random number for both crop offsets; two in mmdet
+    transpose: Fraction = 0.0  # probability of exchanging the axes
+    color_jitter: Fraction = 0.0  # largest relative change of brightness, contrast, saturation
+    antialias: bool = True  # when downscaling, as PIL; mmdet uses OpenCV's plain bilinear filter
+    redraw_empty: bool = False  # replace a crop without objects by one of another image (mmdet)
+    repeat_threshold: Fraction = 0.0  # repeat images with classes in a smaller share of the images
+    # loader processes per rank; 0: load in the training process
+    workers: Number = field(default=4, metadata=operational("samples depend on seed and position"))
 
 
 @dataclass(frozen=True)
-class OptimConfig:
-    """AdamW with layer-wise decay of the learning rate, linear warm-up."""
+class OptimConfig(Section, prefix="optim."):
+    """AdamW with layer-wise learning-rate decay and linear warm-up."""
 
-    lr: float = 1e-4
-    weight_decay: float = 0.1
-    # What has no weight decay: the blocks' LayerNorms and the position embedding (ViT-B, L); everything of one axis,
-    # relative positions and the position embedding (ViTAE-Transformer/ViTDet); LayerNorms and Swin's tables of
-    # positions, but no BatchNorm (mmdet's Swin); nothing (ViT-H).
+    lr: Positive = 1e-4
+    weight_decay: NonNegative = 0.1
+    # Without weight decay: the blocks' LayerNorms and the position embedding (ViT-B, ViT-L); 1-D
+    # parameters, relative positions and the position embedding (ViTAE); LayerNorms and position
+    # tables, but no BatchNorm (mmdet's Swin); nothing (ViT-H)
     undecayed: Literal["norms", "vectors", "layer_norms", "nothing"] = "norms"
-    layer_decay: float = 0.7
-    steps: int = 184_375  # 100 epochs of COCO at batch 64
+    layer_decay: Positive = 0.7
+    steps: Count = 184_375  # 100 epochs of COCO with batch size 64
     schedule: Literal["step", "cosine"] = "step"
-    milestones: tuple[float, ...] = (
-        0.8888889,
-        0.962963,
-    )  # fractions of `steps`; the rate drops to a tenth at each
-    warmup_steps: float = 250.0
-    warmup_factor: float = 0.001  # of lr at step 0
-    clip: float = 0.0  # largest gradient norm; 0: no clipping, as published
-    ema: float = 0.0  # decay of the averaged weights that are evaluated and shipped; 0: none
+    milestones: tuple[float, ...] = (0.8888889, 0.962963)  # of `steps`: drops to a tenth; []: none
+    warmup_steps: NonNegative = 250.0
+    warmup_factor: Fraction = 0.001  # of lr at step 0
+    clip: NonNegative = 0.0  # largest gradient norm; 0: no clipping
+    ema: Fraction = 0.0  # decay of the averaged weights that are evaluated and saved; 0: none
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        rising = all(low < high for low, high in pairwise((0.0, *self.milestones, 1.0)))
+        what = "rise between 0 and 1 (fractions of the steps)"
+        _rule(rising, f"optim.milestones must {what}, got {list(self.milestones)}")
 
 
 @dataclass(frozen=True)
-class TrainConfig:
-    """The loop."""
+class TrainConfig(Section, prefix="train."):
+    """The training loop."""
 
-    init: str = "mae_vit_b"  # a name of the weights catalogue, a file of weights or a checkpoint; '': from scratch
+    init: str = "mae_vit_b"  # name in the weights catalogue, file or checkpoint; '': random weights
     init_format: Literal[
-        "vitdet",
-        "detectron2",
-        "mmdet",
-        "mae",
-        "vitae",
-        "vitae_cls",
-        "swin",
-        "swin_cls",
-        "swin_mmdet",
-        "vitaev2",
-        "vitaev2_cls",
-    ] = "vitdet"  # of a file in `init`
-    batch_size: int = 64  # images a step over all processes
-    precision: Literal["fp32", "bf16", "auto"] = (
-        "bf16"  # auto: bf16 where the processor multiplies it natively
-    )
-    seed: int = 0
-    log_every: int = 20  # steps
-    eval_every: int = 5000
-    save_every: int = 1000
-    keep: int = 2  # checkpoints
+        "vitdet", "detectron2", "mmdet", "mae", "vitae", "vitae_cls", "swin", "swin_cls",
+        "swin_mmdet", "vitaev2", "vitaev2_cls",
+    ] = "vitdet"  # fmt: skip  # of the file `init`
+    batch_size: Count = 64  # images per step over all processes
+    precision: Literal["fp32", "bf16", "auto"] = "bf16"  # auto: bf16 if native
+    seed: Number = 0
+    log_every: Count = field(default=20, metadata=operational("logs"))  # steps
+    eval_every: Count = field(default=5000, metadata=operational("evaluates only"))  # steps
+    save_every: Count = field(default=1000, metadata=operational("resuming is exact"))  # steps
+    keep: Count = field(default=2, metadata=operational("disk space only"))  # training states
 
 
 @dataclass(frozen=True)
-class EvalConfig:
-    """What counts as a detection."""
+class EvalConfig(Section, prefix="evaluate."):
+    """Selection of the detections."""
 
-    score_threshold: float = 0.05
-    nms_iou: float = 0.5
-    max_detections: int = 100
-    batch_size: int = 1
+    score_threshold: Fraction = 0.05
+    nms_iou: Fraction = 0.5
+    max_detections: Count = 100
+    batch_size: Count = 1
 
 
 @dataclass(frozen=True)
-class TrackingConfig:
-    """MLflow; the environment's MLFLOW_TRACKING_URI wins over `uri`."""
+class TrackingConfig(Section, prefix="tracking."):
+    """MLflow; the environment variable MLFLOW_TRACKING_URI takes precedence over `uri`."""
 
-    uri: str = ""  # '': a sqlite file beside the output folder
+    uri: str = ""  # '': an SQLite file beside the output folder
     experiment: str = "vitdet"
     model_name: str = "vitdet"
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(Section):
     """The whole experiment."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
-    evaluate: EvalConfig = field(default_factory=EvalConfig)
-    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    evaluate: EvalConfig = field(default_factory=EvalConfig, metadata=operational("evaluates only"))
+    tracking: TrackingConfig = field(default_factory=TrackingConfig, metadata=operational("logs"))
 
     def __post_init__(self) -> None:
-        rules.check(self)
+        backbone, pyramid, data = self.model.backbone, self.model.pyramid, self.data
+        stride = round(2 * backbone.patch_size / pyramid.scales[-1])  # of p6
+        side, what = data.image_size, f"be a positive multiple of {stride} (the coarsest stride)"
+        _rule(side % stride == 0, f"data.image_size must {what}, got {side}")
+        size, patch = backbone.rel_pos_size, backbone.patch_size
+        message = f"model.backbone.rel_pos_size must be at least patch_size ({patch}), got {size}"
+        _rule(size >= patch, message)
+        low, high = data.scale_range
+        _rule(low <= high, f"data.scale_range must be low <= high, got {[low, high]}")
+        hierarchical = backbone.name in ("swin_t", "vitaev2_s")
+        kind, name, window = (
+            "fpn" if hierarchical else "simple",
+            backbone.name,
+            backbone.window_size,
+        )
+        message = f"model.backbone.name={name} goes with model.pyramid.kind={kind}"
+        _rule(pyramid.kind == kind, message)
+        message = f"model.backbone.window_size must be 7 with {name}, got {window}"
+        _rule(window == 7 or not hierarchical, message)
 
 
 def load_config(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """The resolved config of a recipe (by name) or YAML file, with overrides `section.key=value` applied in order.
+    """The resolved config of a recipe or YAML file, with overrides `section.key=value` in order.
 
-    Raises ValueError for an unknown recipe, setting or choice (naming the nearest one) and for a value of the wrong
-    type; FileNotFoundError for a missing file.
+    Raises ValueError for unknown recipes, settings and choices (suggesting the nearest one) and for
+    values of the wrong type or out of range; FileNotFoundError for a missing file.
     """
-    return overridden(Config, _read(name_or_path), overrides)
+    return _overridden(_read(name_or_path), overrides)
 
 
 def override(
-    config: Config,
-    overrides: Sequence[str],
-    other: Config | None = None,
-    sections: Sequence[str] = (),
+    config: Config, overrides: Sequence[str], other: Config | None = None, sections: Sequence = ()
 ) -> Config:
-    """The config with these sections of another one, if there is one, then with overrides as `load_config` takes them.
-
-    Raises ValueError as there.
-    """
+    """`config` with `sections` of `other`, then with overrides; raises as `load_config` does."""
     theirs = to_dict(other) if other else {}
-    return overridden(
-        Config, to_dict(config) | {name: theirs[name] for name in sections if theirs}, overrides
-    )
+    tree = to_dict(config) | {name: theirs[name] for name in sections if theirs}
+    return _overridden(tree, overrides)
 
 
 def save_config(config: Config, path: str | Path) -> None:
-    """Writes the resolved config as YAML: to a temporary file first, so a full disk leaves the old one whole."""
+    """Writes the resolved config as YAML, all or nothing."""
     with written(Path(path)) as temporary:
         temporary.write_text(dump_config(config))
 
@@ -300,31 +310,46 @@ def to_dict(config: Config) -> dict:
 
 
 def from_dict(tree: Mapping) -> Config:
-    """The inverse of `to_dict`; absent settings take their defaults. Raises ValueError as `load_config` does."""
-    return build(Config, dict(tree))
+    """The inverse of `to_dict`; absent settings take their defaults. Raises as `load_config`."""
+    if unknown := list(_unknown(Config, tree)):
+        raise ValueError("; ".join(unknown))
+    return _convert(Config, tree)
 
 
 def flatten(config: Config) -> dict[str, bool | int | float | str]:
-    """{'optim.lr': 0.0001, ...}: the keys that overrides use; lists as text."""
-    values = {key: reduce(getattr, key.split("."), config) for key in settings(Config)}
-    return {
-        key: json.dumps(value) if isinstance(value, tuple) else value
-        for key, value in values.items()
-    }
+    """{'optim.lr': 0.0001, ...}: the keys that overrides use; lists as JSON text."""
+    values = {key: value for key, (value, _) in _settings(config).items()}
+    return {k: json.dumps(v) if isinstance(v, tuple) else v for k, v in values.items()}
 
 
-def difference(ours: Config, theirs: Config) -> list[str]:
-    """One text a setting that differs, as in `optim.lr: 0.0001, not 0.0002`."""
-    left, right = flatten(ours), flatten(theirs)
-    return [f"{key}: {left[key]}, not {right[key]}" for key in left if left[key] != right[key]]
+def difference(ours: Config, theirs: Config, *, affecting_weights: bool | None = None) -> list[str]:
+    """A text as `optim.lr: 0.0001, not 0.0002` for each setting that differs; of all settings, or
+    only of those that affect the trained weights (True) or do not (False).
+    """
+    left, right, settings = flatten(ours), flatten(theirs), _settings(ours)
+    wanted = [k for k in left if affecting_weights is None or settings[k][1] != affecting_weights]
+    return [f"{key}: {left[key]}, not {right[key]}" for key in wanted if left[key] != right[key]]
 
 
 def digest(config: Config) -> str:
-    """12 hexadecimal digits that name this config."""
-    return hashlib.sha256(json.dumps(to_dict(config), sort_keys=True).encode()).hexdigest()[:12]
+    """12 hexadecimal digits that name the training, by the settings that affect the trained weights
+    and are not at their default: other operational settings or new ones do not change the name.
+    """
+    defaults, settings = flatten(type(config)()), _settings(config)
+    changed = {k: v for k, v in flatten(config).items() if v != defaults[k] and not settings[k][1]}
+    return hashlib.sha256(json.dumps(changed, sort_keys=True).encode()).hexdigest()[:12]
 
 
-LISTED = " (`vitdet config` lists all recipes)"
+def legacy_digest(config: Config) -> str | None:
+    """The digest of version 0.1, over all settings that existed then, to find folders named by it.
+    None if a later setting is not at its default.
+    """
+    tree, values, defaults = to_dict(config), flatten(config), flatten(type(config)())
+    for key in LATER:
+        *parents, leaf = key.split(".")
+        del reduce(dict.__getitem__, parents, tree)[leaf]
+    found = hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()[:12]
+    return found if all(values[key] == defaults[key] for key in LATER) else None
 
 
 def recipes() -> list[str]:
@@ -332,22 +357,144 @@ def recipes() -> list[str]:
     return sorted(path.stem for path in RECIPES.glob("*.yaml"))
 
 
+def nearest(name: str, known: Sequence[str]) -> str:
+    """A hint for an unknown name: the known ones, or those nearest to it if there are many."""
+    inside = [one for one in known if name and name in one] if len(known) > MANY else []
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    if close and not inside:
+        return f"did you mean '{close[0]}'?"
+    if len(known) <= MANY:
+        return f"known: {', '.join(known)}"
+    like = difflib.get_close_matches(name, inside or known, n=3, cutoff=0)
+    return f"of {len(known)} the nearest are {', '.join(like)}"
+
+
+def _settings(section: Any, operational: bool = False) -> dict[str, tuple[Any, bool]]:
+    """{key: (value, whether it is operational)} of all settings of a section."""
+    found: dict[str, tuple[Any, bool]] = {}
+    for one in fields(section):
+        value, key = getattr(section, one.name), section.prefix + one.name
+        harmless = operational or "operational" in one.metadata
+        found |= _settings(value, harmless) if is_dataclass(value) else {key: (value, harmless)}
+    return found
+
+
 def _read(name_or_path: str | Path) -> dict:
     text, path = str(name_or_path), Path(name_or_path)
     if not path.suffix and os.sep not in text:
         path = RECIPES / f"{text}.yaml"
         if not path.exists():
-            raise ValueError(f"{text}: no such recipe; {nearest(text, recipes())}{LISTED}")
+            raise ValueError(f"{text}: no such recipe; {nearest(text, recipes())}{SEE_RECIPES}")
     if not path.is_file():
         raise FileNotFoundError(
-            f"{path}: no such config file; give a file or a recipe's name{LISTED}"
+            f"{path}: no such config file; give a file or a recipe's name{SEE_RECIPES}"
         )
     try:
         tree = yaml.safe_load(path.read_text())
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: not readable as YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(tree if tree is not None else {}, dict):
-        raise ValueError(
-            f"{path}: expected sections ({', '.join(f.name for f in fields(Config))}), got {tree!r}"
-        )
+    if tree is not None and not isinstance(tree, dict):
+        raise ValueError(f"{path}: expected sections ({', '.join(Config.hints)}), got {tree!r}")
     return tree or {}
+
+
+def _overridden(tree: dict, overrides: Sequence[str]) -> Config:
+    for one in overrides:
+        key, separator, text = map(str.strip, one.partition("="))
+        if not separator or not key:
+            raise ValueError(f"override {one!r}: expected section.key=value, as in optim.lr=2e-4")
+        node = tree
+        *parents, leaf = key.split(".")
+        for depth, parent in enumerate(parents, 1):
+            node[parent] = {} if node.get(parent) is None else node[parent]
+            node = node[parent]
+            if not isinstance(node, dict):
+                raise ValueError(f"{key}: {'.'.join(parents[:depth])} is a setting, not a section")
+        node[leaf] = _parse(key, text)
+    return from_dict(tree)
+
+
+def _parse(key: str, text: str) -> object:
+    """The value of an override: YAML, but text is taken literally, as 2017 or `a #1`."""
+    default, _ = _settings(Config()).get(key, (None, False))
+    if isinstance(default, str) and text[:1] not in ("'", '"'):
+        return text
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError(f"{key}: {text!r} is not readable as a value") from error
+
+
+def _unknown(kind: Any, tree: object) -> Iterator[str]:
+    """A text for each unknown name. Raises ValueError for a section that is no mapping."""
+    if not isinstance(tree, Mapping | None):
+        raise ValueError(
+            f"{kind.prefix[:-1]}: is a section ({', '.join(kind.hints)}), got {tree!r}"
+        )
+    for name, value in (tree or {}).items():
+        if name not in kind.hints:
+            elsewhere = [key for key in flatten(Config()) if key.endswith(f".{name}")]
+            close = f"did you mean '{elsewhere[0]}'?" if elsewhere else ""
+            near = close or nearest(str(name), list(kind.hints))
+            yield f"{kind.prefix}{name}: no such setting; {near}"
+        elif is_dataclass(kind.hints[name]):
+            yield from _unknown(kind.hints[name], value)
+
+
+def _convert(kind: Any, value: Any) -> Any:
+    """A value from YAML as its setting's type, if possible; the section refuses it otherwise."""
+    if hints := getattr(kind, "hints", None):  # a section
+        return kind(**{name: _convert(hints[name], one) for name, one in (value or {}).items()})
+    hint = _bare(kind)
+    if hint is str and isinstance(value, int | float | None):
+        return "" if value is None else str(value)
+    with suppress(ValueError):  # also ValidationError
+        # YAML reads 1e-4 as text; a whole number may be 1e3, but true is not 1
+        number = float(value) if hint in (int, float) and isinstance(value, str) else value
+        if not isinstance(number, float) or math.isfinite(number):
+            return convert(number, hint, strict=hint is bool)
+    return value
+
+
+def _check(key: str, hint: Any, value: Any) -> None:
+    """Raises ValueError for a wrong type or choice, and a number out of range or not finite."""
+    bare, got = _bare(hint), list(value) if isinstance(value, tuple) else value
+    item, *rest = get_args(bare) if get_origin(bare) is tuple else (bare,)
+    if rest and isinstance(got, list) and rest in ([...], [item] * (len(got) - 1)):
+        for one in got:
+            _check(key, item, one)
+    elif not _fits(value, bare) or isinstance(value, float) and not math.isfinite(value):
+        if get_origin(bare) is Literal:
+            expected = f"one of {', '.join(get_args(bare))}"
+        elif rest:
+            count = "values" if rest == [...] else f"{1 + len(rest)} values"
+            expected = f"a list of {count}, each {TYPES[item]}"
+        else:
+            expected = TYPES[bare]
+        raise ValueError(f"{key}: expected {expected}, got {got!r}")
+    if not _fits(value, hint):
+        while get_origin(hint) is not Annotated:
+            hint = get_args(hint)[0]
+        raise ValueError(f"{key} must {hint.__metadata__[0].description}, got {got}")
+
+
+def _fits(value: object, hint: Any) -> bool:
+    with suppress(ValidationError):
+        convert(value, hint)
+        return True
+    return False
+
+
+@cache
+def _bare(hint: Any) -> Any:
+    """The type without ranges."""
+    if get_origin(hint) is Annotated:
+        hint = get_args(hint)[0]
+    if get_origin(hint) is tuple:
+        return GenericAlias(tuple, tuple(map(_bare, get_args(hint))))
+    return hint
+
+
+def _rule(holds: bool, message: str) -> None:
+    if not holds:
+        raise ValueError(message)

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from vitdet.checkpoint import restore_detector
+from vitdet.config import DataConfig
 from vitdet.data.images import Picture, read_image
 from vitdet.data.transforms import resize_and_pad
 from vitdet.types import Detections
@@ -28,7 +29,7 @@ class Predictor:
         detector: nn.Module,
         class_names: Sequence[str],
         image_size: int,
-        antialias: bool = True,
+        antialias: bool = DataConfig.antialias,
     ) -> None:
         """detector takes canvases of image_size pixels a side, resized with antialiasing or without as it was trained;
         its mode and device stay as they are.

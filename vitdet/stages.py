@@ -15,6 +15,7 @@ Imports are inside the functions: help and configs need neither torch nor MLflow
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 import shutil
@@ -23,7 +24,16 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from vitdet.config import Config, digest, flatten, from_dict, load_config, save_config
+from vitdet.config import (
+    Config,
+    difference,
+    digest,
+    flatten,
+    from_dict,
+    legacy_digest,
+    load_config,
+    save_config,
+)
 from vitdet.files import write_json
 
 if TYPE_CHECKING:
@@ -155,8 +165,11 @@ def resolve_configs(
         config = resolve_paths(load_config(recipe, overrides), Path(workspace))
         name = f"{Path(recipe).stem}-{digest(config)[:8]}"
         if name in configs:
+            differing = "; ".join(difference(config, configs[name]))
             raise ValueError(
-                f"{recipe} is given twice with the same settings: there is nothing to compare"
+                f"{recipe} is given twice with the same settings"
+                + (f" for the training, only others differ ({differing})" if differing else "")
+                + ": there is nothing to compare"
             )
         explicit[name] = sorted(explicit_settings(recipe, overrides))
         first = next(iter(explicit))
@@ -408,8 +421,20 @@ def runs_folder(workspace: str) -> Path:
 
 
 def training_folder(workspace: str, name: str, run_id: str) -> Path:
-    """A folder for each training of each pipeline run, the same for a step that is retried."""
-    return runs_folder(workspace) / f"{name}-{run_id[:8]}"
+    """A folder for each training of each pipeline run, the same for a step that is retried.
+
+    Also one that version 0.1 began under its own digest of the config, if there is one.
+    """
+    run, (recipe, _, digits) = run_id[:8], name.rpartition("-")
+    folder = runs_folder(workspace) / f"{name}-{run}"
+    if not folder.exists():
+        pattern = f"{glob.escape(recipe)}-????????-{run}/config.yaml"
+        for other in runs_folder(workspace).glob(pattern):
+            config = load_config(other)
+            old = (legacy_digest(config) or "")[:8]
+            if digest(config)[:8] == digits and other.parent.name == f"{recipe}-{old}-{run}":
+                return other.parent
+    return folder
 
 
 def resolve_paths(config: Config, workspace: Path) -> Config:

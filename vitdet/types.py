@@ -13,6 +13,9 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
+    import numpy as np
     from PIL import Image
 
 Record = TypeVar("Record", "Polygons", "Target", "Detections", "Batch")
@@ -101,7 +104,7 @@ class Detections:
         """The class name of each detection."""
         return [self.class_names[label] for label in self.labels.tolist()]
 
-    def draw(self, image: str | Image.Image | Tensor) -> Image.Image:
+    def draw(self, image: str | Path | Image.Image | np.ndarray | Tensor) -> Image.Image:
         """The image (anything that `Predictor` takes) with boxes, masks, names and scores on it."""
         from vitdet.visualize import draw
 

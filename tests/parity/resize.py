@@ -17,7 +17,7 @@ def compute(folder: Path) -> dict[str, np.ndarray]:
     """Our resize of each in{i}, by the name out{i}."""
     inputs = load(folder / "io.npz", lambda name: name.startswith("in"))
     return {
-        f"out{name.removeprefix('in')}": resize_longest(pixels, LONGEST)
+        f"out{name.removeprefix('in')}": resize_longest(pixels, LONGEST, antialias=True)
         for name, pixels in inputs.items()
     }
 

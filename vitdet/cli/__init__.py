@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
+import select
 import sys
 import warnings
 from collections.abc import Sequence
@@ -21,24 +23,44 @@ from vitdet.cli.register import add_register
 from vitdet.cli.train import add_train
 from vitdet.cli.weights import add_weights
 
+SIGPIPE = 141  # the exit code that a shell reports for a program that this signal ended
+
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs a command; a user's mistake is one line on stderr and exit code 1 (2 for the command line itself)."""
-    given = parser().parse_args(arguments)
-    warnings.filterwarnings(
-        "ignore", module=r"PIL\."
-    )  # of an odd image what matters is said in one line
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     try:
-        code = given.run(given)
+        try:
+            code = _run(arguments)
+        finally:
+            print(end="", flush=True)
     except (ValueError, OSError, LookupError) as error:
         if isinstance(error, KeyError | IndexError):
             raise  # a mistake of ours, not of the user's
-        print("vitdet:", *str(error).splitlines(), file=sys.stderr)
-        code = 1
+        if isinstance(error, BrokenPipeError) and _output_is_closed():
+            # as in `vitdet weights list | head -1`; what is still buffered must not fail at exit
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            code = SIGPIPE
+        else:
+            print("vitdet:", *str(error).splitlines(), file=sys.stderr)
+            code = 1
     except KeyboardInterrupt:
         code = 130
     sys.exit(code)
+
+
+def _run(arguments: Sequence[str] | None) -> int:
+    args = parser().parse_args(arguments)
+    # what matters about an odd image is logged in one line
+    warnings.filterwarnings("ignore", module=r"PIL\.")
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    return args.run(args)
+
+
+def _output_is_closed() -> bool:
+    """Whether the reader of the pipe that is standard output has closed it."""
+    poll = select.poll()
+    poll.register(sys.stdout.fileno(), 0)
+    return any(event & select.POLLERR for _, event in poll.poll(0))
 
 
 def parser() -> argparse.ArgumentParser:

@@ -33,9 +33,6 @@ CACHE = (
     1 << 28
 )  # bytes: a training split whose decoded images fit stays in memory, images and outlines
 
-LARGEST = 31 << 20  # bytes, just below the most that glibc learns from
-
-
 REDRAWS = 100  # images tried for one place in a batch until a crop holds an object
 
 
@@ -99,7 +96,6 @@ class TrainData(Dataset):
         self.sampler = InfiniteSampler(len(self.records), seed, repeats)
         self._small = 3 * int(self.records.sizes().prod(axis=1).sum()) <= cache
         self._cache: dict[int, tuple[Image.Image, np.ndarray]] = {}
-        _keep_freed_memory()
 
     def __getitems__(self, positions: Sequence[int]) -> Batch:
         return make_batch(self.draw, positions, self.data.image_size)
@@ -128,11 +124,11 @@ class TrainData(Dataset):
             rng,
             (record.height, record.width),
             data.image_size,
-            data.scale_range,
-            data.flip,
-            data.transpose,
-            data.color_jitter,
-            data.diagonal_crop,
+            scale_range=data.scale_range,
+            flip=data.flip,
+            transpose=data.transpose,
+            color_jitter=data.color_jitter,
+            diagonal=data.diagonal_crop,
         )
         image, edges = self._load(index, record)
         edges = affine.edges(edges)
@@ -160,7 +156,7 @@ class TrainData(Dataset):
 class ValData(Dataset):
     """Indices -> a batch of these images of the records, longest side = canvas, without targets."""
 
-    def __init__(self, records: Records, image_size: int, antialias: bool = True) -> None:
+    def __init__(self, records: Records, image_size: int, antialias: bool) -> None:
         self.records = records
         self.image_size = image_size
         self.antialias = antialias
@@ -206,15 +202,6 @@ def make_batch(
         tuple(image_ids),
         torch.tensor(originals),
     )
-
-
-def _keep_freed_memory() -> None:
-    """Pictures take the memory of those before them: a fifth of an image's time went into new pages of the kernel.
-
-    glibc gives freed memory back from twice the size of the largest piece on that it has seen freed; this one is never
-    touched, so it costs nothing. Worker processes inherit the limit.
-    """
-    np.empty(LARGEST, np.uint8)
 
 
 def _with_objects(split: CocoSplit) -> Records:

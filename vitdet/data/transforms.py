@@ -50,7 +50,7 @@ class Affine:
         matrix[:, 2] -= self.offset[::-1]
         return matrix
 
-    def seen(self, image: Image.Image, antialias: bool = True) -> Image.Image:
+    def seen(self, image: Image.Image, antialias: bool) -> Image.Image:
         """What is seen of the RGB image, bilinear; only that part is ever computed."""
         if self.transpose:
             image = image.transpose(Image.Transpose.TRANSPOSE)
@@ -84,11 +84,12 @@ def jitter(
     rng: np.random.Generator,
     source: tuple[int, int],
     canvas: int,
-    scale_range: tuple[float, float] = (0.1, 2.0),
-    flip: float = 0.5,
-    transpose: float = 0.0,
-    color_jitter: float = 0.0,
-    diagonal: bool = True,
+    *,
+    scale_range: tuple[float, float],
+    flip: float,
+    transpose: float,
+    color_jitter: float,
+    diagonal: bool,
 ) -> Affine:
     """Draws the affine of an image of size `source`: scale s ~ U(scale_range) to fit a square of s * canvas pixels,
     crop to the canvas; flip and transpose are probabilities, colour factors lie in 1 +- color_jitter. With `diagonal`
@@ -120,9 +121,7 @@ def fit(source: tuple[int, int], size: int) -> tuple[int, int]:
     return max(int(height + 0.5), 1), max(int(width + 0.5), 1)
 
 
-def resize_longest(
-    image: Image.Image | np.ndarray, size: int, antialias: bool = True
-) -> np.ndarray:
+def resize_longest(image: Image.Image | np.ndarray, size: int, antialias: bool) -> np.ndarray:
     """An RGB image or array (H, W, 3) uint8 with its longest side made `size` pixels, bilinear as PIL's or, plain, as
     OpenCV's.
     """
@@ -136,7 +135,7 @@ def resize_longest(
 def resize_and_pad(
     image: Image.Image | np.ndarray,
     size: int,
-    antialias: bool = True,
+    antialias: bool,
     canvas: np.ndarray | None = None,
 ) -> tuple[np.ndarray, tuple[int, int]]:
     """The RGB image or array (H, W, 3) uint8 on a canvas (3, size, size), longest side = canvas; and its size without

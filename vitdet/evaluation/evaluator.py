@@ -19,7 +19,7 @@ from vitdet.config import Config, DataConfig, EvalConfig, override
 from vitdet.data.coco import CocoSplit, read_tree
 from vitdet.data.dataset import read_split
 from vitdet.data.layout import split_files
-from vitdet.data.loader import val_loader
+from vitdet.data.loader import configure_process, val_loader
 from vitdet.data.masks import encode, paste
 from vitdet.evaluation.pictures import write_pictures
 from vitdet.evaluation.report import write_report
@@ -134,8 +134,9 @@ def evaluate(
     given: `pictures` receives what `write_pictures` writes, `plots` what `write_report` does. Under torchrun each
     process takes a share of the images and all return the same. device: a GPU if there is one. Raises ValueError when
     the data set has other classes than the checkpoint, or when an override changes another section, before anything is
-    written.
+    written. Changes the process as described in `vitdet.data.loader.configure_process`.
     """
+    configure_process()
     from vitdet.checkpoint import restore_detector
     from vitdet.models import (
         build_detector,
@@ -173,7 +174,7 @@ def evaluate(
 def evaluate_results(
     results: str | Path,
     annotations: str | Path,
-    dataset: str = "coco",
+    dataset: str = DataConfig.dataset,
     *,
     plots: str | Path | None = None,
 ) -> dict[str, float]:

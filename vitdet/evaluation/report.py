@@ -26,14 +26,14 @@ def class_rows(finished: Mapping[str, Comparison]) -> list[dict[str, str | float
 
 
 def curve_rows(
-    finished: Mapping[str, Comparison], ious: Sequence[float] = (0.5, 0.75)
+    finished: Mapping[str, Comparison], thresholds: Sequence[float] = (0.5, 0.75)
 ) -> list[dict[str, str | float]]:
     """Precision over recall, mean of the classes, as rows {curve: 'box IoU 0.5', recall, precision} in 0..1."""
     rows: list[dict[str, str | float]] = []
     for kind, comparison in finished.items():
         precision = comparison.precision[:, :, :, 0, -1]  # (T, R, K) of all sizes, most detections
         known = (precision >= 0).all((0, 1))
-        for iou in ious if known.any() else ():
+        for iou in thresholds if known.any() else ():
             means = precision[int(np.abs(IOUS - iou).argmin())][:, known].mean(1)
             rows += [
                 {

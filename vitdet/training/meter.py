@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import reduce
 
 import torch
 from torch import Tensor
@@ -48,7 +49,7 @@ class Meter:
 
     def add(self, losses: dict[str, Tensor], grad_norm: Tensor) -> None:
         """The figures of one step."""
-        total = sum(loss.detach() for loss in losses.values())
+        total = reduce(torch.add, (loss.detach() for loss in losses.values()))
         for name, value in {**losses, "loss": total, "grad_norm": grad_norm}.items():
             self.sums[name] = self.sums.get(name, 0.0) + value.detach().float()
         self.count += 1
@@ -61,7 +62,9 @@ class Meter:
         """
         if not self.timed:  # no step of this process: what `restore` brought, if it did
             return {"sums": dict(self.sums), "count": self.count}
-        sums = distributed.mean(torch.stack(list(self.sums.values()))).tolist()
+        sums = distributed.mean(
+            torch.stack([torch.as_tensor(value) for value in self.sums.values()])
+        ).tolist()
         broken = [
             name for name, value in zip(self.sums, sums, strict=True) if not math.isfinite(value)
         ]

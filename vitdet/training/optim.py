@@ -7,14 +7,17 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
 from vitdet.config import OptimConfig
+from vitdet.models import Detector
 
 
-def parameter_groups(detector: nn.Module, settings: OptimConfig) -> list[dict]:
+def parameter_groups(detector: Detector, settings: OptimConfig) -> list[dict]:
     """Groups {params, names, lr, lr_scale, weight_decay}; each trained parameter is in exactly one.
 
     Block i of n learns with lr * layer_decay ** (n - i), what stands before the blocks with layer_decay ** (n + 1),
@@ -63,7 +66,7 @@ def _undecayed(detector: nn.Module, which: str) -> set[str]:
     }
 
 
-def build_optimizer(detector: nn.Module, settings: OptimConfig) -> torch.optim.AdamW:
+def build_optimizer(detector: Detector, settings: OptimConfig) -> torch.optim.AdamW:
     """AdamW over the parameter groups."""
     groups = [
         {k: v for k, v in group.items() if k != "names"}
@@ -130,6 +133,15 @@ class WeightAverage:
             torch._foreach_lerp_(
                 list(self.weights.values()), [p.detach() for p in self.source.values()], 1 - decay
             )
+
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        """Within it the model has the averaged weights; afterwards, also after an error, its own again."""
+        self.swap()
+        try:
+            yield
+        finally:
+            self.swap()
 
     @torch.no_grad()
     def swap(self) -> None:

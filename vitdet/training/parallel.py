@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+from typing import Any
 
 import torch
 from torch import nn
@@ -35,14 +36,15 @@ def parallelize(detector: nn.Module, device: torch.device) -> nn.Module:
                 "model than one does",
                 distributed.world_size(),
             )
-    devices = [device.index] if device.type == "cuda" else None
     known = inspect.signature(DistributedDataParallel).parameters
-    buffers = (
-        "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
-    )  # its name until 2.14
-    return DistributedDataParallel(
-        detector, device_ids=devices, gradient_as_bucket_view=True, **{buffers: False}
-    )
+    # torch 2.15 renamed broadcast_buffers
+    buffers = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
+    options: dict[str, Any] = {
+        "device_ids": [device.index] if device.type == "cuda" else None,
+        "gradient_as_bucket_view": True,
+        buffers: False,
+    }
+    return DistributedDataParallel(detector, **options)
 
 
 def share_statistics(detector: nn.Module) -> None:

@@ -7,22 +7,22 @@ bit for bit, on a GPU as far as its kernels, some of which add in any order, rep
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import nn
 
 from vitdet import distributed
-from vitdet.checkpoint import FORMAT, Checkpoints, load_model_file, load_weights, save
-from vitdet.config import Config, DataConfig, difference, digest, from_dict, save_config, to_dict
+from vitdet.checkpoint import FORMAT, Checkpoints, load_weights, save
+from vitdet.config import Config, DataConfig, save_config, to_dict
 from vitdet.data import fingerprint
 from vitdet.data.coco import CocoSplit
 from vitdet.data.dataset import read_split
-from vitdet.data.loader import train_loader
+from vitdet.data.loader import configure_process, train_loader
 from vitdet.evaluation.evaluator import evaluate_detector
 from vitdet.evaluation.pictures import write_pictures
 from vitdet.models import Detector, build_detector
@@ -31,6 +31,13 @@ from vitdet.training.meter import Meter
 from vitdet.training.optim import WeightAverage, build_optimizer, clip_gradients, set_lr
 from vitdet.training.parallel import parallelize, share_statistics
 from vitdet.training.precision import chosen, tf32
+from vitdet.training.resume import (
+    changed_settings,
+    check_agreement,
+    is_complete,
+    state_to_resume,
+    states_folder,
+)
 from vitdet.training.stop import Stopped, sigterm
 from vitdet.types import Batch
 from vitdet.weights import load_pretrained, resolve
@@ -50,16 +57,25 @@ def train(
     weights: str | Path | None = None,
     start_tracking: StartTracking = lambda *_: Tracker(),
 ) -> Path:
-    """Trains a detector and gives the path of output/model.pt; goes on where an interrupted training stopped.
+    """Trains a detector and returns the path of output/model.pt; resumes an interrupted training.
 
-    Training states go to output/checkpoints, or to a folder of their own under `checkpoints`, named by config, data
-    and initial weights. `weights` is a local file to use for train.init. Raises ValueError when `output` holds a
-    finished run or one of another config, Stopped after SIGTERM. Under torchrun a finished run of this config and data
-    is the result: where another node is lost at the very end, torchrun starts all again.
+    Training states go to output/checkpoints, or to a folder of their own below `checkpoints`, named by the settings
+    that affect the weights, the data and the initial weights. `weights` is a local file to use for train.init.
+
+    A resumed training may change operational settings (see `vitdet.config.operational`), also where the data is, and
+    optim.steps if the learning rate of the steps already done stays the same; a finished run with its last state may so
+    be extended. Raises ValueError when `output` holds any other finished run or one of another config, Stopped after
+    SIGTERM. Under torchrun a finished run of this config and data is the result, since torchrun restarts all processes
+    when a node is lost at the very end.
+
+    Changes the process as described in `vitdet.data.loader.configure_process`.
     """
+    configure_process()
     output = Path(output)
     with distributed.process_group() as device, sigterm() as stop, ExitStack() as alone:
-        if distributed.from_first(lambda: _was_complete(config, output, start_tracking)):
+        if distributed.from_first(
+            lambda: is_complete(config, output, lambda *run: start_tracking(*run).close())
+        ):
             return output / "model.pt"
         source = weights if weights is not None else resolve(config.train.init)
         split = distributed.together(
@@ -67,12 +83,12 @@ def train(
         )
         val_classes, prints = distributed.from_first(lambda: _inspect(config.data, split))
         folder = distributed.from_first(
-            lambda: _states_folder(config, output, checkpoints, prints, source)
+            lambda: states_folder(config, output, checkpoints, prints, source)
         )
         states = Checkpoints(folder, config.train.keep)
-        state = distributed.together(lambda: _state_to_go_on_from(config, prints, states))
+        state = distributed.together(lambda: state_to_resume(config, output, prints, states))
         start = state["step"] if state else 0
-        _check_agreement(distributed.all_gather_objects(start), folder)
+        check_agreement(distributed.all_gather_objects(start), folder)
         loader = distributed.together(
             lambda: train_loader(
                 config.data,
@@ -154,9 +170,8 @@ class Loop:
         self.average.load_state_dict(state["average"])
         self.meter.restore(state["meter"])
         self.metrics = state["metrics"]
-        self.evaluated = state.get(
-            "evaluated", state["step"]
-        )  # states of version 0.1 were saved after evaluations
+        # states written before commit 29b381b do not have it: they were saved after evaluations
+        self.evaluated = state.get("evaluated", state["step"])
 
     def run(self, start: int) -> None:
         """Steps start..steps-1. Raises Stopped, and ValueError for a loss that is not finite."""
@@ -198,7 +213,7 @@ class Loop:
 
     def learn(self, model: nn.Module, batch: Batch, step: int, precision: str) -> float:
         """One step of the optimizer; its learning rate."""
-        torch.manual_seed(hash((self.config.train.seed, step, distributed.rank())) & 0x7FFFFFFF)
+        torch.manual_seed(step_seed(self.config.train.seed, step, distributed.rank()))
         lr = set_lr(self.optimizer, step, self.config.optim)
         self.optimizer.zero_grad()  # before the activations, which need the memory
         with torch.autocast(self.device.type, torch.bfloat16, enabled=precision == "bf16"):
@@ -213,16 +228,15 @@ class Loop:
     def evaluate(self, step: int) -> None:
         """AP on the validation split, of the averaged weights if there are any, and pictures of what they find; saved."""
         with self.meter.paused():
-            self.average.swap()
-            share_statistics(self.detector)
-            self.metrics, _ = evaluate_detector(
-                self.detector, self.config.data, self.config.evaluate, self.device
-            )
-            if distributed.rank() == 0:
-                folder = self.output / "pictures" / f"step_{step:08d}"
-                for path in write_pictures(self.detector, self.config.data, folder):
-                    self.tracker.artifact(path, f"pictures/{folder.name}")
-            self.average.swap()
+            with self.average.applied():
+                share_statistics(self.detector)
+                self.metrics, _ = evaluate_detector(
+                    self.detector, self.config.data, self.config.evaluate, self.device
+                )
+                if distributed.rank() == 0:
+                    folder = self.output / "pictures" / f"step_{step:08d}"
+                    for path in write_pictures(self.detector, self.config.data, folder):
+                        self.tracker.artifact(path, f"pictures/{folder.name}")
             self.tracker.log(self.metrics, step)
             self.evaluated = step
             self.save(step)  # once more, now with the figures
@@ -251,23 +265,26 @@ class Loop:
 
     def finish(self, class_names: Sequence[str]) -> None:
         """Writes the finished detector, of the averaged weights if there are any."""
-        self.average.swap()
-        weights = {
-            name: tensor.detach().cpu() for name, tensor in self.detector.state_dict().items()
-        }
-        save(
-            self.output / "model.pt",
-            {
-                "format": FORMAT,
-                "config": to_dict(self.config),
-                "model": weights,
-                "class_names": list(class_names),
-                "run_id": self.tracker.run_id,
-                "step": self.config.optim.steps,
-                "fingerprints": self.prints,
-                "metrics": self.metrics,
-            },
-        )
+        with self.average.applied():
+            model = {name: tensor.cpu() for name, tensor in self.detector.state_dict().items()}
+            save(
+                self.output / "model.pt",
+                {
+                    "format": FORMAT,
+                    "config": to_dict(self.config),
+                    "model": model,
+                    "class_names": list(class_names),
+                    "run_id": self.tracker.run_id,
+                    "step": self.config.optim.steps,
+                    "fingerprints": self.prints,
+                    "metrics": self.metrics,
+                },
+            )
+
+
+def step_seed(seed: int, step: int, rank: int) -> int:
+    """The seed of the random draws of one step in one process."""
+    return int(np.random.SeedSequence((seed, step, rank)).generate_state(1, np.uint64)[0])
 
 
 def _fresh_detector(
@@ -303,6 +320,8 @@ def _announce(
         log.info(
             "going on from step %d of %d (%s)", state["step"], config.optim.steps, states.folder
         )
+        if changed := changed_settings(config, state):
+            log.info("changed settings: %s", "; ".join(changed))
     save_config(config, output / "config.yaml")
     tracker = start_tracking(
         fingerprint.combined(prints),
@@ -313,31 +332,6 @@ def _announce(
     return tracker
 
 
-def _states_folder(
-    config: Config,
-    output: Path,
-    checkpoints: str | Path | None,
-    prints: dict[str, str],
-    source: str | Path | None,
-) -> Path:
-    if checkpoints is None:
-        return output / "checkpoints"
-    initial = ""
-    if source is not None:
-        with open(source, "rb") as file:
-            initial = hashlib.file_digest(file, "sha256").hexdigest()
-
-    def named(data: str) -> Path:
-        name = hashlib.sha256(f"{digest(config)} {data} {initial}".encode()).hexdigest()[:12]
-        return Path(checkpoints) / name
-
-    folder = named(fingerprint.combined(prints))
-    if not folder.exists() and any(Path(checkpoints).glob("*/step_*.pt")):
-        old = named(fingerprint.legacy_dataset_digest(config.data))  # of version 0.1
-        return old if old.exists() else folder
-    return folder
-
-
 def _inspect(data: DataConfig, split: CocoSplit) -> tuple[tuple[str, ...], dict[str, str]]:
     """The class names of the validation split, and the fingerprints of both."""
     validation = read_split(data, data.val_split)
@@ -346,67 +340,6 @@ def _inspect(data: DataConfig, split: CocoSplit) -> tuple[tuple[str, ...], dict[
         "val": fingerprint.fingerprint(data, data.val_split, validation.records),
     }
     return validation.class_names, prints
-
-
-def _state_to_go_on_from(
-    config: Config, prints: dict[str, str], states: Checkpoints
-) -> dict | None:
-    """The newest state, if there is one; ValueError where it does not suit this config and data."""
-    state = states.latest()
-    if state is not None:
-        _check_state(config, prints, state, states.folder)
-    return state
-
-
-def _was_complete(config: Config, output: Path, start_tracking: StartTracking) -> bool:
-    """Whether torchrun has started a training again that had ended, with all that its tracker may have kept back.
-
-    Raises ValueError for any other finished run.
-    """
-    finished = output / "model.pt"
-    if not finished.exists():
-        return False
-    done = load_model_file(finished)
-    differing = difference(config, from_dict(done["config"]))
-    if differing or not distributed.by_torchrun():
-        what = (
-            f"with another config ({'; '.join(differing)})" if differing else "of this very config"
-        )
-        raise ValueError(
-            f"{output}: holds a finished run {what}; choose another --output or remove it"
-        )
-    prints = fingerprint.fingerprints(config.data)
-    if change := fingerprint.change(done, config.data, prints):
-        raise ValueError(
-            f"{output}: holds a finished run on other data ({change}); choose another --output or "
-            "remove it"
-        )
-    log.warning("%s: complete already, nothing is left to do", output)
-    if done["run_id"]:
-        start_tracking(fingerprint.combined(prints), done["run_id"], done["step"]).close()
-    return True
-
-
-def _check_state(config: Config, prints: dict[str, str], state: dict, folder: Path) -> None:
-    differing = difference(config, from_dict(state["config"]))
-    if differing:
-        raise ValueError(
-            f"{folder}: holds a run with another config ({'; '.join(differing)}); choose another "
-            "--output, or go on with the same settings"
-        )
-    if change := fingerprint.change(state, config.data, prints):
-        raise ValueError(
-            f"{folder}: the data set has changed since this run began ({change}); choose another "
-            "--output"
-        )
-
-
-def _check_agreement(starts: Sequence[int], folder: Path) -> None:
-    if len(set(starts)) > 1:  # a folder of each machine's own, or one that lags behind
-        raise ValueError(
-            f"{folder}: the processes found states of different steps ({', '.join(map(str, starts))}); "
-            "--output must be one folder that all of them share; if it is, start again"
-        )
 
 
 def _check_classes(config: Config, trained: Sequence[str], validated: Sequence[str]) -> None:

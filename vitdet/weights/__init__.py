@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib
 from pathlib import Path
 
-from vitdet.typed import nearest
+from vitdet.config import nearest
 from vitdet.weights.catalogue import CATALOGUE, PACKAGED, fetched
 
 __all__ = ["CATALOGUE", "NOT_PRETRAINED", "PACKAGED", "Loaded", "load_pretrained", "resolve"]  # noqa: F822 - below

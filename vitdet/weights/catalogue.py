@@ -8,7 +8,7 @@ from typing import Literal
 
 import yaml
 
-from vitdet.typed import nearest
+from vitdet.config import nearest
 
 NOT_PUBLISHED = "not published"
 PACKAGED = Path(__file__).parent  # where the files that ship with the package lie

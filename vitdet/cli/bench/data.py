@@ -19,6 +19,7 @@ from PIL import Image
 
 from vitdet.config import DataConfig
 from vitdet.data.dataset import TrainData, read_split
+from vitdet.data.loader import configure_process
 from vitdet.data.records import Record
 
 SIDE = 1024
@@ -34,6 +35,7 @@ def measure(
     """
     if rounds < 1:
         raise ValueError(f"rounds must be at least 1, got {rounds}")
+    configure_process()
     stream = [
         _stream(
             DataConfig(

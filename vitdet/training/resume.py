@@ -1,0 +1,155 @@
+"""Where a training finds its states, and whether it may go on from one."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from vitdet import distributed
+from vitdet.checkpoint import Checkpoints, load_model_file
+from vitdet.config import Config, difference, digest, from_dict, legacy_digest
+from vitdet.data import fingerprint
+from vitdet.training.optim import lr_factor
+
+log = logging.getLogger(__name__)
+
+
+def states_folder(
+    config: Config,
+    output: Path,
+    checkpoints: str | Path | None,
+    prints: dict[str, str],
+    source: str | Path | None,
+) -> Path:
+    """The folder of this training's states: in `output`, or below `checkpoints`, named by what determines the weights.
+
+    prints: the fingerprints of the data. source: the file of initial weights. A folder named as by version 0.1 is found, too.
+    """
+    if checkpoints is None:
+        return output / "checkpoints"
+    initial = ""
+    if source is not None:
+        with open(source, "rb") as file:
+            initial = hashlib.file_digest(file, "sha256").hexdigest()
+
+    def folder(settings: str, data: str) -> Path:
+        text = f"{settings} {data} {initial}"
+        return Path(checkpoints) / hashlib.sha256(text.encode()).hexdigest()[:12]
+
+    found, legacy = folder(digest(config), fingerprint.combined(prints)), legacy_digest(config)
+    if legacy and not found.exists() and any(Path(checkpoints).glob("*/step_*.pt")):
+        old = folder(legacy, fingerprint.legacy_dataset_digest(config.data))
+        return old if old.exists() else found
+    return found
+
+
+def state_to_resume(
+    config: Config, output: Path, prints: dict[str, str], states: Checkpoints
+) -> dict | None:
+    """The newest state, if there is one. Raises ValueError if it does not fit this config and data."""
+    state, finished = states.latest(), output / "model.pt"
+    if state is not None:
+        _check_state(config, prints, state, states.folder)
+    elif finished.exists():  # `is_complete` allowed more steps
+        steps = load_model_file(finished)["step"]
+        raise ValueError(
+            f"{output}: holds a finished run of {steps} steps, and no training state to go on from is in "
+            f"{states.folder}; choose another --output or remove it"
+        )
+    return state
+
+
+def changed_settings(config: Config, state: dict) -> list[str]:
+    """A text for each setting that differs from those of the state."""
+    return difference(config, from_dict(state["config"]))
+
+
+def is_complete(
+    config: Config, output: Path, close_tracking: Callable[[str, str, int], None]
+) -> bool:
+    """Whether `output` holds this training's result, as when torchrun restarts a training that had ended.
+
+    Then `close_tracking(fingerprint of the data, run_id, step)` is called. False also where the finished run may go on to more steps.
+    Raises ValueError for any other finished run.
+    """
+    finished = output / "model.pt"
+    if not finished.exists():
+        return False
+    done = load_model_file(finished)
+    stored = from_dict(done["config"])
+    remedy = "choose another --output or remove it"
+    if _same_but_for_steps(config, stored) and config.optim.steps > stored.optim.steps:
+        reason = _changed_rate(config, stored, stored.optim.steps)
+        if not reason:
+            return False
+        differing = "; ".join(difference(config, stored))
+        raise ValueError(
+            f"{output}: holds a finished run with another config ({differing}); {reason}; {remedy}"
+        )
+    if difference(config, stored, affecting_weights=True) or not distributed.by_torchrun():
+        differing = "; ".join(difference(config, stored))
+        what = f"with another config ({differing})" if differing else "of this very config"
+        raise ValueError(f"{output}: holds a finished run {what}; {remedy}")
+    prints = fingerprint.fingerprints(config.data)
+    if change := fingerprint.change(done, config.data, prints):
+        raise ValueError(f"{output}: holds a finished run on other data ({change}); {remedy}")
+    log.warning("%s: complete already, nothing is left to do", output)
+    if done["run_id"]:
+        close_tracking(fingerprint.combined(prints), done["run_id"], done["step"])
+    return True
+
+
+def check_agreement(starts: Sequence[int], folder: Path) -> None:
+    """Raises ValueError if the processes start from different steps."""
+    if len(set(starts)) > 1:  # a folder of each machine's own, or one that lags behind
+        raise ValueError(
+            f"{folder}: the processes found states of different steps ({', '.join(map(str, starts))}); "
+            "--output must be one folder that all of them share; if it is, start again"
+        )
+
+
+def _check_state(config: Config, prints: dict[str, str], state: dict, folder: Path) -> None:
+    stored, step = from_dict(state["config"]), state["step"]
+    if not _same_but_for_steps(config, stored):
+        differing = "; ".join(difference(config, stored, affecting_weights=True))
+        raise ValueError(
+            f"{folder}: holds a run with another config ({differing}); choose another --output, or go on "
+            "with the same settings"
+        )
+    steps, before = config.optim.steps, stored.optim.steps
+    if steps < step:
+        raise ValueError(
+            f"{folder}: holds a run of {step} steps, more than optim.steps = {steps}; choose another --output"
+        )
+    if reason := _changed_rate(config, stored, step):
+        raise ValueError(
+            f"{folder}: optim.steps cannot change from {before} to {steps} after step {step}: {reason}; "
+            "choose another --output"
+        )
+    if change := fingerprint.change(state, config.data, prints):
+        raise ValueError(
+            f"{folder}: the data set has changed since this run began ({change}); choose another "
+            "--output"
+        )
+
+
+def _same_but_for_steps(config: Config, stored: Config) -> bool:
+    """Whether no setting but optim.steps and the operational ones differs."""
+    optim = replace(config.optim, steps=stored.optim.steps)
+    return not difference(replace(config, optim=optim), stored, affecting_weights=True)
+
+
+def _changed_rate(config: Config, stored: Config, done: int) -> str:
+    """Why optim.steps may not change: the first of the steps already done whose learning rate would; '' if none."""
+    ours, theirs = config.optim, stored.optim
+    for step in range(done if ours.steps != theirs.steps else 0):
+        new, old = lr_factor(step, ours), lr_factor(step, theirs)
+        if new != old:
+            return (
+                f"the learning rate of step {step} would have been {ours.lr * new:.6g}, not "
+                f"{theirs.lr * old:.6g}"
+            )
+    return ""
