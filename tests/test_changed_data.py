@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from tests.test_fine_tuning import other_classes
 from tests.test_fingerprint import add_image
 from tests.test_stages import client_of
 from vitdet import stages
-from vitdet.checkpoint import load_model_file
+from vitdet.checkpoint import load_model_file, save
 from vitdet.config import load_config
 from vitdet.data.layout import resolve_config
 
@@ -158,7 +159,7 @@ def test_own_data_needs_one_override(own_tiny: Path, tmp_path: Path, recipe: str
 def test_two_recipes_with_other_splits_are_compared_on_own_data(
     own_tiny: Path, tmp_path: Path
 ) -> None:
-    overrides = [f"data.root={own_tiny}", "train.init="]
+    overrides = [f"data.root={own_tiny}", "train.init=", "evaluate.max_detections=60"]
     folders = [str(tmp_path / name) for name in ("settings", "space", "configs", "manifest")]
     names = stages.resolve_configs(
         ["tiny", "mask_rcnn_vitdet_b_coco"], overrides, folders[1], folders[0]
@@ -259,25 +260,28 @@ def test_a_champion_whose_artifacts_are_gone_is_not_replaced(again: Run) -> None
 
 
 def test_the_command_line_registers_a_champion_through_the_gate(
-    again: Run, vitdet, tmp_path: Path
+    own_tiny: Path, vitdet: Callable[..., tuple[int, str, str]], tmp_path: Path
 ) -> None:
-    model = tmp_path / "runs" / "run" / "model.pt"
-    model.parent.mkdir(parents=True)
-    shutil.copyfile(again.path("model.pt"), model)
-    settings = ["--alias", "champion", "--output", tmp_path / "registered.json"]
-    code, out, err = vitdet("register", model, *settings)
+    metrics, first = tmp_path / "metrics.json", tmp_path / "runs" / "first"
+    config = resolve_config("tiny", [f"data.root={own_tiny}", "optim.steps=1", *SMALL])[0]
+    words = ["--alias", "champion", "--output", tmp_path / "registered.json"]
+    model = stages.train(config, "tiny", first)
+    code, out, err = vitdet("register", model, *words)
     assert code == 0 and "version 1 (champion): box AP 0: the first champion" in out, err
-    assert vitdet("register", model, *settings)[0] == 0  # the champion itself
+    assert vitdet("register", model, *words)[0] == 0  # the champion itself
 
     other = tmp_path / "runs" / "other" / "model.pt"
     other.parent.mkdir()
-    config = resolve_config("tiny", [f"data.root={again.folder / 'own'}", *SMALL])[0]
-    stages.train(config, "tiny", other.parent)
-    code, _, err = vitdet("register", other, *settings)
+    save(other, {**load_model_file(model), "run_id": None, "step": 2})
+    code, _, err = vitdet("register", other, *words)
     assert code == 1 and "no better than the 0 of the champion, version 1" in err
 
-    add_image(again.folder / "own", "val")
-    (tmp_path / "metrics.json").write_text('{"box_ap": 3.0}')
-    words = ["register", other, *settings, "--metrics", tmp_path / "metrics.json"]
-    code, out, err = vitdet(*words)
+    add_image(
+        own_tiny, "val"
+    )  # the checkpoint's own metrics are of the data before, --metrics of these
+    metrics.write_text('{"box_ap": 3.0}')
+    code, out, err = vitdet("register", other, *words, "--metrics", metrics)
     assert code == 0 and "box AP 3, above the 0 of the champion, version 1" in out, err
+    shutil.rmtree(own_tiny)
+    code, _, err = vitdet("register", model, *words)
+    assert code == 1 and "has no AP on this validation data" in err and err.count("\n") == 1, err

@@ -14,7 +14,7 @@ import torch
 
 from tests.conftest import minimal
 from vitdet.checkpoint import load_model_file
-from vitdet.config import DataConfig, digest, load_config
+from vitdet.config import DataConfig, legacy_digest, load_config
 from vitdet.data.dataset import read_split
 from vitdet.data.fingerprint import (
     combined,
@@ -25,7 +25,7 @@ from vitdet.data.fingerprint import (
     verify,
 )
 from vitdet.training import train
-from vitdet.training.trainer import _states_folder
+from vitdet.training.resume import states_folder
 
 
 @pytest.fixture
@@ -177,12 +177,12 @@ def test_states_that_version_0_1_stored_under_checkpoints_are_found(
 ) -> None:
     config = load_config("tiny", minimal(own_tiny))
     prints = fingerprints(config.data)
-    text = f"{digest(config)} {legacy_dataset_digest(config.data)} "
+    text = f"{legacy_digest(config)} {legacy_dataset_digest(config.data)} "
     old = tmp_path / hashlib.sha256(text.encode()).hexdigest()[:12]
-    new = _states_folder(config, tmp_path, tmp_path, prints, None)
+    new = states_folder(config, tmp_path, tmp_path, prints, None)
     assert new != old
     old.mkdir()
     (old / "step_00000001.pt").touch()
-    assert _states_folder(config, tmp_path, tmp_path, prints, None) == old
+    assert states_folder(config, tmp_path, tmp_path, prints, None) == old
     add_image(own_tiny)
-    assert _states_folder(config, tmp_path, tmp_path, fingerprints(config.data), None) != old
+    assert states_folder(config, tmp_path, tmp_path, fingerprints(config.data), None) != old

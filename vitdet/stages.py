@@ -21,6 +21,7 @@ import json
 import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -28,8 +29,6 @@ from vitdet.config import (
     Config,
     difference,
     digest,
-    flatten,
-    from_dict,
     legacy_digest,
     load_config,
     save_config,
@@ -40,19 +39,6 @@ if TYPE_CHECKING:
     from vitdet.tracking.champion import Evaluate, Evaluated, Protocol
     from vitdet.tracking.registration import Registered
 
-# Settings that must be equal for one table to compare two recipes; SPLITS once they are known.
-COMPARED = (
-    "data.dataset",
-    "data.root",
-    "data.max_images",
-    "evaluate.score_threshold",
-    "evaluate.nms_iou",
-    "evaluate.max_detections",
-    "tracking.uri",
-    "tracking.experiment",
-    "tracking.model_name",
-)
-SPLITS = ("data.train_split", "data.val_split")
 EXPLICIT = "explicit.json"  # beside the configs of a run: the settings of each that a user chose
 
 
@@ -155,7 +141,8 @@ def resolve_configs(
     Raises ValueError or FileNotFoundError, in one line, for a recipe or setting that is wrong, for the same experiment
     twice, and for recipes that one table could not compare: of other data or another place in MLflow.
     """
-    from vitdet.data.layout import explicit_settings
+    from vitdet.data.layout import SPLITS, explicit_settings
+    from vitdet.tracking.comparison import check_comparable
 
     if not recipes:
         raise ValueError("name at least one recipe")
@@ -173,12 +160,9 @@ def resolve_configs(
             )
         explicit[name] = sorted(explicit_settings(recipe, overrides))
         first = next(iter(explicit))
-        known = [
-            key for key in SPLITS if not any(_is_open(key, explicit[one]) for one in (first, name))
-        ]
-        _check_comparable(
-            configs.get(first, config), config, recipes[0], recipe, (*COMPARED, *known)
-        )
+        named = set(explicit[first]) & set(explicit[name])
+        open_ = () if "data.root" not in named else [key for key in SPLITS if key not in named]
+        check_comparable(configs.get(first, config), config, recipes[0], recipe, open_)
         configs[name] = config
     for name, config in configs.items():
         save_config(config, Path(folder) / f"{name}.yaml")
@@ -195,6 +179,7 @@ def prepare_data(settings: str, workspace: str, configs: str, manifest: str) -> 
     from vitdet.data.fingerprint import combined, describe
     from vitdet.data.layout import resolve
     from vitdet.demo.tiny import make_tiny
+    from vitdet.tracking.comparison import check_comparable
 
     every = _configs(settings)
     root = next(iter(every.values())).data.root
@@ -209,7 +194,7 @@ def prepare_data(settings: str, workspace: str, configs: str, manifest: str) -> 
             notes.append(f"{name}: {root} has {values}")
     first = next(iter(every))
     for name, config in every.items():
-        _check_comparable(every[first], config, first, name, (*COMPARED, *SPLITS))
+        check_comparable(every[first], config, first, name)
     described = describe(every[first].data)
     for name, config in every.items():
         expected, count = config.model.roi_heads.num_classes, len(described["classes"])
@@ -447,25 +432,6 @@ def resolve_paths(config: Config, workspace: Path) -> Config:
     return replace(config, data=data, train=settings)
 
 
-def _is_open(key: str, explicit: Sequence[str]) -> bool:
-    """Whether `resolve` may set this setting."""
-    return "data.root" in explicit and key not in explicit
-
-
-def _check_comparable(
-    first: Config, other: Config, name: str, other_name: str, compared: Sequence[str]
-) -> None:
-    ours, theirs = flatten(first), flatten(other)
-    differing = [
-        f"{key} is {theirs[key]}, not {ours[key]}" for key in compared if ours[key] != theirs[key]
-    ]
-    if differing:
-        raise ValueError(
-            f"{other_name} and {name} cannot be compared: of {other_name} {'; '.join(differing)}; "
-            "run them one by one, or set the same for both"
-        )
-
-
 def _verified(configs: str, name: str, data: str) -> Config:
     """A config of `resolve_configs` or `prepare_data` with what the data has, which has this fingerprint."""
     from vitdet.data.fingerprint import verify
@@ -499,26 +465,14 @@ def _protocol_of(row: dict) -> Protocol:
 
 def _champion_evaluation(config: Config, stored: dict, protocol: Protocol) -> Evaluate:
     """Evaluates the checkpoint of a champion as the detector with the content `stored` was with this config."""
+    from vitdet.evaluation.evaluator import evaluate_alike
 
-    def evaluate_checkpoint(checkpoint: Path) -> float | None:
-        from vitdet.checkpoint import load_model_file
-        from vitdet.data.fingerprint import fingerprint
-        from vitdet.evaluation.evaluator import evaluate as measure
-
-        champion = load_model_file(checkpoint)
-        names = [str(name) for name in champion["class_names"]]
-        if names != list(stored["class_names"]):
-            shown = f"{', '.join(names[:5])}{', ...' if len(names) > 5 else ''}"
-            raise ValueError(
-                f"it has other classes ({shown}); register this model under another tracking.model_name"
-            )
-        if fingerprint(config.data, config.data.val_split) != protocol.fingerprint:
-            raise ValueError(f"{config.data.root} has changed since the candidate was evaluated")
-        own = from_dict(champion["config"]).data
-        data = replace(config.data, image_size=own.image_size, antialias=own.antialias)
-        return measure(checkpoint, config=replace(config, data=data)).get("box_ap")
-
-    return evaluate_checkpoint
+    return partial(
+        evaluate_alike,
+        config=config,
+        class_names=stored["class_names"],
+        val_fingerprint=protocol.fingerprint,
+    )
 
 
 def _champion_file(workspace: str, name: str, run_id: str) -> Path:

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vitdet.tracking.champion import ALIAS
+from vitdet.config import Config, flatten
+from vitdet.tracking.champion import ALIAS, SETTINGS
 from vitdet.tracking.mlflow import connect, experiment_id, tracking_uri
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
+DATA = ("data.root", "data.train_split", "data.val_split", "data.max_images")
+PLACE = ("tracking.uri", "tracking.experiment", "tracking.model_name")
 COLUMNS = ("box_ap", "mask_ap", "box_ap50", "box_ap75")
 # How KFP says that a run ended -> how MLflow does. Its servers say COMPLETE or SUCCEEDED, and some RUNNING of a run
 # whose exit handler runs: then the table tells, which the last step makes.
@@ -24,6 +27,25 @@ ENDS = {
     "CANCELLED": "KILLED",
     "CANCELED": "KILLED",
 }
+
+
+def check_comparable(
+    first: Config, other: Config, name: str, other_name: str, unknown: Collection[str] = ()
+) -> None:
+    """Raises ValueError for two configs that one table could not compare: of other data, evaluated differently, or with
+    another place in MLflow. unknown: settings that are not known yet.
+    """
+    ours, theirs = flatten(first), flatten(other)
+    differing = [
+        f"{key} is {theirs[key]}, not {ours[key]}"
+        for key in (*DATA, *SETTINGS, *PLACE)
+        if ours[key] != theirs[key] and key not in unknown
+    ]
+    if differing:
+        raise ValueError(
+            f"{other_name} and {name} cannot be compared: of {other_name} {'; '.join(differing)}; "
+            "run them one by one, or set the same for both"
+        )
 
 
 def start_parent_run(
