@@ -46,7 +46,11 @@ def register_checkpoint(
     stored = load_model_file(checkpoint)
     own = from_dict(stored["config"])
     measured = own if metrics is None else config or own
-    protocol = protocol or Protocol.of(measured, _val_fingerprint(stored, own, measured))
+    if protocol is None:
+        known = _own_fingerprint(stored, own)
+        protocol = Protocol.of(
+            measured, known if metrics is None else _fingerprint_now(measured, own, known)
+        )
     metrics = stored["metrics"] if metrics is None else metrics
     tracking, side = (config or own).tracking, own.data.image_size
     place: dict[str, Any] = {
@@ -97,21 +101,21 @@ def register_checkpoint(
     return Registered(name, version, reason)
 
 
-def _val_fingerprint(stored: dict, own: Config, measured: Config) -> str:
-    """That of the validation split that metrics were measured on; '' where it is not known.
+def _own_fingerprint(stored: dict, own: Config) -> str:
+    """That of the validation split that a checkpoint's own metrics were measured on; '' where it is not known."""
+    known = stored.get("fingerprints")
+    if known or not stored.get("dataset_digest"):
+        return (known or {}).get("val", "")
+    try:  # a file of version 0.1 holds the digest of both splits: compare it with the data that is there
+        prints = fingerprints(own.data)
+        return "" if change(stored, own.data, prints) else prints["val"]
+    except (FileNotFoundError, ValueError):
+        return ""
 
-    Metrics of the checkpoint itself: on the data of its training. Others: on the data that is there now.
-    """
+
+def _fingerprint_now(measured: Config, own: Config, known: str) -> str:
+    """That of the validation split that is there now; without it `known`, if that is of the same split."""
     data = measured.data
-    known = (stored.get("fingerprints") or {}).get("val", "")
-    if measured is own:
-        if known or not stored.get("dataset_digest"):
-            return known
-        try:  # of version 0.1
-            prints = fingerprints(data)
-            return "" if change(stored, data, prints) else prints["val"]
-        except (FileNotFoundError, ValueError):
-            return ""
     try:
         return fingerprint(data, data.val_split)
     except FileNotFoundError:
