@@ -11,14 +11,14 @@ def data(
     workspace: str,
     resolved: Output[Artifact],
     manifest: Output[Dataset],
-) -> str:
+) -> list[dict[str, str]]:
     """Verify the data and complete the configs with its splits and classes; the demo's data set is drawn here.
 
-    Returns the fingerprint of the data, by which the trainings are cached.
+    Returns the trainings, {"training": name, "data"} of each; data: the fingerprint, by which they are cached.
     """
     from vitdet import stages
 
     found = stages.prepare_data(settings.path, workspace, resolved.path, manifest.path)
     manifest.metadata["fingerprint"] = found.fingerprint
     print(*found.notes, f"data {found.fingerprint}", sep="\n")
-    return found.fingerprint
+    return [{"training": name, "data": found.fingerprint} for name in found.names]

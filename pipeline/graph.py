@@ -11,7 +11,9 @@ are. The cache compares artifacts by id, so a training takes none of `data`: it 
 classes itself, from data of that fingerprint.
 
 Workarounds for kfp 2.17: its local runner skips an If on an output that is not called `Output`, and
-compares one that is not a string wrongly, so `gate` returns one string. It does not run container
+compares one that is not a string wrongly, so `gate` returns one string. In a ParallelFor it gives
+every output parameter of a step outside of it the value of the loop's item, so the fingerprint is
+part of the item. It does not run container
 components and CreatePVC, so every step is a Python component. `set_retry` really sleeps there, so
 local runs have no retries. On a cluster a task after an If that was skipped does not run either
 (Argo: `depends: X.Succeeded`); the outputs of an If leave it only with dsl.OneOf and an Else, whose
@@ -114,12 +116,13 @@ def build(
             # never cached: what they read or change outside of KFP may have changed
             for task in (dataset, initial, parent, end):
                 task.set_caching_options(False)
-            with dsl.ParallelFor(config.outputs["Output"], name="recipe") as name:
+            with dsl.ParallelFor(dataset.outputs["Output"], name="recipe") as item:
+                name, fingerprint = item.training, item.data
                 trained = configure(
                     train(
                         name=name,
                         settings=settings,
-                        data=dataset.outputs["Output"],
+                        data=fingerprint,
                         initial=initial.output,
                         workspace=workspace,
                         nodes=nodes,
@@ -135,7 +138,7 @@ def build(
                         checkpoint=trained.outputs["checkpoint"],
                         name=name,
                         resolved=resolved,
-                        data=dataset.outputs["Output"],
+                        data=fingerprint,
                         workspace=workspace,
                     ),
                     "gpu",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,7 +35,7 @@ class Run:
     run_id: str
     name: str = ""
     data: str = ""
-    notes: tuple[str, ...] = ()
+    notes: Sequence[str] = ()
 
     def path(self, name: str) -> str:
         return str(self.folder / self.run_id / name)
@@ -45,7 +45,7 @@ class Run:
         (self.name,) = stages.resolve_configs(
             [recipe], overrides, str(self.space), self.path("settings")
         )
-        self.data, self.notes = stages.prepare_data(
+        self.data, _, self.notes = stages.prepare_data(
             self.path("settings"), str(self.space), self.path("configs"), self.path("manifest")
         )
         return self

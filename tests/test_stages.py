@@ -215,7 +215,7 @@ def test_the_demo_data_is_drawn_and_other_data_is_not(
     described = json.loads((tmp_path / "manifest").read_text())
     assert described["images"]["train"]["count"] == 3
     assert "-".join(described["fingerprints"].values()) == data.fingerprint
-    assert prepare(tmp_path) == data == (data.fingerprint, [])
+    assert prepare(tmp_path) == data and data.notes == []
     shutil.rmtree(tmp_path / "settings")
     resolve(["tiny"], ["data.root=absent"], tmp_path)
     with pytest.raises(FileNotFoundError, match="absent"):

@@ -43,9 +43,10 @@ EXPLICIT = "explicit.json"  # beside the configs of a run: the settings of each 
 
 
 class Data(NamedTuple):
-    """The verified data of a run: its fingerprint, and a line for each config that it changed."""
+    """The verified data of a run: its fingerprint, the names of the configs, a line for each that it changed."""
 
     fingerprint: str
+    names: list[str]
     notes: list[str]
 
 
@@ -205,7 +206,7 @@ def prepare_data(settings: str, workspace: str, configs: str, manifest: str) -> 
             )
         save_config(config, Path(configs) / f"{name}.yaml")
     write_json(manifest, described)
-    return Data(combined(described["fingerprints"]), notes)
+    return Data(combined(described["fingerprints"]), list(every), notes)
 
 
 def fetch_weights(configs: str, workspace: str) -> str:
