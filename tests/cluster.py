@@ -42,7 +42,7 @@ def kubectl(*words: str, given: object = None, fails: bool = False) -> str:
         input=text,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=180,  # longer than any `kubectl wait` of a test
         env={**os.environ, **ADMIN},
     )
     assert (done.returncode != 0) == fails, done.stderr + done.stdout

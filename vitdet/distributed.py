@@ -100,24 +100,25 @@ def all_gather_objects(value: T) -> list[T]:
 
 
 def together(make: Callable[[], T]) -> T:
-    """What `make` gives this process; where it fails in any of them, all raise the error of the first that failed.
+    """Run `make` on every rank; if it raises on any rank, raise the first error on all ranks to avoid a deadlock.
 
-    So nobody waits for one that has ended. Only what a user can mend counts: OSError, ValueError, LookupError.
+    This covers the errors that a user can fix: OSError, ValueError and LookupError.
     """
-    found, failure = None, None
+    results: list[T] = []
+    failure: Exception | None = None
     try:
-        found = make()
+        results.append(make())
     except (OSError, ValueError, LookupError) as error:
         failure = error
     for one in all_gather_objects(failure):
         if one is not None:
             raise one
-    return found  # type: ignore[return-value]
+    return results[0]
 
 
 def from_first(make: Callable[[], T]) -> T:
-    """What `make`, which only the first process calls, gives it, in every process; all raise what it raises there."""
-    return all_gather_objects(together(lambda: make() if rank() == 0 else None))[0]  # type: ignore[return-value]
+    """Run `make` on rank 0 and return its result on every rank; an error on rank 0 is raised on all ranks."""
+    return all_gather_objects(together(lambda: [make()] if rank() == 0 else []))[0][0]
 
 
 def barrier() -> None:

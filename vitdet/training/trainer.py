@@ -26,6 +26,7 @@ from vitdet.data.loader import configure_process, train_loader
 from vitdet.evaluation.evaluator import evaluate_detector
 from vitdet.evaluation.pictures import write_pictures
 from vitdet.models import Detector, build_detector
+from vitdet.models.losses import FederatedClassification
 from vitdet.tracking.tracker import Tracker
 from vitdet.training.meter import Meter
 from vitdet.training.optim import WeightAverage, build_optimizer, clip_gradients, set_lr
@@ -40,7 +41,8 @@ from vitdet.training.resume import (
 )
 from vitdet.training.stop import Stopped, sigterm
 from vitdet.types import Batch
-from vitdet.weights import load_pretrained, resolve
+from vitdet.weights import resolve
+from vitdet.weights.load import load_pretrained
 
 log = logging.getLogger(__name__)
 
@@ -130,7 +132,7 @@ class Loop:
     def __init__(
         self,
         config: Config,
-        detector: nn.Module,
+        detector: Detector,
         loader: Iterable[Batch],
         tracker: Tracker,
         states: Checkpoints,
@@ -157,16 +159,12 @@ class Loop:
     def begin(self, state: dict | None) -> None:
         """Goes on from a state; without one, saves the first."""
         if state is None:
-            self.save(
-                0
-            )  # a disk that is full or a folder that is closed shows now, and the run's id is kept
+            self.save(0)  # a full disk or a read-only folder is an error now; keeps the run's id
             return
         load_weights(self.detector, state["model"], self.states.folder)
         self.optimizer.load_state_dict(state["optimizer"])
         for slots in self.optimizer.state.values() if self.device.type == "cpu" else ():
-            slots |= {
-                name: value.clone() for name, value in slots.items()
-            }  # no longer the file's own pages
+            slots |= {name: value.clone() for name, value in slots.items()}  # not memory-mapped
         self.average.load_state_dict(state["average"])
         self.meter.restore(state["meter"])
         self.metrics = state["metrics"]
@@ -292,18 +290,16 @@ def _fresh_detector(
 ) -> Detector:
     """The detector before its first step; the odds of the federated loss are those of the training images."""
     torch.manual_seed(config.train.seed)
-    odds = torch.tensor(
-        split.image_counts, dtype=torch.float32
-    ).sqrt()  # detectron2: image_count ** 0.5
+    # image_count ** 0.5, as in detectron2
+    odds = torch.tensor(split.image_counts, dtype=torch.float32).sqrt()
     detector = build_detector(config.model, config.evaluate, odds.clone()).to(device)
     if source is not None:
         loaded = load_pretrained(detector, source, config.train.init_format, split.class_names)
         for note in loaded.notes if distributed.rank() == 0 else ():
             log.info("%s: %s", source, note)
-    if config.model.roi_heads.loss == "federated":
-        detector.roi_heads.classification.class_weights.copy_(
-            odds
-        )  # a file's are of the images that it learnt from
+    classification = detector.roi_heads.classification
+    if isinstance(classification, FederatedClassification):
+        classification.class_weights.copy_(odds)  # a file's are those of its own training images
     return detector
 
 

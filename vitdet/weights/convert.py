@@ -1,7 +1,6 @@
-"""Files of weights from one layout into another: theirs under our names, a whole detector of ours, and back.
+"""Converts checkpoint files: a third-party file to tensors under our names or to a whole detector, and back.
 
-It stands here and not beside the tables because a detector's file holds its config, and only a detector built from
-that shows whether the weights fit.
+A detector's file contains its config; the weights are checked against a detector that is built from it.
 """
 
 from __future__ import annotations
