@@ -12,7 +12,7 @@ import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from vitdet.config import DataConfig
 from vitdet.data import download_record
@@ -164,9 +164,10 @@ def _names(data: DataConfig, split: str) -> Iterator[str]:
     if not data.max_images:
         try:
             content: Any = read_entries(split_files(data, split)[0])
-            heads: Any = content.get("images") if isinstance(content, dict) else None
+            heads = content.get("images") if isinstance(content, dict) else None
             if isinstance(heads, list | Entries):
-                return iter([image_name(head, data.dataset == "lvis") for head in heads])
+                images = cast("Iterable[dict]", heads)
+                return iter([image_name(image, data.dataset == "lvis") for image in images])
         except (ValueError, KeyError, AttributeError, TypeError):
             pass  # the reader of the whole file knows better what is wrong
     return read_split(data, split).records.names()

@@ -158,4 +158,6 @@ def _versions(client: MlflowClient, model_name: str) -> tuple[str | None, dict[s
         client.search_model_versions(f"name = '{model_name}'"), key=lambda one: int(one.version)
     )
     alias = models[0].aliases.get(ALIAS) if models else None
-    return (None if alias is None else str(alias)), {one.run_id: str(one.version) for one in found}
+    return (None if alias is None else str(alias)), {
+        one.run_id: str(one.version) for one in found if one.run_id
+    }
