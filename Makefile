@@ -1,5 +1,6 @@
 # make demo    the whole job: data, weights, training, evaluation, registration; some minutes on 2 cores
-# make test    the test suite (one file: make test TESTS=tests/test_config.py; on more cores: JOBS=8)
+# make test    the fast tests (one file: make test TESTS=tests/test_config.py; on more cores: JOBS=8)
+# make test-slow  the slow tests (whole pipelines, killed processes, real servers); up to 20 minutes on 2 cores
 # make ui      MLflow in the browser: the demo's runs and models
 # make lint    ruff
 # make lock    renews requirements.lock: the newest versions that the ranges in pyproject.toml allow
@@ -17,16 +18,21 @@ BIN := .venv/bin
 READY := .venv/.ready
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: demo test ui lint lock setup clean
+.PHONY: demo test test-slow ui lint lock setup clean
 
 demo: $(READY)
 	dvc repro
 	dvc exp save --quiet --force --name demo
 	@python -c "$$SUMMARY" $(WORK)
 
-# A file of tests stays with one process: its fixtures are made once. In their order: the long ones come early.
+# The tests of a file run in one process, so that its fixtures are created once.
+PYTEST := OMP_NUM_THREADS=1 python -m pytest -n $(JOBS) --dist loadscope --no-loadscope-reorder
+
 test: $(READY)
-	OMP_NUM_THREADS=1 python -m pytest -n $(JOBS) --dist loadscope --no-loadscope-reorder $(TESTS)
+	$(PYTEST) -m "not slow" $(TESTS)
+
+test-slow: $(READY)
+	$(PYTEST) -m slow $(TESTS)
 
 ui: $(READY)
 	@test -f $(WORK)/mlflow.db || { echo "$(WORK)/mlflow.db is missing: run make demo first" >&2; exit 1; }

@@ -24,7 +24,8 @@ from tests.conftest import ROOT
 
 on_cluster = [
     pytest.mark.cluster,
-    pytest.mark.timeout(240),  # when a test's other thread failed, the launcher waits
+    pytest.mark.slow,
+    pytest.mark.timeout(900),  # when a test's other thread failed, the launcher waits
     pytest.mark.skipif(
         "KUBECONFIG" not in os.environ, reason="needs KUBECONFIG of a test control plane"
     ),
@@ -42,14 +43,13 @@ def kubectl(*words: str, given: object = None, fails: bool = False) -> str:
         input=text,
         capture_output=True,
         text=True,
-        timeout=180,  # longer than any `kubectl wait` of a test
         env={**os.environ, **ADMIN},
     )
     assert (done.returncode != 0) == fails, done.stderr + done.stdout
     return done.stderr if fails else done.stdout
 
 
-def wait_until(holds: Callable[[], object], seconds: float = 60) -> object:
+def wait_until(holds: Callable[[], object], seconds: float = 600) -> object:
     """What `holds` gives as soon as it is true."""
     end = time.monotonic() + seconds
     while time.monotonic() < end:

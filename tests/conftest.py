@@ -12,17 +12,17 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 from PIL import Image
 
 # Before torch is imported, here and in all processes of the tests: small models are no faster on several threads, on a
 # busy machine far slower, and equal bits need an equal number.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-# Invented inputs: in the suite the same ones each time; with --hypothesis-profile=long others, for an hour.
-settings.register_profile(
-    "suite", max_examples=100, derandomize=True, deadline=20_000, database=None
-)
-settings.register_profile("long", max_examples=100_000, deadline=20_000, database=None)
+# Generated inputs: the same ones in each run of the suite; --hypothesis-profile=long tries others for
+# an hour. Neither a slow example nor slow generation fails a test.
+SLOW = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow], "database": None}
+settings.register_profile("suite", max_examples=100, derandomize=True, **SLOW)
+settings.register_profile("long", max_examples=100_000, **SLOW)
 settings.load_profile("suite")
 ROOT = Path(__file__).parents[1]
 STEPS = 8

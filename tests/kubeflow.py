@@ -237,7 +237,7 @@ def failing(code: int, message: str = "internal", done: bool = False) -> Callabl
 
 def stalling(handler: Handler) -> None:
     """No answer."""
-    handler.server.resting.wait(30)
+    handler.server.resting.wait(600)
 
 
 def cut(handler: Handler) -> None:

@@ -21,9 +21,7 @@ RUNTIMES = ("ClusterTrainingRuntime", "TrainingRuntime")
 
 def kustomize(folder: Path) -> list[dict]:
     """The documents of a kustomization; ValueError with what kubectl says."""
-    done = subprocess.run(
-        ["kubectl", "kustomize", str(folder)], capture_output=True, text=True, timeout=60
-    )
+    done = subprocess.run(["kubectl", "kustomize", str(folder)], capture_output=True, text=True)
     if done.returncode:
         raise ValueError(done.stderr)
     return list(yaml.load_all(done.stdout, Loader=yaml.CSafeLoader))

@@ -302,7 +302,6 @@ def test_the_command_line_answers_without_importing_torch() -> None:
             cwd=ROOT,
             capture_output=True,
             text=True,
-            timeout=60,
         )
         if done.returncode or not done.stdout.strip():
             wrong.append(f"vitdet {' '.join(words)}: exit code {done.returncode}, {done.stderr}")

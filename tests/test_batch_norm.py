@@ -113,6 +113,7 @@ def one_of_two(rank: int, ports: list[int], root: Path, folder: Path) -> None:
     together("cut")
 
 
+@pytest.mark.slow
 def test_two_processes_without_gpus(tiny: Path, tmp_path: Path) -> None:
     with ExitStack() as stack:
         free = [stack.enter_context(socket.socket()) for _ in range(3)]

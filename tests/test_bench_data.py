@@ -22,7 +22,7 @@ def test_the_benchmark_prints_and_writes_what_an_image_takes(
     others = ["detectron2 polygon", "detectron2 bitmask", "pillow"] if there else ["pillow"]
     assert list(figures["cpu_ms"]) == ["vitdet", *others] and list(figures["ratio"]) == others
     for name, times in figures["cpu_ms"].items():
-        assert 0 < times["least"] <= times["mean"] < 1000 and name in output
+        assert 0 < times["least"] <= times["mean"] and name in output
     assert figures["ratio"]["pillow"] == pytest.approx(
         figures["cpu_ms"]["vitdet"]["mean"] / figures["cpu_ms"]["pillow"]["mean"], rel=0.02
     )

@@ -59,6 +59,7 @@ def one_line(error: Exception) -> str:
     return str(error)
 
 
+@pytest.mark.slow
 def test_a_full_disk_leaves_the_old_state_and_one_line(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-c", FULL_DISK, str(tmp_path / "states")],

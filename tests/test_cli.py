@@ -467,7 +467,6 @@ def run_process(folder: Path, *words: object) -> subprocess.CompletedProcess:
         env=environment(folder),
         capture_output=True,
         text=True,
-        timeout=60,
     )
 
 

@@ -130,7 +130,7 @@ def test_sigterm_deletes_the_job(played: Scene) -> None:
     launcher = played.start(script(), ["echo on; sleep 60"], "stopped", {})
     running(played, "stopped")
     launcher.terminate()
-    output, _ = launcher.communicate(timeout=30)
+    output, _ = launcher.communicate()
     assert launcher.returncode == 143 and "this step is being stopped" in output
     gone(played, "stopped")
 
@@ -146,7 +146,7 @@ def test_a_retried_step_goes_on_with_the_job_of_the_first(played: Scene) -> None
         lambda: played.job("retried")["metadata"]["ownerReferences"][0]["name"] == "step-second", 20
     )
     kubectl("delete", "pod", "-n", played.namespace, "step-first", "--wait=false")
-    output, _ = again.communicate(timeout=60)
+    output, _ = again.communicate()
     assert (
         again.returncode == 0
         and "following it" in output

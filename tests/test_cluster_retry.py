@@ -39,14 +39,15 @@ def refused(
     args: list[str],
     step: dict[str, str],
     monkeypatch: pytest.MonkeyPatch,
-) -> tuple[str, float]:
-    """What the step in this pod fails with, and after how many seconds."""
+) -> str:
+    """The error that the step in this pod fails with; prints how long it took."""
     for name, value in step.items():
         monkeypatch.setenv(name, value)
     start = time.monotonic()
     with pytest.raises(RuntimeError) as raised:
         made.launch(text, args, recipe)
-    return str(raised.value), time.monotonic() - start
+    print(f"refused after {time.monotonic() - start:.1f} s")
+    return str(raised.value)
 
 
 def test_a_training_that_fails_is_tried_once_and_anew_when_the_user_starts_the_run_again(
@@ -56,7 +57,7 @@ def test_a_training_that_fails_is_tried_once_and_anew_when_the_user_starts_the_r
     args = [
         "echo one try >> /data/tries; if [ $RANK = 1 ]; then echo no such weights; exit 3; fi; sleep 60"
     ]
-    error, _ = refused(played, "failing", failing(), args, first, monkeypatch)
+    error = refused(played, "failing", failing(), args, first, monkeypatch)
     name = job_name(PIPELINE_RUN, "failing")
     assert error.endswith(
         f"cause: pod {name}-worker-0 on node {played.node.name}: Error, exit code 3\n"
@@ -65,8 +66,8 @@ def test_a_training_that_fails_is_tried_once_and_anew_when_the_user_starts_the_r
     job = played.job("failing")
     assert job["metadata"]["annotations"][FAILURE] == error
 
-    again, seconds = refused(played, "failing", failing(), args, second, monkeypatch)
-    assert again == error and seconds < 10
+    again = refused(played, "failing", failing(), args, second, monkeypatch)
+    assert again == error
     assert played.job("failing")["metadata"]["uid"] == job["metadata"]["uid"]
     assert "no such weights" in kubectl(
         "logs", "-n", played.namespace, f"{name}-worker-0"
@@ -88,12 +89,12 @@ def test_a_job_that_could_not_start_is_held_and_told_again_and_the_end_of_the_ru
     with scene(tmp_path, node=False) as still:
         step = still.step_pod("step")
         other = meanwhile(lambda: write_status(still, "image", IMAGE))
-        error, _ = refused(still, "image", script(), ["true"], step, monkeypatch)
+        error = refused(still, "image", script(), ["true"], step, monkeypatch)
         other.join()
         assert error.endswith('Back-off pulling image "vitdet:typo"; it is suspended')
         wait_until(lambda: not still.pods("image"))
-        again, seconds = refused(still, "image", script(), ["true"], step, monkeypatch)
-        assert again == error and seconds < 3 and not still.pods("image")
+        again = refused(still, "image", script(), ["true"], step, monkeypatch)
+        assert again == error and not still.pods("image")
         monkeypatch.setenv("KUBECONFIG", str(still.kubeconfig))
         assert delete_jobs(PIPELINE_RUN) == ([job_name(PIPELINE_RUN, "image")], [])
         wait_until(lambda: still.job("image") is None)

@@ -6,7 +6,6 @@ import datetime
 import io
 import os
 import socket
-import time
 import traceback
 from collections.abc import Callable, Iterator
 from ipaddress import ip_address
@@ -283,7 +282,7 @@ def test_a_look_is_repeated_until_the_server_is_well(
 ) -> None:
     kubeflow.kept["runs"].append({"run_id": "x", "display_name": "a run", "state": "RUNNING"})
     kubeflow.plan["GET /runs/x"] = [trouble, trouble]
-    code, out, said = pipeline("status", "x", "--timeout", 0.2)
+    code, out, said = pipeline("status", "x", "--timeout", 1 if trouble is stalling else 60)
     assert code == 0 and "state RUNNING" in out
     assert len(kubeflow.requests) == 3 and said.count("; again in") == 2
 
@@ -300,9 +299,8 @@ def test_a_server_that_stays_ill_is_given_up(kubeflow: Kubeflow, pipeline: Run) 
 
 def test_a_stalled_connection_ends_with_its_time(kubeflow: Kubeflow, pipeline: Run) -> None:
     kubeflow.plan["GET /runs/x"] = [stalling] * 2
-    start = time.monotonic()
     code, _, said = pipeline("status", "x", "--timeout", 0.3, "--retries", 1)
-    assert code == 1 and "no answer within 0.3 s" in said and 0.6 < time.monotonic() - start < 3
+    assert code == 1 and "no answer within 0.3 s" in said and len(kubeflow.requests) == 2
 
 
 def test_a_host_that_refuses_and_one_that_does_not_exist(pipeline: Run) -> None:

@@ -100,10 +100,11 @@ def size(path: Path) -> int:
     return path.stat().st_size if path.exists() else 0
 
 
-def until(happened: Callable[[], object]) -> None:
-    end = time.monotonic() + 20
-    while time.monotonic() < end and not happened():
+def until(happened: Callable[[], object], process: subprocess.Popen | None = None) -> None:
+    """Waits, but not for a process that has ended; pytest-timeout ends a test that hangs."""
+    while not happened() and (process is None or process.poll() is None):
         time.sleep(0.01)
+    assert happened(), process and process.communicate()
 
 
 def asked(web: Web) -> list[str]:
@@ -227,10 +228,9 @@ def test_a_failure_stops_the_others_where_they_are(get: Fetch, web: Web, root: P
         status(404)(to)
 
     web.plans = {TRAIN: [file(cut=5_000, stall=True), *[file(cut=0)] * 9], BOTH: [late]}
-    begin = time.monotonic()
     with pytest.raises(FileNotFoundError, match="404"):
         get()
-    assert time.monotonic() - begin < 5
+    assert len(web.plans[TRAIN]) > 0  # stopped before its last attempt
     web.plans.clear()
     get()
     check(root, web)
@@ -245,7 +245,7 @@ package.__path__ = [os.path.join(vitdet.__path__[0], "data")]
 sys.modules["vitdet.data"] = package
 from pathlib import Path
 from tests.archives import miniatures
-from vitdet.data import extract, fetch
+from vitdet.datasets import extract, fetch
 from vitdet.datasets.download import Patience
 class Quiet:
     def at(self, done, total): pass
@@ -255,12 +255,12 @@ if len(sys.argv) > 3:
         if path.name == sys.argv[3]:
             temporary.write_bytes(b"half")
             print("here", flush=True)
-            import time; time.sleep(20)
+            import time; time.sleep(600)
         write(opened, info, path, temporary)
     extract._write = unpacked
 logging.basicConfig(level=logging.INFO)
 url, root = sys.argv[1], Path(sys.argv[2])
-print(fetch.fetch(miniatures("coco")[0], root, lambda _: Quiet(), url, patience=Patience(stall=20)))
+print(fetch.fetch(miniatures("coco")[0], root, lambda _: Quiet(), url, patience=Patience(stall=600)))
 """
 
 
@@ -286,7 +286,8 @@ def test_killed_anywhere_and_run_again(web: Web, root: Path) -> None:
         lambda: (
             size(root / ".archives" / "train2017.zip.part") == 9_000
             and size(root / ".archives" / "val2017.zip")
-        )
+        ),
+        process,
     )
     kill(process)
     process = start(
@@ -294,13 +295,12 @@ def test_killed_anywhere_and_run_again(web: Web, root: Path) -> None:
     )  # stops in the middle of this image of both folders
     assert process.stdout.readline().startswith("here")
     assert (TRAIN, "bytes=9000-") in web.asked
-    until(
-        lambda: (root / ".train2017.part" / "000000000004.jpg").exists()
-    )  # after the other folder
+    # after the other folder
+    until(lambda: (root / ".train2017.part" / "000000000004.jpg").exists(), process)
     kill(process)
     assert not (root / "train2017").exists()
     web.asked.clear()
     two = [start(web, root), start(web, root)]  # the second waits and finds that all is done
-    said = sorted(one.communicate(timeout=30)[0] for one in two)
+    said = sorted(one.communicate()[0] for one in two)
     assert said == ["False\n", "True\n"] and web.asked == []
     check(root, web)

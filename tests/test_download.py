@@ -16,7 +16,7 @@ from vitdet.datasets.download import Patience, download, mirrored, note
 
 CONTENT = random.Random(0).randbytes(100_000)
 OTHER = random.Random(1).randbytes(90_000)
-QUICK = Patience(tries=3, pause=0.01, longest_pause=0.05, stall=0.2)
+QUICK = Patience(tries=3, pause=0.01, longest_pause=0.05, stall=1.0)
 Load = Callable[..., Path]
 
 

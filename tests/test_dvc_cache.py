@@ -22,6 +22,8 @@ from vitdet.datasets import published
 from vitdet.datasets.fetch import fetch
 from vitdet.tracking.tracker import Tracker
 
+pytestmark = pytest.mark.slow
+
 HELD = (
     "work/data",
     "work/train",

@@ -24,6 +24,8 @@ from moto.server import ThreadedMotoServer
 from tests.archives import miniatures
 from tests.test_pipeline_dvc import RECIPE, ROOT, Project, finished, project
 
+pytestmark = pytest.mark.slow
+
 KEYS = {
     "AWS_ACCESS_KEY_ID": "a",
     "AWS_SECRET_ACCESS_KEY": "b",

@@ -226,7 +226,7 @@ def test_two_at_once_download_it_once(
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(20)
+        thread.join()
     assert len(done) == 3 and done[0].read_bytes() == CONTENT[::-1] and web.sent == 100_000
     assert sum("another process works on it; waiting" in text for text in caplog.messages) >= 2
 
@@ -241,7 +241,7 @@ class Quiet:
     def at(self, done, total): pass
     def end(self): pass
 entry = Entry("some", "weights", sys.argv[1], "mae", sha256=sys.argv[3])
-fetch(entry, Path(sys.argv[2]), lambda a, b: shutil.copyfile(a, b), Quiet(), patience=Patience(stall=20))
+fetch(entry, Path(sys.argv[2]), lambda a, b: shutil.copyfile(a, b), Quiet(), patience=Patience(stall=600))
 """
 
 
@@ -250,8 +250,7 @@ def test_killed_and_run_again(web: Web, tmp_path: Path) -> None:
     part = tmp_path / "here" / ".some.part.pth"
     web.plan = [file(cut=70_000, stall=True)]
     process = subprocess.Popen(words, env=environment(tmp_path))
-    end = time.monotonic() + 20
-    while time.monotonic() < end and not (part.exists() and part.stat().st_size == 70_000):
+    while not (part.exists() and part.stat().st_size == 70_000) and process.poll() is None:
         time.sleep(0.02)
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
@@ -259,7 +258,7 @@ def test_killed_and_run_again(web: Web, tmp_path: Path) -> None:
     (tmp_path / "here" / ".some.tmp").mkdir()
     (tmp_path / "here" / ".some.tmp" / "half").touch()  # as if killed in the conversion
     both = [subprocess.Popen(words, env=environment(tmp_path)) for _ in range(2)]
-    assert [one.wait(30) for one in both] == [0, 0]
+    assert [one.wait() for one in both] == [0, 0]
     assert (tmp_path / "here" / "some.safetensors").read_bytes() == CONTENT
     assert web.sent == 100_000 and [asked for _, asked in web.asked] == [None, "bytes=70000-"]
     assert names(tmp_path / "here") == ["some.safetensors"]

@@ -16,6 +16,7 @@ from kubernetes.client.exceptions import ApiException
 from urllib3.exceptions import ProtocolError
 
 from components.launcher import client as kube
+from components.launcher import follower
 from components.launcher import launch as launcher
 from components.launcher.client import JobClient, Timeouts
 from components.launcher.follower import Follower, PodLog
@@ -26,6 +27,31 @@ PYTORCH = KINDS["pytorchjob"]
 SHORT = Timeouts(
     poll=0.01, api=0.2, forbidden=0.1, operator=0.1, start=0.1, schedule=0.1, deletion=0.1
 )
+
+
+class Clock:
+    """Stands in for the module `time`: sleeping takes no time, and time passes only by sleeping."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(time, name)
+
+
+@pytest.fixture(autouse=True)
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    """The launcher's clock, so that its timeouts do not depend on how busy the machine is."""
+    clock = Clock()
+    for module in (kube, follower):
+        monkeypatch.setattr(module, "time", clock)
+    return clock
 
 
 class Record:
@@ -363,10 +389,8 @@ def test_an_api_server_that_is_away_is_asked_again() -> None:
         b"{}",
     ]  # an API server that starts knows neither
     assert ask("get x", answers(*starting), none_if=(404,), forbidden=5) == {}
-    start = time.monotonic()
     with pytest.raises(RuntimeError, match="the API server does not answer"):
         ask("get x", answers(ProtocolError("reset")))
-    assert time.monotonic() - start < 5
 
 
 @pytest.mark.parametrize(

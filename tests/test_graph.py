@@ -53,6 +53,7 @@ def train_recipe(settings, name, data, workspace, run_id, checkpoint):
     if name == "slow":
         import time
         time.sleep(60)
+        note("woke", name)
     if name == "broken":
         raise ValueError("a loss is not finite")
     write(checkpoint, name)
@@ -114,7 +115,7 @@ class Played:
                 os.killpg(run.pid, signal.SIGINT)  # as a terminal does: to all processes
                 break
             time.sleep(0.1)
-        self.done = subprocess.CompletedProcess(run.args, 0, *run.communicate(timeout=120))
+        self.done = subprocess.CompletedProcess(run.args, 0, *run.communicate())
         self.done.returncode = run.returncode
         self.calls = [json.loads(line) for line in self.log.read_text().splitlines()]
 
@@ -175,9 +176,9 @@ def test_whatever_fails_the_exit_handler_runs_and_knows(tmp_path: Path) -> None:
 
 
 def test_ctrl_c_ends_the_steps_and_says_so_to_the_parent_run(tmp_path: Path, ctrl_c: None) -> None:
-    start = time.monotonic()
     played = Played(tmp_path, "slow", interrupt=True)
-    assert played.done.returncode == 130 and time.monotonic() - start < 50, played.done.stderr
+    assert played.done.returncode == 130, played.done.stderr
+    assert played.of("train") and not played.of("woke")  # interrupted in its sleep
     assert (
         played.of("clean-up")[0][:2] == [["slow"], "CANCELED"] and played.order()[-1] == "clean-up"
     )

@@ -179,7 +179,6 @@ def test_a_signal_to_the_group_spares_the_workers_and_the_end_ends_them(data: Da
     done = subprocess.run(
         [sys.executable, "-c", GROUP_SIGNAL, data.root],
         start_new_session=True,
-        timeout=60,
         cwd=Path(__file__).parents[1],
         check=False,
     )

@@ -17,6 +17,8 @@ from tests.conftest import ROOT, minimal, options
 from tests.test_pipeline import pipeline
 from tests.test_stages import client_of, recipe
 
+pytestmark = pytest.mark.slow
+
 
 @dataclass(frozen=True)
 class Finished:

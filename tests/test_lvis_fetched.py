@@ -66,7 +66,7 @@ def test_all_archives_come_at_once(get: Fetch, web: Web, root: Path) -> None:
 
     def with_the_others(to: Handler) -> None:
         try:
-            together.wait(10)
+            together.wait(300)
         except threading.BrokenBarrierError:
             status(404)(to)
         else:

@@ -1,16 +1,20 @@
 """Golden cases hold, and the harness that says so notices a change of anything that a case stores."""
 
+import copy
 import json
+import shutil
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 import tests.parity.__main__ as parity
 from tests.parity import detector, dynamics, resize, unit
 from tests.parity.case import Case, load
+from tests.parity.report import Report
 
 GOLDEN = Path(__file__).parent / "golden"
 SHARED = Path(__file__).parents[2] / "shared" / "reference" / "detectron2" / "golden"
@@ -311,27 +315,93 @@ def test_unknown_array_of_other_kinds(case, name, file):
     assert case(name, file, read(name, file) | {"surprise": np.zeros(1)}) == 1
 
 
-@pytest.mark.parametrize(
-    "kind", [kind for kind in read("dynamics", "losses.json") if kind != "batch"]
-)
-@pytest.mark.parametrize("step", [3, 15])
-def test_each_part_of_dynamics_is_held(case, kind, step):
+RUNS = [kind for kind, value in read("dynamics", "losses.json").items() if isinstance(value, list)]
+
+
+@pytest.fixture
+def start_of_dynamics(tmp_path):
+    """The detector case that the steps of `dynamics` start from, next to its copy."""
+    folder = tmp_path / dynamics.START
+    shutil.copytree(GOLDEN / dynamics.START, folder)
+    return folder
+
+
+@pytest.mark.parametrize("kind", RUNS)
+@pytest.mark.parametrize("loss", read("dynamics", "losses.json")["bitmask"][0])
+def test_each_loss_before_the_first_step_is_held(case, start_of_dynamics, kind, loss):
     content = read("dynamics", "losses.json")
-    if isinstance(content[kind], list):
-        step_losses = content[kind][step]
-        step_losses["loss_cls"] *= 1.05 if step < dynamics.FIRST else 1.5
-    elif isinstance(content[kind], dict):
-        content[kind]["backbone.simfp_2.0.weight"] *= 1.1
-    else:
-        content[kind] = "Adam"
+    content[kind][0][loss] *= 1.02 if (kind, loss) == ("polygon", "loss_mask") else 1.0001
     assert case("dynamics", "losses.json", content) == 1
 
 
-@pytest.mark.parametrize("change", [{"bitmask": []}, {"surprise": 1}, {"final_norms_bitmask": {}}])
-def test_other_entries_of_dynamics(case, change):
-    stored = read("dynamics", "losses.json")
-    longer = {"bitmask": stored["bitmask"] * 2} if "bitmask" in change else change
-    assert case("dynamics", "losses.json", stored | longer) == 1
+@pytest.mark.parametrize("kind", ["grad_norms_float64", "grad_sums"])
+def test_the_gradients_of_the_first_step_are_held(case, start_of_dynamics, kind):
+    content = read(dynamics.START, "losses.json")
+    name = max(content[kind], key=lambda name: abs(content[kind][name]))
+    content[kind][name] *= 1.01
+    write(start_of_dynamics / "losses.json", content)
+    assert case("dynamics", None, None) == 1
+
+
+def test_the_other_steps_are_printed_and_not_counted(start_of_dynamics, tmp_path, capsys):
+    """Steps 1 to 19 and the final norms depend on the processor."""
+    content = read("dynamics", "losses.json")
+    for kind in RUNS:
+        for losses in content[kind][1:]:
+            losses["loss_cls"] *= 1.5
+    content["final_norms_bitmask"]["backbone.simfp_2.0.weight"] *= 1.1
+    report = Report("dynamics")
+    folder = tmp_path / "dynamics"
+    folder.mkdir()
+    write(folder / "losses.json", content)
+    dynamics.compare(folder, computed("dynamics"), report)
+    assert report.failures == 0
+    theirs = content["bitmask"][3]["loss_cls"]
+    ours = computed("dynamics").runs["bitmask"].losses[3]["loss_cls"]
+    line = f"  info  dynamics.bitmask.3.loss_cls: {ours:.6g}, reference {theirs:.6g}, "
+    assert f"{line}{(ours - theirs) / theirs:+.2%}" in report.lines
+    assert sum(line.startswith("  info  dynamics.bitmask.19.") for line in report.lines) == 6
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"optimizer": "Adam"},
+        {"bitmask": []},
+        {"bitmask": read("dynamics", "losses.json")["bitmask"] * 2},
+        {"bitmask": [{"loss_cls": 1.0}]},
+        {"polygon": [*read("dynamics", "losses.json")["polygon"][:7], {"loss_other": 1.0}]},
+        {"surprise": 1},
+        {"final_norms_bitmask": {}},
+    ],
+)
+def test_other_entries_of_dynamics(case, start_of_dynamics, change):
+    assert case("dynamics", "losses.json", read("dynamics", "losses.json") | change) == 1
+
+
+def test_a_loss_that_is_no_number_is_held(start_of_dynamics, tmp_path):
+    found = copy.deepcopy(computed("dynamics"))
+    found.runs["polygon"].losses[12]["loss_mask"] = float("nan")
+    report = Report("dynamics")
+    dynamics.compare(GOLDEN / "dynamics", found, report)
+    assert report.failures == 1
+
+
+def test_sgd_of_the_dynamics_follows_its_formula():
+    """v <- momentum v + g, w <- w - lr v, in float64."""
+    torch.manual_seed(0)
+    model = torch.nn.Linear(4, 3).double()
+    weights = {name: p.detach().numpy().copy() for name, p in model.named_parameters()}
+    momenta = {name: np.zeros_like(weight) for name, weight in weights.items()}
+    optimizer = dynamics.sgd(model)
+    for _ in range(4):
+        for p in model.parameters():
+            p.grad = torch.randn_like(p)
+        optimizer.step()
+        for name, p in model.named_parameters():
+            momenta[name] = 0.9 * momenta[name] + p.grad.numpy()
+            weights[name] = weights[name] - 2e-3 * momenta[name]
+            np.testing.assert_allclose(p.detach().numpy(), weights[name], rtol=0, atol=1e-15)
 
 
 def test_a_case_of_three_images_of_which_two_hold_nothing(tmp_path):
@@ -371,3 +441,62 @@ def test_a_case_of_three_images_of_which_two_hold_nothing(tmp_path):
         {k: v for k, v in found.training.items() if not k.startswith("mask_targets")},
     )
     assert parity.main([str(tmp_path)]) == 0
+
+
+def test_a_case_without_losses_and_ground_truth_holds(tmp_path):
+    """A case for inference: the test-time files alone, and a config without training settings."""
+    folder = tmp_path / "inference"
+    folder.mkdir()
+    for file in ("state_dict.npz", "noise_floor.json", "backbone.npz", "detections.npz"):
+        (folder / file).symlink_to(GOLDEN / "maskrcnn_coco" / file)
+    (folder / "results.json").symlink_to(GOLDEN / "maskrcnn_coco" / "results.json")
+    rpn = read("maskrcnn_coco", "rpn.npz")
+    write(folder / "rpn.npz", {n: a for n, a in rpn.items() if not n.startswith("train")})
+    inputs = read("maskrcnn_coco", "inputs.npz")
+    write(folder / "inputs.npz", {n: a for n, a in inputs.items() if n.startswith("image")})
+    config = read("maskrcnn_coco", "config.json")
+    for name in ("rpn_batch", "roi_batch"):
+        del config[name]
+    write(folder / "config.json", config)
+    assert parity.main([str(folder)]) == 0
+    truth = read("maskrcnn_coco", "ground_truth.json")
+    sizes = ("height", "width", "out_height", "out_width")
+    write(folder / "ground_truth.json", [{name: one[name] for name in sizes} for one in truth])
+    del config["outputs"]
+    write(folder / "config.json", config)
+    assert parity.main([str(folder)]) == 0  # the sizes alone
+    content = read("maskrcnn_coco", "detections.npz")
+    (folder / "detections.npz").unlink()
+    write(folder / "detections.npz", content | {"post_boxes1": content["post_boxes1"] + 1})
+    assert parity.main([str(folder)]) == 1
+
+
+@pytest.mark.parametrize("file", ["train.npz", "losses.json"])
+def test_stored_training_results_without_ground_truth_are_out(tmp_path, capsys, file):
+    for name in ("state_dict.npz", "config.json", file):
+        (tmp_path / name).symlink_to(GOLDEN / "maskrcnn_coco" / name)
+    inputs = read("maskrcnn_coco", "inputs.npz")
+    write(tmp_path / "inputs.npz", {n: a for n, a in inputs.items() if n.startswith("image")})
+    assert parity.main([str(tmp_path)]) == 1
+    said = capsys.readouterr().out
+    assert "stopped by" not in said and "not compared" in said
+
+
+def test_a_case_with_bitmaps_alone_has_its_losses(tmp_path):
+    for name in ("state_dict.npz", "config.json", "inputs.npz"):
+        (tmp_path / name).symlink_to(GOLDEN / "maskrcnn_coco" / name)
+    losses = read("maskrcnn_coco", "losses.json")
+    kept = {name: value for name, value in losses.items() if "polygon" not in name}
+    write(tmp_path / "losses.json", kept)
+    assert parity.main([str(tmp_path)]) == 0
+    kept["losses_bitmask"]["loss_mask"] *= 1.001
+    write(tmp_path / "losses.json", kept)
+    assert parity.main([str(tmp_path)]) == 1
+
+
+def test_an_entry_of_the_ground_truth_for_each_image(tmp_path, capsys):
+    for name in ("state_dict.npz", "config.json", "inputs.npz"):
+        (tmp_path / name).symlink_to(GOLDEN / "maskrcnn_coco" / name)
+    write(tmp_path / "ground_truth.json", read("maskrcnn_coco", "ground_truth.json")[:1])
+    assert parity.main([str(tmp_path)]) == 1
+    assert "expected 2 entries, one per image, got 1" in capsys.readouterr().out

@@ -224,3 +224,25 @@ def test_fingerprints_draw_weights_by_the_published_names(tag):
     )
     published = json.loads((SHARED / "keys" / f"detector_{tag}.json").read_text())
     assert {name: list(tensor.shape) for name, tensor in theirs.items()} == published
+
+
+def test_a_case_without_losses_and_ground_truth_holds(tmp_path):
+    """A case for inference; its config needs no settings for training."""
+    for file in ("weights.npz", "masks_rle.json"):
+        (tmp_path / file).symlink_to(CASE / file)
+    content, config = read("io.npz"), read("config.json")
+    for name in fork_detector.TRUTH:
+        del content[name]
+    for name in ("losses", "losses_total"):
+        del config[name]
+    for train_cfg in ({"train_cfg": None}, {}):
+        del config["model"]["train_cfg"]
+        config["model"] |= train_cfg
+        write(tmp_path / "config.json", config)
+        write(tmp_path / "io.npz", content)
+        assert parity.main([str(tmp_path)]) == 0
+    write(tmp_path / "io.npz", content | {"det_boxes": disturbed(content["det_boxes"])})
+    assert parity.main([str(tmp_path)]) == 1
+    write(tmp_path / "io.npz", content)
+    write(tmp_path / "config.json", config | {"losses_total": 5.6})
+    assert parity.main([str(tmp_path)]) == 1  # nothing to compare it with

@@ -17,6 +17,7 @@ from vitdet.config import load_config
 from vitdet.training import Stopped, train, trainer
 
 
+@pytest.mark.slow
 def test_the_state_that_was_read_goes_when_it_is_applied(
     tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -47,6 +48,7 @@ def test_the_state_that_was_read_goes_when_it_is_applied(
     assert len(alive) > 500 and set(left) == {0}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("step", [4, 8])
 def test_an_evaluation_that_is_killed_costs_no_step_and_is_made_up_for(
     tiny: Path, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int

@@ -61,6 +61,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "memfd_create"), reason="Linux only")
 def test_workers_that_start_afresh_look_at_the_memory_of_the_first(
     folder: Path, tmp_path: Path
@@ -71,7 +72,6 @@ def test_workers_that_start_afresh_look_at_the_memory_of_the_first(
         env=environment(tmp_path),
         capture_output=True,
         text=True,
-        timeout=120,
         check=False,
     )
     assert done.returncode == 0, done.stderr[-2000:]

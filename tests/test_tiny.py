@@ -95,6 +95,7 @@ def test_an_interrupted_call_leaves_nothing(
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_no_image_is_in_two_splits_or_in_the_pretraining_scenes(tiny: Path) -> None:
     train, val = (
         {hashlib.sha256(path.read_bytes()).digest() for path in (tiny / split).glob("*.jpg")}
@@ -256,6 +257,7 @@ def average_precision(folder: Path, results: list[dict], kind: str, classes: boo
     return 100 * float(evaluation.stats[0])
 
 
+@pytest.mark.slow
 def test_colour_and_connected_components_do_not_solve_it(tiny: Path) -> None:
     results = detect_by_colour(tiny)
     assert average_precision(tiny, results, "bbox", classes=True) < 15

@@ -77,6 +77,7 @@ def cut() -> None:
     raise KeyboardInterrupt  # like SIGKILL: nothing is saved any more
 
 
+@pytest.mark.slow
 def test_sigterm_at_any_step_loses_nothing(tiny: Path, trained: Path, tmp_path: Path) -> None:
     at = sorted(random.sample(range(1, STEPS), 2))
     recorders = []
@@ -128,6 +129,7 @@ def test_a_cut_before_the_model_is_written(tiny: Path, trained: Path, tmp_path: 
     same_bits(output, trained)
 
 
+@pytest.mark.slow
 def test_means_of_several_steps_survive_a_stop(tiny: Path, tmp_path: Path) -> None:
     settings = {"train__log_every": 7, "train__save_every": 2, "train__eval_every": 4}
     whole = go(tiny, tmp_path / "whole", **settings)
@@ -243,6 +245,7 @@ def test_a_training_that_diverges_stops_and_keeps_a_sound_state(tiny: Path, tmp_
         assert all(tensor.isfinite().all() for tensor in state["model"].values()), path
 
 
+@pytest.mark.slow
 def test_one_training_at_a_time_writes_to_a_folder(tiny: Path, tmp_path: Path) -> None:
     code = (
         "import sys; from pathlib import Path; from vitdet.checkpoint import Checkpoints\n"

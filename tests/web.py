@@ -98,7 +98,7 @@ def file(
         to.begin(206 if "Content_Range" in headers else 200, **headers)
         to.body(content[start:][:cut])
         if stall:
-            to.server.resting.wait(20)
+            to.server.resting.wait(600)
 
     return answer
 

@@ -1,6 +1,8 @@
-"""What a detector's golden case puts in: config, weights, images and ground truth; nothing of its stored results.
+"""The inputs of a detector's golden case: config, weights, images and ground truth; no stored results.
 
-The published samplers draw at random; the cases replace that by `evenly` (their README says so).
+A case for inference has no ground truth: no ground_truth.json, or one with sizes only, and no gt
+arrays in inputs.npz. It needs no training settings either; the published ones stand in for them.
+The published samplers draw at random; the cases replace that by `evenly` (see their README).
 """
 
 from __future__ import annotations
@@ -46,7 +48,7 @@ def build(config: dict) -> Detector:
     )
     pyramid = parts.pyramid(backbone.out_channels, channels, backbone.stride)
     if config["lvis"]:
-        num = config["fed_loss_num_classes"]
+        num = config.get("fed_loss_num_classes", 50)
         classification: nn.Module = FederatedClassification(
             class_weights=torch.ones(classes), num=num, draw=False
         )
@@ -70,7 +72,7 @@ def build(config: dict) -> Detector:
             channels=channels,
             strides=pyramid.strides,
             anchor_scale=scale,
-            samples=config["rpn_batch"],
+            samples=config.get("rpn_batch", 256),
             pre_nms_train=config["pre_nms_topk"][0],
             pre_nms_test=config["pre_nms_topk"][1],
             post_nms_train=config["post_nms_topk"][0],
@@ -84,7 +86,7 @@ def build(config: dict) -> Detector:
             classification=classification,
             strides=pyramid.strides[:4],
             ious=(0.5, 0.6, 0.7)[:stages],
-            samples=config["roi_batch"],
+            samples=config.get("roi_batch", 512),
             score_threshold=config["score_thresh"],
             max_detections=config["test_topk"],
             choose=evenly,
@@ -94,13 +96,18 @@ def build(config: dict) -> Detector:
 
 @dataclass
 class Case:
-    """The detector with its weights, images on the canvas, and ground truth as bitmaps and as polygons."""
+    """The detector with its weights, images on the canvas, and ground truth as bitmaps and as polygons.
+
+    `bitmaps` or `polygons` is empty where the case does not have that form. `outputs` are the sizes
+    (height, width) of the final detections, by default those of the images.
+    """
 
     config: dict
     weights: dict[str, np.ndarray]
     detector: Detector
     images: Tensor
     sizes: Tensor
+    outputs: list[tuple[int, int]]
     bitmaps: list[Target]
     polygons: list[Target]
     truth: list[dict]
@@ -110,32 +117,57 @@ class Case:
     def read(folder: Path) -> Case:
         """Reads config.json, state_dict.npz, inputs.npz and ground_truth.json, and nothing else."""
         config = json.loads((folder / "config.json").read_text())
-        truth = json.loads((folder / "ground_truth.json").read_text())
+        path = folder / "ground_truth.json"
+        truth = json.loads(path.read_text()) if path.exists() else []
         inputs, weights = load(folder / "inputs.npz"), load(folder / "state_dict.npz")
         detector = build(config)
         detector.load_state_dict(
             to_ours({k: torch.from_numpy(v) for k, v in weights.items()}, DETECTRON2)
         )
-        side, count = config["square_pad"], len(truth)
+        side, count = config["square_pad"], sum(name.startswith("image") for name in inputs)
+        if truth and len(truth) != count:
+            raise ValueError(f"{path}: expected {count} entries, one per image, got {len(truth)}")
+        by_bitmap = any(name.startswith("gt_") for name in inputs)
+        by_bitmap |= bool(truth) and all("classes" in entry for entry in truth)
+        by_polygon = bool(truth) and all("polygons" in entry for entry in truth)
         images, sizes = torch.zeros(count, 3, side, side, dtype=torch.uint8), []
-        bitmaps, polygons = [], []
+        bitmaps, polygons, outputs = [], [], []
         for i in range(count):
             pixels = torch.from_numpy(inputs[f"image{i}"]).permute(2, 0, 1)
             height, width = pixels.shape[1:]
             images[i, :, :height, :width] = pixels
             sizes.append((height, width))
+            outputs.append(output_size(config, truth[i] if truth else {}, i, (height, width)))
             boxes, labels, masks = read_target(inputs, i, height, width)
-            bitmaps.append(Target(boxes, labels, Bitmaps(masks)))
-            edges = torch.from_numpy(edges_of(truth[i]["polygons"], height, width))
-            polygons.append(Target(boxes, labels, Polygons(edges)))
+            if by_bitmap:
+                bitmaps.append(Target(boxes, labels, Bitmaps(masks)))
+            if by_polygon:
+                edges = torch.from_numpy(edges_of(truth[i]["polygons"], height, width))
+                polygons.append(Target(boxes, labels, Polygons(edges)))
         return Case(
-            config, weights, detector, images, torch.tensor(sizes), bitmaps, polygons, truth, inputs
+            config=config,
+            weights=weights,
+            detector=detector,
+            images=images,
+            sizes=torch.tensor(sizes),
+            outputs=outputs,
+            bitmaps=bitmaps,
+            polygons=polygons,
+            truth=truth,
+            inputs=inputs,
         )
 
     def their_names(self) -> dict[str, str]:
         """Our name -> their name of every parameter."""
         ours = {rename(name, DETECTRON2): name for name in reversed(self.weights)}
         return {name: ours[name] for name, _ in self.detector.named_parameters()}
+
+
+def output_size(config: dict, truth: dict, i: int, size: tuple[int, int]) -> tuple[int, int]:
+    """(height, width) of image i's final detections: of the ground truth, the config, or its own."""
+    if "out_height" in truth:
+        return truth["out_height"], truth["out_width"]
+    return tuple(config["outputs"][i]) if "outputs" in config else size
 
 
 def read_target(

@@ -1,31 +1,34 @@
 """The stored results of a detector's golden case against what `detector` computed.
 
-Every array of a file, every entry of a JSON is compared or skipped by name. A file that a case lacks is skipped too.
+Every array of a file and every entry of a JSON is compared or skipped by name. Files that a case
+does not have are skipped. Proposals and detections whose scores tie within the noise are compared as
+sets (`ties` has the rule); everything else is compared in order.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import torch
 from pycocotools import mask as rle
 from torch import Tensor
 
-from tests.parity.case import Case, load
+from tests.parity.case import load
+from tests.parity.compare_inputs import BOXES, FLIPPED, compare_floors, compare_inputs
 from tests.parity.detector import Computed
 from tests.parity.report import Report
+from tests.parity.ties import order_within_ties
 from vitdet.evaluation.evaluator import detections_to_results
+from vitdet.models.rpn import Proposals
 from vitdet.predictor import to_image
 
 # Absolute, for features and logits, boxes in pixels, scores and probabilities; relative for losses and gradients.
-FEATURES, BOXES, SCORES, LOSSES, GRADIENTS = 1e-4, 1e-3, 1e-5, 1e-5, 1e-3
+FEATURES, SCORES, LOSSES, GRADIENTS = 1e-4, 1e-5, 1e-5, 1e-3
 LOSSES64, GRADIENTS64 = 1e-6, 1e-4  # what float32 box arithmetic on another machine may still move
-LARGEST_FLOOR = 1e-2  # a larger "noise" would switch the comparison off
-FLIPPED = 3  # pixels of a pasted mask that lie within rounding of 1/2
-CHECKED = {"images", "outputs", "n_gt", "n_params", "image_counts"}
-NOTES = {"case", "seed"}
 
 Stored = Mapping[str, np.ndarray]
 
@@ -37,6 +40,8 @@ def compare(folder: Path, found: Computed, report: Report) -> None:
         floors = json.loads((folder / "noise_floor.json").read_text())
     compare_floors(floors, report)
     compare_inputs(found.case, report)
+    if (folder / "rpn.npz").exists():
+        found = in_stored_order(found, load(folder / "rpn.npz"), report)
     compared = 0
     for file, check in (
         ("backbone.npz", compare_backbone),
@@ -61,73 +66,43 @@ def compare(folder: Path, found: Computed, report: Report) -> None:
         report.out("the case", "it holds no stored result")
 
 
-def compare_floors(floors: Mapping, report: Report) -> None:
-    """noise_floor.json: the reference's own rounding, which sets tolerances, is rounding."""
-    for name, value in floors.items():
-        if name == "pasted_mask_pixels_that_differ":
-            report.skip(f"noise_floor.{name}", f"masks are compared but for {FLIPPED} pixels each")
-        else:
-            largest = max(value.values(), default=0.0) if isinstance(value, dict) else value
-            report.close(f"noise_floor.{name}", largest, 0.0, LARGEST_FLOOR)
+def in_stored_order(found: Computed, rpn: Stored, report: Report) -> Computed:
+    """`found` with tied proposals in the order of rpn.npz, and the rows of every stage with them.
 
-
-def compare_inputs(case: Case, report: Report) -> None:
-    """The inputs say the same wherever a case says them twice."""
-    config = case.config
-    for name in config:
-        if name not in CHECKED:
-            report.skip(f"config.{name}", "a note" if name in NOTES else "a setting: an input")
-    for i, truth in enumerate(case.truth):
-        size = case.sizes[i].tolist()
-        target = case.bitmaps[i]
-        drawn = [
-            rle.decode(rle.merge(rle.frPyObjects(parts, *size))) for parts in truth["polygons"]
-        ]
-        report.equal(
-            f"ground_truth.{i}.classes", target.labels, np.asarray(truth["classes"], np.int64)
-        )
-        report.close(
-            f"ground_truth.{i}.boxes",
-            target.boxes,
-            np.asarray(truth["boxes"]).reshape(-1, 4),
-            BOXES,
-        )
-        report.equal(
-            f"ground_truth.{i}.polygons", target.masks.pixels, np.array(drawn).reshape(-1, *size)
-        )
-        report.equal(
-            f"ground_truth.{i}.size", case.sizes[i], np.array([truth["height"], truth["width"]])
-        )
-        if "images" in config:
-            report.equal(f"config.images.{i}", case.sizes[i], np.array(config["images"][i]))
-        if "outputs" in config:
-            output = np.array([truth["out_height"], truth["out_width"]])
-            report.equal(f"config.outputs.{i}", output, np.array(config["outputs"][i]))
-        if "n_gt" in config:
-            report.equal(f"config.n_gt.{i}", len(target), np.array(config["n_gt"][i]))
-        for name in sorted(truth.keys() - {"classes", "boxes", "polygons", "height", "width"}):
-            known = name in ("out_height", "out_width")
-            report.skip(
-                f"ground_truth.{i}.{name}",
-                "an input: it shows in post_boxes" if known else "not known here",
+    train.npz stores positions in the list of proposals, so what is sampled there is compared strictly.
+    """
+    proposals, orders = {}, {}
+    for mode, images in found.proposals.items():
+        orders[mode] = [
+            order_within_ties(
+                f"rpn.{mode}_proposals{i}",
+                {"boxes": image.boxes, "logits": image.logits},
+                present(
+                    rpn, {"boxes": f"{mode}_proposals{i}", "logits": f"{mode}_proposal_logits{i}"}
+                ),
+                {"boxes": BOXES, "logits": FEATURES},
+                "logits",
+                report,
             )
-    if "n_params" in config:
-        # the class token's row of the position embedding, which we do not keep
-        token = (
-            case.weights["backbone.net.pos_embed"].size - case.detector.backbone.pos_embed.numel()
+            for i, image in enumerate(images)
+        ]
+        proposals[mode] = [
+            Proposals(image.boxes[order], image.logits[order])
+            for image, order in zip(images, orders[mode], strict=True)
+        ]
+    starts = np.cumsum([0, *map(len, orders["eval"])])
+    rows = torch.from_numpy(
+        np.concatenate(
+            [order + start for order, start in zip(orders["eval"], starts, strict=False)]
         )
-        count = sum(p.numel() for p in case.detector.parameters()) + token
-        report.equal("config.n_params", count, np.array(config["n_params"]))
-    if config.get("image_counts") is not None:
-        odds = np.asarray(config["image_counts"], np.float64) ** 0.5
-        for name in (name for name in case.weights if name.endswith("fed_loss_cls_weights")):
-            report.close(f"config.image_counts against {name}", case.weights[name], odds, 0.0, 1e-6)
-    for name in sorted(case.inputs):
-        known = name.rstrip("0123456789") in ("image", "gt_boxes", "gt_classes", "gt_masks")
-        report.skip(
-            f"inputs.{name}",
-            "an input: it shows in the results" if known else "not known here: not used",
-        )
+    )
+    stages = [(logits[rows], deltas[rows]) for logits, deltas in found.stages]
+    return replace(found, proposals=proposals, stages=stages)
+
+
+def present(stored: Stored, columns: Mapping[str, str]) -> dict[str, np.ndarray]:
+    """The columns {name: name in the file} that a file holds."""
+    return {name: stored[theirs] for name, theirs in columns.items() if theirs in stored}
 
 
 def compare_backbone(stored: Stored, found: Computed, floors: Mapping, report: Report) -> None:
@@ -186,6 +161,20 @@ def compare_detections(stored: Stored, found: Computed, floors: Mapping, report:
     for stage, (logits, deltas) in enumerate(found.stages):
         ours |= {f"cls_logits_stage{stage}": logits, f"box_deltas_stage{stage}": deltas}
     for i, image in enumerate(found.detections):
+        image = image[
+            torch.from_numpy(
+                order_within_ties(
+                    f"detections.{i}",
+                    {"boxes": image.boxes, "scores": image.scores, "classes": image.labels},
+                    present(
+                        stored, {name: f"{name}{i}" for name in ("boxes", "scores", "classes")}
+                    ),
+                    {"boxes": boxes, "scores": scores, "classes": 0.0},
+                    "scores",
+                    report,
+                )
+            )
+        ]
         ours |= {
             f"boxes{i}": image.boxes,
             f"scores{i}": image.scores,
@@ -193,10 +182,7 @@ def compare_detections(stored: Stored, found: Computed, floors: Mapping, report:
             f"mask_probs_first20_{i}": image.masks[:20],
             f"mask_probs_mean{i}": image.masks.mean(dim=(1, 2)),
         }
-        truth = found.case.truth[i]
-        output = to_image(
-            image, tuple(found.case.sizes[i].tolist()), (truth["out_height"], truth["out_width"])
-        )
+        output = to_image(image, tuple(found.case.sizes[i].tolist()), found.case.outputs[i])
         ours |= {
             f"post_boxes{i}": output.boxes,
             f"post_scores{i}": output.scores,
@@ -231,32 +217,37 @@ def compare_table(
 
 def compare_results(stored: list[dict], found: Computed, floors: Mapping, report: Report) -> None:
     """results.json: the first 40 detections of an image as COCO results at output size."""
+    columns = {
+        "image": ("image_id", 0.0),
+        "category": ("category_id", 0.0),
+        "score": ("score", max(10 * floors.get("scores", 0), SCORES)),
+        "bbox_xywh": ("bbox", max(10 * floors.get("boxes", 0), BOXES)),
+    }
+    tolerance = {name: absolute for name, (_, absolute) in columns.items()}
     ours = []
     for i, image in enumerate(found.detections):
-        truth = found.case.truth[i]
-        size, original = (
-            tuple(found.case.sizes[i].tolist()),
-            (truth["out_height"], truth["out_width"]),
+        size = tuple(found.case.sizes[i].tolist())
+        classes = range(found.case.config["num_classes"])
+        mine = detections_to_results(image, size, found.case.outputs[i], i, classes)
+        theirs = [one for one in stored if one.get("image") == i]
+        order = order_within_ties(
+            f"results.{i}",
+            {name: [one[key] for one in mine] for name, (key, _) in columns.items()},
+            {name: [one[name] for one in theirs] for name in columns},
+            tolerance,
+            "score",
+            report,
         )
-        ours += detections_to_results(
-            image, size, original, i, range(found.case.config["num_classes"])
-        )[:40]
+        ours += [mine[k] for k in order[:40]]
     if len(ours) != len(stored):
         report.out("results", f"{len(ours)} results, expected {len(stored)}")
         return
-    columns = (
-        ("image_id", "image", 0.0, 0.0),
-        ("category_id", "category", 0.0, 0.0),
-        ("score", "score", max(10 * floors.get("scores", 0), SCORES), 0.0),
-        ("bbox", "bbox_xywh", max(10 * floors.get("boxes", 0), BOXES), 0.0),
-    )
-    for mine, theirs, absolute, relative in columns:
+    for name, (key, absolute) in columns.items():
         report.close(
-            f"results.{theirs}",
-            np.array([one[mine] for one in ours]),
-            np.array([one[theirs] for one in stored]),
+            f"results.{name}",
+            np.array([one[key] for one in ours]),
+            np.array([one[name] for one in stored]),
             absolute,
-            relative,
         )
     overlaps, areas = [], []
     for mine, theirs in zip(ours, stored, strict=True):

@@ -1,7 +1,8 @@
-"""A detector's golden case, computed: config, weights, inputs and ground truth in, every intermediate result out.
+"""Runs a detector's golden case: from config, weights, inputs and ground truth to every intermediate result.
 
-The stored results are opened by `compare_detector`, after this. The losses and gradients are computed twice: as the
-models are, and in float64 (boxes stay float32, as in the reference), which leaves no rounding to tolerate.
+The stored results are read by `compare_detector`, after this. Losses and gradients are computed
+twice, in float32 and in float64 (boxes stay float32, as in the reference), which leaves no rounding
+to tolerate. A case without ground truth has neither.
 Letters: B images, K classes.
 """
 
@@ -56,9 +57,10 @@ def compute(folder: Path) -> Computed:
         }
         stages = run_stages(detector, features, [p.boxes for p in proposals["eval"]], case.sizes)
         detections = detector(case.images, None, case.sizes)
-        training = run_training(
-            case, found.anchors, [p.boxes for p in proposals["train"]], features
-        )
+        training = {}
+        if case.bitmaps:
+            boxes = [p.boxes for p in proposals["train"]]
+            training = run_training(case, found.anchors, boxes, features)
     losses, gradients = run_losses(case, detector)
     losses64, gradients64 = run_losses(case, copy.deepcopy(detector).double())
     return Computed(
@@ -127,9 +129,10 @@ def run_training(
         assigned.append(sampled)
         boxes, matched = sampled.boxes[foreground], sampled.matched[foreground]
         found[f"mask_targets_bitmask{i}"] = heads.mask_targets(target.masks[matched], boxes)
-        found[f"mask_targets_polygon{i}"] = heads.mask_targets(
-            case.polygons[i].masks[matched], boxes
-        )
+        if case.polygons:
+            found[f"mask_targets_polygon{i}"] = heads.mask_targets(
+                case.polygons[i].masks[matched], boxes
+            )
     for stage in range(len(heads.stages)):
         name = "roi" if stage == 0 else f"stage{stage}"
         labels = [heads.labels(a, target) for a, target in zip(assigned, case.bitmaps, strict=True)]
@@ -158,10 +161,11 @@ def run_losses(
     case: Case, detector: Detector
 ) -> tuple[dict[str, dict[str, float]], dict[str, Tensor]]:
     """The losses of the three kinds that a case stores, and the gradients (by our names) of the bitmaps' sum."""
-    kinds: dict[str, list[Target]] = {
-        "losses_polygon": case.polygons,
-        "losses_bitmask": case.bitmaps,
-    }
+    kinds: dict[str, list[Target]] = {}
+    if case.polygons:
+        kinds["losses_polygon"] = case.polygons
+    if case.bitmaps:
+        kinds["losses_bitmask"] = case.bitmaps
     if len(case.bitmaps) > 1:
         kinds["losses_image1_without_gt"] = [
             case.bitmaps[0],

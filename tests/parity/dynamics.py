@@ -1,122 +1,182 @@
-"""Twenty optimizer steps from the weights of a detector case: our losses follow the published implementation's.
+"""SGD from the weights of a detector case: the first step is checked, the other 19 are printed.
 
-The reference's own run from weights disturbed by 1e-6 stays within 0.2 % of the total loss for 8 steps; then a discrete
-choice flips and it wanders up to 2.3 % of the total (single losses up to 11 % of themselves). The tolerances say the
-same of ours; a run that wanders by itself, or learns masks drawn in another way, gets twice as much.
+Twenty steps amplify rounding: the reference's own run from weights disturbed by 1e-6 flips a discrete
+choice (one more background candidate shifts every sampled box) and then differs by 2 % of the total
+loss. Which step flips first depends on the processor's kernels, from the second step on. What is
+portable is checked:
+
+* the losses before the first step, in float32, against those stored;
+* the gradients that the first step applies, (weights before - weights after) / learning rate, in
+  float64, against the norms and sums stored with the detector case;
+* that all losses stay finite, and that each step has the reference's losses by name.
+
+The differences of the later steps and of the final norms are printed as `info` and never counted.
 """
 
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from tests.parity.case import Case
+from tests.parity.compare_detector import GRADIENTS64, LOSSES
 from tests.parity.report import Report
+from vitdet.models.detector import Detector
 from vitdet.types import Target
 
-STEPS, FIRST, EARLY, LATE = 20, 8, 2e-3, 3e-2
+STEPS = 20
 LR, MOMENTUM = 2e-3, 0.9
-OPTIMIZER = "SGD, lr 2e-3, momentum 0.9, no weight decay, no schedule, no clipping"  # how the stored text begins
+# The stored text starts with this.
+OPTIMIZER = "SGD, lr 2e-3, momentum 0.9, no weight decay, no schedule, no clipping"
 START = "maskrcnn_coco"
-MASKS = 1e-2  # loss_mask of polygons: targets are drawn from the outlines themselves, not by pycocotools
+# Polygon targets are rasterized from the outlines directly, not by pycocotools.
+POLYGON_MASKS = 1e-2
 
 Losses = dict[str, float]
 
 
 @dataclass
 class Run:
-    """Losses of every step, and the norms of the parameters (by their names) after it."""
+    """Losses of every step, and norms of the parameters (by the reference's names) after it."""
 
     losses: list[Losses]
     norms: list[dict[str, float]]
 
 
-def compute(folder: Path) -> dict[str, Run]:
-    """The runs with both kinds of masks. They start from the case that lies beside the folder."""
+@dataclass
+class Computed:
+    """The runs by kind of mask, and the first step's gradients (by the reference's names)."""
+
+    runs: dict[str, Run]
+    applied: dict[str, Tensor]
+
+
+def compute(folder: Path) -> Computed:
+    """Trains with both kinds of masks, from the weights of the case next to the folder."""
     start = folder.parent / START
     if not start.is_dir():
-        raise FileNotFoundError(f"the steps start from the weights of {start}, which is not there")
-    return {"bitmask": train(start, False), "polygon": train(start, True)}
+        raise FileNotFoundError(f"training starts from the weights of {start}, which is missing")
+    return Computed(
+        {"bitmask": train(start, False), "polygon": train(start, True)}, applied_gradients(start)
+    )
+
+
+def sgd(detector: Detector) -> torch.optim.SGD:
+    """The optimizer of the stored run."""
+    return torch.optim.SGD(detector.parameters(), lr=LR, momentum=MOMENTUM)
+
+
+def step(
+    case: Case, detector: Detector, targets: list[Target], optimizer: torch.optim.Optimizer
+) -> Losses:
+    """One optimizer step on the images of a case; returns the losses before it."""
+    losses = detector(case.images, targets, case.sizes)
+    optimizer.zero_grad()
+    sum(losses.values()).backward()
+    optimizer.step()
+    return {name: float(value.detach()) for name, value in losses.items()}
 
 
 def train(folder: Path, by_polygon: bool) -> Run:
-    """SGD on the images of a case."""
+    """The whole trajectory, in float32 as stored."""
     case = Case.read(folder)
-    targets: list[Target] = case.polygons if by_polygon else case.bitmaps
+    targets = case.polygons if by_polygon else case.bitmaps
     detector, names, run = case.detector.train(), case.their_names(), Run([], [])
-    optimizer = torch.optim.SGD(detector.parameters(), lr=LR, momentum=MOMENTUM)
+    optimizer = sgd(detector)
     for _ in range(STEPS):
-        losses = detector(case.images, targets, case.sizes)
-        optimizer.zero_grad()
-        sum(losses.values()).backward()
-        optimizer.step()
-        run.losses.append({name: float(value.detach()) for name, value in losses.items()})
+        run.losses.append(step(case, detector, targets, optimizer))
         run.norms.append(
             {names[name]: float(p.detach().norm()) for name, p in detector.named_parameters()}
         )
     return run
 
 
-def compare(folder: Path, runs: dict[str, Run], report: Report) -> None:
-    """Compares losses.json: every step's losses and their total, and the parameters' final norms."""
+def applied_gradients(folder: Path) -> dict[str, Tensor]:
+    """The gradients that the first step applied to the weights, in float64."""
+    case = Case.read(folder)
+    detector, names = case.detector.double().train(), case.their_names()
+    before = {name: p.detach().clone() for name, p in detector.named_parameters()}
+    step(case, detector, case.bitmaps, sgd(detector))
+    return {
+        names[name]: (before[name] - p.detach()) / LR for name, p in detector.named_parameters()
+    }
+
+
+def compare(folder: Path, found: Computed, report: Report) -> None:
+    """Compares losses.json, and the first step with the gradients of the detector case."""
     stored = json.loads((folder / "losses.json").read_text())
     lengths = {kind: len(values) for kind, values in stored.items() if isinstance(values, list)}
     for kind, values in stored.items():
-        name, run = f"dynamics.{kind}", runs.get(kind.removeprefix("final_norms_").split("_")[0])
+        name, base = f"dynamics.{kind}", kind.removeprefix("final_norms_")
+        run, length = found.runs.get(base.split("_")[0]), lengths.get(base, STEPS)
         if kind == "optimizer":
             report.line(name, f"{OPTIMIZER!r} expected", values.startswith(OPTIMIZER))
         elif kind == "batch":
-            report.skip(name, "a text that says how it was made")
-        elif run is None or lengths.get(kind.removeprefix("final_norms_"), STEPS) > STEPS:
-            report.out(
-                name,
-                f"a run that is not known here: {', '.join(runs)} of at most {STEPS} steps are",
-            )
+            report.skip(name, "a description of the batch")
+        elif run is None or not 0 < length <= STEPS:
+            report.out(name, f"expected a run of {', '.join(found.runs)} with 1 to {STEPS} steps")
         elif kind.startswith("final_norms_"):
-            compare_norms(
-                name,
-                values,
-                run.norms[lengths.get(kind.removeprefix("final_norms_"), STEPS) - 1],
-                report,
-            )
+            compare_norms(name, values, run.norms[length - 1], report)
         else:
-            compare_steps(
-                name, values, run.losses, 1 if kind == "bitmask" else 2, kind == "polygon", report
-            )
+            compare_steps(name, values, run.losses, kind == "polygon", report)
         report.seen.add(name)
     report.all_seen([f"dynamics.{kind}" for kind in stored])
+    compare_gradients(folder.parent / START, found.applied, report)
+
+
+def compare_gradients(start: Path, applied: dict[str, Tensor], report: Report) -> None:
+    """The first step's gradients against the norms and sums that the detector case stores."""
+    stored = json.loads((start / "losses.json").read_text())
+    norms, sums = stored["grad_norms_float64"], stored["grad_sums"]
+    report.names("dynamics.first_step names", applied, norms)
+    for name in (name for name in norms if name in applied):
+        gradient = applied[name]
+        allowed = 1e-6 + GRADIENTS64 * norms[name]
+        report.close(f"dynamics.first_step.norm.{name}", gradient.norm(), norms[name], allowed)
+        # A sum of cancelling terms is as exact as its terms are large.
+        allowed = 1e-6 + GRADIENTS64 * float(gradient.abs().sum())
+        report.close(f"dynamics.first_step.sum.{name}", gradient.sum(), sums[name], allowed)
 
 
 def compare_norms(name: str, stored: Losses, norms: dict[str, float], report: Report) -> None:
-    """The final norm of every parameter."""
+    """The final norm of every parameter: information, but for the names."""
     report.names(f"{name} names", norms, stored)
     for parameter in (parameter for parameter in stored if parameter in norms):
         if parameter.endswith("pos_embed"):
-            report.skip(
-                f"{name}.{parameter}", "theirs counts the class token's row, which is not used"
-            )
+            report.skip(f"{name}.{parameter}", "the reference includes the unused class token")
         else:
-            report.close(f"{name}.{parameter}", norms[parameter], stored[parameter], 1e-4, LATE)
+            report.inform(f"{name}.{parameter}", share(norms[parameter], stored[parameter]))
 
 
 def compare_steps(
-    name: str,
-    stored: list[Losses],
-    losses: list[Losses],
-    factor: int,
-    by_polygon: bool,
-    report: Report,
+    name: str, stored: list[Losses], losses: list[Losses], by_polygon: bool, report: Report
 ) -> None:
-    """The total of each step within a share of itself; each loss within that share too, later of the total."""
-    for step, theirs in enumerate(stored):
-        early, total = step < FIRST, sum(theirs.values())
-        share = factor * (EARLY if early else LATE)
-        report.names(f"{name}.{step} names", losses[step], theirs)
-        report.close(f"{name}.{step}.total", sum(losses[step].values()), total, share * total)
-        for loss in (loss for loss in theirs if loss in losses[step]):
-            own = max(share, MASKS) if by_polygon and loss == "loss_mask" else share
-            scale = abs(theirs[loss]) if early else total
-            report.close(f"{name}.{step}.{loss}", losses[step][loss], theirs[loss], own * scale)
+    """The losses before the first step are checked; those of later steps are information."""
+    report.line(f"{name} finite", f"{len(losses)} steps", all(map(finite, losses)))
+    for i, theirs in enumerate(stored):
+        ours = losses[i]
+        report.names(f"{name}.{i} names", ours, theirs)
+        for loss in (loss for loss in theirs if loss in ours):
+            if i > 0:
+                report.inform(f"{name}.{i}.{loss}", share(ours[loss], theirs[loss]))
+            else:
+                relative = POLYGON_MASKS if by_polygon and loss == "loss_mask" else LOSSES
+                report.close(f"{name}.0.{loss}", ours[loss], theirs[loss], 0.0, relative)
+        if i > 0:
+            total = share(sum(ours.values()), sum(theirs.values()))
+            report.inform(f"{name}.{i}.total", total)
+
+
+def finite(losses: Losses) -> bool:
+    """Whether all losses of a step are numbers."""
+    return all(map(math.isfinite, losses.values()))
+
+
+def share(ours: float, theirs: float) -> str:
+    """Both values and how far they differ, relative to the reference."""
+    return f"{ours:.6g}, reference {theirs:.6g}, {(ours - theirs) / (theirs or 1.0):+.2%}"

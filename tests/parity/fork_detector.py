@@ -1,8 +1,9 @@
 """A detector's golden case of ViTAE-Transformer/ViTDet, a fork of mmdet 2.18: config, weights, image and ground truth
 in, maps, proposals, detections, masks and training losses out.
 
-The stored results are opened by `compare_fork`, after this. Its losses were computed without sampling: `EVERYTHING`
-anchors and boxes are wanted, so all are used.
+The stored results are read by `compare_fork`, after this. The losses were computed without sampling:
+`EVERYTHING` anchors and boxes are wanted, so all are used. A case without ground truth has no losses,
+and its config needs no settings for training.
 Letters: K classes.
 """
 
@@ -39,7 +40,14 @@ BOX_HEADS = {
     "Shared4Conv1FCBBoxHead": (4, 1),
     "Shared2FCBBoxHead": (0, 2),
 }  # convolutions, fully connected layers
-INPUTS = ("img", "gt_boxes", "gt_labels", "gt_masks")
+TRUTH = ("gt_boxes", "gt_labels", "gt_masks")
+INPUTS = ("img", *TRUTH)
+# Stands in for the train_cfg of a config for inference: what it sets is not used then.
+INFERENCE = {
+    "rpn": {"assigner": {"pos_iou_thr": 0.7, "neg_iou_thr": 0.3, "match_low_quality": False}},
+    "rpn_proposal": {"nms_pre": 2000, "max_per_img": 1000},
+    "rcnn": {"assigner": {"pos_iou_thr": 0.5, "match_low_quality": False}},
+}
 
 
 def match_of(assigner: dict) -> Match:
@@ -57,12 +65,8 @@ def build(model: dict) -> Detector:
     """The detector that the `model` of an mmdet config describes."""
     backbone = system_of(model["backbone"]).build(model["backbone"]).backbone
     channels, rpn, roi = model["neck"]["out_channels"], model["rpn_head"], model["roi_head"]
-    box, mask, train, test = (
-        roi["bbox_head"],
-        roi["mask_head"],
-        model["train_cfg"],
-        model["test_cfg"],
-    )
+    box, mask, test = roi["bbox_head"], roi["mask_head"], model["test_cfg"]
+    train = model.get("train_cfg") or INFERENCE
     pyramid = parts.pyramid(
         backbone.out_channels, channels, backbone.stride, halve_channels=False, eps=EPS
     )
@@ -154,12 +158,15 @@ def compute(folder: Path) -> Computed:
     detector.mean.zero_()  # the image is stored as the backbone sees it
     detector.std.fill_(1)
     sizes = torch.tensor([meta["img_shape"][:2]])
-    target = Target(inputs["gt_boxes"], inputs["gt_labels"], Bitmaps(inputs["gt_masks"].bool()))
     with torch.no_grad():
         arrays, bitmaps = run_test(
             detector.eval(), inputs["img"], sizes, tuple(meta["ori_shape"][:2])
         )
-        found = run_losses(detector.train(), inputs["img"], sizes, target)
+        found = {}
+        if inputs.keys() >= set(TRUTH):
+            boxes, labels, masks = (inputs[name] for name in TRUTH)
+            target = Target(boxes, labels, Bitmaps(masks.bool()))
+            found = run_losses(detector.train(), inputs["img"], sizes, target)
     return Computed(arrays, bitmaps, found, model["roi_head"]["bbox_head"]["num_classes"])
 
 

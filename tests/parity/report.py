@@ -64,6 +64,11 @@ class Report:
         self.seen.add(name)
         self.lines.append(f"  skip  {name}: {reason}")
 
+    def inform(self, name: str, text: str) -> None:
+        """Prints a quantity that is not portable between processors; it cannot be out."""
+        self.seen.add(name)
+        self.lines.append(f"  info  {name}: {text}")
+
     def out(self, name: str, text: str) -> None:
         """A failure that has no error to show."""
         self.seen.add(name)
