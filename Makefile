@@ -2,7 +2,7 @@
 # make test    the fast tests (one file: make test TESTS=tests/test_config.py; on more cores: JOBS=8)
 # make test-slow  the slow tests (whole pipelines, killed processes, real servers); up to 20 minutes on 2 cores
 # make ui      MLflow in the browser: the demo's runs and models
-# make lint    ruff
+# make lint    ruff and mypy
 # make lock    renews requirements.lock: the newest versions that the ranges in pyproject.toml allow
 # make clean   removes what the others made: the environment, the work folder, DVC's cache and lock
 #
@@ -43,6 +43,7 @@ ui: $(READY)
 lint: $(READY)
 	ruff check .
 	ruff format --check .
+	mypy
 
 lock: $(READY)
 	uv pip compile --no-config --quiet --upgrade --universal --python-version 3.11 --generate-hashes \

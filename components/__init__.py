@@ -1,4 +1,4 @@
-"""The pipeline's steps: thin shells over `vitdet.workspace`, one KFP component each.
+"""The pipeline's steps: thin shells over `vitdet.stages`, one KFP component each.
 
 A component's source travels in the compiled pipeline as text, everything that it calls is in the
 image. So a body imports from vitdet or components, calls, and prints.

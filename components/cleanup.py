@@ -16,10 +16,10 @@ def clean_up(
     """Deletes the jobs of this run that still run (job_kind '': there are none) and ends its parent run in MLflow."""
     from components import afterwards, run_id
     from components.launcher.launch import delete_jobs
-    from vitdet import workspace as steps
+    from vitdet import stages
 
     with afterwards(
-        lambda: steps.close_group(recipes, overrides, workspace, run_id(), status.state)
+        lambda: stages.end_parent_run(recipes, overrides, workspace, run_id(), status.state)
     ):
         deleted, left = delete_jobs(run_id(), own=job_kind) if job_kind else ([], [])
         print(*(f"deleted job {job}" for job in deleted), *left, sep="\n")

@@ -6,12 +6,12 @@ from components.decorator import component
 
 
 @component
-def announce(resolved: Input[Artifact], workspace: str) -> None:
+def announce(settings: Input[Artifact], workspace: str) -> None:
     """Makes the parent run, before GPUs are asked for: without MLflow nothing could be registered in the end."""
     from components import run_id
-    from vitdet import workspace as steps
+    from vitdet import stages
 
-    print(steps.open_group(resolved.path, workspace, run_id()))
+    print(stages.start_parent_run(settings.path, workspace, run_id()))
 
 
 @component
@@ -21,11 +21,11 @@ def compare(
     workspace: str,
     table: Output[Markdown],
 ) -> None:
-    """One table of all recipes, which were evaluated on the same data."""
+    """One table of all recipes, which were evaluated on the same data with the same settings."""
     from components import run_id
-    from vitdet import workspace as steps
+    from vitdet import stages
 
-    text = steps.compare(
+    text = stages.compare(
         [verdict.path for verdict in verdicts], resolved.path, workspace, run_id(), table.path
     )
     print(text)

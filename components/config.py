@@ -1,4 +1,4 @@
-"""Step `configs`: recipes and overrides become resolved configs, or the run ends here."""
+"""Step `configs`: recipes and overrides become configs, or the run ends here."""
 
 from kfp.dsl import Artifact, Output
 
@@ -7,11 +7,14 @@ from components.decorator import component
 
 @component
 def configs(
-    recipes: list[str], overrides: list[str], workspace: str, resolved: Output[Artifact]
+    recipes: list[str], overrides: list[str], workspace: str, settings: Output[Artifact]
 ) -> list[str]:
-    """Resolves the recipes; refuses, in one line, what is wrong or cannot be compared. Gives the experiments' names."""
-    from vitdet.workspace import resolve_configs
+    """Resolve the recipes but for what depends on the data; returns the names of the trainings.
 
-    names = resolve_configs(recipes, overrides, workspace, resolved.path)
+    Settings that are wrong and recipes that cannot be compared are refused in one line.
+    """
+    from vitdet import stages
+
+    names = stages.resolve_configs(recipes, overrides, workspace, settings.path)
     print("\n".join(names))
     return names

@@ -6,11 +6,19 @@ from components.decorator import component
 
 
 @component
-def data(resolved: Input[Artifact], workspace: str, manifest: Output[Dataset]) -> str:
-    """Draws the demo's data set or verifies another; gives the digest that the trainings' cache depends on."""
-    from vitdet.workspace import prepare_data
+def data(
+    settings: Input[Artifact],
+    workspace: str,
+    resolved: Output[Artifact],
+    manifest: Output[Dataset],
+) -> list[dict[str, str]]:
+    """Verify the data and complete the configs with its splits and classes; the demo's data set is drawn here.
 
-    digest = prepare_data(resolved.path, workspace, manifest.path)
-    manifest.metadata["digest"] = digest
-    print(f"data {digest}")
-    return digest
+    Returns the trainings, {"training": name, "data"} of each; data: the fingerprint, by which they are cached.
+    """
+    from vitdet import stages
+
+    found = stages.prepare_data(settings.path, workspace, resolved.path, manifest.path)
+    manifest.metadata["fingerprint"] = found.fingerprint
+    print(*found.notes, f"data {found.fingerprint}", sep="\n")
+    return [{"training": name, "data": found.fingerprint} for name in found.names]

@@ -1,6 +1,6 @@
-"""Step `evaluate`: a trained detector's figures on the validation images."""
+"""Steps `evaluate` and `evaluate_champion`: metrics on the validation images."""
 
-from kfp.dsl import Artifact, Dataset, Input, Metrics, Model, Output
+from kfp.dsl import Artifact, Input, Metrics, Model, Output
 
 from components.decorator import component
 
@@ -10,16 +10,39 @@ def evaluate(
     checkpoint: Input[Model],
     name: str,
     resolved: Input[Artifact],
-    manifest: Input[Dataset],
+    data: str,
     workspace: str,
     figures: Output[Metrics],
-) -> None:
-    """Box and mask AP in percent and the rest of the figures, here and in MLflow."""
-    from vitdet import workspace as steps
+) -> str:
+    """Box and mask AP in percent and the other metrics, here and in MLflow.
 
-    found = steps.evaluate(
-        checkpoint.path, resolved.path, name, manifest.path, workspace, figures.path
+    Returns 'known' or 'unknown': whether the registry has the champion's AP on this data with these settings.
+    """
+    from vitdet import stages
+
+    found, known = stages.evaluate_recipe(
+        checkpoint.path, resolved.path, name, data, workspace, figures.path
     )
     for key, value in found.items():
         figures.log_metric(key, value)
     print(f"{name}: box AP {found.get('box_ap')}, mask AP {found.get('mask_ap')}")
+    return "known" if known else "unknown"
+
+
+@component
+def evaluate_champion(
+    checkpoint: Input[Model],
+    figures: Input[Metrics],
+    name: str,
+    resolved: Input[Artifact],
+    workspace: str,
+) -> None:
+    """Evaluate the registry's champion as the detector in `checkpoint` was, and store its AP in the registry."""
+    from components import run_id
+    from vitdet import stages
+
+    print(
+        stages.evaluate_champion(
+            checkpoint.path, figures.path, resolved.path, name, workspace, run_id()
+        )
+    )

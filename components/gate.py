@@ -13,9 +13,12 @@ def gate(
     workspace: str,
     verdict: Output[Artifact],
 ) -> str:
-    """'passed' or 'stopped', by box AP on the same data. The first model passes, a tie does not."""
-    from vitdet import workspace as steps
+    """'passed' or 'stopped', by box AP on the same validation data. The first model passes, a tie does not."""
+    from components import run_id
+    from vitdet import stages
 
-    passed, reason = steps.judge(figures.path, resolved.path, name, workspace, verdict.path)
+    passed, reason = stages.gate(
+        figures.path, resolved.path, name, workspace, run_id(), verdict.path
+    )
     print(f"{name}: {reason}")
     return "passed" if passed else "stopped"

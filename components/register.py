@@ -13,9 +13,12 @@ def register(
     resolved: Input[Artifact],
     workspace: str,
 ) -> str:
-    """Packs the detector for MLflow, asks it about an image, and registers it; gives the version in one line."""
-    from vitdet import workspace as steps
+    """Package the detector for MLflow, test it on an image and register it; returns the version in one line."""
+    from components import run_id
+    from vitdet import stages
 
-    registered = steps.register(checkpoint.path, figures.path, resolved.path, name, workspace)
+    registered = stages.register_recipe(
+        checkpoint.path, figures.path, resolved.path, name, workspace, run_id()
+    )
     print(registered)
     return registered

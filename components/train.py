@@ -1,11 +1,12 @@
 """Step `train`: in this process (`train`), or as a distributed job of the cluster (`train_job`).
 
-Both take the same and give the same, so that a pipeline differs in this one word. `data` and `initial` are digests:
-a step whose inputs are those of an earlier one may be taken from KFP's cache.
+Both take the same and give the same, so that a pipeline differs in this one word. `data` is the fingerprint of the data, `initial` a digest of the weights:
+a step whose inputs are those of an earlier one may be taken from KFP's cache, which compares parameters by value and
+artifacts by their id. So the configs are those of the step `configs`, itself cached, and not those of `data`.
 """
 
 from kfp import dsl
-from kfp.dsl import Artifact, Dataset, Input, Model, Output
+from kfp.dsl import Artifact, Input, Model, Output
 
 from components.decorator import component
 
@@ -24,8 +25,7 @@ PASSED_ON = [
 @component
 def train(
     name: str,
-    resolved: Input[Artifact],
-    manifest: Input[Dataset],
+    settings: Input[Artifact],
     data: str,
     initial: str,
     workspace: str,
@@ -38,16 +38,15 @@ def train(
 ) -> None:
     """Trains here. Nodes, pool, kind and job are the cluster's and unused."""
     from components import run_id
-    from vitdet import workspace as steps
+    from vitdet import stages
 
-    steps.train(resolved.path, name, manifest.path, workspace, run_id(), checkpoint.path)
+    stages.train_recipe(settings.path, name, data, workspace, run_id(), checkpoint.path)
 
 
 @component(task_config_passthroughs=PASSED_ON)
 def train_job(
     name: str,
-    resolved: Input[Artifact],
-    manifest: Input[Dataset],
+    settings: Input[Artifact],
     data: str,
     initial: str,
     workspace: str,
@@ -62,21 +61,21 @@ def train_job(
     """Trains in a job of the cluster, once the data has proved to be what it was; follows a job that is there."""
     from components import run_id
     from components.launcher.launch import launch
-    from vitdet import workspace as steps
+    from vitdet import stages
 
-    words = steps.training_words(resolved.path, name, manifest.path, workspace, run_id())
-    if not steps.is_trained(workspace, name, run_id()):
+    argv = stages.train_argv(settings.path, name, data, workspace, run_id())
+    if not stages.is_trained(workspace, name, run_id()):
         launch(
             template=job,
             kind=job_kind,
             run_id=run_id(),
             name=name,
-            args=words,
+            args=argv,
             nodes=nodes,
             pool=pool,
             image=image,
             workspace=workspace,
             task_config={**vars(task_config), "resources": None},
-            finished=lambda: steps.is_trained(workspace, name, run_id()),
+            finished=lambda: stages.is_trained(workspace, name, run_id()),
         )
-    steps.collect(workspace, name, run_id(), checkpoint.path)
+    stages.copy_checkpoint(workspace, name, run_id(), checkpoint.path)

@@ -6,8 +6,8 @@ from components.decorator import component
 
 
 @component
-def weights(resolved: Input[Artifact], workspace: str) -> str:
-    """Fetches the published files that the configs name; gives a digest of them for the trainings' cache."""
-    from vitdet.workspace import fetch_weights
+def weights(settings: Input[Artifact], workspace: str) -> str:
+    """Fetch the published files that the configs name; returns a digest of them, by which the trainings are cached."""
+    from vitdet import stages
 
-    return fetch_weights(resolved.path, workspace)
+    return stages.fetch_weights(settings.path, workspace)

@@ -1,21 +1,31 @@
-"""The graph: recipes -> configs -> data, weights -> per recipe train -> evaluate -> gate ->
-register; one table at the end, and an exit handler.
+"""The graph: recipes -> configs -> data, weights -> per recipe train -> evaluate -> champion, if its
+AP on this data is unknown -> gate -> register; one table at the end, and an exit handler.
 
 The cluster's pipeline and the local one differ in the arguments of `build`. Recipes and overrides
 describe the experiment; nodes, pool, job_kind and workspace the cluster; neither depends on the
 other.
 
+Step `configs` resolves what does not depend on the data, step `data` the rest. `data` is never taken
+from the cache, as the data may change in place; its fingerprint is an input of the trainings, which
+are. The cache compares artifacts by id, so a training takes none of `data`: it reads the splits and
+classes itself, from data of that fingerprint.
+
 Workarounds for kfp 2.17: its local runner skips an If on an output that is not called `Output`, and
-compares one that is not a string wrongly, so `gate` returns one string. It does not run container
+compares one that is not a string wrongly, so `gate` returns one string. In a ParallelFor it gives
+every output parameter of a step outside of it the value of the loop's item, so the fingerprint is
+part of the item. It does not run container
 components and CreatePVC, so every step is a Python component. `set_retry` really sleeps there, so
-local runs have no retries.
+local runs have no retries. On a cluster a task after an If that was skipped does not run either
+(Argo: `depends: X.Succeeded`); the outputs of an If leave it only with dsl.OneOf and an Else, whose
+step would be one more pod. So the If that guards `evaluate_champion` is in a pipeline of its own,
+`champion`, which succeeds either way, and its result goes through registry and workspace.
 """
 
 from collections.abc import Callable
 from pathlib import Path
 
 from kfp import compiler, dsl, kubernetes
-from kfp.dsl import PipelineTask
+from kfp.dsl import Artifact, Input, Metrics, Model, PipelineTask
 from kfp.dsl.base_component import BaseComponent
 
 from components import IMAGE, RUN_ID
@@ -23,7 +33,7 @@ from components.cleanup import clean_up
 from components.compare import announce, compare
 from components.config import configs
 from components.data import data
-from components.evaluate import evaluate
+from components.evaluate import evaluate, evaluate_champion
 from components.gate import gate
 from components.register import register
 from components.train import train_job
@@ -59,6 +69,25 @@ def build(
     this image.
     """
 
+    @dsl.pipeline(name="champion")
+    def champion(
+        known: str,
+        checkpoint: Input[Model],
+        figures: Input[Metrics],
+        name: str,
+        resolved: Input[Artifact],
+        workspace: str,
+    ) -> None:
+        with dsl.If(known == "unknown", name="unknown"):
+            task = evaluate_champion(
+                checkpoint=checkpoint,
+                figures=figures,
+                name=name,
+                resolved=resolved,
+                workspace=workspace,
+            )
+            configure(task, "gpu").set_caching_options(False)
+
     @dsl.pipeline(
         name="vitdet",
         description="Trains recipes, compares them, registers what beats the champion.",
@@ -79,20 +108,21 @@ def build(
             config = configure(
                 configs(recipes=recipes, overrides=overrides, workspace=workspace), "once"
             )
-            resolved = config.outputs["resolved"]
-            dataset = configure(data(resolved=resolved, workspace=workspace), "data")
-            initial = configure(weights(resolved=resolved, workspace=workspace), "data")
-            parent = configure(announce(resolved=resolved, workspace=workspace), "small")
-            # never cached: their side effects outside of KFP must be repeated
-            for task in (initial, parent, end):
+            settings = config.outputs["settings"]
+            dataset = configure(data(settings=settings, workspace=workspace), "data")
+            resolved = dataset.outputs["resolved"]
+            initial = configure(weights(settings=settings, workspace=workspace), "data")
+            parent = configure(announce(settings=settings, workspace=workspace), "small")
+            # never cached: what they read or change outside of KFP may have changed
+            for task in (dataset, initial, parent, end):
                 task.set_caching_options(False)
-            with dsl.ParallelFor(config.outputs["Output"], name="recipe") as name:
+            with dsl.ParallelFor(dataset.outputs["Output"], name="recipe") as item:
+                name, fingerprint = item.training, item.data
                 trained = configure(
                     train(
                         name=name,
-                        resolved=resolved,
-                        manifest=dataset.outputs["manifest"],
-                        data=dataset.outputs["Output"],
+                        settings=settings,
+                        data=fingerprint,
                         initial=initial.output,
                         workspace=workspace,
                         nodes=nodes,
@@ -108,10 +138,18 @@ def build(
                         checkpoint=trained.outputs["checkpoint"],
                         name=name,
                         resolved=resolved,
-                        manifest=dataset.outputs["manifest"],
+                        data=fingerprint,
                         workspace=workspace,
                     ),
                     "gpu",
+                )
+                best = champion(
+                    known=measured.outputs["Output"],
+                    checkpoint=trained.outputs["checkpoint"],
+                    figures=measured.outputs["figures"],
+                    name=name,
+                    resolved=resolved,
+                    workspace=workspace,
                 )
                 judged = configure(
                     gate(
@@ -121,7 +159,7 @@ def build(
                         workspace=workspace,
                     ),
                     "small",
-                )
+                ).after(best)
                 with dsl.If(judged.outputs["Output"] == "passed", name="better"):
                     registered = configure(
                         register(
@@ -142,7 +180,7 @@ def build(
                 "small",
             )
             # never cached: KFP does not know when the registry and MLflow change
-            for task in (measured, judged, registered, table):
+            for task in (measured, best, judged, registered, table):
                 task.set_caching_options(False)
 
     return vitdet

@@ -47,7 +47,7 @@ LAYERS: tuple[dict[str, str], ...] = (
 # (importing module, imported room) -> the function that the import is inside of
 EXCEPTIONS = {("types", "visualize"): "Detections.draw"}
 # Modules that are still to be merged into a room; the table treats them as part of it.
-MERGING = {"workspace": "stages"}
+MERGING: dict[str, str] = {}
 
 LEVELS = {room: level for level, layer in enumerate(LAYERS) for room in layer}
 ALLOWED = {room: allowed.split() for layer in LAYERS for room, allowed in layer.items()}

@@ -1,4 +1,6 @@
-"""The gate: who becomes champion, and who does not."""
+"""The gate: which candidate becomes champion, and when the champion is evaluated again."""
+
+from __future__ import annotations
 
 import threading
 from pathlib import Path
@@ -6,8 +8,22 @@ from pathlib import Path
 import pytest
 from mlflow import MlflowClient
 
-from vitdet.tracking.champion import ALIAS, judge, promote
+from vitdet.config import load_config
+from vitdet.tracking import registry
+from vitdet.tracking.champion import (
+    ALIAS,
+    Evaluated,
+    Protocol,
+    evaluate_champion,
+    is_known,
+    judge,
+    promote,
+)
 from vitdet.tracking.mlflow import tracking_uri
+
+DATA = Protocol.of(load_config("tiny"), "0123456789abcdef")
+OTHER = Protocol.of(load_config("tiny"), "fedcba9876543210")
+STRICT = Protocol.of(load_config("tiny", ["evaluate.score_threshold=0.5"]), "0123456789abcdef")
 
 
 @pytest.fixture(scope="module")
@@ -24,11 +40,11 @@ def client_of(folder: Path) -> MlflowClient:
     return MlflowClient(uri, uri)
 
 
-def version(folder: Path, name: str, ap: float, digest: str = "data") -> str:
+def version(folder: Path, name: str, ap: float, tags: dict[str, str] | None = None) -> str:
     client = client_of(folder)
     if not client.search_registered_models(f"name = '{name}'"):
         client.create_registered_model(name)
-    tags = {"box_ap": f"{ap:.4g}", "dataset_digest": digest}
+    tags = {"box_ap": f"{ap:.4g}"} | (DATA.tags() if tags is None else tags)
     return str(client.create_model_version(name, (folder / "model").as_uri(), tags=tags).version)
 
 
@@ -36,8 +52,9 @@ def version(folder: Path, name: str, ap: float, digest: str = "data") -> str:
 def model(
     request: pytest.FixtureRequest, store: Path, monkeypatch: pytest.MonkeyPatch
 ) -> dict[str, object]:
-    """A registered model of its own, whose champion has 40 AP on `data`."""
+    """A registered model whose champion has 40 AP under DATA."""
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.setattr(registry, "download_checkpoint", lambda *_: Path("champion.pt"))
     name = request.node.name
     client_of(store).create_registered_model(name)
     client_of(store).set_registered_model_alias(name, ALIAS, version(store, name, 40.0))
@@ -48,41 +65,146 @@ def champion(model: dict) -> str:
     return str(client_of(model["folder"]).get_registered_model(model["model_name"]).aliases[ALIAS])
 
 
-def test_the_first_model_wins(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def unexpected(checkpoint: Path) -> float:
+    raise AssertionError("the champion must not be evaluated")
+
+
+def test_the_first_model_passes(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    verdict = judge(0.0, "data", uri="", folder=store, model_name="nobody yet")
+    place = {"uri": "", "folder": store, "model_name": "nobody yet"}
+    verdict = judge(0.0, DATA, **place, evaluate=unexpected)
     assert verdict.passed
     assert "first champion" in verdict.reason
+    assert is_known(DATA, **place) and evaluate_champion(DATA, unexpected, **place) is None
 
 
 @pytest.mark.parametrize(
     ("ap", "passed"), [(40.01, True), (40.0, False), (40.001, False), (39.9, False), (100, True)]
 )
-def test_a_better_one_passes_and_a_tie_does_not(model: dict, ap: float, passed: bool) -> None:
-    verdict = judge(ap, "data", **model)
+def test_a_higher_ap_passes_and_a_tie_does_not(model: dict, ap: float, passed: bool) -> None:
+    verdict = judge(ap, DATA, **model, evaluate=unexpected)
     assert verdict.passed is passed
     assert "champion, version 1" in verdict.reason
 
 
-def test_a_champion_on_other_data_is_said_and_does_not_count(model: dict) -> None:
-    verdict = judge(10.0, "other", **model)
-    assert verdict.passed
-    assert "does not count" in verdict.reason
-    assert "data, not other" in verdict.reason
+def test_other_training_data_changes_nothing(model: dict) -> None:
+    client = client_of(model["folder"])
+    client.set_model_version_tag(model["model_name"], "1", "train_fingerprint", "other")
+    assert is_known(DATA, **model)
+    assert not judge(3.0, DATA, **model).passed
+
+
+@pytest.mark.parametrize("protocol", [OTHER, STRICT], ids=["data", "settings"])
+@pytest.mark.parametrize(
+    ("measured", "ap", "passed"), [(51.6, 3.0, False), (51.6, 51.7, True), (0.0, 0.0, False)]
+)
+def test_the_champion_is_evaluated_again_on_other_data_or_settings(
+    model: dict, protocol: Protocol, measured: float, ap: float, passed: bool
+) -> None:
+    asked = []
+
+    def evaluate(checkpoint: Path) -> float:
+        asked.append(checkpoint)
+        return measured
+
+    assert not is_known(protocol, **model)
+    assert judge(ap, protocol, **model, evaluate=evaluate).passed is passed
+    assert judge(ap, protocol, **model, evaluate=evaluate).passed is passed
+    assert asked == [Path("champion.pt")]  # the registry has its AP now
+    assert is_known(protocol, **model)
+    assert not judge(40.0, DATA, **model).passed  # and still that of its registration
+
+
+@pytest.mark.parametrize("tags", [{}, {"dataset_digest": "0123456789abcdef"}])
+def test_a_champion_of_version_0_1_is_evaluated_again(model: dict, tags: dict[str, str]) -> None:
+    old = version(model["folder"], model["model_name"], 51.6, tags)
+    client_of(model["folder"]).set_registered_model_alias(model["model_name"], ALIAS, old)
+    assert not is_known(DATA, **model)
+    assert not judge(52.0, DATA, **model).passed
+    found = evaluate_champion(DATA, lambda checkpoint: 51.5, **model)
+    assert found == Evaluated(old, 51.5)
+    verdict = judge(52.0, DATA, **model)
+    assert verdict.passed and "above the 51.5 of the champion, version 2" in verdict.reason
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (ValueError("it has other classes (bolt, nut)"), "it has other classes (bolt, nut)"),
+        (FileNotFoundError("model.pt: no such checkpoint\nmore"), "model.pt: no such checkpoint"),
+        (LookupError("gone"), "gone"),
+    ],
+    ids=["classes", "file", "lookup"],
+)
+def test_a_champion_that_cannot_be_evaluated_is_not_replaced(
+    model: dict, error: Exception, reason: str
+) -> None:
+    def evaluate(checkpoint: Path) -> float:
+        raise error
+
+    verdict = judge(99.0, OTHER, **model, evaluate=evaluate)
+    assert not verdict.passed and len(verdict.reason.splitlines()) == 1
+    assert f"cannot be evaluated: {reason})" in verdict.reason
+    found = evaluate_champion(OTHER, evaluate, **model)
+    assert found is not None and found.box_ap is None
+    assert judge(99.0, OTHER, **model, evaluated=found) == verdict
+    assert not is_known(OTHER, **model)
+
+
+def test_an_error_that_may_pass_is_raised(model: dict) -> None:
+    def evaluate(checkpoint: Path) -> float:
+        raise RuntimeError("CUDA out of memory")
+
+    with pytest.raises(RuntimeError, match="CUDA out of memory"):
+        judge(99.0, OTHER, **model, evaluate=evaluate)
+
+
+def test_artifacts_that_are_gone_are_named(model: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    verdict = judge(99.0, OTHER, **model, evaluate=unexpected)
+    assert not verdict.passed and "cannot be evaluated: " in verdict.reason
+
+
+def test_the_evaluation_of_another_champion_does_not_count(model: dict) -> None:
+    verdict = judge(99.0, OTHER, **model, evaluated=Evaluated("7", 12.0))
+    assert not verdict.passed and "run this again" in verdict.reason
 
 
 @pytest.mark.parametrize("ap", [None, -1.0, float("nan")])
-def test_without_a_figure_nothing_passes(model: dict, ap: float | None) -> None:
-    assert not judge(ap, "data", **model).passed
+def test_without_an_ap_nothing_passes(model: dict, ap: float | None) -> None:
+    assert not judge(ap, DATA, **model).passed
+
+
+def test_an_unknown_ap_is_not_known_by_having_no_tags(model: dict) -> None:
+    old = version(model["folder"], model["model_name"], 51.6, {})
+    client_of(model["folder"]).set_registered_model_alias(model["model_name"], ALIAS, old)
+    assert not is_known(Protocol("", DATA.settings), **model)
 
 
 def test_of_two_that_passed_the_better_is_champion_whoever_comes_last(model: dict) -> None:
     better, good = (version(model["folder"], model["model_name"], ap) for ap in (45.0, 42.0))
-    assert judge(45.0, "data", **model).passed
-    assert judge(42.0, "data", **model).passed
-    assert promote(better, 45.0, "data", **model).passed
-    assert not promote(good, 42.0, "data", **model).passed
+    assert judge(45.0, DATA, **model).passed
+    assert judge(42.0, DATA, **model).passed
+    assert promote(better, 45.0, DATA, **model).passed
+    assert not promote(good, 42.0, DATA, **model).passed
     assert champion(model) == better
+    assert promote(better, 45.0, DATA, **model).passed  # a repeated step
+
+
+def test_a_candidate_is_not_promoted_over_a_champion_of_unknown_ap(model: dict) -> None:
+    candidate = version(model["folder"], model["model_name"], 99.0, OTHER.tags())
+    assert not promote(candidate, 99.0, OTHER, **model).passed
+    assert promote(candidate, 99.0, OTHER, **model, evaluated=Evaluated("1", 12.0)).passed
+    assert champion(model) == candidate
+
+
+def test_the_champion_itself_passes_again(model: dict) -> None:
+    client_of(model["folder"]).set_model_version_tag(
+        model["model_name"], "1", "checkpoint_sha256", "abc"
+    )
+    assert judge(40.0, DATA, **model, checkpoint_sha256="abc").passed
+    assert not judge(40.0, DATA, **model, checkpoint_sha256="abd").passed
 
 
 def test_of_many_at_once_the_best_is_champion(model: dict) -> None:
@@ -90,7 +212,7 @@ def test_of_many_at_once_the_best_is_champion(model: dict) -> None:
         (version(model["folder"], model["model_name"], ap), ap) for ap in (41.0, 44.0, 42.0, 43.0)
     ]
     threads = [
-        threading.Thread(target=promote, args=(number, ap, "data"), kwargs=model)
+        threading.Thread(target=promote, args=(number, ap, DATA), kwargs=model)
         for number, ap in candidates
     ]
     for thread in threads:
@@ -98,3 +220,20 @@ def test_of_many_at_once_the_best_is_champion(model: dict) -> None:
     for thread in threads:
         thread.join()
     assert champion(model) == candidates[1][0]
+
+
+@pytest.mark.parametrize(
+    ("override", "same"),
+    [
+        ("evaluate.nms_iou=0.6", False),
+        ("evaluate.max_detections=10", False),
+        ("data.dataset=lvis", False),
+        ("evaluate.batch_size=4", True),
+        ("data.image_size=512", True),
+        ("data.workers=0", True),
+        ("optim.lr=1", True),
+    ],
+)
+def test_the_settings_of_a_protocol_are_those_that_change_ap(override: str, same: bool) -> None:
+    changed = Protocol.of(load_config("tiny", [override]), DATA.fingerprint)
+    assert (changed == DATA) is (changed.tag == DATA.tag) is same

@@ -7,7 +7,6 @@ are `valueFrom`).
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,7 +21,7 @@ from components.train import train_job
 from tests.cluster import QUICK, Scene, kubectl, on_cluster, scene, template, wait_until
 from tests.conftest import minimal
 from tests.test_cluster_failures import meanwhile
-from vitdet import workspace as steps
+from vitdet import stages
 from vitdet.checkpoint import load_model_file
 
 pytestmark = on_cluster
@@ -81,13 +80,15 @@ class Step:
 
     def __init__(self, made: Scene) -> None:
         self.made, self.workspace, self.out = made, str(made.volume), made.volume.parent / "out"
-        self.resolved, self.manifest = str(self.out / "configs"), str(self.out / "manifest")
+        self.settings = str(self.out / "settings")
         short = minimal(
             made.volume / "tiny", optim__steps=2, optim__warmup_steps=1, train__eval_every=2
         )
-        (self.name,) = steps.resolve_configs(["tiny"], short, self.workspace, self.resolved)
-        self.data = steps.prepare_data(self.resolved, self.workspace, self.manifest)
-        steps.open_group(self.resolved, self.workspace, RUN)
+        (self.name,) = stages.resolve_configs(["tiny"], short, self.workspace, self.settings)
+        self.data = stages.prepare_data(
+            self.settings, self.workspace, str(self.out / "configs"), str(self.out / "manifest")
+        ).fingerprint
+        stages.start_parent_run(self.settings, self.workspace, RUN)
 
     def __call__(self, file: str) -> Path:
         """Runs it; the file that it gives to the next step."""
@@ -119,10 +120,7 @@ class Step:
             {
                 "inputs": {
                     "parameterValues": values,
-                    "artifacts": {
-                        "resolved": artifact("Artifact", self.resolved),
-                        "manifest": artifact("Dataset", self.manifest),
-                    },
+                    "artifacts": {"settings": artifact("Artifact", self.settings)},
                 },
                 "outputs": {
                     "artifacts": {"checkpoint": artifact("Model", str(checkpoint))},
@@ -206,12 +204,10 @@ def test_no_job_is_made_on_a_volume_that_is_not_what_was_verified(
     step: Step, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(components.RUN_ID, OTHER)
-    file = (
-        step.made.volume / "tiny" / json.loads(Path(step.manifest).read_text())["files"][0]["path"]
-    )
+    file = step.made.volume / "tiny" / "annotations" / "instances_train.json"
     before = file.read_text()
     file.write_text(before.replace('"iscrowd": 0', '"iscrowd": 1', 1))
-    with pytest.raises(ValueError, match="no longer the file that was verified"):
+    with pytest.raises(ValueError, match="no longer the split that was verified"):
         step("changed.pt")
     file.write_text(before)
     (step.made.volume / "tiny").rename(step.made.volume / "elsewhere")

@@ -17,13 +17,13 @@ from components.cleanup import clean_up
 from components.compare import announce, compare
 from components.config import configs
 from components.data import data
-from components.evaluate import evaluate
+from components.evaluate import evaluate, evaluate_champion
 from components.gate import gate
 from components.register import register
 from components.train import train, train_job
 from components.weights import weights
 from tests.conftest import minimal
-from vitdet import workspace as steps
+from vitdet import stages
 
 ALL = [
     announce,
@@ -32,6 +32,7 @@ ALL = [
     configs,
     data,
     evaluate,
+    evaluate_champion,
     gate,
     register,
     train,
@@ -131,18 +132,19 @@ class Prepared:
 
     def __init__(self, root: Path, folder: Path) -> None:
         self.root, self.space, self.checkpoint = root, folder / "space", folder / "out" / "model.pt"
-        self.resolved, self.manifest = str(folder / "configs"), str(folder / "manifest")
-        (self.name,) = steps.resolve_configs(
-            ["tiny"], minimal(root), str(self.space), self.resolved
+        self.settings = str(folder / "settings")
+        (self.name,) = stages.resolve_configs(
+            ["tiny"], minimal(root), str(self.space), self.settings
         )
-        steps.prepare_data(self.resolved, str(self.space), self.manifest)
+        self.data = stages.prepare_data(
+            self.settings, str(self.space), str(folder / "configs"), str(folder / "manifest")
+        ).fingerprint
 
     def train_job(self, task: dsl.TaskConfig) -> None:
         train_job.python_func(
             name=self.name,
-            resolved=dsl.Artifact(uri=self.resolved),
-            manifest=dsl.Dataset(uri=self.manifest),
-            data="d",
+            settings=dsl.Artifact(uri=self.settings),
+            data=self.data,
             initial="w",
             workspace=str(self.space),
             nodes=2,
@@ -217,8 +219,8 @@ def test_no_gpu_is_asked_for_when_the_weights_are_gone(
     prepared = Prepared(own_tiny, tmp_path)
     start = tmp_path / "start.safetensors"
     start.touch()
-    (prepared.name,) = steps.resolve_configs(
-        ["tiny"], minimal(own_tiny, train__init=start), str(prepared.space), prepared.resolved
+    (prepared.name,) = stages.resolve_configs(
+        ["tiny"], minimal(own_tiny, train__init=start), str(prepared.space), prepared.settings
     )
     start.unlink()
     with pytest.raises(FileNotFoundError, match="no such weights file"):
@@ -231,7 +233,7 @@ def test_at_the_end_the_jobs_of_a_cluster_are_deleted(
     kind: str, deleted: list[str], jobs: Jobs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     closed = []
-    monkeypatch.setattr(steps, "close_group", lambda *words: closed.append(words[-1]))
+    monkeypatch.setattr(stages, "end_parent_run", lambda *words: closed.append(words[-1]))
     status = dsl.PipelineTaskFinalStatus(
         state="CANCELLED",
         pipeline_job_resource_name="",
@@ -253,7 +255,7 @@ def test_the_parent_run_ends_although_the_jobs_cannot_be_deleted(
         raise PermissionError("no")
 
     closed = []
-    monkeypatch.setattr(steps, "close_group", lambda *words: closed.append(words[-1]))
+    monkeypatch.setattr(stages, "end_parent_run", lambda *words: closed.append(words[-1]))
     monkeypatch.setattr(sys.modules["components.launcher.launch"], "delete_jobs", forbidden)
     status = dsl.PipelineTaskFinalStatus(
         state="FAILED",

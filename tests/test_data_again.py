@@ -15,7 +15,7 @@ from tests.archives import miniatures
 from tests.test_cli import largest_file
 from tests.test_data_fetch import BOTH, TRAIN, VAL, Fetch, asked, check, get, no_sync, root, web
 from tests.web import Web
-from vitdet.datasets import inventory
+from vitdet.data import download_record
 
 
 def test_archives_that_are_there_already(get: Fetch, web: Web, root: Path, tmp_path: Path) -> None:
@@ -143,7 +143,7 @@ def test_without_a_known_checksum_the_manifest_has_that_of_what_came(
 ) -> None:
     wanted = miniatures("coco", "val")[0]
     get(wanted=[replace(archive, sha256="") for archive in wanted])
-    noted = inventory.read(root).archives
+    noted = download_record.read(root).archives
     assert [one.sha256 for one in noted] == [archive.sha256 for archive in wanted]
     assert not any(one.known for one in noted)
 

@@ -18,7 +18,7 @@ from tests.archives import miniatures
 from tests.conftest import environment
 from tests.test_download import QUICK, Seen
 from tests.web import Handler, Web, file, serve, status
-from vitdet.datasets import inventory
+from vitdet.data import download_record
 from vitdet.datasets.fetch import fetch
 from vitdet.datasets.published import Archive
 
@@ -93,7 +93,7 @@ def check(root: Path, web: Web) -> None:
     }
     assert len(wanted) == 26 and tree(root) == {*wanted, "manifest.json"}
     assert all((root / name).read_bytes() == content for name, content in wanted.items())
-    inventory.verify(root, contents=True)
+    download_record.verify(root, contents=True)
 
 
 def size(path: Path) -> int:
@@ -131,7 +131,7 @@ def test_lvis_lies_over_the_same_images(get: Fetch, web: Web, root: Path) -> Non
         "lvis_v1_train.json",
         "lvis_v1_val.json",
     }
-    assert get("lvis") is False and get() is False and len(inventory.read(root).archives) == 5
+    assert get("lvis") is False and get() is False and len(download_record.read(root).archives) == 5
 
 
 def test_one_split_and_then_the_other(get: Fetch, web: Web, root: Path) -> None:

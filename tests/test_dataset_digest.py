@@ -15,7 +15,7 @@ import yaml
 
 from tests.conftest import ROOT, minimal, options
 from tests.test_lvis_data import lvis
-from vitdet import workspace as steps
+from vitdet import stages
 from vitdet.tracking import mlflow as tracking
 from vitdet.training import Stopped
 
@@ -63,14 +63,12 @@ def test_every_way_to_train_logs_the_same_digest(
     Path("work/weights").mkdir()
     assert vitdet(*command[1:])[0] == 143
 
-    space, configs, manifest = (
-        str(tmp_path / "space"),
-        str(tmp_path / "configs"),
-        str(tmp_path / "manifest"),
+    space, configs, manifest, resolved = (
+        str(tmp_path / name) for name in ("space", "settings", "manifest", "configs")
     )
     place(source, "space/sets/there")
-    (name,) = steps.resolve_configs(["tiny"], settings("sets/there"), space, configs)
-    key = steps.prepare_data(configs, space, manifest)  # what the step `train` is cached by
+    (name,) = stages.resolve_configs(["tiny"], settings("sets/there"), space, configs)
+    key = stages.prepare_data(configs, space, resolved, manifest).fingerprint
     with pytest.raises(Stopped):
-        steps.train(configs, name, manifest, space, RUN, str(tmp_path / "model.pt"))
+        stages.train_recipe(configs, name, key, space, RUN, str(tmp_path / "model.pt"))
     assert logged == 3 * [key]

@@ -14,7 +14,7 @@ from tests.conftest import ROOT
 STAGES = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
 # stage -> the modules that do its work
 ENTRIES = {
-    "config": ["vitdet/config.py"],
+    "config": ["vitdet/data/layout.py"],
     "data": ["vitdet/demo/tiny.py"],
     "train": ["vitdet/training/trainer.py", "vitdet/weights/load.py"],
     "evaluate": ["vitdet/evaluation/evaluator.py"],

@@ -1,5 +1,5 @@
 """What follows what: the pipeline's own graph and components under kfp's local runner, with steps of a few lines in
-place of `vitdet.workspace`.
+place of `vitdet.stages`.
 """
 
 import json
@@ -26,24 +26,29 @@ def write(path, text):
 
 def resolve_configs(recipes, overrides, workspace, folder):
     note("configs", recipes, overrides)
-    write(Path(folder) / "config", "")
+    write(Path(folder) / "names", json.dumps(recipes))
     return recipes
 
-def prepare_data(configs, workspace, manifest):
+def recipes(settings):
+    return json.loads((Path(settings) / "names").read_text())
+
+def prepare_data(settings, workspace, configs, manifest):
+    from types import SimpleNamespace
     note("data")
+    write(Path(configs) / "config", "resolved")
     write(manifest, "manifest")
-    return "digest"
+    return SimpleNamespace(fingerprint="fingerprint", names=recipes(settings), notes=["a note"])
 
 def fetch_weights(configs, workspace):
     note("weights")
     return ""
 
-def open_group(configs, workspace, run_id):
+def start_parent_run(configs, workspace, run_id):
     note("announce", run_id)
     return "parent"
 
-def train(configs, name, manifest, workspace, run_id, checkpoint):
-    assert Path(manifest).read_text() == "manifest"
+def train_recipe(settings, name, data, workspace, run_id, checkpoint):
+    assert data == "fingerprint"
     note("train", name, run_id)
     if name == "slow":
         import time
@@ -53,17 +58,22 @@ def train(configs, name, manifest, workspace, run_id, checkpoint):
         raise ValueError("a loss is not finite")
     write(checkpoint, name)
 
-def evaluate(checkpoint, configs, name, manifest, workspace, figures):
+def evaluate_recipe(checkpoint, configs, name, data, workspace, figures):
+    assert (Path(configs) / "config").read_text() == "resolved"
     note("evaluate", name, Path(checkpoint).read_text())
     write(figures, name)
-    return {"box_ap": 40.0}
+    return {"box_ap": 40.0}, "unknown" not in name
 
-def judge(figures, configs, name, workspace, verdict):
+def evaluate_champion(checkpoint, figures, configs, name, workspace, run_id):
+    note("champion", name, Path(checkpoint).read_text(), Path(figures).read_text(), run_id)
+    return "evaluated"
+
+def gate(figures, configs, name, workspace, run_id, verdict):
     note("gate", name)
     write(verdict, name)
     return "better" in name, "why"
 
-def register(checkpoint, figures, configs, name, workspace):
+def register_recipe(checkpoint, figures, configs, name, workspace, run_id):
     note("register", name, Path(checkpoint).read_text())
     return "version 1"
 
@@ -72,7 +82,7 @@ def compare(verdicts, configs, workspace, run_id, table):
     write(table, "| a table |")
     return "| a table |"
 
-def close_group(recipes, overrides, workspace, run_id, state):
+def end_parent_run(recipes, overrides, workspace, run_id, state):
     note("clean-up", recipes, state, run_id)
 """
 
@@ -85,7 +95,7 @@ class Played:
         package.mkdir(parents=True)
         (package / "__init__.py").touch()
         (package / "__main__.py").touch()
-        (package / "workspace.py").write_text(STEPS)
+        (package / "stages.py").write_text(STEPS)
         outer = {
             **os.environ,
             "PYTHONPATH": f"{package.parent}{os.pathsep}{ROOT}",
@@ -139,6 +149,20 @@ def test_every_recipe_goes_its_way_and_one_table_ends_it(tmp_path: Path) -> None
     ]  # all of them before anything is trained
     assert order[-2:] == ["compare", "clean-up"]
     assert "| a table |" in played.done.stdout
+
+
+def test_the_champion_is_evaluated_only_where_its_ap_is_unknown(tmp_path: Path) -> None:
+    played = Played(tmp_path, "unknown", "known", "better-unknown")
+    assert played.done.returncode == 0, played.done.stdout + played.done.stderr
+    (run_id,) = played.of("announce")[0]
+    names = ["better-unknown", "unknown"]
+    assert sorted(played.of("champion")) == [[name, name, name, run_id] for name in names]
+    order = played.calls
+    for name in names:  # before the gate
+        champion = next(i for i, call in enumerate(order) if call[:2] == ["champion", name])
+        assert order.index(["evaluate", name, name]) < champion < order.index(["gate", name])
+    assert sorted(played.of("gate")) == [["better-unknown"], ["known"], ["unknown"]]
+    assert played.of("register") == [["better-unknown", "better-unknown"]]
 
 
 def test_whatever_fails_the_exit_handler_runs_and_knows(tmp_path: Path) -> None:

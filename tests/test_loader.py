@@ -14,7 +14,6 @@ from torch.utils.data._utils.pin_memory import pin_memory
 
 from vitdet.config import DataConfig
 from vitdet.data.dataset import TrainData, read_split
-from vitdet.data.fingerprint import dataset_digest
 from vitdet.data.loader import train_loader, val_loader
 from vitdet.data.transforms import resize_and_pad
 from vitdet.types import Batch
@@ -142,18 +141,6 @@ def test_validation_shows_every_image_once_in_order(data: DataConfig) -> None:
 def test_max_images_takes_the_lowest_ids_that_hold_an_object(data: DataConfig) -> None:
     records = read_split(replace(data, max_images=3), "val").records
     assert [record.image_id for record in records] == [89, 90, 92]
-
-
-def test_the_digest_notices_changes(data: DataConfig) -> None:
-    first = dataset_digest(data)
-    assert len(first) == 16 and first == dataset_digest(replace(data, flip=0.0, workers=3))
-    assert dataset_digest(replace(data, max_images=2)) != first
-    file = Path(data.root) / "val" / "3.jpg"
-    file.write_bytes(file.read_bytes() + b"x")
-    second = dataset_digest(data)
-    annotations = Path(data.root) / "annotations" / "instances_train.json"
-    annotations.write_text(annotations.read_text() + " ")
-    assert len({first, second, dataset_digest(data)}) == 3
 
 
 def test_a_batch_is_pinned_for_the_gpu(data: DataConfig, monkeypatch: pytest.MonkeyPatch) -> None:

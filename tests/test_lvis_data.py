@@ -19,7 +19,7 @@ from vitdet.data.annotations import LISTS
 from vitdet.data.check import check
 from vitdet.data.coco import read_coco
 from vitdet.data.dataset import read_split
-from vitdet.data.fingerprint import dataset_digest
+from vitdet.data.fingerprint import fingerprints
 from vitdet.evaluation.evaluator import evaluate
 from vitdet.training import train
 
@@ -126,15 +126,15 @@ def test_real_lvis_annotations() -> None:
     assert found.class_names[0] == "acorn" and found.image_counts[:5] == (0, 0, 0, 3, 0)
 
 
-def test_the_digest_looks_at_the_images_that_the_file_names(own_lvis: Path) -> None:
+def test_a_fingerprint_covers_the_images_that_the_file_names(own_lvis: Path) -> None:
     data = settings(own_lvis)
-    first = dataset_digest(data)
+    first = fingerprints(data)
     (own_lvis / "test2017").mkdir()
     (own_lvis / "train2017" / "other.jpg").write_bytes(b"none of these")
-    assert dataset_digest(data) == first != dataset_digest(replace(data, max_images=1))
+    assert fingerprints(data) == first != fingerprints(replace(data, max_images=1))
     image = read_split(data, "val").records[0].path
     image.write_bytes(image.read_bytes() + b" ")
-    assert dataset_digest(data) != first
+    assert fingerprints(data) != first
 
 
 def test_a_sound_folder_has_no_errors_and_its_images_are_read(lvis: Path, own_lvis: Path) -> None:

@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.conftest import MINIMAL, minimal, options
+from tests.conftest import MINIMAL, ROOT, minimal, options
 from tests.test_fine_tuning import other_classes
 from vitdet import Predictor
 from vitdet.checkpoint import load_model_file
 from vitdet.config import load_config, save_config
 from vitdet.data.check import check
-from vitdet.data.layout import follow, missing, split_files
+from vitdet.data.layout import explicit_settings, missing, resolve, resolve_config, split_files
 from vitdet.types import Detections
 
 Run = Callable[..., tuple[int, str, str]]
@@ -102,8 +102,7 @@ def test_a_folder_brings_its_splits_and_classes(own_tiny: Path, recipe: str) -> 
         f"data.root={renamed(own_tiny, train='train2017', val='valid')}",
         "optim.lr=1e-3",
     ]
-    before = load_config(recipe, overrides)
-    config, found = follow(before, overrides)
+    config, found = resolve_config(recipe, overrides)
     data, count = config.data, config.model.roi_heads.num_classes
     assert (data.train_split, data.val_split, count) == ("train2017", "valid", 6)
     assert found["data.val_split"] == "valid" and ("model.roi_heads.num_classes" in found) == (
@@ -120,13 +119,12 @@ def test_a_folder_brings_its_splits_and_classes(own_tiny: Path, recipe: str) -> 
 )
 def test_what_a_user_sets_stays(own_tiny: Path, named: list[str]) -> None:
     overrides = [f"data.root={own_tiny}", *named]
-    config = load_config("tiny", overrides)
-    assert follow(config, overrides) == (config, {})
+    assert resolve_config("tiny", overrides) == (load_config("tiny", overrides), {})
 
 
 def test_without_another_folder_a_recipe_stays(own_tiny: Path) -> None:
     recipe = load_config("mask_rcnn_vitdet_b_coco", [f"data.root={own_tiny}"])
-    assert follow(recipe, ["optim.lr=1"]) == (recipe, {})
+    assert resolve(recipe, ["optim.lr"]) == (recipe, {})
 
 
 def test_coco_stays_coco(tmp_path: Path) -> None:
@@ -135,8 +133,9 @@ def test_coco_stays_coco(tmp_path: Path) -> None:
         categories = [{"id": number, "name": str(number)} for number in range(80)]
         path = tmp_path / "annotations" / f"instances_{split}.json"
         path.write_text(json.dumps({"images": [], "annotations": [], "categories": categories}))
-    config = load_config("mask_rcnn_vitdet_b_coco", [f"data.root={tmp_path}"])
-    assert follow(config, [f"data.root={tmp_path}"]) == (config, {})
+    override = f"data.root={tmp_path}"
+    config = load_config("mask_rcnn_vitdet_b_coco", [override])
+    assert resolve_config("mask_rcnn_vitdet_b_coco", [override]) == (config, {})
 
 
 def test_settings_of_a_file_are_taken_at_their_word(
@@ -152,6 +151,50 @@ def test_settings_of_a_file_are_taken_at_their_word(
     assert code == 1 and err.endswith(
         "has 6 classes, but model.roi_heads.num_classes is 5; set it to 6\n"
     )
+
+
+def test_what_a_file_does_not_name_is_taken_from_the_folder(own_tiny: Path, tmp_path: Path) -> None:
+    other_classes(own_tiny, ["one", "two"])
+    file = tmp_path / "mine.yaml"
+    file.write_text(f"data: {{root: {own_tiny}, val_split: train}}\n")
+    config, found = resolve_config(file)
+    assert found == {"data.train_split": "train", "model.roi_heads.num_classes": 2}
+    assert config.data.val_split == "train"
+    file.write_text("data: {image_size: 64}\n")
+    assert resolve_config(file) == (load_config(file), {})
+
+
+def test_explicit_settings_are_those_of_a_user(tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text("data: {root: here}\nmodel: {rpn: {norm: true}}\n")
+    overrides = ["optim.lr = 1", "train.init="]
+    assert explicit_settings("tiny", overrides) == {"optim.lr", "train.init"}
+    assert {"data.root", "model.rpn.norm", "optim.lr"} < explicit_settings(file, overrides)
+    shipped = ROOT / "vitdet" / "recipes" / "tiny.yaml"
+    assert explicit_settings(shipped, overrides) == {"data.root", "optim.lr", "train.init"}
+
+
+def test_a_printed_config_follows_the_data_that_it_is_used_with(
+    vitdet: Run, own_tiny: Path, tmp_path: Path
+) -> None:
+    """The first stage of dvc.yaml: settings first, data then, and a class more later."""
+    words = ["config", ROOT / "vitdet" / "recipes" / "tiny.yaml", "--set", f"data.root={own_tiny}"]
+    moved = own_tiny.rename(tmp_path / "later")
+    assert vitdet(*words, *SMALL, "--output", tmp_path / "config.yaml")[0] == 0
+    moved.rename(own_tiny)
+    other_classes(own_tiny, ["one", "two"])
+    config, found = resolve_config(tmp_path / "config.yaml")
+    assert config.model.roi_heads.num_classes == 2 and list(found) == [
+        "model.roi_heads.num_classes"
+    ]
+    code, _, err = vitdet("train", tmp_path / "config.yaml", "--output", tmp_path / "run")
+    assert code == 0, err
+    checkpoint = tmp_path / "run" / "model.pt"
+    assert load_model_file(checkpoint)["class_names"] == ["one", "two"]
+    code, _, err = vitdet("evaluate", checkpoint, "--config", tmp_path / "config.yaml")
+    assert code == 0, err
+    _, printed, _ = vitdet("config", "tiny")
+    assert "num_classes: 6" in printed and "#" not in printed
 
 
 @pytest.mark.parametrize(
@@ -274,7 +317,7 @@ def test_what_the_check_accepts_has_its_classes_counted(
         path.write_bytes(rewrite(json.dumps(content)))
     assert check(own_tiny, images=False).ok
     override = f"data.root={own_tiny}"
-    config, found = follow(load_config("tiny", [override]), [override])
+    config, found = resolve_config("tiny", [override])
     assert config.model.roi_heads.num_classes == 7 and found == {"model.roi_heads.num_classes": 7}
 
 

@@ -178,10 +178,11 @@ def test_nothing_is_installed_and_every_step_has_what_it_needs(
     ]
     assert (
         with_gpu
-        == ["exec-evaluate"]
+        == ["exec-evaluate", "exec-evaluate-champion"]
         == [name for name, needs in kubernetes.items() if "tolerations" in needs]
     )
-    assert kubernetes["exec-evaluate"]["nodeSelector"] == {"labels": {"vitdet/pool": "gpu-train"}}
+    for name in with_gpu:
+        assert kubernetes[name]["nodeSelector"] == {"labels": {"vitdet/pool": "gpu-train"}}
 
 
 def test_what_changes_the_world_is_never_taken_from_a_cache(documents: tuple[dict, dict]) -> None:
@@ -194,12 +195,16 @@ def test_what_changes_the_world_is_never_taken_from_a_cache(documents: tuple[dic
     }
     steps = {name: task for name, task in tasks.items() if not re.search(r"-\d+$", name)}
     cached = {name for name, task in steps.items() if task["cachingOptions"].get("enableCache")}
-    assert cached == {"configs", "data", "train-job"}
-    # What a training's result depends on is among its inputs; the run is not.
-    inputs = steps["train-job"]["inputs"]["parameters"]
-    assert {"name", "data", "initial", "image", "job"} <= inputs.keys()
+    assert cached == {"configs", "train-job"}
+    # What a training's result depends on is among its inputs; the run is not. The cache compares
+    # artifacts by id: only those of steps that are cached themselves may be inputs.
+    inputs = steps["train-job"]["inputs"]
+    assert {"name", "data", "initial", "image", "job"} <= inputs["parameters"].keys()
+    artifacts = {one["componentInputArtifact"] for one in inputs["artifacts"].values()}
+    assert artifacts == {"pipelinechannel--configs-settings"}
     assert "pipeline_job" not in (GOLDEN / "pipeline.yaml").read_text()
-    assert {name for name, task in steps.items() if "retryPolicy" not in task} == {"configs"}
+    without = {name for name, task in steps.items() if "retryPolicy" not in task}
+    assert without == {"configs", "champion"}  # the latter is no pod but a group
 
 
 def test_a_step_that_is_lost_late_is_still_tried_again(documents: tuple[dict, dict]) -> None:
@@ -214,7 +219,7 @@ def test_a_step_that_is_lost_late_is_still_tried_again(documents: tuple[dict, di
     ]
     job = yaml.safe_load((ROOT / "manifests" / "pytorchjob" / "pytorchjob.yaml").read_text())
     longest = job["spec"]["runPolicy"]["activeDeadlineSeconds"]
-    assert longest >= 1209600 and len(policies) == 9
+    assert longest >= 1209600 and len(policies) == 10
     assert all(int(policy["backoffMaxDuration"].removesuffix("s")) > longest for policy in policies)
 
 

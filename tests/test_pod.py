@@ -27,13 +27,13 @@ def launch(**asked):
 STEPS = """
 from pathlib import Path
 
-def training_words(configs, name, manifest, workspace, run_id):
+def train_argv(settings, name, data, workspace, run_id):
     return ["train", name, run_id]
 
 def is_trained(workspace, name, run_id):
     return False
 
-def collect(workspace, name, run_id, checkpoint):
+def copy_checkpoint(workspace, name, run_id, checkpoint):
     Path(checkpoint).write_text("model")
 """
 VALUES = {
@@ -68,7 +68,7 @@ def artifact(folder: Path, name: str, kind: str) -> dict:
 def test_a_pod_can_run_what_was_compiled(tmp_path: Path) -> None:
     files = {
         "components/__init__": COMPONENTS.format(real=str(ROOT / "components")),
-        "vitdet/workspace": STEPS,
+        "vitdet/stages": STEPS,
         "components/launcher/__init__": "",
         "components/launcher/launch": LAUNCHER,
         "vitdet/__init__": "",
@@ -81,7 +81,7 @@ def test_a_pod_can_run_what_was_compiled(tmp_path: Path) -> None:
         yaml.safe_load_all((ROOT / "tests" / "golden_pipeline" / "pipeline.yaml").read_text())
     )
     container = specification["deploymentSpec"]["executors"]["exec-train-job"]["container"]
-    kinds = {"resolved": "Artifact", "manifest": "Dataset"}
+    kinds = {"settings": "Artifact"}
     inputs = {name: artifact(tmp_path, name, kind) for name, kind in kinds.items()}
     given = json.dumps(
         {

@@ -172,7 +172,7 @@ def test_under_torchrun_a_finished_run_is_the_result_of_its_own_config_and_data_
     path.write_text(json.dumps(content))
     with pytest.raises(
         ValueError,
-        match=r"run: holds a finished run on other data \(\w+, now \w+\); choose another",
+        match=r"run: holds a finished run on other data \(train split \w+, now \w+\); choose another",
     ):
         again()
     assert len(heard) == 1

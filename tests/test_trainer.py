@@ -37,7 +37,7 @@ def same_bits(path: Path, trained: Path) -> None:
     assert not different
     assert all(
         ours[key] == theirs[key]
-        for key in ("config", "class_names", "metrics", "step", "dataset_digest")
+        for key in ("config", "class_names", "metrics", "step", "fingerprints")
     )
     states = [sorted((folder / "checkpoints").glob("*.pt"))[-1] for folder in (path, trained)]
     ours, theirs = (torch.load(state, weights_only=True) for state in states)

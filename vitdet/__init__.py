@@ -6,6 +6,14 @@ The public names are resolved when they are first used, so that `import vitdet` 
 from __future__ import annotations
 
 import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from vitdet.config import Config, load_config
+    from vitdet.evaluation import evaluate
+    from vitdet.models import build_detector
+    from vitdet.predictor import Predictor
+    from vitdet.training import train
 
 __version__ = "0.1.0"
 _HOMES = {
@@ -16,7 +24,7 @@ _HOMES = {
     "train": "vitdet.training",
     "evaluate": "vitdet.evaluation",
 }
-__all__ = ["Config", "Predictor", "build_detector", "evaluate", "load_config", "train"]  # noqa: F822 - see below
+__all__ = ["Config", "Predictor", "build_detector", "evaluate", "load_config", "train"]
 
 
 def __getattr__(name: str) -> object:

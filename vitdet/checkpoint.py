@@ -78,7 +78,10 @@ def load(path: Path, *expected: str) -> dict:
 
 
 def load_model_file(path: str | Path) -> dict:
-    """{config, class_names, model, run_id, step, dataset_digest} of a finished detector; raises as `load` does."""
+    """{config, class_names, model, run_id, step, fingerprints} of a finished detector; raises as `load` does.
+
+    Files of version 0.1 hold a dataset_digest instead of fingerprints.
+    """
     return load(Path(path), FORMAT)
 
 

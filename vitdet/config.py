@@ -5,8 +5,6 @@ the source of other values. A recipe (a YAML file in `recipes/`) lists what diff
 override `section.key=value` changes one more setting. Steps pass the resolved config on.
 """
 
-from __future__ import annotations
-
 import difflib
 import hashlib
 import json

@@ -1,75 +1,56 @@
-"""What joins detection and its tracking: the stages train, evaluate and register, for the command line and the
-pipeline's components alike.
+"""The stages of an experiment: what the command line's verbs and the pipeline's components call.
 
-Imports stand inside the functions: who asks for a stage's help or its config waits for neither torch nor MLflow.
+`train`, `evaluate` and `register` take configs and paths. The others are the steps of a pipeline run on a shared folder,
+the workspace; between them go files that the caller names: the resolved configs, a description of the data, a checkpoint
+and metrics. A step may be repeated: what is there is not made again, and a training resumes from its checkpoint.
+
+  WORKSPACE/...                     data sets and files of weights, where the recipes' relative paths say
+  WORKSPACE/weights/                what train.init names
+  WORKSPACE/runs/NAME-RUN/          a training: config, checkpoints, model.pt; NAME is recipe and digest of its config,
+                                    RUN the first digits of the pipeline run's id
+  WORKSPACE/runs/mlflow.db          MLflow's store, where no server is named
+
+Imports are inside the functions: help and configs need neither torch nor MLflow.
 """
 
 from __future__ import annotations
 
-import importlib.util
-import logging
+import glob
+import hashlib
+import json
+import shutil
 from collections.abc import Sequence
+from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from vitdet.config import Config, TrackingConfig, digest, flatten, legacy_digest
+from vitdet.config import (
+    Config,
+    difference,
+    digest,
+    legacy_digest,
+    load_config,
+    save_config,
+)
+from vitdet.files import write_json
 
 if TYPE_CHECKING:
-    from vitdet.tracking.tracker import Progress
+    from vitdet.tracking.champion import Evaluate, Evaluated, Protocol
+    from vitdet.tracking.registration import Registered
+
+EXPLICIT = "explicit.json"  # beside the configs of a run: the settings of each that a user chose
 
 
-def tracking_folder(output: Path) -> Path:
-    """Where the default MLflow store of a run lies: beside the run's folder, so that runs can be compared."""
-    return output.resolve().parent
+class Data(NamedTuple):
+    """The verified data of a run: its fingerprint, the names of the configs, a line for each that it changed."""
+
+    fingerprint: str
+    names: list[str]
+    notes: list[str]
 
 
-def has_mlflow() -> bool:
-    """Whether the extra `tracking` is installed."""
-    return importlib.util.find_spec("mlflow") is not None
-
-
-def start_tracker(
-    config: Config,
-    recipe: str,
-    output: Path,
-    group: str,
-    identity: str,
-    run_id: str | None,
-    step: int,
-) -> Progress:
-    """Progress for the eye, MLflow behind it where that is installed."""
-    from vitdet.tracking.tracker import Progress, Tracker
-
-    for digits in filter(None, (digest(config), legacy_digest(config))):  # of a pipeline
-        recipe = recipe.removesuffix(f"-{digits[:8]}")
-
-    tracker = Tracker()
-    if has_mlflow():
-        from vitdet.tracking.mlflow import start_run
-
-        data = config.data
-        tracker = start_run(
-            uri=config.tracking.uri,
-            folder=tracking_folder(output),
-            experiment=config.tracking.experiment,
-            name=f"{output.name if recipe == 'config' else recipe} {digest(config)[:6]}",
-            params=flatten(config),
-            tags={"recipe": recipe},
-            group=group,
-            dataset={
-                "name": Path(data.root).name,
-                "digest": identity,
-                "source": str(Path(data.root).resolve()),
-            },
-            run_id=run_id,
-            resume_step=step,
-        )
-    else:
-        logging.getLogger(__name__).warning("mlflow is not installed: this training is not tracked")
-    return Progress(tracker, config.optim.steps, step)
-
-
-def train_tracked(
+def train(
     config: Config,
     recipe: str,
     output: Path,
@@ -78,17 +59,19 @@ def train_tracked(
     weights: Path | None = None,
     group: str = "",
 ) -> Path:
-    """output/model.pt of a training that MLflow follows; raises what `vitdet.train` raises.
+    """output/model.pt of a training that is tracked in MLflow; raises what `vitdet.train` raises.
 
-    weights: the folder in which train.init lies. group: the pipeline run that this training belongs to, if any.
+    weights: the folder of train.init. group: the pipeline run that this training belongs to, if any.
     """
-    from vitdet.training import train
+    from vitdet import training
+    from vitdet.tracking.runs import start_tracker
+    from vitdet.tracking.tracker import Tracker
     from vitdet.weights import resolve
 
-    def start_tracking(identity: str, run_id: str | None, step: int) -> Progress:
-        return start_tracker(config, recipe, output, group, identity, run_id, step)
+    def start_tracking(data_digest: str, run_id: str | None, step: int) -> Tracker:
+        return start_tracker(config, recipe, output, group, data_digest, run_id, step)
 
-    return train(
+    return training.train(
         config,
         output,
         checkpoints=checkpoints,
@@ -97,72 +80,412 @@ def train_tracked(
     )
 
 
-def log_evaluation(
+def evaluate(
     checkpoint: Path,
-    metrics: dict[str, float],
-    uri: str | None,
+    overrides: Sequence[str] = (),
+    *,
     folder: Path,
-    pictures: Sequence[Path] = (),
-) -> str | None:
-    """Adds an evaluation to the run that trained the checkpoint, and gives its id; uri None: that of its config.
+    config: Config | None = None,
+    pictures: Path | None = None,
+    plots: Path | None = None,
+) -> tuple[dict[str, float], str | None]:
+    """The metrics of a checkpoint, also logged to the run that trained it, and the id of that run.
 
-    Nothing happens, and None is given, where the run's store is not in sight: the checkpoint was carried away.
+    The arguments are those of `vitdet.evaluate`; folder: of the default MLflow store. The id is None where the store of
+    the run is not found: the checkpoint was carried away.
     """
-    from vitdet.checkpoint import load_model_file
+    from vitdet import distributed
+    from vitdet.evaluation.evaluator import evaluate as measure
+    from vitdet.tracking.runs import log_evaluation
 
-    stored = load_model_file(checkpoint)
-    if not stored["run_id"] or not has_mlflow():
-        return None
-    from vitdet.tracking.mlflow import log_metrics, tracking_uri
+    metrics = measure(checkpoint, overrides, config=config, pictures=pictures, plots=plots)
+    if distributed.rank() != 0:
+        return metrics, None
+    return metrics, log_evaluation(checkpoint, metrics, config, folder, pictures)
 
-    uri = stored["config"]["tracking"]["uri"] if uri is None else uri
-    kind, _, path = tracking_uri(uri, folder).partition(":///")
-    if kind == "sqlite" and not Path(path).exists():
-        return None
-    return log_metrics(
-        stored["run_id"], uri, folder, metrics, stored["step"], dict.fromkeys(pictures, "pictures")
+
+def register(
+    checkpoint: Path,
+    *,
+    folder: Path,
+    alias: str,
+    config: Config | None = None,
+    metrics: dict[str, float] | None = None,
+    protocol: Protocol | None = None,
+) -> Registered:
+    """Add a checkpoint to the model registry; arguments and errors of `register_checkpoint`.
+
+    Raises ValueError without MLflow.
+    """
+    from vitdet.tracking.runs import has_mlflow
+
+    if not has_mlflow():
+        raise ValueError("mlflow is not installed; install vitdet with its extra 'tracking'")
+    from vitdet.tracking.registration import register_checkpoint
+
+    return register_checkpoint(
+        checkpoint,
+        folder=folder,
+        alias=alias,
+        evaluation=_champion_evaluation,
+        config=config,
+        metrics=metrics,
+        protocol=protocol,
     )
 
 
-def register_checkpoint(
-    checkpoint: Path,
-    settings: TrackingConfig | None,
-    metrics: dict[str, float] | None,
-    folder: Path,
-    alias: str,
-) -> tuple[str, str]:
-    """(name, version) of a checkpoint in the model registry; settings and metrics None: those that it holds.
+def resolve_configs(
+    recipes: Sequence[str], overrides: Sequence[str], workspace: str, folder: str
+) -> list[str]:
+    """Write folder/NAME.yaml for each recipe, all settings but those that depend on the data, and return the names.
 
-    Raises ValueError without MLflow, and what `vitdet.tracking.registry.register` raises.
+    Raises ValueError or FileNotFoundError, in one line, for a recipe or setting that is wrong, for the same experiment
+    twice, and for recipes that one table could not compare: of other data or another place in MLflow.
     """
-    if not has_mlflow():
-        raise ValueError("mlflow is not installed; install vitdet with its extra 'tracking'")
-    import tempfile
+    from vitdet.data.layout import SPLITS, explicit_settings
+    from vitdet.tracking.comparison import check_comparable
 
-    import numpy as np
+    if not recipes:
+        raise ValueError("name at least one recipe")
+    configs: dict[str, Config] = {}
+    explicit: dict[str, list[str]] = {}
+    for recipe in recipes:
+        config = resolve_paths(load_config(recipe, overrides), Path(workspace))
+        name = f"{Path(recipe).stem}-{digest(config)[:8]}"
+        if name in configs:
+            differing = "; ".join(difference(config, configs[name]))
+            raise ValueError(
+                f"{recipe} is given twice with the same settings"
+                + (f" for the training, only others differ ({differing})" if differing else "")
+                + ": there is nothing to compare"
+            )
+        explicit[name] = sorted(explicit_settings(recipe, overrides))
+        first = next(iter(explicit))
+        named = set(explicit[first]) & set(explicit[name])
+        open_ = () if "data.root" not in named else [key for key in SPLITS if key not in named]
+        check_comparable(configs.get(first, config), config, recipes[0], recipe, open_)
+        configs[name] = config
+    for name, config in configs.items():
+        save_config(config, Path(folder) / f"{name}.yaml")
+    write_json(Path(folder) / EXPLICIT, explicit)
+    return list(configs)
 
+
+def prepare_data(settings: str, workspace: str, configs: str, manifest: str) -> Data:
+    """Verify the data and write the configs with what depends on it, and a description of the data.
+
+    The demo's data set is drawn if it is not there. Raises FileNotFoundError or ValueError, in one line, for data that is
+    missing or that training could not use.
+    """
+    from vitdet.data.fingerprint import combined, describe
+    from vitdet.data.layout import resolve
+    from vitdet.demo.tiny import make_tiny
+    from vitdet.tracking.comparison import check_comparable
+
+    every = _configs(settings)
+    root = next(iter(every.values())).data.root
+    demo = Path(workspace) / load_config("tiny").data.root
+    if Path(root) == demo and not demo.exists():
+        make_tiny(demo)
+    explicit, notes = _read(Path(settings) / EXPLICIT), []
+    for name, config in every.items():
+        every[name], found = resolve(config, explicit[name])
+        if found:
+            values = ", ".join(f"{key}={value}" for key, value in found.items())
+            notes.append(f"{name}: {root} has {values}")
+    first = next(iter(every))
+    for name, config in every.items():
+        check_comparable(every[first], config, first, name)
+    described = describe(every[first].data)
+    for name, config in every.items():
+        expected, count = config.model.roi_heads.num_classes, len(described["classes"])
+        if expected != count:
+            raise ValueError(
+                f"{root} has {count} classes, but model.roi_heads.num_classes is {expected}; set it "
+                f"to {count}"
+            )
+        save_config(config, Path(configs) / f"{name}.yaml")
+    write_json(manifest, described)
+    return Data(combined(described["fingerprints"]), list(every), notes)
+
+
+def fetch_weights(configs: str, workspace: str) -> str:
+    """Fetch what train.init of each config names into WORKSPACE/weights; returns a digest of all these files.
+
+    Raises what `vitdet weights fetch` raises.
+    """
+    from vitdet.weights import resolve
+    from vitdet.weights.catalogue import find
+    from vitdet.weights.fetch import fetch_published
+
+    sums, folder = [], weights_folder(workspace)
+    for init in sorted({config.train.init for config in _configs(configs).values()}):
+        if init and not Path(init).suffix and not (folder / find(init).file).is_file():
+            fetch_published(find(init), folder)
+        if file := resolve(init, folder):
+            with open(file, "rb") as opened:
+                sums.append(f"{init} {hashlib.file_digest(opened, 'sha256').hexdigest()}")
+    return hashlib.sha256("\n".join(sums).encode()).hexdigest()[:16]
+
+
+def start_parent_run(configs: str, workspace: str, run_id: str) -> str:
+    """Create the parent run of this pipeline run in MLflow; returns one line that says where it is.
+
+    Raises ConnectionError where MLflow does not answer.
+    """
+    from vitdet.tracking import comparison
+    from vitdet.tracking.mlflow import tracking_uri
+
+    every, folder = _configs(configs), runs_folder(workspace)
+    settings = next(iter(every.values())).tracking
+    parent = comparison.start_parent_run(
+        run_id, list(every), uri=settings.uri, folder=folder, experiment=settings.experiment
+    )
+    return f"MLflow: {tracking_uri(settings.uri, folder)}, experiment {settings.experiment}, parent run {parent}"
+
+
+def train_argv(settings: str, name: str, data: str, workspace: str, run_id: str) -> list[str]:
+    """The arguments of `vitdet` in a job that trains; the config is saved where the job's processes read it.
+
+    Checked before anything is asked of the cluster: raises as `vitdet.data.fingerprint.verify` does when the data has
+    changed, and FileNotFoundError when the initial weights are gone.
+    """
+    from vitdet.weights import resolve
+
+    config, output = _verified(settings, name, data), training_folder(workspace, name, run_id)
+    weights = weights_folder(workspace)
+    resolve(config.train.init, weights)
+    file = output / f"{name}.yaml"
+    save_config(config, file)
+    options = {"--output": output, "--weights": weights, "--group": run_id}
+    return ["train", str(file), *(str(word) for pair in options.items() for word in pair)]
+
+
+def is_trained(workspace: str, name: str, run_id: str) -> bool:
+    """Whether this training is complete, as when only the end of its step was lost."""
+    return (training_folder(workspace, name, run_id) / "model.pt").is_file()
+
+
+def copy_checkpoint(workspace: str, name: str, run_id: str, checkpoint: str) -> None:
+    """Copy the finished detector to where the next step expects it."""
+    Path(checkpoint).parent.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(training_folder(workspace, name, run_id) / "model.pt", checkpoint)
+
+
+def train_recipe(
+    settings: str, name: str, data: str, workspace: str, run_id: str, checkpoint: str
+) -> None:
+    """Train in this process; raises as `train_argv` and `train` do."""
+    config = _verified(settings, name, data)
+    if not is_trained(workspace, name, run_id):
+        output = training_folder(workspace, name, run_id)
+        train(config, name, output, weights=weights_folder(workspace), group=run_id)
+    copy_checkpoint(workspace, name, run_id, checkpoint)
+
+
+def evaluate_recipe(
+    checkpoint: str, configs: str, name: str, data: str, workspace: str, figures: str
+) -> tuple[dict[str, float], bool]:
+    """The detector's metrics, also in MLflow, and whether the champion's AP on this data is known.
+
+    Writes the metrics with what they belong to, as the following steps read them.
+    """
+    from vitdet.tracking import champion
+
+    config = _verified(configs, name, data)
+    metrics, run_id = evaluate(Path(checkpoint), folder=runs_folder(workspace), config=config)
+    protocol = champion.Protocol.of(config, data.split("-")[1])
+    row = {"name": name, "run_id": run_id, "metrics": metrics, **protocol.tags()}
+    write_json(figures, row)
+    return metrics, champion.is_known(protocol, **_registry(config, workspace))
+
+
+def evaluate_champion(
+    checkpoint: str, figures: str, configs: str, name: str, workspace: str, run_id: str
+) -> str:
+    """Evaluate the champion as the detector in `checkpoint` was; returns one line. `gate` reads the result."""
     from vitdet.checkpoint import load_model_file
-    from vitdet.config import from_dict
-    from vitdet.tracking.registry import register
-    from vitdet.tracking.wheel import build_wheel
+    from vitdet.tracking import champion
 
-    stored = load_model_file(checkpoint)
-    settings = settings or from_dict(stored["config"]).tracking
-    metrics = stored["metrics"] if metrics is None else metrics
-    side = stored["config"]["data"]["image_size"]
-    example = np.random.default_rng(0).integers(0, 256, (side, side, 3), dtype=np.uint8)
-    with tempfile.TemporaryDirectory() as work:
-        return register(
-            checkpoint,
-            run_id=stored["run_id"],
-            uri=settings.uri,
-            folder=folder,
-            model_name=settings.model_name,
-            alias=alias,
-            metrics={
-                key: metrics[key] for key in ("box_ap", "mask_ap") if metrics.get(key) is not None
-            },
-            example=example,
-            wheel=build_wheel(Path(work)),
-            tags={"dataset_digest": stored["dataset_digest"]},
-        )
+    config = load_config(Path(configs) / f"{name}.yaml")
+    protocol = _protocol_of(_read(figures))
+    found = champion.evaluate_champion(
+        protocol,
+        _champion_evaluation(config, load_model_file(checkpoint), protocol),
+        **_registry(config, workspace),
+    )
+    if found is None:
+        return "there is no champion"
+    write_json(_champion_file(workspace, name, run_id), asdict(found))
+    return f"champion, version {found.version}: {found.failure or f'box AP {found.box_ap:.4g}'}"
+
+
+def gate(
+    figures: str, configs: str, name: str, workspace: str, run_id: str, verdict: str
+) -> tuple[bool, str]:
+    """(whether the detector beats the registry's champion, why); writes both beside the metrics."""
+    from vitdet.tracking import champion
+
+    row, config = _read(figures), load_config(Path(configs) / f"{name}.yaml")
+    found = champion.judge(
+        row["metrics"].get("box_ap"),
+        _protocol_of(row),
+        evaluated=_evaluated(workspace, name, run_id),
+        **_registry(config, workspace),
+    )
+    write_json(verdict, {**row, "passed": found.passed, "reason": found.reason})
+    return found.passed, found.reason
+
+
+def register_recipe(
+    checkpoint: str, figures: str, configs: str, name: str, workspace: str, run_id: str
+) -> str:
+    """Register the detector and make it the champion if it still passes the gate; returns one line."""
+    from vitdet.tracking import champion
+
+    row, config = _read(figures), load_config(Path(configs) / f"{name}.yaml")
+    protocol = _protocol_of(row)
+    found = register(
+        Path(checkpoint),
+        folder=runs_folder(workspace),
+        alias="candidate",
+        config=config,
+        metrics=row["metrics"],
+        protocol=protocol,
+    )
+    verdict = champion.promote(
+        found.version,
+        row["metrics"].get("box_ap"),
+        protocol,
+        evaluated=_evaluated(workspace, name, run_id),
+        **_registry(config, workspace),
+    )
+    mark = f" ({champion.ALIAS})" if verdict.passed else ""
+    return f"{found.name}, version {found.version}{mark}: {verdict.reason}"
+
+
+def compare(verdicts: Sequence[str], configs: str, workspace: str, run_id: str, table: str) -> str:
+    """The table of all recipes in Markdown, also in MLflow's parent run; writes it to the file `table`."""
+    from vitdet.tracking import comparison
+
+    config = next(iter(_configs(configs).values()))
+    rows = [_read(path) for path in verdicts]
+    experiment = config.tracking.experiment
+    text = comparison.compare(run_id, rows, experiment=experiment, **_registry(config, workspace))
+    Path(table).parent.mkdir(parents=True, exist_ok=True)
+    Path(table).write_text(text)
+    return text
+
+
+def end_parent_run(
+    recipes: Sequence[str], overrides: Sequence[str], workspace: str, run_id: str, state: str
+) -> None:
+    """End the parent run, if there is one; state: how the pipeline ended, in KFP's words."""
+    from vitdet.tracking import comparison
+
+    try:
+        settings = load_config(recipes[0], overrides).tracking
+    except (ValueError, FileNotFoundError, IndexError):
+        return  # the first step ended the run for this, before a parent was created
+    comparison.end_parent_run(
+        run_id,
+        state,
+        uri=settings.uri,
+        folder=runs_folder(workspace),
+        experiment=settings.experiment,
+    )
+
+
+def weights_folder(workspace: str) -> Path:
+    """The folder of the initial weights."""
+    return Path(workspace) / "weights"
+
+
+def runs_folder(workspace: str) -> Path:
+    """The folder of the trainings, and of MLflow's store if no server is named."""
+    return Path(workspace) / "runs"
+
+
+def training_folder(workspace: str, name: str, run_id: str) -> Path:
+    """A folder for each training of each pipeline run, the same for a step that is retried.
+
+    Also one that version 0.1 began under its own digest of the config, if there is one.
+    """
+    run, (recipe, _, digits) = run_id[:8], name.rpartition("-")
+    folder = runs_folder(workspace) / f"{name}-{run}"
+    if not folder.exists():
+        pattern = f"{glob.escape(recipe)}-????????-{run}/config.yaml"
+        for other in runs_folder(workspace).glob(pattern):
+            config = load_config(other)
+            old = (legacy_digest(config) or "")[:8]
+            if digest(config)[:8] == digits and other.parent.name == f"{recipe}-{old}-{run}":
+                return other.parent
+    return folder
+
+
+def resolve_paths(config: Config, workspace: Path) -> Config:
+    """The config with the relative paths of data and weights below the workspace."""
+    init = config.train.init
+    settings = (
+        replace(config.train, init=str(workspace / init)) if Path(init).suffix else config.train
+    )
+    data = replace(config.data, root=str(workspace / config.data.root))
+    return replace(config, data=data, train=settings)
+
+
+def _verified(configs: str, name: str, data: str) -> Config:
+    """A config of `resolve_configs` or `prepare_data` with what the data has, which has this fingerprint."""
+    from vitdet.data.fingerprint import verify
+    from vitdet.data.layout import resolve
+
+    config, explicit = load_config(Path(configs) / f"{name}.yaml"), Path(configs) / EXPLICIT
+    if explicit.is_file():
+        config, _ = resolve(config, _read(explicit)[name])
+    verify(config.data, data)
+    return config
+
+
+def _configs(folder: str) -> dict[str, Config]:
+    return {path.stem: load_config(path) for path in sorted(Path(folder).glob("*.yaml"))}
+
+
+def _registry(config: Config, workspace: str) -> dict[str, Any]:
+    settings = config.tracking
+    return {
+        "uri": settings.uri,
+        "folder": runs_folder(workspace),
+        "model_name": settings.model_name,
+    }
+
+
+def _protocol_of(row: dict) -> Protocol:
+    from vitdet.tracking.champion import Protocol
+
+    return Protocol(row["val_fingerprint"], row["evaluate_settings"])
+
+
+def _champion_evaluation(config: Config, stored: dict, protocol: Protocol) -> Evaluate:
+    """Evaluates the checkpoint of a champion as the detector with the content `stored` was with this config."""
+    from vitdet.evaluation.evaluator import evaluate_alike
+
+    return partial(
+        evaluate_alike,
+        config=config,
+        class_names=stored["class_names"],
+        val_fingerprint=protocol.fingerprint,
+    )
+
+
+def _champion_file(workspace: str, name: str, run_id: str) -> Path:
+    return training_folder(workspace, name, run_id) / "champion.json"
+
+
+def _evaluated(workspace: str, name: str, run_id: str) -> Evaluated | None:
+    from vitdet.tracking.champion import Evaluated
+
+    path = _champion_file(workspace, name, run_id)
+    return Evaluated(**_read(path)) if path.is_file() else None
+
+
+def _read(path: str | Path) -> dict:
+    return json.loads(Path(path).read_text())

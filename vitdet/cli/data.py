@@ -118,22 +118,22 @@ def run_data_tiny(given: argparse.Namespace) -> int:
 
 def run_data_check(given: argparse.Namespace) -> int:
     """vitdet data check"""
+    from vitdet.data import download_record
     from vitdet.data.check import check
-    from vitdet.datasets import inventory
 
     report = check(given.folder, images=given.images)
     try:
-        if inventory.exists(given.folder):
-            inventory.verify(given.folder, contents=given.images)
+        if download_record.exists(given.folder):
+            download_record.verify(given.folder, contents=given.images)
     except (ValueError, FileNotFoundError) as error:
-        report.error(f"not as {inventory.NAME} says", str(error))
+        report.error(f"not as {download_record.NAME} says", str(error))
     print(*report.lines(), sep="\n")
     return 0 if report.ok else 1
 
 
 def run_data_fetch(given: argparse.Namespace) -> int:
     """vitdet data coco, vitdet data lvis"""
-    from vitdet.datasets import inventory
+    from vitdet.data import download_record
     from vitdet.datasets.fetch import fetch
     from vitdet.datasets.published import archives
 
@@ -144,7 +144,7 @@ def run_data_fetch(given: argparse.Namespace) -> int:
     wanted = archives(given.dataset, given.split)
     made = fetch(wanted, given.folder, Bar, given.mirror, given.local, given.keep_archives)
     paths = {path for archive in wanted for path in archive.paths}
-    here = inventory.read(given.folder).only((), paths)
+    here = download_record.read(given.folder).only((), paths)
     parts = [f"{one.path} {one.count:,} images" for one in here.folders] + [
         one.path for one in here.files
     ]

@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from vitdet.cli.overrides import add_set
-from vitdet.config import load_config
+from vitdet.cli.overrides import add_set, log_resolved
+from vitdet.data.layout import resolve_config
 from vitdet.files import write_json
 
 
@@ -43,26 +43,28 @@ def run_evaluate(given: argparse.Namespace) -> int:
         return score_results(given)
     if not given.checkpoint:
         raise ValueError("name a CHECKPOINT, or --results FILE and --annotations FILE")
-    from vitdet import distributed
-    from vitdet.evaluation.evaluator import evaluate
-    from vitdet.stages import log_evaluation, tracking_folder
+    from vitdet import distributed, stages
+    from vitdet.tracking.runs import default_folder
 
     if given.output:
         given.output.parent.mkdir(parents=True, exist_ok=True)  # minutes before it is needed
-    config = load_config(given.config) if given.config else None
-    metrics = evaluate(
-        given.checkpoint, given.overrides, config=config, pictures=given.pictures, plots=given.plots
+    config = None
+    if given.config:
+        config, found = resolve_config(given.config)
+        if distributed.rank() == 0:
+            log_resolved(config, found)
+    metrics, _ = stages.evaluate(
+        given.checkpoint,
+        given.overrides,
+        folder=default_folder(given.checkpoint.parent),
+        config=config,
+        pictures=given.pictures,
+        plots=given.plots,
     )
-    if distributed.rank() != 0:
-        return 0
-    print(table(metrics))
-    if given.output:
-        write_json(given.output, metrics)
-    uri = config.tracking.uri if config else None
-    pictures = sorted(given.pictures.glob("*.jpg")) if given.pictures else ()
-    log_evaluation(
-        given.checkpoint, metrics, uri, tracking_folder(given.checkpoint.parent), pictures
-    )
+    if distributed.rank() == 0:
+        print(table(metrics))
+        if given.output:
+            write_json(given.output, metrics)
     return 0
 
 

@@ -3,6 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import logging
+from collections.abc import Mapping
+
+from vitdet.config import Config
+
+log = logging.getLogger(__name__)
 
 
 def add_set(verb: argparse.ArgumentParser) -> None:
@@ -15,3 +21,10 @@ def add_set(verb: argparse.ArgumentParser) -> None:
         dest="overrides",
         help="change a setting, as in optim.lr=2e-4; may be repeated",
     )
+
+
+def log_resolved(config: Config, found: Mapping[str, object]) -> None:
+    """Log the settings that were read from the data, if there are any."""
+    if found:
+        values = ", ".join(f"{key}={value}" for key, value in found.items())
+        log.info("%s has %s", config.data.root, values)

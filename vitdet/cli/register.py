@@ -6,7 +6,7 @@ import argparse
 import json
 from pathlib import Path
 
-from vitdet.config import load_config
+from vitdet.data.layout import resolve_config
 from vitdet.files import write_json
 
 
@@ -14,9 +14,16 @@ def add_register(verb: argparse.ArgumentParser) -> None:
     """The arguments of the verb `register`."""
     verb.add_argument("checkpoint", type=Path)
     verb.add_argument(
-        "--alias", default="candidate", help="name that then points to this version (candidate)"
+        "--alias",
+        default="candidate",
+        help="name that then points to this version (candidate); `champion` only if its box AP is above that of the "
+        "champion, which is evaluated on the same data if it was not yet",
     )
-    verb.add_argument("--config", type=Path, help="take the tracking settings from this file")
+    verb.add_argument(
+        "--config",
+        type=Path,
+        help="take the tracking settings from this file, and what --metrics were measured on",
+    )
     verb.add_argument(
         "--metrics", type=Path, help="JSON file of `vitdet evaluate`, for the version's tags"
     )
@@ -24,16 +31,22 @@ def add_register(verb: argparse.ArgumentParser) -> None:
     verb.set_defaults(run=run_register)
 
 
-def run_register(given: argparse.Namespace) -> int:
+def run_register(args: argparse.Namespace) -> int:
     """vitdet register"""
-    from vitdet.stages import register_checkpoint, tracking_folder
+    from vitdet import stages
+    from vitdet.tracking.runs import default_folder
 
-    settings = load_config(given.config).tracking if given.config else None
-    metrics = json.loads(given.metrics.read_text()) if given.metrics else None
-    name, version = register_checkpoint(
-        given.checkpoint, settings, metrics, tracking_folder(given.checkpoint.parent), given.alias
+    found = stages.register(
+        args.checkpoint,
+        folder=default_folder(args.checkpoint.parent),
+        alias=args.alias,
+        config=resolve_config(args.config)[0] if args.config else None,
+        metrics=json.loads(args.metrics.read_text()) if args.metrics else None,
     )
-    print(f"{name}, version {version} ({given.alias})")
-    if given.output:
-        write_json(given.output, {"name": name, "version": version, "alias": given.alias})
+    print(
+        f"{found.name}, version {found.version} ({args.alias}){found.reason and ': '}{found.reason}"
+    )
+    if args.output:
+        content = {"name": found.name, "version": found.version, "alias": args.alias}
+        write_json(args.output, content)
     return 0

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import logging
 import sys
 from pathlib import Path
 
-from vitdet.cli.overrides import add_set
-from vitdet.config import Config, load_config, recipes
+from vitdet.cli.overrides import add_set, log_resolved
+from vitdet.data.layout import resolve_config
 
 
 def add_train(verb: argparse.ArgumentParser) -> None:
@@ -35,42 +34,26 @@ def add_train(verb: argparse.ArgumentParser) -> None:
     verb.set_defaults(run=run_train)
 
 
-def run_train(given: argparse.Namespace) -> int:
+def run_train(args: argparse.Namespace) -> int:
     """vitdet train"""
-    from vitdet import distributed
-    from vitdet.stages import train_tracked
+    from vitdet import distributed, stages
     from vitdet.training import Stopped
 
-    config = own_data(load_config(given.recipe, given.overrides), given)
+    config, found = resolve_config(args.recipe, args.overrides)
+    if distributed.rank() == 0:
+        log_resolved(config, found)
     try:
-        path = train_tracked(
+        path = stages.train(
             config,
-            Path(given.recipe).stem,
-            given.output,
-            checkpoints=given.checkpoints,
-            weights=given.weights,
-            group=given.group,
+            Path(args.recipe).stem,
+            args.output,
+            checkpoints=args.checkpoints,
+            weights=args.weights,
+            group=args.group,
         )
     except Stopped as stopped:
         print(f"vitdet: {stopped}", file=sys.stderr)
-        return 143  # as the shell says of a process that SIGTERM ended
+        return 143  # the shell's code of a process that SIGTERM ended
     if distributed.rank() == 0:
         print(path)
     return 0
-
-
-def own_data(config: Config, given: argparse.Namespace) -> Config:
-    """The config for the data that --set data.root puts in the place of a recipe's; says what this changes.
-
-    A file of settings is taken at its word, as a recipe that --set goes on from is not.
-    """
-    if given.recipe not in recipes():
-        return config
-    from vitdet import distributed
-    from vitdet.data.layout import follow
-
-    config, found = follow(config, given.overrides)
-    if found and distributed.rank() == 0:
-        settings = ", ".join(f"{key}={value}" for key, value in found.items())
-        logging.getLogger(__name__).info("%s has %s", config.data.root, settings)
-    return config

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-import shutil
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -13,7 +12,6 @@ from typing import TYPE_CHECKING
 
 from vitdet.cli.progress_bar import Bar
 from vitdet.config import load_config
-from vitdet.files import written
 
 if TYPE_CHECKING:
     from vitdet.weights.catalogue import Entry
@@ -113,6 +111,7 @@ def run_list(given: argparse.Namespace) -> int:
 def as_dict(entry: Entry) -> dict:
     """All that is known of a file, for programs; what is not published is null."""
     from vitdet.weights.catalogue import NOT_PUBLISHED
+    from vitdet.weights.fetch import is_here
 
     known = {
         key: None if value in ("", NOT_PUBLISHED) else value for key, value in asdict(entry).items()
@@ -123,6 +122,7 @@ def as_dict(entry: Entry) -> dict:
 def lines(entry: Entry) -> Iterator[str]:
     """A file in three lines: what, where from, what is known of its bytes."""
     from vitdet.weights.catalogue import NOT_PUBLISHED
+    from vitdet.weights.fetch import is_here
 
     ap = f": box/mask AP {entry.ap[0]}/{entry.ap[1]}" if entry.ap else ""
     yield f"  {entry.name:32} {entry.what}{ap}{'  [here]' if is_here(entry) else ''}"
@@ -146,20 +146,10 @@ def lines(entry: Entry) -> Iterator[str]:
     yield f"      size {size} | sha256 {sha256}{md5} | license {entry.license}"
 
 
-def is_here(entry: Entry) -> bool:
-    """Whether the file ships with the package or lies in the cache."""
-    from vitdet.weights.catalogue import fetched
-
-    try:
-        fetched(entry.name)
-    except FileNotFoundError:
-        return False
-    return True
-
-
 def run_fetch(given: argparse.Namespace) -> int:
     """vitdet weights fetch"""
     from vitdet.weights.catalogue import find
+    from vitdet.weights.fetch import fetch_published
 
     is_config = given.name.endswith((".yaml", ".yml"))
     name = load_config(given.name).train.init if is_config else given.name
@@ -172,7 +162,7 @@ def run_fetch(given: argparse.Namespace) -> int:
     elif Path(name).suffix:
         print(own_file(Path(name), given.output))
     else:
-        print(published_file(find(name), given.output, given.mirror, given.local))
+        print(fetch_published(find(name), given.output, Bar, given.mirror, given.local))
     return 0
 
 
@@ -180,34 +170,9 @@ def own_file(source: Path, folder: Path | None) -> Path:
     """A file of the user's: copied, if a folder is given."""
     if not source.is_file():
         raise FileNotFoundError(f"{source}: no such weights file")
-    return copied(source, folder) if folder else source
+    from vitdet.weights.fetch import copy
 
-
-def published_file(
-    entry: Entry, folder: Path | None, mirror: str = "", local: Path | None = None
-) -> Path:
-    """A file of the list; one that the cache has is not fetched again for another folder."""
-    from vitdet.weights.catalogue import cache_folder, fetched
-    from vitdet.weights.fetch import fetch
-
-    def convert(source: Path, target: Path) -> None:
-        from vitdet.weights.convert import convert_file
-
-        for line in convert_file(source, target, entry.format, entry.recipe or None):
-            log.info(line)
-
-    if is_here(entry) and not local:
-        return copied(fetched(entry.name), folder) if folder else fetched(entry.name)
-    return fetch(entry, folder or cache_folder(), convert, Bar(entry.name), mirror, local)
-
-
-def copied(source: Path, folder: Path) -> Path:
-    """A copy in the folder, all or nothing."""
-    folder.mkdir(parents=True, exist_ok=True)
-    target = folder / source.name
-    with written(target) as temporary:
-        shutil.copyfile(source, temporary)
-    return target
+    return copy(source, folder) if folder else source
 
 
 def run_convert(given: argparse.Namespace) -> int:

@@ -18,13 +18,13 @@ from PIL import Image
 from torch.utils.data import Dataset, get_worker_info
 
 from vitdet.config import DataConfig
+from vitdet.data import download_record
 from vitdet.data.coco import CocoSplit, read_coco, read_image
-from vitdet.data.layout import split_files
+from vitdet.data.layout import missing, split_files
 from vitdet.data.masks import edges_of
 from vitdet.data.records import Record, Records
 from vitdet.data.samplers import InfiniteSampler, repeat_factors
 from vitdet.data.transforms import jitter, pad, resize_and_pad, visible_boxes
-from vitdet.datasets import inventory
 from vitdet.types import Batch, Polygons, Target
 
 log = logging.getLogger(__name__)
@@ -48,12 +48,17 @@ def read_split(
 
     tree: the content of the annotation file, if it was read before. look: whether files are compared with what they
     should be, which one process of several does for all. Raises what `read_coco` raises, FileNotFoundError naming the
-    first image file that is not there, and either for what is no longer as `vitdet data coco|lvis` left it.
+    first image file that is not there, and either for files that differ from the record of `vitdet data coco|lvis`.
     """
-    files = split_files(data, split)
+    root, (annotations, images) = Path(data.root), split_files(data, split)
+    for path in (annotations, images):
+        if not path.exists():
+            raise missing(path, data)
     if look:
-        inventory.look(Path(data.root), *files)
-    found = read_coco(*files, by_url=data.dataset == "lvis", tree=tree)
+        download_record.check_split(root, annotations)
+    found = read_coco(annotations, images, by_url=data.dataset == "lvis", tree=tree)
+    if look:
+        download_record.check_images(root, images, found.records.names())
     if not found.records.counts().any():
         raise ValueError(
             f"{data.root}: no image of {split} holds an object to learn from or to find"

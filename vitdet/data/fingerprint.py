@@ -1,5 +1,8 @@
-"""What a data set is made of, so that a later step can see that it still is: the annotation files by their sha256, the
-images by number and size, and one digest of all that training and evaluation depend on.
+"""The identity of a split of a data set: its fingerprint.
+
+It covers the bytes of the annotation file and the names and sizes of the images that the annotations name, and so
+changes with an added image, a changed class or an image file of another size. Where the data set is stored and other
+files beside the images do not change it.
 """
 
 from __future__ import annotations
@@ -7,91 +10,133 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import Any, cast
 
 from vitdet.config import DataConfig
+from vitdet.data import download_record
+from vitdet.data.annotation_file import Entries, read_entries
+from vitdet.data.annotations import image_name
 from vitdet.data.dataset import read_split
 from vitdet.data.layout import missing, split_files
-from vitdet.datasets import inventory
+from vitdet.data.records import Records
 
-COCO_URL = re.compile(
-    rb'"coco_url": *"[^"]*?([^/"]+/[^/"]+)"'
-)  # reading 1 GB as JSON takes a minute
+COCO_URL = re.compile(rb'"coco_url": *"[^"]*?([^/"]+/[^/"]+)"')
+
+
+def fingerprint(data: DataConfig, split: str, records: Records | None = None) -> str:
+    """16 hex digits of the split; of data.max_images only the images that it leaves count.
+
+    records: those of `read_split`, if the split was read before. Raises FileNotFoundError or ValueError, in one line,
+    for files that are missing or cannot be read.
+    """
+    annotations, images = split_files(data, split)
+    for path in (annotations, images):
+        if not path.exists():
+            raise missing(path, data)
+    names = _names(data, split) if records is None else records.names()
+    digest = hashlib.sha256(_sha256(annotations).encode())
+    for name, size in sorted(_sizes(images, names, data)):
+        digest.update(f"\n{name} {size}".encode())
+    return digest.hexdigest()[:16]
+
+
+def fingerprints(data: DataConfig) -> dict[str, str]:
+    """{"train": ..., "val": ...}: the fingerprints of both splits. Raises as `fingerprint` does."""
+    return {
+        "train": fingerprint(data, data.train_split),
+        "val": fingerprint(data, data.val_split),
+    }
+
+
+def combined(prints: Mapping[str, str]) -> str:
+    """The fingerprints of both splits as one name."""
+    return f"{prints['train']}-{prints['val']}"
+
+
+def change(stored: Mapping, data: DataConfig, found: Mapping[str, str]) -> str:
+    """How the data differs from that of a checkpoint or training state; '' if it does not.
+
+    found: the fingerprints of the data now. Files of version 0.1 hold a dataset_digest instead of fingerprints.
+    """
+    before = stored.get("fingerprints")
+    if before is None:
+        old, now = stored["dataset_digest"], legacy_dataset_digest(data)
+        return "" if old == now else f"{old}, now {now}"
+    return "; ".join(
+        f"{split} split {before.get(split, 'unknown')}, now {found[split]}"
+        for split in found
+        if before.get(split) != found[split]
+    )
 
 
 def describe(data: DataConfig) -> dict:
-    """{"root", "digest", "classes", "files": [{"path", "size", "sha256"}], "images": {split: {"count", "bytes"}}}.
+    """What the data consists of, for people to read.
+
+    {"root", "classes", "fingerprints", "files": [{"path", "size", "sha256"}], "images": {split: {"count", "bytes"}}}
 
     Both splits are read: raises FileNotFoundError or ValueError, in one line, for what training could not use, and for
-    data that `vitdet data coco|lvis` brought and that is no longer as it came.
+    data that differs from the record of `vitdet data coco|lvis`.
     """
-    if inventory.exists(Path(data.root)):
-        inventory.verify(Path(data.root))
-    identity = dataset_digest(data)
-    files, images, classes = [], {}, []
-    for split in (data.train_split, data.val_split):
+    root = Path(data.root)
+    if download_record.exists(root):
+        download_record.verify(root)
+    files, images, classes, prints = [], {}, [], {}
+    for key, split in (("train", data.train_split), ("val", data.val_split)):
+        found = read_split(data, split)
         annotations, _ = split_files(data, split)
-        with open(annotations, "rb") as file:
-            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
         files.append(
             {
-                "path": str(annotations.relative_to(data.root)),
+                "path": str(annotations.relative_to(root)),
                 "size": annotations.stat().st_size,
-                "sha256": sha256,
+                "sha256": _sha256(annotations),
             }
         )
-        found = read_split(data, split)
         images[split] = {
             "count": len(found.records),
-            "bytes": sum(one.path.stat().st_size for one in found.records),
+            "bytes": sum(path.stat().st_size for path in found.records.paths()),
         }
         classes.append(list(found.class_names))
+        prints[key] = fingerprint(data, split, found.records)
     if classes[0] != classes[1]:
         raise ValueError(
             f"{data.root}: {data.train_split} and {data.val_split} have different classes"
         )
     return {
         "root": str(data.root),
-        "digest": identity,
         "classes": classes[0],
+        "fingerprints": prints,
         "files": files,
         "images": images,
     }
 
 
-def verify(manifest: dict, data: DataConfig) -> str:
-    """The digest of the data, which is still what the manifest says.
+def verify(data: DataConfig, expected: str) -> dict[str, str]:
+    """The fingerprints of the data, which are `expected`, as `combined` wrote them.
 
-    Raises ValueError, naming the first difference, when it is not, and FileNotFoundError when it is gone.
+    Raises ValueError, naming the split, when they differ, and FileNotFoundError for missing files.
     """
-    root = Path(data.root)
-    for file in manifest["files"]:
-        path = root / file["path"]
-        if not path.is_file():
-            raise FileNotFoundError(
-                f"{path}: gone since the data was verified; bring the data back, and run the step "
-                "`data` again (without its cache)"
+    try:
+        found = fingerprints(data)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(
+            f"{error}. It is gone since the data was verified; restore the data, or start a new run"
+        ) from error
+    for key, before in zip(("train", "val"), expected.split("-"), strict=True):
+        if found[key] != before:
+            split = data.train_split if key == "train" else data.val_split
+            raise ValueError(
+                f"{data.root}: {split} is no longer the split that was verified (fingerprint "
+                f"{found[key]}, then {before}); start a new run"
             )
-    found = dataset_digest(data)
-    if found == manifest["digest"]:
-        return found
-    for file in manifest["files"]:
-        with open(root / file["path"], "rb") as opened:
-            if hashlib.file_digest(opened, "sha256").hexdigest() != file["sha256"]:
-                raise ValueError(
-                    f"{root / file['path']}: no longer the file that was verified ({file['sha256'][:12]})"
-                )
-    raise ValueError(
-        f"{root}: its images are not those that were verified (digest {found}, then "
-        f"{manifest['digest']}); run the step `data` again (without its cache)"
-    )
+    return found
 
 
-def dataset_digest(data: DataConfig) -> str:
-    """16 hex digits that change when annotations, image names, image file sizes or data.max_images change.
+def legacy_dataset_digest(data: DataConfig) -> str:
+    """The identity of both splits in files of version 0.1, to compare with those only.
 
-    Looked at are all files of a split's folder, and of LVIS those that coco_urls of the annotation file name.
+    It covers all files of a split's folder, and of LVIS those that coco_urls of the annotation file name.
     """
     digest = hashlib.sha256(str(data.max_images).encode())
     for split in (data.train_split, data.val_split):
@@ -99,8 +144,7 @@ def dataset_digest(data: DataConfig) -> str:
         for path in (annotations, images):
             if not path.exists():
                 raise missing(path, data)
-        with open(annotations, "rb") as file:
-            digest.update(f"\n{split}\n".encode() + hashlib.file_digest(file, "sha256").digest())
+        digest.update(f"\n{split}\n".encode() + bytes.fromhex(_sha256(annotations)))
         found = _files(images)
         if data.dataset == "lvis":
             found = (
@@ -113,6 +157,36 @@ def dataset_digest(data: DataConfig) -> str:
         )
         digest.update("\n".join(f"{name} {size}" for name, size in files).encode())
     return digest.hexdigest()[:16]
+
+
+def _names(data: DataConfig, split: str) -> Iterator[str]:
+    """The names of a split's images, without a look at the annotations where that is possible."""
+    if not data.max_images:
+        try:
+            content: Any = read_entries(split_files(data, split)[0])
+            heads = content.get("images") if isinstance(content, dict) else None
+            if isinstance(heads, list | Entries):
+                images = cast("Iterable[dict]", heads)
+                return iter([image_name(image, data.dataset == "lvis") for image in images])
+        except (ValueError, KeyError, AttributeError, TypeError):
+            pass  # the reader of the whole file knows better what is wrong
+    return read_split(data, split).records.names()
+
+
+def _sizes(folder: Path, names: Iterable[str], data: DataConfig) -> Iterator[tuple[str, int]]:
+    start = str(folder)
+    for name in names:
+        try:
+            yield name, os.stat(f"{start}/{name}").st_size
+        except FileNotFoundError as error:
+            raise FileNotFoundError(
+                f"{folder / name}: no such file; `vitdet data check {data.root}` lists all problems"
+            ) from error
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _files(folder: Path) -> Iterator[str]:

@@ -1,17 +1,19 @@
-"""Where the files of a data set lie, and a data set of one's own in the place of a recipe's.
+"""Where the files of a data set are, and the settings of a recipe that another data set replaces.
 
-A recipe names a data set: its folder, its splits, the number of its classes. The last two are facts of the folder, so
-whoever sets another folder and not them means those that are there. What is read there becomes a setting like any
-other: said when a training starts, stored with it, and refused where it is set to something else.
+A recipe names a data set: its folder, its splits, the number of its classes. The last two are facts of the folder. So
+where a user sets data.root and not them, they are read from the folder: `resolve_config` for the command line and
+Python, `resolve` in the pipeline, whose first step resolves the recipes before the data is there.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from vitdet.config import Config, DataConfig, flatten
+import yaml
+
+from vitdet.config import RECIPES, Config, DataConfig, flatten, load_config, recipes
 from vitdet.data.annotation_file import Entries, read_entries
 
 SPLITS = {  # setting -> what its split is commonly called, in the order in which they are looked for
@@ -59,31 +61,64 @@ def missing(path: Path, data: DataConfig) -> FileNotFoundError:
     return FileNotFoundError(f"{path}: not there; {there}")
 
 
-def follow(config: Config, overrides: Sequence[str]) -> tuple[Config, dict[str, str | int]]:
-    """The config with the splits and the number of classes that data.root has, and the settings that this changed.
+def resolve_config(
+    recipe: str | Path, overrides: Sequence[str] = ()
+) -> tuple[Config, dict[str, str | int]]:
+    """The config of `load_config` with what data.root has, and the settings that were read from there.
 
-    Only if the overrides set data.root, and no setting that they name. What is not there or cannot be read stays as it
-    is: the training says what is wrong with it.
+    Raises as `load_config` does; data that is missing or cannot be read changes nothing: its reader reports it.
     """
-    named = {override.partition("=")[0].strip() for override in overrides}
-    if "data.root" not in named:
+    return resolve(load_config(recipe, overrides), explicit_settings(recipe, overrides))
+
+
+def explicit_settings(recipe: str | Path, overrides: Sequence[str] = ()) -> set[str]:
+    """The settings that a user chose, for `resolve`: those of the overrides and of a config file of their own.
+
+    Of a recipe that ships with the package these are the overrides alone. Where it is named by its file, as in dvc.yaml
+    (`dvc exp run -S` edits the file), data.root counts as chosen.
+    """
+    explicit = {override.partition("=")[0].strip() for override in overrides}
+    if str(recipe) in recipes():
+        return explicit
+    if Path(recipe).resolve().parent == RECIPES.resolve():
+        return explicit | {"data.root"}
+    return explicit | set(_keys(yaml.safe_load(Path(recipe).read_text())))
+
+
+def resolve(config: Config, explicit: Collection[str]) -> tuple[Config, dict[str, str | int]]:
+    """The config with the splits and the number of classes of data.root, and the settings that this changed.
+
+    Only if data.root is among the explicit settings, and none of them is changed. Data that is missing or cannot be
+    read changes nothing.
+    """
+    if "data.root" not in explicit:
         return config, {}
     there, before = splits(config.data), flatten(config)
     found: dict[str, str | int] = {}
     for key, names in SPLITS.items():
         usual = [name for name in names if name in there]
-        if key not in named and before[key] not in there and usual:
+        if key not in explicit and before[key] not in there and usual:
             found[key] = usual[0]
-    data = replace(config.data, **{key.removeprefix("data."): name for key, name in found.items()})
+    data = replace(
+        config.data,
+        train_split=str(found.get("data.train_split", config.data.train_split)),
+        val_split=str(found.get("data.val_split", config.data.val_split)),
+    )
     config = replace(config, data=data)
     count = _count(split_files(data, data.train_split)[0])
-    if CLASSES not in named and count not in (None, before[CLASSES]):
+    if CLASSES not in explicit and count is not None and count != before[CLASSES]:
         heads = replace(config.model.roi_heads, num_classes=count)
         config, found[CLASSES] = (
             replace(config, model=replace(config.model, roi_heads=heads)),
             count,
         )
     return config, found
+
+
+def _keys(tree: object, start: str = "") -> Iterator[str]:
+    for key, value in tree.items() if isinstance(tree, dict) else ():
+        yield f"{start}{key}"
+        yield from _keys(value, f"{start}{key}.")
 
 
 def _count(annotations: Path) -> int | None:

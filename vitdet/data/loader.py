@@ -54,13 +54,15 @@ def train_loader(
     steps: int,
     rank: int = 0,
     world_size: int = 1,
+    split: CocoSplit | None = None,
 ) -> DataLoader:
     """Batches of this rank for the steps start_step..steps-1; `batch_size` counts the images of all ranks.
 
-    Raises what `read_split` raises (rank 0 alone looks at the files), ValueError when the ranks cannot share a batch,
-    and while it is read from ValueError for an image file that cannot be used.
+    split: the training split, if it was read before. Raises what `read_split` raises (rank 0 alone looks at the
+    files), ValueError when the ranks cannot share a batch, and while it is read from ValueError for an image file that
+    cannot be used.
     """
-    dataset = TrainData(read_split(data, data.train_split, look=rank == 0), data, seed)
+    dataset = TrainData(split or read_split(data, data.train_split, look=rank == 0), data, seed)
     dropped = dataset.split.dropped
     if dropped and rank == 0:
         counts = ", ".join(f"{count} {reason}" for reason, count in sorted(dropped.items()))

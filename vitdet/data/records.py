@@ -137,6 +137,10 @@ class Records(Sequence[Record]):
         starts, labels = self._columns.starts.array, self._columns.labels.array
         return [labels[starts[row] : starts[row + 1]] for row in self._rows]
 
+    def names(self) -> Iterator[str]:
+        """The path of each image, relative to the folder of the split."""
+        return (self._columns.names[row] for row in self._rows)
+
     def paths(self) -> Iterator[Path]:
         """The file of each image."""
         return (self._columns.folder / self._columns.names[row] for row in self._rows)

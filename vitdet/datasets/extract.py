@@ -19,6 +19,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+from vitdet.data.download_record import crc32
+
 CHUNK = 1 << 20  # bytes
 TEMPORARY = ".unpacking"  # how the name of the file ends that is being written
 METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
@@ -82,15 +84,6 @@ def unpack(
         if not folder.is_symlink():
             temporary.unlink(missing_ok=True)
     return found
-
-
-def crc32(path: Path) -> int:
-    """The checksum of a file, as zip archives have it."""
-    value = 0
-    with open(path, "rb") as file:
-        while chunk := file.read(CHUNK):
-            value = zlib.crc32(chunk, value)
-    return value
 
 
 class _Refused(Exception):

@@ -3,7 +3,7 @@
   DIR/train2017/*.jpg, DIR/val2017/*.jpg           both data sets; LVIS names its images by coco_url below DIR
   DIR/annotations/instances_{train,val}2017.json   COCO
   DIR/annotations/lvis_v1_{train,val}.json         LVIS
-  DIR/manifest.json                                what came: `vitdet.datasets.inventory`
+  DIR/manifest.json                                what came: `vitdet.data.download_record`
 
 All archives are downloaded side by side, verified, then unpacked side by side. Whoever is killed on the way has left,
 for the next run to go on from: DIR/.archives/NAME.part (a download), DIR/.archives/NAME (verified) and
@@ -23,10 +23,10 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
-from vitdet.datasets import inventory
+from vitdet.data import download_record
+from vitdet.data.download_record import DownloadRecord
 from vitdet.datasets.download import Patience, Watcher, discard, download, mirrored
 from vitdet.datasets.extract import Entry, Limits, unpack
-from vitdet.datasets.inventory import Manifest
 from vitdet.datasets.parallel import Together, locked, side_by_side
 from vitdet.datasets.published import Archive
 
@@ -65,23 +65,23 @@ def fetch(
             )
             found = _unpacked(todo, files, root, show)
             log.info("%s: unpacked; waiting until all of it is on the disk", root)
-            inventory.write(root, inventory.read(root).with_(found))
+            download_record.write(root, download_record.read(root).with_(found))
         _tidy(archives, root, keep)
     return bool(todo)
 
 
 def _lacking(archives: Sequence[Archive], root: Path) -> list[Archive]:
     """The archives whose content is not there, by the manifest and the sizes of the files."""
-    known = inventory.read(root)
+    known = download_record.read(root)
     return [archive for archive in archives if not _is_there(archive, root, known)]
 
 
-def _is_there(archive: Archive, root: Path, known: Manifest) -> bool:
+def _is_there(archive: Archive, root: Path, known: DownloadRecord) -> bool:
     part = known.only((archive.name,), archive.paths)
     if not part.archives or len(part.files) + len(part.folders) < len(archive.paths):
         return False
     try:
-        inventory.compare(root, part)
+        download_record.compare(root, part)
     except FileNotFoundError as error:
         log.warning("%s; it is brought again", error)
         return False
@@ -223,7 +223,7 @@ def _verify(path: Path, archive: Archive) -> None:
 
 def _unpacked(
     todo: Sequence[Archive], files: Sequence[Path], root: Path, show: Callable[[str], Watcher]
-) -> Manifest:
+) -> DownloadRecord:
     """Unpacks the archives and describes what they held."""
     stop, found = threading.Event(), []
     together = Together(show("unpacking"), sum(archive.unpacked for archive in todo), stop)
@@ -243,7 +243,7 @@ def _unpacked(
 
     side_by_side([partial(one, *each) for each in zip(todo, files, strict=True)], stop)
     together.bar.end()
-    manifest = Manifest()
+    manifest = DownloadRecord()
     for each in found:
         manifest = manifest.with_(each)
     return manifest
@@ -271,16 +271,16 @@ def _place(archive: Archive, path: Path, root: Path, seen: Callable[[int], None]
     return entries
 
 
-def _describe(archive: Archive, path: Path, root: Path, entries: Sequence[Entry]) -> Manifest:
+def _describe(archive: Archive, path: Path, root: Path, entries: Sequence[Entry]) -> DownloadRecord:
     sha256 = archive.sha256 or _sha256(path)
-    source = inventory.Archive(
+    source = download_record.Archive(
         archive.name, archive.url, path.stat().st_size, sha256, bool(archive.sha256)
     )
     if archive.members:
-        return Manifest(
+        return DownloadRecord(
             (source,),
             tuple(
-                inventory.File(
+                download_record.File(
                     f"{archive.folder}/{entry.name}",
                     entry.size,
                     _sha256(root / archive.folder / entry.name),
@@ -288,11 +288,13 @@ def _describe(archive: Archive, path: Path, root: Path, entries: Sequence[Entry]
                 for entry in entries
             ),
         )
-    names = inventory.digest(f"{entry.name} {entry.size}" for entry in entries)
-    content = inventory.digest(f"{entry.name} {entry.size} {entry.crc:08x}" for entry in entries)
+    names = download_record.digest(f"{entry.name} {entry.size}" for entry in entries)
+    content = download_record.digest(
+        f"{entry.name} {entry.size} {entry.crc:08x}" for entry in entries
+    )
     size = sum(entry.size for entry in entries)
-    return Manifest(
-        (source,), (), (inventory.Images(archive.folder, len(entries), size, names, content),)
+    return DownloadRecord(
+        (source,), (), (download_record.Images(archive.folder, len(entries), size, names, content),)
     )
 
 

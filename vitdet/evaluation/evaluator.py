@@ -7,6 +7,7 @@ pasted there with threshold 0.5, boxes are written xywh without rounding.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -15,9 +16,10 @@ from torch import nn
 import vitdet.evaluation.coco as coco
 import vitdet.evaluation.lvis as lvis
 from vitdet import distributed
-from vitdet.config import Config, DataConfig, EvalConfig, override
+from vitdet.config import Config, DataConfig, EvalConfig, from_dict, override
 from vitdet.data.coco import CocoSplit, read_tree
 from vitdet.data.dataset import read_split
+from vitdet.data.fingerprint import fingerprint
 from vitdet.data.layout import split_files
 from vitdet.data.loader import configure_process, val_loader
 from vitdet.data.masks import encode, paste
@@ -169,6 +171,30 @@ def evaluate(
             if pictures is not None:
                 write_pictures(detector, config.data, pictures, split=split)
         return distributed.all_gather_objects(metrics)[0]
+
+
+def evaluate_alike(
+    checkpoint: str | Path, *, config: Config, class_names: Sequence[str], val_fingerprint: str
+) -> float | None:
+    """The box AP of a checkpoint on the validation data and with the settings of another detector's evaluation.
+
+    config: of that evaluation; how images are resized stays the checkpoint's own. class_names: of that detector.
+    val_fingerprint: of the validation split then. Raises ValueError where classes or data differ.
+    """
+    from vitdet.checkpoint import load_model_file
+
+    stored = load_model_file(checkpoint)
+    names = [str(name) for name in stored["class_names"]]
+    if names != list(class_names):
+        shown = f"{', '.join(names[:5])}{', ...' if len(names) > 5 else ''}"
+        raise ValueError(
+            f"it has other classes ({shown}); register this model under another tracking.model_name"
+        )
+    if fingerprint(config.data, config.data.val_split) != val_fingerprint:
+        raise ValueError(f"{config.data.root} has changed since the candidate was evaluated")
+    own = from_dict(stored["config"]).data
+    data = replace(config.data, image_size=own.image_size, antialias=own.antialias)
+    return evaluate(checkpoint, config=replace(config, data=data)).get("box_ap")
 
 
 def evaluate_results(

@@ -1,84 +1,253 @@
-"""The gate: which version of the registered model is the best, by box AP on one and the same data.
+"""The gate: whether a detector replaces the best version of the registered model, by box AP.
 
-The registry's alias `champion` points to it. What was measured on other data cannot be compared and does not count.
-AP is compared in the four digits that a version's tags hold.
+The registry's alias `champion` points to that version. Its AP counts only if it was measured on the same validation data
+with the same settings as the candidate's; otherwise the champion has to be evaluated again on the candidate's, and the
+result is stored in a tag of the version. AP is compared in the four digits that the tags hold.
 """
 
 from __future__ import annotations
 
 import fcntl
-from collections.abc import Iterator
+import hashlib
+import tempfile
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vitdet.tracking.mlflow import connect
+from vitdet.config import Config, flatten
+from vitdet.tracking.mlflow import connect, tracking_uri
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
+    from mlflow.entities.model_registry import ModelVersion
 
 ALIAS = "champion"
+# What changes the AP of a given checkpoint on given data. How a detector resizes its images belongs to the detector.
+SETTINGS = (
+    "data.dataset",
+    "evaluate.score_threshold",
+    "evaluate.nms_iou",
+    "evaluate.max_detections",
+)
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """What an AP was measured on: the fingerprint of the validation split, and the settings that change AP."""
+
+    fingerprint: str
+    settings: str
+
+    @classmethod
+    def of(cls, config: Config, fingerprint: str) -> Protocol:
+        """The protocol of an evaluation with this config on the split of this fingerprint."""
+        values = flatten(config)
+        return cls(fingerprint, " ".join(f"{key}={values[key]}" for key in SETTINGS))
+
+    @property
+    def tag(self) -> str:
+        """The tag of a version that holds its box AP under this protocol."""
+        text = f"{self.fingerprint} {self.settings}"
+        return f"box_ap_{hashlib.sha256(text.encode()).hexdigest()[:12]}"
+
+    def tags(self) -> dict[str, str]:
+        """The tags of a version that was evaluated under this protocol when it was registered.
+
+        None where the data is not known: such an AP cannot be compared.
+        """
+        if not self.fingerprint:
+            return {}
+        return {"val_fingerprint": self.fingerprint, "evaluate_settings": self.settings}
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """Whether a candidate takes the champion's place, and why, in one line."""
+    """Whether a candidate replaces the champion, and why, in one line."""
 
     passed: bool
     reason: str
 
 
-def judge(
-    ap: float | None, dataset_digest: str, *, uri: str, folder: Path, model_name: str
-) -> Verdict:
-    """Holds a box AP in percent, measured on this data, against the champion of a registered model.
+@dataclass(frozen=True)
+class Evaluated:
+    """The evaluation of a version of the registered model; `failure`: why there is no AP."""
 
-    The first model wins, a tie does not. Raises ConnectionError where MLflow does not answer.
+    version: str
+    box_ap: float | None
+    failure: str = ""
+
+
+Evaluate = Callable[[Path], float | None]  # the box AP of a checkpoint
+
+
+def is_known(protocol: Protocol, *, uri: str, folder: Path, model_name: str) -> bool:
+    """Whether there is no champion, or one whose AP under this protocol is known.
+
+    Raises ConnectionError where MLflow does not answer, as all functions of this module do.
     """
     client, _ = connect(None, uri, folder)
-    return _judge(client, ap, dataset_digest, model_name)
+    champion = _champion(client, model_name)
+    return champion is None or _known_ap(champion, protocol) is not None
+
+
+def evaluate_champion(
+    protocol: Protocol, evaluate: Evaluate, *, uri: str, folder: Path, model_name: str
+) -> Evaluated | None:
+    """Download the champion's checkpoint, evaluate it and store its AP under this protocol in the registry.
+
+    Returns the AP, or why it cannot be evaluated; None if there is no champion. `evaluate` raises OSError, ValueError or
+    LookupError for a checkpoint that cannot be evaluated; other errors are passed on.
+    """
+    client, _ = connect(None, uri, folder)
+    champion = _champion(client, model_name)
+    if champion is None:
+        return None
+    ap = _known_ap(champion, protocol)
+    return (
+        _evaluate(client, champion, protocol, evaluate, uri, folder)
+        if ap is None
+        else (Evaluated(str(champion.version), ap))
+    )
+
+
+def judge(
+    ap: float | None,
+    protocol: Protocol,
+    *,
+    uri: str,
+    folder: Path,
+    model_name: str,
+    evaluated: Evaluated | None = None,
+    evaluate: Evaluate | None = None,
+    checkpoint_sha256: str = "",
+) -> Verdict:
+    """Compare a box AP in percent with the champion's under the same protocol. The first model passes, a tie does not.
+
+    The champion itself passes again: checkpoint_sha256 is that of the candidate, if known. evaluated: an earlier result of `evaluate_champion`. evaluate: evaluates the champion here, where its AP is not
+    known; without it, the candidate is refused then.
+    """
+    client, _ = connect(None, uri, folder)
+
+    def again(champion: ModelVersion) -> Evaluated | None:
+        if evaluate is None:
+            return evaluated
+        return _evaluate(client, champion, protocol, evaluate, uri, folder)
+
+    def is_candidate(champion: ModelVersion) -> bool:
+        return bool(checkpoint_sha256) and checkpoint_sha256 == champion.tags.get(
+            "checkpoint_sha256"
+        )
+
+    return _judge(client, ap, protocol, model_name, again, is_candidate)
 
 
 def promote(
-    version: str, ap: float | None, dataset_digest: str, *, uri: str, folder: Path, model_name: str
+    version: str,
+    ap: float | None,
+    protocol: Protocol,
+    *,
+    uri: str,
+    folder: Path,
+    model_name: str,
+    evaluated: Evaluated | None = None,
 ) -> Verdict:
-    """Makes this version the champion if it is still better: another may have been promoted since it was judged.
+    """Make this version the champion if `judge` still passes it: another may have been promoted since.
 
-    Of several processes that share `folder` one promotes at a time.
+    Of several processes that share `folder`, one promotes at a time.
     """
     client, _ = connect(None, uri, folder)
-    with _alone(folder):
-        verdict = _judge(client, ap, dataset_digest, model_name)
+    with _locked(folder):
+        verdict = _judge(
+            client,
+            ap,
+            protocol,
+            model_name,
+            lambda _: evaluated,
+            lambda champion: str(champion.version) == version,
+        )
         if verdict.passed:
+            client.set_model_version_tag(model_name, version, protocol.tag, f"{ap:.4g}")
             client.set_registered_model_alias(model_name, ALIAS, version)
     return verdict
 
 
-def _judge(client: MlflowClient, ap: float | None, dataset_digest: str, model_name: str) -> Verdict:
+def _judge(
+    client: MlflowClient,
+    ap: float | None,
+    protocol: Protocol,
+    model_name: str,
+    evaluate: Callable[[ModelVersion], Evaluated | None],
+    is_candidate: Callable[[ModelVersion], bool],
+) -> Verdict:
     if ap is None or not 0 <= ap <= 100:
         return Verdict(False, f"box AP is {ap}: nothing to compare")
+    champion = _champion(client, model_name)
+    if champion is None:
+        return Verdict(True, f"box AP {ap:.4g}: the first champion")
+    if is_candidate(champion):
+        return Verdict(True, f"box AP {ap:.4g}: the champion, version {champion.version}, itself")
+    before, failure = _known_ap(champion, protocol), ""
+    if before is None:
+        again = evaluate(champion)
+        if again is not None and again.version == str(champion.version):
+            before, failure = again.box_ap, again.failure
+    name = f"the champion, version {champion.version}"
+    if before is None:
+        return Verdict(
+            False,
+            f"box AP {ap:.4g}: {name}, has no AP on this validation data with these settings "
+            f"({failure or 'it was not evaluated on them; run this again'})",
+        )
+    better = float(f"{ap:.4g}") > float(f"{before:.4g}")
+    relation = "above" if better else "no better than"
+    return Verdict(better, f"box AP {ap:.4g}, {relation} the {before:.4g} of {name}")
+
+
+def _champion(client: MlflowClient, model_name: str) -> ModelVersion | None:
     models = client.search_registered_models(f"name = '{model_name}'")
     number = models[0].aliases.get(ALIAS) if models else None
-    if number is None:
-        return Verdict(True, f"box AP {ap:.4g}: the first champion")
-    champion = client.get_model_version(model_name, number)
-    before, data = champion.tags.get("box_ap"), champion.tags.get("dataset_digest")
-    if data != dataset_digest or before is None:
-        return Verdict(
-            True,
-            f"box AP {ap:.4g}: the champion, version {number}, does not count: it was measured "
-            f"on other data ({data}, not {dataset_digest})",
-        )
-    better = float(f"{ap:.4g}") > float(before)
-    relation = "above" if better else "no better than"
-    return Verdict(
-        better, f"box AP {ap:.4g}, {relation} the {before} of the champion, version {number}"
-    )
+    return None if number is None else client.get_model_version(model_name, number)
+
+
+def _known_ap(version: ModelVersion, protocol: Protocol) -> float | None:
+    tags = version.tags
+    own = protocol.tags()
+    measured = bool(own) and own == {key: tags.get(key) for key in own}
+    ap = tags.get("box_ap") if measured else tags.get(protocol.tag)
+    return None if ap is None else float(ap)
+
+
+def _evaluate(
+    client: MlflowClient,
+    champion: ModelVersion,
+    protocol: Protocol,
+    evaluate: Evaluate,
+    uri: str,
+    folder: Path,
+) -> Evaluated:
+    from mlflow.exceptions import MlflowException
+
+    from vitdet.tracking.registry import download_checkpoint
+
+    number = str(champion.version)
+    try:
+        with tempfile.TemporaryDirectory(prefix="vitdet-champion-") as work:
+            server = tracking_uri(uri, folder)
+            ap = evaluate(download_checkpoint(server, champion.name, number, Path(work)))
+        if ap is None or not 0 <= ap <= 100:
+            raise ValueError(f"its box AP is {ap}")
+    except (MlflowException, OSError, ValueError, LookupError) as error:
+        connect(None, uri, folder)  # a server that does not answer says nothing about the champion
+        line = next(iter(str(error).splitlines()), type(error).__name__)
+        return Evaluated(number, None, f"it cannot be evaluated: {line}")
+    client.set_model_version_tag(champion.name, number, protocol.tag, f"{ap:.4g}")
+    return Evaluated(number, ap)
 
 
 @contextmanager
-def _alone(folder: Path) -> Iterator[None]:
+def _locked(folder: Path) -> Iterator[None]:
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / ".champion.lock", "w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)

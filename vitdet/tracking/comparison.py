@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vitdet.tracking.champion import ALIAS
+from vitdet.config import Config, flatten
+from vitdet.tracking.champion import ALIAS, SETTINGS
 from vitdet.tracking.mlflow import connect, experiment_id, tracking_uri
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
+DATA = ("data.root", "data.train_split", "data.val_split", "data.max_images")
+PLACE = ("tracking.uri", "tracking.experiment", "tracking.model_name")
 COLUMNS = ("box_ap", "mask_ap", "box_ap50", "box_ap75")
 # How KFP says that a run ended -> how MLflow does. Its servers say COMPLETE or SUCCEEDED, and some RUNNING of a run
 # whose exit handler runs: then the table tells, which the last step makes.
@@ -26,7 +29,28 @@ ENDS = {
 }
 
 
-def open_group(group: str, names: Sequence[str], *, uri: str, folder: Path, experiment: str) -> str:
+def check_comparable(
+    first: Config, other: Config, name: str, other_name: str, unknown: Collection[str] = ()
+) -> None:
+    """Raises ValueError for two configs that one table could not compare: of other data, evaluated differently, or with
+    another place in MLflow. unknown: settings that are not known yet.
+    """
+    ours, theirs = flatten(first), flatten(other)
+    differing = [
+        f"{key} is {theirs[key]}, not {ours[key]}"
+        for key in (*DATA, *SETTINGS, *PLACE)
+        if ours[key] != theirs[key] and key not in unknown
+    ]
+    if differing:
+        raise ValueError(
+            f"{other_name} and {name} cannot be compared: of {other_name} {'; '.join(differing)}; "
+            "run them one by one, or set the same for both"
+        )
+
+
+def start_parent_run(
+    group: str, names: Sequence[str], *, uri: str, folder: Path, experiment: str
+) -> str:
     """MLflow's id of the parent run of the trainings of a group; made where it is not there yet.
 
     Raises ConnectionError where MLflow does not answer.
@@ -46,8 +70,8 @@ def open_group(group: str, names: Sequence[str], *, uri: str, folder: Path, expe
     return client.create_run(place, None, tags, f"pipeline {name}").info.run_id
 
 
-def close_group(group: str, state: str, *, uri: str, folder: Path, experiment: str) -> None:
-    """Ends the parent run; state: KFP's word for how the pipeline ended. Raises as `open_group` does."""
+def end_parent_run(group: str, state: str, *, uri: str, folder: Path, experiment: str) -> None:
+    """Ends the parent run; state: KFP's word for how the pipeline ended. Raises as `start_parent_run` does."""
     client, _ = connect(None, uri, folder)
     place = experiment_id(client, tracking_uri(uri, folder), folder, experiment)
     if parent := _parent(client, place, group):
@@ -60,26 +84,31 @@ def compare(
 ) -> str:
     """The table of a group in Markdown, best box AP first; it is also logged to the parent run.
 
-    rows: {"name", "dataset_digest", "run_id", "passed", "reason", "metrics"} of each training. Raises
-    ValueError when they were not measured on one and the same data, ConnectionError where MLflow does not answer.
+    rows: {"name", "val_fingerprint", "evaluate_settings", "run_id", "passed", "reason", "metrics"} of each training.
+    Raises ValueError when they were evaluated on different data or with different settings, ConnectionError where
+    MLflow does not answer.
     """
-    digests = sorted({row["dataset_digest"] for row in rows})
-    if len(digests) != 1:
-        raise ValueError(
-            f"the trainings were evaluated on different data ({', '.join(digests)}): not comparable"
-        )
+    for key, what in (
+        ("val_fingerprint", "on different data"),
+        ("evaluate_settings", "differently"),
+    ):
+        values = sorted({row[key] for row in rows})
+        if len(values) != 1:
+            raise ValueError(
+                f"the trainings were evaluated {what} ({', '.join(values)}): not comparable"
+            )
     client, _ = connect(None, uri, folder)
     champion, versions = _versions(client, model_name)
     ordered = sorted(rows, key=lambda row: -_figure(row, "box_ap"))
     text = table(ordered, champion, versions)
-    parent = open_group(
+    parent = start_parent_run(
         group, [row["name"] for row in rows], uri=uri, folder=folder, experiment=experiment
     )
     for row in ordered:
         for key in COLUMNS[:2]:
             if row["metrics"].get(key) is not None:
                 client.log_metric(parent, f"{key}/{row['name']}", row["metrics"][key])
-    client.set_tag(parent, "dataset_digest", digests[0])
+    client.set_tag(parent, "val_fingerprint", ordered[0]["val_fingerprint"])
     client.set_tag(parent, "best", ordered[0]["name"])
     client.set_tag(parent, "mlflow.note.content", text)
     with tempfile.TemporaryDirectory() as work:
@@ -96,7 +125,7 @@ def table(rows: Sequence[dict], champion: str | None, versions: dict[str, str]) 
         "version",
         "gate",
     ]
-    lines = [f"Data {rows[0]['dataset_digest']}", "", _line(heads), _line(["---"] * len(heads))]
+    lines = [f"Data {rows[0]['val_fingerprint']}", "", _line(heads), _line(["---"] * len(heads))]
     for row in rows:
         version = versions.get(row["run_id"], "-")
         mark = f"{version} ({ALIAS})" if version == champion else version
@@ -129,4 +158,6 @@ def _versions(client: MlflowClient, model_name: str) -> tuple[str | None, dict[s
         client.search_model_versions(f"name = '{model_name}'"), key=lambda one: int(one.version)
     )
     alias = models[0].aliases.get(ALIAS) if models else None
-    return (None if alias is None else str(alias)), {one.run_id: str(one.version) for one in found}
+    return (None if alias is None else str(alias)), {
+        one.run_id: str(one.version) for one in found if one.run_id
+    }

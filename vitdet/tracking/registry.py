@@ -18,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from mlflow.artifacts import download_artifacts
 from mlflow.entities import LoggedModelOutput
 from mlflow.models import Model, ModelSignature
 from mlflow.pyfunc import PythonModel, PythonModelContext, load_model, save_model
@@ -118,8 +119,7 @@ def register(
     """
     client, run_id = connect(run_id, uri, folder)
     uri = tracking_uri(uri, folder)
-    with open(checkpoint, "rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    digest = sha256(checkpoint)
     for version in client.search_model_versions(f"name = '{model_name}'"):
         if version.tags.get("checkpoint_sha256") == digest and (version.run_id or None) == run_id:
             client.set_registered_model_alias(model_name, alias, version.version)
@@ -156,6 +156,34 @@ def register(
         )
     client.set_registered_model_alias(model_name, alias, version.version)
     return model_name, str(version.version)
+
+
+def sha256(checkpoint: Path) -> str:
+    """The tag `checkpoint_sha256` of a version."""
+    with open(checkpoint, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def download_checkpoint(uri: str, model_name: str, version: str, folder: Path) -> Path:
+    """The checkpoint of a registered version, in `folder`.
+
+    uri: the server's. Raises MlflowException or OSError where its artifacts cannot be read, ValueError where it is not
+    a model of `register`.
+    """
+    with exported(uri):
+        model = Path(
+            download_artifacts(
+                f"models:/{model_name}/{version}",
+                dst_path=str(folder),
+                tracking_uri=uri,
+                registry_uri=uri,
+            )
+        )
+    try:
+        flavors = Model.load(str(model)).flavors
+        return model / flavors["python_function"]["artifacts"]["checkpoint"]["path"]
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"version {version} of {model_name} holds no checkpoint") from error
 
 
 def _pack(path: Path, model: Model, checkpoint: Path, wheel: Path, example: np.ndarray) -> None:

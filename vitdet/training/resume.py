@@ -11,7 +11,7 @@ from pathlib import Path
 from vitdet import distributed
 from vitdet.checkpoint import Checkpoints, load_model_file
 from vitdet.config import Config, difference, digest, from_dict, legacy_digest
-from vitdet.data.fingerprint import dataset_digest
+from vitdet.data import fingerprint
 from vitdet.training.optim import lr_factor
 
 log = logging.getLogger(__name__)
@@ -21,12 +21,12 @@ def states_folder(
     config: Config,
     output: Path,
     checkpoints: str | Path | None,
-    identity: str,
+    prints: dict[str, str],
     source: str | Path | None,
 ) -> Path:
     """The folder of this training's states: in `output`, or below `checkpoints`, named by what determines the weights.
 
-    identity: of the data set. source: the file of initial weights. A folder named as by version 0.1 is found, too.
+    prints: the fingerprints of the data. source: the file of initial weights. A folder named as by version 0.1 is found, too.
     """
     if checkpoints is None:
         return output / "checkpoints"
@@ -35,23 +35,24 @@ def states_folder(
         with open(source, "rb") as file:
             initial = hashlib.file_digest(file, "sha256").hexdigest()
 
-    def folder(name: str) -> Path:
-        text = f"{name} {identity} {initial}"
+    def folder(settings: str, data: str) -> Path:
+        text = f"{settings} {data} {initial}"
         return Path(checkpoints) / hashlib.sha256(text.encode()).hexdigest()[:12]
 
-    found, legacy = folder(digest(config)), legacy_digest(config)
-    if legacy and not found.exists() and folder(legacy).exists():
-        return folder(legacy)
+    found, legacy = folder(digest(config), fingerprint.combined(prints)), legacy_digest(config)
+    if legacy and not found.exists() and any(Path(checkpoints).glob("*/step_*.pt")):
+        old = folder(legacy, fingerprint.legacy_dataset_digest(config.data))
+        return old if old.exists() else found
     return found
 
 
 def state_to_resume(
-    config: Config, output: Path, identity: str, states: Checkpoints
+    config: Config, output: Path, prints: dict[str, str], states: Checkpoints
 ) -> dict | None:
     """The newest state, if there is one. Raises ValueError if it does not fit this config and data."""
     state, finished = states.latest(), output / "model.pt"
     if state is not None:
-        _check_state(config, identity, state, states.folder)
+        _check_state(config, prints, state, states.folder)
     elif finished.exists():  # `is_complete` allowed more steps
         steps = load_model_file(finished)["step"]
         raise ValueError(
@@ -71,7 +72,7 @@ def is_complete(
 ) -> bool:
     """Whether `output` holds this training's result, as when torchrun restarts a training that had ended.
 
-    Then `close_tracking(identity, run_id, step)` is called. False also where the finished run may go on to more steps.
+    Then `close_tracking(fingerprint of the data, run_id, step)` is called. False also where the finished run may go on to more steps.
     Raises ValueError for any other finished run.
     """
     finished = output / "model.pt"
@@ -92,15 +93,12 @@ def is_complete(
         differing = "; ".join(difference(config, stored))
         what = f"with another config ({differing})" if differing else "of this very config"
         raise ValueError(f"{output}: holds a finished run {what}; {remedy}")
-    identity = dataset_digest(config.data)
-    if done["dataset_digest"] != identity:
-        raise ValueError(
-            f"{output}: holds a finished run on other data ({done['dataset_digest']}, now {identity}); "
-            f"{remedy}"
-        )
+    prints = fingerprint.fingerprints(config.data)
+    if change := fingerprint.change(done, config.data, prints):
+        raise ValueError(f"{output}: holds a finished run on other data ({change}); {remedy}")
     log.warning("%s: complete already, nothing is left to do", output)
     if done["run_id"]:
-        close_tracking(identity, done["run_id"], done["step"])
+        close_tracking(fingerprint.combined(prints), done["run_id"], done["step"])
     return True
 
 
@@ -113,7 +111,7 @@ def check_agreement(starts: Sequence[int], folder: Path) -> None:
         )
 
 
-def _check_state(config: Config, identity: str, state: dict, folder: Path) -> None:
+def _check_state(config: Config, prints: dict[str, str], state: dict, folder: Path) -> None:
     stored, step = from_dict(state["config"]), state["step"]
     if not _same_but_for_steps(config, stored):
         differing = "; ".join(difference(config, stored, affecting_weights=True))
@@ -131,10 +129,10 @@ def _check_state(config: Config, identity: str, state: dict, folder: Path) -> No
             f"{folder}: optim.steps cannot change from {before} to {steps} after step {step}: {reason}; "
             "choose another --output"
         )
-    if state["dataset_digest"] != identity:
+    if change := fingerprint.change(state, config.data, prints):
         raise ValueError(
-            f"{folder}: the data set has changed since this run began ({state['dataset_digest']}, now "
-            f"{identity}); choose another --output"
+            f"{folder}: the data set has changed since this run began ({change}); choose another "
+            "--output"
         )
 
 

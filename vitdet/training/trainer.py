@@ -18,10 +18,10 @@ from torch import nn
 
 from vitdet import distributed
 from vitdet.checkpoint import FORMAT, Checkpoints, load_weights, save
-from vitdet.config import Config, save_config, to_dict
+from vitdet.config import Config, DataConfig, save_config, to_dict
+from vitdet.data import fingerprint
 from vitdet.data.coco import CocoSplit
-from vitdet.data.dataset import TrainData, read_split
-from vitdet.data.fingerprint import dataset_digest
+from vitdet.data.dataset import read_split
 from vitdet.data.loader import configure_process, train_loader
 from vitdet.evaluation.evaluator import evaluate_detector
 from vitdet.evaluation.pictures import write_pictures
@@ -47,7 +47,7 @@ from vitdet.weights.load import load_pretrained
 log = logging.getLogger(__name__)
 
 
-# (identity of the data, run id of the interrupted run or None, step it goes on from) -> tracker
+# (fingerprint of the data, run id of the interrupted run or None, step it goes on from) -> tracker
 StartTracking = Callable[[str, str | None, int], Tracker]
 
 
@@ -80,12 +80,15 @@ def train(
         ):
             return output / "model.pt"
         source = weights if weights is not None else resolve(config.train.init)
-        identity = distributed.from_first(lambda: dataset_digest(config.data))
+        split = distributed.together(
+            lambda: read_split(config.data, config.data.train_split, look=distributed.rank() == 0)
+        )
+        val_classes, prints = distributed.from_first(lambda: _inspect(config.data, split))
         folder = distributed.from_first(
-            lambda: states_folder(config, output, checkpoints, identity, source)
+            lambda: states_folder(config, output, checkpoints, prints, source)
         )
         states = Checkpoints(folder, config.train.keep)
-        state = distributed.together(lambda: state_to_resume(config, output, identity, states))
+        state = distributed.together(lambda: state_to_resume(config, output, prints, states))
         start = state["step"] if state else 0
         check_agreement(distributed.all_gather_objects(start), folder)
         loader = distributed.together(
@@ -97,19 +100,18 @@ def train(
                 config.optim.steps,
                 distributed.rank(),
                 distributed.world_size(),
+                split,
             )
         )
-        assert isinstance(loader.dataset, TrainData)
-        split = loader.dataset.split
-        _check_classes(config, split.class_names)
+        _check_classes(config, split.class_names, val_classes)
         distributed.barrier()  # nobody writes before all have looked
 
         detector = _fresh_detector(config, split, None if state else source, device)
         tracker = Tracker()
         if distributed.rank() == 0:
             alone.enter_context(states.locked())
-            tracker = _announce(config, output, identity, states, state, start_tracking)
-        loop = Loop(config, detector, loader, tracker, states, identity, device, stop, output)
+            tracker = _announce(config, output, prints, states, state, start_tracking)
+        loop = Loop(config, detector, loader, tracker, states, prints, device, stop, output)
         try:
             loop.begin(state)
             state = None  # it weighs as much as detector and optimizer, who have it now
@@ -134,7 +136,7 @@ class Loop:
         loader: Iterable[Batch],
         tracker: Tracker,
         states: Checkpoints,
-        identity: str,
+        prints: dict[str, str],
         device: torch.device,
         stop: Callable[[], bool],
         output: Path,
@@ -142,10 +144,10 @@ class Loop:
         self.config, self.detector = config, detector
         self.optimizer = build_optimizer(detector, config.optim)
         self.average = WeightAverage(detector, config.optim.ema)
-        self.tracker, self.states, self.identity, self.device, self.stop = (
+        self.tracker, self.states, self.prints, self.device, self.stop = (
             tracker,
             states,
-            identity,
+            prints,
             device,
             stop,
         )
@@ -251,7 +253,7 @@ class Loop:
                     "optimizer": self.optimizer.state_dict(),
                     "average": self.average.state_dict(),
                     "run_id": self.tracker.run_id,
-                    "dataset_digest": self.identity,
+                    "fingerprints": self.prints,
                     "meter": meter,
                     "metrics": self.metrics,
                     "evaluated": self.evaluated,
@@ -272,7 +274,7 @@ class Loop:
                     "class_names": list(class_names),
                     "run_id": self.tracker.run_id,
                     "step": self.config.optim.steps,
-                    "dataset_digest": self.identity,
+                    "fingerprints": self.prints,
                     "metrics": self.metrics,
                 },
             )
@@ -304,7 +306,7 @@ def _fresh_detector(
 def _announce(
     config: Config,
     output: Path,
-    identity: str,
+    prints: dict[str, str],
     states: Checkpoints,
     state: dict | None,
     start_tracking: StartTracking,
@@ -318,20 +320,31 @@ def _announce(
             log.info("changed settings: %s", "; ".join(changed))
     save_config(config, output / "config.yaml")
     tracker = start_tracking(
-        identity, state["run_id"] if state else None, state["step"] if state else 0
+        fingerprint.combined(prints),
+        state["run_id"] if state else None,
+        state["step"] if state else 0,
     )
     tracker.artifact(output / "config.yaml")
     return tracker
 
 
-def _check_classes(config: Config, trained: Sequence[str]) -> None:
+def _inspect(data: DataConfig, split: CocoSplit) -> tuple[tuple[str, ...], dict[str, str]]:
+    """The class names of the validation split, and the fingerprints of both."""
+    validation = read_split(data, data.val_split)
+    prints = {
+        "train": fingerprint.fingerprint(data, data.train_split, split.records),
+        "val": fingerprint.fingerprint(data, data.val_split, validation.records),
+    }
+    return validation.class_names, prints
+
+
+def _check_classes(config: Config, trained: Sequence[str], validated: Sequence[str]) -> None:
     data, expected = config.data, config.model.roi_heads.num_classes
     if len(trained) != expected:
         raise ValueError(
             f"{data.root}: {data.train_split} has {len(trained)} classes, but model.roi_heads.num_classes "
             f"is {expected}; set it to {len(trained)}"
         )
-    validated = distributed.from_first(lambda: read_split(data, data.val_split).class_names)
     if tuple(validated) != tuple(trained):
         raise ValueError(
             f"{data.root}: {data.train_split} and {data.val_split} have different classes "

@@ -7,11 +7,15 @@ from __future__ import annotations
 
 import importlib
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from vitdet.config import nearest
 from vitdet.weights.catalogue import CATALOGUE, PACKAGED, fetched
 
-__all__ = ["CATALOGUE", "NOT_PRETRAINED", "PACKAGED", "Loaded", "load_pretrained", "resolve"]  # noqa: F822 - below
+if TYPE_CHECKING:
+    from vitdet.weights.load import Loaded, load_pretrained
+
+__all__ = ["CATALOGUE", "NOT_PRETRAINED", "PACKAGED", "Loaded", "load_pretrained", "resolve"]
 
 # A pre-training holds the backbone alone, without what its scattered patches have no use for.
 NOT_PRETRAINED = ("rel_pos_h", "rel_pos_w", ".residual.")

@@ -126,7 +126,7 @@ def _write_detector(
             "class_names": list(names),
             "run_id": None,
             "step": 0,
-            "dataset_digest": "",
+            "fingerprints": {},
             "metrics": {},
         },
     )

@@ -20,11 +20,63 @@ from typing import BinaryIO
 from urllib.parse import urlsplit
 
 from vitdet.datasets.download import Patience, Watcher, discard, download, mirrored
-from vitdet.weights.catalogue import Entry, trouble
+from vitdet.files import written
+from vitdet.weights.catalogue import Entry, cache_folder, fetched, trouble
 
 Convert = Callable[[Path, Path], None]  # (the published file, the file to write)
 PATIENT = Patience()
 log = logging.getLogger(__name__)
+
+
+class _Silent:
+    """Shows nothing of a download."""
+
+    def at(self, done: int, total: int | None) -> None:
+        pass
+
+    def end(self) -> None:
+        pass
+
+
+def fetch_published(
+    entry: Entry,
+    folder: Path | None,
+    show: Callable[[str], Watcher] = lambda _: _Silent(),
+    mirror: str = "",
+    local: Path | None = None,
+) -> Path:
+    """A file of the catalogue in this folder, or in the cache. A file in the cache is copied, not fetched again.
+
+    show: makes what shows the progress of a download. Raises as `fetch` does.
+    """
+
+    def convert(source: Path, target: Path) -> None:
+        from vitdet.weights.convert import convert_file
+
+        for line in convert_file(source, target, entry.format, entry.recipe or None):
+            log.info(line)
+
+    if is_here(entry) and not local:
+        return copy(fetched(entry.name), folder) if folder else fetched(entry.name)
+    return fetch(entry, folder or cache_folder(), convert, show(entry.name), mirror, local)
+
+
+def is_here(entry: Entry) -> bool:
+    """Whether the file ships with the package or is in the cache."""
+    try:
+        fetched(entry.name)
+    except FileNotFoundError:
+        return False
+    return True
+
+
+def copy(source: Path, folder: Path) -> Path:
+    """An atomic copy in the folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    target = folder / source.name
+    with written(target) as temporary:
+        shutil.copyfile(source, temporary)
+    return target
 
 
 def fetch(

@@ -15,18 +15,18 @@ import pytest
 from tests.conftest import minimal, options
 from vitdet.config import DataConfig
 from vitdet.data.dataset import read_split
-from vitdet.data.fingerprint import describe
-from vitdet.datasets.inventory import (
+from vitdet.data.download_record import (
     Archive,
+    DownloadRecord,
     File,
     Images,
-    Manifest,
     compare,
     digest,
     read,
     verify,
     write,
 )
+from vitdet.data.fingerprint import describe
 
 LIST = b"a.jpg 3\nb.jpg 4\n"
 SUMS = f"a.jpg 3 {zlib.crc32(b'one'):08x}\nb.jpg 4 {zlib.crc32(b'four'):08x}\n".encode()
@@ -41,7 +41,7 @@ def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "some.json").write_bytes(b"{}")
     write(
         tmp_path,
-        Manifest(
+        DownloadRecord(
             (Archive("x.zip", "http://x/x.zip", 9, "0" * 64, True),),
             (File("some.json", 2, hashlib.sha256(b"{}").hexdigest()),),
             (
@@ -134,7 +134,7 @@ def test_other_pixels_of_the_same_size_are_found_by_reading(root: Path) -> None:
 
 
 def test_parts_are_added_and_looked_at_alone(root: Path) -> None:
-    more = Manifest(
+    more = DownloadRecord(
         (Archive("a.zip", "http://x/a.zip", 1, "1" * 64, False),),
         (File("other.json", 1, "2" * 64),),
     )
@@ -155,7 +155,7 @@ def test_a_write_that_fails_leaves_the_manifest_of_before(
     before = (root / "manifest.json").read_bytes()
     monkeypatch.setattr(os, "sync", full)
     with pytest.raises(OSError, match="no space"):
-        write(root, Manifest())
+        write(root, DownloadRecord())
     assert (root / "manifest.json").read_bytes() == before and len(list(root.iterdir())) == 3
 
 
@@ -186,7 +186,7 @@ def fetched(own_tiny: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
                 ),
             )
         )
-    write(own_tiny, Manifest((), tuple(files), tuple(folders)))
+    write(own_tiny, DownloadRecord((), tuple(files), tuple(folders)))
     return own_tiny
 
 
@@ -207,7 +207,6 @@ def longer(path: Path) -> None:
             lambda root: longer(max((root / "train").iterdir())),
             "train: 12 files .* are others. `vitdet data coco",
         ),
-        (lambda root: (root / "val" / "more.jpg").touch(), "val: 5 files of"),
         (
             lambda root: longer(root / "annotations" / "instances_val.json"),
             "instances_val.json: .* bytes, it came with",
@@ -222,6 +221,33 @@ def test_no_training_begins_on_pictures_that_are_not_as_they_came(
     code, _, said = vitdet(*words)
     assert code == 1 and re.search(says, said) and len(said.splitlines()) == 1, said
     assert not Path("run/model.pt").exists() and not list(Path("run").rglob("*.pt"))
+
+
+def test_files_beside_the_downloaded_ones_make_no_difference(fetched: Path) -> None:
+    data = DataConfig(root=str(fetched), train_split="train", val_split="val")
+    for name in (".DS_Store", "more.jpg"):
+        (fetched / "val" / name).touch()
+    assert len(read_split(data, "val").records) == 4
+    longer(min((fetched / "val").glob("0*.jpg")))
+    with pytest.raises(ValueError, match="val: 6 files of"):
+        read_split(data, "val")
+
+
+def test_a_check_passes_over_files_that_were_not_downloaded(root: Path) -> None:
+    for old, new in (("a.jpg", "000000000001.jpg"), ("b.jpg", "000000000002.jpg")):
+        (root / "val2017" / old).rename(root / "val2017" / new)
+    names, sums = (
+        hashlib.sha256(
+            text.replace(b"a.jpg", b"000000000001.jpg").replace(b"b.jpg", b"000000000002.jpg")
+        ).hexdigest()
+        for text in (LIST, SUMS)
+    )
+    write(root, DownloadRecord((), (), (Images("val2017", 2, 7, names, sums),)))
+    (root / "val2017" / ".DS_Store").touch()
+    verify(root, contents=True)
+    (root / "val2017" / "000000000003.jpg").touch()
+    with pytest.raises(ValueError, match="4 files of 7 bytes, it came with 2 of 7;"):
+        verify(root)
 
 
 def test_a_split_is_compared_alone_and_a_foreign_manifest_is_none(fetched: Path) -> None:
@@ -260,12 +286,14 @@ def test_a_pipeline_does_not_start_on_data_that_is_not_as_it_came(
         sha256 = hashlib.file_digest(file, "sha256").hexdigest()
     write(
         own_tiny,
-        Manifest((), (File("annotations/instances_val.json", path.stat().st_size, sha256),)),
+        DownloadRecord((), (File("annotations/instances_val.json", path.stat().st_size, sha256),)),
     )
     assert describe(data) == described
     write(
         own_tiny,
-        Manifest((), (File("annotations/instances_val.json", path.stat().st_size, "0" * 64),)),
+        DownloadRecord(
+            (), (File("annotations/instances_val.json", path.stat().st_size, "0" * 64),)
+        ),
     )
     with pytest.raises(ValueError, match="instances_val.json: sha256 .*, it came with 0000"):
         describe(data)

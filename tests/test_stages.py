@@ -12,9 +12,9 @@ from mlflow.entities import Run
 
 from tests.conftest import minimal
 from vitdet import stages
-from vitdet import workspace as steps
 from vitdet.config import Config, digest, legacy_digest, load_config, save_config
 from vitdet.tracking.mlflow import tracking_uri
+from vitdet.tracking.runs import start_tracker
 
 RUN = "0123456789abcdef"
 
@@ -31,7 +31,7 @@ def client_of(workspace: Path) -> MlflowClient:
 
 def recipe(path: Path, **changes: object) -> str:
     """A file that is the recipe `tiny` with other settings: section__key=value."""
-    tree = yaml.safe_load((Path(steps.__file__).parent / "recipes" / "tiny.yaml").read_text())
+    tree = yaml.safe_load((Path(stages.__file__).parent / "recipes" / "tiny.yaml").read_text())
     for key, value in changes.items():
         section, _, leaf = key.partition("__")
         tree[section][leaf] = value
@@ -40,7 +40,9 @@ def recipe(path: Path, **changes: object) -> str:
 
 
 def resolve(recipes: list[str], overrides: list[str], folder: Path) -> list[str]:
-    return steps.resolve_configs(recipes, overrides, str(folder / "space"), str(folder / "configs"))
+    return stages.resolve_configs(
+        recipes, overrides, str(folder / "space"), str(folder / "settings")
+    )
 
 
 def test_two_recipes_are_trained_compared_and_registered(tiny: Path, tmp_path: Path) -> None:
@@ -52,27 +54,30 @@ def test_two_recipes_are_trained_compared_and_registered(tiny: Path, tmp_path: P
     heavier = recipe(tmp_path / "heavier.yaml", optim__weight_decay=0.5)
     names = resolve(["tiny", heavier], minimal(tiny, optim__steps=2, train__eval_every=2), tmp_path)
     assert [name.rpartition("-")[0] for name in names] == ["tiny", "heavier"]
-    digest = steps.prepare_data(configs, space, manifest)
-    steps.fetch_weights(configs, space)
-    assert steps.open_group(configs, space, RUN) == steps.open_group(
-        configs, space, RUN
-    )  # as a retried step does
+    settings = str(tmp_path / "settings")
+    data = stages.prepare_data(settings, space, configs, manifest).fingerprint
+    stages.fetch_weights(settings, space)
+    # the second time as a retried step does
+    parents = {stages.start_parent_run(settings, space, RUN) for _ in range(2)}
+    assert len(parents) == 1
     verdicts = []
     for name in names:
         checkpoint, figures, verdict = (
             str(tmp_path / name / kind) for kind in ("model.pt", "figures", "verdict")
         )
-        steps.train(configs, name, manifest, space, RUN, checkpoint)
-        steps.evaluate(checkpoint, configs, name, manifest, space, figures)
-        passed, _ = steps.judge(figures, configs, name, space, verdict)
-        assert passed  # nobody is champion yet
+        stages.train_recipe(settings, name, data, space, RUN, checkpoint)
+        _, known = stages.evaluate_recipe(checkpoint, configs, name, data, space, figures)
+        passed, _ = stages.gate(figures, configs, name, space, RUN, verdict)
+        assert known and passed  # there is no champion yet
         verdicts.append(verdict)
     first, second = tmp_path / names[0], tmp_path / names[1]
-    steps.register(str(first / "model.pt"), str(first / "figures"), configs, names[0], space)
-    table = steps.compare(verdicts, configs, space, RUN, str(tmp_path / "table.md"))
+    stages.register_recipe(
+        str(first / "model.pt"), str(first / "figures"), configs, names[0], space, RUN
+    )
+    table = stages.compare(verdicts, configs, space, RUN, str(tmp_path / "table.md"))
 
     assert (tmp_path / "table.md").read_text() == table
-    assert f"Data {digest}" in table
+    assert f"Data {data.split('-')[1]}" in table
     rows = {
         line.split(" | ")[0].strip("| "): line
         for line in table.splitlines()
@@ -84,20 +89,20 @@ def test_two_recipes_are_trained_compared_and_registered(tiny: Path, tmp_path: P
     (parent,) = client.search_runs(["1"], f"tags.group = '{RUN}'")
     children = client.search_runs(["1"], f"tags.`mlflow.parentRunId` = '{parent.info.run_id}'")
     assert {child.data.params["optim.weight_decay"] for child in children} == {"0.05", "0.5"}
-    assert {child.inputs.dataset_inputs[0].dataset.digest for child in children} == {digest}
+    assert {child.inputs.dataset_inputs[0].dataset.digest for child in children} == {data}
     assert {"box_ap/" + name for name in names} <= set(parent.data.metrics)
     assert [file.path for file in client.list_artifacts(parent.info.run_id)] == ["comparison.md"]
     assert parent.info.status == "RUNNING"
     ends = {"FAILED": "FAILED", "CANCELED": "KILLED", "RUNNING": "FINISHED", "COMPLETE": "FINISHED"}
     for state, status in ends.items():
-        steps.close_group(["tiny"], [], space, RUN, state)
+        stages.end_parent_run(["tiny"], [], space, RUN, state)
         assert client.get_run(parent.info.run_id).info.status == status
 
     # A step that is repeated trains nothing again; with a model of no better AP the champion stays.
-    steps.train(configs, names[0], manifest, space, RUN, str(tmp_path / "again.pt"))
+    stages.train_recipe(settings, names[0], data, space, RUN, str(tmp_path / "again.pt"))
     assert (tmp_path / "again.pt").read_bytes() == (first / "model.pt").read_bytes()
-    passed, reason = steps.judge(
-        str(second / "figures"), configs, names[1], space, str(tmp_path / "verdict")
+    passed, reason = stages.gate(
+        str(second / "figures"), configs, names[1], space, RUN, str(tmp_path / "verdict")
     )
     assert not passed
     assert "no better than" in reason
@@ -121,18 +126,18 @@ def test_a_training_that_commit_dad8b8b_began_is_found(tmp_path: Path) -> None:
     (name,) = resolve(["tiny"], [], tmp_path)
     space, runs = str(tmp_path / "space"), tmp_path / "space" / "runs"
     expected = runs / f"{name}-{RUN[:8]}"
-    assert steps.training_folder(space, name, RUN) == expected
-    config = load_config(tmp_path / "configs" / f"{name}.yaml")
+    assert stages.training_folder(space, name, RUN) == expected
+    config = load_config(tmp_path / "settings" / f"{name}.yaml")
     old = runs / f"tiny-{legacy_digest(config)[:8]}-{RUN[:8]}"
     assert old != expected
     save_config(config, old / "config.yaml")
-    assert steps.training_folder(space, name, RUN) == old
-    assert steps.training_folder(space, old.name.removesuffix(f"-{RUN[:8]}"), RUN) == old
-    assert steps.training_folder(space, name, "another run") == runs / f"{name}-another "
+    assert stages.training_folder(space, name, RUN) == old
+    assert stages.training_folder(space, old.name.removesuffix(f"-{RUN[:8]}"), RUN) == old
+    assert stages.training_folder(space, name, "another run") == runs / f"{name}-another "
     (other,) = resolve(["tiny"], ["optim.lr=1"], tmp_path)
-    assert steps.training_folder(space, other, RUN) == runs / f"{other}-{RUN[:8]}"
+    assert stages.training_folder(space, other, RUN) == runs / f"{other}-{RUN[:8]}"
     expected.mkdir()
-    assert steps.training_folder(space, name, RUN) == expected
+    assert stages.training_folder(space, name, RUN) == expected
 
 
 @pytest.mark.parametrize("digits", [digest, legacy_digest])
@@ -141,7 +146,7 @@ def test_the_digest_in_a_config_s_name_is_no_part_of_the_recipe_s(
 ) -> None:
     config = load_config("tiny")
     name = f"tiny-{digits(config)[:8]}"
-    stages.start_tracker(config, name, tmp_path / "run", "", "0" * 16, None, 0).close()
+    start_tracker(config, name, tmp_path / "run", "", "0" * 16, None, 0).close()
     (run,) = runs_in(tmp_path)
     assert run.data.tags["recipe"] == "tiny"
     assert run.info.run_name == f"tiny {digest(config)[:6]}"
@@ -161,7 +166,7 @@ def test_recipes_on_other_data_are_refused(tmp_path: Path) -> None:
         resolve(["tiny", other], [], tmp_path)
     with pytest.raises(ValueError, match="cannot be compared"):
         resolve(["mask_rcnn_vitdet_b_coco", "mask_rcnn_vitdet_b_lvis"], [], tmp_path)
-    assert not (tmp_path / "configs").exists()  # and nothing was written
+    assert not (tmp_path / "settings").exists()  # and nothing was written
 
 
 @pytest.mark.parametrize(
@@ -184,12 +189,18 @@ def test_what_is_wrong_is_refused_in_one_line(
 
 def test_relative_paths_lie_in_the_workspace(tmp_path: Path) -> None:
     (name,) = resolve(["tiny"], ["data.root=sets/mine", "train.init=files/start.pt"], tmp_path)
-    config = load_config(tmp_path / "configs" / f"{name}.yaml")
+    config = load_config(tmp_path / "settings" / f"{name}.yaml")
     assert config.data.root == str(tmp_path / "space" / "sets" / "mine")
     assert config.train.init == str(tmp_path / "space" / "files" / "start.pt")
     (absolute,) = resolve(["tiny"], ["data.root=/sets/mine"], tmp_path)
-    config = load_config(tmp_path / "configs" / f"{absolute}.yaml")
+    config = load_config(tmp_path / "settings" / f"{absolute}.yaml")
     assert (config.data.root, config.train.init) == ("/sets/mine", "mae_vit_tiny")
+
+
+def prepare(folder: Path) -> stages.Data:
+    return stages.prepare_data(
+        *(str(folder / name) for name in ("settings", "space", "configs", "manifest"))
+    )
 
 
 def test_the_demo_data_is_drawn_and_other_data_is_not(
@@ -200,24 +211,22 @@ def test_the_demo_data_is_drawn_and_other_data_is_not(
     made = tiny.make_tiny
     monkeypatch.setattr(tiny, "make_tiny", lambda folder: made(folder, 3, 2, processes=1))
     resolve(["tiny"], [], tmp_path)
-    space, manifest = str(tmp_path / "space"), str(tmp_path / "manifest")
-    digest = steps.prepare_data(str(tmp_path / "configs"), space, manifest)
-    described = json.loads(Path(manifest).read_text())
+    data = prepare(tmp_path)
+    described = json.loads((tmp_path / "manifest").read_text())
     assert described["images"]["train"]["count"] == 3
-    assert steps.prepare_data(str(tmp_path / "configs"), space, manifest) == digest
-    shutil.rmtree(tmp_path / "configs")
+    assert "-".join(described["fingerprints"].values()) == data.fingerprint
+    assert prepare(tmp_path) == data and data.notes == []
+    shutil.rmtree(tmp_path / "settings")
     resolve(["tiny"], ["data.root=absent"], tmp_path)
     with pytest.raises(FileNotFoundError, match="absent"):
-        steps.prepare_data(str(tmp_path / "configs"), space, manifest)
+        prepare(tmp_path)
     assert not (tmp_path / "space" / "absent").exists()
 
 
 def test_a_model_for_other_classes_is_refused_with_the_data(tiny: Path, tmp_path: Path) -> None:
     resolve(["tiny"], [f"data.root={tiny}", "model.roi_heads.num_classes=5"], tmp_path)
     with pytest.raises(ValueError, match="has 6 classes, but model.roi_heads.num_classes is 5"):
-        steps.prepare_data(
-            str(tmp_path / "configs"), str(tmp_path / "space"), str(tmp_path / "manifest")
-        )
+        prepare(tmp_path)
 
 
 def test_the_initial_weights_are_fetched_and_their_digest_is_theirs(
@@ -225,9 +234,9 @@ def test_the_initial_weights_are_fetched_and_their_digest_is_theirs(
 ) -> None:
     resolve(["tiny"], [f"data.root={tiny}"], tmp_path)
     space = str(tmp_path / "space")
-    digest = steps.fetch_weights(str(tmp_path / "configs"), space)
+    digest = stages.fetch_weights(str(tmp_path / "settings"), space)
     (file,) = (tmp_path / "space" / "weights").iterdir()
     assert file.name == "mae_vit_tiny.safetensors"
-    assert steps.fetch_weights(str(tmp_path / "configs"), space) == digest
+    assert stages.fetch_weights(str(tmp_path / "settings"), space) == digest
     file.write_bytes(file.read_bytes() + b" ")
-    assert steps.fetch_weights(str(tmp_path / "configs"), space) != digest
+    assert stages.fetch_weights(str(tmp_path / "settings"), space) != digest

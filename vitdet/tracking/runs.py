@@ -1,0 +1,86 @@
+"""The MLflow run of a training, from its config; without MLflow a training is only shown on the screen."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import re
+from pathlib import Path
+
+from vitdet.checkpoint import load_model_file
+from vitdet.config import Config, digest, flatten
+from vitdet.tracking.tracker import Progress, Tracker
+
+log = logging.getLogger(__name__)
+
+
+def has_mlflow() -> bool:
+    """Whether the extra `tracking` is installed."""
+    return importlib.util.find_spec("mlflow") is not None
+
+
+def default_folder(output: Path) -> Path:
+    """The folder of a run's default MLflow store: that of the run's folder, so that runs can be compared."""
+    return output.resolve().parent
+
+
+def start_tracker(
+    config: Config,
+    recipe: str,
+    output: Path,
+    group: str,
+    data_digest: str,
+    run_id: str | None,
+    step: int,
+) -> Progress:
+    """Progress on the screen, with MLflow behind it where that is installed."""
+    recipe = re.sub(r"-[0-9a-f]{8}$", "", recipe)  # a pipeline adds the digest of the config
+    tracker = Tracker()
+    if has_mlflow():
+        from vitdet.tracking.mlflow import start_run
+
+        data = config.data
+        tracker = start_run(
+            uri=config.tracking.uri,
+            folder=default_folder(output),
+            experiment=config.tracking.experiment,
+            name=f"{output.name if recipe == 'config' else recipe} {digest(config)[:6]}",
+            params=flatten(config),
+            tags={"recipe": recipe},
+            group=group,
+            dataset={
+                "name": Path(data.root).name,
+                "digest": data_digest,
+                "source": str(Path(data.root).resolve()),
+            },
+            run_id=run_id,
+            resume_step=step,
+        )
+    else:
+        log.warning("mlflow is not installed: this training is not tracked")
+    return Progress(tracker, config.optim.steps, step)
+
+
+def log_evaluation(
+    checkpoint: Path,
+    metrics: dict[str, float],
+    config: Config | None,
+    folder: Path,
+    pictures: Path | None = None,
+) -> str | None:
+    """Add metrics and pictures to the run that trained the checkpoint, and return its id.
+
+    config: names the server; without it, the checkpoint's does. folder: of the default store. Returns None where the
+    store is not found: the checkpoint was carried away.
+    """
+    stored = load_model_file(checkpoint)
+    if not stored["run_id"] or not has_mlflow():
+        return None
+    from vitdet.tracking.mlflow import log_metrics, tracking_uri
+
+    uri = config.tracking.uri if config else stored["config"]["tracking"]["uri"]
+    kind, _, path = tracking_uri(uri, folder).partition(":///")
+    if kind == "sqlite" and not Path(path).exists():
+        return None
+    files = dict.fromkeys(sorted(pictures.glob("*.jpg")) if pictures else (), "pictures")
+    return log_metrics(stored["run_id"], uri, folder, metrics, stored["step"], files)
