@@ -43,7 +43,7 @@ there = [len(os.listdir(name)) for name in ("data/coco/train2017", "data/coco/va
 if sys.argv[1:3] == ["data", "coco"] and not there:
     from tests.archives import miniatures
     from vitdet import cli
-    from vitdet.data import published
+    from vitdet.datasets import published
     os.sync = lambda: None
     published.archives = lambda dataset, split: miniatures(dataset, split)[0]
     cli.main([*sys.argv[1:], "--from", "bin"])

@@ -25,6 +25,7 @@ def container() -> dict:
     return deployment["spec"]["template"]["spec"]["containers"][0]
 
 
+@pytest.mark.slow
 def test_mlflow_knows_every_option_and_variable(container: dict) -> None:
     from mlflow import environment_variables
     from mlflow.cli import server

@@ -117,6 +117,7 @@ def test_a_version_says_where_it_comes_from(work: Path) -> None:
     assert client.get_run(version.run_id).info.status == "FINISHED"
 
 
+@pytest.mark.slow
 def test_a_fresh_environment_loads_it_and_finds_the_same(work: Path, tmp_path: Path) -> None:
     model = download(work, tmp_path / "model")
     (wheel,) = [
