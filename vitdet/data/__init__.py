@@ -1,16 +1,12 @@
 """From a folder in COCO's or LVIS's layout to batches: the training stream and the validation images.
 
-The public names are resolved on first use: reading the layout of a folder needs no torch.
+The names are resolved when they are first used: the settings that depend on a folder (`layout`) need no torch.
 """
 
 from __future__ import annotations
 
 import importlib
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from vitdet.data.dataset import TrainData, ValData, read_split
-    from vitdet.data.loader import train_loader, val_loader
+from typing import Any
 
 _HOMES = {
     "TrainData": "vitdet.data.dataset",
@@ -19,10 +15,10 @@ _HOMES = {
     "train_loader": "vitdet.data.loader",
     "val_loader": "vitdet.data.loader",
 }
-__all__ = ["TrainData", "ValData", "read_split", "train_loader", "val_loader"]
+__all__ = ["TrainData", "ValData", "read_split", "train_loader", "val_loader"]  # noqa: F822
 
 
-def __getattr__(name: str) -> object:
+def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'vitdet.data' has no attribute {name!r}")
     return getattr(importlib.import_module(_HOMES[name]), name)
