@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from vitdet.config import DataConfig
 from vitdet.data import TrainData, read_split
-from vitdet.data.loader import _processes
+from vitdet.data.loader import _processes, configure_process
 from vitdet.data.shared_memory import Shared
 
 def places(data):
@@ -45,6 +45,7 @@ class Told(TrainData):
 
 if __name__ == "__main__":
     torch.multiprocessing.set_start_method("forkserver")
+    configure_process()
     data = DataConfig(root=sys.argv[1], train_split="train", image_size=64)
     told = Told(read_split(data, "train"), data, 0)
     told.nothing = Shared(np.zeros((0, 4)))  # as the boxes of images without objects
