@@ -123,11 +123,8 @@ def test_a_run_that_cannot_be_is_ended_by_its_first_steps(
     finished: Finished, tiny: Path, tmp_path: Path
 ) -> None:
     other = tmp_path / "other.yaml"
-    other.write_text(
-        (ROOT / "vitdet" / "recipes" / "tiny.yaml")
-        .read_text()
-        .replace("val_split: val", "val_split: no")
-    )
+    text = (ROOT / "vitdet" / "recipes" / "tiny.yaml").read_text()
+    other.write_text(f"{text}\ntracking: {{experiment: other}}\n")
     done = pipeline("run", "tiny", other, *options(minimal(tiny)), "--workspace", finished.space)
     assert done.returncode == 1
     assert "other.yaml and tiny cannot be compared" in done.stdout.replace(str(other), "other.yaml")

@@ -24,8 +24,6 @@ CASES = (
 )
 INPUTS = ("config.json", "state_dict.npz", "inputs.npz", "ground_truth.json")
 RESULTS = ("backbone.npz", "rpn.npz", "detections.npz", "train.npz")
-
-
 COMPUTE = {name: parity.kind_of(GOLDEN / name).compute for name in CASES}
 
 

@@ -118,6 +118,17 @@ class Project:
         return self("git", "status", "--porcelain", "--untracked-files=no")
 
 
+def write_code(folder: Path, stages: Path) -> None:
+    """A file for each piece of code that the stages of a dvc.yaml depend on, and for each folder one in it."""
+    for stage in yaml.safe_load(stages.read_text())["stages"].values():
+        for name in stage.get("deps", []):
+            if not name.startswith("work/"):
+                place = folder / name
+                code = place if place.suffix else place / "code.py"
+                code.parent.mkdir(parents=True, exist_ok=True)
+                code.write_text("code\n")
+
+
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Project:
     """A project after `make demo`."""
@@ -129,14 +140,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Project:
     (folder / ".gitignore").write_text(
         (folder / ".gitignore").read_text() + "/ran.txt\n/bin/\n/home/\n"
     )
-    for stage in yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"].values():
-        for name in stage.get("deps", []):
-            if not name.startswith("work/"):
-                code = (
-                    folder / name if name.endswith((".py", ".yaml")) else folder / name / "code.py"
-                )
-                code.parent.mkdir(parents=True, exist_ok=True)
-                code.write_text("code\n")
+    write_code(folder, ROOT / "dvc.yaml")
     (folder / RECIPE).write_text("# a comment\noptim: {lr: 1e-3, steps: 20}\n")
     stub = folder / "bin" / "vitdet"
     stub.parent.mkdir()
@@ -236,3 +240,26 @@ def test_a_killed_training_goes_on_where_it_was(project: Project) -> None:
     project("dvc", "repro")
     assert project.ran == ["train", f"from {reached} to 20", "evaluate", "register"]
     assert not progress.exists()
+
+
+def test_the_lock_and_cache_of_an_earlier_version_run_the_stages_once(project: Project) -> None:
+    """dvc_dad8b8b.yaml has the stages of an earlier commit, whose dependencies have moved since."""
+    recipe = (project.folder / RECIPE).read_text()
+    for name in ("vitdet", "work", ".dvc/cache"):  # also the results of today's stages
+        shutil.rmtree(project.folder / name)
+    (project.folder / "dvc.lock").unlink()
+    shutil.copy(ROOT / "tests/golden/dvc_dad8b8b.yaml", project.folder / "dvc.yaml")
+    write_code(project.folder, project.folder / "dvc.yaml")
+    (project.folder / RECIPE).write_text(recipe)
+    project("dvc", "repro")
+    lock = (project.folder / "dvc.lock").read_text()
+    assert "vitdet/typed.py" in lock
+
+    shutil.rmtree(project.folder / "vitdet")
+    shutil.copy(ROOT / "dvc.yaml", project.folder / "dvc.yaml")
+    write_code(project.folder, project.folder / "dvc.yaml")
+    (project.folder / RECIPE).write_text(recipe)
+    project("dvc", "repro")
+    assert [verb for verb in project.ran if verb in STAGES] == STAGES
+    project("dvc", "repro")
+    assert project.ran == []
