@@ -1,20 +1,16 @@
 """Golden cases hold, and the harness that says so notices a change of anything that a case stores."""
 
-import copy
 import json
-import shutil
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
 import tests.parity.__main__ as parity
-from tests.parity import detector, dynamics, resize, unit
+from tests.parity import detector, resize, unit
 from tests.parity.case import Case, load
-from tests.parity.report import Report
 
 GOLDEN = Path(__file__).parent / "golden"
 SHARED = Path(__file__).parents[2] / "shared" / "reference" / "detectron2" / "golden"
@@ -311,95 +307,6 @@ def test_each_array_of_resize_is_held(case, array):
 @pytest.mark.parametrize(("name", "file"), [("unit", "unit.npz"), ("test_resize", "io.npz")])
 def test_unknown_array_of_other_kinds(case, name, file):
     assert case(name, file, read(name, file) | {"surprise": np.zeros(1)}) == 1
-
-
-RUNS = [kind for kind, value in read("dynamics", "losses.json").items() if isinstance(value, list)]
-
-
-@pytest.fixture
-def start_of_dynamics(tmp_path):
-    """The detector case that the steps of `dynamics` start from, next to its copy."""
-    folder = tmp_path / dynamics.START
-    shutil.copytree(GOLDEN / dynamics.START, folder)
-    return folder
-
-
-@pytest.mark.parametrize("kind", RUNS)
-@pytest.mark.parametrize("loss", read("dynamics", "losses.json")["bitmask"][0])
-def test_each_loss_before_the_first_step_is_held(case, start_of_dynamics, kind, loss):
-    content = read("dynamics", "losses.json")
-    content[kind][0][loss] *= 1.02 if (kind, loss) == ("polygon", "loss_mask") else 1.0001
-    assert case("dynamics", "losses.json", content) == 1
-
-
-@pytest.mark.parametrize("kind", ["grad_norms_float64", "grad_sums"])
-def test_the_gradients_of_the_first_step_are_held(case, start_of_dynamics, kind):
-    content = read(dynamics.START, "losses.json")
-    name = max(content[kind], key=lambda name: abs(content[kind][name]))
-    content[kind][name] *= 1.01
-    write(start_of_dynamics / "losses.json", content)
-    assert case("dynamics", None, None) == 1
-
-
-def test_the_other_steps_are_printed_and_not_counted(start_of_dynamics, tmp_path, capsys):
-    """Steps 1 to 19 and the final norms depend on the processor."""
-    content = read("dynamics", "losses.json")
-    for kind in RUNS:
-        for losses in content[kind][1:]:
-            losses["loss_cls"] *= 1.5
-    content["final_norms_bitmask"]["backbone.simfp_2.0.weight"] *= 1.1
-    report = Report("dynamics")
-    folder = tmp_path / "dynamics"
-    folder.mkdir()
-    write(folder / "losses.json", content)
-    dynamics.compare(folder, computed("dynamics"), report)
-    assert report.failures == 0
-    theirs = content["bitmask"][3]["loss_cls"]
-    ours = computed("dynamics").runs["bitmask"].losses[3]["loss_cls"]
-    line = f"  info  dynamics.bitmask.3.loss_cls: {ours:.6g}, reference {theirs:.6g}, "
-    assert f"{line}{(ours - theirs) / theirs:+.2%}" in report.lines
-    assert sum(line.startswith("  info  dynamics.bitmask.19.") for line in report.lines) == 6
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"optimizer": "Adam"},
-        {"bitmask": []},
-        {"bitmask": read("dynamics", "losses.json")["bitmask"] * 2},
-        {"bitmask": [{"loss_cls": 1.0}]},
-        {"polygon": [*read("dynamics", "losses.json")["polygon"][:7], {"loss_other": 1.0}]},
-        {"surprise": 1},
-        {"final_norms_bitmask": {}},
-    ],
-)
-def test_other_entries_of_dynamics(case, start_of_dynamics, change):
-    assert case("dynamics", "losses.json", read("dynamics", "losses.json") | change) == 1
-
-
-def test_a_loss_that_is_no_number_is_held(start_of_dynamics, tmp_path):
-    found = copy.deepcopy(computed("dynamics"))
-    found.runs["polygon"].losses[12]["loss_mask"] = float("nan")
-    report = Report("dynamics")
-    dynamics.compare(GOLDEN / "dynamics", found, report)
-    assert report.failures == 1
-
-
-def test_sgd_of_the_dynamics_follows_its_formula():
-    """v <- momentum v + g, w <- w - lr v, in float64."""
-    torch.manual_seed(0)
-    model = torch.nn.Linear(4, 3).double()
-    weights = {name: p.detach().numpy().copy() for name, p in model.named_parameters()}
-    momenta = {name: np.zeros_like(weight) for name, weight in weights.items()}
-    optimizer = dynamics.sgd(model)
-    for _ in range(4):
-        for p in model.parameters():
-            p.grad = torch.randn_like(p)
-        optimizer.step()
-        for name, p in model.named_parameters():
-            momenta[name] = 0.9 * momenta[name] + p.grad.numpy()
-            weights[name] = weights[name] - 2e-3 * momenta[name]
-            np.testing.assert_allclose(p.detach().numpy(), weights[name], rtol=0, atol=1e-15)
 
 
 def test_a_case_of_three_images_of_which_two_hold_nothing(tmp_path):
