@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from pathlib import Path
 
 import pytest
+import torch
 from mlflow import MlflowClient
 
 from vitdet.config import load_config
+from vitdet.data.protocol import Protocol
 from vitdet.tracking import registry
 from vitdet.tracking.champion import (
     ALIAS,
     Evaluated,
-    Protocol,
     evaluate_champion,
     is_known,
     judge,
     promote,
+    update_tags,
 )
 from vitdet.tracking.mlflow import tracking_uri
 
@@ -151,11 +154,52 @@ def test_a_champion_that_cannot_be_evaluated_is_not_replaced(
     assert not is_known(OTHER, **model)
 
 
-def test_an_error_that_may_pass_is_raised(model: dict) -> None:
-    def evaluate(checkpoint: Path) -> float:
-        raise RuntimeError("CUDA out of memory")
+class ClientError(Exception):
+    """As botocore's, which object storages raise: of no other class than Exception."""
 
-    with pytest.raises(RuntimeError, match="CUDA out of memory"):
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (
+            torch.OutOfMemoryError("CUDA out of memory.\nTried"),
+            "OutOfMemoryError: CUDA out of memo",
+        ),
+        (KeyError("boxes"), "KeyError: 'boxes'"),
+        (AssertionError(), "AssertionError"),
+    ],
+    ids=["memory", "key", "no message"],
+)
+def test_an_unexpected_error_of_the_evaluation_refuses_and_its_traceback_is_logged(
+    model: dict, caplog: pytest.LogCaptureFixture, error: Exception, reason: str
+) -> None:
+    def evaluate(checkpoint: Path) -> float:
+        raise error
+
+    with caplog.at_level(logging.WARNING, "vitdet"):
+        verdict = judge(99.0, OTHER, **model, evaluate=evaluate)
+    assert not verdict.passed and len(verdict.reason.splitlines()) == 1
+    assert f"cannot be evaluated: {reason}" in verdict.reason
+    assert [record.exc_info[1] for record in caplog.records if record.exc_info] == [error]
+
+
+def test_an_error_of_the_object_storage_refuses(
+    model: dict, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def download(*_: object) -> Path:
+        raise ClientError("An error occurred (403) when calling GetObject: Forbidden")
+
+    monkeypatch.setattr(registry, "download_checkpoint", download)
+    found = evaluate_champion(OTHER, unexpected, **model)
+    assert found is not None and "ClientError: An error occurred (403)" in found.failure
+
+
+@pytest.mark.parametrize("stop", [KeyboardInterrupt, SystemExit])
+def test_an_interrupted_evaluation_is_no_verdict(model: dict, stop: type[BaseException]) -> None:
+    def evaluate(checkpoint: Path) -> float:
+        raise stop
+
+    with pytest.raises(stop):
         judge(99.0, OTHER, **model, evaluate=evaluate)
 
 
@@ -205,6 +249,46 @@ def test_the_champion_itself_passes_again(model: dict) -> None:
     )
     assert judge(40.0, DATA, **model, checkpoint_sha256="abc").passed
     assert not judge(40.0, DATA, **model, checkpoint_sha256="abd").passed
+
+
+def tags_of(model: dict, number: str) -> dict[str, str]:
+    return client_of(model["folder"]).get_model_version(model["model_name"], number).tags
+
+
+def test_the_ap_of_a_promotion_counts_before_that_of_the_registration(model: dict) -> None:
+    candidate = version(model["folder"], model["model_name"], 5.0)
+    assert promote(candidate, 77.0, DATA, **model).passed
+    verdict = judge(60.0, DATA, **model)
+    assert not verdict.passed and "no better than the 77 of the champion" in verdict.reason
+
+
+def test_a_champion_that_is_promoted_again_keeps_its_ap(model: dict) -> None:
+    candidate = version(model["folder"], model["model_name"], 45.0)
+    assert promote(candidate, 45.0, DATA, **model).passed
+    update_tags(candidate, {"box_ap": 3.0}, DATA, **model)
+    assert promote(candidate, 3.0, DATA, **model).passed
+    assert not judge(44.0, DATA, **model).passed and judge(46.0, DATA, **model).passed
+    assert tags_of(model, candidate)["box_ap"] == tags_of(model, candidate)[DATA.tag] == "45"
+    assert not is_known(OTHER, **model)
+    assert promote(candidate, 3.0, OTHER, **model).passed  # what was measured on others is new
+    assert not judge(2.9, OTHER, **model).passed and not judge(44.0, DATA, **model).passed
+
+
+def test_the_tags_of_a_version_follow_its_newest_metrics_and_keep_those_of_other_data(
+    model: dict,
+) -> None:
+    candidate = version(model["folder"], model["model_name"], 5.0)
+    update_tags(candidate, {"box_ap": 41.0, "mask_ap": 30.0}, DATA, **model)
+    expected = {"box_ap": "41", "mask_ap": "30", **DATA.tags()}
+    assert tags_of(model, candidate) == expected
+    update_tags(candidate, {"box_ap": 1.0}, Protocol("", DATA.settings), **model)
+    assert tags_of(model, candidate) == expected  # on which data that was measured is not known
+    update_tags(candidate, {"box_ap": 12.0}, OTHER, **model)
+    update_tags(candidate, {"box_ap": 43.0}, DATA, **model)
+    found = tags_of(model, candidate)
+    assert found == {
+        **DATA.tags(), "box_ap": "43", "mask_ap": "30", DATA.tag: "43", OTHER.tag: "12"
+    }  # fmt: skip
 
 
 def test_of_many_at_once_the_best_is_champion(model: dict) -> None:

@@ -17,7 +17,7 @@ from tests.test_fingerprint import add_image
 from tests.test_stages import client_of
 from vitdet import stages
 from vitdet.checkpoint import load_model_file, save
-from vitdet.config import load_config
+from vitdet.config import load_config, save_config
 from vitdet.data.layout import resolve_config
 
 
@@ -280,6 +280,10 @@ def test_the_command_line_registers_a_champion_through_the_gate(
         own_tiny, "val"
     )  # the checkpoint's own metrics are of the data before, --metrics of these
     metrics.write_text('{"box_ap": 3.0}')
+    code, out, err = vitdet("register", other, *words, "--metrics", metrics)
+    assert code == 1 and "on which data its metrics were measured is not known; run" in err
+    words += ["--config", tmp_path / "config.yaml"]
+    save_config(config, tmp_path / "config.yaml")
     code, out, err = vitdet("register", other, *words, "--metrics", metrics)
     assert code == 0 and "box AP 3, above the 0 of the champion, version 1" in out, err
     shutil.rmtree(own_tiny)

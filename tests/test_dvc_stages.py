@@ -26,6 +26,7 @@ IRRELEVANT = {
     "data": {"vitdet/files.py"},
     "train": {
         "vitdet/config.py",
+        "vitdet/data/protocol.py",
         "vitdet/evaluation",
         "vitdet/files.py",
         "vitdet/predictor.py",

@@ -78,7 +78,9 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def enter(folder: Path, checkpoint: Path, alias: str, run_id: str | None = "") -> tuple[str, str]:
+def enter(
+    folder: Path, checkpoint: Path, alias: str | None, run_id: str | None = ""
+) -> tuple[str, str]:
     return register(
         checkpoint,
         run_id=(folder / "run_id").read_text() if run_id == "" else run_id,
@@ -213,6 +215,11 @@ def test_the_same_checkpoint_is_registered_once(work: Path) -> None:
     assert enter(work, other, "again") == ("detector", "2")
     assert client.get_model_version_by_alias("detector", "candidate").version == 1
     assert client.get_model_version_by_alias("detector", "again").version == 2
+    assert enter(work, other, None) == ("detector", "2")
+    aliases = client.get_registered_model("detector").aliases
+    assert {name: str(number) for name, number in aliases.items()} == {
+        "candidate": "1", "next": "2", "again": "2"
+    }  # fmt: skip
     assert enter(work, other, "untracked", run_id=None) == ("detector", "3")
 
 

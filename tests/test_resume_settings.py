@@ -16,6 +16,7 @@ from tests.test_old_checkpoints import STORED, dataset_digest
 from tests.test_trainer import cut, go, interrupt, same_bits, terminate
 from vitdet.checkpoint import STATE_1, load_model_file
 from vitdet.config import load_config
+from vitdet.evaluation import evaluate
 from vitdet.training import Stopped, train, trainer
 
 
@@ -235,3 +236,28 @@ def test_the_config_that_is_stored_is_the_new_one(tiny: Path, tmp_path: Path) ->
     config = load_config("tiny", minimal(tiny, evaluate__max_detections=3))
     assert load_config(tmp_path / "config.yaml") == config
     assert load_model_file(tmp_path / "model.pt")["config"]["evaluate"]["max_detections"] == 3
+
+
+@pytest.mark.parametrize(("stop", "steps"), [(4, 4), (8, 8)], ids=["fewer steps", "at the end"])
+def test_metrics_of_other_evaluate_settings_are_measured_again(
+    tiny: Path, tmp_path: Path, stop: int, steps: int
+) -> None:
+    rate = {"optim__milestones": "[]"}
+    go(tiny, tmp_path / "first", **rate)
+    states = tmp_path / "run" / "checkpoints"
+    states.mkdir(parents=True)
+    path = states / f"step_{stop:08d}.pt"
+    shutil.copy(tmp_path / "first" / "checkpoints" / path.name, path)
+    state = torch.load(path, weights_only=True)
+    assert state["evaluated"] == stop
+    state["metrics"]["box_ap"] = 33.0
+    torch.save(state, path)
+
+    again = tmp_path / "again"
+    shutil.copytree(tmp_path / "run", again)
+    go(tiny, again, **rate, optim__steps=steps, evaluate__batch_size=1)  # changes no AP
+    assert load_model_file(again / "model.pt")["metrics"]["box_ap"] == 33.0
+    go(tiny, tmp_path / "run", **rate, optim__steps=steps, evaluate__max_detections=1)
+    done = load_model_file(tmp_path / "run" / "model.pt")
+    assert done["config"]["evaluate"]["max_detections"] == 1
+    assert done["metrics"] == evaluate(tmp_path / "run" / "model.pt")

@@ -36,7 +36,9 @@ from vitdet.config import (
 from vitdet.files import write_json
 
 if TYPE_CHECKING:
-    from vitdet.tracking.champion import Evaluate, Evaluated, Protocol
+    from vitdet.data.protocol import Protocol
+    from vitdet.tracking.champion import Evaluate, Evaluated
+    from vitdet.tracking.measured import Measured
     from vitdet.tracking.registration import Registered
 
 EXPLICIT = "explicit.json"  # beside the configs of a run: the settings of each that a user chose
@@ -112,6 +114,7 @@ def register(
     config: Config | None = None,
     metrics: dict[str, float] | None = None,
     protocol: Protocol | None = None,
+    measured: Measured | None = None,
 ) -> Registered:
     """Add a checkpoint to the model registry; arguments and errors of `register_checkpoint`.
 
@@ -131,6 +134,7 @@ def register(
         config=config,
         metrics=metrics,
         protocol=protocol,
+        measured=measured,
     )
 
 
@@ -290,11 +294,12 @@ def evaluate_recipe(
 
     Writes the metrics with what they belong to, as the following steps read them.
     """
+    from vitdet.data.protocol import Protocol
     from vitdet.tracking import champion
 
     config = _verified(configs, name, data)
     metrics, run_id = evaluate(Path(checkpoint), folder=runs_folder(workspace), config=config)
-    protocol = champion.Protocol.of(config, data.split("-")[1])
+    protocol = Protocol.of(config, data.split("-")[1])
     row = {"name": name, "run_id": run_id, "metrics": metrics, **protocol.tags()}
     write_json(figures, row)
     return metrics, champion.is_known(protocol, **_registry(config, workspace))
@@ -459,7 +464,7 @@ def _registry(config: Config, workspace: str) -> dict[str, Any]:
 
 
 def _protocol_of(row: dict) -> Protocol:
-    from vitdet.tracking.champion import Protocol
+    from vitdet.data.protocol import Protocol
 
     return Protocol(row["val_fingerprint"], row["evaluate_settings"])
 

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from vitdet.cli.overrides import add_set, log_resolved
+from vitdet.config import Config, from_dict, override
 from vitdet.data.layout import resolve_config
-from vitdet.files import write_json
+
+if TYPE_CHECKING:
+    from vitdet.tracking.measured import Measured
 
 
 def add_evaluate(verb: argparse.ArgumentParser) -> None:
@@ -17,7 +21,11 @@ def add_evaluate(verb: argparse.ArgumentParser) -> None:
     verb.add_argument(
         "--config", type=Path, help="take the data and evaluate settings from this file"
     )
-    verb.add_argument("--output", type=Path, help="write the figures to this JSON file")
+    verb.add_argument(
+        "--output",
+        type=Path,
+        help="write the figures to this JSON file, and beside it, in NAME.measured.json, what they were measured on",
+    )
     verb.add_argument(
         "--pictures", type=Path, help="folder for pictures of detections beside ground truth"
     )
@@ -44,6 +52,7 @@ def run_evaluate(given: argparse.Namespace) -> int:
     if not given.checkpoint:
         raise ValueError("name a CHECKPOINT, or --results FILE and --annotations FILE")
     from vitdet import distributed, stages
+    from vitdet.tracking.measured import write_metrics
     from vitdet.tracking.runs import default_folder
 
     if given.output:
@@ -64,8 +73,20 @@ def run_evaluate(given: argparse.Namespace) -> int:
     if distributed.rank() == 0:
         print(table(metrics))
         if given.output:
-            write_json(given.output, metrics)
+            write_metrics(given.output, metrics, measured_on(given, config))
     return 0
+
+
+def measured_on(given: argparse.Namespace, config: Config | None) -> Measured:
+    """What the metrics of these arguments were measured on."""
+    from vitdet.checkpoint import load_model_file
+    from vitdet.data.fingerprint import fingerprint
+    from vitdet.evaluation.evaluator import SECTIONS
+    from vitdet.tracking.measured import Measured
+
+    own = from_dict(load_model_file(given.checkpoint)["config"])
+    used = override(own, given.overrides, config, SECTIONS)
+    return Measured.of(given.checkpoint, used, fingerprint(used.data, used.data.val_split))
 
 
 def score_results(given: argparse.Namespace) -> int:
@@ -79,13 +100,14 @@ def score_results(given: argparse.Namespace) -> int:
             "--results FILE and --annotations FILE go together; --dataset says by whose rules (coco)"
         )
     from vitdet.evaluation.evaluator import evaluate_results
+    from vitdet.tracking.measured import write_metrics
 
     metrics = evaluate_results(
         given.results, given.annotations, given.dataset or "coco", plots=given.plots
     )
     print(table(metrics))
     if given.output:
-        write_json(given.output, metrics)
+        write_metrics(given.output, metrics, None)
     return 0
 
 

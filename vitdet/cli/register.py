@@ -34,6 +34,7 @@ def add_register(verb: argparse.ArgumentParser) -> None:
 def run_register(args: argparse.Namespace) -> int:
     """vitdet register"""
     from vitdet import stages
+    from vitdet.tracking.measured import read_measured
     from vitdet.tracking.runs import default_folder
 
     found = stages.register(
@@ -42,6 +43,7 @@ def run_register(args: argparse.Namespace) -> int:
         alias=args.alias,
         config=resolve_config(args.config)[0] if args.config else None,
         metrics=json.loads(args.metrics.read_text()) if args.metrics else None,
+        measured=read_measured(args.metrics) if args.metrics else None,
     )
     print(
         f"{found.name}, version {found.version} ({args.alias}){found.reason and ': '}{found.reason}"

@@ -35,6 +35,8 @@ OF_FILES = {
     "lvis": lvis.compare_file,
 }  # the same of results that anybody made
 SECTIONS = ("data", "evaluate")  # of a config, that an evaluation may change
+# The settings of `data` that say which images a detector is evaluated on, and how they are read
+PLACE = ("dataset", "root", "train_split", "val_split", "max_images", "workers")
 PIXELS = 2**26  # of pasted masks at a time: 64 MB
 
 
@@ -178,7 +180,7 @@ def evaluate_alike(
 ) -> float | None:
     """The box AP of a checkpoint on the validation data and with the settings of another detector's evaluation.
 
-    config: of that evaluation; how images are resized stays the checkpoint's own. class_names: of that detector.
+    config: of that evaluation; how images are resized stays the checkpoint's own, as its model. class_names: of that detector.
     val_fingerprint: of the validation split then. Raises ValueError where classes or data differ.
     """
     from vitdet.checkpoint import load_model_file
@@ -192,9 +194,10 @@ def evaluate_alike(
         )
     if fingerprint(config.data, config.data.val_split) != val_fingerprint:
         raise ValueError(f"{config.data.root} has changed since the candidate was evaluated")
-    own = from_dict(stored["config"]).data
-    data = replace(config.data, image_size=own.image_size, antialias=own.antialias)
-    return evaluate(checkpoint, config=replace(config, data=data)).get("box_ap")
+    own = from_dict(stored["config"])
+    theirs = {key: getattr(config.data, key) for key in PLACE}
+    alike = replace(own, data=replace(own.data, **theirs), evaluate=config.evaluate)
+    return evaluate(checkpoint, config=alike).get("box_ap")
 
 
 def evaluate_results(

@@ -8,15 +8,15 @@ result is stored in a tag of the version. AP is compared in the four digits that
 from __future__ import annotations
 
 import fcntl
-import hashlib
+import logging
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vitdet.config import Config, flatten
+from vitdet.data.protocol import Protocol
 from vitdet.tracking.mlflow import connect, tracking_uri
 
 if TYPE_CHECKING:
@@ -24,42 +24,7 @@ if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion
 
 ALIAS = "champion"
-# What changes the AP of a given checkpoint on given data. How a detector resizes its images belongs to the detector.
-SETTINGS = (
-    "data.dataset",
-    "evaluate.score_threshold",
-    "evaluate.nms_iou",
-    "evaluate.max_detections",
-)
-
-
-@dataclass(frozen=True)
-class Protocol:
-    """What an AP was measured on: the fingerprint of the validation split, and the settings that change AP."""
-
-    fingerprint: str
-    settings: str
-
-    @classmethod
-    def of(cls, config: Config, fingerprint: str) -> Protocol:
-        """The protocol of an evaluation with this config on the split of this fingerprint."""
-        values = flatten(config)
-        return cls(fingerprint, " ".join(f"{key}={values[key]}" for key in SETTINGS))
-
-    @property
-    def tag(self) -> str:
-        """The tag of a version that holds its box AP under this protocol."""
-        text = f"{self.fingerprint} {self.settings}"
-        return f"box_ap_{hashlib.sha256(text.encode()).hexdigest()[:12]}"
-
-    def tags(self) -> dict[str, str]:
-        """The tags of a version that was evaluated under this protocol when it was registered.
-
-        None where the data is not known: such an AP cannot be compared.
-        """
-        if not self.fingerprint:
-            return {}
-        return {"val_fingerprint": self.fingerprint, "evaluate_settings": self.settings}
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -97,8 +62,8 @@ def evaluate_champion(
 ) -> Evaluated | None:
     """Download the champion's checkpoint, evaluate it and store its AP under this protocol in the registry.
 
-    Returns the AP, or why it cannot be evaluated; None if there is no champion. `evaluate` raises OSError, ValueError or
-    LookupError for a checkpoint that cannot be evaluated; other errors are passed on.
+    Returns the AP, or why it cannot be evaluated; None if there is no champion. Any Exception of
+    the download or of `evaluate` is such a reason; unexpected ones are logged with their traceback.
     """
     client, _ = connect(None, uri, folder)
     champion = _champion(client, model_name)
@@ -168,9 +133,49 @@ def promote(
             lambda champion: str(champion.version) == version,
         )
         if verdict.passed:
-            client.set_model_version_tag(model_name, version, protocol.tag, f"{ap:.4g}")
+            champion = _champion(client, model_name)
+            is_itself = champion is not None and str(champion.version) == version
+            if champion is None or not is_itself or _known_ap(champion, protocol) is None:
+                client.set_model_version_tag(model_name, version, protocol.tag, f"{ap:.4g}")
             client.set_registered_model_alias(model_name, ALIAS, version)
     return verdict
+
+
+def update_tags(
+    version: str,
+    metrics: Mapping[str, float],
+    protocol: Protocol,
+    *,
+    uri: str,
+    folder: Path,
+    model_name: str,
+) -> None:
+    """Bring the tags of a version in line with metrics that were measured under this protocol.
+
+    An AP under another protocol stays, in the tag of that protocol. A champion whose AP under this
+    protocol is known keeps its tags. Nothing is changed where the protocol's data is not known.
+    """
+    if not protocol.fingerprint or "box_ap" not in metrics:
+        return
+    client, _ = connect(None, uri, folder)
+    with _locked(folder):
+        found, champion = (
+            client.get_model_version(model_name, version),
+            _champion(client, model_name),
+        )
+        is_champion = champion is not None and champion.version == found.version
+        if is_champion and _known_ap(found, protocol) is not None:
+            return
+        tags = found.tags
+        new = {key: f"{value:.4g}" for key, value in metrics.items()} | protocol.tags()
+        if protocol.tag in tags:
+            new[protocol.tag] = new["box_ap"]
+        before = Protocol(tags.get("val_fingerprint", ""), tags.get("evaluate_settings", ""))
+        if before != protocol and (known := _known_ap(found, before)) is not None:
+            new[before.tag] = f"{known:.4g}"
+        for key, value in new.items():
+            if tags.get(key) != value:
+                client.set_model_version_tag(model_name, version, key, value)
 
 
 def _judge(
@@ -212,10 +217,12 @@ def _champion(client: MlflowClient, model_name: str) -> ModelVersion | None:
 
 
 def _known_ap(version: ModelVersion, protocol: Protocol) -> float | None:
-    tags = version.tags
-    own = protocol.tags()
-    measured = bool(own) and own == {key: tags.get(key) for key in own}
-    ap = tags.get("box_ap") if measured else tags.get(protocol.tag)
+    tags, own = version.tags, protocol.tags()
+    if not own:
+        return None
+    ap = tags.get(protocol.tag)  # what the version was promoted with, or evaluated to since
+    if ap is None and own == {key: tags.get(key) for key in own}:
+        ap = tags.get("box_ap")
     return None if ap is None else float(ap)
 
 
@@ -238,9 +245,14 @@ def _evaluate(
             ap = evaluate(download_checkpoint(server, champion.name, number, Path(work)))
         if ap is None or not 0 <= ap <= 100:
             raise ValueError(f"its box AP is {ap}")
-    except (MlflowException, OSError, ValueError, LookupError) as error:
+    except Exception as error:  # also a client's of the object storage, or too little memory
         connect(None, uri, folder)  # a server that does not answer says nothing about the champion
-        line = next(iter(str(error).splitlines()), type(error).__name__)
+        line, kind = next(iter(str(error).splitlines()), ""), type(error).__name__
+        expected = isinstance(error, MlflowException | OSError | ValueError | LookupError)
+        if not expected or isinstance(error, KeyError | IndexError):
+            log.warning("the champion, version %s, cannot be evaluated", number, exc_info=True)
+            line = f"{kind}: {line}" if line else ""
+        line = line or kind
         return Evaluated(number, None, f"it cannot be evaluated: {line}")
     client.set_model_version_tag(champion.name, number, protocol.tag, f"{ap:.4g}")
     return Evaluated(number, ap)

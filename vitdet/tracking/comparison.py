@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vitdet.config import Config, flatten
-from vitdet.tracking.champion import ALIAS, SETTINGS
+from vitdet.data.protocol import SETTINGS
+from vitdet.tracking.champion import ALIAS
 from vitdet.tracking.mlflow import connect, experiment_id, tracking_uri
 
 if TYPE_CHECKING:

@@ -12,9 +12,11 @@ import numpy as np
 from vitdet.checkpoint import load_model_file
 from vitdet.config import Config, from_dict
 from vitdet.data.fingerprint import change, fingerprint, fingerprints
+from vitdet.data.protocol import Protocol
 from vitdet.tracking import champion
-from vitdet.tracking.champion import Evaluate, Protocol
-from vitdet.tracking.registry import register, sha256
+from vitdet.tracking.champion import Evaluate
+from vitdet.tracking.measured import Measured, agree, sha256
+from vitdet.tracking.registry import register
 from vitdet.tracking.wheel import build_wheel
 
 
@@ -35,22 +37,24 @@ def register_checkpoint(
     config: Config | None = None,
     metrics: dict[str, float] | None = None,
     protocol: Protocol | None = None,
+    measured: Measured | None = None,
 ) -> Registered:
     """Add a checkpoint to the model registry under an alias, which `champion` is only if it passes the gate.
 
     folder: of the default MLflow store. config: names server and model; and the data and settings that `metrics` were
     measured with. Without it, and without metrics, those in the checkpoint. protocol: what the metrics were measured on,
-    if known. evaluation: (config, content of the checkpoint, protocol) -> evaluates a champion. Raises ValueError for a
+    if known; measured: the same, as `vitdet evaluate` wrote it beside them. The data is read only for the gate.
+    evaluation: (config, content of the checkpoint, protocol) -> evaluates a champion. Raises ValueError for a
     candidate that the gate refuses, and what `vitdet.tracking.registry.register` raises.
     """
     stored = load_model_file(checkpoint)
     own = from_dict(stored["config"])
-    measured = own if metrics is None else config or own
-    if protocol is None:
-        known = _own_fingerprint(stored, own)
-        protocol = Protocol.of(
-            measured, known if metrics is None else _fingerprint_now(measured, own, known)
-        )
+    is_gated = alias == champion.ALIAS
+    used = own if metrics is None else config or own
+    if protocol is None and metrics is None:
+        protocol = Protocol.of(own, _own_fingerprint(stored, own, is_gated))
+    elif protocol is None:
+        used, protocol = _measured_on(checkpoint, stored, own, config, measured, is_gated)
     metrics = stored["metrics"] if metrics is None else metrics
     tracking, side = (config or own).tracking, own.data.image_size
     place: dict[str, Any] = {
@@ -58,14 +62,14 @@ def register_checkpoint(
         "folder": folder,
         "model_name": tracking.model_name,
     }
-    is_gated = alias == champion.ALIAS
     if is_gated:
         if not protocol.fingerprint:
             raise ValueError(
-                f"{checkpoint}: on which data its metrics were measured is not known; run `vitdet evaluate` "
-                "and register it with its --metrics"
+                f"{checkpoint}: on which data its metrics were measured is not known; run `vitdet "
+                "evaluate CHECKPOINT --output FILE` and register it with --metrics FILE, or name by "
+                "--config what they were measured with"
             )
-        evaluate = evaluation(measured, stored, protocol)
+        evaluate = evaluation(used, stored, protocol)
         verdict = champion.judge(
             metrics.get("box_ap"),
             protocol,
@@ -76,20 +80,20 @@ def register_checkpoint(
         if not verdict.passed:
             raise ValueError(f"{checkpoint}: not the champion: {verdict.reason}")
     prints = stored.get("fingerprints") or {}
+    figures = {key: metrics[key] for key in ("box_ap", "mask_ap") if metrics.get(key) is not None}
     with tempfile.TemporaryDirectory() as work:
         name, version = register(
             checkpoint,
             run_id=stored["run_id"],
-            alias="candidate" if is_gated else alias,
-            metrics={
-                key: metrics[key] for key in ("box_ap", "mask_ap") if metrics.get(key) is not None
-            },
+            alias=None if is_gated else alias,
+            metrics=figures,
             example=np.random.default_rng(0).integers(0, 256, (side, side, 3), dtype=np.uint8),
             wheel=build_wheel(Path(work)),
             tags=protocol.tags()
             | {f"{key}_fingerprint": prints[key] for key in prints if key == "train"},
             **place,
         )
+    champion.update_tags(version, figures, protocol, **place)  # of one that was there before
     reason = ""
     if is_gated:
         verdict = champion.promote(version, metrics.get("box_ap"), protocol, **place)
@@ -101,15 +105,52 @@ def register_checkpoint(
     return Registered(name, version, reason)
 
 
-def _own_fingerprint(stored: dict, own: Config) -> str:
-    """That of the validation split that a checkpoint's own metrics were measured on; '' where it is not known."""
+def _measured_on(
+    checkpoint: Path,
+    stored: dict,
+    own: Config,
+    config: Config | None,
+    measured: Measured | None,
+    is_gated: bool,
+) -> tuple[Config, Protocol]:
+    """The config and the protocol that metrics beside the checkpoint were measured with.
+
+    Its fingerprint is '' where that is not known. Raises ValueError if the gate would have to
+    trust metrics of another checkpoint or of another config than the one given.
+    """
+    unknown = config or own, Protocol.of(config or own, "")
+    if measured is None:
+        if config is None or not is_gated:
+            return unknown
+        known = _own_fingerprint(stored, own, is_gated)
+        return config, Protocol.of(config, _fingerprint_now(config, own, known))
+    used, problem = measured.config(own), ""
+    if measured.checkpoint_sha256 != sha256(checkpoint):
+        problem = "are of another checkpoint"
+    elif config is not None and not agree(config, used):
+        problem = "were measured with other data or evaluate settings than those of --config"
+    if problem and is_gated:
+        raise ValueError(
+            f"{checkpoint}: the --metrics {problem}; run `vitdet evaluate` again and register it "
+            "with what that wrote"
+        )
+    if problem:
+        return unknown
+    return config or used, Protocol.of(used, measured.val_fingerprint)
+
+
+def _own_fingerprint(stored: dict, own: Config, may_read: bool) -> str:
+    """That of the validation split that a checkpoint's own metrics were measured on; '' where it is not known.
+
+    may_read: whether the data may be looked at, which files of version 0.1 need.
+    """
     known = stored.get("fingerprints")
-    if known or not stored.get("dataset_digest"):
+    if known or not stored.get("dataset_digest") or not may_read:
         return (known or {}).get("val", "")
     try:  # a file of version 0.1 holds the digest of both splits: compare it with the data that is there
         prints = fingerprints(own.data)
         return "" if change(stored, own.data, prints) else prints["val"]
-    except (FileNotFoundError, ValueError):
+    except (OSError, ValueError):
         return ""
 
 

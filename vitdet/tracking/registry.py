@@ -7,7 +7,6 @@ resolves it when it makes an environment; by hand: `cd MODEL && pip install -r r
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import os
 import shutil
@@ -24,6 +23,7 @@ from mlflow.models import Model, ModelSignature
 from mlflow.pyfunc import PythonModel, PythonModelContext, load_model, save_model
 from mlflow.types import ColSpec, ParamSchema, ParamSpec, Schema, TensorSpec
 
+from vitdet.tracking.measured import sha256
 from vitdet.tracking.mlflow import connect, experiment_id, tracking_uri
 from vitdet.tracking.wheel import requirements
 
@@ -105,15 +105,16 @@ def register(
     uri: str,
     folder: Path,
     model_name: str,
-    alias: str,
+    alias: str | None,
     metrics: dict[str, float],
     example: np.ndarray,
     wheel: Path,
     tags: dict[str, str],
 ) -> tuple[str, str]:
-    """(name, version) of the checkpoint in the model registry; `alias` points to it.
+    """(name, version) of the checkpoint in the model registry; `alias`, if any, points to it.
 
-    The same checkpoint of the same run is registered once: again, only the alias moves. example: an image (H, W, 3)
+    The same checkpoint of the same run is registered once: again, only the alias moves, and the
+    tags stay (see `vitdet.tracking.champion.update_tags`). example: an image (H, W, 3)
     uint8 that the packed model is asked about before anything is registered. metrics, tags and the run's git revision
     become tags of the version. Raises ConnectionError where the server does not answer.
     """
@@ -122,7 +123,8 @@ def register(
     digest = sha256(checkpoint)
     for version in client.search_model_versions(f"name = '{model_name}'"):
         if version.tags.get("checkpoint_sha256") == digest and (version.run_id or None) == run_id:
-            client.set_registered_model_alias(model_name, alias, version.version)
+            if alias is not None:
+                client.set_registered_model_alias(model_name, alias, version.version)
             return model_name, str(version.version)
     with tempfile.TemporaryDirectory(prefix="vitdet-model-") as work:
         packed = Path(work) / "model"
@@ -154,14 +156,9 @@ def register(
         version = client.create_model_version(
             model_name, f"models:/{logged.model_id}", run_id, texts, model_id=logged.model_id
         )
-    client.set_registered_model_alias(model_name, alias, version.version)
+    if alias is not None:
+        client.set_registered_model_alias(model_name, alias, version.version)
     return model_name, str(version.version)
-
-
-def sha256(checkpoint: Path) -> str:
-    """The tag `checkpoint_sha256` of a version."""
-    with open(checkpoint, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def download_checkpoint(uri: str, model_name: str, version: str, folder: Path) -> Path:

@@ -18,11 +18,12 @@ from torch import nn
 
 from vitdet import distributed
 from vitdet.checkpoint import FORMAT, Checkpoints, load_weights, save
-from vitdet.config import Config, DataConfig, save_config, to_dict
+from vitdet.config import Config, DataConfig, from_dict, save_config, to_dict
 from vitdet.data import fingerprint
 from vitdet.data.coco import CocoSplit
 from vitdet.data.dataset import read_split
 from vitdet.data.loader import configure_process, train_loader
+from vitdet.data.protocol import settings_of
 from vitdet.evaluation.evaluator import evaluate_detector
 from vitdet.evaluation.pictures import write_pictures
 from vitdet.models import Detector, build_detector
@@ -170,6 +171,8 @@ class Loop:
         self.metrics = state["metrics"]
         # states written before commit 29b381b do not have it: they were saved after evaluations
         self.evaluated = state.get("evaluated", state["step"])
+        if settings_of(from_dict(state["config"])) != settings_of(self.config):
+            self.metrics, self.evaluated = {}, 0  # they were measured with other settings
 
     def run(self, start: int) -> None:
         """Steps start..steps-1. Raises Stopped, and ValueError for a loss that is not finite."""
@@ -178,7 +181,7 @@ class Loop:
         precision = chosen(settings.precision, self.device)
         batches = iter(self.loader)
         if start and self.is_due(start) and self.evaluated < start:
-            self.evaluate(start)  # an evaluation was cut off
+            self.evaluate(start)  # an evaluation was cut off, or had other settings
         self.detector.train()
         for step in range(start, config.optim.steps):
             with meter.waiting():

@@ -1,0 +1,176 @@
+"""`vitdet register --metrics`: what is known of where the metrics come from, and what it needs of the data."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from mlflow import MlflowClient
+
+from tests.conftest import minimal
+from vitdet import stages
+from vitdet.checkpoint import load_model_file, save
+from vitdet.config import load_config, save_config
+from vitdet.data.fingerprint import fingerprint
+from vitdet.evaluation.evaluator import evaluate_alike
+from vitdet.tracking.measured import beside
+from vitdet.tracking.mlflow import tracking_uri
+
+Run = Callable[..., tuple[int, str, str]]
+CHAMPION = ("--alias", "champion")
+
+
+@pytest.fixture
+def model(own_tiny: Path, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The checkpoint of a training on `own_tiny`, which a test may change."""
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    stored = load_model_file(trained / "model.pt")
+    stored["config"]["data"]["root"] = str(own_tiny)
+    path = tmp_path / "runs" / "one" / "model.pt"
+    path.parent.mkdir(parents=True)
+    save(path, {**stored, "run_id": None})
+    return path
+
+
+def another(model: Path) -> Path:
+    """Another detector in the same registry."""
+    path = model.parents[1] / "two" / "model.pt"
+    path.parent.mkdir(exist_ok=True)
+    save(path, {**load_model_file(model), "step": 1})
+    return path
+
+
+def client_of(model: Path) -> MlflowClient:
+    uri = tracking_uri("", model.parents[1])
+    return MlflowClient(uri, uri)
+
+
+def raise_ap(metrics: Path, ap: float) -> None:
+    """Pretend that this AP was measured."""
+    import hashlib
+
+    content, known = json.loads(metrics.read_text()), json.loads(beside(metrics).read_text())
+    metrics.write_text(json.dumps({**content, "box_ap": ap}))
+    known["metrics_sha256"] = hashlib.sha256(metrics.read_bytes()).hexdigest()
+    beside(metrics).write_text(json.dumps(known))
+
+
+def test_metrics_of_other_data_count_for_these_only(
+    model: Path, own_tiny: Path, vitdet: Run, tmp_path: Path
+) -> None:
+    metrics = tmp_path / "m" / "metrics.json"
+    words = ["--set", "data.val_split=train", "--set", "evaluate.max_detections=3"]
+    assert vitdet("evaluate", model, *words, "--output", metrics)[0] == 0
+    assert set(json.loads(metrics.read_text())) == set(load_model_file(model)["metrics"])
+    code, out, err = vitdet("register", model, *CHAMPION, "--metrics", metrics)
+    assert code == 0 and "the first champion" in out, err
+    client = client_of(model)
+    assert list(client.get_registered_model("vitdet").aliases) == ["champion"]
+    tags = client.get_model_version("vitdet", "1").tags
+    data = load_config("tiny", minimal(own_tiny)).data
+    assert tags["val_fingerprint"] == fingerprint(data, "train") != fingerprint(data, "val")
+    assert "evaluate.max_detections=3" in tags["evaluate_settings"]
+
+    other = another(model)  # its own metrics are of the validation split: a champion has none there
+    assert vitdet("evaluate", other, "--output", metrics)[0] == 0
+    raise_ap(metrics, 99.0)
+    code, out, err = vitdet("register", other, *CHAMPION, "--metrics", metrics)
+    assert code == 0 and "box AP 99, above the " in out, err
+    tags = client.get_model_version("vitdet", "1").tags
+    assert len([key for key in tags if key.startswith("box_ap_")]) == 2
+
+
+def test_the_gate_trusts_no_metrics_of_unknown_origin(
+    model: Path, own_tiny: Path, vitdet: Run, tmp_path: Path
+) -> None:
+    metrics, config = tmp_path / "metrics.json", tmp_path / "config.yaml"
+    words = ["register", model, *CHAMPION, "--metrics", metrics]
+    assert vitdet("evaluate", model, "--output", metrics)[0] == 0
+    save_config(load_config("tiny", minimal(own_tiny, evaluate__max_detections=3)), config)
+    code, _, err = vitdet(*words, "--config", config)
+    assert code == 1 and "with other data or evaluate settings than those of --config" in err
+    code, _, err = vitdet("register", another(model), *CHAMPION, "--metrics", metrics)
+    assert code == 1 and "the --metrics are of another checkpoint" in err
+    metrics.write_text(metrics.read_text().replace('"box_ap": ', '"box_ap": 1'))
+    code, _, err = vitdet(*words)  # edited since
+    assert code == 1 and err.count("\n") == 1
+    assert "its metrics were measured is not known; run `vitdet evaluate CHECKPOINT" in err
+    save_config(load_config("tiny", minimal(own_tiny)), config)
+    code, out, err = vitdet(*words, "--config", config)
+    assert code == 0 and "the first champion" in out, err
+
+
+def test_a_score_of_results_leaves_no_origin_of_an_earlier_evaluation(
+    model: Path, own_tiny: Path, vitdet: Run, tmp_path: Path
+) -> None:
+    metrics, plots = tmp_path / "metrics.json", tmp_path / "plots"
+    assert vitdet("evaluate", model, "--output", metrics, "--plots", plots)[0] == 0
+    assert beside(metrics).is_file()
+    annotations = own_tiny / "annotations" / "instances_val.json"
+    words = ["--results", plots / "results.json", "--annotations", annotations]
+    assert vitdet("evaluate", *words, "--output", metrics)[0] == 0
+    assert not beside(metrics).exists()
+
+
+@pytest.mark.parametrize("options", [(), ("--metrics",), ("--metrics", "--config")], ids=len)
+def test_another_alias_than_champion_needs_no_data(
+    model: Path, own_tiny: Path, vitdet: Run, tmp_path: Path, options: tuple[str, ...]
+) -> None:
+    files = {"--metrics": tmp_path / "metrics.json", "--config": tmp_path / "config.yaml"}
+    files["--metrics"].write_text('{"box_ap": 1.0}')
+    save_config(load_config("tiny", minimal(own_tiny)), files["--config"])
+    (own_tiny / "annotations" / "instances_val.json").write_text('{"images": [')
+    words = [word for option in options for word in (option, files[option])]
+    code, _, err = vitdet("register", model, *words)
+    assert code == 0, err
+    tags = client_of(model).get_model_version_by_alias("vitdet", "candidate").tags
+    assert ("val_fingerprint" in tags) is (not options)  # the checkpoint knows that of its own
+
+
+def test_a_champion_of_another_patch_size_is_evaluated_in_its_own_image_size(
+    model: Path, own_tiny: Path
+) -> None:
+    config = load_config("tiny", minimal(own_tiny))
+    coarse = minimal(
+        own_tiny,
+        model__backbone__patch_size=32,
+        model__backbone__rel_pos_size=256,
+        data__image_size=256,
+        optim__steps=1,
+    )
+    candidate = load_config("tiny", [*coarse, "evaluate.max_detections=3"])
+    stored = load_model_file(model)
+    found = evaluate_alike(
+        model,
+        config=candidate,
+        class_names=stored["class_names"],
+        val_fingerprint=fingerprint(config.data, config.data.val_split),
+    )
+    assert (
+        found
+        == stages.evaluate(model, ["evaluate.max_detections=3"], folder=model.parents[1])[0][
+            "box_ap"
+        ]
+    )
+
+
+def test_too_little_memory_for_the_champion_refuses_the_candidate(
+    model: Path, vitdet: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    metrics, other = tmp_path / "metrics.json", another(model)
+    assert vitdet("register", model, *CHAMPION)[0] == 0
+    words = ["--set", "evaluate.max_detections=3", "--output", metrics]
+    assert vitdet("evaluate", other, *words)[0] == 0
+
+    def evaluate(*_: object, **__: object) -> dict[str, float]:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr("vitdet.evaluation.evaluator.evaluate", evaluate)
+    code, _, err = vitdet("register", other, *CHAMPION, "--metrics", metrics)
+    last = err.splitlines()[-1]
+    assert code == 1 and "cannot be evaluated: OutOfMemoryError: CUDA out of memory" in last
+    shutil.rmtree(other.parent)
