@@ -6,9 +6,6 @@ import argparse
 from pathlib import Path
 
 from vitdet.cli.overrides import add_set, log_resolved
-from vitdet.config import dump_config, recipes
-from vitdet.data.layout import FROM_DATA, explicit_settings, following, resolve_config
-from vitdet.files import written
 
 
 def add_config(verb: argparse.ArgumentParser) -> None:
@@ -25,6 +22,10 @@ def add_config(verb: argparse.ArgumentParser) -> None:
 
 def run_config(args: argparse.Namespace) -> int:
     """vitdet config"""
+    from vitdet.config import dump_config, recipes
+    from vitdet.data.layout import FROM_DATA, explicit_settings, following, resolve_config
+    from vitdet.files import written
+
     if args.recipe is None:
         if args.overrides or args.output:
             raise ValueError("--set and --output need a recipe; run `vitdet config` to list them")

@@ -14,7 +14,6 @@ from pathlib import Path
 import yaml
 
 from vitdet.config import RECIPES, Config, DataConfig, flatten, load_config, recipes
-from vitdet.data.annotation_file import Entries, read_entries
 
 SPLITS = {  # setting -> what its split is commonly called, in the order in which they are looked for
     "data.train_split": ("train", "train2017", "train2014", "training"),
@@ -144,6 +143,11 @@ def _keys(tree: object, start: str = "") -> Iterator[str]:
 
 def _count(annotations: Path) -> int | None:
     """The classes of an annotation file; None if it is none that training could use."""
+    from vitdet.data.annotation_file import (  # for the start-up of `vitdet config`
+        Entries,
+        read_entries,
+    )
+
     try:
         content = read_entries(annotations)
     except (OSError, ValueError):
