@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import environment
+from tests.conftest import ROOT, environment
 
 SIGPIPE = 141  # exit code that a shell reports for a process that the signal ended
 
@@ -40,6 +40,20 @@ def test_a_closed_pipe_ends_the_command_without_a_message(
     assert errors == ""
     # argparse ignores errors of its own output: 0 for --help that is not buffered
     assert process.wait() in ((0, SIGPIPE) if command == ["--help"] else (SIGPIPE,))
+
+
+def test_a_closed_pipe_ends_a_command_of_the_pipeline_without_a_message(tmp_path: Path) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-u", "-m", "pipeline", "compile", str(tmp_path / "pipeline.yaml")],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
+        env={**environment(tmp_path), "VITDET_IMAGE": "registry.example.com/vitdet:1"},
+    )
+    process.stdout.close()
+    assert process.stderr.read() == ""
+    assert process.wait() == SIGPIPE
 
 
 def test_a_shell_shows_the_first_line_only(tmp_path: Path) -> None:

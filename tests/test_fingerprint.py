@@ -133,6 +133,12 @@ def test_a_missing_image_is_reported(data: DataConfig, look: Callable) -> None:
         look(data)
 
 
+def test_a_manifest_of_another_program_is_no_record(data: DataConfig) -> None:
+    expected = describe(data)
+    (Path(data.root) / "manifest.json").write_text('{"name": "mine"}')
+    assert describe(data) == expected
+
+
 def test_data_that_was_verified_is_verified_again(data: DataConfig) -> None:
     expected = combined(describe(data)["fingerprints"])
     assert combined(verify(data, expected)) == expected

@@ -170,6 +170,7 @@ def test_explicit_settings_are_those_of_a_user(tmp_path: Path) -> None:
     overrides = ["optim.lr = 1", "train.init="]
     assert explicit_settings("tiny", overrides) == {"optim.lr", "train.init"}
     assert {"data.root", "model.rpn.norm", "optim.lr"} < explicit_settings(file, overrides)
+    assert "data.root" in explicit_settings("tiny", ["data={root: here}"])
     shipped = ROOT / "vitdet" / "recipes" / "tiny.yaml"
     assert explicit_settings(shipped, overrides) == {"data.root", "optim.lr", "train.init"}
 
@@ -181,12 +182,14 @@ def test_a_printed_config_follows_the_data_that_it_is_used_with(
     words = ["config", ROOT / "vitdet" / "recipes" / "tiny.yaml", "--set", f"data.root={own_tiny}"]
     moved = own_tiny.rename(tmp_path / "later")
     assert vitdet(*words, *SMALL, "--output", tmp_path / "config.yaml")[0] == 0
+    assert load_config(tmp_path / "config.yaml").model.roi_heads.num_classes == 6  # complete
     moved.rename(own_tiny)
     other_classes(own_tiny, ["one", "two"])
+    renamed(own_tiny, train="train2017", val="val2017")
     config, found = resolve_config(tmp_path / "config.yaml")
-    assert config.model.roi_heads.num_classes == 2 and list(found) == [
-        "model.roi_heads.num_classes"
-    ]
+    assert config.model.roi_heads.num_classes == 2
+    assert (config.data.train_split, config.data.val_split) == ("train2017", "val2017")
+    assert len(found) == 3
     code, _, err = vitdet("train", tmp_path / "config.yaml", "--output", tmp_path / "run")
     assert code == 0, err
     checkpoint = tmp_path / "run" / "model.pt"

@@ -15,7 +15,7 @@ from tests.conftest import STEPS, Recorder, minimal
 from tests.test_old_checkpoints import STORED, dataset_digest
 from tests.test_trainer import cut, go, interrupt, same_bits, terminate
 from vitdet.checkpoint import STATE_1, load_model_file
-from vitdet.config import load_config
+from vitdet.config import legacy_digest, load_config
 from vitdet.evaluation import evaluate
 from vitdet.training import Stopped, train, trainer
 
@@ -153,6 +153,33 @@ def test_a_folder_of_states_is_found_with_other_operational_settings(
     assert len(list((tmp_path / "states").iterdir())) == 1
 
 
+def test_a_folder_of_states_is_found_with_more_steps(tiny: Path, tmp_path: Path) -> None:
+    constant = {"optim__milestones": "[]", "train__keep": 9, "train__save_every": 1}
+    run(tiny, tmp_path, Recorder(), **constant)
+    assert min(run(tiny, tmp_path, Recorder(), **constant, optim__steps=12).points) in (8, 9)
+    assert len(list((tmp_path / "states").iterdir())) == 1
+    shutil.rmtree(tmp_path / "out")
+    with pytest.raises(KeyboardInterrupt):  # its steps have other learning rates: from the start
+        run(tiny, tmp_path, interrupt(cut, 1), optim__steps=12, optim__schedule="cosine")
+    assert len(list((tmp_path / "states").iterdir())) == 2
+
+
+def test_a_folder_named_by_commit_dad8b8b_is_found_with_other_operational_settings(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    root = Path(shutil.copytree(tiny, "tiny"))
+    with pytest.raises(KeyboardInterrupt):
+        run(root, tmp_path, interrupt(cut, 4))
+    (states,) = (tmp_path / "states").iterdir()
+    config = load_config("tiny", minimal(root))
+    text = f"{legacy_digest(config)} {dataset_digest(config.data)} "
+    old = tmp_path / "states" / hashlib.sha256(text.encode()).hexdigest()[:12]
+    states.rename(old)
+    assert min(run(root, tmp_path, Recorder(), train__keep=5, data__workers=1).points) == 4
+    assert list((tmp_path / "states").iterdir()) == [old]
+
+
 def test_a_folder_named_by_commit_dad8b8b_is_found(
     tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -242,7 +269,7 @@ def test_the_config_that_is_stored_is_the_new_one(tiny: Path, tmp_path: Path) ->
 def test_metrics_of_other_evaluate_settings_are_measured_again(
     tiny: Path, tmp_path: Path, stop: int, steps: int
 ) -> None:
-    rate = {"optim__milestones": "[]"}
+    rate = {"optim__milestones": "[]", "train__keep": 9}
     go(tiny, tmp_path / "first", **rate)
     states = tmp_path / "run" / "checkpoints"
     states.mkdir(parents=True)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import os
+import select
 import sys
 from collections.abc import Sequence
 
@@ -12,18 +14,33 @@ from pipeline.cli.status import add_status
 from pipeline.cli.submit import add_submit
 from pipeline.cli.terminate import add_terminate
 
+SIGPIPE = 141  # 128 + SIGPIPE, as the shell reports it
+
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run a command; a user error is one line on stderr and exit code 1 (2 for wrong arguments)."""
     args = parser().parse_args(argv)
     try:
         code = args.run(args)
+        sys.stdout.flush()
     except (ValueError, OSError, RuntimeError) as error:
-        print("pipeline:", *str(error).splitlines(), file=sys.stderr)
-        code = 1
+        if isinstance(error, BrokenPipeError) and output_is_closed():
+            # as in `python -m pipeline status RUN | head -1`; for what is still buffered
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            code = SIGPIPE
+        else:
+            print("pipeline:", *str(error).splitlines(), file=sys.stderr)
+            code = 1
     except KeyboardInterrupt:
         code = 130
     sys.exit(code)
+
+
+def output_is_closed() -> bool:
+    """Whether the reader of the pipe that is standard output has closed it."""
+    poll = select.poll()
+    poll.register(sys.stdout.fileno(), 0)
+    return any(event & select.POLLERR for _, event in poll.poll(0))
 
 
 def parser() -> argparse.ArgumentParser:

@@ -5,12 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-import yaml
-
 from vitdet.cli.overrides import add_set, log_resolved
-from vitdet.config import Config, dump_config, recipes, to_dict
-from vitdet.data.layout import CLASSES, explicit_settings, resolve_config
-from vitdet.files import written
 
 
 def add_config(verb: argparse.ArgumentParser) -> None:
@@ -27,6 +22,10 @@ def add_config(verb: argparse.ArgumentParser) -> None:
 
 def run_config(args: argparse.Namespace) -> int:
     """vitdet config"""
+    from vitdet.config import dump_config, recipes
+    from vitdet.data.layout import FROM_DATA, explicit_settings, following, resolve_config
+    from vitdet.files import written
+
     if args.recipe is None:
         if args.overrides or args.output:
             raise ValueError("--set and --output need a recipe; run `vitdet config` to list them")
@@ -35,22 +34,12 @@ def run_config(args: argparse.Namespace) -> int:
     config, found = resolve_config(args.recipe, args.overrides)
     log_resolved(config, found)
     text = dump_config(config)
-    explicit = explicit_settings(args.recipe, args.overrides)
-    if "data.root" in explicit and CLASSES not in explicit:
-        text = without_classes(config)
+    if settings := following(explicit_settings(args.recipe, args.overrides)):
+        # `vitdet train` reads them again, as the data may have come or changed by then
+        text = f"{FROM_DATA}{', '.join(settings)}\n{text}"
     if args.output:
         with written(args.output) as temporary:
             temporary.write_text(text)
     else:
         print(text, end="")
     return 0
-
-
-def without_classes(config: Config) -> str:
-    """The config as YAML without the number of classes, which `vitdet train` then reads from the data: it may change."""
-    tree = to_dict(config)
-    del tree["model"]["roi_heads"]["num_classes"]
-    return (
-        f"# {CLASSES}: as many as the data in data.root has\n"
-        f"{yaml.safe_dump(tree, sort_keys=False, default_flow_style=None, width=100)}"
-    )

@@ -5,8 +5,10 @@ from __future__ import annotations
 import argparse
 import logging
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
-from vitdet.config import Config
+if TYPE_CHECKING:
+    from vitdet.config import Config
 
 log = logging.getLogger(__name__)
 

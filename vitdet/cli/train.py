@@ -7,7 +7,6 @@ import sys
 from pathlib import Path
 
 from vitdet.cli.overrides import add_set, log_resolved
-from vitdet.data.layout import resolve_config
 
 
 def add_train(verb: argparse.ArgumentParser) -> None:
@@ -37,6 +36,7 @@ def add_train(verb: argparse.ArgumentParser) -> None:
 def run_train(args: argparse.Namespace) -> int:
     """vitdet train"""
     from vitdet import distributed, stages
+    from vitdet.data.layout import resolve_config
     from vitdet.training import Stopped
 
     config, found = resolve_config(args.recipe, args.overrides)

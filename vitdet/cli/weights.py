@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vitdet.cli.progress_bar import Bar
-from vitdet.config import load_config
 
 if TYPE_CHECKING:
     from vitdet.weights.catalogue import Entry
@@ -148,6 +147,7 @@ def lines(entry: Entry) -> Iterator[str]:
 
 def run_fetch(given: argparse.Namespace) -> int:
     """vitdet weights fetch"""
+    from vitdet.config import load_config
     from vitdet.weights.catalogue import find
     from vitdet.weights.fetch import fetch_published
 

@@ -198,7 +198,7 @@ def check_images(root: Path, images: Path, names: Iterable[str]) -> None:
     names: of the split's images, relative to the folder `images`.
     """
     if exists(root):
-        folders = _read_if_ours(root).folders
+        folders = read_if_ours(root).folders
         paths = {one.path for one in folders if images in (root, root / one.path)}
         start = "" if images == root else f"{images.relative_to(root)}/"
         _check(root, paths, [f"{start}{name}" for name in names] if paths else ())
@@ -206,7 +206,7 @@ def check_images(root: Path, images: Path, names: Iterable[str]) -> None:
 
 def _check(root: Path, paths: Collection[str], used: Collection[str]) -> None:
     try:
-        compare(root, _read_if_ours(root).only((), paths), used)
+        compare(root, read_if_ours(root).only((), paths), used)
     except (FileNotFoundError, ValueError) as error:
         raise type(error)(
             f"{error}. `vitdet data coco|lvis {root}` brings what is missing; if the change is meant, "
@@ -214,7 +214,8 @@ def _check(root: Path, paths: Collection[str], used: Collection[str]) -> None:
         ) from error
 
 
-def _read_if_ours(root: Path) -> DownloadRecord:
+def read_if_ours(root: Path) -> DownloadRecord:
+    """As `read`, but empty for a manifest.json of another program."""
     try:
         return read(root)
     except ValueError:

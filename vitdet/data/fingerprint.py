@@ -80,19 +80,18 @@ def describe(data: DataConfig) -> dict:
     data that differs from the record of `vitdet data coco|lvis`.
     """
     root = Path(data.root)
-    if download_record.exists(root):
-        download_record.verify(root)
+    recorded = {file.path: file.sha256 for file in download_record.read_if_ours(root).files}
     files, images, classes, prints = [], {}, [], {}
     for key, split in (("train", data.train_split), ("val", data.val_split)):
         found = read_split(data, split)
         annotations, _ = split_files(data, split)
-        files.append(
-            {
-                "path": str(annotations.relative_to(root)),
-                "size": annotations.stat().st_size,
-                "sha256": _sha256(annotations),
-            }
-        )
+        path, sha256 = str(annotations.relative_to(root)), _sha256(annotations)
+        if recorded.get(path, sha256) != sha256:  # of the same size, which `read_split` compares
+            raise ValueError(
+                f"{annotations}: sha256 {sha256}, it came with {recorded[path]}; `vitdet data coco|lvis {root}` "
+                f"brings it again once it is removed; if the change is meant, remove {root / download_record.NAME}"
+            )
+        files.append({"path": path, "size": annotations.stat().st_size, "sha256": sha256})
         images[split] = {
             "count": len(found.records),
             "bytes": sum(path.stat().st_size for path in found.records.paths()),

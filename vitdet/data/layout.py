@@ -14,13 +14,14 @@ from pathlib import Path
 import yaml
 
 from vitdet.config import RECIPES, Config, DataConfig, flatten, load_config, recipes
-from vitdet.data.annotation_file import Entries, read_entries
 
 SPLITS = {  # setting -> what its split is commonly called, in the order in which they are looked for
     "data.train_split": ("train", "train2017", "train2014", "training"),
     "data.val_split": ("val", "val2017", "val2014", "valid", "validation"),
 }
 CLASSES = "model.roi_heads.num_classes"
+# The comment with which `vitdet config` begins a file whose settings of these names were not chosen by a user.
+FROM_DATA = "# from data.root: "
 
 
 def split_files(data: DataConfig, split: str) -> tuple[Path, Path]:
@@ -75,14 +76,26 @@ def explicit_settings(recipe: str | Path, overrides: Sequence[str] = ()) -> set[
     """The settings that a user chose, for `resolve`: those of the overrides and of a config file of their own.
 
     Of a recipe that ships with the package these are the overrides alone. Where it is named by its file, as in dvc.yaml
-    (`dvc exp run -S` edits the file), data.root counts as chosen.
+    (`dvc exp run -S` edits the file), data.root counts as chosen. Of a file of `vitdet config` all are, but for those
+    that its first line names.
     """
-    explicit = {override.partition("=")[0].strip() for override in overrides}
+    explicit: set[str] = set()
+    for override in overrides:
+        key, _, text = override.partition("=")
+        explicit |= {key.strip(), *_keys(_section(text), f"{key.strip()}.")}
     if str(recipe) in recipes():
         return explicit
     if Path(recipe).resolve().parent == RECIPES.resolve():
         return explicit | {"data.root"}
-    return explicit | set(_keys(yaml.safe_load(Path(recipe).read_text())))
+    text = Path(recipe).read_text()
+    first = text.partition("\n")[0]
+    follows = first.removeprefix(FROM_DATA).split(", ") if first.startswith(FROM_DATA) else ()
+    return explicit | (set(_keys(yaml.safe_load(text))) - set(follows))
+
+
+def following(explicit: Collection[str]) -> list[str]:
+    """The settings that `resolve` reads from data.root, if a user chose the explicit ones."""
+    return [key for key in (*SPLITS, CLASSES) if key not in explicit and "data.root" in explicit]
 
 
 def resolve(config: Config, explicit: Collection[str]) -> tuple[Config, dict[str, str | int]]:
@@ -115,6 +128,13 @@ def resolve(config: Config, explicit: Collection[str]) -> tuple[Config, dict[str
     return config, found
 
 
+def _section(text: str) -> object:
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError:
+        return None  # `load_config` reports it
+
+
 def _keys(tree: object, start: str = "") -> Iterator[str]:
     for key, value in tree.items() if isinstance(tree, dict) else ():
         yield f"{start}{key}"
@@ -123,6 +143,11 @@ def _keys(tree: object, start: str = "") -> Iterator[str]:
 
 def _count(annotations: Path) -> int | None:
     """The classes of an annotation file; None if it is none that training could use."""
+    from vitdet.data.annotation_file import (  # for the start-up of `vitdet config`
+        Entries,
+        read_entries,
+    )
+
     try:
         content = read_entries(annotations)
     except (OSError, ValueError):

@@ -26,7 +26,9 @@ def states_folder(
 ) -> Path:
     """The folder of this training's states: in `output`, or below `checkpoints`, named by what determines the weights.
 
-    prints: the fingerprints of the data. source: the file of initial weights. A folder named as by version 0.1 is found, too.
+    prints: the fingerprints of the data. source: the file of initial weights. If there is no such folder, one that holds
+    a state of the same training with other operational settings, with optim.steps that may change, or named as by
+    version 0.1 is taken.
     """
     if checkpoints is None:
         return output / "checkpoints"
@@ -39,11 +41,25 @@ def states_folder(
         text = f"{settings} {data} {initial}"
         return Path(checkpoints) / hashlib.sha256(text.encode()).hexdigest()[:12]
 
-    found, legacy = folder(digest(config), fingerprint.combined(prints)), legacy_digest(config)
-    if legacy and not found.exists() and any(Path(checkpoints).glob("*/step_*.pt")):
-        old = folder(legacy, fingerprint.legacy_dataset_digest(config.data))
-        return old if old.exists() else found
-    return found
+    found = folder(digest(config), fingerprint.combined(prints))
+    others = {path.parent for path in Path(checkpoints).glob("*/step_*.pt")}
+    if found in others or not others:
+        return found
+    legacy, legacy_data = legacy_digest(config), fingerprint.legacy_dataset_digest(config.data)
+    if legacy and folder(legacy, legacy_data) in others:
+        return folder(legacy, legacy_data)
+    steps: dict[Path, int] = {}
+    for other in others:
+        try:
+            state = Checkpoints(other, config.train.keep).latest()
+            stored = from_dict(state["config"]) if state else config
+        except ValueError:
+            continue  # damaged, or of another version
+        names = {folder(digest(stored), fingerprint.combined(prints))}
+        names |= {folder(legacy, legacy_data) for legacy in [legacy_digest(stored)] if legacy}
+        if state and other in names and _can_continue(config, stored, state["step"]):
+            steps[other] = state["step"]
+    return max(steps, key=lambda other: steps[other], default=found)
 
 
 def state_to_resume(
@@ -134,6 +150,12 @@ def _check_state(config: Config, prints: dict[str, str], state: dict, folder: Pa
             f"{folder}: the data set has changed since this run began ({change}); choose another "
             "--output"
         )
+
+
+def _can_continue(config: Config, stored: Config, step: int) -> bool:
+    """Whether a state after `step` steps of the stored config is one of this config's training."""
+    same = _same_but_for_steps(config, stored) and config.optim.steps >= step
+    return same and not _changed_rate(config, stored, step)
 
 
 def _same_but_for_steps(config: Config, stored: Config) -> bool:
