@@ -7,10 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vitdet.cli.overrides import add_set, log_resolved
-from vitdet.config import Config, from_dict, override
-from vitdet.data.layout import resolve_config
 
 if TYPE_CHECKING:
+    from vitdet.config import Config
     from vitdet.tracking.measured import Measured
 
 
@@ -52,6 +51,7 @@ def run_evaluate(given: argparse.Namespace) -> int:
     if not given.checkpoint:
         raise ValueError("name a CHECKPOINT, or --results FILE and --annotations FILE")
     from vitdet import distributed, stages
+    from vitdet.data.layout import resolve_config
     from vitdet.tracking.measured import write_metrics
     from vitdet.tracking.runs import default_folder
 
@@ -80,6 +80,7 @@ def run_evaluate(given: argparse.Namespace) -> int:
 def measured_on(given: argparse.Namespace, config: Config | None) -> Measured:
     """What the metrics of these arguments were measured on."""
     from vitdet.checkpoint import load_model_file
+    from vitdet.config import from_dict, override
     from vitdet.data.fingerprint import fingerprint
     from vitdet.evaluation.evaluator import SECTIONS
     from vitdet.tracking.measured import Measured

@@ -6,9 +6,6 @@ import argparse
 import json
 from pathlib import Path
 
-from vitdet.data.layout import resolve_config
-from vitdet.files import write_json
-
 
 def add_register(verb: argparse.ArgumentParser) -> None:
     """The arguments of the verb `register`."""
@@ -34,6 +31,8 @@ def add_register(verb: argparse.ArgumentParser) -> None:
 def run_register(args: argparse.Namespace) -> int:
     """vitdet register"""
     from vitdet import stages
+    from vitdet.data.layout import resolve_config
+    from vitdet.files import write_json
     from vitdet.tracking.measured import read_measured
     from vitdet.tracking.runs import default_folder
 
