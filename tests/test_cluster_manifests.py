@@ -173,7 +173,7 @@ def test_the_launcher_s_requests_are_all_allowed(kind: str, accounts: str) -> No
     found, version = cluster.pods()
     assert (
         found == []
-        and list(cluster.changes(version, 1)) == []
+        and list(cluster.watch(version, 1)) == []
         and cluster.log("vitdet-train-master-0") == []
     )
     assert cluster.events("type=Warning") == []
