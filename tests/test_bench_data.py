@@ -27,4 +27,7 @@ def test_the_benchmark_prints_and_writes_what_an_image_takes(
         figures["cpu_ms"]["vitdet"]["mean"] / figures["cpu_ms"]["pillow"]["mean"], rel=0.02
     )
     refused(vitdet("bench", "data", tiny, "--rounds", "0"), "rounds must be at least 1")
-    refused(vitdet("bench", "data", tiny), "instances_train2017.json: no such annotation file")
+    refused(
+        vitdet("bench", "data", tiny),
+        "instances_train2017.json: not there; there are the splits train, val",
+    )

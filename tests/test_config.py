@@ -307,5 +307,5 @@ def test_the_recipes_are_listed(vitdet: Callable[..., tuple[int, str, str]]) -> 
     assert (code, out, said) == (
         1,
         "",
-        "vitdet: of which recipe? `vitdet config` alone lists them\n",
+        "vitdet: --set and --output need a recipe; run `vitdet config` to list them\n",
     )
