@@ -286,3 +286,12 @@ def test_other_files(tmp_path: Path) -> None:
         cut = tmp_path / "cut.pth"
         cut.write_bytes(whole.read_bytes()[:part])
         assert "not a whole file of weights" in one_line(cut)
+
+
+@pytest.mark.parametrize("module", ["pathlib", "pathlib._local"])
+def test_a_path_of_any_python_is_read_as_nothing(tmp_path: Path, module: str) -> None:
+    """Python 3.13 pickles paths under another module than the versions before and after it."""
+    path = tmp_path / "model.pth"
+    name = f"c{module}\nPosixPath\n".encode()
+    packed(path, b"\x80\x02}(U\x01p" + name + b"U\x01a\x85RU\x01kK\x05u.")
+    assert read_file(path)["k"] == 5

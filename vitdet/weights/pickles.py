@@ -48,6 +48,8 @@ INERT: tuple[tuple[type, str], ...] = (
             "datetime.datetime",
             "pathlib.PosixPath",
             "pathlib.WindowsPath",
+            "pathlib._local.PosixPath",  # as Python 3.13 pickles it
+            "pathlib._local.WindowsPath",
             "numpy.dtype",
             "numpy.ndarray",
             "numpy.core.multiarray.scalar",
