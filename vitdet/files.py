@@ -5,6 +5,7 @@ A full disk or a kill so leaves the old one, and readers never see half of the n
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -49,3 +50,9 @@ def write_json(path: str | Path, content: object, indent: int | None = 1) -> Non
     """Writes a JSON file, whole or not at all."""
     with written(Path(path)) as temporary:
         temporary.write_text(json.dumps(content, indent=indent) + "\n")
+
+
+def sha256(path: str | Path) -> str:
+    """The SHA-256 of a file in hexadecimal."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -33,7 +33,7 @@ from vitdet.config import (
     load_config,
     save_config,
 )
-from vitdet.files import write_json
+from vitdet.files import sha256, write_json
 
 if TYPE_CHECKING:
     from vitdet.data.protocol import Protocol
@@ -227,8 +227,7 @@ def fetch_weights(configs: str, workspace: str) -> str:
         if init and not Path(init).suffix and not (folder / find(init).file).is_file():
             fetch_published(find(init), folder)
         if file := resolve(init, folder):
-            with open(file, "rb") as opened:
-                sums.append(f"{init} {hashlib.file_digest(opened, 'sha256').hexdigest()}")
+            sums.append(f"{init} {sha256(file)}")
     return hashlib.sha256("\n".join(sums).encode()).hexdigest()[:16]
 
 

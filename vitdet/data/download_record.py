@@ -17,7 +17,7 @@ from collections.abc import Collection, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from vitdet.files import written
+from vitdet.files import sha256, written
 
 NAME = "manifest.json"
 DOWNLOADED = re.compile(r"\d{12}\.jpg")  # the name of every image of COCO
@@ -123,11 +123,9 @@ def verify(root: Path, contents: bool = False) -> str:
     record = read(root)
     compare(root, record, contents=contents)
     for file in record.files:
-        with open(root / file.path, "rb") as opened:
-            found = hashlib.file_digest(opened, "sha256").hexdigest()
-        if found != file.sha256:
+        if (found := sha256(root / file.path)) != file.sha256:
             raise ValueError(f"{root / file.path}: sha256 {found}, it came with {file.sha256}")
-    return hashlib.sha256((root / NAME).read_bytes()).hexdigest()
+    return sha256(root / NAME)
 
 
 def compare(

@@ -21,6 +21,7 @@ from vitdet.data.annotations import image_name
 from vitdet.data.dataset import read_split
 from vitdet.data.layout import missing, split_files
 from vitdet.data.records import Records
+from vitdet.files import sha256
 
 COCO_URL = re.compile(rb'"coco_url": *"[^"]*?([^/"]+/[^/"]+)"')
 
@@ -36,7 +37,7 @@ def fingerprint(data: DataConfig, split: str, records: Records | None = None) ->
         if not path.exists():
             raise missing(path, data)
     names = _names(data, split) if records is None else records.names()
-    digest = hashlib.sha256(_sha256(annotations).encode())
+    digest = hashlib.sha256(sha256(annotations).encode())
     for name, size in sorted(_sizes(images, names, data)):
         digest.update(f"\n{name} {size}".encode())
     return digest.hexdigest()[:16]
@@ -85,13 +86,15 @@ def describe(data: DataConfig) -> dict:
     for key, split in (("train", data.train_split), ("val", data.val_split)):
         found = read_split(data, split)
         annotations, _ = split_files(data, split)
-        path, sha256 = str(annotations.relative_to(root)), _sha256(annotations)
-        if recorded.get(path, sha256) != sha256:  # of the same size, which `read_split` compares
+        path, checksum = str(annotations.relative_to(root)), sha256(annotations)
+        if (
+            recorded.get(path, checksum) != checksum
+        ):  # of the same size, which `read_split` compares
             raise ValueError(
-                f"{annotations}: sha256 {sha256}, it came with {recorded[path]}; `vitdet data coco|lvis {root}` "
+                f"{annotations}: sha256 {checksum}, it came with {recorded[path]}; `vitdet data coco|lvis {root}` "
                 f"brings it again once it is removed; if the change is meant, remove {root / download_record.NAME}"
             )
-        files.append({"path": path, "size": annotations.stat().st_size, "sha256": sha256})
+        files.append({"path": path, "size": annotations.stat().st_size, "sha256": checksum})
         images[split] = {
             "count": len(found.records),
             "bytes": sum(path.stat().st_size for path in found.records.paths()),
@@ -143,7 +146,7 @@ def legacy_dataset_digest(data: DataConfig) -> str:
         for path in (annotations, images):
             if not path.exists():
                 raise missing(path, data)
-        digest.update(f"\n{split}\n".encode() + bytes.fromhex(_sha256(annotations)))
+        digest.update(f"\n{split}\n".encode() + bytes.fromhex(sha256(annotations)))
         found = _files(images)
         if data.dataset == "lvis":
             found = (
@@ -181,11 +184,6 @@ def _sizes(folder: Path, names: Iterable[str], data: DataConfig) -> Iterator[tup
             raise FileNotFoundError(
                 f"{folder / name}: no such file; `vitdet data check {data.root}` lists all problems"
             ) from error
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _files(folder: Path) -> Iterator[str]:

@@ -13,7 +13,6 @@ there is ever written over.
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import os
 import re
@@ -29,6 +28,7 @@ from vitdet.datasets.download import Patience, Watcher, discard, download, mirro
 from vitdet.datasets.extract import Entry, Limits, unpack
 from vitdet.datasets.parallel import Together, locked, side_by_side
 from vitdet.datasets.published import Archive
+from vitdet.files import sha256
 
 PICTURE = re.compile(r"\d{12}\.jpg")  # as all of COCO's are named
 BLOCK = 4096  # bytes that a disk gives a file at a time
@@ -215,7 +215,7 @@ def _verify(path: Path, archive: Archive) -> None:
         raise ValueError(
             f"{path}: {size:,} bytes, expected {archive.size:,}: not the published {archive.name}"
         )
-    if archive.sha256 and (found := _sha256(path)) != archive.sha256:
+    if archive.sha256 and (found := sha256(path)) != archive.sha256:
         raise ValueError(
             f"{path}: sha256 {found}, expected {archive.sha256}: not the published {archive.name}"
         )
@@ -272,9 +272,9 @@ def _place(archive: Archive, path: Path, root: Path, seen: Callable[[int], None]
 
 
 def _describe(archive: Archive, path: Path, root: Path, entries: Sequence[Entry]) -> DownloadRecord:
-    sha256 = archive.sha256 or _sha256(path)
+    checksum = archive.sha256 or sha256(path)
     source = download_record.Archive(
-        archive.name, archive.url, path.stat().st_size, sha256, bool(archive.sha256)
+        archive.name, archive.url, path.stat().st_size, checksum, bool(archive.sha256)
     )
     if archive.members:
         return DownloadRecord(
@@ -283,7 +283,7 @@ def _describe(archive: Archive, path: Path, root: Path, entries: Sequence[Entry]
                 download_record.File(
                     f"{archive.folder}/{entry.name}",
                     entry.size,
-                    _sha256(root / archive.folder / entry.name),
+                    sha256(root / archive.folder / entry.name),
                 )
                 for entry in entries
             ),
@@ -311,8 +311,3 @@ def _tidy(archives: Sequence[Archive], root: Path, keep: bool) -> None:
             (waiting / name).unlink(missing_ok=True)
     if not os.listdir(waiting):
         waiting.rmdir()
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

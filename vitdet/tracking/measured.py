@@ -7,7 +7,6 @@ restored from elsewhere are not taken for measured.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -16,7 +15,7 @@ from typing import Any
 
 from vitdet.config import Config, from_dict, to_dict
 from vitdet.data.protocol import settings_of
-from vitdet.files import write_json
+from vitdet.files import sha256, write_json
 
 DATA = ("dataset", "val_split", "max_images")  # the settings of `data` that choose the images
 
@@ -77,9 +76,3 @@ def read_measured(path: Path) -> Measured | None:
 def beside(path: Path) -> Path:
     """The file that says what a metrics file was measured on."""
     return path.with_name(f"{path.stem}.measured.json")
-
-
-def sha256(path: Path) -> str:
-    """The SHA-256 of a file in hex digits."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -13,9 +13,10 @@ from vitdet.checkpoint import load_model_file
 from vitdet.config import Config, from_dict
 from vitdet.data.fingerprint import change, fingerprint, fingerprints
 from vitdet.data.protocol import Protocol
+from vitdet.files import sha256
 from vitdet.tracking import champion
 from vitdet.tracking.champion import Evaluate
-from vitdet.tracking.measured import Measured, agree, sha256
+from vitdet.tracking.measured import Measured, agree
 from vitdet.tracking.registry import register
 from vitdet.tracking.wheel import build_wheel
 

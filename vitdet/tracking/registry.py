@@ -23,7 +23,7 @@ from mlflow.models import Model, ModelSignature
 from mlflow.pyfunc import PythonModel, PythonModelContext, load_model, save_model
 from mlflow.types import ColSpec, ParamSchema, ParamSpec, Schema, TensorSpec
 
-from vitdet.tracking.measured import sha256
+from vitdet.files import sha256
 from vitdet.tracking.mlflow import connect, experiment_id, tracking_uri
 from vitdet.tracking.wheel import requirements
 

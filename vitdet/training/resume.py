@@ -12,6 +12,7 @@ from vitdet import distributed
 from vitdet.checkpoint import Checkpoints, load_model_file
 from vitdet.config import Config, difference, digest, from_dict, legacy_digest
 from vitdet.data import fingerprint
+from vitdet.files import sha256
 from vitdet.training.optim import lr_factor
 
 log = logging.getLogger(__name__)
@@ -32,10 +33,7 @@ def states_folder(
     """
     if checkpoints is None:
         return output / "checkpoints"
-    initial = ""
-    if source is not None:
-        with open(source, "rb") as file:
-            initial = hashlib.file_digest(file, "sha256").hexdigest()
+    initial = "" if source is None else sha256(source)
 
     def folder(settings: str, data: str) -> Path:
         text = f"{settings} {data} {initial}"
