@@ -12,7 +12,7 @@ from mlflow import MlflowClient
 
 from vitdet.config import load_config
 from vitdet.data.protocol import Protocol
-from vitdet.tracking import registry
+from vitdet.tracking import packaged_model
 from vitdet.tracking.champion import (
     ALIAS,
     Evaluated,
@@ -57,7 +57,7 @@ def model(
 ) -> dict[str, object]:
     """A registered model whose champion has 40 AP under DATA."""
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    monkeypatch.setattr(registry, "download_checkpoint", lambda *_: Path("champion.pt"))
+    monkeypatch.setattr(packaged_model, "download_checkpoint", lambda *_: Path("champion.pt"))
     name = request.node.name
     client_of(store).create_registered_model(name)
     client_of(store).set_registered_model_alias(name, ALIAS, version(store, name, 40.0))
@@ -189,7 +189,7 @@ def test_an_error_of_the_object_storage_refuses(
     def download(*_: object) -> Path:
         raise ClientError("An error occurred (403) when calling GetObject: Forbidden")
 
-    monkeypatch.setattr(registry, "download_checkpoint", download)
+    monkeypatch.setattr(packaged_model, "download_checkpoint", download)
     found = evaluate_champion(OTHER, unexpected, **model)
     assert found is not None and "ClientError: An error occurred (403)" in found.failure
 

@@ -19,7 +19,8 @@ from vitdet.config import load_config, to_dict
 from vitdet.models import build_detector
 from vitdet.predictor import Predictor
 from vitdet.tracking import mlflow as tracking
-from vitdet.tracking.registry import exported, register
+from vitdet.tracking.packaged_model import exported
+from vitdet.tracking.registry import register
 from vitdet.tracking.wheel import build_wheel, requirements
 
 NAMES = ["disc", "ring", "star", "cross", "leaf", "wave"]

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from vitdet.data.protocol import Protocol
     from vitdet.tracking.champion import Evaluate, Evaluated
     from vitdet.tracking.measured import Measured
-    from vitdet.tracking.registration import Registered
+    from vitdet.tracking.registry import Registered
 
 EXPLICIT = "explicit.json"  # beside the configs of a run: the settings of each that a user chose
 
@@ -124,7 +124,7 @@ def register(
 
     if not has_mlflow():
         raise ValueError("mlflow is not installed; install vitdet with its extra 'tracking'")
-    from vitdet.tracking.registration import register_checkpoint
+    from vitdet.tracking.registry import register_checkpoint
 
     return register_checkpoint(
         checkpoint,

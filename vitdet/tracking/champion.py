@@ -236,7 +236,7 @@ def _evaluate(
 ) -> Evaluated:
     from mlflow.exceptions import MlflowException
 
-    from vitdet.tracking.registry import download_checkpoint
+    from vitdet.tracking.packaged_model import download_checkpoint
 
     number = str(champion.version)
     try:

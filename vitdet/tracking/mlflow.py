@@ -4,7 +4,7 @@ Everything is first a line of a journal on disk (`vitdet.tracking.journal`), whi
 in batches. So a server that is slow, dead or not there yet costs training nothing: what waits is sent when it answers
 again, at the end, or by the next process that opens the run. Nothing is logged twice: a step that the journal holds is
 not journaled again, and where a shipment's fate is unknown (a failed request, an earlier process) the server is asked
-for what it has. Only this module and `vitdet.tracking.registry` import mlflow.
+for what it has. mlflow is imported in `vitdet.tracking` only.
 """
 
 from __future__ import annotations

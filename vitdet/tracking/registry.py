@@ -1,101 +1,172 @@
-"""The registered model: a detector that MLflow loads, asks and serves, in an environment without this repository.
-
-A version holds the checkpoint (plain tensors, read with weights_only), this package as a wheel, and a file of code
-that names the class below: nothing is pickled. requirements.txt lists the wheel by its place in the model, as MLflow
-resolves it when it makes an environment; by hand: `cd MODEL && pip install -r requirements.txt`.
-"""
+"""Registration of a checkpoint in the model registry, and for the alias `champion` the gate before it."""
 
 from __future__ import annotations
 
-import logging
-import os
-import shutil
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
-import pandas as pd
-from mlflow.artifacts import download_artifacts
 from mlflow.entities import LoggedModelOutput
-from mlflow.models import Model, ModelSignature
-from mlflow.pyfunc import PythonModel, PythonModelContext, load_model, save_model
-from mlflow.types import ColSpec, ParamSchema, ParamSpec, Schema, TensorSpec
+from mlflow.models import Model
 
+from vitdet.checkpoint import load_model_file
+from vitdet.config import Config, from_dict
+from vitdet.data.fingerprint import change, fingerprint, fingerprints
+from vitdet.data.protocol import Protocol
 from vitdet.files import sha256
+from vitdet.tracking import champion
+from vitdet.tracking.champion import Evaluate
+from vitdet.tracking.measured import Measured, agree
 from vitdet.tracking.mlflow import connect, experiment_id, tracking_uri
-from vitdet.tracking.wheel import requirements
-
-CODE = '''"""The detector as an MLflow model; the code is in the wheel vitdet, which travels with it."""
-from mlflow.models import set_model
-from vitdet.tracking.registry import DetectorModel
-
-set_model(DetectorModel())
-'''
-COLUMNS = {
-    "name": "string",
-    "label": "long",
-    "score": "double",
-    "x0": "double",
-    "y0": "double",
-    "x1": "double",
-    "y1": "double",
-    "height": "long",
-    "width": "long",
-    "mask": "string",
-}
-SIGNATURE = ModelSignature(
-    inputs=Schema([TensorSpec(np.dtype("uint8"), (-1, -1, 3), "image")]),
-    outputs=Schema([ColSpec(kind, name) for name, kind in COLUMNS.items()]),
-    params=ParamSchema([ParamSpec("threshold", "double", 0.5)]),
-)
+from vitdet.tracking.packaged_model import exported, pack
+from vitdet.tracking.wheel import build_wheel
 
 
-class DetectorModel(PythonModel):
-    """One RGB image (H, W, 3) uint8 -> a table with a row a detection, best first."""
+class Registered(NamedTuple):
+    """A version of the registered model; `reason`: why it is the champion, '' where the gate was not asked."""
 
-    def load_context(self, context: PythonModelContext) -> None:
-        from vitdet.predictor import Predictor
+    name: str
+    version: str
+    reason: str
 
-        self.predictor = Predictor.load(context.artifacts["checkpoint"])
 
-    def predict(
-        self, context: PythonModelContext, model_input: np.ndarray, params: dict | None = None
-    ) -> pd.DataFrame:
-        """name, label, score, box x0 y0 x1 y1 in pixels; mask: COCO's compressed RLE of a bitmap (height, width)."""
-        from vitdet.data.masks import encode, paste
+def register_checkpoint(
+    checkpoint: Path,
+    *,
+    folder: Path,
+    alias: str,
+    evaluation: Callable[[Config, dict, Protocol], Evaluate],
+    config: Config | None = None,
+    metrics: dict[str, float] | None = None,
+    protocol: Protocol | None = None,
+    measured: Measured | None = None,
+) -> Registered:
+    """Add a checkpoint to the model registry under an alias, which `champion` is only if it passes the gate.
 
-        image = (
-            model_input["image"] if isinstance(model_input, dict) else model_input
-        )  # by its name in the signature
-        found = self.predictor(image, threshold=(params or {}).get("threshold", 0.5))
-        masks = encode(paste(found.masks, found.boxes, image.shape[:2]))
-        rows = [
-            (name, label, score, *box, *image.shape[:2], mask["counts"])
-            for name, label, score, box, mask in zip(
-                found.names,
-                found.labels.tolist(),
-                found.scores.tolist(),
-                found.boxes.tolist(),
-                masks,
-                strict=True,
+    folder: of the default MLflow store. config: names server and model; and the data and settings that `metrics` were
+    measured with. Without it, and without metrics, those in the checkpoint. protocol: what the metrics were measured on,
+    if known; measured: the same, as `vitdet evaluate` wrote it beside them. The data is read only for the gate.
+    evaluation: (config, content of the checkpoint, protocol) -> evaluates a champion. Raises ValueError for a
+    candidate that the gate refuses, and what `register` raises.
+    """
+    stored = load_model_file(checkpoint)
+    own = from_dict(stored["config"])
+    is_gated = alias == champion.ALIAS
+    used = own if metrics is None else config or own
+    if protocol is None and metrics is None:
+        protocol = Protocol.of(own, _own_fingerprint(stored, own, is_gated))
+    elif protocol is None:
+        used, protocol = _measured_on(checkpoint, stored, own, config, measured, is_gated)
+    metrics = stored["metrics"] if metrics is None else metrics
+    tracking, side = (config or own).tracking, own.data.image_size
+    place: dict[str, Any] = {
+        "uri": tracking.uri,
+        "folder": folder,
+        "model_name": tracking.model_name,
+    }
+    if is_gated:
+        if not protocol.fingerprint:
+            raise ValueError(
+                f"{checkpoint}: on which data its metrics were measured is not known; run `vitdet "
+                "evaluate CHECKPOINT --output FILE` and register it with --metrics FILE, or name by "
+                "--config what they were measured with"
             )
-        ]
-        return pd.DataFrame(rows, columns=list(COLUMNS))
+        evaluate = evaluation(used, stored, protocol)
+        verdict = champion.judge(
+            metrics.get("box_ap"),
+            protocol,
+            **place,
+            evaluate=evaluate,
+            checkpoint_sha256=sha256(checkpoint),
+        )
+        if not verdict.passed:
+            raise ValueError(f"{checkpoint}: not the champion: {verdict.reason}")
+    prints = stored.get("fingerprints") or {}
+    figures = {key: metrics[key] for key in ("box_ap", "mask_ap") if metrics.get(key) is not None}
+    with tempfile.TemporaryDirectory() as work:
+        name, version = register(
+            checkpoint,
+            run_id=stored["run_id"],
+            alias=None if is_gated else alias,
+            metrics=figures,
+            example=np.random.default_rng(0).integers(0, 256, (side, side, 3), dtype=np.uint8),
+            wheel=build_wheel(Path(work)),
+            tags=protocol.tags()
+            | {f"{key}_fingerprint": prints[key] for key in prints if key == "train"},
+            **place,
+        )
+    champion.update_tags(version, figures, protocol, **place)  # of one that was there before
+    reason = ""
+    if is_gated:
+        verdict = champion.promote(version, metrics.get("box_ap"), protocol, **place)
+        reason = verdict.reason
+        if not verdict.passed:
+            raise ValueError(
+                f"{checkpoint}: registered as version {version}, not the champion: {reason}"
+            )
+    return Registered(name, version, reason)
 
 
-@contextmanager
-def exported(uri: str) -> Iterator[None]:
-    """While code of MLflow runs that asks the environment for the server instead of its client."""
-    before = os.environ.get("MLFLOW_TRACKING_URI")
-    os.environ["MLFLOW_TRACKING_URI"] = uri
+def _measured_on(
+    checkpoint: Path,
+    stored: dict,
+    own: Config,
+    config: Config | None,
+    measured: Measured | None,
+    is_gated: bool,
+) -> tuple[Config, Protocol]:
+    """The config and the protocol that metrics beside the checkpoint were measured with.
+
+    Its fingerprint is '' where that is not known. Raises ValueError if the gate would have to
+    trust metrics of another checkpoint or of another config than the one given.
+    """
+    unknown = config or own, Protocol.of(config or own, "")
+    if measured is None:
+        if config is None or not is_gated:
+            return unknown
+        known = _own_fingerprint(stored, own, is_gated)
+        return config, Protocol.of(config, _fingerprint_now(config, own, known))
+    used, problem = measured.config(own), ""
+    if measured.checkpoint_sha256 != sha256(checkpoint):
+        problem = "are of another checkpoint"
+    elif config is not None and not agree(config, used):
+        problem = "were measured with other data or evaluate settings than those of --config"
+    if problem and is_gated:
+        raise ValueError(
+            f"{checkpoint}: the --metrics {problem}; run `vitdet evaluate` again and register it "
+            "with what that wrote"
+        )
+    if problem:
+        return unknown
+    return config or used, Protocol.of(used, measured.val_fingerprint)
+
+
+def _own_fingerprint(stored: dict, own: Config, may_read: bool) -> str:
+    """That of the validation split that a checkpoint's own metrics were measured on; '' where it is not known.
+
+    may_read: whether the data may be looked at, which files of version 0.1 need.
+    """
+    known = stored.get("fingerprints")
+    if known or not stored.get("dataset_digest") or not may_read:
+        return (known or {}).get("val", "")
+    try:  # a file of version 0.1 holds the digest of both splits: compare it with the data that is there
+        prints = fingerprints(own.data)
+        return "" if change(stored, own.data, prints) else prints["val"]
+    except (OSError, ValueError):
+        return ""
+
+
+def _fingerprint_now(measured: Config, own: Config, known: str) -> str:
+    """That of the validation split that is there now; without it `known`, if that is of the same split."""
+    data = measured.data
     try:
-        yield
-    finally:
-        del os.environ["MLFLOW_TRACKING_URI"]
-        if before is not None:
-            os.environ["MLFLOW_TRACKING_URI"] = before
+        return fingerprint(data, data.val_split)
+    except FileNotFoundError:
+        keys = ("dataset", "root", "val_split", "max_images")
+        same = all(getattr(data, key) == getattr(own.data, key) for key in keys)
+        return known if same else ""
 
 
 def register(
@@ -129,7 +200,7 @@ def register(
     with tempfile.TemporaryDirectory(prefix="vitdet-model-") as work:
         packed = Path(work) / "model"
         model = Model(run_id=run_id)
-        _pack(packed, model, Path(checkpoint), wheel, example)
+        pack(packed, model, Path(checkpoint), wheel, example)
         place = (
             client.get_run(run_id).info.experiment_id
             if run_id
@@ -159,49 +230,3 @@ def register(
     if alias is not None:
         client.set_registered_model_alias(model_name, alias, version.version)
     return model_name, str(version.version)
-
-
-def download_checkpoint(uri: str, model_name: str, version: str, folder: Path) -> Path:
-    """The checkpoint of a registered version, in `folder`.
-
-    uri: the server's. Raises MlflowException or OSError where its artifacts cannot be read, ValueError where it is not
-    a model of `register`.
-    """
-    with exported(uri):
-        model = Path(
-            download_artifacts(
-                f"models:/{model_name}/{version}",
-                dst_path=str(folder),
-                tracking_uri=uri,
-                registry_uri=uri,
-            )
-        )
-    try:
-        flavors = Model.load(str(model)).flavors
-        return model / flavors["python_function"]["artifacts"]["checkpoint"]["path"]
-    except (KeyError, TypeError) as error:
-        raise ValueError(f"version {version} of {model_name} holds no checkpoint") from error
-
-
-def _pack(path: Path, model: Model, checkpoint: Path, wheel: Path, example: np.ndarray) -> None:
-    """The model as a folder; proves that it loads and answers."""
-    code = path.parent / "detector.py"
-    code.write_text(CODE)
-    if (
-        checkpoint.is_symlink()
-    ):  # as DVC leaves it with cache.type symlink; mlflow follows no link out of a folder
-        checkpoint = Path(shutil.copyfile(checkpoint, path.parent / checkpoint.name))
-    logging.getLogger("mlflow").setLevel(
-        logging.ERROR
-    )  # it warns that torch was imported before it
-    save_model(
-        str(path),
-        python_model=str(code),
-        artifacts={"checkpoint": str(checkpoint)},
-        signature=SIGNATURE,
-        code_paths=[str(wheel)],
-        mlflow_model=model,
-        input_example=example[:64, :64],
-        pip_requirements=[*requirements(("mlflow", "pandas")), f"code/{wheel.name}"],
-    )
-    load_model(str(path)).predict(example, params={"threshold": 0.0})

@@ -1,0 +1,140 @@
+"""The registered model: a detector that MLflow loads, asks and serves, in an environment without this repository.
+
+A version holds the checkpoint (plain tensors, read with weights_only), this package as a wheel, and a file of code
+that names the class below: nothing is pickled. requirements.txt lists the wheel by its place in the model, as MLflow
+resolves it when it makes an environment; by hand: `cd MODEL && pip install -r requirements.txt`.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from mlflow.artifacts import download_artifacts
+from mlflow.models import Model, ModelSignature
+from mlflow.pyfunc import PythonModel, PythonModelContext, load_model, save_model
+from mlflow.types import ColSpec, ParamSchema, ParamSpec, Schema, TensorSpec
+
+from vitdet.tracking.wheel import requirements
+
+CODE = '''"""The detector as an MLflow model; the code is in the wheel vitdet, which travels with it."""
+from mlflow.models import set_model
+from vitdet.tracking.packaged_model import DetectorModel
+
+set_model(DetectorModel())
+'''
+COLUMNS = {
+    "name": "string",
+    "label": "long",
+    "score": "double",
+    "x0": "double",
+    "y0": "double",
+    "x1": "double",
+    "y1": "double",
+    "height": "long",
+    "width": "long",
+    "mask": "string",
+}
+SIGNATURE = ModelSignature(
+    inputs=Schema([TensorSpec(np.dtype("uint8"), (-1, -1, 3), "image")]),
+    outputs=Schema([ColSpec(kind, name) for name, kind in COLUMNS.items()]),
+    params=ParamSchema([ParamSpec("threshold", "double", 0.5)]),
+)
+
+
+class DetectorModel(PythonModel):
+    """One RGB image (H, W, 3) uint8 -> a table with a row a detection, best first."""
+
+    def load_context(self, context: PythonModelContext) -> None:
+        from vitdet.predictor import Predictor
+
+        self.predictor = Predictor.load(context.artifacts["checkpoint"])
+
+    def predict(
+        self, context: PythonModelContext, model_input: np.ndarray, params: dict | None = None
+    ) -> pd.DataFrame:
+        """name, label, score, box x0 y0 x1 y1 in pixels; mask: COCO's compressed RLE of a bitmap (height, width)."""
+        from vitdet.data.masks import encode, paste
+
+        image = (
+            model_input["image"] if isinstance(model_input, dict) else model_input
+        )  # by its name in the signature
+        found = self.predictor(image, threshold=(params or {}).get("threshold", 0.5))
+        masks = encode(paste(found.masks, found.boxes, image.shape[:2]))
+        rows = [
+            (name, label, score, *box, *image.shape[:2], mask["counts"])
+            for name, label, score, box, mask in zip(
+                found.names,
+                found.labels.tolist(),
+                found.scores.tolist(),
+                found.boxes.tolist(),
+                masks,
+                strict=True,
+            )
+        ]
+        return pd.DataFrame(rows, columns=list(COLUMNS))
+
+
+@contextmanager
+def exported(uri: str) -> Iterator[None]:
+    """While code of MLflow runs that asks the environment for the server instead of its client."""
+    before = os.environ.get("MLFLOW_TRACKING_URI")
+    os.environ["MLFLOW_TRACKING_URI"] = uri
+    try:
+        yield
+    finally:
+        del os.environ["MLFLOW_TRACKING_URI"]
+        if before is not None:
+            os.environ["MLFLOW_TRACKING_URI"] = before
+
+
+def download_checkpoint(uri: str, model_name: str, version: str, folder: Path) -> Path:
+    """The checkpoint of a registered version, in `folder`.
+
+    uri: the server's. Raises MlflowException or OSError where its artifacts cannot be read, ValueError where it is not
+    a model of `register`.
+    """
+    with exported(uri):
+        model = Path(
+            download_artifacts(
+                f"models:/{model_name}/{version}",
+                dst_path=str(folder),
+                tracking_uri=uri,
+                registry_uri=uri,
+            )
+        )
+    try:
+        flavors = Model.load(str(model)).flavors
+        return model / flavors["python_function"]["artifacts"]["checkpoint"]["path"]
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"version {version} of {model_name} holds no checkpoint") from error
+
+
+def pack(path: Path, model: Model, checkpoint: Path, wheel: Path, example: np.ndarray) -> None:
+    """The model as a folder; proves that it loads and answers."""
+    code = path.parent / "detector.py"
+    code.write_text(CODE)
+    if (
+        checkpoint.is_symlink()
+    ):  # as DVC leaves it with cache.type symlink; mlflow follows no link out of a folder
+        checkpoint = Path(shutil.copyfile(checkpoint, path.parent / checkpoint.name))
+    logging.getLogger("mlflow").setLevel(
+        logging.ERROR
+    )  # it warns that torch was imported before it
+    save_model(
+        str(path),
+        python_model=str(code),
+        artifacts={"checkpoint": str(checkpoint)},
+        signature=SIGNATURE,
+        code_paths=[str(wheel)],
+        mlflow_model=model,
+        input_example=example[:64, :64],
+        pip_requirements=[*requirements(("mlflow", "pandas")), f"code/{wheel.name}"],
+    )
+    load_model(str(path)).predict(example, params={"threshold": 0.0})
