@@ -39,11 +39,7 @@ def kubectl(*words: str, given: object = None, fails: bool = False) -> str:
     """Runs kubectl; its output, which of a wanted failure is that of stderr."""
     text = given if isinstance(given, str) or given is None else json.dumps(given)
     done = subprocess.run(
-        ["kubectl", *words],
-        input=text,
-        capture_output=True,
-        text=True,
-        env={**os.environ, **ADMIN},
+        ["kubectl", *words], input=text, capture_output=True, text=True, env={**os.environ, **ADMIN}
     )
     assert (done.returncode != 0) == fails, done.stderr + done.stdout
     return done.stderr if fails else done.stdout
@@ -66,9 +62,8 @@ def template(kind: str = "pytorchjob", script: bool = False) -> str:
         ["kubectl", "kustomize", folder], capture_output=True, text=True, check=True
     ).stdout
     job = next(part for part in yaml.safe_load_all(found) if part["kind"] == KINDS[kind].name)
-    job["metadata"].pop(
-        "annotations"
-    )  # for how long its pods may wait for a node: the tests' timeouts say that
+    # for how long its pods may wait for a node: the tests' timeouts say that
+    job["metadata"].pop("annotations")
     containers = (
         [job["spec"]["trainer"]]
         if kind == "trainjob"
@@ -209,10 +204,7 @@ class Scene:
 
 @contextmanager
 def scene(
-    folder: Path,
-    node: bool = True,
-    operator: bool = True,
-    reasons: dict[int, str] | None = None,
+    folder: Path, node: bool = True, operator: bool = True, reasons: dict[int, str] | None = None
 ) -> Iterator[Scene]:
     """A Scene; without `node` the pods stay as the test writes them, without `operator` the jobs."""
     from kubernetes import client, config

@@ -167,9 +167,7 @@ def nothing_is_left_in_the_repository() -> Iterator[None]:
 
 @pytest.fixture
 def vitdet(
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> Callable[..., tuple[int, str, str]]:
     """vitdet(*words) runs a command in this process, in a folder of its own: (exit code, stdout, stderr)."""
     from vitdet.cli import main

@@ -59,10 +59,8 @@ class Container:
 
     def kill(self, number: int = signal.SIGKILL) -> None:
         """A signal for the process; SIGKILL for all that it has started too, in whatever session, as torchrun does."""
-        gone, found = (
-            suppress(psutil.NoSuchProcess),
-            set(),
-        )  # also where the number is another's by now
+        # also where the number is another's by now
+        gone, found = (suppress(psutil.NoSuchProcess), set())
         with gone:
             while new := {self.root, *self.root.children(recursive=True)} - found:
                 found |= new

@@ -128,11 +128,8 @@ class FakeNode:
                 )["items"]
                 for pod in found:
                     self.tend(pod)
-            except (
-                ApiException,
-                HTTPError,
-                ValueError,
-            ):  # a kubelet survives its API server, and conflicts
+            except (ApiException, HTTPError, ValueError):
+                # a kubelet survives its API server, and conflicts
                 continue
             there = {pod["metadata"]["uid"] for pod in found}
             for name, uid in self.uids.items():

@@ -300,9 +300,8 @@ class FakeOperator:
         }
         for limit, past in limits.items():
             if past:
-                self.delete_pods(
-                    pods
-                )  # whatever cleanPodPolicy says, before release 1.9 says Failed
+                # whatever cleanPodPolicy says, before release 1.9 says Failed
+                self.delete_pods(pods)
                 self.condition(
                     job, "Failed", "PyTorchJobFailed", f"Job {name} has failed because {limit}"
                 )

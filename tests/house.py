@@ -186,9 +186,7 @@ def defaults_of(source: Source) -> list[Default]:
     return found
 
 
-def doubled_defaults(
-    sources: list[Source],
-) -> tuple[dict[str, Setting], dict[str, list[Default]]]:
+def doubled_defaults(sources: list[Source]) -> tuple[dict[str, Setting], dict[str, list[Default]]]:
     """Return the settings, and for each that has a default elsewhere: where its name has one.
 
     Settings are matched by the last part of their name and the type of the value: `num_convs=4`

@@ -75,9 +75,8 @@ def write(
             annotation = _object(rng, heads[owners[number]], lvis) | {
                 "id": 900_100_000_000 + number
             }
-            annotation["category_id"] = (
-                int(classes * rng.random() ** (3 if lvis else 1)) + 1
-            )  # LVIS: many are rare
+            # LVIS: many are rare
+            annotation["category_id"] = int(classes * rng.random() ** (3 if lvis else 1)) + 1
             file.write(msgspec.json.encode(annotation) + b", ")
         file.seek(-2, 2)
         file.write(b"]}")

@@ -10,9 +10,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-Make = Callable[
-    [Path], tuple[np.ndarray, int]
-]  # writes the file, says its pixels (H, W, 3) and how exactly
+# writes the file, says its pixels (H, W, 3) and how exactly
+Make = Callable[[Path], tuple[np.ndarray, int]]
 RNG = np.random.default_rng(0)
 # flat blocks, which JPEG keeps
 COLORS = np.kron(RNG.integers(0, 256, (2, 3, 3)), np.ones((8, 8, 1), int)).astype(np.uint8)
@@ -21,6 +20,7 @@ GREY = RNG.integers(0, 256, (HIGH, WIDE), np.uint8)
 OPACITY = RNG.choice(np.array([0, 1, 127, 128, 254, 255], np.uint8), (HIGH, WIDE))
 MANY = RNG.integers(0, 65536, (HIGH, WIDE, 4)).astype(">u2")
 FEW = (MANY >> 8).astype(np.uint8)
+# EXIF: where the first row and the first column are seen
 UPRIGHT = {
     1: "top left",
     2: "top right",
@@ -30,7 +30,7 @@ UPRIGHT = {
     6: "right top",
     7: "right bottom",
     8: "left bottom",
-}  # EXIF: where the first row and the first column are seen
+}
 
 
 def png(
@@ -112,9 +112,8 @@ def printed(mark: int, adobe: bool = True) -> Make:
     """A CMYK JPEG of inverted inks, as Adobe writes it; mark 2: its first three are YCbCr. Or one without its name."""
 
     def make(path: Path) -> tuple[np.ndarray, int]:
-        stored = np.concatenate(
-            [COLORS, np.full((HIGH, WIDE, 1), 200, np.uint8)], axis=2
-        )  # 255: no ink
+        # 255: no ink
+        stored = np.concatenate([COLORS, np.full((HIGH, WIDE, 1), 200, np.uint8)], axis=2)
         Image.frombytes("CMYK", (WIDE, HIGH), (255 - stored).tobytes()).save(
             path, "JPEG", quality=100, subsampling=0
         )

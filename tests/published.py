@@ -29,6 +29,7 @@ DETECTORS = {
     },
     **{f"mmdet/{name}": f"mask_rcnn_{name}_coco" for name in ("vit_b", "vitae_b", "vitae_s")},
 }
+# -> how many tensors are resized
 BACKBONES = {
     **{
         ("mae/base", recipe): 0
@@ -40,7 +41,7 @@ BACKBONES = {
     ("vitae_cls/Base", "mask_rcnn_vitae_b_coco"): 1,
     ("vitae_cls/Small", "mask_rcnn_vitae_s_coco"): 0,
     ("vitae_cls/Base", "cascade_mask_rcnn_vitdet_vitae_b_lvis"): 0,
-}  # -> how many tensors are resized
+}
 
 
 @cache

@@ -16,12 +16,13 @@ from vitdet.datasets.report.page import write_page
 from vitdet.evaluation.evaluator import evaluate_results
 from vitdet.evaluation.results import Truth, read_truth
 
+# errors of image files
 FILES = {
     "missing image file",
     "image file that cannot be read",
     "image file that is truncated or no image",
     "image of another size than annotated",
-}  # errors of image files
+}
 NAMES = {
     "image without 'file_name'",
     "file name that is not text",

@@ -298,10 +298,7 @@ def test_the_command_line_answers_without_importing_torch() -> None:
     wrong = []
     for words in (["--help"], ["config", "tiny"], ["weights", "list"]):
         done = subprocess.run(
-            [sys.executable, "-c", code, *words],
-            cwd=ROOT,
-            capture_output=True,
-            text=True,
+            [sys.executable, "-c", code, *words], cwd=ROOT, capture_output=True, text=True
         )
         if done.returncode or not done.stdout.strip():
             wrong.append(f"vitdet {' '.join(words)}: exit code {done.returncode}, {done.stderr}")

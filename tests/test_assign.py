@@ -54,14 +54,12 @@ def slow_match_keeping_best(iou, low, high):
 @pytest.mark.parametrize("truths", [0, 1, 5, 30])
 @pytest.mark.parametrize(("low", "high"), [(0.3, 0.7), (0.5, 0.5)])
 def test_match_equals_the_loop(ours, slow, truths, low, high):
-    low, high = torch.tensor(
-        [low, high]
-    ).tolist()  # as float32 numbers, which IoUs of 0.7 are compared with
+    # as float32 numbers, which IoUs of 0.7 are compared with
+    low, high = torch.tensor([low, high]).tolist()
     generator = torch.Generator().manual_seed(truths)
     for _ in range(10):
-        boxes = torch.randint(
-            0, 20, (truths + 40, 4), generator=generator
-        ).float()  # whole numbers: many ties
+        # whole numbers: many ties
+        boxes = torch.randint(0, 20, (truths + 40, 4), generator=generator).float()
         boxes[:, 2:] += boxes[:, :2] + 1
         iou = pairwise_iou(boxes[:truths], boxes[truths:])
         assert ours(iou, low, high).tolist() == slow(iou, low, high)
@@ -75,22 +73,16 @@ def test_thresholds_are_half_open():
 def test_best_of_a_ground_truth_learns_from_its_own_best():
     iou = torch.tensor([[0.2, 0.0], [0.25, 0.1]])  # box 0 is the best of both
     assert match_keeping_own(iou, 0.3, 0.7).tolist() == [1, BACKGROUND]
-    assert match_keeping_best(iou, 0.3, 0.7).tolist() == [
-        BACKGROUND,
-        BACKGROUND,
-    ]  # both overlap too little
+    # both overlap too little
+    assert match_keeping_best(iou, 0.3, 0.7).tolist() == [BACKGROUND, BACKGROUND]
 
 
 def test_best_of_a_ground_truth_learns_from_that_ground_truth():
     iou = torch.tensor(
         [[0.9, 0.9, 0.0, 0.3], [0.0, 0.6, 0.0, 0.3], [0.0, 0.0, 0.2, 0.0], [0.3, 0.3, 0.0, 0.3]]
     )
-    assert match_keeping_best(iou, 0.3, 0.7).tolist() == [
-        3,
-        3,
-        BACKGROUND,
-        3,
-    ]  # the last ground truth takes all
+    # the last ground truth takes all
+    assert match_keeping_best(iou, 0.3, 0.7).tolist() == [3, 3, BACKGROUND, 3]
     assert match_keeping_best(iou[:3], 0.3, 0.7).tolist() == [0, 1, BACKGROUND, IGNORE]
     assert match_keeping_own(iou[:3], 0.3, 0.7).tolist() == [0, 0, 2, IGNORE]
 
@@ -104,13 +96,7 @@ def test_a_ground_truth_that_no_box_meets_makes_none_foreground(matching):
 
 @pytest.mark.parametrize(
     ("positives", "negatives", "expected"),
-    [
-        (50, 100, (8, 24)),
-        (3, 100, (3, 29)),
-        (50, 5, (8, 5)),
-        (0, 100, (0, 32)),
-        (0, 0, (0, 0)),
-    ],
+    [(50, 100, (8, 24)), (3, 100, (3, 29)), (50, 5, (8, 5)), (0, 100, (0, 32)), (0, 0, (0, 0))],
 )
 def test_sample_counts(positives, negatives, expected):
     matched = torch.cat(

@@ -52,11 +52,8 @@ def test_statistics_survive_a_stop(tiny: Path, tmp_path: Path) -> None:
 
     shipped = load_model_file(tmp_path / "whole" / "model.pt")["model"]
     state = torch.load(tmp_path / "whole" / "checkpoints" / "step_00000006.pt", weights_only=True)
-    for name in (
-        f"{NORM}.running_mean",
-        f"{NORM}.running_var",
-        f"{NORM}.weight",
-    ):  # what is shipped is the average
+    # what is shipped is the average
+    for name in (f"{NORM}.running_mean", f"{NORM}.running_var", f"{NORM}.weight"):
         assert torch.equal(shipped[name], state["average"][name])
         assert not torch.equal(shipped[name], state["model"][name])
     assert state["model"][f"{NORM}.num_batches_tracked"] == 6
@@ -129,9 +126,8 @@ def test_two_processes_without_gpus(tiny: Path, tmp_path: Path) -> None:
         len(said) == 1
         and "BatchNorm sees the images of its own process only: 2 processes" in said[0]
     )
-    assert (
-        silent == [] and len(norms) == 2 and norms == others
-    )  # they have seen other images but evaluate one model
+    # they have seen other images but evaluate one model
+    assert silent == [] and len(norms) == 2 and norms == others
 
 
 def test_on_gpus_the_norms_are_synchronised_in_place(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,9 +19,8 @@ def random_boxes(count, seed=0):
 
 def test_encode_literal():
     found = encode(torch.tensor([[0.0, 0, 10, 20]]), torch.tensor([[5.0, 0, 25, 20]]), WEIGHTS)
-    assert found[0].tolist() == pytest.approx(
-        [10.0, 0.0, 5 * math.log(2), 0.0]
-    )  # 10 px of 10, twice as wide
+    # 10 px of 10, twice as wide
+    assert found[0].tolist() == pytest.approx([10.0, 0.0, 5 * math.log(2), 0.0])
 
 
 def test_decode_inverts_encode():
@@ -102,8 +101,7 @@ def test_weights_are_numbers_that_no_device_waits_for(weights):
     row, ones = torch.tensor(weights), (1.0,) * 4
     with Operations() as operations:
         found = encode(boxes, targets, weights), decode(boxes, deltas, weights, -math.inf)
-    assert not [
-        name for name in operations.names if "copy" in name or "lift" in name
-    ]  # no tensor of the weights
+    # no tensor of the weights
+    assert not [name for name in operations.names if "copy" in name or "lift" in name]
     assert torch.equal(found[0], encode(boxes, targets, ones) * row)
     assert torch.equal(found[1], decode(boxes, deltas / row, ones, -math.inf))

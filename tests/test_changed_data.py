@@ -276,9 +276,8 @@ def test_the_command_line_registers_a_champion_through_the_gate(
     code, _, err = vitdet("register", other, *words)
     assert code == 1 and "no better than the 0 of the champion, version 1" in err
 
-    add_image(
-        own_tiny, "val"
-    )  # the checkpoint's own metrics are of the data before, --metrics of these
+    # the checkpoint's own metrics are of the data before, --metrics of these
+    add_image(own_tiny, "val")
     metrics.write_text('{"box_ap": 3.0}')
     code, out, err = vitdet("register", other, *words, "--metrics", metrics)
     assert code == 1 and "on which data its metrics were measured is not known; run" in err

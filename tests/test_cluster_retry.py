@@ -69,9 +69,8 @@ def test_a_training_that_fails_is_tried_once_and_anew_when_the_user_starts_the_r
     again = refused(played, "failing", failing(), args, second, monkeypatch)
     assert again == error
     assert played.job("failing")["metadata"]["uid"] == job["metadata"]["uid"]
-    assert "no such weights" in kubectl(
-        "logs", "-n", played.namespace, f"{name}-worker-0"
-    )  # it can be looked into
+    # it can be looked into
+    assert "no such weights" in kubectl("logs", "-n", played.namespace, f"{name}-worker-0")
     assert (played.volume / "tries").read_text() == "one try\n" * 2  # one a pod
 
     # Kubeflow's `Retry` deletes the pods of the failed steps first (backend/src/common/util/workflow.go).

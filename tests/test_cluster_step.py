@@ -180,9 +180,8 @@ def test_the_step_trains_once_on_the_data_that_was_verified(
     other.join()
     for pod in pods:
         check_carried(pod, step.workspace)
-        assert (
-            len(made.node.containers[pod["metadata"]["name"]].lines) == 1
-        )  # a process, which was started once
+        # a process, which was started once
+        assert len(made.node.containers[pod["metadata"]["name"]].lines) == 1
     assert "step 2/2" in capsys.readouterr().out and load_model_file(trained)["step"] == 2
     job = made.job(step.name, run=RUN)
     assert job["metadata"]["ownerReferences"][0]["name"] == "step"
@@ -194,9 +193,8 @@ def test_the_step_trains_once_on_the_data_that_was_verified(
     processes = set(made.node.containers)
     kubectl("delete", "pytorchjob", "-n", made.namespace, job["metadata"]["name"], "--wait=false")
     wait_until(lambda: made.job(step.name, run=RUN) is None)
-    assert (
-        step("again.pt").read_bytes() == trained.read_bytes()
-    )  # a step that KFP retries after its work was done
+    # a step that KFP retries after its work was done
+    assert step("again.pt").read_bytes() == trained.read_bytes()
     assert made.job(step.name, run=RUN) is None and set(made.node.containers) == processes
 
 

@@ -109,12 +109,10 @@ def test_a_killed_worker_costs_the_steps_since_the_last_checkpoint(training: Sce
         f"pod {name}-worker-0 on node {training.node.name}: Error, exit code 137 (SIGKILL); started again"
         in text
     )
-    assert f"of {STEPS} (/" in text.replace(str(training.volume), "/data"), (
-        text
-    )  # it went on from a checkpoint
-    assert (
-        text.count(f"step {STEPS}/{STEPS}  box") == 1
-    )  # each line once, through both lives of the container
+    # it went on from a checkpoint
+    assert f"of {STEPS} (/" in text.replace(str(training.volume), "/data"), text
+    # each line once, through both lives of the container
+    assert text.count(f"step {STEPS}/{STEPS}  box") == 1
     assert load_model_file(training.volume / "killed" / "model.pt")["step"] == STEPS
     (run,) = runs(training, "killed")  # the same run went on
     assert run.info.status == "FINISHED" and points(training, run) == list(range(1, STEPS + 1))
@@ -176,12 +174,10 @@ def test_an_elastic_job_goes_on_when_a_worker_was_killed(training: Scene, tmp_pa
         "worker-1": 1,
     }, text
     assert pods[f"{name}-worker-0"].environment["PET_NNODES"] == "1:2"
-    assert f"of {STEPS} (/" in text.replace(str(training.volume), "/data"), (
-        text
-    )  # it went on from a checkpoint
-    assert (
-        text.count("step 1/") == 1 and text.count(f"step {STEPS}/{STEPS}  box") == 1
-    )  # of whichever pod is rank 0
+    # it went on from a checkpoint
+    assert f"of {STEPS} (/" in text.replace(str(training.volume), "/data"), text
+    # of whichever pod is rank 0
+    assert text.count("step 1/") == 1 and text.count(f"step {STEPS}/{STEPS}  box") == 1
     assert load_model_file(training.volume / "elastic" / "model.pt")["step"] == STEPS
     (run,) = runs(training, "elastic")
     assert run.info.status == "FINISHED" and points(training, run) == list(range(1, STEPS + 1))

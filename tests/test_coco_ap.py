@@ -108,9 +108,8 @@ def pycocotools_tables(truth, results, kind, image_ids):
         }
     )
     index.createIndex()
-    key = {"bbox": "bbox", "segm": "segmentation"}[
-        kind
-    ]  # alone: with both, masks would have their boxes' areas
+    # alone: with both, masks would have their boxes' areas
+    key = {"bbox": "bbox", "segm": "segmentation"}[kind]
     plain = [
         {name: one[name] for name in ("image_id", "category_id", "score", key)} for one in results
     ]

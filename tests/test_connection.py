@@ -266,8 +266,7 @@ def test_a_traceback_leads_to_no_header(kubeflow: Kubeflow, token: Path) -> None
 
 
 def test_nobody_is_asked_who_they_are_before_the_server_wants_to_know(
-    kubeflow: Kubeflow,
-    pipeline: Run,
+    kubeflow: Kubeflow, pipeline: Run
 ) -> None:
     kubeflow.token = SECRET
     assert (

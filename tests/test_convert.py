@@ -47,9 +47,8 @@ def test_a_published_detector_is_the_recipes_and_comes_back(name: str) -> None:
     elif name == "mmdet/vit_b":
         assert unread == 0
     elif name == "mmdet/vitae_b":
-        assert (
-            unread == -4 * 768
-        )  # four blocks have q_bias and v_bias, ours a (useless) bias of the keys as well
+        # four blocks have q_bias and v_bias, ours a (useless) bias of the keys as well
+        assert unread == -4 * 768
     else:
         assert unread == 23040  # `attn.w` of two cells has no gradient and is no parameter here
 
@@ -229,11 +228,8 @@ def test_tables_of_images_that_are_not_square() -> None:
     }
     ours = to_ours(weights, layout)
     assert ours["backbone.pos_embed"][0, :, :, 0].tolist() == [[0, 1], [2, 3], [4, 5]]
-    assert ours["backbone.blocks.1.attn.rel_pos_w"][:, 0].tolist() == [
-        0,
-        1,
-        2,
-    ]  # the tail has no use
+    # the tail has no use
+    assert ours["backbone.blocks.1.attn.rel_pos_w"][:, 0].tolist() == [0, 1, 2]
     assert shapes(to_theirs(ours, layout)) == shapes(weights)
     with pytest.raises(
         ValueError, match=r"expected \(1, n \* n, C\) without a class token, got \(1, 6, 1\)"
@@ -265,8 +261,7 @@ def test_positions_and_patches_of_another_size() -> None:
         small[0, 2:6, 2:6, 0], (torch.arange(2, 6) * 2 + 0.5)[:, None].expand(4, 4)
     )
     table = resize_table(torch.arange(27.0)[:, None].expand(27, 3), 53)
-    assert (
-        tuple(table.shape) == (53, 3) and abs(table[26, 0] - 13) < 1e-5
-    )  # the middle stays the middle
+    # the middle stays the middle
+    assert tuple(table.shape) == (53, 3) and abs(table[26, 0] - 13) < 1e-5
     kernel = resize_kernel(torch.ones(2, 3, 14, 14), 16)
     torch.testing.assert_close(kernel, torch.ones(2, 3, 16, 16))

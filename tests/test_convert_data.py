@@ -121,13 +121,11 @@ def test_yolo(vitdet: Run, yolo: Path, tmp_path: Path) -> None:
     assert outline["segmentation"] == [[10, 10, 50, 10, 50, 40]]
     assert outline["bbox"] == [10, 10, 40, 30] and outline["area"] == 600
     assert turned["bbox"] == [0, 45, 50, 10]  # shares of the upright picture
-    assert [one["file_name"] for one in tree(out, "val")["images"]] == [
-        "a_2.jpg"
-    ]  # another file of that name
+    # another file of that name
+    assert [one["file_name"] for one in tree(out, "val")["images"]] == ["a_2.jpg"]
     assert (out / "train" / "a.jpg").samefile(yolo / "images" / "train" / "a.jpg")
-    assert [finding.kind for finding in check(out).errors] == [
-        "no object to learn from or to find"
-    ]  # in val
+    # in val
+    assert [finding.kind for finding in check(out).errors] == ["no object to learn from or to find"]
     assert read_coco(out / "annotations/instances_train.json", out / "train").class_names == (
         "no",
         "dog",

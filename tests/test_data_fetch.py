@@ -215,9 +215,8 @@ def test_what_will_not_pass_is_one_line_and_the_rest_is_kept(
     with pytest.raises(error, match=says) as caught:
         get()
     assert str(caught.value).startswith(f"{web.url}{TRAIN}: ") and "\n" not in str(caught.value)
-    assert all(
-        name.startswith(".archives/") for name in tree(root)
-    )  # nothing is unpacked before all is verified
+    # nothing is unpacked before all is verified
+    assert all(name.startswith(".archives/") for name in tree(root))
     get()
     check(root, web)
 
@@ -290,9 +289,8 @@ def test_killed_anywhere_and_run_again(web: Web, root: Path) -> None:
         process,
     )
     kill(process)
-    process = start(
-        web, root, "000000000005.jpg"
-    )  # stops in the middle of this image of both folders
+    # stops in the middle of this image of both folders
+    process = start(web, root, "000000000005.jpg")
     assert process.stdout.readline().startswith("here")
     assert (TRAIN, "bytes=9000-") in web.asked
     # after the other folder

@@ -85,12 +85,10 @@ def test_a_person_fetches(vitdet: Run, web: Web) -> None:
     again = vitdet("data", "lvis", "d", "--from", "nowhere")
     assert again == (0, output.replace("\n", ", already there\n"), "")
     assert len(web.asked) == 5
-    assert (
-        vitdet("data", "coco", "e", "--from", "d/archives", "--split", "train")[0] == 1
-    )  # no COCO annotations there
-    assert (
-        vitdet("data", "lvis", "e", "--from", "d/archives", "--split", "val")[0] == 1
-    )  # val2017.zip was not kept
+    # no COCO annotations there
+    assert vitdet("data", "coco", "e", "--from", "d/archives", "--split", "train")[0] == 1
+    # val2017.zip was not kept
+    assert vitdet("data", "lvis", "e", "--from", "d/archives", "--split", "val")[0] == 1
 
 
 @pytest.mark.parametrize(

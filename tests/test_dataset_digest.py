@@ -50,10 +50,8 @@ def test_every_way_to_train_logs_the_same_digest(
     def settings(root: str) -> list[str]:
         return [*minimal(root, optim__steps=1), f"data.dataset={dataset}"]
 
-    own, held = (
-        place(source, "own"),
-        place(source, "work/data/held", os.symlink),
-    )  # as DVC leaves it
+    # as DVC leaves it
+    own, held = (place(source, "own"), place(source, "work/data/held", os.symlink))
     assert vitdet("train", "tiny", *options(settings(own)), "--output", "runs/a")[0] == 143
 
     assert (

@@ -170,9 +170,8 @@ def test_mirrored_weights_see_the_mirrored_image():
     for ours, wanted in zip(found[:4], maps[:4], strict=True):
         assert torch.allclose(ours.flip(3), wanted, atol=1e-3)
     plain = detector.pyramid(detector.backbone(canvas.flip(3) / 64))
-    assert not torch.allclose(
-        plain[0].flip(3), maps[0], atol=1e-1
-    )  # which is no property of any weights
+    # which is no property of any weights
+    assert not torch.allclose(plain[0].flip(3), maps[0], atol=1e-1)
 
 
 def test_odds_of_classes_in_the_federated_loss():

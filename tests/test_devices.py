@@ -53,9 +53,8 @@ def test_the_detector_stays_on_its_device(kind, objects):
 
 
 def test_what_stands_around_the_detector_follows_it(tiny, tmp_path, monkeypatch):
-    monkeypatch.setattr(
-        torch, "autocast", lambda *_, **__: contextlib.nullcontext()
-    )  # it knows real devices alone
+    # it knows real devices alone
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())
     config = load_config("tiny", minimal(tiny))
     detector = send(build_detector(config.model, config.evaluate))
     with far_device() as device:

@@ -148,9 +148,8 @@ def finish(process: subprocess.Popen) -> str:
 
 def tracked(folder: Path) -> tuple[MlflowClient, Run]:
     """MLflow there, and the one run that it has."""
-    from mlflow import (
-        MlflowClient,
-    )  # here: the processes of `uninterrupted_pair` import this module too
+    # here: the processes of `uninterrupted_pair` import this module too
+    from mlflow import MlflowClient
 
     client = MlflowClient(f"sqlite:///{folder / 'mlflow.db'}")
     (run,) = client.search_runs([one.experiment_id for one in client.search_experiments()])
@@ -187,13 +186,11 @@ def killed_pair(tiny: Path, folder: Path) -> None:
     for pid in (process.pid, *map(int, workers)):  # the workers are no members of its group
         os.kill(pid, signal.SIGKILL)
     process.communicate()
-    assert f"of {STEPS} (run/checkpoints)" in finish(
-        start(words, folder, processes=2)
-    )  # it went on
+    # it went on
+    assert f"of {STEPS} (run/checkpoints)" in finish(start(words, folder, processes=2))
     trained, (client, run) = (folder / "run" / "model.pt").read_bytes(), tracked(folder)
-    client.update_run(
-        run.info.run_id, "RUNNING"
-    )  # its process was killed before it could say that it has finished
+    # its process was killed before it could say that it has finished
+    client.update_run(run.info.run_id, "RUNNING")
     # as torchrun does when another node is lost at the very end
     assert "run: complete already, nothing is left to do" in finish(
         start(words, folder, processes=2)

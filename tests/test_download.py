@@ -109,12 +109,7 @@ def test_a_server_that_ignores_range_starts_again(web: Web, load: Load, tmp_path
 
 @pytest.mark.parametrize(
     "then",
-    [
-        file(),
-        file(honest=False),
-        file(ranges=False),
-        file(cut=20_000),
-    ],
+    [file(), file(honest=False), file(ranges=False), file(cut=20_000)],
     ids=["If-Range", "ignores If-Range", "ignores Range", "cut again"],
 )
 def test_two_files_are_never_joined(load: Load, then: Answer) -> None:

@@ -136,9 +136,8 @@ def test_of_coco_a_folder_carries_the_annotations_and_the_manifest(
     assert held.keys() < {one["path"] for one in locked["train"]["deps"]}
 
     project("dvc", "repro", "--force", "--single-item", "data")
-    assert (
-        results(project.folder) == before
-    )  # nothing was deleted that would have to be downloaded again
+    # nothing was deleted that would have to be downloaded again
+    assert results(project.folder) == before
 
     project("dvc", "push")
     on_another_machine(project)

@@ -120,6 +120,5 @@ def test_parts_of_the_records_share_their_arrays_and_hold_no_objects(large: Path
 def test_a_picture_of_two_splits_is_found_when_images_are_read(large: Path) -> None:
     assert check(large, images=False).ok  # ids and names are others
     (error, *_) = check(large).errors
-    assert (
-        error.kind == "picture in two splits" and error.count == 20
-    )  # all are links to the same four
+    # all are links to the same four
+    assert error.kind == "picture in two splits" and error.count == 20

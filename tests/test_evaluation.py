@@ -90,9 +90,8 @@ def test_results_are_in_the_original_images_pixels_without_rounding():
     x, y, w, h = part["bbox"]
     assert (x, w) == pytest.approx((100 * 500 / 1024, 100 * 500 / 1024))
     assert (y, h) == pytest.approx((100 * 333 / 682, 200 * 333 / 682))
-    assert (
-        decode(whole["segmentation"], 333, 500).mean() > 0.999
-    )  # all but the corners, where the paste fades to 0
+    # all but the corners, where the paste fades to 0
+    assert decode(whole["segmentation"], 333, 500).mean() > 0.999
     rows, columns = np.nonzero(decode(part["segmentation"], 333, 500))
     inside = [round(value) for value in (x, y, x + w, y + h)]
     assert (
@@ -180,9 +179,8 @@ def test_only_the_images_of_the_setting_count(spots):
 def test_lvis_is_measured_by_its_own_rules(spots):
     root = Path(spots.root)
     tree = json.loads((root / "annotations" / "instances_val.json").read_text())
-    for image in tree[
-        "images"
-    ]:  # nothing is annotated on the last one, and it is not known whether there is a spot
+    # nothing is annotated on the last one, and it is not known whether there is a spot
+    for image in tree["images"]:
         image.update(
             coco_url=f"http://host/val/{image.pop('file_name')}",
             neg_category_ids=[],
@@ -207,9 +205,8 @@ def test_lvis_is_measured_by_its_own_rules(spots):
     with pytest.raises(
         ValueError, match="category 9: category whose frequency is not r, c or f: LVIS has it"
     ):
-        evaluate_detector(
-            None, replace(spots, dataset="lvis"), EvalConfig()
-        )  # before anything is detected
+        # before anything is detected
+        evaluate_detector(None, replace(spots, dataset="lvis"), EvalConfig())
 
 
 @pytest.mark.parametrize("training", [True, False])

@@ -94,9 +94,8 @@ def test_a_pod_whose_volume_does_not_come_is_told_and_given_up() -> None:
     assert "cause: pod w-0: FailedMount: driver nfs.csi.k8s.io not found" in error
     assert sum("waiting: pod w-0: FailedMount" in line for line in lines) == 1
     pulling = event("Pulling", kind="Normal", when="2026-01-01T00:00:06Z")
-    assert (
-        startup_warning(creating, lambda _: [*record.warnings, pulling]) is None
-    )  # a big image comes, however slowly
+    # a big image comes, however slowly
+    assert startup_warning(creating, lambda _: [*record.warnings, pulling]) is None
 
 
 def crashing(state: dict, code: int = 7, count: int = 4) -> dict:
@@ -116,13 +115,14 @@ def crashing(state: dict, code: int = 7, count: int = 4) -> dict:
 
 
 def test_an_init_container_that_keeps_failing_is_told_with_its_own_log_and_given_up() -> None:
+    # between two crashes
     record = Record(
         (
             conditions("Created=True"),
             [crashing({"waiting": {"reason": "CrashLoopBackOff"}}), pod("b")],
         ),
         (conditions("Created=True"), [crashing({"running": {}}), pod("b")]),
-    )  # between two crashes
+    )
     record.logs["w-0 wait previous"] = ["2026-01-01T00:00:00Z no such host"]
     lines, error = follow(record)
     crash = (

@@ -202,10 +202,8 @@ def test_a_broken_archive_is_one_line(unpacked: Unpack, tmp_path: Path, content:
     with pytest.raises(ValueError, match="some.zip: not a whole zip archive") as caught:
         unpacked(content)
     assert "\n" not in str(caught.value)
-    assert set(files(tmp_path)) <= {
-        "some.zip",
-        "in/here/a",
-    }  # of a broken archive, the files before the break
+    # of a broken archive, the files before the break
+    assert set(files(tmp_path)) <= {"some.zip", "in/here/a"}
 
 
 def test_any_damage_is_a_line_or_does_no_harm(unpacked: Unpack, tmp_path: Path) -> None:

@@ -223,9 +223,8 @@ def test_a_job_that_is_gone_is_an_error_unless_its_training_is_complete() -> Non
         "was deleted before it ended" in error
         and "cause: pod w-0 on node n1: Error, exit code 1" in error
     )
-    lines, error = follow(
-        Record((RUNNING, []), (None, [])), complete=True
-    )  # after its time to live
+    # after its time to live
+    lines, error = follow(Record((RUNNING, []), (None, [])), complete=True)
     assert error == "" and lines[-1].endswith("is gone, and its training is complete")
 
 
@@ -328,12 +327,13 @@ def test_a_stopped_step_deletes_its_job(number: int, ctrl_c: None) -> None:
 def test_each_line_of_a_log_is_told_once_through_restarts() -> None:
     record = Record((RUNNING, []))
     log, alive = PodLog(record, "pytorch"), pod(container={"state": {"running": {}}})
+    # Go leaves zeros at the end out
     stamps = [
         "2026-01-01T00:00:00.999999999Z a",
         "2026-01-01T00:00:01Z b",
         "2026-01-01T00:00:01.1Z c",
         "2026-01-01T00:00:01.12Z d",
-    ]  # Go leaves zeros at the end out
+    ]
     record.logs["w-0"] = stamps[:3]
     assert log.new_lines(alive) == ["a", "b", "c"] and log.new_lines(alive) == []
     record.logs = {"w-0": ["2026-01-01T00:00:02Z again"], "w-0 previous": stamps}
@@ -383,11 +383,8 @@ def test_an_api_server_that_is_away_is_asked_again() -> None:
         "launcher: the API server does not answer (ProtocolError); asking again for 0 s",
         "launcher: the API server answers again",
     ]
-    starting = [
-        refused(403, "no roles yet"),
-        refused(404),
-        b"{}",
-    ]  # an API server that starts knows neither
+    # an API server that starts knows neither
+    starting = [refused(403, "no roles yet"), refused(404), b"{}"]
     assert ask("get x", answers(*starting), none_if=(404,), forbidden=5) == {}
     with pytest.raises(RuntimeError, match="the API server does not answer"):
         ask("get x", answers(ProtocolError("reset")))

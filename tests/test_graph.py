@@ -142,11 +142,8 @@ def test_every_recipe_goes_its_way_and_one_table_ends_it(tmp_path: Path) -> None
     assert played.of("clean-up") == [[["good", "better", "best"], "SUCCEEDED", run_id]]
     order = played.order()
     assert order[0] == "configs"
-    assert sorted(order[1:4]) == [
-        "announce",
-        "data",
-        "weights",
-    ]  # all of them before anything is trained
+    # all of them before anything is trained
+    assert sorted(order[1:4]) == ["announce", "data", "weights"]
     assert order[-2:] == ["compare", "clean-up"]
     assert "| a table |" in played.done.stdout
 

@@ -33,14 +33,8 @@ def test_points_are_batched_and_files_stay_alone(tmp_path: Path) -> None:
     journal.append({"points": {"loss": 1.0}, "step": 5})
     journal.append({"end": "FINISHED"})
     sizes = [len(records) for records, _ in journal.batches(4)]
-    assert sizes == [
-        2,
-        2,
-        1,
-        1,
-        1,
-        1,
-    ]  # 4 points a batch, 2 a record; the file; the last point; the end
+    # 4 points a batch, 2 a record; the file; the last point; the end
+    assert sizes == [2, 2, 1, 1, 1, 1]
     offsets = [offset for _, offset in journal.batches(4)]
     journal.move("abc", offsets[3])
     assert [record for records, _ in journal.batches(4) for record in records][0]["step"] == 5

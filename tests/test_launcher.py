@@ -81,10 +81,8 @@ def test_the_five_things_are_filled_in_and_the_rest_stays() -> None:
         ]
         assert container["command"] == replica(template, kind)[1]["command"]
         assert pod["nodeSelector"]["vitdet/pool"] == "h200"
-    assert job["spec"]["runPolicy"] == {
-        **template["spec"]["runPolicy"],
-        "backoffLimit": 3 * 6,
-    }  # 6 of each node
+    # 6 of each node
+    assert job["spec"]["runPolicy"] == {**template["spec"]["runPolicy"], "backoffLimit": 3 * 6}
     assert (
         filled(pool="", image="")["spec"]["pytorchReplicaSpecs"]["Master"]["template"]["spec"][
             "nodeSelector"
@@ -171,9 +169,8 @@ def test_a_claim_that_both_mount_is_one_volume() -> None:
         ],
     }
     template = yaml.safe_load(TEMPLATES["pytorchjob"])
-    for one in template["spec"][
-        "pytorchReplicaSpecs"
-    ].values():  # whatever its name in the job's file
+    # whatever its name in the job's file
+    for one in template["spec"]["pytorchReplicaSpecs"].values():
         text = (
             yaml.safe_dump(one)
             .replace("name: vitdet-data", "name: mine")
@@ -220,9 +217,8 @@ def test_a_trainjob_carries_the_same_as_trainer_and_runtime_patch() -> None:
     assert node["name"] == "node" and pod["metadata"]["labels"] == LABELS
     assert pod["spec"]["nodeSelector"] == {"zone": "a", "vitdet/pool": "h200"}
     assert pod["spec"]["containers"] == [{"name": "node", "volumeMounts": TASK["volume_mounts"]}]
-    assert (
-        fill_template(yaml.safe_dump(job), TRAIN, request())["spec"]["runtimePatches"][1:] == []
-    )  # its own patch once only
+    # its own patch once only
+    assert fill_template(yaml.safe_dump(job), TRAIN, request())["spec"]["runtimePatches"][1:] == []
 
 
 @pytest.mark.parametrize(

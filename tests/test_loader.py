@@ -199,9 +199,8 @@ def test_what_training_leaves_out_is_counted_once(
     content["annotations"][0]["bbox"][2] = 0
     path.write_text(json.dumps(content))
     train_loader(data, 4, seed=0, start_step=0, steps=1)
-    train_loader(
-        data, 4, seed=0, start_step=0, steps=1, rank=1, world_size=2
-    )  # the first process has said it
+    # the first process has said it
+    train_loader(data, 4, seed=0, start_step=0, steps=1, rank=1, world_size=2)
     assert [record.getMessage() for record in caplog.records] == [
         f"{path}: objects left out of training: 1 of zero size"
     ]

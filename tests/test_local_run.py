@@ -64,12 +64,8 @@ def finished(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Finished:
 
 def test_two_recipes_are_trained_side_by_side_and_end_in_one_table(finished: Finished) -> None:
     taken = steps(finished.first)
-    assert sorted(taken[:4]) == [
-        "announce",
-        "configs",
-        "data",
-        "weights",
-    ]  # all of them before anything is trained
+    # all of them before anything is trained
+    assert sorted(taken[:4]) == ["announce", "configs", "data", "weights"]
     assert sorted(taken[4:-2]) == sorted(2 * ["train", "evaluate", "gate", "register"])
     assert taken[-2:] == ["compare", "clean-up"] and taken[4:6] == ["train", "train"]
     parent, children = finished.runs(finished.first)

@@ -64,9 +64,8 @@ def test_precision_is_float32_or_better(dtype):
 
 
 def test_federated_looks_at_the_chosen_classes_alone():
-    logits = torch.tensor(
-        [[1.0, -2.0, 3.0, 9.0], [0.5, 0.0, -1.0, 9.0]], requires_grad=True
-    )  # the last: background
+    # the last: background
+    logits = torch.tensor([[1.0, -2.0, 3.0, 9.0], [0.5, 0.0, -1.0, 9.0]], requires_grad=True)
     labels = torch.tensor([0, 3])
     found = losses.federated_classification(logits, labels, torch.tensor([0, 2, 3]))
     wanted = [math.log(1 + math.exp(x)) for x in (-1.0, 3.0, 0.5, -1.0)]
@@ -85,9 +84,8 @@ def test_federated_classes_are_those_present_and_drawn_ones():
         assert len(found.unique()) == 4 and 1 not in found  # class 1 has no weight
     assert federated_classes(labels, weights, 4, draw=False).tolist() == [2, 6, 0, 3]
     assert federated_classes(labels, weights, 2).tolist() == [2, 6]
-    assert federated_classes(torch.arange(7), weights, 3).tolist() == list(
-        range(7)
-    )  # more present than wanted
+    # more present than wanted
+    assert federated_classes(torch.arange(7), weights, 3).tolist() == list(range(7))
 
 
 def test_federated_classes_are_drawn_by_weight():

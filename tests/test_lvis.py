@@ -13,9 +13,8 @@ from vitdet.evaluation.lvis import best, compare, compare_file, summary
 from vitdet.evaluation.results import Truth, read_truth
 
 GOLDEN = Path(__file__).parent / "published" / "lvis_random"
-EXAMPLE = (
-    Path(__file__).parents[2] / "shared" / "data" / "coco-eval"
-)  # of the package: lvis_val_100.json
+# of the package: lvis_val_100.json
+EXAMPLE = Path(__file__).parents[2] / "shared" / "data" / "coco-eval"
 NAMES = (
     "ap",
     "ap50",

@@ -50,10 +50,8 @@ def test_what_was_brought_can_be_trained_on(get: Fetch, web: Web, root: Path, lv
     get(wanted=wanted)
     data = settings(root)
     brought, made = (read_split(settings(place), "val") for place in (root, lvis))
-    assert {one.path.parent.name for one in brought.records} == {
-        "train2017",
-        "val2017",
-    }  # LVIS divides COCO anew
+    # LVIS divides COCO anew
+    assert {one.path.parent.name for one in brought.records} == {"train2017", "val2017"}
     assert all(
         one.path.read_bytes() == other.path.read_bytes() and one.image_id == other.image_id
         for one, other in zip(brought.records, made.records, strict=True)

@@ -20,10 +20,8 @@ pytestmark = pytest.mark.skipif(not shutil.which("kubectl"), reason="needs kubec
 MANIFESTS = ROOT / "manifests"
 CLOUDS, GPUS = ("gke", "eks", "onprem"), ("a100", "h100", "h200")
 OVERLAYS = ("kind", *CLOUDS)
-JOBS = {
-    "pytorchjob": ".",
-    "trainjob": "trainjob",
-}  # folder of the job -> folder of its kustomization in an overlay
+# folder of the job -> folder of its kustomization in an overlay
+JOBS = {"pytorchjob": ".", "trainjob": "trainjob"}
 HEADER = "apiVersion: kustomize.config.k8s.io/v1beta1\nkind: Kustomization\n"
 
 
@@ -50,9 +48,8 @@ def pools(
     found = {}
     for document in overlay(name, "cluster") if cluster is None else cluster:
         if document["kind"] == "ComputeClass":
-            found[f"cloud.google.com/compute-class={document['metadata']['name']}"] = {
-                GPU_TAINT
-            }  # by GKE itself
+            # by GKE itself
+            found[f"cloud.google.com/compute-class={document['metadata']['name']}"] = {GPU_TAINT}
         elif document["kind"] == "NodePool":
             template = document["spec"]["template"]
             labels = ",".join(
@@ -85,9 +82,8 @@ def copy(tmp_path: Path) -> Path:
 @pytest.mark.parametrize("name", OVERLAYS)
 def test_an_overlay_is_right(name: str, part: str) -> None:
     jobs = overlay(name, JOBS[part])
-    runtime = (
-        "TrainingRuntime" if name == "kind" else "ClusterTrainingRuntime"
-    )  # before the job that names it
+    # before the job that names it
+    runtime = "TrainingRuntime" if name == "kind" else "ClusterTrainingRuntime"
     assert [job["kind"] for job in jobs] == {
         "pytorchjob": ["PyTorchJob"],
         "trainjob": [runtime, "TrainJob"],
@@ -190,17 +186,15 @@ def test_both_kinds_run_the_same(name: str) -> None:
     )
     assert master == worker
     ((_, node),) = pods([runtime])
-    node = json.loads(
-        json.dumps(node).replace('"name": "vitdet-data"', '"name": "data"')
-    )  # the volume, by its claim
+    # the volume, by its claim
+    node = json.loads(json.dumps(node).replace('"name": "vitdet-data"', '"name": "data"'))
     node["spec"].pop("restartPolicy", None)
     ours, theirs = master["spec"]["containers"][0], node["spec"]["containers"][0]
     assert ours["args"] == trainjob["spec"]["trainer"]["args"] and ours["args"][0] == "train"
     assert ours["args"][1] in recipes()
     assert theirs["image"] == trainjob["spec"]["trainer"]["image"]
-    assert (
-        ours["command"][0] == theirs["command"][0] == "torchrun"
-    )  # a PyTorchJob's nodes meet by c10d
+    # a PyTorchJob's nodes meet by c10d
+    assert ours["command"][0] == theirs["command"][0] == "torchrun"
     assert ours["command"][-2:] == theirs["command"][-2:] == ["-m", "vitdet"]
     own = ("name", "args", "ports", "command")
     assert {
@@ -275,9 +269,8 @@ def test_the_operator_s_init_container_meets_restricted() -> None:
     text = re.sub(r"{{[.](\w+)}}", r"\1", template["data"]["initContainer.yaml"])
     _, pod = next(pods(overlay("kind")))
     added = yaml.safe_load(text)[0]
-    added["volumeMounts"] = [
-        {"name": "tmp", "mountPath": "/tmp"}
-    ]  # which it does without: its root stays unwritten
+    # which it does without: its root stays unwritten
+    added["volumeMounts"] = [{"name": "tmp", "mountPath": "/tmp"}]
     assert insecure("", {**pod, "spec": {**pod["spec"], "initContainers": [added]}}, set()) == []
     patch = yaml.safe_load((MANIFESTS / "training-operator" / "deployment-patch.yaml").read_text())
     (volume,) = patch["spec"]["template"]["spec"]["volumes"]

@@ -67,9 +67,8 @@ def test_rasterize_equals_point_in_polygon():
             ]
             for i in range(28)
         ]
-        assert (
-            cells != torch.tensor(wanted)
-        ).sum() <= 1  # a centre may lie on an edge within rounding
+        # a centre may lie on an edge within rounding
+        assert (cells != torch.tensor(wanted)).sum() <= 1
 
 
 def test_rasterize_agrees_with_pycocotools():

@@ -35,10 +35,8 @@ def _closes(lines: np.ndarray) -> bool:
 
 
 def test_polygon_parts_turn_alike_and_unite() -> None:
-    square, turned = (
-        [1, 1, 7, 1, 7, 7, 1, 7],
-        [4, 4, 4, 9, 9, 9, 9, 4],
-    )  # one clockwise, one not, overlapping
+    # one clockwise, one not, overlapping
+    square, turned = ([1, 1, 7, 1, 7, 7, 1, 7], [4, 4, 4, 9, 9, 9, 9, 4])
     found = edges_of([[square, turned], [square]], 12, 12)
     assert found.shape == (2, 8, 4) and found.dtype == np.float32
     assert not found[1, 4:].any()
@@ -60,9 +58,8 @@ def test_rle_outline_is_exact() -> None:
 
 
 def test_a_rectangle_of_pixels_has_four_edges_also_uncompressed() -> None:
-    (found,) = edges_of(
-        [{"size": [4, 5], "counts": [5, 2, 2, 2, 9]}], 4, 5
-    )  # columns 1, 2, rows 1, 2
+    # columns 1, 2, rows 1, 2
+    (found,) = edges_of([{"size": [4, 5], "counts": [5, 2, 2, 2, 9]}], 4, 5)
     assert sorted(map(tuple, found.tolist())) == [
         (1, 1, 1, 3),
         (1, 3, 3, 3),

@@ -41,9 +41,8 @@ def test_mlflow_knows_every_option_and_variable(container: dict) -> None:
 
 
 def test_the_accounts_lie_in_the_same_database(container: dict) -> None:
-    known = (
-        Path(find_spec("mlflow").origin).parent / "server" / "auth" / "basic_auth.ini"
-    )  # its own, with all settings
+    # its own, with all settings
+    known = Path(find_spec("mlflow").origin).parent / "server" / "auth" / "basic_auth.ini"
     ours = ConfigParser()
     ours.read(FOLDER / "basic_auth.ini")
     settings = dict(ours["mlflow"])

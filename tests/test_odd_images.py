@@ -192,9 +192,8 @@ def test_what_pillow_suspects_is_not_said_to_the_user(
 ) -> None:
     data_set(tmp_path, (HIGH, WIDE))
     ODD["EXIF that is broken: cut"](tmp_path / "odd" / "odd.jpg")
-    monkeypatch.setattr(
-        Image, "MAX_IMAGE_PIXELS", HIGH * WIDE - 1
-    )  # a warning; of twice as many an error
+    # a warning; of twice as many an error
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", HIGH * WIDE - 1)
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         assert vitdet("data", "check", tmp_path, "--images")[::2] == (0, "")

@@ -133,6 +133,5 @@ def test_parameters_without_a_gradient_only_decay() -> None:
 def test_the_schedule_at_its_edges() -> None:
     found = [lr_factor(step, SETTINGS) for step in range(STEPS)]
     assert found == pytest.approx(FACTORS, rel=1e-12)
-    assert (
-        found[3] == 1.0 and found[5] == 1.0
-    )  # the end of the warm-up; the last before a milestone
+    # the end of the warm-up; the last before a milestone
+    assert found[3] == 1.0 and found[5] == 1.0

@@ -38,9 +38,8 @@ def test_trace_is_undone_by_fill() -> None:
         [parts] = trace([bitmap], 0.0)
         assert all(signed_area(part) > 0 for part in parts)
         filled = np.any([fill(part, 20, 30) for part in parts], axis=0)
-        assert (
-            filled | bitmap == filled
-        ).all()  # a slot through the middle may be a hole, which is filled
+        # a slot through the middle may be a hole, which is filled
+        assert (filled | bitmap == filled).all()
 
 
 def test_pixels_that_touch_at_a_corner_are_two_parts() -> None:

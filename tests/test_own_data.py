@@ -109,9 +109,8 @@ def test_a_folder_brings_its_splits_and_classes(own_tiny: Path, recipe: str) -> 
         recipe != "tiny"
     )
     told = [f"{key}={value}" for key, value in found.items()]
-    assert (
-        load_config(recipe, [*overrides, *told]) == config
-    )  # nothing else, and a user could have set it
+    # nothing else, and a user could have set it
+    assert load_config(recipe, [*overrides, *told]) == config
 
 
 @pytest.mark.parametrize(

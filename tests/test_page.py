@@ -89,11 +89,8 @@ def test_the_page_tells_what_is_there_and_asks_nobody(
 def test_an_outline_is_drawn_where_it_is(vitdet: Run, own_tiny: Path, tmp_path: Path) -> None:
     def then(tree: dict) -> None:
         head = tree["images"][0]
-        counts = [
-            head["height"] * 20 + 10,
-            30,
-            head["height"] * (head["width"] - 20) - 40,
-        ]  # a line down in column 20
+        # a line down in column 20
+        counts = [head["height"] * 20 + 10, 30, head["height"] * (head["width"] - 20) - 40]
         tree["images"] = [head]
         tree["annotations"] = [
             {

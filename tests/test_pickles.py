@@ -91,9 +91,8 @@ def test_an_exploit_does_nothing(tmp_path: Path, name: str, how: str) -> None:
 def test_the_forbidden_name_is_said(tmp_path: Path) -> None:
     for suffix in ("pkl", "pth"):
         path = tmp_path / f"model.{suffix}"
-        path.write_bytes(
-            b"cposix\nsystem\n(S'true'\ntR."
-        )  # written by hand, in the oldest protocol
+        # written by hand, in the oldest protocol
+        path.write_bytes(b"cposix\nsystem\n(S'true'\ntR.")
         assert "it names posix.system, and reading that could run code" in one_line(path)
     torch.save({"model": {}, "x": Call(os.mkdir, "x")}, tmp_path / "model.pth")
     assert "it names posix.mkdir" in one_line(tmp_path / "model.pth")

@@ -202,10 +202,8 @@ def test_edited_code_runs_its_stages(project: Project) -> None:
     assert project.ran == ["train", "from 0 to 20", "evaluate", "register"]
     (project.folder / "vitdet/evaluation/code.py").write_text("edited")
     project("dvc", "repro")
-    assert project.ran == [
-        "evaluate",
-        "register",
-    ]  # with the code as it now is: it travels with the model
+    # with the code as it now is: it travels with the model
+    assert project.ran == ["evaluate", "register"]
 
 
 @pytest.mark.parametrize(

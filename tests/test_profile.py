@@ -63,9 +63,8 @@ def test_nothing_cluster_wide_is_left(name: str, copy: Path) -> None:
         ],
     )
     assert cluster_wide([*cluster, *jobs]) == {}
-    classes = [
-        one for one in overlay(name, "cluster") if one["kind"] == "StorageClass"
-    ]  # the administrator's
+    # the administrator's
+    classes = [one for one in overlay(name, "cluster") if one["kind"] == "StorageClass"]
     assert problems([*cluster, *classes], jobs, pools(name)) == []
     assert {"LocalQueue", "PersistentVolumeClaim", "StatefulSet"} <= {
         document["kind"] for document in cluster

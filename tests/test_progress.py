@@ -57,15 +57,10 @@ def test_one_line_that_changes_on_a_terminal(monkeypatch: pytest.MonkeyPatch) ->
     text, _ = show(Terminal())
     shown = text.split("\r\x1b[2K")
     assert shown[0] == "" and len(shown) == 5
-    assert [part.endswith("\n") for part in shown[1:]] == [
-        False,
-        False,
-        True,
-        True,
-    ]  # AP stays; close ends the line
-    assert all(
-        len(part.rstrip("\n")) < 60 for part in shown
-    )  # one that breaks could not be taken back
+    # AP stays; close ends the line
+    assert [part.endswith("\n") for part in shown[1:]] == [False, False, True, True]
+    # one that breaks could not be taken back
+    assert all(len(part.rstrip("\n")) < 60 for part in shown)
     assert "images/s  loss 3.500" in shown[1]
 
 

@@ -16,9 +16,8 @@ from vitdet.cli import parser as vitdet_parser
 TEXT = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```(\w*)\n(.*?)```", TEXT, re.S)
 LOAD, TRAIN = (text for language, text in BLOCKS if language == "python")
-SHELL = [
-    text for language, text in BLOCKS if not language and "[--set k=v]..." not in text
-]  # but for the synopsis
+# but for the synopsis
+SHELL = [text for language, text in BLOCKS if not language and "[--set k=v]..." not in text]
 LINES = "".join(SHELL).replace("\\\n", " ").splitlines()
 COMMANDS = [
     line.split("  #")[0].split(" | ")[-1].strip()

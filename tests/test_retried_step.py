@@ -50,10 +50,8 @@ def test_the_cause_is_written_on_the_failed_job_which_stays() -> None:
 
 def test_a_retried_step_says_it_again_at_once_and_trains_nothing() -> None:
     told = "PyTorchJob vitdet-tiny-1 failed: 1 Worker replica(s) failed.\ncause: pod w: OOMKilled"
-    for status in (
-        FAILED,
-        conditions("Created=True", "Suspended=True"),
-    ):  # the latter could not start
+    # the latter could not start
+    for status in (FAILED, conditions("Created=True", "Suspended=True")):
         record = Record((DONE, []), there=there(status, told))
         lines, error = follow(record)
         assert error == told and record.asked == ["create", "adopt step"]
@@ -302,9 +300,8 @@ def test_a_kind_that_may_not_be_listed_keeps_no_job_of_the_other(
     assert left.startswith(
         "trainjobs were not looked at: cannot delete in namespace ours: trainjobs is forbidden"
     )
-    with pytest.raises(
-        PermissionError, match="trainjobs is forbidden.*; deleted: runs$"
-    ):  # the run's may be left
+    # the run's may be left
+    with pytest.raises(PermissionError, match="trainjobs is forbidden.*; deleted: runs$"):
         delete(objects, monkeypatch, "TrainJob")
 
 
@@ -367,6 +364,5 @@ def test_how_long_a_job_stays_counts_from_its_end() -> None:
     del job["spec"]["runPolicy"]
     assert retention(PYTORCH, job).endswith("until somebody deletes it")
     assert retention(PYTORCH, {**job, **RUNNING}) == ""
-    assert datetime.fromisoformat("2026-03-01T10:00:00Z") + timedelta(
-        days=1
-    )  # Python 3.11 reads Kubernetes' times
+    # Python 3.11 reads Kubernetes' times
+    assert datetime.fromisoformat("2026-03-01T10:00:00Z") + timedelta(days=1)

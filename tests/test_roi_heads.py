@@ -126,10 +126,8 @@ def test_next_stage_learns_from_boxes_cut_to_the_picture():
     (found, _) = heads.reassign(
         2, [refined, refined[:0]], [one, target([], [])], torch.tensor([[128, 128], [9, 9]])
     )
-    assert found.boxes.tolist() == [
-        *refined[:3].tolist(),
-        [60, 80, 128, 90],
-    ]  # the empty one is gone
+    # the empty one is gone
+    assert found.boxes.tolist() == [*refined[:3].tolist(), [60, 80, 128, 90]]
     assert found.matched.tolist() == [0, 0, -1, -1]  # IoU 1, 0.75, 0.6, 0 against 0.7
 
 
@@ -137,9 +135,8 @@ def test_next_stage_learns_from_boxes_cut_to_the_picture():
 def test_every_stage_of_detection_takes_the_boxes_of_the_one_before_cut_to_the_picture(monkeypatch):
     heads = small_detector(ious=(0.5, 0.6, 0.7)).roi_heads
     for stage in heads.stages:
-        stage.deltas.bias.copy_(
-            torch.tensor([0.0, 0.0, 10.0, 10.0])
-        )  # every stage doubles boxes, or more
+        # every stage doubles boxes, or more
+        stage.deltas.bias.copy_(torch.tensor([0.0, 0.0, 10.0, 10.0]))
     seen, run_stage = [], heads.run_stage
 
     def record(stage, features, boxes):
@@ -149,11 +146,8 @@ def test_every_stage_of_detection_takes_the_boxes_of_the_one_before_cut_to_the_p
     monkeypatch.setattr(heads, "run_stage", record)
     features = [torch.randn(2, 16, 128 // s, 128 // s) for s in (4, 8, 16, 32)]
     found = heads.detect(features, [proposals(6), proposals(4, seed=1)], SIZES)
-    assert len(found) == 2 and [len(boxes) for boxes in seen] == [
-        10,
-        10,
-        10,
-    ]  # none dropped on the way
+    # none dropped on the way
+    assert len(found) == 2 and [len(boxes) for boxes in seen] == [10, 10, 10]
     limits = torch.tensor([[128.0, 128.0]] * 6 + [[90.0, 100.0]] * 4)
     for boxes in seen[1:]:
         assert (boxes >= 0).all() and (boxes[:, 2:] <= limits).all()

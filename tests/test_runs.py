@@ -33,9 +33,8 @@ def pipeline(
     package, run = tmp_path / "package.yaml", command(kubeflow, monkeypatch, capsys)
     parameters = {name: {"parameterType": "LIST"} for name in ("recipes", "overrides")}
     package.write_text(yaml.safe_dump({"root": {"inputDefinitions": {"parameters": parameters}}}))
-    monkeypatch.setattr(
-        "pipeline.cli.submit.check_recipes", lambda *_: True
-    )  # `test_submit` has it
+    # `test_submit` has it
+    monkeypatch.setattr("pipeline.cli.submit.check_recipes", lambda *_: True)
     return lambda verb, *words: run(
         verb, *words, "--every", 0.01, *(["--package", package] if verb == "submit" else [])
     )

@@ -79,9 +79,8 @@ def test_workers_that_start_afresh_look_at_the_memory_of_the_first(
     rows, own = json.loads(done.stdout)
     assert len({pid for _, pid, _ in rows}) == 2
     assert len(own) == 4 and all("memfd:vitdet" in place for place in own) and len(set(own)) == 4
-    assert all(
-        place == [*own, "(0, 4)", True] for _, _, place in rows
-    )  # inode and name; torch comes from the parent
+    # inode and name; torch comes from the parent
+    assert all(place == [*own, "(0, 4)", True] for _, _, place in rows)
     data = DataConfig(root=str(folder), train_split="train", image_size=64)
     alone = TrainData(read_split(data, "train"), data, 0)
     assert [image for image, _, _ in rows] == list(alone.__getitems__(range(12)).image_ids)

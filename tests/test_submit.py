@@ -114,9 +114,8 @@ def test_a_run_is_what_was_asked_for(kubeflow: Kubeflow, pipeline: Run, package:
     assert out == f"run  a name\nid   0000-run-0\nlink {kubeflow.url}/#/runs/details/0000-run-0\n"
     [body] = kubeflow.bodies("POST /runs")
     assert body.pop("description").startswith("submission ")
-    assert (
-        body.pop("pipeline_spec") == _extract_pipeline_yaml(str(package)).to_dict()
-    )  # as kfp.Client has it
+    # as kfp.Client has it
+    assert body.pop("pipeline_spec") == _extract_pipeline_yaml(str(package)).to_dict()
     assert body == {
         "display_name": "a name",
         "experiment_id": "0000-exp-0",

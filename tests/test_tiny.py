@@ -263,6 +263,5 @@ def test_colour_and_connected_components_do_not_solve_it(tiny: Path) -> None:
     assert average_precision(tiny, results, "bbox", classes=True) < 15
     assert average_precision(tiny, results, "segm", classes=True) < 15
     one_each = results[:: len(CATEGORIES)]
-    assert (
-        average_precision(tiny, one_each, "bbox", classes=False) > 15
-    )  # it finds things: what it lacks is the class
+    # it finds things: what it lacks is the class
+    assert average_precision(tiny, one_each, "bbox", classes=False) > 15

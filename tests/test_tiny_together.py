@@ -33,9 +33,8 @@ def draw(folder: Path, ready: Barrier, answers: Queue) -> None:
 def test_of_processes_that_draw_it_at_once_one_makes_it_and_the_others_find_it(
     tmp_path: Path,
 ) -> None:
-    context = multiprocessing.get_context(
-        "fork"
-    )  # as make_tiny itself does; the package takes a second to import
+    # as make_tiny itself does; the package takes a second to import
+    context = multiprocessing.get_context("fork")
     ready, answers = context.Barrier(3), context.Queue()
     racing = [
         context.Process(target=draw, args=(tmp_path / "tiny", ready, answers), daemon=True)

@@ -70,9 +70,8 @@ def test_a_rectangle_is_where_its_box_says(seed: int) -> None:
         assert len(rows) == 0
         return
     found = [columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]
-    assert (
-        np.abs(boxes[0] - found).max() <= 0.75
-    )  # half a pixel of rounding and the blur of the resize
+    # half a pixel of rounding and the blur of the resize
+    assert np.abs(boxes[0] - found).max() <= 0.75
 
 
 @pytest.mark.parametrize("seed", range(8))
@@ -219,13 +218,8 @@ def test_an_outline_around_the_window_fills_it_and_one_outside_is_dropped() -> N
         40,
     )
     boxes, keep = visible_boxes(outlines, (30, 40))
-    assert keep.tolist() == [
-        True,
-        False,
-        False,
-        False,
-        False,
-    ]  # the fourth only touches, the fifth is flat
+    # the fourth only touches, the fifth is flat
+    assert keep.tolist() == [True, False, False, False, False]
     assert boxes[0].tolist() == [0, 0, 40, 30]
     assert visible_boxes(edges_of([], 30, 40), (30, 40))[0].shape == (0, 4)
 
@@ -241,9 +235,8 @@ def test_padding_edges_stay_zero() -> None:
 
 
 def test_colors_equal_the_steps_one_after_the_other() -> None:
-    image = Image.fromarray(
-        np.random.default_rng(0).integers(80, 150, (20, 30, 3), np.uint8)
-    )  # nothing saturates
+    # nothing saturates
+    image = Image.fromarray(np.random.default_rng(0).integers(80, 150, (20, 30, 3), np.uint8))
     luma = np.array([0.299, 0.587, 0.114])
     expected = 1.1 * np.asarray(image).astype(float)
     expected = 0.8 * expected + 0.2 * (expected @ luma).mean()
@@ -296,9 +289,8 @@ def test_antialiasing_can_be_left_out_in_training_and_evaluation() -> None:
     plain = np.asarray(affine.seen(image, antialias=False))
     flipped = np.asarray(image)[:, ::-1]
     assert np.array_equal(plain, resize_bilinear(flipped, (45, 70))[3:43, 5:65])
-    assert (
-        np.abs(plain.astype(int) - np.asarray(affine.seen(image, antialias=True))).mean() > 10
-    )  # of noise, PIL's keeps far less
+    # of noise, PIL's keeps far less
+    assert np.abs(plain.astype(int) - np.asarray(affine.seen(image, antialias=True))).mean() > 10
     canvas, size = resize_and_pad(np.asarray(image), 64, antialias=False)
     assert size == (41, 64) and np.array_equal(
         canvas[:, :41], resize_bilinear(np.asarray(image), (41, 64)).transpose(2, 0, 1)

@@ -234,9 +234,8 @@ def test_half_precision_stays_finite_and_near(name, dtype):
 
 def test_features_leave_the_range_of_half_precision_unharmed():
     performer = Performer(8, 64).eval()
-    u = (0.9 * performer.w[:1]).half()[
-        None
-    ]  # exp(|w|^2 (0.9 - 0.81 / 2)) = exp(15.84), float16 ends at exp(11.09)
+    # exp(|w|^2 (0.9 - 0.81 / 2)) = exp(15.84), float16 ends at exp(11.09)
+    u = (0.9 * performer.w[:1]).half()[None]
     assert performer.features(u).max() > 65504
     with torch.autocast("cpu", torch.float16):
         assert torch.allclose(performer.linear_attention(u, u, u), u, rtol=1e-3)

@@ -24,10 +24,8 @@ STATE_1 = (
     "vitdet training state, version 1"  # the same content; each step drew other random numbers
 )
 FULL = {errno.ENOSPC, errno.EFBIG, errno.EDQUOT}
-TORN = (
-    "PytorchStreamWriter failed writing file",
-    "unexpected pos",
-)  # torch's words where the disk takes less than all
+# torch's words where the disk takes less than all
+TORN = ("PytorchStreamWriter failed writing file", "unexpected pos")
 
 
 def save(path: Path, content: dict) -> None:
@@ -124,9 +122,8 @@ class Checkpoints:
         self.folder.mkdir(parents=True, exist_ok=True)
         with open(self.folder / ".lock", "w") as file:
             try:
-                fcntl.lockf(
-                    file, fcntl.LOCK_EX | fcntl.LOCK_NB
-                )  # unlike flock, data-loader processes do not share it
+                # unlike flock, data-loader processes do not share it
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
                 raise ValueError(
                     f"{self.folder}: another training is writing here; wait for its end or choose "
@@ -138,10 +135,8 @@ class Checkpoints:
         """Writes the state after `step` steps and removes those that are too old."""
         path = self.folder / f"step_{step:08d}.pt"
         save(path, {"format": STATE, "step": step, **content})
-        for old in [
-            *self.all()[: -self.keep],
-            *self.folder.glob(".step_*.tmp"),
-        ]:  # a killed process left these
+        # a killed process left these
+        for old in [*self.all()[: -self.keep], *self.folder.glob(".step_*.tmp")]:
             old.unlink()
         return path
 

@@ -16,9 +16,8 @@ from torch import Tensor
 from torch import distributed as dist
 
 T = TypeVar("T")
-PATIENCE = timedelta(
-    minutes=30
-)  # what all wait for one: it may look at a million files, or compare LVIS's detections
+# what all wait for one: it may look at a million files, or compare LVIS's detections
+PATIENCE = timedelta(minutes=30)
 
 
 @contextmanager

@@ -25,14 +25,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from vitdet.config import (
-    Config,
-    difference,
-    digest,
-    legacy_digest,
-    load_config,
-    save_config,
-)
+from vitdet.config import Config, difference, digest, legacy_digest, load_config, save_config
 from vitdet.files import sha256, write_json
 
 if TYPE_CHECKING:

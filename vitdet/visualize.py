@@ -19,11 +19,8 @@ COMFORTABLE = (
 )
 
 
-DARK, FILL, SHADOW = (
-    (15, 15, 15),
-    0.42,
-    0.5,
-)  # colour of the shadow that lines cast on a like background; opacities
+# colour of the shadow that lines cast on a like background; opacities
+DARK, FILL, SHADOW = ((15, 15, 15), 0.42, 0.5)
 GOLDEN = 0.618034  # of the circle of hues: neighbours in the list of classes get far colours, however many there are
 
 
@@ -190,9 +187,8 @@ def _paint_caption(
         x = round(min(max(x, 0), max(0, canvas.width - wide)))
         y = round(min(max(y, 0), max(0, canvas.height - high)))
         frames.append((x, y, x + wide, y + high))
-    frame = min(
-        frames, key=lambda one: sum(_shared(one, other) for other in taken)
-    )  # the first of equally good ones
+    # the first of equally good ones
+    frame = min(frames, key=lambda one: sum(_shared(one, other) for other in taken))
     pen.rounded_rectangle((frame[0], frame[1], frame[2] - 1, frame[3] - 1), radius=pad, fill=color)
     light = 0.299 * color[0] + 0.587 * color[1] + 0.114 * color[2]
     pen.text(

@@ -134,10 +134,7 @@ def signal_name(code: int) -> str:
 def container_statuses(pod: dict) -> list[dict]:
     """The statuses of all containers, those of init containers first."""
     status = pod.get("status") or {}
-    return [
-        *(status.get("initContainerStatuses") or []),
-        *(status.get("containerStatuses") or []),
-    ]
+    return [*(status.get("initContainerStatuses") or []), *(status.get("containerStatuses") or [])]
 
 
 def failure_reason(pod: dict) -> Cause | None:

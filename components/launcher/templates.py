@@ -103,9 +103,8 @@ def fill_template(template: str, kind: Kind, request: JobRequest) -> dict:
             f"the job's template must hold one {kind.name}, it holds "
             f"{', '.join(str(part.get('kind')) for part in found) or 'nothing'}"
         )
-    job = json.loads(
-        json.dumps(jobs[0])
-    )  # a copy: YAML anchors share objects between Master and Worker
+    # a copy: YAML anchors share objects between Master and Worker
+    job = json.loads(json.dumps(jobs[0]))
     metadata = job.setdefault("metadata", {})
     metadata.update(name=request.name, namespace=request.namespace)
     metadata.setdefault("labels", {}).update(request.labels)

@@ -11,12 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from pipeline.cli.arguments import (
-    add_overrides,
-    add_server,
-    connect_server,
-    read_job_file,
-)
+from pipeline.cli.arguments import add_overrides, add_server, connect_server, read_job_file
 from pipeline.client import RECURRING, Server, failed_steps
 from pipeline.request import (
     RunRequest,

@@ -36,10 +36,8 @@ from vitdet.weights.formats.table import to_ours
 
 EPS = 1e-5  # of the LNs in neck and heads
 EVERYTHING = 1_000_000
-BOX_HEADS = {
-    "Shared4Conv1FCBBoxHead": (4, 1),
-    "Shared2FCBBoxHead": (0, 2),
-}  # convolutions, fully connected layers
+# convolutions, fully connected layers
+BOX_HEADS = {"Shared4Conv1FCBBoxHead": (4, 1), "Shared2FCBBoxHead": (0, 2)}
 TRUTH = ("gt_boxes", "gt_labels", "gt_masks")
 INPUTS = ("img", *TRUTH)
 # Stands in for the train_cfg of a config for inference: what it sets is not used then.
@@ -187,9 +185,8 @@ def run_test(
     pooled = pool(features, [detections.boxes], heads.strides, mask_head.BINS, heads.sampling_ratio)
     found["det_mask_logits"] = heads.mask(pooled, detections.labels)
     height, width = (one / two for one, two in zip(original, sizes[0].tolist(), strict=True))
-    boxes = detections.boxes * torch.tensor(
-        [width, height, width, height]
-    )  # empty ones stay, as in mmdet
+    # empty ones stay, as in mmdet
+    boxes = detections.boxes * torch.tensor([width, height, width, height])
     found |= {"det_boxes": boxes, "det_scores": detections.scores, "det_labels": detections.labels}
     return found, paste(detections.masks, boxes, original)
 

@@ -155,9 +155,8 @@ def run_fetch(given: argparse.Namespace) -> int:
     name = load_config(given.name).train.init if is_config else given.name
     if not name:
         if given.output:
-            given.output.mkdir(
-                parents=True, exist_ok=True
-            )  # a stage of a pipeline has to leave something
+            # a stage of a pipeline has to leave something
+            given.output.mkdir(parents=True, exist_ok=True)
         print("train.init is empty: training starts from random weights")
     elif Path(name).suffix:
         print(own_file(Path(name), given.output))

@@ -18,13 +18,10 @@ import numpy as np
 from vitdet.data.annotation_file import Broken, Entries
 
 NUMBERS = frozenset({int, float})
-SIDE = (
-    2**16
-)  # pixels that no side of an image reaches: JPEG has none as long, and RLEs count pixels in 32 bits
-LISTS = (
-    "neg_category_ids",
-    "not_exhaustive_category_ids",
-)  # of an LVIS image: what its annotators looked for
+# pixels that no side of an image reaches: JPEG has none as long, and RLEs count pixels in 32 bits
+SIDE = 2**16
+# of an LVIS image: what its annotators looked for
+LISTS = ("neg_category_ids", "not_exhaustive_category_ids")
 NEEDED = frozenset({"image_id", "category_id", "bbox", "segmentation"})  # of an annotation
 OUTSIDE = 1.0  # pixels by which a box may leave its image unnoticed: annotators' rounding
 COCOS = "LVIS has it; with COCO's annotations take dataset coco"
@@ -32,9 +29,8 @@ LARGEST = SIDE**2  # pixels of an area; beyond 1e10 COCO's evaluation would pass
 CROWD, EMPTY = "crowd", "of zero size"  # why training leaves an object out
 
 Table = list | Entries
-Say = Callable[
-    [str, str, str], None
-]  # is told the kind of problem, the place in the file, the value ('': none)
+# is told the kind of problem, the place in the file, the value ('': none)
+Say = Callable[[str, str, str], None]
 
 
 def refuse(kind: str, where: str, what: str) -> None:
@@ -313,9 +309,8 @@ def segmentation_problem(
             finite = False
         if not finite:
             return "polygon with coordinates that are not finite numbers", show(part)
-        if size is not None and reaches_far(
-            part, size
-        ):  # pycocotools draws all of it, pixel by pixel
+        # pycocotools draws all of it, pixel by pixel
+        if size is not None and reaches_far(part, size):
             return "polygon far outside its image", f"{show(part)} on {size[1]} x {size[0]} pixels"
     return None
 

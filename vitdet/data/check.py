@@ -143,12 +143,10 @@ class _Split:
                 self.report.splits[self.name] = images, annotations, categories
                 for _ in self.judge.annotations(tables["annotations"]):
                     pass
-                if not self.judge.instances and kinds == len(
-                    self.report.errors
-                ):  # else these say why
-                    say = (
-                        self._warning if "test" in self.name else self._error
-                    )  # its answers may be secret
+                # else these say why
+                if not self.judge.instances and kinds == len(self.report.errors):
+                    # its answers may be secret
+                    say = self._warning if "test" in self.name else self._error
                     say(
                         "no object to learn from or to find",
                         "annotations",

@@ -29,16 +29,14 @@ from vitdet.types import Batch, Polygons, Target
 
 log = logging.getLogger(__name__)
 
-CACHE = (
-    1 << 28
-)  # bytes: a training split whose decoded images fit stays in memory, images and outlines
+# bytes: a training split whose decoded images fit stays in memory, images and outlines
+CACHE = 1 << 28
 
 REDRAWS = 100  # images tried for one place in a batch until a crop holds an object
 
 
-Sample = tuple[
-    Target | None, tuple[int, int], int, tuple[int, int]
-]  # all but the pixels: targets, size, id, source
+# all but the pixels: targets, size, id, source
+Sample = tuple[Target | None, tuple[int, int], int, tuple[int, int]]
 
 
 def read_split(

@@ -45,10 +45,7 @@ def fingerprint(data: DataConfig, split: str, records: Records | None = None) ->
 
 def fingerprints(data: DataConfig) -> dict[str, str]:
     """{"train": ..., "val": ...}: the fingerprints of both splits. Raises as `fingerprint` does."""
-    return {
-        "train": fingerprint(data, data.train_split),
-        "val": fingerprint(data, data.val_split),
-    }
+    return {"train": fingerprint(data, data.train_split), "val": fingerprint(data, data.val_split)}
 
 
 def combined(prints: Mapping[str, str]) -> str:
@@ -87,9 +84,8 @@ def describe(data: DataConfig) -> dict:
         found = read_split(data, split)
         annotations, _ = split_files(data, split)
         path, checksum = str(annotations.relative_to(root)), sha256(annotations)
-        if (
-            recorded.get(path, checksum) != checksum
-        ):  # of the same size, which `read_split` compares
+        # of the same size, which `read_split` compares
+        if recorded.get(path, checksum) != checksum:
             raise ValueError(
                 f"{annotations}: sha256 {checksum}, it came with {recorded[path]}; `vitdet data coco|lvis {root}` "
                 f"brings it again once it is removed; if the change is meant, remove {root / download_record.NAME}"

@@ -20,6 +20,7 @@ from torch import Tensor
 
 Picture = str | Path | Image.Image | np.ndarray | Tensor
 
+# EXIF orientation -> what makes it upright
 TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -28,7 +29,7 @@ TURNS = {
     6: Image.Transpose.ROTATE_270,
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
-}  # EXIF orientation -> what makes it upright
+}
 JPEGS = ("JPEG", "MPO")
 DRAWINGS = ("EPS", "WMF")  # programs that another program would have to run
 SIXTEEN = ("PNG", "PPM")  # formats whose 16 bits an older Pillow or a newer one gives as 32
@@ -120,9 +121,8 @@ def upright(image: Image.Image) -> Image.Image:
 
 
 def _upright_size(file: Image.Image) -> tuple[int, int]:
-    if (
-        file.format not in JPEGS
-    ):  # others may keep their EXIF at the end, and a TIFF is turned by Pillow as it is read
+    # others may keep their EXIF at the end, and a TIFF is turned by Pillow as it is read
+    if file.format not in JPEGS:
         file.load()
     lies = _turn(file) in (TURNS[5], TURNS[6], TURNS[7], TURNS[8])
     return (file.width, file.height) if lies else (file.height, file.width)
@@ -131,9 +131,8 @@ def _upright_size(file: Image.Image) -> tuple[int, int]:
 def _turn(image: Image.Image) -> Image.Transpose | None:
     try:
         return TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
-    except (
-        Exception
-    ):  # whatever Pillow does with broken EXIF: the pixels are sound, and lie as they are stored
+    except Exception:
+        # whatever Pillow does with broken EXIF: the pixels are sound, and lie as they are stored
         return None
 
 

@@ -38,9 +38,8 @@ def outline(segmentation: list | dict, height: int, width: int) -> np.ndarray:
             return np.zeros((0, 4))
         top, left = rows[0], columns[0]
         pixels = pixels[top : rows[-1] + 1, left : columns[-1] + 1]
-        across = _steps(pixels.T)[
-            :, [3, 2, 1, 0]
-        ]  # axes exchanged, and turned round so that the outline closes
+        # axes exchanged, and turned round so that the outline closes
+        across = _steps(pixels.T)[:, [3, 2, 1, 0]]
         return np.concatenate([_steps(pixels), across]) + np.array([left, top, left, top])
     return np.concatenate([_closed(part) for part in segmentation])
 
@@ -64,9 +63,8 @@ def decode(segmentation: list | dict, height: int, width: int) -> np.ndarray:
 def encode(bitmaps: Tensor) -> list[dict]:
     """COCO's compressed RLE dicts (counts as str, ready for JSON) of bitmaps (N, H, W) bool."""
     pixels = bitmaps.cpu().numpy().view(np.uint8)
-    encoded = [
-        rle.encode(np.asfortranarray(one)) for one in pixels
-    ]  # one by one: the copy stays in the cache
+    # one by one: the copy stays in the cache
+    encoded = [rle.encode(np.asfortranarray(one)) for one in pixels]
     return [
         {"size": [int(side) for side in one["size"]], "counts": one["counts"].decode("ascii")}
         for one in encoded
@@ -119,9 +117,8 @@ def _steps(pixels: np.ndarray) -> np.ndarray:
     """
     height, _ = pixels.shape
     change = np.diff(np.pad(pixels, ((0, 0), (1, 1))).astype(np.int8), axis=1)
-    columns = np.pad(
-        change.T, ((0, 0), (0, 1))
-    ).ravel()  # a zero ends each column, so that no run leaves it
+    # a zero ends each column, so that no run leaves it
+    columns = np.pad(change.T, ((0, 0), (0, 1))).ravel()
     starts = np.flatnonzero(np.diff(columns, prepend=0))
     ends = np.append(starts[1:], len(columns))
     value = columns[starts]

@@ -56,12 +56,8 @@ def _crack_loops(bitmap: np.ndarray) -> list[np.ndarray]:
     # Directions 0..3: right along the top of a pixel, down its right side, left along its bottom, up its left side.
     neighbours = (inside[:-2, 1:-1], inside[1:-1, 2:], inside[2:, 1:-1], inside[1:-1, :-2])
     starts, ends, midpoints, directions = [], [], [], []
-    corners = (
-        (0, 0),
-        (0, 1),
-        (1, 1),
-        (1, 0),
-    )  # (row, column) offsets: where the crack of each direction starts
+    # (row, column) offsets: where the crack of each direction starts
+    corners = ((0, 0), (0, 1), (1, 1), (1, 0))
     for side, neighbour in enumerate(neighbours):
         row, column = np.nonzero(core & ~neighbour)
         (r0, c0), (r1, c1) = corners[side], corners[(side + 1) % 4]
@@ -73,9 +69,8 @@ def _crack_loops(bitmap: np.ndarray) -> list[np.ndarray]:
     midpoint = np.concatenate(midpoints)
     crack_at = np.full((bitmap.shape[0] + 1) * pitch * 4, -1)
     crack_at[start * 4 + direction] = np.arange(len(start))
-    follower = crack_at[
-        end * 4 + (direction + 1) % 4
-    ]  # a right turn first: pixels that touch at a corner stay apart
+    # a right turn first: pixels that touch at a corner stay apart
+    follower = crack_at[end * 4 + (direction + 1) % 4]
     for turn in (0, 3):
         follower = np.where(follower < 0, crack_at[end * 4 + (direction + turn) % 4], follower)
     successors = follower.tolist()
@@ -107,15 +102,13 @@ def _simplify(loops: list[np.ndarray], tolerance: float) -> list[np.ndarray]:
         chord = np.diff(points[knots], axis=0, append=points[knots[-1:]])
         segment = np.cumsum(keep) - 1
         offset, along = points - points[knots[segment]], chord[segment]
-        length = np.sqrt(
-            (along * along).sum(axis=1)
-        )  # exact where the root is, unlike some hypot: ties fall alike
+        # exact where the root is, unlike some hypot: ties fall alike
+        length = np.sqrt((along * along).sum(axis=1))
         away = np.abs(offset[:, 0] * along[:, 1] - offset[:, 1] * along[:, 0]) / np.maximum(
             length, 1e-9
         )
-        away = np.where(
-            length == 0, np.sqrt((offset * offset).sum(axis=1)), away
-        )  # the chord of a whole loop
+        # the chord of a whole loop
+        away = np.where(length == 0, np.sqrt((offset * offset).sum(axis=1)), away)
         farthest = np.maximum.reduceat(away, knots)
         candidates = np.flatnonzero((away == farthest[segment]) & (away > tolerance))
         if not len(candidates):

@@ -39,9 +39,8 @@ class Shared:
             return Shared, (self.array,)
         if self._file is None:
             self._file = _file_of(self.array)
-            self.array = _mapped(
-                self._file, self.array.dtype, self.array.shape
-            )  # our copy is no longer needed
+            # our copy is no longer needed
+            self.array = _mapped(self._file, self.array.dtype, self.array.shape)
         return _received, (DupFd(self._file), self.array.dtype, self.array.shape)
 
     def __del__(self) -> None:

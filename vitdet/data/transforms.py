@@ -28,11 +28,8 @@ class Affine:
     size: tuple[int, int]  # what is seen
     flip: bool = False
     transpose: bool = False
-    colors: tuple[float, float, float] = (
-        1.0,
-        1.0,
-        1.0,
-    )  # factors of brightness, contrast, saturation
+    # factors of brightness, contrast, saturation
+    colors: tuple[float, float, float] = (1.0, 1.0, 1.0)
 
     def matrix(self) -> np.ndarray:
         """(2, 3) float64: new (x, y) = matrix @ (x, y, 1)."""
@@ -99,9 +96,8 @@ def jitter(
     transposed = bool(draws[0] < transpose)
     shape = np.array(source[::-1] if transposed else source)
     scale = scale_range[0] + draws[2] * (scale_range[1] - scale_range[0])
-    scaled = np.maximum(np.round(shape * (canvas * scale / shape).min()), 1).astype(
-        int
-    )  # round: half to even
+    # round: half to even
+    scaled = np.maximum(np.round(shape * (canvas * scale / shape).min()), 1).astype(int)
     places = draws[[3, 3]] if diagonal else draws[[3, 7]]
     offset = np.round(places * np.maximum(scaled - canvas, 0)).astype(int)
     size = np.minimum(scaled, canvas)
@@ -133,10 +129,7 @@ def resize_longest(image: Image.Image | np.ndarray, size: int, antialias: bool) 
 
 
 def resize_and_pad(
-    image: Image.Image | np.ndarray,
-    size: int,
-    antialias: bool,
-    canvas: np.ndarray | None = None,
+    image: Image.Image | np.ndarray, size: int, antialias: bool, canvas: np.ndarray | None = None
 ) -> tuple[np.ndarray, tuple[int, int]]:
     """The RGB image or array (H, W, 3) uint8 on a canvas (3, size, size), longest side = canvas; and its size without
     the padding. canvas: a black one to be filled (a new one). An array is copied before: of a large picture that is
@@ -150,9 +143,8 @@ def resize_and_pad(
 
 def pad(image: Image.Image, canvas: np.ndarray) -> None:
     """Writes the RGB image into the top left corner of a black canvas (3, S, S) uint8."""
-    for plane, band in zip(
-        canvas, image.split(), strict=True
-    ):  # a third of the time of exchanging an array's axes
+    # a third of the time of exchanging an array's axes
+    for plane, band in zip(canvas, image.split(), strict=True):
         plane[: image.height, : image.width] = band
 
 

@@ -150,9 +150,8 @@ def _attempt(
         _check(response, url, total, size)
         _ask_for_space(path, total, have, copies)
         if not start:
-            discard(
-                path
-            )  # first the old bytes, then the new note: a kill in between must not join the two
+            # first the old bytes, then the new note: a kill in between must not join the two
+            discard(path)
             _write_note(path, _Beginning(url, _validator(response), total))
         _receive(response, path, start, total, watcher, stall)
     here = _have(path)
@@ -167,9 +166,8 @@ def _open(request: Request, path: Path, stall: float) -> http.client.HTTPRespons
         return urlopen(request, timeout=stall)
     except HTTPError as error:
         with error:
-            if (
-                error.code == 416
-            ):  # there is no such range: what is here is not the beginning of what is there
+            # there is no such range: what is here is not the beginning of what is there
+            if error.code == 416:
                 discard(path)
                 raise _Broken("the server has another file than before") from error
             text = f"the server answers {error.code} {error.reason}"

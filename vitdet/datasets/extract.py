@@ -24,6 +24,7 @@ from vitdet.data.download_record import crc32
 CHUNK = 1 << 20  # bytes
 TEMPORARY = ".unpacking"  # how the name of the file ends that is being written
 METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
+# what zipfile raises for an archive that is none
 BAD = (
     zipfile.BadZipFile,
     zlib.error,
@@ -33,7 +34,7 @@ BAD = (
     RuntimeError,
     OverflowError,
     UnicodeError,
-)  # what zipfile raises for an archive that is none
+)
 
 
 class Limits(NamedTuple):
@@ -91,9 +92,7 @@ class _Refused(Exception):
 
 
 def _checked(
-    infos: list[zipfile.ZipInfo],
-    choose: Callable[[str], str | None],
-    limits: Limits,
+    infos: list[zipfile.ZipInfo], choose: Callable[[str], str | None], limits: Limits
 ) -> list[tuple[zipfile.ZipInfo, str]]:
     """The chosen files of an archive that may be unpacked, with their names below the folder."""
     chosen: list[tuple[zipfile.ZipInfo, str]] = []

@@ -234,9 +234,8 @@ def _unpacked(
         def seen(size: int) -> None:
             nonlocal done
             done += size
-            watcher.at(
-                min(done, archive.unpacked - 1), None
-            )  # how much it will be is known about only
+            # how much it will be is known about only
+            watcher.at(min(done, archive.unpacked - 1), None)
 
         found.append(_describe(archive, path, root, _place(archive, path, root, seen)))
         watcher.at(archive.unpacked, None)

@@ -65,9 +65,8 @@ def side_by_side(works: Sequence[Callable[[], None]], stop: threading.Event) -> 
         except Exception as error:  # whichever: it is raised below
             ended.put(error)
 
-    threads = [
-        threading.Thread(target=run, args=(work,), daemon=True) for work in works
-    ]  # Ctrl-C waits for no server
+    # Ctrl-C waits for no server
+    threads = [threading.Thread(target=run, args=(work,), daemon=True) for work in works]
     for thread in threads:
         thread.start()
     failed = None

@@ -33,10 +33,8 @@ from vitdet.weights import NOT_PRETRAINED
 
 log = logging.getLogger(__name__)
 
-VISIBLE, PAINTED = (
-    0.25,
-    0.375,
-)  # of the patches: seen, and asked for (half of the others: the decoder's cost)
+# of the patches: seen, and asked for (half of the others: the decoder's cost)
+VISIBLE, PAINTED = (0.25, 0.375)
 
 
 def run_block(block: nn.Module, x: Tensor) -> Tensor:

@@ -19,14 +19,8 @@ from vitdet.data.outlines import fill, signed_area, trace
 from vitdet.demo.shapes import TEXTURES, Color, Dice, placed, random_color, silhouette, texture
 
 VERSION = 1
-CATEGORIES = {
-    1: "disc",
-    2: "triangle",
-    3: "bar",
-    5: "star",
-    8: "crescent",
-    13: "cross",
-}  # favourites: TEXTURES
+# favourites: TEXTURES
+CATEGORIES = {1: "disc", 2: "triangle", 3: "bar", 5: "star", 8: "crescent", 13: "cross"}
 FINE = 2  # fine pixels a pixel and axis
 SIDES = (14.0, 80.0)  # longer side of an object's box, pixels, log-uniform
 TOLERANCE = 0.45  # pixels between a traced outline and its polygon
@@ -70,9 +64,8 @@ def draw_scene(seed: int, index: int) -> Scene:
         sides = [
             math.exp(dice.uniform(math.log(SIDES[0]), math.log(SIDES[1]))) for _ in range(count)
         ]
-        for side in sorted(
-            sides, key=lambda side: -side * dice.uniform(0.6, 1.6)
-        ):  # mostly small on large
+        # mostly small on large
+        for side in sorted(sides, key=lambda side: -side * dice.uniform(0.6, 1.6)):
             canvas.paint_object(side)
         if dice.chance(0.25):
             for _ in range(dice.integer(1, 3)):
@@ -92,14 +85,12 @@ class _Canvas:
             TEXTURES[dice.integer(0, 6)], self.height, self.width, FINE * dice.uniform(12, 40), dice
         )
         self.paint = pattern.astype(np.uint8)
-        self.owner = np.zeros(
-            (self.height, self.width), dtype=np.uint8
-        )  # 0: nobody, else the number of an object
+        # 0: nobody, else the number of an object
+        self.owner = np.zeros((self.height, self.width), dtype=np.uint8)
         self.category, self.crowd = [0], [False]  # of object 1, 2, ...; entry 0 is the ground
         self.full, self.seen = [0.0], [0]  # fine pixels: of the whole object, of its visible part
-        self.window = [
-            (slice(0, self.height), slice(0, self.width))
-        ]  # the part of the canvas that holds the object
+        # the part of the canvas that holds the object
+        self.window = [(slice(0, self.height), slice(0, self.width))]
 
     def paint_scrap(self) -> None:
         """A small untextured scrap or line that belongs to no class."""
@@ -232,9 +223,8 @@ class _Canvas:
         return margin + self.dice.numbers(2) * (np.array([self.width, self.height]) - 2 * margin)
 
     def _favourite(self, kind: int) -> str:
-        return TEXTURES[
-            kind if self.dice.chance(0.64) else self.dice.integer(0, 6)
-        ]  # 0.64 + 0.36 / 6 = 0.7
+        # 0.64 + 0.36 / 6 = 0.7
+        return TEXTURES[kind if self.dice.chance(0.64) else self.dice.integer(0, 6)]
 
     def _colors(self) -> list[Color]:
         """Two colours that stand off from each other and from both colours of the ground."""

@@ -106,9 +106,8 @@ def texture(name: str, height: int, width: int, period: float, dice: Dice) -> np
         return (_fraction(u) - 0.5) ** 2 + (_fraction(v) - 0.5) ** 2 < 0.1
     if name == "zigzag":
         return _fraction(u + np.abs(_fraction(0.7 * v) - 0.5)) < 0.5
-    heights = dice.numbers(
-        (int(height / period) + 3, int(width / period) + 3)
-    )  # blotches: noise on a grid, smoothed
+    # blotches: noise on a grid, smoothed
+    heights = dice.numbers((int(height / period) + 3, int(width / period) + 3))
     rows, columns = np.arange(height) / period + shift[0], np.arange(width) / period + shift[1]
     return _smooth(heights, rows, columns) < 0.5
 

@@ -30,10 +30,8 @@ from vitdet.predictor import to_image
 from vitdet.types import Detections
 
 ARBITERS = {"coco": coco, "lvis": lvis}  # data.dataset -> how its AP is measured
-OF_FILES = {
-    "coco": coco.compare,
-    "lvis": lvis.compare_file,
-}  # the same of results that anybody made
+# the same of results that anybody made
+OF_FILES = {"coco": coco.compare, "lvis": lvis.compare_file}
 SECTIONS = ("data", "evaluate")  # of a config, that an evaluation may change
 # The settings of `data` that say which images a detector is evaluated on, and how they are read
 PLACE = ("dataset", "root", "train_split", "val_split", "max_images", "workers")
@@ -142,9 +140,9 @@ def evaluate(
     """
     configure_process()
     from vitdet.checkpoint import restore_detector
-    from vitdet.models import (
-        build_detector,
-    )  # here: the AP of results needs neither models nor training
+
+    # here: the AP of results needs neither models nor training
+    from vitdet.models import build_detector
 
     detector, stored, class_names = restore_detector(checkpoint)
     for one in overrides:

@@ -20,11 +20,8 @@ from vitdet.evaluation.matching import Comparison, choose, index, match
 from vitdet.evaluation.results import Truth, kinds_of
 
 LIMIT = 300  # detections of an image
-GROUPS = {
-    "rare": "r",
-    "common": "c",
-    "frequent": "f",
-}  # in at most 10, at most 100, more images of the training split
+# in at most 10, at most 100, more images of the training split
+GROUPS = {"rare": "r", "common": "c", "frequent": "f"}
 
 
 def compare(

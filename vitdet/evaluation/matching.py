@@ -24,9 +24,8 @@ IOUS = np.linspace(0.5, 0.95, 10)
 RECALLS = np.linspace(0, 1, 101)
 SIZES = ("all", "small", "medium", "large")  # up to 32 x 32 pixels, up to 96 x 96, above
 
-ByClass = Mapping[
-    int, list[dict]
-]  # objects or results of each category, as faster-coco-eval takes them
+# objects or results of each category, as faster-coco-eval takes them
+ByClass = Mapping[int, list[dict]]
 
 log = logging.getLogger(__name__)
 
@@ -55,10 +54,7 @@ class Comparison:
 
 
 def choose(
-    truth: Truth,
-    results: Sequence[dict],
-    kinds: Iterable[str],
-    image_ids: Iterable[int] | None,
+    truth: Truth, results: Sequence[dict], kinds: Iterable[str], image_ids: Iterable[int] | None
 ) -> tuple[list[int], list[dict]]:
     """The images to look at, all of the truth or `image_ids`, in order, and their results.
 
@@ -113,11 +109,7 @@ def match(
 
 
 def _match_class(
-    objects: list[dict],
-    found: list[dict],
-    category: int,
-    kind: str,
-    limits: Sequence[int],
+    objects: list[dict], found: list[dict], category: int, kind: str, limits: Sequence[int]
 ) -> tuple[np.ndarray, np.ndarray]:
     """Precision (T, R, A, M) and recall (T, A, M) of one class."""
     images = [

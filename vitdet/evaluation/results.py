@@ -17,10 +17,8 @@ from vitdet.data.annotation_file import parse
 from vitdet.data.annotations import segmentation_problem, show
 from vitdet.data.coco import judge_tree, read_tree
 
-KINDS = {
-    "bbox": "bbox",
-    "segm": "segmentation",
-}  # of comparisons, and the key of a result that each looks at
+# of comparisons, and the key of a result that each looks at
+KINDS = {"bbox": "bbox", "segm": "segmentation"}
 BBOX = "4 finite numbers x, y, width, height"
 
 
@@ -31,9 +29,8 @@ class Truth:
     path: Path
     images: dict[int, dict]
     categories: dict[int, dict]
-    objects: Iterable[
-        dict
-    ]  # from a file decoded anew in each pass: as objects those of LVIS would take 3 GB
+    # from a file decoded anew in each pass: as objects those of LVIS would take 3 GB
+    objects: Iterable[dict]
 
     def sides(self, image_id: int) -> tuple[int, int]:
         """Height and width of an image."""

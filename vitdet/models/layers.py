@@ -23,13 +23,7 @@ class ConvNorm(nn.Module):
     """
 
     def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        kernel_size: int,
-        *,
-        norm: bool,
-        eps: float,
+        self, in_channels: int, out_channels: int, kernel_size: int, *, norm: bool, eps: float
     ) -> None:
         super().__init__()
         self.conv = nn.Conv2d(

@@ -21,13 +21,7 @@ class MaskHead(nn.Module):
     """One mask per RoI and class, each an independent binary problem."""
 
     def __init__(
-        self,
-        *,
-        channels: int,
-        num_convs: int,
-        num_classes: int,
-        norm: bool,
-        eps: float,
+        self, *, channels: int, num_convs: int, num_classes: int, norm: bool, eps: float
     ) -> None:
         super().__init__()
         blocks = [ConvNorm(channels, channels, 3, norm=norm, eps=eps) for _ in range(num_convs)]
@@ -60,19 +54,15 @@ def rasterize(edges: Tensor, boxes: Tensor, size: int) -> Tensor:
     cancel. Each edge adds its direction at the first cell right of its crossing, and a running sum spreads it.
     """
     low = boxes[:, None, :2]
-    span = (boxes[:, None, 2:] - low).clamp(
-        min=0.1
-    )  # detectron2: a box is at least a tenth of a pixel wide
+    # detectron2: a box is at least a tenth of a pixel wide
+    span = (boxes[:, None, 2:] - low).clamp(min=0.1)
     start, end = (edges[..., :2] - low) / span * size, (edges[..., 2:] - low) / span * size
     rows = torch.arange(size, device=edges.device, dtype=edges.dtype) + 0.5
-    (x0, y0), (x1, y1) = (
-        start.unsqueeze(2).unbind(-1),
-        end.unsqueeze(2).unbind(-1),
-    )  # each (R, E, 1)
+    # each (R, E, 1)
+    (x0, y0), (x1, y1) = (start.unsqueeze(2).unbind(-1), end.unsqueeze(2).unbind(-1))
     down, up = (y0 <= rows) & (y1 > rows), (y1 <= rows) & (y0 > rows)
-    direction = down.to(edges.dtype) - up.to(
-        edges.dtype
-    )  # (R, E, size): 0 where the edge misses the row
+    # (R, E, size): 0 where the edge misses the row
+    direction = down.to(edges.dtype) - up.to(edges.dtype)
     crossing = x0 + (rows - y0) * (x1 - x0) / torch.where(y1 == y0, torch.ones_like(y0), y1 - y0)
     column = (crossing - 0.5).ceil().clamp(0, size).long()
     steps = edges.new_zeros(len(edges), size, size + 1)

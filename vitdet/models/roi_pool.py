@@ -19,9 +19,8 @@ from vitdet.models.layers import at_least_float32
 def assign_levels(boxes: Tensor, num_levels: int, finest_stride: int) -> Tensor:
     """(R,) level of each box, 0 the finest: one of side 56 strides stands on level 2 (224 px for stride 4)."""
     canonical = 56 * finest_stride
-    level = torch.floor(
-        2 + torch.log2(area(boxes).sqrt() / canonical + 1e-8)
-    )  # detectron2: epsilon within the log
+    # detectron2: epsilon within the log
+    level = torch.floor(2 + torch.log2(area(boxes).sqrt() / canonical + 1e-8))
     return level.clamp(0, num_levels - 1).long()
 
 
@@ -70,9 +69,8 @@ def _pool_by_products(
         image_levels = levels[start : start + len(image_boxes)]
         for level, (images, stride) in enumerate(zip(maps, strides, strict=True)):
             chosen = (image_levels == level).nonzero().flatten()
-            if (
-                len(chosen) == 0
-            ):  # most levels of most images; the products below would be right but not free
+            # most levels of most images; the products below would be right but not free
+            if len(chosen) == 0:
                 continue
             pixels = images[image]
             rows = interpolation(image_boxes[chosen, 1::2] / stride, len(pixels), bins, ratio).to(

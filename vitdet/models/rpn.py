@@ -16,13 +16,7 @@ from torch.nn import functional as F
 from torchvision.ops import batched_nms
 
 from vitdet.models.anchors import grid_anchors
-from vitdet.models.assign import (
-    BACKGROUND,
-    Choose,
-    Match,
-    choose_randomly,
-    sample,
-)
+from vitdet.models.assign import BACKGROUND, Choose, Match, choose_randomly, sample
 from vitdet.models.boxes import clip, decode, encode, nonempty, pairwise_iou
 from vitdet.models.layers import ConvNorm, init_predictor
 from vitdet.models.losses import box_l1, objectness

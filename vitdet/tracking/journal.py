@@ -85,9 +85,8 @@ class Journal:
             file.seek(offset)
             for line in file:
                 offset += len(line)
-                if not line.endswith(
-                    b"\n"
-                ):  # being written, or the machine went down: `mend` ends it
+                # being written, or the machine went down: `mend` ends it
+                if not line.endswith(b"\n"):
                     return
                 try:
                     yield json.loads(line), offset

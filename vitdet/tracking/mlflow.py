@@ -207,9 +207,8 @@ class _Shipper:
     def __init__(self, journal: Journal, uri: str) -> None:
         self.journal, self.uri = journal, uri
         self._run_id: str | None = None  # once this process has seen the run on the server
-        self._held: (
-            dict[str, dict[int, float]] | None
-        ) = {}  # name -> step -> value there; None: the run is empty
+        # name -> step -> value there; None: the run is empty
+        self._held: dict[str, dict[int, float]] | None = {}
         self._refused: set[str] = set()  # names that the server does not take
         self._answers = True
 
@@ -220,13 +219,10 @@ class _Shipper:
             try:
                 with self.journal.locked():
                     self._ship(_client(self.uri))
-            except (
-                Exception
-            ) as error:  # whatever a server, its client or a database does, the caller goes on
-                self._run_id, self._held = (
-                    None,
-                    {},
-                )  # the server may or may not have what was on its way
+            except Exception as error:
+                # whatever a server, its client or a database does, the caller goes on
+                # the server may or may not have what was on its way
+                self._run_id, self._held = (None, {})
                 if self._answers:
                     log.warning(
                         "tracking: %s does not take the run's points (%s); they wait in %s",
@@ -291,9 +287,8 @@ class _Shipper:
         run_id = (
             made[0] if made else client.create_run(place, start["time"], tags, start["name"])
         ).info.run_id
-        self._held = (
-            {} if made else None
-        )  # made: an earlier request arrived, though its answer did not
+        # made: an earlier request arrived, though its answer did not
+        self._held = {} if made else None
         params = [Param(key, str(value)[:6000]) for key, value in start["params"].items()]
         for first in range(0, len(params), 100):  # MLflow's limits
             client.log_batch(run_id, params=params[first : first + 100])

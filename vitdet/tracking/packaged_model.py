@@ -62,9 +62,8 @@ class DetectorModel(PythonModel):
         """name, label, score, box x0 y0 x1 y1 in pixels; mask: COCO's compressed RLE of a bitmap (height, width)."""
         from vitdet.data.masks import encode, paste
 
-        image = (
-            model_input["image"] if isinstance(model_input, dict) else model_input
-        )  # by its name in the signature
+        # by its name in the signature
+        image = model_input["image"] if isinstance(model_input, dict) else model_input
         found = self.predictor(image, threshold=(params or {}).get("threshold", 0.5))
         masks = encode(paste(found.masks, found.boxes, image.shape[:2]))
         rows = [
@@ -120,13 +119,11 @@ def pack(path: Path, model: Model, checkpoint: Path, wheel: Path, example: np.nd
     """The model as a folder; proves that it loads and answers."""
     code = path.parent / "detector.py"
     code.write_text(CODE)
-    if (
-        checkpoint.is_symlink()
-    ):  # as DVC leaves it with cache.type symlink; mlflow follows no link out of a folder
+    # as DVC leaves it with cache.type symlink; mlflow follows no link out of a folder
+    if checkpoint.is_symlink():
         checkpoint = Path(shutil.copyfile(checkpoint, path.parent / checkpoint.name))
-    logging.getLogger("mlflow").setLevel(
-        logging.ERROR
-    )  # it warns that torch was imported before it
+    # it warns that torch was imported before it
+    logging.getLogger("mlflow").setLevel(logging.ERROR)
     save_model(
         str(path),
         python_model=str(code),

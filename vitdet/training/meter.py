@@ -27,11 +27,8 @@ class Meter:
         """Forgets all, and the time until now."""
         self.sums: dict[str, Tensor | float] = {}
         self.count = 0  # steps in the sums
-        self.timed, self.waited, self.since = (
-            0,
-            0.0,
-            time.perf_counter(),
-        )  # steps of this process, its seconds
+        # steps of this process, its seconds
+        self.timed, self.waited, self.since = (0, 0.0, time.perf_counter())
 
     @contextmanager
     def waiting(self) -> Iterator[None]:

@@ -197,9 +197,8 @@ class Loop:
                 self.save(done)
             if due:
                 self.evaluate(done)
-            stopped = (
-                distributed.world_size() == 1 or done % 10 == 0
-            )  # asking the others is a synchronisation
+            # asking the others is a synchronisation
+            stopped = distributed.world_size() == 1 or done % 10 == 0
             stopped = stopped and distributed.any_of(self.stop(), self.device)
             if stopped and not last:
                 if not saved:
@@ -244,9 +243,8 @@ class Loop:
 
     def save(self, step: int) -> None:
         """The whole state after `step` steps, by the first process. Raises ValueError when a loss is not finite."""
-        meter = (
-            self.meter.state()
-        )  # of all processes, and a state that has diverged is none to go on from
+        # of all processes, and a state that has diverged is none to go on from
+        meter = self.meter.state()
         if distributed.rank() == 0:
             self.states.save(
                 step,

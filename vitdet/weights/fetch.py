@@ -102,15 +102,13 @@ def fetch(
         raise FileNotFoundError(f"{local}: no such file (--from)")
     address = "" if local else mirrored(entry.url, mirror) if mirror else entry.url
     folder.mkdir(parents=True, exist_ok=True)
-    part = (
-        folder / f".{entry.name}.part{PurePosixPath(urlsplit(entry.url).path).suffix}"
-    )  # readers go by the suffix
+    # readers go by the suffix
+    part = folder / f".{entry.name}.part{PurePosixPath(urlsplit(entry.url).path).suffix}"
     with _locked(part):
         if not target.is_file():  # else another process was faster
             if address:
-                download(
-                    address, part, watcher, patience, entry.size, copies=2
-                )  # it and the converted one
+                # it and the converted one
+                download(address, part, watcher, patience, entry.size, copies=2)
                 log.info("%s: verifying and converting", entry.name)
             _finish(local or part, target, entry, convert, address)
         discard(part)

@@ -31,9 +31,8 @@ class Source:
 
     weights: dict[str, Tensor]
     layout: str  # whose declared differences hold
-    scaled: (
-        bool | None
-    )  # whether its relative positions meet the scaled query; None: it does not say
+    # whether its relative positions meet the scaled query; None: it does not say
+    scaled: bool | None
     class_names: tuple[str, ...] = ()  # none: it does not say
 
     @property
@@ -194,9 +193,8 @@ def _fit(
             if source.whole or not known(name, layout.spare):
                 surplus.append(name)
             continue
-        if (
-            tensor.is_floating_point() != own[name].is_floating_point()
-        ):  # such as whole numbers of a compressed model
+        # such as whole numbers of a compressed model
+        if tensor.is_floating_point() != own[name].is_floating_point():
             types.append(f"{name} {tensor.dtype}, expected {own[name].dtype}")
             continue
         shape = tuple(own[name].shape)

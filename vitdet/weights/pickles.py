@@ -23,9 +23,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-LEGACY = pickle.dumps(0x1950A86A20F9469CFC6C, protocol=2)[
-    :-1
-]  # how torch's files began before they were zips
+# how torch's files began before they were zips
+LEGACY = pickle.dumps(0x1950A86A20F9469CFC6C, protocol=2)[:-1]
 
 
 class Inert:
@@ -175,9 +174,8 @@ def _read_torch(path: Path) -> object:
         named = re.search(r"GLOBAL (\S+)", str(error))
         if named:
             raise ValueError(refusal(path, named.group(1))) from error
-        cause = str(error).rpartition("WeightsUnpickler error: ")[
-            2
-        ]  # torch's advice, to run the code, goes before it
+        # torch's advice, to run the code, goes before it
+        cause = str(error).rpartition("WeightsUnpickler error: ")[2]
         raise ValueError(
             f"{path}: not a whole file of weights ({' '.join(cause.split())[:120]})"
         ) from error

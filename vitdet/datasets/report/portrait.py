@@ -33,9 +33,8 @@ def portrait(record: Record, class_names: Sequence[str], split: str) -> str:
     content = io.BytesIO()
     picture.save(content, "JPEG", quality=84)
     coded = base64.b64encode(content.getvalue()).decode("ascii")
-    order = np.argsort(
-        -np.prod(record.boxes[:, 2:] - record.boxes[:, :2], axis=1)
-    )  # small ones lie on top
+    # small ones lie on top
+    order = np.argsort(-np.prod(record.boxes[:, 2:] - record.boxes[:, :2], axis=1))
     things = "".join(_thing(record, int(one), class_names) for one in order)
     width, height = record.width, record.height
     counts = f"{len(record)} {'object' if len(record) == 1 else 'objects'}, {width} x {height}"

@@ -47,7 +47,7 @@ SIZES = {
         (1, 2, 4, 8),
         (1, 16, 32, 64),
         (1, 32, 64, 128),
-    ),
+    )
 }
 KERNELS, STRIDES = (7, 3, 3, 3), (4, 2, 2, 2)
 DILATIONS = ((1, 2, 3, 4), (1, 2, 3), (1, 2), (1, 2))
@@ -76,14 +76,7 @@ class Attention(nn.Module):
     """
 
     def __init__(
-        self,
-        *,
-        inputs: int,
-        dim: int,
-        heads: int,
-        window: int,
-        bias: bool,
-        keep_values: bool,
+        self, *, inputs: int, dim: int, heads: int, window: int, bias: bool, keep_values: bool
     ) -> None:
         super().__init__()
         self.heads, self.window, self.keep_values = heads, window, keep_values
@@ -95,10 +88,8 @@ class Attention(nn.Module):
         if self.window == 0:
             return self.mix(x)
         (height, width), size = x.shape[1:3], self.window
-        top, left = (
-            -height % size // 2,
-            -width % size // 2,
-        )  # zeros all around, which take part in the attention
+        # zeros all around, which take part in the attention
+        top, left = (-height % size // 2, -width % size // 2)
         x = F.pad(x, (0, 0, left, -width % size - left, top, -height % size - top))
         x = join_windows(self.mix(split_windows(x, size)), (x.shape[1], x.shape[2]))
         return x[:, top : top + height, left : left + width]

@@ -47,9 +47,8 @@ class Format(NamedTuple):
     dropped: tuple[str, ...] = ()  # their names that have no place in our models
     before: Callable[[Weights], Weights] = same  # on their names, ahead of the rows
     after: Callable[[Weights], Weights] = same  # its inverse, on the way back
-    wrappers: tuple[str, ...] = (
-        "",
-    )  # where a file keeps the weights, the first that it has; '': at the top
+    # where a file keeps the weights, the first that it has; '': at the top
+    wrappers: tuple[str, ...] = ("",)
     # Declared differences of a pre-trained backbone, by our names: what it lacks and starts afresh, and what it may
     # have without a place. A whole detector has none.
     fresh: tuple[str, ...] = ()
