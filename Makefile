@@ -1,6 +1,6 @@
 # make demo    the whole job: data, weights, training, evaluation, registration; some minutes on 2 cores
 # make test    the fast tests (one file: make test TESTS=tests/test_config.py; on more cores: JOBS=8)
-# make test-slow  the slow tests (whole pipelines, killed processes, real servers); up to 20 minutes on 2 cores
+# make test-slow  the slow tests (end-to-end pipelines, process kills, real servers); up to 20 minutes on 2 cores
 # make ui      MLflow in the browser: the demo's runs and models
 # make lint    ruff and mypy
 # make lock    renews requirements.lock: the newest versions that the ranges in pyproject.toml allow

@@ -1,4 +1,4 @@
-"""Step `clean_up`, which runs however the run ended."""
+"""Step `clean_up`: the exit handler."""
 
 from kfp import dsl
 
@@ -13,7 +13,7 @@ def clean_up(
     job_kind: str,
     status: dsl.PipelineTaskFinalStatus,
 ) -> None:
-    """Deletes the jobs of this run that still run (job_kind '': there are none) and ends its parent run in MLflow."""
+    """Delete the unfinished jobs of this run (job_kind "": none) and end its MLflow parent run."""
     from components import afterwards, run_id
     from components.launcher.launch import delete_jobs
     from vitdet import stages

@@ -1,4 +1,4 @@
-"""Steps `announce` and `compare`: the parent run of all trainings in MLflow, and at the end their table."""
+"""Steps `announce` and `compare`: the MLflow parent run of all trainings, and the final table."""
 
 from kfp.dsl import Artifact, Input, Markdown, Output
 
@@ -7,7 +7,7 @@ from components.decorator import component
 
 @component
 def announce(settings: Input[Artifact], workspace: str) -> None:
-    """Makes the parent run, before GPUs are asked for: without MLflow nothing could be registered in the end."""
+    """Create the MLflow parent run; fails before GPUs are requested if MLflow does not respond."""
     from components import run_id
     from vitdet import stages
 
@@ -21,7 +21,7 @@ def compare(
     workspace: str,
     table: Output[Markdown],
 ) -> None:
-    """One table of all recipes, which were evaluated on the same data with the same settings."""
+    """Create a table of all recipes, evaluated on the same data with the same settings."""
     from components import run_id
     from vitdet import stages
 

@@ -1,4 +1,4 @@
-"""Step `configs`: recipes and overrides become configs, or the run ends here."""
+"""Step `configs`: resolves and validates the configs of the recipes."""
 
 from kfp.dsl import Artifact, Output
 
@@ -9,9 +9,9 @@ from components.decorator import component
 def configs(
     recipes: list[str], overrides: list[str], workspace: str, settings: Output[Artifact]
 ) -> list[str]:
-    """Resolve the recipes but for what depends on the data; returns the names of the trainings.
+    """Resolve all settings that do not depend on the data; return the names of the trainings.
 
-    Settings that are wrong and recipes that cannot be compared are refused in one line.
+    Raises ValueError for invalid settings and for recipes that cannot be compared.
     """
     from vitdet import stages
 

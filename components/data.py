@@ -1,4 +1,4 @@
-"""Step `data`: the data set on the workspace, verified."""
+"""Step `data`: verifies the data set in the workspace."""
 
 from kfp.dsl import Artifact, Dataset, Input, Output
 
@@ -12,9 +12,10 @@ def data(
     resolved: Output[Artifact],
     manifest: Output[Dataset],
 ) -> list[dict[str, str]]:
-    """Verify the data and complete the configs with its splits and classes; the demo's data set is drawn here.
+    """Verify the data and add its splits and classes to the configs; generate the demo's data set.
 
-    Returns the trainings, {"training": name, "data"} of each; data: the fingerprint, by which they are cached.
+    Returns {"training": name, "data": fingerprint} for each training. The fingerprint is part of
+    the cache key of a training.
     """
     from vitdet import stages
 

@@ -1,7 +1,7 @@
-"""The decorator of every component: runs in the image as it is, installs nothing when a pod starts.
+"""The decorator of all components: no packages are installed when a pod starts.
 
-Without VITDET_IMAGE the pipeline sets the image of the training job instead. Not in
-`components/__init__.py`, which the steps import: in a pod kfp has no decorators.
+If VITDET_IMAGE is not set, the pipeline sets the image of the training job. The decorator is not in
+`components/__init__.py` because the steps import that in pods, where kfp has no decorators.
 """
 
 from functools import partial

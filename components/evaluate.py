@@ -14,9 +14,10 @@ def evaluate(
     workspace: str,
     figures: Output[Metrics],
 ) -> str:
-    """Box and mask AP in percent and the other metrics, here and in MLflow.
+    """Evaluate a checkpoint; log box and mask AP in percent and the other metrics, also to MLflow.
 
-    Returns 'known' or 'unknown': whether the registry has the champion's AP on this data with these settings.
+    Returns "known" if the registry has the champion's AP on this data with these settings, else
+    "unknown".
     """
     from vitdet import stages
 
@@ -37,7 +38,7 @@ def evaluate_champion(
     resolved: Input[Artifact],
     workspace: str,
 ) -> None:
-    """Evaluate the registry's champion as the detector in `checkpoint` was, and store its AP in the registry."""
+    """Evaluate the champion with the data and settings of `checkpoint`; store its AP as a tag."""
     from components import run_id
     from vitdet import stages
 

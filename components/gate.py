@@ -1,4 +1,4 @@
-"""Step `gate`: does the detector beat the champion of the model registry?"""
+"""Step `gate`: compares the detector with the champion in the model registry."""
 
 from kfp.dsl import Artifact, Input, Metrics, Output
 
@@ -13,7 +13,10 @@ def gate(
     workspace: str,
     verdict: Output[Artifact],
 ) -> str:
-    """'passed' or 'stopped', by box AP on the same validation data. The first model passes, a tie does not."""
+    """Compare box AP on the same validation data; return "passed" or "stopped".
+
+    The first model passes; a tie does not.
+    """
     from components import run_id
     from vitdet import stages
 

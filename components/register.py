@@ -1,4 +1,4 @@
-"""Step `register`: a version of the registered model; the champion, if it is still better than all others."""
+"""Step `register`: registers a model version, and makes it the champion if it passes the gate."""
 
 from kfp.dsl import Artifact, Input, Metrics, Model
 
@@ -13,7 +13,7 @@ def register(
     resolved: Input[Artifact],
     workspace: str,
 ) -> str:
-    """Package the detector for MLflow, test it on an image and register it; returns the version in one line."""
+    """Package the detector, test it on an image and register it; return a summary of the version."""
     from components import run_id
     from vitdet import stages
 

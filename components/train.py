@@ -1,8 +1,9 @@
-"""Step `train`: in this process (`train`), or as a distributed job of the cluster (`train_job`).
+"""Step `train`: in this process (`train`) or in a distributed training job (`train_job`).
 
-Both take the same and give the same, so that a pipeline differs in this one word. `data` is the fingerprint of the data, `initial` a digest of the weights:
-a step whose inputs are those of an earlier one may be taken from KFP's cache, which compares parameters by value and
-artifacts by their id. So the configs are those of the step `configs`, itself cached, and not those of `data`.
+Both components have the same inputs and outputs. `data` is the fingerprint of the data, `initial` a
+digest of the initial weights; both are part of the step's cache key. KFP's cache compares
+parameters by value and artifacts by id, so the configs come from the step `configs`, which is
+cached, and not from `data`, which is not.
 """
 
 from kfp import dsl
@@ -10,8 +11,8 @@ from kfp.dsl import Artifact, Input, Model, Output
 
 from components.decorator import component
 
-# What is set on the task reaches the job's pods. Resources are named because kfp refuses to set any else: those of the
-# task are the launcher's own, those of the job stand in its manifest.
+# Task settings that are passed on to the job's pods. RESOURCES is included because kfp otherwise
+# rejects resources on the task; they apply to the launcher, the job's are set in its manifest.
 PASSED_ON = [
     dsl.TaskConfigField.KUBERNETES_AFFINITY,
     dsl.TaskConfigField.KUBERNETES_NODE_SELECTOR,
@@ -36,7 +37,7 @@ def train(
     image: str,
     checkpoint: Output[Model],
 ) -> None:
-    """Trains here. Nodes, pool, kind and job are the cluster's and unused."""
+    """Train in this process. `nodes`, `pool`, `job_kind` and `job` are not used."""
     from components import run_id
     from vitdet import stages
 
@@ -58,7 +59,7 @@ def train_job(
     checkpoint: Output[Model],
     task_config: dsl.TaskConfig,
 ) -> None:
-    """Trains in a job of the cluster, once the data has proved to be what it was; follows a job that is there."""
+    """Verify the data, then train in a job on the cluster; an existing job is followed."""
     from components import run_id
     from components.launcher.launch import launch
     from vitdet import stages

@@ -1,4 +1,4 @@
-"""Step `weights`: what the trainings start from."""
+"""Step `weights`: fetches the initial weights."""
 
 from kfp.dsl import Artifact, Input
 
@@ -7,7 +7,7 @@ from components.decorator import component
 
 @component
 def weights(settings: Input[Artifact], workspace: str) -> str:
-    """Fetch the published files that the configs name; returns a digest of them, by which the trainings are cached."""
+    """Fetch the published weights that the configs name; return a digest for the cache key."""
     from vitdet import stages
 
     return stages.fetch_weights(settings.path, workspace)
