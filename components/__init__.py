@@ -20,9 +20,7 @@ def run_id() -> str:
     """Return the id of the pipeline run. Raises RuntimeError outside a step."""
     found = os.environ.get(RUN_ID, "")
     if not found:
-        raise RuntimeError(
-            f"{RUN_ID} is not set: the id of the pipeline run is unknown"
-        )
+        raise RuntimeError(f"{RUN_ID} is not set: the id of the pipeline run is unknown")
     return found
 
 

@@ -21,8 +21,8 @@ from pipeline.request import RunRequest, Schedule, kubeflow_cron
 
 ENDED = ("SUCCEEDED", "FAILED", "SKIPPED", "CANCELED")  # kfp.Client keeps waiting on CANCELED
 RECURRING = "recurringrun"  # a schedule in the links of the web interface
-# Tasks that Argo adds to a pipeline's steps: groups of steps, drivers, pods; "(0)" is one attempt
-# of a retried step (names: kubeflow/pipelines, backend/src/v2/compiler/argocompiler/dag.go).
+# Tasks that Argo adds to the steps: groups of steps, drivers, pods; "(0)" is one attempt of a
+# retried step (names: kubeflow/pipelines, backend/src/v2/compiler/argocompiler/dag.go).
 ATTEMPT = re.compile(r"\(\d+\)$")
 ARGO_TASK = re.compile(
     r"(root|executor|iteration.*|(for-loop|condition|condition-branches|exit-handler)-\d+.*)(-driver)?$"
@@ -32,9 +32,9 @@ Created = TypeVar("Created")
 
 
 class Server:
-    """The runs of one server; all methods raise ServerError.
+    """The runs of a server; all methods raise ServerError.
 
-    ui: the address for links, "" is that of the API; report: called with lines on the progress.
+    ui: the address for links, "": the address of the API. report: called with progress messages.
     """
 
     def __init__(
@@ -48,35 +48,35 @@ class Server:
         self.ui = ui.rstrip("/") or ("" if in_cluster_address(self.host) else self.host)
 
     def link(self, run_id: str, kind: str = "runs") -> str:
-        """The link to a run in the web interface; without the host if that only serves the API."""
+        """Return the link to a run in the web interface, without the host if it only serves the API."""
         return f"{self.ui}/#/{kind}/details/{run_id}"
 
     def multi_user(self) -> bool:
-        """Whether the server has users; the first request, which checks that this is the API."""
+        """Whether the server is multi-user. Sent first, as it verifies that this is the API."""
         try:
             return bool(self.health.healthz_service_get_healthz().multi_user)
         except ServerError as error:
             if error.status != 404:
                 raise
         raise ServerError(
-            f"{self.host} has no API of Kubeflow Pipelines (404); with a whole Kubeflow the address ends in "
+            f"{self.host} is not the Kubeflow Pipelines API (404); in a full Kubeflow deployment the address ends in "
             "/pipeline",
             404,
         )
 
     def namespace(self, asked: str) -> str:
-        """The namespace for requests: "" for a server without users, which rejects any."""
+        """Return the namespace for requests: "" for a single-user server, which rejects any."""
         multi_user = self.multi_user()
         if multi_user and not asked and POD_NAMESPACE.exists():
             return POD_NAMESPACE.read_text().strip()
         if multi_user and not asked:
             raise ServerError(
-                f"{self.host} has users: name your profile's namespace with --namespace", 0
+                f"{self.host} is multi-user; pass your profile's namespace with --namespace", 0
             )
         return asked if multi_user else ""
 
     def experiment(self, name: str, namespace: str) -> str:
-        """The id of an experiment, which is created if it does not exist."""
+        """Return the id of an experiment; create it if it does not exist."""
         wanted = {
             "predicates": [{"operation": "EQUALS", "key": "display_name", "stringValue": name}]
         }
@@ -98,7 +98,7 @@ class Server:
     def start(
         self, request: RunRequest, namespace: str = "", schedule: Schedule | None = None
     ) -> str:
-        """Start a run, or with a schedule a recurring run, and return its id."""
+        """Start a run, or a recurring run if a schedule is given, and return its id."""
         experiment = self.experiment(request.experiment, namespace)
         marker = f"submission {uuid4().hex}"
         body = {
@@ -137,10 +137,10 @@ class Server:
     def create_once(
         self, create: Callable[[], Created], find: Callable[[], Created | None]
     ) -> Created:
-        """The result of `create`, retried after transient errors.
+        """Return the result of `create`, retried after transient errors.
 
-        When it is not known whether a request took effect, `find` checks that first, so that a
-        retry does not train twice.
+        If it is unknown whether a request took effect, `find` checks for its result first, so that
+        a retry does not start a second run.
         """
         for attempt in range(self.transport.retries + 1):
             try:
@@ -152,18 +152,20 @@ class Server:
                 existing, last = find(), error
             if existing:
                 return existing
-            if last.status in (0, 409):  # without an answer the server may still be working on it
+            if last.status in (0, 409):  # without a response the request may still be in progress
                 break
             if attempt < self.transport.retries:
-                self.transport.report(f"{last}; nothing was made, again")
+                self.transport.report(f"{last}; nothing was created, retrying")
                 time.sleep(self.transport.backoff * 2**attempt)
         doubt = (
-            "; nothing was made so far: look before you submit again" if last.status == 0 else ""
+            "; nothing was created so far: check before you submit again"
+            if last.status == 0
+            else ""
         )
         raise ServerError(f"{last}{doubt}", last.status)
 
     def find(self, some_id: str) -> api.V2beta1Run | api.V2beta1RecurringRun:
-        """A run or a recurring run."""
+        """Return a run or a recurring run."""
         requests = (
             self.runs.run_service_get_run,
             self.recurring.recurring_run_service_get_recurring_run,
@@ -178,16 +180,16 @@ class Server:
         raise ServerError(f"{self.host} has no run or schedule {some_id}", 404)
 
     def pod_namespace(self, run: api.V2beta1Run) -> str:
-        """The namespace of a run's pods; a server without users runs them in its own."""
+        """Return the namespace of a run's pods; a single-user server uses its own."""
         experiment = self.experiments.experiment_service_get_experiment(
             experiment_id=run.experiment_id
         )
         return experiment.namespace or "kubeflow"
 
     def follow(self, run_id: str, every: float = 10.0, tolerance: float = 600.0) -> api.V2beta1Run:
-        """Report changes of state until the run has ended.
+        """Report state changes until the run has ended.
 
-        A server may be down for `tolerance` seconds.
+        The server may be unavailable for `tolerance` seconds.
         """
         reported: dict[str, str] = {}
         last_answer = time.monotonic()
@@ -197,10 +199,10 @@ class Server:
             except ServerError as error:
                 if not error.transient or time.monotonic() - last_answer > tolerance:
                     raise ServerError(
-                        f"{error}; the run goes on: python -m pipeline status {run_id}",
+                        f"{error}; the run continues: python -m pipeline status {run_id}",
                         error.status,
                     ) from None
-                self.report(f"{error}; the run goes on")
+                self.report(f"{error}; the run continues")
             else:
                 last_answer = time.monotonic()
                 for key, name, state in [("", "run", run.state), *steps(run)]:
@@ -212,7 +214,7 @@ class Server:
             time.sleep(every)
 
     def wait_until_ended(self, run_id: str, every: float, seconds: float) -> bool:
-        """Whether a run ends within that time; tolerate a server that is down for as long."""
+        """Whether a run ends within `seconds`; the server may be unavailable during that time."""
         start = time.monotonic()
         while True:
             try:
@@ -234,18 +236,18 @@ class Server:
                 self.runs.run_service_terminate_run(found.run_id)
             except ServerError:
                 state = self.runs.run_service_get_run(found.run_id).state
-                # it may have ended in between, or the first of two requests arrived
+                # the run may have ended, or an earlier attempt of the request succeeded
                 if state not in (*ENDED, "CANCELING"):
                     raise
 
 
 def find_marked(listed: Sequence[Any] | None, marker: str) -> Any | None:
-    """The run that was submitted with this marker as its description."""
+    """Return the run that was submitted with this marker as its description."""
     return next((item for item in listed or () if item.description == marker), None)
 
 
 def steps(run: api.V2beta1Run) -> list[tuple[str, str, str]]:
-    """(id, name, state) of a run's steps, without the tasks that Argo adds."""
+    """Return (id, name, state) of a run's steps, without the tasks that Argo adds."""
     tasks = run.run_details.task_details if run.run_details else None
     return [
         (task.task_id, task.display_name, task.state)
@@ -257,10 +259,10 @@ def steps(run: api.V2beta1Run) -> list[tuple[str, str, str]]:
 
 
 def failed_steps(run: api.V2beta1Run) -> list[tuple[str, str]]:
-    """(step, message) of the failed steps, by time. Servers up to 2.17 return no messages: "".
+    """Return (step, message) of the failed steps, by time; servers up to 2.17 return no messages.
 
-    On older servers a run whose steps failed inside an ExitHandler ends as SUCCEEDED, since the
-    exit handler did (kubeflow/pipelines #9577), so do not rely on the run's state alone.
+    On older servers a run whose steps failed inside an ExitHandler ends as SUCCEEDED, because the
+    exit handler succeeded (kubeflow/pipelines #9577), so do not rely on the run's state alone.
     """
     tasks = run.run_details.task_details if run.run_details else None
     failed = [

@@ -1,11 +1,11 @@
 """The connection to Kubeflow Pipelines: credentials, timeouts, retries, errors.
 
-The requests are those of kfp_server_api, the generated client that kfp.Client uses. kfp.Client 2.17
-itself is not used. Its constructor requests /healthz without a timeout, then again every 5 s with a
+Requests are sent with kfp_server_api, the generated client that kfp.Client uses. kfp.Client 2.17
+itself is not used: its constructor requests /healthz without a timeout, then again every 5 s with a
 traceback each, reads cookies from ~/.config/kfp and, depending on an environment variable, prompts.
 It waits forever on a server that stalls and on a cancelled run, does not retry after a 5xx, and
 prints an error's headers including cookies; its `enable_caching=False` does not apply to steps
-inside an ExitHandler, a loop or a condition, thus to none of ours.
+inside an ExitHandler, a loop or a condition, i.e. to no step of this pipeline.
 
 Secrets are read from a file, the environment or the pod, never from the command line, which every
 user of the machine can read; no message contains one.
@@ -34,10 +34,10 @@ TRANSIENT = (429, 500, 502, 503, 504)  # status codes of a server that may recov
 
 
 class ServerError(OSError):
-    """A failed request, as a message for the user.
+    """A failed request, with a message for the user.
 
-    status: that of HTTP, 0 without an answer. transient: it may succeed later. sent: it may have
-    taken effect.
+    status: the HTTP status, 0 without a response. transient: a retry may succeed. sent: the request
+    may have taken effect.
     """
 
     def __init__(
@@ -51,7 +51,7 @@ class ServerError(OSError):
 class Secret:
     """A token or cookie: its source, for messages, and how to read it.
 
-    It is read for every request: tokens of pods and of login helpers are renewed in their files.
+    It is read for every request: token files of pods and login helpers are renewed in place.
     """
 
     source: str
@@ -59,7 +59,7 @@ class Secret:
 
 
 def server_address(host: str) -> str:
-    """The API's address: `host`, else KF_PIPELINES_ENDPOINT, else in a pod the cluster's service.
+    """Return the API's address: `host`, KF_PIPELINES_ENDPOINT, or in a pod the cluster's service.
 
     Raises ValueError when none is known or it is not http(s)://NAME[/PATH].
     """
@@ -68,25 +68,25 @@ def server_address(host: str) -> str:
         host = IN_CLUSTER
     if not host:
         raise ValueError(
-            "no server is named: --host URL or KF_PIPELINES_ENDPOINT, as in "
+            "no server: pass --host URL or set KF_PIPELINES_ENDPOINT, e.g. "
             "https://kubeflow.example.com/pipeline"
         )
     parts = urlsplit(host)
     if parts.username or parts.password:
         raise ValueError(
-            f"the address of the server holds a name or password; leave it out and give {LOGIN}"
+            f"the address of the server contains a user name or password; remove it and give {LOGIN}"
         )
     if parts.scheme not in ("http", "https") or not parts.hostname:
         raise ValueError(
             f"{host}: expected http:// or https://, as in https://kubeflow.example.com/pipeline"
         )
-    # Kubeflow's dashboard shows the page in a frame, under an address with this prefix
+    # Kubeflow's dashboard embeds the page under an address with this prefix
     path = parts.path.removeprefix("/_")
     return f"{parts.scheme}://{parts.netloc}{path}".rstrip("/")
 
 
 def in_cluster_address(host: str) -> bool:
-    """Whether an address is one of a cluster's own services."""
+    """Whether an address is a service in the cluster."""
     name = urlsplit(host).hostname or ""
     return name == "ml-pipeline" or name.endswith(".svc") or ".svc." in name
 
@@ -94,10 +94,10 @@ def in_cluster_address(host: str) -> bool:
 def credentials(
     host: str, token_file: str = "", cookie_file: str = ""
 ) -> tuple[Secret | None, Secret | None]:
-    """Token and cookie: from the files, else KFP_TOKEN and KFP_COOKIE, else the pod's token.
+    """Return token and cookie: from the files, KFP_TOKEN and KFP_COOKIE, or the pod's token.
 
-    The pod's token is sent to the cluster's services only, unless KF_PIPELINES_SA_TOKEN_PATH names
-    it. Raises ValueError for an invalid one.
+    The pod's token is sent only to the cluster's services, unless KF_PIPELINES_SA_TOKEN_PATH is
+    set. Raises ValueError for invalid values.
     """
     token = named_secret("token", token_file, "KFP_TOKEN")
     cookie = named_secret("cookie", cookie_file, "KFP_COOKIE")
@@ -115,7 +115,7 @@ def credentials(
 
 
 def named_secret(kind: str, file: str, variable: str) -> Secret | None:
-    """The token or cookie that the user names, if any; "-" is standard input."""
+    """Return the token or cookie that the user specified, if any; "-" is standard input."""
     if file:
         source = f"--{kind}-file"
         text = read_secret(file, source)
@@ -131,7 +131,7 @@ def named_secret(kind: str, file: str, variable: str) -> Secret | None:
 
 
 def read_secret(file: str, source: str) -> str:
-    """The text of a secret's file. Raises ValueError, without the name: it may be the secret."""
+    """Read a secret from a file. Raises ValueError without the name, which may be the secret."""
     try:
         return sys.stdin.read() if file == "-" else Path(file).read_text()
     except (OSError, UnicodeDecodeError) as error:
@@ -140,25 +140,23 @@ def read_secret(file: str, source: str) -> str:
 
 
 def validate_secret(kind: str, text: str, source: str) -> str:
-    """The secret as a header's value; http.client would print an invalid one in its traceback."""
+    """Return a valid header value; http.client would print an invalid one in its traceback."""
     text = text.strip().removeprefix("Bearer ").removeprefix("Cookie: ").strip()
     if not re.fullmatch(r"[!-~]+" if kind == "token" else r"[ -~]+", text):
         raise ValueError(
-            f"{source}: expected one line with a {kind}, got {'nothing' if not text else 'other things'}"
+            f"{source}: expected one line with a {kind}, got {'nothing' if not text else 'other content'}"
         )
     if kind == "cookie" and "=" not in text:
-        raise ValueError(
-            f"{source}: expected a cookie as NAME=VALUE, as in authservice_session=..."
-        )
+        raise ValueError(f"{source}: expected a cookie as NAME=VALUE, e.g. authservice_session=...")
     return text
 
 
 class Transport(RESTClientObject):
     """The transport of the generated client with timeouts, safe retries, and ServerError.
 
-    timeout: seconds to connect, and between two parts of the answer. retries: after the first
-    attempt; a request that changes something is repeated only if it cannot have arrived. report:
-    called with the reason of a retry.
+    timeout: seconds to connect, and between two parts of the response. retries: number of further
+    attempts; a request that changes something is retried only if it cannot have arrived. report:
+    called with the reason for a retry.
     """
 
     backoff = 1.0  # seconds before the first retry, doubled for each further one
@@ -172,7 +170,7 @@ class Transport(RESTClientObject):
         retries: int,
         report: Callable[[str], None],
     ) -> None:
-        # urllib3's own retries are immediate, not after a 5xx, and follow redirects to login pages
+        # urllib3's retries have no delay, skip 5xx, and follow redirects to login pages
         configuration.retries = False
         super().__init__(configuration)
         self.host, self.timeout, self.retries = configuration.host, timeout, retries
@@ -190,7 +188,7 @@ class Transport(RESTClientObject):
         _preload_content: bool = True,
         _request_timeout: object = None,
     ) -> RESTResponse:
-        """Like the base class, which takes a pair of timeouts and ignores a single float."""
+        """Send a request; the base class takes a pair of timeouts and ignores a single float."""
         cookies = {"Cookie": self.cookie.read()} if self.cookie else {}
         for attempt in range(self.retries + 1):
             try:
@@ -208,7 +206,7 @@ class Transport(RESTClientObject):
                     return answer
                 kind = "a web page" if answer.data.lstrip()[:1] == b"<" else "other text"
                 failure = ServerError(
-                    f"{self.host} answers with {kind}, not as the API of Kubeflow Pipelines does: "
+                    f"{self.host} returned {kind} instead of a Kubeflow Pipelines API response: "
                     f"{self.login_hint()}",
                     answer.status,
                 )
@@ -220,20 +218,20 @@ class Transport(RESTClientObject):
             if attempt == self.retries or not failure.transient or not safe:
                 break
             pause = self.backoff * 2**attempt
-            self.report(f"{failure}; again in {pause:g} s")
+            self.report(f"{failure}; retrying in {pause:g} s")
             time.sleep(pause)
-        raise failure  # outside of `except`: no traceback leads to the request's headers
+        raise failure  # outside `except`: the traceback must not contain the request's headers
 
     def response_error(self, error: ApiException) -> ServerError:
-        """The error for an answer with a status of failure."""
+        """Return the error for a response with an error status."""
         status = error.status or 0
-        if not status:  # the base class turns TLS errors into this
+        if not status:  # the base class reports TLS errors this way
             reason = " ".join(
                 re.sub(r"SSLError|\(_ssl\.c:\d+\)|\[SSL: \w+\]", "", str(error.reason)).split()
             )
             return ServerError(
-                f"{self.host}: no TLS connection ({reason}); the certificate of a private authority is given"
-                " with --ca-file, and http:// is for a server without TLS",
+                f"{self.host}: no TLS connection ({reason}); pass the certificate of a private authority"
+                " with --ca-file, or use http:// for a server without TLS",
                 0,
                 sent=False,
             )
@@ -242,34 +240,34 @@ class Transport(RESTClientObject):
             target, here = urlsplit(location)._replace(query="", fragment=""), urlsplit(self.host)
             moved = target.hostname == here.hostname and target.scheme != here.scheme
             return ServerError(
-                f"{self.host} sends us to {target.geturl() or 'another page'}: "
-                f"{'give that one as --host' if moved else self.login_hint()}",
+                f"{self.host} redirects to {target.geturl() or 'another page'}: "
+                f"{'pass this address as --host' if moved else self.login_hint()}",
                 status,
             )
         if status == 401 and not self.login:
-            return ServerError(f"{self.host} wants to know who asks (401): give {LOGIN}", status)
+            return ServerError(f"{self.host} requires authentication (401): give {LOGIN}", status)
         if status == 401:
             return ServerError(
-                f"{self.host} does not accept the login of {self.login_sources()} (401): it has expired, or is for"
-                f" another server{text}",
+                f"{self.host} does not accept the credentials from {self.login_sources()} (401): they have expired or"
+                f" are for another server{text}",
                 status,
             )
         if status == 403:
             who = (
-                f"the login of {self.login_sources()}"
+                f"the credentials from {self.login_sources()}"
                 if self.login
-                else "a request without token and cookie"
+                else "requests without token and cookie"
             )
             return ServerError(f"{self.host} forbids this to {who} (403){text}", status)
         return ServerError(
-            f"{self.host} answers {status} {error.reason}{text}",
+            f"{self.host} returned {status} {error.reason}{text}",
             status,
             transient=status in TRANSIENT,
             sent=status != 429,
         )
 
     def connection_error(self, error: exceptions.HTTPError) -> ServerError:
-        """The error when there is no answer."""
+        """Return the error for a request without a response."""
         if isinstance(error, exceptions.NameResolutionError):
             return ServerError(f"{self.host}: no such host", 0, sent=False)
         if isinstance(error, exceptions.ConnectTimeoutError | exceptions.NewConnectionError):
@@ -280,34 +278,34 @@ class Transport(RESTClientObject):
             return ServerError(f"{self.host}: {reason}", 0, transient=True, sent=False)
         if isinstance(error, exceptions.ReadTimeoutError):
             return ServerError(
-                f"{self.host}: no answer within {self.timeout:g} s", 0, transient=True
+                f"{self.host}: no response within {self.timeout:g} s", 0, transient=True
             )
         return ServerError(
-            f"{self.host}: the connection broke off before an answer", 0, transient=True
+            f"{self.host}: the connection was closed before a response", 0, transient=True
         )
 
     def login_hint(self) -> str:
-        """What to do when the server returns a web page."""
+        """Return what to do if the server returns a web page."""
         path = (
             ""
             if urlsplit(self.host).path
-            else "; with a whole Kubeflow the address ends in /pipeline"
+            else "; in a full Kubeflow deployment the address ends in /pipeline"
         )
         if not self.login:
-            return f"it asks for a login: give {LOGIN}{path}"
-        return f"the login of {self.login_sources()} has expired or is not accepted{path}"
+            return f"it requires a login: give {LOGIN}{path}"
+        return f"the credentials from {self.login_sources()} have expired or are not accepted{path}"
 
     def login_sources(self) -> str:
-        """The sources of the secrets."""
+        """Return the sources of the secrets."""
         return " and ".join(secret.source for secret in self.login)
 
     def server_text(self, error: ApiException) -> str:
-        """The message of the API, on one line, with our secrets masked should it repeat them."""
+        """Return the API's message on one line, with secrets masked."""
         body = (error.body or b"").decode(errors="replace")
         try:
             text = str(json.loads(body)["message"])
         except (ValueError, KeyError, TypeError):
-            # the text of a proxy, as Istio's "RBAC: access denied", but no web page
+            # the text of a proxy, e.g. Istio's "RBAC: access denied", but not a web page
             text = "" if "<" in body else body
         text = " ".join(text.split())
         for secret in self.login:
@@ -325,9 +323,9 @@ def connect(
     retries: int = 3,
     report: Callable[[str], None] = lambda _: None,
 ) -> ApiClient:
-    """A client for the service classes of kfp_server_api; see Transport for the arguments.
+    """Return a client for the service classes of kfp_server_api; see Transport for the arguments.
 
-    Raises FileNotFoundError when ca_file is missing. Its requests raise ServerError.
+    Raises FileNotFoundError if ca_file is missing. Its requests raise ServerError.
     """
     if ca_file and not Path(ca_file).is_file():
         raise FileNotFoundError(f"--ca-file {ca_file}: no such file")

@@ -1,24 +1,29 @@
-"""The graph: recipes -> configs -> data, weights -> per recipe train -> evaluate -> champion, if its
-AP on this data is unknown -> gate -> register; one table at the end, and an exit handler.
+"""The pipeline graph.
 
-The cluster's pipeline and the local one differ in the arguments of `build`. Recipes and overrides
-describe the experiment; nodes, pool, job_kind and workspace the cluster; neither depends on the
-other.
+recipes -> configs -> data, weights -> for each recipe: train -> evaluate -> champion (if its AP on
+this data is unknown) -> gate -> register; then the comparison table and an exit handler.
 
-Step `configs` resolves what does not depend on the data, step `data` the rest. `data` is never taken
-from the cache, as the data may change in place; its fingerprint is an input of the trainings, which
-are. The cache compares artifacts by id, so a training takes none of `data`: it reads the splits and
-classes itself, from data of that fingerprint.
+The cluster's pipeline and the local one differ only in the arguments of `build`. Recipes and
+overrides describe the experiment; nodes, pool, job_kind and workspace describe the cluster. Neither
+depends on the other.
 
-Workarounds for kfp 2.17: its local runner skips an If on an output that is not called `Output`, and
-compares one that is not a string wrongly, so `gate` returns one string. In a ParallelFor it gives
-every output parameter of a step outside of it the value of the loop's item, so the fingerprint is
-part of the item. It does not run container
-components and CreatePVC, so every step is a Python component. `set_retry` really sleeps there, so
-local runs have no retries. On a cluster a task after an If that was skipped does not run either
-(Argo: `depends: X.Succeeded`); the outputs of an If leave it only with dsl.OneOf and an Else, whose
-step would be one more pod. So the If that guards `evaluate_champion` is in a pipeline of its own,
-`champion`, which succeeds either way, and its result goes through registry and workspace.
+Step `configs` resolves the settings that do not depend on the data, step `data` the others. `data`
+is never cached, as the data may change in place; its fingerprint is an input of the trainings,
+which are cached. The cache compares artifacts by id, so a training does not use artifacts of
+`data`: it reads the splits and classes itself, from data with that fingerprint.
+
+Workarounds for kfp 2.17:
+
+* The local runner skips an If on an output that is not called `Output`, and compares values other
+  than strings incorrectly, so `gate` returns one string.
+* In a ParallelFor, the local runner replaces every output parameter of a step outside the loop by
+  the value of the loop's item, so the fingerprint is part of the item.
+* The local runner does not support container components and CreatePVC, so every step is a Python
+  component. With `set_retry` it sleeps between attempts, so local runs have no retries.
+* On a cluster, a task that depends on a skipped If does not run (Argo: `depends: X.Succeeded`), and
+  outputs of an If require dsl.OneOf and an Else, whose step would be an additional pod. The If
+  around `evaluate_champion` is therefore in a nested pipeline, `champion`, which always succeeds;
+  its result is passed through the registry and the workspace.
 """
 
 from collections.abc import Callable
@@ -48,11 +53,11 @@ SECRET = {
     "MLFLOW_TRACKING_USERNAME": "MLFLOW_TRACKING_USERNAME",
     "MLFLOW_TRACKING_PASSWORD": "MLFLOW_TRACKING_PASSWORD",
 }
-# Longer than any training. Argo counts this from the start of the first attempt: after it there are
-# no more retries, and the running attempt is ended (argo-workflows, operator.go:
-# processNodeRetries); kfp's default is an hour. The launcher (components/launcher/follower.py) does
-# not repeat a training that a retry cannot mend; Argo does not retry a pod that was deleted without
-# a trace.
+# Longer than any training. Argo counts from the start of the first attempt; after this time there
+# are no more retries and the running attempt is terminated (argo-workflows, operator.go:
+# processNodeRetries). kfp's default is one hour. The launcher (components/launcher/follower.py) does
+# not repeat a training that a retry cannot fix; Argo does not retry a pod that was deleted without a
+# status.
 MAX_RETRY_TIME = "1296000s"
 
 # (task, its size) -> the task with the settings of the cluster
@@ -65,8 +70,10 @@ def build(
     image: str = "",
     configure: Configure = lambda task, size: task,
 ) -> BaseComponent:
-    """The pipeline with this component to train; `job` is the YAML of the jobs that it may start in
-    this image.
+    """Build the pipeline.
+
+    train: the component that trains. job: YAML of the training jobs that it may start. image: the
+    image of these jobs.
     """
 
     @dsl.pipeline(name="champion")
@@ -113,7 +120,7 @@ def build(
             resolved = dataset.outputs["resolved"]
             initial = configure(weights(settings=settings, workspace=workspace), "data")
             parent = configure(announce(settings=settings, workspace=workspace), "small")
-            # never cached: what they read or change outside of KFP may have changed
+            # never cached: they depend on state outside KFP
             for task in (dataset, initial, parent, end):
                 task.set_caching_options(False)
             with dsl.ParallelFor(dataset.outputs["Output"], name="recipe") as item:
@@ -179,7 +186,7 @@ def build(
                 ),
                 "small",
             )
-            # never cached: KFP does not know when the registry and MLflow change
+            # never cached: the registry and MLflow may have changed
             for task in (measured, best, judged, registered, table):
                 task.set_caching_options(False)
 
@@ -189,9 +196,9 @@ def build(
 def compile_pipeline(file: Path, job: str = "") -> Path:
     """Write the cluster's pipeline; the output is deterministic.
 
-    job: YAML of the training jobs, as `kubectl kustomize` prints it; else those of manifests/. The
-    steps run in their image, unless the environment variable VITDET_IMAGE names another. Raises
-    ValueError when it contains no job, or a TrainJob without its runtime.
+    job: YAML of the training jobs, as printed by `kubectl kustomize`; default: the jobs in
+    manifests/. The steps run in the image of the jobs unless the environment variable VITDET_IMAGE
+    is set. Raises ValueError if it contains no job, or a TrainJob without its runtime.
     """
     text = job or "\n---\n".join(path.read_text() for path in JOBS)
     jobs = training_jobs(text)
@@ -203,8 +210,9 @@ def compile_pipeline(file: Path, job: str = "") -> Path:
 
 
 def cluster_settings(needs: Accelerators, image: str) -> Configure:
-    """Configures a task with image, volume, MLflow's secret, the run's id, resources, retries;
-    `evaluate` with a GPU if the jobs train on GPUs.
+    """Set a task's image, volume, MLflow secret, run id, resources and retries.
+
+    Evaluation uses a GPU if the jobs train on GPUs.
     """
     # name: (CPU request, memory request, memory limit, retries)
     sizes = {
@@ -227,21 +235,20 @@ def cluster_settings(needs: Accelerators, image: str) -> Configure:
                 backoff_factor=2,
                 backoff_max_duration=MAX_RETRY_TIME,
             )
-        # The image's own user, explicit as Pod Security `restricted` requires; KFP sets its other
-        # fields.
+        # The image's user, explicit because Pod Security `restricted` requires it; KFP sets the
+        # other fields.
         kubernetes.set_security_context(
             task, run_as_user=1000, run_as_group=1000, run_as_non_root=True
         )
         kubernetes.mount_pvc(task, CLAIM, MOUNT)
         kubernetes.use_secret_as_env(task, "vitdet-mlflow", SECRET, optional=True)
-        # From the label: a placeholder as an argument would change with each run, and no step would
-        # be cached.
+        # From the label: as an argument, the run id would change the cache key in each run.
         kubernetes.use_field_path_as_env(task, RUN_ID, "metadata.labels['pipeline/runid']")
         if size == "gpu":
             kubernetes.empty_dir_mount(task, "shm", "/dev/shm", medium="Memory", size_limit="4Gi")
             if needs.gpus:
                 task.set_accelerator_type(GPU).set_accelerator_limit(1)
-                # GKE schedules a pod to the nodes of a pool only if it selects the pool
+                # on GKE a pod must select the pool to be scheduled to its nodes
                 for key, value in needs.selector.items():
                     kubernetes.add_node_selector(task, key, value)
             for one in needs.tolerations:

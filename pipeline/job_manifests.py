@@ -1,9 +1,9 @@
 """Read the YAML of the training jobs: kinds, image, GPUs, tolerations and node selector.
 
-Step `evaluate` needs the GPUs and nodes that a training needs. A PyTorchJob has them in its pod
-template. A TrainJob has them in parts, the later over the earlier: its runtime, which is another
-document; spec.trainer; its runtimePatches (Trainer 2.3: maps are merged, a list of tolerations is
-replaced).
+Step `evaluate` needs the same GPUs and nodes as training. A PyTorchJob specifies them in its pod
+template. For a TrainJob they are merged, later ones taking precedence, from its runtime (another
+document), spec.trainer and its runtimePatches (Trainer 2.3: maps are merged, a list of tolerations
+is replaced).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ GPU = "nvidia.com/gpu"
 
 
 def training_jobs(text: str) -> str:
-    """The training jobs of a YAML stream, as text: kfp would turn the 4 of a dict into 4.0.
+    """Return the training jobs in a YAML stream, as text: kfp converts integers in dicts to floats.
 
     Raises ValueError when there is none, or two of a kind, or when it is no YAML.
     """
@@ -47,12 +47,12 @@ def training_jobs(text: str) -> str:
 
 
 def job_kinds(text: str) -> set[str]:
-    """The values of job_kind for the jobs of a YAML stream. Raises like `training_jobs`."""
+    """Return the values of job_kind for the jobs in a YAML stream. Raises like `training_jobs`."""
     return {KINDS[job["kind"]] for job in yaml.safe_load_all(training_jobs(text))}
 
 
 def job_image(jobs: str) -> str:
-    """The image of the jobs. Raises ValueError when they have different ones, or none."""
+    """Return the image of the jobs. Raises ValueError if there is none or they differ."""
     found = set()
     for job in yaml.safe_load_all(jobs):
         replicas = job["spec"].get("pytorchReplicaSpecs", {}).values()
@@ -67,7 +67,7 @@ def job_image(jobs: str) -> str:
 
 
 class Accelerators(NamedTuple):
-    """GPUs of a pod, and what a pod needs to be scheduled to their nodes."""
+    """GPUs of a pod, and the tolerations and node selector for their nodes."""
 
     gpus: int = 0
     tolerations: list[dict] = []
@@ -75,11 +75,10 @@ class Accelerators(NamedTuple):
 
 
 def accelerators(text: str) -> Accelerators:
-    """The accelerators of the training job in a YAML stream; of two kinds the PyTorchJob, as an
-    overlay sets both alike.
+    """Return the accelerators of the training job in a YAML stream.
 
-    Raises ValueError when a TrainJob's runtime is not among the documents and it does not set its
-    own resources.
+    If there are both kinds, the PyTorchJob is used: overlays configure both alike. Raises
+    ValueError if a TrainJob sets no resources and its runtime is not among the documents.
     """
     documents = [document for document in yaml.safe_load_all(text) if isinstance(document, dict)]
     for job in documents:
@@ -93,7 +92,7 @@ def accelerators(text: str) -> Accelerators:
 
 
 def pod_accelerators(pod: dict, resources: dict | None) -> Accelerators:
-    """The accelerators in a pod's spec and the resources of its training container."""
+    """Return the accelerators from a pod's spec and its training container's resources."""
     limits = (resources or {}).get("limits") or {}
     return Accelerators(
         int(limits.get(GPU, 0)), pod.get("tolerations") or [], pod.get("nodeSelector") or {}
@@ -101,8 +100,9 @@ def pod_accelerators(pod: dict, resources: dict | None) -> Accelerators:
 
 
 def trainjob_accelerators(job: dict, documents: list[dict]) -> Accelerators:
-    """The accelerators of a TrainJob and its runtime, if that is among the documents. Raises like
-    `accelerators`.
+    """Return the accelerators of a TrainJob and its runtime, if it is among the documents.
+
+    Raises like `accelerators`.
     """
     wanted, trainer = job["spec"]["runtimeRef"], job["spec"].get("trainer") or {}
     kind, name = wanted.get("kind", "ClusterTrainingRuntime"), wanted["name"]
@@ -113,9 +113,9 @@ def trainjob_accelerators(job: dict, documents: list[dict]) -> Accelerators:
     resources = trainer.get("resourcesPerNode")
     if runtime is None and resources is None:
         raise ValueError(
-            f"the TrainJob's {kind} {name} is not among the documents, so that nobody says what GPUs and "
-            "nodes `evaluate` needs; give all that `kubectl kustomize manifests/overlays/NAME/trainjob` "
-            "prints, or set the job's spec.trainer.resourcesPerNode"
+            f"the TrainJob's {kind} {name} is not among the documents, so the GPUs and nodes for "
+            "`evaluate` are unknown; pass the full output of `kubectl kustomize manifests/overlays/NAME/trainjob`"
+            ", or set the job's spec.trainer.resourcesPerNode"
         )
     pod: dict = {}
     for spec in ([runtime["spec"]] if runtime else []) + [
@@ -131,9 +131,7 @@ def trainjob_accelerators(job: dict, documents: list[dict]) -> Accelerators:
 
 
 def node_pod_spec(spec: dict) -> dict:
-    """The pod spec of the replicated job `node` in a runtime or a patch of one; {} if there is
-    none.
-    """
+    """Return the pod spec of the replicated job `node` in a runtime or runtime patch, else {}."""
     jobs = spec.get("template", {}).get("spec", {}).get("replicatedJobs") or []
     job: dict = next((one for one in jobs if one["name"] == "node"), {})
     return job.get("template", {}).get("spec", {}).get("template", {}).get("spec") or {}

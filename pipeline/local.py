@@ -1,6 +1,4 @@
-"""Run the pipeline on this machine with kfp's local runner: each step is a process, also the
-training.
-"""
+"""Run the pipeline on this machine with kfp's local runner: each step is a process."""
 
 from __future__ import annotations
 
@@ -25,19 +23,17 @@ from pipeline.graph import build
 COLOR = re.compile(r"\033\[\d+m")
 BEGIN = re.compile(r"Executing task '([\w-]+)'")
 FAILED = re.compile(r"Task '([\w-]+)' finished with status FAILURE")
-# lines of kfp: its executor, the JSON of a step's inputs, times and levels, rulers
+# output of kfp: its executor, JSON of a step's inputs, timestamps and levels, rulers
 NOISE = re.compile(r"\s*(\[KFP Executor |[\"{}\[\]]|\d\d:\d\d:\d\d\.\d+ - |-{20,}|$)")
 
 
 class Screen:
-    """Shows the lines that the steps print, under the step's name, and the last line of an error;
-    logs everything.
-    """
+    """Show the output of the steps and the last line of errors; write everything to a log."""
 
     def __init__(self, screen: TextIO, log: TextIO) -> None:
         self.screen, self.log = screen, log
         self.line, self.depth = "", -1  # depth: indentation of a traceback that is being skipped
-        self.in_outputs = False  # in the value of an output, which kfp prints on several lines
+        self.in_outputs = False  # inside an output value, which kfp prints on several lines
 
     def write(self, text: str) -> int:
         """Split text into lines and process the complete ones."""
@@ -80,12 +76,12 @@ class Screen:
 def run_locally(recipes: Sequence[str], overrides: Sequence[str], workspace: Path) -> str:
     """Run the pipeline and return the run's id; its artifacts and log are in WORKSPACE/pipeline.
 
-    Raises RuntimeError when a step fails, after its error was printed. Ctrl-C ends the run.
+    Raises RuntimeError if a step fails, after printing its error. Ctrl-C ends the run.
     """
     root, run_id = workspace / "pipeline", uuid4().hex
     root.mkdir(parents=True, exist_ok=True)
     os.environ[RUN_ID] = run_id
-    # kfp warns that the image is not an official one of Python
+    # kfp warns that this is not an official Python image
     warnings.filterwarnings("ignore", category=RuntimeWarning, module="kfp.local")
     local.init(local.SubprocessRunner(use_venv=False), pipeline_root=str(root))
     original_print = builtins.print
@@ -105,7 +101,7 @@ def run_locally(recipes: Sequence[str], overrides: Sequence[str], workspace: Pat
                 f"step {failed[0] if failed else '?'} failed; the whole log: {log.name}"
             ) from error
         except KeyboardInterrupt:
-            # kfp's local runner skips the exit handler, so MLflow's parent run would never end
+            # kfp's local runner skips the exit handler, so MLflow's parent run would not end
             ended = dsl.PipelineTaskFinalStatus("CANCELED", "", "", None, None)
             clean_up.python_func(
                 recipes=list(recipes),
@@ -117,6 +113,6 @@ def run_locally(recipes: Sequence[str], overrides: Sequence[str], workspace: Pat
             raise
         finally:
             builtins.print = (
-                original_print  # kfp replaces it, and with parallel steps does not restore it
+                original_print  # kfp replaces it and does not restore it if steps run in parallel
             )
     return run_id

@@ -14,16 +14,14 @@ import yaml
 
 DEFAULT_IMAGE = "vitdet"  # in manifests/ before an overlay names the registry
 DEFAULT_IMAGE_WARNING = (
-    f"the steps' image is {DEFAULT_IMAGE!r}, of no registry: no cluster can pull it. Give your cluster's job: kubectl "
+    f"the steps' image {DEFAULT_IMAGE!r} has no registry, so no cluster can pull it. Pass your cluster's job: kubectl "
     "kustomize manifests/overlays/NAME | python -m pipeline ... --job - (or set VITDET_IMAGE)"
 )
 
 
 @dataclass(frozen=True)
 class RunRequest:
-    """A run to start: the pipeline (see `load_package`) and its parameters; "" leaves a choice to
-    the server.
-    """
+    """A run to start: the pipeline (see `load_package`) and its parameters; "": server default."""
 
     pipeline: dict
     parameters: dict[str, object]
@@ -35,9 +33,7 @@ class RunRequest:
 
 @dataclass(frozen=True)
 class Schedule:
-    """When to start runs: see `kubeflow_cron`; max_concurrency: runs at the same time, servers
-    allow 1..10.
-    """
+    """When to start runs: see `kubeflow_cron`. max_concurrency: concurrent runs, 1..10."""
 
     expression: str
     max_concurrency: int = 1
@@ -45,12 +41,12 @@ class Schedule:
 
 
 def load_package(package: Path, parameters: dict[str, object], caching: bool) -> dict:
-    """The body of a request from a compiled pipeline.
+    """Create the body of a request from a compiled pipeline.
 
-    Without caching no step at any depth reuses results. With caching, step `configs` does not if a
-    recipe is a file, which may have changed under the same name.
+    Without caching, no step at any depth reuses results. With caching, step `configs` does not if a
+    recipe is a file, whose content may have changed.
 
-    Raises ValueError when the file is no pipeline or does not have these parameters.
+    Raises ValueError if the file is not a pipeline or does not have these parameters.
     """
     if not Path(package).is_file():
         raise FileNotFoundError(f"{package}: no such file")
@@ -61,7 +57,7 @@ def load_package(package: Path, parameters: dict[str, object], caching: bool) ->
     except (yaml.YAMLError, UnicodeDecodeError):
         documents = []
     if not documents or not isinstance(documents[0], dict) or "root" not in documents[0]:
-        raise ValueError(f"{package}: no compiled pipeline")
+        raise ValueError(f"{package}: not a compiled pipeline")
     spec, *platforms = documents
     known = spec["root"].get("inputDefinitions", {}).get("parameters", {})
     if wrong := parameters.keys() - known.keys():
@@ -83,9 +79,7 @@ def load_package(package: Path, parameters: dict[str, object], caching: bool) ->
 
 
 def default_image_warning(pipeline: dict) -> str:
-    """The warning about a pipeline with the placeholder image of manifests/, which no cluster can
-    pull, else "".
-    """
+    """Return a warning if a pipeline uses the placeholder image of manifests/, else ""."""
     executors = (
         pipeline.get("pipeline_spec", pipeline).get("deploymentSpec", {}).get("executors", {})
     )
@@ -94,15 +88,15 @@ def default_image_warning(pipeline: dict) -> str:
 
 
 def is_file(recipe: str) -> bool:
-    """Whether a recipe is given as a file."""
+    """Whether a recipe is a file."""
     return recipe.endswith((".yaml", ".yml"))
 
 
 def kubeflow_cron(expression: str) -> str:
-    """A schedule in Kubeflow's notation, whose first field is seconds.
+    """Convert a schedule to Kubeflow's notation, whose first field is seconds.
 
-    Kubeflow reads the five fields of a crontab as seconds..months, so that "0 3 * * *" would start
-    a training every hour; here they get second 0. Six fields and @daily, @every 12h are kept.
+    Kubeflow interprets the five fields of a crontab as seconds..months, so "0 3 * * *" would start
+    a training every hour; second 0 is therefore prepended. Six fields and @daily, @every 12h are kept.
     Raises ValueError for anything else.
     """
     fields = expression.split()
@@ -119,20 +113,19 @@ def kubeflow_cron(expression: str) -> str:
 
 
 def check_recipes(recipes: Sequence[str], overrides: Sequence[str]) -> bool:
-    """Raise ValueError for what the pipeline's first step would reject; False if that cannot be
-    checked here.
+    """Raise ValueError for settings that the first step would reject; False if not checked.
 
-    It runs `vitdet config` in a process, as pipeline/ does not depend on vitdet, which only the
-    image needs. Without it the first step rejects the run, before data is prepared or GPUs are
-    requested.
+    Runs `vitdet config` in a process, as pipeline/ does not depend on vitdet, which is required
+    only in the image. Without vitdet the first step rejects the run, before data is prepared or
+    GPUs are requested.
     """
     if len(set(recipes)) < len(recipes):
-        raise ValueError(f"a recipe is named twice: {' '.join(recipes)}")
+        raise ValueError(f"a recipe is given twice: {' '.join(recipes)}")
     for override in overrides:
         if re.search(r"://[^/@\s]*:[^/@\s]*@", override):
             raise ValueError(
-                f"--set {override.partition('=')[0]}: a password would stand in the run's parameters for "
-                "everybody to read; it belongs into the cluster's Secret"
+                f"--set {override.partition('=')[0]}: a password would be visible in the run's parameters; "
+                "store it in the cluster's Secret"
             )
     package = importlib.util.find_spec("vitdet")
     if package is None or not package.origin:
@@ -141,8 +134,8 @@ def check_recipes(recipes: Sequence[str], overrides: Sequence[str]) -> bool:
     for recipe in recipes:
         if is_file(recipe) and not Path(recipe).is_absolute():
             raise ValueError(
-                f"{recipe}: a file of this machine; the cluster knows recipes by name and files by their "
-                "absolute path on the shared volume"
+                f"{recipe}: a file on this machine; pass a recipe's name, or the absolute path of a file on "
+                "the cluster's shared volume"
             )
         if is_file(recipe) and not Path(recipe).exists():
             checked = False

@@ -107,7 +107,7 @@ def test_a_secret_is_sent_in_its_header_and_nowhere_else(
 def test_a_login_without_encryption_is_warned_of(pipeline: Run, token: Path) -> None:
     said = pipeline("status", "x", "--host", "http://kf.invalid", "--token-file", token)[2]
     assert said.startswith(
-        "pipeline: http://kf.invalid: without https everybody on the way can read the login\n"
+        "pipeline: http://kf.invalid: without https the credentials are sent unencrypted\n"
     )
 
 
@@ -117,7 +117,7 @@ def test_a_cookie_opens_a_server_behind_a_login_page(
     kubeflow.cookie = "authservice_session=MTY5"
     code, _, said = pipeline("status", "x")
     assert code == 1 and "hidden" not in said
-    assert "sends us to https://dex.example.com/auth: it asks for a login" in said
+    assert "redirects to https://dex.example.com/auth: it requires a login" in said
     (tmp_path / "cookie").write_text(f"Cookie: {kubeflow.cookie}\n")
     assert "has no run" in pipeline("status", "x", "--cookie-file", tmp_path / "cookie")[2]
     monkeypatch.setenv("KFP_COOKIE", kubeflow.cookie)
@@ -129,7 +129,7 @@ def test_a_server_that_has_moved_to_https_says_where(kubeflow: Kubeflow, pipelin
         lambda handler: handler.send(308, "", Location="https://127.0.0.1/apis?a=b")
     ]
     assert pipeline("status", "x")[2].endswith(
-        "sends us to https://127.0.0.1/apis: give that one as --host\n"
+        "redirects to https://127.0.0.1/apis: pass this address as --host\n"
     )
 
 
@@ -238,7 +238,7 @@ def test_a_file_that_holds_no_secret(pipeline: Run, tmp_path: Path, kind: str, t
         ),
         (
             lambda handler: handler.send(200, "ok"),
-            "answers with other text, not as the API of Kubeflow Pipelines does",
+            "returned other text instead of a Kubeflow Pipelines API response",
         ),
         (lambda handler: handler.send(502, "<html>nginx</html>"), "answers 502 Bad Gateway"),
     ],
@@ -270,7 +270,7 @@ def test_nobody_is_asked_who_they_are_before_the_server_wants_to_know(
 ) -> None:
     kubeflow.token = SECRET
     assert (
-        "wants to know who asks (401): give a token (--token-file FILE or KFP_TOKEN)"
+        "requires authentication (401): give a token (--token-file FILE or KFP_TOKEN)"
         in pipeline("status", "x")[2]
     )
 

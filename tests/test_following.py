@@ -133,7 +133,7 @@ def test_a_job_is_made_and_followed_to_its_end() -> None:
     name = "launcher: PyTorchJob vitdet-tiny-1"
     assert follow(record) == (
         [
-            f"{name} is made in namespace ours",
+            "launcher: created PyTorchJob vitdet-tiny-1 in namespace ours",
             f"{name}: created",
             f"{name}: running",
             "step 1",
@@ -211,8 +211,7 @@ def test_a_process_killed_under_torchrun_is_told_as_what_it_most_likely_is() -> 
         "2026-01-01T00:00:00Z   error_file: <N/A> traceback : Signal 9 (SIGKILL) received by PID 17"
     ]
     assert (
-        "exit code 1 (a process was killed by the system, most likely for want of memory)"
-        in follow(record)[1]
+        "exit code 1 (the system killed a process, most likely out of memory)" in follow(record)[1]
     )
 
 
@@ -232,7 +231,7 @@ def test_a_job_that_failed_after_its_training_was_complete_has_succeeded() -> No
     lines, error = follow(
         Record((conditions("Failed=True"), [pod(container=ended(1))])), complete=True
     )
-    assert error == "" and lines[-1].endswith("failed when its training was complete already")
+    assert error == "" and lines[-1].endswith("failed after its training was complete")
 
 
 def test_the_deadline_is_the_cause_and_not_the_pods_that_died_of_it() -> None:
@@ -281,7 +280,7 @@ BAD_IMAGE = pod(
     [
         (
             ({}, []),
-            "nothing has happened to PyTorchJob vitdet-tiny-1 for 0 s: the Kubeflow training operator (v1.9)",
+            "PyTorchJob vitdet-tiny-1 has had no status for 0 s: the Kubeflow training operator (v1.9)",
         ),
         (
             (conditions("Created=True"), [unschedulable()]),
@@ -439,7 +438,7 @@ def test_what_cannot_be_launched_is_said_before_the_cluster_is_asked(
     }
     monkeypatch.setenv("KUBECONFIG", str(tmp_path / "none"))
     with pytest.raises(
-        RuntimeError, match="no cluster: this is no pod with a service account, and no kubeconfig"
+        RuntimeError, match="no cluster: not in a pod with a service account, and no kubeconfig"
     ):
         launcher.launch(**given)
     monkeypatch.setattr(
@@ -449,6 +448,6 @@ def test_what_cannot_be_launched_is_said_before_the_cluster_is_asked(
         launcher.launch(**{**given, "kind": "job"})
     with pytest.raises(
         ValueError,
-        match="do not see the workspace /database: their folders are /data, /tmp, /dev/shm",
+        match="do not mount the workspace /database; they mount /data, /tmp, /dev/shm",
     ):
         launcher.launch(**{**given, "workspace": "/database"})

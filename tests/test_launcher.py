@@ -224,7 +224,7 @@ def test_a_trainjob_carries_the_same_as_trainer_and_runtime_patch() -> None:
 @pytest.mark.parametrize(
     ("kind", "change", "message"),
     [
-        ("trainjob", {}, "must hold one TrainJob, it holds PyTorchJob"),
+        ("trainjob", {}, "must contain one TrainJob, got PyTorchJob"),
         ("pytorchjob", {"nodes": 0}, "at least 1 node, got 0"),
     ],
 )

@@ -56,8 +56,8 @@ def test_a_retried_step_says_it_again_at_once_and_trains_nothing() -> None:
         lines, error = follow(record)
         assert error == told and record.asked == ["create", "adopt step"]
         assert lines == [
-            "launcher: PyTorchJob vitdet-tiny-1 is there, from an earlier try of this step: has told why "
-            "it failed, no other is made"
+            "launcher: PyTorchJob vitdet-tiny-1 exists from an earlier attempt of this step: "
+            "it has failed and is not recreated"
         ]
 
 
@@ -130,9 +130,7 @@ def test_an_api_server_that_takes_no_more_words_does_not_hide_the_cause() -> Non
 
     lines, error = follow(Mute((FAILED, [])))
     assert error == "PyTorchJob vitdet-tiny-1 failed: 1 Worker replica(s) failed."
-    assert (
-        lines[-1] == "launcher: the cause could not be written on the job: cannot patch pytorchjobs"
-    )
+    assert lines[-1] == "launcher: cannot annotate the job with the cause: cannot patch pytorchjobs"
 
 
 def test_a_log_of_endless_lines_is_cut_for_the_job_and_not_for_the_step() -> None:
@@ -250,7 +248,7 @@ def test_a_job_that_is_being_deleted_is_told_and_left(monkeypatch: pytest.Monkey
     )
     objects = Objects({"pytorchjobs": [going], "trainjobs": []})
     assert (
-        delete(objects, monkeypatch) == ([], ["going: is being deleted already"])
+        delete(objects, monkeypatch) == ([], ["going: is already being deleted"])
         and objects.deleted == []
     )
 
@@ -298,7 +296,7 @@ def test_a_kind_that_may_not_be_listed_keeps_no_job_of_the_other(
     deleted, (left,) = delete(objects, monkeypatch, "pytorchjob")
     assert deleted == ["runs"] and objects.deleted == ["pytorchjobs/runs"]
     assert left.startswith(
-        "trainjobs were not looked at: cannot delete in namespace ours: trainjobs is forbidden"
+        "trainjobs were not listed: cannot delete in namespace ours: trainjobs is forbidden"
     )
     # the run's may be left
     with pytest.raises(PermissionError, match="trainjobs is forbidden.*; deleted: runs$"):

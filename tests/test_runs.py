@@ -69,7 +69,9 @@ def test_a_request_without_an_answer_is_not_repeated_blindly(
     kubeflow.plan["POST /runs"] = [trouble]
     code, _, said = pipeline("submit", "tiny", "--timeout", 1 if trouble is stalling else 60)
     assert code == 1 and kubeflow.words().count("POST /runs") == 1
-    assert said.splitlines()[-1].endswith("; nothing was made so far: look before you submit again")
+    assert said.splitlines()[-1].endswith(
+        "; nothing was created so far: check before you submit again"
+    )
 
 
 def test_a_server_that_stays_ill_gets_no_run(kubeflow: Kubeflow, pipeline: Run) -> None:
@@ -93,7 +95,7 @@ def test_an_experiment_that_another_makes_at_the_same_moment_is_used(
 @pytest.mark.parametrize(
     ("code", "said"),
     [
-        (401, "wants to know who asks (401)"),
+        (401, "requires authentication (401)"),
         (403, "(403): cannot create"),
         (400, "answers 400 Bad Request: cannot create"),
     ],

@@ -20,24 +20,24 @@ SERVICE_ACCOUNT = Path("/var/run/secrets/kubernetes.io/serviceaccount")
 
 @dataclass(frozen=True)
 class Timeouts:
-    """Seconds between two polls of a job, and for how long each problem is tolerated."""
+    """The poll interval of a job and how long each problem is tolerated, in seconds."""
 
     poll: float = 5
-    api: float = 600  # the API server does not answer
-    # it refuses what it allowed before, as after a restart until it has read the roles
+    api: float = 600  # the API server does not respond
+    # it rejects requests that it allowed before, e.g. after a restart until the roles are loaded
     forbidden: float = 60
     operator: float = 300  # the operator does not react to a new job
     start: float = 300  # a pod cannot start: image, Secret, command
-    # a pod waits for a node, a quota, a volume, or an init container: the operator's own waits for
-    # the Master and fails every 200 s
+    # a pod waits for a node, quota, volume or init container; the operator's init container waits
+    # for the Master and fails every 200 s
     schedule: float = 3600
     deletion: float = 120  # a job of an earlier attempt is still being deleted
 
 
 def connect() -> tuple[client.ApiClient, str]:
-    """A client of the API server, and the namespace: the pod's own, else the kubeconfig's.
+    """Return an API client and the namespace, from the service account or else the kubeconfig.
 
-    Raises RuntimeError when there is neither.
+    Raises RuntimeError if neither exists.
     """
     settings, file = client.Configuration(), os.environ.get("KUBECONFIG")
     try:
@@ -49,12 +49,12 @@ def connect() -> tuple[client.ApiClient, str]:
         return client.ApiClient(settings), namespace
     except config.ConfigException as error:
         raise RuntimeError(
-            f"no cluster: this is no pod with a service account, and no kubeconfig ({error})"
+            f"no cluster: not in a pod with a service account, and no kubeconfig ({error})"
         ) from error
 
 
 def in_cluster() -> bool:
-    """Whether this is a pod that uses its own cluster."""
+    """Whether this process runs in a pod and uses the cluster of that pod."""
     return not os.environ.get("KUBECONFIG") and (SERVICE_ACCOUNT / "namespace").exists()
 
 
@@ -64,10 +64,10 @@ def active_context() -> dict:
 
 
 def describe_namespace(namespace: str) -> str:
-    """The namespace and cluster that requests go to, for a message.
+    """Describe the namespace and cluster of the requests, for messages.
 
-    Raises ValueError when the cluster has no such namespace, RuntimeError when it does not answer.
-    An account that may not read namespaces gets no error.
+    Raises ValueError if the namespace does not exist, RuntimeError if the cluster does not respond.
+    Not an error if the account may not read namespaces.
     """
     api, _ = connect()
     name = (
@@ -89,20 +89,20 @@ def describe_namespace(namespace: str) -> str:
 
 
 def owner_reference() -> dict | None:
-    """An ownerReference to this pod; None outside of a pipeline step.
+    """Return an ownerReference to this pod; None outside a pipeline step.
 
-    The variables are `commonEnvs` of the backend's argocompiler/common.go. It is not the job's
-    controller, for which Kueue would take it, and does not block its own deletion, which would need
-    one more right.
+    The variables are `commonEnvs` of the backend's argocompiler/common.go. `controller` is not set,
+    as Kueue would then treat the pod as the job's controller, and neither is `blockOwnerDeletion`,
+    which needs an additional permission.
     """
     name, uid = os.environ.get("KFP_POD_NAME"), os.environ.get("KFP_POD_UID")
     return {"apiVersion": "v1", "kind": "Pod", "name": name, "uid": uid} if name and uid else None
 
 
 def list_jobs(api: client.ApiClient, kind: Kind, namespace: str, selector: str) -> list[dict]:
-    """The jobs of a kind that a label selector selects; none when the kind is not installed.
+    """Return the jobs of a kind that match a label selector; [] if the kind is not installed.
 
-    Raises PermissionError when that is forbidden, RuntimeError on any other error.
+    Raises PermissionError if listing is forbidden, RuntimeError on any other error.
     """
     call = client.CustomObjectsApi(api).list_namespaced_custom_object
     resource = (kind.group, kind.version, namespace, kind.plural)
@@ -111,7 +111,7 @@ def list_jobs(api: client.ApiClient, kind: Kind, namespace: str, selector: str) 
 
 
 def delete_job(api: client.ApiClient, kind: Kind, namespace: str, name: str) -> None:
-    """Delete a job, if it exists, and its pods. Raises like `list_jobs`."""
+    """Delete a job and its pods, if it exists. Raises the same errors as `list_jobs`."""
     call = client.CustomObjectsApi(api).delete_namespaced_custom_object
     resource = (kind.group, kind.version, namespace, kind.plural, name)
     request_once(kind, namespace, call, resource, {"propagation_policy": "Background"})
@@ -120,7 +120,7 @@ def delete_job(api: client.ApiClient, kind: Kind, namespace: str, name: str) -> 
 def request_once(
     kind: Kind, namespace: str, call: Callable, args: tuple[str, ...], options: dict[str, str]
 ) -> dict:
-    """The answer to a request without retries, {} on 404. Raises like `list_jobs`."""
+    """Send a request without retries; {} on 404. Raises the same errors as `list_jobs`."""
     try:
         return call(*args, _request_timeout=(5, 30), **options)
     except ApiException as error:
@@ -133,7 +133,7 @@ def request_once(
 
 
 def server_message(error: ApiException) -> str:
-    """The API server's message; "" for a path that it does not know."""
+    """Return the API server's message; "" for an unknown path."""
     try:
         return json.loads(error.body)["message"]
     except (ValueError, KeyError, TypeError):
@@ -141,7 +141,7 @@ def server_message(error: ApiException) -> str:
 
 
 def describe_error(kind: Kind, namespace: str, verb: str, error: ApiException) -> str:
-    """One line for a rejected request: what was tried, why it failed, what to do."""
+    """Describe a rejected request in one line: the request, the reason and the remedy."""
     message = server_message(error)
     what = f"cannot {verb} in namespace {namespace}"
     if error.status in (401, 403):
@@ -152,9 +152,9 @@ def describe_error(kind: Kind, namespace: str, verb: str, error: ApiException) -
 
 
 class JobClient:
-    """The requests about one job, retried while the API server does not answer or fails.
+    """API requests for one job, retried while the API server does not respond or fails.
 
-    All methods raise RuntimeError, with one line, when the time is up or the request is rejected.
+    All methods raise RuntimeError (one line) on timeout or if the request is rejected.
     """
 
     def __init__(
@@ -170,7 +170,7 @@ class JobClient:
         self.out, self.timeouts = out, timeouts
         self.objects, self.core = client.CustomObjectsApi(api), client.CoreV1Api(api)
         self.resource = (kind.group, kind.version, namespace, kind.plural)
-        self.reported_logs = False  # that logs may not be read
+        self.reported_logs = False  # whether missing permission to read logs was reported
 
     def request(
         self,
@@ -181,9 +181,9 @@ class JobClient:
         forbidden: float = 0,
         options: dict[str, object] | None = None,
     ) -> dict | None:
-        """The answer, None for a status in `none_if`.
+        """Return the response; None for a status in `none_if`.
 
-        forbidden: seconds for which a status 401 or 403 is taken for a passing one.
+        forbidden: seconds for which status 401 and 403 are treated as temporary.
         """
         start, reported = time.monotonic(), False
         while True:
@@ -196,7 +196,7 @@ class JobClient:
                     self.out("launcher: the API server answers again")
                 return answer
             except ApiException as error:
-                # an API server that is starting does not know the custom kinds yet
+                # a starting API server has not registered the custom resources yet
                 unknown = error.status == 404 and not server_message(error)
                 if error.status in none_if and not unknown:
                     return None
@@ -207,7 +207,7 @@ class JobClient:
                 elif error.status != 429 and error.status < 500:
                     limit = 0
                 cause: Exception = error
-            except (HTTPError, ValueError) as error:  # no answer, or a truncated one
+            except (HTTPError, ValueError) as error:  # no response, or a truncated one
                 problem = f"the API server does not answer ({type(error).__name__})"
                 limit, cause = self.timeouts.api, error
             if time.monotonic() - start >= limit:
@@ -218,7 +218,7 @@ class JobClient:
             time.sleep(min(self.timeouts.poll, 2))
 
     def create(self, job: dict) -> bool:
-        """Create the job; False when one of this name exists."""
+        """Create the job; return False if a job with this name exists."""
         created = self.request(
             f"create {self.kind.plural}",
             self.objects.create_namespaced_custom_object,
@@ -240,16 +240,16 @@ class JobClient:
         )
 
     def adopt(self, owner: dict) -> None:
-        """Make `owner` the only owner of the job."""
+        """Set `owner` as the only owner of the job."""
         self.patch({"metadata": {"ownerReferences": [owner]}})
 
     def mark(self, failure: str, halt: bool) -> None:
-        """Annotate the job with its failure; halt: suspend it, so that its pods are deleted."""
+        """Annotate the job with its failure; halt: also suspend it, which deletes its pods."""
         change: dict = {"metadata": {"annotations": {FAILURE: failure}}}
         self.patch({**change, "spec": self.kind.halt} if halt else change)
 
     def patch(self, change: dict) -> None:
-        """Apply a merge patch, the only type that this client sends for custom objects."""
+        """Apply a merge patch, the only patch type that the client supports for custom objects."""
         self.request(
             f"patch {self.kind.plural}",
             self.objects.patch_namespaced_custom_object,
@@ -260,7 +260,7 @@ class JobClient:
         )
 
     def delete(self) -> None:
-        """Delete the job, if it exists, and its pods."""
+        """Delete the job and its pods, if it exists."""
         self.request(
             f"delete {self.kind.plural}",
             self.objects.delete_namespaced_custom_object,
@@ -271,7 +271,7 @@ class JobClient:
         )
 
     def pods(self) -> tuple[list[dict], str]:
-        """The job's pods, and the resource version from which `watch` continues."""
+        """Return the job's pods and the resource version from which `watch` continues."""
         found = self.request(
             "list pods",
             self.core.list_namespaced_pod,
@@ -279,11 +279,11 @@ class JobClient:
             options={"label_selector": self.kind.selector(self.name)},
             forbidden=self.timeouts.forbidden,
         )
-        assert found is not None  # no status is expected instead
+        assert found is not None  # `none_if` is empty
         return found["items"], found["metadata"]["resourceVersion"]
 
     def watch(self, version: str, seconds: float) -> Iterator[dict]:
-        """The job's pods as they change, for this long; it ends early when the connection drops."""
+        """Yield the job's pods as they change, for `seconds`; ends early if the connection drops."""
         try:
             lines = self.core.list_namespaced_pod(
                 self.namespace,
@@ -300,10 +300,10 @@ class JobClient:
                     return
                 yield event["object"]
         except (ApiException, HTTPError, ValueError):
-            return  # the next request reports it, if it lasts
+            return  # if the problem persists, the next request reports it
 
     def events(self, selector: str) -> list[dict]:
-        """The events that a field selector selects; none when they may not be listed."""
+        """Return the events that match a field selector; [] if listing is forbidden."""
         found = self.request(
             "list events",
             self.core.list_namespaced_event,
@@ -321,10 +321,11 @@ class JobClient:
         previous: bool = False,
         container: str = "",
     ) -> list[str]:
-        """Lines of a container's log, each after its time and a space; none when there is no log.
+        """Return the lines of a container's log, each prefixed with its timestamp and a space.
 
-        since: of the last so many seconds; tail: the last lines; previous: of the instance before
-        the running one; container: "" is the one that trains.
+        since: only the last `since` seconds. tail: only the last `tail` lines. previous: the log of
+        the previous container instance. container: "" is the training container. Returns [] if
+        there is no log.
         """
         options = {"since_seconds": since, "tail_lines": tail, "previous": previous or None}
         try:
@@ -343,6 +344,6 @@ class JobClient:
                 problem = describe_error(self.kind, self.namespace, "read logs", error)
                 self.out(f"launcher: {problem}")
                 self.reported_logs = True
-            return []  # or the container has not started, the pod is gone, its node does not answer
+            return []  # also if the container has not started, or the pod or its node is gone
         except HTTPError:
             return []

@@ -1,4 +1,4 @@
-"""Follow one job to its end: forward its log, detect what blocks it, explain why it failed.
+"""Follow one job to its end: forward its log, detect why it does not start or fails.
 
 The job is polled every few seconds rather than watched: a poll needs no state that a dropped
 connection or a restarted API server could lose. Between two polls the pods are watched, so that a
@@ -30,22 +30,21 @@ from components.launcher.status import (
 from components.launcher.templates import FAILURE, SCHEDULE, Kind
 
 MAX_ANNOTATION = 32_000  # characters of FAILURE; the API server allows 256 KiB of annotations
-QUEUE = (
-    "kueue.x-k8s.io/queue-name"  # label of a job that Kueue, and nobody else, suspends and resumes
-)
+# label of a job whose suspension is managed by Kueue
+QUEUE = "kueue.x-k8s.io/queue-name"
 TAIL_LINES = 30  # log lines of a failed pod
-MAX_FIRST_LINES = 1000  # log lines of a job that existed before
+MAX_FIRST_LINES = 1000  # log lines of an existing job
 
 
 class PodLog:
-    """A pod's log, each line once, across restarts of its container and the API server."""
+    """A pod's log; returns each line once, also if the container or the API server restarts."""
 
     def __init__(self, client: JobClient, container: str) -> None:
         self.client, self.container = client, container
         self.last_time, self.last_read, self.restarts = "", 0.0, 0
 
     def new_lines(self, pod: dict) -> list[str]:
-        """The lines since the last call."""
+        """Return the lines since the last call."""
         name, restarts = pod["metadata"]["name"], restart_count(pod, self.container)
         since = round(time.monotonic() - self.last_read) + 2 if self.last_read else None
         start = time.monotonic()
@@ -65,7 +64,7 @@ class PodLog:
 
 
 def comparable_time(text: str) -> str:
-    """An RFC 3339 time with nine digits of its fraction, whose trailing zeros are omitted."""
+    """Pad the fraction of an RFC 3339 time to nine digits: trailing zeros may be omitted."""
     whole, _, fraction = text.removesuffix("Z").partition(".")
     return f"{whole}.{fraction:0<9}"
 
@@ -76,8 +75,8 @@ class Follower:
     Failed jobs are kept and annotated with the cause; a retried step re-raises it instead of
     training again.
 
-    finished: whether the training is complete; called when the job is gone or has failed.
-    first_attempt: the step is not retried, so an existing failed job is from before the user
+    finished: returns whether the training is complete; called if the job is gone or has failed.
+    first_attempt: this is not a retry, so an existing failed job is left over from before the user
     restarted the run.
     """
 
@@ -93,7 +92,7 @@ class Follower:
     ) -> None:
         self.client, self.kind, self.job, self.out = client, kind, job, out
         self.timeouts, self.finished, self.first_attempt = timeouts, finished, first_attempt
-        self.current = job  # as the API server returned it last
+        self.current = job  # as last returned by the API server
         self.name = f"{kind.name} {job['metadata']['name']}"
         self.reported: dict[str, str] = {}
         self.since: dict[str, float] = {}
@@ -105,7 +104,7 @@ class Follower:
             self.limits["schedule"] = float(own)
 
     def run(self) -> None:
-        """Return when the job has succeeded. Raises RuntimeError with the cause of a failure."""
+        """Block until the job has succeeded. Raises RuntimeError with the cause of a failure."""
         with self.deleted_on_signal():
             self.create_or_adopt()
             while not self.poll():
@@ -113,12 +112,12 @@ class Follower:
 
     @contextmanager
     def deleted_on_signal(self) -> Iterator[None]:
-        """Delete the job on SIGTERM (30 s later Kubernetes sends SIGKILL) and on Ctrl-C."""
+        """Delete the job on SIGTERM (Kubernetes sends SIGKILL 30 s later) and on Ctrl-C."""
 
         def stop(number: int, frame: object) -> None:
             raise SystemExit(128 + number)
 
-        # signals can be handled in the main thread only
+        # signal handlers can be set in the main thread only
         main = threading.current_thread() is threading.main_thread()
         before = signal.signal(signal.SIGTERM, stop) if main else None
         try:
@@ -134,13 +133,13 @@ class Follower:
                 signal.signal(signal.SIGTERM, before)
 
     def report(self, topic: str, text: str) -> None:
-        """Write to the step's log, unless it is the topic's last text again."""
+        """Write `text` to the step's log unless it was the last one of this topic."""
         if text and self.reported.get(topic) != text:
             self.out(f"launcher: {text}")
         self.reported[topic] = text
 
     def persists(self, topic: str, holds: bool, limit: float) -> bool:
-        """Whether a condition has held without a break for `limit` seconds."""
+        """Whether a condition has held continuously for `limit` seconds."""
         if not holds:
             self.since.pop(topic, None)
             return False
@@ -170,28 +169,30 @@ class Follower:
                 return
             self.report(
                 "created",
-                f"{self.name} of an earlier try has failed or is being deleted: making it anew",
+                f"{self.name} of an earlier attempt has failed or is being deleted: recreating it",
             )
             if self.persists("deletion", True, self.timeouts.deletion):
                 raise RuntimeError(
-                    f"{self.name} of an earlier try is still being deleted: see its finalizers"
+                    f"{self.name} of an earlier attempt is still being deleted; check its finalizers"
                 )
             self.client.delete()
             time.sleep(min(self.timeouts.poll, 1))
-        self.report("created", f"{self.name} is made in namespace {wanted['namespace']}")
+        self.report("created", f"created {self.name} in namespace {wanted['namespace']}")
 
     def adopt(self, failure: str) -> None:
         """Become the owner of an earlier attempt's job. Raises RuntimeError with its failure."""
-        meaning = "has told why it failed, no other is made" if failure else "following it"
-        self.report("created", f"{self.name} is there, from an earlier try of this step: {meaning}")
+        meaning = "it has failed and is not recreated" if failure else "following it"
+        self.report(
+            "created", f"{self.name} exists from an earlier attempt of this step: {meaning}"
+        )
         owners = self.job["metadata"].get("ownerReferences")
-        if owners:  # the pod of the earlier attempt may be deleted, and the job with it
+        if owners:  # deleting the pod of the earlier attempt would delete the job
             self.client.adopt(owners[0])
         if failure:
             raise RuntimeError(failure)
 
     def poll(self) -> bool:
-        """Report what is new; True if the job has succeeded. Raises RuntimeError if it failed."""
+        """Report changes; return whether the job has succeeded. Raises RuntimeError if it failed."""
         job = self.client.get()
         if job is None:
             return self.handle_missing()
@@ -200,29 +201,29 @@ class Follower:
         self.record_failures(pods)
         meaning = phase
         if phase == "suspended":
-            meaning = "suspended, a queue (Kueue) or somebody holds it back; waiting"
+            meaning = "suspended, a queue (Kueue) or a user must resume it; waiting"
         details = f" ({message})" if message else ""
         self.report("phase", f"{self.name}: {meaning}{details}" if phase else "")
         self.stream_logs(job, pods)
         if phase == "succeeded":
             return True
-        if phase == "failed" and self.finished():  # by its deadline, or a pod was lost at the end
-            self.report("complete", f"{self.name} failed when its training was complete already")
+        if phase == "failed" and self.finished():  # deadline exceeded, or a pod was lost at the end
+            self.report("complete", f"{self.name} failed after its training was complete")
             return True
         if phase == "failed":
-            # with a deadline the pods fail too, as the operator deletes them
+            # after the deadline the operator deletes the pods, so they fail too
             deadline = deadline_exceeded(job, message)
             why = (
                 f"\ncause: {deadline}; its checkpoints stay"
                 if deadline
                 else self.explain(pods, None)
             )
-            self.fail(f"{self.name} failed: {message or 'its status says no more'}{why}", False)
+            self.fail(f"{self.name} failed: {message or 'its status has no message'}{why}", False)
         limit = self.timeouts.operator
         missing = None if phase == "suspended" else missing_pods(job, pods, self.client.events)
         if self.persists("operator", not phase and not pods and not missing, limit):
             self.give_up(
-                f"nothing has happened to {self.name} for {limit:.0f} s: {self.kind.operator} does not run",
+                f"{self.name} has had no status for {limit:.0f} s: {self.kind.operator} does not run",
                 pods,
                 None,
             )
@@ -234,24 +235,24 @@ class Follower:
         return False
 
     def handle_missing(self) -> bool:
-        """True if the training was complete before the job was deleted. Raises otherwise."""
+        """Return True if the training was complete before the job was deleted; raise otherwise."""
         if self.finished():
             self.report("phase", f"{self.name} is gone, and its training is complete")
             return True
         raise RuntimeError(
             f"{self.name} was deleted before it ended, by somebody else or with its owner; or it failed "
-            f"unseen, and its time to live is over{self.explain([], None)}"
+            f"and its time to live has expired{self.explain([], None)}"
         )
 
     def record_failures(self, pods: list[dict]) -> None:
-        """Report failed pods and keep the end of their logs: they may be deleted at once."""
+        """Report failed pods and keep the end of their logs, as the pods may be deleted soon."""
         for pod in pods:
             cause = failure_reason(pod)
             if cause is None:
                 continue
             container = cause.container or self.kind.container
             restarts = restart_count(pod, container)
-            text = f"{cause}{f'; started again, {restarts} times in all' if cause.previous else ''}"
+            text = f"{cause}{f'; restarted, {restarts} times in total' if cause.previous else ''}"
             if text != self.reported.get(cause.pod):
                 self.report(cause.pod, text)
                 lines = self.client.log(
@@ -271,14 +272,14 @@ class Follower:
                     self.out(line)
 
     def check_start(self, pods: list[dict], phase: str, missing: Cause | None) -> None:
-        """Report why pods do not start, and give up when that persists."""
+        """Report why pods do not start; give up if the problem persists."""
         found = [
             cause
             for pod in pods
             if (cause := blocking_reason(pod) or startup_warning(pod, self.client.events))
         ]
         found += [missing] if missing else []
-        # an elastic job runs with fewer nodes than requested
+        # an elastic job can run with fewer nodes than requested
         elastic = "elasticPolicy" in self.job["spec"] and phase == "running"
         for topic in ("schedule", "start"):
             causes = [cause for cause in found if (cause.reason in BROKEN) == (topic == "start")]
@@ -289,7 +290,7 @@ class Follower:
                 )
 
     def give_up(self, text: str, pods: list[dict], cause: Cause | None) -> NoReturn:
-        """Suspend the job, as no step would follow it if it started. Raises RuntimeError."""
+        """Suspend the job, or delete it if Kueue manages it. Raises RuntimeError."""
         explained = self.explain(pods, cause)
         if QUEUE in (self.current["metadata"].get("labels") or {}):
             self.client.delete()
@@ -297,15 +298,15 @@ class Follower:
         self.fail(f"{text}{explained}; it is suspended", True)
 
     def fail(self, text: str, halt: bool) -> NoReturn:
-        """Annotate the job with the cause, halt: and suspend it. Raises RuntimeError."""
+        """Annotate the job with the cause; halt: also suspend it. Raises RuntimeError."""
         try:
             self.client.mark(text[:MAX_ANNOTATION], halt)
         except RuntimeError as error:
-            self.out(f"launcher: the cause could not be written on the job: {error}")
+            self.out(f"launcher: cannot annotate the job with the cause: {error}")
         raise RuntimeError(text)
 
     def explain(self, pods: list[dict], cause: Cause | None) -> str:
-        """The cause of a failure and the last log lines of the pod; "" if nothing is known."""
+        """Return the cause of a failure and the last log lines of the pod; "" if unknown."""
         cause = (
             cause
             or root_cause(found for pod in pods if (found := failure_reason(pod)))
@@ -315,5 +316,5 @@ class Follower:
             return ""
         lines = self.failures[cause.pod][1] if cause.pod in self.failures else []
         shown = "\n  ".join(["\nlast lines of its log:", *lines]) if lines else ""
-        killed = " (a process was killed by the system, most likely for want of memory)"
+        killed = " (the system killed a process, most likely out of memory)"
         return f"\ncause: {cause}{killed if any('Signal 9 (SIGKILL)' in line for line in lines) else ''}{shown}"

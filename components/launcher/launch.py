@@ -1,11 +1,11 @@
 """Start and delete training jobs: what a pipeline step and `python -m pipeline terminate` call.
 
-A job does not outlive its run for four reasons: the step deletes it on SIGTERM; the API server
+Four mechanisms prevent a job from outliving its run: the step deletes it on SIGTERM; the API server
 deletes it together with the step's pod (ownerReference); `delete_jobs` deletes the jobs of a run;
-the operator ends it after its deadline, a TrainJob on time. The training operator 1.9 checks the
-deadline only when the job or one of its pods changes, and every 10 hours (the work queue that
-should remind it is a FakeWorkQueue: pytorchjob_controller.go), so a job that hangs may live that
-much longer. It deletes a finished PyTorchJob after its time to live; a TrainJob has none.
+the operator ends it after its deadline (a TrainJob on time). The training operator 1.9 checks the
+deadline only when the job or one of its pods changes, and every 10 hours (its
+work queue for delayed checks is a FakeWorkQueue: pytorchjob_controller.go), so a hanging job may
+run that much longer. It deletes a finished PyTorchJob after its time to live; a TrainJob has none.
 """
 
 from __future__ import annotations
@@ -54,26 +54,26 @@ def launch(
     timeouts: Timeouts | None = None,
     finished: Callable[[], bool] = lambda: False,
 ) -> None:
-    """Train in a job of `nodes` pods and return when it has succeeded.
+    """Train in a job of `nodes` pods; block until it has succeeded.
 
     An existing job of the same run and recipe is followed, so that a step can be retried; if it has
-    failed, the retried step fails at once with the same message.
+    failed, the retried step fails immediately with the same message.
 
     Args:
         template: YAML of the job.
         kind: A key of KINDS.
         name: The recipe.
         task_config: The fields of kfp's dsl.TaskConfig.
-        out: Receives the lines of rank 0's log and of the job's progress.
-        finished: Whether the training is complete; called when the job is gone or has failed.
+        out: Called with each line of rank 0's log and of the job's progress.
+        finished: Returns whether the training is complete; called if the job is gone or has failed.
 
     Raises:
-        RuntimeError: The job fails, cannot start, is deleted, or may not be created.
+        RuntimeError: The job fails, cannot start, is deleted, or its creation is forbidden.
         ValueError: The template does not fit the request.
     """
     job_kind = KINDS.get(kind.lower())
     if job_kind is None:
-        raise ValueError(f"kind of job: one of {', '.join(KINDS)}, got {kind!r}")
+        raise ValueError(f"job kind: expected one of {', '.join(KINDS)}, got {kind!r}")
     timeouts = timeouts or Timeouts()
     api, namespace = connect()
     request = JobRequest(
@@ -93,7 +93,7 @@ def launch(
         f"{workspace.rstrip('/')}/".startswith(f"{folder}/") for folder in folders
     ):
         raise ValueError(
-            f"the job's pods do not see the workspace {workspace}: their folders are {', '.join(folders)}"
+            f"the job's pods do not mount the workspace {workspace}; they mount {', '.join(folders)}"
         )
     client = JobClient(api, job_kind, request.name, namespace, out, timeouts)
     first_attempt = os.environ.get(RETRY_INDEX) == "0"
@@ -104,17 +104,17 @@ def delete_jobs(run_id: str, namespace: str = "", own: str = "") -> tuple[list[s
     """Delete the unfinished training jobs of a pipeline run.
 
     Args:
-        namespace: "" is the current one.
-        own: The kind of job that the run creates, "" if unknown.
+        namespace: "" is the current namespace.
+        own: The kind of the run's jobs; "" if unknown.
 
     Returns:
-        The names of the deleted jobs, and one line for each job that is left: a finished one, with
-        how long it and its pods' logs are kept; one that is already being deleted; a kind of job
-        that may not be listed, as with an account that has the rights for one operator only.
+        The names of the deleted jobs, and one line for each job that is not deleted: a finished job,
+        with how long it and its pods' logs are kept, or a job that is already being deleted; and
+        for each kind that may not be listed, e.g. if the account may use one operator only.
 
     Raises:
-        PermissionError: `own`, or every kind, may not be listed, or a deletion is forbidden.
-        RuntimeError: The API server does not answer.
+        PermissionError: Listing `own`, or every kind, or a deletion is forbidden.
+        RuntimeError: The API server does not respond.
     """
     api, current = connect()
     namespace = namespace or current
@@ -126,12 +126,12 @@ def delete_jobs(run_id: str, namespace: str = "", own: str = "") -> tuple[list[s
             jobs = list_jobs(api, kind, namespace, f"{RUN}={label(run_id)}")
         except PermissionError as error:
             forbidden[word] = error
-            left.append(f"{kind.plural} were not looked at: {error}")
+            left.append(f"{kind.plural} were not listed: {error}")
             continue
         for job in jobs:
             name = job["metadata"]["name"]
             if job["metadata"].get("deletionTimestamp"):
-                left.append(f"{name}: is being deleted already")
+                left.append(f"{name}: is already being deleted")
             elif kept := retention(kind, job):
                 left.append(f"{name}: {kept}")
             else:

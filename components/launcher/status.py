@@ -1,14 +1,13 @@
 """The state of a job: why its pods fail or do not start, how long a finished job is kept.
 
-Plain functions of dictionaries as the Kubernetes API returns them. Of a pod (core/v1 PodStatus): a
+Pure functions of dictionaries as returned by the Kubernetes API. Pod states (core/v1 PodStatus): a
 terminated container has state.terminated {exitCode, reason: OOMKilled | Error | Completed,
-finishedAt}, a restarted one has it under lastState; a pod lost with its node has status.phase
+finishedAt}, a restarted container has it under lastState; a pod lost with its node has status.phase
 Failed and status.reason (Evicted, NodeLost, Terminated) without such a container state, or the
-condition DisruptionTarget; a pod without a node has the condition PodScheduled False, reason
+condition DisruptionTarget; a pod without a node has the condition PodScheduled False with reason
 Unschedulable.
 
-Two problems are reported by events only (core/v1 Event). A pod that the API server refuses to
-create (a quota, a missing PriorityClass or ServiceAccount, Pod Security): the training operator 1.9
+Two problems are reported by events only (core/v1 Event). A pod whose creation the API server rejects (a quota, a missing PriorityClass or ServiceAccount, Pod Security): the training operator 1.9
 creates the event FailedCreatePod of the job and returns before it writes the job's status
 (pkg/controller.v1/control/pod_control.go); Kubernetes' Job, which Trainer's JobSet creates, has the
 event FailedCreate. A volume or network that cannot be set up: the kubelet creates the events
@@ -24,9 +23,9 @@ from datetime import datetime, timedelta
 
 from components.launcher.templates import Kind
 
-EventQuery = Callable[[str], list[dict]]  # the events that a field selector selects
+EventQuery = Callable[[str], list[dict]]  # field selector -> matching events
 
-# Reasons of state.waiting that need a change by a user: the image's name, a Secret, a command.
+# Reasons of state.waiting that a user has to fix: wrong image, missing Secret, wrong command.
 BROKEN = (
     "ErrImagePull",
     "ImagePullBackOff",
@@ -41,9 +40,9 @@ BROKEN = (
 
 
 def job_phase(kind: Kind, job: dict) -> tuple[str, str]:
-    """(phase, message) of the job's conditions with status True; "" when there is none.
+    """Return (phase, message) from the job's conditions with status True; "" if there is none.
 
-    The order of the conditions does not matter: controllers keep old ones and do not sort them.
+    Does not depend on the order of the conditions: controllers keep old ones and do not sort them.
     """
     status = job.get("status") or {}
     true = {
@@ -59,9 +58,9 @@ def job_phase(kind: Kind, job: dict) -> tuple[str, str]:
 
 
 def deadline_exceeded(job: dict, message: str) -> str:
-    """The deadline of a failed job, if that is why it failed; else "".
+    """Describe the deadline if the job failed because of it; else "".
 
-    Only the message tells: the training operator's is "... active longer than specified deadline"
+    Only the message identifies this case: the training operator's is "... active longer than specified deadline"
     (common/job.go, ReconcileJobs, with the same reason as every failure), Trainer's "... exceeded
     its active deadline".
     """
@@ -72,7 +71,7 @@ def deadline_exceeded(job: dict, message: str) -> str:
 
 
 def retention(kind: Kind, job: dict) -> str:
-    """The phase of a finished job, and how long it and its pods are kept; else ""."""
+    """Describe the phase of a finished job and how long it and its pods are kept; else ""."""
     phase, spec, status = job_phase(kind, job)[0], job["spec"], job.get("status") or {}
     if phase not in ("failed", "succeeded"):
         return ""
@@ -91,10 +90,10 @@ def retention(kind: Kind, job: dict) -> str:
 
 @dataclass(frozen=True)
 class Cause:
-    """Why a pod failed or does not start; as a string, one line for the user.
+    """Why a pod failed or does not start; `str()` formats it as one line for the user.
 
-    previous: the container was restarted, so its log is that of the instance before. init:
-    `container` is an init container. subject: "pod", or "job" for a job without pods.
+    previous: the container was restarted, so the failure is in the log of its previous instance.
+    init: `container` is an init container. subject: "pod", or "job" for a job without pods.
     """
 
     pod: str
@@ -110,7 +109,7 @@ class Cause:
 
     @property
     def specific(self) -> bool:
-        """Whether the reason explains the failure; an exit code may follow from another pod's."""
+        """Whether the reason explains the failure; an exit code may be caused by another pod."""
         return self.reason not in ("Error", "Completed", "")
 
     def __str__(self) -> str:
@@ -124,7 +123,7 @@ class Cause:
 
 
 def signal_name(code: int) -> str:
-    """` (SIGKILL)` for exit code 137 and so on: a shell adds 128 to the signal's number."""
+    """Return ` (SIGKILL)` for exit code 137 etc.: a shell adds 128 to the signal's number."""
     try:
         return f" ({signal.Signals(code - 128).name})" if code > 128 else ""
     except ValueError:
@@ -132,13 +131,13 @@ def signal_name(code: int) -> str:
 
 
 def container_statuses(pod: dict) -> list[dict]:
-    """The statuses of all containers, those of init containers first."""
+    """Return the statuses of all containers, init containers first."""
     status = pod.get("status") or {}
     return [*(status.get("initContainerStatuses") or []), *(status.get("containerStatuses") or [])]
 
 
 def failure_reason(pod: dict) -> Cause | None:
-    """Why this pod, or the previous instance of its container, failed; None if neither did."""
+    """Return why this pod or the previous instance of its container failed; else None."""
     status, name = pod.get("status") or {}, pod["metadata"]["name"]
     node = (pod.get("spec") or {}).get("nodeName") or ""
     containers = container_statuses(pod)
@@ -174,7 +173,7 @@ def failure_reason(pod: dict) -> Cause | None:
 def termination_cause(
     name: str, node: str, terminated: dict, previous: bool, container: str, init: bool
 ) -> Cause:
-    """The cause in a container's state.terminated."""
+    """Return the cause from a container's state.terminated."""
     return Cause(
         name,
         terminated.get("reason") or "Error",
@@ -189,9 +188,10 @@ def termination_cause(
 
 
 def root_cause(causes: Iterable[Cause]) -> Cause | None:
-    """The cause of the others: not one mended by a restart, rather a specific one, the earliest.
+    """Return the most likely root cause; None if there is none.
 
-    When one process of a distributed training dies, all others fail soon after.
+    When one process of a distributed training dies, all others fail soon after. Prefers causes that
+    a restart did not fix, then specific causes, then the earliest.
     """
     return min(
         causes,
@@ -201,7 +201,7 @@ def root_cause(causes: Iterable[Cause]) -> Cause | None:
 
 
 def blocking_reason(pod: dict) -> Cause | None:
-    """Why this pod does not start; None if it has started or is about to."""
+    """Return why this pod does not start; None if it has started or is starting."""
     status, name = pod.get("status") or {}, pod["metadata"]["name"]
     for one in status.get("conditions") or []:
         if one["type"] == "PodScheduled" and one.get("status") == "False":
@@ -222,13 +222,13 @@ def blocking_reason(pod: dict) -> Cause | None:
 
 
 def restart_count(pod: dict, container: str) -> int:
-    """How often the kubelet has restarted this container."""
+    """Return how often the kubelet has restarted this container."""
     found = container_statuses(pod)
     return next((one.get("restartCount", 0) for one in found if one.get("name") == container), 0)
 
 
 def expected_pods(job: dict) -> int:
-    """The number of pods in the job's spec."""
+    """Return the number of pods in the job's spec."""
     replicas = job["spec"].get("pytorchReplicaSpecs")
     if replicas:
         return sum(one.get("replicas", 1) for one in replicas.values())
@@ -236,7 +236,7 @@ def expected_pods(job: dict) -> int:
 
 
 def missing_pods(job: dict, pods: list[dict], events: EventQuery) -> Cause | None:
-    """Why this job has fewer pods than expected; None if it has all, or no event tells why."""
+    """Return why this job lacks pods; None if it has all, or no event gives the reason."""
     if len(pods) >= expected_pods(job):
         return None
     metadata = job["metadata"]
@@ -258,7 +258,7 @@ def missing_pods(job: dict, pods: list[dict], events: EventQuery) -> Cause | Non
 
 
 def startup_warning(pod: dict, events: EventQuery) -> Cause | None:
-    """Why a pod with a node does not start: its last event, if that is a warning; else None."""
+    """Return the last event of a scheduled pod that does not start, if it is a warning; else None."""
     scheduled = (pod.get("spec") or {}).get("nodeName")
     if (pod.get("status") or {}).get("phase") != "Pending" or not scheduled:
         return None
@@ -270,7 +270,7 @@ def startup_warning(pod: dict, events: EventQuery) -> Cause | None:
 
 
 def event_time(event: dict) -> str:
-    """The time of the last occurrence, to the second."""
+    """Return the time of the last occurrence, to the second."""
     series = event.get("series") or {}
     time = (
         event.get("lastTimestamp")
@@ -283,6 +283,6 @@ def event_time(event: dict) -> str:
 
 
 def event_cause(event: dict, name: str, subject: str = "pod") -> Cause:
-    """The event's reason and message, on one line."""
+    """Return the event's reason and message on one line."""
     message = " ".join((event.get("message") or "").split())
     return Cause(name, event["reason"], message=message, subject=subject)

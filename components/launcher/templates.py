@@ -2,7 +2,7 @@
 
 PyTorchJob (kubeflow.org/v1, training operator 1.9) and its successor TrainJob
 (trainer.kubeflow.org/v1alpha1, Kubeflow Trainer 2.3). Everything that is specific to a kind is in
-its entry of KINDS; the rest of the launcher treats both alike.
+its entry of KINDS; the rest of the launcher does not depend on the kind.
 """
 
 from __future__ import annotations
@@ -15,25 +15,25 @@ from dataclasses import dataclass, field, replace
 
 import yaml
 
-POOL = "vitdet/pool"  # label of our node pools, so that a job does not depend on the cloud
-# the same on GKE, where the label of a pool's nodes can have no slash
+POOL = "vitdet/pool"  # label of the node pools, independent of the cloud provider
+# the same on GKE, where the node label of a pool cannot contain a slash
 COMPUTE_CLASS = "cloud.google.com/compute-class"
 RUN, RECIPE = "vitdet/run", "vitdet/recipe"  # labels of a job and its pods
 SCHEDULE = (
     "vitdet/schedule-seconds"  # annotation of a template: how long its pods may wait for a node
 )
-FAILURE = "vitdet/failure"  # annotation set by the launcher: why the job failed or was given up
-# seconds, where the template sets none: longest run, and how long a finished job is kept
+FAILURE = "vitdet/failure"  # annotation set by the launcher: why the job failed or was aborted
+# defaults in seconds: maximum run time, and how long a finished job is kept
 DEFAULT_DEADLINE, DEFAULT_TTL = 14 * 24 * 3600, 7 * 24 * 3600
 
 
 @dataclass(frozen=True)
 class JobRequest:
-    """Everything of a job that is not in its template.
+    """The values that are filled into a job's template.
 
     task: settings of the pipeline's task, as the fields of kfp's dsl.TaskConfig: affinity,
-    tolerations, node_selector, env, volumes, volume_mounts, resources; each None or in the form of
-    the Kubernetes API.
+    tolerations, node_selector, env, volumes, volume_mounts, resources; each None or in the format
+    of the Kubernetes API.
     owner: an ownerReference; the job is deleted together with it.
     """
 
@@ -53,8 +53,8 @@ class Kind:
     """A kind of job: its API resource, the labels of its pods, how its template is filled in.
 
     phases: (condition type, phase), highest priority first.
-    rank0: the labels of the pods that may have rank 0, for a job.
-    halt: the change of the spec that has the operator delete the pods and keep the job.
+    rank0: returns the labels of the pods of a job that may have rank 0.
+    halt: a patch of the spec that makes the operator delete the pods and keep the job.
     """
 
     name: str
@@ -75,9 +75,9 @@ class Kind:
 
 
 def job_name(run_id: str, recipe: str) -> str:
-    """The job's name, unique to run and recipe: a DNS-1035 label of at most 40 characters.
+    """Return the job's name, unique per run and recipe: a DNS-1035 label, at most 40 characters.
 
-    The pods' names add a suffix and must be labels of at most 63 characters.
+    Pod names add a suffix and must be labels of at most 63 characters.
     """
     slug = re.sub(r"[^a-z0-9]+", "-", recipe.lower()).strip("-")[:22].strip("-")
     mark = hashlib.sha256(f"{run_id}/{recipe}".encode()).hexdigest()[:10]
@@ -85,14 +85,14 @@ def job_name(run_id: str, recipe: str) -> str:
 
 
 def label(text: str) -> str:
-    """The text as a label value: invalid characters become `-`, cut to 63 characters."""
+    """Convert text to a label value: replace invalid characters by `-`, truncate to 63."""
     return re.sub(r"[^A-Za-z0-9._-]+", "-", text)[:63].strip("-._")
 
 
 def fill_template(template: str, kind: Kind, request: JobRequest) -> dict:
     """The job of a YAML template, filled in.
 
-    Raises ValueError when the template is not one job of this kind or does not fit the request.
+    Raises ValueError if the template is not one job of this kind or does not fit the request.
     """
     if request.nodes < 1:
         raise ValueError(f"a job needs at least 1 node, got {request.nodes}")
@@ -100,7 +100,7 @@ def fill_template(template: str, kind: Kind, request: JobRequest) -> dict:
     jobs = [part for part in found if part.get("kind") == kind.name]
     if len(jobs) != 1:
         raise ValueError(
-            f"the job's template must hold one {kind.name}, it holds "
+            f"the job's template must contain one {kind.name}, got "
             f"{', '.join(str(part.get('kind')) for part in found) or 'nothing'}"
         )
     # a copy: YAML anchors share objects between Master and Worker
@@ -115,7 +115,7 @@ def fill_template(template: str, kind: Kind, request: JobRequest) -> dict:
 
 
 def mount_paths(kind: Kind, job: dict) -> list[str]:
-    """Where the training container mounts volumes; [] for a TrainJob, whose runtime defines it."""
+    """Return the training container's mount paths; [] for a TrainJob: its runtime defines them."""
     replicas = job["spec"].get("pytorchReplicaSpecs")
     if not replicas:
         return []
@@ -124,12 +124,12 @@ def mount_paths(kind: Kind, job: dict) -> list[str]:
 
 
 def main_container(pod: dict, name: str) -> dict:
-    """The container of this name, by which the operators find it. Raises ValueError if none."""
+    """Return the container with this name. Raises ValueError if there is none."""
     for container in pod.get("containers") or []:
         if container.get("name") == name:
             return container
     raise ValueError(
-        f"the job's template has no container named {name!r}, which is the one that the operator starts"
+        f"the job's template has no container named {name!r}, which the operator requires"
     )
 
 
@@ -146,14 +146,16 @@ def fill_pytorchjob(job: dict, request: JobRequest) -> None:
     elastic = spec.get("elasticPolicy")
     if "Master" not in replicas and not elastic:
         raise ValueError(
-            "a PyTorchJob without a Master needs an elasticPolicy: its pods would not find each other"
+            "a PyTorchJob without a Master needs an elasticPolicy: its pods cannot find each other"
         )
     if "Master" in replicas:
-        # explicit, as the operator's webhook validates before defaults are set
+        # explicit because the operator's webhook validates before it sets defaults
         replicas["Master"]["replicas"] = 1
     workers = request.nodes - ("Master" in replicas)
     if workers and "Worker" not in replicas:
-        raise ValueError(f"{request.nodes} nodes are wished, but the job's template has no Worker")
+        raise ValueError(
+            f"{request.nodes} nodes are requested, but the job's template has no Worker"
+        )
     if workers:
         replicas["Worker"]["replicas"] = workers
     elif "Worker" in replicas:
@@ -191,7 +193,6 @@ def fill_trainjob(job: dict, request: JobRequest) -> None:
         )
     pod: dict = {}
     # the controller merges like `kubectl patch`: lists by name or key, but tolerations are replaced
-    # as a whole
     add_to_pod(pod, request)
     if task.get("volume_mounts"):
         pod["containers"] = [{"name": "node", "volumeMounts": task["volume_mounts"]}]
@@ -206,8 +207,8 @@ def fill_trainjob(job: dict, request: JobRequest) -> None:
 
 
 def add_to_container(container: dict, task: dict) -> None:
-    """Merge env, mounts and resources of the task into a container; the task's take precedence."""
-    # KFP_* variables identify the pod of the step
+    """Merge the task's env, mounts and resources into a container; they take precedence."""
+    # KFP_* variables refer to the pod of the step
     own = [one for one in task.get("env") or [] if not one["name"].startswith("KFP_")]
     for key, added, by in (
         ("env", own, "name"),
@@ -240,11 +241,11 @@ def add_to_pod(pod: dict, request: JobRequest) -> None:
 
 
 def reuse_claim_volumes(pod: dict, task: dict) -> dict:
-    """The task, mounting the pod's own volume wherever it has another volume of the same claim.
+    """Replace the task's volumes by volumes of the pod that use the same claim.
 
-    A pod with two volumes of one claim stays in ContainerCreating forever (kubernetes/kubernetes,
+    A pod with two volumes for one claim stays in ContainerCreating forever (kubernetes/kubernetes,
     issue 127004). KFP names a volume after its claim; the runtime of a TrainJob uses the same name,
-    so there the volumes are merged.
+    so those volumes are merged.
     """
 
     def claim(volume: dict) -> str:
@@ -264,13 +265,13 @@ def reuse_claim_volumes(pod: dict, task: dict) -> dict:
 
 
 def merge_by_key(existing: list[dict] | None, added: list[dict], key: str) -> list[dict]:
-    """Both lists; of two entries with the same key, the added one."""
+    """Concatenate two lists; an added entry replaces one with the same key."""
     names = {one[key] for one in added}
     return [*(one for one in existing or [] if one[key] not in names), *added]
 
 
 def merge_resources(existing: dict | None, added: dict) -> dict:
-    """Limits and requests; the added ones take precedence, an added limit drops the old request."""
+    """Merge limits and requests; added values take precedence, an added limit drops the request."""
     existing = existing or {}
     limits = {**existing.get("limits", {}), **added.get("limits", {})}
     old = {
@@ -286,13 +287,13 @@ def merge_resources(existing: dict | None, added: dict) -> dict:
 
 
 def pytorchjob_rank0_labels(job: dict) -> dict[str, str]:
-    """The labels of the Master; without one, any Worker may have rank 0."""
+    """Return the labels of the Master; without a Master, any Worker may have rank 0."""
     master = "Master" in job["spec"]["pytorchReplicaSpecs"]
     return {"training.kubeflow.org/replica-type": "master" if master else "worker"}
 
 
 def trainjob_rank0_labels(job: dict) -> dict[str, str]:
-    """The labels of the first pod of the indexed Job `node` of the JobSet."""
+    """Return the labels of the first pod of the JobSet's indexed Job `node`."""
     return {
         "batch.kubernetes.io/job-completion-index": "0",
         "jobset.sigs.k8s.io/replicatedjob-name": "node",

@@ -1,4 +1,4 @@
-"""The command line of the pipeline: one file per command, with its arguments and what it does."""
+"""The command line of the pipeline: one file per command."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ SIGPIPE = 141  # 128 + SIGPIPE, as the shell reports it
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run a command; a user error is one line on stderr and exit code 1 (2 for wrong arguments)."""
+    """Run a command; user errors print one line to stderr and exit with 1 (invalid arguments: 2)."""
     args = parser().parse_args(argv)
     try:
         code = args.run(args)
         sys.stdout.flush()
     except (ValueError, OSError, RuntimeError) as error:
         if isinstance(error, BrokenPipeError) and output_is_closed():
-            # as in `python -m pipeline status RUN | head -1`; for what is still buffered
+            # e.g. `python -m pipeline status RUN | head -1`; discards output that is still buffered
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             code = SIGPIPE
         else:
@@ -37,14 +37,14 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def output_is_closed() -> bool:
-    """Whether the reader of the pipe that is standard output has closed it."""
+    """Whether standard output is a pipe that its reader has closed."""
     poll = select.poll()
     poll.register(sys.stdout.fileno(), 0)
     return any(event & select.POLLERR for _, event in poll.poll(0))
 
 
 def parser() -> argparse.ArgumentParser:
-    """The parser with all commands."""
+    """Return the parser with all commands."""
     root = argparse.ArgumentParser(
         prog="python -m pipeline", description="The experiment as a Kubeflow pipeline."
     )

@@ -1,4 +1,4 @@
-"""Arguments that several commands share: overrides, the server, the file of training jobs."""
+"""Arguments shared by several commands: overrides, the server, the training jobs' file."""
 
 from __future__ import annotations
 
@@ -19,50 +19,60 @@ def add_overrides(command: argparse.ArgumentParser) -> None:
         default=[],
         metavar="SECTION.KEY=VALUE",
         dest="overrides",
-        help="change a setting, as `vitdet train --set`; may be repeated",
+        help="override a setting, as in `vitdet train --set`; may be repeated",
     )
 
 
 def add_server(command: argparse.ArgumentParser) -> None:
-    """Add the arguments that name the server and the login."""
+    """Add the arguments for the server and its credentials."""
     group = command.add_argument_group("the server")
     group.add_argument(
         "--host",
         default="",
         metavar="URL",
-        help="address of Kubeflow Pipelines, as in https://kubeflow.example.com/pipeline "
-        "(KF_PIPELINES_ENDPOINT; in a pod the cluster's own)",
+        help="address of Kubeflow Pipelines, e.g. https://kubeflow.example.com/pipeline "
+        "(default: KF_PIPELINES_ENDPOINT, or in a pod the cluster's service)",
     )
     group.add_argument(
-        "--ui-host", default="", metavar="URL", help="address for links, where it is another one"
+        "--ui-host", default="", metavar="URL", help="address for links, if different"
     )
     group.add_argument(
-        "--namespace", default="", metavar="NAME", help="your profile's, on a server with users"
+        "--namespace",
+        default="",
+        metavar="NAME",
+        help="namespace of your profile, on a multi-user server",
     )
     group.add_argument(
         "--token-file",
         default="",
         metavar="FILE",
-        help="holds a bearer token; - is the standard input (KFP_TOKEN; in a pod the pod's own)",
+        help="file with a bearer token, - for standard input (default: KFP_TOKEN, or the pod's token)",
     )
     group.add_argument(
         "--cookie-file",
         default="",
         metavar="FILE",
-        help="holds the browser's cookie NAME=VALUE of a login page (KFP_COOKIE)",
+        help="file with the browser's login cookie NAME=VALUE (default: KFP_COOKIE)",
     )
     group.add_argument(
-        "--ca-file", default="", metavar="FILE", help="certificate of a private authority"
+        "--ca-file",
+        default="",
+        metavar="FILE",
+        help="certificate of a private certificate authority",
     )
     group.add_argument(
-        "--timeout", type=seconds, default=30.0, metavar="S", help="for one answer (30)"
+        "--timeout",
+        type=seconds,
+        default=30.0,
+        metavar="S",
+        help="timeout of a request in seconds (default: 30)",
     )
     group.add_argument(
         "--retries",
         type=int,
         default=3,
         metavar="N",
-        help="after an answer that failed to come (3)",
+        help="retries of a failed request (default: 3)",
     )
     group.add_argument("--every", type=seconds, default=10.0, help=argparse.SUPPRESS)
     group.add_argument(
@@ -71,9 +81,9 @@ def add_server(command: argparse.ArgumentParser) -> None:
 
 
 def connect_server(args: argparse.Namespace) -> Server:
-    """The server that the arguments of `add_server` name."""
+    """Connect to the server given by the arguments of `add_server`."""
     if args.inline_secret is not None:
-        raise ValueError(f"everybody on this machine can read a command line; give {LOGIN}")
+        raise ValueError(f"other users of this machine can read the command line; give {LOGIN}")
     host = server_address(args.host)
     token, cookie = credentials(host, args.token_file, args.cookie_file)
     nearby = in_cluster_address(host) or urlsplit(host).hostname in (
@@ -83,7 +93,7 @@ def connect_server(args: argparse.Namespace) -> Server:
     )
     if host.startswith("http:") and not nearby and (token or cookie):
         print(
-            f"pipeline: {host}: without https everybody on the way can read the login",
+            f"pipeline: {host}: without https the credentials are sent unencrypted",
             file=sys.stderr,
         )
     client = connect(
@@ -107,12 +117,12 @@ def seconds(text: str) -> float:
 
 
 def run_id_of(run: str) -> str:
-    """The id of a run or schedule, also from its link."""
+    """Return the id of a run or schedule, given its id or link."""
     return run.rstrip("/").split("?")[0].rsplit("/", 1)[-1]
 
 
 def read_job_file(file: str) -> str:
-    """The text of a --job file, "-" is standard input. Raises ValueError when it is empty."""
+    """Read a --job file, "-" is standard input. Raises ValueError if it is empty."""
     text = sys.stdin.read() if file == "-" else Path(file).read_text() if file else ""
     if file and not text.strip():
         raise ValueError(f"--job {file}: empty")

@@ -15,7 +15,7 @@ def add_compile(commands: argparse._SubParsersAction) -> None:
     command = commands.add_parser(
         "compile",
         allow_abbrev=False,
-        help="write the pipeline to a file, for `submit` or Kubeflow's pages",
+        help="write the pipeline to a file, for `submit` or Kubeflow's web interface",
     )
     command.add_argument("file", type=Path, metavar="FILE", help="the YAML file to write")
     command.add_argument(
@@ -29,11 +29,11 @@ def add_compile(commands: argparse._SubParsersAction) -> None:
 
 
 def run_compile(args: argparse.Namespace) -> int:
-    """Compile the pipeline; warn when its image is in no registry."""
+    """Compile the pipeline; warn if its image has no registry."""
     from pipeline.graph import compile_pipeline
 
     if args.file.suffix not in (".yaml", ".yml"):
-        raise ValueError(f"{args.file}: the name of a compiled pipeline ends in .yaml")
+        raise ValueError(f"{args.file}: the name of a compiled pipeline must end in .yaml")
     text = read_job_file(args.job)
     args.file.parent.mkdir(parents=True, exist_ok=True)
     print(compile_pipeline(args.file, text))

@@ -29,7 +29,7 @@ def add_run(commands: argparse._SubParsersAction) -> None:
 
 
 def run_run(args: argparse.Namespace) -> int:
-    """Run all steps as processes and print where the log is."""
+    """Run all steps as processes and print the path of the log."""
     from pipeline.local import run_locally
 
     recipes = [

@@ -13,9 +13,9 @@ from pipeline.client import ENDED, RECURRING, failed_steps, steps
 def add_status(commands: argparse._SubParsersAction) -> None:
     """Add the command and its arguments."""
     command = commands.add_parser(
-        "status", allow_abbrev=False, help="say how far a run is, or when a schedule starts one"
+        "status", allow_abbrev=False, help="show the state of a run or schedule"
     )
-    command.add_argument("run_id", metavar="RUN", help="the id of a run or schedule, or its link")
+    command.add_argument("run_id", metavar="RUN", help="id or link of a run or schedule")
     add_server(command)
     command.set_defaults(run=run_status)
 

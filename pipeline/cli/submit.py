@@ -38,55 +38,58 @@ def add_submit(commands: argparse._SubParsersAction) -> None:
         help="a recipe's name, or the absolute path of one on the cluster's volume",
     )
     add_overrides(command)
-    cluster = command.add_argument_group("the cluster's part, no part of the experiment")
-    cluster.add_argument("--nodes", type=positive, metavar="N", help="machines a training runs on")
+    cluster = command.add_argument_group("cluster settings (do not affect the experiment)")
+    cluster.add_argument("--nodes", type=positive, metavar="N", help="nodes per training")
     cluster.add_argument(
-        "--pool", metavar="NAME", help="the pool of nodes that trains (their label vitdet/pool)"
+        "--pool", metavar="NAME", help="node pool for training (the node label vitdet/pool)"
     )
     cluster.add_argument(
-        "--job-kind", choices=("pytorchjob", "trainjob"), help="what the training job is made as"
+        "--job-kind", choices=("pytorchjob", "trainjob"), help="kind of training job"
     )
     cluster.add_argument(
-        "--workspace", metavar="FOLDER", help="the folder for data and runs on the shared volume"
+        "--workspace", metavar="FOLDER", help="folder for data and runs on the shared volume"
     )
     cluster.add_argument(
         "--service-account",
         default=ACCOUNT,
         metavar="NAME",
-        help=f"whose rights the steps have ({ACCOUNT}, of manifests/; '' leaves it to the server)",
+        help=f"service account of the steps (default: {ACCOUNT}, see manifests/; '': the server's)",
     )
     cluster.add_argument(
-        "--pipeline-root", default="", metavar="URL", help="where the steps' artifacts are kept"
+        "--pipeline-root", default="", metavar="URL", help="storage of the steps' artifacts"
     )
     run = command.add_argument_group("the run")
     run.add_argument(
-        "--experiment", default=EXPERIMENT, metavar="NAME", help=f"group of runs ({EXPERIMENT})"
+        "--experiment",
+        default=EXPERIMENT,
+        metavar="NAME",
+        help=f"experiment that contains the run (default: {EXPERIMENT})",
     )
-    run.add_argument("--name", default="", help="of the run (the recipes and the time)")
     run.add_argument(
-        "--no-cache", action="store_true", help="run every step, also one that has run before"
+        "--name", default="", help="name of the run (default: the recipes and the time)"
     )
+    run.add_argument("--no-cache", action="store_true", help="do not reuse cached results of steps")
     source = run.add_mutually_exclusive_group()
     source.add_argument(
         "--package",
         type=Path,
         metavar="FILE",
-        help="a compiled pipeline; without, it is compiled now",
+        help="a compiled pipeline (default: compile it now)",
     )
     source.add_argument(
         "--job",
         default="",
         metavar="FILE",
-        help="compile it with the training jobs of this YAML, as `compile --job`; - is standard input",
+        help="compile it with the training jobs in this YAML file, as `compile --job`; - is standard input",
     )
     run.add_argument(
-        "--wait", action="store_true", help="follow the run; exit code 0 only when it succeeded"
+        "--wait", action="store_true", help="follow the run; exit code 0 only if it succeeds"
     )
     run.add_argument(
         "--cron",
         default="",
         metavar="WHEN",
-        help="start it again and again: '0 3 * * 1-5' as in a crontab (UTC), @daily, '@every 12h'",
+        help="create a schedule: '0 3 * * 1-5' as in a crontab (UTC), @daily, '@every 12h'",
     )
     run.add_argument(
         "--max-concurrency",
@@ -94,12 +97,12 @@ def add_submit(commands: argparse._SubParsersAction) -> None:
         choices=range(1, 11),
         default=1,
         metavar="N",
-        help="with --cron: runs at one time, 1..10 (1)",
+        help="with --cron: maximum number of concurrent runs, 1..10 (default: 1)",
     )
     run.add_argument(
         "--no-catch-up",
         action="store_true",
-        help="with --cron: leave out the times that were missed",
+        help="with --cron: skip missed runs",
     )
     add_server(command)
     command.set_defaults(run=run_submit)
@@ -113,7 +116,7 @@ def positive(text: str) -> int:
 
 
 def run_submit(args: argparse.Namespace) -> int:
-    """Start the run or schedule and print its id and link; --wait: and follow it."""
+    """Start the run or schedule and print its id and link; with --wait, follow it."""
     schedule = None
     if [args.job, args.token_file, args.cookie_file].count("-") > 1:
         raise ValueError(
@@ -127,7 +130,7 @@ def run_submit(args: argparse.Namespace) -> int:
     check_pool(args.pool)
     if not check_recipes(args.recipes, args.overrides):
         print(
-            "pipeline: recipes and settings could not be looked through here; the first step does",
+            "pipeline: recipes and settings are not validated here; the first step does that",
             file=sys.stderr,
         )
     title = " + ".join(Path(recipe).stem for recipe in args.recipes)[:100]
@@ -161,7 +164,7 @@ def run_submit(args: argparse.Namespace) -> int:
 
 
 def check_pool(name: str | None) -> None:
-    """Raise ValueError for a name that cannot be a node's label, as no pod could select it."""
+    """Raise ValueError for a name that is not a valid label value: no pod could select it."""
     if name and not re.fullmatch(r"[A-Za-z0-9]([A-Za-z0-9._-]{0,61}[A-Za-z0-9])?", name):
         raise ValueError(
             f"--pool {name!r}: expected a label's value: letters, digits, - _ . inside, at most 63"
@@ -170,7 +173,7 @@ def check_pool(name: str | None) -> None:
 
 @contextmanager
 def compiled_package(args: argparse.Namespace) -> Iterator[Path]:
-    """The file of --package, or the pipeline compiled with the jobs of --job."""
+    """Load the --package file, or compile the pipeline with the jobs of --job."""
     if args.package:
         yield args.package
         return
@@ -178,27 +181,27 @@ def compiled_package(args: argparse.Namespace) -> Iterator[Path]:
     from pipeline.job_manifests import job_kinds
 
     text, wanted = read_job_file(args.job), args.job_kind or "pytorchjob"
-    if text and wanted not in job_kinds(text):  # else it would fail in the step that trains
+    if text and wanted not in job_kinds(text):  # it would fail only in the training step
         found = " and ".join(sorted(job_kinds(text)))
-        raise ValueError(f"--job {args.job}: holds no {wanted} but {found}; see --job-kind")
+        raise ValueError(f"--job {args.job}: contains no {wanted} but {found}; see --job-kind")
     with TemporaryDirectory() as folder:
         yield compile_pipeline(Path(folder) / "pipeline.yaml", text)
 
 
 def follow(server: Server, run_id: str, every: float) -> int:
-    """Wait for the end of a run and print why it failed; the exit code."""
+    """Wait for the end of a run, print why it failed and return the exit code."""
     try:
         run = server.follow(run_id, every)
     except KeyboardInterrupt:
         print(
-            f"\npipeline: the run goes on; python -m pipeline terminate {run_id} ends it",
+            f"\npipeline: the run continues; python -m pipeline terminate {run_id} ends it",
             file=sys.stderr,
         )
         return 130
     failed = failed_steps(run)
     for name, message in failed:
         print(
-            f"pipeline: {name} failed: {message or 'the server does not say why, its log does'}",
+            f"pipeline: {name} failed: {message or 'the server reports no reason; see its log'}",
             file=sys.stderr,
         )
     if run.state == "SUCCEEDED" and not failed:

@@ -12,12 +12,12 @@ from pipeline.cli.arguments import add_server, connect_server, run_id_of
 from pipeline.client import ENDED, Server
 from pipeline.connection import ServerError
 
-# Seconds until a run has ended: the 30 s that pods get, Argo's polls, the pod of the exit handler
+# Time for a run to end: 30 s grace period of its pods, Argo's polls, the exit handler's pod
 END_TIMEOUT = 300.0
 
 
 class StillEnding(Exception):
-    """A run that has not ended, so its steps may still create jobs."""
+    """The run has not ended, so its steps may still create jobs."""
 
 
 def add_terminate(commands: argparse._SubParsersAction) -> None:
@@ -27,18 +27,18 @@ def add_terminate(commands: argparse._SubParsersAction) -> None:
         allow_abbrev=False,
         help="end a run and delete its training jobs; delete a schedule",
     )
-    command.add_argument("run_id", metavar="RUN", help="the id of a run or schedule, or its link")
+    command.add_argument("run_id", metavar="RUN", help="id or link of a run or schedule")
     add_server(command)
     command.set_defaults(run=run_terminate)
 
 
 def run_terminate(args: argparse.Namespace) -> int:
-    """End the run, then delete its jobs; an error tells how to delete jobs that may be left."""
+    """End the run, then delete its jobs; errors include the command that deletes remaining jobs."""
     server = connect_server(args)
     found = server.find(run_id_of(args.run_id))
     server.terminate(found)
     if isinstance(found, V2beta1RecurringRun):
-        print(f"schedule {found.recurring_run_id}: deleted; runs that it started go on")
+        print(f"schedule {found.recurring_run_id}: deleted; runs that it started continue")
         return 0
     run_id = found.run_id
     ending = "" if found.state in ENDED else ", now ending"
@@ -50,17 +50,17 @@ def run_terminate(args: argparse.Namespace) -> int:
             print(line, flush=True)
     except KeyboardInterrupt:
         print(
-            f"\npipeline: the run is ending; training jobs that it may have made since: {again}",
+            f"\npipeline: the run is ending; to delete training jobs created since: {again}",
             file=sys.stderr,
         )
         return 130
     except StillEnding as error:
-        raise RuntimeError(f"{error}; training jobs that it may make yet: {again}") from None
+        raise RuntimeError(f"{error}; to delete training jobs created later: {again}") from None
     except ValueError as error:
-        raise ValueError(f"the run's training jobs may still be there: {error}") from None
+        raise ValueError(f"the run's training jobs may still exist: {error}") from None
     except (RuntimeError, OSError) as error:
         raise RuntimeError(
-            f"the run's training jobs may still be there ({error}): kubectl delete -n {namespace} "
+            f"the run's training jobs may still exist ({error}): kubectl delete -n {namespace} "
             f"pytorchjobs,trainjobs -l vitdet/run={run_id}"
         ) from None
     return 0
@@ -69,9 +69,9 @@ def run_terminate(args: argparse.Namespace) -> int:
 def delete_run_jobs(
     server: Server, found: V2beta1Run, namespace: str, every: float
 ) -> Iterator[str]:
-    """Delete a run's jobs, and again after its end, as a running step may create one until then.
+    """Delete a run's jobs, and again after its end: until then a step may create jobs.
 
-    Yields lines for the user. Raises StillEnding when the run does not end in time.
+    Yields progress messages. Raises StillEnding if the run does not end in time.
     """
     from components.launcher.client import describe_namespace
     from components.launcher.launch import delete_jobs
@@ -86,8 +86,8 @@ def delete_run_jobs(
         try:
             ended = server.wait_until_ended(found.run_id, every, END_TIMEOUT)
             doubt = "" if ended else "the run is still ending"
-        except ServerError as error:  # the cluster may answer nevertheless
-            doubt = f"whether the run has ended is not known ({error})"
+        except ServerError as error:  # the cluster may still respond
+            doubt = f"it is unknown whether the run has ended ({error})"
         late, left = delete_jobs(found.run_id, namespace, own)
         yield from (f"deleted {name}, made since" for name in late)
         deleted += late
@@ -99,6 +99,6 @@ def delete_run_jobs(
 
 
 def job_kind(run: V2beta1Run) -> str:
-    """The kind of a run's jobs: its parameter, else the pipeline's default."""
+    """Return the kind of a run's jobs: its parameter, or the pipeline's default."""
     parameters = (run.runtime_config and run.runtime_config.parameters) or {}
     return parameters.get("job_kind") or "pytorchjob"
