@@ -13,6 +13,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -30,7 +31,12 @@ on_cluster = [
         "KUBECONFIG" not in os.environ, reason="needs KUBECONFIG of a test control plane"
     ),
 ]
-QUICK = Timeouts(poll=1, api=60, forbidden=4, operator=20, start=3, schedule=3, deletion=20)
+# For jobs that are to run: a loaded machine may be slow, so nothing is given up.
+PATIENT = Timeouts(
+    poll=1, api=120, forbidden=15, operator=120, start=120, schedule=120, deletion=120
+)
+# For jobs that are to be given up.
+QUICK = replace(PATIENT, start=3, schedule=3)
 ADMIN: dict[str, str] = {}  # KUBECONFIG of the test itself, while the launcher has another
 PIPELINE_RUN = "6f0c8a52-1f3e-4b7e-9b1b-0d6c35f7a001"
 
@@ -80,12 +86,13 @@ def template(kind: str = "pytorchjob", script: bool = False) -> str:
 class Scene:
     """A namespace with a node, an operator and a volume, and a launcher that is pointed there."""
 
-    def __init__(self, namespace: str, folder: Path) -> None:
+    def __init__(self, namespace: str, folder: Path, timeouts: Timeouts) -> None:
         self.namespace, self.volume, self.kubeconfig = (
             namespace,
             folder / "volume",
             folder / "kubeconfig",
         )
+        self.timeouts = timeouts
         self.lines: list[str] = []
         self.node = None
 
@@ -96,7 +103,7 @@ class Scene:
         recipe: str = "tiny",
         run: str = PIPELINE_RUN,
         nodes: int = 2,
-        timeouts: Timeouts = QUICK,
+        timeouts: Timeouts | None = None,
         kind: str = "pytorchjob",
         task: dict | None = None,
         finished: Callable[[], bool] = lambda: False,
@@ -122,7 +129,7 @@ class Scene:
                 workspace="/data",
                 task_config=task,
                 out=out,
-                timeouts=timeouts,
+                timeouts=timeouts or self.timeouts,
                 finished=finished,
             )
 
@@ -143,8 +150,8 @@ class Scene:
             "task_config": None,
         }
         code = (
-            "import json, sys; from tests.cluster import QUICK; from components.launcher.launch import launch; "
-            "launch(**json.loads(sys.argv[1]), timeouts=QUICK)"
+            "import json, sys; from tests.cluster import PATIENT; from components.launcher.launch import launch; "
+            "launch(**json.loads(sys.argv[1]), timeouts=PATIENT)"
         )
         return subprocess.Popen(
             [sys.executable, "-u", "-c", code, json.dumps(given)],
@@ -206,7 +213,9 @@ class Scene:
 def scene(
     folder: Path, node: bool = True, operator: bool = True, reasons: dict[int, str] | None = None
 ) -> Iterator[Scene]:
-    """A Scene; without `node` the pods stay as the test writes them, without `operator` the jobs."""
+    """A Scene; without `node` the pods stay as the test writes them, and the launcher soon gives them up; without
+    `operator` the jobs stay.
+    """
     from kubernetes import client, config
 
     from tests.fake_node import FakeNode
@@ -218,7 +227,7 @@ def scene(
         context["context"]["namespace"] = name
     (folder / "kubeconfig").write_text(yaml.safe_dump(settings))
     (folder / "volume").mkdir()
-    made = Scene(name, folder)
+    made = Scene(name, folder, PATIENT if node else QUICK)
     with ExitStack() as stack, pytest.MonkeyPatch.context() as patch:
         patch.setitem(ADMIN, "KUBECONFIG", os.environ["KUBECONFIG"])
         config.load_kube_config(str(folder / "kubeconfig"))

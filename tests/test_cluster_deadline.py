@@ -15,8 +15,8 @@ import yaml
 from components.launcher.status import job_phase
 from components.launcher.templates import KINDS, job_name
 from tests.cluster import (
+    PATIENT,
     PIPELINE_RUN,
-    QUICK,
     Scene,
     kubectl,
     on_cluster,
@@ -72,7 +72,7 @@ def test_trainer_ends_a_job_at_its_deadline(played: Scene) -> None:
 
 
 def test_a_job_that_is_gone_after_its_time_to_live_has_succeeded(played: Scene) -> None:
-    seldom = replace(QUICK, poll=3)  # so that it ends and goes between two looks
+    seldom = replace(PATIENT, poll=3)  # so that it ends and goes between two looks
     played.launch(
         script(ttlSecondsAfterFinished=0),
         ["echo on; sleep 1; echo done > /data/complete"],

@@ -23,8 +23,8 @@ import yaml
 from components.launcher.launch import delete_jobs
 from components.launcher.templates import job_name
 from tests.cluster import (
+    PATIENT,
     PIPELINE_RUN,
-    QUICK,
     Scene,
     kubectl,
     on_cluster,
@@ -198,7 +198,7 @@ def test_an_evicted_pod_is_told_and_replaced(played: Scene) -> None:
 def test_a_job_that_kueue_holds_back_is_waited_for(played: Scene) -> None:
     def admit() -> None:
         wait_until(lambda: any("suspended, a queue (Kueue)" in line for line in played.lines))
-        time.sleep(5)  # longer than any other patience of these tests
+        time.sleep(7)  # longer than it would wait for the operator, a node or a start
         kubectl(
             "patch",
             "pytorchjob",
@@ -211,7 +211,8 @@ def test_a_job_that_kueue_holds_back_is_waited_for(played: Scene) -> None:
         )
 
     other = meanwhile(admit)
-    played.launch(script(suspend=True), ["echo admitted"], "queued")
+    timeouts = replace(PATIENT, operator=5, start=5, schedule=5)
+    played.launch(script(suspend=True), ["echo admitted"], "queued", timeouts=timeouts)
     other.join()
     assert "admitted" in played.lines
 
@@ -278,7 +279,7 @@ def test_without_an_operator_the_step_says_so(tmp_path: Path) -> None:
             RuntimeError,
             match="the Kubeflow training operator .v1.9. does not run; it is suspended",
         ):
-            empty.launch(script(), ["true"], "nobody", timeouts=replace(QUICK, operator=3))
+            empty.launch(script(), ["true"], "nobody", timeouts=replace(PATIENT, operator=3))
 
 
 def test_all_jobs_of_a_run_are_deleted_and_no_others(

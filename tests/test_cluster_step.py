@@ -18,7 +18,7 @@ from mlflow import MlflowClient
 import components
 from components.launcher import launch as launcher
 from components.train import train_job
-from tests.cluster import QUICK, Scene, kubectl, on_cluster, scene, template, wait_until
+from tests.cluster import PATIENT, Scene, kubectl, on_cluster, scene, template, wait_until
 from tests.conftest import minimal
 from tests.test_cluster_failures import meanwhile
 from vitdet import stages
@@ -138,7 +138,7 @@ def step(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Step]
         shutil.copytree(tiny, made.volume / "tiny")
         patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{made.volume / 'mlflow.db'}")
         patch.setenv("KUBECONFIG", str(made.kubeconfig))
-        patch.setattr(launcher, "Timeouts", lambda: QUICK)
+        patch.setattr(launcher, "Timeouts", lambda: PATIENT)
         for name, value in made.step_pod("step").items():
             patch.setenv(name, value)
         yield Step(made)

@@ -12,13 +12,24 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 import yaml
 from kubernetes import client
 
+from components.launcher.client import Timeouts
 from components.launcher.templates import job_name
-from tests.cluster import PIPELINE_RUN, Scene, kubectl, on_cluster, scene, template, wait_until
+from tests.cluster import (
+    PATIENT,
+    PIPELINE_RUN,
+    Scene,
+    kubectl,
+    on_cluster,
+    scene,
+    template,
+    wait_until,
+)
 from tests.conftest import ROOT
 from tests.manifests import kustomize
 from tests.test_cluster_failures import NO_NODE, meanwhile
@@ -44,11 +55,16 @@ def played(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scene]:
 
 
 def launch(
-    made: Scene, recipe: str, words: str, task: dict | None = None, **changes: object
+    made: Scene,
+    recipe: str,
+    words: str,
+    task: dict | None = None,
+    timeouts: Timeouts | None = None,
+    **changes: object,
 ) -> None:
     job = yaml.safe_load(template("trainjob", script=True))
     job["spec"].update(changes)
-    made.launch(yaml.safe_dump(job), [words], recipe, kind="trainjob", task=task)
+    made.launch(yaml.safe_dump(job), [words], recipe, kind="trainjob", task=task, timeouts=timeouts)
 
 
 def pod(made: Scene, recipe: str) -> dict:
@@ -149,7 +165,7 @@ def test_a_job_that_kueue_holds_back_and_takes_back_is_waited_for(played: Scene)
 
     def queue() -> None:
         wait_until(lambda: told(1))
-        time.sleep(4)  # longer than the patience for a node or a start
+        time.sleep(7)  # longer than it would wait for a node or a start
         suspend(False)
         # The launcher has seen it run, else it would not tell a second time that it is suspended.
         wait_until(
@@ -171,7 +187,8 @@ def test_a_job_that_kueue_holds_back_and_takes_back_is_waited_for(played: Scene)
     }
     other = meanwhile(queue)
     script = "echo $WORD; if mkdir /more/life-of-$PET_NODE_RANK 2>/dev/null; then sleep 60; fi; ls /data/ > /more/seen"
-    launch(played, "queued", script, task, suspend=True)
+    timeouts = replace(PATIENT, start=5, schedule=5)
+    launch(played, "queued", script, task, timeouts, suspend=True)
     other.join()
     assert played.lines.count("spoken") == 2  # before it was taken back, and after
     assert "seen" in (played.volume / "seen").read_text()

@@ -94,6 +94,20 @@ def test_from_labels_to_pictures_with_one_setting(
     assert code == 0 and {row["class"] for row in table} <= set(NAMES) and table
 
 
+def test_a_checkpoint_is_evaluated_on_the_splits_of_another_folder(
+    vitdet: Run, trained: Path, own_tiny: Path, said: Callable[[], str]
+) -> None:
+    renamed(own_tiny, train="train2017", val="val2017")
+    words = ["evaluate", trained / "model.pt", "--output", "m.json"]
+    code, _, err = vitdet(*words, "--set", f"data.root={own_tiny}")
+    assert code == 0, err
+    assert f"{own_tiny} has data.train_split=train2017, data.val_split=val2017" in said()
+    measured = json.loads(Path("m.measured.json").read_text())
+    assert measured["data"]["val_split"] == "val2017"
+    code, _, err = vitdet(*words, "--set", f"data.root={own_tiny}", "--set", "data.val_split=val")
+    assert code == 1 and "there are the splits train2017, val2017" in err
+
+
 @pytest.mark.parametrize("recipe", ["tiny", "mask_rcnn_vitdet_b_coco", "mask_rcnn_vitdet_b_lvis"])
 def test_a_folder_brings_its_splits_and_classes(own_tiny: Path, recipe: str) -> None:
     kind = [] if recipe != "mask_rcnn_vitdet_b_lvis" else ["data.dataset=coco"]

@@ -181,6 +181,19 @@ def test_a_resumed_run_has_each_step_once(tmp_path: Path, store: str, journal_lo
     assert tracking._client(store).get_run(first.run_id).data.tags["resumed_at_step"] == "150"
 
 
+def test_a_resumed_run_names_the_settings_that_changed(tmp_path: Path, store: str) -> None:
+    """MLflow refuses another value of a parameter."""
+    run_id = None
+    for lr, expected in ((1e-4, None), (2e-4, "optim.lr: 0.0002, not 0.0001"), (1e-4, "")):
+        params = {**WHAT["params"], "optim.lr": lr}
+        tracker = start(tmp_path, store, run_id=run_id, params=params)
+        tracker.close()
+        run_id = tracker.run_id
+        data = tracking._client(store).get_run(run_id).data
+        assert data.tags.get("resumed_settings") == expected
+        assert data.params["optim.lr"] == "0.0001"
+
+
 @pytest.mark.slow
 def test_a_killed_process_loses_nothing(tmp_path: Path, store: str) -> None:
     code = (

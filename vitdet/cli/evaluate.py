@@ -80,13 +80,13 @@ def run_evaluate(given: argparse.Namespace) -> int:
 def measured_on(given: argparse.Namespace, config: Config | None) -> Measured:
     """What the metrics of these arguments were measured on."""
     from vitdet.checkpoint import load_model_file
-    from vitdet.config import from_dict, override
+    from vitdet.config import from_dict
     from vitdet.data.fingerprint import fingerprint
-    from vitdet.evaluation.evaluator import SECTIONS
+    from vitdet.evaluation.evaluator import evaluation_config
     from vitdet.tracking.measured import Measured
 
     own = from_dict(load_model_file(given.checkpoint)["config"])
-    used = override(own, given.overrides, config, SECTIONS)
+    used, _ = evaluation_config(own, given.overrides, config)
     return Measured.of(given.checkpoint, used, fingerprint(used.data, used.data.val_split))
 
 

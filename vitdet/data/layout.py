@@ -79,10 +79,7 @@ def explicit_settings(recipe: str | Path, overrides: Sequence[str] = ()) -> set[
     (`dvc exp run -S` edits the file), data.root counts as chosen. Of a file of `vitdet config` all are, but for those
     that its first line names.
     """
-    explicit: set[str] = set()
-    for override in overrides:
-        key, _, text = override.partition("=")
-        explicit |= {key.strip(), *_keys(_section(text), f"{key.strip()}.")}
+    explicit = overridden_settings(overrides)
     if str(recipe) in recipes():
         return explicit
     if Path(recipe).resolve().parent == RECIPES.resolve():
@@ -91,6 +88,15 @@ def explicit_settings(recipe: str | Path, overrides: Sequence[str] = ()) -> set[
     first = text.partition("\n")[0]
     follows = first.removeprefix(FROM_DATA).split(", ") if first.startswith(FROM_DATA) else ()
     return explicit | (set(_keys(yaml.safe_load(text))) - set(follows))
+
+
+def overridden_settings(overrides: Sequence[str]) -> set[str]:
+    """The settings that these overrides name, also those inside of a whole section."""
+    found: set[str] = set()
+    for override in overrides:
+        key, _, text = override.partition("=")
+        found |= {key.strip(), *_keys(_section(text), f"{key.strip()}.")}
+    return found
 
 
 def following(explicit: Collection[str]) -> list[str]:

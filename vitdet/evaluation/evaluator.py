@@ -6,6 +6,7 @@ pasted there with threshold 0.5, boxes are written xywh without rounding.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +21,7 @@ from vitdet.config import Config, DataConfig, EvalConfig, from_dict, override
 from vitdet.data.coco import CocoSplit, read_tree
 from vitdet.data.dataset import read_split
 from vitdet.data.fingerprint import fingerprint
-from vitdet.data.layout import split_files
+from vitdet.data.layout import CLASSES, missing, overridden_settings, resolve, split_files
 from vitdet.data.loader import configure_process, val_loader
 from vitdet.data.masks import encode, paste
 from vitdet.evaluation.pictures import write_pictures
@@ -28,6 +29,8 @@ from vitdet.evaluation.report import write_report
 from vitdet.evaluation.results import Truth, kinds_of, read_results, read_truth, truth_of
 from vitdet.predictor import to_image
 from vitdet.types import Detections
+
+log = logging.getLogger(__name__)
 
 ARBITERS = {"coco": coco, "lvis": lvis}  # data.dataset -> how its AP is measured
 # the same of results that anybody made
@@ -121,6 +124,24 @@ def detect(
     return [result for image_id in image_ids for result in found[image_id]], image_ids
 
 
+def evaluation_config(
+    stored: Config, overrides: Sequence[str] = (), config: Config | None = None
+) -> tuple[Config, dict[str, str | int]]:
+    """The config of a checkpoint with the data and evaluate settings of `config`, then with overrides.
+
+    As in training, an override of data.root takes the splits from that folder unless they are
+    overridden too; returns these settings as well. Raises ValueError for an override of another section.
+    """
+    for one in overrides:
+        if one.split(".")[0].strip() not in SECTIONS:
+            raise ValueError(
+                f"override {one!r}: only data.* and evaluate.* can change for a trained checkpoint"
+            )
+    # the number of classes is the checkpoint's: other data is refused when it is read
+    explicit = overridden_settings(overrides) | {CLASSES}
+    return resolve(override(stored, overrides, config, SECTIONS), explicit)
+
+
 def evaluate(
     checkpoint: str | Path,
     overrides: Sequence[str] = (),
@@ -145,12 +166,10 @@ def evaluate(
     from vitdet.models import build_detector
 
     detector, stored, class_names = restore_detector(checkpoint)
-    for one in overrides:
-        if one.split(".")[0].strip() not in SECTIONS:
-            raise ValueError(
-                f"override {one!r}: only data.* and evaluate.* can change for a trained checkpoint"
-            )
-    config = override(stored, overrides, config, SECTIONS)
+    config, found = evaluation_config(stored, overrides, config)
+    if found and distributed.rank() == 0:
+        splits = ", ".join(f"{key}={value}" for key, value in found.items())
+        log.info("%s has %s", config.data.root, splits)
     if config.evaluate != stored.evaluate:
         rebuilt = build_detector(config.model, config.evaluate)
         rebuilt.load_state_dict(detector.state_dict())
@@ -231,6 +250,8 @@ def _read(data: DataConfig) -> tuple[Truth, CocoSplit]:
     before anything is detected that it can be compared with.
     """
     path = split_files(data, data.val_split)[0]
+    if not path.exists():
+        raise missing(path, data)
     tree = read_tree(path)
     split = read_split(data, data.val_split, tree)
     truth = truth_of(path, tree)

@@ -25,7 +25,7 @@ PENDING = "pending-"  # a run id of ours, until a server has given one
 
 
 class Journal:
-    """One run's lines: {"start": {...}}, {"points": {name: value}, "step"}, {"file", "folder"}, {"resume"}, {"end"}.
+    """One run's lines: {"start": {...}}, {"points": {name: value}, "step"}, {"file", "folder"}, {"resume", "changed"}, {"end"}.
 
     Each line also holds its time in ms since 1970.
     """

@@ -122,7 +122,13 @@ def start_run(
         }
         journal.append({"start": what})
     if run_id is not None:
-        journal.append({"resume": resume_step})
+        began = (journal.start() or {}).get("params", {})
+        changed = [
+            f"{key}: {params[key]}, not {value}"
+            for key, value in began.items()
+            if params.get(key, value) != value
+        ]
+        journal.append({"resume": resume_step, "changed": "; ".join(changed)})
     return MLflowTracker(journal, tracking_uri(uri, folder))
 
 
@@ -313,6 +319,7 @@ class _Shipper:
             elif "resume" in record:
                 client.update_run(run_id, "RUNNING")
                 client.set_tag(run_id, "resumed_at_step", record["resume"])
+                self._send_changes(client, run_id, record.get("changed", ""))
             elif "end" in record:
                 client.set_terminated(run_id, record["end"], record["time"])
         except Exception as error:
@@ -335,6 +342,12 @@ class _Shipper:
             else:
                 self._refused |= names
                 log.warning("tracking: the server refuses %s: %s", *names or [record], error)
+
+    def _send_changes(self, client: MlflowClient, run_id: str, changed: str) -> None:
+        """Tag the run with the settings that differ from its parameters, which MLflow keeps as they are."""
+        name = "resumed_settings"
+        if changed or name in client.get_run(run_id).data.tags:
+            client.set_tag(run_id, name, changed[:5000])  # MLflow's limit
 
     def _send_points(self, client: MlflowClient, run_id: str, records: list[dict]) -> None:
         from mlflow.entities import Metric
