@@ -224,23 +224,23 @@ def test_a_file_that_holds_no_secret(pipeline: Run, tmp_path: Path, kind: str, t
     [
         (
             failing(401, f"bad {SECRET}"),
-            "does not accept the login of --token-file (401): it has expired",
+            "does not accept the credentials from --token-file (401): they have expired",
         ),
         (
             failing(403, f"user with {SECRET} cannot get runs\nin team-a"),
             "(403): user with *** cannot get runs in team-a",
         ),
         (lambda handler: handler.send(403, "RBAC: access denied"), "(403): RBAC: access denied"),
-        (failing(400, f"Invalid {SECRET}"), "answers 400 Bad Request: Invalid ***"),
+        (failing(400, f"Invalid {SECRET}"), "returned 400 Bad Request: Invalid ***"),
         (
             page,
-            "with a web page, not as the API of Kubeflow Pipelines does: the login of --token-file has expired",
+            "returned a web page instead of a Kubeflow Pipelines API response: the credentials from --token-file have expired",
         ),
         (
             lambda handler: handler.send(200, "ok"),
             "returned other text instead of a Kubeflow Pipelines API response",
         ),
-        (lambda handler: handler.send(502, "<html>nginx</html>"), "answers 502 Bad Gateway"),
+        (lambda handler: handler.send(502, "<html>nginx</html>"), "returned 502 Bad Gateway"),
     ],
 )
 def test_an_error_is_one_line_without_the_secret(
@@ -283,7 +283,7 @@ def test_a_look_is_repeated_until_the_server_is_well(
     kubeflow.plan["GET /runs/x"] = [trouble, trouble]
     code, out, said = pipeline("status", "x", "--timeout", 1 if trouble is stalling else 60)
     assert code == 0 and "state RUNNING" in out
-    assert len(kubeflow.requests) == 3 and said.count("; again in") == 2
+    assert len(kubeflow.requests) == 3 and said.count("; retrying in") == 2
 
 
 def test_a_server_that_stays_ill_is_given_up(kubeflow: Kubeflow, pipeline: Run) -> None:
@@ -292,14 +292,14 @@ def test_a_server_that_stays_ill_is_given_up(kubeflow: Kubeflow, pipeline: Run) 
     assert code == 1 and len(kubeflow.requests) == 3
     assert (
         said.splitlines()[-1]
-        == f"pipeline: {kubeflow.url} answers 503 Service Unavailable: no database"
+        == f"pipeline: {kubeflow.url} returned 503 Service Unavailable: no database"
     )
 
 
 def test_a_stalled_connection_ends_with_its_time(kubeflow: Kubeflow, pipeline: Run) -> None:
     kubeflow.plan["GET /runs/x"] = [stalling] * 2
     code, _, said = pipeline("status", "x", "--timeout", 0.3, "--retries", 1)
-    assert code == 1 and "no answer within 0.3 s" in said and len(kubeflow.requests) == 2
+    assert code == 1 and "no response within 0.3 s" in said and len(kubeflow.requests) == 2
 
 
 def test_a_host_that_refuses_and_one_that_does_not_exist(pipeline: Run) -> None:
@@ -308,7 +308,7 @@ def test_a_host_that_refuses_and_one_that_does_not_exist(pipeline: Run) -> None:
         port = free.getsockname()[1]
     code, _, said = pipeline("status", "x", "--host", f"http://127.0.0.1:{port}", "--retries", 1)
     assert (
-        code == 1 and "again in" in said.splitlines()[0] and said.endswith("Connection refused\n")
+        code == 1 and "retrying in" in said.splitlines()[0] and said.endswith("Connection refused\n")
     )
     code, _, said = pipeline("status", "x", "--host", "http://nowhere.invalid", "--retries", 5)
     assert code == 1 and said == "pipeline: http://nowhere.invalid: no such host\n"
@@ -335,5 +335,5 @@ def test_a_certificate_that_nobody_vouches_for(pipeline: Run, tmp_path: Path) ->
 def test_tls_where_the_server_has_none(kubeflow: Kubeflow, pipeline: Run) -> None:
     code, _, said = pipeline("status", "x", "--host", kubeflow.url.replace("http", "https"))
     assert (
-        code == 1 and len(said.splitlines()) == 1 and "http:// is for a server without TLS" in said
+        code == 1 and len(said.splitlines()) == 1 and "use http:// for a server without TLS" in said
     )

@@ -80,7 +80,7 @@ def test_a_server_that_stays_ill_gets_no_run(kubeflow: Kubeflow, pipeline: Run) 
     assert (code, out) == (1, "") and kubeflow.words().count("POST /runs") == 3
     assert (
         said.splitlines()[-1]
-        == f"pipeline: {kubeflow.url} answers 500 Internal Server Error: no space left"
+        == f"pipeline: {kubeflow.url} returned 500 Internal Server Error: no space left"
     )
 
 
@@ -97,7 +97,7 @@ def test_an_experiment_that_another_makes_at_the_same_moment_is_used(
     [
         (401, "requires authentication (401)"),
         (403, "(403): cannot create"),
-        (400, "answers 400 Bad Request: cannot create"),
+        (400, "returned 400 Bad Request: cannot create"),
     ],
 )
 def test_a_refused_request_is_not_repeated(
@@ -117,7 +117,7 @@ def test_an_address_without_the_api(kubeflow: Kubeflow, pipeline: Run, words: li
     code, _, said = pipeline(*words)
     assert (
         code == 1
-        and "has no API of Kubeflow Pipelines (404); with a whole Kubeflow the address ends in "
+        and "is not the Kubeflow Pipelines API (404); in a full Kubeflow deployment the address ends in "
         in said
     )
 
@@ -204,7 +204,7 @@ def test_a_failed_step_is_named_with_its_message(
     code, _, said = pipeline("submit", "tiny", "--wait")
     assert code == 1 and said.splitlines() == [
         "pipeline: train-job failed: OOMKilled (exit 137)",
-        "pipeline: evaluate failed: the server does not say why, its log does",
+        "pipeline: evaluate failed: the server reports no reason; see its log",
         f"pipeline: run {RUN} FAILED: {kubeflow.url}/#/runs/details/{RUN}",
     ]
 
@@ -233,11 +233,11 @@ def test_waiting_outlasts_a_server_that_is_away_but_not_a_login_that_has_expired
     kubeflow.plan[f"GET /runs/{RUN}"] = [failing(503)] * 6
     kubeflow.states = [{"state": "SUCCEEDED"}]
     code, out, _ = pipeline("submit", "tiny", "--wait", "--retries", 1)
-    assert code == 0 and out.count("; the run goes on") == 3
+    assert code == 0 and out.count("; the run continues") == 3
     kubeflow.plan["GET /runs/0000-run-1"] = [failing(401)]
     code, _, said = pipeline("submit", "tiny", "--wait")
     assert code == 1 and said.rstrip().endswith(
-        "; the run goes on: python -m pipeline status 0000-run-1"
+        "; the run continues: python -m pipeline status 0000-run-1"
     )
 
 
@@ -380,11 +380,11 @@ def test_jobs_of_a_run_that_is_not_seen_to_end_are_deleted(
         and len(cluster.asked) == 2
     )
     cause = (
-        "the run is still ending" if status == 503 else "whether the run has ended is not known ("
+        "the run is still ending" if status == 503 else "it is unknown whether the run has ended ("
     )
     assert said.splitlines()[-1].startswith(f"pipeline: {cause}") and said.splitlines()[
         -1
-    ].endswith(f"; training jobs that it may make yet: python -m pipeline terminate {RUN}")
+    ].endswith(f"; to delete training jobs created later: python -m pipeline terminate {RUN}")
 
 
 def test_ctrl_c_while_a_run_ends_says_what_is_left_to_do(
@@ -397,7 +397,7 @@ def test_ctrl_c_while_a_run_ends_says_what_is_left_to_do(
     pipeline("submit", "tiny")
     code, _, said = pipeline("terminate", RUN)
     assert code == 130 and len(cluster.asked) == 1
-    assert said.endswith(f"jobs that it may have made since: python -m pipeline terminate {RUN}\n")
+    assert said.endswith(f"; to delete training jobs created since: python -m pipeline terminate {RUN}\n")
 
 
 def test_a_cluster_without_the_namespace_is_refused_in_one_line(
@@ -411,7 +411,7 @@ def test_a_cluster_without_the_namespace_is_refused_in_one_line(
     code, out, said = pipeline("terminate", RUN)
     assert code == 1 and "now ending" in out and cluster.asked == []
     assert said.endswith(
-        "training jobs may still be there: the cluster of context work has no namespace kubeflow\n"
+        "training jobs may still exist: the cluster of context work has no namespace kubeflow\n"
     )
 
 
@@ -444,5 +444,5 @@ def test_terminating_a_schedule_deletes_it(
 ) -> None:
     pipeline("submit", "tiny", "--cron", "@daily")
     code, out, _ = pipeline("terminate", "0000-rec-0")
-    assert code == 0 and "runs that it started go on" in out
+    assert code == 0 and "runs that it started continue" in out
     assert not kubeflow.kept["recurringruns"] and not cluster.asked

@@ -165,7 +165,7 @@ def test_the_experiments_pipeline_is_compiled_for_the_server(
     code, _, said = run("submit", "tiny", "--nodes", 2, "--pool", "h100")
     assert code == 0 and len(said.splitlines()) == 1
     assert (
-        "the steps' image is 'vitdet', of no registry" in said
+        "the steps' image is 'vitdet' has no registry" in said
         and "| python -m pipeline ... --job -" in said
     )
     spec = kubeflow.bodies("POST /runs")[0]["pipeline_spec"]["pipeline_spec"]
@@ -184,9 +184,9 @@ def test_the_experiments_pipeline_is_compiled_for_the_server(
         (
             "pytorchjob",
             ["--job-kind", "trainjob"],
-            "--job -: holds no trainjob but pytorchjob; see --job-kind",
+            "--job -: contains no trainjob but pytorchjob; see --job-kind",
         ),
-        ("trainjob", [], "--job -: holds no pytorchjob but trainjob; see --job-kind"),
+        ("trainjob", [], "--job -: contains no pytorchjob but trainjob; see --job-kind"),
     ],
 )
 def test_a_job_of_another_kind_is_refused_before_anything_runs(
@@ -245,7 +245,7 @@ def test_a_server_with_users_wants_a_namespace_and_one_without_gets_none(
     assert pipeline("submit", "tiny", "--namespace", "team-a")[0] == 0
     kubeflow.users, kubeflow.kept["experiments"] = True, []
     code, _, said = pipeline("submit", "tiny")
-    assert code == 1 and "name your profile's namespace with --namespace" in said
+    assert code == 1 and "pass your profile's namespace with --namespace" in said
     assert pipeline("submit", "tiny", "--namespace", "team-a")[0] == 0
     assert kubeflow.bodies("POST /experiments")[-1] == {
         "display_name": "vitdet",
@@ -264,17 +264,17 @@ def test_a_server_with_users_wants_a_namespace_and_one_without_gets_none(
         (["tinyy"], "tinyy: no such recipe; did you mean 'tiny'?"),
         (["tiny", "--set", "optim.lrr=1"], "optim.lrr: no such setting; did you mean 'lr'?"),
         (["tiny", "--set", "optim.lr=fast"], "optim.lr"),
-        (["tiny", "tiny"], "a recipe is named twice: tiny tiny"),
-        (["mine.yaml"], "mine.yaml: a file of this machine; the cluster knows recipes by name"),
+        (["tiny", "tiny"], "a recipe is given twice: tiny tiny"),
+        (["mine.yaml"], "mine.yaml: a file on this machine; pass a recipe's name"),
         (
             ["tiny", "--set", "tracking.uri=https://me:hunter2@mlflow"],
-            "--set tracking.uri: a password would stand in",
+            "--set tracking.uri: a password would be visible in",
         ),
         (["tiny", "--cron", "0 3 * *"], "schedule '0 3 * *': expected five fields"),
         (["tiny", "--cron", "@daily", "--wait"], "--wait is for one run"),
-        (["tiny", "--package", ROOT / "dvc.yaml"], "no compiled pipeline"),
+        (["tiny", "--package", ROOT / "dvc.yaml"], "not a compiled pipeline"),
         (["tiny", "--package", "none.yaml"], "pipeline: none.yaml: no such file"),
-        (["tiny", "--package", sys.executable], "no compiled pipeline"),
+        (["tiny", "--package", sys.executable], "not a compiled pipeline"),
         (
             ["tiny", "--token-file", "-", "--cookie-file", "-"],
             "the standard input can be read once",
@@ -329,7 +329,7 @@ def test_without_vitdet_the_first_step_looks_recipes_through(
     )
     code, _, said = pipeline("submit", "tinyy")
     assert code == 0 and said == (
-        "pipeline: recipes and settings could not be looked through here; the first step does\n"
+        "pipeline: recipes and settings are not validated here; the first step does that\n"
     )
     monkeypatch.undo()
     assert request.check_recipes(["/data/recipes/mine.yaml"], []) is False

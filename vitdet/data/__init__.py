@@ -1,6 +1,6 @@
 """From a folder in COCO's or LVIS's layout to batches: the training stream and the validation images.
 
-The names are resolved when they are first used: the settings that depend on a folder (`layout`) need no torch.
+Names are resolved on first use, so that `vitdet.data.layout` does not import torch.
 """
 
 from __future__ import annotations

@@ -1,9 +1,10 @@
-"""The record of what `vitdet data coco|lvis` downloaded into a folder: ROOT/manifest.json.
+"""The record of the files that `vitdet data coco|lvis` downloaded to a folder: ROOT/manifest.json.
 
-It lists every archive (address, size, sha256), every annotation file (size, sha256) and every folder of images (number,
-bytes, one sha256 over the sorted lines "NAME SIZE" and one over "NAME SIZE CRC32"). `vitdet.datasets.fetch` writes it;
-training, evaluation and `vitdet data check` compare the files with it. The same download has the same record on every
-machine, so a version control that tracks this file and the annotations tracks the data without holding 118,000 images.
+It lists every archive (URL, size, sha256), every annotation file (size, sha256) and every image
+folder (count, bytes, one sha256 over the sorted lines "NAME SIZE" and one over "NAME SIZE CRC32").
+`vitdet.datasets.fetch` writes it; training, evaluation and `vitdet data check` compare the files
+with it. The same download has the same record on every machine, so version control of this file and
+the annotations identifies the data without storing 118,000 images.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ CHUNK = 1 << 20
 
 @dataclass(frozen=True)
 class Archive:
-    """A downloaded file. `known`: whether its sha256 was known beforehand; else it is that of what was downloaded."""
+    """A downloaded archive. `known`: whether its sha256 was published or computed from the file."""
 
     name: str
     url: str
@@ -37,7 +38,7 @@ class Archive:
 
 @dataclass(frozen=True)
 class File:
-    """A file, by its path below the folder."""
+    """A file; `path` is relative to the root folder."""
 
     path: str
     size: int
@@ -46,7 +47,7 @@ class File:
 
 @dataclass(frozen=True)
 class Images:
-    """A folder of images, by its path; `names` and `content`: digests over their sorted names, sizes and checksums."""
+    """An image folder. `names`: digest of the names and sizes; `content`: also of the checksums."""
 
     path: str
     count: int
@@ -64,7 +65,7 @@ class DownloadRecord:
     folders: tuple[Images, ...] = ()
 
     def with_(self, other: DownloadRecord) -> DownloadRecord:
-        """This record and another; entries of `other` replace those of the same name."""
+        """Return both records merged; entries of `other` replace entries with the same name."""
         return DownloadRecord(
             *(
                 tuple(sorted({_key(one): one for one in (*ours, *theirs)}.values(), key=_key))
@@ -73,7 +74,7 @@ class DownloadRecord:
         )
 
     def only(self, archives: Collection[str], paths: Collection[str]) -> DownloadRecord:
-        """The entries of these archives and paths."""
+        """Return the entries for these archives and paths."""
         return DownloadRecord(
             tuple(one for one in self.archives if one.name in archives),
             tuple(one for one in self.files if one.path in paths),
@@ -87,7 +88,7 @@ def exists(root: Path) -> bool:
 
 
 def read(root: Path) -> DownloadRecord:
-    """The record of the folder; an empty one if there is none. Raises ValueError for a file that is not a record."""
+    """Read the record of a folder; empty if there is none. Raises ValueError if it is not valid."""
     try:
         stored = json.loads((root / NAME).read_text())
         return DownloadRecord(
@@ -99,71 +100,72 @@ def read(root: Path) -> DownloadRecord:
         return DownloadRecord()
     except (ValueError, TypeError, KeyError) as error:
         raise ValueError(
-            f"{root / NAME}: not a manifest of `vitdet data` ({error}); remove it and fetch again: what "
-            "is there will be compared with the archives"
+            f"{root / NAME}: not a manifest of `vitdet data` ({error}); remove it and fetch again: existing "
+            "files will be compared with the archives"
         ) from error
 
 
 def write(root: Path, record: DownloadRecord) -> None:
-    """Writes the record atomically, after all files that it lists have reached the disk."""
+    """Write the record atomically, after syncing all files that it lists to disk."""
     with written(root / NAME) as temporary:
         temporary.write_text(json.dumps(asdict(record), indent=1) + "\n")
         os.sync()
 
 
 def verify(root: Path, contents: bool = False) -> str:
-    """Compare all files of a folder with its record and return the record's sha256.
+    """Compare all files in a folder with its record; return the record's sha256.
 
-    contents: also read every image. Raises FileNotFoundError or ValueError, in one line, for the first difference.
+    contents: also read every image. Raises FileNotFoundError or ValueError (one line) for the first
+    difference.
     """
     if not exists(root):
         raise FileNotFoundError(
-            f"{root / NAME}: not there; `vitdet data coco|lvis {root}` makes it"
+            f"{root / NAME}: no such file; `vitdet data coco|lvis {root}` creates it"
         )
     record = read(root)
     compare(root, record, contents=contents)
     for file in record.files:
         if (found := sha256(root / file.path)) != file.sha256:
-            raise ValueError(f"{root / file.path}: sha256 {found}, it came with {file.sha256}")
+            raise ValueError(f"{root / file.path}: sha256 {found}, downloaded with {file.sha256}")
     return sha256(root / NAME)
 
 
 def compare(
     root: Path, record: DownloadRecord, used: Collection[str] = (), contents: bool = False
 ) -> None:
-    """Raises as `verify` does; compares names and sizes, and with `contents` the checksums of the images.
+    """Compare names and sizes with a record, with `contents` also the checksums of the images.
 
-    used: paths below root of the images that are used. Files of a folder of images that were not downloaded into it
-    and are not used make no difference.
+    used: paths below root of the images that are used. Other files in an image folder that were not
+    downloaded are ignored. Raises like `verify`.
     """
     for file in record.files:
         path = root / file.path
         if not path.is_file():
-            raise FileNotFoundError(f"{path}: gone")
+            raise FileNotFoundError(f"{path}: missing")
         if path.stat().st_size != file.size:
-            raise ValueError(f"{path}: {path.stat().st_size:,} bytes, it came with {file.size:,}")
+            raise ValueError(f"{path}: {path.stat().st_size:,} bytes, downloaded with {file.size:,}")
     for images in record.folders:
         folder = root / images.path
         if not folder.is_dir():
-            raise FileNotFoundError(f"{folder}: gone")
+            raise FileNotFoundError(f"{folder}: missing")
         with os.scandir(folder) as listed:
             found = {one.name: one.stat().st_size for one in listed}
         downloaded = _downloaded(found, images, used)
         if downloaded is None:
             raise ValueError(
-                f"{folder}: {len(found):,} files of {sum(found.values()):,} bytes, it came with "
-                f"{images.count:,} of {images.size:,}; the names or sizes are others"
+                f"{folder}: {len(found):,} files of {sum(found.values()):,} bytes, downloaded with "
+                f"{images.count:,} of {images.size:,}; names or sizes differ"
             )
         if contents and images.content != digest(
             f"{name} {size} {crc32(folder / name):08x}" for name, size in downloaded.items()
         ):
-            raise ValueError(f"{folder}: the content of a file is not what came")
+            raise ValueError(f"{folder}: the content of a file has changed")
 
 
 def _downloaded(
     found: dict[str, int], images: Images, used: Collection[str]
 ) -> dict[str, int] | None:
-    """Those files of a folder that are the downloaded ones; None if files are missing, added or of another size."""
+    """Return the downloaded files in a folder; None if the files or their sizes have changed."""
 
     def is_complete(part: dict[str, int]) -> bool:
         lines = (f"{name} {size}" for name, size in part.items())
@@ -183,17 +185,18 @@ def _downloaded(
 
 
 def check_split(root: Path, annotations: Path) -> None:
-    """Compare a split's annotation file with the record, if there is one: its size, before it is read.
+    """Compare the size of a split's annotation file with the record, if there is one.
 
-    Raises as `compare` does, with what to do. A manifest.json of another program is no record.
+    Raises like `compare`, adding the remedy. Ignores a manifest.json of another program.
     """
     _check(root, {str(annotations.relative_to(root))}, ())
 
 
 def check_images(root: Path, images: Path, names: Iterable[str]) -> None:
-    """Compare the image folders of a split with the record, if there is one. Raises as `check_split` does.
+    """Compare the image folders of a split with the record, if there is one.
 
-    names: of the split's images, relative to the folder `images`.
+    names: the names of the split's images, relative to the folder `images`. Raises like
+    `check_split`.
     """
     if exists(root):
         folders = read_if_ours(root).folders
@@ -207,13 +210,13 @@ def _check(root: Path, paths: Collection[str], used: Collection[str]) -> None:
         compare(root, read_if_ours(root).only((), paths), used)
     except (FileNotFoundError, ValueError) as error:
         raise type(error)(
-            f"{error}. `vitdet data coco|lvis {root}` brings what is missing; if the change is meant, "
+            f"{error}. `vitdet data coco|lvis {root}` restores missing files; if the change is intended, "
             f"remove {root / NAME}"
         ) from error
 
 
 def read_if_ours(root: Path) -> DownloadRecord:
-    """As `read`, but empty for a manifest.json of another program."""
+    """Like `read`, but empty for a manifest.json of another program."""
     try:
         return read(root)
     except ValueError:
@@ -221,12 +224,12 @@ def read_if_ours(root: Path) -> DownloadRecord:
 
 
 def digest(lines: Iterable[str]) -> str:
-    """sha256 over the sorted lines."""
+    """Return the sha256 of the sorted lines."""
     return hashlib.sha256("".join(f"{line}\n" for line in sorted(lines)).encode()).hexdigest()
 
 
 def crc32(path: Path) -> int:
-    """The checksum of a file, as zip archives have it."""
+    """Return the CRC-32 of a file, as in zip archives."""
     value = 0
     with open(path, "rb") as file:
         while chunk := file.read(CHUNK):

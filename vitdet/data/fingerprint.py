@@ -1,8 +1,8 @@
-"""The identity of a split of a data set: its fingerprint.
+"""The fingerprint of a split of a data set.
 
-It covers the bytes of the annotation file and the names and sizes of the images that the annotations name, and so
-changes with an added image, a changed class or an image file of another size. Where the data set is stored and other
-files beside the images do not change it.
+It covers the bytes of the annotation file and the names and sizes of the images that the
+annotations list. It changes if an image is added, a class is changed or the size of an image file
+changes. It does not depend on the location of the data set or on other files in its folders.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ COCO_URL = re.compile(rb'"coco_url": *"[^"]*?([^/"]+/[^/"]+)"')
 
 
 def fingerprint(data: DataConfig, split: str, records: Records | None = None) -> str:
-    """16 hex digits of the split; of data.max_images only the images that it leaves count.
+    """Return 16 hex digits that identify the split, limited to data.max_images images.
 
-    records: those of `read_split`, if the split was read before. Raises FileNotFoundError or ValueError, in one line,
-    for files that are missing or cannot be read.
+    records: the records from `read_split`, if the split was already read. Raises FileNotFoundError
+    or ValueError (one line) if files are missing or cannot be read.
     """
     annotations, images = split_files(data, split)
     for path in (annotations, images):
@@ -44,19 +44,20 @@ def fingerprint(data: DataConfig, split: str, records: Records | None = None) ->
 
 
 def fingerprints(data: DataConfig) -> dict[str, str]:
-    """{"train": ..., "val": ...}: the fingerprints of both splits. Raises as `fingerprint` does."""
+    """Return {"train": ..., "val": ...}, the fingerprints of both splits. Raises like `fingerprint`."""
     return {"train": fingerprint(data, data.train_split), "val": fingerprint(data, data.val_split)}
 
 
 def combined(prints: Mapping[str, str]) -> str:
-    """The fingerprints of both splits as one name."""
+    """Return the fingerprints of both splits as one string."""
     return f"{prints['train']}-{prints['val']}"
 
 
 def change(stored: Mapping, data: DataConfig, found: Mapping[str, str]) -> str:
-    """How the data differs from that of a checkpoint or training state; '' if it does not.
+    """Describe how the data differs from the data of a checkpoint or training state; "" if equal.
 
-    found: the fingerprints of the data now. Files of version 0.1 hold a dataset_digest instead of fingerprints.
+    found: the current fingerprints. Files of version 0.1 contain a dataset_digest instead of
+    fingerprints.
     """
     before = stored.get("fingerprints")
     if before is None:
@@ -70,12 +71,13 @@ def change(stored: Mapping, data: DataConfig, found: Mapping[str, str]) -> str:
 
 
 def describe(data: DataConfig) -> dict:
-    """What the data consists of, for people to read.
+    """Return a human-readable description of the data.
 
-    {"root", "classes", "fingerprints", "files": [{"path", "size", "sha256"}], "images": {split: {"count", "bytes"}}}
+    {"root", "classes", "fingerprints", "files": [{"path", "size", "sha256"}],
+    "images": {split: {"count", "bytes"}}}
 
-    Both splits are read: raises FileNotFoundError or ValueError, in one line, for what training could not use, and for
-    data that differs from the record of `vitdet data coco|lvis`.
+    Reads both splits. Raises FileNotFoundError or ValueError (one line) for data that training
+    cannot use and for data that differs from the record of `vitdet data coco|lvis`.
     """
     root = Path(data.root)
     recorded = {file.path: file.sha256 for file in download_record.read_if_ours(root).files}
@@ -84,11 +86,11 @@ def describe(data: DataConfig) -> dict:
         found = read_split(data, split)
         annotations, _ = split_files(data, split)
         path, checksum = str(annotations.relative_to(root)), sha256(annotations)
-        # of the same size, which `read_split` compares
+        # `read_split` has compared the sizes
         if recorded.get(path, checksum) != checksum:
             raise ValueError(
-                f"{annotations}: sha256 {checksum}, it came with {recorded[path]}; `vitdet data coco|lvis {root}` "
-                f"brings it again once it is removed; if the change is meant, remove {root / download_record.NAME}"
+                f"{annotations}: sha256 {checksum}, downloaded with {recorded[path]}; remove it and run "
+                f"`vitdet data coco|lvis {root}` to restore it; if the change is intended, remove {root / download_record.NAME}"
             )
         files.append({"path": path, "size": annotations.stat().st_size, "sha256": checksum})
         images[split] = {
@@ -111,30 +113,31 @@ def describe(data: DataConfig) -> dict:
 
 
 def verify(data: DataConfig, expected: str) -> dict[str, str]:
-    """The fingerprints of the data, which are `expected`, as `combined` wrote them.
+    """Verify that the data has the fingerprints `expected` (see `combined`); return them.
 
-    Raises ValueError, naming the split, when they differ, and FileNotFoundError for missing files.
+    Raises ValueError with the name of the split if they differ, FileNotFoundError for missing
+    files.
     """
     try:
         found = fingerprints(data)
     except FileNotFoundError as error:
         raise FileNotFoundError(
-            f"{error}. It is gone since the data was verified; restore the data, or start a new run"
+            f"{error}. It is gone since the data was verified; restore it or start a new run"
         ) from error
     for key, before in zip(("train", "val"), expected.split("-"), strict=True):
         if found[key] != before:
             split = data.train_split if key == "train" else data.val_split
             raise ValueError(
                 f"{data.root}: {split} is no longer the split that was verified (fingerprint "
-                f"{found[key]}, then {before}); start a new run"
+                f"{found[key]}, was {before}); start a new run"
             )
     return found
 
 
 def legacy_dataset_digest(data: DataConfig) -> str:
-    """The identity of both splits in files of version 0.1, to compare with those only.
+    """Return the digest of both splits that version 0.1 stored, only for comparison with it.
 
-    It covers all files of a split's folder, and of LVIS those that coco_urls of the annotation file name.
+    It covers all files in a split's folder; for LVIS, the files in the annotations' coco_urls.
     """
     digest = hashlib.sha256(str(data.max_images).encode())
     for split in (data.train_split, data.val_split):
@@ -158,7 +161,7 @@ def legacy_dataset_digest(data: DataConfig) -> str:
 
 
 def _names(data: DataConfig, split: str) -> Iterator[str]:
-    """The names of a split's images, without a look at the annotations where that is possible."""
+    """Return the names of a split's images, without reading the annotations if possible."""
     if not data.max_images:
         try:
             content: Any = read_entries(split_files(data, split)[0])
@@ -167,7 +170,7 @@ def _names(data: DataConfig, split: str) -> Iterator[str]:
                 images = cast("Iterable[dict]", heads)
                 return iter([image_name(image, data.dataset == "lvis") for image in images])
         except (ValueError, KeyError, AttributeError, TypeError):
-            pass  # the reader of the whole file knows better what is wrong
+            pass  # `read_split` reports the error
     return read_split(data, split).records.names()
 
 

@@ -1,8 +1,9 @@
-"""Where the files of a data set are, and the settings of a recipe that another data set replaces.
+"""The files of a data set, and the settings that are read from its folder.
 
-A recipe names a data set: its folder, its splits, the number of its classes. The last two are facts of the folder. So
-where a user sets data.root and not them, they are read from the folder: `resolve_config` for the command line and
-Python, `resolve` in the pipeline, whose first step resolves the recipes before the data is there.
+A recipe specifies a data set by its folder, its splits and the number of classes. If a user sets
+data.root only, splits and number of classes are read from the folder: by `resolve_config` in the
+command line and in Python, and by `resolve` in the pipeline, whose first step resolves the recipes
+before the data exists.
 """
 
 from __future__ import annotations
@@ -15,17 +16,17 @@ import yaml
 
 from vitdet.config import RECIPES, Config, DataConfig, flatten, load_config, recipes
 
-SPLITS = {  # setting -> what its split is commonly called, in the order in which they are looked for
+SPLITS = {  # setting -> common names of the split, in order of preference
     "data.train_split": ("train", "train2017", "train2014", "training"),
     "data.val_split": ("val", "val2017", "val2014", "valid", "validation"),
 }
 CLASSES = "model.roi_heads.num_classes"
-# The comment with which `vitdet config` begins a file whose settings of these names were not chosen by a user.
+# First line of a file from `vitdet config`, followed by the settings that were read from data.root
 FROM_DATA = "# from data.root: "
 
 
 def split_files(data: DataConfig, split: str) -> tuple[Path, Path]:
-    """The annotation file of a split and the folder that its images' names start from."""
+    """Return the annotation file of a split and the folder that its image names are relative to."""
     root = Path(data.root)
     if data.dataset == "lvis":
         return root / "annotations" / f"lvis_v1_{split}.json", root
@@ -33,7 +34,7 @@ def split_files(data: DataConfig, split: str) -> tuple[Path, Path]:
 
 
 def splits(data: DataConfig) -> list[str]:
-    """The splits that have an annotation file under data.root."""
+    """Return the splits that have an annotation file under data.root."""
     start, end = split_files(data, "*")[0].name.split("*")
     return sorted(
         path.name[len(start) : -len(end)]
@@ -42,7 +43,7 @@ def splits(data: DataConfig) -> list[str]:
 
 
 def missing(path: Path, data: DataConfig) -> FileNotFoundError:
-    """What to say when the annotation file or the folder of a split is not there."""
+    """Return the error for a missing annotation file or image folder of a split."""
     other = replace(data, dataset="coco" if data.dataset == "lvis" else "lvis")
     if path.suffix != ".json":
         there = f"expected the images of {split_files(data, path.name)[0]} there"
@@ -65,19 +66,21 @@ def missing(path: Path, data: DataConfig) -> FileNotFoundError:
 def resolve_config(
     recipe: str | Path, overrides: Sequence[str] = ()
 ) -> tuple[Config, dict[str, str | int]]:
-    """The config of `load_config` with what data.root has, and the settings that were read from there.
+    """Load a config with the splits and classes of data.root; also return the settings read there.
 
-    Raises as `load_config` does; data that is missing or cannot be read changes nothing: its reader reports it.
+    Raises like `load_config`. Missing or unreadable data is ignored here; its reader reports it.
     """
     return resolve(load_config(recipe, overrides), explicit_settings(recipe, overrides))
 
 
 def explicit_settings(recipe: str | Path, overrides: Sequence[str] = ()) -> set[str]:
-    """The settings that a user chose, for `resolve`: those of the overrides and of a config file of their own.
+    """Return the settings that the user chose, for `resolve`.
 
-    Of a recipe that ships with the package these are the overrides alone. Where it is named by its file, as in dvc.yaml
-    (`dvc exp run -S` edits the file), data.root counts as chosen. Of a file of `vitdet config` all are, but for those
-    that its first line names.
+    * The overrides.
+    * For a user's config file: all settings in it, except, in a file from `vitdet config`, those
+      listed in its first line.
+    * For a recipe of this package given by its path, as in dvc.yaml (`dvc exp run -S` edits the
+      file): data.root.
     """
     explicit = overridden_settings(overrides)
     if str(recipe) in recipes():
@@ -100,15 +103,15 @@ def overridden_settings(overrides: Sequence[str]) -> set[str]:
 
 
 def following(explicit: Collection[str]) -> list[str]:
-    """The settings that `resolve` reads from data.root, if a user chose the explicit ones."""
+    """Return the settings that `resolve` reads from data.root, given the user's settings."""
     return [key for key in (*SPLITS, CLASSES) if key not in explicit and "data.root" in explicit]
 
 
 def resolve(config: Config, explicit: Collection[str]) -> tuple[Config, dict[str, str | int]]:
-    """The config with the splits and the number of classes of data.root, and the settings that this changed.
+    """Set the splits and the number of classes from data.root; also return the changed settings.
 
-    Only if data.root is among the explicit settings, and none of them is changed. Data that is missing or cannot be
-    read changes nothing.
+    Applies only if data.root is an explicit setting; other explicit settings are not changed.
+    Missing or unreadable data changes nothing.
     """
     if "data.root" not in explicit:
         return config, {}
@@ -148,7 +151,7 @@ def _keys(tree: object, start: str = "") -> Iterator[str]:
 
 
 def _count(annotations: Path) -> int | None:
-    """The classes of an annotation file; None if it is none that training could use."""
+    """Return the number of classes in an annotation file; None if it is not usable."""
     from vitdet.data.annotation_file import (  # for the start-up of `vitdet config`
         Entries,
         read_entries,

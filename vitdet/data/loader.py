@@ -1,4 +1,4 @@
-"""Batches of the training stream and of the validation images, by data-loader processes."""
+"""Data loaders for training and validation."""
 
 from __future__ import annotations
 
@@ -23,15 +23,16 @@ from vitdet.types import Batch
 
 log = logging.getLogger(__name__)
 
-OPEN_FILES = 1 << 16  # each tensor of a batch from a worker is an open file: 1,024 are too few
-KEPT_BYTES = 31 << 20  # just below the largest allocation that glibc adapts its threshold to
+OPEN_FILES = 1 << 16  # each tensor of a worker's batch is an open file; 1,024 are not enough
+KEPT_BYTES = 31 << 20  # just below the maximum of glibc's dynamic mmap threshold
 
 
 def configure_process() -> None:
-    """Settings of this process that loading with workers needs; `vitdet.train` and `vitdet.evaluate` call it first.
+    """Set process-wide options for loading with workers; called by `vitdet.train` and `evaluate`.
 
-    Raises the soft limit of open files to 65,536 (or the hard limit); lets multiprocessing's fork server, where it is
-    used, import torch once instead of in each worker; and keeps freed memory for the next images (see `_keep_memory`).
+    Raises the soft limit of open files to 65,536 (or the hard limit), makes multiprocessing's fork
+    server, if used, import torch once instead of in each worker, and keeps freed memory for the
+    next images (see `_keep_memory`).
     """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     most = OPEN_FILES if hard == resource.RLIM_INFINITY else min(OPEN_FILES, hard)
@@ -42,7 +43,7 @@ def configure_process() -> None:
 
 
 def as_it_is(batch: Batch) -> Batch:
-    """What a data loader is to do with a batch."""
+    """Return the batch unchanged: the `collate_fn` of the loaders."""
     return batch
 
 
@@ -56,11 +57,11 @@ def train_loader(
     world_size: int = 1,
     split: CocoSplit | None = None,
 ) -> DataLoader:
-    """Batches of this rank for the steps start_step..steps-1; `batch_size` counts the images of all ranks.
+    """Create a loader of this rank's batches for steps start_step..steps-1.
 
-    split: the training split, if it was read before. Raises what `read_split` raises (rank 0 alone looks at the
-    files), ValueError when the ranks cannot share a batch, and while it is read from ValueError for an image file that
-    cannot be used.
+    `batch_size` is global, over all ranks. split: the training split, if it was already read.
+    Raises what `read_split` raises (only rank 0 checks the files) and ValueError if batch_size is
+    not divisible by the number of ranks. Iteration raises ValueError for unusable image files.
     """
     dataset = TrainData(split or read_split(data, data.train_split, look=rank == 0), data, seed)
     dropped = dataset.split.dropped
@@ -80,10 +81,11 @@ def val_loader(
     world_size: int = 1,
     split: CocoSplit | None = None,
 ) -> DataLoader:
-    """Batches of this rank's part of the validation images, also those without objects, in order of image id.
+    """Create a loader of this rank's part of the validation images, in order of image id.
 
-    The ranks' parts, one after the other, are all images once. split: the validation split, if it was read before.
-    Raises what `read_split` raises, and ValueError for an image file that cannot be used.
+    Includes images without objects. The concatenated parts of all ranks contain each image once.
+    split: the validation split, if it was already read. Raises what `read_split` raises; iteration
+    raises ValueError for unusable image files.
     """
     records = (split or read_split(data, data.val_split)).records
     part = records[len(records) * rank // world_size : len(records) * (rank + 1) // world_size]
@@ -100,7 +102,7 @@ class _Steps(Sampler):
     ) -> None:
         self.count = max(steps - start_step, 0)
         self.arguments = (start_step, batch_size, rank, world_size)
-        positions(*self.arguments)  # complains here, not in the loop
+        positions(*self.arguments)  # raises errors here, not in the loop
 
     def __iter__(self) -> Iterator[list[int]]:
         return islice(positions(*self.arguments), self.count)
@@ -110,10 +112,10 @@ class _Steps(Sampler):
 
 
 def _keep_memory() -> None:
-    """Makes glibc reuse the memory of images instead of returning it to the kernel, which took a fifth of the time.
+    """Make glibc reuse freed memory instead of returning it to the kernel (a fifth of the time).
 
-    glibc raises its threshold to twice the largest allocation that was freed. This one is never touched, so it costs
-    nothing.
+    glibc raises its mmap threshold when a large allocation is freed. The pages of this allocation
+    are never touched, so it uses no memory.
     """
     np.empty(KEPT_BYTES, np.uint8)
 
@@ -129,9 +131,12 @@ def _processes(workers: int) -> dict:
 
 
 def _start_worker(worker: int) -> None:
-    """Leaves the process group of the training, which ends its workers itself: a signal to the group must not take the
-    next batch away. Keeps the garbage collector from copying the pages of objects that the parent made.
+    """Set up a worker process.
+
+    The worker leaves the process group of the training, so that a signal to the group does not end
+    it before the next batch; the training process ends its workers itself. The garbage collector
+    ignores the parent's objects, so that it does not copy their pages.
     """
     os.setpgrp()
     gc.freeze()
-    _keep_memory()  # not inherited from a fork server
+    _keep_memory()  # a fork server does not pass it on

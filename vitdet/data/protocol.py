@@ -1,4 +1,4 @@
-"""What an AP was measured on: the validation data, and the settings that change AP."""
+"""The protocol of an evaluation: the validation data and the settings that affect AP."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from vitdet.config import Config, flatten
 
-# What changes the AP of a given checkpoint on given data. How a detector resizes its images belongs
-# to the detector.
+# Settings that affect the AP of a given checkpoint on given data. How images are resized is part of
+# the detector.
 SETTINGS = (
     "data.dataset",
     "evaluate.score_threshold",
@@ -18,33 +18,33 @@ SETTINGS = (
 
 
 def settings_of(config: Config) -> str:
-    """The settings of an evaluation with this config that change AP, as one text."""
+    """Return the settings of this config that affect AP, as one string."""
     values = flatten(config)
     return " ".join(f"{key}={values[key]}" for key in SETTINGS)
 
 
 @dataclass(frozen=True)
 class Protocol:
-    """The fingerprint of the validation split ('': not known), and the settings that change AP."""
+    """The fingerprint of the validation split ("" if unknown) and the settings that affect AP."""
 
     fingerprint: str
     settings: str
 
     @classmethod
     def of(cls, config: Config, fingerprint: str) -> Protocol:
-        """The protocol of an evaluation with this config on the split of this fingerprint."""
+        """Create the protocol of an evaluation with this config on the split with this fingerprint."""
         return cls(fingerprint, settings_of(config))
 
     @property
     def tag(self) -> str:
-        """The tag of a version that holds its box AP under this protocol."""
+        """The name of the model version tag that stores the box AP under this protocol."""
         text = f"{self.fingerprint} {self.settings}"
         return f"box_ap_{hashlib.sha256(text.encode()).hexdigest()[:12]}"
 
     def tags(self) -> dict[str, str]:
-        """The tags of a version that was evaluated under this protocol when it was registered.
+        """Return the tags of a version that was registered with an AP under this protocol.
 
-        None where the data is not known: such an AP cannot be compared.
+        Empty if the data is unknown, as such an AP cannot be compared.
         """
         if not self.fingerprint:
             return {}

@@ -1,8 +1,9 @@
-"""The gate: whether a detector replaces the best version of the registered model, by box AP.
+"""The gate: decides by box AP whether a detector replaces the best version of the model.
 
-The registry's alias `champion` points to that version. Its AP counts only if it was measured on the same validation data
-with the same settings as the candidate's; otherwise the champion has to be evaluated again on the candidate's, and the
-result is stored in a tag of the version. AP is compared in the four digits that the tags hold.
+The registry's alias `champion` points to the best version. Its AP is comparable only if it was
+measured on the same validation data with the same settings as the candidate's; otherwise the
+champion is re-evaluated and the result is stored in a tag of the version. AP is compared with four
+significant digits, the precision of the tags.
 """
 
 from __future__ import annotations
@@ -37,20 +38,20 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Evaluated:
-    """The evaluation of a version of the registered model; `failure`: why there is no AP."""
+    """The evaluation of a model version; `failure`: why there is no AP."""
 
     version: str
     box_ap: float | None
     failure: str = ""
 
 
-Evaluate = Callable[[Path], float | None]  # the box AP of a checkpoint
+Evaluate = Callable[[Path], float | None]  # checkpoint -> box AP
 
 
 def is_known(protocol: Protocol, *, uri: str, folder: Path, model_name: str) -> bool:
-    """Whether there is no champion, or one whose AP under this protocol is known.
+    """Return False if there is a champion whose AP under this protocol is unknown.
 
-    Raises ConnectionError where MLflow does not answer, as all functions of this module do.
+    Raises ConnectionError if MLflow does not respond, like all functions of this module.
     """
     client, _ = connect(None, uri, folder)
     champion = _champion(client, model_name)
@@ -60,10 +61,10 @@ def is_known(protocol: Protocol, *, uri: str, folder: Path, model_name: str) -> 
 def evaluate_champion(
     protocol: Protocol, evaluate: Evaluate, *, uri: str, folder: Path, model_name: str
 ) -> Evaluated | None:
-    """Download the champion's checkpoint, evaluate it and store its AP under this protocol in the registry.
+    """Evaluate the champion's checkpoint and store its AP under this protocol in the registry.
 
-    Returns the AP, or why it cannot be evaluated; None if there is no champion. Any Exception of
-    the download or of `evaluate` is such a reason; unexpected ones are logged with their traceback.
+    Returns the AP or the reason for a failure; None if there is no champion. Any Exception during
+    the download or in `evaluate` is a failure; unexpected ones are logged with their traceback.
     """
     client, _ = connect(None, uri, folder)
     champion = _champion(client, model_name)
@@ -88,10 +89,12 @@ def judge(
     evaluate: Evaluate | None = None,
     checkpoint_sha256: str = "",
 ) -> Verdict:
-    """Compare a box AP in percent with the champion's under the same protocol. The first model passes, a tie does not.
+    """Compare a box AP in percent with the champion's under the same protocol.
 
-    The champion itself passes again: checkpoint_sha256 is that of the candidate, if known. evaluated: an earlier result of `evaluate_champion`. evaluate: evaluates the champion here, where its AP is not
-    known; without it, the candidate is refused then.
+    The first model passes; a tie does not. The champion itself passes: it is recognized by
+    checkpoint_sha256, the checksum of the candidate. evaluated: an earlier result of
+    `evaluate_champion`. evaluate: evaluates the champion if its AP is unknown; without it, the
+    candidate is rejected in this case.
     """
     client, _ = connect(None, uri, folder)
 
@@ -118,9 +121,10 @@ def promote(
     model_name: str,
     evaluated: Evaluated | None = None,
 ) -> Verdict:
-    """Make this version the champion if `judge` still passes it: another may have been promoted since.
+    """Make this version the champion if it still passes `judge`.
 
-    Of several processes that share `folder`, one promotes at a time.
+    Another version may have been promoted in the meantime. Processes that share `folder` promote
+    one at a time.
     """
     client, _ = connect(None, uri, folder)
     with _locked(folder):
@@ -150,10 +154,10 @@ def update_tags(
     folder: Path,
     model_name: str,
 ) -> None:
-    """Bring the tags of a version in line with metrics that were measured under this protocol.
+    """Update the tags of a version with metrics that were measured under this protocol.
 
-    An AP under another protocol stays, in the tag of that protocol. A champion whose AP under this
-    protocol is known keeps its tags. Nothing is changed where the protocol's data is not known.
+    An AP under another protocol is kept in the tag of that protocol. A champion whose AP under this
+    protocol is known keeps its tags. Does nothing if the protocol's data is unknown.
     """
     if not protocol.fingerprint or "box_ap" not in metrics:
         return
@@ -187,12 +191,12 @@ def _judge(
     is_candidate: Callable[[ModelVersion], bool],
 ) -> Verdict:
     if ap is None or not 0 <= ap <= 100:
-        return Verdict(False, f"box AP is {ap}: nothing to compare")
+        return Verdict(False, f"box AP is {ap}: cannot be compared")
     champion = _champion(client, model_name)
     if champion is None:
         return Verdict(True, f"box AP {ap:.4g}: the first champion")
     if is_candidate(champion):
-        return Verdict(True, f"box AP {ap:.4g}: the champion, version {champion.version}, itself")
+        return Verdict(True, f"box AP {ap:.4g}: is already the champion, version {champion.version}")
     before, failure = _known_ap(champion, protocol), ""
     if before is None:
         again = evaluate(champion)
@@ -220,7 +224,7 @@ def _known_ap(version: ModelVersion, protocol: Protocol) -> float | None:
     tags, own = version.tags, protocol.tags()
     if not own:
         return None
-    ap = tags.get(protocol.tag)  # what the version was promoted with, or evaluated to since
+    ap = tags.get(protocol.tag)  # set when it was promoted or re-evaluated
     if ap is None and own == {key: tags.get(key) for key in own}:
         ap = tags.get("box_ap")
     return None if ap is None else float(ap)
@@ -245,8 +249,8 @@ def _evaluate(
             ap = evaluate(download_checkpoint(server, champion.name, number, Path(work)))
         if ap is None or not 0 <= ap <= 100:
             raise ValueError(f"its box AP is {ap}")
-    except Exception as error:  # also a client's of the object storage, or too little memory
-        connect(None, uri, folder)  # a server that does not answer says nothing about the champion
+    except Exception as error:  # also errors of storage clients, or out of memory
+        connect(None, uri, folder)  # not a failure of the champion if the server does not respond
         line, kind = next(iter(str(error).splitlines()), ""), type(error).__name__
         expected = isinstance(error, MlflowException | OSError | ValueError | LookupError)
         if not expected or isinstance(error, KeyError | IndexError):

@@ -1,4 +1,4 @@
-"""Several trainings of one pipeline run side by side: one parent run in MLflow, one table."""
+"""Comparison of the trainings of a pipeline run: the MLflow parent run and a table."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 DATA = ("data.root", "data.train_split", "data.val_split", "data.max_images")
 PLACE = ("tracking.uri", "tracking.experiment", "tracking.model_name")
 COLUMNS = ("box_ap", "mask_ap", "box_ap50", "box_ap75")
-# How KFP says that a run ended -> how MLflow does. Its servers say COMPLETE or SUCCEEDED, and some RUNNING of a run
-# whose exit handler runs: then the table tells, which the last step makes.
+# KFP's final state of a run -> MLflow's. KFP servers report COMPLETE or SUCCEEDED; some report
+# RUNNING while the exit handler runs: then the state depends on the table of the last step.
 ENDS = {
     "SUCCEEDED": "FINISHED",
     "COMPLETE": "FINISHED",
@@ -33,8 +33,9 @@ ENDS = {
 def check_comparable(
     first: Config, other: Config, name: str, other_name: str, unknown: Collection[str] = ()
 ) -> None:
-    """Raises ValueError for two configs that one table could not compare: of other data, evaluated differently, or with
-    another place in MLflow. unknown: settings that are not known yet.
+    """Check that two configs can be compared in one table. unknown: settings that are unresolved.
+
+    Raises ValueError if they have different data, evaluation settings or MLflow destinations.
     """
     ours, theirs = flatten(first), flatten(other)
     differing = [
@@ -44,7 +45,7 @@ def check_comparable(
     ]
     if differing:
         raise ValueError(
-            f"{other_name} and {name} cannot be compared: of {other_name} {'; '.join(differing)}; "
+            f"{other_name} and {name} cannot be compared: in {other_name}, {'; '.join(differing)}; "
             "run them one by one, or set the same for both"
         )
 
@@ -52,9 +53,9 @@ def check_comparable(
 def start_parent_run(
     group: str, names: Sequence[str], *, uri: str, folder: Path, experiment: str
 ) -> str:
-    """MLflow's id of the parent run of the trainings of a group; made where it is not there yet.
+    """Return the MLflow id of a group's parent run; create the run if it does not exist.
 
-    Raises ConnectionError where MLflow does not answer.
+    Raises ConnectionError if MLflow does not respond.
     """
     client, _ = connect(None, uri, folder)
     place = experiment_id(client, tracking_uri(uri, folder), folder, experiment)
@@ -72,7 +73,7 @@ def start_parent_run(
 
 
 def end_parent_run(group: str, state: str, *, uri: str, folder: Path, experiment: str) -> None:
-    """Ends the parent run; state: KFP's word for how the pipeline ended. Raises as `start_parent_run` does."""
+    """End the parent run; state: the final state in KFP. Raises like `start_parent_run`."""
     client, _ = connect(None, uri, folder)
     place = experiment_id(client, tracking_uri(uri, folder), folder, experiment)
     if parent := _parent(client, place, group):
@@ -83,11 +84,11 @@ def end_parent_run(group: str, state: str, *, uri: str, folder: Path, experiment
 def compare(
     group: str, rows: Sequence[dict], *, uri: str, folder: Path, experiment: str, model_name: str
 ) -> str:
-    """The table of a group in Markdown, best box AP first; it is also logged to the parent run.
+    """Create a Markdown table of a group, best box AP first, and log it to the parent run.
 
-    rows: {"name", "val_fingerprint", "evaluate_settings", "run_id", "passed", "reason", "metrics"} of each training.
-    Raises ValueError when they were evaluated on different data or with different settings, ConnectionError where
-    MLflow does not answer.
+    rows: {"name", "val_fingerprint", "evaluate_settings", "run_id", "passed", "reason", "metrics"}
+    of each training. Raises ValueError if they were evaluated on different data or with different
+    settings, ConnectionError if MLflow does not respond.
     """
     for key, what in (
         ("val_fingerprint", "on different data"),
@@ -119,7 +120,7 @@ def compare(
 
 
 def table(rows: Sequence[dict], champion: str | None, versions: dict[str, str]) -> str:
-    """Markdown; versions: MLflow's id of a training -> the version of the model that came of it."""
+    """Format the rows as a Markdown table. versions: MLflow run id -> model version."""
     heads = [
         "recipe",
         *(column.replace("_ap", " AP ").strip() for column in COLUMNS),
@@ -153,7 +154,7 @@ def _parent(client: MlflowClient, place: str, group: str) -> str | None:
 
 
 def _versions(client: MlflowClient, model_name: str) -> tuple[str | None, dict[str, str]]:
-    """(the champion's version, {run id: its newest version})."""
+    """Return (the champion's version, {run id: its newest version})."""
     models = client.search_registered_models(f"name = '{model_name}'")
     found = sorted(
         client.search_model_versions(f"name = '{model_name}'"), key=lambda one: int(one.version)

@@ -1,8 +1,8 @@
-"""What a metrics file was measured on, in a file beside it.
+"""The provenance of a metrics file: the checkpoint, data and settings of the evaluation.
 
-The metrics file itself holds numbers only, as `dvc metrics` and other readers expect. The file
-beside it names the sha256 of the metrics file and of the checkpoint: metrics that were edited or
-restored from elsewhere are not taken for measured.
+It is stored in a second file, as `dvc metrics` and other readers expect only numbers in the metrics
+file. That file contains the sha256 of the metrics file and of the checkpoint, so that metrics that
+were edited or restored from elsewhere are not trusted.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from vitdet.config import Config, from_dict, to_dict
 from vitdet.data.protocol import settings_of
 from vitdet.files import sha256, write_json
 
-DATA = ("dataset", "val_split", "max_images")  # the settings of `data` that choose the images
+DATA = ("dataset", "val_split", "max_images")  # settings in `data` that select the images
 
 
 @dataclass(frozen=True)
 class Measured:
-    """What metrics were measured on: the checkpoint, the validation split, sections of the config."""
+    """The provenance of metrics: checkpoint, validation split, and two sections of the config."""
 
     checkpoint_sha256: str
     val_fingerprint: str
@@ -31,28 +31,28 @@ class Measured:
 
     @classmethod
     def of(cls, checkpoint: Path, config: Config, val_fingerprint: str) -> Measured:
-        """Of an evaluation of this checkpoint with this config."""
+        """Create the provenance of an evaluation of this checkpoint with this config."""
         tree = to_dict(config)
         return cls(sha256(checkpoint), val_fingerprint, tree["data"], tree["evaluate"])
 
     def config(self, own: Config) -> Config:
-        """The config of the evaluation; own: the checkpoint's."""
+        """Return the config of the evaluation. own: the config in the checkpoint."""
         return from_dict(to_dict(own) | {"data": self.data, "evaluate": self.evaluate})
 
 
 def agree(ours: Config, theirs: Config) -> bool:
-    """Whether two configs choose the same validation images and evaluate them alike.
+    """Whether two configs select the same validation images and evaluate them in the same way.
 
-    Where the data is stored does not count.
+    The location of the data is ignored.
     """
     keys_agree = all(getattr(ours.data, key) == getattr(theirs.data, key) for key in DATA)
     return keys_agree and settings_of(ours) == settings_of(theirs)
 
 
 def write_metrics(path: Path, metrics: Mapping[str, float], measured: Measured | None) -> None:
-    """Write metrics, and beside them what they were measured on.
+    """Write metrics, and their provenance to the file `beside(path)`.
 
-    measured: None for metrics of results whose detector is not known.
+    measured: None if the detector that produced the results is unknown.
     """
     beside(path).unlink(missing_ok=True)
     write_json(path, metrics)
@@ -61,7 +61,7 @@ def write_metrics(path: Path, metrics: Mapping[str, float], measured: Measured |
 
 
 def read_measured(path: Path) -> Measured | None:
-    """What the metrics in this file were measured on; None where it is not known."""
+    """Return the provenance of the metrics in this file; None if unknown."""
     try:
         content = json.loads(beside(path).read_text())
         if content.pop("metrics_sha256") == sha256(path):
@@ -74,5 +74,5 @@ def read_measured(path: Path) -> Measured | None:
 
 
 def beside(path: Path) -> Path:
-    """The file that says what a metrics file was measured on."""
+    """Return the path of the file with the provenance of a metrics file."""
     return path.with_name(f"{path.stem}.measured.json")

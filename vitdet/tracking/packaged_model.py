@@ -1,8 +1,9 @@
-"""The registered model: a detector that MLflow loads, asks and serves, in an environment without this repository.
+"""The registered model: a detector that MLflow loads and serves without this repository.
 
-A version holds the checkpoint (plain tensors, read with weights_only), this package as a wheel, and a file of code
-that names the class below: nothing is pickled. requirements.txt lists the wheel by its place in the model, as MLflow
-resolves it when it makes an environment; by hand: `cd MODEL && pip install -r requirements.txt`.
+A version contains the checkpoint (plain tensors, read with weights_only), this package as a wheel,
+and a code file that imports the class below; nothing is pickled. requirements.txt lists the wheel
+by its path in the model, which MLflow resolves when it creates an environment; manually:
+`cd MODEL && pip install -r requirements.txt`.
 """
 
 from __future__ import annotations
@@ -94,10 +95,10 @@ def exported(uri: str) -> Iterator[None]:
 
 
 def download_checkpoint(uri: str, model_name: str, version: str, folder: Path) -> Path:
-    """The checkpoint of a registered version, in `folder`.
+    """Download the checkpoint of a registered version to `folder`; return its path.
 
-    uri: the server's. Raises MlflowException or OSError where its artifacts cannot be read, ValueError where it is not
-    a model of `register`.
+    uri: the tracking server. Raises MlflowException or OSError if the artifacts cannot be read,
+    ValueError if the version was not created by `register`.
     """
     with exported(uri):
         model = Path(
@@ -112,14 +113,14 @@ def download_checkpoint(uri: str, model_name: str, version: str, folder: Path) -
         flavors = Model.load(str(model)).flavors
         return model / flavors["python_function"]["artifacts"]["checkpoint"]["path"]
     except (KeyError, TypeError) as error:
-        raise ValueError(f"version {version} of {model_name} holds no checkpoint") from error
+        raise ValueError(f"version {version} of {model_name} contains no checkpoint") from error
 
 
 def pack(path: Path, model: Model, checkpoint: Path, wheel: Path, example: np.ndarray) -> None:
-    """The model as a folder; proves that it loads and answers."""
+    """Save the model as a folder, then load it and test it on `example`."""
     code = path.parent / "detector.py"
     code.write_text(CODE)
-    # as DVC leaves it with cache.type symlink; mlflow follows no link out of a folder
+    # e.g. a link into DVC's cache (cache.type symlink): mlflow does not follow links out of a folder
     if checkpoint.is_symlink():
         checkpoint = Path(shutil.copyfile(checkpoint, path.parent / checkpoint.name))
     # it warns that torch was imported before it

@@ -1,4 +1,4 @@
-"""Registration of a checkpoint in the model registry, and for the alias `champion` the gate before it."""
+"""Registration of checkpoints in the model registry; the alias `champion` requires the gate."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from vitdet.tracking.wheel import build_wheel
 
 
 class Registered(NamedTuple):
-    """A version of the registered model; `reason`: why it is the champion, '' where the gate was not asked."""
+    """A registered model version; `reason`: the gate's reason, "" if the gate was not applied."""
 
     name: str
     version: str
@@ -43,13 +43,24 @@ def register_checkpoint(
     protocol: Protocol | None = None,
     measured: Measured | None = None,
 ) -> Registered:
-    """Add a checkpoint to the model registry under an alias, which `champion` is only if it passes the gate.
+    """Add a checkpoint to the model registry under an alias; `champion` requires the gate.
 
-    folder: of the default MLflow store. config: names server and model; and the data and settings that `metrics` were
-    measured with. Without it, and without metrics, those in the checkpoint. protocol: what the metrics were measured on,
-    if known; measured: the same, as `vitdet evaluate` wrote it beside them. The data is read only for the gate.
-    evaluation: (config, content of the checkpoint, protocol) -> evaluates a champion. Raises ValueError for a
-    candidate that the gate refuses, and what `register` raises.
+    The data is read only for the gate.
+
+    Args:
+        checkpoint: The detector.
+        folder: The folder of the default MLflow store.
+        alias: The alias that then points to this version.
+        evaluation: (config, content of the checkpoint, protocol) -> function that evaluates a
+            champion.
+        config: The server and model name, and the data and settings that `metrics` were measured
+            with; default: the config in the checkpoint.
+        metrics: Metrics of the checkpoint; default: those in the checkpoint.
+        protocol: The protocol of the metrics, if known.
+        measured: The provenance of the metrics that `vitdet evaluate` wrote.
+
+    Raises:
+        ValueError: The gate rejects the candidate; also what `register` raises.
     """
     stored = load_model_file(checkpoint)
     own = from_dict(stored["config"])
@@ -69,9 +80,9 @@ def register_checkpoint(
     if is_gated:
         if not protocol.fingerprint:
             raise ValueError(
-                f"{checkpoint}: on which data its metrics were measured is not known; run `vitdet "
-                "evaluate CHECKPOINT --output FILE` and register it with --metrics FILE, or name by "
-                "--config what they were measured with"
+                f"{checkpoint}: the data of its metrics is unknown; run `vitdet "
+                "evaluate CHECKPOINT --output FILE` and register it with --metrics FILE, or pass the "
+                "config of the evaluation with --config"
             )
         evaluate = evaluation(used, stored, protocol)
         verdict = champion.judge(
@@ -97,7 +108,7 @@ def register_checkpoint(
             | {f"{key}_fingerprint": prints[key] for key in prints if key == "train"},
             **place,
         )
-    champion.update_tags(version, figures, protocol, **place)  # of one that was there before
+    champion.update_tags(version, figures, protocol, **place)  # if the version existed
     reason = ""
     if is_gated:
         verdict = champion.promote(version, metrics.get("box_ap"), protocol, **place)
@@ -117,10 +128,10 @@ def _measured_on(
     measured: Measured | None,
     is_gated: bool,
 ) -> tuple[Config, Protocol]:
-    """The config and the protocol that metrics beside the checkpoint were measured with.
+    """Return the config and the protocol of metrics that are not from the checkpoint.
 
-    Its fingerprint is '' where that is not known. Raises ValueError if the gate would have to
-    trust metrics of another checkpoint or of another config than the one given.
+    The fingerprint is "" if unknown. Raises ValueError if the gate would have to trust metrics of
+    another checkpoint or config.
     """
     unknown = config or own, Protocol.of(config or own, "")
     if measured is None:
@@ -135,8 +146,8 @@ def _measured_on(
         problem = "were measured with other data or evaluate settings than those of --config"
     if problem and is_gated:
         raise ValueError(
-            f"{checkpoint}: the --metrics {problem}; run `vitdet evaluate` again and register it "
-            "with what that wrote"
+            f"{checkpoint}: the --metrics {problem}; run `vitdet evaluate` again and pass the file "
+            "that it writes"
         )
     if problem:
         return unknown
@@ -144,14 +155,14 @@ def _measured_on(
 
 
 def _own_fingerprint(stored: dict, own: Config, may_read: bool) -> str:
-    """That of the validation split that a checkpoint's own metrics were measured on; '' where it is not known.
+    """Return the fingerprint of the validation split of a checkpoint's own metrics; "" if unknown.
 
-    may_read: whether the data may be looked at, which files of version 0.1 need.
+    may_read: whether the data may be read, which is necessary for files of version 0.1.
     """
     known = stored.get("fingerprints")
     if known or not stored.get("dataset_digest") or not may_read:
         return (known or {}).get("val", "")
-    try:  # a file of version 0.1 holds the digest of both splits: compare it with the data that is there
+    try:  # version 0.1 stored a digest of both splits: compare it with the current data
         prints = fingerprints(own.data)
         return "" if change(stored, own.data, prints) else prints["val"]
     except (OSError, ValueError):
@@ -159,7 +170,7 @@ def _own_fingerprint(stored: dict, own: Config, may_read: bool) -> str:
 
 
 def _fingerprint_now(measured: Config, own: Config, known: str) -> str:
-    """That of the validation split that is there now; without it `known`, if that is of the same split."""
+    """Return the validation split's current fingerprint; without data, `known` of the same split."""
     data = measured.data
     try:
         return fingerprint(data, data.val_split)
@@ -182,12 +193,12 @@ def register(
     wheel: Path,
     tags: dict[str, str],
 ) -> tuple[str, str]:
-    """(name, version) of the checkpoint in the model registry; `alias`, if any, points to it.
+    """Register a checkpoint, set the alias, if any, and return (name, version).
 
-    The same checkpoint of the same run is registered once: again, only the alias moves, and the
-    tags stay (see `vitdet.tracking.champion.update_tags`). example: an image (H, W, 3)
-    uint8 that the packed model is asked about before anything is registered. metrics, tags and the run's git revision
-    become tags of the version. Raises ConnectionError where the server does not answer.
+    A checkpoint of a run is registered once; a repeated registration only moves the alias and does
+    not change the tags (see `vitdet.tracking.champion.update_tags`). example: an image (H, W, 3)
+    uint8 for testing the packaged model before it is registered. metrics, tags and the run's git
+    revision become tags of the version. Raises ConnectionError if the server does not respond.
     """
     client, run_id = connect(run_id, uri, folder)
     uri = tracking_uri(uri, folder)

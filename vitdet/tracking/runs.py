@@ -1,4 +1,4 @@
-"""The MLflow run of a training, from its config; without MLflow a training is only shown on the screen."""
+"""The MLflow run of a training; without MLflow, progress is only printed."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def has_mlflow() -> bool:
 
 
 def default_folder(output: Path) -> Path:
-    """The folder of a run's default MLflow store: that of the run's folder, so that runs can be compared."""
+    """Return the folder of the default MLflow store: the parent of `output`, shared by its runs."""
     return output.resolve().parent
 
 
@@ -33,8 +33,8 @@ def start_tracker(
     run_id: str | None,
     step: int,
 ) -> Progress:
-    """Progress on the screen, with MLflow behind it where that is installed."""
-    recipe = re.sub(r"-[0-9a-f]{8}$", "", recipe)  # a pipeline adds the digest of the config
+    """Return a tracker that prints progress, and logs to MLflow if it is installed."""
+    recipe = re.sub(r"-[0-9a-f]{8}$", "", recipe)  # the pipeline appends a digest of the config
     tracker = Tracker()
     if has_mlflow():
         from vitdet.tracking.mlflow import start_run
@@ -68,10 +68,10 @@ def log_evaluation(
     folder: Path,
     pictures: Path | None = None,
 ) -> str | None:
-    """Add metrics and pictures to the run that trained the checkpoint, and return its id.
+    """Log metrics and images to the run that trained the checkpoint; return its id.
 
-    config: names the server; without it, the checkpoint's does. folder: of the default store. Returns None where the
-    store is not found: the checkpoint was carried away.
+    config: selects the server; default: the checkpoint's config. folder: folder of the default
+    store. Returns None if the store does not exist, e.g. because the checkpoint was moved.
     """
     stored = load_model_file(checkpoint)
     if not stored["run_id"] or not has_mlflow():
