@@ -308,7 +308,9 @@ def test_a_host_that_refuses_and_one_that_does_not_exist(pipeline: Run) -> None:
         port = free.getsockname()[1]
     code, _, said = pipeline("status", "x", "--host", f"http://127.0.0.1:{port}", "--retries", 1)
     assert (
-        code == 1 and "retrying in" in said.splitlines()[0] and said.endswith("Connection refused\n")
+        code == 1
+        and "retrying in" in said.splitlines()[0]
+        and said.endswith("Connection refused\n")
     )
     code, _, said = pipeline("status", "x", "--host", "http://nowhere.invalid", "--retries", 5)
     assert code == 1 and said == "pipeline: http://nowhere.invalid: no such host\n"

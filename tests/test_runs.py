@@ -397,7 +397,9 @@ def test_ctrl_c_while_a_run_ends_says_what_is_left_to_do(
     pipeline("submit", "tiny")
     code, _, said = pipeline("terminate", RUN)
     assert code == 130 and len(cluster.asked) == 1
-    assert said.endswith(f"; to delete training jobs created since: python -m pipeline terminate {RUN}\n")
+    assert said.endswith(
+        f"; to delete training jobs created since: python -m pipeline terminate {RUN}\n"
+    )
 
 
 def test_a_cluster_without_the_namespace_is_refused_in_one_line(

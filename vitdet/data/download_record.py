@@ -143,7 +143,9 @@ def compare(
         if not path.is_file():
             raise FileNotFoundError(f"{path}: missing")
         if path.stat().st_size != file.size:
-            raise ValueError(f"{path}: {path.stat().st_size:,} bytes, downloaded with {file.size:,}")
+            raise ValueError(
+                f"{path}: {path.stat().st_size:,} bytes, downloaded with {file.size:,}"
+            )
     for images in record.folders:
         folder = root / images.path
         if not folder.is_dir():

@@ -196,7 +196,9 @@ def _judge(
     if champion is None:
         return Verdict(True, f"box AP {ap:.4g}: the first champion")
     if is_candidate(champion):
-        return Verdict(True, f"box AP {ap:.4g}: is already the champion, version {champion.version}")
+        return Verdict(
+            True, f"box AP {ap:.4g}: is already the champion, version {champion.version}"
+        )
     before, failure = _known_ap(champion, protocol), ""
     if before is None:
         again = evaluate(champion)
