@@ -58,13 +58,13 @@ def test_what_is_lost_is_brought_again_and_what_is_changed_is_named(
     (root / "annotations" / "instances_val2017.json").unlink()
     web.asked.clear()
     assert get() is True and asked(web) == [BOTH, VAL]
-    assert "annotations/instances_val2017.json: gone; it is brought again" in caplog.text
+    assert "annotations/instances_val2017.json: missing; downloading it again" in caplog.text
     assert "val2017: 11 files of " in caplog.text
     check(root, web)
     with open(root / "val2017" / "000000000003.jpg", "ab") as image:
         image.write(b"?")
     with pytest.raises(
-        ValueError, match="val2017: 12 files of .*; move it away and run the same again"
+        ValueError, match="val2017: 12 files of .*; move it away and repeat the command"
     ):
         get()
 

@@ -68,26 +68,26 @@ def test_what_came_is_there(root: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "error", "says"),
     [
-        (lambda root: (root / "some.json").unlink(), FileNotFoundError, "some.json: gone"),
+        (lambda root: (root / "some.json").unlink(), FileNotFoundError, "some.json: missing"),
         (
             lambda root: (root / "some.json").write_bytes(b"[]"),
             ValueError,
-            "some.json: sha256 .*, it came with 44136fa3",
+            "some.json: sha256 .*, downloaded with 44136fa3",
         ),
         (
             lambda root: (root / "some.json").write_bytes(b"[1]"),
             ValueError,
-            "some.json: 3 bytes, it came with 2",
+            "some.json: 3 bytes, downloaded with 2",
         ),
         (
             lambda root: (root / "val2017" / "a.jpg").unlink(),
             ValueError,
-            "1 files of 4 bytes, it came with 2 of 7;",
+            "1 files of 4 bytes, downloaded with 2 of 7;",
         ),
         (
             lambda root: (root / "val2017" / "c.jpg").touch(),
             ValueError,
-            "3 files of 7 bytes, it came with 2 of 7;",
+            "3 files of 7 bytes, downloaded with 2 of 7;",
         ),
         (
             lambda root: (root / "val2017" / "a.jpg").write_bytes(b"longer"),
@@ -97,13 +97,17 @@ def test_what_came_is_there(root: Path) -> None:
         (
             lambda root: (root / "val2017" / "a.jpg").rename(root / "val2017" / "A.jpg"),
             ValueError,
-            "names or sizes are",
+            "names or sizes differ",
         ),
-        (lambda root: (root / "val2017").rename(root / "val"), FileNotFoundError, "val2017: gone"),
+        (
+            lambda root: (root / "val2017").rename(root / "val"),
+            FileNotFoundError,
+            "val2017: missing",
+        ),
         (
             lambda root: (root / "manifest.json").unlink(),
             FileNotFoundError,
-            "manifest.json: not there; `vitdet data coco",
+            "manifest.json: no such file; `vitdet data coco",
         ),
         (
             lambda root: (root / "manifest.json").write_text("[]"),
@@ -129,7 +133,7 @@ def test_what_is_not_as_it_came_is_one_line(
 def test_other_pixels_of_the_same_size_are_found_by_reading(root: Path) -> None:
     (root / "val2017" / "a.jpg").write_bytes(b"two")
     verify(root)
-    with pytest.raises(ValueError, match="val2017: the content of a file is not what came"):
+    with pytest.raises(ValueError, match="val2017: the content of a file has changed"):
         verify(root, contents=True)
 
 
@@ -142,7 +146,7 @@ def test_parts_are_added_and_looked_at_alone(root: Path) -> None:
     assert [one.name for one in both.archives] == ["a.zip", "x.zip"]
     assert both.with_(more) == more.with_(both) == both
     compare(root, both.only(("x.zip",), ("some.json", "val2017")))
-    with pytest.raises(FileNotFoundError, match="other.json: gone"):
+    with pytest.raises(FileNotFoundError, match="other.json: missing"):
         compare(root, both.only((), ("other.json",)))
 
 
@@ -201,15 +205,15 @@ def longer(path: Path) -> None:
         (lambda root: shutil.rmtree(root / "val"), "val: not there; expected the images of"),
         (
             lambda root: min((root / "val").iterdir()).unlink(),
-            "val: 3 files of .*, it came with 4 of .*`vitdet data coco",
+            "val: 3 files of .*, downloaded with 4 of .*`vitdet data coco",
         ),
         (
             lambda root: longer(max((root / "train").iterdir())),
-            "train: 12 files .* are others. `vitdet data coco",
+            "train: 12 files .* differ. `vitdet data coco",
         ),
         (
             lambda root: longer(root / "annotations" / "instances_val.json"),
-            "instances_val.json: .* bytes, it came with",
+            "instances_val.json: .* bytes, downloaded with",
         ),
     ],
 )
@@ -246,7 +250,7 @@ def test_a_check_passes_over_files_that_were_not_downloaded(root: Path) -> None:
     (root / "val2017" / ".DS_Store").touch()
     verify(root, contents=True)
     (root / "val2017" / "000000000003.jpg").touch()
-    with pytest.raises(ValueError, match="4 files of 7 bytes, it came with 2 of 7;"):
+    with pytest.raises(ValueError, match="4 files of 7 bytes, downloaded with 2 of 7;"):
         verify(root)
 
 
@@ -295,5 +299,5 @@ def test_a_pipeline_does_not_start_on_data_that_is_not_as_it_came(
             (), (File("annotations/instances_val.json", path.stat().st_size, "0" * 64),)
         ),
     )
-    with pytest.raises(ValueError, match="instances_val.json: sha256 .*, it came with 0000"):
+    with pytest.raises(ValueError, match="instances_val.json: sha256 .*, downloaded with 0000"):
         describe(data)

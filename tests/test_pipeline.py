@@ -91,7 +91,7 @@ def test_the_jobs_in_manifests_compile_as_they_are(tmp_path: Path) -> None:
     done = pipeline("compile", tmp_path / "own.yaml")
     assert done.returncode == 0, done.stderr
     assert "kind: PyTorchJob" in (tmp_path / "own.yaml").read_text()
-    assert done.stderr.startswith("pipeline: the steps' image is 'vitdet', of no registry")
+    assert done.stderr.startswith("pipeline: the steps' image 'vitdet' has no registry")
 
 
 @pytest.mark.parametrize(

@@ -98,7 +98,7 @@ def test_the_gate_trusts_no_metrics_of_unknown_origin(
     metrics.write_text(metrics.read_text().replace('"box_ap": ', '"box_ap": 1'))
     code, _, err = vitdet(*words)  # edited since
     assert code == 1 and err.count("\n") == 1
-    assert "its metrics were measured is not known; run `vitdet evaluate CHECKPOINT" in err
+    assert "the data of its metrics is unknown; run `vitdet evaluate CHECKPOINT" in err
     save_config(load_config("tiny", minimal(own_tiny)), config)
     code, out, err = vitdet(*words, "--config", config)
     assert code == 0 and "the first champion" in out, err

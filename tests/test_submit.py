@@ -165,7 +165,7 @@ def test_the_experiments_pipeline_is_compiled_for_the_server(
     code, _, said = run("submit", "tiny", "--nodes", 2, "--pool", "h100")
     assert code == 0 and len(said.splitlines()) == 1
     assert (
-        "the steps' image is 'vitdet' has no registry" in said
+        "the steps' image 'vitdet' has no registry" in said
         and "| python -m pipeline ... --job -" in said
     )
     spec = kubeflow.bodies("POST /runs")[0]["pipeline_spec"]["pipeline_spec"]

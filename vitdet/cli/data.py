@@ -10,7 +10,7 @@ from vitdet.cli.progress_bar import Bar
 DATA = (
     "Brings the published archives, verifies and unpacks them into the layout that every COCO tool expects, and "
     "writes DIR/manifest.json. Whatever interrupts it, the same command goes on from there; what is there is not "
-    "brought again, and nothing is written over. The proxies of http_proxy and https_proxy are used."
+    "downloaded again, and nothing is overwritten. The proxies of http_proxy and https_proxy are used."
 )
 
 

@@ -172,7 +172,7 @@ def _is_there(path: Path, info: zipfile.ZipInfo, ours: bool) -> bool:
     if ours and stat.S_ISREG(found.st_mode):
         return False
     raise ValueError(
-        f"{path}: there already, and not the file of the archive; move it away and run the same again"
+        f"{path}: there already, and not the file of the archive; move it away and repeat the command"
     )
 
 

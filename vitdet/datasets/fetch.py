@@ -83,12 +83,12 @@ def _is_there(archive: Archive, root: Path, known: DownloadRecord) -> bool:
     try:
         download_record.compare(root, part)
     except FileNotFoundError as error:
-        log.warning("%s; it is brought again", error)
+        log.warning("%s; downloading it again", error)
         return False
     except ValueError as error:
         if archive.members or len(os.listdir(root / archive.folder)) >= archive.count:
-            raise ValueError(f"{error}; move it away and run the same again") from error
-        log.warning("%s; what is missing is brought again", error)
+            raise ValueError(f"{error}; move it away and repeat the command") from error
+        log.warning("%s; downloading what is missing", error)
         return False
     return True
 
@@ -108,12 +108,12 @@ def _check_places(todo: Sequence[Archive], root: Path) -> None:
         foreign = [name for name in there if not PICTURE.fullmatch(name)]
         if foreign:
             raise ValueError(
-                f"{folder / min(foreign)}: not of {archive.name}; move it away and run the same again"
+                f"{folder / min(foreign)}: not of {archive.name}; move it away and repeat the command"
             )
         if len(there) > archive.count:
             raise ValueError(
                 f"{folder}: has more than the {archive.count:,} files of {archive.name}; move it away and "
-                "run the same again"
+                "repeat the command"
             )
 
 
@@ -263,7 +263,7 @@ def _place(archive: Archive, path: Path, root: Path, seen: Callable[[int], None]
     if foreign:
         raise ValueError(
             f"{work / min(foreign)}: not of {archive.name}, and {len(foreign) - 1} more files; move them "
-            "away and run the same again"
+            "away and repeat the command"
         )
     if not there:
         work.rename(folder)
