@@ -29,6 +29,7 @@ IRRELEVANT = {
         "vitdet/data/protocol.py",
         "vitdet/evaluation",
         "vitdet/files.py",
+        "vitdet/locks.py",
         "vitdet/predictor.py",
         "vitdet/tracking/tracker.py",
         "vitdet/visualize.py",
@@ -40,6 +41,7 @@ IRRELEVANT = {
         "vitdet/data/fingerprint.py",
         "vitdet/data/samplers.py",
         "vitdet/files.py",
+        "vitdet/locks.py",
     },
 }
 

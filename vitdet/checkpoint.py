@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import errno
-import fcntl
 import pickle
 import re
 import zipfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import torch
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 
 from vitdet.config import Config, from_dict
 from vitdet.files import written
+from vitdet.locks import locked
 from vitdet.models import Detector, build_detector
 
 FORMAT = "vitdet detector, version 1"
@@ -120,10 +120,9 @@ class Checkpoints:
     def locked(self) -> Iterator[None]:
         """While a process writes states here; raises ValueError in all others. The lock ends with the process."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        with open(self.folder / ".lock", "w") as file:
+        with ExitStack() as held:
             try:
-                # unlike flock, data-loader processes do not share it
-                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                held.enter_context(locked(self.folder / ".lock"))
             except BlockingIOError as error:
                 raise ValueError(
                     f"{self.folder}: another training is writing here; wait for its end or choose "

@@ -7,17 +7,17 @@ that wait. A line is one unbuffered write, so a killed process loses none; only 
 
 from __future__ import annotations
 
-import fcntl
 import json
 import logging
 import shutil
 import time
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from vitdet.files import write_json
+from vitdet.locks import locked
 
 log = logging.getLogger(__name__)
 
@@ -131,9 +131,9 @@ class Journal:
     @contextmanager
     def locked(self) -> Iterator[None]:
         """While one process ships; raises BlockingIOError in the others."""
-        with open(self.path, "rb") as file:
+        with ExitStack() as held:
             try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                held.enter_context(locked(self.path.with_suffix(".lock")))
             except BlockingIOError as error:
                 raise BlockingIOError("another process is sending them") from error
             yield
