@@ -31,6 +31,7 @@ IRRELEVANT = {
         "vitdet/files.py",
         "vitdet/locks.py",
         "vitdet/predictor.py",
+        "vitdet/ranges.py",
         "vitdet/tracking/tracker.py",
         "vitdet/visualize.py",
         "vitdet/weights/__init__.py",
@@ -42,6 +43,7 @@ IRRELEVANT = {
         "vitdet/data/samplers.py",
         "vitdet/files.py",
         "vitdet/locks.py",
+        "vitdet/ranges.py",
     },
 }
 

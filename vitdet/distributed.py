@@ -52,11 +52,6 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def by_torchrun() -> bool:
-    """Whether torchrun started this process; when one of several is lost, it starts all of them again."""
-    return dist.is_torchelastic_launched()
-
-
 def mean(values: Tensor) -> Tensor:
     """The mean of a tensor over all processes, in every one of them."""
     if world_size() == 1:

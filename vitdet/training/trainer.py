@@ -68,8 +68,8 @@ def train(
     A resumed training may change operational settings (see `vitdet.config.operational`), also where the data is, and
     optim.steps if the learning rate of the steps already done stays the same; a finished run with its last state may so
     be extended. Raises ValueError when `output` holds any other finished run or one of another config, Stopped after
-    SIGTERM. Under torchrun a finished run of this config and data is the result, since torchrun restarts all processes
-    when a node is lost at the very end.
+    SIGTERM. A finished run of this config and data is the result: all processes are started again when a node is lost at
+    the very end.
 
     Changes the process as described in `vitdet.data.loader.configure_process`.
     """
