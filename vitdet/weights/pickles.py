@@ -203,7 +203,8 @@ def _read_pickle(path: Path) -> object:
 
 def refusal(path: Path, name: str) -> str:
     """The one line about a file that names something else than data."""
-    return f"{path}: refused: it names {name}, and reading that could run code; weights need numbers and text alone"
+    shown = name.encode("unicode_escape").decode()[:200]  # in a damaged file it may be anything
+    return f"{path}: refused: it names {shown}, and reading that could run code; weights need numbers and text alone"
 
 
 class _ForbiddenError(Exception):
