@@ -22,7 +22,7 @@ from vitdet.config import Config, DataConfig, from_dict, save_config, to_dict
 from vitdet.data import fingerprint
 from vitdet.data.coco import CocoSplit
 from vitdet.data.dataset import read_split
-from vitdet.data.loader import configure_process, train_loader
+from vitdet.data.loader import configure_process, release_memory, train_loader
 from vitdet.data.protocol import settings_of
 from vitdet.evaluation.evaluator import evaluate_detector
 from vitdet.evaluation.pictures import write_pictures
@@ -240,6 +240,7 @@ class Loop:
             self.tracker.log(self.metrics, step)
             self.evaluated = step
             self.save(step)  # once more, now with the figures
+        release_memory()
 
     def save(self, step: int) -> None:
         """The whole state after `step` steps, by the first process. Raises ValueError when a loss is not finite."""
