@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import json
 import pickle
 import re
 import zipfile
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from vitdet.config import Config, from_dict
-from vitdet.files import written
+from vitdet.files import write_json, written
 from vitdet.models import Detector, build_detector
 
 FORMAT = "vitdet detector, version 1"
@@ -36,15 +37,9 @@ def save(path: Path, content: dict) -> None:
     except (OSError, RuntimeError) as error:
         # torch hides the system's own error behind one of its archive
         cause = error.__context__ if isinstance(error.__context__, OSError) else error
-        torn = any(words in str(cause) for words in TORN)
-        if not isinstance(cause, OSError) and not torn:
+        if not isinstance(cause, OSError) and not _is_torn(cause):
             raise  # not the disk's fault
-        advice = (
-            "; free some space and run the same command again"
-            if torn or (isinstance(cause, OSError) and cause.errno in FULL)
-            else ""
-        )
-        raise OSError(f"{path}: could not be written ({_first_line(cause)}){advice}") from error
+        raise _unwritten(path, cause) from error
 
 
 def load(path: Path, *expected: str) -> dict:
@@ -134,11 +129,24 @@ class Checkpoints:
     def save(self, step: int, content: dict) -> Path:
         """Writes the state after `step` steps and removes those that are too old."""
         path = self.folder / f"step_{step:08d}.pt"
+        _evaluation_of(path).unlink(missing_ok=True)  # of a state that was removed
         save(path, {"format": STATE, "step": step, **content})
         # a killed process left these
         for old in [*self.all()[: -self.keep], *self.folder.glob(".step_*.tmp")]:
             old.unlink()
+            _evaluation_of(old).unlink(missing_ok=True)
         return path
+
+    def save_evaluation(self, step: int, content: dict) -> None:
+        """Writes what an evaluation adds to the state after `step` steps, instead of that once more.
+
+        A small JSON file beside the state; `latest` returns both as one.
+        """
+        path = _evaluation_of(self.folder / f"step_{step:08d}.pt")
+        try:
+            write_json(path, content, sync=True)
+        except OSError as error:
+            raise _unwritten(path, error) from error
 
     def all(self) -> list[Path]:
         """The whole states, oldest first."""
@@ -152,10 +160,36 @@ class Checkpoints:
         if not states:
             return None
         try:
-            return load(states[-1], STATE, STATE_1)
+            return load(states[-1], STATE, STATE_1) | _read_evaluation(states[-1])
         except ValueError as error:
             rest = f"to go on from {states[-2].name}" if states[1:] else "to begin anew"
             raise ValueError(f"{error}; remove it {rest}") from error
+
+
+def _evaluation_of(state: Path) -> Path:
+    """The file that `Checkpoints.save_evaluation` writes beside this one."""
+    return state.with_suffix(".json")
+
+
+def _read_evaluation(state: Path) -> dict:
+    path = _evaluation_of(state)
+    if not path.exists():
+        return {}
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: not a whole JSON file ({_first_line(error)})") from error
+
+
+def _is_torn(cause: Exception) -> bool:
+    return any(words in str(cause) for words in TORN)
+
+
+def _unwritten(path: Path, cause: Exception) -> OSError:
+    """The error, in one line, of a file that the disk did not take."""
+    full = _is_torn(cause) or (isinstance(cause, OSError) and cause.errno in FULL)
+    advice = "; free some space and run the same command again" if full else ""
+    return OSError(f"{path}: could not be written ({_first_line(cause)}){advice}")
 
 
 def _first_line(error: Exception) -> str:
