@@ -158,7 +158,7 @@ class Watchdog:
                 self._heard = dict.fromkeys(self._heard, now)
             self._watch_parent(now)
             try:
-                if self._shared:
+                if self._shared and not self._orphaned:  # the store went with torchrun
                     faulthandler.dump_traceback_later(LIMIT, file=2)
                     store = store or distributed.connect(timedelta(seconds=3 * INTERVAL))
                     self._exchange(store)
@@ -168,8 +168,8 @@ class Watchdog:
                     self._give_up(None, f"the store of rank 0's node does not answer: {error}")
             last = time.monotonic()
         faulthandler.cancel_dump_traceback_later()
-        with suppress(RuntimeError):  # torchrun may have ended
-            if store is not None:
+        with suppress(RuntimeError):  # that of another node may have ended
+            if store is not None and not self._orphaned:
                 self._publish(store)
 
     def _watch_parent(self, now: float) -> None:
