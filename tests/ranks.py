@@ -10,6 +10,9 @@ from pathlib import Path
 
 from tests.conftest import environment, minimal, options
 
+# Progress is printed, MLflow is not imported: it takes seconds.
+UNTRACKED = "from vitdet.tracking import runs\nruns.has_mlflow = lambda: False\n"
+
 
 def start_ranks(
     patch: str, tiny: Path, folder: Path, *torchrun: str, **changes: object

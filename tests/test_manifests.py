@@ -78,6 +78,18 @@ def copy(tmp_path: Path) -> Path:
     return shutil.copytree(MANIFESTS, tmp_path / "manifests")
 
 
+@pytest.mark.parametrize("part", JOBS)
+@pytest.mark.parametrize("name", OVERLAYS)
+def test_torchrun_waits_for_its_processes_as_long_as_their_pod_may(name: str, part: str) -> None:
+    found = [pod for _, pod in pods(overlay(name, JOBS[part]))]
+    assert len(found) == {"pytorchjob": 2, "trainjob": 1}[part]  # Master and Worker; the runtime's
+    for pod in found:
+        (container,) = pod["spec"]["containers"]
+        values = {entry["name"]: entry.get("value") for entry in container["env"]}
+        grace = pod["spec"]["terminationGracePeriodSeconds"]
+        assert 0.8 * grace <= int(values["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"]) < grace
+
+
 @pytest.mark.parametrize("part", ["pytorchjob", "trainjob"])
 @pytest.mark.parametrize("name", OVERLAYS)
 def test_an_overlay_is_right(name: str, part: str) -> None:

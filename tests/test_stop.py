@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from tests.conftest import STEPS, Recorder, minimal, options
-from tests.ranks import start_ranks, wait_for_log
+from tests.ranks import UNTRACKED, start_ranks, wait_for_log
 from tests.test_trainer import go, interrupt, same_bits, terminate
 from vitdet import distributed
 from vitdet.evaluation import evaluator
@@ -149,7 +149,8 @@ def test_a_torch_without_the_shutdown_time_out_is_warned_about(
     assert "30 s after SIGTERM, whatever TORCH_ELASTIC_SHUTDOWN_TIMEOUT" in caplog.text
 
 
-SLOW = """
+SLOW = f"""
+{UNTRACKED}
 from vitdet.training import trainer
 learn = trainer.Loop.learn
 def slow(*given):

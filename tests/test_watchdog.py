@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import STEPS
-from tests.ranks import processes_of, start_ranks
+from tests.ranks import UNTRACKED, processes_of, start_ranks
 from vitdet import distributed
 from vitdet.checkpoint import load_model_file
 from vitdet.training import watchdog
@@ -82,7 +82,8 @@ def test_a_rank_in_a_collective_waits(monkeypatch: pytest.MonkeyPatch) -> None:
     assert one.beat().stage == Stage.EVALUATING
 
 
-ASLEEP = """
+ASLEEP = f"""
+{UNTRACKED}
 from vitdet.training import trainer, watchdog
 watchdog.LIMIT, watchdog.INTERVAL = 6.0, 1.0
 learn = trainer.Loop.learn
