@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
@@ -148,6 +149,16 @@ def test_no_rank_outlives_a_torchrun_that_was_killed(tiny: Path, tmp_path: Path)
         for pid in left:
             os.kill(pid, signal.SIGKILL)
         assert not left, f"{seconds} s after their start"
+
+
+def test_the_collectives_in_flight_are_part_of_the_report(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert distributed.flight_record() == ""
+    monkeypatch.setattr(distributed.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(distributed.dist, "get_backend_config", lambda: "cpu:gloo")
+    assert distributed.flight_record() == ""
+    monkeypatch.setattr(distributed.dist, "get_backend_config", lambda: "cpu:gloo,cuda:nccl")
+    record = distributed.flight_record()
+    assert "version" in json.loads(record) or record.startswith("not available")
 
 
 def test_the_limits_name_a_rank_within_five_minutes() -> None:

@@ -253,9 +253,13 @@ class Loop:
         The state after `step` steps is saved already; the AP is written beside it. Raises Stopped.
         """
 
+        config, limits = self.config, iter([LONG])  # the first batch may compile kernels
+
         def advance(batch: bool) -> bool:
-            stage = Stage.EVALUATING if batch else Stage.COMPARING
-            self.watchdog.at(step, stage, 0.0 if batch else LONG)
+            if batch:
+                self.watchdog.at(step, Stage.EVALUATING, next(limits, 0.0))
+            else:
+                self.watchdog.at(step, Stage.COMPARING, LONG)
             return self.stop.received > 0
 
         with self.meter.paused():
@@ -264,32 +268,23 @@ class Loop:
                 share_statistics(self.detector)
                 try:
                     self.metrics, _ = evaluate_detector(
-                        self.detector,
-                        self.config.data,
-                        self.config.evaluate,
-                        self.device,
-                        advance,
+                        self.detector, config.data, config.evaluate, self.device, advance
                     )
                 except Cancelled:
+                    self.watchdog.at(step, Stage.FINISHING, LONG)
                     self.saver.wait()
                     self.stop.check(self.stopped(step))
                 if distributed.rank() == 0:
                     folder = self.output / "pictures" / f"step_{step:08d}"
-                    for path in write_pictures(self.detector, self.config.data, folder):
+                    for path in write_pictures(self.detector, config.data, folder):
                         self.tracker.artifact(path, f"pictures/{folder.name}")
             self.tracker.log(self.metrics, step)
             self.evaluated = step
             if distributed.rank() == 0:
                 self.saver.wait()
-                self.saver.states.save_evaluation(
-                    step,
-                    {
-                        "config": to_dict(self.config),
-                        "metrics": self.metrics,
-                        "evaluated": self.evaluated,
-                    },
-                )
-        if step < self.config.optim.steps:  # else it is done anyway
+                added = {"config": to_dict(config), "metrics": self.metrics, "evaluated": step}
+                self.saver.states.save_evaluation(step, added)
+        if step < config.optim.steps:  # else it is done anyway
             self.stop.check(self.stopped(step))
 
     def save(self, step: int) -> None:

@@ -164,17 +164,22 @@ class Watchdog:
                     self._exchange(store)
                     answered = time.monotonic()
             except RuntimeError as error:  # torch's, of the network
+                store = None
                 if time.monotonic() - answered > LIMIT:
                     self._give_up(None, f"the store of rank 0's node does not answer: {error}")
             last = time.monotonic()
-        faulthandler.cancel_dump_traceback_later()
+        if self._shared:
+            faulthandler.cancel_dump_traceback_later()
         with suppress(RuntimeError):  # that of another node may have ended
             if store is not None and not self._orphaned:
                 self._publish(store)
 
     def _watch_parent(self, now: float) -> None:
         """The death of torchrun counts as SIGTERM: it cannot pass a SIGKILL on."""
-        if not distributed.by_torchrun() or os.getppid() == self._parent:
+        started = (
+            self._size > 1 or distributed.by_torchrun()
+        )  # by a launcher; alone it may outlive it
+        if not started or os.getppid() == self._parent:
             return
         self._stop.received = self._stop.received or signal.SIGTERM
         self._orphaned = self._orphaned or now
