@@ -56,15 +56,17 @@ def process_group() -> Iterator[torch.device]:
     store, number, count = _join()
     # NCCL's and gloo's own connections: beyond the limit, faulthandler writes the stacks and exits
     faulthandler.dump_traceback_later(JOINING.total_seconds(), exit=True, file=2)
-    dist.init_process_group(
-        backend,
-        store=store,
-        rank=number,
-        world_size=count,
-        timeout=PATIENCE,
-        device_id=device if cuda else None,
-    )
-    faulthandler.cancel_dump_traceback_later()
+    try:
+        dist.init_process_group(
+            backend,
+            store=store,
+            rank=number,
+            world_size=count,
+            timeout=PATIENCE,
+            device_id=device if cuda else None,
+        )
+    finally:
+        faulthandler.cancel_dump_traceback_later()
     global _joined
     _joined = True
     yield device
@@ -98,6 +100,7 @@ def _join() -> tuple[dist.Store, int, int]:
         raise TimeoutError(
             f"rank {', '.join(missing)} of {count} did not join {limit}; see its log"
         ) from error
+    store.set_timeout(PATIENCE)
     return store, number, count
 
 
@@ -106,15 +109,15 @@ def has_joined() -> bool:
     return _joined and world_size() > 1
 
 
-def connect(limit: timedelta) -> dist.Store:
-    """Return a connection to the store of all processes that other threads do not use.
+def connect(prefix: str, limit: timedelta) -> dist.Store:
+    """Return a connection to the store of all processes, with keys of its own, for another thread.
 
     Each of its operations takes at most `limit`. A connection serves one operation at a time: with
     that of the process group a thread could wait for a collective.
     """
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     store = dist.TCPStore(host, port, is_master=False, wait_for_workers=False, timeout=limit)
-    return dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+    return dist.PrefixStore(prefix, store)
 
 
 def has_shutdown_timeout() -> bool:

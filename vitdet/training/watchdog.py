@@ -23,6 +23,7 @@ import sys
 import tempfile
 import threading
 import time
+import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
@@ -101,7 +102,7 @@ class Watchdog:
         self._beats: dict[int, Beat] = {}
         self._heard: dict[int, float] = {}  # when the last publication of each rank was new
         self._number, self._orphaned = 0, 0.0
-        self._rank, self._size, self._shared = 0, 1, False
+        self._rank, self._size, self._shared, self._start = 0, 1, False, ""
         self._end = threading.Event()
         self._thread = threading.Thread(target=self._run, name="watchdog", daemon=True)
 
@@ -109,6 +110,8 @@ class Watchdog:
         """Start to watch; all ranks do at once."""
         self._rank, self._size = distributed.rank(), distributed.world_size()
         self._shared = distributed.has_joined()
+        # torchrun's store also has what the processes before a restart published
+        self._start = distributed.from_first(lambda: uuid.uuid4().hex)
         self._heard = dict.fromkeys(range(self._size), time.monotonic())
         self._thread.start()
 
@@ -160,7 +163,9 @@ class Watchdog:
             try:
                 if self._shared and not self._orphaned:  # the store went with torchrun
                     faulthandler.dump_traceback_later(LIMIT, file=2)
-                    store = store or distributed.connect(timedelta(seconds=3 * INTERVAL))
+                    store = store or distributed.connect(
+                        self._start, timedelta(seconds=3 * INTERVAL)
+                    )
                     self._exchange(store)
                     answered = time.monotonic()
             except RuntimeError as error:  # torch's, of the network
