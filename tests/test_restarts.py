@@ -155,6 +155,12 @@ def test_a_job_ends_after_the_errors_that_its_file_allows() -> None:
     assert "launcher: 1 errors; the job ends after 3" in lines
 
 
+def test_errors_between_two_looks_count_too() -> None:
+    record = Record((RUNNING, HEALTHY), (RUNNING, [crashed("m", 3), pod("w")]))
+    record.flicker = [crashed("m", 1), crashed("m", 2), crashed("m", 3)]
+    assert "has failed 3 times" in follow(record, limited())[1]
+
+
 def test_the_next_launcher_goes_on_counting() -> None:
     there = {
         "metadata": {**limited()["metadata"], "annotations": {"vitdet/errors": "2"}},

@@ -76,7 +76,7 @@ class Follower:
         self.pod_logs: dict[str, PodLog] = {}
         self.ranks = RankLogs()
         self.failures: dict[str, tuple[Cause, list[str]]] = {}
-        self.restarts, self.started = Restarts(), False
+        self.restarts, self.errors, self.started = Restarts(), 0, False
         self.limits = {"schedule": timeouts.schedule, "start": timeouts.start}
         own = (job["metadata"].get("annotations") or {}).get(SCHEDULE)
         if own:
@@ -184,7 +184,8 @@ class Follower:
         if failure:
             raise RuntimeError(failure)
         annotations = existing["metadata"].get("annotations") or {}
-        self.restarts = Restarts(int(annotations.get(ERRORS, 0)))
+        self.errors = int(annotations.get(ERRORS, 0))
+        self.restarts = Restarts(self.errors)
         self.started = STARTED in annotations
 
     def poll(self) -> bool:
@@ -283,7 +284,7 @@ class Follower:
 
         Disruptions are not limited. A TrainJob has the rules of its runtime for this.
         """
-        now, before = time.monotonic(), self.restarts.errors
+        now = time.monotonic()
         for pod in pods:
             self.restarts.observe(pod, self.kind.container, now)
         self.restarts.complete_look(pods, expected_pods(self.job), now)
@@ -292,8 +293,9 @@ class Follower:
         self.check_memory()
         limit = (self.job["metadata"].get("annotations") or {}).get(RESTARTS)
         errors = self.restarts.errors
-        if limit is None or errors == before:
+        if limit is None or errors == self.errors:
             return
+        self.errors = errors
         self.client.annotate({ERRORS: str(errors)})
         self.report("errors", f"{errors} errors; the job ends after {int(limit) + 1}")
         if errors > int(limit):
