@@ -9,6 +9,7 @@ pkg/controller/tainteviction (DeletionByTaintManager), pkg/controller/podgc (Del
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 
 import pytest
@@ -89,6 +90,24 @@ def test_other_errors_count(runtime: dict) -> None:
         assert outcome(runtime, pod, counted=RESTARTS - 1) is None
         reason, _ = outcome(runtime, pod, counted=RESTARTS)
         assert reason == "ReachedMaxRestarts"
+
+
+def test_the_rules_pass_the_webhooks(runtime: dict) -> None:
+    """JobSet 0.12, pkg/webhooks/jobset_webhook.go; Kubernetes, pkg/apis/batch/validation/validation.go."""
+    spec = runtime["spec"]["template"]["spec"]
+    names = [rule["name"] for rule in spec["failurePolicy"]["rules"]]
+    assert len(set(names)) == len(names)
+    for rule in spec["failurePolicy"]["rules"]:
+        assert re.fullmatch(r"[A-Za-z]([A-Za-z0-9_,:]*[A-Za-z0-9_])?", rule["name"])
+        assert rule["onJobFailureReasons"] == ["PodFailurePolicy"]
+    job = spec["replicatedJobs"][0]["template"]["spec"]
+    assert job["template"]["spec"]["restartPolicy"] == "Never"
+    for rule in job["podFailurePolicy"]["rules"]:
+        assert len(rule.keys() & {"onExitCodes", "onPodConditions"}) == 1
+        if codes := rule.get("onExitCodes"):
+            containers = job["template"]["spec"]["containers"]
+            assert codes["containerName"] in {one["name"] for one in containers}
+            assert codes["values"] == sorted({*codes["values"]}) and 0 not in codes["values"]
 
 
 @pytest.fixture(scope="module")
