@@ -22,7 +22,7 @@ from components.launcher.templates import (
 ROOT = Path(__file__).parents[1]
 PYTORCH, TRAIN = KINDS["pytorchjob"], KINDS["trainjob"]
 TEMPLATES = {kind: (ROOT / f"manifests/{kind}/{kind}.yaml").read_text() for kind in KINDS}
-OWNER = {"apiVersion": "v1", "kind": "Pod", "name": "step", "uid": "1"}
+OWNER = {"apiVersion": "argoproj.io/v1alpha1", "kind": "Workflow", "name": "run", "uid": "1"}
 LABELS = {RUN: "run-1", RECIPE: "tiny"}
 
 
@@ -81,8 +81,10 @@ def test_the_five_things_are_filled_in_and_the_rest_stays() -> None:
         ]
         assert container["command"] == replica(template, kind)[1]["command"]
         assert pod["nodeSelector"]["vitdet/pool"] == "h200"
-    # 6 of each node
-    assert job["spec"]["runPolicy"] == {**template["spec"]["runPolicy"], "backoffLimit": 3 * 6}
+    # the launcher counts restarts by their cause
+    policy = {**template["spec"]["runPolicy"]}
+    assert job["metadata"]["annotations"]["vitdet/restarts"] == str(policy.pop("backoffLimit"))
+    assert job["spec"]["runPolicy"] == policy
     assert (
         filled(pool="", image="")["spec"]["pytorchReplicaSpecs"]["Master"]["template"]["spec"][
             "nodeSelector"

@@ -22,7 +22,10 @@ RUN, RECIPE = "vitdet/run", "vitdet/recipe"  # labels of a job and its pods
 SCHEDULE = (
     "vitdet/schedule-seconds"  # annotation of a template: how long its pods may wait for a node
 )
-FAILURE = "vitdet/failure"  # annotation set by the launcher: why the job failed or was aborted
+# annotations set by the launcher: why the job failed or was aborted; how many errors (not disruptions)
+# are restarted, and how many there were; whether all pods have run together
+FAILURE, RESTARTS = "vitdet/failure", "vitdet/restarts"
+ERRORS, STARTED = "vitdet/errors", "vitdet/started"
 # defaults in seconds: maximum run time, and how long a finished job is kept
 DEFAULT_DEADLINE, DEFAULT_TTL = 14 * 24 * 3600, 7 * 24 * 3600
 
@@ -141,8 +144,10 @@ def fill_pytorchjob(job: dict, request: JobRequest) -> None:
     policy.setdefault("activeDeadlineSeconds", DEFAULT_DEADLINE)
     policy.setdefault("ttlSecondsAfterFinished", DEFAULT_TTL)
     if "backoffLimit" in policy:
-        # the operator adds up the restarts of all pods, which restart together
-        policy["backoffLimit"] *= request.nodes
+        # The operator would add up the restarts of all pods, those after an eviction too: the
+        # launcher counts instead (components/launcher/restarts.py).
+        annotations = job["metadata"].setdefault("annotations", {})
+        annotations[RESTARTS] = str(policy.pop("backoffLimit"))
     elastic = spec.get("elasticPolicy")
     if "Master" not in replicas and not elastic:
         raise ValueError(
