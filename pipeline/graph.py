@@ -56,7 +56,8 @@ SECRET = {
 # Longer than any training. Argo counts from the start of the first attempt; after this time there
 # are no more retries and the running attempt is terminated (argo-workflows, operator.go:
 # processNodeRetries). kfp's default is one hour. The launcher (components/launcher/follower.py) does
-# not repeat a training that a retry cannot fix.
+# not repeat a training that a retry cannot fix. Whether Argo retries exit codes and deleted pods is a
+# setting of the cluster, which a compiled pipeline cannot carry: manifests/pipelines.
 MAX_RETRY_TIME = "1296000s"
 # Autoscalers do not evict the launcher to free or replace its node.
 DO_NOT_DISRUPT = {
