@@ -461,6 +461,12 @@ def test_what_cannot_be_launched_is_said_before_the_cluster_is_asked(
     )
     with pytest.raises(ValueError, match="one of pytorchjob, trainjob, got 'job'"):
         launcher.launch(**{**given, "kind": "job"})
+
+    def refuse(count: int) -> None:
+        raise ValueError(f"{count} processes cannot share a batch of 3")
+
+    with pytest.raises(ValueError, match="^2 processes cannot share"):
+        launcher.launch(**given, check_processes=refuse)
     with pytest.raises(
         ValueError,
         match="do not mount the workspace /database; they mount /data, /tmp, /dev/shm",

@@ -17,6 +17,7 @@ from components.launcher.templates import (
     fill_template,
     job_name,
     label,
+    process_counts,
 )
 
 ROOT = Path(__file__).parents[1]
@@ -397,3 +398,22 @@ def test_the_cause_is_what_stands_for_itself_or_came_first() -> None:
 )
 def test_a_pod_that_does_not_start_says_why(found: dict, text: str) -> None:
     assert str(blocking_reason(found)) == text
+
+
+@pytest.mark.parametrize(
+    ("kind", "nodes", "changes", "counts"),
+    [
+        ("pytorchjob", 2, {"nprocPerNode": "4"}, [8]),
+        ("pytorchjob", 3, {"nprocPerNode": "gpu"}, [3]),  # the template's containers have one
+        ("pytorchjob", 1, {"nprocPerNode": "auto"}, []),
+        ("pytorchjob", 4, {"nprocPerNode": "8", "elasticPolicy": {"minReplicas": 2}}, [16, 24, 32]),
+        ("trainjob", 2, {}, [2]),
+    ],
+)
+def test_the_number_of_processes_is_known_before_a_job_is_created(
+    kind: str, nodes: int, changes: dict, counts: list[int]
+) -> None:
+    template = yaml.safe_load(TEMPLATES[kind])
+    template["spec"].update(changes)
+    job = fill_template(yaml.safe_dump(template), KINDS[kind], request(nodes=nodes))
+    assert list(process_counts(KINDS[kind], job)) == counts

@@ -36,6 +36,7 @@ from components.launcher.templates import (
     job_name,
     label,
     mount_paths,
+    process_counts,
 )
 from components.launcher.workflow import without_run
 
@@ -58,6 +59,7 @@ def launch(
     out: Callable[[str], None] = print,
     timeouts: Timeouts | None = None,
     finished: Callable[[], bool] = lambda: False,
+    check_processes: Callable[[int], None] = lambda count: None,
     logs: Path | None = None,
 ) -> None:
     """Train in a job of `nodes` pods; block until it has succeeded.
@@ -72,6 +74,7 @@ def launch(
         task_config: The fields of kfp's dsl.TaskConfig.
         out: Called with each line of rank 0's log and of the job's progress.
         finished: Returns whether the training is complete; called if the job is gone or has failed.
+        check_processes: Raises ValueError if the training cannot use this number of processes.
         logs: Folder for the last lines of each rank.
 
     Raises:
@@ -97,6 +100,8 @@ def launch(
         owner=step.owner,
     )
     job = fill_template(template, job_kind, request)
+    for count in process_counts(job_kind, job):
+        check_processes(count)
     folders = [folder.rstrip("/") for folder in mount_paths(job_kind, job)]
     if folders and not any(
         f"{workspace.rstrip('/')}/".startswith(f"{folder}/") for folder in folders

@@ -18,6 +18,7 @@ import yaml
 POOL = "vitdet/pool"  # label of the node pools, independent of the cloud provider
 # the same on GKE, where the node label of a pool cannot contain a slash
 COMPUTE_CLASS = "cloud.google.com/compute-class"
+GPU = "nvidia.com/gpu"
 RUN, RECIPE = "vitdet/run", "vitdet/recipe"  # labels of a job and its pods
 SCHEDULE = (
     "vitdet/schedule-seconds"  # annotation of a template: how long its pods may wait for a node
@@ -124,6 +125,29 @@ def mount_paths(kind: Kind, job: dict) -> list[str]:
         return []
     container = main_container(next(iter(replicas.values()))["template"]["spec"], kind.container)
     return [one["mountPath"] for one in container.get("volumeMounts") or []]
+
+
+def process_counts(kind: Kind, job: dict) -> range:
+    """Return the numbers of training processes that this job can have; empty if unknown.
+
+    torchrun starts `nprocPerNode` (`numProcPerNode`) processes on a node; `gpu` is one for each GPU.
+    """
+    spec = job["spec"]
+    replicas = spec.get("pytorchReplicaSpecs")
+    if replicas:
+        pod = next(iter(replicas.values()))["template"]["spec"]
+        resources = main_container(pod, kind.container).get("resources") or {}
+        local, most = spec.get("nprocPerNode"), sum(one["replicas"] for one in replicas.values())
+    else:
+        trainer = spec["trainer"]
+        resources = trainer.get("resourcesPerNode") or {}
+        local, most = trainer.get("numProcPerNode"), trainer["numNodes"]
+    if local == "gpu":
+        local = (resources.get("limits") or {}).get(GPU)
+    if not str(local).isdigit():
+        return range(0)
+    least = (spec.get("elasticPolicy") or {}).get("minReplicas", most)
+    return range(least * int(local), most * int(local) + 1, int(local))
 
 
 def main_container(pod: dict, name: str) -> dict:
