@@ -138,6 +138,20 @@ def test_what_ends_a_pod_from_outside_is_a_disruption(status: dict, disruption: 
     assert is_disruption(failure_reason(failed), failed) == disruption
 
 
+@pytest.mark.parametrize(
+    ("ended_at", "disruption"), [("2026-01-01T00:00:05Z", True), ("2026-01-01T00:00:01Z", False)]
+)
+def test_a_pod_that_ends_because_it_is_deleted_is_not_one_that_is_deleted_because_it_failed(
+    ended_at: str, disruption: bool
+) -> None:
+    failed = pod(phase="Failed", container=ended(1, when=ended_at))
+    failed["metadata"] |= {
+        "deletionTimestamp": "2026-01-01T00:00:33Z",
+        "deletionGracePeriodSeconds": 30,
+    }
+    assert is_disruption(failure_reason(failed), failed) == disruption
+
+
 def limited(restarts: str = "2") -> dict:
     job = filled(owner=OWNER)
     job["metadata"]["annotations"] = {"vitdet/restarts": restarts}

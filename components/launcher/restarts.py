@@ -11,9 +11,10 @@ TrainJobs are not counted: JobSet's failure policy does it (manifests/trainjob/r
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from datetime import datetime, timedelta
 
 from components.launcher.status import Cause, failure_reason, restart_count
-from components.launcher.workflow import is_disrupted
+from components.launcher.workflow import has_disruption_target
 
 # Longer than it takes until the other ranks fail (the limit of a collective operation that waits)
 # and until Kubernetes evicts the pods of a node that does not respond (5 minutes)
@@ -131,7 +132,22 @@ def is_disruption(cause: Cause, pod: dict) -> bool:
     if cause.reason == "Evicted" and "exceed" in cause.message.lower():
         return False
     reason = (pod.get("status") or {}).get("reason") or cause.reason
-    return is_disrupted(pod) or reason in DISRUPTIONS or reason.startswith("OutOf")
+    return (
+        is_deleted_before(pod, cause.time)
+        or has_disruption_target(pod)
+        or reason in DISRUPTIONS
+        or reason.startswith("OutOf")
+    )
+
+
+def is_deleted_before(pod: dict, time: str) -> bool:
+    """Whether a pod was deleted before it ended at this time; the operator deletes failed pods."""
+    metadata = pod["metadata"]
+    if "deletionTimestamp" not in metadata:
+        return False
+    grace = timedelta(seconds=metadata.get("deletionGracePeriodSeconds") or 0)
+    requested = datetime.fromisoformat(metadata["deletionTimestamp"]) - grace
+    return not time or datetime.fromisoformat(time) >= requested
 
 
 def node_is_unresponsive(pod: dict) -> bool:

@@ -67,8 +67,13 @@ def end_of_run(workflow: dict | None, uid: str, now: datetime | None = None) -> 
 
 def is_disrupted(pod: dict) -> bool:
     """Whether this pod is being deleted, or ended by its node or an eviction."""
+    return "deletionTimestamp" in pod["metadata"] or has_disruption_target(pod)
+
+
+def has_disruption_target(pod: dict) -> bool:
+    """Whether Kubernetes (as of 1.26) has marked this pod as evicted, preempted or lost."""
     conditions = (pod.get("status") or {}).get("conditions") or []
-    return "deletionTimestamp" in pod["metadata"] or any(
+    return any(
         one["type"] == "DisruptionTarget" and one.get("status") == "True" for one in conditions
     )
 
