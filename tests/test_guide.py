@@ -56,6 +56,7 @@ def test_the_values_that_it_names_exist() -> None:
     kubernetes = {
         "fsGroup",
         "activeDeadlineSeconds",
+        "sizeLimit",
         "terminationGracePeriodSeconds",
         "ttlSecondsAfterFinished",
     }
