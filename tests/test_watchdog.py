@@ -103,10 +103,10 @@ def test_a_rank_asleep_is_named_with_all_stacks_and_started_again(
     process = start_ranks(ASLEEP, tiny, tmp_path, "--max-restarts=1")
     assert process.wait(300) == 0, (tmp_path / "log").read_text()
     log = (tmp_path / "log").read_text()
-    assert len(re.findall(r"\[rank \d\] no progress: rank 1 \(.*step 5, loading for", log)) == 1
-    assert re.search(r"\[rank \d\] rank 0: .*step 5, exchanging for", log)
-    assert re.search(r"\[rank 1\]   File .*line \d+ in asleep", log)
-    assert re.search(r'\[rank 0\]   File .*trainer.py", line \d+ in learn', log)
+    assert len(re.findall(r"^vitdet: no progress: rank 1 \(.*step 5, loading for", log, re.M)) == 1
+    assert re.search(r"^rank 0: .*step 5, exchanging for", log, re.M)
+    assert re.search(r"\[rank1\]:   File .*line \d+ in asleep", log)
+    assert re.search(r'\[rank0\]:   File .*trainer.py", line \d+ in learn', log)
     assert f"going on from step 4 of {STEPS}" in log
     assert load_model_file(tmp_path / "run" / "model.pt")["step"] == STEPS
 

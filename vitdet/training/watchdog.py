@@ -19,7 +19,6 @@ import json
 import os
 import signal
 import socket
-import sys
 import tempfile
 import threading
 import time
@@ -237,11 +236,13 @@ class Watchdog:
         )
 
     def _give_up(self, store: distributed.Store | None, message: str) -> None:
-        """Write the stacks of this rank, wait for the others to do so, and exit."""
-        _write(self._rank, message)
-        _write(self._rank, _stacks())
+        """Write the message and this rank's stacks, wait for the others to do so, and exit."""
+        lines = [f"vitdet: {message}\n"] if message else []
+        # as torch marks an error's: all ranks may share standard error
+        lines += [f"[rank{self._rank}]: {line}\n" for line in _stacks().splitlines()]
         if record := distributed.flight_record():
-            _write(self._rank, f"NCCL's collectives in flight: {record}")
+            lines.append(f"[rank{self._rank}]: NCCL's collectives in flight: {record}\n")
+        os.write(2, "".join(lines).encode())
         with suppress(RuntimeError):  # some may not answer
             if store is not None:
                 store.set(f"written {self._rank}", "")
@@ -271,10 +272,3 @@ def _stacks() -> str:
         faulthandler.dump_traceback(file)
         file.seek(0)
         return file.read()
-
-
-def _write(rank: int, text: str) -> None:
-    """Write lines to standard error, each with the rank in front, since all ranks share it."""
-    lines = "".join(f"[rank {rank}] {line}\n" for line in text.splitlines())
-    sys.stderr.flush()
-    os.write(2, lines.encode())
