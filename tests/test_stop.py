@@ -177,3 +177,31 @@ def test_two_ranks_of_slow_steps_agree_on_one_to_stop_at(tiny: Path, tmp_path: P
     assert log.count(f"vitdet: stopped at step {last} of 100; the same command goes on") == 2
     saved = (tmp_path / "run" / "checkpoints" / f"step_{last:08d}.pt").stat().st_mtime
     print(f"saved {saved - begin:.1f} s after SIGTERM, steps of 3 s")
+
+
+ONE = f"""
+{UNTRACKED}
+import signal
+from vitdet.evaluation import evaluator
+convert = evaluator.detections_to_results
+def signalled(*given):
+    if os.environ["RANK"] == "1":
+        os.kill(os.getpid(), signal.SIGTERM)
+    return convert(*given)
+evaluator.detections_to_results = signalled
+"""
+
+
+@pytest.mark.slow
+def test_ranks_leave_an_evaluation_together_if_one_of_them_has_the_signal(
+    tiny: Path, tmp_path: Path
+) -> None:
+    """As when the node of one of them is drained."""
+    process = start_ranks(ONE, tiny, tmp_path, evaluate__batch_size=1)
+    try:
+        assert process.wait(120) != 0
+    finally:
+        process.kill()
+    log = (tmp_path / "log").read_text()
+    assert log.count(f"vitdet: stopped at step 4 of {STEPS}; the same command goes on") == 2, log
+    assert states(tmp_path / "run")[-1] == "step_00000004.pt" and "box AP" not in log
