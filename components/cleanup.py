@@ -13,13 +13,14 @@ def clean_up(
     job_kind: str,
     status: dsl.PipelineTaskFinalStatus,
 ) -> None:
-    """Delete the unfinished jobs of this run (job_kind "": none) and end its MLflow parent run."""
+    """End the jobs of this run (job_kind "": it has none) and its MLflow parent run."""
     from components import afterwards, run_id
-    from components.launcher.launch import delete_jobs
+    from components.launcher.launch import clean_up_jobs
     from vitdet import stages
 
     with afterwards(
         lambda: stages.end_parent_run(recipes, overrides, workspace, run_id(), status.state)
     ):
-        deleted, left = delete_jobs(run_id(), own=job_kind) if job_kind else ([], [])
+        succeeded = status.state in ("SUCCEEDED", "COMPLETE")
+        deleted, left = clean_up_jobs(run_id(), job_kind, succeeded) if job_kind else ([], [])
         print(*(f"deleted job {job}" for job in deleted), *left, sep="\n")

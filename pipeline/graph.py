@@ -56,9 +56,14 @@ SECRET = {
 # Longer than any training. Argo counts from the start of the first attempt; after this time there
 # are no more retries and the running attempt is terminated (argo-workflows, operator.go:
 # processNodeRetries). kfp's default is one hour. The launcher (components/launcher/follower.py) does
-# not repeat a training that a retry cannot fix; Argo does not retry a pod that was deleted without a
-# status.
+# not repeat a training that a retry cannot fix. Whether Argo retries exit codes and deleted pods is a
+# setting of the cluster, which a compiled pipeline cannot carry: manifests/pipelines.
 MAX_RETRY_TIME = "1296000s"
+# Autoscalers do not evict the launcher to free or replace its node.
+DO_NOT_DISRUPT = {
+    "cluster-autoscaler.kubernetes.io/safe-to-evict": "false",
+    "karpenter.sh/do-not-disrupt": "true",
+}
 
 # (task, its size) -> the task with the settings of the cluster
 Configure = Callable[[PipelineTask, str], PipelineTask]
@@ -219,7 +224,7 @@ def cluster_settings(needs: Accelerators, image: str) -> Configure:
         "once": ("100m", "512Mi", "2Gi", 0),
         "small": ("100m", "512Mi", "2Gi", 3),
         "data": ("500m", "2Gi", "24Gi", 2),
-        "launcher": ("100m", "1Gi", "4Gi", 2),
+        "launcher": ("100m", "1Gi", "4Gi", 10),
         "gpu": ("1", "4Gi", "24Gi", 2),
         "model": ("500m", "2Gi", "16Gi", 2),
     }
@@ -232,7 +237,8 @@ def cluster_settings(needs: Accelerators, image: str) -> Configure:
             task.set_retry(
                 retries,
                 backoff_duration="30s",
-                backoff_factor=2,
+                # a training that has failed fails again at once: its last retry must not take hours
+                backoff_factor=1 if size == "launcher" else 2,
                 backoff_max_duration=MAX_RETRY_TIME,
             )
         # The image's user, explicit because Pod Security `restricted` requires it; KFP sets the
@@ -244,6 +250,8 @@ def cluster_settings(needs: Accelerators, image: str) -> Configure:
         kubernetes.use_secret_as_env(task, "vitdet-mlflow", SECRET, optional=True)
         # From the label: as an argument, the run id would change the cache key in each run.
         kubernetes.use_field_path_as_env(task, RUN_ID, "metadata.labels['pipeline/runid']")
+        for key, value in DO_NOT_DISRUPT.items() if size == "launcher" else ():
+            kubernetes.add_pod_annotation(task, key, value)
         if size == "gpu":
             kubernetes.empty_dir_mount(task, "shm", "/dev/shm", medium="Memory", size_limit="4Gi")
             if needs.gpus:

@@ -13,8 +13,9 @@ from typing import NamedTuple
 
 import yaml
 
+from components.launcher.templates import GPU
+
 KINDS = {"PyTorchJob": "pytorchjob", "TrainJob": "trainjob"}
-GPU = "nvidia.com/gpu"
 
 
 def training_jobs(text: str) -> str:

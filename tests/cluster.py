@@ -21,6 +21,7 @@ import yaml
 
 from components.launcher.client import Timeouts
 from components.launcher.templates import KINDS, RECIPE, RUN, job_name
+from components.launcher.workflow import NODE
 from tests.conftest import ROOT
 
 on_cluster = [
@@ -37,6 +38,30 @@ PATIENT = Timeouts(
 )
 # For jobs that are to be given up.
 QUICK = replace(PATIENT, start=3, schedule=3)
+# The definition of argo, whose schema does not matter here
+WORKFLOWS = {
+    "apiVersion": "apiextensions.k8s.io/v1",
+    "kind": "CustomResourceDefinition",
+    "metadata": {"name": "workflows.argoproj.io"},
+    "spec": {
+        "group": "argoproj.io",
+        "scope": "Namespaced",
+        "names": {"plural": "workflows", "singular": "workflow", "kind": "Workflow"},
+        "versions": [
+            {
+                "name": "v1alpha1",
+                "served": True,
+                "storage": True,
+                "schema": {
+                    "openAPIV3Schema": {
+                        "type": "object",
+                        "x-kubernetes-preserve-unknown-fields": True,
+                    }
+                },
+            }
+        ],
+    },
+}
 ADMIN: dict[str, str] = {}  # KUBECONFIG of the test itself, while the launcher has another
 PIPELINE_RUN = "6f0c8a52-1f3e-4b7e-9b1b-0d6c35f7a001"
 
@@ -107,6 +132,7 @@ class Scene:
         kind: str = "pytorchjob",
         task: dict | None = None,
         finished: Callable[[], bool] = lambda: False,
+        logs: Path | None = None,
     ) -> None:
         """`components.launcher.launch`, its lines in self.lines and in the output of a test that fails."""
         from components.launcher.launch import launch
@@ -131,6 +157,7 @@ class Scene:
                 out=out,
                 timeouts=timeouts or self.timeouts,
                 finished=finished,
+                logs=logs,
             )
 
     def start(
@@ -195,12 +222,41 @@ class Scene:
         )
         return json.loads(found)["items"]
 
-    def step_pod(self, name: str) -> dict[str, str]:
-        """A pod in the place of a pipeline's step, and the environment that Kubeflow Pipelines gives it."""
+    def workflow(self, name: str) -> dict:
+        """A Workflow of this name, made if it is not there."""
+        workflow = {
+            "apiVersion": "argoproj.io/v1alpha1",
+            "kind": "Workflow",
+            "metadata": {"name": name},
+            "spec": {},
+        }
+        kubectl("apply", "-f", "-", given=WORKFLOWS)
+        kubectl("wait", "--for=condition=established", "crd/workflows.argoproj.io")
+        words = ("-n", self.namespace, "-o", "json", "-f", "-")
+        return json.loads(kubectl("apply", *words, given=workflow))
+
+    def step_pod(self, name: str, run: str = "run", attempt: int = 0) -> dict[str, str]:
+        """A pod in the place of a step of this Workflow, and the environment of Kubeflow Pipelines.
+
+        As argo makes it: workflow/controller/workflowpod.go of v3.7.
+        """
+        workflow = self.workflow(run)
+        owner = {
+            "apiVersion": workflow["apiVersion"],
+            "kind": workflow["kind"],
+            "name": run,
+            "uid": workflow["metadata"]["uid"],
+            "controller": True,
+            "blockOwnerDeletion": True,
+        }
         pod = {
             "apiVersion": "v1",
             "kind": "Pod",
-            "metadata": {"name": name},
+            "metadata": {
+                "name": name,
+                "ownerReferences": [owner],
+                "annotations": {NODE: f"{run}.root.train-job({attempt})"},
+            },
             "spec": {"schedulerName": "nobody", "containers": [{"name": "main", "image": "none"}]},
         }
         made = json.loads(

@@ -4,7 +4,7 @@ Pods get the names, labels and the exact environment that the real ones set: for
 {envvar,master,elastic}.go and pkg/controller.v1/common/pod.go of release 1.9, for TrainJob pkg/runtime/framework/
 plugins/torch/torch.go. Conditions and their messages: pytorchjob_controller.go (UpdateJobStatus), common/job.go
 (ReconcileJobs), pkg/util/status.go (setCondition); of Trainer 2.3 pkg/controller/trainjob_controller.go, of its JobSet
-0.12 pkg/controllers/{failure_policy,jobset_controller}.go. Deadlines: pkg/core/job.go (PastActiveDeadline), which is
+0.12 tests/fake_jobset.py. Deadlines: pkg/core/job.go (PastActiveDeadline), which is
 asked only when something has happened, as pytorchjob_controller.go gives the controller a FakeWorkQueue; the other
 thing that makes it ask, a look at all jobs every 10 hours (controller-runtime's SyncPeriod), is not played. Trainer:
 reconcileDeadline, at the second. Left out: services, webhooks, gang scheduling, the workers' init container.
@@ -22,6 +22,7 @@ from kubernetes import client
 from kubernetes.client.exceptions import ApiException
 from urllib3.exceptions import HTTPError
 
+from tests.fake_jobset import RESTARTS_IGNORED, failure_action, job_failure, jobset_failure
 from tests.fake_node import now, since
 
 PYTORCH = ("kubeflow.org", "v1", "pytorchjobs")
@@ -408,27 +409,20 @@ class FakeOperator:
             return
         runtime = self.runtime(job["spec"]["runtimeRef"])
         trainer, nodes = job["spec"]["trainer"], job["spec"]["trainer"]["numNodes"]
-        phases = [
-            pod["status"]["phase"]
-            for pod in pods.values()
-            if "deletionTimestamp" not in pod["metadata"]
-        ]
-        if "Failed" in phases:
-            limit = runtime["template"]["spec"].get("failurePolicy", {}).get("maxRestarts", 0)
-            self.restarts[name] = self.restarts.get(name, 0) + 1
-            if self.restarts[name] > limit:
-                self.condition(
-                    job,
-                    "Failed",
-                    "ReachedMaxRestarts",
-                    "jobset failed due to reaching max number of "
-                    f"restarts (first failed job: {name}-node-0)",
-                )
+        alive = [pod for pod in pods.values() if "deletionTimestamp" not in pod["metadata"]]
+        phases = [pod["status"]["phase"] for pod in alive]
+        spec = runtime["template"]["spec"]
+        if failure := job_failure(spec["replicatedJobs"][0]["template"]["spec"], alive):
+            policy, counted = spec.get("failurePolicy"), self.restarts.get(name, 0)
+            if over := jobset_failure(policy, *failure, counted, f"{name}-node-0"):
+                self.condition(job, "Failed", *over)
                 return
+            if failure_action(policy, *failure) != RESTARTS_IGNORED:
+                self.restarts[name] = counted + 1
             self.delete_pods(pods)  # JobSet makes all anew
         elif len(phases) == nodes and set(phases) == {"Succeeded"}:
             self.condition(job, "Complete", "AllJobsCompleted", "jobset completed successfully")
-        template = runtime["template"]["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]
+        template = spec["replicatedJobs"][0]["template"]["spec"]["template"]
         for patch in job["spec"].get("runtimePatches") or []:
             one = patch["trainingRuntimeSpec"]["template"]["spec"]["replicatedJobs"][0]
             template = merged(template, one["template"]["spec"]["template"])

@@ -33,6 +33,7 @@ KNOWN = {
         "cluster-autoscaler.kubernetes.io/safe-to-evict",
         "karpenter.sh/do-not-disrupt",
         "sidecar.istio.io/inject",
+        "vitdet/restarts",
         "vitdet/schedule-seconds",
     },
     "requests": RESOURCES,

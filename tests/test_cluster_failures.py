@@ -21,7 +21,7 @@ import pytest
 import yaml
 
 from components.launcher.launch import delete_jobs
-from components.launcher.templates import job_name
+from components.launcher.templates import ERRORS, FAILURE, job_name
 from tests.cluster import (
     PATIENT,
     PIPELINE_RUN,
@@ -114,18 +114,6 @@ def test_a_job_deleted_from_outside_is_an_error(played: Scene) -> None:
     gone(played, "deleted")
 
 
-def test_the_job_goes_with_the_pod_of_its_step(played: Scene) -> None:
-    launcher = played.start(
-        script(), ["echo on; sleep 60"], "orphan", played.step_pod("step-orphan")
-    )
-    running(played, "orphan")
-    launcher.kill()  # no handler runs
-    time.sleep(2)
-    assert played.job("orphan")["metadata"]["ownerReferences"][0]["name"] == "step-orphan"
-    kubectl("delete", "pod", "-n", played.namespace, "step-orphan", "--wait=false")
-    gone(played, "orphan")  # by the API server's garbage collection
-
-
 def test_sigterm_deletes_the_job(played: Scene) -> None:
     launcher = played.start(script(), ["echo on; sleep 60"], "stopped", {})
     running(played, "stopped")
@@ -136,15 +124,12 @@ def test_sigterm_deletes_the_job(played: Scene) -> None:
 
 
 def test_a_retried_step_goes_on_with_the_job_of_the_first(played: Scene) -> None:
-    first, second = played.step_pod("step-first"), played.step_pod("step-second")
+    first, second = played.step_pod("step-first"), played.step_pod("step-second", attempt=1)
     lost = played.start(script(), ["echo on; sleep 12; echo off"], "retried", first)
     running(played, "retried")
     lost.kill()
     uid = played.job("retried")["metadata"]["uid"]
     again = played.start(script(), ["another script"], "retried", second)
-    wait_until(
-        lambda: played.job("retried")["metadata"]["ownerReferences"][0]["name"] == "step-second", 20
-    )
     kubectl("delete", "pod", "-n", played.namespace, "step-first", "--wait=false")
     output, _ = again.communicate()
     assert (
@@ -156,21 +141,32 @@ def test_a_retried_step_goes_on_with_the_job_of_the_first(played: Scene) -> None
     assert played.job("retried")["metadata"]["uid"] == uid
 
 
-def test_a_killed_container_that_keeps_dying_fails_the_step_with_its_last_words(
+def test_a_container_that_runs_out_of_memory_ends_the_job_at_once_with_its_last_words(
     played: Scene,
 ) -> None:
     dying = "echo working; if [ $RANK = 1 ]; then seq 100; sleep 1; kill -9 $$; fi; sleep 60"
     with pytest.raises(RuntimeError) as raised:
-        played.launch(script(backoffLimit=2), [dying], "oom")
+        played.launch(script(), [dying], "oom")
     head, *tail = str(raised.value).split("\n  ")
     name = job_name(PIPELINE_RUN, "oom")
-    assert f"Job {name} has failed because it has reached the specified backoff limit" in head
+    assert head.startswith(f"PyTorchJob {name} ran out of memory: raise the memory limit")
     assert (
         f"cause: pod {name}-worker-0 on node {played.node.name}: OOMKilled, exit code 137 (SIGKILL)"
         in head
     )
-    assert tail == [str(number) for number in range(71, 101)]
-    wait_until(lambda: not played.pods("oom"))  # the operator took them away, with their logs
+    assert tail[:-1] == [str(number) for number in range(71, 100)] and "100" in tail[-1]
+    wait_until(lambda: not played.pods("oom"))  # suspended: the operator took them away
+
+
+def test_a_container_that_keeps_failing_ends_the_job_after_the_restarts_of_its_file(
+    played: Scene,
+) -> None:
+    failing = "if [ $RANK = 1 ]; then sleep 1; echo no such image; exit 3; fi; sleep 60"
+    with pytest.raises(RuntimeError, match="has failed 3 times") as raised:
+        played.launch(script(backoffLimit=2), [failing], "failing")
+    assert "no such image; it is suspended" in str(raised.value)
+    annotations = played.job("failing")["metadata"]["annotations"]
+    assert annotations[ERRORS] == "3" and annotations[FAILURE] == str(raised.value)
 
 
 def test_an_evicted_pod_is_told_and_replaced(played: Scene) -> None:

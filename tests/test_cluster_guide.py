@@ -109,3 +109,17 @@ def test_a_profile_s_runtime_is_made_in_its_namespace(namespace: str) -> None:
     assert found[0]["spec"]["mlPolicy"]["numNodes"] == 2
     # training, and the demo's data
     assert yaml.safe_dump(found[0]["spec"]["template"]).count("vitdet:0.1.0") == 2
+
+
+def test_the_patch_of_kubeflow_pipelines_keeps_the_rest_of_the_configmap(namespace: str) -> None:
+    name = "workflow-controller-configmap"
+    before = {"executor": "imagePullPolicy: IfNotPresent", "workflowDefaults": "spec: {}"}
+    given = {"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": name}, "data": before}
+    kubectl("apply", "-n", namespace, "-f", "-", given=given)
+    file = MANIFESTS / "pipelines" / "workflow-defaults.yaml"
+    kubectl("-n", namespace, "patch", "configmap", name, "--patch-file", str(file))
+    data = json.loads(kubectl("get", "configmap", name, "-n", namespace, "-o", "json"))["data"]
+    assert data["executor"] == before["executor"]
+    spec = yaml.safe_load(data["workflowDefaults"])["spec"]
+    retry = {"limit": "0", "retryPolicy": "Always"}
+    assert spec["templateDefaults"] == {"retryStrategy": retry}

@@ -53,7 +53,7 @@ def refused(
 def test_a_training_that_fails_is_tried_once_and_anew_when_the_user_starts_the_run_again(
     played: Scene, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    first, second = played.step_pod("failing-0"), played.step_pod("failing-1")
+    first, second = played.step_pod("failing-0"), played.step_pod("failing-1", attempt=1)
     args = [
         "echo one try >> /data/tries; if [ $RANK = 1 ]; then echo no such weights; exit 3; fi; sleep 60"
     ]
@@ -73,9 +73,9 @@ def test_a_training_that_fails_is_tried_once_and_anew_when_the_user_starts_the_r
     assert "no such weights" in kubectl("logs", "-n", played.namespace, f"{name}-worker-0")
     assert (played.volume / "tries").read_text() == "one try\n" * 2  # one a pod
 
-    # Kubeflow's `Retry` deletes the pods of the failed steps first (backend/src/common/util/workflow.go).
+    # Kubeflow's `Retry` deletes the pods of the failed steps, whose attempts are counted from 0 again
+    # (backend/src/common/util/workflow.go).
     kubectl("delete", "pod", "-n", played.namespace, "failing-0", "failing-1", "--wait=false")
-    wait_until(lambda: played.job("failing") is None)
     for key, value in played.step_pod("failing-anew").items():
         monkeypatch.setenv(key, value)
     played.launch(failing(), ["echo mended"], "failing")
@@ -92,7 +92,8 @@ def test_a_job_that_could_not_start_is_held_and_told_again_and_the_end_of_the_ru
         other.join()
         assert error.endswith('Back-off pulling image "vitdet:typo"; it is suspended')
         wait_until(lambda: not still.pods("image"))
-        again = refused(still, "image", script(), ["true"], step, monkeypatch)
+        retry = still.step_pod("retry", attempt=1)
+        again = refused(still, "image", script(), ["true"], retry, monkeypatch)
         assert again == error and not still.pods("image")
         monkeypatch.setenv("KUBECONFIG", str(still.kubeconfig))
         assert delete_jobs(PIPELINE_RUN) == ([job_name(PIPELINE_RUN, "image")], [])

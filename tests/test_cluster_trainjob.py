@@ -50,7 +50,7 @@ def with_runtime(made: Scene) -> Scene:
 @pytest.fixture(scope="module")
 def played(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scene]:
     """Jobs run."""
-    with scene(tmp_path_factory.mktemp("played")) as made:
+    with scene(tmp_path_factory.mktemp("played"), reasons={137: "OOMKilled"}) as made:
         yield with_runtime(made)
 
 
@@ -119,6 +119,15 @@ def test_a_pod_that_keeps_failing_fails_the_step_with_its_last_words(played: Sce
             == {"Failed"}
         )
     )
+
+
+def test_a_training_out_of_memory_is_not_restarted(played: Scene) -> None:
+    with pytest.raises(RuntimeError) as raised:
+        launch(played, "oom", "if [ $PET_NODE_RANK = 1 ]; then kill -9 $$; fi; sleep 60")
+    name = job_name(PIPELINE_RUN, "oom")
+    assert "OOMKilled" in str(raised.value) and f"pod {name}-node-0-1-" in str(raised.value)
+    pods = [key for key in played.node.containers if key.startswith(f"{name}-node-0-1-")]
+    assert len(pods) == 1
 
 
 def test_an_evicted_pod_is_told_and_all_are_made_anew(played: Scene) -> None:

@@ -99,19 +99,19 @@ def test_the_run_has_to_be_known(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class Jobs:
-    """Plays `launch` and `delete_jobs`: remembers what was asked, and does what the job would have done."""
+    """Plays `launch` and `clean_up_jobs`: remembers what was asked, and does what the job would have done."""
 
     def __init__(self) -> None:
         self.asked: list[dict] = []
-        self.deleted: list[str] = []
+        self.ended: list[tuple[str, bool]] = []
 
     def launch(self, **asked: object) -> None:
         self.asked.append(asked)
         output = Path(asked["args"][asked["args"].index("--output") + 1])
         (output / "model.pt").write_bytes(b"a model")
 
-    def delete_jobs(self, run_id: str, own: str) -> tuple[list[str], list[str]]:
-        self.deleted.append(run_id)
+    def clean_up_jobs(self, run_id: str, own: str, succeeded: bool) -> tuple[list[str], list[str]]:
+        self.ended.append((run_id, succeeded))
         return ["vitdet-tiny-1"], ["vitdet-tiny-2: failed; stays"]
 
 
@@ -122,7 +122,7 @@ def jobs(monkeypatch: pytest.MonkeyPatch) -> Jobs:
     monkeypatch.setitem(
         sys.modules,
         "components.launcher.launch",
-        SimpleNamespace(launch=played.launch, delete_jobs=played.delete_jobs),
+        SimpleNamespace(launch=played.launch, clean_up_jobs=played.clean_up_jobs),
     )
     return played
 
@@ -228,14 +228,21 @@ def test_no_gpu_is_asked_for_when_the_weights_are_gone(
     assert jobs.asked == []
 
 
-@pytest.mark.parametrize(("kind", "deleted"), [("pytorchjob", [RUN]), ("", [])])
-def test_at_the_end_the_jobs_of_a_cluster_are_deleted(
-    kind: str, deleted: list[str], jobs: Jobs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("kind", "state", "ended"),
+    [
+        ("pytorchjob", "FAILED", [(RUN, False)]),
+        ("pytorchjob", "SUCCEEDED", [(RUN, True)]),
+        ("", "CANCELLED", []),
+    ],
+)
+def test_at_the_end_the_jobs_of_a_cluster_are_ended(
+    kind: str, state: str, ended: list, jobs: Jobs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     closed = []
     monkeypatch.setattr(stages, "end_parent_run", lambda *words: closed.append(words[-1]))
     status = dsl.PipelineTaskFinalStatus(
-        state="CANCELLED",
+        state=state,
         pipeline_job_resource_name="",
         pipeline_task_name="",
         error_code=None,
@@ -244,19 +251,19 @@ def test_at_the_end_the_jobs_of_a_cluster_are_deleted(
     clean_up.python_func(
         recipes=["tiny"], overrides=[], workspace=str(tmp_path), job_kind=kind, status=status
     )
-    assert jobs.deleted == deleted
-    assert closed == ["CANCELLED"]
+    assert jobs.ended == ended
+    assert closed == [state]
 
 
 def test_the_parent_run_ends_although_the_jobs_cannot_be_deleted(
     jobs: Jobs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def forbidden(run_id: str, own: str) -> None:
+    def forbidden(*_: object) -> None:
         raise PermissionError("no")
 
     closed = []
     monkeypatch.setattr(stages, "end_parent_run", lambda *words: closed.append(words[-1]))
-    monkeypatch.setattr(sys.modules["components.launcher.launch"], "delete_jobs", forbidden)
+    monkeypatch.setattr(sys.modules["components.launcher.launch"], "clean_up_jobs", forbidden)
     status = dsl.PipelineTaskFinalStatus(
         state="FAILED",
         pipeline_job_resource_name="",

@@ -10,6 +10,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -19,7 +20,7 @@ import pytest
 import torch
 from torch import multiprocessing
 
-from tests.conftest import STEPS, Recorder, minimal, options, start
+from tests.conftest import STEPS, Recorder, environment, minimal, options, start
 from tests.test_trainer import cut, figures, go, interrupt, same_bits
 from vitdet import distributed
 from vitdet.checkpoint import load_model_file
@@ -294,8 +295,34 @@ def test_one_process_is_the_first_of_one() -> None:
         "a"
     ]
     assert distributed.gather_objects("a") == ["a"]
-    assert distributed.any_of(True, torch.device("cpu")) and not distributed.any_of(
-        False, torch.device("cpu")
-    )
+    assert distributed.largest(15)() == 15 and distributed.largest(0)() == 0
     with distributed.process_group() as device:
         assert distributed.world_size() == 1 and device.type in ("cpu", "cuda")
+
+
+REFUSED = """
+import sys
+from vitdet.cli import main
+try:
+    main(sys.argv[1:])
+finally:
+    assert "torch" not in sys.modules
+"""
+
+
+@pytest.mark.parametrize(("batch", "fitting"), [(12, "8 or 16"), (2, "8")])
+def test_a_batch_that_the_processes_cannot_share_is_refused_before_anything_else(
+    tmp_path: Path, batch: int, fitting: str
+) -> None:
+    words = ["train", "tiny", "--set", f"train.batch_size={batch}", "--set", "data.root=none"]
+    done = subprocess.run(
+        [sys.executable, "-c", REFUSED, *words, "--output", str(tmp_path / "run")],
+        capture_output=True,
+        text=True,
+        env={**environment(tmp_path), "WORLD_SIZE": "8", "RANK": "3"},
+    )
+    assert done.returncode == 1 and not (tmp_path / "run").exists()
+    assert done.stderr == (
+        f"vitdet: train.batch_size must be a multiple of the 8 processes, got {batch}; "
+        f"set it to {fitting}, or start another number of processes\n"
+    )

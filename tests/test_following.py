@@ -16,10 +16,11 @@ from kubernetes.client.exceptions import ApiException
 from urllib3.exceptions import ProtocolError
 
 from components.launcher import client as kube
-from components.launcher import follower
+from components.launcher import follower, logs
 from components.launcher import launch as launcher
 from components.launcher.client import JobClient, Timeouts
-from components.launcher.follower import Follower, PodLog
+from components.launcher.follower import Follower
+from components.launcher.logs import PodLog
 from components.launcher.templates import KINDS
 from tests.test_launcher import LABELS, OWNER, TEMPLATES, conditions, ended, filled, pod
 
@@ -49,7 +50,7 @@ class Clock:
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     """The launcher's clock, so that its timeouts do not depend on how busy the machine is."""
     clock = Clock()
-    for module in (kube, follower):
+    for module in (kube, follower, logs):
         monkeypatch.setattr(module, "time", clock)
     return clock
 
@@ -60,6 +61,7 @@ class Record:
     def __init__(self, *looks: tuple[dict | None, list[dict]], there: dict | None = None) -> None:
         self.looks, self.there, self.asked = list(looks), there, []
         self.logs: dict[str, list[str]] = {}
+        self.annotations: dict[str, str] = {}
         self.flicker: list[dict] = []
         self.warnings: list[dict] = []
 
@@ -73,9 +75,12 @@ class Record:
         job = self.looks[0][0]
         return None if job is None else {**filled(), **job}
 
-    def adopt(self, owner: dict) -> None:
-        self.asked.append(f"adopt {owner['name']}")
+    def adopt(self, owners: list[dict]) -> None:
+        self.asked.append("adopt " + " ".join(owner["name"] for owner in owners))
         self.there = None
+
+    def annotate(self, annotations: dict[str, str]) -> None:
+        self.annotations |= annotations
 
     def mark(self, failure: str, halt: bool) -> None:
         self.asked.append("halt" if halt else "mark")
@@ -148,7 +153,7 @@ def test_a_job_is_made_and_followed_to_its_end() -> None:
 def test_a_retried_step_takes_over_its_job_and_becomes_its_owner() -> None:
     record = Record((DONE, []), there={"metadata": {"labels": LABELS}, **RUNNING})
     lines, error = follow(record)
-    assert not error and "following it" in lines[0] and record.asked == ["create", "adopt step"]
+    assert not error and "following it" in lines[0] and record.asked == ["create", "adopt run"]
 
 
 def test_a_vanishing_job_of_an_earlier_try_is_made_anew() -> None:
@@ -314,13 +319,26 @@ def test_an_elastic_job_that_runs_does_not_need_all_its_nodes() -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_stopped_step_deletes_its_job(number: int, ctrl_c: None) -> None:
-    record = Record((RUNNING, []))
+@pytest.mark.parametrize("reason", ["", "its run has been terminated"])
+def test_a_stopped_step_deletes_its_job_only_if_its_run_ends(
+    number: int, reason: str, ctrl_c: None
+) -> None:
+    record, lines = Record((RUNNING, [])), []
     before = signal.getsignal(signal.SIGTERM)
     threading.Timer(0.1, os.kill, (os.getpid(), number)).start()
     with pytest.raises((SystemExit, KeyboardInterrupt)):
-        follow(record)
-    assert record.asked == ["create", "delete"] and signal.getsignal(signal.SIGTERM) is before
+        Follower(
+            record, PYTORCH, filled(owner=OWNER), lines.append, SHORT, end_reason=lambda: reason
+        ).run()
+    assert record.asked == ["create", "delete"] if reason else ["create"]
+    assert signal.getsignal(signal.SIGTERM) is before
+    name = "PyTorchJob vitdet-tiny-1"
+    assert lines[-1] == (
+        f"launcher: this step is being stopped, its run has been terminated: deleting {name}"
+        if reason
+        else f"launcher: this step is being stopped, but its run continues: {name} is left running, and "
+        "the next attempt of the step follows it"
+    )
 
 
 def test_each_line_of_a_log_is_told_once_through_restarts() -> None:
@@ -334,10 +352,14 @@ def test_each_line_of_a_log_is_told_once_through_restarts() -> None:
         "2026-01-01T00:00:01.12Z d",
     ]
     record.logs["w-0"] = stamps[:3]
-    assert log.new_lines(alive) == ["a", "b", "c"] and log.new_lines(alive) == []
+    assert texts(log.new_lines(alive)) == ["a", "b", "c"] and log.new_lines(alive) == []
     record.logs = {"w-0": ["2026-01-01T00:00:02Z again"], "w-0 previous": stamps}
     again = pod(container={"state": {"running": {}}, "restartCount": 1})
-    assert log.new_lines(again) == ["d", "again"] and log.new_lines(again) == []
+    assert texts(log.new_lines(again)) == ["d", "again"] and log.new_lines(again) == []
+
+
+def texts(lines: list[logs.Line]) -> list[str]:
+    return [line.text for line in lines]
 
 
 def answers(*given: object) -> Callable:
@@ -414,13 +436,6 @@ def test_a_refusal_is_one_line_at_once(error: ApiException, message: str) -> Non
     assert "\n" not in str(raised.value) and not lines
 
 
-def test_the_steps_own_pod_owns_the_job(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert kube.owner_reference() is None
-    monkeypatch.setenv("KFP_POD_NAME", "step")
-    monkeypatch.setenv("KFP_POD_UID", "1")
-    assert kube.owner_reference() == OWNER
-
-
 def test_what_cannot_be_launched_is_said_before_the_cluster_is_asked(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -442,10 +457,16 @@ def test_what_cannot_be_launched_is_said_before_the_cluster_is_asked(
     ):
         launcher.launch(**given)
     monkeypatch.setattr(
-        launcher, "connect", lambda: (client.ApiClient(client.Configuration()), "ours")
+        launcher, "connect", lambda retries=None: (client.ApiClient(client.Configuration()), "ours")
     )
     with pytest.raises(ValueError, match="one of pytorchjob, trainjob, got 'job'"):
         launcher.launch(**{**given, "kind": "job"})
+
+    def refuse(count: int) -> None:
+        raise ValueError(f"{count} processes cannot share a batch of 3")
+
+    with pytest.raises(ValueError, match="^2 processes cannot share"):
+        launcher.launch(**given, check_processes=refuse)
     with pytest.raises(
         ValueError,
         match="do not mount the workspace /database; they mount /data, /tmp, /dev/shm",

@@ -53,7 +53,13 @@ def test_the_values_that_it_names_exist() -> None:
     values = yaml.safe_load(
         (MANIFESTS / "overlays" / "eks" / "values" / "values.yaml").read_text()
     )["data"]
-    kubernetes = {"fsGroup", "activeDeadlineSeconds", "ttlSecondsAfterFinished"}
+    kubernetes = {
+        "fsGroup",
+        "activeDeadlineSeconds",
+        "sizeLimit",
+        "terminationGracePeriodSeconds",
+        "ttlSecondsAfterFinished",
+    }
     named = set(re.findall(r"`([a-z]+[A-Z]\w*)(?:: \w+)?`", TEXT)) - kubernetes
     assert {"waitSeconds", "storageClass", "podSecurity"} <= named <= values.keys()
 

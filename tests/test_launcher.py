@@ -17,12 +17,13 @@ from components.launcher.templates import (
     fill_template,
     job_name,
     label,
+    process_counts,
 )
 
 ROOT = Path(__file__).parents[1]
 PYTORCH, TRAIN = KINDS["pytorchjob"], KINDS["trainjob"]
 TEMPLATES = {kind: (ROOT / f"manifests/{kind}/{kind}.yaml").read_text() for kind in KINDS}
-OWNER = {"apiVersion": "v1", "kind": "Pod", "name": "step", "uid": "1"}
+OWNER = {"apiVersion": "argoproj.io/v1alpha1", "kind": "Workflow", "name": "run", "uid": "1"}
 LABELS = {RUN: "run-1", RECIPE: "tiny"}
 
 
@@ -81,8 +82,10 @@ def test_the_five_things_are_filled_in_and_the_rest_stays() -> None:
         ]
         assert container["command"] == replica(template, kind)[1]["command"]
         assert pod["nodeSelector"]["vitdet/pool"] == "h200"
-    # 6 of each node
-    assert job["spec"]["runPolicy"] == {**template["spec"]["runPolicy"], "backoffLimit": 3 * 6}
+    # the launcher counts restarts by their cause
+    policy = {**template["spec"]["runPolicy"]}
+    assert job["metadata"]["annotations"]["vitdet/restarts"] == str(policy.pop("backoffLimit"))
+    assert job["spec"]["runPolicy"] == policy
     assert (
         filled(pool="", image="")["spec"]["pytorchReplicaSpecs"]["Master"]["template"]["spec"][
             "nodeSelector"
@@ -395,3 +398,22 @@ def test_the_cause_is_what_stands_for_itself_or_came_first() -> None:
 )
 def test_a_pod_that_does_not_start_says_why(found: dict, text: str) -> None:
     assert str(blocking_reason(found)) == text
+
+
+@pytest.mark.parametrize(
+    ("kind", "nodes", "changes", "counts"),
+    [
+        ("pytorchjob", 2, {"nprocPerNode": "4"}, [8]),
+        ("pytorchjob", 3, {"nprocPerNode": "gpu"}, [3]),  # the template's containers have one
+        ("pytorchjob", 1, {"nprocPerNode": "auto"}, []),
+        ("pytorchjob", 4, {"nprocPerNode": "8", "elasticPolicy": {"minReplicas": 2}}, [16, 24, 32]),
+        ("trainjob", 2, {}, [2]),
+    ],
+)
+def test_the_number_of_processes_is_known_before_a_job_is_created(
+    kind: str, nodes: int, changes: dict, counts: list[int]
+) -> None:
+    template = yaml.safe_load(TEMPLATES[kind])
+    template["spec"].update(changes)
+    job = fill_template(yaml.safe_dump(template), KINDS[kind], request(nodes=nodes))
+    assert list(process_counts(KINDS[kind], job)) == counts

@@ -30,6 +30,9 @@ from pathlib import Path
 def train_argv(settings, name, data, workspace, run_id):
     return ["train", name, run_id]
 
+def logs_folder(workspace, name, run_id):
+    return f"{workspace}/{name}/logs"
+
 def is_trained(workspace, name, run_id):
     return False
 
@@ -118,6 +121,7 @@ def test_a_pod_can_run_what_was_compiled(tmp_path: Path) -> None:
         "image": "i:1",
         "workspace": "/data",
         "finished": False,
+        "logs": "/data/tiny/logs",
     }
     assert config == {
         "node_selector": {"a": "b"},

@@ -54,7 +54,7 @@ def test_a_retried_step_says_it_again_at_once_and_trains_nothing() -> None:
     for status in (FAILED, conditions("Created=True", "Suspended=True")):
         record = Record((DONE, []), there=there(status, told))
         lines, error = follow(record)
-        assert error == told and record.asked == ["create", "adopt step"]
+        assert error == told and record.asked == ["create", "adopt run"]
         assert lines == [
             "launcher: PyTorchJob vitdet-tiny-1 exists from an earlier attempt of this step: "
             "it has failed and is not recreated"
@@ -65,7 +65,7 @@ def test_a_job_that_failed_while_no_step_followed_it_is_explained_by_the_next() 
     record = Record((FAILED, [pod("w", phase="Failed", container=ended(1))]), there=there(FAILED))
     record.logs["w"] = ["2026-01-01T00:00:00Z RuntimeError: a loss is not finite"]
     _, error = follow(record)
-    assert record.asked == ["create", "adopt step", "mark"]
+    assert record.asked == ["create", "adopt run", "mark"]
     assert error.endswith(
         "cause: pod w on node n1: Error, exit code 1\nlast lines of its log:\n  RuntimeError: a loss "
         "is not finite"
@@ -89,7 +89,7 @@ def test_the_first_pod_of_a_step_knows_that_it_is(monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.setattr(launcher, "Follower", Noted)
     monkeypatch.setattr(
-        launcher, "connect", lambda: (client.ApiClient(client.Configuration()), "ours")
+        launcher, "connect", lambda retries=None: (client.ApiClient(client.Configuration()), "ours")
     )
     from tests.test_launcher import TEMPLATES
 
@@ -210,7 +210,7 @@ def named(name: str, status: dict, **spec: object) -> dict:
 def delete(
     objects: Objects, monkeypatch: pytest.MonkeyPatch, own: str = ""
 ) -> tuple[list[str], list[str]]:
-    monkeypatch.setattr(launcher, "connect", lambda: (None, "ours"))
+    monkeypatch.setattr(launcher, "connect", lambda retries=None: (None, "ours"))
     monkeypatch.setattr(kube.client, "CustomObjectsApi", lambda _: objects)
     return launcher.delete_jobs("run-1", own=own)
 
@@ -236,8 +236,8 @@ def test_jobs_that_run_are_deleted_and_those_that_ended_stay_and_that_is_said(
     assert objects.deleted == [f"pytorchjobs/{name}" for name in deleted]
     until = "stays, with the logs of pods that are left, until"
     assert left == [
-        f"failed: failed; {until} 2026-01-01 01:00 UTC or the pod of its step is deleted",
-        f"done: succeeded; {until} the pod of its step is deleted",
+        f"failed: failed; {until} 2026-01-01 01:00 UTC or its run is deleted",
+        f"done: succeeded; {until} its run is deleted",
     ]
 
 
@@ -269,7 +269,10 @@ def test_one_job_that_is_gone_keeps_no_other_and_a_kind_that_is_not_installed_no
 @pytest.mark.parametrize(
     ("error", "text"),
     [
-        (ApiException(status=403, reason="Forbidden"), "cannot delete in namespace ours"),
+        (
+            ApiException(status=403, reason="Forbidden"),
+            "cannot (list|delete) pytorchjobs in namespace ours",
+        ),
         (ReadTimeoutError(None, "/", "x"), "the API server does not answer .ReadTimeoutError."),
     ],
 )
@@ -296,7 +299,7 @@ def test_a_kind_that_may_not_be_listed_keeps_no_job_of_the_other(
     deleted, (left,) = delete(objects, monkeypatch, "pytorchjob")
     assert deleted == ["runs"] and objects.deleted == ["pytorchjobs/runs"]
     assert left.startswith(
-        "trainjobs were not listed: cannot delete in namespace ours: trainjobs is forbidden"
+        "trainjobs were not listed: cannot list trainjobs in namespace ours: trainjobs is forbidden"
     )
     # the run's may be left
     with pytest.raises(PermissionError, match="trainjobs is forbidden.*; deleted: runs$"):

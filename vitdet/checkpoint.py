@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import pickle
 import re
 import zipfile
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from vitdet.config import Config, from_dict
-from vitdet.files import damaged_record, remove_abandoned, written
+from vitdet.files import damaged_record, remove_abandoned, write_json, written
 from vitdet.locks import locked
 from vitdet.models import Detector, build_detector
 
@@ -36,21 +37,16 @@ def save(path: Path, content: dict) -> None:
     except (OSError, RuntimeError) as error:
         # torch hides the system's own error behind one of its archive
         cause = error.__context__ if isinstance(error.__context__, OSError) else error
-        torn = any(words in str(cause) for words in TORN)
-        if not isinstance(cause, OSError) and not torn:
+        if not isinstance(cause, OSError) and not _is_torn(cause):
             raise  # not the disk's fault
-        advice = (
-            "; free some space and run the same command again"
-            if torn or (isinstance(cause, OSError) and cause.errno in FULL)
-            else ""
-        )
-        raise OSError(f"{path}: could not be written ({_first_line(cause)}){advice}") from error
+        raise _unwritten(path, cause) from error
 
 
 def load(path: Path, *expected: str, verify: bool = True) -> dict:
     """Reads a file of ours without running code from it; its tensors are read when they are first looked at.
 
-    verify: compare the content with its checksums. Raises FileNotFoundError, and ValueError when it is cut off or something else than one of `expected`.
+    verify: compare the content with its checksums. Raises FileNotFoundError, and ValueError when it is cut off, damaged or
+    something else than one of `expected`.
     """
     if not path.is_file():
         raise FileNotFoundError(
@@ -136,11 +132,24 @@ class Checkpoints:
     def save(self, step: int, content: dict) -> Path:
         """Writes the state after `step` steps and removes those that are too old."""
         path = self.folder / f"step_{step:08d}.pt"
+        _evaluation_of(path).unlink(missing_ok=True)  # of a state that was removed
         save(path, {"format": STATE, "step": step, **content})
         # a killed process left these
         for old in [*self.all()[: -self.keep], *self.folder.glob(".step_*.tmp")]:
             old.unlink()
+            _evaluation_of(old).unlink(missing_ok=True)
         return path
+
+    def save_evaluation(self, step: int, content: dict) -> None:
+        """Writes what an evaluation adds to the state after `step` steps, instead of that once more.
+
+        A small JSON file beside the state; `latest` returns both as one.
+        """
+        path = _evaluation_of(self.folder / f"step_{step:08d}.pt")
+        try:
+            write_json(path, content, sync=True)
+        except OSError as error:
+            raise _unwritten(path, error) from error
 
     def all(self) -> list[Path]:
         """The whole states, oldest first."""
@@ -154,7 +163,8 @@ class Checkpoints:
         if not states:
             return None
         try:
-            return load(states[-1], STATE, STATE_1, verify=verify)
+            state = load(states[-1], STATE, STATE_1, verify=verify)
+            return state | _read_evaluation(states[-1])
         except ValueError as error:
             rest = f"to go on from {states[-2].name}" if states[1:] else "to begin anew"
             raise ValueError(f"{error}; remove it {rest}") from error
@@ -165,6 +175,32 @@ def _is_zip(path: Path) -> bool:
         return zipfile.is_zipfile(path)
     except zipfile.BadZipFile:  # its end is damaged
         return False
+
+
+def _evaluation_of(state: Path) -> Path:
+    """The file that `Checkpoints.save_evaluation` writes beside this one."""
+    return state.with_suffix(".json")
+
+
+def _read_evaluation(state: Path) -> dict:
+    path = _evaluation_of(state)
+    if not path.exists():
+        return {}
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: not a whole JSON file ({_first_line(error)})") from error
+
+
+def _is_torn(cause: Exception) -> bool:
+    return any(words in str(cause) for words in TORN)
+
+
+def _unwritten(path: Path, cause: Exception) -> OSError:
+    """The error, in one line, of a file that the disk did not take."""
+    full = _is_torn(cause) or (isinstance(cause, OSError) and cause.errno in FULL)
+    advice = "; free some space and run the same command again" if full else ""
+    return OSError(f"{path}: could not be written ({_first_line(cause)}){advice}")
 
 
 def _first_line(error: Exception) -> str:

@@ -1,11 +1,15 @@
 """Several processes: start, stop, who am I, means and objects over all. One process is the same with nobody else.
 
-The environment that torchrun sets decides; this is the only place that reads it.
+The environment that torchrun sets decides; this is the only place that reads it, but for
+`vitdet.torchrun`, which does not need torch.
 """
 
 from __future__ import annotations
 
+import faulthandler
+import importlib
 import os
+import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -15,9 +19,18 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
+from vitdet import torchrun
+
+Store = dist.Store
 T = TypeVar("T")
-# what all wait for one: it may look at a million files, or compare LVIS's detections
+# Limit of a collective: rank 0 may look at a million files, or compare LVIS's detections.
 PATIENCE = timedelta(minutes=30)
+# Limit of joining: all processes have been started, none has read any data yet.
+JOINING = timedelta(minutes=5)
+
+_joined = False  # by `process_group`, and not by a caller of the package
+_collective = ""  # name of the collective that the main thread is in
+_changed = 0.0  # time.monotonic() when it entered or left one
 
 
 @contextmanager
@@ -34,12 +47,113 @@ def process_group() -> Iterator[torch.device]:
     if "WORLD_SIZE" not in os.environ or dist.is_initialized():
         yield device
         return
+    # NCCL's record of recent collectives, written to a file when one of them times out
+    if "TORCH_NCCL_TRACE_BUFFER_SIZE" not in os.environ:  # its older name
+        os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")
+    os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "1")
     # gloo beside NCCL carries what lies in the host's memory: results of LVIS are gigabytes, too many for a GPU's
     backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
-    dist.init_process_group(backend, timeout=PATIENCE, device_id=device if cuda else None)
+    store, number, count = _join()
+    # NCCL's and gloo's own connections: beyond the limit, faulthandler writes the stacks and exits
+    faulthandler.dump_traceback_later(JOINING.total_seconds(), exit=True, file=2)
+    try:
+        dist.init_process_group(
+            backend,
+            store=store,
+            rank=number,
+            world_size=count,
+            timeout=PATIENCE,
+            device_id=device if cuda else None,
+        )
+    finally:
+        faulthandler.cancel_dump_traceback_later()
+    global _joined
+    _joined = True
     yield device
     # Not after an error: NCCL would wait here for processes that wait for this one, and the error were never told.
     dist.destroy_process_group()
+    _joined = False
+
+
+def _join() -> tuple[dist.Store, int, int]:
+    """Wait for all processes; returns the store, the rank and the number of processes.
+
+    Raises TimeoutError, in one line, for those that have not come within JOINING.
+    """
+    address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+    limit = f"within {JOINING.total_seconds():g} seconds"
+    try:
+        store, number, count = next(dist.rendezvous("env://", timeout=JOINING))
+    except dist.DistError as error:
+        raise TimeoutError(
+            f"rank {rank()} of {torchrun.world_size()} could not meet the others at {address} {limit}; "
+            "is the network between the nodes open, and are all of them up?"
+        ) from error
+    # torchrun serves one store for all of its restarts: keys of earlier ones are not ours
+    store = dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+    names = [f"joined {other}" for other in range(count)]
+    store.set(names[number], "")
+    try:
+        store.wait(names, JOINING)
+    except dist.DistError as error:
+        missing = [str(other) for other in range(count) if not store.check([names[other]])]
+        raise TimeoutError(
+            f"rank {', '.join(missing)} of {count} did not join {limit}; see its log"
+        ) from error
+    store.set_timeout(PATIENCE)
+    return store, number, count
+
+
+def has_joined() -> bool:
+    """Return whether `process_group` has joined several processes."""
+    return _joined and world_size() > 1
+
+
+def connect(prefix: str, limit: timedelta) -> dist.Store:
+    """Return a connection to the store of all processes, with keys of its own, for another thread.
+
+    Each of its operations takes at most `limit`. A connection serves one operation at a time: with
+    that of the process group a thread could wait for a collective.
+    """
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    store = dist.TCPStore(host, port, is_master=False, wait_for_workers=False, timeout=limit)
+    return dist.PrefixStore(prefix, store)
+
+
+def has_shutdown_timeout() -> bool:
+    """Return whether this torch's torchrun can wait longer than 30 s for its processes to end."""
+    from torch.distributed.launcher.api import LaunchConfig
+
+    return "shutdown_timeout" in LaunchConfig.__dataclass_fields__
+
+
+def flight_record() -> str:
+    """Return NCCL's record of the collectives that have not finished, as JSON; '' without NCCL."""
+    if not dist.is_initialized() or "nccl" not in dist.get_backend_config():
+        return ""
+    try:
+        module = importlib.import_module("torch._C._distributed_c10d")
+        return bytes(module._dump_nccl_trace_json(onlyActive=True)).decode(errors="replace")
+    except (ImportError, AttributeError, RuntimeError, TypeError) as error:  # private to torch
+        return f"not available ({error})"
+
+
+def collective() -> tuple[str, float]:
+    """Return the collective that the main thread is in ('' for none), and when that last changed.
+
+    Only those in which a rank waits for what another one computes; the time is `time.monotonic`'s.
+    """
+    return _collective, _changed
+
+
+@contextmanager
+def _waiting(name: str) -> Iterator[None]:
+    global _collective, _changed
+    _collective, _changed = name, time.monotonic()
+    try:
+        yield
+    finally:
+        _collective, _changed = "", time.monotonic()
 
 
 def rank() -> int:
@@ -50,6 +164,11 @@ def rank() -> int:
 def world_size() -> int:
     """How many processes there are."""
     return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def by_torchrun() -> bool:
+    """Whether torchrun started this process; when one of several is lost, it starts all of them again."""
+    return dist.is_torchelastic_launched()
 
 
 def mean(values: Tensor) -> Tensor:
@@ -68,11 +187,23 @@ def broadcast(tensors: Iterable[Tensor]) -> None:
             dist.broadcast(tensor, 0)
 
 
-def any_of(flag: bool, device: torch.device) -> bool:
-    """Whether a flag is set in any of the processes."""
+def largest(value: int) -> Callable[[], int]:
+    """Start a reduction of the largest value over all ranks; call what is returned for the result.
+
+    It runs on the CPU by gloo beside what the main thread and the GPU do: neither waits for the other
+    ranks before the result is asked for.
+    """
     if world_size() == 1:
-        return flag
-    return bool(mean(torch.tensor(float(flag), device=device)) > 0)
+        return lambda: value
+    tensor = torch.tensor([value])
+    work = dist.all_reduce(tensor, dist.ReduceOp.MAX, async_op=True)
+
+    def result() -> int:
+        with _waiting("reduction"):
+            work.wait()
+        return int(tensor)
+
+    return result
 
 
 def gather_objects(value: T) -> list[T]:
@@ -80,7 +211,8 @@ def gather_objects(value: T) -> list[T]:
     if world_size() == 1:
         return [value]
     gathered: list | None = [None] * world_size() if rank() == 0 else None
-    dist.gather_object(value, gathered)
+    with _waiting("gather"):
+        dist.gather_object(value, gathered)
     return gathered or []
 
 
@@ -89,7 +221,8 @@ def all_gather_objects(value: T) -> list[T]:
     if world_size() == 1:
         return [value]
     gathered: list = [None] * world_size()
-    dist.all_gather_object(gathered, value)
+    with _waiting("all-gather"):
+        dist.all_gather_object(gathered, value)
     return gathered
 
 
@@ -118,4 +251,5 @@ def from_first(make: Callable[[], T]) -> T:
 def barrier() -> None:
     """Waits until all processes have come here."""
     if world_size() > 1:
-        dist.barrier()
+        with _waiting("barrier"):
+            dist.barrier()

@@ -6,6 +6,7 @@ under a temporary name is removed by the next one that writes into the folder: t
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import logging
@@ -33,7 +34,8 @@ log = logging.getLogger(__name__)
 def written(path: Path, sync: bool = False) -> Iterator[Path]:
     """The name under which to write the file; what was written there takes the name `path`, or if that fails is gone.
 
-    The folder is made. sync: the content reaches the disk before its name does, for when the machine goes down.
+    The folder is made. sync: the content reaches the disk before its name does, and the name before this returns, for
+    when the machine goes down.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     _remove_once(path.parent.resolve(), os.getpid())
@@ -44,8 +46,21 @@ def written(path: Path, sync: bool = False) -> Iterator[Path]:
             with open(temporary, "rb") as file:
                 os.fsync(file.fileno())
         temporary.replace(path)
+        if sync:
+            _sync_folder(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # not every file system can
+            raise
+    finally:
+        os.close(descriptor)
 
 
 @contextmanager
@@ -135,9 +150,11 @@ def _start(pid: int) -> str:
     return "0"
 
 
-def write_json(path: str | Path, content: object, indent: int | None = 1) -> None:
-    """Writes a JSON file, whole or not at all."""
-    with written(Path(path)) as temporary:
+def write_json(
+    path: str | Path, content: object, indent: int | None = 1, sync: bool = False
+) -> None:
+    """Writes a JSON file, whole or not at all; sync as of `written`."""
+    with written(Path(path), sync) as temporary:
         temporary.write_text(json.dumps(content, indent=indent) + "\n")
 
 

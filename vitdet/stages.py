@@ -263,6 +263,11 @@ def is_trained(workspace: str, name: str, run_id: str) -> bool:
     return (training_folder(workspace, name, run_id) / "model.pt").is_file()
 
 
+def logs_folder(workspace: str, name: str, run_id: str) -> Path:
+    """The folder for the last lines of each rank of a training job."""
+    return training_folder(workspace, name, run_id) / "logs"
+
+
 def copy_checkpoint(workspace: str, name: str, run_id: str, checkpoint: str) -> None:
     """Copy the finished detector to where the next step expects it."""
     Path(checkpoint).parent.mkdir(parents=True, exist_ok=True)

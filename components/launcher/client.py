@@ -13,6 +13,7 @@ from kubernetes import client, config
 from kubernetes.client.exceptions import ApiException
 from urllib3.exceptions import HTTPError
 
+from components.launcher import workflow
 from components.launcher.templates import FAILURE, Kind
 
 SERVICE_ACCOUNT = Path("/var/run/secrets/kubernetes.io/serviceaccount")
@@ -34,12 +35,14 @@ class Timeouts:
     deletion: float = 120  # a job of an earlier attempt is still being deleted
 
 
-def connect() -> tuple[client.ApiClient, str]:
+def connect(retries: int | None = None) -> tuple[client.ApiClient, str]:
     """Return an API client and the namespace, from the service account or else the kubeconfig.
 
-    Raises RuntimeError if neither exists.
+    retries: of requests without a response; default: urllib3's, each of which waits for the full
+    timeout. Raises RuntimeError if neither exists.
     """
     settings, file = client.Configuration(), os.environ.get("KUBECONFIG")
+    settings.retries = retries
     try:
         if in_cluster():
             config.load_incluster_config(client_configuration=settings)
@@ -88,17 +91,6 @@ def describe_namespace(namespace: str) -> str:
     return f"namespace {namespace} of {name}"
 
 
-def owner_reference() -> dict | None:
-    """Return an ownerReference to this pod; None outside a pipeline step.
-
-    The variables are `commonEnvs` of the backend's argocompiler/common.go. `controller` is not set,
-    as Kueue would then treat the pod as the job's controller, and neither is `blockOwnerDeletion`,
-    which needs an additional permission.
-    """
-    name, uid = os.environ.get("KFP_POD_NAME"), os.environ.get("KFP_POD_UID")
-    return {"apiVersion": "v1", "kind": "Pod", "name": name, "uid": uid} if name and uid else None
-
-
 def list_jobs(api: client.ApiClient, kind: Kind, namespace: str, selector: str) -> list[dict]:
     """Return the jobs of a kind that match a label selector; [] if the kind is not installed.
 
@@ -106,7 +98,8 @@ def list_jobs(api: client.ApiClient, kind: Kind, namespace: str, selector: str) 
     """
     call = client.CustomObjectsApi(api).list_namespaced_custom_object
     resource = (kind.group, kind.version, namespace, kind.plural)
-    answer = request_once(kind, namespace, call, resource, {"label_selector": selector})
+    options = {"label_selector": selector}
+    answer = request_once(kind, namespace, "list", call, resource, options)
     return answer.get("items", [])
 
 
@@ -114,11 +107,27 @@ def delete_job(api: client.ApiClient, kind: Kind, namespace: str, name: str) -> 
     """Delete a job and its pods, if it exists. Raises the same errors as `list_jobs`."""
     call = client.CustomObjectsApi(api).delete_namespaced_custom_object
     resource = (kind.group, kind.version, namespace, kind.plural, name)
-    request_once(kind, namespace, call, resource, {"propagation_policy": "Background"})
+    options = {"propagation_policy": "Background"}
+    request_once(kind, namespace, "delete", call, resource, options)
+
+
+def release_job(
+    api: client.ApiClient, kind: Kind, namespace: str, name: str, owners: list[dict]
+) -> None:
+    """Replace the owners of a job, if it exists. Raises the same errors as `list_jobs`."""
+    call = client.CustomObjectsApi(api).patch_namespaced_custom_object
+    change = {"metadata": {"ownerReferences": owners or None}}
+    resource = (kind.group, kind.version, namespace, kind.plural, name)
+    request_once(kind, namespace, "patch", call, (*resource, change), {})
 
 
 def request_once(
-    kind: Kind, namespace: str, call: Callable, args: tuple[str, ...], options: dict[str, str]
+    kind: Kind,
+    namespace: str,
+    verb: str,
+    call: Callable,
+    args: tuple[object, ...],
+    options: dict[str, str],
 ) -> dict:
     """Send a request without retries; {} on 404. Raises the same errors as `list_jobs`."""
     try:
@@ -127,7 +136,7 @@ def request_once(
         if error.status == 404:  # this kind is not installed, or the job is gone
             return {}
         raised = PermissionError if error.status == 403 else RuntimeError
-        raise raised(describe_error(kind, namespace, "delete", error)) from error
+        raise raised(describe_error(kind, namespace, f"{verb} {kind.plural}", error)) from error
     except HTTPError as error:
         raise RuntimeError(f"the API server does not answer ({type(error).__name__})") from error
 
@@ -180,16 +189,19 @@ class JobClient:
         none_if: tuple[int, ...] = (),
         forbidden: float = 0,
         options: dict[str, object] | None = None,
+        once: bool = False,
     ) -> dict | None:
         """Return the response; None for a status in `none_if`.
 
-        forbidden: seconds for which status 401 and 403 are treated as temporary.
+        forbidden: seconds for which status 401 and 403 are treated as temporary. once: fail within
+        2.5 s instead of retrying.
         """
         start, reported = time.monotonic(), False
+        timeout = (1, 1.5) if once else (5, 30)
         while True:
             try:
                 raw = call(
-                    *args, _preload_content=False, _request_timeout=(5, 30), **(options or {})
+                    *args, _preload_content=False, _request_timeout=timeout, **(options or {})
                 ).data
                 answer = json.loads(raw)
                 if reported:
@@ -210,8 +222,9 @@ class JobClient:
             except (HTTPError, ValueError) as error:  # no response, or a truncated one
                 problem = f"the API server does not answer ({type(error).__name__})"
                 limit, cause = self.timeouts.api, error
-            if time.monotonic() - start >= limit:
-                raise RuntimeError(problem + (f", for {limit:.0f} s" if limit else "")) from cause
+            if once or time.monotonic() - start >= limit:
+                waited = f", for {limit:.0f} s" if limit and not once else ""
+                raise RuntimeError(problem + waited) from cause
             if not reported:
                 self.out(f"launcher: {problem}; asking again for {limit:.0f} s")
             reported = True
@@ -239,9 +252,39 @@ class JobClient:
             forbidden=self.timeouts.forbidden,
         )
 
-    def adopt(self, owner: dict) -> None:
-        """Set `owner` as the only owner of the job."""
-        self.patch({"metadata": {"ownerReferences": [owner]}})
+    def adopt(self, owners: list[dict]) -> None:
+        """Replace the owners of the job."""
+        self.patch({"metadata": {"ownerReferences": owners}})
+
+    def annotate(self, annotations: dict[str, str]) -> None:
+        """Set annotations of the job."""
+        self.patch({"metadata": {"annotations": annotations}})
+
+    def pod(self, name: str, once: bool = False) -> dict | None:
+        """Return a pod; None if there is none."""
+        return self.request(
+            "get pods",
+            self.core.read_namespaced_pod,
+            name,
+            self.namespace,
+            none_if=(404,),
+            forbidden=self.timeouts.forbidden,
+            once=once,
+        )
+
+    def workflow(self, name: str) -> dict | None:
+        """Return a Workflow; None if there is none. Fails within 2.5 s instead of retrying."""
+        return self.request(
+            "get workflows",
+            self.objects.get_namespaced_custom_object,
+            workflow.GROUP,
+            workflow.VERSION,
+            self.namespace,
+            workflow.PLURAL,
+            name,
+            none_if=(404,),
+            once=True,
+        )
 
     def mark(self, failure: str, halt: bool) -> None:
         """Annotate the job with its failure; halt: also suspend it, which deletes its pods."""

@@ -12,14 +12,19 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import datetime, timedelta
+from pathlib import Path
 from typing import NoReturn
 
 from components.launcher.client import JobClient, Timeouts
+from components.launcher.logs import OUT_OF_GPU_MEMORY, TAIL, PodLog, RankLogs
+from components.launcher.restarts import OUT_OF_MEMORY, WINDOW, Restarts
 from components.launcher.status import (
     BROKEN,
     Cause,
     blocking_reason,
     deadline_exceeded,
+    expected_pods,
     failure_reason,
     job_phase,
     missing_pods,
@@ -27,46 +32,13 @@ from components.launcher.status import (
     root_cause,
     startup_warning,
 )
-from components.launcher.templates import FAILURE, SCHEDULE, Kind
+from components.launcher.templates import ERRORS, FAILURE, RESTARTS, SCHEDULE, STARTED, Kind
+from components.launcher.workflow import without_run
 
 MAX_ANNOTATION = 32_000  # characters of FAILURE; the API server allows 256 KiB of annotations
 # label of a job whose suspension is managed by Kueue
 QUEUE = "kueue.x-k8s.io/queue-name"
-TAIL_LINES = 30  # log lines of a failed pod
-MAX_FIRST_LINES = 1000  # log lines of an existing job
-
-
-class PodLog:
-    """A pod's log; returns each line once, also if the container or the API server restarts."""
-
-    def __init__(self, client: JobClient, container: str) -> None:
-        self.client, self.container = client, container
-        self.last_time, self.last_read, self.restarts = "", 0.0, 0
-
-    def new_lines(self, pod: dict) -> list[str]:
-        """Return the lines since the last call."""
-        name, restarts = pod["metadata"]["name"], restart_count(pod, self.container)
-        since = round(time.monotonic() - self.last_read) + 2 if self.last_read else None
-        start = time.monotonic()
-        lines: list[str] = []
-        if restarts != self.restarts and self.last_read:
-            lines += self.client.log(name, since=since, previous=True)
-        lines += self.client.log(name, since=since, tail=None if since else MAX_FIRST_LINES)
-        self.restarts = restarts
-        new = []
-        for when, _, text in (line.partition(" ") for line in lines):
-            if comparable_time(when) > self.last_time:
-                new.append(text)
-                self.last_time = comparable_time(when)
-        if lines:
-            self.last_read = start
-        return new
-
-
-def comparable_time(text: str) -> str:
-    """Pad the fraction of an RFC 3339 time to nine digits: trailing zeros may be omitted."""
-    whole, _, fraction = text.removesuffix("Z").partition(".")
-    return f"{whole}.{fraction:0<9}"
+SHOWN_LINES = 30  # log lines of a failed pod in the cause of a failure
 
 
 class Follower:
@@ -76,8 +48,10 @@ class Follower:
     training again.
 
     finished: returns whether the training is complete; called if the job is gone or has failed.
+    end_reason: returns why the job must end if this process is stopped; "": it is left running.
     first_attempt: this is not a retry, so an existing failed job is left over from before the user
     restarted the run.
+    logs: folder for the last lines of each rank, written when the job has ended.
     """
 
     def __init__(
@@ -88,16 +62,21 @@ class Follower:
         out: Callable[[str], None],
         timeouts: Timeouts,
         finished: Callable[[], bool] = lambda: False,
+        end_reason: Callable[[], str] = lambda: "",
         first_attempt: bool = False,
+        logs: Path | None = None,
     ) -> None:
         self.client, self.kind, self.job, self.out = client, kind, job, out
-        self.timeouts, self.finished, self.first_attempt = timeouts, finished, first_attempt
+        self.timeouts, self.finished, self.end_reason = timeouts, finished, end_reason
+        self.first_attempt, self.logs = first_attempt, logs
         self.current = job  # as last returned by the API server
         self.name = f"{kind.name} {job['metadata']['name']}"
         self.reported: dict[str, str] = {}
         self.since: dict[str, float] = {}
-        self.failures: dict[str, tuple[Cause, list[str]]] = {}  # by pod: cause, end of its log
-        self.logs: dict[str, PodLog] = {}
+        self.pod_logs: dict[str, PodLog] = {}
+        self.ranks = RankLogs()
+        self.failures: dict[str, tuple[Cause, list[str]]] = {}
+        self.restarts, self.errors, self.started = Restarts(), 0, False
         self.limits = {"schedule": timeouts.schedule, "start": timeouts.start}
         own = (job["metadata"].get("annotations") or {}).get(SCHEDULE)
         if own:
@@ -105,14 +84,21 @@ class Follower:
 
     def run(self) -> None:
         """Block until the job has succeeded. Raises RuntimeError with the cause of a failure."""
-        with self.deleted_on_signal():
-            self.create_or_adopt()
-            while not self.poll():
-                pass
+        try:
+            with self.on_signal():
+                self.create_or_adopt()
+                while not self.poll():
+                    pass
+        finally:
+            if self.logs:
+                self.ranks.write(self.logs)
 
     @contextmanager
-    def deleted_on_signal(self) -> Iterator[None]:
-        """Delete the job on SIGTERM (Kubernetes sends SIGKILL 30 s later) and on Ctrl-C."""
+    def on_signal(self) -> Iterator[None]:
+        """On SIGTERM and Ctrl-C, delete the job if its run ends, else leave it to the next attempt.
+
+        The pod of a step is evicted, drained or lost like any other; the training goes on.
+        """
 
         def stop(number: int, frame: object) -> None:
             raise SystemExit(128 + number)
@@ -125,8 +111,15 @@ class Follower:
         except (SystemExit, KeyboardInterrupt):
             if main:
                 signal.signal(signal.SIGTERM, signal.SIG_IGN)
-            self.out(f"launcher: this step is being stopped: {self.name} is deleted")
-            self.client.delete()
+            reason = self.end_reason()
+            if reason:
+                self.out(f"launcher: this step is being stopped, {reason}: deleting {self.name}")
+                self.client.delete()
+            else:
+                self.out(
+                    f"launcher: this step is being stopped, but its run continues: {self.name} is left "
+                    "running, and the next attempt of the step follows it"
+                )
             raise
         finally:
             if main:
@@ -165,7 +158,7 @@ class Follower:
             failed = failure or job_phase(self.kind, existing)[0] == "failed"
             outdated = self.first_attempt and failed
             if not outdated and "deletionTimestamp" not in existing["metadata"]:
-                self.adopt(failure)
+                self.adopt(existing, failure)
                 return
             self.report(
                 "created",
@@ -179,17 +172,21 @@ class Follower:
             time.sleep(min(self.timeouts.poll, 1))
         self.report("created", f"created {self.name} in namespace {wanted['namespace']}")
 
-    def adopt(self, failure: str) -> None:
+    def adopt(self, existing: dict, failure: str) -> None:
         """Become the owner of an earlier attempt's job. Raises RuntimeError with its failure."""
         meaning = "it has failed and is not recreated" if failure else "following it"
         self.report(
             "created", f"{self.name} exists from an earlier attempt of this step: {meaning}"
         )
-        owners = self.job["metadata"].get("ownerReferences")
-        if owners:  # deleting the pod of the earlier attempt would delete the job
-            self.client.adopt(owners[0])
+        owners = self.job["metadata"].get("ownerReferences") or []
+        if owners:  # the exit handler removes the owner of a job that outlives a failed run
+            self.client.adopt([*without_run(existing), *owners])
         if failure:
             raise RuntimeError(failure)
+        annotations = existing["metadata"].get("annotations") or {}
+        self.errors = int(annotations.get(ERRORS, 0))
+        self.restarts = Restarts(self.errors)
+        self.started = STARTED in annotations
 
     def poll(self) -> bool:
         """Report changes; return whether the job has succeeded. Raises RuntimeError if it failed."""
@@ -198,13 +195,9 @@ class Follower:
             return self.handle_missing()
         self.current, (phase, message) = job, job_phase(self.kind, job)
         pods, version = self.client.pods()
-        self.record_failures(pods)
-        meaning = phase
-        if phase == "suspended":
-            meaning = "suspended, a queue (Kueue) or a user must resume it; waiting"
-        details = f" ({message})" if message else ""
-        self.report("phase", f"{self.name}: {meaning}{details}" if phase else "")
+        self.report_phase(phase, message)
         self.stream_logs(job, pods)
+        self.record_failures(pods)
         if phase == "succeeded":
             return True
         if phase == "failed" and self.finished():  # deadline exceeded, or a pod was lost at the end
@@ -219,6 +212,10 @@ class Follower:
                 else self.explain(pods, None)
             )
             self.fail(f"{self.name} failed: {message or 'its status has no message'}{why}", False)
+        if phase == "suspended":
+            self.restarts.forget_pods()
+        else:
+            self.count_failures(pods)
         limit = self.timeouts.operator
         missing = None if phase == "suspended" else missing_pods(job, pods, self.client.events)
         if self.persists("operator", not phase and not pods and not missing, limit):
@@ -231,8 +228,18 @@ class Follower:
         until = time.monotonic() + self.timeouts.poll
         for pod in self.client.watch(version, self.timeouts.poll):
             self.record_failures([pod])
+            if phase != "suspended":
+                self.restarts.observe(pod, self.kind.container, time.monotonic())
         time.sleep(max(0.0, until - time.monotonic()))
         return False
+
+    def report_phase(self, phase: str, message: str) -> None:
+        """Write a new phase of the job to the step's log."""
+        meaning = phase
+        if phase == "suspended":
+            meaning = "suspended, a queue (Kueue) or a user must resume it; waiting"
+        details = f" ({message})" if message else ""
+        self.report("phase", f"{self.name}: {meaning}{details}" if phase else "")
 
     def handle_missing(self) -> bool:
         """Return True if the training was complete before the job was deleted; raise otherwise."""
@@ -256,23 +263,67 @@ class Follower:
             if text != self.reported.get(cause.pod):
                 self.report(cause.pod, text)
                 lines = self.client.log(
-                    cause.pod, tail=TAIL_LINES, previous=cause.previous, container=container
+                    cause.pod, tail=TAIL, previous=cause.previous, container=container
                 )
                 self.failures[cause.pod] = cause, [line.partition(" ")[2] for line in lines]
 
     def stream_logs(self, job: dict, pods: list[dict]) -> None:
-        """Write the new lines of rank 0's log."""
+        """Read the new lines of all pods and write those of rank 0."""
         wanted = self.kind.rank0(job).items()
         for pod in pods:
-            if wanted <= (pod["metadata"].get("labels") or {}).items():
-                log = self.logs.setdefault(
-                    pod["metadata"]["uid"], PodLog(self.client, self.kind.container)
+            labels = pod["metadata"].get("labels") or {}
+            log = self.pod_logs.setdefault(
+                pod["metadata"]["uid"], PodLog(self.client, self.kind.container)
+            )
+            main = wanted <= labels.items()
+            for line in self.ranks.add(pod["metadata"]["name"], log.new_lines(pod), main):
+                self.out(line)
+
+    def count_failures(self, pods: list[dict]) -> None:
+        """End the job for lack of memory, or after more errors than its file allows to restart.
+
+        Disruptions are not limited. A TrainJob has the rules of its runtime for this.
+        """
+        now = time.monotonic()
+        for pod in pods:
+            self.restarts.observe(pod, self.kind.container, now)
+        self.restarts.complete_look(pods, expected_pods(self.job), now)
+        if self.restarts.disruptions:
+            self.report("disruptions", f"{self.restarts.disruptions} disruptions, not counted")
+        self.check_memory()
+        limit = (self.job["metadata"].get("annotations") or {}).get(RESTARTS)
+        errors = self.restarts.errors
+        if limit is None or errors == self.errors:
+            return
+        self.errors = errors
+        self.client.annotate({ERRORS: str(errors)})
+        self.report("errors", f"{errors} errors; the job ends after {int(limit) + 1}")
+        if errors > int(limit):
+            self.give_up(f"{self.name} has failed {errors} times", pods, None)
+
+    def check_memory(self) -> None:
+        """End the job if a pod ran out of memory: a restart would not help."""
+        for cause, lines in self.failures.values():
+            if cause.reason == OUT_OF_MEMORY and not cause.init:
+                advice = (
+                    "raise the memory limit of the pods (`memory` in the cluster's values), or use fewer "
+                    "data-loader workers"
                 )
-                for line in log.new_lines(pod):
-                    self.out(line)
+            elif any(OUT_OF_GPU_MEMORY.search(line) for line in lines):
+                advice = "too many images for the memory of a GPU: lower the batch size, or use more or larger GPUs"
+            else:
+                continue
+            self.give_up(f"{self.name} ran out of memory: {advice}", [], cause)
 
     def check_start(self, pods: list[dict], phase: str, missing: Cause | None) -> None:
-        """Report why pods do not start; give up if the problem persists."""
+        """Report why pods do not start; give up if the problem persists.
+
+        A training that has run waits for a lost node until the deadline of the job.
+        """
+        running = sum((one.get("status") or {}).get("phase") == "Running" for one in pods)
+        if not self.started and running >= expected_pods(self.job):
+            self.started = True
+            self.client.annotate({STARTED: "true"})
         found = [
             cause
             for pod in pods
@@ -283,11 +334,14 @@ class Follower:
         elastic = "elasticPolicy" in self.job["spec"] and phase == "running"
         for topic in ("schedule", "start"):
             causes = [cause for cause in found if (cause.reason in BROKEN) == (topic == "start")]
-            self.report(topic, f"waiting: {causes[0]}" if causes else "")
-            if self.persists(topic, bool(causes) and not elastic, self.limits[topic]):
-                self.give_up(
-                    f"{self.name} cannot start, for {self.limits[topic]:.0f} s now", pods, causes[0]
-                )
+            waiting = f"{self.name} lost a pod, waiting for another" if self.started else "waiting"
+            self.report(topic, f"{waiting}: {causes[0]}" if causes else "")
+            # an image that could be pulled before is missing for other reasons than its name
+            limit = self.limits["schedule" if self.started else topic]
+            if self.started and topic == "schedule":
+                continue
+            if self.persists(topic, bool(causes) and not elastic, limit):
+                self.give_up(f"{self.name} cannot start, for {limit:.0f} s now", pods, causes[0])
 
     def give_up(self, text: str, pods: list[dict], cause: Cause | None) -> NoReturn:
         """Suspend the job, or delete it if Kueue manages it. Raises RuntimeError."""
@@ -298,7 +352,14 @@ class Follower:
         self.fail(f"{text}{explained}; it is suspended", True)
 
     def fail(self, text: str, halt: bool) -> NoReturn:
-        """Annotate the job with the cause; halt: also suspend it. Raises RuntimeError."""
+        """Annotate the job with the cause; halt: also suspend it. Raises RuntimeError.
+
+        Writes the last lines of all ranks to the step's log.
+        """
+        for source, lines in self.ranks.tails().items():
+            self.out(f"launcher: last lines of {source}:")
+            for line in lines:
+                self.out(f"  {line}")
         try:
             self.client.mark(text[:MAX_ANNOTATION], halt)
         except RuntimeError as error:
@@ -315,6 +376,19 @@ class Follower:
         if cause is None:
             return ""
         lines = self.failures[cause.pod][1] if cause.pod in self.failures else []
+        lines = lines[-SHOWN_LINES:]
         shown = "\n  ".join(["\nlast lines of its log:", *lines]) if lines else ""
         killed = " (the system killed a process, most likely out of memory)"
-        return f"\ncause: {cause}{killed if any('Signal 9 (SIGKILL)' in line for line in lines) else ''}{shown}"
+        first = self.ranks.first_failure(time_before(cause.time))
+        return (
+            (f"\n{first}" if first else "")
+            + f"\ncause: {cause}{killed if any('Signal 9 (SIGKILL)' in line for line in lines) else ''}"
+            + shown
+        )
+
+
+def time_before(text: str) -> str:
+    """Return the time `WINDOW` before an RFC 3339 time, as `Line.time`; "" for ""."""
+    if not text:
+        return ""
+    return f"{datetime.fromisoformat(text) - timedelta(seconds=WINDOW):%Y-%m-%dT%H:%M:%S}"

@@ -1,17 +1,18 @@
 """Start and delete training jobs: what a pipeline step and `python -m pipeline terminate` call.
 
-Four mechanisms prevent a job from outliving its run: the step deletes it on SIGTERM; the API server
-deletes it together with the step's pod (ownerReference); `delete_jobs` deletes the jobs of a run;
-the operator ends it after its deadline (a TrainJob on time). The training operator 1.9 checks the
-deadline only when the job or one of its pods changes, and every 10 hours (its
-work queue for delayed checks is a FakeWorkQueue: pytorchjob_controller.go), so a hanging job may
-run that much longer. It deletes a finished PyTorchJob after its time to live; a TrainJob has none.
+A job belongs to its pipeline run, not to the pod of the step, which may be evicted or lost: the API
+server deletes it together with the run's Workflow (ownerReference), the step deletes it if it is
+stopped because the run is ended, `delete_jobs` deletes the jobs of a run, and the operator ends it
+after its deadline (a TrainJob on time). The training operator 1.9 checks the deadline only when the
+job or one of its pods changes, and every 10 hours (its work queue for delayed checks is a
+FakeWorkQueue: pytorchjob_controller.go), so a hanging job may run that much longer. It deletes a
+finished PyTorchJob after its time to live; a TrainJob has none.
 """
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
+from pathlib import Path
 
 from components.launcher.client import (
     JobClient,
@@ -19,23 +20,28 @@ from components.launcher.client import (
     connect,
     delete_job,
     list_jobs,
-    owner_reference,
+    release_job,
 )
 from components.launcher.follower import Follower
-from components.launcher.status import retention
+from components.launcher.status import deadline, job_phase, retention
+from components.launcher.step import Step
 from components.launcher.templates import (
+    FAILURE,
     KINDS,
     RECIPE,
     RUN,
     JobRequest,
+    Kind,
     fill_template,
     job_name,
     label,
     mount_paths,
+    process_counts,
 )
+from components.launcher.workflow import without_run
 
-# "0" in the first pod of a step; not set by older servers (argocompiler/common.go)
-RETRY_INDEX = "KFP_RETRY_INDEX"
+# Given a job: "" if it is to be deleted, else a line that says why it is not
+Keep = Callable[[Kind, dict], str]
 
 
 def launch(
@@ -53,6 +59,8 @@ def launch(
     out: Callable[[str], None] = print,
     timeouts: Timeouts | None = None,
     finished: Callable[[], bool] = lambda: False,
+    check_processes: Callable[[int], None] = lambda count: None,
+    logs: Path | None = None,
 ) -> None:
     """Train in a job of `nodes` pods; block until it has succeeded.
 
@@ -66,6 +74,8 @@ def launch(
         task_config: The fields of kfp's dsl.TaskConfig.
         out: Called with each line of rank 0's log and of the job's progress.
         finished: Returns whether the training is complete; called if the job is gone or has failed.
+        check_processes: Raises ValueError if the training cannot use this number of processes.
+        logs: Folder for the last lines of each rank.
 
     Raises:
         RuntimeError: The job fails, cannot start, is deleted, or its creation is forbidden.
@@ -75,9 +85,11 @@ def launch(
     if job_kind is None:
         raise ValueError(f"job kind: expected one of {', '.join(KINDS)}, got {kind!r}")
     timeouts = timeouts or Timeouts()
-    api, namespace = connect()
+    api, namespace = connect(retries=0)
+    client = JobClient(api, job_kind, job_name(run_id, name), namespace, out, timeouts)
+    step = Step(client)
     request = JobRequest(
-        name=job_name(run_id, name),
+        name=client.name,
         namespace=namespace,
         labels={RUN: label(run_id), RECIPE: label(name)},
         image=image,
@@ -85,9 +97,11 @@ def launch(
         nodes=nodes,
         pool=pool,
         task=task_config or {},
-        owner=owner_reference(),
+        owner=step.owner,
     )
     job = fill_template(template, job_kind, request)
+    for count in process_counts(job_kind, job):
+        check_processes(count)
     folders = [folder.rstrip("/") for folder in mount_paths(job_kind, job)]
     if folders and not any(
         f"{workspace.rstrip('/')}/".startswith(f"{folder}/") for folder in folders
@@ -95,17 +109,53 @@ def launch(
         raise ValueError(
             f"the job's pods do not mount the workspace {workspace}; they mount {', '.join(folders)}"
         )
-    client = JobClient(api, job_kind, request.name, namespace, out, timeouts)
-    first_attempt = os.environ.get(RETRY_INDEX) == "0"
-    Follower(client, job_kind, job, out, timeouts, finished, first_attempt).run()
+    Follower(
+        client,
+        job_kind,
+        job,
+        out,
+        timeouts,
+        finished,
+        step.end_reason,
+        step.first_attempt,
+        logs,
+    ).run()
 
 
-def delete_jobs(run_id: str, namespace: str = "", own: str = "") -> tuple[list[str], list[str]]:
+def clean_up_jobs(run_id: str, own: str, succeeded: bool) -> tuple[list[str], list[str]]:
+    """End the training jobs of a run in its exit handler; returns and raises as `delete_jobs`.
+
+    A job that still trains after a failed run, e.g. because its step was evicted too often, is left
+    running and released from the Workflow, whose deletion would delete it: Retry of the run follows
+    it. All other unfinished jobs are deleted.
+    """
+    api, namespace = connect()
+    step = Step(JobClient(api, KINDS["pytorchjob"], "", namespace, print, Timeouts()))
+    ended = succeeded or bool(step.end_reason())
+
+    def keep(kind: Kind, job: dict) -> str:
+        metadata = job["metadata"]
+        if ended or FAILURE in (metadata.get("annotations") or {}):
+            return ""
+        release_job(api, kind, namespace, metadata["name"], without_run(job))
+        phase = job_phase(kind, job)[0] or "created"
+        return (
+            f"{metadata['name']}: {phase}, is left running. Retry of the run follows it; else it ends by "
+            f"itself, at its deadline ({deadline(job)}), or by python -m pipeline terminate {run_id}"
+        )
+
+    return delete_jobs(run_id, own=own, keep=keep)
+
+
+def delete_jobs(
+    run_id: str, namespace: str = "", own: str = "", keep: Keep = lambda kind, job: ""
+) -> tuple[list[str], list[str]]:
     """Delete the unfinished training jobs of a pipeline run.
 
     Args:
         namespace: "" is the current namespace.
         own: The kind of the run's jobs; "" if unknown.
+        keep: Called for each unfinished job; decides whether it is deleted.
 
     Returns:
         The names of the deleted jobs, and one line for each job that is not deleted: a finished job,
@@ -134,6 +184,8 @@ def delete_jobs(run_id: str, namespace: str = "", own: str = "") -> tuple[list[s
                 left.append(f"{name}: is already being deleted")
             elif kept := retention(kind, job):
                 left.append(f"{name}: {kept}")
+            elif kept := keep(kind, job):
+                left.append(kept)
             else:
                 delete_job(api, kind, namespace, name)
                 deleted.append(name)

@@ -66,8 +66,13 @@ def deadline_exceeded(job: dict, message: str) -> str:
     """
     if "deadline" not in message:
         return ""
+    return f"activeDeadlineSeconds, {deadline(job)} in the job's file"
+
+
+def deadline(job: dict) -> str:
+    """Return the maximum run time of a job, e.g. `1209600 s`."""
     spec = job["spec"]
-    return f"activeDeadlineSeconds, {(spec.get('runPolicy') or spec).get('activeDeadlineSeconds')} s in the job's file"
+    return f"{(spec.get('runPolicy') or spec).get('activeDeadlineSeconds')} s"
 
 
 def retention(kind: Kind, job: dict) -> str:
@@ -84,7 +89,7 @@ def retention(kind: Kind, job: dict) -> str:
         expiry = datetime.fromisoformat(ended) + timedelta(seconds=seconds)
         until.append(f"{expiry:%Y-%m-%d %H:%M} UTC")
     if job["metadata"].get("ownerReferences"):
-        until.append("the pod of its step is deleted")
+        until.append("its run is deleted")
     return f"{phase}; stays, with the logs of pods that are left, until {' or '.join(until) or 'somebody deletes it'}"
 
 

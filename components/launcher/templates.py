@@ -18,11 +18,15 @@ import yaml
 POOL = "vitdet/pool"  # label of the node pools, independent of the cloud provider
 # the same on GKE, where the node label of a pool cannot contain a slash
 COMPUTE_CLASS = "cloud.google.com/compute-class"
+GPU = "nvidia.com/gpu"
 RUN, RECIPE = "vitdet/run", "vitdet/recipe"  # labels of a job and its pods
 SCHEDULE = (
     "vitdet/schedule-seconds"  # annotation of a template: how long its pods may wait for a node
 )
-FAILURE = "vitdet/failure"  # annotation set by the launcher: why the job failed or was aborted
+# annotations set by the launcher: why the job failed or was aborted; how many errors (not disruptions)
+# are restarted, and how many there were; whether all pods have run together
+FAILURE, RESTARTS = "vitdet/failure", "vitdet/restarts"
+ERRORS, STARTED = "vitdet/errors", "vitdet/started"
 # defaults in seconds: maximum run time, and how long a finished job is kept
 DEFAULT_DEADLINE, DEFAULT_TTL = 14 * 24 * 3600, 7 * 24 * 3600
 
@@ -123,6 +127,29 @@ def mount_paths(kind: Kind, job: dict) -> list[str]:
     return [one["mountPath"] for one in container.get("volumeMounts") or []]
 
 
+def process_counts(kind: Kind, job: dict) -> range:
+    """Return the numbers of training processes that this job can have; empty if unknown.
+
+    torchrun starts `nprocPerNode` (`numProcPerNode`) processes on a node; `gpu` is one for each GPU.
+    """
+    spec = job["spec"]
+    replicas = spec.get("pytorchReplicaSpecs")
+    if replicas:
+        pod = next(iter(replicas.values()))["template"]["spec"]
+        resources = main_container(pod, kind.container).get("resources") or {}
+        local, most = spec.get("nprocPerNode"), sum(one["replicas"] for one in replicas.values())
+    else:
+        trainer = spec["trainer"]
+        resources = trainer.get("resourcesPerNode") or {}
+        local, most = trainer.get("numProcPerNode"), trainer["numNodes"]
+    if local == "gpu":
+        local = (resources.get("limits") or {}).get(GPU)
+    if not str(local).isdigit():
+        return range(0)
+    least = (spec.get("elasticPolicy") or {}).get("minReplicas", most)
+    return range(least * int(local), most * int(local) + 1, int(local))
+
+
 def main_container(pod: dict, name: str) -> dict:
     """Return the container with this name. Raises ValueError if there is none."""
     for container in pod.get("containers") or []:
@@ -141,8 +168,10 @@ def fill_pytorchjob(job: dict, request: JobRequest) -> None:
     policy.setdefault("activeDeadlineSeconds", DEFAULT_DEADLINE)
     policy.setdefault("ttlSecondsAfterFinished", DEFAULT_TTL)
     if "backoffLimit" in policy:
-        # the operator adds up the restarts of all pods, which restart together
-        policy["backoffLimit"] *= request.nodes
+        # The operator would add up the restarts of all pods, those after an eviction too: the
+        # launcher counts instead (components/launcher/restarts.py).
+        annotations = job["metadata"].setdefault("annotations", {})
+        annotations[RESTARTS] = str(policy.pop("backoffLimit"))
     elastic = spec.get("elasticPolicy")
     if "Master" not in replicas and not elastic:
         raise ValueError(

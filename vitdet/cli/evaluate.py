@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from vitdet import torchrun
 from vitdet.cli.overrides import add_set, log_resolved
 
 if TYPE_CHECKING:
@@ -50,6 +51,7 @@ def run_evaluate(given: argparse.Namespace) -> int:
         return score_results(given)
     if not given.checkpoint:
         raise ValueError("name a CHECKPOINT, or --results FILE and --annotations FILE")
+    torchrun.end_with_torchrun()
     from vitdet import distributed, stages
     from vitdet.data.layout import resolve_config
     from vitdet.tracking.measured import write_metrics

@@ -6,7 +6,9 @@ import argparse
 import sys
 from pathlib import Path
 
+from vitdet import torchrun
 from vitdet.cli.overrides import add_set, log_resolved
+from vitdet.config import load_config
 
 
 def add_train(verb: argparse.ArgumentParser) -> None:
@@ -35,6 +37,13 @@ def add_train(verb: argparse.ArgumentParser) -> None:
 
 def run_train(args: argparse.Namespace) -> int:
     """vitdet train"""
+    torchrun.end_with_torchrun()
+    from vitdet.data.samplers import check_batch_size
+
+    # before torch is imported, the data is read and the others are joined
+    settings = load_config(args.recipe, args.overrides)
+    check_batch_size(settings.train.batch_size, torchrun.world_size())
+
     from vitdet import distributed, stages
     from vitdet.data.layout import resolve_config
     from vitdet.training import Stopped
@@ -53,7 +62,7 @@ def run_train(args: argparse.Namespace) -> int:
         )
     except Stopped as stopped:
         print(f"vitdet: {stopped}", file=sys.stderr)
-        return 143  # the shell's code of a process that SIGTERM ended
+        return 128 + stopped.signum  # the shell's code of a process that the signal ended
     if distributed.rank() == 0:
         print(path)
     return 0

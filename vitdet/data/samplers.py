@@ -83,11 +83,19 @@ def positions(
 
     Raises ValueError when the ranks cannot share a batch evenly.
     """
-    if batch_size % world_size:
-        raise ValueError(
-            f"train.batch_size must be a multiple of the {world_size} processes, got {batch_size}"
-        )
+    check_batch_size(batch_size, world_size)
     return _positions(start_step, batch_size, rank, batch_size // world_size)
+
+
+def check_batch_size(batch_size: int, processes: int) -> None:
+    """Raise ValueError if the processes cannot share a batch evenly."""
+    if batch_size % processes:
+        lower = batch_size - batch_size % processes
+        fitting = " or ".join(str(size) for size in (lower, lower + processes) if size)
+        raise ValueError(
+            f"train.batch_size must be a multiple of the {processes} processes, got {batch_size}; set "
+            f"it to {fitting}, or start another number of processes"
+        )
 
 
 def _positions(step: int, batch_size: int, rank: int, share: int) -> Iterator[list[int]]:

@@ -7,7 +7,7 @@ pasted there with threshold 0.5, boxes are written xywh without rounding.
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -39,6 +39,13 @@ SECTIONS = ("data", "evaluate")  # of a config, that an evaluation may change
 # The settings of `data` that say which images a detector is evaluated on, and how they are read
 PLACE = ("dataset", "root", "train_split", "val_split", "max_images", "workers")
 PIXELS = 2**26  # of pasted masks at a time: 64 MB
+# What an evaluation reports to its caller before each batch (True) and before the comparison (False);
+# the answer True before a batch cancels it on all ranks.
+Advance = Callable[[bool], bool]
+
+
+class Cancelled(Exception):
+    """An evaluation was cancelled by its caller, on this rank or another."""
 
 
 def detections_to_results(
@@ -82,16 +89,22 @@ def detections_to_results(
 
 
 def evaluate_detector(
-    detector: nn.Module, data: DataConfig, settings: EvalConfig, device: torch.device | str = "cpu"
+    detector: nn.Module,
+    data: DataConfig,
+    settings: EvalConfig,
+    device: torch.device | str = "cpu",
+    advance: Advance = lambda batch: False,
 ) -> tuple[dict[str, float], list[dict]]:
     """Box and mask AP in percent on the validation split, and the COCO results (sorted by image) that they come from.
 
     The detector lies on `device`; its mode is put back afterwards. Under several processes each takes a share of the
-    images and all return the same figures, the first alone the results (those of LVIS take 5 GB).
+    images and all return the same figures, the first alone the results (those of LVIS take 5 GB). Raises Cancelled on
+    all of them if `advance` cancels it on one.
     """
     truth, split = _read(data)
-    results, image_ids = detect(detector, data, settings, device, split)
+    results, image_ids = detect(detector, data, settings, device, split, advance)
     metrics = {}
+    advance(False)
     if distributed.rank() == 0:
         arbiter = ARBITERS[data.dataset]
         metrics = arbiter.summary(arbiter.compare(truth, results, image_ids=image_ids))
@@ -104,21 +117,26 @@ def detect(
     settings: EvalConfig,
     device: torch.device | str = "cpu",
     split: CocoSplit | None = None,
+    advance: Advance = lambda batch: False,
 ) -> tuple[list[dict], list[int]]:
     """The COCO results of `evaluate_detector` without the comparison, and the ids of the images that were looked at.
 
     split: the validation split, if it was read before. Of several processes the first has those of all, others none.
+    Raises Cancelled as `evaluate_detector` does.
     """
     was_training = detector.training
     detector.eval()
     try:
         share = _detect_share(
-            detector, data, split or read_split(data, data.val_split), settings, device
+            detector, data, split or read_split(data, data.val_split), settings, device, advance
         )
     finally:
         detector.train(was_training)
+    # a collective: a rank that is told to stop may not leave the others waiting in the next one
+    if distributed.largest(int(share is None))():
+        raise Cancelled
     found: dict[int, list[dict]] = {}
-    for part in distributed.gather_objects(share):
+    for part in distributed.gather_objects(share or {}):
         found.update(part)  # a sampler may hand an image to two ranks
     image_ids = sorted(found)
     return [result for image_id in image_ids for result in found[image_id]], image_ids
@@ -266,12 +284,16 @@ def _detect_share(
     split: CocoSplit,
     settings: EvalConfig,
     device: torch.device | str,
-) -> dict[int, list[dict]]:
+    advance: Advance,
+) -> dict[int, list[dict]] | None:
+    """The results of this rank's images by image id; None when it was cancelled."""
     category_ids = split.category_ids
     share = {}
     for batch in val_loader(
         data, settings.batch_size, distributed.rank(), distributed.world_size(), split
     ):
+        if advance(True):
+            return None
         found = detector(batch.images.to(device, non_blocking=True), None, batch.sizes.to(device))
         for one, size, original, image_id in zip(
             found, batch.sizes.tolist(), batch.originals.tolist(), batch.image_ids, strict=True

@@ -24,7 +24,7 @@ from vitdet.data.coco import CocoSplit
 from vitdet.data.dataset import read_split
 from vitdet.data.loader import configure_process, release_memory, train_loader
 from vitdet.data.protocol import settings_of
-from vitdet.evaluation.evaluator import evaluate_detector
+from vitdet.evaluation.evaluator import Cancelled, evaluate_detector
 from vitdet.evaluation.pictures import write_pictures
 from vitdet.models import Detector, build_detector
 from vitdet.models.losses import FederatedClassification
@@ -40,7 +40,9 @@ from vitdet.training.resume import (
     state_to_resume,
     states_folder,
 )
-from vitdet.training.stop import Stopped, sigterm
+from vitdet.training.saver import Saver
+from vitdet.training.stop import Stop, Stopped, stop_signals, warn_of_short_grace
+from vitdet.training.watchdog import LONG, Stage, Watchdog, watching
 from vitdet.types import Batch
 from vitdet.weights import resolve
 from vitdet.weights.load import load_pretrained
@@ -68,14 +70,20 @@ def train(
     A resumed training may change operational settings (see `vitdet.config.operational`), also where the data is, and
     optim.steps if the learning rate of the steps already done stays the same; a finished run with its last state may so
     be extended. Raises ValueError when `output` holds any other finished run or one of another config, Stopped after
-    SIGTERM. A finished run of this config and data is the result: all processes are started again when a node is lost at
-    the very end.
+    SIGTERM, SIGINT or SIGHUP. A finished run of this config and data is the result: all processes are started again when
+    a node is lost at the very end.
 
     Changes the process as described in `vitdet.data.loader.configure_process`.
     """
     configure_process()
     output = Path(output)
-    with distributed.process_group() as device, sigterm() as stop, ExitStack() as alone:
+    with (
+        distributed.process_group() as device,
+        stop_signals() as stop,
+        watching(stop) as watchdog,
+        ExitStack() as alone,
+    ):
+        warn_of_short_grace()
         if distributed.from_first(
             lambda: is_complete(config, output, lambda *run: start_tracking(*run).close())
         ):
@@ -105,21 +113,27 @@ def train(
             )
         )
         _check_classes(config, split.class_names, val_classes)
-        distributed.barrier()  # nobody writes before all have looked
+        # of all ranks: nobody writes before all have looked
+        stop.check(f"stopped at step {start} of {config.optim.steps}, before anything was built")
 
         detector = _fresh_detector(config, split, None if state else source, device)
         tracker = Tracker()
         if distributed.rank() == 0:
             alone.enter_context(states.locked())
             tracker = _announce(config, output, prints, states, state, start_tracking)
-        loop = Loop(config, detector, loader, tracker, states, prints, device, stop, output)
+        saver = alone.enter_context(Saver(states))
+        loop = Loop(
+            config, detector, loader, tracker, saver, prints, device, stop, watchdog, output
+        )
         try:
             loop.begin(state)
             state = None  # it weighs as much as detector and optimizer, who have it now
             loop.run(start)
+            watchdog.at(config.optim.steps, Stage.FINISHING, LONG)
             if distributed.rank() == 0:
                 loop.finish(split.class_names)
         except BaseException as error:
+            watchdog.at(config.optim.steps, Stage.FINISHING, LONG)
             tracker.close("KILLED" if isinstance(error, Stopped | KeyboardInterrupt) else "FAILED")
             raise
         tracker.close()
@@ -136,22 +150,18 @@ class Loop:
         detector: Detector,
         loader: Iterable[Batch],
         tracker: Tracker,
-        states: Checkpoints,
+        saver: Saver,
         prints: dict[str, str],
         device: torch.device,
-        stop: Callable[[], bool],
+        stop: Stop,
+        watchdog: Watchdog,
         output: Path,
     ) -> None:
         self.config, self.detector = config, detector
         self.optimizer = build_optimizer(detector, config.optim)
         self.average = WeightAverage(detector, config.optim.ema)
-        self.tracker, self.states, self.prints, self.device, self.stop = (
-            tracker,
-            states,
-            prints,
-            device,
-            stop,
-        )
+        self.tracker, self.saver, self.prints, self.device = tracker, saver, prints, device
+        self.stop, self.watchdog = stop, watchdog
         self.loader, self.output = loader, output
         self.meter = Meter(config.train.batch_size)
         self.metrics: dict[str, float] = {}  # of the last evaluation
@@ -161,8 +171,9 @@ class Loop:
         """Goes on from a state; without one, saves the first."""
         if state is None:
             self.save(0)  # a full disk or a read-only folder is an error now; keeps the run's id
+            self.saver.wait()
             return
-        load_weights(self.detector, state["model"], self.states.folder)
+        load_weights(self.detector, state["model"], self.saver.states.folder)
         self.optimizer.load_state_dict(state["optimizer"])
         for slots in self.optimizer.state.values() if self.device.type == "cpu" else ():
             slots |= {name: value.clone() for name, value in slots.items()}  # not memory-mapped
@@ -180,44 +191,55 @@ class Loop:
         model = parallelize(self.detector, self.device)
         precision = chosen(settings.precision, self.device)
         batches = iter(self.loader)
+        self.stop.check(self.stopped(start))
         if start and self.is_due(start) and self.evaluated < start:
             self.evaluate(start)  # an evaluation was cut off, or had other settings
         self.detector.train()
         for step in range(start, config.optim.steps):
+            done, limit = (
+                step + 1,
+                LONG if step == start else 0.0,
+            )  # the first one may compile kernels
+            self.watchdog.at(done, Stage.LOADING, limit)
             with meter.waiting():
                 batch = next(batches).to(self.device, non_blocking=True)
+            signal_of_all = self.stop.ask()
             with tf32(precision, self.device):
-                lr = self.learn(model, batch, step, precision)
-            done = step + 1
-            last, due = done == config.optim.steps, self.is_due(done)
-            if last or done % settings.log_every == 0:
+                lr = self.learn(model, batch, step, precision, limit)
+            self.watchdog.at(done, Stage.SAVING, LONG)
+            self.saver.check()
+            due = self.is_due(done)
+            if done == config.optim.steps or done % settings.log_every == 0:
                 self.tracker.log({**meter.read(self.device), "lr": lr}, done)
-            saved = due or done % settings.save_every == 0
-            if saved:
+            signum = signal_of_all()
+            if due or signum or done % settings.save_every == 0:
                 self.save(done)
+            if signum:
+                self.saver.wait()
+                raise Stopped(self.stopped(done), signum)
             if due:
                 self.evaluate(done)
-            # asking the others is a synchronisation
-            stopped = distributed.world_size() == 1 or done % 10 == 0
-            stopped = stopped and distributed.any_of(self.stop(), self.device)
-            if stopped and not last:
-                if not saved:
-                    self.save(done)
-                raise Stopped(
-                    f"stopped at step {done} of {config.optim.steps}; the same command goes on from there"
-                )
+
+    def stopped(self, step: int) -> str:
+        """The message of a training that stops after `step` steps."""
+        steps = self.config.optim.steps
+        return f"stopped at step {step} of {steps}; the same command goes on from there"
 
     def is_due(self, step: int) -> bool:
         """Whether an evaluation follows this step."""
         return step == self.config.optim.steps or step % self.config.train.eval_every == 0
 
-    def learn(self, model: nn.Module, batch: Batch, step: int, precision: str) -> float:
-        """One step of the optimizer; its learning rate."""
+    def learn(
+        self, model: nn.Module, batch: Batch, step: int, precision: str, limit: float = 0.0
+    ) -> float:
+        """One step of the optimizer; its learning rate. limit: the watchdog's."""
+        self.watchdog.at(step + 1, Stage.COMPUTING, limit)
         torch.manual_seed(step_seed(self.config.train.seed, step, distributed.rank()))
         lr = set_lr(self.optimizer, step, self.config.optim)
         self.optimizer.zero_grad()  # before the activations, which need the memory
         with torch.autocast(self.device.type, torch.bfloat16, enabled=precision == "bf16"):
             losses = model(batch.images, batch.targets, batch.sizes)
+        self.watchdog.at(step + 1, Stage.EXCHANGING, limit)
         sum(losses.values()).backward()
         norm = clip_gradients(self.detector, self.config.optim.clip)
         self.optimizer.step()
@@ -226,28 +248,55 @@ class Loop:
         return lr
 
     def evaluate(self, step: int) -> None:
-        """AP on the validation split, of the averaged weights if there are any, and pictures of what they find; saved."""
+        """AP on the validation split, of the averaged weights if there are any, and pictures of what they find.
+
+        The state after `step` steps is saved already; the AP is written beside it. Raises Stopped.
+        """
+
+        config, limits = self.config, iter([LONG])  # the first batch may compile kernels
+
+        def advance(batch: bool) -> bool:
+            if batch:
+                self.watchdog.at(step, Stage.EVALUATING, next(limits, 0.0))
+            else:
+                self.watchdog.at(step, Stage.COMPARING, LONG)
+            return self.stop.received > 0
+
         with self.meter.paused():
+            self.watchdog.at(step, Stage.EVALUATING, LONG)  # reads the annotations
             with self.average.applied():
                 share_statistics(self.detector)
-                self.metrics, _ = evaluate_detector(
-                    self.detector, self.config.data, self.config.evaluate, self.device
-                )
+                try:
+                    self.metrics, _ = evaluate_detector(
+                        self.detector, config.data, config.evaluate, self.device, advance
+                    )
+                except Cancelled:
+                    self.watchdog.at(step, Stage.FINISHING, LONG)
+                    self.saver.wait()
+                    self.stop.check(self.stopped(step))
                 if distributed.rank() == 0:
                     folder = self.output / "pictures" / f"step_{step:08d}"
-                    for path in write_pictures(self.detector, self.config.data, folder):
+                    for path in write_pictures(self.detector, config.data, folder):
                         self.tracker.artifact(path, f"pictures/{folder.name}")
             self.tracker.log(self.metrics, step)
             self.evaluated = step
-            self.save(step)  # once more, now with the figures
+            if distributed.rank() == 0:
+                self.saver.wait()
+                added = {"config": to_dict(config), "metrics": self.metrics, "evaluated": step}
+                self.saver.states.save_evaluation(step, added)
         release_memory()
+        if step < config.optim.steps:  # else it is done anyway
+            self.stop.check(self.stopped(step))
 
     def save(self, step: int) -> None:
-        """The whole state after `step` steps, by the first process. Raises ValueError when a loss is not finite."""
+        """Starts to write the state after `step` steps, in the first process.
+
+        Raises ValueError when a loss is not finite.
+        """
         # of all processes, and a state that has diverged is none to go on from
         meter = self.meter.state()
         if distributed.rank() == 0:
-            self.states.save(
+            self.saver.save(
                 step,
                 {
                     "config": to_dict(self.config),
@@ -261,10 +310,10 @@ class Loop:
                     "evaluated": self.evaluated,
                 },
             )
-        distributed.barrier()
 
     def finish(self, class_names: Sequence[str]) -> None:
         """Writes the finished detector, of the averaged weights if there are any."""
+        self.saver.wait()
         with self.average.applied():
             model = {name: tensor.cpu() for name, tensor in self.detector.state_dict().items()}
             save(

@@ -1,0 +1,176 @@
+"""The logs of a job's pods: read once each, split by rank, and the first rank that failed.
+
+torchrun prefixes the lines of its processes with `[rank3]:` (PET_TEE and
+TORCHELASTIC_LOG_LINE_PREFIX_TEMPLATE in the job's manifest); its own lines have no prefix. Without
+these settings, all lines of a pod belong to the pod.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from collections import deque
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+from components.launcher.client import JobClient
+from components.launcher.status import restart_count
+
+TAIL = 200  # lines of each rank that are kept
+MAX_FIRST_LINES = 1000  # log lines of an existing job
+PREFIX = re.compile(r"\[rank(\d+)\]:")
+# The start of an error: an exception, the command line's message, a crash of the interpreter or C++
+ERROR = re.compile(
+    r"Traceback \(most recent call last\)|vitdet: |Fatal Python error|terminate called"
+)
+# A failure in torchrun's summary (torch/distributed/elastic/multiprocessing/errors)
+SUMMARY = re.compile(r"^  (time|rank|exitcode)\s*: (\S+)")
+OUT_OF_GPU_MEMORY = re.compile(r"OutOfMemoryError|CUDA out of memory")
+
+
+class Line(NamedTuple):
+    """A line of a log, with its time as text that sorts by time."""
+
+    time: str
+    text: str
+
+
+class PodLog:
+    """A pod's log; returns each line once, also if the container or the API server restarts."""
+
+    def __init__(self, client: JobClient, container: str) -> None:
+        self.client, self.container = client, container
+        self.last_time, self.last_read, self.restarts = "", 0.0, 0
+
+    def new_lines(self, pod: dict) -> list[Line]:
+        """Return the lines since the last call."""
+        name, restarts = pod["metadata"]["name"], restart_count(pod, self.container)
+        since = round(time.monotonic() - self.last_read) + 2 if self.last_read else None
+        start = time.monotonic()
+        lines: list[str] = []
+        if restarts != self.restarts and self.last_read:
+            lines += self.client.log(name, since=since, previous=True)
+        lines += self.client.log(name, since=since, tail=None if since else MAX_FIRST_LINES)
+        self.restarts = restarts
+        new = []
+        for when, _, text in (line.partition(" ") for line in lines):
+            if comparable_time(when) > self.last_time:
+                self.last_time = comparable_time(when)
+                new.append(Line(self.last_time, text))
+        if lines:
+            self.last_read = start
+        return new
+
+
+def comparable_time(text: str) -> str:
+    """Pad the fraction of an RFC 3339 time to nine digits: trailing zeros may be omitted."""
+    whole, _, fraction = text.removesuffix("Z").partition(".")
+    return f"{whole}.{fraction:0<9}"
+
+
+@dataclass(frozen=True)
+class Failure:
+    """The first failure of a rank. `signal`: the number of the signal that ended it, or 0."""
+
+    rank: str
+    pod: str
+    time: str
+    error: str
+    signal: int = 0
+
+    def __str__(self) -> str:
+        pod = f" (pod {self.pod})" if self.rank.startswith("rank ") else ""
+        return f"first to fail: {self.rank}{pod}: {self.error}"
+
+
+class RankLogs:
+    """The last lines of each rank, and of torchrun in each pod, also of pods that are gone."""
+
+    def __init__(self) -> None:
+        self.lines: dict[str, deque[Line]] = {}  # "rank 3" or "pod NAME" -> its last lines
+        self.pods: dict[str, str] = {}  # "rank 3" -> the name of its pod
+
+    def add(self, pod: str, lines: list[Line], main: bool) -> list[str]:
+        """Store new lines of a pod; return those of rank 0, and of torchrun in the main pod."""
+        shown = []
+        for when, text in lines:
+            prefix = PREFIX.match(text)
+            if prefix:
+                text = text[prefix.end() :]
+            source = f"rank {prefix[1]}" if prefix else f"pod {pod}"
+            self.lines.setdefault(source, deque(maxlen=TAIL)).append(Line(when, text))
+            self.pods[source] = pod
+            if prefix[1] == "0" if prefix else main:
+                shown.append(text)
+        return shown
+
+    def tails(self) -> dict[str, list[str]]:
+        """Return the last lines by rank, then by pod."""
+        ranks = sorted((one for one in self.lines if one.startswith("rank ")), key=rank_number)
+        others = sorted(one for one in self.lines if one.startswith("pod "))
+        return {one: [line.text for line in self.lines[one]] for one in [*ranks, *others]}
+
+    def write(self, folder: Path) -> None:
+        """Write the last lines to one file for each rank and pod, e.g. rank-00003.log."""
+        folder.mkdir(parents=True, exist_ok=True)
+        for source, lines in self.tails().items():
+            kind, _, name = source.partition(" ")
+            name = f"{int(name):05d}" if kind == "rank" else name
+            (folder / f"{kind}-{name}.log").write_text("".join(f"{line}\n" for line in lines))
+
+    def first_failure(self, since: str = "") -> Failure | None:
+        """Return the first failure after the time `since`; None if no log has one.
+
+        The other ranks fail because of it soon after, often within the second of torchrun's
+        summary. A rank that was killed by a signal precedes the ranks that lost the connection to
+        it; SIGTERM is torchrun's own signal to the remaining ranks.
+        """
+        found = [*self.errors(since), *self.summaries(since)]
+        return min(found, key=lambda one: (not one.signal, one.time), default=None)
+
+    def errors(self, since: str) -> list[Failure]:
+        """Return the first error of each rank, and of each pod whose lines have no prefix."""
+        failures = []
+        split = {pod for source, pod in self.pods.items() if source.startswith("rank ")}
+        for source, lines in self.lines.items():
+            if source.startswith("pod ") and self.pods[source] in split:
+                continue
+            texts = [line for line in lines if line.time > since]
+            start = next((n for n, line in enumerate(texts) if ERROR.match(line.text)), None)
+            if start is not None:
+                error = error_text([line.text for line in texts[start:]])
+                failures.append(Failure(source, self.pods[source], texts[start].time, error))
+        return failures
+
+    def summaries(self, since: str) -> list[Failure]:
+        """Return the ranks that a signal other than SIGTERM ended, from torchrun's summaries."""
+        failures = []
+        for source, lines in self.lines.items():
+            values: dict[str, str] = {}
+            for line in lines:
+                if line.time > since and (found := SUMMARY.match(line.text)):
+                    values[found[1]] = found[2]
+                    if found[1] == "exitcode":
+                        code = int(values["exitcode"])
+                        if code < 0 and code != -15 and "rank" in values:
+                            error = f"ended by signal {-code}"
+                            rank = f"rank {values['rank']}"
+                            failures.append(
+                                Failure(rank, self.pods[source], line.time, error, -code)
+                            )
+        return failures
+
+
+def rank_number(source: str) -> int:
+    """Return 3 for `rank 3`."""
+    return int(source.split()[1])
+
+
+def error_text(lines: list[str]) -> str:
+    """Return the message of an error: of a traceback its last line, else the first line."""
+    if lines[0].startswith("Traceback"):
+        for line in lines[1:]:
+            if line and not line.startswith(" "):
+                return line
+    return lines[0]

@@ -1,0 +1,167 @@
+"""Counts the failures of a PyTorchJob by their cause: disruptions, errors, out of memory.
+
+The training operator adds up the restarts of all containers, whatever the cause, so a job would end
+after a few evictions. A failure of one pod makes all others fail, so failures are grouped into
+incidents: the failures of different pods within `WINDOW` are one. An incident with a disruption is
+a disruption, also if the other pods failed first: a lost node is reported minutes later.
+
+TrainJobs are not counted: JobSet's failure policy does it (manifests/trainjob/runtime.yaml).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from datetime import datetime, timedelta
+
+from components.launcher.status import Cause, failure_reason, restart_count
+from components.launcher.workflow import has_disruption_target
+
+# Longer than it takes until the other ranks fail (the limit of a collective operation that waits)
+# and until Kubernetes evicts the pods of a node that does not respond (5 minutes)
+WINDOW = 600.0
+OUT_OF_MEMORY = "OOMKilled"
+# Values of status.reason of a pod that its node ended or did not admit, where no condition says so:
+# pkg/kubelet (eviction, nodeshutdown, preemption, lifecycle) and pkg/controller/nodelifecycle
+DISRUPTIONS = (
+    "Evicted",
+    "NodeLost",
+    "NodeShutdown",
+    "Shutdown",
+    "Terminated",
+    "Preempting",
+    "NodeAffinity",
+    "UnexpectedAdmissionError",
+    "Deleted",
+    "NodeNotReady",
+)
+
+
+@dataclass
+class Incident:
+    """Failures with one cause: name of a pod -> cause of its failure."""
+
+    start: float
+    causes: dict[str, Cause] = field(default_factory=dict)
+    disrupted: bool = False
+
+
+class Restarts:
+    """The incidents of one job. errors: the number of errors before, under another launcher."""
+
+    def __init__(self, errors: int = 0) -> None:
+        self.previous = errors
+        self.incidents: list[Incident] = []
+        self.failures: dict[str, int] = {}  # uid of a pod -> its failures so far
+        self.disrupted: set[str] = set()  # uids
+        self.pods: dict[str, str] = {}  # name -> uid, at the last look
+        self.initialized = self.incomplete = False
+
+    @property
+    def errors(self) -> int:
+        """The number of incidents that are not disruptions."""
+        return self.previous + sum(not incident.disrupted for incident in self.incidents)
+
+    @property
+    def disruptions(self) -> int:
+        """The number of disruptions."""
+        return sum(incident.disrupted for incident in self.incidents)
+
+    def observe(self, pod: dict, container: str, now: float) -> None:
+        """Count the failures of a pod since the last call, at the time `now` in seconds.
+
+        The first look at a job counts none: they were before this launcher.
+        """
+        name, uid = pod["metadata"]["name"], pod["metadata"].get("uid") or pod["metadata"]["name"]
+        cause, count, before = failure_reason(pod), 0, self.failures.get(uid, 0)
+        if cause is not None:
+            count = restart_count(pod, cause.container or container) + (not cause.previous)
+        elif node_is_unresponsive(pod):
+            cause = Cause(name, "NodeNotReady")
+        self.failures[uid] = max(count, before)
+        if not self.initialized or cause is None:
+            return
+        # while a pod waits for a node, the others fail because they wait for it
+        for _ in range(count - before):
+            self.add(name, cause, now, self.incomplete)
+        if is_disruption(cause, pod) and uid not in self.disrupted:
+            self.disrupted.add(uid)
+            self.add(name, cause, now, True)
+
+    def complete_look(self, pods: list[dict], expected: int, now: float) -> None:
+        """Compare all pods with those of the last call: a pod that is gone was deleted.
+
+        The operator deletes failed pods, which `observe` has seen, and those of a suspended job.
+        """
+        current = {one["metadata"]["name"]: one["metadata"].get("uid") or "" for one in pods}
+        for name, uid in self.pods.items():
+            if (
+                current.get(name) != uid
+                and not self.failures.get(uid)
+                and uid not in self.disrupted
+            ):
+                self.add(name, Cause(name, "Deleted"), now, True)
+        pending = any((one.get("status") or {}).get("phase") == "Pending" for one in pods)
+        self.incomplete = pending or len(pods) < expected
+        self.pods, self.initialized = current, True
+
+    def forget_pods(self) -> None:
+        """Do not count pods that are gone at the next look: the job was suspended."""
+        self.pods = {}
+
+    def add(self, name: str, cause: Cause, now: float, disrupted: bool) -> None:
+        """Add a failure to the first incident after the pod's last one, else start one."""
+        recent = [one for one in self.incidents if now - one.start <= WINDOW]
+        last = max((n for n, one in enumerate(recent) if name in one.causes), default=-1)
+        incident = next(iter(recent[last + 1 :]), None)
+        if incident is None and disrupted and recent:
+            incident = recent[-1]  # the pod's error was the first sign of its disruption
+        if incident is None:
+            incident = Incident(now)
+            self.incidents.append(incident)
+        incident.causes.setdefault(name, cause)
+        incident.disrupted |= disrupted
+
+
+def is_disruption(cause: Cause, pod: dict) -> bool:
+    """Whether the node or an eviction ended this pod, not its own process.
+
+    A pod that exceeds the limit of a volume is evicted too; it would exceed it again.
+    """
+    if cause.reason == OUT_OF_MEMORY:
+        return False
+    if cause.reason == "Evicted" and "exceed" in cause.message.lower():
+        return False
+    reason = (pod.get("status") or {}).get("reason") or cause.reason
+    return (
+        is_deleted_before(pod, cause.time)
+        or has_disruption_target(pod)
+        or reason in DISRUPTIONS
+        or reason.startswith("OutOf")
+    )
+
+
+def is_deleted_before(pod: dict, time: str) -> bool:
+    """Whether a pod was deleted before it ended at this time; the operator deletes failed pods."""
+    metadata = pod["metadata"]
+    if "deletionTimestamp" not in metadata:
+        return False
+    grace = timedelta(seconds=metadata.get("deletionGracePeriodSeconds") or 0)
+    requested = datetime.fromisoformat(metadata["deletionTimestamp"]) - grace
+    return not time or datetime.fromisoformat(time) >= requested
+
+
+def node_is_unresponsive(pod: dict) -> bool:
+    """Whether the node of this running pod does not respond.
+
+    The node controller then sets the condition Ready of its pods to False; the statuses of the
+    containers stay (pkg/controller/util/node/controller_utils.go, MarkPodsNotReady).
+    """
+    status = pod.get("status") or {}
+    ready = {one["type"]: one.get("status") for one in status.get("conditions") or []}
+    containers = status.get("containerStatuses") or []
+    return (
+        status.get("phase") == "Running"
+        and ready.get("Ready") == "False"
+        and bool(containers)
+        and all(one.get("ready") and "running" in (one.get("state") or {}) for one in containers)
+    )

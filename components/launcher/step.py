@@ -1,0 +1,49 @@
+"""This step: its pod, and whether its pipeline run continues."""
+
+from __future__ import annotations
+
+import os
+
+from components.launcher.client import JobClient
+from components.launcher.workflow import end_of_run, is_disrupted, retry_index, workflow_owner
+
+# "0" in the first pod of a step; set by servers after 2.17 only (argocompiler/common.go)
+RETRY_INDEX = "KFP_RETRY_INDEX"
+POD = "KFP_POD_NAME"  # `commonEnvs` in the backend's argocompiler/common.go
+
+
+class Step:
+    """The step that this process runs.
+
+    owner: an ownerReference to the Workflow of its run; None outside a pipeline.
+    first_attempt: this is not a retry of the step, also after Retry of the run.
+    """
+
+    def __init__(self, client: JobClient) -> None:
+        self.client, self.name = client, os.environ.get(POD, "")
+        pod = client.pod(self.name) if self.name else None
+        self.owner = workflow_owner(pod) if pod else None
+        index = os.environ.get(RETRY_INDEX) or (str(retry_index(pod)) if pod else "")
+        self.first_attempt = index == "0"
+
+    def end_reason(self) -> str:
+        """Return why the job must end together with this step; "" if the run continues.
+
+        Takes at most 5 s: SIGKILL follows SIGTERM after 30 s. A step that is stopped although its
+        run cannot be read is assumed to be stopped by the run, unless its pod is being deleted.
+        """
+        if self.owner is None:
+            return "it does not belong to a pipeline run"
+        try:
+            found = self.client.workflow(self.owner["name"])
+        except RuntimeError as error:
+            return "" if self.is_disrupted() else f"its run cannot be read ({error})"
+        return end_of_run(found, self.owner["uid"])
+
+    def is_disrupted(self) -> bool:
+        """Whether this pod is being deleted or evicted; False if that is unknown."""
+        try:
+            pod = self.client.pod(self.name, once=True)
+        except RuntimeError:
+            return False
+        return pod is None or is_disrupted(pod)

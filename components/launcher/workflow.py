@@ -1,0 +1,84 @@
+"""The Argo Workflow of a pipeline run, as seen by one of its steps.
+
+The Workflow owns the training jobs of its run: they outlive the pods of the steps, which may be
+evicted, and are deleted together with the Workflow. The functions interpret objects as returned by
+the Kubernetes API.
+"""
+
+from __future__ import annotations
+
+import re
+from datetime import UTC, datetime, timedelta
+
+GROUP, VERSION, PLURAL = "argoproj.io", "v1alpha1", "workflows"
+NODE = "workflows.argoproj.io/node-name"  # annotation of a step's pod
+FINISHED = ("Succeeded", "Failed", "Error")  # values of status.phase
+OWNERS = ("Workflow", "Pod")  # kinds of owner that a launcher sets; "Pod" until version 0.1
+
+
+def workflow_owner(pod: dict) -> dict | None:
+    """Return an ownerReference to the Workflow of this pod; None if no Workflow owns the pod.
+
+    `controller` is not set, as Kueue would then treat the Workflow as the job's controller, and
+    neither is `blockOwnerDeletion`, which needs an additional permission.
+    """
+    for owner in pod["metadata"].get("ownerReferences") or []:
+        if owner["kind"] == "Workflow":
+            return {key: owner[key] for key in ("apiVersion", "kind", "name", "uid")}
+    return None
+
+
+def retry_index(pod: dict) -> int | None:
+    """Return 0 for the first attempt of a step, which also follows Retry of a run; None if unknown.
+
+    Argo names the attempts of a node NODE(0), NODE(1), ... (workflow/controller/operator.go,
+    executeTemplate of v3.7). Kubeflow Pipelines sets no variable before KFP_RETRY_INDEX, which is
+    not in 2.17.
+    """
+    found = re.search(r"\((\d+)\)$", (pod["metadata"].get("annotations") or {}).get(NODE, ""))
+    return int(found[1]) if found else None
+
+
+def end_of_run(workflow: dict | None, uid: str, now: datetime | None = None) -> str:
+    """Return why this run is over or is being ended; "" if it continues.
+
+    Kubeflow's Terminate sets spec.activeDeadlineSeconds to 0 (backend/src/common/util/
+    execution_spec.go of 2.17), `argo terminate` and `argo stop` set spec.shutdown. A Workflow with
+    another uid was created under the same name after this one was deleted.
+    """
+    if workflow is None or workflow["metadata"]["uid"] != uid:
+        return "its run has been deleted"
+    spec, status = workflow.get("spec") or {}, workflow.get("status") or {}
+    if workflow["metadata"].get("deletionTimestamp"):
+        return "its run is being deleted"
+    if spec.get("shutdown"):
+        return "its run is being shut down"
+    if status.get("phase") in FINISHED:
+        return f"its run has ended ({status['phase']})"
+    seconds = spec.get("activeDeadlineSeconds")
+    if seconds is not None:
+        started = datetime.fromisoformat(
+            status.get("startedAt") or workflow["metadata"]["creationTimestamp"]
+        )
+        if started + timedelta(seconds=seconds) <= (now or datetime.now(UTC)):
+            return "its run has been terminated" if seconds == 0 else "its run is past its deadline"
+    return ""
+
+
+def is_disrupted(pod: dict) -> bool:
+    """Whether this pod is being deleted, or ended by its node or an eviction."""
+    return "deletionTimestamp" in pod["metadata"] or has_disruption_target(pod)
+
+
+def has_disruption_target(pod: dict) -> bool:
+    """Whether Kubernetes (as of 1.26) has marked this pod as evicted, preempted or lost."""
+    conditions = (pod.get("status") or {}).get("conditions") or []
+    return any(
+        one["type"] == "DisruptionTarget" and one.get("status") == "True" for one in conditions
+    )
+
+
+def without_run(job: dict) -> list[dict]:
+    """Return a job's ownerReferences without those to its run."""
+    owners = job["metadata"].get("ownerReferences") or []
+    return [owner for owner in owners if owner["kind"] not in OWNERS]

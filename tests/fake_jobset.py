@@ -1,0 +1,75 @@
+"""How a Job and its JobSet decide about failed pods.
+
+Kubernetes' Job controller: pkg/controller/job/pod_failure_policy.go (matchPodFailurePolicy) and job_controller.go
+(getFailJobMessage, and the order in syncJob: the pod failure policy of any failed pod before the backoff limit). Of the
+actions FailJob alone is played. JobSet 0.12: pkg/controllers/failure_policy.go, constants of pkg/constants/constants.go.
+"""
+
+from __future__ import annotations
+
+import re
+
+RESTARTS_IGNORED = "RestartJobSetAndIgnoreMaxRestarts"
+
+
+def matches(rule: dict, pod: dict) -> str | None:
+    """Return what of the pod matches the rule, as the message of the Job's condition names it."""
+    where, status = f"{pod['metadata']['namespace']}/{pod['metadata']['name']}", pod["status"]
+    if codes := rule.get("onExitCodes"):
+        for one in status.get("containerStatuses") or []:
+            code = one["state"].get("terminated", {}).get("exitCode", 0)
+            listed = (code in codes["values"]) == (codes["operator"] == "In")
+            if codes.get("containerName", one["name"]) == one["name"] and code and listed:
+                return f"Container {one['name']} for pod {where} failed with exit code {code}"
+        return None
+    for condition in status.get("conditions") or []:
+        for pattern in rule["onPodConditions"]:
+            if {**condition, **pattern} == condition:
+                return f"Pod {where} has condition {condition['type']}"
+    return None
+
+
+def job_failure(spec: dict, pods: list[dict]) -> tuple[str, str] | None:
+    """Return reason and message of the condition Failed of a Job with these pods, None without."""
+    failed = [pod for pod in pods if pod["status"]["phase"] == "Failed"]
+    for pod in failed:
+        for index, rule in enumerate(spec.get("podFailurePolicy", {}).get("rules", [])):
+            assert rule["action"] == "FailJob", "no other action is played"
+            if found := matches(rule, pod):
+                return "PodFailurePolicy", f"{found} matching FailJob rule at index {index}"
+    if len(failed) > spec.get("backoffLimit", 6):
+        return "BackoffLimitExceeded", "Job has reached the specified backoff limit"
+    return None
+
+
+def failure_action(policy: dict, reason: str, message: str) -> str:
+    """Return the action of the first rule that fits: findFirstFailedPolicyRuleAndJob, ruleIsApplicable."""
+    for rule in policy.get("rules", []):
+        reasons = rule.get("onJobFailureReasons", [])
+        patterns = rule.get("onJobFailureMessagePatterns", [])
+        if (not reasons or reason in reasons) and (
+            not patterns or any(re.search(pattern, message) for pattern in patterns)
+        ):
+            return rule["action"]
+    return "RestartJobSet"
+
+
+def jobset_failure(
+    policy: dict | None, reason: str, message: str, counted: int, job: str
+) -> tuple[str, str] | None:
+    """Return reason and message of the condition Failed of a JobSet; None where it restarts.
+
+    counted: its restarts that count towards maxRestarts.
+    """
+    first = f"(first failed job: {job})"
+    if policy is None:
+        return "FailedJobs", f"jobset failed due to one or more job failures {first}"
+    action = failure_action(policy, reason, message)
+    if action == "FailJobSet":
+        return "FailJobSetFailurePolicyAction", f"applying FailJobSet failure policy action {first}"
+    if action == RESTARTS_IGNORED or counted < policy.get("maxRestarts", 0):
+        return None
+    return (
+        "ReachedMaxRestarts",
+        f"jobset failed due to reaching max number of restarts {first}",
+    )

@@ -1,0 +1,63 @@
+"""Real trainings under torchrun whose code a test patches from outside."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from tests.conftest import environment, minimal, options
+
+# Progress is printed, MLflow is not imported: it takes seconds.
+UNTRACKED = "from vitdet.tracking import runs\nruns.has_mlflow = lambda: False\n"
+
+
+def start_ranks(
+    patch: str, tiny: Path, folder: Path, *torchrun: str, **changes: object
+) -> subprocess.Popen:
+    """Start `vitdet train` of `minimal` in folder/run by two processes; both run `patch` first.
+
+    Standard error goes to folder/log, since the processes may outlive torchrun.
+    """
+    script = folder / "patched.py"
+    script.write_text(f"import os, time\n{patch}\nfrom vitdet.cli import main\nmain()\n")
+    with open(folder / "log", "w") as log:
+        return subprocess.Popen(
+            [
+                *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
+                *("--nproc-per-node=2", *torchrun, str(script)),
+                *("train", "tiny", *options(minimal(tiny, **changes)), "--output", "run"),
+            ],
+            cwd=folder,
+            env=environment(folder),
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+        )
+
+
+def wait_for_log(folder: Path, text: str, process: subprocess.Popen, seconds: float = 120) -> str:
+    """Wait until the log holds this text; returns the log."""
+    end = time.monotonic() + seconds
+    while True:
+        ended = process.poll() is not None
+        log = (folder / "log").read_text()
+        if text in log:
+            return log
+        assert not ended and time.monotonic() < end, f"no {text!r} in:\n{log}"
+        time.sleep(0.05)
+
+
+def processes_of(folder: Path) -> list[int]:
+    """Return the processes whose command names the patched script of this folder, or that it forked."""
+    found = []
+    for pid in filter(str.isdigit, os.listdir("/proc")):
+        try:
+            command = Path(f"/proc/{pid}/cmdline").read_bytes().decode().split("\0")
+        except OSError:  # it has ended
+            continue
+        if str(folder / "patched.py") in command:
+            found.append(int(pid))
+    return found

@@ -1,0 +1,224 @@
+"""Failures of a job by their cause: disruptions are not counted, errors are, memory ends the job."""
+
+from __future__ import annotations
+
+import pytest
+
+from components.launcher.restarts import Restarts, is_disruption
+from components.launcher.status import failure_reason
+from tests.test_following import RUNNING, Record, follow, unschedulable
+from tests.test_launcher import OWNER, ended, filled, pod
+
+NODE_LOST = {"type": "DisruptionTarget", "status": "True", "reason": "DeletionByTaintManager"}
+
+
+def crashed(name: str, times: int, code: int = 1, reason: str = "Error") -> dict:
+    """A pod whose container was restarted in place."""
+    return pod(name, container={**ended(code, reason, key="lastState"), "restartCount": times})
+
+
+def lost(name: str, uid: str = "") -> dict:
+    """A pod that its node took along, with a condition as of Kubernetes 1.26."""
+    found = pod(name, "Failed", container=ended(143), conditions=[NODE_LOST])
+    found["metadata"]["uid"] = uid or name
+    return found
+
+
+def named(name: str, uid: str) -> dict:
+    found = pod(name)
+    found["metadata"]["uid"] = uid
+    return found
+
+
+def counted(*looks: list[dict], step: float = 5.0) -> Restarts:
+    """The count after the pods were seen like this, `step` seconds apart."""
+    restarts = Restarts()
+    for number, pods in enumerate(looks):
+        for one in pods:
+            restarts.observe(one, "pytorch", number * step)
+        restarts.complete_look(pods, 2, number * step)
+    return restarts
+
+
+HEALTHY = [pod("m"), pod("w")]
+
+
+def test_one_error_that_ends_all_pods_counts_once() -> None:
+    found = counted(HEALTHY, [crashed("m", 1), pod("w")], [crashed("m", 1), crashed("w", 1)])
+    assert (found.errors, found.disruptions) == (1, 0)
+
+
+def test_an_error_counts_again_after_each_restart_also_between_two_looks() -> None:
+    looks = [[crashed("m", times), crashed("w", times)] for times in (1, 2, 5)]
+    assert counted(HEALTHY, *looks).errors == 5
+
+
+def test_a_lost_node_that_is_reported_minutes_after_its_peers_failed_is_no_error() -> None:
+    failed = [crashed("m", 1), pod("w")]
+    found = counted(HEALTHY, failed, [crashed("m", 1), lost("w")], step=240)
+    assert (found.errors, found.disruptions) == (0, 1)
+    # the same pod: its container failed before its node was declared lost
+    found = counted(HEALTHY, [pod("m"), pod("w", "Failed", container=ended(143))], [lost("w")])
+    assert found.errors == 0
+
+
+def test_a_node_that_does_not_respond_is_a_disruption_before_its_pods_are_evicted() -> None:
+    silent = pod("w", container={"state": {"running": {}}, "ready": True})
+    silent["status"]["conditions"] = [{"type": "Ready", "status": "False"}]
+    found = counted(HEALTHY, [crashed("m", 1), silent])
+    assert (found.errors, found.disruptions) == (0, 1)
+    starting = pod("w", container={"state": {"running": {}}, "ready": False})
+    starting["status"]["conditions"] = [{"type": "Ready", "status": "False"}]
+    assert counted(HEALTHY, [crashed("m", 1), starting]).errors == 1
+
+
+def test_a_pod_that_is_replaced_without_a_failure_was_deleted_with_its_node() -> None:
+    found = counted(HEALTHY, [crashed("m", 1), named("w", "second")])
+    assert (found.errors, found.disruptions) == (0, 1)
+    assert counted(HEALTHY, [pod("m")]).disruptions == 1
+
+
+def test_pods_that_wait_for_a_lost_one_and_fail_again_and_again_are_no_errors() -> None:
+    looks = [
+        HEALTHY,
+        [crashed("m", 1), lost("w")],
+        *([crashed("m", times), unschedulable("w")] for times in range(1, 9)),
+    ]
+    found = counted(*looks, step=700)
+    assert found.errors == 0
+    found = counted(*looks, [crashed("m", 8), named("w", "new")], [crashed("m", 9)], step=700)
+    assert found.errors == 0  # w is gone again
+
+
+def test_two_errors_that_are_far_apart_are_two() -> None:
+    assert (
+        counted(
+            HEALTHY, [crashed("m", 1), pod("w")], [crashed("m", 1), crashed("w", 1)], step=700
+        ).errors
+        == 2
+    )
+
+
+def test_many_evictions_are_no_error() -> None:
+    looks = [HEALTHY]
+    for number in range(50):
+        uid = f"w{number}"
+        looks += [
+            [crashed("m", number + 1), lost("w", uid)],
+            [crashed("m", number + 1), named("w", f"w{number + 1}")],
+        ]
+    found = counted(*looks, step=120)
+    assert found.errors == 0 and found.disruptions >= 10
+
+
+@pytest.mark.parametrize(
+    ("status", "disruption"),
+    [
+        ({"reason": "Evicted", "message": "The node was low on resource: memory."}, True),
+        (
+            {"reason": "Evicted", "message": 'EmptyDir volume "tmp" exceeds the limit "20Gi".'},
+            False,
+        ),
+        ({"reason": "NodeLost"}, True),
+        ({"reason": "NodeShutdown"}, True),
+        (
+            {"reason": "Terminated", "message": "Pod was terminated in response to node shutdown"},
+            True,
+        ),
+        ({"reason": "Preempting"}, True),
+        ({"reason": "OutOfnvidia.com/gpu"}, True),
+        ({"reason": "UnexpectedAdmissionError"}, True),
+        ({"reason": "DeadlineExceeded"}, False),
+        ({"conditions": [NODE_LOST]}, True),
+        ({"conditions": [{**NODE_LOST, "status": "False"}]}, False),
+    ],
+)
+def test_what_ends_a_pod_from_outside_is_a_disruption(status: dict, disruption: bool) -> None:
+    failed = pod(phase="Failed", container=ended(137), **status)
+    assert is_disruption(failure_reason(failed), failed) == disruption
+
+
+@pytest.mark.parametrize(
+    ("ended_at", "disruption"), [("2026-01-01T00:00:05Z", True), ("2026-01-01T00:00:01Z", False)]
+)
+def test_a_pod_that_ends_because_it_is_deleted_is_not_one_that_is_deleted_because_it_failed(
+    ended_at: str, disruption: bool
+) -> None:
+    failed = pod(phase="Failed", container=ended(1, when=ended_at))
+    failed["metadata"] |= {
+        "deletionTimestamp": "2026-01-01T00:00:33Z",
+        "deletionGracePeriodSeconds": 30,
+    }
+    assert is_disruption(failure_reason(failed), failed) == disruption
+
+
+def limited(restarts: str = "2") -> dict:
+    job = filled(owner=OWNER)
+    job["metadata"]["annotations"] = {"vitdet/restarts": restarts}
+    return job
+
+
+def test_a_job_ends_after_the_errors_that_its_file_allows() -> None:
+    looks = [(RUNNING, [crashed("m", times), pod("w")]) for times in range(6)]
+    record = Record((RUNNING, HEALTHY), *looks)
+    record.logs["m previous"] = ["2026-01-01T00:00:00Z ValueError: bad image"]
+    lines, error = follow(record, limited())
+    assert error.startswith("PyTorchJob vitdet-tiny-1 has failed 3 times\ncause: pod m on node n1")
+    assert error.endswith("ValueError: bad image; it is suspended")
+    assert record.asked == ["create", "halt"] and record.annotations["vitdet/errors"] == "3"
+    assert "launcher: 1 errors; the job ends after 3" in lines
+
+
+def test_errors_between_two_looks_count_too() -> None:
+    record = Record((RUNNING, HEALTHY), (RUNNING, [crashed("m", 3), pod("w")]))
+    record.flicker = [crashed("m", 1), crashed("m", 2), crashed("m", 3)]
+    assert "has failed 3 times" in follow(record, limited())[1]
+
+
+def test_the_next_launcher_goes_on_counting() -> None:
+    there = {
+        "metadata": {**limited()["metadata"], "annotations": {"vitdet/errors": "2"}},
+        **RUNNING,
+    }
+    looks = [(RUNNING, [crashed("m", times), pod("w")]) for times in (4, 5)]
+    record = Record(*looks, there=there)
+    assert follow(record, limited())[1].startswith("PyTorchJob vitdet-tiny-1 has failed 3 times")
+
+
+@pytest.mark.parametrize(
+    ("failed", "log", "advice"),
+    [
+        (crashed("w", 1, 137, "OOMKilled"), "step 5", "raise the memory limit of the pods"),
+        (
+            crashed("w", 1),
+            "[rank3]:torch.OutOfMemoryError: CUDA out of memory.",
+            "too many images for the memory of a GPU",
+        ),
+    ],
+)
+def test_lack_of_memory_is_not_retried_and_says_what_to_change(
+    failed: dict, log: str, advice: str
+) -> None:
+    record = Record((RUNNING, HEALTHY), (RUNNING, [pod("m"), failed]))
+    record.logs["w previous"] = [f"2026-01-01T00:00:00Z {log}"]
+    _, error = follow(record, limited("100"))
+    assert f"ran out of memory: {advice}" in error
+    assert record.asked == ["create", "halt"]
+
+
+def test_a_training_that_has_run_waits_for_a_lost_node_as_long_as_its_deadline() -> None:
+    waiting = (RUNNING, [pod("m"), unschedulable("w")])
+    record = Record((RUNNING, HEALTHY), *[waiting] * 50, (RUNNING, HEALTHY), ({"status": {}}, []))
+    record.looks[-1] = (
+        {**RUNNING, "status": {"conditions": [{"type": "Succeeded", "status": "True"}]}},
+        [],
+    )
+    lines, error = follow(record)
+    assert error == "" and record.annotations["vitdet/started"] == "true"
+    (told,) = [line for line in lines if "Unschedulable" in line]
+    assert told.startswith(
+        "launcher: PyTorchJob vitdet-tiny-1 lost a pod, waiting for another: pod w"
+    )
+    # before all pods have run together, an hour is enough (in these tests: 0.1 s)
+    _, error = follow(Record((RUNNING, [pod("m"), unschedulable("w")])))
+    assert "cannot start" in error

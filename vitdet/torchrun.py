@@ -1,0 +1,45 @@
+"""What a process must know about the torchrun that started it before it imports torch, which takes seconds."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import socket
+import sys
+
+PR_SET_PDEATHSIG = 1  # of prctl(2)
+
+
+def is_worker() -> bool:
+    """Return whether torchrun started this process."""
+    return "TORCHELASTIC_RUN_ID" in os.environ
+
+
+def world_size() -> int:
+    """Return the number of processes that torchrun started on all nodes, 1 without it."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def end_with_torchrun() -> None:
+    """Let the kernel send SIGTERM to this process when torchrun ends without ending it, as by SIGKILL.
+
+    Without a handler SIGTERM ends the process, also while it imports torch or joins the others; with
+    the handler of `vitdet.training.stop` the training saves its state. The signal is sent when the
+    thread that started this process ends; torchrun starts its processes in its main thread. Only
+    Linux has it; elsewhere `vitdet.training.watchdog` notices another parent later.
+
+    Exits if torchrun ended before this call: then the store that it serves refuses connections.
+    """
+    if not is_worker() or sys.platform != "linux":
+        return
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+    # On other nodes the store belongs to the torchrun of the first one.
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        try:
+            address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+            socket.create_connection(address, timeout=10).close()
+        except ConnectionRefusedError:
+            sys.exit("vitdet: the torchrun that started this process has ended")
+        except OSError:
+            pass  # the network's matter: joining has a limit of its own

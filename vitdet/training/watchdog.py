@@ -1,0 +1,274 @@
+"""Watchdog of the ranks of a training: when one of them stops answering, names it and ends all, so that torchrun
+starts them again.
+
+The main thread of each rank notes where it is, as a step and a `Stage`; a thread of its own publishes
+that every INTERVAL seconds in the store that torchrun serves, and reads the others'. The rank that is
+furthest behind is the one that the others wait for. When it has been where it is for longer than the
+limit of that stage, every rank writes its Python stacks and exits. A rank whose publications stop
+(a lost node, a stopped process, a call that holds the interpreter's lock) is named too, with its last
+place; its stacks are written by faulthandler, which needs no lock, as long as the process runs.
+
+Slow is not stuck: a limit is at least three times what the previous step or batch took, and the stages
+that may take long, such as the first step or the comparison of LVIS's detections, have LONG.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import json
+import os
+import signal
+import socket
+import tempfile
+import threading
+import time
+import uuid
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, replace
+from datetime import timedelta
+from enum import IntEnum
+
+from vitdet import distributed
+from vitdet.training.stop import Stop, Stopped
+
+INTERVAL = 5.0  # seconds between two publications
+LIMIT = 240.0  # seconds without progress, and without a publication
+LONG = distributed.PATIENCE.total_seconds()
+ANSWER = 15.0  # seconds that the others have to write their stacks
+
+
+class Stage(IntEnum):
+    """What a rank does, in the order within a step."""
+
+    PREPARING = 0  # reading the data, building the model
+    LOADING = 1
+    COMPUTING = 2
+    EXCHANGING = 3  # the backward pass, which averages the gradients of all ranks
+    SAVING = 4
+    EVALUATING = 5
+    COMPARING = 6  # detections and ground truth, by rank 0
+    FINISHING = 7
+    WAITING = 8  # for the other ranks, in a collective
+
+
+@dataclass(frozen=True)
+class Beat:
+    """What a rank publishes: where it is, for how many seconds, and how many it may."""
+
+    step: int
+    stage: Stage
+    age: float
+    limit: float
+    host: str = ""
+    pid: int = 0
+    number: int = 0  # of the publication
+    received: int = 0  # signal
+    doing: str = ""
+    done: bool = False
+    silent: float = 0.0  # seconds since it was published, by the clock of the reader
+
+    @property
+    def place(self) -> tuple[int, int]:
+        """The order of the ranks: the smallest is the furthest behind."""
+        return self.step, self.stage
+
+    def __str__(self) -> str:
+        text = f"{self.host}, pid {self.pid}: step {self.step}, {self.doing or self.stage.name.lower()}"
+        text += f" for {self.age + self.silent:.0f} s"
+        return f"{text}, last heard of {self.silent:.0f} s ago" if self.silent > LIMIT else text
+
+
+def stalled(beats: Mapping[int, Beat]) -> list[int]:
+    """Return the ranks that keep the others waiting for longer than they may."""
+    running = {rank: beat for rank, beat in beats.items() if not beat.done}
+    if silent := [rank for rank, beat in running.items() if beat.silent > LIMIT]:
+        return silent
+    place = min((beat.place for beat in running.values()), default=None)
+    behind = {rank: beat for rank, beat in running.items() if beat.place == place}
+    late = all(beat.age + beat.silent > beat.limit for beat in behind.values())
+    return list(behind) if late else []
+
+
+class Watchdog:
+    """See the module; `at` is the main thread's, the rest belongs to the thread of its own."""
+
+    def __init__(self, stop: Stop) -> None:
+        self._stop, self._parent = stop, os.getppid()
+        self._place = (0, Stage.PREPARING, LONG, time.monotonic())
+        self._round = (Stage.PREPARING, time.monotonic())  # what repeats itself, and when it began
+        self._paces: dict[Stage, float] = {}  # seconds that it took the last time
+        self._beats: dict[int, Beat] = {}
+        self._heard: dict[int, float] = {}  # when the last publication of each rank was new
+        self._number, self._orphaned = 0, 0.0
+        self._rank, self._size, self._shared, self._start = 0, 1, False, ""
+        self._end = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="watchdog", daemon=True)
+
+    def start(self) -> None:
+        """Start to watch; all ranks do at once."""
+        self._rank, self._size = distributed.rank(), distributed.world_size()
+        self._shared = distributed.has_joined()
+        # torchrun's store also has what the processes before a restart published
+        self._start = distributed.from_first(lambda: uuid.uuid4().hex)
+        self._heard = dict.fromkeys(range(self._size), time.monotonic())
+        self._thread.start()
+
+    def at(self, step: int, stage: Stage, limit: float = 0.0) -> None:
+        """Note the progress of the main thread; limit: if it may take longer than LIMIT."""
+        now = time.monotonic()
+        if stage not in (Stage.COMPUTING, Stage.EXCHANGING):  # these are parts of a step
+            before, began = self._round
+            self._paces[before] = now - began
+            self._round = stage, now
+        pace = self._paces.get(self._round[0], 0.0)
+        self._place = step, stage, max(limit, LIMIT, 3 * pace), now
+
+    def finish(self) -> None:
+        """Stop watching; the others are told that this rank needs nobody any more."""
+        self._end.set()
+        if self._thread.is_alive():
+            self._thread.join(2 * INTERVAL)
+
+    def beat(self) -> Beat:
+        """Return where the main thread is now."""
+        step, stage, limit, since = self._place
+        name, changed = distributed.collective()
+        age = time.monotonic() - max(since, changed)
+        if name:
+            stage, limit = Stage.WAITING, LONG
+        return Beat(
+            step,
+            stage,
+            age,
+            limit,
+            socket.gethostname(),
+            os.getpid(),
+            self._number,
+            self._stop.received,
+            f"waiting for the other ranks in a {name}" if name else "",
+            self._end.is_set(),
+        )
+
+    def _run(self) -> None:
+        store, last = None, time.monotonic()
+        answered = last
+        while not self._end.wait(INTERVAL):
+            now = time.monotonic()
+            if now - last > LIMIT / 2:  # it was frozen itself, maybe with all the others
+                answered = now
+                self._heard = dict.fromkeys(self._heard, now)
+            self._watch_parent(now)
+            try:
+                if self._shared and not self._orphaned:  # the store went with torchrun
+                    faulthandler.dump_traceback_later(LIMIT, file=2)
+                    store = store or distributed.connect(
+                        self._start, timedelta(seconds=3 * INTERVAL)
+                    )
+                    self._exchange(store)
+                    answered = time.monotonic()
+            except RuntimeError as error:  # torch's, of the network
+                store = None
+                if time.monotonic() - answered > LIMIT:
+                    self._give_up(None, f"the store of rank 0's node does not answer: {error}")
+            last = time.monotonic()
+        if self._shared:
+            faulthandler.cancel_dump_traceback_later()
+        with suppress(RuntimeError):  # that of another node may have ended
+            if store is not None and not self._orphaned:
+                self._publish(store)
+
+    def _watch_parent(self, now: float) -> None:
+        """The death of torchrun counts as SIGTERM: it cannot pass a SIGKILL on."""
+        started = (
+            self._size > 1 or distributed.by_torchrun()
+        )  # by a launcher; alone it may outlive it
+        if not started or os.getppid() == self._parent:
+            return
+        self._stop.received = self._stop.received or signal.SIGTERM
+        self._orphaned = self._orphaned or now
+        if now - self._orphaned > LIMIT:
+            self._give_up(
+                None, "torchrun has ended, and this training did not come to a point to stop at"
+            )
+
+    def _publish(self, store: distributed.Store) -> None:
+        self._number += 1
+        store.set(f"beat {self._rank}", json.dumps(asdict(self.beat())))
+
+    def _exchange(self, store: distributed.Store) -> None:
+        self._publish(store)
+        now = time.monotonic()
+        keys = [f"beat {rank}" for rank in range(self._size)]
+        present = [
+            rank for rank in range(self._size) if self._number_of(rank) or store.check([keys[rank]])
+        ]
+        for rank, content in zip(
+            present, store.multi_get([keys[rank] for rank in present]), strict=True
+        ):
+            values = json.loads(content)
+            beat = Beat(**values | {"stage": Stage(values["stage"])})
+            if beat.number != self._number_of(rank):
+                self._heard[rank], self._beats[rank] = now, beat
+        for rank, heard in self._heard.items():
+            beat = self._beats.get(rank, Beat(0, Stage.PREPARING, 0.0, LONG, doing="starting"))
+            self._beats[rank] = replace(beat, silent=now - heard)
+        signals = [beat.received for beat in self._beats.values()]
+        self._stop.received = self._stop.received or max(signals)
+        if store.check(["verdict"]):
+            self._give_up(store, "")
+        elif late := stalled(self._beats):
+            first = store.add("verdict", 1) == 1
+            self._give_up(store, self._verdict(late) if first else "")
+
+    def _number_of(self, rank: int) -> int:
+        return self._beats[rank].number if rank in self._beats else 0
+
+    def _verdict(self, late: list[int]) -> str:
+        names = ", ".join(f"rank {rank} ({self._beats[rank]})" for rank in late)
+        others = [f"rank {rank}: {beat}" for rank, beat in self._beats.items() if rank not in late]
+        return "\n".join(
+            [
+                f"no progress: {names}; ending all ranks, which torchrun starts again from the last "
+                "state if restarts are left",
+                *others,
+            ]
+        )
+
+    def _give_up(self, store: distributed.Store | None, message: str) -> None:
+        """Write the message and this rank's stacks, wait for the others to do so, and exit."""
+        lines = [f"vitdet: {message}\n"] if message else []
+        # as torch marks an error's: all ranks may share standard error
+        lines += [f"[rank{self._rank}]: {line}\n" for line in _stacks().splitlines()]
+        if record := distributed.flight_record():
+            lines.append(f"[rank{self._rank}]: NCCL's collectives in flight: {record}\n")
+        os.write(2, "".join(lines).encode())
+        with suppress(RuntimeError):  # some may not answer
+            if store is not None:
+                store.set(f"written {self._rank}", "")
+                answering = [rank for rank, beat in self._beats.items() if beat.silent <= LIMIT]
+                store.wait([f"written {rank}" for rank in answering], timedelta(seconds=ANSWER))
+        os._exit(1)
+
+
+@contextmanager
+def watching(stop: Stop) -> Iterator[Watchdog]:
+    """Within it the ranks are watched, after torchrun started them."""
+    watchdog = Watchdog(stop)
+    if distributed.by_torchrun() or distributed.has_joined():
+        watchdog.start()
+    try:
+        yield watchdog
+    except Stopped:
+        watchdog.finish()
+        raise
+    # Not after another error: the others then wait for this rank in vain, and are to notice.
+    watchdog.finish()
+
+
+def _stacks() -> str:
+    """The Python stacks of all threads."""
+    with tempfile.TemporaryFile("w+") as file:
+        faulthandler.dump_traceback(file)
+        file.seek(0)
+        return file.read()
