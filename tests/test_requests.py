@@ -58,6 +58,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
             "experiments/get-by-name": {"experiment": EXPERIMENT},
             "runs/search": {"runs": self.server.runs},
             "runs/create": RUN,
+            "runs/log-batch": {},
+            "metrics/get-history": {"metrics": []},
         }
         code, body, headers = answer or (200, bodies[path], {})
         content = json.dumps(body).encode()
@@ -232,3 +234,15 @@ def test_the_tracker_of_a_training_does_not_repeat_requests_itself(
         {"start": {"experiment": "e", "name": "n", "params": {}, "tags": {}, "dataset": {}}}
     )
     assert not shipper.deliver() and server.asked == ["experiments/get-by-name"]
+
+
+def test_values_of_an_evaluation_are_sent_when_the_server_is_back(
+    tmp_path: Path, server: Server, slept: list[float], caplog: pytest.LogCaptureFixture
+) -> None:
+    server.plan["experiments/get-by-name"] = [(503, {}, {}), "cut"]
+    start = {"experiment": "e", "name": "n", "params": {}, "tags": {}, "dataset": {}}
+    journal = tracking.find(tmp_path, None)
+    journal.append({"start": start})
+    run_id = tracking.log_metrics(journal.run_id, server.uri, tmp_path, {"box_ap": 1.0}, 1)
+    assert run_id == "1" * 32 and not journal.waiting()
+    assert server.asked.count("runs/log-batch") == 1 and len(waits(caplog)) == 2

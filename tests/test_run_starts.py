@@ -60,25 +60,27 @@ def silent() -> Iterator[tuple[str, threading.Event]]:
         server.shutdown()
 
 
-def test_a_server_that_does_not_answer_holds_up_neither_the_start_nor_a_stop(
-    tmp_path: Path, silent: tuple[str, threading.Event], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("status", ["KILLED", "FINISHED"])
+def test_a_server_that_does_not_answer_holds_up_neither_the_start_nor_the_end(
+    tmp_path: Path,
+    silent: tuple[str, threading.Event],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    status: str,
 ) -> None:
-    """Only the waits that are asked for: the server does not answer while the tracker is open."""
-    waits = []
+    """It does not answer while the tracker is open, and nothing waits for that."""
     monkeypatch.setattr(tracking, "START_SECONDS", 0.2)
     monkeypatch.setattr(tracking, "STOP_SECONDS", 0.2)
-    join = threading.Thread.join
-    monkeypatch.setattr(
-        threading.Thread, "join", lambda *given: (waits.append(given[1:]), join(*given))
-    )
+    monkeypatch.setattr(tracking, "CLOSE_SECONDS", 600.0)
     uri, answering = silent
     tracker = start(tmp_path, uri)
     assert tracker.run_id.startswith("pending-")
     tracker.log({"loss": 1.0}, 1)
-    tracker.close("KILLED")
-    assert not answering.is_set() and waits == [(0.2,)]
+    tracker.close(status)
+    assert tracker._thread.is_alive() and not answering.is_set()
     (journal,) = journals(tmp_path)
-    assert journal.waiting() and journal.state()[0]["end"] == "KILLED"
+    assert journal.waiting() and journal.state()[0]["end"] == status
+    assert "the same command sends them" in caplog.text
 
 
 @pytest.mark.parametrize("status", [None, "FAILED"])

@@ -34,8 +34,8 @@ log = logging.getLogger(__name__)
 
 SHIP_SECONDS = 3.0  # between shipments
 BACK_OFF_SECONDS = 30.0  # longest pause after failures
-# Longest waits for a server: before the first step, at the end, and after SIGTERM or an error. What is not shipped by
-# then stays in the journal.
+# Longest waits for a server: before the first step, at the end while it takes something, and at the end while it does not,
+# or after SIGTERM or an error. What is not shipped by then stays in the journal.
 START_SECONDS = 2.5
 CLOSE_SECONDS = 20.0
 STOP_SECONDS = 3.0
@@ -91,8 +91,23 @@ class MLflowTracker(Tracker):
             again = last.get("end") == status  # a finished run that was opened again
             ended = {"ended": last.get("ended", last["time"])} if again else {}
             self._journal.append({"end": status, **ended})
+            self._shipper.moved = time.monotonic()
             self._closing.set()
-            self._thread.join(self._limit)
+            if not self._wait():
+                log.warning(
+                    "tracking: the last values wait in %s; the same command sends them",
+                    self._journal.path,
+                )
+
+    def _wait(self) -> bool:
+        """Wait for the thread while the server takes something every STOP_SECONDS; whether it has ended."""
+        now = time.monotonic()
+        end = now + self._limit
+        stall = self._limit if self._shipper.uri.startswith("sqlite:") else STOP_SECONDS
+        while self._thread.is_alive() and (left := min(end, self._shipper.moved + stall) - now) > 0:
+            self._thread.join(left)
+            now = time.monotonic()
+        return not self._thread.is_alive()
 
     def _resumed(self) -> None:
         if self._resume:
@@ -205,7 +220,9 @@ def log_metrics(
     )
     for path, place in (artifacts or {}).items():
         journal.append_file(path, place)
-    _Shipper(journal, tracking_uri(uri, folder)).deliver(CLOSE_SECONDS)
+    server = tracking_uri(uri, folder)
+    with repeating(server):
+        _Shipper(journal, server).deliver(CLOSE_SECONDS)
     return journal.run_id
 
 
@@ -230,7 +247,7 @@ def connect(run_id: str | None, uri: str, folder: Path) -> tuple[MlflowClient, s
     shipper = _Shipper(find(folder, run_id), uri)
     with repeating(uri):
         shipper.attach(client)
-    shipper.deliver(CLOSE_SECONDS)
+        shipper.deliver(CLOSE_SECONDS)
     return repeated, shipper.journal.run_id
 
 
@@ -269,6 +286,7 @@ class _Shipper:
         self._held: dict[str, dict[int, float]] | None = {}
         self._refused: set[str] = set()  # names that the server does not take
         self._answers = True
+        self.moved = time.monotonic()  # when the server last took something
 
     def deliver(self, seconds: float = 0.0) -> bool:
         """Ships what waits, trying again for so many seconds; False, and once a warning, where lines are left."""
@@ -309,6 +327,7 @@ class _Shipper:
         for records, end in self.journal.batches(BATCH):
             self._send(client, run_id, records)
             self.journal.move(run_id, end)
+            self.moved = time.monotonic()
 
     def _known(self, client: MlflowClient) -> str | None:
         run_id, _ = self.journal.cursor()
