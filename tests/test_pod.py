@@ -21,6 +21,7 @@ import json, os
 
 def launch(**asked):
     asked["finished"] = asked["finished"]()  # whether the training is complete
+    asked["check_processes"] = asked["check_processes"](2)
     with open(os.environ["CALLS"], "w") as file:
         json.dump(asked, file)
 """
@@ -32,6 +33,9 @@ def train_argv(settings, name, data, workspace, run_id):
 
 def logs_folder(workspace, name, run_id):
     return f"{workspace}/{name}/logs"
+
+def check_processes(settings, name, processes):
+    return f"{name} on {processes}"
 
 def is_trained(workspace, name, run_id):
     return False
@@ -121,6 +125,7 @@ def test_a_pod_can_run_what_was_compiled(tmp_path: Path) -> None:
         "image": "i:1",
         "workspace": "/data",
         "finished": False,
+        "check_processes": "tiny on 2",
         "logs": "/data/tiny/logs",
     }
     assert config == {

@@ -79,6 +79,15 @@ def test_a_rank_that_a_signal_ended_comes_before_those_that_lost_it() -> None:
     assert str(ranks.first_failure()) == "first to fail: rank 3 (pod w-0): ended by signal 9"
 
 
+def test_a_rank_that_does_not_answer_is_named_by_another() -> None:
+    ranks = RankLogs()
+    ranks.add("w", stamped(1, "[rank1]:step 1"), False)
+    ranks.add("m", stamped(9, "[rank0]:vitdet: no progress: rank 1 (w, pid 7: step 5)"), True)
+    assert str(ranks.first_failure()).startswith(
+        "first to fail: rank 1 (pod w): vitdet: no progress"
+    )
+
+
 def test_ranks_that_torchrun_ended_are_not_the_first() -> None:
     ranks = RankLogs()
     ranks.add("w", stamped(9, *(line.replace(": -9", ": -15") for line in SUMMARY)), False)

@@ -257,6 +257,14 @@ def train_argv(settings: str, name: str, data: str, workspace: str, run_id: str)
     return ["train", str(file), *(str(word) for pair in options.items() for word in pair)]
 
 
+def check_processes(settings: str, name: str, processes: int) -> None:
+    """Raise ValueError if this number of processes cannot share a batch of the training."""
+    from vitdet.data.samplers import check_batch_size
+
+    batch_size = load_config(Path(settings) / f"{name}.yaml").train.batch_size
+    check_batch_size(batch_size, processes)
+
+
 def is_trained(workspace: str, name: str, run_id: str) -> bool:
     """Whether this training is complete, as when only the end of its step was lost."""
     return (training_folder(workspace, name, run_id) / "model.pt").is_file()

@@ -24,6 +24,8 @@ PREFIX = re.compile(r"\[rank(\d+)\]:")
 ERROR = re.compile(
     r"Traceback \(most recent call last\)|vitdet: |Fatal Python error|terminate called"
 )
+# The message of vitdet/training/watchdog.py
+STALLED = re.compile(r"no progress: rank (\d+)")
 # A failure in torchrun's summary (torch/distributed/elastic/multiprocessing/errors)
 SUMMARY = re.compile(r"^  (time|rank|exitcode)\s*: (\S+)")
 OUT_OF_GPU_MEMORY = re.compile(r"OutOfMemoryError|CUDA out of memory")
@@ -138,9 +140,14 @@ class RankLogs:
                 continue
             texts = [line for line in lines if line.time > since]
             start = next((n for n, line in enumerate(texts) if ERROR.match(line.text)), None)
-            if start is not None:
-                error = error_text([line.text for line in texts[start:]])
-                failures.append(Failure(source, self.pods[source], texts[start].time, error))
+            if start is None:
+                continue
+            error = error_text([line.text for line in texts[start:]])
+            # any rank may write that another one does not answer
+            stalled = STALLED.search(error)
+            rank = f"rank {stalled[1]}" if stalled else source
+            pod = self.pods.get(rank, self.pods[source])
+            failures.append(Failure(rank, pod, texts[start].time, error))
         return failures
 
     def summaries(self, since: str) -> list[Failure]:
