@@ -223,3 +223,17 @@ def test_a_mirror_keeps_the_path() -> None:
     for mirror in ("inside", "ftp://inside", "/mnt/weights"):
         with pytest.raises(ValueError, match=f"--mirror {mirror}: expected an address"):
             mirrored(url, mirror)
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_a_server_that_never_ends_is_left_after_the_last_byte(
+    web: Web, load: Load, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, known: bool
+) -> None:
+    """Without a Content-Length; whether the size of the file is known or not."""
+    monkeypatch.setattr("vitdet.datasets.download.LARGEST", 50_000)
+    web.content = b"x" * 5_000_000
+    size, most = (1000, "1,000") if known else (None, "50,000")
+    with pytest.raises(ValueError, match=f"sends more than the (expected )?{most} bytes"):
+        load(file(length=False), size=size)
+    assert len(web.asked) == 1 and web.sent < 5_000_000
+    assert (tmp_path / "part").stat().st_size == 0

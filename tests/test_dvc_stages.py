@@ -29,7 +29,9 @@ IRRELEVANT = {
         "vitdet/data/protocol.py",
         "vitdet/evaluation",
         "vitdet/files.py",
+        "vitdet/locks.py",
         "vitdet/predictor.py",
+        "vitdet/ranges.py",
         "vitdet/tracking/tracker.py",
         "vitdet/visualize.py",
         "vitdet/weights/__init__.py",
@@ -40,6 +42,8 @@ IRRELEVANT = {
         "vitdet/data/fingerprint.py",
         "vitdet/data/samplers.py",
         "vitdet/files.py",
+        "vitdet/locks.py",
+        "vitdet/ranges.py",
     },
 }
 

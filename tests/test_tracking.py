@@ -295,7 +295,10 @@ def test_a_run_that_the_server_lost_is_made_again(tmp_path: Path, store: str) ->
     assert points(store, again.run_id, "loss") == once(range(2))
 
 
-def test_connect_names_what_is_missing(tmp_path: Path, store: str) -> None:
+def test_connect_names_what_is_missing(
+    tmp_path: Path, store: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("vitdet.tracking.requests.TRIES", 2)
     with pytest.raises(ConnectionError, match="no answer from MLflow"):
         tracking.connect("1" * 32, "http://127.0.0.1:9", tmp_path)
     with pytest.raises(LookupError, match="has no such run"):

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import errno
-import fcntl
 import json
 import pickle
 import re
 import zipfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from vitdet.config import Config, from_dict
-from vitdet.files import write_json, written
+from vitdet.files import damaged_record, remove_abandoned, write_json, written
+from vitdet.locks import locked
 from vitdet.models import Detector, build_detector
 
 FORMAT = "vitdet detector, version 1"
@@ -42,27 +42,30 @@ def save(path: Path, content: dict) -> None:
         raise _unwritten(path, cause) from error
 
 
-def load(path: Path, *expected: str) -> dict:
+def load(path: Path, *expected: str, verify: bool = True) -> dict:
     """Reads a file of ours without running code from it; its tensors are read when they are first looked at.
 
-    Raises FileNotFoundError, and ValueError when it is cut off or something else than one of `expected`.
+    verify: compare the content with its checksums. Raises FileNotFoundError, and ValueError when it is cut off, damaged or
+    something else than one of `expected`.
     """
     if not path.is_file():
         raise FileNotFoundError(
             f"{path}: no such checkpoint; expected the model.pt that `vitdet train` wrote"
         )
-    if not zipfile.is_zipfile(path):
+    if not _is_zip(path):
         raise ValueError(
             f"{path}: not a whole vitdet checkpoint (it was cut off, or is another kind of file)"
         )
     try:
+        if verify and (record := damaged_record(path)):
+            raise ValueError(f"{record} differs from its checksum: the file is damaged")
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except pickle.UnpicklingError as error:
         raise ValueError(
             f"{path}: not a vitdet checkpoint (it holds other things than numbers and text, "
             "and may not run code)"
         ) from error
-    except (RuntimeError, EOFError, ValueError, LookupError, TypeError, AttributeError) as error:
+    except Exception as error:  # a damaged file raises anything
         raise ValueError(f"{path}: not a whole vitdet checkpoint ({_first_line(error)})") from error
     if not isinstance(content, dict) or content.get("format") not in expected:
         found = content.get("format") if isinstance(content, dict) else type(content).__name__
@@ -115,15 +118,15 @@ class Checkpoints:
     def locked(self) -> Iterator[None]:
         """While a process writes states here; raises ValueError in all others. The lock ends with the process."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        with open(self.folder / ".lock", "w") as file:
+        with ExitStack() as held:
             try:
-                # unlike flock, data-loader processes do not share it
-                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                held.enter_context(locked(self.folder / ".lock"))
             except BlockingIOError as error:
                 raise ValueError(
                     f"{self.folder}: another training is writing here; wait for its end or choose "
                     "another --output"
                 ) from error
+            remove_abandoned(self.folder)
             yield
 
     def save(self, step: int, content: dict) -> Path:
@@ -154,16 +157,24 @@ class Checkpoints:
             p for p in self.folder.glob("step_*.pt") if re.fullmatch(r"step_\d{8}\.pt", p.name)
         )
 
-    def latest(self) -> dict | None:
+    def latest(self, verify: bool = True) -> dict | None:
         """The newest state, or None; raises as `load` does, and says what there is to go on from without it."""
         states = self.all()
         if not states:
             return None
         try:
-            return load(states[-1], STATE, STATE_1) | _read_evaluation(states[-1])
+            state = load(states[-1], STATE, STATE_1, verify=verify)
+            return state | _read_evaluation(states[-1])
         except ValueError as error:
             rest = f"to go on from {states[-2].name}" if states[1:] else "to begin anew"
             raise ValueError(f"{error}; remove it {rest}") from error
+
+
+def _is_zip(path: Path) -> bool:
+    try:
+        return zipfile.is_zipfile(path)
+    except zipfile.BadZipFile:  # its end is damaged
+        return False
 
 
 def _evaluation_of(state: Path) -> Path:

@@ -13,31 +13,33 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
-from functools import cache, reduce
+from functools import reduce
 from itertools import pairwise
 from pathlib import Path
-from types import GenericAlias
-from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal, get_type_hints
 
 import yaml
-from msgspec import Meta, ValidationError, convert
+from msgspec import convert
 
 from vitdet.files import written
+from vitdet.ranges import (
+    Count,
+    ExperimentName,
+    Fraction,
+    Fractions,
+    ModelName,
+    NonNegative,
+    Number,
+    Positive,
+    Positives,
+    bare,
+    check,
+)
 
 RECIPES = Path(__file__).parent / "recipes"
 MANY = 16  # more names than this are not listed in an error message
 SEE_RECIPES = " (`vitdet config` lists all recipes)"
 LATER: tuple[str, ...] = ()  # settings that version 0.1 (commit dad8b8b) did not have
-
-# The description of a range completes the message "KEY must ...".
-Count = Annotated[int, Meta(ge=1, description="be at least 1")]
-Number = Annotated[int, Meta(ge=0, description="not be negative")]
-NonNegative = Annotated[float, Meta(ge=0, description="not be negative")]
-Positive = Annotated[float, Meta(gt=0, description="be above 0")]
-Positives = Annotated[tuple[Positive, ...], Meta(min_length=1, description="be above 0")]
-Fraction = Annotated[float, Meta(ge=0, le=1, description="lie between 0 and 1")]
-Fractions = Annotated[tuple[Fraction, ...], Meta(min_length=1, description="lie between 0 and 1")]
-TYPES = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
 
 
 def operational(reason: str) -> dict[str, str]:
@@ -60,7 +62,7 @@ class Section:
     def __post_init__(self) -> None:
         for name, hint in self.hints.items():
             if not is_dataclass(hint):
-                _check(self.prefix + name, hint, getattr(self, name))
+                check(self.prefix + name, hint, getattr(self, name))
 
 
 @dataclass(frozen=True)
@@ -279,7 +281,17 @@ def load_config(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Conf
     Raises ValueError for unknown recipes, settings and choices (suggesting the nearest one) and for
     values of the wrong type or out of range; FileNotFoundError for a missing file.
     """
-    return _overridden(_read(name_or_path), overrides)
+    config = _overridden(_read(name_or_path), overrides)
+    check_names(config.tracking)
+    return config
+
+
+def check_names(tracking: TrackingConfig) -> None:
+    """Raise ValueError for names that MLflow refuses; not part of the section, as old checkpoints
+    may contain such names.
+    """
+    check("tracking.experiment", ExperimentName, tracking.experiment)
+    check("tracking.model_name", ModelName, tracking.model_name)
 
 
 def override(
@@ -443,7 +455,7 @@ def _convert(kind: Any, value: Any) -> Any:
     """A value from YAML as its setting's type, if possible; the section refuses it otherwise."""
     if hints := getattr(kind, "hints", None):  # a section
         return kind(**{name: _convert(hints[name], one) for name, one in (value or {}).items()})
-    hint = _bare(kind)
+    hint = bare(kind)
     if hint is str and isinstance(value, int | float | None):
         return "" if value is None else str(value)
     with suppress(ValueError):  # also ValidationError
@@ -452,45 +464,6 @@ def _convert(kind: Any, value: Any) -> Any:
         if not isinstance(number, float) or math.isfinite(number):
             return convert(number, hint, strict=hint is bool)
     return value
-
-
-def _check(key: str, hint: Any, value: Any) -> None:
-    """Raises ValueError for a wrong type or choice, and a number out of range or not finite."""
-    bare, got = _bare(hint), list(value) if isinstance(value, tuple) else value
-    item, *rest = get_args(bare) if get_origin(bare) is tuple else (bare,)
-    if rest and isinstance(got, list) and rest in ([...], [item] * (len(got) - 1)):
-        for one in got:
-            _check(key, item, one)
-    elif not _fits(value, bare) or isinstance(value, float) and not math.isfinite(value):
-        if get_origin(bare) is Literal:
-            expected = f"one of {', '.join(get_args(bare))}"
-        elif rest:
-            count = "values" if rest == [...] else f"{1 + len(rest)} values"
-            expected = f"a list of {count}, each {TYPES[item]}"
-        else:
-            expected = TYPES[bare]
-        raise ValueError(f"{key}: expected {expected}, got {got!r}")
-    if not _fits(value, hint):
-        while get_origin(hint) is not Annotated:
-            hint = get_args(hint)[0]
-        raise ValueError(f"{key} must {hint.__metadata__[0].description}, got {got}")
-
-
-def _fits(value: object, hint: Any) -> bool:
-    with suppress(ValidationError):
-        convert(value, hint)
-        return True
-    return False
-
-
-@cache
-def _bare(hint: Any) -> Any:
-    """The type without ranges."""
-    if get_origin(hint) is Annotated:
-        hint = get_args(hint)[0]
-    if get_origin(hint) is tuple:
-        return GenericAlias(tuple, tuple(map(_bare, get_args(hint))))
-    return hint
 
 
 def _rule(holds: bool, message: str) -> None:

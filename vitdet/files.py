@@ -1,6 +1,7 @@
 """A file or folder that is whole or not there: it is written beside its place and takes its name when it is complete.
 
-A full disk or a kill so leaves the old one, and readers never see half of the new one.
+A full disk or a kill so leaves the old one, and readers never see half of the new one. What a killed process leaves
+under a temporary name is removed by the next one that writes into the folder: the name identifies the process.
 """
 
 from __future__ import annotations
@@ -8,12 +9,25 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import logging
 import os
+import re
 import shutil
+import socket
 import tempfile
+import time
+import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
+
+# .NAME.MACHINE-PID-START.tmp, also with random letters before .tmp; version 0.1: .NAME.PID.tmp
+TEMPORARY = re.compile(r"\..+\.(?:([0-9a-f]{8})-(\d+)-(\d+)(?:\.\w+)?|\d+)\.tmp")
+DEAD_SECONDS = (
+    3600  # without a write: the time after which a process on another machine counts as dead
+)
+log = logging.getLogger(__name__)
 
 
 @contextmanager
@@ -24,7 +38,8 @@ def written(path: Path, sync: bool = False) -> Iterator[Path]:
     when the machine goes down.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    _remove_once(path.parent.resolve(), os.getpid())
+    temporary = path.with_name(f".{path.name}.{writer()}.tmp")
     try:
         yield temporary
         if sync:
@@ -52,7 +67,9 @@ def _sync_folder(folder: Path) -> None:
 def written_folder(path: Path) -> Iterator[Path]:
     """The same for a folder. Raises OSError in the end where `path` is there and not an empty folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    _remove_once(path.parent.resolve(), os.getpid())
+    prefix = f".{path.name}.{writer()}."
+    temporary = Path(tempfile.mkdtemp(".tmp", prefix, path.parent))
     try:
         temporary.chmod(0o755)
         yield temporary
@@ -61,12 +78,106 @@ def written_folder(path: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+def remove_abandoned(folder: Path) -> None:
+    """Remove what killed processes left in a folder under temporary names."""
+    try:
+        with os.scandir(folder) as entries:
+            found = [Path(entry.path) for entry in entries if TEMPORARY.fullmatch(entry.name)]
+    except OSError:
+        return
+    for path in filter(is_abandoned, found):
+        log.info("%s: removed, its writer was killed", path)
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+
+
+@cache
+def _remove_once(folder: Path, _pid: int) -> None:
+    remove_abandoned(folder)
+
+
+def writer() -> str:
+    """Return an identifier of this process among those of all machines: MACHINE-PID-START."""
+    return f"{_machine()}-{os.getpid()}-{_start(os.getpid())}"
+
+
+def is_abandoned(path: Path) -> bool:
+    """Whether the process that is named in a temporary name has ended.
+
+    A process of another machine or container cannot be seen from here: it has ended if nothing was written for an hour.
+    """
+    match = TEMPORARY.fullmatch(path.name)
+    if match and match[1] == _machine():
+        return _start(int(match[2])) != match[3]
+    try:
+        newest = max(one.stat().st_mtime for one in (path, *path.rglob("*")))
+    except OSError:
+        return False  # it is being renamed or removed
+    return time.time() - newest > DEAD_SECONDS
+
+
+@cache
+def _machine() -> str:
+    """Return 8 hexadecimal digits for the processes that see each other's ids, until the machine is started again."""
+    parts = [socket.gethostname()]
+    for read in (
+        lambda: Path("/proc/sys/kernel/random/boot_id").read_text(),
+        lambda: os.readlink("/proc/self/ns/pid"),
+    ):
+        try:
+            parts.append(read())
+        except OSError:
+            continue  # not Linux
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:8]
+
+
+def _start(pid: int) -> str:
+    """Return when a process started, "" if there is none; "0" where the system does not tell."""
+    try:
+        state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        return "" if state in "ZX" else fields[18]  # a zombie writes no more
+    except OSError:
+        if Path("/proc/self/stat").exists():
+            return ""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return ""
+    except PermissionError:
+        pass
+    return "0"
+
+
 def write_json(
     path: str | Path, content: object, indent: int | None = 1, sync: bool = False
 ) -> None:
     """Writes a JSON file, whole or not at all; sync as of `written`."""
     with written(Path(path), sync) as temporary:
         temporary.write_text(json.dumps(content, indent=indent) + "\n")
+
+
+def damaged_record(path: Path) -> str | None:
+    """Return the first record of a zip archive whose content differs from its CRC-32, None if there is none.
+
+    None too if no record matches: it was written without checksums (torch.serialization.set_crc32_options). Raises
+    ValueError for a file that is no whole archive.
+    """
+    damaged, whole = [], 0
+    try:
+        with zipfile.ZipFile(path) as archive:
+            for record in archive.infolist():
+                try:
+                    with archive.open(record) as file:
+                        while file.read(1 << 20):
+                            pass
+                    whole += 1
+                except zipfile.BadZipFile:
+                    damaged.append(record.filename)
+    except Exception as error:  # a damaged header raises anything
+        raise ValueError(f"not a whole zip archive ({error})") from error
+    return damaged[0] if damaged and whole else None
 
 
 def sha256(path: str | Path) -> str:

@@ -230,14 +230,15 @@ def start_parent_run(configs: str, workspace: str, run_id: str) -> str:
     Raises ConnectionError where MLflow does not answer.
     """
     from vitdet.tracking import comparison
-    from vitdet.tracking.mlflow import tracking_uri
+    from vitdet.tracking.address import hide_credentials, tracking_uri
 
     every, folder = _configs(configs), runs_folder(workspace)
     settings = next(iter(every.values())).tracking
     parent = comparison.start_parent_run(
         run_id, list(every), uri=settings.uri, folder=folder, experiment=settings.experiment
     )
-    return f"MLflow: {tracking_uri(settings.uri, folder)}, experiment {settings.experiment}, parent run {parent}"
+    uri = hide_credentials(tracking_uri(settings.uri, folder))
+    return f"MLflow: {uri}, experiment {settings.experiment}, parent run {parent}"
 
 
 def train_argv(settings: str, name: str, data: str, workspace: str, run_id: str) -> list[str]:

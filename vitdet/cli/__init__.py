@@ -22,6 +22,7 @@ from vitdet.cli.predict import add_predict
 from vitdet.cli.register import add_register
 from vitdet.cli.train import add_train
 from vitdet.cli.weights import add_weights
+from vitdet.tracking.address import HidingFilter, hide_credentials
 
 SIGPIPE = 141  # the exit code that a shell reports for a program that this signal ended
 
@@ -41,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             code = SIGPIPE
         else:
-            print("vitdet:", *str(error).splitlines(), file=sys.stderr)
+            print("vitdet:", *hide_credentials(error).splitlines(), file=sys.stderr)
             code = 1
     except KeyboardInterrupt:
         code = 130
@@ -53,6 +54,8 @@ def _run(arguments: Sequence[str] | None) -> int:
     # what matters about an odd image is logged in one line
     warnings.filterwarnings("ignore", module=r"PIL\.")
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    for handler in logging.root.handlers:
+        handler.addFilter(HidingFilter())
     return args.run(args)
 
 

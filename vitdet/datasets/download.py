@@ -27,6 +27,7 @@ from urllib.request import Request, urlopen
 from vitdet.files import write_json
 
 CHUNK = 1 << 18  # bytes
+LARGEST = 100 * 10**9  # bytes: of a file whose size nobody tells; no published one is larger
 PASSING = (408, 425, 429, 500, 502, 503, 504)  # status codes after which another attempt may do
 REASONS = {
     401: "it asks for a password",
@@ -63,6 +64,10 @@ class _Broken(Exception):
     def __init__(self, reason: str, pause: float = 0.0) -> None:
         super().__init__(reason)
         self.pause = pause
+
+
+class _TooLongError(Exception):
+    """More bytes came than the file has."""
 
 
 class _Beginning(NamedTuple):
@@ -153,7 +158,7 @@ def _attempt(
             # first the old bytes, then the new note: a kill in between must not join the two
             discard(path)
             _write_note(path, _Beginning(url, _validator(response), total))
-        _receive(response, path, start, total, watcher, stall)
+        _receive(response, path, start, total, watcher, stall, size)
     here = _have(path)
     if total is not None and here != total:
         raise _Broken(f"the connection was cut at {here:,} of {total:,} bytes")
@@ -237,18 +242,27 @@ def _receive(
     total: int | None,
     watcher: Watcher,
     stall: float,
+    size: int | None,
 ) -> None:
-    """Appends the body to the first `start` bytes of the file."""
-    done = start
+    """Appends the body to the first `start` bytes of the file. Raises ValueError, and keeps none, for more than `size`."""
+    done, most = start, LARGEST if size is None else size
     with open(path, "ab", buffering=0) as file:  # what was received is in the file
         try:
             watcher.at(done, total)
             while chunk := _read(response, stall):
+                if done + len(chunk) > most:
+                    raise _TooLongError
                 view = memoryview(chunk)
                 while view:
                     view = view[file.write(view) :]
                 done += len(chunk)
                 watcher.at(done, total)
+        except _TooLongError:
+            discard(path)
+            raise ValueError(
+                f"{response.url}: the server sends more than the {'' if size is None else 'expected '}"
+                f"{most:,} bytes: not the published file; nothing was kept"
+            ) from None
         except OSError as error:
             raise OSError(
                 f"{path}: could not be written ({error}); free some space, {_kept(done)}"

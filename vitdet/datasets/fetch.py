@@ -26,9 +26,10 @@ from vitdet.data import download_record
 from vitdet.data.download_record import DownloadRecord
 from vitdet.datasets.download import Patience, Watcher, discard, download, mirrored
 from vitdet.datasets.extract import Entry, Limits, unpack
-from vitdet.datasets.parallel import Together, locked, side_by_side
+from vitdet.datasets.parallel import Together, side_by_side
 from vitdet.datasets.published import Archive
 from vitdet.files import sha256
+from vitdet.locks import locked
 
 PICTURE = re.compile(r"\d{12}\.jpg")  # as all of COCO's are named
 BLOCK = 4096  # bytes that a disk gives a file at a time
@@ -55,7 +56,8 @@ def fetch(
     if not (root / ".archives").exists() and not _lacking(archives, root):
         return False
     root.mkdir(parents=True, exist_ok=True)
-    with locked(root / ".fetching"):
+    waiting = f"{root}: another process is downloading; waiting"
+    with locked(root / ".fetching", waiting=waiting, remove=True):
         todo = _lacking(archives, root)  # another process may have been faster
         if todo:
             _check_places(todo, root)

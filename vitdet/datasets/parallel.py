@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import fcntl
 import logging
-import os
 import queue
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Callable, Sequence
 
 from vitdet.datasets.download import Watcher
 
@@ -85,26 +81,3 @@ def side_by_side(works: Sequence[Callable[[], None]], stop: threading.Event) -> 
             thread.join(SHORT)
     if failed:
         raise failed
-
-
-@contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """Holds a file that one process at a time has; waits while another has it. It is gone afterwards."""
-    while True:
-        with open(path, "ab") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                log.info("%s: another process works on it; waiting", path.parent)
-                fcntl.flock(file, fcntl.LOCK_EX)
-            try:
-                same = os.path.samestat(path.stat(), os.fstat(file.fileno()))
-            except FileNotFoundError:
-                same = False
-            if not same:
-                continue  # the other one is done, and a new file may be somebody else's
-            try:
-                yield
-            finally:
-                path.unlink()
-            return

@@ -18,18 +18,17 @@ from pathlib import Path
 import numpy as np
 import torch
 from einops import rearrange
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vitdet.config import load_config
 from vitdet.demo.tiny import PRETRAIN_SEED, draw_scene
-from vitdet.files import written
 from vitdet.models import build_backbone
 from vitdet.models.attention import attend
 from vitdet.models.detector import PIXEL_MEAN, PIXEL_STD
 from vitdet.models.vit import Block, ViT
 from vitdet.weights import NOT_PRETRAINED
+from vitdet.weights.convert import save_tensors
 
 log = logging.getLogger(__name__)
 
@@ -207,5 +206,4 @@ def export(encoder: ViT, output: Path) -> None:
         for name, tensor in encoder.state_dict().items()
         if not any(part in name for part in NOT_PRETRAINED)
     }
-    with written(output) as temporary:
-        save_file(weights, temporary, metadata={"format": "pt", "holds": "backbone"})
+    save_tensors(output, weights, {"format": "pt", "holds": "backbone"})

@@ -8,7 +8,6 @@ significant digits, the precision of the tags.
 
 from __future__ import annotations
 
-import fcntl
 import logging
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vitdet.data.protocol import Protocol
+from vitdet.locks import locked
 from vitdet.tracking.mlflow import connect, tracking_uri
 
 if TYPE_CHECKING:
@@ -267,6 +267,6 @@ def _evaluate(
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
     folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".champion.lock", "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+    path = folder / ".champion.lock"
+    with locked(path, waiting=f"{path}: waiting for another process that updates the champion"):
         yield

@@ -11,6 +11,7 @@ from vitdet.config import Config, flatten
 from vitdet.data.protocol import SETTINGS
 from vitdet.tracking.champion import ALIAS
 from vitdet.tracking.mlflow import connect, experiment_id, tracking_uri
+from vitdet.tracking.requests import create
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -59,8 +60,6 @@ def start_parent_run(
     """
     client, _ = connect(None, uri, folder)
     place = experiment_id(client, tracking_uri(uri, folder), folder, experiment)
-    if found := _parent(client, place, group):
-        return found
     tags = {
         "group": group,
         "pipeline_run": group,
@@ -69,7 +68,10 @@ def start_parent_run(
         "recipes": " ".join(names),
     }
     name = " / ".join(names) if len(names) < 4 else f"{len(names)} recipes"
-    return client.create_run(place, None, tags, f"pipeline {name}").info.run_id
+    return create(
+        lambda: _parent(client, place, group),
+        lambda: client.create_run(place, None, tags, f"pipeline {name}").info.run_id,
+    )
 
 
 def end_parent_run(group: str, state: str, *, uri: str, folder: Path, experiment: str) -> None:

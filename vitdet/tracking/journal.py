@@ -7,17 +7,17 @@ that wait. A line is one unbuffered write, so a killed process loses none; only 
 
 from __future__ import annotations
 
-import fcntl
 import json
 import logging
 import shutil
 import time
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from vitdet.files import write_json
+from vitdet.files import is_abandoned, write_json, writer
+from vitdet.locks import locked
 
 log = logging.getLogger(__name__)
 
@@ -55,7 +55,8 @@ class Journal:
 
     def append_file(self, path: Path, folder: str) -> None:
         """A file for this folder of the run's artifacts; a copy waits, so the original may change or go."""
-        copy = self.path.with_suffix("") / uuid.uuid4().hex[:8] / Path(path).name
+        folder_name = f".{uuid.uuid4().hex[:8]}.{writer()}.tmp"
+        copy = self.path.with_suffix("") / folder_name / Path(path).name
         try:
             copy.parent.mkdir(parents=True)
             shutil.copyfile(path, copy)
@@ -99,7 +100,8 @@ class Journal:
         size, offset = 0, self.cursor()[1]
         for record, end in self.records(offset):
             points = len(record.get("points", ()))
-            if batch and (not points or not size or size + points > most):
+            alone = not points or not size or "renew" in record or "renew" in batch[-1]
+            if batch and (alone or size + points > most):
                 yield batch, offset
                 batch, size = [], 0
             batch.append(record)
@@ -122,8 +124,25 @@ class Journal:
         """Sets the cursor."""
         write_json(self._cursor, {"run_id": run_id, "offset": offset})
 
+    def state(self) -> tuple[dict, str]:
+        """The last line of the run's start, of a resumption or its end, and the changed settings of the last resumption."""
+        last, changed = {}, ""
+        for record, _ in self.records():
+            if record.keys() & {"start", "resume", "end"}:
+                last = record
+            changed = record.get("changed", changed)
+        return last, changed
+
     def mend(self) -> None:
-        """Ends a line that was left half-written, so that the next one stands alone."""
+        """Ends a line that was left half-written; removes the copies of files that a killed process did not journal."""
+        waiting = {
+            Path(record["file"]).parent.name
+            for record, _ in self.records(self.cursor()[1])
+            if "file" in record
+        }
+        for copy in self.path.with_suffix("").glob("*"):
+            if copy.name not in waiting and is_abandoned(copy):
+                shutil.rmtree(copy, ignore_errors=True)
         if self.path.exists() and not self.path.read_bytes().endswith(b"\n"):
             with open(self.path, "ab", buffering=0) as file:
                 file.write(b"\n")
@@ -131,9 +150,9 @@ class Journal:
     @contextmanager
     def locked(self) -> Iterator[None]:
         """While one process ships; raises BlockingIOError in the others."""
-        with open(self.path, "rb") as file:
+        with ExitStack() as held:
             try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                held.enter_context(locked(self.path.with_suffix(".lock")))
             except BlockingIOError as error:
                 raise BlockingIOError("another process is sending them") from error
             yield

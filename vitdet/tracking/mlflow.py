@@ -14,13 +14,17 @@ import logging
 import os
 import shutil
 import subprocess
+import sys
 import threading
 import time
 from functools import cache
+from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from vitdet.tracking.journal import Journal, find, journals
+from vitdet.tracking.address import hide_credentials, tracking_uri
+from vitdet.tracking.journal import PENDING, Journal, find, journals
+from vitdet.tracking.requests import RepeatingClient, create, first_line, repeating
 from vitdet.tracking.tracker import Tracker
 
 if TYPE_CHECKING:
@@ -30,7 +34,12 @@ log = logging.getLogger(__name__)
 
 SHIP_SECONDS = 3.0  # between shipments
 BACK_OFF_SECONDS = 30.0  # longest pause after failures
-CLOSE_SECONDS = 20.0  # longest wait at the end; what is not shipped by then stays in the journal
+# Longest waits for a server: before the first step, at the end, and after SIGTERM or an error. What is not shipped by
+# then stays in the journal.
+START_SECONDS = 2.5
+CLOSE_SECONDS = 20.0
+STOP_SECONDS = 3.0
+CREATE_SECONDS = 60.0  # to create the tables of a new sqlite file
 BATCH = 1000  # points a request: MLflow's limit
 # MLflow's own defaults make a request to a dead server wait for four minutes; here everything is tried again anyway.
 CLIENT = {
@@ -46,13 +55,17 @@ REFUSED = {"INVALID_PARAMETER_VALUE", "BAD_REQUEST"}  # sending the same again c
 class MLflowTracker(Tracker):
     """Journals at once and ships in a thread; made by `start_run`. Never raises for a server's sake."""
 
-    def __init__(self, journal: Journal, uri: str) -> None:
+    def __init__(self, journal: Journal, uri: str, resume: dict | None = None) -> None:
+        """resume: a line for the journal before the next one, unless that is the end."""
         self._journal, self._shipper = journal, _Shipper(journal, uri)
-        self._last = journal.last_steps()
-        self._closing = threading.Event()
-        self._shipper.deliver()  # here, so that the run's id is known before the first checkpoint
+        self._last, self._resume = journal.last_steps(), resume
+        self._closing, self._tried = threading.Event(), threading.Event()
+        self._limit = CLOSE_SECONDS
+        import_module("mlflow")  # takes seconds, none of which are the server's
         self._thread = threading.Thread(target=self._ship, name="tracking", daemon=True)
         self._thread.start()
+        # so that the first checkpoint has the id of the run, unless the server is slow
+        self._tried.wait(CREATE_SECONDS if uri.startswith("sqlite:") else START_SECONDS)
 
     @property
     def run_id(self) -> str:
@@ -63,20 +76,33 @@ class MLflowTracker(Tracker):
             key: float(value) for key, value in values.items() if step > self._last.get(key, -1)
         }
         if points:
+            self._resumed()
             self._last |= dict.fromkeys(points, step)
             self._journal.append({"points": points, "step": step})
 
     def artifact(self, path: Path, folder: str = "") -> None:
+        self._resumed()
         self._journal.append_file(path, folder)
 
     def close(self, status: str = "FINISHED") -> None:
         if not self._closing.is_set():
-            self._journal.append({"end": status})
+            self._limit = CLOSE_SECONDS if status == "FINISHED" else STOP_SECONDS
+            last, _ = self._journal.state()
+            again = last.get("end") == status  # a finished run that was opened again
+            ended = {"ended": last.get("ended", last["time"])} if again else {}
+            self._journal.append({"end": status, **ended})
             self._closing.set()
-            self._thread.join(CLOSE_SECONDS)
+            self._thread.join(self._limit)
+
+    def _resumed(self) -> None:
+        if self._resume:
+            self._journal.append(self._resume)
+            self._resume = None
 
     def _ship(self) -> None:
         pause, others = SHIP_SECONDS, journals(self._journal.folder)
+        self._shipper.deliver()
+        self._tried.set()
         while not self._closing.wait(pause):
             if self._shipper.deliver():
                 pause = SHIP_SECONDS
@@ -85,7 +111,7 @@ class MLflowTracker(Tracker):
                 others = []
             else:
                 pause = min(2 * pause, BACK_OFF_SECONDS)
-        self._shipper.deliver(CLOSE_SECONDS - 2)
+        self._shipper.deliver(0.9 * self._limit)
 
 
 def start_run(
@@ -100,16 +126,24 @@ def start_run(
     run_id: str | None = None,
     resume_step: int = 0,
     group: str = "",
+    output: str = "",
 ) -> Tracker:
     """A tracker of a new run, or of the run `run_id` (MLflow's id or a pending one), which goes on at `resume_step`.
 
     `uri` '' means a sqlite file in `folder`; the environment's MLFLOW_TRACKING_URI wins. dataset: name, digest, source.
     A run that the server does not know becomes a new one with everything that the journal holds. group: a new run
-    becomes a child of the run in its experiment whose tag `group` says so.
+    becomes a child of the run in its experiment whose tag `group` says so. output: the folder in `folder` that the
+    training writes to: one that was killed before its first state is found by it and goes on as the same run.
     """
+    params = {
+        key: hide_credentials(value) if isinstance(value, str) else value
+        for key, value in params.items()
+    }
     if revision := git_revision():
         tags = {"git_revision": revision, "mlflow.source.git.commit": revision[:40], **tags}
     tags = {"mlflow.source.name": "vitdet train", "mlflow.source.type": "LOCAL", **tags}
+    if run_id is None and output:
+        run_id = _unfinished(folder, output, params)
     journal = find(folder, run_id)
     if journal.start() is None:
         what = {
@@ -119,17 +153,37 @@ def start_run(
             "tags": tags,
             "dataset": dataset,
             "group": group,
+            "output": output,
         }
         journal.append({"start": what})
+    resume = None
     if run_id is not None:
         began = (journal.start() or {}).get("params", {})
-        changed = [
-            f"{key}: {params[key]}, not {value}"
+        changed = "; ".join(
+            f"{key}: {params[key]}, not {hide_credentials(value)}"
             for key, value in began.items()
-            if params.get(key, value) != value
-        ]
-        journal.append({"resume": resume_step, "changed": "; ".join(changed)})
-    return MLflowTracker(journal, tracking_uri(uri, folder))
+            if params.get(key, value) not in (value, hide_credentials(value))
+        )
+        resume, (last, before) = {"resume": resume_step, "changed": changed}, journal.state()
+        if last.get("end") != "FINISHED" or changed != before:
+            journal.append(resume)
+            resume = None
+    return MLflowTracker(journal, tracking_uri(uri, folder), resume)
+
+
+def _unfinished(folder: Path, output: str, params: dict) -> str | None:
+    """The run of an earlier start in this output that has no metrics yet; others that were killed are ended."""
+    found = None
+    for journal in journals(folder):
+        start = journal.start() or {}
+        if start.get("output") != output or journal.state()[0].get("end") == "FINISHED":
+            continue
+        if start["params"] == params and not journal.last_steps():
+            found = PENDING + journal.key
+        elif "end" not in journal.state()[0]:
+            journal.mend()
+            journal.append({"end": "KILLED"})
+    return found
 
 
 def log_metrics(
@@ -163,34 +217,32 @@ def connect(run_id: str | None, uri: str, folder: Path) -> tuple[MlflowClient, s
     uri = tracking_uri(uri, folder)
     try:
         client = _client(uri)
-        client.search_experiments(max_results=1)
+        with repeating(uri):
+            client.search_experiments(max_results=1)
     except Exception as error:  # of MLflow, its HTTP client or a database
         raise ConnectionError(
-            f"{uri}: no answer from MLflow ({_line(error)}); start the server, or set "
+            f"{hide_credentials(uri)}: no answer from MLflow ({first_line(error)}); start the server, or set "
             "MLFLOW_TRACKING_URI to one that runs"
         ) from error
+    repeated: Any = RepeatingClient(client, uri)
     if run_id is None:
-        return client, None
+        return repeated, None
     shipper = _Shipper(find(folder, run_id), uri)
-    shipper.attach(client)
+    with repeating(uri):
+        shipper.attach(client)
     shipper.deliver(CLOSE_SECONDS)
-    return client, shipper.journal.run_id
+    return repeated, shipper.journal.run_id
 
 
 def experiment_id(client: MlflowClient, uri: str, folder: Path, name: str) -> str:
     """The id of the experiment; a new one in a sqlite file keeps its artifacts in FOLDER/mlartifacts."""
-    found = client.get_experiment_by_name(name)
     place = (Path(folder).resolve() / "mlartifacts").as_uri() if uri.startswith("sqlite:") else None
-    return found.experiment_id if found else client.create_experiment(name, place)
 
+    def found() -> str | None:
+        experiment = client.get_experiment_by_name(name)
+        return experiment.experiment_id if experiment else None
 
-def tracking_uri(uri: str, folder: Path) -> str:
-    """The server in use: the environment's MLFLOW_TRACKING_URI, else `uri`, else FOLDER/mlflow.db."""
-    return (
-        os.environ.get("MLFLOW_TRACKING_URI")
-        or uri
-        or f"sqlite:///{Path(folder).resolve() / 'mlflow.db'}"
-    )
+    return create(found, lambda: client.create_experiment(name, place))
 
 
 def git_revision() -> str | None:
@@ -211,7 +263,7 @@ class _Shipper:
     """Brings a journal's lines to the server at `uri`, each once."""
 
     def __init__(self, journal: Journal, uri: str) -> None:
-        self.journal, self.uri = journal, uri
+        self.journal, self.uri, self._shown = journal, uri, hide_credentials(uri)
         self._run_id: str | None = None  # once this process has seen the run on the server
         # name -> step -> value there; None: the run is empty
         self._held: dict[str, dict[int, float]] | None = {}
@@ -232,8 +284,8 @@ class _Shipper:
                 if self._answers:
                     log.warning(
                         "tracking: %s does not take the run's points (%s); they wait in %s",
-                        self.uri,
-                        _line(error),
+                        self._shown,
+                        first_line(error),
                         self.journal.path,
                     )
                     self._answers = False
@@ -243,7 +295,7 @@ class _Shipper:
                 pause = min(2 * pause, BACK_OFF_SECONDS)
         if not self._answers:
             self._answers = True
-            log.warning("tracking: %s answers again and has all points", self.uri)
+            log.warning("tracking: %s answers again and has all points", self._shown)
         return True
 
     def attach(self, client: MlflowClient) -> str:
@@ -268,7 +320,7 @@ class _Shipper:
                 raise
         log.warning(
             "tracking: %s has no run %s; a new one gets all that the journal holds",
-            self.uri,
+            self._shown,
             run_id,
         )
         return None
@@ -279,7 +331,7 @@ class _Shipper:
         start = self.journal.start()
         if start is None:
             raise LookupError(
-                f"{self.uri} has no such run, and {self.journal.path.parent} does not say what it was"
+                f"{self._shown} has no such run, and {self.journal.path.parent} does not say what it was"
             )
         place = experiment_id(client, self.uri, self.journal.folder, start["experiment"])
         tags = {**start["tags"], "journal": self.journal.key}
@@ -321,7 +373,7 @@ class _Shipper:
                 client.set_tag(run_id, "resumed_at_step", record["resume"])
                 self._send_changes(client, run_id, record.get("changed", ""))
             elif "end" in record:
-                client.set_terminated(run_id, record["end"], record["time"])
+                client.set_terminated(run_id, record["end"], record.get("ended", record["time"]))
         except Exception as error:
             if getattr(error, "error_code", None) not in REFUSED:
                 raise
@@ -341,7 +393,9 @@ class _Shipper:
                     )
             else:
                 self._refused |= names
-                log.warning("tracking: the server refuses %s: %s", *names or [record], error)
+                log.warning(
+                    "tracking: the server refuses %s: %s", *names or [record], first_line(error)
+                )
 
     def _send_changes(self, client: MlflowClient, run_id: str, changed: str) -> None:
         """Tag the run with the settings that differ from its parameters, which MLflow keeps as they are."""
@@ -357,27 +411,37 @@ class _Shipper:
             for record in records
             for key, value in record["points"].items()
             if key not in self._refused
-            if not self._has(
-                client, run_id, key, record["step"], value if "renew" in record else None
-            )
+            if not self._has(client, run_id, key, record["step"], value, "renew" in record)
         ]
         for first in range(0, len(metrics), BATCH):
             client.log_batch(run_id, metrics[first : first + BATCH])
 
     def _has(
-        self, client: MlflowClient, run_id: str, key: str, step: int, value: float | None
+        self, client: MlflowClient, run_id: str, key: str, step: int, value: float, renew: bool
     ) -> bool:
+        """Whether the server has a value at this step; with renew, whether this value is the last one there."""
+        if renew:  # also what this process has sent
+            there = _history(client, run_id, key)
+            return step in there and same_number(there[step], value)
         if self._held is None:
             return False
         if key not in self._held:
-            self._held[key] = {
-                point.step: point.value for point in client.get_metric_history(run_id, key)
-            }
-        return step in self._held[key] and value in (None, self._held[key][step])
+            self._held[key] = _history(client, run_id, key)
+        return step in self._held[key]
 
 
-def _line(error: Exception) -> str:
-    return (str(error).splitlines() or [repr(error)])[0][:200]
+def _history(client: MlflowClient, run_id: str, key: str) -> dict[int, float]:
+    """Step -> the last value there."""
+    points = sorted(client.get_metric_history(run_id, key), key=lambda point: point.timestamp)
+    return {point.step: point.value for point in points}
+
+
+def same_number(ours: float, theirs: float) -> bool:
+    """Whether two values are the same for MLflow, which stores NaN, and the largest number for infinity."""
+    largest = sys.float_info.max
+    return (
+        ours == theirs or ours != ours and theirs != theirs or abs(ours) >= largest <= abs(theirs)
+    )
 
 
 @cache

@@ -22,6 +22,7 @@ from mlflow.models import Model, ModelSignature
 from mlflow.pyfunc import PythonModel, PythonModelContext, load_model, save_model
 from mlflow.types import ColSpec, ParamSchema, ParamSpec, Schema, TensorSpec
 
+from vitdet.tracking.requests import repeating
 from vitdet.tracking.wheel import requirements
 
 CODE = '''"""The detector as an MLflow model; the code is in the wheel vitdet, which travels with it."""
@@ -97,10 +98,10 @@ def exported(uri: str) -> Iterator[None]:
 def download_checkpoint(uri: str, model_name: str, version: str, folder: Path) -> Path:
     """Download the checkpoint of a registered version to `folder`; return its path.
 
-    uri: the tracking server. Raises MlflowException or OSError if the artifacts cannot be read,
-    ValueError if the version was not created by `register`.
+    uri: the tracking server. Raises OSError, LookupError or ValueError if the artifacts cannot be read, and ValueError
+    if the version was not created by `register`.
     """
-    with exported(uri):
+    with exported(uri), repeating(uri):
         model = Path(
             download_artifacts(
                 f"models:/{model_name}/{version}",

@@ -9,18 +9,21 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from mlflow.entities import LoggedModelOutput
+from mlflow.entities.model_registry import ModelVersion
 from mlflow.models import Model
 
 from vitdet.checkpoint import load_model_file
-from vitdet.config import Config, from_dict
+from vitdet.config import Config, check_names, from_dict
 from vitdet.data.fingerprint import change, fingerprint, fingerprints
 from vitdet.data.protocol import Protocol
 from vitdet.files import sha256
+from vitdet.ranges import Alias, check
 from vitdet.tracking import champion
 from vitdet.tracking.champion import Evaluate
 from vitdet.tracking.measured import Measured, agree
 from vitdet.tracking.mlflow import connect, experiment_id, tracking_uri
 from vitdet.tracking.packaged_model import exported, pack
+from vitdet.tracking.requests import create
 from vitdet.tracking.wheel import build_wheel
 
 
@@ -62,8 +65,10 @@ def register_checkpoint(
     Raises:
         ValueError: The gate rejects the candidate; also what `register` raises.
     """
+    check("the alias", Alias, alias)
     stored = load_model_file(checkpoint)
     own = from_dict(stored["config"])
+    check_names((config or own).tracking)
     is_gated = alias == champion.ALIAS
     used = own if metrics is None else config or own
     if protocol is None and metrics is None:
@@ -203,11 +208,18 @@ def register(
     client, run_id = connect(run_id, uri, folder)
     uri = tracking_uri(uri, folder)
     digest = sha256(checkpoint)
-    for version in client.search_model_versions(f"name = '{model_name}'"):
-        if version.tags.get("checkpoint_sha256") == digest and (version.run_id or None) == run_id:
-            if alias is not None:
-                client.set_registered_model_alias(model_name, alias, version.version)
-            return model_name, str(version.version)
+
+    def registered() -> ModelVersion | None:
+        for version in client.search_model_versions(f"name = '{model_name}'"):
+            of_run = (version.run_id or None) == run_id
+            if of_run and version.tags.get("checkpoint_sha256") == digest:
+                return version
+        return None
+
+    if version := registered():
+        if alias is not None:
+            client.set_registered_model_alias(model_name, alias, version.version)
+        return model_name, str(version.version)
     with tempfile.TemporaryDirectory(prefix="vitdet-model-") as work:
         packed = Path(work) / "model"
         model = Model(run_id=run_id)
@@ -225,8 +237,10 @@ def register(
     client.finalize_logged_model(logged.model_id, "READY")
     if run_id:
         client.log_outputs(run_id, [LoggedModelOutput(logged.model_id, 0)])
-    if not client.search_registered_models(f"name = '{model_name}'"):
-        client.create_registered_model(model_name)
+    create(
+        lambda: next(iter(client.search_registered_models(f"name = '{model_name}'")), None),
+        lambda: client.create_registered_model(model_name),
+    )
     if run_id and (revision := client.get_run(run_id).data.tags.get("git_revision")):
         tags = {"git_revision": revision, **tags}
     texts = {
@@ -235,8 +249,11 @@ def register(
         "checkpoint_sha256": digest,
     }
     with exported(uri):
-        version = client.create_model_version(
-            model_name, f"models:/{logged.model_id}", run_id, texts, model_id=logged.model_id
+        version = create(
+            registered,
+            lambda: client.create_model_version(
+                model_name, f"models:/{logged.model_id}", run_id, texts, model_id=logged.model_id
+            ),
         )
     if alias is not None:
         client.set_registered_model_alias(model_name, alias, version.version)

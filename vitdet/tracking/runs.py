@@ -55,6 +55,7 @@ def start_tracker(
             },
             run_id=run_id,
             resume_step=step,
+            output=output.resolve().name,
         )
     else:
         log.warning("mlflow is not installed: this training is not tracked")

@@ -8,7 +8,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from vitdet import distributed
 from vitdet.checkpoint import Checkpoints, load_model_file
 from vitdet.config import Config, difference, digest, from_dict, legacy_digest
 from vitdet.data import fingerprint
@@ -49,7 +48,7 @@ def states_folder(
     steps: dict[Path, int] = {}
     for other in others:
         try:
-            state = Checkpoints(other, config.train.keep).latest()
+            state = Checkpoints(other, config.train.keep).latest(verify=False)
             stored = from_dict(state["config"]) if state else config
         except ValueError:
             continue  # damaged, or of another version
@@ -84,9 +83,10 @@ def changed_settings(config: Config, state: dict) -> list[str]:
 def is_complete(
     config: Config, output: Path, close_tracking: Callable[[str, str, int], None]
 ) -> bool:
-    """Whether `output` holds this training's result, as when torchrun restarts a training that had ended.
+    """Whether `output` holds this training's result, as when the same command is given again.
 
-    Then `close_tracking(fingerprint of the data, run_id, step)` is called. False also where the finished run may go on to more steps.
+    Then `close_tracking(fingerprint of the data, run_id, step)` is called: the process may have been killed before it had
+    sent all metrics. False also where the finished run may go on to more steps.
     Raises ValueError for any other finished run.
     """
     finished = output / "model.pt"
@@ -103,10 +103,11 @@ def is_complete(
         raise ValueError(
             f"{output}: holds a finished run with another config ({differing}); {reason}; {remedy}"
         )
-    if difference(config, stored, affecting_weights=True) or not distributed.by_torchrun():
+    if difference(config, stored, affecting_weights=True):
         differing = "; ".join(difference(config, stored))
-        what = f"with another config ({differing})" if differing else "of this very config"
-        raise ValueError(f"{output}: holds a finished run {what}; {remedy}")
+        raise ValueError(
+            f"{output}: holds a finished run with another config ({differing}); {remedy}"
+        )
     prints = fingerprint.fingerprints(config.data)
     if change := fingerprint.change(done, config.data, prints):
         raise ValueError(f"{output}: holds a finished run on other data ({change}); {remedy}")

@@ -22,7 +22,7 @@ from vitdet.config import Config, DataConfig, from_dict, save_config, to_dict
 from vitdet.data import fingerprint
 from vitdet.data.coco import CocoSplit
 from vitdet.data.dataset import read_split
-from vitdet.data.loader import configure_process, train_loader
+from vitdet.data.loader import configure_process, release_memory, train_loader
 from vitdet.data.protocol import settings_of
 from vitdet.evaluation.evaluator import Cancelled, evaluate_detector
 from vitdet.evaluation.pictures import write_pictures
@@ -70,8 +70,8 @@ def train(
     A resumed training may change operational settings (see `vitdet.config.operational`), also where the data is, and
     optim.steps if the learning rate of the steps already done stays the same; a finished run with its last state may so
     be extended. Raises ValueError when `output` holds any other finished run or one of another config, Stopped after
-    SIGTERM, SIGINT or SIGHUP. Under torchrun a finished run of this config and data is the result, since torchrun restarts all processes
-    when a node is lost at the very end.
+    SIGTERM, SIGINT or SIGHUP. A finished run of this config and data is the result: all processes are started again when
+    a node is lost at the very end.
 
     Changes the process as described in `vitdet.data.loader.configure_process`.
     """
@@ -284,6 +284,7 @@ class Loop:
                 self.saver.wait()
                 added = {"config": to_dict(config), "metrics": self.metrics, "evaluated": step}
                 self.saver.states.save_evaluation(step, added)
+        release_memory()
         if step < config.optim.steps:  # else it is done anyway
             self.stop.check(self.stopped(step))
 

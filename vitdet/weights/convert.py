@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -156,12 +157,14 @@ def _write_tensors(
     said = {"format": "pt", "layout": layout}
     said |= {} if scaled is None else {"scaled_rel_pos": str(scaled).lower()}
     said |= {"class_names": json.dumps(names)} if names else {}
-    with _written(destination) as temporary:
-        save_file(
-            {name: tensor.contiguous() for name, tensor in weights.items()},
-            temporary,
-            metadata=said,
-        )
+    save_tensors(destination, weights, said)
+
+
+def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    """Write a .safetensors file, all or nothing. Raises OSError with one line if the disk does not take it."""
+    whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    with _written(path) as temporary:
+        save_file(whole, temporary, metadata=metadata)
 
 
 def _write_theirs(source: Path, destination: Path, layout: str) -> list[str]:
@@ -220,5 +223,5 @@ def _written(path: Path) -> Iterator[Path]:
     try:
         with written(path) as temporary:
             yield temporary
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise OSError(f"{path}: could not be written ({error})") from error

@@ -7,20 +7,18 @@ of them download the file once.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import logging
-import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path, PurePosixPath
-from typing import BinaryIO
 from urllib.parse import urlsplit
 
 from vitdet.datasets.download import Patience, Watcher, discard, download, mirrored
 from vitdet.files import written
+from vitdet.locks import locked
 from vitdet.weights.catalogue import Entry, cache_folder, fetched, trouble
 
 Convert = Callable[[Path, Path], None]  # (the published file, the file to write)
@@ -167,29 +165,12 @@ def _place(source: Path, target: Path, convert: Convert) -> None:
 
 
 @contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Makes the file and locks it, for this process alone; waits while another has it. An empty file does not stay."""
-    while True:
-        with open(path, "ab") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                log.info("%s: another process works on it; waiting", path)
-                fcntl.flock(file, fcntl.LOCK_EX)
-            if not _still(path, file):
-                continue  # the other one was done with it and removed it
-            try:
-                yield
-            finally:
-                if path.exists() and not path.stat().st_size:
-                    discard(path)
-                    path.unlink()
-            return
-
-
-def _still(path: Path, file: BinaryIO) -> bool:
-    """Whether the open file is the one of this name."""
-    try:
-        return os.path.samestat(path.stat(), os.fstat(file.fileno()))
-    except FileNotFoundError:
-        return False
+def _locked(part: Path) -> Iterator[None]:
+    """Lock the file of a download, for one process at a time; an empty file does not stay."""
+    with locked(part, waiting=f"{part}: another process works on it; waiting"):
+        try:
+            yield
+        finally:
+            if part.exists() and not part.stat().st_size:
+                discard(part)
+                part.unlink()

@@ -1,0 +1,62 @@
+"""The memory of the main process over many evaluations."""
+
+from __future__ import annotations
+
+import gc
+import platform
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import Recorder, environment, minimal
+from vitdet.config import load_config
+from vitdet.training import train
+
+HOLES = """
+import numpy as np
+from vitdet.data.loader import configure_process, release_memory
+def held():
+    lines = open("/proc/self/status").read().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("RssAnon"))
+configure_process()
+blocks = [np.ones(1 << 20, np.uint8) for _ in range(200)]
+full = held()
+blocks = blocks[::20]  # what stays lies between what is freed
+freed = held()
+release_memory()
+print(full, freed, held())
+"""
+
+
+def resident() -> int:
+    """MB of memory that no file backs."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) >> 10 for line in lines if line.startswith("RssAnon"))
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library")
+def test_freed_memory_between_blocks_in_use_is_released(tmp_path: Path) -> None:
+    printed = subprocess.run(
+        [sys.executable, "-c", HOLES], env=environment(tmp_path), capture_output=True, text=True
+    )
+    full, freed, released = map(int, printed.stdout.split())
+    assert freed > full - 20_000 and released < full - 150_000  # KB
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library")
+def test_memory_does_not_grow_with_the_evaluations(tiny: Path, tmp_path: Path) -> None:
+    seen: list[tuple[int, int]] = []
+
+    def after(values: dict[str, float], _: int) -> None:
+        if "loss" in values:
+            gc.collect()
+            seen.append((resident(), len(gc.get_objects())))
+
+    config = load_config("tiny", minimal(tiny, optim__steps=12, train__eval_every=1))
+    train(config, tmp_path, start_tracking=lambda *_: Recorder(after))
+    early, last = seen[4], seen[-1]
+    assert last[0] - early[0] < 16, seen
+    assert last[1] - early[1] < 2000, seen

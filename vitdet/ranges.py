@@ -1,0 +1,81 @@
+"""The types of settings with a range. The description of a range completes the message "KEY must ..."."""
+
+import math
+from contextlib import suppress
+from functools import cache
+from types import GenericAlias
+from typing import Annotated, Any, Literal, get_args, get_origin
+
+from msgspec import Meta, ValidationError, convert
+
+Count = Annotated[int, Meta(ge=1, description="be at least 1")]
+Number = Annotated[int, Meta(ge=0, description="not be negative")]
+NonNegative = Annotated[float, Meta(ge=0, description="not be negative")]
+Positive = Annotated[float, Meta(gt=0, description="be above 0")]
+Positives = Annotated[tuple[Positive, ...], Meta(min_length=1, description="be above 0")]
+Fraction = Annotated[float, Meta(ge=0, le=1, description="lie between 0 and 1")]
+Fractions = Annotated[tuple[Fraction, ...], Meta(min_length=1, description="lie between 0 and 1")]
+# What MLflow accepts (mlflow.utils.validation; its databases have 256 characters for a name). Quotes
+# and backslashes would end or change the text in the filters by which a model is searched.
+ModelName = Annotated[
+    str,
+    Meta(
+        pattern=r"^(?=.*\S)(?!\.\Z|\.\.)[^/:'\"\\\x00-\x1f\x7f]{1,256}\Z",
+        description="have 1 to 256 characters, none of them / : ' \" \\ or a line break, and not be . or "
+        "begin with ..",
+    ),
+]
+ExperimentName = Annotated[
+    str,
+    Meta(
+        pattern=r"^(?=.*\S)[^\x00-\x1f\x7f]{1,256}\Z",
+        description="have 1 to 256 characters and no line break",
+    ),
+]
+Alias = Annotated[
+    str,
+    Meta(
+        pattern=r"^(?![lL][aA][tT][eE][sS][tT]\Z)(?![vV]\d+\Z)[\w\-]{1,255}\Z",
+        description="have 1 to 255 letters, digits, _ or -, and not be latest or v with a number",
+    ),
+]
+TYPES = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
+
+
+def check(key: str, hint: Any, value: Any) -> None:
+    """Raises ValueError for a wrong type or choice, and a value out of range or not finite."""
+    kind, got = bare(hint), list(value) if isinstance(value, tuple) else value
+    item, *rest = get_args(kind) if get_origin(kind) is tuple else (kind,)
+    if rest and isinstance(got, list) and rest in ([...], [item] * (len(got) - 1)):
+        for one in got:
+            check(key, item, one)
+    elif not _fits(value, kind) or isinstance(value, float) and not math.isfinite(value):
+        if get_origin(kind) is Literal:
+            expected = f"one of {', '.join(get_args(kind))}"
+        elif rest:
+            count = "values" if rest == [...] else f"{1 + len(rest)} values"
+            expected = f"a list of {count}, each {TYPES[item]}"
+        else:
+            expected = TYPES[kind]
+        raise ValueError(f"{key}: expected {expected}, got {got!r}")
+    if not _fits(value, hint):
+        while get_origin(hint) is not Annotated:
+            hint = get_args(hint)[0]
+        raise ValueError(f"{key} must {hint.__metadata__[0].description}, got {got}")
+
+
+def _fits(value: object, hint: Any) -> bool:
+    with suppress(ValidationError):
+        convert(value, hint)
+        return True
+    return False
+
+
+@cache
+def bare(hint: Any) -> Any:
+    """The type without ranges."""
+    if get_origin(hint) is Annotated:
+        hint = get_args(hint)[0]
+    if get_origin(hint) is tuple:
+        return GenericAlias(tuple, tuple(map(bare, get_args(hint))))
+    return hint

@@ -1,0 +1,122 @@
+"""Requests to MLflow that are repeated while their failure may pass.
+
+MLflow's HTTP client does it (urllib3): after a lost connection, 408, 429 and 5xx, with a back-off, or after the time
+that the server names in Retry-After. Here it is switched on for single calls, and each wait is logged.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+from vitdet.tracking.address import hide_credentials
+
+# with 0, 2, 4, ... seconds between them: about a minute, as long as a server takes to restart
+TRIES = 7
+BACK_OFF = 1
+RETRIES, FACTOR = "MLFLOW_HTTP_REQUEST_MAX_RETRIES", "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR"
+NAMED = {name: os.environ[name] for name in (RETRIES, FACTOR) if name in os.environ}  # by the user
+# If the answer is lost, the request may have been carried out: see `create`.
+ONCE = ("create_experiment", "create_run", "create_registered_model", "create_model_version")
+MISSING = {"RESOURCE_DOES_NOT_EXIST", "ENDPOINT_NOT_FOUND"}
+INVALID = {"INVALID_PARAMETER_VALUE", "BAD_REQUEST"}
+T = TypeVar("T")
+log = logging.getLogger(__name__)
+
+
+class RepeatingClient:
+    """An MlflowClient whose requests are repeated, and whose errors are of Python and one line each.
+
+    LookupError: the server does not have it. FileExistsError: it has it already. ValueError: the server refuses the
+    request for good. ConnectionError: all others, e.g. no answer, or missing permissions.
+    """
+
+    def __init__(self, client: Any, uri: str) -> None:
+        self._client, self._uri = client, uri
+
+    def __getattr__(self, name: str) -> Any:
+        method = getattr(self._client, name)
+
+        def _call(*args: Any, **kwargs: Any) -> Any:
+            with repeating(self._uri, tries=1 if name in ONCE else None):
+                return method(*args, **kwargs)
+
+        return _call
+
+
+@contextmanager
+def repeating(uri: str, tries: int | None = None) -> Iterator[None]:
+    """Make each of MLflow's requests in this block up to so many times; raises as `RepeatingClient` does."""
+    from mlflow.exceptions import MlflowException
+
+    logger, waits = logging.getLogger("urllib3.util.retry"), _Waits(uri)
+    connections = logging.getLogger("urllib3.connectionpool")  # logs some of the same waits
+    tries = TRIES if tries is None else tries
+    settings = {RETRIES: str(tries - 1), FACTOR: str(BACK_OFF)} | (NAMED if tries > 1 else {})
+    before = {name: os.environ.get(name) for name in settings}
+    levels = logger.level, logger.propagate, connections.level
+    os.environ.update(settings)
+    logger.addHandler(waits)
+    logger.setLevel(logging.DEBUG)
+    logger.propagate = False
+    connections.setLevel(logging.ERROR)
+    try:
+        yield
+    except MlflowException as error:
+        raise _translated(error, uri) from None  # its context names the address with the password
+    finally:
+        logger.removeHandler(waits)
+        logger.setLevel(levels[0])
+        logger.propagate = levels[1]
+        connections.setLevel(levels[2])
+        for name, value in before.items():
+            os.environ.pop(name) if value is None else os.environ.update({name: value})
+
+
+class _Waits(logging.Handler):
+    """Logs that a request is repeated, once per repetition, from the message that urllib3 has for developers."""
+
+    def __init__(self, uri: str) -> None:
+        super().__init__()
+        self._uri = hide_credentials(uri)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        retry: Any = record.args[-1] if isinstance(record.args, tuple) and record.args else None
+        history = getattr(retry, "history", ())
+        if not history:
+            return
+        last = history[-1]
+        reason = f"the answer is {last.status}" if last.status else first_line(last.error)
+        log.warning("%s: %s; %d more tries", self._uri, reason, retry.total + 1)
+
+
+def create(find: Callable[[], T | None], make: Callable[[], T]) -> T:
+    """Return what `find` finds, or else what `make` makes; after a lost answer, look again before making another."""
+    for last in (False, False, True):
+        if (found := find()) is not None:
+            return found
+        try:
+            return make()
+        except (ConnectionError, FileExistsError) as error:
+            if last:
+                raise
+            log.warning("%s; looking whether it was carried out", first_line(error))
+    raise AssertionError
+
+
+def _translated(error: Exception, uri: str) -> Exception:
+    code = getattr(error, "error_code", "")
+    kind: type[Exception] = ConnectionError
+    if code == "RESOURCE_ALREADY_EXISTS":
+        kind = FileExistsError
+    elif code in MISSING | INVALID:
+        kind = LookupError if code in MISSING else ValueError
+    return kind(f"{hide_credentials(uri)}: {first_line(error)}")
+
+
+def first_line(error: object) -> str:
+    """Return the first line of an error, without credentials."""
+    return hide_credentials((str(error).splitlines() or [repr(error)])[0][:300])
