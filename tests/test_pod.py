@@ -21,6 +21,7 @@ import json, os
 
 def launch(**asked):
     asked["finished"] = asked["finished"]()  # whether the training is complete
+    asked["keep_logs"] = asked["keep_logs"]("files")
     asked["check_processes"] = asked["check_processes"](2)
     with open(os.environ["CALLS"], "w") as file:
         json.dump(asked, file)
@@ -31,8 +32,8 @@ from pathlib import Path
 def train_argv(settings, name, data, workspace, run_id):
     return ["train", name, run_id]
 
-def logs_folder(workspace, name, run_id):
-    return f"{workspace}/{name}/logs"
+def keep_logs(settings, name, workspace, run_id, files):
+    return f"{workspace}/{name}/{files}"
 
 def check_processes(settings, name, processes):
     return f"{name} on {processes}"
@@ -126,7 +127,7 @@ def test_a_pod_can_run_what_was_compiled(tmp_path: Path) -> None:
         "workspace": "/data",
         "finished": False,
         "check_processes": "tiny on 2",
-        "logs": "/data/tiny/logs",
+        "keep_logs": "/data/tiny/files",
     }
     assert config == {
         "node_selector": {"a": "b"},

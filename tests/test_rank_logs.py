@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from components.launcher.logs import TAIL, Line, RankLogs
 from tests.test_following import RUNNING, Record, follow
 from tests.test_launcher import conditions, ended, pod
@@ -44,14 +42,13 @@ def test_lines_are_split_by_rank_and_those_of_rank_0_are_shown() -> None:
     }
 
 
-def test_the_last_lines_are_kept_and_written_to_a_file_for_each_rank(tmp_path: Path) -> None:
+def test_the_last_lines_are_kept_as_a_file_for_each_rank() -> None:
     ranks = RankLogs()
     for number in range(TAIL + 50):
         ranks.add("m", stamped(1, f"[rank10]:line {number}", f"[rank9]:line {number}"), True)
-    ranks.write(tmp_path / "logs")
-    files = sorted(path.name for path in (tmp_path / "logs").iterdir())
-    assert files == ["rank-00009.log", "rank-00010.log"]
-    lines = (tmp_path / "logs" / "rank-00010.log").read_text().splitlines()
+    files = ranks.files()
+    assert list(files) == ["rank-00009.log", "rank-00010.log"]
+    lines = files["rank-00010.log"].splitlines()
     assert lines == [f"line {number}" for number in range(50, TAIL + 50)]
     assert list(ranks.tails()) == ["rank 9", "rank 10"]
 

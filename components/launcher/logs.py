@@ -11,7 +11,6 @@ import re
 import time
 from collections import deque
 from dataclasses import dataclass
-from pathlib import Path
 from typing import NamedTuple
 
 from components.launcher.client import JobClient
@@ -113,13 +112,14 @@ class RankLogs:
         others = sorted(one for one in self.lines if one.startswith("pod "))
         return {one: [line.text for line in self.lines[one]] for one in [*ranks, *others]}
 
-    def write(self, folder: Path) -> None:
-        """Write the last lines to one file for each rank and pod, e.g. rank-00003.log."""
-        folder.mkdir(parents=True, exist_ok=True)
+    def files(self) -> dict[str, str]:
+        """Return the last lines as files, one for each rank and pod, e.g. rank-00003.log."""
+        files = {}
         for source, lines in self.tails().items():
             kind, _, name = source.partition(" ")
             name = f"{int(name):05d}" if kind == "rank" else name
-            (folder / f"{kind}-{name}.log").write_text("".join(f"{line}\n" for line in lines))
+            files[f"{kind}-{name}.log"] = "".join(f"{line}\n" for line in lines)
+        return files
 
     def first_failure(self, since: str = "") -> Failure | None:
         """Return the first failure after the time `since`; None if no log has one.
