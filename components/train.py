@@ -78,6 +78,9 @@ def train_job(
             workspace=workspace,
             task_config={**vars(task_config), "resources": None},
             finished=lambda: stages.is_trained(workspace, name, run_id()),
-            logs=stages.logs_folder(workspace, name, run_id()),
+            check_processes=lambda count: stages.check_processes(settings.path, name, count),
+            keep_logs=lambda files: stages.keep_logs(
+                settings.path, name, workspace, run_id(), files
+            ),
         )
     stages.copy_checkpoint(workspace, name, run_id(), checkpoint.path)

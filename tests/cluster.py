@@ -132,7 +132,7 @@ class Scene:
         kind: str = "pytorchjob",
         task: dict | None = None,
         finished: Callable[[], bool] = lambda: False,
-        logs: Path | None = None,
+        keep_logs: Callable[[dict[str, str]], None] = lambda files: None,
     ) -> None:
         """`components.launcher.launch`, its lines in self.lines and in the output of a test that fails."""
         from components.launcher.launch import launch
@@ -157,7 +157,7 @@ class Scene:
                 out=out,
                 timeouts=timeouts or self.timeouts,
                 finished=finished,
-                logs=logs,
+                keep_logs=keep_logs,
             )
 
     def start(

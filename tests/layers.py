@@ -48,6 +48,7 @@ LAYERS: tuple[dict[str, str], ...] = (
         " evaluation weights tracking.tracker"
     },
     {"demo": f"{BASE} data checkpoint models training weights"},
+    {"workspace": BASE},
     {"stages": ALL},
     {"cli": ALL, "components": "stages"},
     {"__main__": "cli", "pipeline": "components"},

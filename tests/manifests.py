@@ -18,6 +18,15 @@ GPU_TAINT = "nvidia.com/gpu"
 BY_HAND = {("Secret", "vitdet-mlflow"), ("Secret", "mlflow-server")}
 RUNTIMES = ("ClusterTrainingRuntime", "TrainingRuntime")
 
+# Set by the operators; Trainer refuses them (torch.go of v2.3: TorchRunReservedEnvNames)
+RESERVED = {
+    "PET_NNODES",
+    "PET_NPROC_PER_NODE",
+    "PET_NODE_RANK",
+    "PET_MASTER_ADDR",
+    "PET_MASTER_PORT",
+}
+
 
 def kustomize(folder: Path) -> list[dict]:
     """The documents of a kustomization; ValueError with what kubectl says."""
@@ -122,7 +131,7 @@ def refused(job: dict) -> list[str]:
             for one in containers(pod)
             for entry in one.get("env", [])
         }
-        said += [f"{key} is reserved" for key in env if key.startswith("PET_")]
+        said += [f"{key} is reserved" for key in env if key in RESERVED]
     return [f"{name}: {what}" for what in said]
 
 

@@ -21,6 +21,8 @@ import json, os
 
 def launch(**asked):
     asked["finished"] = asked["finished"]()  # whether the training is complete
+    asked["keep_logs"] = asked["keep_logs"]("files")
+    asked["check_processes"] = asked["check_processes"](2)
     with open(os.environ["CALLS"], "w") as file:
         json.dump(asked, file)
 """
@@ -30,8 +32,11 @@ from pathlib import Path
 def train_argv(settings, name, data, workspace, run_id):
     return ["train", name, run_id]
 
-def logs_folder(workspace, name, run_id):
-    return f"{workspace}/{name}/logs"
+def keep_logs(settings, name, workspace, run_id, files):
+    return f"{workspace}/{name}/{files}"
+
+def check_processes(settings, name, processes):
+    return f"{name} on {processes}"
 
 def is_trained(workspace, name, run_id):
     return False
@@ -121,7 +126,8 @@ def test_a_pod_can_run_what_was_compiled(tmp_path: Path) -> None:
         "image": "i:1",
         "workspace": "/data",
         "finished": False,
-        "logs": "/data/tiny/logs",
+        "check_processes": "tiny on 2",
+        "keep_logs": "/data/tiny/files",
     }
     assert config == {
         "node_selector": {"a": "b"},

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from components.launcher.logs import TAIL, Line, RankLogs
 from tests.test_following import RUNNING, Record, follow
 from tests.test_launcher import conditions, ended, pod
@@ -44,14 +42,13 @@ def test_lines_are_split_by_rank_and_those_of_rank_0_are_shown() -> None:
     }
 
 
-def test_the_last_lines_are_kept_and_written_to_a_file_for_each_rank(tmp_path: Path) -> None:
+def test_the_last_lines_are_kept_as_a_file_for_each_rank() -> None:
     ranks = RankLogs()
     for number in range(TAIL + 50):
         ranks.add("m", stamped(1, f"[rank10]:line {number}", f"[rank9]:line {number}"), True)
-    ranks.write(tmp_path / "logs")
-    files = sorted(path.name for path in (tmp_path / "logs").iterdir())
-    assert files == ["rank-00009.log", "rank-00010.log"]
-    lines = (tmp_path / "logs" / "rank-00010.log").read_text().splitlines()
+    files = ranks.files()
+    assert list(files) == ["rank-00009.log", "rank-00010.log"]
+    lines = files["rank-00010.log"].splitlines()
     assert lines == [f"line {number}" for number in range(50, TAIL + 50)]
     assert list(ranks.tails()) == ["rank 9", "rank 10"]
 
@@ -77,6 +74,15 @@ def test_a_rank_that_a_signal_ended_comes_before_those_that_lost_it() -> None:
     ranks.add("m", stamped(9.0, "[rank0]:vitdet: Connection closed by peer"), True)
     ranks.add("w-0", stamped(9.5, *SUMMARY), False)
     assert str(ranks.first_failure()) == "first to fail: rank 3 (pod w-0): ended by signal 9"
+
+
+def test_a_rank_that_does_not_answer_is_named_by_another() -> None:
+    ranks = RankLogs()
+    ranks.add("w", stamped(1, "[rank1]:step 1"), False)
+    ranks.add("m", stamped(9, "[rank0]:vitdet: no progress: rank 1 (w, pid 7: step 5)"), True)
+    assert str(ranks.first_failure()).startswith(
+        "first to fail: rank 1 (pod w): vitdet: no progress"
+    )
 
 
 def test_ranks_that_torchrun_ended_are_not_the_first() -> None:

@@ -15,6 +15,7 @@ from vitdet import stages
 from vitdet.config import Config, digest, legacy_digest, load_config, save_config
 from vitdet.tracking.mlflow import tracking_uri
 from vitdet.tracking.runs import start_tracker
+from vitdet.workspace import training_folder
 
 RUN = "0123456789abcdef"
 
@@ -126,18 +127,18 @@ def test_a_training_that_commit_dad8b8b_began_is_found(tmp_path: Path) -> None:
     (name,) = resolve(["tiny"], [], tmp_path)
     space, runs = str(tmp_path / "space"), tmp_path / "space" / "runs"
     expected = runs / f"{name}-{RUN[:8]}"
-    assert stages.training_folder(space, name, RUN) == expected
+    assert training_folder(space, name, RUN) == expected
     config = load_config(tmp_path / "settings" / f"{name}.yaml")
     old = runs / f"tiny-{legacy_digest(config)[:8]}-{RUN[:8]}"
     assert old != expected
     save_config(config, old / "config.yaml")
-    assert stages.training_folder(space, name, RUN) == old
-    assert stages.training_folder(space, old.name.removesuffix(f"-{RUN[:8]}"), RUN) == old
-    assert stages.training_folder(space, name, "another run") == runs / f"{name}-another "
+    assert training_folder(space, name, RUN) == old
+    assert training_folder(space, old.name.removesuffix(f"-{RUN[:8]}"), RUN) == old
+    assert training_folder(space, name, "another run") == runs / f"{name}-another "
     (other,) = resolve(["tiny"], ["optim.lr=1"], tmp_path)
-    assert stages.training_folder(space, other, RUN) == runs / f"{other}-{RUN[:8]}"
+    assert training_folder(space, other, RUN) == runs / f"{other}-{RUN[:8]}"
     expected.mkdir()
-    assert stages.training_folder(space, name, RUN) == expected
+    assert training_folder(space, name, RUN) == expected
 
 
 @pytest.mark.parametrize("digits", [digest, legacy_digest])

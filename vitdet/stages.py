@@ -1,38 +1,41 @@
 """The stages of an experiment: what the command line's verbs and the pipeline's components call.
 
 `train`, `evaluate` and `register` take configs and paths. The others are the steps of a pipeline run on a shared folder,
-the workspace; between them go files that the caller names: the resolved configs, a description of the data, a checkpoint
+the workspace (`vitdet.workspace`); between them go files that the caller names: the resolved configs, a description of the data, a checkpoint
 and metrics. A step may be repeated: what is there is not made again, and a training resumes from its checkpoint.
-
-  WORKSPACE/...                     data sets and files of weights, where the recipes' relative paths say
-  WORKSPACE/weights/                what train.init names
-  WORKSPACE/runs/NAME-RUN/          a training: config, checkpoints, model.pt; NAME is recipe and digest of its config,
-                                    RUN the first digits of the pipeline run's id
-  WORKSPACE/runs/mlflow.db          MLflow's store, where no server is named
 
 Imports are inside the functions: help and configs need neither torch nor MLflow.
 """
 
 from __future__ import annotations
 
-import glob
 import hashlib
 import json
+import logging
 import shutil
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from vitdet.config import Config, difference, digest, legacy_digest, load_config, save_config
+from vitdet.config import Config, difference, digest, load_config, save_config
 from vitdet.files import sha256, write_json
+from vitdet.workspace import (
+    logs_folder,
+    resolve_paths,
+    runs_folder,
+    training_folder,
+    weights_folder,
+)
 
 if TYPE_CHECKING:
     from vitdet.data.protocol import Protocol
     from vitdet.tracking.champion import Evaluate, Evaluated
     from vitdet.tracking.measured import Measured
     from vitdet.tracking.registry import Registered
+
+log = logging.getLogger(__name__)
 
 EXPLICIT = "explicit.json"  # beside the configs of a run: the settings of each that a user chose
 
@@ -258,14 +261,36 @@ def train_argv(settings: str, name: str, data: str, workspace: str, run_id: str)
     return ["train", str(file), *(str(word) for pair in options.items() for word in pair)]
 
 
+def check_processes(settings: str, name: str, processes: int) -> None:
+    """Raise ValueError if this number of processes cannot share a batch of the training."""
+    from vitdet.data.samplers import check_batch_size
+
+    batch_size = load_config(Path(settings) / f"{name}.yaml").train.batch_size
+    check_batch_size(batch_size, processes)
+
+
 def is_trained(workspace: str, name: str, run_id: str) -> bool:
     """Whether this training is complete, as when only the end of its step was lost."""
     return (training_folder(workspace, name, run_id) / "model.pt").is_file()
 
 
-def logs_folder(workspace: str, name: str, run_id: str) -> Path:
-    """The folder for the last lines of each rank of a training job."""
-    return training_folder(workspace, name, run_id) / "logs"
+def keep_logs(settings: str, name: str, workspace: str, run_id: str, files: dict[str, str]) -> None:
+    """Write the logs of a training job to its folder, and log them to its MLflow run if there is one.
+
+    Only warns if that fails: the job has ended, and its result matters more.
+    """
+    from vitdet.tracking.runs import log_files
+
+    output = training_folder(workspace, name, run_id)
+    folder = logs_folder(workspace, name, run_id)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for file, text in files.items():
+            (folder / file).write_text(text, encoding="utf-8")
+        config = load_config(Path(settings) / f"{name}.yaml")
+        log_files(config, output, [folder / file for file in files], "logs")
+    except (OSError, ValueError) as error:
+        log.warning("the logs of the job are not kept: %s", error)
 
 
 def copy_checkpoint(workspace: str, name: str, run_id: str, checkpoint: str) -> None:
@@ -397,43 +422,6 @@ def end_parent_run(
         folder=runs_folder(workspace),
         experiment=settings.experiment,
     )
-
-
-def weights_folder(workspace: str) -> Path:
-    """The folder of the initial weights."""
-    return Path(workspace) / "weights"
-
-
-def runs_folder(workspace: str) -> Path:
-    """The folder of the trainings, and of MLflow's store if no server is named."""
-    return Path(workspace) / "runs"
-
-
-def training_folder(workspace: str, name: str, run_id: str) -> Path:
-    """A folder for each training of each pipeline run, the same for a step that is retried.
-
-    Also one that version 0.1 began under its own digest of the config, if there is one.
-    """
-    run, (recipe, _, digits) = run_id[:8], name.rpartition("-")
-    folder = runs_folder(workspace) / f"{name}-{run}"
-    if not folder.exists():
-        pattern = f"{glob.escape(recipe)}-????????-{run}/config.yaml"
-        for other in runs_folder(workspace).glob(pattern):
-            config = load_config(other)
-            old = (legacy_digest(config) or "")[:8]
-            if digest(config)[:8] == digits and other.parent.name == f"{recipe}-{old}-{run}":
-                return other.parent
-    return folder
-
-
-def resolve_paths(config: Config, workspace: Path) -> Config:
-    """The config with the relative paths of data and weights below the workspace."""
-    init = config.train.init
-    settings = (
-        replace(config.train, init=str(workspace / init)) if Path(init).suffix else config.train
-    )
-    data = replace(config.data, root=str(workspace / config.data.root))
-    return replace(config, data=data, train=settings)
 
 
 def _verified(configs: str, name: str, data: str) -> Config:

@@ -13,7 +13,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import datetime, timedelta
-from pathlib import Path
 from typing import NoReturn
 
 from components.launcher.client import JobClient, Timeouts
@@ -51,7 +50,7 @@ class Follower:
     end_reason: returns why the job must end if this process is stopped; "": it is left running.
     first_attempt: this is not a retry, so an existing failed job is left over from before the user
     restarted the run.
-    logs: folder for the last lines of each rank, written when the job has ended.
+    keep_logs: called with files of the last lines of each rank, by name, when the job has ended.
     """
 
     def __init__(
@@ -64,11 +63,11 @@ class Follower:
         finished: Callable[[], bool] = lambda: False,
         end_reason: Callable[[], str] = lambda: "",
         first_attempt: bool = False,
-        logs: Path | None = None,
+        keep_logs: Callable[[dict[str, str]], None] = lambda files: None,
     ) -> None:
         self.client, self.kind, self.job, self.out = client, kind, job, out
         self.timeouts, self.finished, self.end_reason = timeouts, finished, end_reason
-        self.first_attempt, self.logs = first_attempt, logs
+        self.first_attempt, self.keep_logs = first_attempt, keep_logs
         self.current = job  # as last returned by the API server
         self.name = f"{kind.name} {job['metadata']['name']}"
         self.reported: dict[str, str] = {}
@@ -89,9 +88,10 @@ class Follower:
                 self.create_or_adopt()
                 while not self.poll():
                     pass
-        finally:
-            if self.logs:
-                self.ranks.write(self.logs)
+        except RuntimeError:
+            self.keep_logs(self.ranks.files())
+            raise
+        self.keep_logs(self.ranks.files())
 
     @contextmanager
     def on_signal(self) -> Iterator[None]:

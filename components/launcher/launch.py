@@ -12,7 +12,6 @@ finished PyTorchJob after its time to live; a TrainJob has none.
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 
 from components.launcher.client import (
     JobClient,
@@ -60,7 +59,7 @@ def launch(
     timeouts: Timeouts | None = None,
     finished: Callable[[], bool] = lambda: False,
     check_processes: Callable[[int], None] = lambda count: None,
-    logs: Path | None = None,
+    keep_logs: Callable[[dict[str, str]], None] = lambda files: None,
 ) -> None:
     """Train in a job of `nodes` pods; block until it has succeeded.
 
@@ -75,7 +74,7 @@ def launch(
         out: Called with each line of rank 0's log and of the job's progress.
         finished: Returns whether the training is complete; called if the job is gone or has failed.
         check_processes: Raises ValueError if the training cannot use this number of processes.
-        logs: Folder for the last lines of each rank.
+        keep_logs: Called with files of the last lines of each rank, by name, after the job's end.
 
     Raises:
         RuntimeError: The job fails, cannot start, is deleted, or its creation is forbidden.
@@ -118,7 +117,7 @@ def launch(
         finished,
         step.end_reason,
         step.first_attempt,
-        logs,
+        keep_logs,
     ).run()
 
 

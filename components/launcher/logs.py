@@ -11,7 +11,6 @@ import re
 import time
 from collections import deque
 from dataclasses import dataclass
-from pathlib import Path
 from typing import NamedTuple
 
 from components.launcher.client import JobClient
@@ -24,6 +23,8 @@ PREFIX = re.compile(r"\[rank(\d+)\]:")
 ERROR = re.compile(
     r"Traceback \(most recent call last\)|vitdet: |Fatal Python error|terminate called"
 )
+# The message of vitdet/training/watchdog.py
+STALLED = re.compile(r"no progress: rank (\d+)")
 # A failure in torchrun's summary (torch/distributed/elastic/multiprocessing/errors)
 SUMMARY = re.compile(r"^  (time|rank|exitcode)\s*: (\S+)")
 OUT_OF_GPU_MEMORY = re.compile(r"OutOfMemoryError|CUDA out of memory")
@@ -111,13 +112,14 @@ class RankLogs:
         others = sorted(one for one in self.lines if one.startswith("pod "))
         return {one: [line.text for line in self.lines[one]] for one in [*ranks, *others]}
 
-    def write(self, folder: Path) -> None:
-        """Write the last lines to one file for each rank and pod, e.g. rank-00003.log."""
-        folder.mkdir(parents=True, exist_ok=True)
+    def files(self) -> dict[str, str]:
+        """Return the last lines as files, one for each rank and pod, e.g. rank-00003.log."""
+        files = {}
         for source, lines in self.tails().items():
             kind, _, name = source.partition(" ")
             name = f"{int(name):05d}" if kind == "rank" else name
-            (folder / f"{kind}-{name}.log").write_text("".join(f"{line}\n" for line in lines))
+            files[f"{kind}-{name}.log"] = "".join(f"{line}\n" for line in lines)
+        return files
 
     def first_failure(self, since: str = "") -> Failure | None:
         """Return the first failure after the time `since`; None if no log has one.
@@ -138,9 +140,14 @@ class RankLogs:
                 continue
             texts = [line for line in lines if line.time > since]
             start = next((n for n, line in enumerate(texts) if ERROR.match(line.text)), None)
-            if start is not None:
-                error = error_text([line.text for line in texts[start:]])
-                failures.append(Failure(source, self.pods[source], texts[start].time, error))
+            if start is None:
+                continue
+            error = error_text([line.text for line in texts[start:]])
+            # any rank may write that another one does not answer
+            stalled = STALLED.search(error)
+            rank = f"rank {stalled[1]}" if stalled else source
+            pod = self.pods.get(rank, self.pods[source])
+            failures.append(Failure(rank, pod, texts[start].time, error))
         return failures
 
     def summaries(self, since: str) -> list[Failure]:

@@ -44,6 +44,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
         else:
             print("vitdet:", *hide_credentials(error).splitlines(), file=sys.stderr)
             code = 1
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":  # torch's, which is not imported here
+            raise
+        print(
+            f"vitdet: {str(error).splitlines()[0]} Lower train.batch_size or evaluate.batch_size, or use more "
+            "or larger GPUs",
+            file=sys.stderr,
+        )
+        code = 1
     except KeyboardInterrupt:
         code = 130
     sys.exit(code)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import logging
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from vitdet.checkpoint import load_model_file
@@ -60,6 +61,27 @@ def start_tracker(
     else:
         log.warning("mlflow is not installed: this training is not tracked")
     return Progress(tracker, config.optim.steps, step)
+
+
+def log_files(config: Config, output: Path, files: Sequence[Path], place: str) -> None:
+    """Log files to the run of the training that last started in `output`, in this artifact folder.
+
+    Does nothing if the training did not get as far as its run. What a server does not take now
+    waits in the journal.
+    """
+    if not has_mlflow():
+        return
+    from vitdet.tracking.journal import PENDING, journals
+    from vitdet.tracking.mlflow import log_metrics
+
+    folder, started = default_folder(output), []
+    for journal in journals(folder):
+        start = journal.start() or {}
+        if start.get("output") == output.name:
+            started.append((start["time"], PENDING + journal.key))
+    if started:
+        _, run_id = max(started)
+        log_metrics(run_id, config.tracking.uri, folder, {}, 0, dict.fromkeys(files, place))
 
 
 def log_evaluation(
