@@ -113,7 +113,7 @@ def test_a_training_that_is_killed_at_random_moments_ends_as_if_it_had_not_been(
 ) -> None:
     took = finish(tmp_path, tiny, "whole", processes)
     rng = random.Random(processes)
-    moments = [rng.uniform(0.3 * took, took) for _ in range(3)]
+    moments = [rng.uniform(0.3 * took, took) for _ in range(2 if processes else 3)]
     train_killed(tmp_path, tiny, "killed", processes, moments)
     check(tmp_path, ["killed"], "whole")
 
