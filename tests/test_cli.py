@@ -14,14 +14,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-import torch
 import yaml
 from PIL import Image
 from safetensors.torch import save_file
 
 from tests.conftest import environment, minimal, options
-from vitdet import stages
-from vitdet.cli import main
 from vitdet.config import load_config
 
 Run = Callable[..., tuple[int, str, str]]
@@ -495,19 +492,3 @@ def test_in_a_process_of_its_own(tiny: Path, tmp_path: Path) -> None:
         and "instances_test.json: not there" in done.stderr
     )
     assert not list(tmp_path.iterdir())
-
-
-def test_too_little_memory_of_a_gpu_is_one_line_that_says_what_to_change(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def fill(*_: object, **__: object) -> None:
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nSee docs.")
-
-    monkeypatch.setattr(stages, "train", fill)
-    with pytest.raises(SystemExit) as stopped:
-        main(["train", "tiny", "--output", str(tmp_path / "run")])
-    assert stopped.value.code == 1
-    assert capsys.readouterr().err.endswith(
-        "vitdet: CUDA out of memory. Tried to allocate 2.00 GiB. Lower train.batch_size or "
-        "evaluate.batch_size, or use more or larger GPUs\n"
-    )

@@ -159,7 +159,7 @@ def limited(restarts: str = "2") -> dict:
 
 
 def test_a_job_ends_after_the_errors_that_its_file_allows() -> None:
-    looks = [(RUNNING, [crashed("m", times), pod("w")]) for times in range(6)]
+    looks = [(RUNNING, [crashed("m", times), crashed("w", times)]) for times in range(1, 6)]
     record = Record((RUNNING, HEALTHY), *looks)
     record.logs["m previous"] = ["2026-01-01T00:00:00Z ValueError: bad image"]
     lines, error = follow(record, limited())
@@ -170,8 +170,8 @@ def test_a_job_ends_after_the_errors_that_its_file_allows() -> None:
 
 
 def test_errors_between_two_looks_count_too() -> None:
-    record = Record((RUNNING, HEALTHY), (RUNNING, [crashed("m", 3), pod("w")]))
-    record.flicker = [crashed("m", 1), crashed("m", 2), crashed("m", 3)]
+    record = Record((RUNNING, HEALTHY), (RUNNING, [crashed("m", 3), crashed("w", 3)]))
+    record.flicker = [crashed(name, times) for times in (1, 2, 3) for name in ("m", "w")]
     assert "has failed 3 times" in follow(record, limited())[1]
 
 
@@ -180,9 +180,58 @@ def test_the_next_launcher_goes_on_counting() -> None:
         "metadata": {**limited()["metadata"], "annotations": {"vitdet/errors": "2"}},
         **RUNNING,
     }
-    looks = [(RUNNING, [crashed("m", times), pod("w")]) for times in (4, 5)]
+    looks = [(RUNNING, [crashed("m", times), crashed("w", times)]) for times in (4, 5)]
     record = Record(*looks, there=there)
     assert follow(record, limited())[1].startswith("PyTorchJob vitdet-tiny-1 has failed 3 times")
+
+
+def test_the_last_error_waits_for_the_node_of_a_pod_that_has_not_failed() -> None:
+    deciding = (RUNNING, [crashed("m", 1), pod("w")])
+    gone = (RUNNING, [crashed("m", 1), lost("w")])
+    back = (RUNNING, [crashed("m", 1), named("w", "new")])
+    done = ({"status": {"conditions": [{"type": "Succeeded", "status": "True"}]}}, [])
+    record = Record((RUNNING, HEALTHY), deciding, deciding, gone, back, done)
+    assert follow(record, limited("0"))[1] == ""
+    # without a lost node the second error of the same pod ends the job
+    twice = (RUNNING, [crashed("m", 2), pod("w")])
+    record = Record((RUNNING, HEALTHY), deciding, deciding, twice)
+    assert "has failed 2 times" in follow(record, limited("0"))[1]
+
+
+def test_errors_of_an_elastic_job_count_while_it_waits_for_more_nodes() -> None:
+    job = limited("2")
+    job["spec"]["elasticPolicy"] = {"minReplicas": 1}
+    looks = [(RUNNING, [crashed("m", times), unschedulable("w")]) for times in range(7)]
+    assert "has failed 4 times" in follow(Record(*looks), job)[1]
+
+
+def test_a_pod_on_a_dead_node_keeps_the_others_failures_from_counting() -> None:
+    dead = pod("w", container={"state": {"running": {}}, "ready": True})
+    dead["status"]["conditions"] = [{"type": "Ready", "status": "False"}]
+    deleted = pod("w")
+    deleted["metadata"]["deletionTimestamp"] = "2026-01-01T00:00:00Z"
+    for gone in (dead, deleted):
+        looks = [[crashed("m", times), gone] for times in range(9)]
+        found = counted(HEALTHY, [crashed("m", 0), gone], *looks, step=700)
+        assert found.errors == 0
+
+
+def test_a_node_that_comes_and_goes_is_a_disruption_each_time() -> None:
+    silent = pod("w", container={"state": {"running": {}}, "ready": True})
+    silent["status"]["conditions"] = [{"type": "Ready", "status": "False"}]
+    looks = [HEALTHY]
+    for number in range(1, 6):
+        looks += [[crashed("m", number), silent], [crashed("m", number), pod("w")]]
+    found = counted(*looks, step=700)
+    assert (found.errors, found.disruptions >= 5) == (0, True)
+
+
+def test_the_pods_of_a_deleted_job_with_the_same_name_are_not_looked_at() -> None:
+    old = crashed("w", 1, 137, "OOMKilled")
+    old["metadata"]["creationTimestamp"] = "2026-01-01T00:00:00Z"
+    job = {"metadata": {**filled()["metadata"], "creationTimestamp": "2026-01-01T00:00:09Z"}}
+    done = {"status": {"conditions": [{"type": "Succeeded", "status": "True"}]}}
+    assert follow(Record(({**RUNNING, **job}, [old]), ({**done, **job}, [])))[1] == ""
 
 
 @pytest.mark.parametrize(

@@ -147,6 +147,7 @@ def test_a_run_that_was_killed_after_its_last_value_is_sent_and_ended(
     first = start(tmp_path, "http://127.0.0.1:9")
     first.log({"box_ap": 40.0}, 10)
     first._closing.set()  # killed before its end
+    first._thread.join()  # as a killed process's, it holds no lock
     again = start(tmp_path, store, run_id=first.run_id, resume_step=10)
     again.close()
     assert points(store, again.run_id, "box_ap") == [(10, 40.0)]
@@ -164,6 +165,7 @@ def test_a_value_that_waited_is_not_sent_twice(
     tracker = start(tmp_path, "http://127.0.0.1:9")
     tracker.log({"box_ap": value, "mask_ap": 1.0}, 10)
     tracker.close()
+    tracker._thread.join()  # the end of its process
     monkeypatch.setattr(tracking, "CLOSE_SECONDS", 60.0)
     for _ in range(2):
         run_id = tracking.log_metrics(

@@ -156,4 +156,4 @@ def test_a_file_and_its_name_reach_the_disk(
 
     monkeypatch.setattr(files.os, "fsync", noted)
     path = Checkpoints(tmp_path, keep=1).save(1, {})
-    assert synced == [str(path.with_name(f".{path.name}.{os.getpid()}.tmp")), str(tmp_path)]
+    assert synced == [str(path.with_name(f".{path.name}.{files.writer()}.tmp")), str(tmp_path)]

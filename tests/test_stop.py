@@ -36,11 +36,14 @@ def test_each_signal_saves_and_has_its_exit_code(
     vitdet: Run,
     monkeypatch: pytest.MonkeyPatch,
     ctrl_c: None,
+    request: pytest.FixtureRequest,
     signum: int,
     code: int,
 ) -> None:
     recorder = interrupt(lambda: os.kill(os.getpid(), signum), 2)
     monkeypatch.setattr(runs, "start_tracker", lambda *_: recorder)
+    hang_up = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup ignores it
+    request.addfinalizer(lambda: signal.signal(signal.SIGHUP, hang_up))
     done, _, errors = vitdet("train", "tiny", *options(minimal(tiny)), "--output", "run")
     assert done == code
     assert f"vitdet: stopped at step 2 of {STEPS}; the same command goes on from there" in errors

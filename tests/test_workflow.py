@@ -80,7 +80,7 @@ class Cluster:
     def pod(self, name: str, once: bool = False) -> dict | None:
         return self.answer("pod") if once else step_pod()
 
-    def workflow(self, name: str) -> dict | None:
+    def workflow(self, name: str, once: bool = False) -> dict | None:
         assert name == "run"
         return self.answer("workflow")
 
@@ -115,6 +115,16 @@ def test_a_stopped_step_asks_for_its_run_and_without_an_answer_for_its_pod(
     step = Step(Cluster(pod, workflow))
     assert bool(step.end_reason()) == deletes
     assert step.owner == OWNER and step.first_attempt
+
+
+def test_an_exit_handler_that_cannot_read_its_run_ends_no_job(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("KFP_POD_NAME", "exit")
+    with pytest.raises(RuntimeError, match="does not answer"):
+        Step(Cluster(step_pod(), SILENT)).run_ended()
+    assert not Step(Cluster(step_pod(), WORKFLOW)).run_ended()
+    assert Step(Cluster(step_pod(), None)).run_ended()
 
 
 def test_outside_a_pipeline_the_job_ends_with_the_process(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -43,7 +43,7 @@ def test_the_content_reaches_the_disk_before_the_name(
     for sync in (False, True):
         with written(tmp_path / "file", sync) as temporary:
             temporary.write_text("new")
-        assert seen == [False] * sync
+        assert seen == [False, True] * sync  # the file, then the folder with its name
         (tmp_path / "file").unlink()
 
 

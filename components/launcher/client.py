@@ -272,8 +272,8 @@ class JobClient:
             once=once,
         )
 
-    def workflow(self, name: str) -> dict | None:
-        """Return a Workflow; None if there is none. Fails within 2.5 s instead of retrying."""
+    def workflow(self, name: str, once: bool = False) -> dict | None:
+        """Return a Workflow; None if there is none. once: fail within 2.5 s instead of retrying."""
         return self.request(
             "get workflows",
             self.objects.get_namespaced_custom_object,
@@ -283,7 +283,8 @@ class JobClient:
             workflow.PLURAL,
             name,
             none_if=(404,),
-            once=True,
+            forbidden=self.timeouts.forbidden,
+            once=once,
         )
 
     def mark(self, failure: str, halt: bool) -> None:

@@ -17,7 +17,7 @@ from typing import NoReturn
 
 from components.launcher.client import JobClient, Timeouts
 from components.launcher.logs import OUT_OF_GPU_MEMORY, TAIL, PodLog, RankLogs
-from components.launcher.restarts import OUT_OF_MEMORY, WINDOW, Restarts
+from components.launcher.restarts import OUT_OF_MEMORY, WINDOW, Restarts, node_is_unresponsive
 from components.launcher.status import (
     BROKEN,
     Cause,
@@ -89,6 +89,10 @@ class Follower:
                 while not self.poll():
                     pass
         except RuntimeError:
+            for source, lines in self.ranks.tails().items():
+                self.out(f"launcher: last lines of {source}:")
+                for line in lines:
+                    self.out(f"  {line}")
             self.keep_logs(self.ranks.files())
             raise
         self.keep_logs(self.ranks.files())
@@ -195,8 +199,19 @@ class Follower:
             return self.handle_missing()
         self.current, (phase, message) = job, job_phase(self.kind, job)
         pods, version = self.client.pods()
+        # those of a deleted job with this name may live on for a moment
+        pods = [one for one in pods if creation_time(one) >= creation_time(job)]
         self.report_phase(phase, message)
-        self.stream_logs(job, pods)
+        for pod in pods:
+            if node_is_unresponsive(pod):  # each request would wait for its time-out
+                node = (pod.get("spec") or {}).get("nodeName")
+                self.report(
+                    pod["metadata"]["name"],
+                    f"pod {pod['metadata']['name']}: its node {node} does not respond; the pod is replaced "
+                    "after its eviction, or after the Node object is deleted",
+                )
+            else:
+                self.stream_log(pod)
         self.record_failures(pods)
         if phase == "succeeded":
             return True
@@ -262,22 +277,21 @@ class Follower:
             text = f"{cause}{f'; restarted, {restarts} times in total' if cause.previous else ''}"
             if text != self.reported.get(cause.pod):
                 self.report(cause.pod, text)
+                self.stream_log(pod)
                 lines = self.client.log(
                     cause.pod, tail=TAIL, previous=cause.previous, container=container
                 )
                 self.failures[cause.pod] = cause, [line.partition(" ")[2] for line in lines]
 
-    def stream_logs(self, job: dict, pods: list[dict]) -> None:
-        """Read the new lines of all pods and write those of rank 0."""
-        wanted = self.kind.rank0(job).items()
-        for pod in pods:
-            labels = pod["metadata"].get("labels") or {}
-            log = self.pod_logs.setdefault(
-                pod["metadata"]["uid"], PodLog(self.client, self.kind.container)
-            )
-            main = wanted <= labels.items()
-            for line in self.ranks.add(pod["metadata"]["name"], log.new_lines(pod), main):
-                self.out(line)
+    def stream_log(self, pod: dict) -> None:
+        """Read the new lines of a pod and write those of rank 0."""
+        labels = pod["metadata"].get("labels") or {}
+        log = self.pod_logs.setdefault(
+            pod["metadata"]["uid"], PodLog(self.client, self.kind.container)
+        )
+        main = self.kind.rank0(self.current).items() <= labels.items()
+        for line in self.ranks.add(pod["metadata"]["name"], log.new_lines(pod), main):
+            self.out(line)
 
     def count_failures(self, pods: list[dict]) -> None:
         """End the job for lack of memory, or after more errors than its file allows to restart.
@@ -287,18 +301,21 @@ class Follower:
         now = time.monotonic()
         for pod in pods:
             self.restarts.observe(pod, self.kind.container, now)
-        self.restarts.complete_look(pods, expected_pods(self.job), now)
+        elastic = self.job["spec"].get("elasticPolicy") or {}
+        needed = elastic.get("minReplicas", expected_pods(self.job))
+        self.restarts.complete_look(pods, needed, now)
         if self.restarts.disruptions:
             self.report("disruptions", f"{self.restarts.disruptions} disruptions, not counted")
         self.check_memory()
         limit = (self.job["metadata"].get("annotations") or {}).get(RESTARTS)
         errors = self.restarts.errors
-        if limit is None or errors == self.errors:
+        if limit is None:
             return
-        self.errors = errors
-        self.client.annotate({ERRORS: str(errors)})
-        self.report("errors", f"{errors} errors; the job ends after {int(limit) + 1}")
-        if errors > int(limit):
+        if errors != self.errors:
+            self.errors = errors
+            self.client.annotate({ERRORS: str(errors)})
+            self.report("errors", f"{errors} errors; the job ends after {int(limit) + 1}")
+        if errors > int(limit) + (not self.restarts.is_decided(now)):
             self.give_up(f"{self.name} has failed {errors} times", pods, None)
 
     def check_memory(self) -> None:
@@ -352,14 +369,7 @@ class Follower:
         self.fail(f"{text}{explained}; it is suspended", True)
 
     def fail(self, text: str, halt: bool) -> NoReturn:
-        """Annotate the job with the cause; halt: also suspend it. Raises RuntimeError.
-
-        Writes the last lines of all ranks to the step's log.
-        """
-        for source, lines in self.ranks.tails().items():
-            self.out(f"launcher: last lines of {source}:")
-            for line in lines:
-                self.out(f"  {line}")
+        """Annotate the job with the cause; halt: also suspend it. Raises RuntimeError."""
         try:
             self.client.mark(text[:MAX_ANNOTATION], halt)
         except RuntimeError as error:
@@ -385,6 +395,11 @@ class Follower:
             + f"\ncause: {cause}{killed if any('Signal 9 (SIGKILL)' in line for line in lines) else ''}"
             + shown
         )
+
+
+def creation_time(resource: dict) -> str:
+    """Return when the API server created this; "" if unknown."""
+    return resource["metadata"].get("creationTimestamp") or ""
 
 
 def time_before(text: str) -> str:

@@ -29,6 +29,7 @@ from components.launcher.templates import (
     KINDS,
     RECIPE,
     RUN,
+    STARTED,
     JobRequest,
     Kind,
     fill_template,
@@ -124,17 +125,19 @@ def launch(
 def clean_up_jobs(run_id: str, own: str, succeeded: bool) -> tuple[list[str], list[str]]:
     """End the training jobs of a run in its exit handler; returns and raises as `delete_jobs`.
 
-    A job that still trains after a failed run, e.g. because its step was evicted too often, is left
+    A job that has started and still trains after a failed run, e.g. because its step was evicted too often, is left
     running and released from the Workflow, whose deletion would delete it: Retry of the run follows
-    it. All other unfinished jobs are deleted.
+    it. All other unfinished jobs are deleted. Raises RuntimeError if it is unknown whether the run
+    was ended by a user, so that no job is deleted by mistake: the step is retried.
     """
     api, namespace = connect()
     step = Step(JobClient(api, KINDS["pytorchjob"], "", namespace, print, Timeouts()))
-    ended = succeeded or bool(step.end_reason())
+    ended = succeeded or step.run_ended()
 
     def keep(kind: Kind, job: dict) -> str:
         metadata = job["metadata"]
-        if ended or FAILURE in (metadata.get("annotations") or {}):
+        annotations = metadata.get("annotations") or {}
+        if ended or FAILURE in annotations or STARTED not in annotations:
             return ""
         release_job(api, kind, namespace, metadata["name"], without_run(job))
         phase = job_phase(kind, job)[0] or "created"

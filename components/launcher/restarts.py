@@ -19,7 +19,14 @@ from components.launcher.workflow import has_disruption_target
 # Longer than it takes until the other ranks fail (the limit of a collective operation that waits)
 # and until Kubernetes evicts the pods of a node that does not respond (5 minutes)
 WINDOW = 600.0
+EVICTION = 360.0  # until the pods of a lost node are evicted: 40 s, 5 minutes, and some more
 OUT_OF_MEMORY = "OOMKilled"
+# Messages of the kubelet for pods that exceed their own limits (pkg/kubelet/eviction)
+OWN_LIMITS = (
+    "exceeds the limit",
+    "exceeds the total limit",
+    "exceeded its local ephemeral storage",
+)
 # Values of status.reason of a pod that its node ended or did not admit, where no condition says so:
 # pkg/kubelet (eviction, nodeshutdown, preemption, lifecycle) and pkg/controller/nodelifecycle
 DISRUPTIONS = (
@@ -33,6 +40,9 @@ DISRUPTIONS = (
     "UnexpectedAdmissionError",
     "Deleted",
     "NodeNotReady",
+    # of a container whose end the kubelet or the runtime did not see: its node was restarted
+    "ContainerStatusUnknown",
+    "Unknown",
 )
 
 
@@ -53,6 +63,7 @@ class Restarts:
         self.incidents: list[Incident] = []
         self.failures: dict[str, int] = {}  # uid of a pod -> its failures so far
         self.disrupted: set[str] = set()  # uids
+        self.unresponsive: set[str] = set()  # uids
         self.pods: dict[str, str] = {}  # name -> uid, at the last look
         self.initialized = self.incomplete = False
 
@@ -75,10 +86,15 @@ class Restarts:
         cause, count, before = failure_reason(pod), 0, self.failures.get(uid, 0)
         if cause is not None:
             count = restart_count(pod, cause.container or container) + (not cause.previous)
-        elif node_is_unresponsive(pod):
-            cause = Cause(name, "NodeNotReady")
         self.failures[uid] = max(count, before)
-        if not self.initialized or cause is None:
+        if not self.initialized:
+            return
+        if not node_is_unresponsive(pod):
+            self.unresponsive.discard(uid)
+        elif uid not in self.unresponsive:
+            self.unresponsive.add(uid)
+            self.add(name, Cause(name, "NodeNotReady"), now, True)
+        if cause is None:
             return
         # while a pod waits for a node, the others fail because they wait for it
         for _ in range(count - before):
@@ -87,8 +103,10 @@ class Restarts:
             self.disrupted.add(uid)
             self.add(name, cause, now, True)
 
-    def complete_look(self, pods: list[dict], expected: int, now: float) -> None:
+    def complete_look(self, pods: list[dict], needed: int, now: float) -> None:
         """Compare all pods with those of the last call: a pod that is gone was deleted.
+
+        needed: how many pods must run so that the training can.
 
         The operator deletes failed pods, which `observe` has seen, and those of a suspended job.
         """
@@ -100,9 +118,16 @@ class Restarts:
                 and uid not in self.disrupted
             ):
                 self.add(name, Cause(name, "Deleted"), now, True)
-        pending = any((one.get("status") or {}).get("phase") == "Pending" for one in pods)
-        self.incomplete = pending or len(pods) < expected
+        self.incomplete = sum(map(can_run, pods)) < needed
         self.pods, self.initialized = current, True
+
+    def is_decided(self, now: float) -> bool:
+        """Whether the last incident is an error: no node can turn out to be lost any more.
+
+        The pod on a lost node does not fail by itself, and is evicted after minutes.
+        """
+        last = self.incidents[-1] if self.incidents else None
+        return last is None or set(last.causes) >= set(self.pods) or now - last.start > EVICTION
 
     def forget_pods(self) -> None:
         """Do not count pods that are gone at the next look: the job was suspended."""
@@ -129,7 +154,7 @@ def is_disruption(cause: Cause, pod: dict) -> bool:
     """
     if cause.reason == OUT_OF_MEMORY:
         return False
-    if cause.reason == "Evicted" and "exceed" in cause.message.lower():
+    if cause.reason == "Evicted" and any(text in cause.message for text in OWN_LIMITS):
         return False
     reason = (pod.get("status") or {}).get("reason") or cause.reason
     return (
@@ -148,6 +173,12 @@ def is_deleted_before(pod: dict, time: str) -> bool:
     grace = timedelta(seconds=metadata.get("deletionGracePeriodSeconds") or 0)
     requested = datetime.fromisoformat(metadata["deletionTimestamp"]) - grace
     return not time or datetime.fromisoformat(time) >= requested
+
+
+def can_run(pod: dict) -> bool:
+    """Whether this pod takes part in the training, or will as soon as its container is restarted."""
+    running = (pod.get("status") or {}).get("phase") == "Running"
+    return running and "deletionTimestamp" not in pod["metadata"] and not node_is_unresponsive(pod)
 
 
 def node_is_unresponsive(pod: dict) -> bool:

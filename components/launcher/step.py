@@ -29,16 +29,24 @@ class Step:
     def end_reason(self) -> str:
         """Return why the job must end together with this step; "" if the run continues.
 
-        Takes at most 5 s: SIGKILL follows SIGTERM after 30 s. A step that is stopped although its
-        run cannot be read is assumed to be stopped by the run, unless its pod is being deleted.
+        Takes at most 5 s. A step that is stopped although its run cannot be read is assumed to be
+        stopped by the run, unless its pod is being deleted. Kubernetes sends SIGKILL 30 s after
+        SIGTERM; but when Argo itself ends a step, KFP's launcher process exits at once and SIGKILL
+        may follow within a second. What is then left is ended by the exit handler after Kubeflow's
+        Terminate, by `python -m pipeline terminate`, or with the Workflow.
         """
         if self.owner is None:
             return "it does not belong to a pipeline run"
         try:
-            found = self.client.workflow(self.owner["name"])
+            found = self.client.workflow(self.owner["name"], once=True)
         except RuntimeError as error:
             return "" if self.is_disrupted() else f"its run cannot be read ({error})"
         return end_of_run(found, self.owner["uid"])
+
+    def run_ended(self) -> bool:
+        """Whether the run is over or being ended. Raises RuntimeError if that cannot be read."""
+        owner = self.owner
+        return owner is None or bool(end_of_run(self.client.workflow(owner["name"]), owner["uid"]))
 
     def is_disrupted(self) -> bool:
         """Whether this pod is being deleted or evicted; False if that is unknown."""
