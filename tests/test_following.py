@@ -82,8 +82,9 @@ class Record:
     def annotate(self, annotations: dict[str, str]) -> None:
         self.annotations |= annotations
 
-    def mark(self, failure: str, halt: bool) -> None:
-        self.asked.append("halt" if halt else "mark")
+    def mark(self, failure: str, spec: dict | None) -> None:
+        self.asked.append("halt" if spec else "mark")
+        self.spec = spec
         self.told = failure
 
     def delete(self) -> None:

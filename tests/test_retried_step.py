@@ -112,20 +112,28 @@ def test_the_first_pod_of_a_step_knows_that_it_is(monkeypatch: pytest.MonkeyPatc
     assert seen == [True, False, False]
 
 
-def test_a_job_that_a_queue_would_start_again_is_deleted_when_it_cannot_start() -> None:
+def test_a_job_that_a_queue_would_start_again_is_ended_by_its_deadline() -> None:
     job = filled(owner=OWNER)
     job["metadata"]["labels"]["kueue.x-k8s.io/queue-name"] = "vitdet"
     record = Record(({"metadata": job["metadata"], **conditions("Created=True")}, [BAD_IMAGE]))
     _, error = follow(record, job)
-    assert error.endswith("ImagePullBackOff: no tag; it is deleted") and record.asked == [
-        "create",
-        "delete",
-    ]
+    assert error.endswith("ImagePullBackOff: no tag; its deadline is set to now")
+    assert record.asked == ["create", "halt"] and record.told == error
+    assert record.spec == {"runPolicy": {"activeDeadlineSeconds": 1}}
+
+
+def test_a_job_that_cannot_be_ended_otherwise_is_deleted() -> None:
+    class Refusing(Record):
+        def mark(self, failure: str, spec: dict | None) -> None:
+            raise RuntimeError("spec is immutable")
+
+    record = Refusing((conditions("Created=True"), [BAD_IMAGE]))
+    assert "ImagePullBackOff" in follow(record)[1] and record.asked == ["create", "delete"]
 
 
 def test_an_api_server_that_takes_no_more_words_does_not_hide_the_cause() -> None:
     class Mute(Record):
-        def mark(self, failure: str, halt: bool) -> None:
+        def mark(self, failure: str, spec: dict | None) -> None:
             raise RuntimeError("cannot patch pytorchjobs")
 
     lines, error = follow(Mute((FAILED, [])))
@@ -155,8 +163,8 @@ def test_what_is_written_on_a_job(kind: str, spec: dict) -> None:
         return type("Raw", (), {"data": b"{}"})
 
     cluster.objects.patch_namespaced_custom_object = patch
-    cluster.mark("why", halt=False)
-    cluster.mark("why", halt=True)
+    cluster.mark("why", None)
+    cluster.mark("why", KINDS[kind].halt)
     assert sent == [
         {"metadata": {"annotations": {"vitdet/failure": "why"}}},
         {"metadata": {"annotations": {"vitdet/failure": "why"}}, "spec": spec},

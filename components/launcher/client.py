@@ -287,10 +287,10 @@ class JobClient:
             once=once,
         )
 
-    def mark(self, failure: str, halt: bool) -> None:
-        """Annotate the job with its failure; halt: also suspend it, which deletes its pods."""
+    def mark(self, failure: str, spec: dict | None) -> None:
+        """Annotate the job with its failure; spec: a patch that ends it, see `Kind`."""
         change: dict = {"metadata": {"annotations": {FAILURE: failure}}}
-        self.patch({**change, "spec": self.kind.halt} if halt else change)
+        self.patch({**change, "spec": spec} if spec else change)
 
     def patch(self, change: dict) -> None:
         """Apply a merge patch, the only patch type that the client supports for custom objects."""

@@ -226,7 +226,7 @@ class Follower:
                 if deadline
                 else self.explain(pods, None)
             )
-            self.fail(f"{self.name} failed: {message or 'its status has no message'}{why}", False)
+            self.fail(f"{self.name} failed: {message or 'its status has no message'}{why}", None)
         if phase == "suspended":
             self.restarts.forget_pods()
         else:
@@ -361,19 +361,20 @@ class Follower:
                 self.give_up(f"{self.name} cannot start, for {limit:.0f} s now", pods, causes[0])
 
     def give_up(self, text: str, pods: list[dict], cause: Cause | None) -> NoReturn:
-        """Suspend the job, or delete it if Kueue manages it. Raises RuntimeError."""
+        """End the job and keep it, so that a retried step finds the cause. Raises RuntimeError."""
         explained = self.explain(pods, cause)
         if QUEUE in (self.current["metadata"].get("labels") or {}):
-            self.client.delete()
-            raise RuntimeError(f"{text}{explained}; it is deleted")
-        self.fail(f"{text}{explained}; it is suspended", True)
+            self.fail(f"{text}{explained}; its deadline is set to now", self.kind.expire)
+        self.fail(f"{text}{explained}; it is suspended", self.kind.halt)
 
-    def fail(self, text: str, halt: bool) -> NoReturn:
-        """Annotate the job with the cause; halt: also suspend it. Raises RuntimeError."""
+    def fail(self, text: str, spec: dict | None) -> NoReturn:
+        """Annotate the job with the cause; spec: a patch that ends it. Raises RuntimeError."""
         try:
-            self.client.mark(text[:MAX_ANNOTATION], halt)
+            self.client.mark(text[:MAX_ANNOTATION], spec)
         except RuntimeError as error:
             self.out(f"launcher: cannot annotate the job with the cause: {error}")
+            if spec:  # it must not go on
+                self.client.delete()
         raise RuntimeError(text)
 
     def explain(self, pods: list[dict], cause: Cause | None) -> str:

@@ -59,6 +59,7 @@ class Kind:
     phases: (condition type, phase), highest priority first.
     rank0: returns the labels of the pods of a job that may have rank 0.
     halt: a patch of the spec that makes the operator delete the pods and keep the job.
+    expire: the same for a job that Kueue manages, which would resume it: its deadline has passed.
     """
 
     name: str
@@ -72,6 +73,7 @@ class Kind:
     fill: Callable[[dict, JobRequest], None]
     rank0: Callable[[dict], dict[str, str]]
     halt: dict
+    expire: dict
 
     def selector(self, name: str) -> str:
         """Label selector of a job's pods."""
@@ -341,6 +343,7 @@ KINDS = {
         fill=fill_pytorchjob,
         rank0=pytorchjob_rank0_labels,
         halt={"runPolicy": {"suspend": True}},
+        expire={"runPolicy": {"activeDeadlineSeconds": 1}},
         phases=(
             ("Failed", "failed"),
             ("Succeeded", "succeeded"),
@@ -361,6 +364,7 @@ KINDS = {
         fill=fill_trainjob,
         rank0=trainjob_rank0_labels,
         halt={"suspend": True},
+        expire={"activeDeadlineSeconds": 1},
         phases=(("Failed", "failed"), ("Complete", "succeeded"), ("Suspended", "suspended")),
     ),
 }
