@@ -162,11 +162,12 @@ def test_a_container_that_keeps_failing_ends_the_job_after_the_restarts_of_its_f
     played: Scene,
 ) -> None:
     failing = "if [ $RANK = 1 ]; then sleep 1; echo no such image; exit 3; fi; sleep 60"
-    with pytest.raises(RuntimeError, match="has failed 3 times") as raised:
+    # the fourth time at the latest: the Master has not failed and could be on a lost node
+    with pytest.raises(RuntimeError, match="has failed [34] times") as raised:
         played.launch(script(backoffLimit=2), [failing], "failing")
     assert "no such image; it is suspended" in str(raised.value)
     annotations = played.job("failing")["metadata"]["annotations"]
-    assert annotations[ERRORS] == "3" and annotations[FAILURE] == str(raised.value)
+    assert annotations[ERRORS] in ("3", "4") and annotations[FAILURE] == str(raised.value)
 
 
 def test_an_evicted_pod_is_told_and_replaced(played: Scene) -> None:

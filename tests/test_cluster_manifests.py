@@ -168,7 +168,8 @@ def test_the_launcher_s_requests_are_all_allowed(kind: str, accounts: str) -> No
         "blockOwnerDeletion": False,
     }
     assert cluster.create(job) and not cluster.create(job)
-    cluster.adopt(owner)
+    cluster.adopt([owner])
+    cluster.annotate({"vitdet/errors": "1"})
     assert cluster.get()["metadata"]["ownerReferences"][0]["name"] == f"step-{kind}"
     found, version = cluster.pods()
     assert (
