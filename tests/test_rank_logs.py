@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from components.launcher.logs import TAIL, Line, RankLogs
+from components.launcher.logs import MAX_PODS, TAIL, Line, RankLogs
 from tests.test_following import RUNNING, Record, follow
 from tests.test_launcher import conditions, ended, pod
 
@@ -95,6 +95,14 @@ def test_pods_without_prefixes_are_told_by_pod() -> None:
     ranks = RankLogs()
     assert ranks.add("m", stamped(1, "vitdet: no such file"), True) == ["vitdet: no such file"]
     assert str(ranks.first_failure()) == "first to fail: pod m: vitdet: no such file"
+
+
+def test_pods_that_were_replaced_do_not_fill_the_memory() -> None:
+    ranks = RankLogs()
+    for number in range(3 * MAX_PODS):
+        ranks.add(f"w-{number}", stamped(1, "torchrun", "[rank1]:step"), False)
+    assert len(ranks.files()) == MAX_PODS + 1
+    assert f"pod-w-{3 * MAX_PODS - 1}.log" in ranks.files()
 
 
 def test_a_failed_job_shows_every_rank_also_of_pods_that_are_gone() -> None:

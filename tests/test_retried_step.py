@@ -130,6 +130,13 @@ def test_a_job_that_cannot_be_ended_otherwise_is_deleted() -> None:
     record = Refusing((conditions("Created=True"), [BAD_IMAGE]))
     assert "ImagePullBackOff" in follow(record)[1] and record.asked == ["create", "delete"]
 
+    class Away(Refusing):
+        def delete(self) -> None:
+            raise RuntimeError("the API server does not answer")
+
+    lines, error = follow(Away((conditions("Created=True"), [BAD_IMAGE])))
+    assert "ImagePullBackOff" in error and "which may still use its GPUs" in lines[-1]
+
 
 def test_an_api_server_that_takes_no_more_words_does_not_hide_the_cause() -> None:
     class Mute(Record):

@@ -261,7 +261,7 @@ class JobClient:
         self.patch({"metadata": {"annotations": annotations}})
 
     def pod(self, name: str, once: bool = False) -> dict | None:
-        """Return a pod; None if there is none."""
+        """Return a pod, or None if it does not exist."""
         return self.request(
             "get pods",
             self.core.read_namespaced_pod,
@@ -273,7 +273,10 @@ class JobClient:
         )
 
     def workflow(self, name: str, once: bool = False) -> dict | None:
-        """Return a Workflow; None if there is none. once: fail within 2.5 s instead of retrying."""
+        """Return a Workflow, or None if it does not exist.
+
+        once: fail within 2.5 s instead of retrying.
+        """
         return self.request(
             "get workflows",
             self.objects.get_namespaced_custom_object,

@@ -16,7 +16,14 @@ from datetime import datetime, timedelta
 from typing import NoReturn
 
 from components.launcher.client import JobClient, Timeouts
-from components.launcher.logs import OUT_OF_GPU_MEMORY, TAIL, PodLog, RankLogs
+from components.launcher.logs import (
+    MAX_PODS,
+    OUT_OF_GPU_MEMORY,
+    TAIL,
+    PodLog,
+    RankLogs,
+    keep_newest,
+)
 from components.launcher.restarts import OUT_OF_MEMORY, WINDOW, Restarts, node_is_unresponsive
 from components.launcher.status import (
     BROKEN,
@@ -202,6 +209,8 @@ class Follower:
         # those of a deleted job with this name may live on for a moment
         pods = [one for one in pods if creation_time(one) >= creation_time(job)]
         self.report_phase(phase, message)
+        present = {pod["metadata"]["uid"] for pod in pods}
+        self.pod_logs = {uid: log for uid, log in self.pod_logs.items() if uid in present}
         for pod in pods:
             if node_is_unresponsive(pod):  # each request would wait for its time-out
                 node = (pod.get("spec") or {}).get("nodeName")
@@ -281,6 +290,7 @@ class Follower:
                 lines = self.client.log(
                     cause.pod, tail=TAIL, previous=cause.previous, container=container
                 )
+                keep_newest(self.failures, MAX_PODS - 1)
                 self.failures[cause.pod] = cause, [line.partition(" ")[2] for line in lines]
 
     def stream_log(self, pod: dict) -> None:
@@ -373,9 +383,16 @@ class Follower:
             self.client.mark(text[:MAX_ANNOTATION], spec)
         except RuntimeError as error:
             self.out(f"launcher: cannot annotate the job with the cause: {error}")
-            if spec:  # it must not go on
-                self.client.delete()
+            if spec:
+                self.delete_failed()
         raise RuntimeError(text)
+
+    def delete_failed(self) -> None:
+        """Delete a job that could not be suspended. Only reports an error: the cause is raised."""
+        try:
+            self.client.delete()
+        except RuntimeError as error:
+            self.out(f"launcher: cannot delete {self.name}, which may still use its GPUs: {error}")
 
     def explain(self, pods: list[dict], cause: Cause | None) -> str:
         """Return the cause of a failure and the last log lines of the pod; "" if unknown."""

@@ -17,6 +17,7 @@ from components.launcher.client import JobClient
 from components.launcher.status import restart_count
 
 TAIL = 200  # lines of each rank that are kept
+MAX_PODS = 256  # whose lines are kept; a preempted TrainJob gets pods with new names
 MAX_FIRST_LINES = 1000  # log lines of an existing job
 PREFIX = re.compile(r"\[rank(\d+)\]:")
 # The start of an error: an exception, the command line's message, a crash of the interpreter or C++
@@ -100,11 +101,19 @@ class RankLogs:
             if prefix:
                 text = text[prefix.end() :]
             source = f"rank {prefix[1]}" if prefix else f"pod {pod}"
+            if source not in self.lines and not prefix:
+                self.forget_oldest_pod()
             self.lines.setdefault(source, deque(maxlen=TAIL)).append(Line(when, text))
             self.pods[source] = pod
             if prefix[1] == "0" if prefix else main:
                 shown.append(text)
         return shown
+
+    def forget_oldest_pod(self) -> None:
+        """Make room for another pod."""
+        pods = [source for source in self.lines if source.startswith("pod ")]
+        if len(pods) >= MAX_PODS:
+            del self.lines[pods[0]], self.pods[pods[0]]
 
     def tails(self) -> dict[str, list[str]]:
         """Return the last lines by rank, then by pod."""
@@ -167,6 +176,12 @@ class RankLogs:
                                 Failure(rank, self.pods[source], line.time, error, -code)
                             )
         return failures
+
+
+def keep_newest(entries: dict, most: int) -> None:
+    """Remove the oldest entries beyond `most`."""
+    for key in list(entries)[: max(0, len(entries) - most)]:
+        del entries[key]
 
 
 def rank_number(source: str) -> int:

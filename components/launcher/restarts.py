@@ -27,8 +27,8 @@ OWN_LIMITS = (
     "exceeds the total limit",
     "exceeded its local ephemeral storage",
 )
-# Values of status.reason of a pod that its node ended or did not admit, where no condition says so:
-# pkg/kubelet (eviction, nodeshutdown, preemption, lifecycle) and pkg/controller/nodelifecycle
+# Values of status.reason of pods that were terminated or rejected by their node, for versions and
+# cases without the condition DisruptionTarget: pkg/kubelet (eviction, nodeshutdown, preemption, lifecycle) and pkg/controller/nodelifecycle
 DISRUPTIONS = (
     "Evicted",
     "NodeLost",

@@ -40,7 +40,7 @@ BROKEN = (
 
 
 def job_phase(kind: Kind, job: dict) -> tuple[str, str]:
-    """Return (phase, message) from the job's conditions with status True; "" if there is none.
+    """Return (phase, message) from the job's conditions with status True, or ("", "").
 
     Does not depend on the order of the conditions: controllers keep old ones and do not sort them.
     """
@@ -193,7 +193,7 @@ def termination_cause(
 
 
 def root_cause(causes: Iterable[Cause]) -> Cause | None:
-    """Return the most likely root cause; None if there is none.
+    """Return the most likely root cause, or None for no causes.
 
     When one process of a distributed training dies, all others fail soon after. Prefers causes that
     a restart did not fix, then specific causes, then the earliest.
@@ -241,7 +241,7 @@ def expected_pods(job: dict) -> int:
 
 
 def missing_pods(job: dict, pods: list[dict], events: EventQuery) -> Cause | None:
-    """Return why this job lacks pods; None if it has all, or no event gives the reason."""
+    """Return why this job lacks pods, or None if it has all of them or no event gives a reason."""
     if len(pods) >= expected_pods(job):
         return None
     metadata = job["metadata"]

@@ -153,7 +153,7 @@ def process_counts(kind: Kind, job: dict) -> range:
 
 
 def main_container(pod: dict, name: str) -> dict:
-    """Return the container with this name. Raises ValueError if there is none."""
+    """Return the container with this name. Raises ValueError if it does not exist."""
     for container in pod.get("containers") or []:
         if container.get("name") == name:
             return container
