@@ -106,8 +106,8 @@ def test_a_killed_worker_costs_the_steps_since_the_last_checkpoint(training: Sce
         if key.startswith(name)
     ), text
     assert (
-        f"pod {name}-worker-0 on node {training.node.name}: Error, exit code 137 (SIGKILL); started again"
-        in text
+        f"pod {name}-worker-0 on node {training.node.name}: Error, exit code 137 (SIGKILL); "
+        "restarted (restarts so far: 1)" in text
     )
     # it went on from a checkpoint
     assert f"of {STEPS} (/" in text.replace(str(training.volume), "/data"), text

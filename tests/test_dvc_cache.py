@@ -232,6 +232,8 @@ def test_no_verb_writes_into_a_cache_that_the_workspace_is_linked_to(
     ]
     assert len(made) > 8 and {str(one) for one in made if is_link(one)} == set()
     assert all(os.access(one, os.W_OK) and one.stat().st_mode & 0o200 for one in made)
-    # holds a finished run
-    assert vitdet("train", "tiny", *options(minimal(root)), "--output", "work/train")[0] == 1
+    # a finished run: of the same settings and data it is the result, of others it is refused
+    words = ["train", "tiny", "--output", "work/train"]
+    assert vitdet(*words, *options(minimal(root)))[0] == 0
+    assert vitdet(*words, *options(minimal(root, optim__lr=0.5)))[0] == 1
     assert cache() == before

@@ -125,9 +125,7 @@ def test_an_init_container_that_keeps_failing_is_told_with_its_own_log_and_given
     )
     record.logs["w-0 wait previous"] = ["2026-01-01T00:00:00Z no such host"]
     lines, error = follow(record)
-    crash = (
-        "pod w-0 on node n1: init container wait: Error, exit code 7; restarted, 4 times in total"
-    )
+    crash = "pod w-0 on node n1: init container wait: Error, exit code 7; restarted (restarts so far: 4)"
     assert f"launcher: {crash}" in lines
     assert (
         "init container wait: CrashLoopBackOff, exit code 7\nlast lines of its log:\n  no such host"

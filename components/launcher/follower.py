@@ -283,7 +283,9 @@ class Follower:
                 continue
             container = cause.container or self.kind.container
             restarts = restart_count(pod, container)
-            text = f"{cause}{f'; restarted, {restarts} times in total' if cause.previous else ''}"
+            text = (
+                f"{cause}{f'; restarted (restarts so far: {restarts})' if cause.previous else ''}"
+            )
             if text != self.reported.get(cause.pod):
                 self.report(cause.pod, text)
                 self.stream_log(pod)
