@@ -13,11 +13,13 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 import torch
+from torch import distributed as dist
 from torch import multiprocessing
 
 from tests.conftest import STEPS, Recorder, environment, minimal, options, start
@@ -286,6 +288,35 @@ def test_two_processes_evaluate_as_one(trained: Path, tmp_path: Path) -> None:
     assert process.returncode == 0 and output.count("mask ") == 1, errors  # one table
     expected = load_model_file(trained / "model.pt")["metrics"]
     assert json.loads((tmp_path / "metrics.json").read_text()) == pytest.approx(expected)
+
+
+def agree(store: dist.Store, *numbers: int, count: int = 3) -> dict[int, tuple[str, list[int]]]:
+    """What the ranks `numbers` of `count` agree on, each in a thread."""
+    with ThreadPoolExecutor(len(numbers)) as pool:
+        return dict(
+            zip(
+                numbers,
+                pool.map(lambda one: distributed._agree(store, one, count), numbers),
+                strict=True,
+            )
+        )
+
+
+def test_starts_with_one_store_agree_on_one_id_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever earlier starts left in the store, complete or not."""
+    monkeypatch.setattr(distributed, "JOINING", timedelta(seconds=1))
+    store, ids = dist.HashStore(), set()
+    for _ in range(3):
+        agreed = agree(store, 2, 1, 0)
+        ((start, missing),) = {(start, tuple(missing)) for start, missing in agreed.values()}
+        ids.add(start)
+        assert missing == ()
+        assert agree(store, 1, 2) == {1: (start, [0]), 2: (start, [0])}  # not that start again
+        assert {one[1] == [2] for one in agree(store, 0, 1).values()} == {True}
+        assert agree(store, 0)[0][1] == [1, 2]
+    assert len(ids) == 3
+    assert agree(dist.HashStore(), 1, 2) == {1: ("", [0]), 2: ("", [0])}
+    assert agree(dist.HashStore(), 0, count=1)[0][1] == []
 
 
 def test_one_process_is_the_first_of_one() -> None:

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import faulthandler
 import importlib
+import json
 import os
 import time
+import uuid
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -89,19 +91,48 @@ def _join() -> tuple[dist.Store, int, int]:
             f"rank {rank()} of {torchrun.world_size()} could not meet the others at {address} {limit}; "
             "is the network between the nodes open, and are all of them up?"
         ) from error
-    # torchrun serves one store for all of its restarts: keys of earlier ones are not ours
-    store = dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
-    names = [f"joined {other}" for other in range(count)]
-    store.set(names[number], "")
     try:
-        store.wait(names, JOINING)
+        start, missing = _agree(store, number, count)
     except dist.DistError as error:
-        missing = [str(other) for other in range(count) if not store.check([names[other]])]
-        raise TimeoutError(
-            f"rank {', '.join(missing)} of {count} did not join {limit}; see its log"
+        raise ConnectionError(
+            f"rank {number} of {count} lost the store at {address} while the ranks joined; "
+            "see the log of rank 0's node"
         ) from error
+    if missing:
+        missed = ", ".join(map(str, missing))
+        raise TimeoutError(f"rank {missed} of {count} did not join {limit}; see its log")
+    store = dist.PrefixStore(f"start {start}", store)
     store.set_timeout(PATIENCE)
     return store, number, count
+
+
+def _agree(store: dist.Store, number: int, count: int) -> tuple[str, list[int]]:
+    """Wait for all ranks of this start; returns its id, and the ranks that have not come within JOINING.
+
+    The store may hold keys of earlier starts: torchrun serves one store for all of its restarts, and
+    counts restarts per node, so that TORCHELASTIC_RESTART_COUNT differs between nodes. Rank 0 draws an id
+    and announces it; every other rank answers under it with an id of its own, and goes on when rank 0 has
+    confirmed that one.
+    """
+    own, last = uuid.uuid4().hex, time.monotonic() + JOINING.total_seconds()
+    start = own if number == 0 else ""
+    if number == 0:
+        store.set("start", own)
+    while True:
+        if number > 0 and store.check(["start"]):
+            start = store.get("start").decode()
+            store.set(f"{start}/rank {number}", own)
+            if store.check([f"{start}/all"]) and own in json.loads(store.get(f"{start}/all")):
+                return start, []
+        names = {other: f"{start}/rank {other}" for other in range(1, count)}
+        missing = [other for other, name in names.items() if not store.check([name])]
+        if number == 0 and not missing:
+            confirmed = [store.get(name).decode() for name in names.values()]
+            store.set(f"{start}/all", json.dumps(confirmed))
+            return start, []
+        if time.monotonic() > last:
+            return start, missing if start and missing else [0]
+        time.sleep(0.1)
 
 
 def has_joined() -> bool:
