@@ -359,6 +359,22 @@ def test_each_line_of_a_log_is_told_once_through_restarts() -> None:
     assert texts(log.new_lines(again)) == ["d", "again"] and log.new_lines(again) == []
 
 
+def test_the_end_of_a_previous_log_is_read_again_until_it_is_there() -> None:
+    record = Record((RUNNING, []))
+    log, alive = PodLog(record, "pytorch"), pod(container={"state": {"running": {}}})
+    again = pod(container={"state": {"running": {}}, "restartCount": 1})
+    record.logs["w-0"] = ["2026-01-01T00:00:01Z a"]
+    assert texts(log.new_lines(alive)) == ["a"]
+    record.logs["w-0"] = ["2026-01-01T00:00:03Z c"]  # the request for the previous log fails
+    assert log.new_lines(again) == []
+    record.logs["w-0 previous"] = ["2026-01-01T00:00:02Z b"]
+    assert texts(log.new_lines(again)) == ["b", "c"]
+    # one that stays away holds the new container's lines up for some looks only
+    third = pod(container={"state": {"running": {}}, "restartCount": 2})
+    record.logs = {"w-0": ["2026-01-01T00:00:04Z d"]}
+    assert [texts(log.new_lines(third)) for _ in range(logs.MAX_READS)] == [[], [], ["d"]]
+
+
 def texts(lines: list[logs.Line]) -> list[str]:
     return [line.text for line in lines]
 

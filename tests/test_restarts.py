@@ -41,6 +41,7 @@ def counted(*looks: list[dict], step: float = 5.0) -> Restarts:
 
 
 HEALTHY = [pod("m"), pod("w")]
+SUCCEEDED = ({"status": {"conditions": [{"type": "Succeeded", "status": "True"}]}}, [])
 
 
 def test_one_error_that_ends_all_pods_counts_once() -> None:
@@ -88,6 +89,20 @@ def test_pods_that_wait_for_a_lost_one_and_fail_again_and_again_are_no_errors() 
     assert found.errors == 0
     found = counted(*looks, [crashed("m", 8), named("w", "new")], [crashed("m", 9)], step=700)
     assert found.errors == 0  # w is gone again
+
+
+def test_pods_that_wait_for_one_in_back_off_and_fail_too_are_not_a_second_error() -> None:
+    waiting = crashed("m", 1)
+    waiting["status"]["containerStatuses"][0]["state"] = {"waiting": {"reason": "CrashLoopBackOff"}}
+    first = [waiting, crashed("w", 1)]
+    found = counted(HEALTHY, first, [waiting, crashed("w", 2)], [crashed("m", 1), crashed("w", 2)])
+    assert (found.errors, found.disruptions) == (1, 0)
+    # an error of its own, after the other one's restart
+    found = counted(HEALTHY, first, [crashed("m", 1), crashed("w", 1)], [pod("m"), crashed("w", 2)])
+    assert found.errors == 2
+    # of a pod that goes on failing, one error in each WINDOW counts
+    loop = [[waiting, crashed("w", times)] for times in range(1, 9)]
+    assert counted(HEALTHY, *loop, step=350).errors == 4
 
 
 def test_two_errors_that_are_far_apart_are_two() -> None:
@@ -166,7 +181,7 @@ def test_a_job_ends_after_the_errors_that_its_file_allows() -> None:
     assert error.startswith("PyTorchJob vitdet-tiny-1 has failed 3 times\ncause: pod m on node n1")
     assert error.endswith("ValueError: bad image; it is suspended")
     assert record.asked == ["create", "halt"] and record.annotations["vitdet/errors"] == "3"
-    assert "launcher: 1 errors; the job ends after 3" in lines
+    assert "launcher: errors: 1; the job ends after 3" in lines
 
 
 def test_errors_between_two_looks_count_too() -> None:
@@ -185,12 +200,21 @@ def test_the_next_launcher_goes_on_counting() -> None:
     assert follow(record, limited())[1].startswith("PyTorchJob vitdet-tiny-1 has failed 3 times")
 
 
+def test_an_error_is_stored_when_no_lost_node_can_explain_it() -> None:
+    """A launcher that is replaced before would hand it on as an error for good."""
+    undecided = (RUNNING, [crashed("m", 1), pod("w")])
+    record = Record((RUNNING, HEALTHY), undecided, undecided, SUCCEEDED)
+    assert follow(record, limited())[1] == "" and "vitdet/errors" not in record.annotations
+    decided = (RUNNING, [crashed("m", 1), crashed("w", 1)])
+    record = Record((RUNNING, HEALTHY), undecided, decided, SUCCEEDED)
+    assert follow(record, limited())[1] == "" and record.annotations["vitdet/errors"] == "1"
+
+
 def test_the_last_error_waits_for_the_node_of_a_pod_that_has_not_failed() -> None:
     deciding = (RUNNING, [crashed("m", 1), pod("w")])
     gone = (RUNNING, [crashed("m", 1), lost("w")])
     back = (RUNNING, [crashed("m", 1), named("w", "new")])
-    done = ({"status": {"conditions": [{"type": "Succeeded", "status": "True"}]}}, [])
-    record = Record((RUNNING, HEALTHY), deciding, deciding, gone, back, done)
+    record = Record((RUNNING, HEALTHY), deciding, deciding, gone, back, SUCCEEDED)
     assert follow(record, limited("0"))[1] == ""
     # without a lost node the second error of the same pod ends the job
     twice = (RUNNING, [crashed("m", 2), pod("w")])

@@ -320,15 +320,15 @@ class Follower:
             self.report("disruptions", f"{self.restarts.disruptions} disruptions, not counted")
         self.check_memory()
         limit = (self.job["metadata"].get("annotations") or {}).get(RESTARTS)
-        errors = self.restarts.errors
+        errors = self.restarts.decided_errors(now)
         if limit is None:
             return
         if errors != self.errors:
             self.errors = errors
             self.client.annotate({ERRORS: str(errors)})
-            self.report("errors", f"{errors} errors; the job ends after {int(limit) + 1}")
-        if errors > int(limit) + (not self.restarts.is_decided(now)):
-            self.give_up(f"{self.name} has failed {errors} times", pods, None)
+            self.report("errors", f"errors: {errors}; the job ends after {int(limit) + 1}")
+        if errors > int(limit):
+            self.give_up(f"{self.name} has failed {self.restarts.errors} times", pods, None)
 
     def check_memory(self) -> None:
         """End the job if a pod ran out of memory: a restart would not help."""

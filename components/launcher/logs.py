@@ -19,6 +19,7 @@ from components.launcher.status import restart_count
 TAIL = 200  # lines of each rank that are kept
 MAX_PODS = 256  # whose lines are kept; a preempted TrainJob gets pods with new names
 MAX_FIRST_LINES = 1000  # log lines of an existing job
+MAX_READS = 3  # of the log that a restarted container left, while it is empty or cannot be read
 PREFIX = re.compile(r"\[rank(\d+)\]:")
 # The start of an error: an exception, the command line's message, a crash of the interpreter or C++
 ERROR = re.compile(
@@ -43,7 +44,7 @@ class PodLog:
 
     def __init__(self, client: JobClient, container: str) -> None:
         self.client, self.container = client, container
-        self.last_time, self.last_read, self.restarts = "", 0.0, 0
+        self.last_time, self.last_read, self.restarts, self.empty_reads = "", 0.0, 0, 0
 
     def new_lines(self, pod: dict) -> list[Line]:
         """Return the lines since the last call."""
@@ -53,6 +54,10 @@ class PodLog:
         lines: list[str] = []
         if restarts != self.restarts and self.last_read:
             lines += self.client.log(name, since=since, previous=True)
+            self.empty_reads += 1
+            if not lines and self.empty_reads < MAX_READS:
+                return []  # the new container's lines are later than the missing ones
+        self.empty_reads = 0
         lines += self.client.log(name, since=since, tail=None if since else MAX_FIRST_LINES)
         self.restarts = restarts
         new = []

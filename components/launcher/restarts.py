@@ -64,6 +64,7 @@ class Restarts:
         self.failures: dict[str, int] = {}  # uid of a pod -> its failures so far
         self.disrupted: set[str] = set()  # uids
         self.unresponsive: set[str] = set()  # uids
+        self.backing_off: set[str] = set()  # names of pods whose container waits for its restart
         self.pods: dict[str, str] = {}  # name -> uid, at the last look
         self.initialized = self.incomplete = False
 
@@ -71,6 +72,12 @@ class Restarts:
     def errors(self) -> int:
         """The number of incidents that are not disruptions."""
         return self.previous + sum(not incident.disrupted for incident in self.incidents)
+
+    def decided_errors(self, now: float) -> int:
+        """The number of errors without the last incident while it can turn out to be a disruption."""
+        last = self.incidents[-1] if self.incidents else None
+        undecided = last is not None and not last.disrupted and not self.is_decided(now)
+        return self.errors - undecided
 
     @property
     def disruptions(self) -> int:
@@ -96,8 +103,10 @@ class Restarts:
             self.add(name, Cause(name, "NodeNotReady"), now, True)
         if cause is None:
             return
-        # while a pod waits for a node, the others fail because they wait for it
+        # while a pod waits for a node or for its restart, the others fail because they wait for it
         for _ in range(count - before):
+            if self.backing_off - {name} and self.join_last(name, cause, now):
+                continue
             self.add(name, cause, now, self.incomplete)
         if is_disruption(cause, pod) and uid not in self.disrupted:
             self.disrupted.add(uid)
@@ -119,6 +128,7 @@ class Restarts:
             ):
                 self.add(name, Cause(name, "Deleted"), now, True)
         self.incomplete = sum(map(can_run, pods)) < needed
+        self.backing_off = {one["metadata"]["name"] for one in pods if is_backing_off(one)}
         self.pods, self.initialized = current, True
 
     def is_decided(self, now: float) -> bool:
@@ -145,6 +155,13 @@ class Restarts:
             self.incidents.append(incident)
         incident.causes.setdefault(name, cause)
         incident.disrupted |= disrupted
+
+    def join_last(self, name: str, cause: Cause, now: float) -> bool:
+        """Add a failure to the last incident if that is recent; return whether it was."""
+        recent = bool(self.incidents) and now - self.incidents[-1].start <= WINDOW
+        if recent:
+            self.incidents[-1].causes.setdefault(name, cause)
+        return recent
 
 
 def is_disruption(cause: Cause, pod: dict) -> bool:
@@ -179,6 +196,15 @@ def can_run(pod: dict) -> bool:
     """Whether this pod takes part in the training, or will as soon as its container is restarted."""
     running = (pod.get("status") or {}).get("phase") == "Running"
     return running and "deletionTimestamp" not in pod["metadata"] and not node_is_unresponsive(pod)
+
+
+def is_backing_off(pod: dict) -> bool:
+    """Whether a container of this pod has failed and waits until the kubelet restarts it."""
+    statuses = (pod.get("status") or {}).get("containerStatuses") or []
+    return any(
+        ((one.get("state") or {}).get("waiting") or {}).get("reason") == "CrashLoopBackOff"
+        for one in statuses
+    )
 
 
 def node_is_unresponsive(pod: dict) -> bool:
