@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import signal
+import time
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -93,6 +94,16 @@ def killed(training: Training) -> None:
     training.follow()
 
 
+def killed_soon_after_sigterm(training: Training) -> None:
+    """A step that argo itself ends has about a second before SIGKILL, wherever it is by then."""
+    for seconds in (0.0, 0.3, 1.0):
+        training.launcher.send_signal(signal.SIGTERM)
+        time.sleep(seconds)
+        training.launcher.kill()
+        training.launcher.communicate(timeout=120)
+        training.follow()
+
+
 def node_shut_down(training: Training) -> None:
     """The kubelet sends SIGTERM and then writes the status; nobody has deleted the pod."""
     assert "its run continues" in training.end(signal.SIGTERM)
@@ -159,7 +170,15 @@ def test_a_training_outlives_its_launchers_and_ends_with_its_run(
     played: Scene, times: int, ending: Callable[[Training], None]
 ) -> None:
     training = Training(played, ending.__name__.replace("_", "-"))
-    for event in (evicted, node_gone, killed, node_shut_down, failed_and_collected):
+    events = (
+        evicted,
+        node_gone,
+        killed,
+        killed_soon_after_sigterm,
+        node_shut_down,
+        failed_and_collected,
+    )
+    for event in events:
         for _ in range(times):
             event(training)
             assert training.uids() == training.pods, event.__name__
