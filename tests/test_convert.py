@@ -160,13 +160,13 @@ def test_vitae_b_in_the_naming_of_autoencoders(style: str) -> None:
     for name, tensor in file_of("mmdet/vitae_b").items():
         name = name.removeprefix("backbone.")
         if name.startswith(("blocks.", "patch_embed.", "norm.")) and "rel_pos" not in name:
-            theirs[f"module.{name}"] = tensor
+            theirs[name] = tensor
     theirs |= {
-        "module.cls_token": torch.zeros(1, 1, 768),
-        "module.pos_embed": torch.randn(1, 197, 768),
+        "cls_token": torch.zeros(1, 1, 768),
+        "pos_embed": torch.randn(1, 197, 768),
     }
     for i in range(12):
-        stem = f"module.blocks.{i}.attn."
+        stem = f"blocks.{i}.attn."
         for key in ("q_bias", "v_bias", "qkv.bias"):
             theirs.pop(stem + key, None)
         parts = {key: torch.randn(768) for key in ("q_bias", "v_bias")}
@@ -209,14 +209,6 @@ def test_biases_of_queries_and_values_leave_the_keys_without() -> None:
     }
     with pytest.raises(ValueError, match="q_bias without blocks.2.attn.v_bias"):
         to_ours({"blocks.2.attn.q_bias": torch.zeros(1)}, VITAE)
-
-
-def test_what_a_training_put_before_the_names_is_taken_off() -> None:
-    weights = {
-        "module.encoder.norm.weight": torch.zeros(2),
-        "module.decoder.blocks.0.norm1.weight": torch.zeros(3),
-    }
-    assert shapes(to_ours(weights, VITAE)) == {"backbone.norm.weight": (2,)}
 
 
 def test_tables_of_images_that_are_not_square() -> None:

@@ -101,7 +101,9 @@ def test_a_damaged_file_is_one_line(
     ):
         path = tmp_path / "cut.safetensors"
         path.write_bytes(content)
-        with pytest.raises(ValueError, match="not a whole safetensors file") as caught:
+        with pytest.raises(
+            ValueError, match="not a whole safetensors file|cut off|not a safetensors|is empty"
+        ) as caught:
             load_pretrained(detector, path)
         assert "\n" not in str(caught.value) and str(path) in str(caught.value)
 

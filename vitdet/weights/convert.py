@@ -75,7 +75,7 @@ def convert_file(
     found = read_source(source, layout)
     if recipe is None:
         _write_tensors(destination, found.weights, found.layout, found.scaled, found.class_names)
-        return []
+        return list(found.notes)
     config = load_config(recipe)
     weights, notes = fitted(found, shapes_of(config), source)
     notes += _other_settings(config, found.layout)

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from vitdet.models.attention import Attention
 from vitdet.weights.formats import FORMATS
 from vitdet.weights.formats.table import known, to_ours
-from vitdet.weights.pickles import metadata, read_file, state_of
+from vitdet.weights.pickles import metadata, read_file
 from vitdet.weights.resize import RELATIVE, rescale_relative_positions, resize
+from vitdet.weights.unwrap import check_finite, unwrap
 
 LOGITS = "roi_heads.stages.0.logits.weight"
 _ODDS = "roi_heads.classification.class_weights"
@@ -34,6 +35,7 @@ class Source:
     # whether its relative positions meet the scaled query; None: it does not say
     scaled: bool | None
     class_names: tuple[str, ...] = ()  # none: it does not say
+    notes: tuple[str, ...] = ()  # a line on each thing that was taken off or left out
 
     @property
     def whole(self) -> bool:
@@ -53,21 +55,35 @@ def read_source(path: Path, layout: str) -> Source:
     """Reads a file of a named layout (`FORMATS`). Raises ValueError or FileNotFoundError with one line."""
     table, content = FORMATS[layout], read_file(path)
     try:
-        weights = to_ours(state_of(content, table.wrappers, path), table)
+        theirs, notes = unwrap(content, table.wrappers, table.parts, path)
+        check_finite(theirs, path)
+        weights = to_ours(theirs, table)
     except (ValueError, RuntimeError) as error:
         prefix = "" if str(error).startswith(str(path)) else f"{path}, read as {layout}: "
         raise ValueError(f"{prefix}{next(iter(str(error).splitlines()), 'broken')}") from error
+    if not weights:
+        raise ValueError(
+            f"{path}, read as {layout}: holds only tensors that a detector has no place for, such as "
+            f"{', '.join(list(theirs)[:3])}"
+        )
+    if heads := [name for name in theirs if known(name, table.heads)]:
+        notes.append(f"left out, a classifier's: {', '.join(heads)}")
     said = metadata(path)
     if said.get("layout") in FORMATS:  # converted before: what the original may lack, this may
         scaled = {"true": True, "false": False}.get(said.get("scaled_rel_pos", ""))
         return Source(
-            weights, said["layout"], scaled, tuple(json.loads(said.get("class_names", "[]")))
+            weights,
+            said["layout"],
+            scaled,
+            tuple(json.loads(said.get("class_names", "[]"))),
+            tuple(notes),
         )
     return Source(
         weights,
         layout,
         _scaled(content) if layout == "vitdet" else table.scaled,
         _class_names(content),
+        tuple(notes),
     )
 
 
@@ -112,7 +128,7 @@ def fitted(
     is left out. The detector may be on the device meta. Raises ValueError as there.
     """
     weights, own = source.weights, detector.state_dict()
-    notes: list[str] = []
+    notes = list(source.notes)
     wanted = next(
         (part.scaled_rel_pos for part in detector.modules() if isinstance(part, Attention)), None
     )

@@ -13,7 +13,7 @@ import pickle
 import re
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -23,6 +23,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from vitdet.files import damaged_record
+from vitdet.weights.signature import check_whole
 
 # how torch's files began before they were zips
 LEGACY = pickle.dumps(0x1950A86A20F9469CFC6C, protocol=2)[:-1]
@@ -84,6 +85,7 @@ def read_file(path: Path) -> dict:
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such weights file")
+    check_whole(path)
     content = _reader(path)(path)
     if not isinstance(content, dict):
         raise ValueError(f"{path}: expected a table of weights, got a {type(content).__name__}")
@@ -102,43 +104,6 @@ def _reader(path: Path) -> Callable[[Path], object]:
     with open(path, "rb") as file:
         head = file.read(len(LEGACY))
     return _read_torch if head[:2] == b"PK" or head == LEGACY else _read_pickle
-
-
-def state_of(content: Mapping, wrappers: tuple[str, ...], path: Path) -> dict[str, Tensor]:
-    """The tensors under the first of the names `wrappers` that the content has; '' is the content itself.
-
-    Raises ValueError if none is there, or if something else than tensors is in it.
-    """
-    inside = next(
-        (
-            content.get(name) if name else content
-            for name in wrappers
-            if not name or name in content
-        ),
-        None,
-    )
-    if not isinstance(inside, Mapping) or not inside:
-        raise ValueError(
-            f"{path}: expected the weights under {' or '.join(filter(None, wrappers))}, "
-            f"got {', '.join(map(str, list(content)[:4])) or 'nothing'}"
-        )
-    strange = [
-        f"{name} ({type(value).__name__})"
-        for name, value in inside.items()
-        if not isinstance(name, str) or not _is_whole(value)
-    ]
-    if strange:
-        raise ValueError(
-            f"{path}: {len(strange)} of its weights are no whole tensors, such as {strange[0]}"
-        )
-    return dict(inside)
-
-
-def _is_whole(value: object) -> bool:
-    """A tensor with a number in the file for each of its elements: no promise of a billion zeros."""
-    if not isinstance(value, Tensor) or value.device.type != "cpu" or value.layout != torch.strided:
-        return False
-    return value.numel() * value.element_size() <= value.untyped_storage().nbytes()
 
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:

@@ -133,6 +133,6 @@ DETECTRON2 = Format(
         "proposal_generator.anchor_generator.cell_anchors.{}",
     ),
     after=_repeat_odds,
-    wrappers=("model", ""),
+    wrappers=("model",),
     scaled=False,
 )

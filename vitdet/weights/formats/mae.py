@@ -15,6 +15,9 @@ FRESH = (
     "backbone.blocks.{}.residual.{*}",
 )
 NORM = ("backbone.norm.{}",)
+# What fine-tuned classifiers have behind the backbone, also those of timm and DINO
+HEADS = ("head.{*}", "head_dist.{*}", "fc_norm.{*}", "fc.{*}", "classifier.{*}", "dino_head.{*}")
+PARTS = ("teacher.", "encoder.", "backbone.")
 BLOCKS = (
     Row("blocks.{}.PCM.{*}", "backbone.blocks.{}.pcm.{*}"),
     Row("blocks.{}.{*}", "backbone.blocks.{}.{*}"),
@@ -28,7 +31,9 @@ MAE = Format(
     changes=POSITIONS,
     # The detector has no class token, and no decoder, which the file of a whole autoencoder holds.
     dropped=("cls_token", "mask_token", "decoder_{*}"),
-    wrappers=("model", ""),
+    heads=HEADS,
+    wrappers=("model",),
+    parts=PARTS,
     fresh=FRESH,
     spare=NORM,  # Detectron2's systems have no norm after the last block
 )

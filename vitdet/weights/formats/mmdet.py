@@ -153,7 +153,7 @@ def mmdet_format(
         changes={"backbone.pos_embed": Change(partial(to_grid, grid=grid), to_tokens), **cuts},
         before=join_bias,
         after=partial(split_bias, stems=[f"backbone.blocks.{i}" for i in split]),
-        wrappers=("state_dict", ""),
+        wrappers=("state_dict",),
         scaled=True,
     )
 

@@ -11,9 +11,10 @@ from collections.abc import Mapping
 from einops import rearrange
 from torch import Tensor
 
+from vitdet.weights.formats.mae import HEADS, PARTS
 from vitdet.weights.formats.mmdet import FPN_DETECTOR
 from vitdet.weights.formats.table import Change, Format, Row, without_prefix
-from vitdet.weights.formats.vitae import strip
+from vitdet.weights.formats.vitae import WRAPPERS
 
 
 def slices_first(tensor: Tensor) -> Tensor:
@@ -66,12 +67,12 @@ SWIN_MMDET = Format(
     rows=(*_swin("stages", "projection", _MMDET_BLOCK), *FPN_DETECTOR),
     changes={"backbone.layers.{}.downsample.{*}": Change(slices_first, channels_first)},
     dropped=("backbone.stages.{}.blocks.{}.attn.w_msa.relative_position_index",),
-    wrappers=("state_dict", ""),
+    wrappers=("state_dict",),
 )
 SWIN = Format(
     rows=(*_MICROSOFT, *FPN_DETECTOR),
     dropped=("backbone.layers.{}.blocks.{}.attn.relative_position_index",),
-    wrappers=("state_dict", ""),
+    wrappers=("state_dict",),
 )
 SWIN_CLS = Format(
     rows=without_prefix(_MICROSOFT),
@@ -79,10 +80,10 @@ SWIN_CLS = Format(
         "layers.{}.blocks.{}.attn.relative_position_index",
         "layers.{}.blocks.{}.attn_mask",
         "norm.{}",
-        "head.{}",
     ),
-    before=strip,
-    wrappers=("state_dict_ema", "state_dict", "model", ""),
+    heads=HEADS,
+    wrappers=WRAPPERS,
+    parts=PARTS,
     fresh=(
         "backbone.norms.{}.{}",
     ),  # a classifier has one norm, behind its last map, and of another use

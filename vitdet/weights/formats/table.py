@@ -45,10 +45,15 @@ class Format(NamedTuple):
     rows: tuple[Row, ...]
     changes: Mapping[str, Change] = {}
     dropped: tuple[str, ...] = ()  # their names that have no place in our models
+    heads: tuple[
+        str, ...
+    ] = ()  # the same of layers that were trained for a task: told when left out
     before: Callable[[Weights], Weights] = same  # on their names, ahead of the rows
     after: Callable[[Weights], Weights] = same  # its inverse, on the way back
-    # where a file keeps the weights, the first that it has; '': at the top
-    wrappers: tuple[str, ...] = ("",)
+    wrappers: tuple[
+        str, ...
+    ] = ()  # where its own trainer keeps the weights; the first that is there
+    parts: tuple[str, ...] = ()  # prefixes of what it describes in a file that holds more
     # Declared differences of a pre-trained backbone, by our names: what it lacks and starts afresh, and what it may
     # have without a place. A whole detector has none.
     fresh: tuple[str, ...] = ()
@@ -71,7 +76,7 @@ def to_ours(weights: Weights, layout: Format) -> dict[str, Tensor]:
     ours: dict[str, Tensor] = {}
     unknown = []
     for name, tensor in layout.before(weights).items():
-        if known(name, layout.dropped):
+        if known(name, (*layout.dropped, *layout.heads)):
             continue
         renamed = rename(name, layout)
         if renamed is None:

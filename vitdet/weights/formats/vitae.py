@@ -2,34 +2,20 @@
 
 from __future__ import annotations
 
-from torch import Tensor
-
-from vitdet.weights.formats.mae import BLOCKS, FRESH, NORM, POSITIONS
+from vitdet.weights.formats.mae import BLOCKS, FRESH, HEADS, NORM, PARTS, POSITIONS
 from vitdet.weights.formats.mmdet import join_bias
-from vitdet.weights.formats.table import Format, Row, Weights
+from vitdet.weights.formats.table import Format, Row
 
-
-def strip(weights: Weights) -> dict[str, Tensor]:
-    """Names without what a training put before them: `module.` of parallel ones, `encoder.` of an autoencoder, whose
-    other parts are left out.
-    """
-    plain = {name.removeprefix("module."): tensor for name, tensor in weights.items()}
-    if len(plain) < len(weights):
-        raise ValueError("the same names with and without module.")
-    inside = {
-        name.removeprefix("encoder."): tensor
-        for name, tensor in plain.items()
-        if name.startswith("encoder.")
-    }
-    return join_bias(inside or plain)
-
+WRAPPERS = ("state_dict_ema", "state_dict", "model")  # of timm's trainer
 
 VITAE = Format(
     rows=BLOCKS,
     changes=POSITIONS,
-    dropped=("cls_token", "mask_token", "decoder_{*}", "head.{}"),
-    before=strip,
-    wrappers=("state_dict_ema", "state_dict", "model", ""),
+    dropped=("cls_token", "mask_token", "decoder_{*}"),
+    heads=HEADS,
+    before=join_bias,
+    wrappers=WRAPPERS,
+    parts=PARTS,
     fresh=FRESH,
     spare=NORM,
 )
@@ -46,8 +32,10 @@ VITAE_CLS = Format(
         Row("layers.2.NC.{}.{*}", "backbone.blocks.{}.{*}"),
     ),
     changes=POSITIONS,
-    dropped=("layers.0.RC.cls_token", "fc_norm.{}", "head.{}"),
-    before=strip,
-    wrappers=("state_dict_ema", "state_dict", "model", ""),
+    dropped=("layers.0.RC.cls_token",),
+    heads=HEADS,
+    before=join_bias,
+    wrappers=WRAPPERS,
+    parts=PARTS,
     fresh=(*FRESH, *NORM),
 )

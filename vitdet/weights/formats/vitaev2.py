@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from vitdet.weights.formats.mmdet import FPN_DETECTOR
+from vitdet.weights.formats.mae import HEADS, PARTS
+from vitdet.weights.formats.mmdet import FPN_DETECTOR, join_bias
 from vitdet.weights.formats.table import Format, Row, without_prefix
-from vitdet.weights.formats.vitae import strip
+from vitdet.weights.formats.vitae import WRAPPERS
 
 _VITAEV2 = (
     Row("backbone.layers.{}.RC.PRM.convs.{}.0.{}", "backbone.stages.{}.reduction.prm.{}.{}"),
@@ -14,10 +15,11 @@ _VITAEV2 = (
     Row("backbone.layers.{}.NC.{}.{*}", "backbone.stages.{}.cells.{}.{*}"),
 )
 
-VITAEV2 = Format(rows=(*_VITAEV2, *FPN_DETECTOR), wrappers=("state_dict", ""))
+VITAEV2 = Format(rows=(*_VITAEV2, *FPN_DETECTOR), wrappers=("state_dict",))
 VITAEV2_CLS = Format(
     rows=without_prefix(_VITAEV2),
-    dropped=("head.{}",),
-    before=strip,
-    wrappers=("state_dict_ema", "state_dict", "model", ""),
+    heads=HEADS,
+    before=join_bias,
+    wrappers=WRAPPERS,
+    parts=PARTS,
 )

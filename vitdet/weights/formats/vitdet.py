@@ -5,4 +5,4 @@ from __future__ import annotations
 from vitdet.weights.formats.mae import FRESH
 from vitdet.weights.formats.table import Format, Row
 
-VITDET = Format(rows=(Row("{*}", "{*}"),), wrappers=("model", ""), fresh=FRESH)
+VITDET = Format(rows=(Row("{*}", "{*}"),), wrappers=("model",), fresh=FRESH)

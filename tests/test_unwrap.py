@@ -1,0 +1,172 @@
+"""Weights as trainers wrap them: keys, prefixes and heads are taken off by name; other files are called what they are."""
+
+from __future__ import annotations
+
+import gzip
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from vitdet.weights.formats import FORMATS
+from vitdet.weights.load import read_source
+from vitdet.weights.pickles import read_file
+from vitdet.weights.unwrap import unwrap
+
+NAMES = ("patch_embed.proj.weight", "blocks.0.attn.qkv.weight", "pos_embed")
+
+
+def plain() -> dict[str, Tensor]:
+    return {name: torch.full((1, 3, 2), float(n)) for n, name in enumerate(NAMES)}
+
+
+def prefixed(prefix: str, weights: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+    return {prefix + name: one for name, one in (weights or plain()).items()}
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        (plain(), []),
+        ({"model": plain(), "epoch": 3}, []),
+        ({"state_dict": plain()}, ["weights: those under 'state_dict'"]),
+        ({"ema": {"module": plain()}}, ["weights: those under 'module' in 'ema'"]),
+        (
+            {"student": plain(), "teacher": prefixed("module.backbone.")},
+            [
+                "weights: those under 'teacher'",
+                "names: without the prefix module.",
+                "names: without the prefix backbone.",
+            ],
+        ),
+        (
+            {"model": plain(), "model_ema": prefixed("x.")},
+            ["weights: those under 'model'; left out: 'model_ema'"],
+        ),
+        (
+            {**prefixed("module."), "n_averaged": torch.tensor(5)},
+            ["names: without the prefix module."],
+        ),
+        (prefixed("_orig_mod.module."), ["names: without the prefix _orig_mod.module."]),
+        (
+            {"state_dict": prefixed("model._orig_mod.")},
+            ["weights: those under 'state_dict'", "names: without the prefix model._orig_mod."],
+        ),
+        (
+            {name.replace(".", "._orig_mod.", 1): one for name, one in plain().items()},
+            ["names: without the prefix _orig_mod."],
+        ),
+        (
+            prefixed("encoder.") | prefixed("decoder."),
+            ["names: without the prefix encoder.; 3 other tensors left out"],
+        ),
+        (
+            prefixed("student.") | prefixed("teacher."),
+            ["names: without the prefix teacher.; 3 other tensors left out"],
+        ),
+    ],
+)
+def test_what_was_taken_off_is_told(content: dict, told: list[str]) -> None:
+    found, notes = unwrap(content, ("model",), FORMATS["mae"].parts, Path("w.pth"))
+    assert notes == told
+    assert found.keys() == set(NAMES) and all(
+        torch.equal(found[name], one) for name, one in plain().items()
+    )
+
+
+def test_names_that_are_one_without_prefixes_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"^w.pth: the same names with and without module\.$"):
+        unwrap(plain() | prefixed("module."), (), (), Path("w.pth"))
+
+
+@pytest.mark.parametrize("layout", FORMATS)
+def test_every_layout_is_read_through_the_same_wrappers(layout: str, tmp_path: Path) -> None:
+    """Names that no layout has: they reach its table without what was around them."""
+    path = tmp_path / "w.pth"
+    torch.save({"ema": prefixed("module._orig_mod.", {"zzz.w": torch.ones(2)})}, path)
+    if layout == "vitdet":  # takes any name
+        assert read_source(path, layout).weights.keys() == {"zzz.w"}
+        return
+    with pytest.raises(
+        ValueError, match=r"1 tensors that this format does not know, such as zzz\.w$"
+    ):
+        read_source(path, layout)
+
+
+@pytest.mark.parametrize(
+    ("layout", "name"),
+    [
+        ("mae", "norm.weight"),
+        ("vitae", "norm.weight"),
+        ("vitae_cls", "layers.0.RC.PRM.proj.weight"),
+        ("swin_cls", "patch_embed.norm.weight"),
+        ("vitaev2_cls", "layers.0.RC.PCM.0.weight"),
+    ],
+)
+def test_the_layers_of_a_classifier_are_left_out_by_name(
+    layout: str, name: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "w.pth"
+    heads = {name: torch.ones(2) for name in ("head.weight", "head.fc.bias", "fc_norm.weight")}
+    torch.save({"model": {name: torch.ones(2), **heads}}, path)
+    found = read_source(path, layout)
+    assert len(found.weights) == 1
+    assert found.notes[-1] == "left out, a classifier's: head.weight, head.fc.bias, fc_norm.weight"
+    torch.save(heads, path)
+    with pytest.raises(ValueError, match="holds only tensors that a detector has no place for"):
+        read_source(path, layout)
+
+
+@pytest.mark.parametrize(("value", "named"), [(float("nan"), "NaN"), (float("-inf"), "infinity")])
+def test_values_that_are_not_finite_are_refused(tmp_path: Path, value: float, named: str) -> None:
+    path, weights = tmp_path / "w.safetensors", plain()
+    weights[NAMES[1]][0, 1, 1] = value
+    save_file(weights, path)
+    with pytest.raises(ValueError) as error:
+        read_source(path, "mae")
+    assert f"1 tensors with values that are not finite, such as {NAMES[1]} ({named})" in str(
+        error.value
+    )
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".pt", ".bin", ".pkl", ".safetensors", ".npz"])
+@pytest.mark.parametrize(
+    ("content", "what"),
+    [
+        (b"", "the file is empty"),
+        (bytes(4096), "begins with zeros"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n", "git lfs pull"),
+        (b"\xef\xbb\xbf\n<!DOCTYPE HTML><title>Sign in</title>", "an HTML page"),
+        (b"<HTML><head>", "an HTML page"),
+        (b'<?xml version="1.0"?><Error><Code>AccessDenied', "an XML text"),
+        (b'{"error": "not found"}', "a JSON text"),
+        (gzip.compress(b"weights"), "a gzip archive; unpack it first"),
+    ],
+)
+def test_a_file_of_another_kind_is_called_what_it_is(
+    tmp_path: Path, suffix: str, content: bytes, what: str
+) -> None:
+    path = tmp_path / f"w{suffix}"
+    path.write_bytes(content)
+    with pytest.raises(ValueError) as error:
+        read_file(path)
+    assert str(error.value).startswith(f"{path}: ") and what in str(error.value)
+
+
+def test_a_file_that_is_cut_off_or_still_packed_is_called_so(tmp_path: Path) -> None:
+    path = tmp_path / "w.safetensors"
+    save_file(plain(), path)
+    whole = path.read_bytes()
+    for size in (9, 100, len(whole) - 1):
+        path.write_bytes(whole[:size])
+        with pytest.raises(ValueError, match=f"cut off: {size} of "):
+            read_file(path)
+    archive = tmp_path / "w.pth"
+    with zipfile.ZipFile(archive, "w") as file:
+        file.writestr("run/w.safetensors", whole)
+    with pytest.raises(ValueError, match=r"a zip archive with run/w\.safetensors"):
+        read_file(archive)

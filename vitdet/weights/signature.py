@@ -1,0 +1,91 @@
+"""What a file is, by its first bytes and its length, where it is not a file of weights or not a whole one."""
+
+from __future__ import annotations
+
+import json
+import zipfile
+from pathlib import Path
+
+HEAD = 512
+LIMIT = 100 << 20  # of a safetensors header, as the library has it
+# First bytes, without white space and in lower case -> what such a file is, and what to do
+TEXTS = (
+    (
+        b"version https://git-lfs",
+        "a Git LFS pointer and not the file itself; run `git lfs pull` where it comes from",
+    ),
+    (
+        b"<!doctype html",
+        "an HTML page; the download may need a login, or another address",
+    ),
+    (b"<html", "an HTML page; the download may need a login, or another address"),
+    (b"<?xml", "an XML text, such as a storage server's error; download it again"),
+    (b'{"', "a JSON text, such as a server's error or an index of other files"),
+)
+BINARIES = (
+    (b"\x1f\x8b", "a gzip archive; unpack it first"),
+    (b"BZh", "a bzip2 archive; unpack it first"),
+    (b"\xfd7zXZ", "an xz archive; unpack it first"),
+    (b"7z\xbc\xaf", "a 7z archive; unpack it first"),
+    (b"Rar!", "a RAR archive; unpack it first"),
+    (b"\x89HDF", "an HDF5 file (Keras); expected weights of PyTorch"),
+)
+
+
+def check_whole(path: Path) -> None:
+    """Raise ValueError with what the file is, if it is known not to be a whole file of weights."""
+    with open(path, "rb") as file:
+        head = file.read(HEAD)
+    if not head:
+        raise ValueError(f"{path}: the file is empty; copy or download it again")
+    if not head.strip(b"\0"):
+        raise ValueError(f"{path}: the file begins with zeros; copy or download it again")
+    text = head.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
+    for signatures, start in ((TEXTS, text), (BINARIES, head)):
+        for signature, what in signatures:
+            if start.startswith(signature):
+                raise ValueError(f"{path}: {what}")
+    if path.suffix == ".safetensors":
+        _check_safetensors(path, head)
+    elif head.startswith(b"PK"):
+        _check_zip(path)
+
+
+def _check_safetensors(path: Path, head: bytes) -> None:
+    """Compare the length of the file with what its header says; other damage is the reader's to find."""
+    size, length = path.stat().st_size, int.from_bytes(head[:8], "little")
+    if length > LIMIT:
+        raise ValueError(
+            f"{path}: not a safetensors file, whose first 8 bytes are the length of its header"
+        )
+    expected = 8 + length
+    if size >= expected:
+        with open(path, "rb") as file:
+            file.seek(8)
+            try:
+                header = json.loads(file.read(length))
+                ends = [
+                    one["data_offsets"][1] for key, one in header.items() if key != "__metadata__"
+                ]
+                expected += max(ends, default=0)
+            except (ValueError, LookupError, TypeError, AttributeError):
+                return
+    if size < expected:
+        raise ValueError(
+            f"{path}: cut off: {size:,} of {expected:,} bytes; copy or download it again"
+        )
+
+
+def _check_zip(path: Path) -> None:
+    try:
+        with zipfile.ZipFile(path) as file:
+            names = file.namelist()
+    except zipfile.BadZipFile:
+        raise ValueError(
+            f"{path}: cut off: the table at its end is missing; copy or download it again"
+        ) from None
+    if path.suffix != ".npz" and not any(name.endswith("data.pkl") for name in names):
+        shown = ", ".join(names[:3]) or "no files"
+        raise ValueError(
+            f"{path}: a zip archive with {shown}, and not a file of weights; unpack it first"
+        )
