@@ -119,6 +119,16 @@ def test_later_overrides_win_and_open_sections_that_the_file_lacks(tmp_path: Pat
     assert load_config(write(tmp_path, "")) == Config()
 
 
+def test_an_override_of_a_section_leaves_its_other_settings() -> None:
+    config = load_config(
+        "tiny", ["optim.steps=7", "optim={lr: 1, clip: 2}", "model={rpn: {norm: true}}"]
+    )
+    tiny = load_config("tiny")
+    assert config.optim == replace(tiny.optim, steps=7, lr=1.0, clip=2.0)
+    assert config.model == replace(tiny.model, rpn=replace(tiny.model.rpn, norm=True))
+    assert load_config("tiny", ["train={}"]) == tiny
+
+
 @pytest.mark.parametrize(
     ("override", "says"),
     [
@@ -131,6 +141,20 @@ def test_later_overrides_win_and_open_sections_that_the_file_lacks(tmp_path: Pat
         ("optin.lr=1", "optin: no such setting; did you mean 'optim'?"),
         ("zzz.x=1", "zzz: no such setting; known: model, data"),
         ("optim=1", "optim: is a section (lr, "),
+        ("optim=null", "optim: expected its settings, got null"),
+        (
+            "model.backbone=",
+            "model.backbone: expected its settings, got null",
+        ),
+        ("model={rpn: 3}", "model.rpn: is a section (anchor_scale, "),
+        (f"train.seed={2**63}", f"train.seed must be at most {2**63 - 1}, got {2**63}"),
+        ("train.seed=-1", "train.seed must not be negative, got -1"),
+        ("data.image_size=640000", "data.image_size must be at most 65536, got 640000"),
+        ("optim.steps=1e10", "optim.steps must be at most 2147483647, got 10000000000"),
+        (
+            "model.roi_heads.num_classes=20260101",
+            "model.roi_heads.num_classes must be at most 1000000, got 20260101",
+        ),
         ("optim.lr.x=1", "optim.lr.x: optim.lr is a setting, not a section"),
         ("optim.lr", "override 'optim.lr': expected section.key=value"),
         ("=1", "override '=1': expected section.key=value"),

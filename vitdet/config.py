@@ -23,7 +23,9 @@ from msgspec import convert
 
 from vitdet.files import written
 from vitdet.ranges import (
+    Amount,
     Count,
+    Depth,
     ExperimentName,
     Fraction,
     Fractions,
@@ -32,6 +34,8 @@ from vitdet.ranges import (
     Number,
     Positive,
     Positives,
+    Seed,
+    Size,
     bare,
     check,
 )
@@ -72,13 +76,13 @@ class BackboneConfig(Section, prefix="model.backbone."):
     name: Literal[
         "vit_tiny", "vit_b", "vit_l", "vit_h", "vitae_b", "vitae_s", "swin_t", "vitaev2_s"
     ] = "vit_b"
-    patch_size: Count = 16  # pixels; the stride of the feature map
+    patch_size: Size = 16  # pixels; the stride of the feature map
     window_size: Number = 14  # side of a local attention window in tokens
     drop_path: Fraction = 0.1  # rate of the last block; increases linearly from 0
-    pos_embed_grid: Count = 14  # side of the stored position embedding in tokens: 224 / 16 in MAE
+    pos_embed_grid: Size = 14  # side of the stored position embedding in tokens: 224 / 16 in MAE
     global_attention: bool = True  # in a few blocks; false: window attention in all blocks
     residual_blocks: tuple[int, ...] = ()  # blocks followed by residual convolutions (ViTDet paper)
-    rel_pos_size: Count = 1024  # image side in pixels for the global blocks' relative positions
+    rel_pos_size: Size = 1024  # image side in pixels for the global blocks' relative positions
     scaled_rel_pos: bool = False  # apply relative positions to the scaled query (ViTAE)
     final_norm: bool = False  # LayerNorm after the last block (ViTAE)
 
@@ -88,7 +92,7 @@ class PyramidConfig(Section, prefix="model.pyramid."):
     """Simple feature pyramid on a plain backbone's map, or an FPN on a hierarchical backbone."""
 
     kind: Literal["simple", "fpn"] = "simple"
-    channels: Count = 256
+    channels: Size = 256
     halve_channels: bool = True  # in each deconvolution; ViTAE keeps the channels
     scales: tuple[Positive, Positive, Positive, Positive] = (4.0, 2.0, 1.0, 0.5)  # of p2..p5
 
@@ -99,17 +103,17 @@ class RPNConfig(Section, prefix="model.rpn."):
 
     anchor_scale: Positive = 8.0  # anchor side / stride of its level: 32..512 on strides 4..64
     aspect_ratios: Positives = (0.5, 1.0, 2.0)  # height / width
-    num_convs: Number = 2
+    num_convs: Depth = 2
     norm: bool = False  # LayerNorm after each convolution (ViTAE)
     divide_by_sampled: bool = False  # losses / sampled anchors (mmdet), not / (samples * images)
-    samples: Count = 256  # anchors per image in the loss
+    samples: Amount = 256  # anchors per image in the loss
     positive_fraction: Fraction = 0.5
     iou_low: float = 0.3  # background below this IoU
     iou_high: float = 0.7  # foreground from this IoU
-    pre_nms_train: Count = 2000  # best anchors per level before NMS
-    pre_nms_test: Count = 1000
-    post_nms_train: Count = 1000  # proposals per image after NMS, over all levels
-    post_nms_test: Count = 1000
+    pre_nms_train: Amount = 2000  # best anchors per level before NMS
+    pre_nms_test: Amount = 1000
+    post_nms_train: Amount = 1000  # proposals per image after NMS, over all levels
+    post_nms_test: Amount = 1000
     nms_iou: Fraction = 0.7
 
 
@@ -117,26 +121,26 @@ class RPNConfig(Section, prefix="model.rpn."):
 class RoIHeadsConfig(Section, prefix="model.roi_heads."):
     """Box stages: one for Mask R-CNN, three for Cascade Mask R-CNN."""
 
-    num_classes: Count = 80
+    num_classes: Amount = 80
     ious: Fractions = (0.5,)  # one per stage: a box is foreground from this IoU
     loss: Literal["softmax", "federated"] = "softmax"
-    samples: Count = 512  # boxes per image in the loss
+    samples: Amount = 512  # boxes per image in the loss
     positive_fraction: Fraction = 0.25
-    num_convs: Number = 4
+    num_convs: Depth = 4
     num_fcs: Count = 1
-    fc_dim: Count = 1024
+    fc_dim: Size = 1024
     norm: bool = True  # LayerNorm after each convolution
-    sampling_ratio: Number = 0  # RoIAlign samples per bin and axis; 0: adaptive
-    federated_classes: Count = 50  # classes per step in the federated loss
+    sampling_ratio: Depth = 0  # RoIAlign samples per bin and axis; 0: adaptive
+    federated_classes: Amount = 50  # classes per step in the federated loss
 
 
 @dataclass(frozen=True)
 class MaskConfig(Section, prefix="model.mask."):
     """Mask head."""
 
-    num_convs: Number = 4
+    num_convs: Depth = 4
     norm: bool = True  # LayerNorm after each convolution
-    samples: Count = 128  # most foreground boxes per image in the mask loss
+    samples: Amount = 128  # most foreground boxes per image in the mask loss
 
 
 @dataclass(frozen=True)
@@ -166,7 +170,7 @@ class DataConfig(Section, prefix="data."):
     train_split: str = "train2017"
     val_split: str = "val2017"
     max_images: Number = 0  # per split, those of lowest id that hold an object; 0: all
-    image_size: Count = 1024  # side of the square canvas in pixels
+    image_size: Size = 1024  # side of the square canvas in pixels
     scale_range: tuple[Positive, Positive] = (0.1, 2.0)  # jitter; (1, 1): longest side = canvas
     flip: Fraction = 0.5  # probability of a horizontal flip
     diagonal_crop: bool = True  # one random number for both crop offsets; two in mmdet
@@ -176,7 +180,7 @@ class DataConfig(Section, prefix="data."):
     redraw_empty: bool = False  # replace a crop without objects by one of another image (mmdet)
     repeat_threshold: Fraction = 0.0  # repeat images with classes in a smaller share of the images
     # loader processes per rank; 0: load in the training process
-    workers: Number = field(default=4, metadata=operational("samples depend on seed and position"))
+    workers: Depth = field(default=4, metadata=operational("samples depend on seed and position"))
 
 
 @dataclass(frozen=True)
@@ -214,9 +218,9 @@ class TrainConfig(Section, prefix="train."):
         "vitdet", "detectron2", "mmdet", "mae", "vitae", "vitae_cls", "swin", "swin_cls",
         "swin_mmdet", "vitaev2", "vitaev2_cls",
     ] = "vitdet"  # fmt: skip  # of the file `init`
-    batch_size: Count = 64  # images per step over all processes
+    batch_size: Amount = 64  # images per step over all processes
     precision: Literal["fp32", "bf16", "auto"] = "bf16"  # auto: bf16 if native
-    seed: Number = 0
+    seed: Seed = 0
     log_every: Count = field(default=20, metadata=operational("logs"))  # steps
     eval_every: Count = field(default=5000, metadata=operational("evaluates only"))  # steps
     save_every: Count = field(default=1000, metadata=operational("resuming is exact"))  # steps
@@ -229,8 +233,8 @@ class EvalConfig(Section, prefix="evaluate."):
 
     score_threshold: Fraction = 0.05
     nms_iou: Fraction = 0.5
-    max_detections: Count = 100
-    batch_size: Count = 1
+    max_detections: Amount = 100
+    batch_size: Amount = 1
 
 
 @dataclass(frozen=True)
@@ -420,8 +424,20 @@ def _overridden(tree: dict, overrides: Sequence[str]) -> Config:
             node = node[parent]
             if not isinstance(node, dict):
                 raise ValueError(f"{key}: {'.'.join(parents[:depth])} is a setting, not a section")
-        node[leaf] = _parse(key, text)
+        value = _parse(key, text)
+        if value is None and any(one.startswith(f"{key}.") for one in flatten(Config())):
+            raise ValueError(f"{key}: expected its settings, got null")
+        _set(node, leaf, value)
     return from_dict(tree)
+
+
+def _set(node: dict, name: str, value: object) -> None:
+    """Set a setting, or those of a section that are given; the others stay."""
+    if isinstance(value, dict) and isinstance(node.get(name), dict):
+        for key, one in value.items():
+            _set(node[name], key, one)
+    else:
+        node[name] = value
 
 
 def _parse(key: str, text: str) -> object:

@@ -8,8 +8,13 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 
 from msgspec import Meta, ValidationError, convert
 
-Count = Annotated[int, Meta(ge=1, description="be at least 1")]
-Number = Annotated[int, Meta(ge=0, description="not be negative")]
+# Upper bounds are far above what any model or machine uses: they catch slips such as a pasted id
+Count = Annotated[int, Meta(ge=1, le=2**31 - 1, description="be at least 1")]
+Number = Annotated[int, Meta(ge=0, le=2**31 - 1, description="not be negative")]
+Seed = Annotated[int, Meta(ge=0, le=2**63 - 1, description="not be negative")]
+Size = Annotated[int, Meta(ge=1, le=65_536, description="be at least 1")]  # a side or a width
+Amount = Annotated[int, Meta(ge=1, le=1_000_000, description="be at least 1")]  # per image or step
+Depth = Annotated[int, Meta(ge=0, le=1024, description="not be negative")]  # layers or processes
 NonNegative = Annotated[float, Meta(ge=0, description="not be negative")]
 Positive = Annotated[float, Meta(gt=0, description="be above 0")]
 Positives = Annotated[tuple[Positive, ...], Meta(min_length=1, description="be above 0")]
@@ -61,7 +66,10 @@ def check(key: str, hint: Any, value: Any) -> None:
     if not _fits(value, hint):
         while get_origin(hint) is not Annotated:
             hint = get_args(hint)[0]
-        raise ValueError(f"{key} must {hint.__metadata__[0].description}, got {got}")
+        limits = hint.__metadata__[0]
+        above = isinstance(limits.le, int) and isinstance(got, int) and got > limits.le
+        what = f"be at most {limits.le}" if above else limits.description
+        raise ValueError(f"{key} must {what}, got {got}")
 
 
 def _fits(value: object, hint: Any) -> bool:
