@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import yaml
 
+from components.launcher.schema import checked
 from components.launcher.templates import GPU
 
 KINDS = {"PyTorchJob": "pytorchjob", "TrainJob": "trainjob"}
@@ -25,6 +26,7 @@ def training_jobs(text: str) -> str:
     """
     parts = [part.strip("\n") for part in re.split(r"^---\s*$", text, flags=re.MULTILINE)]
     found: dict[str, str] = {}
+    jobs: list[dict] = []
     for part in parts:
         try:
             document = yaml.safe_load(part)
@@ -32,18 +34,19 @@ def training_jobs(text: str) -> str:
             raise ValueError(
                 f"the job's file: not readable as YAML: {' '.join(str(error).split())}"
             ) from error
-        kind = document.get("kind") if isinstance(document, dict) else None
+        kind = str(document.get("kind")) if isinstance(document, dict) else ""
         if kind in KINDS:
-            if not isinstance(document.get("spec"), dict):
-                raise ValueError(f"the job's file: its {kind} has no spec")
             if kind in found:
                 raise ValueError(f"two documents of kind {kind}: which one is the training job?")
             found[kind] = part
+            jobs.append(document)
     if not found:
         raise ValueError(
             f"no {' or '.join(KINDS)} among the {len(parts)} documents; give the output of "
             "`kubectl kustomize manifests/overlays/NAME`"
         )
+    for job in jobs:
+        checked(job)
     return "\n---\n".join(found[kind] for kind in KINDS if kind in found) + "\n"
 
 
@@ -52,10 +55,15 @@ def job_kinds(text: str) -> set[str]:
     return {KINDS[job["kind"]] for job in yaml.safe_load_all(training_jobs(text))}
 
 
+def documents_of(text: str) -> list[dict]:
+    """Return the documents of a YAML stream without nulls. Raises ValueError for jobs with holes."""
+    return [checked(one) for one in yaml.safe_load_all(text) if isinstance(one, dict)]
+
+
 def job_image(jobs: str) -> str:
     """Return the image of the jobs. Raises ValueError if there is none or they differ."""
     found = set()
-    for job in yaml.safe_load_all(jobs):
+    for job in documents_of(jobs):
         replicas = job["spec"].get("pytorchReplicaSpecs", {}).values()
         found |= {one["template"]["spec"]["containers"][0].get("image", "") for one in replicas}
         found |= {job["spec"].get("trainer", {}).get("image", "")} - {""}
@@ -81,7 +89,7 @@ def accelerators(text: str) -> Accelerators:
     If there are both kinds, the PyTorchJob is used: overlays configure both alike. Raises
     ValueError if a TrainJob sets no resources and its runtime is not among the documents.
     """
-    documents = [document for document in yaml.safe_load_all(text) if isinstance(document, dict)]
+    documents = documents_of(text)
     for job in documents:
         if job.get("kind") == "PyTorchJob":
             pod = next(iter(job["spec"]["pytorchReplicaSpecs"].values()))["template"]["spec"]

@@ -15,6 +15,8 @@ from dataclasses import dataclass, field, replace
 
 import yaml
 
+from components.launcher.schema import checked
+
 POOL = "vitdet/pool"  # label of the node pools, independent of the cloud provider
 # the same on GKE, where the node label of a pool cannot contain a slash
 COMPUTE_CLASS = "cloud.google.com/compute-class"
@@ -102,7 +104,7 @@ def fill_template(template: str, kind: Kind, request: JobRequest) -> dict:
     """
     if request.nodes < 1:
         raise ValueError(f"a job needs at least 1 node, got {request.nodes}")
-    found = [part for part in yaml.safe_load_all(template) if part]
+    found = [checked(part) for part in yaml.safe_load_all(template) if isinstance(part, dict)]
     jobs = [part for part in found if part.get("kind") == kind.name]
     if len(jobs) != 1:
         raise ValueError(
