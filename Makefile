@@ -18,12 +18,17 @@ BIN := .venv/bin
 READY := .venv/.ready
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: demo test test-slow ui lint lock setup clean
+.PHONY: demo checkout test test-slow ui lint lock setup clean
 
-demo: $(READY)
+demo: checkout $(READY)
 	dvc repro
 	dvc exp save --quiet --force --name demo
 	@python -c "$$SUMMARY" $(WORK)
+
+# DVC records the demo's experiment in Git; looked at before minutes of installation.
+checkout:
+	@git rev-parse --verify --quiet HEAD >/dev/null 2>&1 || { echo "make demo needs a Git repository with a commit (DVC): use git clone, \
+	or here: git init && git add --all && git commit --message start" >&2; exit 1; }
 
 # The tests of a file run in one process, so that its fixtures are created once.
 PYTEST := OMP_NUM_THREADS=1 python -m pytest -n $(JOBS) --dist loadscope --no-loadscope-reorder

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -70,3 +72,14 @@ def test_training_from_python(
     assert all(
         name.startswith("loss_") and loss.requires_grad for name, loss in names["losses"].items()
     )
+
+
+def test_the_demo_without_git_says_so_before_it_installs_anything(tmp_path: Path) -> None:
+    """As from a ZIP of the repository, or in an image without .git."""
+    shutil.copy(ROOT / "Makefile", tmp_path)
+    outer = {**os.environ, "GIT_CEILING_DIRECTORIES": str(tmp_path.parent)}
+    done = subprocess.run(
+        ["make", "demo"], cwd=tmp_path, env=outer, capture_output=True, text=True, check=False
+    )
+    assert done.returncode and "make demo needs a Git repository with a commit" in done.stderr
+    assert [one.name for one in tmp_path.iterdir()] == ["Makefile"]
