@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.server
 import json
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -83,9 +84,20 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
 
 @pytest.fixture
 def slept(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """The waits between requests, which are not waited for."""
+    """The waits between this thread's requests, which are not waited for.
+
+    A tracker of an earlier test may still look for its server in another thread.
+    """
     found: list[float] = []
-    monkeypatch.setattr("urllib3.util.retry.time.sleep", found.append)
+    sleep, own = time.sleep, threading.current_thread()
+
+    def record(seconds: float) -> None:
+        if threading.current_thread() is own:
+            found.append(seconds)
+        else:
+            sleep(seconds)
+
+    monkeypatch.setattr("urllib3.util.retry.time.sleep", record)
     return found
 
 
@@ -193,6 +205,14 @@ def test_the_settings_of_a_training_and_of_the_loggers_come_back(
     assert requests.os.environ[requests.RETRIES] == "0"
     assert requests.FACTOR not in requests.os.environ
     assert not requests.logging.getLogger("urllib3.util.retry").handlers
+
+
+def test_a_client_that_is_used_again_has_the_same_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    uri = "http://127.0.0.1:9"
+    monkeypatch.delenv(requests.RETRIES, raising=False)
+    first = tracking._client(uri)
+    monkeypatch.delenv(requests.RETRIES)
+    assert tracking._client(uri) is first and requests.os.environ[requests.RETRIES] == "0"
 
 
 def test_urllib3_tells_of_its_retries_as_is_expected_here() -> None:

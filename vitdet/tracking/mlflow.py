@@ -463,10 +463,14 @@ def same_number(ours: float, theirs: float) -> bool:
     )
 
 
-@cache
 def _client(uri: str) -> MlflowClient:
-    for key, value in CLIENT.items():
+    for key, value in CLIENT.items():  # each time: MLflow reads them at every request
         os.environ.setdefault(key, value)
+    return _cached_client(uri)
+
+
+@cache
+def _cached_client(uri: str) -> MlflowClient:
     from mlflow import MlflowClient
 
     for name in ("alembic", "mlflow.store.db.utils"):  # the tables of a new sqlite file are no news
