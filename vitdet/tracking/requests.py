@@ -18,7 +18,8 @@ from vitdet.tracking.address import hide_credentials
 TRIES = 7
 BACK_OFF = 1
 RETRIES, FACTOR = "MLFLOW_HTTP_REQUEST_MAX_RETRIES", "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR"
-NAMED = {name: os.environ[name] for name in (RETRIES, FACTOR) if name in os.environ}  # by the user
+# By the user. "0" is what `vitdet.tracking.mlflow` sets, also for the processes that this one starts.
+NAMED = {name: os.environ[name] for name in (RETRIES, FACTOR) if os.environ.get(name, "0") != "0"}
 # If the answer is lost, the request may have been carried out: see `create`.
 ONCE = ("create_experiment", "create_run", "create_registered_model", "create_model_version")
 MISSING = {"RESOURCE_DOES_NOT_EXIST", "ENDPOINT_NOT_FOUND"}
