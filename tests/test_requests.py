@@ -207,6 +207,34 @@ def test_the_settings_of_a_training_and_of_the_loggers_come_back(
     assert not requests.logging.getLogger("urllib3.util.retry").handlers
 
 
+def test_blocks_of_two_threads_leave_the_settings_as_they_were(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The first one to begin is the first one to end: without a lock the second would restore the first's values."""
+    monkeypatch.setenv(requests.RETRIES, "0")
+    began, end = threading.Event(), threading.Event()
+
+    def first() -> None:
+        with requests.repeating("http://127.0.0.1:9"):
+            began.set()
+            end.wait(60)
+
+    def second() -> None:
+        began.wait(60)
+        threading.Timer(0.2, end.set).start()
+        with requests.repeating("http://127.0.0.1:9"):
+            end.wait(60)
+            threads[0].join(0.5)
+
+    threads = [threading.Thread(target=first), threading.Thread(target=second)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert requests.os.environ[requests.RETRIES] == "0"
+    assert not requests.logging.getLogger("urllib3.util.retry").handlers
+
+
 def test_a_client_that_is_used_again_has_the_same_settings(monkeypatch: pytest.MonkeyPatch) -> None:
     uri = "http://127.0.0.1:9"
     monkeypatch.delenv(requests.RETRIES, raising=False)

@@ -144,7 +144,7 @@ def test_values_that_are_not_finite_are_refused(tmp_path: Path, value: float, na
         (b"<HTML><head>", "an HTML page"),
         (b'<?xml version="1.0"?><Error><Code>AccessDenied', "an XML text"),
         (b'{"error": "not found"}', "a JSON text"),
-        (gzip.compress(b"weights"), "a gzip archive; unpack it first"),
+        (gzip.compress(b"weights", mtime=0), "a gzip archive; unpack it first"),
     ],
 )
 def test_a_file_of_another_kind_is_called_what_it_is(

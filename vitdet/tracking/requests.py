@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -24,6 +25,8 @@ NAMED = {name: os.environ[name] for name in (RETRIES, FACTOR) if os.environ.get(
 ONCE = ("create_experiment", "create_run", "create_registered_model", "create_model_version")
 MISSING = {"RESOURCE_DOES_NOT_EXIST", "ENDPOINT_NOT_FOUND"}
 INVALID = {"INVALID_PARAMETER_VALUE", "BAD_REQUEST"}
+# MLflow's settings and the loggers are the process's: blocks of two threads must not restore each other's values.
+LOCK = threading.RLock()
 T = TypeVar("T")
 log = logging.getLogger(__name__)
 
@@ -50,12 +53,20 @@ class RepeatingClient:
 
 @contextmanager
 def repeating(uri: str, tries: int | None = None) -> Iterator[None]:
-    """Make each of MLflow's requests in this block up to so many times; raises as `RepeatingClient` does."""
+    """Make each of MLflow's requests in this block up to so many times; raises as `RepeatingClient` does.
+
+    Threads run such blocks one after another.
+    """
+    with LOCK, _retry_settings(uri, TRIES if tries is None else tries):
+        yield
+
+
+@contextmanager
+def _retry_settings(uri: str, tries: int) -> Iterator[None]:
     from mlflow.exceptions import MlflowException
 
     logger, waits = logging.getLogger("urllib3.util.retry"), _Waits(uri)
     connections = logging.getLogger("urllib3.connectionpool")  # logs some of the same waits
-    tries = TRIES if tries is None else tries
     settings = {RETRIES: str(tries - 1), FACTOR: str(BACK_OFF)} | (NAMED if tries > 1 else {})
     before = {name: os.environ.get(name) for name in settings}
     levels = logger.level, logger.propagate, connections.level
