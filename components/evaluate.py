@@ -26,7 +26,10 @@ def evaluate(
     )
     for key, value in found.items():
         figures.log_metric(key, value)
-    print(f"{name}: box AP {found.get('box_ap')}, mask AP {found.get('mask_ap')}")
+    kinds = [
+        f"{kind} AP {found[f'{kind}_ap']}" for kind in ("box", "mask") if f"{kind}_ap" in found
+    ]
+    print(f"{name}: {', '.join(kinds) or 'no AP'}")
     return "known" if known else "unknown"
 
 

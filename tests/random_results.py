@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 from pycocotools import mask as rle
 
+from vitdet.data.annotation_file import Annotation
 from vitdet.evaluation.results import Truth
 
 SIDE = 150
@@ -52,7 +53,7 @@ def random_set(seed, images=30, categories=6, lvis=False):
             )
         for key, letter in zip(kinds, "rccfff" * categories, strict=False):
             kinds[key]["frequency"] = letter
-    return Truth(Path("random.json"), heads, kinds, objects), [
+    return Truth(Path("random.json"), heads, kinds, [Annotation(**one) for one in objects]), [
         results[i] for i in rng.permutation(len(results))
     ]
 

@@ -9,9 +9,11 @@ from pathlib import Path
 import numpy as np
 
 from vitdet.config import DataConfig
+from vitdet.data.annotation_file import Annotation
 from vitdet.data.check import Report, check
 from vitdet.data.coco import ImageError
 from vitdet.data.dataset import TrainData, ValData, read_split
+from vitdet.data.segmentation import read_outline
 from vitdet.datasets.report.page import write_page
 from vitdet.evaluation.evaluator import evaluate_results
 from vitdet.evaluation.results import Truth, read_truth
@@ -91,13 +93,27 @@ def perfect(root: Path, truth: Truth) -> Path:
     (root / "results.json").write_text(
         json.dumps(
             [
-                {key: one[key] for key in ("image_id", "category_id", "bbox", "segmentation")}
-                | {"score": 0.5}
+                {
+                    "image_id": one.image_id,
+                    "category_id": one.category_id,
+                    "bbox": one.bbox,
+                    "score": 0.5,
+                }
+                | outline(one, truth)
                 for one in truth.objects
+                if one.image_id in truth.images and one.category_id in truth.categories
             ]
         )
     )
     return root / "results.json"
+
+
+def outline(one: Annotation, truth: Truth) -> dict:
+    """The segmentation of a result that finds the object."""
+    shape = read_outline(one.segmentation, truth.sides(one.image_id)).shape
+    x, y, width, height = one.bbox
+    box = [[x, y, x + width, y, x + width, y + height, x, y + height]]
+    return {"segmentation": box if shape is None else shape}
 
 
 def page(root: Path) -> None:

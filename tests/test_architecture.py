@@ -42,7 +42,12 @@ ONLY_IN = {
     "kfp": ["components/", "pipeline/"],
     "kubernetes": ["components/launcher/"],
     "dvc": [],
-    "pycocotools": ["vitdet/data/masks.py", "vitdet/evaluation/", "vitdet/cli/bench/"],
+    "pycocotools": [
+        "vitdet/data/masks.py",
+        "vitdet/data/segmentation.py",
+        "vitdet/evaluation/",
+        "vitdet/cli/bench/",
+    ],
     "faster_coco_eval": ["vitdet/evaluation/"],
     "detectron2": ["vitdet/cli/bench/data.py"],
     "shapely": ["vitdet/cli/bench/data.py"],

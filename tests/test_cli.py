@@ -279,20 +279,22 @@ def plain(content: dict) -> dict:
         ),
         (lambda root: next((root / "train").iterdir()).unlink(), "no such file"),
         (
-            lambda root: change(root, lambda c: plain(c).update(image_id=99)),
-            "that does not exist: image 99",
+            lambda root: change(root, lambda c: [a.update(image_id=99) for a in c["annotations"]]),
+            "an image that does not exist",
         ),
         (
-            lambda root: change(root, lambda c: plain(c).update(category_id=99)),
-            "that does not exist: category 99",
+            lambda root: change(
+                root, lambda c: [a.update(category_id=99) for a in c["annotations"]]
+            ),
+            "a category that does not exist",
         ),
         (
             lambda root: change(root, lambda c: plain(c).update(bbox=[5000, 5000, 10, 10])),
             "box far outside its image",
         ),
         (
-            lambda root: change(root, lambda c: plain(c).update(segmentation=[[1, 1, 5, 5]])),
-            "at least 3 points",
+            lambda root: change(root, lambda c: plain(c).update(segmentation=[5])),
+            "polygon that is not a list",
         ),
         (
             lambda root: change(root, lambda c: c["annotations"].append(c["annotations"][0])),
@@ -308,7 +310,7 @@ def plain(content: dict) -> dict:
         "no such image",
         "no such category",
         "box outside",
-        "two points",
+        "no polygon",
         "annotation twice",
         "image twice",
         "no categories",

@@ -5,6 +5,7 @@ import json
 import math
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 from pycocotools import mask as rle
@@ -103,7 +104,7 @@ def pycocotools_tables(truth, results, kind, image_ids):
     index.dataset = copy.deepcopy(
         {
             "images": list(truth.images.values()),
-            "annotations": truth.objects,
+            "annotations": [msgspec.to_builtins(one) for one in truth.objects],
             "categories": list(truth.categories.values()),
         }
     )
@@ -124,7 +125,7 @@ def pycocotools_tables(truth, results, kind, image_ids):
 @pytest.mark.parametrize("seed", range(6))
 def test_random_sets_have_pycocotools_tables(kind, seed):
     truth, results = random_set(seed, images=25 + 5 * seed, categories=1 + 2 * seed)
-    assert any(one["iscrowd"] for one in truth.objects)
+    assert any(one.iscrowd for one in truth.objects)
     image_ids = sorted(truth.images)[:: 1 + seed % 2]
     finished = compare(truth, results, [kind], image_ids)[kind]
     precision, recall = pycocotools_tables(truth, results, kind, image_ids)

@@ -101,7 +101,7 @@ def test_yolo(vitdet: Run, yolo: Path, tmp_path: Path) -> None:
     assert (code, errors) == (0, "")
     assert output.splitlines() == [
         "out: 2 classes; train 4 images, 4 objects; val 1 images, 0 objects",
-        "  3 x objects have a box only, which is their mask as well",
+        "  3 x objects have a box only and no mask (--boxes-as-masks makes one of each box)",
         "  1 x rows that came twice, once left out",
         "  1 x images without a label file: without objects",
     ]
@@ -116,13 +116,17 @@ def test_yolo(vitdet: Run, yolo: Path, tmp_path: Path) -> None:
     ]
     box, cut, outline, turned = train["annotations"]
     assert box["bbox"] == [40, 15, 20, 20] and box["area"] == 400
-    assert box["segmentation"] == [[40, 15, 60, 15, 60, 35, 40, 35]] and box["category_id"] == 2
+    assert box["segmentation"] == [] and box["category_id"] == 2
     assert cut["bbox"] == [85, 15, 15, 20]  # as much of it as there is
     assert outline["segmentation"] == [[10, 10, 50, 10, 50, 40]]
     assert outline["bbox"] == [10, 10, 40, 30] and outline["area"] == 600
     assert turned["bbox"] == [0, 45, 50, 10]  # shares of the upright picture
     # another file of that name
     assert [one["file_name"] for one in tree(out, "val")["images"]] == ["a_2.jpg"]
+    _, output, _ = vitdet("data", "convert", yolo, "asked", "--boxes-as-masks")
+    assert "  3 x boxes are also their objects' masks" in output.splitlines()
+    box, *_ = tree(tmp_path / "asked", "train")["annotations"]
+    assert box["segmentation"] == [[40, 15, 60, 15, 60, 35, 40, 35]]
     assert (out / "train" / "a.jpg").samefile(yolo / "images" / "train" / "a.jpg")
     # in val
     assert [finding.kind for finding in check(out).errors] == ["no object to learn from or to find"]

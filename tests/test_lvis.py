@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from tests.random_results import random_set
+from vitdet.data.annotation_file import Annotation
 from vitdet.evaluation import lvis
 from vitdet.evaluation.evaluator import evaluate_results
 from vitdet.evaluation.lvis import best, compare, compare_file, summary
@@ -76,13 +77,13 @@ def truth_of(objects, negative=(), unsure=(), frequency="f"):
         images,
         categories,
         [
-            {
-                "id": number,
-                "image_id": 1,
-                "category_id": category,
-                "bbox": box,
-                "area": box[2] * box[3],
-            }
+            Annotation(
+                id=number,
+                image_id=1,
+                category_id=category,
+                bbox=tuple(box),
+                area=box[2] * box[3],
+            )
             for number, (category, box) in enumerate(objects)
         ],
     )
@@ -150,12 +151,13 @@ def test_what_has_no_area_does_not_take_part():
 
 def test_a_mask_of_a_file_is_as_large_as_the_box_beside_it_and_a_detectors_as_itself():
     truth = truth_of([(1, BOX)])
-    truth.objects[0].update(area=400, segmentation=[[10, 10, 30, 10, 30, 30, 10, 30]])  # small
+    truth.objects[0].area = 400  # small
+    truth.objects[0].segmentation = [[10, 10, 30, 10, 30, 30, 10, 30]]
     square = {
         "segmentation": {"size": [100, 100], "counts": [6060, 30, 3910]},
         **found(ELSEWHERE, score=1.0)[0],
     }
-    right = {"segmentation": truth.objects[0]["segmentation"], **found(BOX)[0]}
+    right = {"segmentation": truth.objects[0].segmentation, **found(BOX)[0]}
     both = [square | {"bbox": [60, 60, 40, 40]}, right]  # a false mask of 30 pixels, its box medium
     assert summary(compare_file(truth, both, ["bbox", "segm"]))["mask_ap_small"] == pytest.approx(
         100
@@ -167,7 +169,7 @@ def test_a_mask_of_a_file_is_as_large_as_the_box_beside_it_and_a_detectors_as_it
 
 def test_there_are_no_crowds():
     truth = truth_of([(1, BOX)])
-    truth.objects[0]["iscrowd"] = 1
+    truth.objects[0].iscrowd = 1
     assert ap(truth, found(BOX)) == pytest.approx(100)
 
 
@@ -200,10 +202,10 @@ def test_cocos_annotations_are_refused_in_one_line(tmp_path):
 
 def slow_ap(truth, results, threshold):
     """The mean AP of boxes at one IoU threshold, a detection after the other as the paper tells it."""
-    known = {(one["image_id"], one["category_id"]) for one in truth.objects}
+    known = {(one.image_id, one.category_id) for one in truth.objects}
     means = []
     for category in truth.categories:
-        objects = [one for one in truth.objects if one["category_id"] == category]
+        objects = [one for one in truth.objects if one.category_id == category]
         taken, hits = set(), []
         mine = [one for one in results if one["category_id"] == category]
         for one in sorted(mine, key=lambda one: (-one["score"], one["image_id"])):
@@ -213,9 +215,9 @@ def slow_ap(truth, results, threshold):
             ):
                 continue
             rivals = [
-                (iou(one["bbox"], other["bbox"]), -number)
+                (iou(one["bbox"], other.bbox), -number)
                 for number, other in enumerate(objects)
-                if other["image_id"] == one["image_id"] and number not in taken
+                if other.image_id == one["image_id"] and number not in taken
             ]
             top, number = max(rivals, default=(0, 0), key=lambda pair: (pair[0], -pair[1]))
             if top >= threshold:

@@ -12,8 +12,26 @@ from vitdet.data.shared_memory import PackedList
 def test_values_come_back() -> None:
     polygons = [[[0.1, 2.0, 3.5, 4.0, 1e-9, 6.0]], {"size": [2, 3], "counts": "0123"}]
     records = [
-        Record(7, Path("a/b.jpg"), 20, 30, np.ones((2, 4), np.float32), np.array([3, 1]), polygons),
-        Record(8, Path("c.jpg"), 1, 1, np.zeros((0, 4), np.float32), np.zeros(0, np.int64), []),
+        Record(
+            7,
+            Path("a/b.jpg"),
+            20,
+            30,
+            np.ones((2, 4), np.float32),
+            np.array([3, 1]),
+            polygons,
+            np.zeros(2, bool),
+        ),
+        Record(
+            8,
+            Path("c.jpg"),
+            1,
+            1,
+            np.zeros((0, 4), np.float32),
+            np.zeros(0, np.int64),
+            [],
+            np.zeros(0, bool),
+        ),
     ]
     packed = PackedList(records)
     assert len(packed) == 2 and packed[1].image_id == 8 and len(packed[1]) == 0

@@ -158,7 +158,7 @@ def test_a_split_that_cannot_be_read_is_said(vitdet: Run, own_tiny: Path, tmp_pa
     change(own_tiny, "train", lambda tree: tree.update(annotations=[]))
     assert vitdet("data", "report", own_tiny)[0] == 0
     page = (tmp_path / "own.html").read_text()
-    assert "annotation of an image that does not exist: image -5" in page
+    assert "annotation of an image that does not exist (it is left out)" in page
     assert "<td>12</td><td>12</td><td>0</td><td>-</td>" in page
 
 

@@ -43,7 +43,7 @@ from vitdet.ranges import (
 RECIPES = Path(__file__).parent / "recipes"
 MANY = 16  # more names than this are not listed in an error message
 SEE_RECIPES = " (`vitdet config` lists all recipes)"
-LATER: tuple[str, ...] = ()  # settings that version 0.1 (commit dad8b8b) did not have
+LATER = ("model.mask.enabled",)  # settings that version 0.1 (commit dad8b8b) did not have
 
 
 def operational(reason: str) -> dict[str, str]:
@@ -138,6 +138,7 @@ class RoIHeadsConfig(Section, prefix="model.roi_heads."):
 class MaskConfig(Section, prefix="model.mask."):
     """Mask head."""
 
+    enabled: bool = True  # false: a detector of boxes and classes, Faster or Cascade R-CNN
     num_convs: Depth = 4
     norm: bool = True  # LayerNorm after each convolution
     samples: Amount = 128  # most foreground boxes per image in the mask loss

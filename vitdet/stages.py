@@ -178,7 +178,7 @@ def prepare_data(settings: str, workspace: str, configs: str, manifest: str) -> 
     missing or that training could not use.
     """
     from vitdet.data.fingerprint import combined, describe
-    from vitdet.data.layout import resolve
+    from vitdet.data.layout import resolve, settings_text
     from vitdet.demo.tiny import make_tiny
     from vitdet.tracking.comparison import check_comparable
 
@@ -191,8 +191,7 @@ def prepare_data(settings: str, workspace: str, configs: str, manifest: str) -> 
     for name, config in every.items():
         every[name], found = resolve(config, explicit[name])
         if found:
-            values = ", ".join(f"{key}={value}" for key, value in found.items())
-            notes.append(f"{name}: {root} has {values}")
+            notes.append(f"{name}: {root} has {settings_text(found)}")
     first = next(iter(every))
     for name, config in every.items():
         check_comparable(every[first], config, first, name)

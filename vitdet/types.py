@@ -54,17 +54,22 @@ class Polygons:
 
 @dataclass(frozen=True)
 class Target:
-    """Ground truth of one image: boxes (G, 4) xyxy pixels of the canvas, labels (G,) int64, masks of G objects."""
+    """Ground truth of one image: boxes (G, 4) xyxy pixels of the canvas, labels (G,) int64, masks of G objects.
+
+    has_mask (G,) bool: which objects have an annotated outline, None if all have; the masks of others are not used.
+    """
 
     boxes: Tensor
     labels: Tensor
     masks: Polygons
+    has_mask: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.boxes)
 
     def __getitem__(self, index: Tensor | slice) -> Target:
-        return Target(self.boxes[index], self.labels[index], self.masks[index])
+        has_mask = None if self.has_mask is None else self.has_mask[index]
+        return Target(self.boxes[index], self.labels[index], self.masks[index], has_mask)
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Target:
         return _to(self, device, non_blocking)
@@ -75,13 +80,14 @@ class Detections:
     """What was found in one image, best first.
 
     boxes (N, 4) xyxy pixels, scores (N,) in 0..1, labels (N,) int64, masks (N, 28, 28) probabilities inside the box
-    (they are put onto the image by `vitdet.data.masks.paste`); class_names[label] is a label's name.
+    (they are put onto the image by `vitdet.data.masks.paste`), None if the detector has no mask head;
+    class_names[label] is a label's name.
     """
 
     boxes: Tensor
     scores: Tensor
     labels: Tensor
-    masks: Tensor
+    masks: Tensor | None
     class_names: tuple[str, ...] = ()
 
     def __len__(self) -> int:
@@ -92,7 +98,7 @@ class Detections:
             self.boxes[index],
             self.scores[index],
             self.labels[index],
-            self.masks[index],
+            None if self.masks is None else self.masks[index],
             self.class_names,
         )
 

@@ -46,13 +46,19 @@ def draw(image: Picture, found: Detections, scale: float | None = None) -> Image
     ]
     width, height = _scaled(picture.size, scale)
     boxes = found.boxes.detach().cpu().float() * scale
-    masks = found.masks.detach().cpu().float()
+    masks = None if found.masks is None else found.masks.detach().cpu().float()
+
+    def bitmap(i: int) -> Tensor | None:
+        if masks is None:
+            return None
+        return paste(masks[i : i + 1], boxes[i : i + 1], (height, width))[0]
+
     return paint(
         picture,
         found.boxes,
         found.labels.tolist(),
         captions,
-        lambda i: paste(masks[i : i + 1], boxes[i : i + 1], (height, width))[0],
+        bitmap,
         scale,
     )
 
@@ -79,13 +85,14 @@ def paint(
     boxes: Tensor,
     labels: Sequence[int],
     captions: Sequence[str],
-    bitmap: Callable[[int], Tensor],
+    bitmap: Callable[[int], Tensor | None],
     scale: float,
 ) -> Image.Image:
     """The picture, `scale` times enlarged, with N objects on it; large objects lie under small ones.
 
     boxes (N, 4) xyxy pixels of the picture, a label (it picks the colour) and a caption an object, its bitmap
-    (H, W) bool of the enlarged picture, which is asked for when it is drawn: all of a large picture's fill a memory.
+    (H, W) bool of the enlarged picture, which is asked for when it is drawn: all of a large picture's fill a memory;
+    None: it has no mask.
     """
     size = _scaled(picture.size, scale)
     canvas = picture.convert("RGB").resize(size, Image.Resampling.BICUBIC)
@@ -94,7 +101,8 @@ def paint(
     order = sorted(range(len(corners)), key=lambda i: -_area(corners[i]))
     colors = [class_color(label) for label in labels]
     for i in order:
-        _paint_mask(canvas, bitmap(i), colors[i], width)
+        if (mask := bitmap(i)) is not None:
+            _paint_mask(canvas, mask, colors[i], width)
     for i in order:
         _paint_box(canvas, corners[i], colors[i], width)
     taken: list[tuple[float, float, float, float]] = []

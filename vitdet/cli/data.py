@@ -102,6 +102,11 @@ def add_convert(kind: argparse.ArgumentParser) -> None:
     kind.add_argument(
         "--copy", action="store_true", help="copy the images instead of linking them (hard links)"
     )
+    kind.add_argument(
+        "--boxes-as-masks",
+        action="store_true",
+        help="make a mask of the box of each object that has a box only",
+    )
     kind.set_defaults(run=run_data_convert)
 
 
@@ -156,7 +161,7 @@ def run_data_convert(given: argparse.Namespace) -> int:
     """vitdet data convert"""
     from vitdet.datasets.convert import convert
 
-    made = convert(given.source, given.target, given.format or "", given.copy)
+    made = convert(given.source, given.target, given.format or "", given.copy, given.boxes_as_masks)
     splits = [
         f"{split} {images:,} images, {objects:,} objects"
         for split, (images, objects) in made.splits.items()

@@ -25,8 +25,9 @@ def add_set(verb: argparse.ArgumentParser) -> None:
     )
 
 
-def log_resolved(config: Config, found: Mapping[str, object]) -> None:
+def log_resolved(config: Config, found: Mapping[str, str | int]) -> None:
     """Log the settings that were read from the data, if there are any."""
+    from vitdet.data.layout import settings_text
+
     if found:
-        values = ", ".join(f"{key}={value}" for key, value in found.items())
-        log.info("%s has %s", config.data.root, values)
+        log.info("%s has %s", config.data.root, settings_text(found))

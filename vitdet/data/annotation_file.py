@@ -7,15 +7,32 @@ marks where each entry begins and ends, and an entry is an object for as long as
 from __future__ import annotations
 
 import json
+import math
 import mmap
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
+from vitdet.data.segmentation import show, whole_number
+
 GZIP = b"\x1f\x8b"  # how its files begin
+UNKNOWN = -(2**63)  # in place of an id that is not a number: no image and no category has it
+
+
+class Annotation(msgspec.Struct, gc=False):
+    """An object of the file. `bbox` is left, top, width, height in pixels; `segmentation` is as it stands in the file."""
+
+    id: int
+    image_id: int
+    category_id: int
+    bbox: tuple[float, float, float, float]
+    segmentation: Any = None
+    area: float | None = None  # None: not stated
+    iscrowd: int | None = None  # None: not stated
 
 
 class _Layout(msgspec.Struct):
@@ -42,6 +59,15 @@ class Entries:
 
     def __iter__(self) -> Iterator[object]:
         return map(_decode, self._marked)
+
+    def annotations(self) -> Iterator[object]:
+        """Each entry as an `Annotation` if its values have these types, else as `__iter__` returns it."""
+        decode = msgspec.json.Decoder(Annotation).decode
+        for marked in self._marked:
+            try:
+                yield decode(marked)
+            except (ValueError, RecursionError):
+                yield _decode(marked)
 
 
 def read_entries(path: Path, mapped: bool = True) -> object:
@@ -87,3 +113,61 @@ def _decode(marked: msgspec.Raw) -> object:
             return parse(bytes(marked))
         except ValueError as error:
             return Broken(str(error))
+
+
+def annotations_of(table: Iterable[object]) -> Iterator[object]:
+    """Each entry of a table as an `Annotation` if its values have these types, else as it is."""
+    if isinstance(table, Entries):
+        yield from table.annotations()
+        return
+    for item in table:
+        try:
+            yield msgspec.convert(item, Annotation)
+        except (ValueError, RecursionError):
+            yield item
+
+
+def loosely(item: dict) -> tuple[Annotation | None, list[tuple[str, str]], str]:
+    """An entry whose values have other types: the annotation, None if it has an error; the errors (kind, text); and the
+    values that were converted, such as 96.0 or "96" for a whole number ("": none). pycocotools and Detectron2 take these.
+    """
+    errors: list[tuple[str, str]] = []
+    converted: list[str] = []
+    values: dict[str, Any] = {}
+    for key in ("id", "image_id", "category_id"):
+        number = whole_number(item.get(key))
+        values[key] = UNKNOWN if number is None else number
+        if key not in item:
+            errors.append((f"annotation without {key!r}", ""))
+        elif number is not None and type(item[key]) is not int:
+            converted.append(f"{key} {show(item[key])}")
+    crowd = item.get("iscrowd")
+    values["iscrowd"] = int(crowd) if isinstance(crowd, bool) else whole_number(crowd)
+    if crowd is not None and values["iscrowd"] not in (0, 1):
+        errors.append(("iscrowd that is neither 0 nor 1", show(crowd)))
+    elif crowd is not None and type(crowd) not in (int, bool):
+        converted.append(f"iscrowd {show(crowd)}")
+    values["area"] = item.get("area")
+    if values["area"] is not None and type(values["area"]) not in (int, float):
+        errors.append(("area that is not a number of pixels", show(values["area"])))
+    values["bbox"] = item.get("bbox")
+    if "bbox" not in item:
+        errors.append(("annotation without 'bbox'", ""))
+    elif not is_box(values["bbox"]):
+        errors.append(("bbox that is not four finite numbers", show(values["bbox"])))
+    values["segmentation"] = item.get("segmentation")
+    try:
+        found = None if errors else msgspec.convert(values, Annotation)
+    except (ValueError, RecursionError):
+        found = None
+    return found, errors, ", ".join(converted)
+
+
+def is_box(value: object) -> bool:
+    """Whether it is a list of four finite numbers."""
+    if not isinstance(value, list | tuple) or len(value) != 4:
+        return False
+    try:
+        return {int, float}.issuperset(map(type, value)) and math.isfinite(sum(value))
+    except OverflowError:  # beyond any float
+        return False

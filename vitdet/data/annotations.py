@@ -1,36 +1,78 @@
-"""What an annotation file may hold: the one rule of `vitdet data check`, training, evaluation and the report.
+"""What an annotation file may contain: the one rule of `vitdet data check`, training, evaluation and the report.
 
-An error is what all of them refuse. A warning is what training leaves out and counts, as the published recipes do with
-crowds and boxes of zero size, or what all of them tolerate. Nothing is trusted: a value may be of any type, and what
-passes can crash neither pycocotools nor anything behind it.
+An error is what all of them refuse: results would be wrong. A warning is what they leave out and count, or tolerate, as
+pycocotools, Detectron2 and mmdet do. Nothing is trusted: a value may be of any type, and what passes can crash neither
+pycocotools nor anything behind it.
 """
 
 from __future__ import annotations
 
 import math
-import reprlib
+import os
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import NamedTuple
 
-import numpy as np
+from vitdet.data.annotation_file import (
+    UNKNOWN,
+    Annotation,
+    Broken,
+    Entries,
+    annotations_of,
+    loosely,
+)
+from vitdet.data.segmentation import (
+    Box,
+    Outline,
+    intersection_over_union,
+    reaches_far,
+    read_outline,
+    show,
+    whole_number,
+)
 
-from vitdet.data.annotation_file import Broken, Entries
-
-NUMBERS = frozenset({int, float})
 # pixels that no side of an image reaches: JPEG has none as long, and RLEs count pixels in 32 bits
 SIDE = 2**16
 # of an LVIS image: what its annotators looked for
 LISTS = ("neg_category_ids", "not_exhaustive_category_ids")
-NEEDED = frozenset({"image_id", "category_id", "bbox", "segmentation"})  # of an annotation
 OUTSIDE = 1.0  # pixels by which a box may leave its image unnoticed: annotators' rounding
 COCOS = "LVIS has it; with COCO's annotations take dataset coco"
 LARGEST = SIDE**2  # pixels of an area; beyond 1e10 COCO's evaluation would pass over the object
-CROWD, EMPTY = "crowd", "of zero size"  # why training leaves an object out
+# A box fits its outline if no side is farther away than this: pixels, and as a share of the box's side.
+ROUNDING, SHARE = 1.5, 0.05
+# Below this IoU with the box, an outline is another object's or in other coordinates.
+LEAST_IOU = 0.5
+# From this share of the objects on, a fault is one of the export and not of single objects.
+MOST = 0.5
+# Why training leaves an object out
+CROWD, EMPTY, OUTSIDER = "crowd", "of zero size", "outside their images"
+NO_IMAGE, NO_CATEGORY = "of unknown images", "of unknown categories"
+# Why training takes an object's box and class only
+NO_OUTLINE, NO_PIXELS, OTHER_PLACE = (
+    "without an outline",
+    "with an outline that has no pixels in its image",
+    "whose outline is elsewhere than their box",
+)
+WITHOUT_AREA = "annotation without 'area' (that of its mask or box is taken)"
 
 Table = list | Entries
 # is told the kind of problem, the place in the file, the value ('': none)
 Say = Callable[[str, str, str], None]
+
+
+class Validated(NamedTuple):
+    """An annotation as training takes it.
+
+    segmentation: usable polygons or RLE, None without. dropped: why training leaves the object out ("": it does not).
+    unmasked: why it trains boxes and classes only (""). own_box: its box is `bbox`, else the one around its outline.
+    """
+
+    annotation: Annotation
+    segmentation: list | dict | None
+    dropped: str
+    unmasked: str
+    own_box: bool
 
 
 def refuse(kind: str, where: str, what: str) -> None:
@@ -48,12 +90,28 @@ def image_name(head: dict, lvis: bool) -> str:
     return "/".join(url.split("/")[-2:]) if url else head["file_name"]
 
 
-class Judge:
-    """One annotation file: first `heads`, then `annotations`, to the end.
+def existing_name(folder: Path | str, name: str) -> str:
+    """The name of an image file below `folder`: backslashes, as Windows writes them, may stand for / or a lost folder."""
+    slashed = name.replace("\\", "/")
+    for candidate in (name, slashed, slashed.rpartition("/")[2]) if slashed != name else ():
+        if os.path.isfile(f"{folder}/{candidate}"):
+            return candidate
+    return name
+
+
+def without_objects(dropped: Mapping[str, int]) -> str:
+    """Why a split has no object to learn from: its annotations by the cause why they are left out."""
+    causes = ", ".join(f"{count} {cause}" for cause, count in dropped.items() if cause)
+    return f"its annotations are left out: {causes}" if causes else "it has no annotations"
+
+
+class AnnotationValidator:
+    """One annotation file: first `read_header`, then `annotations`, to the end.
 
     sizes, names: (height, width) and file name of each image by id; categories: name of each by id; stated: its
-    image_count; instances: objects of each category that training uses; objects: annotations of each image. What has
-    an error may be missing in them, and sizes has None for it. files: image files will be opened, so they need names.
+    image_count; instances: objects of each category that training uses; objects: annotations of each image; outlines:
+    objects with a usable outline. What has an error may be missing in them, and sizes has None for it. files: image
+    files will be opened, so they need names.
     """
 
     def __init__(
@@ -66,9 +124,12 @@ class Judge:
         self.stated: dict[int, object] = {}
         self.instances: Counter[int] = Counter()
         self.objects: Counter[int] = Counter()
+        self.outlines = 0
+        self._suspects: Counter[str] = Counter()  # objects by what may be wrong with all of them
+        self._count = 0  # annotations that are no crowds
 
-    def heads(self, content: object) -> dict[str, Table]:
-        """Judges the layout, the categories and the images; returns the tables by name, empty where there is none."""
+    def read_header(self, content: object) -> dict[str, Table]:
+        """Check the layout, the categories and the images; return the tables by name, empty where there is none."""
         tables = self._tables(content)
         for category in self._items(tables["categories"], "category"):
             self._category(category)
@@ -76,10 +137,26 @@ class Judge:
             self._image(image)
         return tables
 
-    def annotations(self, table: Table) -> Iterator[tuple[dict, str]]:
-        """Each annotation with an id, judged, and why training leaves it out ('': it does not)."""
-        for annotation in self._items(table, "annotation"):
-            yield annotation, self._annotation(annotation)
+    def annotations(self, table: Table) -> Iterator[Validated]:
+        """Check each annotation, then what concerns all of them; yields those that have no error."""
+        seen: set[int] = set()
+        for index, item in enumerate(annotations_of(table)):
+            annotation = item if type(item) is Annotation else self._loose(item, index)
+            if annotation is None:
+                continue
+            if not -(2**63) <= annotation.id < 2**63:
+                self._no_item({"id": annotation.id}, "annotation", index)
+            elif annotation.id in seen:
+                self.error(
+                    "annotation id that comes twice",
+                    f"annotation {annotation.id}",
+                    f"entry {index}",
+                )
+            else:
+                seen.add(annotation.id)
+                if (found := self._annotation(annotation)) is not None:
+                    yield found
+        self._systematic()
         for name, count in Counter(self.names.values()).items():
             if count > 1:
                 self.warning("file that several images share", show(name), f"{count} images")
@@ -111,13 +188,15 @@ class Judge:
         return tables
 
     def _items(self, table: Table, what: str) -> Iterator[dict]:
-        """The entries that are objects with an id of their own."""
+        """The entries that are objects with an id of their own, as whole numbers."""
         seen: set[int] = set()
         for index, item in enumerate(table):
-            number = item.get("id") if type(item) is dict else None
-            if type(number) is int and number not in seen and -(2**63) <= number < 2**63:
+            number = whole_number(item.get("id")) if type(item) is dict else None
+            if number is not None and number not in seen and -(2**63) <= number < 2**63:
                 seen.add(number)
-                yield item
+                if type(item["id"]) is not int:
+                    self._converted(f"{what} {number}", f"id {show(item['id'])}")
+                yield item | {"id": number}
             else:
                 self._no_item(item, what, index)
 
@@ -129,12 +208,15 @@ class Judge:
             self.error(f"{what} that is not an object", where, show(item))
         elif "id" not in item:
             self.error(f"{what} without 'id'", where, show(item))
-        elif type(item["id"]) is not int:
+        elif (number := whole_number(item["id"])) is None:
             self.error(f"{what} id that is not a whole number", where, show(item["id"]))
-        elif not -(2**63) <= item["id"] < 2**63:
+        elif not -(2**63) <= number < 2**63:
             self.error(f"{what} id of more than 64 bits", where, show(item["id"]))
         else:
-            self.error(f"{what} id that comes twice", f"{what} {item['id']}", f"entry {index}")
+            self.error(f"{what} id that comes twice", f"{what} {number}", f"entry {index}")
+
+    def _converted(self, where: str, what: str) -> None:
+        self.warning("number of another type (read as a whole number)", where, what)
 
     def _has(self, item: dict, key: str, where: str) -> bool:
         if key not in item:
@@ -163,15 +245,19 @@ class Judge:
                 self.error(f"image without {key!r}", where, COCOS)
             elif not self._are_categories(image[key]):
                 self.error(f"{key!r} that are not categories", where, show(image[key]))
-        sides = [key for key in ("height", "width") if self._has(image, key, where)]
-        wrong = [key for key in sides if type(image[key]) is not int or not 0 < image[key] < SIDE]
-        for key in wrong:
-            self.error(
-                f"image {key} that is not a whole number from 1 to {SIDE - 1}",
-                where,
-                show(image[key]),
-            )
-        self.sizes[number] = None if wrong or len(sides) < 2 else (image["height"], image["width"])
+        sides = []
+        for key in ("height", "width"):
+            if not self._has(image, key, where):
+                continue
+            side = whole_number(image[key])
+            if side is None or not 0 < side < SIDE:
+                kind = f"image {key} that is not a whole number from 1 to {SIDE - 1}"
+                self.error(kind, where, show(image[key]))
+                continue
+            if type(image[key]) is not int:
+                self._converted(where, f"{key} {show(image[key])}")
+            sides.append(side)
+        self.sizes[number] = (sides[0], sides[1]) if len(sides) == 2 else None
 
     def _name(self, image: dict, where: str) -> None:
         place = "coco_url" if self.lvis and image.get("coco_url") else "file_name"
@@ -180,7 +266,7 @@ class Judge:
                 self.error("file name that is not text", where, show(image[place]))
                 return
             name = image_name(image, self.lvis)
-            if name.startswith("/") or ".." in name.split("/"):
+            if name.startswith("/") or ".." in name.replace("\\", "/").split("/"):
                 self.error("file name that leaves its folder", where, show(name))
             else:
                 self.names[image["id"]] = name
@@ -190,184 +276,194 @@ class Judge:
             type(one) is int and one in self.categories for one in ids
         )
 
-    def _annotation(self, annotation: dict) -> str:
-        """Why training leaves it out. Here the time goes: names are put together only where there is need."""
-        image_id, category_id = annotation.get("image_id"), annotation.get("category_id")
-        for key in () if annotation.keys() >= NEEDED else sorted(NEEDED - annotation.keys()):
-            self.error(f"annotation without {key!r}", _place(annotation), "")
-        size = None
-        if type(image_id) is int and image_id in self.sizes:
-            size = self.sizes[image_id]
-            self.objects[image_id] += 1
-        elif "image_id" in annotation:
-            self.error(
-                "annotation of an image that does not exist",
-                f"annotation {annotation['id']}",
-                f"image {show(image_id)}",
-            )
-        known = isinstance(category_id, int) and type(category_id) is int
-        known = known and category_id in self.categories
-        if not known and "category_id" in annotation:
-            self.error(
-                "annotation of a category that does not exist",
-                _place(annotation),
-                f"category {show(category_id)}",
-            )
-        crowd, empty = self._crowd(annotation), self._box(annotation, size)
-        if "segmentation" in annotation:
-            problem = segmentation_problem(annotation["segmentation"], size)
-            if problem:
-                self.error(problem[0], _place(annotation), problem[1])
-        if category_id is not None and known and not crowd and not empty:
-            self.instances[category_id] += 1
-        return CROWD if crowd else EMPTY if empty else ""
+    def _loose(self, item: object, index: int) -> Annotation | None:
+        """An entry with values of other types; None after an error."""
+        number = whole_number(item.get("id")) if isinstance(item, dict) else None
+        if not isinstance(item, dict) or number is None:
+            self._no_item(item, "annotation", index)
+            return None
+        found, errors, converted = loosely(item)
+        place = _place(number, item["image_id"]) if "image_id" in item else f"annotation {number}"
+        for kind, text in errors:
+            self.error(kind, place, text)
+        if converted:
+            self._converted(place, converted)
+        return found
 
-    def _crowd(self, annotation: dict) -> bool:
-        crowd = annotation.get("iscrowd", 0)
-        if type(crowd) not in (int, bool) or crowd not in (0, 1):
-            self.error("iscrowd that is neither 0 nor 1", _place(annotation), show(crowd))
+    def _annotation(self, annotation: Annotation) -> Validated | None:
+        """None after an error. Here the time goes: text is put together only where there is need."""
+        image_id, category_id = annotation.image_id, annotation.category_id
+        crowd = self._crowd(annotation)
+        self._count += not crowd
+        if image_id not in self.sizes:
+            value = f"image {image_id}" if image_id != UNKNOWN else "no image"
+            self._suspect(
+                "annotation of an image that does not exist (it is left out)", annotation, value
+            )
+            return Validated(annotation, None, NO_IMAGE, "", True)
+        self.objects[image_id] += 1
+        if category_id not in self.categories:
+            value = f"category {category_id}" if category_id != UNKNOWN else "no category"
+            self._suspect(
+                "annotation of a category that does not exist (it is left out)", annotation, value
+            )
+            return Validated(annotation, None, NO_CATEGORY, "", True)
+        size = self.sizes[image_id]
+        outline = read_outline(annotation.segmentation, size)
+        if outline.problem:
+            self.error(outline.problem[0], _place_of(annotation), outline.problem[1])
+        dropped = self._box(annotation, size, crowd)
+        if dropped is None or outline.problem:
+            return None
+        if crowd or dropped:
+            return Validated(annotation, outline.shape, CROWD if crowd else dropped, "", True)
+        self.instances[category_id] += 1
+        unmasked, own_box = self._compare(annotation, outline, size)
+        self.outlines += not unmasked
+        return Validated(annotation, None if unmasked else outline.shape, "", unmasked, own_box)
+
+    def _crowd(self, annotation: Annotation) -> bool:
+        crowd = annotation.iscrowd
+        if crowd not in (0, 1, None):
+            self.error("iscrowd that is neither 0 nor 1", _place_of(annotation), show(crowd))
             return False
         if crowd:
-            self.warning("crowd region (training leaves it out)", _place(annotation), "")
-        elif "iscrowd" not in annotation and not self.lvis:
-            self.warning("annotation without 'iscrowd' (it is no crowd)", _place(annotation), "")
+            self.warning("crowd region (training leaves it out)", _place_of(annotation), "")
+        elif crowd is None and not self.lvis:
+            kind = "annotation without 'iscrowd' (it is no crowd)"
+            self.warning(kind, _place_of(annotation), "")
         return bool(crowd)
 
-    def _box(self, annotation: dict, size: tuple[int, int] | None) -> bool:
-        """Judges box and area; True where the box has no size."""
-        box, area = annotation.get("bbox"), annotation.get("area")
-        if "area" not in annotation:
-            self.warning(
-                "annotation without 'area' (that of its mask is taken)", _place(annotation), ""
-            )
-        elif area is None or type(area) not in NUMBERS or not 0 <= area <= LARGEST:
-            self.error("area that is not a number of pixels", _place(annotation), show(area))
+    def _box(self, annotation: Annotation, size: tuple[int, int] | None, crowd: bool) -> str | None:
+        """Check box and area; why training leaves the object out (""), None after an error."""
+        area = annotation.area
+        if area is None:
+            self.warning(WITHOUT_AREA, _place_of(annotation), "")
+        elif not 0 <= area <= LARGEST:
+            self.error("area that is not a number of pixels", _place_of(annotation), show(area))
             area = None
-        if type(box) is not list or len(box) != 4 or not are_numbers(box):
-            if "bbox" in annotation:
-                self.error("bbox that is not four finite numbers", _place(annotation), show(box))
-            return False
-        x, y, width, height = box
+        x, y, width, height = annotation.bbox
+        if not math.isfinite(x + y + width + height):
+            self.error(
+                "bbox that is not four finite numbers", _place_of(annotation), show(annotation.bbox)
+            )
+            return None
         empty = width <= 0 or height <= 0
+        dropped: str | None = EMPTY if empty else ""
         if empty:
-            self.warning("box of zero size (training leaves it out)", _place(annotation), show(box))
+            kind = "box of zero size (training leaves it out)"
+            self.warning(kind, _place_of(annotation), show(annotation.bbox))
+        elif width < 1 and height < 1:
+            self._suspect("box smaller than a pixel", annotation, show(annotation.bbox))
         if size is not None and not (
             0 <= x <= x + width <= size[1] and 0 <= y <= y + height <= size[0]
         ):
-            self._outside(annotation, box, size, empty)
-        pixels = float(width) * height
+            dropped = self._outside(annotation, size, empty)
+        pixels = width * height
         if (
             area is not None
             and not empty
             and not 0.005 * pixels <= area <= 1.1 * pixels + 4
-            and not annotation.get("iscrowd", 0)
+            and not crowd
         ):
-            inside = f"{show(area)} in {width:g} x {height:g}"
-            self.warning("area that does not fit its box", _place(annotation), inside)
-        return empty
+            inside = f"{area:g} in {width:g} x {height:g}"
+            self.warning("area that does not fit its box", _place_of(annotation), inside)
+        return dropped
 
-    def _outside(self, annotation: dict, box: list, size: tuple[int, int], empty: bool) -> None:
-        x, y, right, low = box[0], box[1], box[0] + box[2], box[1] + box[3]
+    def _outside(self, annotation: Annotation, size: tuple[int, int], empty: bool) -> str | None:
+        x, y, width, height = annotation.bbox
+        right, low = x + width, y + height
         rows, columns = size
-        inside = f"{show(box)} on {columns} x {rows} pixels"
+        inside = f"{show(annotation.bbox)} on {columns} x {rows} pixels"
         if reaches_far((x, y, right, low), size):
-            self.error("box far outside its image", _place(annotation), inside)
-        elif not empty and (x >= columns or y >= rows or right <= 0 or low <= 0):
-            self.error("box outside its image", _place(annotation), inside)
-        elif not empty and (
-            min(x, y) < -OUTSIDE or right > columns + OUTSIDE or low > rows + OUTSIDE
+            self.error("box far outside its image", _place_of(annotation), inside)
+            return None
+        if empty:
+            return EMPTY
+        if x < width <= columns and y < height <= rows:
+            self._suspects[CORNERS] += 1
+        if x >= columns or y >= rows or right <= 0 or low <= 0:
+            self._suspect("box outside its image (training leaves it out)", annotation, inside)
+            return OUTSIDER
+        if min(x, y) < -OUTSIDE or right > columns + OUTSIDE or low > rows + OUTSIDE:
+            self.warning("box partly outside its image", _place_of(annotation), inside)
+        return ""
+
+    def _compare(
+        self, annotation: Annotation, outline: Outline, size: tuple[int, int] | None
+    ) -> tuple[str, bool]:
+        """Why the object trains no mask (""), and whether its box is `bbox` instead of the one around its outline."""
+        if outline.left_out:
+            kind = "outline with parts of fewer than 3 points (they are left out)"
+            self.warning(kind, _place_of(annotation), f"{outline.left_out} parts")
+        if outline.shape is None:
+            kind = "object without an outline (it trains boxes and classes, not masks)"
+            self.warning(kind, _place_of(annotation), "")
+            return NO_OUTLINE, True
+        x, y, width, height = annotation.bbox
+        rows, columns = size or (SIDE, SIDE)
+        seen = _clipped(outline.box, rows, columns) if outline.box else None
+        if seen is None or seen[0] == seen[2] or seen[1] == seen[3]:
+            kind = "outline without pixels in its image (the object trains its box and class)"
+            self._suspect(kind, annotation, show(outline.box))
+            return NO_PIXELS, True
+        box = max(x, 0.0), max(y, 0.0), min(x + width, columns), min(y + height, rows)
+        room_x, room_y = ROUNDING + SHARE * width, ROUNDING + SHARE * height
+        if (
+            abs(box[0] - seen[0]) <= room_x
+            and abs(box[2] - seen[2]) <= room_x
+            and abs(box[1] - seen[1]) <= room_y
+            and abs(box[3] - seen[3]) <= room_y
         ):
-            self.warning("box partly outside its image", _place(annotation), inside)
+            return "", False
+        text = f"{show(annotation.bbox)}, that of the outline {_xywh(seen)}"
+        if intersection_over_union(box, seen) >= LEAST_IOU:
+            kind = "box that differs from the one around its outline (training takes the box)"
+            self.warning(kind, _place_of(annotation), text)
+            return "", True
+        inside = x + width <= columns and y + height <= rows  # else `_outside` has counted it
+        if inside and intersection_over_union((x, y, width, height), seen) >= LEAST_IOU:
+            self._suspects[CORNERS] += 1
+        kind = "box that does not fit its outline (training leaves the outline out)"
+        self._suspect(kind, annotation, text)
+        return OTHER_PLACE, True
+
+    def _suspect(self, kind: str, annotation: Annotation, text: str) -> None:
+        """A warning that is an error if most objects have it."""
+        self._suspects[kind] += 1
+        self.warning(kind, _place_of(annotation), text)
+
+    def _systematic(self) -> None:
+        for kind, count in sorted(self._suspects.items(), key=lambda one: one[0] != CORNERS):
+            if count >= MOST * self._count:
+                text = f"{count} of {self._count}{HINTS.get(kind, '')}"
+                self.error(f"most objects: {kind}", "annotations", text)
 
 
-def _place(annotation: dict) -> str:
-    image = f" (image {show(annotation['image_id'])})" if "image_id" in annotation else ""
-    return f"annotation {annotation['id']}{image}"
+CORNERS = "bbox that reads as corners"
+HINTS = {
+    CORNERS: "; COCO's bbox is x, y, width, height, these look like x0, y0, x1, y1",
+    "box smaller than a pixel": "; are the coordinates shares of the image, from 0 to 1? COCO's are pixels",
+}
 
 
-def segmentation_problem(
-    segmentation: object, size: tuple[int, int] | None
-) -> tuple[str, str] | None:
-    """(kind, text) of the first thing that is wrong with polygons or an RLE on an image of (height, width) `size`."""
-    if isinstance(segmentation, dict):
-        return _rle_problem(segmentation, size)
-    if segmentation == []:
-        return (
-            "segmentation that is neither polygons nor RLE",
-            "[] (where there is a box only, write its corners)",
-        )
-    if not isinstance(segmentation, list):
-        return "segmentation that is neither polygons nor RLE", show(segmentation)
-    for part in segmentation:
-        if not isinstance(part, list):
-            return "polygon that is not a list x, y, x, y, ...", show(part)
-        if len(part) < 6 or len(part) % 2:
-            return "polygon without x, y of at least 3 points", f"{len(part)} numbers"
-        try:
-            finite = math.isfinite(sum(part))
-        except (TypeError, OverflowError):  # text, lists, nothing, or beyond any float
-            finite = False
-        if not finite:
-            return "polygon with coordinates that are not finite numbers", show(part)
-        # pycocotools draws all of it, pixel by pixel
-        if size is not None and reaches_far(part, size):
-            return "polygon far outside its image", f"{show(part)} on {size[1]} x {size[0]} pixels"
-    return None
+def _place_of(annotation: Annotation) -> str:
+    return _place(annotation.id, annotation.image_id)
 
 
-def _rle_problem(code: dict, size: tuple[int, int] | None) -> tuple[str, str] | None:
-    shape, counts = code.get("size"), code.get("counts")
-    if (
-        not isinstance(shape, list)
-        or len(shape) != 2
-        or any(type(side) is not int or side <= 0 for side in shape)
-    ):
-        return "RLE without size [height, width]", show(shape)
-    if size is not None and tuple(shape) != size:
-        return (
-            "RLE of another size than its image",
-            f"{shape}, the image {list(size)} (height, width)",
-        )
-    runs = _run_lengths(counts)
-    if runs is None:
-        return "RLE whose counts are not run lengths", show(counts)
-    if sum(runs) != shape[0] * shape[1]:
-        return (
-            "RLE whose counts do not fill its size",
-            f"{sum(runs)} of {shape[0] * shape[1]} pixels",
-        )
-    return None
+def _place(annotation_id: int, image_id: object) -> str:
+    image = f" (image {show(image_id)})" if image_id != UNKNOWN else ""
+    return f"annotation {annotation_id}{image}"
 
 
-def _run_lengths(counts: object) -> list[int] | None:
-    """Run lengths as they are, or out of COCO's compressed text: 5 bits a character, differences to two runs before."""
-    if isinstance(counts, list):
-        return (
-            counts if {int}.issuperset(map(type, counts)) and min(counts, default=0) >= 0 else None
-        )
-    if not isinstance(counts, str) or not counts.isascii():
-        return None
-    codes = np.frombuffer(counts.encode(), np.uint8).astype(np.int64) - 48
-    last = (codes & 32) == 0
-    if not len(codes) or codes.min() < 0 or codes.max() > 63 or not last[-1]:
-        return None
-    ends = np.flatnonzero(last)
-    starts = np.append(0, ends[:-1] + 1)
-    lengths = ends - starts + 1
-    if lengths.max() > 7:  # more than 35 bits are no run
-        return None
-    place = np.arange(len(codes)) - np.repeat(starts, lengths)
-    runs = np.add.reduceat((codes & 31) << (5 * place), starts)
-    runs -= np.where(codes[ends] & 16, np.int64(1) << (5 * lengths), 0)
-    runs[1::2] = np.cumsum(runs[1::2])
-    runs[2::2] = np.cumsum(runs[2::2])
-    return runs.tolist() if runs.min() >= 0 else None
+def _clipped(box: Box, rows: int, columns: int) -> Box | None:
+    """The box inside of the image; None if nothing of it is."""
+    inside = max(box[0], 0.0), max(box[1], 0.0), min(box[2], columns), min(box[3], rows)
+    return inside if inside[0] <= inside[2] and inside[1] <= inside[3] else None
 
 
-def reaches_far(coordinates: Sequence[float], size: tuple[int, int]) -> bool:
-    """Whether any of these numbers lies farther outside an image of (height, width) `size` than its longer side."""
-    side = max(size)
-    return min(coordinates) < -side or max(coordinates) > 2 * side
+def _xywh(box: Box) -> str:
+    return show([round(value, 2) for value in (*box[:2], box[2] - box[0], box[3] - box[1])])
 
 
 def is_line(value: object) -> bool:
@@ -382,16 +478,3 @@ def is_text(value: object) -> bool:
         and is_line(value)
         and (value.isascii() or not any("\ud800" <= letter <= "\udfff" for letter in value))
     )
-
-
-def are_numbers(values: Sequence[Any]) -> bool:
-    """Whether all of them are finite numbers."""
-    try:
-        return math.isfinite(sum(values)) and NUMBERS.issuperset(map(type, values))
-    except (TypeError, OverflowError):  # text, lists, nothing, or beyond any float
-        return False
-
-
-def show(value: object) -> str:
-    """The value in a few characters of one line, whatever it is."""
-    return reprlib.repr(value)

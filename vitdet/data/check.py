@@ -1,14 +1,15 @@
 """All problems of a folder in COCO's or LVIS's layout at once.
 
 An error is what training or evaluation would stop at, or what would make their figures worthless; without errors both
-run. A warning is what they leave out or tolerate. Which is which in an annotation file says `judge`, for all who read
-it; here stand the image files and what two splits must not share.
+run. A warning is what they leave out or tolerate. `AnnotationValidator` decides which is which in an annotation file,
+for all readers; this module adds the image files and what two splits must not share.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
+from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -16,8 +17,9 @@ from itertools import combinations
 from pathlib import Path
 
 from vitdet.data.annotation_file import read_entries
-from vitdet.data.annotations import Judge, show
+from vitdet.data.annotations import AnnotationValidator, existing_name, without_objects
 from vitdet.data.images import examine, exchanged, look
+from vitdet.data.segmentation import show
 
 PREFIXES = ("instances_", "lvis_v1_")  # of annotation files: COCO's and LVIS's
 EXAMPLES = 3  # places that are named of each kind of problem
@@ -78,6 +80,10 @@ def _count(findings: list[Finding], kind: str, example: str) -> None:
         finding.examples.append(example)
 
 
+def _backslashes(name: str) -> str:
+    return "; backslashes: written on Windows?" if "\\" in name else ""
+
+
 def _printable(text: str) -> str:
     return " ".join(text.encode("utf-8", "backslashreplace").decode().splitlines())
 
@@ -122,7 +128,7 @@ class _Split:
         self.name = f"lvis_v1_{name}" if self.lvis else name  # in the report
         self.images = report.folder if self.lvis else report.folder / name
         self.file = f"{prefix}{name}.json"
-        self.judge = Judge(self.lvis, self._error, self._warning)
+        self.validator = AnnotationValidator(self.lvis, self._error, self._warning)
 
     def check(self) -> None:
         """Everything but the image files."""
@@ -137,35 +143,32 @@ class _Split:
             self.report.error("broken JSON", f"{self.file}: {error}")
         else:
             kinds = len(self.report.errors)
-            tables = self.judge.heads(content)
+            tables = self.validator.read_header(content)
             if isinstance(content, dict):
                 images, annotations, categories = map(len, tables.values())
                 self.report.splits[self.name] = images, annotations, categories
-                for _ in self.judge.annotations(tables["annotations"]):
-                    pass
+                found = self.validator.annotations(tables["annotations"])
+                dropped = Counter(one.dropped for one in found)
                 # else these say why
-                if not self.judge.instances and kinds == len(self.report.errors):
+                if not self.validator.instances and kinds == len(self.report.errors):
                     # its answers may be secret
                     say = self._warning if "test" in self.name else self._error
-                    say(
-                        "no object to learn from or to find",
-                        "annotations",
-                        f"{len(tables['annotations'])} entries",
-                    )
+                    causes = without_objects(dropped)
+                    say("no object to learn from or to find", "annotations", causes)
 
     def find_images(self) -> dict[int, str]:
         """No digests; the files that are not there become errors."""
-        for image_id, name in self.judge.names.items():
-            if not os.path.isfile(f"{self.images}/{name}"):
-                self._image_error("missing image file", image_id)
+        for image_id, name in self.validator.names.items():
+            if not os.path.isfile(f"{self.images}/{existing_name(self.images, name)}"):
+                self._image_error("missing image file", image_id, _backslashes(name))
         return {}
 
     def read_images(self) -> dict[int, str]:
         """The digest of each image's file; the files that cannot be used become errors."""
         with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
-            outcomes = pool.map(self._read_image, self.judge.names)
+            outcomes = pool.map(self._read_image, self.validator.names)
             digests = {}
-            for image_id, (kind, what, digest) in zip(self.judge.names, outcomes, strict=True):
+            for image_id, (kind, what, digest) in zip(self.validator.names, outcomes, strict=True):
                 if kind:
                     self._image_error(kind, image_id, what)
                 if digest:
@@ -174,7 +177,9 @@ class _Split:
 
     def _image_error(self, kind: str, image_id: int, what: str = "") -> None:
         folder = "" if self.lvis else f"{self.name}/"
-        self._error(kind, f"image {image_id}", f"{folder}{show(self.judge.names[image_id])}{what}")
+        self._error(
+            kind, f"image {image_id}", f"{folder}{show(self.validator.names[image_id])}{what}"
+        )
 
     def _error(self, kind: str, where: str, what: str) -> None:
         self.report.error(kind, f"{self.file}: {where}{what and ': '}{what}")
@@ -184,12 +189,13 @@ class _Split:
 
     def _read_image(self, image_id: int) -> tuple[str, str, str]:
         """Kind of error ('': none), its text, digest of the file's bytes ('': not read)."""
-        path = self.images / self.judge.names[image_id]
+        name = self.validator.names[image_id]
+        path = self.images / existing_name(self.images, name)
         try:
             look(path)
             content = path.read_bytes()
         except FileNotFoundError:
-            return "missing image file", "", ""
+            return "missing image file", _backslashes(name), ""
         except (OSError, ValueError) as error:  # ValueError: a name that no file can have
             return "image file that cannot be read", f": {error}", ""
         digest = hashlib.sha256(content).hexdigest()
@@ -197,7 +203,7 @@ class _Split:
             found = examine(content)
         except ValueError as error:
             return "image file that is truncated or no image", f": {error}", digest
-        size = self.judge.sizes.get(image_id)
+        size = self.validator.sizes.get(image_id)
         if size not in (None, found):
             return (
                 "image of another size than annotated",
@@ -216,7 +222,7 @@ def _compare(
     second_digests: dict[int, str],
 ) -> None:
     """What two splits must not share; pictures are compared where both were read, else ids and file names."""
-    one, two = first.judge, second.judge
+    one, two = first.validator, second.validator
     pair = f"{first.file} and {second.file}"
     if (
         one.categories != two.categories

@@ -2,7 +2,7 @@
 
 Lin et al. 2014, https://cocodataset.org/#format-data; Gupta et al. 2019, https://www.lvisdataset.org/dataset, whose
 images are COCO's, found by their coco_url. Crowd regions and boxes of zero size are real but cannot be learnt from:
-they are left out and counted. Anything that `judge` calls an error stops the reading, in one line.
+they are left out and counted. Anything that `AnnotationValidator` calls an error stops the reading, in one line.
 """
 
 from __future__ import annotations
@@ -10,14 +10,14 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
 from vitdet.data.annotation_file import read_entries
-from vitdet.data.annotations import Judge
+from vitdet.data.annotations import AnnotationValidator, existing_name
 from vitdet.data.images import exchanged, open_image
 from vitdet.data.records import Objects, Records
 
@@ -45,6 +45,10 @@ class CocoSplit:
     records: Records
     image_counts: tuple[int, ...]
     dropped: dict[str, int]  # reason -> objects left out
+    unmasked: dict[str, int] = field(
+        default_factory=dict
+    )  # reason -> objects of boxes and classes only
+    outlines: int = 0  # objects with an outline
 
 
 def read_coco(
@@ -62,11 +66,11 @@ def read_coco(
         return _split(content, Path(images), by_url)
 
 
-def judge_tree(path: Path, tree: object, lvis: bool) -> None:
+def validate_tree(path: Path, tree: object, lvis: bool) -> None:
     """Raises ValueError, as `read_coco` does, for the first error of a file whose images nobody opens."""
     with _named(path):
-        judge = Judge(lvis, files=False)
-        for _ in judge.annotations(judge.heads(tree)["annotations"]):
+        validator = AnnotationValidator(lvis, files=False)
+        for _ in validator.annotations(validator.read_header(tree)["annotations"]):
             pass
 
 
@@ -131,29 +135,37 @@ def _read(path: Path, mapped: bool = True) -> Any:
 
 
 def _split(content: dict, images: Path, by_url: bool) -> CocoSplit:
-    judge = Judge(by_url)
-    annotations = judge.heads(content)["annotations"]
-    image_ids, category_ids = sorted(judge.sizes), sorted(judge.categories)
+    validator = AnnotationValidator(by_url)
+    annotations = validator.read_header(content)["annotations"]
+    image_ids, category_ids = sorted(validator.sizes), sorted(validator.categories)
     row_of = {image_id: row for row, image_id in enumerate(image_ids)}
     label_of = {category: label for label, category in enumerate(category_ids)}
-    objects, dropped = Objects(), Counter[str]()
-    for annotation, reason in judge.annotations(annotations):
-        if reason:
-            dropped[reason] += 1
-        else:
-            objects.append(
-                row_of[annotation["image_id"]],
-                label_of[annotation["category_id"]],
-                annotation["bbox"],
-                annotation["segmentation"],
-            )
-    sizes = sorted(judge.sizes.items())  # no size is None: reading stops at an image without one
+    objects, dropped, unmasked = Objects(), Counter[str](), Counter[str]()
+    for one in validator.annotations(annotations):
+        if one.dropped:
+            dropped[one.dropped] += 1
+            continue
+        unmasked[one.unmasked] += 1
+        objects.append(
+            row_of[one.annotation.image_id],
+            label_of[one.annotation.category_id],
+            one.annotation.bbox,
+            one.segmentation,
+            one.own_box,
+        )
+    sizes = sorted(
+        validator.sizes.items()
+    )  # none is None: reading stops at an image without a size
     heads = [(image_id, *size) for image_id, size in sizes if size is not None]
-    records = Records.of(images, [judge.names[image_id] for image_id in image_ids], heads, objects)
+    names = [existing_name(images, validator.names[image_id]) for image_id in image_ids]
+    records = Records.of(images, names, heads, objects)
+    outlines = unmasked.pop("", 0)
     return CocoSplit(
-        tuple(judge.categories[category] for category in category_ids),
+        tuple(validator.categories[category] for category in category_ids),
         tuple(category_ids),
         records,
-        image_counts([judge.stated[category] for category in category_ids], records),
+        image_counts([validator.stated[category] for category in category_ids], records),
         dict(dropped),
+        dict(unmasked),
+        outlines,
     )

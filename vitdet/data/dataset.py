@@ -19,9 +19,10 @@ from torch.utils.data import Dataset, get_worker_info
 
 from vitdet.config import DataConfig
 from vitdet.data import download_record
+from vitdet.data.annotations import without_objects
 from vitdet.data.coco import CocoSplit, read_coco, read_image
 from vitdet.data.layout import missing, split_files
-from vitdet.data.masks import edges_of
+from vitdet.data.masks import edges_of, rectangles
 from vitdet.data.records import Record, Records
 from vitdet.data.samplers import InfiniteSampler, repeat_factors
 from vitdet.data.transforms import jitter, pad, resize_and_pad, visible_boxes
@@ -59,7 +60,8 @@ def read_split(
         download_record.check_images(root, images, found.records.names())
     if not found.records.counts().any():
         raise ValueError(
-            f"{data.root}: no image of {split} holds an object to learn from or to find"
+            f"{data.root}: no image of {split} holds an object to learn from or to find; "
+            f"{without_objects(found.dropped)}; `vitdet data check {data.root}` lists all problems"
         )
     if data.max_images:
         found = replace(found, records=_with_objects(found)[: data.max_images])
@@ -131,12 +133,18 @@ class TrainData(Dataset):
         image, edges = self._load(index, record)
         edges = affine.edges(edges)
         boxes, keep = visible_boxes(edges, affine.size)
+        own, has_mask = record.own_box, None
+        if own.any():
+            around = affine.edges(rectangles(record.boxes[own]))
+            boxes[own], keep[own] = visible_boxes(around, affine.size)
+            has_mask = torch.tensor([shape is not None for shape in record.segmentations])[keep]
         if data.redraw_empty and not keep.any():
             return None
         target = Target(
             torch.from_numpy(boxes[keep]),
             torch.from_numpy(record.labels[keep]),
             Polygons(torch.from_numpy(edges[keep])),
+            has_mask,
         )
         pad(affine.seen(image, data.antialias), canvas)
         return target, affine.size, record.image_id, affine.source

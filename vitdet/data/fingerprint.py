@@ -17,7 +17,7 @@ from typing import Any, cast
 from vitdet.config import DataConfig
 from vitdet.data import download_record
 from vitdet.data.annotation_file import Entries, read_entries
-from vitdet.data.annotations import image_name
+from vitdet.data.annotations import existing_name, image_name
 from vitdet.data.dataset import read_split
 from vitdet.data.layout import missing, split_files
 from vitdet.data.records import Records
@@ -168,7 +168,9 @@ def _names(data: DataConfig, split: str) -> Iterator[str]:
             heads = content.get("images") if isinstance(content, dict) else None
             if isinstance(heads, list | Entries):
                 images = cast("Iterable[dict]", heads)
-                return iter([image_name(image, data.dataset == "lvis") for image in images])
+                folder = split_files(data, split)[1]
+                names = [image_name(image, data.dataset == "lvis") for image in images]
+                return iter([existing_name(folder, name) for name in names])
         except (ValueError, KeyError, AttributeError, TypeError):
             pass  # `read_split` reports the error
     return read_split(data, split).records.names()

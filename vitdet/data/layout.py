@@ -1,16 +1,17 @@
 """The files of a data set, and the settings that are read from its folder.
 
 A recipe specifies a data set by its folder, its splits and the number of classes. If a user sets
-data.root only, splits and number of classes are read from the folder: by `resolve_config` in the
-command line and in Python, and by `resolve` in the pipeline, whose first step resolves the recipes
-before the data exists.
+data.root only, splits, number of classes and whether there are masks are read from the folder: by
+`resolve_config` in the command line and in Python, and by `resolve` in the pipeline, whose first
+step resolves the recipes before the data exists.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -21,6 +22,7 @@ SPLITS = {  # setting -> common names of the split, in order of preference
     "data.val_split": ("val", "val2017", "val2014", "valid", "validation"),
 }
 CLASSES = "model.roi_heads.num_classes"
+MASKS = "model.mask.enabled"
 # First line of a file from `vitdet config`, followed by the settings that were read from data.root
 FROM_DATA = "# from data.root: "
 
@@ -104,14 +106,18 @@ def overridden_settings(overrides: Sequence[str]) -> set[str]:
 
 def following(explicit: Collection[str]) -> list[str]:
     """Return the settings that `resolve` reads from data.root, given the user's settings."""
-    return [key for key in (*SPLITS, CLASSES) if key not in explicit and "data.root" in explicit]
+    return [
+        key for key in (*SPLITS, CLASSES, MASKS) if key not in explicit and "data.root" in explicit
+    ]
 
 
 def resolve(config: Config, explicit: Collection[str]) -> tuple[Config, dict[str, str | int]]:
-    """Set the splits and the number of classes from data.root; also return the changed settings.
+    """Set the splits, the number of classes and whether there are masks from data.root; also return
+    the changed settings.
 
     Applies only if data.root is an explicit setting; other explicit settings are not changed.
-    Missing or unreadable data changes nothing.
+    Missing or unreadable data changes nothing. Masks are turned off if no object of the training
+    split has an outline.
     """
     if "data.root" not in explicit:
         return config, {}
@@ -127,14 +133,23 @@ def resolve(config: Config, explicit: Collection[str]) -> tuple[Config, dict[str
         val_split=str(found.get("data.val_split", config.data.val_split)),
     )
     config = replace(config, data=data)
-    count = _count(split_files(data, data.train_split)[0])
-    if CLASSES not in explicit and count is not None and count != before[CLASSES]:
-        heads = replace(config.model.roi_heads, num_classes=count)
-        config, found[CLASSES] = (
-            replace(config, model=replace(config.model, roi_heads=heads)),
-            count,
-        )
-    return config, found
+    model, tables = config.model, _tables(split_files(data, data.train_split)[0])
+    count = len(tables.get("categories", ()))
+    if CLASSES not in explicit and count and count != before[CLASSES]:
+        model = replace(model, roi_heads=replace(model.roi_heads, num_classes=count))
+        found[CLASSES] = count
+    if MASKS not in explicit and model.mask.enabled and _has_boxes_only(tables):
+        model = replace(model, mask=replace(model.mask, enabled=False))
+        found[MASKS] = False
+    return replace(config, model=model), found
+
+
+def settings_text(found: Mapping[str, str | int]) -> str:
+    """Return the settings that `resolve` found as text: `data.val_split=val, model.mask.enabled=false`."""
+    return ", ".join(
+        f"{key}={str(value).lower() if isinstance(value, bool) else value}"
+        for key, value in found.items()
+    )
 
 
 def _section(text: str) -> object:
@@ -150,8 +165,8 @@ def _keys(tree: object, start: str = "") -> Iterator[str]:
         yield from _keys(value, f"{start}{key}.")
 
 
-def _count(annotations: Path) -> int | None:
-    """Return the number of classes in an annotation file; None if it is not usable."""
+def _tables(annotations: Path) -> dict[str, Any]:
+    """Return the tables of an annotation file; none if it is not usable."""
     from vitdet.data.annotation_file import (  # for the start-up of `vitdet config`
         Entries,
         read_entries,
@@ -160,6 +175,23 @@ def _count(annotations: Path) -> int | None:
     try:
         content = read_entries(annotations)
     except (OSError, ValueError):
-        return None
-    categories = content.get("categories") if isinstance(content, dict) else None
-    return len(categories) or None if isinstance(categories, list | Entries) else None
+        return {}
+    tables = content.items() if isinstance(content, dict) else ()
+    return {key: table for key, table in tables if isinstance(table, list | Entries)}
+
+
+def _has_boxes_only(tables: Mapping[str, Any]) -> bool:
+    """Whether there are objects and none has an outline."""
+    from vitdet.data.annotation_file import annotations_of
+    from vitdet.data.segmentation import read_outline
+
+    segmentations = (
+        item.get("segmentation") if isinstance(item, dict) else getattr(item, "segmentation", None)
+        for item in annotations_of(tables.get("annotations", ()))
+    )
+    empty = True
+    for one in segmentations:
+        outline, empty = read_outline(one, None), False
+        if outline.shape or outline.problem:
+            return False
+    return not empty

@@ -8,9 +8,10 @@ import logging
 import multiprocessing
 import os
 import resource
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from itertools import islice
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -66,14 +67,21 @@ def train_loader(
     not divisible by the number of ranks. Iteration raises ValueError for unusable image files.
     """
     dataset = TrainData(split or read_split(data, data.train_split, look=rank == 0), data, seed)
-    dropped = dataset.split.dropped
-    if dropped and rank == 0:
-        counts = ", ".join(f"{count} {reason}" for reason, count in sorted(dropped.items()))
-        log.warning(
-            "%s: objects left out of training: %s", split_files(data, data.train_split)[0], counts
-        )
+    if rank == 0:
+        path, found = split_files(data, data.train_split)[0], dataset.split
+        _warn(path, "objects left out of training", found.dropped)
+        if found.outlines:  # else no object has one, and there is nothing to compare with
+            _warn(path, "objects that train boxes and classes, not masks", found.unmasked)
+        if dataset.without_objects:
+            log.info("%s: %d images without objects are left out", path, dataset.without_objects)
     sampler = _Steps(batch_size, start_step, steps, rank, world_size)
     return DataLoader(dataset, batch_sampler=sampler, **_processes(data.workers))
+
+
+def _warn(path: Path, what: str, causes: Mapping[str, int]) -> None:
+    if causes:
+        counts = ", ".join(f"{count} {cause}" for cause, count in sorted(causes.items()))
+        log.warning("%s: %s: %s", path, what, counts)
 
 
 def val_loader(

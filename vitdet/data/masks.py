@@ -16,9 +16,9 @@ from pycocotools import mask as rle
 from torch import Tensor
 
 
-def edges_of(segmentations: Sequence[list | dict], height: int, width: int) -> np.ndarray:
+def edges_of(segmentations: Sequence[list | dict | None], height: int, width: int) -> np.ndarray:
     """Outlines (G, E, 4) float32 of COCO polygons or RLEs on an image of height x width, as `types.Polygons` holds
-    them: x0, y0, x1, y1 in pixels, parts closed and turning alike, rows padded with zero edges.
+    them: x0, y0, x1, y1 in pixels, parts closed and turning alike, rows padded with zero edges. None has only these.
 
     Raises ValueError for an RLE of another size.
     """
@@ -29,8 +29,10 @@ def edges_of(segmentations: Sequence[list | dict], height: int, width: int) -> n
     return padded
 
 
-def outline(segmentation: list | dict, height: int, width: int) -> np.ndarray:
-    """The directed edges (E, 4) of one object: of its polygons, or of the pixels of its RLE."""
+def outline(segmentation: list | dict | None, height: int, width: int) -> np.ndarray:
+    """The directed edges (E, 4) of one object: of its polygons, or of the pixels of its RLE; none without both."""
+    if segmentation is None:
+        return np.zeros((0, 4))
     if isinstance(segmentation, dict):
         pixels = decode(segmentation, height, width)
         rows, columns = (np.flatnonzero(pixels.any(axis=axis)) for axis in (1, 0))
@@ -42,6 +44,13 @@ def outline(segmentation: list | dict, height: int, width: int) -> np.ndarray:
         across = _steps(pixels.T)[:, [3, 2, 1, 0]]
         return np.concatenate([_steps(pixels), across]) + np.array([left, top, left, top])
     return np.concatenate([_closed(part) for part in segmentation])
+
+
+def rectangles(boxes: np.ndarray) -> np.ndarray:
+    """The outlines (G, 4, 4) of boxes (G, 4) xyxy, as those of `edges_of`."""
+    x0, y0, x1, y1 = boxes.T
+    edges = [[x0, y0, x1, y0], [x1, y0, x1, y1], [x1, y1, x0, y1], [x0, y1, x0, y0]]
+    return np.moveaxis(np.array(edges), 2, 0)
 
 
 def decode(segmentation: list | dict, height: int, width: int) -> np.ndarray:

@@ -18,7 +18,10 @@ from vitdet.data.shared_memory import PackedList, Shared
 
 @dataclass(frozen=True)
 class Record:
-    """One image: boxes (G, 4) float32 xyxy in its pixels, labels (G,) int64 contiguous, a segmentation an object."""
+    """One image: boxes (G, 4) float32 xyxy in its pixels, labels (G,) int64 contiguous, a segmentation per object.
+
+    own_box (G,) bool: whether a training takes the box of the file and not the one around the outline.
+    """
 
     image_id: int
     path: Path
@@ -26,7 +29,10 @@ class Record:
     width: int
     boxes: np.ndarray
     labels: np.ndarray
-    segmentations: list  # COCO's polygons (a list of flat x, y lists) or an RLE dict
+    segmentations: (
+        list  # COCO's polygons (a list of flat x, y lists) or an RLE dict; None: no outline
+    )
+    own_box: np.ndarray
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -37,14 +43,23 @@ class Objects:
 
     def __init__(self) -> None:
         self.rows, self.labels, self.boxes = array("q"), array("q"), array("d")
-        self.segmentations: PackedList[list | dict] = PackedList()
+        self.own_boxes = bytearray()
+        self.segmentations: PackedList[list | dict | None] = PackedList()
 
-    def append(self, row: int, label: int, box: Sequence[float], segmentation: list | dict) -> None:
-        """Adds an object; box: left, top, width, height."""
+    def append(
+        self,
+        row: int,
+        label: int,
+        box: Sequence[float],
+        segmentation: list | dict | None,
+        own_box: bool,
+    ) -> None:
+        """Adds an object; box: left, top, width, height; own_box: as in `Record`."""
         self.rows.append(row)
         self.labels.append(label)
         self.boxes.extend(box)
         self.segmentations.append(segmentation)
+        self.own_boxes.append(own_box)
 
 
 @dataclass(frozen=True)
@@ -57,8 +72,9 @@ class _Columns:
     starts: Shared  # (N + 1,) int64: the objects of image n are starts[n] .. starts[n + 1]
     boxes: Shared  # (M, 4) float32
     labels: Shared  # (M,) int64
+    own_boxes: Shared  # (M,) bool
     places: Shared  # (M,) int64: where the object's segmentation stands
-    segmentations: PackedList[list | dict]
+    segmentations: PackedList[list | dict | None]
 
 
 class Records(Sequence[Record]):
@@ -89,6 +105,7 @@ class Records(Sequence[Record]):
             starts=Shared(starts),
             boxes=Shared(boxes),
             labels=Shared(np.array(objects.labels, np.int64)[order]),
+            own_boxes=Shared(np.array(objects.own_boxes, bool)[order]),
             places=Shared(order),
             segmentations=objects.segmentations,
         )
@@ -118,6 +135,7 @@ class Records(Sequence[Record]):
             columns.boxes[part].copy(),
             columns.labels[part].copy(),
             segmentations,
+            columns.own_boxes[part].copy(),
         )
 
     def select(self, indices: np.ndarray) -> Records:

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from vitdet.datasets.importers.dataset import Foreign, Picture
+from vitdet.datasets.importers.dataset import BOX_ONLY, Foreign, Picture, Thing
 from vitdet.datasets.importers.voc import read_voc
 from vitdet.datasets.importers.yolo import description, read_yolo
 from vitdet.files import written_folder
@@ -31,10 +31,13 @@ class Converted:
     notes: dict[str, int]
 
 
-def convert(source: Path, target: Path, kind: str = "", copy: bool = False) -> Converted:
+def convert(
+    source: Path, target: Path, kind: str = "", copy: bool = False, boxes_as_masks: bool = False
+) -> Converted:
     """Writes target/SPLIT/* and target/annotations/instances_SPLIT.json.
 
     kind: "yolo" or "voc", else what the source looks like; copy: images are copied in any case.
+    boxes_as_masks: an object with a box only gets that box as its mask.
     Raises FileNotFoundError and ValueError, in one line, for the first thing of the source that cannot be used, and
     ValueError if the target holds anything.
     """
@@ -45,11 +48,12 @@ def convert(source: Path, target: Path, kind: str = "", copy: bool = False) -> C
     found = READERS[kind or _kind(source)](source)
     with written_folder(target) as temporary:
         (temporary / "annotations").mkdir()
-        writer = _Writer(temporary, found, copy)
+        writer = _Writer(temporary, found, copy, boxes_as_masks)
         counts = {split: writer.write(split) for split in found.splits}
-    return Converted(
-        counts, found.class_names, {note: count for note, count in found.notes.items() if count}
-    )
+    notes = {note: count for note, count in found.notes.items() if count}
+    if boxes_as_masks and BOX_ONLY in notes:
+        notes["boxes are also their objects' masks"] = notes.pop(BOX_ONLY)
+    return Converted(counts, found.class_names, notes)
 
 
 def _kind(source: Path) -> str:
@@ -66,8 +70,9 @@ def _kind(source: Path) -> str:
 class _Writer:
     """Numbers and names go on from split to split."""
 
-    def __init__(self, folder: Path, found: Foreign, copy: bool) -> None:
+    def __init__(self, folder: Path, found: Foreign, copy: bool, boxes_as_masks: bool) -> None:
         self.folder, self.found, self.copy = folder, found, copy
+        self.boxes_as_masks = boxes_as_masks
         self.images = self.objects = 0
         self.name_of: dict[str, str] = {}  # source file -> name
         self.taken: Counter[str] = Counter()
@@ -95,7 +100,7 @@ class _Writer:
                         "category_id": thing.label + 1,
                         "bbox": thing.box,
                         "area": thing.area,
-                        "segmentation": thing.segmentation,
+                        "segmentation": thing.segmentation or self._box_as_mask(thing),
                         "iscrowd": int(thing.crowd),
                     }
                     file.write(
@@ -103,6 +108,11 @@ class _Writer:
                     )
             file.write('\n], "images": ' + json.dumps(images) + "}\n")
         return len(images), self.objects - objects
+
+    def _box_as_mask(self, thing: Thing) -> list[list[float]]:
+        x, y, width, height = thing.box
+        right, low = round(x + width, 3), round(y + height, 3)
+        return [[x, y, right, y, right, low, x, low]] if self.boxes_as_masks else []
 
     def _image(self, split: str, picture: Picture) -> dict[str, str | int]:
         path = os.path.realpath(picture.path)  # a link to a link would be one

@@ -21,7 +21,15 @@ from vitdet.config import Config, DataConfig, EvalConfig, from_dict, override
 from vitdet.data.coco import CocoSplit, read_tree
 from vitdet.data.dataset import read_split
 from vitdet.data.fingerprint import fingerprint
-from vitdet.data.layout import CLASSES, missing, overridden_settings, resolve, split_files
+from vitdet.data.layout import (
+    CLASSES,
+    MASKS,
+    missing,
+    overridden_settings,
+    resolve,
+    settings_text,
+    split_files,
+)
 from vitdet.data.loader import configure_process, val_loader
 from vitdet.data.masks import encode, paste
 from vitdet.evaluation.pictures import write_pictures
@@ -57,35 +65,27 @@ def detections_to_results(
 ) -> list[dict]:
     """COCO results {image_id, category_id, bbox xywh, score, segmentation RLE} of the detections of one canvas.
 
+    Those of a detector without masks have no segmentation.
+
     size (height, width) of the unpadded image on the canvas, original of the file; category_ids[label] is a label's id.
     """
     found = to_image(detections.to("cpu"), size, original)
     corners = found.boxes.double()
     boxes = torch.cat([corners[:, :2], corners[:, 2:] - corners[:, :2]], dim=1).tolist()
+    results = [
+        {"image_id": image_id, "category_id": category_ids[label], "bbox": box, "score": score}
+        for label, box, score in zip(
+            found.labels.tolist(), boxes, found.scores.double().tolist(), strict=True
+        )
+    ]
     step = max(1, PIXELS // (original[0] * original[1]))
-    codes = [
-        code
-        for start in range(0, len(found), step)
-        for code in encode(
-            paste(
-                found.masks[start : start + step].float(),
-                found.boxes[start : start + step].float(),
-                original,
-            )
-        )
-    ]
-    return [
-        {
-            "image_id": image_id,
-            "category_id": category_ids[label],
-            "bbox": box,
-            "score": score,
-            "segmentation": code,
-        }
-        for label, box, score, code in zip(
-            found.labels.tolist(), boxes, found.scores.double().tolist(), codes, strict=True
-        )
-    ]
+    for start in range(0, len(found), step) if found.masks is not None else ():
+        part = found[start : start + step]
+        assert part.masks is not None
+        codes = encode(paste(part.masks.float(), part.boxes.float(), original))
+        for result, code in zip(results[start : start + step], codes, strict=True):
+            result["segmentation"] = code
+    return results
 
 
 def evaluate_detector(
@@ -95,7 +95,7 @@ def evaluate_detector(
     device: torch.device | str = "cpu",
     advance: Advance = lambda batch: False,
 ) -> tuple[dict[str, float], list[dict]]:
-    """Box and mask AP in percent on the validation split, and the COCO results (sorted by image) that they come from.
+    """Box and, with masks, mask AP in percent on the validation split, and the COCO results (sorted by image) that they come from.
 
     The detector lies on `device`; its mode is put back afterwards. Under several processes each takes a share of the
     images and all return the same figures, the first alone the results (those of LVIS take 5 GB). Raises Cancelled on
@@ -107,8 +107,15 @@ def evaluate_detector(
     advance(False)
     if distributed.rank() == 0:
         arbiter = ARBITERS[data.dataset]
-        metrics = arbiter.summary(arbiter.compare(truth, results, image_ids=image_ids))
+        finished = arbiter.compare(truth, results, kinds_found_by(detector), image_ids)
+        metrics = arbiter.summary(finished)
     return distributed.all_gather_objects(metrics)[0], results
+
+
+def kinds_found_by(detector: nn.Module) -> tuple[str, ...]:
+    """What of its detections is compared: "bbox" and, with a mask head, "segm"."""
+    heads = getattr(detector, "roi_heads", None)
+    return ("bbox",) if heads is not None and heads.mask is None else ("bbox", "segm")
 
 
 def detect(
@@ -155,8 +162,8 @@ def evaluation_config(
             raise ValueError(
                 f"override {one!r}: only data.* and evaluate.* can change for a trained checkpoint"
             )
-    # the number of classes is the checkpoint's: other data is refused when it is read
-    explicit = overridden_settings(overrides) | {CLASSES}
+    # classes and mask head are the checkpoint's: other classes are refused when the data is read
+    explicit = overridden_settings(overrides) | {CLASSES, MASKS}
     return resolve(override(stored, overrides, config, SECTIONS), explicit)
 
 
@@ -186,14 +193,19 @@ def evaluate(
     detector, stored, class_names = restore_detector(checkpoint)
     config, found = evaluation_config(stored, overrides, config)
     if found and distributed.rank() == 0:
-        splits = ", ".join(f"{key}={value}" for key, value in found.items())
-        log.info("%s has %s", config.data.root, splits)
+        log.info("%s has %s", config.data.root, settings_text(found))
     if config.evaluate != stored.evaluate:
         rebuilt = build_detector(config.model, config.evaluate)
         rebuilt.load_state_dict(detector.state_dict())
         detector = rebuilt
     truth, split = _read(config.data)
     _check_classes(checkpoint, class_names, split.class_names, config.data)
+    if config.model.mask.enabled and not split.outlines and distributed.rank() == 0:
+        log.info(
+            "%s: no object of %s has an outline: box AP only",
+            config.data.root,
+            config.data.val_split,
+        )
     with distributed.process_group() as own_device:
         device = device or own_device
         detector = detector.to(device).eval()
@@ -201,7 +213,7 @@ def evaluate(
         metrics = {}
         if distributed.rank() == 0:
             arbiter = ARBITERS[config.data.dataset]
-            finished = arbiter.compare(truth, results, image_ids=image_ids)
+            finished = arbiter.compare(truth, results, kinds_found_by(detector), image_ids)
             metrics = arbiter.summary(finished)
             if plots is not None:
                 write_report(plots, finished, results)

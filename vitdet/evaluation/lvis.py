@@ -140,9 +140,7 @@ def federated(truth: Truth, results: Sequence[dict]) -> list[dict]:
     """The results of which the annotations say whether they are right: of a category annotated in the image or named
     as absent from it.
     """
-    known = {
-        (item["image_id"], item["category_id"]) for item in truth.objects if item.get("area") != 0
-    }
+    known = {(item.image_id, item.category_id) for item in truth.objects if item.area != 0}
     known |= {
         (image_id, category)
         for image_id, image in truth.images.items()

@@ -3,6 +3,8 @@
 The rules are pycocotools'; the work is done by faster-coco-eval (C++), one class at a time with the images in which
 the class occurs: it keeps a record for every image, class and size that it is given, which for all of LVIS at once
 would be some 15 GB.
+Objects without an outline are no ground truth of masks; a detection that no mask matches is ignored where its box has
+the IoU of the threshold with the box of one of them (any number of detections), as if that were a crowd.
 Letters of the tables, as in pycocotools: T IoU thresholds, R recalls, K classes, A size ranges, M limits of detections.
 """
 
@@ -17,6 +19,8 @@ import numpy as np
 from faster_coco_eval import COCO, COCOeval_faster
 from pycocotools import mask as rle
 
+from vitdet.data.annotation_file import Annotation
+from vitdet.data.segmentation import compressed, read_outline
 from vitdet.evaluation.results import Truth, check_code, check_results, uncollected
 from vitdet.evaluation.runs import areas
 
@@ -87,8 +91,10 @@ def index(
     broken mask.
     """
     places = {image_id: place for place, image_id in enumerate(image_ids)}
-    objects = _by_class(_objects(truth, places, kind, crowds), empty)
-    return objects, _by_class(_found(truth, places, results, kind, unsure, size_by or kind), empty)
+    objects, boxes = _objects(truth, places, kind, crowds)
+    found = _found(truth, places, results, kind, unsure, size_by or kind)
+    _mark(found, boxes)
+    return _by_class(objects, empty), _by_class(found, empty)
 
 
 @uncollected()
@@ -112,6 +118,27 @@ def _match_class(
     objects: list[dict], found: list[dict], category: int, kind: str, limits: Sequence[int]
 ) -> tuple[np.ndarray, np.ndarray]:
     """Precision (T, R, A, M) and recall (T, A, M) of one class."""
+    if not any(item.get("overlap", 0) for item in found):
+        return _run(objects, found, category, kind, limits, IOUS)
+    tables = []
+    for iou in IOUS:  # which detections are ignored depends on it
+        marked = [
+            item | {"lvis_mark": item["lvis_mark"] or item.get("overlap", 0) >= iou}
+            for item in found
+        ]
+        tables.append(_run(objects, marked, category, kind, limits, np.array([iou])))
+    precision, recall = zip(*tables, strict=True)
+    return np.concatenate(precision), np.concatenate(recall)
+
+
+def _run(
+    objects: list[dict],
+    found: list[dict],
+    category: int,
+    kind: str,
+    limits: Sequence[int],
+    ious: np.ndarray,
+) -> tuple[np.ndarray, np.ndarray]:
     images = [
         {"id": place, "height": 0, "width": 0}
         for place in sorted({item["image_id"] for items in (objects, found) for item in items})
@@ -124,32 +151,55 @@ def _match_class(
         sides.append(side)
     work = COCOeval_faster(*sides, kind, print_function=log.debug, rle_iou_max_workers=1)
     work.params.maxDets = list(limits)
-    work.params.iouThrs, work.params.recThrs = IOUS, RECALLS
+    work.params.iouThrs, work.params.recThrs = ious, RECALLS
     work.evaluate()
     return work.eval["precision"][:, :, 0], work.eval["recall"][:, 0]
 
 
-def _objects(truth: Truth, places: dict[int, int], kind: str, crowds: bool) -> list[dict]:
+def _objects(
+    truth: Truth, places: dict[int, int], kind: str, crowds: bool
+) -> tuple[list[dict], dict[tuple[int, int], list[Sequence[float]]]]:
+    """The objects to find; and, when masks are compared, the boxes of those without an outline by place and category."""
     # ids are counted anew: pycocotools and its like take an object with id 0 for never found
-    items = []
+    items: list[dict] = []
+    boxes: dict[tuple[int, int], list[Sequence[float]]] = defaultdict(list)
     for number, item in enumerate(truth.objects, start=1):
-        image_id = item["image_id"]
-        if image_id not in places:
+        if item.image_id not in places:
             continue
-        code, area = None, item.get("area")  # own data sets often leave areas out
+        place, area, code = places[item.image_id], item.area, None
         if kind == "segm" or area is None:
-            code = _code(item, truth.sides(image_id))
-        if area is None:
-            area = float(rle.area(code))
+            code = _code_of(item, truth.sides(item.image_id))
+        if kind == "segm" and code is None:
+            boxes[place, item.category_id].append(item.bbox)
+            continue
+        if area is None:  # own data sets often leave areas out
+            area = item.bbox[2] * item.bbox[3] if code is None else float(rle.area(code))
         one = {
             "id": number,
-            "image_id": places[image_id],
-            "category_id": item["category_id"],
+            "image_id": place,
+            "category_id": item.category_id,
             "area": area,
-            "iscrowd": item.get("iscrowd", 0) if crowds else 0,
+            "iscrowd": item.iscrowd or 0 if crowds else 0,
         }
-        items.append({**one, "bbox": item["bbox"]} if kind == "bbox" else {**one, "rle": code})
-    return items
+        items.append({**one, "bbox": list(item.bbox)} if kind == "bbox" else {**one, "rle": code})
+    return items, boxes
+
+
+def _mark(
+    found: Iterable[dict], boxes: Mapping[tuple[int, int], Sequence[Sequence[float]]]
+) -> None:
+    """Note with each detection the largest IoU of its box with one of these boxes of its image and category."""
+    for item in found if boxes else ():
+        if others := boxes.get((item["image_id"], item["category_id"])):
+            box = item.get("box") or rle.toBbox(item["rle"]).tolist()
+            ious = rle.iou(np.array([box], float), np.array(others, float), [0] * len(others))
+            item["overlap"] = float(ious.max())
+
+
+def _code_of(item: Annotation, size: tuple[int, int]) -> dict | None:
+    """The outline of an object as compressed RLE; None without one."""
+    shape = read_outline(item.segmentation, size).shape
+    return None if shape is None else compressed(shape, *size)
 
 
 def _found(
@@ -179,6 +229,7 @@ def _found(
             "area": size,
             key: form,
             "lvis_mark": (item["image_id"], item["category_id"]) in unsure,
+            **({"box": item["bbox"]} if kind == "segm" and "bbox" in item else {}),
         }
         for number, (item, form, size) in enumerate(
             zip(results, forms, sizes, strict=True), start=1
@@ -197,7 +248,7 @@ def _text(item: dict, number: int, truth: Truth) -> dict:
     if isinstance(counts, bytes):
         return code
     check_code(item, f"result {number}", size)
-    return _code(item, size)
+    return compressed(code, *size)
 
 
 def _areas(codes: list[dict], results: Sequence[dict], truth: Truth) -> list[float]:
@@ -208,16 +259,6 @@ def _areas(codes: list[dict], results: Sequence[dict], truth: Truth) -> list[flo
         check_code(results[index], f"result {index + 1}", truth.sides(results[index]["image_id"]))
         sizes[index] = rle.area(codes[index])
     return sizes.astype(float).tolist()
-
-
-def _code(item: dict, size: tuple[int, int]) -> dict:
-    """A segmentation of whatever form, found to be sound, as compressed RLE, as pycocotools draws it."""
-    form = item["segmentation"]
-    if isinstance(form, list):
-        return rle.merge(rle.frPyObjects(form, *size))
-    if isinstance(form["counts"], list):
-        return rle.frPyObjects(form, *size)
-    return {"size": form["size"], "counts": form["counts"].encode()}
 
 
 def _by_class(items: list[dict], empty: bool) -> dict[int, list[dict]]:

@@ -60,12 +60,15 @@ def draw_truth(record: Record, class_names: tuple[str, ...]) -> Image.Image:
         torch.from_numpy(record.boxes),
         labels,
         [class_names[label] for label in labels],
-        lambda i: _enlarged(decode(record.segmentations[i], record.height, record.width), scale),
+        lambda i: _enlarged(record, record.segmentations[i], scale),
         scale,
     )
 
 
-def _enlarged(bitmap: np.ndarray, scale: int) -> torch.Tensor:
+def _enlarged(record: Record, segmentation: list | dict | None, scale: int) -> torch.Tensor | None:
+    if segmentation is None:
+        return None
+    bitmap = decode(segmentation, record.height, record.width)
     size = (bitmap.shape[1] * scale, bitmap.shape[0] * scale)
     soft = Image.fromarray(bitmap * np.uint8(255)).resize(size, Image.Resampling.BILINEAR)
     return torch.from_numpy(np.asarray(soft) >= 128)

@@ -10,27 +10,32 @@ from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 
-from vitdet.data.annotation_file import parse
-from vitdet.data.annotations import segmentation_problem, show
-from vitdet.data.coco import judge_tree, read_tree
+from vitdet.data.annotation_file import Annotation, annotations_of, loosely, parse
+from vitdet.data.coco import read_tree, validate_tree
+from vitdet.data.segmentation import read_outline, show, whole_number
 
 # of comparisons, and the key of a result that each looks at
 KINDS = {"bbox": "bbox", "segm": "segmentation"}
+WHOLE = {"id", "height", "width"}  # keys of images and categories
 BBOX = "4 finite numbers x, y, width, height"
 
 
 @dataclass(frozen=True)
 class Truth:
-    """An annotation file: images and categories by id in the order of their ids, objects as they stand in the file."""
+    """An annotation file: images and categories by id in the order of their ids, and the objects.
+
+    Objects with unknown images or categories, which pycocotools passes over, may be among them.
+    """
 
     path: Path
     images: dict[int, dict]
     categories: dict[int, dict]
     # from a file decoded anew in each pass: as objects those of LVIS would take 3 GB
-    objects: Iterable[dict]
+    objects: Iterable[Annotation]
 
     def sides(self, image_id: int) -> tuple[int, int]:
         """Height and width of an image."""
@@ -47,17 +52,36 @@ def read_truth(path: Path | str, lvis: bool = False) -> Truth:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such annotation file")
     tree = read_tree(path)
-    judge_tree(path, tree, lvis)
+    validate_tree(path, tree, lvis)
     return truth_of(path, tree)
 
 
 def truth_of(path: Path | str, tree: dict) -> Truth:
-    """The content of the annotation file `path`, which was judged: `read_coco` and `read_truth` do."""
-    images, categories = (
-        {item["id"]: item for item in sorted(tree[key], key=lambda item: item["id"])}
-        for key in ("images", "categories")
+    """The content of the annotation file `path`, which was validated: `read_coco` and `read_truth` do."""
+    images, categories = (_by_id(tree[key]) for key in ("images", "categories"))
+    return Truth(Path(path), images, categories, _Objects(tree["annotations"]))
+
+
+def _by_id(table: Iterable[dict]) -> dict[int, dict]:
+    """The entries in the order of their ids, with ids and sides as whole numbers."""
+    items: Iterable[dict[str, Any]] = (
+        {key: whole_number(value) if key in WHOLE else value for key, value in item.items()}
+        for item in table
     )
-    return Truth(Path(path), images, categories, tree["annotations"])
+    return {item["id"]: item for item in sorted(items, key=lambda item: item["id"])}
+
+
+class _Objects(Iterable[Annotation]):
+    """The annotations of a validated table, decoded anew in each pass."""
+
+    def __init__(self, table: Iterable[object]) -> None:
+        self._table = table
+
+    def __iter__(self) -> Iterator[Annotation]:
+        for item in annotations_of(self._table):
+            found = item if isinstance(item, Annotation) else loosely(cast("dict", item))[0]
+            if found is not None:
+                yield found
 
 
 def read_results(path: Path | str) -> list[dict]:
@@ -165,6 +189,9 @@ def _finite(values: object, shape: tuple[int, ...]) -> bool:
 
 def check_code(item: dict, name: str, size: tuple[int, int]) -> None:
     """Raises ValueError, with `name` in front, for a segmentation that is no mask of an image of `size`."""
-    problem = segmentation_problem(item["segmentation"], size)
-    if problem:
-        raise ValueError(f"{name}: {problem[0]}: {problem[1]}")
+    outline = read_outline(item["segmentation"], size)
+    if outline.problem:
+        raise ValueError(f"{name}: {outline.problem[0]}: {outline.problem[1]}")
+    if outline.shape is None:
+        shown = show(item["segmentation"])
+        raise ValueError(f"{name}: segmentation that is neither polygons nor RLE: {shown}")

@@ -157,7 +157,7 @@ def _roi_heads(
     class_weights: Tensor | None,
     pyramid: SimpleFeaturePyramid | FPN,
 ) -> RoIHeads:
-    roi, mask, channels, eps = model.roi_heads, model.mask, pyramid.out_channels, model.norm_eps
+    roi, channels, eps = model.roi_heads, pyramid.out_channels, model.norm_eps
     stages = [
         BoxHead(
             channels=channels,
@@ -179,25 +179,29 @@ def _roi_heads(
         classification = SoftmaxClassification(num_classes=roi.num_classes)
     return RoIHeads(
         stages=stages,
-        mask=MaskHead(
-            channels=channels,
-            num_convs=mask.num_convs,
-            num_classes=roi.num_classes,
-            norm=mask.norm,
-            eps=eps,
-        ),
+        mask=_mask_head(model, channels) if model.mask.enabled else None,
         classification=classification,
         strides=pyramid.strides[:4],
         ious=roi.ious,
         samples=roi.samples,
         positive_fraction=roi.positive_fraction,
-        mask_samples=mask.samples,
+        mask_samples=model.mask.samples,
         sampling_ratio=roi.sampling_ratio,
         score_threshold=evaluate.score_threshold,
         nms_iou=evaluate.nms_iou,
         max_detections=evaluate.max_detections,
         min_log_scale=_min_log_scale(model),
         match=MATCHES[model.low_quality][1],
+    )
+
+
+def _mask_head(model: ModelConfig, channels: int) -> MaskHead:
+    return MaskHead(
+        channels=channels,
+        num_convs=model.mask.num_convs,
+        num_classes=model.roi_heads.num_classes,
+        norm=model.mask.norm,
+        eps=model.norm_eps,
     )
 
 

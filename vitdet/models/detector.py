@@ -27,7 +27,7 @@ PIXEL_STD = (58.395, 57.12, 57.375)
 
 
 class Detector(nn.Module):
-    """Backbone -> pyramid -> proposals -> boxes, classes and masks."""
+    """Backbone -> pyramid -> proposals -> boxes, classes and, with a mask head, masks."""
 
     mean: Tensor
     std: Tensor

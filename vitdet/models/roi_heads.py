@@ -1,7 +1,7 @@
 """RoI heads: proposals -> class and box through one or several stages, then a mask.
 
 Mask R-CNN is a cascade of one stage: a loop over stages serves both (He et al. 1703.06870; Cai & Vasconcelos
-1712.00726); numbers as in detectron2's ViTDet configs.
+1712.00726); without the mask head they are Faster R-CNN and Cascade R-CNN. Numbers as in detectron2's ViTDet configs.
 Letters: B images, R RoIs (of all images together), N boxes of one image, K classes, G ground truths.
 """
 
@@ -41,7 +41,7 @@ class RoIHeads(nn.Module):
     """`stages` refine the boxes one after another; in stage s a box is foreground from an IoU of `ious[s]`.
 
     `classification` computes the loss and the probabilities from logits; `strides` are those of the levels that RoIs
-    are pooled from (p2..p5); `match` assigns ground truths to boxes; `min_log_scale` limits how much a box shrinks in
+    are pooled from (p2..p5); `mask` is None for a detector without masks; `match` assigns ground truths to boxes; `min_log_scale` limits how much a box shrinks in
     one stage.
     """
 
@@ -49,7 +49,7 @@ class RoIHeads(nn.Module):
         self,
         *,
         stages: Sequence[BoxHead],
-        mask: MaskHead,
+        mask: MaskHead | None,
         classification: Classification,
         strides: Sequence[int],
         ious: Sequence[float],
@@ -84,12 +84,13 @@ class RoIHeads(nn.Module):
         targets: Sequence[Target],
         sizes: Tensor,
     ) -> dict[str, Tensor]:
-        """loss_cls and loss_box_reg (of every stage, named _stage0.. if there are several), and loss_mask."""
+        """loss_cls and loss_box_reg (of every stage, named _stage0.. if there are several); loss_mask with a mask head."""
         found = {}
         assigned = [
             self.sample(boxes, target) for boxes, target in zip(proposals, targets, strict=True)
         ]
-        found["loss_mask"] = self.mask_loss(features, assigned, targets)
+        if self.mask is not None:
+            found["loss_mask"] = self.mask_loss(features, assigned, targets)
         refined: Sequence[Tensor] = ()  # the boxes of the stage before
         for stage in range(len(self.stages)):
             if stage > 0:
@@ -120,7 +121,7 @@ class RoIHeads(nn.Module):
             boxes = [image[:, 0] for image in clipped]
         mean_scores = torch.stack(scores).mean(dim=0).split(counts)
         best = [self.select(b, s) for b, s in zip(clipped, mean_scores, strict=True)]
-        return self.with_masks(features, best)
+        return best if self.mask is None else self.with_masks(features, best)
 
     def run_stage(
         self, stage: int, features: Sequence[Tensor], boxes: Sequence[Tensor]
@@ -190,10 +191,17 @@ class RoIHeads(nn.Module):
     def mask_loss(
         self, features: Sequence[Tensor], assigned: Sequence[Assigned], targets: Sequence[Target]
     ) -> Tensor:
-        """Mask cross-entropy over (at most `mask_samples` of) the foreground boxes of every image."""
+        """Mask cross-entropy over (at most `mask_samples` of) the foreground boxes of every image.
+
+        Boxes of objects without an annotated outline take no part.
+        """
+        assert self.mask is not None
         boxes, labels, wanted = [], [], []
         for image, target in zip(assigned, targets, strict=True):
-            chosen = (image.matched > BACKGROUND).nonzero().flatten()[: self.mask_samples]
+            usable = image.matched > BACKGROUND
+            if target.has_mask is not None:
+                usable &= torch.cat([target.has_mask, usable.new_zeros(1)])[image.matched]
+            chosen = usable.nonzero().flatten()[: self.mask_samples]
             truth = image.matched[chosen]
             boxes.append(image.boxes[chosen])
             labels.append(target.labels[truth])
@@ -213,12 +221,13 @@ class RoIHeads(nn.Module):
         boxes = boxes[row, label.clamp(max=boxes.shape[1] - 1)]
         scores = scores[row, label]
         keep = batched_nms(boxes, scores, label, self.nms_iou)[: self.max_detections]
-        return Detections(boxes[keep], scores[keep], label[keep], scores.new_zeros(len(keep), 0, 0))
+        return Detections(boxes[keep], scores[keep], label[keep], masks=None)
 
     def with_masks(
         self, features: Sequence[Tensor], found: Sequence[Detections]
     ) -> list[Detections]:
         """The detections with the mask probabilities (N, 28, 28) inside their boxes."""
+        assert self.mask is not None
         boxes = [image.boxes for image in found]
         pooled = pool(features, boxes, self.strides, MASK_BINS, self.sampling_ratio)
         logits = self.mask(pooled, torch.cat([image.labels for image in found]))

@@ -22,6 +22,8 @@ from mlflow.models import Model, ModelSignature
 from mlflow.pyfunc import PythonModel, PythonModelContext, load_model, save_model
 from mlflow.types import ColSpec, ParamSchema, ParamSpec, Schema, TensorSpec
 
+from vitdet.checkpoint import load_model_file
+from vitdet.config import from_dict
 from vitdet.tracking.requests import repeating
 from vitdet.tracking.wheel import requirements
 
@@ -43,11 +45,18 @@ COLUMNS = {
     "width": "long",
     "mask": "string",
 }
-SIGNATURE = ModelSignature(
-    inputs=Schema([TensorSpec(np.dtype("uint8"), (-1, -1, 3), "image")]),
-    outputs=Schema([ColSpec(kind, name) for name, kind in COLUMNS.items()]),
-    params=ParamSchema([ParamSpec("threshold", "double", 0.5)]),
-)
+
+
+def signature(masks: bool) -> ModelSignature:
+    """The signature of a detector with or without masks."""
+    columns: list = [
+        ColSpec(kind, name) for name, kind in COLUMNS.items() if masks or name != "mask"
+    ]
+    return ModelSignature(
+        inputs=Schema([TensorSpec(np.dtype("uint8"), (-1, -1, 3), "image")]),
+        outputs=Schema(columns),
+        params=ParamSchema([ParamSpec("threshold", "double", 0.5)]),
+    )
 
 
 class DetectorModel(PythonModel):
@@ -61,25 +70,29 @@ class DetectorModel(PythonModel):
     def predict(
         self, context: PythonModelContext, model_input: np.ndarray, params: dict | None = None
     ) -> pd.DataFrame:
-        """name, label, score, box x0 y0 x1 y1 in pixels; mask: COCO's compressed RLE of a bitmap (height, width)."""
+        """name, label, score, box x0 y0 x1 y1 in pixels, height and width of the image; mask: COCO's compressed RLE of
+        a bitmap of that size, no such column for a detector without masks.
+        """
         from vitdet.data.masks import encode, paste
 
         # by its name in the signature
         image = model_input["image"] if isinstance(model_input, dict) else model_input
         found = self.predictor(image, threshold=(params or {}).get("threshold", 0.5))
-        masks = encode(paste(found.masks, found.boxes, image.shape[:2]))
         rows = [
-            (name, label, score, *box, *image.shape[:2], mask["counts"])
-            for name, label, score, box, mask in zip(
+            (name, label, score, *box, *image.shape[:2])
+            for name, label, score, box in zip(
                 found.names,
                 found.labels.tolist(),
                 found.scores.tolist(),
                 found.boxes.tolist(),
-                masks,
                 strict=True,
             )
         ]
-        return pd.DataFrame(rows, columns=list(COLUMNS))
+        table = pd.DataFrame(rows, columns=[name for name in COLUMNS if name != "mask"])
+        if found.masks is not None:
+            masks = encode(paste(found.masks, found.boxes, image.shape[:2]))
+            table["mask"] = [mask["counts"] for mask in masks]
+        return table
 
 
 @contextmanager
@@ -119,6 +132,7 @@ def download_checkpoint(uri: str, model_name: str, version: str, folder: Path) -
 
 def pack(path: Path, model: Model, checkpoint: Path, wheel: Path, example: np.ndarray) -> None:
     """Save the model as a folder, then load it and test it on `example`."""
+    stored = from_dict(load_model_file(checkpoint)["config"])
     code = path.parent / "detector.py"
     code.write_text(CODE)
     # e.g. a link into DVC's cache (cache.type symlink): mlflow does not follow links out of a folder
@@ -130,7 +144,7 @@ def pack(path: Path, model: Model, checkpoint: Path, wheel: Path, example: np.nd
         str(path),
         python_model=str(code),
         artifacts={"checkpoint": str(checkpoint)},
-        signature=SIGNATURE,
+        signature=signature(stored.model.mask.enabled),
         code_paths=[str(wheel)],
         mlflow_model=model,
         input_example=example[:64, :64],

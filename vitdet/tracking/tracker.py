@@ -49,8 +49,12 @@ class Progress(Tracker):
         """Shows losses, images/s and time left, or an evaluation's AP."""
         self.tracker.log(values, step)
         if "box_ap" in values:
-            text = f"step {step}/{self.steps}  box AP {values['box_ap']:.1f}  mask AP {values.get('mask_ap', 0):.1f}"
-            self.line(text, keep=True)
+            kinds = [
+                f"{kind} AP {values[f'{kind}_ap']:.1f}"
+                for kind in ("box", "mask")
+                if f"{kind}_ap" in values
+            ]
+            self.line(f"step {step}/{self.steps}  {'  '.join(kinds)}", keep=True)
             return
         losses = "  ".join(
             f"{name.removeprefix('loss_')} {value:.3f}"

@@ -18,7 +18,7 @@ from torch import nn
 
 from vitdet import distributed
 from vitdet.checkpoint import FORMAT, Checkpoints, load_weights, save
-from vitdet.config import Config, DataConfig, from_dict, save_config, to_dict
+from vitdet.config import Config, from_dict, save_config, to_dict
 from vitdet.data import fingerprint
 from vitdet.data.coco import CocoSplit
 from vitdet.data.dataset import read_split
@@ -92,7 +92,7 @@ def train(
         split = distributed.together(
             lambda: read_split(config.data, config.data.train_split, look=distributed.rank() == 0)
         )
-        val_classes, prints = distributed.from_first(lambda: _inspect(config.data, split))
+        val_classes, prints = distributed.from_first(lambda: _inspect(config, split))
         folder = distributed.from_first(
             lambda: states_folder(config, output, checkpoints, prints, source)
         )
@@ -379,9 +379,22 @@ def _announce(
     return tracker
 
 
-def _inspect(data: DataConfig, split: CocoSplit) -> tuple[tuple[str, ...], dict[str, str]]:
-    """The class names of the validation split, and the fingerprints of both."""
+def _inspect(config: Config, split: CocoSplit) -> tuple[tuple[str, ...], dict[str, str]]:
+    """The class names of the validation split, and the fingerprints of both; warns if there are no outlines for masks."""
+    data = config.data
     validation = read_split(data, data.val_split)
+    if config.model.mask.enabled and not split.outlines:
+        log.warning(
+            "%s: no object of %s has an outline: the mask head is not trained; model.mask.enabled=false leaves it out",
+            data.root,
+            data.train_split,
+        )
+    elif config.model.mask.enabled and not validation.outlines:
+        log.warning(
+            "%s: no object of %s has an outline: evaluations measure box AP only",
+            data.root,
+            data.val_split,
+        )
     prints = {
         "train": fingerprint.fingerprint(data, data.train_split, split.records),
         "val": fingerprint.fingerprint(data, data.val_split, validation.records),

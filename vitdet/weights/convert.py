@@ -9,6 +9,7 @@ import json
 import pickle
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -25,7 +26,7 @@ from vitdet.weights import PACKAGED
 from vitdet.weights.formats import FORMATS
 from vitdet.weights.formats.mmdet import mmdet_format
 from vitdet.weights.formats.table import Format, to_theirs
-from vitdet.weights.load import LOGITS, Source, fitted, read_source
+from vitdet.weights.load import LOGITS, Source, fitted, has_mask_head, read_source
 from vitdet.weights.resize import rescale_relative_positions
 
 # What both systems compute in the same way but for these settings, which their weights do not show.
@@ -76,9 +77,13 @@ def convert_file(
     if recipe is None:
         _write_tensors(destination, found.weights, found.layout, found.scaled, found.class_names)
         return list(found.notes)
-    config = load_config(recipe)
-    weights, notes = fitted(found, shapes_of(config), source)
-    notes += _other_settings(config, found.layout)
+    config, notes = load_config(recipe), []
+    if found.whole and config.model.mask.enabled and not has_mask_head(found):
+        model = config.model
+        config = replace(config, model=replace(model, mask=replace(model.mask, enabled=False)))
+        notes.append("the file has no mask head: model.mask.enabled=false")
+    weights, lines = fitted(found, shapes_of(config), source)
+    notes += [*lines, *_other_settings(config, found.layout)]
     if found.whole or destination.suffix == ".pt":
         _check_whole(found, weights, config, source)
     names, lines = class_names(config, found.class_names) if found.whole else ((), [])

@@ -23,6 +23,7 @@ from vitdet.weights.unwrap import check_finite, unwrap
 
 LOGITS = "roi_heads.stages.0.logits.weight"
 _ODDS = "roi_heads.classification.class_weights"
+_MASK_HEAD = "roi_heads.mask."
 _DETECTOR = ("rpn.", "roi_heads.", "pyramid.")
 
 
@@ -150,6 +151,10 @@ def fitted(
         f"{name}: {'starts afresh' if name in own else 'left out'} ({why})"
         for name, why in afresh.items()
     ]
+    if source.whole:
+        names, note = _other_mask_head(weights, own)
+        afresh |= dict.fromkeys(names, note)
+        notes += [note] if note else []
     if source.whole and not afresh and class_names and not source.class_names:
         notes.append(
             f"{len(class_names)} classes, as many as in the file, which does not name them: their layers are "
@@ -163,6 +168,23 @@ def fitted(
         path,
     )
     return weights, [*notes, *lines]
+
+
+def has_mask_head(source: Source) -> bool:
+    """Whether the file of a detector has a mask head."""
+    return any(name.startswith(_MASK_HEAD) for name in source.weights)
+
+
+def _other_mask_head(weights: dict[str, Tensor], own: dict[str, Tensor]) -> tuple[set[str], str]:
+    """The names of a mask head that only the file or only the detector has, and a line on it."""
+    there, here = (
+        {name for name in names if name.startswith(_MASK_HEAD)} for names in (weights, own)
+    )
+    if there and not here:
+        return there, f"{_MASK_HEAD}*: left out (this detector has no mask head)"
+    if here and not there:
+        return here, f"{_MASK_HEAD}*: starts afresh (the file has no mask head)"
+    return set(), ""
 
 
 def _other_classes(

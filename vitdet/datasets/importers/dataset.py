@@ -7,17 +7,17 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 SUFFIXES = frozenset({".bmp", ".jpeg", ".jpg", ".mpo", ".png", ".tif", ".tiff", ".webp"})
 EMPTY = "objects without size left out"
-BOX_ONLY = "objects have a box only, which is their mask as well"
+BOX_ONLY = "objects have a box only and no mask (--boxes-as-masks makes one of each box)"
 
 
 @dataclass(frozen=True)
 class Thing:
-    """An object: its class, left, top, width, height, COCO's polygons or RLE, area in pixels.
+    """An object: its class, left, top, width, height, COCO's polygons or RLE ([]: it has a box only), area in pixels.
 
     crowd: evaluation counts it neither way, and training leaves it out.
     """
@@ -62,7 +62,8 @@ def box_thing(
 ) -> Thing | None:
     """An object known by its box x0, y0, x1, y1 only, cut at the border of the picture (height, width); None: empty."""
     x0, y0, x1, y1 = corners
-    return polygon_thing(label, [x0, y0, x1, y0, x1, y1, x0, y1], size, crowd)
+    found = polygon_thing(label, [x0, y0, x1, y0, x1, y1, x0, y1], size, crowd)
+    return None if found is None else replace(found, segmentation=[])
 
 
 def polygon_thing(

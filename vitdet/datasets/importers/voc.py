@@ -21,9 +21,9 @@ import numpy as np
 import torch
 from PIL import Image
 
-from vitdet.data.annotations import show
 from vitdet.data.images import image_size
 from vitdet.data.masks import encode
+from vitdet.data.segmentation import show
 from vitdet.datasets.importers.dataset import (
     BOX_ONLY,
     EMPTY,

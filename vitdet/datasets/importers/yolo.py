@@ -18,8 +18,9 @@ from pathlib import Path
 
 import yaml
 
-from vitdet.data.annotations import is_text, show
+from vitdet.data.annotations import is_text
 from vitdet.data.images import image_size
+from vitdet.data.segmentation import show
 from vitdet.datasets.importers.dataset import (
     BOX_ONLY,
     EMPTY,

@@ -69,6 +69,8 @@ def _thing(record: Record, index: int, class_names: Sequence[str]) -> str:
 def _outlines(record: Record, index: int) -> list[np.ndarray]:
     """The polygons (V, 2) of an object in pixels of its image."""
     segmentation = record.segmentations[index]
+    if segmentation is None:
+        return []
     if isinstance(segmentation, list):
         return [np.asarray(part, np.float64).reshape(-1, 2) for part in segmentation]
     return trace([decode(segmentation, record.height, record.width)], TOLERANCE)[0]

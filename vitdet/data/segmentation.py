@@ -1,0 +1,152 @@
+"""The segmentation of an annotation: what of it is usable, what is wrong with it, and the box around it.
+
+COCO's forms are polygons (a list of flat x, y lists) and run lengths (RLE). As in Detectron2 and mmdet, a part of fewer
+than 3 points is left out; an object without any other part has no outline.
+"""
+
+from __future__ import annotations
+
+import math
+import reprlib
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from pycocotools import mask as rle
+
+Box = tuple[float, float, float, float]  # x0, y0, x1, y1 in pixels
+show = reprlib.repr  # a value in a few characters of one line, whatever it is
+
+
+class Outline(NamedTuple):
+    """shape: usable polygons or an RLE, None without an outline; left_out: parts of fewer than 3 points; box: around
+    the outline, None if it is empty or has an error; problem: (kind, text) of an error, None if there is none.
+    """
+
+    shape: list | dict | None
+    left_out: int = 0
+    box: Box | None = None
+    problem: tuple[str, str] | None = None
+
+
+def read_outline(segmentation: object, size: tuple[int, int] | None) -> Outline:
+    """Examine a segmentation of an image of (height, width) `size`, None if that is unknown."""
+    if segmentation is None:
+        return Outline(None)
+    if isinstance(segmentation, dict):
+        return _read_rle(segmentation, size)
+    if not isinstance(segmentation, list):
+        problem = "segmentation that is neither polygons nor RLE", show(segmentation)
+        return Outline(None, problem=problem)
+    low_x = low_y = math.inf
+    high_x = high_y = -math.inf
+    left_out = 0
+    for part in segmentation:
+        if type(part) is not list:
+            problem = "polygon that is not a list x, y, x, y, ...", show(part)
+            return Outline(None, problem=problem)
+        if len(part) < 6 or len(part) % 2:
+            left_out += 1
+            continue
+        try:
+            finite = math.isfinite(sum(part))
+            x, y = part[0::2], part[1::2]
+            low_x, high_x = min(low_x, min(x)), max(high_x, max(x))
+            low_y, high_y = min(low_y, min(y)), max(high_y, max(y))
+        except (TypeError, OverflowError):  # text, lists, nothing, or beyond any float
+            finite = False
+        if not finite:
+            problem = "polygon with coordinates that are not finite numbers", show(part)
+            return Outline(None, problem=problem)
+    if left_out == len(segmentation):
+        return Outline(None, left_out)
+    box = low_x, low_y, high_x, high_y
+    if size is not None and reaches_far(box, size):  # pycocotools draws all of it
+        problem = "polygon far outside its image", f"{show(box)} on {size[1]} x {size[0]} pixels"
+        return Outline(None, problem=problem)
+    shape = segmentation
+    if left_out:
+        shape = [part for part in segmentation if len(part) >= 6 and len(part) % 2 == 0]
+    return Outline(shape, left_out, box)
+
+
+def reaches_far(coordinates: Sequence[float], size: tuple[int, int]) -> bool:
+    """Whether a number lies farther outside an image of (height, width) `size` than its longer side."""
+    side = max(size)
+    return min(coordinates) < -side or max(coordinates) > 2 * side
+
+
+def intersection_over_union(one: Box, other: Box) -> float:
+    """The IoU of two boxes; 0 if both are empty."""
+    width = min(one[2], other[2]) - max(one[0], other[0])
+    height = min(one[3], other[3]) - max(one[1], other[1])
+    shared = max(width, 0) * max(height, 0)
+    areas = [(box[2] - box[0]) * (box[3] - box[1]) for box in (one, other)]
+    return shared / (sum(areas) - shared) if shared else 0.0
+
+
+def compressed(shape: list | dict, height: int, width: int) -> dict:
+    """A usable outline as pycocotools' RLE with counts in bytes, as pycocotools draws it."""
+    if isinstance(shape, list):
+        return rle.merge(rle.frPyObjects(shape, height, width))
+    if isinstance(shape["counts"], list):
+        return rle.frPyObjects(shape, height, width)
+    counts = shape["counts"]
+    return {"size": shape["size"], "counts": counts.encode() if isinstance(counts, str) else counts}
+
+
+def whole_number(value: object) -> int | None:
+    """The value as a whole number, also if it is written as 96.0 or "96"; None for anything else, such as true."""
+    if type(value) is int:
+        return value
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    if isinstance(value, str) and value.isascii() and value.removeprefix("-").isdecimal():
+        return int(value) if len(value) < 20 else None
+    return None
+
+
+def _read_rle(code: dict, size: tuple[int, int] | None) -> Outline:
+    shape, counts = code.get("size"), code.get("counts")
+    sides = [whole_number(side) for side in shape] if isinstance(shape, list) else []
+    if len(sides) != 2 or any(side is None or side <= 0 for side in sides):
+        return Outline(None, problem=("RLE without size [height, width]", show(shape)))
+    height, width = (int(side or 0) for side in sides)
+    if size is not None and (height, width) != size:
+        text = f"{shape}, the image {list(size)} (height, width)"
+        return Outline(None, problem=("RLE of another size than its image", text))
+    runs = run_lengths(counts)
+    if runs is None:
+        return Outline(None, problem=("RLE whose counts are not run lengths", show(counts)))
+    if sum(runs) != height * width:
+        text = f"{sum(runs)} of {height * width} pixels"
+        return Outline(None, problem=("RLE whose counts do not fill its size", text))
+    whole = {"size": [height, width], "counts": runs if isinstance(counts, list) else counts}
+    if size is None:  # the sides may be of any length
+        return Outline(whole)
+    x, y, wide, high = rle.toBbox(compressed(whole, height, width)).tolist()
+    return Outline(whole, box=(x, y, x + wide, y + high) if wide and high else None)
+
+
+def run_lengths(counts: object) -> list[int] | None:
+    """Run lengths as they are, or out of COCO's compressed text: 5 bits a character, differences to two runs before."""
+    if isinstance(counts, list):
+        whole: list[Any] = [whole_number(run) if type(run) is float else run for run in counts]
+        return whole if {int}.issuperset(map(type, whole)) and min(whole, default=0) >= 0 else None
+    if not isinstance(counts, str) or not counts.isascii():
+        return None
+    codes = np.frombuffer(counts.encode(), np.uint8).astype(np.int64) - 48
+    last = (codes & 32) == 0
+    if not len(codes) or codes.min() < 0 or codes.max() > 63 or not last[-1]:
+        return None
+    ends = np.flatnonzero(last)
+    starts = np.append(0, ends[:-1] + 1)
+    lengths = ends - starts + 1
+    if lengths.max() > 7:  # more than 35 bits are no run
+        return None
+    place = np.arange(len(codes)) - np.repeat(starts, lengths)
+    runs = np.add.reduceat((codes & 31) << (5 * place), starts)
+    runs -= np.where(codes[ends] & 16, np.int64(1) << (5 * lengths), 0)
+    runs[1::2] = np.cumsum(runs[1::2])
+    runs[2::2] = np.cumsum(runs[2::2])
+    return runs.tolist() if runs.min() >= 0 else None
