@@ -315,7 +315,7 @@ class Follower:
             self.restarts.observe(pod, self.kind.container, now)
         elastic = self.job["spec"].get("elasticPolicy") or {}
         needed = elastic.get("minReplicas", expected_pods(self.job))
-        self.restarts.complete_look(pods, needed, now)
+        self.restarts.complete_poll(pods, needed, now)
         if self.restarts.disruptions:
             self.report("disruptions", f"{self.restarts.disruptions} disruptions, not counted")
         self.check_memory()
