@@ -237,7 +237,10 @@ def test_a_job_ends_after_the_errors_that_its_file_allows() -> None:
     assert error.startswith("PyTorchJob vitdet-tiny-1 has failed 3 times\ncause: pod m on node n1")
     assert error.endswith("ValueError: bad image; it is suspended")
     assert record.asked == ["create", "halt"] and record.annotations["vitdet/errors"] == "3"
-    assert "launcher: errors: 1; the job ends after 3" in lines
+    assert [line for line in lines if "errors" in line] == [
+        "launcher: errors: 1 of at most 2",
+        "launcher: errors: 2 of at most 2; the next one ends the job",
+    ]
 
 
 def test_errors_between_two_looks_count_too() -> None:
@@ -272,17 +275,19 @@ def test_the_last_error_waits_for_the_node_of_a_pod_that_has_not_failed() -> Non
     back = (RUNNING, [crashed("m", 1), named("w", "new")])
     record = Record((RUNNING, HEALTHY), deciding, deciding, gone, back, SUCCEEDED)
     assert follow(record, limited("0"))[1] == ""
-    # without a lost node the second error of the same pod ends the job
+    # without a lost node the second error of the same pod ends the job because of the first one
     twice = (RUNNING, [crashed("m", 2), pod("w")])
     record = Record((RUNNING, HEALTHY), deciding, deciding, twice)
-    assert "has failed 2 times" in follow(record, limited("0"))[1]
+    lines, error = follow(record, limited("0"))
+    assert "has failed 1 time\n" in error and record.annotations["vitdet/errors"] == "1"
+    assert not any("at most" in line for line in lines)
 
 
 def test_errors_of_an_elastic_job_count_while_it_waits_for_more_nodes() -> None:
     job = limited("2")
     job["spec"]["elasticPolicy"] = {"minReplicas": 1}
     looks = [(RUNNING, [crashed("m", times), unschedulable("w")]) for times in range(7)]
-    assert "has failed 4 times" in follow(Record(*looks), job)[1]
+    assert "has failed 3 times" in follow(Record(*looks), job)[1]
 
 
 def test_a_pod_on_a_dead_node_keeps_the_others_failures_from_counting() -> None:

@@ -319,16 +319,19 @@ class Follower:
         if self.restarts.disruptions:
             self.report("disruptions", f"{self.restarts.disruptions} disruptions, not counted")
         self.check_memory()
-        limit = (self.job["metadata"].get("annotations") or {}).get(RESTARTS)
-        errors = self.restarts.decided_errors(now)
-        if limit is None:
+        allowed = (self.job["metadata"].get("annotations") or {}).get(RESTARTS)
+        if allowed is None:
             return
+        limit, errors = int(allowed), self.restarts.decided_errors(now)
         if errors != self.errors:
             self.errors = errors
             self.client.annotate({ERRORS: str(errors)})
-            self.report("errors", f"errors: {errors}; the job ends after {int(limit) + 1}")
-        if errors > int(limit):
-            self.give_up(f"{self.name} has failed {self.restarts.errors} times", pods, None)
+            if errors <= limit:
+                last = "; the next one ends the job" if errors == limit else ""
+                self.report("errors", f"errors: {errors} of at most {limit}{last}")
+        if errors > limit:
+            times = "1 time" if errors == 1 else f"{errors} times"
+            self.give_up(f"{self.name} has failed {times}", pods, None)
 
     def check_memory(self) -> None:
         """End the job if a pod ran out of memory: a restart would not help."""
