@@ -49,7 +49,7 @@ def test_one_error_that_ends_all_pods_counts_once() -> None:
     assert (found.errors, found.disruptions) == (1, 0)
 
 
-def test_an_error_counts_again_after_each_restart_also_between_two_looks() -> None:
+def test_an_error_counts_again_after_each_restart_also_between_two_polls() -> None:
     looks = [[crashed("m", times), crashed("w", times)] for times in (1, 2, 5)]
     assert counted(HEALTHY, *looks).errors == 5
 
@@ -243,7 +243,7 @@ def test_a_job_ends_after_the_errors_that_its_file_allows() -> None:
     ]
 
 
-def test_errors_between_two_looks_count_too() -> None:
+def test_errors_between_two_polls_count_too() -> None:
     record = Record((RUNNING, HEALTHY), (RUNNING, [crashed("m", 3), crashed("w", 3)]))
     record.flicker = [crashed(name, times) for times in (1, 2, 3) for name in ("m", "w")]
     assert "has failed 3 times" in follow(record, limited())[1]
