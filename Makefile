@@ -18,17 +18,21 @@ BIN := .venv/bin
 READY := .venv/.ready
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: demo checkout test test-slow ui lint lock setup clean
+.PHONY: demo check-git test test-slow ui lint lock setup clean
 
-demo: checkout $(READY)
+demo: check-git $(READY)
 	dvc repro
 	dvc exp save --quiet --force --name demo
 	@python -c "$$SUMMARY" $(WORK)
 
-# DVC records the demo's experiment in Git; looked at before minutes of installation.
-checkout:
-	@git rev-parse --verify --quiet HEAD >/dev/null 2>&1 || { echo "make demo needs a Git repository with a commit (DVC): use git clone, \
-	or here: git init && git add --all && git commit --message start" >&2; exit 1; }
+# DVC records the demo's experiment in Git; checked before minutes of installation, also by `make --jobs=2 demo`.
+check-git:
+	@git rev-parse --verify HEAD >/dev/null || { echo "make demo needs a Git repository with a commit (DVC), see Git's message above: \
+	use git clone, or here: git init && git add --all && git commit --message start" >&2; exit 1; }
+
+ifneq ($(filter demo,$(or $(MAKECMDGOALS),demo)),)
+$(READY): | check-git
+endif
 
 # The tests of a file run in one process, so that its fixtures are created once.
 PYTEST := OMP_NUM_THREADS=1 python -m pytest -n $(JOBS) --dist loadscope --no-loadscope-reorder

@@ -11,6 +11,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import timedelta
@@ -290,33 +291,131 @@ def test_two_processes_evaluate_as_one(trained: Path, tmp_path: Path) -> None:
     assert json.loads((tmp_path / "metrics.json").read_text()) == pytest.approx(expected)
 
 
-def agree(store: dist.Store, *numbers: int, count: int = 3) -> dict[int, tuple[str, list[int]]]:
-    """What the ranks `numbers` of `count` agree on, each in a thread."""
-    with ThreadPoolExecutor(len(numbers)) as pool:
-        return dict(
-            zip(
-                numbers,
-                pool.map(lambda one: distributed._agree(store, one, count), numbers),
-                strict=True,
-            )
-        )
+class Clock:
+    """Stands in for the module `time` of several threads: time passes only while all of them sleep.
+
+    So each of them takes its turn in each interval, however slow the machine is.
+    """
+
+    def __init__(self, threads: int) -> None:
+        self.now, self.awake = 0.0, threads
+        self.wakes: list[float] = []
+        self.condition = threading.Condition()
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        with self.condition:
+            until = self.now + seconds
+            self.wakes.append(until)
+            self.leave()
+            self.condition.wait_for(lambda: self.now >= until)
+
+    def leave(self) -> None:
+        """The calling thread sleeps or ends; let the next ones wake up if it was the last one."""
+        with self.condition:
+            self.awake -= 1
+            if not self.awake and self.wakes:
+                self.now = min(self.wakes)
+                self.awake = self.wakes.count(self.now)
+                self.wakes = [until for until in self.wakes if until > self.now]
+                self.condition.notify_all()
 
 
-def test_starts_with_one_store_agree_on_one_id_each(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever earlier starts left in the store, complete or not."""
-    monkeypatch.setattr(distributed, "JOINING", timedelta(seconds=1))
+class CountingStore(dist.HashStore):
+    """Counts the calls of `check`, and the empty launch IDs in them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.checks = self.empty = 0
+
+    def check(self, keys: list[str]) -> bool:
+        self.checks += 1
+        self.empty += any(key.startswith("/") for key in keys)
+        return super().check(keys)
+
+
+def synchronize(
+    store: dist.Store,
+    *numbers: int,
+    count: int = 3,
+    starts: dict[int, float] | None = None,
+) -> dict[int, tuple[str, list[int]]]:
+    """What the ranks `numbers` of `count` return, each in a thread; starts: seconds before a rank starts."""
+    clock = Clock(len(numbers))
+
+    def run(number: int) -> tuple[str, list[int]]:
+        try:
+            if starts and number in starts:
+                clock.sleep(starts[number])
+            return distributed._synchronize_launch(store, number, count)
+        finally:
+            clock.leave()
+
+    with pytest.MonkeyPatch.context() as patch, ThreadPoolExecutor(len(numbers)) as pool:
+        patch.setattr(distributed, "time", clock)
+        return dict(zip(numbers, pool.map(run, numbers), strict=True))
+
+
+def test_launches_with_one_store_have_one_id_each() -> None:
+    """Whatever earlier launches left in the store, complete or not."""
     store, ids = dist.HashStore(), set()
     for _ in range(3):
-        agreed = agree(store, 2, 1, 0)
-        ((start, missing),) = {(start, tuple(missing)) for start, missing in agreed.values()}
-        ids.add(start)
+        joined = synchronize(store, 2, 1, 0, starts={1: 7.0, 0: 30.0})
+        ((launch_id, missing),) = {(one, tuple(missing)) for one, missing in joined.values()}
+        ids.add(launch_id)
         assert missing == ()
-        assert agree(store, 1, 2) == {1: (start, [0]), 2: (start, [0])}  # not that start again
-        assert {one[1] == [2] for one in agree(store, 0, 1).values()} == {True}
-        assert agree(store, 0)[0][1] == [1, 2]
+        # the ranks of this launch do not join it again
+        assert synchronize(store, 1, 2) == {1: (launch_id, [0]), 2: (launch_id, [0])}
+        assert synchronize(store, 0)[0][1] == [1, 2]
     assert len(ids) == 3
-    assert agree(dist.HashStore(), 1, 2) == {1: ("", [0]), 2: ("", [0])}
-    assert agree(dist.HashStore(), 0, count=1)[0][1] == []
+    assert synchronize(dist.HashStore(), 0, count=1)[0][1] == []
+
+
+@pytest.mark.parametrize("late", [0, 1])
+def test_ranks_that_did_not_join_are_named(late: int) -> None:
+    """By each rank that did, whether or not an earlier launch left keys in the store."""
+    store = dist.HashStore()
+    assert synchronize(store, 1, 2) == {1: ("", [0]), 2: ("", [0])}
+    for _ in range(2):
+        joined = synchronize(store, 0, 1, starts={late: 9.0})
+        assert [missing for _, missing in joined.values()] == [[2], [2]]
+        (launch_id, missing), (launch_id, others) = synchronize(store, 1, 2).values()
+        assert missing == others == [0]
+        assert synchronize(store, 0)[0][1] == [1, 2]  # leaves an incomplete launch
+        assert synchronize(store, 1)[1][1] == [0, 2]
+
+
+def test_a_rank_that_is_restarted_after_it_joined_waits_for_the_next_launch(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    store = dist.HashStore()
+    (launch_id,) = {one for one, _ in synchronize(store, 0, 1, 2).values()}
+    assert synchronize(store, 1) == {1: (launch_id, [0])}
+    joined = synchronize(store, 1, 2, 0, starts={2: 60.0, 0: 200.0})
+    ((other, missing),) = {(one, tuple(missing)) for one, missing in joined.values()}
+    assert other != launch_id and missing == ()
+    monkeypatch.setattr(dist, "rendezvous", lambda *_, **__: iter([(store, 1, 3)]))
+    monkeypatch.setattr(distributed, "JOINING", timedelta(seconds=0))
+    with pytest.raises(TimeoutError, match="rank 0 of 3 did not join within 0 seconds") as error:
+        distributed._join()
+    assert str(error.value).endswith("; rank 0 joined an earlier launch and did not start again")
+
+
+def test_the_requests_of_a_launch_do_not_grow_with_its_ranks() -> None:
+    """For each rank and poll; before rank 0 has published the launch, there is nothing else to ask for."""
+    polls = distributed.JOINING.total_seconds() / distributed.POLL
+    stores = {count: CountingStore() for count in (2, 64)}
+    for count, store in stores.items():
+        assert synchronize(store, 0, count=count)[0][1] == list(range(1, count))
+        assert store.checks - (count - 1) < polls + 3  # those that name the missing ones at the end
+        store.checks = 0
+        launch_id, missing = synchronize(store, 1, count=count)[1]
+        assert missing == [0, *range(2, count)]
+        assert store.checks - (count - 1) < 2 * polls + 5
+    store = CountingStore()
+    assert synchronize(store, 1) == {1: ("", [0])} and not store.empty
 
 
 def test_one_process_is_the_first_of_one() -> None:

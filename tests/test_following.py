@@ -20,7 +20,6 @@ from components.launcher import follower, logs
 from components.launcher import launch as launcher
 from components.launcher.client import JobClient, Timeouts
 from components.launcher.follower import Follower
-from components.launcher.logs import PodLog
 from components.launcher.templates import KINDS
 from tests.test_launcher import LABELS, OWNER, TEMPLATES, conditions, ended, filled, pod
 
@@ -340,43 +339,6 @@ def test_a_stopped_step_deletes_its_job_only_if_its_run_ends(
         else f"launcher: this step is being stopped, but its run continues: {name} is left running, and "
         "the next attempt of the step follows it"
     )
-
-
-def test_each_line_of_a_log_is_told_once_through_restarts() -> None:
-    record = Record((RUNNING, []))
-    log, alive = PodLog(record, "pytorch"), pod(container={"state": {"running": {}}})
-    # Go leaves zeros at the end out
-    stamps = [
-        "2026-01-01T00:00:00.999999999Z a",
-        "2026-01-01T00:00:01Z b",
-        "2026-01-01T00:00:01.1Z c",
-        "2026-01-01T00:00:01.12Z d",
-    ]
-    record.logs["w-0"] = stamps[:3]
-    assert texts(log.new_lines(alive)) == ["a", "b", "c"] and log.new_lines(alive) == []
-    record.logs = {"w-0": ["2026-01-01T00:00:02Z again"], "w-0 previous": stamps}
-    again = pod(container={"state": {"running": {}}, "restartCount": 1})
-    assert texts(log.new_lines(again)) == ["d", "again"] and log.new_lines(again) == []
-
-
-def test_the_end_of_a_previous_log_is_read_again_until_it_is_there() -> None:
-    record = Record((RUNNING, []))
-    log, alive = PodLog(record, "pytorch"), pod(container={"state": {"running": {}}})
-    again = pod(container={"state": {"running": {}}, "restartCount": 1})
-    record.logs["w-0"] = ["2026-01-01T00:00:01Z a"]
-    assert texts(log.new_lines(alive)) == ["a"]
-    record.logs["w-0"] = ["2026-01-01T00:00:03Z c"]  # the request for the previous log fails
-    assert log.new_lines(again) == []
-    record.logs["w-0 previous"] = ["2026-01-01T00:00:02Z b"]
-    assert texts(log.new_lines(again)) == ["b", "c"]
-    # one that stays away holds the new container's lines up for some looks only
-    third = pod(container={"state": {"running": {}}, "restartCount": 2})
-    record.logs = {"w-0": ["2026-01-01T00:00:04Z d"]}
-    assert [texts(log.new_lines(third)) for _ in range(logs.MAX_READS)] == [[], [], ["d"]]
-
-
-def texts(lines: list[logs.Line]) -> list[str]:
-    return [line.text for line in lines]
 
 
 def answers(*given: object) -> Callable:

@@ -74,12 +74,42 @@ def test_training_from_python(
     )
 
 
-def test_the_demo_without_git_says_so_before_it_installs_anything(tmp_path: Path) -> None:
-    """As from a ZIP of the repository, or in an image without .git."""
-    shutil.copy(ROOT / "Makefile", tmp_path)
-    outer = {**os.environ, "GIT_CEILING_DIRECTORIES": str(tmp_path.parent)}
+# Without the variables of an outer make, and of Git, as in a hook
+ENVIRONMENT = {
+    key: value
+    for key, value in os.environ.items()
+    if not key.startswith("GIT_") and key not in ("MAKEFLAGS", "MAKEFILES", "MAKELEVEL", "MFLAGS")
+}
+
+
+@pytest.mark.parametrize("repository", [False, True])
+@pytest.mark.parametrize("jobs", ["-j1", "-j2"])
+def test_the_demo_without_git_says_so_before_it_installs_anything(
+    tmp_path: Path, jobs: str, repository: bool
+) -> None:
+    """As from a ZIP of the repository, or in an image without .git; repository: one without a commit."""
+    environment = {
+        **ENVIRONMENT,
+        "GIT_CEILING_DIRECTORIES": str(tmp_path.parent),
+        "LC_ALL": "C",
+    }
+    names = ["Makefile", "pyproject.toml", "requirements.lock"]
+    for name in names:
+        shutil.copy(ROOT / name, tmp_path)
+    python = tmp_path / "python"
+    python.write_text('#!/bin/sh\ntouch "$(dirname "$0")/installed"\nexit 1\n')
+    python.chmod(0o755)
+    if repository:
+        subprocess.run(["git", "init", "--quiet"], cwd=tmp_path, env=environment, check=True)
     done = subprocess.run(
-        ["make", "demo"], cwd=tmp_path, env=outer, capture_output=True, text=True, check=False
+        ["make", jobs, "demo", f"PYTHON={python}"],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=60,
     )
     assert done.returncode and "make demo needs a Git repository with a commit" in done.stderr
-    assert [one.name for one in tmp_path.iterdir()] == ["Makefile"]
+    assert "fatal: " in done.stderr  # Git's own message
+    expected = {*names, "python", *([".git"] if repository else [])}
+    assert {one.name for one in tmp_path.iterdir()} == expected

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import http.server
 import json
+import os
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -12,6 +15,7 @@ from pathlib import Path
 import pytest
 from urllib3.util import Retry
 
+from tests.conftest import ROOT
 from vitdet.tracking import mlflow as tracking
 from vitdet.tracking import requests
 from vitdet.tracking.comparison import start_parent_run
@@ -19,6 +23,18 @@ from vitdet.tracking.comparison import start_parent_run
 RUN = {"run": {"info": {"run_id": "1" * 32, "status": "RUNNING"}, "data": {}}}
 EXPERIMENT = {"experiment_id": "7", "name": "e", "lifecycle_stage": "active"}
 MISSING = (404, {"error_code": "RESOURCE_DOES_NOT_EXIST", "message": "no such thing"}, {})
+
+
+@pytest.fixture(autouse=True)
+def unset(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """None of MLflow's settings are set, as by the developer or an earlier test; afterwards they are as before."""
+    names = (*tracking.CLIENT, requests.FACTOR, requests.DEFAULTS)
+    before = {name: os.environ.pop(name) for name in names if name in os.environ}
+    monkeypatch.setattr(requests, "USER_SETTINGS", {})
+    yield
+    for name in names:
+        os.environ.pop(name, None)
+    os.environ.update(before)
 
 
 class Server(http.server.ThreadingHTTPServer):
@@ -201,9 +217,9 @@ def test_the_settings_of_a_training_and_of_the_loggers_come_back(
     monkeypatch.setenv(requests.RETRIES, "0")
     monkeypatch.delenv(requests.FACTOR, raising=False)
     with requests.repeating(server.uri):
-        assert requests.os.environ[requests.RETRIES] == "6"
-    assert requests.os.environ[requests.RETRIES] == "0"
-    assert requests.FACTOR not in requests.os.environ
+        assert os.environ[requests.RETRIES] == "6"
+    assert os.environ[requests.RETRIES] == "0"
+    assert requests.FACTOR not in os.environ
     assert not requests.logging.getLogger("urllib3.util.retry").handlers
 
 
@@ -231,16 +247,67 @@ def test_blocks_of_two_threads_leave_the_settings_as_they_were(
         thread.start()
     for thread in threads:
         thread.join()
-    assert requests.os.environ[requests.RETRIES] == "0"
+    assert os.environ[requests.RETRIES] == "0"
     assert not requests.logging.getLogger("urllib3.util.retry").handlers
 
 
-def test_a_client_that_is_used_again_has_the_same_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_client_that_is_used_again_has_the_same_settings() -> None:
     uri = "http://127.0.0.1:9"
-    monkeypatch.delenv(requests.RETRIES, raising=False)
     first = tracking._client(uri)
-    monkeypatch.delenv(requests.RETRIES)
-    assert tracking._client(uri) is first and requests.os.environ[requests.RETRIES] == "0"
+    del os.environ[requests.RETRIES]
+    assert tracking._client(uri) is first and os.environ[requests.RETRIES] == "0"
+
+
+PARENT = """
+import json, os, subprocess, sys
+from vitdet.tracking import mlflow, requests
+if len(sys.argv) > 1:
+    print(json.dumps(requests.USER_SETTINGS))
+else:
+    mlflow.set_defaults(mlflow.CLIENT)
+    mlflow.set_defaults(mlflow.CLIENT)
+    for changes in ({}, {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "3"}):
+        subprocess.run([sys.executable, "-c", sys.orig_argv[2], "child"], env={**os.environ, **changes})
+"""
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {requests.RETRIES: "0"},
+        {requests.RETRIES: "5"},
+        {requests.FACTOR: "0"},
+        {requests.RETRIES: "0", requests.FACTOR: "3"},
+    ],
+)
+def test_settings_of_the_user_are_told_from_those_of_a_parent_process(
+    settings: dict[str, str],
+) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", PARENT],
+        env={**os.environ, "PYTHONPATH": str(ROOT), **settings},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    found = [json.loads(line) for line in done.stdout.splitlines()]
+    assert found == [settings, {**settings, requests.RETRIES: "3"}]
+
+
+@pytest.mark.parametrize("retries", ["0", "2"])
+def test_the_number_of_retries_that_the_user_has_set_is_used(
+    tmp_path: Path,
+    server: Server,
+    slept: list[float],
+    monkeypatch: pytest.MonkeyPatch,
+    retries: str,
+) -> None:
+    monkeypatch.setattr(requests, "USER_SETTINGS", {requests.RETRIES: retries})
+    server.plan["experiments/search"] = [(503, {}, {})] * 100
+    with pytest.raises(ConnectionError, match="no answer from MLflow"):
+        parent(server, tmp_path)
+    assert len(server.asked) == 1 + int(retries)
 
 
 def test_urllib3_tells_of_its_retries_as_is_expected_here() -> None:

@@ -36,7 +36,7 @@ def counted(*looks: list[dict], step: float = 5.0) -> Restarts:
     for number, pods in enumerate(looks):
         for one in pods:
             restarts.observe(one, "pytorch", number * step)
-        restarts.complete_look(pods, 2, number * step)
+        restarts.complete_poll(pods, 2, number * step)
     return restarts
 
 
@@ -49,7 +49,7 @@ def test_one_error_that_ends_all_pods_counts_once() -> None:
     assert (found.errors, found.disruptions) == (1, 0)
 
 
-def test_an_error_counts_again_after_each_restart_also_between_two_looks() -> None:
+def test_an_error_counts_again_after_each_restart_also_between_two_polls() -> None:
     looks = [[crashed("m", times), crashed("w", times)] for times in (1, 2, 5)]
     assert counted(HEALTHY, *looks).errors == 5
 
@@ -91,18 +91,74 @@ def test_pods_that_wait_for_a_lost_one_and_fail_again_and_again_are_no_errors() 
     assert found.errors == 0  # w is gone again
 
 
-def test_pods_that_wait_for_one_in_back_off_and_fail_too_are_not_a_second_error() -> None:
-    waiting = crashed("m", 1)
-    waiting["status"]["containerStatuses"][0]["state"] = {"waiting": {"reason": "CrashLoopBackOff"}}
+def backing_off(name: str, times: int) -> dict:
+    """A pod whose container has failed so many times, and waits for its restart."""
+    found = crashed(name, times - 1)
+    found["status"]["containerStatuses"][0]["state"] = {"waiting": {"reason": "CrashLoopBackOff"}}
+    return found
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+def test_pods_that_wait_for_one_in_back_off_and_fail_too_are_not_a_second_error(
+    reverse: bool,
+) -> None:
+    """In whichever order a poll lists the two."""
+
+    def count(*looks: list[dict]) -> Restarts:
+        return counted(HEALTHY, *(look[::-1] if reverse else look for look in looks))
+
+    waiting = backing_off("m", 1)
     first = [waiting, crashed("w", 1)]
-    found = counted(HEALTHY, first, [waiting, crashed("w", 2)], [crashed("m", 1), crashed("w", 2)])
+    peers = [[waiting, backing_off("w", 2)], [waiting, crashed("w", 2)], [waiting, crashed("w", 3)]]
+    found = count(first, *peers, [crashed("m", 1), crashed("w", 3)])
     assert (found.errors, found.disruptions) == (1, 0)
-    # an error of its own, after the other one's restart
-    found = counted(HEALTHY, first, [crashed("m", 1), crashed("w", 1)], [pod("m"), crashed("w", 2)])
+    # w fails again after m was restarted: another error
+    found = count(first, [crashed("m", 1), crashed("w", 1)], [pod("m"), crashed("w", 2)])
     assert found.errors == 2
-    # of a pod that goes on failing, one error in each WINDOW counts
-    loop = [[waiting, crashed("w", times)] for times in range(1, 9)]
-    assert counted(HEALTHY, *loop, step=350).errors == 4
+    # m fails again after its restart, and w waits for that
+    found = count(first, [crashed("m", 1), crashed("w", 1)], [backing_off("m", 2), crashed("w", 2)])
+    assert found.errors == 2
+
+
+# Seconds that the kubelet waits before each restart
+BACK_OFFS = (10, 20, 40, 80, 160, 300, 300, 300, 300)
+
+
+def looping(name: str, start: float, run: float, terminated: float, now: float) -> dict:
+    """A pod of a crash loop: fails after `run` seconds, restarts after the kubelet's back-offs.
+
+    terminated: how long the kubelet reports that state before it reports the back-off.
+    """
+    failed_at = start + run
+    for failures, delay in enumerate(BACK_OFFS, 1):
+        if now < failed_at:
+            return crashed(name, failures - 1) if failures > 1 else pod(name)
+        if now < failed_at + terminated:
+            return pod(name, container={**ended(1), "restartCount": failures - 1})
+        if now < failed_at + delay:
+            return backing_off(name, failures)
+        failed_at += delay + run
+    raise AssertionError("the crash loop lasts longer than it should")
+
+
+@pytest.mark.parametrize("apart", [0.0, 0.7, 1.6])
+@pytest.mark.parametrize("terminated", [0.0, 1.0])
+@pytest.mark.parametrize("run", [2.0, 20.0])
+@pytest.mark.parametrize("pods", [1, 2, 8])
+def test_each_round_of_a_crash_loop_counts(
+    pods: int, run: float, terminated: float, apart: float
+) -> None:
+    """Although the other pods are in back-off whenever one of them fails."""
+    restarts, now = Restarts(), 0.0
+    seventh = 7 * run + sum(BACK_OFFS[:6])
+    while restarts.decided_errors(now) < 7:
+        found = [looping(f"w{n}", n * apart, run, terminated, now) for n in range(pods)]
+        for one in found:
+            restarts.observe(one, "pytorch", now)
+        restarts.complete_poll(found, pods, now)
+        assert restarts.errors < 7 or now >= seventh  # the pods of one round count once
+        now += 5.0
+    assert now < 2 * seventh
 
 
 def test_two_errors_that_are_far_apart_are_two() -> None:
@@ -181,10 +237,13 @@ def test_a_job_ends_after_the_errors_that_its_file_allows() -> None:
     assert error.startswith("PyTorchJob vitdet-tiny-1 has failed 3 times\ncause: pod m on node n1")
     assert error.endswith("ValueError: bad image; it is suspended")
     assert record.asked == ["create", "halt"] and record.annotations["vitdet/errors"] == "3"
-    assert "launcher: errors: 1; the job ends after 3" in lines
+    assert [line for line in lines if "errors" in line] == [
+        "launcher: errors: 1 of at most 2",
+        "launcher: errors: 2 of at most 2; the next one ends the job",
+    ]
 
 
-def test_errors_between_two_looks_count_too() -> None:
+def test_errors_between_two_polls_count_too() -> None:
     record = Record((RUNNING, HEALTHY), (RUNNING, [crashed("m", 3), crashed("w", 3)]))
     record.flicker = [crashed(name, times) for times in (1, 2, 3) for name in ("m", "w")]
     assert "has failed 3 times" in follow(record, limited())[1]
@@ -216,17 +275,19 @@ def test_the_last_error_waits_for_the_node_of_a_pod_that_has_not_failed() -> Non
     back = (RUNNING, [crashed("m", 1), named("w", "new")])
     record = Record((RUNNING, HEALTHY), deciding, deciding, gone, back, SUCCEEDED)
     assert follow(record, limited("0"))[1] == ""
-    # without a lost node the second error of the same pod ends the job
+    # without a lost node the second error of the same pod ends the job because of the first one
     twice = (RUNNING, [crashed("m", 2), pod("w")])
     record = Record((RUNNING, HEALTHY), deciding, deciding, twice)
-    assert "has failed 2 times" in follow(record, limited("0"))[1]
+    lines, error = follow(record, limited("0"))
+    assert "has failed 1 time\n" in error and record.annotations["vitdet/errors"] == "1"
+    assert not any("at most" in line for line in lines)
 
 
 def test_errors_of_an_elastic_job_count_while_it_waits_for_more_nodes() -> None:
     job = limited("2")
     job["spec"]["elasticPolicy"] = {"minReplicas": 1}
     looks = [(RUNNING, [crashed("m", times), unschedulable("w")]) for times in range(7)]
-    assert "has failed 4 times" in follow(Record(*looks), job)[1]
+    assert "has failed 3 times" in follow(Record(*looks), job)[1]
 
 
 def test_a_pod_on_a_dead_node_keeps_the_others_failures_from_counting() -> None:

@@ -1,4 +1,4 @@
-"""Several processes: start, stop, who am I, means and objects over all. One process is the same with nobody else.
+"""Process groups: setup, teardown, rank, and collectives. Without torchrun there is one process, and all functions work without communication.
 
 The environment that torchrun sets decides; this is the only place that reads it, but for
 `vitdet.torchrun`, which does not need torch.
@@ -29,6 +29,7 @@ T = TypeVar("T")
 PATIENCE = timedelta(minutes=30)
 # Limit of joining: all processes have been started, none has read any data yet.
 JOINING = timedelta(minutes=5)
+POLL = 0.1  # seconds between two requests to the store while ranks join
 
 _joined = False  # by `process_group`, and not by a caller of the package
 _collective = ""  # name of the collective that the main thread is in
@@ -88,11 +89,11 @@ def _join() -> tuple[dist.Store, int, int]:
         store, number, count = next(dist.rendezvous("env://", timeout=JOINING))
     except dist.DistError as error:
         raise TimeoutError(
-            f"rank {rank()} of {torchrun.world_size()} could not meet the others at {address} {limit}; "
+            f"rank {rank()} of {torchrun.world_size()} could not connect to the other ranks at {address} {limit}; "
             "is the network between the nodes open, and are all of them up?"
         ) from error
     try:
-        start, missing = _agree(store, number, count)
+        launch_id, missing = _synchronize_launch(store, number, count)
     except dist.DistError as error:
         raise ConnectionError(
             f"rank {number} of {count} lost the store at {address} while the ranks joined; "
@@ -100,39 +101,71 @@ def _join() -> tuple[dist.Store, int, int]:
         ) from error
     if missing:
         missed = ", ".join(map(str, missing))
-        raise TimeoutError(f"rank {missed} of {count} did not join {limit}; see its log")
-    store = dist.PrefixStore(f"start {start}", store)
+        earlier = "; rank 0 joined an earlier launch and did not start again"
+        raise TimeoutError(
+            f"rank {missed} of {count} did not join {limit}; see its log"
+            f"{earlier if launch_id and 0 in missing else ''}"
+        )
+    store = dist.PrefixStore(f"launch {launch_id}", store)
     store.set_timeout(PATIENCE)
     return store, number, count
 
 
-def _agree(store: dist.Store, number: int, count: int) -> tuple[str, list[int]]:
-    """Wait for all ranks of this start; returns its id, and the ranks that have not come within JOINING.
+def _synchronize_launch(store: dist.Store, number: int, count: int) -> tuple[str, list[int]]:
+    """Synchronize all ranks of one launch; return its ID and the ranks that did not join within JOINING.
 
-    The store may hold keys of earlier starts: torchrun serves one store for all of its restarts, and
-    counts restarts per node, so that TORCHELASTIC_RESTART_COUNT differs between nodes. Rank 0 draws an id
-    and announces it; every other rank answers under it with an id of its own, and goes on when rank 0 has
-    confirmed that one.
+    The store may hold keys of earlier launches: torchrun serves one store for all of its restarts, and counts
+    restarts per node, so that TORCHELASTIC_RESTART_COUNT differs between nodes. Rank 0 publishes a random launch
+    ID. Each other rank writes a random ID of its own under that key and proceeds once rank 0 lists it in
+    `<launch>/all`; keys of earlier launches are therefore ignored. While rank 0 waits, it increments
+    `<launch>/polls`: the last launch is an earlier one if this stays the same.
     """
-    own, last = uuid.uuid4().hex, time.monotonic() + JOINING.total_seconds()
-    start = own if number == 0 else ""
+    deadline = time.monotonic() + JOINING.total_seconds()
     if number == 0:
-        store.set("start", own)
+        return _publish_launch(store, count, deadline)
+    return _join_launch(store, number, count, deadline)
+
+
+def _publish_launch(store: dist.Store, count: int, deadline: float) -> tuple[str, list[int]]:
+    """Do the part of rank 0 in `_synchronize_launch`."""
+    launch_id = uuid.uuid4().hex
+    store.set("launch", launch_id)
+    keys = [f"{launch_id}/rank {other}" for other in range(1, count)]
+    while keys and not store.check(keys):  # one request, however many ranks there are
+        if time.monotonic() > deadline and (missing := _missing(store, launch_id, count)):
+            return launch_id, missing
+        store.add(f"{launch_id}/polls", 1)
+        time.sleep(POLL)
+    store.set(f"{launch_id}/all", json.dumps([store.get(key).decode() for key in keys]))
+    return launch_id, []
+
+
+def _join_launch(
+    store: dist.Store, number: int, count: int, deadline: float
+) -> tuple[str, list[int]]:
+    """Do the part of another rank in `_synchronize_launch`."""
+    own, launch_id, polls = uuid.uuid4().hex, "", 0
     while True:
-        if number > 0 and store.check(["start"]):
-            start = store.get("start").decode()
-            store.set(f"{start}/rank {number}", own)
-            if store.check([f"{start}/all"]) and own in json.loads(store.get(f"{start}/all")):
-                return start, []
-        names = {other: f"{start}/rank {other}" for other in range(1, count)}
-        missing = [other for other, name in names.items() if not store.check([name])]
-        if number == 0 and not missing:
-            confirmed = [store.get(name).decode() for name in names.values()]
-            store.set(f"{start}/all", json.dumps(confirmed))
-            return start, []
-        if time.monotonic() > last:
-            return start, missing if start and missing else [0]
-        time.sleep(0.1)
+        published = store.get("launch").decode() if store.check(["launch"]) else ""
+        if published != launch_id:
+            launch_id = published
+            store.set(f"{launch_id}/rank {number}", own)
+            polls = store.add(f"{launch_id}/polls", 0)
+        complete = f"{launch_id}/all"
+        if launch_id and store.check([complete]) and own in json.loads(store.get(complete)):
+            return launch_id, []
+        if time.monotonic() > deadline:
+            break
+        time.sleep(POLL)
+    missing = _missing(store, launch_id, count) if launch_id else []
+    if not launch_id or store.add(f"{launch_id}/polls", 0) == polls:
+        missing = [0, *missing]
+    return launch_id, missing or [0]  # rank 0 waited for a while, and then no longer
+
+
+def _missing(store: dist.Store, launch_id: str, count: int) -> list[int]:
+    """Return the ranks other than 0 that have not joined this launch."""
+    return [one for one in range(1, count) if not store.check([f"{launch_id}/rank {one}"])]
 
 
 def has_joined() -> bool:

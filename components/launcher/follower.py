@@ -79,6 +79,7 @@ class Follower:
         self.name = f"{kind.name} {job['metadata']['name']}"
         self.reported: dict[str, str] = {}
         self.since: dict[str, float] = {}
+        self.pods: list[dict] = []  # as of the last poll
         self.pod_logs: dict[str, PodLog] = {}
         self.ranks = RankLogs()
         self.failures: dict[str, tuple[Cause, list[str]]] = {}
@@ -209,6 +210,7 @@ class Follower:
         # those of a deleted job with this name may live on for a moment
         pods = [one for one in pods if creation_time(one) >= creation_time(job)]
         self.report_phase(phase, message)
+        self.pods = pods
         present = {pod["metadata"]["uid"] for pod in pods}
         self.pod_logs = {uid: log for uid, log in self.pod_logs.items() if uid in present}
         for pod in pods:
@@ -220,7 +222,7 @@ class Follower:
                     "after its eviction, or after the Node object is deleted",
                 )
             else:
-                self.stream_log(pod)
+                self.stream_log(pod, final=phase in ("succeeded", "failed"))
         self.record_failures(pods)
         if phase == "succeeded":
             return True
@@ -267,6 +269,7 @@ class Follower:
 
     def handle_missing(self) -> bool:
         """Return True if the training was complete before the job was deleted; raise otherwise."""
+        self.stream_held_lines()
         if self.finished():
             self.report("phase", f"{self.name} is gone, and its training is complete")
             return True
@@ -295,15 +298,22 @@ class Follower:
                 keep_newest(self.failures, MAX_PODS - 1)
                 self.failures[cause.pod] = cause, [line.partition(" ")[2] for line in lines]
 
-    def stream_log(self, pod: dict) -> None:
-        """Read the new lines of a pod and write those of rank 0."""
+    def stream_log(self, pod: dict, final: bool = False) -> None:
+        """Read the new lines of a pod and write those of rank 0; final: the job has ended."""
         labels = pod["metadata"].get("labels") or {}
         log = self.pod_logs.setdefault(
             pod["metadata"]["uid"], PodLog(self.client, self.kind.container)
         )
         main = self.kind.rank0(self.current).items() <= labels.items()
-        for line in self.ranks.add(pod["metadata"]["name"], log.new_lines(pod), main):
+        for line in self.ranks.add(pod["metadata"]["name"], log.new_lines(pod, final), main):
             self.out(line)
+
+    def stream_held_lines(self) -> None:
+        """Read the lines that are held back, as the job ends."""
+        for pod in self.pods:
+            log = self.pod_logs.get(pod["metadata"]["uid"])
+            if log is not None and log.held_since is not None:
+                self.stream_log(pod, final=True)
 
     def count_failures(self, pods: list[dict]) -> None:
         """End the job for lack of memory, or after more errors than its file allows to restart.
@@ -315,20 +325,23 @@ class Follower:
             self.restarts.observe(pod, self.kind.container, now)
         elastic = self.job["spec"].get("elasticPolicy") or {}
         needed = elastic.get("minReplicas", expected_pods(self.job))
-        self.restarts.complete_look(pods, needed, now)
+        self.restarts.complete_poll(pods, needed, now)
         if self.restarts.disruptions:
             self.report("disruptions", f"{self.restarts.disruptions} disruptions, not counted")
         self.check_memory()
-        limit = (self.job["metadata"].get("annotations") or {}).get(RESTARTS)
-        errors = self.restarts.decided_errors(now)
-        if limit is None:
+        allowed = (self.job["metadata"].get("annotations") or {}).get(RESTARTS)
+        if allowed is None:
             return
+        limit, errors = int(allowed), self.restarts.decided_errors(now)
         if errors != self.errors:
             self.errors = errors
             self.client.annotate({ERRORS: str(errors)})
-            self.report("errors", f"errors: {errors}; the job ends after {int(limit) + 1}")
-        if errors > int(limit):
-            self.give_up(f"{self.name} has failed {self.restarts.errors} times", pods, None)
+            if errors <= limit:
+                last = "; the next one ends the job" if errors == limit else ""
+                self.report("errors", f"errors: {errors} of at most {limit}{last}")
+        if errors > limit:
+            times = "1 time" if errors == 1 else f"{errors} times"
+            self.give_up(f"{self.name} has failed {times}", pods, None)
 
     def check_memory(self) -> None:
         """End the job if a pod ran out of memory: a restart would not help."""
@@ -374,6 +387,7 @@ class Follower:
 
     def give_up(self, text: str, pods: list[dict], cause: Cause | None) -> NoReturn:
         """End the job and keep it, so that a retried step finds the cause. Raises RuntimeError."""
+        self.stream_held_lines()
         explained = self.explain(pods, cause)
         if QUEUE in (self.current["metadata"].get("labels") or {}):
             self.fail(f"{text}{explained}; its deadline is set to now", self.kind.expire)

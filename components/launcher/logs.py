@@ -14,12 +14,14 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from components.launcher.client import JobClient
-from components.launcher.status import restart_count
+from components.launcher.status import container_statuses, restart_count
 
 TAIL = 200  # lines of each rank that are kept
 MAX_PODS = 256  # whose lines are kept; a preempted TrainJob gets pods with new names
 MAX_FIRST_LINES = 1000  # log lines of an existing job
-MAX_READS = 3  # of the log that a restarted container left, while it is empty or cannot be read
+# How long the lines of a restarted container are held back while its previous log cannot be read:
+# they are later than the missing ones
+HOLD_SECONDS = 15.0
 PREFIX = re.compile(r"\[rank(\d+)\]:")
 # The start of an error: an exception, the command line's message, a crash of the interpreter or C++
 ERROR = re.compile(
@@ -44,20 +46,23 @@ class PodLog:
 
     def __init__(self, client: JobClient, container: str) -> None:
         self.client, self.container = client, container
-        self.last_time, self.last_read, self.restarts, self.empty_reads = "", 0.0, 0, 0
+        self.last_time, self.last_read, self.restarts = "", 0.0, 0
+        self.held_since: float | None = None  # since when lines are held back
 
-    def new_lines(self, pod: dict) -> list[Line]:
-        """Return the lines since the last call."""
+    def new_lines(self, pod: dict, final: bool = False) -> list[Line]:
+        """Return the lines since the last call; final: there is no later call."""
         name, restarts = pod["metadata"]["name"], restart_count(pod, self.container)
-        since = round(time.monotonic() - self.last_read) + 2 if self.last_read else None
         start = time.monotonic()
+        since = round(start - self.last_read) + 2 if self.last_read else None
         lines: list[str] = []
         if restarts != self.restarts and self.last_read:
             lines += self.client.log(name, since=since, previous=True)
-            self.empty_reads += 1
-            if not lines and self.empty_reads < MAX_READS:
-                return []  # the new container's lines are later than the missing ones
-        self.empty_reads = 0
+            if not lines and not final and can_be_read_later(pod, self.container):
+                if self.held_since is None:
+                    self.held_since = start
+                if start - self.held_since < HOLD_SECONDS:
+                    return []
+        self.held_since = None
         lines += self.client.log(name, since=since, tail=None if since else MAX_FIRST_LINES)
         self.restarts = restarts
         new = []
@@ -68,6 +73,13 @@ class PodLog:
         if lines:
             self.last_read = start
         return new
+
+
+def can_be_read_later(pod: dict, container: str) -> bool:
+    """Whether this container is running and its pod is not being deleted."""
+    statuses = [one for one in container_statuses(pod) if one.get("name") == container]
+    running = any("running" in (one.get("state") or {}) for one in statuses)
+    return running and "deletionTimestamp" not in pod["metadata"]
 
 
 def comparable_time(text: str) -> str:

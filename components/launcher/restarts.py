@@ -13,9 +13,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 
-from components.launcher.status import Cause, failure_reason, restart_count
+from components.launcher.status import Cause, container_statuses, failure_reason, restart_count
 from components.launcher.workflow import has_disruption_target
 
+# Failures within this time may be reported in any order: by two nodes, or in one poll
+SIMULTANEOUS = 5.0
 # Longer than it takes until the other ranks fail (the limit of a collective operation that waits)
 # and until Kubernetes evicts the pods of a node that does not respond (5 minutes)
 WINDOW = 600.0
@@ -48,9 +50,14 @@ DISRUPTIONS = (
 
 @dataclass
 class Incident:
-    """Failures with one cause: name of a pod -> cause of its failure."""
+    """Failures with one cause.
+
+    causes: name of a pod -> cause of its failure. failures: uid of a pod -> its failures when the
+    incident started.
+    """
 
     start: float
+    failures: dict[str, int]
     causes: dict[str, Cause] = field(default_factory=dict)
     disrupted: bool = False
 
@@ -64,8 +71,8 @@ class Restarts:
         self.failures: dict[str, int] = {}  # uid of a pod -> its failures so far
         self.disrupted: set[str] = set()  # uids
         self.unresponsive: set[str] = set()  # uids
-        self.backing_off: set[str] = set()  # names of pods whose container waits for its restart
-        self.pods: dict[str, str] = {}  # name -> uid, at the last look
+        self.backing_off: set[str] = set()  # uids of pods whose container waits for its restart
+        self.pods: dict[str, str] = {}  # name -> uid, at the last poll
         self.initialized = self.incomplete = False
 
     @property
@@ -87,13 +94,17 @@ class Restarts:
     def observe(self, pod: dict, container: str, now: float) -> None:
         """Count the failures of a pod since the last call, at the time `now` in seconds.
 
-        The first look at a job counts none: they were before this launcher.
+        The first poll of a job counts none: they were before this launcher.
         """
         name, uid = pod["metadata"]["name"], pod["metadata"].get("uid") or pod["metadata"]["name"]
         cause, count, before = failure_reason(pod), 0, self.failures.get(uid, 0)
         if cause is not None:
-            count = restart_count(pod, cause.container or container) + (not cause.previous)
+            count = failure_count(pod, cause, container)
         self.failures[uid] = max(count, before)
+        if is_backing_off(pod, container):
+            self.backing_off.add(uid)
+        else:
+            self.backing_off.discard(uid)
         if not self.initialized:
             return
         if not node_is_unresponsive(pod):
@@ -105,15 +116,14 @@ class Restarts:
             return
         # while a pod waits for a node or for its restart, the others fail because they wait for it
         for _ in range(count - before):
-            if self.backing_off - {name} and self.join_last(name, cause, now):
-                continue
-            self.add(name, cause, now, self.incomplete)
+            if not self.join_last(name, uid, cause, now):
+                self.add(name, cause, now, self.incomplete)
         if is_disruption(cause, pod) and uid not in self.disrupted:
             self.disrupted.add(uid)
             self.add(name, cause, now, True)
 
-    def complete_look(self, pods: list[dict], needed: int, now: float) -> None:
-        """Compare all pods with those of the last call: a pod that is gone was deleted.
+    def complete_poll(self, pods: list[dict], needed: int, now: float) -> None:
+        """Compare all pods with those of the last poll: a pod that is gone was deleted.
 
         needed: how many pods must run so that the training can.
 
@@ -128,7 +138,7 @@ class Restarts:
             ):
                 self.add(name, Cause(name, "Deleted"), now, True)
         self.incomplete = sum(map(can_run, pods)) < needed
-        self.backing_off = {one["metadata"]["name"] for one in pods if is_backing_off(one)}
+        self.backing_off &= {one["metadata"].get("uid") or one["metadata"]["name"] for one in pods}
         self.pods, self.initialized = current, True
 
     def is_decided(self, now: float) -> bool:
@@ -140,7 +150,7 @@ class Restarts:
         return last is None or set(last.causes) >= set(self.pods) or now - last.start > EVICTION
 
     def forget_pods(self) -> None:
-        """Do not count pods that are gone at the next look: the job was suspended."""
+        """Do not count pods that are gone at the next poll: the job was suspended."""
         self.pods = {}
 
     def add(self, name: str, cause: Cause, now: float, disrupted: bool) -> None:
@@ -151,17 +161,27 @@ class Restarts:
         if incident is None and disrupted and recent:
             incident = recent[-1]  # the pod's error was the first sign of its disruption
         if incident is None:
-            incident = Incident(now)
+            incident = Incident(now, dict(self.failures))
             self.incidents.append(incident)
         incident.causes.setdefault(name, cause)
         incident.disrupted |= disrupted
 
-    def join_last(self, name: str, cause: Cause, now: float) -> bool:
-        """Add a failure to the last incident if that is recent; return whether it was."""
-        recent = bool(self.incidents) and now - self.incidents[-1].start <= WINDOW
-        if recent:
-            self.incidents[-1].causes.setdefault(name, cause)
-        return recent
+    def join_last(self, name: str, uid: str, cause: Cause, now: float) -> bool:
+        """Add a failure to the last incident if that is its cause; return whether it is.
+
+        It is while another pod still waits for its first restart since the incident started. In a
+        crash loop all pods wait most of the time, but have failed again since then.
+        """
+        last = self.incidents[-1] if self.incidents else None
+        if last is None or now - last.start > WINDOW:
+            return False
+        if name not in last.causes and now - last.start <= SIMULTANEOUS:
+            last.failures[uid] = self.failures[uid]
+        waiting = self.backing_off - {uid}
+        if not any(self.failures[one] == last.failures.get(one) for one in waiting):
+            return False
+        last.causes.setdefault(name, cause)
+        return True
 
 
 def is_disruption(cause: Cause, pod: dict) -> bool:
@@ -198,12 +218,22 @@ def can_run(pod: dict) -> bool:
     return running and "deletionTimestamp" not in pod["metadata"] and not node_is_unresponsive(pod)
 
 
-def is_backing_off(pod: dict) -> bool:
-    """Whether a container of this pod has failed and waits until the kubelet restarts it."""
-    statuses = (pod.get("status") or {}).get("containerStatuses") or []
+def failure_count(pod: dict, cause: Cause, container: str) -> int:
+    """Return how often the container of this failure has failed; its default is `container`.
+
+    The kubelet counts a restart when the new instance is created, after the back-off.
+    """
+    name = cause.container or container
+    not_restarted = not cause.previous or is_backing_off(pod, name)
+    return restart_count(pod, name) + not_restarted
+
+
+def is_backing_off(pod: dict, container: str) -> bool:
+    """Whether this container has failed and waits until the kubelet restarts it."""
     return any(
         ((one.get("state") or {}).get("waiting") or {}).get("reason") == "CrashLoopBackOff"
-        for one in statuses
+        for one in container_statuses(pod)
+        if one.get("name") == container
     )
 
 

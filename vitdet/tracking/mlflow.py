@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import shutil
 import subprocess
 import sys
@@ -24,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from vitdet.tracking.address import hide_credentials, tracking_uri
 from vitdet.tracking.journal import PENDING, Journal, find, journals
-from vitdet.tracking.requests import RepeatingClient, create, first_line, repeating
+from vitdet.tracking.requests import RepeatingClient, create, first_line, repeating, set_defaults
 from vitdet.tracking.tracker import Tracker
 
 if TYPE_CHECKING:
@@ -464,8 +463,7 @@ def same_number(ours: float, theirs: float) -> bool:
 
 
 def _client(uri: str) -> MlflowClient:
-    for key, value in CLIENT.items():  # each time: MLflow reads them at every request
-        os.environ.setdefault(key, value)
+    set_defaults(CLIENT)  # each time: MLflow reads them at every request
     return _cached_client(uri)
 
 

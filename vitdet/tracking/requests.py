@@ -1,4 +1,4 @@
-"""Requests to MLflow that are repeated while their failure may pass.
+"""Retries of MLflow requests after transient errors.
 
 MLflow's HTTP client does it (urllib3): after a lost connection, 408, 429 and 5xx, with a back-off, or after the time
 that the server names in Retry-After. Here it is switched on for single calls, and each wait is logged.
@@ -19,8 +19,16 @@ from vitdet.tracking.address import hide_credentials
 TRIES = 7
 BACK_OFF = 1
 RETRIES, FACTOR = "MLFLOW_HTTP_REQUEST_MAX_RETRIES", "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR"
-# By the user. "0" is what `vitdet.tracking.mlflow` sets, also for the processes that this one starts.
-NAMED = {name: os.environ[name] for name in (RETRIES, FACTOR) if os.environ.get(name, "0") != "0"}
+# Environment variable with the settings, as NAME=VALUE, that are not the user's but of `set_defaults`: child processes
+# inherit both.
+DEFAULTS = "VITDET_MLFLOW_DEFAULTS"
+# Set by the user
+USER_SETTINGS = {
+    name: os.environ[name]
+    for name in (RETRIES, FACTOR)
+    if name in os.environ
+    and f"{name}={os.environ[name]}" not in os.environ.get(DEFAULTS, "").split()
+}
 # If the answer is lost, the request may have been carried out: see `create`.
 ONCE = ("create_experiment", "create_run", "create_registered_model", "create_model_version")
 MISSING = {"RESOURCE_DOES_NOT_EXIST", "ENDPOINT_NOT_FOUND"}
@@ -29,6 +37,15 @@ INVALID = {"INVALID_PARAMETER_VALUE", "BAD_REQUEST"}
 LOCK = threading.RLock()
 T = TypeVar("T")
 log = logging.getLogger(__name__)
+
+
+def set_defaults(settings: dict[str, str]) -> None:
+    """Set MLflow's environment variables that are not set, and mark them as not set by the user."""
+    missing = {name: value for name, value in settings.items() if name not in os.environ}
+    marks = [f"{name}={value}" for name, value in missing.items()]
+    known = os.environ.get(DEFAULTS, "").split()
+    os.environ.update(missing)
+    os.environ[DEFAULTS] = " ".join(dict.fromkeys([*known, *marks]))
 
 
 class RepeatingClient:
@@ -67,7 +84,9 @@ def _retry_settings(uri: str, tries: int) -> Iterator[None]:
 
     logger, waits = logging.getLogger("urllib3.util.retry"), _Waits(uri)
     connections = logging.getLogger("urllib3.connectionpool")  # logs some of the same waits
-    settings = {RETRIES: str(tries - 1), FACTOR: str(BACK_OFF)} | (NAMED if tries > 1 else {})
+    settings = {RETRIES: str(tries - 1), FACTOR: str(BACK_OFF)} | (
+        USER_SETTINGS if tries > 1 else {}
+    )
     before = {name: os.environ.get(name) for name in settings}
     levels = logger.level, logger.propagate, connections.level
     os.environ.update(settings)
