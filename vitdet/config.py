@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from functools import reduce
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal, get_type_hints
+from typing import Annotated, Any, Literal, get_type_hints
 
 import yaml
 from msgspec import convert
@@ -24,19 +24,19 @@ from msgspec import convert
 from vitdet.files import written
 from vitdet.ranges import (
     Amount,
-    Count,
     Depth,
     ExperimentName,
     Fraction,
     Fractions,
     ModelName,
     NonNegative,
-    Number,
     Positive,
     Positives,
     Seed,
     Size,
+    Steps,
     bare,
+    between,
     check,
 )
 
@@ -77,11 +77,13 @@ class BackboneConfig(Section, prefix="model.backbone."):
         "vit_tiny", "vit_b", "vit_l", "vit_h", "vitae_b", "vitae_s", "swin_t", "vitaev2_s"
     ] = "vit_b"
     patch_size: Size = 16  # pixels; the stride of the feature map
-    window_size: Number = 14  # side of a local attention window in tokens
+    # side of a local attention window in tokens
+    window_size: Annotated[int, between(0, 65_536)] = 14
     drop_path: Fraction = 0.1  # rate of the last block; increases linearly from 0
     pos_embed_grid: Size = 14  # side of the stored position embedding in tokens: 224 / 16 in MAE
     global_attention: bool = True  # in a few blocks; false: window attention in all blocks
-    residual_blocks: tuple[int, ...] = ()  # blocks followed by residual convolutions (ViTDet paper)
+    # blocks followed by residual convolutions (ViTDet paper)
+    residual_blocks: tuple[Annotated[int, between(0, 1023)], ...] = ()
     rel_pos_size: Size = 1024  # image side in pixels for the global blocks' relative positions
     scaled_rel_pos: bool = False  # apply relative positions to the scaled query (ViTAE)
     final_norm: bool = False  # LayerNorm after the last block (ViTAE)
@@ -127,10 +129,11 @@ class RoIHeadsConfig(Section, prefix="model.roi_heads."):
     samples: Amount = 512  # boxes per image in the loss
     positive_fraction: Fraction = 0.25
     num_convs: Depth = 4
-    num_fcs: Count = 1
+    num_fcs: Annotated[int, between(1, 1024)] = 1
     fc_dim: Size = 1024
     norm: bool = True  # LayerNorm after each convolution
-    sampling_ratio: Depth = 0  # RoIAlign samples per bin and axis; 0: adaptive
+    # RoIAlign samples per bin and axis; 0: adaptive
+    sampling_ratio: Annotated[int, between(0, 1024)] = 0
     federated_classes: Amount = 50  # classes per step in the federated loss
 
 
@@ -169,7 +172,8 @@ class DataConfig(Section, prefix="data."):
     root: str = field(default="data/coco", metadata=operational("the data's identity is compared"))
     train_split: str = "train2017"
     val_split: str = "val2017"
-    max_images: Number = 0  # per split, those of lowest id that hold an object; 0: all
+    # per split, those of lowest id that hold an object; 0: all
+    max_images: Annotated[int, between(0, 2**31 - 1)] = 0
     image_size: Size = 1024  # side of the square canvas in pixels
     scale_range: tuple[Positive, Positive] = (0.1, 2.0)  # jitter; (1, 1): longest side = canvas
     flip: Fraction = 0.5  # probability of a horizontal flip
@@ -180,7 +184,9 @@ class DataConfig(Section, prefix="data."):
     redraw_empty: bool = False  # replace a crop without objects by one of another image (mmdet)
     repeat_threshold: Fraction = 0.0  # repeat images with classes in a smaller share of the images
     # loader processes per rank; 0: load in the training process
-    workers: Depth = field(default=4, metadata=operational("samples depend on seed and position"))
+    workers: Annotated[int, between(0, 1024)] = field(
+        default=4, metadata=operational("samples depend on seed and position")
+    )
 
 
 @dataclass(frozen=True)
@@ -194,7 +200,7 @@ class OptimConfig(Section, prefix="optim."):
     # tables, but no BatchNorm (mmdet's Swin); nothing (ViT-H)
     undecayed: Literal["norms", "vectors", "layer_norms", "nothing"] = "norms"
     layer_decay: Positive = 0.7
-    steps: Count = 184_375  # 100 epochs of COCO with batch size 64
+    steps: Steps = 184_375  # 100 epochs of COCO with batch size 64
     schedule: Literal["step", "cosine"] = "step"
     milestones: tuple[float, ...] = (0.8888889, 0.962963)  # of `steps`: drops to a tenth; []: none
     warmup_steps: NonNegative = 250.0
@@ -221,10 +227,12 @@ class TrainConfig(Section, prefix="train."):
     batch_size: Amount = 64  # images per step over all processes
     precision: Literal["fp32", "bf16", "auto"] = "bf16"  # auto: bf16 if native
     seed: Seed = 0
-    log_every: Count = field(default=20, metadata=operational("logs"))  # steps
-    eval_every: Count = field(default=5000, metadata=operational("evaluates only"))  # steps
-    save_every: Count = field(default=1000, metadata=operational("resuming is exact"))  # steps
-    keep: Count = field(default=2, metadata=operational("disk space only"))  # training states
+    log_every: Steps = field(default=20, metadata=operational("logs"))  # steps
+    eval_every: Steps = field(default=5000, metadata=operational("evaluates only"))  # steps
+    save_every: Steps = field(default=1000, metadata=operational("resuming is exact"))  # steps
+    keep: Annotated[int, between(1, 2**31 - 1)] = field(  # training states
+        default=2, metadata=operational("disk space only")
+    )
 
 
 @dataclass(frozen=True)
@@ -417,25 +425,33 @@ def _overridden(tree: dict, overrides: Sequence[str]) -> Config:
         key, separator, text = map(str.strip, one.partition("="))
         if not separator or not key:
             raise ValueError(f"override {one!r}: expected section.key=value, as in optim.lr=2e-4")
-        node = tree
+        node, kind = tree, Config
         *parents, leaf = key.split(".")
         for depth, parent in enumerate(parents, 1):
             node[parent] = {} if node.get(parent) is None else node[parent]
-            node = node[parent]
+            node, kind = node[parent], _section(kind, parent)
             if not isinstance(node, dict):
                 raise ValueError(f"{key}: {'.'.join(parents[:depth])} is a setting, not a section")
-        value = _parse(key, text)
-        if value is None and any(one.startswith(f"{key}.") for one in flatten(Config())):
-            raise ValueError(f"{key}: expected its settings, got null")
-        _set(node, leaf, value)
+        _set(node, kind, leaf, _parse(key, text))
     return from_dict(tree)
 
 
-def _set(node: dict, name: str, value: object) -> None:
-    """Set a setting, or those of a section that are given; the others stay."""
-    if isinstance(value, dict) and isinstance(node.get(name), dict):
+def _section(kind: Any, name: str) -> Any:
+    """The class of a section within another one; None if it is a setting, or unknown."""
+    inner = kind and kind.hints.get(name)
+    return inner if is_dataclass(inner) else None
+
+
+def _set(node: dict, kind: Any, name: str, value: object) -> None:
+    """Set a value; merge a mapping into an existing section."""
+    section = _section(kind, name)
+    if section and value is None:  # in a file it stands for the defaults; here the others stay
+        raise _section_error(section, value)
+    if section and isinstance(value, dict):
+        if not isinstance(node.get(name), dict):
+            node[name] = {}
         for key, one in value.items():
-            _set(node[name], key, one)
+            _set(node[name], section, key, one)
     else:
         node[name] = value
 
@@ -454,9 +470,7 @@ def _parse(key: str, text: str) -> object:
 def _unknown(kind: Any, tree: object) -> Iterator[str]:
     """A text for each unknown name. Raises ValueError for a section that is no mapping."""
     if not isinstance(tree, Mapping | None):
-        raise ValueError(
-            f"{kind.prefix[:-1]}: is a section ({', '.join(kind.hints)}), got {tree!r}"
-        )
+        raise _section_error(kind, tree)
     for name, value in (tree or {}).items():
         if name not in kind.hints:
             elsewhere = [key for key in flatten(Config()) if key.endswith(f".{name}")]
@@ -465,6 +479,11 @@ def _unknown(kind: Any, tree: object) -> Iterator[str]:
             yield f"{kind.prefix}{name}: no such setting; {near}"
         elif is_dataclass(kind.hints[name]):
             yield from _unknown(kind.hints[name], value)
+
+
+def _section_error(kind: Any, value: object) -> ValueError:
+    got = "null" if value is None else repr(value)
+    return ValueError(f"{kind.prefix[:-1]}: is a section ({', '.join(kind.hints)}), got {got}")
 
 
 def _convert(kind: Any, value: Any) -> Any:
