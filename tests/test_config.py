@@ -279,6 +279,11 @@ def test_a_wrong_file_is_named(tmp_path: Path, text: str, says: str) -> None:
     assert "\n" not in str(caught.value)
 
 
+def test_an_override_does_not_hide_a_wrong_section_of_a_file(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"^optim: is a section \(lr, .*\), got 3$"):
+        load_config(write(tmp_path, "optim: 3"), ["optim.lr=1"])
+
+
 def test_all_unknown_settings_are_named_at_once(tmp_path: Path) -> None:
     path = write(tmp_path, "optim:\n  lrr: 1\n  steps: fast\ndata:\n  batch_size: 2\n3: x\n")
     with pytest.raises(ValueError) as caught:

@@ -24,6 +24,7 @@ from msgspec import convert
 from vitdet.files import written
 from vitdet.ranges import (
     Amount,
+    Count,
     Depth,
     ExperimentName,
     Fraction,
@@ -34,7 +35,7 @@ from vitdet.ranges import (
     Positives,
     Seed,
     Size,
-    Steps,
+    Workers,
     bare,
     between,
     check,
@@ -77,8 +78,7 @@ class BackboneConfig(Section, prefix="model.backbone."):
         "vit_tiny", "vit_b", "vit_l", "vit_h", "vitae_b", "vitae_s", "swin_t", "vitaev2_s"
     ] = "vit_b"
     patch_size: Size = 16  # pixels; the stride of the feature map
-    # side of a local attention window in tokens
-    window_size: Annotated[int, between(0, 65_536)] = 14
+    window_size: Annotated[int, between(0, 65_536)] = 14  # side of an attention window in tokens
     drop_path: Fraction = 0.1  # rate of the last block; increases linearly from 0
     pos_embed_grid: Size = 14  # side of the stored position embedding in tokens: 224 / 16 in MAE
     global_attention: bool = True  # in a few blocks; false: window attention in all blocks
@@ -184,9 +184,7 @@ class DataConfig(Section, prefix="data."):
     redraw_empty: bool = False  # replace a crop without objects by one of another image (mmdet)
     repeat_threshold: Fraction = 0.0  # repeat images with classes in a smaller share of the images
     # loader processes per rank; 0: load in the training process
-    workers: Annotated[int, between(0, 1024)] = field(
-        default=4, metadata=operational("samples depend on seed and position")
-    )
+    workers: Workers = field(default=4, metadata=operational("samples depend on seed and position"))
 
 
 @dataclass(frozen=True)
@@ -200,7 +198,7 @@ class OptimConfig(Section, prefix="optim."):
     # tables, but no BatchNorm (mmdet's Swin); nothing (ViT-H)
     undecayed: Literal["norms", "vectors", "layer_norms", "nothing"] = "norms"
     layer_decay: Positive = 0.7
-    steps: Steps = 184_375  # 100 epochs of COCO with batch size 64
+    steps: Count = 184_375  # 100 epochs of COCO with batch size 64
     schedule: Literal["step", "cosine"] = "step"
     milestones: tuple[float, ...] = (0.8888889, 0.962963)  # of `steps`: drops to a tenth; []: none
     warmup_steps: NonNegative = 250.0
@@ -227,12 +225,10 @@ class TrainConfig(Section, prefix="train."):
     batch_size: Amount = 64  # images per step over all processes
     precision: Literal["fp32", "bf16", "auto"] = "bf16"  # auto: bf16 if native
     seed: Seed = 0
-    log_every: Steps = field(default=20, metadata=operational("logs"))  # steps
-    eval_every: Steps = field(default=5000, metadata=operational("evaluates only"))  # steps
-    save_every: Steps = field(default=1000, metadata=operational("resuming is exact"))  # steps
-    keep: Annotated[int, between(1, 2**31 - 1)] = field(  # training states
-        default=2, metadata=operational("disk space only")
-    )
+    log_every: Count = field(default=20, metadata=operational("logs"))  # steps
+    eval_every: Count = field(default=5000, metadata=operational("evaluates only"))  # steps
+    save_every: Count = field(default=1000, metadata=operational("resuming is exact"))  # steps
+    keep: Count = field(default=2, metadata=operational("disk space only"))  # training states
 
 
 @dataclass(frozen=True)
@@ -421,39 +417,33 @@ def _read(name_or_path: str | Path) -> dict:
 
 
 def _overridden(tree: dict, overrides: Sequence[str]) -> Config:
+    settings = flatten(Config())
     for one in overrides:
         key, separator, text = map(str.strip, one.partition("="))
         if not separator or not key:
             raise ValueError(f"override {one!r}: expected section.key=value, as in optim.lr=2e-4")
-        node, kind = tree, Config
-        *parents, leaf = key.split(".")
-        for depth, parent in enumerate(parents, 1):
-            node[parent] = {} if node.get(parent) is None else node[parent]
-            node, kind = node[parent], _section(kind, parent)
-            if not isinstance(node, dict):
-                raise ValueError(f"{key}: {'.'.join(parents[:depth])} is a setting, not a section")
-        _set(node, kind, leaf, _parse(key, text))
+        if outer := next((name for name in settings if key.startswith(f"{name}.")), None):
+            raise ValueError(f"{key}: {outer} is a setting, not a section")
+        changes: Any = _parse(key, text)
+        for name in reversed(key.split(".")):
+            changes = {name: changes}
+        _merge(tree, Config, changes)
     return from_dict(tree)
 
 
-def _section(kind: Any, name: str) -> Any:
-    """The class of a section within another one; None if it is a setting, or unknown."""
-    inner = kind and kind.hints.get(name)
-    return inner if is_dataclass(inner) else None
-
-
-def _set(node: dict, kind: Any, name: str, value: object) -> None:
-    """Set a value; merge a mapping into an existing section."""
-    section = _section(kind, name)
-    if section and value is None:  # in a file it stands for the defaults; here the others stay
-        raise _section_error(section, value)
-    if section and isinstance(value, dict):
-        if not isinstance(node.get(name), dict):
-            node[name] = {}
-        for key, one in value.items():
-            _set(node[name], section, key, one)
-    else:
-        node[name] = value
+def _merge(tree: dict, kind: Any, changes: Mapping) -> None:
+    """Set values; merge a mapping into an existing section."""
+    for name, value in changes.items():
+        section, current = kind.hints.get(name), tree.get(name)
+        if not is_dataclass(section):
+            tree[name] = value
+            continue
+        tree[name] = {} if current is None else current
+        # null stands for the defaults in a file, but here settings of the file would be lost
+        for one in (value, tree[name]):
+            if not isinstance(one, dict):
+                raise _section_error(section, one)
+        _merge(tree[name], section, value)
 
 
 def _parse(key: str, text: str) -> object:

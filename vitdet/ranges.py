@@ -16,10 +16,11 @@ def between(low: int, high: int) -> Meta:
 
 # Upper bounds are far above what any model or machine uses: they catch typing errors
 Seed = Annotated[int, between(0, 2**63 - 1)]
-Steps = Annotated[int, between(1, 2**31 - 1)]
+Count = Annotated[int, between(1, 2**31 - 1)]  # of steps or files
 Amount = Annotated[int, between(1, 1_000_000)]  # of images, boxes or classes
 Size = Annotated[int, between(1, 65_536)]  # side or width
 Depth = Annotated[int, between(0, 1024)]  # number of layers
+Workers = Annotated[int, between(0, 1024)]  # number of processes
 NonNegative = Annotated[float, Meta(ge=0, description="not be negative")]
 Positive = Annotated[float, Meta(gt=0, description="be above 0")]
 Positives = Annotated[tuple[Positive, ...], Meta(min_length=1, description="be above 0")]
