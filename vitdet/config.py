@@ -132,8 +132,7 @@ class RoIHeadsConfig(Section, prefix="model.roi_heads."):
     num_fcs: Annotated[int, between(1, 1024)] = 1
     fc_dim: Size = 1024
     norm: bool = True  # LayerNorm after each convolution
-    # RoIAlign samples per bin and axis; 0: adaptive
-    sampling_ratio: Annotated[int, between(0, 1024)] = 0
+    sampling_ratio: Annotated[int, between(0, 1024)] = 0  # per RoIAlign bin and axis; 0: adaptive
     federated_classes: Amount = 50  # classes per step in the federated loss
 
 
