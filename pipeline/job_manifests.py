@@ -13,8 +13,7 @@ from typing import NamedTuple
 
 import yaml
 
-from components.launcher.schema import checked
-from components.launcher.templates import GPU
+from components.launcher.schema import GPU, validate
 
 KINDS = {"PyTorchJob": "pytorchjob", "TrainJob": "trainjob"}
 
@@ -22,11 +21,11 @@ KINDS = {"PyTorchJob": "pytorchjob", "TrainJob": "trainjob"}
 def training_jobs(text: str) -> str:
     """Return the training jobs in a YAML stream, as text: kfp converts integers in dicts to floats.
 
-    Raises ValueError when there is none, or two of a kind, or when it is no YAML.
+    Raises ValueError when there is none, or two of a kind, or when it is not valid YAML, and as
+    `validate`.
     """
     parts = [part.strip("\n") for part in re.split(r"^---\s*$", text, flags=re.MULTILINE)]
     found: dict[str, str] = {}
-    jobs: list[dict] = []
     for part in parts:
         try:
             document = yaml.safe_load(part)
@@ -38,15 +37,13 @@ def training_jobs(text: str) -> str:
         if kind in KINDS:
             if kind in found:
                 raise ValueError(f"two documents of kind {kind}: which one is the training job?")
+            validate(document)
             found[kind] = part
-            jobs.append(document)
     if not found:
         raise ValueError(
             f"no {' or '.join(KINDS)} among the {len(parts)} documents; give the output of "
             "`kubectl kustomize manifests/overlays/NAME`"
         )
-    for job in jobs:
-        checked(job)
     return "\n---\n".join(found[kind] for kind in KINDS if kind in found) + "\n"
 
 
@@ -56,8 +53,8 @@ def job_kinds(text: str) -> set[str]:
 
 
 def documents_of(text: str) -> list[dict]:
-    """Return the documents of a YAML stream without nulls. Raises ValueError for jobs with holes."""
-    return [checked(one) for one in yaml.safe_load_all(text) if isinstance(one, dict)]
+    """Return the documents of a YAML stream without nulls. Raises like `validate`."""
+    return [validate(one) for one in yaml.safe_load_all(text) if isinstance(one, dict)]
 
 
 def job_image(jobs: str) -> str:
@@ -128,7 +125,7 @@ def trainjob_accelerators(job: dict, documents: list[dict]) -> Accelerators:
         )
     pod: dict = {}
     for spec in ([runtime["spec"]] if runtime else []) + [
-        one["trainingRuntimeSpec"] for one in job["spec"].get("runtimePatches") or []
+        one.get("trainingRuntimeSpec", {}) for one in job["spec"].get("runtimePatches") or []
     ]:
         found = node_pod_spec(spec)
         pod["nodeSelector"] = {**pod.get("nodeSelector", {}), **(found.get("nodeSelector") or {})}

@@ -13,6 +13,7 @@ import pytest
 import yaml
 
 from vitdet.config import (
+    BackboneConfig,
     Config,
     DataConfig,
     OptimConfig,
@@ -130,6 +131,26 @@ def test_an_override_of_a_section_leaves_its_other_settings() -> None:
 
 
 @pytest.mark.parametrize(
+    ("override", "section"),
+    [
+        ("optim=null", "optim"),
+        ("optim=", "optim"),
+        ("model.backbone=", "model.backbone"),
+        ("model={rpn: null}", "model.rpn"),
+        ("model={norm_eps: 1, backbone: }", "model.backbone"),
+    ],
+)
+@pytest.mark.parametrize("text", [dump_config(load_config("tiny")), "", "model:\n  rpn:\n"])
+def test_an_override_of_a_section_by_null_is_refused(
+    tmp_path: Path, text: str, override: str, section: str
+) -> None:
+    """It would reset the section to the defaults of the package, not to those of the recipe."""
+    with pytest.raises(ValueError) as caught:
+        load_config(write(tmp_path, text), [override])
+    assert re.fullmatch(rf"{section}: is a section \(\w+, .*\), got null", str(caught.value))
+
+
+@pytest.mark.parametrize(
     ("override", "says"),
     [
         ("optim.lrr=1", "optim.lrr: no such setting; did you mean 'lr'?"),
@@ -141,19 +162,26 @@ def test_an_override_of_a_section_leaves_its_other_settings() -> None:
         ("optin.lr=1", "optin: no such setting; did you mean 'optim'?"),
         ("zzz.x=1", "zzz: no such setting; known: model, data"),
         ("optim=1", "optim: is a section (lr, "),
-        ("optim=null", "optim: expected its settings, got null"),
-        (
-            "model.backbone=",
-            "model.backbone: expected its settings, got null",
-        ),
         ("model={rpn: 3}", "model.rpn: is a section (anchor_scale, "),
-        (f"train.seed={2**63}", f"train.seed must be at most {2**63 - 1}, got {2**63}"),
-        ("train.seed=-1", "train.seed must not be negative, got -1"),
-        ("data.image_size=640000", "data.image_size must be at most 65536, got 640000"),
-        ("optim.steps=1e10", "optim.steps must be at most 2147483647, got 10000000000"),
+        (f"train.seed={2**63}", f"train.seed must be between 0 and {2**63 - 1}, got {2**63}"),
+        ("train.seed=-1", "train.seed must be between 0 and 9223372036854775807, got -1"),
+        ("data.image_size=640000", "data.image_size must be between 1 and 65536, got 640000"),
+        ("optim.steps=1e10", "optim.steps must be between 1 and 2147483647, got 10000000000"),
         (
             "model.roi_heads.num_classes=20260101",
-            "model.roi_heads.num_classes must be at most 1000000, got 20260101",
+            "model.roi_heads.num_classes must be between 1 and 1000000, got 20260101",
+        ),
+        (
+            "model.roi_heads.num_fcs=20260101",
+            "model.roi_heads.num_fcs must be between 1 and 1024, got 20260101",
+        ),
+        (
+            "model.backbone.window_size=20260101",
+            "model.backbone.window_size must be between 0 and 65536, got 20260101",
+        ),
+        (
+            "model.backbone.residual_blocks=[2, 20260101]",
+            "model.backbone.residual_blocks must be between 0 and 1023, got [2, 20260101]",
         ),
         ("optim.lr.x=1", "optim.lr.x: optim.lr is a setting, not a section"),
         ("optim.lr", "override 'optim.lr': expected section.key=value"),
@@ -185,7 +213,7 @@ def test_an_override_of_a_section_leaves_its_other_settings() -> None:
             "data.image_size=100",
             "data.image_size must be a positive multiple of 64 (the coarsest stride), got 100",
         ),
-        ("data.image_size=0", "data.image_size must be at least 1, got 0"),
+        ("data.image_size=0", "data.image_size must be between 1 and 65536, got 0"),
         (
             "model.pyramid.scales=[4,2,1,0]",
             "model.pyramid.scales must be above 0, got [4.0, 2.0, 1.0, 0.0]",
@@ -194,15 +222,15 @@ def test_an_override_of_a_section_leaves_its_other_settings() -> None:
         ("optim.milestones=[0.5,1]", "optim.milestones must rise between 0 and 1"),
         ("data.scale_range=[2,1]", "data.scale_range must be low <= high, got [2.0, 1.0]"),
         ("model.roi_heads.ious=[]", "model.roi_heads.ious must lie between 0 and 1, got []"),
-        ("optim.steps=0", "optim.steps must be at least 1, got 0"),
-        ("model.rpn.samples=0", "model.rpn.samples must be at least 1, got 0"),
-        ("model.mask.num_convs=-1", "model.mask.num_convs must not be negative, got -1"),
+        ("optim.steps=0", "optim.steps must be between 1 and 2147483647, got 0"),
+        ("model.rpn.samples=0", "model.rpn.samples must be between 1 and 1000000, got 0"),
+        ("model.mask.num_convs=-1", "model.mask.num_convs must be between 0 and 1024, got -1"),
         (
             "model.backbone.rel_pos_size=4",
             "model.backbone.rel_pos_size must be at least patch_size (8), got 4",
         ),
         ("optim.lr=-1", "optim.lr must be above 0, got -1.0"),
-        ("data.workers=-1", "data.workers must not be negative, got -1"),
+        ("data.workers=-1", "data.workers must be between 0 and 1024, got -1"),
         ("optim.ema=1.5", "optim.ema must lie between 0 and 1, got 1.5"),
     ],
 )
@@ -251,6 +279,11 @@ def test_a_wrong_file_is_named(tmp_path: Path, text: str, says: str) -> None:
     assert "\n" not in str(caught.value)
 
 
+def test_an_override_does_not_hide_a_wrong_section_of_a_file(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"^optim: is a section \(lr, .*\), got 3$"):
+        load_config(write(tmp_path, "optim: 3"), ["optim.lr=1"])
+
+
 def test_all_unknown_settings_are_named_at_once(tmp_path: Path) -> None:
     path = write(tmp_path, "optim:\n  lrr: 1\n  steps: fast\ndata:\n  batch_size: 2\n3: x\n")
     with pytest.raises(ValueError) as caught:
@@ -265,14 +298,18 @@ def test_all_unknown_settings_are_named_at_once(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: OptimConfig(steps=0), "optim.steps must be at least 1, got 0"),
+        (lambda: OptimConfig(steps=0), "optim.steps must be between 1 and 2147483647, got 0"),
+        (
+            lambda: BackboneConfig(drop_path=2),
+            "model.backbone.drop_path must lie between 0 and 1, got 2",
+        ),
         (lambda: replace(Config().optim, lr=0.0), "optim.lr must be above 0, got 0.0"),
         (lambda: OptimConfig(lr=math.inf), "optim.lr: expected a number, got inf"),
         (lambda: OptimConfig(clip=math.nan), "optim.clip: expected a number, got nan"),
         (lambda: OptimConfig(steps="3"), "optim.steps: expected a whole number, got '3'"),
         (lambda: OptimConfig(schedule="line"), "optim.schedule: expected one of step, cosine, got"),
         (lambda: OptimConfig(milestones=(0.9, 0.1)), "optim.milestones must rise between 0 and 1"),
-        (lambda: DataConfig(workers=-1), "data.workers must not be negative, got -1"),
+        (lambda: DataConfig(workers=-1), "data.workers must be between 0 and 1024, got -1"),
         (
             lambda: DataConfig(scale_range=(0.1, math.inf)),
             "data.scale_range: expected a number, got inf",

@@ -100,7 +100,7 @@ def test_the_jobs_in_manifests_compile_as_they_are(tmp_path: Path) -> None:
         ("", "--job -: empty"),
         ("kind: Service\n", "no PyTorchJob or TrainJob among the 1 documents"),
         (
-            "kind: TrainJob\nspec: {}\n---\nkind: TrainJob\nspec: {}\n",
+            "kind: TrainJob\nspec: {runtimeRef: {name: a}}\n---\nkind: TrainJob\nspec: {}\n",
             "two documents of kind TrainJob",
         ),
         ("a: [", "not readable as YAML"),

@@ -1,4 +1,4 @@
-"""Weights as trainers wrap them: keys, prefixes and heads are taken off by name; other files are called what they are."""
+"""Weights as trainers wrap them: keys, prefixes and heads are removed by name; other files are reported by type."""
 
 from __future__ import annotations
 
@@ -45,11 +45,23 @@ def prefixed(prefix: str, weights: Mapping[str, Tensor] | None = None) -> dict[s
         ),
         (
             {"model": plain(), "model_ema": prefixed("x.")},
-            ["weights: those under 'model'; left out: 'model_ema'"],
+            ["weights: those under 'model'; ignored: 'model_ema'"],
         ),
         (
             {**prefixed("module."), "n_averaged": torch.tensor(5)},
             ["names: without the prefix module."],
+        ),
+        (
+            {**prefixed("module.module."), "module.n_averaged": torch.tensor(5)},
+            ["names: without the prefix module.module."],
+        ),
+        (
+            {"model": plain(), "params": {"lr": 1}, "ema": {"decay": {"value": 0.9}}},
+            [],
+        ),
+        (
+            {"teacher": {"model": {"state_dict": plain()}}, "model": {"lr": 1}},
+            ["weights: those under 'state_dict' in 'model' in 'teacher'"],
         ),
         (prefixed("_orig_mod.module."), ["names: without the prefix _orig_mod.module."]),
         (
@@ -62,16 +74,16 @@ def prefixed(prefix: str, weights: Mapping[str, Tensor] | None = None) -> dict[s
         ),
         (
             prefixed("encoder.") | prefixed("decoder."),
-            ["names: without the prefix encoder.; 3 other tensors left out"],
+            ["names: without the prefix encoder.; 3 other tensors ignored"],
         ),
         (
             prefixed("student.") | prefixed("teacher."),
-            ["names: without the prefix teacher.; 3 other tensors left out"],
+            ["names: without the prefix teacher.; 3 other tensors ignored"],
         ),
     ],
 )
-def test_what_was_taken_off_is_told(content: dict, told: list[str]) -> None:
-    found, notes = unwrap(content, ("model",), FORMATS["mae"].parts, Path("w.pth"))
+def test_what_was_removed_is_reported(content: dict, told: list[str]) -> None:
+    found, notes = unwrap(content, FORMATS["mae"], Path("w.pth"))
     assert notes == told
     assert found.keys() == set(NAMES) and all(
         torch.equal(found[name], one) for name, one in plain().items()
@@ -80,7 +92,15 @@ def test_what_was_taken_off_is_told(content: dict, told: list[str]) -> None:
 
 def test_names_that_are_one_without_prefixes_are_refused() -> None:
     with pytest.raises(ValueError, match=r"^w.pth: the same names with and without module\.$"):
-        unwrap(plain() | prefixed("module."), (), (), Path("w.pth"))
+        unwrap(plain() | prefixed("module."), FORMATS["vitdet"], Path("w.pth"))
+
+
+def test_a_dictionary_without_tensors_is_not_the_weights() -> None:
+    content = {"norm.weight": torch.ones(2), "params": {"lr": 1}}
+    with pytest.raises(
+        ValueError, match=r"^w.pth: 1 entries are not complete tensors, such as params \(dict\)$"
+    ):
+        unwrap(content, FORMATS["mae"], Path("w.pth"))
 
 
 @pytest.mark.parametrize("layout", FORMATS)
@@ -107,7 +127,7 @@ def test_every_layout_is_read_through_the_same_wrappers(layout: str, tmp_path: P
         ("vitaev2_cls", "layers.0.RC.PCM.0.weight"),
     ],
 )
-def test_the_layers_of_a_classifier_are_left_out_by_name(
+def test_the_layers_of_a_classifier_are_ignored_by_name(
     layout: str, name: str, tmp_path: Path
 ) -> None:
     path = tmp_path / "w.pth"
@@ -115,22 +135,52 @@ def test_the_layers_of_a_classifier_are_left_out_by_name(
     torch.save({"model": {name: torch.ones(2), **heads}}, path)
     found = read_source(path, layout)
     assert len(found.weights) == 1
-    assert found.notes[-1] == "left out, a classifier's: head.weight, head.fc.bias, fc_norm.weight"
+    assert found.notes[-1] == "ignored classifier head: head.weight, head.fc.bias, fc_norm.weight"
     torch.save(heads, path)
-    with pytest.raises(ValueError, match="holds only tensors that a detector has no place for"):
+    with pytest.raises(ValueError, match="contains no tensors that a detector uses"):
         read_source(path, layout)
+    heads["head.fc.bias"][0] = torch.nan  # of no interest
+    for prefix in ("backbone.", "teacher.", "module.encoder."):
+        outer = "module." if prefix.startswith("module.") else ""
+        torch.save(
+            {prefix + name: torch.ones(2), "student.x": torch.ones(2)} | prefixed(outer, heads),
+            path,
+        )
+        found = read_source(path, layout)
+        assert len(found.weights) == 1
+        assert found.notes[-2].endswith("1 other tensors ignored")
+        assert (
+            found.notes[-1] == "ignored classifier head: head.weight, head.fc.bias, fc_norm.weight"
+        )
 
 
-@pytest.mark.parametrize(("value", "named"), [(float("nan"), "NaN"), (float("-inf"), "infinity")])
-def test_values_that_are_not_finite_are_refused(tmp_path: Path, value: float, named: str) -> None:
-    path, weights = tmp_path / "w.safetensors", plain()
+@pytest.mark.parametrize("value", [float("nan"), float("-inf")])
+def test_values_that_are_not_finite_are_refused(tmp_path: Path, value: float) -> None:
+    path, weights = tmp_path / "w.safetensors", plain() | {"pos_embed": torch.zeros(1, 2, 2)}
     weights[NAMES[1]][0, 1, 1] = value
     save_file(weights, path)
     with pytest.raises(ValueError) as error:
         read_source(path, "mae")
-    assert f"1 tensors with values that are not finite, such as {NAMES[1]} ({named})" in str(
-        error.value
+    assert str(error.value) == (
+        f"{path}: 1 tensors contain NaN or infinite values, e.g. backbone.{NAMES[1]}; "
+        "use an earlier checkpoint"
     )
+
+
+@pytest.mark.parametrize(
+    ("layout", "kept", "dropped"),
+    [
+        ("mae", "norm.weight", "decoder_embed.weight"),
+        ("mae", "norm.weight", "head.weight"),
+        ("swin_cls", "patch_embed.norm.weight", "layers.0.blocks.1.attn_mask"),
+    ],
+)
+def test_values_of_tensors_that_are_ignored_do_not_matter(
+    tmp_path: Path, layout: str, kept: str, dropped: str
+) -> None:
+    path = tmp_path / "w.safetensors"
+    save_file({kept: torch.ones(2), dropped: torch.full((2,), float("-inf"))}, path)
+    assert list(read_source(path, layout).weights) == [f"backbone.{kept}"]
 
 
 @pytest.mark.parametrize("suffix", [".pth", ".pt", ".bin", ".pkl", ".safetensors", ".npz"])
@@ -147,7 +197,7 @@ def test_values_that_are_not_finite_are_refused(tmp_path: Path, value: float, na
         (gzip.compress(b"weights", mtime=0), "a gzip archive; unpack it first"),
     ],
 )
-def test_a_file_of_another_kind_is_called_what_it_is(
+def test_a_file_of_another_kind_is_reported_by_its_type(
     tmp_path: Path, suffix: str, content: bytes, what: str
 ) -> None:
     path = tmp_path / f"w{suffix}"
@@ -157,16 +207,40 @@ def test_a_file_of_another_kind_is_called_what_it_is(
     assert str(error.value).startswith(f"{path}: ") and what in str(error.value)
 
 
-def test_a_file_that_is_cut_off_or_still_packed_is_called_so(tmp_path: Path) -> None:
+def test_a_truncated_file_and_an_archive_are_reported(tmp_path: Path) -> None:
     path = tmp_path / "w.safetensors"
     save_file(plain(), path)
     whole = path.read_bytes()
     for size in (9, 100, len(whole) - 1):
         path.write_bytes(whole[:size])
-        with pytest.raises(ValueError, match=f"cut off: {size} of "):
+        with pytest.raises(ValueError, match=f"truncated: {size} of "):
             read_file(path)
     archive = tmp_path / "w.pth"
     with zipfile.ZipFile(archive, "w") as file:
         file.writestr("run/w.safetensors", whole)
     with pytest.raises(ValueError, match=r"a zip archive with run/w\.safetensors"):
         read_file(archive)
+
+
+@pytest.mark.parametrize(
+    ("offset", "value"),
+    [
+        (6, b"\xff"),  # version needed to extract
+        (0, b"XX"),  # signature of the entry
+        (46, b"\xff\xff"),  # name, in UTF-8
+    ],
+)
+@pytest.mark.parametrize("suffix", [".pth", ".npz"])
+def test_a_damaged_directory_of_a_zip_is_one_line(
+    tmp_path: Path, offset: int, value: bytes, suffix: str
+) -> None:
+    path = tmp_path / f"w{suffix}"
+    with zipfile.ZipFile(path, "w") as file:
+        file.writestr("é/data.pkl", b"\x80\x02}.")
+    content = bytearray(path.read_bytes())
+    start = content.index(b"PK\1\2") + offset
+    content[start : start + len(value)] = value
+    path.write_bytes(content)
+    with pytest.raises(ValueError) as error:
+        read_file(path)
+    assert str(error.value).startswith(f"{path}: not a whole ") and "\n" not in str(error.value)

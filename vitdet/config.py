@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from functools import reduce
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal, get_type_hints
+from typing import Annotated, Any, Literal, get_type_hints
 
 import yaml
 from msgspec import convert
@@ -31,12 +31,13 @@ from vitdet.ranges import (
     Fractions,
     ModelName,
     NonNegative,
-    Number,
     Positive,
     Positives,
     Seed,
     Size,
+    Workers,
     bare,
+    between,
     check,
 )
 
@@ -77,11 +78,12 @@ class BackboneConfig(Section, prefix="model.backbone."):
         "vit_tiny", "vit_b", "vit_l", "vit_h", "vitae_b", "vitae_s", "swin_t", "vitaev2_s"
     ] = "vit_b"
     patch_size: Size = 16  # pixels; the stride of the feature map
-    window_size: Number = 14  # side of a local attention window in tokens
+    window_size: Annotated[int, between(0, 65_536)] = 14  # side of an attention window in tokens
     drop_path: Fraction = 0.1  # rate of the last block; increases linearly from 0
     pos_embed_grid: Size = 14  # side of the stored position embedding in tokens: 224 / 16 in MAE
     global_attention: bool = True  # in a few blocks; false: window attention in all blocks
-    residual_blocks: tuple[int, ...] = ()  # blocks followed by residual convolutions (ViTDet paper)
+    # blocks followed by residual convolutions (ViTDet paper)
+    residual_blocks: tuple[Annotated[int, between(0, 1023)], ...] = ()
     rel_pos_size: Size = 1024  # image side in pixels for the global blocks' relative positions
     scaled_rel_pos: bool = False  # apply relative positions to the scaled query (ViTAE)
     final_norm: bool = False  # LayerNorm after the last block (ViTAE)
@@ -127,10 +129,10 @@ class RoIHeadsConfig(Section, prefix="model.roi_heads."):
     samples: Amount = 512  # boxes per image in the loss
     positive_fraction: Fraction = 0.25
     num_convs: Depth = 4
-    num_fcs: Count = 1
+    num_fcs: Annotated[int, between(1, 1024)] = 1
     fc_dim: Size = 1024
     norm: bool = True  # LayerNorm after each convolution
-    sampling_ratio: Depth = 0  # RoIAlign samples per bin and axis; 0: adaptive
+    sampling_ratio: Annotated[int, between(0, 1024)] = 0  # per RoIAlign bin and axis; 0: adaptive
     federated_classes: Amount = 50  # classes per step in the federated loss
 
 
@@ -170,7 +172,8 @@ class DataConfig(Section, prefix="data."):
     root: str = field(default="data/coco", metadata=operational("the data's identity is compared"))
     train_split: str = "train2017"
     val_split: str = "val2017"
-    max_images: Number = 0  # per split, those of lowest id that hold an object; 0: all
+    # per split, those of lowest id that hold an object; 0: all
+    max_images: Annotated[int, between(0, 2**31 - 1)] = 0
     image_size: Size = 1024  # side of the square canvas in pixels
     scale_range: tuple[Positive, Positive] = (0.1, 2.0)  # jitter; (1, 1): longest side = canvas
     flip: Fraction = 0.5  # probability of a horizontal flip
@@ -181,7 +184,7 @@ class DataConfig(Section, prefix="data."):
     redraw_empty: bool = False  # replace a crop without objects by one of another image (mmdet)
     repeat_threshold: Fraction = 0.0  # repeat images with classes in a smaller share of the images
     # loader processes per rank; 0: load in the training process
-    workers: Depth = field(default=4, metadata=operational("samples depend on seed and position"))
+    workers: Workers = field(default=4, metadata=operational("samples depend on seed and position"))
 
 
 @dataclass(frozen=True)
@@ -414,31 +417,33 @@ def _read(name_or_path: str | Path) -> dict:
 
 
 def _overridden(tree: dict, overrides: Sequence[str]) -> Config:
+    settings = flatten(Config())
     for one in overrides:
         key, separator, text = map(str.strip, one.partition("="))
         if not separator or not key:
             raise ValueError(f"override {one!r}: expected section.key=value, as in optim.lr=2e-4")
-        node = tree
-        *parents, leaf = key.split(".")
-        for depth, parent in enumerate(parents, 1):
-            node[parent] = {} if node.get(parent) is None else node[parent]
-            node = node[parent]
-            if not isinstance(node, dict):
-                raise ValueError(f"{key}: {'.'.join(parents[:depth])} is a setting, not a section")
-        value = _parse(key, text)
-        if value is None and any(one.startswith(f"{key}.") for one in flatten(Config())):
-            raise ValueError(f"{key}: expected its settings, got null")
-        _set(node, leaf, value)
+        if outer := next((name for name in settings if key.startswith(f"{name}.")), None):
+            raise ValueError(f"{key}: {outer} is a setting, not a section")
+        changes: Any = _parse(key, text)
+        for name in reversed(key.split(".")):
+            changes = {name: changes}
+        _merge(tree, Config, changes)
     return from_dict(tree)
 
 
-def _set(node: dict, name: str, value: object) -> None:
-    """Set a setting, or those of a section that are given; the others stay."""
-    if isinstance(value, dict) and isinstance(node.get(name), dict):
-        for key, one in value.items():
-            _set(node[name], key, one)
-    else:
-        node[name] = value
+def _merge(tree: dict, kind: Any, changes: Mapping) -> None:
+    """Set values; merge a mapping into an existing section."""
+    for name, value in changes.items():
+        section, current = kind.hints.get(name), tree.get(name)
+        if not is_dataclass(section):
+            tree[name] = value
+            continue
+        tree[name] = {} if current is None else current
+        # null stands for the defaults in a file, but here settings of the file would be lost
+        for one in (value, tree[name]):
+            if not isinstance(one, dict):
+                raise _section_error(section, one)
+        _merge(tree[name], section, value)
 
 
 def _parse(key: str, text: str) -> object:
@@ -455,9 +460,7 @@ def _parse(key: str, text: str) -> object:
 def _unknown(kind: Any, tree: object) -> Iterator[str]:
     """A text for each unknown name. Raises ValueError for a section that is no mapping."""
     if not isinstance(tree, Mapping | None):
-        raise ValueError(
-            f"{kind.prefix[:-1]}: is a section ({', '.join(kind.hints)}), got {tree!r}"
-        )
+        raise _section_error(kind, tree)
     for name, value in (tree or {}).items():
         if name not in kind.hints:
             elsewhere = [key for key in flatten(Config()) if key.endswith(f".{name}")]
@@ -466,6 +469,11 @@ def _unknown(kind: Any, tree: object) -> Iterator[str]:
             yield f"{kind.prefix}{name}: no such setting; {near}"
         elif is_dataclass(kind.hints[name]):
             yield from _unknown(kind.hints[name], value)
+
+
+def _section_error(kind: Any, value: object) -> ValueError:
+    got = "null" if value is None else repr(value)
+    return ValueError(f"{kind.prefix[:-1]}: is a section ({', '.join(kind.hints)}), got {got}")
 
 
 def _convert(kind: Any, value: Any) -> Any:

@@ -8,13 +8,19 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 
 from msgspec import Meta, ValidationError, convert
 
-# Upper bounds are far above what any model or machine uses: they catch slips such as a pasted id
-Count = Annotated[int, Meta(ge=1, le=2**31 - 1, description="be at least 1")]
-Number = Annotated[int, Meta(ge=0, le=2**31 - 1, description="not be negative")]
-Seed = Annotated[int, Meta(ge=0, le=2**63 - 1, description="not be negative")]
-Size = Annotated[int, Meta(ge=1, le=65_536, description="be at least 1")]  # a side or a width
-Amount = Annotated[int, Meta(ge=1, le=1_000_000, description="be at least 1")]  # per image or step
-Depth = Annotated[int, Meta(ge=0, le=1024, description="not be negative")]  # layers or processes
+
+def between(low: int, high: int) -> Meta:
+    """The range of a whole number, with both bounds in its description."""
+    return Meta(ge=low, le=high, description=f"be between {low} and {high}")
+
+
+# Upper bounds are far above what any model or machine uses: they catch typing errors
+Seed = Annotated[int, between(0, 2**63 - 1)]
+Count = Annotated[int, between(1, 2**31 - 1)]  # of steps or files
+Amount = Annotated[int, between(1, 1_000_000)]  # of images, boxes or classes
+Size = Annotated[int, between(1, 65_536)]  # side or width
+Depth = Annotated[int, between(0, 1024)]  # number of layers
+Workers = Annotated[int, between(0, 1024)]  # number of processes
 NonNegative = Annotated[float, Meta(ge=0, description="not be negative")]
 Positive = Annotated[float, Meta(gt=0, description="be above 0")]
 Positives = Annotated[tuple[Positive, ...], Meta(min_length=1, description="be above 0")]
@@ -66,10 +72,7 @@ def check(key: str, hint: Any, value: Any) -> None:
     if not _fits(value, hint):
         while get_origin(hint) is not Annotated:
             hint = get_args(hint)[0]
-        limits = hint.__metadata__[0]
-        above = isinstance(limits.le, int) and isinstance(got, int) and got > limits.le
-        what = f"be at most {limits.le}" if above else limits.description
-        raise ValueError(f"{key} must {what}, got {got}")
+        raise ValueError(f"{key} must {hint.__metadata__[0].description}, got {got}")
 
 
 def _fits(value: object, hint: Any) -> bool:

@@ -1,6 +1,6 @@
-"""The fields of a training job that this package reads, as types: YAML with holes is refused by path.
+"""Schema of the job fields that this package reads; invalid YAML is rejected with the path of the field.
 
-Other fields are the API server's to check. A value of null is an absent field, as for Kubernetes.
+The API server validates all other fields. A value of null is an absent field, as in Kubernetes.
 """
 
 from __future__ import annotations
@@ -8,57 +8,76 @@ from __future__ import annotations
 import re
 from typing import Annotated, Any
 
-from msgspec import Meta, Struct, ValidationError, convert
+from msgspec import Meta, Struct, ValidationError, convert, field
 
-Text = str | int | float | bool  # YAML reads unquoted numbers; the API server has the last word
+GPU = "nvidia.com/gpu"
+# YAML reads unquoted numbers; the API server validates the type
+Scalar = str | int | float | bool
+Map = dict[str, Scalar | None]
 
 
-class Typed(Struct, rename="camel"):
+class ApiObject(Struct, rename="camel"):
     """Fields of the Kubernetes API; unknown ones are ignored."""
 
 
-class Metadata(Typed):
+class Metadata(ApiObject):
     """ObjectMeta."""
 
     name: str | None = None
-    labels: dict[str, Text] | None = None
-    annotations: dict[str, Text] | None = None
+    labels: Map | None = None
+    annotations: Map | None = None
 
 
-class Variable(Typed):
+class RuntimeMetadata(Metadata, kw_only=True):
+    """ObjectMeta of a runtime, to which a TrainJob refers by name."""
+
+    name: str
+
+
+class Variable(ApiObject):
     """EnvVar."""
 
     name: str
 
 
-class Claim(Typed):
+class Claim(ApiObject):
     """PersistentVolumeClaimVolumeSource."""
 
     claim_name: str | None = None
 
 
-class Volume(Typed):
+class Volume(ApiObject):
     """Volume."""
 
     name: str
     persistent_volume_claim: Claim | None = None
 
 
-class Mount(Typed):
+class Mount(ApiObject):
     """VolumeMount."""
 
     name: str
     mount_path: str
 
 
-class Resources(Typed):
+class GpuCount:
+    """Quantity of a resource that is counted in whole numbers, as 8 or "8"."""
+
+
+class Limits(ApiObject):
+    """The limits that this package reads."""
+
+    gpus: GpuCount | None = field(default=None, name=GPU)
+
+
+class Resources(ApiObject):
     """ResourceRequirements."""
 
-    limits: dict[str, Text] | None = None
-    requests: dict[str, Text] | None = None
+    limits: Limits | None = None
+    requests: Map | None = None
 
 
-class Container(Typed):
+class Container(ApiObject):
     """Container."""
 
     name: str
@@ -69,12 +88,12 @@ class Container(Typed):
     resources: Resources | None = None
 
 
-class PodFields(Typed):
+class PodFields(ApiObject):
     """What a runtime or a patch may say of a pod."""
 
     containers: list[Container] | None = None
     volumes: list[Volume] | None = None
-    node_selector: dict[str, Text] | None = None
+    node_selector: Map | None = None
     tolerations: list[dict] | None = None
     affinity: dict | None = None
 
@@ -85,21 +104,21 @@ class Pod(PodFields, kw_only=True):
     containers: Annotated[list[Container], Meta(min_length=1)]
 
 
-class PodTemplate(Typed):
+class PodTemplate(ApiObject):
     """PodTemplateSpec."""
 
     spec: Pod
     metadata: Metadata | None = None
 
 
-class Replica(Typed):
+class Replica(ApiObject):
     """ReplicaSpec of the training operator."""
 
     template: PodTemplate
     replicas: int | None = None
 
 
-class RunPolicy(Typed):
+class RunPolicy(ApiObject):
     """RunPolicy of the training operator."""
 
     active_deadline_seconds: int | None = None
@@ -107,91 +126,91 @@ class RunPolicy(Typed):
     backoff_limit: int | None = None
 
 
-class ElasticPolicy(Typed):
+class ElasticPolicy(ApiObject):
     """ElasticPolicy of the training operator."""
 
     min_replicas: int | None = None
     max_replicas: int | None = None
 
 
-class PyTorchJob(Typed):
-    """PyTorchJobSpec without its replicas, which are checked one by one."""
+class PyTorchJob(ApiObject):
+    """PyTorchJobSpec; `validate` checks the replicas."""
 
     pytorch_replica_specs: Annotated[dict[str, Any], Meta(min_length=1)]
     run_policy: RunPolicy | None = None
     elastic_policy: ElasticPolicy | None = None
-    nproc_per_node: Text | None = None
+    nproc_per_node: Scalar | None = None
 
 
-class RuntimeRef(Typed):
+class RuntimeRef(ApiObject):
     """RuntimeRef of Kubeflow Trainer."""
 
     name: str
     kind: str | None = None
 
 
-class Trainer(Typed):
+class Trainer(ApiObject):
     """Trainer of Kubeflow Trainer."""
 
     image: str | None = None
     num_nodes: int | None = None
-    num_proc_per_node: Text | None = None
+    num_proc_per_node: Scalar | None = None
     env: list[Variable] | None = None
     resources_per_node: Resources | None = None
 
 
-class OptionalPodTemplate(Typed):
+class OptionalPodTemplate(ApiObject):
     """The pods of a runtime's or a patch's job."""
 
     spec: PodFields | None = None
     metadata: Metadata | None = None
 
 
-class JobSpec(Typed):
+class JobSpec(ApiObject):
     """batch/v1 JobSpec."""
 
     template: OptionalPodTemplate | None = None
 
 
-class JobTemplate(Typed):
+class JobTemplate(ApiObject):
     """batch/v1 JobTemplateSpec."""
 
     spec: JobSpec | None = None
 
 
-class ReplicatedJob(Typed):
+class ReplicatedJob(ApiObject):
     """ReplicatedJob of JobSet."""
 
     name: str
     template: JobTemplate | None = None
 
 
-class JobSetSpec(Typed):
+class JobSetSpec(ApiObject):
     """JobSetSpec."""
 
     replicated_jobs: list[ReplicatedJob] | None = None
 
 
-class JobSetTemplate(Typed):
+class JobSetTemplate(ApiObject):
     """The JobSet of a runtime."""
 
     spec: JobSetSpec | None = None
 
 
-class RuntimeSpec(Typed):
+class RuntimeSpec(ApiObject):
     """TrainingRuntimeSpec, also as a patch."""
 
     template: JobSetTemplate | None = None
 
 
-class RuntimePatch(Typed):
+class RuntimePatch(ApiObject):
     """RuntimePatch of Kubeflow Trainer 2.3."""
 
     manager: str
     training_runtime_spec: RuntimeSpec | None = None
 
 
-class TrainJob(Typed):
+class TrainJob(ApiObject):
     """TrainJobSpec."""
 
     runtime_ref: RuntimeRef
@@ -200,26 +219,29 @@ class TrainJob(Typed):
     active_deadline_seconds: int | None = None
 
 
-SPECS: dict[str, type] = {
-    "PyTorchJob": PyTorchJob,
-    "TrainJob": TrainJob,
-    "TrainingRuntime": RuntimeSpec,
-    "ClusterTrainingRuntime": RuntimeSpec,
+# kind -> types of metadata and spec
+TYPES: dict[str, tuple[Any, Any]] = {
+    "PyTorchJob": (Metadata | None, PyTorchJob),
+    "TrainJob": (Metadata | None, TrainJob),
+    "TrainingRuntime": (RuntimeMetadata, RuntimeSpec),
+    "ClusterTrainingRuntime": (RuntimeMetadata, RuntimeSpec),
 }
 
 
-def checked(document: dict) -> dict:
+def validate(document: dict) -> dict:
     """Return a copy of a job or runtime without nulls; documents of other kinds are returned as they are.
 
     Raises ValueError with the path of a field that is missing or of another type.
     """
     kind = str(document.get("kind"))
-    if kind not in SPECS:
+    if kind not in TYPES:
         return document
-    _check(document.get("metadata"), Metadata | None, f"{kind}: metadata")
+    metadata, spec = TYPES[kind]
+    _check(document.get("metadata"), metadata, f"{kind}: metadata")
     if not isinstance(document.get("spec"), dict):
         raise ValueError(f"the job's file: its {kind} has no spec")
-    _check(document["spec"], SPECS[kind], f"{kind}: spec")
+    _check(document["spec"], spec, f"{kind}: spec")
+    # One by one, because msgspec does not report the keys of a mapping: `pytorchReplicaSpecs[...]`
     for name, replica in document["spec"].get("pytorchReplicaSpecs", {}).items():
         _check(replica, Replica, f"{kind}: spec.pytorchReplicaSpecs.{name}")
     return without_nulls(document)
@@ -236,12 +258,34 @@ def without_nulls(value: Any) -> Any:
 
 def _check(value: object, kind: Any, place: str) -> None:
     try:
-        convert(value, kind)
+        convert(value, kind, dec_hook=_gpu_count)
     except ValidationError as error:
         message, _, path = str(error).partition(" - at ")
-        inside = path.strip("`").removeprefix("$")
+        inside = path.removeprefix("`key` in ").strip("`").removeprefix("$")
+        if path.startswith("`key` in "):
+            key = next(key for key in _mapping_at(value, inside) if not isinstance(key, str))
+            message = f"expected only strings as keys, got {key!r}"
+        elif inside.endswith("[...]"):
+            inside = inside.removesuffix("[...]")
+            entries = _mapping_at(value, inside).items()
+            name = next(key for key, one in entries if not isinstance(one, Scalar | None))
+            inside = f"{inside}.{name}"
         message = re.sub(r"^Object missing required field", "missing", message)
         message = message[0].lower() + message[1:]
         raise ValueError(
             f"the job's file: its {place}{inside}: {message.replace('`', '')}"
         ) from None
+
+
+def _mapping_at(value: Any, path: str) -> dict:
+    """Return the mapping at a path as `.template.spec.containers[0].resources`."""
+    for name, index in re.findall(r"\.([^.\[]+)|\[(\d+)\]", path):
+        value = value[name or int(index)]
+    return value
+
+
+def _gpu_count(kind: type, value: object) -> object:
+    """Convert to GpuCount, the only type that msgspec does not know."""
+    if not re.fullmatch("[0-9]+", str(value)):
+        raise ValueError(f"expected a whole number, got {value!r}")
+    return kind()

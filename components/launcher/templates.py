@@ -15,12 +15,11 @@ from dataclasses import dataclass, field, replace
 
 import yaml
 
-from components.launcher.schema import checked
+from components.launcher.schema import GPU, validate
 
 POOL = "vitdet/pool"  # label of the node pools, independent of the cloud provider
 # the same on GKE, where the node label of a pool cannot contain a slash
 COMPUTE_CLASS = "cloud.google.com/compute-class"
-GPU = "nvidia.com/gpu"
 RUN, RECIPE = "vitdet/run", "vitdet/recipe"  # labels of a job and its pods
 SCHEDULE = (
     "vitdet/schedule-seconds"  # annotation of a template: how long its pods may wait for a node
@@ -104,7 +103,7 @@ def fill_template(template: str, kind: Kind, request: JobRequest) -> dict:
     """
     if request.nodes < 1:
         raise ValueError(f"a job needs at least 1 node, got {request.nodes}")
-    found = [checked(part) for part in yaml.safe_load_all(template) if isinstance(part, dict)]
+    found = [validate(part) for part in yaml.safe_load_all(template) if isinstance(part, dict)]
     jobs = [part for part in found if part.get("kind") == kind.name]
     if len(jobs) != 1:
         raise ValueError(

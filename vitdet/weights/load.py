@@ -36,7 +36,7 @@ class Source:
     # whether its relative positions meet the scaled query; None: it does not say
     scaled: bool | None
     class_names: tuple[str, ...] = ()  # none: it does not say
-    notes: tuple[str, ...] = ()  # a line on each thing that was taken off or left out
+    notes: tuple[str, ...] = ()  # a line on each thing that was removed or ignored
 
     @property
     def whole(self) -> bool:
@@ -56,36 +56,28 @@ def read_source(path: Path, layout: str) -> Source:
     """Reads a file of a named layout (`FORMATS`). Raises ValueError or FileNotFoundError with one line."""
     table, content = FORMATS[layout], read_file(path)
     try:
-        theirs, notes = unwrap(content, table.wrappers, table.parts, path)
-        check_finite(theirs, path)
+        theirs, notes = unwrap(content, table, path)
         weights = to_ours(theirs, table)
+        check_finite(weights, path)
     except (ValueError, RuntimeError) as error:
         prefix = "" if str(error).startswith(str(path)) else f"{path}, read as {layout}: "
         raise ValueError(f"{prefix}{next(iter(str(error).splitlines()), 'broken')}") from error
     if not weights:
         raise ValueError(
-            f"{path}, read as {layout}: holds only tensors that a detector has no place for, such as "
+            f"{path}, read as {layout}: contains no tensors that a detector uses; found "
             f"{', '.join(list(theirs)[:3])}"
         )
     if heads := [name for name in theirs if known(name, table.heads)]:
-        notes.append(f"left out, a classifier's: {', '.join(heads)}")
+        notes.append(f"ignored classifier head: {', '.join(heads)}")
     said = metadata(path)
     if said.get("layout") in FORMATS:  # converted before: what the original may lack, this may
+        origin = said["layout"]
         scaled = {"true": True, "false": False}.get(said.get("scaled_rel_pos", ""))
-        return Source(
-            weights,
-            said["layout"],
-            scaled,
-            tuple(json.loads(said.get("class_names", "[]"))),
-            tuple(notes),
-        )
-    return Source(
-        weights,
-        layout,
-        _scaled(content) if layout == "vitdet" else table.scaled,
-        _class_names(content),
-        tuple(notes),
-    )
+        names = tuple(json.loads(said.get("class_names", "[]")))
+    else:
+        origin, names = layout, _class_names(content)
+        scaled = _scaled(content) if layout == "vitdet" else table.scaled
+    return Source(weights, origin, scaled, names, tuple(notes))
 
 
 def _scaled(content: dict) -> bool | None:

@@ -1,4 +1,4 @@
-"""What a file is, by its first bytes and its length, where it is not a file of weights or not a whole one."""
+"""Detect files that are not weights, or are truncated, from their signature and length."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def _check_safetensors(path: Path, head: bytes) -> None:
     size, length = path.stat().st_size, int.from_bytes(head[:8], "little")
     if length > LIMIT:
         raise ValueError(
-            f"{path}: not a safetensors file, whose first 8 bytes are the length of its header"
+            f"{path}: not a safetensors file: its first 8 bytes are not a valid header length"
         )
     expected = 8 + length
     if size >= expected:
@@ -68,22 +68,27 @@ def _check_safetensors(path: Path, head: bytes) -> None:
                     one["data_offsets"][1] for key, one in header.items() if key != "__metadata__"
                 ]
                 expected += max(ends, default=0)
-            except (ValueError, LookupError, TypeError, AttributeError):
+            except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
                 return
     if size < expected:
         raise ValueError(
-            f"{path}: cut off: {size:,} of {expected:,} bytes; copy or download it again"
+            f"{path}: truncated: {size:,} of {expected:,} bytes; copy or download it again"
         )
 
 
 def _check_zip(path: Path) -> None:
+    """Check that a zip archive is complete and holds weights; other damage is the reader's to find."""
     try:
-        with zipfile.ZipFile(path) as file:
-            names = file.namelist()
-    except zipfile.BadZipFile:
+        complete, names = zipfile.is_zipfile(path), list[str]()
+        if complete:
+            with zipfile.ZipFile(path) as file:
+                names = file.namelist()
+    except Exception:  # a damaged directory raises anything: BadZipFile, NotImplementedError, ...
+        return
+    if not complete:
         raise ValueError(
-            f"{path}: cut off: the table at its end is missing; copy or download it again"
-        ) from None
+            f"{path}: truncated: the zip central directory is missing; copy or download it again"
+        )
     if path.suffix != ".npz" and not any(name.endswith("data.pkl") for name in names):
         shown = ", ".join(names[:3]) or "no files"
         raise ValueError(

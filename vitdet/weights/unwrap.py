@@ -1,4 +1,4 @@
-"""The weights inside what trainings wrap around them: tables in tables, and prefixes before all names.
+"""Extract the state dict from a checkpoint: nested dictionaries and parameter-name prefixes.
 
 DistributedDataParallel and AveragedModel prefix names with `module.`, torch.compile with `_orig_mod.`, Lightning
 modules with `model.`; checkpoints keep the weights beside those of the optimizer, and averaged ones beside both.
@@ -12,6 +12,8 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+
+from vitdet.weights.formats.table import Format, known
 
 # Keys under which trainers keep weights, averaged ones first: DINO, DINOv2, timm, YOLO, Lightning, mmengine, fairseq.
 KEYS = (
@@ -31,71 +33,84 @@ KEYS = (
 # Before a name, and after its first pieces where a part of the model was wrapped
 PREFIX = re.compile(r"^(?:(?:module|model|ema|_orig_mod)\.)+|(?<=\.)_orig_mod\.")
 COUNTER = "n_averaged"  # of torch.optim.swa_utils.AveragedModel
-DEPTH = 4  # of tables in tables
+DEPTH = 4  # of nested dictionaries
 
 
-def unwrap(
-    content: Mapping, keys: tuple[str, ...], parts: tuple[str, ...], path: Path
-) -> tuple[dict[str, Tensor], list[str]]:
-    """Return the tensors of a checkpoint by plain names, and a line on each thing that was taken off.
+def unwrap(content: Mapping, layout: Format, path: Path) -> tuple[dict[str, Tensor], list[str]]:
+    """Return the tensors of a checkpoint by plain names, and a line on each thing that was removed.
 
-    keys: where the layout's own trainer keeps the weights, looked for before `KEYS`. parts: prefixes of the part that
-    the layout describes, such as `encoder.`; if names have one, the other names are left out.
+    The keys of the layout's own trainer (`layout.wrappers`) are looked for before `KEYS`. If names begin with one of
+    `layout.parts`, such as `encoder.`, only these and the classifier heads (`layout.heads`) are returned.
     Raises ValueError if there are no weights, if something else than tensors is among them, or if two names are the
     same without prefixes.
     """
-    inside, notes = _innermost(content, keys)
+    inside, notes = _innermost(content, layout.wrappers)
     _check_tensors(inside, content, path)
-    plain = {name: PREFIX.sub("", name) for name in inside if name != COUNTER}
+    plain = {name: PREFIX.sub("", name) for name in inside}
+    plain = {name: short for name, short in plain.items() if short != COUNTER}
     taken = sorted({found[0] for name in plain for found in PREFIX.finditer(name)})
     if len(set(plain.values())) < len(plain):
         raise ValueError(f"{path}: the same names with and without {' and '.join(taken)}")
     if taken:
         notes.append(f"names: without the prefix {' and '.join(taken)}")
     weights = {short: inside[name] for name, short in plain.items()}
-    for part in parts:
+    for part in layout.parts:
         chosen = {
             name.removeprefix(part): one for name, one in weights.items() if name.startswith(part)
         }
         if chosen:
-            others = len(weights) - len(chosen)
+            # a head may stand beside the part: its names are reported by the caller
+            heads = {
+                name: one
+                for name, one in weights.items()
+                if not name.startswith(part) and known(name, layout.heads)
+            }
+            others = len(weights) - len(chosen) - len(heads)
             notes.append(
-                f"names: without the prefix {part}{f'; {others} other tensors left out' if others else ''}"
+                f"names: without the prefix {part}{f'; {others} other tensors ignored' if others else ''}"
             )
-            weights = chosen
+            weights = heads | chosen
     return weights, notes
 
 
 def check_finite(weights: Mapping[str, Tensor], path: Path) -> None:
-    """Raise ValueError if a tensor has values that are not finite, with its name."""
+    """Raise ValueError if a tensor contains NaN or infinite values, with its name."""
     broken = [
-        f"{name} ({'NaN' if one.isnan().any() else 'infinity'})"
+        name
         for name, one in weights.items()
         if one.is_floating_point() and not torch.isfinite(one).all()
     ]
     if broken:
         raise ValueError(
-            f"{path}: {len(broken)} tensors with values that are not finite, such as {broken[0]}; "
-            "the training that wrote them had diverged, take an earlier checkpoint"
+            f"{path}: {len(broken)} tensors contain NaN or infinite values, e.g. {broken[0]}; "
+            "use an earlier checkpoint"
         )
 
 
 def _innermost(content: Mapping, keys: tuple[str, ...]) -> tuple[Mapping, list[str]]:
-    """The table of weights, and a line if it was under other keys than the layout's own."""
+    """The dictionary of weights, and a line if it was under other keys than the layout's own."""
     order = (*keys, *(key for key in KEYS if key not in keys))
     found: list[str] = []
     others: list[str] = []
     for _ in range(DEPTH):
-        tables = [key for key in order if isinstance(content.get(key), Mapping) and content[key]]
-        if not tables:
+        inside = [key for key in order if _holds_tensors(content.get(key))]
+        if not inside:
             break
-        found.append(tables[0])
-        others += tables[1:]
-        content = content[tables[0]]
+        found.append(inside[0])
+        others += inside[1:]
+        content = content[inside[0]]
     if not others and (not found or (len(found) == 1 and found[0] in keys)):
         return content, []
-    left = f"; left out: {', '.join(map(repr, others))}" if others else ""
-    return content, [f"weights: those under {' in '.join(map(repr, reversed(found)))}{left}"]
+    ignored = f"; ignored: {', '.join(map(repr, others))}" if others else ""
+    return content, [f"weights: those under {' in '.join(map(repr, reversed(found)))}{ignored}"]
+
+
+def _holds_tensors(value: object, depth: int = DEPTH) -> bool:
+    """Whether it is a dictionary with a tensor in it or in dictionaries of it; `params` may be options."""
+    return isinstance(value, Mapping) and any(
+        isinstance(one, Tensor) or (depth > 1 and _holds_tensors(one, depth - 1))
+        for one in value.values()
+    )
 
 
 def _check_tensors(inside: Mapping, content: Mapping, path: Path) -> None:
@@ -113,7 +128,7 @@ def _check_tensors(inside: Mapping, content: Mapping, path: Path) -> None:
             f"model; found {listed}"
         )
     raise ValueError(
-        f"{path}: {len(strange)} of its weights are no whole tensors, such as {strange[0]}"
+        f"{path}: {len(strange)} entries are not complete tensors, such as {strange[0]}"
     )
 
 

@@ -5,6 +5,7 @@ A pre-trained backbone has no relative positions, which start at zero, and no pa
 
 from __future__ import annotations
 
+from vitdet.weights.formats.classifier import HEADS, PARTS
 from vitdet.weights.formats.detectron2 import add_class_token, drop_class_token
 from vitdet.weights.formats.table import Change, Format, Row
 
@@ -15,9 +16,6 @@ FRESH = (
     "backbone.blocks.{}.residual.{*}",
 )
 NORM = ("backbone.norm.{}",)
-# What fine-tuned classifiers have behind the backbone, also those of timm and DINO
-HEADS = ("head.{*}", "head_dist.{*}", "fc_norm.{*}", "fc.{*}", "classifier.{*}", "dino_head.{*}")
-PARTS = ("teacher.", "encoder.", "backbone.")
 BLOCKS = (
     Row("blocks.{}.PCM.{*}", "backbone.blocks.{}.pcm.{*}"),
     Row("blocks.{}.{*}", "backbone.blocks.{}.{*}"),

@@ -11,10 +11,9 @@ from collections.abc import Mapping
 from einops import rearrange
 from torch import Tensor
 
-from vitdet.weights.formats.mae import HEADS, PARTS
+from vitdet.weights.formats.classifier import HEADS, PARTS, WRAPPERS
 from vitdet.weights.formats.mmdet import FPN_DETECTOR
 from vitdet.weights.formats.table import Change, Format, Row, without_prefix
-from vitdet.weights.formats.vitae import WRAPPERS
 
 
 def slices_first(tensor: Tensor) -> Tensor:
@@ -84,7 +83,6 @@ SWIN_CLS = Format(
     heads=HEADS,
     wrappers=WRAPPERS,
     parts=PARTS,
-    fresh=(
-        "backbone.norms.{}.{}",
-    ),  # a classifier has one norm, behind its last map, and of another use
+    # a classifier has one norm, behind its last map, and of another use
+    fresh=("backbone.norms.{}.{}",),
 )

@@ -45,22 +45,19 @@ class Format(NamedTuple):
     rows: tuple[Row, ...]
     changes: Mapping[str, Change] = {}
     dropped: tuple[str, ...] = ()  # their names that have no place in our models
-    heads: tuple[
-        str, ...
-    ] = ()  # the same of layers that were trained for a task: told when left out
+    # the same of layers that were trained for a task: reported when ignored
+    heads: tuple[str, ...] = ()
     before: Callable[[Weights], Weights] = same  # on their names, ahead of the rows
     after: Callable[[Weights], Weights] = same  # its inverse, on the way back
-    wrappers: tuple[
-        str, ...
-    ] = ()  # where its own trainer keeps the weights; the first that is there
+    # where its own trainer keeps the weights; the first that is there
+    wrappers: tuple[str, ...] = ()
     parts: tuple[str, ...] = ()  # prefixes of what it describes in a file that holds more
     # Declared differences of a pre-trained backbone, by our names: what it lacks and starts afresh, and what it may
     # have without a place. A whole detector has none.
     fresh: tuple[str, ...] = ()
     spare: tuple[str, ...] = ()
-    scaled: bool | None = (
-        None  # whether relative positions meet the scaled query; None: it has none, or says so itself
-    )
+    # whether relative positions meet the scaled query; None: it has none, or says so itself
+    scaled: bool | None = None
 
 
 def without_prefix(rows: tuple[Row, ...]) -> tuple[Row, ...]:

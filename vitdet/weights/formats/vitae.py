@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from vitdet.weights.formats.mae import BLOCKS, FRESH, HEADS, NORM, PARTS, POSITIONS
+from vitdet.weights.formats.classifier import HEADS, PARTS, WRAPPERS
+from vitdet.weights.formats.mae import BLOCKS, FRESH, NORM, POSITIONS
 from vitdet.weights.formats.mmdet import join_bias
 from vitdet.weights.formats.table import Format, Row
-
-WRAPPERS = ("state_dict_ema", "state_dict", "model")  # of timm's trainer
 
 VITAE = Format(
     rows=BLOCKS,

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from vitdet.weights.formats.mae import HEADS, PARTS
+from vitdet.weights.formats.classifier import HEADS, PARTS, WRAPPERS
 from vitdet.weights.formats.mmdet import FPN_DETECTOR, join_bias
 from vitdet.weights.formats.table import Format, Row, without_prefix
-from vitdet.weights.formats.vitae import WRAPPERS
 
 _VITAEV2 = (
     Row("backbone.layers.{}.RC.PRM.convs.{}.0.{}", "backbone.stages.{}.reduction.prm.{}.{}"),
