@@ -293,7 +293,7 @@ class AnnotationValidator:
     def _annotation(self, annotation: Annotation) -> Validated | None:
         """None after an error. Here the time goes: text is put together only where there is need."""
         image_id, category_id = annotation.image_id, annotation.category_id
-        crowd = self._crowd(annotation)
+        crowd = annotation.iscrowd != 0 and self._crowd(annotation)
         self._count += not crowd
         if image_id not in self.sizes:
             value = f"image {image_id}" if image_id != UNKNOWN else "no image"
@@ -401,6 +401,17 @@ class AnnotationValidator:
             self.warning(kind, _place_of(annotation), "")
             return NO_OUTLINE, True
         x, y, width, height = annotation.bbox
+        if outline.box is not None:
+            x0, y0, x1, y1 = outline.box
+            if (  # nearly all objects
+                x1 > x0
+                and y1 > y0
+                and -ROUNDING <= x - x0 <= ROUNDING
+                and -ROUNDING <= y - y0 <= ROUNDING
+                and -ROUNDING <= x + width - x1 <= ROUNDING
+                and -ROUNDING <= y + height - y1 <= ROUNDING
+            ):
+                return "", False
         rows, columns = size or (SIDE, SIDE)
         seen = _clipped(outline.box, rows, columns) if outline.box else None
         if seen is None or seen[0] == seen[2] or seen[1] == seen[3]:

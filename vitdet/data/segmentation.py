@@ -61,13 +61,20 @@ def read_outline(segmentation: object, size: tuple[int, int] | None) -> Outline:
     if left_out == len(segmentation):
         return Outline(None, left_out)
     box = low_x, low_y, high_x, high_y
-    if size is not None and reaches_far(box, size):  # pycocotools draws all of it
+    # pycocotools draws all of it; the first comparison is for speed
+    if size is not None and not inside(box, size) and reaches_far(box, size):
         problem = "polygon far outside its image", f"{show(box)} on {size[1]} x {size[0]} pixels"
         return Outline(None, problem=problem)
     shape = segmentation
     if left_out:
         shape = [part for part in segmentation if len(part) >= 6 and len(part) % 2 == 0]
     return Outline(shape, left_out, box)
+
+
+def inside(box: Box, size: tuple[int, int]) -> bool:
+    """Whether a box lies in an image of (height, width) `size`."""
+    x0, y0, x1, y1 = box
+    return 0 <= x0 <= x1 <= size[1] and 0 <= y0 <= y1 <= size[0]
 
 
 def reaches_far(coordinates: Sequence[float], size: tuple[int, int]) -> bool:
@@ -131,7 +138,9 @@ def _read_rle(code: dict, size: tuple[int, int] | None) -> Outline:
 def run_lengths(counts: object) -> list[int] | None:
     """Run lengths as they are, or out of COCO's compressed text: 5 bits a character, differences to two runs before."""
     if isinstance(counts, list):
-        whole: list[Any] = [whole_number(run) if type(run) is float else run for run in counts]
+        whole: list[Any] = counts
+        if float in set(map(type, counts)):
+            whole = [whole_number(run) if type(run) is float else run for run in counts]
         return whole if {int}.issuperset(map(type, whole)) and min(whole, default=0) >= 0 else None
     if not isinstance(counts, str) or not counts.isascii():
         return None
