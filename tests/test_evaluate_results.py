@@ -2,6 +2,7 @@
 
 import json
 
+import msgspec
 import pytest
 
 from tests.random_results import SIDE, random_set
@@ -20,7 +21,7 @@ def files(tmp_path):
         json.dumps(
             {
                 "images": list(truth.images.values()),
-                "annotations": truth.objects,
+                "annotations": [msgspec.to_builtins(one) for one in truth.objects],
                 "categories": list(truth.categories.values()),
             }
         )
