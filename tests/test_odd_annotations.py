@@ -8,6 +8,7 @@ from __future__ import annotations
 import gzip
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ from vitdet.config import DataConfig
 from vitdet.data.annotation_file import read_entries
 from vitdet.data.annotations import WITHOUT_AREA
 from vitdet.data.dataset import read_split
+from vitdet.data.loader import train_loader
 from vitdet.evaluation.evaluator import evaluate_results
 from vitdet.evaluation.results import read_truth
 
@@ -289,13 +291,25 @@ def every(key: str, change: Callable[[object], object]) -> dict:
             every("bbox", lambda box: [10, 10, 30, 30] if box[0] else [0, 0, 1, HEIGHT]),
             "most objects: bbox that reads as corners",
         ),
-        (every("segmentation", lambda _: [[70, 10, 90, 10, 90, 30]]), f"most objects: {NO_PIXELS}"),
     ],
 )
 def test_what_is_wrong_with_most_objects_is_an_error(
     data: DataConfig, content: dict, kind: str
 ) -> None:
     assert kind in kinds(data, content)[0]
+
+
+def test_outlines_outside_of_their_images_leave_boxes_to_train(
+    data: DataConfig, caplog: pytest.LogCaptureFixture
+) -> None:
+    content = every("segmentation", lambda _: [[70, 10, 90, 10, 90, 30]])
+    errors, warnings = kinds(data, content)
+    assert not errors and NO_PIXELS in warnings
+    batch = next(iter(train_loader(replace(data, scale_range=(1.0, 1.0), workers=0), 2, 0, 0, 1)))
+    assert any(len(target) for target in batch.targets)
+    assert not any(target.has_mask.any() for target in batch.targets)
+    assert "not masks: 3 with an outline that has no pixels in its image" in caplog.text
+    assert "objects left out of training: 1 crowd" in caplog.text
 
 
 def test_corners_are_recognized_without_outlines(data: DataConfig) -> None:

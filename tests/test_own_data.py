@@ -338,13 +338,9 @@ def test_what_the_check_accepts_has_its_classes_counted(
     assert config.model.roi_heads.num_classes == 7 and found == {"model.roi_heads.num_classes": 7}
 
 
-def test_an_export_of_another_layout_is_named(own_tiny: Path) -> None:
-    shutil.move(
-        own_tiny / "annotations" / "instances_train.json",
-        own_tiny / "train" / "_annotations.coco.json",
-    )
-    shutil.rmtree(own_tiny / "annotations")
+def test_json_files_of_no_layout_are_named(own_tiny: Path) -> None:
+    shutil.move(own_tiny / "annotations", own_tiny / "json")
     data = load_config("tiny", [f"data.root={own_tiny}"]).data
     assert str(missing(split_files(data, "train")[0], data)).endswith(
-        "as in COCO's layout under data.root, found train/_annotations.coco.json"
+        "as in COCO's layout under data.root, found json/instances_train.json, json/instances_val.json"
     )

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,10 +22,10 @@ from vitdet.data.annotation_file import (
     annotations_of,
     loosely,
 )
+from vitdet.data.box_fit import are_corners, fit
 from vitdet.data.segmentation import (
-    Box,
     Outline,
-    intersection_over_union,
+    inside,
     reaches_far,
     read_outline,
     show,
@@ -39,10 +39,6 @@ LISTS = ("neg_category_ids", "not_exhaustive_category_ids")
 OUTSIDE = 1.0  # pixels by which a box may leave its image unnoticed: annotators' rounding
 COCOS = "LVIS has it; with COCO's annotations take dataset coco"
 LARGEST = SIDE**2  # pixels of an area; beyond 1e10 COCO's evaluation would pass over the object
-# A box fits its outline if no side is farther away than this: pixels, and as a share of the box's side.
-ROUNDING, SHARE = 1.5, 0.05
-# Below this IoU with the box, an outline is another object's or in other coordinates.
-LEAST_IOU = 0.5
 # From this share of the objects on, a fault is one of the export and not of single objects.
 MOST = 0.5
 # Why training leaves an object out
@@ -90,6 +86,15 @@ def image_name(head: dict, lvis: bool) -> str:
     return "/".join(url.split("/")[-2:]) if url else head["file_name"]
 
 
+def root_category(categories: Iterable[object]) -> int | None:
+    """The id of the category 0 that Roboflow adds as the supercategory of the others, which no object has; else None."""
+    items = [item for item in categories if isinstance(item, dict)]
+    names = [item.get("name") for item in items if whole_number(item.get("id")) == 0]
+    others = [item for item in items if whole_number(item.get("id")) != 0]
+    is_root = others and names and all(one.get("supercategory") == names[0] for one in others)
+    return 0 if is_root else None
+
+
 def existing_name(folder: Path | str, name: str) -> str:
     """The name of an image file below `folder`: backslashes, as Windows writes them, may stand for / or a lost folder."""
     slashed = name.replace("\\", "/")
@@ -127,10 +132,12 @@ class AnnotationValidator:
         self.outlines = 0
         self._suspects: Counter[str] = Counter()  # objects by what may be wrong with all of them
         self._count = 0  # annotations that are no crowds
+        self._root: int | None = None  # see `root_category`; None once an annotation has it
 
     def read_header(self, content: object) -> dict[str, Table]:
         """Check the layout, the categories and the images; return the tables by name, empty where there is none."""
         tables = self._tables(content)
+        self._root = root_category(tables["categories"])
         for category in self._items(tables["categories"], "category"):
             self._category(category)
         for image in self._items(tables["images"], "image"):
@@ -157,6 +164,8 @@ class AnnotationValidator:
                 if (found := self._annotation(annotation)) is not None:
                     yield found
         self._systematic()
+        if self._root is not None:
+            del self.categories[self._root]
         for name, count in Counter(self.names.values()).items():
             if count > 1:
                 self.warning("file that several images share", show(name), f"{count} images")
@@ -295,6 +304,8 @@ class AnnotationValidator:
         image_id, category_id = annotation.image_id, annotation.category_id
         crowd = annotation.iscrowd != 0 and self._crowd(annotation)
         self._count += not crowd
+        if category_id == self._root:
+            self._root = None
         if image_id not in self.sizes:
             value = f"image {image_id}" if image_id != UNKNOWN else "no image"
             self._suspect(
@@ -374,19 +385,19 @@ class AnnotationValidator:
         x, y, width, height = annotation.bbox
         right, low = x + width, y + height
         rows, columns = size
-        inside = f"{show(annotation.bbox)} on {columns} x {rows} pixels"
+        place = f"{show(annotation.bbox)} on {columns} x {rows} pixels"
         if reaches_far((x, y, right, low), size):
-            self.error("box far outside its image", _place_of(annotation), inside)
+            self.error("box far outside its image", _place_of(annotation), place)
             return None
         if empty:
             return EMPTY
         if x < width <= columns and y < height <= rows:
             self._suspects[CORNERS] += 1
         if x >= columns or y >= rows or right <= 0 or low <= 0:
-            self._suspect("box outside its image (training leaves it out)", annotation, inside)
+            self._suspect("box outside its image (training leaves it out)", annotation, place)
             return OUTSIDER
         if min(x, y) < -OUTSIDE or right > columns + OUTSIDE or low > rows + OUTSIDE:
-            self.warning("box partly outside its image", _place_of(annotation), inside)
+            self.warning("box partly outside its image", _place_of(annotation), place)
         return ""
 
     def _compare(
@@ -395,45 +406,32 @@ class AnnotationValidator:
         """Why the object trains no mask (""), and whether its box is `bbox` instead of the one around its outline."""
         if outline.left_out:
             kind = "outline with parts of fewer than 3 points (they are left out)"
-            self.warning(kind, _place_of(annotation), f"{outline.left_out} parts")
+            self.warning(
+                kind, _place_of(annotation), f"{outline.left_out} of {len(annotation.segmentation)}"
+            )
         if outline.shape is None:
             kind = "object without an outline (it trains boxes and classes, not masks)"
             self.warning(kind, _place_of(annotation), "")
             return NO_OUTLINE, True
-        x, y, width, height = annotation.bbox
-        if outline.box is not None:
-            x0, y0, x1, y1 = outline.box
-            if (  # nearly all objects
-                x1 > x0
-                and y1 > y0
-                and -ROUNDING <= x - x0 <= ROUNDING
-                and -ROUNDING <= y - y0 <= ROUNDING
-                and -ROUNDING <= x + width - x1 <= ROUNDING
-                and -ROUNDING <= y + height - y1 <= ROUNDING
-            ):
-                return "", False
-        rows, columns = size or (SIDE, SIDE)
-        seen = _clipped(outline.box, rows, columns) if outline.box else None
-        if seen is None or seen[0] == seen[2] or seen[1] == seen[3]:
-            kind = "outline without pixels in its image (the object trains its box and class)"
-            self._suspect(kind, annotation, show(outline.box))
-            return NO_PIXELS, True
-        box = max(x, 0.0), max(y, 0.0), min(x + width, columns), min(y + height, rows)
-        room_x, room_y = ROUNDING + SHARE * width, ROUNDING + SHARE * height
-        if (
-            abs(box[0] - seen[0]) <= room_x
-            and abs(box[2] - seen[2]) <= room_x
-            and abs(box[1] - seen[1]) <= room_y
-            and abs(box[3] - seen[3]) <= room_y
-        ):
+        found = fit(annotation.bbox, outline.box, size or (SIDE, SIDE))
+        if found == "fits":
             return "", False
-        text = f"{show(annotation.bbox)}, that of the outline {_xywh(seen)}"
-        if intersection_over_union(box, seen) >= LEAST_IOU:
+        if found == "empty":
+            kind = "outline without pixels in its image (the object trains its box and class)"
+            self.warning(kind, _place_of(annotation), show(outline.box))
+            return NO_PIXELS, True
+        assert outline.box is not None
+        x0, y0, x1, y1 = (round(value, 2) for value in outline.box)
+        text = f"{show(annotation.bbox)}, that of the outline {show([x0, y0, x1 - x0, y1 - y0])}"
+        if found == "differs":
             kind = "box that differs from the one around its outline (training takes the box)"
             self.warning(kind, _place_of(annotation), text)
             return "", True
-        inside = x + width <= columns and y + height <= rows  # else `_outside` has counted it
-        if inside and intersection_over_union((x, y, width, height), seen) >= LEAST_IOU:
+        x, y, width, height = annotation.bbox
+        is_inside = inside((x, y, x + width, y + height), size or (SIDE, SIDE))
+        if is_inside and are_corners(
+            annotation.bbox, outline.box
+        ):  # else `_outside` has counted it
             self._suspects[CORNERS] += 1
         kind = "box that does not fit its outline (training leaves the outline out)"
         self._suspect(kind, annotation, text)
@@ -465,16 +463,6 @@ def _place_of(annotation: Annotation) -> str:
 def _place(annotation_id: int, image_id: object) -> str:
     image = f" (image {show(image_id)})" if image_id != UNKNOWN else ""
     return f"annotation {annotation_id}{image}"
-
-
-def _clipped(box: Box, rows: int, columns: int) -> Box | None:
-    """The box inside of the image; None if nothing of it is."""
-    inside = max(box[0], 0.0), max(box[1], 0.0), min(box[2], columns), min(box[3], rows)
-    return inside if inside[0] <= inside[2] and inside[1] <= inside[3] else None
-
-
-def _xywh(box: Box) -> str:
-    return show([round(value, 2) for value in (*box[:2], box[2] - box[0], box[3] - box[1])])
 
 
 def is_line(value: object) -> bool:

@@ -1,4 +1,4 @@
-"""All problems of a folder in COCO's or LVIS's layout at once.
+"""All problems of a folder with COCO's or LVIS's annotations at once.
 
 An error is what training or evaluation would stop at, or what would make their figures worthless; without errors both
 run. A warning is what they leave out or tolerate. `AnnotationValidator` decides which is which in an annotation file,
@@ -18,10 +18,10 @@ from pathlib import Path
 
 from vitdet.data.annotation_file import read_entries
 from vitdet.data.annotations import AnnotationValidator, existing_name, without_objects
+from vitdet.data.coco_layouts import SplitFiles, coco_files, find_splits
 from vitdet.data.images import examine, exchanged, look
 from vitdet.data.segmentation import show
 
-PREFIXES = ("instances_", "lvis_v1_")  # of annotation files: COCO's and LVIS's
 EXAMPLES = 3  # places that are named of each kind of problem
 
 
@@ -80,6 +80,11 @@ def _count(findings: list[Finding], kind: str, example: str) -> None:
         finding.examples.append(example)
 
 
+def _prefix(images: Path, folder: Path) -> str:
+    place = images.relative_to(folder)
+    return "" if place == Path() else f"{place}/"
+
+
 def _backslashes(name: str) -> str:
     return "; backslashes: written on Windows?" if "\\" in name else ""
 
@@ -89,25 +94,30 @@ def _printable(text: str) -> str:
 
 
 def check(folder: Path | str, splits: Sequence[str] | None = None, images: bool = True) -> Report:
-    """Looks at folder/annotations/instances_SPLIT.json and folder/SPLIT/ of the given splits, or of all there are.
+    """Check the annotation files and images of the given splits, or of all that `find_splits` finds.
 
-    LVIS is found as lvis_v1_SPLIT.json, its images below `folder` where their coco_url says. images: also decode every
-    image file, on all processors, which takes most of the time; else only whether it is there.
+    images: also decode every image file, on all processors, which takes most of the time; else only whether it exists.
     """
     report = Report(Path(folder))
     found = [
-        (prefix, path.stem.removeprefix(prefix))
-        for prefix in PREFIXES
-        for path in sorted(report.folder.glob(f"annotations/{prefix}*.json"))
+        (name, files, dataset == "lvis")
+        for dataset in ("coco", "lvis")
+        for name, files in find_splits(report.folder, dataset).items()
     ]
     if splits is not None:
-        there = {name: [pair for pair in found if pair[1] == name] for name in splits}
-        found = [pair for name, pairs in there.items() for pair in pairs or [(PREFIXES[0], name)]]
+        there = {name: [one for one in found if one[0] == name] for name in splits}
+        found = [
+            one
+            for name, known in there.items()
+            for one in known or [(name, coco_files(report.folder, name), False)]
+        ]
     elif not found:
+        here = sorted(path.name for path in report.folder.glob("*") if path.name[0] != ".")
+        what = f"; found {', '.join(here[:5])}{', ...' if here[5:] else ''}" if here else ""
         report.error(
-            "no annotation file", f"expected {report.folder}/annotations/instances_SPLIT.json"
+            "no annotation file", f"expected {report.folder}/annotations/instances_SPLIT.json{what}"
         )
-    checked = [_Split(report, prefix, name) for prefix, name in found]
+    checked = [_Split(report, *one) for one in found]
     for split in checked:
         split.check()
     digests = [split.read_images() if images else split.find_images() for split in checked]
@@ -122,21 +132,20 @@ def check(folder: Path | str, splits: Sequence[str] | None = None, images: bool 
 class _Split:
     """One annotation file while it is looked at."""
 
-    def __init__(self, report: Report, prefix: str, name: str) -> None:
-        self.report = report
-        self.lvis = prefix == "lvis_v1_"
-        self.name = f"lvis_v1_{name}" if self.lvis else name  # in the report
-        self.images = report.folder if self.lvis else report.folder / name
-        self.file = f"{prefix}{name}.json"
+    def __init__(self, report: Report, name: str, files: SplitFiles, lvis: bool) -> None:
+        self.report, self.lvis = report, lvis
+        self.name = f"lvis_v1_{name}" if lvis else name  # in the report
+        self.path, self.images = files
+        place = files.annotations.relative_to(report.folder)
+        self.file = place.name if place.parent.name == "annotations" else str(place)
         self.validator = AnnotationValidator(self.lvis, self._error, self._warning)
 
     def check(self) -> None:
         """Everything but the image files."""
-        path = self.report.folder / "annotations" / self.file
         try:
-            content = read_entries(path)
+            content = read_entries(self.path)
         except FileNotFoundError:
-            self.report.error("no annotation file", f"expected {path}")
+            self.report.error("no annotation file", f"expected {self.path}")
         except OSError as error:
             self.report.error("annotation file that cannot be read", f"{self.file}: {error}")
         except ValueError as error:  # also UnicodeDecodeError and JSONDecodeError, which says where
@@ -145,10 +154,10 @@ class _Split:
             kinds = len(self.report.errors)
             tables = self.validator.read_header(content)
             if isinstance(content, dict):
-                images, annotations, categories = map(len, tables.values())
-                self.report.splits[self.name] = images, annotations, categories
                 found = self.validator.annotations(tables["annotations"])
                 dropped = Counter(one.dropped for one in found)
+                counts = len(tables["images"]), len(tables["annotations"])
+                self.report.splits[self.name] = *counts, len(self.validator.categories)
                 # else these say why
                 if not self.validator.instances and kinds == len(self.report.errors):
                     # its answers may be secret
@@ -176,7 +185,7 @@ class _Split:
         return digests
 
     def _image_error(self, kind: str, image_id: int, what: str = "") -> None:
-        folder = "" if self.lvis else f"{self.name}/"
+        folder = "" if self.lvis else _prefix(self.images, self.report.folder)
         self._error(
             kind, f"image {image_id}", f"{folder}{show(self.validator.names[image_id])}{what}"
         )

@@ -137,9 +137,8 @@ def _read(path: Path, mapped: bool = True) -> Any:
 def _split(content: dict, images: Path, by_url: bool) -> CocoSplit:
     validator = AnnotationValidator(by_url)
     annotations = validator.read_header(content)["annotations"]
-    image_ids, category_ids = sorted(validator.sizes), sorted(validator.categories)
+    image_ids = sorted(validator.sizes)
     row_of = {image_id: row for row, image_id in enumerate(image_ids)}
-    label_of = {category: label for label, category in enumerate(category_ids)}
     objects, dropped, unmasked = Objects(), Counter[str](), Counter[str]()
     for one in validator.annotations(annotations):
         if one.dropped:
@@ -148,17 +147,16 @@ def _split(content: dict, images: Path, by_url: bool) -> CocoSplit:
         unmasked[one.unmasked] += 1
         objects.append(
             row_of[one.annotation.image_id],
-            label_of[one.annotation.category_id],
+            one.annotation.category_id,
             one.annotation.bbox,
             one.segmentation,
             one.own_box,
         )
-    sizes = sorted(
-        validator.sizes.items()
-    )  # none is None: reading stops at an image without a size
+    sizes = sorted(validator.sizes.items())  # none is None: reading stops at such an image
     heads = [(image_id, *size) for image_id, size in sizes if size is not None]
     names = [existing_name(images, validator.names[image_id]) for image_id in image_ids]
-    records = Records.of(images, names, heads, objects)
+    category_ids = sorted(validator.categories)  # only now: one may have been left out
+    records = Records.of(images, names, heads, objects, category_ids)
     outlines = unmasked.pop("", 0)
     return CocoSplit(
         tuple(validator.categories[category] for category in category_ids),

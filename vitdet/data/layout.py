@@ -16,6 +16,7 @@ from typing import Any
 import yaml
 
 from vitdet.config import RECIPES, Config, DataConfig, flatten, load_config, recipes
+from vitdet.data.coco_layouts import SplitFiles, coco_files, find_splits, lvis_files
 
 SPLITS = {  # setting -> common names of the split, in order of preference
     "data.train_split": ("train", "train2017", "train2014", "training"),
@@ -27,29 +28,34 @@ MASKS = "model.mask.enabled"
 FROM_DATA = "# from data.root: "
 
 
-def split_files(data: DataConfig, split: str) -> tuple[Path, Path]:
-    """Return the annotation file of a split and the folder that its image names are relative to."""
+def split_files(data: DataConfig, split: str) -> SplitFiles:
+    """Return the annotation file of a split and the folder that its image names are relative to.
+
+    For a split that does not exist, where COCO or LVIS have it.
+    """
     root = Path(data.root)
-    if data.dataset == "lvis":
-        return root / "annotations" / f"lvis_v1_{split}.json", root
-    return root / "annotations" / f"instances_{split}.json", root / split
+    found = find_splits(root, data.dataset)
+    own = lvis_files if data.dataset == "lvis" else coco_files
+    return found.get(split) or own(root, split)
 
 
 def splits(data: DataConfig) -> list[str]:
     """Return the splits that have an annotation file under data.root."""
-    start, end = split_files(data, "*")[0].name.split("*")
-    return sorted(
-        path.name[len(start) : -len(end)]
-        for path in Path(data.root, "annotations").glob(f"{start}*{end}")
-    )
+    return list(find_splits(Path(data.root), data.dataset))
 
 
 def missing(path: Path, data: DataConfig) -> FileNotFoundError:
     """Return the error for a missing annotation file or image folder of a split."""
     other = replace(data, dataset="coco" if data.dataset == "lvis" else "lvis")
+    found = splits(data)
     if path.suffix != ".json":
         there = f"expected the images of {split_files(data, path.name)[0]} there"
-    elif found := splits(data):
+    elif len(found) == 1:
+        there = (
+            f"there is one split, {found[0]}; `vitdet data convert {data.root} DST --val-share 0.1` makes a "
+            "training and a validation split of it"
+        )
+    elif found:
         there = f"there are the splits {', '.join(found)}; set data.train_split and data.val_split to two of them"
     elif splits(other):
         there = f"there are annotations of another kind; set data.dataset={other.dataset}"
@@ -134,7 +140,7 @@ def resolve(config: Config, explicit: Collection[str]) -> tuple[Config, dict[str
     )
     config = replace(config, data=data)
     model, tables = config.model, _tables(split_files(data, data.train_split)[0])
-    count = len(tables.get("categories", ()))
+    count = _count_classes(tables)
     if CLASSES not in explicit and count and count != before[CLASSES]:
         model = replace(model, roi_heads=replace(model.roi_heads, num_classes=count))
         found[CLASSES] = count
@@ -178,6 +184,20 @@ def _tables(annotations: Path) -> dict[str, Any]:
         return {}
     tables = content.items() if isinstance(content, dict) else ()
     return {key: table for key, table in tables if isinstance(table, list | Entries)}
+
+
+def _count_classes(tables: Mapping[str, Any]) -> int:
+    from vitdet.data.annotation_file import annotations_of
+    from vitdet.data.annotations import root_category
+    from vitdet.data.segmentation import whole_number
+
+    categories = tables.get("categories", ())
+    root = root_category(categories)
+    used = root is None or any(
+        whole_number(getattr(item, "category_id", None)) == root
+        for item in annotations_of(tables.get("annotations", ()))
+    )
+    return len(categories) - (not used)
 
 
 def _has_boxes_only(tables: Mapping[str, Any]) -> bool:

@@ -18,6 +18,7 @@ import torch
 from torch.utils.data import DataLoader, Sampler
 
 from vitdet.config import DataConfig
+from vitdet.data.annotations import NO_OUTLINE
 from vitdet.data.coco import CocoSplit
 from vitdet.data.dataset import TrainData, ValData, read_split
 from vitdet.data.layout import split_files
@@ -70,7 +71,7 @@ def train_loader(
     if rank == 0:
         path, found = split_files(data, data.train_split)[0], dataset.split
         _warn(path, "objects left out of training", found.dropped)
-        if found.outlines:  # else no object has one, and there is nothing to compare with
+        if found.outlines or found.unmasked.keys() - {NO_OUTLINE}:  # else these are boxes only
             _warn(path, "objects that train boxes and classes, not masks", found.unmasked)
         if dataset.without_objects:
             log.info("%s: %d images without objects are left out", path, dataset.without_objects)

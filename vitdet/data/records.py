@@ -39,24 +39,24 @@ class Record:
 
 
 class Objects:
-    """Objects as they come in a file: each of an image, that is a row of the split."""
+    """Objects as they come in a file: each of an image, that is a row of the split, and of a category."""
 
     def __init__(self) -> None:
-        self.rows, self.labels, self.boxes = array("q"), array("q"), array("d")
+        self.rows, self.categories, self.boxes = array("q"), array("q"), array("d")
         self.own_boxes = bytearray()
         self.segmentations: PackedList[list | dict | None] = PackedList()
 
     def append(
         self,
         row: int,
-        label: int,
+        category_id: int,
         box: Sequence[float],
         segmentation: list | dict | None,
         own_box: bool,
     ) -> None:
         """Adds an object; box: left, top, width, height; own_box: as in `Record`."""
         self.rows.append(row)
-        self.labels.append(label)
+        self.categories.append(category_id)
         self.boxes.extend(box)
         self.segmentations.append(segmentation)
         self.own_boxes.append(own_box)
@@ -91,8 +91,12 @@ class Records(Sequence[Record]):
         names: Sequence[str],
         heads: Sequence[tuple[int, int, int]],
         objects: Objects,
+        category_ids: Sequence[int],
     ) -> Records:
-        """Images in `folder` by name and (id, height, width), with the objects whose `row` says which of them."""
+        """Images in `folder` by name and (id, height, width), with the objects whose `row` says which of them.
+
+        The label of an object is the place of its category in category_ids, which rise.
+        """
         rows = np.array(objects.rows, np.int64)
         order = np.argsort(rows, kind="stable")
         boxes = np.array(objects.boxes).reshape(-1, 4).astype(np.float32)[order]
@@ -104,7 +108,7 @@ class Records(Sequence[Record]):
             heads=Shared(np.array(heads, np.int64).reshape(-1, 3)),
             starts=Shared(starts),
             boxes=Shared(boxes),
-            labels=Shared(np.array(objects.labels, np.int64)[order]),
+            labels=Shared(np.searchsorted(np.array(category_ids), objects.categories)[order]),
             own_boxes=Shared(np.array(objects.own_boxes, bool)[order]),
             places=Shared(order),
             segmentations=objects.segmentations,

@@ -83,15 +83,6 @@ def reaches_far(coordinates: Sequence[float], size: tuple[int, int]) -> bool:
     return min(coordinates) < -side or max(coordinates) > 2 * side
 
 
-def intersection_over_union(one: Box, other: Box) -> float:
-    """The IoU of two boxes; 0 if both are empty."""
-    width = min(one[2], other[2]) - max(one[0], other[0])
-    height = min(one[3], other[3]) - max(one[1], other[1])
-    shared = max(width, 0) * max(height, 0)
-    areas = [(box[2] - box[0]) * (box[3] - box[1]) for box in (one, other)]
-    return shared / (sum(areas) - shared) if shared else 0.0
-
-
 def compressed(shape: list | dict, height: int, width: int) -> dict:
     """A usable outline as pycocotools' RLE with counts in bytes, as pycocotools draws it."""
     if isinstance(shape, list):

@@ -13,6 +13,7 @@ import numpy as np
 
 from vitdet.data.check import Finding, Report, check
 from vitdet.data.coco import CocoSplit, read_coco
+from vitdet.data.coco_layouts import find_splits
 from vitdet.datasets.report.charts import bars, doubling, histogram, ranges, share, text
 from vitdet.datasets.report.portrait import portrait
 from vitdet.files import written
@@ -109,12 +110,9 @@ def _sums(report: Report) -> tuple[int, int]:
 
 
 def _read(folder: Path, name: str) -> _Split:
-    lvis = name.startswith("lvis_v1_")
-    found = read_coco(
-        folder / "annotations" / f"{name if lvis else f'instances_{name}'}.json",
-        folder if lvis else folder / name,
-        by_url=lvis,
-    )
+    dataset = "lvis" if name.startswith("lvis_v1_") else "coco"
+    files = find_splits(folder, dataset)[name.removeprefix("lvis_v1_")]
+    found = read_coco(*files, by_url=dataset == "lvis")
     sides = [record.boxes[:, 2:] - record.boxes[:, :2] for record in found.records]
     return _Split(
         name, found, np.prod(np.concatenate([np.zeros((0, 2), np.float32), *sides]), axis=1)

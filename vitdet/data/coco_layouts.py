@@ -1,0 +1,81 @@
+"""Where the tools that export COCO and LVIS annotations put the files of each split.
+
+* COCO, https://cocodataset.org/#download: annotations/instances_SPLIT.json, SPLIT/
+* CVAT, https://docs.cvat.ai/docs/dataset_management/formats/format-coco: the same, images/SPLIT/ or images/
+* Roboflow, https://roboflow.com/formats/coco-json: SPLIT/_annotations.coco.json, SPLIT/
+* Label Studio, https://labelstud.io/guide/export: result.json, whose file names begin with images/
+* FiftyOne, https://docs.voxel51.com (COCODetectionDataset): labels.json, data/
+* labelme2coco and others: JSON files beside the images
+* LVIS, https://www.lvisdataset.org/dataset: annotations/lvis_v1_SPLIT.json, images where their coco_url says
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import NamedTuple
+
+ONLY = "default"  # the split of an export without splits, as CVAT calls it
+SNIFFED = 1 << 14  # bytes from the start of a JSON file
+TABLES = re.compile(rb'"(images|annotations|categories)"\s*:')
+
+
+class SplitFiles(NamedTuple):
+    """An annotation file and the folder that its image names are relative to."""
+
+    annotations: Path
+    images: Path
+
+
+def coco_files(root: Path, split: str) -> SplitFiles:
+    """Return the files of a split in COCO's own layout."""
+    return SplitFiles(root / "annotations" / f"instances_{split}.json", root / split)
+
+
+def lvis_files(root: Path, split: str) -> SplitFiles:
+    """Return the files of a split in LVIS's layout."""
+    return SplitFiles(root / "annotations" / f"lvis_v1_{split}.json", root)
+
+
+def find_splits(root: Path, dataset: str = "coco") -> dict[str, SplitFiles]:
+    """Return the files of all splits below a folder by name, in the first layout that has any."""
+    if dataset == "lvis":
+        names = _between(root / "annotations", "lvis_v1_")
+        return {name: lvis_files(root, name) for name in names}
+    found = {
+        name: _images_of(root, coco_files(root, name), name)
+        for name in _between(root / "annotations", "instances_")
+    }
+    if not found:
+        files = sorted(root.glob("*/_annotations.coco.json"))
+        found = {path.parent.name: SplitFiles(path, path.parent) for path in files}
+    if not found and (path := root / "result.json").is_file():
+        found = {ONLY: SplitFiles(path, root)}
+    if not found and (path := root / "labels.json").is_file() and (root / "data").is_dir():
+        found = {ONLY: SplitFiles(path, root / "data")}
+    if not found:
+        files = [path for path in sorted(root.glob("*.json")) if _is_coco(path)]
+        only = len(files) == 1 and files[0].stem not in ("train", "val", "valid", "test")
+        found = {ONLY if only else path.stem: SplitFiles(path, root) for path in files}
+    return found
+
+
+def _between(folder: Path, start: str) -> list[str]:
+    return sorted(path.stem.removeprefix(start) for path in folder.glob(f"{start}*.json"))
+
+
+def _images_of(root: Path, files: SplitFiles, split: str) -> SplitFiles:
+    for images in (files.images, root / "images" / split, root / "images"):
+        if images.is_dir():
+            return files._replace(images=images)
+    return files
+
+
+def _is_coco(path: Path) -> bool:
+    """Whether a JSON file begins as COCO's, and not as LabelMe's."""
+    try:
+        with open(path, "rb") as file:
+            start = file.read(SNIFFED)
+    except OSError:
+        return False
+    return bool(TABLES.search(start)) and b'"shapes"' not in start
