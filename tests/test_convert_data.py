@@ -317,7 +317,7 @@ def test_what_the_source_is(vitdet: Run, voc: Path, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     refused(
         vitdet("data", "convert", "empty", "out"),
-        "empty: looks like neither yolo nor voc",
+        "empty: looks like none of yolo, voc, coco, labelme, cvat; found nothing",
         tmp_path,
     )
     refused(vitdet("data", "convert", "none", "out"), "none: no such folder", tmp_path)

@@ -93,12 +93,14 @@ def add_convert(kind: argparse.ArgumentParser) -> None:
         "source",
         type=Path,
         metavar="SRC",
-        help="the folder of data.yaml (YOLO), or of Annotations/, "
-        "JPEGImages/ and ImageSets/ (Pascal VOC)",
+        help="a folder of YOLO (data.yaml), Pascal VOC, COCO (as Roboflow, CVAT, Label Studio and FiftyOne "
+        "write it), LabelMe or CVAT for images; or its data.yaml, JSON or XML file",
     )
     kind.add_argument("target", type=Path, metavar="DST", help="a new folder")
     kind.add_argument(
-        "--format", choices=("yolo", "voc"), help="what SRC is, where it looks like several"
+        "--format",
+        choices=("yolo", "voc", "coco", "labelme", "cvat"),
+        help="what SRC is, where it looks like several",
     )
     kind.add_argument(
         "--splits",

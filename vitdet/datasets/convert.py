@@ -11,32 +11,14 @@ import os
 import random
 import shutil
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 from vitdet.datasets.classes import select_classes
+from vitdet.datasets.formats import FORMATS, detect
 from vitdet.datasets.importers.dataset import BOX_ONLY, Foreign, Picture, Thing
-from vitdet.datasets.importers.voc import is_voc, read_voc
-from vitdet.datasets.importers.yolo import description, read_yolo
 from vitdet.files import written_folder
-
-
-class Format(NamedTuple):
-    """A format of data sets: what is expected, whether a folder looks like it, and its reader, which takes the splits
-    that were asked for (none: all).
-    """
-
-    expected: str
-    matches: Callable[[Path], bool]
-    read: Callable[[Path, Collection[str]], Foreign]
-
-
-FORMATS = {
-    "yolo": Format("data.yaml", lambda source: description(source) is not None, read_yolo),
-    "voc": Format("Annotations/*.xml, or XML files beside the images", is_voc, read_voc),
-}
 
 
 @dataclass(frozen=True)
@@ -79,7 +61,7 @@ def convert(
         raise FileNotFoundError(f"{source}: no such folder")
     if not 0 <= val_share < 1:
         raise ValueError(f"--val-share: expected a number from 0 to 1, got {val_share}")
-    found = FORMATS[kind or _kind(source)].read(source, splits)
+    found = FORMATS[kind or detect(source)].read(source, splits)
     if found.class_names:
         names, labels = select_classes(source, found.class_names, classes, rename or {})
     else:
@@ -90,7 +72,7 @@ def convert(
         pictures = _divided(source, found, val_share, seed) if val_share else found.splits
         counts = {split: writer.write(split, items) for split, items in pictures.items()}
         found.problems.refuse(source)
-    if set(counts) == {"train"}:
+    if not any(split.startswith("val") for split in counts):
         found.remarks.append(
             "no validation split, which training needs: --val-share 0.1 takes a tenth of the images"
         )
@@ -100,17 +82,6 @@ def convert(
     if writer.other_classes:
         notes["objects of other classes left out (--classes)"] = writer.other_classes
     return Converted(counts, names, notes, tuple(found.remarks))
-
-
-def _kind(source: Path) -> str:
-    kinds = [kind for kind, one in FORMATS.items() if one.matches(source)]
-    if len(kinds) != 1:
-        expected = "; ".join(f"{kind}: {one.expected}" for kind, one in FORMATS.items())
-        raise ValueError(
-            f"{source}: looks like {' and '.join(kinds) or 'neither ' + ' nor '.join(FORMATS)}; expected one of "
-            f"{expected}; --format says which"
-        )
-    return kinds[0]
 
 
 def _divided(source: Path, found: Foreign, share: float, seed: int) -> dict[str, list[Picture]]:

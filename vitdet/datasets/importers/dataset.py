@@ -7,6 +7,7 @@ account for what they see: what is left out is counted in `notes`, and what cann
 from __future__ import annotations
 
 import math
+import os
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -17,6 +18,7 @@ from typing import Generic, TypeVar
 
 from PIL import Image
 
+from vitdet.data.annotations import existing_name
 from vitdet.data.images import DRAWINGS, image_size
 from vitdet.data.segmentation import pixel_count, reaches_far, show
 
@@ -177,6 +179,16 @@ class Foreign:
                 paths
             )
 
+    def count_unnamed(self, folders: Iterable[Path], used: Collection[Path]) -> None:
+        """Counts the images of these folders that no annotation file names, and the files that are no images."""
+        images, others = set[Path](), set[Path]()
+        for folder in folders:
+            some, more = images_below(folder)
+            images.update(some)
+            others.update(more)
+        self.notes["images that no annotation file names left out"] += len(images.difference(used))
+        self.count_left_out(sorted(others), lambda path: False)
+
 
 def split_of(name: str) -> str:
     """The split that a folder or file of this name stands for."""
@@ -222,6 +234,19 @@ def images_below(folder: Path) -> tuple[list[Path], list[Path]]:
         elif path.suffix.lower() not in DOCUMENTS:
             others.append(path)
     return images, others
+
+
+def find_image(where: object, folders: Sequence[Path], name: str) -> tuple[Path, Path]:
+    """The first of the folders that has an image file of this name, and the file. Raises Unusable if there is none."""
+    slashed = name.replace("\\", "/")
+    if slashed.startswith("/") or ".." in slashed.split("/"):
+        raise Unusable("image name that leaves its folder", f"{where}: {show(name)}")
+    for folder in folders:
+        path = folder / existing_name(folder, name)
+        if name and os.path.isfile(path):
+            return folder, path
+    looked = ", ".join(map(str, folders)) or "no folder"
+    raise Unusable("missing image file", f"{where}: no image file {show(name)}, looked in {looked}")
 
 
 def check_size(where: object, image: Path, stated: Sequence[object]) -> tuple[int, int]:
