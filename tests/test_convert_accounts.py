@@ -116,6 +116,12 @@ def test_a_test_split_is_not_left_out_silently(vitdet: Run, yolo: Path) -> None:
     write(yolo / "data.yaml", head + "test: images/test\n")
     _, output, _ = vitdet("data", "convert", yolo, "two")
     assert "  1 x images of the split test left out, none has a label file" in output.splitlines()
+    (yolo / "images/none").mkdir()
+    write(yolo / "data.yaml", head.replace("images/val", "images/none"))
+    code, output, _ = vitdet("data", "convert", yolo, "three")
+    assert code == 0
+    assert "  split val left out: no image in images/none" in output.splitlines()
+    assert "no validation split" in output
 
 
 def test_an_id_with_a_space_is_an_id(vitdet: Run, voc: Path, tmp_path: Path) -> None:
@@ -128,10 +134,28 @@ def test_an_id_with_a_space_is_an_id(vitdet: Run, voc: Path, tmp_path: Path) -> 
 def test_a_list_that_cannot_be_used_is_named_with_its_line(
     vitdet: Run, voc: Path, tmp_path: Path
 ) -> None:
-    write(voc / "ImageSets/Main/val.txt", "p3\nno pic\n")
+    write(voc / "ImageSets/Main/val.txt", "p3\nno pic\nnone\n/p1\n")
     code, output, errors = vitdet("data", "convert", voc, "out")
     assert (code, output) == (1, "") and not (tmp_path / "out").exists()
     assert "val.txt:2: 'no pic': expected an ID, but there is no file" in errors
+    assert f"val.txt:3: {voc}/Annotations/none.xml: no such annotation file" in errors
+    assert "val.txt:4: /p1: expected the name of an image" in errors
+    write(voc / "ImageSets/Main/val.txt", "p3\np2 1\n")
+    assert "val.txt: 1 IDs and 1 rows" in vitdet("data", "convert", voc, "out")[2]
+
+
+def test_two_lists_of_one_name_keep_theirs(vitdet: Run, voc: Path) -> None:
+    write(voc / "ImageSets/Main/valid.txt", "p1\n")
+    assert vitdet("data", "convert", voc, "out")[1].startswith(
+        "out: 1 classes; train 2 images, 2 objects; val 2 images, 2 objects; valid 1 images"
+    )
+
+
+def test_an_image_of_voc_that_cannot_be_read_is_named(vitdet: Run, voc: Path) -> None:
+    (voc / "JPEGImages/p1.jpg").rename(voc / "JPEGImages/p1.heic")
+    (voc / "JPEGImages/p1.heic").write_bytes(b"\0\0\0\x18ftypheic")
+    code, _, errors = vitdet("data", "convert", voc, "out")
+    assert code == 1 and errors.count("\n") == 1 and "JPEGImages/p1.heic: no image format" in errors
 
 
 def test_voc_counts_what_is_left_out(vitdet: Run, voc: Path) -> None:
@@ -214,7 +238,9 @@ def one_split(yolo: Path, value: str = "val:\n") -> None:
     write(yolo / "data.yaml", f"train: [images/train, images/val]\n{value}names: [cat, dog, bus]\n")
 
 
-@pytest.mark.parametrize("value", ["", "val:\n", "val: ''\n", "val: []\n"])
+@pytest.mark.parametrize(
+    "value", ["", "val:\n", "val: ''\n", "val: []\n", "val: null\n", "val: ~\n"]
+)
 def test_one_split_is_written_and_said_or_divided(
     vitdet: Run, yolo: Path, tmp_path: Path, value: str
 ) -> None:

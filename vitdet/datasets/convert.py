@@ -69,9 +69,13 @@ def convert(
     with written_folder(target) as temporary:
         (temporary / "annotations").mkdir()
         writer = _Writer(temporary, names, labels, copy, boxes_as_masks)
-        pictures = _divided(source, found, val_share, seed) if val_share else found.splits
+        pictures: Mapping[str, Iterable[Picture]] = found.splits
+        if val_share and found.splits:
+            pictures = _divided(source, found, val_share, seed)
         counts = {split: writer.write(split, items) for split, items in pictures.items()}
         found.problems.refuse(source)
+        if not counts:
+            raise ValueError(f"{source}: nothing to convert; {'; '.join(found.remarks)}")
     if not any(split.startswith("val") for split in counts):
         found.remarks.append(
             "no validation split, which training needs: --val-share 0.1 takes a tenth of the images"

@@ -85,4 +85,6 @@ def _looks(path: Path) -> str:
         return f"{path.name} (JSON, {inside})"
     if suffix == ".xml":
         return f"{path.name} (XML, {show(start_of(path).decode(errors='replace').strip())})"
+    if suffix in (".zip", ".gz", ".tar", ".7z", ".rar"):
+        return f"{path.name} (an archive; unpack it)"
     return f"{path.name} (image)" if suffix in image_suffixes() else path.name

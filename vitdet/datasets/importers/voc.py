@@ -18,6 +18,7 @@ from __future__ import annotations
 import math
 import os
 import re
+from collections import Counter
 from collections.abc import Collection
 from functools import partial
 from pathlib import Path
@@ -34,6 +35,7 @@ from vitdet.datasets.importers.dataset import (
     BOX_ONLY,
     CROWDS,
     EMPTY,
+    SPLIT_NAMES,
     THIN,
     Foreign,
     Picture,
@@ -105,6 +107,9 @@ class _Folders:
         for folder in (self.images, self.images / self.stem(path).parent):
             if named and os.path.isfile(folder / named) and is_image(folder / named):
                 return folder / named
+        unread = [one for one in self.others if self.image_stem(one) == self.stem(path)]
+        if unread:
+            raise Unusable("image that cannot be read", f"{unread[0]}: no image format known here")
         raise Unusable(
             "missing image file",
             f"{path}: no image {self.images / self.stem(path)}.jpg (.png, ...)",
@@ -128,8 +133,12 @@ def read_voc(source: Path, only: Collection[str] = ()) -> Foreign:
             )
             continue
         trees[split] = []
-        for path in paths:
+        for path, where in paths.items():
             with found.problems.collect("annotation file that cannot be read"):
+                if not os.path.isfile(path):
+                    raise Unusable(
+                        "missing annotation file", f"{where}{path}: no such annotation file"
+                    )
                 tree = read_xml(path, LARGEST)
                 trees[split].append((path, tree, folders.image(path, tree)))
     _account(folders, splits, {one[2] for items in trees.values() for one in items}, found)
@@ -151,46 +160,47 @@ def read_voc(source: Path, only: Collection[str] = ()) -> Foreign:
     return found
 
 
-def _splits(folders: _Folders, found: Foreign) -> dict[str, list[Path]]:
-    """The XML files of each split; without trainval where train and val are there."""
-    splits: dict[str, list[Path]] = {}
+def _splits(folders: _Folders, found: Foreign) -> dict[str, dict[Path, str]]:
+    """The XML files of each split, with where a list names them; without trainval where train and val are there."""
+    splits: dict[str, dict[Path, str]] = {}
     if folders.lists is None:
-        for path in files_below(folders.annotations):
-            if path.suffix.lower() == ".xml":
-                parts = folders.stem(path).parts
-                splits.setdefault(split_of(parts[0]) if len(parts) > 1 else "train", []).append(
-                    path
-                )
-        if not set(splits) <= {"train", "val", "test"}:  # folders that are no splits
-            splits = {"train": sorted(path for paths in splits.values() for path in paths)}
-        if not splits:
+        paths = [one for one in files_below(folders.annotations) if one.suffix.lower() == ".xml"]
+        if not paths:
             raise FileNotFoundError(f"{folders.annotations}: no XML file")
+        firsts = {path: folders.stem(path).parts[0].lower() for path in paths}
+        if (
+            not {*firsts.values()} <= SPLIT_NAMES.keys()
+        ):  # names of files, or folders that are no splits
+            return {"train": dict.fromkeys(paths, "")}
+        for path, first in firsts.items():
+            splits.setdefault(split_of(first), {})[path] = ""
         return splits
-    for path in sorted(folders.lists.glob("*.txt")):
-        with found.problems.collect("list file that cannot be used"):
-            ids = _ids(path, folders, found)
-            if ids is not None:
-                splits[split_of(path.stem)] = ids
+    lists = sorted(folders.lists.glob("*.txt"))
+    counts = Counter(split_of(path.stem) for path in lists)
+    for path in lists:
+        ids = _ids(path, folders, found)
+        name = split_of(path.stem)
+        if ids:
+            splits[name if counts[name] == 1 else path.stem] = ids
     if not splits and not found.problems.counts:
         raise FileNotFoundError(f"{folders.lists}: no train.txt or val.txt with an ID a line")
     if "train" in splits and "val" in splits:
-        both = {*splits["train"], *splits["val"]}
+        both = splits["train"] | splits["val"]
         found.notes["IDs of trainval.txt left out, in neither train.txt nor val.txt"] += len(
-            set(splits.pop("trainval", [])) - both
+            splits.pop("trainval", {}).keys() - both.keys()
         )
     return splits
 
 
-def _ids(path: Path, folders: _Folders, found: Foreign) -> list[Path] | None:
-    """The XML files that a list names; None for the list of one class, and for one without IDs.
+def _ids(path: Path, folders: _Folders, found: Foreign) -> dict[Path, str]:
+    """The XML files that a list names, with its line; none of the list of one class.
 
-    Raises ValueError, with the line, for what is neither an ID nor a row of a list of one class.
+    What is neither an ID nor a row of a list of one class is a problem.
     """
-    ids: dict[Path, None] = {}
-    rows = 0
+    ids: dict[Path, str] = {}
+    rows = problems = 0
     text = path.read_text(encoding="utf-8-sig", errors="replace")
-    for number, line in enumerate(text.splitlines(), 1):
-        line = line.strip()
+    for number, line in enumerate(map(str.strip, text.splitlines()), 1):
         match = ROW.fullmatch(line)
         if not line or match is None:
             continue
@@ -199,25 +209,27 @@ def _ids(path: Path, folders: _Folders, found: Foreign) -> list[Path] | None:
         known = next((name for name in (line, one) if os.path.isfile(_xml(folders, name))), None)
         if match["presence"] and known != line:
             rows += 1
-        elif Path(one).is_absolute() or ".." in Path(one).parts:
-            raise ValueError(
-                f"{path}:{number}: {line}: expected the name of an image without its ending"
-            )
+            continue
+        problem = ""
+        if Path(one).is_absolute() or ".." in Path(one).parts:
+            problem = f"{line}: expected the name of an image without its ending"
         elif known is None and quoted is None and len(line.split()) > 1:
-            raise ValueError(
-                f"{path}:{number}: {show(line)}: expected an ID, but there is no file {_xml(folders, line)}"
-            )
+            problem = f"{show(line)}: expected an ID, but there is no file {_xml(folders, line)}"
+        if problem:
+            problems += 1
+            found.problems.add("line that is no ID", f"{path}:{number}: {problem}")
         else:
-            ids[_xml(folders, known or one)] = None
+            ids[_xml(folders, known or one)] = f"{path}:{number}: "
     if rows and ids:
-        raise ValueError(
-            f"{path}: {len(ids)} IDs and {rows} rows 'ID -1|0|1' of a list of one class"
+        found.problems.add(
+            "list file of two kinds",
+            f"{path}: {len(ids)} IDs and {rows} rows 'ID -1|0|1' of a list of one class",
         )
-    if rows:
+    elif rows:
         found.notes["lists of one class (ID and a second column), not read"] += 1
-    elif not ids:
+    elif not ids and not problems:
         found.remarks.append(f"split {split_of(path.stem)} left out: {path} has no IDs")
-    return list(ids) or None
+    return ids
 
 
 def _xml(folders: _Folders, one: str) -> Path:
@@ -230,7 +242,7 @@ def _xml(folders: _Folders, one: str) -> Path:
 
 
 def _account(
-    folders: _Folders, splits: dict[str, list[Path]], used: set[Path], found: Foreign
+    folders: _Folders, splits: dict[str, dict[Path, str]], used: set[Path], found: Foreign
 ) -> None:
     """Counts what lies in the folders of annotations and images and is in no split."""
     listed = {path for paths in splits.values() for path in paths}

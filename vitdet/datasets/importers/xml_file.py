@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from xml.etree.ElementTree import Element, TreeBuilder
 from xml.parsers.expat import ExpatError, ParserCreate
@@ -21,8 +20,6 @@ def read_xml(path: Path, largest: int) -> Element:
     def refuse(*_: object) -> None:
         raise ValueError("it has a DOCTYPE, which annotations do not need")
 
-    if not os.path.isfile(path):
-        raise Unusable("missing annotation file", f"{path}: no such annotation file")
     if path.stat().st_size > largest:
         raise Unusable(
             BROKEN, f"{path}: {path.stat().st_size:,} bytes are no annotation of one image"

@@ -39,6 +39,7 @@ from vitdet.datasets.importers.dataset import (
 
 TOLERANCE = 0.01  # of the picture, by which a coordinate may lie outside
 SPLITS = {"train": "train", "val": "val", "validation": "val", "test": "test"}
+NUMBER = re.compile(rb"[+-]?\d+(\.\d*)?")
 KEYS = re.compile(r"^(names|nc|train|val)\s*:", re.MULTILINE)
 
 
@@ -69,6 +70,8 @@ def read_yolo(source: Path, only: Collection[str] = ()) -> Foreign:
     for key, name in SPLITS.items():
         entries = head.get(key) or []
         entries = [entries] if isinstance(entries, str) else entries
+        if entries in (["null"], ["~"]):  # scalars are text here
+            continue
         if not isinstance(entries, list) or not all(isinstance(entry, str) for entry in entries):
             raise ValueError(
                 f"{path}: {key}: expected a folder, a text file or a list of these, got {show(entries)}"
@@ -81,9 +84,12 @@ def read_yolo(source: Path, only: Collection[str] = ()) -> Foreign:
         listed = dict.fromkeys(
             image for entry in entries for image in _images(path, head, key, entry, places, found)
         )
-        images[name] = list(listed)
-        if not listed and not found.problems.counts:
+        if listed or found.problems.counts:
+            images[name] = list(listed)
+        elif name == "train":
             raise ValueError(f"{path}: {key}: no image in {', '.join(entries)}")
+        else:
+            found.remarks.append(f"split {name} left out: no image in {', '.join(entries)}")
     if "train" not in images and "val" not in images:
         raise ValueError(
             f"{path}: expected the keys train and val, got {', '.join(map(str, head))}"
@@ -208,7 +214,7 @@ def _has_rows(path: Path) -> bool:
     """Whether a text file is one of labels, and not classes.txt, a list of images or a text to read."""
     with open(path, "rb") as file:
         words = file.readline(1000).split()
-    return path.name != "classes.txt" and (not words or words[0].isdigit())
+    return path.name != "classes.txt" and (not words or NUMBER.fullmatch(words[0]) is not None)
 
 
 def _picture(image: Path, found: Foreign) -> Picture:
