@@ -63,14 +63,16 @@ def read_cvat(source: Path, only: Collection[str] = ()) -> Foreign:
     splits: dict[str, list[tuple[Path, Element]]] = defaultdict(list)
     names: dict[str, None] = {}
     for path in annotation_files(source):
-        root = read_xml(path, LARGEST)
-        if root.find("track") is not None:
-            raise ValueError(f"{path}: it has tracks; export the task as 'CVAT for images'")
-        names.update(
-            dict.fromkeys(label.findtext("name") or "" for label in root.iterfind("meta//label"))
-        )
-        for element in root.findall("image"):
-            splits[split_of(element.get("subset") or "train")].append((path, element))
+        with found.problems.collect("annotation file that cannot be read"):
+            root = read_xml(path, LARGEST)
+            if root.find("track") is not None:
+                raise ValueError(f"{path}: it has tracks; export the task as 'CVAT for images'")
+            labels = [label.findtext("name") or "" for label in root.iterfind("meta//label")]
+            names.update(dict.fromkeys(labels))
+            for element in root.findall("image"):
+                name = split_of(element.get("subset") or "train")
+                splits[name].append((path, element))
+    found.problems.refuse(source)
     items: dict[str, list[tuple[Path, Element, Path]]] = {}
     folders: set[Path] = set()
     for split, pairs in found.select(source, splits, only).items():
