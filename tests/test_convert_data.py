@@ -185,13 +185,13 @@ def test_roboflow_names_splits_from_outside(vitdet: Run, tmp_path: Path) -> None
         ("labels/train/a.txt", "0 .5 nan .5 .5", "coordinate nan"),
         ("labels/train/a.txt", "0 .5 x .5 .5", "expected numbers, got '0 .5 x .5 .5'"),
         ("images/train/a.jpg", "no image", "a.jpg: not an image that can be read"),
-        ("images/val.txt", "./val/b.jpg", "val.txt: ./val/b.jpg: no such image file"),
+        ("images/val.txt", "./val/b.jpg", "val.txt:1: ./val/b.jpg: no such image file"),
         (
             "data.yaml",
             "train: images/train\nval: images/v\nnames: [a]",
             "val: images/v is not there, looked below",
         ),
-        ("data.yaml", "train: images/train\nnames: [a, b]", "expected the keys train and val"),
+        ("data.yaml", "test: images/train\nnames: [a, b]", "expected the keys train and val"),
         (
             "data.yaml",
             "train: images\nval: images\nnames: {1: a}",
@@ -222,11 +222,10 @@ def test_labels_in_the_wrong_place_are_not_empty_pictures(
     vitdet: Run, yolo: Path, tmp_path: Path
 ) -> None:
     (yolo / "labels").rename(yolo / "label")
-    refused(
-        vitdet("data", "convert", yolo, "out"),
-        "none of 4 images has a label file; expected",
-        tmp_path,
-    )
+    code, output, errors = vitdet("data", "convert", yolo, "out")
+    assert (code, output) == (1, "") and not (tmp_path / "out").exists()
+    assert "train: none of 4 images has a label file; expected" in errors
+    assert "val: none of 1 images has a label file; expected" in errors
 
 
 def test_voc(vitdet: Run, voc: Path, tmp_path: Path) -> None:
@@ -318,7 +317,7 @@ def test_what_the_source_is(vitdet: Run, voc: Path, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     refused(
         vitdet("data", "convert", "empty", "out"),
-        "empty: looks like neither yolo nor voc",
+        "empty: looks like none of yolo, voc, coco, labelme, cvat; found nothing",
         tmp_path,
     )
     refused(vitdet("data", "convert", "none", "out"), "none: no such folder", tmp_path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 
 from vitdet.cli.progress_bar import Bar
@@ -51,7 +52,7 @@ def add_data(verb: argparse.ArgumentParser) -> None:
     )
     kind.set_defaults(run=run_data_report)
     add_convert(
-        kinds.add_parser("convert", help="rewrite a folder of YOLO or Pascal VOC in COCO's layout")
+        kinds.add_parser("convert", help="rewrite a data set of another format in COCO's layout")
     )
 
 
@@ -92,12 +93,42 @@ def add_convert(kind: argparse.ArgumentParser) -> None:
         "source",
         type=Path,
         metavar="SRC",
-        help="the folder of data.yaml (YOLO), or of Annotations/, "
-        "JPEGImages/ and ImageSets/ (Pascal VOC)",
+        help="a folder of YOLO (data.yaml), Pascal VOC, COCO (as Roboflow, CVAT, Label Studio and FiftyOne "
+        "write it), LabelMe or CVAT for images; or its data.yaml, JSON or XML file",
     )
     kind.add_argument("target", type=Path, metavar="DST", help="a new folder")
     kind.add_argument(
-        "--format", choices=("yolo", "voc"), help="what SRC is, where it looks like both"
+        "--format",
+        choices=("yolo", "voc", "coco", "labelme", "cvat"),
+        help="what SRC is, where it looks like several",
+    )
+    kind.add_argument(
+        "--splits",
+        type=_names,
+        default=(),
+        metavar="A,B",
+        help="only these splits",
+    )
+    kind.add_argument(
+        "--val-share",
+        type=float,
+        default=0.0,
+        metavar="SHARE",
+        help="of a source with one split, put this share of the images into val, such as 0.1",
+    )
+    kind.add_argument("--seed", type=int, default=0, help="of --val-share: which images (0)")
+    kind.add_argument(
+        "--rename",
+        type=Path,
+        metavar="FILE",
+        help="a YAML or JSON map of class names, old: new; two names may become one class",
+    )
+    kind.add_argument(
+        "--classes",
+        type=_names,
+        default=(),
+        metavar="A,B",
+        help="only these classes, in this order, under their new names",
     )
     kind.add_argument(
         "--copy", action="store_true", help="copy the images instead of linking them (hard links)"
@@ -108,6 +139,13 @@ def add_convert(kind: argparse.ArgumentParser) -> None:
         help="make a mask of the box of each object that has a box only",
     )
     kind.set_defaults(run=run_data_convert)
+
+
+def _names(text: str) -> list[str]:
+    names = [name.strip() for name in text.split(",")]
+    if not all(names):
+        raise argparse.ArgumentTypeError(f"expected names with commas between them, got {text!r}")
+    return list(dict.fromkeys(names))
 
 
 def run_data_tiny(given: argparse.Namespace) -> int:
@@ -159,14 +197,33 @@ def run_data_fetch(given: argparse.Namespace) -> int:
 
 def run_data_convert(given: argparse.Namespace) -> int:
     """vitdet data convert"""
+    from vitdet.datasets.classes import read_names
     from vitdet.datasets.convert import convert
+    from vitdet.datasets.importers.dataset import SourceError
 
-    made = convert(given.source, given.target, given.format or "", given.copy, given.boxes_as_masks)
+    try:
+        made = convert(
+            given.source,
+            given.target,
+            given.format or "",
+            given.copy,
+            given.boxes_as_masks,
+            splits=given.splits,
+            classes=given.classes,
+            rename=read_names(given.rename) if given.rename else {},
+            val_share=given.val_share,
+            seed=given.seed,
+        )
+    except SourceError as error:
+        print(f"vitdet: {error}", file=sys.stderr)  # all problems, a line each
+        return 1
     splits = [
         f"{split} {images:,} images, {objects:,} objects"
         for split, (images, objects) in made.splits.items()
     ]
     print(f"{given.target}: {'; '.join([f'{len(made.class_names)} classes', *splits])}")
+    for remark in made.remarks:
+        print(f"  {remark}")
     for note, count in made.notes.items():
         print(f"  {count:,} x {note}")
     return 0

@@ -93,6 +93,11 @@ def compressed(shape: list | dict, height: int, width: int) -> dict:
     return {"size": shape["size"], "counts": counts.encode() if isinstance(counts, str) else counts}
 
 
+def pixel_count(shape: list | dict, height: int, width: int) -> int:
+    """The number of pixels of a usable outline, as pycocotools draws it."""
+    return int(rle.area(compressed(shape, height, width)))
+
+
 def whole_number(value: object) -> int | None:
     """The value as a whole number, also if it is written as 96.0 or "96"; None for anything else, such as true."""
     if type(value) is int:

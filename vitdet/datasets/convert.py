@@ -1,4 +1,4 @@
-"""A folder in YOLO's or Pascal VOC's format becomes one in COCO's layout, all of it or nothing.
+"""A folder in another format becomes one in COCO's layout, all of it or nothing.
 
 Images are hard links to those of the source, which cost no disk and survive if the source is deleted; where the file
 system has none (another disk), copies. No two images share an id or, unless they are one file, a name: as COCO has it.
@@ -8,80 +8,128 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import shutil
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from vitdet.datasets.classes import select_classes
+from vitdet.datasets.formats import FORMATS, detect
 from vitdet.datasets.importers.dataset import BOX_ONLY, Foreign, Picture, Thing
-from vitdet.datasets.importers.voc import read_voc
-from vitdet.datasets.importers.yolo import description, read_yolo
 from vitdet.files import written_folder
-
-READERS: dict[str, Callable[[Path], Foreign]] = {"yolo": read_yolo, "voc": read_voc}
 
 
 @dataclass(frozen=True)
 class Converted:
-    """What was written: (images, objects) of each split, the classes, and what a person should know, with counts."""
+    """What was written: (images, objects) of each split, the classes, and what a person should know: `notes` with
+    counts, `remarks` without.
+    """
 
     splits: dict[str, tuple[int, int]]
     class_names: tuple[str, ...]
     notes: dict[str, int]
+    remarks: tuple[str, ...] = ()
 
 
 def convert(
-    source: Path, target: Path, kind: str = "", copy: bool = False, boxes_as_masks: bool = False
+    source: Path,
+    target: Path,
+    kind: str = "",
+    copy: bool = False,
+    boxes_as_masks: bool = False,
+    *,
+    splits: Sequence[str] = (),
+    classes: Sequence[str] = (),
+    rename: Mapping[str, str] | None = None,
+    val_share: float = 0.0,
+    seed: int = 0,
 ) -> Converted:
     """Writes target/SPLIT/* and target/annotations/instances_SPLIT.json.
 
-    kind: "yolo" or "voc", else what the source looks like; copy: images are copied in any case.
+    kind: a key of FORMATS, else what the source looks like; copy: images are copied in any case.
     boxes_as_masks: an object with a box only gets that box as its mask.
-    Raises FileNotFoundError and ValueError, in one line, for the first thing of the source that cannot be used, and
-    ValueError if the target holds anything.
+    splits, classes: only these, the classes in this order; rename: new names of classes, before `classes`.
+    val_share: of the images of a source with one split, this share (0 to 1) becomes `val`, drawn with `seed`.
+    Raises SourceError, a ValueError, with all problems of the source; FileNotFoundError and ValueError, in one line,
+    for a source or options that cannot be used at all, and ValueError if the target holds anything.
     """
     if target.exists() and not (target.is_dir() and not any(target.iterdir())):
         raise ValueError(f"{target}: is there already; give a new folder")
     if not source.exists():
         raise FileNotFoundError(f"{source}: no such folder")
-    found = READERS[kind or _kind(source)](source)
+    if not 0 <= val_share < 1:
+        raise ValueError(f"--val-share: expected a number from 0 to 1, got {val_share}")
+    found = FORMATS[kind or detect(source)].read(source, splits)
+    if found.class_names:
+        names, labels = select_classes(source, found.class_names, classes, rename or {})
+    else:
+        names, labels = (), []  # nothing was readable
     with written_folder(target) as temporary:
         (temporary / "annotations").mkdir()
-        writer = _Writer(temporary, found, copy, boxes_as_masks)
-        counts = {split: writer.write(split) for split in found.splits}
+        writer = _Writer(temporary, names, labels, copy, boxes_as_masks)
+        pictures: Mapping[str, Iterable[Picture]] = found.splits
+        if val_share and found.splits:
+            pictures = _divided(source, found, val_share, seed)
+        counts = {split: writer.write(split, items) for split, items in pictures.items()}
+        found.problems.refuse(source)
+        if not counts:
+            raise ValueError(f"{source}: nothing to convert; {'; '.join(found.remarks)}")
+    if not any(split.startswith("val") for split in counts):
+        found.remarks.append(
+            "no validation split, which training needs: --val-share 0.1 takes a tenth of the images"
+        )
     notes = {note: count for note, count in found.notes.items() if count}
     if boxes_as_masks and BOX_ONLY in notes:
         notes["boxes are also their objects' masks"] = notes.pop(BOX_ONLY)
-    return Converted(counts, found.class_names, notes)
+    if writer.other_classes:
+        notes["objects of other classes left out (--classes)"] = writer.other_classes
+    return Converted(counts, names, notes, tuple(found.remarks))
 
 
-def _kind(source: Path) -> str:
-    looks = {"yolo": description(source) is not None, "voc": (source / "Annotations").is_dir()}
-    kinds = [kind for kind, like in looks.items() if like]
-    if len(kinds) != 1:
+def _divided(source: Path, found: Foreign, share: float, seed: int) -> dict[str, list[Picture]]:
+    """The images of the one split as train and val. Raises ValueError if there are more splits, or too few images."""
+    if len(found.splits) != 1:
         raise ValueError(
-            f"{source}: looks like {' and '.join(kinds) or 'neither yolo nor voc'}; expected data.yaml "
-            "(YOLO), or Annotations/, JPEGImages/ and ImageSets/ (Pascal VOC); --format says which"
+            f"{source}: --val-share divides the images of one split, but there are {', '.join(found.splits)}; "
+            "--splits takes one of them"
         )
-    return kinds[0]
+    pictures = [picture for split in found.splits.values() for picture in split]
+    if len(pictures) < 2 and not found.problems.counts:
+        raise ValueError(f"{source}: {len(pictures)} images cannot be divided by --val-share")
+    count = min(max(round(share * len(pictures)), 1), len(pictures) - 1)
+    chosen = set(random.Random(seed).sample(range(len(pictures)), max(count, 0)))
+    found.remarks.append(f"val: {count:,} of {len(pictures):,} images, drawn with seed {seed}")
+    return {
+        "train": [one for index, one in enumerate(pictures) if index not in chosen],
+        "val": [one for index, one in enumerate(pictures) if index in chosen],
+    }
 
 
 class _Writer:
     """Numbers and names go on from split to split."""
 
-    def __init__(self, folder: Path, found: Foreign, copy: bool, boxes_as_masks: bool) -> None:
-        self.folder, self.found, self.copy = folder, found, copy
+    def __init__(
+        self,
+        folder: Path,
+        class_names: Sequence[str],
+        labels: Sequence[int | None],
+        copy: bool,
+        boxes_as_masks: bool,
+    ) -> None:
+        self.folder, self.class_names, self.copy = folder, class_names, copy
+        self.labels = labels  # label of the source -> label here, None: left out
         self.boxes_as_masks = boxes_as_masks
-        self.images = self.objects = 0
+        self.images = self.objects = self.other_classes = 0
         self.name_of: dict[str, str] = {}  # source file -> name
         self.taken: Counter[str] = Counter()
 
-    def write(self, split: str) -> tuple[int, int]:
+    def write(self, split: str, pictures: Iterable[Picture]) -> tuple[int, int]:
         """Writes a split; its number of images and of objects."""
         (self.folder / split).mkdir()
         categories = [
-            {"id": label + 1, "name": name} for label, name in enumerate(self.found.class_names)
+            {"id": label + 1, "name": name} for label, name in enumerate(self.class_names)
         ]
         images, objects = [], self.objects
         with open(self.folder / "annotations" / f"instances_{split}.json", "w") as file:
@@ -90,14 +138,18 @@ class _Writer:
                 + json.dumps(categories)
                 + ', "annotations": ['
             )
-            for picture in self.found.splits[split]:
+            for picture in pictures:
                 images.append(self._image(split, picture))
                 for thing in picture.things:
+                    label = self.labels[thing.label]
+                    if label is None:
+                        self.other_classes += 1
+                        continue
                     self.objects += 1
                     annotation = {
                         "id": self.objects,
                         "image_id": self.images,
-                        "category_id": thing.label + 1,
+                        "category_id": label + 1,
                         "bbox": thing.box,
                         "area": thing.area,
                         "segmentation": thing.segmentation or self._box_as_mask(thing),

@@ -1,25 +1,105 @@
 """What a data set in another format says, in one form: the pictures of each split and the objects on them.
 
-Boxes and outlines are pixels of the upright picture, x to the right and y down from its corner, as in COCO.
+Boxes and outlines are pixels of the upright picture, x to the right and y down from its corner, as in COCO. Readers
+account for what they see: what is left out is counted in `notes`, and what cannot be used in `problems`.
 """
 
 from __future__ import annotations
 
+import math
+import os
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
+from typing import Generic, TypeVar
 
-SUFFIXES = frozenset({".bmp", ".jpeg", ".jpg", ".mpo", ".png", ".tif", ".tiff", ".webp"})
+from PIL import Image
+
+from vitdet.data.annotations import existing_name
+from vitdet.data.images import DRAWINGS, image_size
+from vitdet.data.segmentation import pixel_count, reaches_far, show
+
 EMPTY = "objects without size left out"
 BOX_ONLY = "objects have a box only and no mask (--boxes-as-masks makes one of each box)"
+THIN = "outlines of fewer than 3 points left out"
+CROWDS = "difficult objects: training leaves them out, evaluation counts them neither way"
+EXAMPLES = 20  # places that are named of each kind of problem
+# formats that Pillow recognises and cannot decode
+STUBS = ("BUFR", "GRIB", "HDF5", "MPEG")
+# files that lie beside images and are none
+DOCUMENTS = frozenset(
+    ".cache .csv .data .htm .html .json .md .names .npy .npz .pdf .txt .xml .yaml .yml .zip".split()
+)
+# usual names of splits, and what they are called here; "default" is the one split of a CVAT task
+SPLIT_NAMES = {
+    "train": "train",
+    "training": "train",
+    "default": "train",
+    "val": "val",
+    "valid": "val",
+    "validation": "val",
+    "test": "test",
+    "testing": "test",
+}
+Item = TypeVar("Item")
+
+
+class Unusable(ValueError):
+    """Something of the source that cannot be used: the kind of problem, and where and what it is in one line."""
+
+    def __init__(self, kind: str, text: str) -> None:
+        super().__init__(text)
+        self.kind = kind
+
+
+class SourceError(ValueError):
+    """All problems of a source: a line for one, else their number and below it each kind with its count and places."""
+
+
+class Problems:
+    """What of a source cannot be used, by kind, with the first places of each."""
+
+    def __init__(self) -> None:
+        self.counts: Counter[str] = Counter()
+        self.examples: dict[str, list[str]] = {}
+
+    def add(self, kind: str, text: str) -> None:
+        """Counts a problem of this kind."""
+        self.counts[kind] += 1
+        examples = self.examples.setdefault(kind, [])
+        if len(examples) < EXAMPLES:
+            examples.append(" ".join(text.splitlines()))
+
+    @contextmanager
+    def collect(self, kind: str) -> Iterator[None]:
+        """Counts the error that ends the block, if any: of its own kind if it is `Unusable`, else of this one."""
+        try:
+            yield
+        except (ValueError, OSError) as error:
+            self.add(error.kind if isinstance(error, Unusable) else kind, str(error))
+
+    def refuse(self, source: Path) -> None:
+        """Raises SourceError if there is any problem."""
+        total = self.counts.total()
+        if total == 1:
+            raise SourceError(next(iter(self.examples.values()))[0])
+        if total:
+            lines = [f"{source}: {total:,} problems, nothing was written"]
+            for kind, count in self.counts.items():
+                lines += [f"  {count:,} x {kind}", *(f"      {one}" for one in self.examples[kind])]
+                lines += ["      ..."] if count > EXAMPLES else []
+            raise SourceError("\n".join(lines))
 
 
 @dataclass(frozen=True)
 class Thing:
     """An object: its class, left, top, width, height, COCO's polygons or RLE ([]: it has a box only), area in pixels.
 
-    crowd: evaluation counts it neither way, and training leaves it out.
+    area: of the mask as pycocotools draws it, of the box where there is no mask. crowd: evaluation counts it neither
+    way, and training leaves it out.
     """
 
     label: int
@@ -39,50 +119,197 @@ class Picture:
     things: tuple[Thing, ...]
 
 
+class Pictures(Iterable[Picture], Generic[Item]):
+    """The pictures of a split, each read when it is its turn; those that cannot be read are counted as problems."""
+
+    def __init__(
+        self, items: Sequence[Item], read: Callable[[Item], Picture], problems: Problems
+    ) -> None:
+        self.items, self.read, self.problems = items, read, problems
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __iter__(self) -> Iterator[Picture]:
+        for item in self.items:
+            picture = None
+            with self.problems.collect("image or annotation file that cannot be used"):
+                picture = self.read(item)
+            if picture is not None:
+                yield picture
+
+
 @dataclass
 class Foreign:
-    """A data set; label k is class_names[k]. Going through a split counts in `notes` what a person should know."""
+    """A data set; label k is class_names[k].
 
-    class_names: tuple[str, ...]
-    splits: dict[str, Iterable[Picture]]
+    notes: what a person should know, with counts; remarks: the same without. Going through a split adds to `notes` and
+    to `problems`.
+    """
+
+    class_names: tuple[str, ...] = ()
+    splits: dict[str, Pictures] = field(default_factory=dict)
     notes: Counter[str] = field(default_factory=Counter)
+    remarks: list[str] = field(default_factory=list)
+    problems: Problems = field(default_factory=Problems)
+
+    def select(
+        self, source: Path, items: dict[str, Item], only: Collection[str]
+    ) -> dict[str, Item]:
+        """The splits that were asked for, all if none was. Raises ValueError for one that is not there."""
+        missing = [name for name in only if name not in items]
+        if missing:
+            raise ValueError(
+                f"{source}: no split {missing[0]}; there are {', '.join(items) or 'none'}"
+            )
+        left = [name for name in items if only and name not in only]
+        self.remarks += [f"split {name} left out, it was not asked for" for name in left]
+        return {name: item for name, item in items.items() if name not in left}
+
+    def count_left_out(self, files: Iterable[Path], is_labelled: Callable[[Path], bool]) -> None:
+        """Counts files of image folders that are no readable images by their suffix."""
+        by_suffix: dict[str, list[Path]] = {}
+        for path in files:
+            by_suffix.setdefault(path.suffix.lower(), []).append(path)
+        for suffix, paths in sorted(by_suffix.items()):
+            labelled = sum(map(is_labelled, paths))
+            also = f", {labelled:,} of them with a label file" if labelled else ""
+            name = f"{suffix} files" if suffix else "files without an ending"
+            self.notes[f"{name} left out, not an image format that can be read here{also}"] += len(
+                paths
+            )
+
+    def count_unnamed(self, folders: Iterable[Path], used: Collection[Path]) -> None:
+        """Counts the images of these folders that no annotation file names, and the files that are no images."""
+        images, others = set[Path](), set[Path]()
+        for folder in folders:
+            some, more = images_below(folder)
+            images.update(some)
+            others.update(more)
+        self.notes["images that no annotation file names left out"] += len(images.difference(used))
+        self.count_left_out(sorted(others), lambda path: False)
 
 
-def images_below(folder: Path) -> list[Path]:
-    """All image files of a folder and its subfolders, in order of their paths; hidden ones are none."""
-    return sorted(
-        path
-        for path in folder.rglob("*")
-        if path.suffix.lower() in SUFFIXES and path.name[0] != "."
+def split_of(name: str) -> str:
+    """The split that a folder or file of this name stands for."""
+    return SPLIT_NAMES.get(name.lower(), name)
+
+
+@cache
+def image_suffixes() -> frozenset[str]:
+    """The endings of the image formats that Pillow reads here, in lower case with their dot."""
+    readable = Image.registered_extensions()
+    return frozenset(
+        suffix
+        for suffix, kind in readable.items()
+        if kind in Image.OPEN and kind not in (*DRAWINGS, *STUBS)
     )
+
+
+def is_image(path: Path) -> bool:
+    """Whether a file is an image by its ending; by its content where the ending says nothing."""
+    suffix = path.suffix.lower()
+    if suffix in image_suffixes():
+        return True
+    if suffix in DOCUMENTS:
+        return False
+    try:
+        image_size(path)
+    except (ValueError, OSError):
+        return False
+    return True
+
+
+def files_below(folder: Path) -> list[Path]:
+    """All files of a folder and its subfolders in order of their paths, but hidden ones."""
+    return sorted(path for path in folder.rglob("*") if path.name[0] != "." and path.is_file())
+
+
+def images_below(folder: Path) -> tuple[list[Path], list[Path]]:
+    """The image files of a folder and its subfolders, and the files that are neither images nor documents."""
+    images, others = [], []
+    for path in files_below(folder):
+        if is_image(path):
+            images.append(path)
+        elif path.suffix.lower() not in DOCUMENTS:
+            others.append(path)
+    return images, others
+
+
+def find_image(where: object, folders: Sequence[Path], name: str) -> tuple[Path, Path]:
+    """The first of the folders that has an image file of this name, and the file. Raises Unusable if there is none."""
+    slashed = name.replace("\\", "/")
+    if slashed.startswith("/") or ".." in slashed.split("/"):
+        raise Unusable("image name that leaves its folder", f"{where}: {show(name)}")
+    for folder in folders:
+        path = folder / existing_name(folder, name)
+        if name and os.path.isfile(path):
+            return folder, path
+    looked = ", ".join(map(str, folders)) or "no folder"
+    raise Unusable("missing image file", f"{where}: no image file {show(name)}, looked in {looked}")
+
+
+def check_size(where: object, image: Path, stated: Sequence[object]) -> tuple[int, int]:
+    """(height, width) of an image. Raises Unusable if the annotations state another, and not 0 or nothing."""
+    size = image_size(image)
+    words = [str(side or 0) for side in stated]
+    if words not in (["0", "0"], list(map(str, size))):
+        raise Unusable(
+            "image of another size than annotated",
+            f"{where}: the size is {words[1]} x {words[0]}, but {image} is {size[1]} x {size[0]} (width x height, "
+            "upright)",
+        )
+    return size
 
 
 def box_thing(
     label: int, corners: Sequence[float], size: tuple[int, int], crowd: bool = False
 ) -> Thing | None:
     """An object known by its box x0, y0, x1, y1 only, cut at the border of the picture (height, width); None: empty."""
-    x0, y0, x1, y1 = corners
-    found = polygon_thing(label, [x0, y0, x1, y0, x1, y1, x0, y1], size, crowd)
-    return None if found is None else replace(found, segmentation=[])
+    box = _clipped(corners, size)[1]
+    return Thing(label, box, [], round(box[2] * box[3], 3), crowd) if min(box[2:]) > 0 else None
 
 
-def polygon_thing(
-    label: int, points: Sequence[float], size: tuple[int, int], crowd: bool = False
+def outline_thing(
+    label: int, parts: Sequence[Sequence[float]], size: tuple[int, int], crowd: bool = False
 ) -> Thing | None:
-    """An object known by its outline x, y, x, y, ...; points outside the picture move to its border; None: empty."""
-    height, width = size
-    x = [round(min(max(value, 0), width), 3) for value in points[0::2]]
-    y = [round(min(max(value, 0), height), 3) for value in points[1::2]]
-    box = (min(x), min(y), round(max(x) - min(x), 3), round(max(y) - min(y), 3))
-    twice = sum(
-        a * d - c * b for a, b, c, d in zip(x, y, x[1:] + x[:1], y[1:] + y[:1], strict=True)
-    )
-    if box[2] <= 0 or box[3] <= 0:
+    """An object known by the parts of its outline, each x, y, x, y, ... of 3 points or more; None: empty.
+
+    Points outside the picture move to its border.
+    """
+    clipped = [_clipped(part, size)[0] for part in parts]
+    x, y, width, height = _clipped([value for part in clipped for value in part], size)[1]
+    if width <= 0 or height <= 0:
         return None
-    return Thing(
-        label,
-        box,
-        [[value for point in zip(x, y, strict=True) for value in point]],
-        round(abs(twice) / 2, 3),
-        crowd,
-    )
+    area = float(pixel_count(clipped, *size))
+    return Thing(label, (x, y, width, height), clipped, area, crowd)
+
+
+def pixels_of(where: object, words: Iterable[object], size: tuple[int, int]) -> list[float]:
+    """Coordinates in pixels of an image (height, width). Raises Unusable for what are none, or lie far outside."""
+    words = list(words)
+    try:
+        values = [float(word) for word in words]  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        values = [math.nan]
+    if not all(map(math.isfinite, values)):
+        raise Unusable(
+            "coordinates that are no numbers", f"{where}: expected numbers, got {show(words)}"
+        )
+    if values and reaches_far(values, size):
+        raise Unusable(
+            "coordinates far outside of their image",
+            f"{where}: {show(words)} lies far outside the image of {size[1]} x {size[0]} pixels",
+        )
+    return values
+
+
+def _clipped(
+    points: Sequence[float], size: tuple[int, int]
+) -> tuple[list[float], tuple[float, float, float, float]]:
+    """Points x, y, x, y, ... moved into the picture, and the box around them: left, top, width, height."""
+    sides = (size[1], size[0])
+    inside = [round(min(max(value, 0), sides[k % 2]), 3) for k, value in enumerate(points)]
+    x, y = inside[0::2], inside[1::2]
+    box = (min(x), min(y), round(max(x) - min(x), 3), round(max(y) - min(y), 3))
+    return inside, box

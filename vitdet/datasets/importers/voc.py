@@ -1,21 +1,28 @@
-"""Data sets in Pascal VOC's layout: Annotations/ID.xml, JPEGImages/ID.jpg, ImageSets/Main/SPLIT.txt.
+"""Data sets in Pascal VOC's format: an XML file an image.
 
-Everingham and Winn, The PASCAL VOC 2012 Development Kit, http://host.robots.ox.ac.uk/pascal/VOC/voc2012/htmldoc/: the
-pixel at the top left is (1, 1) and a box holds its last row and column, so xmin..xmax are the x from xmin - 1 to xmax;
-detections of `difficult` objects count neither way, which is what COCO calls a crowd; in SegmentationObject/ID.png,
-where there is one, the pixels of object n of the XML file have the value n, background 0, and 255 is the rim between
-objects, which is nobody's. Files per class (aeroplane_train.txt) have a second column and are no splits.
+Everingham and Winn, The PASCAL VOC 2012 Development Kit, http://host.robots.ox.ac.uk/pascal/VOC/voc2012/htmldoc/:
+Annotations/ID.xml, JPEGImages/ID.jpg and ImageSets/Main/SPLIT.txt with an ID a line; the pixel at the top left is
+(1, 1) and a box holds its last row and column, so xmin..xmax are the x from xmin - 1 to xmax; detections of `difficult`
+objects count neither way, which is what COCO calls a crowd; in SegmentationObject/ID.png, where there is one, the
+pixels of object n of the XML file have the value n, background 0, and 255 is the rim between objects, which is
+nobody's. Files per class (aeroplane_train.txt) have a second column and are no splits.
+
+Annotation tools differ: CVAT puts an ID with a space in quotation marks
+(https://docs.cvat.ai/docs/dataset_management/formats/format-voc/) and lists masks in ImageSets/Segmentation; without
+ImageSets, XML files lie beside the images in train/, valid/ and test/ (https://roboflow.com/formats/pascal-voc-xml) or
+in one folder; <polygon> is an outline of x1, y1, x2, y2, ... or of points <pt> in pixels from 0, and its box is taken.
 """
 
 from __future__ import annotations
 
 import math
 import os
+import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Collection
+from functools import partial
 from pathlib import Path
-from xml.etree.ElementTree import Element, TreeBuilder
-from xml.parsers.expat import ExpatError, ParserCreate
+from xml.etree.ElementTree import Element
 
 import numpy as np
 import torch
@@ -26,156 +33,294 @@ from vitdet.data.masks import encode
 from vitdet.data.segmentation import show
 from vitdet.datasets.importers.dataset import (
     BOX_ONLY,
+    CROWDS,
     EMPTY,
-    SUFFIXES,
+    SPLIT_NAMES,
+    THIN,
     Foreign,
     Picture,
+    Pictures,
     Thing,
+    Unusable,
     box_thing,
+    check_size,
+    files_below,
+    images_below,
+    is_image,
+    outline_thing,
+    pixels_of,
+    split_of,
 )
+from vitdet.datasets.importers.xml_file import read_xml, start_of
 
 LARGEST = 4 << 20  # bytes of an XML file; one of VOC's has some thousands
 RIM = 255
+ROOT = re.compile(rb"<annotation[\s>]")
+LISTS = ("ImageSets/Main", "ImageSets/Segmentation", "ImageSets")
+# an ID, perhaps in quotation marks, and what a list of one class says of it: absent, difficult, there
+ROW = re.compile(r'(?:"(?P<quoted>(?:[^"\\]|\\.)*)"|(?P<plain>.*?))(?:\s+(?P<presence>-1|0|1))?')
 
 
-def read_voc(source: Path) -> Foreign:
-    """The data set of a folder with Annotations/, JPEGImages/ and ImageSets/Main/; classes in order of the alphabet.
-
-    Raises FileNotFoundError and ValueError, in one line, for the first thing that cannot be used.
-    """
-    for name in ("Annotations", "JPEGImages", "ImageSets/Main"):
-        if not (source / name).is_dir():
-            raise FileNotFoundError(
-                f"{source / name}: not there; expected Annotations/ID.xml, JPEGImages/ID.jpg and "
-                "ImageSets/Main/train.txt, val.txt with an ID a line"
-            )
-    found, notes = {}, Counter[str]()
-    for split, ids in _splits(source).items():
-        if split == "test" and not any(os.path.isfile(_xml(source, one)) for one in ids):
-            continue  # as VOC2012 has it: the answers are not published
-        found[split] = [_parse(_xml(source, one)) for one in ids]
-    names = sorted(
-        {
-            _text(path, thing, "name")
-            for trees in found.values()
-            for path, tree in trees
-            for thing in tree.findall("object")
-        }
-    )
-    if not names:
-        raise ValueError(f"{source / 'Annotations'}: no object in any file")
-    label_of = {name: label for label, name in enumerate(names)}
-    splits: dict[str, Iterable[Picture]] = {
-        split: [_picture(source, path, tree, label_of, notes) for path, tree in trees]
-        for split, trees in found.items()
-    }
-    return Foreign(tuple(names), splits, notes)
+def is_voc(source: Path) -> bool:
+    """Whether a folder has Annotations/*.xml, or XML files of images."""
+    if (source / "Annotations").is_dir():
+        return True
+    if not source.is_dir():
+        return False
+    for folder in (source, *sorted(one for one in source.iterdir() if one.is_dir())):
+        path = next(folder.glob("*.xml"), None)
+        if path is not None and ROOT.search(start_of(path)):
+            return True
+    return False
 
 
-def _xml(source: Path, one: str) -> Path:
-    return source / "Annotations" / f"{one}.xml"
+class _Folders:
+    """Where the XML files and the images are."""
 
+    def __init__(self, source: Path) -> None:
+        self.source = source
+        self.annotations = source / "Annotations"
+        if not self.annotations.is_dir():
+            self.annotations = source
+        usual = [source / name for name in ("JPEGImages", "images", "Images")]
+        self.images = next((one for one in usual if one.is_dir()), self.annotations)
+        self.lists = next((one for name in LISTS if _has_lists(one := source / name)), None)
+        self.files, self.others = images_below(self.images)
+        self.by_stem: dict[Path, list[Path]] = {}
+        for path in self.files:
+            self.by_stem.setdefault(self.image_stem(path), []).append(path)
 
-def _splits(source: Path) -> dict[str, list[str]]:
-    """The IDs of each split; without trainval where train and val are there."""
-    splits = {}
-    for path in sorted((source / "ImageSets" / "Main").glob("*.txt")):
-        text = path.read_text(encoding="utf-8-sig", errors="replace")
-        lines = [line.split() for line in text.splitlines() if line.strip()]
-        if lines and all(len(words) == 1 for words in lines):
-            ids = list(dict.fromkeys(words[0] for words in lines))
-            wrong = [one for one in ids if Path(one).is_absolute() or ".." in Path(one).parts]
-            if wrong:
-                raise ValueError(
-                    f"{path}: {wrong[0]}: expected the name of an image without its ending"
-                )
-            splits[path.stem] = ids
-    if not splits:
-        raise FileNotFoundError(
-            f"{source / 'ImageSets' / 'Main'}: no train.txt or val.txt with an ID a line"
+    def stem(self, path: Path) -> Path:
+        """The ID of an XML file."""
+        return path.relative_to(self.annotations).with_suffix("")
+
+    def image_stem(self, path: Path) -> Path:
+        """The ID of an image."""
+        return path.relative_to(self.images).with_suffix("")
+
+    def image(self, path: Path, tree: Element) -> Path:
+        """The image of an XML file: that of the same name, else the one that `filename` says, in `images` alone."""
+        named = Path((tree.findtext("filename") or "").strip().replace("\\", "/")).name
+        same = self.by_stem.get(self.stem(path), [])
+        if same:
+            return min(same, key=lambda one: (one.suffix.lower() != ".jpg", one.name != named))
+        for folder in (self.images, self.images / self.stem(path).parent):
+            if named and os.path.isfile(folder / named) and is_image(folder / named):
+                return folder / named
+        unread = [one for one in self.others if self.image_stem(one) == self.stem(path)]
+        if unread:
+            raise Unusable("image that cannot be read", f"{unread[0]}: no image format known here")
+        raise Unusable(
+            "missing image file",
+            f"{path}: no image {self.images / self.stem(path)}.jpg (.png, ...)",
         )
+
+
+def _has_lists(folder: Path) -> bool:
+    return any(folder.glob("*.txt"))
+
+
+def read_voc(source: Path, only: Collection[str] = ()) -> Foreign:
+    """The data set of such a folder; classes in order of the alphabet. XML files are read here, images later."""
+    found, folders = Foreign(), _Folders(source)
+    splits = _splits(folders, found)
+    trees: dict[str, list[tuple[Path, Element, Path]]] = {}
+    for split, paths in found.select(source, splits, only).items():
+        if split == "test" and not any(map(os.path.isfile, paths)):
+            # as VOC2012 has it: the answers are not published
+            found.notes["images of the split test left out, none has an annotation file"] += len(
+                paths
+            )
+            continue
+        trees[split] = []
+        for path, where in paths.items():
+            with found.problems.collect("annotation file that cannot be read"):
+                if not os.path.isfile(path):
+                    raise Unusable(
+                        "missing annotation file", f"{where}{path}: no such annotation file"
+                    )
+                tree = read_xml(path, LARGEST)
+                trees[split].append((path, tree, folders.image(path, tree)))
+    _account(folders, splits, {one[2] for items in trees.values() for one in items}, found)
+    names = set()
+    for path, tree, _ in (one for items in trees.values() for one in items):
+        for element in tree.findall("object"):
+            name = _name(element)
+            if name:
+                names.add(name)
+            else:
+                found.problems.add("object without a name", f"{path}: an object without <name>")
+    if not names and not found.problems.counts:
+        raise ValueError(f"{folders.annotations}: no object in any file")
+    found.class_names = tuple(sorted(names))
+    label_of = {name: label for label, name in enumerate(found.class_names)}
+    read = partial(_picture, folders=folders, label_of=label_of, found=found)
+    for split, items in trees.items():
+        found.splits[split] = Pictures(items, read, found.problems)
+    return found
+
+
+def _splits(folders: _Folders, found: Foreign) -> dict[str, dict[Path, str]]:
+    """The XML files of each split, with where a list names them; without trainval where train and val are there."""
+    splits: dict[str, dict[Path, str]] = {}
+    if folders.lists is None:
+        paths = [one for one in files_below(folders.annotations) if one.suffix.lower() == ".xml"]
+        if not paths:
+            raise FileNotFoundError(f"{folders.annotations}: no XML file")
+        firsts = {path: folders.stem(path).parts[0].lower() for path in paths}
+        if (
+            not {*firsts.values()} <= SPLIT_NAMES.keys()
+        ):  # names of files, or folders that are no splits
+            return {"train": dict.fromkeys(paths, "")}
+        for path, first in firsts.items():
+            splits.setdefault(split_of(first), {})[path] = ""
+        return splits
+    lists = sorted(folders.lists.glob("*.txt"))
+    counts = Counter(split_of(path.stem) for path in lists)
+    for path in lists:
+        ids = _ids(path, folders, found)
+        name = split_of(path.stem)
+        if ids:
+            splits[name if counts[name] == 1 else path.stem] = ids
+    if not splits and not found.problems.counts:
+        raise FileNotFoundError(f"{folders.lists}: no train.txt or val.txt with an ID a line")
     if "train" in splits and "val" in splits:
-        splits.pop("trainval", None)
+        both = splits["train"] | splits["val"]
+        found.notes["IDs of trainval.txt left out, in neither train.txt nor val.txt"] += len(
+            splits.pop("trainval", {}).keys() - both.keys()
+        )
     return splits
 
 
-def _parse(path: Path) -> tuple[Path, Element]:
-    """The file and its tree. A DOCTYPE is refused: only it can define entities, with which small files grow huge."""
+def _ids(path: Path, folders: _Folders, found: Foreign) -> dict[Path, str]:
+    """The XML files that a list names, with its line; none of the list of one class.
 
-    def refuse(*_: object) -> None:
-        raise ValueError("it has a DOCTYPE, which annotations do not need")
+    What is neither an ID nor a row of a list of one class is a problem.
+    """
+    ids: dict[Path, str] = {}
+    rows = problems = 0
+    text = path.read_text(encoding="utf-8-sig", errors="replace")
+    for number, line in enumerate(map(str.strip, text.splitlines()), 1):
+        match = ROW.fullmatch(line)
+        if not line or match is None:
+            continue
+        quoted = match["quoted"]
+        one = match["plain"] if quoted is None else re.sub(r"\\(.)", r"\1", quoted)
+        known = next((name for name in (line, one) if os.path.isfile(_xml(folders, name))), None)
+        if match["presence"] and known != line:
+            rows += 1
+            continue
+        problem = ""
+        if Path(one).is_absolute() or ".." in Path(one).parts:
+            problem = f"{line}: expected the name of an image without its ending"
+        elif known is None and quoted is None and len(line.split()) > 1:
+            problem = f"{show(line)}: expected an ID, but there is no file {_xml(folders, line)}"
+        if problem:
+            problems += 1
+            found.problems.add("line that is no ID", f"{path}:{number}: {problem}")
+        else:
+            ids[_xml(folders, known or one)] = f"{path}:{number}: "
+    if rows and ids:
+        found.problems.add(
+            "list file of two kinds",
+            f"{path}: {len(ids)} IDs and {rows} rows 'ID -1|0|1' of a list of one class",
+        )
+    elif rows:
+        found.notes["lists of one class (ID and a second column), not read"] += 1
+    elif not ids and not problems:
+        found.remarks.append(f"split {split_of(path.stem)} left out: {path} has no IDs")
+    return ids
 
-    if not os.path.isfile(path):
-        raise FileNotFoundError(f"{path}: no such annotation file")
-    if path.stat().st_size > LARGEST:
-        raise ValueError(f"{path}: {path.stat().st_size:,} bytes are no annotation of one image")
-    builder, parser = TreeBuilder(), ParserCreate()
-    parser.StartElementHandler, parser.EndElementHandler = builder.start, builder.end
-    parser.CharacterDataHandler, parser.StartDoctypeDeclHandler = builder.data, refuse
-    try:
-        parser.Parse(path.read_bytes(), True)
-    except (ExpatError, LookupError, ValueError) as error:
-        raise ValueError(f"{path}: not XML that can be read: {error}") from error
-    return path, builder.close()
+
+def _xml(folders: _Folders, one: str) -> Path:
+    """The XML file of an ID, which may have the ending of its image."""
+    path = folders.annotations / f"{one}.xml"
+    stem = one.rpartition(".")[0]
+    if stem and not os.path.isfile(path) and os.path.isfile(folders.annotations / f"{stem}.xml"):
+        return folders.annotations / f"{stem}.xml"
+    return path
+
+
+def _account(
+    folders: _Folders, splits: dict[str, dict[Path, str]], used: set[Path], found: Foreign
+) -> None:
+    """Counts what lies in the folders of annotations and images and is in no split."""
+    listed = {path for paths in splits.values() for path in paths}
+    there = {path for path in files_below(folders.annotations) if path.suffix.lower() == ".xml"}
+    found.notes["annotation files that no list names left out"] += len(there - listed)
+    stems = {folders.stem(path) for path in there}
+    found.notes["images without an annotation file left out"] += sum(
+        folders.image_stem(path) not in stems and path not in used for path in folders.files
+    )
+    found.count_left_out(folders.others, lambda path: folders.image_stem(path) in stems)
 
 
 def _picture(
-    source: Path, path: Path, tree: Element, label_of: dict[str, int], notes: Counter[str]
+    item: tuple[Path, Element, Path], folders: _Folders, label_of: dict[str, int], found: Foreign
 ) -> Picture:
-    image = _image(source, path, tree)
-    size = image_size(image)
-    stated = tuple(tree.findtext(f"size/{side}", "0").strip() for side in ("height", "width"))
-    if stated != ("0", "0") and stated != tuple(map(str, size)):
-        raise ValueError(
-            f"{path}: the size is {stated[1]} x {stated[0]}, but {image} is {size[1]} x {size[0]} (width "
-            "x height, upright)"
-        )
+    path, tree, image = item
+    stated = [(tree.findtext(f"size/{side}") or "0").strip() for side in ("height", "width")]
+    size = check_size(path, image, stated)
     objects = tree.findall("object")
-    numbers = _numbers(source, path, size, len(objects))
+    numbers = _numbers(folders, path, size, len(objects))
     things = []
     for number, element in enumerate(objects, 1):
-        crowd = element.findtext("difficult", "0").strip().lower() in ("1", "true")
-        box = _corners(path, element, size)
-        thing = box_thing(label_of[_text(path, element, "name")], box, size, crowd)
-        pixels = None if numbers is None else numbers == number
-        if thing is None:
-            notes[EMPTY] += 1
-            continue
-        if pixels is None or not pixels.any():
-            notes[BOX_ONLY] += 1
-        else:
-            thing = Thing(
-                thing.label,
-                thing.box,
-                encode(torch.from_numpy(pixels[None]))[0],
-                float(pixels.sum()),
-                crowd,
-            )
-        notes[
-            "difficult objects: training leaves them out, evaluation counts them neither way"
-        ] += crowd
-        things.append(thing)
+        if not _name(element):
+            continue  # counted when the classes were collected
+        thing, empty = None, False
+        with found.problems.collect("object that cannot be used"):
+            pixels = None if numbers is None else numbers == number
+            thing = _thing(path, element, size, label_of, pixels, found)
+            empty = thing is None
+        found.notes[EMPTY] += empty
+        if thing is not None:
+            found.notes[BOX_ONLY] += not thing.segmentation
+            found.notes[CROWDS] += thing.crowd
+            things.append(thing)
     return Picture(image, *size, tuple(things))
 
 
-def _image(source: Path, path: Path, tree: Element) -> Path:
-    """The file of the same name, else the one that `filename` says, in JPEGImages alone."""
-    folder = source / "JPEGImages"
-    stem = folder / path.relative_to(source / "Annotations").with_suffix("")
-    for suffix in (".jpg", *sorted(SUFFIXES), *(suffix.upper() for suffix in sorted(SUFFIXES))):
-        if os.path.isfile(stem.parent / (stem.name + suffix)):
-            return stem.parent / (stem.name + suffix)
-    named = Path(tree.findtext("filename", "").strip().replace("\\", "/")).name
-    if named and os.path.isfile(folder / named):
-        return folder / named
-    raise FileNotFoundError(f"{path}: no image {stem}.jpg (.png, ...)")
+def _thing(
+    path: Path,
+    element: Element,
+    size: tuple[int, int],
+    label_of: dict[str, int],
+    pixels: np.ndarray | None,
+    found: Foreign,
+) -> Thing | None:
+    """The object of an element; pixels (H, W) bool: its mask in SegmentationObject, None without."""
+    label = label_of[_name(element)]
+    crowd = (element.findtext("difficult") or "").strip().lower() in ("1", "true")
+    parts = [_polygon(path, polygon, size) for polygon in element.findall("polygon")]
+    whole = [part for part in parts if len(part) >= 6]
+    found.notes[THIN] += len(parts) - len(whole)
+    if whole and (pixels is None or not pixels.any()):
+        return outline_thing(label, whole, size, crowd)
+    thing = box_thing(label, _corners(path, element, size), size, crowd)
+    if thing is None or pixels is None or not pixels.any():
+        return thing
+    mask = encode(torch.from_numpy(pixels[None]))[0]
+    return Thing(label, thing.box, mask, float(pixels.sum()), crowd)
 
 
-def _numbers(source: Path, path: Path, size: tuple[int, int], objects: int) -> np.ndarray | None:
+def _polygon(path: Path, polygon: Element, size: tuple[int, int]) -> list[float]:
+    """x, y, x, y, ... of an outline with children x1, y1, x2, y2, ... or pt."""
+    points = polygon.findall("pt")
+    if points:
+        words = [point.findtext(axis) for point in points for axis in ("x", "y")]
+    else:
+        values = {child.tag: child.text for child in polygon if child.tag[:1] in ("x", "y")}
+        words = [
+            values.get(f"{axis}{k + 1}") for k in range((len(values) + 1) // 2) for axis in "xy"
+        ]
+    return pixels_of(f"{path}: polygon", words, size)
+
+
+def _numbers(
+    folders: _Folders, path: Path, size: tuple[int, int], objects: int
+) -> np.ndarray | None:
     """Which object each pixel (H, W) is of, from 1; None without a file."""
-    file = (
-        source / "SegmentationObject" / path.relative_to(source / "Annotations").with_suffix(".png")
-    )
+    file = folders.source / "SegmentationObject" / f"{folders.stem(path)}.png"
     if not os.path.isfile(file):
         return None
     if image_size(file) != size:
@@ -204,23 +349,23 @@ def _corners(
     try:
         x0, y0, x1, y1 = map(float, words)
     except ValueError:
-        raise ValueError(
-            f"{path}: bndbox: expected numbers xmin, ymin, xmax, ymax, got {show(words)}"
+        raise Unusable(
+            "box without four numbers",
+            f"{path}: bndbox: expected numbers xmin, ymin, xmax, ymax, got {show(words)}",
         ) from None
     height, width = size
     if not all(map(math.isfinite, (x0, y0, x1, y1))) or x1 < x0 or y1 < y0:
-        raise ValueError(
-            f"{path}: bndbox: expected xmin <= xmax and ymin <= ymax, got {show(words)}"
+        raise Unusable(
+            "box whose corners are exchanged",
+            f"{path}: bndbox: expected xmin <= xmax and ymin <= ymax, got {show(words)}",
         )
     if x0 > width or y0 > height or x1 < 1 or y1 < 1:
-        raise ValueError(
-            f"{path}: bndbox: {show(words)} lies outside the image of {width} x {height} pixels"
+        raise Unusable(
+            "box outside of its image",
+            f"{path}: bndbox: {show(words)} lies outside the image of {width} x {height} pixels",
         )
     return x0 - 1, y0 - 1, x1, y1
 
 
-def _text(path: Path, element: Element, key: str) -> str:
-    text = " ".join(element.findtext(key, "").split())
-    if not text:
-        raise ValueError(f"{path}: an object without <{key}>")
-    return text
+def _name(element: Element) -> str:
+    return " ".join((element.findtext("name") or "").split())

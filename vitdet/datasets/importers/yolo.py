@@ -4,7 +4,8 @@ https://docs.ultralytics.com/datasets/detect/ and /segment/; what their pages le
 has it: `names` is a list or a map 0: name, or only `nc`; `train`, `val` (or `validation`) and `test` name a folder, a
 text file of paths, or a list of these, below `path`, and "../" that leads nowhere is left out; the labels of
 .../images/x.jpg stand in .../labels/x.txt; a file that is empty or not there is a picture without objects; a row comes
-once; coordinates are shares of the upright picture, at most 1 % outside.
+once; coordinates are shares of the upright picture, at most 1 % outside. CVAT's exports have the paths of images in
+train.txt, with or without "data/" before them, and no `val`: https://docs.cvat.ai/docs/dataset_management/formats/
 A row of 5 numbers is class, centre x and y, width, height; one of 7, 9, ... class and outline.
 """
 
@@ -12,8 +13,8 @@ from __future__ import annotations
 
 import math
 import os
-from collections import Counter
-from collections.abc import Iterable, Iterator
+import re
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 
 import yaml
@@ -24,17 +25,22 @@ from vitdet.data.segmentation import show
 from vitdet.datasets.importers.dataset import (
     BOX_ONLY,
     EMPTY,
-    SUFFIXES,
     Foreign,
     Picture,
+    Pictures,
     Thing,
+    Unusable,
     box_thing,
+    files_below,
     images_below,
-    polygon_thing,
+    is_image,
+    outline_thing,
 )
 
 TOLERANCE = 0.01  # of the picture, by which a coordinate may lie outside
 SPLITS = {"train": "train", "val": "val", "validation": "val", "test": "test"}
+NUMBER = re.compile(rb"[+-]?\d+(\.\d*)?")
+KEYS = re.compile(r"^(names|nc|train|val)\s*:", re.MULTILINE)
 
 
 def description(source: Path) -> Path | None:
@@ -42,16 +48,15 @@ def description(source: Path) -> Path | None:
     if source.is_file():
         return source if source.suffix in (".yaml", ".yml") else None
     found = sorted([*source.glob("*.yaml"), *source.glob("*.yml")])
-    return next(
-        (path for path in found if path.stem in ("data", source.name)),
-        found[0] if len(found) == 1 else None,
-    )
+    named = next((path for path in found if path.stem in ("data", source.name)), None)
+    described = [path for path in found if KEYS.search(path.read_text(errors="replace"))]
+    return named or (described[0] if len(described) == 1 else None)
 
 
-def read_yolo(source: Path) -> Foreign:
+def read_yolo(source: Path, only: Collection[str] = ()) -> Foreign:
     """The data set of a folder with data.yaml, or of such a file. Label files are read while a split is gone through.
 
-    Raises FileNotFoundError and ValueError, in one line, for the first thing that cannot be used.
+    Raises FileNotFoundError and ValueError, in one line, if data.yaml cannot be used.
     """
     path = description(source)
     if path is None:
@@ -59,34 +64,51 @@ def read_yolo(source: Path) -> Foreign:
             f"{source}: expected one data.yaml, which names the classes and the splits"
         )
     head = _head(path)
-    names, notes = _names(path, head), Counter[str]()
-    splits: dict[str, Iterable[Picture]] = {}
+    found = Foreign(_names(path, head))
+    places: set[Path] = set()
+    images: dict[str, list[Path]] = {}
     for key, name in SPLITS.items():
         entries = head.get(key) or []
         entries = [entries] if isinstance(entries, str) else entries
+        if entries in (["null"], ["~"]):  # scalars are text here
+            continue
         if not isinstance(entries, list) or not all(isinstance(entry, str) for entry in entries):
             raise ValueError(
                 f"{path}: {key}: expected a folder, a text file or a list of these, got {show(entries)}"
             )
-        if not entries or name in splits:
+        if not entries or name in images:
             continue
-        images = list(
-            dict.fromkeys(image for entry in entries for image in _images(path, head, key, entry))
+        if name == "test" and not any(_place(path, head, entry)[0] for entry in entries):
+            found.remarks.append(f"split test left out: {', '.join(entries)} is not there")
+            continue
+        listed = dict.fromkeys(
+            image for entry in entries for image in _images(path, head, key, entry, places, found)
         )
-        if not images:
+        if listed or found.problems.counts:
+            images[name] = list(listed)
+        elif name == "train":
             raise ValueError(f"{path}: {key}: no image in {', '.join(entries)}")
-        if any(os.path.isfile(_label_file(image)) for image in images):
-            splits[name] = _Split(images, len(names), notes)
-        elif name != "test":
-            raise FileNotFoundError(
-                f"{path}: {key}: none of {len(images)} images has a label file; expected "
-                f"{_label_file(images[0])} for {images[0]}"
-            )
-    if "train" not in splits or "val" not in splits:
+        else:
+            found.remarks.append(f"split {name} left out: no image in {', '.join(entries)}")
+    if "train" not in images and "val" not in images:
         raise ValueError(
             f"{path}: expected the keys train and val, got {', '.join(map(str, head))}"
         )
-    return Foreign(names, splits, notes)
+    _account(places, {image for listed in images.values() for image in listed}, found)
+    for name, chosen in found.select(path, images, only).items():
+        if any(os.path.isfile(_label_file(image)) for image in chosen):
+            found.splits[name] = Pictures(
+                chosen, lambda image: _picture(image, found), found.problems
+            )
+        elif name == "test":
+            found.notes["images of the split test left out, none has a label file"] += len(chosen)
+        elif chosen:
+            found.problems.add(
+                "split without label files",
+                f"{path}: {name}: none of {len(chosen)} images has a label file; expected "
+                f"{_label_file(chosen[0])} for {chosen[0]}",
+            )
+    return found
 
 
 def _head(path: Path) -> dict:
@@ -118,34 +140,49 @@ def _names(path: Path, head: dict) -> tuple[str, ...]:
     return tuple(names)
 
 
-def _images(path: Path, head: dict, key: str, entry: str) -> list[Path]:
-    """The image files of one entry of a split, by absolute path, links as they are."""
+def _place(path: Path, head: dict, entry: str) -> tuple[Path | None, list[Path]]:
+    """The folder or file that an entry of a split names, None if it is not there, and the folders searched for it."""
     base = Path(os.path.abspath(path.parent))
     stated = head.get("path")
     root = stated if isinstance(stated, str) else ""
     roots = list(dict.fromkeys([base / root, base, base.parent / root]))
     places = [place for root in roots for place in (root / entry, root / entry.removeprefix("../"))]
-    place = next((Path(os.path.abspath(place)) for place in places if os.path.exists(place)), None)
+    return next((Path(os.path.abspath(one)) for one in places if os.path.exists(one)), None), roots
+
+
+def _images(
+    path: Path, head: dict, key: str, entry: str, places: set[Path], found: Foreign
+) -> Iterator[Path]:
+    """The image files of one entry of a split, by absolute path, links as they are; adds their folders to `places`."""
+    place, roots = _place(path, head, entry)
     if place is None:
         raise FileNotFoundError(
             f"{path}: {key}: {entry} is not there, looked below {', '.join(map(str, roots))}"
         )
     if place.is_dir():
-        return images_below(place)
+        places.add(place)
+        yield from images_below(place)[0]
+        return
     if place.suffix != ".txt":
         raise ValueError(f"{path}: {key}: {entry}: expected a folder or a .txt file of image paths")
-    return [
-        _listed(place, line.strip(), roots) for line in _text(place).splitlines() if line.strip()
-    ]
+    for number, line in enumerate(_text(place).splitlines(), 1):
+        if not line.strip():
+            continue
+        with found.problems.collect("line that names no image file"):
+            image = _listed(place, number, line.strip(), roots)
+            places.add(image.parent)
+            yield image
 
 
-def _listed(place: Path, line: str, roots: list[Path]) -> Path:
-    for root in (place.parent, *roots):
-        if os.path.isfile(root / line):
-            if (root / line).suffix.lower() not in SUFFIXES:
-                break
-            return Path(os.path.abspath(root / line))
-    raise FileNotFoundError(f"{place}: {line}: no such image file")
+def _listed(place: Path, number: int, line: str, roots: list[Path]) -> Path:
+    for name in (line, line.removeprefix("data/")):
+        for root in (place.parent, *roots):
+            if os.path.isfile(root / name):
+                image = Path(os.path.abspath(root / name))
+                if not is_image(image):
+                    raise ValueError(f"{place}:{number}: {line}: not an image that can be read")
+                return image
+    raise FileNotFoundError(f"{place}:{number}: {line}: no such image file")
 
 
 def _label_file(image: Path) -> Path:
@@ -153,54 +190,82 @@ def _label_file(image: Path) -> Path:
     return Path(f"{before}{os.sep}labels{os.sep}{after}" if found else after).with_suffix(".txt")
 
 
-class _Split(Iterable[Picture]):
-    """The pictures of a split, each read when it is its turn."""
+def _account(places: Iterable[Path], used: set[Path], found: Foreign) -> None:
+    """Counts what lies in the folders of images and labels and is in no split."""
+    folders = set()
+    for place in places:
+        before, cut, _ = f"{place}{os.sep}".rpartition(f"{os.sep}images{os.sep}")
+        folders.add(Path(f"{before}{os.sep}images") if cut else place)
+    images, others = set(used), set[Path]()
+    labels = set[Path]()
+    for folder in folders:
+        some, more = images_below(folder)
+        images.update(some)
+        others.update(more)
+        beside = folder.with_name("labels") if folder.name == "images" else folder
+        labels.update(path for path in files_below(beside) if path.suffix == ".txt")
+    found.notes["images that no split names left out"] += len(images - used)
+    found.count_left_out(sorted(others), lambda path: os.path.isfile(_label_file(path)))
+    labels -= {_label_file(image) for image in images | others}
+    found.notes["label files without an image left out"] += sum(map(_has_rows, labels))
 
-    def __init__(self, images: list[Path], classes: int, notes: Counter[str]) -> None:
-        self.images, self.classes, self.notes = images, classes, notes
 
-    def __iter__(self) -> Iterator[Picture]:
-        for image in self.images:
-            size = image_size(image)
-            label_file = _label_file(image)
-            things: tuple[Thing, ...] = ()
-            if os.path.isfile(label_file):
-                things = tuple(self._things(label_file, size))
-            else:
-                self.notes["images without a label file: without objects"] += 1
-            yield Picture(image, *size, things)
+def _has_rows(path: Path) -> bool:
+    """Whether a text file is one of labels, and not classes.txt, a list of images or a text to read."""
+    with open(path, "rb") as file:
+        words = file.readline(1000).split()
+    return path.name != "classes.txt" and (not words or NUMBER.fullmatch(words[0]) is not None)
 
-    def _things(self, path: Path, size: tuple[int, int]) -> Iterator[Thing]:
-        seen = set()
-        for number, line in enumerate(_text(path).splitlines(), 1):
-            if not line.strip():
-                continue
-            row = _row(f"{path}:{number}", line.split(), self.classes)
-            if row in seen:
-                self.notes["rows that came twice, once left out"] += 1
-                continue
-            seen.add(row)
-            thing = _thing(row, size)
-            self.notes[EMPTY] += thing is None
-            self.notes[BOX_ONLY] += thing is not None and len(row) == 5
-            if thing is not None:
-                yield thing
+
+def _picture(image: Path, found: Foreign) -> Picture:
+    size = image_size(image)
+    label_file = _label_file(image)
+    if os.path.isfile(label_file):
+        return Picture(image, *size, tuple(_things(label_file, size, found)))
+    found.notes["images without a label file: without objects"] += 1
+    return Picture(image, *size, ())
+
+
+def _things(path: Path, size: tuple[int, int], found: Foreign) -> Iterator[Thing]:
+    seen = set()
+    for number, line in enumerate(_text(path).splitlines(), 1):
+        if not line.strip():
+            continue
+        row = None
+        with found.problems.collect("row that cannot be used"):
+            row = _row(f"{path}:{number}", line.split(), len(found.class_names))
+        if row is None:
+            continue
+        if row in seen:
+            found.notes["rows that came twice, once left out"] += 1
+            continue
+        seen.add(row)
+        thing = _thing(row, size)
+        found.notes[EMPTY] += thing is None
+        found.notes[BOX_ONLY] += thing is not None and len(row) == 5
+        if thing is not None:
+            yield thing
 
 
 def _row(where: str, words: list[str], classes: int) -> tuple[float, ...]:
     if len(words) < 5 or len(words) % 2 == 0:
-        raise ValueError(
+        raise Unusable(
+            "row of the wrong length",
             f"{where}: expected 'class x y width height' or 'class x y x y x y ...', got {len(words)} "
-            f"numbers: {show(' '.join(words))}"
+            f"numbers: {show(' '.join(words))}",
         )
     try:
         row = tuple(map(float, words))
     except ValueError:
-        raise ValueError(f"{where}: expected numbers, got {show(' '.join(words))}") from None
+        raise Unusable(
+            "row with text in the place of a number",
+            f"{where}: expected numbers, got {show(' '.join(words))}",
+        ) from None
     if row[0] not in range(classes):
-        raise ValueError(
+        raise Unusable(
+            "class that data.yaml does not name",
             f"{where}: class {words[0]}: expected a whole number from 0 to {classes - 1}, as data.yaml "
-            "names them"
+            "names them",
         )
     wrong = [
         word
@@ -208,8 +273,9 @@ def _row(where: str, words: list[str], classes: int) -> tuple[float, ...]:
         if not math.isfinite(value) or not -TOLERANCE <= value <= 1 + TOLERANCE
     ]
     if wrong:
-        raise ValueError(
-            f"{where}: coordinate {wrong[0]}: expected a share of the picture, from 0 to 1"
+        raise Unusable(
+            "coordinate outside of its image",
+            f"{where}: coordinate {wrong[0]}: expected a share of the picture, from 0 to 1",
         )
     return row
 
@@ -222,7 +288,7 @@ def _thing(row: tuple[float, ...], size: tuple[int, int]) -> Thing | None:
             int(row[0]), (x - wide / 2, y - high / 2, x + wide / 2, y + high / 2), size
         )
     points = [value * (height if place % 2 else width) for place, value in enumerate(row[1:])]
-    return polygon_thing(int(row[0]), points, size)
+    return outline_thing(int(row[0]), [points], size)
 
 
 def _text(path: Path) -> str:

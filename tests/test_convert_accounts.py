@@ -1,0 +1,324 @@
+"""`vitdet data convert` accounts for every image, label file and row, and says all problems at once."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from PIL import Image, features
+
+from vitdet.data.masks import decode
+from vitdet.datasets.importers.dataset import image_suffixes
+
+Run = Callable[..., tuple[int, str, str]]
+OBJECT = (
+    "<object><name>{}</name><bndbox><xmin>{}</xmin><ymin>{}</ymin><xmax>{}</xmax><ymax>{}</ymax>"
+    "</bndbox></object>"
+)
+XML = f"<annotation>{OBJECT.format('cat', 11, 11, 40, 40)}</annotation>"
+
+
+def write(path: Path, content: str = "0 0.5 0.5 0.2 0.4\n") -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(content)
+
+
+def image(path: Path, value: int = 0) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (96, 64), (value, 90, 90)).save(path)
+
+
+def tree(root: Path, split: str) -> dict:
+    return json.loads((root / "annotations" / f"instances_{split}.json").read_text())
+
+
+def names(root: Path, split: str) -> list[str]:
+    return [one["file_name"] for one in tree(root, split)["images"]]
+
+
+@pytest.fixture
+def yolo(tmp_path: Path) -> Path:
+    root = tmp_path / "yolo"
+    write(root / "data.yaml", "train: images/train\nval: images/val\nnames: [cat, dog, bus]\n")
+    for split in ("train", "val"):
+        for number in range(4):
+            image(root / f"images/{split}/{split}{number}.png", 20 * number)
+            write(
+                root / f"labels/{split}/{split}{number}.txt",
+                f"{number % 3} 0.5 0.5 0.2 0.4\n1 0.2 0.2 0.1 0.1\n",
+            )
+    return root
+
+
+@pytest.fixture
+def voc(tmp_path: Path) -> Path:
+    root = tmp_path / "voc"
+    for number, name in enumerate(("p1", "p2", "p3", "my pic")):
+        image(root / "JPEGImages" / f"{name}.jpg", 20 * number)
+        write(root / "Annotations" / f"{name}.xml", XML)
+    write(root / "ImageSets/Main/train.txt", "p1\np2\n")
+    write(root / "ImageSets/Main/val.txt", "p3\nmy pic\n")
+    return root
+
+
+@pytest.mark.parametrize("suffix", ["gif", "jp2", "ppm", "tga", "avif", "webp", "JPE", "jfif"])
+def test_images_of_every_kind_are_taken(
+    vitdet: Run, yolo: Path, tmp_path: Path, suffix: str
+) -> None:
+    if suffix == "avif" and not features.check("avif"):
+        pytest.skip("Pillow without AVIF")
+    image(yolo / f"images/train/more.{suffix}")
+    write(yolo / "labels/train/more.txt")
+    assert vitdet("data", "convert", yolo, "out")[0] == 0
+    assert f"more.{suffix}" in names(tmp_path / "out", "train")
+
+
+def test_an_image_is_recognised_without_a_usual_ending(
+    vitdet: Run, yolo: Path, tmp_path: Path
+) -> None:
+    (yolo / "images/train/train0.png").rename(yolo / "images/train/train0.raw_1")
+    assert vitdet("data", "convert", yolo, "out")[0] == 0
+    assert "train0.raw_1" in names(tmp_path / "out", "train")
+
+
+def test_no_suffix_is_of_a_format_that_cannot_be_decoded() -> None:
+    assert not {".eps", ".wmf", ".mpg", ".h5", ".pdf", ".heic"} & image_suffixes()
+
+
+def test_yolo_counts_what_is_left_out(vitdet: Run, yolo: Path) -> None:
+    for name in ("a.heic", "b.HEIC", "c.mov"):
+        (yolo / "images/train" / name).write_bytes(b"\0\0\0\x18ftypheic")
+    for name in ("a.txt", "nothing.txt", "empty.txt"):
+        write(yolo / "labels/train" / name, "" if name == "empty.txt" else "0 .5 .5 .1 .1")
+    write(yolo / "labels/classes.txt", "cat\ndog\nbus")
+    image(yolo / "images/extra/e.png")
+    write(yolo / "labels/extra/e.txt")
+    code, output, errors = vitdet("data", "convert", yolo, "out")
+    assert (code, errors) == (0, "")
+    reason = "not an image format that can be read here"
+    for line in (
+        f"  2 x .heic files left out, {reason}, 1 of them with a label file",
+        f"  1 x .mov files left out, {reason}",
+        "  1 x images that no split names left out",
+        "  2 x label files without an image left out",
+    ):
+        assert line in output.splitlines(), output
+
+
+def test_a_test_split_is_not_left_out_silently(vitdet: Run, yolo: Path) -> None:
+    head = (yolo / "data.yaml").read_text()
+    write(yolo / "data.yaml", head + "test: ../test/images\n")
+    _, output, _ = vitdet("data", "convert", yolo, "one")
+    assert "  split test left out: ../test/images is not there" in output.splitlines()
+    image(yolo / "images/test/t.png")
+    write(yolo / "data.yaml", head + "test: images/test\n")
+    _, output, _ = vitdet("data", "convert", yolo, "two")
+    assert "  1 x images of the split test left out, none has a label file" in output.splitlines()
+    (yolo / "images/none").mkdir()
+    write(yolo / "data.yaml", head.replace("images/val", "images/none"))
+    code, output, _ = vitdet("data", "convert", yolo, "three")
+    assert code == 0
+    assert "  split val left out: no image in images/none" in output.splitlines()
+    assert "no validation split" in output
+
+
+def test_an_id_with_a_space_is_an_id(vitdet: Run, voc: Path, tmp_path: Path) -> None:
+    for number, line in enumerate(("my pic", '"my pic"', " my pic\t", "my pic.jpg")):
+        write(voc / "ImageSets/Main/val.txt", f"p3\n{line}\n")
+        assert vitdet("data", "convert", voc, f"out{number}")[0] == 0
+        assert names(tmp_path / f"out{number}", "val") == ["p3.jpg", "my pic.jpg"]
+
+
+def test_a_list_that_cannot_be_used_is_named_with_its_line(
+    vitdet: Run, voc: Path, tmp_path: Path
+) -> None:
+    write(voc / "ImageSets/Main/val.txt", "p3\nno pic\nnone\n/p1\n")
+    code, output, errors = vitdet("data", "convert", voc, "out")
+    assert (code, output) == (1, "") and not (tmp_path / "out").exists()
+    assert "val.txt:2: 'no pic': expected an ID, but there is no file" in errors
+    assert f"val.txt:3: {voc}/Annotations/none.xml: no such annotation file" in errors
+    assert "val.txt:4: /p1: expected the name of an image" in errors
+    write(voc / "ImageSets/Main/val.txt", "p3\np2 1\n")
+    assert "val.txt: 1 IDs and 1 rows" in vitdet("data", "convert", voc, "out")[2]
+
+
+def test_two_lists_of_one_name_keep_theirs(vitdet: Run, voc: Path) -> None:
+    write(voc / "ImageSets/Main/valid.txt", "p1\n")
+    assert vitdet("data", "convert", voc, "out")[1].startswith(
+        "out: 1 classes; train 2 images, 2 objects; val 2 images, 2 objects; valid 1 images"
+    )
+
+
+def test_an_image_of_voc_that_cannot_be_read_is_named(vitdet: Run, voc: Path) -> None:
+    (voc / "JPEGImages/p1.jpg").rename(voc / "JPEGImages/p1.heic")
+    (voc / "JPEGImages/p1.heic").write_bytes(b"\0\0\0\x18ftypheic")
+    code, _, errors = vitdet("data", "convert", voc, "out")
+    assert code == 1 and errors.count("\n") == 1 and "JPEGImages/p1.heic: no image format" in errors
+
+
+def test_voc_counts_what_is_left_out(vitdet: Run, voc: Path) -> None:
+    write(voc / "ImageSets/Main/val.txt", "p3\n")
+    write(voc / "ImageSets/Main/test.txt", "t1\nt2\n")
+    write(voc / "ImageSets/Main/extra.txt", "\n")
+    write(voc / "ImageSets/Main/trainval.txt", "p1\np2\np3\nmy pic\n")
+    write(voc / "ImageSets/Main/cat_train.txt", "p1  1\nmy pic -1\n")
+    image(voc / "JPEGImages/none.png")
+    (voc / "JPEGImages/p9.heic").write_bytes(b"\0\0\0\x18ftypheic")
+    write(voc / "Annotations/p9.xml", XML)
+    code, output, errors = vitdet("data", "convert", voc, "out")
+    assert (code, errors) == (0, "")
+    for line in (
+        f"  split extra left out: {voc}/ImageSets/Main/extra.txt has no IDs",
+        "  1 x IDs of trainval.txt left out, in neither train.txt nor val.txt",
+        "  1 x lists of one class (ID and a second column), not read",
+        "  2 x images of the split test left out, none has an annotation file",
+        "  1 x images without an annotation file left out",
+        "  2 x annotation files that no list names left out",
+        "  1 x .heic files left out, not an image format that can be read here, 1 of them with a label file",
+    ):
+        assert line in output.splitlines(), output
+
+
+def test_all_problems_of_yolo_at_once(vitdet: Run, yolo: Path, tmp_path: Path) -> None:
+    write(yolo / "labels/train/train0.txt", "0 .5 .5 .1 .1\n1 1.02 .5 .1 .2\n1 9 9 9 9\n")
+    write(yolo / "labels/train/train1.txt", "0 .5 .5 .1 .1 .9\n")
+    write(yolo / "labels/val/val0.txt", "7 .5 .5 .1 .1\n")
+    write(yolo / "images/val/val1.png", "no image")
+    code, output, errors = vitdet("data", "convert", yolo, "out")
+    assert (code, output) == (1, "")
+    lines = errors.splitlines()
+    assert lines[0] == f"vitdet: {yolo}: 5 problems, nothing was written"
+    assert "  2 x coordinate outside of its image" in lines
+    for place in ("train0.txt:2", "train0.txt:3", "train1.txt:1", "val0.txt:1", "val1.png"):
+        assert sum(f"{place}: " in line for line in lines) == 1, place
+    assert [one.name for one in tmp_path.iterdir()] == ["yolo"]
+
+
+def test_the_first_twenty_of_a_kind_are_named(vitdet: Run, yolo: Path) -> None:
+    write(yolo / "labels/train/train0.txt", "0 .5 .5 2 .1\n" * 30)
+    lines = vitdet("data", "convert", yolo, "out")[2].splitlines()
+    assert lines[1] == "  30 x coordinate outside of its image" and lines[-1] == "      ..."
+    assert len(lines) == 2 + 20 + 1
+
+
+def test_all_problems_of_voc_at_once(vitdet: Run, voc: Path, tmp_path: Path) -> None:
+    objects = OBJECT.format("cat", 40, 1, 9, 9) + OBJECT.format("cat", "x", 1, 9, 9)
+    write(voc / "Annotations/p1.xml", f"<annotation>{objects}</annotation>")
+    write(voc / "Annotations/p2.xml", "<annotation>")
+    (voc / "JPEGImages/p3.jpg").unlink()
+    code, output, errors = vitdet("data", "convert", voc, "out")
+    assert (code, output) == (1, "") and not (tmp_path / "out").exists()
+    assert errors.startswith(f"vitdet: {voc}: 4 problems, nothing was written\n")
+    for text in (
+        "p1.xml: bndbox: expected xmin <= xmax",
+        "p1.xml: bndbox: expected numbers",
+        "p2.xml: not XML that can be read",
+        "p3.xml: no image",
+    ):
+        assert text in errors
+
+
+def test_the_area_of_an_outline_is_that_of_its_mask(
+    vitdet: Run, yolo: Path, tmp_path: Path
+) -> None:
+    crossing, star = "0 0.1 0.1 0.9 0.9 0.9 0.1 0.1 0.9", "0 0 0 1 0 1 1 0 1 0 0 1 0 1 1 0 1"
+    write(yolo / "labels/train/train0.txt", f"{crossing}\n{star}\n")
+    assert vitdet("data", "convert", yolo, "out")[0] == 0
+    first, second = tree(tmp_path / "out", "train")["annotations"][:2]
+    assert first["area"] == decode(first["segmentation"], 64, 96).sum() == 1924
+    # a pixel is in the mask once, however often the outline goes around it
+    assert second["area"] == decode(second["segmentation"], 64, 96).sum() <= 96 * 64
+    box = tree(tmp_path / "out", "val")["annotations"][0]
+    assert box["area"] == pytest.approx(box["bbox"][2] * box["bbox"][3], abs=0.01)
+
+
+def one_split(yolo: Path, value: str = "val:\n") -> None:
+    write(yolo / "data.yaml", f"train: [images/train, images/val]\n{value}names: [cat, dog, bus]\n")
+
+
+@pytest.mark.parametrize(
+    "value", ["", "val:\n", "val: ''\n", "val: []\n", "val: null\n", "val: ~\n"]
+)
+def test_one_split_is_written_and_said_or_divided(
+    vitdet: Run, yolo: Path, tmp_path: Path, value: str
+) -> None:
+    one_split(yolo, value)
+    code, output, _ = vitdet("data", "convert", yolo, "one")
+    assert code == 0 and "no validation split, which training needs: --val-share" in output
+    assert [one.name for one in (tmp_path / "one/annotations").iterdir()] == [
+        "instances_train.json"
+    ]
+    share = ("--val-share", 0.25, "--seed")
+    code, output, _ = vitdet("data", "convert", yolo, "two", *share, 0)
+    assert code == 0 and "  val: 2 of 8 images, drawn with seed 0" in output.splitlines()
+    assert output.startswith("two: 3 classes; train 6 images, 12 objects; val 2 images, 4 objects")
+    train, val = names(tmp_path / "two", "train"), names(tmp_path / "two", "val")
+    assert sorted(train + val) == sorted(names(tmp_path / "one", "train"))
+    assert vitdet("data", "convert", yolo, "three", *share, 0)[0] == 0
+    assert names(tmp_path / "three", "val") == val
+    drawn = set()
+    for seed in range(1, 6):
+        assert vitdet("data", "convert", yolo, f"seed{seed}", *share, seed)[0] == 0
+        drawn.add(tuple(names(tmp_path / f"seed{seed}", "val")))
+    assert len(drawn) > 1
+
+
+def test_only_one_split_is_divided(vitdet: Run, yolo: Path, tmp_path: Path) -> None:
+    code, _, errors = vitdet("data", "convert", yolo, "out", "--val-share", 0.5)
+    assert code == 1 and "divides the images of one split, but there are train, val" in errors
+    code, _, errors = vitdet("data", "convert", yolo, "out", "--val-share", 1.5)
+    assert code == 1 and "--val-share: expected a number from 0 to 1, got 1.5" in errors
+    words = ("--val-share", 0.5, "--splits", "train")
+    code, output, _ = vitdet("data", "convert", yolo, "out", *words)
+    assert code == 0 and "  split val left out, it was not asked for" in output.splitlines()
+    assert len(names(tmp_path / "out", "train")) == len(names(tmp_path / "out", "val")) == 2
+
+
+def test_only_some_splits(vitdet: Run, yolo: Path, tmp_path: Path) -> None:
+    write(yolo / "labels/val/val0.txt", "not read")
+    code, output, _ = vitdet("data", "convert", yolo, "out", "--splits", "train")
+    assert code == 0 and not (tmp_path / "out/val").exists()
+    code, _, errors = vitdet("data", "convert", yolo, "none", "--splits", "train,dev")
+    assert code == 1 and "no split dev; there are train, val" in errors
+
+
+def test_classes_are_renamed_then_selected(vitdet: Run, yolo: Path, tmp_path: Path) -> None:
+    write(tmp_path / "map.yaml", "cat: animal\ndog: animal\n")
+    assert vitdet("data", "convert", yolo, "one", "--rename", "map.yaml")[0] == 0
+    assert [one["name"] for one in tree(tmp_path / "one", "train")["categories"]] == [
+        "animal",
+        "bus",
+    ]
+    write(tmp_path / "map.json", '{"cat": "pet", "dog": "hound"}')
+    words = ("--rename", "map.json", "--classes", "bus,pet")
+    code, output, _ = vitdet("data", "convert", yolo, "two", *words)
+    assert code == 0
+    assert "  10 x objects of other classes left out (--classes)" in output.splitlines()
+    train = tree(tmp_path / "two", "train")
+    assert train["categories"] == [{"id": 1, "name": "bus"}, {"id": 2, "name": "pet"}]
+    assert [one["category_id"] for one in train["annotations"]] == [2, 1, 2]
+    assert [one["id"] for one in train["annotations"]] == [1, 2, 3]
+    assert len(train["images"]) == 4  # those without objects too
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (("--classes", "cat,cow"), "--classes: no class 'cow'; the classes are cat, dog, bus"),
+        (("--rename", "wrong.yaml"), "--rename: no class 'cow'; the classes are cat, dog, bus"),
+        (("--rename", "list.yaml"), "list.yaml: expected class names as a map old: new, got"),
+        (("--rename", "none.yaml"), "none.yaml: no such file"),
+        (("--rename", "bad.yaml"), "bad.yaml: not YAML or JSON"),
+    ],
+)
+def test_bad_options_are_one_line(
+    vitdet: Run, yolo: Path, tmp_path: Path, words: tuple[str, ...], says: str
+) -> None:
+    write(tmp_path / "wrong.yaml", "cow: cat")
+    write(tmp_path / "list.yaml", "- a")
+    write(tmp_path / "bad.yaml", "a: [")
+    code, output, errors = vitdet("data", "convert", yolo, "out", *words)
+    assert (code, output, errors.count("\n")) == (1, "", 1) and says in errors
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,450 @@
+"""`vitdet data convert`: one data set, as each annotation tool writes it, becomes the same records."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from vitdet.data.check import check
+
+Run = Callable[..., tuple[int, str, str]]
+BOX = [10.0, 10.0, 30.0, 30.0]
+DIAMOND = [65.5, 20.0, 81.0, 35.5, 65.5, 51.0, 50.0, 35.5]
+WIDTH, HEIGHT = 96, 64
+
+
+def write(path: Path, content: object) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(content if isinstance(content, str) else json.dumps(content))
+
+
+def images(folder: Path, *names: str) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in names:
+        Image.new("RGB", (WIDTH, HEIGHT), (20 * ord(name[-1]) % 255, 90, 90)).save(
+            folder / f"{name}.jpg"
+        )
+
+
+def coco(*names: str, prefix: str = "", root: bool = False, first: int = 1) -> dict:
+    """Categories 1 and 2, or as Roboflow has them with a root 0; first: the id of the first image."""
+    annotations = []
+    for number in range(first, first + len(names)):
+        common = {"image_id": number, "iscrowd": 0}
+        annotations += [
+            {"id": 2 * number, "category_id": 1, "bbox": BOX, "area": 900, "segmentation": []}
+            | common,
+            {
+                "id": 2 * number + 1,
+                "category_id": 2,
+                "bbox": [50.0, 20.0, 31.0, 31.0],
+                "area": 1,
+                "segmentation": [DIAMOND],
+            }
+            | common,
+        ]
+    parents = [{"id": 0, "name": "things", "supercategory": "none"}] if root else []
+    return {
+        "categories": parents
+        + [
+            {"id": 1, "name": "box", "supercategory": "things"},
+            {"id": 2, "name": "ball", "supercategory": "things"},
+        ],
+        "images": [
+            {"id": number, "file_name": f"{prefix}{name}.jpg", "width": WIDTH, "height": HEIGHT}
+            for number, name in enumerate(names, first)
+        ],
+        "annotations": annotations,
+    }
+
+
+def label_rows() -> str:
+    x, y, width, height = BOX
+    box = ((x + width / 2) / WIDTH, (y + height / 2) / HEIGHT, width / WIDTH, height / HEIGHT)
+    outline = [value / (HEIGHT if k % 2 else WIDTH) for k, value in enumerate(DIAMOND)]
+    return "\n".join(" ".join(map(str, row)) for row in ((0, *box), (1, *outline)))
+
+
+def voc_xml(name: str, points: bool = False) -> str:
+    numbers = "".join(
+        f"<{'y' if k % 2 else 'x'}{k // 2 + 1}>{value}</{'y' if k % 2 else 'x'}{k // 2 + 1}>"
+        for k, value in enumerate(DIAMOND)
+    )
+    if points:
+        pairs = zip(DIAMOND[0::2], DIAMOND[1::2], strict=True)
+        numbers = "".join(f"<pt><x>{x}</x><y>{y}</y></pt>" for x, y in pairs)
+    return (
+        f"<annotation><folder></folder><filename>{name}.jpg</filename><size><width>{WIDTH}</width>"
+        f"<height>{HEIGHT}</height><depth>3</depth></size>"
+        "<object><name>box</name><bndbox><xmin>11</xmin><xmax>40</xmax><ymin>11</ymin><ymax>40</ymax>"
+        "</bndbox></object><object><name>ball</name><bndbox><xmin>50</xmin><xmax>81</xmax>"
+        f"<ymin>20</ymin><ymax>51</ymax></bndbox><polygon>{numbers}</polygon></object></annotation>"
+    )
+
+
+def shapes(*more: dict) -> list[dict]:
+    corners = [[40, 40], [10, 10]]
+    points = [list(pair) for pair in zip(DIAMOND[0::2], DIAMOND[1::2], strict=True)]
+    common = {"group_id": None, "description": "", "flags": {}, "mask": None}
+    return [
+        {"label": "box", "points": corners, "shape_type": "rectangle"} | common,
+        {"label": "ball", "points": points, "shape_type": "polygon"} | common,
+        *more,
+    ]
+
+
+def labelme(name: str, found: list[dict]) -> dict:
+    return {
+        "version": "5.4.1",
+        "flags": {},
+        "shapes": found,
+        "imagePath": f"{name}.jpg",
+        "imageData": None,
+        "imageHeight": HEIGHT,
+        "imageWidth": WIDTH,
+    }
+
+
+def cvat_xml(*names: str, more: str = "", subset: str = "") -> str:
+    points = ";".join(f"{x},{y}" for x, y in zip(DIAMOND[0::2], DIAMOND[1::2], strict=True))
+    found = "".join(
+        f'<image id="{number}" name="{name}.jpg" {subset} width="{WIDTH}" height="{HEIGHT}">'
+        '<box label="box" source="manual" occluded="0" xtl="10.00" ytl="10.00" xbr="40.00" ybr="40.00"'
+        f' z_order="0"></box><polygon label="ball" source="manual" points="{points}" z_order="0">'
+        f"</polygon>{more}</image>"
+        for number, name in enumerate(names)
+    )
+    labels = "".join(f"<label><name>{name}</name></label>" for name in ("box", "ball"))
+    return (
+        '<?xml version="1.0" encoding="utf-8"?><annotations><version>1.1</version><meta><task>'
+        f"<labels>{labels}</labels></task></meta>{found}</annotations>"
+    )
+
+
+def yolo_lists(root: Path) -> None:
+    """https://docs.cvat.ai/docs/dataset_management/formats/format-yolo-ultralytics/"""
+    write(root / "data.yaml", "path: ./\ntrain: train.txt\nnames:\n  0: box\n  1: ball\n")
+    write(root / "train.txt", "data/images/train/p1.jpg\nimages/train/p2.jpg\n")
+    images(root / "images/train", "p1", "p2")
+    for name in ("p1", "p2"):
+        write(root / f"labels/train/{name}.txt", label_rows())
+
+
+def voc_folders(root: Path) -> None:
+    images(root / "JPEGImages", "p1", "p2")
+    write(root / "Annotations/p1.xml", voc_xml("p1"))
+    write(root / "Annotations/p2.xml", voc_xml("p2", points=True))
+    write(root / "ImageSets/Main/default.txt", "p1\np2\n")
+
+
+def voc_without_lists(root: Path) -> None:
+    voc_folders(root)
+    (root / "ImageSets/Main/default.txt").unlink()
+
+
+def voc_beside(root: Path) -> None:
+    images(root, "p1", "p2")
+    for name in ("p1", "p2"):
+        write(root / f"{name}.xml", voc_xml(name))
+
+
+def roboflow(root: Path) -> None:
+    images(root / "train", "p1", "p2")
+    write(root / "train/_annotations.coco.json", coco("p1", "p2", root=True))
+
+
+def cvat_coco(root: Path) -> None:
+    images(root / "images/default", "p1", "p2")
+    write(root / "annotations/instances_default.json", coco("p1", "p2"))
+
+
+def cvat_coco_old(root: Path) -> None:
+    images(root / "images", "p1", "p2")
+    write(root / "annotations/instances_default.json", coco("p1", "p2"))
+
+
+def label_studio(root: Path) -> None:
+    images(root / "images", "p1", "p2")
+    write(root / "result.json", coco("p1", "p2", prefix="images/"))
+
+
+def label_studio_windows(root: Path) -> None:
+    images(root / "images", "p1", "p2")
+    write(root / "result.json", coco("p1", "p2", prefix="images\\"))
+
+
+def fiftyone(root: Path) -> None:
+    images(root / "data", "p1", "p2")
+    write(root / "labels.json", coco("p1", "p2"))
+
+
+def coco_beside(root: Path) -> None:
+    images(root, "p1", "p2")
+    write(root / "my_export.json", coco("p1", "p2"))
+
+
+def coco_itself(root: Path) -> None:
+    images(root / "train", "p1", "p2")
+    write(root / "annotations/instances_train.json", coco("p1", "p2"))
+
+
+def labelme_files(root: Path) -> None:
+    images(root, "p1", "p2")
+    for name in ("p1", "p2"):
+        write(root / f"{name}.json", labelme(name, shapes()))
+
+
+def cvat_images(root: Path) -> None:
+    images(root / "images", "p1", "p2")
+    write(root / "annotations.xml", cvat_xml("p1", "p2"))
+
+
+LAYOUTS = [
+    yolo_lists,
+    voc_folders,
+    voc_without_lists,
+    voc_beside,
+    roboflow,
+    cvat_coco,
+    cvat_coco_old,
+    label_studio,
+    label_studio_windows,
+    fiftyone,
+    coco_beside,
+    coco_itself,
+    labelme_files,
+    cvat_images,
+]
+
+
+def records(root: Path, split: str) -> list:
+    tree = json.loads((root / "annotations" / f"instances_{split}.json").read_text())
+    name_of = {one["id"]: one["name"] for one in tree["categories"]}
+    file_of = {one["id"]: one["file_name"] for one in tree["images"]}
+    assert all((root / split / name).is_file() for name in file_of.values())
+    assert sorted(name_of.values()) == ["ball", "box"]
+    found = [
+        (
+            file_of[one["image_id"]],
+            name_of[one["category_id"]],
+            one["bbox"],
+            one["segmentation"],
+            one["area"],
+        )
+        for one in tree["annotations"]
+    ]
+    return sorted(found, key=lambda one: one[:3])
+
+
+def expected(*names: str) -> list:
+    """481: the pixels of the outline; its area as numbers is 480.5."""
+    return [
+        record
+        for name in names
+        for record in (
+            (f"{name}.jpg", "ball", [50, 20, 31, 31], [DIAMOND], 481),
+            (f"{name}.jpg", "box", BOX, [], 900),
+        )
+    ]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_each_layout_becomes_the_same_records(
+    vitdet: Run, tmp_path: Path, layout: Callable[[Path], None]
+) -> None:
+    layout(tmp_path / "source")
+    code, output, errors = vitdet("data", "convert", "source", "out")
+    assert (code, errors) == (0, "")
+    assert records(tmp_path / "out", "train") == expected("p1", "p2")
+    notes = [line for line in output.splitlines()[1:] if "root category" not in line]
+    assert notes == [
+        "  no validation split, which training needs: --val-share 0.1 takes a tenth of the images",
+        "  2 x objects have a box only and no mask (--boxes-as-masks makes one of each box)",
+    ]
+    assert check(tmp_path / "out").ok
+    words = ("--val-share", "0.5", "--boxes-as-masks")
+    assert vitdet("data", "convert", "source", "divided", *words)[0] == 0
+    assert check(tmp_path / "divided").ok
+    code, _, errors = vitdet("data", "convert", "source", "none", "--splits", "dev")
+    assert code == 1 and "no split dev; there are train" in errors
+
+
+def split_roboflow(root: Path) -> None:
+    for split, name, first in (("train", "p1", 1), ("valid", "p2", 1), ("test", "p3", 1)):
+        images(root / split, name)
+        write(root / split / "_annotations.coco.json", coco(name, root=True, first=first))
+
+
+def split_voc(root: Path) -> None:
+    for split, name in (("train", "p1"), ("valid", "p2"), ("test", "p3")):
+        images(root / split, name)
+        write(root / split / f"{name}.xml", voc_xml(name))
+
+
+def split_labelme(root: Path) -> None:
+    for split, name in (("train", "p1"), ("valid", "p2"), ("test", "p3")):
+        images(root / split, name)
+        write(root / split / f"{name}.json", labelme(name, shapes()))
+
+
+def split_cvat(root: Path) -> None:
+    parts = []
+    for split, name in (("Train", "p1"), ("Validation", "p2"), ("Test", "p3")):
+        images(root / "images" / split, name)
+        parts.append(cvat_xml(name, subset=f'subset="{split}"'))
+    body = [part.partition("</meta>")[2].removesuffix("</annotations>") for part in parts]
+    write(root / "annotations.xml", f"<annotations>{''.join(body)}</annotations>")
+
+
+@pytest.mark.parametrize("layout", [split_roboflow, split_voc, split_labelme, split_cvat])
+def test_the_splits_of_a_layout(
+    vitdet: Run, tmp_path: Path, layout: Callable[[Path], None]
+) -> None:
+    layout(tmp_path / "source")
+    assert vitdet("data", "convert", "source", "out")[0] == 0
+    for split, name in (("train", "p1"), ("val", "p2"), ("test", "p3")):
+        assert records(tmp_path / "out", split) == expected(name)
+    code, output, _ = vitdet("data", "convert", "source", "two", "--splits", "train,val")
+    assert code == 0 and not (tmp_path / "two/test").exists()
+    assert "  split test left out, it was not asked for" in output.splitlines()
+
+
+@pytest.mark.parametrize(
+    ("layout", "file"),
+    [(coco_beside, "my_export.json"), (cvat_coco, "annotations/instances_default.json")],
+)
+def test_an_annotation_file_is_a_source(
+    vitdet: Run, tmp_path: Path, layout: Callable[[Path], None], file: str
+) -> None:
+    layout(tmp_path / "source")
+    assert vitdet("data", "convert", tmp_path / "source" / file, "out")[0] == 0
+    assert records(tmp_path / "out", "train") == expected("p1", "p2")
+
+
+def test_a_root_category_with_objects_is_a_class(vitdet: Run, tmp_path: Path) -> None:
+    roboflow(tmp_path / "source")
+    path = tmp_path / "source/train/_annotations.coco.json"
+    tree = json.loads(path.read_text())
+    tree["annotations"][0]["category_id"] = 0
+    write(path, tree)
+    output = vitdet("data", "convert", "source", "out")[1]
+    assert output.startswith("out: 3 classes") and "root category" not in output
+
+
+def test_what_a_coco_file_has_wrong_is_said_at_once(vitdet: Run, tmp_path: Path) -> None:
+    fiftyone(tmp_path / "source")
+    tree = coco("p1", "p2", "p3")
+    tree["annotations"][0]["bbox"] = "none"
+    tree["annotations"][1]["segmentation"] = [["a"] * 6]
+    tree["images"][1]["width"] = 97
+    write(tmp_path / "source/labels.json", tree)
+    code, output, errors = vitdet("data", "convert", "source", "out")
+    assert (code, output) == (1, "") and not (tmp_path / "out").exists()
+    assert errors.startswith("vitdet: source: 4 problems, nothing was written\n")
+    for text in (
+        "1 x bbox that is not four finite numbers",
+        "1 x polygon with coordinates that are not finite numbers",
+        "1 x image of another size than annotated",
+        "1 x missing image file",
+    ):
+        assert f"  {text}\n" in errors
+
+
+def test_coco_objects_that_are_left_out_are_counted(vitdet: Run, tmp_path: Path) -> None:
+    fiftyone(tmp_path / "source")
+    tree = coco("p1", "p2")
+    tree["annotations"][0]["bbox"] = [10, 10, 0, 5]
+    tree["annotations"][1]["category_id"] = 9
+    tree["annotations"][2]["iscrowd"] = 1
+    write(tmp_path / "source/labels.json", tree)
+    images(tmp_path / "source/data", "p9")
+    output = vitdet("data", "convert", "source", "out")[1].splitlines()
+    assert "  1 x objects of zero size left out" in output
+    assert "  1 x objects of unknown categories left out" in output
+    assert "  1 x images that no annotation file names left out" in output
+    annotations = json.loads((tmp_path / "out/annotations/instances_train.json").read_text())
+    assert [one["iscrowd"] for one in annotations["annotations"]] == [1, 0]
+
+
+def test_labelme_shapes(vitdet: Run, tmp_path: Path) -> None:
+    circle = {"label": "box", "points": [[5, 5], [9, 9]], "shape_type": "circle"}
+    parts = [
+        {"label": "ball", "points": [[x, 0], [x + 5, 0], [x, 5]], "group_id": 7} for x in (0, 20)
+    ]
+    images(tmp_path / "source", "p1", "p2")
+    write(tmp_path / "source/p1.json", labelme("p1", shapes(circle, circle, *parts)))
+    write(tmp_path / "source/other.json", {"a": 1})
+    code, output, errors = vitdet("data", "convert", "source", "out")
+    assert (code, errors) == (0, "")
+    for line in (
+        "  2 x shapes of the type 'circle' left out",
+        "  1 x JSON files without shapes not read",
+        "  1 x images without a JSON file left out",
+    ):
+        assert line in output.splitlines(), output
+    found = records(tmp_path / "out", "train")
+    assert len(found) == 3 and len(found[0][3]) == 2 and found[0][2] == [0, 0, 25, 5]
+
+
+def test_labelme_says_all_problems(vitdet: Run, tmp_path: Path) -> None:
+    images(tmp_path / "source", "p1")
+    bad = [{"label": 3, "points": []}, {"label": "a", "points": [[1, "x"]]}]
+    far = {"label": "a", "points": [[0, 0], [5, 0], [5, 900]]}
+    write(tmp_path / "source/p1.json", labelme("p1", shapes(*bad, far)))
+    write(tmp_path / "source/p2.json", labelme("p2", shapes()))
+    write(tmp_path / "source/p3.json", '{"shapes": [')
+    write(tmp_path / "source/p4.json", labelme("../../secret", shapes()))
+    code, output, errors = vitdet("data", "convert", "source", "out")
+    assert (code, output) == (1, "") and "6 problems" in errors
+    for place in ("p1.json: shape 3", "p1.json: shape 4", "p2.json", "p3.json", "p4.json"):
+        assert place in errors
+
+
+def test_cvat_shapes(vitdet: Run, tmp_path: Path) -> None:
+    more = (
+        '<polyline label="box" points="1,1;2,2"/><tag label="box"/><tag label="ball"/>'
+        '<mask label="ball" rle="1, 2, 3" left="4" top="5" width="3" height="2"/>'
+        '<box label="box" xtl="40" ytl="20" xbr="60" ybr="30" rotation="90.0"/>'
+    )
+    images(tmp_path / "source/images", "p1")
+    write(tmp_path / "source/annotations.xml", cvat_xml("p1", more=more))
+    code, output, errors = vitdet("data", "convert", "source", "out")
+    assert (code, errors) == (0, "")
+    for line in (
+        "  1 x elements <polyline> left out",
+        "  2 x elements <tag> left out",
+        "  1 x turned boxes: the upright box around each is taken",
+    ):
+        assert line in output.splitlines(), output
+    found = [one[1:] for one in records(tmp_path / "out", "train")]
+    (mask,) = [one for one in found if isinstance(one[2], dict)]
+    (turned,) = [one for one in found if one[0] == "box" and one[1] != BOX]
+    assert mask[1] == [5, 5, 2, 1] and mask[3] == 2
+    assert turned[1] == [45, 15, 10, 20]
+
+
+def test_cvat_tracks_are_refused(vitdet: Run, tmp_path: Path) -> None:
+    write(tmp_path / "source/annotations.xml", "<annotations><track label='a'/></annotations>")
+    code, _, errors = vitdet("data", "convert", "source", "out")
+    assert code == 1 and "it has tracks; export the task as 'CVAT for images'" in errors
+
+
+def test_an_unknown_layout_is_described(vitdet: Run, tmp_path: Path) -> None:
+    images(tmp_path / "source/pictures", "p1", "p2")
+    write(tmp_path / "source/labels.csv", "a,b")
+    write(tmp_path / "source/via.json", {"_via_settings": {}, "_via_img_metadata": {}})
+    write(tmp_path / "source/x.xml", "<dataset/>")
+    code, output, errors = vitdet("data", "convert", "source", "out")
+    assert (code, output, errors.count("\n")) == (1, "", 1)
+    for text in (
+        "pictures/ (2 .jpg)",
+        "labels.csv",
+        "via.json (JSON, keys ['_via_settings', '_via_img_metadata'])",
+        "x.xml (XML, '<dataset/>')",
+        "expected yolo: data.yaml",
+    ):
+        assert text in errors, errors

@@ -1,0 +1,90 @@
+"""The formats of data sets that can be converted, and which of them a folder is in."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Callable, Collection
+from pathlib import Path
+from typing import NamedTuple
+
+from vitdet.data.annotation_file import read_entries
+from vitdet.data.segmentation import show
+from vitdet.datasets.importers.coco import is_coco, read_coco_folder
+from vitdet.datasets.importers.cvat import is_cvat, read_cvat
+from vitdet.datasets.importers.dataset import Foreign, image_suffixes
+from vitdet.datasets.importers.labelme import is_labelme, read_labelme
+from vitdet.datasets.importers.voc import is_voc, read_voc
+from vitdet.datasets.importers.xml_file import start_of
+from vitdet.datasets.importers.yolo import description, read_yolo
+
+SHOWN = 6  # entries of a folder that a message names
+
+
+class Format(NamedTuple):
+    """A format: what is expected, whether a folder looks like it, and its reader, which takes the folder and the splits
+    that were asked for (none: all).
+    """
+
+    expected: str
+    matches: Callable[[Path], bool]
+    read: Callable[[Path, Collection[str]], Foreign]
+
+
+FORMATS = {
+    "yolo": Format("data.yaml", lambda source: description(source) is not None, read_yolo),
+    "voc": Format("Annotations/*.xml, or XML files beside the images", is_voc, read_voc),
+    "coco": Format("a JSON file with images, annotations, categories", is_coco, read_coco_folder),
+    "labelme": Format("JSON files with shapes", is_labelme, read_labelme),
+    "cvat": Format("annotations.xml of CVAT for images", is_cvat, read_cvat),
+}
+
+
+def detect(source: Path) -> str:
+    """The format of a folder. Raises ValueError, with what is there, if it looks like none or several."""
+    kinds = [kind for kind, one in FORMATS.items() if one.matches(source)]
+    if len(kinds) > 1:
+        raise ValueError(f"{source}: looks like {' and '.join(kinds)}; --format says which")
+    if not kinds:
+        expected = "; ".join(f"{kind}: {one.expected}" for kind, one in FORMATS.items())
+        raise ValueError(
+            f"{source}: looks like none of {', '.join(FORMATS)}; found {_contents(source)}; expected {expected}"
+        )
+    return kinds[0]
+
+
+def _contents(source: Path) -> str:
+    """The entries of a folder and what each looks like."""
+    if source.is_file():
+        return _looks(source)
+    entries = sorted(
+        (one for one in source.iterdir() if one.name[0] != "."),
+        key=lambda one: (one.suffix.lower() in image_suffixes(), one.name),
+    )
+    shown = [_looks(one) for one in entries[:SHOWN]]
+    more = [f"{len(entries) - SHOWN:,} more"] if len(entries) > SHOWN else []
+    return ", ".join(shown + more) or "nothing"
+
+
+def _looks(path: Path) -> str:
+    suffix = path.suffix.lower()
+    if path.is_dir():
+        below = Counter(
+            os.path.splitext(name)[1].lower() or "without an ending"
+            for _, _, names in os.walk(path)
+            for name in names
+        )
+        counts = ", ".join(f"{count:,} {suffix}" for suffix, count in below.most_common(3))
+        return f"{path.name}/ ({counts or 'empty'})"
+    if suffix == ".json":
+        try:
+            content = read_entries(path)
+        except (OSError, ValueError):
+            return f"{path.name} (broken JSON)"
+        inside = f"keys {show(list(content))}" if isinstance(content, dict) else "a list"
+        return f"{path.name} (JSON, {inside})"
+    if suffix == ".xml":
+        return f"{path.name} (XML, {show(start_of(path).decode(errors='replace').strip())})"
+    if suffix in (".zip", ".gz", ".tar", ".7z", ".rar"):
+        return f"{path.name} (an archive; unpack it)"
+    return f"{path.name} (image)" if suffix in image_suffixes() else path.name

@@ -1,0 +1,197 @@
+"""COCO's annotations (https://cocodataset.org/#format-data) in the folders that annotation tools write.
+
+Roboflow: train|valid|test/_annotations.coco.json beside the images (https://roboflow.com/formats/coco-json); its
+category 0 is the root of the others and no class. CVAT: annotations/instances_default.json and images/, or images/SPLIT/
+(https://docs.cvat.ai/docs/dataset_management/formats/format-coco/). Label Studio: result.json and images/
+(https://labelstud.io/guide/export). FiftyOne: labels.json and data/
+(https://docs.voxel51.com/user_guide/export_datasets.html). COCO itself: annotations/instances_SPLIT.json and SPLIT/. Or
+any JSON file of this format, with the images beside it or in a folder of these names.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Collection
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+from vitdet.data.annotation_file import read_entries
+from vitdet.data.annotations import CROWD, NO_OUTLINE, AnnotationValidator
+from vitdet.data.segmentation import pixel_count
+from vitdet.data.shared_memory import PackedList
+from vitdet.datasets.importers.dataset import (
+    BOX_ONLY,
+    SPLIT_NAMES,
+    Foreign,
+    Picture,
+    Pictures,
+    Thing,
+    check_size,
+    find_image,
+    split_of,
+)
+
+ROBOFLOW = "_annotations.coco.json"
+NAMES = (ROBOFLOW, "result.json", "labels.json")
+STEM = re.compile(rf"(?:^|[_.-])({'|'.join(SPLIT_NAMES)})(?:$|[_.-])", re.IGNORECASE)
+MOST = 20  # JSON files that are read to find out what they are
+
+
+def annotation_files(source: Path) -> list[tuple[str, Path]]:
+    """The annotation files of a folder, or the file itself, each with the name of its split."""
+    if source.is_file():
+        return [(_split(source.stem), source)] if source.suffix == ".json" else []
+    folders = [source, *sorted(one for one in source.iterdir() if one.is_dir())]
+    named = [
+        (folder.name if folder.name.lower() in SPLIT_NAMES else "train", folder / name)
+        for folder in folders
+        for name in NAMES
+        if (folder / name).is_file()
+    ]
+    instances = sorted((source / "annotations").glob("instances_*.json"))
+    if named or instances:
+        return named or [(one.stem.removeprefix("instances_"), one) for one in instances]
+    others = [
+        *sorted((source / "annotations").glob("*.json"))[:MOST],
+        *sorted(source.glob("*.json"))[:MOST],
+    ]
+    return [(_split(path.stem), path) for path in others if _is_coco_file(path)]
+
+
+def is_coco(source: Path) -> bool:
+    """Whether a folder has such annotation files, or is one."""
+    files = annotation_files(source)
+    return bool(files) and (not source.is_file() or _is_coco_file(source))
+
+
+def _split(stem: str) -> str:
+    found = STEM.search(stem)
+    return found[1] if found else "train"
+
+
+def _is_coco_file(path: Path) -> bool:
+    try:
+        content = read_entries(path)
+    except (OSError, ValueError):
+        return False
+    return isinstance(content, dict) and {"images", "annotations"} <= content.keys()
+
+
+@dataclass
+class _File:
+    """What an annotation file says; objects: (category, bbox, segmentation, is a crowd), rows: those of an image."""
+
+    path: Path
+    split: str
+    validator: AnnotationValidator
+    parents: dict[str, set[str]] = field(default_factory=lambda: defaultdict(set))
+    objects: PackedList = field(default_factory=PackedList)
+    rows: dict[int, list[int]] = field(default_factory=lambda: defaultdict(list))
+    used: set[int] = field(default_factory=set)
+
+    def folders(self) -> list[Path]:
+        """Where its images may be."""
+        parents = (self.path.parent, self.path.parent.parent)
+        below = (self.split, f"images/{self.split}", "images", "data", "")
+        return [parent / name for parent in parents for name in below if (parent / name).is_dir()]
+
+
+def read_coco_folder(source: Path, only: Collection[str] = ()) -> Foreign:
+    """The data set of such a folder or file; classes in the order of the categories. Images are looked at later."""
+    found, there = Foreign(), dict[str, tuple[str, Path]]()
+    for name, path in annotation_files(source):
+        split = split_of(name)
+        if split in there:
+            raise ValueError(
+                f"{source}: {there[split][1]} and {path} are both of the split {split}; give one of them as SRC"
+            )
+        there[split] = name, path
+    if not there:
+        raise FileNotFoundError(f"{source}: no annotation file in COCO's format")
+    files = {
+        split: _read(name, path, found)
+        for split, (name, path) in found.select(source, there, only).items()
+    }
+    paths = {path for _, path in there.values()}
+    beside = {one for path in paths for one in path.parent.glob("*.json")}
+    found.notes["other JSON files not read"] += 0 if source.is_file() else len(beside - paths)
+    roots = set.intersection(*(_root(file) for file in files.values()))
+    found.notes["root category left out, no object has it"] += len(roots)
+    names = dict.fromkeys(
+        name
+        for file in files.values()
+        for number, name in sorted(file.validator.categories.items())
+        if number not in roots
+    )
+    found.class_names = tuple(names)
+    label_of = {name: label for label, name in enumerate(names)}
+    used: set[Path] = set()
+    folders: set[Path] = set()
+    for split, file in files.items():
+        images: list[tuple[int, Path]] = []
+        for number, name in sorted(file.validator.names.items()):
+            with found.problems.collect("missing image file"):
+                folder, path = find_image(f"{file.path}: image {number}", file.folders(), name)
+                images.append((number, path))
+                folders.add(folder)
+        used.update(path for _, path in images)
+        read = partial(_picture, file=file, label_of=label_of, found=found)
+        found.splits[split] = Pictures(images, read, found.problems)
+    found.count_unnamed(folders, used)
+    return found
+
+
+def _read(name: str, path: Path, found: Foreign) -> _File:
+    def error(kind: str, where: str, what: str) -> None:
+        found.problems.add(kind, f"{path}: {where}: {kind}{what and ': '}{what}")
+
+    def warning(kind: str, where: str, what: str) -> None:
+        """What is left out is counted below; all else is written as it should be."""
+
+    file = _File(path, name, AnnotationValidator(False, error, warning))
+    try:
+        content = read_entries(path)
+    except (OSError, ValueError) as problem:
+        found.problems.add("annotation file that cannot be read", f"{path}: {problem}")
+        return file
+    tables = file.validator.read_header(content)
+    for category in tables["categories"]:
+        if isinstance(category, dict):
+            file.parents[str(category.get("supercategory"))].add(str(category.get("name")))
+    for one in file.validator.annotations(tables["annotations"]):
+        annotation, crowd = one.annotation, one.dropped == CROWD
+        file.used.add(annotation.category_id)
+        if (one.dropped and not crowd) or min(annotation.bbox[2:]) <= 0:
+            found.notes[f"objects {one.dropped} left out"] += 1
+            continue
+        if one.unmasked and one.unmasked != NO_OUTLINE and not crowd:
+            found.notes[f"objects {one.unmasked}: the outline left out"] += 1
+        found.notes[BOX_ONLY] += not one.segmentation
+        file.rows[annotation.image_id].append(len(file.objects))
+        file.objects.append((annotation.category_id, annotation.bbox, one.segmentation, crowd))
+    return file
+
+
+def _root(file: _File) -> set[int]:
+    """Category 0 if no object has it and it is the parent of others, or Roboflow's."""
+    name = file.validator.categories.get(0)
+    if name is None or 0 in file.used or len(file.validator.categories) < 2:
+        return set()
+    is_root = name in file.parents or (file.path.name == ROBOFLOW and name in file.parents["none"])
+    return {0} if is_root else set()
+
+
+def _picture(
+    item: tuple[int, Path], file: _File, label_of: dict[str, int], found: Foreign
+) -> Picture:
+    number, path = item
+    size = check_size(f"{file.path}: image {number}", path, file.validator.sizes[number] or (0, 0))
+    things = []
+    for row in file.rows[number]:
+        category, (x, y, width, height), shape, crowd = file.objects[row]
+        area = float(pixel_count(shape, *size)) if shape else round(width * height, 3)
+        label = label_of[file.validator.categories[category]]
+        things.append(Thing(label, (x, y, width, height), shape or [], area, crowd))
+    return Picture(path, *size, tuple(things))

@@ -1,0 +1,182 @@
+"""LabelMe's own files: a JSON file an image, with `imagePath` relative to it and a list of `shapes`.
+
+https://github.com/wkentaro/labelme/blob/main/labelme/label_file.py: a shape has a label, points in pixels of the upright
+image and a shape_type. A polygon is an outline; polygons of one label and group_id are one object, as in its
+examples/instance_segmentation/labelme2coco.py. A rectangle is a box by two opposite corners. Other shapes (circle,
+line, linestrip, point, points, mask) are counted and not read. Folders train/, valid/ and test/ are splits.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Collection
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from vitdet.data.annotations import is_text
+from vitdet.data.segmentation import show
+from vitdet.datasets.importers.dataset import (
+    BOX_ONLY,
+    EMPTY,
+    SPLIT_NAMES,
+    THIN,
+    Foreign,
+    Picture,
+    Pictures,
+    Thing,
+    Unusable,
+    box_thing,
+    check_size,
+    files_below,
+    find_image,
+    images_below,
+    outline_thing,
+    pixels_of,
+    split_of,
+)
+
+MOST = 20  # JSON files that are read to find out what they are
+LARGEST = 1 << 28  # bytes of such a file, which may hold its image
+
+
+class Shape(msgspec.Struct):
+    """An entry of `shapes`; points: x and y of each."""
+
+    label: str
+    points: list[tuple[float, float]]
+    shape_type: str | None = None  # of old files: polygon
+    group_id: int | None = None
+
+
+class LabelFile(msgspec.Struct):
+    """What is read of a file; imageData, the image itself in base64, is not."""
+
+    shapes: list[msgspec.Raw]
+    imagePath: str = ""  # noqa: N815
+    imageHeight: int | None = None  # noqa: N815
+    imageWidth: int | None = None  # noqa: N815
+
+
+def is_labelme(source: Path) -> bool:
+    """Whether a folder has JSON files with `shapes`."""
+    return source.is_dir() and any(map(_has_shapes, islice(source.rglob("*.json"), MOST)))
+
+
+def _has_shapes(path: Path) -> bool:
+    try:
+        return path.stat().st_size <= LARGEST and _decode(path) is not None
+    except (ValueError, OSError):
+        return False
+
+
+def read_labelme(source: Path, only: Collection[str] = ()) -> Foreign:
+    """The data set of such a folder; classes in order of the alphabet. JSON files are read here, images later."""
+    found = Foreign()
+    splits: dict[str, list[Path]] = defaultdict(list)
+    for path in files_below(source):
+        if path.suffix == ".json":
+            first = path.relative_to(source).parts[0]
+            splits[split_of(first) if first.lower() in SPLIT_NAMES else "train"].append(path)
+    used: set[Path] = set()
+    labels: set[str] = set()
+    read: dict[str, list[tuple[Path, Path, LabelFile, list[Shape]]]] = {}
+    for split, paths in found.select(source, splits, only).items():
+        read[split] = []
+        for path in paths:
+            with found.problems.collect("annotation file that cannot be read"):
+                content = _decode(path)
+                if content is None:
+                    found.notes["JSON files without shapes not read"] += 1
+                    continue
+                image = _image(source, path, content.imagePath)
+                shapes = _shapes(path, content, found)
+                used.add(image)
+                labels.update(shape.label for shape in shapes)
+                read[split].append((path, image, content, shapes))
+    found.class_names = tuple(sorted(labels))
+    label_of = {name: label for label, name in enumerate(found.class_names)}
+    for split, items in read.items():
+        picture = partial(_picture, label_of=label_of, found=found)
+        found.splits[split] = Pictures(items, picture, found.problems)
+    images, others = images_below(source)
+    found.notes["images without a JSON file left out"] += len(set(images) - used)
+    found.count_left_out(others, lambda path: path.with_suffix(".json").is_file())
+    return found
+
+
+def _decode(path: Path) -> LabelFile | None:
+    """The content of a file; None if it is JSON of something else."""
+    content = path.read_bytes()
+    try:
+        return msgspec.json.decode(content, type=LabelFile)
+    except (ValueError, RecursionError) as error:
+        try:
+            other: Any = msgspec.json.decode(content)
+        except (ValueError, RecursionError):
+            raise ValueError(f"{path}: not JSON that can be read: {error}") from error
+        if isinstance(other, dict) and "shapes" in other:
+            raise ValueError(f"{path}: {error}") from error
+        return None
+
+
+def _image(source: Path, path: Path, name: str) -> Path:
+    """The image of a file: where imagePath says if that is below the source, else of this name beside the file."""
+    slashed = name.replace("\\", "/")
+    image = path.parent / slashed
+    if slashed and image.is_file() and image.resolve().is_relative_to(source.resolve()):
+        return Path(*image.parts) if ".." not in image.parts else image.resolve()
+    return find_image(path, [path.parent], slashed.rpartition("/")[2])[1]
+
+
+def _shapes(path: Path, content: LabelFile, found: Foreign) -> list[Shape]:
+    shapes = []
+    for number, marked in enumerate(content.shapes, 1):
+        with found.problems.collect("shape that cannot be used"):
+            try:
+                shape = msgspec.json.decode(marked, type=Shape)
+            except (ValueError, RecursionError) as error:
+                raise ValueError(f"{path}: shape {number}: {error}") from error
+            if not shape.label or not is_text(shape.label):
+                raise ValueError(f"{path}: shape {number}: its label is {show(shape.label)}")
+            if shape.shape_type in ("polygon", "rectangle", None):
+                shapes.append(shape)
+            else:
+                found.notes[f"shapes of the type {show(shape.shape_type)} left out"] += 1
+    return shapes
+
+
+def _picture(
+    item: tuple[Path, Path, LabelFile, list[Shape]], label_of: dict[str, int], found: Foreign
+) -> Picture:
+    path, image, content, shapes = item
+    size = check_size(path, image, (content.imageHeight, content.imageWidth))
+    things: list[Thing | None] = []
+    # of each object: its label and group, and a number of its own without a group
+    outlines: dict[tuple[str, int | None, int], list[list[float]]] = defaultdict(list)
+    for number, shape in enumerate(shapes, 1):
+        with found.problems.collect("shape that cannot be used"):
+            words = [value for point in shape.points for value in point]
+            points = pixels_of(f"{path}: shape {number}", words, size)
+            if shape.shape_type == "rectangle":
+                if len(points) < 4:
+                    raise Unusable(
+                        "rectangle without two corners", f"{path}: shape {number}: {show(points)}"
+                    )
+                x, y = points[0::2], points[1::2]
+                things.append(
+                    box_thing(label_of[shape.label], (min(x), min(y), max(x), max(y)), size)
+                )
+                found.notes[BOX_ONLY] += things[-1] is not None
+            elif len(points) < 6:
+                found.notes[THIN] += 1
+            else:
+                single = shape.group_id is None
+                outlines[shape.label, shape.group_id, number if single else 0].append(points)
+    for (label, _, _), parts in outlines.items():
+        things.append(outline_thing(label_of[label], parts, size))
+    found.notes[EMPTY] += things.count(None)
+    return Picture(image, *size, tuple(thing for thing in things if thing is not None))

@@ -1,0 +1,40 @@
+"""XML files of annotations, which may come from anyone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from xml.etree.ElementTree import Element, TreeBuilder
+from xml.parsers.expat import ExpatError, ParserCreate
+
+from vitdet.datasets.importers.dataset import Unusable
+
+BROKEN = "annotation file that cannot be read"
+
+
+def read_xml(path: Path, largest: int) -> Element:
+    """The root of a file of no more than `largest` bytes.
+
+    A DOCTYPE is refused: only it can define entities, with which small files grow huge. Raises Unusable.
+    """
+
+    def refuse(*_: object) -> None:
+        raise ValueError("it has a DOCTYPE, which annotations do not need")
+
+    if path.stat().st_size > largest:
+        raise Unusable(
+            BROKEN, f"{path}: {path.stat().st_size:,} bytes are no annotation of one image"
+        )
+    builder, parser = TreeBuilder(), ParserCreate()
+    parser.StartElementHandler, parser.EndElementHandler = builder.start, builder.end
+    parser.CharacterDataHandler, parser.StartDoctypeDeclHandler = builder.data, refuse
+    try:
+        parser.Parse(path.read_bytes(), True)
+    except (ExpatError, LookupError, ValueError) as error:
+        raise Unusable(BROKEN, f"{path}: not XML that can be read: {error}") from error
+    return builder.close()
+
+
+def start_of(path: Path) -> bytes:
+    """The first bytes of a file, which tell its root element."""
+    with open(path, "rb") as file:
+        return file.read(4096)
