@@ -39,6 +39,7 @@ from vitdet.ranges import (
     bare,
     between,
     check,
+    check_address,
 )
 
 RECIPES = Path(__file__).parent / "recipes"
@@ -295,9 +296,10 @@ def load_config(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Conf
 
 
 def check_names(tracking: TrackingConfig) -> None:
-    """Raise ValueError for names that MLflow refuses; not part of the section, as old checkpoints
-    may contain such names.
+    """Raise ValueError for an address or names that MLflow refuses; not part of the section, as old
+    checkpoints may contain such.
     """
+    check_address("tracking.uri", tracking.uri)
     check("tracking.experiment", ExperimentName, tracking.experiment)
     check("tracking.model_name", ModelName, tracking.model_name)
 

@@ -115,11 +115,15 @@ def train(
         stop.check(f"stopped at step {start} of {config.optim.steps}, before anything was built")
 
         detector = _fresh_detector(config, split, None if state else source, device)
-        tracker = Tracker()
-        if distributed.rank() == 0:
+
+        def start_alone() -> Tracker:
             alone.enter_context(states.locked())
             states.set_aside(start)
-            tracker = _announce(config, output, prints, states, state, start_tracking)
+            return _announce(config, output, prints, states, state, start_tracking)
+
+        tracker = distributed.together(
+            lambda: start_alone() if distributed.rank() == 0 else Tracker()
+        )
         saver = alone.enter_context(Saver(states))
         loop = Loop(
             config, detector, loader, tracker, saver, prints, device, stop, watchdog, output
