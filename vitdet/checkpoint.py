@@ -9,15 +9,16 @@ import os
 import pickle
 import re
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from vitdet.config import Config, from_dict
-from vitdet.files import damaged_record, remove_abandoned, write_json, written
+from vitdet.files import FULL, damaged_record, remove_abandoned, write_json, written
 from vitdet.locks import locked
 from vitdet.models import Detector, build_detector
 
@@ -26,9 +27,21 @@ STATE = "vitdet training state, version 2"
 STATE_1 = (
     "vitdet training state, version 1"  # the same content; each step drew other random numbers
 )
-FULL = {errno.ENOSPC, errno.EFBIG, errno.EDQUOT}
 # torch's words where the disk takes less than all
 TORN = ("PytorchStreamWriter failed writing file", "unexpected pos")
+# what is read of each, and of which type
+MODEL = {
+    "config": dict,
+    "class_names": list | tuple,
+    "model": dict,
+    "run_id": str | None,
+    "step": int,
+}
+TRAINING = {
+    **{key: MODEL[key] for key in ("config", "model", "run_id", "step")},
+    **dict.fromkeys(("optimizer", "average", "meter", "metrics"), dict),
+}
+MISSING = object()
 log = logging.getLogger(__name__)
 
 
@@ -88,7 +101,19 @@ def load_model_file(path: str | Path) -> dict:
 
     Files of version 0.1 hold a dataset_digest instead of fingerprints.
     """
-    return load(Path(path), FORMAT)
+    content = load(Path(path), FORMAT)
+    check_content(path, content, MODEL)
+    return content
+
+
+def check_content(path: str | Path, content: dict, kinds: Mapping[str, Any]) -> None:
+    """Raises ValueError for a file of ours that lacks one of these keys, or holds something else under it."""
+    for key, kind in kinds.items():
+        if not isinstance(content.get(key, MISSING), kind):
+            found = f"is a {type(content[key]).__name__}" if key in content else "is missing"
+            raise ValueError(
+                f"{path}: {key!r} {found}; the file was changed after `vitdet train` wrote it, or not written by it"
+            )
 
 
 def read_detector_file(path: str | Path) -> tuple[dict[str, Tensor], Config, tuple[str, ...]]:
@@ -188,6 +213,7 @@ class Checkpoints:
             except DamagedError as error:
                 self.damaged[path] = str(error)
                 continue
+            check_content(path, state, {"step": int})
             try:
                 return state | _read_evaluation(path)
             except DamagedError as error:
@@ -264,7 +290,10 @@ def _unwritten(path: Path, cause: Exception) -> OSError:
     """The error, in one line, of a file that the disk did not take."""
     full = _is_torn(cause) or (isinstance(cause, OSError) and cause.errno in FULL)
     advice = "; free some space and run the same command again" if full else ""
-    return OSError(f"{path}: could not be written ({_first_line(cause)}){advice}")
+    reason = _first_line(cause)
+    if isinstance(cause, OSError) and cause.strerror:  # without the name, which comes first here
+        reason = f"[Errno {cause.errno}] {cause.strerror}"
+    return OSError(f"{path}: could not be written ({reason}){advice}")
 
 
 def _first_line(error: Exception) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from vitdet.cli.paths import given_path
 from vitdet.cli.progress_bar import Bar
 
 DATA = (
@@ -18,7 +19,7 @@ def add_data(verb: argparse.ArgumentParser) -> None:
     """The kinds of the verb `data`."""
     kinds = verb.add_subparsers(required=True, metavar="KIND")
     kind = kinds.add_parser("tiny", help="draw the small data set of the demo")
-    kind.add_argument("folder", type=Path)
+    kind.add_argument("folder", type=given_path)
     kind.add_argument("--train", type=int, default=4000, help="training images (4000)")
     kind.add_argument("--val", type=int, default=200, help="validation images (200)")
     kind.add_argument("--seed", type=int, default=0)
@@ -31,7 +32,7 @@ def add_data(verb: argparse.ArgumentParser) -> None:
             name,
         )
     kind = kinds.add_parser("check", help="list every problem of a folder in COCO's layout")
-    kind.add_argument("folder", type=Path)
+    kind.add_argument("folder", type=given_path)
     kind.add_argument(
         "--images",
         action="store_true",
@@ -44,8 +45,10 @@ def add_data(verb: argparse.ArgumentParser) -> None:
         help="show a folder in COCO's layout on one HTML page: counts, classes, sizes, "
         "pictures, problems",
     )
-    kind.add_argument("folder", type=Path)
-    kind.add_argument("--output", type=Path, metavar="FILE", help="(NAME OF THE FOLDER.html, here)")
+    kind.add_argument("folder", type=given_path)
+    kind.add_argument(
+        "--output", type=given_path, metavar="FILE", help="(NAME OF THE FOLDER.html, here)"
+    )
     kind.add_argument(
         "--images", action="store_true", help="read every image file too, as data check does"
     )
@@ -57,7 +60,7 @@ def add_data(verb: argparse.ArgumentParser) -> None:
 
 def add_fetch(kind: argparse.ArgumentParser, dataset: str) -> None:
     """The arguments of `data coco` and `data lvis`."""
-    kind.add_argument("folder", type=Path, metavar="DIR")
+    kind.add_argument("folder", type=given_path, metavar="DIR")
     kind.add_argument(
         "--split",
         default="",
@@ -73,7 +76,7 @@ def add_fetch(kind: argparse.ArgumentParser, dataset: str) -> None:
     )
     kind.add_argument(
         "--from",
-        type=Path,
+        type=given_path,
         metavar="FOLDER",
         dest="local",
         help="take the archives that lie in this folder; nothing is downloaded",
@@ -90,12 +93,12 @@ def add_convert(kind: argparse.ArgumentParser) -> None:
     """The arguments of `data convert`."""
     kind.add_argument(
         "source",
-        type=Path,
+        type=given_path,
         metavar="SRC",
         help="the folder of data.yaml (YOLO), or of Annotations/, "
         "JPEGImages/ and ImageSets/ (Pascal VOC)",
     )
-    kind.add_argument("target", type=Path, metavar="DST", help="a new folder")
+    kind.add_argument("target", type=given_path, metavar="DST", help="a new folder")
     kind.add_argument(
         "--format", choices=("yolo", "voc"), help="what SRC is, where it looks like both"
     )

@@ -79,7 +79,7 @@ def register_checkpoint(
         protocol = Protocol.of(own, _own_fingerprint(stored, own, is_gated))
     elif protocol is None:
         used, protocol = _measured_on(checkpoint, stored, own, config, measured, is_gated)
-    metrics = stored["metrics"] if metrics is None else metrics
+    metrics = stored.get("metrics") or {} if metrics is None else metrics
     tracking, side = (config or own).tracking, own.data.image_size
     place: dict[str, Any] = {
         "uri": tracking.uri,

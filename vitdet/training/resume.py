@@ -9,7 +9,13 @@ from dataclasses import replace
 from pathlib import Path
 
 from vitdet import distributed
-from vitdet.checkpoint import Checkpoints, load_model_file
+from vitdet.checkpoint import (
+    TRAINING,
+    Checkpoints,
+    DamagedError,
+    check_content,
+    load_model_file,
+)
 from vitdet.config import Config, difference, digest, from_dict, legacy_digest
 from vitdet.data import fingerprint
 from vitdet.files import sha256
@@ -52,6 +58,8 @@ def states_folder(
     for other in others:
         try:
             state = Checkpoints(other, config.train.keep).latest(verify=False)
+            if state:
+                check_content(other, state, TRAINING)
             stored = from_dict(state["config"]) if state else config
         except ValueError:
             continue  # damaged, or of another version
@@ -97,6 +105,7 @@ def _check_resumable(
 ) -> None:
     finished = output / "model.pt"
     if state is not None:
+        check_content(folder / f"step_{state['step']:08d}.pt", state, TRAINING)
         _check_state(config, prints, state, folder)
     elif finished.exists():  # `is_complete` allowed more steps
         steps = load_model_file(finished)["step"]
@@ -123,7 +132,10 @@ def is_complete(
     finished = output / "model.pt"
     if not finished.exists():
         return False
-    done = load_model_file(finished)
+    try:
+        done = load_model_file(finished)
+    except DamagedError as error:
+        raise DamagedError(f"{error}; remove it, and the same command writes it again") from error
     stored = from_dict(done["config"])
     remedy = "choose another --output or remove it"
     if _same_but_for_steps(config, stored) and config.optim.steps > stored.optim.steps:
