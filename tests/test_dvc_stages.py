@@ -36,6 +36,7 @@ IRRELEVANT = {
         "vitdet/visualize.py",
         "vitdet/weights/__init__.py",
         "vitdet/weights/catalogue.py",
+        "vitdet/yaml_text.py",
     },
     "evaluate": {
         "vitdet/config.py",
@@ -44,6 +45,7 @@ IRRELEVANT = {
         "vitdet/files.py",
         "vitdet/locks.py",
         "vitdet/ranges.py",
+        "vitdet/yaml_text.py",
     },
 }
 

@@ -132,6 +132,20 @@ def test_the_beginning_of_a_checksum_will_do_and_one_of_the_name_is_a_hint(
     )
 
 
+@pytest.mark.parametrize(
+    ("size", "says"),
+    [
+        (len(CONTENT), "some: no checksum is published; only its size was verified"),
+        (None, "some: neither a checksum nor a size is published; nothing was verified"),
+    ],
+)
+def test_what_could_not_be_verified_is_told(
+    get: Fetch, caplog: pytest.LogCaptureFixture, size: int | None, says: str
+) -> None:
+    get(sha256="", size=size)
+    assert caplog.messages == [says]
+
+
 def test_what_cannot_be_converted_is_kept_only_if_it_is_the_published_file(
     get: Fetch, web: Web, tmp_path: Path
 ) -> None:

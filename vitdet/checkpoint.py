@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import errno
 import json
+import logging
+import os
 import pickle
 import re
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from vitdet.config import Config, from_dict
-from vitdet.files import damaged_record, remove_abandoned, write_json, written
+from vitdet.files import FULL, damaged_record, remove_abandoned, write_json, written
 from vitdet.locks import locked
 from vitdet.models import Detector, build_detector
 
@@ -24,9 +27,26 @@ STATE = "vitdet training state, version 2"
 STATE_1 = (
     "vitdet training state, version 1"  # the same content; each step drew other random numbers
 )
-FULL = {errno.ENOSPC, errno.EFBIG, errno.EDQUOT}
 # torch's words where the disk takes less than all
 TORN = ("PytorchStreamWriter failed writing file", "unexpected pos")
+# what is read of each, and of which type
+MODEL = {
+    "config": dict,
+    "class_names": list | tuple,
+    "model": dict,
+    "run_id": str | None,
+    "step": int,
+}
+TRAINING = {
+    **{key: MODEL[key] for key in ("config", "model", "run_id", "step")},
+    **dict.fromkeys(("optimizer", "average", "meter", "metrics"), dict),
+}
+MISSING = object()
+log = logging.getLogger(__name__)
+
+
+class DamagedError(ValueError):
+    """A file that was cut off, or differs from its checksums."""
 
 
 def save(path: Path, content: dict) -> None:
@@ -45,15 +65,15 @@ def save(path: Path, content: dict) -> None:
 def load(path: Path, *expected: str, verify: bool = True) -> dict:
     """Reads a file of ours without running code from it; its tensors are read when they are first looked at.
 
-    verify: compare the content with its checksums. Raises FileNotFoundError, and ValueError when it is cut off, damaged or
-    something else than one of `expected`.
+    verify: compare the content with its checksums. Raises FileNotFoundError, DamagedError when it is cut off or damaged, and
+    ValueError when it is something else than one of `expected`.
     """
     if not path.is_file():
         raise FileNotFoundError(
             f"{path}: no such checkpoint; expected the model.pt that `vitdet train` wrote"
         )
     if not _is_zip(path):
-        raise ValueError(
+        raise DamagedError(
             f"{path}: not a whole vitdet checkpoint (it was cut off, or is another kind of file)"
         )
     try:
@@ -65,8 +85,11 @@ def load(path: Path, *expected: str, verify: bool = True) -> dict:
             f"{path}: not a vitdet checkpoint (it holds other things than numbers and text, "
             "and may not run code)"
         ) from error
+    except OSError:
+        raise  # e.g. too many open files: says nothing of the content
     except Exception as error:  # a damaged file raises anything
-        raise ValueError(f"{path}: not a whole vitdet checkpoint ({_first_line(error)})") from error
+        kind = ValueError if _is_out_of_memory(error) else DamagedError
+        raise kind(f"{path}: not a whole vitdet checkpoint ({_first_line(error)})") from error
     if not isinstance(content, dict) or content.get("format") not in expected:
         found = content.get("format") if isinstance(content, dict) else type(content).__name__
         raise ValueError(f"{path}: expected a {expected[0]!r} file, got {found!r}")
@@ -78,7 +101,19 @@ def load_model_file(path: str | Path) -> dict:
 
     Files of version 0.1 hold a dataset_digest instead of fingerprints.
     """
-    return load(Path(path), FORMAT)
+    content = load(Path(path), FORMAT)
+    check_content(path, content, MODEL)
+    return content
+
+
+def check_content(path: str | Path, content: dict, kinds: Mapping[str, Any]) -> None:
+    """Raises ValueError for a file of ours that lacks one of these keys, or holds something else under it."""
+    for key, kind in kinds.items():
+        if not isinstance(content.get(key, MISSING), kind):
+            found = f"is a {type(content[key]).__name__}" if key in content else "is missing"
+            raise ValueError(
+                f"{path}: {key!r} {found}; the file was changed after `vitdet train` wrote it, or not written by it"
+            )
 
 
 def read_detector_file(path: str | Path) -> tuple[dict[str, Tensor], Config, tuple[str, ...]]:
@@ -109,10 +144,14 @@ def load_weights(detector: nn.Module, weights: dict[str, Tensor], path: str | Pa
 
 
 class Checkpoints:
-    """The training states in a folder, of which the last `keep` stay."""
+    """The training states in a folder, of which the last `keep` stay.
+
+    damaged: the files that `latest` passed over, with the reasons.
+    """
 
     def __init__(self, folder: Path, keep: int) -> None:
         self.folder, self.keep = folder, keep
+        self.damaged: dict[Path, str] = {}
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -157,24 +196,72 @@ class Checkpoints:
             p for p in self.folder.glob("step_*.pt") if re.fullmatch(r"step_\d{8}\.pt", p.name)
         )
 
-    def latest(self, verify: bool = True) -> dict | None:
-        """The newest state, or None; raises as `load` does, and says what there is to go on from without it."""
-        states = self.all()
+    def newest(self) -> int:
+        """The step of the newest state, whole or not; 0 without one."""
+        return max(map(_step_of, self.all()), default=0)
+
+    def latest(self, verify: bool = True, up_to: int | None = None) -> dict | None:
+        """The newest whole state (up_to: of those after at most so many steps), or None if there are no states.
+
+        Damaged ones are passed over; `set_aside` renames them. An evaluation that is damaged is left out. Raises as `load`
+        does, for the newest one, if all are damaged, and says what to do.
+        """
+        states = [path for path in self.all() if up_to is None or _step_of(path) <= up_to]
+        for path in reversed(states):
+            try:
+                state = load(path, STATE, STATE_1, verify=verify)
+            except DamagedError as error:
+                self.damaged[path] = str(error)
+                continue
+            check_content(path, state, {"step": int})
+            try:
+                return state | _read_evaluation(path)
+            except DamagedError as error:
+                self.damaged[_evaluation_of(path)] = str(error)
+                return state
         if not states:
             return None
-        try:
-            state = load(states[-1], STATE, STATE_1, verify=verify)
-            return state | _read_evaluation(states[-1])
-        except ValueError as error:
-            rest = f"to go on from {states[-2].name}" if states[1:] else "to begin anew"
-            raise ValueError(f"{error}; remove it {rest}") from error
+        them = (
+            "it" if len(states) == 1 else f"it and the {len(states) - 1} before, damaged as well,"
+        )
+        raise DamagedError(f"{self.damaged[states[-1]]}; remove {them} to begin anew")
+
+    def set_aside(self, start: int) -> None:
+        """Renames the files that are damaged, so that none is found again, when a training goes on from step `start`.
+
+        To be called while `locked`. Warns of what is lost.
+        """
+        for path, reason in sorted(self.damaged.items()):
+            kept, step = path.with_name(f"{path.name}.damaged"), _step_of(path)
+            lost = (
+                f"the training goes on from step {start}, and steps {start + 1} to {step} are repeated"
+                if path.suffix == ".pt"
+                else f"the metrics after step {step} are lost, and measured again if that is due"
+            )
+            path.replace(kept)
+            if path.suffix == ".pt":
+                _evaluation_of(path).unlink(missing_ok=True)
+            log.warning("%s; it is kept as %s: %s", reason, kept.name, lost)
+        self.damaged.clear()
 
 
 def _is_zip(path: Path) -> bool:
     try:
-        return zipfile.is_zipfile(path)
+        with open(
+            path, "rb"
+        ) as file:  # is_zipfile takes a file that may not be read for another kind
+            return zipfile.is_zipfile(file)
     except zipfile.BadZipFile:  # its end is damaged
         return False
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    return isinstance(error, MemoryError) or os.strerror(errno.ENOMEM) in str(error)
+
+
+def _step_of(path: Path) -> int:
+    """The step of a state or its evaluation, from the file's name."""
+    return int(path.stem.removeprefix("step_"))
 
 
 def _evaluation_of(state: Path) -> Path:
@@ -187,9 +274,12 @@ def _read_evaluation(state: Path) -> dict:
     if not path.exists():
         return {}
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path}: not a whole JSON file ({_first_line(error)})") from error
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise DamagedError(f"{path}: not a whole JSON file ({_first_line(error)})") from error
+    if not isinstance(content, dict):
+        raise DamagedError(f"{path}: expected a mapping, got {type(content).__name__}")
+    return content
 
 
 def _is_torn(cause: Exception) -> bool:
@@ -200,7 +290,10 @@ def _unwritten(path: Path, cause: Exception) -> OSError:
     """The error, in one line, of a file that the disk did not take."""
     full = _is_torn(cause) or (isinstance(cause, OSError) and cause.errno in FULL)
     advice = "; free some space and run the same command again" if full else ""
-    return OSError(f"{path}: could not be written ({_first_line(cause)}){advice}")
+    reason = _first_line(cause)
+    if isinstance(cause, OSError) and cause.strerror:  # without the name, which comes first here
+        reason = f"[Errno {cause.errno}] {cause.strerror}"
+    return OSError(f"{path}: could not be written ({reason}){advice}")
 
 
 def _first_line(error: Exception) -> str:

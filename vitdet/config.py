@@ -39,7 +39,9 @@ from vitdet.ranges import (
     bare,
     between,
     check,
+    check_address,
 )
+from vitdet.yaml_text import parse_yaml
 
 RECIPES = Path(__file__).parent / "recipes"
 MANY = 16  # more names than this are not listed in an error message
@@ -295,9 +297,10 @@ def load_config(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Conf
 
 
 def check_names(tracking: TrackingConfig) -> None:
-    """Raise ValueError for names that MLflow refuses; not part of the section, as old checkpoints
-    may contain such names.
+    """Raise ValueError for an address or names that MLflow refuses; not part of the section, as old
+    checkpoints may contain such.
     """
+    check_address("tracking.uri", tracking.uri)
     check("tracking.experiment", ExperimentName, tracking.experiment)
     check("tracking.model_name", ModelName, tracking.model_name)
 
@@ -408,9 +411,9 @@ def _read(name_or_path: str | Path) -> dict:
             f"{path}: no such config file; give a file or a recipe's name{SEE_RECIPES}"
         )
     try:
-        tree = yaml.safe_load(path.read_text())
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: not readable as YAML: {' '.join(str(error).split())}") from error
+        tree = parse_yaml(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
     if tree is not None and not isinstance(tree, dict):
         raise ValueError(f"{path}: expected sections ({', '.join(Config.hints)}), got {tree!r}")
     return tree or {}
@@ -452,8 +455,8 @@ def _parse(key: str, text: str) -> object:
     if isinstance(default, str) and text[:1] not in ("'", '"'):
         return text
     try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError as error:
+        return parse_yaml(text)
+    except ValueError as error:
         raise ValueError(f"{key}: {text!r} is not readable as a value") from error
 
 

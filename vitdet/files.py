@@ -27,6 +27,8 @@ TEMPORARY = re.compile(r"\..+\.(?:([0-9a-f]{8})-(\d+)-(\d+)(?:\.\w+)?|\d+)\.tmp"
 DEAD_SECONDS = (
     3600  # without a write: the time after which a process on another machine counts as dead
 )
+# the errors of a disk that is full, of a file that may not grow, and of a quota
+FULL = {errno.ENOSPC, errno.EFBIG, errno.EDQUOT}
 log = logging.getLogger(__name__)
 
 
@@ -41,15 +43,27 @@ def written(path: Path, sync: bool = False) -> Iterator[Path]:
     _remove_once(path.parent.resolve(), os.getpid())
     temporary = path.with_name(f".{path.name}.{writer()}.tmp")
     try:
-        yield temporary
-        if sync:
-            with open(temporary, "rb") as file:
-                os.fsync(file.fileno())
+        with _named(path):
+            yield temporary
+            if sync:
+                with open(temporary, "rb") as file:
+                    os.fsync(file.fileno())
         temporary.replace(path)
         if sync:
             _sync_folder(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """Add the name to the error of a disk that is full, which the system gives without one."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in FULL and error.filename is None:
+            error.filename = str(path)
+        raise
 
 
 def _sync_folder(folder: Path) -> None:
@@ -72,7 +86,8 @@ def written_folder(path: Path) -> Iterator[Path]:
     temporary = Path(tempfile.mkdtemp(".tmp", prefix, path.parent))
     try:
         temporary.chmod(0o755)
-        yield temporary
+        with _named(path):
+            yield temporary
         temporary.replace(path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -162,7 +177,7 @@ def damaged_record(path: Path) -> str | None:
     """Return the first record of a zip archive whose content differs from its CRC-32, None if there is none.
 
     None too if no record matches: it was written without checksums (torch.serialization.set_crc32_options). Raises
-    ValueError for a file that is no whole archive.
+    ValueError for a file that is no whole archive. Takes about 0.5 s per GB on one core.
     """
     damaged, whole = [], 0
     try:
@@ -176,6 +191,8 @@ def damaged_record(path: Path) -> str | None:
                 except zipfile.BadZipFile:
                     damaged.append(record.filename)
     except Exception as error:  # a damaged header raises anything
+        if isinstance(error, OSError) and error.errno not in (errno.EIO, errno.EINVAL):
+            raise  # says nothing of the content
         raise ValueError(f"not a whole zip archive ({error})") from error
     return damaged[0] if damaged and whole else None
 

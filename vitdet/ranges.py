@@ -1,6 +1,7 @@
 """The types of settings with a range. The description of a range completes the message "KEY must ..."."""
 
 import math
+import re
 from contextlib import suppress
 from functools import cache
 from types import GenericAlias
@@ -43,6 +44,14 @@ ExperimentName = Annotated[
         description="have 1 to 256 characters and no line break",
     ),
 ]
+# localhost:5000 would be a folder for MLflow, or a kind of store that is called localhost
+TrackingUri = Annotated[
+    str,
+    Meta(
+        pattern=r"^(?![^/\s]*:\d+(?:/|\Z))",
+        description="begin with a scheme, as in http://HOST:PORT or sqlite:///FILE",
+    ),
+]
 Alias = Annotated[
     str,
     Meta(
@@ -73,6 +82,11 @@ def check(key: str, hint: Any, value: Any) -> None:
         while get_origin(hint) is not Annotated:
             hint = get_args(hint)[0]
         raise ValueError(f"{key} must {hint.__metadata__[0].description}, got {got}")
+
+
+def check_address(key: str, uri: str) -> None:
+    """Raises ValueError for an address without a scheme, and hides a password in it."""
+    check(key, TrackingUri, re.sub(r"^[^/]*@", "***@", uri))
 
 
 def _fits(value: object, hint: Any) -> bool:

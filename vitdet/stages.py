@@ -62,9 +62,13 @@ def train(
     weights: the folder of train.init. group: the pipeline run that this training belongs to, if any.
     """
     from vitdet import training
-    from vitdet.tracking.runs import start_tracker
+    from vitdet.tracking.address import tracking_uri
+    from vitdet.tracking.runs import default_folder, has_mlflow, start_tracker
     from vitdet.tracking.tracker import Tracker
     from vitdet.weights import resolve
+
+    if has_mlflow():
+        tracking_uri(config.tracking.uri, default_folder(output))  # a mistake in it ends this now
 
     def start_tracking(data_digest: str, run_id: str | None, step: int) -> Tracker:
         return start_tracker(config, recipe, output, group, data_digest, run_id, step)
@@ -94,8 +98,11 @@ def evaluate(
     """
     from vitdet import distributed
     from vitdet.evaluation.evaluator import evaluate as measure
-    from vitdet.tracking.runs import log_evaluation
+    from vitdet.tracking.address import tracking_uri
+    from vitdet.tracking.runs import has_mlflow, log_evaluation
 
+    if has_mlflow():  # a mistake in the address ends this now
+        tracking_uri(config.tracking.uri if config else "", folder)
     metrics = measure(checkpoint, overrides, config=config, pictures=pictures, plots=plots)
     if distributed.rank() != 0:
         return metrics, None

@@ -44,14 +44,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
         else:
             print("vitdet:", *hide_credentials(error).splitlines(), file=sys.stderr)
             code = 1
-    except RuntimeError as error:
-        if type(error).__name__ != "OutOfMemoryError":  # torch's, which is not imported here
+    except Exception as error:
+        # torch's and MLflow's, which are not imported here
+        kinds = {kind.__name__ for kind in type(error).__mro__}
+        if not kinds & {"OutOfMemoryError", "MlflowException"}:
             raise
-        print(
-            f"vitdet: {str(error).splitlines()[0]} Lower train.batch_size or evaluate.batch_size, or use more "
-            "or larger GPUs",
-            file=sys.stderr,
-        )
+        line = next(iter(hide_credentials(error).strip().splitlines()), type(error).__name__)
+        if "OutOfMemoryError" in kinds:
+            line += " Lower train.batch_size or evaluate.batch_size, or use more or larger GPUs"
+        print(f"vitdet: {line}", file=sys.stderr)
         code = 1
     except KeyboardInterrupt:
         code = 130

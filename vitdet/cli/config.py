@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 from vitdet.cli.overrides import add_set, log_resolved
+from vitdet.cli.paths import given_path
 
 
 def add_config(verb: argparse.ArgumentParser) -> None:
@@ -16,7 +16,7 @@ def add_config(verb: argparse.ArgumentParser) -> None:
         help="a recipe's name or a YAML file; without one, the names are listed",
     )
     add_set(verb)
-    verb.add_argument("--output", type=Path, help="write it to this file instead")
+    verb.add_argument("--output", type=given_path, help="write it to this file instead")
     verb.set_defaults(run=run_config)
 
 

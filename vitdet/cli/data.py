@@ -6,6 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from vitdet.cli.paths import given_path
 from vitdet.cli.progress_bar import Bar
 
 DATA = (
@@ -19,7 +20,7 @@ def add_data(verb: argparse.ArgumentParser) -> None:
     """The kinds of the verb `data`."""
     kinds = verb.add_subparsers(required=True, metavar="KIND")
     kind = kinds.add_parser("tiny", help="draw the small data set of the demo")
-    kind.add_argument("folder", type=Path)
+    kind.add_argument("folder", type=given_path)
     kind.add_argument("--train", type=int, default=4000, help="training images (4000)")
     kind.add_argument("--val", type=int, default=200, help="validation images (200)")
     kind.add_argument("--seed", type=int, default=0)
@@ -32,7 +33,7 @@ def add_data(verb: argparse.ArgumentParser) -> None:
             name,
         )
     kind = kinds.add_parser("check", help="list every problem of a folder in COCO's layout")
-    kind.add_argument("folder", type=Path)
+    kind.add_argument("folder", type=given_path)
     kind.add_argument(
         "--images",
         action="store_true",
@@ -45,8 +46,10 @@ def add_data(verb: argparse.ArgumentParser) -> None:
         help="show a folder in COCO's layout on one HTML page: counts, classes, sizes, "
         "pictures, problems",
     )
-    kind.add_argument("folder", type=Path)
-    kind.add_argument("--output", type=Path, metavar="FILE", help="(NAME OF THE FOLDER.html, here)")
+    kind.add_argument("folder", type=given_path)
+    kind.add_argument(
+        "--output", type=given_path, metavar="FILE", help="(NAME OF THE FOLDER.html, here)"
+    )
     kind.add_argument(
         "--images", action="store_true", help="read every image file too, as data check does"
     )
@@ -58,7 +61,7 @@ def add_data(verb: argparse.ArgumentParser) -> None:
 
 def add_fetch(kind: argparse.ArgumentParser, dataset: str) -> None:
     """The arguments of `data coco` and `data lvis`."""
-    kind.add_argument("folder", type=Path, metavar="DIR")
+    kind.add_argument("folder", type=given_path, metavar="DIR")
     kind.add_argument(
         "--split",
         default="",
@@ -74,7 +77,7 @@ def add_fetch(kind: argparse.ArgumentParser, dataset: str) -> None:
     )
     kind.add_argument(
         "--from",
-        type=Path,
+        type=given_path,
         metavar="FOLDER",
         dest="local",
         help="take the archives that lie in this folder; nothing is downloaded",
@@ -91,12 +94,12 @@ def add_convert(kind: argparse.ArgumentParser) -> None:
     """The arguments of `data convert`."""
     kind.add_argument(
         "source",
-        type=Path,
+        type=given_path,
         metavar="SRC",
         help="a folder of YOLO (data.yaml), Pascal VOC, COCO (as Roboflow, CVAT, Label Studio and FiftyOne "
         "write it), LabelMe or CVAT for images; or its data.yaml, JSON or XML file",
     )
-    kind.add_argument("target", type=Path, metavar="DST", help="a new folder")
+    kind.add_argument("target", type=given_path, metavar="DST", help="a new folder")
     kind.add_argument(
         "--format",
         choices=("yolo", "voc", "coco", "labelme", "cvat"),

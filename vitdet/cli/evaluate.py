@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vitdet import torchrun
 from vitdet.cli.overrides import add_set, log_resolved
+from vitdet.cli.paths import given_path
 
 if TYPE_CHECKING:
     from vitdet.config import Config
@@ -16,29 +16,33 @@ if TYPE_CHECKING:
 
 def add_evaluate(verb: argparse.ArgumentParser) -> None:
     """The arguments of the verb `evaluate`."""
-    verb.add_argument("checkpoint", type=Path, nargs="?")
+    verb.add_argument("checkpoint", type=given_path, nargs="?")
     add_set(verb)
     verb.add_argument(
-        "--config", type=Path, help="take the data and evaluate settings from this file"
+        "--config", type=given_path, help="take the data and evaluate settings from this file"
     )
     verb.add_argument(
         "--output",
-        type=Path,
+        type=given_path,
         help="write the figures to this JSON file, and beside it, in NAME.measured.json, what they were measured on",
     )
     verb.add_argument(
-        "--pictures", type=Path, help="folder for pictures of detections beside ground truth"
+        "--pictures", type=given_path, help="folder for pictures of detections beside ground truth"
     )
     verb.add_argument(
-        "--plots", type=Path, help="folder for precision over recall and AP of each class, as JSON"
+        "--plots",
+        type=given_path,
+        help="folder for precision over recall and AP of each class, as JSON",
     )
     verb.add_argument(
         "--results",
-        type=Path,
+        type=given_path,
         metavar="FILE",
         help="score this list of COCO results (image_id, category_id, score, bbox and/or segmentation)",
     )
-    verb.add_argument("--annotations", type=Path, metavar="FILE", help="against these annotations")
+    verb.add_argument(
+        "--annotations", type=given_path, metavar="FILE", help="against these annotations"
+    )
     verb.add_argument(
         "--dataset", choices=("coco", "lvis"), help="by the rules of COCO (the default) or LVIS"
     )

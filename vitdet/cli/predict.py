@@ -6,16 +6,17 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from vitdet.cli.paths import given_path
 from vitdet.files import write_json, written
 
 
 def add_predict(verb: argparse.ArgumentParser) -> None:
     """The arguments of the verb `predict`."""
-    verb.add_argument("checkpoint", type=Path)
-    verb.add_argument("images", type=Path, nargs="+", metavar="IMAGE")
+    verb.add_argument("checkpoint", type=given_path)
+    verb.add_argument("images", type=given_path, nargs="+", metavar="IMAGE")
     verb.add_argument(
         "--output",
-        type=Path,
+        type=given_path,
         required=True,
         help="folder for the drawn pictures and detections.json",
     )

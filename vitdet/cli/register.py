@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import json
-from pathlib import Path
+
+from vitdet.cli.paths import given_path
 
 
 def add_register(verb: argparse.ArgumentParser) -> None:
     """The arguments of the verb `register`."""
-    verb.add_argument("checkpoint", type=Path)
+    verb.add_argument("checkpoint", type=given_path)
     verb.add_argument(
         "--alias",
         default="candidate",
@@ -18,13 +18,13 @@ def add_register(verb: argparse.ArgumentParser) -> None:
     )
     verb.add_argument(
         "--config",
-        type=Path,
+        type=given_path,
         help="take the tracking settings from this file, and what --metrics were measured on",
     )
     verb.add_argument(
-        "--metrics", type=Path, help="JSON file of `vitdet evaluate`, for the version's tags"
+        "--metrics", type=given_path, help="JSON file of `vitdet evaluate`, for the version's tags"
     )
-    verb.add_argument("--output", type=Path, help="write name and version to this JSON file")
+    verb.add_argument("--output", type=given_path, help="write name and version to this JSON file")
     verb.set_defaults(run=run_register)
 
 
@@ -33,7 +33,7 @@ def run_register(args: argparse.Namespace) -> int:
     from vitdet import stages
     from vitdet.data.layout import resolve_config
     from vitdet.files import write_json
-    from vitdet.tracking.measured import read_measured
+    from vitdet.tracking.measured import read_measured, read_metrics
     from vitdet.tracking.runs import default_folder
 
     found = stages.register(
@@ -41,7 +41,7 @@ def run_register(args: argparse.Namespace) -> int:
         folder=default_folder(args.checkpoint.parent),
         alias=args.alias,
         config=resolve_config(args.config)[0] if args.config else None,
-        metrics=json.loads(args.metrics.read_text()) if args.metrics else None,
+        metrics=read_metrics(args.metrics) if args.metrics else None,
         measured=read_measured(args.metrics) if args.metrics else None,
     )
     print(

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from vitdet import torchrun
 from vitdet.cli.overrides import add_set, log_resolved
+from vitdet.cli.paths import given_path
 from vitdet.config import load_config
 
 
@@ -17,17 +18,19 @@ def add_train(verb: argparse.ArgumentParser) -> None:
     add_set(verb)
     verb.add_argument(
         "--output",
-        type=Path,
+        type=given_path,
         required=True,
         help="folder for model.pt, config.yaml and checkpoints",
     )
     verb.add_argument(
         "--checkpoints",
-        type=Path,
+        type=given_path,
         help="keep training states here, by config and data, not in --output",
     )
     verb.add_argument(
-        "--weights", type=Path, help="folder that `vitdet weights fetch` filled, for train.init"
+        "--weights",
+        type=given_path,
+        help="folder that `vitdet weights fetch` filled, for train.init",
     )
     verb.add_argument(
         "--group", default="", metavar="RUN", help="the pipeline run that MLflow shows it under"

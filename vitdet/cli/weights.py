@@ -10,6 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from vitdet.cli.paths import given_path
 from vitdet.cli.progress_bar import Bar
 
 if TYPE_CHECKING:
@@ -41,7 +42,7 @@ def add_weights(verb: argparse.ArgumentParser) -> None:
     )
     kind.add_argument(
         "--output",
-        type=Path,
+        type=given_path,
         metavar="FOLDER",
         help="the folder (~/.cache/vitdet, where train.init finds it)",
     )
@@ -53,7 +54,7 @@ def add_weights(verb: argparse.ArgumentParser) -> None:
     )
     kind.add_argument(
         "--from",
-        type=Path,
+        type=given_path,
         metavar="FILE",
         dest="local",
         help="take this copy of the published file",
@@ -63,10 +64,10 @@ def add_weights(verb: argparse.ArgumentParser) -> None:
     kind = kinds.add_parser(
         "convert", help="rewrite a foreign checkpoint under our names, or ours under theirs"
     )
-    kind.add_argument("source", type=Path, metavar="SRC")
+    kind.add_argument("source", type=given_path, metavar="SRC")
     kind.add_argument(
         "target",
-        type=Path,
+        type=given_path,
         metavar="DST",
         help=".safetensors: weights; .pt: a detector of --recipe; with --reverse .pkl or .pth",
     )
@@ -84,7 +85,7 @@ def add_weights(verb: argparse.ArgumentParser) -> None:
     kind = kinds.add_parser(
         "pretrain", help="make mae_vit_tiny: a masked autoencoder on generated pictures, no labels"
     )
-    kind.add_argument("output", type=Path, help="the .safetensors file to write")
+    kind.add_argument("output", type=given_path, help="the .safetensors file to write")
     kind.add_argument("--steps", type=int, default=6000, help="steps of 64 pictures (6000)")
     kind.set_defaults(run=run_pretrain)
 

@@ -13,10 +13,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from vitdet.config import RECIPES, Config, DataConfig, flatten, load_config, recipes
 from vitdet.data.coco_layouts import SplitFiles, coco_files, find_splits, lvis_files
+from vitdet.yaml_text import parse_yaml
 
 SPLITS = {  # setting -> common names of the split, in order of preference
     "data.train_split": ("train", "train2017", "train2014", "training"),
@@ -98,7 +97,7 @@ def explicit_settings(recipe: str | Path, overrides: Sequence[str] = ()) -> set[
     text = Path(recipe).read_text()
     first = text.partition("\n")[0]
     follows = first.removeprefix(FROM_DATA).split(", ") if first.startswith(FROM_DATA) else ()
-    return explicit | (set(_keys(yaml.safe_load(text))) - set(follows))
+    return explicit | (set(_keys(parse_yaml(text))) - set(follows))
 
 
 def overridden_settings(overrides: Sequence[str]) -> set[str]:
@@ -160,8 +159,8 @@ def settings_text(found: Mapping[str, str | int]) -> str:
 
 def _section(text: str) -> object:
     try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError:
+        return parse_yaml(text)
+    except ValueError:
         return None  # `load_config` reports it
 
 

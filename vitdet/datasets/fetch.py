@@ -221,6 +221,8 @@ def _verify(path: Path, archive: Archive) -> None:
         raise ValueError(
             f"{path}: sha256 {found}, expected {archive.sha256}: not the published {archive.name}"
         )
+    if not archive.sha256:
+        log.warning("%s: no checksum is published; only its size was verified", archive.name)
 
 
 def _unpacked(

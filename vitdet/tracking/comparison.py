@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 from vitdet.config import Config, flatten
 from vitdet.data.protocol import SETTINGS
 from vitdet.tracking.champion import ALIAS
-from vitdet.tracking.mlflow import connect, experiment_id, tracking_uri
+from vitdet.tracking.experiments import experiment_id
+from vitdet.tracking.mlflow import connect, tracking_uri
 from vitdet.tracking.requests import create
 
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ import shutil
 import time
 import uuid
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from vitdet.files import is_abandoned, write_json, writer
@@ -133,6 +133,14 @@ class Journal:
             changed = record.get("changed", changed)
         return last, changed
 
+    def remove(self) -> None:
+        """Removes all of it, of a run that no server has."""
+        for path in (self.path, self._cursor, self.path.with_suffix(".lock")):
+            path.unlink(missing_ok=True)
+        shutil.rmtree(self.path.with_suffix(""), ignore_errors=True)
+        with suppress(OSError):  # others are there
+            self.path.parent.rmdir()
+
     def mend(self) -> None:
         """Ends a line that was left half-written; removes the copies of files that a killed process did not journal."""
         waiting = {
@@ -175,3 +183,18 @@ def journals(folder: Path) -> list[Journal]:
     return [
         Journal(folder, path.stem) for path in sorted((Path(folder) / "journal").glob("*.jsonl"))
     ]
+
+
+def unfinished(folder: Path, output: str, params: dict) -> str | None:
+    """The run of an earlier start in this output that has no metrics yet; others that were killed are ended."""
+    found = None
+    for journal in journals(folder):
+        start = journal.start() or {}
+        if start.get("output") != output or journal.state()[0].get("end") == "FINISHED":
+            continue
+        if start["params"] == params and not journal.last_steps():
+            found = PENDING + journal.key
+        elif "end" not in journal.state()[0]:
+            journal.mend()
+            journal.append({"end": "KILLED"})
+    return found

@@ -60,6 +60,19 @@ def write_metrics(path: Path, metrics: Mapping[str, float], measured: Measured |
         write_json(beside(path), {"metrics_sha256": sha256(path), **asdict(measured)})
 
 
+def read_metrics(path: Path) -> dict[str, float]:
+    """Return the metrics in a file of `write_metrics`. Raises ValueError for another file."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: not a JSON file ({error}); expected metrics") from error
+    if not isinstance(content, dict) or not all(
+        isinstance(value, int | float | None) for value in content.values()
+    ):
+        raise ValueError(f"{path}: expected metrics, a name and a number each")
+    return content
+
+
 def read_measured(path: Path) -> Measured | None:
     """Return the provenance of the metrics in this file; None if unknown."""
     try:

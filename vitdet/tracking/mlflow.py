@@ -12,8 +12,6 @@ from __future__ import annotations
 import json
 import logging
 import shutil
-import subprocess
-import sys
 import threading
 import time
 from functools import cache
@@ -22,8 +20,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vitdet.tracking.address import hide_credentials, tracking_uri
-from vitdet.tracking.journal import PENDING, Journal, find, journals
-from vitdet.tracking.requests import RepeatingClient, create, first_line, repeating, set_defaults
+from vitdet.tracking.experiments import experiment_id
+from vitdet.tracking.journal import Journal, find, journals, unfinished
+from vitdet.tracking.points import history, same_number
+from vitdet.tracking.requests import (
+    INVALID,
+    MISSING,
+    RefusedError,
+    RepeatingClient,
+    UnknownRunError,
+    first_line,
+    repeating,
+    set_defaults,
+    using,
+)
+from vitdet.tracking.revision import git_revision
 from vitdet.tracking.tracker import Tracker
 
 if TYPE_CHECKING:
@@ -52,7 +63,10 @@ REFUSED = {"INVALID_PARAMETER_VALUE", "BAD_REQUEST"}  # sending the same again c
 
 
 class MLflowTracker(Tracker):
-    """Journals at once and ships in a thread; made by `start_run`. Never raises for a server's sake."""
+    """Journals at once and ships in a thread; made by `start_run`. Never raises for a server's sake.
+
+    refusal: why the store will never take the run, if that is known.
+    """
 
     def __init__(self, journal: Journal, uri: str, resume: dict | None = None) -> None:
         """resume: a line for the journal before the next one, unless that is the end."""
@@ -60,6 +74,7 @@ class MLflowTracker(Tracker):
         self._last, self._resume = journal.last_steps(), resume
         self._closing, self._tried = threading.Event(), threading.Event()
         self._limit = CLOSE_SECONDS
+        self.refusal = ""
         import_module("mlflow")  # takes seconds, none of which are the server's
         self._thread = threading.Thread(target=self._ship, name="tracking", daemon=True)
         self._thread.start()
@@ -98,6 +113,12 @@ class MLflowTracker(Tracker):
                     self._journal.path,
                 )
 
+    def abandon(self) -> None:
+        """Send nothing more."""
+        self._limit = 0.0
+        self._closing.set()
+        self._thread.join()
+
     def _wait(self) -> bool:
         """Wait for the thread while the server takes something every STOP_SECONDS; whether it has ended."""
         now = time.monotonic()
@@ -115,7 +136,9 @@ class MLflowTracker(Tracker):
 
     def _ship(self) -> None:
         pause, others = SHIP_SECONDS, journals(self._journal.folder)
-        self._shipper.deliver()
+        self.refusal = self._shipper.refusal()
+        if not self.refusal:
+            self._shipper.deliver()
         self._tried.set()
         while not self._closing.wait(pause):
             if self._shipper.deliver():
@@ -125,7 +148,8 @@ class MLflowTracker(Tracker):
                 others = []
             else:
                 pause = min(2 * pause, BACK_OFF_SECONDS)
-        self._shipper.deliver(0.9 * self._limit)
+        if self._limit:
+            self._shipper.deliver(0.9 * self._limit)
 
 
 def start_run(
@@ -148,7 +172,11 @@ def start_run(
     A run that the server does not know becomes a new one with everything that the journal holds. group: a new run
     becomes a child of the run in its experiment whose tag `group` says so. output: the folder in `folder` that the
     training writes to: one that was killed before its first state is found by it and goes on as the same run.
+
+    Raises ValueError at step 0 for what no waiting cures: a deleted experiment, or a store that MLflow does not support.
+    Later, that is a warning.
     """
+    server = tracking_uri(uri, folder)
     params = {
         key: hide_credentials(value) if isinstance(value, str) else value
         for key, value in params.items()
@@ -157,9 +185,10 @@ def start_run(
         tags = {"git_revision": revision, "mlflow.source.git.commit": revision[:40], **tags}
     tags = {"mlflow.source.name": "vitdet train", "mlflow.source.type": "LOCAL", **tags}
     if run_id is None and output:
-        run_id = _unfinished(folder, output, params)
+        run_id = unfinished(folder, output, params)
     journal = find(folder, run_id)
-    if journal.start() is None:
+    is_new = journal.start() is None
+    if is_new:
         what = {
             "experiment": experiment,
             "name": name,
@@ -182,22 +211,13 @@ def start_run(
         if last.get("end") != "FINISHED" or changed != before:
             journal.append(resume)
             resume = None
-    return MLflowTracker(journal, tracking_uri(uri, folder), resume)
-
-
-def _unfinished(folder: Path, output: str, params: dict) -> str | None:
-    """The run of an earlier start in this output that has no metrics yet; others that were killed are ended."""
-    found = None
-    for journal in journals(folder):
-        start = journal.start() or {}
-        if start.get("output") != output or journal.state()[0].get("end") == "FINISHED":
-            continue
-        if start["params"] == params and not journal.last_steps():
-            found = PENDING + journal.key
-        elif "end" not in journal.state()[0]:
-            journal.mend()
-            journal.append({"end": "KILLED"})
-    return found
+    tracker = MLflowTracker(journal, server, resume)
+    if tracker.refusal and not resume_step:
+        tracker.abandon()
+        if is_new:
+            journal.remove()
+        raise ValueError(tracker.refusal)
+    return tracker
 
 
 def log_metrics(
@@ -207,8 +227,12 @@ def log_metrics(
     values: dict[str, float],
     step: int,
     artifacts: dict[Path, str] | None = None,
-) -> str:
-    """Adds values and files ({path: folder}) to a run after its training, where it does not have them; its id."""
+) -> str | None:
+    """Adds values and files ({path: folder}) to a run after its training, where it does not have them; its id.
+
+    None, and a warning, if the server does not know the run.
+    """
+    server = tracking_uri(uri, folder)
     journal = find(folder, run_id)
     journal.append(
         {
@@ -219,60 +243,45 @@ def log_metrics(
     )
     for path, place in (artifacts or {}).items():
         journal.append_file(path, place)
-    server = tracking_uri(uri, folder)
+    shipper = _Shipper(journal, server)
     with repeating(server):
-        _Shipper(journal, server).deliver(CLOSE_SECONDS)
+        shipper.deliver(CLOSE_SECONDS)
+    if shipper.is_unknown:
+        journal.remove()
+        return None
     return journal.run_id
 
 
 def connect(run_id: str | None, uri: str, folder: Path) -> tuple[MlflowClient, str | None]:
     """(client of the server in use, MLflow's id of the run), after all that the run's journal holds is there.
 
-    Raises ConnectionError where the server does not answer, LookupError where it does not have the run.
+    Raises ConnectionError where the server does not answer, LookupError where it does not have the run, and ValueError
+    where the store can never be used.
     """
     uri = tracking_uri(uri, folder)
     try:
         client = _client(uri)
-        with repeating(uri):
+        with repeating(uri), using(uri):
             client.search_experiments(max_results=1)
+    except RefusedError:
+        raise
     except Exception as error:  # of MLflow, its HTTP client or a database
         raise ConnectionError(
             f"{hide_credentials(uri)}: no answer from MLflow ({first_line(error)}); start the server, or set "
             "MLFLOW_TRACKING_URI to one that runs"
         ) from error
     repeated: Any = RepeatingClient(client, uri)
-    if run_id is None:
+    if not run_id:
         return repeated, None
     shipper = _Shipper(find(folder, run_id), uri)
-    with repeating(uri):
-        shipper.attach(client)
-        shipper.deliver(CLOSE_SECONDS)
+    try:
+        with repeating(uri):
+            shipper.attach(client)
+            shipper.deliver(CLOSE_SECONDS)
+    except UnknownRunError:
+        shipper.journal.remove()
+        raise
     return repeated, shipper.journal.run_id
-
-
-def experiment_id(client: MlflowClient, uri: str, folder: Path, name: str) -> str:
-    """The id of the experiment; a new one in a sqlite file keeps its artifacts in FOLDER/mlartifacts."""
-    place = (Path(folder).resolve() / "mlartifacts").as_uri() if uri.startswith("sqlite:") else None
-
-    def found() -> str | None:
-        experiment = client.get_experiment_by_name(name)
-        return experiment.experiment_id if experiment else None
-
-    return create(found, lambda: client.create_experiment(name, place))
-
-
-def git_revision() -> str | None:
-    """The commit of the working directory's repository, with `-dirty` where tracked files differ; None without one."""
-    if shutil.which("git") is None:
-        return None
-    commit, changes = (
-        subprocess.run(["git", *words], capture_output=True, text=True).stdout.strip()
-        for words in (
-            ["rev-parse", "--verify", "-q", "HEAD"],
-            ["status", "--porcelain", "--untracked-files=no"],
-        )
-    )
-    return commit + ("-dirty" if changes else "") if commit else None
 
 
 class _Shipper:
@@ -285,6 +294,7 @@ class _Shipper:
         self._held: dict[str, dict[int, float]] | None = {}
         self._refused: set[str] = set()  # names that the server does not take
         self._answers = True
+        self.is_unknown = False  # see UnknownRunError
         self.moved = time.monotonic()  # when the server last took something
 
     def deliver(self, seconds: float = 0.0) -> bool:
@@ -294,6 +304,10 @@ class _Shipper:
             try:
                 with self.journal.locked():
                     self._ship(_client(self.uri))
+            except UnknownRunError as error:
+                log.warning("tracking: %s; nothing is logged", error)
+                self.is_unknown = True
+                return False
             except Exception as error:
                 # whatever a server, its client or a database does, the caller goes on
                 # the server may or may not have what was on its way
@@ -306,7 +320,7 @@ class _Shipper:
                         self.journal.path,
                     )
                     self._answers = False
-                if time.monotonic() + pause > deadline or isinstance(error, LookupError):
+                if time.monotonic() + pause > deadline or isinstance(error, RefusedError):
                     return False
                 time.sleep(pause)
                 pause = min(2 * pause, BACK_OFF_SECONDS)
@@ -314,6 +328,17 @@ class _Shipper:
             self._answers = True
             log.warning("tracking: %s answers again and has all points", self._shown)
         return True
+
+    def refusal(self) -> str:
+        """Look for the run or make it; why the store will never take it, '' if it does or may later."""
+        try:
+            with self.journal.locked():
+                self.attach(_client(self.uri))
+        except RefusedError as error:
+            return str(error)
+        except Exception as error:  # `deliver` tries again, and warns
+            log.debug("tracking: %s", first_line(error))
+        return ""
 
     def attach(self, client: MlflowClient) -> str:
         """Finds the run on the server, or makes it. Raises what MLflow's client raises."""
@@ -334,13 +359,9 @@ class _Shipper:
             if run_id is None or client.get_run(run_id).info.lifecycle_stage == "active":
                 return run_id
         except Exception as error:
-            if getattr(error, "error_code", None) != "RESOURCE_DOES_NOT_EXIST":
+            # invalid: not an id that MLflow gives
+            if getattr(error, "error_code", None) not in MISSING | INVALID:
                 raise
-        log.warning(
-            "tracking: %s has no run %s; a new one gets all that the journal holds",
-            self._shown,
-            run_id,
-        )
         return None
 
     def _create(self, client: MlflowClient) -> str:
@@ -348,8 +369,9 @@ class _Shipper:
 
         start = self.journal.start()
         if start is None:
-            raise LookupError(
-                f"{self._shown} has no such run, and {self.journal.path.parent} does not say what it was"
+            raise UnknownRunError(
+                f"{self._shown} has no such run ({self.journal.run_id}), and {self.journal.path.parent} does "
+                "not say what it was"
             )
         place = experiment_id(client, self.uri, self.journal.folder, start["experiment"])
         tags = {**start["tags"], "journal": self.journal.key}
@@ -374,6 +396,12 @@ class _Shipper:
             )
             client.log_inputs(
                 run_id, [DatasetInput(data, [InputTag("mlflow.data.context", "training")])]
+            )
+        if before := self.journal.cursor()[0]:
+            log.warning(
+                "tracking: %s has no run %s; a new one gets all that the journal holds",
+                self._shown,
+                before,
             )
         self.journal.move(run_id, 0)
         return run_id
@@ -439,32 +467,19 @@ class _Shipper:
     ) -> bool:
         """Whether the server has a value at this step; with renew, whether this value is the last one there."""
         if renew:  # also what this process has sent
-            there = _history(client, run_id, key)
+            there = history(client, run_id, key)
             return step in there and same_number(there[step], value)
         if self._held is None:
             return False
         if key not in self._held:
-            self._held[key] = _history(client, run_id, key)
+            self._held[key] = history(client, run_id, key)
         return step in self._held[key]
-
-
-def _history(client: MlflowClient, run_id: str, key: str) -> dict[int, float]:
-    """Step -> the last value there."""
-    points = sorted(client.get_metric_history(run_id, key), key=lambda point: point.timestamp)
-    return {point.step: point.value for point in points}
-
-
-def same_number(ours: float, theirs: float) -> bool:
-    """Whether two values are the same for MLflow, which stores NaN, and the largest number for infinity."""
-    largest = sys.float_info.max
-    return (
-        ours == theirs or ours != ours and theirs != theirs or abs(ours) >= largest <= abs(theirs)
-    )
 
 
 def _client(uri: str) -> MlflowClient:
     set_defaults(CLIENT)  # each time: MLflow reads them at every request
-    return _cached_client(uri)
+    with using(uri):
+        return _cached_client(uri)
 
 
 @cache

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -20,11 +21,14 @@ from vitdet.files import sha256
 from vitdet.ranges import Alias, check
 from vitdet.tracking import champion
 from vitdet.tracking.champion import Evaluate
+from vitdet.tracking.experiments import experiment_id
 from vitdet.tracking.measured import Measured, agree
-from vitdet.tracking.mlflow import connect, experiment_id, tracking_uri
+from vitdet.tracking.mlflow import connect, tracking_uri
 from vitdet.tracking.packaged_model import exported, pack
-from vitdet.tracking.requests import create
+from vitdet.tracking.requests import UnknownRunError, create
 from vitdet.tracking.wheel import build_wheel
+
+log = logging.getLogger(__name__)
 
 
 class Registered(NamedTuple):
@@ -75,7 +79,7 @@ def register_checkpoint(
         protocol = Protocol.of(own, _own_fingerprint(stored, own, is_gated))
     elif protocol is None:
         used, protocol = _measured_on(checkpoint, stored, own, config, measured, is_gated)
-    metrics = stored["metrics"] if metrics is None else metrics
+    metrics = stored.get("metrics") or {} if metrics is None else metrics
     tracking, side = (config or own).tracking, own.data.image_size
     place: dict[str, Any] = {
         "uri": tracking.uri,
@@ -203,9 +207,16 @@ def register(
     A checkpoint of a run is registered once; a repeated registration only moves the alias and does
     not change the tags (see `vitdet.tracking.champion.update_tags`). example: an image (H, W, 3)
     uint8 for testing the packaged model before it is registered. metrics, tags and the run's git
-    revision become tags of the version. Raises ConnectionError if the server does not respond.
+    revision become tags of the version. If the server does not know the run, e.g. of a checkpoint that was copied from
+    another machine, the version has no run, but its id in the tag `training_run`. Raises ConnectionError if the server
+    does not respond.
     """
-    client, run_id = connect(run_id, uri, folder)
+    try:
+        client, run_id = connect(run_id, uri, folder)
+    except UnknownRunError as error:
+        log.warning("%s; the version is registered without a run", error)
+        tags = {**tags, "training_run": str(run_id)}
+        client, run_id = connect(None, uri, folder)
     uri = tracking_uri(uri, folder)
     digest = sha256(checkpoint)
 
@@ -227,7 +238,7 @@ def register(
         place = (
             client.get_run(run_id).info.experiment_id
             if run_id
-            else experiment_id(client, uri, folder, model_name)
+            else experiment_id(client, uri, folder, model_name, "tracking.model_name")
         )
         logged = client.create_logged_model(place, "detector", run_id, model_type="detection")
         model.model_id = model.model_uuid = logged.model_id

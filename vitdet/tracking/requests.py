@@ -33,10 +33,20 @@ USER_SETTINGS = {
 ONCE = ("create_experiment", "create_run", "create_registered_model", "create_model_version")
 MISSING = {"RESOURCE_DOES_NOT_EXIST", "ENDPOINT_NOT_FOUND"}
 INVALID = {"INVALID_PARAMETER_VALUE", "BAD_REQUEST"}
+# of SQLAlchemy: no address of a database, no database; not its OperationalError, which may pass
+NO_DATABASE = {"ArgumentError", "NoSuchModuleError", "DatabaseError"}
 # MLflow's settings and the loggers are the process's: blocks of two threads must not restore each other's values.
 LOCK = threading.RLock()
 T = TypeVar("T")
 log = logging.getLogger(__name__)
+
+
+class RefusedError(ValueError):
+    """What MLflow will not accept later either."""
+
+
+class UnknownRunError(LookupError):
+    """The server does not have the run, and there is nothing to make it of."""
 
 
 def set_defaults(settings: dict[str, str]) -> None:
@@ -51,7 +61,7 @@ def set_defaults(settings: dict[str, str]) -> None:
 class RepeatingClient:
     """An MlflowClient whose requests are repeated, and whose errors are of Python and one line each.
 
-    LookupError: the server does not have it. FileExistsError: it has it already. ValueError: the server refuses the
+    LookupError: the server does not have it. FileExistsError: it has it already. RefusedError: the server refuses the
     request for good. ConnectionError: all others, e.g. no answer, or missing permissions.
     """
 
@@ -144,10 +154,27 @@ def _translated(error: Exception, uri: str) -> Exception:
     if code == "RESOURCE_ALREADY_EXISTS":
         kind = FileExistsError
     elif code in MISSING | INVALID:
-        kind = LookupError if code in MISSING else ValueError
+        kind = LookupError if code in MISSING else RefusedError
     return kind(f"{hide_credentials(uri)}: {first_line(error)}")
+
+
+@contextmanager
+def using(uri: str) -> Iterator[None]:
+    """Raise a RefusedError if it shows in this block that the store at `uri` can never be used."""
+    try:
+        yield
+    except Exception as error:
+        # not BAD_REQUEST, which a proxy in front of a server may answer for a while
+        is_invalid = getattr(error, "error_code", "") == "INVALID_PARAMETER_VALUE"
+        lacks_driver = isinstance(error, ImportError)
+        if not (is_invalid or lacks_driver or type(error).__name__ in NO_DATABASE):
+            raise
+        raise RefusedError(
+            f"{hide_credentials(uri)}: {first_line(error)}; set tracking.uri or MLFLOW_TRACKING_URI to "
+            "http://HOST:PORT or sqlite:///FILE"
+        ) from None  # its context may name the address with the password
 
 
 def first_line(error: object) -> str:
     """Return the first line of an error, without credentials."""
-    return hide_credentials((str(error).splitlines() or [repr(error)])[0][:300])
+    return hide_credentials((str(error).strip().splitlines() or [repr(error)])[0][:300])

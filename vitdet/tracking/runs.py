@@ -102,7 +102,11 @@ def log_evaluation(
     from vitdet.tracking.mlflow import log_metrics, tracking_uri
 
     uri = config.tracking.uri if config else stored["config"]["tracking"]["uri"]
-    kind, _, path = tracking_uri(uri, folder).partition(":///")
+    try:
+        kind, _, path = tracking_uri(uri, folder).partition(":///")
+    except ValueError as error:  # the measured figures matter more
+        log.warning("%s: the metrics are not logged", error)
+        return None
     if kind == "sqlite" and not Path(path).exists():
         return None
     files = dict.fromkeys(sorted(pictures.glob("*.jpg")) if pictures else (), "pictures")

@@ -8,12 +8,21 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from vitdet.checkpoint import Checkpoints, load_model_file
+from vitdet import distributed
+from vitdet.checkpoint import (
+    TRAINING,
+    Checkpoints,
+    DamagedError,
+    check_content,
+    load_model_file,
+)
 from vitdet.config import Config, difference, digest, from_dict, legacy_digest
 from vitdet.data import fingerprint
 from vitdet.files import sha256
 from vitdet.training.optim import lr_factor
 
+# what `Checkpoints.save_evaluation` adds to a state
+EVALUATION = ("config", "metrics", "evaluated")
 log = logging.getLogger(__name__)
 
 
@@ -49,6 +58,8 @@ def states_folder(
     for other in others:
         try:
             state = Checkpoints(other, config.train.keep).latest(verify=False)
+            if state:
+                check_content(other, state, TRAINING)
             stored = from_dict(state["config"]) if state else config
         except ValueError:
             continue  # damaged, or of another version
@@ -62,17 +73,46 @@ def states_folder(
 def state_to_resume(
     config: Config, output: Path, prints: dict[str, str], states: Checkpoints
 ) -> dict | None:
-    """The newest state, if there is one. Raises ValueError if it does not fit this config and data."""
-    state, finished = states.latest(), output / "model.pt"
+    """The newest state that all processes find whole, if there is one. To be called by all of them.
+
+    Raises ValueError if it does not fit this config and data, and if the processes find different files.
+    """
+    check_agreement(distributed.all_gather_objects(states.newest()), states.folder)
+    state = _agreed_state(states)
+    distributed.together(lambda: _check_resumable(config, output, prints, state, states.folder))
+    return state
+
+
+def _agreed_state(states: Checkpoints, up_to: int | None = None) -> dict | None:
+    """The newest state (up_to: of those after at most so many steps) that all processes find whole.
+
+    `states.damaged` then holds the states that any of them found damaged. Of evaluations, what the first one read counts.
+    """
+    state = distributed.together(lambda: states.latest(up_to=up_to))
+    step = state["step"] if state else 0
+    measured = {key: state[key] for key in EVALUATION if key in state} if state else {}
+    found = distributed.all_gather_objects((step, measured, states.damaged))
+    for _, _, damaged in found:
+        states.damaged |= {path: why for path, why in damaged.items() if path.suffix == ".pt"}
+    least = min(step for step, _, _ in found)
+    if any(step > least for step, _, _ in found):  # damaged on the way to one machine only
+        return _agreed_state(states, least)
+    return None if state is None else state | found[0][1]
+
+
+def _check_resumable(
+    config: Config, output: Path, prints: dict[str, str], state: dict | None, folder: Path
+) -> None:
+    finished = output / "model.pt"
     if state is not None:
-        _check_state(config, prints, state, states.folder)
+        check_content(folder / f"step_{state['step']:08d}.pt", state, TRAINING)
+        _check_state(config, prints, state, folder)
     elif finished.exists():  # `is_complete` allowed more steps
         steps = load_model_file(finished)["step"]
         raise ValueError(
             f"{output}: holds a finished run of {steps} steps, and no training state to go on from is in "
-            f"{states.folder}; choose another --output or remove it"
+            f"{folder}; choose another --output or remove it"
         )
-    return state
 
 
 def changed_settings(config: Config, state: dict) -> list[str]:
@@ -92,7 +132,10 @@ def is_complete(
     finished = output / "model.pt"
     if not finished.exists():
         return False
-    done = load_model_file(finished)
+    try:
+        done = load_model_file(finished)
+    except DamagedError as error:
+        raise DamagedError(f"{error}; remove it, and the same command writes it again") from error
     stored = from_dict(done["config"])
     remedy = "choose another --output or remove it"
     if _same_but_for_steps(config, stored) and config.optim.steps > stored.optim.steps:

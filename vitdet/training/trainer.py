@@ -35,7 +35,6 @@ from vitdet.training.parallel import parallelize, share_statistics
 from vitdet.training.precision import chosen, tf32
 from vitdet.training.resume import (
     changed_settings,
-    check_agreement,
     is_complete,
     state_to_resume,
     states_folder,
@@ -97,9 +96,8 @@ def train(
             lambda: states_folder(config, output, checkpoints, prints, source)
         )
         states = Checkpoints(folder, config.train.keep)
-        state = distributed.together(lambda: state_to_resume(config, output, prints, states))
+        state = state_to_resume(config, output, prints, states)
         start = state["step"] if state else 0
-        check_agreement(distributed.all_gather_objects(start), folder)
         loader = distributed.together(
             lambda: train_loader(
                 config.data,
@@ -117,10 +115,15 @@ def train(
         stop.check(f"stopped at step {start} of {config.optim.steps}, before anything was built")
 
         detector = _fresh_detector(config, split, None if state else source, device)
-        tracker = Tracker()
-        if distributed.rank() == 0:
+
+        def start_alone() -> Tracker:
             alone.enter_context(states.locked())
-            tracker = _announce(config, output, prints, states, state, start_tracking)
+            states.set_aside(start)
+            return _announce(config, output, prints, states, state, start_tracking)
+
+        tracker = distributed.together(
+            lambda: start_alone() if distributed.rank() == 0 else Tracker()
+        )
         saver = alone.enter_context(Saver(states))
         loop = Loop(
             config, detector, loader, tracker, saver, prints, device, stop, watchdog, output

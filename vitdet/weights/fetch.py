@@ -140,6 +140,8 @@ def _finish(source: Path, target: Path, entry: Entry, convert: Convert, address:
     try:
         verify(source, entry)
         verified = bool(entry.sha256 or entry.md5 and not entry.md5_of_name)
+        if not (entry.sha256 or entry.md5):
+            log.warning("%s: %s", entry.name, _unverified(entry))
         _place(source, target, convert)
     except ValueError as error:
         if not address:
@@ -150,6 +152,15 @@ def _finish(source: Path, target: Path, entry: Entry, convert: Convert, address:
         raise ValueError(
             f"{entry.name}, from {address}: {error}; the download was {fate}"
         ) from error
+
+
+def _unverified(entry: Entry) -> str:
+    """What was not verified of a file of which no checksum is published."""
+    return (
+        "neither a checksum nor a size is published; nothing was verified"
+        if entry.size is None
+        else "no checksum is published; only its size was verified"
+    )
 
 
 def _place(source: Path, target: Path, convert: Convert) -> None:

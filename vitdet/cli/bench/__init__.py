@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
+from vitdet.cli.paths import given_path
 from vitdet.files import write_json
 
 
@@ -19,17 +19,17 @@ def add_bench(verb: argparse.ArgumentParser) -> None:
     kind.add_argument(
         "--rounds", type=int, default=1, help="measure so often and take the least (1)"
     )
-    kind.add_argument("--output", type=Path, help="write the figures to this JSON file")
+    kind.add_argument("--output", type=given_path, help="write the figures to this JSON file")
     kind.set_defaults(run=run_bench_evaluate)
     kind = kinds.add_parser(
         "data",
         help="time of reading and augmenting a training image, beside Detectron2's mapper "
         "where that is installed",
     )
-    kind.add_argument("folder", type=Path, help="photos in COCO's layout")
+    kind.add_argument("folder", type=given_path, help="photos in COCO's layout")
     kind.add_argument("--split", action="append", help="may be repeated (train2017 and val2017)")
     kind.add_argument("--rounds", type=int, default=5, help="turns over all images (5)")
-    kind.add_argument("--output", type=Path, help="write the figures to this JSON file")
+    kind.add_argument("--output", type=given_path, help="write the figures to this JSON file")
     kind.set_defaults(run=run_bench_data)
 
 
