@@ -95,7 +95,7 @@ class TrainData(Dataset):
             repeats = repeat_factors(self.records.labels(), data.repeat_threshold)
         self.sampler = InfiniteSampler(len(self.records), seed, repeats)
         self._small = 3 * int(self.records.sizes().prod(axis=1).sum()) <= cache
-        self._cache: dict[int, tuple[Image.Image, np.ndarray]] = {}
+        self._cache: dict[int, tuple[Image.Image, np.ndarray, np.ndarray]] = {}
 
     def __getitems__(self, positions: Sequence[int]) -> Batch:
         return make_batch(self.draw, positions, self.data.image_size)
@@ -130,33 +130,35 @@ class TrainData(Dataset):
             color_jitter=data.color_jitter,
             diagonal=data.diagonal_crop,
         )
-        image, edges = self._load(index, record)
+        image, edges, counts = self._load(index, record)
         edges = affine.edges(edges)
-        boxes, keep = visible_boxes(edges, affine.size)
+        boxes, keep = visible_boxes(edges, counts, affine.size)
         own, has_mask = record.own_box, None
         if own.any():
-            around = affine.edges(rectangles(record.boxes[own]))
-            boxes[own], keep[own] = visible_boxes(around, affine.size)
+            around, four = rectangles(record.boxes[own])
+            boxes[own], keep[own] = visible_boxes(affine.edges(around), four, affine.size)
             has_mask = torch.tensor([shape is not None for shape in record.segmentations])[keep]
         if data.redraw_empty and not keep.any():
             return None
         target = Target(
             torch.from_numpy(boxes[keep]),
             torch.from_numpy(record.labels[keep]),
-            Polygons(torch.from_numpy(edges[keep])),
+            Polygons.of(
+                torch.from_numpy(edges[np.repeat(keep, counts)]), torch.from_numpy(counts[keep])
+            ),
             has_mask,
         )
         pad(affine.seen(image, data.antialias), canvas)
         return target, affine.size, record.image_id, affine.source
 
-    def _load(self, index: int, record: Record) -> tuple[Image.Image, np.ndarray]:
+    def _load(self, index: int, record: Record) -> tuple[Image.Image, np.ndarray, np.ndarray]:
         if index in self._cache:
             return self._cache[index]
         image = read_image(record.path, (record.height, record.width))
-        edges = edges_of(record.segmentations, record.height, record.width)
+        loaded = image, *edges_of(record.segmentations, record.height, record.width)
         if self._small:
-            self._cache[index] = image, edges
-        return image, edges
+            self._cache[index] = loaded
+        return loaded
 
 
 class ValData(Dataset):

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 MAX_LOG_SCALE = math.log(1000 / 16)  # a side grows at most so much in one step
-PAIRS = 2**23  # of boxes that are compared at a time: 270 MB
+PAIRS = 2**22  # of boxes that are compared at a time: 130 MB
 
 Weights = tuple[float, float, float, float]
 
