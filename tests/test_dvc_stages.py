@@ -32,6 +32,7 @@ IRRELEVANT = {
         "vitdet/locks.py",
         "vitdet/predictor.py",
         "vitdet/ranges.py",
+        "vitdet/suggestions.py",
         "vitdet/tracking/tracker.py",
         "vitdet/visualize.py",
         "vitdet/weights/__init__.py",
@@ -44,6 +45,7 @@ IRRELEVANT = {
         "vitdet/files.py",
         "vitdet/locks.py",
         "vitdet/ranges.py",
+        "vitdet/suggestions.py",
     },
 }
 

@@ -21,6 +21,7 @@ from vitdet.config import DataConfig
 from vitdet.data import download_record
 from vitdet.data.annotations import without_objects
 from vitdet.data.coco import CocoSplit, read_coco, read_image
+from vitdet.data.images import DEFAULT, Reading
 from vitdet.data.layout import missing, split_files
 from vitdet.data.masks import edges_of, rectangles
 from vitdet.data.records import Record, Records
@@ -154,7 +155,7 @@ class TrainData(Dataset):
     def _load(self, index: int, record: Record) -> tuple[Image.Image, np.ndarray, np.ndarray]:
         if index in self._cache:
             return self._cache[index]
-        image = read_image(record.path, (record.height, record.width))
+        image = read_image(record.path, (record.height, record.width), Reading.of(self.data))
         loaded = image, *edges_of(record.segmentations, record.height, record.width)
         if self._small:
             self._cache[index] = loaded
@@ -164,10 +165,13 @@ class TrainData(Dataset):
 class ValData(Dataset):
     """Indices -> a batch of these images of the records, longest side = canvas, without targets."""
 
-    def __init__(self, records: Records, image_size: int, antialias: bool) -> None:
+    def __init__(
+        self, records: Records, image_size: int, antialias: bool, reading: Reading = DEFAULT
+    ) -> None:
         self.records = records
         self.image_size = image_size
         self.antialias = antialias
+        self.reading = reading
 
     def __len__(self) -> int:
         return len(self.records)
@@ -183,7 +187,7 @@ class ValData(Dataset):
         record = self.records[index]
         source = (record.height, record.width)
         _, size = resize_and_pad(
-            read_image(record.path, source), self.image_size, self.antialias, canvas
+            read_image(record.path, source, self.reading), self.image_size, self.antialias, canvas
         )
         return None, size, record.image_id, source
 

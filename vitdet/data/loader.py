@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader, Sampler
 from vitdet.config import DataConfig
 from vitdet.data.coco import CocoSplit
 from vitdet.data.dataset import TrainData, ValData, read_split
+from vitdet.data.images import Reading
 from vitdet.data.layout import split_files
 from vitdet.data.samplers import positions
 from vitdet.types import Batch
@@ -100,7 +101,7 @@ def val_loader(
     records = (split or read_split(data, data.val_split)).records
     part = records[len(records) * rank // world_size : len(records) * (rank + 1) // world_size]
     return DataLoader(
-        ValData(part, data.image_size, data.antialias),
+        ValData(part, data.image_size, data.antialias, Reading.of(data)),
         batch_size=batch_size,
         **_processes(data.workers),
     )
