@@ -18,7 +18,7 @@ PRODUCT = ("vitdet", "components", "pipeline")
 # A room is a module or folder directly in vitdet/, or one of the folders components/, pipeline/.
 # The lowest layer comes first. Each room lists what it may import besides itself: a room, one of
 # its modules (`data.images`), or ALL for every room of the layers below.
-BASE = "files locks ranges yaml_text config types distributed torchrun"
+BASE = "files locks ranges yaml_text suggestions config types distributed torchrun"
 ALL = "*"
 LAYERS: tuple[dict[str, str], ...] = (
     {
@@ -26,6 +26,7 @@ LAYERS: tuple[dict[str, str], ...] = (
         "locks": BASE,
         "ranges": BASE,
         "yaml_text": "",
+        "suggestions": BASE,
         "config": BASE,
         "types": BASE,
         "distributed": BASE,

@@ -88,9 +88,13 @@ def target(boxes, labels):
     """Rectangles that fill their boxes."""
     boxes = torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4)
     labels = torch.tensor(labels, dtype=torch.int64)
-    outlines = [rectangle(*box) for box in boxes.tolist()]
-    edges = torch.stack(outlines) if outlines else torch.zeros(0, 0, 4)
-    return Target(boxes, labels, Polygons(edges))
+    return Target(boxes, labels, polygons([rectangle(*box) for box in boxes.tolist()]))
+
+
+def polygons(outlines):
+    """The edges (E, 4) of each object as they stand in a target."""
+    counts = torch.tensor([len(lines) for lines in outlines], dtype=torch.int64)
+    return Polygons.of(torch.cat([torch.zeros(0, 4), *outlines]), counts)
 
 
 class Operations(TorchDispatchMode):

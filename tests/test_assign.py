@@ -62,19 +62,21 @@ def test_match_equals_the_loop(ours, slow, truths, low, high):
         boxes = torch.randint(0, 20, (truths + 40, 4), generator=generator).float()
         boxes[:, 2:] += boxes[:, :2] + 1
         iou = pairwise_iou(boxes[:truths], boxes[truths:])
-        assert ours(iou, low, high).tolist() == slow(iou, low, high)
+        expected = slow(iou, low, high)
+        for rows in (1, 4, 30):
+            assert ours(iou.split(rows), low, high).tolist() == expected
 
 
 def test_thresholds_are_half_open():
     iou = torch.tensor([[0.29, 0.3, 0.69, 0.7, 1.0]])
-    assert match(iou, 0.3, 0.7).tolist() == [BACKGROUND, IGNORE, IGNORE, 0, 0]
+    assert match([iou], 0.3, 0.7).tolist() == [BACKGROUND, IGNORE, IGNORE, 0, 0]
 
 
 def test_best_of_a_ground_truth_learns_from_its_own_best():
     iou = torch.tensor([[0.2, 0.0], [0.25, 0.1]])  # box 0 is the best of both
-    assert match_keeping_own(iou, 0.3, 0.7).tolist() == [1, BACKGROUND]
+    assert match_keeping_own([iou], 0.3, 0.7).tolist() == [1, BACKGROUND]
     # both overlap too little
-    assert match_keeping_best(iou, 0.3, 0.7).tolist() == [BACKGROUND, BACKGROUND]
+    assert match_keeping_best([iou], 0.3, 0.7).tolist() == [BACKGROUND, BACKGROUND]
 
 
 def test_best_of_a_ground_truth_learns_from_that_ground_truth():
@@ -82,16 +84,16 @@ def test_best_of_a_ground_truth_learns_from_that_ground_truth():
         [[0.9, 0.9, 0.0, 0.3], [0.0, 0.6, 0.0, 0.3], [0.0, 0.0, 0.2, 0.0], [0.3, 0.3, 0.0, 0.3]]
     )
     # the last ground truth takes all
-    assert match_keeping_best(iou, 0.3, 0.7).tolist() == [3, 3, BACKGROUND, 3]
-    assert match_keeping_best(iou[:3], 0.3, 0.7).tolist() == [0, 1, BACKGROUND, IGNORE]
-    assert match_keeping_own(iou[:3], 0.3, 0.7).tolist() == [0, 0, 2, IGNORE]
+    assert match_keeping_best([iou], 0.3, 0.7).tolist() == [3, 3, BACKGROUND, 3]
+    assert match_keeping_best([iou[:3]], 0.3, 0.7).tolist() == [0, 1, BACKGROUND, IGNORE]
+    assert match_keeping_own([iou[:3]], 0.3, 0.7).tolist() == [0, 0, 2, IGNORE]
 
 
 @pytest.mark.parametrize("matching", [match_keeping_own, match_keeping_best])
 def test_a_ground_truth_that_no_box_meets_makes_none_foreground(matching):
-    assert matching(torch.zeros(1, 4), 0.3, 0.7).tolist() == [BACKGROUND] * 4
-    assert matching(torch.zeros(1, 4), 0.0, 0.7).tolist() == [IGNORE] * 4
-    assert matching(torch.zeros(3, 0), 0.3, 0.7).tolist() == []
+    assert matching([torch.zeros(1, 4)], 0.3, 0.7).tolist() == [BACKGROUND] * 4
+    assert matching([torch.zeros(1, 4)], 0.0, 0.7).tolist() == [IGNORE] * 4
+    assert matching([torch.zeros(3, 0)], 0.3, 0.7).tolist() == []
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,16 @@ import pytest
 import torch
 
 from tests.small import Operations
-from vitdet.models.boxes import MAX_LOG_SCALE, area, clip, decode, encode, nonempty, pairwise_iou
+from vitdet.models.boxes import (
+    MAX_LOG_SCALE,
+    area,
+    clip,
+    decode,
+    encode,
+    iou_blocks,
+    nonempty,
+    pairwise_iou,
+)
 
 WEIGHTS = (10.0, 10.0, 5.0, 5.0)
 
@@ -93,6 +102,15 @@ def test_iou_equals_counting():
 def test_iou_of_nothing():
     assert pairwise_iou(torch.zeros(0, 4), random_boxes(3)).shape == (0, 3)
     assert pairwise_iou(random_boxes(2), torch.zeros(0, 4)).shape == (2, 0)
+
+
+@pytest.mark.parametrize(("first", "second"), [(7, 5), (0, 5), (7, 0)])
+def test_blocks_are_the_rows_of_the_whole(first, second, monkeypatch):
+    monkeypatch.setattr("vitdet.models.boxes.PAIRS", 12)
+    boxes, others = random_boxes(first), random_boxes(second)
+    blocks = list(iou_blocks(boxes, others))
+    assert all(block.numel() <= 12 for block in blocks) and blocks
+    assert torch.equal(torch.cat(blocks), pairwise_iou(boxes, others))
 
 
 @pytest.mark.parametrize("weights", [WEIGHTS, (30.0, 20.0, 15.0, 5.0)])

@@ -172,6 +172,25 @@ def test_a_detection_is_as_large_as_its_box_or_its_mask(annotations):
     assert figures["mask_ap_small"] == pytest.approx(50)
 
 
+def test_three_hundred_objects_are_all_found_with_a_limit_of_as_many(tmp_path):
+    boxes = [[3 * (i % 20), 3 * (i // 20), 2, 2] for i in range(300)]
+    tree = {
+        "images": [{"id": 5, "height": 100, "width": 100}],
+        "categories": [{"id": 2, "name": "thing"}],
+        "annotations": [
+            {"id": i + 1, "image_id": 5, "category_id": 2, "bbox": box, "area": 4, "iscrowd": 0}
+            for i, box in enumerate(boxes)
+        ],
+    }
+    path = tmp_path / "truth.json"
+    path.write_text(json.dumps(tree))
+    truth, found = read_truth(path), [result(box) for box in boxes]
+    assert summary(compare(truth, found, ["bbox"]))["box_ap"] == pytest.approx(100 * 34 / 101)
+    figures = summary(compare(truth, found, ["bbox"], most=300))
+    assert figures["box_ap"] == figures["box_ar_300"] == pytest.approx(100)
+    assert figures["box_ar_10"] == pytest.approx(10 / 3) and "box_ar_100" not in figures
+
+
 def test_nothing_found_is_an_ap_of_zero(annotations):
     figures = coco_ap(annotations, [])
     assert figures["box_ap"] == figures["mask_ap"] == figures["box_ar_100"] == 0

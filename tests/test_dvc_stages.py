@@ -32,6 +32,7 @@ IRRELEVANT = {
         "vitdet/locks.py",
         "vitdet/predictor.py",
         "vitdet/ranges.py",
+        "vitdet/suggestions.py",
         "vitdet/tracking/tracker.py",
         "vitdet/visualize.py",
         "vitdet/weights/__init__.py",
@@ -46,6 +47,7 @@ IRRELEVANT = {
         "vitdet/locks.py",
         "vitdet/ranges.py",
         "vitdet/yaml_text.py",
+        "vitdet/suggestions.py",
     },
 }
 

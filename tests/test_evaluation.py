@@ -148,6 +148,18 @@ def test_a_detector_that_sees_everything_has_full_marks(spots):
     assert {one["category_id"] for one in results} == {9}
 
 
+@pytest.mark.parametrize(("most", "name"), [(5, "100"), (100, "100"), (300, "300")])
+def test_the_limit_of_detections_grows_with_the_detectors_own(spots, most, name, caplog):
+    with caplog.at_level("INFO", "vitdet"):
+        metrics, _ = evaluate_detector(BrightSpot(), spots, EvalConfig(max_detections=most))
+    assert [key for key in metrics if key.startswith("box_ar_1")][-1] == (
+        "box_ar_100" if name == "100" else "box_ar_10"
+    )
+    assert metrics[f"box_ar_{name}"] == pytest.approx(100)
+    said = "evaluate.max_detections=300: AP counts up to 300 detections"
+    assert (said in caplog.text) == (most == 300)
+
+
 def test_an_images_results_do_not_depend_on_its_neighbours(spots):
     alone = detect(BrightSpot(), spots, EvalConfig(batch_size=1))
     assert alone == detect(BrightSpot(), spots, EvalConfig(batch_size=3))

@@ -69,6 +69,7 @@ def _same(a: Batch, b: Batch) -> bool:
         torch.equal(one.boxes, other.boxes)
         and torch.equal(one.labels, other.labels)
         and torch.equal(one.masks.edges, other.masks.edges)
+        and torch.equal(one.masks.spans, other.masks.spans)
         for one, other in zip(a.targets, b.targets, strict=True)
     )
     return (
@@ -94,7 +95,7 @@ def test_batches_hold_what_training_needs(data: DataConfig) -> None:
             assert target.boxes.dtype == torch.float32 and target.labels.dtype == torch.int64
             assert len(target.boxes) == len(target.labels) == len(
                 target.masks
-            ) and target.masks.edges.shape[2:] == (4,)
+            ) and target.masks.edges.shape[1:] == (4,)
             assert (target.boxes >= 0).all() and (target.boxes[:, 2::2] <= width).all()
             assert (target.boxes[:, 1::2] <= height).all()
     seen = [image_id for batch in batches[:2] for image_id in batch.image_ids]
@@ -227,8 +228,10 @@ def test_an_empty_crop_gives_its_place_to_another_image(data: DataConfig) -> Non
 def test_a_data_set_that_shows_no_object_stops_instead_of_drawing_for_ever(
     data: DataConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def nothing(edges: np.ndarray, _: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
-        return np.zeros((len(edges), 4), np.float32), np.zeros(len(edges), bool)
+    def nothing(
+        _: np.ndarray, counts: np.ndarray, size: tuple[int, int]
+    ) -> tuple[np.ndarray, np.ndarray]:
+        return np.zeros((len(counts), 4), np.float32), np.zeros(len(counts), bool)
 
     monkeypatch.setattr("vitdet.data.dataset.visible_boxes", nothing)
     with pytest.raises(

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from tests.parity.bitmaps import crop_bitmaps
 from tests.parts import mask_head
-from tests.small import SIDE, rectangle, target
+from tests.small import SIDE, polygons, rectangle, target
 from tests.test_box_head import slow_block
 from vitdet.models.mask_head import SIZE, mask_targets, rasterize
 
@@ -41,14 +41,10 @@ def random_outlines(count, seed=0):
     return [star(32.0, 28.0, 9, generator) for _ in range(count)]
 
 
-def padded(outlines):
-    return torch.nn.utils.rnn.pad_sequence(outlines, batch_first=True)
-
-
 def test_rasterize_equals_point_in_polygon():
     corners = random_outlines(6)
     two_parts = torch.cat([outline(corners[0]), outline(corners[1] + 9.3)])
-    edges = padded([two_parts, *(outline(c) for c in corners[2:])])
+    outlines = [two_parts, *(outline(c) for c in corners[2:])]
     boxes = torch.tensor(
         [
             [2.3, 1.9, 70.1, 66.6],
@@ -58,8 +54,8 @@ def test_rasterize_equals_point_in_polygon():
             [31.1, 30.9, 34.3, 33.2],
         ]
     )
-    found = rasterize(edges, boxes, 28)
-    for lines, (x0, y0, x1, y1), cells in zip(edges, boxes.tolist(), found, strict=True):
+    found = rasterize(polygons(outlines), boxes, 28)
+    for lines, (x0, y0, x1, y1), cells in zip(outlines, boxes.tolist(), found, strict=True):
         wanted = [
             [
                 slow_inside(lines, x0 + (j + 0.5) * (x1 - x0) / 28, y0 + (i + 0.5) * (y1 - y0) / 28)
@@ -74,7 +70,7 @@ def test_rasterize_equals_point_in_polygon():
 def test_rasterize_agrees_with_pycocotools():
     corners = random_outlines(12, seed=3)
     found = rasterize(
-        padded([outline(c) for c in corners]), torch.tensor([[0.0, 0, 64, 64]] * 12), 64
+        polygons([outline(c) for c in corners]), torch.tensor([[0.0, 0, 64, 64]] * 12), 64
     )
     overlaps = []
     for mine, c in zip(found, corners, strict=True):
@@ -84,48 +80,88 @@ def test_rasterize_agrees_with_pycocotools():
 
 
 def test_rasterize_literal_rectangle():
-    found = rasterize(rectangle(2, 1, 4, 3)[None], torch.tensor([[0.0, 0, 4, 4]]), 4)
+    found = rasterize(polygons([rectangle(2, 1, 4, 3)]), torch.tensor([[0.0, 0, 4, 4]]), 4)
     assert found[0].int().tolist() == [[0, 0, 0, 0], [0, 0, 1, 1], [0, 0, 1, 1], [0, 0, 0, 0]]
 
 
 @pytest.mark.parametrize("count", [1, 3])
 def test_parts_that_overlap_unite(count):
     lines = torch.cat([rectangle(0, 0, 3, 3)] * count + [rectangle(2, 2, 4, 4)])
-    found = rasterize(lines[None], torch.tensor([[0.0, 0, 4, 4]]), 4)[0].int().tolist()
+    found = rasterize(polygons([lines]), torch.tensor([[0.0, 0, 4, 4]]), 4)[0].int().tolist()
     assert found == [[1, 1, 1, 0], [1, 1, 1, 0], [1, 1, 1, 1], [0, 0, 1, 1]]
 
 
 def test_a_hole_turns_the_other_way():
     hole = rectangle(1, 1, 3, 3)[:, [2, 3, 0, 1]]
     found = rasterize(
-        torch.cat([rectangle(0, 0, 4, 4), hole])[None], torch.tensor([[0.0, 0, 4, 4]]), 4
+        polygons([torch.cat([rectangle(0, 0, 4, 4), hole])]), torch.tensor([[0.0, 0, 4, 4]]), 4
     )
     assert found[0].sum() == 12 and not found[0, 1:3, 1:3].any()
 
 
 def test_flip_and_scale_of_outlines_and_boxes_flip_and_keep_the_mask():
-    edges = padded([outline(c) for c in random_outlines(5)])
+    outlines = [outline(c) for c in random_outlines(5)]
     boxes = torch.tensor([[3.3, 4.1, 60.2, 61.7]] * 5)
-    plain = rasterize(edges, boxes, 28)
-    flipped = edges * torch.tensor([-1.0, 1, -1, 1]) + torch.tensor([64.0, 0, 64, 0])
+    plain = rasterize(polygons(outlines), boxes, 28)
+    signs, shift = torch.tensor([-1.0, 1, -1, 1]), torch.tensor([64.0, 0, 64, 0])
+    flipped = polygons([lines * signs + shift for lines in outlines])
     mirrored = torch.stack([64 - boxes[:, 2], boxes[:, 1], 64 - boxes[:, 0], boxes[:, 3]], dim=1)
     assert (rasterize(flipped, mirrored, 28) != plain.flip(2)).sum() <= 2
-    assert (rasterize(edges * 3.7, boxes * 3.7, 28) != plain).sum() <= 2
+    assert (
+        rasterize(polygons([lines * 3.7 for lines in outlines]), boxes * 3.7, 28) != plain
+    ).sum() <= 2
 
 
 def test_outside_and_empty_outlines():
     assert (
-        rasterize(rectangle(10, 10, 20, 20)[None], torch.tensor([[30.0, 30, 40, 40]]), 28).sum()
+        rasterize(
+            polygons([rectangle(10, 10, 20, 20)]), torch.tensor([[30.0, 30, 40, 40]]), 28
+        ).sum()
         == 0
     )
-    assert rasterize(torch.zeros(1, 6, 4), torch.tensor([[0.0, 0, 9, 9]]), 28).sum() == 0
-    assert rasterize(rectangle(0, 0, 50, 50)[None], torch.tensor([[10.0, 10, 20, 20]]), 28).all()
-    assert rasterize(rectangle(0, 0, 9, 9)[None], torch.tensor([[5.0, 5, 5, 5]]), 28).shape == (
+    assert rasterize(polygons([torch.zeros(6, 4)]), torch.tensor([[0.0, 0, 9, 9]]), 28).sum() == 0
+    assert rasterize(
+        polygons([rectangle(0, 0, 50, 50)]), torch.tensor([[10.0, 10, 20, 20]]), 28
+    ).all()
+    assert rasterize(
+        polygons([rectangle(0, 0, 9, 9)]), torch.tensor([[5.0, 5, 5, 5]]), 28
+    ).shape == (
         1,
         28,
         28,
     )
-    assert rasterize(torch.zeros(0, 4, 4), torch.zeros(0, 4), 28).shape == (0, 28, 28)
+    assert rasterize(polygons([]), torch.zeros(0, 4), 28).shape == (0, 28, 28)
+
+
+def slow_rasterize(edges, box, size):
+    """The definition in terms of all cells of one outline (E, 4) at once, in float32."""
+    low = box[:2]
+    span = (box[2:] - low).clamp(min=0.1)
+    (x0, y0), (x1, y1) = (((end - low) / span * size).T for end in (edges[:, :2], edges[:, 2:]))
+    steps = torch.zeros(size, size + 1)
+    for row in range(size):
+        y = row + 0.5
+        crossing = x0 + (y - y0) * (x1 - x0) / torch.where(y1 == y0, 1, y1 - y0)
+        for sign, meets in ((1, (y0 <= y) & (y1 > y)), (-1, (y1 <= y) & (y0 > y))):
+            for column in (crossing[meets] - 0.5).ceil().clamp(0, size).long().tolist():
+                steps[row, column] += sign
+    return steps[:, :size].cumsum(dim=1) != 0
+
+
+@pytest.mark.parametrize("pairs", [1, 7, 64, 1000])
+def test_edges_are_taken_in_parts_of_any_size(pairs, monkeypatch):
+    """Outlines of very different lengths, one without any edge, two RoIs of one outline."""
+    monkeypatch.setattr("vitdet.models.mask_head.PAIRS", pairs)
+    generator = torch.Generator().manual_seed(5)
+    lines = [outline(star(32.0, 28.0, count, generator)) for count in (3, 90, 12)]
+    lines.insert(1, torch.zeros(0, 4))
+    truth = torch.tensor([2, 1, 0, 3, 2])
+    boxes = torch.rand(5, 4, generator=generator) * 20
+    boxes[:, 2:] += boxes[:, :2] + 20
+    found = rasterize(polygons(lines)[truth], boxes, 28)
+    wanted = [slow_rasterize(lines[i], box, 28) for i, box in zip(truth, boxes, strict=True)]
+    assert torch.equal(found, torch.stack(wanted))
+    assert found[0].any() and found[3].any() and not found[1].any()
 
 
 def test_bitmaps_and_outlines_of_the_same_rectangles_agree():

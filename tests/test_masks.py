@@ -37,13 +37,12 @@ def _closes(lines: np.ndarray) -> bool:
 def test_polygon_parts_turn_alike_and_unite() -> None:
     # one clockwise, one not, overlapping
     square, turned = ([1, 1, 7, 1, 7, 7, 1, 7], [4, 4, 4, 9, 9, 9, 9, 4])
-    found = edges_of([[square, turned], [square]], 12, 12)
-    assert found.shape == (2, 8, 4) and found.dtype == np.float32
-    assert not found[1, 4:].any()
+    found, counts = edges_of([[square, turned], None, [square]], 12, 12)
+    assert found.shape == (12, 4) and found.dtype == np.float32 and counts.tolist() == [8, 0, 4]
     expected = np.zeros((12, 12), bool)
     expected[1:7, 1:7] = expected[4:9, 4:9] = True
-    assert np.array_equal(_rasterise(found[0], 12, 12), expected)
-    assert _closes(found[0])
+    assert np.array_equal(_rasterise(found[:8], 12, 12), expected)
+    assert _closes(found[:8]) and _closes(found[8:])
 
 
 def test_rle_outline_is_exact() -> None:
@@ -51,7 +50,7 @@ def test_rle_outline_is_exact() -> None:
     for density in (0.1, 0.5, 0.9, 1.0):
         pixels = rng.random((17, 23)) < density
         (rle,) = encode(torch.from_numpy(pixels)[None])
-        found = edges_of([rle], 17, 23)[0]
+        found, _ = edges_of([rle], 17, 23)
         assert np.array_equal(_rasterise(found, 17, 23), pixels) and _closes(found)
         across = found[:, [1, 0, 3, 2]]  # exchanged axes need the horizontal edges
         assert np.array_equal(_rasterise(across, 23, 17), pixels.T)
@@ -59,7 +58,7 @@ def test_rle_outline_is_exact() -> None:
 
 def test_a_rectangle_of_pixels_has_four_edges_also_uncompressed() -> None:
     # columns 1, 2, rows 1, 2
-    (found,) = edges_of([{"size": [4, 5], "counts": [5, 2, 2, 2, 9]}], 4, 5)
+    found, _ = edges_of([{"size": [4, 5], "counts": [5, 2, 2, 2, 9]}], 4, 5)
     assert sorted(map(tuple, found.tolist())) == [
         (1, 1, 1, 3),
         (1, 3, 3, 3),
@@ -69,8 +68,9 @@ def test_a_rectangle_of_pixels_has_four_edges_also_uncompressed() -> None:
 
 
 def test_no_objects_and_empty_rle() -> None:
-    assert edges_of([], 4, 5).shape == (0, 0, 4)
-    assert edges_of([{"size": [4, 5], "counts": [20]}], 4, 5).shape == (1, 0, 4)
+    assert [part.shape for part in edges_of([], 4, 5)] == [(0, 4), (0,)]
+    edges, counts = edges_of([{"size": [4, 5], "counts": [20]}], 4, 5)
+    assert edges.shape == (0, 4) and counts.tolist() == [0]
     with pytest.raises(ValueError, match="RLE of size"):
         edges_of([{"size": [4, 5], "counts": [20]}], 5, 5)
 

@@ -10,6 +10,7 @@ import json
 import os
 import warnings
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +25,7 @@ from vitdet.config import DataConfig
 from vitdet.data.check import check
 from vitdet.data.coco import ImageError
 from vitdet.data.dataset import read_split
-from vitdet.data.images import examine, image_size, open_image, upright
+from vitdet.data.images import Reading, examine, image_size, open_image, upright
 from vitdet.data.loader import train_loader, val_loader
 from vitdet.datasets.report.portrait import portrait
 from vitdet.evaluation.pictures import draw_truth
@@ -202,6 +203,60 @@ def test_what_pillow_suspects_is_not_said_to_the_user(
             "none.pt: no such",
         )
     assert not said
+
+
+def promising(path: Path, side: int) -> None:
+    """A JPEG of 16 x 16 pixels whose head promises side x side."""
+    Image.new("RGB", (16, 16)).save(path, "JPEG")
+    content = path.read_bytes()
+    place = content.index(b"\xff\xc0") + 5  # of the height in the frame header
+    sides = side.to_bytes(2, "big") * 2
+    path.write_bytes(content[:place] + sides + content[place + 4 :])
+
+
+def test_a_file_that_promises_too_many_pixels_is_not_decoded(
+    vitdet: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data, path = data_set(tmp_path, (13000, 13000)), tmp_path / "odd" / "odd.jpg"
+    promising(path, 13000)
+    monkeypatch.setattr("PIL.ImageFile.ImageFile.load", lambda _: pytest.fail("decoded"))
+    expected = (
+        "the image has 13,000 x 13,000 pixels, more than the 100,000,000 of data.max_pixels; make it smaller, "
+        "cut it into parts, or raise data.max_pixels"
+    )
+    data = replace(data, image_size=64)
+    readers = [
+        lambda: open_image(path),
+        lambda: image_size(path),
+        lambda: examine(path.read_bytes()),
+        lambda: next(iter(train_loader(data, 1, 0, 0, 1))),
+        lambda: next(iter(val_loader(data, 1))),
+        lambda: Predictor(Watcher(), ("thing",), 64)(path),
+    ]
+    for reader in readers:
+        with pytest.raises((ValueError, ImageError)) as caught:
+            reader()
+        assert expected in str(caught.value)
+    status, said, _ = vitdet("data", "check", tmp_path, "--images")
+    assert status == 1 and expected in said
+
+
+@pytest.mark.parametrize(("bound", "fits"), [(HIGH * WIDE, True), (HIGH * WIDE - 1, False)])
+def test_max_pixels_is_the_largest_image(bound: int, fits: bool, tmp_path: Path) -> None:
+    data, path = data_set(tmp_path, (HIGH, WIDE)), tmp_path / "odd" / "odd.jpg"
+    ODD["grey"](path)
+    data = replace(data, max_pixels=bound)
+    readers = [
+        lambda: next(iter(train_loader(data, 1, 0, 0, 1))),
+        lambda: next(iter(val_loader(data, 1))),
+        lambda: Predictor(Watcher(), ("thing",), 64, reading=Reading.of(data))(path),
+    ]
+    for reader in readers:
+        if fits:
+            reader()
+        else:
+            with pytest.raises((ValueError, ImageError), match="data.max_pixels"):
+                reader()
 
 
 def test_whatever_a_decoder_raises_is_one_line(

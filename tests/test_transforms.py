@@ -63,8 +63,8 @@ def test_a_rectangle_is_where_its_box_says(seed: int) -> None:
     affine = _draw(seed, scale_range=(0.5, 2.0), transpose=0.5)
     seen = np.asarray(affine.seen(Image.fromarray(image), antialias=True))
     assert seen.shape[:2] == affine.size
-    outline = edges_of([_rectangle(50, 30, 100, 60)], 90, 140)
-    boxes, keep = visible_boxes(affine.edges(outline), affine.size)
+    outline, counts = edges_of([_rectangle(50, 30, 100, 60)], 90, 140)
+    boxes, keep = visible_boxes(affine.edges(outline), counts, affine.size)
     rows, columns = np.nonzero(seen[:, :, 0] > 127)
     if not keep[0]:
         assert len(rows) == 0
@@ -131,7 +131,7 @@ def _only(**changes: bool) -> Affine:
 
 @pytest.mark.parametrize("name", ["flip", "transpose"])
 def test_flip_and_transpose_twice_are_the_identity(name: str) -> None:
-    image, outline = _noise(30, 50), edges_of([[[3, 4, 20, 5, 11, 29]]], 30, 50)
+    image, (outline, _) = _noise(30, 50), edges_of([[[3, 4, 20, 5, 11, 29]]], 30, 50)
     affine = _only(**{name: True})
     once = np.asarray(affine.seen(image, antialias=True))
     back = (
@@ -145,17 +145,17 @@ def test_flip_and_transpose_twice_are_the_identity(name: str) -> None:
 
 
 def test_flip_mirrors_boxes_and_pixels() -> None:
-    image, outline = _noise(30, 50), edges_of([_rectangle(3, 4, 20, 29)], 30, 50)
+    image, (outline, counts) = _noise(30, 50), edges_of([_rectangle(3, 4, 20, 29)], 30, 50)
     affine = _only(flip=True)
     assert np.array_equal(
         np.asarray(affine.seen(image, antialias=True)), np.asarray(image)[:, ::-1]
     )
-    assert visible_boxes(affine.edges(outline), (30, 50))[0].tolist() == [[30, 4, 47, 29]]
+    assert visible_boxes(affine.edges(outline), counts, (30, 50))[0].tolist() == [[30, 4, 47, 29]]
     assert np.array_equal(
         np.asarray(_only(transpose=True).seen(image, antialias=True)),
         np.asarray(image).swapaxes(0, 1),
     )
-    assert visible_boxes(_only(transpose=True).edges(outline), (50, 30))[0].tolist() == [
+    assert visible_boxes(_only(transpose=True).edges(outline), counts, (50, 30))[0].tolist() == [
         [4, 3, 29, 20]
     ]
 
@@ -189,8 +189,8 @@ def test_boxes_are_those_of_the_clipped_polygons() -> None:
             center
             + rng.uniform(1, 60, (len(turns), 1)) * np.stack([np.cos(turns), np.sin(turns)], axis=1)
         )
-    outlines = edges_of([[polygon.ravel().tolist()] for polygon in polygons], 30, 40)
-    boxes, keep = visible_boxes(outlines, (30, 40))
+    outlines, counts = edges_of([[polygon.ravel().tolist()] for polygon in polygons], 30, 40)
+    boxes, keep = visible_boxes(outlines, counts, (30, 40))
     seen = 0
     for polygon, box, kept in zip(polygons, boxes, keep, strict=True):
         clipped = np.array(_clip_polygon([tuple(point) for point in polygon], 40, 30)).reshape(
@@ -206,7 +206,7 @@ def test_boxes_are_those_of_the_clipped_polygons() -> None:
 
 
 def test_an_outline_around_the_window_fills_it_and_one_outside_is_dropped() -> None:
-    outlines = edges_of(
+    outlines, counts = edges_of(
         [
             _rectangle(-5, -5, 100, 100),
             _rectangle(50, 5, 60, 9),
@@ -217,21 +217,26 @@ def test_an_outline_around_the_window_fills_it_and_one_outside_is_dropped() -> N
         30,
         40,
     )
-    boxes, keep = visible_boxes(outlines, (30, 40))
+    boxes, keep = visible_boxes(outlines, counts, (30, 40))
     # the fourth only touches, the fifth is flat
     assert keep.tolist() == [True, False, False, False, False]
     assert boxes[0].tolist() == [0, 0, 40, 30]
-    assert visible_boxes(edges_of([], 30, 40), (30, 40))[0].shape == (0, 4)
+    assert visible_boxes(*edges_of([], 30, 40), (30, 40))[0].shape == (0, 4)
 
 
-def test_padding_edges_stay_zero() -> None:
-    outlines = edges_of([_rectangle(1, 1, 9, 9), [[1, 1, 5, 1, 3, 7]]], 30, 50)
-    moved = Affine((30, 50), (60, 100), (10, 20), (30, 40), flip=True).edges(outlines)
-    assert (
-        outlines.shape == moved.shape == (2, 4, 4)
-        and not moved[1, 3].any()
-        and moved[0].any(axis=1).all()
-    )
+def test_objects_of_any_number_of_edges_have_the_boxes_that_each_has_alone() -> None:
+    shapes = [None, _rectangle(-3, -3, 9, 9), [[1, 1, 5, 1, 3, 70]], None, [[2, 2, 60, 8, 9, 20]]]
+    together = visible_boxes(*edges_of([*shapes, None], 30, 40), (30, 40))
+    alone = [visible_boxes(*edges_of([shape], 30, 40), (30, 40)) for shape in [*shapes, None]]
+    assert together[1].tolist() == [False, True, True, False, True, False]
+    for found, parts in zip(together, zip(*alone, strict=True), strict=True):
+        assert np.array_equal(found, np.concatenate(parts))
+
+
+def test_an_edge_that_is_a_point_of_zeros_stays_zero() -> None:
+    outline, _ = edges_of([[[0, 0, 0, 0, 5, 1, 3, 7]]], 30, 50)
+    moved = Affine((30, 50), (60, 100), (10, 20), (30, 40), flip=True).edges(outline)
+    assert moved.shape == (4, 4) and moved.any(axis=1).tolist() == [False, True, True, True]
 
 
 def test_colors_equal_the_steps_one_after_the_other() -> None:
@@ -340,11 +345,11 @@ def _published(
 def test_scales_crops_flips_and_boxes_are_spread_as_published() -> None:
     """Kolmogorov and Smirnov's test of two samples, for each figure at a level of one in 1000."""
     count, source, box = 4000, (480, 640), np.array([400.0, 30.0, 610.0, 140.0])
-    outline = edges_of([_rectangle(*box)], *source)
+    outline, counts = edges_of([_rectangle(*box)], *source)
     ours, theirs = [], []
     for seed in range(count):
         affine = _draw(seed, source, 1024)
-        (found,), (seen,) = visible_boxes(affine.edges(outline), affine.size)
+        (found,), (seen,) = visible_boxes(affine.edges(outline), counts, affine.size)
         ours.append(
             [*affine.scaled, *affine.offset, affine.flip, seen, *(found if seen else np.zeros(4))]
         )

@@ -5,7 +5,6 @@ the source of other values. A recipe (a YAML file in `recipes/`) lists what diff
 override `section.key=value` changes one more setting. Steps pass the resolved config on.
 """
 
-import difflib
 import hashlib
 import json
 import math
@@ -41,12 +40,16 @@ from vitdet.ranges import (
     check,
     check_address,
 )
+from vitdet.suggestions import nearest
 from vitdet.yaml_text import parse_yaml
 
 RECIPES = Path(__file__).parent / "recipes"
-MANY = 16  # more names than this are not listed in an error message
 SEE_RECIPES = " (`vitdet config` lists all recipes)"
-LATER = ("model.mask.enabled",)  # settings that version 0.1 (commit dad8b8b) did not have
+# settings that version 0.1 (commit dad8b8b) did not have
+LATER = (
+    "model.mask.enabled",
+    "data.max_pixels",
+)
 
 
 def operational(reason: str) -> dict[str, str]:
@@ -185,6 +188,10 @@ class DataConfig(Section, prefix="data."):
     antialias: bool = True  # when downscaling, as PIL; mmdet uses OpenCV's plain bilinear filter
     redraw_empty: bool = False  # replace a crop without objects by one of another image (mmdet)
     repeat_threshold: Fraction = 0.0  # repeat images with classes in a smaller share of the images
+    # of an image file; one with more is refused before it is decoded (Pillow's own bound is the last)
+    max_pixels: Annotated[int, between(1, 178_956_970)] = field(
+        default=100_000_000, metadata=operational("an error instead of a larger image")
+    )
     # loader processes per rank; 0: load in the training process
     workers: Workers = field(default=4, metadata=operational("samples depend on seed and position"))
 
@@ -376,18 +383,6 @@ def legacy_digest(config: Config) -> str | None:
 def recipes() -> list[str]:
     """The names of the recipes that ship with the package."""
     return sorted(path.stem for path in RECIPES.glob("*.yaml"))
-
-
-def nearest(name: str, known: Sequence[str]) -> str:
-    """A hint for an unknown name: the known ones, or those nearest to it if there are many."""
-    inside = [one for one in known if name and name in one] if len(known) > MANY else []
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    if close and not inside:
-        return f"did you mean '{close[0]}'?"
-    if len(known) <= MANY:
-        return f"known: {', '.join(known)}"
-    like = difflib.get_close_matches(name, inside or known, n=3, cutoff=0)
-    return f"of {len(known)} the nearest are {', '.join(like)}"
 
 
 def _settings(section: Any, operational: bool = False) -> dict[str, tuple[Any, bool]]:

@@ -16,7 +16,7 @@ from torch import nn
 
 from vitdet.checkpoint import restore_detector
 from vitdet.config import DataConfig
-from vitdet.data.images import Picture, read_image
+from vitdet.data.images import DEFAULT, Picture, Reading, read_image
 from vitdet.data.transforms import resize_and_pad
 from vitdet.types import Detections
 
@@ -30,14 +30,16 @@ class Predictor:
         class_names: Sequence[str],
         image_size: int,
         antialias: bool = DataConfig.antialias,
+        reading: Reading = DEFAULT,
     ) -> None:
         """detector takes canvases of image_size pixels a side, resized with antialiasing or without as it was trained;
-        its mode and device stay as they are.
+        its mode and device stay as they are. reading: how image files are read.
         """
         self.detector = detector
         self.class_names = tuple(class_names)
         self.image_size = image_size
         self.antialias = antialias
+        self.reading = reading
 
     @classmethod
     def load(cls, path: str | Path, device: str | torch.device | None = None) -> Predictor:
@@ -48,7 +50,11 @@ class Predictor:
         detector, config, class_names = restore_detector(path)
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         return cls(
-            detector.to(device).eval(), class_names, config.data.image_size, config.data.antialias
+            detector.to(device).eval(),
+            class_names,
+            config.data.image_size,
+            config.data.antialias,
+            Reading.of(config.data),
         )
 
     @overload
@@ -69,7 +75,7 @@ class Predictor:
         """
         if isinstance(image, list):
             return [self(item, threshold) for item in image]
-        picture = read_image(image)
+        picture = read_image(image, self.reading)
         canvas, size = resize_and_pad(picture, self.image_size, self.antialias)
         device = next(
             (parameter.device for parameter in self.detector.parameters()), torch.device("cpu")

@@ -34,19 +34,28 @@ def _to(record: Record, device: torch.device | str, non_blocking: bool) -> Recor
 
 @dataclass(frozen=True)
 class Polygons:
-    """Outlines of G objects as directed edges, edges (G, E, 4) float: x0, y0, x1, y1 in pixels of the canvas.
+    """Outlines of G objects as directed edges, edges (E, 4) float: x0, y0, x1, y1 in pixels of the canvas.
 
+    spans (G, 2) int64: the edges of an object are the rows from spans[:, 0] up to spans[:, 1]; a selection of
+    objects shares the edges, so that objects with many edges are never repeated.
     A point is inside where the winding number of the edges around it is not zero. All parts of an object turn
-    the same way, so overlapping parts unite. Rows are padded with zero edges, which no ray crosses.
+    the same way, so overlapping parts unite.
     """
 
     edges: Tensor
+    spans: Tensor
+
+    @classmethod
+    def of(cls, edges: Tensor, counts: Tensor) -> Polygons:
+        """The outlines whose edges (E, 4) follow one another, counts (G,) int64 of each object."""
+        ends = counts.cumsum(0)
+        return cls(edges, torch.stack([ends - counts, ends], dim=1))
 
     def __len__(self) -> int:
-        return len(self.edges)
+        return len(self.spans)
 
     def __getitem__(self, index: Tensor | slice) -> Polygons:
-        return Polygons(self.edges[index])
+        return Polygons(self.edges, self.spans[index])
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Polygons:
         return _to(self, device, non_blocking)

@@ -142,8 +142,8 @@ class Case:
             if by_bitmap:
                 bitmaps.append(Target(boxes, labels, Bitmaps(masks)))
             if by_polygon:
-                edges = torch.from_numpy(edges_of(truth[i]["polygons"], height, width))
-                polygons.append(Target(boxes, labels, Polygons(edges)))
+                outlines = map(torch.from_numpy, edges_of(truth[i]["polygons"], height, width))
+                polygons.append(Target(boxes, labels, Polygons.of(*outlines)))
         return Case(
             config=config,
             weights=weights,

@@ -53,7 +53,7 @@ def compute(folder: Path) -> dict[str, Tensor]:
         ("rpn", 0.3, 0.7, match_keeping_own),
         ("roi", 0.5, 0.5, match),
     ):
-        matched = matching(inputs["match_iou"], low, high)
+        matched = matching([inputs["match_iou"]], low, high)
         ours[f"match_{name}_label"] = torch.where(
             matched == IGNORE, -1, torch.where(matched == BACKGROUND, 0, 1)
         )

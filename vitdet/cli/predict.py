@@ -37,9 +37,10 @@ def run_predict(given: argparse.Namespace) -> int:
     given.output.mkdir(parents=True, exist_ok=True)
     table = {}
     for path, target in targets.items():
-        found = predictor(path, given.threshold)
+        picture = read_image(path, predictor.reading)
+        found = predictor(picture, given.threshold)
         with written(target) as temporary:
-            found.draw(path).save(temporary, "JPEG", quality=92)
+            found.draw(picture).save(temporary, "JPEG", quality=92)
         table[target.name] = [
             {"name": name, "score": round(score, 4), "box": [round(side, 2) for side in box]}
             for name, score, box in zip(

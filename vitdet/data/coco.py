@@ -18,7 +18,7 @@ from PIL import Image
 
 from vitdet.data.annotation_file import read_entries
 from vitdet.data.annotations import AnnotationValidator, existing_name
-from vitdet.data.images import exchanged, open_image
+from vitdet.data.images import DEFAULT, Reading, exchanged, open_image
 from vitdet.data.records import Objects, Records
 
 
@@ -94,13 +94,15 @@ def image_counts(stated: Sequence[object], records: Records) -> tuple[int, ...]:
     return tuple(counts[label] for label in range(len(stated)))
 
 
-def read_image(path: Path, size: tuple[int, int] | None = None) -> Image.Image:
+def read_image(
+    path: Path, size: tuple[int, int] | None = None, reading: Reading = DEFAULT
+) -> Image.Image:
     """The file as an upright RGB image of (height, width) `size`.
 
     Raises ImageError for a file that is missing, no image, truncated or of another size.
     """
     try:
-        image = open_image(path)
+        image = open_image(path, reading)
     except (FileNotFoundError, ValueError) as error:
         raise ImageError(f"{error}; `vitdet data check --images` lists all such files") from error
     if size is not None and (image.height, image.width) != size:

@@ -21,6 +21,7 @@ from vitdet.config import DataConfig
 from vitdet.data import download_record
 from vitdet.data.annotations import without_objects
 from vitdet.data.coco import CocoSplit, read_coco, read_image
+from vitdet.data.images import DEFAULT, Reading
 from vitdet.data.layout import missing, split_files
 from vitdet.data.masks import edges_of, rectangles
 from vitdet.data.records import Record, Records
@@ -95,7 +96,7 @@ class TrainData(Dataset):
             repeats = repeat_factors(self.records.labels(), data.repeat_threshold)
         self.sampler = InfiniteSampler(len(self.records), seed, repeats)
         self._small = 3 * int(self.records.sizes().prod(axis=1).sum()) <= cache
-        self._cache: dict[int, tuple[Image.Image, np.ndarray]] = {}
+        self._cache: dict[int, tuple[Image.Image, np.ndarray, np.ndarray]] = {}
 
     def __getitems__(self, positions: Sequence[int]) -> Batch:
         return make_batch(self.draw, positions, self.data.image_size)
@@ -130,42 +131,47 @@ class TrainData(Dataset):
             color_jitter=data.color_jitter,
             diagonal=data.diagonal_crop,
         )
-        image, edges = self._load(index, record)
+        image, edges, counts = self._load(index, record)
         edges = affine.edges(edges)
-        boxes, keep = visible_boxes(edges, affine.size)
+        boxes, keep = visible_boxes(edges, counts, affine.size)
         own, has_mask = record.own_box, None
         if own.any():
-            around = affine.edges(rectangles(record.boxes[own]))
-            boxes[own], keep[own] = visible_boxes(around, affine.size)
+            around, four = rectangles(record.boxes[own])
+            boxes[own], keep[own] = visible_boxes(affine.edges(around), four, affine.size)
             has_mask = torch.tensor([shape is not None for shape in record.segmentations])[keep]
         if data.redraw_empty and not keep.any():
             return None
         target = Target(
             torch.from_numpy(boxes[keep]),
             torch.from_numpy(record.labels[keep]),
-            Polygons(torch.from_numpy(edges[keep])),
+            Polygons.of(
+                torch.from_numpy(edges[np.repeat(keep, counts)]), torch.from_numpy(counts[keep])
+            ),
             has_mask,
         )
         pad(affine.seen(image, data.antialias), canvas)
         return target, affine.size, record.image_id, affine.source
 
-    def _load(self, index: int, record: Record) -> tuple[Image.Image, np.ndarray]:
+    def _load(self, index: int, record: Record) -> tuple[Image.Image, np.ndarray, np.ndarray]:
         if index in self._cache:
             return self._cache[index]
-        image = read_image(record.path, (record.height, record.width))
-        edges = edges_of(record.segmentations, record.height, record.width)
+        image = read_image(record.path, (record.height, record.width), Reading.of(self.data))
+        loaded = image, *edges_of(record.segmentations, record.height, record.width)
         if self._small:
-            self._cache[index] = image, edges
-        return image, edges
+            self._cache[index] = loaded
+        return loaded
 
 
 class ValData(Dataset):
     """Indices -> a batch of these images of the records, longest side = canvas, without targets."""
 
-    def __init__(self, records: Records, image_size: int, antialias: bool) -> None:
+    def __init__(
+        self, records: Records, image_size: int, antialias: bool, reading: Reading = DEFAULT
+    ) -> None:
         self.records = records
         self.image_size = image_size
         self.antialias = antialias
+        self.reading = reading
 
     def __len__(self) -> int:
         return len(self.records)
@@ -181,7 +187,7 @@ class ValData(Dataset):
         record = self.records[index]
         source = (record.height, record.width)
         _, size = resize_and_pad(
-            read_image(record.path, source), self.image_size, self.antialias, canvas
+            read_image(record.path, source, self.reading), self.image_size, self.antialias, canvas
         )
         return None, size, record.image_id, source
 

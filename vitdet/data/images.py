@@ -11,12 +11,15 @@ import io
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import ExifTags, Image, UnidentifiedImageError
 from torch import Tensor
+
+from vitdet.config import DataConfig
 
 Picture = str | Path | Image.Image | np.ndarray | Tensor
 
@@ -35,21 +38,37 @@ DRAWINGS = ("EPS", "WMF")  # programs that another program would have to run
 SIXTEEN = ("PNG", "PPM")  # formats whose 16 bits an older Pillow or a newer one gives as 32
 
 
-def open_image(path: Path) -> Image.Image:
+@dataclass(frozen=True)
+class Reading:
+    """The settings of `data` that say how an image file is read."""
+
+    max_pixels: int = DataConfig.max_pixels
+
+    @classmethod
+    def of(cls, data: DataConfig) -> Reading:
+        """As these settings say."""
+        return cls(data.max_pixels)
+
+
+DEFAULT = Reading()
+
+
+def open_image(path: Path, reading: Reading = DEFAULT) -> Image.Image:
     """The file as an upright RGB image.
 
-    Raises FileNotFoundError, and ValueError with one line for a file that is no image, damaged or too large.
+    Raises FileNotFoundError, and ValueError with one line for a file that is no image, damaged or too large: one that
+    promises more pixels than `reading` allows is not decoded.
     """
     with _named(path):
         look(path)
-        with _opened(path) as file:
+        with _opened(path, reading) as file:
             return upright(file)
 
 
-def read_image(image: Picture) -> Image.Image:
-    """Anything that `Predictor` takes, as an upright RGB image; errors as there."""
+def read_image(image: Picture, reading: Reading = DEFAULT) -> Image.Image:
+    """Anything that `Predictor` takes, as an upright RGB image; errors as there. reading: of files."""
     if isinstance(image, str | Path):
-        return open_image(Path(image))
+        return open_image(Path(image), reading)
     if isinstance(image, Image.Image):
         return upright(image)
     if isinstance(image, Tensor):
@@ -73,7 +92,7 @@ def image_size(path: Path) -> tuple[int, int]:
     """Height and width of the upright picture; of a JPEG only the head is read. Raises as `open_image`."""
     with _named(path):
         look(path)
-        with _opened(path) as file:
+        with _opened(path, DEFAULT) as file:
             return _upright_size(file)
 
 
@@ -83,7 +102,7 @@ def examine(content: bytes) -> tuple[int, int]:
     Raises ValueError, without a name, for those that `open_image` refuses: every byte is read, but of a JPEG only an
     eighth of the resolution is computed.
     """
-    with _one_line(), _opened(io.BytesIO(content)) as file:
+    with _one_line(), _opened(io.BytesIO(content), DEFAULT) as file:
         size = _upright_size(file)
         file.draft("RGB", (1, 1))
         file.load()
@@ -173,11 +192,20 @@ def look(path: Path) -> None:
         raise ValueError("the file is empty")
 
 
+class _TooLarge(ValueError):
+    """An image file promises more pixels than are allowed."""
+
+
 @contextmanager
-def _opened(file: Path | io.BytesIO) -> Iterator[Image.Image]:
+def _opened(file: Path | io.BytesIO, reading: Reading) -> Iterator[Image.Image]:
     with Image.open(file) as image:
         if image.format in DRAWINGS:
             raise UnidentifiedImageError
+        if image.width * image.height > reading.max_pixels:
+            raise _TooLarge(
+                f"the image has {image.width:,} x {image.height:,} pixels, more than the {reading.max_pixels:,} of "
+                "data.max_pixels; make it smaller, cut it into parts, or raise data.max_pixels"
+            )
         yield image
 
 
@@ -188,6 +216,8 @@ def _one_line() -> Iterator[None]:
         yield
     except FileNotFoundError:
         raise FileNotFoundError("no such image file") from None
+    except _TooLarge as error:
+        raise ValueError(str(error)) from None
     except UnidentifiedImageError as error:
         raise ValueError("not an image that can be read (JPEG, PNG, ...)") from error
     except Image.DecompressionBombError as error:

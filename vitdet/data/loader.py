@@ -21,6 +21,7 @@ from vitdet.config import DataConfig
 from vitdet.data.annotations import NO_OUTLINE
 from vitdet.data.coco import CocoSplit
 from vitdet.data.dataset import TrainData, ValData, read_split
+from vitdet.data.images import Reading
 from vitdet.data.layout import split_files
 from vitdet.data.samplers import positions
 from vitdet.types import Batch
@@ -101,7 +102,7 @@ def val_loader(
     records = (split or read_split(data, data.val_split)).records
     part = records[len(records) * rank // world_size : len(records) * (rank + 1) // world_size]
     return DataLoader(
-        ValData(part, data.image_size, data.antialias),
+        ValData(part, data.image_size, data.antialias, Reading.of(data)),
         batch_size=batch_size,
         **_processes(data.workers),
     )

@@ -16,17 +16,18 @@ from pycocotools import mask as rle
 from torch import Tensor
 
 
-def edges_of(segmentations: Sequence[list | dict | None], height: int, width: int) -> np.ndarray:
-    """Outlines (G, E, 4) float32 of COCO polygons or RLEs on an image of height x width, as `types.Polygons` holds
-    them: x0, y0, x1, y1 in pixels, parts closed and turning alike, rows padded with zero edges. None has only these.
+def edges_of(
+    segmentations: Sequence[list | dict | None], height: int, width: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Outlines of COCO polygons or RLEs on an image of height x width, as `types.Polygons.of` takes them: edges (E, 4)
+    float32 of all objects one after the other, x0, y0, x1, y1 in pixels, parts closed and turning alike; and how many
+    are each object's, (G,) int64. None has no edges.
 
     Raises ValueError for an RLE of another size.
     """
     outlines = [outline(one, height, width) for one in segmentations]
-    padded = np.zeros((len(outlines), max(map(len, outlines), default=0), 4), np.float32)
-    for row, lines in zip(padded, outlines, strict=True):
-        row[: len(lines)] = lines
-    return padded
+    counts = np.array([len(lines) for lines in outlines], np.int64)
+    return np.concatenate([np.zeros((0, 4)), *outlines], dtype=np.float32), counts
 
 
 def outline(segmentation: list | dict | None, height: int, width: int) -> np.ndarray:
@@ -46,11 +47,11 @@ def outline(segmentation: list | dict | None, height: int, width: int) -> np.nda
     return np.concatenate([_closed(part) for part in segmentation])
 
 
-def rectangles(boxes: np.ndarray) -> np.ndarray:
-    """The outlines (G, 4, 4) of boxes (G, 4) xyxy, as those of `edges_of`."""
+def rectangles(boxes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The outlines of boxes (G, 4) xyxy, as those of `edges_of`: edges (4 G, 4), 4 of each."""
     x0, y0, x1, y1 = boxes.T
     edges = [[x0, y0, x1, y0], [x1, y0, x1, y1], [x1, y1, x0, y1], [x0, y1, x0, y0]]
-    return np.moveaxis(np.array(edges), 2, 0)
+    return np.moveaxis(np.array(edges), 2, 0).reshape(-1, 4), np.full(len(boxes), 4)
 
 
 def decode(segmentation: list | dict, height: int, width: int) -> np.ndarray:

@@ -3,7 +3,7 @@
 Large-scale jitter (Ghiasi et al. 2021) as Detectron2 does it (ResizeScale, FixedSizeCrop): order, rounding and the
 one random number for both crop offsets are its. mmdet draws the offsets apart and resizes without antialiasing: both
 can be chosen. The axes may be exchanged first; colours are changed last.
-Letters: G objects, E edges, S side of the square canvas. Sizes are (height, width).
+Letters: G objects, E edges of all objects, S side of the square canvas. Sizes are (height, width).
 """
 
 from __future__ import annotations
@@ -68,12 +68,12 @@ class Affine:
         return change_colors(image, *self.colors)
 
     def edges(self, edges: np.ndarray) -> np.ndarray:
-        """Edges (G, E, 4) x0, y0, x1, y1 moved to the canvas, float32; the zero edges that pad them stay zero."""
+        """Edges (E, 4) x0, y0, x1, y1 moved to the canvas, float32; zero edges, which are points, stay zero."""
         matrix = self.matrix()
         linear, shift = np.zeros((4, 4)), np.concatenate([matrix[:, 2], matrix[:, 2]])
         linear[:2, :2] = linear[2:, 2:] = matrix[:, :2].T
         moved = edges @ linear + shift
-        moved *= edges.any(axis=2, keepdims=True)
+        moved *= edges.any(axis=1, keepdims=True)
         return moved.astype(np.float32)
 
 
@@ -148,18 +148,23 @@ def pad(image: Image.Image, canvas: np.ndarray) -> None:
         plane[: image.height, : image.width] = band
 
 
-def visible_boxes(edges: np.ndarray, size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
-    """Boxes (G, 4) float32 xyxy around what of the outlines (G, E, 4) lies in the image of (height, width) `size`,
-    and which of them (G,) bool hold something: sides above 1e-5.
+def visible_boxes(
+    edges: np.ndarray, counts: np.ndarray, size: tuple[int, int]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Boxes (G, 4) float32 xyxy around what of the outlines lies in the image of (height, width) `size`, and which of
+    them (G,) bool hold something: sides above 1e-5. Outlines: edges (E, 4), one object's after the other's, counts (G,).
     """
-    real = np.any(edges, axis=2, keepdims=True)
-    ends = np.stack([edges[..., :2], edges[..., 2:]])
-    low = np.where(real, ends, np.inf).min(axis=(0, 2), initial=np.inf)
-    high = np.where(real, ends, -np.inf).max(axis=(0, 2), initial=-np.inf)
+    real = np.any(edges, axis=1, keepdims=True)
+    start, end = edges[:, :2], edges[:, 2:]
+    low = _of_each(np.minimum, np.where(real, np.minimum(start, end), np.inf), counts, np.inf)
+    high = _of_each(np.maximum, np.where(real, np.maximum(start, end), -np.inf), counts, -np.inf)
     window = np.array(size[::-1], np.float64)
     cut = np.any((low < 0) | (high > window), axis=1)
     if cut.any():
-        low[cut], high[cut] = _clipped(edges[cut].astype(np.float64), real[cut], window)
+        there = np.repeat(cut, counts)
+        low[cut], high[cut] = _clipped(
+            edges[there].astype(np.float64), real[there], counts[cut], window
+        )
     boxes = np.concatenate([low, high], axis=1).astype(np.float32)
     keep = np.all(boxes[:, 2:] - boxes[:, :2] > 1e-5, axis=1)
     return boxes, keep
@@ -181,33 +186,43 @@ def _pair(values: np.ndarray) -> tuple[int, int]:
     return int(values[0]), int(values[1])
 
 
+def _of_each(reduce: np.ufunc, values: np.ndarray, counts: np.ndarray, empty: float) -> np.ndarray:
+    """Values (E, D) of all edges -> (G, D) reduced over those of each object; `empty` for one without any."""
+    found = np.full((len(counts), values.shape[1]), empty, values.dtype)
+    some = counts > 0
+    if some.any():
+        found[some] = reduce.reduceat(values, (counts.cumsum() - counts)[some], axis=0)
+    return found
+
+
 def _clipped(
-    edges: np.ndarray, real: np.ndarray, window: np.ndarray
+    edges: np.ndarray, real: np.ndarray, counts: np.ndarray, window: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
     """Low and high corners (G, 2) of outline and window's intersection.
 
     Its corners are the ends of the edges' pieces in the window and the window's corners inside the outline.
     """
-    start, along = edges[..., :2], edges[..., 2:] - edges[..., :2]
+    start, along = edges[:, :2], edges[:, 2:] - edges[:, :2]
     along = np.where(along == 0, 1e-12, along)
     bounds = np.sort(np.stack([-start / along, (window - start) / along]), axis=0)
-    enter = bounds[0].max(axis=2, keepdims=True).clip(min=0)
-    leave = bounds[1].min(axis=2, keepdims=True).clip(max=1)
+    enter = bounds[0].max(axis=1, keepdims=True).clip(min=0)
+    leave = bounds[1].min(axis=1, keepdims=True).clip(max=1)
     seen = real & (enter <= leave)
     pieces = np.stack([start + enter * along, start + leave * along]).clip(0, window)
-    low = np.where(seen, pieces, np.inf).min(axis=(0, 2))
-    high = np.where(seen, pieces, -np.inf).max(axis=(0, 2))
+    low = _of_each(np.minimum, np.where(seen, pieces, np.inf).min(axis=0), counts, np.inf)
+    high = _of_each(np.maximum, np.where(seen, pieces, -np.inf).max(axis=0), counts, -np.inf)
     corners = window * np.array([[0, 0], [0, 1], [1, 0], [1, 1]])
-    inside = _winding(edges, corners)[:, :, None] != 0
+    inside = _winding(edges, counts, corners)[:, :, None] != 0
     low = np.minimum(low, np.where(inside, corners, np.inf).min(axis=1))
     high = np.maximum(high, np.where(inside, corners, -np.inf).max(axis=1))
     return low, high
 
 
-def _winding(edges: np.ndarray, points: np.ndarray) -> np.ndarray:
-    """How often each outline (G, E, 4) turns around each point (P, 2): (G, P)."""
-    x0, y0, x1, y1 = np.moveaxis(edges[:, None], 3, 0)
-    x, y = points[:, :1], points[:, 1:]
+def _winding(edges: np.ndarray, counts: np.ndarray, points: np.ndarray) -> np.ndarray:
+    """How often each outline of edges (E, 4), counts (G,), turns around each point (P, 2): (G, P)."""
+    x0, y0, x1, y1 = edges.T[:, :, None]
+    x, y = points.T
     down, up = (y0 <= y) & (y < y1), (y1 <= y) & (y < y0)
     side = (x1 - x0) * (y - y0) - (x - x0) * (y1 - y0)
-    return (down & (side > 0)).sum(axis=2) - (up & (side < 0)).sum(axis=2)
+    turns = (down & (side > 0)).astype(np.int64) - (up & (side < 0))
+    return _of_each(np.add, turns, counts, 0)

@@ -21,8 +21,10 @@ def compare(
     results: Sequence[dict],
     kinds: Sequence[str] = ("bbox", "segm"),
     image_ids: Iterable[int] | None = None,
+    most: int = LIMITS[-1],
 ) -> dict[str, Comparison]:
-    """The comparison of each kind; image_ids limits it to these images (default: all of the file).
+    """The comparison of each kind; image_ids limits it to these images (default: all of the file). most: detections
+    of a class in an image that count; of more than COCO's 100, the figures are no longer comparable with published ones.
 
     Raises ValueError, in one line, for results that cannot be compared: of unknown images or categories, without a
     key that is needed, with values that are not numbers, with broken masks.
@@ -30,7 +32,10 @@ def compare(
     image_ids, results = choose(truth, results, kinds, image_ids)
     return {
         kind: match(
-            *index(truth, image_ids, results, kind), truth.categories.values(), kind, LIMITS
+            *index(truth, image_ids, results, kind),
+            truth.categories.values(),
+            kind,
+            (*LIMITS[:-1], most),
         )
         for kind in kinds
     }
@@ -41,7 +46,9 @@ def check(truth: Truth) -> None:
 
 
 def summary(finished: Mapping[str, Comparison]) -> dict[str, float]:
-    """COCO's twelve figures a kind in percent: box_ap, box_ap50, ..., box_ar_large, mask_ap, ..., mask_ar_large."""
+    """COCO's twelve figures a kind in percent: box_ap, box_ap50, ..., box_ar_large, mask_ap, ..., mask_ar_large; with
+    another limit of detections than 100, box_ar_300 or the like in place of box_ar_100.
+    """
     return named(
         finished,
         {
@@ -54,7 +61,7 @@ def summary(finished: Mapping[str, Comparison]) -> dict[str, float]:
                 "ap_large": one.ap(size="large"),
                 "ar_1": one.ar(limit=0),
                 "ar_10": one.ar(limit=1),
-                "ar_100": one.ar(),
+                f"ar_{one.limits[-1]}": one.ar(),
                 "ar_small": one.ar("small"),
                 "ar_medium": one.ar("medium"),
                 "ar_large": one.ar("large"),

@@ -32,6 +32,7 @@ from vitdet.data.layout import (
 )
 from vitdet.data.loader import configure_process, val_loader
 from vitdet.data.masks import encode, paste
+from vitdet.evaluation.matching import Comparison
 from vitdet.evaluation.pictures import write_pictures
 from vitdet.evaluation.report import write_report
 from vitdet.evaluation.results import Truth, kinds_of, read_results, read_truth, truth_of
@@ -106,9 +107,8 @@ def evaluate_detector(
     metrics = {}
     advance(False)
     if distributed.rank() == 0:
-        arbiter = ARBITERS[data.dataset]
-        finished = arbiter.compare(truth, results, kinds_found_by(detector), image_ids)
-        metrics = arbiter.summary(finished)
+        finished = _compare(truth, results, detector, data, settings, image_ids)
+        metrics = ARBITERS[data.dataset].summary(finished)
     return distributed.all_gather_objects(metrics)[0], results
 
 
@@ -212,9 +212,8 @@ def evaluate(
         results, image_ids = detect(detector, config.data, config.evaluate, device, split)
         metrics = {}
         if distributed.rank() == 0:
-            arbiter = ARBITERS[config.data.dataset]
-            finished = arbiter.compare(truth, results, kinds_found_by(detector), image_ids)
-            metrics = arbiter.summary(finished)
+            finished = _compare(truth, results, detector, config.data, config.evaluate, image_ids)
+            metrics = ARBITERS[config.data.dataset].summary(finished)
             if plots is not None:
                 write_report(plots, finished, results)
             if pictures is not None:
@@ -273,6 +272,29 @@ def evaluate_results(
     if plots is not None:
         write_report(plots, finished, found)
     return metrics
+
+
+def _compare(
+    truth: Truth,
+    results: Sequence[dict],
+    detector: nn.Module,
+    data: DataConfig,
+    settings: EvalConfig,
+    image_ids: Sequence[int],
+) -> dict[str, Comparison]:
+    """By the rules of the data set; COCO's largest limit of detections grows with that of the detector."""
+    kinds = kinds_found_by(detector)
+    if data.dataset == "lvis":
+        return lvis.compare(truth, results, kinds, image_ids)
+    usual, most = coco.LIMITS[-1], settings.max_detections
+    if most > usual:
+        log.info(
+            "evaluate.max_detections=%d: AP counts up to %d detections of a class in an image; COCO's own counts %d",
+            most,
+            most,
+            usual,
+        )
+    return coco.compare(truth, results, kinds, image_ids, max(usual, most))
 
 
 def _read(data: DataConfig) -> tuple[Truth, CocoSplit]:

@@ -36,11 +36,14 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Comparison:
-    """Precision (T, R, K, A, M) and recall (T, K, A, M) in 0..1, -1 where a class has no object; the K categories."""
+    """Precision (T, R, K, A, M) and recall (T, K, A, M) in 0..1, -1 where a class has no object; the K categories and
+    the M limits of detections.
+    """
 
     precision: np.ndarray
     recall: np.ndarray
     categories: tuple[dict, ...]
+    limits: tuple[int, ...]
 
     def ap(
         self, iou: float | None = None, size: str = "all", chosen: Sequence[int] | None = None
@@ -111,7 +114,7 @@ def match(
                 objects[category], found.get(category, []), category, kind, limits
             )
             precision[:, :, column], recall[:, column] = tables
-    return Comparison(precision, recall, categories)
+    return Comparison(precision, recall, categories, tuple(limits))
 
 
 def _match_class(

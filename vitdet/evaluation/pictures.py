@@ -12,10 +12,11 @@ from torch import nn
 from vitdet.config import DataConfig
 from vitdet.data.coco import CocoSplit
 from vitdet.data.dataset import read_split
+from vitdet.data.images import DEFAULT, Reading, read_image
 from vitdet.data.masks import decode
 from vitdet.data.records import Record
 from vitdet.files import written
-from vitdet.predictor import Predictor, read_image
+from vitdet.predictor import Predictor
 from vitdet.visualize import caption_font, comfortable_scale, draw, paint, spread
 
 GAP = 8  # pixels between the two halves
@@ -36,7 +37,8 @@ def write_pictures(
     """
     split = split or read_split(data, data.val_split)
     chosen = [split.records[i] for i in spread(len(split.records), count)]
-    predictor = Predictor(detector, split.class_names, data.image_size, data.antialias)
+    reading = Reading.of(data)
+    predictor = Predictor(detector, split.class_names, data.image_size, data.antialias, reading)
     was_training = detector.training
     detector.eval()
     try:
@@ -50,9 +52,11 @@ def write_pictures(
         detector.train(was_training)
 
 
-def draw_truth(record: Record, class_names: tuple[str, ...]) -> Image.Image:
+def draw_truth(
+    record: Record, class_names: tuple[str, ...], reading: Reading = DEFAULT
+) -> Image.Image:
     """The image of a record with its annotated objects, drawn as `draw` draws detections."""
-    picture = read_image(record.path)
+    picture = read_image(record.path, reading)
     scale = comfortable_scale(picture.size)
     labels = record.labels.tolist()
     return paint(
@@ -75,8 +79,9 @@ def _enlarged(record: Record, segmentation: list | dict | None, scale: int) -> t
 
 
 def _compare(record: Record, predictor: Predictor, threshold: float) -> Image.Image:
-    left = draw_truth(record, predictor.class_names)
-    right = draw(record.path, predictor(record.path, threshold))
+    left = draw_truth(record, predictor.class_names, predictor.reading)
+    picture = read_image(record.path, predictor.reading)
+    right = draw(picture, predictor(picture, threshold))
     font = caption_font(max(14, round(max(left.size) / 45)))
     head = round(1.8 * font.size)
     sheet = Image.new("RGB", (2 * left.width + GAP, left.height + head), (250, 250, 250))

@@ -7,11 +7,13 @@ tensor, whose way to a GPU would make every step wait.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
 MAX_LOG_SCALE = math.log(1000 / 16)  # a side grows at most so much in one step
+PAIRS = 2**22  # of boxes that are compared at a time: 130 MB
 
 Weights = tuple[float, float, float, float]
 
@@ -67,3 +69,9 @@ def pairwise_iou(first: Tensor, second: Tensor) -> Tensor:
     intersection = (high - low).clamp(min=0).prod(dim=2)
     union = area(first)[:, None] + area(second)[None, :] - intersection
     return torch.where(intersection > 0, intersection / union, torch.zeros_like(intersection))
+
+
+def iou_blocks(first: Tensor, second: Tensor) -> Iterator[Tensor]:
+    """The rows of `pairwise_iou` in order, at least one block of them, each of PAIRS pairs at most (or of one row)."""
+    for rows in first.split(max(1, PAIRS // max(len(second), 1))):
+        yield pairwise_iou(rows, second)

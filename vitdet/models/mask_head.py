@@ -1,7 +1,7 @@
 """The mask head and its training targets.
 
 He et al. (1703.06870); 4 convolutions with LN and one deconvolution, as in detectron2's ViTDet configs.
-Letters: R RoIs, G ground truths, E edges, K classes, s x s cells of a mask (28).
+Letters: R RoIs, G ground truths, E edges, P pairs of a RoI and an edge of its outline, K classes, s x s cells of a mask (28).
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from vitdet.types import Polygons
 
 BINS = 14
 SIZE = 2 * BINS
+PAIRS = 2**16  # of a RoI and an edge that are looked at together: 150 MB
 
 
 class MaskHead(nn.Module):
@@ -44,27 +45,44 @@ class MaskHead(nn.Module):
 @torch.no_grad()
 def mask_targets(masks: Polygons, boxes: Tensor) -> Tensor:
     """The target of the mask head: R masks, each inside its box of (R, 4) -> (R, 28, 28) bool."""
-    return rasterize(masks.edges, boxes, SIZE)
+    return rasterize(masks, boxes, SIZE)
 
 
-def rasterize(edges: Tensor, boxes: Tensor, size: int) -> Tensor:
-    """Edges (R, E, 4) of outlines and boxes (R, 4) -> (R, size, size) bool: which cells' centres lie inside.
+def rasterize(masks: Polygons, boxes: Tensor, size: int) -> Tensor:
+    """R outlines and boxes (R, 4) -> (R, size, size) bool: which cells' centres lie inside.
 
     A cell is inside where the winding number is not zero: where the edges that cross its row on its left do not
     cancel. Each edge adds its direction at the first cell right of its crossing, and a running sum spreads it.
     """
-    low = boxes[:, None, :2]
+    first, last = masks.spans.unbind(1)
+    ends = (last - first).cumsum(0)
+    pairs = int(ends[-1]) if len(ends) else 0
+    steps = masks.edges.new_zeros(len(boxes), size, size + 1)
+    for start in range(0, pairs, PAIRS):
+        pair = torch.arange(start, min(start + PAIRS, pairs), device=boxes.device)
+        roi = torch.searchsorted(ends, pair, right=True)
+        _add_steps(steps, masks.edges[last[roi] - ends[roi] + pair], boxes, roi)
+    return steps[..., :size].cumsum(dim=2).round() != 0
+
+
+def _add_steps(steps: Tensor, edges: Tensor, boxes: Tensor, roi: Tensor) -> None:
+    """Adds to steps (R, size, size + 1) the directions of edges (P, 4), each seen from the box roi (P,) of (R, 4).
+
+    Sums of whole numbers are exact in any order.
+    """
+    size = steps.shape[1]
+    low = boxes[:, :2]
     # detectron2: a box is at least a tenth of a pixel wide
-    span = (boxes[:, None, 2:] - low).clamp(min=0.1)
-    start, end = (edges[..., :2] - low) / span * size, (edges[..., 2:] - low) / span * size
+    span, low = (boxes[:, 2:] - low).clamp(min=0.1)[roi], low[roi]
+    start, end = (edges[:, :2] - low) / span * size, (edges[:, 2:] - low) / span * size
     rows = torch.arange(size, device=edges.device, dtype=edges.dtype) + 0.5
-    # each (R, E, 1)
-    (x0, y0), (x1, y1) = (start.unsqueeze(2).unbind(-1), end.unsqueeze(2).unbind(-1))
+    # each (P, 1)
+    (x0, y0), (x1, y1) = start[:, None].unbind(-1), end[:, None].unbind(-1)
     down, up = (y0 <= rows) & (y1 > rows), (y1 <= rows) & (y0 > rows)
-    # (R, E, size): 0 where the edge misses the row
+    # (P, size): 0 where the edge misses the row
     direction = down.to(edges.dtype) - up.to(edges.dtype)
     crossing = x0 + (rows - y0) * (x1 - x0) / torch.where(y1 == y0, torch.ones_like(y0), y1 - y0)
     column = (crossing - 0.5).ceil().clamp(0, size).long()
-    steps = edges.new_zeros(len(edges), size, size + 1)
-    steps.scatter_add_(2, column.transpose(1, 2), direction.transpose(1, 2))
-    return steps[..., :size].cumsum(dim=2).round() != 0
+    line = roi[:, None] * size + torch.arange(size, device=roi.device)
+    place = line * (size + 1) + column
+    steps.view(-1).scatter_add_(0, place.flatten(), direction.flatten())

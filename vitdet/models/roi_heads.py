@@ -17,7 +17,7 @@ from torchvision.ops import batched_nms
 from vitdet.models.assign import BACKGROUND, Choose, Match, choose_randomly, sample
 from vitdet.models.box_head import BINS as BOX_BINS
 from vitdet.models.box_head import BoxHead
-from vitdet.models.boxes import Weights, clip, decode, encode, nonempty, pairwise_iou
+from vitdet.models.boxes import Weights, clip, decode, encode, iou_blocks, nonempty
 from vitdet.models.layers import scale_gradient
 from vitdet.models.losses import FederatedClassification, SoftmaxClassification, box_l1, mask_bce
 from vitdet.models.mask_head import BINS as MASK_BINS
@@ -141,7 +141,7 @@ class RoIHeads(nn.Module):
         """Foreground first, then background, out of the proposals and the ground truths themselves."""
         boxes = torch.cat([proposals, target.boxes])
         # Match proposals and GT boxes separately; otherwise the best match of each GT is itself.
-        ious = pairwise_iou(target.boxes, proposals), pairwise_iou(target.boxes, target.boxes)
+        ious = iou_blocks(target.boxes, proposals), iou_blocks(target.boxes, target.boxes)
         matched = torch.cat([self.match(iou, self.ious[0], self.ious[0]) for iou in ious])
         chosen = torch.cat(sample(matched, self.samples, self.positive_fraction, self.choose))
         return Assigned(boxes[chosen], matched[chosen])
@@ -156,9 +156,7 @@ class RoIHeads(nn.Module):
             boxes = clip(boxes, size)
             boxes = boxes[nonempty(boxes)]
             iou = self.ious[stage]
-            assigned.append(
-                Assigned(boxes, self.match(pairwise_iou(target.boxes, boxes), iou, iou))
-            )
+            assigned.append(Assigned(boxes, self.match(iou_blocks(target.boxes, boxes), iou, iou)))
         return assigned
 
     def labels(self, assigned: Assigned, target: Target) -> Tensor:

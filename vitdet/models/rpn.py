@@ -17,7 +17,7 @@ from torchvision.ops import batched_nms
 
 from vitdet.models.anchors import grid_anchors
 from vitdet.models.assign import BACKGROUND, Choose, Match, choose_randomly, sample
-from vitdet.models.boxes import clip, decode, encode, nonempty, pairwise_iou
+from vitdet.models.boxes import clip, decode, encode, iou_blocks, nonempty
 from vitdet.models.layers import ConvNorm, init_predictor
 from vitdet.models.losses import box_l1, objectness
 from vitdet.types import Target
@@ -143,7 +143,7 @@ class RPN(nn.Module):
 
     def sample(self, anchors: Tensor, target: Target) -> tuple[Tensor, Tensor, Tensor]:
         """For one image: anchors' ground truths (N,), indices of the sampled foreground and background anchors."""
-        matched = self.match(pairwise_iou(target.boxes, anchors), self.iou_low, self.iou_high)
+        matched = self.match(iou_blocks(target.boxes, anchors), self.iou_low, self.iou_high)
         return matched, *sample(matched, self.samples, self.positive_fraction, self.choose)
 
     def losses(self, found: Anchored, targets: Sequence[Target]) -> dict[str, Tensor]:

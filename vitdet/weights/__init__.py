@@ -9,6 +9,7 @@ import importlib
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from vitdet.suggestions import nearest
 from vitdet.weights.catalogue import CATALOGUE, PACKAGED, fetched
 
 if TYPE_CHECKING:
@@ -36,8 +37,6 @@ def resolve(name_or_path: str, folder: Path | None = None) -> Path | None:
         return None
     path = Path(name_or_path)
     if not path.suffix and name_or_path not in CATALOGUE:
-        from vitdet.config import nearest  # settings are not needed to list the catalogue
-
         raise ValueError(
             f"train.init: no weights named {name_or_path!r}; {nearest(name_or_path, list(CATALOGUE))} "
             "(a file of weights can be given too; '' trains from scratch)"

@@ -8,6 +8,8 @@ from typing import Literal
 
 import yaml
 
+from vitdet.suggestions import nearest
+
 NOT_PUBLISHED = "not published"
 PACKAGED = Path(__file__).parent  # where the files that ship with the package lie
 
@@ -71,8 +73,6 @@ CATALOGUE = load_catalogue(PACKAGED / "catalogue.yaml")
 def find(name: str) -> Entry:
     """The entry of a name. Raises ValueError with the nearest name."""
     if name not in CATALOGUE:
-        from vitdet.config import nearest  # settings are not needed to list the catalogue
-
         raise ValueError(
             f"no weights named {name!r}; {nearest(name, list(CATALOGUE))} "
             "(a .safetensors file can be given too)"
