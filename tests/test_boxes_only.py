@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -356,33 +356,35 @@ def test_a_detector_with_masks_starts_one_without_and_the_other_way_round(
 
 
 @pytest.mark.slow
-def test_boxes_go_from_check_to_the_registry_and_through_the_pipeline(tiny: Path) -> None:
+def test_boxes_go_from_check_to_the_registry_and_through_the_pipeline(
+    vitdet: Callable[..., tuple[int, str, str]], tiny: Path
+) -> None:
     """Every verb as a user types it."""
     without_outlines(tiny)
     folder, space = tiny.parent, tiny.parent / "space"
-    where = {**environment(folder), "PATH": os.environ["PATH"]}
+    sets, metrics = options(minimal(tiny)), folder / "metrics.json"
+    model = folder / "out" / "model.pt"
+    code, said, _ = vitdet("data", "check", tiny)
+    assert code == 0 and "object without an outline" in said
+    assert vitdet("data", "report", tiny, "--output", folder / "page.html")[0] == 0
+    code, _, said = vitdet("train", "tiny", *sets, "--output", folder / "out")
+    assert code == 0 and "box AP" in said and "mask AP" not in said
+    code, said, _ = vitdet("evaluate", model, "--output", metrics)
+    assert code == 0 and "mask" not in said and "box_ap" in json.loads(metrics.read_text())
+    assert vitdet("register", model)[0] == 0
 
-    def run(*words: object) -> str:
-        argv = [sys.executable, "-m", *map(str, words)]
-        done = subprocess.run(argv, env=where, cwd=folder, capture_output=True, text=True)
+    def run(*argv: object) -> str:
+        done = subprocess.run(
+            [sys.executable, *map(str, argv)],
+            env=environment(folder),
+            cwd=folder,
+            capture_output=True,
+            text=True,
+        )
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout + done.stderr
 
-    assert "object without an outline" in run("vitdet", "data", "check", tiny)
-    run("vitdet", "data", "report", tiny, "--output", folder / "page.html")
-    sets = options(minimal(tiny))
-    said = run("vitdet", "train", "tiny", *sets, "--output", folder / "out")
-    assert "model.mask.enabled=false" in said and "mask AP" not in said
-    model = folder / "out" / "model.pt"
-    metrics = folder / "metrics.json"
-    assert "mask" not in run("vitdet", "evaluate", model, "--output", metrics)
-    assert "box_ap" in json.loads(metrics.read_text())
-    run("vitdet", "register", model)
-    done = subprocess.run(
-        [sys.executable, "-c", SERVED], env=where, cwd=folder, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-    columns = done.stdout.split()
+    columns = run("-c", SERVED).split()
     assert "score" in columns and "mask" not in columns
-    said = run("pipeline", "run", "tiny", "--workspace", space, *sets)
+    said = run("-m", "pipeline", "run", "tiny", "--workspace", space, *sets)
     assert "model.mask.enabled=false" in said and "box AP" in said
