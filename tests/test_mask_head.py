@@ -11,6 +11,7 @@ from tests.parts import mask_head
 from tests.small import SIDE, polygons, rectangle, target
 from tests.test_box_head import slow_block
 from vitdet.models.mask_head import SIZE, mask_targets, rasterize
+from vitdet.types import Polygons
 
 
 def star(centre, radius, points, generator):
@@ -39,6 +40,19 @@ def slow_inside(edges, x, y):
 def random_outlines(count, seed=0):
     generator = torch.Generator().manual_seed(seed)
     return [star(32.0, 28.0, 9, generator) for _ in range(count)]
+
+
+def test_padded_outlines_are_the_same_masks() -> None:
+    squares = [rectangle(2, 2, 10, 12), rectangle(0, 0, 5, 5)]
+    padded = torch.stack([torch.cat([one, torch.zeros(3, 4)]) for one in squares])
+    ragged = Polygons.of(torch.cat(squares), torch.tensor([4, 4]))
+    boxes = torch.tensor([[0.0, 0.0, 12.0, 12.0]] * 2)
+    assert torch.equal(mask_targets(Polygons(padded), boxes), mask_targets(ragged, boxes))
+    index = torch.tensor([1, 1, 0])
+    again = boxes[:1].expand(3, 4)
+    assert torch.equal(
+        mask_targets(Polygons(padded)[index].to("cpu"), again), mask_targets(ragged[index], again)
+    )
 
 
 def test_rasterize_equals_point_in_polygon():

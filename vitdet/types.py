@@ -32,7 +32,7 @@ def _to(record: Record, device: torch.device | str, non_blocking: bool) -> Recor
     return replace(record, **moved)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, init=False)
 class Polygons:
     """Outlines of G objects as directed edges, edges (E, 4) float: x0, y0, x1, y1 in pixels of the canvas.
 
@@ -44,6 +44,15 @@ class Polygons:
 
     edges: Tensor
     spans: Tensor
+
+    def __init__(self, edges: Tensor, spans: Tensor | None = None) -> None:
+        """Without spans, edges are (G, E, 4): objects with equally many, padded with zero edges, which no ray crosses."""
+        if spans is None:
+            each = edges.shape[1]
+            first = torch.arange(len(edges), device=edges.device) * each
+            edges, spans = edges.reshape(-1, 4), torch.stack([first, first + each], dim=1)
+        object.__setattr__(self, "edges", edges)
+        object.__setattr__(self, "spans", spans)
 
     @classmethod
     def of(cls, edges: Tensor, counts: Tensor) -> Polygons:
