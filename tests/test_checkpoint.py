@@ -85,7 +85,7 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path: Path) -> None:
     with pytest.raises(AttributeError):  # not the disk's fault, so not called so
         save(path, {"format": FORMAT, "x": lambda: None})
     assert [one.name for one in tmp_path.iterdir()] == ["model.pt"]
-    assert torch.equal(load_model_file(path)["x"], torch.ones(3))
+    assert torch.equal(load(path, FORMAT)["x"], torch.ones(3))
 
 
 def test_the_last_states_stay(tmp_path: Path) -> None:

@@ -250,7 +250,7 @@ def test_states_of_version_1_are_loaded_and_those_of_an_unknown_version_are_not(
     content = torch.load(path, weights_only=True)
     assert content["format"] == "vitdet training state, version 2"
     torch.save({**content, "format": "vitdet training state, version 3"}, path)
-    with pytest.raises(ValueError, match="got 'vitdet training state, version 3'; remove it to go"):
+    with pytest.raises(ValueError, match="got 'vitdet training state, version 3'"):
         go(tiny, tmp_path)
     torch.save({**content, "format": STATE_1}, path)
     assert min(go(tiny, tmp_path).points) == 6

@@ -15,6 +15,7 @@ STORED = Path(__file__).parent / "golden" / "checkpoints" / "digests.json"
 OPERATIONAL = [
     "data.workers=7",
     "data.root=/elsewhere",
+    "data.max_pixels=7",
     "train.log_every=7",
     "train.eval_every=7",
     "train.save_every=7",

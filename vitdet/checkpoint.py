@@ -37,6 +37,7 @@ MODEL = {
     "run_id": str | None,
     "step": int,
 }
+OPTIONAL: dict[str, Any] = {"run_id": None, "step": 0}  # of a detector that others wrote
 TRAINING = {
     **{key: MODEL[key] for key in ("config", "model", "run_id", "step")},
     **dict.fromkeys(("optimizer", "average", "meter", "metrics"), dict),
@@ -101,7 +102,7 @@ def load_model_file(path: str | Path) -> dict:
 
     Files of version 0.1 hold a dataset_digest instead of fingerprints.
     """
-    content = load(Path(path), FORMAT)
+    content = OPTIONAL | load(Path(path), FORMAT)
     check_content(path, content, MODEL)
     return content
 
