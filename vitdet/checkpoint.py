@@ -248,9 +248,8 @@ class Checkpoints:
 
 def _is_zip(path: Path) -> bool:
     try:
-        with open(
-            path, "rb"
-        ) as file:  # is_zipfile takes a file that may not be read for another kind
+        # of a path that may not be read, is_zipfile says that it is none
+        with open(path, "rb") as file:
             return zipfile.is_zipfile(file)
     except zipfile.BadZipFile:  # its end is damaged
         return False
