@@ -209,3 +209,25 @@ def test_other_errors_keep_their_name(tmp_path: Path) -> None:
         (folder / "none").read_text()
     assert caught.value.filename.endswith("none")
     assert resource.getrlimit(resource.RLIMIT_FSIZE) == before
+
+
+def test_a_picture_is_not_cut_off_in_silence(tmp_path: Path) -> None:
+    """As Pillow leaves it when a disk is full."""
+    script = (
+        "import resource\nfrom pathlib import Path\nimport numpy as np\nfrom PIL import Image\n"
+        "from vitdet.files import write_jpeg, written\n"
+        "noise = np.random.default_rng(0).integers(0, 256, (60, 90, 3), np.uint8)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))\n"
+        "try:\n    with written(Path('a.jpg')) as file:\n"
+        "        write_jpeg(file, Image.fromarray(noise), 92)\n"
+        "except OSError as error:\n    print(error)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        cwd=tmp_path,
+        env=environment(tmp_path),
+        capture_output=True,
+        text=True,
+    )
+    assert done.stdout == "[Errno 27] File too large: 'a.jpg'\n", done.stderr
+    assert not os.listdir(tmp_path)

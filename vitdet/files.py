@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import io
 import json
 import logging
 import os
@@ -21,6 +22,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 # .NAME.MACHINE-PID-START.tmp, also with random letters before .tmp; version 0.1: .NAME.PID.tmp
 TEMPORARY = re.compile(r"\..+\.(?:([0-9a-f]{8})-(\d+)-(\d+)(?:\.\w+)?|\d+)\.tmp")
@@ -171,6 +176,16 @@ def write_json(
     """Writes a JSON file, whole or not at all; sync as of `written`."""
     with written(Path(path), sync) as temporary:
         temporary.write_text(json.dumps(content, indent=indent) + "\n")
+
+
+def write_jpeg(path: Path, image: Image.Image, quality: int, subsampling: int = -1) -> None:
+    """Writes an image as JPEG, by way of memory: on a full disk Pillow ends a file early without an error.
+
+    Raises OSError if the disk does not take it.
+    """
+    content = io.BytesIO()
+    image.save(content, "JPEG", quality=quality, subsampling=subsampling)
+    path.write_bytes(content.getvalue())
 
 
 def damaged_record(path: Path) -> str | None:

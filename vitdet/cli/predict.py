@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from vitdet.cli.paths import given_path
-from vitdet.files import write_json, written
+from vitdet.files import write_jpeg, write_json, written
 
 
 def add_predict(verb: argparse.ArgumentParser) -> None:
@@ -40,7 +40,7 @@ def run_predict(given: argparse.Namespace) -> int:
         picture = read_image(path, predictor.reading)
         found = predictor(picture, given.threshold)
         with written(target) as temporary:
-            found.draw(picture).save(temporary, "JPEG", quality=92)
+            write_jpeg(temporary, found.draw(picture), quality=92)
         table[target.name] = [
             {"name": name, "score": round(score, 4), "box": [round(side, 2) for side in box]}
             for name, score, box in zip(

@@ -16,7 +16,7 @@ from pathlib import Path
 from PIL import Image
 
 from vitdet.demo.scenes import CATEGORIES, VERSION, Scene, SceneObject, draw_scene
-from vitdet.files import written_folder
+from vitdet.files import write_jpeg, written_folder
 
 __all__ = ["CATEGORIES", "PRETRAIN_SEED", "Scene", "SceneObject", "draw_scene", "make_tiny"]
 
@@ -139,5 +139,5 @@ def _write_image(
 ) -> tuple[str, int, int, tuple[SceneObject, ...]]:
     scene = draw_scene(seed, index)
     name = f"{first_id + index:012d}.jpg"
-    Image.fromarray(scene.image).save(folder / name, quality=92, subsampling=0)
+    write_jpeg(folder / name, Image.fromarray(scene.image), quality=92, subsampling=0)
     return name, *scene.image.shape[:2], scene.objects

@@ -15,7 +15,7 @@ from vitdet.data.dataset import read_split
 from vitdet.data.images import DEFAULT, Reading, read_image
 from vitdet.data.masks import decode
 from vitdet.data.records import Record
-from vitdet.files import written
+from vitdet.files import write_jpeg, written
 from vitdet.predictor import Predictor
 from vitdet.visualize import caption_font, comfortable_scale, draw, paint, spread
 
@@ -97,5 +97,5 @@ def _compare(record: Record, predictor: Predictor, threshold: float) -> Image.Im
 
 def _write(picture: Image.Image, path: Path) -> Path:
     with written(path) as temporary:
-        picture.save(temporary, "JPEG", quality=90, subsampling=0)
+        write_jpeg(temporary, picture, quality=90, subsampling=0)
     return path
