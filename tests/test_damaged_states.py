@@ -1,4 +1,4 @@
-"""Training states that are damaged: the one before is taken, by all processes, and the loss is told once."""
+"""Damaged training states: every rank resumes from the previous state, and one warning reports the lost steps."""
 
 from __future__ import annotations
 
