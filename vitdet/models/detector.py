@@ -18,7 +18,7 @@ from vitdet.models.roi_heads import RoIHeads
 from vitdet.models.rpn import RPN
 from vitdet.models.vit import ViT
 from vitdet.models.vitae import ViTAESmall
-from vitdet.types import Detections, Target
+from vitdet.types import Detections, Target, Targets
 
 Plain = ViT | ViTAESmall  # backbones of one map
 Hierarchical = Swin | ViTAEv2  # backbones of four maps
@@ -46,7 +46,10 @@ class Detector(nn.Module):
         self.register_buffer("std", torch.tensor(PIXEL_STD).view(3, 1, 1), persistent=False)
 
     def forward(
-        self, images: Tensor, targets: Sequence[Target] | None = None, sizes: Tensor | None = None
+        self,
+        images: Tensor,
+        targets: Targets | Sequence[Target] | None = None,
+        sizes: Tensor | None = None,
     ) -> dict[str, Tensor] | list[Detections]:
         """images (B, 3, S, S) RGB 0..255 -> a dict of losses if targets are given, else Detections an image.
 
@@ -59,11 +62,12 @@ class Detector(nn.Module):
         found = self.rpn(features)
         if targets is None:
             proposals = self.rpn.propose(found, sizes, self.rpn.top_test)
-            return self.roi_heads.detect(features, [image.boxes for image in proposals], sizes)
+            return self.roi_heads.detect(features, proposals, sizes)
+        if not isinstance(targets, Targets):
+            targets = Targets.of(targets)
         proposals = self.rpn.propose(found, sizes, self.rpn.top_train)
-        boxes = [image.boxes for image in proposals]
         return {
-            **self.roi_heads.losses(features, boxes, targets, sizes),
+            **self.roi_heads.losses(features, proposals, targets, sizes),
             **self.rpn.losses(found, targets),
         }
 
