@@ -129,8 +129,8 @@ def run_training(
     assigned = heads.sample(proposals.boxes, proposals.filled, targets)
     for i, target in enumerate(case.bitmaps):
         background = sampled.filled[i] & ~sampled.foreground[i]
-        found[f"rpn_pos_idx{i}"] = sampled.index[i][sampled.foreground[i]]
-        found[f"rpn_neg_idx{i}"] = sampled.index[i][background]
+        found[f"rpn_pos_idx{i}"] = sampled.chosen[i][sampled.foreground[i]]
+        found[f"rpn_neg_idx{i}"] = sampled.chosen[i][background]
         boxes, matched = assigned.boxes[i][assigned.filled[i]], assigned.matched[i]
         matched = matched[assigned.filled[i]]
         pool = torch.cat([proposals.boxes[i][proposals.filled[i]], target.boxes])

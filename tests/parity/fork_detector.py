@@ -235,7 +235,7 @@ def rpn_losses(
     (matched,), sampled = rpn.sample(torch.cat(list(anchors)), Targets.of([target]))
     count = int(sampled.filled.sum())
     used = torch.zeros(len(matched), dtype=torch.bool)
-    used[sampled.index[sampled.filled]] = True
+    used[sampled.chosen[sampled.filled]] = True
     found: dict[str, list[float]] = {"loss_rpn_cls": [], "loss_rpn_bbox": []}
     sizes = [len(level) for level in anchors]
     parts = zip(logits, deltas, anchors, matched.split(sizes), used.split(sizes), strict=True)

@@ -102,11 +102,11 @@ def _favourites(iou: Tensor, start: int, least: float) -> Tensor:
 
 
 class Sampled(NamedTuple):
-    """Slots of an image, foreground first, then background: `index` (B, S) of the boxes; which slots hold a box of the
+    """Slots of an image, foreground first, then background: indices of the `chosen` boxes (B, S); which slots hold a box of the
     foreground, and of either kind, (B, S) bool. Foreground lies in the first `most` slots.
     """
 
-    index: Tensor
+    chosen: Tensor
     foreground: Tensor
     filled: Tensor
     most: int

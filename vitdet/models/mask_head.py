@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-import vitdet.kernels.rasterize
-from vitdet import kernels
+from vitdet.kernels import enabled
+from vitdet.kernels.rasterize import rasterize as rasterize_on_gpu
 from vitdet.models.layers import ConvNorm, Deconv2x2, init_conv, init_predictor
 from vitdet.types import Polygons
 
@@ -51,8 +51,8 @@ class MaskHead(nn.Module):
 @torch.no_grad()
 def mask_targets(masks: Polygons, boxes: Tensor) -> Tensor:
     """The target of the mask head: R masks, each inside its box of (R, 4) -> (R, 28, 28) bool."""
-    if kernels.enabled(boxes):
-        return kernels.rasterize.rasterize(masks.edges, masks.spans, boxes, SIZE)
+    if enabled(boxes):
+        return rasterize_on_gpu(masks.edges, masks.spans, boxes, SIZE)
     return rasterize(masks, boxes, SIZE)
 
 

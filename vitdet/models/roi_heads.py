@@ -31,7 +31,9 @@ from vitdet.types import Detections, Polygons, Targets
 Classification = SoftmaxClassification | FederatedClassification
 
 WEIGHTS = (10.0, 10.0, 5.0, 5.0)  # of the box transform of stage 0; stage s has s + 1 times these
-CANDIDATES = 2000  # pairs of box and class that enter NMS; all, if fewer detections than wanted are left
+CANDIDATES = (
+    2000  # pairs of box and class that enter NMS; all, if fewer detections than wanted are left
+)
 
 
 class Assigned(NamedTuple):
@@ -190,9 +192,9 @@ class RoIHeads(nn.Module):
         ious = iou_blocks(targets.boxes, proposals), iou_blocks(targets.boxes, targets.boxes)
         matched = torch.cat([self.match(iou, self.ious[0], self.ious[0]) for iou in ious], dim=1)
         matched = torch.where(torch.cat([filled, targets.present], dim=1), matched, IGNORE)
-        chosen = sample(matched, self.samples, self.positive_fraction, self.choose)
-        matched = torch.where(chosen.filled, matched.gather(1, chosen.index), IGNORE)
-        return Assigned(pick(boxes, chosen.index), matched, chosen.most)
+        sampled = sample(matched, self.samples, self.positive_fraction, self.choose)
+        matched = torch.where(sampled.filled, matched.gather(1, sampled.chosen), IGNORE)
+        return Assigned(pick(boxes, sampled.chosen), matched, sampled.most)
 
     @torch.no_grad()
     def reassign(
@@ -227,9 +229,7 @@ class RoIHeads(nn.Module):
         own = deltas.gather(2, column[:, :, None, None].expand(-1, -1, 1, 4))[:, :, 0]
         return box_l1(own, wanted, number, foreground[..., 0])
 
-    def mask_loss(
-        self, features: Sequence[Tensor], assigned: Assigned, targets: Targets
-    ) -> Tensor:
+    def mask_loss(self, features: Sequence[Tensor], assigned: Assigned, targets: Targets) -> Tensor:
         """Mask cross-entropy over (at most `mask_samples` of) the foreground boxes of every image.
 
         Boxes of objects without an annotated outline take no part.
@@ -262,8 +262,10 @@ class RoIHeads(nn.Module):
         finite = boxes.isfinite().flatten(2).all(dim=2) & scores.isfinite().all(dim=2)
         passed = (scores > self.score_threshold) & (finite & filled)[..., None]
         classes, sets = scores.shape[2], boxes.shape[2]
-        best, index = torch.where(passed, scores, -1.0).flatten(1).topk(
-            min(candidates, scores[0].numel()), dim=1
+        best, index = (
+            torch.where(passed, scores, -1.0)
+            .flatten(1)
+            .topk(min(candidates, scores[0].numel()), dim=1)
         )
         # equal scores in the order of the boxes
         index, order = index.sort(dim=1)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torchvision import ops
 
-from vitdet import kernels
+from vitdet.kernels import enabled
 from vitdet.kernels.roi_align import roi_align
 from vitdet.models.boxes import area
 from vitdet.models.layers import at_least_float32
@@ -41,7 +41,7 @@ def pool(
     """
     features = features[: len(strides)]
     levels = assign_levels(boxes, len(features), strides[0])
-    if kernels.enabled(*features):
+    if enabled(*features):
         levels = torch.where(image < 0, -1, levels)
         return roi_align(features, boxes, image, levels, strides, bins, sampling_ratio)
     if sampling_ratio > 0:

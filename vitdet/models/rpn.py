@@ -158,13 +158,13 @@ class RPN(nn.Module):
             background = sampled.filled & ~sampled.foreground
             kinds = torch.stack([sampled.foreground.sum(1), background.sum(1)])
             number = kinds.clamp(min=1).sum()  # mmdet: none of a kind counts as one
-        index, foreground = sampled.index[:, : sampled.most], sampled.foreground[:, : sampled.most]
+        index, foreground = sampled.chosen[:, : sampled.most], sampled.foreground[:, : sampled.most]
         here = anchors[index]
         truth = pick(targets.boxes, matched.gather(1, index).clamp(min=0))
         wanted = encode(here, torch.where(foreground[..., None], truth, here), WEIGHTS)
         return {
             "loss_rpn_cls": objectness(
-                logits.gather(1, sampled.index), sampled.foreground, number, sampled.filled
+                logits.gather(1, sampled.chosen), sampled.foreground, number, sampled.filled
             ),
             "loss_rpn_loc": box_l1(pick(deltas, index), wanted, number, foreground),
         }
