@@ -12,6 +12,7 @@ import torch
 
 from tests.conftest import STEPS, Recorder, minimal
 from vitdet.config import load_config
+from vitdet.training import step as training_step
 from vitdet.training import train, trainer
 from vitdet.training.precision import chosen, tf32
 
@@ -71,7 +72,7 @@ def test_steps_are_within_and_evaluations_without(
 
     evaluate, backward = trainer.evaluate_detector, torch.Tensor.backward
     steps = []
-    monkeypatch.setattr(trainer, "tf32", spy)
+    monkeypatch.setattr(training_step, "tf32", spy)
     monkeypatch.setattr(
         trainer, "evaluate_detector", lambda *a: evaluated.append(bool(within)) or evaluate(*a)
     )
