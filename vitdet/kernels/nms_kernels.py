@@ -6,6 +6,8 @@ registers, a few instructions a box, and what the kept ones suppress among the l
 Letters: G groups, N boxes of a group, W words of a row.
 """
 
+# ruff: noqa: ANN001, ANN201 (what Triton passes to a kernel has no Python type)
+
 from __future__ import annotations
 
 import math
@@ -30,8 +32,7 @@ def launch(boxes: Tensor, labels: Tensor | None, iou: float, limit: int) -> Tens
         return keep
     words = triton.cdiv(count, BITS.value)
     padded = triton.next_power_of_2(words)
-    labelled = labels is not None
-    labels = labels.contiguous() if labelled else boxes
+    classes = boxes if labels is None else labels.contiguous()
     step = max(1, MEMORY // (8 * BITS.value * words**2))
     for start in range(0, groups, step):
         some = slice(start, min(start + step, groups))
@@ -39,12 +40,12 @@ def launch(boxes: Tensor, labels: Tensor | None, iou: float, limit: int) -> Tens
         bits = torch.empty(size, dtype=torch.int64, device=boxes.device)
         compare[(words, 2 * words, len(bits))](
             boxes[some],
-            labels[some],
+            classes[some],
             bits,
             count,
             words,
             below(iou),
-            LABELS=labelled,
+            LABELS=labels is not None,
             ROWS=BITS.value // 2,
             num_warps=4,
             # a fused a * b - c would round otherwise than torchvision on the CPU
@@ -72,7 +73,7 @@ def below(number: float) -> float:
 
 
 @triton.jit
-def corners(boxes, index, inside):  # noqa: ANN001, ANN201
+def corners(boxes, index, inside):
     """x0, y0, x1, y1 of boxes (N, 4); empty boxes where not inside."""
     x0 = tl.load(boxes + index * 4, mask=inside, other=0.0)
     y0 = tl.load(boxes + index * 4 + 1, mask=inside, other=0.0)
@@ -82,7 +83,7 @@ def corners(boxes, index, inside):  # noqa: ANN001, ANN201
 
 
 @triton.jit(do_not_specialize=["count", "words"])
-def compare(boxes, labels, bits, count, words, iou, LABELS: tl.constexpr, ROWS: tl.constexpr):  # noqa: ANN001, ANN201
+def compare(boxes, labels, bits, count, words, iou, LABELS: tl.constexpr, ROWS: tl.constexpr):
     """bits (G, 64 W, W): bit k of a box's word w says that it would suppress box 64 w + k, which comes after it.
 
     A box's own bit says that it is empty, as are those from N on. Words of earlier boxes only stay unwritten.
@@ -117,13 +118,13 @@ def compare(boxes, labels, bits, count, words, iou, LABELS: tl.constexpr, ROWS: 
 
 
 @triton.jit
-def either(a, b):  # noqa: ANN001, ANN201
+def either(a, b):
     """The OR of two words."""
     return a | b
 
 
 @triton.jit(do_not_specialize=["count", "words", "limit"])
-def walk(bits, keep, count, words, limit, ROWS: tl.constexpr, WORDS: tl.constexpr):  # noqa: ANN001, ANN201
+def walk(bits, keep, count, words, limit, ROWS: tl.constexpr, WORDS: tl.constexpr):
     """keep (G, N): the boxes that no kept one suppresses, up to the block of 64 in which `limit` is reached."""
     group = tl.program_id(0).to(tl.int64)
     bits += group * words * words * BITS
@@ -135,7 +136,7 @@ def walk(bits, keep, count, words, limit, ROWS: tl.constexpr, WORDS: tl.constexp
     kept_count = 0
     block = 0
     while (block < words) & (kept_count < limit):
-        lines = bits + block.to(tl.int64) * BITS * words
+        lines = bits + block * BITS * words
         here = tl.sum(tl.where(word == block, gone, 0), axis=0)
         for k in tl.static_range(BITS):
             # The chain through the 64 boxes is these few instructions; the loads do not wait for it.
