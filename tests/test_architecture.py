@@ -54,6 +54,7 @@ ONLY_IN = {
     "torch.distributed": ["vitdet/distributed.py", "vitdet/training/parallel.py"],
     "torch.nn.parallel": ["vitdet/training/parallel.py"],
     "argparse": ["vitdet/cli/", "pipeline/cli/"],
+    "triton": ["vitdet/kernels/"],
 }
 # Imports that the layers do not allow and that are still to be removed, with what is to change.
 PENDING: dict[tuple[str, str], str] = {}
