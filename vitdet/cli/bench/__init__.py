@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 
+from vitdet.cli.overrides import add_set
 from vitdet.cli.paths import given_path
 from vitdet.files import write_json
 
@@ -31,6 +33,68 @@ def add_bench(verb: argparse.ArgumentParser) -> None:
     kind.add_argument("--rounds", type=int, default=5, help="turns over all images (5)")
     kind.add_argument("--output", type=given_path, help="write the figures to this JSON file")
     kind.set_defaults(run=run_bench_data)
+    kind = kinds.add_parser("train", help="training steps on made-up images")
+    _add_measured(kind, 20)
+    kind.set_defaults(run=run_bench_train)
+    kind = kinds.add_parser("infer", help="detection in made-up images")
+    _add_measured(kind, 20)
+    kind.set_defaults(run=run_bench_infer)
+
+
+def _add_measured(kind: argparse.ArgumentParser, steps: int) -> None:
+    """The arguments of the benchmarks of a recipe's detector."""
+    kind.add_argument("recipe", help="a recipe's name or a YAML file")
+    add_set(kind)
+    kind.add_argument(
+        "--batch", type=_numbers, default=[1, 2, 4, 8], metavar="N,N", help="images (1,2,4,8)"
+    )
+    kind.add_argument(
+        "--precision",
+        type=lambda text: text.split(","),
+        metavar="P,P",
+        help="of fp32, bf16 and auto (the recipe's)",
+    )
+    kind.add_argument("--steps", type=int, default=steps, help=f"that are measured ({steps})")
+    kind.add_argument("--output", type=given_path, help="write the figures to this JSON file")
+
+
+def _numbers(text: str) -> list[int]:
+    numbers = [int(one) for one in text.split(",")]
+    if min(numbers) < 1:
+        raise ValueError(f"numbers of images must be at least 1, got {text}")
+    return numbers
+
+
+def run_bench_train(given: argparse.Namespace) -> int:
+    """vitdet bench train"""
+    from vitdet.cli.bench.training import measure_training
+
+    return _measure_recipe(given, measure_training)
+
+
+def run_bench_infer(given: argparse.Namespace) -> int:
+    """vitdet bench infer"""
+    from vitdet.cli.bench.inference import measure_inference
+
+    return _measure_recipe(given, measure_inference)
+
+
+def _measure_recipe(given: argparse.Namespace, measure: Callable[..., dict]) -> int:
+    from vitdet import distributed
+    from vitdet.cli.bench.figures import report
+    from vitdet.config import load_config
+
+    if given.steps < 1:
+        raise ValueError(f"--steps must be at least 1, got {given.steps}")
+    config = load_config(given.recipe, given.overrides)
+    with distributed.process_group() as device:
+        precisions = given.precision or [config.train.precision]
+        figures = measure(config, given.batch, precisions, given.steps, device)
+    figures = {"recipe": given.recipe, "overrides": given.overrides, **figures}
+    print(report(figures))
+    if given.output:
+        write_json(given.output, figures)
+    return 0
 
 
 def run_bench_evaluate(given: argparse.Namespace) -> int:
