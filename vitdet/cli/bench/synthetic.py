@@ -18,7 +18,7 @@ from torch import Tensor
 from vitdet.data.dataset import Sample, make_batch
 from vitdet.data.masks import edges_of
 from vitdet.models import Detector
-from vitdet.models.rpn import Anchored, Proposals
+from vitdet.models.rpn import Anchored
 from vitdet.types import Batch, Polygons, Target
 
 OBJECTS = 8.0  # mean number of an image
