@@ -27,6 +27,7 @@ WAITS = ("cudaStreamSynchronize", "cudaEventSynchronize", "cudaMemcpy")
 GIB = 2**30
 # the columns of a table: what a row may have, and how it is shown
 SHOWN = {
+    "who": "{}",
     "batch": "{}",
     "precision": "{}",
     "ms": "{:.1f}",
