@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from vitdet.cli.bench.figures import (
+    DTYPES,
     counted,
     forward_flops,
     peak_memory,
@@ -84,7 +85,7 @@ def measure_calls(
 
     def detect() -> list[Detections]:
         images = batch.images.to(device, non_blocking=True)
-        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+        with torch.autocast(device.type, DTYPES[precision], enabled=precision != "fp32"):
             return detector(images, None, batch.sizes.to(device, non_blocking=True))
 
     def results() -> None:

@@ -8,8 +8,6 @@ gives a detector the proposals of a trained one.
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import torch
 from PIL import Image, ImageDraw
@@ -18,7 +16,7 @@ from torch import Tensor
 from vitdet.data.dataset import Sample, make_batch
 from vitdet.data.masks import edges_of
 from vitdet.models import Detector
-from vitdet.models.rpn import Anchored
+from vitdet.models.rpn import Anchored, Proposals
 from vitdet.types import Batch, Polygons, Target
 
 OBJECTS = 8.0  # mean number of an image
@@ -54,16 +52,13 @@ def lay_on_objects(detector: Detector, batch: Batch, device: torch.device) -> No
     laid = torch.stack([boxes_on_objects(one.boxes, count, side) for one in batch.targets])
     laid = laid.to(device)
 
-    def proposals(found: Anchored, sizes: Tensor, top: tuple[int, int]) -> Any:
-        all_ = propose(found, sizes, top)
-        if isinstance(all_, list):
-            return [
-                p._replace(boxes=torch.cat([p.boxes[:-count], b]))
-                for p, b in zip(all_, laid, strict=True)
-            ]
-        filled = all_.filled.clone()
-        filled[:, -count:] = True
-        return all_._replace(boxes=torch.cat([all_.boxes[:, :-count], laid], dim=1), filled=filled)
+    def proposals(found: Anchored, sizes: Tensor, top: tuple[int, int]) -> Proposals:
+        own = propose(found, sizes, top)
+        kept = own.filled[:, :-count]
+        return own._replace(
+            boxes=torch.cat([own.boxes[:, :-count], laid], dim=1),
+            filled=torch.cat([kept, kept.new_ones(len(kept), count)], dim=1),
+        )
 
     detector.rpn.propose = proposals  # type: ignore[method-assign]
 

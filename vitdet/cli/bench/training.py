@@ -17,6 +17,7 @@ import torch
 
 from vitdet.checkpoint import Checkpoints
 from vitdet.cli.bench.figures import (
+    DTYPES,
     Clock,
     counted,
     forward_flops,
@@ -46,24 +47,22 @@ class Measured(Exception):
 
 
 class Stream:
-    """The batch, as often as it takes to measure `steps` steps."""
+    """The batch, as often as it takes to measure `steps` steps of `parts` batches each."""
 
-    def __init__(self, batch: Batch, device: torch.device, steps: int) -> None:
-        self.batch, self.device, self.steps = batch, device, steps
+    def __init__(self, batch: Batch, device: torch.device, steps: int, parts: int) -> None:
+        self.step, self.device, self.steps = [batch] * parts, device, steps
         self.clock, self.counts = Clock(device), dict[str, float]()
 
     def __iter__(self) -> Iterator[Batch]:
         for _ in range(WARM):
-            yield self.batch
+            yield from self.step
         for _ in range(self.steps):
             self.clock.mark()
-            yield self.batch
+            yield from self.step
         self.clock.mark()
-        if self.device.type == "cuda":
-            with counted(self.device, COUNTED) as counts:
-                for _ in range(COUNTED):
-                    yield self.batch
-            self.counts = dict(counts)
+        with counted(self.device, COUNTED) as self.counts:
+            for _ in range(COUNTED if self.device.type == "cuda" else 0):
+                yield from self.step
         raise Measured
 
 
@@ -99,9 +98,10 @@ def measure_training(
 def measure_steps(config: Config, steps: int, device: torch.device) -> dict:
     """The figures of one batch size and precision: ms (median) a step, images_per_second (mean), peak_gib, counts."""
     detector = new_detector(config, device).train()
-    batch = images_for(config, config.train.batch_size)
+    parts = getattr(config.train, "accumulate", 1)
+    batch = images_for(config, config.train.batch_size // parts)
     lay_on_objects(detector, batch, device)
-    stream, stop = Stream(batch, device, steps), Stop()
+    stream, stop = Stream(batch, device, steps, parts), Stop()
     peak = peak_memory(device)
     saver = Saver(Checkpoints(Path(), 1))  # nothing is saved
     loop = Loop(
@@ -113,7 +113,7 @@ def measure_steps(config: Config, steps: int, device: torch.device) -> dict:
     times = stream.clock.milliseconds()
     return {
         "ms": statistics.median(times),
-        "images_per_second": 1e3 * len(batch) / statistics.mean(times),
+        "images_per_second": 1e3 * config.train.batch_size / statistics.mean(times),
         "peak_gib": peak(),
         **stream.counts,
     }
@@ -125,7 +125,7 @@ def training_flops(config: Config, device: torch.device) -> float:
     lay_on_objects(detector, batch, device)
     moved = batch.to(device)
     used = chosen(config.train.precision, device)
-    with torch.autocast(device.type, torch.bfloat16, enabled=used == "bf16"):
+    with torch.autocast(device.type, DTYPES[used], enabled=used != "fp32"):
         return 3 * forward_flops(
             detector, lambda: detector(moved.images, moved.targets, moved.sizes)
         )
