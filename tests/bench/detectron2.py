@@ -27,10 +27,11 @@ import torch
 from vitdet.cli.bench.figures import counted, peak_memory, report, timed
 from vitdet.cli.bench.inference import SCALES, measure_inference
 from vitdet.cli.bench.synthetic import SHARE, boxes_on_objects
-from vitdet.cli.bench.training import COUNTED, WARM, images_for, measure_training
+from vitdet.cli.bench.training import COUNTED, images_for, measure_training
 from vitdet.config import Config, load_config
 from vitdet.types import Batch
 
+WARM = 4  # steps before the measured ones
 CONFIGS = {  # ours -> theirs, in projects/ViTDet/configs
     f"{cascade}mask_rcnn_vitdet_{size}_coco": f"COCO/{cascade}mask_rcnn_vitdet_{size}_{epochs}ep.py"
     for cascade in ("", "cascade_")

@@ -38,6 +38,7 @@ SHOWN = {
     "launches": "{:.0f}",
     "waits": "{:.0f}",
     "busy_ms": "{:.1f}",
+    "warm_up_s": "{:.1f}",
     "detections": "{:.0f}",
     "results_ms": "{:.1f}",
 }
@@ -116,11 +117,15 @@ def counted(device: torch.device, steps: int) -> Iterator[dict[str, float]]:
         torch.cuda.synchronize()
     events = trace.events()
     calls = [event.name for event in events if event.device_type == DeviceType.CPU]
-    kernels = [event.time_range for event in events if event.device_type != DeviceType.CPU]
+    kernels = [
+        event.time_range.elapsed_us()
+        for event in events
+        if event.device_type != DeviceType.CPU and not event.is_user_annotation
+    ]
     found["kernels"] = len(kernels) / steps
     found["launches"] = sum("Launch" in name for name in calls) / steps
     found["waits"] = sum(name in WAITS for name in calls) / steps
-    found["busy_ms"] = sum(one.elapsed_us() for one in kernels) / 1e3 / steps
+    found["busy_ms"] = sum(kernels) / 1e3 / steps
 
 
 @torch.no_grad()

@@ -8,6 +8,7 @@ evaluation, saving and logs do not. One batch is used again and again; `syntheti
 from __future__ import annotations
 
 import statistics
+import time
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -36,7 +37,8 @@ from vitdet.training.trainer import Loop
 from vitdet.training.watchdog import Watchdog
 from vitdet.types import Batch
 
-WARM = 5  # steps before the measured ones: memory is allocated, kernels are chosen
+# steps before the measured ones: memory is allocated, kernels are chosen, parts are compiled and graphs recorded
+WARM = {"cuda": 12, "cpu": 2}
 COUNTED = 2  # steps whose kernels are counted, after the measured ones
 NEVER = 10**9  # steps: until something that is not measured
 RARE = ("log_every", "save_every", "eval_every")
@@ -52,10 +54,13 @@ class Stream:
     def __init__(self, batch: Batch, device: torch.device, steps: int, parts: int) -> None:
         self.step, self.device, self.steps = [batch] * parts, device, steps
         self.clock, self.counts = Clock(device), dict[str, float]()
+        self.warm_up = 0.0  # seconds
 
     def __iter__(self) -> Iterator[Batch]:
-        for _ in range(WARM):
+        start = time.perf_counter()
+        for _ in range(WARM[self.device.type]):
             yield from self.step
+        self.warm_up = time.perf_counter() - start
         for _ in range(self.steps):
             self.clock.mark()
             yield from self.step
@@ -115,6 +120,7 @@ def measure_steps(config: Config, steps: int, device: torch.device) -> dict:
         "ms": statistics.median(times),
         "images_per_second": 1e3 * config.train.batch_size / statistics.mean(times),
         "peak_gib": peak(),
+        "warm_up_s": stream.warm_up,
         **stream.counts,
     }
 
