@@ -127,11 +127,11 @@ def scopes(step: TrainingStep) -> Iterator[None]:
 
 def _inside(part: str, method: Callable) -> Callable:
     @wraps(method)
-    def run(*given: object, **named: object) -> object:
+    def _scoped(*given: object, **named: object) -> object:
         with record_function(part):
             return method(*given, **named)
 
-    return run
+    return _scoped
 
 
 def of_gpu(events: Iterable[FunctionEvent], wall: float, waited: float) -> dict[str, float]:
