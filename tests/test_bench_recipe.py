@@ -45,6 +45,21 @@ def test_a_benchmark_measures_a_row_for_each_batch_size(
     assert report(figures) in output and len(output.splitlines()) == 4
 
 
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize("kind", ["train", "infer"])
+def test_on_a_gpu_kernels_and_host_waits_are_counted(
+    kind: str, vitdet: Run, tmp_path: Path
+) -> None:
+    path = tmp_path / "bench.json"
+    options = ("--batch", "2", "--steps", "4", "--precision", "bf16", "--output", path)
+    code, _, error = vitdet("bench", kind, "tiny", *SETTINGS, *options)
+    assert code == 0, error
+    (row,) = json.loads(path.read_text())["rows"]
+    assert row["kernels"] >= row["launches"] > 0 and row["waits"] >= 0
+    assert 0 < row["busy_ms"] and 0 < row["mfu"] < 1
+
+
 def test_bad_arguments_are_one_line(vitdet: Run) -> None:
     refused(
         vitdet("bench", "train", "tiny", "--batch", "0"),

@@ -17,8 +17,16 @@ from vitdet.training import train
 from vitdet.training.profile import IDLE, PARTS, STEPS, belongings, union
 
 
+on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+on_cpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+
+
+@pytest.mark.parametrize(
+    "device",
+    [pytest.param("cpu", marks=on_cpu), pytest.param("cuda", marks=[on_gpu, pytest.mark.cuda])],
+)
 def test_every_part_of_a_step_has_its_share(
-    tiny: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    device: str, tiny: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     settings = minimal(tiny, **{"optim.steps": STEPS, "train.eval_every": STEPS})
     with caplog.at_level(logging.INFO):
