@@ -49,6 +49,7 @@ SEE_RECIPES = " (`vitdet config` lists all recipes)"
 LATER = (
     "model.mask.enabled",
     "data.max_pixels",
+    "evaluate.precision",
 )
 
 
@@ -242,12 +243,14 @@ class TrainConfig(Section, prefix="train."):
 
 @dataclass(frozen=True)
 class EvalConfig(Section, prefix="evaluate."):
-    """Selection of the detections."""
+    """Selection of the detections, and how they are computed."""
 
     score_threshold: Fraction = 0.05
     nms_iou: Fraction = 0.5
     max_detections: Amount = 100
     batch_size: Amount = 1
+    # of the detector; auto: bf16 or fp16 where the processor has instructions for it
+    precision: Literal["fp32", "bf16", "fp16", "auto"] = "fp32"
 
 
 @dataclass(frozen=True)
