@@ -1,12 +1,13 @@
 """From batches of images to COCO results of what a detector finds in them.
 
-On a GPU the results of a batch are made while the next one is computed: its boxes come to the CPU, its masks are
-pasted and their runs counted on a stream of their own, which waits for that batch alone.
+On a GPU the results of a batch are made while the next one is computed, by a thread with a CUDA stream of its own, which
+waits for that batch alone: its boxes come to the CPU, its masks are pasted and their runs counted where they are.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 
 import torch
@@ -76,33 +77,42 @@ def results_of(
     """For each batch, the COCO results of its images by their ids.
 
     The detector lies on `device`, in evaluation mode, and computes in `precision` (as `evaluate.precision`). On a GPU
-    the results of a batch come after the next batch was started.
+    the results of a batch come after the next batch was computed; of no more than two batches there is anything in
+    memory.
     """
     device = torch.device(device)
-    aside = torch.cuda.Stream(device, priority=-1) if device.type == "cuda" else None
-    before: tuple[list[Detections], Batch, torch.cuda.Event] | None = None
-    for batch in batches:
-        # sizes lie in memory that is not pinned: a blocking copy would wait for the batch before
-        images, sizes = (one.to(device, non_blocking=True) for one in (batch.images, batch.sizes))
-        with autocast(precision, device):
-            found = detector(images, None, sizes)
-        if aside is None:
-            yield _results(found, batch, category_ids)
-            continue
-        done = torch.cuda.Event()
-        done.record(torch.cuda.current_stream(device))
+    if device.type != "cuda":  # the detector needs all cores
+        for batch in batches:
+            yield _results(_found(detector, batch, device, precision), batch, category_ids)
+        return
+    stream = torch.cuda.Stream(device, priority=-1)
+    before: Future[dict[int, list[dict]]] | None = None
+    with ThreadPoolExecutor(1) as aside:
+        for batch in batches:
+            found = _found(detector, batch, device, precision)
+            done = torch.cuda.Event()
+            done.record(torch.cuda.current_stream(device))
+            if before is not None:
+                yield before.result()
+            before = aside.submit(_results_aside, stream, done, found, batch, category_ids)
         if before is not None:
-            yield _results_aside(aside, *before, category_ids)
-        before = found, batch, done
-    if aside is not None and before is not None:
-        yield _results_aside(aside, *before, category_ids)
+            yield before.result()
+
+
+def _found(
+    detector: nn.Module, batch: Batch, device: torch.device, precision: str
+) -> list[Detections]:
+    # sizes lie in memory that is not pinned: a blocking copy would wait for the batch before
+    images, sizes = (one.to(device, non_blocking=True) for one in (batch.images, batch.sizes))
+    with autocast(precision, device):
+        return detector(images, None, sizes)
 
 
 def _results_aside(
     stream: torch.cuda.Stream,
+    done: torch.cuda.Event,
     found: list[Detections],
     batch: Batch,
-    done: torch.cuda.Event,
     category_ids: Sequence[int],
 ) -> dict[int, list[dict]]:
     """The results of a batch that was computed on another stream, there `done`.
