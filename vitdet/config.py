@@ -55,6 +55,7 @@ LATER = (
     "optim.lr_batch_size",
     "train.accumulate",
     "train.activation_checkpointing",
+    "evaluate.precision",
 )
 
 
@@ -236,12 +237,14 @@ class TrainConfig(Section, prefix="train."):
 
 @dataclass(frozen=True)
 class EvalConfig(Section, prefix="evaluate."):
-    """Selection of the detections."""
+    """Selection of the detections, and how they are computed."""
 
     score_threshold: Fraction = 0.05
     nms_iou: Fraction = 0.5
     max_detections: Amount = 100
     batch_size: Amount = 1
+    # of the detector; auto: bf16 or fp16 where the processor has instructions for it
+    precision: Literal["fp32", "bf16", "fp16", "auto"] = "fp32"
 
 
 @dataclass(frozen=True)
