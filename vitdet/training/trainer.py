@@ -251,7 +251,7 @@ class Loop:
         def load() -> Batch:
             at(Stage.LOADING)
             with self.meter.waiting():
-                return next(self.batches).to(self.device, non_blocking=True)
+                return next(self.batches)
 
         figures = self.training_step.run(step, load, at)
         self.meter.add(figures.losses, figures.grad_norm, figures.skipped)
@@ -272,7 +272,8 @@ class Loop:
                 self.watchdog.at(step, Stage.COMPARING, LONG)
             return self.stop.received > 0
 
-        with self.meter.paused():
+        # what training compiled is for its own sizes and precision
+        with self.meter.paused(), torch.compiler.set_stance("force_eager"):
             self.watchdog.at(step, Stage.EVALUATING, LONG)  # reads the annotations
             with self.average.applied():
                 share_statistics(self.detector)
