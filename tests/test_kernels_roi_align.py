@@ -54,24 +54,24 @@ class Scene:
 
 
 EXACT = 5e-6  # float32: products of three TF32 ones on a GPU
-SMALL = [(19, 13), (10, 7), (5, 4)]
+SMALL = [(17, 11), (9, 6)]
 
 
 @needs_triton
-@pytest.mark.parametrize(("bins", "ratio"), [(7, 0), (7, 2), (14, 0), (3, 3)])
+@pytest.mark.parametrize(("bins", "ratio"), [(7, 0), (14, 0), (3, 3)])
 def test_equals_torchvision_in_values_and_gradients(bins, ratio):
-    assert Scene(SMALL, 9, 5).errors(bins, ratio) < EXACT
+    assert Scene(SMALL, 8, 5).errors(bins, ratio) < EXACT
 
 
 @needs_triton
 def test_16_bit_maps_keep_the_precision_of_weights():
-    assert Scene(SMALL, 9, 5, kind=torch.float16).errors(7, 0) < 3e-4
+    assert Scene(SMALL, 7, 5, kind=torch.float16).errors(7, 0) < 3e-4
 
 
 @needs_triton
-@pytest.mark.parametrize("sizes", [[(9, 11)], [(17, 9), (9, 5), (5, 3), (3, 2), (2, 1)]])
-def test_one_and_five_levels_of_maps_in_any_layout(sizes):
-    assert Scene(sizes, 7, 3).errors(2, 0, torch.contiguous_format) < EXACT
+def test_five_levels_of_maps_in_another_layout():
+    scene = Scene([(9, 5), (5, 3), (3, 2), (2, 1), (1, 1)], 9, 3, images=1)
+    assert scene.errors(2, 0, torch.contiguous_format) < EXACT
 
 
 @needs_triton
