@@ -162,6 +162,12 @@ def touched(start, end, length):
 
 
 @triton.jit
+def rows_touched(row, start, size, height, BINS: tl.constexpr, ROWS: tl.constexpr):
+    """First and last row of cells that ROWS rows of bins from `row` on may read."""
+    return touched(start + row * size, start + tl.minimum(row + ROWS, BINS) * size, height)
+
+
+@triton.jit
 def points_of(size, RATIO: tl.constexpr):
     """Points of a bin of this size along an axis; none in one that ends before it starts."""
     if RATIO > 0:
@@ -257,7 +263,7 @@ def forward_kernel(
         pixels = choose(at, f0, f1, f2, f3, f4)
         pixels += tl.load(image + roi).to(tl.int64) * height * width * channels
         bin_height, bin_width = tl.math.div_rn(y1 - y0, BINS), tl.math.div_rn(x1 - x0, BINS)
-        top, bottom = touched(y0 + row * bin_height, y0 + (row + ROWS) * bin_height, height)
+        top, bottom = rows_touched(row, y0, bin_height, height, BINS, ROWS)
         left, right = touched(x0, x1, width)
         cell = tl.arange(0, SIDE * SIDE)
         rows = (row + tl.arange(0, ROWS))[:, None, None, None]
@@ -376,7 +382,7 @@ def backward_kernel(
                 RATIO,
             )
             for row in range(0, BINS, ROWS):
-                low, high = touched(y0 + row * bin_height, y0 + (row + ROWS) * bin_height, height)
+                low, high = rows_touched(row, y0, bin_height, height, BINS, ROWS)
                 if (low < y + SIDE) & (high >= y):
                     vertical = weights(
                         (y + side)[:, None, None, None],
