@@ -272,17 +272,18 @@ def forward_kernel(
         for y in range(top, bottom + 1, SIDE):
             vertical = weights((y + side)[None, None, :, None], rows, y0, bin_height, height, RATIO)
             for x in range(left, right + 1, SIDE):
-                across = weights(
-                    (x + side)[None, None, None, :], columns, x0, bin_width, width, RATIO
-                )
-                matrix = tl.reshape(vertical * across, (ROWS * COLUMNS, SIDE * SIDE))
                 cell_y, cell_x = y + cell // SIDE, x + cell % SIDE
+                # before the weights, which are computed while it is on its way
                 values = tl.load(
                     pixels + ((cell_y * width + cell_x) * channels)[:, None] + channel[None, :],
                     mask=((cell_y <= bottom) & (cell_x <= right))[:, None]
                     & (channel < channels)[None, :],
                     other=0.0,
                 )
+                across = weights(
+                    (x + side)[None, None, None, :], columns, x0, bin_width, width, RATIO
+                )
+                matrix = tl.reshape(vertical * across, (ROWS * COLUMNS, SIDE * SIDE))
                 total = add_product(total, matrix, values)
     place = tl.arange(0, ROWS * COLUMNS)
     bin_y, bin_x = row + place // COLUMNS, place % COLUMNS
@@ -384,15 +385,6 @@ def backward_kernel(
             for row in range(0, BINS, ROWS):
                 low, high = rows_touched(row, y0, bin_height, height, BINS, ROWS)
                 if (low < y + SIDE) & (high >= y):
-                    vertical = weights(
-                        (y + side)[:, None, None, None],
-                        (row + tl.arange(0, ROWS))[None, None, :, None],
-                        y0,
-                        bin_height,
-                        height,
-                        RATIO,
-                    )
-                    matrix = tl.reshape(vertical * horizontal, (SIDE * SIDE, ROWS * COLUMNS))
                     bin_y, bin_x = row + place // COLUMNS, place % COLUMNS
                     values = tl.load(
                         gradient
@@ -402,6 +394,15 @@ def backward_kernel(
                         & (channel < channels)[None, :],
                         other=0.0,
                     )
+                    vertical = weights(
+                        (y + side)[:, None, None, None],
+                        (row + tl.arange(0, ROWS))[None, None, :, None],
+                        y0,
+                        bin_height,
+                        height,
+                        RATIO,
+                    )
+                    matrix = tl.reshape(vertical * horizontal, (SIDE * SIDE, ROWS * COLUMNS))
                     total = add_product(total, matrix, values)
             waiting = tl.where(waiting == following, end, waiting)
             following = tl.min(waiting, axis=0)
