@@ -9,11 +9,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from tests.bench.precision import compare, detect
 from tests.conftest import minimal
+from vitdet.checkpoint import restore_detector
 from vitdet.config import load_config
 from vitdet.evaluation.detections import results_of
 from vitdet.evaluation.evaluator import evaluate
 from vitdet.predictor import Predictor, autocast, fastest
+from vitdet.training import train
 from vitdet.types import Batch, Detections
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
@@ -89,3 +92,33 @@ def test_the_setting_is_checked(tiny: Path) -> None:
     assert config.evaluate.precision == "bf16" and load_config("tiny").evaluate.precision == "fp32"
     with pytest.raises(ValueError, match="evaluate.precision"):
         load_config("tiny", ["evaluate.precision=fp8"])
+
+
+def test_detections_in_two_precisions_are_matched_within_their_class() -> None:
+    boxes = torch.tensor([[0.0, 0, 10, 10], [20, 20, 40, 40], [50, 50, 60, 60], [70, 0, 80, 9]])
+    exact = Detections(boxes, torch.tensor([0.9, 0.8, 0.7, 0.2]), torch.tensor([0, 1, 1, 0]), None)
+    other = Detections(
+        boxes[[1, 0, 2]] + torch.tensor([0.0, 0, 0, 1]),
+        torch.tensor([0.81, 0.85, 0.7]),
+        torch.tensor([1, 0, 0]),
+        None,
+    )
+    figures = compare([exact, exact[:0]], [other, other[:0]], 0.3)
+    assert (figures["images"], figures["matched"]) == (2, 2)
+    assert figures["in fp32 only"] == figures["in the other only"] == 1
+    assert figures["mean IoU"] == pytest.approx((10 / 11 + 20 / 21) / 2)
+    assert figures["largest difference of scores"] == pytest.approx(0.05)
+    assert figures["share of scores within 0.02"] == 0.5
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_trained_detector_finds_the_same_in_bf16(tiny: Path, tmp_path: Path) -> None:
+    steps = [f"{name}=300" for name in ("optim.steps", "train.eval_every", "train.save_every")]
+    config = load_config("tiny", [f"data.root={tiny}", *steps])
+    detector, *_ = restore_detector(train(config, tmp_path))
+    detector.cuda().eval()
+    exact, other = (detect(detector, config, one, GPU) for one in ("fp32", "bf16"))
+    figures = compare(exact, other, 0.3)
+    assert figures["matched"] >= 20 and figures["mean IoU"] >= 0.98, figures
+    assert figures["mean difference of scores"] <= 0.02, figures
