@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from tests.triton_device import DEVICE, needs_gpu, needs_triton, no_waits
+from tests.triton_device import DEVICE, REGISTRATION, needs_gpu, needs_triton, no_waits
 from vitdet.kernels.nms import nms, reference, suppress
 
 
@@ -151,7 +151,7 @@ def test_many_groups_are_compared_in_parts(monkeypatch):
 def test_operator_is_registered_completely():
     boxes = scene("random", 1, 20).to(DEVICE)
     for labels in (None, torch.zeros(1, 20, dtype=torch.long, device=DEVICE)):
-        torch.library.opcheck(suppress, (boxes, labels, 0.5, 10))
+        torch.library.opcheck(suppress, (boxes, labels, 0.5, 10), test_utils=REGISTRATION)
 
 
 @needs_triton

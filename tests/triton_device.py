@@ -18,6 +18,10 @@ DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
 needs_triton = pytest.mark.skipif(
     DEVICE == "cpu" and not INTERPRETED, reason="Triton has neither a GPU nor its interpreter here"
 )
+# what torch.library.opcheck tests; compiled graphs of operators run on a GPU only, in the interpreter they take seconds
+REGISTRATION = ("test_schema", "test_autograd_registration", "test_faketensor") + (
+    ("test_aot_dispatch_dynamic",) if DEVICE == "cuda" else ()
+)
 needs_gpu = pytest.mark.skipif(DEVICE == "cpu", reason="no GPU")
 
 
