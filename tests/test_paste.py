@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.conftest import ROOT
+from tests.triton_device import needs_gpu
 from vitdet.data.masks import encode, paste
 from vitdet.evaluation import detections
 from vitdet.evaluation.detections import (
@@ -26,7 +23,6 @@ from vitdet.evaluation.run_lengths import encode_columns
 from vitdet.kernels.paste import bytes_of, reference, regions_of
 from vitdet.types import Batch, Detections
 
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 HEIGHT, WIDTH = 37, 53
 # boxes on an image of 37 x 53 pixels
 PLACES = {
@@ -57,6 +53,16 @@ MASKS = {
 }
 
 
+def placed(kind: str) -> tuple[Tensor, Tensor, Tensor]:
+    """A mask in all of PLACES: masks, boxes, and the sizes of the image."""
+    boxes = torch.tensor(list(PLACES.values()))
+    return (
+        MASKS[kind]().repeat(len(boxes), 1, 1),
+        boxes,
+        torch.tensor([(HEIGHT, WIDTH)] * len(boxes)),
+    )
+
+
 def columns(masks: Tensor, boxes: Tensor, sizes: Tensor) -> tuple[Tensor, ...]:
     """The arguments of `encode_columns`."""
     regions = regions_of(boxes, sizes)
@@ -66,11 +72,10 @@ def columns(masks: Tensor, boxes: Tensor, sizes: Tensor) -> tuple[Tensor, ...]:
 
 @pytest.mark.parametrize("kind", MASKS)
 def test_the_strings_are_those_of_whole_images(kind: str) -> None:
-    boxes = torch.tensor(list(PLACES.values()))
-    masks = MASKS[kind]().repeat(len(boxes), 1, 1)
-    size = (HEIGHT, WIDTH)
-    found = encode_columns(*columns(masks, boxes, torch.tensor([size] * len(boxes))))
-    for name, one, wanted in zip(PLACES, found, encode(paste(masks, boxes, size)), strict=True):
+    masks, boxes, sizes = placed(kind)
+    found = encode_columns(*columns(masks, boxes, sizes))
+    whole = encode(paste(masks, boxes, (HEIGHT, WIDTH)))
+    for name, one, wanted in zip(PLACES, found, whole, strict=True):
         assert one == wanted, name
 
 
@@ -117,46 +122,9 @@ def test_detectors_without_masks_have_boxes_only() -> None:
 
 
 def test_large_images_are_sampled_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    boxes = torch.tensor(list(PLACES.values()))
-    masks = MASKS["noise"]().repeat(len(boxes), 1, 1)
-    sizes = torch.tensor([(HEIGHT, WIDTH)] * len(boxes))
-    at_once = columns(masks, boxes, sizes)[0]
+    at_once = columns(*placed("noise"))[0]
     monkeypatch.setattr("vitdet.kernels.paste.PIXELS", 100)
-    assert torch.equal(columns(masks, boxes, sizes)[0], at_once)
-
-
-# In a process of its own, as Triton's interpreter is chosen when it is imported
-INTERPRETED = """
-import torch
-from tests.test_paste import MASKS, PLACES, HEIGHT, WIDTH, columns
-from vitdet.kernels.paste_kernels import launch
-boxes = torch.tensor(list(PLACES.values()))
-sizes = torch.tensor([(HEIGHT, WIDTH)] * len(boxes))
-masks = MASKS["noise"]().repeat(len(boxes), 1, 1)
-wanted, regions, ends, _ = columns(masks, boxes, sizes)
-assert torch.equal(launch(masks, boxes, regions, ends, len(wanted)), wanted)
-"""
-
-
-def test_the_kernel_writes_the_same_bytes(tmp_path: Path) -> None:
-    pytest.importorskip("triton")
-    subprocess.run(
-        [sys.executable, "-c", INTERPRETED],
-        env={"PYTHONPATH": str(ROOT), "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
-        cwd=tmp_path,
-        check=True,
-        timeout=600,
-    )
-
-
-@pytest.mark.cuda
-@needs_gpu
-def test_the_gpu_gives_the_strings_of_the_cpu() -> None:
-    batch = [some(100, seed) for seed in range(4)]
-    originals = [(480, 640), (427, 640), (50, 50), (1500, 2000)]
-    wanted = batch_to_results(batch, SIZES, originals, range(4), (9,))
-    moved = [one.to("cuda") for one in batch]
-    assert batch_to_results(moved, SIZES, originals, range(4), (9,)) == wanted
+    assert torch.equal(columns(*placed("noise"))[0], at_once)
 
 
 class Squares(nn.Module):
@@ -164,7 +132,7 @@ class Squares(nn.Module):
 
     def forward(self, images: Tensor, targets: None, sizes: Tensor) -> list[Detections]:
         low = images.flatten(1)[:, :6].float().view(-1, 3, 2) / 8
-        masks = torch.linspace(0, 1, 784, device=images.device).view(1, 28, 28).expand(3, -1, -1)
+        masks = torch.arange(784, device=images.device).view(1, 28, 28).expand(3, -1, -1) / 1024
         return [
             Detections(torch.cat([one, one + 30], dim=1), one[:, 0], one[:, 1].long(), masks)
             for one in low
