@@ -6,7 +6,7 @@ import sys
 
 from tests.conftest import ROOT
 
-FILES = ("nms", "roi_align", "rasterize")
+FILES = ("nms", "paste", "roi_align", "rasterize")
 
 
 def test_kernels_in_the_interpreter():

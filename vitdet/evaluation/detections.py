@@ -6,9 +6,11 @@ waits for that batch alone: its boxes come to the CPU, its masks are pasted and 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
+from typing import TypeVar
 
 import torch
 from torch import nn
@@ -20,6 +22,7 @@ from vitdet.models.graphed_detector import GraphedDetector
 from vitdet.predictor import autocast, to_image
 from vitdet.types import Batch, Detections
 
+Result = TypeVar("Result")
 BYTES = 2**25  # of pasted masks at a time
 
 
@@ -88,15 +91,28 @@ def results_of(
             yield _results(_found(detect, batch, device), batch, category_ids)
         return
     stream = torch.cuda.Stream(device, priority=-1)
-    before: Future[dict[int, list[dict]]] | None = None
-    with ThreadPoolExecutor(1) as aside:
+
+    def jobs() -> Iterator[Callable[[], dict[int, list[dict]]]]:
         for batch in batches:
             found = _found(detect, batch, device)
             done = torch.cuda.Event()
             done.record(torch.cuda.current_stream(device))
+            yield partial(_results_aside, stream, done, found, batch, category_ids)
+
+    yield from one_behind(jobs())
+
+
+def one_behind(jobs: Iterable[Callable[[], Result]]) -> Iterator[Result]:
+    """What the jobs return, in order; each runs in a thread while the next one is taken from `jobs`.
+
+    An error of a job is raised here, in its turn.
+    """
+    before: Future[Result] | None = None
+    with ThreadPoolExecutor(1) as thread:
+        for job in jobs:
             if before is not None:
                 yield before.result()
-            before = aside.submit(_results_aside, stream, done, found, batch, category_ids)
+            before = thread.submit(job)
         if before is not None:
             yield before.result()
 
@@ -114,7 +130,7 @@ def _results_aside(
     batch: Batch,
     category_ids: Sequence[int],
 ) -> dict[int, list[dict]]:
-    """The results of a batch that was computed on another stream, there `done`.
+    """The results of a batch that was computed on another stream, there `done`; made on `stream`.
 
     When they are there, the stream has nothing left to do, so the memory of `found` may be used again.
     """

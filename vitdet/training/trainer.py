@@ -287,7 +287,10 @@ class Loop:
                     self.stop.check(self.stopped(step))
                 if distributed.rank() == 0:
                     folder = self.output / "pictures" / f"step_{step:08d}"
-                    for path in write_pictures(self.detector, config.data, folder):
+                    precision = config.evaluate.precision
+                    for path in write_pictures(
+                        self.detector, config.data, folder, precision=precision
+                    ):
                         self.tracker.artifact(path, f"pictures/{folder.name}")
             self.tracker.log(self.metrics, step)
             self.evaluated = step
