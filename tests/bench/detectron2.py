@@ -15,6 +15,7 @@ import json
 import logging
 import statistics
 import sys
+import traceback
 import types
 import warnings
 from collections.abc import Callable, Iterator
@@ -24,7 +25,7 @@ from typing import Any
 
 import torch
 
-from vitdet.cli.bench.figures import counted, peak_memory, report, timed
+from vitdet.cli.bench.figures import counted, peak_memory, report, summary, timed
 from vitdet.cli.bench.inference import SCALES, measure_inference
 from vitdet.cli.bench.synthetic import SHARE, boxes_on_objects
 from vitdet.cli.bench.training import COUNTED, images_for, measure_training
@@ -82,19 +83,23 @@ def beside(
     path: str,
 ) -> dict:
     """Our figures, and theirs in the same rows: `precision` says whose they are."""
-    figures: dict = {}
-    rows = []
+    figures: dict = {"product_tflops": {}, "tflop_per_image": 0.0}
+    rows: list[dict] = []
     for size in sizes:
-        figures = ours(config, [size], [config.train.precision], given.steps, device)
-        rows += [{**row, "who": "vitdet"} for row in figures["rows"]]
+        try:
+            figures = ours(config, [size], [config.train.precision], given.steps, device)
+            rows.append({"who": "vitdet", **figures["rows"][0]})
+        except Exception as error:  # what is measured so far, and theirs, is not lost
+            traceback.print_exc()
+            rows.append({"who": "vitdet", "batch": size, "error": str(error).splitlines()[0]})
         row = fitting(
             size, lambda size: theirs(given.sources, path, config, size, given.steps, device)
         )
-        rate = max(figures["product_tflops"].values())
-        if "images_per_second" in row:
+        rate = max(figures["product_tflops"].values(), default=0.0)
+        if "images_per_second" in row and rate:
             row["mfu"] = row["images_per_second"] * figures["tflop_per_image"] / rate
         rows.append(row)
-    return {**figures, "rows": rows}
+    return {**summary(device, 0.0, {}, []), **figures, "rows": rows}
 
 
 def fitting(size: int, measure: Callable[[int], dict]) -> dict:

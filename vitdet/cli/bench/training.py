@@ -114,9 +114,14 @@ def measure_steps(config: Config, steps: int, device: torch.device) -> dict:
     )
     with suppress(Measured):
         loop.run(0)
-    loop.meter.state()  # raises for losses that are not finite
     times = stream.clock.milliseconds()
+    row: dict[str, Any] = {}
+    try:
+        loop.meter.state()
+    except ValueError as error:  # of losses that are not finite; the times stand nevertheless
+        row["error"] = str(error)
     return {
+        **row,
         "ms": statistics.median(times),
         "images_per_second": 1e3 * config.train.batch_size / statistics.mean(times),
         "peak_gib": peak(),
