@@ -14,7 +14,7 @@ import torch
 from tests.conftest import STEPS, Recorder, minimal
 from tests.test_old_checkpoints import STORED, dataset_digest
 from tests.test_trainer import cut, go, interrupt, same_bits, terminate
-from vitdet.checkpoint import STATE_1, load_model_file
+from vitdet.checkpoint import STATE_1, STATE_2, load_model_file
 from vitdet.config import legacy_digest, load_config
 from vitdet.evaluation import evaluate
 from vitdet.training import Stopped, train, trainer
@@ -241,19 +241,23 @@ def test_the_draws_of_a_step_depend_on_seed_step_and_rank(
     assert seeds[-2:] == [12467808127879573787, 11425928242767342472]
 
 
-def test_states_of_version_1_are_loaded_and_those_of_an_unknown_version_are_not(
+def test_states_of_earlier_versions_are_loaded_and_those_of_an_unknown_version_are_not(
     tiny: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(Stopped):
         go(tiny, tmp_path, interrupt(terminate, 5))
     path = sorted((tmp_path / "checkpoints").iterdir())[-1]
     content = torch.load(path, weights_only=True)
-    assert content["format"] == "vitdet training state, version 2"
-    torch.save({**content, "format": "vitdet training state, version 3"}, path)
-    with pytest.raises(ValueError, match="got 'vitdet training state, version 3'"):
+    assert content["format"] == "vitdet training state, version 3"
+    torch.save({**content, "format": "vitdet training state, version 4"}, path)
+    with pytest.raises(ValueError, match="got 'vitdet training state, version 4'"):
         go(tiny, tmp_path)
-    torch.save({**content, "format": STATE_1}, path)
-    assert min(go(tiny, tmp_path).points) == 6
+    assert content.pop("scaler") == {}  # not in fp16
+    for version in (STATE_1, STATE_2):
+        output = tmp_path / version[-1]
+        (output / "checkpoints").mkdir(parents=True)
+        torch.save({**content, "format": version}, output / "checkpoints" / path.name)
+        assert min(go(tiny, output).points) == 6
 
 
 def test_the_config_that_is_stored_is_the_new_one(tiny: Path, tmp_path: Path) -> None:

@@ -49,8 +49,8 @@ def run_train(args: argparse.Namespace) -> int:
     from vitdet.data.samplers import check_batch_size
 
     # before torch is imported, the data is read and the others are joined
-    settings = load_config(args.recipe, args.overrides)
-    check_batch_size(settings.train.batch_size, torchrun.world_size())
+    train = load_config(args.recipe, args.overrides).train
+    check_batch_size(train.batch_size, torchrun.world_size(), train.accumulate)
 
     from vitdet import distributed, stages
     from vitdet.data.layout import resolve_config

@@ -50,8 +50,7 @@ def _(boxes: Tensor, labels: Tensor | None, iou: float, limit: int) -> Tensor:
 def reference(boxes: Tensor, labels: Tensor | None, iou: float) -> Tensor:
     """As `nms` without a limit, by torchvision: group after group, and label after label within each."""
     keep = torch.zeros(boxes.shape[:2], dtype=torch.bool, device=boxes.device)
-    # decreasing, and exact in float32
-    scores = -torch.arange(boxes.shape[1], dtype=torch.float32, device=boxes.device)
+    scores = -torch.arange(boxes.shape[1], dtype=boxes.dtype, device=boxes.device)
     usable = (boxes[..., 2:] > boxes[..., :2]).all(dim=2)
     for group, group_boxes in enumerate(boxes):
         chosen = usable[group].nonzero().flatten()

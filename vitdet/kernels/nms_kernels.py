@@ -6,6 +6,8 @@ registers, a few instructions a box, and what the kept ones suppress among the l
 Letters: G groups, N boxes of a group, W words of a row.
 """
 
+# ruff: noqa: ANN001, ANN201 (what Triton passes to a kernel has no Python type)
+
 from __future__ import annotations
 
 import math
@@ -26,25 +28,25 @@ def launch(boxes: Tensor, labels: Tensor | None, iou: float, limit: int) -> Tens
     """Contiguous boxes (G, N, 4) float32, labels (G, N) int64 or None -> which are kept, (G, N) bool."""
     groups, count, _ = boxes.shape
     keep = torch.zeros(groups, count, dtype=torch.bool, device=boxes.device)
-    words = triton.cdiv(count, BITS.value)
-    each = 8 * count * words
-    if not groups * count or limit <= 0:
+    if not groups * count:
         return keep
-    labelled = labels is not None
-    labels = boxes if labels is None else labels.contiguous()
-    rows = max(1, min(BITS.value, TILE // triton.next_power_of_2(words)))
-    step = max(1, MEMORY // each)
+    words = triton.cdiv(count, BITS.value)
+    padded = triton.next_power_of_2(words)
+    classes = boxes if labels is None else labels.contiguous()
+    step = max(1, MEMORY // (8 * BITS.value * words**2))
     for start in range(0, groups, step):
         some = slice(start, min(start + step, groups))
-        bits = torch.empty(some.stop - start, count, words, dtype=torch.int64, device=boxes.device)
-        compare[(words, words, len(bits))](
+        size = (some.stop - start, BITS.value * words, words)
+        bits = torch.empty(size, dtype=torch.int64, device=boxes.device)
+        compare[(words, 2 * words, len(bits))](
             boxes[some],
-            labels[some],
+            classes[some],
             bits,
             count,
             words,
             below(iou),
-            LABELS=labelled,
+            LABELS=labels is not None,
+            ROWS=BITS.value // 2,
             num_warps=4,
             # a fused a * b - c would round otherwise than torchvision on the CPU
             enable_fp_fusion=False,
@@ -55,8 +57,8 @@ def launch(boxes: Tensor, labels: Tensor | None, iou: float, limit: int) -> Tens
             count,
             words,
             limit,
-            ROWS=rows,
-            WORDS=triton.next_power_of_2(words),
+            ROWS=max(1, min(BITS.value, TILE // padded)),
+            WORDS=padded,
             num_warps=4,
         )
     return keep
@@ -71,7 +73,7 @@ def below(number: float) -> float:
 
 
 @triton.jit
-def corners(boxes, index, inside):  # noqa: ANN001, ANN201
+def corners(boxes, index, inside):
     """x0, y0, x1, y1 of boxes (N, 4); empty boxes where not inside."""
     x0 = tl.load(boxes + index * 4, mask=inside, other=0.0)
     y0 = tl.load(boxes + index * 4 + 1, mask=inside, other=0.0)
@@ -81,73 +83,76 @@ def corners(boxes, index, inside):  # noqa: ANN001, ANN201
 
 
 @triton.jit(do_not_specialize=["count", "words"])
-def compare(boxes, labels, bits, count, words, iou, LABELS: tl.constexpr):  # noqa: ANN001, ANN201
-    """bits (G, N, W): bit j of a box's word w says that it would suppress box 64 w + j, which comes after it.
+def compare(boxes, labels, bits, count, words, iou, LABELS: tl.constexpr, ROWS: tl.constexpr):
+    """bits (G, 64 W, W): bit k of a box's word w says that it would suppress box 64 w + k, which comes after it.
 
-    A box's own bit says that it is empty. Words of earlier boxes only stay unwritten.
+    A box's own bit says that it is empty, as are those from N on. Words of earlier boxes only stay unwritten.
     """
-    row_block, column_block, group = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    if row_block > column_block:
+    block, part, group = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    if block * BITS + BITS <= part * ROWS:
         return
-    first = group.to(tl.int64) * count
-    i = row_block * BITS + tl.arange(0, BITS)
-    j = column_block * BITS + tl.arange(0, BITS)
-    ax0, ay0, ax1, ay1 = corners(boxes + first * 4, i, i < count)
-    bx0, by0, bx1, by1 = corners(boxes + first * 4, j, j < count)
-    width = tl.minimum(ax1[:, None], bx1[None, :]) - tl.maximum(ax0[:, None], bx0[None, :])
-    height = tl.minimum(ay1[:, None], by1[None, :]) - tl.maximum(ay0[:, None], by0[None, :])
+    boxes += group.to(tl.int64) * count * 4
+    i = part * ROWS + tl.arange(0, ROWS)
+    j = block * BITS + tl.arange(0, BITS)
+    ax0, ay0, ax1, ay1 = corners(boxes, i, i < count)
+    bx0, by0, bx1, by1 = corners(boxes, j, j < count)
+    # The later boxes lie along axis 0, which is summed below: a thread holds many of them for one row.
+    width = tl.minimum(ax1[None, :], bx1[:, None]) - tl.maximum(ax0[None, :], bx0[:, None])
+    height = tl.minimum(ay1[None, :], by1[:, None]) - tl.maximum(ay0[None, :], by0[:, None])
     intersection = tl.maximum(width, 0.0) * tl.maximum(height, 0.0)
-    areas = ((ax1 - ax0) * (ay1 - ay0))[:, None] + ((bx1 - bx0) * (by1 - by0))[None, :]
+    areas = ((ax1 - ax0) * (ay1 - ay0))[None, :] + ((bx1 - bx0) * (by1 - by0))[:, None]
     hit = tl.math.div_rn(intersection, areas - intersection) > iou
     if LABELS:
-        a = tl.load(labels + first + i, mask=i < count, other=0)
-        b = tl.load(labels + first + j, mask=j < count, other=0)
-        hit &= a[:, None] == b[None, :]
-    filled = (ax1 > ax0) & (ay1 > ay0)
-    hit = (hit & (i[:, None] < j[None, :])) | ((i[:, None] == j[None, :]) & ~filled[:, None])
-    places = tl.arange(0, BITS).to(tl.int64)
+        labels += group.to(tl.int64) * count
+        a = tl.load(labels + i, mask=i < count, other=0)
+        b = tl.load(labels + j, mask=j < count, other=0)
+        hit &= a[None, :] == b[:, None]
     # distinct bits: their sum is their OR
-    word = tl.sum(hit.to(tl.int64) << places[None, :], axis=1)
-    tl.store(bits + (first + i) * words + column_block, word, mask=i < count)
+    word = tl.sum(hit.to(tl.int64) << tl.arange(0, BITS).to(tl.int64)[:, None], axis=0)
+    # Where the row's own bit is in this word, only those above it come later.
+    own = i - block * BITS
+    later = tl.where(own < 0, -1, tl.full((ROWS,), -2, tl.int64) << tl.maximum(own, 0))
+    empty = (own >= 0) & ~((ax1 > ax0) & (ay1 > ay0))
+    word = (word & later) | (empty.to(tl.int64) << tl.maximum(own, 0))
+    tl.store(bits + (group.to(tl.int64) * words * BITS + i) * words + block, word)
 
 
 @triton.jit
-def either(a, b):  # noqa: ANN001, ANN201
+def either(a, b):
     """The OR of two words."""
     return a | b
 
 
 @triton.jit(do_not_specialize=["count", "words", "limit"])
-def walk(bits, keep, count, words, limit, ROWS: tl.constexpr, WORDS: tl.constexpr):  # noqa: ANN001, ANN201
+def walk(bits, keep, count, words, limit, ROWS: tl.constexpr, WORDS: tl.constexpr):
     """keep (G, N): the boxes that no kept one suppresses, up to the block of 64 in which `limit` is reached."""
-    first = tl.program_id(0).to(tl.int64) * count
-    bits += first * words
+    group = tl.program_id(0).to(tl.int64)
+    bits += group * words * words * BITS
+    keep += group * count
     place = tl.arange(0, BITS)
     word = tl.arange(0, WORDS)
-    # bits of the boxes that kept ones suppress
+    # the boxes that kept ones suppress
     gone = tl.zeros((WORDS,), tl.int64)
     kept_count = 0
     block = 0
     while (block < words) & (kept_count < limit):
-        start = block * BITS
+        lines = bits + block * BITS * words
         here = tl.sum(tl.where(word == block, gone, 0), axis=0)
-        kept = here ^ here
         for k in tl.static_range(BITS):
-            # one chain through the 64 boxes; the loads do not wait for it
-            row = tl.load(bits + (start + k).to(tl.int64) * words + block, mask=start + k < count, other=-1)
-            free = (((here | row) >> k) & 1) == 0
-            here |= tl.where(free, row, 0)
-            kept |= tl.where(free, tl.full((), 1, tl.int64) << k, 0)
-        is_kept = ((kept >> place) & 1) != 0
-        tl.store(keep + first + start + place, is_kept, mask=start + place < count)
-        kept_count += tl.sum(is_kept.to(tl.int32), axis=0)
+            # The chain through the 64 boxes is these few instructions; the loads do not wait for it.
+            line = tl.load(lines + k * words + block)
+            own = tl.full((), 1, tl.int64) << k
+            here |= line & tl.where(((here | line) & own) == 0, -1, own)
+        kept = ((here >> place) & 1) == 0
+        tl.store(keep + block * BITS + place, kept, mask=block * BITS + place < count)
+        kept_count += tl.sum(kept.to(tl.int32), axis=0)
         for k in range(0, BITS, ROWS):
-            index = k + tl.arange(0, ROWS)
-            chosen = ((kept >> index) & 1) != 0
-            rows = tl.load(
-                bits + (start + index).to(tl.int64)[:, None] * words + word[None, :],
-                mask=chosen[:, None] & (word > block)[None, :] & (word < words)[None, :],
+            row = k + tl.arange(0, ROWS)
+            suppressed = tl.load(
+                lines + row[:, None] * words + word[None, :],
+                mask=(((here >> row) & 1) == 0)[:, None]
+                & ((word > block) & (word < words))[None, :],
                 other=0,
             )
-            gone |= tl.reduce(rows, 0, either)
+            gone |= tl.reduce(suppressed, 0, either)
         block += 1

@@ -130,19 +130,28 @@ class RoIHeads(nn.Module):
                 assigned = self.reassign(stage + 1, refined, filled, targets, sizes)
         return found
 
+    def find(
+        self, features: Sequence[Tensor], proposals: Proposals, sizes: Tensor, candidates: int
+    ) -> tuple[Found, Tensor | None]:
+        """The slots of detections of every image, and their mask probabilities (B, D, 28, 28) if there is a mask head.
+
+        Boxes in pixels of the canvas, cut to sizes (B, 2). Nothing here waits for a GPU.
+        """
+        boxes, scores = self.refine(features, proposals, sizes)
+        found = self.select(boxes, scores, proposals.filled, candidates)
+        return found, self.masks(features, found)
+
     def detect(
         self, features: Sequence[Tensor], proposals: Proposals, sizes: Tensor
     ) -> list[Detections]:
-        """Detections of every image, best first; boxes in pixels of the canvas, cut to sizes (B, 2)."""
-        candidates, most = CANDIDATES, proposals.filled.shape[1] * self.classification.num_classes
+        """Detections of every image, best first. Where too few candidates entered NMS, it has more of them."""
         boxes, scores = self.refine(features, proposals, sizes)
+        candidates = CANDIDATES
         found = self.select(boxes, scores, proposals.filled, candidates)
-        masks = self.masks(features, found)
-        while candidates < most and not bool(found.exact.all()):
+        while not bool(found.exact.all()):
             candidates *= 8
             found = self.select(boxes, scores, proposals.filled, candidates)
-            masks = self.masks(features, found)
-        return detections(found, masks)
+        return detections(found, self.masks(features, found))
 
     def refine(
         self, features: Sequence[Tensor], proposals: Proposals, sizes: Tensor
@@ -313,7 +322,7 @@ def spread(rows: Tensor, slots: Tensor, filled: Tensor) -> Tensor:
 
 
 def detections(found: Found, masks: Tensor | None) -> list[Detections]:
-    """The filled slots of every image."""
+    """The detections of every image, best first. The host waits here for their number."""
     counts = found.filled.sum(dim=1).tolist()
     return [
         Detections(

@@ -1,8 +1,9 @@
 """Training: the story, and the loop.
 
 What happens at a step depends on (config, data, step) alone: the batch by its place in the stream, every random draw
-by a seed made of seed, step and rank. So a restart needs no random state and goes on with the same numbers: on a CPU
-bit for bit, on a GPU as far as its kernels, some of which add in any order, repeat themselves.
+by a seed made of seed, step and the number of the micro-batch, that of the rank if each has one. So a restart needs no
+random state and goes on with the same numbers: on a CPU bit for bit, on a GPU as far as its kernels, some of which add in
+any order, repeat themselves.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from vitdet.models import Detector, build_detector
 from vitdet.models.losses import FederatedClassification
 from vitdet.tracking.tracker import Tracker
 from vitdet.training.meter import Meter
+from vitdet.training.optim import rate_note
 from vitdet.training.parallel import share_statistics
 from vitdet.training.profile import STEPS, ProfiledBatches
 from vitdet.training.resume import (
@@ -114,6 +116,7 @@ def train(
                 distributed.rank(),
                 distributed.world_size(),
                 split,
+                config.train.accumulate,
             )
         )
         _check_classes(config, split.class_names, val_classes)
@@ -220,6 +223,7 @@ class Loop:
             due = self.is_due(done)
             if done == config.optim.steps or done % settings.log_every == 0:
                 self.tracker.log({**meter.read(self.device), "lr": lr}, done)
+                self.training_step.check()
             signum = signal_of_all()
             if due or signum or done % settings.save_every == 0:
                 self.save(done)
@@ -250,7 +254,7 @@ class Loop:
                 return next(self.batches).to(self.device, non_blocking=True)
 
         figures = self.training_step.run(step, load, at)
-        self.meter.add(figures.losses, figures.grad_norm)
+        self.meter.add(figures.losses, figures.grad_norm, figures.skipped)
         return figures.lr
 
     def evaluate(self, step: int) -> None:
@@ -301,6 +305,7 @@ class Loop:
         """
         # of all processes, and a state that has diverged is none to go on from
         meter = self.meter.state()
+        self.training_step.check()
         if distributed.rank() == 0:
             self.saver.save(
                 step,
@@ -369,6 +374,8 @@ def _announce(
         )
         if changed := changed_settings(config, state):
             log.info("changed settings: %s", "; ".join(changed))
+    if note := rate_note(config.optim, config.train.batch_size):
+        log.info(note)
     save_config(config, output / "config.yaml")
     tracker = start_tracking(
         fingerprint.combined(prints),
