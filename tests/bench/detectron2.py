@@ -205,7 +205,8 @@ def inference_row(
             for one in model(data):
                 instances_to_coco_json(one["instances"].to("cpu"), 1)
 
-        row["results_ms"] = statistics.median(timed(results, device, max(steps // 4, 1)))
+        seconds = statistics.median(timed(results, device, max(steps // 4, 1))) / 1e3
+        row["results_per_second"] = size / seconds
         row["detections"] = len(model.inference(data[:1], do_postprocess=False)[0])
     return row
 

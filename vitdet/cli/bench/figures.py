@@ -40,7 +40,7 @@ SHOWN = {
     "busy_ms": "{:.1f}",
     "warm_up_s": "{:.1f}",
     "detections": "{:.0f}",
-    "results_ms": "{:.1f}",
+    "results_per_second": "{:.1f}",
 }
 
 

@@ -18,7 +18,6 @@ import torch
 
 from vitdet.checkpoint import Checkpoints
 from vitdet.cli.bench.figures import (
-    DTYPES,
     Clock,
     counted,
     forward_flops,
@@ -30,7 +29,7 @@ from vitdet.cli.bench.synthetic import lay_on_objects, make_images
 from vitdet.config import Config, override
 from vitdet.models import Detector, build_detector
 from vitdet.tracking.tracker import Tracker
-from vitdet.training.precision import chosen, tf32
+from vitdet.training.precision import autocast, chosen, tf32
 from vitdet.training.saver import Saver
 from vitdet.training.stop import Stop
 from vitdet.training.trainer import Loop
@@ -103,7 +102,7 @@ def measure_training(
 def measure_steps(config: Config, steps: int, device: torch.device) -> dict:
     """The figures of one batch size and precision: ms (median) a step, images_per_second (mean), peak_gib, counts."""
     detector = new_detector(config, device).train()
-    parts = getattr(config.train, "accumulate", 1)
+    parts = config.train.accumulate
     batch = images_for(config, config.train.batch_size // parts)
     lay_on_objects(detector, batch, device)
     stream, stop = Stream(batch, device, steps, parts), Stop()
@@ -136,7 +135,7 @@ def training_flops(config: Config, device: torch.device) -> float:
     lay_on_objects(detector, batch, device)
     moved = batch.to(device)
     used = chosen(config.train.precision, device)
-    with torch.autocast(device.type, DTYPES[used], enabled=used != "fp32"):
+    with autocast(used, device):
         return 3 * forward_flops(
             detector, lambda: detector(moved.images, moved.targets, moved.sizes)
         )
