@@ -235,8 +235,9 @@ def their_batch(batch: Batch) -> list[dict]:
     from detectron2.structures import Boxes, Instances, PolygonMasks
 
     found = []
-    for image, target in zip(batch.images, batch.targets, strict=True):
-        side = image.shape[-1]
+    originals = batch.originals.tolist()
+    for image, target, original in zip(batch.images, batch.targets, originals, strict=True):
+        side, (height, width) = image.shape[-1], original
         one = Instances((side, side))
         one.gt_boxes, one.gt_classes = Boxes(target.boxes.clone()), target.labels.clone()
         outlines = target.masks
@@ -246,7 +247,7 @@ def their_batch(batch: Batch) -> list[dict]:
                 for start, end in outlines.spans.tolist()
             ]
         )
-        found.append({"image": image, "instances": one, "height": side, "width": side})
+        found.append({"image": image, "instances": one, "height": height, "width": width})
     return found
 
 

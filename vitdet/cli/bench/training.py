@@ -18,6 +18,7 @@ import torch
 
 from vitdet.checkpoint import Checkpoints
 from vitdet.cli.bench.figures import (
+    GIB,
     Clock,
     counted,
     forward_flops,
@@ -39,8 +40,8 @@ from vitdet.types import Batch
 # steps before the measured ones: memory is allocated, kernels are chosen, parts are compiled and graphs recorded
 WARM = {"cuda": 12, "cpu": 2}
 COUNTED = 2  # steps whose kernels are counted, after the measured ones
-NEVER = 10**9  # steps: until something that is not measured
-RARE = ("log_every", "save_every", "eval_every")
+# what is not measured comes after more steps than there are
+RARELY = [f"train.{key}={10**9}" for key in ("log_every", "save_every", "eval_every")]
 
 
 class Measured(Exception):
@@ -77,7 +78,8 @@ def measure_training(
 
     A row that runs out of memory has an error in place of figures.
     """
-    config = override(config, [f"optim.steps={NEVER}", *(f"train.{key}={NEVER}" for key in RARE)])
+    needed = WARM[device.type] + steps + COUNTED + 1
+    config = override(config, [f"optim.steps={max(config.optim.steps, needed)}", *RARELY])
     flops = training_flops(config, device)
     rows: list[dict] = []
     rates: dict[str, float] = {}
@@ -124,6 +126,7 @@ def measure_steps(config: Config, steps: int, device: torch.device) -> dict:
         "ms": statistics.median(times),
         "images_per_second": 1e3 * config.train.batch_size / statistics.mean(times),
         "peak_gib": peak(),
+        "reserved_gib": torch.cuda.max_memory_reserved() / GIB if device.type == "cuda" else None,
         "warm_up_s": stream.warm_up,
         **stream.counts,
     }
