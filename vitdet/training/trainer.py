@@ -139,12 +139,7 @@ def train(
         )
         try:
             if profile and distributed.rank() == 0:
-                loop.loader = ProfiledBatches(
-                    loader,
-                    loop.training_step,
-                    getattr(config.train, "accumulate", 1),
-                    output / "profile",
-                )
+                loop.loader = ProfiledBatches(loader, loop.training_step, output / "profile")
             loop.begin(state)
             state = None  # it weighs as much as detector and optimizer, who have it now
             loop.run(start)
