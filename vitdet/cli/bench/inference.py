@@ -26,6 +26,7 @@ from vitdet.cli.bench.training import images_for, new_detector
 from vitdet.config import Config, override
 from vitdet.evaluation.detections import results_of
 from vitdet.models import Detector
+from vitdet.models.graphed_detector import GraphedDetector
 from vitdet.training.precision import autocast, chosen
 from vitdet.types import Batch, Detections
 
@@ -83,10 +84,11 @@ def measure_calls(
     """The figures of one batch size and precision: ms (median) a batch, counts, and those of an evaluation's loop."""
     peak = peak_memory(device)
 
+    graphed = GraphedDetector(detector, lambda: autocast(precision, device))
+
     def detect() -> list[Detections]:
         images, sizes = (one.to(device, non_blocking=True) for one in (batch.images, batch.sizes))
-        with autocast(precision, device):
-            return detector(images, None, sizes)
+        return graphed(images, sizes)
 
     times = timed(detect, device, steps, warm=WARM)
     with counted(device, COUNTED) as counts:
