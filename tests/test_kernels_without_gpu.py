@@ -11,7 +11,7 @@ import torch
 from tests.conftest import ROOT
 
 needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
-FILES = ("nms", "roi_align", "rasterize")
+FILES = ("nms", "paste", "roi_align", "rasterize")
 
 
 @needs_triton

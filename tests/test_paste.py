@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-from pathlib import Path
+import threading
+from collections.abc import Callable, Iterator
+from functools import partial
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from tests.conftest import ROOT
+from tests.triton_device import needs_gpu
 from vitdet.data.masks import encode, paste
 from vitdet.evaluation import detections
-from vitdet.evaluation.detections import batch_to_results
+from vitdet.evaluation.detections import (
+    batch_to_results,
+    detections_to_results,
+    one_behind,
+    results_of,
+)
 from vitdet.evaluation.run_lengths import encode_columns
 from vitdet.kernels.paste import bytes_of, reference, regions_of
-from vitdet.types import Detections
+from vitdet.types import Batch, Detections
 
 HEIGHT, WIDTH = 37, 53
 # boxes on an image of 37 x 53 pixels
@@ -48,6 +53,16 @@ MASKS = {
 }
 
 
+def placed(kind: str) -> tuple[Tensor, Tensor, Tensor]:
+    """A mask in all of PLACES: masks, boxes, and the sizes of the image."""
+    boxes = torch.tensor(list(PLACES.values()))
+    return (
+        MASKS[kind]().repeat(len(boxes), 1, 1),
+        boxes,
+        torch.tensor([(HEIGHT, WIDTH)] * len(boxes)),
+    )
+
+
 def columns(masks: Tensor, boxes: Tensor, sizes: Tensor) -> tuple[Tensor, ...]:
     """The arguments of `encode_columns`."""
     regions = regions_of(boxes, sizes)
@@ -57,11 +72,10 @@ def columns(masks: Tensor, boxes: Tensor, sizes: Tensor) -> tuple[Tensor, ...]:
 
 @pytest.mark.parametrize("kind", MASKS)
 def test_the_strings_are_those_of_whole_images(kind: str) -> None:
-    boxes = torch.tensor(list(PLACES.values()))
-    masks = MASKS[kind]().repeat(len(boxes), 1, 1)
-    size = (HEIGHT, WIDTH)
-    found = encode_columns(*columns(masks, boxes, torch.tensor([size] * len(boxes))))
-    for name, one, wanted in zip(PLACES, found, encode(paste(masks, boxes, size)), strict=True):
+    masks, boxes, sizes = placed(kind)
+    found = encode_columns(*columns(masks, boxes, sizes))
+    whole = encode(paste(masks, boxes, (HEIGHT, WIDTH)))
+    for name, one, wanted in zip(PLACES, found, whole, strict=True):
         assert one == wanted, name
 
 
@@ -108,43 +122,90 @@ def test_detectors_without_masks_have_boxes_only() -> None:
 
 
 def test_large_images_are_sampled_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    boxes = torch.tensor(list(PLACES.values()))
-    masks = MASKS["noise"]().repeat(len(boxes), 1, 1)
-    sizes = torch.tensor([(HEIGHT, WIDTH)] * len(boxes))
-    at_once = columns(masks, boxes, sizes)[0]
+    at_once = columns(*placed("noise"))[0]
     monkeypatch.setattr("vitdet.kernels.paste.PIXELS", 100)
-    assert torch.equal(columns(masks, boxes, sizes)[0], at_once)
+    assert torch.equal(columns(*placed("noise"))[0], at_once)
 
 
-# In a process of its own, as Triton's interpreter is chosen when it is imported
-INTERPRETED = """
-import torch
-from tests.test_paste import MASKS, PLACES, HEIGHT, WIDTH, columns
-from vitdet.kernels.paste_kernels import launch
-boxes = torch.tensor(list(PLACES.values()))
-sizes = torch.tensor([(HEIGHT, WIDTH)] * len(boxes))
-masks = MASKS["noise"]().repeat(len(boxes), 1, 1)
-wanted, regions, ends, _ = columns(masks, boxes, sizes)
-assert torch.equal(launch(masks, boxes, regions, ends, len(wanted)), wanted)
-"""
+class Squares(nn.Module):
+    """Finds three squares where the first pixels of an image say."""
+
+    def forward(self, images: Tensor, targets: None, sizes: Tensor) -> list[Detections]:
+        low = images.flatten(1)[:, :6].float().view(-1, 3, 2) / 8
+        masks = torch.arange(784, device=images.device).view(1, 28, 28).expand(3, -1, -1) / 1024
+        return [
+            Detections(torch.cat([one, one + 30], dim=1), one[:, 0], one[:, 1].long(), masks)
+            for one in low
+        ]
 
 
-def test_the_kernel_writes_the_same_bytes(tmp_path: Path) -> None:
-    pytest.importorskip("triton")
-    subprocess.run(
-        [sys.executable, "-c", INTERPRETED],
-        env={"PYTHONPATH": str(ROOT), "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
-        cwd=tmp_path,
-        check=True,
-        timeout=600,
-    )
+def batches(count: int) -> list[Batch]:
+    generator = torch.Generator().manual_seed(0)
+    sizes, originals = torch.tensor([[64, 64], [50, 64]]), torch.tensor([[60, 60], [375, 480]])
+    return [
+        Batch(
+            torch.randint(256, (2, 3, 64, 64), generator=generator, dtype=torch.uint8),
+            [],
+            sizes,
+            (2 * number, 2 * number + 1),
+            originals,
+        )
+        for number in range(count)
+    ]
 
 
-@pytest.mark.cuda
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_the_gpu_gives_the_strings_of_the_cpu() -> None:
-    batch = [some(100, seed) for seed in range(4)]
-    originals = [(480, 640), (427, 640), (50, 50), (1500, 2000)]
-    wanted = batch_to_results(batch, SIZES, originals, range(4), (9,))
-    moved = [one.to("cuda") for one in batch]
-    assert batch_to_results(moved, SIZES, originals, range(4), (9,)) == wanted
+@pytest.mark.parametrize(
+    "device", ["cpu", pytest.param("cuda", marks=[pytest.mark.cuda, needs_gpu])]
+)
+def test_the_results_of_batches_are_those_of_their_images(device: str) -> None:
+    given, classes = batches(4), range(100, 140)
+    found = list(results_of(Squares(), given, classes, device))
+    assert [list(one) for one in found] == [[0, 1], [2, 3], [4, 5], [6, 7]]
+    for batch, results in zip(given, found, strict=True):
+        detected = Squares()(batch.images, None, batch.sizes)
+        assert batch.originals is not None
+        for i, image_id in enumerate(batch.image_ids):
+            size, original = batch.sizes[i].tolist(), batch.originals[i].tolist()
+            wanted = detections_to_results(detected[i], size, original, image_id, classes)
+            assert results[image_id] == wanted and len(wanted) == 3
+
+
+def test_a_job_runs_while_the_next_is_made() -> None:
+    made = [threading.Event() for _ in range(4)]
+    finished: list[int] = []
+
+    def job(number: int) -> int:
+        assert made[number + 1].wait(60)
+        finished.append(number)
+        return number
+
+    def jobs() -> Iterator[Callable[[], int]]:
+        for number in range(3):
+            made[number].set()
+            assert len(finished) >= number - 1  # no more than one waits
+            yield partial(job, number)
+        made[3].set()
+
+    assert list(one_behind(jobs())) == [0, 1, 2]
+
+
+def test_errors_of_jobs_and_of_their_maker_are_raised_as_they_are() -> None:
+    error = RuntimeError("in a job")
+
+    def failing() -> int:
+        raise error
+
+    results = one_behind([lambda: 1, failing, lambda: 3])
+    assert next(results) == 1
+    with pytest.raises(RuntimeError) as caught:
+        next(results)
+    assert caught.value is error
+
+    def jobs() -> Iterator[Callable[[], int]]:
+        yield lambda: 1
+        raise error
+
+    with pytest.raises(RuntimeError) as caught:
+        list(one_behind(jobs()))
+    assert caught.value is error
+    assert list(one_behind([])) == []

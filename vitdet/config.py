@@ -55,6 +55,7 @@ LATER = (
     "optim.lr_batch_size",
     "train.accumulate",
     "train.activation_checkpointing",
+    "train.compile",
     "evaluate.precision",
 )
 
@@ -225,6 +226,10 @@ class TrainConfig(Section, prefix="train."):
     # blocks: the backbone's compute again in the backward pass; auto: where a GPU's memory needs it
     activation_checkpointing: Literal["none", "blocks", "auto"] = field(
         default="auto", metadata=operational("the same gradients")
+    )
+    # on a GPU: torch.compile and CUDA graphs; auto: compiles from 1000 steps on
+    compile: Literal["auto", "never", "always"] = field(
+        default="auto", metadata=operational("the same step up to rounding")
     )
     # auto: bf16 if native, else fp16 on a GPU and fp32 on a CPU
     precision: Literal["fp32", "bf16", "fp16", "auto"] = "bf16"

@@ -6,9 +6,11 @@ waits for that batch alone: its boxes come to the CPU, its masks are pasted and 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
+from typing import TypeVar
 
 import torch
 from torch import nn
@@ -16,9 +18,11 @@ from torch import nn
 from vitdet import kernels
 from vitdet.evaluation.run_lengths import encode_columns
 from vitdet.kernels.paste import bytes_of, paste, regions_of
+from vitdet.models.graphed_detector import GraphedDetector
 from vitdet.predictor import autocast, to_image
 from vitdet.types import Batch, Detections
 
+Result = TypeVar("Result")
 BYTES = 2**25  # of pasted masks at a time
 
 
@@ -81,31 +85,42 @@ def results_of(
     memory.
     """
     device = torch.device(device)
+    detect = GraphedDetector(detector, lambda: autocast(precision, device))
     if device.type != "cuda":  # the detector needs all cores
         for batch in batches:
-            yield _results(_found(detector, batch, device, precision), batch, category_ids)
+            yield _results(_found(detect, batch, device), batch, category_ids)
         return
     stream = torch.cuda.Stream(device, priority=-1)
-    before: Future[dict[int, list[dict]]] | None = None
-    with ThreadPoolExecutor(1) as aside:
+
+    def jobs() -> Iterator[Callable[[], dict[int, list[dict]]]]:
         for batch in batches:
-            found = _found(detector, batch, device, precision)
+            found = _found(detect, batch, device)
             done = torch.cuda.Event()
             done.record(torch.cuda.current_stream(device))
+            yield partial(_results_aside, stream, done, found, batch, category_ids)
+
+    yield from one_behind(jobs())
+
+
+def one_behind(jobs: Iterable[Callable[[], Result]]) -> Iterator[Result]:
+    """What the jobs return, in order; each runs in a thread while the next one is taken from `jobs`.
+
+    An error of a job is raised here, in its turn.
+    """
+    before: Future[Result] | None = None
+    with ThreadPoolExecutor(1) as thread:
+        for job in jobs:
             if before is not None:
                 yield before.result()
-            before = aside.submit(_results_aside, stream, done, found, batch, category_ids)
+            before = thread.submit(job)
         if before is not None:
             yield before.result()
 
 
-def _found(
-    detector: nn.Module, batch: Batch, device: torch.device, precision: str
-) -> list[Detections]:
+def _found(detect: GraphedDetector, batch: Batch, device: torch.device) -> list[Detections]:
     # sizes lie in memory that is not pinned: a blocking copy would wait for the batch before
     images, sizes = (one.to(device, non_blocking=True) for one in (batch.images, batch.sizes))
-    with autocast(precision, device):
-        return detector(images, None, sizes)
+    return detect(images, sizes)
 
 
 def _results_aside(
@@ -115,7 +130,7 @@ def _results_aside(
     batch: Batch,
     category_ids: Sequence[int],
 ) -> dict[int, list[dict]]:
-    """The results of a batch that was computed on another stream, there `done`.
+    """The results of a batch that was computed on another stream, there `done`; made on `stream`.
 
     When they are there, the stream has nothing left to do, so the memory of `found` may be used again.
     """
