@@ -34,21 +34,20 @@ from vitdet.kernels.attention_positions import (
     tokens,
 )
 
-KEYS = 64  # of a block, or a row if that is longer
-
 
 class Blocks(NamedTuple):
-    """Queries of a block, warps of a program, stages of its loop's pipeline."""
+    """Queries and keys of a block (at least a row of keys), warps of a program, stages of its loop's pipeline."""
 
     queries: int
+    keys: int
     warps: int
     stages: int
 
 
 # By whether the area is the grid (64 x 64 tokens) or a window (14 x 14): measured on an H100 with d = 64.
-FORWARD = {True: Blocks(64, 4, 3), False: Blocks(64, 4, 2)}
-BACKWARD_QUERIES = {True: Blocks(64, 4, 3), False: Blocks(64, 4, 2)}
-BACKWARD_KEYS = {True: Blocks(64, 4, 2), False: Blocks(64, 4, 2)}
+FORWARD = {True: Blocks(64, 64, 4, 3), False: Blocks(64, 64, 4, 2)}
+BACKWARD_QUERIES = {True: Blocks(64, 64, 4, 3), False: Blocks(64, 64, 4, 2)}
+BACKWARD_KEYS = {True: Blocks(64, 64, 4, 2), False: Blocks(64, 64, 4, 2)}
 
 
 def forward(
@@ -107,14 +106,13 @@ def backward(
 
 def _blocks(layout: Layout, choice: dict[bool, Blocks]) -> dict[str, int]:
     """Constants of the kernels of this file."""
-    queries, warps, stages = choice[layout.window == 0]
-    line = tile(layout.sides[1])
+    blocks, line = choice[layout.window == 0], tile(layout.sides[1])
     return layout.constants | {
-        "QUERIES": queries,
+        "QUERIES": blocks.queries,
         "LINE": line,
-        "LINES": max(1, KEYS // line),
-        "num_warps": warps,
-        "num_stages": stages,
+        "LINES": max(1, blocks.keys // line),
+        "num_warps": blocks.warps,
+        "num_stages": blocks.stages,
     }
 
 

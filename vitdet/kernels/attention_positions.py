@@ -176,13 +176,13 @@ def line_of(i, top, left, HEIGHT, WIDTH, ROWS, COLUMNS, AXIS, QUERIES: tl.conste
 
 
 @triton.jit
-def table_rows(table, i, side, dtype, DEPTH, CHANNELS: tl.constexpr, KEYS: tl.constexpr):
+def table_rows(table, i, side, DEPTH, CHANNELS: tl.constexpr, KEYS: tl.constexpr):
     """The relative positions of all keys as line i sees them: (KEYS, CHANNELS)."""
     key = tl.arange(0, KEYS)[:, None]
     channel = tl.arange(0, CHANNELS)[None, :]
     mask = (key < side) & (channel < DEPTH)
     at = table + (i - key + side - 1) * DEPTH + channel
-    return tl.load(at, mask=mask, other=0.0).to(dtype)
+    return tl.load(at, mask=mask, other=0.0)
 
 
 @triton.jit
@@ -221,7 +221,7 @@ def positions_kernel(
     )
     qkv += first * (3 * HEADS * DEPTH) + head * DEPTH
     q = load(qkv, token, inside, 3 * HEADS * DEPTH, DEPTH, CHANNELS)
-    known = table_rows(table, i, SIDE, q.dtype, DEPTH, CHANNELS, KEYS)
+    known = table_rows(table, i, SIDE, DEPTH, CHANNELS, KEYS).to(q.dtype)
     key = tl.arange(0, KEYS)[None, :]
     found = tl.dot(q, tl.trans(known), input_precision="ieee") * factor
     found = tl.where(key < SIDE, found, float("-inf")).to(product.dtype.element_ty)
@@ -255,7 +255,7 @@ def positions_backward_kernel(
     SIDE: tl.constexpr = COLUMNS if AXIS else ROWS
     STEP: tl.constexpr = 3 * HEADS * DEPTH
     key = tl.arange(0, KEYS)
-    known = table_rows(table, i, SIDE, dqkv.dtype.element_ty, DEPTH, CHANNELS, KEYS)
+    known = table_rows(table, i, SIDE, DEPTH, CHANNELS, KEYS).to(dqkv.dtype.element_ty)
     total = tl.zeros((KEYS, CHANNELS), tl.float32)
     share = tl.cdiv(groups, tl.num_programs(1))
     for group in range(part * share, tl.minimum(part * share + share, groups)):
