@@ -12,6 +12,7 @@ import torch
 
 from tests.conftest import STEPS, Recorder, minimal
 from vitdet.config import load_config
+from vitdet.training import step as training_step
 from vitdet.training import train, trainer
 from vitdet.training.precision import chosen, tf32
 
@@ -20,7 +21,8 @@ CPU, GPU = torch.device("cpu"), torch.device("cuda")
 
 @pytest.mark.parametrize("device", [CPU, GPU])
 def test_a_precision_that_is_told_is_taken(device: torch.device) -> None:
-    assert [chosen(told, device) for told in ("bf16", "fp32")] == ["bf16", "fp32"]
+    for told in ("bf16", "fp16", "fp32"):
+        assert chosen(told, device) == told
 
 
 def test_auto_is_what_the_processor_has_instructions_for(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -29,15 +31,15 @@ def test_auto_is_what_the_processor_has_instructions_for(monkeypatch: pytest.Mon
         assert chosen("auto", CPU) == wanted
 
 
-def test_an_old_gpu_trains_in_fp32_and_says_so(
+def test_a_gpu_without_bf16_trains_in_fp16_and_says_so(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """A V100 emulates bf16: torch calls it supported unless emulation is excluded."""
     monkeypatch.setattr(
         torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation
     )
-    with caplog.at_level(logging.WARNING):
-        assert chosen("auto", GPU) == "fp32"
+    with caplog.at_level(logging.INFO):
+        assert chosen("auto", GPU) == "fp16"
     assert len(caplog.messages) == 1 and "no instructions for bf16" in caplog.text
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: True)
     assert chosen("auto", GPU) == "bf16" and len(caplog.messages) == 1
@@ -71,7 +73,7 @@ def test_steps_are_within_and_evaluations_without(
 
     evaluate, backward = trainer.evaluate_detector, torch.Tensor.backward
     steps = []
-    monkeypatch.setattr(trainer, "tf32", spy)
+    monkeypatch.setattr(training_step, "tf32", spy)
     monkeypatch.setattr(
         trainer, "evaluate_detector", lambda *a: evaluated.append(bool(within)) or evaluate(*a)
     )

@@ -14,7 +14,7 @@ import torch
 from tests.conftest import STEPS, Recorder, minimal
 from tests.test_old_checkpoints import STORED, dataset_digest
 from tests.test_trainer import cut, go, interrupt, same_bits, terminate
-from vitdet.checkpoint import STATE_1, load_model_file
+from vitdet.checkpoint import STATE_1, STATE_2, load_model_file
 from vitdet.config import legacy_digest, load_config
 from vitdet.evaluation import evaluate
 from vitdet.training import Stopped, train, trainer
@@ -133,6 +133,22 @@ def test_more_steps_after_an_end_need_its_last_state(tiny: Path, tmp_path: Path)
     assert (tmp_path / "model.pt").read_bytes() == before
 
 
+def test_a_scaled_rate_is_that_of_the_whole_training(
+    tiny: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    half = {"optim__scale_lr": "true", "optim__lr_batch_size": 4, "optim__steps": 3}
+    with caplog.at_level(logging.INFO, "vitdet"), pytest.raises(Stopped):
+        go(tiny, tmp_path / "run", interrupt(terminate, 2), **half)
+    note = "optim.lr=0.001 is meant for steps of 4 images, and train.batch_size is 2: optim.scale_lr makes it 0.0005"
+    assert caplog.messages.count(note) == 1
+    with pytest.raises(ValueError, match="another config .optim.lr_batch_size: 8, not 4"):
+        go(tiny, tmp_path / "run", **half | {"optim__lr_batch_size": 8})
+    rest = go(tiny, tmp_path / "run", **half)
+    whole = go(tiny, tmp_path / "whole", optim__lr=0.0005, optim__steps=3)
+    assert rest.points[3]["lr"] == whole.points[3]["lr"]
+    same_weights(tmp_path / "run", tmp_path / "whole")
+
+
 def run(tiny: Path, folder: Path, recorder: Recorder, **changes: object) -> Recorder:
     train(
         load_config("tiny", minimal(tiny, **changes)),
@@ -241,19 +257,23 @@ def test_the_draws_of_a_step_depend_on_seed_step_and_rank(
     assert seeds[-2:] == [12467808127879573787, 11425928242767342472]
 
 
-def test_states_of_version_1_are_loaded_and_those_of_an_unknown_version_are_not(
+def test_states_of_earlier_versions_are_loaded_and_those_of_an_unknown_version_are_not(
     tiny: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(Stopped):
         go(tiny, tmp_path, interrupt(terminate, 5))
     path = sorted((tmp_path / "checkpoints").iterdir())[-1]
     content = torch.load(path, weights_only=True)
-    assert content["format"] == "vitdet training state, version 2"
-    torch.save({**content, "format": "vitdet training state, version 3"}, path)
-    with pytest.raises(ValueError, match="got 'vitdet training state, version 3'"):
+    assert content["format"] == "vitdet training state, version 3"
+    torch.save({**content, "format": "vitdet training state, version 4"}, path)
+    with pytest.raises(ValueError, match="got 'vitdet training state, version 4'"):
         go(tiny, tmp_path)
-    torch.save({**content, "format": STATE_1}, path)
-    assert min(go(tiny, tmp_path).points) == 6
+    assert content.pop("scaler") == {}  # not in fp16
+    for version in (STATE_1, STATE_2):
+        output = tmp_path / version[-1]
+        (output / "checkpoints").mkdir(parents=True)
+        torch.save({**content, "format": version}, output / "checkpoints" / path.name)
+        assert min(go(tiny, output).points) == 6
 
 
 def test_the_config_that_is_stored_is_the_new_one(tiny: Path, tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from functools import reduce
 from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_type_hints
+from typing import Annotated, Any, Literal
 
 import yaml
 from msgspec import convert
@@ -32,6 +32,7 @@ from vitdet.ranges import (
     NonNegative,
     Positive,
     Positives,
+    Section,
     Seed,
     Size,
     Workers,
@@ -39,6 +40,7 @@ from vitdet.ranges import (
     between,
     check,
     check_address,
+    operational,
 )
 from vitdet.suggestions import nearest
 from vitdet.yaml_text import parse_yaml
@@ -49,30 +51,14 @@ SEE_RECIPES = " (`vitdet config` lists all recipes)"
 LATER = (
     "model.mask.enabled",
     "data.max_pixels",
+    "optim.scale_lr",
+    "optim.lr_batch_size",
+    "train.accumulate",
+    "train.activation_checkpointing",
+    "train.compile",
+    "evaluate.precision",
+    "evaluate.compile",
 )
-
-
-def operational(reason: str) -> dict[str, str]:
-    """Metadata of what does not affect the trained weights, and why: a training can resume with
-    another value, and the names of run and checkpoint folders do not depend on it.
-    """
-    return {"operational": reason}
-
-
-class Section:
-    """A group of settings. Types, choices and ranges are checked whenever an instance is made."""
-
-    prefix = ""  # of its settings' keys, as `optim.` of `optim.lr`
-    hints = dict[str, Any]()  # field -> type and range
-
-    def __init_subclass__(cls, prefix: str | None = None) -> None:
-        cls.prefix = cls.prefix if prefix is None else prefix
-        cls.hints = get_type_hints(cls, include_extras=True)
-
-    def __post_init__(self) -> None:
-        for name, hint in self.hints.items():
-            if not is_dataclass(hint):
-                check(self.prefix + name, hint, getattr(self, name))
 
 
 @dataclass(frozen=True)
@@ -201,6 +187,10 @@ class OptimConfig(Section, prefix="optim."):
     """AdamW with layer-wise learning-rate decay and linear warm-up."""
 
     lr: Positive = 1e-4
+    scale_lr: bool = False  # lr * train.batch_size / lr_batch_size
+    lr_batch_size: Amount = field(  # images per step that lr is meant for
+        default=64, metadata=operational("a line of the log", unless="scale_lr")
+    )
     weight_decay: NonNegative = 0.1
     # Without weight decay: the blocks' LayerNorms and the position embedding (ViT-B, ViT-L); 1-D
     # parameters, relative positions and the position embedding (ViTAE); LayerNorms and position
@@ -232,7 +222,18 @@ class TrainConfig(Section, prefix="train."):
         "swin_mmdet", "vitaev2", "vitaev2_cls",
     ] = "vitdet"  # fmt: skip  # of the file `init`
     batch_size: Amount = 64  # images per step over all processes
-    precision: Literal["fp32", "bf16", "auto"] = "bf16"  # auto: bf16 if native
+    # micro-batches per step and process, one after the other; as that many more processes
+    accumulate: Amount = field(default=1, metadata=operational("as the number of processes"))
+    # blocks: the backbone's compute again in the backward pass; auto: where a GPU's memory needs it
+    activation_checkpointing: Literal["none", "blocks", "auto"] = field(
+        default="auto", metadata=operational("the same gradients")
+    )
+    # on a GPU: torch.compile and CUDA graphs; auto: compiles from 1000 steps on
+    compile: Literal["auto", "never", "always"] = field(
+        default="auto", metadata=operational("the same step up to rounding")
+    )
+    # auto: bf16 if native, else fp16 on a GPU and fp32 on a CPU
+    precision: Literal["fp32", "bf16", "fp16", "auto"] = "bf16"
     seed: Seed = 0
     log_every: Count = field(default=20, metadata=operational("logs"))  # steps
     eval_every: Count = field(default=5000, metadata=operational("evaluates only"))  # steps
@@ -242,12 +243,16 @@ class TrainConfig(Section, prefix="train."):
 
 @dataclass(frozen=True)
 class EvalConfig(Section, prefix="evaluate."):
-    """Selection of the detections."""
+    """Selection of the detections, and how they are computed."""
 
     score_threshold: Fraction = 0.05
     nms_iou: Fraction = 0.5
     max_detections: Amount = 100
     batch_size: Amount = 1
+    # of the detector; auto: bf16 or fp16 where the processor has instructions for it
+    precision: Literal["fp32", "bf16", "fp16", "auto"] = "fp32"
+    # on a GPU, with torch.compile: takes a minute, pays from some thousand images on
+    compile: bool = False
 
 
 @dataclass(frozen=True)
@@ -370,14 +375,15 @@ def digest(config: Config) -> str:
 
 def legacy_digest(config: Config) -> str | None:
     """The digest of version 0.1, over all settings that existed then, to find folders named by it.
-    None if a later setting is not at its default.
+    None if a later setting that affects the weights is not at its default.
     """
-    tree, values, defaults = to_dict(config), flatten(config), flatten(type(config)())
+    tree, settings, defaults = to_dict(config), _settings(config), _settings(type(config)())
     for key in LATER:
         *parents, leaf = key.split(".")
         del reduce(dict.__getitem__, parents, tree)[leaf]
     found = hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()[:12]
-    return found if all(values[key] == defaults[key] for key in LATER) else None
+    changed = [key for key in LATER if settings[key] != defaults[key] and not settings[key][1]]
+    return None if changed else found
 
 
 def recipes() -> list[str]:
@@ -390,7 +396,9 @@ def _settings(section: Any, operational: bool = False) -> dict[str, tuple[Any, b
     found: dict[str, tuple[Any, bool]] = {}
     for one in fields(section):
         value, key = getattr(section, one.name), section.prefix + one.name
-        harmless = operational or "operational" in one.metadata
+        unless = one.metadata.get("unless")
+        harmless = "operational" in one.metadata and not (unless and getattr(section, unless))
+        harmless = operational or harmless
         found |= _settings(value, harmless) if is_dataclass(value) else {key: (value, harmless)}
     return found
 

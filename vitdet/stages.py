@@ -56,6 +56,7 @@ def train(
     checkpoints: Path | None = None,
     weights: Path | None = None,
     group: str = "",
+    profile: bool = False,
 ) -> Path:
     """output/model.pt of a training that is tracked in MLflow; raises what `vitdet.train` raises.
 
@@ -79,6 +80,7 @@ def train(
         checkpoints=checkpoints,
         weights=resolve(config.train.init, weights),
         start_tracking=start_tracking,
+        profile=profile,
     )
 
 
@@ -271,8 +273,8 @@ def check_processes(settings: str, name: str, processes: int) -> None:
     """Raise ValueError if this number of processes cannot share a batch of the training."""
     from vitdet.data.samplers import check_batch_size
 
-    batch_size = load_config(Path(settings) / f"{name}.yaml").train.batch_size
-    check_batch_size(batch_size, processes)
+    train = load_config(Path(settings) / f"{name}.yaml").train
+    check_batch_size(train.batch_size, processes, train.accumulate)
 
 
 def is_trained(workspace: str, name: str, run_id: str) -> bool:

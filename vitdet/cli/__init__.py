@@ -24,14 +24,24 @@ from vitdet.cli.train import add_train
 from vitdet.cli.weights import add_weights
 from vitdet.tracking.address import HidingFilter, hide_credentials
 
+# what a user can change when a GPU's memory does not suffice
+MEMORY_ADVICE = {
+    "train": "Raise train.accumulate (the same batch in smaller parts), set train.activation_checkpointing=blocks, or lower "
+    "train.batch_size, data.image_size or, for evaluations, evaluate.batch_size; or use a GPU with more memory",
+    "evaluate": "Lower evaluate.batch_size, or use a GPU with more memory or the CPU: CUDA_VISIBLE_DEVICES= vitdet evaluate ...",
+    "predict": "Use a GPU with more memory or the CPU: CUDA_VISIBLE_DEVICES= vitdet predict ...",
+}
 SIGPIPE = 141  # the exit code that a shell reports for a program that this signal ended
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs a command; a user's mistake is one line on stderr and exit code 1 (2 for the command line itself)."""
+    verb = ""
     try:
         try:
-            code = _run(arguments)
+            args = parser().parse_args(arguments)
+            verb = args.verb
+            code = _run(args)
         finally:
             print(end="", flush=True)
     except (ValueError, OSError, LookupError) as error:
@@ -51,7 +61,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
             raise
         line = next(iter(hide_credentials(error).strip().splitlines()), type(error).__name__)
         if "OutOfMemoryError" in kinds:
-            line += " Lower train.batch_size or evaluate.batch_size, or use more or larger GPUs"
+            # what was asked for and what the GPU has; torch goes on to explain its allocator
+            line = "".join(line.partition(" is free.")[:2])
+            line += f" {MEMORY_ADVICE.get(verb, 'Use a GPU with more memory')}"
         print(f"vitdet: {line}", file=sys.stderr)
         code = 1
     except KeyboardInterrupt:
@@ -59,8 +71,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     sys.exit(code)
 
 
-def _run(arguments: Sequence[str] | None) -> int:
-    args = parser().parse_args(arguments)
+def _run(args: argparse.Namespace) -> int:
     # what matters about an odd image is logged in one line
     warnings.filterwarnings("ignore", module=r"PIL\.")
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
@@ -79,7 +90,7 @@ def _output_is_closed() -> bool:
 def parser() -> argparse.ArgumentParser:
     """All verbs and their arguments."""
     root = argparse.ArgumentParser(prog="vitdet", description="Plain Vision Transformer detectors.")
-    add = root.add_subparsers(required=True, metavar="VERB").add_parser
+    add = root.add_subparsers(required=True, metavar="VERB", dest="verb").add_parser
     add_config(
         add("config", help="print the resolved config of a recipe or file, or the recipes' names")
     )

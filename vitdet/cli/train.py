@@ -35,6 +35,11 @@ def add_train(verb: argparse.ArgumentParser) -> None:
     verb.add_argument(
         "--group", default="", metavar="RUN", help="the pipeline run that MLflow shows it under"
     )
+    verb.add_argument(
+        "--profile",
+        action="store_true",
+        help="write a trace of a few steps to --output/profile, and log where their time goes",
+    )
     verb.set_defaults(run=run_train)
 
 
@@ -44,8 +49,8 @@ def run_train(args: argparse.Namespace) -> int:
     from vitdet.data.samplers import check_batch_size
 
     # before torch is imported, the data is read and the others are joined
-    settings = load_config(args.recipe, args.overrides)
-    check_batch_size(settings.train.batch_size, torchrun.world_size())
+    train = load_config(args.recipe, args.overrides).train
+    check_batch_size(train.batch_size, torchrun.world_size(), train.accumulate)
 
     from vitdet import distributed, stages
     from vitdet.data.layout import resolve_config
@@ -62,6 +67,7 @@ def run_train(args: argparse.Namespace) -> int:
             checkpoints=args.checkpoints,
             weights=args.weights,
             group=args.group,
+            profile=args.profile,
         )
     except Stopped as stopped:
         print(f"vitdet: {stopped}", file=sys.stderr)

@@ -10,7 +10,7 @@ import os
 import resource
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +23,7 @@ from vitdet.data.coco import CocoSplit
 from vitdet.data.dataset import TrainData, ValData, read_split
 from vitdet.data.images import Reading
 from vitdet.data.layout import split_files
-from vitdet.data.samplers import positions
+from vitdet.data.samplers import check_batch_size, positions
 from vitdet.types import Batch
 
 log = logging.getLogger(__name__)
@@ -61,12 +61,15 @@ def train_loader(
     rank: int = 0,
     world_size: int = 1,
     split: CocoSplit | None = None,
+    accumulate: int = 1,
 ) -> DataLoader:
     """Create a loader of this rank's batches for steps start_step..steps-1.
 
     `batch_size` is global, over all ranks. split: the training split, if it was already read.
+    accumulate: micro-batches per step, of which the loader yields one at a time; micro-batch k of
+    rank r is what rank r * accumulate + k of accumulate * world_size ranks would load.
     Raises what `read_split` raises (only rank 0 checks the files) and ValueError if batch_size is
-    not divisible by the number of ranks. Iteration raises ValueError for unusable image files.
+    not divisible by the number of micro-batches of all ranks. Iteration raises ValueError for unusable image files.
     """
     dataset = TrainData(split or read_split(data, data.train_split, look=rank == 0), data, seed)
     if rank == 0:
@@ -76,7 +79,7 @@ def train_loader(
             _warn(path, "objects that train boxes and classes, not masks", found.unmasked)
         if dataset.without_objects:
             log.info("%s: %d images without objects are left out", path, dataset.without_objects)
-    sampler = _Steps(batch_size, start_step, steps, rank, world_size)
+    sampler = _Steps(batch_size, start_step, steps, rank, world_size, accumulate)
     return DataLoader(dataset, batch_sampler=sampler, **_processes(data.workers))
 
 
@@ -110,14 +113,22 @@ def val_loader(
 
 class _Steps(Sampler):
     def __init__(
-        self, batch_size: int, start_step: int, steps: int, rank: int, world_size: int
+        self,
+        batch_size: int,
+        start_step: int,
+        steps: int,
+        rank: int,
+        world_size: int,
+        accumulate: int,
     ) -> None:
-        self.count = max(steps - start_step, 0)
-        self.arguments = (start_step, batch_size, rank, world_size)
-        positions(*self.arguments)  # raises errors here, not in the loop
+        check_batch_size(batch_size, world_size, accumulate)
+        self.count = max(steps - start_step, 0) * accumulate
+        parts = range(rank * accumulate, (rank + 1) * accumulate)
+        self.arguments = [(start_step, batch_size, k, world_size * accumulate) for k in parts]
 
     def __iter__(self) -> Iterator[list[int]]:
-        return islice(positions(*self.arguments), self.count)
+        steps = zip(*(positions(*one) for one in self.arguments), strict=True)
+        return islice(chain.from_iterable(steps), self.count)
 
     def __len__(self) -> int:
         return self.count

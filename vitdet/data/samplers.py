@@ -87,14 +87,20 @@ def positions(
     return _positions(start_step, batch_size, rank, batch_size // world_size)
 
 
-def check_batch_size(batch_size: int, processes: int) -> None:
-    """Raise ValueError if the processes cannot share a batch evenly."""
-    if batch_size % processes:
-        lower = batch_size - batch_size % processes
-        fitting = " or ".join(str(size) for size in (lower, lower + processes) if size)
+def check_batch_size(batch_size: int, processes: int, accumulate: int = 1) -> None:
+    """Raise ValueError if the processes, with `accumulate` micro-batches each, cannot share a batch evenly."""
+    parts = processes * accumulate
+    if batch_size % parts:
+        lower = batch_size - batch_size % parts
+        fitting = " or ".join(str(size) for size in (lower, lower + parts) if size)
+        many = f"the {processes} processes"
+        other = "or start another number of processes"
+        if accumulate > 1:
+            them = "1 process" if processes == 1 else f"{processes} processes"
+            many = f"{parts} ({them} x train.accumulate={accumulate})"
+            other = "or change train.accumulate or the number of processes"
         raise ValueError(
-            f"train.batch_size must be a multiple of the {processes} processes, got {batch_size}; set "
-            f"it to {fitting}, or start another number of processes"
+            f"train.batch_size must be a multiple of {many}, got {batch_size}; set it to {fitting}, {other}"
         )
 
 

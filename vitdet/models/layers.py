@@ -5,6 +5,9 @@ Letters: B images, C channels.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,6 +15,7 @@ from einops import rearrange
 from timm.layers import LayerNorm2d
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 NORM_EPS = 1e-6  # of the LayerNorms inside backbones and between the pyramid's deconvolutions
 
@@ -56,6 +60,51 @@ class Deconv2x2(nn.ConvTranspose2d):
         return rearrange(pixels, "b h w (i j out) -> b (h i) (w j) out", i=2, j=2).permute(
             0, 3, 1, 2
         )
+
+
+class Blocks(nn.ModuleList):
+    """The blocks of a backbone, one after the other: (B, H, W, C) -> (B, H, W, C).
+
+    With `checkpointing` (off by default) only the inputs of the blocks are kept for the backward pass, which computes
+    each block again: the same values from the same random draws, for less memory and more time.
+    """
+
+    checkpointing = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, H, W, C) -> (B, H, W, C)."""
+        for block in self:
+            if self.checkpointing and torch.is_grad_enabled():
+                again = partial(_contexts, block)
+                x = checkpoint(block, x, use_reentrant=False, context_fn=again)
+            else:
+                x = block(x)
+        return x
+
+
+def _contexts(
+    block: nn.Module,
+) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+    """Those in which a block is computed for the first time, and again."""
+    return nullcontext(), _other_statistics(block)
+
+
+@contextmanager
+def _other_statistics(block: nn.Module) -> Iterator[None]:
+    """Within it BatchNorms update copies of their running statistics, which the first pass has updated already."""
+    statistics = [
+        (module, name, buffer)
+        for module in block.modules()
+        if isinstance(module, nn.modules.batchnorm._BatchNorm)
+        for name, buffer in module.named_buffers(recurse=False)
+    ]
+    for norm, name, buffer in statistics:
+        setattr(norm, name, buffer.clone())
+    try:
+        yield
+    finally:
+        for norm, name, buffer in statistics:
+            setattr(norm, name, buffer)
 
 
 def init_conv(module: nn.Conv2d | nn.ConvTranspose2d) -> None:

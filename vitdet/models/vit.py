@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vitdet.models.attention import Attention
-from vitdet.models.layers import NORM_EPS, ConvNorm, init_conv
+from vitdet.models.layers import NORM_EPS, Blocks, ConvNorm, init_conv
 
 
 class Size(NamedTuple):
@@ -126,10 +126,10 @@ def build_blocks(
     residual_blocks: Sequence[int],
     scaled_rel_pos: bool,
     branch: Callable[[], nn.Module] | None,
-) -> nn.ModuleList:
+) -> Blocks:
     """The blocks of a backbone; the drop path rate grows linearly, and `branch` creates one module per block."""
     rates = torch.linspace(0, drop_path, depth, device="cpu").tolist()
-    return nn.ModuleList(
+    return Blocks(
         Block(
             dim=dim,
             heads=heads,
@@ -215,9 +215,7 @@ class ViT(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) -> (B, C, H / patch, W / patch)."""
-        x = self.embed(images)
-        for block in self.blocks:
-            x = block(x)
+        x = self.blocks(self.embed(images))
         return rearrange(self.norm(x), "b h w c -> b c h w")
 
     def embed(self, images: Tensor) -> Tensor:

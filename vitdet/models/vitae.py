@@ -231,9 +231,7 @@ class ViTAESmall(nn.Module):
         x = images
         for cell in self.reductions:
             x = cell(x)
-        x = rearrange(x, "b c h w -> b h w c")
-        for block in self.blocks:
-            x = block(x)
+        x = self.blocks(rearrange(x, "b c h w -> b h w c"))
         return rearrange(self.norm(x), "b h w c -> b c h w")
 
     def layer_of(self, name: str) -> int:

@@ -44,10 +44,16 @@ class Meter:
         yield
         self.since += time.perf_counter() - start
 
-    def add(self, losses: dict[str, Tensor], grad_norm: Tensor) -> None:
-        """The figures of one step."""
+    def add(
+        self, losses: dict[str, Tensor], grad_norm: Tensor, skipped: Tensor | None = None
+    ) -> None:
+        """The figures of one step. skipped: whether its gradients overflowed, a bool; their norm then does not count."""
         total = reduce(torch.add, (loss.detach() for loss in losses.values()))
-        for name, value in {**losses, "loss": total, "grad_norm": grad_norm}.items():
+        figures = {**losses, "loss": total, "grad_norm": grad_norm}
+        if skipped is not None:
+            figures["grad_norm"] = grad_norm.where(~skipped, 0.0)
+            figures["skipped_steps"] = skipped
+        for name, value in figures.items():
             self.sums[name] = self.sums.get(name, 0.0) + value.detach().float()
         self.count += 1
         self.timed += 1
@@ -79,9 +85,15 @@ class Meter:
     def read(self, device: torch.device) -> dict[str, float]:
         """Means since the last reading, images/s, seconds a step waited for data, memory in GB; then starts anew.
 
-        Synchronises and raises as `state` does.
+        skipped_steps is their number; if all were skipped, there is no grad_norm. Synchronises and raises as `state` does.
         """
-        values = {name: value / self.count for name, value in self.state()["sums"].items()}
+        sums = self.state()["sums"]
+        values = {name: value / self.count for name, value in sums.items()}
+        if skipped := sums.get("skipped_steps", 0):
+            values["skipped_steps"] = skipped
+            del values["grad_norm"]
+            if skipped < self.count:
+                values["grad_norm"] = sums["grad_norm"] / (self.count - skipped)
         elapsed = time.perf_counter() - self.since
         values |= {
             "images_per_second": self.timed * self.batch_size / elapsed,

@@ -9,6 +9,7 @@ import math
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -82,6 +83,31 @@ def clip_gradients(detector: nn.Module, largest: float) -> Tensor:
     if largest:
         nn.utils.clip_grads_with_norm_(parameters, largest, norm)
     return norm
+
+
+def scaled(settings: OptimConfig, batch_size: int) -> OptimConfig:
+    """The settings with the learning rate for steps of `batch_size` images; only with scale_lr another one.
+
+    Proportional, as Goyal et al. (1706.02677).
+    """
+    if not settings.scale_lr:
+        return settings
+    return replace(settings, lr=settings.lr * batch_size / settings.lr_batch_size)
+
+
+def rate_note(settings: OptimConfig, batch_size: int) -> str:
+    """One line on the learning rate of steps of another size than it is meant for; '' for that size."""
+    meant = settings.lr_batch_size
+    if batch_size == meant:
+        return ""
+    fitting = scaled(replace(settings, scale_lr=True), batch_size).lr
+    steps = f"optim.lr={settings.lr:g} is meant for steps of {meant} images, and train.batch_size is {batch_size}"
+    if settings.scale_lr:
+        return f"{steps}: optim.scale_lr makes it {fitting:g}"
+    return (
+        f"{steps}: it stays as it is; optim.scale_lr=true would make it {fitting:g}, and "
+        f"optim.lr_batch_size={batch_size} says that it is meant for this size"
+    )
 
 
 def lr_factor(step: int, settings: OptimConfig) -> float:

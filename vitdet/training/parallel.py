@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -20,14 +21,22 @@ from vitdet import distributed
 log = logging.getLogger(__name__)
 
 
-def parallelize(detector: nn.Module, device: torch.device) -> nn.Module:
+def parallelize(detector: nn.Module, device: torch.device, accumulate: int = 1) -> nn.Module:
     """The detector, wrapped to average gradients if there are several processes; save the bare one, not the result.
 
-    Its BatchNorms become synchronised ones, in place and with the same names, where that is possible.
+    Its BatchNorms become synchronised ones, in place and with the same names, where that is possible. accumulate: the
+    micro-batches of a step.
     """
+    has_norms = any(isinstance(module, nn.BatchNorm2d) for module in detector.modules())
+    if has_norms and accumulate > 1 and distributed.rank() == 0:
+        log.warning(
+            "BatchNorm sees the images of one micro-batch only: train.accumulate=%d trains another model than as "
+            "many more processes would",
+            accumulate,
+        )
     if distributed.world_size() == 1:
         return detector
-    if any(isinstance(module, nn.BatchNorm2d) for module in detector.modules()):
+    if has_norms:
         if device.type == "cuda":
             detector = nn.SyncBatchNorm.convert_sync_batchnorm(detector)
         elif distributed.rank() == 0:
@@ -45,6 +54,13 @@ def parallelize(detector: nn.Module, device: torch.device) -> nn.Module:
         buffers: False,
     }
     return DistributedDataParallel(detector, **options)
+
+
+def without_exchange(model: nn.Module) -> AbstractContextManager[None]:
+    """Within it the gradients of a model of `parallelize` stay those of this process; forward and backward belong inside."""
+    if isinstance(model, DistributedDataParallel):
+        return model.no_sync()
+    return nullcontext()
 
 
 def share_statistics(detector: nn.Module) -> None:

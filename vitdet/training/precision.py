@@ -1,7 +1,7 @@
-"""In which numbers a training computes: bf16 or fp32, and how exactly a GPU multiplies the latter.
+"""In which numbers a training computes: bf16, fp16 or fp32, and how exactly a GPU multiplies the latter.
 
-There is no fp16, with which the published ViTDet was trained: its gradients need a scale that follows them, bf16's do
-not.
+fp16, with which the published ViTDet was trained, is for GPUs without bf16: its gradients need a scale that follows
+them (`vitdet.training.step`), bf16's do not.
 """
 
 from __future__ import annotations
@@ -18,7 +18,9 @@ log = logging.getLogger(__name__)
 
 
 def chosen(precision: str, device: torch.device) -> str:
-    """'bf16' or 'fp32': as told, or with 'auto' bf16 where the processor has instructions for it."""
+    """'bf16', 'fp16' or 'fp32': as told, or with 'auto' bf16 where the processor has instructions for it, fp16 on any
+    other GPU, and fp32 on any other CPU.
+    """
     if precision != "auto":
         return precision
     if device.type != "cuda":
@@ -26,11 +28,16 @@ def chosen(precision: str, device: torch.device) -> str:
     if torch.cuda.is_bf16_supported(including_emulation=False):
         return "bf16"
     if distributed.rank() == 0:
-        log.warning(
-            "this GPU has no instructions for bf16 (those from Ampere on have): training in fp32, with more "
-            "memory and time; train.precision=bf16 would emulate it"
+        log.info(
+            "this GPU has no instructions for bf16 (those from Ampere on have): training in fp16"
         )
-    return "fp32"
+    return "fp16"
+
+
+def autocast(precision: str, device: torch.device) -> torch.autocast:
+    """Within it the forward pass computes in this precision."""
+    dtype = torch.float16 if precision == "fp16" else torch.bfloat16
+    return torch.autocast(device.type, dtype, enabled=precision != "fp32")
 
 
 @contextmanager

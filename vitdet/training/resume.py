@@ -19,7 +19,7 @@ from vitdet.checkpoint import (
 from vitdet.config import Config, difference, digest, from_dict, legacy_digest
 from vitdet.data import fingerprint
 from vitdet.files import sha256
-from vitdet.training.optim import lr_factor
+from vitdet.training.optim import lr_factor, scaled
 
 # what `Checkpoints.save_evaluation` adds to a state
 EVALUATION = ("config", "metrics", "evaluated")
@@ -208,7 +208,7 @@ def _same_but_for_steps(config: Config, stored: Config) -> bool:
 
 def _changed_rate(config: Config, stored: Config, done: int) -> str:
     """Why optim.steps may not change: the first of the steps already done whose learning rate would; '' if none."""
-    ours, theirs = config.optim, stored.optim
+    ours, theirs = (scaled(one.optim, one.train.batch_size) for one in (config, stored))
     for step in range(done if ours.steps != theirs.steps else 0):
         new, old = lr_factor(step, ours), lr_factor(step, theirs)
         if new != old:

@@ -1,8 +1,9 @@
 """Training: the story, and the loop.
 
 What happens at a step depends on (config, data, step) alone: the batch by its place in the stream, every random draw
-by a seed made of seed, step and rank. So a restart needs no random state and goes on with the same numbers: on a CPU
-bit for bit, on a GPU as far as its kernels, some of which add in any order, repeat themselves.
+by a seed made of seed, step and the number of the micro-batch, that of the rank if each has one. So a restart needs no
+random state and goes on with the same numbers: on a CPU bit for bit, on a GPU as far as its kernels, some of which add in
+any order, repeat themselves.
 """
 
 from __future__ import annotations
@@ -12,9 +13,7 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
-import numpy as np
 import torch
-from torch import nn
 
 from vitdet import distributed
 from vitdet.checkpoint import FORMAT, Checkpoints, load_weights, save
@@ -30,9 +29,9 @@ from vitdet.models import Detector, build_detector
 from vitdet.models.losses import FederatedClassification
 from vitdet.tracking.tracker import Tracker
 from vitdet.training.meter import Meter
-from vitdet.training.optim import WeightAverage, build_optimizer, clip_gradients, set_lr
-from vitdet.training.parallel import parallelize, share_statistics
-from vitdet.training.precision import chosen, tf32
+from vitdet.training.optim import rate_note
+from vitdet.training.parallel import share_statistics
+from vitdet.training.profile import STEPS, ProfiledBatches
 from vitdet.training.resume import (
     changed_settings,
     is_complete,
@@ -40,6 +39,7 @@ from vitdet.training.resume import (
     states_folder,
 )
 from vitdet.training.saver import Saver
+from vitdet.training.step import TrainingStep
 from vitdet.training.stop import Stop, Stopped, stop_signals, warn_of_short_grace
 from vitdet.training.watchdog import LONG, Stage, Watchdog, watching
 from vitdet.types import Batch
@@ -60,6 +60,7 @@ def train(
     checkpoints: str | Path | None = None,
     weights: str | Path | None = None,
     start_tracking: StartTracking = lambda *_: Tracker(),
+    profile: bool = False,
 ) -> Path:
     """Trains a detector and returns the path of output/model.pt; resumes an interrupted training.
 
@@ -71,6 +72,8 @@ def train(
     be extended. Raises ValueError when `output` holds any other finished run or one of another config, Stopped after
     SIGTERM, SIGINT or SIGHUP. A finished run of this config and data is the result: all processes are started again when
     a node is lost at the very end.
+
+    profile: write a trace of a few steps of the first process to output/profile, and log where their time goes.
 
     Changes the process as described in `vitdet.data.loader.configure_process`.
     """
@@ -98,6 +101,11 @@ def train(
         states = Checkpoints(folder, config.train.keep)
         state = state_to_resume(config, output, prints, states)
         start = state["step"] if state else 0
+        if profile and config.optim.steps - start < STEPS:
+            raise ValueError(
+                f"a profile takes {STEPS} steps, but only {config.optim.steps - start} are left: start "
+                "another training, with a larger optim.steps"
+            )
         loader = distributed.together(
             lambda: train_loader(
                 config.data,
@@ -108,6 +116,7 @@ def train(
                 distributed.rank(),
                 distributed.world_size(),
                 split,
+                config.train.accumulate,
             )
         )
         _check_classes(config, split.class_names, val_classes)
@@ -129,6 +138,8 @@ def train(
             config, detector, loader, tracker, saver, prints, device, stop, watchdog, output
         )
         try:
+            if profile and distributed.rank() == 0:
+                loop.loader = ProfiledBatches(loader, loop.training_step, output / "profile")
             loop.begin(state)
             state = None  # it weighs as much as detector and optimizer, who have it now
             loop.run(start)
@@ -161,8 +172,8 @@ class Loop:
         output: Path,
     ) -> None:
         self.config, self.detector = config, detector
-        self.optimizer = build_optimizer(detector, config.optim)
-        self.average = WeightAverage(detector, config.optim.ema)
+        self.training_step = TrainingStep(detector, config, device)
+        self.average = self.training_step.average
         self.tracker, self.saver, self.prints, self.device = tracker, saver, prints, device
         self.stop, self.watchdog = stop, watchdog
         self.loader, self.output = loader, output
@@ -177,10 +188,7 @@ class Loop:
             self.saver.wait()
             return
         load_weights(self.detector, state["model"], self.saver.states.folder)
-        self.optimizer.load_state_dict(state["optimizer"])
-        for slots in self.optimizer.state.values() if self.device.type == "cpu" else ():
-            slots |= {name: value.clone() for name, value in slots.items()}  # not memory-mapped
-        self.average.load_state_dict(state["average"])
+        self.training_step.load_state_dict(state)
         self.meter.restore(state["meter"])
         self.metrics = state["metrics"]
         # states written before commit 29b381b do not have it: they were saved after evaluations
@@ -191,9 +199,8 @@ class Loop:
     def run(self, start: int) -> None:
         """Steps start..steps-1. Raises Stopped, and ValueError for a loss that is not finite."""
         config, settings, meter = self.config, self.config.train, self.meter
-        model = parallelize(self.detector, self.device)
-        precision = chosen(settings.precision, self.device)
-        batches = iter(self.loader)
+        self.training_step.distribute()
+        self.batches = iter(self.loader)
         self.stop.check(self.stopped(start))
         if start and self.is_due(start) and self.evaluated < start:
             self.evaluate(start)  # an evaluation was cut off, or had other settings
@@ -204,16 +211,14 @@ class Loop:
                 LONG if step == start else 0.0,
             )  # the first one may compile kernels
             self.watchdog.at(done, Stage.LOADING, limit)
-            with meter.waiting():
-                batch = next(batches).to(self.device, non_blocking=True)
             signal_of_all = self.stop.ask()
-            with tf32(precision, self.device):
-                lr = self.learn(model, batch, step, precision, limit)
+            lr = self.learn(step, limit)
             self.watchdog.at(done, Stage.SAVING, LONG)
             self.saver.check()
             due = self.is_due(done)
             if done == config.optim.steps or done % settings.log_every == 0:
                 self.tracker.log({**meter.read(self.device), "lr": lr}, done)
+                self.training_step.check()
             signum = signal_of_all()
             if due or signum or done % settings.save_every == 0:
                 self.save(done)
@@ -232,23 +237,20 @@ class Loop:
         """Whether an evaluation follows this step."""
         return step == self.config.optim.steps or step % self.config.train.eval_every == 0
 
-    def learn(
-        self, model: nn.Module, batch: Batch, step: int, precision: str, limit: float = 0.0
-    ) -> float:
+    def learn(self, step: int, limit: float = 0.0) -> float:
         """One step of the optimizer; its learning rate. limit: the watchdog's."""
-        self.watchdog.at(step + 1, Stage.COMPUTING, limit)
-        torch.manual_seed(step_seed(self.config.train.seed, step, distributed.rank()))
-        lr = set_lr(self.optimizer, step, self.config.optim)
-        self.optimizer.zero_grad()  # before the activations, which need the memory
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=precision == "bf16"):
-            losses = model(batch.images, batch.targets, batch.sizes)
-        self.watchdog.at(step + 1, Stage.EXCHANGING, limit)
-        sum(losses.values()).backward()
-        norm = clip_gradients(self.detector, self.config.optim.clip)
-        self.optimizer.step()
-        self.average.update(step)
-        self.meter.add(losses, norm)
-        return lr
+
+        def at(stage: Stage) -> None:
+            self.watchdog.at(step + 1, stage, limit)
+
+        def load() -> Batch:
+            at(Stage.LOADING)
+            with self.meter.waiting():
+                return next(self.batches)
+
+        figures = self.training_step.run(step, load, at)
+        self.meter.add(figures.losses, figures.grad_norm, figures.skipped)
+        return figures.lr
 
     def evaluate(self, step: int) -> None:
         """AP on the validation split, of the averaged weights if there are any, and pictures of what they find.
@@ -265,7 +267,8 @@ class Loop:
                 self.watchdog.at(step, Stage.COMPARING, LONG)
             return self.stop.received > 0
 
-        with self.meter.paused():
+        # what training compiled is for its own sizes and precision
+        with self.meter.paused(), torch.compiler.set_stance("force_eager"):
             self.watchdog.at(step, Stage.EVALUATING, LONG)  # reads the annotations
             with self.average.applied():
                 share_statistics(self.detector)
@@ -279,7 +282,10 @@ class Loop:
                     self.stop.check(self.stopped(step))
                 if distributed.rank() == 0:
                     folder = self.output / "pictures" / f"step_{step:08d}"
-                    for path in write_pictures(self.detector, config.data, folder):
+                    precision = config.evaluate.precision
+                    for path in write_pictures(
+                        self.detector, config.data, folder, precision=precision
+                    ):
                         self.tracker.artifact(path, f"pictures/{folder.name}")
             self.tracker.log(self.metrics, step)
             self.evaluated = step
@@ -298,14 +304,14 @@ class Loop:
         """
         # of all processes, and a state that has diverged is none to go on from
         meter = self.meter.state()
+        self.training_step.check()
         if distributed.rank() == 0:
             self.saver.save(
                 step,
                 {
                     "config": to_dict(self.config),
                     "model": self.detector.state_dict(),
-                    "optimizer": self.optimizer.state_dict(),
-                    "average": self.average.state_dict(),
+                    **self.training_step.state_dict(),
                     "run_id": self.tracker.run_id,
                     "fingerprints": self.prints,
                     "meter": meter,
@@ -332,11 +338,6 @@ class Loop:
                     "metrics": self.metrics,
                 },
             )
-
-
-def step_seed(seed: int, step: int, rank: int) -> int:
-    """The seed of the random draws of one step in one process."""
-    return int(np.random.SeedSequence((seed, step, rank)).generate_state(1, np.uint64)[0])
 
 
 def _fresh_detector(
@@ -372,6 +373,8 @@ def _announce(
         )
         if changed := changed_settings(config, state):
             log.info("changed settings: %s", "; ".join(changed))
+    if note := rate_note(config.optim, config.train.batch_size):
+        log.info(note)
     save_config(config, output / "config.yaml")
     tracker = start_tracking(
         fingerprint.combined(prints),

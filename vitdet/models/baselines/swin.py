@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vitdet.models.attention import join_windows, split_windows
+from vitdet.models.layers import Blocks
 from vitdet.models.vit import init_linears
 
 BLOCKED = -100.0  # added to the logits of two tokens that the roll brought together
@@ -90,17 +91,15 @@ class Stage(nn.Module):
     ) -> None:
         super().__init__()
         self.downsample = PatchMerging(dim // 2) if downsample else nn.Identity()
-        self.blocks = nn.Sequential(
-            *(
-                Block(
-                    dim=dim,
-                    heads=heads,
-                    window=window,
-                    shift=window // 2 if i % 2 else 0,
-                    drop_path=rate,
-                )
-                for i, rate in enumerate(rates)
+        self.blocks = Blocks(
+            Block(
+                dim=dim,
+                heads=heads,
+                window=window,
+                shift=window // 2 if i % 2 else 0,
+                drop_path=rate,
             )
+            for i, rate in enumerate(rates)
         )
 
     def forward(self, x: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vitdet.models.attention import attend, join_windows, split_windows
-from vitdet.models.layers import NORM_EPS
+from vitdet.models.layers import NORM_EPS, Blocks
 from vitdet.models.vit import init_linears
 from vitdet.models.vitae import CELL_NORM_EPS, conv
 
@@ -180,7 +180,7 @@ class Stage(nn.Module):
     def __init__(self, reduction: ReductionCell, cells: Sequence[NormalCell]) -> None:
         super().__init__()
         self.reduction = reduction
-        self.cells = nn.Sequential(*cells)
+        self.cells = Blocks(cells)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, E, H / stride, W / stride)."""

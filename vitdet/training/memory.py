@@ -1,0 +1,72 @@
+"""Activation checkpointing: whether the blocks of the backbone keep their activations or compute them again.
+
+`train.activation_checkpointing=auto` decides by an estimate of the memory that a step takes without it,
+from what one H100 measured with batches of 1 to 16 images of 1024 pixels (ViT-B, L and H: within 15 %):
+
+- 16 bytes a weight, for itself, its gradient and AdamW's two moments; 4 more with an average of the weights;
+- 50 bytes for each value that leaves a block, in bf16 or fp16, and twice as many in fp32;
+- 1,300 bytes a pixel of the images for everything else.
+
+Blocks compute again where that is more than nine tenths of the GPU's memory.
+"""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+
+from vitdet import distributed
+from vitdet.config import Config
+from vitdet.models import Detector
+from vitdet.models.layers import Blocks
+
+BYTES_PER_WEIGHT = 16
+BYTES_PER_AVERAGED_WEIGHT = 4
+BYTES_PER_BLOCK_VALUE = 50  # in half precision
+BYTES_PER_PIXEL = 1300
+SHARE = 0.9  # of the GPU's memory: CUDA itself and fragments take the rest
+log = logging.getLogger(__name__)
+
+
+def checkpoint_activations(
+    detector: Detector, config: Config, images: int, precision: str, device: torch.device
+) -> None:
+    """Turn activation checkpointing on or off in the blocks, as the settings say; images: of a micro-batch."""
+    setting = config.train.activation_checkpointing
+    needed = setting == "blocks"
+    if setting == "auto" and device.type == "cuda":
+        estimate = step_bytes(detector, config, images, precision)
+        total = torch.cuda.get_device_properties(device).total_memory
+        needed = estimate > SHARE * total
+        if needed and distributed.rank() == 0:
+            log.info(
+                "the backbone's blocks compute their activations again in the backward pass: %d images a micro-batch "
+                "would take about %.1f GiB, and the GPU has %.1f GiB (train.activation_checkpointing=auto)",
+                images,
+                estimate / 2**30,
+                total / 2**30,
+            )
+    for module in detector.modules():
+        if isinstance(module, Blocks):
+            module.checkpointing = needed
+
+
+def step_bytes(detector: Detector, config: Config, images: int, precision: str) -> float:
+    """The estimated bytes of a step without activation checkpointing, of `images` images at once."""
+    backbone, side = detector.backbone, config.data.image_size
+    weights = sum(parameter.numel() for parameter in detector.parameters())
+    averaged = BYTES_PER_AVERAGED_WEIGHT if config.optim.ema else 0
+    if isinstance(backbone.out_channels, int):
+        maps = [(backbone.out_channels, backbone.stride)]
+    else:
+        maps = list(zip(backbone.out_channels, backbone.strides, strict=True))
+    stages = [module for module in backbone.modules() if isinstance(module, Blocks)]
+    values = sum(
+        len(blocks) * channels * (side / stride) ** 2
+        for blocks, (channels, stride) in zip(stages, maps, strict=True)
+    )
+    value_bytes = BYTES_PER_BLOCK_VALUE * (2 if precision == "fp32" else 1)
+    return weights * (BYTES_PER_WEIGHT + averaged) + images * (
+        value_bytes * values + BYTES_PER_PIXEL * side**2
+    )
