@@ -22,13 +22,8 @@ from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-from vitdet.kernels import (
-    attention_grid,
-    attention_windows,
-    nms_kernels,
-    rasterize_kernels,
-    roi_align_kernels,
-)
+from vitdet.kernels import nms_kernels, rasterize_kernels, roi_align_kernels
+from vitdet.kernels.attention_kernels import backward, forward
 from vitdet.kernels.attention_positions import Layout
 
 CAPABILITY = 90
@@ -109,24 +104,17 @@ def _registers(ptx: str) -> tuple[int, int]:
 
 def attention_launches(heads: int, depth: int, window: int) -> list[Launch]:
     """Of a forward and backward pass over 64 x 64 tokens of 8 images."""
-    layout = Layout(8, 64, 64, heads, depth, window)
+    layout = Layout(64, 64, heads, depth, window)
 
-    def empty(*shape: int, dtype: torch.dtype) -> Tensor:
+    def empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
 
-    qkv = empty(8, layout.tokens, 3 * heads * depth, dtype=torch.bfloat16)
-    gradient = empty(8, layout.tokens, heads * depth, dtype=torch.bfloat16)
-    bias = empty(3 * heads * depth, dtype=torch.float32)
-    tables = tuple(
-        empty(2 * side - 1, depth, dtype=torch.float32) for side in (layout.rows, layout.columns)
-    )
+    qkv, gradient = (empty(8, 64 * 64, parts * heads * depth) for parts in (3, 1))
+    bias = empty(3 * heads * depth)
+    tables = tuple(empty(2 * side - 1, depth, dtype=torch.float32) for side in layout.sides)
     with launches() as found:
-        if window:
-            saved = attention_windows.forward(layout, qkv, bias, tables, 1.0)
-            attention_windows.backward(layout, gradient, qkv, bias, tables, 1.0, *saved)
-        else:
-            saved = attention_grid.forward(layout, qkv, tables, 1.0)
-            attention_grid.backward(layout, gradient, qkv, tables, 1.0, *saved)
+        saved = forward(layout, qkv, bias, tables, 1.0)
+        backward(layout, gradient, qkv, bias, tables, 1.0, *saved)
     return found
 
 
