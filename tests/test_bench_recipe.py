@@ -42,6 +42,7 @@ def test_a_benchmark_measures_a_row_for_each_batch_size(
         assert row["mfu"] == pytest.approx(expected)
         if kind == "infer":
             assert row["detections"] == MINIMAL["evaluate.max_detections"]
+            assert row["results_per_second"] > 0
     assert report(figures) in output and len(output.splitlines()) == 4
 
 

@@ -361,6 +361,21 @@ def test_a_difference_names_the_settings() -> None:
     )
 
 
+def test_the_batch_size_of_a_rate_matters_only_where_the_rate_is_scaled() -> None:
+    ours, theirs = load_config("tiny"), load_config("tiny", ["optim.lr_batch_size=4"])
+    assert difference(ours, theirs, affecting_weights=True) == [] and digest(ours) == digest(theirs)
+    assert difference(ours, theirs) == ["optim.lr_batch_size: 8, not 4"]
+    ours, theirs = (override(one, ["optim.scale_lr=true"]) for one in (ours, theirs))
+    assert difference(ours, theirs, affecting_weights=True) == ["optim.lr_batch_size: 8, not 4"]
+    assert digest(ours) != digest(theirs)
+
+
+def test_settings_of_the_memory_are_no_part_of_the_identity() -> None:
+    ours = load_config("tiny")
+    for change in ("train.accumulate=2", "train.activation_checkpointing=blocks"):
+        assert digest(override(ours, [change])) == digest(ours)
+
+
 def test_the_recipes_are_listed(vitdet: Callable[..., tuple[int, str, str]]) -> None:
     code, out, said = vitdet("config")
     assert (code, said) == (0, "") and out.splitlines() == recipes()

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from vitdet.config import Config, OptimConfig
+from vitdet.config import Config, OptimConfig, load_config, recipes
 from vitdet.models import build_detector
 from vitdet.training.optim import (
     WeightAverage,
@@ -18,6 +18,8 @@ from vitdet.training.optim import (
     clip_gradients,
     lr_factor,
     parameter_groups,
+    rate_note,
+    scaled,
     set_lr,
 )
 from vitdet.weights.formats.detectron2 import DETECTRON2
@@ -151,6 +153,31 @@ def test_every_group_follows_the_schedule() -> None:
     rates = {group["lr_scale"]: group["lr"] for group in optimizer.param_groups}
     assert rates == {scale: pytest.approx(0.05 * scale) for scale in rates} and len(rates) == 14
     assert optimizer.param_groups[0]["betas"] == (0.9, 0.999)
+
+
+def test_the_rate_is_scaled_by_the_batch_only_if_that_is_told() -> None:
+    told, untold = OptimConfig(lr=1e-4, scale_lr=True), OptimConfig(lr=1e-4)
+    for size, lr in ((64, 1e-4), (16, 2.5e-5), (256, 4e-4)):
+        assert scaled(told, size).lr == pytest.approx(lr)
+        assert scaled(untold, size) == untold
+    own = OptimConfig(lr=2e-3, scale_lr=True, lr_batch_size=8)
+    assert scaled(own, 4).lr == pytest.approx(1e-3) and scaled(own, 8).lr == 2e-3
+
+
+def test_one_line_says_what_another_batch_size_means_for_the_rate() -> None:
+    assert rate_note(OptimConfig(), 64) == rate_note(OptimConfig(scale_lr=True), 64) == ""
+    size = "optim.lr=0.0001 is meant for steps of 64 images, and train.batch_size is 16"
+    assert rate_note(OptimConfig(scale_lr=True), 16) == f"{size}: optim.scale_lr makes it 2.5e-05"
+    assert rate_note(OptimConfig(), 16) == (
+        f"{size}: it stays as it is; optim.scale_lr=true would make it 2.5e-05, and optim.lr_batch_size=16 says that it "
+        "is meant for this size"
+    )
+
+
+@pytest.mark.parametrize("name", recipes())
+def test_the_rate_of_a_recipe_is_meant_for_its_batch_size(name: str) -> None:
+    config = load_config(name)
+    assert rate_note(config.optim, config.train.batch_size) == ""
 
 
 def test_the_average_is_one_and_the_weights_come_back() -> None:

@@ -133,6 +133,22 @@ def test_more_steps_after_an_end_need_its_last_state(tiny: Path, tmp_path: Path)
     assert (tmp_path / "model.pt").read_bytes() == before
 
 
+def test_a_scaled_rate_is_that_of_the_whole_training(
+    tiny: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    half = {"optim__scale_lr": "true", "optim__lr_batch_size": 4, "optim__steps": 3}
+    with caplog.at_level(logging.INFO, "vitdet"), pytest.raises(Stopped):
+        go(tiny, tmp_path / "run", interrupt(terminate, 2), **half)
+    note = "optim.lr=0.001 is meant for steps of 4 images, and train.batch_size is 2: optim.scale_lr makes it 0.0005"
+    assert caplog.messages.count(note) == 1
+    with pytest.raises(ValueError, match="another config .optim.lr_batch_size: 8, not 4"):
+        go(tiny, tmp_path / "run", **half | {"optim__lr_batch_size": 8})
+    rest = go(tiny, tmp_path / "run", **half)
+    whole = go(tiny, tmp_path / "whole", optim__lr=0.0005, optim__steps=3)
+    assert rest.points[3]["lr"] == whole.points[3]["lr"]
+    same_weights(tmp_path / "run", tmp_path / "whole")
+
+
 def run(tiny: Path, folder: Path, recorder: Recorder, **changes: object) -> Recorder:
     train(
         load_config("tiny", minimal(tiny, **changes)),

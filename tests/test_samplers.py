@@ -7,7 +7,7 @@ from itertools import islice
 import numpy as np
 import pytest
 
-from vitdet.data.samplers import InfiniteSampler, positions, repeat_factors
+from vitdet.data.samplers import InfiniteSampler, check_batch_size, positions, repeat_factors
 
 
 def test_an_epoch_holds_every_image_once_in_an_order_of_its_own() -> None:
@@ -60,6 +60,40 @@ def test_uneven_shares_and_no_images_are_refused() -> None:
         InfiniteSampler(0, 0)
     with pytest.raises(ValueError, match="a repeat factor of at least 1 for each of 2 images"):
         InfiniteSampler(2, 0, np.array([1.0, 0.5]))
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "processes", "accumulate", "message"),
+    [
+        (
+            3,
+            2,
+            1,
+            "of the 2 processes, got 3; set it to 2 or 4, or start another number of processes",
+        ),
+        (
+            12,
+            2,
+            4,
+            "of 8 (2 processes x train.accumulate=4), got 12; set it to 8 or 16, or change train.accumulate or "
+            "the number of processes",
+        ),
+        (
+            2,
+            1,
+            3,
+            "of 3 (1 process x train.accumulate=3), got 2; set it to 3, or change train.accumulate or the "
+            "number of processes",
+        ),
+    ],
+)
+def test_a_batch_that_cannot_be_divided_is_refused(
+    batch_size: int, processes: int, accumulate: int, message: str
+) -> None:
+    with pytest.raises(ValueError) as caught:
+        check_batch_size(batch_size, processes, accumulate)
+    assert str(caught.value) == f"train.batch_size must be a multiple {message}"
+    check_batch_size(24, processes, accumulate)
 
 
 def test_repeat_factors_are_those_of_the_rarest_class() -> None:

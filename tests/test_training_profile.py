@@ -16,7 +16,6 @@ from vitdet.config import load_config
 from vitdet.training import train
 from vitdet.training.profile import IDLE, PARTS, STEPS, belongings, union
 
-
 on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 on_cpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 

@@ -55,7 +55,9 @@ LATER = (
     "optim.lr_batch_size",
     "train.accumulate",
     "train.activation_checkpointing",
+    "train.compile",
     "evaluate.precision",
+    "evaluate.compile",
 )
 
 
@@ -226,6 +228,10 @@ class TrainConfig(Section, prefix="train."):
     activation_checkpointing: Literal["none", "blocks", "auto"] = field(
         default="auto", metadata=operational("the same gradients")
     )
+    # on a GPU: torch.compile and CUDA graphs; auto: compiles from 1000 steps on
+    compile: Literal["auto", "never", "always"] = field(
+        default="auto", metadata=operational("the same step up to rounding")
+    )
     # auto: bf16 if native, else fp16 on a GPU and fp32 on a CPU
     precision: Literal["fp32", "bf16", "fp16", "auto"] = "bf16"
     seed: Seed = 0
@@ -245,6 +251,8 @@ class EvalConfig(Section, prefix="evaluate."):
     batch_size: Amount = 1
     # of the detector; auto: bf16 or fp16 where the processor has instructions for it
     precision: Literal["fp32", "bf16", "fp16", "auto"] = "fp32"
+    # on a GPU, with torch.compile: takes a minute, pays from some thousand images on
+    compile: bool = False
 
 
 @dataclass(frozen=True)

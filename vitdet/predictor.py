@@ -19,6 +19,7 @@ from vitdet.checkpoint import restore_detector
 from vitdet.config import DataConfig, EvalConfig
 from vitdet.data.images import DEFAULT, Picture, Reading, read_image
 from vitdet.data.transforms import resize_and_pad
+from vitdet.models.graphed_detector import GraphedDetector
 from vitdet.types import Detections
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "auto": None}
@@ -48,6 +49,7 @@ class Predictor:
         self.antialias = antialias
         self.reading = reading
         self.precision = precision
+        self.detect = GraphedDetector(detector, lambda: autocast(precision, device_of(detector)))
 
     @classmethod
     def load(
@@ -92,15 +94,17 @@ class Predictor:
             return [self(item, threshold) for item in image]
         picture = read_image(image, self.reading)
         canvas, size = resize_and_pad(picture, self.image_size, self.antialias)
-        device = next(
-            (parameter.device for parameter in self.detector.parameters()), torch.device("cpu")
-        )
+        device = device_of(self.detector)
         images = torch.from_numpy(canvas)[None].to(device)
         sizes = torch.tensor([size], device=device)
-        with autocast(self.precision, device):
-            (found,) = self.detector(images, None, sizes)
+        (found,) = self.detect(images, sizes)
         found = to_image(found.to("cpu"), size, (picture.height, picture.width))
         return replace(found[found.scores >= threshold], class_names=self.class_names)
+
+
+def device_of(detector: nn.Module) -> torch.device:
+    """Where its weights are."""
+    return next((parameter.device for parameter in detector.parameters()), torch.device("cpu"))
 
 
 def autocast(precision: str, device: torch.device) -> AbstractContextManager:

@@ -142,6 +142,24 @@ class Targets:
     def __len__(self) -> int:
         return len(self.boxes)
 
+    def tensors(self) -> tuple[Tensor, ...]:
+        """All that it holds, as `from_tensors` takes it."""
+        masks = (self.masks.edges, self.masks.spans)
+        return (self.boxes, self.labels, self.present, self.has_mask, *masks)
+
+    @classmethod
+    def from_tensors(
+        cls,
+        boxes: Tensor,
+        labels: Tensor,
+        present: Tensor,
+        has_mask: Tensor,
+        edges: Tensor,
+        spans: Tensor,
+    ) -> Targets:
+        """The inverse of `tensors`."""
+        return cls(boxes, labels, present, has_mask, Polygons(edges, spans))
+
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Targets:
         return _to(self, device, non_blocking)
 

@@ -15,6 +15,7 @@ import json
 import logging
 import statistics
 import sys
+import traceback
 import types
 import warnings
 from collections.abc import Callable, Iterator
@@ -24,7 +25,7 @@ from typing import Any
 
 import torch
 
-from vitdet.cli.bench.figures import counted, peak_memory, report, timed
+from vitdet.cli.bench.figures import counted, peak_memory, report, summary, timed
 from vitdet.cli.bench.inference import SCALES, measure_inference
 from vitdet.cli.bench.synthetic import SHARE, boxes_on_objects
 from vitdet.cli.bench.training import COUNTED, images_for, measure_training
@@ -82,19 +83,23 @@ def beside(
     path: str,
 ) -> dict:
     """Our figures, and theirs in the same rows: `precision` says whose they are."""
-    figures: dict = {}
-    rows = []
+    figures: dict = {"product_tflops": {}, "tflop_per_image": 0.0}
+    rows: list[dict] = []
     for size in sizes:
-        figures = ours(config, [size], [config.train.precision], given.steps, device)
-        rows += [{**row, "who": "vitdet"} for row in figures["rows"]]
+        try:
+            figures = ours(config, [size], [config.train.precision], given.steps, device)
+            rows.append({"who": "vitdet", **figures["rows"][0]})
+        except Exception as error:  # what is measured so far, and theirs, is not lost
+            traceback.print_exc()
+            rows.append({"who": "vitdet", "batch": size, "error": str(error).splitlines()[0]})
         row = fitting(
             size, lambda size: theirs(given.sources, path, config, size, given.steps, device)
         )
-        rate = max(figures["product_tflops"].values())
-        if "images_per_second" in row:
+        rate = max(figures["product_tflops"].values(), default=0.0)
+        if "images_per_second" in row and rate:
             row["mfu"] = row["images_per_second"] * figures["tflop_per_image"] / rate
         rows.append(row)
-    return {**figures, "rows": rows}
+    return {**summary(device, 0.0, {}, []), **figures, "rows": rows}
 
 
 def fitting(size: int, measure: Callable[[int], dict]) -> dict:
@@ -200,7 +205,8 @@ def inference_row(
             for one in model(data):
                 instances_to_coco_json(one["instances"].to("cpu"), 1)
 
-        row["results_ms"] = statistics.median(timed(results, device, max(steps // 4, 1)))
+        seconds = statistics.median(timed(results, device, max(steps // 4, 1))) / 1e3
+        row["results_per_second"] = size / seconds
         row["detections"] = len(model.inference(data[:1], do_postprocess=False)[0])
     return row
 
@@ -229,8 +235,9 @@ def their_batch(batch: Batch) -> list[dict]:
     from detectron2.structures import Boxes, Instances, PolygonMasks
 
     found = []
-    for image, target in zip(batch.images, batch.targets, strict=True):
-        side = image.shape[-1]
+    originals = batch.originals.tolist()
+    for image, target, original in zip(batch.images, batch.targets, originals, strict=True):
+        side, (height, width) = image.shape[-1], original
         one = Instances((side, side))
         one.gt_boxes, one.gt_classes = Boxes(target.boxes.clone()), target.labels.clone()
         outlines = target.masks
@@ -240,7 +247,7 @@ def their_batch(batch: Batch) -> list[dict]:
                 for start, end in outlines.spans.tolist()
             ]
         )
-        found.append({"image": image, "instances": one, "height": side, "width": side})
+        found.append({"image": image, "instances": one, "height": height, "width": width})
     return found
 
 

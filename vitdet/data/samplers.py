@@ -96,7 +96,8 @@ def check_batch_size(batch_size: int, processes: int, accumulate: int = 1) -> No
         many = f"the {processes} processes"
         other = "or start another number of processes"
         if accumulate > 1:
-            many = f"{parts} ({processes} processes x train.accumulate={accumulate})"
+            them = "1 process" if processes == 1 else f"{processes} processes"
+            many = f"{parts} ({them} x train.accumulate={accumulate})"
             other = "or change train.accumulate or the number of processes"
         raise ValueError(
             f"train.batch_size must be a multiple of {many}, got {batch_size}; set it to {fitting}, {other}"

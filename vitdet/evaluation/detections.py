@@ -18,6 +18,7 @@ from torch import nn
 from vitdet import kernels
 from vitdet.evaluation.run_lengths import encode_columns
 from vitdet.kernels.paste import bytes_of, paste, regions_of
+from vitdet.models.graphed_detector import GraphedDetector
 from vitdet.predictor import autocast, to_image
 from vitdet.types import Batch, Detections
 
@@ -84,15 +85,16 @@ def results_of(
     memory.
     """
     device = torch.device(device)
+    detect = GraphedDetector(detector, lambda: autocast(precision, device))
     if device.type != "cuda":  # the detector needs all cores
         for batch in batches:
-            yield _results(_found(detector, batch, device, precision), batch, category_ids)
+            yield _results(_found(detect, batch, device), batch, category_ids)
         return
     stream = torch.cuda.Stream(device, priority=-1)
 
     def jobs() -> Iterator[Callable[[], dict[int, list[dict]]]]:
         for batch in batches:
-            found = _found(detector, batch, device, precision)
+            found = _found(detect, batch, device)
             done = torch.cuda.Event()
             done.record(torch.cuda.current_stream(device))
             yield partial(_results_aside, stream, done, found, batch, category_ids)
@@ -115,13 +117,10 @@ def one_behind(jobs: Iterable[Callable[[], Result]]) -> Iterator[Result]:
             yield before.result()
 
 
-def _found(
-    detector: nn.Module, batch: Batch, device: torch.device, precision: str
-) -> list[Detections]:
+def _found(detect: GraphedDetector, batch: Batch, device: torch.device) -> list[Detections]:
     # sizes lie in memory that is not pinned: a blocking copy would wait for the batch before
     images, sizes = (one.to(device, non_blocking=True) for one in (batch.images, batch.sizes))
-    with autocast(precision, device):
-        return detector(images, None, sizes)
+    return detect(images, sizes)
 
 
 def _results_aside(

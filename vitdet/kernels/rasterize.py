@@ -45,4 +45,4 @@ def fill(edges: Tensor, spans: Tensor, boxes: Tensor, size: int) -> Tensor:
 
 @fill.register_fake
 def _(edges: Tensor, spans: Tensor, boxes: Tensor, size: int) -> Tensor:
-    return boxes.new_empty(len(boxes), size, size, dtype=torch.bool)
+    return boxes.new_empty(boxes.shape[0], size, size, dtype=torch.bool)

@@ -78,7 +78,7 @@ def _(
     bins: int,
     ratio: int,
 ) -> Tensor:
-    out = features[0].new_empty(len(boxes), bins, bins, features[0].shape[1])
+    out = features[0].new_empty(boxes.shape[0], bins, bins, features[0].shape[1])
     return out.permute(0, 3, 1, 2)
 
 

@@ -162,6 +162,12 @@ def touched(start, end, length):
 
 
 @triton.jit
+def rows_touched(row, start, size, height, BINS: tl.constexpr, ROWS: tl.constexpr):
+    """First and last row of cells that ROWS rows of bins from `row` on may read."""
+    return touched(start + row * size, start + tl.minimum(row + ROWS, BINS) * size, height)
+
+
+@triton.jit
 def points_of(size, RATIO: tl.constexpr):
     """Points of a bin of this size along an axis; none in one that ends before it starts."""
     if RATIO > 0:
@@ -257,7 +263,7 @@ def forward_kernel(
         pixels = choose(at, f0, f1, f2, f3, f4)
         pixels += tl.load(image + roi).to(tl.int64) * height * width * channels
         bin_height, bin_width = tl.math.div_rn(y1 - y0, BINS), tl.math.div_rn(x1 - x0, BINS)
-        top, bottom = touched(y0 + row * bin_height, y0 + (row + ROWS) * bin_height, height)
+        top, bottom = rows_touched(row, y0, bin_height, height, BINS, ROWS)
         left, right = touched(x0, x1, width)
         cell = tl.arange(0, SIDE * SIDE)
         rows = (row + tl.arange(0, ROWS))[:, None, None, None]
@@ -266,17 +272,18 @@ def forward_kernel(
         for y in range(top, bottom + 1, SIDE):
             vertical = weights((y + side)[None, None, :, None], rows, y0, bin_height, height, RATIO)
             for x in range(left, right + 1, SIDE):
-                across = weights(
-                    (x + side)[None, None, None, :], columns, x0, bin_width, width, RATIO
-                )
-                matrix = tl.reshape(vertical * across, (ROWS * COLUMNS, SIDE * SIDE))
                 cell_y, cell_x = y + cell // SIDE, x + cell % SIDE
+                # before the weights, which are computed while it is on its way
                 values = tl.load(
                     pixels + ((cell_y * width + cell_x) * channels)[:, None] + channel[None, :],
                     mask=((cell_y <= bottom) & (cell_x <= right))[:, None]
                     & (channel < channels)[None, :],
                     other=0.0,
                 )
+                across = weights(
+                    (x + side)[None, None, None, :], columns, x0, bin_width, width, RATIO
+                )
+                matrix = tl.reshape(vertical * across, (ROWS * COLUMNS, SIDE * SIDE))
                 total = add_product(total, matrix, values)
     place = tl.arange(0, ROWS * COLUMNS)
     bin_y, bin_x = row + place // COLUMNS, place % COLUMNS
@@ -376,17 +383,8 @@ def backward_kernel(
                 RATIO,
             )
             for row in range(0, BINS, ROWS):
-                low, high = touched(y0 + row * bin_height, y0 + (row + ROWS) * bin_height, height)
+                low, high = rows_touched(row, y0, bin_height, height, BINS, ROWS)
                 if (low < y + SIDE) & (high >= y):
-                    vertical = weights(
-                        (y + side)[:, None, None, None],
-                        (row + tl.arange(0, ROWS))[None, None, :, None],
-                        y0,
-                        bin_height,
-                        height,
-                        RATIO,
-                    )
-                    matrix = tl.reshape(vertical * horizontal, (SIDE * SIDE, ROWS * COLUMNS))
                     bin_y, bin_x = row + place // COLUMNS, place % COLUMNS
                     values = tl.load(
                         gradient
@@ -396,6 +394,15 @@ def backward_kernel(
                         & (channel < channels)[None, :],
                         other=0.0,
                     )
+                    vertical = weights(
+                        (y + side)[:, None, None, None],
+                        (row + tl.arange(0, ROWS))[None, None, :, None],
+                        y0,
+                        bin_height,
+                        height,
+                        RATIO,
+                    )
+                    matrix = tl.reshape(vertical * horizontal, (SIDE * SIDE, ROWS * COLUMNS))
                     total = add_product(total, matrix, values)
             waiting = tl.where(waiting == following, end, waiting)
             following = tl.min(waiting, axis=0)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 def cell_anchors(side: float, aspect_ratios: Sequence[float]) -> list[tuple[float, ...]]:
     """Boxes xyxy around the origin with area side^2, one for each ratio; aspect_ratios are height / width."""
-    found = []
+    found: list[tuple[float, ...]] = []
     for ratio in aspect_ratios:
         width = (side**2 / ratio) ** 0.5
         height = width * ratio

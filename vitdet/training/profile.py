@@ -51,22 +51,20 @@ BACKWARD = "autograd::engine::evaluate_function: "
 class ProfiledBatches:
     """The batches of a loader; the first steps computed from them are profiled.
 
-    step: whose parts are looked at; parts: batches of a step. Writes folder/trace.json, for chrome://tracing or Perfetto,
+    step: whose parts are looked at. Writes folder/trace.json, for chrome://tracing or Perfetto,
     and folder/parts.json, and logs a table.
     """
 
-    def __init__(
-        self, loader: Iterable[Batch], step: TrainingStep, parts: int, folder: Path
-    ) -> None:
-        self.loader, self.step, self.parts, self.folder = loader, step, parts, folder
+    def __init__(self, loader: Iterable[Batch], step: TrainingStep, folder: Path) -> None:
+        self.loader, self.step, self.folder = loader, step, folder
 
     def __iter__(self) -> Iterator[Batch]:
         batches = iter(self.loader)
-        for _ in range(WARM * self.parts):
+        for _ in range(WARM * self.step.accumulate):
             yield next(batches)
         self._wait()
         start, waited = time.perf_counter(), 0.0
-        for _ in range(TIMED * self.parts):
+        for _ in range(TIMED * self.step.accumulate):
             asked = time.perf_counter()
             batch = next(batches)
             waited += time.perf_counter() - asked
@@ -77,7 +75,7 @@ class ProfiledBatches:
         activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
         with scopes(self.step), profile(activities=activities) as trace:
             start = time.perf_counter()
-            for _ in range(TRACED * self.parts):
+            for _ in range(TRACED * self.step.accumulate):
                 with record_function(DATA):
                     batch = next(batches)
                 yield batch

@@ -139,12 +139,7 @@ def train(
         )
         try:
             if profile and distributed.rank() == 0:
-                loop.loader = ProfiledBatches(
-                    loader,
-                    loop.training_step,
-                    getattr(config.train, "accumulate", 1),
-                    output / "profile",
-                )
+                loop.loader = ProfiledBatches(loader, loop.training_step, output / "profile")
             loop.begin(state)
             state = None  # it weighs as much as detector and optimizer, who have it now
             loop.run(start)
@@ -251,7 +246,7 @@ class Loop:
         def load() -> Batch:
             at(Stage.LOADING)
             with self.meter.waiting():
-                return next(self.batches).to(self.device, non_blocking=True)
+                return next(self.batches)
 
         figures = self.training_step.run(step, load, at)
         self.meter.add(figures.losses, figures.grad_norm, figures.skipped)
@@ -272,7 +267,8 @@ class Loop:
                 self.watchdog.at(step, Stage.COMPARING, LONG)
             return self.stop.received > 0
 
-        with self.meter.paused():
+        # what training compiled is for its own sizes and precision
+        with self.meter.paused(), torch.compiler.set_stance("force_eager"):
             self.watchdog.at(step, Stage.EVALUATING, LONG)  # reads the annotations
             with self.average.applied():
                 share_statistics(self.detector)

@@ -57,17 +57,17 @@ def run_bench_train(given: argparse.Namespace) -> int:
     """vitdet bench train"""
     from vitdet.cli.bench.training import measure_training
 
-    return _measure_recipe(given, measure_training)
+    return _measure_recipe(given, measure_training, "train")
 
 
 def run_bench_infer(given: argparse.Namespace) -> int:
     """vitdet bench infer"""
     from vitdet.cli.bench.inference import measure_inference
 
-    return _measure_recipe(given, measure_inference)
+    return _measure_recipe(given, measure_inference, "evaluate")
 
 
-def _measure_recipe(given: argparse.Namespace, measure: Callable[..., dict]) -> int:
+def _measure_recipe(given: argparse.Namespace, measure: Callable[..., dict], section: str) -> int:
     from vitdet import distributed
     from vitdet.cli.bench.figures import report
     from vitdet.config import load_config
@@ -78,7 +78,7 @@ def _measure_recipe(given: argparse.Namespace, measure: Callable[..., dict]) -> 
     if given.steps < 1:
         raise ValueError(f"--steps must be at least 1, got {given.steps}")
     config = load_config(given.recipe, given.overrides)
-    precisions = (given.precision or config.train.precision).split(",")
+    precisions = (given.precision or getattr(config, section).precision).split(",")
     with distributed.process_group() as device:
         figures = measure(config, numbers, precisions, given.steps, device)
     figures = {"recipe": given.recipe, "overrides": given.overrides, **figures}

@@ -33,6 +33,7 @@ SHOWN = {
     "ms": "{:.1f}",
     "images_per_second": "{:.2f}",
     "peak_gib": "{:.2f}",
+    "reserved_gib": "{:.2f}",
     "mfu": "{:.1%}",
     "kernels": "{:.0f}",
     "launches": "{:.0f}",
@@ -40,7 +41,7 @@ SHOWN = {
     "busy_ms": "{:.1f}",
     "warm_up_s": "{:.1f}",
     "detections": "{:.0f}",
-    "results_ms": "{:.1f}",
+    "results_per_second": "{:.1f}",
 }
 
 
@@ -183,7 +184,7 @@ def report(figures: dict) -> str:
     head = f"{figures['device']}, torch {figures['torch']}; matrix product: {rates}; "
     rows = [list(SHOWN)]
     for row in figures["rows"]:
-        shown = [form.format(row[key]) if key in row else "-" for key, form in SHOWN.items()]
+        shown = ["-" if row.get(key) is None else SHOWN[key].format(row[key]) for key in SHOWN]
         rows.append([*shown, row.get("error", "")])
     used = [i for i in range(len(SHOWN)) if any(row[i] != "-" for row in rows[1:])]
     widths = {i: max(len(row[i]) for row in rows) for i in used}

@@ -1,4 +1,4 @@
-"""How fast detection is: images to detections on the device, and to COCO results with masks as run lengths.
+"""How fast detection is: images to detections on the device, and an evaluation's loop to COCO results with run lengths.
 
 Random weights find nothing that passes `evaluate.score_threshold`, so the class logits are scaled up until every image
 has as many detections as `evaluate.max_detections` allows: the mask head and the results then have the work that they
@@ -9,12 +9,12 @@ included.
 from __future__ import annotations
 
 import statistics
+import time
 from typing import Any
 
 import torch
 
 from vitdet.cli.bench.figures import (
-    DTYPES,
     counted,
     forward_flops,
     peak_memory,
@@ -24,9 +24,11 @@ from vitdet.cli.bench.figures import (
 )
 from vitdet.cli.bench.training import images_for, new_detector
 from vitdet.config import Config, override
-from vitdet.evaluation.evaluator import detections_to_results
+from vitdet.evaluation.detections import results_of
 from vitdet.models import Detector
-from vitdet.training.precision import chosen
+from vitdet.models.compile import compile_parts
+from vitdet.models.graphed_detector import GraphedDetector
+from vitdet.training.precision import autocast, chosen
 from vitdet.types import Batch, Detections
 
 WARM, COUNTED = 3, 2
@@ -44,11 +46,13 @@ def measure_inference(
     one = images_for(config, 1).to(device)
     detections = let_detect(detector, one)
     flops = forward_flops(detector, lambda: detector(one.images, None, one.sizes))
+    if config.evaluate.compile and device.type == "cuda":
+        compile_parts(detector)
     rows: list[dict] = []
     rates: dict[str, float] = {}
     for precision in precisions:
-        settings = override(config, [f"train.precision={precision}"])
-        used = chosen(settings.train.precision, device)
+        settings = override(config, [f"evaluate.precision={precision}"])
+        used = chosen(settings.evaluate.precision, device)
         rates[used] = rates.get(used) or product_rate(used, device)
         for size in sizes:
             row: dict[str, Any] = {"batch": size, "precision": used, "detections": detections}
@@ -80,27 +84,37 @@ def let_detect(detector: Detector, batch: Batch) -> int:
 def measure_calls(
     detector: Detector, batch: Batch, precision: str, steps: int, device: torch.device
 ) -> dict:
-    """The figures of one batch size and precision: ms (median) a batch, results_ms with the masks pasted, counts."""
+    """The figures of one batch size and precision: ms (median) a batch, counts, and those of an evaluation's loop."""
     peak = peak_memory(device)
 
-    def detect() -> list[Detections]:
-        images = batch.images.to(device, non_blocking=True)
-        with torch.autocast(device.type, DTYPES[precision], enabled=precision != "fp32"):
-            return detector(images, None, batch.sizes.to(device, non_blocking=True))
+    find = GraphedDetector(detector, lambda: autocast(precision, device))
 
-    def results() -> None:
-        side, classes = batch.images.shape[-1], range(10**5)
-        for found in detect():
-            detections_to_results(found, (side, side), (side, side), 0, classes)
+    def detect() -> list[Detections]:
+        images, sizes = (one.to(device, non_blocking=True) for one in (batch.images, batch.sizes))
+        return find(images, sizes)
 
     times = timed(detect, device, steps, warm=WARM)
     with counted(device, COUNTED) as counts:
-        for _ in range(COUNTED):
+        for _ in range(COUNTED if device.type == "cuda" else 0):
             detect()
     return {
         "ms": statistics.median(times),
         "images_per_second": 1e3 * len(batch) / statistics.mean(times),
         "peak_gib": peak(),
-        "results_ms": statistics.median(timed(results, device, max(steps // 4, 1))),
+        "results_per_second": len(batch)
+        / result_seconds(detector, batch, precision, steps, device),
         **counts,
     }
+
+
+def result_seconds(
+    detector: Detector, batch: Batch, precision: str, steps: int, device: torch.device
+) -> float:
+    """Seconds a batch of an evaluation, detections as COCO results, its reading of images and its comparison left out."""
+    loop = results_of(detector, [batch] * (WARM + steps), range(10**5), device, precision)
+    for _ in range(WARM):
+        next(loop)
+    start = time.perf_counter()
+    for _ in loop:
+        pass
+    return (time.perf_counter() - start) / steps

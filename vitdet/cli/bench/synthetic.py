@@ -21,6 +21,9 @@ from vitdet.types import Batch, Polygons, Target
 
 OBJECTS = 8.0  # mean number of an image
 SIDES = (0.04, 0.5)  # of an object, as a share of the image's
+ORIGINAL = (
+    0.54  # side of the file that an image comes from: 553 pixels for 1024, as many as 640 x 480
+)
 CELL = 32  # pixels of the background's noise
 SHARE = 0.2  # of an image's proposals that lie on its objects: more than are sampled as foreground
 SHIFT = 0.09  # deviation of a proposal's sides from its object's, as a share of that: IoUs of 0.6 to 0.9
@@ -81,7 +84,7 @@ def _draw(rng: np.random.Generator, canvas: np.ndarray, classes: int, image_id: 
         torch.from_numpy(rng.integers(0, classes, len(outlines))),
         Polygons.of(torch.from_numpy(edges), torch.from_numpy(counts)),
     )
-    return target, (side, side), image_id, (side, side)
+    return target, (side, side), image_id, (round(ORIGINAL * side),) * 2
 
 
 def _outline(rng: np.random.Generator, side: int) -> np.ndarray:

@@ -18,7 +18,7 @@ import torch
 
 from vitdet.checkpoint import Checkpoints
 from vitdet.cli.bench.figures import (
-    DTYPES,
+    GIB,
     Clock,
     counted,
     forward_flops,
@@ -30,7 +30,7 @@ from vitdet.cli.bench.synthetic import lay_on_objects, make_images
 from vitdet.config import Config, override
 from vitdet.models import Detector, build_detector
 from vitdet.tracking.tracker import Tracker
-from vitdet.training.precision import chosen, tf32
+from vitdet.training.precision import autocast, chosen, tf32
 from vitdet.training.saver import Saver
 from vitdet.training.stop import Stop
 from vitdet.training.trainer import Loop
@@ -40,8 +40,8 @@ from vitdet.types import Batch
 # steps before the measured ones: memory is allocated, kernels are chosen, parts are compiled and graphs recorded
 WARM = {"cuda": 12, "cpu": 2}
 COUNTED = 2  # steps whose kernels are counted, after the measured ones
-NEVER = 10**9  # steps: until something that is not measured
-RARE = ("log_every", "save_every", "eval_every")
+# what is not measured comes after more steps than there are
+RARELY = [f"train.{key}={10**9}" for key in ("log_every", "save_every", "eval_every")]
 
 
 class Measured(Exception):
@@ -78,7 +78,8 @@ def measure_training(
 
     A row that runs out of memory has an error in place of figures.
     """
-    config = override(config, [f"optim.steps={NEVER}", *(f"train.{key}={NEVER}" for key in RARE)])
+    needed = WARM[device.type] + steps + COUNTED + 1
+    config = override(config, [f"optim.steps={max(config.optim.steps, needed)}", *RARELY])
     flops = training_flops(config, device)
     rows: list[dict] = []
     rates: dict[str, float] = {}
@@ -103,7 +104,7 @@ def measure_training(
 def measure_steps(config: Config, steps: int, device: torch.device) -> dict:
     """The figures of one batch size and precision: ms (median) a step, images_per_second (mean), peak_gib, counts."""
     detector = new_detector(config, device).train()
-    parts = getattr(config.train, "accumulate", 1)
+    parts = config.train.accumulate
     batch = images_for(config, config.train.batch_size // parts)
     lay_on_objects(detector, batch, device)
     stream, stop = Stream(batch, device, steps, parts), Stop()
@@ -114,12 +115,18 @@ def measure_steps(config: Config, steps: int, device: torch.device) -> dict:
     )
     with suppress(Measured):
         loop.run(0)
-    loop.meter.state()  # raises for losses that are not finite
     times = stream.clock.milliseconds()
+    row: dict[str, Any] = {}
+    try:
+        loop.meter.state()
+    except ValueError as error:  # of losses that are not finite; the times stand nevertheless
+        row["error"] = str(error)
     return {
+        **row,
         "ms": statistics.median(times),
         "images_per_second": 1e3 * config.train.batch_size / statistics.mean(times),
         "peak_gib": peak(),
+        "reserved_gib": torch.cuda.max_memory_reserved() / GIB if device.type == "cuda" else None,
         "warm_up_s": stream.warm_up,
         **stream.counts,
     }
@@ -131,7 +138,7 @@ def training_flops(config: Config, device: torch.device) -> float:
     lay_on_objects(detector, batch, device)
     moved = batch.to(device)
     used = chosen(config.train.precision, device)
-    with torch.autocast(device.type, DTYPES[used], enabled=used != "fp32"):
+    with autocast(used, device):
         return 3 * forward_flops(
             detector, lambda: detector(moved.images, moved.targets, moved.sizes)
         )
