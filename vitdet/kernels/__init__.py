@@ -15,7 +15,7 @@ from torch import Tensor
 
 SWITCH = "VITDET_KERNELS"
 CAPABILITY = (8, 0)  # asynchronous copies and products of bf16 came with Ampere
-NAMES = ("attention",)
+NAMES = ("attention", "nms", "paste", "rasterize", "roi_align")
 
 
 def enabled(*tensors: Tensor) -> bool:
