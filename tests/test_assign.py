@@ -105,18 +105,39 @@ def test_sample_counts(positives, negatives, expected):
         [torch.zeros(positives), torch.full((negatives,), BACKGROUND), torch.full((7,), IGNORE)]
     ).long()
     matched = matched[torch.randperm(len(matched), generator=torch.Generator().manual_seed(0))]
-    positive, negative = sample(matched, 32, 0.25, choose_randomly)
+    # beside an image of background alone: each has its own counts
+    both = torch.stack([matched, torch.full_like(matched, BACKGROUND)])
+    found = sample(both, 32, 0.25, choose_randomly)
+    assert found.most == min(8, len(matched)) and found.chosen.shape[1] == min(32, len(matched))
+    assert (found.foreground.int().diff(dim=1) <= 0).all()
+    assert (found.filled.int().diff(dim=1) <= 0).all()
+    positive = found.chosen[0][found.foreground[0]]
+    negative = found.chosen[0][found.filled[0] & ~found.foreground[0]]
     assert (len(positive), len(negative)) == expected
     assert (matched[positive] == 0).all() and (matched[negative] == BACKGROUND).all()
     chosen = torch.cat([positive, negative])
     assert len(chosen.unique()) == len(chosen)
+    assert found.filled[1].sum() == found.chosen.shape[1] and not found.foreground[1].any()
 
 
 def test_random_choice_is_fair_and_follows_the_seed():
-    candidates = torch.arange(10) * 3
+    matched = torch.full((1, 30), IGNORE)
+    matched[:, ::3] = 0
+
+    def draw():
+        return sample(matched, 5, 1.0, choose_randomly).chosen[0]
+
     torch.manual_seed(0)
-    drawn = torch.stack([choose_randomly(candidates, 5) for _ in range(400)])
-    counts = (drawn.flatten()[:, None] == candidates).sum(dim=0)
-    assert counts.min() > 140 and counts.max() < 260
+    drawn = torch.stack([draw() for _ in range(400)])
+    counts = drawn.flatten().bincount(minlength=30)
+    assert counts[::3].min() > 140 and counts[::3].max() < 260 and counts.sum() == 2000
+    assert counts[::3].sum() == 2000
     torch.manual_seed(0)
-    assert torch.equal(choose_randomly(candidates, 5), drawn[0])
+    assert torch.equal(draw(), drawn[0])
+
+
+def test_a_share_of_zero_takes_no_foreground():
+    matched = torch.tensor([[0, BACKGROUND, 0, BACKGROUND]])
+    found = sample(matched, 3, 0.0, choose_randomly)
+    assert found.filled.tolist() == [[True, True, False]] and not found.foreground.any()
+    assert sorted(found.chosen[0, :2].tolist()) == [1, 3]

@@ -32,6 +32,7 @@ from vitdet.models.losses import mask_bce
 from vitdet.models.mask_head import BINS
 from vitdet.models.roi_pool import pool
 from vitdet.predictor import Predictor
+from vitdet.types import Targets
 from vitdet.weights.convert import convert_file, shapes_of
 from vitdet.weights.formats import FORMATS
 from vitdet.weights.formats.table import to_ours
@@ -55,14 +56,15 @@ PATTERNS = [
 def slow_mask_loss(detector, features, assigned, targets) -> torch.Tensor:
     """The mean over the cells of all masks, one box after another."""
     heads, losses, cells = detector.roi_heads, torch.zeros(()), 0
-    for i, (image, truth) in enumerate(zip(assigned, targets, strict=True)):
+    first = torch.zeros(1, dtype=torch.int64)
+    for i, truth in enumerate(targets):
         of_image = [level[i : i + 1] for level in features]
         taken = 0
-        for box, matched in zip(image.boxes, image.matched.tolist(), strict=True):
-            if matched == BACKGROUND or not truth.has_mask[matched] or taken == heads.mask_samples:
+        for box, matched in zip(assigned.boxes[i], assigned.matched[i].tolist(), strict=True):
+            if matched <= BACKGROUND or not truth.has_mask[matched] or taken == heads.mask_samples:
                 continue
             taken += 1
-            pooled = pool(of_image, [box[None]], heads.strides, BINS, heads.sampling_ratio)
+            pooled = pool(of_image, box[None], first, heads.strides, BINS, heads.sampling_ratio)
             logits = heads.mask(pooled, truth.labels[matched : matched + 1])
             wanted = heads.mask_targets(truth.masks[[matched]], box[None])
             losses = losses + mask_bce(logits, wanted) * wanted.numel()
@@ -85,10 +87,8 @@ def test_objects_without_an_outline_take_no_part_in_the_mask_loss(
     features = detector.pyramid(detector.backbone(detector.normalize(pixels, sizes)))
     found = detector.rpn(features)
     proposals = detector.rpn.propose(found, sizes, detector.rpn.top_train)
-    assigned = [
-        detector.roi_heads.sample(one.boxes, truth)
-        for one, truth in zip(proposals, targets, strict=True)
-    ]
+    batch = Targets.of(targets)
+    assigned = detector.roi_heads.sample(proposals.boxes, proposals.filled, batch)
     expected = slow_mask_loss(detector, features, assigned, targets)
     assert losses["loss_mask"].item() == pytest.approx(expected.item(), rel=1e-5, abs=1e-7)
     torch.manual_seed(3)

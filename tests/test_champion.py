@@ -312,6 +312,8 @@ def test_of_many_at_once_the_best_is_champion(model: dict) -> None:
         ("evaluate.nms_iou=0.6", False),
         ("evaluate.max_detections=10", False),
         ("data.dataset=lvis", False),
+        ("evaluate.precision=bf16", False),
+        ("evaluate.precision=fp32", True),
         ("evaluate.batch_size=4", True),
         ("data.image_size=512", True),
         ("data.workers=0", True),

@@ -128,7 +128,7 @@ def test_many_large_masks_are_pasted_in_parts(monkeypatch):
         torch.rand(7, 28, 28, generator=generator),
     )
     at_once = detections_to_results(canvas, (100, 100), (150, 200), 1, (1,))
-    monkeypatch.setattr("vitdet.evaluation.evaluator.PIXELS", 150 * 200 * 2)
+    monkeypatch.setattr("vitdet.evaluation.detections.BYTES", 2 * 50 * 70)
     assert detections_to_results(canvas, (100, 100), (150, 200), 1, (1,)) == at_once
 
 

@@ -17,7 +17,7 @@ def test_classification_literal():
 
 
 def test_objectness_literal():
-    found = losses.objectness(torch.tensor([0.0, 2.0]), torch.tensor([True, False]), count=4)
+    found = losses.objectness(torch.tensor([0.0, 2.0]), torch.tensor([True, False]), 4)
     assert found.item() == pytest.approx((math.log(2) + math.log(1 + math.exp(2))) / 4)
 
 
@@ -37,9 +37,7 @@ def test_empty_selections_give_zero_with_a_gradient():
     nothing = torch.zeros(0, 4, requires_grad=True)
     found = [
         losses.classification(nothing, torch.zeros(0, dtype=torch.long)),
-        losses.federated_classification(
-            nothing, torch.zeros(0, dtype=torch.long), torch.tensor([3])
-        ),
+        losses.federated_classification(nothing, torch.zeros(0, dtype=torch.long), mask(4, 3)),
         losses.objectness(nothing[:, 0], torch.zeros(0, dtype=torch.bool), 8),
         losses.box_l1(nothing, torch.zeros(0, 4), 0),
         losses.mask_bce(nothing.view(0, 2, 2), torch.zeros(0, 2, 2, dtype=torch.bool)),
@@ -55,7 +53,7 @@ def test_precision_is_float32_or_better(dtype):
     wanted = torch.float32 if dtype == torch.bfloat16 else torch.float64
     found = [
         losses.classification(logits, labels),
-        losses.federated_classification(logits, labels, labels),
+        losses.federated_classification(logits, labels, mask(3, 0, 2)),
         losses.objectness(logits[:, 0], labels > 0, 1),
         losses.box_l1(logits, torch.zeros(2, 3), 1),
         losses.mask_bce(logits, labels[:, None].expand(2, 3) > 0),
@@ -63,11 +61,15 @@ def test_precision_is_float32_or_better(dtype):
     assert [loss.dtype for loss in found] == [wanted] * 5
 
 
+def mask(num, *classes):
+    return torch.zeros(num, dtype=torch.bool).index_fill(0, torch.tensor(classes), True)
+
+
 def test_federated_looks_at_the_chosen_classes_alone():
     # the last: background
     logits = torch.tensor([[1.0, -2.0, 3.0, 9.0], [0.5, 0.0, -1.0, 9.0]], requires_grad=True)
     labels = torch.tensor([0, 3])
-    found = losses.federated_classification(logits, labels, torch.tensor([0, 2, 3]))
+    found = losses.federated_classification(logits, labels, mask(4, 0, 2, 3))
     wanted = [math.log(1 + math.exp(x)) for x in (-1.0, 3.0, 0.5, -1.0)]
     assert found.item() == pytest.approx(sum(wanted) / 2)
     found.backward()
@@ -80,32 +82,68 @@ def test_federated_classes_are_those_present_and_drawn_ones():
     labels = torch.tensor([6, 2, 2, 6])
     for _ in range(20):
         found = federated_classes(labels, weights, 4)
-        assert found[:2].tolist() == [2, 6]
-        assert len(found.unique()) == 4 and 1 not in found  # class 1 has no weight
-    assert federated_classes(labels, weights, 4, draw=False).tolist() == [2, 6, 0, 3]
-    assert federated_classes(labels, weights, 2).tolist() == [2, 6]
+        assert found[2] and found[6]
+        assert found.sum() == 4 and not found[1]  # class 1 has no weight
+    assert torch.equal(federated_classes(labels, weights, 4, draw=False), mask(7, 2, 6, 0, 3))
+    assert torch.equal(federated_classes(labels, weights, 2), mask(7, 2, 6))
     # more present than wanted
-    assert federated_classes(torch.arange(7), weights, 3).tolist() == list(range(7))
+    assert federated_classes(torch.arange(7), weights, 3).all()
 
 
 def test_federated_classes_are_drawn_by_weight():
     torch.manual_seed(0)
     weights = torch.tensor([1.0, 3.0, 0.0])
     drawn = [federated_classes(torch.tensor([3]), weights, 2)[1].item() for _ in range(600)]
-    assert 390 < drawn.count(1) < 510
+    assert 390 < drawn.count(True) < 510
 
 
 def test_federated_classes_when_fewer_have_weight_than_are_wanted():
     found = federated_classes(torch.tensor([3]), torch.tensor([1.0, 0.0, 0.0]), 4)
-    assert sorted(found.tolist()) == [0, 3]
+    assert torch.equal(found, mask(4, 0, 3))
 
 
 def test_federated_classes_that_are_present_are_not_drawn_again():
     weights = torch.tensor([1.0, 1.0, 0.0])
     for draw in (True, False):
         found = federated_classes(torch.tensor([0, 3]), weights, 4, draw)
-        assert sorted(found.tolist())[:2] == [0, 1] and 3 in found
-        assert len(found.unique()) == len(found)
+        assert torch.equal(found, mask(4, 0, 1, 3))
+
+
+def test_empty_slots_do_not_count():
+    """Three slots of which one is empty give the losses of the two others, and the empty one has no gradient."""
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(3, 5, generator=generator, requires_grad=True)
+    labels, counts = torch.tensor([4, 1, 2]), torch.tensor([True, True, False])
+    weights = torch.ones(4)
+    classes = federated_classes(labels, weights, 2, draw=False, counts=counts)
+    assert torch.equal(classes, federated_classes(labels[:2], weights, 2, draw=False))
+    cells, truth = logits[:, :4].view(3, 2, 2), torch.ones(3, 2, 2, dtype=torch.bool)
+    pairs = [
+        (
+            losses.classification(logits, labels, counts),
+            losses.classification(logits[:2], labels[:2]),
+        ),
+        (
+            losses.federated_classification(logits, labels, classes, counts),
+            losses.federated_classification(logits[:2], labels[:2], classes),
+        ),
+        (
+            losses.objectness(logits[:, 0], counts, 3, counts),
+            losses.objectness(logits[:2, 0], counts[:2], 3),
+        ),
+        (
+            losses.box_l1(logits[:, :4], torch.zeros(3, 4), 3, counts),
+            losses.box_l1(logits[:2, :4], torch.zeros(2, 4), 3),
+        ),
+        (losses.mask_bce(cells, truth, counts), losses.mask_bce(cells[:2], truth[:2])),
+    ]
+    for ours, wanted in pairs:
+        assert ours.item() == pytest.approx(wanted.item(), rel=1e-6)
+    sum(ours for ours, _ in pairs).backward()
+    assert (logits.grad[2] == 0).all() and (logits.grad[:2] != 0).any()
+    nothing = torch.zeros(3, dtype=torch.bool)
+    assert losses.classification(logits, labels, nothing).item() == 0
+    assert losses.mask_bce(cells, truth, nothing).item() == 0
 
 
 def test_probabilities_leave_the_background_out():

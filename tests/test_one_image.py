@@ -20,16 +20,17 @@ from tests import parts
 from tests.small import target
 from vitdet.models import assign
 from vitdet.models.anchors import grid_anchors
+from vitdet.types import Targets
 torch.set_num_threads(1)
 generator = torch.Generator().manual_seed(0)
 boxes = torch.rand(1000, 4, generator=generator) * 400
 boxes[:, 2:] += boxes[:, :2] + 8
-one = target(boxes.tolist(), [0] * 1000)
+batch = Targets.of([target(boxes.tolist(), [0] * 1000)])
 sides = [(512 // stride, 512 // stride) for stride in (4, 8, 16, 32, 64)]
 anchors = torch.cat(grid_anchors(sides, [4, 8, 16, 32, 64], 8.0, (0.5, 1.0, 2.0)))
 start = peak()
 for match in (assign.match, assign.match_keeping_own, assign.match_keeping_best):
-    parts.rpn(channels=4, strides=[4, 8, 16, 32, 64], match=match).sample(anchors, one)
+    parts.rpn(channels=4, strides=[4, 8, 16, 32, 64], match=match).sample(anchors, batch)
 """
 RAGGED = """
 import numpy as np

@@ -14,7 +14,6 @@ from tests.parity.ties import groups, matching, order_within_ties
 from tests.test_parity import GOLDEN, computed, write
 from tests.test_parity_fork import CASE as FORK
 from tests.test_parity_fork import computed as fork_computed
-from vitdet.models.rpn import Proposals
 
 TOLERANCE = {"boxes": 1e-3, "scores": 1e-5, "classes": 0.0}
 SCORES = [0.9, 0.5, 0.5 + 8e-6, 0.5 - 1e-5, 0.3]  # the three in the middle tie
@@ -165,7 +164,7 @@ def tied(tmp_path):
     first = found.detections[0]
     scores, logits = first.scores.clone(), found.proposals["eval"][0].logits.clone()
     scores[5], logits[8] = scores[4], logits[7]
-    proposals = Proposals(found.proposals["eval"][0].boxes, logits)
+    proposals = found.proposals["eval"][0]._replace(logits=logits)
     found = replace(
         found,
         detections=[replace(first, scores=scores), *found.detections[1:]],

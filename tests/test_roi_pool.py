@@ -16,6 +16,12 @@ def maps(count=2, side=128, channels=3, seed=0):
     return [torch.randn(size, generator=generator, requires_grad=True) for size in sizes]
 
 
+def pool_images(features, boxes, strides, bins, ratio):
+    """`pool` of the boxes of every image, one tensor each."""
+    image = torch.tensor([number for number, rows in enumerate(boxes) for _ in rows]).long()
+    return pool(features, torch.cat(boxes), image, strides, bins, ratio)
+
+
 def slow_pool(features, boxes, bins, ratio):
     """One RoI after the other through torchvision."""
     levels = assign_levels(torch.cat(boxes), 4, 4).tolist()
@@ -56,7 +62,10 @@ BOXES = [
 @pytest.mark.parametrize("bins", [7, 14])
 def test_equals_torchvision_in_values_and_gradients(ratio, bins):
     ours, theirs = maps(3), maps(3)
-    found, wanted = pool(ours, BOXES, STRIDES, bins, ratio), slow_pool(theirs, BOXES, bins, ratio)
+    found, wanted = (
+        pool_images(ours, BOXES, STRIDES, bins, ratio),
+        slow_pool(theirs, BOXES, bins, ratio),
+    )
     assert found.shape == (10, 3, bins, bins)
     assert torch.allclose(found, wanted, atol=1e-5)
     weight = torch.randn(found.shape, generator=torch.Generator().manual_seed(1))
@@ -72,7 +81,7 @@ def test_equals_torchvision_in_values_and_gradients(ratio, bins):
 def test_adaptive_points_put_each_level_in_its_place_without_another_copy():
     ours, theirs = maps(3), maps(3)
     with Operations() as operations:
-        found = pool(ours, BOXES, STRIDES, 7, 0)
+        found = pool_images(ours, BOXES, STRIDES, 7, 0)
     assert not [name for name in operations.names if "index_put" in name]
     levels = assign_levels(torch.cat(BOXES), 4, 4)
     image = torch.tensor([0.0] * 5 + [2.0] * 5)
@@ -92,13 +101,13 @@ def test_adaptive_points_put_each_level_in_its_place_without_another_copy():
 
 @pytest.mark.parametrize("ratio", [0, 2])
 def test_no_boxes_at_all(ratio):
-    assert pool(maps(), [torch.zeros(0, 4)] * 2, STRIDES, 7, ratio).shape == (0, 3, 7, 7)
+    assert pool_images(maps(), [torch.zeros(0, 4)] * 2, STRIDES, 7, ratio).shape == (0, 3, 7, 7)
 
 
 def test_only_as_many_levels_as_strides_are_read():
     features = [*maps(), torch.full((2, 3, 2, 2), float("nan"))]
     boxes = [torch.tensor([[0.0, 0, 900, 900]]), torch.zeros(0, 4)]
-    assert pool(features, boxes, STRIDES, 7, 2).isfinite().all()
+    assert pool_images(features, boxes, STRIDES, 7, 2).isfinite().all()
 
 
 def test_levels_change_at_powers_of_two():
@@ -118,5 +127,5 @@ def test_a_flipped_map_gives_flipped_features(ratio):
         torch.tensor([[60.0, 3, 128, 128]]),
     ]
     mirrored = [torch.stack([128 - b[:, 2], b[:, 1], 128 - b[:, 0], b[:, 3]], dim=1) for b in boxes]
-    found = pool([f.flip(3) for f in features], mirrored, STRIDES, 7, ratio)
-    assert torch.allclose(found, pool(features, boxes, STRIDES, 7, ratio).flip(3), atol=1e-5)
+    found = pool_images([f.flip(3) for f in features], mirrored, STRIDES, 7, ratio)
+    assert torch.allclose(found, pool_images(features, boxes, STRIDES, 7, ratio).flip(3), atol=1e-5)

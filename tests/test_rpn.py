@@ -6,9 +6,11 @@ import pytest
 import torch
 
 from tests import parts
+from tests.parity.detector import by_image
 from tests.small import target
 from vitdet.models.boxes import pairwise_iou
 from vitdet.models.rpn import Anchored
+from vitdet.types import Targets
 
 STRIDES = (8, 16)
 SIZES = torch.tensor([[64, 64], [40, 50]])
@@ -48,7 +50,7 @@ def test_proposals_are_sorted_inside_the_picture_and_few():
     rpn = small_rpn()
     found = rpn(features())
     for proposals, (height, width) in zip(
-        rpn.propose(found, SIZES, (40, 25)), SIZES.tolist(), strict=True
+        by_image(rpn.propose(found, SIZES, (40, 25))), SIZES.tolist(), strict=True
     ):
         assert 0 < len(proposals.boxes) <= 25
         assert (proposals.logits.diff() <= 0).all()
@@ -69,7 +71,7 @@ def test_nms_is_within_levels():
     box = [[10.0, 10, 30, 30], [11.0, 10, 31, 30]]
     first, second = one_level(box, [1.0, 2.0]), one_level(box, [0.5, 3.0])
     found = Anchored(*(a + b for a, b in zip(first, second, strict=True)))
-    (proposals,) = small_rpn().propose(found, SIZES[:1], (10, 10))
+    (proposals,) = by_image(small_rpn().propose(found, SIZES[:1], (10, 10)))
     assert proposals.logits.tolist() == [3.0, 2.0]
 
 
@@ -77,12 +79,11 @@ def test_only_the_best_of_a_level_enter_and_broken_boxes_leave():
     far = [[0.0, 0, 8, 8], [20, 20, 30, 30], [40, 40, 50, 50], [70, 70, 90, 90]]
     found = Anchored(*one_level(far, [1.0, 3.0, float("nan"), 2.0]))
     found.deltas[0][0, 1] = float("inf")
-    (proposals,) = small_rpn().propose(found, SIZES[:1], (4, 10))
+    (proposals,) = by_image(small_rpn().propose(found, SIZES[:1], (4, 10)))
     # infinite, no number, and outside of the picture
     assert proposals.boxes.tolist() == [[0, 0, 8, 8]]
-    (proposals,) = small_rpn().propose(
-        Anchored(*one_level(far, [1.0, 3.0, 0.0, 2.0])), SIZES[:1], (2, 10)
-    )
+    found = Anchored(*one_level(far, [1.0, 3.0, 0.0, 2.0]))
+    (proposals,) = by_image(small_rpn().propose(found, SIZES[:1], (2, 10)))
     assert proposals.logits.tolist() == [3.0]
 
 
@@ -95,11 +96,11 @@ def test_losses_are_divided_by_samples_and_images():
         found.anchors,
     )
     nothing = target([], [])
-    losses = rpn.losses(zeros, [nothing, nothing])
+    losses = rpn.losses(zeros, Targets.of([nothing, nothing]))
     assert losses["loss_rpn_cls"].item() == pytest.approx(math.log(2))  # 8 negatives an image
     assert losses["loss_rpn_loc"].item() == 0
     exact = target([found.anchors[0][50].tolist()], [0])
-    losses = rpn.losses(zeros, [exact, nothing])
+    losses = rpn.losses(zeros, Targets.of([exact, nothing]))
     assert losses["loss_rpn_cls"].item() == pytest.approx(math.log(2))
     assert losses["loss_rpn_loc"].item() == pytest.approx(0, abs=1e-5)
 
@@ -115,7 +116,7 @@ def test_losses_are_divided_by_the_anchors_sampled():
         found.anchors,
     )
     one = target([anchors[100].tolist()], [0])
-    losses = rpn.losses(zeros, [one, target([], [])])
+    losses = rpn.losses(zeros, Targets.of([one, target([], [])]))
     assert losses["loss_rpn_cls"].item() == pytest.approx(16 * math.log(2) / 17)
     assert losses["loss_rpn_loc"].item() == pytest.approx(4 / 17, rel=1e-5)
 
@@ -147,7 +148,7 @@ def test_proposals_shrink_no_further_than_said():
     found.deltas[0][..., 2:] = -9.0
     sides = []
     for limit in (-math.inf, -math.log(4)):
-        (proposals,) = small_rpn(min_log_scale=limit).propose(found, SIZES[:1], (4, 10))
+        (proposals,) = by_image(small_rpn(min_log_scale=limit).propose(found, SIZES[:1], (4, 10)))
         sides.append((proposals.boxes[0, 2:] - proposals.boxes[0, :2]).tolist())
     assert sides[0] == pytest.approx([32 * math.exp(-9)] * 2, rel=1e-2) and sides[
         1
@@ -158,7 +159,9 @@ def test_sampled_anchors_suit_their_ground_truth():
     rpn = small_rpn(samples=32)
     anchors = torch.cat(rpn(features()).anchors)
     one = target([[5, 5, 30, 31], [40, 10, 60, 60]], [0, 1])
-    matched, positive, negative = rpn.sample(anchors, one)
+    (matched,), sampled = rpn.sample(anchors, Targets.of([one]))
+    positive = sampled.chosen[sampled.foreground]
+    negative = sampled.chosen[sampled.filled & ~sampled.foreground]
     iou = pairwise_iou(one.boxes, anchors)
     assert 1 <= len(positive) <= 16 and len(positive) + len(negative) == 32
     assert (iou.amax(dim=0)[negative] < 0.3).all()
@@ -171,9 +174,11 @@ def test_losses_of_logits_that_know_the_answer_are_small():
     rpn = small_rpn(samples=32)
     found = rpn(features())
     one = target([[5, 5, 30, 31]], [0])
-    matched, _, _ = rpn.sample(torch.cat(found.anchors), one)
+    (matched,), _ = rpn.sample(torch.cat(found.anchors), Targets.of([one]))
     right = torch.where(matched >= 0, 20.0, -20.0)[None].split(
         [x.shape[1] for x in found.logits], dim=1
     )
-    losses = rpn.losses(Anchored(list(right), [x[:1] for x in found.deltas], found.anchors), [one])
+    losses = rpn.losses(
+        Anchored(list(right), [x[:1] for x in found.deltas], found.anchors), Targets.of([one])
+    )
     assert losses["loss_rpn_cls"].item() < 1e-6

@@ -15,7 +15,7 @@ from tests.conftest import STEPS, Recorder, minimal, options
 from tests.ranks import UNTRACKED, start_ranks, wait_for_log
 from tests.test_trainer import go, interrupt, same_bits, terminate
 from vitdet import distributed
-from vitdet.evaluation import evaluator
+from vitdet.evaluation import detections
 from vitdet.tracking import runs
 from vitdet.training import Stopped, trainer
 from vitdet.training.stop import stop_signals, warn_of_short_grace
@@ -78,19 +78,19 @@ def test_a_signal_that_the_process_ignores_stays_ignored(monkeypatch: pytest.Mon
 def test_an_evaluation_is_left_between_batches_and_repeated(
     tiny: Path, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int
 ) -> None:
-    convert, images = evaluator.detections_to_results, []
+    convert, batches = detections.batch_to_results, []
 
-    def signalled(*given: object) -> list[dict]:
-        images.append(given)
-        if len(images) == (1 if step == 4 else 5):  # of 4 images in batches of 2
+    def signalled(*given: object) -> list[list[dict]]:
+        batches.append(given)
+        if len(batches) == (1 if step == 4 else 3):  # 2 batches of 2 images
             terminate()
         return convert(*given)
 
-    monkeypatch.setattr(evaluator, "detections_to_results", signalled)
+    monkeypatch.setattr(detections, "batch_to_results", signalled)
     recorder = Recorder()
     with pytest.raises(Stopped, match=f"stopped at step {step} of {STEPS}"):
         go(tiny, tmp_path, recorder)
-    assert len(images) == (2 if step == 4 else 6) and "box_ap" not in recorder.points[step]
+    assert len(batches) == (1 if step == 4 else 3) and "box_ap" not in recorder.points[step]
     assert states(tmp_path)[-1] == f"step_{step:08d}.pt"
     rest = go(tiny, tmp_path)
     assert min(rest.points) == step and "box_ap" in rest.points[step]
@@ -185,13 +185,13 @@ def test_two_ranks_of_slow_steps_agree_on_one_to_stop_at(tiny: Path, tmp_path: P
 ONE = f"""
 {UNTRACKED}
 import signal
-from vitdet.evaluation import evaluator
-convert = evaluator.detections_to_results
+from vitdet.evaluation import detections
+convert = detections.batch_to_results
 def signalled(*given):
     if os.environ["RANK"] == "1":
         os.kill(os.getpid(), signal.SIGTERM)
     return convert(*given)
-evaluator.detections_to_results = signalled
+detections.batch_to_results = signalled
 """
 
 

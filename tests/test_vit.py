@@ -81,12 +81,26 @@ def test_residual_convolutions_start_as_the_identity():
 def test_positions_are_resized_as_an_image():
     positions = torch.randn(1, 4, 4, 3)
     assert resize_positions(positions, (4, 4)) is positions
-    wanted = F.interpolate(positions.permute(0, 3, 1, 2), size=(6, 5), mode="bicubic").permute(
-        0, 2, 3, 1
-    )
-    assert torch.equal(resize_positions(positions, (6, 5)), wanted)
     flat = torch.ones(1, 4, 4, 3)
     assert torch.allclose(resize_positions(flat, (9, 7)), torch.ones(1, 9, 7, 3), atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("stored", "grid"),
+    [((4, 4), (6, 5)), ((14, 14), (64, 64)), ((7, 12), (40, 9)), ((3, 1), (2, 8))],
+)
+def test_positions_are_resized_bicubically_in_full_precision(stored, grid):
+    torch.manual_seed(0)
+    positions = torch.randn(1, *stored, 8, requires_grad=True)
+    maps = positions.double().permute(0, 3, 1, 2)
+    wanted = F.interpolate(maps, size=grid, mode="bicubic").permute(0, 2, 3, 1).float()
+    with torch.autocast("cpu", torch.bfloat16):
+        found = resize_positions(positions, grid)
+    assert found.is_contiguous() and found.dtype == torch.float32
+    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-6)
+    gradient = torch.randn_like(wanted)
+    ours, theirs = (torch.autograd.grad(one, positions, gradient)[0] for one in (found, wanted))
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
 
 
 def test_tokens_carry_their_positions():
@@ -179,3 +193,16 @@ def test_published_sizes(name, parameters):
     assert counted == parameters
     quarter = SIZES[name].depth // 4
     assert SIZES[name].global_blocks == tuple(quarter * (i + 1) - 1 for i in range(4))
+
+
+@pytest.mark.parametrize(("window", "residual"), [(0, False), (3, True)])
+def test_a_block_is_one_graph_for_a_compiler(window, residual):
+    block = parts.block(dim=16, heads=2, window=window, grid=4, conv_after=residual, drop_path=0.5)
+    torch.manual_seed(0)
+    x = torch.randn(2, 4, 5, 16, requires_grad=True)
+    torch.manual_seed(1)
+    wanted = block(x)
+    torch.manual_seed(1)
+    found = torch.compile(block, backend="aot_eager", fullgraph=True)(x)
+    torch.testing.assert_close(found, wanted)
+    found.sum().backward()

@@ -55,6 +55,8 @@ LATER = (
     "optim.lr_batch_size",
     "train.accumulate",
     "train.activation_checkpointing",
+    "train.compile",
+    "evaluate.precision",
 )
 
 
@@ -225,6 +227,10 @@ class TrainConfig(Section, prefix="train."):
     activation_checkpointing: Literal["none", "blocks", "auto"] = field(
         default="auto", metadata=operational("the same gradients")
     )
+    # on a GPU: torch.compile and CUDA graphs; auto: compiles from 1000 steps on
+    compile: Literal["auto", "never", "always"] = field(
+        default="auto", metadata=operational("the same step up to rounding")
+    )
     # auto: bf16 if native, else fp16 on a GPU and fp32 on a CPU
     precision: Literal["fp32", "bf16", "fp16", "auto"] = "bf16"
     seed: Seed = 0
@@ -236,12 +242,14 @@ class TrainConfig(Section, prefix="train."):
 
 @dataclass(frozen=True)
 class EvalConfig(Section, prefix="evaluate."):
-    """Selection of the detections."""
+    """Selection of the detections, and how they are computed."""
 
     score_threshold: Fraction = 0.05
     nms_iou: Fraction = 0.5
     max_detections: Amount = 100
     batch_size: Amount = 1
+    # of the detector; auto: bf16 or fp16 where the processor has instructions for it
+    precision: Literal["fp32", "bf16", "fp16", "auto"] = "fp32"
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ import json
 import os
 import time
 import uuid
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import TypeVar
@@ -29,6 +29,7 @@ T = TypeVar("T")
 PATIENCE = timedelta(minutes=30)
 # Limit of joining: all processes have been started, none has read any data yet.
 JOINING = timedelta(minutes=5)
+EXCHANGE = 2**26  # bytes of gradients that are averaged in one collective
 POLL = 0.1  # seconds between two requests to the store while ranks join
 
 _joined = False  # by `process_group`, and not by a caller of the package
@@ -242,6 +243,25 @@ def mean(values: Tensor) -> Tensor:
     values = values.clone()
     dist.all_reduce(values)
     return values / world_size()
+
+
+def average(tensors: Sequence[Tensor]) -> None:
+    """Replace tensors of one type by their means over all processes, in place; 64 MB are exchanged at a time."""
+    if world_size() == 1:
+        return
+    parts: list[list[Tensor]] = [[]]
+    for tensor in tensors:
+        if sum(one.nbytes for one in parts[-1]) > EXCHANGE:
+            parts.append([])
+        parts[-1].append(tensor)
+    for part in parts:
+        flat = torch.cat([tensor.flatten() for tensor in part])
+        with _waiting("average"):
+            dist.all_reduce(flat)
+        flat /= world_size()
+        pieces = flat.split([tensor.numel() for tensor in part])
+        shaped = [piece.view_as(tensor) for piece, tensor in zip(pieces, part, strict=True)]
+        torch._foreach_copy_(part, shaped)
 
 
 def broadcast(tensors: Iterable[Tensor]) -> None:

@@ -7,6 +7,7 @@ resized image are rounded apart; clip; drop what is empty.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import overload
@@ -15,10 +16,13 @@ import torch
 from torch import nn
 
 from vitdet.checkpoint import restore_detector
-from vitdet.config import DataConfig
+from vitdet.config import DataConfig, EvalConfig
 from vitdet.data.images import DEFAULT, Picture, Reading, read_image
 from vitdet.data.transforms import resize_and_pad
+from vitdet.models.graphed_detector import GraphedDetector
 from vitdet.types import Detections
+
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "auto": None}
 
 
 class Predictor:
@@ -31,19 +35,31 @@ class Predictor:
         image_size: int,
         antialias: bool = DataConfig.antialias,
         reading: Reading = DEFAULT,
+        precision: str = EvalConfig.precision,
     ) -> None:
         """detector takes canvases of image_size pixels a side, resized with antialiasing or without as it was trained;
-        its mode and device stay as they are. reading: how image files are read.
+        its mode and device stay as they are. reading: how image files are read. precision: what the detector computes
+        in, 'fp32', 'bf16', 'fp16' or 'auto', as evaluate.precision.
         """
+        if precision not in PRECISIONS:
+            raise ValueError(f"precision is {', '.join(PRECISIONS)}, got {precision!r}")
         self.detector = detector
         self.class_names = tuple(class_names)
         self.image_size = image_size
         self.antialias = antialias
         self.reading = reading
+        self.precision = precision
+        self.detect = GraphedDetector(detector, lambda: autocast(precision, device_of(detector)))
 
     @classmethod
-    def load(cls, path: str | Path, device: str | torch.device | None = None) -> Predictor:
-        """The predictor of a checkpoint, on the given device (default: a GPU if there is one).
+    def load(
+        cls,
+        path: str | Path,
+        device: str | torch.device | None = None,
+        precision: str | None = None,
+    ) -> Predictor:
+        """The predictor of a checkpoint, on the given device (default: a GPU if there is one), in the given precision
+        (default: that of the checkpoint's evaluations).
 
         Raises FileNotFoundError or ValueError with one line for a file that is no checkpoint.
         """
@@ -55,6 +71,7 @@ class Predictor:
             config.data.image_size,
             config.data.antialias,
             Reading.of(config.data),
+            precision or config.evaluate.precision,
         )
 
     @overload
@@ -77,14 +94,35 @@ class Predictor:
             return [self(item, threshold) for item in image]
         picture = read_image(image, self.reading)
         canvas, size = resize_and_pad(picture, self.image_size, self.antialias)
-        device = next(
-            (parameter.device for parameter in self.detector.parameters()), torch.device("cpu")
-        )
+        device = device_of(self.detector)
         images = torch.from_numpy(canvas)[None].to(device)
         sizes = torch.tensor([size], device=device)
-        (found,) = self.detector(images, None, sizes)
+        (found,) = self.detect(images, sizes)
         found = to_image(found.to("cpu"), size, (picture.height, picture.width))
         return replace(found[found.scores >= threshold], class_names=self.class_names)
+
+
+def device_of(detector: nn.Module) -> torch.device:
+    """Where its weights are."""
+    return next((parameter.device for parameter in detector.parameters()), torch.device("cpu"))
+
+
+def autocast(precision: str, device: torch.device) -> AbstractContextManager:
+    """In which a detector on `device` computes in `precision`: 'fp32', 'bf16', 'fp16' or 'auto'."""
+    kind = PRECISIONS[precision] or fastest(device)
+    return nullcontext() if kind == torch.float32 else torch.autocast(device.type, kind)
+
+
+def fastest(device: torch.device) -> torch.dtype:
+    """bfloat16 where the device has instructions for it, float16 on older GPUs with tensor cores, else float32."""
+    if device.type == "cpu":
+        return torch.bfloat16 if torch.cpu._is_avx512_bf16_supported() else torch.float32
+    if device.type != "cuda":
+        return torch.float32
+    if torch.cuda.is_bf16_supported(including_emulation=False):
+        return torch.bfloat16
+    volta = torch.cuda.get_device_capability(device) >= (7, 0)
+    return torch.float16 if volta else torch.float32
 
 
 def to_image(found: Detections, size: tuple[int, int], original: tuple[int, int]) -> Detections:

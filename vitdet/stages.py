@@ -56,6 +56,7 @@ def train(
     checkpoints: Path | None = None,
     weights: Path | None = None,
     group: str = "",
+    profile: bool = False,
 ) -> Path:
     """output/model.pt of a training that is tracked in MLflow; raises what `vitdet.train` raises.
 
@@ -79,6 +80,7 @@ def train(
         checkpoints=checkpoints,
         weights=resolve(config.train.init, weights),
         start_tracking=start_tracking,
+        profile=profile,
     )
 
 

@@ -1,4 +1,4 @@
-"""The three records that modules exchange: `Target`, `Detections` and `Batch`; and the form of a target's masks.
+"""The records that modules exchange: `Target`, `Targets`, `Detections` and `Batch`; and the form of a target's masks.
 
 Boxes are xyxy in float pixels, half-open; sizes are (height, width); labels are 0..K-1; images are RGB.
 Letters: B images, G ground truths, N detections, E edges, K classes.
@@ -6,11 +6,13 @@ Letters: B images, G ground truths, N detections, E edges, K classes.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -18,7 +20,7 @@ if TYPE_CHECKING:
     import numpy as np
     from PIL import Image
 
-Record = TypeVar("Record", "Polygons", "Target", "Detections", "Batch")
+Record = TypeVar("Record", "Polygons", "Target", "Targets", "Detections", "Batch")
 
 
 def _to(record: Record, device: torch.device | str, non_blocking: bool) -> Record:
@@ -60,6 +62,15 @@ class Polygons:
         ends = counts.cumsum(0)
         return cls(edges, torch.stack([ends - counts, ends], dim=1))
 
+    @classmethod
+    def batch(cls, images: Sequence[Polygons], slots: int) -> Polygons:
+        """The outlines of several images as one record of `slots` objects an image; absent ones have no edges."""
+        starts, spans = 0, []
+        for image in images:
+            spans.append(F.pad(image.spans + starts, (0, 0, 0, slots - len(image))))
+            starts += len(image.edges)
+        return cls(torch.cat([image.edges for image in images]), torch.cat(spans))
+
     def __len__(self) -> int:
         return len(self.spans)
 
@@ -90,6 +101,66 @@ class Target:
         return Target(self.boxes[index], self.labels[index], self.masks[index], has_mask)
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Target:
+        return _to(self, device, non_blocking)
+
+
+@dataclass(frozen=True)
+class Targets:
+    """Ground truth of B images in tensors of one size: boxes (B, G, 4), labels (B, G), present and has_mask (B, G) bool.
+
+    masks: of all B G objects, those of an image one after the other. An absent object has a box of zeros, which
+    overlaps no box, and no outline.
+    """
+
+    boxes: Tensor
+    labels: Tensor
+    present: Tensor
+    has_mask: Tensor
+    masks: Polygons
+
+    @classmethod
+    def of(cls, targets: Sequence[Target], slots: int = 1) -> Targets:
+        """The targets of a batch, with at least `slots` objects an image; more if one of the images has more."""
+        slots = max(slots, *(len(target) for target in targets))
+
+        def padded(rows: Tensor) -> Tensor:
+            return F.pad(rows, (*[0] * (2 * rows.dim() - 1), slots - len(rows)))
+
+        present = [torch.ones_like(target.labels, dtype=torch.bool) for target in targets]
+        has_mask = [
+            there if target.has_mask is None else target.has_mask
+            for target, there in zip(targets, present, strict=True)
+        ]
+        return cls(
+            boxes=torch.stack([padded(target.boxes) for target in targets]),
+            labels=torch.stack([padded(target.labels) for target in targets]),
+            present=torch.stack([padded(there) for there in present]),
+            has_mask=torch.stack([padded(mask) for mask in has_mask]),
+            masks=targets[0].masks.batch([target.masks for target in targets], slots),
+        )
+
+    def __len__(self) -> int:
+        return len(self.boxes)
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        """All that it holds, as `from_tensors` takes it."""
+        masks = (self.masks.edges, self.masks.spans)
+        return (self.boxes, self.labels, self.present, self.has_mask, *masks)
+
+    @classmethod
+    def from_tensors(
+        cls,
+        boxes: Tensor,
+        labels: Tensor,
+        present: Tensor,
+        has_mask: Tensor,
+        edges: Tensor,
+        spans: Tensor,
+    ) -> Targets:
+        """The inverse of `tensors`."""
+        return cls(boxes, labels, present, has_mask, Polygons(edges, spans))
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> Targets:
         return _to(self, device, non_blocking)
 
 

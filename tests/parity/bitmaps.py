@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from torchvision.ops import roi_align
 
 from vitdet.models.mask_head import SIZE, mask_targets
@@ -18,6 +20,26 @@ class Bitmaps:
     """Masks of G objects as pixels (G, H, W) bool on the canvas."""
 
     pixels: Tensor
+
+    @classmethod
+    def batch(cls, images: Sequence[Bitmaps], slots: int) -> Bitmaps:
+        """The masks of several images as one record of `slots` objects an image, all of the size of the largest."""
+        sides = [max(image.pixels.shape[axis] for image in images) for axis in (1, 2)]
+        return cls(
+            torch.cat(
+                [
+                    F.pad(
+                        image.pixels,
+                        (
+                            *(0, sides[1] - image.pixels.shape[2]),
+                            *(0, sides[0] - image.pixels.shape[1]),
+                            *(0, slots - len(image)),
+                        ),
+                    )
+                    for image in images
+                ]
+            )
+        )
 
     def __len__(self) -> int:
         return len(self.pixels)

@@ -26,9 +26,16 @@ from vitdet.weights.formats.detectron2 import DETECTRON2
 from vitdet.weights.formats.table import rename, to_ours
 
 
-def evenly(candidates: Tensor, num: int) -> Tensor:
-    """`num` candidates at the positions floor(i M / num): the cases' stand-in for a random draw."""
-    return candidates[torch.arange(num) * len(candidates) // max(num, 1)]
+def evenly(candidates: Tensor, num: Tensor) -> Tensor:
+    """Keys that choose the candidates at the positions floor(i M / num), M candidates: the cases' stand-in for a draw.
+
+    Of candidates (B, N) the one at position p is chosen as number ceil(p num / M), if that number's position is p.
+    """
+    position = candidates.cumsum(dim=1) - 1
+    total, num = candidates.sum(dim=1, keepdim=True).clamp(min=1), num[:, None]
+    number = (position * num + total - 1) // total
+    chosen = (number < num) & (number * total // num.clamp(min=1) == position)
+    return torch.where(chosen, 1 - number / (num + 1), 0.0)
 
 
 def build(config: dict) -> Detector:

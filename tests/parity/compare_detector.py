@@ -87,7 +87,7 @@ def in_stored_order(found: Computed, rpn: Stored, report: Report) -> Computed:
             for i, image in enumerate(images)
         ]
         proposals[mode] = [
-            Proposals(image.boxes[order], image.logits[order])
+            Proposals(image.boxes[order], image.logits[order], image.filled[order])
             for image, order in zip(images, orders[mode], strict=True)
         ]
     starts = np.cumsum([0, *map(len, orders["eval"])])

@@ -18,12 +18,12 @@ from torch import Tensor
 
 from tests.parity import kinks
 from tests.parity.case import Case
-from vitdet.models.boxes import clip
+from vitdet.models.boxes import clip, pick
 from vitdet.models.detector import Detector
 from vitdet.models.losses import FederatedClassification, federated_classes
 from vitdet.models.rpn import Proposals
 from vitdet.models.vit import resize_positions
-from vitdet.types import Detections, Target
+from vitdet.types import Detections, Target, Targets
 
 
 @dataclass
@@ -33,7 +33,7 @@ class Computed:
     case: Case
     maps: dict[str, Tensor]
     heads: list[tuple[Tensor, Tensor]]
-    proposals: dict[str, list[Proposals]]
+    proposals: dict[str, list[Proposals]]  # of each image alone, without empty slots
     stages: list[tuple[Tensor, Tensor]]
     detections: list[Detections]
     training: dict[str, Tensor]
@@ -53,16 +53,14 @@ def compute(folder: Path) -> Computed:
         features = [maps[f"p{level}"] for level in range(2, 7)]
         heads = [detector.rpn.head(feature) for feature in features]
         found = detector.rpn(features)
-        proposals = {
-            "eval": detector.rpn.propose(found, case.sizes, detector.rpn.top_test),
-            "train": detector.rpn.propose(found, case.sizes, detector.rpn.top_train),
-        }
-        stages = run_stages(detector, features, [p.boxes for p in proposals["eval"]], case.sizes)
+        test = detector.rpn.propose(found, case.sizes, detector.rpn.top_test)
+        train = detector.rpn.propose(found, case.sizes, detector.rpn.top_train)
+        proposals = {"eval": by_image(test), "train": by_image(train)}
+        stages = run_stages(detector, features, test, case.sizes)
         detections = detector(case.images, None, case.sizes)
         training = {}
         if case.bitmaps:
-            boxes = [p.boxes for p in proposals["train"]]
-            training = run_training(case, found.anchors, boxes, features)
+            training = run_training(case, found.anchors, train, features)
     with kinks.recorded() as sides:
         losses64, gradients64 = run_losses(case, copy.deepcopy(detector).double())
     with kinks.replayed(sides) as decided:
@@ -101,38 +99,45 @@ def run_backbone(case: Case) -> dict[str, Tensor]:
     return found
 
 
+def by_image(found: Proposals) -> list[Proposals]:
+    """The filled slots of each image."""
+    return [
+        Proposals(boxes[filled], logits[filled], filled[filled])
+        for boxes, logits, filled in zip(*found, strict=True)
+    ]
+
+
 def run_stages(
-    detector: Detector, features: Sequence[Tensor], boxes: Sequence[Tensor], sizes: Tensor
+    detector: Detector, features: Sequence[Tensor], proposals: Proposals, sizes: Tensor
 ) -> list[tuple[Tensor, Tensor]]:
     """Logits and deltas of every stage on the test-mode proposals of all images."""
-    found = []
+    found, boxes, filled = [], proposals.boxes, proposals.filled
     for stage in range(len(detector.roi_heads.stages)):
-        logits, deltas = detector.roi_heads.run_stage(stage, features, boxes)
-        found.append((logits, deltas.flatten(1)))
-        decoded = detector.roi_heads.decode(stage, torch.cat(list(boxes)), deltas[:, 0])
-        boxes = [
-            clip(b, size)
-            for b, size in zip(decoded.split([len(b) for b in boxes]), sizes, strict=True)
-        ]
+        logits, deltas = detector.roi_heads.run_stage(stage, features, boxes, filled)
+        found.append((logits[filled], deltas[filled].flatten(1)))
+        boxes = clip(detector.roi_heads.decode(stage, boxes, deltas[:, :, 0]), sizes)
     return found
 
 
 def run_training(
-    case: Case, anchors: Sequence[Tensor], proposals: Sequence[Tensor], features: Sequence[Tensor]
+    case: Case, anchors: Sequence[Tensor], proposals: Proposals, features: Sequence[Tensor]
 ) -> dict[str, Tensor]:
     """Which anchors and boxes are sampled, and what each learns."""
     detector, heads, found = case.detector, case.detector.roi_heads, {}
-    assigned = []
+    targets = Targets.of(case.bitmaps)
+    _, sampled = detector.rpn.sample(torch.cat(list(anchors)), targets)
+    assigned = heads.sample(proposals.boxes, proposals.filled, targets)
     for i, target in enumerate(case.bitmaps):
-        _, positive, negative = detector.rpn.sample(torch.cat(list(anchors)), target)
-        found[f"rpn_pos_idx{i}"], found[f"rpn_neg_idx{i}"] = positive, negative
-        sampled = heads.sample(proposals[i], target)
-        pool = torch.cat([proposals[i], target.boxes])
-        index = (sampled.boxes[:, None] == pool).all(dim=2).int().argmax(dim=1)
-        foreground = sampled.matched >= 0
+        background = sampled.filled[i] & ~sampled.foreground[i]
+        found[f"rpn_pos_idx{i}"] = sampled.chosen[i][sampled.foreground[i]]
+        found[f"rpn_neg_idx{i}"] = sampled.chosen[i][background]
+        boxes, matched = assigned.boxes[i][assigned.filled[i]], assigned.matched[i]
+        matched = matched[assigned.filled[i]]
+        pool = torch.cat([proposals.boxes[i][proposals.filled[i]], target.boxes])
+        index = (boxes[:, None] == pool).all(dim=2).int().argmax(dim=1)
+        foreground = matched >= 0
         found[f"roi_pos_idx{i}"], found[f"roi_neg_idx{i}"] = index[foreground], index[~foreground]
-        assigned.append(sampled)
-        boxes, matched = sampled.boxes[foreground], sampled.matched[foreground]
+        boxes, matched = boxes[foreground], matched[foreground]
         found[f"mask_targets_bitmask{i}"] = heads.mask_targets(target.masks[matched], boxes)
         if case.polygons:
             found[f"mask_targets_polygon{i}"] = heads.mask_targets(
@@ -140,25 +145,24 @@ def run_training(
             )
     for stage in range(len(heads.stages)):
         name = "roi" if stage == 0 else f"stage{stage}"
-        labels = [heads.labels(a, target) for a, target in zip(assigned, case.bitmaps, strict=True)]
-        for i, (one, target) in enumerate(zip(assigned, case.bitmaps, strict=True)):
-            found[f"{name}_boxes{i}"], found[f"{name}_gt_classes{i}"] = one.boxes, labels[i]
-            found[f"{name}_gt_boxes{i}"] = torch.cat([target.boxes, target.boxes.new_zeros(1, 4)])[
-                one.matched
-            ]
+        labels, filled = heads.labels(assigned, targets), assigned.filled
+        truth = pick(targets.boxes, assigned.matched.clamp(min=0))
+        for i, used in enumerate(filled):
+            found[f"{name}_boxes{i}"] = assigned.boxes[i][used]
+            found[f"{name}_gt_classes{i}"] = labels[i][used]
+            found[f"{name}_gt_boxes{i}"] = truth[i][used]
         if isinstance(heads.classification, FederatedClassification):
-            found[f"fed_classes_call{stage}"] = federated_classes(
-                torch.cat(labels),
+            classes = federated_classes(
+                labels[filled],
                 heads.classification.class_weights,
                 heads.classification.num,
                 draw=False,
             )
+            found[f"fed_classes_call{stage}"] = classes.nonzero().flatten()
         if stage + 1 < len(heads.stages):
-            counts = [len(a.boxes) for a in assigned]
-            boxes = [a.boxes for a in assigned]
-            _, deltas = heads.run_stage(stage, features, boxes)
-            refined = heads.decode(stage, torch.cat(boxes), deltas[:, 0]).split(counts)
-            assigned = heads.reassign(stage + 1, refined, case.bitmaps, case.sizes)
+            _, deltas = heads.run_stage(stage, features, assigned.boxes, filled)
+            refined = heads.decode(stage, assigned.boxes, deltas[:, :, 0])
+            assigned = heads.reassign(stage + 1, refined, filled, targets, case.sizes)
     return found
 
 

@@ -82,16 +82,15 @@ def stages(detector: Detector, images: Tensor) -> dict[str, Tensor]:
     found |= {f"neck{i}": feature for i, feature in enumerate(features)}
     for i, (logits, deltas) in enumerate(map(detector.rpn.head, features)):
         found |= {f"rpn_cls{i}": logits, f"rpn_reg{i}": deltas}
-    logits, deltas = heads.run_stage(0, features, [ROIS])
-    found |= {"roi_cls_score": logits, "roi_bbox_pred": deltas.flatten(1)}
-    # The head gives each RoI's own class only; its last layer gives all.
-    hook = heads.mask.logits.register_forward_hook(
-        lambda _, __, output: found.update(mask_logits=output)
+    every = torch.ones(1, len(ROIS), dtype=torch.bool)
+    logits, deltas = heads.run_stage(0, features, ROIS[None], every)
+    found |= {"roi_cls_score": logits[0], "roi_bbox_pred": deltas[0].flatten(1)}
+    # The head computes each RoI's own class only; its last layer gives all.
+    hook = heads.mask.deconv.register_forward_hook(
+        lambda _, __, output: found.update(mask_logits=heads.mask.logits(output.relu()))
     )
-    heads.mask(
-        pool(features, [ROIS], heads.strides, mask_head.BINS, 0),
-        torch.zeros(len(ROIS), dtype=torch.long),
-    )
+    first = torch.zeros(len(ROIS), dtype=torch.long)
+    heads.mask(pool(features, ROIS, first, heads.strides, mask_head.BINS, 0), first)
     hook.remove()
     return found
 

@@ -31,7 +31,7 @@ from vitdet.models.losses import SoftmaxClassification
 from vitdet.models.mask_head import MaskHead
 from vitdet.models.roi_pool import pool
 from vitdet.models.rpn import RPN, WEIGHTS
-from vitdet.types import Target
+from vitdet.types import Target, Targets
 from vitdet.weights.formats.table import to_ours
 
 EPS = 1e-5  # of the LNs in neck and heads
@@ -177,12 +177,18 @@ def run_test(
     found = {f"neck{i}": feature for i, feature in enumerate(features)}
     for i, (logits, deltas) in enumerate(map(rpn.head, features)):
         found |= {f"rpn_cls{i}": logits, f"rpn_reg{i}": deltas}
-    (proposals,) = rpn.propose(rpn(features), sizes, rpn.top_test)
-    found["proposals"] = torch.cat([proposals.boxes, proposals.logits.sigmoid()[:, None]], dim=1)
-    logits, deltas = heads.run_stage(0, features, [proposals.boxes])
-    found |= {"roi_cls_score": logits, "roi_bbox_pred": deltas.flatten(1)}
+    proposals = rpn.propose(rpn(features), sizes, rpn.top_test)
+    filled = proposals.filled
+    found["proposals"] = torch.cat(
+        [proposals.boxes[filled], proposals.logits[filled].sigmoid()[:, None]], dim=1
+    )
+    logits, deltas = heads.run_stage(0, features, proposals.boxes, filled)
+    found |= {"roi_cls_score": logits[filled], "roi_bbox_pred": deltas[filled].flatten(1)}
     (detections,) = detector(image, None, sizes)
-    pooled = pool(features, [detections.boxes], heads.strides, mask_head.BINS, heads.sampling_ratio)
+    first = torch.zeros_like(detections.labels)
+    pooled = pool(
+        features, detections.boxes, first, heads.strides, mask_head.BINS, heads.sampling_ratio
+    )
     found["det_mask_logits"] = heads.mask(pooled, detections.labels)
     height, width = (one / two for one, two in zip(original, sizes[0].tolist(), strict=True))
     # empty ones stay, as in mmdet
@@ -198,10 +204,10 @@ def run_losses(
     heads, rpn = detector.roi_heads, detector.rpn
     features = detector.pyramid(detector.backbone(image))
     found = rpn(features)
-    (proposals,) = rpn.propose(found, sizes, rpn.top_train)
-    assigned = heads.sample(proposals.boxes, target)
-    logits, _ = heads.run_stage(0, features, [assigned.boxes])
-    right = logits.argmax(dim=1) == heads.labels(assigned, target)
+    proposals, targets = rpn.propose(found, sizes, rpn.top_train), Targets.of([target])
+    assigned = heads.sample(proposals.boxes, proposals.filled, targets)
+    logits, _ = heads.run_stage(0, features, assigned.boxes, assigned.filled)
+    right = (logits.argmax(dim=2) == heads.labels(assigned, targets))[assigned.filled]
     whole = detector(image, [target], sizes)
     levels = rpn_losses(
         rpn, [x[0] for x in found.logits], [x[0] for x in found.deltas], found.anchors, target
@@ -226,10 +232,10 @@ def rpn_losses(
     target: Target,
 ) -> dict[str, list[float]]:
     """What each level adds to the losses of one image: logits (N,), deltas (N, 4), anchors (N, 4) a level."""
-    matched, positive, negative = rpn.sample(torch.cat(list(anchors)), target)
-    count = len(positive) + len(negative)
+    (matched,), sampled = rpn.sample(torch.cat(list(anchors)), Targets.of([target]))
+    count = int(sampled.filled.sum())
     used = torch.zeros(len(matched), dtype=torch.bool)
-    used[torch.cat([positive, negative])] = True
+    used[sampled.chosen[sampled.filled]] = True
     found: dict[str, list[float]] = {"loss_rpn_cls": [], "loss_rpn_bbox": []}
     sizes = [len(level) for level in anchors]
     parts = zip(logits, deltas, anchors, matched.split(sizes), used.split(sizes), strict=True)

@@ -30,8 +30,9 @@ def compute(folder: Path) -> dict[str, Tensor]:
     boxes = inputs["pool_boxes"]
     features = [inputs[name] for name in MAPS]
     ours = {"pool_levels_minus2": assign_levels(boxes, 4, STRIDES[0])}
+    first = torch.zeros(len(boxes), dtype=torch.int64)  # all of one image
     for bins in (7, 14):
-        ours[f"pool_out_{bins}"] = pool(features, [boxes], STRIDES[:4], bins, sampling_ratio=0)
+        ours[f"pool_out_{bins}"] = pool(features, boxes, first, STRIDES[:4], bins, sampling_ratio=0)
     grids = [(1024 // stride, 1024 // stride) for stride in STRIDES]
     for level, anchors in enumerate(grid_anchors(grids, STRIDES, 8.0, (0.5, 1.0, 2.0)), start=2):
         ours |= {

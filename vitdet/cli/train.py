@@ -35,6 +35,11 @@ def add_train(verb: argparse.ArgumentParser) -> None:
     verb.add_argument(
         "--group", default="", metavar="RUN", help="the pipeline run that MLflow shows it under"
     )
+    verb.add_argument(
+        "--profile",
+        action="store_true",
+        help="write a trace of a few steps to --output/profile, and log where their time goes",
+    )
     verb.set_defaults(run=run_train)
 
 
@@ -62,6 +67,7 @@ def run_train(args: argparse.Namespace) -> int:
             checkpoints=args.checkpoints,
             weights=args.weights,
             group=args.group,
+            profile=args.profile,
         )
     except Stopped as stopped:
         print(f"vitdet: {stopped}", file=sys.stderr)

@@ -15,12 +15,15 @@ SETTINGS = (
     "evaluate.nms_iou",
     "evaluate.max_detections",
 )
+PRECISION = "evaluate.precision"
 
 
 def settings_of(config: Config) -> str:
     """Return the settings of this config that affect AP, as one string."""
     values = flatten(config)
-    return " ".join(f"{key}={values[key]}" for key in SETTINGS)
+    # Named only where it is not fp32, in which all AP was measured before there was this setting
+    keys = SETTINGS if config.evaluate.precision == "fp32" else (*SETTINGS, PRECISION)
+    return " ".join(f"{key}={values[key]}" for key in keys)
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ pasted there with threshold 0.5, boxes are written xywh without rounding.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from torch import nn
 
 import vitdet.evaluation.coco as coco
 import vitdet.evaluation.lvis as lvis
-from vitdet import distributed
+from vitdet import distributed, kernels
 from vitdet.config import Config, DataConfig, EvalConfig, from_dict, override
 from vitdet.data.coco import CocoSplit, read_tree
 from vitdet.data.dataset import read_split
@@ -31,13 +31,13 @@ from vitdet.data.layout import (
     split_files,
 )
 from vitdet.data.loader import configure_process, val_loader
-from vitdet.data.masks import encode, paste
+from vitdet.evaluation.detections import detections_to_results as detections_to_results
+from vitdet.evaluation.detections import results_of
 from vitdet.evaluation.matching import Comparison
 from vitdet.evaluation.pictures import write_pictures
 from vitdet.evaluation.report import write_report
 from vitdet.evaluation.results import Truth, kinds_of, read_results, read_truth, truth_of
-from vitdet.predictor import to_image
-from vitdet.types import Detections
+from vitdet.types import Batch
 
 log = logging.getLogger(__name__)
 
@@ -47,7 +47,6 @@ OF_FILES = {"coco": coco.compare, "lvis": lvis.compare_file}
 SECTIONS = ("data", "evaluate")  # of a config, that an evaluation may change
 # The settings of `data` that say which images a detector is evaluated on, and how they are read
 PLACE = ("dataset", "root", "train_split", "val_split", "max_images", "workers")
-PIXELS = 2**26  # of pasted masks at a time: 64 MB
 # What an evaluation reports to its caller before each batch (True) and before the comparison (False);
 # the answer True before a batch cancels it on all ranks.
 Advance = Callable[[bool], bool]
@@ -55,38 +54,6 @@ Advance = Callable[[bool], bool]
 
 class Cancelled(Exception):
     """An evaluation was cancelled by its caller, on this rank or another."""
-
-
-def detections_to_results(
-    detections: Detections,
-    size: tuple[int, int],
-    original: tuple[int, int],
-    image_id: int,
-    category_ids: Sequence[int],
-) -> list[dict]:
-    """COCO results {image_id, category_id, bbox xywh, score, segmentation RLE} of the detections of one canvas.
-
-    Those of a detector without masks have no segmentation.
-
-    size (height, width) of the unpadded image on the canvas, original of the file; category_ids[label] is a label's id.
-    """
-    found = to_image(detections.to("cpu"), size, original)
-    corners = found.boxes.double()
-    boxes = torch.cat([corners[:, :2], corners[:, 2:] - corners[:, :2]], dim=1).tolist()
-    results = [
-        {"image_id": image_id, "category_id": category_ids[label], "bbox": box, "score": score}
-        for label, box, score in zip(
-            found.labels.tolist(), boxes, found.scores.double().tolist(), strict=True
-        )
-    ]
-    step = max(1, PIXELS // (original[0] * original[1]))
-    for start in range(0, len(found), step) if found.masks is not None else ():
-        part = found[start : start + step]
-        assert part.masks is not None
-        codes = encode(paste(part.masks.float(), part.boxes.float(), original))
-        for result, code in zip(results[start : start + step], codes, strict=True):
-            result["segmentation"] = code
-    return results
 
 
 def evaluate_detector(
@@ -207,7 +174,9 @@ def evaluate(
             config.data.val_split,
         )
     with distributed.process_group() as own_device:
-        device = device or own_device
+        device = torch.device(device or own_device)
+        if device.type == "cuda" and distributed.rank() == 0:
+            log.info(kernels.describe())
         detector = detector.to(device).eval()
         results, image_ids = detect(detector, config.data, config.evaluate, device, split)
         metrics = {}
@@ -217,7 +186,13 @@ def evaluate(
             if plots is not None:
                 write_report(plots, finished, results)
             if pictures is not None:
-                write_pictures(detector, config.data, pictures, split=split)
+                write_pictures(
+                    detector,
+                    config.data,
+                    pictures,
+                    split=split,
+                    precision=config.evaluate.precision,
+                )
         return distributed.all_gather_objects(metrics)[0]
 
 
@@ -311,7 +286,6 @@ def _read(data: DataConfig) -> tuple[Truth, CocoSplit]:
     return truth, split
 
 
-@torch.no_grad()
 def _detect_share(
     detector: nn.Module,
     data: DataConfig,
@@ -321,20 +295,23 @@ def _detect_share(
     advance: Advance,
 ) -> dict[int, list[dict]] | None:
     """The results of this rank's images by image id; None when it was cancelled."""
-    category_ids = split.category_ids
-    share = {}
-    for batch in val_loader(
-        data, settings.batch_size, distributed.rank(), distributed.world_size(), split
-    ):
-        if advance(True):
-            return None
-        found = detector(batch.images.to(device, non_blocking=True), None, batch.sizes.to(device))
-        for one, size, original, image_id in zip(
-            found, batch.sizes.tolist(), batch.originals.tolist(), batch.image_ids, strict=True
+
+    def batches() -> Iterator[Batch]:
+        for batch in val_loader(
+            data, settings.batch_size, distributed.rank(), distributed.world_size(), split
         ):
-            share[image_id] = detections_to_results(
-                one, tuple(size), tuple(original), image_id, category_ids
-            )
+            if advance(True):
+                raise Cancelled
+            yield batch
+
+    share: dict[int, list[dict]] = {}
+    try:
+        for found in results_of(
+            detector, batches(), split.category_ids, device, settings.precision
+        ):
+            share |= found
+    except Cancelled:
+        return None
     return share
 
 

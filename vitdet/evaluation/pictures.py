@@ -9,7 +9,7 @@ import torch
 from PIL import Image, ImageDraw
 from torch import nn
 
-from vitdet.config import DataConfig
+from vitdet.config import DataConfig, EvalConfig
 from vitdet.data.coco import CocoSplit
 from vitdet.data.dataset import read_split
 from vitdet.data.images import DEFAULT, Reading, read_image
@@ -29,16 +29,20 @@ def write_pictures(
     count: int = 8,
     threshold: float = 0.5,
     split: CocoSplit | None = None,
+    precision: str = EvalConfig.precision,
 ) -> list[Path]:
     """Writes `count` pictures FOLDER/<image id>.jpg of the validation split, ground truth left, detections right.
 
     The images are spread evenly over the split, so the same ones are drawn every time; detections have a score of at
-    least `threshold`. split: the validation split, if it was read before. The detector's mode is put back afterwards.
+    least `threshold`. split: the validation split, if it was read before. precision: as evaluate.precision. The
+    detector's mode is put back afterwards.
     """
     split = split or read_split(data, data.val_split)
     chosen = [split.records[i] for i in spread(len(split.records), count)]
     reading = Reading.of(data)
-    predictor = Predictor(detector, split.class_names, data.image_size, data.antialias, reading)
+    predictor = Predictor(
+        detector, split.class_names, data.image_size, data.antialias, reading, precision
+    )
     was_training = detector.training
     detector.eval()
     try:

@@ -11,13 +11,14 @@ import torch
 from torch import Tensor
 
 
-def cell_anchors(side: float, aspect_ratios: Sequence[float]) -> Tensor:
-    """Boxes (A, 4) xyxy around the origin with area side^2; aspect_ratios are height / width."""
-    widths = torch.tensor(
-        [(side**2 / ratio) ** 0.5 for ratio in aspect_ratios], dtype=torch.float64
-    )
-    heights = widths * torch.tensor(list(aspect_ratios), dtype=torch.float64)
-    return (torch.stack([-widths, -heights, widths, heights], dim=1) / 2).float()
+def cell_anchors(side: float, aspect_ratios: Sequence[float]) -> list[tuple[float, ...]]:
+    """Boxes xyxy around the origin with area side^2, one for each ratio; aspect_ratios are height / width."""
+    found: list[tuple[float, ...]] = []
+    for ratio in aspect_ratios:
+        width = (side**2 / ratio) ** 0.5
+        height = width * ratio
+        found.append((-width / 2, -height / 2, width / 2, height / 2))
+    return found
 
 
 def grid_anchors(
@@ -27,14 +28,16 @@ def grid_anchors(
     aspect_ratios: Sequence[float],
     device: torch.device | str = "cpu",
 ) -> list[Tensor]:
-    """Anchors (h w A, 4) of every level, pixels of the canvas; grids are the levels' (h, w)."""
-    cells = torch.stack([cell_anchors(scale * stride, aspect_ratios) for stride in strides])
-    cells = cells.to(device, non_blocking=True)  # one copy, which nothing waits for
+    """Anchors (h w A, 4) of every level, pixels of the canvas; grids are the levels' (h, w).
+
+    Made of numbers alone: nothing is copied to the device, which a CUDA graph could not repeat.
+    """
     levels = []
-    for (height, width), stride, cell in zip(grids, strides, cells, strict=True):
+    for (height, width), stride in zip(grids, strides, strict=True):
         y = torch.arange(0, height * stride, stride, dtype=torch.float32, device=device)
         x = torch.arange(0, width * stride, stride, dtype=torch.float32, device=device)
         y, x = torch.meshgrid(y, x, indexing="ij")
-        corners = torch.stack([x, y, x, y], dim=-1)[:, :, None]
-        levels.append((corners + cell).reshape(-1, 4))
+        cells = cell_anchors(scale * stride, aspect_ratios)
+        boxes = [torch.stack([x + x0, y + y0, x + x1, y + y1], dim=-1) for x0, y0, x1, y1 in cells]
+        levels.append(torch.stack(boxes, dim=2).reshape(-1, 4))
     return levels

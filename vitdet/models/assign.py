@@ -1,8 +1,8 @@
 """Who learns from which ground truth: match boxes by IoU, then sample a fixed number of them.
 
-`matched` (N,) holds for every box the index of its ground truth, or BACKGROUND or IGNORE. Those are -1 and -2, so a
-table of ground truths with two rows appended is indexed by `matched` as it is.
-Letters: G ground truths, N boxes.
+`matched` (B, N) holds for every box the index of its ground truth, or BACKGROUND or IGNORE. Sizes depend on settings
+alone, never on what is found, so a GPU's host waits for nothing: what is missing leaves a slot empty.
+Letters: B images, G ground truths, N boxes, S slots.
 """
 
 from __future__ import annotations
@@ -13,15 +13,17 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 BACKGROUND, IGNORE = -1, -2
 
 Match = Callable[[Iterable[Tensor], float, float], Tensor]
-Choose = Callable[[Tensor, int], Tensor]
+# candidates (B, N) bool and how many of each image are wanted (B,) -> keys (B, N) of at least 0, of which the largest win
+Choose = Callable[[Tensor, Tensor], Tensor]
 
 
 class _Overlaps(NamedTuple):
-    """What `match` and its like need of the IoUs, (N,) each.
+    """What `match` and its like need of the IoUs, (..., N) each.
 
     best: the largest IoU of each box. truth: the first ground truth that has it. favourite: the last ground truth that
     the box overlaps most, all boxes that share the largest IoU of a ground truth among them; below 0 for none.
@@ -34,7 +36,7 @@ class _Overlaps(NamedTuple):
 
 @torch.no_grad()
 def match(iou: Iterable[Tensor], low: float, high: float) -> Tensor:
-    """iou (G, N) -> matched (N,): from `high` the best ground truth, below `low` BACKGROUND, between them IGNORE.
+    """iou (..., G, N) -> matched (..., N): from `high` the best ground truth, below `low` BACKGROUND, else IGNORE.
 
     iou: in blocks of rows, at least one, as `boxes.iou_blocks` gives them: one block at a time is in memory.
     """
@@ -67,15 +69,15 @@ def _by_threshold(found: _Overlaps, low: float, high: float) -> Tensor:
 
 
 def _overlaps(iou: Iterable[Tensor], least: float) -> _Overlaps:
-    """Over all blocks (G, N); only IoUs of at least `least` make a ground truth a favourite."""
+    """Over all blocks (..., G, N); only IoUs of at least `least` make a ground truth a favourite."""
     found, start = None, 0
     for block in iou:
         # an image without ground truths: one that overlaps nothing
-        rows = block if len(block) else block.new_zeros(1, block.shape[1])
-        best, index = rows.max(dim=0)
+        rows = block if block.shape[-2] else F.pad(block, (0, 0, 0, 1))
+        best, index = rows.max(dim=-2)
         one = _Overlaps(best, index + start, _favourites(rows, start, least))
         found = one if found is None else _larger(found, one)
-        start += len(block)
+        start += block.shape[-2]
     assert found is not None, "no block of IoUs"
     return found
 
@@ -90,28 +92,49 @@ def _larger(found: _Overlaps, later: _Overlaps) -> _Overlaps:
 
 
 def _favourites(iou: Tensor, start: int, least: float) -> Tensor:
-    """(N,) the last ground truth, counted from `start`, that each box overlaps most, with an IoU of at least `least`."""
-    none = torch.full((iou.shape[1],), BACKGROUND, device=iou.device)
-    if least == math.inf or iou.shape[1] == 0:
-        return none
-    top = iou.amax(dim=1, keepdim=True)
+    """(..., N) the last ground truth, counted from `start`, that each box overlaps most, with an IoU of at least `least`."""
+    if least == math.inf or iou.shape[-1] == 0:
+        return torch.full_like(iou[..., 0, :], BACKGROUND, dtype=torch.int64)
+    top = iou.amax(dim=-1, keepdim=True)
     kept = (iou == top) & (top > 0) & (iou >= least)
-    rows = torch.arange(start, start + len(iou), device=iou.device)[:, None]
-    return rows.where(kept, BACKGROUND).amax(dim=0)
+    rows = torch.arange(start, start + iou.shape[-2], device=iou.device)[:, None]
+    return rows.where(kept, BACKGROUND).amax(dim=-2)
+
+
+class Sampled(NamedTuple):
+    """Slots of an image, foreground first, then background: indices of the `chosen` boxes (B, S); which slots hold a box of the
+    foreground, and of either kind, (B, S) bool. Foreground lies in the first `most` slots.
+    """
+
+    chosen: Tensor
+    foreground: Tensor
+    filled: Tensor
+    most: int
 
 
 @torch.no_grad()
-def sample(
-    matched: Tensor, num: int, positive_fraction: float, choose: Choose
-) -> tuple[Tensor, Tensor]:
-    """Indices of at most num * positive_fraction foreground boxes, and of background boxes up to `num` in all."""
-    positive = (matched >= 0).nonzero().flatten()
-    negative = (matched == BACKGROUND).nonzero().flatten()
-    num_positive = min(len(positive), int(num * positive_fraction))
-    num_negative = min(len(negative), num - num_positive)
-    return choose(positive, num_positive), choose(negative, num_negative)
+def sample(matched: Tensor, num: int, positive_fraction: float, choose: Choose) -> Sampled:
+    """At most num * positive_fraction foreground boxes of matched (B, N), and background boxes up to `num` in all."""
+    most, slots = (min(size, matched.shape[1]) for size in (int(num * positive_fraction), num))
+    positive, negative = matched > BACKGROUND, matched == BACKGROUND
+    num_positive = positive.sum(dim=1).clamp(max=most)
+    num_negative = torch.minimum(negative.sum(dim=1), num - num_positive)
+    slot = torch.arange(slots, device=matched.device).expand(len(matched), -1)
+    first, last = num_positive[:, None], (num_positive + num_negative)[:, None]
+    foreground, filled = slot < first, slot < last
+    index = _largest(choose(negative, num_negative), negative, slots)
+    index = index.gather(1, (slot - first).clamp(min=0))
+    if most:
+        best = _largest(choose(positive, num_positive), positive, most)
+        index = torch.where(foreground, best.gather(1, slot.clamp(max=most - 1)), index)
+    return Sampled(index, foreground, filled, most)
 
 
-def choose_randomly(candidates: Tensor, num: int) -> Tensor:
-    """`num` of the candidates (M,) in random order."""
-    return candidates[torch.randperm(len(candidates), device=candidates.device)[:num]]
+def _largest(keys: Tensor, candidates: Tensor, num: int) -> Tensor:
+    """The indices (B, num) of the candidates with the largest keys (B, N), largest first."""
+    return torch.where(candidates, keys, -1.0).topk(num, dim=1).indices
+
+
+def choose_randomly(candidates: Tensor, num: Tensor) -> Tensor:
+    """Random keys: every selection of the candidates is equally likely."""
+    return torch.rand(candidates.shape, device=candidates.device)

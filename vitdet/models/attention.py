@@ -5,7 +5,8 @@ The bias q.Rh[qh - kh] + q.Rw[qw - kw] is an inner product, [q s, q Rh, q Rw] . 
 logits are one matrix product of widened queries and keys and no N x N bias is made apart. ViTAE-Transformer/ViTDet
 takes q s there too: the same functions, from tables that are 1 / s times as large, but they learn more slowly.
 On a GPU zeros widen them to a multiple of 8: no fused kernel takes other widths in half precision (PyTorch's
-sdp_utils.cpp), and d + 14 + 14 is none.
+sdp_utils.cpp), and d + 14 + 14 is none. In half precision a GPU with `vitdet.kernels` widens nothing and copies no
+windows.
 Letters: B images (or windows), H x W tokens, N = H W, C channels, h heads, d = C / h, s = d^-1/2.
 """
 
@@ -17,6 +18,8 @@ from timm.layers import to_2tuple
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from vitdet import kernels
+from vitdet.kernels import attention as fused
 from vitdet.models.layers import at_least_float32
 
 WIDTH = 8  # what the fused kernels want queries, keys and values to be a multiple of in half precision: 16 bytes
@@ -37,17 +40,29 @@ def join_windows(windows: Tensor, grid: tuple[int, int]) -> Tensor:
     return x[:, :height, :width]
 
 
-def relative_positions(table: Tensor, size: int) -> Tensor:
-    """Rows of the table (2 K - 1, d) for every query and key of an axis: (size, size, d).
+def table_for(table: Tensor, size: int) -> Tensor:
+    """The table of relative positions (2 K - 1, d) for an axis of `size` tokens: (2 size - 1, d).
 
-    A table made for another size is interpolated linearly along its length (detectron2: get_rel_pos).
+    One made for another size is interpolated linearly along its length (detectron2: get_rel_pos).
     """
-    if len(table) != 2 * size - 1:
-        table = F.interpolate(at_least_float32(table).T[None], size=2 * size - 1, mode="linear")[
-            0
-        ].T
-    steps = torch.arange(size, device=table.device)
-    return table[steps[:, None] - steps[None, :] + size - 1]
+    if len(table) == 2 * size - 1:
+        return table
+    maps = at_least_float32(table).T[None]
+    return F.interpolate(maps, size=2 * size - 1, mode="linear")[0].T
+
+
+def relative_positions(table: Tensor, size: int) -> Tensor:
+    """Rows of the table for every query and key of an axis of `size` tokens: (size, size, d)."""
+    # Query i sees the rows from i on, the last of them for key 0. Windows of the table's rows have a backward pass that
+    # sorts no indices.
+    return table_for(table, size).unfold(0, size, 1).flip(-1).transpose(1, 2)
+
+
+def in_half(x: Tensor) -> bool:
+    """Whether a linear layer makes half precision of this tensor: it is, or autocast will make it so."""
+    device = x.device.type
+    cast = torch.is_autocast_enabled(device) and x.dtype == torch.float32
+    return (torch.get_autocast_dtype(device) if cast else x.dtype).itemsize == 2
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -81,8 +96,33 @@ class Attention(nn.Module):
         self.rel_pos_h = nn.Parameter(torch.zeros(2 * rows - 1, dim // heads))
         self.rel_pos_w = nn.Parameter(torch.zeros(2 * columns - 1, dim // heads))
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, H, W, C) -> (B, H, W, C)."""
+    def forward(self, x: Tensor, window: int = 0) -> Tensor:
+        """(B, H, W, C) -> (B, H, W, C), within windows of `window` tokens per side, or (0) among all tokens."""
+        height, width, channels = x.shape[1:]
+        if kernels.enabled(x) and in_half(x) and fused.fits(width, window, channels // self.heads):
+            return self.attend_fused(x, window)
+        if window:
+            return join_windows(self.attend_widened(split_windows(x, window)), (height, width))
+        return self.attend_widened(x)
+
+    def attend_fused(self, x: Tensor, window: int) -> Tensor:
+        """By the kernels: on the grid as it is, so that the projections take no windows' padding."""
+        height, width = x.shape[1:3]
+        y = fused.attention(
+            self.qkv(x).flatten(1, 2),
+            self.qkv.bias,
+            table_for(self.rel_pos_h, window or height),
+            table_for(self.rel_pos_w, window or width),
+            height=height,
+            width=width,
+            heads=self.heads,
+            window=window,
+            scaled=self.scaled_rel_pos,
+        )
+        return self.proj(y.unflatten(1, (height, width)))
+
+    def attend_widened(self, x: Tensor) -> Tensor:
+        """In plain torch, among all tokens."""
         height, width = x.shape[1:3]
         q, k, v = rearrange(
             self.qkv(x), "b h w (three n d) -> three b n (h w) d", three=3, n=self.heads

@@ -19,17 +19,17 @@ Weights = tuple[float, float, float, float]
 
 
 def encode(boxes: Tensor, targets: Tensor, weights: Weights) -> Tensor:
-    """Deltas (N, 4) that turn boxes into targets: centre shifts in box sides, logs of side ratios, times weights."""
-    size, target_size = boxes[:, 2:] - boxes[:, :2], targets[:, 2:] - targets[:, :2]
-    centre, target_centre = boxes[:, :2] + 0.5 * size, targets[:, :2] + 0.5 * target_size
-    deltas = torch.cat([(target_centre - centre) / size, torch.log(target_size / size)], dim=1)
+    """Deltas (..., 4) that turn boxes into targets: centre shifts in box sides, logs of side ratios, times weights."""
+    size, target_size = boxes[..., 2:] - boxes[..., :2], targets[..., 2:] - targets[..., :2]
+    centre, target_centre = boxes[..., :2] + 0.5 * size, targets[..., :2] + 0.5 * target_size
+    deltas = torch.cat([(target_centre - centre) / size, torch.log(target_size / size)], dim=-1)
     return torch.stack(
-        [one * weight for one, weight in zip(deltas.unbind(1), weights, strict=True)], dim=1
+        [one * weight for one, weight in zip(deltas.unbind(-1), weights, strict=True)], dim=-1
     )
 
 
 def decode(boxes: Tensor, deltas: Tensor, weights: Weights, min_log_scale: float) -> Tensor:
-    """The inverse of `encode`, in float32: boxes (N, 4) and deltas (N, ..., 4) -> (N, ..., 4).
+    """The inverse of `encode`, in float32: boxes (..., 4) and deltas (..., 4), or (..., K, 4) with K sets for a box.
 
     A side's logarithm changes at most by MAX_LOG_SCALE and at least by `min_log_scale`.
     """
@@ -38,7 +38,8 @@ def decode(boxes: Tensor, deltas: Tensor, weights: Weights, min_log_scale: float
     deltas = torch.stack(
         [one / weight for one, weight in zip(columns, weights, strict=True)], dim=-1
     )
-    boxes = boxes.reshape(len(boxes), *[1] * (deltas.dim() - 2), 4)
+    if deltas.dim() > boxes.dim():
+        boxes = boxes.unsqueeze(-2)
     size = boxes[..., 2:] - boxes[..., :2]
     centre = boxes[..., :2] + 0.5 * size
     new_centre = deltas[..., :2] * size + centre
@@ -46,32 +47,42 @@ def decode(boxes: Tensor, deltas: Tensor, weights: Weights, min_log_scale: float
     return torch.cat([new_centre - 0.5 * new_size, new_centre + 0.5 * new_size], dim=-1)
 
 
-def clip(boxes: Tensor, size: Tensor) -> Tensor:
-    """Boxes (..., 4) cut to an image of size (height, width)."""
-    limit = size.to(boxes.dtype).flip(0).repeat(2)
-    return torch.minimum(boxes.clamp(min=0), limit)
+def clip(boxes: Tensor, sizes: Tensor) -> Tensor:
+    """Boxes (B, ..., 4) cut to images of sizes (B, 2), (height, width)."""
+    limit = sizes.to(boxes.dtype).flip(-1).repeat(1, 2)
+    return torch.minimum(boxes.clamp(min=0), limit.view(-1, *[1] * (boxes.dim() - 2), 4))
 
 
 def nonempty(boxes: Tensor) -> Tensor:
-    """(N,) bool: which boxes (N, 4) have width and height above 0."""
-    return (boxes[:, 2:] > boxes[:, :2]).all(dim=1)
+    """(...) bool: which boxes (..., 4) have width and height above 0."""
+    return (boxes[..., 2:] > boxes[..., :2]).all(dim=-1)
 
 
 def area(boxes: Tensor) -> Tensor:
-    """(N,) areas of boxes (N, 4)."""
-    return (boxes[:, 2:] - boxes[:, :2]).prod(dim=1)
+    """(...) areas of boxes (..., 4)."""
+    return (boxes[..., 2] - boxes[..., 0]) * (boxes[..., 3] - boxes[..., 1])
 
 
 def pairwise_iou(first: Tensor, second: Tensor) -> Tensor:
-    """(G, N) intersection over union of boxes (G, 4) and (N, 4); 0 where they do not meet."""
-    low = torch.maximum(first[:, None, :2], second[None, :, :2])
-    high = torch.minimum(first[:, None, 2:], second[None, :, 2:])
-    intersection = (high - low).clamp(min=0).prod(dim=2)
-    union = area(first)[:, None] + area(second)[None, :] - intersection
+    """(..., G, N) intersection over union of boxes (..., G, 4) and (..., N, 4); 0 where they do not meet."""
+    x0, y0, x1, y1 = first.unsqueeze(-2).unbind(-1)
+    u0, v0, u1, v1 = second.unsqueeze(-3).unbind(-1)
+    width = (torch.minimum(x1, u1) - torch.maximum(x0, u0)).clamp(min=0)
+    height = (torch.minimum(y1, v1) - torch.maximum(y0, v0)).clamp(min=0)
+    intersection = width * height
+    union = area(first).unsqueeze(-1) + area(second).unsqueeze(-2) - intersection
     return torch.where(intersection > 0, intersection / union, torch.zeros_like(intersection))
 
 
 def iou_blocks(first: Tensor, second: Tensor) -> Iterator[Tensor]:
-    """The rows of `pairwise_iou` in order, at least one block of them, each of PAIRS pairs at most (or of one row)."""
-    for rows in first.split(max(1, PAIRS // max(len(second), 1))):
+    """The rows G of `pairwise_iou` in order, at least one block of them, each of PAIRS pairs at most (or of one row)."""
+    images = first.shape[:-2].numel()
+    for rows in first.split(max(1, PAIRS // max(images * second.shape[-2], 1)), dim=-2):
         yield pairwise_iou(rows, second)
+
+
+def pick(rows: Tensor, index: Tensor) -> Tensor:
+    """The rows (B, N, ...) of each image at index (B, S): (B, S, ...)."""
+    return rows.gather(
+        1, index.view(*index.shape, *[1] * (rows.dim() - 2)).expand(-1, -1, *rows.shape[2:])
+    )

@@ -14,11 +14,11 @@ from vitdet.models.baselines.fpn import FPN
 from vitdet.models.baselines.swin import Swin
 from vitdet.models.baselines.vitaev2 import ViTAEv2
 from vitdet.models.pyramid import SimpleFeaturePyramid
-from vitdet.models.roi_heads import RoIHeads
-from vitdet.models.rpn import RPN
+from vitdet.models.roi_heads import CANDIDATES, Found, RoIHeads
+from vitdet.models.rpn import RPN, Anchored, Proposals
 from vitdet.models.vit import ViT
 from vitdet.models.vitae import ViTAESmall
-from vitdet.types import Detections, Target
+from vitdet.types import Detections, Target, Targets
 
 Plain = ViT | ViTAESmall  # backbones of one map
 Hierarchical = Swin | ViTAEv2  # backbones of four maps
@@ -46,7 +46,10 @@ class Detector(nn.Module):
         self.register_buffer("std", torch.tensor(PIXEL_STD).view(3, 1, 1), persistent=False)
 
     def forward(
-        self, images: Tensor, targets: Sequence[Target] | None = None, sizes: Tensor | None = None
+        self,
+        images: Tensor,
+        targets: Targets | Sequence[Target] | None = None,
+        sizes: Tensor | None = None,
     ) -> dict[str, Tensor] | list[Detections]:
         """images (B, 3, S, S) RGB 0..255 -> a dict of losses if targets are given, else Detections an image.
 
@@ -55,17 +58,34 @@ class Detector(nn.Module):
         """
         if sizes is None:
             sizes = torch.tensor([images.shape[-2:]] * len(images), device=images.device)
-        features = self.pyramid(self.backbone(self.normalize(images, sizes)))
-        found = self.rpn(features)
         if targets is None:
-            proposals = self.rpn.propose(found, sizes, self.rpn.top_test)
-            return self.roi_heads.detect(features, [image.boxes for image in proposals], sizes)
+            return self.detect(images, sizes)
+        features, found = self.features(images, sizes)
+        if not isinstance(targets, Targets):
+            targets = Targets.of(targets)
         proposals = self.rpn.propose(found, sizes, self.rpn.top_train)
-        boxes = [image.boxes for image in proposals]
         return {
-            **self.roi_heads.losses(features, boxes, targets, sizes),
+            **self.roi_heads.losses(features, proposals, targets, sizes),
             **self.rpn.losses(found, targets),
         }
+
+    def features(self, images: Tensor, sizes: Tensor) -> tuple[list[Tensor], Anchored]:
+        """The maps of the pyramid and what the region proposal network predicts on them."""
+        features = self.pyramid(self.backbone(self.normalize(images, sizes)))
+        return features, self.rpn(features)
+
+    def propose(self, images: Tensor, sizes: Tensor) -> tuple[list[Tensor], Proposals]:
+        """The maps of the pyramid, and the proposals of the test mode."""
+        features, found = self.features(images, sizes)
+        return features, self.rpn.propose(found, sizes, self.rpn.top_test)
+
+    def detect(self, images: Tensor, sizes: Tensor) -> list[Detections]:
+        """Detections of every image (B, 3, S, S), best first."""
+        return self.roi_heads.detect(*self.propose(images, sizes), sizes)
+
+    def find(self, images: Tensor, sizes: Tensor) -> tuple[Found, Tensor | None]:
+        """The same in slots, with their masks; nothing waits for a GPU (see `Found.exact`)."""
+        return self.roi_heads.find(*self.propose(images, sizes), sizes, CANDIDATES)
 
     def normalize(self, images: Tensor, sizes: Tensor) -> Tensor:
         """Zero mean and unit deviation; exactly 0 outside the picture, as padding comes after it (detectron2)."""

@@ -1,6 +1,6 @@
-"""The loss functions, in at least float32: sums over a selection divided by a count, so an empty selection gives 0.
+"""The loss functions, in at least float32: sums over the slots that count, divided by a number, so none of them gives 0.
 
-Letters: R boxes or RoIs, K classes (label K is the background), F classes that the federated loss looks at.
+Letters: R boxes or RoIs, K classes (label K is the background). `counts` (R,) bool: which slots are filled; absent: all.
 """
 
 from __future__ import annotations
@@ -12,56 +12,73 @@ from torch.nn import functional as F
 from vitdet.models.layers import at_least_float32
 
 
-def classification(logits: Tensor, labels: Tensor) -> Tensor:
+def classification(logits: Tensor, labels: Tensor, counts: Tensor | None = None) -> Tensor:
     """Mean softmax cross-entropy of logits (R, K + 1) and labels (R,) in 0..K."""
-    return F.cross_entropy(at_least_float32(logits), labels, reduction="sum") / max(len(labels), 1)
+    loss = F.cross_entropy(at_least_float32(logits), labels, reduction="none")
+    return _sum(loss, counts) / _number(labels, counts)
 
 
-def federated_classes(labels: Tensor, weights: Tensor, num: int, draw: bool = True) -> Tensor:
-    """The classes (F,) that a batch is judged on: those present (background K among them) and, up to `num` in all,
-    others drawn by weight (K,) without replacement. Zhou et al. (2103.07461).
+def federated_classes(
+    labels: Tensor, weights: Tensor, num: int, draw: bool = True, counts: Tensor | None = None
+) -> Tensor:
+    """The classes that a batch is judged on, (K + 1,) bool: those present (background K among them) and, up to `num`
+    in all, others drawn by weight (K,) without replacement. Zhou et al. (2103.07461).
 
     draw=False takes the heaviest instead: for comparisons with another implementation, whose draws would be others.
     """
-    present = labels.unique()
-    odds = torch.cat([weights.float(), weights.new_zeros(1)])
-    odds[present] = 0
-    missing = min(num - len(present), int((odds > 0).sum()))
-    if missing <= 0:
-        return present
-    if draw:
-        return torch.cat([present, torch.multinomial(odds, missing)])
-    return torch.cat([present, odds.sort(descending=True, stable=True).indices[:missing]])
+    here = torch.ones_like(labels, dtype=torch.bool) if counts is None else counts
+    odds = F.pad(weights.float(), (0, 1))
+    present = torch.zeros_like(odds).index_add(0, labels, here.to(odds.dtype)) > 0
+    odds = torch.where(present, 0.0, odds)
+    # the largest of odds / exponential noise are a draw without replacement (as torch.multinomial's)
+    keys = odds / torch.empty_like(odds).exponential_() if draw else odds
+    rank = keys.argsort(descending=True, stable=True).argsort()
+    return present | ((rank < num - present.sum()) & (odds > 0))
 
 
-def federated_classification(logits: Tensor, labels: Tensor, classes: Tensor) -> Tensor:
-    """Sigmoid cross-entropy of logits (R, K + 1) over the chosen classes (F,), summed, divided by R."""
-    num_classes = logits.shape[1] - 1
-    logits = at_least_float32(logits[:, :num_classes])
-    truth = F.one_hot(labels, num_classes + 1)[:, :num_classes].to(logits.dtype)
-    chosen = logits.new_zeros(num_classes + 1).index_fill(0, classes, 1.0)[:num_classes]
-    loss = F.binary_cross_entropy_with_logits(logits, truth, reduction="none")
-    return (loss * chosen).sum() / max(len(labels), 1)
+def federated_classification(
+    logits: Tensor, labels: Tensor, classes: Tensor, counts: Tensor | None = None
+) -> Tensor:
+    """Sigmoid cross-entropy of logits (R, K + 1) over the chosen classes (K + 1,) bool, summed, divided by R."""
+    logits = at_least_float32(logits[:, :-1])
+    truth = labels[:, None] == torch.arange(logits.shape[1], device=labels.device)
+    loss = F.binary_cross_entropy_with_logits(logits, truth.to(logits.dtype), reduction="none")
+    loss = torch.where(classes[:-1], loss, 0.0).sum(dim=1)
+    return _sum(loss, counts) / _number(labels, counts)
 
 
-def objectness(logits: Tensor, truth: Tensor, count: int) -> Tensor:
-    """Binary cross-entropy of logits (R,) and truth (R,) bool, summed, divided by `count`."""
+def objectness(
+    logits: Tensor, truth: Tensor, number: int | Tensor, counts: Tensor | None = None
+) -> Tensor:
+    """Binary cross-entropy of logits (...) and truth (...) bool, summed, divided by `number`."""
     logits = at_least_float32(logits)
-    return (
-        F.binary_cross_entropy_with_logits(logits, truth.to(logits.dtype), reduction="sum") / count
-    )
+    loss = F.binary_cross_entropy_with_logits(logits, truth.to(logits.dtype), reduction="none")
+    return _sum(loss, counts) / number
 
 
-def box_l1(deltas: Tensor, targets: Tensor, count: int) -> Tensor:
-    """Absolute differences of deltas (R, 4), summed, divided by `count`."""
-    return (at_least_float32(deltas) - targets).abs().sum() / max(count, 1)
+def box_l1(
+    deltas: Tensor, targets: Tensor, number: int | Tensor, counts: Tensor | None = None
+) -> Tensor:
+    """Absolute differences of deltas (..., 4) and targets, summed, divided by `number`, or by 1 if that is 0."""
+    loss = (at_least_float32(deltas) - targets).abs().sum(dim=-1)
+    return _sum(loss, counts) / torch.as_tensor(number).clamp(min=1)
 
 
-def mask_bce(logits: Tensor, targets: Tensor) -> Tensor:
+def mask_bce(logits: Tensor, targets: Tensor, counts: Tensor | None = None) -> Tensor:
     """Mean binary cross-entropy over logits (R, s, s) and targets (R, s, s)."""
     logits = at_least_float32(logits)
-    loss = F.binary_cross_entropy_with_logits(logits, targets.to(logits.dtype), reduction="sum")
-    return loss / max(targets.numel(), 1)
+    loss = F.binary_cross_entropy_with_logits(logits, targets.to(logits.dtype), reduction="none")
+    cells = loss.shape[1:].numel()
+    return _sum(loss.flatten(1).sum(dim=1), counts) / (_number(loss, counts) * cells)
+
+
+def _sum(loss: Tensor, counts: Tensor | None) -> Tensor:
+    return (loss if counts is None else torch.where(counts, loss, 0.0)).sum()
+
+
+def _number(rows: Tensor, counts: Tensor | None) -> int | Tensor:
+    """How many rows count, at least 1."""
+    return max(len(rows), 1) if counts is None else counts.sum().clamp(min=1)
 
 
 class SoftmaxClassification(nn.Module):
@@ -71,13 +88,13 @@ class SoftmaxClassification(nn.Module):
         super().__init__()
         self.num_classes = num_classes
 
-    def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+    def loss(self, logits: Tensor, labels: Tensor, counts: Tensor | None = None) -> Tensor:
         """Mean cross-entropy of logits (R, K + 1) and labels (R,)."""
-        return classification(logits, labels)
+        return classification(logits, labels, counts)
 
     def probabilities(self, logits: Tensor) -> Tensor:
-        """(R, K + 1) -> (R, K): the background column is left out."""
-        return logits.float().softmax(dim=1)[:, :-1]
+        """(..., K + 1) -> (..., K): the background column is left out."""
+        return logits.float().softmax(dim=-1)[..., :-1]
 
 
 class FederatedClassification(nn.Module):
@@ -94,11 +111,11 @@ class FederatedClassification(nn.Module):
         self.num_classes, self.num, self.draw = len(class_weights), num, draw
         self.register_buffer("class_weights", class_weights)
 
-    def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+    def loss(self, logits: Tensor, labels: Tensor, counts: Tensor | None = None) -> Tensor:
         """Sigmoid cross-entropy over the classes of this call; logits (R, K + 1), labels (R,)."""
-        classes = federated_classes(labels, self.class_weights, self.num, self.draw)
-        return federated_classification(logits, labels, classes)
+        classes = federated_classes(labels, self.class_weights, self.num, self.draw, counts)
+        return federated_classification(logits, labels, classes, counts)
 
     def probabilities(self, logits: Tensor) -> Tensor:
-        """(R, K + 1) -> (R, K)."""
-        return logits.float().sigmoid()[:, :-1]
+        """(..., K + 1) -> (..., K)."""
+        return logits.float().sigmoid()[..., :-1]

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from vitdet.kernels import enabled
+from vitdet.kernels.rasterize import rasterize as rasterize_on_gpu
 from vitdet.models.layers import ConvNorm, Deconv2x2, init_conv, init_predictor
 from vitdet.types import Polygons
 
@@ -38,13 +40,19 @@ class MaskHead(nn.Module):
         """Pooled features (R, C, 14, 14) and labels (R,) in 0..K-1 -> logits (R, 28, 28) of each RoI's own class."""
         for block in self.convs:
             pooled = F.relu(block(pooled))
-        logits = self.logits(F.relu(self.deconv(pooled)))
-        return logits[torch.arange(len(labels), device=labels.device), labels]
+        pixels = F.relu(self.deconv(pooled)).permute(0, 2, 3, 1)
+        # the product with the own class's row alone, not with all K
+        weight = self.logits.weight.flatten(1).index_select(0, labels)
+        logits = torch.bmm(pixels.flatten(1, 2), weight[:, :, None].to(pixels.dtype))
+        bias = self.logits.get_parameter("bias").index_select(0, labels)
+        return logits.view(pixels.shape[:3]) + bias[:, None, None]
 
 
 @torch.no_grad()
 def mask_targets(masks: Polygons, boxes: Tensor) -> Tensor:
     """The target of the mask head: R masks, each inside its box of (R, 4) -> (R, 28, 28) bool."""
+    if enabled(boxes):
+        return rasterize_on_gpu(masks.edges, masks.spans, boxes, SIZE)
     return rasterize(masks, boxes, SIZE)
 
 

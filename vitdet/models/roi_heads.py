@@ -2,7 +2,8 @@
 
 Mask R-CNN is a cascade of one stage: a loop over stages serves both (He et al. 1703.06870; Cai & Vasconcelos
 1712.00726); without the mask head they are Faster R-CNN and Cascade R-CNN. Numbers as in detectron2's ViTDet configs.
-Letters: B images, R RoIs (of all images together), N boxes of one image, K classes, G ground truths.
+Letters: B images, S slots for boxes of an image, R RoIs (of all images together), N proposals, D detections, K classes,
+G ground truths.
 """
 
 from __future__ import annotations
@@ -12,29 +13,55 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torchvision.ops import batched_nms
+from torch.nn import functional as F
 
-from vitdet.models.assign import BACKGROUND, Choose, Match, choose_randomly, sample
+from vitdet.kernels.nms import nms
+from vitdet.models.assign import BACKGROUND, IGNORE, Choose, Match, choose_randomly, sample
 from vitdet.models.box_head import BINS as BOX_BINS
 from vitdet.models.box_head import BoxHead
-from vitdet.models.boxes import Weights, clip, decode, encode, iou_blocks, nonempty
+from vitdet.models.boxes import Weights, clip, decode, encode, iou_blocks, nonempty, pick
 from vitdet.models.layers import scale_gradient
 from vitdet.models.losses import FederatedClassification, SoftmaxClassification, box_l1, mask_bce
 from vitdet.models.mask_head import BINS as MASK_BINS
 from vitdet.models.mask_head import MaskHead, mask_targets
 from vitdet.models.roi_pool import pool
-from vitdet.types import Detections, Polygons, Target
+from vitdet.models.rpn import Proposals
+from vitdet.types import Detections, Polygons, Targets
 
 Classification = SoftmaxClassification | FederatedClassification
 
 WEIGHTS = (10.0, 10.0, 5.0, 5.0)  # of the box transform of stage 0; stage s has s + 1 times these
+CANDIDATES = (
+    2000  # pairs of box and class that enter NMS; all, if fewer detections than wanted are left
+)
 
 
 class Assigned(NamedTuple):
-    """Boxes (N, 4) of one image and the ground truth (N,) assigned to each, or BACKGROUND."""
+    """Boxes (B, S, 4) and the ground truth (B, S) assigned to each, BACKGROUND, or IGNORE in an empty slot.
+
+    Foreground lies in the first `most` slots of an image.
+    """
 
     boxes: Tensor
     matched: Tensor
+    most: int
+
+    @property
+    def filled(self) -> Tensor:
+        """(B, S) bool: which slots hold a box."""
+        return self.matched >= BACKGROUND
+
+
+class Found(NamedTuple):
+    """Slots of detections, best first: boxes (B, D, 4), scores (B, D), labels (B, D), filled (B, D) bool; and whether
+    these are the best of all, (B,) bool, not only of the candidates that were looked at.
+    """
+
+    boxes: Tensor
+    scores: Tensor
+    labels: Tensor
+    filled: Tensor
+    exact: Tensor
 
 
 class RoIHeads(nn.Module):
@@ -80,157 +107,229 @@ class RoIHeads(nn.Module):
     def losses(
         self,
         features: Sequence[Tensor],
-        proposals: Sequence[Tensor],
-        targets: Sequence[Target],
+        proposals: Proposals,
+        targets: Targets,
         sizes: Tensor,
     ) -> dict[str, Tensor]:
         """loss_cls and loss_box_reg (of every stage, named _stage0.. if there are several); loss_mask with a mask head."""
         found = {}
-        assigned = [
-            self.sample(boxes, target) for boxes, target in zip(proposals, targets, strict=True)
-        ]
+        assigned = self.sample(proposals.boxes, proposals.filled, targets)
         if self.mask is not None:
             found["loss_mask"] = self.mask_loss(features, assigned, targets)
-        refined: Sequence[Tensor] = ()  # the boxes of the stage before
         for stage in range(len(self.stages)):
-            if stage > 0:
-                assigned = self.reassign(stage, refined, targets, sizes)
-            logits, deltas = self.run_stage(stage, features, [image.boxes for image in assigned])
+            filled = assigned.filled
+            logits, deltas = self.run_stage(stage, features, assigned.boxes, filled)
             suffix = f"_stage{stage}" if len(self.stages) > 1 else ""
-            labels = torch.cat(
-                [self.labels(a, target) for a, target in zip(assigned, targets, strict=True)]
+            labels = self.labels(assigned, targets)
+            found[f"loss_cls{suffix}"] = self.classification.loss(
+                logits.flatten(0, 1), labels.flatten(), filled.flatten()
             )
-            found[f"loss_cls{suffix}"] = self.classification.loss(logits, labels)
             found[f"loss_box_reg{suffix}"] = self.box_loss(stage, deltas, labels, assigned, targets)
-            counts = [len(image.boxes) for image in assigned]
-            boxes = torch.cat([image.boxes for image in assigned])
-            refined = self.decode(stage, boxes, deltas.detach()[:, 0]).split(counts)
+            if stage + 1 < len(self.stages):
+                refined = self.decode(stage, assigned.boxes, deltas.detach()[:, :, 0])
+                assigned = self.reassign(stage + 1, refined, filled, targets, sizes)
         return found
 
+    def find(
+        self, features: Sequence[Tensor], proposals: Proposals, sizes: Tensor, candidates: int
+    ) -> tuple[Found, Tensor | None]:
+        """The slots of detections of every image, and their mask probabilities (B, D, 28, 28) if there is a mask head.
+
+        Boxes in pixels of the canvas, cut to sizes (B, 2). Nothing here waits for a GPU.
+        """
+        boxes, scores = self.refine(features, proposals, sizes)
+        found = self.select(boxes, scores, proposals.filled, candidates)
+        return found, self.masks(features, found)
+
     def detect(
-        self, features: Sequence[Tensor], proposals: Sequence[Tensor], sizes: Tensor
+        self, features: Sequence[Tensor], proposals: Proposals, sizes: Tensor
     ) -> list[Detections]:
-        """Detections of every image, best first; boxes in pixels of the canvas, cut to sizes (B, 2)."""
-        counts = [len(boxes) for boxes in proposals]
-        boxes, scores = list(proposals), []
+        """Detections of every image, best first. Where too few candidates entered NMS, it has more of them."""
+        boxes, scores = self.refine(features, proposals, sizes)
+        candidates = CANDIDATES
+        found = self.select(boxes, scores, proposals.filled, candidates)
+        while not bool(found.exact.all()):
+            candidates *= 8
+            found = self.select(boxes, scores, proposals.filled, candidates)
+        return detections(found, self.masks(features, found))
+
+    def refine(
+        self, features: Sequence[Tensor], proposals: Proposals, sizes: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Boxes (B, N, K or 1, 4) of the last stage and the mean scores (B, N, K) of all."""
+        boxes, scores = proposals.boxes, []
+        clipped = boxes[:, :, None]
         for stage in range(len(self.stages)):
-            logits, deltas = self.run_stage(stage, features, boxes)
+            logits, deltas = self.run_stage(stage, features, boxes, proposals.filled)
             scores.append(self.classification.probabilities(logits))
-            decoded = self.decode(stage, torch.cat(boxes), deltas).split(counts)
-            clipped = [clip(image, size) for image, size in zip(decoded, sizes, strict=True)]
-            boxes = [image[:, 0] for image in clipped]
-        mean_scores = torch.stack(scores).mean(dim=0).split(counts)
-        best = [self.select(b, s) for b, s in zip(clipped, mean_scores, strict=True)]
-        return best if self.mask is None else self.with_masks(features, best)
+            clipped = clip(self.decode(stage, boxes, deltas), sizes)
+            boxes = clipped[:, :, 0]
+        return clipped, torch.stack(scores).mean(dim=0)
 
     def run_stage(
-        self, stage: int, features: Sequence[Tensor], boxes: Sequence[Tensor]
+        self, stage: int, features: Sequence[Tensor], boxes: Tensor, filled: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Logits (R, K + 1) and deltas (R, K or 1, 4) of all images' boxes."""
-        pooled = pool(features, boxes, self.strides, BOX_BINS, self.sampling_ratio)
-        if len(self.stages) > 1:
-            pooled = scale_gradient(pooled, 1 / len(self.stages))
-        return self.stages[stage](pooled)
+        """Logits (B, S, K + 1) and deltas (B, S, K or 1, 4) of boxes (B, S, 4); of any value in empty slots."""
+
+        def head(pooled: Tensor) -> tuple[Tensor, Tensor]:
+            if len(self.stages) > 1:
+                pooled = scale_gradient(pooled, 1 / len(self.stages))
+            return self.stages[stage](pooled)
+
+        slots = used(filled)
+        logits, deltas = head(self.pool(features, boxes, filled, slots, BOX_BINS))
+        return spread(logits, slots, filled), spread(deltas, slots, filled)
+
+    def pool(
+        self, features: Sequence[Tensor], boxes: Tensor, filled: Tensor, slots: Tensor, bins: int
+    ) -> Tensor:
+        """The features (R, C, bins, bins) of the slots (R,) of boxes (B, S, 4)."""
+        number = torch.arange(len(boxes), device=boxes.device)[:, None]
+        image = torch.where(filled, number, -1).flatten()[slots]
+        rows = boxes.flatten(0, 1)[slots]
+        return pool(features, rows, image, self.strides, bins, self.sampling_ratio)
 
     def decode(self, stage: int, boxes: Tensor, deltas: Tensor) -> Tensor:
-        """What a stage makes of boxes (R, 4) by deltas (R, ..., 4): (R, ..., 4)."""
+        """What a stage makes of boxes (..., 4) by deltas (..., 4) or (..., K, 4)."""
         return decode(boxes, deltas, self.weights[stage], self.min_log_scale)
 
     @torch.no_grad()
-    def sample(self, proposals: Tensor, target: Target) -> Assigned:
-        """Foreground first, then background, out of the proposals and the ground truths themselves."""
-        boxes = torch.cat([proposals, target.boxes])
+    def sample(self, proposals: Tensor, filled: Tensor, targets: Targets) -> Assigned:
+        """Foreground first, then background, out of the proposals (B, N, 4) and the ground truths themselves."""
+        boxes = torch.cat([proposals, targets.boxes], dim=1)
         # Match proposals and GT boxes separately; otherwise the best match of each GT is itself.
-        ious = iou_blocks(target.boxes, proposals), iou_blocks(target.boxes, target.boxes)
-        matched = torch.cat([self.match(iou, self.ious[0], self.ious[0]) for iou in ious])
-        chosen = torch.cat(sample(matched, self.samples, self.positive_fraction, self.choose))
-        return Assigned(boxes[chosen], matched[chosen])
+        ious = iou_blocks(targets.boxes, proposals), iou_blocks(targets.boxes, targets.boxes)
+        matched = torch.cat([self.match(iou, self.ious[0], self.ious[0]) for iou in ious], dim=1)
+        matched = torch.where(torch.cat([filled, targets.present], dim=1), matched, IGNORE)
+        sampled = sample(matched, self.samples, self.positive_fraction, self.choose)
+        matched = torch.where(sampled.filled, matched.gather(1, sampled.chosen), IGNORE)
+        return Assigned(pick(boxes, sampled.chosen), matched, sampled.most)
 
     @torch.no_grad()
     def reassign(
-        self, stage: int, refined: Sequence[Tensor], targets: Sequence[Target], sizes: Tensor
-    ) -> list[Assigned]:
+        self, stage: int, refined: Tensor, filled: Tensor, targets: Targets, sizes: Tensor
+    ) -> Assigned:
         """The previous stage's boxes, cut to the image, with the ground truth that suits this stage's IoU."""
-        assigned = []
-        for boxes, target, size in zip(refined, targets, sizes, strict=True):
-            boxes = clip(boxes, size)
-            boxes = boxes[nonempty(boxes)]
-            iou = self.ious[stage]
-            assigned.append(Assigned(boxes, self.match(iou_blocks(target.boxes, boxes), iou, iou)))
-        return assigned
+        boxes = clip(refined, sizes)
+        filled = filled & nonempty(boxes)
+        boxes = torch.where(filled[..., None], boxes, 0.0)
+        matched = self.match(iou_blocks(targets.boxes, boxes), self.ious[stage], self.ious[stage])
+        return Assigned(boxes, torch.where(filled, matched, IGNORE), boxes.shape[1])
 
-    def labels(self, assigned: Assigned, target: Target) -> Tensor:
-        """(N,) class of each box; K for background."""
-        background = target.labels.new_full((1,), self.classification.num_classes)
-        return torch.cat([target.labels, background])[assigned.matched]
+    def labels(self, assigned: Assigned, targets: Targets) -> Tensor:
+        """(B, S) class of each box; K for background and in empty slots."""
+        own = targets.labels.gather(1, assigned.matched.clamp(min=0))
+        return torch.where(assigned.matched > BACKGROUND, own, self.classification.num_classes)
 
     def box_loss(
-        self,
-        stage: int,
-        deltas: Tensor,
-        labels: Tensor,
-        assigned: Sequence[Assigned],
-        targets: Sequence[Target],
+        self, stage: int, deltas: Tensor, labels: Tensor, assigned: Assigned, targets: Targets
     ) -> Tensor:
         """L1 of the foreground boxes' deltas (for their own class), divided by the number of all boxes."""
-        foreground = torch.cat([image.matched for image in assigned]) > BACKGROUND
-        boxes = torch.cat([image.boxes for image in assigned])[foreground]
-        truth = torch.cat(
-            [
-                target.boxes[image.matched[image.matched > BACKGROUND]]
-                for image, target in zip(assigned, targets, strict=True)
-            ]
+        boxes, matched, most = assigned
+        number = assigned.filled.sum()
+        boxes, matched, labels, deltas = (
+            rows[:, :most] for rows in (boxes, matched, labels, deltas)
         )
-        column = labels[foreground].clamp(max=deltas.shape[1] - 1)  # one column if class-agnostic
-        return box_l1(
-            deltas[foreground, column], encode(boxes, truth, self.weights[stage]), len(labels)
-        )
+        foreground = (matched > BACKGROUND)[..., None]
+        unit = F.pad(torch.ones_like(boxes[..., :2]), (2, 0))  # for slots without foreground
+        truth = torch.where(foreground, pick(targets.boxes, matched.clamp(min=0)), unit)
+        wanted = encode(torch.where(foreground, boxes, unit), truth, self.weights[stage])
+        column = labels.clamp(max=deltas.shape[2] - 1)  # one column if class-agnostic
+        own = deltas.gather(2, column[:, :, None, None].expand(-1, -1, 1, 4))[:, :, 0]
+        return box_l1(own, wanted, number, foreground[..., 0])
 
-    def mask_loss(
-        self, features: Sequence[Tensor], assigned: Sequence[Assigned], targets: Sequence[Target]
-    ) -> Tensor:
+    def mask_loss(self, features: Sequence[Tensor], assigned: Assigned, targets: Targets) -> Tensor:
         """Mask cross-entropy over (at most `mask_samples` of) the foreground boxes of every image.
 
         Boxes of objects without an annotated outline take no part.
         """
         assert self.mask is not None
-        boxes, labels, wanted = [], [], []
-        for image, target in zip(assigned, targets, strict=True):
-            usable = image.matched > BACKGROUND
-            if target.has_mask is not None:
-                usable &= torch.cat([target.has_mask, usable.new_zeros(1)])[image.matched]
-            chosen = usable.nonzero().flatten()[: self.mask_samples]
-            truth = image.matched[chosen]
-            boxes.append(image.boxes[chosen])
-            labels.append(target.labels[truth])
-            wanted.append(self.mask_targets(target.masks[truth], image.boxes[chosen]))
-        pooled = pool(features, boxes, self.strides, MASK_BINS, self.sampling_ratio)
-        return mask_bce(self.mask(pooled, torch.cat(labels)), torch.cat(wanted))
+        boxes, matched = assigned.boxes[:, : assigned.most], assigned.matched[:, : assigned.most]
+        truth = matched.clamp(min=0)
+        usable = (matched > BACKGROUND) & targets.has_mask.gather(1, truth)
+        # usable ones first, in their order
+        index = usable.to(torch.int8).sort(dim=1, descending=True, stable=True).indices
+        index = index[:, : self.mask_samples]
+        usable, truth, boxes = usable.gather(1, index), truth.gather(1, index), pick(boxes, index)
+        slots = used(usable)
+        place = torch.arange(len(truth), device=truth.device)[:, None] * targets.labels.shape[1]
+        masks = targets.masks[(place + truth).flatten()[slots]]
+        wanted = self.mask_targets(masks, boxes.flatten(0, 1)[slots])
+        pooled = self.pool(features, boxes, usable, slots, MASK_BINS)
+        logits = self.mask(pooled, targets.labels.gather(1, truth).flatten()[slots])
+        return mask_bce(logits, wanted, usable.flatten()[slots])
 
     def mask_targets(self, masks: Polygons, boxes: Tensor) -> Tensor:
         """The target masks (R, 28, 28) bool of boxes (R, 4), one mask each."""
         return mask_targets(masks, boxes)
 
-    def select(self, boxes: Tensor, scores: Tensor) -> Detections:
-        """The best boxes of one image after NMS within classes: boxes (N, K or 1, 4), scores (N, K)."""
-        finite = boxes.isfinite().all(dim=2).all(dim=1) & scores.isfinite().all(dim=1)
-        boxes, scores = boxes[finite], scores[finite]
-        row, label = (scores > self.score_threshold).nonzero().unbind(dim=1)
-        boxes = boxes[row, label.clamp(max=boxes.shape[1] - 1)]
-        scores = scores[row, label]
-        keep = batched_nms(boxes, scores, label, self.nms_iou)[: self.max_detections]
-        return Detections(boxes[keep], scores[keep], label[keep], masks=None)
+    def select(self, boxes: Tensor, scores: Tensor, filled: Tensor, candidates: int) -> Found:
+        """The best boxes of each image after NMS within classes: boxes (B, N, K or 1, 4), scores (B, N, K).
 
-    def with_masks(
-        self, features: Sequence[Tensor], found: Sequence[Detections]
-    ) -> list[Detections]:
-        """The detections with the mask probabilities (N, 28, 28) inside their boxes."""
-        assert self.mask is not None
-        boxes = [image.boxes for image in found]
-        pooled = pool(features, boxes, self.strides, MASK_BINS, self.sampling_ratio)
-        logits = self.mask(pooled, torch.cat([image.labels for image in found]))
-        masks = logits.float().sigmoid().split([len(b) for b in boxes])
-        return [
-            Detections(image.boxes, image.scores, image.labels, m)
-            for image, m in zip(found, masks, strict=True)
-        ]
+        Only the `candidates` best pairs of box and class enter NMS.
+        """
+        finite = boxes.isfinite().flatten(2).all(dim=2) & scores.isfinite().all(dim=2)
+        passed = (scores > self.score_threshold) & (finite & filled)[..., None]
+        classes, sets = scores.shape[2], boxes.shape[2]
+        best, index = (
+            torch.where(passed, scores, -1.0)
+            .flatten(1)
+            .topk(min(candidates, scores[0].numel()), dim=1)
+        )
+        # equal scores in the order of the boxes
+        index, order = index.sort(dim=1)
+        best, order = best.gather(1, order).sort(dim=1, descending=True, stable=True)
+        index = index.gather(1, order)
+        labels, there = index % classes, best > self.score_threshold
+        row = index // classes * sets + labels.clamp(max=sets - 1)
+        found = torch.where(there[..., None], pick(boxes.flatten(1, 2), row), 0.0)
+        kept = nms(found, labels, self.nms_iou, self.max_detections)
+        kept = (kept | ~nonempty(found)) & there  # a box without area overlaps none
+        order = kept.to(torch.int8).sort(dim=1, descending=True, stable=True).indices
+        order = order[:, : self.max_detections]
+        seen = passed.flatten(1).sum(dim=1) <= best.shape[1]
+        return Found(
+            pick(found, order),
+            best.gather(1, order),
+            labels.gather(1, order),
+            kept.gather(1, order),
+            seen | (kept.sum(dim=1) >= self.max_detections),
+        )
+
+    def masks(self, features: Sequence[Tensor], found: Found) -> Tensor | None:
+        """The mask probabilities (B, D, 28, 28) inside the boxes of detections; None without a mask head."""
+        if self.mask is None:
+            return None
+        slots = used(found.filled)
+        pooled = self.pool(features, found.boxes, found.filled, slots, MASK_BINS)
+        logits = self.mask(pooled, found.labels.flatten()[slots])
+        return spread(logits.float().sigmoid(), slots, found.filled)
+
+
+def used(filled: Tensor) -> Tensor:
+    """The slots (R,) of (B, S) that a head runs on: on a GPU all, as its host would wait for the number of filled ones."""
+    flat = filled.flatten()
+    if filled.device.type == "cpu":
+        return flat.nonzero().flatten()
+    return torch.arange(len(flat), device=flat.device)
+
+
+def spread(rows: Tensor, slots: Tensor, filled: Tensor) -> Tensor:
+    """The rows (R, ...) of the slots (R,) at their places: (B, S, ...), zeros elsewhere."""
+    if len(slots) < filled.numel():
+        rows = rows.new_zeros(filled.numel(), *rows.shape[1:]).index_copy(0, slots, rows)
+    return rows.unflatten(0, filled.shape)
+
+
+def detections(found: Found, masks: Tensor | None) -> list[Detections]:
+    """The detections of every image, best first. The host waits here for their number."""
+    counts = found.filled.sum(dim=1).tolist()
+    return [
+        Detections(
+            found.boxes[i, :count],
+            found.scores[i, :count],
+            found.labels[i, :count],
+            None if masks is None else masks[i, :count],
+        )
+        for i, count in enumerate(counts)
+    ]

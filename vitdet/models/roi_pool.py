@@ -10,8 +10,10 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torchvision.ops import roi_align
+from torchvision import ops
 
+from vitdet.kernels import enabled
+from vitdet.kernels.roi_align import roi_align
 from vitdet.models.boxes import area
 from vitdet.models.layers import at_least_float32
 
@@ -26,33 +28,40 @@ def assign_levels(boxes: Tensor, num_levels: int, finest_stride: int) -> Tensor:
 
 def pool(
     features: Sequence[Tensor],
-    boxes: Sequence[Tensor],
+    boxes: Tensor,
+    image: Tensor,
     strides: Sequence[int],
     bins: int,
     sampling_ratio: int,
 ) -> Tensor:
-    """Features of every RoI (R, C, bins, bins): maps (B, C, h, w) and boxes, a tensor (., 4) for each image.
+    """Features (R, C, bins, bins) of boxes (R, 4), each of its image (R,), from maps (B, C, h, w).
 
-    `sampling_ratio` points a bin and axis; 0 adapts them to the RoI's size, as the published models do.
+    `sampling_ratio` points a bin and axis; 0 adapts them to the RoI's size, as the published models do. On a GPU a RoI
+    of image -1 is an empty slot, whose features are zeros.
     """
     features = features[: len(strides)]
-    levels = assign_levels(torch.cat(list(boxes)), len(features), strides[0])
+    levels = assign_levels(boxes, len(features), strides[0])
+    if enabled(*features):
+        levels = torch.where(image < 0, -1, levels)
+        return roi_align(features, boxes, image, levels, strides, bins, sampling_ratio)
     if sampling_ratio > 0:
-        return _pool_by_products(features, boxes, levels, strides, bins, sampling_ratio)
-    image = torch.cat([torch.full((len(b),), i, device=b.device) for i, b in enumerate(boxes)])
-    rois = torch.cat([image[:, None].to(boxes[0].dtype), torch.cat(list(boxes))], dim=1)
+        return _pool_by_products(features, boxes, image, levels, strides, bins, sampling_ratio)
+    rois = torch.cat([image[:, None].clamp(min=0).to(boxes.dtype), boxes], dim=1)
     order = [(levels == level).nonzero().flatten() for level in range(len(features))]
     values = []
     for feature, chosen, stride in zip(features, order, strides, strict=True):
         exact = at_least_float32(feature)  # in bf16 a coordinate of 1000 px would be 4 px coarse
-        found = roi_align(exact, rois[chosen].to(exact.dtype), bins, 1 / stride, 0, aligned=True)
+        found = ops.roi_align(
+            exact, rois[chosen].to(exact.dtype), bins, 1 / stride, 0, aligned=True
+        )
         values.append(found.to(features[0].dtype))
     return torch.cat(values)[torch.cat(order).argsort()]
 
 
 def _pool_by_products(
     features: Sequence[Tensor],
-    boxes: Sequence[Tensor],
+    boxes: Tensor,
+    image: Tensor,
     levels: Tensor,
     strides: Sequence[int],
     bins: int,
@@ -64,25 +73,22 @@ def _pool_by_products(
     """
     # Unbound once: indexing a map by image would make a gradient of the whole map for each image.
     maps = [feature.permute(0, 2, 3, 1).unbind() for feature in features]
-    values, order, start = [], [], 0
-    for image, image_boxes in enumerate(boxes):
-        image_levels = levels[start : start + len(image_boxes)]
-        for level, (images, stride) in enumerate(zip(maps, strides, strict=True)):
-            chosen = (image_levels == level).nonzero().flatten()
+    values, order = [], []
+    for level, (images, stride) in enumerate(zip(maps, strides, strict=True)):
+        for number, pixels in enumerate(images):
+            chosen = ((image == number) & (levels == level)).nonzero().flatten()
             # most levels of most images; the products below would be right but not free
             if len(chosen) == 0:
                 continue
-            pixels = images[image]
-            rows = interpolation(image_boxes[chosen, 1::2] / stride, len(pixels), bins, ratio).to(
+            rows = interpolation(boxes[chosen, 1::2] / stride, len(pixels), bins, ratio).to(
                 pixels.dtype
             )
-            columns = interpolation(
-                image_boxes[chosen, 0::2] / stride, pixels.shape[1], bins, ratio
-            ).to(pixels.dtype)
+            columns = interpolation(boxes[chosen, 0::2] / stride, pixels.shape[1], bins, ratio).to(
+                pixels.dtype
+            )
             lines = (rows.flatten(0, 1) @ pixels.flatten(1)).unflatten(0, rows.shape[:2])
             values.append(columns[:, None] @ lines.unflatten(2, pixels.shape[1:]))
-            order.append(chosen + start)
-        start += len(image_boxes)
+            order.append(chosen)
     if not values:
         return features[0].new_zeros(0, features[0].shape[1], bins, bins)
     return torch.cat(values)[torch.cat(order).argsort()].permute(0, 3, 1, 2)

@@ -1,11 +1,12 @@
 """Region proposal network: objectness and box deltas for every anchor, the proposals, and the losses.
 
 Ren et al., Faster R-CNN (1506.01497); numbers as in detectron2's ViTDet configs.
-Letters: B images, L levels, A anchors a cell, N anchors of a level (h w A) or proposals, G ground truths.
+Letters: B images, L levels, A anchors a cell, N anchors of a level (h w A) or slots for proposals, G ground truths.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -13,14 +14,14 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torchvision.ops import batched_nms
 
+from vitdet.kernels.nms import nms
 from vitdet.models.anchors import grid_anchors
-from vitdet.models.assign import BACKGROUND, Choose, Match, choose_randomly, sample
-from vitdet.models.boxes import clip, decode, encode, iou_blocks, nonempty
+from vitdet.models.assign import Choose, Match, Sampled, choose_randomly, sample
+from vitdet.models.boxes import clip, decode, encode, iou_blocks, nonempty, pick
 from vitdet.models.layers import ConvNorm, init_predictor
 from vitdet.models.losses import box_l1, objectness
-from vitdet.types import Target
+from vitdet.types import Targets
 
 WEIGHTS = (1.0, 1.0, 1.0, 1.0)  # of the box transform
 
@@ -34,10 +35,11 @@ class Anchored(NamedTuple):
 
 
 class Proposals(NamedTuple):
-    """Boxes (N, 4) of one image, best first, and their objectness logits (N,)."""
+    """Boxes (B, N, 4) of each image, best first, their objectness logits (B, N), and which of the slots are filled."""
 
     boxes: Tensor
     logits: Tensor
+    filled: Tensor
 
 
 class RPN(nn.Module):
@@ -102,67 +104,67 @@ class RPN(nn.Module):
         )
 
     def head(self, feature: Tensor) -> tuple[Tensor, Tensor]:
-        """One level's map (B, C, h, w) -> logits (B, A, h, w) and deltas (B, 4 A, h, w)."""
+        """One level's map (B, C, h, w) -> logits (B, A, h, w) and deltas (B, 4 A, h, w).
+
+        Both come from one product, whose width is filled up to a multiple of 8 for the matrix units of GPUs.
+        """
         for block in self.convs:
             feature = F.relu(block(feature))
-        return self.objectness(feature), self.deltas(feature)
+        both = (self.objectness, self.deltas)
+        anchors, spare = len(self.aspect_ratios), -5 * len(self.aspect_ratios) % 8
+        weight = F.pad(torch.cat([conv.weight.flatten(1) for conv in both]), (0, 0, 0, spare))
+        bias = F.pad(torch.cat([conv.get_parameter("bias") for conv in both]), (0, spare))
+        found = F.linear(feature.permute(0, 2, 3, 1), weight, bias).permute(0, 3, 1, 2)
+        return found[:, :anchors], found[:, anchors : 5 * anchors]
 
     @torch.no_grad()
-    def propose(self, found: Anchored, sizes: Tensor, top: tuple[int, int]) -> list[Proposals]:
-        """The best boxes of each image after NMS within levels, cut to its size.
+    def propose(self, found: Anchored, sizes: Tensor, top: tuple[int, int]) -> Proposals:
+        """The best boxes of each image after NMS within levels, cut to its size; as many slots as leave NMS at most.
 
         sizes (B, 2) unpadded (height, width); top = boxes a level that enter NMS, boxes an image that leave it.
         """
         pre_nms, post_nms = top
-        boxes, scores, levels = [], [], []
-        for level, (logits, deltas, anchors) in enumerate(zip(*found, strict=True)):
+        boxes, scores = [], []
+        for logits, deltas, anchors in zip(*found, strict=True):
             best, index = logits.float().topk(min(pre_nms, logits.shape[1]), dim=1)
-            chosen = deltas.gather(1, index[:, :, None].expand(-1, -1, 4))
-            decoded = decode(
-                anchors[index].flatten(0, 1), chosen.flatten(0, 1), WEIGHTS, self.min_log_scale
-            )
-            boxes.append(decoded.unflatten(0, index.shape))
-            scores.append(best)
-            levels.append(torch.full((index.shape[1],), level, device=index.device))
-        level_of = torch.cat(levels)
-        return [
-            self._suppress(image_boxes, image_scores, level_of, size, post_nms)
-            for image_boxes, image_scores, size in zip(
-                torch.cat(boxes, 1), torch.cat(scores, 1), sizes, strict=True
-            )
-        ]
+            decoded = decode(anchors[index], pick(deltas, index), WEIGHTS, self.min_log_scale)
+            decoded = clip(decoded, sizes)
+            usable = decoded.isfinite().all(dim=2) & best.isfinite() & nonempty(decoded)
+            spare = pre_nms - index.shape[1]  # slots of a level with fewer anchors
+            boxes.append(F.pad(torch.where(usable[..., None], decoded, 0.0), (0, 0, 0, spare)))
+            scores.append(F.pad(best, (0, spare)))
+        of_level = torch.stack(boxes, dim=1)
+        kept = nms(of_level.flatten(0, 1), None, self.nms_iou, post_nms).view(len(sizes), -1)
+        left = torch.where(kept, torch.cat(scores, dim=1), -math.inf)
+        best, order = left.sort(dim=1, descending=True, stable=True)
+        best, order = best[:, :post_nms], order[:, :post_nms]
+        filled = best > -math.inf
+        chosen = torch.where(filled[..., None], pick(of_level.flatten(1, 2), order), 0.0)
+        return Proposals(chosen, best, filled)
 
-    def _suppress(
-        self, boxes: Tensor, scores: Tensor, levels: Tensor, size: Tensor, post_nms: int
-    ) -> Proposals:
-        boxes = clip(boxes, size)
-        usable = boxes.isfinite().all(dim=1) & scores.isfinite() & nonempty(boxes)
-        boxes, scores, levels = boxes[usable], scores[usable], levels[usable]
-        keep = batched_nms(boxes, scores, levels, self.nms_iou)[:post_nms]
-        return Proposals(boxes[keep], scores[keep])
+    def sample(self, anchors: Tensor, targets: Targets) -> tuple[Tensor, Sampled]:
+        """The ground truth (B, N) of every anchor of (N, 4), and which are sampled."""
+        ious = iou_blocks(targets.boxes, anchors.expand(len(targets), -1, -1))
+        matched = self.match(ious, self.iou_low, self.iou_high)
+        return matched, sample(matched, self.samples, self.positive_fraction, self.choose)
 
-    def sample(self, anchors: Tensor, target: Target) -> tuple[Tensor, Tensor, Tensor]:
-        """For one image: anchors' ground truths (N,), indices of the sampled foreground and background anchors."""
-        matched = self.match(iou_blocks(target.boxes, anchors), self.iou_low, self.iou_high)
-        return matched, *sample(matched, self.samples, self.positive_fraction, self.choose)
-
-    def losses(self, found: Anchored, targets: Sequence[Target]) -> dict[str, Tensor]:
-        """loss_rpn_cls over the sampled anchors, loss_rpn_loc over the foreground ones, both divided by one count."""
+    def losses(self, found: Anchored, targets: Targets) -> dict[str, Tensor]:
+        """loss_rpn_cls over the sampled anchors, loss_rpn_loc over the foreground ones, both divided by one number."""
         anchors = torch.cat(found.anchors)
-        all_logits, all_deltas = torch.cat(found.logits, 1), torch.cat(found.deltas, 1)
-        logits, truth, deltas, delta_targets, sampled = [], [], [], [], 0
-        for image, target in enumerate(targets):
-            matched, positive, negative = self.sample(anchors, target)
-            chosen = torch.cat([positive, negative])
-            sampled += max(len(positive), 1) + max(len(negative), 1)  # mmdet: none counts as one
-            logits.append(all_logits[image, chosen])
-            truth.append(matched[chosen] > BACKGROUND)
-            deltas.append(all_deltas[image, positive])
-            delta_targets.append(
-                encode(anchors[positive], target.boxes[matched[positive]], WEIGHTS)
-            )
-        count = sampled if self.divide_by_sampled else self.samples * len(targets)
+        logits, deltas = torch.cat(found.logits, 1), torch.cat(found.deltas, 1)
+        matched, sampled = self.sample(anchors, targets)
+        number: int | Tensor = self.samples * len(targets)
+        if self.divide_by_sampled:
+            background = sampled.filled & ~sampled.foreground
+            kinds = torch.stack([sampled.foreground.sum(1), background.sum(1)])
+            number = kinds.clamp(min=1).sum()  # mmdet: none of a kind counts as one
+        index, foreground = sampled.chosen[:, : sampled.most], sampled.foreground[:, : sampled.most]
+        here = anchors[index]
+        truth = pick(targets.boxes, matched.gather(1, index).clamp(min=0))
+        wanted = encode(here, torch.where(foreground[..., None], truth, here), WEIGHTS)
         return {
-            "loss_rpn_cls": objectness(torch.cat(logits), torch.cat(truth), count),
-            "loss_rpn_loc": box_l1(torch.cat(deltas), torch.cat(delta_targets), count),
+            "loss_rpn_cls": objectness(
+                logits.gather(1, sampled.chosen), sampled.foreground, number, sampled.filled
+            ),
+            "loss_rpn_loc": box_l1(pick(deltas, index), wanted, number, foreground),
         }

@@ -11,7 +11,7 @@ random draws of the next one are those of the next step, and the average moves t
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import NamedTuple
 
@@ -22,13 +22,16 @@ from torch import Tensor, nn
 from vitdet import distributed
 from vitdet.config import Config
 from vitdet.models import Detector
+from vitdet.models.compile import compile_parts
+from vitdet.training.graph import GraphedGradients, can_be_graphed, padded
 from vitdet.training.memory import checkpoint_activations
 from vitdet.training.optim import WeightAverage, build_optimizer, clip_gradients, scaled, set_lr
 from vitdet.training.parallel import parallelize, without_exchange
 from vitdet.training.precision import autocast, chosen, tf32
 from vitdet.training.watchdog import Stage
-from vitdet.types import Batch
+from vitdet.types import Batch, Target, Targets
 
+LONG_RUN = 1000  # steps from which train.compile=auto compiles: about 90 s for a third of the time
 LEAST_SCALE = (
     2.0**-14
 )  # of the losses; 30 steps skipped in a row bring it there from its start, 2 ** 16
@@ -64,15 +67,24 @@ class TrainingStep:
         self.average = WeightAverage(detector, self.optim.ema)
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.precision == "fp16")
         self.model: nn.Module = detector  # what is called; `distribute` wraps it
+        self.graphed: GraphedGradients | None = None
+        setting = config.train.compile
+        if device.type == "cuda" and setting != "never":
+            if setting == "always" or config.optim.steps >= LONG_RUN:
+                compile_parts(detector)
+            if can_be_graphed(detector):
+                self.graphed = GraphedGradients(detector, self.gradients)
 
     def distribute(self) -> None:
         """Average the gradients of all processes from now on; to be called by all of them."""
-        self.model = parallelize(self.detector, self.device, self.accumulate)
+        if self.graphed is None:
+            self.model = parallelize(self.detector, self.device, self.accumulate)
 
     def run(self, step: int, load: Callable[[], Batch], at: Callable[[Stage], None]) -> Figures:
         """Do step `step` (0-based); `load` gives the next micro-batch, `at` is told each stage that begins."""
         lr = set_lr(self.optimizer, step, self.optim)
-        self.optimizer.zero_grad()  # before the activations, which need the memory
+        # before the activations, which need the memory; a graph's gradients stay where they are
+        self.optimizer.zero_grad(set_to_none=self.graphed is None)
         parts = []
         with tf32(self.precision, self.device):
             for k in range(self.accumulate):
@@ -82,6 +94,8 @@ class TrainingStep:
                 torch.manual_seed(step_seed(self.seed, step, virtual_rank))
                 with nullcontext() if last else without_exchange(self.model):
                     parts.append(self.forward_backward(batch, at if last else lambda _: None))
+            if self.graphed is not None:
+                self.graphed.average()
             norm = self.update(step)
         losses = parts[0]
         if self.accumulate > 1:
@@ -90,12 +104,29 @@ class TrainingStep:
         return Figures(losses, norm, lr, skipped)
 
     def forward_backward(self, batch: Batch, at: Callable[[Stage], None]) -> dict[str, Tensor]:
-        """Add the gradients of a micro-batch, its share of the step's, to those there are; its losses, detached.
+        """Add the gradients of a micro-batch from the loader, its share of the step's, to those there are; its losses, detached.
 
         `at` is told that the backward pass begins, with which other processes may have to wait for this one.
         """
+        if self.graphed is not None:
+            images = batch.images.to(self.device, non_blocking=True)
+            sizes = batch.sizes.pin_memory().to(self.device, non_blocking=True)
+            losses = self.graphed(images, padded(batch.targets, self.device), sizes)
+            at(Stage.EXCHANGING)
+            return {name: loss.clone() for name, loss in losses.items()}
+        batch = batch.to(self.device, non_blocking=True)
+        return self.gradients(batch.images, batch.targets, batch.sizes, at)
+
+    def gradients(
+        self,
+        images: Tensor,
+        targets: Targets | Sequence[Target],
+        sizes: Tensor,
+        at: Callable[[Stage], None] = lambda _: None,
+    ) -> dict[str, Tensor]:
+        """As `forward_backward`, of what lies on the device."""
         with autocast(self.precision, self.device):
-            losses = self.model(batch.images, batch.targets, batch.sizes)
+            losses = self.model(images, targets, sizes)
         at(Stage.EXCHANGING)
         self.scaler.scale(sum(losses.values()) / self.accumulate).backward()
         return {name: loss.detach() for name, loss in losses.items()}

@@ -31,6 +31,7 @@ from vitdet.tracking.tracker import Tracker
 from vitdet.training.meter import Meter
 from vitdet.training.optim import rate_note
 from vitdet.training.parallel import share_statistics
+from vitdet.training.profile import STEPS, ProfiledBatches
 from vitdet.training.resume import (
     changed_settings,
     is_complete,
@@ -59,6 +60,7 @@ def train(
     checkpoints: str | Path | None = None,
     weights: str | Path | None = None,
     start_tracking: StartTracking = lambda *_: Tracker(),
+    profile: bool = False,
 ) -> Path:
     """Trains a detector and returns the path of output/model.pt; resumes an interrupted training.
 
@@ -70,6 +72,8 @@ def train(
     be extended. Raises ValueError when `output` holds any other finished run or one of another config, Stopped after
     SIGTERM, SIGINT or SIGHUP. A finished run of this config and data is the result: all processes are started again when
     a node is lost at the very end.
+
+    profile: write a trace of a few steps of the first process to output/profile, and log where their time goes.
 
     Changes the process as described in `vitdet.data.loader.configure_process`.
     """
@@ -97,6 +101,11 @@ def train(
         states = Checkpoints(folder, config.train.keep)
         state = state_to_resume(config, output, prints, states)
         start = state["step"] if state else 0
+        if profile and config.optim.steps - start < STEPS:
+            raise ValueError(
+                f"a profile takes {STEPS} steps, but only {config.optim.steps - start} are left: start "
+                "another training, with a larger optim.steps"
+            )
         loader = distributed.together(
             lambda: train_loader(
                 config.data,
@@ -129,6 +138,8 @@ def train(
             config, detector, loader, tracker, saver, prints, device, stop, watchdog, output
         )
         try:
+            if profile and distributed.rank() == 0:
+                loop.loader = ProfiledBatches(loader, loop.training_step, output / "profile")
             loop.begin(state)
             state = None  # it weighs as much as detector and optimizer, who have it now
             loop.run(start)
@@ -235,7 +246,7 @@ class Loop:
         def load() -> Batch:
             at(Stage.LOADING)
             with self.meter.waiting():
-                return next(self.batches).to(self.device, non_blocking=True)
+                return next(self.batches)
 
         figures = self.training_step.run(step, load, at)
         self.meter.add(figures.losses, figures.grad_norm, figures.skipped)
@@ -256,7 +267,8 @@ class Loop:
                 self.watchdog.at(step, Stage.COMPARING, LONG)
             return self.stop.received > 0
 
-        with self.meter.paused():
+        # what training compiled is for its own sizes and precision
+        with self.meter.paused(), torch.compiler.set_stance("force_eager"):
             self.watchdog.at(step, Stage.EVALUATING, LONG)  # reads the annotations
             with self.average.applied():
                 share_statistics(self.detector)
@@ -270,7 +282,10 @@ class Loop:
                     self.stop.check(self.stopped(step))
                 if distributed.rank() == 0:
                     folder = self.output / "pictures" / f"step_{step:08d}"
-                    for path in write_pictures(self.detector, config.data, folder):
+                    precision = config.evaluate.precision
+                    for path in write_pictures(
+                        self.detector, config.data, folder, precision=precision
+                    ):
                         self.tracker.artifact(path, f"pictures/{folder.name}")
             self.tracker.log(self.metrics, step)
             self.evaluated = step

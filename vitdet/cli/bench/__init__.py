@@ -1,9 +1,11 @@
-"""`vitdet bench`: speed, beside a reference implementation."""
+"""`vitdet bench`: how fast training, detection, evaluation and the reading of data are."""
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 
+from vitdet.cli.overrides import add_set
 from vitdet.cli.paths import given_path
 from vitdet.files import write_json
 
@@ -31,6 +33,59 @@ def add_bench(verb: argparse.ArgumentParser) -> None:
     kind.add_argument("--rounds", type=int, default=5, help="turns over all images (5)")
     kind.add_argument("--output", type=given_path, help="write the figures to this JSON file")
     kind.set_defaults(run=run_bench_data)
+    kind = kinds.add_parser("train", help="training steps on made-up images")
+    _add_recipe(kind)
+    kind.set_defaults(run=run_bench_train)
+    kind = kinds.add_parser("infer", help="detection in made-up images")
+    _add_recipe(kind)
+    kind.set_defaults(run=run_bench_infer)
+
+
+def _add_recipe(kind: argparse.ArgumentParser) -> None:
+    """The arguments of the benchmarks of a recipe's detector."""
+    kind.add_argument("recipe", help="a recipe's name or a YAML file")
+    add_set(kind)
+    kind.add_argument(
+        "--batch", default="1,2,4,8", metavar="N,N", help="numbers of images (1,2,4,8)"
+    )
+    kind.add_argument("--precision", metavar="P,P", help="as in fp32,bf16 (that of the recipe)")
+    kind.add_argument("--steps", type=int, default=20, help="that are measured (20)")
+    kind.add_argument("--output", type=given_path, help="write the figures to this JSON file")
+
+
+def run_bench_train(given: argparse.Namespace) -> int:
+    """vitdet bench train"""
+    from vitdet.cli.bench.training import measure_training
+
+    return _measure_recipe(given, measure_training, "train")
+
+
+def run_bench_infer(given: argparse.Namespace) -> int:
+    """vitdet bench infer"""
+    from vitdet.cli.bench.inference import measure_inference
+
+    return _measure_recipe(given, measure_inference, "evaluate")
+
+
+def _measure_recipe(given: argparse.Namespace, measure: Callable[..., dict], section: str) -> int:
+    from vitdet import distributed
+    from vitdet.cli.bench.figures import report
+    from vitdet.config import load_config
+
+    numbers = [int(one) if one.isdecimal() else 0 for one in given.batch.split(",")]
+    if min(numbers) < 1:
+        raise ValueError(f"--batch takes whole numbers above 0, as in 1,8; got {given.batch!r}")
+    if given.steps < 1:
+        raise ValueError(f"--steps must be at least 1, got {given.steps}")
+    config = load_config(given.recipe, given.overrides)
+    precisions = (given.precision or getattr(config, section).precision).split(",")
+    with distributed.process_group() as device:
+        figures = measure(config, numbers, precisions, given.steps, device)
+    figures = {"recipe": given.recipe, "overrides": given.overrides, **figures}
+    print(report(figures))
+    if given.output:
+        write_json(given.output, figures)
+    return 0
 
 
 def run_bench_evaluate(given: argparse.Namespace) -> int:

@@ -1,0 +1,134 @@
+"""Triton kernels compiled for an H100 without one: what `launches` records is compiled and assembled here.
+
+`python -m tests.offline` prints registers, spills and shared memory of the attention kernels at ViT-B's and ViT-H's sizes.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import NamedTuple
+from unittest.mock import patch
+
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import get_ptxas
+from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
+
+from vitdet.kernels import attention_grid, attention_windows
+from vitdet.kernels.attention_positions import Layout
+
+CAPABILITY = 90
+TYPES = {torch.bfloat16: "*bf16", torch.float32: "*fp32"}
+OPTIONS = ("num_warps", "num_stages")
+SIZES = ((12, 64), (16, 80))  # heads and channels of a head, of ViT-B and ViT-H
+
+
+class Launch(NamedTuple):
+    """A kernel and what it was called with."""
+
+    kernel: JITFunction
+    args: tuple
+    options: dict
+
+
+class Assembled(NamedTuple):
+    """`spilled`: bytes stored for want of registers; `shared`: bytes of shared memory."""
+
+    name: str
+    registers: int
+    spilled: int
+    shared: int
+
+
+@contextmanager
+def launches() -> Iterator[list[Launch]]:
+    """Within it kernels are not run but recorded."""
+    found: list[Launch] = []
+
+    def record(kernel: JITFunction, *args: object, grid: object, warmup: bool, **options: object):
+        found.append(Launch(kernel, args, options))
+
+    with patch.object(JITFunction, "run", record):
+        yield found
+
+
+def assemble(launch: Launch) -> Assembled:
+    """Compile a launch as on an H100: with the same constants, and with what is known of its numbers' divisors."""
+    values = dict(zip((one.name for one in launch.kernel.params), launch.args, strict=False))
+    options = {key: value for key, value in launch.options.items() if key in OPTIONS}
+    values |= launch.options
+    signature, constants, divisible = {}, {}, {}
+    for place, parameter in enumerate(launch.kernel.params):
+        name, value = parameter.name, values[parameter.name]
+        if parameter.is_constexpr or (value == 1 and isinstance(value, int)):
+            signature[name], constants[name] = "constexpr", value
+        elif isinstance(value, float):
+            signature[name] = "fp32"
+        else:
+            signature[name] = TYPES[value.dtype] if isinstance(value, Tensor) else "i32"
+            if isinstance(value, Tensor) or value % 16 == 0:
+                divisible[(place,)] = [["tt.divisibility", 16]]
+    source = ASTSource(launch.kernel, signature, constants, divisible)
+    compiled = triton.compile(source, target=GPUTarget("cuda", CAPABILITY, 32), options=options)
+    registers, spilled = _registers(compiled.asm["ptx"])
+    return Assembled(launch.kernel.__name__, registers, spilled, compiled.metadata.shared)
+
+
+def _registers(ptx: str) -> tuple[int, int]:
+    with TemporaryDirectory() as folder:
+        source = Path(folder, "kernel.ptx")
+        source.write_text(ptx)
+        words = [get_ptxas(CAPABILITY).path, "-v", f"--gpu-name=sm_{CAPABILITY}a", str(source)]
+        done = subprocess.run(
+            [*words, "-o", f"{folder}/kernel.o"], capture_output=True, text=True, check=True
+        )
+    (used,) = re.findall(r"Used (\d+) registers", done.stderr)
+    (spilled,) = re.findall(r"(\d+) bytes spill stores", done.stderr)
+    return int(used), int(spilled)
+
+
+def attention_launches(heads: int, depth: int, window: int) -> list[Launch]:
+    """Of a forward and backward pass over 64 x 64 tokens of 8 images."""
+    layout = Layout(8, 64, 64, heads, depth, window)
+
+    def empty(*shape: int, dtype: torch.dtype) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    qkv = empty(8, layout.tokens, 3 * heads * depth, dtype=torch.bfloat16)
+    gradient = empty(8, layout.tokens, heads * depth, dtype=torch.bfloat16)
+    bias = empty(3 * heads * depth, dtype=torch.float32)
+    tables = tuple(
+        empty(2 * side - 1, depth, dtype=torch.float32) for side in (layout.rows, layout.columns)
+    )
+    with launches() as found:
+        if window:
+            saved = attention_windows.forward(layout, qkv, bias, tables, 1.0)
+            attention_windows.backward(layout, gradient, qkv, bias, tables, 1.0, *saved)
+        else:
+            saved = attention_grid.forward(layout, qkv, tables, 1.0)
+            attention_grid.backward(layout, gradient, qkv, tables, 1.0, *saved)
+    return found
+
+
+def main(show: Callable[[str], object]) -> None:
+    for heads, depth in SIZES:
+        for window in (0, 14):
+            show(f"{heads} heads of {depth}, window {window}")
+            for launch in attention_launches(heads, depth, window):
+                name, registers, spilled, shared = assemble(launch)
+                options = {key: launch.options[key] for key in OPTIONS if key in launch.options}
+                show(
+                    f"  {name:24} {registers:3} registers, {spilled} bytes spilled, {shared:6} shared, {options}"
+                )
+
+
+if __name__ == "__main__":
+    main(print)

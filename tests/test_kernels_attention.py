@@ -1,0 +1,193 @@
+"""The attention kernels: by Triton's interpreter, compiled offline for an H100, and on a GPU if there is one."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+
+import pytest
+import torch
+from torch.utils.checkpoint import checkpoint
+
+from tests import parts
+from tests.attention_cases import CASES, OUTPUTS, Case, inputs, relative_errors, results, sizes
+from tests.conftest import ROOT
+from vitdet.config import BackboneConfig, ModelConfig
+from vitdet.kernels.attention import attention, fits, reference
+from vitdet.models import build_backbone
+
+needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
+
+
+def cuda(test):
+    """A test that runs on an NVIDIA GPU from Ampere on only."""
+    absent = not torch.cuda.is_available() or torch.cuda.get_device_capability() < (8, 0)
+    return pytest.mark.cuda(pytest.mark.skipif(absent, reason="needs an NVIDIA GPU")(test))
+
+
+@needs_triton
+def test_values_and_gradients_by_the_interpreter():
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.attention_cases"],
+        cwd=ROOT,
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    wrong = {
+        (case, name): error
+        for case, errors in zip(CASES, found["errors"], strict=True)
+        for name, error in zip(OUTPUTS, errors, strict=True)
+        if error > 2e-6
+    }
+    assert not wrong
+    assert found["block"] < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("window", "scaled", "grid"), [(0, False, (3, 5)), (0, True, (4, 2)), (3, True, (4, 5))]
+)
+def test_the_reference_is_what_a_block_computes(window, scaled, grid):
+    torch.manual_seed(0)
+    block = parts.block(dim=12, heads=3, window=window, grid=grid, scaled_rel_pos=scaled).double()
+    for parameter in block.parameters():
+        torch.nn.init.normal_(parameter, std=0.5)
+    x = torch.randn(2, *grid, 12, dtype=torch.float64)
+    layer = block.attn
+    found = reference(
+        layer.qkv(x).flatten(1, 2),
+        layer.qkv.bias,
+        layer.rel_pos_h,
+        layer.rel_pos_w,
+        height=grid[0],
+        width=grid[1],
+        heads=3,
+        window=window,
+        scaled=scaled,
+    )
+    torch.testing.assert_close(layer.proj(found.unflatten(1, grid)), layer(x, window))
+
+
+def test_sizes_that_the_kernels_do_not_take_are_one_line():
+    case = Case(1, 2, 3, 1, 16)
+    given, _ = inputs(case, torch.float32, "cpu")
+    with pytest.raises(ValueError, match=r"must be \(3, 16\), got \(5, 16\)"):
+        attention(given[0], given[1], given[3], given[3], **sizes(case))
+    given, _ = inputs(Case(1, 1, 129, 1, 16), torch.float32, "cpu")
+    with pytest.raises(ValueError, match="rows of up to 128 tokens .* got 16, 129 and 0"):
+        attention(*given, **sizes(Case(1, 1, 129, 1, 16)))
+    assert fits(64, 0, 64) and fits(1000, 14, 80) and not fits(64, 33, 64)
+    assert not fits(64, 0, 12) and not fits(64, 0, 136)
+
+
+@needs_triton
+@pytest.mark.slow
+@pytest.mark.parametrize("window", [0, 14])
+@pytest.mark.parametrize(("heads", "depth"), [(12, 64), (16, 80)])
+def test_kernels_compiled_for_hopper_keep_all_in_registers(heads, depth, window):
+    from tests.offline import assemble, attention_launches
+
+    found = [assemble(one) for one in attention_launches(heads, depth, window)]
+    assert len(found) == 9
+    assert not [one for one in found if one.spilled > 16 or one.shared > 227 * 1024]
+
+
+CUDA_CASES = (
+    Case(1, 64, 64, 12, 64),
+    Case(2, 64, 64, 12, 64, window=14),
+    Case(1, 50, 64, 12, 64),
+    Case(1, 33, 47, 4, 64, scaled=True),
+    Case(1, 64, 64, 16, 80),
+    Case(1, 37, 50, 16, 80, window=14, scaled=True),
+    Case(2, 8, 8, 4, 32),
+    Case(1, 20, 128, 2, 64),
+    Case(1, 40, 40, 2, 128, window=7),
+)
+
+
+@cuda
+@pytest.mark.parametrize("case", CUDA_CASES, ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_errors_on_a_gpu_are_no_larger_than_those_of_plain_torch(case, dtype):
+    def plain(qkv, *others, **options):
+        return reference(qkv, *(one.to(qkv.dtype) for one in others), **options)
+
+    ours, theirs = relative_errors(case, dtype, "cuda", attention, plain)
+    print(case, dtype, ours, theirs)
+    # Both round the results to half precision, of which the sums over a whole table see nothing.
+    allowed = [max(one, 2.0 * torch.finfo(dtype).eps) for one in theirs]
+    worse = {
+        name: (one, limit)
+        for name, one, limit in zip(OUTPUTS, ours, allowed, strict=True)
+        if not one <= limit
+    }
+    assert not worse
+
+
+@cuda
+def test_float32_on_a_gpu_is_exact():
+    for case in (Case(1, 9, 20, 2, 64, scaled=True), Case(1, 9, 20, 2, 80, window=7)):
+        (errors,) = relative_errors(case, torch.float32, "cuda", attention)
+        assert max(errors) < 1e-5, (case, errors)
+
+
+@cuda
+@pytest.mark.parametrize("case", CUDA_CASES[:2], ids=str)
+def test_results_on_a_gpu_are_the_same_every_time(case):
+    given, gradient = inputs(case, torch.bfloat16, "cuda")
+    first, second = (results(attention, case, given, gradient) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@cuda
+@pytest.mark.parametrize("name", ["vit_b", "vitae_b"])
+def test_a_backbone_on_a_gpu_computes_the_same_with_and_without_kernels(name, monkeypatch):
+    """Beside float32 both differ by what half precision rounds; the kernels' features are at least as close."""
+    torch.manual_seed(0)
+    backbone = build_backbone(ModelConfig(backbone=BackboneConfig(name=name))).cuda().eval()
+    for parameter_name, parameter in backbone.named_parameters():
+        if ".rel_pos_" in parameter_name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    images = torch.randn(1, 3, 512, 640, device="cuda")
+    with torch.no_grad():
+        exact = backbone(images)
+        found = {}
+        for switch in ("on", "off"):
+            monkeypatch.setenv("VITDET_KERNELS", switch)
+            with torch.autocast("cuda", torch.bfloat16):
+                found[switch] = backbone(images)
+    on, off = ((found[key] - exact).norm() / exact.norm() for key in ("on", "off"))
+    print(name, "kernels", on.item(), "plain", off.item())
+    assert on <= 1.1 * off < 0.1
+
+
+@cuda
+@pytest.mark.parametrize("window", [0, 14])
+def test_a_block_on_a_gpu_is_compiled_captured_and_checkpointed(window):
+    torch.manual_seed(0)
+    block = parts.block(dim=128, heads=2, window=window, grid=16).cuda()
+    x = torch.randn(2, 16, 16, 128, device="cuda", requires_grad=True)
+    leaves = [x, *block.parameters()]
+
+    def gradients(function):
+        with torch.autocast("cuda", torch.bfloat16):
+            return torch.autograd.grad(function(x).square().sum(), leaves)
+
+    wanted = gradients(block)
+    again = gradients(lambda y: checkpoint(block, y, use_reentrant=False))
+    assert all(torch.equal(a, b) for a, b in zip(again, wanted, strict=True))
+    compiled = gradients(torch.compile(block, fullgraph=True))
+    for a, b in zip(compiled, wanted, strict=True):
+        assert (a - b).norm() <= 0.05 * b.norm() + 1e-3
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = gradients(block)
+    for one in captured:
+        one.zero_()
+    graph.replay()
+    assert all(torch.equal(a, b) for a, b in zip(captured, wanted, strict=True))

@@ -1,0 +1,73 @@
+"""`vitdet train --profile`: a trace, and where the time of a step goes."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torch.profiler import profile, record_function
+
+from tests.conftest import minimal
+from vitdet.config import load_config
+from vitdet.training import train
+from vitdet.training.profile import IDLE, PARTS, STEPS, belongings, union
+
+on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+on_cpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+
+
+@pytest.mark.parametrize(
+    "device",
+    [pytest.param("cpu", marks=on_cpu), pytest.param("cuda", marks=[on_gpu, pytest.mark.cuda])],
+)
+def test_every_part_of_a_step_has_its_share(
+    device: str, tiny: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    settings = minimal(tiny, **{"optim.steps": STEPS, "train.eval_every": STEPS})
+    with caplog.at_level(logging.INFO):
+        train(load_config("tiny", settings), tmp_path / "run", profile=True)
+    parts = json.loads((tmp_path / "run/profile/parts.json").read_text())
+    assert list(parts) == list(PARTS)
+    assert min(parts.values()) >= 0 and all(parts[part] > 0 for part in PARTS if part != IDLE)
+    events = json.loads((tmp_path / "run/profile/trace.json").read_text())["traceEvents"]
+    assert set(PARTS) - {IDLE, "other", "NMS"} <= {event.get("name") for event in events}
+    logged = next(one.message for one in caplog.records if "time of a step goes" in one.message)
+    rows = [line.split() for line in logged.splitlines()[1:]]
+    assert len(rows) == len(PARTS) + 1 and rows[-1][0] == "step"
+    assert sum(float(row[-3]) for row in rows[:-1]) == pytest.approx(float(rows[-1][1]), abs=0.1)
+    assert sum(float(row[-1].rstrip("%")) for row in rows[:-1]) == pytest.approx(100, abs=1)
+
+
+def test_a_training_that_is_too_short_is_refused_before_it_begins(
+    tiny: Path, tmp_path: Path
+) -> None:
+    config = load_config("tiny", minimal(tiny, **{"optim.steps": STEPS - 1}))
+    with pytest.raises(ValueError, match=f"takes {STEPS} steps, but only {STEPS - 1} are left"):
+        train(config, tmp_path / "run", profile=True)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_gradient_belongs_to_the_part_of_its_operator() -> None:
+    first, second = nn.Linear(8, 8), nn.Linear(8, 8)
+    with profile() as trace:
+        with record_function("MLP"):
+            hidden = first(torch.randn(4, 8))
+            with record_function("attention"):  # the innermost scope counts
+                hidden = second(hidden)
+        hidden.exp().sum().backward()
+    events = list(trace.events())
+    part_of = belongings(events)
+    found = {(event.name, part_of(event)) for event in events}
+    products = {part for name, part in found if name == "aten::addmm"}
+    assert products == {"MLP", "attention"}
+    assert {part for name, part in found if name == "aten::mm"} == {"MLP", "attention"}
+    assert {part for name, part in found if name in ("aten::exp", "ExpBackward0")} == {"other"}
+
+
+def test_time_covered_twice_counts_once() -> None:
+    assert union([(0, 2), (1, 3), (5, 6), (5.5, 5.6)]) == 4
+    assert union([]) == 0

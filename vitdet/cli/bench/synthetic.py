@@ -1,0 +1,98 @@
+"""Made-up training images for benchmarks: no data set is read, and no time goes to decoding.
+
+An image is smooth noise with about eight objects of one color each, whose sides are log-uniform between a 25th and
+half of the image's, outlines of 8 to 40 points: numbers and sizes are about those of COCO after scale jitter.
+Random weights propose boxes that miss the objects, so that next to no RoI would reach the mask head; `lay_on_objects`
+gives a detector the proposals of a trained one.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw
+from torch import Tensor
+
+from vitdet.data.dataset import Sample, make_batch
+from vitdet.data.masks import edges_of
+from vitdet.models import Detector
+from vitdet.models.rpn import Anchored, Proposals
+from vitdet.types import Batch, Polygons, Target
+
+OBJECTS = 8.0  # mean number of an image
+SIDES = (0.04, 0.5)  # of an object, as a share of the image's
+ORIGINAL = (
+    0.54  # side of the file that an image comes from: 553 pixels for 1024, as many as 640 x 480
+)
+CELL = 32  # pixels of the background's noise
+SHARE = 0.2  # of an image's proposals that lie on its objects: more than are sampled as foreground
+SHIFT = 0.09  # deviation of a proposal's sides from its object's, as a share of that: IoUs of 0.6 to 0.9
+
+
+def make_images(size: int, side: int, classes: int, seed: int = 0) -> Batch:
+    """A batch of `size` images of `side` pixels with targets; pinned where there is a GPU."""
+
+    def draw(index: int, canvas: np.ndarray) -> Sample:
+        return _draw(np.random.default_rng((seed, index)), canvas, classes, index)
+
+    batch = make_batch(draw, range(size), side)
+    return batch.pin_memory() if torch.cuda.is_available() else batch
+
+
+def boxes_on_objects(boxes: Tensor, count: int, side: int, seed: int = 0) -> Tensor:
+    """`count` boxes (count, 4) that overlap the objects' boxes (G, 4) as a trained detector's proposals do."""
+    generator = torch.Generator().manual_seed(seed)
+    chosen = boxes[torch.arange(count) % len(boxes)]
+    sides = (chosen[:, 2:] - chosen[:, :2]).repeat(1, 2)
+    moved = chosen + SHIFT * sides * torch.randn(count, 4, generator=generator)
+    return moved.clamp(0, side)
+
+
+def lay_on_objects(detector: Detector, batch: Batch, device: torch.device) -> None:
+    """Makes the RPN replace its last proposals by boxes on the objects of `batch`, the only one it will be given."""
+    propose, most = detector.rpn.propose, detector.rpn.top_train[1]
+    side, count = batch.images.shape[-1], max(1, int(SHARE * most))
+    laid = torch.stack([boxes_on_objects(one.boxes, count, side) for one in batch.targets])
+    laid = laid.to(device)
+
+    def proposals(found: Anchored, sizes: Tensor, top: tuple[int, int]) -> Proposals:
+        own = propose(found, sizes, top)
+        kept = own.filled[:, :-count]
+        return own._replace(
+            boxes=torch.cat([own.boxes[:, :-count], laid], dim=1),
+            filled=torch.cat([kept, kept.new_ones(len(kept), count)], dim=1),
+        )
+
+    detector.rpn.propose = proposals  # type: ignore[method-assign]
+
+
+def _draw(rng: np.random.Generator, canvas: np.ndarray, classes: int, image_id: int) -> Sample:
+    """An image on `canvas` (3, S, S) uint8, and its target."""
+    side = canvas.shape[1]
+    cells = rng.integers(64, 192, (max(side // CELL, 1), max(side // CELL, 1), 3), np.uint8)
+    picture = Image.fromarray(cells).resize((side, side), Image.Resampling.BILINEAR)
+    pen = ImageDraw.Draw(picture)
+    outlines = [_outline(rng, side) for _ in range(1 + rng.poisson(OBJECTS - 1))]
+    for outline in outlines:
+        color = tuple(int(value) for value in rng.integers(0, 256, 3))
+        pen.polygon([(x, y) for x, y in outline.tolist()], fill=color)
+    canvas[:] = np.asarray(picture).transpose(2, 0, 1)
+    edges, counts = edges_of([[one.ravel().tolist()] for one in outlines], side, side)
+    boxes = np.array([[*one.min(0), *one.max(0)] for one in outlines], np.float32)
+    target = Target(
+        torch.from_numpy(boxes),
+        torch.from_numpy(rng.integers(0, classes, len(outlines))),
+        Polygons.of(torch.from_numpy(edges), torch.from_numpy(counts)),
+    )
+    return target, (side, side), image_id, (round(ORIGINAL * side),) * 2
+
+
+def _outline(rng: np.random.Generator, side: int) -> np.ndarray:
+    """Points (P, 2) around a center: a polygon that does not cross itself."""
+    low, high = np.log(SIDES)
+    sides = np.exp(rng.uniform(low, high, 2)) * side
+    corner = rng.uniform(0, 1, 2) * (side - sides)
+    turns = np.sort(rng.uniform(0, 2 * np.pi, rng.integers(8, 41)))
+    radius = rng.uniform(0.7, 1.0, (len(turns), 1)) / 2
+    directions = np.stack([np.cos(turns), np.sin(turns)], axis=1)
+    return corner + sides * (0.5 + radius * directions)

@@ -1,0 +1,65 @@
+"""Triton kernels for what PyTorch has no fast operation for: each a custom operator with its oracle in plain torch.
+
+They run on NVIDIA GPUs from Ampere on; everywhere else, and with the environment variable VITDET_KERNELS=off, the
+callers take their plain path.
+"""
+
+from __future__ import annotations
+
+import os
+from functools import cache
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor
+
+SWITCH = "VITDET_KERNELS"
+CAPABILITY = (8, 0)  # asynchronous copies and products of bf16 came with Ampere
+NAMES = ("attention",)
+
+
+def enabled(*tensors: Tensor) -> bool:
+    """Whether the kernels run on these tensors. Raises ValueError if VITDET_KERNELS is neither `on` nor `off`."""
+    return all(one.is_cuda for one in tensors) and _runs_on(tensors[0].device.index)
+
+
+def describe() -> str:
+    """Which kernels run on the current GPU, or why none do: one line for the log.
+
+    Raises ValueError if VITDET_KERNELS is neither `on` nor `off`.
+    """
+    reason = _obstacle(torch.cuda.current_device() if torch.cuda.is_available() else None)
+    if reason:
+        return f"Triton kernels off: {reason}"
+    return f"Triton kernels on ({torch.cuda.get_device_name()}): {', '.join(NAMES)}"
+
+
+@torch.compiler.assume_constant_result
+def _runs_on(device: int) -> bool:
+    """Neither the environment nor the GPU changes while a compiled model lives, so compilers need not look inside."""
+    return _obstacle(device) is None
+
+
+def _obstacle(device: int | None) -> str | None:
+    """What prevents the kernels on this GPU (None: there is no GPU), or None."""
+    setting = os.environ.get(SWITCH, "on")
+    if setting not in ("on", "off"):
+        raise ValueError(f"{SWITCH} must be on or off, got {setting!r}")
+    if setting == "off":
+        return f"{SWITCH}=off"
+    return _missing(device)
+
+
+@cache
+def _missing(device: int | None) -> str | None:
+    if torch.version.hip is not None:
+        return "ROCm is untested"
+    if device is None:
+        return "no CUDA device"
+    capability = torch.cuda.get_device_capability(device)
+    if capability < CAPABILITY:
+        return (
+            f"compute capability {'.'.join(map(str, capability))}, "
+            f"they need {'.'.join(map(str, CAPABILITY))}"
+        )
+    return None if find_spec("triton") else "triton is not installed"

@@ -1,0 +1,158 @@
+"""The two Triton kernels of `vitdet.kernels.nms`, and their launch.
+
+`compare` has a program for a tile of 64 x 64 pairs and stores a word of 64 bits for each of its rows. `walk` has a
+program for a group, which goes through the boxes 64 at a time: whether each of them is kept follows from 64 words in
+registers, a few instructions a box, and what the kept ones suppress among the later boxes is the OR of their rows.
+Letters: G groups, N boxes of a group, W words of a row.
+"""
+
+# ruff: noqa: ANN001, ANN201 (what Triton passes to a kernel has no Python type)
+
+from __future__ import annotations
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+BITS = tl.constexpr(64)  # of a word
+# Bytes of bits that exist at a time; 40 groups of 2,000 boxes take 20 MB.
+MEMORY = 2**28
+# Words that `walk` reads at a time: 64 rows of 2,048 boxes.
+TILE = 2**11
+
+
+def launch(boxes: Tensor, labels: Tensor | None, iou: float, limit: int) -> Tensor:
+    """Contiguous boxes (G, N, 4) float32, labels (G, N) int64 or None -> which are kept, (G, N) bool."""
+    groups, count, _ = boxes.shape
+    keep = torch.zeros(groups, count, dtype=torch.bool, device=boxes.device)
+    if not groups * count:
+        return keep
+    words = triton.cdiv(count, BITS.value)
+    padded = triton.next_power_of_2(words)
+    classes = boxes if labels is None else labels.contiguous()
+    step = max(1, MEMORY // (8 * BITS.value * words**2))
+    for start in range(0, groups, step):
+        some = slice(start, min(start + step, groups))
+        size = (some.stop - start, BITS.value * words, words)
+        bits = torch.empty(size, dtype=torch.int64, device=boxes.device)
+        compare[(words, 2 * words, len(bits))](
+            boxes[some],
+            classes[some],
+            bits,
+            count,
+            words,
+            below(iou),
+            LABELS=labels is not None,
+            ROWS=BITS.value // 2,
+            num_warps=4,
+            # a fused a * b - c would round otherwise than torchvision on the CPU
+            enable_fp_fusion=False,
+        )
+        walk[(len(bits),)](
+            bits,
+            keep[some],
+            count,
+            words,
+            limit,
+            ROWS=max(1, min(BITS.value, TILE // padded)),
+            WORDS=padded,
+            num_warps=4,
+        )
+    return keep
+
+
+def below(number: float) -> float:
+    """The largest float32 that is no larger: a float32 is above it just where it is above the float64 `number`."""
+    single = torch.tensor(number, dtype=torch.float32)
+    if single.item() > number:
+        single = single.nextafter(torch.tensor(-math.inf))
+    return single.item()
+
+
+@triton.jit
+def corners(boxes, index, inside):
+    """x0, y0, x1, y1 of boxes (N, 4); empty boxes where not inside."""
+    x0 = tl.load(boxes + index * 4, mask=inside, other=0.0)
+    y0 = tl.load(boxes + index * 4 + 1, mask=inside, other=0.0)
+    x1 = tl.load(boxes + index * 4 + 2, mask=inside, other=0.0)
+    y1 = tl.load(boxes + index * 4 + 3, mask=inside, other=0.0)
+    return x0, y0, x1, y1
+
+
+@triton.jit(do_not_specialize=["count", "words"])
+def compare(boxes, labels, bits, count, words, iou, LABELS: tl.constexpr, ROWS: tl.constexpr):
+    """bits (G, 64 W, W): bit k of a box's word w says that it would suppress box 64 w + k, which comes after it.
+
+    A box's own bit says that it is empty, as are those from N on. Words of earlier boxes only stay unwritten.
+    """
+    block, part, group = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    if block * BITS + BITS <= part * ROWS:
+        return
+    boxes += group.to(tl.int64) * count * 4
+    i = part * ROWS + tl.arange(0, ROWS)
+    j = block * BITS + tl.arange(0, BITS)
+    ax0, ay0, ax1, ay1 = corners(boxes, i, i < count)
+    bx0, by0, bx1, by1 = corners(boxes, j, j < count)
+    # The later boxes lie along axis 0, which is summed below: a thread holds many of them for one row.
+    width = tl.minimum(ax1[None, :], bx1[:, None]) - tl.maximum(ax0[None, :], bx0[:, None])
+    height = tl.minimum(ay1[None, :], by1[:, None]) - tl.maximum(ay0[None, :], by0[:, None])
+    intersection = tl.maximum(width, 0.0) * tl.maximum(height, 0.0)
+    areas = ((ax1 - ax0) * (ay1 - ay0))[None, :] + ((bx1 - bx0) * (by1 - by0))[:, None]
+    hit = tl.math.div_rn(intersection, areas - intersection) > iou
+    if LABELS:
+        labels += group.to(tl.int64) * count
+        a = tl.load(labels + i, mask=i < count, other=0)
+        b = tl.load(labels + j, mask=j < count, other=0)
+        hit &= a[None, :] == b[:, None]
+    # distinct bits: their sum is their OR
+    word = tl.sum(hit.to(tl.int64) << tl.arange(0, BITS).to(tl.int64)[:, None], axis=0)
+    # Where the row's own bit is in this word, only those above it come later.
+    own = i - block * BITS
+    later = tl.where(own < 0, -1, tl.full((ROWS,), -2, tl.int64) << tl.maximum(own, 0))
+    empty = (own >= 0) & ~((ax1 > ax0) & (ay1 > ay0))
+    word = (word & later) | (empty.to(tl.int64) << tl.maximum(own, 0))
+    tl.store(bits + (group.to(tl.int64) * words * BITS + i) * words + block, word)
+
+
+@triton.jit
+def either(a, b):
+    """The OR of two words."""
+    return a | b
+
+
+@triton.jit(do_not_specialize=["count", "words", "limit"])
+def walk(bits, keep, count, words, limit, ROWS: tl.constexpr, WORDS: tl.constexpr):
+    """keep (G, N): the boxes that no kept one suppresses, up to the block of 64 in which `limit` is reached."""
+    group = tl.program_id(0).to(tl.int64)
+    bits += group * words * words * BITS
+    keep += group * count
+    place = tl.arange(0, BITS)
+    word = tl.arange(0, WORDS)
+    # the boxes that kept ones suppress
+    gone = tl.zeros((WORDS,), tl.int64)
+    kept_count = 0
+    block = 0
+    while (block < words) & (kept_count < limit):
+        lines = bits + block * BITS * words
+        here = tl.sum(tl.where(word == block, gone, 0), axis=0)
+        for k in tl.static_range(BITS):
+            # The chain through the 64 boxes is these few instructions; the loads do not wait for it.
+            line = tl.load(lines + k * words + block)
+            own = tl.full((), 1, tl.int64) << k
+            here |= line & tl.where(((here | line) & own) == 0, -1, own)
+        kept = ((here >> place) & 1) == 0
+        tl.store(keep + block * BITS + place, kept, mask=block * BITS + place < count)
+        kept_count += tl.sum(kept.to(tl.int32), axis=0)
+        for k in range(0, BITS, ROWS):
+            row = k + tl.arange(0, ROWS)
+            suppressed = tl.load(
+                lines + row[:, None] * words + word[None, :],
+                mask=(((here >> row) & 1) == 0)[:, None]
+                & ((word > block) & (word < words))[None, :],
+                other=0,
+            )
+            gone |= tl.reduce(suppressed, 0, either)
+        block += 1

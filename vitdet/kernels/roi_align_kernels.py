@@ -1,0 +1,417 @@
+"""The two Triton kernels of `vitdet.kernels.roi_align`, and their launches.
+
+RoIAlign is linear and separable: a bin's value is a sum over the cells of a map, each weighted by a number of its row
+times a number of its column. So the values of 64 bins are the product of a matrix of weights (bins x cells) with a
+tile of 8 x 8 cells (cells x channels), summed over the tiles that the RoI touches: each cell is read once for a RoI,
+not once for each point beside it. The gradient of a tile is the product of the transposed matrix with the gradients of
+the bins, summed over the RoIs that touch the tile: each cell is written once, by one program, in a fixed order.
+Weights are float32; as operands of a product with 16-bit maps they are split in two 16-bit numbers, whose sum has
+their precision. Sums are float32.
+Letters: B images, R RoIs, C channels, H x W cells of a map, L levels.
+"""
+
+# ruff: noqa: ANN001, ANN201 (what Triton passes to a kernel has no Python type)
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+LEVELS = 5
+SIDE = tl.constexpr(8)  # of a tile of cells
+TILE = 64  # bins of a product
+ROIS = 256  # that a program of the gradient looks at together
+WIDE = 256  # channels of a program for 16-bit maps
+# arguments that vary from batch to batch: another value is no reason to compile again
+SIZES = [
+    *(f"{axis}{level}" for axis in "hws" for level in range(LEVELS)),
+    "levels",
+    "count",
+    "images",
+]
+LARGEST = tl.constexpr(2.0**30)  # coordinate, in pixels; a RoI beyond, or with NaN, is empty
+
+
+def forward(
+    maps: Sequence[Tensor],
+    boxes: Tensor,
+    image: Tensor,
+    level: Tensor,
+    strides: Sequence[int],
+    bins: int,
+    ratio: int,
+) -> Tensor:
+    """Contiguous maps (B, H, W, C) and RoIs -> (R, bins, bins, C)."""
+    channels = maps[0].shape[3]
+    out = maps[0].new_empty(len(boxes), bins, bins, channels)
+    sizes = _sizes(out, bins, ratio)
+    grid = (len(boxes), triton.cdiv(bins, sizes["ROWS"]), triton.cdiv(channels, sizes["CHANNELS"]))
+    if out.numel():
+        forward_kernel[grid](
+            *_five(maps),
+            *_five([one.shape[1] for one in maps]),
+            *_five([one.shape[2] for one in maps]),
+            *_five([1 / stride for stride in strides]),
+            len(maps),
+            boxes,
+            image,
+            level,
+            out,
+            channels,
+            **sizes,
+            num_warps=4,
+            num_stages=2,
+        )
+    return out
+
+
+def backward(
+    gradient: Tensor,
+    boxes: Tensor,
+    image: Tensor,
+    level: Tensor,
+    shapes: Sequence[tuple[int, int]],
+    images: int,
+    strides: Sequence[int],
+    bins: int,
+    ratio: int,
+) -> list[Tensor]:
+    """Contiguous gradient (R, bins, bins, C) -> those of the maps (B, H, W, C) of each shape (H, W)."""
+    channels = gradient.shape[3]
+    found = [gradient.new_empty(images, *shape, channels) for shape in shapes]
+    # the RoIs of each image and level side by side, so that a program looks at no others
+    exists = (level >= 0) & (level < len(shapes))
+    of, order = torch.where(exists, image * len(shapes) + level, -1).sort(stable=True)
+    first = torch.searchsorted(of, torch.arange(images * len(shapes) + 1, device=of.device))
+    sizes = _sizes(gradient, bins, ratio)
+    tiles = sum(triton.cdiv(h, SIDE.value) * triton.cdiv(w, SIDE.value) for h, w in shapes)
+    if images * tiles * channels:
+        backward_kernel[(images * tiles, triton.cdiv(channels, sizes["CHANNELS"]))](
+            *_five(found),
+            *_five([h for h, _ in shapes]),
+            *_five([w for _, w in shapes]),
+            *_five([1 / stride for stride in strides]),
+            len(shapes),
+            boxes,
+            order,
+            first,
+            gradient,
+            images,
+            channels,
+            **sizes,
+            ROIS=ROIS,
+            num_warps=4,
+            num_stages=2,
+        )
+    return found
+
+
+def _five(values: Sequence[Any]) -> list[Any]:
+    """The first one again for levels that do not exist."""
+    return [*values, *[values[0]] * (LEVELS - len(values))]
+
+
+def _sizes(rois: Tensor, bins: int, ratio: int) -> dict[str, int]:
+    """Constants of both kernels for the features of RoIs (R, bins, bins, C), or their gradient."""
+    columns = max(4, triton.next_power_of_2(bins))
+    most = WIDE if rois.element_size() == 2 else WIDE // 4
+    return {
+        "BINS": bins,
+        "ROWS": max(1, TILE // columns),
+        "COLUMNS": columns,
+        "RATIO": ratio,
+        "CHANNELS": min(most, max(16, triton.next_power_of_2(rois.shape[3]))),
+    }
+
+
+@triton.jit
+def choose(level, v0, v1, v2, v3, v4):
+    """The value of a level, elementwise."""
+    low = tl.where(level == 1, v1, v0)
+    high = tl.where(level == 3, v3, tl.where(level == 4, v4, v2))
+    return tl.where(level < 2, low, high)
+
+
+@triton.jit
+def extent(boxes, roi, exists, scale, AXIS: tl.constexpr):
+    """Where RoIs start and end along an axis (0: x), in cells."""
+    start = tl.load(boxes + roi * 4 + AXIS, mask=exists, other=0.0) * scale - 0.5
+    end = tl.load(boxes + roi * 4 + AXIS + 2, mask=exists, other=0.0) * scale - 0.5
+    return start, end
+
+
+@triton.jit
+def is_finite(x0, y0, x1, y1):
+    """Whether RoIs can be counted in cells; NaN is in no order."""
+    return tl.abs(x0) + tl.abs(y0) + tl.abs(x1) + tl.abs(y1) < LARGEST
+
+
+@triton.jit
+def touched(start, end, length):
+    """First and last of the cells 0..length-1 that points between start and end may read."""
+    low, high = tl.minimum(start, end), tl.maximum(start, end)
+    last = (length - 1).to(tl.float32)
+    first = tl.minimum(tl.maximum(tl.floor(low), 0.0), last)
+    last = tl.minimum(tl.maximum(tl.floor(high) + 1, 0.0), last)
+    return first.to(tl.int32), last.to(tl.int32)
+
+
+@triton.jit
+def rows_touched(row, start, size, height, BINS: tl.constexpr, ROWS: tl.constexpr):
+    """First and last row of cells that ROWS rows of bins from `row` on may read."""
+    return touched(start + row * size, start + tl.minimum(row + ROWS, BINS) * size, height)
+
+
+@triton.jit
+def points_of(size, RATIO: tl.constexpr):
+    """Points of a bin of this size along an axis; none in one that ends before it starts."""
+    if RATIO > 0:
+        return tl.full((), RATIO, tl.int32)
+    else:
+        return tl.maximum(tl.ceil(size), 0.0).to(tl.int32)
+
+
+@triton.jit
+def weights(cell, bin, start, size, length, RATIO: tl.constexpr):
+    """What each cell of an axis counts in each bin's mean: cells and bins in shapes that go together.
+
+    A point between two cells reads both. Those up to a cell outside the map read the cell at its edge, others nothing.
+    """
+    points = points_of(size, RATIO)
+    count = tl.maximum(points, 1).to(tl.float32)
+    origin = start + bin.to(tl.float32) * size
+    at = cell.to(tl.float32)
+    first = tl.zeros_like(bin + cell)
+    steps = points
+    if RATIO == 0:
+        # Two points are at least half a cell apart, so of a bin's many points at most 6 can be near a cell.
+        before = tl.math.div_rn(at - 1 - origin, size / count) - 0.5
+        first = tl.minimum(tl.maximum(tl.floor(before), 0.0), LARGEST).to(tl.int32)
+        steps = tl.minimum(points, 6)
+    edge = (length - 1).to(tl.float32)
+    total = tl.zeros_like(at + origin)
+    for step in range(steps):
+        index = first + step
+        point = origin + tl.math.div_rn((index.to(tl.float32) + 0.5) * size, count)
+        near = 1 - tl.abs(tl.minimum(tl.maximum(point, 0.0), edge) - at)
+        counts = (index < points) & (point >= -1.0) & (point <= edge + 1) & (near > 0)
+        total += tl.where(counts, near, 0.0)
+    return total / count
+
+
+@triton.jit
+def add_product(total, matrix, values):
+    """total + matrix (float32) @ values (any type), with the precision of float32."""
+    if values.dtype == tl.float32:
+        return tl.dot(matrix, values, total, input_precision="tf32x3")
+    else:
+        high = matrix.to(values.dtype)
+        low = (matrix - high.to(tl.float32)).to(values.dtype)
+        return tl.dot(low, values, tl.dot(high, values, total))
+
+
+@triton.jit(do_not_specialize=SIZES)
+def forward_kernel(
+    f0,
+    f1,
+    f2,
+    f3,
+    f4,
+    h0,
+    h1,
+    h2,
+    h3,
+    h4,
+    w0,
+    w1,
+    w2,
+    w3,
+    w4,
+    s0,
+    s1,
+    s2,
+    s3,
+    s4,
+    levels,
+    boxes,
+    image,
+    level,
+    out,
+    channels,
+    BINS: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    RATIO: tl.constexpr,
+    CHANNELS: tl.constexpr,
+):
+    """A program for ROWS rows of a RoI's bins and CHANNELS channels. f: maps, h, w: their sizes, s: 1 / stride."""
+    roi = tl.program_id(0).to(tl.int64)
+    row = tl.program_id(1) * ROWS
+    channel = tl.program_id(2) * CHANNELS + tl.arange(0, CHANNELS)
+    total = tl.zeros((ROWS * COLUMNS, CHANNELS), tl.float32)
+    at = tl.load(level + roi)
+    scale = choose(at, s0, s1, s2, s3, s4)
+    x0, x1 = extent(boxes, roi, True, scale, 0)
+    y0, y1 = extent(boxes, roi, True, scale, 1)
+    if (at >= 0) & (at < levels) & is_finite(x0, y0, x1, y1):
+        height, width = choose(at, h0, h1, h2, h3, h4), choose(at, w0, w1, w2, w3, w4)
+        pixels = choose(at, f0, f1, f2, f3, f4)
+        pixels += tl.load(image + roi).to(tl.int64) * height * width * channels
+        bin_height, bin_width = tl.math.div_rn(y1 - y0, BINS), tl.math.div_rn(x1 - x0, BINS)
+        top, bottom = rows_touched(row, y0, bin_height, height, BINS, ROWS)
+        left, right = touched(x0, x1, width)
+        cell = tl.arange(0, SIDE * SIDE)
+        rows = (row + tl.arange(0, ROWS))[:, None, None, None]
+        columns = tl.arange(0, COLUMNS)[None, :, None, None]
+        side = tl.arange(0, SIDE)
+        for y in range(top, bottom + 1, SIDE):
+            vertical = weights((y + side)[None, None, :, None], rows, y0, bin_height, height, RATIO)
+            for x in range(left, right + 1, SIDE):
+                cell_y, cell_x = y + cell // SIDE, x + cell % SIDE
+                # before the weights, which are computed while it is on its way
+                values = tl.load(
+                    pixels + ((cell_y * width + cell_x) * channels)[:, None] + channel[None, :],
+                    mask=((cell_y <= bottom) & (cell_x <= right))[:, None]
+                    & (channel < channels)[None, :],
+                    other=0.0,
+                )
+                across = weights(
+                    (x + side)[None, None, None, :], columns, x0, bin_width, width, RATIO
+                )
+                matrix = tl.reshape(vertical * across, (ROWS * COLUMNS, SIDE * SIDE))
+                total = add_product(total, matrix, values)
+    place = tl.arange(0, ROWS * COLUMNS)
+    bin_y, bin_x = row + place // COLUMNS, place % COLUMNS
+    tl.store(
+        out + (((roi * BINS + bin_y) * BINS + bin_x) * channels)[:, None] + channel[None, :],
+        total.to(out.dtype.element_ty),
+        mask=((bin_y < BINS) & (bin_x < BINS))[:, None] & (channel < channels)[None, :],
+    )
+
+
+@triton.jit(do_not_specialize=SIZES)
+def backward_kernel(
+    f0,
+    f1,
+    f2,
+    f3,
+    f4,
+    h0,
+    h1,
+    h2,
+    h3,
+    h4,
+    w0,
+    w1,
+    w2,
+    w3,
+    w4,
+    s0,
+    s1,
+    s2,
+    s3,
+    s4,
+    levels,
+    boxes,
+    order,
+    first,
+    gradient,
+    images,
+    channels,
+    BINS: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    RATIO: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    ROIS: tl.constexpr,
+):
+    """A program for a tile of a map's gradient and CHANNELS channels.
+
+    order (R,): RoIs by image and level, first (B L + 1,): where those of each image and level start in it.
+    """
+    # which tile of which image and level
+    tile = tl.program_id(0)
+    at = 0
+    height, width = h0, w0
+    tiles = images * tl.cdiv(h0, SIDE) * tl.cdiv(w0, SIDE)
+    while tile >= tiles:
+        tile -= tiles
+        at += 1
+        height, width = choose(at, h0, h1, h2, h3, h4), choose(at, w0, w1, w2, w3, w4)
+        tiles = images * tl.cdiv(height, SIDE) * tl.cdiv(width, SIDE)
+    across = tl.cdiv(width, SIDE)
+    of = tile // (across * tl.cdiv(height, SIDE))
+    y = tile // across % tl.cdiv(height, SIDE) * SIDE
+    x = tile % across * SIDE
+    scale = choose(at, s0, s1, s2, s3, s4)
+
+    channel = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
+    total = tl.zeros((SIDE * SIDE, CHANNELS), tl.float32)
+    side = tl.arange(0, SIDE)
+    columns = tl.arange(0, COLUMNS)
+    place = tl.arange(0, ROWS * COLUMNS)
+    start, end = tl.load(first + of * levels + at), tl.load(first + of * levels + at + 1)
+    for block in range(start, end, ROIS):
+        # places in `order` of RoIs that touch the tile; the end for the others
+        index = block + tl.arange(0, ROIS)
+        exists = index < end
+        roi = tl.load(order + index, mask=exists, other=0)
+        ax0, ax1 = extent(boxes, roi, exists, scale, 0)
+        ay0, ay1 = extent(boxes, roi, exists, scale, 1)
+        left, right = touched(ax0, ax1, width)
+        top, bottom = touched(ay0, ay1, height)
+        here = exists & is_finite(ax0, ay0, ax1, ay1)
+        here &= (left < x + SIDE) & (right >= x) & (top < y + SIDE) & (bottom >= y)
+        waiting = tl.where(here, index, end)
+        following = tl.min(waiting, axis=0)
+        while following < end:
+            one = tl.load(order + following)
+            x0, x1 = extent(boxes, one, True, scale, 0)
+            y0, y1 = extent(boxes, one, True, scale, 1)
+            bin_height, bin_width = tl.math.div_rn(y1 - y0, BINS), tl.math.div_rn(x1 - x0, BINS)
+            horizontal = weights(
+                (x + side)[None, :, None, None],
+                columns[None, None, None, :],
+                x0,
+                bin_width,
+                width,
+                RATIO,
+            )
+            for row in range(0, BINS, ROWS):
+                low, high = rows_touched(row, y0, bin_height, height, BINS, ROWS)
+                if (low < y + SIDE) & (high >= y):
+                    bin_y, bin_x = row + place // COLUMNS, place % COLUMNS
+                    values = tl.load(
+                        gradient
+                        + (((one * BINS + bin_y) * BINS + bin_x) * channels)[:, None]
+                        + channel[None, :],
+                        mask=((bin_y < BINS) & (bin_x < BINS))[:, None]
+                        & (channel < channels)[None, :],
+                        other=0.0,
+                    )
+                    vertical = weights(
+                        (y + side)[:, None, None, None],
+                        (row + tl.arange(0, ROWS))[None, None, :, None],
+                        y0,
+                        bin_height,
+                        height,
+                        RATIO,
+                    )
+                    matrix = tl.reshape(vertical * horizontal, (SIDE * SIDE, ROWS * COLUMNS))
+                    total = add_product(total, matrix, values)
+            waiting = tl.where(waiting == following, end, waiting)
+            following = tl.min(waiting, axis=0)
+
+    cell = tl.arange(0, SIDE * SIDE)
+    cell_y, cell_x = y + cell // SIDE, x + cell % SIDE
+    pixels = choose(at, f0, f1, f2, f3, f4) + of.to(tl.int64) * height * width * channels
+    tl.store(
+        pixels + ((cell_y * width + cell_x) * channels)[:, None] + channel[None, :],
+        total.to(f0.dtype.element_ty),
+        mask=((cell_y < height) & (cell_x < width))[:, None] & (channel < channels)[None, :],
+    )

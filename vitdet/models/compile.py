@@ -1,0 +1,39 @@
+"""Compilation of a detector's parts by torch.compile: the parts between its kernels become few fused ones.
+
+Each part is compiled where it is, so names of parameters and modules stay. What compiles once serves all parts of the
+same kind and shape, as the blocks of a backbone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+
+from vitdet.models.detector import Detector
+from vitdet.models.layers import Blocks
+
+
+def compile_parts(detector: Detector) -> None:
+    """Compile the blocks of the backbone, the pyramid and the heads, in place, for fixed sizes of images and batches.
+
+    The compilation itself happens at the first call. Random numbers are those of the parts as they are.
+    """
+    torch._inductor.config.fallback_random = True
+    # a pyramid's level or a head is called with other shapes in training and evaluation
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 32)
+    for part in parts(detector):
+        part.compile(dynamic=False)
+
+
+def parts(detector: Detector) -> Iterator[nn.Module]:
+    """The modules that are compiled, each as a whole."""
+    for module in detector.backbone.modules():
+        if isinstance(module, Blocks):
+            yield from module
+    yield detector.pyramid
+    yield detector.rpn
+    yield from detector.roi_heads.stages
+    if detector.roi_heads.mask is not None:
+        yield detector.roi_heads.mask

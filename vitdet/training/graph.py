@@ -1,0 +1,99 @@
+"""The forward and backward pass of a training step as CUDA graphs (see `vitdet.kernels.cuda_graph`).
+
+A graph is for fixed sizes, so targets are padded: to a power of two of objects an image, and of edges in all. Each pair
+of these gets a graph of its own, of which there are few. The gradients are always added to the same tensors, so that
+micro-batches accumulate; after the last one they are averaged over all processes.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from vitdet import distributed
+from vitdet.kernels.cuda_graph import CudaGraph, NotRecorded
+from vitdet.models import Detector
+from vitdet.types import Polygons, Target, Targets
+
+SLOTS, EDGES = 16, 2**12  # the least of objects an image and of edges a batch
+log = logging.getLogger(__name__)
+
+Losses = dict[str, Tensor]
+Run = Callable[[Tensor, Targets, Tensor], Losses]
+
+
+class GraphedGradients:
+    """`run` of a batch's images, targets and sizes, which adds to the gradients and gives the losses, as CUDA graphs.
+
+    Where it cannot be recorded, for these shapes or at all, it runs as it is; the log says so once.
+    """
+
+    def __init__(self, detector: Detector, run: Run) -> None:
+        self.parameters = [one for one in detector.parameters() if one.requires_grad]
+        for parameter in self.parameters:
+            parameter.grad = torch.zeros_like(parameter)
+        self.run = run
+        self.graph: CudaGraph[Losses] = CudaGraph(
+            lambda images, sizes, *targets: run(images, Targets.from_tensors(*targets), sizes)
+        )
+        self.refused: set[tuple[int, int]] = set()  # sizes of targets that could not be recorded
+
+    def __call__(self, images: Tensor, targets: Targets, sizes: Tensor) -> Losses:
+        """The losses of a batch with targets as `padded` makes them; the next call overwrites them."""
+        tensors = (images, sizes, *targets.tensors())
+        shape = (targets.boxes.shape[1], len(targets.masks.edges))
+        if not self.graph.has(*tensors) and shape not in self.refused:
+            self.record(shape, *tensors)
+        if shape in self.refused:
+            return self.run(images, targets, sizes)
+        return self.graph(*tensors)
+
+    def record(self, shape: tuple[int, int], *tensors: Tensor) -> None:
+        """Record the step for tensors of these shapes; the gradients stay as they are."""
+        gradients = self.gradients()
+        kept = [gradient.clone() for gradient in gradients]
+        try:
+            self.graph.record(*tensors)
+        except NotRecorded as error:
+            self.refused.add(shape)
+            if distributed.rank() == 0:
+                log.info(
+                    "steps with %d objects an image and %d edges run without a CUDA graph: %s",
+                    *shape,
+                    error,
+                )
+        torch._foreach_copy_(gradients, kept)
+
+    def average(self) -> None:
+        """Average the gradients over all processes."""
+        distributed.average(self.gradients())
+
+    def gradients(self) -> list[Tensor]:
+        """The tensors to which every step adds."""
+        return [parameter.grad for parameter in self.parameters if parameter.grad is not None]
+
+
+def can_be_graphed(detector: nn.Module) -> bool:
+    """Whether nothing but the gradients changes in a forward and backward pass: no statistics of BatchNorm."""
+    return not any(isinstance(one, nn.modules.batchnorm._BatchNorm) for one in detector.modules())
+
+
+def padded(targets: Sequence[Target], device: torch.device) -> Targets:
+    """The targets on a GPU, of a size that a graph may have; copied from pinned memory, so that nothing waits."""
+    most = max(SLOTS, *(len(target) for target in targets))
+    found = Targets.of(targets, power_of_two(most))
+    edges = found.masks.edges
+    spare = power_of_two(max(len(edges), EDGES)) - len(edges)
+    masks = Polygons(F.pad(edges, (0, 0, 0, spare)), found.masks.spans)
+    tensors = (tensor.pin_memory() for tensor in replace(found, masks=masks).tensors())
+    return Targets.from_tensors(*tensors).to(device, non_blocking=True)
+
+
+def power_of_two(number: int) -> int:
+    """The least power of two that is not below a positive number."""
+    return 1 << (number - 1).bit_length()

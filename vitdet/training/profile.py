@@ -1,0 +1,203 @@
+"""Where the time of a training step goes: a trace of a few steps, and their time by part of the detector.
+
+Nothing is built into the detector for it: while the steps are profiled, methods of its parts run inside named scopes. An
+operator belongs to the innermost scope around it, or to the part whose operator it is the gradient of. On a GPU a part's
+time is that of its kernels, "data" what the GPU waited for the loader, and "idle" what it waited for anything else; on a
+CPU a part's time is that of its operators, and "idle" what passes between them, in Python.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import wraps
+from pathlib import Path
+
+import torch
+from torch.autograd import DeviceType
+from torch.autograd.profiler_util import FunctionEvent
+from torch.profiler import ProfilerActivity, profile, record_function
+
+from vitdet.files import write_json, written
+from vitdet.models.attention import Attention
+from vitdet.models.vit import Mlp
+from vitdet.training.step import TrainingStep
+from vitdet.types import Batch
+
+log = logging.getLogger(__name__)
+
+WARM = 5  # steps: memory is allocated and kernels are chosen
+TIMED = 3  # steps after these that are timed without the profiler, which delays the host
+TRACED = 3  # steps after these in the trace
+STEPS = WARM + TIMED + TRACED + 1  # the last one only ends the trace
+DATA, OTHER, IDLE = "data", "other", "idle"
+PARTS = (
+    "attention", "MLP", "backbone, rest", "pyramid", "RPN", "NMS", "RoI pooling", "box head",
+    "mask head", "losses", "optimizer", OTHER, DATA, IDLE,
+)  # fmt: skip
+# operators that are a part of their own, wherever they are called
+OPERATORS = {
+    "torchvision::nms": "NMS",
+    "vitdet::nms": "NMS",
+    "torchvision::roi_align": "RoI pooling",
+    "torchvision::_roi_align_backward": "RoI pooling",
+    "vitdet::roi_align": "RoI pooling",
+}
+BACKWARD = "autograd::engine::evaluate_function: "
+
+
+class ProfiledBatches:
+    """The batches of a loader; the first steps computed from them are profiled.
+
+    step: whose parts are looked at. Writes folder/trace.json, for chrome://tracing or Perfetto,
+    and folder/parts.json, and logs a table.
+    """
+
+    def __init__(self, loader: Iterable[Batch], step: TrainingStep, folder: Path) -> None:
+        self.loader, self.step, self.folder = loader, step, folder
+
+    def __iter__(self) -> Iterator[Batch]:
+        batches = iter(self.loader)
+        for _ in range(WARM * self.step.accumulate):
+            yield next(batches)
+        self._wait()
+        start, waited = time.perf_counter(), 0.0
+        for _ in range(TIMED * self.step.accumulate):
+            asked = time.perf_counter()
+            batch = next(batches)
+            waited += time.perf_counter() - asked
+            yield batch
+        self._wait()
+        wall, waited = (time.perf_counter() - start) / TIMED, waited / TIMED
+        on_gpu = self.step.device.type == "cuda"
+        activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
+        with scopes(self.step), profile(activities=activities) as trace:
+            start = time.perf_counter()
+            for _ in range(TRACED * self.step.accumulate):
+                with record_function(DATA):
+                    batch = next(batches)
+                yield batch
+            self._wait()
+            traced = (time.perf_counter() - start) / TRACED
+        events = trace.events()
+        times = of_gpu(events, wall, waited) if on_gpu else of_cpu(events, traced)
+        with written(self.folder / "trace.json") as path:
+            trace.export_chrome_trace(str(path))
+        write_json(self.folder / "parts.json", {name: 1e3 * value for name, value in times.items()})
+        log.info("%s: where the time of a step goes\n%s", self.folder, table(times))
+        yield from batches
+
+    def _wait(self) -> None:
+        if self.step.device.type == "cuda":
+            torch.cuda.synchronize()
+
+
+@contextmanager
+def scopes(step: TrainingStep) -> Iterator[None]:
+    """Within it the methods of the parts run in scopes that a profiler sees."""
+    detector, heads = step.detector, step.detector.roi_heads
+    methods: list[tuple[object, str, str]] = [
+        (step, "update", "optimizer"),
+        (step.optimizer, "zero_grad", "optimizer"),
+        (detector.backbone, "forward", "backbone, rest"),
+        (detector.pyramid, "forward", "pyramid"),
+        (detector.rpn, "forward", "RPN"),
+        (detector.rpn, "propose", "RPN"),
+        (detector.rpn, "losses", "losses"),
+        (heads, "losses", "losses"),
+        (heads, "pool", "RoI pooling"),
+        *((stage, "forward", "box head") for stage in heads.stages),
+    ]
+    if heads.mask is not None:
+        methods.append((heads.mask, "forward", "mask head"))
+    for module in detector.backbone.modules():
+        if isinstance(module, Attention | Mlp):
+            part = "attention" if isinstance(module, Attention) else "MLP"
+            methods.append((module, "forward", part))
+    with ExitStack() as undo:
+        for owner, name, part in methods:
+            setattr(owner, name, _inside(part, getattr(owner, name)))
+            undo.callback(delattr, owner, name)
+        yield
+
+
+def _inside(part: str, method: Callable) -> Callable:
+    @wraps(method)
+    def _scoped(*given: object, **named: object) -> object:
+        with record_function(part):
+            return method(*given, **named)
+
+    return _scoped
+
+
+def of_gpu(events: Iterable[FunctionEvent], wall: float, waited: float) -> dict[str, float]:
+    """Seconds of a step by part, which add up to `wall`; waited: of them, for the loader."""
+    events = list(events)
+    host = [event for event in events if event.device_type == DeviceType.CPU]
+    part_of, names = belongings(host), {event.name for event in host}
+    found = dict.fromkeys(PARTS, 0.0)
+    for event in host:
+        for kernel in event.kernels:
+            if kernel.name not in names:  # a scope, as the GPU passes through it
+                found[part_of(event)] += kernel.duration / 1e6 / TRACED
+    spans = [
+        (event.time_range.start, event.time_range.end)
+        for event in events
+        if event.device_type != DeviceType.CPU and event.name not in names
+    ]
+    idle = max(wall - union(spans) / 1e6 / TRACED, 0.0)
+    found[DATA] = min(waited, idle)
+    found[IDLE] = idle - found[DATA]
+    return found
+
+
+def of_cpu(events: Iterable[FunctionEvent], wall: float) -> dict[str, float]:
+    """Seconds of a step by part, which add up to `wall`."""
+    events = list(events)
+    part_of, scoped = belongings(events), set(PARTS)
+    found = dict.fromkeys(PARTS, 0.0)
+    for event in events:
+        if event.name not in scoped or event.name == DATA:
+            found[part_of(event)] += event.self_cpu_time_total / 1e6 / TRACED
+    found[IDLE] = max(wall - sum(found.values()), 0.0)
+    return found
+
+
+def belongings(events: list[FunctionEvent]) -> Callable[[FunctionEvent], str]:
+    """A function for the part that an event belongs to."""
+    scoped = {**OPERATORS, **{part: part for part in PARTS}}
+    forward: dict[int, str] = {}  # number of an operator in the graph of gradients -> its part
+
+    def part_of(event: FunctionEvent | None) -> str:
+        while event is not None:
+            if event.name in scoped:
+                return scoped[event.name]
+            if event.name.startswith(BACKWARD):
+                return forward.get(event.sequence_nr, OTHER)
+            event = event.cpu_parent
+        return OTHER
+
+    for event in events:
+        if event.sequence_nr >= 0 and not event.name.startswith(BACKWARD):
+            part = part_of(event)
+            if part != OTHER:
+                forward[event.sequence_nr] = part
+    return part_of
+
+
+def union(spans: Iterable[tuple[float, float]]) -> float:
+    """The length of what the spans cover together."""
+    covered, reached = 0.0, float("-inf")
+    for start, end in sorted(spans):
+        covered += max(end - max(start, reached), 0.0)
+        reached = max(reached, end)
+    return covered
+
+
+def table(times: dict[str, float]) -> str:
+    """A line for each part: milliseconds of a step, and its share."""
+    total = sum(times.values())
+    rows = [f"{part:<15}{1e3 * t:9.2f} ms {t / total:6.1%}" for part, t in times.items()]
+    return "\n".join([*rows, f"{'step':<15}{1e3 * total:9.2f} ms"])
