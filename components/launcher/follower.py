@@ -353,8 +353,8 @@ class Follower:
                 )
             elif any(OUT_OF_GPU_MEMORY.search(line) for line in lines):
                 advice = (
-                    "too many images for the memory of a GPU: raise train.accumulate, set "
-                    "train.activation_checkpointing=blocks, or use more or larger GPUs"
+                    "too many images for the memory of a GPU: the last line of its log names the settings "
+                    "that need less; or use more or larger GPUs"
                 )
             else:
                 continue
