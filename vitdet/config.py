@@ -57,6 +57,7 @@ LATER = (
     "train.activation_checkpointing",
     "train.compile",
     "evaluate.precision",
+    "evaluate.compile",
 )
 
 
@@ -250,6 +251,8 @@ class EvalConfig(Section, prefix="evaluate."):
     batch_size: Amount = 1
     # of the detector; auto: bf16 or fp16 where the processor has instructions for it
     precision: Literal["fp32", "bf16", "fp16", "auto"] = "fp32"
+    # on a GPU, with torch.compile: takes a minute, pays from some thousand images on
+    compile: bool = False
 
 
 @dataclass(frozen=True)

@@ -156,6 +156,7 @@ def evaluate(
 
     # here: the AP of results needs neither models nor training
     from vitdet.models import build_detector
+    from vitdet.models.compile import compile_parts
 
     detector, stored, class_names = restore_detector(checkpoint)
     config, found = evaluation_config(stored, overrides, config)
@@ -178,6 +179,8 @@ def evaluate(
         if device.type == "cuda" and distributed.rank() == 0:
             log.info(kernels.describe())
         detector = detector.to(device).eval()
+        if config.evaluate.compile and device.type == "cuda":
+            compile_parts(detector)
         results, image_ids = detect(detector, config.data, config.evaluate, device, split)
         metrics = {}
         if distributed.rank() == 0:

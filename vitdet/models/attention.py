@@ -61,7 +61,11 @@ def relative_positions(table: Tensor, size: int) -> Tensor:
 def in_half(x: Tensor) -> bool:
     """Whether a linear layer makes half precision of this tensor: it is, or autocast will make it so."""
     device = x.device.type
-    cast = torch.is_autocast_enabled(device) and x.dtype == torch.float32
+    cast = (
+        x.dtype == torch.float32
+        and torch.amp.is_autocast_available(device)
+        and torch.is_autocast_enabled(device)
+    )
     return (torch.get_autocast_dtype(device) if cast else x.dtype).itemsize == 2
 
 

@@ -26,6 +26,8 @@ from vitdet.cli.bench.training import images_for, new_detector
 from vitdet.config import Config, override
 from vitdet.evaluation.detections import results_of
 from vitdet.models import Detector
+from vitdet.models.compile import compile_parts
+from vitdet.models.graphed_detector import GraphedDetector
 from vitdet.training.precision import autocast, chosen
 from vitdet.types import Batch, Detections
 
@@ -44,6 +46,8 @@ def measure_inference(
     one = images_for(config, 1).to(device)
     detections = let_detect(detector, one)
     flops = forward_flops(detector, lambda: detector(one.images, None, one.sizes))
+    if config.evaluate.compile and device.type == "cuda":
+        compile_parts(detector)
     rows: list[dict] = []
     rates: dict[str, float] = {}
     for precision in precisions:
@@ -83,10 +87,11 @@ def measure_calls(
     """The figures of one batch size and precision: ms (median) a batch, counts, and those of an evaluation's loop."""
     peak = peak_memory(device)
 
+    find = GraphedDetector(detector, lambda: autocast(precision, device))
+
     def detect() -> list[Detections]:
         images, sizes = (one.to(device, non_blocking=True) for one in (batch.images, batch.sizes))
-        with autocast(precision, device):
-            return detector(images, None, sizes)
+        return find(images, sizes)
 
     times = timed(detect, device, steps, warm=WARM)
     with counted(device, COUNTED) as counts:
