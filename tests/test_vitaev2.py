@@ -81,7 +81,7 @@ def test_rates_of_the_published_run():
     with torch.device("meta"):
         backbone = parts.vitaev2(**SIZES["vitaev2_s"]._asdict(), drop_path=0.1)
     assert [
-        [cell.drop_path.drop_prob for cell in stage.cells] for stage in backbone.stages
+        [1 - cell.drop_path.keep.item() for cell in stage.cells] for stage in backbone.stages
     ] == rates
 
 

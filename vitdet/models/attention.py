@@ -59,14 +59,9 @@ def relative_positions(table: Tensor, size: int) -> Tensor:
 
 
 def in_half(x: Tensor) -> bool:
-    """Whether a linear layer makes half precision of this tensor: it is, or autocast will make it so."""
-    device = x.device.type
-    cast = (
-        x.dtype == torch.float32
-        and torch.amp.is_autocast_available(device)
-        and torch.is_autocast_enabled(device)
-    )
-    return (torch.get_autocast_dtype(device) if cast else x.dtype).itemsize == 2
+    """Whether a linear layer makes half precision of this tensor on a GPU: it is, or autocast will make it so."""
+    cast = x.is_cuda and x.dtype == torch.float32 and torch.is_autocast_enabled("cuda")
+    return (torch.get_autocast_dtype("cuda") if cast else x.dtype).itemsize == 2
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:

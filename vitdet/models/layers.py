@@ -82,6 +82,28 @@ class Blocks(nn.ModuleList):
         return x
 
 
+class DropPath(nn.Module):
+    """Sets a residual path of an image to zero with probability `rate` in training, and scales those that stay by
+    1 / (1 - rate). Huang et al., stochastic depth (1603.09382).
+
+    The rate is a tensor: as a number, by which timm's has it, torch.compile would compile each block of a backbone anew.
+    """
+
+    keep: Tensor
+
+    def __init__(self, rate: float) -> None:
+        super().__init__()
+        self.drops = rate > 0
+        self.register_buffer("keep", torch.tensor(1 - rate), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, ...) -> (B, ...); each image by a draw of its own."""
+        if not self.training or not self.drops:
+            return x
+        kept = torch.rand(len(x), *[1] * (x.dim() - 1), device=x.device) < self.keep
+        return x * (kept / self.keep).to(x.dtype)
+
+
 def _contexts(
     block: nn.Module,
 ) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:

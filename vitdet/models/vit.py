@@ -13,12 +13,12 @@ from typing import NamedTuple
 
 import torch
 from einops import rearrange
-from timm.layers import DropPath, Mlp, to_2tuple, trunc_normal_
+from timm.layers import Mlp, to_2tuple, trunc_normal_
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vitdet.models.attention import Attention
-from vitdet.models.layers import NORM_EPS, Blocks, ConvNorm, init_conv
+from vitdet.models.layers import NORM_EPS, Blocks, ConvNorm, DropPath, init_conv
 
 
 class Size(NamedTuple):

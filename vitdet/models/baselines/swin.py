@@ -14,13 +14,13 @@ from typing import NamedTuple
 
 import torch
 from einops import rearrange
-from timm.layers import DropPath, Mlp, PatchEmbed
+from timm.layers import Mlp, PatchEmbed
 from timm.models.swin_transformer import PatchMerging, WindowAttention
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vitdet.models.attention import join_windows, split_windows
-from vitdet.models.layers import Blocks
+from vitdet.models.layers import Blocks, DropPath
 from vitdet.models.vit import init_linears
 
 BLOCKED = -100.0  # added to the logits of two tokens that the roll brought together

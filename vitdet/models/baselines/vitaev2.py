@@ -14,12 +14,12 @@ from typing import NamedTuple
 
 import torch
 from einops import rearrange
-from timm.layers import DropPath, Mlp
+from timm.layers import Mlp
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vitdet.models.attention import attend, join_windows, split_windows
-from vitdet.models.layers import NORM_EPS, Blocks
+from vitdet.models.layers import NORM_EPS, Blocks, DropPath
 from vitdet.models.vit import init_linears
 from vitdet.models.vitae import CELL_NORM_EPS, conv
 
