@@ -1,8 +1,8 @@
 """Multi-head attention with decomposed relative positions, on a grid of tokens or in windows of it.
 
-Fused kernels of PyTorch take the positions only as an N x N bias or as queries and keys widened to d + H + W; the
-Triton kernels here (`attention_grid`, `attention_windows`) take them as they are: on an H100 at 64 x 64 tokens, 12 heads
-of 64 and 4 images 3.5 ms for forward and backward instead of 6.1 ms, in windows 0.7 instead of 2.9 ms.
+Fused kernels of PyTorch take the positions only as an N x N bias or as queries and keys widened to d + H + W. Those of
+`attention_kernels` take them as they are: on an H100 at 64 x 64 tokens, 12 heads of 64 and 4 images forward and backward
+took a prototype of them 3.5 ms instead of 6.1 ms, and 0.7 instead of 2.9 ms in windows.
 Relative positions: Li et al., MViTv2 (2112.01526).
 Letters: B images, H x W tokens, N = H W, h heads, d channels of a head, s = d^-1/2, K tokens along an axis.
 """
@@ -110,16 +110,13 @@ def _attention(
     scaled: bool,
 ) -> tuple[Tensor, Tensor]:
     """As `attention`, and the logarithms to base 2 of the softmax's sums, for the backward pass."""
-    from vitdet.kernels import attention_grid, attention_windows
+    from vitdet.kernels.attention_kernels import forward
     from vitdet.kernels.attention_positions import Layout
 
-    layout = Layout(len(qkv), height, width, heads, qkv.shape[-1] // (3 * heads), window)
-    tables, factor = (rel_h.contiguous(), rel_w.contiguous()), layout.scale if scaled else 1.0
-    if window:
-        return attention_windows.forward(
-            layout, qkv.contiguous(), bias.contiguous(), tables, factor
-        )
-    return attention_grid.forward(layout, qkv.contiguous(), tables, factor)
+    layout = Layout(height, width, heads, qkv.shape[-1] // (3 * heads), window)
+    tables = rel_h.contiguous(), rel_w.contiguous()
+    factor = layout.depth**-0.5 if scaled else 1.0
+    return forward(layout, qkv.contiguous(), bias.to(qkv.dtype).contiguous(), tables, factor)
 
 
 @_attention.register_fake
@@ -158,18 +155,14 @@ def _attention_backward(
     scaled: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The gradients of qkv, bias and both tables; of the last three in float32."""
-    from vitdet.kernels import attention_grid, attention_windows
+    from vitdet.kernels.attention_kernels import backward
     from vitdet.kernels.attention_positions import Layout
 
-    layout = Layout(len(qkv), height, width, heads, qkv.shape[-1] // (3 * heads), window)
-    tables, factor = (rel_h.contiguous(), rel_w.contiguous()), layout.scale if scaled else 1.0
-    gradient, qkv = gradient.contiguous(), qkv.contiguous()
-    if window:
-        return attention_windows.backward(
-            layout, gradient, qkv, bias.contiguous(), tables, factor, out, sums
-        )
-    dqkv, drel_h, drel_w = attention_grid.backward(layout, gradient, qkv, tables, factor, out, sums)
-    return dqkv, sums.new_zeros(bias.shape), drel_h, drel_w
+    layout = Layout(height, width, heads, qkv.shape[-1] // (3 * heads), window)
+    tables = rel_h.contiguous(), rel_w.contiguous()
+    factor = layout.depth**-0.5 if scaled else 1.0
+    given = gradient.contiguous(), qkv.contiguous(), bias.to(qkv.dtype).contiguous()
+    return backward(layout, *given, tables, factor, out, sums)
 
 
 @_attention_backward.register_fake
