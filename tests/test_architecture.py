@@ -151,6 +151,7 @@ def test_the_package_needs_its_declared_dependencies_only() -> None:
     more = {
         # mlflow brings pandas
         "vitdet/tracking/": modules(project["optional-dependencies"]["tracking"]) | {"pandas"},
+        "vitdet/kernels/": {"triton"},  # torch for CUDA brings it
         "vitdet/cli/bench/data.py": {"detectron2", "shapely"},  # measured where they are installed
     }
     missing = []
