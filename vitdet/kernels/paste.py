@@ -2,7 +2,7 @@
 
 A mask is zero outside its box, so only that region of the image is stored: of N masks, one after the other, the
 columns of each region from left to right, each from top to bottom and ended by a zero. Where these bytes change, a
-run of the mask begins or ends (`vitdet.data.run_lengths` makes COCO's strings from that).
+run of the mask begins or ends (`vitdet.evaluation.run_lengths` makes COCO's strings from that).
 
 Why a kernel: evaluation compares masks in the size of the image. `grid_sample` takes one launch a mask, writes a grid
 of 8 bytes a pixel before it reads anything, and rounds differently on a GPU. The kernel takes one launch for all masks
