@@ -47,7 +47,7 @@ LAYERS: tuple[dict[str, str], ...] = (
         "tracking": f"{BASE} data checkpoint predictor",
     },
     {
-        "training": f"{BASE} models data checkpoint visualize predictor"
+        "training": f"{BASE} kernels models data checkpoint visualize predictor"
         " evaluation weights tracking.tracker"
     },
     {"demo": f"{BASE} data checkpoint models training weights"},
