@@ -14,12 +14,14 @@ import torch
 from torch import Tensor, nn
 
 from tests.conftest import minimal, options
+from tests.triton_device import needs_gpu
 from vitdet import stages
 from vitdet.config import BackboneConfig, Config, load_config
 from vitdet.models import build_backbone, build_detector
 from vitdet.models.detector import Detector
 from vitdet.models.layers import Blocks
 from vitdet.tracking import runs
+from vitdet.training.graph import can_be_graphed
 from vitdet.training.memory import checkpoint_activations, step_bytes
 
 # what torch raises, in one line
@@ -112,6 +114,7 @@ def test_auto_checkpoints_where_the_estimate_exceeds_nine_tenths_of_the_gpu(
         )
         checkpoint_activations(detector, given, 8, "bf16", device)
         (decided,) = checkpointing(detector)
+        assert can_be_graphed(detector) != decided  # random draws are repeated, which no graph can
         return decided
 
     with caplog.at_level(logging.INFO, "vitdet"):
@@ -192,3 +195,49 @@ def test_blocks_that_compute_again_give_the_same_bits(name: str) -> None:
     for buffer_name, buffer in plain.named_buffers():
         assert torch.equal(buffer, again.get_buffer(buffer_name)), buffer_name
     assert plain.state_dict().keys() == again.state_dict().keys()
+
+
+@needs_gpu
+@pytest.mark.cuda
+def test_the_words_of_torch_are_those_that_are_cut(
+    vitdet: Callable[..., tuple[int, str, str]],
+    tiny: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(runs, "has_mlflow", lambda: False)
+    torch.cuda.empty_cache()
+    held = torch.cuda.memory_reserved() + 2**20
+    torch.cuda.set_per_process_memory_fraction(
+        held / torch.cuda.get_device_properties(0).total_memory
+    )
+    try:
+        code, _, said = vitdet("train", "tiny", *options(minimal(tiny)), "--output", tmp_path)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    line = said.splitlines()[-1]
+    assert code == 1 and line.startswith("vitdet: CUDA out of memory. Tried to allocate ")
+    assert " is free. Raise train.accumulate" in line
+
+
+@needs_gpu
+@pytest.mark.cuda
+def test_blocks_that_compute_again_need_half_of_the_memory_of_a_gpu() -> None:
+    settings = BackboneConfig(drop_path=0.5, rel_pos_size=512)
+    torch.manual_seed(0)
+    backbone = build_backbone(replace(Config().model, backbone=settings)).cuda().train()
+    images, peaks, gradients = torch.randn(2, 3, 512, 512, device="cuda"), [], []
+    for again in (False, False, True):  # the first one chooses kernels
+        backbone.blocks.checkpointing = again
+        backbone.zero_grad()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        torch.manual_seed(1)
+        with torch.autocast("cuda", torch.bfloat16):
+            backbone(images).float().square().mean().backward()
+        peaks.append(torch.cuda.max_memory_allocated() - before)
+        gradients.append(torch.cat([p.grad.flatten() for p in backbone.parameters()]))
+    print(f"peak of ViT-B, 2 images of 512 pixels: {peaks[1]} bytes, computed again: {peaks[2]}")
+    assert peaks[2] < 0.7 * peaks[1]
+    # not to the bit: kernels that add in any order
+    assert (gradients[2] - gradients[1]).norm() < 1e-2 * gradients[1].norm()

@@ -16,6 +16,7 @@ from tests.conftest import Recorder, minimal
 from tests.test_distributed import free_port
 from tests.test_resume_settings import same_weights
 from tests.test_trainer import cut, figures, go, interrupt, same_bits
+from tests.triton_device import needs_gpu
 from vitdet import distributed
 from vitdet.config import Config, load_config
 from vitdet.data.dataset import read_split
@@ -297,3 +298,15 @@ def test_the_scale_of_fp16_survives_a_stop(tiny: Path, tmp_path: Path) -> None:
         for name in ("cut", "whole")
     ]
     assert ends[0]["scaler"] == ends[1]["scaler"]
+
+
+@needs_gpu
+@pytest.mark.cuda
+def test_fp16_and_micro_batches_on_a_gpu(tiny: Path, tmp_path: Path) -> None:
+    changes = {"train__precision": "fp16", "train__batch_size": 4, "train__accumulate": 2}
+    recorder = go(tiny, tmp_path, **changes)
+    assert all(values["skipped_steps"] in (0, 1) for values in recorder.points.values())
+    state = torch.load(tmp_path / "checkpoints" / "step_00000008.pt", weights_only=True)
+    skipped = sum(values["skipped_steps"] for values in recorder.points.values())
+    assert skipped < 8 and state["scaler"]["scale"] == 2.0 ** (16 - skipped)
+    assert {int(slots["step"]) for slots in state["optimizer"]["state"].values()} == {8 - skipped}
