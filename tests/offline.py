@@ -27,7 +27,7 @@ from vitdet.kernels.attention_positions import Layout
 
 CAPABILITY = 90
 TYPES = {torch.bfloat16: "*bf16", torch.float32: "*fp32"}
-OPTIONS = ("num_warps", "num_stages")
+OPTIONS = ("num_warps", "num_stages", "maxnreg")
 SIZES = ((12, 64), (16, 80))  # heads and channels of a head, of ViT-B and ViT-H
 
 

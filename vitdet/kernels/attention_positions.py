@@ -89,7 +89,7 @@ def positions(
     """q . R times `factor` and log2(e), as `empty_products`; -inf beyond the last column."""
     found = empty_products(layout, qkv)
     for axis, (table, product) in enumerate(zip(tables, found, strict=True)):
-        positions_kernel[(layout.sides[axis], len(product))](
+        positions_kernel[(layout.sides[axis] * len(product),)](
             qkv, table, product, factor * LOG2E.value, **_lines(layout, axis)
         )
     return found
@@ -212,9 +212,9 @@ def positions_kernel(
     KEYS: tl.constexpr,
 ):
     """All queries of line i meet the rows i - key + K - 1 of a table, which are read where they lie."""
-    i = tl.program_id(0)
-    group = tl.program_id(1)
     SIDE: tl.constexpr = COLUMNS if AXIS else ROWS
+    i = tl.program_id(0) % SIDE
+    group = tl.program_id(0) // SIDE
     first, top, left, head = origin(group, HEIGHT, WIDTH, HEADS, ROWS, COLUMNS)
     place, token, exists, inside = line_of(
         i, top, left, HEIGHT, WIDTH, ROWS, COLUMNS, AXIS, QUERIES
