@@ -130,6 +130,16 @@ def test_two_processes_without_gpus(tiny: Path, tmp_path: Path) -> None:
     assert silent == [] and len(norms) == 2 and norms == others
 
 
+def test_micro_batches_are_told_to_have_statistics_of_their_own(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    model, device = nn.Sequential(nn.BatchNorm2d(4)), torch.device("cpu")
+    assert parallel.parallelize(model, device, 1) is model and not caplog.messages
+    assert parallel.parallelize(nn.Linear(2, 2), device, 2) and not caplog.messages
+    assert parallel.parallelize(model, device, 2) is model
+    assert len(caplog.messages) == 1 and "train.accumulate=2 trains another model" in caplog.text
+
+
 def test_on_gpus_the_norms_are_synchronised_in_place(monkeypatch: pytest.MonkeyPatch) -> None:
     model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Sequential(nn.BatchNorm2d(4)))
     before, tensors = (

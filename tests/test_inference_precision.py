@@ -115,7 +115,7 @@ def test_detections_in_two_precisions_are_matched_within_their_class() -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_a_trained_detector_finds_the_same_in_bf16(tiny: Path, tmp_path: Path) -> None:
     steps = [f"{name}=300" for name in ("optim.steps", "train.eval_every", "train.save_every")]
-    config = load_config("tiny", [f"data.root={tiny}", *steps])
+    config = load_config("tiny", [f"data.root={tiny}", "optim.ema=0.9", *steps])
     detector, *_ = restore_detector(train(config, tmp_path))
     detector.cuda().eval()
     exact, other = (detect(detector, config, one, GPU) for one in ("fp32", "bf16"))

@@ -1,5 +1,7 @@
 """Where the Triton kernels run, and what the log says about it."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -30,6 +32,15 @@ def test_a_gpu_from_ampere_on_runs_them(gpu):
     gpu(8, 0)
     assert kernels._runs_on(0)
     assert kernels.describe() == f"Triton kernels on (NVIDIA H100): {', '.join(kernels.NAMES)}"
+
+
+def test_float64_takes_the_plain_path(gpu):
+    gpu(9, 0)
+    one, other = (
+        SimpleNamespace(is_cuda=True, dtype=kind, device=torch.device("cuda:0"))
+        for kind in (torch.float32, torch.float64)
+    )
+    assert kernels.enabled(one) and not kernels.enabled(one, other)
 
 
 def test_an_older_gpu_does_not(gpu):

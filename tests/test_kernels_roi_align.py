@@ -140,6 +140,14 @@ def test_other_inputs_are_refused(maps, strides, kind, message):
         )
 
 
+def test_maps_of_other_types_are_refused():
+    index, boxes = torch.zeros(3, dtype=torch.long), torch.zeros(3, 4)
+    one = torch.zeros(1, 2, 4, 4)
+    for maps in ([one, one.half()], [one.double()] * 2):
+        with pytest.raises(ValueError, match="maps must be of one type of"):
+            roi_align(maps, boxes, index, index, [4, 8], 7, 0)
+
+
 FULL = [(256, 256), (128, 128), (64, 64), (32, 32)]
 
 

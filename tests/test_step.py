@@ -84,7 +84,11 @@ def one_of_two(rank: int, port: int, root: Path, folder: Path) -> None:
     torch.set_num_threads(1)
     with distributed.process_group():
         for accumulate in (1, 2):
-            run, exchanges = Run(root, rank, 2, **DRAWING, train__accumulate=accumulate), []
+            changes = {
+                "train__accumulate": accumulate,
+                "train__activation_checkpointing": "blocks" if accumulate == 2 else "none",
+            }
+            run, exchanges = Run(root, rank, 2, **DRAWING, **changes), []
             run.step.distribute()
 
             def count(_, bucket, exchanges=exchanges):

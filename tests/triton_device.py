@@ -1,7 +1,7 @@
 """Where the Triton kernels run in tests: on the GPU, or on the CPU in a process started with TRITON_INTERPRET=1.
 
 The interpreter has to be chosen before Triton is imported, so the kernels' tests are skipped in a process that has
-neither; tests/test_kernels_interpreted.py runs them in one that has it.
+neither; tests/test_kernels_without_gpu.py runs them in one that has it.
 """
 
 from __future__ import annotations

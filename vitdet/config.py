@@ -7,18 +7,15 @@ override `section.key=value` changes one more setting. Steps pass the resolved c
 
 import hashlib
 import json
-import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from dataclasses import asdict, dataclass, field, is_dataclass
 from functools import reduce
 from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from msgspec import convert
 
 from vitdet.files import written
 from vitdet.ranges import (
@@ -32,15 +29,20 @@ from vitdet.ranges import (
     NonNegative,
     Positive,
     Positives,
-    Section,
     Seed,
     Size,
     Workers,
-    bare,
     between,
     check,
     check_address,
+)
+from vitdet.sections import (
+    Section,
+    convert_section,
+    list_settings,
+    merge,
     operational,
+    section_error,
 )
 from vitdet.suggestions import nearest
 from vitdet.yaml_text import parse_yaml
@@ -346,12 +348,12 @@ def from_dict(tree: Mapping) -> Config:
     """The inverse of `to_dict`; absent settings take their defaults. Raises as `load_config`."""
     if unknown := list(_unknown(Config, tree)):
         raise ValueError("; ".join(unknown))
-    return _convert(Config, tree)
+    return convert_section(Config, tree)
 
 
 def flatten(config: Config) -> dict[str, bool | int | float | str]:
     """{'optim.lr': 0.0001, ...}: the keys that overrides use; lists as JSON text."""
-    values = {key: value for key, (value, _) in _settings(config).items()}
+    values = {key: value for key, (value, _) in list_settings(config).items()}
     return {k: json.dumps(v) if isinstance(v, tuple) else v for k, v in values.items()}
 
 
@@ -359,7 +361,7 @@ def difference(ours: Config, theirs: Config, *, affecting_weights: bool | None =
     """A text as `optim.lr: 0.0001, not 0.0002` for each setting that differs; of all settings, or
     only of those that affect the trained weights (True) or do not (False).
     """
-    left, right, settings = flatten(ours), flatten(theirs), _settings(ours)
+    left, right, settings = flatten(ours), flatten(theirs), list_settings(ours)
     wanted = [k for k in left if affecting_weights is None or settings[k][1] != affecting_weights]
     return [f"{key}: {left[key]}, not {right[key]}" for key in wanted if left[key] != right[key]]
 
@@ -368,7 +370,7 @@ def digest(config: Config) -> str:
     """12 hexadecimal digits that name the training, by the settings that affect the trained weights
     and are not at their default: other operational settings or new ones do not change the name.
     """
-    defaults, settings = flatten(type(config)()), _settings(config)
+    defaults, settings = flatten(type(config)()), list_settings(config)
     changed = {k: v for k, v in flatten(config).items() if v != defaults[k] and not settings[k][1]}
     return hashlib.sha256(json.dumps(changed, sort_keys=True).encode()).hexdigest()[:12]
 
@@ -377,7 +379,7 @@ def legacy_digest(config: Config) -> str | None:
     """The digest of version 0.1, over all settings that existed then, to find folders named by it.
     None if a later setting that affects the weights is not at its default.
     """
-    tree, settings, defaults = to_dict(config), _settings(config), _settings(type(config)())
+    tree, settings, defaults = to_dict(config), list_settings(config), list_settings(type(config)())
     for key in LATER:
         *parents, leaf = key.split(".")
         del reduce(dict.__getitem__, parents, tree)[leaf]
@@ -389,18 +391,6 @@ def legacy_digest(config: Config) -> str | None:
 def recipes() -> list[str]:
     """The names of the recipes that ship with the package."""
     return sorted(path.stem for path in RECIPES.glob("*.yaml"))
-
-
-def _settings(section: Any, operational: bool = False) -> dict[str, tuple[Any, bool]]:
-    """{key: (value, whether it is operational)} of all settings of a section."""
-    found: dict[str, tuple[Any, bool]] = {}
-    for one in fields(section):
-        value, key = getattr(section, one.name), section.prefix + one.name
-        unless = one.metadata.get("unless")
-        harmless = "operational" in one.metadata and not (unless and getattr(section, unless))
-        harmless = operational or harmless
-        found |= _settings(value, harmless) if is_dataclass(value) else {key: (value, harmless)}
-    return found
 
 
 def _read(name_or_path: str | Path) -> dict:
@@ -433,28 +423,13 @@ def _overridden(tree: dict, overrides: Sequence[str]) -> Config:
         changes: Any = _parse(key, text)
         for name in reversed(key.split(".")):
             changes = {name: changes}
-        _merge(tree, Config, changes)
+        merge(tree, Config, changes)
     return from_dict(tree)
-
-
-def _merge(tree: dict, kind: Any, changes: Mapping) -> None:
-    """Set values; merge a mapping into an existing section."""
-    for name, value in changes.items():
-        section, current = kind.hints.get(name), tree.get(name)
-        if not is_dataclass(section):
-            tree[name] = value
-            continue
-        tree[name] = {} if current is None else current
-        # null stands for the defaults in a file, but here settings of the file would be lost
-        for one in (value, tree[name]):
-            if not isinstance(one, dict):
-                raise _section_error(section, one)
-        _merge(tree[name], section, value)
 
 
 def _parse(key: str, text: str) -> object:
     """The value of an override: YAML, but text is taken literally, as 2017 or `a #1`."""
-    default, _ = _settings(Config()).get(key, (None, False))
+    default, _ = list_settings(Config()).get(key, (None, False))
     if isinstance(default, str) and text[:1] not in ("'", '"'):
         return text
     try:
@@ -466,7 +441,7 @@ def _parse(key: str, text: str) -> object:
 def _unknown(kind: Any, tree: object) -> Iterator[str]:
     """A text for each unknown name. Raises ValueError for a section that is no mapping."""
     if not isinstance(tree, Mapping | None):
-        raise _section_error(kind, tree)
+        raise section_error(kind, tree)
     for name, value in (tree or {}).items():
         if name not in kind.hints:
             elsewhere = [key for key in flatten(Config()) if key.endswith(f".{name}")]
@@ -475,26 +450,6 @@ def _unknown(kind: Any, tree: object) -> Iterator[str]:
             yield f"{kind.prefix}{name}: no such setting; {near}"
         elif is_dataclass(kind.hints[name]):
             yield from _unknown(kind.hints[name], value)
-
-
-def _section_error(kind: Any, value: object) -> ValueError:
-    got = "null" if value is None else repr(value)
-    return ValueError(f"{kind.prefix[:-1]}: is a section ({', '.join(kind.hints)}), got {got}")
-
-
-def _convert(kind: Any, value: Any) -> Any:
-    """A value from YAML as its setting's type, if possible; the section refuses it otherwise."""
-    if hints := getattr(kind, "hints", None):  # a section
-        return kind(**{name: _convert(hints[name], one) for name, one in (value or {}).items()})
-    hint = bare(kind)
-    if hint is str and isinstance(value, int | float | None):
-        return "" if value is None else str(value)
-    with suppress(ValueError):  # also ValidationError
-        # YAML reads 1e-4 as text; a whole number may be 1e3, but true is not 1
-        number = float(value) if hint in (int, float) and isinstance(value, str) else value
-        if not isinstance(number, float) or math.isfinite(number):
-            return convert(number, hint, strict=hint is bool)
-    return value
 
 
 def _rule(holds: bool, message: str) -> None:

@@ -1,15 +1,11 @@
-"""The types of settings with a range, and what a group of settings checks.
-
-The description of a range completes the message "KEY must ...".
-"""
+"""The types of settings with a range. The description of a range completes the message "KEY must ..."."""
 
 import math
 import re
 from contextlib import suppress
-from dataclasses import is_dataclass
 from functools import cache
 from types import GenericAlias
-from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 from msgspec import Meta, ValidationError, convert
 
@@ -64,31 +60,6 @@ Alias = Annotated[
     ),
 ]
 TYPES = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
-
-
-def operational(reason: str, unless: str = "") -> dict[str, str]:
-    """Metadata of what does not affect the trained weights, and why: a training can resume with
-    another value, and the names of run and checkpoint folders do not depend on it.
-
-    unless: a setting of the same section with which it does affect them.
-    """
-    return {"operational": reason, "unless": unless}
-
-
-class Section:
-    """A group of settings. Types, choices and ranges are checked whenever an instance is made."""
-
-    prefix = ""  # of its settings' keys, as `optim.` of `optim.lr`
-    hints = dict[str, Any]()  # field -> type and range
-
-    def __init_subclass__(cls, prefix: str | None = None) -> None:
-        cls.prefix = cls.prefix if prefix is None else prefix
-        cls.hints = get_type_hints(cls, include_extras=True)
-
-    def __post_init__(self) -> None:
-        for name, hint in self.hints.items():
-            if not is_dataclass(hint):
-                check(self.prefix + name, hint, getattr(self, name))
 
 
 def check(key: str, hint: Any, value: Any) -> None:

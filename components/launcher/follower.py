@@ -352,7 +352,10 @@ class Follower:
                     "data-loader workers"
                 )
             elif any(OUT_OF_GPU_MEMORY.search(line) for line in lines):
-                advice = "too many images for the memory of a GPU: lower the batch size, or use more or larger GPUs"
+                advice = (
+                    "too many images for the memory of a GPU: the last line of its log names the settings "
+                    "that need less; or use more or larger GPUs"
+                )
             else:
                 continue
             self.give_up(f"{self.name} ran out of memory: {advice}", [], cause)

@@ -1,6 +1,6 @@
 """Trains a detector on a small data set in COCO's format and compares what it finds in fp32 and in half precision.
 
-    python -m tests.bench.precision FOLDER --steps 600 --output figures.json
+    python -m tests.bench.precision FOLDER --steps 2000 --output figures.json
 
 Each detection of at least the threshold's score is matched to that of its class in the other precision which it
 overlaps most. Those without a match are counted from both sides.
@@ -34,7 +34,7 @@ SAME = 0.5  # least IoU of a match
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path, help="data set in COCO's layout")
-    parser.add_argument("--steps", type=int, default=600)
+    parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--recipe", default="tiny")
     parser.add_argument("--set", action="append", default=[], dest="overrides")
     parser.add_argument("--precision", default="bf16", choices=PRECISIONS)
@@ -74,6 +74,8 @@ def compare(exact: Sequence[Detections], other: Sequence[Detections], threshold:
     """The figures of the same images' detections in fp32 and in another precision."""
     ious, differences, alone = matches(exact, other, threshold)
     _, _, theirs = matches(other, exact, threshold)
+    if not len(ious):
+        raise SystemExit(f"no score of a match is at least {threshold}: train longer (--steps)")
     apart = differences.abs()
     return {
         "images": len(exact),

@@ -19,7 +19,7 @@ def encode_columns(pixels: Tensor, regions: Tensor, ends: Tensor, sizes: Tensor)
     width) of their images; all on one device.
     """
     counts, last = _counts(pixels, regions, ends, sizes)
-    numbers, stops = counts.cpu().numpy(), (last + 1).tolist()
+    numbers, stops = counts.int().cpu().numpy(), (last + 1).tolist()
     runs = [
         {"size": size, "counts": numbers[start:stop]}
         for size, start, stop in zip(sizes.tolist(), [0, *stops[:-1]], stops, strict=True)

@@ -15,12 +15,16 @@ from torch import Tensor
 
 SWITCH = "VITDET_KERNELS"
 CAPABILITY = (8, 0)  # asynchronous copies and products of bf16 came with Ampere
-NAMES = ("attention",)
+NAMES = ("attention", "NMS", "RoIAlign", "mask targets", "pasted masks")
 
 
 def enabled(*tensors: Tensor) -> bool:
-    """Whether the kernels run on these tensors. Raises ValueError if VITDET_KERNELS is neither `on` nor `off`."""
-    return all(one.is_cuda for one in tensors) and _runs_on(tensors[0].device.index)
+    """Whether the kernels run on these tensors, none of them float64, in which only the plain paths compute.
+
+    Raises ValueError if VITDET_KERNELS is neither `on` nor `off`.
+    """
+    fit = all(one.is_cuda and one.dtype != torch.float64 for one in tensors)
+    return fit and _runs_on(tensors[0].device.index)
 
 
 def describe() -> str:

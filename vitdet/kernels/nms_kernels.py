@@ -1,8 +1,9 @@
 """The two Triton kernels of `vitdet.kernels.nms`, and their launch.
 
-`compare` has a program for a tile of 64 x 64 pairs and stores a word of 64 bits for each of its rows. `walk` has a
-program for a group, which goes through the boxes 64 at a time: whether each of them is kept follows from 64 words in
-registers, a few instructions a box, and what the kept ones suppress among the later boxes is the OR of their rows.
+`compare_boxes` has a program for 32 boxes and the 64 of a word, and stores that word of 64 bits for each of the 32.
+`suppress_boxes` has a program for a group, which goes through the boxes 64 at a time: whether each of them is kept
+follows from 64 words in registers, a few instructions a box; what the kept ones suppress among the later boxes is the
+OR of their rows of words.
 Letters: G groups, N boxes of a group, W words of a row.
 """
 
@@ -20,7 +21,7 @@ from torch import Tensor
 BITS = tl.constexpr(64)  # of a word
 # Bytes of bits that exist at a time; 40 groups of 2,000 boxes take 20 MB.
 MEMORY = 2**28
-# Words that `walk` reads at a time: 64 rows of 2,048 boxes.
+# Words that `suppress_boxes` reads at a time: 64 rows of 2,048 boxes.
 TILE = 2**11
 
 
@@ -38,7 +39,7 @@ def launch(boxes: Tensor, labels: Tensor | None, iou: float, limit: int) -> Tens
         some = slice(start, min(start + step, groups))
         size = (some.stop - start, BITS.value * words, words)
         bits = torch.empty(size, dtype=torch.int64, device=boxes.device)
-        compare[(words, 2 * words, len(bits))](
+        compare_boxes[(words, 2 * words, len(bits))](
             boxes[some],
             classes[some],
             bits,
@@ -51,7 +52,7 @@ def launch(boxes: Tensor, labels: Tensor | None, iou: float, limit: int) -> Tens
             # a fused a * b - c would round otherwise than torchvision on the CPU
             enable_fp_fusion=False,
         )
-        walk[(len(bits),)](
+        suppress_boxes[(len(bits),)](
             bits,
             keep[some],
             count,
@@ -83,7 +84,7 @@ def corners(boxes, index, inside):
 
 
 @triton.jit(do_not_specialize=["count", "words"])
-def compare(boxes, labels, bits, count, words, iou, LABELS: tl.constexpr, ROWS: tl.constexpr):
+def compare_boxes(boxes, labels, bits, count, words, iou, LABELS: tl.constexpr, ROWS: tl.constexpr):
     """bits (G, 64 W, W): bit k of a box's word w says that it would suppress box 64 w + k, which comes after it.
 
     A box's own bit says that it is empty, as are those from N on. Words of earlier boxes only stay unwritten.
@@ -124,7 +125,7 @@ def either(a, b):
 
 
 @triton.jit(do_not_specialize=["count", "words", "limit"])
-def walk(bits, keep, count, words, limit, ROWS: tl.constexpr, WORDS: tl.constexpr):
+def suppress_boxes(bits, keep, count, words, limit, ROWS: tl.constexpr, WORDS: tl.constexpr):
     """keep (G, N): the boxes that no kept one suppresses, up to the block of 64 in which `limit` is reached."""
     group = tl.program_id(0).to(tl.int64)
     bits += group * words * words * BITS

@@ -5,6 +5,8 @@ of a training step of ViT-B at batch 8 on an H100, with the copies that its layo
 read channels last in their own precision, as products with the weights of a separable interpolation
 (`vitdet.kernels.roi_align_kernels`), while coordinates, weights and sums are float32. The gradient has no atomic
 additions: it is the same in every run, needs no float32 copy of the maps, and is written once.
+Errors beside float64, relative (L2 norms), of features and gradients: below 1e-6 with float32 maps of small sides, on
+larger ones that of coordinates in float32; with 16-bit maps that of rounding the result (float16: 2e-4).
 Letters: B images, R RoIs, C channels, h x w cells of a map.
 """
 
@@ -18,6 +20,7 @@ from torch import Tensor
 from torchvision.ops import roi_align as torchvision_roi_align
 
 LEVELS = 5  # at most, of the kernels
+TYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 def roi_align(
@@ -43,6 +46,9 @@ def roi_align(
             f"roi_align takes 1 to {LEVELS} maps and a stride for each, "
             f"got {len(features)} maps and {len(strides)} strides"
         )
+    kinds = {one.dtype for one in features}
+    if len(kinds) > 1 or not kinds <= set(TYPES):
+        raise ValueError(f"maps must be of one type of {TYPES}, got {sorted(map(str, kinds))}")
     if boxes.shape != (len(boxes), 4) or boxes.dtype != torch.float32:
         raise ValueError(f"boxes must be (R, 4) float32, got {tuple(boxes.shape)} {boxes.dtype}")
     return pool(features, boxes, image, level, list(strides), bins, sampling_ratio)

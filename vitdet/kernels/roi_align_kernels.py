@@ -52,7 +52,7 @@ def forward(
     sizes = _sizes(out, bins, ratio)
     grid = (len(boxes), triton.cdiv(bins, sizes["ROWS"]), triton.cdiv(channels, sizes["CHANNELS"]))
     if out.numel():
-        forward_kernel[grid](
+        roi_align_forward[grid](
             *_five(maps),
             *_five([one.shape[1] for one in maps]),
             *_five([one.shape[2] for one in maps]),
@@ -91,7 +91,7 @@ def backward(
     sizes = _sizes(gradient, bins, ratio)
     tiles = sum(triton.cdiv(h, SIDE.value) * triton.cdiv(w, SIDE.value) for h, w in shapes)
     if images * tiles * channels:
-        backward_kernel[(images * tiles, triton.cdiv(channels, sizes["CHANNELS"]))](
+        roi_align_backward[(images * tiles, triton.cdiv(channels, sizes["CHANNELS"]))](
             *_five(found),
             *_five([h for h, _ in shapes]),
             *_five([w for _, w in shapes]),
@@ -216,7 +216,7 @@ def add_product(total, matrix, values):
 
 
 @triton.jit(do_not_specialize=SIZES)
-def forward_kernel(
+def roi_align_forward(
     f0,
     f1,
     f2,
@@ -295,7 +295,7 @@ def forward_kernel(
 
 
 @triton.jit(do_not_specialize=SIZES)
-def backward_kernel(
+def roi_align_backward(
     f0,
     f1,
     f2,

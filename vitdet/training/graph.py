@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from vitdet import distributed
 from vitdet.kernels.cuda_graph import CudaGraph, NotRecorded
 from vitdet.models import Detector
+from vitdet.models.layers import Blocks
 from vitdet.types import Polygons, Target, Targets
 
 SLOTS, EDGES = 16, 2**12  # the least of objects an image and of edges a batch
@@ -79,8 +80,14 @@ class GraphedGradients:
 
 
 def can_be_graphed(detector: nn.Module) -> bool:
-    """Whether nothing but the gradients changes in a forward and backward pass: no statistics of BatchNorm."""
-    return not any(isinstance(one, nn.modules.batchnorm._BatchNorm) for one in detector.modules())
+    """Whether nothing but the gradients changes in a forward and backward pass: no statistics of BatchNorm, and no
+    random state, which activation checkpointing puts back to draw again.
+    """
+    return not any(
+        isinstance(one, nn.modules.batchnorm._BatchNorm)
+        or (isinstance(one, Blocks) and one.checkpointing)
+        for one in detector.modules()
+    )
 
 
 def padded(targets: Sequence[Target], device: torch.device) -> Targets:

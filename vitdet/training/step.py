@@ -32,9 +32,7 @@ from vitdet.training.watchdog import Stage
 from vitdet.types import Batch, Target, Targets
 
 LONG_RUN = 1000  # steps from which train.compile=auto compiles: about 90 s for a third of the time
-LEAST_SCALE = (
-    2.0**-14
-)  # of the losses; 30 steps skipped in a row bring it there from its start, 2 ** 16
+LEAST_SCALE = 2.0**-14  # of the losses; it begins with 2 ** 16 and halves in each skipped step
 
 
 class Figures(NamedTuple):

@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -73,12 +74,18 @@ def train(
     SIGTERM, SIGINT or SIGHUP. A finished run of this config and data is the result: all processes are started again when
     a node is lost at the very end.
 
-    profile: write a trace of a few steps of the first process to output/profile, and log where their time goes.
+    profile: write a trace of a few steps of the first process to output/profile, and log where their time goes; without
+    train.compile, whose kernels belong to several parts at once.
 
     Changes the process as described in `vitdet.data.loader.configure_process`.
     """
     configure_process()
     output = Path(output)
+    if profile and config.train.compile != "never":
+        log.info(
+            "train.compile=never: in what is compiled, the parts of the detector are not told apart"
+        )
+        config = replace(config, train=replace(config.train, compile="never"))
     with (
         distributed.process_group() as device,
         stop_signals() as stop,
