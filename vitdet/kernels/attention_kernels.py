@@ -149,9 +149,11 @@ def load_rows(rows, group, row, i, exists, ROWS, LINES, AREA):
     """q . R of queries i with rows of keys, of shape row x i or i x row: -inf beyond the last row."""
     at = rows + (group.to(tl.int64) * ROWS + row) * AREA + i
     if ROWS % LINES == 0:
-        return tl.load(at, mask=exists, other=0.0).to(tl.float32)
-    found = tl.load(at, mask=exists & (row < ROWS), other=0.0).to(tl.float32)
-    return tl.where(row < ROWS, found, float("-inf"))
+        found = tl.load(at, mask=exists, other=0.0).to(tl.float32)
+    else:
+        found = tl.load(at, mask=exists & (row < ROWS), other=0.0).to(tl.float32)
+        found = tl.where(row < ROWS, found, float("-inf"))
+    return found
 
 
 @triton.jit

@@ -188,10 +188,8 @@ def table_rows(table, i, side, DEPTH, CHANNELS: tl.constexpr, KEYS: tl.constexpr
 @triton.jit
 def place_of(group, i, key, AXIS, AREA, ROWS, KEYS):
     """Where q . R of query i and a key lies, in what `empty_products` made."""
-    if AXIS == 0:
-        return (tl.cast(group, tl.int64) * ROWS + key) * AREA + i
-    else:
-        return (tl.cast(group, tl.int64) * AREA + i) * KEYS + key
+    group = tl.cast(group, tl.int64)
+    return (group * ROWS + key) * AREA + i if AXIS == 0 else (group * AREA + i) * KEYS + key
 
 
 @triton.jit
