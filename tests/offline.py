@@ -33,7 +33,7 @@ TYPES = {
     torch.int64: "*i64",
     torch.bool: "*i1",
 }
-OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion")
+OPTIONS = ("num_warps", "num_stages", "maxnreg", "enable_fp_fusion")
 SIZES = ((12, 64), (16, 80))  # heads and channels of a head, of ViT-B and ViT-H
 
 

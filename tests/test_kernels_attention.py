@@ -86,6 +86,31 @@ def test_sizes_that_the_kernels_do_not_take_are_one_line():
 
 
 @needs_triton
+def test_a_gpu_with_little_shared_memory_gets_fewer_stages():
+    from triton.runtime.errors import OutOfResources
+
+    from vitdet.kernels.attention_kernels import launch
+
+    class Kernel:
+        def __init__(self, most):
+            self.most, self.ran = most, []
+
+        def __getitem__(self, programs):
+            def run(*tensors, num_stages):
+                if num_stages > self.most:
+                    raise OutOfResources(131_200, 101_376, "shared memory")
+                self.ran.append((programs, tensors, num_stages))
+
+            return run
+
+    kernel = Kernel(2)
+    launch(kernel, 3, "ab", {"num_stages": 3})
+    assert kernel.ran == [((3,), ("a", "b"), 2)]
+    with pytest.raises(OutOfResources):
+        launch(Kernel(0), 3, "ab", {"num_stages": 2})
+
+
+@needs_triton
 @pytest.mark.slow
 @pytest.mark.parametrize("window", [0, 14])
 @pytest.mark.parametrize(("heads", "depth"), [(12, 64), (16, 80)])

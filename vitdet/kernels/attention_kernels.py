@@ -13,7 +13,8 @@ Letters: B images, h heads, d channels of a head, N tokens of the grid, K tokens
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -36,12 +37,16 @@ from vitdet.kernels.attention_positions import (
 
 
 class Blocks(NamedTuple):
-    """Queries and keys of a block (at least a row of keys), warps of a program, stages of its loop's pipeline."""
+    """Queries and keys of a block (at least a row of keys), warps of a program, stages of its loop's pipeline.
+
+    `registers`: the most that a thread may use, for more programs side by side; None leaves it to the compiler.
+    """
 
     queries: int
     keys: int
     warps: int
     stages: int
+    registers: int | None = None
 
 
 # By whether the area is the grid (64 x 64 tokens) or a window (14 x 14): measured on an H100 with d = 64.
@@ -60,10 +65,10 @@ def forward(
     batch, tokens, channels = qkv.shape
     out = qkv.new_empty(batch, tokens, channels // 3)
     sums = qkv.new_empty(batch * layout.groups, layout.area, dtype=torch.float32)
-    blocks = _blocks(layout, FORWARD)
-    forward_kernel[(triton.cdiv(layout.area, blocks["QUERIES"]), len(sums))](
-        qkv, bias, *positions(layout, qkv, tables, factor), out, sums, **blocks
-    )
+    constants = _blocks(layout, FORWARD)
+    programs = triton.cdiv(layout.area, constants["QUERIES"]) * len(sums)
+    products = positions(layout, qkv, tables, factor)
+    launch(forward_kernel, programs, (qkv, bias, *products, out, sums), constants)
     return out, sums
 
 
@@ -84,18 +89,17 @@ def backward(
     products = positions(layout, qkv, tables, factor)
     dproducts = empty_products(layout, qkv)
     dqkv, delta = torch.empty_like(qkv), torch.empty_like(sums)
-    blocks = _blocks(layout, BACKWARD_QUERIES)
-    backward_queries_kernel[(triton.cdiv(layout.area, blocks["QUERIES"]), len(sums))](
-        qkv, bias, *products, out, gradient, sums, delta, dqkv, *dproducts, **blocks
-    )
-    blocks = _blocks(layout, BACKWARD_KEYS)
-    programs = triton.cdiv(layout.sides[0], blocks["LINES"])
+    constants = _blocks(layout, BACKWARD_QUERIES)
+    programs = triton.cdiv(layout.area, constants["QUERIES"]) * len(sums)
+    given = qkv, bias, *products, out, gradient, sums
+    launch(backward_queries_kernel, programs, (*given, delta, dqkv, *dproducts), constants)
+    constants = _blocks(layout, BACKWARD_KEYS)
+    blocks = triton.cdiv(layout.sides[0], constants["LINES"])
     # of each block of keys and values, those beyond the grid
-    size = (len(sums) // layout.heads, layout.heads, programs if layout.padded else 0)
+    size = (len(sums) // layout.heads, layout.heads, blocks if layout.padded else 0)
     beyond = sums.new_zeros(*size, 2, layout.depth)
-    backward_keys_kernel[(programs, len(sums))](
-        qkv, bias, *products, gradient, sums, delta, dqkv, beyond, **blocks
-    )
+    given = qkv, bias, *products, gradient, sums, delta
+    launch(backward_keys_kernel, blocks * len(sums), (*given, dqkv, beyond), constants)
     dbias = F.pad(beyond.sum(dim=(0, 2)).transpose(0, 1), (0, 0, 0, 0, 1, 0))
     return (
         dqkv,
@@ -104,7 +108,7 @@ def backward(
     )
 
 
-def _blocks(layout: Layout, choice: dict[bool, Blocks]) -> dict[str, int]:
+def _blocks(layout: Layout, choice: dict[bool, Blocks]) -> dict[str, Any]:
     """Constants of the kernels of this file."""
     blocks, line = choice[layout.window == 0], tile(layout.sides[1])
     return layout.constants | {
@@ -113,7 +117,21 @@ def _blocks(layout: Layout, choice: dict[bool, Blocks]) -> dict[str, int]:
         "LINES": max(1, blocks.keys // line),
         "num_warps": blocks.warps,
         "num_stages": blocks.stages,
+        "maxnreg": blocks.registers,
     }
+
+
+def launch(
+    kernel: Any, programs: int, tensors: Sequence[Tensor], constants: dict[str, Any]
+) -> None:
+    """Run a kernel; with fewer stages where a GPU has less shared memory for a program than an H100's 227 KiB."""
+    try:
+        kernel[(programs,)](*tensors, **constants)
+    except triton.runtime.errors.OutOfResources:
+        if constants["num_stages"] == 1:
+            raise
+        fewer = constants | {"num_stages": constants["num_stages"] - 1}
+        launch(kernel, programs, tensors, fewer)
 
 
 @triton.jit
@@ -131,9 +149,11 @@ def load_rows(rows, group, row, i, exists, ROWS, LINES, AREA):
     """q . R of queries i with rows of keys, of shape row x i or i x row: -inf beyond the last row."""
     at = rows + (group.to(tl.int64) * ROWS + row) * AREA + i
     if ROWS % LINES == 0:
-        return tl.load(at, mask=exists, other=0.0).to(tl.float32)
-    found = tl.load(at, mask=exists & (row < ROWS), other=0.0).to(tl.float32)
-    return tl.where(row < ROWS, found, float("-inf"))
+        found = tl.load(at, mask=exists, other=0.0).to(tl.float32)
+    else:
+        found = tl.load(at, mask=exists & (row < ROWS), other=0.0).to(tl.float32)
+        found = tl.where(row < ROWS, found, float("-inf"))
+    return found
 
 
 @triton.jit
@@ -156,16 +176,18 @@ def forward_kernel(
     LINES: tl.constexpr,
 ):
     """A block of queries over all keys, with a running maximum (Dao, FlashAttention-2, 2307.08691)."""
-    group = tl.program_id(1)
-    first, top, left, head = origin(group, HEIGHT, WIDTH, HEADS, ROWS, COLUMNS)
-    if top + tl.program_id(0) * QUERIES // COLUMNS >= HEIGHT:
-        return
     AREA: tl.constexpr = ROWS * COLUMNS
+    BLOCKS: tl.constexpr = (AREA + QUERIES - 1) // QUERIES
+    group = tl.program_id(0) // BLOCKS
+    begin = tl.program_id(0) % BLOCKS * QUERIES
+    first, top, left, head = origin(group, HEIGHT, WIDTH, HEADS, ROWS, COLUMNS)
+    if top + begin // COLUMNS >= HEIGHT:
+        return
     PART: tl.constexpr = HEADS * DEPTH
     PADDED: tl.constexpr = HEIGHT % ROWS + WIDTH % COLUMNS > 0
     qkv += first * (3 * PART) + head * DEPTH
     bias += head * DEPTH
-    i = tl.program_id(0) * QUERIES + tl.arange(0, QUERIES)
+    i = begin + tl.arange(0, QUERIES)
     token, exists, inside = tokens(
         i // COLUMNS, i % COLUMNS, top, left, HEIGHT, WIDTH, ROWS, COLUMNS
     )
@@ -228,16 +250,18 @@ def backward_queries_kernel(
     LINES: tl.constexpr,
 ):
     """A block of queries over all keys: its gradient, those of its positions, and `delta` for the keys' turn."""
-    group = tl.program_id(1)
-    first, top, left, head = origin(group, HEIGHT, WIDTH, HEADS, ROWS, COLUMNS)
-    if top + tl.program_id(0) * QUERIES // COLUMNS >= HEIGHT:
-        return
     AREA: tl.constexpr = ROWS * COLUMNS
+    BLOCKS: tl.constexpr = (AREA + QUERIES - 1) // QUERIES
+    group = tl.program_id(0) // BLOCKS
+    begin = tl.program_id(0) % BLOCKS * QUERIES
+    first, top, left, head = origin(group, HEIGHT, WIDTH, HEADS, ROWS, COLUMNS)
+    if top + begin // COLUMNS >= HEIGHT:
+        return
     PART: tl.constexpr = HEADS * DEPTH
     PADDED: tl.constexpr = HEIGHT % ROWS + WIDTH % COLUMNS > 0
     qkv += first * (3 * PART) + head * DEPTH
     bias += head * DEPTH
-    i = tl.program_id(0) * QUERIES + tl.arange(0, QUERIES)
+    i = begin + tl.arange(0, QUERIES)
     token, exists, inside = tokens(
         i // COLUMNS, i % COLUMNS, top, left, HEIGHT, WIDTH, ROWS, COLUMNS
     )
@@ -301,7 +325,8 @@ def backward_keys_kernel(
     LINES: tl.constexpr,
 ):
     """A block of keys over all queries in the grid. Logits are transposed, so that they multiply from registers."""
-    group = tl.program_id(1)
+    BLOCKS: tl.constexpr = (ROWS + LINES - 1) // LINES
+    group = tl.program_id(0) // BLOCKS
     first, top, left, head = origin(group, HEIGHT, WIDTH, HEADS, ROWS, COLUMNS)
     AREA: tl.constexpr = ROWS * COLUMNS
     PART: tl.constexpr = HEADS * DEPTH
@@ -310,7 +335,7 @@ def backward_keys_kernel(
     gradient += first * PART + head * DEPTH
     bias += head * DEPTH
     key = tl.arange(0, LINES * LINE)
-    start = tl.program_id(0) * LINES
+    start = tl.program_id(0) % BLOCKS * LINES
     at, real, within = tokens(
         start + key // LINE, key % LINE, top, left, HEIGHT, WIDTH, ROWS, COLUMNS
     )
@@ -353,7 +378,6 @@ def backward_keys_kernel(
         if (top + ROWS > HEIGHT) | (left + COLUMNS > WIDTH):
             outside = (real & ~within)[:, None]
             channel = tl.arange(0, CHANNELS)
-            block = group.to(tl.int64) * tl.num_programs(0) + tl.program_id(0)
-            total = beyond + block * (2 * DEPTH) + channel
+            total = beyond + tl.program_id(0).to(tl.int64) * (2 * DEPTH) + channel
             tl.store(total, tl.sum(tl.where(outside, dk, 0.0), 0), mask=channel < DEPTH)
             tl.store(total + DEPTH, tl.sum(tl.where(outside, dv, 0.0), 0), mask=channel < DEPTH)

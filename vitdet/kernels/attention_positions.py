@@ -89,7 +89,7 @@ def positions(
     """q . R times `factor` and log2(e), as `empty_products`; -inf beyond the last column."""
     found = empty_products(layout, qkv)
     for axis, (table, product) in enumerate(zip(tables, found, strict=True)):
-        positions_kernel[(layout.sides[axis], len(product))](
+        positions_kernel[(layout.sides[axis] * len(product),)](
             qkv, table, product, factor * LOG2E.value, **_lines(layout, axis)
         )
     return found
@@ -188,10 +188,8 @@ def table_rows(table, i, side, DEPTH, CHANNELS: tl.constexpr, KEYS: tl.constexpr
 @triton.jit
 def place_of(group, i, key, AXIS, AREA, ROWS, KEYS):
     """Where q . R of query i and a key lies, in what `empty_products` made."""
-    if AXIS == 0:
-        return (tl.cast(group, tl.int64) * ROWS + key) * AREA + i
-    else:
-        return (tl.cast(group, tl.int64) * AREA + i) * KEYS + key
+    group = tl.cast(group, tl.int64)
+    return (group * ROWS + key) * AREA + i if AXIS == 0 else (group * AREA + i) * KEYS + key
 
 
 @triton.jit
@@ -212,9 +210,9 @@ def positions_kernel(
     KEYS: tl.constexpr,
 ):
     """All queries of line i meet the rows i - key + K - 1 of a table, which are read where they lie."""
-    i = tl.program_id(0)
-    group = tl.program_id(1)
     SIDE: tl.constexpr = COLUMNS if AXIS else ROWS
+    i = tl.program_id(0) % SIDE
+    group = tl.program_id(0) // SIDE
     first, top, left, head = origin(group, HEIGHT, WIDTH, HEADS, ROWS, COLUMNS)
     place, token, exists, inside = line_of(
         i, top, left, HEIGHT, WIDTH, ROWS, COLUMNS, AXIS, QUERIES
