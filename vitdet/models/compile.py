@@ -8,7 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import numpy as np
 import torch
+from einops import rearrange
 from torch import nn
 
 from vitdet.models.detector import Detector
@@ -23,6 +25,9 @@ def compile_parts(detector: Detector) -> None:
     torch._inductor.config.fallback_random = True
     # a pyramid's level or a head is called with other shapes in training and evaluation
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 32)
+    # einops notes the types of tensors that it has met, and compiled code would be made anew when there is another one
+    for tensor in (torch.zeros(1), nn.Parameter(torch.zeros(1)), np.zeros(1)):
+        rearrange(tensor, "a -> a")
     for part in parts(detector):
         part.compile(dynamic=False)
 
