@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from functools import reduce
 from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_type_hints
+from typing import Annotated, Any, Literal
 
 import yaml
 from msgspec import convert
@@ -40,6 +40,7 @@ from vitdet.ranges import (
     check,
     check_address,
 )
+from vitdet.section import Section, operational
 from vitdet.suggestions import nearest
 from vitdet.yaml_text import parse_yaml
 
@@ -49,30 +50,8 @@ SEE_RECIPES = " (`vitdet config` lists all recipes)"
 LATER = (
     "model.mask.enabled",
     "data.max_pixels",
+    "data.bit_depth",
 )
-
-
-def operational(reason: str) -> dict[str, str]:
-    """Metadata of what does not affect the trained weights, and why: a training can resume with
-    another value, and the names of run and checkpoint folders do not depend on it.
-    """
-    return {"operational": reason}
-
-
-class Section:
-    """A group of settings. Types, choices and ranges are checked whenever an instance is made."""
-
-    prefix = ""  # of its settings' keys, as `optim.` of `optim.lr`
-    hints = dict[str, Any]()  # field -> type and range
-
-    def __init_subclass__(cls, prefix: str | None = None) -> None:
-        cls.prefix = cls.prefix if prefix is None else prefix
-        cls.hints = get_type_hints(cls, include_extras=True)
-
-    def __post_init__(self) -> None:
-        for name, hint in self.hints.items():
-            if not is_dataclass(hint):
-                check(self.prefix + name, hint, getattr(self, name))
 
 
 @dataclass(frozen=True)
@@ -192,6 +171,8 @@ class DataConfig(Section, prefix="data."):
     max_pixels: Annotated[int, between(1, 178_956_970)] = field(
         default=100_000_000, metadata=operational("an error instead of a larger image")
     )
+    # of grey values in files of more than 8 bits, as cameras store 12 in 16; 0: what the file says
+    bit_depth: Literal[0, 8, 10, 12, 14, 16] = 0
     # loader processes per rank; 0: load in the training process
     workers: Workers = field(default=4, metadata=operational("samples depend on seed and position"))
 

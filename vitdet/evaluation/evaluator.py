@@ -46,7 +46,10 @@ ARBITERS = {"coco": coco, "lvis": lvis}  # data.dataset -> how its AP is measure
 OF_FILES = {"coco": coco.compare, "lvis": lvis.compare_file}
 SECTIONS = ("data", "evaluate")  # of a config, that an evaluation may change
 # The settings of `data` that say which images a detector is evaluated on, and how they are read
-PLACE = ("dataset", "root", "train_split", "val_split", "max_images", "workers")
+PLACE = (
+    *("dataset", "root", "train_split", "val_split", "max_images", "workers"),
+    *("max_pixels", "bit_depth"),
+)
 PIXELS = 2**26  # of pasted masks at a time: 64 MB
 # What an evaluation reports to its caller before each batch (True) and before the comparison (False);
 # the answer True before a batch cancels it on all ranks.
