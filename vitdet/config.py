@@ -51,6 +51,8 @@ LATER = (
     "model.mask.enabled",
     "data.max_pixels",
     "data.bit_depth",
+    "data.keep_empty",
+    "evaluate.max_images",
 )
 
 
@@ -165,6 +167,7 @@ class DataConfig(Section, prefix="data."):
     transpose: Fraction = 0.0  # probability of exchanging the axes
     color_jitter: Fraction = 0.0  # largest relative change of brightness, contrast, saturation
     antialias: bool = True  # when downscaling, as PIL; mmdet uses OpenCV's plain bilinear filter
+    keep_empty: bool = False  # train images without objects too, as background
     redraw_empty: bool = False  # replace a crop without objects by one of another image (mmdet)
     repeat_threshold: Fraction = 0.0  # repeat images with classes in a smaller share of the images
     # of an image file; one with more is refused before it is decoded (Pillow's own bound is the last)
@@ -229,6 +232,8 @@ class EvalConfig(Section, prefix="evaluate."):
     nms_iou: Fraction = 0.5
     max_detections: Amount = 100
     batch_size: Amount = 1
+    # of the validation split, those of lowest id that hold an object; 0: all
+    max_images: Annotated[int, between(0, 2**31 - 1)] = 0
 
 
 @dataclass(frozen=True)
