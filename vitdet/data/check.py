@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from vitdet.data.annotation_file import read_entries
-from vitdet.data.annotations import AnnotationValidator, existing_name, without_objects
-from vitdet.data.coco_layouts import SplitFiles, coco_files, find_splits
+from vitdet.data.annotations import AnnotationValidator, without_objects
+from vitdet.data.coco_layouts import SplitFiles, coco_files, existing_name, find_splits
 from vitdet.data.images import DEFAULT, Examined, Reading, examine, exchanged, look
 from vitdet.data.segmentation import show
 
@@ -173,7 +173,7 @@ class _Split:
             kinds = len(self.report.errors)
             tables = self.validator.read_header(content)
             if isinstance(content, dict):
-                found = self.validator.annotations(tables["annotations"])
+                found = self.validator.annotations(tables["annotations"], flawless=False)
                 dropped = Counter(one.dropped for one in found)
                 counts = len(tables["images"]), len(tables["annotations"])
                 self.report.splits[self.name] = *counts, len(self.validator.categories)

@@ -11,6 +11,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 from typing import NamedTuple
@@ -79,3 +80,18 @@ def _is_coco(path: Path) -> bool:
     except OSError:
         return False
     return bool(TABLES.search(start)) and b'"shapes"' not in start
+
+
+def image_name(head: dict, lvis: bool) -> str:
+    """Where an image lies in its folder: file_name, or as its coco_url ends, as in train2017/000000000139.jpg."""
+    url = head.get("coco_url") if lvis else None
+    return "/".join(url.split("/")[-2:]) if url else head["file_name"]
+
+
+def existing_name(folder: Path | str, name: str) -> str:
+    """The name of an image file below `folder`: backslashes, as Windows writes them, may stand for / or a lost folder."""
+    slashed = name.replace("\\", "/")
+    for candidate in (name, slashed, slashed.rpartition("/")[2]) if slashed != name else ():
+        if os.path.isfile(f"{folder}/{candidate}"):
+            return candidate
+    return name
