@@ -61,6 +61,13 @@ def find_splits(root: Path, dataset: str = "coco") -> dict[str, SplitFiles]:
     return found
 
 
+def root_of(annotations: Path) -> Path:
+    """Return the folder of a data set that `find_splits` finds this annotation file in."""
+    folder = annotations.parent
+    deeper = folder.name == "annotations" or annotations.name == "_annotations.coco.json"
+    return folder.parent if deeper else folder
+
+
 def _between(folder: Path, start: str) -> list[str]:
     return sorted(path.stem.removeprefix(start) for path in folder.glob(f"{start}*.json"))
 
