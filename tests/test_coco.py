@@ -177,7 +177,9 @@ def test_sixteen_bits_are_scaled_and_turned(tmp_path: Path) -> None:
 
 def test_unusable_images_are_named(tmp_path: Path) -> None:
     path = tmp_path / "x.jpg"
-    with pytest.raises(ImageError, match="x.jpg: no such image file; `vitdet data check --images"):
+    with pytest.raises(
+        ImageError, match="x.jpg: no such image file; `vitdet data check ROOT --images"
+    ):
         read_image(path)
     Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8)).save(path)
     with pytest.raises(ImageError, match="x.jpg: 64 x 64 pixels, but the annotations say 70 x 64"):

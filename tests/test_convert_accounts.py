@@ -322,3 +322,37 @@ def test_bad_options_are_one_line(
     code, output, errors = vitdet("data", "convert", yolo, "out", *words)
     assert (code, output, errors.count("\n")) == (1, "", 1) and says in errors
     assert not (tmp_path / "out").exists()
+
+
+def test_all_entries_of_data_yaml_are_reported(vitdet: Run, yolo: Path) -> None:
+    write(
+        yolo / "data.yaml",
+        "train: [images/train, images/none]\nval: {a: b}\ntest: images/gone\nnames: 3\n",
+    )
+    code, _, errors = vitdet("data", "convert", yolo, "made")
+    assert code == 1 and "3 problems, nothing was written" in errors
+    for text in (
+        "names: expected a list of class names, or a map 0: name, 1: name, ...; got '3'",
+        "train: images/none is not there",
+        "val: expected a folder, a text file or a list of these",
+    ):
+        assert text in errors
+
+
+def test_a_list_may_name_files_of_other_formats(vitdet: Run, yolo: Path) -> None:
+    """As a folder may hold them; a text in a list of images is a mistake."""
+    train = yolo / "images/train"
+    (train / "z.heic").write_bytes(b"\0\0\0\x18ftypheic")
+    names = [path.name for path in sorted(train.iterdir())]
+    write(yolo / "train.txt", "".join(f"images/train/{name}\n" for name in names))
+    head = (yolo / "data.yaml").read_text()
+    write(yolo / "data.yaml", head.replace("train: images/train", "train: train.txt"))
+    code, output, errors = vitdet("data", "convert", yolo, "made")
+    assert (code, errors) == (0, "")
+    assert "1 x .heic files left out, not an image format that can be read here" in output
+    write(yolo / "train.txt", "images/train/z.heic\n")
+    code, _, errors = vitdet("data", "convert", yolo, "other")
+    assert code == 1 and "train: no image in train.txt" in errors
+    write(yolo / "train.txt", f"images/train/{names[0]}\ndata.yaml\n")
+    code, _, errors = vitdet("data", "convert", yolo, "other")
+    assert code == 1 and "data.yaml: not an image that can be read" in errors

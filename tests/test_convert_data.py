@@ -188,7 +188,7 @@ def test_roboflow_names_splits_from_outside(vitdet: Run, tmp_path: Path) -> None
         ("images/val.txt", "./val/b.jpg", "val.txt:1: ./val/b.jpg: no such image file"),
         (
             "data.yaml",
-            "train: images/train\nval: images/v\nnames: [a]",
+            "train: images/train\nval: images/v\nnames: [a, b]",
             "val: images/v is not there, looked below",
         ),
         ("data.yaml", "test: images/train\nnames: [a, b]", "expected the keys train and val"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import random
 import shutil
@@ -237,3 +238,22 @@ def test_a_server_that_never_ends_is_left_after_the_last_byte(
         load(file(length=False), size=size)
     assert len(web.asked) == 1 and web.sent < 5_000_000
     assert (tmp_path / "part").stat().st_size == 0
+
+
+@pytest.mark.parametrize("size", [1, 999, 100_000, 1 << 20])
+def test_a_body_that_is_too_long_ends_one_byte_beyond_its_size(
+    web: Web, load: Load, monkeypatch: pytest.MonkeyPatch, size: int
+) -> None:
+    received = []
+    read = http.client.HTTPResponse.read1
+
+    def counted(response: http.client.HTTPResponse, most: int) -> bytes:
+        chunk = read(response, most)
+        received.append(len(chunk))
+        return chunk
+
+    monkeypatch.setattr(http.client.HTTPResponse, "read1", counted)
+    web.content = b"x" * (size + 3_000_000)
+    with pytest.raises(ValueError, match=f"sends more than the expected {size:,} bytes"):
+        load(file(length=False), size=size)
+    assert sum(received) == size + 1

@@ -13,9 +13,12 @@ from torch import nn
 
 from vitdet import distributed
 from vitdet.config import DataConfig, EvalConfig, load_config, override
+from vitdet.data.dataset import TrainData, read_split
 from vitdet.data.masks import decode
+from vitdet.data.protocol import Protocol, settings_of
 from vitdet.evaluation.evaluator import detect, detections_to_results, evaluate, evaluate_detector
 from vitdet.evaluation.pictures import write_pictures
+from vitdet.tracking.comparison import check_comparable
 from vitdet.types import Detections
 from vitdet.visualize import spread
 
@@ -187,6 +190,33 @@ def test_only_the_images_of_the_setting_count(spots):
     figures, results = evaluate_detector(BrightSpot(), replace(spots, max_images=2), EvalConfig())
     assert [one["image_id"] for one in results] == [1, 2]
     assert figures["box_ap50"] == pytest.approx(100)
+
+
+def test_the_setting_of_the_evaluation_shortens_validation_alone(spots, caplog):
+    caplog.set_level("INFO")
+    few = EvalConfig(max_images=2)
+    figures, results = evaluate_detector(BrightSpot(), spots, few)
+    assert (figures, results) == evaluate_detector(
+        BrightSpot(), replace(spots, max_images=2), EvalConfig()
+    )
+    assert [one["image_id"] for one in results] == [1, 2]
+    assert "evaluate.max_images=2: AP of 2 of the 5 images of val" in caplog.messages
+    assert len(TrainData(read_split(spots, "val"), spots, 0).records) == 4
+    more = evaluate_detector(BrightSpot(), spots, EvalConfig(max_images=9))[1]
+    assert [one["image_id"] for one in more] == [1, 2, 3, 4]
+
+
+def test_a_shortened_validation_is_another_protocol():
+    plain, few = (load_config("tiny", one) for one in ([], ["evaluate.max_images=2"]))
+    # as version 0.1 has stored it in the registry
+    assert settings_of(plain) == (
+        "data.dataset=coco evaluate.score_threshold=0.05 evaluate.nms_iou=0.5 "
+        "evaluate.max_detections=60"
+    )
+    assert settings_of(few) == settings_of(plain) + " evaluate.max_images=2"
+    assert Protocol.of(plain, "x").tag != Protocol.of(few, "x").tag
+    with pytest.raises(ValueError, match="in few, evaluate.max_images is 2, not 0"):
+        check_comparable(plain, few, "plain", "few")
 
 
 def test_lvis_is_measured_by_its_own_rules(spots):

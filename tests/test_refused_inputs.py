@@ -165,6 +165,11 @@ main(sys.argv[2:])
         (100_000, "train tiny --output out OPTIONS", "step_00000000.pt"),
         (100, "predict MODEL IMAGE --output out", ".jpg"),
         (10, "evaluate MODEL --output out.json", "out.json"),
+        (10, "bench evaluate --images 2 --output out.json", "annotations"),
+        (10, "bench data DATA --split train --rounds 1 --output out.json", "out.json"),
+        (2000, "data convert DATA out", "out"),
+        (2000, "data tiny out --train 3 --val 2", "out"),
+        (10_000, "register MODEL", ".whl"),
     ],
 )
 @pytest.mark.slow

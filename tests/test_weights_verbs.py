@@ -188,7 +188,7 @@ def test_bytes_that_are_no_such_weights_are_one_line(
         (("mask_rcnn_vitae_s_coco",), "its link is dead (https://1drv.ms/"),
         (
             ("mask_rcnn_vitae_s_coco",),
-            "or train it from its pre-training (vitdet train mask_rcnn_vitae_s_coco)",
+            "or train it from its pre-training (vitdet train mask_rcnn_vitae_s_coco --output FOLDER)",
         ),
     ],
 )

@@ -60,6 +60,9 @@ LATER = (
     "train.compile",
     "evaluate.precision",
     "evaluate.compile",
+    "data.bit_depth",
+    "data.keep_empty",
+    "evaluate.max_images",
 )
 
 
@@ -174,12 +177,15 @@ class DataConfig(Section, prefix="data."):
     transpose: Fraction = 0.0  # probability of exchanging the axes
     color_jitter: Fraction = 0.0  # largest relative change of brightness, contrast, saturation
     antialias: bool = True  # when downscaling, as PIL; mmdet uses OpenCV's plain bilinear filter
+    keep_empty: bool = False  # train images without objects too, as background
     redraw_empty: bool = False  # replace a crop without objects by one of another image (mmdet)
     repeat_threshold: Fraction = 0.0  # repeat images with classes in a smaller share of the images
     # of an image file; one with more is refused before it is decoded (Pillow's own bound is the last)
     max_pixels: Annotated[int, between(1, 178_956_970)] = field(
         default=100_000_000, metadata=operational("an error instead of a larger image")
     )
+    # of grey values in files of more than 8 bits, as cameras store 12 in 16; 0: what the file says
+    bit_depth: Literal[0, 8, 10, 12, 14, 16] = 0
     # loader processes per rank; 0: load in the training process
     workers: Workers = field(default=4, metadata=operational("samples depend on seed and position"))
 
@@ -255,6 +261,8 @@ class EvalConfig(Section, prefix="evaluate."):
     precision: Literal["fp32", "bf16", "fp16", "auto"] = "fp32"
     # on a GPU, with torch.compile: takes a minute, pays from some thousand images on
     compile: bool = False
+    # of the validation split, those of lowest id that hold an object; 0: all
+    max_images: Annotated[int, between(0, 2**31 - 1)] = 0
 
 
 @dataclass(frozen=True)

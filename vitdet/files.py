@@ -15,10 +15,13 @@ import os
 import re
 import shutil
 import socket
+import struct
 import tempfile
 import time
 import zipfile
+import zlib
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -32,6 +35,8 @@ TEMPORARY = re.compile(r"\..+\.(?:([0-9a-f]{8})-(\d+)-(\d+)(?:\.\w+)?|\d+)\.tmp"
 DEAD_SECONDS = (
     3600  # without a write: the time after which a process on another machine counts as dead
 )
+CRC_BLOCK = 1 << 20  # bytes of a file that are read at once
+CRC_THREADS = 4  # zlib computes without Python's lock
 # the errors of a disk that is full, of a file that may not grow, and of a quota
 FULL = {errno.ENOSPC, errno.EFBIG, errno.EDQUOT}
 log = logging.getLogger(__name__)
@@ -192,24 +197,49 @@ def damaged_record(path: Path) -> str | None:
     """Return the first record of a zip archive whose content differs from its CRC-32, None if there is none.
 
     None too if no record matches: it was written without checksums (torch.serialization.set_crc32_options). Raises
-    ValueError for a file that is no whole archive. Takes about 0.5 s per GB on one core.
+    ValueError for a file that is no whole archive. Records are read in several threads: 0.5 s of CPU per GB.
     """
-    damaged, whole = [], 0
     try:
-        with zipfile.ZipFile(path) as archive:
-            for record in archive.infolist():
-                try:
-                    with archive.open(record) as file:
-                        while file.read(1 << 20):
-                            pass
-                    whole += 1
-                except zipfile.BadZipFile:
-                    damaged.append(record.filename)
+        with (
+            zipfile.ZipFile(path) as archive,
+            open(path, "rb") as file,
+            ThreadPoolExecutor(min(CRC_THREADS, os.cpu_count() or 1)) as pool,
+        ):
+            records = archive.infolist()
+            whole = list(pool.map(lambda one: _is_whole(archive, file.fileno(), one), records))
     except Exception as error:  # a damaged header raises anything
         if isinstance(error, OSError) and error.errno not in (errno.EIO, errno.EINVAL):
             raise  # says nothing of the content
         raise ValueError(f"not a whole zip archive ({error})") from error
-    return damaged[0] if damaged and whole else None
+    if not any(whole):
+        return None
+    return next((one.filename for one, fits in zip(records, whole, strict=True) if not fits), None)
+
+
+def _is_whole(archive: zipfile.ZipFile, descriptor: int, record: zipfile.ZipInfo) -> bool:
+    """Whether the content of a record has its CRC-32. Not mapped: a disk that fails is an error, no signal."""
+    try:
+        with archive.open(
+            record
+        ) as content:  # compares the name before the content with the archive's list
+            if record.compress_type != zipfile.ZIP_STORED:
+                while content.read(CRC_BLOCK):
+                    pass
+                return True
+    except zipfile.BadZipFile:
+        return False
+    # APPNOTE.TXT 4.3.7: the header of 30 bytes ends with the lengths of the name and of what is between it and the content
+    name, extra = struct.unpack("<26xHH", os.pread(descriptor, 30, record.header_offset))
+    place = record.header_offset + 30 + name + extra
+    left, value = record.file_size, 0
+    block = memoryview(bytearray(min(left, CRC_BLOCK)))
+    while left:
+        count = os.preadv(descriptor, [block[: min(left, CRC_BLOCK)]], place)
+        if not count:
+            return False
+        value = zlib.crc32(block[:count], value)
+        place, left = place + count, left - count
+    return value == record.CRC
 
 
 def sha256(path: str | Path) -> str:

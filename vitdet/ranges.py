@@ -71,7 +71,7 @@ def check(key: str, hint: Any, value: Any) -> None:
             check(key, item, one)
     elif not _fits(value, kind) or isinstance(value, float) and not math.isfinite(value):
         if get_origin(kind) is Literal:
-            expected = f"one of {', '.join(get_args(kind))}"
+            expected = f"one of {', '.join(map(str, get_args(kind)))}"
         elif rest:
             count = "values" if rest == [...] else f"{1 + len(rest)} values"
             expected = f"a list of {count}, each {TYPES[item]}"

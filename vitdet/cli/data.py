@@ -6,6 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from vitdet.cli.overrides import add_reading, reading_with
 from vitdet.cli.paths import given_path
 from vitdet.cli.progress_bar import Bar
 
@@ -40,6 +41,7 @@ def add_data(verb: argparse.ArgumentParser) -> None:
         help="read every image file too, and look for the same picture "
         "in two splits, on all processors",
     )
+    add_reading(kind)
     kind.set_defaults(run=run_data_check)
     kind = kinds.add_parser(
         "report",
@@ -53,6 +55,7 @@ def add_data(verb: argparse.ArgumentParser) -> None:
     kind.add_argument(
         "--images", action="store_true", help="read every image file too, as data check does"
     )
+    add_reading(kind)
     kind.set_defaults(run=run_data_report)
     add_convert(
         kinds.add_parser("convert", help="rewrite a data set of another format in COCO's layout")
@@ -166,8 +169,10 @@ def run_data_check(given: argparse.Namespace) -> int:
     """vitdet data check"""
     from vitdet.data import download_record
     from vitdet.data.check import check
+    from vitdet.data.images import DEFAULT
 
-    report = check(given.folder, images=given.images)
+    reading = reading_with(given.overrides, DEFAULT)
+    report = check(given.folder, images=given.images, reading=reading)
     try:
         if download_record.exists(given.folder):
             download_record.verify(given.folder, contents=given.images)
@@ -234,10 +239,12 @@ def run_data_convert(given: argparse.Namespace) -> int:
 
 def run_data_report(given: argparse.Namespace) -> int:
     """vitdet data report"""
+    from vitdet.data.images import DEFAULT
     from vitdet.datasets.report.page import write_page
 
+    reading = reading_with(given.overrides, DEFAULT)
     output = given.output or Path(f"{given.folder.resolve().name}.html")
-    images, objects, report = write_page(given.folder, output, given.images)
+    images, objects, report = write_page(given.folder, output, given.images, reading)
     errors, warnings = (
         sum(one.count for one in found) for found in (report.errors, report.warnings)
     )

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import argparse
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from vitdet.config import Config
+    from vitdet.data.images import Reading
 
 log = logging.getLogger(__name__)
 
@@ -23,6 +24,30 @@ def add_set(verb: argparse.ArgumentParser) -> None:
         dest="overrides",
         help="change a setting, as in optim.lr=2e-4; may be repeated",
     )
+
+
+def add_reading(verb: argparse.ArgumentParser) -> None:
+    """The settings of a verb that reads image files and has no config."""
+    verb.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="SECTION.KEY=VALUE",
+        dest="overrides",
+        help="how image files are read: data.max_pixels=N, data.bit_depth=N",
+    )
+
+
+def reading_with(overrides: Sequence[str], reading: Reading) -> Reading:
+    """`reading` with these settings. Raises ValueError for one that does not say how image files are read."""
+    from vitdet.config import Config, DataConfig, override
+    from vitdet.data.images import Reading
+    from vitdet.data.layout import overridden_settings
+
+    allowed = [f"data.{name}" for name in vars(reading)]
+    if others := sorted(overridden_settings(overrides) - {"data", *allowed}):
+        raise ValueError(f"{others[0]} has no effect here; --set takes {' and '.join(allowed)}")
+    return Reading.of(override(Config(data=DataConfig(**vars(reading))), overrides).data)
 
 
 def log_resolved(config: Config, found: Mapping[str, str | int]) -> None:

@@ -6,6 +6,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from vitdet.cli.overrides import add_reading, reading_with
 from vitdet.cli.paths import given_path
 from vitdet.files import write_jpeg, write_json, written
 
@@ -21,19 +22,24 @@ def add_predict(verb: argparse.ArgumentParser) -> None:
         help="folder for the drawn pictures and detections.json",
     )
     verb.add_argument("--threshold", type=float, default=0.5, help="least score (0.5)")
+    add_reading(verb)
     verb.set_defaults(run=run_predict)
 
 
 def run_predict(given: argparse.Namespace) -> int:
     """vitdet predict"""
+    from vitdet.data.images import find_image
     from vitdet.predictor import Predictor, read_image
 
     if not 0 <= given.threshold <= 1:
         raise ValueError(f"--threshold must lie between 0 and 1, got {given.threshold}")
-    for path in given.images:  # all of them, before anything is written
-        read_image(path)
+    for path in given.images:
+        find_image(path)
     targets = place(given.images, given.output)
     predictor = Predictor.load(given.checkpoint)
+    predictor.reading = reading_with(given.overrides, predictor.reading)
+    for path in given.images:  # all of them, before anything is written
+        read_image(path, predictor.reading)
     given.output.mkdir(parents=True, exist_ok=True)
     table = {}
     for path, target in targets.items():

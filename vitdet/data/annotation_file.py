@@ -35,6 +35,12 @@ class Annotation(msgspec.Struct, gc=False):
     iscrowd: int | None = None  # None: not stated
 
 
+class PolygonAnnotation(Annotation, gc=False):
+    """An object with polygons, whose coordinates are numbers."""
+
+    segmentation: list[list[float]] = []
+
+
 class _Layout(msgspec.Struct):
     images: list[msgspec.Raw]
     annotations: list[msgspec.Raw]
@@ -60,14 +66,23 @@ class Entries:
     def __iter__(self) -> Iterator[object]:
         return map(_decode, self._marked)
 
-    def annotations(self) -> Iterator[object]:
-        """Each entry as an `Annotation` if its values have these types, else as `__iter__` returns it."""
+    def annotations(self, start: int = 0, stop: int | None = None) -> Iterator[object]:
+        """The entries start..stop-1, each as an `Annotation` if its values have these types, else as `__iter__` returns it."""
         decode = msgspec.json.Decoder(Annotation).decode
-        for marked in self._marked:
+        for marked in self._marked[start:stop]:
             try:
                 yield decode(marked)
             except (ValueError, RecursionError):
                 yield _decode(marked)
+
+    def outlined(self, start: int, stop: int) -> Iterator[object]:
+        """As `annotations`, but objects with polygons as `PolygonAnnotation`."""
+        decode = msgspec.json.Decoder(PolygonAnnotation).decode
+        for place, marked in enumerate(self._marked[start:stop], start):
+            try:
+                yield decode(marked)
+            except (ValueError, RecursionError):
+                yield from self.annotations(place, place + 1)
 
 
 def read_entries(path: Path, mapped: bool = True) -> object:

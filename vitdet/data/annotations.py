@@ -8,11 +8,9 @@ pycocotools nor anything behind it.
 from __future__ import annotations
 
 import math
-import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from vitdet.data.annotation_file import (
     UNKNOWN,
@@ -23,6 +21,8 @@ from vitdet.data.annotation_file import (
     loosely,
 )
 from vitdet.data.box_fit import are_corners, fit
+from vitdet.data.coco_layouts import image_name
+from vitdet.data.flawless import LARGEST, area_fits, find_flawless
 from vitdet.data.segmentation import (
     Outline,
     inside,
@@ -38,7 +38,7 @@ SIDE = 2**16
 LISTS = ("neg_category_ids", "not_exhaustive_category_ids")
 OUTSIDE = 1.0  # pixels by which a box may leave its image unnoticed: annotators' rounding
 COCOS = "LVIS has it; with COCO's annotations take dataset coco"
-LARGEST = SIDE**2  # pixels of an area; beyond 1e10 COCO's evaluation would pass over the object
+BLOCK = 1024  # annotations that are looked at together
 # From this share of the objects on, a fault is one of the export and not of single objects.
 MOST = 0.5
 # Why training leaves an object out
@@ -80,12 +80,6 @@ def tolerate(kind: str, where: str, what: str) -> None:
     """What a reader does with a warning."""
 
 
-def image_name(head: dict, lvis: bool) -> str:
-    """Where an image lies in its folder: file_name, or as its coco_url ends, as in train2017/000000000139.jpg."""
-    url = head.get("coco_url") if lvis else None
-    return "/".join(url.split("/")[-2:]) if url else head["file_name"]
-
-
 def root_category(categories: Iterable[object]) -> int | None:
     """The id of the category 0 that Roboflow adds as the supercategory of the others, which no object has; else None."""
     items = [item for item in categories if isinstance(item, dict)]
@@ -93,15 +87,6 @@ def root_category(categories: Iterable[object]) -> int | None:
     others = [item for item in items if whole_number(item.get("id")) != 0]
     is_root = others and names and all(one.get("supercategory") == names[0] for one in others)
     return 0 if is_root else None
-
-
-def existing_name(folder: Path | str, name: str) -> str:
-    """The name of an image file below `folder`: backslashes, as Windows writes them, may stand for / or a lost folder."""
-    slashed = name.replace("\\", "/")
-    for candidate in (name, slashed, slashed.rpartition("/")[2]) if slashed != name else ():
-        if os.path.isfile(f"{folder}/{candidate}"):
-            return candidate
-    return name
 
 
 def without_objects(dropped: Mapping[str, int]) -> str:
@@ -144,10 +129,16 @@ class AnnotationValidator:
             self._image(image)
         return tables
 
-    def annotations(self, table: Table) -> Iterator[Validated]:
-        """Check each annotation, then what concerns all of them; yields those that have no error."""
+    def annotations(self, table: Table, flawless: bool = True) -> Iterator[Validated]:
+        """Check each annotation, then what concerns all of them; yields those that have no error.
+
+        flawless: also those without even a warning, which are the most.
+        """
         seen: set[int] = set()
-        for index, item in enumerate(annotations_of(table)):
+        for index, item, is_flawless in self._sifted(table, seen, flawless):
+            if is_flawless:
+                yield Validated(item, item.segmentation, "", "", False)
+                continue
             annotation = item if type(item) is Annotation else self._loose(item, index)
             if annotation is None:
                 continue
@@ -175,6 +166,38 @@ class AnnotationValidator:
         for category_id, name in self.categories.items():
             if not self.instances[category_id]:
                 self.warning("category without instances", f"category {category_id}", show(name))
+
+    def _sifted(
+        self, table: Table, seen: set[int], flawless: bool
+    ) -> Iterator[tuple[int, Any, bool]]:
+        """Index and entry of each annotation, and whether it is flawless: those are counted here, and left out unless
+        `flawless` asks for them. Their ids are added to `seen`.
+        """
+        if not isinstance(table, Entries):
+            for index, item in enumerate(annotations_of(table)):
+                yield index, item, False
+            return
+        for start in range(0, len(table), BLOCK):
+            stop = min(start + BLOCK, len(table))
+            found = find_flawless(
+                table.outlined(start, stop), self.sizes, self.categories, self.lvis, seen
+            )
+            seen.update(found.ids)
+            self.objects.update(found.image_ids)
+            self.instances.update(found.category_ids)
+            self.outlines += len(found.ids)
+            self._count += len(found.ids)
+            if self._root in found.category_ids:
+                self._root = None
+            passed = set(found.rows)
+            if flawless:
+                for row, item in enumerate(table.annotations(start, stop)):
+                    yield start + row, item, row in passed
+                continue
+            for index in range(start, stop) if len(passed) < stop - start else ():
+                if index - start not in passed:
+                    (item,) = table.annotations(index, index + 1)
+                    yield index, item, False
 
     def _tables(self, content: object) -> dict[str, Table]:
         tables: dict[str, Table] = {"images": [], "annotations": [], "categories": []}
@@ -320,7 +343,7 @@ class AnnotationValidator:
             )
             return Validated(annotation, None, NO_CATEGORY, "", True)
         size = self.sizes[image_id]
-        outline = read_outline(annotation.segmentation, size)
+        outline = read_outline(annotation.segmentation, size, boxed=not crowd)
         if outline.problem:
             self.error(outline.problem[0], _place_of(annotation), outline.problem[1])
         dropped = self._box(annotation, size, crowd)
@@ -371,12 +394,7 @@ class AnnotationValidator:
         ):
             dropped = self._outside(annotation, size, empty)
         pixels = width * height
-        if (
-            area is not None
-            and not empty
-            and not 0.005 * pixels <= area <= 1.1 * pixels + 4
-            and not crowd
-        ):
+        if area is not None and not empty and not area_fits(area, pixels) and not crowd:
             inside = f"{area:g} in {width:g} x {height:g}"
             self.warning("area that does not fit its box", _place_of(annotation), inside)
         return dropped

@@ -15,13 +15,15 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import combinations
 from pathlib import Path
+from typing import NamedTuple
 
 from vitdet.data.annotation_file import read_entries
-from vitdet.data.annotations import AnnotationValidator, existing_name, without_objects
-from vitdet.data.coco_layouts import SplitFiles, coco_files, find_splits
-from vitdet.data.images import examine, exchanged, look
+from vitdet.data.annotations import AnnotationValidator, without_objects
+from vitdet.data.coco_layouts import SplitFiles, coco_files, existing_name, find_splits
+from vitdet.data.images import DEFAULT, Examined, Reading, examine, exchanged, look
 from vitdet.data.segmentation import show
 
+DEPTHS = (8, 10, 12, 14)  # bits that cameras store in 16
 EXAMPLES = 3  # places that are named of each kind of problem
 
 
@@ -93,10 +95,16 @@ def _printable(text: str) -> str:
     return " ".join(text.encode("utf-8", "backslashreplace").decode().splitlines())
 
 
-def check(folder: Path | str, splits: Sequence[str] | None = None, images: bool = True) -> Report:
+def check(
+    folder: Path | str,
+    splits: Sequence[str] | None = None,
+    images: bool = True,
+    reading: Reading = DEFAULT,
+) -> Report:
     """Check the annotation files and images of the given splits, or of all that `find_splits` finds.
 
     images: also decode every image file, on all processors, which takes most of the time; else only whether it exists.
+    reading: how image files are read.
     """
     report = Report(Path(folder))
     found = [
@@ -117,7 +125,7 @@ def check(folder: Path | str, splits: Sequence[str] | None = None, images: bool 
         report.error(
             "no annotation file", f"expected {report.folder}/annotations/instances_SPLIT.json{what}"
         )
-    checked = [_Split(report, *one) for one in found]
+    checked = [_Split(report, *one, reading) for one in found]
     for split in checked:
         split.check()
     digests = [split.read_images() if images else split.find_images() for split in checked]
@@ -129,11 +137,22 @@ def check(folder: Path | str, splits: Sequence[str] | None = None, images: bool 
     return report
 
 
+class _Outcome(NamedTuple):
+    """Of reading an image file: kind of error ('': none), its text, digest of the bytes ('': not read), what is in it."""
+
+    kind: str
+    text: str
+    digest: str = ""
+    found: Examined | None = None
+
+
 class _Split:
     """One annotation file while it is looked at."""
 
-    def __init__(self, report: Report, name: str, files: SplitFiles, lvis: bool) -> None:
-        self.report, self.lvis = report, lvis
+    def __init__(
+        self, report: Report, name: str, files: SplitFiles, lvis: bool, reading: Reading
+    ) -> None:
+        self.report, self.lvis, self.reading = report, lvis, reading
         self.name = f"lvis_v1_{name}" if lvis else name  # in the report
         self.path, self.images = files
         place = files.annotations.relative_to(report.folder)
@@ -154,7 +173,7 @@ class _Split:
             kinds = len(self.report.errors)
             tables = self.validator.read_header(content)
             if isinstance(content, dict):
-                found = self.validator.annotations(tables["annotations"])
+                found = self.validator.annotations(tables["annotations"], flawless=False)
                 dropped = Counter(one.dropped for one in found)
                 counts = len(tables["images"]), len(tables["annotations"])
                 self.report.splits[self.name] = *counts, len(self.validator.categories)
@@ -176,13 +195,32 @@ class _Split:
         """The digest of each image's file; the files that cannot be used become errors."""
         with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
             outcomes = pool.map(self._read_image, self.validator.names)
-            digests = {}
-            for image_id, (kind, what, digest) in zip(self.validator.names, outcomes, strict=True):
-                if kind:
-                    self._image_error(kind, image_id, what)
-                if digest:
-                    digests[image_id] = digest
+            digests, deep = {}, dict[bool, dict[int, int]]()
+            for image_id, outcome in zip(self.validator.names, outcomes, strict=True):
+                if outcome.kind:
+                    self._image_error(outcome.kind, image_id, outcome.text)
+                if outcome.digest:
+                    digests[image_id] = outcome.digest
+                if outcome.found and outcome.found.highest is not None:
+                    deep.setdefault(outcome.found.colors, {})[image_id] = outcome.found.highest
+        for colors, highest in deep.items():
+            self._value_range(colors, highest)
         return digests
+
+    def _value_range(self, colors: bool, highest: dict[int, int]) -> None:
+        """Warns if 16 bits hold values of fewer, which are read as nearly black. highest: of each image by its id."""
+        bits = max(highest.values()).bit_length()
+        depth = next((depth for depth in DEPTHS if bits <= depth), 16)
+        if self.reading.bit_depth or depth == 16:
+            return
+        cure = "save it with 8 bits a channel" if colors else f"set data.bit_depth={depth}"
+        kind = f"image of 16 bits with values of {depth}, read as nearly black ({cure})"
+        for image_id, value in highest.items():
+            self._warning(
+                kind,
+                f"image {image_id}",
+                f"{show(self.validator.names[image_id])}: {value} of 65535 at most",
+            )
 
     def _image_error(self, kind: str, image_id: int, what: str = "") -> None:
         folder = "" if self.lvis else _prefix(self.images, self.report.folder)
@@ -196,31 +234,30 @@ class _Split:
     def _warning(self, kind: str, where: str, what: str) -> None:
         self.report.warning(kind, f"{self.file}: {where}{what and ': '}{what}")
 
-    def _read_image(self, image_id: int) -> tuple[str, str, str]:
-        """Kind of error ('': none), its text, digest of the file's bytes ('': not read)."""
+    def _read_image(self, image_id: int) -> _Outcome:
         name = self.validator.names[image_id]
         path = self.images / existing_name(self.images, name)
         try:
             look(path)
             content = path.read_bytes()
         except FileNotFoundError:
-            return "missing image file", _backslashes(name), ""
+            return _Outcome("missing image file", _backslashes(name))
         except (OSError, ValueError) as error:  # ValueError: a name that no file can have
-            return "image file that cannot be read", f": {error}", ""
+            return _Outcome("image file that cannot be read", f": {error}")
         digest = hashlib.sha256(content).hexdigest()
         try:
-            found = examine(content)
+            found = examine(content, self.reading)
         except ValueError as error:
-            return "image file that is truncated or no image", f": {error}", digest
+            return _Outcome("image file that is truncated or no image", f": {error}", digest)
         size = self.validator.sizes.get(image_id)
-        if size not in (None, found):
-            return (
+        if size not in (None, found.size):
+            high, wide = found.size
+            return _Outcome(
                 "image of another size than annotated",
-                f": {found[1]} x {found[0]}, annotated {size[1]} x "
-                f"{size[0]} (width x height){exchanged(found, size)}",
+                f": {wide} x {high}, annotated {size[1]} x {size[0]} (width x height){exchanged(found.size, size)}",
                 digest,
             )
-        return "", "", digest
+        return _Outcome("", "", digest, found)
 
 
 def _compare(

@@ -17,7 +17,8 @@ from typing import Any
 from PIL import Image
 
 from vitdet.data.annotation_file import read_entries
-from vitdet.data.annotations import AnnotationValidator, existing_name
+from vitdet.data.annotations import AnnotationValidator
+from vitdet.data.coco_layouts import existing_name, root_of
 from vitdet.data.images import DEFAULT, Reading, exchanged, open_image
 from vitdet.data.records import Objects, Records
 
@@ -70,7 +71,8 @@ def validate_tree(path: Path, tree: object, lvis: bool) -> None:
     """Raises ValueError, as `read_coco` does, for the first error of a file whose images nobody opens."""
     with _named(path):
         validator = AnnotationValidator(lvis, files=False)
-        for _ in validator.annotations(validator.read_header(tree)["annotations"]):
+        table = validator.read_header(tree)["annotations"]
+        for _ in validator.annotations(table, flawless=False):
             pass
 
 
@@ -81,7 +83,7 @@ def _named(path: Path) -> Iterator[None]:
         yield
     except ValueError as error:
         raise ValueError(
-            f"{path}: {error}; `vitdet data check {path.parent.parent}` lists all problems"
+            f"{path}: {error}; `vitdet data check {root_of(path)}` lists all problems"
         ) from error
 
 
@@ -104,11 +106,13 @@ def read_image(
     try:
         image = open_image(path, reading)
     except (FileNotFoundError, ValueError) as error:
-        raise ImageError(f"{error}; `vitdet data check --images` lists all such files") from error
+        raise ImageError(
+            f"{error}; `vitdet data check ROOT --images` lists all such files"
+        ) from error
     if size is not None and (image.height, image.width) != size:
         raise ImageError(
             f"{path}: {image.width} x {image.height} pixels, but the annotations say {size[1]} x "
-            f"{size[0]}{exchanged((image.height, image.width), size)}; `vitdet data check --images` lists "
+            f"{size[0]}{exchanged((image.height, image.width), size)}; `vitdet data check ROOT --images` lists "
             "all such files"
         )
     return image

@@ -11,6 +11,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 from typing import NamedTuple
@@ -60,6 +61,13 @@ def find_splits(root: Path, dataset: str = "coco") -> dict[str, SplitFiles]:
     return found
 
 
+def root_of(annotations: Path) -> Path:
+    """Return the folder of a data set that `find_splits` finds this annotation file in."""
+    folder = annotations.parent
+    deeper = folder.name == "annotations" or annotations.name == "_annotations.coco.json"
+    return folder.parent if deeper else folder
+
+
 def _between(folder: Path, start: str) -> list[str]:
     return sorted(path.stem.removeprefix(start) for path in folder.glob(f"{start}*.json"))
 
@@ -79,3 +87,18 @@ def _is_coco(path: Path) -> bool:
     except OSError:
         return False
     return bool(TABLES.search(start)) and b'"shapes"' not in start
+
+
+def image_name(head: dict, lvis: bool) -> str:
+    """Where an image lies in its folder: file_name, or as its coco_url ends, as in train2017/000000000139.jpg."""
+    url = head.get("coco_url") if lvis else None
+    return "/".join(url.split("/")[-2:]) if url else head["file_name"]
+
+
+def existing_name(folder: Path | str, name: str) -> str:
+    """The name of an image file below `folder`: backslashes, as Windows writes them, may stand for / or a lost folder."""
+    slashed = name.replace("\\", "/")
+    for candidate in (name, slashed, slashed.rpartition("/")[2]) if slashed != name else ():
+        if os.path.isfile(f"{folder}/{candidate}"):
+            return candidate
+    return name

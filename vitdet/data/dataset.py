@@ -44,7 +44,8 @@ Sample = tuple[Target | None, tuple[int, int], int, tuple[int, int]]
 def read_split(
     data: DataConfig, split: str, tree: dict | None = None, look: bool = True
 ) -> CocoSplit:
-    """The split's records; with data.max_images, only the so many images of lowest id that hold an object.
+    """The split's records; with data.max_images, only the so many images of lowest id that hold an object, or of the
+    training split with data.keep_empty any.
 
     tree: the content of the annotation file, if it was read before. look: whether files are compared with what they
     should be, which one process of several does for all. Raises what `read_coco` raises, FileNotFoundError naming the
@@ -64,8 +65,10 @@ def read_split(
             f"{data.root}: no image of {split} holds an object to learn from or to find; "
             f"{without_objects(found.dropped)}; `vitdet data check {data.root}` lists all problems"
         )
-    if data.max_images:
-        found = replace(found, records=_with_objects(found)[: data.max_images])
+    if data.max_images and data.keep_empty and split == data.train_split:
+        found = replace(found, records=found.records[: data.max_images])
+    elif data.max_images:
+        found = with_objects(found, data.max_images)
     gone = [path for path in found.records.paths() if not os.path.isfile(path)] if look else []
     if gone:
         raise FileNotFoundError(
@@ -76,19 +79,21 @@ def read_split(
 
 
 class TrainData(Dataset):
-    """Positions of the infinite stream -> a batch of augmented samples; images without a usable object are left out.
+    """Positions of the infinite stream -> a batch of augmented samples; images without a usable object are left out,
+    or background with data.keep_empty.
 
-    With data.redraw_empty a crop without any object gives its place to one of any other image, as in mmdet.
+    With data.redraw_empty a crop without any object of the image gives its place to one of any other image, as in mmdet.
     """
 
     def __init__(self, split: CocoSplit, data: DataConfig, seed: int, cache: int = CACHE) -> None:
         self.split = split
-        self.records = _with_objects(split)
-        if not self.records:
+        held = with_objects(split).records
+        if not held:
             raise ValueError(
                 f"{data.root}: no image of {data.train_split} holds an object to learn from"
             )
-        self.without_objects = len(split.records) - len(self.records)
+        self.records = split.records if data.keep_empty else held
+        self.without_objects = len(split.records) - len(held)
         self.data = data
         self.seed = seed
         repeats = None
@@ -139,7 +144,7 @@ class TrainData(Dataset):
             around, four = rectangles(record.boxes[own])
             boxes[own], keep[own] = visible_boxes(affine.edges(around), four, affine.size)
             has_mask = torch.tensor([shape is not None for shape in record.segmentations])[keep]
-        if data.redraw_empty and not keep.any():
+        if data.redraw_empty and len(record) and not keep.any():
             return None
         target = Target(
             torch.from_numpy(boxes[keep]),
@@ -216,5 +221,7 @@ def make_batch(
     )
 
 
-def _with_objects(split: CocoSplit) -> Records:
-    return split.records.select(np.flatnonzero(split.records.counts()))
+def with_objects(split: CocoSplit, most: int | None = None) -> CocoSplit:
+    """The split with the images that hold an object, or only the first `most` of these."""
+    held = np.flatnonzero(split.records.counts())[:most]
+    return replace(split, records=split.records.select(held))

@@ -17,7 +17,7 @@ from typing import Any, cast
 from vitdet.config import DataConfig
 from vitdet.data import download_record
 from vitdet.data.annotation_file import Entries, read_entries
-from vitdet.data.annotations import existing_name, image_name
+from vitdet.data.coco_layouts import existing_name, image_name
 from vitdet.data.dataset import read_split
 from vitdet.data.layout import missing, split_files
 from vitdet.data.records import Records

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -36,6 +37,7 @@ TURNS = {
 JPEGS = ("JPEG", "MPO")
 DRAWINGS = ("EPS", "WMF")  # programs that another program would have to run
 SIXTEEN = ("PNG", "PPM")  # formats whose 16 bits an older Pillow or a newer one gives as 32
+BITS_PER_SAMPLE = 258  # tag of TIFF
 
 
 @dataclass(frozen=True)
@@ -43,14 +45,25 @@ class Reading:
     """The settings of `data` that say how an image file is read."""
 
     max_pixels: int = DataConfig.max_pixels
+    bit_depth: int = DataConfig.bit_depth  # of values in more than 8 bits; 0: what the file says
 
     @classmethod
     def of(cls, data: DataConfig) -> Reading:
         """As these settings say."""
-        return cls(data.max_pixels)
+        return cls(data.max_pixels, data.bit_depth)
 
 
 DEFAULT = Reading()
+
+
+class Examined(NamedTuple):
+    """size: height and width of the upright picture. highest: the largest value of one that is stored in more than 8
+    bits and does not say how many of them it uses, else None; colors: whether it is in colour.
+    """
+
+    size: tuple[int, int]
+    highest: int | None = None
+    colors: bool = False
 
 
 def open_image(path: Path, reading: Reading = DEFAULT) -> Image.Image:
@@ -62,15 +75,21 @@ def open_image(path: Path, reading: Reading = DEFAULT) -> Image.Image:
     with _named(path):
         look(path)
         with _opened(path, reading) as file:
-            return upright(file)
+            return upright(file, reading)
+
+
+def find_image(path: Path) -> None:
+    """Raises as `open_image` if there is nothing to read at `path`."""
+    with _named(path):
+        look(path)
 
 
 def read_image(image: Picture, reading: Reading = DEFAULT) -> Image.Image:
-    """Anything that `Predictor` takes, as an upright RGB image; errors as there. reading: of files."""
+    """Anything that `Predictor` takes, as an upright RGB image; errors as there. reading: of files and PIL images."""
     if isinstance(image, str | Path):
         return open_image(Path(image), reading)
     if isinstance(image, Image.Image):
-        return upright(image)
+        return upright(image, reading)
     if isinstance(image, Tensor):
         if image.ndim != 3 or image.shape[0] != 3 or image.dtype != torch.uint8:
             raise ValueError(
@@ -96,19 +115,26 @@ def image_size(path: Path) -> tuple[int, int]:
             return _upright_size(file)
 
 
-def examine(content: bytes) -> tuple[int, int]:
-    """Height and width of the upright picture in the bytes of a file.
+def examine(content: bytes, reading: Reading = DEFAULT) -> Examined:
+    """What is in the bytes of an image file.
 
     Raises ValueError, without a name, for those that `open_image` refuses: every byte is read, but of a JPEG only an
     eighth of the resolution is computed.
     """
-    with _one_line(), _opened(io.BytesIO(content), DEFAULT) as file:
+    with _one_line(), _opened(io.BytesIO(content), reading) as file:
+        colors, stated = _has_deep_colors(file), _stated_depth(file)
         size = _upright_size(file)
         file.draft("RGB", (1, 1))
         file.load()
-        if file.mode[0] in "IF":
-            _eight_bits(file)
-        return size
+        if colors:
+            _check_colors(reading)
+            high = int(np.asarray(file).max())
+            return Examined(size, high << 8 | 255, colors)
+        if file.mode[0] not in "IF":
+            return Examined(size)
+        high = _highest(file)
+        depth = _depth(file, high, stated, reading)
+        return Examined(size, None if stated or depth == 8 else high)
 
 
 def exchanged(found: tuple[int, int], annotated: tuple[int, int]) -> str:
@@ -120,15 +146,18 @@ def exchanged(found: tuple[int, int], annotated: tuple[int, int]) -> str:
     )
 
 
-def upright(image: Image.Image) -> Image.Image:
+def upright(image: Image.Image, reading: Reading = DEFAULT) -> Image.Image:
     """The image in RGB, turned as its EXIF orientation says; the image itself, not a copy, where it is that already.
 
-    Raises ValueError for pixels that are no numbers from 0 to 255 or to 65535.
+    Raises ValueError for pixels that are no numbers from 0 to 255 or to 65535, or are beyond the `reading`'s bit depth.
     """
+    stated = _stated_depth(image)
+    if _has_deep_colors(image):
+        _check_colors(reading)
     image.load()  # which turns a TIFF already
     turn = _turn(image)
     if image.mode[0] in "IF":
-        image = _eight_bits(image)
+        image = _eight_bits(image, stated, reading)
     elif image.has_transparency_data:
         image = _over_white(image)
     if image.mode != "RGB":
@@ -155,8 +184,14 @@ def _turn(image: Image.Image) -> Image.Transpose | None:
         return None
 
 
-def _eight_bits(image: Image.Image) -> Image.Image:
-    """Greys of 16 bits, or of 32 that hold no more than these."""
+def _eight_bits(image: Image.Image, stated: int, reading: Reading) -> Image.Image:
+    """Greys of up to 16 bits, or of 32 that hold no more than these, as 8 bits; Pillow would cut at 255."""
+    depth = _depth(image, _highest(image), stated, reading)
+    return Image.fromarray((np.asarray(image) >> (depth - 8)).astype(np.uint8))
+
+
+def _highest(image: Image.Image) -> int:
+    """The largest of its grey values. Raises ValueError for those that are no numbers from 0 to 65535."""
     if image.mode == "F":
         raise ValueError(
             "its pixels are floating-point numbers of no known range; save it with 8 or 16 bits"
@@ -165,9 +200,50 @@ def _eight_bits(image: Image.Image) -> Image.Image:
     low, high = int(pixels.min(initial=0)), int(pixels.max(initial=0))
     if low < 0 or high > 65535:
         raise ValueError(f"its pixels are numbers from {low} to {high}; save it with 8 or 16 bits")
-    if image.mode != "I" or image.format in SIXTEEN or high > 255:
-        pixels = pixels >> 8  # Pillow would cut at 255
-    return Image.fromarray(pixels.astype(np.uint8))
+    return high
+
+
+def _depth(image: Image.Image, high: int, stated: int, reading: Reading) -> int:
+    """How many bits its grey values have, of which the largest is `high`. stated: what the file says, 0: nothing."""
+    usual = 16 if image.mode != "I" or image.format in SIXTEEN or high > 255 else 8
+    depth = stated or reading.bit_depth or usual
+    if high >= 1 << depth:
+        raise ValueError(
+            f"its pixels reach {high}, more than the {(1 << depth) - 1} of {depth} bits; "
+            "data.bit_depth has to hold the values of all images"
+        )
+    return depth
+
+
+def _stated_depth(image: Image.Image) -> int:
+    """The bits of its grey values if the file says so, else 0. The image is not loaded yet."""
+    if image.format == "TIFF":
+        (bits, *_) = getattr(image, "tag_v2", {}).get(BITS_PER_SAMPLE) or (0,)
+        return bits if 8 < bits < 16 else 0
+    decoder, arguments = _decoder(image)
+    # Pillow scales from 0..maxval to 0..65535
+    return 16 if decoder in ("ppm", "ppm_plain") and arguments[1] < 65535 else 0
+
+
+def _has_deep_colors(image: Image.Image) -> bool:
+    """Whether it is a file with colours of 16 bits, of which Pillow reads the upper 8. The image is not loaded yet."""
+    _, arguments = _decoder(image)
+    return image.mode[0] not in "IF" and any(";16" in str(one) for one in arguments[:1])
+
+
+def _decoder(image: Image.Image) -> tuple[str, tuple]:
+    """The decoder of a file that is not loaded yet and its arguments, the stored mode of pixels first."""
+    for decoder, _, _, arguments in getattr(image, "tile", ())[:1]:
+        return decoder, arguments if isinstance(arguments, tuple) else (arguments,)
+    return "", ()
+
+
+def _check_colors(reading: Reading) -> None:
+    if reading.bit_depth not in (0, 16):
+        raise ValueError(
+            f"of its colours of 16 bits the upper 8 are read, and data.bit_depth={reading.bit_depth} is for grey; "
+            "save it with 8 bits a channel"
+        )
 
 
 def _over_white(image: Image.Image) -> Image.Image:

@@ -78,7 +78,8 @@ def train_loader(
         if found.outlines or found.unmasked.keys() - {NO_OUTLINE}:  # else these are boxes only
             _warn(path, "objects that train boxes and classes, not masks", found.unmasked)
         if dataset.without_objects:
-            log.info("%s: %d images without objects are left out", path, dataset.without_objects)
+            done = "trained as background" if data.keep_empty else "left out"
+            log.info("%s: %d images without objects are %s", path, dataset.without_objects, done)
     sampler = _Steps(batch_size, start_step, steps, rank, world_size, accumulate)
     return DataLoader(dataset, batch_sampler=sampler, **_processes(data.workers))
 

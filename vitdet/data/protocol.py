@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass
 
-from vitdet.config import Config, flatten
+from vitdet.config import LATER, Config, flatten
 
 # Settings that affect the AP of a given checkpoint on given data. How images are resized is part of
 # the detector.
@@ -14,15 +14,18 @@ SETTINGS = (
     "evaluate.score_threshold",
     "evaluate.nms_iou",
     "evaluate.max_detections",
+    "evaluate.max_images",
+    "evaluate.precision",
 )
-PRECISION = "evaluate.precision"
 
 
 def settings_of(config: Config) -> str:
-    """Return the settings of this config that affect AP, as one string."""
-    values = flatten(config)
-    # Named only where it is not fp32, in which all AP was measured before there was this setting
-    keys = SETTINGS if config.evaluate.precision == "fp32" else (*SETTINGS, PRECISION)
+    """Return the settings of this config that affect AP, as one string.
+
+    Settings that version 0.1 did not have are left out at their defaults: its AP stay comparable.
+    """
+    values, defaults = flatten(config), flatten(Config())
+    keys = [key for key in SETTINGS if key not in LATER or values[key] != defaults[key]]
     return " ".join(f"{key}={values[key]}" for key in keys)
 
 

@@ -29,12 +29,15 @@ class Outline(NamedTuple):
     problem: tuple[str, str] | None = None
 
 
-def read_outline(segmentation: object, size: tuple[int, int] | None) -> Outline:
-    """Examine a segmentation of an image of (height, width) `size`, None if that is unknown."""
+def read_outline(segmentation: object, size: tuple[int, int] | None, boxed: bool = True) -> Outline:
+    """Examine a segmentation of an image of (height, width) `size`, None if that is unknown.
+
+    boxed: whether the box around an RLE is wanted, which takes most of the time.
+    """
     if segmentation is None:
         return Outline(None)
     if isinstance(segmentation, dict):
-        return _read_rle(segmentation, size)
+        return _read_rle(segmentation, size, boxed)
     if not isinstance(segmentation, list):
         problem = "segmentation that is neither polygons nor RLE", show(segmentation)
         return Outline(None, problem=problem)
@@ -109,7 +112,7 @@ def whole_number(value: object) -> int | None:
     return None
 
 
-def _read_rle(code: dict, size: tuple[int, int] | None) -> Outline:
+def _read_rle(code: dict, size: tuple[int, int] | None, boxed: bool) -> Outline:
     shape, counts = code.get("size"), code.get("counts")
     sides = [whole_number(side) for side in shape] if isinstance(shape, list) else []
     if len(sides) != 2 or any(side is None or side <= 0 for side in sides):
@@ -125,7 +128,7 @@ def _read_rle(code: dict, size: tuple[int, int] | None) -> Outline:
         text = f"{sum(runs)} of {height * width} pixels"
         return Outline(None, problem=("RLE whose counts do not fill its size", text))
     whole = {"size": [height, width], "counts": runs if isinstance(counts, list) else counts}
-    if size is None:  # the sides may be of any length
+    if size is None or not boxed:  # the sides may be of any length
         return Outline(whole)
     x, y, wide, high = rle.toBbox(compressed(whole, height, width)).tolist()
     return Outline(whole, box=(x, y, x + wide, y + high) if wide and high else None)
@@ -135,9 +138,11 @@ def run_lengths(counts: object) -> list[int] | None:
     """Run lengths as they are, or out of COCO's compressed text: 5 bits a character, differences to two runs before."""
     if isinstance(counts, list):
         whole: list[Any] = counts
-        if float in set(map(type, counts)):
+        types = set(map(type, counts))
+        if float in types:
             whole = [whole_number(run) if type(run) is float else run for run in counts]
-        return whole if {int}.issuperset(map(type, whole)) and min(whole, default=0) >= 0 else None
+            types = set(map(type, whole))
+        return whole if types <= {int} and min(whole, default=0) >= 0 else None
     if not isinstance(counts, str) or not counts.isascii():
         return None
     codes = np.frombuffer(counts.encode(), np.uint8).astype(np.int64) - 48

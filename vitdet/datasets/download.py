@@ -249,7 +249,8 @@ def _receive(
     with open(path, "ab", buffering=0) as file:  # what was received is in the file
         try:
             watcher.at(done, total)
-            while chunk := _read(response, stall):
+            # one byte beyond the end tells that there is more
+            while chunk := _read(response, stall, min(CHUNK, most - done + 1)):
                 if done + len(chunk) > most:
                     raise _TooLongError
                 view = memoryview(chunk)
@@ -269,9 +270,9 @@ def _receive(
             ) from error
 
 
-def _read(response: http.client.HTTPResponse, stall: float) -> bytes:
+def _read(response: http.client.HTTPResponse, stall: float, most: int) -> bytes:
     try:
-        return response.read1(CHUNK)  # what has come: a cut loses nothing
+        return response.read1(most)  # what has come: a cut loses nothing
     except (OSError, http.client.HTTPException) as error:
         raise _Broken(_words(error, stall)) from error
 

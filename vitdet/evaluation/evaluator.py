@@ -19,7 +19,7 @@ import vitdet.evaluation.lvis as lvis
 from vitdet import distributed, kernels
 from vitdet.config import Config, DataConfig, EvalConfig, from_dict, override
 from vitdet.data.coco import CocoSplit, read_tree
-from vitdet.data.dataset import read_split
+from vitdet.data.dataset import read_split, with_objects
 from vitdet.data.fingerprint import fingerprint
 from vitdet.data.layout import (
     CLASSES,
@@ -46,7 +46,10 @@ ARBITERS = {"coco": coco, "lvis": lvis}  # data.dataset -> how its AP is measure
 OF_FILES = {"coco": coco.compare, "lvis": lvis.compare_file}
 SECTIONS = ("data", "evaluate")  # of a config, that an evaluation may change
 # The settings of `data` that say which images a detector is evaluated on, and how they are read
-PLACE = ("dataset", "root", "train_split", "val_split", "max_images", "workers")
+PLACE = (
+    *("dataset", "root", "train_split", "val_split", "max_images", "workers"),
+    *("max_pixels", "bit_depth"),
+)
 # What an evaluation reports to its caller before each batch (True) and before the comparison (False);
 # the answer True before a batch cancels it on all ranks.
 Advance = Callable[[bool], bool]
@@ -69,7 +72,7 @@ def evaluate_detector(
     images and all return the same figures, the first alone the results (those of LVIS take 5 GB). Raises Cancelled on
     all of them if `advance` cancels it on one.
     """
-    truth, split = _read(data)
+    truth, split = _read(data, settings)
     results, image_ids = detect(detector, data, settings, device, split, advance)
     metrics = {}
     advance(False)
@@ -166,7 +169,7 @@ def evaluate(
         rebuilt = build_detector(config.model, config.evaluate)
         rebuilt.load_state_dict(detector.state_dict())
         detector = rebuilt
-    truth, split = _read(config.data)
+    truth, split = _read(config.data, config.evaluate)
     _check_classes(checkpoint, class_names, split.class_names, config.data)
     if config.model.mask.enabled and not split.outlines and distributed.rank() == 0:
         log.info(
@@ -275,7 +278,7 @@ def _compare(
     return coco.compare(truth, results, kinds, image_ids, max(usual, most))
 
 
-def _read(data: DataConfig) -> tuple[Truth, CocoSplit]:
+def _read(data: DataConfig, settings: EvalConfig) -> tuple[Truth, CocoSplit]:
     """The validation split for the comparison and for the detector: the annotation file is read once, and it is known
     before anything is detected that it can be compared with.
     """
@@ -284,6 +287,16 @@ def _read(data: DataConfig) -> tuple[Truth, CocoSplit]:
         raise missing(path, data)
     tree = read_tree(path)
     split = read_split(data, data.val_split, tree)
+    if settings.max_images:
+        every, split = split, with_objects(split, settings.max_images)
+        if distributed.rank() == 0:
+            log.info(
+                "evaluate.max_images=%d: AP of %d of the %d images of %s",
+                settings.max_images,
+                len(split.records),
+                len(every.records),
+                data.val_split,
+            )
     truth = truth_of(path, tree)
     ARBITERS[data.dataset].check(truth)
     return truth, split

@@ -52,7 +52,7 @@ class Entry:
                 f"download it there in a browser, then vitdet weights fetch {self.name} --from FILE"
             )
         if self.recipe:
-            return f"{own}, or train it from its pre-training (vitdet train {self.recipe})"
+            return f"{own}, or train it from its pre-training (vitdet train {self.recipe} --output FOLDER)"
         other = f"--set train.init={self.other}" if self.other else "vitdet weights list"
         return f"{own}, or start from other weights ({other})"
 

@@ -24,6 +24,7 @@ from pycocotools.cocoeval import COCOeval
 
 from vitdet.evaluation import coco, matching
 from vitdet.evaluation.results import KINDS, read_results, read_truth
+from vitdet.files import write_json
 
 HEIGHT, WIDTH, CLASSES = 480, 640, 80
 
@@ -144,10 +145,9 @@ def write_set(annotations: Path, results: Path, images: int, detections: int, se
         {"id": image_id, "height": HEIGHT, "width": WIDTH} for image_id in range(1, images + 1)
     ]
     categories = [{"id": number, "name": f"class {number}"} for number in range(1, CLASSES + 1)]
-    annotations.write_text(
-        json.dumps({"images": heads, "annotations": objects, "categories": categories})
-    )
-    results.write_text(json.dumps(found))
+    tree = {"images": heads, "annotations": objects, "categories": categories}
+    write_json(annotations, tree, indent=None)
+    write_json(results, found, indent=None)
 
 
 def _shapes(rng: np.random.Generator, count: int) -> np.ndarray:

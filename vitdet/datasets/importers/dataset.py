@@ -18,7 +18,7 @@ from typing import Generic, TypeVar
 
 from PIL import Image
 
-from vitdet.data.annotations import existing_name
+from vitdet.data.coco_layouts import existing_name
 from vitdet.data.images import DRAWINGS, image_size
 from vitdet.data.segmentation import pixel_count, reaches_far, show
 

@@ -24,6 +24,7 @@ from vitdet.data.images import image_size
 from vitdet.data.segmentation import show
 from vitdet.datasets.importers.dataset import (
     BOX_ONLY,
+    DOCUMENTS,
     EMPTY,
     Foreign,
     Picture,
@@ -37,6 +38,7 @@ from vitdet.datasets.importers.dataset import (
     outline_thing,
 )
 
+HEAD = "entry of data.yaml that cannot be used"
 TOLERANCE = 0.01  # of the picture, by which a coordinate may lie outside
 SPLITS = {"train": "train", "val": "val", "validation": "val", "test": "test"}
 NUMBER = re.compile(rb"[+-]?\d+(\.\d*)?")
@@ -56,7 +58,7 @@ def description(source: Path) -> Path | None:
 def read_yolo(source: Path, only: Collection[str] = ()) -> Foreign:
     """The data set of a folder with data.yaml, or of such a file. Label files are read while a split is gone through.
 
-    Raises FileNotFoundError and ValueError, in one line, if data.yaml cannot be used.
+    Raises FileNotFoundError and ValueError, in one line, if data.yaml cannot be read or has neither train nor val.
     """
     path = description(source)
     if path is None:
@@ -64,36 +66,23 @@ def read_yolo(source: Path, only: Collection[str] = ()) -> Foreign:
             f"{source}: expected one data.yaml, which names the classes and the splits"
         )
     head = _head(path)
-    found = Foreign(_names(path, head))
+    found = Foreign()
+    with found.problems.collect(HEAD):
+        found.class_names = _names(path, head)
     places: set[Path] = set()
     images: dict[str, list[Path]] = {}
     for key, name in SPLITS.items():
-        entries = head.get(key) or []
-        entries = [entries] if isinstance(entries, str) else entries
-        if entries in (["null"], ["~"]):  # scalars are text here
-            continue
-        if not isinstance(entries, list) or not all(isinstance(entry, str) for entry in entries):
-            raise ValueError(
-                f"{path}: {key}: expected a folder, a text file or a list of these, got {show(entries)}"
-            )
-        if not entries or name in images:
-            continue
-        if name == "test" and not any(_place(path, head, entry)[0] for entry in entries):
-            found.remarks.append(f"split test left out: {', '.join(entries)} is not there")
-            continue
-        listed = dict.fromkeys(
-            image for entry in entries for image in _images(path, head, key, entry, places, found)
-        )
-        if listed or found.problems.counts:
-            images[name] = list(listed)
-        elif name == "train":
-            raise ValueError(f"{path}: {key}: no image in {', '.join(entries)}")
-        else:
-            found.remarks.append(f"split {name} left out: no image in {', '.join(entries)}")
-    if "train" not in images and "val" not in images:
+        with found.problems.collect(HEAD):
+            if name not in images and (entries := _entries(path, head, key)):
+                listed = _split(path, head, key, entries, places, found)
+                if listed or found.problems.counts:
+                    images[name] = listed
+    if not images.keys() & {"train", "val"} and not found.problems.counts:
         raise ValueError(
             f"{path}: expected the keys train and val, got {', '.join(map(str, head))}"
         )
+    if not found.class_names:  # else each row would be wrong, too
+        return found
     _account(places, {image for listed in images.values() for image in listed}, found)
     for name, chosen in found.select(path, images, only).items():
         if any(os.path.isfile(_label_file(image)) for image in chosen):
@@ -109,6 +98,35 @@ def read_yolo(source: Path, only: Collection[str] = ()) -> Foreign:
                 f"{_label_file(chosen[0])} for {chosen[0]}",
             )
     return found
+
+
+def _entries(path: Path, head: dict, key: str) -> list[str]:
+    """What a split is made of; nothing where the key is missing or empty. Scalars are text here."""
+    entries = head.get(key) or []
+    entries = [entries] if isinstance(entries, str) else entries
+    if not isinstance(entries, list) or not all(isinstance(entry, str) for entry in entries):
+        raise ValueError(
+            f"{path}: {key}: expected a folder, a text file or a list of these, got {show(entries)}"
+        )
+    return [] if entries in (["null"], ["~"]) else entries
+
+
+def _split(
+    path: Path, head: dict, key: str, entries: list[str], places: set[Path], found: Foreign
+) -> list[Path]:
+    """The images of a split, each once. Raises ValueError if the training split has none."""
+    name = SPLITS[key]
+    if name == "test" and not any(_place(path, head, entry)[0] for entry in entries):
+        found.remarks.append(f"split test left out: {', '.join(entries)} is not there")
+        return []
+    listed = dict.fromkeys(
+        image for entry in entries for image in _images(path, head, key, entry, places, found)
+    )
+    if not listed and not found.problems.counts:
+        if name == "train":
+            raise ValueError(f"{path}: {key}: no image in {', '.join(entries)}")
+        found.remarks.append(f"split {name} left out: no image in {', '.join(entries)}")
+    return list(listed)
 
 
 def _head(path: Path) -> dict:
@@ -170,8 +188,9 @@ def _images(
             continue
         with found.problems.collect("line that names no image file"):
             image = _listed(place, number, line.strip(), roots)
-            places.add(image.parent)
-            yield image
+            places.add(image.parent)  # where `_account` counts those of other formats
+            if is_image(image):
+                yield image
 
 
 def _listed(place: Path, number: int, line: str, roots: list[Path]) -> Path:
@@ -179,7 +198,7 @@ def _listed(place: Path, number: int, line: str, roots: list[Path]) -> Path:
         for root in (place.parent, *roots):
             if os.path.isfile(root / name):
                 image = Path(os.path.abspath(root / name))
-                if not is_image(image):
+                if image.suffix.lower() in DOCUMENTS:
                     raise ValueError(f"{place}:{number}: {line}: not an image that can be read")
                 return image
     raise FileNotFoundError(f"{place}:{number}: {line}: no such image file")

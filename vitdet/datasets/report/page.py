@@ -14,6 +14,7 @@ import numpy as np
 from vitdet.data.check import Finding, Report, check
 from vitdet.data.coco import CocoSplit, read_coco
 from vitdet.data.coco_layouts import find_splits
+from vitdet.data.images import DEFAULT, Reading
 from vitdet.datasets.report.charts import bars, doubling, histogram, ranges, share, text
 from vitdet.datasets.report.portrait import portrait
 from vitdet.files import written
@@ -75,13 +76,15 @@ class _Split:
         return self.found.records.counts()
 
 
-def write_page(folder: Path, output: Path, images: bool = False) -> tuple[int, int, Report]:
+def write_page(
+    folder: Path, output: Path, images: bool = False, reading: Reading = DEFAULT
+) -> tuple[int, int, Report]:
     """Writes the page of a folder in COCO's or LVIS's layout; its images, its objects, and what `check` found.
 
-    images: read every image file, as `check` does. What cannot be read is said on the page, not raised.
+    images: read every image file, as `check` does; reading: how these are read. What cannot be read is said on the page, not raised.
     Raises FileNotFoundError if there is nothing to show, and OSError if `output` cannot be written.
     """
-    report = check(folder, images=images)
+    report = check(folder, images=images, reading=reading)
     if not report.splits:
         first = report.errors[0]
         raise FileNotFoundError(f"{folder}: {first.kind}: {first.examples[0]}")
@@ -93,7 +96,7 @@ def write_page(folder: Path, output: Path, images: bool = False) -> tuple[int, i
             broken.append((name, str(error)))
     body = [_head(folder, report, splits), _table(report, splits, broken)]
     if splits:
-        body += [_charts(splits), _classes(splits), _pictures(splits)]
+        body += [_charts(splits), _classes(splits), _pictures(splits, reading)]
     page = (
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><meta name="viewport" '
         f'content="width=device-width"><title>{text(folder.resolve().name)}</title><style>{STYLE}</style></head><body>'
@@ -238,13 +241,15 @@ def _classes(splits: list[_Split]) -> str:
     )
 
 
-def _pictures(splits: list[_Split]) -> str:
+def _pictures(splits: list[_Split], reading: Reading) -> str:
     each = -(-PICTURES // len(splits))
     shown = []
     for split in splits:
         held = np.flatnonzero(split.counts)
         shown += [
-            portrait(split.found.records[int(held[one])], split.found.class_names, split.name)
+            portrait(
+                split.found.records[int(held[one])], split.found.class_names, split.name, reading
+            )
             for one in spread(len(held), each)
         ]
     boxes = "".join(

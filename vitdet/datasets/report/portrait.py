@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from vitdet.data.coco import read_image
+from vitdet.data.images import DEFAULT, Reading
 from vitdet.data.masks import decode
 from vitdet.data.outlines import trace
 from vitdet.data.records import Record
@@ -19,11 +20,13 @@ SIDE = 560  # pixels of the longer side
 TOLERANCE = 0.5  # pixels by which the outline of an RLE may leave its pixels
 
 
-def portrait(record: Record, class_names: Sequence[str], split: str) -> str:
+def portrait(
+    record: Record, class_names: Sequence[str], split: str, reading: Reading = DEFAULT
+) -> str:
     """The picture of a record with its objects as an HTML figure; in place of one that cannot be read, why."""
     title = f"{split}: {record.path.name}"
     try:
-        picture = read_image(record.path, (record.height, record.width))
+        picture = read_image(record.path, (record.height, record.width), reading)
     except ValueError as error:
         return (
             f'<figure class="photo"><p class="error">{text(error)}</p><figcaption>{text(title)}</figcaption>'
