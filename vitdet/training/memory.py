@@ -1,11 +1,12 @@
 """Activation checkpointing: whether the blocks of the backbone keep their activations or compute them again.
 
 `train.activation_checkpointing=auto` decides by an estimate of the memory that a step takes without it,
-from what one H100 measured with batches of 1 to 16 images of 1024 pixels (ViT-B, L and H: within 15 %):
+from what was measured with images of 1024 pixels, without the Triton kernels on an H100 (ViT-B, L and H, batches of 1 to 8
+images: within 15 %), with them on an H200 (ViT-B and L, batches of 1, 4 and 8, as CUDA graphs: within 5 %):
 
 - 16 bytes a weight, for itself, its gradient and AdamW's two moments; 4 more with an average of the weights;
-- 50 bytes for each value that leaves a block, in bf16 or fp16, and twice as many in fp32;
-- 1,300 bytes a pixel of the images for everything else.
+- 50 bytes, with the kernels 35, for each value that leaves a block, in bf16 or fp16, and twice as many in fp32;
+- 1,300 or 1,230 bytes a pixel of the images for everything else.
 
 Blocks compute again where that is more than nine tenths of the GPU's memory.
 """
@@ -16,15 +17,15 @@ import logging
 
 import torch
 
-from vitdet import distributed
+from vitdet import distributed, kernels
 from vitdet.config import Config
 from vitdet.models import Detector
 from vitdet.models.layers import Blocks
 
 BYTES_PER_WEIGHT = 16
 BYTES_PER_AVERAGED_WEIGHT = 4
-BYTES_PER_BLOCK_VALUE = 50  # in half precision
-BYTES_PER_PIXEL = 1300
+BYTES_PER_BLOCK_VALUE = {False: 50, True: 35}  # in half precision; without the kernels and with them
+BYTES_PER_PIXEL = {False: 1300, True: 1230}
 SHARE = 0.9  # of the GPU's memory: CUDA itself and fragments take the rest
 log = logging.getLogger(__name__)
 
@@ -36,7 +37,8 @@ def checkpoint_activations(
     setting = config.train.activation_checkpointing
     needed = setting == "blocks"
     if setting == "auto" and device.type == "cuda":
-        estimate = step_bytes(detector, config, images, precision)
+        fused = precision != "fp32" and kernels.enabled(next(detector.parameters()))
+        estimate = step_bytes(detector, config, images, precision, fused)
         total = torch.cuda.get_device_properties(device).total_memory
         needed = estimate > SHARE * total
         if needed and distributed.rank() == 0:
@@ -52,8 +54,10 @@ def checkpoint_activations(
             module.checkpointing = needed
 
 
-def step_bytes(detector: Detector, config: Config, images: int, precision: str) -> float:
-    """The estimated bytes of a step without activation checkpointing, of `images` images at once."""
+def step_bytes(
+    detector: Detector, config: Config, images: int, precision: str, fused: bool
+) -> float:
+    """The estimated bytes of a step without activation checkpointing, of `images` images at once; fused: with the kernels."""
     backbone, side = detector.backbone, config.data.image_size
     weights = sum(parameter.numel() for parameter in detector.parameters())
     averaged = BYTES_PER_AVERAGED_WEIGHT if config.optim.ema else 0
@@ -66,7 +70,7 @@ def step_bytes(detector: Detector, config: Config, images: int, precision: str) 
         len(blocks) * channels * (side / stride) ** 2
         for blocks, (channels, stride) in zip(stages, maps, strict=True)
     )
-    value_bytes = BYTES_PER_BLOCK_VALUE * (2 if precision == "fp32" else 1)
+    value_bytes = BYTES_PER_BLOCK_VALUE[fused] * (2 if precision == "fp32" else 1)
     return weights * (BYTES_PER_WEIGHT + averaged) + images * (
-        value_bytes * values + BYTES_PER_PIXEL * side**2
+        value_bytes * values + BYTES_PER_PIXEL[fused] * side**2
     )
