@@ -69,7 +69,7 @@ def test_other_broken_pipes_are_reported(tmp_path: Path) -> None:
     code = (
         "import argparse, vitdet.cli\n"
         "def run(args):\n    raise BrokenPipeError(32, 'Broken pipe', 'the server')\n"
-        "parser = argparse.ArgumentParser()\nparser.set_defaults(run=run)\n"
+        "parser = argparse.ArgumentParser()\nparser.set_defaults(run=run, verb='run')\n"
         "vitdet.cli.parser = lambda: parser\nvitdet.cli.main([])\n"
     )
     done = subprocess.run(

@@ -20,8 +20,10 @@ from vitdet.data.fingerprint import fingerprints
 from vitdet.data.loader import train_loader
 from vitdet.models.assign import BACKGROUND
 from vitdet.models.boxes import encode
+from vitdet.models.roi_heads import Assigned
 from vitdet.models.rpn import WEIGHTS
 from vitdet.training import train
+from vitdet.types import Targets
 
 FULL, EMPTY = target([[10, 10, 60, 70], [40, 50, 120, 120]], [0, 3]), target([], [])
 
@@ -122,12 +124,12 @@ def test_the_losses_of_an_image_without_objects(targets: list) -> None:
     rpn, heads = detector.rpn, detector.roi_heads
     features = detector.pyramid(detector.backbone(detector.normalize(pixels, sizes)))
     found = rpn(features)
-    proposals = [one.boxes for one in rpn.propose(found, sizes, rpn.top_train)]
-    assigned = [heads.sample(*pair) for pair in zip(proposals, targets, strict=True)]
-    logits, deltas = heads.run_stage(0, features, [one.boxes for one in assigned])
-    boxes = torch.cat([one.boxes for one in assigned])
-    owner = [i for i, one in enumerate(assigned) for _ in one.boxes]
-    matched = torch.cat([one.matched for one in assigned]).tolist()
+    proposals, batch = rpn.propose(found, sizes, rpn.top_train), Targets.of(targets)
+    assigned = heads.sample(proposals.boxes, proposals.filled, batch)
+    filled = assigned.filled
+    logits, deltas = (rows[filled] for rows in heads.run_stage(0, features, assigned.boxes, filled))
+    boxes, matched = assigned.boxes[filled], assigned.matched[filled].tolist()
+    owner = filled.nonzero()[:, 0].tolist()
     expected = {"loss_cls": 0.0, "loss_box_reg": 0.0, "loss_rpn_cls": 0.0, "loss_rpn_loc": 0.0}
     for row, (image, truth) in enumerate(zip(owner, matched, strict=True)):
         assert truth == BACKGROUND or targets[image] is FULL
@@ -139,11 +141,12 @@ def test_the_losses_of_an_image_without_objects(targets: list) -> None:
             miss = (deltas[row, label] - wanted).abs().sum().item()
             expected["loss_box_reg"] += miss / len(boxes)
     anchors = torch.cat(found.anchors)
+    matches, sampled = rpn.sample(anchors, batch)
     for image, truth in enumerate(targets):
-        owners, positive, negative = rpn.sample(anchors, truth)
-        assert len(positive) + len(negative) == rpn.samples
-        assert truth is FULL or len(positive) == 0
-        for chosen in torch.cat([positive, negative]).tolist():
+        owners, used = matches[image], sampled.chosen[image][sampled.filled[image]]
+        assert len(used) == rpn.samples
+        assert truth is FULL or not sampled.foreground[image].any()
+        for chosen in used.tolist():
             logit = torch.cat(found.logits, 1)[image, chosen].item()
             is_object = int(owners[chosen]) != BACKGROUND
             expected["loss_rpn_cls"] += cross_entropy(logit, is_object) / (2 * rpn.samples)
@@ -152,12 +155,14 @@ def test_the_losses_of_an_image_without_objects(targets: list) -> None:
                 wanted = encode(anchors[[chosen]], box, WEIGHTS)[0]
                 miss = (torch.cat(found.deltas, 1)[image, chosen] - wanted).abs().sum().item()
                 expected["loss_rpn_loc"] += miss / (2 * rpn.samples)
-    mask = heads.mask_loss(features, assigned, targets).item()
+    mask = heads.mask_loss(features, assigned, batch).item()
     assert losses == pytest.approx({**expected, "loss_mask": mask}, rel=1e-4, abs=1e-6)
     for alone in (i for i, one in enumerate(targets) if one is FULL):  # the mean of its masks
-        of_full = [level[alone : alone + 1] for level in features]
-        own = heads.mask_loss(of_full, [assigned[alone]], [FULL]).item()
-        assert mask == pytest.approx(own, rel=1e-5)
+        only = slice(alone, alone + 1)
+        of_full = [level[only] for level in features]
+        own = Assigned(assigned.boxes[only], assigned.matched[only], assigned.most)
+        loss = heads.mask_loss(of_full, own, Targets.of([FULL])).item()
+        assert mask == pytest.approx(loss, rel=1e-5)
 
 
 def test_a_training_with_background_images_is_finite(data: DataConfig, tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import pytest
 
 from vitdet import config as config_module
 from vitdet.config import Config, OptimConfig, difference, digest, legacy_digest, load_config
+from vitdet.sections import list_settings
 
 STORED = Path(__file__).parent / "golden" / "checkpoints" / "digests.json"
 OPERATIONAL = [
@@ -20,6 +21,12 @@ OPERATIONAL = [
     "train.eval_every=7",
     "train.save_every=7",
     "train.keep=7",
+    "train.accumulate=7",
+    "train.activation_checkpointing=blocks",
+    "train.compile=never",
+    "optim.lr_batch_size=7",
+    "evaluate.precision=bf16",
+    "evaluate.compile=true",
     "evaluate.score_threshold=0.7",
     "evaluate.nms_iou=0.7",
     "evaluate.max_detections=7",
@@ -83,9 +90,7 @@ def test_any_other_setting_changes_it(override: str) -> None:
 
 
 def test_the_operational_settings_are_those_listed_here() -> None:
-    keys = [
-        key for key, (_, operational) in config_module._settings(Config()).items() if operational
-    ]
+    keys = [key for key, (_, operational) in list_settings(Config()).items() if operational]
     assert sorted(keys) == sorted(override.partition("=")[0] for override in OPERATIONAL)
 
 

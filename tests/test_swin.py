@@ -82,7 +82,7 @@ def test_the_first_tokens_share_a_window_with_each_other_alone():
 
 def test_drop_path_grows_linearly_over_all_blocks():
     swin = small_swin(drop_path=0.7)
-    rates = [1 - block.drop_path.keep.item() for stage in swin.layers for block in stage.blocks]
+    rates = [block.drop_path.rate for stage in swin.layers for block in stage.blocks]
     assert rates == pytest.approx([0.1 * i for i in range(8)])
 
 

@@ -111,7 +111,7 @@ def test_tokens_carry_their_positions():
 
 def test_drop_path_grows_linearly_and_rests_in_evaluation():
     vit = small_vit(depth=3, drop_path=0.4)
-    assert [1 - block.drop_path.keep.item() for block in vit.blocks] == pytest.approx([0, 0.2, 0.4])
+    assert [block.drop_path.rate for block in vit.blocks] == pytest.approx([0, 0.2, 0.4])
     images = torch.randn(1, 3, 16, 16)
     assert torch.equal(vit.eval()(images), vit(images))
 

@@ -86,14 +86,14 @@ class DropPath(nn.Module):
     """Sets a residual path of an image to zero with probability `rate` in training, and scales those that stay by
     1 / (1 - rate). Huang et al., stochastic depth (1603.09382).
 
-    The rate is a tensor: as a number, by which timm's has it, torch.compile would compile each block of a backbone anew.
+    What is computed with is a tensor: with a number, as in timm, torch.compile would compile each block of a backbone anew.
     """
 
     keep: Tensor
 
     def __init__(self, rate: float) -> None:
         super().__init__()
-        self.drops = rate > 0
+        self.rate, self.drops = rate, rate > 0
         self.register_buffer("keep", torch.tensor(1 - rate), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
