@@ -408,6 +408,8 @@ def test_cvat_shapes(vitdet: Run, tmp_path: Path) -> None:
     more = (
         '<polyline label="box" points="1,1;2,2"/><tag label="box"/><tag label="ball"/>'
         '<mask label="ball" rle="1, 2, 3" left="4" top="5" width="3" height="2"/>'
+        '<mask label="ball" rle="6" left="4" top="5" width="3" height="2"/>'
+        '<polygon label="box" points="1,1;9,9"/>'
         '<box label="box" xtl="40" ytl="20" xbr="60" ybr="30" rotation="90.0"/>'
     )
     images(tmp_path / "source/images", "p1")
@@ -418,6 +420,8 @@ def test_cvat_shapes(vitdet: Run, tmp_path: Path) -> None:
         "  1 x elements <polyline> left out",
         "  2 x elements <tag> left out",
         "  1 x turned boxes: the upright box around each is taken",
+        "  1 x objects without size left out",
+        "  1 x outlines of fewer than 3 points left out",
     ):
         assert line in output.splitlines(), output
     found = [one[1:] for one in records(tmp_path / "out", "train")]

@@ -23,9 +23,7 @@ from vitdet.data.annotations import is_text
 from vitdet.data.images import image_size
 from vitdet.data.segmentation import show
 from vitdet.datasets.importers.dataset import (
-    BOX_ONLY,
     DOCUMENTS,
-    EMPTY,
     Foreign,
     Picture,
     Pictures,
@@ -215,17 +213,12 @@ def _account(places: Iterable[Path], used: set[Path], found: Foreign) -> None:
     for place in places:
         before, cut, _ = f"{place}{os.sep}".rpartition(f"{os.sep}images{os.sep}")
         folders.add(Path(f"{before}{os.sep}images") if cut else place)
-    images, others = set(used), set[Path]()
-    labels = set[Path]()
-    for folder in folders:
-        some, more = images_below(folder)
-        images.update(some)
-        others.update(more)
-        beside = folder.with_name("labels") if folder.name == "images" else folder
-        labels.update(path for path in files_below(beside) if path.suffix == ".txt")
-    found.notes["images that no split names left out"] += len(images - used)
-    found.count_left_out(sorted(others), lambda path: os.path.isfile(_label_file(path)))
-    labels -= {_label_file(image) for image in images | others}
+    images, others = images_below(*folders)
+    found.notes["images that no split names left out"] += len({*images} - used)
+    found.count_left_out(others, lambda path: os.path.isfile(_label_file(path)))
+    beside = [one.with_name("labels") if one.name == "images" else one for one in folders]
+    labels = {*files_below(*beside, suffix=".txt")}
+    labels -= {_label_file(image) for image in (*images, *others, *used)}
     found.notes["label files without an image left out"] += sum(map(_has_rows, labels))
 
 
@@ -259,11 +252,7 @@ def _things(path: Path, size: tuple[int, int], found: Foreign) -> Iterator[Thing
             found.notes["rows that came twice, once left out"] += 1
             continue
         seen.add(row)
-        thing = _thing(row, size)
-        found.notes[EMPTY] += thing is None
-        found.notes[BOX_ONLY] += thing is not None and len(row) == 5
-        if thing is not None:
-            yield thing
+        yield from found.keep(_thing(row, size))
 
 
 def _row(where: str, words: list[str], classes: int) -> tuple[float, ...]:
