@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -323,6 +324,31 @@ def test_an_annotation_file_is_a_source(
     layout(tmp_path / "source")
     assert vitdet("data", "convert", tmp_path / "source" / file, "out")[0] == 0
     assert records(tmp_path / "out", "train") == expected("p1", "p2")
+
+
+@pytest.mark.parametrize(
+    "layout", [yolo_lists, voc_folders, coco_beside, labelme_files, cvat_images]
+)
+def test_the_largest_image_can_be_set(
+    vitdet: Run, tmp_path: Path, layout: Callable[[Path], None]
+) -> None:
+    layout(tmp_path / "source")
+    words = ("data", "convert", "source", "out", "--set")
+    code, output, errors = vitdet(*words, f"data.max_pixels={WIDTH * HEIGHT - 1}")
+    assert (code, output) == (1, "") and "or raise data.max_pixels" in errors
+    assert os.listdir() == ["source"]
+    assert vitdet(*words, f"data.max_pixels={WIDTH * HEIGHT}")[0] == 0
+
+
+@pytest.mark.parametrize("setting", ["data.bit_depth=12", "optim.lr=1"])
+def test_a_setting_that_changes_no_conversion_is_refused(
+    vitdet: Run, tmp_path: Path, setting: str
+) -> None:
+    coco_beside(tmp_path / "source")
+    _, _, errors = vitdet("data", "convert", "source", "out", "--set", setting)
+    key = setting.partition("=")[0]
+    assert errors == f"vitdet: {key} has no effect here; --set takes data.max_pixels\n"
+    assert os.listdir() == ["source"]
 
 
 def test_a_root_category_with_objects_is_a_class(vitdet: Run, tmp_path: Path) -> None:

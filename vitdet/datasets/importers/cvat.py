@@ -18,6 +18,7 @@ from xml.etree.ElementTree import Element
 
 import numpy as np
 
+from vitdet.data.images import DEFAULT, Reading
 from vitdet.data.segmentation import show
 from vitdet.datasets.importers.dataset import (
     THIN,
@@ -26,7 +27,6 @@ from vitdet.datasets.importers.dataset import (
     Thing,
     Unusable,
     box_thing,
-    check_size,
     find_image,
     mask_thing,
     outline_thing,
@@ -51,9 +51,9 @@ def is_cvat(source: Path) -> bool:
     return bool(annotation_files(source))
 
 
-def read_cvat(source: Path, only: Collection[str] = ()) -> Foreign:
+def read_cvat(source: Path, only: Collection[str] = (), reading: Reading = DEFAULT) -> Foreign:
     """The data set of such a folder or file; classes in the order of the task's labels, then of the alphabet."""
-    found = Foreign()
+    found = Foreign(reading)
     splits: dict[str, list[tuple[Path, Element]]] = defaultdict(list)
     names: dict[str, None] = {}
     for path in annotation_files(source):
@@ -102,7 +102,7 @@ def _picture(
 ) -> Picture:
     path, element, image = item
     where = f"{path}: image {show(element.get('name'))}"
-    size = check_size(where, image, [element.get(side) for side in IMAGE_SIZE])
+    size = found.check_size(where, image, [element.get(side) for side in IMAGE_SIZE])
     things: list[Thing] = []
     for shape in (one for one in element if one.tag in SHAPES):
         with found.problems.collect("shape that cannot be used"):

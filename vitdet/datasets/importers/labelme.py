@@ -17,6 +17,7 @@ from typing import Any
 import msgspec
 
 from vitdet.data.annotations import is_text
+from vitdet.data.images import DEFAULT, Reading
 from vitdet.data.segmentation import show
 from vitdet.datasets.importers.dataset import (
     THIN,
@@ -25,10 +26,8 @@ from vitdet.datasets.importers.dataset import (
     Thing,
     Unusable,
     box_thing,
-    check_size,
     files_below,
     find_image,
-    images_below,
     outline_thing,
     pixels_of,
     split_of,
@@ -68,9 +67,9 @@ def _has_shapes(path: Path) -> bool:
         return False
 
 
-def read_labelme(source: Path, only: Collection[str] = ()) -> Foreign:
+def read_labelme(source: Path, only: Collection[str] = (), reading: Reading = DEFAULT) -> Foreign:
     """The data set of such a folder; classes in order of the alphabet. JSON files are read here, images later."""
-    found = Foreign()
+    found = Foreign(reading)
     splits: dict[str, list[Path]] = defaultdict(list)
     for path in files_below(source, suffix=".json"):
         splits[split_of(path.relative_to(source).parts[0], "train")].append(path)
@@ -91,7 +90,7 @@ def read_labelme(source: Path, only: Collection[str] = ()) -> Foreign:
                 labels.update(shape.label for shape in shapes)
                 read[split].append((path, image, content, shapes))
     found.define(sorted(labels), read, _picture)
-    images, others = images_below(source)
+    images, others = found.images_below(source)
     found.notes["images without a JSON file left out"] += len(set(images) - used)
     found.count_left_out(others, lambda path: path.with_suffix(".json").is_file())
     return found
@@ -142,7 +141,7 @@ def _picture(
     item: tuple[Path, Path, LabelFile, list[Shape]], label_of: Mapping[str, int], found: Foreign
 ) -> Picture:
     path, image, content, shapes = item
-    size = check_size(path, image, (content.imageHeight, content.imageWidth))
+    size = found.check_size(path, image, (content.imageHeight, content.imageWidth))
     things: list[Thing] = []
     # of each object: its label and group, and a number of its own without a group
     outlines: dict[tuple[str, int | None, int], list[list[float]]] = defaultdict(list)

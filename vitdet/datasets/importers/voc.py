@@ -27,7 +27,7 @@ from xml.etree.ElementTree import Element
 import numpy as np
 from PIL import Image
 
-from vitdet.data.images import image_size
+from vitdet.data.images import DEFAULT, Reading, image_size
 from vitdet.data.segmentation import show
 from vitdet.datasets.importers.dataset import (
     SPLIT_NAMES,
@@ -37,10 +37,7 @@ from vitdet.datasets.importers.dataset import (
     Thing,
     Unusable,
     box_thing,
-    check_size,
     files_below,
-    images_below,
-    is_image,
     mask_thing,
     outline_thing,
     pixels_of,
@@ -71,15 +68,15 @@ def is_voc(source: Path) -> bool:
 class _Folders:
     """Where the XML files and the images are."""
 
-    def __init__(self, source: Path) -> None:
-        self.source = source
+    def __init__(self, source: Path, found: Foreign) -> None:
+        self.source, self.is_image = source, found.is_image
         self.annotations = source / "Annotations"
         if not self.annotations.is_dir():
             self.annotations = source
         usual = [source / name for name in ("JPEGImages", "images", "Images")]
         self.images = next((one for one in usual if one.is_dir()), self.annotations)
         self.lists = next((one for name in LISTS if _has_lists(one := source / name)), None)
-        self.files, self.others = images_below(self.images)
+        self.files, self.others = found.images_below(self.images)
         self.by_stem: dict[Path, list[Path]] = {}
         for path in self.files:
             self.by_stem.setdefault(self.image_stem(path), []).append(path)
@@ -99,7 +96,7 @@ class _Folders:
         if same:
             return min(same, key=lambda one: (one.suffix.lower() != ".jpg", one.name != named))
         for folder in (self.images, self.images / self.stem(path).parent):
-            if named and os.path.isfile(folder / named) and is_image(folder / named):
+            if named and os.path.isfile(folder / named) and self.is_image(folder / named):
                 return folder / named
         unread = [one for one in self.others if self.image_stem(one) == self.stem(path)]
         if unread:
@@ -114,9 +111,10 @@ def _has_lists(folder: Path) -> bool:
     return any(folder.glob("*.txt"))
 
 
-def read_voc(source: Path, only: Collection[str] = ()) -> Foreign:
+def read_voc(source: Path, only: Collection[str] = (), reading: Reading = DEFAULT) -> Foreign:
     """The data set of such a folder; classes in order of the alphabet. XML files are read here, images later."""
-    found, folders = Foreign(), _Folders(source)
+    found = Foreign(reading)
+    folders = _Folders(source, found)
     splits = _splits(folders, found)
     trees: dict[str, list[tuple[Path, Element, Path]]] = {}
     for split, paths in found.select(source, splits, only).items():
@@ -253,9 +251,9 @@ def _picture(
 ) -> Picture:
     path, tree, image = item
     stated = [(tree.findtext(f"size/{side}") or "0").strip() for side in ("height", "width")]
-    size = check_size(path, image, stated)
+    size = found.check_size(path, image, stated)
     objects = tree.findall("object")
-    numbers = _numbers(folders, path, size, len(objects))
+    numbers = _numbers(folders, path, size, len(objects), found.reading)
     things: list[Thing] = []
     for number, element in enumerate(objects, 1):
         if not _name(element):
@@ -302,13 +300,13 @@ def _polygon(path: Path, polygon: Element, size: tuple[int, int]) -> list[float]
 
 
 def _numbers(
-    folders: _Folders, path: Path, size: tuple[int, int], objects: int
+    folders: _Folders, path: Path, size: tuple[int, int], objects: int, reading: Reading
 ) -> np.ndarray | None:
     """Which object each pixel (H, W) is of, from 1; None without a file."""
     file = folders.source / "SegmentationObject" / f"{folders.stem(path)}.png"
     if not os.path.isfile(file):
         return None
-    if image_size(file) != size:
+    if image_size(file, reading) != size:
         raise ValueError(
             f"{file}: not of the size of its image, {size[1]} x {size[0]} (width x height)"
         )
