@@ -199,7 +199,7 @@ class Server:
             except ServerError as error:
                 if not error.transient or time.monotonic() - last_answer > tolerance:
                     raise ServerError(
-                        f"{error}; the run continues: python -m pipeline status {run_id}",
+                        f"{error}; the run continues: `python -m pipeline status {run_id}`",
                         error.status,
                     ) from None
                 self.report(f"{error}; the run continues")

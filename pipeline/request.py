@@ -14,8 +14,8 @@ import yaml
 
 DEFAULT_IMAGE = "vitdet"  # in manifests/ before an overlay names the registry
 DEFAULT_IMAGE_WARNING = (
-    f"the steps' image {DEFAULT_IMAGE!r} has no registry, so no cluster can pull it. Pass your cluster's job: kubectl "
-    "kustomize manifests/overlays/NAME | python -m pipeline ... --job - (or set VITDET_IMAGE)"
+    f"the steps' image {DEFAULT_IMAGE!r} has no registry, so no cluster can pull it. Pass your cluster's job: `kubectl "
+    "kustomize manifests/overlays/NAME | python -m pipeline ... --job -` (or set VITDET_IMAGE)"
 )
 
 

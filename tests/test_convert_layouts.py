@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -325,6 +326,31 @@ def test_an_annotation_file_is_a_source(
     assert records(tmp_path / "out", "train") == expected("p1", "p2")
 
 
+@pytest.mark.parametrize(
+    "layout", [yolo_lists, voc_folders, coco_beside, labelme_files, cvat_images]
+)
+def test_the_largest_image_can_be_set(
+    vitdet: Run, tmp_path: Path, layout: Callable[[Path], None]
+) -> None:
+    layout(tmp_path / "source")
+    words = ("data", "convert", "source", "out", "--set")
+    code, output, errors = vitdet(*words, f"data.max_pixels={WIDTH * HEIGHT - 1}")
+    assert (code, output) == (1, "") and "or raise data.max_pixels" in errors
+    assert os.listdir() == ["source"]
+    assert vitdet(*words, f"data.max_pixels={WIDTH * HEIGHT}")[0] == 0
+
+
+@pytest.mark.parametrize("setting", ["data.bit_depth=12", "optim.lr=1"])
+def test_a_setting_that_changes_no_conversion_is_refused(
+    vitdet: Run, tmp_path: Path, setting: str
+) -> None:
+    coco_beside(tmp_path / "source")
+    _, _, errors = vitdet("data", "convert", "source", "out", "--set", setting)
+    key = setting.partition("=")[0]
+    assert errors == f"vitdet: {key} has no effect here; --set takes data.max_pixels\n"
+    assert os.listdir() == ["source"]
+
+
 def test_a_root_category_with_objects_is_a_class(vitdet: Run, tmp_path: Path) -> None:
     roboflow(tmp_path / "source")
     path = tmp_path / "source/train/_annotations.coco.json"
@@ -408,6 +434,8 @@ def test_cvat_shapes(vitdet: Run, tmp_path: Path) -> None:
     more = (
         '<polyline label="box" points="1,1;2,2"/><tag label="box"/><tag label="ball"/>'
         '<mask label="ball" rle="1, 2, 3" left="4" top="5" width="3" height="2"/>'
+        '<mask label="ball" rle="6" left="4" top="5" width="3" height="2"/>'
+        '<polygon label="box" points="1,1;9,9"/>'
         '<box label="box" xtl="40" ytl="20" xbr="60" ybr="30" rotation="90.0"/>'
     )
     images(tmp_path / "source/images", "p1")
@@ -418,6 +446,8 @@ def test_cvat_shapes(vitdet: Run, tmp_path: Path) -> None:
         "  1 x elements <polyline> left out",
         "  2 x elements <tag> left out",
         "  1 x turned boxes: the upright box around each is taken",
+        "  1 x objects without size left out",
+        "  1 x outlines of fewer than 3 points left out",
     ):
         assert line in output.splitlines(), output
     found = [one[1:] for one in records(tmp_path / "out", "train")]

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.archives import miniatures, path
+from tests.test_cli import largest_file
 from tests.web import Web, serve, status
 from vitdet.datasets import published
 
@@ -124,3 +127,56 @@ def test_a_failure_is_one_line(vitdet: Run, web: Web, tmp_path: Path) -> None:
         and f"vitdet: {web.url}/zips/val2017.zip: the server answers 404 Not Found" in errors
     )
     assert "Traceback" not in errors and not (tmp_path / "d" / "manifest.json").exists()
+
+
+@pytest.mark.parametrize("dataset", ["coco", "lvis"])
+@pytest.mark.parametrize(
+    ("limit", "local", "says"),
+    [
+        (10, False, r"File too large: 'd/\.archives/\w+\.\S*zip\.part\.json'"),
+        (
+            600,
+            False,
+            r"d/\.archives/\w+\.\S*zip\.part: could not be written \(.*the 600 bytes so far",
+        ),
+        (9_000, False, r"d/\.archives/\w+2017\.zip\.part: could not be written \(.*File too large"),
+        (100, True, r"d/\S+\.(jpg|json): could not be unpacked \(.*File too large"),
+    ],
+    ids=["note", "start", "archive", "content"],
+)
+def test_a_full_disk_names_the_file_and_the_same_command_goes_on(
+    vitdet: Run, web: Web, tmp_path: Path, dataset: str, limit: int, local: bool, says: str
+) -> None:
+    for where, content in web.files.items():
+        (tmp_path / where.rpartition("/")[2]).write_bytes(content)
+    words = ("data", dataset, "d", *(("--from", ".") if local else ("--mirror", web.url)))
+    with largest_file(limit):
+        code, output, errors = vitdet(*words)
+    said = [line for line in errors.splitlines() if line.startswith("vitdet: ")]
+    assert (code, output, len(said)) == (1, "", 1) and "Traceback" not in errors
+    assert re.match(f"vitdet: .*{says}", said[0])
+    left = {one.name for one in (tmp_path / "d").rglob("*") if one.is_file()}
+    assert not any(name.endswith((".tmp", ".unpacking", "manifest.json")) for name in left)
+    assert vitdet(*words)[0] == 0
+    assert not any(name[0] == "." for name in os.listdir("d"))
+
+
+def test_a_full_disk_at_the_manifest(
+    vitdet: Run, web: Web, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ("data", "coco", "d", "--split", "val", "--mirror", web.url)
+
+    def full() -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "sync", full)
+        code, output, errors = vitdet(*words)
+    said = errors.splitlines()[-1]
+    assert (code, output) == (1, "")
+    assert said == "vitdet: [Errno 28] No space left on device: 'd/manifest.json'"
+    left = sorted(one.name for one in (tmp_path / "d").iterdir() if one.name != ".archives")
+    assert left == ["annotations", "val2017"]
+    asked = len(web.asked)
+    assert vitdet(*words)[0] == 0 and len(web.asked) == asked
+    assert sorted(os.listdir("d")) == ["annotations", "manifest.json", "val2017"]

@@ -3,64 +3,47 @@
 from __future__ import annotations
 
 import argparse
-import ast
 import json
 import re
 import shlex
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from click import ClickException
 
+from components.launcher.templates import KINDS, RUN
+from pipeline.cli import parser as pipeline_parser
 from tests.conftest import minimal, options
+from tests.messages import ROOT, messages
 from tests.test_cli import Run
 from tests.test_odd_images import data_set
 from vitdet.cli import parser
 from vitdet.config import flatten, load_config
 
-SOURCES = Path(__file__).parents[1]
 COMMAND = re.compile(r"`(vitdet [^`]+)`|\((vitdet (?:weights|train) [^`()]+)\)")
+# commands of other programs; one with a pipe is two
+OTHER = re.compile(r"`((?:python -m|kubectl|mlflow|dvc) [^`]+)`")
+BARE = re.compile(r"(?<![`\w])(?:python -m pipeline|kubectl|dvc) +[\w.]")
 VERB = r"(?:config|data|weights|train|evaluate|predict|bench|register)"
-
-
-def texts_of(path: Path) -> Iterator[tuple[int, str]]:
-    """Texts in the code, but no docstrings; what is filled in stands as X."""
-    tree = ast.parse(path.read_text())
-    docs = {
-        id(node.body[0].value)
-        for node in ast.walk(tree)
-        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)
-        and node.body
-        and isinstance(node.body[0], ast.Expr)
-    }
-    inside = {
-        id(part)
-        for node in ast.walk(tree)
-        if isinstance(node, ast.JoinedStr)
-        for part in node.values
-    }
-    for node in ast.walk(tree):
-        if isinstance(node, ast.JoinedStr):
-            parts = [part.value if isinstance(part, ast.Constant) else "X" for part in node.values]
-            yield node.lineno, "".join(map(str, parts))
-        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
-            if id(node) not in docs | inside:
-                yield node.lineno, node.value
 
 
 def proposed() -> list[tuple[str, str]]:
     """(place, command) of every command in a message; alternatives as a|b one after another."""
     found = []
-    for path in sorted((SOURCES / "vitdet").rglob("*.py")):
-        for line, text in texts_of(path):
-            for match in COMMAND.finditer(text):
-                command = match[1] or match[2]
-                choices = re.search(r"(\w+)\|(\w+)", command)
-                for one in choices.groups() if choices else ("",):
-                    whole = command.replace(choices[0], one) if choices else command
-                    found.append((f"{path.relative_to(SOURCES)}:{line}", whole))
+    for place, text in messages():
+        for match in COMMAND.finditer(text):
+            command = match[1] or match[2]
+            choices = re.search(r"(\w+)\|(\w+)", command)
+            for one in choices.groups() if choices else ("",):
+                found.append((place, command.replace(choices[0], one) if choices else command))
     return found
+
+
+def choices_of(kind: argparse.ArgumentParser) -> dict[str, argparse.ArgumentParser]:
+    (action,) = (one for one in kind._actions if isinstance(one, argparse._SubParsersAction))
+    return dict(action.choices)
 
 
 def test_there_are_commands_in_messages() -> None:
@@ -76,10 +59,127 @@ def test_a_proposed_command_is_read_by_the_command_line(command: str) -> None:
         words = ["mae_vit_b" if word in ("X", "NAME") else word for word in words]
     known, kinds = words, parser()
     while known and kinds._subparsers is not None:
-        (choice,) = (a for a in kinds._actions if isinstance(a, argparse._SubParsersAction))
-        kinds, known = choice.choices[known[0]], known[1:]
+        kinds, known = choices_of(kinds)[known[0]], known[1:]
     if known:
         parser().parse_args(words)
+
+
+def read_pipeline(words: list[str]) -> None:
+    """By the parser itself; `...`: the words of the user's command before, whichever verb has the option."""
+    module, *words = words
+    assert module == "pipeline"
+    if words[0] != "...":
+        pipeline_parser().parse_args(words)
+        return
+    verbs = [
+        verb
+        for verb, kind in choices_of(pipeline_parser()).items()
+        if words[1] in kind._option_string_actions
+    ]
+    assert verbs
+    for verb in verbs:
+        pipeline_parser().parse_args([verb, "tiny", *words[1:]])
+
+
+def read_kubectl(words: list[str]) -> None:
+    """The verbs that we propose: whether their folders, kinds and labels are ours. NAME: each overlay."""
+    reader = argparse.ArgumentParser("kubectl", exit_on_error=False)
+    verbs = reader.add_subparsers(required=True)
+    verbs.add_parser("kustomize").add_argument("folder")
+    delete = verbs.add_parser("delete")
+    delete.add_argument("kinds", type=lambda text: set(text.split(",")))
+    delete.add_argument("-n", required=True)
+    delete.add_argument("-l", required=True)
+    given = reader.parse_args(words)
+    if words[0] == "kustomize":
+        for overlay in (ROOT / "manifests" / "overlays").iterdir():
+            folder = ROOT / given.folder.replace("NAME", overlay.name)
+            assert (folder / "kustomization.yaml").is_file()
+    else:
+        assert given.kinds == {kind.plural for kind in KINDS.values()}
+        assert given.l.partition("=")[0] == RUN
+
+
+def read_mlflow(words: list[str]) -> None:
+    """By MLflow's own commands. X: a number."""
+    from mlflow.cli import cli
+
+    words = ["0" if word == "X" else word for word in words]
+    command, context = cli, None
+    while hasattr(command, "commands"):
+        context = command.make_context(words[0], [], context, resilient_parsing=True)
+        command, *words = command.get_command(context, words[0]), *words[1:]
+        assert command is not None
+    command.make_context(command.name, words, context)
+
+
+READERS = {"python -m": read_pipeline, "kubectl": read_kubectl, "mlflow": read_mlflow}
+
+
+def proposed_elsewhere() -> list[str]:
+    """The commands of other programs in all messages."""
+    return sorted(
+        {
+            part.strip()
+            for _, text in messages()
+            for match in OTHER.finditer(text)
+            for part in match[1].split(" | ")
+        }
+    )
+
+
+@pytest.mark.parametrize("command", proposed_elsewhere())
+def test_a_proposed_command_of_another_program_is_read_by_it(command: str) -> None:
+    (program,) = (one for one in READERS if command.startswith(f"{one} "))
+    READERS[program](shlex.split(command.removeprefix(program)))
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "python -m pipeline finish X",
+        "python -m pipeline status",
+        "python -m pipelines status X",
+        "python -m pipeline ... --jobs -",
+        "kubectl kustomize manifests/overlay/NAME",
+        "kubectl delete -n X pytorchjobs -l vitdet/run=X",
+        "kubectl delete -n X pytorchjobs,trainjobs -l vitdet/runs=X",
+        "mlflow experiments revive -x X",
+        "mlflow experiments restore -y X",
+    ],
+)
+def test_a_wrong_command_of_another_program_is_found(command: str) -> None:
+    with pytest.raises((AssertionError, SystemExit, argparse.ArgumentError, ClickException)):
+        test_a_proposed_command_of_another_program_is_read_by_it(command)
+
+
+def test_each_command_of_another_program_can_be_told_from_the_text() -> None:
+    """In backticks, so that a person knows where it ends, and the test above reads it."""
+    commands = proposed_elsewhere()
+    assert {one for one in READERS if any(map(re.compile(f"{one} ").match, commands))} == {*READERS}
+    bare = [(place, text) for place, text in messages() if BARE.search(re.sub("`[^`]*`", "", text))]
+    assert not bare
+
+
+def options_of(kind: argparse.ArgumentParser) -> set[str]:
+    """All options of a command line and of its verbs."""
+    found = set(kind._option_string_actions)
+    if kind._subparsers is not None:
+        found.update(*map(options_of, choices_of(kind).values()))
+    return found
+
+
+def test_an_option_that_a_message_names_is_one_of_ours() -> None:
+    """But the report's style sheet, and git's options."""
+    others = ("vitdet/datasets/report/", "vitdet/tracking/revision.py")
+    known = options_of(parser()) | options_of(pipeline_parser())
+    found = [
+        (place, option)
+        for place, text in messages()
+        for option in re.findall(r"(?<![\w-])--[a-z][\w-]*", text)
+        if not place.startswith(others)
+    ]
+    assert len(found) > 100 and [one for one in found if one[1] not in known] == []
 
 
 # what is wrong: makes it below a folder, and gives the command that fails

@@ -237,7 +237,7 @@ def test_waiting_outlasts_a_server_that_is_away_but_not_a_login_that_has_expired
     kubeflow.plan["GET /runs/0000-run-1"] = [failing(401)]
     code, _, said = pipeline("submit", "tiny", "--wait")
     assert code == 1 and said.rstrip().endswith(
-        "; the run continues: python -m pipeline status 0000-run-1"
+        "; the run continues: `python -m pipeline status 0000-run-1`"
     )
 
 
@@ -384,7 +384,7 @@ def test_jobs_of_a_run_that_is_not_seen_to_end_are_deleted(
     )
     assert said.splitlines()[-1].startswith(f"pipeline: {cause}") and said.splitlines()[
         -1
-    ].endswith(f"; to delete training jobs created later: python -m pipeline terminate {RUN}")
+    ].endswith(f"; to delete training jobs created later: `python -m pipeline terminate {RUN}`")
 
 
 def test_ctrl_c_while_a_run_ends_says_what_is_left_to_do(
@@ -398,7 +398,7 @@ def test_ctrl_c_while_a_run_ends_says_what_is_left_to_do(
     code, _, said = pipeline("terminate", RUN)
     assert code == 130 and len(cluster.asked) == 1
     assert said.endswith(
-        f"; to delete training jobs created since: python -m pipeline terminate {RUN}\n"
+        f"; to delete training jobs created since: `python -m pipeline terminate {RUN}`\n"
     )
 
 

@@ -19,7 +19,7 @@ def add_overrides(command: argparse.ArgumentParser) -> None:
         default=[],
         metavar="SECTION.KEY=VALUE",
         dest="overrides",
-        help="override a setting, as in `vitdet train --set`; may be repeated",
+        help="override a setting, as `vitdet train` does; may be repeated",
     )
 
 

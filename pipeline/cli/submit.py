@@ -194,7 +194,7 @@ def follow(server: Server, run_id: str, every: float) -> int:
         run = server.follow(run_id, every)
     except KeyboardInterrupt:
         print(
-            f"\npipeline: the run continues; python -m pipeline terminate {run_id} ends it",
+            f"\npipeline: the run continues; `python -m pipeline terminate {run_id}` ends it",
             file=sys.stderr,
         )
         return 130

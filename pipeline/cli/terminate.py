@@ -44,7 +44,7 @@ def run_terminate(args: argparse.Namespace) -> int:
     ending = "" if found.state in ENDED else ", now ending"
     print(f"run {run_id}: {found.state}{ending}", flush=True)
     namespace = args.namespace or server.pod_namespace(found)
-    again = f"python -m pipeline terminate {run_id}"
+    again = f"`python -m pipeline terminate {run_id}`"
     try:
         for line in delete_run_jobs(server, found, namespace, args.every):
             print(line, flush=True)
@@ -60,8 +60,8 @@ def run_terminate(args: argparse.Namespace) -> int:
         raise ValueError(f"the run's training jobs may still exist: {error}") from None
     except (RuntimeError, OSError) as error:
         raise RuntimeError(
-            f"the run's training jobs may still exist ({error}): kubectl delete -n {namespace} "
-            f"pytorchjobs,trainjobs -l vitdet/run={run_id}"
+            f"the run's training jobs may still exist ({error}): `kubectl delete -n {namespace} "
+            f"pytorchjobs,trainjobs -l vitdet/run={run_id}`"
         ) from None
     return 0
 

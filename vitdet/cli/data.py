@@ -16,6 +16,8 @@ DATA = (
     "downloaded again, and nothing is overwritten. The proxies of http_proxy and https_proxy are used."
 )
 
+LARGEST_IMAGE = ("max_pixels",)  # sizes of images are read to convert, not their pixels
+
 
 def add_data(verb: argparse.ArgumentParser) -> None:
     """The kinds of the verb `data`."""
@@ -144,6 +146,7 @@ def add_convert(kind: argparse.ArgumentParser) -> None:
         action="store_true",
         help="make a mask of the box of each object that has a box only",
     )
+    add_reading(kind, LARGEST_IMAGE)
     kind.set_defaults(run=run_data_convert)
 
 
@@ -205,6 +208,7 @@ def run_data_fetch(given: argparse.Namespace) -> int:
 
 def run_data_convert(given: argparse.Namespace) -> int:
     """vitdet data convert"""
+    from vitdet.data.images import DEFAULT
     from vitdet.datasets.classes import read_names
     from vitdet.datasets.convert import convert
     from vitdet.datasets.importers.dataset import SourceError
@@ -221,6 +225,7 @@ def run_data_convert(given: argparse.Namespace) -> int:
             rename=read_names(given.rename) if given.rename else {},
             val_share=given.val_share,
             seed=given.seed,
+            reading=reading_with(given.overrides, DEFAULT, LARGEST_IMAGE),
         )
     except SourceError as error:
         print(f"vitdet: {error}", file=sys.stderr)  # all problems, a line each

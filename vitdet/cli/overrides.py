@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from vitdet.data.images import Reading
 
 log = logging.getLogger(__name__)
+READING = ("max_pixels", "bit_depth")  # settings of `data` that say how image files are read
 
 
 def add_set(verb: argparse.ArgumentParser) -> None:
@@ -26,25 +27,27 @@ def add_set(verb: argparse.ArgumentParser) -> None:
     )
 
 
-def add_reading(verb: argparse.ArgumentParser) -> None:
-    """The settings of a verb that reads image files and has no config."""
+def add_reading(verb: argparse.ArgumentParser, names: Sequence[str] = READING) -> None:
+    """The settings of `data` with these names, for a verb that reads image files and has no config."""
     verb.add_argument(
         "--set",
         action="append",
         default=[],
         metavar="SECTION.KEY=VALUE",
         dest="overrides",
-        help="how image files are read: data.max_pixels=N, data.bit_depth=N",
+        help=f"how image files are read: {', '.join(f'data.{name}=N' for name in names)}",
     )
 
 
-def reading_with(overrides: Sequence[str], reading: Reading) -> Reading:
-    """`reading` with these settings. Raises ValueError for one that does not say how image files are read."""
+def reading_with(
+    overrides: Sequence[str], reading: Reading, names: Sequence[str] = READING
+) -> Reading:
+    """`reading` with these settings of `data`. Raises ValueError for one that is not of these names."""
     from vitdet.config import Config, DataConfig, override
     from vitdet.data.images import Reading
     from vitdet.data.layout import overridden_settings
 
-    allowed = [f"data.{name}" for name in vars(reading)]
+    allowed = [f"data.{name}" for name in names]
     if others := sorted(overridden_settings(overrides) - {"data", *allowed}):
         raise ValueError(f"{others[0]} has no effect here; --set takes {' and '.join(allowed)}")
     return Reading.of(override(Config(data=DataConfig(**vars(reading))), overrides).data)

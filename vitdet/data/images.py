@@ -107,11 +107,11 @@ def read_image(image: Picture, reading: Reading = DEFAULT) -> Image.Image:
     return Image.fromarray(np.ascontiguousarray(image))
 
 
-def image_size(path: Path) -> tuple[int, int]:
+def image_size(path: Path, reading: Reading = DEFAULT) -> tuple[int, int]:
     """Height and width of the upright picture; of a JPEG only the head is read. Raises as `open_image`."""
     with _named(path):
         look(path)
-        with _opened(path, DEFAULT) as file:
+        with _opened(path, reading) as file:
             return _upright_size(file)
 
 

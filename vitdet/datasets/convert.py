@@ -15,6 +15,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from vitdet.data.images import DEFAULT, Reading
 from vitdet.datasets.classes import select_classes
 from vitdet.datasets.formats import FORMATS, detect
 from vitdet.datasets.importers.dataset import BOX_ONLY, Foreign, Picture, Thing
@@ -45,6 +46,7 @@ def convert(
     rename: Mapping[str, str] | None = None,
     val_share: float = 0.0,
     seed: int = 0,
+    reading: Reading = DEFAULT,
 ) -> Converted:
     """Writes target/SPLIT/* and target/annotations/instances_SPLIT.json.
 
@@ -52,6 +54,7 @@ def convert(
     boxes_as_masks: an object with a box only gets that box as its mask.
     splits, classes: only these, the classes in this order; rename: new names of classes, before `classes`.
     val_share: of the images of a source with one split, this share (0 to 1) becomes `val`, drawn with `seed`.
+    reading: how image files are read.
     Raises SourceError, a ValueError, with all problems of the source; FileNotFoundError and ValueError, in one line,
     for a source or options that cannot be used at all, and ValueError if the target holds anything.
     """
@@ -61,7 +64,7 @@ def convert(
         raise FileNotFoundError(f"{source}: no such folder")
     if not 0 <= val_share < 1:
         raise ValueError(f"--val-share: expected a number from 0 to 1, got {val_share}")
-    found = FORMATS[kind or detect(source)].read(source, splits)
+    found = FORMATS[kind or detect(source)].read(source, splits, reading)
     if found.class_names:
         names, labels = select_classes(source, found.class_names, classes, rename or {})
     else:

@@ -255,8 +255,8 @@ def _receive(
                     raise _TooLongError
                 view = memoryview(chunk)
                 while view:
-                    view = view[file.write(view) :]
-                done += len(chunk)
+                    count = file.write(view)  # a disk that is nearly full takes a part
+                    view, done = view[count:], done + count
                 watcher.at(done, total)
         except _TooLongError:
             discard(path)

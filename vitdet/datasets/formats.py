@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from vitdet.data.annotation_file import read_entries
+from vitdet.data.images import Reading
 from vitdet.data.segmentation import show
 from vitdet.datasets.importers.coco import is_coco, read_coco_folder
 from vitdet.datasets.importers.cvat import is_cvat, read_cvat
@@ -22,13 +23,13 @@ SHOWN = 6  # entries of a folder that a message names
 
 
 class Format(NamedTuple):
-    """A format: what is expected, whether a folder looks like it, and its reader, which takes the folder and the splits
-    that were asked for (none: all).
+    """A format: what is expected, whether a folder looks like it, and its reader, which takes the folder, the splits
+    that were asked for (none: all), and how image files are read.
     """
 
     expected: str
     matches: Callable[[Path], bool]
-    read: Callable[[Path, Collection[str]], Foreign]
+    read: Callable[[Path, Collection[str], Reading], Foreign]
 
 
 FORMATS = {

@@ -19,6 +19,7 @@ from pathlib import Path
 
 from vitdet.data.annotation_file import read_entries
 from vitdet.data.annotations import CROWD, NO_OUTLINE, AnnotationValidator
+from vitdet.data.images import DEFAULT, Reading
 from vitdet.data.segmentation import pixel_count
 from vitdet.data.shared_memory import PackedList
 from vitdet.datasets.importers.dataset import (
@@ -28,7 +29,6 @@ from vitdet.datasets.importers.dataset import (
     Picture,
     Pictures,
     Thing,
-    check_size,
     find_image,
     split_of,
 )
@@ -98,9 +98,12 @@ class _File:
         return [parent / name for parent in parents for name in below if (parent / name).is_dir()]
 
 
-def read_coco_folder(source: Path, only: Collection[str] = ()) -> Foreign:
+def read_coco_folder(
+    source: Path, only: Collection[str] = (), reading: Reading = DEFAULT
+) -> Foreign:
     """The data set of such a folder or file; classes in the order of the categories. Images are looked at later."""
-    found, there = Foreign(), dict[str, tuple[str, Path]]()
+    found = Foreign(reading)
+    there = dict[str, tuple[str, Path]]()
     for name, path in annotation_files(source):
         split = split_of(name)
         if split in there:
@@ -187,7 +190,9 @@ def _picture(
     item: tuple[int, Path], file: _File, label_of: dict[str, int], found: Foreign
 ) -> Picture:
     number, path = item
-    size = check_size(f"{file.path}: image {number}", path, file.validator.sizes[number] or (0, 0))
+    size = found.check_size(
+        f"{file.path}: image {number}", path, file.validator.sizes[number] or (0, 0)
+    )
     things = []
     for row in file.rows[number]:
         category, (x, y, width, height), shape, crowd = file.objects[row]

@@ -12,36 +12,30 @@ from __future__ import annotations
 import math
 import re
 from collections import defaultdict
-from collections.abc import Collection
-from functools import partial
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from xml.etree.ElementTree import Element
 
 import numpy as np
-import torch
 
-from vitdet.data.masks import encode
+from vitdet.data.images import DEFAULT, Reading
 from vitdet.data.segmentation import show
 from vitdet.datasets.importers.dataset import (
-    BOX_ONLY,
-    EMPTY,
     THIN,
     Foreign,
     Picture,
-    Pictures,
     Thing,
     Unusable,
     box_thing,
-    check_size,
     find_image,
+    mask_thing,
     outline_thing,
     pixels_of,
     split_of,
 )
-from vitdet.datasets.importers.xml_file import read_xml, start_of
+from vitdet.datasets.importers.xml_file import has_root, read_xml
 
 LARGEST = 1 << 30  # bytes of an XML file; it has all images of a task
-ROOT = re.compile(rb"<annotations[\s>]")
 SHAPES = ("box", "polygon", "mask")
 IMAGE_SIZE = ("height", "width")
 
@@ -49,7 +43,7 @@ IMAGE_SIZE = ("height", "width")
 def annotation_files(source: Path) -> list[Path]:
     """The XML files of this format in a folder, or the file itself."""
     paths = [source] if source.is_file() else sorted(source.glob("*.xml"))
-    return [path for path in paths if path.suffix == ".xml" and ROOT.search(start_of(path))]
+    return [path for path in paths if path.suffix == ".xml" and has_root(path, "annotations")]
 
 
 def is_cvat(source: Path) -> bool:
@@ -57,9 +51,9 @@ def is_cvat(source: Path) -> bool:
     return bool(annotation_files(source))
 
 
-def read_cvat(source: Path, only: Collection[str] = ()) -> Foreign:
+def read_cvat(source: Path, only: Collection[str] = (), reading: Reading = DEFAULT) -> Foreign:
     """The data set of such a folder or file; classes in the order of the task's labels, then of the alphabet."""
-    found = Foreign()
+    found = Foreign(reading)
     splits: dict[str, list[tuple[Path, Element]]] = defaultdict(list)
     names: dict[str, None] = {}
     for path in annotation_files(source):
@@ -86,11 +80,8 @@ def read_cvat(source: Path, only: Collection[str] = ()) -> Foreign:
                 found.notes[f"elements <{shape.tag}> left out"] += shape.tag not in SHAPES
     shapes = [shape for pairs in splits.values() for _, one in pairs for shape in one]
     used = {shape.get("label") or "" for shape in shapes if shape.tag in SHAPES}
-    found.class_names = tuple(name for name in (*names, *sorted(used - names.keys())) if name)
-    label_of = {name: label for label, name in enumerate(found.class_names)}
-    picture = partial(_picture, label_of=label_of, found=found)
-    for split, triples in items.items():
-        found.splits[split] = Pictures(triples, picture, found.problems)
+    classes = [name for name in (*names, *sorted(used - names.keys())) if name]
+    found.define(classes, items, _picture)
     found.count_unnamed(folders, {one[2] for triples in items.values() for one in triples})
     return found
 
@@ -106,50 +97,43 @@ def _folders(path: Path, element: Element) -> list[Path]:
     return [folder for folder in below if folder.is_dir()]
 
 
-def _picture(item: tuple[Path, Element, Path], label_of: dict[str, int], found: Foreign) -> Picture:
+def _picture(
+    item: tuple[Path, Element, Path], label_of: Mapping[str, int], found: Foreign
+) -> Picture:
     path, element, image = item
     where = f"{path}: image {show(element.get('name'))}"
-    size = check_size(where, image, [element.get(side) for side in IMAGE_SIZE])
-    things = []
-    for shape in element:
-        if shape.tag not in SHAPES:
-            continue
-        thing = None
+    size = found.check_size(where, image, [element.get(side) for side in IMAGE_SIZE])
+    things: list[Thing] = []
+    for shape in (one for one in element if one.tag in SHAPES):
         with found.problems.collect("shape that cannot be used"):
             label = label_of.get(shape.get("label") or "")
             if label is None:
                 raise Unusable("shape without a label", f"{where}: a {shape.tag} without a label")
-            thing = _thing(f"{where}: {shape.tag}", shape, label, size, found)
-        if thing is not None:
-            found.notes[BOX_ONLY] += not thing.segmentation
-            things.append(thing)
+            things += _shape(f"{where}: {shape.tag}", shape, label, size, found)
     return Picture(image, *size, tuple(things))
 
 
-def _thing(
+def _shape(
     where: str, shape: Element, label: int, size: tuple[int, int], found: Foreign
-) -> Thing | None:
+) -> tuple[Thing, ...]:
     if shape.tag == "mask":
-        return _mask(where, shape, label, size)
+        return found.keep(_mask(where, shape, label, size))
     if shape.tag == "polygon":
         words = re.split("[,;]", shape.get("points", ""))
         if len(words) < 6 or len(words) % 2:
             found.notes[THIN] += 1
-            return None
-        thing = outline_thing(label, [pixels_of(where, words, size)], size)
-    else:
-        sides = [shape.get(side) for side in ("xtl", "ytl", "xbr", "ybr")]
-        x0, y0, x1, y1 = pixels_of(where, sides, size)
-        (angle,) = pixels_of(where, [shape.get("rotation", "0")], (360, 360))
-        if angle:
-            found.notes["turned boxes: the upright box around each is taken"] += 1
-            cos, sin = abs(math.cos(math.radians(angle))), abs(math.sin(math.radians(angle)))
-            wide, high = (x1 - x0) * cos + (y1 - y0) * sin, (x1 - x0) * sin + (y1 - y0) * cos
-            x, y = (x0 + x1) / 2, (y0 + y1) / 2
-            x0, y0, x1, y1 = x - wide / 2, y - high / 2, x + wide / 2, y + high / 2
-        thing = box_thing(label, (x0, y0, x1, y1), size)
-    found.notes[EMPTY] += thing is None
-    return thing
+            return ()
+        return found.keep(outline_thing(label, [pixels_of(where, words, size)], size))
+    sides = [shape.get(side) for side in ("xtl", "ytl", "xbr", "ybr")]
+    x0, y0, x1, y1 = pixels_of(where, sides, size)
+    (angle,) = pixels_of(where, [shape.get("rotation", "0")], (360, 360))
+    if angle:
+        found.notes["turned boxes: the upright box around each is taken"] += 1
+        cos, sin = abs(math.cos(math.radians(angle))), abs(math.sin(math.radians(angle)))
+        wide, high = (x1 - x0) * cos + (y1 - y0) * sin, (x1 - x0) * sin + (y1 - y0) * cos
+        x, y = (x0 + x1) / 2, (y0 + y1) / 2
+        x0, y0, x1, y1 = x - wide / 2, y - high / 2, x + wide / 2, y + high / 2
+    return found.keep(box_thing(label, (x0, y0, x1, y1), size))
 
 
 def _mask(where: str, shape: Element, label: int, size: tuple[int, int]) -> Thing | None:
@@ -169,9 +153,4 @@ def _mask(where: str, shape: Element, label: int, size: tuple[int, int]) -> Thin
     pixels = np.zeros(size, bool)
     inside = np.repeat(np.arange(len(runs)) % 2 == 1, runs).reshape(height, width)
     pixels[top : top + height, left : left + width] = inside
-    rows, columns = np.flatnonzero(pixels.any(axis=1)), np.flatnonzero(pixels.any(axis=0))
-    if not len(rows):
-        return None
-    x, y = float(columns[0]), float(rows[0])
-    box = (x, y, float(columns[-1]) + 1 - x, float(rows[-1]) + 1 - y)
-    return Thing(label, box, encode(torch.from_numpy(pixels[None]))[0], float(pixels.sum()))
+    return mask_thing(label, pixels)

@@ -9,17 +9,20 @@ from __future__ import annotations
 import math
 import os
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Generic, TypeVar
 
+import numpy as np
+import torch
 from PIL import Image
 
 from vitdet.data.coco_layouts import existing_name
-from vitdet.data.images import DRAWINGS, image_size
+from vitdet.data.images import DEFAULT, DRAWINGS, Reading, image_size
+from vitdet.data.masks import encode
 from vitdet.data.segmentation import pixel_count, reaches_far, show
 
 EMPTY = "objects without size left out"
@@ -144,9 +147,10 @@ class Foreign:
     """A data set; label k is class_names[k].
 
     notes: what a person should know, with counts; remarks: the same without. Going through a split adds to `notes` and
-    to `problems`.
+    to `problems`. reading: how image files are read.
     """
 
+    reading: Reading = DEFAULT
     class_names: tuple[str, ...] = ()
     splits: dict[str, Pictures] = field(default_factory=dict)
     notes: Counter[str] = field(default_factory=Counter)
@@ -166,6 +170,66 @@ class Foreign:
         self.remarks += [f"split {name} left out, it was not asked for" for name in left]
         return {name: item for name, item in items.items() if name not in left}
 
+    def define(
+        self,
+        class_names: Sequence[str],
+        items: Mapping[str, Sequence[Item]],
+        read: Callable[[Item, Mapping[str, int], Foreign], Picture],
+    ) -> None:
+        """Sets the classes and the splits. `read` takes an item of a split, the label of each class, and this."""
+        self.class_names = tuple(class_names)
+        label_of = {name: label for label, name in enumerate(class_names)}
+        for split, listed in items.items():
+            self.splits[split] = Pictures(
+                listed, lambda item: read(item, label_of, self), self.problems
+            )
+
+    def keep(self, thing: Thing | None) -> tuple[Thing, ...]:
+        """The object if it has a size; counts what a person should know of it."""
+        if thing is None:
+            self.notes[EMPTY] += 1
+            return ()
+        self.notes[BOX_ONLY] += not thing.segmentation
+        self.notes[CROWDS] += thing.crowd
+        return (thing,)
+
+    def is_image(self, path: Path) -> bool:
+        """Whether a file is an image by its ending; by its content where the ending says nothing."""
+        suffix = path.suffix.lower()
+        if suffix in image_suffixes():
+            return True
+        if suffix in DOCUMENTS:
+            return False
+        try:
+            image_size(path, self.reading)
+        except (ValueError, OSError):
+            return False
+        return True
+
+    def images_below(self, *folders: Path) -> tuple[list[Path], list[Path]]:
+        """The image files of folders and their subfolders, and the files that are neither images nor documents."""
+        images, others = [], []
+        for path in files_below(*folders):
+            if self.is_image(path):
+                images.append(path)
+            elif path.suffix.lower() not in DOCUMENTS:
+                others.append(path)
+        return images, others
+
+    def check_size(
+        self, where: object, image: Path, stated: Sequence[object] = (0, 0)
+    ) -> tuple[int, int]:
+        """(height, width) of an image. Raises Unusable if the annotations state another, and not 0 or nothing."""
+        size = image_size(image, self.reading)
+        words = [str(side or 0) for side in stated]
+        if words not in (["0", "0"], list(map(str, size))):
+            raise Unusable(
+                "image of another size than annotated",
+                f"{where}: the size is {words[1]} x {words[0]}, but {image} is {size[1]} x {size[0]} (width x height, "
+                "upright)",
+            )
+        return size
+
     def count_left_out(self, files: Iterable[Path], is_labelled: Callable[[Path], bool]) -> None:
         """Counts files of image folders that are no readable images by their suffix."""
         by_suffix: dict[str, list[Path]] = {}
@@ -181,18 +245,16 @@ class Foreign:
 
     def count_unnamed(self, folders: Iterable[Path], used: Collection[Path]) -> None:
         """Counts the images of these folders that no annotation file names, and the files that are no images."""
-        images, others = set[Path](), set[Path]()
-        for folder in folders:
-            some, more = images_below(folder)
-            images.update(some)
-            others.update(more)
-        self.notes["images that no annotation file names left out"] += len(images.difference(used))
-        self.count_left_out(sorted(others), lambda path: False)
+        images, others = self.images_below(*folders)
+        self.notes["images that no annotation file names left out"] += len(
+            {*images}.difference(used)
+        )
+        self.count_left_out(others, lambda path: False)
 
 
-def split_of(name: str) -> str:
-    """The split that a folder or file of this name stands for."""
-    return SPLIT_NAMES.get(name.lower(), name)
+def split_of(name: str, otherwise: str = "") -> str:
+    """The split that a folder or file of this name stands for; if it is no usual name: `otherwise`, or the name."""
+    return SPLIT_NAMES.get(name.lower(), otherwise or name)
 
 
 @cache
@@ -206,34 +268,10 @@ def image_suffixes() -> frozenset[str]:
     )
 
 
-def is_image(path: Path) -> bool:
-    """Whether a file is an image by its ending; by its content where the ending says nothing."""
-    suffix = path.suffix.lower()
-    if suffix in image_suffixes():
-        return True
-    if suffix in DOCUMENTS:
-        return False
-    try:
-        image_size(path)
-    except (ValueError, OSError):
-        return False
-    return True
-
-
-def files_below(folder: Path) -> list[Path]:
-    """All files of a folder and its subfolders in order of their paths, but hidden ones."""
-    return sorted(path for path in folder.rglob("*") if path.name[0] != "." and path.is_file())
-
-
-def images_below(folder: Path) -> tuple[list[Path], list[Path]]:
-    """The image files of a folder and its subfolders, and the files that are neither images nor documents."""
-    images, others = [], []
-    for path in files_below(folder):
-        if is_image(path):
-            images.append(path)
-        elif path.suffix.lower() not in DOCUMENTS:
-            others.append(path)
-    return images, others
+def files_below(*folders: Path, suffix: str = "") -> list[Path]:
+    """All files of folders and their subfolders in order of their paths, each once, but hidden ones; of one ending."""
+    found = {path for folder in folders for path in folder.rglob("*") if path.name[0] != "."}
+    return sorted(path for path in found if suffix in ("", path.suffix.lower()) and path.is_file())
 
 
 def find_image(where: object, folders: Sequence[Path], name: str) -> tuple[Path, Path]:
@@ -247,19 +285,6 @@ def find_image(where: object, folders: Sequence[Path], name: str) -> tuple[Path,
             return folder, path
     looked = ", ".join(map(str, folders)) or "no folder"
     raise Unusable("missing image file", f"{where}: no image file {show(name)}, looked in {looked}")
-
-
-def check_size(where: object, image: Path, stated: Sequence[object]) -> tuple[int, int]:
-    """(height, width) of an image. Raises Unusable if the annotations state another, and not 0 or nothing."""
-    size = image_size(image)
-    words = [str(side or 0) for side in stated]
-    if words not in (["0", "0"], list(map(str, size))):
-        raise Unusable(
-            "image of another size than annotated",
-            f"{where}: the size is {words[1]} x {words[0]}, but {image} is {size[1]} x {size[0]} (width x height, "
-            "upright)",
-        )
-    return size
 
 
 def box_thing(
@@ -283,6 +308,22 @@ def outline_thing(
         return None
     area = float(pixel_count(clipped, *size))
     return Thing(label, (x, y, width, height), clipped, area, crowd)
+
+
+def mask_thing(
+    label: int,
+    pixels: np.ndarray,
+    box: tuple[float, float, float, float] | None = None,
+    crowd: bool = False,
+) -> Thing | None:
+    """An object known by its mask, pixels (H, W) bool; box: left, top, width, height, of the mask if None. None: empty."""
+    rows, columns = np.flatnonzero(pixels.any(axis=1)), np.flatnonzero(pixels.any(axis=0))
+    if not len(rows):
+        return None
+    if box is None:
+        x, y = float(columns[0]), float(rows[0])
+        box = (x, y, float(columns[-1]) + 1 - x, float(rows[-1]) + 1 - y)
+    return Thing(label, box, encode(torch.from_numpy(pixels[None]))[0], float(pixels.sum()), crowd)
 
 
 def pixels_of(where: object, words: Iterable[object], size: tuple[int, int]) -> list[float]:

@@ -9,8 +9,7 @@ line, linestrip, point, points, mask) are counted and not read. Folders train/, 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Collection
-from functools import partial
+from collections.abc import Collection, Mapping
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -18,22 +17,17 @@ from typing import Any
 import msgspec
 
 from vitdet.data.annotations import is_text
+from vitdet.data.images import DEFAULT, Reading
 from vitdet.data.segmentation import show
 from vitdet.datasets.importers.dataset import (
-    BOX_ONLY,
-    EMPTY,
-    SPLIT_NAMES,
     THIN,
     Foreign,
     Picture,
-    Pictures,
     Thing,
     Unusable,
     box_thing,
-    check_size,
     files_below,
     find_image,
-    images_below,
     outline_thing,
     pixels_of,
     split_of,
@@ -73,14 +67,12 @@ def _has_shapes(path: Path) -> bool:
         return False
 
 
-def read_labelme(source: Path, only: Collection[str] = ()) -> Foreign:
+def read_labelme(source: Path, only: Collection[str] = (), reading: Reading = DEFAULT) -> Foreign:
     """The data set of such a folder; classes in order of the alphabet. JSON files are read here, images later."""
-    found = Foreign()
+    found = Foreign(reading)
     splits: dict[str, list[Path]] = defaultdict(list)
-    for path in files_below(source):
-        if path.suffix == ".json":
-            first = path.relative_to(source).parts[0]
-            splits[split_of(first) if first.lower() in SPLIT_NAMES else "train"].append(path)
+    for path in files_below(source, suffix=".json"):
+        splits[split_of(path.relative_to(source).parts[0], "train")].append(path)
     used: set[Path] = set()
     labels: set[str] = set()
     read: dict[str, list[tuple[Path, Path, LabelFile, list[Shape]]]] = {}
@@ -97,12 +89,8 @@ def read_labelme(source: Path, only: Collection[str] = ()) -> Foreign:
                 used.add(image)
                 labels.update(shape.label for shape in shapes)
                 read[split].append((path, image, content, shapes))
-    found.class_names = tuple(sorted(labels))
-    label_of = {name: label for label, name in enumerate(found.class_names)}
-    for split, items in read.items():
-        picture = partial(_picture, label_of=label_of, found=found)
-        found.splits[split] = Pictures(items, picture, found.problems)
-    images, others = images_below(source)
+    found.define(sorted(labels), read, _picture)
+    images, others = found.images_below(source)
     found.notes["images without a JSON file left out"] += len(set(images) - used)
     found.count_left_out(others, lambda path: path.with_suffix(".json").is_file())
     return found
@@ -150,11 +138,11 @@ def _shapes(path: Path, content: LabelFile, found: Foreign) -> list[Shape]:
 
 
 def _picture(
-    item: tuple[Path, Path, LabelFile, list[Shape]], label_of: dict[str, int], found: Foreign
+    item: tuple[Path, Path, LabelFile, list[Shape]], label_of: Mapping[str, int], found: Foreign
 ) -> Picture:
     path, image, content, shapes = item
-    size = check_size(path, image, (content.imageHeight, content.imageWidth))
-    things: list[Thing | None] = []
+    size = found.check_size(path, image, (content.imageHeight, content.imageWidth))
+    things: list[Thing] = []
     # of each object: its label and group, and a number of its own without a group
     outlines: dict[tuple[str, int | None, int], list[list[float]]] = defaultdict(list)
     for number, shape in enumerate(shapes, 1):
@@ -167,16 +155,13 @@ def _picture(
                         "rectangle without two corners", f"{path}: shape {number}: {show(points)}"
                     )
                 x, y = points[0::2], points[1::2]
-                things.append(
-                    box_thing(label_of[shape.label], (min(x), min(y), max(x), max(y)), size)
-                )
-                found.notes[BOX_ONLY] += things[-1] is not None
+                corners = (min(x), min(y), max(x), max(y))
+                things += found.keep(box_thing(label_of[shape.label], corners, size))
             elif len(points) < 6:
                 found.notes[THIN] += 1
             else:
                 single = shape.group_id is None
                 outlines[shape.label, shape.group_id, number if single else 0].append(points)
     for (label, _, _), parts in outlines.items():
-        things.append(outline_thing(label_of[label], parts, size))
-    found.notes[EMPTY] += things.count(None)
-    return Picture(image, *size, tuple(thing for thing in things if thing is not None))
+        things += found.keep(outline_thing(label_of[label], parts, size))
+    return Picture(image, *size, tuple(things))

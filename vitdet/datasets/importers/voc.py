@@ -19,43 +19,34 @@ import math
 import os
 import re
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from functools import partial
 from pathlib import Path
 from xml.etree.ElementTree import Element
 
 import numpy as np
-import torch
 from PIL import Image
 
-from vitdet.data.images import image_size
-from vitdet.data.masks import encode
+from vitdet.data.images import DEFAULT, Reading, image_size
 from vitdet.data.segmentation import show
 from vitdet.datasets.importers.dataset import (
-    BOX_ONLY,
-    CROWDS,
-    EMPTY,
     SPLIT_NAMES,
     THIN,
     Foreign,
     Picture,
-    Pictures,
     Thing,
     Unusable,
     box_thing,
-    check_size,
     files_below,
-    images_below,
-    is_image,
+    mask_thing,
     outline_thing,
     pixels_of,
     split_of,
 )
-from vitdet.datasets.importers.xml_file import read_xml, start_of
+from vitdet.datasets.importers.xml_file import has_root, read_xml
 
 LARGEST = 4 << 20  # bytes of an XML file; one of VOC's has some thousands
 RIM = 255
-ROOT = re.compile(rb"<annotation[\s>]")
 LISTS = ("ImageSets/Main", "ImageSets/Segmentation", "ImageSets")
 # an ID, perhaps in quotation marks, and what a list of one class says of it: absent, difficult, there
 ROW = re.compile(r'(?:"(?P<quoted>(?:[^"\\]|\\.)*)"|(?P<plain>.*?))(?:\s+(?P<presence>-1|0|1))?')
@@ -69,7 +60,7 @@ def is_voc(source: Path) -> bool:
         return False
     for folder in (source, *sorted(one for one in source.iterdir() if one.is_dir())):
         path = next(folder.glob("*.xml"), None)
-        if path is not None and ROOT.search(start_of(path)):
+        if path is not None and has_root(path, "annotation"):
             return True
     return False
 
@@ -77,15 +68,15 @@ def is_voc(source: Path) -> bool:
 class _Folders:
     """Where the XML files and the images are."""
 
-    def __init__(self, source: Path) -> None:
-        self.source = source
+    def __init__(self, source: Path, found: Foreign) -> None:
+        self.source, self.is_image = source, found.is_image
         self.annotations = source / "Annotations"
         if not self.annotations.is_dir():
             self.annotations = source
         usual = [source / name for name in ("JPEGImages", "images", "Images")]
         self.images = next((one for one in usual if one.is_dir()), self.annotations)
         self.lists = next((one for name in LISTS if _has_lists(one := source / name)), None)
-        self.files, self.others = images_below(self.images)
+        self.files, self.others = found.images_below(self.images)
         self.by_stem: dict[Path, list[Path]] = {}
         for path in self.files:
             self.by_stem.setdefault(self.image_stem(path), []).append(path)
@@ -105,7 +96,7 @@ class _Folders:
         if same:
             return min(same, key=lambda one: (one.suffix.lower() != ".jpg", one.name != named))
         for folder in (self.images, self.images / self.stem(path).parent):
-            if named and os.path.isfile(folder / named) and is_image(folder / named):
+            if named and os.path.isfile(folder / named) and self.is_image(folder / named):
                 return folder / named
         unread = [one for one in self.others if self.image_stem(one) == self.stem(path)]
         if unread:
@@ -120,9 +111,10 @@ def _has_lists(folder: Path) -> bool:
     return any(folder.glob("*.txt"))
 
 
-def read_voc(source: Path, only: Collection[str] = ()) -> Foreign:
+def read_voc(source: Path, only: Collection[str] = (), reading: Reading = DEFAULT) -> Foreign:
     """The data set of such a folder; classes in order of the alphabet. XML files are read here, images later."""
-    found, folders = Foreign(), _Folders(source)
+    found = Foreign(reading)
+    folders = _Folders(source, found)
     splits = _splits(folders, found)
     trees: dict[str, list[tuple[Path, Element, Path]]] = {}
     for split, paths in found.select(source, splits, only).items():
@@ -152,11 +144,7 @@ def read_voc(source: Path, only: Collection[str] = ()) -> Foreign:
                 found.problems.add("object without a name", f"{path}: an object without <name>")
     if not names and not found.problems.counts:
         raise ValueError(f"{folders.annotations}: no object in any file")
-    found.class_names = tuple(sorted(names))
-    label_of = {name: label for label, name in enumerate(found.class_names)}
-    read = partial(_picture, folders=folders, label_of=label_of, found=found)
-    for split, items in trees.items():
-        found.splits[split] = Pictures(items, read, found.problems)
+    found.define(sorted(names), trees, partial(_picture, folders))
     return found
 
 
@@ -164,7 +152,7 @@ def _splits(folders: _Folders, found: Foreign) -> dict[str, dict[Path, str]]:
     """The XML files of each split, with where a list names them; without trainval where train and val are there."""
     splits: dict[str, dict[Path, str]] = {}
     if folders.lists is None:
-        paths = [one for one in files_below(folders.annotations) if one.suffix.lower() == ".xml"]
+        paths = files_below(folders.annotations, suffix=".xml")
         if not paths:
             raise FileNotFoundError(f"{folders.annotations}: no XML file")
         firsts = {path: folders.stem(path).parts[0].lower() for path in paths}
@@ -246,7 +234,7 @@ def _account(
 ) -> None:
     """Counts what lies in the folders of annotations and images and is in no split."""
     listed = {path for paths in splits.values() for path in paths}
-    there = {path for path in files_below(folders.annotations) if path.suffix.lower() == ".xml"}
+    there = {*files_below(folders.annotations, suffix=".xml")}
     found.notes["annotation files that no list names left out"] += len(there - listed)
     stems = {folders.stem(path) for path in there}
     found.notes["images without an annotation file left out"] += sum(
@@ -256,27 +244,23 @@ def _account(
 
 
 def _picture(
-    item: tuple[Path, Element, Path], folders: _Folders, label_of: dict[str, int], found: Foreign
+    folders: _Folders,
+    item: tuple[Path, Element, Path],
+    label_of: Mapping[str, int],
+    found: Foreign,
 ) -> Picture:
     path, tree, image = item
     stated = [(tree.findtext(f"size/{side}") or "0").strip() for side in ("height", "width")]
-    size = check_size(path, image, stated)
+    size = found.check_size(path, image, stated)
     objects = tree.findall("object")
-    numbers = _numbers(folders, path, size, len(objects))
-    things = []
+    numbers = _numbers(folders, path, size, len(objects), found.reading)
+    things: list[Thing] = []
     for number, element in enumerate(objects, 1):
         if not _name(element):
             continue  # counted when the classes were collected
-        thing, empty = None, False
         with found.problems.collect("object that cannot be used"):
             pixels = None if numbers is None else numbers == number
-            thing = _thing(path, element, size, label_of, pixels, found)
-            empty = thing is None
-        found.notes[EMPTY] += empty
-        if thing is not None:
-            found.notes[BOX_ONLY] += not thing.segmentation
-            found.notes[CROWDS] += thing.crowd
-            things.append(thing)
+            things += found.keep(_thing(path, element, size, label_of, pixels, found))
     return Picture(image, *size, tuple(things))
 
 
@@ -284,7 +268,7 @@ def _thing(
     path: Path,
     element: Element,
     size: tuple[int, int],
-    label_of: dict[str, int],
+    label_of: Mapping[str, int],
     pixels: np.ndarray | None,
     found: Foreign,
 ) -> Thing | None:
@@ -299,8 +283,7 @@ def _thing(
     thing = box_thing(label, _corners(path, element, size), size, crowd)
     if thing is None or pixels is None or not pixels.any():
         return thing
-    mask = encode(torch.from_numpy(pixels[None]))[0]
-    return Thing(label, thing.box, mask, float(pixels.sum()), crowd)
+    return mask_thing(label, pixels, thing.box, crowd)
 
 
 def _polygon(path: Path, polygon: Element, size: tuple[int, int]) -> list[float]:
@@ -317,13 +300,13 @@ def _polygon(path: Path, polygon: Element, size: tuple[int, int]) -> list[float]
 
 
 def _numbers(
-    folders: _Folders, path: Path, size: tuple[int, int], objects: int
+    folders: _Folders, path: Path, size: tuple[int, int], objects: int, reading: Reading
 ) -> np.ndarray | None:
     """Which object each pixel (H, W) is of, from 1; None without a file."""
     file = folders.source / "SegmentationObject" / f"{folders.stem(path)}.png"
     if not os.path.isfile(file):
         return None
-    if image_size(file) != size:
+    if image_size(file, reading) != size:
         raise ValueError(
             f"{file}: not of the size of its image, {size[1]} x {size[0]} (width x height)"
         )

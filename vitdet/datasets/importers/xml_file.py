@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from xml.etree.ElementTree import Element, TreeBuilder
 from xml.parsers.expat import ExpatError, ParserCreate
@@ -32,6 +33,11 @@ def read_xml(path: Path, largest: int) -> Element:
     except (ExpatError, LookupError, ValueError) as error:
         raise Unusable(BROKEN, f"{path}: not XML that can be read: {error}") from error
     return builder.close()
+
+
+def has_root(path: Path, name: str) -> bool:
+    """Whether the root element of a file has this name, as far as its first bytes tell."""
+    return re.search(rf"<{name}[\s>]".encode(), start_of(path)) is not None
 
 
 def start_of(path: Path) -> bytes:

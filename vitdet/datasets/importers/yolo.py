@@ -20,12 +20,10 @@ from pathlib import Path
 import yaml
 
 from vitdet.data.annotations import is_text
-from vitdet.data.images import image_size
+from vitdet.data.images import DEFAULT, Reading
 from vitdet.data.segmentation import show
 from vitdet.datasets.importers.dataset import (
-    BOX_ONLY,
     DOCUMENTS,
-    EMPTY,
     Foreign,
     Picture,
     Pictures,
@@ -33,8 +31,6 @@ from vitdet.datasets.importers.dataset import (
     Unusable,
     box_thing,
     files_below,
-    images_below,
-    is_image,
     outline_thing,
 )
 
@@ -55,7 +51,7 @@ def description(source: Path) -> Path | None:
     return named or (described[0] if len(described) == 1 else None)
 
 
-def read_yolo(source: Path, only: Collection[str] = ()) -> Foreign:
+def read_yolo(source: Path, only: Collection[str] = (), reading: Reading = DEFAULT) -> Foreign:
     """The data set of a folder with data.yaml, or of such a file. Label files are read while a split is gone through.
 
     Raises FileNotFoundError and ValueError, in one line, if data.yaml cannot be read or has neither train nor val.
@@ -66,7 +62,7 @@ def read_yolo(source: Path, only: Collection[str] = ()) -> Foreign:
             f"{source}: expected one data.yaml, which names the classes and the splits"
         )
     head = _head(path)
-    found = Foreign()
+    found = Foreign(reading)
     with found.problems.collect(HEAD):
         found.class_names = _names(path, head)
     places: set[Path] = set()
@@ -179,7 +175,7 @@ def _images(
         )
     if place.is_dir():
         places.add(place)
-        yield from images_below(place)[0]
+        yield from found.images_below(place)[0]
         return
     if place.suffix != ".txt":
         raise ValueError(f"{path}: {key}: {entry}: expected a folder or a .txt file of image paths")
@@ -189,7 +185,7 @@ def _images(
         with found.problems.collect("line that names no image file"):
             image = _listed(place, number, line.strip(), roots)
             places.add(image.parent)  # where `_account` counts those of other formats
-            if is_image(image):
+            if found.is_image(image):
                 yield image
 
 
@@ -215,17 +211,12 @@ def _account(places: Iterable[Path], used: set[Path], found: Foreign) -> None:
     for place in places:
         before, cut, _ = f"{place}{os.sep}".rpartition(f"{os.sep}images{os.sep}")
         folders.add(Path(f"{before}{os.sep}images") if cut else place)
-    images, others = set(used), set[Path]()
-    labels = set[Path]()
-    for folder in folders:
-        some, more = images_below(folder)
-        images.update(some)
-        others.update(more)
-        beside = folder.with_name("labels") if folder.name == "images" else folder
-        labels.update(path for path in files_below(beside) if path.suffix == ".txt")
-    found.notes["images that no split names left out"] += len(images - used)
-    found.count_left_out(sorted(others), lambda path: os.path.isfile(_label_file(path)))
-    labels -= {_label_file(image) for image in images | others}
+    images, others = found.images_below(*folders)
+    found.notes["images that no split names left out"] += len({*images} - used)
+    found.count_left_out(others, lambda path: os.path.isfile(_label_file(path)))
+    beside = [one.with_name("labels") if one.name == "images" else one for one in folders]
+    labels = {*files_below(*beside, suffix=".txt")}
+    labels -= {_label_file(image) for image in (*images, *others, *used)}
     found.notes["label files without an image left out"] += sum(map(_has_rows, labels))
 
 
@@ -237,7 +228,7 @@ def _has_rows(path: Path) -> bool:
 
 
 def _picture(image: Path, found: Foreign) -> Picture:
-    size = image_size(image)
+    size = found.check_size(image, image)
     label_file = _label_file(image)
     if os.path.isfile(label_file):
         return Picture(image, *size, tuple(_things(label_file, size, found)))
@@ -259,11 +250,7 @@ def _things(path: Path, size: tuple[int, int], found: Foreign) -> Iterator[Thing
             found.notes["rows that came twice, once left out"] += 1
             continue
         seen.add(row)
-        thing = _thing(row, size)
-        found.notes[EMPTY] += thing is None
-        found.notes[BOX_ONLY] += thing is not None and len(row) == 5
-        if thing is not None:
-            yield thing
+        yield from found.keep(_thing(row, size))
 
 
 def _row(where: str, words: list[str], classes: int) -> tuple[float, ...]:
