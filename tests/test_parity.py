@@ -11,6 +11,7 @@ import pytest
 import tests.parity.__main__ as parity
 from tests.parity import detector, resize, unit
 from tests.parity.case import Case, load
+from tests.parity.device import CPU
 
 GOLDEN = Path(__file__).parent / "golden"
 SHARED = Path(__file__).parents[2] / "shared" / "reference" / "detectron2" / "golden"
@@ -32,7 +33,7 @@ def computed(name):
     return COMPUTE[name](GOLDEN / name)
 
 
-def compute_once(folder):
+def compute_once(folder, device=CPU):
     """What the undisturbed case computes, but with the inputs of this folder where they are only compared."""
     found = computed(folder.name)
     return replace(found, case=Case.read(folder)) if isinstance(found, detector.Computed) else found

@@ -50,7 +50,8 @@ def case(tmp_path, monkeypatch, capsys):
         write(folder / file, content)
         if not recompute:
             kinds = tuple(
-                kind._replace(compute=lambda folder: computed(folder.name)) for kind in parity.KINDS
+                kind._replace(compute=lambda folder, *_: computed(folder.name))
+                for kind in parity.KINDS
             )
             monkeypatch.setattr(parity, "KINDS", kinds)
         return parity.main([str(folder)]), capsys.readouterr().out

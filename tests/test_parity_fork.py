@@ -48,7 +48,7 @@ def case(tmp_path, monkeypatch, capsys):
                 (tmp_path / path.name).symlink_to(path)
         write(tmp_path / file, content)
         if not recompute:
-            kinds = tuple(kind._replace(compute=lambda folder: computed()) for kind in parity.KINDS)
+            kinds = tuple(kind._replace(compute=lambda *_: computed()) for kind in parity.KINDS)
             monkeypatch.setattr(parity, "KINDS", kinds)
         code = parity.main([str(tmp_path)])
         assert "stopped by" not in capsys.readouterr().out

@@ -87,6 +87,22 @@ def test_only_the_best_of_a_level_enter_and_broken_boxes_leave():
     assert proposals.logits.tolist() == [3.0]
 
 
+@pytest.mark.parametrize("values", [1, 3])
+@pytest.mark.parametrize("enter", [150, 200])
+def test_equal_logits_in_the_order_of_the_anchors(values, enter):
+    """As many as bf16 makes, on a level of 200 anchors that do not overlap."""
+    boxes = [
+        [3.0 * (i % 20), 3.0 * (i // 20), 3.0 * (i % 20) + 2, 3.0 * (i // 20) + 2]
+        for i in range(200)
+    ]
+    logits = [float(i * 7 % values) for i in range(200)]
+    found = Anchored(*one_level(boxes, logits))
+    (proposals,) = by_image(small_rpn().propose(found, SIZES[:1], (enter, 200)))
+    assert len(proposals.boxes) == enter
+    place = [boxes.index(box) for box in proposals.boxes.tolist()]
+    assert place == sorted(place, key=lambda i: (-logits[i], i))
+
+
 def test_losses_are_divided_by_samples_and_images():
     rpn = small_rpn(samples=8)
     found = rpn(features())

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from tests import parts
 from tests.parity.case import load
+from tests.parity.device import CPU
 from tests.parity.report import Report
 from vitdet.models.vitae import wide_branch
 from vitdet.weights.formats.mmdet import mmdet_format
@@ -248,7 +249,7 @@ def system_of(settings: dict) -> System:
     return system
 
 
-def compute(folder: Path) -> dict[str, Tensor]:
+def compute(folder: Path, device: torch.device = CPU) -> dict[str, Tensor]:
     """Reads the settings, the weights and the images, and nothing else; gives the maps by name."""
     settings = json.loads((folder / "config.json").read_text())["backbone"]
     system = system_of(settings)
@@ -259,6 +260,7 @@ def compute(folder: Path) -> dict[str, Tensor]:
     images = torch.from_numpy(load(folder / "io.npz", lambda name: name == "img")["img"])
     model = system.build(settings)
     model.load_state_dict(to_ours(weights, system.layout(settings)))
+    model, images = model.to(device), images.to(device)
     with torch.no_grad():
         return {f"feat{i}": feature for i, feature in enumerate(model.eval()(images))}
 

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from tests.parity import kinks
 from tests.parity.case import Case
+from tests.parity.device import CPU, moved
 from vitdet.models.boxes import clip, pick
 from vitdet.models.detector import Detector
 from vitdet.models.losses import FederatedClassification, federated_classes
@@ -44,9 +45,9 @@ class Computed:
     decided: int  # ReLUs in float32 whose gradient takes the side of float64 (see `kinks`)
 
 
-def compute(folder: Path) -> Computed:
-    """Reads what `Case.read` reads and runs the case."""
-    case = Case.read(folder)
+def compute(folder: Path, device: torch.device = CPU) -> Computed:
+    """Reads what `Case.read` reads and runs the case on a device, where the results stay."""
+    case = moved(Case.read(folder), device)
     detector = case.detector.eval()
     with torch.no_grad():
         maps = run_backbone(case)

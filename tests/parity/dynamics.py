@@ -25,6 +25,7 @@ from torch import Tensor
 
 from tests.parity.case import Case
 from tests.parity.compare_detector import GRADIENTS64, LOSSES
+from tests.parity.device import CPU, moved
 from tests.parity.report import Report
 from vitdet.models.detector import Detector
 from vitdet.types import Target
@@ -56,13 +57,14 @@ class Computed:
     applied: dict[str, Tensor]
 
 
-def compute(folder: Path) -> Computed:
+def compute(folder: Path, device: torch.device = CPU) -> Computed:
     """Trains with both kinds of masks, from the weights of the case next to the folder."""
     start = folder.parent / START
     if not start.is_dir():
         raise FileNotFoundError(f"training starts from the weights of {start}, which is missing")
     return Computed(
-        {"bitmask": train(start, False), "polygon": train(start, True)}, applied_gradients(start)
+        {"bitmask": train(start, False, device), "polygon": train(start, True, device)},
+        applied_gradients(start, device),
     )
 
 
@@ -82,9 +84,9 @@ def step(
     return {name: float(value.detach()) for name, value in losses.items()}
 
 
-def train(folder: Path, by_polygon: bool) -> Run:
+def train(folder: Path, by_polygon: bool, device: torch.device) -> Run:
     """The whole trajectory, in float32 as stored."""
-    case = Case.read(folder)
+    case = moved(Case.read(folder), device)
     targets = case.polygons if by_polygon else case.bitmaps
     detector, names, run = case.detector.train(), case.their_names(), Run([], [])
     optimizer = sgd(detector)
@@ -96,9 +98,9 @@ def train(folder: Path, by_polygon: bool) -> Run:
     return run
 
 
-def applied_gradients(folder: Path) -> dict[str, Tensor]:
+def applied_gradients(folder: Path, device: torch.device) -> dict[str, Tensor]:
     """The gradients that the first step applied to the weights, in float64."""
-    case = Case.read(folder)
+    case = moved(Case.read(folder), device)
     detector, names = case.detector.double().train(), case.their_names()
     before = {name: p.detach().clone() for name, p in detector.named_parameters()}
     step(case, detector, case.bitmaps, sgd(detector))

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tests.parity.device import CPU
 from tests.parity.report import Report
 from vitdet.config import load_config
 from vitdet.models import build_detector, mask_head
@@ -82,30 +83,31 @@ def stages(detector: Detector, images: Tensor) -> dict[str, Tensor]:
     found |= {f"neck{i}": feature for i, feature in enumerate(features)}
     for i, (logits, deltas) in enumerate(map(detector.rpn.head, features)):
         found |= {f"rpn_cls{i}": logits, f"rpn_reg{i}": deltas}
-    every = torch.ones(1, len(ROIS), dtype=torch.bool)
-    logits, deltas = heads.run_stage(0, features, ROIS[None], every)
+    rois = ROIS.to(images.device)
+    every = torch.ones(1, len(rois), dtype=torch.bool, device=images.device)
+    logits, deltas = heads.run_stage(0, features, rois[None], every)
     found |= {"roi_cls_score": logits[0], "roi_bbox_pred": deltas[0].flatten(1)}
     # The head computes each RoI's own class only; its last layer gives all.
     hook = heads.mask.deconv.register_forward_hook(
         lambda _, __, output: found.update(mask_logits=heads.mask.logits(output.relu()))
     )
-    first = torch.zeros(len(ROIS), dtype=torch.long)
-    heads.mask(pool(features, ROIS, first, heads.strides, mask_head.BINS, 0), first)
+    first = torch.zeros(len(rois), dtype=torch.long, device=images.device)
+    heads.mask(pool(features, rois, first, heads.strides, mask_head.BINS, 0), first)
     hook.remove()
     return found
 
 
-def compute(folder: Path) -> dict[str, dict[str, dict]]:
+def compute(folder: Path, device: torch.device = CPU) -> dict[str, dict[str, dict]]:
     """Of fingerprints.json reads which detectors and stages there are and the places `index`, not the values there."""
     wanted = {
         tag: {stage: entry["index"] for stage, entry in entries.items()}
         for tag, entries in json.loads((folder / "fingerprints.json").read_text()).items()
     }
-    image = torch.from_numpy(drawn(SEED, (1, 3, SIDE, SIDE)))
+    image = torch.from_numpy(drawn(SEED, (1, 3, SIDE, SIDE))).to(device)
     found = {}
     for tag in wanted.keys() & RECIPES.keys():
         with torch.no_grad():
-            maps = stages(build(tag), image)
+            maps = stages(build(tag).to(device), image)
         found[tag] = {
             stage: print_of(maps[stage], index)
             for stage, index in wanted[tag].items()

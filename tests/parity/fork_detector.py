@@ -21,6 +21,7 @@ from tests import parts
 from tests.parity.backbone import system_of
 from tests.parity.bitmaps import BitmapRoIHeads, Bitmaps
 from tests.parity.case import load
+from tests.parity.device import CPU
 from vitdet.data.masks import paste
 from vitdet.models import losses, mask_head
 from vitdet.models.assign import BACKGROUND, Match, match, match_keeping_best
@@ -138,12 +139,12 @@ class Computed:
     num_classes: int
 
 
-def compute(folder: Path) -> Computed:
+def compute(folder: Path, device: torch.device = CPU) -> Computed:
     """Reads the settings, the weights, the image and the ground truth, and nothing else; runs the case."""
     config = json.loads((folder / "config.json").read_text())
     model, meta = config["model"], config["meta"]
     inputs = {
-        name: torch.from_numpy(array)
+        name: torch.from_numpy(array).to(device)
         for name, array in load(folder / "io.npz", INPUTS.__contains__).items()
     }
     detector = build(model)
@@ -155,7 +156,8 @@ def compute(folder: Path) -> Computed:
     )
     detector.mean.zero_()  # the image is stored as the backbone sees it
     detector.std.fill_(1)
-    sizes = torch.tensor([meta["img_shape"][:2]])
+    sizes = torch.tensor([meta["img_shape"][:2]], device=device)
+    detector.to(device)
     with torch.no_grad():
         arrays, bitmaps = run_test(
             detector.eval(), inputs["img"], sizes, tuple(meta["ori_shape"][:2])
@@ -192,7 +194,7 @@ def run_test(
     found["det_mask_logits"] = heads.mask(pooled, detections.labels)
     height, width = (one / two for one, two in zip(original, sizes[0].tolist(), strict=True))
     # empty ones stay, as in mmdet
-    boxes = detections.boxes * torch.tensor([width, height, width, height])
+    boxes = detections.boxes * torch.tensor([width, height, width, height], device=image.device)
     found |= {"det_boxes": boxes, "det_scores": detections.scores, "det_labels": detections.labels}
     return found, paste(detections.masks, boxes, original)
 
@@ -234,7 +236,7 @@ def rpn_losses(
     """What each level adds to the losses of one image: logits (N,), deltas (N, 4), anchors (N, 4) a level."""
     (matched,), sampled = rpn.sample(torch.cat(list(anchors)), Targets.of([target]))
     count = int(sampled.filled.sum())
-    used = torch.zeros(len(matched), dtype=torch.bool)
+    used = torch.zeros_like(matched, dtype=torch.bool)
     used[sampled.chosen[sampled.filled]] = True
     found: dict[str, list[float]] = {"loss_rpn_cls": [], "loss_rpn_bbox": []}
     sizes = [len(level) for level in anchors]

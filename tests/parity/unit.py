@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from tests.parity.case import load
+from tests.parity.device import CPU
 from tests.parity.report import Report
 from vitdet.models.anchors import grid_anchors
 from vitdet.models.assign import BACKGROUND, IGNORE, match, match_keeping_own
@@ -21,20 +22,22 @@ MAPS = tuple(f"pool_feat_p{level}" for level in range(2, 6))
 INPUTS = ("pool_boxes", *MAPS, "bt_src", "bt_tgt", "bt_deltas_in", "match_iou")
 
 
-def compute(folder: Path) -> dict[str, Tensor]:
+def compute(folder: Path, device: torch.device = CPU) -> dict[str, Tensor]:
     """What our functions make of the inputs among the arrays of unit.npz."""
     inputs = {
-        k: torch.from_numpy(v)
+        k: torch.from_numpy(v).to(device)
         for k, v in load(folder / "unit.npz", lambda name: name in INPUTS).items()
     }
     boxes = inputs["pool_boxes"]
     features = [inputs[name] for name in MAPS]
     ours = {"pool_levels_minus2": assign_levels(boxes, 4, STRIDES[0])}
-    first = torch.zeros(len(boxes), dtype=torch.int64)  # all of one image
+    first = torch.zeros(len(boxes), dtype=torch.int64, device=device)  # all of one image
     for bins in (7, 14):
         ours[f"pool_out_{bins}"] = pool(features, boxes, first, STRIDES[:4], bins, sampling_ratio=0)
     grids = [(1024 // stride, 1024 // stride) for stride in STRIDES]
-    for level, anchors in enumerate(grid_anchors(grids, STRIDES, 8.0, (0.5, 1.0, 2.0)), start=2):
+    for level, anchors in enumerate(
+        grid_anchors(grids, STRIDES, 8.0, (0.5, 1.0, 2.0), device), start=2
+    ):
         ours |= {
             f"anchors1024_p{level}_first6": anchors[:6],
             f"anchors1024_p{level}_last3": anchors[-3:],

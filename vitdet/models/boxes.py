@@ -86,3 +86,14 @@ def pick(rows: Tensor, index: Tensor) -> Tensor:
     return rows.gather(
         1, index.view(*index.shape, *[1] * (rows.dim() - 2)).expand(-1, -1, *rows.shape[2:])
     )
+
+
+def largest(scores: Tensor, num: int) -> tuple[Tensor, Tensor]:
+    """The `num` largest of scores (B, N) and their indices, (B, num) each: largest first, equal ones by their index.
+
+    (`topk` leaves that order open, and takes another one on each kind of device.) Which of those that equal the last
+    one are among them stays open.
+    """
+    index = scores.topk(num, dim=1, sorted=False).indices.sort(dim=1).values
+    best, order = scores.gather(1, index).sort(dim=1, descending=True, stable=True)
+    return best, index.gather(1, order)

@@ -19,7 +19,16 @@ from vitdet.kernels.nms import nms
 from vitdet.models.assign import BACKGROUND, IGNORE, Choose, Match, choose_randomly, sample
 from vitdet.models.box_head import BINS as BOX_BINS
 from vitdet.models.box_head import BoxHead
-from vitdet.models.boxes import Weights, clip, decode, encode, iou_blocks, nonempty, pick
+from vitdet.models.boxes import (
+    Weights,
+    clip,
+    decode,
+    encode,
+    iou_blocks,
+    largest,
+    nonempty,
+    pick,
+)
 from vitdet.models.layers import scale_gradient
 from vitdet.models.losses import FederatedClassification, SoftmaxClassification, box_l1, mask_bce
 from vitdet.models.mask_head import BINS as MASK_BINS
@@ -271,15 +280,8 @@ class RoIHeads(nn.Module):
         finite = boxes.isfinite().flatten(2).all(dim=2) & scores.isfinite().all(dim=2)
         passed = (scores > self.score_threshold) & (finite & filled)[..., None]
         classes, sets = scores.shape[2], boxes.shape[2]
-        best, index = (
-            torch.where(passed, scores, -1.0)
-            .flatten(1)
-            .topk(min(candidates, scores[0].numel()), dim=1)
-        )
-        # equal scores in the order of the boxes
-        index, order = index.sort(dim=1)
-        best, order = best.gather(1, order).sort(dim=1, descending=True, stable=True)
-        index = index.gather(1, order)
+        ranked = torch.where(passed, scores, -1.0).flatten(1)
+        best, index = largest(ranked, min(candidates, ranked.shape[1]))
         labels, there = index % classes, best > self.score_threshold
         row = index // classes * sets + labels.clamp(max=sets - 1)
         found = torch.where(there[..., None], pick(boxes.flatten(1, 2), row), 0.0)

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from vitdet.kernels.nms import nms
 from vitdet.models.anchors import grid_anchors
 from vitdet.models.assign import Choose, Match, Sampled, choose_randomly, sample
-from vitdet.models.boxes import clip, decode, encode, iou_blocks, nonempty, pick
+from vitdet.models.boxes import clip, decode, encode, iou_blocks, largest, nonempty, pick
 from vitdet.models.layers import ConvNorm, init_predictor
 from vitdet.models.losses import box_l1, objectness
 from vitdet.types import Targets
@@ -126,7 +126,7 @@ class RPN(nn.Module):
         pre_nms, post_nms = top
         boxes, scores = [], []
         for logits, deltas, anchors in zip(*found, strict=True):
-            best, index = logits.float().topk(min(pre_nms, logits.shape[1]), dim=1)
+            best, index = largest(logits.float(), min(pre_nms, logits.shape[1]))
             decoded = decode(anchors[index], pick(deltas, index), WEIGHTS, self.min_log_scale)
             decoded = clip(decoded, sizes)
             usable = decoded.isfinite().all(dim=2) & best.isfinite() & nonempty(decoded)
