@@ -39,17 +39,29 @@ class Predictor:
     ) -> None:
         """detector takes canvases of image_size pixels a side, resized with antialiasing or without as it was trained;
         its mode and device stay as they are. reading: how image files are read. precision: what the detector computes
-        in, 'fp32', 'bf16', 'fp16' or 'auto', as evaluate.precision.
+        in, 'fp32', 'bf16', 'fp16' or 'auto', as evaluate.precision. Several threads may call one predictor.
         """
         if precision not in PRECISIONS:
             raise ValueError(f"precision is {', '.join(PRECISIONS)}, got {precision!r}")
-        self.detector = detector
+        self.detect = GraphedDetector(detector, self.context)
         self.class_names = tuple(class_names)
         self.image_size = image_size
         self.antialias = antialias
         self.reading = reading
         self.precision = precision
-        self.detect = GraphedDetector(detector, lambda: autocast(precision, device_of(detector)))
+
+    @property
+    def detector(self) -> nn.Module:
+        """What finds the objects; another one may be set."""
+        return self.detect.detector
+
+    @detector.setter
+    def detector(self, detector: nn.Module) -> None:
+        self.detect = GraphedDetector(detector, self.context)
+
+    def context(self) -> AbstractContextManager:
+        """In which the detector computes."""
+        return autocast(self.precision, device_of(self.detector))
 
     @classmethod
     def load(

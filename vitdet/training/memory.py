@@ -24,7 +24,10 @@ from vitdet.models.layers import Blocks
 
 BYTES_PER_WEIGHT = 16
 BYTES_PER_AVERAGED_WEIGHT = 4
-BYTES_PER_BLOCK_VALUE = {False: 50, True: 35}  # in half precision; without the kernels and with them
+BYTES_PER_BLOCK_VALUE = {
+    False: 50,
+    True: 35,
+}  # in half precision; without the kernels and with them
 BYTES_PER_PIXEL = {False: 1300, True: 1230}
 SHARE = 0.9  # of the GPU's memory: CUDA itself and fragments take the rest
 log = logging.getLogger(__name__)
