@@ -7,6 +7,7 @@ small batches; as a graph a step has some 90 launches.
 from __future__ import annotations
 
 from collections.abc import Callable
+from threading import Lock
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
@@ -16,6 +17,7 @@ Output = TypeVar("Output")
 
 LIMIT = 6  # graphs kept, one for each set of shapes; each holds its activations
 WARM_UPS = 2  # calls before the recording, in which kernels are compiled and chosen
+_recording = Lock()  # torch records one graph of a process at a time
 
 
 class NotRecorded(Exception):
@@ -40,6 +42,9 @@ class CudaGraph(Generic[Output]):
         self.function = function
         self.graphs: dict[tuple, _Graph[Output]] = {}
         self.pool: Any = None  # of memory, which the graphs share: one runs at a time
+        self.stream: torch.cuda.Stream | None = (
+            None  # of all recordings: a pool's memory belongs to a stream
+        )
 
     def __call__(self, *tensors: Tensor) -> Output:
         """As function(*tensors), which lie on the GPU or in pinned memory. Raises NotRecorded for shapes not recorded."""
@@ -64,24 +69,32 @@ class CudaGraph(Generic[Output]):
         if len(self.graphs) == LIMIT:
             raise NotRecorded(f"{LIMIT} graphs are recorded already, for other shapes")
         device = tensors[0].device if tensors[0].is_cuda else torch.device("cuda")
+        # kernels run, and memory is synchronized, on the current device
+        with _recording, torch.cuda.device(device):
+            self._record(device, tensors)
+
+    def _record(self, device: torch.device, tensors: tuple[Tensor, ...]) -> None:
         random = torch.cuda.get_rng_state(device)
         inputs = tuple(tensor.to(device, copy=True) for tensor in tensors)
         graph = torch.cuda.CUDAGraph()
+        self.stream = self.stream or torch.cuda.Stream(device)
         try:
-            side = torch.cuda.Stream(device)
-            side.wait_stream(torch.cuda.current_stream(device))
-            with torch.cuda.stream(side):
+            self.stream.wait_stream(torch.cuda.current_stream(device))
+            with torch.cuda.stream(self.stream):
                 for _ in range(WARM_UPS):
                     self.function(*inputs)
-            torch.cuda.current_stream(device).wait_stream(side)
+            torch.cuda.current_stream(device).wait_stream(self.stream)
             torch.cuda.synchronize(device)
             torch.cuda.empty_cache()  # the graph has memory of its own
-            with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
+            with torch.cuda.graph(
+                graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"
+            ):
                 output = self.function(*inputs)
         except RuntimeError as error:  # torch.OutOfMemoryError is one
             torch.cuda.synchronize(device)
             torch.cuda.empty_cache()
-            raise NotRecorded(str(error).strip().splitlines()[0]) from error
+            reason = str(error).strip() or type(error).__name__
+            raise NotRecorded(reason.splitlines()[0]) from error
         finally:
             torch.cuda.set_rng_state(random, device)
         self.pool = graph.pool()
