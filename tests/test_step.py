@@ -283,6 +283,22 @@ def test_the_scale_is_part_of_the_state(tiny: Path) -> None:
     assert second.scaler.get_scale() == 32.0
 
 
+@pytest.mark.parametrize("graphed", [True, False])
+def test_all_processes_begin_with_the_weights_of_the_first(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch, graphed: bool
+) -> None:
+    """Processors of other makes draw initial weights that differ in their last bits, which nothing would ever mend."""
+    run, given = Run(tiny, optim__ema=0.5), []
+    monkeypatch.setattr(distributed, "broadcast", lambda tensors: given.extend(tensors))
+    if graphed:
+        monkeypatch.setattr(run.step, "graphed", object())
+    run.step.distribute()
+    detector = run.step.detector
+    wanted = [*detector.parameters(), *detector.buffers(), *run.step.average.weights.values()]
+    assert [one.data_ptr() for one in given] == [one.data_ptr() for one in wanted]
+    assert not any(one.requires_grad for one in given)
+
+
 @pytest.mark.slow
 def test_the_scale_of_fp16_survives_a_stop(tiny: Path, tmp_path: Path) -> None:
     changes = {"train__precision": "fp16", "optim__steps": 4, "train__save_every": 2}
