@@ -56,6 +56,11 @@ class CudaGraph(Generic[Output]):
         recorded.graph.replay()
         return recorded.output
 
+    def clear(self) -> None:
+        """Give back the memory of all graphs; what they returned is lost."""
+        self.graphs.clear()
+        self.pool = None
+
     def has(self, *tensors: Tensor) -> bool:
         """Whether there is a graph for tensors of these shapes."""
         return _shapes(tensors) in self.graphs

@@ -70,6 +70,10 @@ class GraphedGradients:
                 )
         torch._foreach_copy_(gradients, kept)
 
+    def release(self) -> None:
+        """Give back the memory of the graphs, which are recorded again when they are needed."""
+        self.graph.clear()
+
     def average(self) -> None:
         """Average the gradients over all processes."""
         distributed.average(self.gradients())

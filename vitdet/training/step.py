@@ -141,6 +141,11 @@ class TrainingStep:
         self.average.update(step)
         return norm
 
+    def release(self) -> None:
+        """Give back the memory that only the next step needs again."""
+        if self.graphed is not None:
+            self.graphed.release()
+
     def check(self) -> None:
         """Raise ValueError if fp16 skips step after step. Reads the scale from the device."""
         if self.scaler.is_enabled() and (scale := self.scaler.get_scale()) < LEAST_SCALE:
