@@ -205,9 +205,9 @@ def second_gpu(monkeypatch):
 def test_graphs_are_recorded_on_their_device_in_one_stream(second_gpu):
     """Memory of a pool that was used in another stream cannot be used again."""
     devices = []
-    graphs = CudaGraph(lambda _: devices.append(second_gpu.device))
-    graphs.record(OnSecondGpu(1))
-    graphs.record(OnSecondGpu(2))
+    graphs = CudaGraph()
+    for size in (1, 2):
+        graphs.record(lambda _: devices.append(second_gpu.device), OnSecondGpu(size))
     assert set(devices) == {torch.device("cuda:1")}
     (first, no_pool, device), (second, pool, other) = second_gpu.streams
     assert first is second and first.device == device == other == torch.device("cuda:1")
@@ -224,4 +224,4 @@ def test_what_cannot_be_recorded_says_why_in_one_line(second_gpu, error, reason)
         raise error
 
     with pytest.raises(NotRecorded, match=f"^{reason}$"):
-        CudaGraph(function).record(OnSecondGpu(1))
+        CudaGraph().record(function, OnSecondGpu(1))

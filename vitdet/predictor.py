@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import overload
 
@@ -43,12 +44,12 @@ class Predictor:
         """
         if precision not in PRECISIONS:
             raise ValueError(f"precision is {', '.join(PRECISIONS)}, got {precision!r}")
-        self.detect = GraphedDetector(detector, self.context)
+        self.precision = precision
+        self.detector = detector
         self.class_names = tuple(class_names)
         self.image_size = image_size
         self.antialias = antialias
         self.reading = reading
-        self.precision = precision
 
     @property
     def detector(self) -> nn.Module:
@@ -57,11 +58,7 @@ class Predictor:
 
     @detector.setter
     def detector(self, detector: nn.Module) -> None:
-        self.detect = GraphedDetector(detector, self.context)
-
-    def context(self) -> AbstractContextManager:
-        """In which the detector computes."""
-        return autocast(self.precision, device_of(self.detector))
+        self.detect = GraphedDetector(detector, partial(_computing, self.precision, detector))
 
     @classmethod
     def load(
@@ -117,6 +114,10 @@ class Predictor:
 def device_of(detector: nn.Module) -> torch.device:
     """Where its weights are."""
     return next((parameter.device for parameter in detector.parameters()), torch.device("cpu"))
+
+
+def _computing(precision: str, detector: nn.Module) -> AbstractContextManager:
+    return autocast(precision, device_of(detector))
 
 
 def autocast(precision: str, device: torch.device) -> AbstractContextManager:

@@ -36,7 +36,7 @@ class GraphedDetector:
     def forget(self) -> None:
         """Be as before the first call."""
         self.lock = Lock()
-        self.graph: CudaGraph[tuple[Found, Tensor | None]] = CudaGraph(self.find)
+        self.graph: CudaGraph[tuple[Found, Tensor | None]] = CudaGraph()
         self.state: tuple[int, ...] = ()  # of the detector that is recorded
         self.refused = False
 
@@ -69,12 +69,12 @@ class GraphedDetector:
         tensors = chain(self.detector.parameters(), self.detector.buffers())
         state = (int(self.detector.training), *(tensor.data_ptr() for tensor in tensors))
         if state != self.state:
-            self.graph, self.state, self.refused = CudaGraph(self.find), state, False
+            self.graph, self.state, self.refused = CudaGraph(), state, False
         if not self.graph.has(images, sizes):
             if self.refused:
                 return None
             try:
-                self.graph.record(images, sizes)
+                self.graph.record(self.find, images, sizes)
             except NotRecorded as error:
                 self.refused = True
                 log.info("detection runs without a CUDA graph: %s", error)

@@ -39,9 +39,7 @@ class GraphedGradients:
         for parameter in self.parameters:
             parameter.grad = torch.zeros_like(parameter)
         self.run = run
-        self.graph: CudaGraph[Losses] = CudaGraph(
-            lambda images, sizes, *targets: run(images, Targets.from_tensors(*targets), sizes)
-        )
+        self.graph: CudaGraph[Losses] = CudaGraph()
         self.refused: set[tuple[int, int]] = set()  # sizes of targets that could not be recorded
 
     def __call__(self, images: Tensor, targets: Targets, sizes: Tensor) -> Losses:
@@ -58,8 +56,12 @@ class GraphedGradients:
         """Record the step for tensors of these shapes; the gradients stay as they are."""
         gradients = self.gradients()
         kept = [gradient.clone() for gradient in gradients]
+
+        def run(images: Tensor, sizes: Tensor, *targets: Tensor) -> Losses:
+            return self.run(images, Targets.from_tensors(*targets), sizes)
+
         try:
-            self.graph.record(*tensors)
+            self.graph.record(run, *tensors)
         except NotRecorded as error:
             self.refused.add(shape)
             if distributed.rank() == 0:
