@@ -161,10 +161,13 @@ class OnSecondGpu:
 
     def __init__(self, size: int) -> None:
         self.shape = (size,)
+        self.inference = False
 
     def to(self, device: torch.device, copy: bool) -> "OnSecondGpu":
         assert device == self.device and copy
-        return self
+        copied = OnSecondGpu(*self.shape)
+        copied.inference = torch.is_inference_mode_enabled()
+        return copied
 
 
 @pytest.fixture
@@ -213,6 +216,14 @@ def test_graphs_are_recorded_on_their_device_in_one_stream(second_gpu):
     assert first is second and first.device == device == other == torch.device("cuda:1")
     assert no_pool is None and pool == "pool"
     assert second_gpu.device == torch.device("cuda:0")
+
+
+def test_inputs_of_a_graph_can_be_written_outside_of_the_inference_mode(second_gpu):
+    """Tensors that are made in the inference mode cannot; it is a state of each thread."""
+    graphs, inference = CudaGraph(), []
+    with torch.inference_mode():
+        graphs.record(lambda one: inference.append(one.inference), OnSecondGpu(1))
+    assert set(inference) == {False}
 
 
 @pytest.mark.parametrize(

@@ -87,7 +87,8 @@ class CudaGraph(Generic[Output]):
         tensors: tuple[Tensor, ...],
     ) -> None:
         random = torch.cuda.get_rng_state(device)
-        inputs = tuple(tensor.to(device, copy=True) for tensor in tensors)
+        with torch.inference_mode(False):  # else later calls could only write to them in that mode
+            inputs = tuple(tensor.to(device, copy=True) for tensor in tensors)
         graph = torch.cuda.CUDAGraph()
         self.stream = self.stream or torch.cuda.Stream(device)
         try:
