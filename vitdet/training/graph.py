@@ -31,7 +31,8 @@ Run = Callable[[Tensor, Targets, Tensor], Losses]
 class GraphedGradients:
     """`run` of a batch's images, targets and sizes, which adds to the gradients and gives the losses, as CUDA graphs.
 
-    Where it cannot be recorded, for these shapes or at all, it runs as it is; the log says so once.
+    Where it cannot be recorded, for these shapes or at all, it runs as it is; the log says so once for each size of
+    targets.
     """
 
     def __init__(self, detector: Detector, run: Run) -> None:
