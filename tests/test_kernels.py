@@ -1,11 +1,16 @@
 """Where the Triton kernels run, and what the log says about it."""
 
+from contextlib import contextmanager
+from importlib import import_module
+from importlib.util import find_spec
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 from vitdet import kernels
+from vitdet.kernels import attention, nms, rasterize, roi_align
+from vitdet.kernels.cuda_graph import CudaGraph, NotRecorded
 
 
 @pytest.fixture
@@ -78,3 +83,156 @@ def test_a_compiler_does_not_look_inside(monkeypatch):
         return x + 1 if kernels._runs_on(0) else x
 
     assert torch.compile(function, backend="eager", fullgraph=True)(torch.zeros(1)).item() == 1
+
+
+def zeros(*shape):
+    return torch.zeros(shape)
+
+
+QKV = zeros(1, 4, 48), zeros(48), zeros(3, 16), zeros(3, 16)  # 2 x 2 tokens, a head of 16 channels
+MAP, BOXES, NUMBERS = zeros(1, 8, 4, 4), zeros(1, 4), torch.zeros(1, dtype=torch.int64)
+# operator, its arguments, the function that starts its kernels and what that returns
+LAUNCHES = {
+    "attention": (
+        lambda: attention._attention(*QKV, 2, 2, 1, 0, False),
+        ("attention_kernels", "forward"),
+        lambda: (zeros(1, 4, 16), zeros(1, 4)),
+    ),
+    "its gradient": (
+        lambda: attention._attention_backward(
+            zeros(1, 4, 16), *QKV, zeros(1, 4, 16), zeros(1, 4), 2, 2, 1, 0, False
+        ),
+        ("attention_kernels", "backward"),
+        lambda: tuple(torch.zeros_like(one) for one in QKV),
+    ),
+    "NMS": (
+        lambda: nms.suppress(BOXES[None], None, 0.5, 1),
+        ("nms_kernels", "launch"),
+        lambda: torch.zeros(1, 1, dtype=torch.bool),
+    ),
+    "mask targets": (
+        lambda: rasterize.fill(zeros(1, 4), torch.zeros(1, 2, dtype=torch.int64), BOXES, 28),
+        ("rasterize_kernels", "launch"),
+        lambda: torch.zeros(1, 28, 28, dtype=torch.bool),
+    ),
+    "RoIAlign": (
+        lambda: roi_align.pool([MAP], BOXES, NUMBERS, NUMBERS, [4], 7, 2),
+        ("roi_align_kernels", "forward"),
+        lambda: zeros(1, 7, 7, 8),
+    ),
+    "its gradients": (
+        lambda: roi_align.pool_backward(
+            zeros(1, 8, 7, 7), BOXES, NUMBERS, NUMBERS, [4], [4], 1, [4], 7, 2
+        ),
+        ("roi_align_kernels", "backward"),
+        lambda: [zeros(1, 4, 4, 8)],
+    ),
+}
+
+
+@pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
+@pytest.mark.parametrize("name", LAUNCHES)
+def test_kernels_run_on_the_device_of_their_tensors(name, monkeypatch):
+    """Triton starts a kernel on the current device, wherever its tensors lie."""
+    run, (module, launch), result = LAUNCHES[name]
+    current: list[object] = []
+
+    @contextmanager
+    def device_of(tensor):
+        current.append(tensor.device)
+        yield
+        current.pop()
+
+    devices = []
+    monkeypatch.setattr(torch.cuda, "device_of", device_of)
+    monkeypatch.setattr(
+        import_module(f"vitdet.kernels.{module}"),
+        launch,
+        lambda *_: devices.append(list(current)) or result(),
+    )
+    run()
+    assert devices == [[torch.device("cpu")]]
+
+
+class OnSecondGpu:
+    """What a graph needs to know of a tensor."""
+
+    is_cuda, dtype, device = True, torch.float32, torch.device("cuda:1")
+
+    def __init__(self, size: int) -> None:
+        self.shape = (size,)
+        self.inference = False
+
+    def to(self, device: torch.device, copy: bool) -> "OnSecondGpu":
+        assert device == self.device and copy
+        copied = OnSecondGpu(*self.shape)
+        copied.inference = torch.is_inference_mode_enabled()
+        return copied
+
+
+@pytest.fixture
+def second_gpu(monkeypatch):
+    """Pretended streams and graphs, and the current device."""
+    current = SimpleNamespace(device=torch.device("cuda:0"), streams=[])
+
+    @contextmanager
+    def device(wanted):
+        before, current.device = current.device, torch.device(wanted)
+        yield
+        current.device = before
+
+    @contextmanager
+    def graph(_, pool, stream, capture_error_mode):
+        current.streams.append((stream, pool, current.device))
+        yield
+
+    def make_stream(wanted):
+        return SimpleNamespace(device=wanted, wait_stream=lambda _: None)
+
+    for name, value in {
+        "device": device,
+        "graph": graph,
+        "CUDAGraph": lambda: SimpleNamespace(pool=lambda: "pool"),
+        "Stream": make_stream,
+        "stream": lambda _: device(current.device),
+        "current_stream": make_stream,
+        "synchronize": lambda _: None,
+        "empty_cache": lambda: None,
+        "get_rng_state": lambda _: None,
+        "set_rng_state": lambda *_: None,
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    return current
+
+
+def test_graphs_are_recorded_on_their_device_in_one_stream(second_gpu):
+    """Memory of a pool that was used in another stream cannot be used again."""
+    devices = []
+    graphs = CudaGraph()
+    for size in (1, 2):
+        graphs.record(lambda _: devices.append(second_gpu.device), OnSecondGpu(size))
+    assert set(devices) == {torch.device("cuda:1")}
+    (first, no_pool, device), (second, pool, other) = second_gpu.streams
+    assert first is second and first.device == device == other == torch.device("cuda:1")
+    assert no_pool is None and pool == "pool"
+    assert second_gpu.device == torch.device("cuda:0")
+
+
+def test_inputs_of_a_graph_can_be_written_outside_of_the_inference_mode(second_gpu):
+    """Tensors that are made in the inference mode cannot; it is a state of each thread."""
+    graphs, inference = CudaGraph(), []
+    with torch.inference_mode():
+        graphs.record(lambda one: inference.append(one.inference), OnSecondGpu(1))
+    assert set(inference) == {False}
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [(RuntimeError("one\ntwo"), "one"), (NotImplementedError(), "NotImplementedError")],
+)
+def test_what_cannot_be_recorded_says_why_in_one_line(second_gpu, error, reason):
+    def function(_):
+        raise error
+
+    with pytest.raises(NotRecorded, match=f"^{reason}$"):
+        CudaGraph().record(function, OnSecondGpu(1))

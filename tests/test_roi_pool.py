@@ -104,6 +104,16 @@ def test_no_boxes_at_all(ratio):
     assert pool_images(maps(), [torch.zeros(0, 4)] * 2, STRIDES, 7, ratio).shape == (0, 3, 7, 7)
 
 
+@pytest.mark.parametrize("ratio", [0, 2])
+def test_an_empty_slot_keeps_its_row_and_gives_no_infinity(ratio):
+    """A GPU without kernels has them, too."""
+    boxes = torch.tensor([[0.0, 0, 0, 0], [8, 8, 40, 40], [0, 0, 0, 0]])
+    found = pool(maps(), boxes, torch.tensor([-1, 1, -1]), STRIDES, 7, ratio)
+    alone = pool(maps(), boxes[1:2], torch.tensor([1]), STRIDES, 7, ratio)
+    assert len(found) == 3 and found.isfinite().all()
+    torch.testing.assert_close(found[1:2], alone)
+
+
 def test_only_as_many_levels_as_strides_are_read():
     features = [*maps(), torch.full((2, 3, 2, 2), float("nan"))]
     boxes = [torch.tensor([[0.0, 0, 900, 900]]), torch.zeros(0, 4)]

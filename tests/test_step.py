@@ -23,6 +23,7 @@ from vitdet.data.dataset import read_split
 from vitdet.data.loader import train_loader
 from vitdet.models import build_detector
 from vitdet.training import trainer
+from vitdet.training.graph import GraphedGradients
 from vitdet.training.meter import Meter
 from vitdet.training.step import Figures, TrainingStep
 from vitdet.types import Batch
@@ -281,6 +282,48 @@ def test_the_scale_is_part_of_the_state(tiny: Path) -> None:
     assert third.state_dict()["scaler"] == {}
     second.load_state_dict(third.state_dict())
     assert second.scaler.get_scale() == 32.0
+
+
+@pytest.mark.parametrize("graphed", [True, False])
+def test_all_processes_begin_with_the_weights_of_the_first(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch, graphed: bool
+) -> None:
+    """Processors of other makes draw initial weights that differ in their last bits, which nothing would ever mend."""
+    run, given = Run(tiny, optim__ema=0.5), []
+    monkeypatch.setattr(distributed, "broadcast", lambda tensors: given.extend(tensors))
+    if graphed:
+        monkeypatch.setattr(run.step, "graphed", object())
+    run.step.distribute()
+    detector = run.step.detector
+    wanted = [*detector.parameters(), *detector.buffers(), *run.step.average.weights.values()]
+    assert [one.data_ptr() for one in given] == [one.data_ptr() for one in wanted]
+    assert not any(one.requires_grad for one in given)
+
+
+def test_an_evaluation_has_the_memory_of_recorded_steps(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Other memory than that of a graph's pool could be all taken."""
+    order, evaluate = [], trainer.evaluate_detector
+    monkeypatch.setattr(TrainingStep, "release", lambda _: order.append("release"))
+    monkeypatch.setattr(
+        trainer, "evaluate_detector", lambda *given: order.append("evaluate") or evaluate(*given)
+    )
+    go(tiny, tmp_path, optim__steps=2, train__eval_every=1)
+    assert order == ["release", "evaluate"] * 2
+
+
+def test_released_steps_are_recorded_again_and_refused_ones_are_not(tiny: Path) -> None:
+    run = Run(tiny)
+    run.step.release()  # without graphs
+    run.step.graphed = graphed = GraphedGradients(run.step.detector, run.step.gradients)
+    graphed.graph.graphs["shapes"], graphed.graph.pool = object(), object()
+    graphed.refused.add((16, 4096))
+    gradients = graphed.gradients()
+    run.step.release()
+    assert not graphed.graph.graphs and graphed.graph.pool is None
+    assert graphed.refused == {(16, 4096)}
+    assert all(a is b for a, b in zip(graphed.gradients(), gradients, strict=True))
 
 
 @pytest.mark.slow

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import overload
 
@@ -39,17 +40,25 @@ class Predictor:
     ) -> None:
         """detector takes canvases of image_size pixels a side, resized with antialiasing or without as it was trained;
         its mode and device stay as they are. reading: how image files are read. precision: what the detector computes
-        in, 'fp32', 'bf16', 'fp16' or 'auto', as evaluate.precision.
+        in, 'fp32', 'bf16', 'fp16' or 'auto', as evaluate.precision. Several threads may call one predictor.
         """
         if precision not in PRECISIONS:
             raise ValueError(f"precision is {', '.join(PRECISIONS)}, got {precision!r}")
+        self.precision = precision
         self.detector = detector
         self.class_names = tuple(class_names)
         self.image_size = image_size
         self.antialias = antialias
         self.reading = reading
-        self.precision = precision
-        self.detect = GraphedDetector(detector, lambda: autocast(precision, device_of(detector)))
+
+    @property
+    def detector(self) -> nn.Module:
+        """What finds the objects; another one may be set."""
+        return self.detect.detector
+
+    @detector.setter
+    def detector(self, detector: nn.Module) -> None:
+        self.detect = GraphedDetector(detector, partial(_computing, self.precision, detector))
 
     @classmethod
     def load(
@@ -105,6 +114,10 @@ class Predictor:
 def device_of(detector: nn.Module) -> torch.device:
     """Where its weights are."""
     return next((parameter.device for parameter in detector.parameters()), torch.device("cpu"))
+
+
+def _computing(precision: str, detector: nn.Module) -> AbstractContextManager:
+    return autocast(precision, device_of(detector))
 
 
 def autocast(precision: str, device: torch.device) -> AbstractContextManager:

@@ -1,5 +1,7 @@
 """Triton kernels for what PyTorch has no fast operation for: each a custom operator with its oracle in plain torch.
 
+Triton starts a kernel on the current device, so each operator makes that the device of its tensors.
+
 They run on NVIDIA GPUs from Ampere on; everywhere else, and with the environment variable VITDET_KERNELS=off, the
 callers take their plain path.
 """

@@ -116,7 +116,9 @@ def _attention(
     layout = Layout(height, width, heads, qkv.shape[-1] // (3 * heads), window)
     tables = rel_h.contiguous(), rel_w.contiguous()
     factor = layout.depth**-0.5 if scaled else 1.0
-    return forward(layout, qkv.contiguous(), bias.to(qkv.dtype).contiguous(), tables, factor)
+    given = qkv.contiguous(), bias.to(qkv.dtype).contiguous()
+    with torch.cuda.device_of(qkv):
+        return forward(layout, *given, tables, factor)
 
 
 @_attention.register_fake
@@ -162,7 +164,8 @@ def _attention_backward(
     tables = rel_h.contiguous(), rel_w.contiguous()
     factor = layout.depth**-0.5 if scaled else 1.0
     given = gradient.contiguous(), qkv.contiguous(), bias.to(qkv.dtype).contiguous()
-    return backward(layout, *given, tables, factor, out, sums)
+    with torch.cuda.device_of(qkv):
+        return backward(layout, *given, tables, factor, out, sums)
 
 
 @_attention_backward.register_fake

@@ -7,6 +7,7 @@ small batches; as a graph a step has some 90 launches.
 from __future__ import annotations
 
 from collections.abc import Callable
+from threading import Lock
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
@@ -16,6 +17,7 @@ Output = TypeVar("Output")
 
 LIMIT = 6  # graphs kept, one for each set of shapes; each holds its activations
 WARM_UPS = 2  # calls before the recording, in which kernels are compiled and chosen
+_recording = Lock()  # torch records one graph of a process at a time
 
 
 class NotRecorded(Exception):
@@ -29,20 +31,25 @@ class _Graph(NamedTuple, Generic[Output]):
 
 
 class CudaGraph(Generic[Output]):
-    """`function` of tensors on a GPU, recorded for each set of shapes that it is called with.
+    """A function of tensors on a GPU, recorded for each set of shapes that it is called with.
 
     The function may not wait for the GPU, and what it reads besides its arguments (weights, say) must stay where it is
     in memory. What it returns lies in memory that the next call with the same shapes overwrites. Random numbers follow
-    the generator of the device as without a graph.
+    the generator of the device as without a graph. No function is kept, whose references back would make the memory of
+    the graphs wait for the garbage collector.
     """
 
-    def __init__(self, function: Callable[..., Output]) -> None:
-        self.function = function
+    def __init__(self) -> None:
         self.graphs: dict[tuple, _Graph[Output]] = {}
         self.pool: Any = None  # of memory, which the graphs share: one runs at a time
+        # of all recordings: memory that a pool has for one stream serves no other
+        self.stream: torch.cuda.Stream | None = None
 
     def __call__(self, *tensors: Tensor) -> Output:
-        """As function(*tensors), which lie on the GPU or in pinned memory. Raises NotRecorded for shapes not recorded."""
+        """What the recorded function gives for tensors on the GPU or in pinned memory.
+
+        Raises NotRecorded for shapes that are not recorded.
+        """
         recorded = self.graphs.get(_shapes(tensors))
         if recorded is None:
             raise NotRecorded(f"no graph for the shapes {_shapes(tensors)}")
@@ -51,12 +58,17 @@ class CudaGraph(Generic[Output]):
         recorded.graph.replay()
         return recorded.output
 
+    def clear(self) -> None:
+        """Give back the memory of all graphs; what they returned is lost."""
+        self.graphs.clear()
+        self.pool = None
+
     def has(self, *tensors: Tensor) -> bool:
         """Whether there is a graph for tensors of these shapes."""
         return _shapes(tensors) in self.graphs
 
-    def record(self, *tensors: Tensor) -> None:
-        """Record the function for tensors of these shapes. It is called a few times: side effects happen.
+    def record(self, function: Callable[..., Output], *tensors: Tensor) -> None:
+        """Record function(*tensors) for tensors of these shapes. It is called a few times: side effects happen.
 
         Raises NotRecorded if it waits for the GPU somewhere, or if there are LIMIT graphs already. The generator of the
         device goes on as if nothing had happened.
@@ -64,24 +76,38 @@ class CudaGraph(Generic[Output]):
         if len(self.graphs) == LIMIT:
             raise NotRecorded(f"{LIMIT} graphs are recorded already, for other shapes")
         device = tensors[0].device if tensors[0].is_cuda else torch.device("cuda")
+        # kernels run, and memory is synchronized, on the current device
+        with _recording, torch.cuda.device(device):
+            self._record(function, device, tensors)
+
+    def _record(
+        self,
+        function: Callable[..., Output],
+        device: torch.device,
+        tensors: tuple[Tensor, ...],
+    ) -> None:
         random = torch.cuda.get_rng_state(device)
-        inputs = tuple(tensor.to(device, copy=True) for tensor in tensors)
+        with torch.inference_mode(False):  # else later calls could only write to them in that mode
+            inputs = tuple(tensor.to(device, copy=True) for tensor in tensors)
         graph = torch.cuda.CUDAGraph()
+        self.stream = self.stream or torch.cuda.Stream(device)
         try:
-            side = torch.cuda.Stream(device)
-            side.wait_stream(torch.cuda.current_stream(device))
-            with torch.cuda.stream(side):
+            self.stream.wait_stream(torch.cuda.current_stream(device))
+            with torch.cuda.stream(self.stream):
                 for _ in range(WARM_UPS):
-                    self.function(*inputs)
-            torch.cuda.current_stream(device).wait_stream(side)
+                    function(*inputs)
+            torch.cuda.current_stream(device).wait_stream(self.stream)
             torch.cuda.synchronize(device)
             torch.cuda.empty_cache()  # the graph has memory of its own
-            with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
-                output = self.function(*inputs)
+            with torch.cuda.graph(
+                graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"
+            ):
+                output = function(*inputs)
         except RuntimeError as error:  # torch.OutOfMemoryError is one
             torch.cuda.synchronize(device)
             torch.cuda.empty_cache()
-            raise NotRecorded(str(error).strip().splitlines()[0]) from error
+            reason = str(error).strip() or type(error).__name__
+            raise NotRecorded(reason.splitlines()[0]) from error
         finally:
             torch.cuda.set_rng_state(random, device)
         self.pool = graph.pool()

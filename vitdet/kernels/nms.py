@@ -39,7 +39,8 @@ def suppress(boxes: Tensor, labels: Tensor | None, iou: float, limit: int) -> Te
     """As `nms`, by the Triton kernels."""
     from vitdet.kernels.nms_kernels import launch
 
-    return launch(boxes.contiguous(), labels, iou, limit)
+    with torch.cuda.device_of(boxes):
+        return launch(boxes.contiguous(), labels, iou, limit)
 
 
 @suppress.register_fake

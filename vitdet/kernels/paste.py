@@ -45,7 +45,8 @@ def paste(masks: Tensor, boxes: Tensor, regions: Tensor, ends: Tensor, total: in
     """
     from vitdet.kernels.paste_kernels import launch
 
-    return launch(masks, boxes, regions, ends, total)
+    with torch.cuda.device_of(masks):
+        return launch(masks, boxes, regions, ends, total)
 
 
 @paste.register_kernel("cpu")

@@ -19,9 +19,8 @@ def launch(masks: Tensor, boxes: Tensor, regions: Tensor, ends: Tensor, total: i
     if total:
         tensors = [one.contiguous() for one in (masks, boxes, regions, ends)]
         grid = (len(masks), PROGRAMS)
-        with torch.cuda.device_of(masks):
-            # fused where the kernel says so, and nowhere else
-            paste_kernel[grid](*tensors, pixels, M=masks.shape[-1], enable_fp_fusion=False)
+        # fused where the kernel says so, and nowhere else
+        paste_kernel[grid](*tensors, pixels, M=masks.shape[-1], enable_fp_fusion=False)
     return pixels
 
 

@@ -40,7 +40,8 @@ def fill(edges: Tensor, spans: Tensor, boxes: Tensor, size: int) -> Tensor:
     """As `rasterize`, by the Triton kernel."""
     from vitdet.kernels.rasterize_kernels import launch
 
-    return launch(edges.contiguous(), spans.contiguous(), boxes.contiguous(), size)
+    with torch.cuda.device_of(boxes):
+        return launch(edges.contiguous(), spans.contiguous(), boxes.contiguous(), size)
 
 
 @fill.register_fake

@@ -68,9 +68,9 @@ def pool(
     from vitdet.kernels.roi_align_kernels import forward
 
     maps = [feature.permute(0, 2, 3, 1).contiguous() for feature in features]
-    found = forward(
-        maps, boxes.contiguous(), image.contiguous(), level.contiguous(), strides, bins, ratio
-    )
+    rois = boxes.contiguous(), image.contiguous(), level.contiguous()
+    with torch.cuda.device_of(boxes):
+        found = forward(maps, *rois, strides, bins, ratio)
     return found.permute(0, 3, 1, 2)
 
 
@@ -104,17 +104,11 @@ def pool_backward(
     """The gradients (B, C, h, w) of the maps of these sizes, from that of the features (R, C, bins, bins)."""
     from vitdet.kernels.roi_align_kernels import backward
 
-    found = backward(
-        gradient.permute(0, 2, 3, 1).contiguous(),
-        boxes.contiguous(),
-        image.contiguous(),
-        level.contiguous(),
-        list(zip(heights, widths, strict=True)),
-        images,
-        strides,
-        bins,
-        ratio,
-    )
+    given = gradient.permute(0, 2, 3, 1).contiguous()
+    rois = boxes.contiguous(), image.contiguous(), level.contiguous()
+    shapes = list(zip(heights, widths, strict=True))
+    with torch.cuda.device_of(boxes):
+        found = backward(given, *rois, shapes, images, strides, bins, ratio)
     return [one.permute(0, 3, 1, 2) for one in found]
 
 

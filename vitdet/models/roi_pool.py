@@ -36,15 +36,15 @@ def pool(
 ) -> Tensor:
     """Features (R, C, bins, bins) of boxes (R, 4), each of its image (R,), from maps (B, C, h, w).
 
-    `sampling_ratio` points a bin and axis; 0 adapts them to the RoI's size, as the published models do. On a GPU a RoI
-    of image -1 is an empty slot, whose features mean nothing.
+    `sampling_ratio` points a bin and axis; 0 adapts them to the RoI's size, as the published models do. A RoI of image
+    -1 is an empty slot, whose features are of any finite value.
     """
     features = features[: len(strides)]
     levels = assign_levels(boxes, len(features), strides[0])
     if enabled(*features):
         levels = torch.where(image < 0, -1, levels)
         return roi_align(features, boxes, image, levels, strides, bins, sampling_ratio)
-    image = image.clamp(min=0)  # an empty slot gets the features of its box in any image
+    image = image.clamp(min=0)
     if sampling_ratio > 0:
         return _pool_by_products(features, boxes, image, levels, strides, bins, sampling_ratio)
     rois = torch.cat([image[:, None].to(boxes.dtype), boxes], dim=1)

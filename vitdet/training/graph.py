@@ -31,7 +31,8 @@ Run = Callable[[Tensor, Targets, Tensor], Losses]
 class GraphedGradients:
     """`run` of a batch's images, targets and sizes, which adds to the gradients and gives the losses, as CUDA graphs.
 
-    Where it cannot be recorded, for these shapes or at all, it runs as it is; the log says so once.
+    Where it cannot be recorded, for these shapes or at all, it runs as it is; the log says so once for each size of
+    targets.
     """
 
     def __init__(self, detector: Detector, run: Run) -> None:
@@ -39,9 +40,7 @@ class GraphedGradients:
         for parameter in self.parameters:
             parameter.grad = torch.zeros_like(parameter)
         self.run = run
-        self.graph: CudaGraph[Losses] = CudaGraph(
-            lambda images, sizes, *targets: run(images, Targets.from_tensors(*targets), sizes)
-        )
+        self.graph: CudaGraph[Losses] = CudaGraph()
         self.refused: set[tuple[int, int]] = set()  # sizes of targets that could not be recorded
 
     def __call__(self, images: Tensor, targets: Targets, sizes: Tensor) -> Losses:
@@ -58,8 +57,12 @@ class GraphedGradients:
         """Record the step for tensors of these shapes; the gradients stay as they are."""
         gradients = self.gradients()
         kept = [gradient.clone() for gradient in gradients]
+
+        def run(images: Tensor, sizes: Tensor, *targets: Tensor) -> Losses:
+            return self.run(images, Targets.from_tensors(*targets), sizes)
+
         try:
-            self.graph.record(*tensors)
+            self.graph.record(run, *tensors)
         except NotRecorded as error:
             self.refused.add(shape)
             if distributed.rank() == 0:
@@ -69,6 +72,10 @@ class GraphedGradients:
                     error,
                 )
         torch._foreach_copy_(gradients, kept)
+
+    def release(self) -> None:
+        """Give back the memory of the graphs, which are recorded again when they are needed."""
+        self.graph.clear()
 
     def average(self) -> None:
         """Average the gradients over all processes."""

@@ -74,7 +74,10 @@ class TrainingStep:
                 self.graphed = GraphedGradients(detector, self.gradients)
 
     def distribute(self) -> None:
-        """Average the gradients of all processes from now on; to be called by all of them."""
+        """Average the gradients of all processes from now on; to be called by all of them, which get the first one's weights."""
+        # processors of other makes draw initial weights that differ in their last bits
+        weights = (*self.detector.parameters(), *self.detector.buffers())
+        distributed.broadcast(one.detach() for one in (*weights, *self.average.weights.values()))
         if self.graphed is None:
             self.model = parallelize(self.detector, self.device, self.accumulate)
 
@@ -137,6 +140,11 @@ class TrainingStep:
         self.scaler.update()
         self.average.update(step)
         return norm
+
+    def release(self) -> None:
+        """Give back the memory that only the next step needs again."""
+        if self.graphed is not None:
+            self.graphed.release()
 
     def check(self) -> None:
         """Raise ValueError if fp16 skips step after step. Reads the scale from the device."""

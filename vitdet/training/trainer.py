@@ -265,6 +265,7 @@ class Loop:
         The state after `step` steps is saved already; the AP is written beside it. Raises Stopped.
         """
 
+        self.training_step.release()
         config, limits = self.config, iter([LONG])  # the first batch may compile kernels
 
         def advance(batch: bool) -> bool:
