@@ -11,6 +11,7 @@ random draws of the next one are those of the next step, and the average moves t
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import NamedTuple
@@ -19,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from vitdet import distributed
+from vitdet import distributed, kernels
 from vitdet.config import Config
 from vitdet.models import Detector
 from vitdet.models.compile import compile_parts
@@ -30,6 +31,8 @@ from vitdet.training.parallel import parallelize, without_exchange
 from vitdet.training.precision import autocast, chosen, tf32
 from vitdet.training.watchdog import Stage
 from vitdet.types import Batch, Target, Targets
+
+log = logging.getLogger(__name__)
 
 LONG_RUN = 1000  # steps from which train.compile=auto compiles: about 90 s for a third of the time
 LEAST_SCALE = 2.0**-14  # of the losses; it begins with 2 ** 16 and halves in each skipped step
@@ -70,8 +73,13 @@ class TrainingStep:
         if device.type == "cuda" and setting != "never":
             if setting == "always" or config.optim.steps >= LONG_RUN:
                 compile_parts(detector)
-            if can_be_graphed(detector):
+            if kernels.enabled(next(detector.parameters())) and can_be_graphed(detector):
                 self.graphed = GraphedGradients(detector, self.gradients)
+            elif distributed.rank() == 0:
+                log.info(
+                    "training steps run without a CUDA graph: it needs the Triton kernels, and a detector without BatchNorm "
+                    "and without activation checkpointing"
+                )
 
     def distribute(self) -> None:
         """Average the gradients of all processes from now on; to be called by all of them, which get the first one's weights."""
@@ -105,18 +113,22 @@ class TrainingStep:
         return Figures(losses, norm, lr, skipped)
 
     def forward_backward(self, batch: Batch, at: Callable[[Stage], None]) -> dict[str, Tensor]:
-        """Add the gradients of a micro-batch from the loader, its share of the step's, to those there are; its losses, detached.
+        """Add the gradients of a micro-batch from the loader, its share of the step's, to those there are.
 
-        `at` is told that the backward pass begins, with which other processes may have to wait for this one.
+        Gives its losses, detached. `at` is told that the backward pass begins, with which other processes may have to wait for this one.
         """
-        if self.graphed is not None:
-            images = batch.images.to(self.device, non_blocking=True)
-            sizes = batch.sizes.pin_memory().to(self.device, non_blocking=True)
-            losses = self.graphed(images, padded(batch.targets, self.device), sizes)
-            at(Stage.EXCHANGING)
-            return {name: loss.clone() for name, loss in losses.items()}
-        batch = batch.to(self.device, non_blocking=True)
-        return self.gradients(batch.images, batch.targets, batch.sizes, at)
+        if self.device.type != "cuda":
+            batch = batch.to(self.device)
+            return self.gradients(batch.images, batch.targets, batch.sizes, at)
+        # from pinned memory, so that the host does not wait for what the GPU still has to do
+        images = batch.images.to(self.device, non_blocking=True)
+        sizes = batch.sizes.pin_memory().to(self.device, non_blocking=True)
+        targets = padded(batch.targets, self.device)
+        if self.graphed is None:
+            return self.gradients(images, targets, sizes, at)
+        losses = self.graphed(images, targets, sizes)
+        at(Stage.EXCHANGING)
+        return {name: loss.clone() for name, loss in losses.items()}
 
     def gradients(
         self,
