@@ -112,8 +112,7 @@ def test_a_gpu_with_little_shared_memory_gets_fewer_stages():
 
 @needs_triton
 @pytest.mark.slow
-@pytest.mark.parametrize("window", [0, 14])
-@pytest.mark.parametrize(("heads", "depth"), [(12, 64), (16, 80)])
+@pytest.mark.parametrize(("heads", "depth", "window"), [(12, 64, 0), (16, 80, 14)])
 def test_kernels_compiled_for_hopper_keep_all_in_registers(heads, depth, window):
     from tests.offline import assemble, attention_launches
 
