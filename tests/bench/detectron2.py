@@ -82,7 +82,7 @@ def beside(
     theirs: Callable[..., dict],
     path: str,
 ) -> dict:
-    """Our figures, and theirs in the same rows: `precision` says whose they are."""
+    """The figures of both implementations as rows of one table; the column `who` names the implementation."""
     figures: dict = {"product_tflops": {}, "tflop_per_image": 0.0}
     rows: list[dict] = []
     for size in sizes:
