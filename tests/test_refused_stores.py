@@ -127,7 +127,7 @@ def test_the_first_stage_refuses_an_address_without_a_scheme() -> None:
     for uri in (
         "http://localhost:5000",
         "sqlite:///a:5000/b",
-        "postgresql://u:p@h:5/d",
+        "postgresql://h:5/d",
         "databricks",
     ):
         assert load_config("tiny", [f"tracking.uri={uri}"]).tracking.uri == uri

@@ -196,8 +196,7 @@ def test_a_server_that_stays_away_ends_in_one_line(
     ("answer", "kind"),
     [
         (MISSING, LookupError),
-        ((401, {}, {}), ConnectionError),
-        ((403, {"error_code": "PERMISSION_DENIED", "message": "no"}, {}), ConnectionError),
+        ((403, {"error_code": "PERMISSION_DENIED", "message": "no"}, {}), ValueError),
         ((400, {"error_code": "INVALID_PARAMETER_VALUE", "message": "a\nb"}, {}), ValueError),
     ],
 )
@@ -208,7 +207,7 @@ def test_what_does_not_pass_fails_at_once_in_one_line(
     with pytest.raises(kind) as error:
         parent(server, tmp_path)
     assert not slept and server.asked.count("runs/search") == 1
-    assert str(error.value).startswith(f"{server.uri}: ") and "\n" not in str(error.value)
+    assert str(error.value).startswith(server.uri) and "\n" not in str(error.value)
 
 
 def test_the_settings_of_a_training_and_of_the_loggers_come_back(

@@ -8,6 +8,7 @@ override `section.key=value` changes one more setting. Steps pass the resolved c
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, is_dataclass
 from functools import reduce
@@ -319,10 +320,15 @@ def load_config(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Conf
 
 
 def check_names(tracking: TrackingConfig) -> None:
-    """Raise ValueError for an address or names that MLflow refuses; not part of the section, as old
-    checkpoints may contain such.
+    """Raise ValueError for an address or names that MLflow refuses, and for an address with a
+    password, as configs are stored; not part of the section, as old checkpoints may contain such.
     """
     check_address("tracking.uri", tracking.uri)
+    _rule(
+        not re.search(r"://[^/\s]*@", tracking.uri),
+        "tracking.uri must not contain a user or password, as it is stored in configs and checkpoints; "
+        "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or the whole address as MLFLOW_TRACKING_URI",
+    )
     check("tracking.experiment", ExperimentName, tracking.experiment)
     check("tracking.model_name", ModelName, tracking.model_name)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from vitdet.tracking.address import hide_credentials
 from vitdet.tracking.requests import RefusedError, create, using
 
 if TYPE_CHECKING:
@@ -29,7 +30,7 @@ def experiment_id(
             experiment = client.get_experiment_by_name(name)
         if experiment is None:
             return None
-        number = experiment.experiment_id
+        number = _checked(experiment.experiment_id, uri)
         if experiment.lifecycle_stage == "deleted":
             raise RefusedError(
                 f"the MLflow experiment {name!r} was deleted; restore it with `mlflow experiments "
@@ -38,3 +39,19 @@ def experiment_id(
         return number
 
     return create(found, lambda: client.create_experiment(name, place))
+
+
+def check_server(client: MlflowClient, uri: str) -> None:
+    """Raise RefusedError if the service at `uri` is not MLflow, e.g. answers `{}` to every request."""
+    experiment = client.get_experiment_by_name("connection check")  # usually there is none
+    if experiment is not None:
+        _checked(experiment.experiment_id, uri)
+
+
+def _checked(number: str, uri: str) -> str:
+    if not number:
+        raise RefusedError(
+            f"{hide_credentials(uri)} is not an MLflow server: its answers lack what was asked for; "
+            "set tracking.uri or MLFLOW_TRACKING_URI to http://HOST:PORT of an MLflow server"
+        )
+    return number

@@ -1,8 +1,8 @@
 """The journal of a run on disk: what it has to tell its tracking server, and how far the server has it.
 
 FOLDER/journal/KEY.jsonl grows by one line an event: the run's start, points, files, its end. KEY.json is the cursor:
-the run's id on the server and the offset of the first line that still has to be sent. KEY/ holds copies of the files
-that wait. A line is one unbuffered write, so a killed process loses none; only standard library in here.
+the run's id on the server, the offset of the first line that still has to be sent, and the lines of files before it that
+are still to be uploaded. KEY/ holds copies of the files that wait. A line is one unbuffered write, so a killed process loses none; only standard library in here.
 """
 
 from __future__ import annotations
@@ -110,19 +110,28 @@ class Journal:
             yield batch, offset
 
     def waiting(self) -> bool:
-        """Whether there are lines that the server lacks."""
+        """Whether there are lines that the server lacks; files that are to be uploaded apart."""
         return next(self.records(self.cursor()[1]), None) is not None
 
     def cursor(self) -> tuple[str | None, int]:
         """(the run's id on the server or None, offset of the first line to send)."""
-        if not self._cursor.exists():
-            return None, 0
-        cursor = json.loads(self._cursor.read_text())
+        cursor = self._read_cursor()
         return cursor["run_id"], cursor["offset"]
 
-    def move(self, run_id: str, offset: int) -> None:
-        """Sets the cursor."""
-        write_json(self._cursor, {"run_id": run_id, "offset": offset})
+    def uploads(self) -> list[dict]:
+        """The lines before the cursor whose files are still to be uploaded."""
+        return self._read_cursor().get("uploads", [])
+
+    def move(self, run_id: str | None, offset: int, uploads: list[dict] | None = None) -> None:
+        """Set the cursor. uploads: see the method of that name; None: unchanged."""
+        uploads = self.uploads() if uploads is None else uploads
+        cursor = {"run_id": run_id, "offset": offset}
+        write_json(self._cursor, cursor | ({"uploads": uploads} if uploads else {}))
+
+    def _read_cursor(self) -> dict:
+        if not self._cursor.exists():
+            return {"run_id": None, "offset": 0}
+        return json.loads(self._cursor.read_text())
 
     def state(self) -> tuple[dict, str]:
         """The last line of the run's start, of a resumption or its end, and the changed settings of the last resumption."""
@@ -143,11 +152,8 @@ class Journal:
 
     def mend(self) -> None:
         """Ends a line that was left half-written; removes the copies of files that a killed process did not journal."""
-        waiting = {
-            Path(record["file"]).parent.name
-            for record, _ in self.records(self.cursor()[1])
-            if "file" in record
-        }
+        lines = [record for record, _ in self.records(self.cursor()[1])] + self.uploads()
+        waiting = {Path(record["file"]).parent.name for record in lines if "file" in record}
         for copy in self.path.with_suffix("").glob("*"):
             if copy.name not in waiting and is_abandoned(copy):
                 shutil.rmtree(copy, ignore_errors=True)

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vitdet.tracking.address import hide_credentials, tracking_uri
-from vitdet.tracking.experiments import experiment_id
+from vitdet.tracking.experiments import check_server, experiment_id
 from vitdet.tracking.journal import Journal, find, journals, unfinished
 from vitdet.tracking.points import history, same_number
 from vitdet.tracking.requests import (
@@ -30,6 +30,7 @@ from vitdet.tracking.requests import (
     RepeatingClient,
     UnknownRunError,
     first_line,
+    permitted,
     repeating,
     set_defaults,
     using,
@@ -44,12 +45,14 @@ log = logging.getLogger(__name__)
 
 SHIP_SECONDS = 3.0  # between shipments
 BACK_OFF_SECONDS = 30.0  # longest pause after failures
-# Longest waits for a server: before the first step, at the end while it takes something, and at the end while it does not,
-# or after SIGTERM or an error. What is not shipped by then stays in the journal.
+# Longest waits of a training for a server: before the first step, and at the end. What is not sent by then stays in the
+# journal.
 START_SECONDS = 2.5
-CLOSE_SECONDS = 20.0
-STOP_SECONDS = 3.0
-CREATE_SECONDS = 60.0  # to create the tables of a new sqlite file
+STOP_SECONDS = 2.5
+# to create the tables of a new sqlite file, and to write the last values to one
+CREATE_SECONDS = 60.0
+CLOSE_SECONDS = 20.0  # of `log_metrics` and `connect`, whose purpose it is
+UPLOAD_SECONDS = 60.0  # between tries to upload a file after a failure
 BATCH = 1000  # points a request: MLflow's limit
 # MLflow's own defaults make a request to a dead server wait for four minutes; here everything is tried again anyway.
 CLIENT = {
@@ -100,14 +103,15 @@ class MLflowTracker(Tracker):
 
     def close(self, status: str = "FINISHED") -> None:
         if not self._closing.is_set():
-            self._limit = CLOSE_SECONDS if status == "FINISHED" else STOP_SECONDS
+            is_file = self._shipper.uri.startswith("sqlite:")
+            self._limit = CLOSE_SECONDS if is_file and status == "FINISHED" else STOP_SECONDS
             last, _ = self._journal.state()
             again = last.get("end") == status  # a finished run that was opened again
             ended = {"ended": last.get("ended", last["time"])} if again else {}
             self._journal.append({"end": status, **ended})
-            self._shipper.moved = time.monotonic()
             self._closing.set()
-            if not self._wait():
+            self._thread.join(self._limit)
+            if self._thread.is_alive():
                 log.warning(
                     "tracking: the last values wait in %s; the same command sends them",
                     self._journal.path,
@@ -119,23 +123,22 @@ class MLflowTracker(Tracker):
         self._closing.set()
         self._thread.join()
 
-    def _wait(self) -> bool:
-        """Wait for the thread while the server takes something every STOP_SECONDS; whether it has ended."""
-        now = time.monotonic()
-        end = now + self._limit
-        stall = self._limit if self._shipper.uri.startswith("sqlite:") else STOP_SECONDS
-        while self._thread.is_alive() and (left := min(end, self._shipper.moved + stall) - now) > 0:
-            self._thread.join(left)
-            now = time.monotonic()
-        return not self._thread.is_alive()
-
     def _resumed(self) -> None:
         if self._resume:
             self._journal.append(self._resume)
             self._resume = None
 
+    def _others(self) -> list[Journal]:
+        """The journals of other runs of this folder that were started on this server; version 0.1 did not record it."""
+        server = hide_credentials(self._shipper.uri)
+        return [
+            journal
+            for journal in journals(self._journal.folder)
+            if (journal.start() or {}).get("server", server) == server
+        ]
+
     def _ship(self) -> None:
-        pause, others = SHIP_SECONDS, journals(self._journal.folder)
+        pause, others = SHIP_SECONDS, self._others()
         self.refusal = self._shipper.refusal()
         if not self.refusal:
             self._shipper.deliver()
@@ -197,6 +200,7 @@ def start_run(
             "dataset": dataset,
             "group": group,
             "output": output,
+            "server": hide_credentials(server),
         }
         journal.append({"start": what})
     resume = None
@@ -263,6 +267,7 @@ def connect(run_id: str | None, uri: str, folder: Path) -> tuple[MlflowClient, s
         client = _client(uri)
         with repeating(uri), using(uri):
             client.search_experiments(max_results=1)
+            check_server(client, uri)
     except RefusedError:
         raise
     except Exception as error:  # of MLflow, its HTTP client or a database
@@ -293,14 +298,14 @@ class _Shipper:
         # name -> step -> value there; None: the run is empty
         self._held: dict[str, dict[int, float]] | None = {}
         self._refused: set[str] = set()  # names that the server does not take
+        self._uploads: dict[str, float] = {}  # file that failed -> time of the next try
         self._answers = True
         self.is_unknown = False  # see UnknownRunError
-        self.moved = time.monotonic()  # when the server last took something
 
     def deliver(self, seconds: float = 0.0) -> bool:
         """Ships what waits, trying again for so many seconds; False, and once a warning, where lines are left."""
         deadline, pause = time.monotonic() + seconds, 0.5
-        while self.journal.waiting():
+        while self.journal.waiting() or self._due():
             try:
                 with self.journal.locked():
                     self._ship(_client(self.uri))
@@ -314,8 +319,9 @@ class _Shipper:
                 self._run_id, self._held = (None, {})
                 if self._answers:
                     log.warning(
-                        "tracking: %s does not take the run's points (%s); they wait in %s",
+                        "tracking: %s %s the run's metrics (%s); they are kept in %s",
                         self._shown,
+                        "refuses" if isinstance(error, RefusedError) else "does not take",
                         first_line(error),
                         self.journal.path,
                     )
@@ -326,7 +332,7 @@ class _Shipper:
                 pause = min(2 * pause, BACK_OFF_SECONDS)
         if not self._answers:
             self._answers = True
-            log.warning("tracking: %s answers again and has all points", self._shown)
+            log.warning("tracking: %s answers again and has all metrics", self._shown)
         return True
 
     def refusal(self) -> str:
@@ -343,15 +349,48 @@ class _Shipper:
     def attach(self, client: MlflowClient) -> str:
         """Finds the run on the server, or makes it. Raises what MLflow's client raises."""
         if self._run_id is None:
-            self._run_id = self._known(client) or self._create(client)
+            with permitted(self.uri):
+                self._run_id = self._known(client) or self._create(client)
         return self._run_id
 
     def _ship(self, client: MlflowClient) -> None:
         run_id = self.attach(client)
         for records, end in self.journal.batches(BATCH):
-            self._send(client, run_id, records)
-            self.journal.move(run_id, end)
-            self.moved = time.monotonic()
+            files = [record for record in records if "file" in record]
+            if not files:
+                with permitted(self.uri):
+                    self._send(client, run_id, records)
+            self.journal.move(run_id, end, [*self.journal.uploads(), *files])
+        for record in self._due():
+            self._upload(client, run_id, record)
+
+    def _due(self) -> list[dict]:
+        """The files that are to be uploaded now."""
+        now = time.monotonic()
+        return [one for one in self.journal.uploads() if self._uploads.get(one["file"], 0) <= now]
+
+    def _upload(self, client: MlflowClient, run_id: str, record: dict) -> None:
+        """Upload a file; if that fails, it is tried again later and holds nothing back."""
+        path, name = self.journal.path.parent / record["file"], record["file"]
+        try:
+            if path.exists():
+                client.log_artifact(run_id, str(path), record["folder"] or None)
+        except (
+            Exception
+        ) as error:  # of the server, of the client of the artifact store, or of the disk
+            if name not in self._uploads:
+                log.warning(
+                    "tracking: %s cannot be uploaded (%s); it is kept in %s and tried again, also by the next "
+                    "command that uses this run",
+                    path.name,
+                    first_line(error),
+                    path.parent,
+                )
+            self._uploads[name] = time.monotonic() + UPLOAD_SECONDS
+            return
+        shutil.rmtree(path.parent, ignore_errors=True)
+        left = [one for one in self.journal.uploads() if one["file"] != name]
+        self.journal.move(run_id, self.journal.cursor()[1], left)
 
     def _known(self, client: MlflowClient) -> str | None:
         run_id, _ = self.journal.cursor()
@@ -403,7 +442,7 @@ class _Shipper:
                 self._shown,
                 before,
             )
-        self.journal.move(run_id, 0)
+        self.journal.move(run_id, 0, [])
         return run_id
 
     def _send(self, client: MlflowClient, run_id: str, records: list[dict]) -> None:
@@ -411,9 +450,6 @@ class _Shipper:
         try:
             if "points" in record:
                 self._send_points(client, run_id, records)
-            elif "file" in record and (path := self.journal.path.parent / record["file"]).exists():
-                client.log_artifact(run_id, str(path), record["folder"] or None)
-                shutil.rmtree(path.parent)
             elif "resume" in record:
                 client.update_run(run_id, "RUNNING")
                 client.set_tag(run_id, "resumed_at_step", record["resume"])

@@ -33,6 +33,7 @@ USER_SETTINGS = {
 ONCE = ("create_experiment", "create_run", "create_registered_model", "create_model_version")
 MISSING = {"RESOURCE_DOES_NOT_EXIST", "ENDPOINT_NOT_FOUND"}
 INVALID = {"INVALID_PARAMETER_VALUE", "BAD_REQUEST"}
+DENIED = {"PERMISSION_DENIED", "UNAUTHENTICATED", "CUSTOMER_UNAUTHORIZED"}  # 401 and 403
 # of SQLAlchemy: no address of a database, no database; not its OperationalError, which may pass
 NO_DATABASE = {"ArgumentError", "NoSuchModuleError", "DatabaseError"}
 # MLflow's settings and the loggers are the process's: blocks of two threads must not restore each other's values.
@@ -62,7 +63,7 @@ class RepeatingClient:
     """An MlflowClient whose requests are repeated, and whose errors are of Python and one line each.
 
     LookupError: the server does not have it. FileExistsError: it has it already. RefusedError: the server refuses the
-    request for good. ConnectionError: all others, e.g. no answer, or missing permissions.
+    request for good, or access. ConnectionError: all others, e.g. no answer.
     """
 
     def __init__(self, client: Any, uri: str) -> None:
@@ -153,16 +154,56 @@ def _translated(error: Exception, uri: str) -> Exception:
     kind: type[Exception] = ConnectionError
     if code == "RESOURCE_ALREADY_EXISTS":
         kind = FileExistsError
+    elif _is_denied(error, uri):
+        return _denied(error, uri)
     elif code in MISSING | INVALID:
         kind = LookupError if code in MISSING else RefusedError
     return kind(f"{hide_credentials(uri)}: {first_line(error)}")
+
+
+def _is_denied(error: Exception, uri: str) -> bool:
+    """Whether an error is of a 401 or 403."""
+    from mlflow.exceptions import MlflowException, RestException
+    from mlflow.utils.credentials import get_default_host_creds
+    from mlflow.utils.rest_utils import http_request
+
+    if getattr(error, "error_code", "") in DENIED:
+        return True
+    if not isinstance(error, RestException) or "error_code" in error.json:
+        return False
+    try:  # JSON of a proxy: MLflow's error does not hold the status, so it is asked for again
+        answer = http_request(
+            get_default_host_creds(uri), "/api/2.0/mlflow/experiments/search?max_results=1", "GET"
+        )
+    except MlflowException:
+        return False
+    return answer.status_code in (401, 403)
+
+
+def _denied(error: Exception, uri: str) -> RefusedError:
+    return RefusedError(
+        f"{hide_credentials(uri)} denies access ({first_line(error)}); set MLFLOW_TRACKING_USERNAME and "
+        "MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN, of an account that may do this"
+    )
+
+
+@contextmanager
+def permitted(uri: str) -> Iterator[None]:
+    """Raise a RefusedError where MLflow answers 401 or 403 in this block."""
+    try:
+        yield
+    except Exception as error:
+        if not _is_denied(error, uri):
+            raise
+        raise _denied(error, uri) from None  # its context may name the address with the password
 
 
 @contextmanager
 def using(uri: str) -> Iterator[None]:
     """Raise a RefusedError if it shows in this block that the store at `uri` can never be used."""
     try:
-        yield
+        with permitted(uri):
+            yield
     except Exception as error:
         # not BAD_REQUEST, which a proxy in front of a server may answer for a while
         is_invalid = getattr(error, "error_code", "") == "INVALID_PARAMETER_VALUE"

@@ -18,7 +18,7 @@ import torch
 
 from vitdet import distributed
 from vitdet.checkpoint import FORMAT, Checkpoints, load_weights, save
-from vitdet.config import Config, from_dict, save_config, to_dict
+from vitdet.config import Config, check_names, from_dict, save_config, to_dict
 from vitdet.data import fingerprint
 from vitdet.data.coco import CocoSplit
 from vitdet.data.dataset import read_split
@@ -79,6 +79,7 @@ def train(
 
     Changes the process as described in `vitdet.data.loader.configure_process`.
     """
+    check_names(config.tracking)
     configure_process()
     output = Path(output)
     if profile and config.train.compile != "never":
