@@ -28,7 +28,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory) -> str:
     uri = f"sqlite:///{tmp_path_factory.mktemp('store') / 'mlflow.db'}"
-    tracking._client(uri).search_experiments()
+    tracking.open_client(uri).search_experiments()
     return uri
 
 
@@ -126,7 +126,7 @@ def test_an_artifact_that_cannot_be_uploaded_holds_no_metric_back(
     tracker.artifact(picture, "more")
     tracker.log({"loss": 2.0}, 2)
     tracker.close()
-    client = tracking._client(store)
+    client = tracking.open_client(store)
     assert points(store, tracker.run_id, "loss") == [(1, 1.0), (2, 2.0)]
     assert client.get_run(tracker.run_id).info.status == "FINISHED"
     assert caplog.text.count("found.png cannot be uploaded (the artifact store is full)") == 2
@@ -164,7 +164,7 @@ def test_runs_of_another_server_are_not_sent_to_this_one(
     last.close()
     assert points(store, before.run_id, "loss") == [(3, 3.0)]
     assert find(tmp_path, other.run_id).waiting()
-    assert tracking._client(store).get_experiment_by_name("elsewhere") is None
+    assert tracking.open_client(store).get_experiment_by_name("elsewhere") is None
 
 
 @pytest.mark.parametrize(

@@ -39,7 +39,7 @@ def store(tmp_path: Path) -> str:
     uri = f"sqlite:///{tmp_path / 'store' / 'mlflow.db'}"
     tracker = start(tmp_path / "before", uri)
     tracker.close()
-    client = tracking._client(uri)
+    client = tracking.open_client(uri)
     client.delete_experiment(client.get_experiment_by_name("test").experiment_id)
     return uri
 
@@ -63,15 +63,15 @@ def test_a_deleted_experiment_says_how_to_restore_it(tmp_path: Path, store: str)
     assert not files(folder)  # nothing that later trainings would try to send
     place = {"uri": store, "folder": folder, "experiment": "test"}
     assert advice in refused(lambda: start_parent_run("group", ["a"], **place))
-    tracking._client(store).restore_experiment("1")
+    tracking.open_client(store).restore_experiment("1")
     start(folder, store, output="a").close()
-    assert len(tracking._client(store).search_runs(["1"])) == 2
+    assert len(tracking.open_client(store).search_runs(["1"])) == 2
 
 
 def test_a_training_that_goes_on_is_not_stopped_by_a_deleted_experiment(
     tmp_path: Path, store: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    client = tracking._client(store)
+    client = tracking.open_client(store)
     (run,) = client.search_runs(["1"], run_view_type=2)  # of those deleted
     folder = tmp_path / "before"
     tracker = start(folder, store, run_id=run.info.run_id, resume_step=4)
@@ -168,7 +168,7 @@ def test_a_copied_checkpoint_is_registered_without_its_run(
     build_wheel(tmp_path)
     for _ in range(2):
         assert enter(tmp_path, path, "candidate", run_id) == ("detector", "1")
-    version = tracking._client(tracking.tracking_uri("", tmp_path)).get_model_version(
+    version = tracking.open_client(tracking.tracking_uri("", tmp_path)).get_model_version(
         "detector", "1"
     )
     assert not version.run_id and version.tags["training_run"] == run_id

@@ -109,7 +109,7 @@ def download(folder: Path, into: Path) -> Path:
 
 
 def test_a_version_says_where_it_comes_from(work: Path) -> None:
-    client = tracking._client(tracking.tracking_uri("", work))
+    client = tracking.open_client(tracking.tracking_uri("", work))
     version = client.get_model_version_by_alias("detector", "candidate")
     assert version.run_id == (work / "run_id").read_text()
     assert version.tags["box_ap"] == "35.24" and version.tags["mask_ap"] == "30.5"
@@ -209,7 +209,7 @@ def test_the_signature_checks_its_input(work: Path, tmp_path: Path) -> None:
 
 
 def test_the_same_checkpoint_is_registered_once(work: Path) -> None:
-    client = tracking._client(tracking.tracking_uri("", work))
+    client = tracking.open_client(tracking.tracking_uri("", work))
     assert enter(work, work / "model.pt", "candidate") == ("detector", "1")
     other = make_checkpoint(work / "other.pt", 1)
     assert enter(work, other, "next") == ("detector", "2")
@@ -227,7 +227,7 @@ def test_the_same_checkpoint_is_registered_once(work: Path) -> None:
 def test_a_damaged_checkpoint_is_not_registered(work: Path) -> None:
     damaged = work / "damaged.pt"
     damaged.write_bytes((work / "model.pt").read_bytes()[:1000])
-    client = tracking._client(tracking.tracking_uri("", work))
+    client = tracking.open_client(tracking.tracking_uri("", work))
     before = len(client.search_model_versions("name = 'detector'"))
     with pytest.raises(ValueError, match="not a whole vitdet checkpoint"):
         enter(work, damaged, "candidate")

@@ -17,7 +17,7 @@ from urllib3.util import Retry
 
 from tests.conftest import ROOT
 from vitdet.tracking import mlflow as tracking
-from vitdet.tracking import requests
+from vitdet.tracking import requests, shipper
 from vitdet.tracking.comparison import start_parent_run
 
 RUN = {"run": {"info": {"run_id": "1" * 32, "status": "RUNNING"}, "data": {}}}
@@ -28,7 +28,7 @@ MISSING = (404, {"error_code": "RESOURCE_DOES_NOT_EXIST", "message": "no such th
 @pytest.fixture(autouse=True)
 def unset(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """None of MLflow's settings are set, as by the developer or an earlier test; afterwards they are as before."""
-    names = (*tracking.CLIENT, requests.FACTOR, requests.DEFAULTS)
+    names = (*shipper.CLIENT, requests.FACTOR, requests.DEFAULTS)
     before = {name: os.environ.pop(name) for name in names if name in os.environ}
     monkeypatch.setattr(requests, "USER_SETTINGS", {})
     yield
@@ -252,19 +252,19 @@ def test_blocks_of_two_threads_leave_the_settings_as_they_were(
 
 def test_a_client_that_is_used_again_has_the_same_settings() -> None:
     uri = "http://127.0.0.1:9"
-    first = tracking._client(uri)
+    first = tracking.open_client(uri)
     del os.environ[requests.RETRIES]
-    assert tracking._client(uri) is first and os.environ[requests.RETRIES] == "0"
+    assert tracking.open_client(uri) is first and os.environ[requests.RETRIES] == "0"
 
 
 PARENT = """
 import json, os, subprocess, sys
-from vitdet.tracking import mlflow, requests
+from vitdet.tracking import requests, shipper
 if len(sys.argv) > 1:
     print(json.dumps(requests.USER_SETTINGS))
 else:
-    mlflow.set_defaults(mlflow.CLIENT)
-    mlflow.set_defaults(mlflow.CLIENT)
+    shipper.set_defaults(shipper.CLIENT)
+    shipper.set_defaults(shipper.CLIENT)
     for changes in ({}, {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "3"}):
         subprocess.run([sys.executable, "-c", sys.orig_argv[2], "child"], env={**os.environ, **changes})
 """
@@ -343,7 +343,7 @@ def test_the_tracker_of_a_training_does_not_repeat_requests_itself(
     """Its thread sends everything again; a request that hangs on would hold up the end of a training."""
     monkeypatch.setenv(requests.RETRIES, "0")
     server.plan["experiments/get-by-name"] = [(503, {}, {})] * 99
-    shipper = tracking._Shipper(tracking.find(tmp_path, None), server.uri)
+    shipper = tracking.Shipper(tracking.find(tmp_path, None), server.uri)
     shipper.journal.append(
         {"start": {"experiment": "e", "name": "n", "params": {}, "tags": {}, "dataset": {}}}
     )

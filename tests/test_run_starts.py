@@ -28,12 +28,12 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 def store(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A sqlite file that the tests of this module share."""
     uri = f"sqlite:///{tmp_path_factory.mktemp('store') / 'mlflow.db'}"
-    tracking._client(uri).search_experiments()
+    tracking.open_client(uri).search_experiments()
     return uri
 
 
 def runs(uri: str, experiment: str) -> list:
-    client = tracking._client(uri)
+    client = tracking.open_client(uri)
     return client.search_runs([client.get_experiment_by_name(experiment).experiment_id])
 
 
@@ -115,7 +115,7 @@ def test_a_killed_run_that_cannot_go_on_is_ended(tmp_path: Path, store: str, wha
     other = start(tmp_path, store, experiment=experiment, output="other")
     second = start(tmp_path, store, experiment=experiment, output="run", params=params)
     for journal in journals(tmp_path):
-        tracking._Shipper(journal, store).deliver(60)
+        tracking.Shipper(journal, store).deliver(60)
     found = {run.info.run_id: run.info.status for run in runs(store, experiment)}
     assert found == {first.run_id: "KILLED", other.run_id: "RUNNING", second.run_id: "RUNNING"}
     second.close()
@@ -129,11 +129,11 @@ def test_a_finished_run_that_is_opened_again_is_ended_and_not_resumed(
     first = start(tmp_path, store)
     first.log({"loss": 1.0}, 1)
     first.close()
-    ended = tracking._client(store).get_run(first.run_id).info.end_time
-    tracking._client(store).update_run(first.run_id, "RUNNING")  # its end was lost
+    ended = tracking.open_client(store).get_run(first.run_id).info.end_time
+    tracking.open_client(store).update_run(first.run_id, "RUNNING")  # its end was lost
     for _ in range(2):
         start(tmp_path, store, run_id=first.run_id, resume_step=1).close()
-        run = tracking._client(store).get_run(first.run_id)
+        run = tracking.open_client(store).get_run(first.run_id)
         assert (run.info.status, run.info.end_time) == ("FINISHED", ended)
         assert "resumed_at_step" not in run.data.tags
     assert points(store, first.run_id, "loss") == [(1, 1.0)]
@@ -151,7 +151,7 @@ def test_a_run_that_was_killed_after_its_last_value_is_sent_and_ended(
     again = start(tmp_path, store, run_id=first.run_id, resume_step=10)
     again.close()
     assert points(store, again.run_id, "box_ap") == [(10, 40.0)]
-    assert tracking._client(store).get_run(again.run_id).info.status == "FINISHED"
+    assert tracking.open_client(store).get_run(again.run_id).info.status == "FINISHED"
 
 
 @pytest.mark.parametrize("value", [40.0, float("nan"), float("inf")])
@@ -179,7 +179,7 @@ def test_values_of_evaluations_alternate_without_being_lost(tmp_path: Path, stor
     tracker.close()
     for value in (35.0, 36.0, 36.0, 35.0):
         tracking.log_metrics(tracker.run_id, store, tmp_path, {"ap": value}, 100)
-    history = tracking._client(store).get_metric_history(tracker.run_id, "ap")
+    history = tracking.open_client(store).get_metric_history(tracker.run_id, "ap")
     history.sort(key=lambda point: point.timestamp)
     assert [point.value for point in history] == [35.0, 36.0, 35.0]
 

@@ -36,13 +36,14 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     monkeypatch.setattr(tracking, "SHIP_SECONDS", 0.1)
     monkeypatch.setattr(tracking, "BACK_OFF_SECONDS", 0.4)
+    monkeypatch.setattr("vitdet.tracking.shipper.BACK_OFF_SECONDS", 0.4)
 
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A sqlite file that the tests of this module share: to make its tables takes seconds."""
     uri = f"sqlite:///{tmp_path_factory.mktemp('store') / 'mlflow.db'}"
-    tracking._client(uri).search_experiments()
+    tracking.open_client(uri).search_experiments()
     return uri
 
 
@@ -111,7 +112,8 @@ def start(folder: Path, uri: str, **more: object) -> tracking.Tracker:
 
 def points(uri: str, run_id: str, key: str) -> list[tuple[int, float]]:
     return sorted(
-        (point.step, point.value) for point in tracking._client(uri).get_metric_history(run_id, key)
+        (point.step, point.value)
+        for point in tracking.open_client(uri).get_metric_history(run_id, key)
     )
 
 
@@ -131,7 +133,7 @@ def test_a_run_holds_what_was_logged(
     tracker.artifact(picture, "predictions")
     picture.write_bytes(b"changed after it was logged")
     tracker.close()
-    client = tracking._client(store)
+    client = tracking.open_client(store)
     run = client.get_run(tracker.run_id)
     assert run.data.params == {"optim.lr": "0.0001", "data.scale_range": "[0.1, 2.0]"}
     assert run.data.tags["recipe"] == "tiny" and run.data.tags["mlflow.runName"] == "run"
@@ -178,7 +180,7 @@ def test_a_resumed_run_has_each_step_once(tmp_path: Path, store: str, journal_lo
     assert second.run_id == first.run_id
     assert points(store, first.run_id, "loss") == once(range(200))
     assert len(points(store, first.run_id, "new")) == 50
-    assert tracking._client(store).get_run(first.run_id).data.tags["resumed_at_step"] == "150"
+    assert tracking.open_client(store).get_run(first.run_id).data.tags["resumed_at_step"] == "150"
 
 
 def test_a_resumed_run_names_the_settings_that_changed(tmp_path: Path, store: str) -> None:
@@ -189,7 +191,7 @@ def test_a_resumed_run_names_the_settings_that_changed(tmp_path: Path, store: st
         tracker = start(tmp_path, store, run_id=run_id, params=params)
         tracker.close()
         run_id = tracker.run_id
-        data = tracking._client(store).get_run(run_id).data
+        data = tracking.open_client(store).get_run(run_id).data
         assert data.tags.get("resumed_settings") == expected
         assert data.params["optim.lr"] == "0.0001"
 
@@ -244,8 +246,8 @@ def test_lost_answers_double_nothing(
 
             return call
 
-    client, lossy = tracking._client(store), Lossy()
-    monkeypatch.setattr(tracking, "_client", lambda uri: lossy)
+    client, lossy = tracking.open_client(store), Lossy()
+    monkeypatch.setattr("vitdet.tracking.shipper.open_client", lambda uri: lossy)
     tracker = start(tmp_path, store, experiment="lossy")
     assert tracker.run_id.startswith("pending-")
     for step in range(100):
@@ -279,7 +281,7 @@ def test_evaluation_adds_to_the_run_and_repeats_nothing(tmp_path: Path, store: s
             == tracker.run_id
         )
     assert points(store, tracker.run_id, "final/box_ap") == [(100, 35.0), (100, 36.0)]
-    assert tracking._client(store).get_run(tracker.run_id).info.status == "FINISHED"
+    assert tracking.open_client(store).get_run(tracker.run_id).info.status == "FINISHED"
 
 
 def test_a_run_that_the_server_lost_is_made_again(tmp_path: Path, store: str) -> None:
@@ -287,7 +289,7 @@ def test_a_run_that_the_server_lost_is_made_again(tmp_path: Path, store: str) ->
     tracker.log({"loss": 0.0}, 0)
     tracker.close()
     deleted = tracker.run_id
-    tracking._client(store).delete_run(deleted)
+    tracking.open_client(store).delete_run(deleted)
     again = start(tmp_path, store, run_id=deleted, resume_step=1)
     again.log({"loss": 0.5}, 1)
     again.close()
@@ -364,7 +366,7 @@ def test_a_killed_server_costs_no_point_and_no_time(
     server.wait()
     tracker.close()
     assert points(server.uri, tracker.run_id, "loss") == once(range(900))
-    client = tracking._client(server.uri)
+    client = tracking.open_client(server.uri)
     assert client.get_run(tracker.run_id).info.status == "FINISHED"
     assert (
         Path(client.download_artifacts(tracker.run_id, "predictions/found.png")).read_bytes()
