@@ -20,14 +20,16 @@ ENTRIES = {
     "evaluate": ["vitdet/evaluation/evaluator.py"],
 }
 # What these modules import and what does not determine the result: the settings come as parameters; how a file is
-# written; the evaluations and the display during a training; where downloads come from.
+# written; the display during a training; where downloads come from.
 IRRELEVANT = {
     "config": {"vitdet/files.py"},
     "data": {"vitdet/files.py"},
     "train": {
         "vitdet/config.py",
         "vitdet/data/protocol.py",
-        "vitdet/evaluation",
+        "vitdet/evaluation/__init__.py",
+        "vitdet/evaluation/pictures.py",
+        "vitdet/evaluation/report.py",
         "vitdet/files.py",
         "vitdet/locks.py",
         "vitdet/predictor.py",
@@ -148,7 +150,8 @@ def repository(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Repo]:
         ("vitdet/data/outlines.py", {"data"}),
         ("vitdet/data/check.py", set()),
         ("vitdet/training/optim.py", {"train"}),
-        ("vitdet/evaluation/coco.py", {"evaluate"}),
+        ("vitdet/evaluation/coco.py", {"train", "evaluate"}),
+        ("vitdet/evaluation/report.py", {"evaluate"}),
         ("vitdet/weights/load.py", {"weights", "train"}),
         ("vitdet/weights/catalogue.yaml", {"weights"}),
         ("vitdet/datasets/report/page.py", set()),
