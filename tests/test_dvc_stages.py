@@ -73,6 +73,9 @@ def imported(path: Path) -> Iterator[Path]:
         if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
             node.body = [ast.Pass()]
     for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names if alias.name.startswith("vitdet.")]
+            yield from (ROOT / f"{name.replace('.', '/')}.py" for name in names)
         if not isinstance(node, ast.ImportFrom) or not (node.module or "").startswith("vitdet"):
             continue
         for alias in node.names:
