@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import shutil
 from collections.abc import Callable, Iterable
@@ -192,3 +193,16 @@ def test_a_training_folder_stands_for_its_result(metric: str, file: str, tmp_pat
     stages.copy_checkpoint(str(tmp_path), "tiny-12345678", "run", str(tmp_path / "copy"))
     assert (tmp_path / "copy").read_text() == file
     assert stages.is_trained(str(tmp_path), "tiny-12345678", "run")
+
+
+def test_the_settings_that_affect_a_training_are_written_for_dvc(
+    tmp_path: Path, vitdet: Callable[..., tuple[int, str, str]]
+) -> None:
+    words = ("config", "tiny", "--output", "config.yaml", "--training", "training.json")
+    assert vitdet(*words)[0] == 0
+    without = json.loads((tmp_path / "training.json").read_text())
+    assert without["optim.lr"] == load_config("tiny").optim.lr
+    assert not without.keys() & {"train.eval_every", "evaluate.nms_iou", "train.log_every"}
+    assert vitdet(*words, "--set", "train.patience=2")[0] == 0
+    added = json.loads((tmp_path / "training.json").read_text()).keys() - without.keys()
+    assert {"train.eval_every", "evaluate.nms_iou"} <= added and "train.log_every" not in added

@@ -27,7 +27,6 @@ IRRELEVANT = {
     "train": {
         "vitdet/config.py",
         "vitdet/data/protocol.py",
-        "vitdet/evaluation/__init__.py",
         "vitdet/evaluation/pictures.py",
         "vitdet/evaluation/report.py",
         "vitdet/files.py",
