@@ -20,14 +20,15 @@ ENTRIES = {
     "evaluate": ["vitdet/evaluation/evaluator.py"],
 }
 # What these modules import and what does not determine the result: the settings come as parameters; how a file is
-# written; the evaluations and the display during a training; where downloads come from.
+# written; the display during a training; where downloads come from.
 IRRELEVANT = {
     "config": {"vitdet/files.py"},
     "data": {"vitdet/files.py"},
     "train": {
         "vitdet/config.py",
         "vitdet/data/protocol.py",
-        "vitdet/evaluation",
+        "vitdet/evaluation/pictures.py",
+        "vitdet/evaluation/report.py",
         "vitdet/files.py",
         "vitdet/locks.py",
         "vitdet/predictor.py",
@@ -71,6 +72,9 @@ def imported(path: Path) -> Iterator[Path]:
         if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
             node.body = [ast.Pass()]
     for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names if alias.name.startswith("vitdet.")]
+            yield from (ROOT / f"{name.replace('.', '/')}.py" for name in names)
         if not isinstance(node, ast.ImportFrom) or not (node.module or "").startswith("vitdet"):
             continue
         for alias in node.names:
@@ -148,7 +152,8 @@ def repository(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Repo]:
         ("vitdet/data/outlines.py", {"data"}),
         ("vitdet/data/check.py", set()),
         ("vitdet/training/optim.py", {"train"}),
-        ("vitdet/evaluation/coco.py", {"evaluate"}),
+        ("vitdet/evaluation/coco.py", {"train", "evaluate"}),
+        ("vitdet/evaluation/report.py", {"evaluate"}),
         ("vitdet/weights/load.py", {"weights", "train"}),
         ("vitdet/weights/catalogue.yaml", {"weights"}),
         ("vitdet/datasets/report/page.py", set()),

@@ -23,7 +23,7 @@ STUB = """#!{python}
 import json, os, sys, time
 from pathlib import Path
 sys.path.insert(0, {root!r})
-from vitdet.config import load_config, save_config, to_dict
+from vitdet.config import load_config, save_config, to_dict, training_settings
 
 verb, *rest = sys.argv[1:]
 positions = [word for i, word in enumerate(rest) if not word.startswith("--") and (i == 0 or rest[i - 1][:2] != "--")]
@@ -34,7 +34,9 @@ output = options.get("--output", Path(positions[-1]))
 output.parent.mkdir(parents=True, exist_ok=True)
 if verb == "config":
     try:
-        save_config(load_config(positions[0]), output)
+        config = load_config(positions[0])
+        save_config(config, output)
+        options["--training"].write_text(json.dumps(training_settings(config)))
     except ValueError as error:
         sys.exit(str(error))
 elif verb == "data":
@@ -56,7 +58,7 @@ elif verb == "train":
         print(f"from {{start}} to {{config.optim.steps}}", file=log)
     (output / "model.pt").write_text(json.dumps(to_dict(config)))
 elif verb == "evaluate":
-    config, model = load_config(options["--config"]), json.loads(Path(positions[0]).read_text())
+    config, model = load_config(options["--config"]), json.loads(Path(positions[0], "model.pt").read_text())
     ap = 10 + model["optim"]["clip"] + config.evaluate.nms_iou
     output.write_text(json.dumps({{"box_ap": ap, "mask_ap": ap}}))
     output.with_suffix(".measured.json").write_text("{{}}")
@@ -194,6 +196,17 @@ def test_a_setting_of_the_evaluation_trains_nothing(project: Project) -> None:
     assert json.loads((project.folder / "work/metrics.json").read_text())[
         "box_ap"
     ] == pytest.approx(10.7)
+
+
+def test_a_setting_of_the_evaluation_trains_again_where_it_chooses_the_result(
+    project: Project,
+) -> None:
+    project("dvc", "exp", "run", "-S", f"{RECIPE}:++train.keep_best=box_ap")
+    assert "train" in project.ran
+    project("dvc", "exp", "run", "-S", f"{RECIPE}:++evaluate.nms_iou=0.7")
+    assert project.ran == ["config", "train", "from 0 to 20", "evaluate", "register"]
+    project("dvc", "exp", "run", "-S", f"{RECIPE}:++train.log_every=7")
+    assert "config" in project.ran and "train" not in project.ran
 
 
 def test_edited_code_runs_its_stages(project: Project) -> None:

@@ -14,7 +14,7 @@ import torch
 from tests.conftest import STEPS, Recorder, minimal
 from tests.test_old_checkpoints import STORED, dataset_digest
 from tests.test_trainer import cut, go, interrupt, same_bits, terminate
-from vitdet.checkpoint import STATE_1, STATE_2, load_model_file
+from vitdet.checkpoint import STATE_1, STATE_2, STATE_3, load_model_file
 from vitdet.config import legacy_digest, load_config
 from vitdet.evaluation import evaluate
 from vitdet.training import Stopped, train, trainer
@@ -264,12 +264,15 @@ def test_states_of_earlier_versions_are_loaded_and_those_of_an_unknown_version_a
         go(tiny, tmp_path, interrupt(terminate, 5))
     path = sorted((tmp_path / "checkpoints").iterdir())[-1]
     content = torch.load(path, weights_only=True)
-    assert content["format"] == "vitdet training state, version 3"
-    torch.save({**content, "format": "vitdet training state, version 4"}, path)
-    with pytest.raises(ValueError, match="got 'vitdet training state, version 4'"):
+    assert content["format"] == "vitdet training state, version 4"
+    torch.save({**content, "format": "vitdet training state, version 5"}, path)
+    with pytest.raises(ValueError, match="got 'vitdet training state, version 5'"):
         go(tiny, tmp_path)
-    assert content.pop("scaler") == {}  # not in fp16
-    for version in (STATE_1, STATE_2):
+    assert content.pop("best") == {"value": None, "step": 0, "stale": 0}
+    assert content["scaler"] == {}  # not in fp16
+    for version in (STATE_3, STATE_2, STATE_1):
+        if version != STATE_3:
+            content.pop("scaler", None)
         output = tmp_path / version[-1]
         (output / "checkpoints").mkdir(parents=True)
         torch.save({**content, "format": version}, output / "checkpoints" / path.name)

@@ -23,9 +23,11 @@ from vitdet.locks import locked
 from vitdet.models import Detector, build_detector
 
 FORMAT = "vitdet detector, version 1"
-STATE = "vitdet training state, version 3"
+STATE = "vitdet training state, version 4"
+STATE_3 = "vitdet training state, version 3"  # without the best evaluation
 STATE_2 = "vitdet training state, version 2"  # without the scaler of fp16
 STATE_1 = "vitdet training state, version 1"  # as version 2; each step drew other random numbers
+STATES = (STATE, STATE_3, STATE_2, STATE_1)
 # torch's words where the disk takes less than all
 TORN = ("PytorchStreamWriter failed writing file", "unexpected pos")
 # what is read of each, and of which type
@@ -209,7 +211,7 @@ class Checkpoints:
         states = [path for path in self.all() if up_to is None or _step_of(path) <= up_to]
         for path in reversed(states):
             try:
-                state = load(path, STATE, STATE_2, STATE_1, verify=verify)
+                state = load(path, *STATES, verify=verify)
             except DamagedError as error:
                 self.damaged[path] = str(error)
                 continue

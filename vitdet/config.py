@@ -64,7 +64,14 @@ LATER = (
     "data.bit_depth",
     "data.keep_empty",
     "evaluate.max_images",
+    "train.keep_best",
+    "train.patience",
 )
+# of one kind (box, mask), by data.dataset: the AP by which train.keep_best can choose
+AP = ("ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large")
+AP_OF = {"coco": AP, "lvis": (*AP, "ap_rare", "ap_common", "ap_frequent")}
+# with one of them, the evaluations of a training determine its result
+SELECTING = ("train.keep_best", "train.patience")
 
 
 @dataclass(frozen=True)
@@ -198,7 +205,7 @@ class OptimConfig(Section, prefix="optim."):
     lr: Positive = 1e-4
     scale_lr: bool = False  # lr * train.batch_size / lr_batch_size
     lr_batch_size: Amount = field(  # images per step that lr is meant for
-        default=64, metadata=operational("a line of the log", unless="scale_lr")
+        default=64, metadata=operational("a line of the log", "optim.scale_lr")
     )
     weight_decay: NonNegative = 0.1
     # Without weight decay: the blocks' LayerNorms and the position embedding (ViT-B, ViT-L); 1-D
@@ -245,9 +252,15 @@ class TrainConfig(Section, prefix="train."):
     precision: Literal["fp32", "bf16", "fp16", "auto"] = "bf16"
     seed: Seed = 0
     log_every: Count = field(default=20, metadata=operational("logs"))  # steps
-    eval_every: Count = field(default=5000, metadata=operational("evaluates only"))  # steps
+    eval_every: Count = field(  # steps
+        default=5000, metadata=operational("evaluates only", *SELECTING)
+    )
     save_every: Count = field(default=1000, metadata=operational("resuming is exact"))  # steps
     keep: Count = field(default=2, metadata=operational("disk space only"))  # training states
+    # the metric, as box_ap, whose highest value determines the detector in best.pt; '': no best.pt
+    keep_best: str = ""
+    # evaluations without gain in keep_best's metric (box_ap) that end the training; 0: never
+    patience: Annotated[int, between(0, 1_000_000)] = 0
 
 
 @dataclass(frozen=True)
@@ -283,7 +296,9 @@ class Config(Section):
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
-    evaluate: EvalConfig = field(default_factory=EvalConfig, metadata=operational("evaluates only"))
+    evaluate: EvalConfig = field(
+        default_factory=EvalConfig, metadata=operational("evaluates only", *SELECTING)
+    )
     tracking: TrackingConfig = field(default_factory=TrackingConfig, metadata=operational("logs"))
 
     def __post_init__(self) -> None:
@@ -306,6 +321,14 @@ class Config(Section):
         _rule(pyramid.kind == kind, message)
         message = f"model.backbone.window_size must be 7 with {name}, got {window}"
         _rule(window == 7 or not hierarchical, message)
+        kinds = ("box", "mask") if self.model.mask.enabled else ("box",)
+        known = [f"{kind}_{name}" for kind in kinds for name in AP_OF[data.dataset]]
+        message = (
+            f"train.keep_best: {self.train.keep_best!r} is no AP that is measured with data.dataset="
+            f"{data.dataset} and model.mask.enabled={str(self.model.mask.enabled).lower()}; "
+        )
+        best = self.train.keep_best
+        _rule(best in ("", *known), message + nearest(best, known))
 
 
 def load_config(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Config:
@@ -380,12 +403,18 @@ def difference(ours: Config, theirs: Config, *, affecting_weights: bool | None =
     return [f"{key}: {left[key]}, not {right[key]}" for key in wanted if left[key] != right[key]]
 
 
+def training_settings(config: Config) -> dict[str, bool | int | float | str]:
+    """What `flatten` returns, of the settings that affect the result of a training."""
+    settings = list_settings(config)
+    return {key: value for key, value in flatten(config).items() if not settings[key][1]}
+
+
 def digest(config: Config) -> str:
     """12 hexadecimal digits that name the training, by the settings that affect the trained weights
     and are not at their default: other operational settings or new ones do not change the name.
     """
-    defaults, settings = flatten(type(config)()), list_settings(config)
-    changed = {k: v for k, v in flatten(config).items() if v != defaults[k] and not settings[k][1]}
+    defaults, settings = flatten(type(config)()), training_settings(config)
+    changed = {key: value for key, value in settings.items() if value != defaults[key]}
     return hashlib.sha256(json.dumps(changed, sort_keys=True).encode()).hexdigest()[:12]
 
 

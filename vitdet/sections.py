@@ -4,6 +4,7 @@ import math
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import fields, is_dataclass
+from operator import attrgetter
 from typing import Any, get_type_hints
 
 from msgspec import convert
@@ -11,11 +12,11 @@ from msgspec import convert
 from vitdet.ranges import bare, check
 
 
-def operational(reason: str, unless: str = "") -> dict[str, str]:
+def operational(reason: str, *unless: str) -> dict[str, Any]:
     """Metadata of what does not affect the trained weights, and why: a training can resume with
     another value, and the names of run and checkpoint folders do not depend on it.
 
-    unless: a setting of the same section with which it does affect them.
+    unless: keys of settings, as `optim.scale_lr`; it does affect them if any of these is on.
     """
     return {"operational": reason, "unless": unless}
 
@@ -36,15 +37,23 @@ class Section:
                 check(self.prefix + name, hint, getattr(self, name))
 
 
-def list_settings(section: Any, operational: bool = False) -> dict[str, tuple[Any, bool]]:
-    """{key: (value, whether it is operational)} of all settings of a section."""
+def list_settings(
+    section: Any, operational: bool = False, root: Any = None
+) -> dict[str, tuple[Any, bool]]:
+    """{key: (value, whether it is operational)} of all settings of a section.
+
+    root: the section of all sections, to which the keys of `unless` refer; default: `section`.
+    """
     found: dict[str, tuple[Any, bool]] = {}
+    root = section if root is None else root
     for one in fields(section):
         value, key = getattr(section, one.name), section.prefix + one.name
-        unless = one.metadata.get("unless")
-        harmless = "operational" in one.metadata and not (unless and getattr(section, unless))
-        harmless = operational or harmless
-        found |= list_settings(value, harmless) if is_dataclass(value) else {key: (value, harmless)}
+        active = any(attrgetter(key)(root) for key in one.metadata.get("unless", ()))
+        harmless = operational or ("operational" in one.metadata and not active)
+        if is_dataclass(value):
+            found |= list_settings(value, harmless, root)
+        else:
+            found[key] = (value, harmless)
     return found
 
 

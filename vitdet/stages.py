@@ -24,6 +24,7 @@ from vitdet.files import sha256, write_json
 from vitdet.workspace import (
     logs_folder,
     resolve_paths,
+    result,
     runs_folder,
     training_folder,
     weights_folder,
@@ -302,9 +303,9 @@ def keep_logs(settings: str, name: str, workspace: str, run_id: str, files: dict
 
 
 def copy_checkpoint(workspace: str, name: str, run_id: str, checkpoint: str) -> None:
-    """Copy the finished detector to where the next step expects it."""
+    """Copy the detector that a training is for, best.pt with train.keep_best, to where the next step expects it."""
     Path(checkpoint).parent.mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(training_folder(workspace, name, run_id) / "model.pt", checkpoint)
+    shutil.copyfile(result(training_folder(workspace, name, run_id)), checkpoint)
 
 
 def train_recipe(

@@ -2,7 +2,7 @@
 
 WORKSPACE/...                     data sets and files of weights, where the recipes' relative paths say
 WORKSPACE/weights/                what train.init names
-WORKSPACE/runs/NAME-RUN/          a training: config, checkpoints, model.pt; NAME is recipe and digest of its config,
+WORKSPACE/runs/NAME-RUN/          a training: config, checkpoints, model.pt, best.pt; NAME is recipe and digest of its config,
                                   RUN the first digits of the pipeline run's id
 WORKSPACE/runs/mlflow.db          MLflow's store, where no server is named
 """
@@ -41,6 +41,15 @@ def training_folder(workspace: str, name: str, run_id: str) -> Path:
             if digest(config)[:8] == digits and other.parent.name == f"{recipe}-{old}-{run}":
                 return other.parent
     return folder
+
+
+def result(checkpoint: Path) -> Path:
+    """The detector that a training's folder stands for: best.pt with train.keep_best, else model.pt; a file is itself."""
+    if not checkpoint.is_dir():
+        return checkpoint
+    config = checkpoint / "config.yaml"
+    keeps = config.is_file() and load_config(config).train.keep_best
+    return checkpoint / ("best.pt" if keeps else "model.pt")
 
 
 def logs_folder(workspace: str, name: str, run_id: str) -> Path:

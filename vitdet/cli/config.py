@@ -17,17 +17,23 @@ def add_config(verb: argparse.ArgumentParser) -> None:
     )
     add_set(verb)
     verb.add_argument("--output", type=given_path, help="write it to this file instead")
+    verb.add_argument(
+        "--training",
+        type=given_path,
+        metavar="FILE",
+        help="write the settings that affect the result of a training to this JSON file too",
+    )
     verb.set_defaults(run=run_config)
 
 
 def run_config(args: argparse.Namespace) -> int:
     """vitdet config"""
-    from vitdet.config import dump_config, recipes
+    from vitdet.config import dump_config, recipes, training_settings
     from vitdet.data.layout import FROM_DATA, explicit_settings, following, resolve_config
-    from vitdet.files import written
+    from vitdet.files import write_json, written
 
     if args.recipe is None:
-        if args.overrides or args.output:
+        if args.overrides or args.output or args.training:
             raise ValueError("--set and --output need a recipe; run `vitdet config` to list them")
         print("\n".join(recipes()))
         return 0
@@ -37,6 +43,8 @@ def run_config(args: argparse.Namespace) -> int:
     if settings := following(explicit_settings(args.recipe, args.overrides)):
         # `vitdet train` reads them again, as the data may have come or changed by then
         text = f"{FROM_DATA}{', '.join(settings)}\n{text}"
+    if args.training:
+        write_json(args.training, training_settings(config))
     if args.output:
         with written(args.output) as temporary:
             temporary.write_text(text)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from vitdet import torchrun
 from vitdet.cli.overrides import add_set, log_resolved
-from vitdet.cli.paths import given_path
+from vitdet.cli.paths import CHECKPOINT, given_path
 
 if TYPE_CHECKING:
     from vitdet.config import Config
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 def add_evaluate(verb: argparse.ArgumentParser) -> None:
     """The arguments of the verb `evaluate`."""
-    verb.add_argument("checkpoint", type=given_path, nargs="?")
+    verb.add_argument("checkpoint", type=given_path, nargs="?", help=CHECKPOINT)
     add_set(verb)
     verb.add_argument(
         "--config", type=given_path, help="take the data and evaluate settings from this file"
@@ -60,6 +60,7 @@ def run_evaluate(given: argparse.Namespace) -> int:
     from vitdet.data.layout import resolve_config
     from vitdet.tracking.measured import write_metrics
     from vitdet.tracking.runs import default_folder
+    from vitdet.workspace import result
 
     if given.output:
         given.output.parent.mkdir(parents=True, exist_ok=True)  # minutes before it is needed
@@ -68,6 +69,7 @@ def run_evaluate(given: argparse.Namespace) -> int:
         config, found = resolve_config(given.config)
         if distributed.rank() == 0:
             log_resolved(config, found)
+    given.checkpoint = result(given.checkpoint)
     metrics, _ = stages.evaluate(
         given.checkpoint,
         given.overrides,

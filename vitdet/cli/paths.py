@@ -4,6 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+# what `vitdet evaluate` and `vitdet register` take
+CHECKPOINT = (
+    "a detector's file, or a training's folder: its best.pt with train.keep_best, else its model.pt"
+)
+
 
 def given_path(text: str) -> Path:
     """The type of an argument that is a file or folder. Raises FileNotFoundError for an empty text.

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import argparse
 
-from vitdet.cli.paths import given_path
+from vitdet.cli.paths import CHECKPOINT, given_path
 
 
 def add_register(verb: argparse.ArgumentParser) -> None:
     """The arguments of the verb `register`."""
-    verb.add_argument("checkpoint", type=given_path)
+    verb.add_argument("checkpoint", type=given_path, help=CHECKPOINT)
     verb.add_argument(
         "--alias",
         default="candidate",
@@ -35,10 +35,12 @@ def run_register(args: argparse.Namespace) -> int:
     from vitdet.files import write_json
     from vitdet.tracking.measured import read_measured, read_metrics
     from vitdet.tracking.runs import default_folder
+    from vitdet.workspace import result
 
+    checkpoint = result(args.checkpoint)
     found = stages.register(
-        args.checkpoint,
-        folder=default_folder(args.checkpoint.parent),
+        checkpoint,
+        folder=default_folder(checkpoint.parent),
         alias=args.alias,
         config=resolve_config(args.config)[0] if args.config else None,
         metrics=read_metrics(args.metrics) if args.metrics else None,

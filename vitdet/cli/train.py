@@ -20,7 +20,7 @@ def add_train(verb: argparse.ArgumentParser) -> None:
         "--output",
         type=given_path,
         required=True,
-        help="folder for model.pt, config.yaml and checkpoints",
+        help="folder for model.pt, best.pt, config.yaml and checkpoints",
     )
     verb.add_argument(
         "--checkpoints",
@@ -53,6 +53,7 @@ def run_train(args: argparse.Namespace) -> int:
     check_batch_size(train.batch_size, torchrun.world_size(), train.accumulate)
 
     from vitdet import distributed, stages
+    from vitdet.checkpoint import load_model_file
     from vitdet.data.layout import resolve_config
     from vitdet.training import Stopped
 
@@ -74,4 +75,10 @@ def run_train(args: argparse.Namespace) -> int:
         return 128 + stopped.signum  # the shell's code of a process that the signal ended
     if distributed.rank() == 0:
         print(path)
+        if config.train.keep_best:
+            best = load_model_file(path.with_name("best.pt"))
+            metric = config.train.keep_best
+            print(
+                f"{path.with_name('best.pt')}: step {best['step']}, {metric} {best['metrics'][metric]:.4g}"
+            )
     return 0

@@ -77,9 +77,21 @@ def evaluate_detector(
     metrics = {}
     advance(False)
     if distributed.rank() == 0:
-        finished = _compare(truth, results, detector, data, settings, image_ids)
+        kinds = kinds_found_by(detector)
+        finished = _compare(truth, results, kinds, data, settings, image_ids)
         metrics = ARBITERS[data.dataset].summary(finished)
     return distributed.all_gather_objects(metrics)[0], results
+
+
+def measured_metrics(config: Config) -> list[str]:
+    """The names of the metrics that `evaluate_detector` returns for a detector of this config: without those for which
+    the validation split holds no object. Takes as long as a comparison without detections; raises as that does.
+    """
+    truth, split = _read(config.data, config.evaluate)
+    kinds = ("bbox", "segm") if config.model.mask.enabled else ("bbox",)
+    image_ids = [record.image_id for record in split.records]
+    finished = _compare(truth, [], kinds, config.data, config.evaluate, image_ids)
+    return list(ARBITERS[config.data.dataset].summary(finished))
 
 
 def kinds_found_by(detector: nn.Module) -> tuple[str, ...]:
@@ -187,7 +199,8 @@ def evaluate(
         results, image_ids = detect(detector, config.data, config.evaluate, device, split)
         metrics = {}
         if distributed.rank() == 0:
-            finished = _compare(truth, results, detector, config.data, config.evaluate, image_ids)
+            kinds = kinds_found_by(detector)
+            finished = _compare(truth, results, kinds, config.data, config.evaluate, image_ids)
             metrics = ARBITERS[config.data.dataset].summary(finished)
             if plots is not None:
                 write_report(plots, finished, results)
@@ -258,13 +271,12 @@ def evaluate_results(
 def _compare(
     truth: Truth,
     results: Sequence[dict],
-    detector: nn.Module,
+    kinds: Sequence[str],
     data: DataConfig,
     settings: EvalConfig,
     image_ids: Sequence[int],
 ) -> dict[str, Comparison]:
     """By the rules of the data set; COCO's largest limit of detections grows with that of the detector."""
-    kinds = kinds_found_by(detector)
     if data.dataset == "lvis":
         return lvis.compare(truth, results, kinds, image_ids)
     usual, most = coco.LIMITS[-1], settings.max_detections

@@ -22,7 +22,7 @@ from vitdet.files import sha256
 from vitdet.training.optim import lr_factor, scaled
 
 # what `Checkpoints.save_evaluation` adds to a state
-EVALUATION = ("config", "metrics", "evaluated")
+EVALUATION = ("config", "metrics", "evaluated", "best")
 log = logging.getLogger(__name__)
 
 

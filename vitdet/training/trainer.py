@@ -9,10 +9,11 @@ any order, repeat themselves.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -20,15 +21,16 @@ from vitdet import distributed
 from vitdet.checkpoint import FORMAT, Checkpoints, load_weights, save
 from vitdet.config import Config, check_names, from_dict, save_config, to_dict
 from vitdet.data import fingerprint
-from vitdet.data.coco import CocoSplit
 from vitdet.data.dataset import read_split
 from vitdet.data.loader import configure_process, release_memory, train_loader
 from vitdet.data.protocol import settings_of
 from vitdet.evaluation.evaluator import Cancelled, evaluate_detector
 from vitdet.evaluation.pictures import write_pictures
-from vitdet.models import Detector, build_detector
-from vitdet.models.losses import FederatedClassification
+from vitdet.models import Detector
 from vitdet.tracking.tracker import Tracker
+from vitdet.training.best import Best
+from vitdet.training.initial import fresh_detector
+from vitdet.training.inspection import check_classes, inspect_data
 from vitdet.training.meter import Meter
 from vitdet.training.optim import rate_note
 from vitdet.training.parallel import share_statistics
@@ -45,7 +47,6 @@ from vitdet.training.stop import Stop, Stopped, stop_signals, warn_of_short_grac
 from vitdet.training.watchdog import LONG, Stage, Watchdog, watching
 from vitdet.types import Batch
 from vitdet.weights import resolve
-from vitdet.weights.load import load_pretrained
 
 log = logging.getLogger(__name__)
 
@@ -102,7 +103,7 @@ def train(
         split = distributed.together(
             lambda: read_split(config.data, config.data.train_split, look=distributed.rank() == 0)
         )
-        val_classes, prints = distributed.from_first(lambda: _inspect(config, split))
+        val_classes, prints = distributed.from_first(lambda: inspect_data(config, split))
         folder = distributed.from_first(
             lambda: states_folder(config, output, checkpoints, prints, source)
         )
@@ -127,11 +128,11 @@ def train(
                 config.train.accumulate,
             )
         )
-        _check_classes(config, split.class_names, val_classes)
+        check_classes(config, split.class_names, val_classes)
         # of all ranks: nobody writes before all have looked
         stop.check(f"stopped at step {start} of {config.optim.steps}, before anything was built")
 
-        detector = _fresh_detector(config, split, None if state else source, device)
+        detector = fresh_detector(config, split, None if state else source, device)
 
         def start_alone() -> Tracker:
             alone.enter_context(states.locked())
@@ -142,18 +143,17 @@ def train(
             lambda: start_alone() if distributed.rank() == 0 else Tracker()
         )
         saver = alone.enter_context(Saver(states))
-        loop = Loop(
-            config, detector, loader, tracker, saver, prints, device, stop, watchdog, output
-        )
+        data = {"class_names": list(split.class_names), "fingerprints": prints}
+        loop = Loop(config, detector, loader, tracker, saver, data, device, stop, watchdog, output)
         try:
             if profile and distributed.rank() == 0:
                 loop.loader = ProfiledBatches(loader, loop.training_step, output / "profile")
             loop.begin(state)
             state = None  # it weighs as much as detector and optimizer, who have it now
-            loop.run(start)
-            watchdog.at(config.optim.steps, Stage.FINISHING, LONG)
+            done = loop.run(start)
+            watchdog.at(done, Stage.FINISHING, LONG)
             if distributed.rank() == 0:
-                loop.finish(split.class_names)
+                loop.finish(done)
         except BaseException as error:
             watchdog.at(config.optim.steps, Stage.FINISHING, LONG)
             tracker.close("KILLED" if isinstance(error, Stopped | KeyboardInterrupt) else "FAILED")
@@ -173,21 +173,23 @@ class Loop:
         loader: Iterable[Batch],
         tracker: Tracker,
         saver: Saver,
-        prints: dict[str, str],
+        data: dict[str, Any],
         device: torch.device,
         stop: Stop,
         watchdog: Watchdog,
         output: Path,
     ) -> None:
+        """data: class_names and fingerprints, as a finished detector's file holds them."""
         self.config, self.detector = config, detector
         self.training_step = TrainingStep(detector, config, device)
         self.average = self.training_step.average
-        self.tracker, self.saver, self.prints, self.device = tracker, saver, prints, device
+        self.tracker, self.saver, self.data, self.device = tracker, saver, data, device
         self.stop, self.watchdog = stop, watchdog
         self.loader, self.output = loader, output
         self.meter = Meter(config.train.batch_size)
         self.metrics: dict[str, float] = {}  # of the last evaluation
         self.evaluated = 0  # the step of that
+        self.best = Best(config.train, output, saver.states.folder)
 
     def begin(self, state: dict | None) -> None:
         """Goes on from a state; without one, saves the first."""
@@ -203,9 +205,14 @@ class Loop:
         self.evaluated = state.get("evaluated", state["step"])
         if settings_of(from_dict(state["config"])) != settings_of(self.config):
             self.metrics, self.evaluated = {}, 0  # they were measured with other settings
+        if "best" in state:  # not in states before version 4
+            self.best.restore(state["best"], state["step"])
 
-    def run(self, start: int) -> None:
-        """Steps start..steps-1. Raises Stopped, and ValueError for a loss that is not finite."""
+    def run(self, start: int) -> int:
+        """Steps start..steps-1, fewer where train.patience ends them; how many are done then.
+
+        Raises Stopped, and ValueError for a loss that is not finite.
+        """
         config, settings, meter = self.config, self.config.train, self.meter
         self.training_step.distribute()
         self.batches = iter(self.loader)
@@ -214,6 +221,8 @@ class Loop:
             self.evaluate(start)  # an evaluation was cut off, or had other settings
         self.detector.train()
         for step in range(start, config.optim.steps):
+            if self.best.is_final():
+                return step
             done, limit = (
                 step + 1,
                 LONG if step == start else 0.0,
@@ -235,6 +244,7 @@ class Loop:
                 raise Stopped(self.stopped(done), signum)
             if due:
                 self.evaluate(done)
+        return config.optim.steps
 
     def stopped(self, step: int) -> str:
         """The message of a training that stops after `step` steps."""
@@ -296,14 +306,23 @@ class Loop:
                         self.detector, config.data, folder, precision=precision
                     ):
                         self.tracker.artifact(path, f"pictures/{folder.name}")
-            self.tracker.log(self.metrics, step)
+                improved = self.best.update(self.metrics, step)
+                if improved and self.best.keeps and distributed.rank() == 0:
+                    self.watchdog.at(step, Stage.SAVING, LONG)
+                    self.best.keep(self.finished(step))
+            self.tracker.log({**self.metrics, **self.best.figures()}, step)
             self.evaluated = step
             if distributed.rank() == 0:
                 self.saver.wait()
-                added = {"config": to_dict(config), "metrics": self.metrics, "evaluated": step}
+                added = {
+                    "config": to_dict(config),
+                    "metrics": self.metrics,
+                    "evaluated": step,
+                    "best": self.best.state_dict(),
+                }
                 self.saver.states.save_evaluation(step, added)
         release_memory()
-        if step < config.optim.steps:  # else it is done anyway
+        if step < config.optim.steps and not self.best.is_final():  # else it is done anyway
             self.stop.check(self.stopped(step))
 
     def save(self, step: int) -> None:
@@ -322,49 +341,32 @@ class Loop:
                     "model": self.detector.state_dict(),
                     **self.training_step.state_dict(),
                     "run_id": self.tracker.run_id,
-                    "fingerprints": self.prints,
+                    "fingerprints": self.data["fingerprints"],
                     "meter": meter,
                     "metrics": self.metrics,
                     "evaluated": self.evaluated,
+                    "best": self.best.state_dict(),
                 },
             )
 
-    def finish(self, class_names: Sequence[str]) -> None:
+    def finish(self, step: int) -> None:
         """Writes the finished detector, of the averaged weights if there are any."""
         self.saver.wait()
+        self.best.report(step, self.config.optim.steps)
         with self.average.applied():
-            model = {name: tensor.cpu() for name, tensor in self.detector.state_dict().items()}
-            save(
-                self.output / "model.pt",
-                {
-                    "format": FORMAT,
-                    "config": to_dict(self.config),
-                    "model": model,
-                    "class_names": list(class_names),
-                    "run_id": self.tracker.run_id,
-                    "step": self.config.optim.steps,
-                    "fingerprints": self.prints,
-                    "metrics": self.metrics,
-                },
-            )
+            save(self.output / "model.pt", self.finished(step))
 
-
-def _fresh_detector(
-    config: Config, split: CocoSplit, source: str | Path | None, device: torch.device
-) -> Detector:
-    """The detector before its first step; the odds of the federated loss are those of the training images."""
-    torch.manual_seed(config.train.seed)
-    # image_count ** 0.5, as in detectron2
-    odds = torch.tensor(split.image_counts, dtype=torch.float32).sqrt()
-    detector = build_detector(config.model, config.evaluate, odds.clone()).to(device)
-    if source is not None:
-        loaded = load_pretrained(detector, source, config.train.init_format, split.class_names)
-        for note in loaded.notes if distributed.rank() == 0 else ():
-            log.info("%s: %s", source, note)
-    classification = detector.roi_heads.classification
-    if isinstance(classification, FederatedClassification):
-        classification.class_weights.copy_(odds)  # a file's are those of its own training images
-    return detector
+    def finished(self, step: int) -> dict:
+        """What the file of a finished detector holds, with the weights that are applied now."""
+        return {
+            "format": FORMAT,
+            "config": to_dict(self.config),
+            "model": {name: tensor.cpu() for name, tensor in self.detector.state_dict().items()},
+            "run_id": self.tracker.run_id,
+            "step": step,
+            "metrics": self.metrics,
+            **self.data,
+        }
 
 
 def _announce(
@@ -392,40 +394,3 @@ def _announce(
     )
     tracker.artifact(output / "config.yaml")
     return tracker
-
-
-def _inspect(config: Config, split: CocoSplit) -> tuple[tuple[str, ...], dict[str, str]]:
-    """The class names of the validation split, and the fingerprints of both; warns if there are no outlines for masks."""
-    data = config.data
-    validation = read_split(data, data.val_split)
-    if config.model.mask.enabled and not split.outlines:
-        log.warning(
-            "%s: no object of %s has an outline: the mask head is not trained; model.mask.enabled=false leaves it out",
-            data.root,
-            data.train_split,
-        )
-    elif config.model.mask.enabled and not validation.outlines:
-        log.warning(
-            "%s: no object of %s has an outline: evaluations measure box AP only",
-            data.root,
-            data.val_split,
-        )
-    prints = {
-        "train": fingerprint.fingerprint(data, data.train_split, split.records),
-        "val": fingerprint.fingerprint(data, data.val_split, validation.records),
-    }
-    return validation.class_names, prints
-
-
-def _check_classes(config: Config, trained: Sequence[str], validated: Sequence[str]) -> None:
-    data, expected = config.data, config.model.roi_heads.num_classes
-    if len(trained) != expected:
-        raise ValueError(
-            f"{data.root}: {data.train_split} has {len(trained)} classes, but model.roi_heads.num_classes "
-            f"is {expected}; set it to {len(trained)}"
-        )
-    if tuple(validated) != tuple(trained):
-        raise ValueError(
-            f"{data.root}: {data.train_split} and {data.val_split} have different classes "
-            f"({', '.join(sorted(set(trained) ^ set(validated))) or 'in another order'})"
-        )

@@ -1,0 +1,71 @@
+"""The data of a training and whether it fits the config, looked at before anything is built or written."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+
+from vitdet.config import Config
+from vitdet.data import fingerprint
+from vitdet.data.coco import CocoSplit
+from vitdet.data.dataset import read_split
+from vitdet.evaluation.evaluator import measured_metrics
+from vitdet.suggestions import nearest
+
+log = logging.getLogger(__name__)
+
+
+def inspect_data(config: Config, split: CocoSplit) -> tuple[tuple[str, ...], dict[str, str]]:
+    """The class names of the validation split, and the fingerprints of both; warns if there are no outlines for masks.
+
+    Raises ValueError if an evaluation on this data does not measure what train.keep_best and train.patience need.
+    """
+    data = config.data
+    validation = read_split(data, data.val_split)
+    if config.model.mask.enabled and not split.outlines:
+        log.warning(
+            "%s: no object of %s has an outline: the mask head is not trained; model.mask.enabled=false leaves it out",
+            data.root,
+            data.train_split,
+        )
+    elif config.model.mask.enabled and not validation.outlines:
+        log.warning(
+            "%s: no object of %s has an outline: evaluations measure box AP only",
+            data.root,
+            data.val_split,
+        )
+    check_metric(config)
+    prints = {
+        "train": fingerprint.fingerprint(data, data.train_split, split.records),
+        "val": fingerprint.fingerprint(data, data.val_split, validation.records),
+    }
+    return validation.class_names, prints
+
+
+def check_metric(config: Config) -> None:
+    """Raise ValueError if the evaluations do not measure the metric by which this training chooses or ends."""
+    settings = config.train
+    if not (settings.keep_best or settings.patience):
+        return
+    metric, measured = settings.keep_best or "box_ap", measured_metrics(config)
+    if metric not in measured:
+        cause = "train.keep_best" if settings.keep_best else "train.patience"
+        raise ValueError(
+            f"{cause}: evaluations on {config.data.root} do not measure {metric}: {config.data.val_split} has no object "
+            f"for it; {nearest(metric, measured)}"
+        )
+
+
+def check_classes(config: Config, trained: Sequence[str], validated: Sequence[str]) -> None:
+    """Raise ValueError if the classes are not as many as the detector has, or differ between the splits."""
+    data, expected = config.data, config.model.roi_heads.num_classes
+    if len(trained) != expected:
+        raise ValueError(
+            f"{data.root}: {data.train_split} has {len(trained)} classes, but model.roi_heads.num_classes "
+            f"is {expected}; set it to {len(trained)}"
+        )
+    if tuple(validated) != tuple(trained):
+        raise ValueError(
+            f"{data.root}: {data.train_split} and {data.val_split} have different classes "
+            f"({', '.join(sorted(set(trained) ^ set(validated))) or 'in another order'})"
+        )
