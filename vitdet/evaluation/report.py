@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 
 from vitdet.evaluation.coco import NAMES
-from vitdet.evaluation.matching import IOUS, RECALLS, Comparison
+from vitdet.evaluation.matches import IOUS, RECALLS, save_matches
+from vitdet.evaluation.matching import Comparison
 from vitdet.files import write_json
 
 
@@ -46,13 +47,37 @@ def curve_rows(
     return rows
 
 
+def details(finished: Mapping[str, Comparison]) -> dict[str, float]:
+    """AP of each class that has objects, in percent, as class_ap/NAME (boxes) and class_mask_ap/NAME, and the counts of
+    images, objects and detections (of boxes if they were compared).
+    """
+    names = {"bbox": "class_ap", "segm": "class_mask_ap"}
+    values = {
+        f"{names[kind]}/{category['name']}": ap
+        for kind, comparison in finished.items()
+        for place, category in enumerate(comparison.categories)
+        if (ap := comparison.ap(chosen=[place])) is not None
+    }
+    matches = next(iter(finished.values())).matches
+    return values | {
+        "images": len(matches.image_ids),
+        "objects": len(matches.object_image),
+        "detections": int((~matches.ignored[:, 0]).sum()),
+    }
+
+
 def write_report(
     folder: str | Path, finished: Mapping[str, Comparison], results: list[dict]
 ) -> None:
-    """Writes classes.json (AP of each class), curve.json (precision over recall) and results.json (as COCO)."""
+    """Writes classes.json (AP of each class), curve.json (precision over recall), results.json (as COCO) and
+    matches.npz (`vitdet.evaluation.matches`).
+    """
     for name, value in (
         ("classes", class_rows(finished)),
         ("curve", curve_rows(finished)),
         ("results", results),
     ):
         write_json(Path(folder) / f"{name}.json", value, indent=None if name == "results" else 1)
+    save_matches(
+        Path(folder) / "matches.npz", {kind: one.matches for kind, one in finished.items()}
+    )
