@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from tests.conftest import environment, minimal
 
 LOADERS = """
@@ -38,6 +40,7 @@ print(json.dumps({"hard": hard, **found}))
 """
 
 
+@pytest.mark.slow
 def test_a_training_configures_its_process_and_loaders_do_not(tiny: Path, tmp_path: Path) -> None:
     overrides = json.dumps(minimal(tiny, optim__steps=1))
     done = subprocess.run(
