@@ -150,6 +150,7 @@ def test_a_typo_in_any_key_is_noticed() -> None:
     missed, tried, seen = set(), 0, set()
     for name in OVERLAYS:
         cluster, jobs = overlay(name, "cluster"), [*overlay(name), *overlay(name, "trainjob")]
+        nodes = pools(name)
         for document in [*cluster, *jobs]:
             text = json.dumps(document)
             if text in seen:
@@ -164,7 +165,7 @@ def test_a_typo_in_any_key_is_noticed() -> None:
                     if misspelled(changed) or unknown(changed):
                         continue
                     there = [changed if one is document else one for one in (*cluster, *jobs)]
-                    if not problems(there[: len(cluster)], there[len(cluster) :], pools(name)):
+                    if not problems(there[: len(cluster)], there[len(cluster) :], nodes):
                         missed.add(f"{document['kind']}: {key}")
                 except KeyError:
                     continue  # not so much as a kind or a name
