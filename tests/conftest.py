@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 import json
 import os
 import shutil
@@ -154,6 +156,29 @@ def trained(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     train(load_config("tiny", minimal(tiny)), output, start_tracking=lambda *_: recorder)
     (output / "points.json").write_text(json.dumps(recorder.points))
     return output
+
+
+@pytest.fixture(scope="session", autouse=True)
+def trainings_draw_one_picture() -> Iterator[None]:
+    """Not the default of 8 per evaluation, which take a third of a small training's time (in this process only)."""
+    from vitdet.training import trainer
+
+    one = functools.partial(trainer.write_pictures, count=1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainer, "write_pictures", one)
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def stacks_without_source() -> Iterator[None]:
+    """kfp looks at the names of its callers for each setting of each task.
+
+    The lines of source that inspect.stack finds as well cost 3 s per pipeline with as many modules as tests import.
+    """
+    real = inspect.stack
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(inspect, "stack", lambda context=0: real(context))
+        yield
 
 
 @pytest.fixture(scope="session", autouse=True)

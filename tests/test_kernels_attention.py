@@ -28,25 +28,35 @@ def cuda(test):
     return pytest.mark.cuda(pytest.mark.skipif(absent, reason="needs an NVIDIA GPU")(test))
 
 
-@needs_triton
-def test_values_and_gradients_by_the_interpreter():
+def interpreted(what):
+    """What tests/attention_cases.py prints."""
     done = subprocess.run(
-        [sys.executable, "-m", "tests.attention_cases"],
+        [sys.executable, "-m", "tests.attention_cases", str(what)],
         cwd=ROOT,
         env={**os.environ, "TRITON_INTERPRET": "1"},
         capture_output=True,
         text=True,
     )
     assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout)
+    return json.loads(done.stdout)
+
+
+@needs_triton
+@pytest.mark.parametrize("start", [0, pytest.param(1, marks=pytest.mark.slow)])
+def test_values_and_gradients_by_the_interpreter(start):
     wrong = {
         (case, name): error
-        for case, errors in zip(CASES, found["errors"], strict=True)
+        for case, errors in zip(CASES[start::2], interpreted(start), strict=True)
         for name, error in zip(OUTPUTS, errors, strict=True)
         if error > 2e-6
     }
     assert not wrong
-    assert found["block"] < 1e-5
+
+
+@needs_triton
+@pytest.mark.slow
+def test_the_operator_is_registered_and_a_block_with_it_is_compiled():
+    assert interpreted("operator") < 1e-5
 
 
 @pytest.mark.parametrize(

@@ -107,7 +107,10 @@ def test_other_shapes_are_refused(boxes, labels, message):
 
 
 @needs_triton
-@pytest.mark.parametrize(("count", "iou"), [(1, 0.5), (64, 0.7), (75, 0.6)])
+@pytest.mark.parametrize(
+    ("count", "iou"),
+    [(1, 0.5), (64, 0.7), pytest.param(75, 0.6, marks=pytest.mark.slow)],
+)
 def test_kernels_keep_the_same_boxes(count, iou):
     boxes = torch.cat([scene(kind, 1, count) for kind in KINDS])
     boxes[:, 3::7, 2] = boxes[:, 3::7, 0]

@@ -58,7 +58,10 @@ SMALL = [(17, 11), (9, 6)]
 
 
 @needs_triton
-@pytest.mark.parametrize(("bins", "ratio"), [(7, 0), (14, 0), (3, 3)])
+@pytest.mark.parametrize(
+    ("bins", "ratio"),
+    [(3, 0), (3, 3), *(pytest.param(bins, 0, marks=pytest.mark.slow) for bins in (7, 14))],
+)
 def test_equals_torchvision_in_values_and_gradients(bins, ratio):
     assert Scene(SMALL, 8, 5).errors(bins, ratio) < EXACT
 

@@ -15,9 +15,19 @@ FILES = ("nms", "paste", "roi_align", "rasterize")
 
 
 @needs_triton
-def test_values_by_the_interpreter():
+@pytest.mark.parametrize("speed", ["not slow", pytest.param("slow", marks=pytest.mark.slow)])
+def test_values_by_the_interpreter(speed):
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "not cuda"]
+        [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-q",
+            "-p",
+            "no:cacheprovider",
+            "-m",
+            f"not cuda and {speed}",
+        ]
         + [f"tests/test_kernels_{name}.py" for name in FILES],
         cwd=ROOT,
         env={**os.environ, "TRITON_INTERPRET": "1"},

@@ -37,19 +37,11 @@ def swap(old: str, new: str) -> Callable[[str], str]:
 
 
 TYPOS = {
-    "a field of the job": ("pytorchjob/pytorchjob.yaml", swap("backoffLimit", "backofLimit")),
-    "a field of the pod": ("pytorchjob/pytorchjob.yaml", swap("nodeSelector", "nodeSelecter")),
-    "a field of the container": ("pytorchjob/pytorchjob.yaml", swap("volumeMounts", "volumeMount")),
-    "a field of the pod's metadata": (
-        "pytorchjob/pytorchjob.yaml",
-        swap("annotations:", "annotation:"),
-    ),
     "a type": (
         "pytorchjob/pytorchjob.yaml",
         swap("enableServiceLinks: false", 'enableServiceLinks: "no"'),
     ),
     "the container's name": ("pytorchjob/pytorchjob.yaml", swap("name: pytorch ", "name: torch ")),
-    "a replica's role": ("pytorchjob/pytorchjob.yaml", swap("    Worker:", "    Workers:")),
     "the master's count": (
         "pytorchjob/pytorchjob.yaml",
         swap("replicas: 1  # must", "replicas: 2  # must"),
@@ -70,12 +62,10 @@ TYPOS = {
         "node-pools/eks/storage.yaml",
         swap("name: vitdet-gp3", "name: vitdet-gp2"),
     ),
-    "a class's field": ("node-pools/eks/storage.yaml", swap("reclaimPolicy", "reclaimPolici")),
     "a taint": (
         "node-pools/eks/karpenter.yaml",
         swap("key: nvidia.com/gpu", "key: nvidia.com/gpus"),
     ),
-    "a field of the pool": ("node-pools/eks/karpenter.yaml", swap("expireAfter", "expiresAfter")),
     "root": ("pytorchjob/pytorchjob.yaml", swap("runAsNonRoot: true", "runAsNonRoot: false")),
     "a writable root": (
         "mlflow/server.yaml",
@@ -83,10 +73,6 @@ TYPOS = {
     ),
     "no seccomp": ("mlflow/database.yaml", swap("type: RuntimeDefault", "type: Unconfined")),
     "a floating tag": ("overlays/eks/values/values.yaml", swap("vitdet:0.1.0", "vitdet:latest")),
-    "a port of a probe's schema": (
-        "mlflow/server.yaml",
-        swap("periodSeconds: 5", "periodSecond: 5"),
-    ),
     "a service's selector": (
         "mlflow/server.yaml",
         swap(
@@ -95,7 +81,6 @@ TYPOS = {
         ),
     ),
     "a policy's selector": ("shared/network.yaml", swap("name: mlflow}", "name: mflow}")),
-    "a role's field": ("shared/accounts.yaml", swap("resources: [pods]", "resource: [pods]")),
     "the binding's account": (
         "shared/accounts.yaml",
         swap(
@@ -117,11 +102,6 @@ TYPOS = {
         "components/profile/kustomization.yaml",
         swap("value: TrainingRuntime}", "value: TrainRuntime}"),
     ),
-    "the wait": (
-        "pytorchjob/pytorchjob.yaml",
-        swap("vitdet/schedule-seconds", "vitdet/schedule-second"),
-    ),
-    "the restarts": ("trainjob/runtime.yaml", swap("maxRestarts", "maxRestart")),
     "a pool's family": (
         "node-pools/eks/karpenter.yaml",
         swap("aws/instance-family", "aws/instance-famly"),
@@ -165,23 +145,29 @@ def keys(node: object, at: tuple = ()) -> Iterator[tuple]:
         yield from keys(value, (*at, key))
 
 
-@pytest.mark.parametrize("name", OVERLAYS)
-def test_a_typo_in_any_key_is_noticed(name: str) -> None:
-    cluster, jobs = overlay(name, "cluster"), [*overlay(name), *overlay(name, "trainjob")]
-    missed, tried = set(), 0
-    for document in [*cluster, *jobs]:
-        for *at, key in keys(document):
-            changed = json.loads(json.dumps(document))
-            place = reduce(getitem, at, changed)
-            place[f"{key}x"] = place.pop(key)
-            tried += 1
-            try:
-                if misspelled(changed) or unknown(changed):
-                    continue
-                there = [changed if one is document else one for one in (*cluster, *jobs)]
-                if not problems(there[: len(cluster)], there[len(cluster) :], pools(name)):
-                    missed.add(f"{document['kind']}: {key}")
-            except KeyError:
-                continue  # not so much as a kind or a name
-    assert tried > 700
+def test_a_typo_in_any_key_is_noticed() -> None:
+    """In each document of each overlay; those that several overlays share are tried once."""
+    missed, tried, seen = set(), 0, set()
+    for name in OVERLAYS:
+        cluster, jobs = overlay(name, "cluster"), [*overlay(name), *overlay(name, "trainjob")]
+        nodes = pools(name)
+        for document in [*cluster, *jobs]:
+            text = json.dumps(document)
+            if text in seen:
+                continue
+            seen.add(text)
+            for *at, key in keys(document):
+                changed = json.loads(text)
+                place = reduce(getitem, at, changed)
+                place[f"{key}x"] = place.pop(key)
+                tried += 1
+                try:
+                    if misspelled(changed) or unknown(changed):
+                        continue
+                    there = [changed if one is document else one for one in (*cluster, *jobs)]
+                    if not problems(there[: len(cluster)], there[len(cluster) :], nodes):
+                        missed.add(f"{document['kind']}: {key}")
+                except KeyError:
+                    continue  # not so much as a kind or a name
+    assert tried > 1400
     assert missed <= {"ConfigMap: basic_auth.ini", *(f"Secret: {key}" for key in SECRETS)}

@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from tests.conftest import environment, minimal
 
 LOADERS = """
@@ -30,10 +32,7 @@ for workers in (0, 2):
     train_loader(data, 2, 0, 0, 1)
     val_loader(data, 1)
 found["loaders"] = state()
-if sys.argv[2] == "train":
-    train(load_config("tiny", overrides), "run")
-else:
-    configure_process()
+train(load_config("tiny", overrides), "run")
 found["configured"] = state()
 configure_process()
 found["again"] = state()
@@ -41,28 +40,20 @@ print(json.dumps({"hard": hard, **found}))
 """
 
 
-def settings(tiny: Path, folder: Path, how: str) -> dict:
+@pytest.mark.slow
+def test_a_training_configures_its_process_and_loaders_do_not(tiny: Path, tmp_path: Path) -> None:
     overrides = json.dumps(minimal(tiny, optim__steps=1))
     done = subprocess.run(
-        [sys.executable, "-c", LOADERS, overrides, how],
-        cwd=folder,
+        [sys.executable, "-c", LOADERS, overrides],
+        cwd=tmp_path,
         capture_output=True,
         text=True,
-        env=environment(folder),
+        env=environment(tmp_path),
     )
     assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
-
-
-def test_only_configure_process_changes_the_process(tiny: Path, tmp_path: Path) -> None:
-    found = settings(tiny, tmp_path, "configure")
+    found = json.loads(done.stdout.splitlines()[-1])
     assert found["loaders"] == found["before"]
     limit, preloaded, method = found["configured"]
     assert limit == (65_536 if found["hard"] == -1 else min(65_536, found["hard"]))
     assert preloaded == ["__main__", "vitdet.data.loader"] and method == found["before"][2]
     assert found["again"] == found["configured"]
-
-
-def test_a_training_configures_its_process(tiny: Path, tmp_path: Path) -> None:
-    found = settings(tiny, tmp_path, "train")
-    assert found["loaders"] == found["before"] != found["configured"] == found["again"]

@@ -25,16 +25,40 @@ def same_weights(path: Path, other: Path) -> None:
     assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
 
 
-def test_operational_settings_may_change_and_are_logged(
-    tiny: Path, trained: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+CONSTANT = {"optim__milestones": "[]", "train__keep": 9}
+
+
+@pytest.fixture(scope="module")
+def stopped_at_7(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a training that was stopped at step 7; not to be changed."""
+    folder = tmp_path_factory.mktemp("stopped")
     with pytest.raises(Stopped):
-        go(tiny, tmp_path / "run", interrupt(terminate, 5))
+        go(tiny, folder, interrupt(terminate, 7))
+    return folder
+
+
+@pytest.fixture
+def stopped(stopped_at_7: Path, tmp_path: Path) -> Path:
+    """A copy of it, tmp_path/run."""
+    return Path(shutil.copytree(stopped_at_7, tmp_path / "run"))
+
+
+@pytest.fixture(scope="module")
+def constant(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a whole training of constant rate with all its states; not to be changed."""
+    folder = tmp_path_factory.mktemp("constant")
+    go(tiny, folder, **CONSTANT)
+    return folder
+
+
+def test_operational_settings_may_change_and_are_logged(
+    tiny: Path, trained: Path, stopped: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     moved = Path(shutil.copytree(tiny, tmp_path / "moved"))
     changes = {
         "data__workers": 1,
         "train__log_every": 2,
-        "train__eval_every": 7,
+        "train__eval_every": 5,
         "train__save_every": 100,
         "train__keep": 3,
         "evaluate__score_threshold": 0.1,
@@ -44,23 +68,21 @@ def test_operational_settings_may_change_and_are_logged(
         "tracking__experiment": "other",
     }
     with caplog.at_level(logging.INFO, "vitdet"):
-        recorder = go(moved, tmp_path / "run", **changes)
+        recorder = go(moved, stopped, **changes)
     lines = [message for message in caplog.messages if "changed settings" in message]
     assert len(lines) == 1 and "\n" not in lines[0]
     assert f"data.root: {moved}, not {tiny}" in lines[0]
     for key in changes:
         assert key.replace("__", ".") in lines[0]
-    assert min(recorder.points) == 6
-    same_weights(tmp_path / "run", trained)
+    assert min(recorder.points) == 8
+    same_weights(stopped, trained)
 
 
 def test_a_resume_without_changes_logs_none(
-    tiny: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    tiny: Path, stopped: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    with pytest.raises(Stopped):
-        go(tiny, tmp_path, interrupt(terminate, 7))
     with caplog.at_level(logging.INFO, "vitdet"):
-        go(tiny, tmp_path)
+        go(tiny, stopped)
     assert not [message for message in caplog.messages if "changed settings" in message]
 
 
@@ -68,19 +90,19 @@ def test_a_resume_without_changes_logs_none(
     ("stop", "changes"),
     [
         (4, {}),  # milestones at 85 and 95 %: the first drop was after step 7, and is after step 10
-        (8, {"optim__milestones": "[]"}),  # also a run that has ended
+        (8, CONSTANT),  # also a run that has ended
     ],
     ids=["before the first drop", "constant rate"],
 )
 def test_more_steps_give_the_bits_of_a_training_with_as_many_from_the_start(
-    tiny: Path, tmp_path: Path, stop: int, changes: dict
+    tiny: Path, constant: Path, tmp_path: Path, stop: int, changes: dict
 ) -> None:
     more = {**changes, "optim__steps": 12}
     if stop < STEPS:
         with pytest.raises(Stopped):
             go(tiny, tmp_path / "run", interrupt(terminate, stop), **changes)
     else:
-        go(tiny, tmp_path / "run", **changes)
+        shutil.copytree(constant, tmp_path / "run")
     recorder = go(tiny, tmp_path / "run", **more)
     assert min(recorder.points) in (stop, stop + 1) and max(recorder.points) == 12
     go(tiny, tmp_path / "whole", **more)
@@ -258,16 +280,14 @@ def test_the_draws_of_a_step_depend_on_seed_step_and_rank(
 
 
 def test_states_of_earlier_versions_are_loaded_and_those_of_an_unknown_version_are_not(
-    tiny: Path, tmp_path: Path
+    tiny: Path, stopped: Path, tmp_path: Path
 ) -> None:
-    with pytest.raises(Stopped):
-        go(tiny, tmp_path, interrupt(terminate, 5))
-    path = sorted((tmp_path / "checkpoints").iterdir())[-1]
+    path = sorted((stopped / "checkpoints").iterdir())[-1]
     content = torch.load(path, weights_only=True)
     assert content["format"] == "vitdet training state, version 4"
     torch.save({**content, "format": "vitdet training state, version 5"}, path)
     with pytest.raises(ValueError, match="got 'vitdet training state, version 5'"):
-        go(tiny, tmp_path)
+        go(tiny, stopped)
     assert content.pop("best") == {"value": None, "step": 0, "stale": 0}
     assert content["scaler"] == {}  # not in fp16
     for version in (STATE_3, STATE_2, STATE_1):
@@ -276,29 +296,25 @@ def test_states_of_earlier_versions_are_loaded_and_those_of_an_unknown_version_a
         output = tmp_path / version[-1]
         (output / "checkpoints").mkdir(parents=True)
         torch.save({**content, "format": version}, output / "checkpoints" / path.name)
-        assert min(go(tiny, output).points) == 6
+        assert min(go(tiny, output).points) == 8
 
 
-def test_the_config_that_is_stored_is_the_new_one(tiny: Path, tmp_path: Path) -> None:
-    with pytest.raises(Stopped):
-        go(tiny, tmp_path, interrupt(terminate, 7))
-    go(tiny, tmp_path, evaluate__max_detections=3)
+def test_the_config_that_is_stored_is_the_new_one(tiny: Path, stopped: Path) -> None:
+    go(tiny, stopped, evaluate__max_detections=3)
     config = load_config("tiny", minimal(tiny, evaluate__max_detections=3))
-    assert load_config(tmp_path / "config.yaml") == config
-    assert load_model_file(tmp_path / "model.pt")["config"]["evaluate"]["max_detections"] == 3
+    assert load_config(stopped / "config.yaml") == config
+    assert load_model_file(stopped / "model.pt")["config"]["evaluate"]["max_detections"] == 3
 
 
 @pytest.mark.parametrize(("stop", "steps"), [(4, 4), (8, 8)], ids=["fewer steps", "at the end"])
 def test_metrics_of_other_evaluate_settings_are_measured_again(
-    tiny: Path, tmp_path: Path, stop: int, steps: int
+    tiny: Path, constant: Path, tmp_path: Path, stop: int, steps: int
 ) -> None:
-    rate = {"optim__milestones": "[]", "train__keep": 9}
-    go(tiny, tmp_path / "first", **rate)
     states = tmp_path / "run" / "checkpoints"
     states.mkdir(parents=True)
     path = states / f"step_{stop:08d}.pt"
-    shutil.copy(tmp_path / "first" / "checkpoints" / path.name, path)
-    evaluation = json.loads((tmp_path / "first" / "checkpoints" / f"{path.stem}.json").read_text())
+    shutil.copy(constant / "checkpoints" / path.name, path)
+    evaluation = json.loads((constant / "checkpoints" / f"{path.stem}.json").read_text())
     state = torch.load(path, weights_only=True) | evaluation  # in one file, as they were once
     assert state["evaluated"] == stop
     state["metrics"]["box_ap"] = 33.0
@@ -306,9 +322,9 @@ def test_metrics_of_other_evaluate_settings_are_measured_again(
 
     again = tmp_path / "again"
     shutil.copytree(tmp_path / "run", again)
-    go(tiny, again, **rate, optim__steps=steps, evaluate__batch_size=1)  # changes no AP
+    go(tiny, again, **CONSTANT, optim__steps=steps, evaluate__batch_size=1)  # changes no AP
     assert load_model_file(again / "model.pt")["metrics"]["box_ap"] == 33.0
-    go(tiny, tmp_path / "run", **rate, optim__steps=steps, evaluate__max_detections=1)
+    go(tiny, tmp_path / "run", **CONSTANT, optim__steps=steps, evaluate__max_detections=1)
     done = load_model_file(tmp_path / "run" / "model.pt")
     assert done["config"]["evaluate"]["max_detections"] == 1
     assert done["metrics"] == evaluate(tmp_path / "run" / "model.pt")

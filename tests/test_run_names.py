@@ -58,12 +58,13 @@ def later(config: Config, **changes: object) -> LaterConfig:
     return LaterConfig(**{**values, "optim": optim})
 
 
-@pytest.mark.parametrize("override", OPERATIONAL)
-def test_an_operational_setting_keeps_the_name(override: str) -> None:
-    ours, theirs = load_config("tiny"), load_config("tiny", [override])
-    assert digest(ours) == digest(theirs)
-    assert difference(ours, theirs, affecting_weights=True) == []
-    assert len(difference(ours, theirs, affecting_weights=False)) == 1
+def test_an_operational_setting_keeps_the_name() -> None:
+    ours = load_config("tiny")
+    for override in OPERATIONAL:
+        theirs = load_config("tiny", [override])
+        assert digest(ours) == digest(theirs), override
+        assert difference(ours, theirs, affecting_weights=True) == [], override
+        assert len(difference(ours, theirs, affecting_weights=False)) == 1, override
 
 
 @pytest.mark.parametrize(

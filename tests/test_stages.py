@@ -46,6 +46,7 @@ def resolve(recipes: list[str], overrides: list[str], folder: Path) -> list[str]
     )
 
 
+@pytest.mark.slow
 def test_two_recipes_are_trained_compared_and_registered(tiny: Path, tmp_path: Path) -> None:
     space, configs, manifest = (
         str(tmp_path / "space"),
