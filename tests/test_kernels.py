@@ -10,7 +10,7 @@ import torch
 
 from vitdet import kernels
 from vitdet.kernels import attention, nms, rasterize, roi_align
-from vitdet.kernels.cuda_graph import CudaGraph, NotRecorded
+from vitdet.kernels.cuda_graph import LIMIT, CudaGraph, NoRoom, NotRecorded, OutOfMemory
 
 
 @pytest.fixture
@@ -236,3 +236,19 @@ def test_what_cannot_be_recorded_says_why_in_one_line(second_gpu, error, reason)
 
     with pytest.raises(NotRecorded, match=f"^{reason}$"):
         CudaGraph().record(function, OnSecondGpu(1))
+
+
+def test_where_memory_is_short_no_graph_keeps_some_of_it(second_gpu):
+    def function(_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmore")
+
+    graphs = CudaGraph()
+    graphs.record(lambda _: None, OnSecondGpu(1))
+    with pytest.raises(OutOfMemory, match=r"^CUDA out of memory. Tried to allocate 2.00 GiB.$"):
+        graphs.record(function, OnSecondGpu(2))
+    assert not graphs.has(OnSecondGpu(1)) and graphs.pool is None
+    for size in range(LIMIT):
+        graphs.record(lambda _: None, OnSecondGpu(size))
+    with pytest.raises(NoRoom, match=f"{LIMIT} graphs are recorded already"):
+        graphs.record(lambda _: None, OnSecondGpu(LIMIT))
+    assert graphs.has(OnSecondGpu(0))
