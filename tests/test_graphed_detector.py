@@ -270,4 +270,6 @@ def test_what_waits_is_detected_without_a_graph_on_a_gpu(caplog: pytest.LogCaptu
     for _ in range(2):
         assert same(detect(images(1).cuda(), sizes)[0], wanted)
     (line,) = caplog.messages
-    assert line.startswith("detection in batches of 1 images (128 x 128 pixels) runs without a CUDA graph: ")
+    assert line.startswith(
+        "detection in batches of 1 images (128 x 128 pixels) runs without a CUDA graph: "
+    )
