@@ -94,13 +94,13 @@ MAP, BOXES, NUMBERS = zeros(1, 8, 4, 4), zeros(1, 4), torch.zeros(1, dtype=torch
 # operator, its arguments, the function that starts its kernels and what that returns
 LAUNCHES = {
     "attention": (
-        lambda: attention._attention(*QKV, 2, 2, 1, 0, False),
+        lambda: attention._attention(*QKV, [2, 2, 1, 0, 0]),
         ("attention_kernels", "forward"),
         lambda: (zeros(1, 4, 16), zeros(1, 4)),
     ),
     "its gradient": (
         lambda: attention._attention_backward(
-            zeros(1, 4, 16), *QKV, zeros(1, 4, 16), zeros(1, 4), 2, 2, 1, 0, False
+            zeros(1, 4, 16), *QKV, zeros(1, 4, 16), zeros(1, 4), [2, 2, 1, 0, 0]
         ),
         ("attention_kernels", "backward"),
         lambda: tuple(torch.zeros_like(one) for one in QKV),
@@ -122,7 +122,7 @@ LAUNCHES = {
     ),
     "its gradients": (
         lambda: roi_align.pool_backward(
-            zeros(1, 8, 7, 7), BOXES, NUMBERS, NUMBERS, [4], [4], 1, [4], 7, 2
+            zeros(1, 8, 7, 7), BOXES, NUMBERS, NUMBERS, [4], [4], 1, [4], 2
         ),
         ("roi_align_kernels", "backward"),
         lambda: [zeros(1, 4, 4, 8)],
