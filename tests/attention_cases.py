@@ -95,11 +95,11 @@ def check_operator(case: Case) -> None:
     tests = ("test_schema", "test_autograd_registration", "test_faketensor")
     given, gradient = inputs(case, torch.float32, "cpu")
     leaves = [one.clone().requires_grad_() for one in given]
-    options = tuple(sizes(case).values())
-    torch.library.opcheck(module._attention, (*leaves, *options), test_utils=tests)
-    saved = module._attention(*given, *options)
+    options = list(map(int, sizes(case).values()))
+    torch.library.opcheck(module._attention, (*leaves, options), test_utils=tests)
+    saved = module._attention(*given, options)
     torch.library.opcheck(
-        module._attention_backward, (gradient, *given, *saved, *options), test_utils=tests
+        module._attention_backward, (gradient, *given, *saved, options), test_utils=tests
     )
 
 

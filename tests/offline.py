@@ -114,7 +114,7 @@ def attention_launches(heads: int, depth: int, window: int) -> list[Launch]:
     tables = tuple(empty(2 * side - 1, depth, dtype=torch.float32) for side in layout.sides)
     with launches() as found:
         saved = forward(layout, qkv, bias, tables, 1.0)
-        backward(layout, gradient, qkv, bias, tables, 1.0, *saved)
+        backward(gradient, *saved, layout, qkv, bias, tables, 1.0)
     return found
 
 
@@ -134,7 +134,7 @@ def detection_launches(dtype: torch.dtype) -> list[Launch]:
             rois = (empty(count, 4), index, index)
             out = roi_align_kernels.forward(maps, *rois, strides, bins, 0)
             shapes = [(side, side) for side in sides]
-            roi_align_kernels.backward(out, *rois, shapes, 8, strides, bins, 0)
+            roi_align_kernels.backward(out, *rois, shapes, 8, strides, 0)
         spans = empty(1024, 2, dtype=torch.int64)
         rasterize_kernels.launch(empty(60_000, 4), spans, empty(1024, 4), 28)
     return found

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import copy
+from contextlib import nullcontext
 
 import pytest
 import torch
 from torch import nn
 
 from tests.small import images, small_detector, target
+from tests.triton_device import needs_gpu
+from vitdet.evaluation.detections import _found, results_of
 from vitdet.models import compile as compilation
+from vitdet.models.graphed_detector import GraphedDetector
 from vitdet.models.layers import DropPath
+from vitdet.types import Batch
 
 
 def drop(detector: nn.Module, rate: float) -> None:
@@ -68,3 +73,38 @@ def test_drop_path_drops_images_and_keeps_the_mean() -> None:
     assert path.eval()(x) is x and DropPath(0.0).train()(x) is x
     assert path.train()(x.bfloat16()).dtype == torch.bfloat16
     assert not path.state_dict()
+
+
+@torch.no_grad()
+def test_the_last_batch_of_an_evaluation_has_the_size_of_the_others() -> None:
+    detector, seen = small_detector().eval(), []
+    detector.register_forward_pre_hook(lambda _, given: seen.append(len(given[0])))
+    sizes = torch.tensor([[128, 100]] * 2)
+    batch = Batch(images(2).to(torch.uint8), [], sizes, (1, 2), sizes)
+    whole, filled = (
+        _found(GraphedDetector(detector, nullcontext), batch, torch.device("cpu"), slots)
+        for slots in (0, 5)
+    )
+    assert seen == [2, 5] and len(filled) == len(whole) == 2
+    for one, other in zip(whole, filled, strict=True):
+        assert torch.equal(one.labels, other.labels) and len(one)
+        torch.testing.assert_close(one.boxes, other.boxes)
+        torch.testing.assert_close(one.masks, other.masks)
+
+
+@needs_gpu
+@pytest.mark.cuda
+def test_an_evaluation_compiles_once_on_a_gpu() -> None:
+    """The last batch is smaller."""
+    detector = small_detector().cuda().eval()
+    batches = [
+        Batch(images(count).to(torch.uint8), [], sizes, tuple(range(count)), sizes)
+        for count in (2, 2, 1)
+        for sizes in [torch.tensor([[128, 128]] * count)]
+    ]
+    torch._dynamo.reset()
+    compilation.compile_parts(detector)
+    counts = []
+    for _ in results_of(detector, batches, range(10), "cuda"):
+        counts.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    assert counts[0] == counts[1] == counts[2] > 0

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from tests.small import images, small_detector
+from tests.triton_device import needs_gpu
+from vitdet.kernels.cuda_graph import NotRecorded
 from vitdet.models import graphed_detector
 from vitdet.models.graphed_detector import GraphedDetector
 from vitdet.predictor import Predictor
@@ -43,12 +45,16 @@ class Recorded:
 
     def __call__(self, *tensors: Tensor) -> tuple:
         shapes = tuple(one.shape for one in tensors)
-        found, masks = self.outputs[shapes]
-        now, now_masks = self.functions[shapes](*tensors)
-        for static, new in zip((*found, masks), (*now, now_masks), strict=True):
-            static.copy_(new)
+        static, new = (flat(of) for of in (self.outputs[shapes], self.functions[shapes](*tensors)))
+        for one, other in zip(static, new, strict=True):
+            one.copy_(other)
         self.during()
-        return found, masks
+        return self.outputs[shapes]
+
+
+def flat(output: tuple) -> list[Tensor]:
+    features, scored, found, masks = output
+    return [*features, *scored, *found, masks]
 
 
 @pytest.fixture
@@ -183,3 +189,87 @@ def test_another_detector_may_be_set(made: list[Recorded]) -> None:
     predictor.detector = other
     wanted = Predictor(other, ("a", "b", "c"), 128)(picture, 0.0)
     assert len(wanted) and same(predictor(picture, 0.0), wanted)
+
+
+@pytest.mark.parametrize(
+    ("part", "name", "value"),
+    [("rpn", "nms_iou", 0.2), ("rpn", "top_test", (30, 3)), ("roi_heads", "nms_iou", 0.0)]
+    + [("roi_heads", "score_threshold", 0.6), ("roi_heads", "max_detections", 2)],
+)
+def test_a_limit_that_changes_is_seen(
+    made: list[Recorded], part: str, name: str, value: object
+) -> None:
+    detector = small_detector().eval()
+    detect = GraphedDetector(detector, nullcontext)
+    before = detect(images(1), SIZES)[0]
+    setattr(detector.get_submodule(part), name, value)
+    wanted = detector(images(1), None, SIZES)[0]
+    found = detect(images(1), SIZES)[0]
+    assert not same(wanted, before) and same(found, wanted) and recorded(made) == 2
+
+
+def test_another_precision_may_be_set(made: list[Recorded]) -> None:
+    predictor = Predictor(small_detector().eval(), ("a", "b", "c"), 128, precision="fp32")
+    picture = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
+    exact = predictor(picture, 0.0)
+    predictor.precision = "bf16"
+    wanted = Predictor(predictor.detector, ("a", "b", "c"), 128, precision="bf16")(picture, 0.0)
+    assert same(predictor(picture, 0.0), wanted) and not same(wanted, exact)
+    with pytest.raises(ValueError, match="precision is fp32, bf16, fp16, auto, got 'fp8'"):
+        predictor.precision = "fp8"
+    assert predictor.precision == "bf16"
+
+
+def test_more_candidates_need_no_other_backbone_pass(
+    made: list[Recorded], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    detector = small_detector().eval()
+    wanted = detector(images(1), None, SIZES)[0]
+    monkeypatch.setattr("vitdet.models.roi_heads.CANDIDATES", 3)
+    detect = GraphedDetector(detector, nullcontext)
+    detect(images(1), SIZES)
+    passes = []
+    detector.backbone.register_forward_hook(lambda *_: passes.append(1))
+    found = detect(images(1), SIZES)[0]
+    assert len(passes) == 1  # the one that stands for the replay
+    assert same(found, wanted) and torch.equal(found.masks, wanted.masks)
+
+
+def test_a_batch_that_cannot_be_recorded_leaves_others_their_graph(
+    made: list[Recorded], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    detector = small_detector().eval()
+    detect = GraphedDetector(detector, nullcontext)
+    record, tries = Recorded.record, []
+
+    def refuse(self: Recorded, function: Callable, *tensors: Tensor) -> None:
+        tries.append(len(tensors[0]))
+        if len(tensors[0]) == 2:
+            raise NotRecorded("out of memory")
+        record(self, function, *tensors)
+
+    monkeypatch.setattr(Recorded, "record", refuse)
+    for count in (2, 1, 2, 1):
+        found = detect(images(count), SIZES.repeat(count, 1))
+        wanted = detector(images(count), None, SIZES.repeat(count, 1))
+        assert all(same(one, other) for one, other in zip(found, wanted, strict=True))
+    assert tries == [2, 1] and caplog.messages == [
+        "detection in batches of 2 images (128 x 128 pixels) runs without a CUDA graph: out of memory"
+    ]
+
+
+@needs_gpu
+@pytest.mark.cuda
+def test_what_waits_is_detected_without_a_graph_on_a_gpu(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    detector, sizes = small_detector().cuda().eval(), SIZES.cuda()
+    detector.backbone.register_forward_hook(lambda _, __, maps: print(float(maps.sum())))
+    detect = GraphedDetector(detector, nullcontext)
+    wanted = detector(images(1).cuda(), None, sizes)[0]
+    for _ in range(2):
+        assert same(detect(images(1).cuda(), sizes)[0], wanted)
+    (line,) = caplog.messages
+    assert line.startswith(
+        "detection in batches of 1 images (128 x 128 pixels) runs without a CUDA graph: "
+    )

@@ -99,7 +99,8 @@ def test_detection_up_to_its_results(
         pixels = torch.empty(images(2).shape, dtype=torch.uint8, device=CUDA)
         sizes = torch.empty(2, 2, dtype=torch.int64, device=CUDA)
         with Transfers():
-            found, masks = detector.find(pixels, sizes)
+            features, _, found = detector.find(pixels, sizes)
+            masks = detector.roi_heads.masks(features, found)
     assert found.boxes.shape == (2, 20, 4) and masks.shape == (2, 20, 28, 28)
     assert found.filled.device.type == "cuda"
 

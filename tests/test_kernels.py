@@ -10,7 +10,7 @@ import torch
 
 from vitdet import kernels
 from vitdet.kernels import attention, nms, rasterize, roi_align
-from vitdet.kernels.cuda_graph import CudaGraph, NotRecorded
+from vitdet.kernels.cuda_graph import LIMIT, CudaGraph, NoRoom, NotRecorded, OutOfMemory
 
 
 @pytest.fixture
@@ -94,13 +94,13 @@ MAP, BOXES, NUMBERS = zeros(1, 8, 4, 4), zeros(1, 4), torch.zeros(1, dtype=torch
 # operator, its arguments, the function that starts its kernels and what that returns
 LAUNCHES = {
     "attention": (
-        lambda: attention._attention(*QKV, 2, 2, 1, 0, False),
+        lambda: attention._attention(*QKV, [2, 2, 1, 0, 0]),
         ("attention_kernels", "forward"),
         lambda: (zeros(1, 4, 16), zeros(1, 4)),
     ),
     "its gradient": (
         lambda: attention._attention_backward(
-            zeros(1, 4, 16), *QKV, zeros(1, 4, 16), zeros(1, 4), 2, 2, 1, 0, False
+            zeros(1, 4, 16), *QKV, zeros(1, 4, 16), zeros(1, 4), [2, 2, 1, 0, 0]
         ),
         ("attention_kernels", "backward"),
         lambda: tuple(torch.zeros_like(one) for one in QKV),
@@ -122,7 +122,7 @@ LAUNCHES = {
     ),
     "its gradients": (
         lambda: roi_align.pool_backward(
-            zeros(1, 8, 7, 7), BOXES, NUMBERS, NUMBERS, [4], [4], 1, [4], 7, 2
+            zeros(1, 8, 7, 7), BOXES, NUMBERS, NUMBERS, [4], [4], 1, [4], 2
         ),
         ("roi_align_kernels", "backward"),
         lambda: [zeros(1, 4, 4, 8)],
@@ -236,3 +236,19 @@ def test_what_cannot_be_recorded_says_why_in_one_line(second_gpu, error, reason)
 
     with pytest.raises(NotRecorded, match=f"^{reason}$"):
         CudaGraph().record(function, OnSecondGpu(1))
+
+
+def test_where_memory_is_short_no_graph_keeps_some_of_it(second_gpu):
+    def function(_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmore")
+
+    graphs = CudaGraph()
+    graphs.record(lambda _: None, OnSecondGpu(1))
+    with pytest.raises(OutOfMemory, match=r"^CUDA out of memory. Tried to allocate 2.00 GiB.$"):
+        graphs.record(function, OnSecondGpu(2))
+    assert not graphs.has(OnSecondGpu(1)) and graphs.pool is None
+    for size in range(LIMIT):
+        graphs.record(lambda _: None, OnSecondGpu(size))
+    with pytest.raises(NoRoom, match=f"{LIMIT} graphs are recorded already"):
+        graphs.record(lambda _: None, OnSecondGpu(LIMIT))
+    assert graphs.has(OnSecondGpu(0))

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests.triton_device import DEVICE, REGISTRATION, needs_gpu, needs_triton, no_waits
-from vitdet.kernels.nms import nms, reference, suppress
+from vitdet.kernels.nms import nms, reference, suppress, suppress_by_label
 
 
 def slow_nms(boxes, labels, iou):
@@ -148,6 +148,35 @@ def test_many_groups_are_compared_in_parts(monkeypatch):
     labels = torch.arange(100).view(5, 20) % 2
     found = suppress(boxes.to(DEVICE), labels.to(DEVICE), 0.5, 20).cpu()
     assert torch.equal(found, reference(boxes, labels, 0.5))
+
+
+@needs_triton
+def test_labels_one_at_a_time_keep_the_same_boxes():
+    boxes = torch.cat([scene(kind, 1, 75) for kind in KINDS])
+    boxes[:, 3::7, 2] = boxes[:, 3::7, 0]
+    labels = (
+        torch.arange(4 * 75).view(4, 75) ** 2 % 11
+    )  # as many boxes of each as there happen to be
+    found = suppress_by_label(boxes.to(DEVICE), labels.to(DEVICE), 0.5, 75).cpu()
+    assert torch.equal(found, reference(boxes, labels, 0.5))
+
+
+def test_memory_of_the_comparisons_is_bounded(monkeypatch):
+    """Every pair of an LVIS detector's 1,203 classes and 1,000 proposals may have a score above 0."""
+    sizes = []
+
+    def compare(boxes, labels, iou, limit):
+        sizes.append(boxes.shape[1])
+        return reference(boxes, labels, iou)
+
+    monkeypatch.setattr("vitdet.kernels.nms.enabled", lambda _: True)
+    monkeypatch.setattr("vitdet.kernels.nms.suppress", compare)
+    for count, together in ((120, 120), (121, 13)):
+        monkeypatch.setattr("vitdet.kernels.nms.TOGETHER", 120)
+        boxes, labels = scene("random", 2, count), torch.arange(2 * count).view(2, count) % 10
+        assert torch.equal(nms(boxes, labels, 0.5, count), reference(boxes, labels, 0.5))
+        assert max(sizes) == together, sizes
+        sizes.clear()
 
 
 @needs_triton

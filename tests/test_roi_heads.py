@@ -210,7 +210,7 @@ def test_every_stage_of_detection_takes_the_boxes_of_the_one_before_cut_to_the_p
     features = [torch.randn(2, 16, 128 // s, 128 // s) for s in (4, 8, 16, 32)]
     boxes = torch.stack([proposals(6), proposals(6, seed=1)])
     filled = torch.tensor([[True] * 6, [True] * 4 + [False] * 2])
-    heads.find(features, Proposals(boxes, torch.zeros(2, 6), filled), SIZES, CANDIDATES)
+    heads.find(features, Proposals(boxes, torch.zeros(2, 6), filled), SIZES)
     # none dropped on the way
     assert [len(boxes) for boxes in seen] == [10, 10, 10]
     limits = torch.tensor([[128.0, 128.0]] * 6 + [[90.0, 100.0]] * 4)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import math
 import os
 import shutil
 from collections.abc import Iterator
@@ -21,7 +23,8 @@ from vitdet import distributed
 from vitdet.config import Config, load_config
 from vitdet.data.dataset import read_split
 from vitdet.data.loader import train_loader
-from vitdet.models import build_detector
+from vitdet.models import Detector, build_detector
+from vitdet.tracking.tracker import Progress
 from vitdet.training import trainer
 from vitdet.training.graph import GraphedGradients
 from vitdet.training.meter import Meter
@@ -224,12 +227,59 @@ def test_a_step_whose_gradients_overflow_is_skipped(tiny: Path) -> None:
     assert any((one != moved[name]).any() for name, one in weights().items())
 
 
-def test_a_meter_of_skipped_steps_alone_has_no_norm() -> None:
+class Spoiled(TrainingStep):
+    """The first forward passes in fp16 overflow, as many as said; BatchNorm's statistics with them."""
+
+    spoiled, scale = 1, 8.0
+
+    def __init__(self, detector: Detector, *given: object) -> None:
+        detector.norm = torch.nn.BatchNorm1d(1)
+        super().__init__(detector, *given)
+        self.scaler = torch.amp.GradScaler("cpu", self.scale, enabled=self.precision == "fp16")
+        left = self.spoiled
+
+        def spoil(_: object, __: object, losses: dict[str, Tensor]) -> dict[str, Tensor]:
+            nonlocal left
+            left -= 1
+            factor = torch.inf if left >= 0 else 1.0
+            detector.norm.running_mean += factor
+            return {name: loss * factor for name, loss in losses.items()}
+
+        detector.register_forward_hook(spoil)
+
+
+def test_a_step_whose_losses_overflow_in_fp16_is_skipped(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(trainer, "TrainingStep", Spoiled)
+    monkeypatch.setattr(trainer, "evaluate_detector", lambda *_: ({"box_ap": 0.0}, []))
+    monkeypatch.setattr(trainer, "write_pictures", lambda *_, **__: [])
+    recorder, lines = Recorder(), io.StringIO()
+    changes = {"optim__steps": 2, "optim__ema": 0.5, "train__eval_every": 2}
+    go(tiny, tmp_path / "a", Progress(recorder, 2, 0, lines), train__precision="fp16", **changes)
+    first, second = recorder.points[1], recorder.points[2]
+    assert first["skipped_steps"] == 1 and "loss" not in first and "grad_norm" not in first
+    assert second["skipped_steps"] == 0 and 0 < second["loss"] < math.inf
+    assert "every step skipped" in lines.getvalue()
+    state = torch.load(tmp_path / "a/checkpoints/step_00000002.pt", weights_only=True)
+    assert state["scaler"]["scale"] == 4.0
+    for weights in (state["model"], state["average"]):
+        assert all(one.isfinite().all() for one in weights.values())
+    assert state["model"]["norm.running_mean"] == 1.0
+    with pytest.raises(ValueError, match="not finite: the training has diverged"):
+        go(tiny, tmp_path / "b", train__precision="fp32", **changes)
+    monkeypatch.setattr(Spoiled, "scale", 2.0**-14)
+    with pytest.raises(ValueError, match="losses or gradients overflow in fp16 whatever"):
+        go(tiny, tmp_path / "c", train__precision="fp16", **changes)
+
+
+def test_a_meter_of_skipped_steps_alone_has_no_means() -> None:
     meter = Meter(1)
     meter.add({"loss_a": torch.tensor(2.0)}, torch.tensor(torch.nan), torch.tensor(True))
-    values = meter.read(CPU)
-    assert (values["loss"], values["skipped_steps"]) == (2.0, 1) and "grad_norm" not in values
     meter.add({"loss_a": torch.tensor(torch.nan)}, torch.tensor(torch.nan), torch.tensor(True))
+    values = meter.read(CPU)
+    assert values["skipped_steps"] == 2 and not {"loss", "loss_a", "grad_norm"} & values.keys()
+    meter.add({"loss_a": torch.tensor(torch.nan)}, torch.tensor(1.0), torch.tensor(False))
     with pytest.raises(ValueError, match="loss_a, loss not finite: the training has diverged"):
         meter.read(CPU)
     meter.restart()
@@ -265,7 +315,7 @@ def test_a_training_that_skips_every_step_ends_in_one_line(
 ) -> None:
     monkeypatch.setattr(trainer, "TrainingStep", Overflowing)
     recorder = Recorder()
-    with pytest.raises(ValueError, match="the gradients overflow in fp16 whatever") as caught:
+    with pytest.raises(ValueError, match="losses or gradients overflow in fp16 whatever") as caught:
         go(tiny, tmp_path, recorder, train__precision="fp16")
     assert "\n" not in str(caught.value) and recorder.status == "FAILED"
     assert list(recorder.points) == [1] and recorder.points[1]["skipped_steps"] == 1
@@ -318,11 +368,11 @@ def test_released_steps_are_recorded_again_and_refused_ones_are_not(tiny: Path) 
     run.step.release()  # without graphs
     run.step.graphed = graphed = GraphedGradients(run.step.detector, run.step.gradients)
     graphed.graph.graphs["shapes"], graphed.graph.pool = object(), object()
-    graphed.refused.add((16, 4096))
+    graphed.refused |= {(16, 4096): False, (16, 8192): True}  # for good, and until a release
     gradients = graphed.gradients()
     run.step.release()
     assert not graphed.graph.graphs and graphed.graph.pool is None
-    assert graphed.refused == {(16, 4096)}
+    assert graphed.refused == {(16, 4096): False}
     assert all(a is b for a, b in zip(graphed.gradients(), gradients, strict=True))
 
 
@@ -331,7 +381,7 @@ def test_the_scale_of_fp16_survives_a_stop(tiny: Path, tmp_path: Path) -> None:
     changes = {"train__precision": "fp16", "optim__steps": 4, "train__save_every": 2}
     go(tiny, tmp_path / "whole", **changes)
     with pytest.raises(KeyboardInterrupt):
-        go(tiny, tmp_path / "cut", interrupt(cut, 3), **changes)
+        go(tiny, tmp_path / "cut", interrupt(cut, 3, "images_per_second"), **changes)
     state = torch.load(tmp_path / "cut" / "checkpoints" / "step_00000002.pt", weights_only=True)
     assert state["scaler"]["scale"] > 0
     go(tiny, tmp_path / "cut", **changes)

@@ -14,7 +14,7 @@ from torch.profiler import profile, record_function
 from tests.conftest import minimal
 from vitdet.config import load_config
 from vitdet.training import train
-from vitdet.training.profile import IDLE, PARTS, STEPS, belongings, union
+from vitdet.training.profile import IDLE, OPERATORS, PARTS, STEPS, belongings, union
 
 on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 on_cpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -67,6 +67,12 @@ def test_a_gradient_belongs_to_the_part_of_its_operator() -> None:
     assert products == {"MLP", "attention"}
     assert {part for name, part in found if name == "aten::mm"} == {"MLP", "attention"}
     assert {part for name, part in found if name in ("aten::exp", "ExpBackward0")} == {"other"}
+
+
+def test_every_kernel_of_a_step_belongs_to_a_part() -> None:
+    registered = {name for name in torch._C._dispatch_get_all_op_names() if "vitdet::" in name}
+    assert registered - {"vitdet::paste"} <= set(OPERATORS)  # masks are pasted in evaluations
+    assert set(OPERATORS.values()) <= set(PARTS)
 
 
 def test_time_covered_twice_counts_once() -> None:

@@ -42,10 +42,7 @@ class Predictor:
         its mode and device stay as they are. reading: how image files are read. precision: what the detector computes
         in, 'fp32', 'bf16', 'fp16' or 'auto', as evaluate.precision. Several threads may call one predictor.
         """
-        if precision not in PRECISIONS:
-            raise ValueError(f"precision is {', '.join(PRECISIONS)}, got {precision!r}")
-        self.precision = precision
-        self.detector = detector
+        self._set(detector, precision)
         self.class_names = tuple(class_names)
         self.image_size = image_size
         self.antialias = antialias
@@ -58,7 +55,22 @@ class Predictor:
 
     @detector.setter
     def detector(self, detector: nn.Module) -> None:
-        self.detect = GraphedDetector(detector, partial(_computing, self.precision, detector))
+        self._set(detector, self.precision)
+
+    @property
+    def precision(self) -> str:
+        """What the detector computes in; another one may be set, which raises ValueError if there is no such one."""
+        return self._precision
+
+    @precision.setter
+    def precision(self, precision: str) -> None:
+        self._set(self.detector, precision)
+
+    def _set(self, detector: nn.Module, precision: str) -> None:
+        if precision not in PRECISIONS:
+            raise ValueError(f"precision is {', '.join(PRECISIONS)}, got {precision!r}")
+        self._precision = precision
+        self.detect = GraphedDetector(detector, partial(_computing, precision, detector))
 
     @classmethod
     def load(

@@ -14,6 +14,7 @@ from typing import TypeVar
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from vitdet import kernels
 from vitdet.evaluation.run_lengths import encode_columns
@@ -93,8 +94,10 @@ def results_of(
     stream = torch.cuda.Stream(device, priority=-1)
 
     def jobs() -> Iterator[Callable[[], dict[int, list[dict]]]]:
+        slots = 0
         for batch in batches:
-            found = _found(detect, batch, device)
+            slots = slots or len(batch)
+            found = _found(detect, batch, device, slots)
             done = torch.cuda.Event()
             done.record(torch.cuda.current_stream(device))
             yield partial(_results_aside, stream, done, found, batch, category_ids)
@@ -117,10 +120,17 @@ def one_behind(jobs: Iterable[Callable[[], Result]]) -> Iterator[Result]:
             yield before.result()
 
 
-def _found(detect: GraphedDetector, batch: Batch, device: torch.device) -> list[Detections]:
+def _found(
+    detect: GraphedDetector, batch: Batch, device: torch.device, slots: int = 0
+) -> list[Detections]:
+    """What is in the images of a batch. A smaller one is filled up to `slots` images: for each other number of them the
+    detector would be compiled and recorded again.
+    """
     # sizes lie in memory that is not pinned: a blocking copy would wait for the batch before
     images, sizes = (one.to(device, non_blocking=True) for one in (batch.images, batch.sizes))
-    return detect(images, sizes)
+    if (spare := slots - len(batch)) > 0:
+        images, sizes = F.pad(images, (0,) * 7 + (spare,)), F.pad(sizes, (0, 0, 0, spare))
+    return detect(images, sizes)[: len(batch)]
 
 
 def _results_aside(

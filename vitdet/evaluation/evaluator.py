@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -197,7 +198,8 @@ def evaluate(
         if device.type == "cuda" and distributed.rank() == 0:
             log.info(kernels.describe())
         detector = detector.to(device).eval()
-        if config.evaluate.compile and device.type == "cuda":
+        compiled = config.evaluate.compile and device.type == "cuda"
+        if compiled:
             compile_parts(detector)
         start = time.perf_counter()
         results, image_ids = detect(detector, config.data, config.evaluate, device, split)
@@ -213,13 +215,16 @@ def evaluate(
             if plots is not None:
                 write_report(plots, finished, results)
             if pictures is not None:
-                write_pictures(
-                    detector,
-                    config.data,
-                    pictures,
-                    split=split,
-                    precision=config.evaluate.precision,
-                )
+                # one image at a time, for which the detector would be compiled again
+                stance = torch.compiler.set_stance("force_eager") if compiled else nullcontext()
+                with stance:
+                    write_pictures(
+                        detector,
+                        config.data,
+                        pictures,
+                        split=split,
+                        precision=config.evaluate.precision,
+                    )
         return distributed.all_gather_objects(metrics)[0]
 
 

@@ -9,6 +9,7 @@ Letters: B images, H x W tokens, N = H W, h heads, d channels of a head, s = d^-
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -58,7 +59,7 @@ def attention(
             raise ValueError(
                 f"a table of relative positions must be {(2 * size - 1, depth)}, got {tuple(table.shape)}"
             )
-    return _attention(qkv, bias, rel_h, rel_w, height, width, heads, window, scaled)[0]
+    return _attention(qkv, bias, rel_h, rel_w, [height, width, heads, window, int(scaled)])[0]
 
 
 def reference(
@@ -99,41 +100,23 @@ def reference(
 
 @torch.library.custom_op("vitdet::attention", mutates_args=())
 def _attention(
-    qkv: Tensor,
-    bias: Tensor,
-    rel_h: Tensor,
-    rel_w: Tensor,
-    height: int,
-    width: int,
-    heads: int,
-    window: int,
-    scaled: bool,
+    qkv: Tensor, bias: Tensor, rel_h: Tensor, rel_w: Tensor, sizes: Sequence[int]
 ) -> tuple[Tensor, Tensor]:
-    """As `attention`, and the logarithms to base 2 of the softmax's sums, for the backward pass."""
-    from vitdet.kernels.attention_kernels import forward
-    from vitdet.kernels.attention_positions import Layout
+    """As `attention`, and the logarithms to base 2 of the softmax's sums, for the backward pass.
 
-    layout = Layout(height, width, heads, qkv.shape[-1] // (3 * heads), window)
-    tables = rel_h.contiguous(), rel_w.contiguous()
-    factor = layout.depth**-0.5 if scaled else 1.0
-    given = qkv.contiguous(), bias.to(qkv.dtype).contiguous()
+    sizes: height, width, heads, window, scaled.
+    """
+    from vitdet.kernels.attention_kernels import forward
+
     with torch.cuda.device_of(qkv):
-        return forward(layout, *given, tables, factor)
+        return forward(*_arguments(qkv, bias, rel_h, rel_w, sizes))
 
 
 @_attention.register_fake
 def _(
-    qkv: Tensor,
-    bias: Tensor,
-    rel_h: Tensor,
-    rel_w: Tensor,
-    height: int,
-    width: int,
-    heads: int,
-    window: int,
-    scaled: bool,
+    qkv: Tensor, _: Tensor, __: Tensor, ___: Tensor, sizes: Sequence[int]
 ) -> tuple[Tensor, Tensor]:
-    batch, tokens, channels = qkv.shape
+    (batch, tokens, channels), (height, width, heads, window, _scaled) = qkv.shape, sizes
     groups, area = batch * heads, tokens
     if window:
         groups, area = groups * -(-height // window) * -(-width // window), window * window
@@ -150,61 +133,48 @@ def _attention_backward(
     rel_w: Tensor,
     out: Tensor,
     sums: Tensor,
-    height: int,
-    width: int,
-    heads: int,
-    window: int,
-    scaled: bool,
+    sizes: Sequence[int],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The gradients of qkv, bias and both tables; of the last three in float32."""
     from vitdet.kernels.attention_kernels import backward
-    from vitdet.kernels.attention_positions import Layout
 
-    layout = Layout(height, width, heads, qkv.shape[-1] // (3 * heads), window)
-    tables = rel_h.contiguous(), rel_w.contiguous()
-    factor = layout.depth**-0.5 if scaled else 1.0
-    given = gradient.contiguous(), qkv.contiguous(), bias.to(qkv.dtype).contiguous()
+    given = _arguments(qkv, bias, rel_h, rel_w, sizes)
     with torch.cuda.device_of(qkv):
-        return backward(layout, *given, tables, factor, out, sums)
+        return backward(gradient.contiguous(), out, sums, *given)
 
 
 @_attention_backward.register_fake
-def _(
-    gradient: Tensor,
-    qkv: Tensor,
-    bias: Tensor,
-    rel_h: Tensor,
-    rel_w: Tensor,
-    out: Tensor,
-    sums: Tensor,
-    height: int,
-    width: int,
-    heads: int,
-    window: int,
-    scaled: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _(_: Tensor, qkv: Tensor, *given: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     dqkv = torch.empty_like(qkv, memory_format=torch.contiguous_format)
-    dbias, drel_h, drel_w = (
-        one.new_empty(one.shape, dtype=torch.float32) for one in (bias, rel_h, rel_w)
-    )
+    dbias, drel_h, drel_w = (one.new_empty(one.shape, dtype=torch.float32) for one in given[:3])
     return dqkv, dbias, drel_h, drel_w
+
+
+def _arguments(
+    qkv: Tensor, bias: Tensor, rel_h: Tensor, rel_w: Tensor, sizes: Sequence[int]
+) -> tuple[Any, ...]:
+    """What the launches of `attention_kernels` begin with."""
+    from vitdet.kernels.attention_positions import Layout
+
+    height, width, heads, window, scaled = sizes
+    layout = Layout(height, width, heads, qkv.shape[-1] // (3 * heads), window)
+    tables = rel_h.contiguous(), rel_w.contiguous()
+    factor = layout.depth**-0.5 if scaled else 1.0
+    return layout, qkv.contiguous(), bias.to(qkv.dtype).contiguous(), tables, factor
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     ctx.save_for_backward(*inputs[:4], *output)
-    ctx.sizes = inputs[4:]
+    ctx.sizes = inputs[4]
     ctx.set_materialize_grads(False)
 
 
 def _differentiate(ctx: Any, gradient: Tensor | None, _: Tensor | None) -> tuple[Any, ...]:
     if gradient is None:
-        return (None,) * 9
+        return (None,) * 5
     tensors = ctx.saved_tensors
-    found = _attention_backward(gradient, *tensors, *ctx.sizes)
-    return (
-        *(one.to(given.dtype) for one, given in zip(found, tensors[:4], strict=True)),
-        *(None,) * 5,
-    )
+    found = _attention_backward(gradient, *tensors, ctx.sizes)
+    return *(one.to(given.dtype) for one, given in zip(found, tensors[:4], strict=True)), None
 
 
 _attention.register_autograd(_differentiate, setup_context=_save)

@@ -74,14 +74,14 @@ def forward(
 
 
 def backward(
-    layout: Layout,
     gradient: Tensor,
+    out: Tensor,
+    sums: Tensor,
+    layout: Layout,
     qkv: Tensor,
     bias: Tensor,
     tables: tuple[Tensor, Tensor],
     factor: float,
-    out: Tensor,
-    sums: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The gradients of qkv, of its bias (as far as it stands for tokens beyond the grid) and of both tables, from that of
     `out`; all but the first in float32.

@@ -24,6 +24,14 @@ class NotRecorded(Exception):
     """A function cannot be recorded as a CUDA graph, or not for these shapes; it says why."""
 
 
+class NoRoom(NotRecorded):
+    """The memory of the GPU does not suffice, or LIMIT graphs are kept: after `clear` it may be recorded."""
+
+
+class OutOfMemory(NoRoom):
+    """The memory of the GPU does not suffice; no graph is left that would hold some of it."""
+
+
 class _Graph(NamedTuple, Generic[Output]):
     graph: torch.cuda.CUDAGraph
     inputs: tuple[Tensor, ...]
@@ -70,11 +78,12 @@ class CudaGraph(Generic[Output]):
     def record(self, function: Callable[..., Output], *tensors: Tensor) -> None:
         """Record function(*tensors) for tensors of these shapes. It is called a few times: side effects happen.
 
-        Raises NotRecorded if it waits for the GPU somewhere, or if there are LIMIT graphs already. The generator of the
-        device goes on as if nothing had happened.
+        Raises NotRecorded if it waits for the GPU somewhere, NoRoom if there are LIMIT graphs already, OutOfMemory,
+        with all graphs cleared, if the GPU has too little memory. The generator of the device goes on as if nothing had
+        happened.
         """
         if len(self.graphs) == LIMIT:
-            raise NotRecorded(f"{LIMIT} graphs are recorded already, for other shapes")
+            raise NoRoom(f"{LIMIT} graphs are recorded already, for other shapes")
         device = tensors[0].device if tensors[0].is_cuda else torch.device("cuda")
         # kernels run, and memory is synchronized, on the current device
         with _recording, torch.cuda.device(device):
@@ -103,11 +112,15 @@ class CudaGraph(Generic[Output]):
                 graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"
             ):
                 output = function(*inputs)
-        except RuntimeError as error:  # torch.OutOfMemoryError is one
+        except RuntimeError as error:
+            kind = NotRecorded
+            if isinstance(error, torch.OutOfMemoryError):
+                kind = OutOfMemory
+                self.clear()
             torch.cuda.synchronize(device)
             torch.cuda.empty_cache()
             reason = str(error).strip() or type(error).__name__
-            raise NotRecorded(reason.splitlines()[0]) from error
+            raise kind(reason.splitlines()[0]) from error
         finally:
             torch.cuda.set_rng_state(random, device)
         self.pool = graph.pool()

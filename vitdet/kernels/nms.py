@@ -17,19 +17,24 @@ from torchvision.ops import nms as torchvision_nms
 
 from vitdet.kernels import enabled
 
+TOGETHER = 46_000  # boxes of a group that are compared, in 256 MB of bits; of more, those of one label at a time
+
 
 def nms(boxes: Tensor, labels: Tensor | None, iou: float, limit: int) -> Tensor:
     """Which boxes (G, N, 4) are kept: (G, N) bool. Boxes are xyxy float32, each group's in descending order of score.
 
     A box is suppressed by a kept one before it whose IoU with it is above `iou`; with labels (G, N) int64 only if both
     have the same label. Boxes with x1 <= x0 or y1 <= y0, or with NaN, are never kept. At least the first `limit` kept
-    boxes of a group are marked; later ones may be left out. Raises ValueError for tensors of other shapes.
+    boxes of a group are marked; later ones may be left out. With labels, groups of more than TOGETHER boxes make the host
+    wait. Raises ValueError for tensors of other shapes.
     """
     if boxes.dim() != 3 or boxes.shape[2] != 4:
         raise ValueError(f"boxes must be (G, N, 4), got {tuple(boxes.shape)}")
     if labels is not None and labels.shape != boxes.shape[:2]:
         raise ValueError(f"labels must be {tuple(boxes.shape[:2])}, got {tuple(labels.shape)}")
     if boxes.dtype == torch.float32 and enabled(boxes):
+        if labels is not None and boxes.shape[1] > TOGETHER:
+            return suppress_by_label(boxes, labels, iou, limit)
         return suppress(boxes, labels, iou, limit)
     return reference(boxes, labels, iou)
 
@@ -46,6 +51,19 @@ def suppress(boxes: Tensor, labels: Tensor | None, iou: float, limit: int) -> Te
 @suppress.register_fake
 def _(boxes: Tensor, labels: Tensor | None, iou: float, limit: int) -> Tensor:
     return boxes.new_empty(boxes.shape[:2], dtype=torch.bool)
+
+
+def suppress_by_label(boxes: Tensor, labels: Tensor, iou: float, limit: int) -> Tensor:
+    """As `suppress`, with a group for each label of a group: pairs of other labels take no memory."""
+    keep = torch.zeros(boxes.shape[:2], dtype=torch.bool, device=boxes.device)
+    for group_boxes, group_labels, kept in zip(boxes, labels, keep, strict=True):
+        found, order = group_labels.sort(stable=True)
+        _, label, counts = found.unique_consecutive(return_inverse=True, return_counts=True)
+        place = torch.arange(len(found), device=boxes.device) - (counts.cumsum(0) - counts)[label]
+        rows = boxes.new_zeros(len(counts), int(counts.max()), 4)
+        rows[label, place] = group_boxes[order]
+        kept[order] = suppress(rows, None, iou, limit)[label, place]
+    return keep
 
 
 def reference(boxes: Tensor, labels: Tensor | None, iou: float) -> Tensor:

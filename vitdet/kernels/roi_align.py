@@ -75,15 +75,8 @@ def pool(
 
 
 @pool.register_fake
-def _(
-    features: Sequence[Tensor],
-    boxes: Tensor,
-    image: Tensor,
-    level: Tensor,
-    strides: Sequence[int],
-    bins: int,
-    ratio: int,
-) -> Tensor:
+def _(features: Sequence[Tensor], boxes: Tensor, *sizes: Any) -> Tensor:
+    bins = sizes[3]
     out = features[0].new_empty(boxes.shape[0], bins, bins, features[0].shape[1])
     return out.permute(0, 3, 1, 2)
 
@@ -98,7 +91,6 @@ def pool_backward(
     widths: Sequence[int],
     images: int,
     strides: Sequence[int],
-    bins: int,
     ratio: int,
 ) -> list[Tensor]:
     """The gradients (B, C, h, w) of the maps of these sizes, from that of the features (R, C, bins, bins)."""
@@ -108,23 +100,13 @@ def pool_backward(
     rois = boxes.contiguous(), image.contiguous(), level.contiguous()
     shapes = list(zip(heights, widths, strict=True))
     with torch.cuda.device_of(boxes):
-        found = backward(given, *rois, shapes, images, strides, bins, ratio)
+        found = backward(given, *rois, shapes, images, strides, ratio)
     return [one.permute(0, 3, 1, 2) for one in found]
 
 
 @pool_backward.register_fake
-def _(
-    gradient: Tensor,
-    boxes: Tensor,
-    image: Tensor,
-    level: Tensor,
-    heights: Sequence[int],
-    widths: Sequence[int],
-    images: int,
-    strides: Sequence[int],
-    bins: int,
-    ratio: int,
-) -> list[Tensor]:
+def _(gradient: Tensor, *given: Any) -> list[Tensor]:
+    heights, widths, images = given[3:6]
     return [
         gradient.new_empty(images, height, width, gradient.shape[1]).permute(0, 3, 1, 2)
         for height, width in zip(heights, widths, strict=True)
@@ -132,10 +114,10 @@ def _(
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    features, boxes, image, level, strides, bins, ratio = inputs
+    features, boxes, image, level, strides, _, ratio = inputs
     ctx.save_for_backward(boxes, image, level)
     heights, widths = [one.shape[2] for one in features], [one.shape[3] for one in features]
-    ctx.sizes = (heights, widths, features[0].shape[0], strides, bins, ratio)
+    ctx.sizes = (heights, widths, features[0].shape[0], strides, ratio)
 
 
 def _backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:

@@ -28,12 +28,7 @@ TILE = 64  # bins of a product
 ROIS = 256  # that a program of the gradient looks at together
 WIDE = 256  # channels of a program for 16-bit maps
 # arguments that vary from batch to batch: another value is no reason to compile again
-SIZES = [
-    *(f"{axis}{level}" for axis in "hws" for level in range(LEVELS)),
-    "levels",
-    "count",
-    "images",
-]
+SIZES = [*(f"{axis}{level}" for axis in "hws" for level in range(LEVELS)), "levels", "images"]
 LARGEST = tl.constexpr(2.0**30)  # coordinate, in pixels; a RoI beyond, or with NaN, is empty
 
 
@@ -52,21 +47,8 @@ def forward(
     sizes = _sizes(out, bins, ratio)
     grid = (len(boxes), triton.cdiv(bins, sizes["ROWS"]), triton.cdiv(channels, sizes["CHANNELS"]))
     if out.numel():
-        roi_align_forward[grid](
-            *_five(maps),
-            *_five([one.shape[1] for one in maps]),
-            *_five([one.shape[2] for one in maps]),
-            *_five([1 / stride for stride in strides]),
-            len(maps),
-            boxes,
-            image,
-            level,
-            out,
-            channels,
-            **sizes,
-            num_warps=4,
-            num_stages=2,
-        )
+        given = boxes, image, level, out, channels
+        roi_align_forward[grid](*_levels(maps, strides), *given, **sizes)
     return out
 
 
@@ -78,11 +60,10 @@ def backward(
     shapes: Sequence[tuple[int, int]],
     images: int,
     strides: Sequence[int],
-    bins: int,
     ratio: int,
 ) -> list[Tensor]:
     """Contiguous gradient (R, bins, bins, C) -> those of the maps (B, H, W, C) of each shape (H, W)."""
-    channels = gradient.shape[3]
+    bins, channels = gradient.shape[2:]
     found = [gradient.new_empty(images, *shape, channels) for shape in shapes]
     # the RoIs of each image and level side by side, so that a program looks at no others
     exists = (level >= 0) & (level < len(shapes))
@@ -91,29 +72,17 @@ def backward(
     sizes = _sizes(gradient, bins, ratio)
     tiles = sum(triton.cdiv(h, SIDE.value) * triton.cdiv(w, SIDE.value) for h, w in shapes)
     if images * tiles * channels:
-        roi_align_backward[(images * tiles, triton.cdiv(channels, sizes["CHANNELS"]))](
-            *_five(found),
-            *_five([h for h, _ in shapes]),
-            *_five([w for _, w in shapes]),
-            *_five([1 / stride for stride in strides]),
-            len(shapes),
-            boxes,
-            order,
-            first,
-            gradient,
-            images,
-            channels,
-            **sizes,
-            ROIS=ROIS,
-            num_warps=4,
-            num_stages=2,
-        )
+        grid = (images * tiles, triton.cdiv(channels, sizes["CHANNELS"]))
+        given = boxes, order, first, gradient, images, channels
+        roi_align_backward[grid](*_levels(found, strides), *given, **sizes, ROIS=ROIS)
     return found
 
 
-def _five(values: Sequence[Any]) -> list[Any]:
-    """The first one again for levels that do not exist."""
-    return [*values, *[values[0]] * (LEVELS - len(values))]
+def _levels(maps: Sequence[Tensor], strides: Sequence[int]) -> list[Any]:
+    """Five maps (B, H, W, C), heights, widths and 1 / strides (the first one's for missing levels), and how many exist."""
+    rows = [(one, *one.shape[1:3], 1 / stride) for one, stride in zip(maps, strides, strict=True)]
+    rows += rows[:1] * (LEVELS - len(rows))
+    return [value for column in zip(*rows, strict=True) for value in column] + [len(maps)]
 
 
 def _sizes(rois: Tensor, bins: int, ratio: int) -> dict[str, int]:
@@ -126,6 +95,8 @@ def _sizes(rois: Tensor, bins: int, ratio: int) -> dict[str, int]:
         "COLUMNS": columns,
         "RATIO": ratio,
         "CHANNELS": min(most, max(16, triton.next_power_of_2(rois.shape[3]))),
+        "num_warps": 4,
+        "num_stages": 2,
     }
 
 
@@ -138,11 +109,19 @@ def choose(level, v0, v1, v2, v3, v4):
 
 
 @triton.jit
-def extent(boxes, roi, exists, scale, AXIS: tl.constexpr):
-    """Where RoIs start and end along an axis (0: x), in cells."""
-    start = tl.load(boxes + roi * 4 + AXIS, mask=exists, other=0.0) * scale - 0.5
-    end = tl.load(boxes + roi * 4 + AXIS + 2, mask=exists, other=0.0) * scale - 0.5
-    return start, end
+def extent(boxes, roi, exists, scale):
+    """Where RoIs start and end, in cells: x0, y0, x1, y1."""
+    x0 = tl.load(boxes + roi * 4, mask=exists, other=0.0) * scale - 0.5
+    x1 = tl.load(boxes + roi * 4 + 2, mask=exists, other=0.0) * scale - 0.5
+    y0 = tl.load(boxes + roi * 4 + 1, mask=exists, other=0.0) * scale - 0.5
+    y1 = tl.load(boxes + roi * 4 + 3, mask=exists, other=0.0) * scale - 0.5
+    return x0, y0, x1, y1
+
+
+@triton.jit
+def places(x, row, channel, channels):
+    """Where some channels of some rows of x (., channels) are: (rows, channels)."""
+    return x + (row * channels)[:, None] + channel[None, :]
 
 
 @triton.jit
@@ -256,8 +235,7 @@ def roi_align_forward(
     total = tl.zeros((ROWS * COLUMNS, CHANNELS), tl.float32)
     at = tl.load(level + roi)
     scale = choose(at, s0, s1, s2, s3, s4)
-    x0, x1 = extent(boxes, roi, True, scale, 0)
-    y0, y1 = extent(boxes, roi, True, scale, 1)
+    x0, y0, x1, y1 = extent(boxes, roi, True, scale)
     if (at >= 0) & (at < levels) & is_finite(x0, y0, x1, y1):
         height, width = choose(at, h0, h1, h2, h3, h4), choose(at, w0, w1, w2, w3, w4)
         pixels = choose(at, f0, f1, f2, f3, f4)
@@ -274,12 +252,9 @@ def roi_align_forward(
             for x in range(left, right + 1, SIDE):
                 cell_y, cell_x = y + cell // SIDE, x + cell % SIDE
                 # before the weights, which are computed while it is on its way
-                values = tl.load(
-                    pixels + ((cell_y * width + cell_x) * channels)[:, None] + channel[None, :],
-                    mask=((cell_y <= bottom) & (cell_x <= right))[:, None]
-                    & (channel < channels)[None, :],
-                    other=0.0,
-                )
+                at_cells = places(pixels, cell_y * width + cell_x, channel, channels)
+                mask = ((cell_y <= bottom) & (cell_x <= right))[:, None]
+                values = tl.load(at_cells, mask=mask & (channel < channels)[None, :], other=0.0)
                 across = weights(
                     (x + side)[None, None, None, :], columns, x0, bin_width, width, RATIO
                 )
@@ -287,11 +262,9 @@ def roi_align_forward(
                 total = add_product(total, matrix, values)
     place = tl.arange(0, ROWS * COLUMNS)
     bin_y, bin_x = row + place // COLUMNS, place % COLUMNS
-    tl.store(
-        out + (((roi * BINS + bin_y) * BINS + bin_x) * channels)[:, None] + channel[None, :],
-        total.to(out.dtype.element_ty),
-        mask=((bin_y < BINS) & (bin_x < BINS))[:, None] & (channel < channels)[None, :],
-    )
+    at_bins = places(out, (roi * BINS + bin_y) * BINS + bin_x, channel, channels)
+    mask = ((bin_y < BINS) & (bin_x < BINS))[:, None] & (channel < channels)[None, :]
+    tl.store(at_bins, total.to(out.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -361,8 +334,7 @@ def roi_align_backward(
         index = block + tl.arange(0, ROIS)
         exists = index < end
         roi = tl.load(order + index, mask=exists, other=0)
-        ax0, ax1 = extent(boxes, roi, exists, scale, 0)
-        ay0, ay1 = extent(boxes, roi, exists, scale, 1)
+        ax0, ay0, ax1, ay1 = extent(boxes, roi, exists, scale)
         left, right = touched(ax0, ax1, width)
         top, bottom = touched(ay0, ay1, height)
         here = exists & is_finite(ax0, ay0, ax1, ay1)
@@ -371,8 +343,7 @@ def roi_align_backward(
         following = tl.min(waiting, axis=0)
         while following < end:
             one = tl.load(order + following)
-            x0, x1 = extent(boxes, one, True, scale, 0)
-            y0, y1 = extent(boxes, one, True, scale, 1)
+            x0, y0, x1, y1 = extent(boxes, one, True, scale)
             bin_height, bin_width = tl.math.div_rn(y1 - y0, BINS), tl.math.div_rn(x1 - x0, BINS)
             horizontal = weights(
                 (x + side)[None, :, None, None],
@@ -386,12 +357,11 @@ def roi_align_backward(
                 low, high = rows_touched(row, y0, bin_height, height, BINS, ROWS)
                 if (low < y + SIDE) & (high >= y):
                     bin_y, bin_x = row + place // COLUMNS, place % COLUMNS
+                    bin = (one * BINS + bin_y) * BINS + bin_x
+                    mask = ((bin_y < BINS) & (bin_x < BINS))[:, None]
                     values = tl.load(
-                        gradient
-                        + (((one * BINS + bin_y) * BINS + bin_x) * channels)[:, None]
-                        + channel[None, :],
-                        mask=((bin_y < BINS) & (bin_x < BINS))[:, None]
-                        & (channel < channels)[None, :],
+                        places(gradient, bin, channel, channels),
+                        mask=mask & (channel < channels)[None, :],
                         other=0.0,
                     )
                     vertical = weights(
@@ -410,8 +380,6 @@ def roi_align_backward(
     cell = tl.arange(0, SIDE * SIDE)
     cell_y, cell_x = y + cell // SIDE, x + cell % SIDE
     pixels = choose(at, f0, f1, f2, f3, f4) + of.to(tl.int64) * height * width * channels
-    tl.store(
-        pixels + ((cell_y * width + cell_x) * channels)[:, None] + channel[None, :],
-        total.to(f0.dtype.element_ty),
-        mask=((cell_y < height) & (cell_x < width))[:, None] & (channel < channels)[None, :],
-    )
+    mask = ((cell_y < height) & (cell_x < width))[:, None] & (channel < channels)[None, :]
+    at_cells = places(pixels, cell_y * width + cell_x, channel, channels)
+    tl.store(at_cells, total.to(f0.dtype.element_ty), mask=mask)

@@ -14,7 +14,7 @@ from vitdet.models.baselines.fpn import FPN
 from vitdet.models.baselines.swin import Swin
 from vitdet.models.baselines.vitaev2 import ViTAEv2
 from vitdet.models.pyramid import SimpleFeaturePyramid
-from vitdet.models.roi_heads import CANDIDATES, Found, RoIHeads
+from vitdet.models.roi_heads import Found, RoIHeads, Scored
 from vitdet.models.rpn import RPN, Anchored, Proposals
 from vitdet.models.vit import ViT
 from vitdet.models.vitae import ViTAESmall
@@ -81,11 +81,18 @@ class Detector(nn.Module):
 
     def detect(self, images: Tensor, sizes: Tensor) -> list[Detections]:
         """Detections of every image (B, 3, S, S), best first."""
-        return self.roi_heads.detect(*self.propose(images, sizes), sizes)
+        return self.roi_heads.finish(*self.find(images, sizes))
 
-    def find(self, images: Tensor, sizes: Tensor) -> tuple[Found, Tensor | None]:
-        """The same in slots, with their masks; nothing waits for a GPU (see `Found.exact`)."""
-        return self.roi_heads.find(*self.propose(images, sizes), sizes, CANDIDATES)
+    def find(self, images: Tensor, sizes: Tensor) -> tuple[list[Tensor], Scored, Found]:
+        """The same in slots, with what `RoIHeads.finish` makes detections from; nothing waits for a GPU."""
+        features, proposals = self.propose(images, sizes)
+        return features, *self.roi_heads.find(features, proposals, sizes)
+
+    def limits(self) -> tuple[float, ...]:
+        """The numbers that say how many detections there are; they may be set between two calls."""
+        rpn, heads = self.rpn, self.roi_heads
+        most = (*rpn.top_test, heads.max_detections)
+        return *most, rpn.nms_iou, heads.nms_iou, heads.score_threshold
 
     def normalize(self, images: Tensor, sizes: Tensor) -> Tensor:
         """Zero mean and unit deviation; exactly 0 outside the picture, as padding comes after it (detectron2)."""

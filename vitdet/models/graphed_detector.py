@@ -15,17 +15,19 @@ from torch import Tensor, nn
 from vitdet.kernels import enabled
 from vitdet.kernels.cuda_graph import CudaGraph, NotRecorded
 from vitdet.models.detector import Detector
-from vitdet.models.roi_heads import Found, detections
+from vitdet.models.roi_heads import Found, Scored, detections
 from vitdet.types import Detections
 
 log = logging.getLogger(__name__)
+
+Output = tuple[list[Tensor], Scored, Found, Tensor | None]
 
 
 class GraphedDetector:
     """What a detector finds in images, recorded for each size of a batch on a GPU; elsewhere the detector itself.
 
-    Its weights may change. Where they come to lie elsewhere in memory (on another device, say), or its mode changes,
-    all is recorded anew. Several threads may call it; the graphs serve one of them at a time. A copy or a pickle of it
+    Its weights may change. Where they come to lie elsewhere in memory (on another device, say), or its mode or a limit of
+    its detections (`Detector.limits`) changes, all is recorded anew. Several threads may call it; the graphs serve one of them at a time. A copy or a pickle of it
     holds no graphs. `context`: in which it computes, autocast for instance.
     """
 
@@ -36,9 +38,9 @@ class GraphedDetector:
     def forget(self) -> None:
         """Be as before the first call."""
         self.lock = Lock()
-        self.graph: CudaGraph[tuple[Found, Tensor | None]] = CudaGraph()
-        self.state: tuple[int, ...] = ()  # of the detector that is recorded
-        self.refused = False
+        self.graph: CudaGraph[Output] = CudaGraph()
+        self.state: tuple[float, ...] = ()  # of the detector that is recorded
+        self.refused: set[tuple[int, ...]] = set()  # shapes of images that could not be recorded
 
     def __getstate__(self) -> dict[str, Any]:
         return {"detector": self.detector, "context": self.context}
@@ -47,11 +49,12 @@ class GraphedDetector:
         self.detector, self.context = state["detector"], state["context"]
         self.forget()
 
-    def find(self, images: Tensor, sizes: Tensor) -> tuple[Found, Tensor | None]:
-        """Slots of detections, and their masks."""
+    def find(self, images: Tensor, sizes: Tensor) -> Output:
+        """The maps, the scored proposals, slots of detections, and their masks."""
         assert isinstance(self.detector, Detector)
         with self.context():
-            return self.detector.find(images, sizes)
+            features, scored, found = self.detector.find(images, sizes)
+            return features, scored, found, self.detector.roi_heads.masks(features, found)
 
     @torch.no_grad()
     def __call__(self, images: Tensor, sizes: Tensor) -> list[Detections]:
@@ -65,23 +68,33 @@ class GraphedDetector:
             return self.detector(images, None, sizes)
 
     def replay(self, images: Tensor, sizes: Tensor) -> list[Detections] | None:
-        """As a call, by a graph; None if it cannot be recorded or has looked at too few candidates (`Found.exact`)."""
-        tensors = chain(self.detector.parameters(), self.detector.buffers())
-        state = (int(self.detector.training), *(tensor.data_ptr() for tensor in tensors))
+        """As a call, by a graph; None if it cannot be recorded. Candidates are as many as it takes (`Found.exact`)."""
+        detector = self.detector
+        assert isinstance(detector, Detector)
+        tensors = chain(detector.parameters(), detector.buffers())
+        places = (tensor.data_ptr() for tensor in tensors)
+        state = (int(detector.training), *detector.limits(), *places)
         if state != self.state:
-            self.graph, self.state, self.refused = CudaGraph(), state, False
+            self.graph, self.state, self.refused = CudaGraph(), state, set()
         if not self.graph.has(images, sizes):
-            if self.refused:
+            shape = tuple(images.shape)
+            if shape in self.refused:
                 return None
             try:
                 self.graph.record(self.find, images, sizes)
             except NotRecorded as error:
-                self.refused = True
-                log.info("detection runs without a CUDA graph: %s", error)
+                self.refused.add(shape)
+                log.info(
+                    "detection in batches of %d images (%d x %d pixels) runs without a CUDA graph: %s",
+                    shape[0],
+                    *shape[2:],
+                    error,
+                )
                 return None
-        found, masks = self.graph(images, sizes)
+        features, scored, found, masks = self.graph(images, sizes)
         if not bool(found.exact.all()):
-            return None
+            with self.context():
+                return detector.roi_heads.finish(features, scored, found)
         own = Found(*(tensor.clone() for tensor in found))
         # waits for the copies, so that the next call, in whatever stream, may overwrite the originals
         return detections(own, None if masks is None else masks.clone())

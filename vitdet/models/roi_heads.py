@@ -73,6 +73,16 @@ class Found(NamedTuple):
     exact: Tensor
 
 
+class Scored(NamedTuple):
+    """What the stages make of proposals: boxes (B, N, K or 1, 4) of the last, the mean scores (B, N, K) of all, and which
+    slots are filled, (B, N) bool.
+    """
+
+    boxes: Tensor
+    scores: Tensor
+    filled: Tensor
+
+
 class RoIHeads(nn.Module):
     """`stages` refine the boxes one after another; in stage s a box is foreground from an IoU of `ious[s]`.
 
@@ -140,32 +150,25 @@ class RoIHeads(nn.Module):
         return found
 
     def find(
-        self, features: Sequence[Tensor], proposals: Proposals, sizes: Tensor, candidates: int
-    ) -> tuple[Found, Tensor | None]:
-        """The slots of detections of every image, and their mask probabilities (B, D, 28, 28) if there is a mask head.
-
-        Boxes in pixels of the canvas, cut to sizes (B, 2). Nothing here waits for a GPU.
-        """
-        boxes, scores = self.refine(features, proposals, sizes)
-        found = self.select(boxes, scores, proposals.filled, candidates)
-        return found, self.masks(features, found)
-
-    def detect(
         self, features: Sequence[Tensor], proposals: Proposals, sizes: Tensor
-    ) -> list[Detections]:
-        """Detections of every image, best first. Where too few candidates entered NMS, it has more of them."""
-        boxes, scores = self.refine(features, proposals, sizes)
+    ) -> tuple[Scored, Found]:
+        """The slots of detections of every image, from CANDIDATES; boxes in pixels of the canvas, cut to sizes (B, 2).
+
+        Nothing here waits for a GPU.
+        """
+        scored = self.refine(features, proposals, sizes)
+        return scored, self.select(*scored, CANDIDATES)
+
+    def finish(self, features: Sequence[Tensor], scored: Scored, found: Found) -> list[Detections]:
+        """What was found in every image, best first. Where too few candidates entered NMS, it has more of them."""
         candidates = CANDIDATES
-        found = self.select(boxes, scores, proposals.filled, candidates)
         while not bool(found.exact.all()):
             candidates *= 8
-            found = self.select(boxes, scores, proposals.filled, candidates)
+            found = self.select(*scored, candidates)
         return detections(found, self.masks(features, found))
 
-    def refine(
-        self, features: Sequence[Tensor], proposals: Proposals, sizes: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Boxes (B, N, K or 1, 4) of the last stage and the mean scores (B, N, K) of all."""
+    def refine(self, features: Sequence[Tensor], proposals: Proposals, sizes: Tensor) -> Scored:
+        """Boxes and scores of the proposals."""
         boxes, scores = proposals.boxes, []
         clipped = boxes[:, :, None]
         for stage in range(len(self.stages)):
@@ -173,7 +176,7 @@ class RoIHeads(nn.Module):
             scores.append(self.classification.probabilities(logits))
             clipped = clip(self.decode(stage, boxes, deltas), sizes)
             boxes = clipped[:, :, 0]
-        return clipped, torch.stack(scores).mean(dim=0)
+        return Scored(clipped, torch.stack(scores).mean(dim=0), proposals.filled)
 
     def run_stage(
         self, stage: int, features: Sequence[Tensor], boxes: Tensor, filled: Tensor

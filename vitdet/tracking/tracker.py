@@ -61,10 +61,11 @@ class Progress(Tracker):
             for name, value in values.items()
             if name.startswith("loss_")
         )
+        shown = f"loss {values['loss']:.3f} ({losses})" if losses else "every step skipped"
         left = (time.perf_counter() - self.since) / max(step - self.begin, 1) * (self.steps - step)
         self.line(
             f"step {step}/{self.steps}  {clock(left)} left  {values['images_per_second']:.1f} images/s  "
-            f"loss {values['loss']:.3f} ({losses})",
+            f"{shown}",
             keep=False,
         )
 

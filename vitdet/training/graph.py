@@ -16,12 +16,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vitdet import distributed
-from vitdet.kernels.cuda_graph import CudaGraph, NotRecorded
+from vitdet.kernels.cuda_graph import CudaGraph, NoRoom, NotRecorded, OutOfMemory
 from vitdet.models import Detector
 from vitdet.models.layers import Blocks
 from vitdet.types import Polygons, Target, Targets
 
 SLOTS, EDGES = 16, 2**12  # the least of objects an image and of edges a batch
+CLEARINGS = (
+    8  # times between two evaluations that graphs may be recorded again, as their memory was needed
+)
 log = logging.getLogger(__name__)
 
 Losses = dict[str, Tensor]
@@ -31,8 +34,9 @@ Run = Callable[[Tensor, Targets, Tensor], Losses]
 class GraphedGradients:
     """`run` of a batch's images, targets and sizes, which adds to the gradients and gives the losses, as CUDA graphs.
 
-    Where it cannot be recorded, for these shapes or at all, it runs as it is; the log says so once for each size of
-    targets.
+    Where it cannot be recorded, for these shapes or at all, it runs as it is; the log says so for each size of targets.
+    A size for which there was no room is tried again after `release`, but not a third time after it ran out of memory
+    twice. A step of such a size gets the memory of all graphs.
     """
 
     def __init__(self, detector: Detector, run: Run) -> None:
@@ -41,17 +45,23 @@ class GraphedGradients:
             parameter.grad = torch.zeros_like(parameter)
         self.run = run
         self.graph: CudaGraph[Losses] = CudaGraph()
-        self.refused: set[tuple[int, int]] = set()  # sizes of targets that could not be recorded
+        # sizes of targets that could not be recorded, and whether they are tried again after `release`
+        self.refused: dict[tuple[int, int], bool] = {}
+        self.large: set[tuple[int, int]] = set()  # of these, those that ran out of memory
+        self.clearings = 0  # since `release`
 
     def __call__(self, images: Tensor, targets: Targets, sizes: Tensor) -> Losses:
         """The losses of a batch with targets as `padded` makes them; the next call overwrites them."""
         tensors = (images, sizes, *targets.tensors())
         shape = (targets.boxes.shape[1], len(targets.masks.edges))
-        if not self.graph.has(*tensors) and shape not in self.refused:
+        known = self.graph.has(*tensors) or shape in self.refused
+        if not known and self.clearings < CLEARINGS:
             self.record(shape, *tensors)
-        if shape in self.refused:
-            return self.run(images, targets, sizes)
-        return self.graph(*tensors)
+        if self.graph.has(*tensors):
+            return self.graph(*tensors)
+        if shape in self.large and self.graph.graphs:
+            self.make_room()
+        return self.run(images, targets, sizes)
 
     def record(self, shape: tuple[int, int], *tensors: Tensor) -> None:
         """Record the step for tensors of these shapes; the gradients stay as they are."""
@@ -64,18 +74,35 @@ class GraphedGradients:
         try:
             self.graph.record(run, *tensors)
         except NotRecorded as error:
-            self.refused.add(shape)
+            again = isinstance(error, NoRoom)
+            if isinstance(error, OutOfMemory):
+                again = shape not in self.large
+                self.large.add(shape)
+            self.refused[shape] = again
             if distributed.rank() == 0:
                 log.info(
-                    "steps with %d objects an image and %d edges run without a CUDA graph: %s",
+                    "steps with %d objects an image and %d edges run without a CUDA graph%s: %s",
                     *shape,
+                    " until the next evaluation" if again else "",
                     error,
                 )
         torch._foreach_copy_(gradients, kept)
 
+    def make_room(self) -> None:
+        """Clear the graphs for a step that may not fit beside them."""
+        self.graph.clear()
+        self.clearings += 1
+        if self.clearings == CLEARINGS and distributed.rank() == 0:
+            log.info(
+                "steps run without CUDA graphs until the next evaluation: %d steps needed their memory",
+                CLEARINGS,
+            )
+
     def release(self) -> None:
         """Give back the memory of the graphs, which are recorded again when they are needed."""
         self.graph.clear()
+        self.refused = {shape: again for shape, again in self.refused.items() if not again}
+        self.clearings = 0
 
     def average(self) -> None:
         """Average the gradients over all processes."""

@@ -47,11 +47,11 @@ class Meter:
     def add(
         self, losses: dict[str, Tensor], grad_norm: Tensor, skipped: Tensor | None = None
     ) -> None:
-        """The figures of one step. skipped: whether its gradients overflowed, a bool; their norm then does not count."""
+        """The figures of one step. skipped: whether losses or gradients overflowed, a bool; they then do not count."""
         total = reduce(torch.add, (loss.detach() for loss in losses.values()))
         figures = {**losses, "loss": total, "grad_norm": grad_norm}
         if skipped is not None:
-            figures["grad_norm"] = grad_norm.where(~skipped, 0.0)
+            figures = {name: value.where(~skipped, 0.0) for name, value in figures.items()}
             figures["skipped_steps"] = skipped
         for name, value in figures.items():
             self.sums[name] = self.sums.get(name, 0.0) + value.detach().float()
@@ -85,15 +85,14 @@ class Meter:
     def read(self, device: torch.device) -> dict[str, float]:
         """Means since the last reading, images/s, seconds a step waited for data, memory in GB; then starts anew.
 
-        skipped_steps is their number; if all were skipped, there is no grad_norm. Synchronises and raises as `state` does.
+        skipped_steps is their number; if all were skipped, there are no means. Synchronises and raises as `state` does.
         """
         sums = self.state()["sums"]
-        values = {name: value / self.count for name, value in sums.items()}
-        if skipped := sums.get("skipped_steps", 0):
+        skipped = sums.pop("skipped_steps", None)
+        counted = self.count - (skipped or 0)
+        values = {name: value / counted for name, value in sums.items()} if counted else {}
+        if skipped is not None:
             values["skipped_steps"] = skipped
-            del values["grad_norm"]
-            if skipped < self.count:
-                values["grad_norm"] = sums["grad_norm"] / (self.count - skipped)
         elapsed = time.perf_counter() - self.since
         values |= {
             "images_per_second": self.timed * self.batch_size / elapsed,

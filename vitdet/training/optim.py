@@ -132,6 +132,12 @@ def set_lr(optimizer: torch.optim.Optimizer, step: int, settings: OptimConfig) -
     return lr
 
 
+def running_statistics(model: nn.Module) -> dict[str, Tensor]:
+    """The statistics of all BatchNorms by name, with which they evaluate."""
+    ends = (".running_mean", ".running_var")
+    return {name: one for name, one in model.named_buffers() if name.endswith(ends)}
+
+
 class WeightAverage:
     """Exponential moving average of a model's weights (Polyak; 0 decay: the weights themselves) and of the BatchNorms'
     statistics, which must fit them.
@@ -141,12 +147,7 @@ class WeightAverage:
 
     def __init__(self, model: nn.Module, decay: float) -> None:
         self.decay = decay
-        statistics = {
-            name: b
-            for name, b in model.named_buffers()
-            if name.endswith((".running_mean", ".running_var"))
-        }
-        self.source = {**dict(model.named_parameters()), **statistics}
+        self.source = {**dict(model.named_parameters()), **running_statistics(model)}
         self.weights = (
             {name: p.detach().clone() for name, p in self.source.items()} if decay > 0 else {}
         )

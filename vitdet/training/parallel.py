@@ -17,6 +17,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from vitdet import distributed
+from vitdet.training.optim import running_statistics
 
 log = logging.getLogger(__name__)
 
@@ -65,8 +66,4 @@ def without_exchange(model: nn.Module) -> AbstractContextManager[None]:
 
 def share_statistics(detector: nn.Module) -> None:
     """Gives all processes the first one's running statistics, with which each then evaluates its share."""
-    distributed.broadcast(
-        buffer
-        for name, buffer in detector.named_buffers()
-        if name.endswith((".running_mean", ".running_var"))
-    )
+    distributed.broadcast(running_statistics(detector).values())

@@ -44,6 +44,10 @@ OPERATORS = {
     "torchvision::roi_align": "RoI pooling",
     "torchvision::_roi_align_backward": "RoI pooling",
     "vitdet::roi_align": "RoI pooling",
+    "vitdet::roi_align_backward": "RoI pooling",
+    "vitdet::rasterize": "mask head",
+    "vitdet::attention": "attention",
+    "vitdet::attention_backward": "attention",
 }
 BACKWARD = "autograd::engine::evaluate_function: "
 
@@ -111,7 +115,7 @@ def scopes(step: TrainingStep) -> Iterator[None]:
         *((stage, "forward", "box head") for stage in heads.stages),
     ]
     if heads.mask is not None:
-        methods.append((heads.mask, "forward", "mask head"))
+        methods += [(heads.mask, "forward", "mask head"), (heads, "mask_targets", "mask head")]
     for module in detector.backbone.modules():
         if isinstance(module, Attention | Mlp):
             part = "attention" if isinstance(module, Attention) else "MLP"

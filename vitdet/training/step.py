@@ -4,8 +4,9 @@ A step has `train.accumulate` micro-batches. Micro-batch k of rank r draws and n
 r * accumulate + k of a training with accumulate times as many processes; the gradients are averaged over all
 micro-batches of all processes, with one exchange, in the last one.
 
-In fp16 the losses are multiplied by a scale, so that small gradients do not become zero. Where a gradient overflows, the
-scale is halved and the weights stay as they are: such a step is skipped. It counts as a step: learning rate, data and
+In fp16 the losses are multiplied by a scale, so that small gradients do not become zero. Where a gradient overflows, or a
+loss already, the scale is halved and the weights and BatchNorm's statistics stay as they are: such a step is skipped. It
+counts as a step: learning rate, data and
 random draws of the next one are those of the next step, and the average moves towards the weights as ever.
 """
 
@@ -26,7 +27,14 @@ from vitdet.models import Detector
 from vitdet.models.compile import compile_parts
 from vitdet.training.graph import GraphedGradients, can_be_graphed, padded
 from vitdet.training.memory import checkpoint_activations
-from vitdet.training.optim import WeightAverage, build_optimizer, clip_gradients, scaled, set_lr
+from vitdet.training.optim import (
+    WeightAverage,
+    build_optimizer,
+    clip_gradients,
+    running_statistics,
+    scaled,
+    set_lr,
+)
 from vitdet.training.parallel import parallelize, without_exchange
 from vitdet.training.precision import autocast, chosen, tf32
 from vitdet.training.watchdog import Stage
@@ -67,6 +75,9 @@ class TrainingStep:
         self.optimizer = build_optimizer(detector, self.optim)
         self.average = WeightAverage(detector, self.optim.ema)
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.precision == "fp16")
+        # which a forward pass that overflows would spoil
+        fp16 = self.scaler.is_enabled()
+        self.statistics = list(running_statistics(detector).values()) if fp16 else []
         self.model: nn.Module = detector  # what is called; `distribute` wraps it
         self.graphed: GraphedGradients | None = None
         setting = config.train.compile
@@ -94,7 +105,7 @@ class TrainingStep:
         lr = set_lr(self.optimizer, step, self.optim)
         # before the activations, which need the memory; a graph's gradients stay where they are
         self.optimizer.zero_grad(set_to_none=self.graphed is None)
-        parts = []
+        parts, statistics = [], [buffer.clone() for buffer in self.statistics]
         with tf32(self.precision, self.device):
             for k in range(self.accumulate):
                 batch, last = load(), k + 1 == self.accumulate
@@ -105,7 +116,7 @@ class TrainingStep:
                     parts.append(self.forward_backward(batch, at if last else lambda _: None))
             if self.graphed is not None:
                 self.graphed.average()
-            norm = self.update(step)
+            norm = self.update(step, statistics)
         losses = parts[0]
         if self.accumulate > 1:
             losses = {name: torch.stack([part[name] for part in parts]).mean() for name in losses}
@@ -144,12 +155,17 @@ class TrainingStep:
         self.scaler.scale(sum(losses.values()) / self.accumulate).backward()
         return {name: loss.detach() for name, loss in losses.items()}
 
-    def update(self, step: int) -> Tensor:
-        """Clip the gradients and move the weights and their average; the norm of the gradients before that."""
+    def update(self, step: int, statistics: Sequence[Tensor] = ()) -> Tensor:
+        """Clip the gradients and move the weights and their average; the norm of the gradients before that.
+
+        statistics: of BatchNorm before the step, which a skipped step puts back.
+        """
         self.scaler.unscale_(self.optimizer)
         norm = clip_gradients(self.detector, self.optim.clip)
         self.scaler.step(self.optimizer)  # not where a gradient is not finite
         self.scaler.update()
+        for buffer, before in zip(self.statistics, statistics, strict=True):
+            buffer.copy_(buffer.where(norm.isfinite(), before))
         self.average.update(step)
         return norm
 
@@ -162,7 +178,7 @@ class TrainingStep:
         """Raise ValueError if fp16 skips step after step. Reads the scale from the device."""
         if self.scaler.is_enabled() and (scale := self.scaler.get_scale()) < LEAST_SCALE:
             raise ValueError(
-                f"the gradients overflow in fp16 whatever the scale of the losses is (now {scale:.1g}): the training "
+                f"losses or gradients overflow in fp16 whatever the scale of the losses is (now {scale:.1g}): the training "
                 "has diverged, or needs a larger range; try a smaller optim.lr, optim.clip=1, or train.precision=bf16 "
                 "or fp32"
             )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from pathlib import Path
 
 from vitdet.cli.overrides import add_set
 from vitdet.cli.paths import given_path
@@ -21,7 +22,6 @@ def add_bench(verb: argparse.ArgumentParser) -> None:
     kind.add_argument(
         "--rounds", type=int, default=1, help="measure so often and take the least (1)"
     )
-    kind.add_argument("--output", type=given_path, help="write the figures to this JSON file")
     kind.set_defaults(run=run_bench_evaluate)
     kind = kinds.add_parser(
         "data",
@@ -31,7 +31,6 @@ def add_bench(verb: argparse.ArgumentParser) -> None:
     kind.add_argument("folder", type=given_path, help="photos in COCO's layout")
     kind.add_argument("--split", action="append", help="may be repeated (train2017 and val2017)")
     kind.add_argument("--rounds", type=int, default=5, help="turns over all images (5)")
-    kind.add_argument("--output", type=given_path, help="write the figures to this JSON file")
     kind.set_defaults(run=run_bench_data)
     kind = kinds.add_parser("train", help="training steps on made-up images")
     _add_recipe(kind)
@@ -39,6 +38,8 @@ def add_bench(verb: argparse.ArgumentParser) -> None:
     kind = kinds.add_parser("infer", help="detection in made-up images")
     _add_recipe(kind)
     kind.set_defaults(run=run_bench_infer)
+    for kind in kinds.choices.values():
+        kind.add_argument("--output", type=given_path, help="write the figures to this JSON file")
 
 
 def _add_recipe(kind: argparse.ArgumentParser) -> None:
@@ -50,7 +51,6 @@ def _add_recipe(kind: argparse.ArgumentParser) -> None:
     )
     kind.add_argument("--precision", metavar="P,P", help="as in fp32,bf16 (that of the recipe)")
     kind.add_argument("--steps", type=int, default=20, help="that are measured (20)")
-    kind.add_argument("--output", type=given_path, help="write the figures to this JSON file")
 
 
 def run_bench_train(given: argparse.Namespace) -> int:
@@ -83,8 +83,12 @@ def _measure_recipe(given: argparse.Namespace, measure: Callable[..., dict], sec
         figures = measure(config, numbers, precisions, given.steps, device)
     figures = {"recipe": given.recipe, "overrides": given.overrides, **figures}
     print(report(figures))
-    if given.output:
-        write_json(given.output, figures)
+    return _written(figures, given.output)
+
+
+def _written(figures: dict, output: Path | None) -> int:
+    if output:
+        write_json(output, figures)
     return 0
 
 
@@ -102,9 +106,7 @@ def run_bench_evaluate(given: argparse.Namespace) -> int:
         f"pycocotools takes {figures['ratio']:.2f} times as long; "
         f"the figures differ by {figures['largest_difference']:.0e}"
     )
-    if given.output:
-        write_json(given.output, figures)
-    return 0
+    return _written(figures, given.output)
 
 
 def run_bench_data(given: argparse.Namespace) -> int:
@@ -121,6 +123,4 @@ def run_bench_data(given: argparse.Namespace) -> int:
             f"{name:20} {times['mean']:7.2f}  least {times['least']:7.2f}"
             + (f"  vitdet takes {ratio:.2f} of it" if ratio else "")
         )
-    if given.output:
-        write_json(given.output, figures)
-    return 0
+    return _written(figures, given.output)

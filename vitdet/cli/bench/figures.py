@@ -7,17 +7,19 @@ import statistics
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
+from vitdet.config import Config, override
 from vitdet.models import Detector
 from vitdet.models.attention import Attention
 from vitdet.models.vit import Block
 from vitdet.training.meter import memory
+from vitdet.training.precision import chosen, tf32
 
 # side of the matrices whose product gives the rate; a processor takes 0.1 s for the smaller ones
 PRODUCT = {"cuda": 8192, "cpu": 1024}
@@ -159,6 +161,38 @@ def forward_flops(detector: Detector, call: Callable[[], object]) -> float:
     }
     replaced = sum(sum(counts[name].values()) for name in names & counts.keys())
     return counter.get_total_flops() - replaced + within["attention"]
+
+
+def measured(
+    config: Config,
+    section: str,
+    sizes: Sequence[int],
+    precisions: Sequence[str],
+    device: torch.device,
+    flops: float,
+    measure: Callable[[Config, str, int], dict],
+) -> dict:
+    """The figures of every batch size and precision: {device, tflop_per_image, product_tflops, rows}.
+
+    section: of the config, `train` or `evaluate`, whose precision is set. flops: of an image. measure(config, precision on
+    this device, size) returns a row with images_per_second; one that runs out of memory has an error instead.
+    """
+    rows: list[dict] = []
+    rates: dict[str, float] = {}
+    for precision in precisions:
+        settings = override(config, [f"{section}.precision={precision}"])
+        used = chosen(precision, device)
+        with tf32(used, device) if section == "train" else nullcontext():
+            rates[used] = rates.get(used) or product_rate(used, device)
+        for size in sizes:
+            row: dict = {"batch": size, "precision": used}
+            try:
+                row |= measure(settings, used, size)
+                row["mfu"] = row["images_per_second"] * flops / rates[used]
+            except torch.OutOfMemoryError:
+                row["error"] = "out of memory"
+            rows.append(row)
+    return summary(device, flops, rates, rows)
 
 
 def summary(

@@ -10,25 +10,17 @@ from __future__ import annotations
 
 import statistics
 import time
-from typing import Any
 
 import torch
 
-from vitdet.cli.bench.figures import (
-    counted,
-    forward_flops,
-    peak_memory,
-    product_rate,
-    summary,
-    timed,
-)
+from vitdet.cli.bench.figures import counted, forward_flops, measured, peak_memory, timed
 from vitdet.cli.bench.training import images_for, new_detector
-from vitdet.config import Config, override
+from vitdet.config import Config
 from vitdet.evaluation.detections import results_of
 from vitdet.models import Detector
 from vitdet.models.compile import compile_parts
 from vitdet.models.graphed_detector import GraphedDetector
-from vitdet.training.precision import autocast, chosen
+from vitdet.training.precision import autocast
 from vitdet.types import Batch, Detections
 
 WARM, COUNTED = 3, 2
@@ -38,31 +30,19 @@ SCALES = (1, 4, 16, 32, 64)  # of the class logits, of which the smallest that s
 def measure_inference(
     config: Config, sizes: list[int], precisions: list[str], steps: int, device: torch.device
 ) -> dict:
-    """The figures of every batch size and precision: {device, tflop_per_image, product_tflops, rows}.
-
-    A row that runs out of memory has an error in place of figures.
-    """
+    """What `figures.measured` returns, of detection."""
     detector = new_detector(config, device).eval()
     one = images_for(config, 1).to(device)
     detections = let_detect(detector, one)
     flops = forward_flops(detector, lambda: detector(one.images, None, one.sizes))
     if config.evaluate.compile and device.type == "cuda":
         compile_parts(detector)
-    rows: list[dict] = []
-    rates: dict[str, float] = {}
-    for precision in precisions:
-        settings = override(config, [f"evaluate.precision={precision}"])
-        used = chosen(settings.evaluate.precision, device)
-        rates[used] = rates.get(used) or product_rate(used, device)
-        for size in sizes:
-            row: dict[str, Any] = {"batch": size, "precision": used, "detections": detections}
-            try:
-                row |= measure_calls(detector, images_for(config, size), used, steps, device)
-                row["mfu"] = row["images_per_second"] * flops / rates[used]
-            except torch.OutOfMemoryError:
-                row["error"] = "out of memory"
-            rows.append(row)
-    return summary(device, flops, rates, rows)
+
+    def measure(_: Config, precision: str, size: int) -> dict:
+        found = measure_calls(detector, images_for(config, size), precision, steps, device)
+        return {**found, "detections": detections}
+
+    return measured(config, "evaluate", sizes, precisions, device, flops, measure)
 
 
 @torch.no_grad()

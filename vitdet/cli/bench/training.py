@@ -17,20 +17,12 @@ from typing import Any
 import torch
 
 from vitdet.checkpoint import Checkpoints
-from vitdet.cli.bench.figures import (
-    GIB,
-    Clock,
-    counted,
-    forward_flops,
-    peak_memory,
-    product_rate,
-    summary,
-)
+from vitdet.cli.bench.figures import GIB, Clock, counted, forward_flops, measured, peak_memory
 from vitdet.cli.bench.synthetic import lay_on_objects, make_images
 from vitdet.config import Config, override
 from vitdet.models import Detector, build_detector
 from vitdet.tracking.tracker import Tracker
-from vitdet.training.precision import autocast, chosen, tf32
+from vitdet.training.precision import autocast, chosen
 from vitdet.training.saver import Saver
 from vitdet.training.stop import Stop
 from vitdet.training.trainer import Loop
@@ -74,31 +66,15 @@ class Stream:
 def measure_training(
     config: Config, sizes: list[int], precisions: list[str], steps: int, device: torch.device
 ) -> dict:
-    """The figures of every batch size and precision: {device, tflop_per_image, product_tflops, rows}.
-
-    A row that runs out of memory has an error in place of figures.
-    """
+    """What `figures.measured` returns, of training steps."""
     needed = WARM[device.type] + steps + COUNTED + 1
     config = override(config, [f"optim.steps={max(config.optim.steps, needed)}", *RARELY])
+
+    def measure(settings: Config, _: str, size: int) -> dict:
+        return measure_steps(override(settings, [f"train.batch_size={size}"]), steps, device)
+
     flops = training_flops(config, device)
-    rows: list[dict] = []
-    rates: dict[str, float] = {}
-    for precision in precisions:
-        settings = override(config, [f"train.precision={precision}"])
-        used = chosen(settings.train.precision, device)
-        with tf32(used, device):
-            rates[used] = rates.get(used) or product_rate(used, device)
-        for size in sizes:
-            row: dict[str, Any] = {"batch": size, "precision": used}
-            try:
-                row |= measure_steps(
-                    override(settings, [f"train.batch_size={size}"]), steps, device
-                )
-                row["mfu"] = row["images_per_second"] * flops / rates[used]
-            except torch.OutOfMemoryError:
-                row["error"] = "out of memory"
-            rows.append(row)
-    return summary(device, flops, rates, rows)
+    return measured(config, "train", sizes, precisions, device, flops, measure)
 
 
 def measure_steps(config: Config, steps: int, device: torch.device) -> dict:
