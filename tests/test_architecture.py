@@ -312,3 +312,8 @@ def test_the_command_line_answers_without_importing_torch() -> None:
         if done.returncode or not done.stdout.strip():
             wrong.append(f"vitdet {' '.join(words)}: exit code {done.returncode}, {done.stderr}")
     report(wrong, "these commands need no heavy import")
+
+
+def test_a_data_set_is_checked_without_importing_torch() -> None:
+    code = "import sys, vitdet.data.check\nsys.exit('torch' in sys.modules)\n"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0

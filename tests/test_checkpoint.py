@@ -20,6 +20,7 @@ from vitdet.checkpoint import (
     Checkpoints,
     load,
     load_model_file,
+    load_weights,
     restore_detector,
     save,
 )
@@ -227,3 +228,14 @@ def test_only_a_full_disk_is_told_to_be_emptied(
         failing(RuntimeError("CUDA error: out of memory"))
         == "RuntimeError CUDA error: out of memory"
     )
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [(3, torch.zeros(2)), (None, torch.zeros(2)), ("bias", 3), ("bias", torch.zeros(2) + 1j)],
+)
+def test_weights_that_are_no_real_tensors_by_name_are_refused(name: object, value: object) -> None:
+    layer = torch.nn.Linear(2, 2)
+    weights = dict(layer.state_dict()) | {name: value}
+    with pytest.raises(ValueError, match="^x.pt: 1 of its weights are not real tensors"):
+        load_weights(layer, weights, "x.pt")

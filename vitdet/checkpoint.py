@@ -137,6 +137,16 @@ def restore_detector(path: str | Path) -> tuple[Detector, Config, tuple[str, ...
 
 def load_weights(detector: nn.Module, weights: dict[str, Tensor], path: str | Path) -> None:
     """Puts all weights of a file into the detector of its config; raises ValueError when one does not fit."""
+    strange = [
+        name
+        for name, one in weights.items()
+        if not (isinstance(name, str) and isinstance(one, Tensor)) or one.is_complex()
+    ]
+    if strange:
+        raise ValueError(
+            f"{path}: {len(strange)} of its weights are not real tensors with a name, such as {strange[0]!r}; "
+            "the file was changed after `vitdet train` wrote it, or not written by it"
+        )
     try:
         detector.load_state_dict(weights)
     except RuntimeError as error:

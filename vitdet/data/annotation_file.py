@@ -41,6 +41,10 @@ class PolygonAnnotation(Annotation, gc=False):
     segmentation: list[list[float]] = []
 
 
+ANY = msgspec.json.Decoder(Annotation)
+POLYGONS = msgspec.json.Decoder(PolygonAnnotation)
+
+
 class _Layout(msgspec.Struct):
     images: list[msgspec.Raw]
     annotations: list[msgspec.Raw]
@@ -68,7 +72,7 @@ class Entries:
 
     def annotations(self, start: int = 0, stop: int | None = None) -> Iterator[object]:
         """The entries start..stop-1, each as an `Annotation` if its values have these types, else as `__iter__` returns it."""
-        decode = msgspec.json.Decoder(Annotation).decode
+        decode = ANY.decode
         for marked in self._marked[start:stop]:
             try:
                 yield decode(marked)
@@ -77,7 +81,7 @@ class Entries:
 
     def outlined(self, start: int, stop: int) -> Iterator[object]:
         """As `annotations`, but objects with polygons as `PolygonAnnotation`."""
-        decode = msgspec.json.Decoder(PolygonAnnotation).decode
+        decode = POLYGONS.decode
         for place, marked in enumerate(self._marked[start:stop], start):
             try:
                 yield decode(marked)

@@ -22,7 +22,7 @@ from vitdet.data.annotation_file import (
 )
 from vitdet.data.box_fit import are_corners, fit
 from vitdet.data.coco_layouts import image_name
-from vitdet.data.flawless import LARGEST, area_fits, find_flawless
+from vitdet.data.flawless import LARGEST, ImageSizes, area_fits, find_flawless
 from vitdet.data.segmentation import (
     Outline,
     inside,
@@ -177,10 +177,11 @@ class AnnotationValidator:
             for index, item in enumerate(annotations_of(table)):
                 yield index, item, False
             return
+        images = ImageSizes(self.sizes)
         for start in range(0, len(table), BLOCK):
             stop = min(start + BLOCK, len(table))
             found = find_flawless(
-                table.outlined(start, stop), self.sizes, self.categories, self.lvis, seen
+                table.outlined(start, stop), images, self.categories, self.lvis, seen
             )
             seen.update(found.ids)
             self.objects.update(found.image_ids)

@@ -8,7 +8,7 @@ what thousands of them hold would not fit in the processor's cache.
 from __future__ import annotations
 
 from array import array
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Set
 from typing import NamedTuple
 
 import numpy as np
@@ -19,7 +19,24 @@ from vitdet.data.box_fit import ROUNDING
 LARGEST = 2**32  # pixels of an area; beyond 1e10 COCO's evaluation would pass over the object
 # least and largest share of its box, and some pixels for the smallest
 LEAST_AREA, MOST_AREA, SPARE_AREA = 0.005, 1.1, 4
-NO_SIZE = (0, 0)  # no box lies inside of it
+
+
+class ImageSizes:
+    """Height and width of each image by id, to look up those of many annotations at once.
+
+    sizes: (height, width) by id; None where the file has no usable one.
+    """
+
+    def __init__(self, sizes: Mapping[int, tuple[int, int] | None]) -> None:
+        known = sorted((image_id, *size) for image_id, size in sizes.items() if size)
+        # one row that no annotation finds, as the last
+        table = np.array([*known, (2**63 - 1, 0, 0)], np.int64)
+        self._ids, self._sides = table[:, 0].copy(), table[:, 1:].T.astype(np.float64)
+
+    def of(self, image_ids: np.ndarray) -> np.ndarray:
+        """(2, N) heights and widths for the ids (N,) int64; 0, in which no box fits, for an unknown image."""
+        place = np.searchsorted(self._ids, image_ids)
+        return np.where(self._ids[place] == image_ids, self._sides[:, place], 0)
 
 
 class Flawless(NamedTuple):
@@ -36,25 +53,25 @@ NONE = Flawless([], [], [], [])
 
 def find_flawless(
     block: Iterable[object],
-    sizes: Mapping[int, tuple[int, int] | None],
+    images: ImageSizes,
     categories: Collection[int],
     lvis: bool,
-    seen: Collection[int],
+    seen: Set[int],
 ) -> Flawless:
     """The objects with polygons, in their image, with area and box that fit these, in a known category.
 
-    sizes: (height, width) of each image by id. lvis: iscrowd may be missing. seen: ids of annotations before. None are
-    found if something in the block is no `Annotation`, or if an id comes twice.
+    lvis: iscrowd may be missing. seen: ids of annotations before. None are found if something in the block is no
+    `Annotation`, or if an id comes twice or takes more than 64 bits.
     """
     no_crowd = (0, None) if lvis else (0,)
-    rows: list[int] = []
-    chosen = Flawless(rows, [], [], [])
-    ids: set[int] = set()
+    every: list[int] = []  # ids of the block
+    chosen = Flawless([], [], [], [])
+    rows, ids, image_ids, category_ids = chosen
     numbers, coordinates, lengths = array("d"), array("d"), array("q")
     for row, one in enumerate(block):
-        if not isinstance(one, Annotation) or one.id in ids or one.id in seen:
+        if not isinstance(one, Annotation):
             return NONE
-        ids.add(one.id)
+        every.append(one.id)
         if type(one) is not PolygonAnnotation or one.area is None or not one.segmentation:
             continue
         if one.iscrowd not in no_crowd or one.category_id not in categories:
@@ -67,16 +84,20 @@ def find_flawless(
             coordinates.fromlist(part)
         else:
             lengths.append(len(coordinates) - before)
-            height, width = sizes.get(one.image_id) or NO_SIZE
-            numbers.extend((*one.bbox, one.area, height, width))
+            numbers.extend(one.bbox)
+            numbers.append(one.area)
             rows.append(row)
-            chosen.ids.append(one.id)
-            chosen.image_ids.append(one.image_id)
-            chosen.category_ids.append(one.category_id)
-    if not rows or not -(2**63) <= min(chosen.ids) <= max(chosen.ids) < 2**63:
+            ids.append(one.id)
+            image_ids.append(one.image_id)
+            category_ids.append(one.category_id)
+    if not rows or len(set(every)) < len(every) or not seen.isdisjoint(every):
+        return NONE
+    try:
+        _, owners = np.array([ids, image_ids], np.int64)
+    except OverflowError:
         return NONE
     found = _fit(
-        np.frombuffer(numbers).reshape(-1, 7).T,
+        np.concatenate([np.frombuffer(numbers).reshape(-1, 5).T, images.of(owners)]),
         np.frombuffer(coordinates).reshape(-1, 2).T,
         np.frombuffer(lengths, np.int64) // 2,
     )

@@ -13,16 +13,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 import numpy as np
-import torch
 from PIL import ExifTags, Image, UnidentifiedImageError
-from torch import Tensor
 
 from vitdet.config import DataConfig
 
-Picture = str | Path | Image.Image | np.ndarray | Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Picture: TypeAlias = "str | Path | Image.Image | np.ndarray | Tensor"
 
 # EXIF orientation -> what makes it upright
 TURNS = {
@@ -90,7 +91,9 @@ def read_image(image: Picture, reading: Reading = DEFAULT) -> Image.Image:
         return open_image(Path(image), reading)
     if isinstance(image, Image.Image):
         return upright(image, reading)
-    if isinstance(image, Tensor):
+    import torch  # here, as reading and checking a data set does not need it: seconds of start
+
+    if isinstance(image, torch.Tensor):
         if image.ndim != 3 or image.shape[0] != 3 or image.dtype != torch.uint8:
             raise ValueError(
                 f"expected an image tensor (3, H, W) of uint8, got {tuple(image.shape)} of {image.dtype}"
