@@ -225,5 +225,6 @@ def _limits(samples: np.ndarray) -> tuple[float, float]:
     known = samples[~np.isnan(samples)]
     if not len(known):  # a class whose few images no resample contains
         return -np.inf, np.inf
-    low, high = np.quantile(known, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
+    tails = [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2]
+    low, high = np.quantile(known, tails, method="weibull")  # too narrow otherwise with few samples
     return float(low), float(high)

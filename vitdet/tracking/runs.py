@@ -9,7 +9,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from vitdet.checkpoint import load_model_file
-from vitdet.config import Config, digest, flatten
+from vitdet.config import Config, flatten
+from vitdet.tracking.address import hide_credentials
+from vitdet.tracking.naming import description, machine, recipe_of, run_name
 from vitdet.tracking.tracker import Progress, Tracker
 
 log = logging.getLogger(__name__)
@@ -40,19 +42,27 @@ def start_tracker(
     if has_mlflow():
         from vitdet.tracking.mlflow import start_run
 
-        data = config.data
+        recipe, builtin = recipe_of(config, recipe)
+        data = Path(config.data.root).name
+        tags = {
+            "recipe": recipe,
+            "data": data,
+            "data_fingerprint": data_digest,
+            "mlflow.note.content": description(config, builtin, output),
+            **machine(),
+        }
         tracker = start_run(
             uri=config.tracking.uri,
             folder=default_folder(output),
             experiment=config.tracking.experiment,
-            name=f"{output.name if recipe == 'config' else recipe} {digest(config)[:6]}",
+            name=hide_credentials(run_name(config, recipe, builtin)),
             params=flatten(config),
-            tags={"recipe": recipe},
+            tags={key: hide_credentials(value) for key, value in tags.items()},
             group=group,
             dataset={
-                "name": Path(data.root).name,
+                "name": data,
                 "digest": data_digest,
-                "source": str(Path(data.root).resolve()),
+                "source": str(Path(config.data.root).resolve()),
             },
             run_id=run_id,
             resume_step=step,
