@@ -11,10 +11,13 @@ from pathlib import Path
 from vitdet.checkpoint import load_model_file
 from vitdet.config import Config, flatten
 from vitdet.tracking.address import hide_credentials
+from vitdet.tracking.measured import beside
 from vitdet.tracking.naming import description, machine, recipe_of, run_name
 from vitdet.tracking.tracker import Progress, Tracker
 
 log = logging.getLogger(__name__)
+
+MATCHES = "evaluation"  # artifact folder of matches.npz
 
 
 def has_mlflow() -> bool:
@@ -106,6 +109,22 @@ def log_evaluation(
     config: selects the server; default: the checkpoint's config. folder: folder of the default
     store. Returns None if the store does not exist, e.g. because the checkpoint was moved.
     """
+    files = dict.fromkeys(sorted(pictures.glob("*.jpg")) if pictures else (), "pictures")
+    return _log(checkpoint, metrics, config, folder, files)
+
+
+def log_matches(checkpoint: Path, matches: Path, config: Config | None, folder: Path) -> str | None:
+    """Log a file of matches and its provenance as `log_evaluation` does."""
+    return _log(checkpoint, {}, config, folder, dict.fromkeys((matches, beside(matches)), MATCHES))
+
+
+def _log(
+    checkpoint: Path,
+    metrics: dict[str, float],
+    config: Config | None,
+    folder: Path,
+    files: dict[Path, str],
+) -> str | None:
     stored = load_model_file(checkpoint)
     if not stored["run_id"] or not has_mlflow():
         return None
@@ -119,5 +138,4 @@ def log_evaluation(
         return None
     if kind == "sqlite" and not Path(path).exists():
         return None
-    files = dict.fromkeys(sorted(pictures.glob("*.jpg")) if pictures else (), "pictures")
     return log_metrics(stored["run_id"], uri, folder, metrics, stored["step"], files)
