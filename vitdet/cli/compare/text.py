@@ -114,8 +114,8 @@ def _classes(name: str, kind: str, first: Resampled, result: Resampled) -> list[
         for label, difference, before, after in found[:CHANGES]
     ]
     note = (
-        f"The {len(rows)} largest changes of {len(found)} classes. {real} are marked as real; without "
-        f"any change about {max(1, round(len(found) / 20))} would be, by chance.\n"
+        f"The {len(rows)} largest changes of {len(found)} classes. Real: {real}; by chance alone, 1 in 20 "
+        "classes is marked as real.\n"
     )
     heads = ["class", "first", "AP", "AP - first", "p", "real"]
     return [
