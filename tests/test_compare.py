@@ -189,8 +189,9 @@ def test_runs_and_checkpoints(vitdet: Run, tiny: Path, tmp_path: Path) -> None:
     runs = MlflowClient(store).search_runs(["1"])
     seed = next(run for run in runs if run.data.params["train.seed"] == "1")
     first = next(
-        run for run in runs if run.info.run_name == seed.info.run_name.replace(" train.seed=1", "")
+        run for run in runs if run.data.params["evaluate.nms_iou"] == "0.5" and run is not seed
     )
+    assert seed.info.run_name.startswith("tiny train.seed=1 ")
     words = [first.info.run_id, seed.info.run_name, "--tracking-uri", store, *few]
     code, from_runs, errors = vitdet("compare", *words)
     assert code == 0, errors

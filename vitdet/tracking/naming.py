@@ -15,6 +15,8 @@ from vitdet.config import Config, difference, flatten, load_config, recipes
 from vitdet.sections import list_settings
 
 LONGEST = 120  # characters of a run's name; MLflow's tables show about 40, its limit is 250
+# those first in which the runs of an experiment usually differ
+SECTIONS = ("train", "optim", "data", "model", "evaluate", "tracking")
 RESOLVED = "config"  # file name of a resolved config, which is not the name of a recipe
 
 
@@ -73,7 +75,10 @@ def machine() -> dict[str, str]:
 def _changes(config: Config, builtin: str) -> Iterator[tuple[str, str]]:
     """Yield (setting, override) of each setting that differs from the built-in recipe."""
     usual = flatten(load_config(builtin))
-    for key, value in flatten(config).items():
+    # a sort that keeps the order within sections
+    for key, value in sorted(
+        flatten(config).items(), key=lambda item: SECTIONS.index(item[0].partition(".")[0])
+    ):
         if value != usual[key]:
             text = value if isinstance(value, str) else json.dumps(value)
             if text[:1] in ("'", '"') or text != text.strip():

@@ -136,9 +136,13 @@ def _fetch(name: str, uri: str, folder: Path, target: Path) -> tuple[StoredRun, 
 
     client = open_store(uri, folder)
     run = find_run(client, name)
+    downloaded = target
     for file in (MATCHES, beside(Path(MATCHES)).name):
-        download_file(client, uri, folder, run.run_id, f"{FOLDER}/{file}", target)
-    return run, target / FOLDER
+        path = download_file(client, uri, folder, run.run_id, f"{FOLDER}/{file}", target)
+        downloaded = (
+            path.parent if path else downloaded
+        )  # whether in a subfolder depends on the store
+    return run, downloaded
 
 
 def _read_measured(path: Path) -> Measured | None:
