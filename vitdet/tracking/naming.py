@@ -52,10 +52,9 @@ def run_name(config: Config, recipe: str, builtin: str) -> str:
 def description(config: Config, builtin: str, output: Path) -> str:
     """Return, in Markdown, the command line of this training. Without tracking.uri, which may hold a password."""
     changes = [text for key, text in _changes(config, builtin) if key != "tracking.uri"]
-    words = ["vitdet", "train", builtin]
-    for change in changes:
-        words += ["--set", change]
-    return f"    {shlex.join([*words, '--output', str(output)])}\n"
+    options = [f"--set {shlex.quote(change)}" for change in changes]
+    lines = [f"vitdet train {builtin}", *options, f"--output {shlex.quote(str(output))}"]
+    return "    " + " \\\n        ".join(lines) + "\n"  # indented: code
 
 
 def machine() -> dict[str, str]:
@@ -80,7 +79,7 @@ def _changes(config: Config, builtin: str) -> Iterator[tuple[str, str]]:
         flatten(config).items(), key=lambda item: SECTIONS.index(item[0].partition(".")[0])
     ):
         if value != usual[key]:
-            text = value if isinstance(value, str) else json.dumps(value)
+            text = value if isinstance(value, str) else json.dumps(value).removesuffix(".0")
             if text[:1] in ("'", '"') or text != text.strip():
                 text = json.dumps(text)  # an override takes other text literally
             yield key, f"{key}={text}"
