@@ -136,6 +136,7 @@ def test_evaluate(vitdet: Run, trained: Path, tmp_path: Path) -> None:
     assert {path.name for path in (tmp_path / "plots").iterdir()} == {
         "classes.json",
         "curve.json",
+        "matches.npz",
         "results.json",
     }
     assert not leftovers(tmp_path)

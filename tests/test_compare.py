@@ -84,7 +84,7 @@ def test_files_of_results(vitdet: Run, files: list[Path], tmp_path: Path) -> Non
     truth, results = random_set(1, 60, 3)
     ap = coco.compare(truth, results, ["bbox"])["bbox"].ap()
     assert f"| first.json (1) | box  | {ap:.2f} [" in text
-    assert "## Training" not in text and "## Settings" not in text
+    assert "## Speed" not in text and "## Settings" not in text
 
 
 @pytest.mark.parametrize(
@@ -137,7 +137,7 @@ def test_settings_training_and_seeds_are_shown() -> None:
     values = [one.interval().value for one in resampled[:2]]
     expected = f"{np.mean(values):.2f} ± {np.std(values, ddof=1):.2f}"
     assert rows["a, b"][:3] == ["2", "box", expected]
-    assert rows["a"] == ["3.2", "-", "-"] and rows["b"] == ["-", "2.0", "0.5"]
+    assert rows["a"] == ["3.25", "-", "-", "-"] and rows["b"] == ["-", "-", "2", "0.5"]
     assert rows["train.seed"] == ["0", "1", "0"]
     assert rows["optim.lr"] == ["0.002", "0.002", "1.0"]
     assert rows["tracking.uri"][0] == "http://***@x" and "secret" not in text
@@ -180,7 +180,7 @@ def test_runs_and_checkpoints(vitdet: Run, tiny: Path, tmp_path: Path) -> None:
     few = ["--resamples", 100]
     code, text, errors = vitdet("compare", "work/a/model.pt", "work/b/model.pt", *few)
     assert code == 0, errors
-    assert "| train.seed | 0 " in text and "## Over seeds" in text and "images/s" in text
+    assert "| train.seed | 0 " in text and "## Over seeds" in text and "training images/s" in text
     refused(vitdet("compare", "work/a/model.pt", "work/c/model.pt"), "different evaluate settings")
     # the same from MLflow alone: by name, by id, and for a checkpoint that was moved beside the store
     from mlflow import MlflowClient

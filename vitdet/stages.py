@@ -92,6 +92,7 @@ def evaluate(
     config: Config | None = None,
     pictures: Path | None = None,
     plots: Path | None = None,
+    detailed: bool = False,
 ) -> tuple[dict[str, float], str | None]:
     """The metrics of a checkpoint, also logged to the run that trained it, and the id of that run.
 
@@ -105,7 +106,9 @@ def evaluate(
 
     if has_mlflow():  # a mistake in the address ends this now
         tracking_uri(config.tracking.uri if config else "", folder)
-    metrics = measure(checkpoint, overrides, config=config, pictures=pictures, plots=plots)
+    metrics = measure(
+        checkpoint, overrides, config=config, pictures=pictures, plots=plots, detailed=detailed
+    )
     if distributed.rank() != 0:
         return metrics, None
     return metrics, log_evaluation(checkpoint, metrics, config, folder, pictures)

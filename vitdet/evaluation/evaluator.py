@@ -7,6 +7,7 @@ pasted there with threshold 0.5, boxes are written xywh without rounding.
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -35,7 +36,7 @@ from vitdet.evaluation.detections import detections_to_results as detections_to_
 from vitdet.evaluation.detections import results_of
 from vitdet.evaluation.matching import Comparison
 from vitdet.evaluation.pictures import write_pictures
-from vitdet.evaluation.report import write_report
+from vitdet.evaluation.report import details, write_report
 from vitdet.evaluation.results import Truth, kinds_of, read_results, read_truth, truth_of
 from vitdet.types import Batch
 
@@ -145,12 +146,14 @@ def evaluate(
     pictures: str | Path | None = None,
     plots: str | Path | None = None,
     device: torch.device | str | None = None,
+    detailed: bool = False,
 ) -> dict[str, float]:
     """Box and mask AP in percent of a checkpoint on its validation split, as {"box_ap": 51.6, "mask_ap": 45.9, ...}.
 
     The data and evaluate settings are the checkpoint's, or those of `config`, changed by overrides. Two folders, if
     given: `pictures` receives what `write_pictures` writes, `plots` what `write_report` does. Under torchrun each
-    process takes a share of the images and all return the same. device: a GPU if there is one. Raises ValueError when
+    process takes a share of the images and all return the same. device: a GPU if there is one. detailed: also what
+    `vitdet.evaluation.report.details` returns, and seconds_per_image: wall time from reading to detections. Raises ValueError when
     the data set has other classes than the checkpoint, or when an override changes another section, before anything is
     written. Changes the process as described in `vitdet.data.loader.configure_process`.
     """
@@ -184,11 +187,16 @@ def evaluate(
         detector = detector.to(device).eval()
         if config.evaluate.compile and device.type == "cuda":
             compile_parts(detector)
+        start = time.perf_counter()
         results, image_ids = detect(detector, config.data, config.evaluate, device, split)
+        seconds = time.perf_counter() - start
         metrics = {}
         if distributed.rank() == 0:
             finished = _compare(truth, results, detector, config.data, config.evaluate, image_ids)
             metrics = ARBITERS[config.data.dataset].summary(finished)
+            if detailed:
+                metrics |= details(finished)
+                metrics["seconds_per_image"] = seconds / max(len(image_ids), 1)
             if plots is not None:
                 write_report(plots, finished, results)
             if pictures is not None:
@@ -233,11 +241,13 @@ def evaluate_results(
     dataset: str = DataConfig.dataset,
     *,
     plots: str | Path | None = None,
+    detailed: bool = False,
 ) -> dict[str, float]:
     """Box and/or mask AP in percent of any file of COCO results, by what it holds, against an annotation file.
 
-    dataset: 'coco' or 'lvis', whose rules differ. `plots` receives what `write_report` writes. Raises
-    FileNotFoundError for a missing file and ValueError, in one line, for what is wrong in them.
+    dataset: 'coco' or 'lvis', whose rules differ. `plots` receives what `write_report` writes. detailed: also what
+    `vitdet.evaluation.report.details` returns. Raises FileNotFoundError for a missing file and ValueError, in one
+    line, for what is wrong in them.
     """
     if dataset not in ARBITERS:
         raise ValueError(f"dataset is {' or '.join(ARBITERS)}, got {dataset!r}")
@@ -250,6 +260,8 @@ def evaluate_results(
     metrics = ARBITERS[dataset].summary(finished)
     if not metrics:
         raise ValueError(f"{annotations}: holds no object to find; there is nothing to score")
+    if detailed:
+        metrics |= details(finished)
     if plots is not None:
         write_report(plots, finished, found)
     return metrics

@@ -110,7 +110,8 @@ def log_evaluation(
     store. Returns None if the store does not exist, e.g. because the checkpoint was moved.
     """
     files = dict.fromkeys(sorted(pictures.glob("*.jpg")) if pictures else (), "pictures")
-    return _log(checkpoint, metrics, config, folder, files)
+    named = {metric_name(name): value for name, value in metrics.items()}
+    return _log(checkpoint, named, config, folder, files)
 
 
 def log_matches(checkpoint: Path, matches: Path, config: Config | None, folder: Path) -> str | None:
@@ -139,3 +140,14 @@ def _log(
     if kind == "sqlite" and not Path(path).exists():
         return None
     return log_metrics(stored["run_id"], uri, folder, metrics, stored["step"], files)
+
+
+def metric_name(name: str) -> str:
+    """Return a name that MLflow accepts: at most 250 characters, of letters, digits and "_-. :/",
+    which as a path does not resolve to another one.
+    """
+    name = re.sub(r"[^\w\-. :/]", "_", name)
+    head, slash, tail = name.partition("/")
+    # in the name of a class a slash, or a dot in front, would be part of a path
+    tail = re.sub(r"^\.+|\.+$", "_", tail.replace("/", "_")) or "_" * len(slash)
+    return f"{head}{slash}{tail}"[:250]

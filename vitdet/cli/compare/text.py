@@ -17,7 +17,8 @@ from vitdet.tracking.comparison import markdown_table
 CHANGES = 10  # classes shown of each result
 # column -> metric of the training's run
 RESOURCES = {
-    "images/s": "images_per_second",
+    "training images/s": "images_per_second",
+    "evaluation s/image": "seconds_per_image",
     "memory (GB)": "memory_gb",
     "GPU hours": "gpu_hours",
 }
@@ -56,7 +57,7 @@ def comparison_text(
             sections += _classes(name, kind, results[0], result)
     sections += _seeds(names, compared, resampled)
     if any(one.metrics.get(key) is not None for one in compared for key in RESOURCES.values()):
-        sections += ["## Training\n", _resources(names, compared)]
+        sections += ["## Speed and memory\n", _resources(names, compared)]
     if sum(bool(one.settings) for one in compared) > 1:
         sections += ["## Settings that differ\n", _settings(names, compared)]
     return "\n".join(sections)
@@ -156,7 +157,7 @@ def _resources(names: Sequence[str], compared: Sequence[Compared]) -> str:
         [
             name,
             *(
-                "-" if one.metrics.get(key) is None else f"{one.metrics[key]:.1f}"
+                "-" if one.metrics.get(key) is None else f"{one.metrics[key]:.3g}"
                 for key in RESOURCES.values()
             ),
         ]
