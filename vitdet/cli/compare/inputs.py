@@ -57,7 +57,7 @@ class Reader:
         path = Path(name)
         if path.suffix == ".json":
             return self._results(path)
-        if path.suffix or path.exists():
+        if path.suffix == ".pt" or path.exists():  # names of runs contain dots too
             return self._checkpoint(path)
         return self._run(name)
 
