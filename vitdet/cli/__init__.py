@@ -15,6 +15,7 @@ import warnings
 from collections.abc import Sequence
 
 from vitdet.cli.bench import add_bench
+from vitdet.cli.compare import add_compare
 from vitdet.cli.config import add_config
 from vitdet.cli.data import add_data
 from vitdet.cli.evaluate import add_evaluate
@@ -103,6 +104,9 @@ def parser() -> argparse.ArgumentParser:
             help="box and mask AP of a checkpoint on its validation images, or of a file of "
             "results",
         )
+    )
+    add_compare(
+        add("compare", help="whether results differ by more than chance: AP, classes, settings")
     )
     add_predict(add("predict", help="draw what a checkpoint finds in pictures"))
     add_bench(add("bench", help="measure how fast something is"))

@@ -32,7 +32,7 @@ def add_evaluate(verb: argparse.ArgumentParser) -> None:
     verb.add_argument(
         "--plots",
         type=given_path,
-        help="folder for precision over recall and AP of each class, as JSON",
+        help="folder for precision over recall, AP of each class, and the matches that `vitdet compare` reads",
     )
     verb.add_argument(
         "--results",
@@ -58,8 +58,9 @@ def run_evaluate(given: argparse.Namespace) -> int:
     torchrun.end_with_torchrun()
     from vitdet import distributed, stages
     from vitdet.data.layout import resolve_config
-    from vitdet.tracking.measured import write_metrics
-    from vitdet.tracking.runs import default_folder
+    from vitdet.evaluation.report import MATCHES
+    from vitdet.tracking.measured import write_measured, write_metrics
+    from vitdet.tracking.runs import default_folder, log_matches
     from vitdet.workspace import result
 
     if given.output:
@@ -81,8 +82,14 @@ def run_evaluate(given: argparse.Namespace) -> int:
     )
     if distributed.rank() == 0:
         print(table(metrics))
+        if given.output or given.plots:
+            measured = measured_on(given, config)
         if given.output:
-            write_metrics(given.output, metrics, measured_on(given, config))
+            write_metrics(given.output, metrics, measured)
+        if given.plots:
+            matches = given.plots / MATCHES
+            write_measured(matches, measured)
+            log_matches(given.checkpoint, matches, config, default_folder(given.checkpoint.parent))
     return 0
 
 

@@ -12,6 +12,8 @@ from vitdet.evaluation.matches import IOUS, RECALLS, save_matches
 from vitdet.evaluation.matching import Comparison
 from vitdet.files import write_json
 
+MATCHES = "matches.npz"
+
 
 def class_rows(finished: Mapping[str, Comparison]) -> list[dict[str, str | float | None]]:
     """AP of each class that has objects, as rows {class, box_ap, box_ap50, mask_ap, mask_ap50} in percent."""
@@ -78,6 +80,4 @@ def write_report(
         ("results", results),
     ):
         write_json(Path(folder) / f"{name}.json", value, indent=None if name == "results" else 1)
-    save_matches(
-        Path(folder) / "matches.npz", {kind: one.matches for kind, one in finished.items()}
-    )
+    save_matches(Path(folder) / MATCHES, {kind: one.matches for kind, one in finished.items()})

@@ -130,7 +130,7 @@ def table(rows: Sequence[dict], champion: str | None, versions: dict[str, str]) 
         "version",
         "gate",
     ]
-    lines = [f"Data {rows[0]['val_fingerprint']}", "", _line(heads), _line(["---"] * len(heads))]
+    cells = []
     for row in rows:
         version = versions.get(row["run_id"], "-")
         mark = f"{version} ({ALIAS})" if version == champion else version
@@ -138,12 +138,21 @@ def table(rows: Sequence[dict], champion: str | None, versions: dict[str, str]) 
             "-" if row["metrics"].get(key) is None else f"{row['metrics'][key]:.2f}"
             for key in COLUMNS
         ]
-        lines.append(_line([row["name"], *figures, mark, row["reason"]]))
-    return "\n".join(lines) + "\n"
+        cells.append([row["name"], *figures, mark, row["reason"]])
+    return f"Data {rows[0]['val_fingerprint']}\n\n{markdown_table(heads, cells)}"
 
 
-def _line(cells: Sequence[str]) -> str:
-    return f"| {' | '.join(cells)} |"
+def markdown_table(
+    heads: Sequence[str], rows: Sequence[Sequence[str]], padded: bool = False
+) -> str:
+    """Format a table as Markdown. padded: with columns of equal width, to be read as text."""
+    lines = [heads, ["---"] * len(heads), *rows]
+    if padded:
+        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+        lines = [
+            [cell.ljust(width) for cell, width in zip(line, widths, strict=True)] for line in lines
+        ]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
 def _figure(row: dict, key: str) -> float:

@@ -1,4 +1,4 @@
-"""The provenance of a metrics file: the checkpoint, data and settings of the evaluation.
+"""The provenance of a file of metrics or matches: the checkpoint, data and settings of the evaluation.
 
 It is stored in a second file, as `dvc metrics` and other readers expect only numbers in the metrics
 file. That file contains the sha256 of the metrics file and of the checkpoint, so that metrics that
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from vitdet.config import Config, from_dict, to_dict
-from vitdet.data.protocol import settings_of
+from vitdet.data.protocol import Protocol, settings_of
 from vitdet.files import sha256, write_json
 
 DATA = ("dataset", "val_split", "max_images")  # settings in `data` that select the images
@@ -34,6 +34,12 @@ class Measured:
         """Create the provenance of an evaluation of this checkpoint with this config."""
         tree = to_dict(config)
         return cls(sha256(checkpoint), val_fingerprint, tree["data"], tree["evaluate"])
+
+    @property
+    def protocol(self) -> Protocol:
+        """The protocol of the evaluation."""
+        settings = {"data": {"dataset": self.data["dataset"]}, "evaluate": self.evaluate}
+        return Protocol.of(from_dict(settings), self.val_fingerprint)
 
     def config(self, own: Config) -> Config:
         """Return the config of the evaluation. own: the config in the checkpoint."""
@@ -57,7 +63,12 @@ def write_metrics(path: Path, metrics: Mapping[str, float], measured: Measured |
     beside(path).unlink(missing_ok=True)
     write_json(path, metrics)
     if measured is not None:
-        write_json(beside(path), {"metrics_sha256": sha256(path), **asdict(measured)})
+        write_measured(path, measured)
+
+
+def write_measured(path: Path, measured: Measured) -> None:
+    """Write the provenance of a file of metrics or matches beside it."""
+    write_json(beside(path), {"metrics_sha256": sha256(path), **asdict(measured)})
 
 
 def read_metrics(path: Path) -> dict[str, float]:
@@ -74,7 +85,7 @@ def read_metrics(path: Path) -> dict[str, float]:
 
 
 def read_measured(path: Path) -> Measured | None:
-    """Return the provenance of the metrics in this file; None if unknown."""
+    """Return the provenance of the metrics or matches in this file; None if unknown."""
     try:
         content = json.loads(beside(path).read_text())
         if content.pop("metrics_sha256") == sha256(path):
@@ -87,5 +98,5 @@ def read_measured(path: Path) -> Measured | None:
 
 
 def beside(path: Path) -> Path:
-    """Return the path of the file with the provenance of a metrics file."""
+    """Return the path of the file with the provenance of this one."""
     return path.with_name(f"{path.stem}.measured.json")

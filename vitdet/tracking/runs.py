@@ -9,10 +9,15 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from vitdet.checkpoint import load_model_file
-from vitdet.config import Config, digest, flatten
+from vitdet.config import Config, flatten
+from vitdet.tracking.address import hide_credentials
+from vitdet.tracking.measured import beside
+from vitdet.tracking.naming import description, machine, recipe_of, run_name
 from vitdet.tracking.tracker import Progress, Tracker
 
 log = logging.getLogger(__name__)
+
+MATCHES = "evaluation"  # artifact folder of matches.npz
 
 
 def has_mlflow() -> bool:
@@ -40,19 +45,27 @@ def start_tracker(
     if has_mlflow():
         from vitdet.tracking.mlflow import start_run
 
-        data = config.data
+        recipe, builtin = recipe_of(config, recipe)
+        data = Path(config.data.root).name
+        tags = {
+            "recipe": recipe,
+            "data": data,
+            "data_fingerprint": data_digest,
+            "mlflow.note.content": description(config, builtin, output),
+            **machine(),
+        }
         tracker = start_run(
             uri=config.tracking.uri,
             folder=default_folder(output),
             experiment=config.tracking.experiment,
-            name=f"{output.name if recipe == 'config' else recipe} {digest(config)[:6]}",
+            name=hide_credentials(run_name(config, recipe, builtin)),
             params=flatten(config),
-            tags={"recipe": recipe},
+            tags={key: hide_credentials(value) for key, value in tags.items()},
             group=group,
             dataset={
-                "name": Path(data.root).name,
+                "name": data,
                 "digest": data_digest,
-                "source": str(Path(data.root).resolve()),
+                "source": str(Path(config.data.root).resolve()),
             },
             run_id=run_id,
             resume_step=step,
@@ -96,6 +109,23 @@ def log_evaluation(
     config: selects the server; default: the checkpoint's config. folder: folder of the default
     store. Returns None if the store does not exist, e.g. because the checkpoint was moved.
     """
+    files = dict.fromkeys(sorted(pictures.glob("*.jpg")) if pictures else (), "pictures")
+    named = {metric_name(name): value for name, value in metrics.items()}
+    return _log(checkpoint, named, config, folder, files)
+
+
+def log_matches(checkpoint: Path, matches: Path, config: Config | None, folder: Path) -> str | None:
+    """Log a file of matches and its provenance as `log_evaluation` does."""
+    return _log(checkpoint, {}, config, folder, dict.fromkeys((matches, beside(matches)), MATCHES))
+
+
+def _log(
+    checkpoint: Path,
+    metrics: dict[str, float],
+    config: Config | None,
+    folder: Path,
+    files: dict[Path, str],
+) -> str | None:
     stored = load_model_file(checkpoint)
     if not stored["run_id"] or not has_mlflow():
         return None
@@ -109,8 +139,6 @@ def log_evaluation(
         return None
     if kind == "sqlite" and not Path(path).exists():
         return None
-    metrics = {metric_name(name): value for name, value in metrics.items()}
-    files = dict.fromkeys(sorted(pictures.glob("*.jpg")) if pictures else (), "pictures")
     return log_metrics(stored["run_id"], uri, folder, metrics, stored["step"], files)
 
 

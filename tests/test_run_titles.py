@@ -1,0 +1,99 @@
+"""Names, descriptions and tags of runs: recipe, what differs from it, and the command that trains the same."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+
+import pytest
+import torch
+from mlflow import MlflowClient
+
+from vitdet import __version__
+from vitdet.cli import parser
+from vitdet.config import Config, load_config, save_config
+from vitdet.tracking.mlflow import tracking_uri
+from vitdet.tracking.naming import LONGEST, description, recipe_of, run_name
+from vitdet.tracking.runs import start_tracker
+
+ODD = [
+    "data.root=it's a 'set'",
+    "data.train_split='quoted'",
+    "optim.milestones=[0.5]",
+    "train.init=",
+]
+
+
+def name_of(config: Config, stem: str) -> str:
+    return run_name(config, *recipe_of(config, stem))
+
+
+@pytest.mark.parametrize(
+    ("recipe", "overrides", "expected"),
+    [
+        ("mask_rcnn_vitdet_b_coco", [], "mask_rcnn_vitdet_b_coco"),
+        ("mask_rcnn_vitdet_b_coco", ["optim.lr=2e-4"], "mask_rcnn_vitdet_b_coco optim.lr=0.0002"),
+        ("tiny", ["train.seed=1", "optim.ema=0"], "tiny train.seed=1 optim.ema=0"),
+        ("tiny", ["data.root=x", "tracking.uri=http://x"], "tiny"),
+    ],
+)
+@pytest.mark.parametrize("resolved", [False, True])
+def test_a_run_is_named_by_its_recipe_and_what_differs(
+    recipe: str, overrides: list[str], expected: str, resolved: bool, tmp_path: Path
+) -> None:
+    config, stem = load_config(recipe, overrides), recipe
+    if resolved:  # `vitdet config RECIPE --output config.yaml`, `vitdet train config.yaml`
+        save_config(config, tmp_path / "config.yaml")
+        config, stem = load_config(tmp_path / "config.yaml"), "config"
+    assert name_of(config, stem) == expected
+    assert recipe_of(config, stem) == (recipe, recipe)
+
+
+def test_a_config_file_of_the_user_keeps_its_name() -> None:
+    config = load_config("tiny", ["optim.lr=1"])
+    assert recipe_of(config, "heavier") == ("heavier", "tiny")
+    assert name_of(config, "heavier") == "heavier optim.lr=1"
+
+
+def test_a_long_name_counts_the_settings_that_it_leaves_out() -> None:
+    config = load_config("tiny", ["data.train_split=" + "x" * 99, "optim.lr=1", "train.seed=2"])
+    assert name_of(config, "tiny") == "tiny train.seed=2 optim.lr=1 +1 more"
+    config = load_config("tiny", ["optim.lr=1", "train.init=" + "x" * 120])
+    assert name_of(config, "tiny") == "tiny +2 more"
+    assert len(name_of(config, "y" * 300)) <= LONGEST
+
+
+@pytest.mark.parametrize("recipe", ["tiny", "mask_rcnn_swin_t_coco"])
+def test_the_described_command_trains_with_the_same_settings(recipe: str, tmp_path: Path) -> None:
+    config = load_config(recipe, [*ODD, "optim.lr=3e-7", "data.flip=0"])
+    text = description(config, recipe, tmp_path / "a folder")
+    words = shlex.split(text.replace("\\\n", ""))
+    assert words[0] == "vitdet" and text.startswith("    vitdet")  # shown as code
+    args = parser().parse_args(words[1:])
+    assert load_config(args.recipe, args.overrides) == config
+    assert args.output == tmp_path / "a folder"
+
+
+def test_tags_tell_recipe_data_code_and_machine_but_no_password(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    weights = "http://user:secret@host/tiny.pt"
+    store = f"sqlite:///{tmp_path}/mlflow.db?key=http://user:secret@x"
+    config = load_config("tiny", ["optim.lr=1", "data.root=/data/shapes", f"train.init={weights}"])
+    uri = tracking_uri("", tmp_path)
+    client = MlflowClient(uri, uri)
+    client.search_experiments()  # creates the tables, which takes a busy machine long
+    start_tracker(config, "config", tmp_path / "run", "", "0" * 16, None, 0).close()
+    (run,) = client.search_runs(["1"])
+    tags = run.data.tags
+    assert tags["recipe"] == "tiny" and tags["data"] == "shapes"
+    assert tags["data_fingerprint"] == "0" * 16
+    assert tags["torch"] == torch.__version__ and tags["vitdet"] == __version__
+    assert tags["hostname"] and tags["device"] and tags["git_revision"]
+    assert run.info.run_name == "tiny train.init=http://***@host/tiny.pt optim.lr=1"
+    assert tags["mlflow.note.content"].startswith("    vitdet train tiny \\\n        --set ")
+    assert "secret" not in str(run.to_dictionary())
+    assert "secret" not in description(
+        load_config("tiny", [f"tracking.uri={store}"]), "tiny", tmp_path
+    )

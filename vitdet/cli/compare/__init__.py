@@ -1,0 +1,68 @@
+"""`vitdet compare`: whether one detector is better than another, and what differs between them."""
+
+from __future__ import annotations
+
+import argparse
+
+from vitdet.cli.paths import given_path
+
+
+def add_compare(verb: argparse.ArgumentParser) -> None:
+    """The arguments of the verb `compare`."""
+    verb.add_argument(
+        "results",
+        nargs="+",
+        metavar="RUN|CHECKPOINT|RESULTS.json",
+        help="an MLflow run (id or unique name), a checkpoint, or a file of COCO results; the others "
+        "are compared with the first",
+    )
+    verb.add_argument(
+        "--annotations", type=given_path, metavar="FILE", help="annotations of the files of results"
+    )
+    verb.add_argument(
+        "--dataset", choices=("coco", "lvis"), help="rules for the files of results (coco)"
+    )
+    verb.add_argument(
+        "--tracking-uri",
+        default="",
+        metavar="URI",
+        help="server of the runs (mlflow.db in the current folder); MLFLOW_TRACKING_URI takes precedence",
+    )
+    verb.add_argument("--resamples", type=_count, default=1000, help="of the images (1000)")
+    verb.add_argument(
+        "--output", type=given_path, help="write the comparison to this Markdown file"
+    )
+    verb.set_defaults(run=run_compare)
+
+
+def _count(text: str) -> int:
+    number = int(text)
+    if not 100 <= number <= 1_000_000:
+        raise argparse.ArgumentTypeError(f"expected 100 to 1000000, got {number}")
+    return number
+
+
+def run_compare(args: argparse.Namespace) -> int:
+    """vitdet compare"""
+    from vitdet.cli.compare.inputs import Reader, check_comparable
+    from vitdet.cli.compare.text import comparison_text
+    from vitdet.evaluation.bootstrap import bootstrap
+    from vitdet.files import written
+
+    if len(args.results) < 2:
+        raise ValueError("name at least two results to compare")
+    reader = Reader(args.tracking_uri, args.annotations, args.dataset or "coco")
+    compared = [reader.read(name) for name in args.results]
+    check_comparable(compared)
+    kinds = [kind for kind in compared[0].matches if all(kind in one.matches for one in compared)]
+    if not kinds:
+        raise ValueError("some results have boxes only and others masks only: nothing to compare")
+    resampled = {
+        kind: bootstrap([one.matches[kind] for one in compared], args.resamples) for kind in kinds
+    }
+    text = comparison_text(compared, resampled)
+    print(text, end="")
+    if args.output:
+        with written(args.output) as temporary:
+            temporary.write_text(text, encoding="utf-8")
+    return 0

@@ -1,0 +1,149 @@
+"""What is compared: read from an MLflow run, a checkpoint or a file of COCO results."""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from vitdet.checkpoint import load_model_file
+from vitdet.config import flatten, from_dict
+from vitdet.data.protocol import Protocol
+from vitdet.evaluation.evaluator import OF_FILES
+from vitdet.evaluation.matches import Matches, load_matches
+from vitdet.evaluation.report import MATCHES
+from vitdet.evaluation.results import Truth, kinds_of, read_results, read_truth
+from vitdet.files import sha256
+from vitdet.tracking.measured import Measured, beside, read_measured
+from vitdet.tracking.runs import MATCHES as FOLDER
+from vitdet.tracking.runs import default_folder, has_mlflow
+
+if TYPE_CHECKING:
+    from vitdet.tracking.lookup import StoredRun
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Compared:
+    """One of the results that are compared.
+
+    protocol: None for a file of results, whose settings are unknown. settings: those of the
+    training, as text. metrics: the last values of the training's run.
+    """
+
+    name: str
+    matches: Mapping[str, Matches]
+    protocol: Protocol | None
+    settings: Mapping[str, str]
+    metrics: Mapping[str, float]
+
+
+class Reader:
+    """Reads what is compared. uri: the MLflow server; annotations and dataset: of files of results."""
+
+    def __init__(self, uri: str, annotations: Path | None, dataset: str) -> None:
+        self.uri, self.annotations, self.dataset = uri, annotations, dataset
+
+    def read(self, name: str) -> Compared:
+        """Read a run, a checkpoint or a file of results.
+
+        Raises ValueError, OSError or LookupError, in one line, for what cannot be read or has no matches.
+        """
+        path = Path(name)
+        if path.suffix == ".json":
+            return self._results(path)
+        if path.suffix == ".pt" or path.exists():  # names of runs contain dots too
+            return self._checkpoint(path)
+        return self._run(name)
+
+    @cached_property
+    def _truth(self) -> Truth:
+        if self.annotations is None:
+            raise ValueError("a file of results needs --annotations FILE")
+        return read_truth(self.annotations, self.dataset == "lvis")
+
+    def _results(self, path: Path) -> Compared:
+        truth, found = self._truth, read_results(path)
+        try:
+            finished = OF_FILES[self.dataset](truth, found, kinds_of(found))
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
+        return Compared(
+            str(path), {kind: one.matches for kind, one in finished.items()}, None, {}, {}
+        )
+
+    def _checkpoint(self, path: Path) -> Compared:
+        stored = load_model_file(path)
+        config, digest, parent = from_dict(stored["config"]), sha256(path), path.resolve().parent
+        metrics: Mapping[str, float] = {}
+        with tempfile.TemporaryDirectory(prefix="vitdet-compare-") as work:
+            candidates = [parent, parent / "plots", parent.parent / "plots"]
+            if stored["run_id"] and has_mlflow():
+                uri, folder = self.uri or config.tracking.uri, default_folder(path.parent)
+                try:
+                    run, downloaded = _fetch(stored["run_id"], uri, folder, Path(work))
+                    metrics, candidates = run.metrics, [*candidates, downloaded]
+                except (OSError, LookupError) as error:  # its own files may suffice
+                    log.info("%s: the run of the checkpoint is not read: %s", path, error)
+            for candidate in candidates:
+                measured = _read_measured(candidate / MATCHES)
+                if measured and measured.checkpoint_sha256 == digest:
+                    matches = load_matches(candidate / MATCHES)
+                    settings = {key: str(value) for key, value in flatten(config).items()}
+                    return Compared(str(path), matches, measured.protocol, settings, metrics)
+        raise ValueError(
+            f"{path}: its matches are not stored; run `vitdet evaluate {path} --plots {path.parent / 'plots'}`"
+        )
+
+    def _run(self, name: str) -> Compared:
+        if not has_mlflow():
+            raise ValueError("mlflow is not installed; install vitdet with its extra 'tracking'")
+        with tempfile.TemporaryDirectory(prefix="vitdet-compare-") as work:
+            run, downloaded = _fetch(name, self.uri, Path(), Path(work))
+            measured = _read_measured(downloaded / MATCHES)
+            if measured is None:
+                raise ValueError(
+                    f"{run.name} ({run.run_id}): the run has no matches; run `vitdet evaluate CHECKPOINT "
+                    "--plots FOLDER` with its checkpoint, which logs them"
+                )
+            matches = load_matches(downloaded / MATCHES)
+        return Compared(run.name, matches, measured.protocol, run.params, run.metrics)
+
+
+def check_comparable(compared: Sequence[Compared]) -> None:
+    """Raise ValueError if results were measured on different validation data or with different settings."""
+    known = [(one.name, one.protocol) for one in compared if one.protocol is not None]
+    for name, protocol in known[1:]:
+        first, expected = known[0]
+        for what, ours, theirs in (
+            ("validation data (fingerprint)", expected.fingerprint, protocol.fingerprint),
+            ("evaluate settings", expected.settings, protocol.settings),
+        ):
+            if ours != theirs:
+                raise ValueError(
+                    f"{name} and {first} have different {what}: {theirs}, not {ours}; evaluate both alike"
+                )
+
+
+def _fetch(name: str, uri: str, folder: Path, target: Path) -> tuple[StoredRun, Path]:
+    """Return the run, and the folder that its matches were downloaded to, if it has any."""
+    from vitdet.tracking.lookup import download_file, find_run, open_store
+
+    client = open_store(uri, folder)
+    run = find_run(client, name)
+    downloaded = target
+    for file in (MATCHES, beside(Path(MATCHES)).name):
+        path = download_file(client, uri, folder, run.run_id, f"{FOLDER}/{file}", target)
+        downloaded = (
+            path.parent if path else downloaded
+        )  # whether in a subfolder depends on the store
+    return run, downloaded
+
+
+def _read_measured(path: Path) -> Measured | None:
+    return read_measured(path) if path.is_file() else None

@@ -1,0 +1,196 @@
+"""The text of a comparison, in Markdown: verdict, AP with intervals, classes, seeds, speed, settings."""
+
+from __future__ import annotations
+
+import statistics
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+
+from vitdet.cli.compare.inputs import Compared
+from vitdet.config import Config
+from vitdet.evaluation.bootstrap import METRICS, Difference, Interval, Resampled
+from vitdet.evaluation.coco import NAMES
+from vitdet.sections import list_settings
+from vitdet.tracking.address import hide_credentials
+from vitdet.tracking.comparison import markdown_table
+
+CHANGES = 10  # classes shown of each result
+# column -> metric of the training's run
+RESOURCES = {
+    "training images/s": "images_per_second",
+    "evaluation s/image": "seconds_per_image",
+    "memory (GB)": "memory_gb",
+    "GPU hours": "gpu_hours",
+}
+
+
+def comparison_text(
+    compared: Sequence[Compared], resampled: Mapping[str, Sequence[Resampled]]
+) -> str:
+    """Return the comparison of all results with the first. resampled: of each kind, those of all results."""
+    names, matches = _names(compared), next(iter(compared[0].matches.values()))
+    resamples = len(next(iter(resampled.values()))[0].resampled)
+    protocol = next((one.protocol for one in compared if one.protocol), None)
+    data = f", data {protocol.fingerprint}" if protocol and protocol.fingerprint else ""
+    sections = [
+        "# Comparison\n",
+        "".join(f"- {sentence}\n" for sentence in _verdicts(names, resampled)),
+        f"{len(matches.image_ids)} images, {len(matches.category_ids)} classes{data}. Brackets: 95 % "
+        f"intervals over {resamples} resamples of the images, the same for all results; a difference "
+        "is real if its interval excludes 0.\n",
+        "## AP\n",
+        markdown_table(
+            [
+                "result",
+                "kind",
+                *(f"{m.replace('ap', 'AP')}" for m in METRICS),
+                "AP - first",
+                "p",
+                "real",
+            ],
+            [*_ap_rows(names, resampled)],
+            padded=True,
+        ),
+    ]
+    for kind, results in resampled.items():
+        for name, result in zip(names[1:], results[1:], strict=True):
+            sections += _classes(name, kind, results[0], result)
+    sections += _seeds(names, compared, resampled)
+    if any(one.metrics.get(key) is not None for one in compared for key in RESOURCES.values()):
+        sections += ["## Speed and memory\n", _resources(names, compared)]
+    if sum(bool(one.settings) for one in compared) > 1:
+        sections += ["## Settings that differ\n", _settings(names, compared)]
+    return "\n".join(sections)
+
+
+def _names(compared: Sequence[Compared]) -> list[str]:
+    """The names, numbered where several are equal."""
+    names = [one.name for one in compared]
+    return [
+        f"{name} ({names[: place + 1].count(name)})" if names.count(name) > 1 else name
+        for place, name in enumerate(names)
+    ]
+
+
+def _verdicts(names: Sequence[str], resampled: Mapping[str, Sequence[Resampled]]) -> Iterator[str]:
+    for place, name in enumerate(names[1:], start=1):
+        for kind, results in resampled.items():
+            found = results[place].difference(results[0])
+            if found is None:
+                continue
+            what, limits = f"{NAMES[kind]} AP", f"95 % interval {_range(found, '{:+.2f}')}"
+            if found.is_real:
+                word = "better" if found.value > 0 else "worse"
+                yield (
+                    f"{name} is {word} than {names[0]} by {abs(found.value):.2f} {what} ({limits}): the "
+                    "difference is real."
+                )
+            else:
+                yield (
+                    f"{name} and {names[0]} are equal within chance: {found.value:+.2f} {what} ({limits})."
+                )
+
+
+def _ap_rows(
+    names: Sequence[str], resampled: Mapping[str, Sequence[Resampled]]
+) -> Iterator[list[str]]:
+    for kind, results in resampled.items():
+        for name, result in zip(names, results, strict=True):
+            intervals = [_interval(result.interval(metric)) for metric in METRICS]
+            found = None if result is results[0] else result.difference(results[0])
+            yield [name, NAMES[kind], *intervals, *_difference(found)]
+
+
+def _classes(name: str, kind: str, first: Resampled, result: Resampled) -> list[str]:
+    """The classes whose AP differs most from the first result."""
+    found = []
+    for place, label in enumerate(result.class_names):
+        difference = result.difference(first, "ap", place)
+        if difference is not None:
+            found.append((label, difference, first.value[0, place + 1], result.value[0, place + 1]))
+    found.sort(key=lambda row: -abs(row[1].value))
+    real = sum(row[1].is_real for row in found)
+    rows = [
+        [label, f"{before:.1f}", f"{after:.1f}", *_difference(difference)]
+        for label, difference, before, after in found[:CHANGES]
+    ]
+    note = (
+        f"The {len(rows)} largest changes of {len(found)} classes. Real: {real}; by chance alone, 1 in 20 "
+        "classes is marked as real.\n"
+    )
+    heads = ["class", "first", "AP", "AP - first", "p", "real"]
+    return [
+        f"## Classes: {name}, {NAMES[kind]} AP\n",
+        note,
+        markdown_table(heads, rows, padded=True),
+    ]
+
+
+def _seeds(
+    names: Sequence[str], compared: Sequence[Compared], resampled: Mapping[str, Sequence[Resampled]]
+) -> list[str]:
+    """Mean and standard deviation of results that only differ by seed and settings without effect on weights."""
+    affecting = {k for k, (_, operational) in list_settings(Config()).items() if not operational}
+    groups = defaultdict(list)
+    for place, one in enumerate(compared):
+        if one.settings:
+            key = tuple(one.settings.get(k) for k in sorted(affecting - {"train.seed"}))
+            groups[key].append(place)
+    rows = []
+    for places in groups.values():
+        for kind, results in resampled.items():
+            values = [results[place].value[:, 0] for place in places]
+            if len(places) > 1:
+                cells = [
+                    f"{statistics.mean(column):.2f} ± {statistics.stdev(column):.2f}"
+                    for column in zip(*(value.tolist() for value in values), strict=True)
+                ]
+                group = ", ".join(names[place] for place in places)
+                rows.append([group, str(len(places)), NAMES[kind], *cells])
+    heads = ["results", "number", "kind", *(metric.replace("ap", "AP") for metric in METRICS)]
+    title = "## Over seeds: mean ± standard deviation\n"
+    return [title, markdown_table(heads, rows, padded=True)] if rows else []
+
+
+def _resources(names: Sequence[str], compared: Sequence[Compared]) -> str:
+    rows = [
+        [
+            name,
+            *(
+                "-" if one.metrics.get(key) is None else f"{one.metrics[key]:.3g}"
+                for key in RESOURCES.values()
+            ),
+        ]
+        for name, one in zip(names, compared, strict=True)
+    ]
+    return markdown_table(["result", *RESOURCES], rows, padded=True)
+
+
+def _settings(names: Sequence[str], compared: Sequence[Compared]) -> str:
+    known = [
+        (name, one.settings) for name, one in zip(names, compared, strict=True) if one.settings
+    ]
+    keys = dict.fromkeys(key for _, settings in known for key in settings)
+    rows = [
+        [key, *(hide_credentials(settings.get(key, "-")) for _, settings in known)]
+        for key in keys
+        if len({settings.get(key) for _, settings in known}) > 1
+    ]
+    if not rows:
+        return "None.\n"
+    return markdown_table(["setting", *(name for name, _ in known)], rows, padded=True)
+
+
+def _interval(found: Interval | None) -> str:
+    return "-" if found is None else f"{found.value:.2f} [{_range(found)}]"
+
+
+def _difference(found: Difference | None) -> list[str]:
+    if found is None:
+        return ["", "", ""]
+    value = f"{found.value:+.2f} [{_range(found, '{:+.2f}')}]"
+    return [value, f"{found.p:.3f}", "yes" if found.is_real else "no"]
+
+
+def _range(found: Interval, form: str = "{:.2f}") -> str:
+    return f"{form} to {form}".format(found.low, found.high)

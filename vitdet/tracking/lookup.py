@@ -1,0 +1,82 @@
+"""Runs that MLflow has: looked up by id or name, with what a comparison reads of them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from vitdet.tracking.address import hide_credentials, tracking_uri
+from vitdet.tracking.mlflow import connect
+from vitdet.tracking.requests import repeating
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+
+@dataclass(frozen=True)
+class StoredRun:
+    """A run on the server. params: the training's settings as text; metrics: their last values."""
+
+    run_id: str
+    name: str
+    params: Mapping[str, str]
+    metrics: Mapping[str, float]
+
+
+def open_store(uri: str, folder: Path) -> MlflowClient:
+    """Return a client of the server in use, see `tracking_uri`.
+
+    Raises FileNotFoundError for an SQLite file that does not exist, instead of creating it, and as
+    `connect` does.
+    """
+    server = tracking_uri(uri, folder)
+    kind, _, path = server.partition(":///")
+    if kind == "sqlite" and not Path(path).exists():
+        raise FileNotFoundError(
+            f"{path}: no such MLflow store; set --tracking-uri or MLFLOW_TRACKING_URI to the server of the runs"
+        )
+    return connect(None, uri, folder)[0]
+
+
+def find_run(client: MlflowClient, name: str) -> StoredRun:
+    """Return the run with this id, or the only one with this name.
+
+    Raises LookupError if there is none, ValueError if there are several.
+    """
+    if re.fullmatch(r"[0-9a-f]{32}", name):
+        found = [client.get_run(name)]
+    else:
+        quote = '"' if "'" in name else "'"
+        experiments = [one.experiment_id for one in client.search_experiments()]
+        query = f"attributes.run_name = {quote}{name}{quote}"
+        found = client.search_runs(experiments, query)
+    if not found:
+        raise LookupError(
+            f"{name}: neither a file nor the id or name of an MLflow run; give a run, a checkpoint or "
+            "a results.json"
+        )
+    if len(found) > 1:
+        ids = ", ".join(run.info.run_id for run in found[:5])
+        raise ValueError(f"{name}: {len(found)} runs have this name; give an id: {ids}")
+    (run,) = found
+    return StoredRun(run.info.run_id, run.info.run_name, run.data.params, run.data.metrics)
+
+
+def download_file(
+    client: MlflowClient, uri: str, folder: Path, run_id: str, path: str, target: Path
+) -> Path | None:
+    """Download an artifact of a run to the folder `target`; None if the run does not have it."""
+    from vitdet.tracking.packaged_model import exported
+
+    server = tracking_uri(uri, folder)
+    parent = path.rpartition("/")[0]
+    if all(one.path != path for one in client.list_artifacts(run_id, parent or None)):
+        return None
+    try:
+        with exported(server), repeating(server):
+            return Path(client.download_artifacts(run_id, path, str(target)))
+    except OSError as error:
+        raise OSError(f"{hide_credentials(server)}: {path} of run {run_id}: {error}") from error

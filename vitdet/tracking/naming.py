@@ -1,0 +1,85 @@
+"""How a run is named and described in MLflow: by its recipe and the settings that differ from it."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from vitdet import __version__, distributed
+from vitdet.config import Config, difference, flatten, load_config, recipes
+from vitdet.sections import list_settings
+
+LONGEST = 120  # characters of a run's name; MLflow's tables show about 40, its limit is 250
+# those first in which the runs of an experiment usually differ
+SECTIONS = ("train", "optim", "data", "model", "evaluate", "tracking")
+RESOLVED = "config"  # file name of a resolved config, which is not the name of a recipe
+
+
+def recipe_of(config: Config, name: str) -> tuple[str, str]:
+    """Return (name of the recipe, built-in recipe to describe the config with).
+
+    name: the recipe or the stem of the config file that was given. The built-in recipe is the one of
+    this name or, for another file, the one with the fewest settings that differ; a resolved config
+    is named by it.
+    """
+    builtin = recipes()
+    if name in builtin:
+        return name, name
+    closest = min(builtin, key=lambda one: len(difference(config, load_config(one))))
+    return (closest if name == RESOLVED else name), closest
+
+
+def run_name(config: Config, recipe: str, builtin: str) -> str:
+    """Return the recipe and the settings that affect the weights and differ from the built-in recipe.
+
+    As `tiny optim.lr=0.0002 train.seed=1`, at most LONGEST characters: `+2 more` counts the rest.
+    """
+    affecting = {key for key, (_, operational) in list_settings(config).items() if not operational}
+    changes = [text for key, text in _changes(config, builtin) if key in affecting]
+    for shown in range(len(changes), -1, -1):
+        rest = [f"+{len(changes) - shown} more"] if shown < len(changes) else []
+        name = " ".join([recipe[:LONGEST], *changes[:shown], *rest])
+        if len(name) <= LONGEST:
+            return name
+    return recipe[:LONGEST]
+
+
+def description(config: Config, builtin: str, output: Path) -> str:
+    """Return, in Markdown, the command line of this training. Without tracking.uri, which may hold a password."""
+    changes = [text for key, text in _changes(config, builtin) if key != "tracking.uri"]
+    options = [f"--set {shlex.quote(change)}" for change in changes]
+    lines = [f"vitdet train {builtin}", *options, f"--output {shlex.quote(str(output))}"]
+    return "    " + " \\\n        ".join(lines) + "\n"  # indented: code
+
+
+def machine() -> dict[str, str]:
+    """Return tags for the machine and the software: hostname, device, torch and vitdet."""
+    device = "CPU"
+    if torch.cuda.is_available():
+        count, name = distributed.world_size(), torch.cuda.get_device_name()
+        device = name if count == 1 else f"{count} x {name}"
+    return {
+        "hostname": socket.gethostname(),
+        "device": device,
+        "torch": torch.__version__,
+        "vitdet": __version__,
+    }
+
+
+def _changes(config: Config, builtin: str) -> Iterator[tuple[str, str]]:
+    """Yield (setting, override) of each setting that differs from the built-in recipe."""
+    usual = flatten(load_config(builtin))
+    # a sort that keeps the order within sections
+    for key, value in sorted(
+        flatten(config).items(), key=lambda item: SECTIONS.index(item[0].partition(".")[0])
+    ):
+        if value != usual[key]:
+            text = value if isinstance(value, str) else json.dumps(value).removesuffix(".0")
+            if text[:1] in ("'", '"') or text != text.strip():
+                text = json.dumps(text)  # an override takes other text literally
+            yield key, f"{key}={text}"
