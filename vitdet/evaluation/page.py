@@ -1,0 +1,115 @@
+"""The report of an evaluation: one HTML page that loads nothing, from `page.html`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from vitdet.evaluation.analysis import Analysis
+from vitdet.files import written
+from vitdet.pages import render
+
+
+class ErrorType(NamedTuple):
+    """An error type of TIDE: the number of its colour, its definition, and that in a few words."""
+
+    color: int
+    definition: str
+    short: str
+
+
+# Bolya et al. 2020, https://arxiv.org/abs/2008.08115, section 2.2
+ERROR_TYPES = {
+    "classification": ErrorType(
+        3,
+        "IoU of 0.5 or more with an object of another class.",
+        "detections that assign the wrong class to an object",
+    ),
+    "localisation": ErrorType(
+        0,
+        "The right class, but an IoU between 0.1 and 0.5.",
+        "detections of the right class that fit their object badly",
+    ),
+    "both": ErrorType(
+        5,
+        "Another class and an IoU between 0.1 and 0.5.",
+        "detections of the wrong class that fit their object badly",
+    ),
+    "duplicate": ErrorType(
+        2,
+        "IoU of 0.5 or more with an object that a detection of higher score has found.",
+        "further detections of an object that was already found",
+    ),
+    "background": ErrorType(
+        1, "An IoU below 0.1 with every object.", "detections where there is no object"
+    ),
+    "missed": ErrorType(
+        4,
+        "An object without a detection, and without a classification or localisation error.",
+        "objects that were not found",
+    ),
+}
+# keys of Analysis.metrics, for the tiles at the top of the page
+HEADLINE = {
+    "ap": "AP",
+    "ap50": "AP50",
+    "ap75": "AP75",
+    "ap_small": "AP small",
+    "ap_medium": "AP medium",
+    "ap_large": "AP large",
+    "ap_rare": "AP rare",
+    "ap_common": "AP common",
+    "ap_frequent": "AP frequent",
+    "ar_100": "AR, 100 detections",
+    "ar_300": "AR, 300 detections",
+}
+# of the table of classes: title, whether it holds numbers, explanation
+COLUMNS = (
+    ("Class", False, ""),
+    ("AP", True, "mean over IoU 0.5, 0.55, ..., 0.95"),
+    ("Main error", False, "the error type with the largest dAP"),
+    ("AP50", True, "AP at IoU 0.5"),
+    ("AP75", True, "AP at IoU 0.75"),
+    ("AP S", True, "objects of up to 32² pixels"),
+    ("AP M", True, "objects of 32² to 96² pixels"),
+    ("AP L", True, "objects of more than 96² pixels"),
+    ("AR", True, "recall at any score, mean over the IoUs"),
+    ("Objects", True, ""),
+    ("Images", True, "images with an object of the class"),
+    ("Threshold", True, "the score with the best F1 at IoU 0.5"),
+    ("P", True, "precision at the threshold, in %"),
+    ("R", True, "recall at the threshold, in %"),
+    ("F1", True, "harmonic mean of precision and recall, in %"),
+)
+
+
+def write_page(
+    path: str | Path,
+    analyses: Sequence[Analysis],
+    *,
+    title: str,
+    subtitle: str,
+    data: Mapping[str, str],
+    model: Mapping[str, str],
+    pictures: Mapping[int, tuple[str, str]],
+) -> None:
+    """Write the page of an evaluation; the first analysis is shown first.
+
+    data, model: facts, as name and value. pictures: by image id, the ground truth and the detections
+    as data URIs; images of `Analysis.worst` and `best` without a picture are left out.
+    """
+    page = render(
+        "evaluation/page.html",
+        analyses=analyses,
+        title=title,
+        subtitle=subtitle,
+        data=data,
+        model=model,
+        pictures=pictures,
+        error_types=ERROR_TYPES,
+        headline=HEADLINE,
+        columns=COLUMNS,
+    )
+    with written(Path(path)) as temporary:
+        temporary.write_text(page, encoding="utf-8")
