@@ -99,17 +99,17 @@ def write_page(
     data, model: facts, as name and value. pictures: by image id, the ground truth and the detections
     as data URIs; images of `Analysis.worst` and `best` without a picture are left out.
     """
-    page = render(
-        "evaluation/page.html",
-        analyses=analyses,
-        title=title,
-        subtitle=subtitle,
-        data=data,
-        model=model,
-        pictures=pictures,
-        error_types=ERROR_TYPES,
-        headline=HEADLINE,
-        columns=COLUMNS,
-    )
+    values = {
+        "analyses": analyses,
+        "title": title,
+        "subtitle": subtitle,
+        "data": data,
+        "model": model,
+        "pictures": pictures,
+        "error_types": ERROR_TYPES,
+        "headline": HEADLINE,
+        "columns": COLUMNS,
+    }
+    page = render("evaluation/page.html", values)
     with written(Path(path)) as temporary:
         temporary.write_text(page, encoding="utf-8")

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
 
@@ -15,12 +15,12 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from PIL import Image
 
 
-def render(template: str, **values: object) -> str:
+def render(template: str, values: Mapping[str, object]) -> str:
     """Return the page of a template, by its path in the package `vitdet`, e.g. `evaluation/page.html`.
 
     All values are escaped, class names and file names included.
     """
-    return _environment().get_template(template).render(**values)
+    return _environment().get_template(template).render(values)
 
 
 def data_uri(image: Image.Image, quality: int) -> str:
