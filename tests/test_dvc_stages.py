@@ -39,6 +39,7 @@ IRRELEVANT = {
         "vitdet/weights/__init__.py",
         "vitdet/weights/catalogue.py",
         "vitdet/yaml_text.py",
+        "vitdet/pages",
     },
     "evaluate": {
         "vitdet/config.py",
@@ -149,6 +150,8 @@ def repository(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Repo]:
         ("vitdet/data/check.py", set()),
         ("vitdet/training/optim.py", {"train"}),
         ("vitdet/evaluation/coco.py", {"evaluate"}),
+        ("vitdet/evaluation/page.html", {"evaluate"}),
+        ("vitdet/pages/base.html", {"evaluate"}),
         ("vitdet/weights/load.py", {"weights", "train"}),
         ("vitdet/weights/catalogue.yaml", {"weights"}),
         ("vitdet/datasets/report/page.py", set()),

@@ -62,7 +62,10 @@ elif verb == "evaluate":
     output.with_suffix(".measured.json").write_text("{{}}")
     for name in ("--pictures", "--plots"):
         options[name].mkdir()
-    (options["--plots"] / "curve.json").write_text(json.dumps([{{"recall": r / 4, "precision": ap}} for r in range(5)]))
+    options["--report"].write_text("<p>report")
+    (options["--plots"] / "curve.json").write_text(json.dumps([{{"recall": r / 4, "box_iou50": ap, "box_iou75": ap}} for r in range(5)]))
+    scores = ("box_precision", "box_recall", "box_f1")
+    (options["--plots"] / "thresholds.json").write_text(json.dumps([{{"threshold": 0.5, **dict.fromkeys(scores, ap)}}]))
     (options["--plots"] / "classes.json").write_text(json.dumps([{{"class": "star", "box_ap": ap}}]))
 else:
     output.write_text("{{}}")

@@ -13,6 +13,7 @@ import hashlib
 import json
 import logging
 import shutil
+import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict
 from functools import partial
@@ -92,8 +93,9 @@ def evaluate(
     config: Config | None = None,
     pictures: Path | None = None,
     plots: Path | None = None,
+    report: Path | None = None,
 ) -> tuple[dict[str, float], str | None]:
-    """The metrics of a checkpoint, also logged to the run that trained it, and the id of that run.
+    """The metrics of a checkpoint, also logged to the run that trained it with pictures and report, and the id of that run.
 
     The arguments are those of `vitdet.evaluate`; folder: of the default MLflow store. The id is None where the store of
     the run is not found: the checkpoint was carried away.
@@ -105,10 +107,12 @@ def evaluate(
 
     if has_mlflow():  # a mistake in the address ends this now
         tracking_uri(config.tracking.uri if config else "", folder)
-    metrics = measure(checkpoint, overrides, config=config, pictures=pictures, plots=plots)
+    metrics = measure(
+        checkpoint, overrides, config=config, pictures=pictures, plots=plots, report=report
+    )
     if distributed.rank() != 0:
         return metrics, None
-    return metrics, log_evaluation(checkpoint, metrics, config, folder, pictures)
+    return metrics, log_evaluation(checkpoint, metrics, config, folder, pictures, report)
 
 
 def register(
@@ -319,17 +323,23 @@ def train_recipe(
 
 
 def evaluate_recipe(
-    checkpoint: str, configs: str, name: str, data: str, workspace: str, figures: str
+    checkpoint: str, configs: str, name: str, data: str, workspace: str, figures: str, report: str
 ) -> tuple[dict[str, float], bool]:
     """The detector's metrics, also in MLflow, and whether the champion's AP on this data is known.
 
-    Writes the metrics with what they belong to, as the following steps read them.
+    Writes the metrics with what they belong to, as the following steps read them, and the HTML file `report`.
     """
     from vitdet.data.protocol import Protocol
     from vitdet.tracking import champion
 
     config = _verified(configs, name, data)
-    metrics, run_id = evaluate(Path(checkpoint), folder=runs_folder(workspace), config=config)
+    with tempfile.TemporaryDirectory() as folder:
+        page = Path(folder) / "report.html"  # its name in MLflow, which shows it by its ending
+        metrics, run_id = evaluate(
+            Path(checkpoint), folder=runs_folder(workspace), config=config, report=page
+        )
+        Path(report).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(page, report)
     protocol = Protocol.of(config, data.split("-")[1])
     row = {"name": name, "run_id": run_id, "metrics": metrics, **protocol.tags()}
     write_json(figures, row)

@@ -35,6 +35,12 @@ def add_evaluate(verb: argparse.ArgumentParser) -> None:
         help="folder for precision over recall and AP of each class, as JSON",
     )
     verb.add_argument(
+        "--report",
+        type=given_path,
+        metavar="FILE",
+        help="write an HTML page: curves, classes, errors, confusions, worst and best images",
+    )
+    verb.add_argument(
         "--results",
         type=given_path,
         metavar="FILE",
@@ -61,8 +67,8 @@ def run_evaluate(given: argparse.Namespace) -> int:
     from vitdet.tracking.measured import write_metrics
     from vitdet.tracking.runs import default_folder
 
-    if given.output:
-        given.output.parent.mkdir(parents=True, exist_ok=True)  # minutes before it is needed
+    for path in filter(None, (given.output, given.report)):
+        path.parent.mkdir(parents=True, exist_ok=True)  # minutes before it is needed
     config = None
     if given.config:
         config, found = resolve_config(given.config)
@@ -75,6 +81,7 @@ def run_evaluate(given: argparse.Namespace) -> int:
         config=config,
         pictures=given.pictures,
         plots=given.plots,
+        report=given.report,
     )
     if distributed.rank() == 0:
         print(table(metrics))
@@ -110,7 +117,11 @@ def score_results(given: argparse.Namespace) -> int:
     from vitdet.tracking.measured import write_metrics
 
     metrics = evaluate_results(
-        given.results, given.annotations, given.dataset or "coco", plots=given.plots
+        given.results,
+        given.annotations,
+        given.dataset or "coco",
+        plots=given.plots,
+        report=given.report,
     )
     print(table(metrics))
     if given.output:

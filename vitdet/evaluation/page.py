@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 from vitdet.evaluation.analysis import Analysis
+from vitdet.evaluation.pairs import Images, draw_pairs
+from vitdet.evaluation.results import Truth
 from vitdet.files import written
-from vitdet.pages import render
+from vitdet.pages import data_uri, render
 
 
 class ErrorType(NamedTuple):
@@ -50,7 +53,7 @@ ERROR_TYPES = {
         "objects that were not found",
     ),
 }
-# keys of Analysis.metrics, for the tiles at the top of the page
+# keys of Analysis.metrics, for the tiles at the top of the page; AR is added with its limit
 HEADLINE = {
     "ap": "AP",
     "ap50": "AP50",
@@ -61,8 +64,6 @@ HEADLINE = {
     "ap_rare": "AP rare",
     "ap_common": "AP common",
     "ap_frequent": "AP frequent",
-    "ar_100": "AR, 100 detections",
-    "ar_300": "AR, 300 detections",
 }
 # of the table of classes: title, whether it holds numbers, explanation
 COLUMNS = (
@@ -84,32 +85,60 @@ COLUMNS = (
 )
 
 
-def write_page(
-    path: str | Path,
-    analyses: Sequence[Analysis],
-    *,
-    title: str,
-    subtitle: str,
-    data: Mapping[str, str],
-    model: Mapping[str, str],
-    pictures: Mapping[int, tuple[str, str]],
-) -> None:
-    """Write the page of an evaluation; the first analysis is shown first.
+WORST, BEST = 6, 4  # images
+QUALITY = 75  # of their JPEG: with these numbers the page of COCO's val2017 has less than 2 MB
 
-    data, model: facts, as name and value. pictures: by image id, the ground truth and the detections
-    as data URIs; images of `Analysis.worst` and `best` without a picture are left out.
+
+@dataclass(frozen=True)
+class Facts:
+    """What was evaluated on what: the title of the page, and facts as name and value."""
+
+    title: str
+    data: Mapping[str, str]
+    model: Mapping[str, str]
+
+
+def write_page(
+    path: Path,
+    analyses: Sequence[Analysis],
+    facts: Facts,
+    truth: Truth,
+    results: Sequence[dict],
+    images: Images | None,
+) -> None:
+    """Write the page of an evaluation of these results; the first analysis is shown first.
+
+    Without `images`, or where one cannot be read, the page has no pictures of it.
     """
+    first = analyses[0]
+    worst, best = first.worst[:WORST], first.best[:BEST]
+    chosen = {one.image_id for one in (*worst, *best)}
+    pairs = {}
+    if images is not None:
+        pairs = draw_pairs(truth, results, chosen, first.best_threshold or 0.0, images)
     values = {
         "analyses": analyses,
-        "title": title,
-        "subtitle": subtitle,
-        "data": data,
-        "model": model,
-        "pictures": pictures,
+        "facts": facts,
+        "worst": [one for one in worst if one.image_id in pairs],
+        "best": [one for one in best if one.image_id in pairs],
+        "pictures": {
+            image_id: [data_uri(picture, QUALITY) for picture in pair]
+            for image_id, pair in pairs.items()
+        },
         "error_types": ERROR_TYPES,
-        "headline": HEADLINE,
+        "headline": {one.kind: _headline(one) for one in analyses},
         "columns": COLUMNS,
     }
     page = render("evaluation/page.html", values)
-    with written(Path(path)) as temporary:
+    with written(path) as temporary:
         temporary.write_text(page, encoding="utf-8")
+
+
+def _headline(analysis: Analysis) -> dict[str, float]:
+    """The metrics for the tiles, by title; of AR that with the most detections."""
+    metrics = analysis.metrics
+    tiles = {name: metrics[key] for key, name in HEADLINE.items() if key in metrics}
+    limits = [int(key[3:]) for key in metrics if key.startswith("ar_") and key[3:].isdecimal()]
+    if limits:
+        tiles[f"AR, {max(limits)} detections"] = metrics[f"ar_{max(limits)}"]
+    return tiles

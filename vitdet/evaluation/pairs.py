@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from PIL import Image
 
-from vitdet.data.coco_layouts import existing_name, image_name
+from vitdet.data.coco_layouts import existing_name, find_splits, image_name, root_of
 from vitdet.data.images import DEFAULT, Reading, read_image
 from vitdet.data.segmentation import read_outline
 from vitdet.evaluation.pictures import enlarged
@@ -18,6 +19,15 @@ from vitdet.evaluation.results import Truth
 from vitdet.visualize import paint
 
 SIDE = 520  # pixels of a picture's longer side
+
+
+@dataclass(frozen=True)
+class Images:
+    """Where the images of `Truth` are: the folder that their names are relative to, how they are named and read."""
+
+    folder: Path
+    lvis: bool
+    reading: Reading = DEFAULT
 
 
 class _Item(NamedTuple):
@@ -29,27 +39,32 @@ class _Item(NamedTuple):
     caption: str
 
 
+def images_of(annotations: Path, dataset: str) -> Images | None:
+    """The images of an annotation file ('coco' or 'lvis') that is in one of the usual layouts, else None."""
+    for files in find_splits(root_of(annotations), dataset).values():
+        if files.annotations.resolve() == annotations.resolve() and files.images.is_dir():
+            return Images(files.images, dataset == "lvis")
+    return None
+
+
 def draw_pairs(
     truth: Truth,
     results: Sequence[dict],
     image_ids: Collection[int],
-    folder: Path,
     threshold: float,
-    lvis: bool = False,
-    reading: Reading = DEFAULT,
+    images: Images,
 ) -> dict[int, tuple[Image.Image, Image.Image]]:
     """Return (image with its objects, image with its detections) by image id.
 
     results: COCO results that were checked against the truth; those with a score of at least
-    `threshold` are drawn. folder: what the names of the images are relative to (lvis: the ends of
-    their coco_url). Images that cannot be read are left out.
+    `threshold` are drawn. Images that cannot be read are left out.
     """
     pictures = {}
     objects, found = _objects(truth, image_ids), _detections(truth, results, image_ids, threshold)
     for image_id in image_ids:
-        name = existing_name(folder, image_name(truth.images[image_id], lvis))
+        name = existing_name(images.folder, image_name(truth.images[image_id], images.lvis))
         try:
-            picture = read_image(folder / name, reading)
+            picture = read_image(images.folder / name, images.reading)
         except (OSError, ValueError):
             continue
         if (picture.height, picture.width) == truth.sides(image_id):

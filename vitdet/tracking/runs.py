@@ -90,8 +90,9 @@ def log_evaluation(
     config: Config | None,
     folder: Path,
     pictures: Path | None = None,
+    report: Path | None = None,
 ) -> str | None:
-    """Log metrics and images to the run that trained the checkpoint; return its id.
+    """Log metrics, images and the HTML report to the run that trained the checkpoint; return its id.
 
     config: selects the server; default: the checkpoint's config. folder: folder of the default
     store. Returns None if the store does not exist, e.g. because the checkpoint was moved.
@@ -110,4 +111,6 @@ def log_evaluation(
     if kind == "sqlite" and not Path(path).exists():
         return None
     files = dict.fromkeys(sorted(pictures.glob("*.jpg")) if pictures else (), "pictures")
+    if report:
+        files[report] = ""
     return log_metrics(stored["run_id"], uri, folder, metrics, stored["step"], files)
