@@ -9,7 +9,21 @@ neither as detection nor as object.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+
+import numpy as np
+
+from vitdet.evaluation.coco import NAMES
+from vitdet.evaluation.confusion import Confusion, confusion_of
+from vitdet.evaluation.errors import SPECIAL, TYPES, Errors, errors_of
+from vitdet.evaluation.matches import RECALLS, Matches
+from vitdet.evaluation.matching import IOUS, Comparison
+from vitdet.evaluation.overlaps import overlaps_of
+from vitdet.evaluation.results import Truth
+from vitdet.evaluation.thresholds import Threshold, best_threshold, threshold_table
+
+IMAGES = 12  # best and worst ones
 
 
 @dataclass(frozen=True)
@@ -21,7 +35,7 @@ class ClassResult:
     ap: mean over IoU 0.5, 0.55, ..., 0.95. ar: recall at any score, mean over the same IoUs.
     best_threshold: the score with the best F1 among the scores of the detections; precision, recall
     and f1 are those of the detections with at least that score. None without objects or detections.
-    curve: precision at recall 0, 0.01, ..., 1 (101 values, rounded to 3 digits, the precision at a
+    curve: precision at IoU 0.5 and recall 0, 0.01, ..., 1 (101 values, rounded to 3 digits, the precision at a
     recall is the best at that recall or above); empty without objects.
     errors: dAP of this class per error type, as `Analysis.errors`. main_error: the error type with
     the largest dAP among TIDE's six; None if no error type has a dAP above 0.
@@ -51,40 +65,8 @@ class ClassResult:
 
 
 @dataclass(frozen=True)
-class Threshold:
-    """The detections of all classes with at least this score (counted together: micro average).
-
-    precision: true positives / detections (1 without any detection). recall: true positives /
-    objects. f1: the harmonic mean of both.
-    """
-
-    score: float
-    precision: float
-    recall: float
-    f1: float
-
-
-@dataclass(frozen=True)
-class Confusion:
-    """Which class is found as which, at `score` and above.
-
-    names: the classes shown, then "background". matrix[i][j]: objects of class i that were detected as
-    class j; the last column counts missed objects, the last row detections of no object. The diagonal
-    holds the true positives; the remaining detections and objects are paired across classes in
-    descending order of their IoU, 0.5 at least, each at most once.
-    classes: the number of all classes. With more than 30, `names` are the 30 classes with the most
-    confusions with other classes, and the matrix counts only confusions among these.
-    """
-
-    score: float
-    names: list[str]
-    matrix: list[list[int]]
-    classes: int
-
-
-@dataclass(frozen=True)
 class ImageResult:
-    """One image at the threshold of the best F1 over all classes.
+    """One image at the best threshold of the analysis.
 
     f1: 2 TP / (2 TP + false positives + missed), the measure of best and worst images.
     objects, detections: those that count, detections at or above the threshold.
@@ -110,8 +92,9 @@ class Analysis:
     classes: all classes of the annotation file, in its order.
     recalls: 0, 0.01, ..., 1. curves: precision at these recalls, mean over the classes with objects,
     keys "0.5", "0.75" (IoU) and "mean" (over all IoUs).
-    thresholds: scores 0.01, 0.02, ..., 0.99. best_threshold: that with the best F1; None without
-    objects or detections.
+    thresholds: scores 0.01, 0.02, ..., 0.99, empty without objects. best_threshold: that with the
+    best F1, the highest of equals; None without objects or true positives. The confusion matrix and
+    the images are at this threshold, without one at 0.5.
     errors: dAP of each error type of TIDE (Bolya et al. 2020), the increase of AP50 when all errors
     of this type are fixed, each type alone: "classification", "localisation", "both", "duplicate",
     "background", "missed"; and "false_positive", "false_negative" for all false positives and all
@@ -133,3 +116,124 @@ class Analysis:
     confusion: Confusion
     worst: list[ImageResult]
     best: list[ImageResult]
+
+
+def analyse(
+    kind: str, comparison: Comparison, metrics: Mapping[str, float], truth: Truth
+) -> Analysis:
+    """Return the analysis of a comparison of one kind, "bbox" or "segm".
+
+    metrics: what `summary` returns of all kinds.
+    """
+    matches, prefix = comparison.matches, f"{NAMES[kind]}_"
+    overlaps = overlaps_of(comparison)
+    errors = errors_of(
+        matches, overlaps, np.array([item["id"] for item in comparison.detections], int)
+    )
+    table = threshold_table(matches)
+    best = max(table, key=lambda one: (one.f1, one.score), default=None)
+    score = best.score if best and best.f1 > 0 else None
+    shown = 0.5 if score is None else score
+    worst_images, best_images = _images(matches, shown, truth)
+    return Analysis(
+        kind=NAMES[kind],
+        metrics={
+            name.removeprefix(prefix): value
+            for name, value in metrics.items()
+            if name.startswith(prefix)
+        },
+        classes=_classes(comparison, errors),
+        recalls=RECALLS.round(2).tolist(),
+        curves=_curves(comparison),
+        thresholds=table,
+        best_threshold=score,
+        errors=errors.total,
+        error_counts={name: int(errors.counts[name].sum()) for name in TYPES},
+        confusion=confusion_of(matches, overlaps, shown),
+        worst=worst_images,
+        best=best_images,
+    )
+
+
+def _classes(comparison: Comparison, errors: Errors) -> list[ClassResult]:
+    matches, rows = comparison.matches, []
+    count = len(matches.category_ids)
+    objects = np.bincount(matches.object_category, minlength=count)
+    detections = np.bincount(matches.category[~matches.ignored[:, 0]], minlength=count)
+    pairs = np.unique(np.stack([matches.object_category, matches.object_image]), axis=1)
+    images = np.bincount(pairs[0], minlength=count)
+    for place, name in enumerate(matches.class_names):
+        best = best_threshold(matches, place)
+        known = bool(objects[place])
+        gains = {key: float(errors.gains[key][place]) for key in (*TYPES, *SPECIAL) if known}
+        main = max(TYPES, key=lambda key: gains.get(key, 0.0))
+        curve = comparison.precision[0, :, place, 0, -1]
+        chosen = [place]
+        rows.append(
+            ClassResult(
+                name=name,
+                objects=int(objects[place]),
+                images=int(images[place]),
+                detections=int(detections[place]),
+                ap=comparison.ap(chosen=chosen),
+                ap50=comparison.ap(0.5, chosen=chosen),
+                ap75=comparison.ap(0.75, chosen=chosen),
+                ap_small=comparison.ap(size="small", chosen=chosen),
+                ap_medium=comparison.ap(size="medium", chosen=chosen),
+                ap_large=comparison.ap(size="large", chosen=chosen),
+                ar=100 * float(comparison.recall[:, place, 0, -1].mean()) if known else None,
+                best_threshold=best.score if best else None,
+                precision=best.precision if best else None,
+                recall=best.recall if best else None,
+                f1=best.f1 if best else None,
+                curve=curve.round(3).tolist() if known else [],
+                errors=gains,
+                error_counts={key: int(errors.counts[key][place]) for key in TYPES},
+                main_error=main if gains.get(main, 0.0) > 0 else None,
+            )
+        )
+    return rows
+
+
+def _curves(comparison: Comparison) -> dict[str, list[float]]:
+    """Precision (R,) of the classes with objects, all sizes, most detections."""
+    precision = comparison.precision[:, :, :, 0, -1]
+    known = (precision >= 0).all((0, 1))
+    if not known.any():
+        return {}
+    mean = precision[:, :, known].mean(2)
+    of_iou = {str(iou): mean[int(np.abs(IOUS - iou).argmin())] for iou in (0.5, 0.75)}
+    return {
+        name: curve.round(4).tolist() for name, curve in {**of_iou, "mean": mean.mean(0)}.items()
+    }
+
+
+def _images(
+    matches: Matches, score: float, truth: Truth
+) -> tuple[list[ImageResult], list[ImageResult]]:
+    """The worst and the best images at this threshold."""
+    count = len(matches.image_ids)
+    shown = (matches.score >= score) & ~matches.ignored[:, 0]
+    objects = np.bincount(matches.object_image, minlength=count)
+    detections = np.bincount(matches.image[shown], minlength=count)
+    hits = np.bincount(matches.image[shown & matches.matched[:, 0]], minlength=count)
+    places = np.flatnonzero(objects + detections)
+    f1 = np.zeros(count)
+    f1[places] = 2 * hits[places] / (objects + detections)[places]
+    wrong = objects + detections - 2 * hits
+    worst = places[np.lexsort((-wrong[places], f1[places]))][:IMAGES]
+    best = places[np.lexsort((-objects[places], -f1[places]))][:IMAGES]
+
+    def result(place: int) -> ImageResult:
+        image_id = int(matches.image_ids[place])
+        return ImageResult(
+            image_id=image_id,
+            file_name=str(truth.images[image_id].get("file_name", image_id)),
+            f1=float(f1[place]),
+            objects=int(objects[place]),
+            detections=int(detections[place]),
+            missed=int((objects - hits)[place]),
+            false_positives=int((detections - hits)[place]),
+        )
+
+    return [result(place) for place in worst], [result(place) for place in best]

@@ -9,6 +9,7 @@ import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -88,8 +89,10 @@ class Matches:
         return aps, float(np.nanmean(aps)) if objects.any() else float("nan")
 
 
-def precisions(true: np.ndarray, false: np.ndarray, objects: float) -> np.ndarray:
-    """Return the precision at the recalls of `RECALLS`, (T, 101), as COCO interpolates it.
+def precisions(
+    true: np.ndarray, false: np.ndarray, objects: float, recalls: np.ndarray = RECALLS
+) -> np.ndarray:
+    """Return the precision at these recalls (R,), (T, R), as COCO interpolates it.
 
     true, false (n, T): the weights of true and of false positives by falling score. objects: the
     weight of all objects, above 0. The precision at a recall is the best at that recall or a larger
@@ -101,12 +104,12 @@ def precisions(true: np.ndarray, false: np.ndarray, objects: float) -> np.ndarra
     best = np.maximum.accumulate(precision[::-1])[::-1]
     best = np.concatenate([best, np.zeros((1, best.shape[1]))])
     recall = found / objects
-    return np.stack([best[np.searchsorted(recall[:, t], RECALLS), t] for t in range(best.shape[1])])
+    return np.stack([best[np.searchsorted(recall[:, t], recalls), t] for t in range(best.shape[1])])
 
 
 def save_matches(path: str | Path, matches: Mapping[str, Matches]) -> None:
     """Write the matches of each kind ("bbox", "segm") to one .npz file, whole or not at all."""
-    columns = {
+    columns: dict[str, Any] = {
         f"{kind}.{name}": np.asarray(getattr(one, name))
         for kind, one in matches.items()
         for name in COLUMNS
@@ -133,7 +136,7 @@ def load_matches(path: str | Path) -> dict[str, Matches]:
 
 
 def _checked(kind: str, file: Mapping[str, np.ndarray]) -> Matches:
-    columns = {name: file[f"{kind}.{name}"] for name in COLUMNS}
+    columns: dict[str, Any] = {name: file[f"{kind}.{name}"] for name in COLUMNS}
     lengths = {"T": len(IOUS)}
     for name, (shape, types) in COLUMNS.items():
         column = columns[name]

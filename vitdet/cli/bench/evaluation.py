@@ -81,7 +81,9 @@ def _ours(annotations: Path, results: Path, seconds: dict[str, float]) -> list[f
         with _step(seconds, "index"):
             sides = matching.index(truth, image_ids, found, kind)
         with _step(seconds, "evaluate"):  # and accumulate, in one call
-            finished[kind] = matching.match(*sides, truth.categories.values(), kind, coco.LIMITS)
+            finished[kind] = matching.match(
+                *sides, truth.categories.values(), image_ids, kind, coco.LIMITS
+            )
     with _step(seconds, "summarize"):
         return list(coco.summary(finished).values())
 
