@@ -277,7 +277,9 @@ def evaluate_results(
 def _analyses(
     finished: Mapping[str, Comparison], metrics: Mapping[str, float], truth: Truth
 ) -> list[Analysis]:
-    return [analyse(kind, one, metrics, truth) for kind, one in finished.items()]
+    """Of each kind that has objects: a data set of boxes only has no masks to find."""
+    known = {kind: one for kind, one in finished.items() if one.ap() is not None}
+    return [analyse(kind, one, metrics, truth) for kind, one in known.items()]
 
 
 def _images(data: DataConfig) -> Images:
