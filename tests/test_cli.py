@@ -116,19 +116,9 @@ def test_train_shows_its_progress_and_goes_on(vitdet: Run, tiny: Path, tmp_path:
 
 
 def test_evaluate(vitdet: Run, trained: Path, tmp_path: Path) -> None:
-    code, output, errors = vitdet(
-        "evaluate",
-        trained / "model.pt",
-        "--output",
-        "m/metrics.json",
-        "--pictures",
-        "pics",
-        "--plots",
-        "plots",
-        "--report=deep/report.html",
-        "--config",
-        trained / "config.yaml",
-    )
+    words = "--output m/metrics.json --pictures pics --plots plots --report deep/report.html"
+    config = ["--config", trained / "config.yaml"]
+    code, output, errors = vitdet("evaluate", trained / "model.pt", *words.split(), *config)
     assert (code, errors) == (0, "")
     assert 'src="data:image/jpeg;base64,' in (tmp_path / "deep" / "report.html").read_text()
     assert [line.split()[0] for line in output.splitlines()] == ["ap", "box", "mask"]

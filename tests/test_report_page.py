@@ -106,7 +106,7 @@ def test_the_top_names_the_weakest_class_and_its_main_error(page: Path) -> None:
         r"<[^>]+>", " ", page.read_text().partition("</section>")[0].partition("<body>")[2]
     )
     said = " ".join(top.split())
-    assert "box is the weakest class: AP 8.0 , mean of all classes 20.1" in said
+    assert "box is the weakest class: AP 8.0 with 1,200 objects, mean of all classes 20.1" in said
     assert "Its main error is localisation (4 cases)" in said and "AP50 would be 7.2" in said
     assert "the most costly error is background (dAP 9.5)" in said
     assert re.search(r"box 8.0 localisation 7.2 .* 12.3 classification 7.2 star 40.0 missed", said)
