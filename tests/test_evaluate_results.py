@@ -9,6 +9,7 @@ from tests.random_results import SIDE, random_set
 from vitdet.cli import main
 from vitdet.cli.bench.evaluation import measure
 from vitdet.evaluation.evaluator import evaluate_results
+from vitdet.evaluation.matches import load_matches
 from vitdet.evaluation.runs import areas
 
 
@@ -56,7 +57,13 @@ def test_the_verb_prints_a_table_and_writes_the_figures(files, tmp_path, capsys)
     metrics = json.loads((tmp_path / "new" / "m.json").read_text())
     assert [line.split()[0] for line in lines] == ["ap", "box", "mask"]
     assert lines[1].split()[1] == format(metrics["box_ap"], ".1f")
-    assert len(metrics) == 24 and 0 < metrics["mask_ap"] < 100
+    assert len(metrics) == 33 and 0 < metrics["mask_ap"] < 100
+    assert (metrics["images"], metrics["objects"] > 0, metrics["detections"] > 0) == (6, 1, 1)
+    for kind, name in (("box_ap", "class_ap"), ("mask_ap", "class_mask_ap")):
+        classes = [value for key, value in metrics.items() if key.startswith(f"{name}/class ")]
+        assert sum(classes) / len(classes) == pytest.approx(metrics[kind])
+    matches = load_matches(tmp_path / "plots" / "matches.npz")
+    assert matches["segm"].ap()[1] == pytest.approx(metrics["mask_ap"], abs=1e-9)
     assert {
         row["class"] for row in json.loads((tmp_path / "plots" / "classes.json").read_text())
     } <= {"class 0", "class 1", "class 2"}

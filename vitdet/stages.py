@@ -94,6 +94,7 @@ def evaluate(
     pictures: Path | None = None,
     plots: Path | None = None,
     report: Path | None = None,
+    detailed: bool = False,
 ) -> tuple[dict[str, float], str | None]:
     """The metrics of a checkpoint, also logged to the run that trained it with pictures and report, and the id of that run.
 
@@ -108,7 +109,13 @@ def evaluate(
     if has_mlflow():  # a mistake in the address ends this now
         tracking_uri(config.tracking.uri if config else "", folder)
     metrics = measure(
-        checkpoint, overrides, config=config, pictures=pictures, plots=plots, report=report
+        checkpoint,
+        overrides,
+        config=config,
+        pictures=pictures,
+        plots=plots,
+        report=report,
+        detailed=detailed,
     )
     if distributed.rank() != 0:
         return metrics, None

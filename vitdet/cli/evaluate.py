@@ -24,7 +24,7 @@ def add_evaluate(verb: argparse.ArgumentParser) -> None:
     verb.add_argument(
         "--output",
         type=given_path,
-        help="write the figures to this JSON file, and beside it, in NAME.measured.json, what they were measured on",
+        help="write the figures, with AP of each class, to this JSON file, and beside it, in NAME.measured.json, what they were measured on",
     )
     verb.add_argument(
         "--pictures", type=given_path, help="folder for pictures of detections beside ground truth"
@@ -82,6 +82,7 @@ def run_evaluate(given: argparse.Namespace) -> int:
         pictures=given.pictures,
         plots=given.plots,
         report=given.report,
+        detailed=True,
     )
     if distributed.rank() == 0:
         print(table(metrics))
@@ -122,6 +123,7 @@ def score_results(given: argparse.Namespace) -> int:
         given.dataset or "coco",
         plots=given.plots,
         report=given.report,
+        detailed=True,
     )
     print(table(metrics))
     if given.output:
@@ -132,7 +134,8 @@ def score_results(given: argparse.Namespace) -> int:
 def table(metrics: dict[str, float]) -> str:
     """AP of boxes and masks, a column a kind of figure."""
     kinds = [kind for kind in ("box", "mask") if any(key.startswith(f"{kind}_") for key in metrics)]
-    columns = list(dict.fromkeys(key.partition("_")[2] for key in metrics))
+    shown = [key for key in metrics if key.partition("_")[0] in kinds]
+    columns = list(dict.fromkeys(key.partition("_")[2] for key in shown))
     rows = [f"{'':6}" + "".join(f"{column:>{max(len(column) + 2, 7)}}" for column in columns)]
     for kind in kinds:
         cells = [metrics.get(f"{kind}_{column}") for column in columns]

@@ -52,7 +52,7 @@ def confusion_of(matches: Matches, overlaps: Overlaps, score: float) -> Confusio
             actual[detection] = matches.object_category[target]
     matrix = np.zeros((classes + 1, classes + 1), int)
     np.add.at(matrix, (actual[shown], matches.category[shown]), 1)
-    np.add.at(matrix, (matches.object_category[missed], classes), 1)
+    matrix[:-1, -1] = np.bincount(matches.object_category[missed], minlength=classes)
     chosen = np.arange(classes)
     if classes > SHOWN:
         wrong = matrix[:-1, :-1] - np.diag(np.diag(matrix)[:-1])

@@ -7,6 +7,7 @@ pasted there with threshold 0.5, boxes are written xywh without rounding.
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -40,7 +41,7 @@ from vitdet.evaluation.matching import Comparison
 from vitdet.evaluation.page import write_page
 from vitdet.evaluation.pairs import Images, images_of
 from vitdet.evaluation.pictures import write_pictures
-from vitdet.evaluation.report import write_report
+from vitdet.evaluation.report import details, write_report
 from vitdet.evaluation.results import Truth, kinds_of, read_results, read_truth, truth_of
 from vitdet.types import Batch
 
@@ -151,13 +152,15 @@ def evaluate(
     plots: str | Path | None = None,
     report: str | Path | None = None,
     device: torch.device | str | None = None,
+    detailed: bool = False,
 ) -> dict[str, float]:
     """Box and mask AP in percent of a checkpoint on its validation split, as {"box_ap": 51.6, "mask_ap": 45.9, ...}.
 
     The data and evaluate settings are the checkpoint's, or those of `config`, changed by overrides. Two folders, if
-    given: `pictures` receives what `write_pictures` writes, `plots` what `write_report` does; and `report`, the HTML
-    file of `vitdet.evaluation.page`. Under torchrun each
-    process takes a share of the images and all return the same. device: a GPU if there is one. Raises ValueError when
+    given: `pictures` receives what `write_pictures` writes, `plots` what `write_report` does; `report` is the HTML file of
+    `vitdet.evaluation.page`. Under torchrun each process takes a share of the images and all return the same. device: a
+    GPU if there is one. detailed: also what `vitdet.evaluation.report.details` returns, and seconds_per_image: wall time
+    from reading to detections. Raises ValueError when
     the data set has other classes than the checkpoint, or when an override changes another section, before anything is
     written. Changes the process as described in `vitdet.data.loader.configure_process`.
     """
@@ -191,13 +194,18 @@ def evaluate(
         detector = detector.to(device).eval()
         if config.evaluate.compile and device.type == "cuda":
             compile_parts(detector)
+        start = time.perf_counter()
         results, image_ids = detect(detector, config.data, config.evaluate, device, split)
+        seconds = time.perf_counter() - start
         metrics = {}
         if distributed.rank() == 0:
             finished = _compare(truth, results, detector, config.data, config.evaluate, image_ids)
             metrics = ARBITERS[config.data.dataset].summary(finished)
             if plots is not None or report is not None:
                 analyses = _analyses(finished, metrics, truth)
+            if detailed:
+                metrics |= details(finished)
+                metrics["seconds_per_image"] = seconds / max(len(image_ids), 1)
             if plots is not None:
                 write_report(plots, finished, results, analyses)
             if report is not None:
@@ -247,11 +255,14 @@ def evaluate_results(
     *,
     plots: str | Path | None = None,
     report: str | Path | None = None,
+    detailed: bool = False,
 ) -> dict[str, float]:
     """Box and/or mask AP in percent of any file of COCO results, by what it holds, against an annotation file.
 
     dataset: 'coco' or 'lvis', whose rules differ. `plots` receives what `write_report` writes; `report` is the HTML file
-    of `vitdet.evaluation.page`, with pictures if the images are found beside the annotations. Raises FileNotFoundError for a missing file and ValueError, in one line, for what is wrong in them.
+    of `vitdet.evaluation.page`, with pictures if the images are found beside the annotations. detailed: also what
+    `vitdet.evaluation.report.details` returns. Raises FileNotFoundError for a missing file and ValueError, in one
+    line, for what is wrong in them.
     """
     if dataset not in ARBITERS:
         raise ValueError(f"dataset is {' or '.join(ARBITERS)}, got {dataset!r}")
@@ -266,6 +277,8 @@ def evaluate_results(
         raise ValueError(f"{annotations}: holds no object to find; there is nothing to score")
     if plots is not None or report is not None:
         analyses = _analyses(finished, metrics, truth)
+    if detailed:
+        metrics |= details(finished)
     if plots is not None:
         write_report(plots, finished, found, analyses)
     if report is not None:

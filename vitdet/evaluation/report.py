@@ -53,6 +53,25 @@ def threshold_rows(analyses: Sequence[Analysis]) -> list[dict[str, float]]:
     return list(rows.values())
 
 
+def details(finished: Mapping[str, Comparison]) -> dict[str, float]:
+    """AP of each class that has objects, in percent, as class_ap/NAME (boxes) and class_mask_ap/NAME, and the counts of
+    images, objects and detections (of boxes if they were compared).
+    """
+    names = {"bbox": "class_ap", "segm": "class_mask_ap"}
+    values = {
+        f"{names[kind]}/{category['name']}": ap
+        for kind, comparison in finished.items()
+        for place, category in enumerate(comparison.categories)
+        if (ap := comparison.ap(chosen=[place])) is not None
+    }
+    matches = next(iter(finished.values())).matches
+    return values | {
+        "images": len(matches.image_ids),
+        "objects": len(matches.object_image),
+        "detections": int((~matches.ignored[:, 0]).sum()),
+    }
+
+
 def write_report(
     folder: str | Path,
     finished: Mapping[str, Comparison],

@@ -110,7 +110,19 @@ def log_evaluation(
         return None
     if kind == "sqlite" and not Path(path).exists():
         return None
+    metrics = {metric_name(name): value for name, value in metrics.items()}
     files = dict.fromkeys(sorted(pictures.glob("*.jpg")) if pictures else (), "pictures")
     if report:
         files[report] = ""
     return log_metrics(stored["run_id"], uri, folder, metrics, stored["step"], files)
+
+
+def metric_name(name: str) -> str:
+    """Return a name that MLflow accepts: at most 250 characters, of letters, digits and "_-. :/",
+    which as a path does not resolve to another one.
+    """
+    name = re.sub(r"[^\w\-. :/]", "_", name)
+    head, slash, tail = name.partition("/")
+    # in the name of a class a slash, or a dot in front, would be part of a path
+    tail = re.sub(r"^\.+|\.+$", "_", tail.replace("/", "_")) or "_" * len(slash)
+    return f"{head}{slash}{tail}"[:250]
