@@ -65,7 +65,7 @@ def test_metrics_of_other_data_count_for_these_only(
     metrics = tmp_path / "m" / "metrics.json"
     words = ["--set", "data.val_split=train", "--set", "evaluate.max_detections=3"]
     assert vitdet("evaluate", model, *words, "--output", metrics)[0] == 0
-    assert set(json.loads(metrics.read_text())) == set(load_model_file(model)["metrics"])
+    assert set(json.loads(metrics.read_text())) >= set(load_model_file(model)["metrics"])
     code, out, err = vitdet("register", model, *CHAMPION, "--metrics", metrics)
     assert code == 0 and "the first champion" in out, err
     client = client_of(model)
