@@ -1,8 +1,8 @@
 """The stages of an experiment: what the command line's verbs and the pipeline's components call.
 
-`train`, `evaluate` and `register` take configs and paths. The others are the steps of a pipeline run on a shared folder,
-the workspace (`vitdet.workspace`); between them go files that the caller names: the resolved configs, a description of the data, a checkpoint
-and metrics. A step may be repeated: what is there is not made again, and a training resumes from its checkpoint.
+`train`, `evaluate` and `register` take configs and paths. The others are the steps of a pipeline run on a shared folder
+(`vitdet.workspace`) with files that the caller names: the resolved configs, a description of the data, a checkpoint,
+metrics. A step may be repeated: what exists is not made again, and a training resumes from its checkpoint.
 
 Imports are inside the functions: help and configs need neither torch nor MLflow.
 """
@@ -13,7 +13,6 @@ import hashlib
 import json
 import logging
 import shutil
-import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict
 from functools import partial
@@ -96,10 +95,9 @@ def evaluate(
     report: Path | None = None,
     detailed: bool = False,
 ) -> tuple[dict[str, float], str | None]:
-    """The metrics of a checkpoint, also logged to the run that trained it with pictures and report, and the id of that run.
+    """The metrics of a checkpoint, also logged to the run that trained it with pictures and report, and that run's id.
 
-    The arguments are those of `vitdet.evaluate`; folder: of the default MLflow store. The id is None where the store of
-    the run is not found: the checkpoint was carried away.
+    The arguments are those of `vitdet.evaluate`; folder: of the default MLflow store. The id is None without that store.
     """
     from vitdet import distributed
     from vitdet.evaluation.evaluator import evaluate as measure
@@ -340,13 +338,9 @@ def evaluate_recipe(
     from vitdet.tracking import champion
 
     config = _verified(configs, name, data)
-    with tempfile.TemporaryDirectory() as folder:
-        page = Path(folder) / "report.html"  # its name in MLflow, which shows it by its ending
-        metrics, run_id = evaluate(
-            Path(checkpoint), folder=runs_folder(workspace), config=config, report=page
-        )
-        Path(report).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(page, report)
+    page, folder = Path(report).with_suffix(".html"), runs_folder(workspace)  # MLflow shows .html
+    metrics, run_id = evaluate(Path(checkpoint), folder=folder, config=config, report=page)
+    page.replace(report)
     protocol = Protocol.of(config, data.split("-")[1])
     row = {"name": name, "run_id": run_id, "metrics": metrics, **protocol.tags()}
     write_json(figures, row)
@@ -467,11 +461,8 @@ def _configs(folder: str) -> dict[str, Config]:
 
 def _registry(config: Config, workspace: str) -> dict[str, Any]:
     settings = config.tracking
-    return {
-        "uri": settings.uri,
-        "folder": runs_folder(workspace),
-        "model_name": settings.model_name,
-    }
+    folder, name = runs_folder(workspace), settings.model_name
+    return {"uri": settings.uri, "folder": folder, "model_name": name}
 
 
 def _protocol_of(row: dict) -> Protocol:
