@@ -1,6 +1,6 @@
 """Steps `evaluate` and `evaluate_champion`: metrics on the validation images."""
 
-from kfp.dsl import Artifact, Input, Metrics, Model, Output
+from kfp.dsl import HTML, Artifact, Input, Metrics, Model, Output
 
 from components.decorator import component
 
@@ -13,8 +13,11 @@ def evaluate(
     data: str,
     workspace: str,
     figures: Output[Metrics],
+    report: Output[HTML],
 ) -> str:
     """Evaluate a checkpoint; log box and mask AP in percent and the other metrics, also to MLflow.
+
+    report: curves, classes, errors, worst and best images on one page.
 
     Returns "known" if the registry has the champion's AP on this data with these settings, else
     "unknown".
@@ -22,7 +25,7 @@ def evaluate(
     from vitdet import stages
 
     found, known = stages.evaluate_recipe(
-        checkpoint.path, resolved.path, name, data, workspace, figures.path
+        checkpoint.path, resolved.path, name, data, workspace, figures.path, report.path
     )
     for key, value in found.items():
         figures.log_metric(key, value)

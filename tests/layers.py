@@ -33,17 +33,17 @@ LAYERS: tuple[dict[str, str], ...] = (
         "distributed": BASE,
         "torchrun": "",
     },
-    {"kernels": ""},
+    {"kernels": "", "pages": ""},
     {"models": f"{BASE} kernels", "data": BASE},
     {"checkpoint": f"{BASE} models", "visualize": f"{BASE} data"},
     {
         "predictor": f"{BASE} models data.images data.transforms checkpoint visualize",
-        "datasets": f"{BASE} data checkpoint visualize",
+        "datasets": f"{BASE} data checkpoint visualize pages",
     },
     # a conversion needs the shapes of the model, a fetched file is a download
     {"weights": f"{BASE} models data checkpoint datasets.download"},
     {
-        "evaluation": f"{BASE} kernels models data checkpoint visualize predictor",
+        "evaluation": f"{BASE} kernels models data checkpoint visualize predictor pages",
         "tracking": f"{BASE} data checkpoint predictor",
     },
     {

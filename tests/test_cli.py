@@ -116,19 +116,11 @@ def test_train_shows_its_progress_and_goes_on(vitdet: Run, tiny: Path, tmp_path:
 
 
 def test_evaluate(vitdet: Run, trained: Path, tmp_path: Path) -> None:
-    code, output, errors = vitdet(
-        "evaluate",
-        trained / "model.pt",
-        "--output",
-        "m/metrics.json",
-        "--pictures",
-        "pics",
-        "--plots",
-        "plots",
-        "--config",
-        trained / "config.yaml",
-    )
+    words = "--output m/metrics.json --pictures pics --plots plots --report deep/report.html"
+    config = ["--config", trained / "config.yaml"]
+    code, output, errors = vitdet("evaluate", trained / "model.pt", *words.split(), *config)
     assert (code, errors) == (0, "")
+    assert 'src="data:image/jpeg;base64,' in (tmp_path / "deep" / "report.html").read_text()
     assert [line.split()[0] for line in output.splitlines()] == ["ap", "box", "mask"]
     metrics = json.loads((tmp_path / "m" / "metrics.json").read_text())
     assert {"box_ap", "mask_ap", "box_ap50"} <= set(metrics)
@@ -138,10 +130,16 @@ def test_evaluate(vitdet: Run, trained: Path, tmp_path: Path) -> None:
         "curve.json",
         "matches.npz",
         "results.json",
+        "thresholds.json",
     }
     assert not leftovers(tmp_path)
     code, output, _ = vitdet("evaluate", trained / "model.pt", "--set", "evaluate.max_detections=1")
-    assert code == 0 and {path.name for path in tmp_path.iterdir()} == {"m", "pics", "plots"}
+    assert code == 0 and {path.name for path in tmp_path.iterdir()} == {
+        "deep",
+        "m",
+        "pics",
+        "plots",
+    }
 
 
 def test_a_checkpoint_that_was_carried_away_makes_no_tracking_store(

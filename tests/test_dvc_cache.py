@@ -83,6 +83,9 @@ def space(
         "work/plots/results.json",
         "work/plots/curve.json",
         "work/plots/classes.json",
+        "work/plots/thresholds.json",
+        "work/plots/matches.npz",
+        "work/report.html",
         "work/config.yaml",
         "work/metrics.json",
         "work/registered.json",
@@ -124,6 +127,8 @@ def making(root: Path) -> list[list[object]]:
             "work/pictures",
             "--plots",
             "work/plots",
+            "--report",
+            "work/report.html",
         ],
         [
             "register",

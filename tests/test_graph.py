@@ -58,10 +58,11 @@ def train_recipe(settings, name, data, workspace, run_id, checkpoint):
         raise ValueError("a loss is not finite")
     write(checkpoint, name)
 
-def evaluate_recipe(checkpoint, configs, name, data, workspace, figures):
+def evaluate_recipe(checkpoint, configs, name, data, workspace, figures, report):
     assert (Path(configs) / "config").read_text() == "resolved"
     note("evaluate", name, Path(checkpoint).read_text())
     write(figures, name)
+    write(report, "<p>report")
     return {"box_ap": 40.0}, "unknown" not in name
 
 def evaluate_champion(checkpoint, figures, configs, name, workspace, run_id):

@@ -64,11 +64,12 @@ def test_two_recipes_are_trained_compared_and_registered(tiny: Path, tmp_path: P
     assert len(parents) == 1
     verdicts = []
     for name in names:
-        checkpoint, figures, verdict = (
-            str(tmp_path / name / kind) for kind in ("model.pt", "figures", "verdict")
+        checkpoint, figures, verdict, report = (
+            str(tmp_path / name / kind) for kind in ("model.pt", "figures", "verdict", "report")
         )
         stages.train_recipe(settings, name, data, space, RUN, checkpoint)
-        _, known = stages.evaluate_recipe(checkpoint, configs, name, data, space, figures)
+        _, known = stages.evaluate_recipe(checkpoint, configs, name, data, space, figures, report)
+        assert Path(report).read_text().startswith("<!doctype html>")
         passed, _ = stages.gate(figures, configs, name, space, RUN, verdict)
         assert known and passed  # there is no champion yet
         verdicts.append(verdict)

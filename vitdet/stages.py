@@ -1,8 +1,8 @@
 """The stages of an experiment: what the command line's verbs and the pipeline's components call.
 
-`train`, `evaluate` and `register` take configs and paths. The others are the steps of a pipeline run on a shared folder,
-the workspace (`vitdet.workspace`); between them go files that the caller names: the resolved configs, a description of the data, a checkpoint
-and metrics. A step may be repeated: what is there is not made again, and a training resumes from its checkpoint.
+`train`, `evaluate` and `register` take configs and paths. The others are the steps of a pipeline run on a shared folder
+(`vitdet.workspace`) with files that the caller names: the resolved configs, a description of the data, a checkpoint,
+metrics. A step may be repeated: what exists is not made again, and a training resumes from its checkpoint.
 
 Imports are inside the functions: help and configs need neither torch nor MLflow.
 """
@@ -93,12 +93,12 @@ def evaluate(
     config: Config | None = None,
     pictures: Path | None = None,
     plots: Path | None = None,
+    report: Path | None = None,
     detailed: bool = False,
 ) -> tuple[dict[str, float], str | None]:
-    """The metrics of a checkpoint, also logged to the run that trained it, and the id of that run.
+    """The metrics of a checkpoint, also logged to the run that trained it with pictures and report, and that run's id.
 
-    The arguments are those of `vitdet.evaluate`; folder: of the default MLflow store. The id is None where the store of
-    the run is not found: the checkpoint was carried away.
+    The arguments are those of `vitdet.evaluate`; folder: of the default MLflow store. The id is None without that store.
     """
     from vitdet import distributed
     from vitdet.evaluation.evaluator import evaluate as measure
@@ -108,11 +108,17 @@ def evaluate(
     if has_mlflow():  # a mistake in the address ends this now
         tracking_uri(config.tracking.uri if config else "", folder)
     metrics = measure(
-        checkpoint, overrides, config=config, pictures=pictures, plots=plots, detailed=detailed
+        checkpoint,
+        overrides,
+        config=config,
+        pictures=pictures,
+        plots=plots,
+        report=report,
+        detailed=detailed,
     )
     if distributed.rank() != 0:
         return metrics, None
-    return metrics, log_evaluation(checkpoint, metrics, config, folder, pictures)
+    return metrics, log_evaluation(checkpoint, metrics, config, folder, pictures, report)
 
 
 def register(
@@ -323,17 +329,19 @@ def train_recipe(
 
 
 def evaluate_recipe(
-    checkpoint: str, configs: str, name: str, data: str, workspace: str, figures: str
+    checkpoint: str, configs: str, name: str, data: str, workspace: str, figures: str, report: str
 ) -> tuple[dict[str, float], bool]:
     """The detector's metrics, also in MLflow, and whether the champion's AP on this data is known.
 
-    Writes the metrics with what they belong to, as the following steps read them.
+    Writes the metrics with what they belong to, as the following steps read them, and the HTML file `report`.
     """
     from vitdet.data.protocol import Protocol
     from vitdet.tracking import champion
 
     config = _verified(configs, name, data)
-    metrics, run_id = evaluate(Path(checkpoint), folder=runs_folder(workspace), config=config)
+    page, folder = Path(report).with_suffix(".html"), runs_folder(workspace)  # MLflow shows .html
+    metrics, run_id = evaluate(Path(checkpoint), folder=folder, config=config, report=page)
+    page.replace(report)
     protocol = Protocol.of(config, data.split("-")[1])
     row = {"name": name, "run_id": run_id, "metrics": metrics, **protocol.tags()}
     write_json(figures, row)
@@ -454,11 +462,8 @@ def _configs(folder: str) -> dict[str, Config]:
 
 def _registry(config: Config, workspace: str) -> dict[str, Any]:
     settings = config.tracking
-    return {
-        "uri": settings.uri,
-        "folder": runs_folder(workspace),
-        "model_name": settings.model_name,
-    }
+    folder, name = runs_folder(workspace), settings.model_name
+    return {"uri": settings.uri, "folder": folder, "model_name": name}
 
 
 def _protocol_of(row: dict) -> Protocol:

@@ -44,7 +44,7 @@ def draw(image: Picture, found: Detections, scale: float | None = None) -> Image
     captions = [
         f"{name} {score:.2f}" for name, score in zip(names, found.scores.tolist(), strict=True)
     ]
-    width, height = _scaled(picture.size, scale)
+    width, height = scaled(picture.size, scale)
     boxes = found.boxes.detach().cpu().float() * scale
     masks = None if found.masks is None else found.masks.detach().cpu().float()
 
@@ -76,7 +76,8 @@ def caption_font(size: int) -> ImageFont.FreeTypeFont:
     return font
 
 
-def _scaled(size: tuple[int, int], scale: float) -> tuple[int, int]:
+def scaled(size: tuple[int, int], scale: float) -> tuple[int, int]:
+    """The sides of a picture of this size when it is drawn `scale` times enlarged."""
     return max(1, round(size[0] * scale)), max(1, round(size[1] * scale))
 
 
@@ -94,7 +95,7 @@ def paint(
     (H, W) bool of the enlarged picture, which is asked for when it is drawn: all of a large picture's fill a memory;
     None: it has no mask.
     """
-    size = _scaled(picture.size, scale)
+    size = scaled(picture.size, scale)
     canvas = picture.convert("RGB").resize(size, Image.Resampling.BICUBIC)
     width = max(2, round(max(size) / 400))
     corners = (boxes.detach().cpu().double() * scale).tolist()

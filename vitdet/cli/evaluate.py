@@ -35,6 +35,12 @@ def add_evaluate(verb: argparse.ArgumentParser) -> None:
         help="folder for precision over recall, AP of each class, and the matches that `vitdet compare` reads",
     )
     verb.add_argument(
+        "--report",
+        type=given_path,
+        metavar="FILE",
+        help="write an HTML page: curves, classes, errors, confusions, worst and best images",
+    )
+    verb.add_argument(
         "--results",
         type=given_path,
         metavar="FILE",
@@ -63,8 +69,8 @@ def run_evaluate(given: argparse.Namespace) -> int:
     from vitdet.tracking.runs import default_folder, log_matches
     from vitdet.workspace import result
 
-    if given.output:
-        given.output.parent.mkdir(parents=True, exist_ok=True)  # minutes before it is needed
+    for path in filter(None, (given.output, given.report)):
+        path.parent.mkdir(parents=True, exist_ok=True)  # minutes before it is needed
     config = None
     if given.config:
         config, found = resolve_config(given.config)
@@ -78,6 +84,7 @@ def run_evaluate(given: argparse.Namespace) -> int:
         config=config,
         pictures=given.pictures,
         plots=given.plots,
+        report=given.report,
         detailed=True,
     )
     if distributed.rank() == 0:
@@ -124,6 +131,7 @@ def score_results(given: argparse.Namespace) -> int:
         given.annotations,
         given.dataset or "coco",
         plots=given.plots,
+        report=given.report,
         detailed=True,
     )
     print(table(metrics))

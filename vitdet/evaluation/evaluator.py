@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -23,6 +23,7 @@ from vitdet.config import Config, DataConfig, EvalConfig, from_dict, override
 from vitdet.data.coco import CocoSplit, read_tree
 from vitdet.data.dataset import read_split, with_objects
 from vitdet.data.fingerprint import fingerprint
+from vitdet.data.images import Reading
 from vitdet.data.layout import (
     CLASSES,
     MASKS,
@@ -33,9 +34,13 @@ from vitdet.data.layout import (
     split_files,
 )
 from vitdet.data.loader import configure_process, val_loader
+from vitdet.evaluation.analysis import Analysis, analyse
 from vitdet.evaluation.detections import detections_to_results as detections_to_results
 from vitdet.evaluation.detections import results_of
+from vitdet.evaluation.facts import of_checkpoint, of_results
 from vitdet.evaluation.matching import Comparison
+from vitdet.evaluation.page import write_page
+from vitdet.evaluation.pairs import Images, images_of
 from vitdet.evaluation.pictures import write_pictures
 from vitdet.evaluation.report import details, write_report
 from vitdet.evaluation.results import Truth, kinds_of, read_results, read_truth, truth_of
@@ -158,15 +163,17 @@ def evaluate(
     config: Config | None = None,
     pictures: str | Path | None = None,
     plots: str | Path | None = None,
+    report: str | Path | None = None,
     device: torch.device | str | None = None,
     detailed: bool = False,
 ) -> dict[str, float]:
     """Box and mask AP in percent of a checkpoint on its validation split, as {"box_ap": 51.6, "mask_ap": 45.9, ...}.
 
     The data and evaluate settings are the checkpoint's, or those of `config`, changed by overrides. Two folders, if
-    given: `pictures` receives what `write_pictures` writes, `plots` what `write_report` does. Under torchrun each
-    process takes a share of the images and all return the same. device: a GPU if there is one. detailed: also what
-    `vitdet.evaluation.report.details` returns, and seconds_per_image: wall time from reading to detections. Raises ValueError when
+    given: `pictures` receives what `write_pictures` writes, `plots` what `write_report` does; `report` is the HTML file of
+    `vitdet.evaluation.page`. Under torchrun each process takes a share of the images and all return the same. device: a
+    GPU if there is one. detailed: also what `vitdet.evaluation.report.details` returns, and seconds_per_image: wall time
+    from reading to detections. Raises ValueError when
     the data set has other classes than the checkpoint, or when an override changes another section, before anything is
     written. Changes the process as described in `vitdet.data.loader.configure_process`.
     """
@@ -209,11 +216,17 @@ def evaluate(
             kinds = kinds_found_by(detector)
             finished = _compare(truth, results, kinds, config.data, config.evaluate, image_ids)
             metrics = ARBITERS[config.data.dataset].summary(finished)
+            if plots is not None or report is not None:
+                analyses = _analyses(finished, metrics, truth)
             if detailed:
                 metrics |= details(finished)
                 metrics["seconds_per_image"] = seconds / max(len(image_ids), 1)
             if plots is not None:
-                write_report(plots, finished, results)
+                write_report(plots, finished, results, analyses)
+            if report is not None:
+                where = str(device) if device.type == "cpu" else torch.cuda.get_device_name(device)
+                facts = of_checkpoint(Path(checkpoint), config, analyses[0], len(image_ids), where)
+                write_page(Path(report), analyses, facts, truth, results, _images(config.data))
             if pictures is not None:
                 # one image at a time, for which the detector would be compiled again
                 stance = torch.compiler.set_stance("force_eager") if compiled else nullcontext()
@@ -259,11 +272,13 @@ def evaluate_results(
     dataset: str = DataConfig.dataset,
     *,
     plots: str | Path | None = None,
+    report: str | Path | None = None,
     detailed: bool = False,
 ) -> dict[str, float]:
     """Box and/or mask AP in percent of any file of COCO results, by what it holds, against an annotation file.
 
-    dataset: 'coco' or 'lvis', whose rules differ. `plots` receives what `write_report` writes. detailed: also what
+    dataset: 'coco' or 'lvis', whose rules differ. `plots` receives what `write_report` writes; `report` is the HTML file
+    of `vitdet.evaluation.page`, with pictures if the images are found beside the annotations. detailed: also what
     `vitdet.evaluation.report.details` returns. Raises FileNotFoundError for a missing file and ValueError, in one
     line, for what is wrong in them.
     """
@@ -278,11 +293,29 @@ def evaluate_results(
     metrics = ARBITERS[dataset].summary(finished)
     if not metrics:
         raise ValueError(f"{annotations}: holds no object to find; there is nothing to score")
+    if plots is not None or report is not None:
+        analyses = _analyses(finished, metrics, truth)
     if detailed:
         metrics |= details(finished)
     if plots is not None:
-        write_report(plots, finished, found)
+        write_report(plots, finished, found, analyses)
+    if report is not None:
+        facts = of_results(Path(results), truth.path, analyses[0], len(truth.images), found)
+        write_page(Path(report), analyses, facts, truth, found, images_of(truth.path, dataset))
     return metrics
+
+
+def _analyses(
+    finished: Mapping[str, Comparison], metrics: Mapping[str, float], truth: Truth
+) -> list[Analysis]:
+    """Of each kind that has objects: a data set of boxes only has no masks to find."""
+    known = {kind: one for kind, one in finished.items() if one.ap() is not None}
+    return [analyse(kind, one, metrics, truth) for kind, one in known.items()]
+
+
+def _images(data: DataConfig) -> Images:
+    folder = split_files(data, data.val_split).images
+    return Images(folder, data.dataset == "lvis", Reading.of(data))
 
 
 def _compare(

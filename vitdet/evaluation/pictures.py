@@ -17,7 +17,7 @@ from vitdet.data.masks import decode
 from vitdet.data.records import Record
 from vitdet.files import write_jpeg, written
 from vitdet.predictor import Predictor
-from vitdet.visualize import caption_font, comfortable_scale, draw, paint, spread
+from vitdet.visualize import caption_font, comfortable_scale, draw, paint, scaled, spread
 
 GAP = 8  # pixels between the two halves
 
@@ -68,17 +68,19 @@ def draw_truth(
         torch.from_numpy(record.boxes),
         labels,
         [class_names[label] for label in labels],
-        lambda i: _enlarged(record, record.segmentations[i], scale),
+        lambda i: enlarged(record.segmentations[i], (record.height, record.width), scale),
         scale,
     )
 
 
-def _enlarged(record: Record, segmentation: list | dict | None, scale: int) -> torch.Tensor | None:
+def enlarged(
+    segmentation: list | dict | None, size: tuple[int, int], scale: float
+) -> torch.Tensor | None:
+    """The pixels (H, W) bool of an object in an image of (height, width) `size` that is drawn `scale` times enlarged."""
     if segmentation is None:
         return None
-    bitmap = decode(segmentation, record.height, record.width)
-    size = (bitmap.shape[1] * scale, bitmap.shape[0] * scale)
-    soft = Image.fromarray(bitmap * np.uint8(255)).resize(size, Image.Resampling.BILINEAR)
+    bitmap = Image.fromarray(decode(segmentation, *size) * np.uint8(255))
+    soft = bitmap.resize(scaled(bitmap.size, scale), Image.Resampling.BILINEAR)
     return torch.from_numpy(np.asarray(soft) >= 128)
 
 

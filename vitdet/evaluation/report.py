@@ -1,4 +1,4 @@
-"""The findings of an evaluation as rows that `dvc plots` draws: AP of each class, precision over recall."""
+"""The findings of an evaluation as rows that `dvc plots` draws: AP of each class, curves."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from vitdet.evaluation.analysis import Analysis
 from vitdet.evaluation.coco import NAMES
 from vitdet.evaluation.matches import IOUS, RECALLS, save_matches
 from vitdet.evaluation.matching import Comparison
@@ -30,23 +31,28 @@ def class_rows(finished: Mapping[str, Comparison]) -> list[dict[str, str | float
 
 def curve_rows(
     finished: Mapping[str, Comparison], thresholds: Sequence[float] = (0.5, 0.75)
-) -> list[dict[str, str | float]]:
-    """Precision over recall, mean of the classes, as rows {curve: 'box IoU 0.5', recall, precision} in 0..1."""
-    rows: list[dict[str, str | float]] = []
+) -> list[dict[str, float]]:
+    """Precision at each recall, mean of the classes, as rows {recall, box_iou50, box_iou75, mask_iou50, ...} in 0..1."""
+    rows: list[dict[str, float]] = [{"recall": round(float(recall), 4)} for recall in RECALLS]
     for kind, comparison in finished.items():
         precision = comparison.precision[:, :, :, 0, -1]  # (T, R, K) of all sizes, most detections
         known = (precision >= 0).all((0, 1))
         for iou in thresholds if known.any() else ():
             means = precision[int(np.abs(IOUS - iou).argmin())][:, known].mean(1)
-            rows += [
-                {
-                    "curve": f"{NAMES[kind]} IoU {iou}",
-                    "recall": round(float(recall), 4),
-                    "precision": float(mean),
-                }
-                for recall, mean in zip(RECALLS, means, strict=True)
-            ]
-    return rows
+            for row, mean in zip(rows, means, strict=True):
+                row[f"{NAMES[kind]}_iou{100 * iou:.0f}"] = float(mean)
+    return rows if len(rows[0]) > 1 else []
+
+
+def threshold_rows(analyses: Sequence[Analysis]) -> list[dict[str, float]]:
+    """Micro averages at each score threshold as rows {threshold, box_precision, box_recall, box_f1, mask_precision, ...}."""
+    rows: dict[float, dict[str, float]] = {}
+    for analysis in analyses:
+        for one in analysis.thresholds:
+            row = rows.setdefault(one.score, {"threshold": one.score})
+            for name in ("precision", "recall", "f1"):
+                row[f"{analysis.kind}_{name}"] = getattr(one, name)
+    return list(rows.values())
 
 
 def details(finished: Mapping[str, Comparison]) -> dict[str, float]:
@@ -69,14 +75,18 @@ def details(finished: Mapping[str, Comparison]) -> dict[str, float]:
 
 
 def write_report(
-    folder: str | Path, finished: Mapping[str, Comparison], results: list[dict]
+    folder: str | Path,
+    finished: Mapping[str, Comparison],
+    results: list[dict],
+    analyses: Sequence[Analysis],
 ) -> None:
-    """Writes classes.json (AP of each class), curve.json (precision over recall), results.json (as COCO) and
-    matches.npz (`vitdet.evaluation.matches`).
+    """Writes classes.json (AP of each class), curve.json (precision over recall), thresholds.json (precision, recall and
+    F1 over the score), results.json (as COCO) and matches.npz (`vitdet.evaluation.matches`).
     """
     for name, value in (
         ("classes", class_rows(finished)),
         ("curve", curve_rows(finished)),
+        ("thresholds", threshold_rows(analyses)),
         ("results", results),
     ):
         write_json(Path(folder) / f"{name}.json", value, indent=None if name == "results" else 1)

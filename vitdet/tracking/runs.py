@@ -103,13 +103,15 @@ def log_evaluation(
     config: Config | None,
     folder: Path,
     pictures: Path | None = None,
+    report: Path | None = None,
 ) -> str | None:
-    """Log metrics and images to the run that trained the checkpoint; return its id.
+    """Log metrics, images and the HTML report to the run that trained the checkpoint; return its id.
 
     config: selects the server; default: the checkpoint's config. folder: folder of the default
     store. Returns None if the store does not exist, e.g. because the checkpoint was moved.
     """
     files = dict.fromkeys(sorted(pictures.glob("*.jpg")) if pictures else (), "pictures")
+    files |= {report: ""} if report else {}
     named = {metric_name(name): value for name, value in metrics.items()}
     return _log(checkpoint, named, config, folder, files)
 

@@ -1,0 +1,144 @@
+"""The report of an evaluation: one HTML page that loads nothing, from `page.html`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+from vitdet.evaluation.analysis import Analysis
+from vitdet.evaluation.pairs import Images, draw_pairs
+from vitdet.evaluation.results import Truth
+from vitdet.files import written
+from vitdet.pages import data_uri, render
+
+
+class ErrorType(NamedTuple):
+    """An error type of TIDE: the number of its colour, its definition, and that in a few words."""
+
+    color: int
+    definition: str
+    short: str
+
+
+# Bolya et al. 2020, https://arxiv.org/abs/2008.08115, section 2.2
+ERROR_TYPES = {
+    "classification": ErrorType(
+        3,
+        "IoU of 0.5 or more with an object of another class.",
+        "detections that assign the wrong class to an object",
+    ),
+    "localisation": ErrorType(
+        0,
+        "The right class, but an IoU between 0.1 and 0.5.",
+        "detections of the right class that fit their object badly",
+    ),
+    "both": ErrorType(
+        5,
+        "Another class and an IoU between 0.1 and 0.5.",
+        "detections of the wrong class that fit their object badly",
+    ),
+    "duplicate": ErrorType(
+        2,
+        "IoU of 0.5 or more with an object that a detection of higher score has found.",
+        "further detections of an object that was already found",
+    ),
+    "background": ErrorType(
+        1, "An IoU below 0.1 with every object.", "detections where there is no object"
+    ),
+    "missed": ErrorType(
+        4,
+        "An object without a detection, and without a classification or localisation error.",
+        "objects that were not found",
+    ),
+}
+# keys of Analysis.metrics, for the tiles at the top of the page; AR is added with its limit
+HEADLINE = {
+    "ap": "AP",
+    "ap50": "AP50",
+    "ap75": "AP75",
+    "ap_small": "AP small",
+    "ap_medium": "AP medium",
+    "ap_large": "AP large",
+    "ap_rare": "AP rare",
+    "ap_common": "AP common",
+    "ap_frequent": "AP frequent",
+}
+# of the table of classes: title, whether it holds numbers, explanation
+COLUMNS = (
+    ("Class", False, ""),
+    ("AP", True, "mean over IoU 0.5, 0.55, ..., 0.95"),
+    ("Main error", False, "the error type with the largest dAP"),
+    ("AP50", True, "AP at IoU 0.5"),
+    ("AP75", True, "AP at IoU 0.75"),
+    ("AP S", True, "objects of up to 32² pixels"),
+    ("AP M", True, "objects of 32² to 96² pixels"),
+    ("AP L", True, "objects of more than 96² pixels"),
+    ("AR", True, "recall at any score, mean over the IoUs"),
+    ("Objects", True, ""),
+    ("Images", True, "images with an object of the class"),
+    ("Threshold", True, "the score with the best F1 at IoU 0.5"),
+    ("P", True, "precision at the threshold, in %"),
+    ("R", True, "recall at the threshold, in %"),
+    ("F1", True, "harmonic mean of precision and recall, in %"),
+)
+
+
+WORST, BEST = 6, 4  # images
+QUALITY = 75  # of their JPEG: with these numbers the page of COCO's val2017 has less than 2 MB
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What was evaluated on what: the title of the page, and facts as name and value."""
+
+    title: str
+    data: Mapping[str, str]
+    model: Mapping[str, str]
+
+
+def write_page(
+    path: Path,
+    analyses: Sequence[Analysis],
+    facts: Facts,
+    truth: Truth,
+    results: Sequence[dict],
+    images: Images | None,
+) -> None:
+    """Write the page of an evaluation of these results; the first analysis is shown first.
+
+    Without `images`, or where one cannot be read, the page has no pictures of it.
+    """
+    first = analyses[0]
+    worst, best = first.worst[:WORST], first.best[:BEST]
+    chosen = {one.image_id for one in (*worst, *best)}
+    pairs = {}
+    if images is not None:
+        pairs = draw_pairs(truth, results, chosen, first.best_threshold or 0.0, images)
+    values = {
+        "analyses": analyses,
+        "facts": facts,
+        "worst": [one for one in worst if one.image_id in pairs],
+        "best": [one for one in best if one.image_id in pairs],
+        "pictures": {
+            image_id: [data_uri(picture, QUALITY) for picture in pair]
+            for image_id, pair in pairs.items()
+        },
+        "error_types": ERROR_TYPES,
+        "headline": {one.kind: _headline(one) for one in analyses},
+        "columns": COLUMNS,
+    }
+    page = render("evaluation/page.html", values)
+    with written(path) as temporary:
+        temporary.write_text(page, encoding="utf-8")
+
+
+def _headline(analysis: Analysis) -> dict[str, float]:
+    """The metrics for the tiles, by title; of AR that with the most detections."""
+    metrics = analysis.metrics
+    tiles = {name: metrics[key] for key, name in HEADLINE.items() if key in metrics}
+    limits = [int(key[3:]) for key in metrics if key.startswith("ar_") and key[3:].isdecimal()]
+    if limits:
+        tiles[f"AR, {max(limits)} detections"] = metrics[f"ar_{max(limits)}"]
+    return tiles

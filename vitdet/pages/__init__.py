@@ -1,0 +1,64 @@
+"""HTML pages of one file: templates in this package, `base.html` with the style that all share.
+
+A page loads nothing: images are data URIs, and its content security policy forbids every request.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Mapping, Sequence
+from functools import cache
+from pathlib import Path
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from PIL import Image
+
+
+def render(template: str, values: Mapping[str, object]) -> str:
+    """Return the page of a template, by its path in the package `vitdet`, e.g. `evaluation/page.html`.
+
+    All values are escaped, class names and file names included.
+    """
+    return _environment().get_template(template).render(values)
+
+
+def data_uri(image: Image.Image, quality: int) -> str:
+    """Return an image as a JPEG in a data URI."""
+    content = io.BytesIO()
+    image.save(content, "JPEG", quality=quality, optimize=True)
+    return f"data:image/jpeg;base64,{base64.b64encode(content.getvalue()).decode('ascii')}"
+
+
+@cache
+def _environment() -> Environment:
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parents[1]),
+        autoescape=True,
+        finalize=_encodable,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=StrictUndefined,
+    )
+    environment.filters.update(decimal=_decimal, count=_count, path=_path)
+    return environment
+
+
+def _encodable(value: object) -> object:
+    """Names in annotation files and of files may hold lone surrogates, which UTF-8 cannot encode."""
+    return value.encode("utf-8", "backslashreplace").decode() if type(value) is str else value
+
+
+def _decimal(value: float | None, digits: int = 1) -> str:
+    return "–" if value is None else f"{value:.{digits}f}"
+
+
+def _count(value: int, noun: str = "") -> str:
+    """1,234 objects; 1 object."""
+    return f"{value:,}" + (f" {noun}{'' if value == 1 else 's'}" if noun else "")
+
+
+def _path(values: Sequence[float], width: float, height: float) -> str:
+    """Return the points of an SVG polyline: values in 0..1 at equal distances, 0 at the bottom."""
+    step = width / max(len(values) - 1, 1)
+    return " ".join(f"{i * step:.1f},{height * (1 - value):.1f}" for i, value in enumerate(values))

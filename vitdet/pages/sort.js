@@ -1,0 +1,24 @@
+// Tables of class "sortable": a button in a column's title sorts the rows, numbers by value and missing ones last.
+for (const table of document.querySelectorAll("table.sortable")) {
+  const body = table.tBodies[0];
+  const read = (row, column) => row.cells[column].textContent.trim();
+  const number = (text) => Number(text.replaceAll(",", ""));
+  for (const button of table.tHead.querySelectorAll("button")) {
+    button.addEventListener("click", () => {
+      const title = button.closest("th");
+      const column = title.cellIndex;
+      const numeric = title.classList.contains("n");
+      const before = title.getAttribute("aria-sort");
+      // numbers begin with the lowest, as the weakest classes are looked for
+      const sign = before === "ascending" ? -1 : 1;
+      for (const other of table.tHead.querySelectorAll("th")) other.removeAttribute("aria-sort");
+      title.setAttribute("aria-sort", sign > 0 ? "ascending" : "descending");
+      const rows = [...body.rows].map((row) => [read(row, column), row]);
+      rows.sort(([a], [b]) => {
+        if (a === "–" || b === "–") return (a === "–") - (b === "–");
+        return sign * (numeric ? number(a) - number(b) : a.localeCompare(b));
+      });
+      body.append(...rows.map(([, row]) => row));
+    });
+  }
+}
