@@ -26,6 +26,7 @@ from vitdet.tracking.measured import Measured, agree
 from vitdet.tracking.mlflow import connect, tracking_uri
 from vitdet.tracking.packaged_model import exported, pack
 from vitdet.tracking.requests import UnknownRunError, create
+from vitdet.tracking.trial import try_model
 from vitdet.tracking.wheel import build_wheel
 
 log = logging.getLogger(__name__)
@@ -234,7 +235,8 @@ def register(
     with tempfile.TemporaryDirectory(prefix="vitdet-model-") as work:
         packed = Path(work) / "model"
         model = Model(run_id=run_id)
-        pack(packed, model, Path(checkpoint), wheel, example)
+        pack(packed, model, load_model_file(checkpoint), wheel, example)
+        try_model(packed, wheel)
         place = (
             client.get_run(run_id).info.experiment_id
             if run_id
