@@ -34,6 +34,7 @@ def compare(
         kind: match(
             *index(truth, image_ids, results, kind),
             truth.categories.values(),
+            image_ids,
             kind,
             (*LIMITS[:-1], most),
         )

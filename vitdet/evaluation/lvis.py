@@ -74,7 +74,10 @@ def _compare(
         )
         for kind in kinds
     }
-    return {kind: match(*sides[kind], truth.categories.values(), kind, (LIMIT,)) for kind in kinds}
+    return {
+        kind: match(*sides[kind], truth.categories.values(), image_ids, kind, (LIMIT,))
+        for kind in kinds
+    }
 
 
 def check(truth: Truth) -> None:

@@ -21,12 +21,12 @@ from pycocotools import mask as rle
 
 from vitdet.data.annotation_file import Annotation
 from vitdet.data.segmentation import compressed, read_outline
+from vitdet.evaluation.matches import IOUS, RECALLS, Matches
 from vitdet.evaluation.results import Truth, check_code, check_results, uncollected
 from vitdet.evaluation.runs import areas
 
-IOUS = np.linspace(0.5, 0.95, 10)
-RECALLS = np.linspace(0, 1, 101)
 SIZES = ("all", "small", "medium", "large")  # up to 32 x 32 pixels, up to 96 x 96, above
+LARGEST = 1e5**2  # area in pixels of what pycocotools takes part in "all"
 
 # objects or results of each category, as faster-coco-eval takes them
 ByClass = Mapping[int, list[dict]]
@@ -37,13 +37,16 @@ log = logging.getLogger(__name__)
 @dataclass(frozen=True)
 class Comparison:
     """Precision (T, R, K, A, M) and recall (T, K, A, M) in 0..1, -1 where a class has no object; the K categories and
-    the M limits of detections.
+    the M limits of detections; the matches, and their N detections and G objects as `index` returns them.
     """
 
     precision: np.ndarray
     recall: np.ndarray
     categories: tuple[dict, ...]
     limits: tuple[int, ...]
+    matches: Matches
+    detections: list[dict]
+    objects: list[dict]
 
     def ap(
         self, iou: float | None = None, size: str = "all", chosen: Sequence[int] | None = None
@@ -102,25 +105,82 @@ def index(
 
 @uncollected()
 def match(
-    objects: ByClass, found: ByClass, categories: Iterable[dict], kind: str, limits: Sequence[int]
+    objects: ByClass,
+    found: ByClass,
+    categories: Iterable[dict],
+    image_ids: Sequence[int],
+    kind: str,
+    limits: Sequence[int],
 ) -> Comparison:
     """What `index` gave, compared by `kind`; limits: detections of a class in an image that count, rising."""
     categories = tuple(categories)
     shape = (len(IOUS), len(RECALLS), len(categories), len(SIZES), len(limits))
     precision, recall = np.full(shape, -1.0), np.full((shape[0], *shape[2:]), -1.0)
+    detections: list[dict] = []
+    targets: list[dict] = []
+    partners, ignored = [np.zeros((len(IOUS), 0), int)], [np.zeros((len(IOUS), 0), bool)]
+    category_of, target_of = [], []
     for column, category in enumerate(category["id"] for category in categories):
-        if category in objects:
-            tables = _match_class(
-                objects[category], found.get(category, []), category, kind, limits
-            )
-            precision[:, :, column], recall[:, column] = tables
-    return Comparison(precision, recall, categories, tuple(limits))
+        if category not in objects and category not in found:
+            continue
+        ranked = _ranked(found.get(category, []), limits[-1])
+        present = objects.get(category, [])
+        precision[:, :, column], recall[:, column], *pairs = _match_class(
+            present, ranked, category, kind, limits
+        )
+        partners.append(pairs[0])
+        ignored.append(pairs[1])
+        wanted = [item for item in present if _counts(item)]
+        category_of.append(np.full(len(ranked), column))
+        target_of.append(np.full(len(wanted), column))
+        detections += ranked
+        targets += wanted
+    partner, unsure = np.hstack(partners), np.hstack(ignored)
+    true = (partner > 0) & ~unsure
+    places = {item["id"]: place for place, item in enumerate(targets)}
+    matches = Matches(
+        kind=kind,
+        image_ids=np.array(image_ids, np.int64),
+        category_ids=np.array([category["id"] for category in categories], np.int64),
+        class_names=tuple(str(category["name"]) for category in categories),
+        image=np.array([item["image_id"] for item in detections], np.int32),
+        category=np.concatenate([[], *category_of]).astype(np.int32),
+        score=np.array([item["score"] for item in detections], float),
+        matched=np.ascontiguousarray(true.T),
+        ignored=np.ascontiguousarray(unsure.T),
+        found=np.array(
+            [
+                places[number] if hit else -1
+                for number, hit in zip(partner[0], true[0], strict=True)
+            ],
+            np.int32,
+        ),
+        object_image=np.array([item["image_id"] for item in targets], np.int32),
+        object_category=np.concatenate([[], *target_of]).astype(np.int32),
+    )
+    return Comparison(precision, recall, categories, tuple(limits), matches, detections, targets)
+
+
+def _ranked(found: list[dict], limit: int) -> list[dict]:
+    """The detections of a class by image and falling score, at most `limit` of an image."""
+    images = np.array([item["image_id"] for item in found])
+    order = np.lexsort((-np.array([item["score"] for item in found], float), images))
+    images = images[order]
+    rank = np.arange(len(order)) - np.searchsorted(images, images)
+    return [found[place] for place in order[rank < limit]]
+
+
+def _counts(item: dict) -> bool:
+    """Whether an object is to be found: no crowd, and of an area in the range of all sizes."""
+    return not item["iscrowd"] and 0 <= item["area"] <= LARGEST
 
 
 def _match_class(
     objects: list[dict], found: list[dict], category: int, kind: str, limits: Sequence[int]
-) -> tuple[np.ndarray, np.ndarray]:
-    """Precision (T, R, A, M) and recall (T, A, M) of one class."""
+) -> list[np.ndarray]:
+    """Precision (T, R, A, M) and recall (T, A, M) of one class; of each of its n detections the id of the object that
+    it matches (T, n), 0 without one, and whether it is ignored (T, n).
+    """
     if not any(item.get("overlap", 0) for item in found):
         return _run(objects, found, category, kind, limits, IOUS)
     tables = []
@@ -130,8 +190,7 @@ def _match_class(
             for item in found
         ]
         tables.append(_run(objects, marked, category, kind, limits, np.array([iou])))
-    precision, recall = zip(*tables, strict=True)
-    return np.concatenate(precision), np.concatenate(recall)
+    return [np.concatenate(parts) for parts in zip(*tables, strict=True)]
 
 
 def _run(
@@ -141,7 +200,7 @@ def _run(
     kind: str,
     limits: Sequence[int],
     ious: np.ndarray,
-) -> tuple[np.ndarray, np.ndarray]:
+) -> list[np.ndarray]:
     images = [
         {"id": place, "height": 0, "width": 0}
         for place in sorted({item["image_id"] for items in (objects, found) for item in items})
@@ -152,11 +211,21 @@ def _run(
         side.dataset = {"images": images, "categories": [{"id": category}], "annotations": items}
         side.createIndex()
         sides.append(side)
-    work = COCOeval_faster(*sides, kind, print_function=log.debug, rle_iou_max_workers=1)
+    work = COCOeval_faster(
+        *sides, kind, print_function=log.debug, rle_iou_max_workers=1, separate_eval=True
+    )
     work.params.maxDets = list(limits)
     work.params.iouThrs, work.params.recThrs = ious, RECALLS
     work.evaluate()
-    return work.eval["precision"][:, :, 0], work.eval["recall"][:, 0]
+    work.accumulate()
+    # What is known of an image is readable as the state that would be pickled: per threshold and
+    # detection, by falling score, the object's id, ..., whether it is ignored. All sizes come first.
+    states = [one.__getstate__() for one in work._evalImgs_cpp[: len(images)]]
+    partners, ignored = (
+        np.hstack([np.array(state[part], kind).reshape(len(ious), -1) for state in states])
+        for part, kind in ((0, int), (4, bool))
+    )
+    return [work.eval["precision"][:, :, 0], work.eval["recall"][:, 0], partners, ignored]
 
 
 def _objects(

@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 
 from vitdet.evaluation.coco import NAMES
-from vitdet.evaluation.matching import IOUS, RECALLS, Comparison
+from vitdet.evaluation.matches import IOUS, RECALLS, save_matches
+from vitdet.evaluation.matching import Comparison
 from vitdet.files import write_json
 
 
@@ -49,10 +50,15 @@ def curve_rows(
 def write_report(
     folder: str | Path, finished: Mapping[str, Comparison], results: list[dict]
 ) -> None:
-    """Writes classes.json (AP of each class), curve.json (precision over recall) and results.json (as COCO)."""
+    """Writes classes.json (AP of each class), curve.json (precision over recall), results.json (as COCO) and
+    matches.npz (`vitdet.evaluation.matches`).
+    """
     for name, value in (
         ("classes", class_rows(finished)),
         ("curve", curve_rows(finished)),
         ("results", results),
     ):
         write_json(Path(folder) / f"{name}.json", value, indent=None if name == "results" else 1)
+    save_matches(
+        Path(folder) / "matches.npz", {kind: one.matches for kind, one in finished.items()}
+    )
