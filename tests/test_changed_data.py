@@ -68,6 +68,7 @@ class Run:
             self.name,
             self.data,
             str(self.space),
+            self.run_id,
             self.path("figures"),
         )
         return known
@@ -76,6 +77,7 @@ class Run:
         """Changes the AP that was measured."""
         row = json.loads(Path(self.path("figures")).read_text())
         row["metrics"]["box_ap"] = ap
+        del row["plots"]  # whose matches have another AP
         Path(self.path("figures")).write_text(json.dumps(row))
 
     def evaluate_champion(self) -> str:

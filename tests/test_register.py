@@ -16,15 +16,19 @@ import torch
 
 from vitdet.checkpoint import FORMAT, save
 from vitdet.config import load_config, to_dict
+from vitdet.data.protocol import Protocol
 from vitdet.models import build_detector
 from vitdet.predictor import Predictor
 from vitdet.tracking import mlflow as tracking
+from vitdet.tracking.gate import Evaluation
 from vitdet.tracking.packaged_model import exported
 from vitdet.tracking.registry import register
 from vitdet.tracking.wheel import build_wheel, requirements
 
 NAMES = ["disc", "ring", "star", "cross", "leaf", "wave"]
 IMAGE = np.random.default_rng(0).integers(0, 256, (60, 90, 3), np.uint8)
+METRICS = {"box_ap": 35.24, "mask_ap": 30.5}
+PROTOCOL = Protocol.of(load_config("tiny"), "0123456789abcdef")
 ASK = """
 import json, sys
 import numpy as np
@@ -61,6 +65,7 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A work folder with a finished run, a checkpoint and a registered version of it."""
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("MLFLOW_TRACKING_URI", raising=False)
+        patch.setattr("vitdet.tracking.registry.try_model", lambda *_: None)
         folder = tmp_path_factory.mktemp("work")
         tracker = tracking.start_run(
             uri="",
@@ -73,7 +78,6 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
         )
         tracker.close()
         make_checkpoint(folder / "model.pt", 0)
-        build_wheel(folder)
         (folder / "run_id").write_text(tracker.run_id)
         assert enter(folder, folder / "model.pt", "candidate") == ("detector", "1")
     return folder
@@ -89,15 +93,14 @@ def enter(
         folder=folder,
         model_name="detector",
         alias=alias,
-        example=IMAGE,
-        metrics={"box_ap": 35.24, "mask_ap": 30.5},
-        wheel=next(folder.glob("*.whl")),
-        tags={"dataset_digest": "0123456789ab"},
+        evaluation=Evaluation(METRICS),
+        protocol=PROTOCOL,
+        used=load_config("tiny"),
     )
 
 
 @pytest.fixture(autouse=True)
-def no_server(monkeypatch: pytest.MonkeyPatch) -> None:
+def no_server(monkeypatch: pytest.MonkeyPatch, untried: None) -> None:
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
 
 
@@ -114,7 +117,7 @@ def test_a_version_says_where_it_comes_from(work: Path) -> None:
     assert version.run_id == (work / "run_id").read_text()
     assert version.tags["box_ap"] == "35.24" and version.tags["mask_ap"] == "30.5"
     assert (
-        version.tags["dataset_digest"] == "0123456789ab"
+        version.tags["val_fingerprint"] == "0123456789abcdef"
         and version.tags["git_revision"] == "a" * 40
     )
     assert client.get_run(version.run_id).info.status == "FINISHED"
@@ -191,7 +194,7 @@ def test_nothing_is_pickled(work: Path, tmp_path: Path) -> None:
     model = download(work, tmp_path)
     files = {path.relative_to(model).as_posix() for path in model.rglob("*") if path.is_file()}
     assert not [name for name in files if name.endswith((".pkl", ".pickle", ".cloudpickle"))]
-    assert "artifacts/model.pt" in files and "detector.py" in files
+    assert "artifacts/detector.safetensors" in files and "detector.py" in files
     assert "torch==" in (model / "requirements.txt").read_text()
 
 

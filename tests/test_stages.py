@@ -46,6 +46,7 @@ def resolve(recipes: list[str], overrides: list[str], folder: Path) -> list[str]
     )
 
 
+@pytest.mark.usefixtures("untried")
 def test_two_recipes_are_trained_compared_and_registered(tiny: Path, tmp_path: Path) -> None:
     space, configs, manifest = (
         str(tmp_path / "space"),
@@ -67,7 +68,7 @@ def test_two_recipes_are_trained_compared_and_registered(tiny: Path, tmp_path: P
             str(tmp_path / name / kind) for kind in ("model.pt", "figures", "verdict")
         )
         stages.train_recipe(settings, name, data, space, RUN, checkpoint)
-        _, known = stages.evaluate_recipe(checkpoint, configs, name, data, space, figures)
+        _, known = stages.evaluate_recipe(checkpoint, configs, name, data, space, RUN, figures)
         passed, _ = stages.gate(figures, configs, name, space, RUN, verdict)
         assert known and passed  # there is no champion yet
         verdicts.append(verdict)

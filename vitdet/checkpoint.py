@@ -131,7 +131,9 @@ def _load_safetensors(path: Path, expected: str) -> dict:
     except (SafetensorError, ValueError, TypeError) as error:
         raise DamagedError(f"{path}: not a whole detector ({_first_line(error)})") from error
     if content.get("format") != expected:
-        raise ValueError(f"{path}: holds weights without their config; expected a {expected!r} file")
+        raise ValueError(
+            f"{path}: holds weights without their config; expected a {expected!r} file"
+        )
     return content
 
 

@@ -20,6 +20,7 @@ import yaml
 from vitdet.files import written
 from vitdet.ranges import (
     Amount,
+    Confidence,
     Count,
     Depth,
     ExperimentName,
@@ -27,6 +28,7 @@ from vitdet.ranges import (
     Fractions,
     ModelName,
     NonNegative,
+    Percent,
     Positive,
     Positives,
     Seed,
@@ -63,6 +65,11 @@ LATER = (
     "data.bit_depth",
     "data.keep_empty",
     "evaluate.max_images",
+    "gate.metric",
+    "gate.min_gain",
+    "gate.min_class_ap",
+    "gate.max_class_loss",
+    "gate.confidence",
 )
 
 
@@ -275,6 +282,20 @@ class TrackingConfig(Section, prefix="tracking."):
 
 
 @dataclass(frozen=True)
+class GateConfig(Section, prefix="gate."):
+    """When a registered detector replaces the champion, in percentage points of AP on the same validation data."""
+
+    metric: Literal["box_ap", "box_ap50", "box_ap75", "mask_ap", "mask_ap50", "mask_ap75"] = (
+        "box_ap"
+    )
+    min_gain: NonNegative = 0.0  # the metric must exceed the champion's by more than this
+    min_class_ap: Percent = 0.0  # of each class, in the same metric; 0: any
+    max_class_loss: Percent = 100.0  # of any class against the champion; 100: any
+    # the paired bootstrap interval of the gain at this level must lie above min_gain; 0: the gain is enough
+    confidence: Confidence = 0.0
+
+
+@dataclass(frozen=True)
 class Config(Section):
     """The whole experiment."""
 
@@ -284,6 +305,7 @@ class Config(Section):
     train: TrainConfig = field(default_factory=TrainConfig)
     evaluate: EvalConfig = field(default_factory=EvalConfig, metadata=operational("evaluates only"))
     tracking: TrackingConfig = field(default_factory=TrackingConfig, metadata=operational("logs"))
+    gate: GateConfig = field(default_factory=GateConfig, metadata=operational("registers only"))
 
     def __post_init__(self) -> None:
         backbone, pyramid, data = self.model.backbone, self.model.pyramid, self.data
@@ -391,6 +413,7 @@ def legacy_digest(config: Config) -> str | None:
     for key in LATER:
         *parents, leaf = key.split(".")
         del reduce(dict.__getitem__, parents, tree)[leaf]
+    tree = {name: section for name, section in tree.items() if section}
     found = hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()[:12]
     changed = [key for key in LATER if settings[key] != defaults[key] and not settings[key][1]]
     return None if changed else found

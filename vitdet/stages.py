@@ -15,7 +15,6 @@ import logging
 import shutil
 from collections.abc import Sequence
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -31,7 +30,8 @@ from vitdet.workspace import (
 
 if TYPE_CHECKING:
     from vitdet.data.protocol import Protocol
-    from vitdet.tracking.champion import Evaluate, Evaluated
+    from vitdet.tracking.champion import Evaluated
+    from vitdet.tracking.gate import Evaluation
     from vitdet.tracking.measured import Measured
     from vitdet.tracking.registry import Registered
 
@@ -120,26 +120,26 @@ def register(
     metrics: dict[str, float] | None = None,
     protocol: Protocol | None = None,
     measured: Measured | None = None,
+    plots: Path | None = None,
 ) -> Registered:
     """Add a checkpoint to the model registry; arguments and errors of `register_checkpoint`.
 
     Raises ValueError without MLflow.
     """
-    from vitdet.tracking.runs import has_mlflow
+    from vitdet.tracking.runs import require_mlflow
 
-    if not has_mlflow():
-        raise ValueError("mlflow is not installed; install vitdet with its extra 'tracking'")
+    require_mlflow()
     from vitdet.tracking.registry import register_checkpoint
 
     return register_checkpoint(
         checkpoint,
         folder=folder,
         alias=alias,
-        evaluation=_champion_evaluation,
         config=config,
         metrics=metrics,
         protocol=protocol,
         measured=measured,
+        plots=plots,
     )
 
 
@@ -319,9 +319,9 @@ def train_recipe(
 
 
 def evaluate_recipe(
-    checkpoint: str, configs: str, name: str, data: str, workspace: str, figures: str
+    checkpoint: str, configs: str, name: str, data: str, workspace: str, run_id: str, figures: str
 ) -> tuple[dict[str, float], bool]:
-    """The detector's metrics, also in MLflow, and whether the champion's AP on this data is known.
+    """The detector's metrics, also in MLflow, and whether the champion's evaluation on this data is known.
 
     Writes the metrics with what they belong to, as the following steps read them.
     """
@@ -329,11 +329,14 @@ def evaluate_recipe(
     from vitdet.tracking import champion
 
     config = _verified(configs, name, data)
-    metrics, run_id = evaluate(Path(checkpoint), folder=runs_folder(workspace), config=config)
+    plots = training_folder(workspace, name, run_id) / "evaluation"
+    metrics, tracked = evaluate(
+        Path(checkpoint), folder=runs_folder(workspace), config=config, plots=plots
+    )
     protocol = Protocol.of(config, data.split("-")[1])
-    row = {"name": name, "run_id": run_id, "metrics": metrics, **protocol.tags()}
-    write_json(figures, row)
-    return metrics, champion.is_known(protocol, **_registry(config, workspace))
+    row = {"name": name, "run_id": tracked, "metrics": metrics, "plots": str(plots)}
+    write_json(figures, row | protocol.tags())
+    return metrics, champion.is_known(protocol, config.gate, **_registry(config, workspace))
 
 
 def evaluate_champion(
@@ -344,16 +347,18 @@ def evaluate_champion(
     from vitdet.tracking import champion
 
     config = load_config(Path(configs) / f"{name}.yaml")
-    protocol = _protocol_of(_read(figures))
+    protocol, names = _protocol_of(_read(figures)), load_model_file(checkpoint)["class_names"]
     found = champion.evaluate_champion(
         protocol,
-        _champion_evaluation(config, load_model_file(checkpoint), protocol),
+        config.gate,
+        champion.evaluation_like(config, names, protocol),
         **_registry(config, workspace),
     )
     if found is None:
         return "there is no champion"
     write_json(_champion_file(workspace, name, run_id), asdict(found))
-    return f"champion, version {found.version}: {found.failure or f'box AP {found.box_ap:.4g}'}"
+    measured = f"{config.gate.metric} {found.metrics.get(config.gate.metric)}"
+    return f"champion, version {found.version}: {found.failure or measured}"
 
 
 def gate(
@@ -364,8 +369,9 @@ def gate(
 
     row, config = _read(figures), load_config(Path(configs) / f"{name}.yaml")
     found = champion.judge(
-        row["metrics"].get("box_ap"),
+        _evaluation_of(row),
         _protocol_of(row),
+        config.gate,
         evaluated=_evaluated(workspace, name, run_id),
         **_registry(config, workspace),
     )
@@ -388,11 +394,13 @@ def register_recipe(
         config=config,
         metrics=row["metrics"],
         protocol=protocol,
+        plots=_plots_of(row),
     )
     verdict = champion.promote(
         found.version,
-        row["metrics"].get("box_ap"),
+        _evaluation_of(row),
         protocol,
+        config.gate,
         evaluated=_evaluated(workspace, name, run_id),
         **_registry(config, workspace),
     )
@@ -463,16 +471,16 @@ def _protocol_of(row: dict) -> Protocol:
     return Protocol(row["val_fingerprint"], row["evaluate_settings"])
 
 
-def _champion_evaluation(config: Config, stored: dict, protocol: Protocol) -> Evaluate:
-    """Evaluates the checkpoint of a champion as the detector with the content `stored` was with this config."""
-    from vitdet.evaluation.evaluator import evaluate_alike
+def _plots_of(row: dict) -> Path | None:
+    """The files of the evaluation, unless they were removed since an evaluation that is cached."""
+    path = Path(row.get("plots", "")) / "matches.npz"
+    return path.parent if "plots" in row and path.is_file() else None
 
-    return partial(
-        evaluate_alike,
-        config=config,
-        class_names=stored["class_names"],
-        val_fingerprint=protocol.fingerprint,
-    )
+
+def _evaluation_of(row: dict) -> Evaluation:
+    from vitdet.tracking.evaluations import evaluation_of
+
+    return evaluation_of(row["metrics"], _plots_of(row))
 
 
 def _champion_file(workspace: str, name: str, run_id: str) -> Path:

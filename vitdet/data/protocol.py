@@ -42,10 +42,13 @@ class Protocol:
         return cls(fingerprint, settings_of(config))
 
     @property
-    def tag(self) -> str:
-        """The name of the model version tag that stores the box AP under this protocol."""
-        text = f"{self.fingerprint} {self.settings}"
-        return f"box_ap_{hashlib.sha256(text.encode()).hexdigest()[:12]}"
+    def digest(self) -> str:
+        """12 hexadecimal digits that identify the protocol."""
+        return hashlib.sha256(f"{self.fingerprint} {self.settings}".encode()).hexdigest()[:12]
+
+    def tag(self, metric: str) -> str:
+        """Return the name of the model version tag that stores this metric under this protocol."""
+        return f"{metric}_{self.digest}"
 
     def tags(self) -> dict[str, str]:
         """Return the tags of a version that was registered with an AP under this protocol.

@@ -19,7 +19,7 @@ import numpy as np
 import pandas as pd
 from mlflow.artifacts import download_artifacts
 from mlflow.models import Model, ModelSignature
-from mlflow.pyfunc import PythonModel, PythonModelContext, load_model, save_model
+from mlflow.pyfunc import PythonModel, PythonModelContext, save_model
 from mlflow.types import ColSpec, ParamSchema, ParamSpec, Schema, TensorSpec
 
 from vitdet.checkpoint import save_safetensors
@@ -108,21 +108,21 @@ def exported(uri: str) -> Iterator[None]:
             os.environ["MLFLOW_TRACKING_URI"] = before
 
 
+def download(uri: str, artifact: str, folder: Path) -> Path:
+    """Download an artifact, as `models:/NAME/VERSION/FILE`, from the server `uri`; return its path in `folder`."""
+    with exported(uri), repeating(uri):
+        return Path(
+            download_artifacts(artifact, dst_path=str(folder), tracking_uri=uri, registry_uri=uri)
+        )
+
+
 def download_checkpoint(uri: str, model_name: str, version: str, folder: Path) -> Path:
     """Download the checkpoint of a registered version to `folder`; return its path.
 
     uri: the tracking server. Raises OSError, LookupError or ValueError if the artifacts cannot be read, and ValueError
     if the version was not created by `register`.
     """
-    with exported(uri), repeating(uri):
-        model = Path(
-            download_artifacts(
-                f"models:/{model_name}/{version}",
-                dst_path=str(folder),
-                tracking_uri=uri,
-                registry_uri=uri,
-            )
-        )
+    model = download(uri, f"models:/{model_name}/{version}", folder)
     try:
         flavors = Model.load(str(model)).flavors
         return model / flavors["python_function"]["artifacts"]["checkpoint"]["path"]
@@ -130,11 +130,12 @@ def download_checkpoint(uri: str, model_name: str, version: str, folder: Path) -
         raise ValueError(f"version {version} of {model_name} contains no checkpoint") from error
 
 
-def pack(path: Path, model: Model, content: dict, wheel: Path, example: np.ndarray) -> None:
-    """Save a detector as a folder of MLflow, with `example`, an image (H, W, 3) uint8, as its input example.
+def pack(path: Path, model: Model, content: dict, wheel: Path) -> None:
+    """Save a detector as a folder of MLflow; its input example is an image of noise.
 
     content: of the checkpoint, as `load_model_file` returns it.
     """
+    example = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
     weights, code = path.parent / "detector.safetensors", path.parent / "detector.py"
     save_safetensors(weights, content)
     code.write_text(CODE)
