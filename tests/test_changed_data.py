@@ -22,7 +22,7 @@ from vitdet.data.layout import resolve_config
 
 
 @pytest.fixture(autouse=True)
-def no_server(monkeypatch: pytest.MonkeyPatch) -> None:
+def no_server(monkeypatch: pytest.MonkeyPatch, untried: None) -> None:
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
 
 
@@ -119,6 +119,7 @@ def finished(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with own data and a workspace whose registry has a champion that was trained on it."""
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("MLFLOW_TRACKING_URI", raising=False)
+        patch.setattr("vitdet.tracking.registry.try_model", lambda *_: None)
         folder = tmp_path_factory.mktemp("changed")
         shutil.copytree(tiny, folder / "own")
         run = Run(folder / "space", folder, "0" * 16).prepare(folder / "own").train()

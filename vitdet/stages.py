@@ -283,10 +283,7 @@ def is_trained(workspace: str, name: str, run_id: str) -> bool:
 
 
 def keep_logs(settings: str, name: str, workspace: str, run_id: str, files: dict[str, str]) -> None:
-    """Write the logs of a training job to its folder, and log them to its MLflow run if there is one.
-
-    Only warns if that fails: the job has ended, and its result matters more.
-    """
+    """Write the logs of a training job to its folder and its MLflow run, if any; a failure is a warning only."""
     from vitdet.tracking.runs import log_files
 
     output = training_folder(workspace, name, run_id)
@@ -345,6 +342,7 @@ def evaluate_champion(
     """Evaluate the champion as the detector in `checkpoint` was; returns one line. `gate` reads the result."""
     from vitdet.checkpoint import load_model_file
     from vitdet.tracking import champion
+    from vitdet.tracking.gate import label
 
     config = load_config(Path(configs) / f"{name}.yaml")
     protocol, names = _protocol_of(_read(figures)), load_model_file(checkpoint)["class_names"]
@@ -357,8 +355,8 @@ def evaluate_champion(
     if found is None:
         return "there is no champion"
     write_json(_champion_file(workspace, name, run_id), asdict(found))
-    measured = f"{config.gate.metric} {found.metrics.get(config.gate.metric)}"
-    return f"champion, version {found.version}: {found.failure or measured}"
+    value = "" if found.failure else f"{label(config.gate)} {found.metrics[config.gate.metric]:.4g}"
+    return f"champion, version {found.version}: {found.failure or value}"
 
 
 def gate(
