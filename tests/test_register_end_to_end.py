@@ -16,6 +16,7 @@ import pytest
 from tests.conftest import minimal, options
 from vitdet.predictor import Predictor
 from vitdet.tracking import mlflow as tracking
+from vitdet.tracking.evaluations import model_id_of
 from vitdet.tracking.packaged_model import download, download_checkpoint
 
 pytestmark = pytest.mark.slow
@@ -84,7 +85,7 @@ def test_a_registered_training_finds_the_same_in_a_fresh_environment(
     assert {"model_card.md", "config.yaml", "artifacts/detector.safetensors"} <= files
     assert ("report.html" in files) is (plots / "report.html").is_file()
     measured = json.loads(metrics.read_text())
-    logged = {one.key: one for one in client.get_logged_model(version.model_id).metrics}
+    logged = {one.key: one for one in client.get_logged_model(model_id_of(version)).metrics}
     assert logged.keys() == {key for key in measured if "/" not in key}
     assert logged["box_ap"].value == pytest.approx(measured["box_ap"])
     assert logged["box_ap"].dataset_digest == version.tags["val_fingerprint"]

@@ -14,9 +14,11 @@ from mlflow import MlflowClient
 from tests.conftest import minimal
 from vitdet import stages
 from vitdet.checkpoint import load_model_file, save
-from vitdet.config import load_config, save_config
+from vitdet.config import GateConfig, load_config, save_config
 from vitdet.data.fingerprint import fingerprint
+from vitdet.data.protocol import Protocol
 from vitdet.evaluation.evaluator import evaluate_alike
+from vitdet.tracking.champion import is_known
 from vitdet.tracking.measured import beside
 from vitdet.tracking.mlflow import tracking_uri
 
@@ -68,13 +70,22 @@ def raise_ap(metrics: Path, ap: float) -> None:
 def test_metrics_of_other_data_count_for_these_only(
     model: Path, own_tiny: Path, vitdet: Run, tmp_path: Path
 ) -> None:
-    metrics = tmp_path / "m" / "metrics.json"
+    metrics, plots = tmp_path / "m" / "metrics.json", tmp_path / "plots"
     words = ["--set", "data.val_split=train", "--set", "evaluate.max_detections=3"]
-    assert vitdet("evaluate", model, *words, "--output", metrics)[0] == 0
+    assert vitdet("evaluate", model, *words, "--output", metrics, "--plots", plots)[0] == 0
     assert set(json.loads(metrics.read_text())) == set(load_model_file(model)["metrics"])
-    code, out, err = vitdet("register", model, *CHAMPION, "--metrics", metrics)
+    words = ["--metrics", metrics, "--plots", plots]
+    code, out, err = vitdet("register", model, *CHAMPION, *words)
     assert code == 0 and "the first champion" in out, err
     client = client_of(model)
+    strict = GateConfig(
+        confidence=0.9
+    )  # needs the matches, which are stored for this protocol only
+    tags = client.get_model_version("vitdet", "1").tags
+    protocol = Protocol(tags["val_fingerprint"], tags["evaluate_settings"])
+    place = {"uri": "", "folder": model.parents[1], "model_name": "vitdet"}
+    assert is_known(protocol, strict, **place)
+    assert not is_known(Protocol("other", protocol.settings), strict, **place)
     assert set(client.get_registered_model("vitdet").aliases) == {"candidate", "champion"}
     tags = client.get_model_version("vitdet", "1").tags
     data = load_config("tiny", minimal(own_tiny)).data
@@ -84,6 +95,8 @@ def test_metrics_of_other_data_count_for_these_only(
     other = another(model)  # its own metrics are of the validation split: a champion has none there
     assert vitdet("evaluate", other, "--output", metrics)[0] == 0
     raise_ap(metrics, 99.0)
+    code, _, err = vitdet("register", other, *CHAMPION, *words)
+    assert code == 1 and "of another evaluation than the metrics (box_ap " in err
     code, out, err = vitdet("register", other, *CHAMPION, "--metrics", metrics)
     assert code == 0 and "box AP 99, above the " in out, err
     tags = client.get_model_version("vitdet", "1").tags

@@ -33,6 +33,15 @@ def matches_folder(protocol: Protocol) -> str:
     return f"evaluation/{protocol.digest}"
 
 
+def model_id_of(version: ModelVersion) -> str | None:
+    """Return the id of the logged model that a version was created from, None without one.
+
+    Databases do not store `model_id`, but the source, models:/ID.
+    """
+    scheme, _, model = (version.source or "").rpartition("/")
+    return model if scheme == "models:" else None
+
+
 def known_metrics(version: ModelVersion, protocol: Protocol) -> dict[str, float]:
     """Return the metrics of a version that are known under this protocol."""
     tags, own = version.tags, protocol.tags()
@@ -53,7 +62,7 @@ def read_evaluation(
     """
     metrics = known_metrics(version, protocol)
     folder = matches_folder(protocol)
-    model = version.model_id if matches and metrics else None
+    model = model_id_of(version) if matches and metrics else None
     stored = client.list_logged_model_artifacts(model, folder) if model else []
     if not any(one.path == f"{folder}/{MATCHES}" for one in stored):
         return Evaluation(metrics)
@@ -72,8 +81,8 @@ def save_evaluation(
     plots: Path,
 ) -> None:
     """Store the evaluation of a version under this protocol; the matches first, if `plots` has them."""
-    if version.model_id and (plots / MATCHES).is_file():
-        client.log_model_artifact(version.model_id, str(plots / MATCHES), matches_folder(protocol))
+    if (model := model_id_of(version)) and (plots / MATCHES).is_file():
+        client.log_model_artifact(model, str(plots / MATCHES), matches_folder(protocol))
     for key, value in tags_of(metrics).items():
         client.set_model_version_tag(version.name, version.version, protocol.tag(key), value)
 

@@ -13,7 +13,7 @@ from vitdet.data.protocol import Protocol, settings_of
 from vitdet.tracking import champion
 from vitdet.tracking.address import hide_credentials, tracking_uri
 from vitdet.tracking.champion import promoting
-from vitdet.tracking.evaluations import read_evaluation
+from vitdet.tracking.evaluations import model_id_of, read_evaluation
 from vitdet.tracking.history import (
     FORCED,
     ROLLED_BACK,
@@ -146,11 +146,12 @@ def _version(client: MlflowClient, model_name: str, number: str) -> ModelVersion
 
 def _config_of(client: MlflowClient, server: str, found: ModelVersion) -> Config:
     """The config that is stored with a version. Raises ValueError for versions without one."""
-    stored = client.list_logged_model_artifacts(found.model_id) if found.model_id else []
+    model = model_id_of(found)
+    stored = client.list_logged_model_artifacts(model) if model else []
     if not any(one.path == CONFIG for one in stored):
         raise ValueError(
             f"{found.name}, version {found.version}: was registered without its config; pass it with "
             "--config FILE"
         )
     with tempfile.TemporaryDirectory(prefix="vitdet-config-") as work:
-        return load_config(download(server, f"models:/{found.model_id}/{CONFIG}", Path(work)))
+        return load_config(download(server, f"models:/{model}/{CONFIG}", Path(work)))

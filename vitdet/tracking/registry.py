@@ -22,7 +22,13 @@ from vitdet.files import sha256
 from vitdet.ranges import Alias, check
 from vitdet.tracking import champion
 from vitdet.tracking.address import hide_credentials
-from vitdet.tracking.evaluations import MATCHES, evaluation_of, matches_folder, tags_of
+from vitdet.tracking.evaluations import (
+    MATCHES,
+    evaluation_of,
+    matches_folder,
+    model_id_of,
+    tags_of,
+)
 from vitdet.tracking.experiments import experiment_id
 from vitdet.tracking.gate import Evaluation
 from vitdet.tracking.measured import Measured, agree
@@ -285,10 +291,10 @@ def register(
             model_name=model_name,
         ):
             write_files()
-            if version.model_id:
-                client.log_model_artifacts(version.model_id, str(files))
+            if model := model_id_of(version):
+                client.log_model_artifacts(model, str(files))
                 _log_model_metrics(
-                    client, run_id, version.model_id, stored["step"], evaluation, protocol, used
+                    client, run_id, model, stored["step"], evaluation, protocol, used
                 )
             client.update_model_version(model_name, version.version, description_of(card))
     if alias is not None:
