@@ -69,7 +69,9 @@ def read_evaluation(
     from vitdet.tracking.packaged_model import download
 
     with tempfile.TemporaryDirectory(prefix="vitdet-matches-") as work:
-        path = download(uri, f"models:/{model}/{folder}/{MATCHES}", Path(work))
+        path = download(
+            uri, f"models:/{version.name}/{version.version}/{folder}/{MATCHES}", Path(work)
+        )
         return Evaluation(metrics, load_matches(path))
 
 

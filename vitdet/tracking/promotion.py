@@ -154,4 +154,6 @@ def _config_of(client: MlflowClient, server: str, found: ModelVersion) -> Config
             "--config FILE"
         )
     with tempfile.TemporaryDirectory(prefix="vitdet-config-") as work:
-        return load_config(download(server, f"models:/{model}/{CONFIG}", Path(work)))
+        return load_config(
+            download(server, f"models:/{found.name}/{found.version}/{CONFIG}", Path(work))
+        )
