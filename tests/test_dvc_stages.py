@@ -117,7 +117,9 @@ def repository(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Repo]:
     shutil.copy(ROOT / "dvc.yaml", folder)
     (folder / "work").mkdir()
     (folder / "work" / "config.yaml").write_text((ROOT / "vitdet/recipes/tiny.yaml").read_text())
-    sections = dict.fromkeys(["model", "data", "optim", "train", "evaluate", "tracking"], {"x": 1})
+    sections = dict.fromkeys(
+        ["model", "data", "optim", "train", "evaluate", "gate", "tracking"], {"x": 1}
+    )
     (folder / "work" / "config.yaml").write_text(yaml.safe_dump(sections))
     for stage in STAGES.values():
         for name in [*stage.get("outs", []), *stage.get("metrics", [])]:

@@ -73,7 +73,7 @@ def test_a_description_is_cut_at_a_line() -> None:
     names = tuple(f"class {place}" for place in range(1203))
     assert "class 19 and 1183 more." in card(Evaluation({}), names=names)
     text = card(Evaluation({}))
-    assert description_of(text) == text
+    assert text == "# shapes\n\n" + description_of(text)
     long = text + "\n".join(["x" * 99] * 80)
     cut = description_of(long)
     assert DESCRIPTION - 200 < len(cut) <= DESCRIPTION and "`model_card.md`" in cut[-80:]

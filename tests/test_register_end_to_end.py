@@ -79,7 +79,7 @@ def test_a_registered_training_finds_the_same_in_a_fresh_environment(
     server = tracking.tracking_uri("", output.parent)
     client = mlflow.MlflowClient(server, server)
     version = client.get_model_version_by_alias("vitdet", "champion")
-    assert version.description.startswith("# vitdet\n")
+    assert version.description.startswith("Mask R-CNN, backbone vit_tiny, 6 classes: ")
     model = download(server, "models:/vitdet/1", tmp_path / "model")
     files = {path.relative_to(model).as_posix() for path in model.rglob("*") if path.is_file()}
     assert {"model_card.md", "config.yaml", "artifacts/detector.safetensors"} <= files

@@ -165,8 +165,10 @@ def promote(
         is_itself = champion is not None and str(champion.version) == version
         own = client.get_model_version(model_name, version)
         if not is_itself or gate.metric not in known_metrics(own, protocol):
+            known = tags_of(known_metrics(own, protocol))
             for key, value in tags_of(candidate.metrics).items():
-                client.set_model_version_tag(model_name, version, protocol.tag(key), value)
+                if key == gate.metric or known.get(key) != value:
+                    client.set_model_version_tag(model_name, version, protocol.tag(key), value)
         if is_itself:
             return verdict
         before = "" if champion is None else str(champion.version)

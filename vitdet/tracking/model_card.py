@@ -106,7 +106,11 @@ def render(
 
 
 def description_of(card: str) -> str:
-    """Return the card, cut at a line if it is longer than a description may be."""
+    """Return the card without its title, cut at a line if it is longer than a description may be.
+
+    MLflow's list of versions shows the first line.
+    """
+    card = card.partition("\n")[2].lstrip()
     if len(card) <= DESCRIPTION:
         return card
     kept = card[: DESCRIPTION - len(MORE)]
