@@ -291,7 +291,7 @@ def test_all_unknown_settings_are_named_at_once(tmp_path: Path) -> None:
     assert str(caught.value) == (
         "optim.lrr: no such setting; did you mean 'lr'?; data.batch_size: no such setting; did you "
         "mean 'train.batch_size'?; 3: no such setting; known: model, data, optim, train, evaluate, "
-        "tracking"
+        "tracking, gate"
     )
 
 
