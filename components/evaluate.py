@@ -22,10 +22,18 @@ def evaluate(
     Returns "known" if the registry has the champion's AP on this data with these settings, else
     "unknown".
     """
+    from components import run_id
     from vitdet import stages
 
     found, known = stages.evaluate_recipe(
-        checkpoint.path, resolved.path, name, data, workspace, figures.path, report.path
+        checkpoint.path,
+        resolved.path,
+        name,
+        data,
+        workspace,
+        run_id(),
+        figures.path,
+        report.path,
     )
     for key, value in found.items():
         figures.log_metric(key, value)

@@ -13,7 +13,7 @@ def gate(
     workspace: str,
     verdict: Output[Artifact],
 ) -> str:
-    """Compare box AP on the same validation data; return "passed" or "stopped".
+    """Compare AP on the same validation data by the settings of the gate; return "passed" or "stopped".
 
     The first model passes; a tie does not.
     """

@@ -210,6 +210,12 @@ def vitdet(
 
 
 @pytest.fixture
+def untried(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Packed models are registered without their trial in a fresh process, which takes ten seconds."""
+    monkeypatch.setattr("vitdet.tracking.registry.try_model", lambda *_: None)
+
+
+@pytest.fixture
 def picture(tmp_path: Path) -> Path:
     """A photo of nothing."""
     path = tmp_path / "picture.png"

@@ -15,7 +15,8 @@ from tests.conftest import STEPS, Recorder, minimal
 from tests.test_trainer import cut, go, interrupt, terminate
 from vitdet import stages
 from vitdet.checkpoint import load_model_file
-from vitdet.config import Config, digest, load_config, override, save_config, training_settings
+from vitdet.config import Config, load_config, override, save_config
+from vitdet.digest import digest, training_settings
 from vitdet.evaluation import evaluate
 from vitdet.evaluation.evaluator import measured_metrics
 from vitdet.training import Stopped, train, trainer

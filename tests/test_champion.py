@@ -10,22 +10,17 @@ import pytest
 import torch
 from mlflow import MlflowClient
 
-from vitdet.config import load_config
+from vitdet.config import GateConfig, load_config
 from vitdet.data.protocol import Protocol
+from vitdet.tracking import champion as champions
 from vitdet.tracking import packaged_model
-from vitdet.tracking.champion import (
-    ALIAS,
-    Evaluated,
-    evaluate_champion,
-    is_known,
-    judge,
-    promote,
-    update_tags,
-)
+from vitdet.tracking.champion import ALIAS, Evaluated, Verdict, update_tags
+from vitdet.tracking.gate import Evaluation
 from vitdet.tracking.mlflow import tracking_uri
 
 DATA = Protocol.of(load_config("tiny"), "0123456789abcdef")
 OTHER = Protocol.of(load_config("tiny"), "fedcba9876543210")
+GATE = GateConfig()
 STRICT = Protocol.of(load_config("tiny", ["evaluate.score_threshold=0.5"]), "0123456789abcdef")
 
 
@@ -36,6 +31,26 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
         folder = tmp_path_factory.mktemp("store")
         client_of(folder).search_experiments()
     return folder
+
+
+def box(ap: float | None) -> Evaluation:
+    return Evaluation({"box_ap": ap})
+
+
+def judge(ap: float | None, protocol: Protocol, **place: object) -> Verdict:
+    return champions.judge(box(ap), protocol, GATE, **place)
+
+
+def promote(number: str, ap: float, protocol: Protocol, **place: object) -> Verdict:
+    return champions.promote(number, box(ap), protocol, GATE, **place)
+
+
+def is_known(protocol: Protocol, **place: object) -> bool:
+    return champions.is_known(protocol, GATE, **place)
+
+
+def evaluate_champion(protocol: Protocol, evaluate: object, **place: object) -> Evaluated | None:
+    return champions.evaluate_champion(protocol, GATE, evaluate, **place)
 
 
 def client_of(folder: Path) -> MlflowClient:
@@ -68,7 +83,7 @@ def champion(model: dict) -> str:
     return str(client_of(model["folder"]).get_registered_model(model["model_name"]).aliases[ALIAS])
 
 
-def unexpected(checkpoint: Path) -> float:
+def unexpected(checkpoint: Path, plots: Path) -> dict[str, float]:
     raise AssertionError("the champion must not be evaluated")
 
 
@@ -106,9 +121,9 @@ def test_the_champion_is_evaluated_again_on_other_data_or_settings(
 ) -> None:
     asked = []
 
-    def evaluate(checkpoint: Path) -> float:
+    def evaluate(checkpoint: Path, plots: Path) -> dict[str, float]:
         asked.append(checkpoint)
-        return measured
+        return {"box_ap": measured}
 
     assert not is_known(protocol, **model)
     assert judge(ap, protocol, **model, evaluate=evaluate).passed is passed
@@ -124,8 +139,8 @@ def test_a_champion_of_version_0_1_is_evaluated_again(model: dict, tags: dict[st
     client_of(model["folder"]).set_registered_model_alias(model["model_name"], ALIAS, old)
     assert not is_known(DATA, **model)
     assert not judge(52.0, DATA, **model).passed
-    found = evaluate_champion(DATA, lambda checkpoint: 51.5, **model)
-    assert found == Evaluated(old, 51.5)
+    found = evaluate_champion(DATA, lambda checkpoint, plots: {"box_ap": 51.5}, **model)
+    assert found == Evaluated(old, {"box_ap": 51.5})
     verdict = judge(52.0, DATA, **model)
     assert verdict.passed and "above the 51.5 of the champion, version 2" in verdict.reason
 
@@ -142,14 +157,14 @@ def test_a_champion_of_version_0_1_is_evaluated_again(model: dict, tags: dict[st
 def test_a_champion_that_cannot_be_evaluated_is_not_replaced(
     model: dict, error: Exception, reason: str
 ) -> None:
-    def evaluate(checkpoint: Path) -> float:
+    def evaluate(checkpoint: Path, plots: Path) -> dict[str, float]:
         raise error
 
     verdict = judge(99.0, OTHER, **model, evaluate=evaluate)
     assert not verdict.passed and len(verdict.reason.splitlines()) == 1
     assert f"cannot be evaluated: {reason})" in verdict.reason
     found = evaluate_champion(OTHER, evaluate, **model)
-    assert found is not None and found.box_ap is None
+    assert found is not None and not found.metrics
     assert judge(99.0, OTHER, **model, evaluated=found) == verdict
     assert not is_known(OTHER, **model)
 
@@ -173,7 +188,7 @@ class ClientError(Exception):
 def test_an_unexpected_error_of_the_evaluation_refuses_and_its_traceback_is_logged(
     model: dict, caplog: pytest.LogCaptureFixture, error: Exception, reason: str
 ) -> None:
-    def evaluate(checkpoint: Path) -> float:
+    def evaluate(checkpoint: Path, plots: Path) -> dict[str, float]:
         raise error
 
     with caplog.at_level(logging.WARNING, "vitdet"):
@@ -196,7 +211,7 @@ def test_an_error_of_the_object_storage_refuses(
 
 @pytest.mark.parametrize("stop", [KeyboardInterrupt, SystemExit])
 def test_an_interrupted_evaluation_is_no_verdict(model: dict, stop: type[BaseException]) -> None:
-    def evaluate(checkpoint: Path) -> float:
+    def evaluate(checkpoint: Path, plots: Path) -> dict[str, float]:
         raise stop
 
     with pytest.raises(stop):
@@ -211,7 +226,7 @@ def test_artifacts_that_are_gone_are_named(model: dict, monkeypatch: pytest.Monk
 
 
 def test_the_evaluation_of_another_champion_does_not_count(model: dict) -> None:
-    verdict = judge(99.0, OTHER, **model, evaluated=Evaluated("7", 12.0))
+    verdict = judge(99.0, OTHER, **model, evaluated=Evaluated("7", {"box_ap": 12.0}))
     assert not verdict.passed and "run this again" in verdict.reason
 
 
@@ -239,16 +254,15 @@ def test_of_two_that_passed_the_better_is_champion_whoever_comes_last(model: dic
 def test_a_candidate_is_not_promoted_over_a_champion_of_unknown_ap(model: dict) -> None:
     candidate = version(model["folder"], model["model_name"], 99.0, OTHER.tags())
     assert not promote(candidate, 99.0, OTHER, **model).passed
-    assert promote(candidate, 99.0, OTHER, **model, evaluated=Evaluated("1", 12.0)).passed
+    assert promote(
+        candidate, 99.0, OTHER, **model, evaluated=Evaluated("1", {"box_ap": 12.0})
+    ).passed
     assert champion(model) == candidate
 
 
 def test_the_champion_itself_passes_again(model: dict) -> None:
-    client_of(model["folder"]).set_model_version_tag(
-        model["model_name"], "1", "checkpoint_sha256", "abc"
-    )
-    assert judge(40.0, DATA, **model, checkpoint_sha256="abc").passed
-    assert not judge(40.0, DATA, **model, checkpoint_sha256="abd").passed
+    assert judge(40.0, DATA, **model, version="1").passed
+    assert not judge(40.0, DATA, **model, version="2").passed
 
 
 def tags_of(model: dict, number: str) -> dict[str, str]:
@@ -268,7 +282,9 @@ def test_a_champion_that_is_promoted_again_keeps_its_ap(model: dict) -> None:
     update_tags(candidate, {"box_ap": 3.0}, DATA, **model)
     assert promote(candidate, 3.0, DATA, **model).passed
     assert not judge(44.0, DATA, **model).passed and judge(46.0, DATA, **model).passed
-    assert tags_of(model, candidate)["box_ap"] == tags_of(model, candidate)[DATA.tag] == "45"
+    assert (
+        tags_of(model, candidate)["box_ap"] == tags_of(model, candidate)[DATA.tag("box_ap")] == "45"
+    )
     assert not is_known(OTHER, **model)
     assert promote(candidate, 3.0, OTHER, **model).passed  # what was measured on others is new
     assert not judge(2.9, OTHER, **model).passed and not judge(44.0, DATA, **model).passed
@@ -287,7 +303,7 @@ def test_the_tags_of_a_version_follow_its_newest_metrics_and_keep_those_of_other
     update_tags(candidate, {"box_ap": 43.0}, DATA, **model)
     found = tags_of(model, candidate)
     assert found == {
-        **DATA.tags(), "box_ap": "43", "mask_ap": "30", DATA.tag: "43", OTHER.tag: "12"
+        **DATA.tags(), "box_ap": "43", DATA.tag("mask_ap"): "30", DATA.tag("box_ap"): "43", OTHER.tag("box_ap"): "12"
     }  # fmt: skip
 
 
@@ -322,4 +338,4 @@ def test_of_many_at_once_the_best_is_champion(model: dict) -> None:
 )
 def test_the_settings_of_a_protocol_are_those_that_change_ap(override: str, same: bool) -> None:
     changed = Protocol.of(load_config("tiny", [override]), DATA.fingerprint)
-    assert (changed == DATA) is (changed.tag == DATA.tag) is same
+    assert (changed == DATA) is (changed.digest == DATA.digest) is same

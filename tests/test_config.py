@@ -18,8 +18,6 @@ from vitdet.config import (
     DataConfig,
     OptimConfig,
     RoIHeadsConfig,
-    difference,
-    digest,
     dump_config,
     flatten,
     from_dict,
@@ -29,6 +27,7 @@ from vitdet.config import (
     save_config,
     to_dict,
 )
+from vitdet.digest import difference, digest
 
 
 def write(folder: Path, text: str) -> Path:
@@ -291,7 +290,7 @@ def test_all_unknown_settings_are_named_at_once(tmp_path: Path) -> None:
     assert str(caught.value) == (
         "optim.lrr: no such setting; did you mean 'lr'?; data.batch_size: no such setting; did you "
         "mean 'train.batch_size'?; 3: no such setting; known: model, data, optim, train, evaluate, "
-        "tracking"
+        "tracking, gate"
     )
 
 

@@ -85,7 +85,7 @@ def space(
         "work/plots/classes.json",
         "work/plots/thresholds.json",
         "work/plots/matches.npz",
-        "work/report.html",
+        "work/plots/report.html",
         "work/config.yaml",
         "work/metrics.json",
         "work/registered.json",
@@ -128,7 +128,7 @@ def making(root: Path) -> list[list[object]]:
             "--plots",
             "work/plots",
             "--report",
-            "work/report.html",
+            "work/plots/report.html",
         ],
         [
             "register",

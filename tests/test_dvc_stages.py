@@ -27,6 +27,7 @@ IRRELEVANT = {
     "train": {
         "vitdet/config.py",
         "vitdet/data/protocol.py",
+        "vitdet/digest.py",
         "vitdet/evaluation/analysis.py",
         "vitdet/evaluation/confusion.py",
         "vitdet/evaluation/errors.py",
@@ -130,7 +131,9 @@ def repository(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Repo]:
     shutil.copy(ROOT / "dvc.yaml", folder)
     (folder / "work").mkdir()
     (folder / "work" / "config.yaml").write_text((ROOT / "vitdet/recipes/tiny.yaml").read_text())
-    sections = dict.fromkeys(["model", "data", "optim", "train", "evaluate", "tracking"], {"x": 1})
+    sections = dict.fromkeys(
+        ["model", "data", "optim", "train", "evaluate", "gate", "tracking"], {"x": 1}
+    )
     (folder / "work" / "config.yaml").write_text(yaml.safe_dump(sections))
     for stage in STAGES.values():
         for name in [*stage.get("outs", []), *stage.get("metrics", [])]:

@@ -58,7 +58,7 @@ def train_recipe(settings, name, data, workspace, run_id, checkpoint):
         raise ValueError("a loss is not finite")
     write(checkpoint, name)
 
-def evaluate_recipe(checkpoint, configs, name, data, workspace, figures, report):
+def evaluate_recipe(checkpoint, configs, name, data, workspace, run_id, figures, report):
     assert (Path(configs) / "config").read_text() == "resolved"
     note("evaluate", name, Path(checkpoint).read_text())
     write(figures, name)

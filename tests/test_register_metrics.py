@@ -14,9 +14,11 @@ from mlflow import MlflowClient
 from tests.conftest import minimal
 from vitdet import stages
 from vitdet.checkpoint import load_model_file, save
-from vitdet.config import load_config, save_config
+from vitdet.config import GateConfig, load_config, save_config
 from vitdet.data.fingerprint import fingerprint
+from vitdet.data.protocol import Protocol
 from vitdet.evaluation.evaluator import evaluate_alike
+from vitdet.tracking.champion import is_known
 from vitdet.tracking.measured import beside
 from vitdet.tracking.mlflow import tracking_uri
 
@@ -25,7 +27,13 @@ CHAMPION = ("--alias", "champion")
 
 
 @pytest.fixture
-def model(own_tiny: Path, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def model(
+    own_tiny: Path,
+    trained: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    untried: None,
+) -> Path:
     """The checkpoint of a training on `own_tiny`, which a test may change."""
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     stored = load_model_file(trained / "model.pt")
@@ -62,14 +70,23 @@ def raise_ap(metrics: Path, ap: float) -> None:
 def test_metrics_of_other_data_count_for_these_only(
     model: Path, own_tiny: Path, vitdet: Run, tmp_path: Path
 ) -> None:
-    metrics = tmp_path / "m" / "metrics.json"
+    metrics, plots = tmp_path / "m" / "metrics.json", tmp_path / "plots"
     words = ["--set", "data.val_split=train", "--set", "evaluate.max_detections=3"]
-    assert vitdet("evaluate", model, *words, "--output", metrics)[0] == 0
+    assert vitdet("evaluate", model, *words, "--output", metrics, "--plots", plots)[0] == 0
     assert set(json.loads(metrics.read_text())) >= set(load_model_file(model)["metrics"])
-    code, out, err = vitdet("register", model, *CHAMPION, "--metrics", metrics)
+    words = ["--metrics", metrics, "--plots", plots]
+    code, out, err = vitdet("register", model, *CHAMPION, *words)
     assert code == 0 and "the first champion" in out, err
     client = client_of(model)
-    assert list(client.get_registered_model("vitdet").aliases) == ["champion"]
+    strict = GateConfig(
+        confidence=0.9
+    )  # needs the matches, which are stored for this protocol only
+    tags = client.get_model_version("vitdet", "1").tags
+    protocol = Protocol(tags["val_fingerprint"], tags["evaluate_settings"])
+    place = {"uri": "", "folder": model.parents[1], "model_name": "vitdet"}
+    assert is_known(protocol, strict, **place)
+    assert not is_known(Protocol("other", protocol.settings), strict, **place)
+    assert set(client.get_registered_model("vitdet").aliases) == {"candidate", "champion"}
     tags = client.get_model_version("vitdet", "1").tags
     data = load_config("tiny", minimal(own_tiny)).data
     assert tags["val_fingerprint"] == fingerprint(data, "train") != fingerprint(data, "val")
@@ -78,6 +95,8 @@ def test_metrics_of_other_data_count_for_these_only(
     other = another(model)  # its own metrics are of the validation split: a champion has none there
     assert vitdet("evaluate", other, "--output", metrics)[0] == 0
     raise_ap(metrics, 99.0)
+    code, _, err = vitdet("register", other, *CHAMPION, *words)
+    assert code == 1 and "of another evaluation than the metrics (box_ap " in err
     code, out, err = vitdet("register", other, *CHAMPION, "--metrics", metrics)
     assert code == 0 and "box AP 99, above the " in out, err
     tags = client.get_model_version("vitdet", "1").tags
@@ -151,7 +170,7 @@ def test_a_champion_of_another_patch_size_is_evaluated_in_its_own_image_size(
         val_fingerprint=fingerprint(config.data, config.data.val_split),
     )
     assert (
-        found
+        found["box_ap"]
         == stages.evaluate(model, ["evaluate.max_detections=3"], folder=model.parents[1])[0][
             "box_ap"
         ]

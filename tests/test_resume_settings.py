@@ -15,7 +15,8 @@ from tests.conftest import STEPS, Recorder, minimal
 from tests.test_old_checkpoints import STORED, dataset_digest
 from tests.test_trainer import cut, go, interrupt, same_bits, terminate
 from vitdet.checkpoint import STATE_1, STATE_2, STATE_3, load_model_file
-from vitdet.config import legacy_digest, load_config
+from vitdet.config import load_config
+from vitdet.digest import legacy_digest
 from vitdet.evaluation import evaluate
 from vitdet.training import Stopped, train, trainer
 

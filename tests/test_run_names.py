@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from vitdet import config as config_module
-from vitdet.config import Config, OptimConfig, difference, digest, legacy_digest, load_config
+from vitdet.config import Config, OptimConfig, load_config
+from vitdet.digest import difference, digest, legacy_digest
 from vitdet.sections import list_settings
 
 STORED = Path(__file__).parent / "golden" / "checkpoints" / "digests.json"

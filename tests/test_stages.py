@@ -12,7 +12,8 @@ from mlflow.entities import Run
 
 from tests.conftest import minimal
 from vitdet import stages
-from vitdet.config import Config, digest, legacy_digest, load_config, save_config
+from vitdet.config import Config, load_config, save_config
+from vitdet.digest import digest, legacy_digest
 from vitdet.tracking.mlflow import tracking_uri
 from vitdet.tracking.runs import start_tracker
 from vitdet.workspace import training_folder
@@ -47,6 +48,7 @@ def resolve(recipes: list[str], overrides: list[str], folder: Path) -> list[str]
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("untried")
 def test_two_recipes_are_trained_compared_and_registered(tiny: Path, tmp_path: Path) -> None:
     space, configs, manifest = (
         str(tmp_path / "space"),
@@ -68,7 +70,9 @@ def test_two_recipes_are_trained_compared_and_registered(tiny: Path, tmp_path: P
             str(tmp_path / name / kind) for kind in ("model.pt", "figures", "verdict", "report")
         )
         stages.train_recipe(settings, name, data, space, RUN, checkpoint)
-        _, known = stages.evaluate_recipe(checkpoint, configs, name, data, space, figures, report)
+        _, known = stages.evaluate_recipe(
+            checkpoint, configs, name, data, space, RUN, figures, report
+        )
         assert Path(report).read_text().startswith("<!doctype html>")
         passed, _ = stages.gate(figures, configs, name, space, RUN, verdict)
         assert known and passed  # there is no champion yet

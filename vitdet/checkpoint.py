@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from vitdet.config import Config, from_dict
@@ -43,6 +45,7 @@ TRAINING = {
     **{key: MODEL[key] for key in ("config", "model", "run_id", "step")},
     **dict.fromkeys(("optimizer", "average", "meter", "metrics"), dict),
 }
+HEADER = "vitdet_detector"  # metadata of a .safetensors file: all but the weights, as JSON
 MISSING = object()
 log = logging.getLogger(__name__)
 
@@ -101,10 +104,38 @@ def load(path: Path, *expected: str, verify: bool = True) -> dict:
 def load_model_file(path: str | Path) -> dict:
     """{config, class_names, model, run_id, step, fingerprints} of a finished detector; raises as `load` does.
 
-    Files of version 0.1 hold a dataset_digest instead of fingerprints.
+    A .safetensors file is one of `save_safetensors`. Files of version 0.1 hold a dataset_digest instead of fingerprints.
     """
-    content = OPTIONAL | load(Path(path), FORMAT)
+    read = _load_safetensors if Path(path).suffix == ".safetensors" else load
+    content = OPTIONAL | read(Path(path), FORMAT)
     check_content(path, content, MODEL)
+    return content
+
+
+def save_safetensors(path: Path, content: dict) -> None:
+    """Write a finished detector as safetensors: the weights, and all else as JSON in the metadata.
+
+    content: as `load_model_file` returns it, which also reads this file.
+    """
+    weights = {name: tensor.contiguous() for name, tensor in content["model"].items()}
+    header = {key: value for key, value in content.items() if key != "model"}
+    with written(path) as temporary:
+        save_file(weights, temporary, metadata={"format": "pt", HEADER: json.dumps(header)})
+
+
+def _load_safetensors(path: Path, expected: str) -> dict:
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such checkpoint; expected a detector in safetensors")
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = json.loads((file.metadata() or {}).get(HEADER, "{}"))
+            content = {**header, "model": {name: file.get_tensor(name) for name in file.keys()}}  # noqa: SIM118 - not a dict
+    except (SafetensorError, ValueError, TypeError) as error:
+        raise DamagedError(f"{path}: not a whole detector ({_first_line(error)})") from error
+    if content.get("format") != expected:
+        raise ValueError(
+            f"{path}: holds weights without their config; expected a {expected!r} file"
+        )
     return content
 
 

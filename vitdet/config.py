@@ -5,13 +5,11 @@ the source of other values. A recipe (a YAML file in `recipes/`) lists what diff
 override `section.key=value` changes one more setting. Steps pass the resolved config on.
 """
 
-import hashlib
 import json
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, is_dataclass
-from functools import reduce
 from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -21,6 +19,7 @@ import yaml
 from vitdet.files import written
 from vitdet.ranges import (
     Amount,
+    Confidence,
     Count,
     Depth,
     ExperimentName,
@@ -28,6 +27,7 @@ from vitdet.ranges import (
     Fractions,
     ModelName,
     NonNegative,
+    Percent,
     Positive,
     Positives,
     Seed,
@@ -50,23 +50,6 @@ from vitdet.yaml_text import parse_yaml
 
 RECIPES = Path(__file__).parent / "recipes"
 SEE_RECIPES = " (`vitdet config` lists all recipes)"
-# settings that version 0.1 (commit dad8b8b) did not have
-LATER = (
-    "model.mask.enabled",
-    "data.max_pixels",
-    "optim.scale_lr",
-    "optim.lr_batch_size",
-    "train.accumulate",
-    "train.activation_checkpointing",
-    "train.compile",
-    "evaluate.precision",
-    "evaluate.compile",
-    "data.bit_depth",
-    "data.keep_empty",
-    "evaluate.max_images",
-    "train.keep_best",
-    "train.patience",
-)
 # of one kind (box, mask), by data.dataset: the AP by which train.keep_best can choose
 AP = ("ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large")
 AP_OF = {"coco": AP, "lvis": (*AP, "ap_rare", "ap_common", "ap_frequent")}
@@ -289,6 +272,20 @@ class TrackingConfig(Section, prefix="tracking."):
 
 
 @dataclass(frozen=True)
+class GateConfig(Section, prefix="gate."):
+    """When a registered detector replaces the champion, in percentage points of AP on the same validation data."""
+
+    metric: Literal["box_ap", "box_ap50", "box_ap75", "mask_ap", "mask_ap50", "mask_ap75"] = (
+        "box_ap"
+    )
+    min_gain: NonNegative = 0.0  # the metric must exceed the champion's by more than this
+    min_class_ap: Percent = 0.0  # of each class, in the same metric; 0: any
+    max_class_loss: Percent = 100.0  # of any class against the champion; 100: any
+    # the paired bootstrap interval of the gain at this level must lie above min_gain; 0: the gain is enough
+    confidence: Confidence = 0.0
+
+
+@dataclass(frozen=True)
 class Config(Section):
     """The whole experiment."""
 
@@ -300,6 +297,7 @@ class Config(Section):
         default_factory=EvalConfig, metadata=operational("evaluates only", *SELECTING)
     )
     tracking: TrackingConfig = field(default_factory=TrackingConfig, metadata=operational("logs"))
+    gate: GateConfig = field(default_factory=GateConfig, metadata=operational("registers only"))
 
     def __post_init__(self) -> None:
         backbone, pyramid, data = self.model.backbone, self.model.pyramid, self.data
@@ -392,43 +390,6 @@ def flatten(config: Config) -> dict[str, bool | int | float | str]:
     """{'optim.lr': 0.0001, ...}: the keys that overrides use; lists as JSON text."""
     values = {key: value for key, (value, _) in list_settings(config).items()}
     return {k: json.dumps(v) if isinstance(v, tuple) else v for k, v in values.items()}
-
-
-def difference(ours: Config, theirs: Config, *, affecting_weights: bool | None = None) -> list[str]:
-    """A text as `optim.lr: 0.0001, not 0.0002` for each setting that differs; of all settings, or
-    only of those that affect the trained weights (True) or do not (False).
-    """
-    left, right, settings = flatten(ours), flatten(theirs), list_settings(ours)
-    wanted = [k for k in left if affecting_weights is None or settings[k][1] != affecting_weights]
-    return [f"{key}: {left[key]}, not {right[key]}" for key in wanted if left[key] != right[key]]
-
-
-def training_settings(config: Config) -> dict[str, bool | int | float | str]:
-    """What `flatten` returns, of the settings that affect the result of a training."""
-    settings = list_settings(config)
-    return {key: value for key, value in flatten(config).items() if not settings[key][1]}
-
-
-def digest(config: Config) -> str:
-    """12 hexadecimal digits that name the training, by the settings that affect the trained weights
-    and are not at their default: other operational settings or new ones do not change the name.
-    """
-    defaults, settings = flatten(type(config)()), training_settings(config)
-    changed = {key: value for key, value in settings.items() if value != defaults[key]}
-    return hashlib.sha256(json.dumps(changed, sort_keys=True).encode()).hexdigest()[:12]
-
-
-def legacy_digest(config: Config) -> str | None:
-    """The digest of version 0.1, over all settings that existed then, to find folders named by it.
-    None if a later setting that affects the weights is not at its default.
-    """
-    tree, settings, defaults = to_dict(config), list_settings(config), list_settings(type(config)())
-    for key in LATER:
-        *parents, leaf = key.split(".")
-        del reduce(dict.__getitem__, parents, tree)[leaf]
-    found = hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()[:12]
-    changed = [key for key in LATER if settings[key] != defaults[key] and not settings[key][1]]
-    return None if changed else found
 
 
 def recipes() -> list[str]:

@@ -15,11 +15,11 @@ import logging
 import shutil
 from collections.abc import Sequence
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from vitdet.config import Config, difference, digest, load_config, save_config
+from vitdet.config import Config, load_config, save_config
+from vitdet.digest import difference, digest
 from vitdet.files import sha256, write_json
 from vitdet.workspace import (
     logs_folder,
@@ -32,7 +32,7 @@ from vitdet.workspace import (
 
 if TYPE_CHECKING:
     from vitdet.data.protocol import Protocol
-    from vitdet.tracking.champion import Evaluate, Evaluated
+    from vitdet.tracking.champion import Evaluated
     from vitdet.tracking.measured import Measured
     from vitdet.tracking.registry import Registered
 
@@ -130,26 +130,26 @@ def register(
     metrics: dict[str, float] | None = None,
     protocol: Protocol | None = None,
     measured: Measured | None = None,
+    plots: Path | None = None,
 ) -> Registered:
     """Add a checkpoint to the model registry; arguments and errors of `register_checkpoint`.
 
     Raises ValueError without MLflow.
     """
-    from vitdet.tracking.runs import has_mlflow
+    from vitdet.tracking.runs import require_mlflow
 
-    if not has_mlflow():
-        raise ValueError("mlflow is not installed; install vitdet with its extra 'tracking'")
+    require_mlflow()
     from vitdet.tracking.registry import register_checkpoint
 
     return register_checkpoint(
         checkpoint,
         folder=folder,
         alias=alias,
-        evaluation=_champion_evaluation,
         config=config,
         metrics=metrics,
         protocol=protocol,
         measured=measured,
+        plots=plots,
     )
 
 
@@ -293,10 +293,7 @@ def is_trained(workspace: str, name: str, run_id: str) -> bool:
 
 
 def keep_logs(settings: str, name: str, workspace: str, run_id: str, files: dict[str, str]) -> None:
-    """Write the logs of a training job to its folder, and log them to its MLflow run if there is one.
-
-    Only warns if that fails: the job has ended, and its result matters more.
-    """
+    """Write the logs of a training job to its folder and its MLflow run, if any; a failure is a warning only."""
     from vitdet.tracking.runs import log_files
 
     output = training_folder(workspace, name, run_id)
@@ -329,9 +326,16 @@ def train_recipe(
 
 
 def evaluate_recipe(
-    checkpoint: str, configs: str, name: str, data: str, workspace: str, figures: str, report: str
+    checkpoint: str,
+    configs: str,
+    name: str,
+    data: str,
+    workspace: str,
+    run_id: str,
+    figures: str,
+    report: str,
 ) -> tuple[dict[str, float], bool]:
-    """The detector's metrics, also in MLflow, and whether the champion's AP on this data is known.
+    """The detector's metrics, also in MLflow, and whether the champion's evaluation on this data is known.
 
     Writes the metrics with what they belong to, as the following steps read them, and the HTML file `report`.
     """
@@ -339,13 +343,16 @@ def evaluate_recipe(
     from vitdet.tracking import champion
 
     config = _verified(configs, name, data)
-    page, folder = Path(report).with_suffix(".html"), runs_folder(workspace)  # MLflow shows .html
-    metrics, run_id = evaluate(Path(checkpoint), folder=folder, config=config, report=page)
-    page.replace(report)
+    folder = training_folder(workspace, name, run_id) / "evaluation"
+    page = folder / "report.html"
+    metrics, tracked = evaluate(
+        Path(checkpoint), folder=runs_folder(workspace), config=config, plots=folder, report=page
+    )
+    shutil.copyfile(page, report)
     protocol = Protocol.of(config, data.split("-")[1])
-    row = {"name": name, "run_id": run_id, "metrics": metrics, **protocol.tags()}
-    write_json(figures, row)
-    return metrics, champion.is_known(protocol, **_registry(config, workspace))
+    row = {"name": name, "run_id": tracked, "metrics": metrics, "plots": str(folder)}
+    write_json(figures, row | protocol.tags())
+    return metrics, champion.is_known(protocol, config.gate, **_registry(config, workspace))
 
 
 def evaluate_champion(
@@ -353,31 +360,38 @@ def evaluate_champion(
 ) -> str:
     """Evaluate the champion as the detector in `checkpoint` was; returns one line. `gate` reads the result."""
     from vitdet.checkpoint import load_model_file
-    from vitdet.tracking import champion
+    from vitdet.tracking import champion, evaluations
+    from vitdet.tracking.gate import label
 
     config = load_config(Path(configs) / f"{name}.yaml")
-    protocol = _protocol_of(_read(figures))
+    protocol, names = (
+        evaluations.protocol_of(_read(figures)),
+        load_model_file(checkpoint)["class_names"],
+    )
     found = champion.evaluate_champion(
         protocol,
-        _champion_evaluation(config, load_model_file(checkpoint), protocol),
+        config.gate,
+        champion.evaluation_like(config, names, protocol),
         **_registry(config, workspace),
     )
     if found is None:
         return "there is no champion"
     write_json(_champion_file(workspace, name, run_id), asdict(found))
-    return f"champion, version {found.version}: {found.failure or f'box AP {found.box_ap:.4g}'}"
+    value = "" if found.failure else f"{label(config.gate)} {found.metrics[config.gate.metric]:.4g}"
+    return f"champion, version {found.version}: {found.failure or value}"
 
 
 def gate(
     figures: str, configs: str, name: str, workspace: str, run_id: str, verdict: str
 ) -> tuple[bool, str]:
     """(whether the detector beats the registry's champion, why); writes both beside the metrics."""
-    from vitdet.tracking import champion
+    from vitdet.tracking import champion, evaluations
 
     row, config = _read(figures), load_config(Path(configs) / f"{name}.yaml")
     found = champion.judge(
-        row["metrics"].get("box_ap"),
-        _protocol_of(row),
+        evaluations.recorded_evaluation(row),
+        evaluations.protocol_of(row),
+        config.gate,
         evaluated=_evaluated(workspace, name, run_id),
         **_registry(config, workspace),
     )
@@ -389,10 +403,10 @@ def register_recipe(
     checkpoint: str, figures: str, configs: str, name: str, workspace: str, run_id: str
 ) -> str:
     """Register the detector and make it the champion if it still passes the gate; returns one line."""
-    from vitdet.tracking import champion
+    from vitdet.tracking import champion, evaluations
 
     row, config = _read(figures), load_config(Path(configs) / f"{name}.yaml")
-    protocol = _protocol_of(row)
+    protocol = evaluations.protocol_of(row)
     found = register(
         Path(checkpoint),
         folder=runs_folder(workspace),
@@ -400,11 +414,13 @@ def register_recipe(
         config=config,
         metrics=row["metrics"],
         protocol=protocol,
+        plots=evaluations.plots_of(row),
     )
     verdict = champion.promote(
         found.version,
-        row["metrics"].get("box_ap"),
+        evaluations.recorded_evaluation(row),
         protocol,
+        config.gate,
         evaluated=_evaluated(workspace, name, run_id),
         **_registry(config, workspace),
     )
@@ -464,24 +480,6 @@ def _registry(config: Config, workspace: str) -> dict[str, Any]:
     settings = config.tracking
     folder, name = runs_folder(workspace), settings.model_name
     return {"uri": settings.uri, "folder": folder, "model_name": name}
-
-
-def _protocol_of(row: dict) -> Protocol:
-    from vitdet.data.protocol import Protocol
-
-    return Protocol(row["val_fingerprint"], row["evaluate_settings"])
-
-
-def _champion_evaluation(config: Config, stored: dict, protocol: Protocol) -> Evaluate:
-    """Evaluates the checkpoint of a champion as the detector with the content `stored` was with this config."""
-    from vitdet.evaluation.evaluator import evaluate_alike
-
-    return partial(
-        evaluate_alike,
-        config=config,
-        class_names=stored["class_names"],
-        val_fingerprint=protocol.fingerprint,
-    )
 
 
 def _champion_file(workspace: str, name: str, run_id: str) -> Path:

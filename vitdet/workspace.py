@@ -13,7 +13,8 @@ import glob
 from dataclasses import replace
 from pathlib import Path
 
-from vitdet.config import Config, digest, legacy_digest, load_config
+from vitdet.config import Config, load_config
+from vitdet.digest import digest, legacy_digest
 
 
 def weights_folder(workspace: str) -> Path:

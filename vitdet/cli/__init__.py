@@ -20,6 +20,7 @@ from vitdet.cli.config import add_config
 from vitdet.cli.data import add_data
 from vitdet.cli.evaluate import add_evaluate
 from vitdet.cli.predict import add_predict
+from vitdet.cli.promote import add_promote, add_rollback
 from vitdet.cli.register import add_register
 from vitdet.cli.train import add_train
 from vitdet.cli.weights import add_weights
@@ -111,4 +112,6 @@ def parser() -> argparse.ArgumentParser:
     add_predict(add("predict", help="draw what a checkpoint finds in pictures"))
     add_bench(add("bench", help="measure how fast something is"))
     add_register(add("register", help="add a checkpoint to the MLflow model registry"))
+    add_promote(add("promote", help="make a registered version the champion, if the gate passes"))
+    add_rollback(add("rollback", help="make the version the champion that was it before"))
     return root

@@ -28,8 +28,9 @@ def add_config(verb: argparse.ArgumentParser) -> None:
 
 def run_config(args: argparse.Namespace) -> int:
     """vitdet config"""
-    from vitdet.config import dump_config, recipes, training_settings
+    from vitdet.config import dump_config, recipes
     from vitdet.data.layout import FROM_DATA, explicit_settings, following, resolve_config
+    from vitdet.digest import training_settings
     from vitdet.files import write_json, written
 
     if args.recipe is None:

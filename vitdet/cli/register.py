@@ -13,8 +13,8 @@ def add_register(verb: argparse.ArgumentParser) -> None:
     verb.add_argument(
         "--alias",
         default="candidate",
-        help="name that then points to this version (candidate); `champion` only if its box AP is above that of the "
-        "champion, which is evaluated on the same data if it was not yet",
+        help="name that then points to this version (candidate); `champion`: candidate, and champion if it passes the "
+        "gate (settings gate.*), for which the champion is evaluated on the same data if it was not yet",
     )
     verb.add_argument(
         "--config",
@@ -23,6 +23,12 @@ def add_register(verb: argparse.ArgumentParser) -> None:
     )
     verb.add_argument(
         "--metrics", type=given_path, help="JSON file of `vitdet evaluate`, for the version's tags"
+    )
+    verb.add_argument(
+        "--plots",
+        type=given_path,
+        help="folder of `vitdet evaluate --plots` of the same evaluation: its report and per-image matches are "
+        "stored with the version",
     )
     verb.add_argument("--output", type=given_path, help="write name and version to this JSON file")
     verb.set_defaults(run=run_register)
@@ -45,6 +51,7 @@ def run_register(args: argparse.Namespace) -> int:
         config=resolve_config(args.config)[0] if args.config else None,
         metrics=read_metrics(args.metrics) if args.metrics else None,
         measured=read_measured(args.metrics) if args.metrics else None,
+        plots=args.plots,
     )
     print(
         f"{found.name}, version {found.version} ({args.alias}){found.reason and ': '}{found.reason}"

@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass
 
-from vitdet.config import LATER, Config, flatten
+from vitdet.config import Config, flatten
+from vitdet.digest import LATER
 
 # Settings that affect the AP of a given checkpoint on given data. How images are resized is part of
 # the detector.
@@ -42,10 +43,13 @@ class Protocol:
         return cls(fingerprint, settings_of(config))
 
     @property
-    def tag(self) -> str:
-        """The name of the model version tag that stores the box AP under this protocol."""
-        text = f"{self.fingerprint} {self.settings}"
-        return f"box_ap_{hashlib.sha256(text.encode()).hexdigest()[:12]}"
+    def digest(self) -> str:
+        """12 hexadecimal digits that identify the protocol."""
+        return hashlib.sha256(f"{self.fingerprint} {self.settings}".encode()).hexdigest()[:12]
+
+    def tag(self, metric: str) -> str:
+        """Return the name of the model version tag that stores this metric under this protocol."""
+        return f"{metric}_{self.digest}"
 
     def tags(self) -> dict[str, str]:
         """Return the tags of a version that was registered with an AP under this protocol.

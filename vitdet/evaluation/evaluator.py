@@ -242,12 +242,17 @@ def evaluate(
 
 
 def evaluate_alike(
-    checkpoint: str | Path, *, config: Config, class_names: Sequence[str], val_fingerprint: str
-) -> float | None:
-    """The box AP of a checkpoint on the validation data and with the settings of another detector's evaluation.
+    checkpoint: str | Path,
+    plots: str | Path | None = None,
+    *,
+    config: Config,
+    class_names: Sequence[str],
+    val_fingerprint: str,
+) -> dict[str, float]:
+    """The metrics of a checkpoint on the validation data and with the settings of another detector's evaluation.
 
     config: of that evaluation; how images are resized stays the checkpoint's own, as its model. class_names: of that detector.
-    val_fingerprint: of the validation split then. Raises ValueError where classes or data differ.
+    val_fingerprint: of the validation split then. plots: as in `evaluate`. Raises ValueError where classes or data differ.
     """
     from vitdet.checkpoint import load_model_file
 
@@ -263,7 +268,7 @@ def evaluate_alike(
     own = from_dict(stored["config"])
     theirs = {key: getattr(config.data, key) for key in PLACE}
     alike = replace(own, data=replace(own.data, **theirs), evaluate=config.evaluate)
-    return evaluate(checkpoint, config=alike).get("box_ap")
+    return evaluate(checkpoint, config=alike, plots=plots)
 
 
 def evaluate_results(

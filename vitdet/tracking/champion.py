@@ -1,120 +1,140 @@
-"""The gate: decides by box AP whether a detector replaces the best version of the model.
+"""The champion: the version of a model with the alias `champion`, which the gate protects.
 
-The registry's alias `champion` points to the best version. Its AP is comparable only if it was
-measured on the same validation data with the same settings as the candidate's; otherwise the
-champion is re-evaluated and the result is stored in a tag of the version. AP is compared with four
-significant digits, the precision of the tags.
+Its metrics are comparable only if they were measured on the same validation data with the same
+settings as the candidate's; otherwise the champion is evaluated again and the result is stored with
+its version.
+
+Processes that share a folder promote one at a time. On machines without a common folder two can
+promote at the same time, as MLflow cannot set an alias on a condition. The alias still names one
+version, and each process reads the tags again after it has set the alias: the better one of two that
+replaced the same champion keeps it. Until then, the alias may name the other one for a moment.
 """
 
 from __future__ import annotations
 
 import logging
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from vitdet.config import Config, GateConfig
 from vitdet.data.protocol import Protocol
 from vitdet.locks import locked
+from vitdet.tracking.evaluations import known_metrics, read_evaluation, save_evaluation, tags_of
+from vitdet.tracking.gate import Evaluation, Verdict, compare, flaw, label, missing
+from vitdet.tracking.gate import compares_matches as compares_matches
+from vitdet.tracking.history import ALIAS as ALIAS
+from vitdet.tracking.history import PROMOTED, champion_of, events, rivals, set_champion
 from vitdet.tracking.mlflow import connect, tracking_uri
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities.model_registry import ModelVersion
 
-ALIAS = "champion"
 log = logging.getLogger(__name__)
 
-
-@dataclass(frozen=True)
-class Verdict:
-    """Whether a candidate replaces the champion, and why, in one line."""
-
-    passed: bool
-    reason: str
+# (checkpoint, folder for the files of `vitdet evaluate --plots`) -> metrics
+Evaluate = Callable[[Path, Path], Mapping[str, float | None]]
 
 
 @dataclass(frozen=True)
 class Evaluated:
-    """The evaluation of a model version; `failure`: why there is no AP."""
+    """The evaluation of a model version; `failure`: why there are no metrics."""
 
     version: str
-    box_ap: float | None
+    metrics: Mapping[str, float | None] = field(default_factory=dict)
     failure: str = ""
 
 
-Evaluate = Callable[[Path], float | None]  # checkpoint -> box AP
+def evaluation_like(config: Config, class_names: Sequence[str], protocol: Protocol) -> Evaluate:
+    """Return a function that evaluates a champion as a candidate with these classes was evaluated."""
+    from vitdet.evaluation.evaluator import evaluate_alike
+
+    return partial(
+        evaluate_alike,
+        config=config,
+        class_names=class_names,
+        val_fingerprint=protocol.fingerprint,
+    )
 
 
-def is_known(protocol: Protocol, *, uri: str, folder: Path, model_name: str) -> bool:
-    """Return False if there is a champion whose AP under this protocol is unknown.
+def is_known(
+    protocol: Protocol, gate: GateConfig, *, uri: str, folder: Path, model_name: str
+) -> bool:
+    """Return False if there is a champion whose evaluation under this protocol is unknown.
 
     Raises ConnectionError if MLflow does not respond, like all functions of this module.
     """
     client, _ = connect(None, uri, folder)
     champion = _champion(client, model_name)
-    return champion is None or _known_ap(champion, protocol) is not None
+    if champion is None:
+        return True
+    return not missing(gate, _read(client, champion, protocol, gate, uri, folder))
 
 
 def evaluate_champion(
-    protocol: Protocol, evaluate: Evaluate, *, uri: str, folder: Path, model_name: str
+    protocol: Protocol,
+    gate: GateConfig,
+    evaluate: Evaluate,
+    *,
+    uri: str,
+    folder: Path,
+    model_name: str,
 ) -> Evaluated | None:
-    """Evaluate the champion's checkpoint and store its AP under this protocol in the registry.
+    """Evaluate the champion's checkpoint and store the result under this protocol in the registry.
 
-    Returns the AP or the reason for a failure; None if there is no champion. Any Exception during
+    Returns the metrics or the reason for a failure; None if there is no champion. Any Exception during
     the download or in `evaluate` is a failure; unexpected ones are logged with their traceback.
     """
     client, _ = connect(None, uri, folder)
     champion = _champion(client, model_name)
     if champion is None:
         return None
-    ap = _known_ap(champion, protocol)
-    return (
-        _evaluate(client, champion, protocol, evaluate, uri, folder)
-        if ap is None
-        else (Evaluated(str(champion.version), ap))
-    )
+    known = _read(client, champion, protocol, gate, uri, folder)
+    if not missing(gate, known):
+        return Evaluated(str(champion.version), known.metrics)
+    return _evaluate(client, champion, protocol, gate, evaluate, uri, folder)
 
 
 def judge(
-    ap: float | None,
+    candidate: Evaluation,
     protocol: Protocol,
+    gate: GateConfig,
     *,
     uri: str,
     folder: Path,
     model_name: str,
     evaluated: Evaluated | None = None,
     evaluate: Evaluate | None = None,
-    checkpoint_sha256: str = "",
+    version: str = "",
 ) -> Verdict:
-    """Compare a box AP in percent with the champion's under the same protocol.
+    """Compare a candidate with the champion under the same protocol.
 
-    The first model passes; a tie does not. The champion itself passes: it is recognized by
-    checkpoint_sha256, the checksum of the candidate. evaluated: an earlier result of
-    `evaluate_champion`. evaluate: evaluates the champion if its AP is unknown; without it, the
-    candidate is rejected in this case.
+    The first model passes; a tie does not. The champion itself passes: it is recognized by `version`,
+    that of the candidate if it is registered. evaluated: an earlier result of `evaluate_champion`.
+    evaluate: evaluates the champion if its evaluation is unknown; without it, the candidate is
+    rejected in this case.
     """
     client, _ = connect(None, uri, folder)
 
     def again(champion: ModelVersion) -> Evaluated | None:
         if evaluate is None:
             return evaluated
-        return _evaluate(client, champion, protocol, evaluate, uri, folder)
+        return _evaluate(client, champion, protocol, gate, evaluate, uri, folder)
 
-    def is_candidate(champion: ModelVersion) -> bool:
-        return bool(checkpoint_sha256) and checkpoint_sha256 == champion.tags.get(
-            "checkpoint_sha256"
-        )
-
-    return _judge(client, ap, protocol, model_name, again, is_candidate)
+    champion = _champion(client, model_name)
+    return _judge(client, champion, candidate, protocol, gate, uri, folder, again, version)
 
 
 def promote(
     version: str,
-    ap: float | None,
+    candidate: Evaluation,
     protocol: Protocol,
+    gate: GateConfig,
     *,
     uri: str,
     folder: Path,
@@ -123,119 +143,145 @@ def promote(
 ) -> Verdict:
     """Make this version the champion if it still passes `judge`.
 
-    Another version may have been promoted in the meantime. Processes that share `folder` promote
-    one at a time.
+    Another version may have been promoted in the meantime.
     """
     client, _ = connect(None, uri, folder)
-    with _locked(folder):
+    with promoting(folder):
+        recorded = events(client, model_name)
+        champion = _champion(client, model_name)
         verdict = _judge(
             client,
-            ap,
+            champion,
+            candidate,
             protocol,
-            model_name,
+            gate,
+            uri,
+            folder,
             lambda _: evaluated,
-            lambda champion: str(champion.version) == version,
+            version,
         )
-        if verdict.passed:
-            champion = _champion(client, model_name)
-            is_itself = champion is not None and str(champion.version) == version
-            if champion is None or not is_itself or _known_ap(champion, protocol) is None:
-                client.set_model_version_tag(model_name, version, protocol.tag, f"{ap:.4g}")
-            client.set_registered_model_alias(model_name, ALIAS, version)
+        if not verdict.passed:
+            return verdict
+        is_itself = champion is not None and str(champion.version) == version
+        own = client.get_model_version(model_name, version)
+        if not is_itself or gate.metric not in known_metrics(own, protocol):
+            known = tags_of(known_metrics(own, protocol))
+            for key, value in tags_of(candidate.metrics).items():
+                if key == gate.metric or known.get(key) != value:
+                    client.set_model_version_tag(model_name, version, protocol.tag(key), value)
+        if is_itself:
+            return verdict
+        before = "" if champion is None else str(champion.version)
+        set_champion(client, model_name, version, PROMOTED, before, verdict.reason)
+        for rival in rivals(recorded, events(client, model_name), version):
+            other = client.get_model_version(model_name, rival)
+            theirs = known_metrics(other, protocol).get(gate.metric, -1.0)
+            if theirs > float(tags_of(candidate.metrics)[gate.metric]):
+                client.set_registered_model_alias(model_name, ALIAS, rival)
+                return Verdict(
+                    False,
+                    f"{verdict.reason}; version {rival} with {theirs:.4g} was promoted at the same time",
+                )
     return verdict
 
 
 def update_tags(
     version: str,
-    metrics: Mapping[str, float],
+    metrics: Mapping[str, float | None],
     protocol: Protocol,
     *,
     uri: str,
     folder: Path,
     model_name: str,
-) -> None:
+) -> bool:
     """Update the tags of a version with metrics that were measured under this protocol.
 
-    An AP under another protocol is kept in the tag of that protocol. A champion whose AP under this
-    protocol is known keeps its tags. Does nothing if the protocol's data is unknown.
+    Metrics under another protocol are kept in the tags of that protocol. A champion whose AP under
+    this protocol is known keeps its tags. Does nothing if the protocol's data is unknown. Returns
+    whether the metrics are now those of the version.
     """
-    if not protocol.fingerprint or "box_ap" not in metrics:
-        return
+    if not protocol.fingerprint or metrics.get("box_ap") is None:
+        return False
     client, _ = connect(None, uri, folder)
-    with _locked(folder):
-        found, champion = (
-            client.get_model_version(model_name, version),
-            _champion(client, model_name),
-        )
-        is_champion = champion is not None and champion.version == found.version
-        if is_champion and _known_ap(found, protocol) is not None:
-            return
+    with promoting(folder):
+        found = client.get_model_version(model_name, version)
+        is_champion = champion_of(client, model_name) == str(found.version)
+        if is_champion and "box_ap" in known_metrics(found, protocol):
+            return False
         tags = found.tags
-        new = {key: f"{value:.4g}" for key, value in metrics.items()} | protocol.tags()
-        if protocol.tag in tags:
-            new[protocol.tag] = new["box_ap"]
+        new = tags_of(metrics)
+        new |= {protocol.tag(key): new[key] for key in list(new) if protocol.tag(key) in tags}
+        new |= protocol.tags()
         before = Protocol(tags.get("val_fingerprint", ""), tags.get("evaluate_settings", ""))
-        if before != protocol and (known := _known_ap(found, before)) is not None:
-            new[before.tag] = f"{known:.4g}"
+        if before != protocol:
+            known = tags_of(known_metrics(found, before))
+            new |= {before.tag(key): value for key, value in known.items()}
+            for key in (known.keys() & tags.keys()) - new.keys():  # not measured this time
+                client.delete_model_version_tag(model_name, version, key)
         for key, value in new.items():
             if tags.get(key) != value:
                 client.set_model_version_tag(model_name, version, key, value)
+    return True
 
 
 def _judge(
     client: MlflowClient,
-    ap: float | None,
+    champion: ModelVersion | None,
+    candidate: Evaluation,
     protocol: Protocol,
-    model_name: str,
+    gate: GateConfig,
+    uri: str,
+    folder: Path,
     evaluate: Callable[[ModelVersion], Evaluated | None],
-    is_candidate: Callable[[ModelVersion], bool],
+    version: str,
 ) -> Verdict:
-    if ap is None or not 0 <= ap <= 100:
-        return Verdict(False, f"box AP is {ap}: cannot be compared")
-    champion = _champion(client, model_name)
+    if reason := flaw(gate, candidate):
+        return Verdict(False, reason)
+    shown = f"{label(gate)} {candidate.metrics[gate.metric]:.4g}"
     if champion is None:
-        return Verdict(True, f"box AP {ap:.4g}: the first champion")
-    if is_candidate(champion):
-        return Verdict(
-            True, f"box AP {ap:.4g}: is already the champion, version {champion.version}"
-        )
-    before, failure = _known_ap(champion, protocol), ""
-    if before is None:
+        return Verdict(True, f"{shown}: the first champion")
+    name = f"the champion, version {champion.version}"
+    if str(champion.version) == version:
+        return Verdict(True, f"{shown}: is already {name}")
+    before, failure = _read(client, champion, protocol, gate, uri, folder), ""
+    if missing(gate, before):
         again = evaluate(champion)
         if again is not None and again.version == str(champion.version):
-            before, failure = again.box_ap, again.failure
-    name = f"the champion, version {champion.version}"
-    if before is None:
+            failure = again.failure
+            anew = client.get_model_version(champion.name, champion.version)
+            stored = _read(client, anew, protocol, gate, uri, folder)
+            before = Evaluation({**again.metrics, **stored.metrics}, stored.matches)
+    if what := missing(gate, before):
         return Verdict(
             False,
-            f"box AP {ap:.4g}: {name}, has no AP on this validation data with these settings "
+            f"{shown}: {name}, has no {what} on this validation data with these settings "
             f"({failure or 'it was not evaluated on them; run this again'})",
         )
-    better = float(f"{ap:.4g}") > float(f"{before:.4g}")
-    relation = "above" if better else "no better than"
-    return Verdict(better, f"box AP {ap:.4g}, {relation} the {before:.4g} of {name}")
+    return compare(gate, candidate, before, name)
 
 
 def _champion(client: MlflowClient, model_name: str) -> ModelVersion | None:
-    models = client.search_registered_models(f"name = '{model_name}'")
-    number = models[0].aliases.get(ALIAS) if models else None
+    number = champion_of(client, model_name)
     return None if number is None else client.get_model_version(model_name, number)
 
 
-def _known_ap(version: ModelVersion, protocol: Protocol) -> float | None:
-    tags, own = version.tags, protocol.tags()
-    if not own:
-        return None
-    ap = tags.get(protocol.tag)  # set when it was promoted or re-evaluated
-    if ap is None and own == {key: tags.get(key) for key in own}:
-        ap = tags.get("box_ap")
-    return None if ap is None else float(ap)
+def _read(
+    client: MlflowClient,
+    champion: ModelVersion,
+    protocol: Protocol,
+    gate: GateConfig,
+    uri: str,
+    folder: Path,
+) -> Evaluation:
+    server = tracking_uri(uri, folder)
+    return read_evaluation(client, server, champion, protocol, compares_matches(gate))
 
 
 def _evaluate(
     client: MlflowClient,
     champion: ModelVersion,
     protocol: Protocol,
+    gate: GateConfig,
     evaluate: Evaluate,
     uri: str,
     folder: Path,
@@ -247,10 +293,13 @@ def _evaluate(
     number = str(champion.version)
     try:
         with tempfile.TemporaryDirectory(prefix="vitdet-champion-") as work:
-            server = tracking_uri(uri, folder)
-            ap = evaluate(download_checkpoint(server, champion.name, number, Path(work)))
-        if ap is None or not 0 <= ap <= 100:
-            raise ValueError(f"its box AP is {ap}")
+            server, plots = tracking_uri(uri, folder), Path(work) / "plots"
+            checkpoint = download_checkpoint(server, champion.name, number, Path(work))
+            metrics = evaluate(checkpoint, plots)
+            ap = metrics.get(gate.metric)
+            if ap is None or not 0 <= ap <= 100:
+                raise ValueError(f"its {label(gate)} is {ap}")
+            save_evaluation(client, champion, protocol, metrics, plots)
     except Exception as error:  # also errors of storage clients, or out of memory
         connect(None, uri, folder)  # not a failure of the champion if the server does not respond
         line, kind = next(iter(str(error).splitlines()), ""), type(error).__name__
@@ -259,13 +308,13 @@ def _evaluate(
             log.warning("the champion, version %s, cannot be evaluated", number, exc_info=True)
             line = f"{kind}: {line}" if line else ""
         line = line or kind
-        return Evaluated(number, None, f"it cannot be evaluated: {line}")
-    client.set_model_version_tag(champion.name, number, protocol.tag, f"{ap:.4g}")
-    return Evaluated(number, ap)
+        return Evaluated(number, failure=f"it cannot be evaluated: {line}")
+    return Evaluated(number, metrics)
 
 
 @contextmanager
-def _locked(folder: Path) -> Iterator[None]:
+def promoting(folder: Path) -> Iterator[None]:
+    """Hold the lock of all processes that share `folder` and move the alias."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / ".champion.lock"
     with locked(path, waiting=f"{path}: waiting for another process that updates the champion"):

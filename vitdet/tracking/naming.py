@@ -11,7 +11,8 @@ from pathlib import Path
 import torch
 
 from vitdet import __version__, distributed
-from vitdet.config import Config, difference, flatten, load_config, recipes
+from vitdet.config import Config, flatten, load_config, recipes
+from vitdet.digest import difference
 from vitdet.sections import list_settings
 
 LONGEST = 120  # characters of a run's name; MLflow's tables show about 40, its limit is 250

@@ -1,7 +1,8 @@
 """The registered model: a detector that MLflow loads and serves without this repository.
 
-A version contains the checkpoint (plain tensors, read with weights_only), this package as a wheel,
-and a code file that imports the class below; nothing is pickled. requirements.txt lists the wheel
+A version contains the detector (weights in safetensors; versions before 0.2: a checkpoint of plain
+tensors), this package as a wheel, and a code file that imports the class below; nothing is pickled,
+so it loads with MLFLOW_ALLOW_PICKLE_DESERIALIZATION=false. requirements.txt lists the wheel
 by its path in the model, which MLflow resolves when it creates an environment; manually:
 `cd MODEL && pip install -r requirements.txt`.
 """
@@ -10,7 +11,6 @@ from __future__ import annotations
 
 import logging
 import os
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,10 +19,10 @@ import numpy as np
 import pandas as pd
 from mlflow.artifacts import download_artifacts
 from mlflow.models import Model, ModelSignature
-from mlflow.pyfunc import PythonModel, PythonModelContext, load_model, save_model
+from mlflow.pyfunc import PythonModel, PythonModelContext, save_model
 from mlflow.types import ColSpec, ParamSchema, ParamSpec, Schema, TensorSpec
 
-from vitdet.checkpoint import load_model_file
+from vitdet.checkpoint import save_safetensors
 from vitdet.config import from_dict
 from vitdet.tracking.requests import repeating
 from vitdet.tracking.wheel import requirements
@@ -108,21 +108,21 @@ def exported(uri: str) -> Iterator[None]:
             os.environ["MLFLOW_TRACKING_URI"] = before
 
 
+def download(uri: str, artifact: str, folder: Path) -> Path:
+    """Download an artifact, as `models:/NAME/VERSION/FILE`, from the server `uri`; return its path in `folder`."""
+    with exported(uri), repeating(uri):
+        return Path(
+            download_artifacts(artifact, dst_path=str(folder), tracking_uri=uri, registry_uri=uri)
+        )
+
+
 def download_checkpoint(uri: str, model_name: str, version: str, folder: Path) -> Path:
     """Download the checkpoint of a registered version to `folder`; return its path.
 
     uri: the tracking server. Raises OSError, LookupError or ValueError if the artifacts cannot be read, and ValueError
     if the version was not created by `register`.
     """
-    with exported(uri), repeating(uri):
-        model = Path(
-            download_artifacts(
-                f"models:/{model_name}/{version}",
-                dst_path=str(folder),
-                tracking_uri=uri,
-                registry_uri=uri,
-            )
-        )
+    model = download(uri, f"models:/{model_name}/{version}", folder)
     try:
         flavors = Model.load(str(model)).flavors
         return model / flavors["python_function"]["artifacts"]["checkpoint"]["path"]
@@ -130,24 +130,25 @@ def download_checkpoint(uri: str, model_name: str, version: str, folder: Path) -
         raise ValueError(f"version {version} of {model_name} contains no checkpoint") from error
 
 
-def pack(path: Path, model: Model, checkpoint: Path, wheel: Path, example: np.ndarray) -> None:
-    """Save the model as a folder, then load it and test it on `example`."""
-    stored = from_dict(load_model_file(checkpoint)["config"])
-    code = path.parent / "detector.py"
+def pack(path: Path, model: Model, content: dict, wheel: Path) -> None:
+    """Save a detector as a folder of MLflow; its input example is an image of noise.
+
+    content: of the checkpoint, as `load_model_file` returns it.
+    """
+    example = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    weights, code = path.parent / "detector.safetensors", path.parent / "detector.py"
+    save_safetensors(weights, content)
     code.write_text(CODE)
-    # e.g. a link into DVC's cache (cache.type symlink): mlflow does not follow links out of a folder
-    if checkpoint.is_symlink():
-        checkpoint = Path(shutil.copyfile(checkpoint, path.parent / checkpoint.name))
     # it warns that torch was imported before it
     logging.getLogger("mlflow").setLevel(logging.ERROR)
     save_model(
         str(path),
         python_model=str(code),
-        artifacts={"checkpoint": str(checkpoint)},
-        signature=signature(stored.model.mask.enabled),
+        artifacts={"checkpoint": str(weights)},
+        signature=signature(from_dict(content["config"]).model.mask.enabled),
         code_paths=[str(wheel)],
         mlflow_model=model,
-        input_example=example[:64, :64],
+        input_example=example,
         pip_requirements=[*requirements(("mlflow", "pandas")), f"code/{wheel.name}"],
     )
-    load_model(str(path)).predict(example, params={"threshold": 0.0})
+    weights.unlink()

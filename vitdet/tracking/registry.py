@@ -2,32 +2,54 @@
 
 from __future__ import annotations
 
+import json
 import logging
+import shutil
 import tempfile
-from collections.abc import Callable
+import time
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import numpy as np
-from mlflow.entities import LoggedModelOutput
+from mlflow.entities import Dataset, DatasetInput, InputTag, LoggedModelOutput, Metric
 from mlflow.entities.model_registry import ModelVersion
 from mlflow.models import Model
 
 from vitdet.checkpoint import load_model_file
-from vitdet.config import Config, check_names, from_dict
+from vitdet.config import Config, check_names, dump_config, from_dict
 from vitdet.data.fingerprint import change, fingerprint, fingerprints
 from vitdet.data.protocol import Protocol
 from vitdet.files import sha256
 from vitdet.ranges import Alias, check
 from vitdet.tracking import champion
-from vitdet.tracking.champion import Evaluate
+from vitdet.tracking.address import hide_credentials
+from vitdet.tracking.evaluations import (
+    MATCHES,
+    evaluation_of,
+    matches_folder,
+    model_id_of,
+    tags_of,
+)
 from vitdet.tracking.experiments import experiment_id
+from vitdet.tracking.gate import Evaluation
 from vitdet.tracking.measured import Measured, agree
 from vitdet.tracking.mlflow import connect, tracking_uri
+from vitdet.tracking.model_card import description_of, render
 from vitdet.tracking.packaged_model import exported, pack
+from vitdet.tracking.points import same_number
 from vitdet.tracking.requests import UnknownRunError, create
+from vitdet.tracking.trial import try_model
 from vitdet.tracking.wheel import build_wheel
 
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+CANDIDATE = "candidate"
+CARD, CONFIG, REPORT = "model_card.md", "config.yaml", "report.html"  # artifacts of a version
+DESCRIPTION = (  # of a registered model
+    "Detectors of vitdet. `candidate`: the version that was "
+    "registered last. `champion`: the best version, which only a version that passes the gate "
+    "replaces (`vitdet promote`, `vitdet rollback`). A version's description is its model card."
+)
 log = logging.getLogger(__name__)
 
 
@@ -44,30 +66,31 @@ def register_checkpoint(
     *,
     folder: Path,
     alias: str,
-    evaluation: Callable[[Config, dict, Protocol], Evaluate],
     config: Config | None = None,
     metrics: dict[str, float] | None = None,
     protocol: Protocol | None = None,
     measured: Measured | None = None,
+    plots: Path | None = None,
 ) -> Registered:
     """Add a checkpoint to the model registry under an alias; `champion` requires the gate.
 
-    The data is read only for the gate.
+    With the alias `champion` the version becomes `candidate` in any case. The data is read only for
+    the gate.
 
     Args:
         checkpoint: The detector.
         folder: The folder of the default MLflow store.
         alias: The alias that then points to this version.
-        evaluation: (config, content of the checkpoint, protocol) -> function that evaluates a
-            champion.
-        config: The server and model name, and the data and settings that `metrics` were measured
-            with; default: the config in the checkpoint.
+        config: The server, model name and gate, and the data and settings that `metrics` were
+            measured with; default: the config in the checkpoint.
         metrics: Metrics of the checkpoint; default: those in the checkpoint.
         protocol: The protocol of the metrics, if known.
         measured: The provenance of the metrics that `vitdet evaluate` wrote.
+        plots: The folder of `vitdet evaluate --plots` of the same evaluation, whose report and
+            per-image matches are stored with the version.
 
     Raises:
-        ValueError: The gate rejects the candidate; also what `register` raises.
+        ValueError: The gate rejects the candidate, which is registered; also what `register` raises.
     """
     check("the alias", Alias, alias)
     stored = load_model_file(checkpoint)
@@ -80,53 +103,44 @@ def register_checkpoint(
     elif protocol is None:
         used, protocol = _measured_on(checkpoint, stored, own, config, measured, is_gated)
     metrics = stored.get("metrics") or {} if metrics is None else metrics
-    tracking, side = (config or own).tracking, own.data.image_size
+    evaluation = evaluation_of(metrics, plots)
+    tracking = (config or own).tracking
     place: dict[str, Any] = {
         "uri": tracking.uri,
         "folder": folder,
         "model_name": tracking.model_name,
     }
-    if is_gated:
-        if not protocol.fingerprint:
-            raise ValueError(
-                f"{checkpoint}: the data of its metrics is unknown; run `vitdet "
-                "evaluate CHECKPOINT --output FILE` and register it with --metrics FILE, or pass the "
-                "config of the evaluation with --config"
-            )
-        evaluate = evaluation(used, stored, protocol)
-        verdict = champion.judge(
-            metrics.get("box_ap"),
-            protocol,
-            **place,
-            evaluate=evaluate,
-            checkpoint_sha256=sha256(checkpoint),
+    if is_gated and not protocol.fingerprint:
+        raise ValueError(
+            f"{checkpoint}: the data of its metrics is unknown; run `vitdet "
+            "evaluate CHECKPOINT --output FILE` and register it with --metrics FILE, or pass the "
+            "config of the evaluation with --config"
         )
-        if not verdict.passed:
-            raise ValueError(f"{checkpoint}: not the champion: {verdict.reason}")
-    prints = stored.get("fingerprints") or {}
-    figures = {key: metrics[key] for key in ("box_ap", "mask_ap") if metrics.get(key) is not None}
-    with tempfile.TemporaryDirectory() as work:
-        name, version = register(
-            checkpoint,
-            run_id=stored["run_id"],
-            alias=None if is_gated else alias,
-            metrics=figures,
-            example=np.random.default_rng(0).integers(0, 256, (side, side, 3), dtype=np.uint8),
-            wheel=build_wheel(Path(work)),
-            tags=protocol.tags()
-            | {f"{key}_fingerprint": prints[key] for key in prints if key == "train"},
-            **place,
+    name, version = register(
+        checkpoint,
+        run_id=stored["run_id"],
+        alias=CANDIDATE if is_gated else alias,
+        evaluation=evaluation,
+        protocol=protocol,
+        used=used,
+        plots=plots,
+        **place,
+    )
+    if not is_gated:
+        return Registered(name, version, "")
+    gate = (config or own).gate
+    evaluate = champion.evaluation_like(used, stored["class_names"], protocol)
+    verdict = champion.judge(
+        evaluation, protocol, gate, **place, evaluate=evaluate, version=version
+    )
+    if verdict.passed:
+        verdict = champion.promote(version, evaluation, protocol, gate, **place)
+    if not verdict.passed:
+        raise ValueError(
+            f"{checkpoint}: registered as version {version} ({CANDIDATE}), not the champion: "
+            f"{verdict.reason}"
         )
-    champion.update_tags(version, figures, protocol, **place)  # if the version existed
-    reason = ""
-    if is_gated:
-        verdict = champion.promote(version, metrics.get("box_ap"), protocol, **place)
-        reason = verdict.reason
-        if not verdict.passed:
-            raise ValueError(
-                f"{checkpoint}: registered as version {version}, not the champion: {reason}"
-            )
-    return Registered(name, version, reason)
+    return Registered(name, version, verdict.reason)
 
 
 def _measured_on(
@@ -197,27 +211,28 @@ def register(
     folder: Path,
     model_name: str,
     alias: str | None,
-    metrics: dict[str, float],
-    example: np.ndarray,
-    wheel: Path,
-    tags: dict[str, str],
+    evaluation: Evaluation,
+    protocol: Protocol,
+    used: Config,
+    plots: Path | None = None,
 ) -> tuple[str, str]:
     """Register a checkpoint, set the alias, if any, and return (name, version).
 
-    A checkpoint of a run is registered once; a repeated registration only moves the alias and does
-    not change the tags (see `vitdet.tracking.champion.update_tags`). example: an image (H, W, 3)
-    uint8 for testing the packaged model before it is registered. metrics, tags and the run's git
-    revision become tags of the version. If the server does not know the run, e.g. of a checkpoint that was copied from
-    another machine, the version has no run, but its id in the tag `training_run`. Raises ConnectionError if the server
-    does not respond.
+    A checkpoint of a run is registered once; a repeated registration moves the alias, and replaces the
+    evaluation, report and model card if the metrics are of known data (see
+    `vitdet.tracking.champion.update_tags`). The packaged model is tried before anything is uploaded.
+    evaluation: of the checkpoint under `protocol`, with the config `used`. plots: the folder of its
+    files. If the server does not know the run, e.g. of a checkpoint that was copied from another
+    machine, the version has no run, but its id in the tag `training_run`. Raises ConnectionError if
+    the server does not respond, ValueError if the packaged model does not answer.
     """
     try:
         client, run_id = connect(run_id, uri, folder)
+        unknown_run = {}
     except UnknownRunError as error:
         log.warning("%s; the version is registered without a run", error)
-        tags = {**tags, "training_run": str(run_id)}
+        unknown_run = {"training_run": str(run_id)}
         client, run_id = connect(None, uri, folder)
-    uri = tracking_uri(uri, folder)
     digest = sha256(checkpoint)
 
     def registered() -> ModelVersion | None:
@@ -227,45 +242,158 @@ def register(
                 return version
         return None
 
-    if version := registered():
-        if alias is not None:
-            client.set_registered_model_alias(model_name, alias, version.version)
-        return model_name, str(version.version)
+    stored, version = load_model_file(checkpoint), registered()
+    revision = client.get_run(run_id).data.tags.get("git_revision", "") if run_id else ""
     with tempfile.TemporaryDirectory(prefix="vitdet-model-") as work:
-        packed = Path(work) / "model"
-        model = Model(run_id=run_id)
-        pack(packed, model, Path(checkpoint), wheel, example)
-        place = (
-            client.get_run(run_id).info.experiment_id
-            if run_id
-            else experiment_id(client, uri, folder, model_name, "tracking.model_name")
-        )
-        logged = client.create_logged_model(place, "detector", run_id, model_type="detection")
-        model.model_id = model.model_uuid = logged.model_id
-        model.artifact_path = logged.artifact_location
-        model.save(str(packed / "MLmodel"))
-        client.log_model_artifacts(logged.model_id, str(packed))
-    client.finalize_logged_model(logged.model_id, "READY")
-    if run_id:
-        client.log_outputs(run_id, [LoggedModelOutput(logged.model_id, 0)])
-    create(
-        lambda: next(iter(client.search_registered_models(f"name = '{model_name}'")), None),
-        lambda: client.create_registered_model(model_name),
-    )
-    if run_id and (revision := client.get_run(run_id).data.tags.get("git_revision")):
-        tags = {"git_revision": revision, **tags}
-    texts = {
-        **tags,
-        **{key: f"{value:.4g}" for key, value in metrics.items()},
-        "checkpoint_sha256": digest,
-    }
-    with exported(uri):
-        version = create(
-            registered,
-            lambda: client.create_model_version(
-                model_name, f"models:/{logged.model_id}", run_id, texts, model_id=logged.model_id
-            ),
-        )
+        files, card = Path(work) / "files", ""
+
+        def write_files() -> None:
+            nonlocal card
+            card = render(model_name, stored, used, evaluation, protocol, run_id, revision)
+            _write_files(files, card, stored, protocol, plots)
+
+        if version is None:
+            write_files()
+            tags = {
+                **({"git_revision": revision} if revision else {}),
+                **protocol.tags(),
+                **tags_of(evaluation.metrics),
+                **_data_tags(stored),
+                **unknown_run,
+                "checkpoint_sha256": digest,
+            }
+            model_id = _log_model(
+                client, run_id, uri, folder, model_name, stored, Path(work), files
+            )
+            _log_model_metrics(client, run_id, model_id, stored["step"], evaluation, protocol, used)
+            create(
+                lambda: next(iter(client.search_registered_models(f"name = '{model_name}'")), None),
+                lambda: client.create_registered_model(model_name, description=DESCRIPTION),
+            )
+            with exported(tracking_uri(uri, folder)):
+                version = create(
+                    registered,
+                    lambda: client.create_model_version(
+                        model_name,
+                        f"models:/{model_id}",
+                        run_id,
+                        tags,
+                        description=description_of(card),
+                        model_id=model_id,
+                    ),
+                )
+        elif champion.update_tags(
+            str(version.version),
+            evaluation.metrics,
+            protocol,
+            uri=uri,
+            folder=folder,
+            model_name=model_name,
+        ):
+            write_files()
+            if model := model_id_of(version):
+                client.log_model_artifacts(model, str(files))
+                _log_model_metrics(
+                    client, run_id, model, stored["step"], evaluation, protocol, used
+                )
+            client.update_model_version(model_name, version.version, description_of(card))
     if alias is not None:
         client.set_registered_model_alias(model_name, alias, version.version)
     return model_name, str(version.version)
+
+
+def _data_tags(stored: dict) -> dict[str, str]:
+    train = (stored.get("fingerprints") or {}).get("train")
+    return {"train_fingerprint": train} if train else {}
+
+
+def _write_files(
+    folder: Path, card: str, stored: dict, protocol: Protocol, plots: Path | None
+) -> None:
+    """Write what a version contains besides the model: card, config, report and per-image matches."""
+    folder.mkdir()
+    (folder / CARD).write_text(card, encoding="utf-8")
+    config = hide_credentials(dump_config(from_dict(stored["config"])))
+    (folder / CONFIG).write_text(config, encoding="utf-8")
+    if plots is None:
+        return
+    matches = folder / matches_folder(protocol) / MATCHES
+    matches.parent.mkdir(parents=True)
+    shutil.copyfile(plots / MATCHES, matches)
+    if (plots / REPORT).is_file():
+        shutil.copyfile(plots / REPORT, folder / REPORT)
+
+
+def _log_model(
+    client: MlflowClient,
+    run_id: str | None,
+    uri: str,
+    folder: Path,
+    model_name: str,
+    stored: dict,
+    work: Path,
+    files: Path,
+) -> str:
+    """Pack a detector, try it, and upload it with `files`; return the id of the logged model."""
+    packed, model, wheel = work / "model", Model(run_id=run_id), build_wheel(work)
+    pack(packed, model, stored, wheel)
+    try_model(packed, wheel)
+    shutil.copytree(files, packed, dirs_exist_ok=True)
+    place = (
+        client.get_run(run_id).info.experiment_id
+        if run_id
+        else experiment_id(
+            client, tracking_uri(uri, folder), folder, model_name, "tracking.model_name"
+        )
+    )
+    logged = client.create_logged_model(place, "detector", run_id, model_type="detection")
+    model.model_id = model.model_uuid = logged.model_id
+    model.artifact_path = logged.artifact_location
+    model.save(str(packed / "MLmodel"))
+    client.log_model_artifacts(logged.model_id, str(packed))
+    client.finalize_logged_model(logged.model_id, "READY")
+    if run_id:
+        client.log_outputs(run_id, [LoggedModelOutput(logged.model_id, 0)])
+    return logged.model_id
+
+
+def _log_model_metrics(
+    client: MlflowClient,
+    run_id: str | None,
+    model_id: str,
+    step: int,
+    evaluation: Evaluation,
+    protocol: Protocol,
+    used: Config,
+) -> None:
+    """Log the metrics to the model, with the validation data that they were measured on.
+
+    MLflow has no metrics of a model without a run. Metrics of single classes are in the report.
+    """
+    figures = {
+        key: value
+        for key, value in evaluation.metrics.items()
+        if value is not None and "/" not in key
+    }
+    if run_id is None or not figures:
+        return
+    data, names = used.data, {}
+    if protocol.fingerprint:
+        name = f"{Path(data.root).name} {data.val_split}"
+        names = {"dataset_name": name, "dataset_digest": protocol.fingerprint}
+        source = json.dumps({"uri": str(Path(data.root).resolve())})
+        dataset = Dataset(name, protocol.fingerprint, "local", source)
+        client.log_inputs(
+            run_id, [DatasetInput(dataset, [InputTag("mlflow.data.context", "evaluation")])]
+        )
+    now, metrics = int(time.time() * 1000), []
+    for key, value in figures.items():
+        # the same point as the run's, if it has it: a metric of a model is one of its run as well
+        same = [
+            point.timestamp
+            for point in client.get_metric_history(run_id, key)
+            if point.step == step and same_number(point.value, value)
+        ]
+        stamp = same[-1] if same else now
+        metrics.append(Metric(key, value, stamp, step, model_id=model_id, run_id=run_id, **names))
+    client.log_batch(run_id, metrics)

@@ -25,6 +25,12 @@ def has_mlflow() -> bool:
     return importlib.util.find_spec("mlflow") is not None
 
 
+def require_mlflow() -> None:
+    """Raise ValueError if the extra `tracking` is not installed."""
+    if not has_mlflow():
+        raise ValueError("mlflow is not installed; install vitdet with its extra 'tracking'")
+
+
 def default_folder(output: Path) -> Path:
     """Return the folder of the default MLflow store: the parent of `output`, shared by its runs."""
     return output.resolve().parent

@@ -16,8 +16,9 @@ from vitdet.checkpoint import (
     check_content,
     load_model_file,
 )
-from vitdet.config import Config, difference, digest, from_dict, legacy_digest
+from vitdet.config import Config, from_dict
 from vitdet.data import fingerprint
+from vitdet.digest import difference, digest, legacy_digest
 from vitdet.files import sha256
 from vitdet.training.optim import lr_factor, scaled
 

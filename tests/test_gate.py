@@ -1,0 +1,141 @@
+"""The decision of the gate, and the record of champions."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from vitdet.config import GateConfig, load_config
+from vitdet.evaluation.matches import IOUS, Matches
+from vitdet.tracking.gate import Evaluation, Verdict, compare, flaw
+from vitdet.tracking.history import FORCED, PROMOTED, ROLLED_BACK, Event, predecessors, rivals
+
+NAME = "the champion, version 3"
+
+
+def evaluation(found: dict[str, list[bool]]) -> Evaluation:
+    """One object of each class in each image, and a detection of each; found: which are matched."""
+    rows = [
+        (image, place, hit)
+        for place, hits in enumerate(found.values())
+        for image, hit in enumerate(hits)
+    ]
+    image, category, hit = (np.array(column) for column in zip(*rows, strict=True))
+    matched = np.repeat(hit[:, None], len(IOUS), 1)
+    matches = Matches(
+        kind="bbox",
+        image_ids=np.unique(image),
+        category_ids=np.arange(len(found)),
+        class_names=tuple(found),
+        image=image,
+        category=category,
+        score=np.where(hit, 0.9, 0.1),
+        matched=matched,
+        ignored=np.zeros_like(matched),
+        found=np.where(hit, np.arange(len(rows)), -1),
+        object_image=image,
+        object_category=category,
+    )
+    aps, mean = matches.ap()
+    assert not np.isnan(aps).any()
+    return Evaluation({"box_ap": mean}, {"bbox": matches})
+
+
+def hits(count: int, of: int = 60) -> list[bool]:
+    return [place < count for place in range(of)]
+
+
+def decide(gate: GateConfig, candidate: Evaluation, champion: Evaluation) -> Verdict:
+    reason = flaw(gate, candidate)
+    return Verdict(False, reason) if reason else compare(gate, candidate, champion, NAME)
+
+
+@pytest.mark.parametrize(
+    ("ap", "least", "passed", "reason"),
+    [
+        (41.0, 0.0, True, "box AP 41, above the 40 of the champion, version 3"),
+        (40.0, 0.0, False, "box AP 40, no better than the 40 of"),
+        (40.5, 0.5, False, "box AP 40.5, no more than gate.min_gain (0.5) above the 40 of"),
+        (40.51, 0.5, True, "box AP 40.51, above the 40 of"),
+        (40.2, 0.5, False, "box AP 40.2, less than gate.min_gain (0.5) above the 40 of"),
+        (float("nan"), 0.0, False, "box AP is nan: cannot be compared"),
+    ],
+)
+def test_the_gain_must_be_above_the_least(
+    ap: float, least: float, passed: bool, reason: str
+) -> None:
+    found = decide(
+        GateConfig(min_gain=least), Evaluation({"box_ap": ap}), Evaluation({"box_ap": 40.0})
+    )
+    assert found.passed is passed and found.reason.startswith(reason)
+
+
+def test_another_metric_decides_alone() -> None:
+    better = Evaluation({"box_ap": 10.0, "mask_ap50": 41.0})
+    worse = Evaluation({"box_ap": 90.0, "mask_ap50": 40.0})
+    found = decide(GateConfig(metric="mask_ap50"), better, worse)
+    assert found == Verdict(True, f"mask AP50 41, above the 40 of {NAME}")
+
+
+def test_no_class_may_fall_below_its_floor_or_lose_too_much() -> None:
+    before = evaluation({"disc": hits(30), "ring": hits(30)})
+    after = evaluation({"disc": hits(55), "ring": hits(20)})
+    assert decide(GateConfig(), after, before).passed
+    floor = decide(GateConfig(min_class_ap=40.0), after, before)
+    assert not floor.passed and "class 'ring' has 33" in floor.reason
+    loss = decide(GateConfig(max_class_loss=10.0), after, before)
+    assert not loss.passed and "class 'ring' lost 16" in loss.reason
+    assert decide(GateConfig(min_class_ap=30.0, max_class_loss=20.0), after, before).passed
+    assert "per-image matches" in flaw(GateConfig(min_class_ap=1.0), Evaluation({"box_ap": 50.0}))
+
+
+def test_with_confidence_a_gain_by_chance_does_not_pass() -> None:
+    gate, before = GateConfig(confidence=0.95), evaluation({"disc": hits(30)})
+    lucky, better = evaluation({"disc": hits(31)}), evaluation({"disc": hits(45)})
+    assert decide(GateConfig(), lucky, before).passed
+    found = decide(gate, lucky, before)
+    assert not found.passed and "but the lower bound of the gain at 0.95" in found.reason
+    found = decide(gate, better, before)
+    assert (
+        found.passed and "and the lower bound of the gain at 0.95 confidence is +" in found.reason
+    )
+    assert not decide(replace(gate, min_gain=20.0), better, before).passed
+    other = evaluation({"disc": hits(30, 50)})
+    found = decide(gate, better, other)
+    assert not found.passed and "cannot be compared: the results are of different" in found.reason
+
+
+@pytest.mark.parametrize("value", ["confidence=1", "min_gain=-1", "metric=ap", "min_class_ap=101"])
+def test_settings_out_of_range_are_refused(value: str) -> None:
+    with pytest.raises(ValueError, match=r"^gate\."):
+        load_config("tiny", [f"gate.{value}"])
+
+
+def record(*rows: tuple[str, str, str]) -> list[Event]:
+    return [
+        Event(f"{place:03d}", version, action, before, "")
+        for place, (action, before, version) in enumerate(rows)
+    ]
+
+
+def test_a_rollback_undoes_promotions_one_by_one() -> None:
+    first = [(PROMOTED, "", "1"), (PROMOTED, "1", "2"), (FORCED, "2", "5")]
+    assert predecessors(record(*first), "5") == ["2", "1"]
+    back = [*first, (ROLLED_BACK, "5", "2")]
+    assert predecessors(record(*back), "2") == ["1"]
+    assert predecessors(record(*back, (ROLLED_BACK, "2", "1")), "1") == []
+    assert predecessors(record(*back, (PROMOTED, "2", "5")), "5") == ["2", "1"]
+    # the champion of an earlier version of this program, and an alias that was moved by hand
+    assert predecessors(record((PROMOTED, "7", "8")), "8") == ["7"]
+    assert predecessors(record(*first), "9") == ["5", "2", "1"]
+    assert predecessors([], "9") == []
+
+
+def test_rivals_replaced_the_same_champion_at_the_same_time() -> None:
+    before = record((PROMOTED, "", "1"), (PROMOTED, "1", "2"), (ROLLED_BACK, "2", "1"))
+    now = [*before, *record((PROMOTED, "1", "4"), (PROMOTED, "1", "3"), (FORCED, "1", "6"))]
+    now.append(Event("x", "5", PROMOTED, "4", ""))
+    assert rivals(before, now, "3") == ["4"]
+    assert rivals(before, [*before, *record((PROMOTED, "1", "3"))], "3") == []

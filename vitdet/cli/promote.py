@@ -1,0 +1,91 @@
+"""`vitdet promote` and `vitdet rollback`."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from vitdet.cli.paths import given_path
+
+
+def add_promote(verb: argparse.ArgumentParser) -> None:
+    """The arguments of the verb `promote`."""
+    _add_model(verb)
+    verb.add_argument(
+        "--version", type=_number, metavar="N", help="default: the version with the alias candidate"
+    )
+    verb.add_argument(
+        "--force", metavar="REASON", type=_reason, help="skip the gate; REASON is stored as a tag"
+    )
+    verb.set_defaults(run=run_promote)
+
+
+def add_rollback(verb: argparse.ArgumentParser) -> None:
+    """The arguments of the verb `rollback`."""
+    _add_model(verb)
+    verb.add_argument("--reason", default="", help="stored as a tag")
+    verb.set_defaults(run=run_rollback)
+
+
+def run_promote(args: argparse.Namespace) -> int:
+    """vitdet promote"""
+    config, place = _place(args)
+    from vitdet.tracking.promotion import promote_version
+
+    version, reason = promote_version(
+        args.name, args.version, config=config, force=args.force, **place
+    )
+    print(f"{args.name}, version {version} (champion): {reason}")
+    return 0
+
+
+def run_rollback(args: argparse.Namespace) -> int:
+    """vitdet rollback"""
+    _, place = _place(args)
+    from vitdet.tracking.promotion import roll_back
+
+    before, now = roll_back(args.name, reason=args.reason, **place)
+    print(f"{args.name}, version {now} (champion): in place of version {before}")
+    return 0
+
+
+def _add_model(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("name", help="name of the registered model, the setting tracking.model_name")
+    verb.add_argument(
+        "--runs",
+        type=given_path,
+        default=Path("runs"),
+        metavar="DIR",
+        help="folder of the trainings and their mlflow.db, if MLflow has no server (runs)",
+    )
+    verb.add_argument(
+        "--config",
+        type=given_path,
+        help="take the MLflow server and the gate, and the data of an evaluation, from this file",
+    )
+
+
+def _place(args: argparse.Namespace) -> tuple:
+    """(config or None, the MLflow store). Raises ValueError without MLflow."""
+    from vitdet.config import TrackingConfig
+    from vitdet.data.layout import resolve_config
+    from vitdet.ranges import ModelName, check
+    from vitdet.tracking.runs import require_mlflow
+
+    require_mlflow()
+    check("NAME", ModelName, args.name)
+    config = resolve_config(args.config)[0] if args.config else None
+    uri = config.tracking.uri if config else TrackingConfig.uri
+    return config, {"uri": uri, "folder": args.runs}
+
+
+def _number(text: str) -> str:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected the number of a version, got {text!r}")
+    return str(int(text))
+
+
+def _reason(text: str) -> str:
+    if not text.strip():
+        raise argparse.ArgumentTypeError("expected a reason, got an empty text")
+    return text.strip()

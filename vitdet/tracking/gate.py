@@ -1,0 +1,151 @@
+"""The gate: decides from two evaluations on the same data whether a detector replaces the champion.
+
+Metrics are compared with four significant digits, the precision of the tags in the registry.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from vitdet.config import GateConfig
+from vitdet.evaluation.bootstrap import METRICS, WeightedAP, bootstrap
+from vitdet.evaluation.coco import NAMES
+from vitdet.evaluation.matches import Matches
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """metrics: by name, AP in percent. matches: by kind ("bbox", "segm"), empty if not stored."""
+
+    metrics: Mapping[str, float | None]
+    matches: Mapping[str, Matches] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Whether a candidate replaces the champion, and why, in one line."""
+
+    passed: bool
+    reason: str
+
+
+def label(gate: GateConfig) -> str:
+    """Return the name of the metric in messages, as in `box AP50`."""
+    return gate.metric.replace("_ap", " AP")
+
+
+def compares_matches(gate: GateConfig) -> bool:
+    """Whether the gate needs the per-image matches of the champion, too."""
+    return gate.confidence > 0 or gate.max_class_loss < 100
+
+
+def missing(gate: GateConfig, champion: Evaluation) -> str:
+    """Return what the gate needs and this evaluation of the champion lacks; "" if nothing."""
+    if champion.metrics.get(gate.metric) is None:
+        return "AP"
+    return "per-image matches" if compares_matches(gate) and not _matches(gate, champion) else ""
+
+
+def flaw(gate: GateConfig, candidate: Evaluation) -> str:
+    """Return why a candidate is rejected whatever the champion is; "" if it is not."""
+    value, name = candidate.metrics.get(gate.metric), label(gate)
+    if value is None or not 0 <= value <= 100:
+        return f"{name} is {value}: cannot be compared"
+    if gate.min_class_ap == 0 and not compares_matches(gate):
+        return ""
+    if not _matches(gate, candidate):
+        return (
+            f"{name} {value:.4g}: gate.min_class_ap, gate.max_class_loss and gate.confidence need the "
+            "per-image matches; run `vitdet evaluate --plots FOLDER` and register with --plots FOLDER"
+        )
+    below = {
+        one: ap for one, ap in _class_values(gate, candidate).items() if ap < gate.min_class_ap
+    }
+    if below:
+        worst = min(below, key=below.__getitem__)
+        return (
+            f"{name} {value:.4g}: class {worst!r} has {below[worst]:.4g}, gate.min_class_ap is "
+            f"{gate.min_class_ap:g}{_others(below)}"
+        )
+    return ""
+
+
+def compare(
+    gate: GateConfig, candidate: Evaluation, champion: Evaluation, champion_name: str
+) -> Verdict:
+    """Compare a candidate without a `flaw` with a champion of which nothing is `missing`."""
+    value, before = candidate.metrics[gate.metric], champion.metrics[gate.metric]
+    assert value is not None and before is not None
+    gain = round(float(f"{value:.4g}") - float(f"{before:.4g}"), 9)
+    shown = f"{label(gate)} {value:.4g}"
+    passed = gain > gate.min_gain
+    relation = "above" if passed else "no better than"
+    if not passed and gain > 0:
+        relation = f"less than gate.min_gain ({gate.min_gain:g}) above"
+        if gain == gate.min_gain:
+            relation = f"no more than gate.min_gain ({gate.min_gain:g}) above"
+    reason = f"{shown}, {relation} the {before:.4g} of {champion_name}"
+    if not passed or not compares_matches(gate):
+        return Verdict(passed, reason)
+    theirs = _class_values(gate, champion)
+    losses = {
+        one: theirs[one] - ap
+        for one, ap in _class_values(gate, candidate).items()
+        if theirs.get(one, 0.0) - ap > gate.max_class_loss
+    }
+    if losses:
+        worst = max(losses, key=losses.__getitem__)
+        return Verdict(
+            False,
+            f"{reason}, but class {worst!r} lost {losses[worst]:.4g}, gate.max_class_loss is "
+            f"{gate.max_class_loss:g}{_others(losses)}",
+        )
+    if not gate.confidence:
+        return Verdict(True, reason)
+    try:
+        low = _lower_bound(gate, candidate, champion)
+    except ValueError as error:
+        return Verdict(False, f"{reason}, but it cannot be compared: {error}")
+    certain = low > gate.min_gain
+    but = "and" if certain else "but"
+    return Verdict(
+        certain,
+        f"{reason}, {but} the lower bound of the gain at {gate.confidence:.4g} confidence is "
+        f"{low:+.3g}, {'above' if certain else 'not above'} {gate.min_gain:g}",
+    )
+
+
+def _lower_bound(gate: GateConfig, candidate: Evaluation, champion: Evaluation) -> float:
+    """The lower bound of the two-sided paired bootstrap interval of the gain."""
+    both = [_matches(gate, candidate), _matches(gate, champion)]
+    ours, theirs = bootstrap([one for one in both if one is not None])
+    differences = (ours.resampled - theirs.resampled)[:, _row(gate), 0]
+    return float(np.quantile(differences, (1 - gate.confidence) / 2))
+
+
+def _matches(gate: GateConfig, evaluation: Evaluation) -> Matches | None:
+    prefix = gate.metric.partition("_")[0]
+    return next((one for kind, one in evaluation.matches.items() if NAMES[kind] == prefix), None)
+
+
+def _row(gate: GateConfig) -> int:
+    return METRICS.index(gate.metric.partition("_")[2])
+
+
+def _class_values(gate: GateConfig, evaluation: Evaluation) -> dict[str, float]:
+    """The metric of each class that has objects."""
+    matches = _matches(gate, evaluation)
+    assert matches is not None
+    values = WeightedAP(matches)(np.ones(len(matches.image_ids), np.int32))[_row(gate), 1:]
+    return {
+        name: float(value)
+        for name, value in zip(matches.class_names, values, strict=True)
+        if not np.isnan(value)
+    }
+
+
+def _others(classes: Mapping[str, float]) -> str:
+    return f" ({len(classes) - 1} more classes as well)" if len(classes) > 1 else ""

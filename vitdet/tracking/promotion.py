@@ -1,0 +1,159 @@
+"""Moves the alias `champion` by hand: `vitdet promote` applies the gate, `vitdet rollback` undoes a promotion."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vitdet.checkpoint import load_model_file
+from vitdet.config import Config, load_config
+from vitdet.data.protocol import Protocol, settings_of
+from vitdet.tracking import champion
+from vitdet.tracking.address import hide_credentials, tracking_uri
+from vitdet.tracking.champion import promoting
+from vitdet.tracking.evaluations import model_id_of, read_evaluation
+from vitdet.tracking.history import (
+    FORCED,
+    ROLLED_BACK,
+    champion_of,
+    events,
+    predecessors,
+    set_champion,
+)
+from vitdet.tracking.mlflow import connect
+from vitdet.tracking.packaged_model import download, download_checkpoint
+from vitdet.tracking.registry import CANDIDATE, CONFIG
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities.model_registry import ModelVersion
+
+
+def promote_version(
+    model_name: str,
+    version: str | None,
+    *,
+    uri: str,
+    folder: Path,
+    config: Config | None = None,
+    force: str | None = None,
+) -> tuple[str, str]:
+    """Make a registered version the champion if it passes the gate; return (version, reason).
+
+    version: default: that with the alias `candidate`. uri, folder: of the MLflow store. config: the
+    gate, and the data and settings of the evaluation; default: those of the version's training.
+    force: a reason to skip the gate, which is stored. Raises LookupError for what does not exist, and
+    ValueError if the gate rejects the version or cannot be applied.
+    """
+    client = _open(uri, folder)
+    number = version or _alias(client, model_name, CANDIDATE, "name one with --version N")
+    found = _version(client, model_name, number)
+    shown = f"{model_name}, version {number}"
+    if force is not None:
+        with promoting(folder):
+            before = champion_of(client, model_name)
+            if before == number:
+                raise ValueError(f"{shown}: is already the champion")
+            set_champion(client, model_name, number, FORCED, before or "", force)
+        return number, f"without the gate ({force})"
+    protocol = Protocol(
+        found.tags.get("val_fingerprint", ""), found.tags.get("evaluate_settings", "")
+    )
+    if not protocol.fingerprint:
+        raise ValueError(
+            f"{shown}: the data of its metrics is unknown; register it again with the --metrics of "
+            "`vitdet evaluate`, or skip the gate with --force REASON"
+        )
+    server = tracking_uri(uri, folder)
+    used = config or _config_of(client, server, found)
+    place: dict[str, Any] = {"uri": uri, "folder": folder, "model_name": model_name}
+
+    def evaluate(checkpoint: Path, plots: Path) -> Mapping[str, float | None]:
+        if settings_of(used) != protocol.settings:
+            raise ValueError(
+                f"the candidate was evaluated with other settings ({protocol.settings}); pass the "
+                "config of its evaluation with --config"
+            )
+        with tempfile.TemporaryDirectory(prefix="vitdet-candidate-") as work:
+            own = load_model_file(download_checkpoint(server, model_name, number, Path(work)))
+            names = [str(name) for name in own["class_names"]]
+        return champion.evaluation_like(used, names, protocol)(checkpoint, plots)
+
+    candidate = read_evaluation(client, server, found, protocol, matches=True)
+    verdict = champion.judge(
+        candidate, protocol, used.gate, **place, evaluate=evaluate, version=number
+    )
+    if verdict.passed:
+        verdict = champion.promote(number, candidate, protocol, used.gate, **place)
+    if not verdict.passed:
+        raise ValueError(f"{shown}: not the champion: {verdict.reason}")
+    return number, verdict.reason
+
+
+def roll_back(model_name: str, *, uri: str, folder: Path, reason: str) -> tuple[str, str]:
+    """Make the version the champion that was it before; return the numbers (before, now).
+
+    Raises LookupError if there is no such model or champion, ValueError if none was champion before.
+    """
+    client = _open(uri, folder)
+    with promoting(folder):
+        current = _alias(client, model_name, champion.ALIAS, "there is nothing to roll back")
+        numbers = {
+            str(one.version) for one in client.search_model_versions(f"name = '{model_name}'")
+        }
+        earlier = [
+            one for one in predecessors(events(client, model_name), current) if one in numbers
+        ]
+        if not earlier:
+            raise ValueError(
+                f"{model_name}: no existing version was champion before version {current}; choose one "
+                f"with `vitdet promote {model_name} --version N`"
+            )
+        set_champion(client, model_name, earlier[0], ROLLED_BACK, current, reason)
+    return current, earlier[0]
+
+
+def _open(uri: str, folder: Path) -> MlflowClient:
+    """The client; raises FileNotFoundError instead of creating a new store."""
+    server = tracking_uri(uri, folder)
+    path = Path(server.removeprefix("sqlite:///"))
+    if server.startswith("sqlite:///") and not path.is_file():
+        raise FileNotFoundError(
+            f"{path}: no such MLflow store; name its folder with --runs, or set MLFLOW_TRACKING_URI"
+        )
+    return connect(None, uri, folder)[0]
+
+
+def _alias(client: MlflowClient, model_name: str, alias: str, otherwise: str) -> str:
+    models = client.search_registered_models(f"name = '{model_name}'")
+    if not models:
+        raise LookupError(f"{model_name}: no such registered model; `vitdet register` creates one")
+    if alias not in models[0].aliases:
+        raise LookupError(f"{model_name}: no version has the alias {alias}; {otherwise}")
+    return str(models[0].aliases[alias])
+
+
+def _version(client: MlflowClient, model_name: str, number: str) -> ModelVersion:
+    try:
+        return client.get_model_version(model_name, number)
+    except LookupError as error:
+        raise LookupError(
+            hide_credentials(f"{model_name}: no version {number} ({error})")
+        ) from error
+
+
+def _config_of(client: MlflowClient, server: str, found: ModelVersion) -> Config:
+    """The config that is stored with a version. Raises ValueError for versions without one."""
+    model = model_id_of(found)
+    stored = client.list_logged_model_artifacts(model) if model else []
+    if not any(one.path == CONFIG for one in stored):
+        raise ValueError(
+            f"{found.name}, version {found.version}: was registered without its config; pass it with "
+            "--config FILE"
+        )
+    with tempfile.TemporaryDirectory(prefix="vitdet-config-") as work:
+        return load_config(
+            download(server, f"models:/{found.name}/{found.version}/{CONFIG}", Path(work))
+        )

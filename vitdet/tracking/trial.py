@@ -1,0 +1,61 @@
+"""The trial of a packed model: a fresh process loads it and asks it for its input example.
+
+The process imports this package from the wheel in the model only, as a server of the model does; the
+other packages are those that are installed here. Pickles are refused.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+
+TIMEOUT_SECONDS = 900.0  # imports from a network file system take minutes
+PROGRAM = """
+import sys
+wheel, path = sys.argv[1:]
+sys.path.insert(0, wheel)
+import mlflow.pyfunc
+model = mlflow.pyfunc.load_model(path)
+found = model.predict(model.input_example, params={"threshold": 0.0})
+modules = [module for name, module in sys.modules.items() if name.split(".")[0] == "vitdet"]
+outside = [module.__file__ for module in modules if not module.__file__.startswith(wheel)]
+if outside or not modules:
+    raise ImportError(f"the package is not imported from the wheel of the model, but {outside}")
+expected = [column.name for column in model.metadata.get_output_schema()]
+if list(found.columns) != expected:
+    raise ValueError(f"the answer has the columns {list(found.columns)}, the signature {expected}")
+"""
+
+
+def try_model(model: Path, wheel: Path) -> None:
+    """Load a packed model in a fresh process and let it detect. Raises ValueError if it does not answer.
+
+    model: the folder of the model. wheel: this package, as it is in the model.
+    """
+    with tempfile.TemporaryDirectory(prefix="vitdet-trial-") as work:
+        site = Path(work).resolve() / "site"
+        with zipfile.ZipFile(wheel) as archive:
+            archive.extractall(site)
+        try:
+            done = subprocess.run(
+                [sys.executable, "-P", "-c", PROGRAM, str(site), str(model)],
+                cwd=work,
+                env={**os.environ, "MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false"},
+                capture_output=True,
+                text=True,
+                timeout=TIMEOUT_SECONDS,
+            )
+        except subprocess.TimeoutExpired as error:
+            raise ValueError(
+                f"the packed model did not answer within {TIMEOUT_SECONDS:.0f} s in a fresh process; "
+                "it is not registered"
+            ) from error
+    if done.returncode:
+        reason = next(iter(reversed(done.stderr.strip().splitlines())), f"exit {done.returncode}")
+        raise ValueError(
+            f"the packed model does not answer in a fresh process ({reason[:300]}); it is not registered"
+        )
