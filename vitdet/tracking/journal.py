@@ -78,6 +78,13 @@ class Journal:
             key: record["step"] for record, _ in self.records() for key in record.get("points", ())
         }
 
+    def last_value(self, key: str) -> float:
+        """Return the last value of a metric, 0 without one."""
+        value = 0.0
+        for record, _ in self.records():
+            value = record.get("points", {}).get(key, value)
+        return value
+
     def records(self, offset: int = 0) -> Iterator[tuple[dict, int]]:
         """(record, offset behind it) of each whole line from this offset on."""
         if not self.path.exists():

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import logging
 import threading
-from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +26,7 @@ from vitdet.tracking.requests import (
 )
 from vitdet.tracking.revision import git_revision
 from vitdet.tracking.shipper import BACK_OFF_SECONDS, Shipper, open_client
+from vitdet.tracking.system_metrics import SystemMetrics
 from vitdet.tracking.tracker import Tracker
 
 if TYPE_CHECKING:
@@ -57,7 +57,8 @@ class MLflowTracker(Tracker):
         self._closing, self._tried = threading.Event(), threading.Event()
         self._limit = CLOSE_SECONDS
         self.refusal = ""
-        import_module("mlflow")  # takes seconds, none of which are the server's
+        # importing MLflow takes seconds, none of which are the server's
+        self._system = SystemMetrics(journal.last_value("gpu_hours"))
         self._thread = threading.Thread(target=self._ship, name="tracking", daemon=True)
         self._thread.start()
         # so that the first checkpoint has the id of the run, unless the server is slow
@@ -68,6 +69,8 @@ class MLflowTracker(Tracker):
         return self._journal.run_id
 
     def log(self, values: dict[str, float], step: int) -> None:
+        if "images_per_second" in values:
+            values = values | self._system.read()
         points = {
             key: float(value) for key, value in values.items() if step > self._last.get(key, -1)
         }
