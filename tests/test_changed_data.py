@@ -70,6 +70,7 @@ class Run:
             str(self.space),
             self.run_id,
             self.path("figures"),
+            self.path("report"),
         )
         return known
 

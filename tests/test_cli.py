@@ -128,6 +128,7 @@ def test_evaluate(vitdet: Run, trained: Path, tmp_path: Path) -> None:
     assert {path.name for path in (tmp_path / "plots").iterdir()} == {
         "classes.json",
         "curve.json",
+        "matches.measured.json",
         "matches.npz",
         "results.json",
         "thresholds.json",

@@ -122,7 +122,7 @@ def settings(*overrides: str) -> dict[str, str]:
 
 def test_settings_training_and_seeds_are_shown() -> None:
     three = [
-        compared("a", settings("tracking.uri=http://u:secret@x"), images_per_second=3.25),
+        compared("a", {**settings(), "tracking.uri": "http://u:secret@x"}, images_per_second=3.25),
         compared("b", settings("train.seed=1"), memory_gb=2.0, gpu_hours=0.5),
         compared("c", settings("optim.lr=1")),
     ]

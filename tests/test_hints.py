@@ -26,7 +26,7 @@ COMMAND = re.compile(r"`(vitdet [^`]+)`|\((vitdet (?:weights|train) [^`()]+)\)")
 # commands of other programs; one with a pipe is two
 OTHER = re.compile(r"`((?:python -m|kubectl|mlflow|dvc) [^`]+)`")
 BARE = re.compile(r"(?<![`\w])(?:python -m pipeline|kubectl|dvc) +[\w.]")
-VERB = r"(?:config|data|weights|train|evaluate|predict|bench|register)"
+VERB = r"(?:config|data|weights|train|evaluate|predict|bench|register|compare|promote|rollback)"
 
 
 def proposed() -> list[tuple[str, str]]:
@@ -57,6 +57,7 @@ def test_a_proposed_command_is_read_by_the_command_line(command: str) -> None:
     assert re.fullmatch(VERB, words[0])
     if words[0] == "weights" and words[1] == "fetch":
         words = ["mae_vit_b" if word in ("X", "NAME") else word for word in words]
+    words = ["1" if word == "N" else word for word in words]
     known, kinds = words, parser()
     while known and kinds._subparsers is not None:
         kinds, known = choices_of(kinds)[known[0]], known[1:]

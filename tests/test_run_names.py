@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from vitdet import config as config_module
+from vitdet import digest as digest_module
 from vitdet.config import Config, OptimConfig, load_config
 from vitdet.digest import difference, digest, legacy_digest
 from vitdet.sections import list_settings
@@ -36,6 +36,11 @@ OPERATIONAL = [
     "tracking.uri=http://x",
     "tracking.experiment=x",
     "tracking.model_name=x",
+    "gate.metric=mask_ap",
+    "gate.min_gain=7",
+    "gate.min_class_ap=7",
+    "gate.max_class_loss=7",
+    "gate.confidence=0.7",
 ]
 
 
@@ -102,7 +107,7 @@ def test_a_setting_of_a_later_version_keeps_the_name_while_it_has_its_default(
     config = load_config("tiny")
     assert digest(later(config)) == digest(config)
     assert digest(later(config, nesterov=True)) != digest(config)
-    monkeypatch.setattr(config_module, "LATER", (*config_module.LATER, "optim.nesterov"))
+    monkeypatch.setattr(digest_module, "LATER", (*digest_module.LATER, "optim.nesterov"))
     assert legacy_digest(later(config)) == legacy_digest_of_version_01("tiny")
     assert legacy_digest(later(config, nesterov=True)) is None
 

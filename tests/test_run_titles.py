@@ -11,7 +11,7 @@ from mlflow import MlflowClient
 
 from vitdet import __version__
 from vitdet.cli import parser
-from vitdet.config import Config, load_config, save_config
+from vitdet.config import Config, load_config, override, save_config
 from vitdet.tracking.mlflow import tracking_uri
 from vitdet.tracking.naming import LONGEST, description, recipe_of, run_name
 from vitdet.tracking.runs import start_tracker
@@ -95,5 +95,5 @@ def test_tags_tell_recipe_data_code_and_machine_but_no_password(
     assert tags["mlflow.note.content"].startswith("    vitdet train tiny \\\n        --set ")
     assert "secret" not in str(run.to_dictionary())
     assert "secret" not in description(
-        load_config("tiny", [f"tracking.uri={store}"]), "tiny", tmp_path
+        override(load_config("tiny"), [f"tracking.uri={store}"]), "tiny", tmp_path
     )

@@ -17,7 +17,7 @@ from tests.test_trainer import go, interrupt, same_bits, terminate
 from vitdet import distributed
 from vitdet.evaluation import detections
 from vitdet.tracking import runs
-from vitdet.training import Stopped, trainer
+from vitdet.training import Stopped, initial, trainer
 from vitdet.training.stop import stop_signals, warn_of_short_grace
 
 Run = Callable[..., tuple[int, str, str]]
@@ -105,8 +105,9 @@ def test_a_signal_before_the_first_step(
         terminate()
         return whole(*given, **named)
 
-    whole = getattr(trainer, place)
-    monkeypatch.setattr(trainer, place, signalled)
+    module = trainer if place == "read_split" else initial
+    whole = getattr(module, place)
+    monkeypatch.setattr(module, place, signalled)
     recorder = Recorder()
     with pytest.raises(Stopped, match="stopped at step 0 "):
         go(tiny, tmp_path, recorder)

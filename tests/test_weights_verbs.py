@@ -97,7 +97,7 @@ def test_the_list_for_programs(vitdet: Run) -> None:
     entries = {entry["name"]: entry for entry in json.loads(vitdet("weights", "list", "--json")[1])}
     assert set(entries) == set(CATALOGUE)
     assert entries["mae_vit_b"]["size"] == 343_249_461 and entries["mae_vit_l"]["size"] is None
-    assert entries["mae_vit_h"]["sha256"] is None and entries["mae_vit_h"]["license"] is None
+    assert entries["mae_vit_h"]["sha256"] is None and entries["mae_vitae_b"]["license"] is None
     assert entries["mae_vit_tiny"]["fetched"] is True
 
 

@@ -27,7 +27,7 @@ def add_register(verb: argparse.ArgumentParser) -> None:
     verb.add_argument(
         "--plots",
         type=given_path,
-        help="folder of `vitdet evaluate --plots` of the same evaluation: its report and per-image matches are "
+        help="folder that `vitdet evaluate` wrote with --plots, of the same evaluation: its report and per-image matches are "
         "stored with the version",
     )
     verb.add_argument("--output", type=given_path, help="write name and version to this JSON file")

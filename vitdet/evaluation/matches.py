@@ -131,7 +131,7 @@ def load_matches(path: str | Path) -> dict[str, Matches]:
         if isinstance(error, FileNotFoundError):
             raise FileNotFoundError(f"{path}: no such file of matches") from error
         raise ValueError(
-            f"{path}: not a file of matches ({error}); run `vitdet evaluate --plots` again"
+            f"{path}: not a file of matches ({error}); run `vitdet evaluate CHECKPOINT --plots FOLDER` again"
         ) from error
 
 

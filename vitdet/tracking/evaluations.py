@@ -99,7 +99,7 @@ def evaluation_of(metrics: Mapping[str, float | None], plots: Path | None) -> Ev
     path = plots / MATCHES
     if not path.is_file():
         raise FileNotFoundError(
-            f"{path}: no such file; expected the folder that `vitdet evaluate --plots` wrote"
+            f"{path}: no such file; expected the folder that `vitdet evaluate` wrote with --plots"
         )
     matches = load_matches(path)
     for kind, one in matches.items():

@@ -16,8 +16,7 @@ from vitdet.digest import difference
 from vitdet.sections import list_settings
 
 LONGEST = 120  # characters of a run's name; MLflow's tables show about 40, its limit is 250
-# those first in which the runs of an experiment usually differ
-SECTIONS = ("train", "optim", "data", "model", "evaluate", "tracking")
+FIRST = ("train", "optim", "data")  # the sections in which the runs of an experiment usually differ
 RESOLVED = "config"  # file name of a resolved config, which is not the name of a recipe
 
 
@@ -75,9 +74,11 @@ def machine() -> dict[str, str]:
 def _changes(config: Config, builtin: str) -> Iterator[tuple[str, str]]:
     """Yield (setting, override) of each setting that differs from the built-in recipe."""
     usual = flatten(load_config(builtin))
+    sections = dict.fromkeys((*FIRST, *type(config).hints))
+    rank = {section: place for place, section in enumerate(sections)}
     # a sort that keeps the order within sections
     for key, value in sorted(
-        flatten(config).items(), key=lambda item: SECTIONS.index(item[0].partition(".")[0])
+        flatten(config).items(), key=lambda item: rank[item[0].partition(".")[0]]
     ):
         if value != usual[key]:
             text = value if isinstance(value, str) else json.dumps(value).removesuffix(".0")

@@ -19,13 +19,13 @@ import sys
 wheel, path = sys.argv[1:]
 sys.path.insert(0, wheel)
 import mlflow.pyfunc
-model = mlflow.pyfunc.load_model(path)
-found = model.predict(model.input_example, params={"threshold": 0.0})
+loaded = mlflow.pyfunc.load_model(path)
+found = loaded.predict(loaded.input_example, params={"threshold": 0.0})
 modules = [module for name, module in sys.modules.items() if name.split(".")[0] == "vitdet"]
 outside = [module.__file__ for module in modules if not module.__file__.startswith(wheel)]
 if outside or not modules:
     raise ImportError(f"the package is not imported from the wheel of the model, but {outside}")
-expected = [column.name for column in model.metadata.get_output_schema()]
+expected = [column.name for column in loaded.metadata.get_output_schema()]
 if list(found.columns) != expected:
     raise ValueError(f"the answer has the columns {list(found.columns)}, the signature {expected}")
 """
