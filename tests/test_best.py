@@ -114,6 +114,54 @@ def test_a_training_that_no_longer_gains_ends_also_when_it_was_resumed(
     assert load_model_file(tmp_path / "cut" / "model.pt")["step"] == 4
 
 
+def test_a_training_always_ends_with_its_best_detector(
+    tiny: Path, tmp_path: Path, measure: Callable[[Iterable[float]], None]
+) -> None:
+    def run(values: Iterable[float]) -> Recorder:
+        measure(values)
+        recorder, changes = Recorder(), {**ENDING, "train__patience": 1}
+        config = load_config("tiny", minimal(tiny, **changes))
+        train(config, folder, start_tracking=lambda *_: recorder)
+        return recorder
+
+    folder = tmp_path / "run"
+    best, stored = folder / "best.pt", folder / "checkpoints" / "best.pt"
+    run([3.0, 2.0])
+    best.unlink()
+    assert not run([]).points and load_model_file(best)["step"] == 1  # from the states
+    best.unlink()
+    stored.unlink()
+    # the evaluation of the last state counts as the best, and patience counts from there
+    assert sorted(run([2.0, 1.0]).points) == [2, 3]
+    assert load_model_file(best)["step"] == 2 and load_model_file(folder / "model.pt")["step"] == 3
+    best.unlink()
+    shutil.rmtree(stored.parent)
+    with pytest.raises(
+        ValueError, match=r"finished run of 3 steps without its best.pt, and no training state"
+    ):
+        run([])
+
+
+def test_a_training_that_patience_ended_goes_on_with_more_of_it(
+    tiny: Path, tmp_path: Path, measure: Callable[[Iterable[float]], None]
+) -> None:
+    def run(values: Iterable[float], patience: int) -> list[int]:
+        measure(values)
+        recorder = Recorder()
+        changes = {**ENDING, "train__patience": patience, "optim__steps": 4}
+        config = load_config("tiny", minimal(tiny, **changes))
+        train(config, tmp_path / "run", start_tracking=lambda *_: recorder)
+        return sorted(recorder.points)
+
+    assert run([3.0, 2.0, 2.0], 2) == [1, 2, 3]
+    with pytest.raises(ValueError, match="another config .*train.patience: 1, not 2"):
+        run([], 1)
+    assert run([4.0], 0) == [4]
+    assert load_model_file(tmp_path / "run" / "best.pt")["step"] == 4
+    with pytest.raises(ValueError, match="another config .*train.patience: 3, not 0"):
+        run([], 3)
+
+
 @pytest.mark.slow
 def test_the_best_detector_has_the_metrics_that_it_says(
     tiny: Path, trained: Path, tmp_path: Path
@@ -140,7 +188,7 @@ def test_a_best_detector_that_is_lost_is_replaced_by_the_next(
     state = {"value": 5.0, "step": 4, "stale": 1}
     best.restore(state, 6)
     assert "the best detector, of step 4, is lost" in caplog.text
-    assert best.stale == 1 and best.update({"box_ap": 1.0}, 8)
+    assert best.stale == 0 and best.update({"box_ap": 1.0}, 8)
     (tmp_path / "states").mkdir()
     (tmp_path / "states" / "best.pt").write_bytes(b"damaged")
     best.restore(state, 6)

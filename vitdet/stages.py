@@ -289,7 +289,8 @@ def check_processes(settings: str, name: str, processes: int) -> None:
 
 def is_trained(workspace: str, name: str, run_id: str) -> bool:
     """Whether this training is complete, as when only the end of its step was lost."""
-    return (training_folder(workspace, name, run_id) / "model.pt").is_file()
+    folder = training_folder(workspace, name, run_id)
+    return (folder / "model.pt").is_file() and result(folder).is_file()
 
 
 def keep_logs(settings: str, name: str, workspace: str, run_id: str, files: dict[str, str]) -> None:

@@ -1,4 +1,4 @@
-"""The best evaluation of a training so far: its detector in best.pt, and the end of a training that no longer gains."""
+"""The best evaluation of a training so far: its detector in best.pt, and early stopping by train.patience."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ class Best:
         self.step = self.stale = 0
 
     def update(self, metrics: dict[str, float], step: int) -> bool:
-        """Take the metrics of an evaluation; whether they are the best so far. Does nothing where no setting needs it."""
-        if not (self.keeps or self.patience):
+        """Record the metrics of an evaluation and return whether they are the best so far; False if no setting needs it."""
+        if not self._is_needed():
             return False
         value = metrics[self.metric]
         if self.value is not None and value <= self.value:
@@ -61,7 +61,7 @@ class Best:
         self._publish()
 
     def report(self, done: int, steps: int) -> None:
-        """Log why a training of `steps` steps ended after `done`, if it was for want of gain."""
+        """Log why a training of `steps` steps ended after `done`, if train.patience ended it."""
         if self.is_final() and done < steps:
             log.info(
                 "train.patience=%d: %s has not risen above %.4g, of step %d, in the last %d evaluations: the training ends "
@@ -76,24 +76,29 @@ class Best:
             )
 
     def state_dict(self) -> dict[str, Any]:
-        """What `restore` goes on from."""
+        """The state that `restore` accepts."""
         return {"value": self.value, "step": self.step, "stale": self.stale}
 
     def restore(self, state: dict[str, Any], start: int) -> None:
-        """Go on from what `state_dict` returned, after `start` steps; to be called by all ranks.
+        """Restore what `state_dict` returned after `start` steps; to be called by all ranks.
 
-        A best.pt that is gone or damaged is forgotten, with a warning: that of the next evaluation takes its place.
+        If best.pt is missing or damaged, `value` becomes None, with a warning: the next evaluation counts as the best.
         """
+        if not self._is_needed():  # train.patience=0 since this state was saved
+            return
         self.value, self.step, self.stale = state["value"], state["step"], state["stale"]
         if (
             self.keeps
             and self.value is not None
             and distributed.from_first(lambda: self._lost(start))
         ):
-            self.value = None
+            self.value, self.stale = None, 0
+
+    def _is_needed(self) -> bool:
+        return self.keeps or self.patience > 0
 
     def _lost(self, start: int) -> bool:
-        """Whether best.pt is not to be had; puts it into the output folder otherwise."""
+        """Whether best.pt is unavailable; copies it to the output folder otherwise."""
         try:
             found = load_model_file(self._stored)["step"]
             # a later one was kept after the state was saved: its evaluation is due again

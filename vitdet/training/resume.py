@@ -20,6 +20,7 @@ from vitdet.config import Config, from_dict
 from vitdet.data import fingerprint
 from vitdet.digest import difference, digest, legacy_digest
 from vitdet.files import sha256
+from vitdet.training.best import NAME
 from vitdet.training.optim import lr_factor, scaled
 
 # what `Checkpoints.save_evaluation` adds to a state
@@ -108,10 +109,11 @@ def _check_resumable(
     if state is not None:
         check_content(folder / f"step_{state['step']:08d}.pt", state, TRAINING)
         _check_state(config, prints, state, folder)
-    elif finished.exists():  # `is_complete` allowed more steps
+    elif finished.exists():  # `is_complete` returned False
         steps = load_model_file(finished)["step"]
+        lacking = "" if _has_best(config, output) else " without its best.pt"
         raise ValueError(
-            f"{output}: holds a finished run of {steps} steps, and no training state to go on from is in "
+            f"{output}: holds a finished run of {steps} steps{lacking}, and no training state to go on from is in "
             f"{folder}; choose another --output or remove it"
         )
 
@@ -127,7 +129,7 @@ def is_complete(
     """Whether `output` holds this training's result, as when the same command is given again.
 
     Then `close_tracking(fingerprint of the data, run_id, step)` is called: the process may have been killed before it had
-    sent all metrics. False also where the finished run may go on to more steps.
+    sent all metrics. False also if the finished run may go on to more steps, or lacks its best.pt.
     Raises ValueError for any other finished run.
     """
     finished = output / "model.pt"
@@ -139,15 +141,18 @@ def is_complete(
         raise DamagedError(f"{error}; remove it, and the same command writes it again") from error
     stored = from_dict(done["config"])
     remedy = "choose another --output or remove it"
-    if _same_but_for_steps(config, stored) and config.optim.steps > stored.optim.steps:
-        reason = _changed_rate(config, stored, stored.optim.steps)
+    patient = _with_patience(stored, config)
+    more = config.optim.steps > stored.optim.steps
+    more |= patient != stored and done["step"] < config.optim.steps
+    if more and _same_but_for_length(config, stored):
+        reason = _changed_rate(config, stored, done["step"])
         if not reason:
             return False
         differing = "; ".join(difference(config, stored))
         raise ValueError(
             f"{output}: holds a finished run with another config ({differing}); {reason}; {remedy}"
         )
-    if difference(config, stored, affecting_weights=True):
+    if difference(config, patient, affecting_weights=True):
         differing = "; ".join(difference(config, stored))
         raise ValueError(
             f"{output}: holds a finished run with another config ({differing}); {remedy}"
@@ -155,10 +160,17 @@ def is_complete(
     prints = fingerprint.fingerprints(config.data)
     if change := fingerprint.change(done, config.data, prints):
         raise ValueError(f"{output}: holds a finished run on other data ({change}); {remedy}")
+    if not _has_best(config, output):
+        return False
     log.warning("%s: complete already, nothing is left to do", output)
     if done["run_id"]:
         close_tracking(fingerprint.combined(prints), done["run_id"], done["step"])
     return True
+
+
+def _has_best(config: Config, output: Path) -> bool:
+    """Whether best.pt exists if train.keep_best asks for it."""
+    return not config.train.keep_best or (output / NAME).exists()
 
 
 def check_agreement(starts: Sequence[int], folder: Path) -> None:
@@ -172,7 +184,7 @@ def check_agreement(starts: Sequence[int], folder: Path) -> None:
 
 def _check_state(config: Config, prints: dict[str, str], state: dict, folder: Path) -> None:
     stored, step = from_dict(state["config"]), state["step"]
-    if not _same_but_for_steps(config, stored):
+    if not _same_but_for_length(config, stored):
         differing = "; ".join(difference(config, stored, affecting_weights=True))
         raise ValueError(
             f"{folder}: holds a run with another config ({differing}); choose another --output, or go on "
@@ -197,14 +209,23 @@ def _check_state(config: Config, prints: dict[str, str], state: dict, folder: Pa
 
 def _can_continue(config: Config, stored: Config, step: int) -> bool:
     """Whether a state after `step` steps of the stored config is one of this config's training."""
-    same = _same_but_for_steps(config, stored) and config.optim.steps >= step
+    same = _same_but_for_length(config, stored) and config.optim.steps >= step
     return same and not _changed_rate(config, stored, step)
 
 
-def _same_but_for_steps(config: Config, stored: Config) -> bool:
-    """Whether no setting but optim.steps and the operational ones differs."""
-    optim = replace(config.optim, steps=stored.optim.steps)
-    return not difference(replace(config, optim=optim), stored, affecting_weights=True)
+def _same_but_for_length(config: Config, stored: Config) -> bool:
+    """Whether no setting differs but optim.steps, a larger train.patience and the operational ones."""
+    optim = replace(stored.optim, steps=config.optim.steps)
+    stored = replace(_with_patience(stored, config), optim=optim)
+    return not difference(config, stored, affecting_weights=True)
+
+
+def _with_patience(stored: Config, config: Config) -> Config:
+    """The stored config with the train.patience of `config`, if that is larger or 0: it changes no step already done."""
+    ours, theirs = config.train.patience, stored.train.patience
+    if theirs and (ours == 0 or ours > theirs):
+        return replace(stored, train=replace(stored.train, patience=ours))
+    return stored
 
 
 def _changed_rate(config: Config, stored: Config, done: int) -> str:

@@ -70,8 +70,8 @@ def train(
     that affect the weights, the data and the initial weights. `weights` is a local file to use for train.init.
 
     A resumed training may change operational settings (see `vitdet.config.operational`), also where the data is, and
-    optim.steps if the learning rate of the steps already done stays the same; a finished run with its last state may so
-    be extended. Raises ValueError when `output` holds any other finished run or one of another config, Stopped after
+    optim.steps if the learning rate of the steps already done stays the same, and train.patience to a larger value or 0;
+    a finished run with its last state may so be extended. Raises ValueError when `output` holds any other finished run or one of another config, Stopped after
     SIGTERM, SIGINT or SIGHUP. A finished run of this config and data is the result: all processes are started again when
     a node is lost at the very end.
 
@@ -207,6 +207,8 @@ class Loop:
             self.metrics, self.evaluated = {}, 0  # they were measured with other settings
         if "best" in state:  # not in states before version 4
             self.best.restore(state["best"], state["step"])
+        if self.best.keeps and self.best.value is None:
+            self.evaluated = 0  # best.pt is lost, and no evaluation may follow this step
 
     def run(self, start: int) -> int:
         """Steps start..steps-1, fewer where train.patience ends them; how many are done then.
@@ -218,7 +220,7 @@ class Loop:
         self.batches = iter(self.loader)
         self.stop.check(self.stopped(start))
         if start and self.is_due(start) and self.evaluated < start:
-            self.evaluate(start)  # an evaluation was cut off, or had other settings
+            self.evaluate(start)  # it was cut off, had other settings, or its best.pt is lost
         self.detector.train()
         for step in range(start, config.optim.steps):
             if self.best.is_final():
