@@ -197,7 +197,7 @@ def test_a_best_detector_that_is_lost_is_replaced_by_the_next(
 
 def test_settings_that_cannot_work_together_are_refused(tiny: Path) -> None:
     with pytest.raises(
-        ValueError, match="'box_app' is no AP that is measured .*; did you mean 'box_ap'"
+        ValueError, match="'box_app' is not an AP metric that is measured .*; did you mean 'box_ap'"
     ):
         settings(keep_best="box_app")
     with pytest.raises(ValueError, match=r"'mask_ap' .* model.mask.enabled=false; known: box_ap, "):

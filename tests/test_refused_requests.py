@@ -103,7 +103,7 @@ def test_access_that_is_lost_later_is_logged_as_a_refusal_and_nothing_is_lost(
     tracker = start(tmp_path, fixed.uri, run_id="1" * 32, resume_step=5)
     tracker.log({"loss": 1.0}, 6)
     tracker.close()
-    assert "refuses the run's metrics" in caplog.text and "does not take" not in caplog.text
+    assert "refuses the run's metrics" in caplog.text and "does not accept" not in caplog.text
     (journal,) = journals(tmp_path)
     assert journal.waiting() and journal.last_steps() == {"loss": 6}
 

@@ -1,4 +1,4 @@
-"""A packed model is tried in a fresh process before it is registered."""
+"""A packaged model is run in a new process before it is registered."""
 
 from __future__ import annotations
 

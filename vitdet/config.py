@@ -242,7 +242,7 @@ class TrainConfig(Section, prefix="train."):
     keep: Count = field(default=2, metadata=operational("disk space only"))  # training states
     # the metric, as box_ap, whose highest value determines the detector in best.pt; '': no best.pt
     keep_best: str = ""
-    # evaluations without gain in keep_best's metric (box_ap) that end the training; 0: never
+    # evaluations without improvement of keep_best's metric (box_ap) that end the training; 0: never
     patience: Annotated[int, between(0, 1_000_000)] = 0
 
 
@@ -281,7 +281,7 @@ class GateConfig(Section, prefix="gate."):
     min_gain: NonNegative = 0.0  # the metric must exceed the champion's by more than this
     min_class_ap: Percent = 0.0  # of each class, in the same metric; 0: any
     max_class_loss: Percent = 100.0  # of any class against the champion; 100: any
-    # the paired bootstrap interval of the gain at this level must lie above min_gain; 0: the gain is enough
+    # the paired bootstrap interval of the gain at this level must be above min_gain; 0: the gain is enough
     confidence: Confidence = 0.0
 
 
@@ -322,7 +322,7 @@ class Config(Section):
         kinds = ("box", "mask") if self.model.mask.enabled else ("box",)
         known = [f"{kind}_{name}" for kind in kinds for name in AP_OF[data.dataset]]
         message = (
-            f"train.keep_best: {self.train.keep_best!r} is no AP that is measured with data.dataset="
+            f"train.keep_best: {self.train.keep_best!r} is not an AP metric that is measured with data.dataset="
             f"{data.dataset} and model.mask.enabled={str(self.model.mask.enabled).lower()}; "
         )
         best = self.train.keep_best

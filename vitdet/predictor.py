@@ -59,7 +59,7 @@ class Predictor:
 
     @property
     def precision(self) -> str:
-        """What the detector computes in; another one may be set, which raises ValueError if there is no such one."""
+        """The precision of the computation. Setting it raises ValueError for an unknown one."""
         return self._precision
 
     @precision.setter

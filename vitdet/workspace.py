@@ -45,7 +45,7 @@ def training_folder(workspace: str, name: str, run_id: str) -> Path:
 
 
 def result(checkpoint: Path) -> Path:
-    """The detector that a training's folder stands for: best.pt with train.keep_best, else model.pt; a file is itself."""
+    """The detector of a training's folder: best.pt with train.keep_best, else model.pt; a file is itself."""
     if not checkpoint.is_dir():
         return checkpoint
     config = checkpoint / "config.yaml"

@@ -113,5 +113,5 @@ def parser() -> argparse.ArgumentParser:
     add_bench(add("bench", help="measure how fast something is"))
     add_register(add("register", help="add a checkpoint to the MLflow model registry"))
     add_promote(add("promote", help="make a registered version the champion, if the gate passes"))
-    add_rollback(add("rollback", help="make the version the champion that was it before"))
+    add_rollback(add("rollback", help="restore the previous champion"))
     return root

@@ -61,7 +61,7 @@ def _add_model(verb: argparse.ArgumentParser) -> None:
     verb.add_argument(
         "--config",
         type=given_path,
-        help="take the MLflow server and the gate, and the data of an evaluation, from this file",
+        help="read the MLflow server, the gate and the data of an evaluation from this file",
     )
 
 

@@ -29,7 +29,7 @@ class ImageSizes:
 
     def __init__(self, sizes: Mapping[int, tuple[int, int] | None]) -> None:
         known = sorted((image_id, *size) for image_id, size in sizes.items() if size)
-        # one row that no annotation finds, as the last
+        # a last row that no annotation refers to
         table = np.array([*known, (2**63 - 1, 0, 0)], np.int64)
         self._ids, self._sides = table[:, 0].copy(), table[:, 1:].T.astype(np.float64)
 
@@ -60,8 +60,8 @@ def find_flawless(
 ) -> Flawless:
     """The objects with polygons, in their image, with area and box that fit these, in a known category.
 
-    lvis: iscrowd may be missing. seen: ids of annotations before. None are found if something in the block is no
-    `Annotation`, or if an id comes twice or takes more than 64 bits.
+    lvis: iscrowd may be missing. seen: ids of annotations before. None are found if something in the block is not an
+    `Annotation`, or if an id is repeated or exceeds 64 bits.
     """
     no_crowd = (0, None) if lvis else (0,)
     every: list[int] = []  # ids of the block

@@ -1,4 +1,4 @@
-"""Which class is found as which: a confusion matrix of detections and objects at IoU 0.5."""
+"""The confusion matrix of detections and objects at IoU 0.5."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ IOU = 0.5
 
 @dataclass(frozen=True)
 class Confusion:
-    """Which class is found as which, at `score` and above.
+    """Confusions of classes among the detections with at least this score.
 
     names: the classes shown, then "background". matrix[i][j]: objects of class i that were detected as
-    class j; the last column counts missed objects, the last row detections of no object. The diagonal
+    class j; the last column counts missed objects, the last row detections without an object. The diagonal
     holds the true positives; the remaining detections and objects are paired across classes in
     descending order of their IoU, 0.5 at least, each at most once.
     classes: the number of all classes. With more than 30, `names` are the 30 classes with the most

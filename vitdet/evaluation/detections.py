@@ -123,8 +123,8 @@ def one_behind(jobs: Iterable[Callable[[], Result]]) -> Iterator[Result]:
 def _found(
     detect: GraphedDetector, batch: Batch, device: torch.device, slots: int = 0
 ) -> list[Detections]:
-    """What is in the images of a batch. A smaller one is filled up to `slots` images: for each other number of them the
-    detector would be compiled and recorded again.
+    """The detections in the images of a batch. A smaller batch is padded to `slots` images, as the detector is compiled and
+    recorded for each batch size.
     """
     # sizes lie in memory that is not pinned: a blocking copy would wait for the batch before
     images, sizes = (one.to(device, non_blocking=True) for one in (batch.images, batch.sizes))

@@ -28,7 +28,7 @@ from vitdet.evaluation.overlaps import Overlaps
 FOREGROUND, BACKGROUND = 0.5, 0.1  # t_f, t_b
 TYPES = ("classification", "localisation", "both", "duplicate", "background", "missed")
 SPECIAL = ("false_positive", "false_negative")
-# As tidecv has them: some differ from COCO's, of np.linspace, in the last bit, so that a recall of exactly 0.07 or the
+# As in tidecv: some differ from COCO's, of np.linspace, in the last bit, so that a recall of exactly 0.07 or the
 # like reaches one and not the other.
 RECALLS = np.arange(101) / 100
 

@@ -1,4 +1,4 @@
-"""Which detections match which objects, in columns: AP follows from it, for any weights of the images.
+"""The matches of detections and objects, as columns from which AP can be computed for any weights of the images.
 
 Letters: I images, K classes, N detections, G objects, T IoU thresholds (0.5, 0.55, ..., 0.95).
 """
@@ -31,7 +31,7 @@ COLUMNS = {
     "object_image": ("G", "i"),
     "object_category": ("G", "i"),
 }
-# column of indices -> the letter of what it points into
+# column of indices -> the letter of the dimension that it indexes
 INDICES = {
     "image": "I",
     "category": "K",
@@ -108,7 +108,7 @@ def precisions(
 
 
 def save_matches(path: str | Path, matches: Mapping[str, Matches]) -> None:
-    """Write the matches of each kind ("bbox", "segm") to one .npz file, whole or not at all."""
+    """Write the matches of each kind ("bbox", "segm") to one .npz file, atomically."""
     columns: dict[str, Any] = {
         f"{kind}.{name}": np.asarray(getattr(one, name))
         for kind, one in matches.items()

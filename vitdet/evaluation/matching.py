@@ -171,7 +171,7 @@ def _ranked(found: list[dict], limit: int) -> list[dict]:
 
 
 def _counts(item: dict) -> bool:
-    """Whether an object is to be found: no crowd, and of an area in the range of all sizes."""
+    """Whether an object counts in AP: not a crowd, and of an area in the range of all sizes."""
     return not item["iscrowd"] and 0 <= item["area"] <= LARGEST
 
 

@@ -1,4 +1,4 @@
-"""The overlaps of all detections with all objects of their image, whatever their classes."""
+"""The overlaps of all detections with all objects of their image, regardless of class."""
 
 from __future__ import annotations
 

@@ -25,11 +25,11 @@ class NotRecorded(Exception):
 
 
 class NoRoom(NotRecorded):
-    """The memory of the GPU does not suffice, or LIMIT graphs are kept: after `clear` it may be recorded."""
+    """Out of GPU memory, or LIMIT graphs exist: recording may succeed after `clear`."""
 
 
 class OutOfMemory(NoRoom):
-    """The memory of the GPU does not suffice; no graph is left that would hold some of it."""
+    """Out of GPU memory although all graphs were cleared."""
 
 
 class _Graph(NamedTuple, Generic[Output]):
@@ -79,8 +79,8 @@ class CudaGraph(Generic[Output]):
         """Record function(*tensors) for tensors of these shapes. It is called a few times: side effects happen.
 
         Raises NotRecorded if it waits for the GPU somewhere, NoRoom if there are LIMIT graphs already, OutOfMemory,
-        with all graphs cleared, if the GPU has too little memory. The generator of the device goes on as if nothing had
-        happened.
+        with all graphs cleared, if the GPU has too little memory. The state of the device's random generator is
+        unchanged.
         """
         if len(self.graphs) == LIMIT:
             raise NoRoom(f"{LIMIT} graphs are recorded already, for other shapes")

@@ -89,7 +89,7 @@ class Detector(nn.Module):
         return features, *self.roi_heads.find(features, proposals, sizes)
 
     def limits(self) -> tuple[float, ...]:
-        """The numbers that say how many detections there are; they may be set between two calls."""
+        """The limits on the number of detections; they may be changed between two calls."""
         rpn, heads = self.rpn, self.roi_heads
         most = (*rpn.top_test, heads.max_detections)
         return *most, rpn.nms_iou, heads.nms_iou, heads.score_threshold

@@ -24,11 +24,11 @@ Output = tuple[list[Tensor], Scored, Found, Tensor | None]
 
 
 class GraphedDetector:
-    """What a detector finds in images, recorded for each size of a batch on a GPU; elsewhere the detector itself.
+    """A detector whose inference is recorded as a CUDA graph for each batch shape on a GPU; without a GPU, the detector itself.
 
-    Its weights may change. Where they come to lie elsewhere in memory (on another device, say), or its mode or a limit of
-    its detections (`Detector.limits`) changes, all is recorded anew. Several threads may call it; the graphs serve one of them at a time. A copy or a pickle of it
-    holds no graphs. `context`: in which it computes, autocast for instance.
+    Its weights may change. If they move in memory (to another device, for example), or its mode or a limit of
+    its detections (`Detector.limits`) changes, all graphs are recorded again. Several threads may call it; the graphs serve one of them at a time. A copy or a pickle of it
+    has no graphs. context: the context of the computation, e.g. autocast.
     """
 
     def __init__(self, detector: nn.Module, context: Callable[[], AbstractContextManager]) -> None:

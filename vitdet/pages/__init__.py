@@ -1,6 +1,6 @@
 """HTML pages of one file: templates in this package, `base.html` with the style that all share.
 
-A page loads nothing: images are data URIs, and its content security policy forbids every request.
+A page loads no other files: images are data URIs, and its content security policy forbids every request.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def _environment() -> Environment:
 
 
 def _encodable(value: object) -> object:
-    """Names in annotation files and of files may hold lone surrogates, which UTF-8 cannot encode."""
+    """Names in annotation files and of files may contain lone surrogates, which UTF-8 cannot encode."""
     return value.encode("utf-8", "backslashreplace").decode() if type(value) is str else value
 
 

@@ -50,7 +50,7 @@ def missing(gate: GateConfig, champion: Evaluation) -> str:
 
 
 def flaw(gate: GateConfig, candidate: Evaluation) -> str:
-    """Return why a candidate is rejected whatever the champion is; "" if it is not."""
+    """Return why a candidate is rejected regardless of the champion; "" if it is not."""
     value, name = candidate.metrics.get(gate.metric), label(gate)
     if value is None or not 0 <= value <= 100:
         return f"{name} is {value}: cannot be compared"
@@ -76,7 +76,7 @@ def flaw(gate: GateConfig, candidate: Evaluation) -> str:
 def compare(
     gate: GateConfig, candidate: Evaluation, champion: Evaluation, champion_name: str
 ) -> Verdict:
-    """Compare a candidate without a `flaw` with a champion of which nothing is `missing`."""
+    """Compare a candidate without a `flaw` with a champion whose evaluation is complete, see `missing`."""
     value, before = candidate.metrics[gate.metric], champion.metrics[gate.metric]
     assert value is not None and before is not None
     gain = round(float(f"{value:.4g}") - float(f"{before:.4g}"), 9)

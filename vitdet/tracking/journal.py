@@ -1,8 +1,8 @@
-"""The journal of a run on disk: what it has to tell its tracking server, and how far the server has it.
+"""The journal of a run on disk: its records for the tracking server, and which of them were sent.
 
-FOLDER/journal/KEY.jsonl grows by one line an event: the run's start, points, files, its end. KEY.json is the cursor:
+FOLDER/journal/KEY.jsonl grows by one line per event: the run's start, points, files, its end. KEY.json is the cursor:
 the run's id on the server, the offset of the first line that still has to be sent, and the lines of files before it that
-are still to be uploaded. KEY/ holds copies of the files that wait. A line is one unbuffered write, so a killed process loses none; only standard library in here.
+are still to be uploaded. KEY/ contains copies of these files. A line is one unbuffered write, so a killed process loses none; this module uses the standard library only.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ PENDING = "pending-"  # a run id of ours, until a server has given one
 class Journal:
     """One run's lines: {"start": {...}}, {"points": {name: value}, "step"}, {"file", "folder"}, {"resume", "changed"}, {"end"}.
 
-    Each line also holds its time in ms since 1970.
+    Each line also contains its time in ms since 1970.
     """
 
     def __init__(self, folder: Path, key: str) -> None:
@@ -117,7 +117,7 @@ class Journal:
             yield batch, offset
 
     def waiting(self) -> bool:
-        """Whether there are lines that the server lacks; files that are to be uploaded apart."""
+        """Whether any lines were not sent yet, apart from files to upload."""
         return next(self.records(self.cursor()[1]), None) is not None
 
     def cursor(self) -> tuple[str | None, int]:
@@ -154,7 +154,7 @@ class Journal:
         for path in (self.path, self._cursor, self.path.with_suffix(".lock")):
             path.unlink(missing_ok=True)
         shutil.rmtree(self.path.with_suffix(""), ignore_errors=True)
-        with suppress(OSError):  # others are there
+        with suppress(OSError):  # not empty
             self.path.parent.rmdir()
 
     def mend(self) -> None:

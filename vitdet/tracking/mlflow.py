@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 SHIP_SECONDS = 3.0  # between shipments
-# Longest waits of a training for a server: before the first step, and at the end. What is not sent by then stays in the
+# The longest time that a training waits for a server: before the first step, and at the end. What is not sent by then stays in the
 # journal.
 START_SECONDS = 2.5
 STOP_SECONDS = 2.5
@@ -154,7 +154,7 @@ def start_run(
     """A tracker of a new run, or of the run `run_id` (MLflow's id or a pending one), which goes on at `resume_step`.
 
     `uri` '' means a sqlite file in `folder`; the environment's MLFLOW_TRACKING_URI wins. dataset: name, digest, source.
-    A run that the server does not know becomes a new one with everything that the journal holds. group: a new run
+    A run that the server does not know becomes a new one with all records of the journal. group: a new run
     becomes a child of the run in its experiment whose tag `group` says so. output: the folder in `folder` that the
     training writes to: one that was killed before its first state is found by it and goes on as the same run.
 
@@ -239,7 +239,7 @@ def log_metrics(
 
 
 def connect(run_id: str | None, uri: str, folder: Path) -> tuple[MlflowClient, str | None]:
-    """(client of the server in use, MLflow's id of the run), after all that the run's journal holds is there.
+    """(client of the server in use, MLflow's id of the run), after all records of the run's journal were sent.
 
     Raises ConnectionError where the server does not answer, LookupError where it does not have the run, and ValueError
     where the store can never be used.

@@ -127,7 +127,7 @@ def architecture(config: Config) -> str:
 def initial_weights(init: str) -> list[InitialWeights]:
     """Return the weights of train.init, and those that they were themselves trained from.
 
-    A file with the name of a published one is taken for it.
+    A file with the name of a published one is treated as that one.
     """
     if not init:
         return []

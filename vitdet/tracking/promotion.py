@@ -93,7 +93,7 @@ def promote_version(
 
 
 def roll_back(model_name: str, *, uri: str, folder: Path, reason: str) -> tuple[str, str]:
-    """Make the version the champion that was it before; return the numbers (before, now).
+    """Restore the previous champion; return the numbers (before, now).
 
     Raises LookupError if there is no such model or champion, ValueError if none was champion before.
     """

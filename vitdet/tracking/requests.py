@@ -62,8 +62,8 @@ def set_defaults(settings: dict[str, str]) -> None:
 class RepeatingClient:
     """An MlflowClient whose requests are repeated, and whose errors are of Python and one line each.
 
-    LookupError: the server does not have it. FileExistsError: it has it already. RefusedError: the server refuses the
-    request for good, or access. ConnectionError: all others, e.g. no answer.
+    LookupError: it does not exist on the server. FileExistsError: it exists already. RefusedError: the server rejects the
+    request permanently or denies access. ConnectionError: all others, e.g. no answer.
     """
 
     def __init__(self, client: Any, uri: str) -> None:

@@ -1,4 +1,4 @@
-"""Sending of a journal to the tracking server: each line once, whatever happens to server or network in between.
+"""Sending of a journal to the tracking server: each line once, regardless of failures of server or network.
 
 Where it is unknown whether a request was carried out (it failed, or an earlier process made it), the server is asked
 for what it has before anything is sent again.
@@ -55,13 +55,13 @@ class Shipper:
         self._run_id: str | None = None  # once this process has seen the run on the server
         # name -> step -> value there; None: the run is empty
         self._held: dict[str, dict[int, float]] | None = {}
-        self._refused: set[str] = set()  # names that the server does not take
+        self._refused: set[str] = set()  # names that the server rejects
         self._uploads: dict[str, float] = {}  # file that failed -> time of the next try
         self._answers = True
         self.is_unknown = False  # see UnknownRunError
 
     def deliver(self, seconds: float = 0.0) -> bool:
-        """Ships what waits, trying again for so many seconds; False, and once a warning, where lines are left."""
+        """Send the pending lines, retrying for this many seconds; False, with one warning, if lines are left."""
         deadline, pause = time.monotonic() + seconds, 0.5
         while self.journal.waiting() or self._due():
             try:
@@ -72,14 +72,14 @@ class Shipper:
                 self.is_unknown = True
                 return False
             except Exception as error:
-                # whatever a server, its client or a database does, the caller goes on
+                # an error of a server, its client or a database must not stop the caller
                 # the server may or may not have what was on its way
                 self._run_id, self._held = (None, {})
                 if self._answers:
                     log.warning(
                         "tracking: %s %s the run's metrics (%s); they are kept in %s",
                         self._shown,
-                        "refuses" if isinstance(error, RefusedError) else "does not take",
+                        "refuses" if isinstance(error, RefusedError) else "does not accept",
                         first_line(error),
                         self.journal.path,
                     )
@@ -128,7 +128,7 @@ class Shipper:
         return [one for one in self.journal.uploads() if self._uploads.get(one["file"], 0) <= now]
 
     def _upload(self, client: MlflowClient, run_id: str, record: dict) -> None:
-        """Upload a file; if that fails, it is tried again later and holds nothing back."""
+        """Upload a file; a failed upload is retried later and delays nothing else."""
         path, name = self.journal.path.parent / record["file"], record["file"]
         try:
             if path.exists():
@@ -156,7 +156,7 @@ class Shipper:
             if run_id is None or client.get_run(run_id).info.lifecycle_stage == "active":
                 return run_id
         except Exception as error:
-            # invalid: not an id that MLflow gives
+            # invalid: not an id that MLflow assigns
             if getattr(error, "error_code", None) not in MISSING | INVALID:
                 raise
         return None
@@ -196,7 +196,7 @@ class Shipper:
             )
         if before := self.journal.cursor()[0]:
             log.warning(
-                "tracking: %s has no run %s; a new one gets all that the journal holds",
+                "tracking: %s has no run %s; all records of the journal are sent to a new one",
                 self._shown,
                 before,
             )
@@ -220,7 +220,7 @@ class Shipper:
             names = {
                 name for record in records for name in record.get("points", ())
             } - self._refused
-            if len(names) > 1:  # one bad name must not take its neighbours along
+            if len(names) > 1:  # an invalid name must not affect the other metrics
                 for name in sorted(names):
                     self._send(
                         client,
@@ -259,7 +259,7 @@ class Shipper:
     def _has(
         self, client: MlflowClient, run_id: str, key: str, step: int, value: float, renew: bool
     ) -> bool:
-        """Whether the server has a value at this step; with renew, whether this value is the last one there."""
+        """Whether the server has a value at this step; with renew, whether this value is its last one."""
         if renew:  # also what this process has sent
             there = history(client, run_id, key)
             return step in there and same_number(there[step], value)
@@ -281,6 +281,9 @@ def open_client(uri: str) -> MlflowClient:
 def _cached_client(uri: str) -> MlflowClient:
     from mlflow import MlflowClient
 
-    for name in ("alembic", "mlflow.store.db.utils"):  # the tables of a new sqlite file are no news
+    for name in (
+        "alembic",
+        "mlflow.store.db.utils",
+    ):  # do not log the creation of the tables of a new SQLite file
         logging.getLogger(name).setLevel(logging.WARNING)
     return MlflowClient(uri, uri)

@@ -1,4 +1,4 @@
-"""The trial of a packed model: a fresh process loads it and asks it for its input example.
+"""The trial of a packaged model: a new process loads it and runs it on its input example.
 
 The process imports this package from the wheel in the model only, as a server of the model does; the
 other packages are those that are installed here. Pickles are refused.

@@ -22,9 +22,7 @@ from vitdet.models.layers import Blocks
 from vitdet.types import Polygons, Target, Targets
 
 SLOTS, EDGES = 16, 2**12  # the least of objects an image and of edges a batch
-CLEARINGS = (
-    8  # times between two evaluations that graphs may be recorded again, as their memory was needed
-)
+CLEARINGS = 8  # how often between two evaluations graphs that were cleared for their memory may be recorded again
 log = logging.getLogger(__name__)
 
 Losses = dict[str, Tensor]
@@ -32,9 +30,9 @@ Run = Callable[[Tensor, Targets, Tensor], Losses]
 
 
 class GraphedGradients:
-    """`run` of a batch's images, targets and sizes, which adds to the gradients and gives the losses, as CUDA graphs.
+    """`run` of a batch's images, targets and sizes, which adds to the gradients and returns the losses, as CUDA graphs.
 
-    Where it cannot be recorded, for these shapes or at all, it runs as it is; the log says so for each size of targets.
+    Where it cannot be recorded, for these shapes or at all, it runs without a graph, which is logged for each size of targets.
     A size for which there was no room is tried again after `release`, but not a third time after it ran out of memory
     twice. A step of such a size gets the memory of all graphs.
     """

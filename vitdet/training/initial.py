@@ -20,7 +20,7 @@ log = logging.getLogger(__name__)
 def fresh_detector(
     config: Config, split: CocoSplit, source: str | Path | None, device: torch.device
 ) -> Detector:
-    """Random weights of train.seed, or those of the file `source`; the odds of the federated loss are those of the training images."""
+    """Random weights of train.seed, or those of the file `source`; the class weights of the federated loss are those of the training images."""
     torch.manual_seed(config.train.seed)
     # image_count ** 0.5, as in detectron2
     odds = torch.tensor(split.image_counts, dtype=torch.float32).sqrt()

@@ -1,4 +1,4 @@
-"""The data of a training and whether it fits the config, looked at before anything is built or written."""
+"""Checks of the data of a training against its config, before anything is built or written."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def inspect_data(config: Config, split: CocoSplit) -> tuple[tuple[str, ...], dic
     validation = read_split(data, data.val_split)
     if config.model.mask.enabled and not split.outlines:
         log.warning(
-            "%s: no object of %s has an outline: the mask head is not trained; model.mask.enabled=false leaves it out",
+            "%s: no object of %s has an outline: the mask head is not trained; model.mask.enabled=false removes it",
             data.root,
             data.train_split,
         )
@@ -43,7 +43,7 @@ def inspect_data(config: Config, split: CocoSplit) -> tuple[tuple[str, ...], dic
 
 
 def check_metric(config: Config) -> None:
-    """Raise ValueError if the evaluations do not measure the metric by which this training chooses or ends."""
+    """Raise ValueError if the evaluations do not measure the metric that selects the best detector or ends this training."""
     settings = config.train
     if not (settings.keep_best or settings.patience):
         return

@@ -133,7 +133,7 @@ def set_lr(optimizer: torch.optim.Optimizer, step: int, settings: OptimConfig) -
 
 
 def running_statistics(model: nn.Module) -> dict[str, Tensor]:
-    """The statistics of all BatchNorms by name, with which they evaluate."""
+    """The statistics of all BatchNorms by name, as used in evaluation."""
     ends = (".running_mean", ".running_var")
     return {name: one for name, one in model.named_buffers() if name.endswith(ends)}
 

@@ -7,7 +7,7 @@ micro-batches of all processes, with one exchange, in the last one.
 In fp16 the losses are multiplied by a scale, so that small gradients do not become zero. Where a gradient overflows, or a
 loss already, the scale is halved and the weights and BatchNorm's statistics stay as they are: such a step is skipped. It
 counts as a step: learning rate, data and
-random draws of the next one are those of the next step, and the average moves towards the weights as ever.
+random draws of the next one are those of the next step, and the average of the weights is updated.
 """
 
 from __future__ import annotations
@@ -178,7 +178,7 @@ class TrainingStep:
         """Raise ValueError if fp16 skips step after step. Reads the scale from the device."""
         if self.scaler.is_enabled() and (scale := self.scaler.get_scale()) < LEAST_SCALE:
             raise ValueError(
-                f"losses or gradients overflow in fp16 whatever the scale of the losses is (now {scale:.1g}): the training "
+                f"losses or gradients overflow in fp16 at every scale of the losses (now {scale:.1g}): the training "
                 "has diverged, or needs a larger range; try a smaller optim.lr, optim.clip=1, or train.precision=bf16 "
                 "or fp32"
             )

@@ -149,7 +149,7 @@ def train(
             if profile and distributed.rank() == 0:
                 loop.loader = ProfiledBatches(loader, loop.training_step, output / "profile")
             loop.begin(state)
-            state = None  # it weighs as much as detector and optimizer, who have it now
+            state = None  # it weighs as much as detector and optimizer, which have it now
             done = loop.run(start)
             watchdog.at(done, Stage.FINISHING, LONG)
             if distributed.rank() == 0:
@@ -324,7 +324,9 @@ class Loop:
                 }
                 self.saver.states.save_evaluation(step, added)
         release_memory()
-        if step < config.optim.steps and not self.best.is_final():  # else it is done anyway
+        if (
+            step < config.optim.steps and not self.best.is_final()
+        ):  # otherwise the training has ended
             self.stop.check(self.stopped(step))
 
     def save(self, step: int) -> None:
