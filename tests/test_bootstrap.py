@@ -10,7 +10,7 @@ import pytest
 from tests.random_results import random_set
 from vitdet.evaluation import coco, lvis
 from vitdet.evaluation.bootstrap import METRICS, WeightedAP, bootstrap
-from vitdet.evaluation.matches import IOUS, Matches
+from vitdet.evaluation.matches import IOUS, Matches, precisions
 
 
 class World:
@@ -53,6 +53,26 @@ class World:
         )
 
 
+def plain_ap(matches: Matches, weights: np.ndarray) -> tuple[np.ndarray, float]:
+    """Return AP of each class, (K,) in percent, NaN without objects, and the mean of the others.
+
+    weights (I,): how often each image counts.
+    """
+    objects = np.bincount(
+        matches.object_category, weights[matches.object_image], len(matches.category_ids)
+    )
+    order = np.lexsort((-matches.score, matches.category))
+    ends = np.searchsorted(matches.category[order], np.arange(len(objects) + 1))
+    aps = np.full(len(objects), np.nan)
+    for one in np.flatnonzero(objects):
+        rows = order[ends[one] : ends[one + 1]]
+        weight = weights[matches.image[rows], None]
+        true = matches.matched[rows]
+        false = ~true & ~matches.ignored[rows]
+        aps[one] = 100 * precisions(true * weight, false * weight, objects[one]).mean()
+    return aps, float(np.nanmean(aps)) if objects.any() else float("nan")
+
+
 @pytest.mark.parametrize("rules", [coco, lvis])
 @pytest.mark.parametrize("seed", range(3))
 def test_each_resample_has_the_ap_of_its_images(rules, seed: int) -> None:
@@ -64,7 +84,7 @@ def test_each_resample_has_the_ap_of_its_images(rules, seed: int) -> None:
         assert fast(np.ones(count, int))[:, :1].T == pytest.approx(np.array(expected), abs=1e-9)
         for _ in range(20):
             weights = np.bincount(rng.integers(count, size=count), minlength=count)
-            by_class, mean = matches.ap(weights)
+            by_class, mean = plain_ap(matches, weights)
             np.testing.assert_allclose(fast(weights)[0], [mean, *by_class], rtol=0, atol=1e-9)
 
 

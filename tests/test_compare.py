@@ -94,7 +94,7 @@ def test_files_of_results(vitdet: Run, files: list[Path], tmp_path: Path) -> Non
         (["first.json", "worse.json"], "needs --annotations FILE"),
         (["first.json", "none.json", "--annotations", "annotations.json"], "none.json: no such"),
         (["none.pt", "first.json"], "none.pt: no such checkpoint"),
-        (["tiny optim.lr=0.004", "first.json"], "no such MLflow store; set --tracking-uri"),
+        (["tiny optim.lr=0.004", "first.json"], "no such MLflow store; set MLFLOW_TRACKING_URI"),
         (
             ["first.json", "annotations.json", "--annotations", "annotations.json"],
             "annotations.json: expected a list of results",

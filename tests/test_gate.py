@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from vitdet.config import GateConfig, load_config
+from vitdet.evaluation.bootstrap import WeightedAP
 from vitdet.evaluation.matches import IOUS, Matches
 from vitdet.tracking.gate import Evaluation, Verdict, compare, flaw
 from vitdet.tracking.history import FORCED, PROMOTED, ROLLED_BACK, Event, predecessors, rivals
@@ -38,9 +39,9 @@ def evaluation(found: dict[str, list[bool]]) -> Evaluation:
         object_image=image,
         object_category=category,
     )
-    aps, mean = matches.ap()
+    mean, *aps = WeightedAP(matches)(np.ones(len(matches.image_ids), int))[0]
     assert not np.isnan(aps).any()
-    return Evaluation({"box_ap": mean}, {"bbox": matches})
+    return Evaluation({"box_ap": float(mean)}, {"bbox": matches})
 
 
 def hits(count: int, of: int = 60) -> list[bool]:

@@ -148,6 +148,12 @@ class ModelConfig(Section, prefix="model."):
     low_quality: Literal["own", "best"] = "own"
     clamp_shrinking: bool = False  # limit the shrinking of a box to 16 / 1000 too (mmdet)
 
+    @property
+    def architecture(self) -> str:
+        """The name of the detector, e.g. Cascade Mask R-CNN."""
+        cascade = "Cascade " if len(self.roi_heads.ious) > 1 else ""
+        return f"{cascade}{'Mask' if self.mask.enabled else 'Faster'} R-CNN"
+
 
 @dataclass(frozen=True)
 class DataConfig(Section, prefix="data."):

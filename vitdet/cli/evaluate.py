@@ -64,7 +64,7 @@ def run_evaluate(given: argparse.Namespace) -> int:
     torchrun.end_with_torchrun()
     from vitdet import distributed, stages
     from vitdet.data.layout import resolve_config
-    from vitdet.evaluation.report import MATCHES
+    from vitdet.evaluation.matches import MATCHES
     from vitdet.tracking.measured import write_measured, write_metrics
     from vitdet.tracking.runs import default_folder, log_matches
     from vitdet.workspace import result

@@ -23,7 +23,7 @@ from vitdet.evaluation.overlaps import overlaps_of
 from vitdet.evaluation.results import Truth
 from vitdet.evaluation.thresholds import Threshold, best_threshold, threshold_table
 
-IMAGES = 12  # best and worst ones
+WORST, BEST = 6, 4  # images
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ class Analysis:
     of this type are fixed, each type alone: "classification", "localisation", "both", "duplicate",
     "background", "missed"; and "false_positive", "false_negative" for all false positives and all
     missed objects. See `vitdet.evaluation.errors`. error_counts: errors of the first six types.
-    worst, best: up to 12 images each. Worst: lowest F1 first, of equal F1 those with more errors.
+    worst, best: up to 6 and 4 images. Worst: lowest F1 first, of equal F1 those with more errors.
     Best: highest F1 first, of equal F1 those with more objects. Images without objects and without
     detections above the threshold are in neither.
     """
@@ -144,7 +144,7 @@ def analyse(
         },
         classes=_classes(comparison, errors),
         recalls=RECALLS.round(2).tolist(),
-        curves=_curves(comparison),
+        curves={name: one.round(4).tolist() for name, one in mean_curves(comparison).items()},
         thresholds=table,
         best_threshold=score,
         errors=errors.total,
@@ -195,17 +195,15 @@ def _classes(comparison: Comparison, errors: Errors) -> list[ClassResult]:
     return rows
 
 
-def _curves(comparison: Comparison) -> dict[str, list[float]]:
-    """Precision (R,) of the classes with objects, all sizes, most detections."""
+def mean_curves(comparison: Comparison) -> dict[str, np.ndarray]:
+    """Return the curves of `Analysis`, (R,) each, not rounded; {} without objects."""
     precision = comparison.precision[:, :, :, 0, -1]
     known = (precision >= 0).all((0, 1))
     if not known.any():
         return {}
     mean = precision[:, :, known].mean(2)
     of_iou = {str(iou): mean[int(np.abs(IOUS - iou).argmin())] for iou in (0.5, 0.75)}
-    return {
-        name: curve.round(4).tolist() for name, curve in {**of_iou, "mean": mean.mean(0)}.items()
-    }
+    return {**of_iou, "mean": mean.mean(0)}
 
 
 def _images(
@@ -221,8 +219,8 @@ def _images(
     f1 = np.zeros(count)
     f1[places] = 2 * hits[places] / (objects + detections)[places]
     wrong = objects + detections - 2 * hits
-    worst = places[np.lexsort((-wrong[places], f1[places]))][:IMAGES]
-    best = places[np.lexsort((-objects[places], -f1[places]))][:IMAGES]
+    worst = places[np.lexsort((-wrong[places], f1[places]))][:WORST]
+    best = places[np.lexsort((-objects[places], -f1[places]))][:BEST]
 
     def result(place: int) -> ImageResult:
         image_id = int(matches.image_ids[place])

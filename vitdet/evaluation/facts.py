@@ -19,8 +19,7 @@ def of_checkpoint(
 ) -> Facts:
     """The facts of an evaluation of a checkpoint with this config; images: how many were evaluated."""
     model, data, settings = config.model, config.data, config.evaluate
-    kind = "Cascade Mask R-CNN" if len(model.roi_heads.ious) > 1 else "Mask R-CNN"
-    kind = kind if model.mask.enabled else kind.replace("Mask", "Faster")
+    kind = model.architecture
     return Facts(
         title=f"{kind}, {model.backbone.name} on {data.val_split}",
         data={

@@ -17,6 +17,7 @@ from vitdet.files import written
 
 IOUS = np.linspace(0.5, 0.95, 10)
 RECALLS = np.linspace(0, 1, 101)
+MATCHES = "matches.npz"
 # column -> its shape in letters and the kinds of its type (numpy's dtype.kind)
 COLUMNS = {
     "image_ids": ("I", "i"),
@@ -67,26 +68,6 @@ class Matches:
     found: np.ndarray
     object_image: np.ndarray
     object_category: np.ndarray
-
-    def ap(self, weights: np.ndarray | None = None) -> tuple[np.ndarray, float]:
-        """Return AP of each class, (K,) in percent, NaN without objects, and the mean of the others.
-
-        weights (I,): how often each image counts; None: once.
-        """
-        weights = np.ones(len(self.image_ids)) if weights is None else np.asarray(weights, float)
-        objects = np.bincount(
-            self.object_category, weights[self.object_image], len(self.category_ids)
-        )
-        order = np.lexsort((-self.score, self.category))
-        ends = np.searchsorted(self.category[order], np.arange(len(objects) + 1))
-        aps = np.full(len(objects), np.nan)
-        for one in np.flatnonzero(objects):
-            rows = order[ends[one] : ends[one + 1]]
-            weight = weights[self.image[rows], None]
-            true = self.matched[rows]
-            false = ~true & ~self.ignored[rows]
-            aps[one] = 100 * precisions(true * weight, false * weight, objects[one]).mean()
-        return aps, float(np.nanmean(aps)) if objects.any() else float("nan")
 
 
 def precisions(

@@ -85,8 +85,7 @@ COLUMNS = (
 )
 
 
-WORST, BEST = 6, 4  # images
-QUALITY = 75  # of their JPEG: with these numbers the page of COCO's val2017 has less than 2 MB
+QUALITY = 75  # of JPEG: with it the page of COCO's val2017 has less than 2 MB
 
 
 @dataclass(frozen=True)
@@ -111,7 +110,7 @@ def write_page(
     Without `images`, or where one cannot be read, the page has no pictures of it.
     """
     first = analyses[0]
-    worst, best = first.worst[:WORST], first.best[:BEST]
+    worst, best = first.worst, first.best
     chosen = {one.image_id for one in (*worst, *best)}
     pairs = {}
     if images is not None:

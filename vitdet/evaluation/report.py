@@ -5,15 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import numpy as np
-
-from vitdet.evaluation.analysis import Analysis
+from vitdet.evaluation.analysis import Analysis, mean_curves
 from vitdet.evaluation.coco import NAMES
-from vitdet.evaluation.matches import IOUS, RECALLS, save_matches
+from vitdet.evaluation.matches import MATCHES, RECALLS, save_matches
 from vitdet.evaluation.matching import Comparison
 from vitdet.files import write_json
-
-MATCHES = "matches.npz"
 
 
 def class_rows(finished: Mapping[str, Comparison]) -> list[dict[str, str | float | None]]:
@@ -29,18 +25,14 @@ def class_rows(finished: Mapping[str, Comparison]) -> list[dict[str, str | float
     return list(rows.values())
 
 
-def curve_rows(
-    finished: Mapping[str, Comparison], thresholds: Sequence[float] = (0.5, 0.75)
-) -> list[dict[str, float]]:
+def curve_rows(finished: Mapping[str, Comparison]) -> list[dict[str, float]]:
     """Precision at each recall, mean of the classes, as rows {recall, box_iou50, box_iou75, mask_iou50, ...} in 0..1."""
     rows: list[dict[str, float]] = [{"recall": round(float(recall), 4)} for recall in RECALLS]
     for kind, comparison in finished.items():
-        precision = comparison.precision[:, :, :, 0, -1]  # (T, R, K) of all sizes, most detections
-        known = (precision >= 0).all((0, 1))
-        for iou in thresholds if known.any() else ():
-            means = precision[int(np.abs(IOUS - iou).argmin())][:, known].mean(1)
-            for row, mean in zip(rows, means, strict=True):
-                row[f"{NAMES[kind]}_iou{100 * iou:.0f}"] = float(mean)
+        curves = mean_curves(comparison)
+        for iou in ("0.5", "0.75") if curves else ():
+            for row, precision in zip(rows, curves[iou], strict=True):
+                row[f"{NAMES[kind]}_iou{100 * float(iou):.0f}"] = float(precision)
     return rows if len(rows[0]) > 1 else []
 
 

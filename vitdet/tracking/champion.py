@@ -25,8 +25,15 @@ from vitdet.config import Config, GateConfig
 from vitdet.data.protocol import Protocol
 from vitdet.locks import locked
 from vitdet.tracking.evaluations import known_metrics, read_evaluation, save_evaluation, tags_of
-from vitdet.tracking.gate import Evaluation, Verdict, compare, flaw, label, missing
-from vitdet.tracking.gate import compares_matches as compares_matches
+from vitdet.tracking.gate import (
+    Evaluation,
+    Verdict,
+    compare,
+    compares_matches,
+    flaw,
+    label,
+    missing,
+)
 from vitdet.tracking.history import ALIAS as ALIAS
 from vitdet.tracking.history import PROMOTED, champion_of, events, rivals, set_champion
 from vitdet.tracking.mlflow import connect, tracking_uri

@@ -10,9 +10,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from vitdet.data.protocol import Protocol
+from vitdet.evaluation.bootstrap import WeightedAP
 from vitdet.evaluation.coco import NAMES
-from vitdet.evaluation.matches import load_matches
+from vitdet.evaluation.matches import MATCHES, load_matches
 from vitdet.tracking.gate import Evaluation
 
 if TYPE_CHECKING:
@@ -20,7 +23,6 @@ if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion
 
 METRICS = ("box_ap", "box_ap50", "box_ap75", "mask_ap", "mask_ap50", "mask_ap75")
-MATCHES = "matches.npz"
 
 
 def tags_of(metrics: Mapping[str, float | None]) -> dict[str, str]:
@@ -104,7 +106,8 @@ def evaluation_of(metrics: Mapping[str, float | None], plots: Path | None) -> Ev
     matches = load_matches(path)
     for kind, one in matches.items():
         key = f"{NAMES[kind]}_ap"
-        ap, expected = one.ap()[1], metrics.get(key)
+        mean = WeightedAP(one)(np.ones(len(one.image_ids), int))[0, 0]
+        ap, expected = float(mean), metrics.get(key)
         if ap == ap and (expected is None or abs(ap - expected) > 1e-6):
             raise ValueError(
                 f"{path}: of another evaluation than the metrics ({key} {ap:.6g}, not {expected}); "

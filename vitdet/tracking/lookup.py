@@ -36,7 +36,7 @@ def open_store(uri: str, folder: Path) -> MlflowClient:
     kind, _, path = server.partition(":///")
     if kind == "sqlite" and not Path(path).exists():
         raise FileNotFoundError(
-            f"{path}: no such MLflow store; set --tracking-uri or MLFLOW_TRACKING_URI to the server of the runs"
+            f"{path}: no such MLflow store; set MLFLOW_TRACKING_URI, or name the store on the command line (see --help)"
         )
     return connect(None, uri, folder)[0]
 

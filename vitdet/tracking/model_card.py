@@ -80,7 +80,7 @@ def render(
     )
     return environment.get_template("model_card.md.jinja").render(
         name=name,
-        architecture=architecture(config),
+        architecture=f"{config.model.architecture}, backbone {config.model.backbone.name}",
         classes=classes,
         shown_classes=", ".join(classes[:SHOWN_CLASSES]) + more,
         config=config,
@@ -115,13 +115,6 @@ def description_of(card: str) -> str:
         return card
     kept = card[: DESCRIPTION - len(MORE)]
     return kept.rpartition("\n")[0].rstrip() + MORE
-
-
-def architecture(config: Config) -> str:
-    """Return the name of the detector, as in `Cascade Mask R-CNN, backbone vit_b`."""
-    cascade = "Cascade " if len(config.model.roi_heads.ious) > 1 else ""
-    kind = "Mask" if config.model.mask.enabled else "Faster"
-    return f"{cascade}{kind} R-CNN, backbone {config.model.backbone.name}"
 
 
 def initial_weights(init: str) -> list[InitialWeights]:

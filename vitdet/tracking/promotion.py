@@ -22,7 +22,7 @@ from vitdet.tracking.history import (
     predecessors,
     set_champion,
 )
-from vitdet.tracking.mlflow import connect
+from vitdet.tracking.lookup import open_store
 from vitdet.tracking.packaged_model import download, download_checkpoint
 from vitdet.tracking.registry import CANDIDATE, CONFIG
 
@@ -47,7 +47,7 @@ def promote_version(
     force: a reason to skip the gate, which is stored. Raises LookupError for what does not exist, and
     ValueError if the gate rejects the version or cannot be applied.
     """
-    client = _open(uri, folder)
+    client = open_store(uri, folder)
     number = version or _alias(client, model_name, CANDIDATE, "name one with --version N")
     found = _version(client, model_name, number)
     shown = f"{model_name}, version {number}"
@@ -97,7 +97,7 @@ def roll_back(model_name: str, *, uri: str, folder: Path, reason: str) -> tuple[
 
     Raises LookupError if there is no such model or champion, ValueError if none was champion before.
     """
-    client = _open(uri, folder)
+    client = open_store(uri, folder)
     with promoting(folder):
         current = _alias(client, model_name, champion.ALIAS, "there is nothing to roll back")
         numbers = {
@@ -113,17 +113,6 @@ def roll_back(model_name: str, *, uri: str, folder: Path, reason: str) -> tuple[
             )
         set_champion(client, model_name, earlier[0], ROLLED_BACK, current, reason)
     return current, earlier[0]
-
-
-def _open(uri: str, folder: Path) -> MlflowClient:
-    """The client; raises FileNotFoundError instead of creating a new store."""
-    server = tracking_uri(uri, folder)
-    path = Path(server.removeprefix("sqlite:///"))
-    if server.startswith("sqlite:///") and not path.is_file():
-        raise FileNotFoundError(
-            f"{path}: no such MLflow store; name its folder with --runs, or set MLFLOW_TRACKING_URI"
-        )
-    return connect(None, uri, folder)[0]
 
 
 def _alias(client: MlflowClient, model_name: str, alias: str, otherwise: str) -> str:

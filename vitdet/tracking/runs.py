@@ -17,7 +17,7 @@ from vitdet.tracking.tracker import Progress, Tracker
 
 log = logging.getLogger(__name__)
 
-MATCHES = "evaluation"  # artifact folder of matches.npz
+MATCHES_FOLDER = "evaluation"  # artifact folder of matches.npz
 
 
 def has_mlflow() -> bool:
@@ -124,7 +124,9 @@ def log_evaluation(
 
 def log_matches(checkpoint: Path, matches: Path, config: Config | None, folder: Path) -> str | None:
     """Log a file of matches and its provenance as `log_evaluation` does."""
-    return _log(checkpoint, {}, config, folder, dict.fromkeys((matches, beside(matches)), MATCHES))
+    return _log(
+        checkpoint, {}, config, folder, dict.fromkeys((matches, beside(matches)), MATCHES_FOLDER)
+    )
 
 
 def _log(

@@ -14,13 +14,11 @@ from vitdet.checkpoint import load_model_file
 from vitdet.config import flatten, from_dict
 from vitdet.data.protocol import Protocol
 from vitdet.evaluation.evaluator import OF_FILES
-from vitdet.evaluation.matches import Matches, load_matches
-from vitdet.evaluation.report import MATCHES
+from vitdet.evaluation.matches import MATCHES, Matches, load_matches
 from vitdet.evaluation.results import Truth, kinds_of, read_results, read_truth
 from vitdet.files import sha256
 from vitdet.tracking.measured import Measured, beside, read_measured
-from vitdet.tracking.runs import MATCHES as FOLDER
-from vitdet.tracking.runs import default_folder, has_mlflow
+from vitdet.tracking.runs import MATCHES_FOLDER, default_folder, has_mlflow
 
 if TYPE_CHECKING:
     from vitdet.tracking.lookup import StoredRun
@@ -109,7 +107,7 @@ class Reader:
             if measured is None:
                 raise ValueError(
                     f"{run.name} ({run.run_id}): the run has no matches; run `vitdet evaluate CHECKPOINT "
-                    "--plots FOLDER` with its checkpoint, which logs them"
+                    "--plots MATCHES_FOLDER` with its checkpoint, which logs them"
                 )
             matches = load_matches(downloaded / MATCHES)
         return Compared(run.name, matches, measured.protocol, run.params, run.metrics)
@@ -138,7 +136,7 @@ def _fetch(name: str, uri: str, folder: Path, target: Path) -> tuple[StoredRun, 
     run = find_run(client, name)
     downloaded = target
     for file in (MATCHES, beside(Path(MATCHES)).name):
-        path = download_file(client, uri, folder, run.run_id, f"{FOLDER}/{file}", target)
+        path = download_file(client, uri, folder, run.run_id, f"{MATCHES_FOLDER}/{file}", target)
         downloaded = (
             path.parent if path else downloaded
         )  # whether in a subfolder depends on the store
