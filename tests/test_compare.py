@@ -144,6 +144,19 @@ def test_settings_training_and_seeds_are_shown() -> None:
     assert "optim.steps" not in rows
 
 
+def test_few_images_have_no_verdict() -> None:
+    truth, results = random_set(0, 6, 2)
+    matches = coco.compare(truth, results, ["bbox"])["bbox"].matches
+    none = replace(matches, matched=np.zeros_like(matches.matched))
+    both = [
+        Compared(name, {"bbox": one}, None, {}, {}) for name, one in (("a", matches), ("b", none))
+    ]
+    text = comparison_text(both, {"bbox": bootstrap([matches, none], resamples=20)})
+    assert "no verdict, as only 4 images have objects (10 are needed)" in text
+    assert "Real: 0 of the 0 classes" in text
+    assert not any(row.endswith(("| yes  |", "| no   |")) for row in text.splitlines())
+
+
 @pytest.mark.parametrize(
     ("protocol", "message"),
     [

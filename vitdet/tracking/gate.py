@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from vitdet.config import GateConfig
-from vitdet.evaluation.bootstrap import METRICS, WeightedAP, bootstrap
+from vitdet.evaluation.bootstrap import METRICS, MIN_IMAGES, Difference, WeightedAP, bootstrap
 from vitdet.evaluation.coco import NAMES
 from vitdet.evaluation.matches import Matches
 
@@ -106,24 +106,29 @@ def compare(
     if not gate.confidence:
         return Verdict(True, reason)
     try:
-        low = _lower_bound(gate, candidate, champion)
+        found = _difference(gate, candidate, champion)
     except ValueError as error:
         return Verdict(False, f"{reason}, but it cannot be compared: {error}")
-    certain = low > gate.min_gain
+    if found is None or found.is_real is None:
+        return Verdict(
+            False,
+            f"{reason}, but gate.confidence needs {MIN_IMAGES} images with objects, the validation data has "
+            f"{found.images if found else 0}",
+        )
+    certain = found.low > gate.min_gain
     but = "and" if certain else "but"
     return Verdict(
         certain,
         f"{reason}, {but} the lower bound of the gain at {gate.confidence:.4g} confidence is "
-        f"{low:+.3g}, {'above' if certain else 'not above'} {gate.min_gain:g}",
+        f"{found.low:+.3g}, {'above' if certain else 'not above'} {gate.min_gain:g}",
     )
 
 
-def _lower_bound(gate: GateConfig, candidate: Evaluation, champion: Evaluation) -> float:
-    """The lower bound of the two-sided paired bootstrap interval of the gain."""
+def _difference(gate: GateConfig, candidate: Evaluation, champion: Evaluation) -> Difference | None:
+    """The gain with its paired bootstrap interval, as `vitdet compare` computes it."""
     both = [_matches(gate, candidate), _matches(gate, champion)]
     ours, theirs = bootstrap([one for one in both if one is not None])
-    differences = (ours.resampled - theirs.resampled)[:, _row(gate), 0]
-    return float(np.quantile(differences, (1 - gate.confidence) / 2))
+    return ours.difference(theirs, METRICS[_row(gate)], confidence=gate.confidence)
 
 
 def _matches(gate: GateConfig, evaluation: Evaluation) -> Matches | None:
