@@ -14,6 +14,7 @@ from vitdet.evaluation.matching import Comparison
 from vitdet.files import write_json
 
 MATCHES = "matches.npz"
+REPORT = "report.html"
 
 
 def class_rows(finished: Mapping[str, Comparison]) -> list[dict[str, str | float | None]]:
