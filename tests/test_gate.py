@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ import pytest
 from vitdet.config import GateConfig, load_config
 from vitdet.evaluation.bootstrap import bootstrap
 from vitdet.evaluation.matches import IOUS, Matches
+from vitdet.tracking.evaluations import recorded_evaluation
 from vitdet.tracking.gate import Evaluation, Verdict, compare, flaw
 from vitdet.tracking.history import FORCED, PROMOTED, ROLLED_BACK, Event, predecessors, rivals
 
@@ -78,6 +80,15 @@ def test_another_metric_decides_alone() -> None:
     worse = Evaluation({"box_ap": 90.0, "mask_ap50": 40.0})
     found = decide(GateConfig(metric="mask_ap50"), better, worse)
     assert found == Verdict(True, f"mask AP50 41, above the 40 of {NAME}")
+
+
+def test_files_that_were_removed_since_a_step_was_cached_are_named_with_the_remedy(
+    tmp_path: Path,
+) -> None:
+    record = {"metrics": {"box_ap": 50.0}, "plots": str(tmp_path / "removed")}
+    reason = flaw(GateConfig(confidence=0.95), recorded_evaluation(record))
+    assert "was cached; submit the pipeline again with --no-cache" in reason
+    assert "--plots" not in reason
 
 
 def test_no_class_may_fall_below_its_floor_or_lose_too_much() -> None:

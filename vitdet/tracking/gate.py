@@ -18,10 +18,14 @@ from vitdet.evaluation.matches import Matches
 
 @dataclass(frozen=True)
 class Evaluation:
-    """metrics: by name, AP in percent. matches: by kind ("bbox", "segm"), empty if not stored."""
+    """metrics: by name, AP in percent. matches: by kind ("bbox", "segm"), empty if not stored.
+
+    remedy: what to do without matches, if the gate needs them.
+    """
 
     metrics: Mapping[str, float | None]
     matches: Mapping[str, Matches] = field(default_factory=dict)
+    remedy: str = "run `vitdet evaluate --plots FOLDER` and register with --plots FOLDER"
 
 
 @dataclass(frozen=True)
@@ -59,7 +63,7 @@ def flaw(gate: GateConfig, candidate: Evaluation) -> str:
     if not _matches(gate, candidate):
         return (
             f"{name} {value:.4g}: gate.min_class_ap, gate.max_class_loss and gate.confidence need the "
-            "per-image matches; run `vitdet evaluate --plots FOLDER` and register with --plots FOLDER"
+            f"per-image matches; {candidate.remedy}"
         )
     below = {
         one: ap for one, ap in _class_values(gate, candidate).items() if ap < gate.min_class_ap
