@@ -7,10 +7,10 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 
 from vitdet.cli.compare.inputs import Compared
-from vitdet.config import Config
+from vitdet.config import Config, override
+from vitdet.digest import training_settings
 from vitdet.evaluation.bootstrap import METRICS, MIN_IMAGES, Difference, Interval, Resampled
 from vitdet.evaluation.coco import NAMES
-from vitdet.sections import list_settings
 from vitdet.tracking.address import hide_credentials
 from vitdet.tracking.comparison import markdown_table
 
@@ -135,18 +135,17 @@ def _classes(name: str, kind: str, first: Resampled, result: Resampled) -> list[
 def _seeds(
     names: Sequence[str], compared: Sequence[Compared], resampled: Mapping[str, Sequence[Resampled]]
 ) -> list[str]:
-    """Mean and standard deviation of results that only differ by seed and settings without effect on weights."""
-    affecting = {k for k, (_, operational) in list_settings(Config()).items() if not operational}
+    """Mean and standard deviation of results of trainings that only differ by seed and settings without effect."""
     groups = defaultdict(list)
     for place, one in enumerate(compared):
-        if one.settings:
-            key = tuple(one.settings.get(k) for k in sorted(affecting - {"train.seed"}))
-            groups[key].append(place)
+        if training := _training(one.settings):
+            groups[training].append(place)
     rows = []
     for places in groups.values():
         for kind, results in resampled.items():
             values = [results[place].value[:, 0] for place in places]
-            if len(places) > 1:
+            seeds = {compared[place].settings["train.seed"] for place in places}
+            if len(seeds) == len(places) > 1:  # not two checkpoints of one training
                 cells = [
                     f"{statistics.mean(column):.2f} ± {statistics.stdev(column):.2f}"
                     for column in zip(*(value.tolist() for value in values), strict=True)
@@ -156,6 +155,16 @@ def _seeds(
     heads = ["results", "number", "kind", *(metric.replace("ap", "AP") for metric in METRICS)]
     title = "## Over seeds: mean ± standard deviation\n"
     return [title, markdown_table(heads, rows, padded=True)] if rows else []
+
+
+def _training(settings: Mapping[str, str]) -> tuple:
+    """The settings that affect the result of a training, without the seed; empty if they are unknown."""
+    try:
+        config = override(Config(), [f"{key}={value}" for key, value in settings.items()])
+    except ValueError:  # of another version
+        return ()
+    affecting = training_settings(config) if settings else {}
+    return tuple((key, value) for key, value in affecting.items() if key != "train.seed")
 
 
 def _resources(names: Sequence[str], compared: Sequence[Compared]) -> str:
