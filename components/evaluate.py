@@ -36,7 +36,8 @@ def evaluate(
         report.path,
     )
     for key, value in found.items():
-        figures.log_metric(key, value)
+        if "/" not in key:  # AP of single classes is in the report and in MLflow
+            figures.log_metric(key, value)
     kinds = [
         f"{kind} AP {found[f'{kind}_ap']}" for kind in ("box", "mask") if f"{kind}_ap" in found
     ]

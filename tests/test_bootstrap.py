@@ -94,6 +94,29 @@ def test_a_resample_without_objects_has_no_ap() -> None:
     assert np.isnan(WeightedAP(matches)(np.zeros(4, int))).all()
 
 
+@pytest.mark.parametrize(("images", "real"), [(1, None), (9, None), (10, True)])
+def test_a_class_in_few_images_has_no_verdict(images: int, real: bool | None) -> None:
+    """All resamples that contain a single image have the same difference, whose interval has no width."""
+    worse = World(0, 200, 2).detect()
+    places = np.arange(images)
+    worse = replace(
+        worse,
+        image=places,
+        category=np.ones(images, int),
+        score=np.full(images, 0.9),
+        matched=np.zeros((images, len(IOUS)), bool),
+        ignored=np.zeros((images, len(IOUS)), bool),
+        found=np.full(images, -1),
+        object_image=np.concatenate([np.arange(200), places]),
+        object_category=np.repeat([0, 1], [200, images]),
+    )
+    first, other = bootstrap([worse, replace(worse, matched=~worse.matched)], resamples=100)
+    difference = other.difference(first, "ap", 1)
+    assert (difference.value, difference.images) == (100.0, images)
+    assert difference.is_real is real
+    assert other.difference(first).images == 200
+
+
 def test_the_difference_of_equal_results_is_0() -> None:
     matches = World(0, 40, 3).detect()
     first, other = bootstrap([matches, matches], resamples=20)

@@ -130,6 +130,7 @@ def test_evaluate(vitdet: Run, trained: Path, tmp_path: Path) -> None:
         "curve.json",
         "matches.measured.json",
         "matches.npz",
+        "report.html",
         "results.json",
         "thresholds.json",
     }

@@ -16,7 +16,7 @@ from tests.random_results import random_set
 from vitdet.cli import main
 from vitdet.cli.compare.inputs import Compared, check_comparable
 from vitdet.cli.compare.text import comparison_text
-from vitdet.config import flatten, load_config
+from vitdet.config import flatten, load_config, save_config
 from vitdet.data.protocol import Protocol
 from vitdet.evaluation import coco
 from vitdet.evaluation.bootstrap import bootstrap
@@ -144,6 +144,42 @@ def test_settings_training_and_seeds_are_shown() -> None:
     assert "optim.steps" not in rows
 
 
+def test_few_images_have_no_verdict() -> None:
+    truth, results = random_set(0, 6, 2)
+    matches = coco.compare(truth, results, ["bbox"])["bbox"].matches
+    none = replace(matches, matched=np.zeros_like(matches.matched))
+    both = [
+        Compared(name, {"bbox": one}, None, {}, {}) for name, one in (("a", matches), ("b", none))
+    ]
+    text = comparison_text(both, {"bbox": bootstrap([matches, none], resamples=20)})
+    assert "no verdict, as only 4 images have objects (10 are needed)" in text
+    assert "Real: 0 of the 0 classes" in text
+    assert not any(row.endswith(("| yes  |", "| no   |")) for row in text.splitlines())
+
+
+@pytest.mark.parametrize(
+    ("other", "are_seeds"),
+    [
+        ([], False),  # model.pt and best.pt of one training
+        (["train.seed=1"], True),
+        (["train.seed=1", "data.workers=3"], True),
+        (["train.seed=1", "evaluate.max_images=3"], False),  # determines which step is the best
+    ],
+)
+def test_only_trainings_with_other_seeds_are_averaged(other: list[str], are_seeds: bool) -> None:
+    best = ["train.keep_best=box_ap"]
+    two = [compared("a", settings(*best)), compared("b", settings(*best, *other))]
+    resampled = bootstrap([one.matches["bbox"] for one in two], resamples=20)
+    assert ("## Over seeds" in comparison_text(two, {"bbox": resampled})) is are_seeds
+
+
+def test_a_folder_that_is_no_training_is_a_name_of_a_run(vitdet: Run, tmp_path: Path) -> None:
+    (tmp_path / "tiny").mkdir()
+    refused(vitdet("compare", "tiny", "tiny"), "no such MLflow store; set --tracking-uri")
+    save_config(load_config("tiny"), tmp_path / "tiny" / "config.yaml")
+    refused(vitdet("compare", "tiny", "tiny"), "tiny/model.pt: no such checkpoint")
+
+
 @pytest.mark.parametrize(
     ("protocol", "message"),
     [
@@ -178,7 +214,7 @@ def test_runs_and_checkpoints(vitdet: Run, tiny: Path, tmp_path: Path) -> None:
         code, *_ = vitdet("evaluate", f"work/{name}/model.pt", "--plots", f"work/{name}/plots")
         assert code == 0
     few = ["--resamples", 100]
-    code, text, errors = vitdet("compare", "work/a/model.pt", "work/b/model.pt", *few)
+    code, text, errors = vitdet("compare", "work/a", "work/b", *few)
     assert code == 0, errors
     assert "| train.seed | 0 " in text and "## Over seeds" in text and "training images/s" in text
     refused(vitdet("compare", "work/a/model.pt", "work/c/model.pt"), "different evaluate settings")

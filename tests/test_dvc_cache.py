@@ -127,8 +127,6 @@ def making(root: Path) -> list[list[object]]:
             "work/pictures",
             "--plots",
             "work/plots",
-            "--report",
-            "work/plots/report.html",
         ],
         [
             "register",

@@ -72,6 +72,7 @@ def test_the_verb_prints_a_table_and_writes_the_figures(files, tmp_path, capsys)
         row["class"] for row in json.loads((tmp_path / "plots" / "classes.json").read_text())
     } <= {"class 0", "class 1", "class 2"}
     assert json.loads((tmp_path / "plots" / "curve.json").read_text())
+    assert "SHA-256" in (tmp_path / "plots" / "report.html").read_text()
 
 
 @pytest.mark.parametrize(("lost", "kept"), [("bbox", "mask"), ("segmentation", "box")])

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from vitdet.config import GateConfig, load_config
-from vitdet.evaluation.bootstrap import WeightedAP
+from vitdet.evaluation.bootstrap import WeightedAP, bootstrap
 from vitdet.evaluation.matches import IOUS, Matches
+from vitdet.tracking.evaluations import recorded_evaluation
 from vitdet.tracking.gate import Evaluation, Verdict, compare, flaw
 from vitdet.tracking.history import FORCED, PROMOTED, ROLLED_BACK, Event, predecessors, rivals
 
@@ -80,6 +82,15 @@ def test_another_metric_decides_alone() -> None:
     assert found == Verdict(True, f"mask AP50 41, above the 40 of {NAME}")
 
 
+def test_files_that_were_removed_since_a_step_was_cached_are_named_with_the_remedy(
+    tmp_path: Path,
+) -> None:
+    record = {"metrics": {"box_ap": 50.0}, "plots": str(tmp_path / "removed")}
+    reason = flaw(GateConfig(confidence=0.95), recorded_evaluation(record))
+    assert "was cached; submit the pipeline again with --no-cache" in reason
+    assert "--plots" not in reason
+
+
 def test_no_class_may_fall_below_its_floor_or_lose_too_much() -> None:
     before = evaluation({"disc": hits(30), "ring": hits(30)})
     after = evaluation({"disc": hits(55), "ring": hits(20)})
@@ -108,7 +119,30 @@ def test_with_confidence_a_gain_by_chance_does_not_pass() -> None:
     assert not found.passed and "cannot be compared: the results are of different" in found.reason
 
 
-@pytest.mark.parametrize("value", ["confidence=1", "min_gain=-1", "metric=ap", "min_class_ap=101"])
+def test_confidence_ignores_resamples_without_objects_and_needs_ten_images() -> None:
+    def among_empty(images: int, found: int) -> Evaluation:
+        one = evaluation({"disc": hits(found, images)})
+        matches = {"bbox": replace(one.matches["bbox"], image_ids=np.arange(1000))}
+        return Evaluation(one.metrics, matches)
+
+    gate = GateConfig(confidence=0.95)
+    assert decide(gate, among_empty(10, 10), among_empty(10, 1)).passed
+    found = decide(gate, among_empty(9, 9), among_empty(9, 1))
+    assert not found.passed and "needs 10 images with objects, the validation data has 9" in (
+        found.reason
+    )
+
+
+def test_the_gate_and_a_comparison_have_the_same_interval() -> None:
+    before, after = evaluation({"disc": hits(8, 20)}), evaluation({"disc": hits(12, 20)})
+    theirs, ours = bootstrap([before.matches["bbox"], after.matches["bbox"]])
+    found = decide(GateConfig(confidence=0.95), after, before)
+    assert f" confidence is {ours.difference(theirs).low:+.3g}, " in found.reason
+
+
+@pytest.mark.parametrize(
+    "value", ["confidence=0.999", "min_gain=-1", "metric=ap", "min_class_ap=101"]
+)
 def test_settings_out_of_range_are_refused(value: str) -> None:
     with pytest.raises(ValueError, match=r"^gate\."):
         load_config("tiny", [f"gate.{value}"])

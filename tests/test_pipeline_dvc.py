@@ -65,8 +65,7 @@ elif verb == "evaluate":
     output.with_suffix(".measured.json").write_text("{{}}")
     for name in ("--pictures", "--plots"):
         options[name].mkdir()
-    if "--report" in options:  # dvc.yaml of an earlier version has none
-        options["--report"].write_text("<p>report")
+    (options["--plots"] / "report.html").write_text("<p>report")
     for name, key, columns in (("curve", "recall", ("iou50", "iou75")), ("thresholds", "threshold", ("precision", "recall", "f1"))):
         row = {{f"{{kind}}_{{column}}": ap for kind in ("box", "mask") for column in columns}}
         rows = [{{key: i / 4, **row}} for i in range(5)]

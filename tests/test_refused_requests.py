@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -13,9 +14,10 @@ from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
 from tests.test_tracking import points, start
-from vitdet.config import load_config, to_dict
+from vitdet.config import load_config, save_config, to_dict
 from vitdet.tracking import mlflow as tracking
 from vitdet.tracking.journal import find, journals
+from vitdet.workspace import result
 
 
 @pytest.fixture(autouse=True)
@@ -171,9 +173,13 @@ def test_runs_of_another_server_are_not_sent_to_this_one(
     "uri",
     ["http://alice:s3cret@mlflow:5000", "postgresql://u:s3cret@h:5/d", "https://s3cret@mlflow"],
 )
-def test_a_password_is_not_stored_in_a_config(uri: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_password_is_not_stored_in_a_config(uri: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="must not contain a user or password") as error:
         load_config("tiny", [f"tracking.uri={uri}"])
     assert "s3cret" not in str(error.value)
+    config = load_config("tiny", ["train.keep_best=box_ap"])
+    config = replace(config, tracking=replace(config.tracking, uri=uri))
+    save_config(config, tmp_path / "config.yaml")  # an earlier version's training
+    assert result(tmp_path) == tmp_path / "best.pt"
     allowed = load_config("tiny", ["tracking.uri=sqlite:////data/a@b/mlflow.db"])
     assert "a@b" in json.dumps(to_dict(allowed))

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from vitdet.checkpoint import FORMAT, save
+from vitdet.checkpoint import FORMAT, load_model_file, save
 from vitdet.config import load_config, to_dict
 from vitdet.data.protocol import Protocol
 from vitdet.models import build_detector
@@ -107,6 +107,31 @@ def test_a_version_says_where_it_comes_from(work: Path) -> None:
         and version.tags["git_revision"] == "a" * 40
     )
     assert client.get_run(version.run_id).info.status == "FINISHED"
+
+
+def test_the_config_of_a_version_is_that_of_its_registration(work: Path, tmp_path: Path) -> None:
+    stored = load_model_file(make_checkpoint(tmp_path / "model.pt", 1))
+    stored["config"]["tracking"]["uri"] = "http://alice:s3cret@mlflow:5000"
+    save(tmp_path / "model.pt", stored)
+    changes = ["gate.min_gain=0.5", "evaluate.max_detections=7", "data.val_split=test"]
+    used = load_config("tiny", [*changes, "optim.lr=5"])
+    register(
+        tmp_path / "model.pt",
+        run_id=None,
+        uri="",
+        folder=work,
+        model_name="configured",
+        alias="candidate",
+        evaluation=Evaluation(METRICS),
+        protocol=PROTOCOL,
+        used=used,
+    )
+    with exported(tracking.tracking_uri("", work)):
+        path = mlflow.artifacts.download_artifacts(
+            "models:/configured@candidate/config.yaml", dst_path=str(tmp_path)
+        )
+    expected = load_config("tiny", [*changes, "tracking.uri=http://mlflow:5000"])
+    assert load_config(path) == expected
 
 
 def test_nothing_is_pickled(work: Path, tmp_path: Path) -> None:

@@ -106,9 +106,12 @@ def test_metrics_of_other_data_count_for_these_only(
 def test_the_gate_trusts_no_metrics_of_unknown_origin(
     model: Path, own_tiny: Path, vitdet: Run, tmp_path: Path
 ) -> None:
-    metrics, config = tmp_path / "metrics.json", tmp_path / "config.yaml"
+    metrics, config, plots = (tmp_path / name for name in ("metrics.json", "config.yaml", "plots"))
     words = ["register", model, *CHAMPION, "--metrics", metrics]
-    assert vitdet("evaluate", model, "--output", metrics)[0] == 0
+    assert vitdet("evaluate", model, "--output", metrics, "--plots", plots)[0] == 0
+    code, _, err = vitdet("register", another(model), "--metrics", metrics, "--plots", plots)
+    assert code == 1 and f"{plots}: of another checkpoint than {another(model)}; run" in err
+    assert not client_of(model).search_registered_models()
     save_config(load_config("tiny", minimal(own_tiny, evaluate__max_detections=3)), config)
     code, _, err = vitdet(*words, "--config", config)
     assert code == 1 and "with other data or evaluate settings than those of --config" in err

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import urllib.request
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -133,6 +134,19 @@ def test_without_images_there_are_facts_and_tables(truth: Truth, tmp_path: Path)
     text = (tmp_path / "r.html").read_text()
     assert "Worst images" not in text and 'type="radio"' not in text
     assert "<dt>Step</dt><dd>9</dd>" in text and "AR, 300 detections" in text
+
+
+def test_without_a_true_positive_the_stated_threshold_is_the_one_drawn(
+    truth: Truth, tmp_path: Path
+) -> None:
+    nothing = replace(analysis("box", CLASSES, [1]), best_threshold=None)
+    below = {"image_id": 1, "category_id": 5, "score": 0.4, "bbox": [0, 0, 99, 5]}
+    pages = []
+    for results in ([], [below]):
+        images = images_of(truth.path, "coco")
+        write_page(tmp_path / "r.html", [nothing], FACTS, truth, results, images)
+        pages.append((tmp_path / "r.html").read_text())
+    assert pages[0] == pages[1] and "the score threshold 0.50, lowest first" in pages[0]
 
 
 def test_a_name_that_is_no_unicode_is_written(truth: Truth, tmp_path: Path) -> None:

@@ -49,7 +49,9 @@ def resolve(recipes: list[str], overrides: list[str], folder: Path) -> list[str]
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("untried")
-def test_two_recipes_are_trained_compared_and_registered(tiny: Path, tmp_path: Path) -> None:
+def test_two_recipes_are_trained_compared_and_registered(
+    tiny: Path, vitdet: Callable[..., tuple[int, str, str]], tmp_path: Path
+) -> None:
     space, configs, manifest = (
         str(tmp_path / "space"),
         str(tmp_path / "configs"),
@@ -104,6 +106,14 @@ def test_two_recipes_are_trained_compared_and_registered(tiny: Path, tmp_path: P
     for state, status in ends.items():
         stages.end_parent_run(["tiny"], [], space, RUN, state)
         assert client.get_run(parent.info.run_id).info.status == status
+
+    # the two trainings can be compared as runs
+    logged = [child.data.metrics for child in children]
+    assert all(any(key.startswith("class_ap/") for key in one) for one in logged)
+    runs, seen = [child.info.run_id for child in children], tmp_path / "runs.md"
+    words = ["compare", *runs, "--tracking-uri", tracking_uri("", tmp_path / "space" / "runs")]
+    assert vitdet(*words, "--resamples", 100, "--output", seen)[0] == 0
+    assert "| optim.weight_decay |" in seen.read_text()
 
     # A step that is repeated trains nothing again; with a model of no better AP the champion stays.
     stages.train_recipe(settings, names[0], data, space, RUN, str(tmp_path / "again.pt"))

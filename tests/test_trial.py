@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 import torch
 from mlflow.models import Model
 
+import vitdet
 from tests.test_register import make_checkpoint
 from vitdet.checkpoint import load_model_file, save_safetensors
 from vitdet.predictor import Predictor
@@ -31,11 +33,19 @@ def test_the_last_line_of_a_failure_is_the_reason(
 
 
 @pytest.mark.slow
-def test_a_model_that_does_not_load_is_refused(tmp_path: Path) -> None:
-    """Nor is one whose package is found elsewhere than in its wheel."""
+def test_a_model_that_does_not_load_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As is one whose package is imported from elsewhere than its wheel."""
     wheel, model = build_wheel(tmp_path), tmp_path / "packed" / "model"
     model.parent.mkdir()
     pack(model, Model(), load_model_file(make_checkpoint(tmp_path / "model.pt", 0)), wheel)
+    empty = tmp_path / "empty.whl"
+    with zipfile.ZipFile(empty, "w"):
+        pass
+    monkeypatch.setenv("PYTHONPATH", str(Path(vitdet.__file__).parents[1]))
+    with pytest.raises(ValueError, match="the package is not imported from the wheel of the model"):
+        trial.try_model(model, empty)
     weights = model / "artifacts" / "detector.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
     with pytest.raises(ValueError, match="not a whole detector .*it is not registered"):

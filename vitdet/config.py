@@ -342,20 +342,32 @@ def load_config(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Conf
     values of the wrong type or out of range; FileNotFoundError for a missing file.
     """
     config = _overridden(_read(name_or_path), overrides)
-    check_names(config.tracking)
+    check_tracking(config.tracking)
     return config
 
 
-def check_names(tracking: TrackingConfig) -> None:
-    """Raise ValueError for an address or names that MLflow refuses, and for an address with a
-    password, as configs are stored; not part of the section, as old checkpoints may contain such.
+def load_stored(path: str | Path) -> Config:
+    """The config that a training or registration saved; earlier versions stored addresses and names
+    that `load_config` refuses.
     """
-    check_address("tracking.uri", tracking.uri)
+    return from_dict(_read(path))
+
+
+def check_tracking(tracking: TrackingConfig) -> None:
+    """Raise ValueError as `check_names`, and for an address with a password, as configs are stored."""
+    check_names(tracking)
     _rule(
         not re.search(r"://[^/\s]*@", tracking.uri),
         "tracking.uri must not contain a user or password, as it is stored in configs and checkpoints; "
         "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or the whole address as MLFLOW_TRACKING_URI",
     )
+
+
+def check_names(tracking: TrackingConfig) -> None:
+    """Raise ValueError for an address or names that MLflow refuses; not part of the section, as old
+    checkpoints may contain such.
+    """
+    check_address("tracking.uri", tracking.uri)
     check("tracking.experiment", ExperimentName, tracking.experiment)
     check("tracking.model_name", ModelName, tracking.model_name)
 

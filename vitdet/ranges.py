@@ -27,7 +27,13 @@ Positive = Annotated[float, Meta(gt=0, description="be above 0")]
 Positives = Annotated[tuple[Positive, ...], Meta(min_length=1, description="be above 0")]
 Fraction = Annotated[float, Meta(ge=0, le=1, description="lie between 0 and 1")]
 Percent = Annotated[float, Meta(ge=0, le=100, description="lie between 0 and 100")]
-Confidence = Annotated[float, Meta(ge=0, lt=1, description="be at least 0 and below 1")]
+# Of an interval from 1,000 resamples: in a tail of less than 1 / 1,001 is no resample
+Confidence = Annotated[
+    float,
+    Meta(
+        ge=0, le=0.998, description="lie between 0 and 0.998, the most that 1,000 resamples resolve"
+    ),
+]
 Fractions = Annotated[tuple[Fraction, ...], Meta(min_length=1, description="lie between 0 and 1")]
 # What MLflow accepts (mlflow.utils.validation; its databases have 256 characters for a name). Quotes
 # and backslashes would end or change the text in the filters by which a model is searched.

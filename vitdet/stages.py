@@ -91,18 +91,19 @@ def evaluate(
     *,
     folder: Path,
     config: Config | None = None,
+    output: Path | None = None,
     pictures: Path | None = None,
     plots: Path | None = None,
     report: Path | None = None,
-    detailed: bool = False,
 ) -> tuple[dict[str, float], str | None]:
-    """The metrics of a checkpoint, also logged to the run that trained it with pictures and report, and that run's id.
+    """The metrics of a checkpoint, also logged to the run that trained it with the files, and that run's id.
 
-    The arguments are those of `vitdet.evaluate`; folder: of the default MLflow store. The id is None without that store.
+    The arguments are those of `vitdet evaluate`; folder: of the default MLflow store. The id is None without that store.
     """
     from vitdet import distributed
     from vitdet.evaluation.evaluator import evaluate as measure
     from vitdet.tracking.address import tracking_uri
+    from vitdet.tracking.measured import write_evaluation
     from vitdet.tracking.runs import has_mlflow, log_evaluation
 
     if has_mlflow():  # a mistake in the address ends this now
@@ -114,11 +115,12 @@ def evaluate(
         pictures=pictures,
         plots=plots,
         report=report,
-        detailed=detailed,
+        detailed=True,
     )
     if distributed.rank() != 0:
         return metrics, None
-    return metrics, log_evaluation(checkpoint, metrics, config, folder, pictures, report)
+    write_evaluation(checkpoint, overrides, config, metrics, output, plots)
+    return metrics, log_evaluation(checkpoint, metrics, config, folder, pictures, plots, report)
 
 
 def register(
@@ -341,15 +343,15 @@ def evaluate_recipe(
     Writes the metrics with what they belong to, as the following steps read them, and the HTML file `report`.
     """
     from vitdet.data.protocol import Protocol
+    from vitdet.evaluation.report import REPORT
     from vitdet.tracking import champion
 
     config = _verified(configs, name, data)
     folder = training_folder(workspace, name, run_id) / "evaluation"
-    page = folder / "report.html"
     metrics, tracked = evaluate(
-        Path(checkpoint), folder=runs_folder(workspace), config=config, plots=folder, report=page
+        Path(checkpoint), folder=runs_folder(workspace), config=config, plots=folder
     )
-    shutil.copyfile(page, report)
+    shutil.copyfile(folder / REPORT, report)
     protocol = Protocol.of(config, data.split("-")[1])
     row = {"name": name, "run_id": tracked, "metrics": metrics, "plots": str(folder)}
     write_json(figures, row | protocol.tags())

@@ -13,7 +13,7 @@ import glob
 from dataclasses import replace
 from pathlib import Path
 
-from vitdet.config import Config, load_config
+from vitdet.config import Config, load_stored
 from vitdet.digest import digest, legacy_digest
 
 
@@ -37,7 +37,7 @@ def training_folder(workspace: str, name: str, run_id: str) -> Path:
     if not folder.exists():
         pattern = f"{glob.escape(recipe)}-????????-{run}/config.yaml"
         for other in runs_folder(workspace).glob(pattern):
-            config = load_config(other)
+            config = load_stored(other)
             old = (legacy_digest(config) or "")[:8]
             if digest(config)[:8] == digits and other.parent.name == f"{recipe}-{old}-{run}":
                 return other.parent
@@ -49,7 +49,7 @@ def result(checkpoint: Path) -> Path:
     if not checkpoint.is_dir():
         return checkpoint
     config = checkpoint / "config.yaml"
-    keeps = config.is_file() and load_config(config).train.keep_best
+    keeps = config.is_file() and load_stored(config).train.keep_best
     return checkpoint / ("best.pt" if keeps else "model.pt")
 
 

@@ -3,15 +3,10 @@
 from __future__ import annotations
 
 import argparse
-from typing import TYPE_CHECKING
 
 from vitdet import torchrun
 from vitdet.cli.overrides import add_set, log_resolved
 from vitdet.cli.paths import CHECKPOINT, given_path
-
-if TYPE_CHECKING:
-    from vitdet.config import Config
-    from vitdet.tracking.measured import Measured
 
 
 def add_evaluate(verb: argparse.ArgumentParser) -> None:
@@ -32,13 +27,13 @@ def add_evaluate(verb: argparse.ArgumentParser) -> None:
     verb.add_argument(
         "--plots",
         type=given_path,
-        help="folder for precision over recall, AP of each class, and the matches that `vitdet compare` reads",
+        help="folder for the report (report.html), precision over recall, AP of each class, and the matches that `vitdet compare` reads",
     )
     verb.add_argument(
         "--report",
         type=given_path,
         metavar="FILE",
-        help="write an HTML page: curves, classes, errors, confusions, worst and best images",
+        help="write an HTML page here, too: curves, classes, errors, confusions, worst and best images",
     )
     verb.add_argument(
         "--results",
@@ -64,9 +59,7 @@ def run_evaluate(given: argparse.Namespace) -> int:
     torchrun.end_with_torchrun()
     from vitdet import distributed, stages
     from vitdet.data.layout import resolve_config
-    from vitdet.evaluation.matches import MATCHES
-    from vitdet.tracking.measured import write_measured, write_metrics
-    from vitdet.tracking.runs import default_folder, log_matches
+    from vitdet.tracking.runs import default_folder
     from vitdet.workspace import result
 
     for path in filter(None, (given.output, given.report)):
@@ -82,35 +75,14 @@ def run_evaluate(given: argparse.Namespace) -> int:
         given.overrides,
         folder=default_folder(given.checkpoint.parent),
         config=config,
+        output=given.output,
         pictures=given.pictures,
         plots=given.plots,
         report=given.report,
-        detailed=True,
     )
     if distributed.rank() == 0:
         print(table(metrics))
-        if given.output or given.plots:
-            measured = measured_on(given, config)
-        if given.output:
-            write_metrics(given.output, metrics, measured)
-        if given.plots:
-            matches = given.plots / MATCHES
-            write_measured(matches, measured)
-            log_matches(given.checkpoint, matches, config, default_folder(given.checkpoint.parent))
     return 0
-
-
-def measured_on(given: argparse.Namespace, config: Config | None) -> Measured:
-    """What the metrics of these arguments were measured on."""
-    from vitdet.checkpoint import load_model_file
-    from vitdet.config import from_dict
-    from vitdet.data.fingerprint import fingerprint
-    from vitdet.evaluation.evaluator import evaluation_config
-    from vitdet.tracking.measured import Measured
-
-    own = from_dict(load_model_file(given.checkpoint)["config"])
-    used, _ = evaluation_config(own, given.overrides, config)
-    return Measured.of(given.checkpoint, used, fingerprint(used.data, used.data.val_split))
 
 
 def score_results(given: argparse.Namespace) -> int:

@@ -94,7 +94,7 @@ class Analysis:
     keys "0.5", "0.75" (IoU) and "mean" (over all IoUs).
     thresholds: scores 0.01, 0.02, ..., 0.99, empty without objects. best_threshold: that with the
     best F1, the highest of equals; None without objects or true positives. The confusion matrix and
-    the images are at this threshold, without one at 0.5.
+    the images are at this threshold, without one at 0.5: `confusion.score`.
     errors: dAP of each error type of TIDE (Bolya et al. 2020), the increase of AP50 when all errors
     of this type are fixed, each type alone: "classification", "localisation", "both", "duplicate",
     "background", "missed"; and "false_positive", "false_negative" for all false positives and all

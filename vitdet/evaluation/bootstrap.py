@@ -22,6 +22,9 @@ from vitdet.evaluation.matches import IOUS, RECALLS, Matches
 METRICS = ("ap", "ap50", "ap75")
 RESAMPLES = 1000
 CONFIDENCE = 0.95
+# Images with objects: intervals from resamples of fewer are far too narrow (Hesterberg 2015,
+# arXiv:1411.5279), of a single image they have no width.
+MIN_IMAGES = 10
 
 
 class WeightedAP:
@@ -86,7 +89,7 @@ class WeightedAP:
 
 @dataclass(frozen=True)
 class Interval:
-    """A value and its 95 % interval, in percent."""
+    """A value and its confidence interval, in percent."""
 
     value: float
     low: float
@@ -95,24 +98,30 @@ class Interval:
 
 @dataclass(frozen=True)
 class Difference(Interval):
-    """A difference of two results with its paired 95 % interval, and the two-sided bootstrap p-value."""
+    """A difference of two results with its paired interval, and the two-sided bootstrap p-value.
+
+    images: those with an object that counts.
+    """
 
     p: float
+    images: int
 
     @property
-    def is_real(self) -> bool:
-        """Whether the interval excludes 0."""
-        return not self.low <= 0 <= self.high
+    def is_real(self) -> bool | None:
+        """Whether the interval excludes 0; None with fewer than MIN_IMAGES images with objects."""
+        return None if self.images < MIN_IMAGES else not self.low <= 0 <= self.high
 
 
 @dataclass(frozen=True)
 class Resampled:
     """AP, AP50 and AP75 of a result in percent: on the images, and on each resample.
 
-    value (M, 1 + K) and resampled (R, M, 1 + K) as returned by `WeightedAP`.
+    value (M, 1 + K) and resampled (R, M, 1 + K) as returned by `WeightedAP`. images (1 + K,): those
+    with objects, of any class and of each.
     """
 
     class_names: tuple[str, ...]
+    images: np.ndarray
     value: np.ndarray
     resampled: np.ndarray
 
@@ -121,14 +130,19 @@ class Resampled:
         column = self._column(metric, class_index)
         if np.isnan(self.value[column]):
             return None
-        return Interval(float(self.value[column]), *_limits(self.resampled[:, *column]))
+        return Interval(float(self.value[column]), *_limits(self.resampled[:, *column], CONFIDENCE))
 
     def difference(
-        self, first: Resampled, metric: str = "ap", class_index: int | None = None
+        self,
+        first: Resampled,
+        metric: str = "ap",
+        class_index: int | None = None,
+        *,
+        confidence: float = CONFIDENCE,
     ) -> Difference | None:
         """Return by how much this result is better than `first`; None for a class without objects.
 
-        The interval is the percentile interval of the paired differences. p is twice the share of
+        The interval is the percentile interval of the paired differences in the resamples with objects. p is twice the share of
         resamples without a difference of this sign (Davison & Hinkley 1997, eq. 4.11), at most 1.
         """
         column = self._column(metric, class_index)
@@ -139,8 +153,9 @@ class Resampled:
         rarer = min((differences <= 0).sum(), (differences >= 0).sum())
         return Difference(
             float(self.value[column] - first.value[column]),
-            *_limits(differences),
+            *_limits(differences, confidence),
             p=min(1.0, 2 * float(rarer + 1) / (len(differences) + 1)),
+            images=int(self.images[column[1]]),
         )
 
     @staticmethod
@@ -170,7 +185,7 @@ def bootstrap(
         )
     ]
     return [
-        Resampled(one.class_names, ap(every), table)
+        Resampled(one.class_names, _images(one), ap(every), table)
         for one, ap, table in zip(results, measured, tables, strict=True)
     ]
 
@@ -201,6 +216,14 @@ def _objects(matches: Matches) -> np.ndarray:
     return np.sort(keys + matches.object_category)
 
 
+def _images(matches: Matches) -> np.ndarray:
+    """The number of images with objects, of any class and of each, (1 + K,)."""
+    classes = len(matches.category_ids)
+    pairs = np.unique(_objects(matches))
+    of_class = np.bincount(pairs % classes, minlength=classes)
+    return np.append(len(np.unique(pairs // classes)), of_class)
+
+
 def _cumulative(values: np.ndarray) -> np.ndarray:
     """Sums of the first 0, 1, 2, ... values."""
     sums = np.zeros(len(values) + 1, np.int32)
@@ -220,11 +243,11 @@ def _needed(objects: np.ndarray) -> np.ndarray:
     return np.maximum(needed, 1).astype(np.int32)
 
 
-def _limits(samples: np.ndarray) -> tuple[float, float]:
+def _limits(samples: np.ndarray, confidence: float) -> tuple[float, float]:
     """The percentile interval of samples, of which some may be NaN."""
     known = samples[~np.isnan(samples)]
     if not len(known):  # a class whose few images no resample contains
         return -np.inf, np.inf
-    tails = [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2]
+    tails = [(1 - confidence) / 2, (1 + confidence) / 2]
     low, high = np.quantile(known, tails, method="weibull")  # too narrow otherwise with few samples
     return float(low), float(high)

@@ -10,7 +10,8 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -39,10 +40,10 @@ from vitdet.evaluation.detections import detections_to_results as detections_to_
 from vitdet.evaluation.detections import results_of
 from vitdet.evaluation.facts import of_checkpoint, of_results
 from vitdet.evaluation.matching import Comparison
-from vitdet.evaluation.page import write_page
+from vitdet.evaluation.page import Facts, write_page
 from vitdet.evaluation.pairs import Images, images_of
 from vitdet.evaluation.pictures import write_pictures
-from vitdet.evaluation.report import details, write_report
+from vitdet.evaluation.report import REPORT, details, write_report
 from vitdet.evaluation.results import Truth, kinds_of, read_results, read_truth, truth_of
 from vitdet.types import Batch
 
@@ -170,9 +171,9 @@ def evaluate(
     """Box and mask AP in percent of a checkpoint on its validation split, as {"box_ap": 51.6, "mask_ap": 45.9, ...}.
 
     The data and evaluate settings are the checkpoint's, or those of `config`, changed by overrides. Two folders, if
-    given: `pictures` receives what `write_pictures` writes, `plots` what `write_report` does; `report` is the HTML file of
-    `vitdet.evaluation.page`. Under torchrun each process takes a share of the images and all return the same. device: a
-    GPU if there is one. detailed: also what `vitdet.evaluation.report.details` returns, and seconds_per_image: wall time
+    given: `pictures` receives what `write_pictures` writes, `plots` what `write_report` does and, in report.html, the page
+    of `vitdet.evaluation.page`; `report` is another file for this page. Under torchrun each process takes a share of the
+    images and all return the same. device: a GPU if there is one. detailed: also what `vitdet.evaluation.report.details` returns, and seconds_per_image: wall time
     from reading to detections. Raises ValueError when
     the data set has other classes than the checkpoint, or when an override changes another section, before anything is
     written. Changes the process as described in `vitdet.data.loader.configure_process`.
@@ -216,17 +217,13 @@ def evaluate(
             kinds = kinds_found_by(detector)
             finished = _compare(truth, results, kinds, config.data, config.evaluate, image_ids)
             metrics = ARBITERS[config.data.dataset].summary(finished)
-            if plots is not None or report is not None:
-                analyses = _analyses(finished, metrics, truth)
+            where = str(device) if device.type == "cpu" else torch.cuda.get_device_name(device)
+            facts = partial(of_checkpoint, Path(checkpoint), config, len(image_ids), where)
+            pages = _Pages(plots, report, facts, _images(config.data))
+            pages.write(finished, metrics, truth, results)
             if detailed:
                 metrics |= details(finished)
                 metrics["seconds_per_image"] = seconds / max(len(image_ids), 1)
-            if plots is not None:
-                write_report(plots, finished, results, analyses)
-            if report is not None:
-                where = str(device) if device.type == "cpu" else torch.cuda.get_device_name(device)
-                facts = of_checkpoint(Path(checkpoint), config, analyses[0], len(image_ids), where)
-                write_page(Path(report), analyses, facts, truth, results, _images(config.data))
             if pictures is not None:
                 # one image at a time, for which the detector would be compiled again
                 stance = torch.compiler.set_stance("force_eager") if compiled else nullcontext()
@@ -282,8 +279,8 @@ def evaluate_results(
 ) -> dict[str, float]:
     """Box and/or mask AP in percent of any file of COCO results, by what it holds, against an annotation file.
 
-    dataset: 'coco' or 'lvis', whose rules differ. `plots` receives what `write_report` writes; `report` is the HTML file
-    of `vitdet.evaluation.page`, with pictures if the images are found beside the annotations. detailed: also what
+    dataset: 'coco' or 'lvis', whose rules differ. `plots` and `report` as in `evaluate`; the page has pictures if the
+    images are found beside the annotations. detailed: also what
     `vitdet.evaluation.report.details` returns. Raises FileNotFoundError for a missing file and ValueError, in one
     line, for what is wrong in them.
     """
@@ -298,24 +295,42 @@ def evaluate_results(
     metrics = ARBITERS[dataset].summary(finished)
     if not metrics:
         raise ValueError(f"{annotations}: holds no object to find; there is nothing to score")
-    if plots is not None or report is not None:
-        analyses = _analyses(finished, metrics, truth)
-    if detailed:
-        metrics |= details(finished)
-    if plots is not None:
-        write_report(plots, finished, found, analyses)
-    if report is not None:
-        facts = of_results(Path(results), truth.path, analyses[0], len(truth.images), found)
-        write_page(Path(report), analyses, facts, truth, found, images_of(truth.path, dataset))
-    return metrics
+    facts = partial(of_results, Path(results), truth.path, len(truth.images), found)
+    pages = _Pages(plots, report, facts, images_of(truth.path, dataset))
+    pages.write(finished, metrics, truth, found)
+    return metrics | details(finished) if detailed else metrics
 
 
-def _analyses(
-    finished: Mapping[str, Comparison], metrics: Mapping[str, float], truth: Truth
-) -> list[Analysis]:
-    """Of each kind that has objects: a data set of boxes only has no masks to find."""
-    known = {kind: one for kind, one in finished.items() if one.ap() is not None}
-    return [analyse(kind, one, metrics, truth) for kind, one in known.items()]
+@dataclass(frozen=True)
+class _Pages:
+    """Where the findings are written: the folder of `write_report`, and the page of `vitdet.evaluation.page`.
+
+    facts: those of the page, from the first analysis.
+    """
+
+    plots: str | Path | None
+    report: str | Path | None
+    facts: Callable[[Analysis], Facts]
+    images: Images | None
+
+    def write(
+        self,
+        finished: Mapping[str, Comparison],
+        metrics: Mapping[str, float],
+        truth: Truth,
+        results: list[dict],
+    ) -> None:
+        pages = {Path(self.plots) / REPORT} if self.plots else set()
+        pages |= {Path(self.report)} if self.report else set()
+        if not pages:
+            return
+        # a data set of boxes only has no masks to find
+        known = {kind: one for kind, one in finished.items() if one.ap() is not None}
+        analyses = [analyse(kind, one, metrics, truth) for kind, one in known.items()]
+        if self.plots:
+            write_report(self.plots, finished, results, analyses)
+        for page in pages if analyses else ():
+            write_page(page, analyses, self.facts(analyses[0]), truth, results, self.images)
 
 
 def _images(data: DataConfig) -> Images:

@@ -15,7 +15,7 @@ from vitdet.files import sha256
 
 
 def of_checkpoint(
-    checkpoint: Path, config: Config, analysis: Analysis, images: int, device: str
+    checkpoint: Path, config: Config, images: int, device: str, analysis: Analysis
 ) -> Facts:
     """The facts of an evaluation of a checkpoint with this config; images: how many were evaluated."""
     model, data, settings = config.model, config.data, config.evaluate
@@ -41,7 +41,7 @@ def of_checkpoint(
 
 
 def of_results(
-    results: Path, annotations: Path, analysis: Analysis, images: int, detections: Sequence[dict]
+    results: Path, annotations: Path, images: int, detections: Sequence[dict], analysis: Analysis
 ) -> Facts:
     """The facts of an evaluation of a file of results."""
     return Facts(

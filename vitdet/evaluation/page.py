@@ -114,7 +114,7 @@ def write_page(
     chosen = {one.image_id for one in (*worst, *best)}
     pairs = {}
     if images is not None:
-        pairs = draw_pairs(truth, results, chosen, first.best_threshold or 0.0, images)
+        pairs = draw_pairs(truth, results, chosen, first.confusion.score, images)
     values = {
         "analyses": analyses,
         "facts": facts,

@@ -62,10 +62,14 @@ def draw_pairs(
     pictures = {}
     objects, found = _objects(truth, image_ids), _detections(truth, results, image_ids, threshold)
     for image_id in image_ids:
-        name = existing_name(images.folder, image_name(truth.images[image_id], images.lvis))
         try:
+            name = existing_name(images.folder, image_name(truth.images[image_id], images.lvis))
             picture = read_image(images.folder / name, images.reading)
-        except (OSError, ValueError):
+        except (
+            OSError,
+            ValueError,
+            KeyError,
+        ):  # KeyError: results can be scored without file names
             continue
         if (picture.height, picture.width) == truth.sides(image_id):
             pictures[image_id] = (

@@ -11,6 +11,8 @@ from vitdet.evaluation.matches import MATCHES, RECALLS, save_matches
 from vitdet.evaluation.matching import Comparison
 from vitdet.files import write_json
 
+REPORT = "report.html"
+
 
 def class_rows(finished: Mapping[str, Comparison]) -> list[dict[str, str | float | None]]:
     """AP of each class that has objects, as rows {class, box_ap, box_ap50, mask_ap, mask_ap50} in percent."""

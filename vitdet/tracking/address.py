@@ -44,6 +44,11 @@ def hide_credentials(text: object) -> str:
     return CREDENTIALS.sub("***@", str(text))
 
 
+def without_credentials(uri: str) -> str:
+    """Return an address without user and password."""
+    return CREDENTIALS.sub("", uri)
+
+
 class HidingFilter(logging.Filter):
     """Hides the credentials of addresses in every message."""
 

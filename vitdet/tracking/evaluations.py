@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -129,4 +130,9 @@ def plots_of(record: Mapping) -> Path | None:
 
 def recorded_evaluation(record: Mapping) -> Evaluation:
     """Return such an evaluation."""
-    return evaluation_of(record["metrics"], plots_of(record))
+    found = evaluation_of(record["metrics"], plots_of(record))
+    removed = (
+        "its files were removed since the pipeline's step `evaluate` was cached; submit the pipeline "
+        "again with --no-cache"
+    )
+    return found if found.matches else replace(found, remedy=removed)

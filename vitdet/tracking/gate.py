@@ -11,17 +11,21 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from vitdet.config import GateConfig
-from vitdet.evaluation.bootstrap import METRICS, WeightedAP, bootstrap
+from vitdet.evaluation.bootstrap import METRICS, MIN_IMAGES, Difference, WeightedAP, bootstrap
 from vitdet.evaluation.coco import NAMES
 from vitdet.evaluation.matches import Matches
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """metrics: by name, AP in percent. matches: by kind ("bbox", "segm"), empty if not stored."""
+    """metrics: by name, AP in percent. matches: by kind ("bbox", "segm"), empty if not stored.
+
+    remedy: what to do without matches, if the gate needs them.
+    """
 
     metrics: Mapping[str, float | None]
     matches: Mapping[str, Matches] = field(default_factory=dict)
+    remedy: str = "run `vitdet evaluate --plots FOLDER` and register with --plots FOLDER"
 
 
 @dataclass(frozen=True)
@@ -59,7 +63,7 @@ def flaw(gate: GateConfig, candidate: Evaluation) -> str:
     if not _matches(gate, candidate):
         return (
             f"{name} {value:.4g}: gate.min_class_ap, gate.max_class_loss and gate.confidence need the "
-            "per-image matches; run `vitdet evaluate --plots FOLDER` and register with --plots FOLDER"
+            f"per-image matches; {candidate.remedy}"
         )
     below = {
         one: ap for one, ap in _class_values(gate, candidate).items() if ap < gate.min_class_ap
@@ -106,24 +110,29 @@ def compare(
     if not gate.confidence:
         return Verdict(True, reason)
     try:
-        low = _lower_bound(gate, candidate, champion)
+        found = _difference(gate, candidate, champion)
     except ValueError as error:
         return Verdict(False, f"{reason}, but it cannot be compared: {error}")
-    certain = low > gate.min_gain
+    if found is None or found.is_real is None:
+        return Verdict(
+            False,
+            f"{reason}, but gate.confidence needs {MIN_IMAGES} images with objects, the validation data has "
+            f"{found.images if found else 0}",
+        )
+    certain = found.low > gate.min_gain
     but = "and" if certain else "but"
     return Verdict(
         certain,
         f"{reason}, {but} the lower bound of the gain at {gate.confidence:.4g} confidence is "
-        f"{low:+.3g}, {'above' if certain else 'not above'} {gate.min_gain:g}",
+        f"{found.low:+.3g}, {'above' if certain else 'not above'} {gate.min_gain:g}",
     )
 
 
-def _lower_bound(gate: GateConfig, candidate: Evaluation, champion: Evaluation) -> float:
-    """The lower bound of the two-sided paired bootstrap interval of the gain."""
+def _difference(gate: GateConfig, candidate: Evaluation, champion: Evaluation) -> Difference | None:
+    """The gain with its paired bootstrap interval, as `vitdet compare` computes it."""
     both = [_matches(gate, candidate), _matches(gate, champion)]
     ours, theirs = bootstrap([one for one in both if one is not None])
-    differences = (ours.resampled - theirs.resampled)[:, _row(gate), 0]
-    return float(np.quantile(differences, (1 - gate.confidence) / 2))
+    return ours.difference(theirs, METRICS[_row(gate)], confidence=gate.confidence)
 
 
 def _matches(gate: GateConfig, evaluation: Evaluation) -> Matches | None:

@@ -26,8 +26,8 @@ class StoredRun:
     metrics: Mapping[str, float]
 
 
-def open_store(uri: str, folder: Path) -> MlflowClient:
-    """Return a client of the server in use, see `tracking_uri`.
+def open_store(uri: str, folder: Path, tries: int | None = None) -> MlflowClient:
+    """Return a client of the server in use, see `tracking_uri`; tries: as in `connect`.
 
     Raises FileNotFoundError for an SQLite file that does not exist, instead of creating it, and as
     `connect` does.
@@ -38,7 +38,7 @@ def open_store(uri: str, folder: Path) -> MlflowClient:
         raise FileNotFoundError(
             f"{path}: no such MLflow store; set MLFLOW_TRACKING_URI, or name the store on the command line (see --help)"
         )
-    return connect(None, uri, folder)[0]
+    return connect(None, uri, folder, tries)[0]
 
 
 def find_run(client: MlflowClient, name: str) -> StoredRun:

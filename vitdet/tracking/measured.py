@@ -8,12 +8,14 @@ were edited or restored from elsewhere are not trusted.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from vitdet.checkpoint import load_model_file
 from vitdet.config import Config, from_dict, to_dict
+from vitdet.data.fingerprint import fingerprint
 from vitdet.data.protocol import Protocol, settings_of
 from vitdet.files import sha256, write_json
 
@@ -64,6 +66,32 @@ def write_metrics(path: Path, metrics: Mapping[str, float], measured: Measured |
     write_json(path, metrics)
     if measured is not None:
         write_measured(path, measured)
+
+
+def write_evaluation(
+    checkpoint: Path,
+    overrides: Sequence[str],
+    config: Config | None,
+    metrics: Mapping[str, float],
+    output: Path | None,
+    plots: Path | None,
+) -> None:
+    """Write metrics to the file `output`, and the provenance of these and of the matches in the folder `plots`.
+
+    overrides, config: of the evaluation, as in `vitdet.evaluate`.
+    """
+    if output is None and plots is None:
+        return
+    from vitdet.evaluation.evaluator import evaluation_config
+    from vitdet.evaluation.matches import MATCHES
+
+    own = from_dict(load_model_file(checkpoint)["config"])
+    used, _ = evaluation_config(own, overrides, config)
+    measured = Measured.of(checkpoint, used, fingerprint(used.data, used.data.val_split))
+    if output:
+        write_metrics(output, metrics, measured)
+    if plots:
+        write_measured(plots / MATCHES, measured)
 
 
 def write_measured(path: Path, measured: Measured) -> None:

@@ -238,16 +238,19 @@ def log_metrics(
     return journal.run_id
 
 
-def connect(run_id: str | None, uri: str, folder: Path) -> tuple[MlflowClient, str | None]:
+def connect(
+    run_id: str | None, uri: str, folder: Path, tries: int | None = None
+) -> tuple[MlflowClient, str | None]:
     """(client of the server in use, MLflow's id of the run), after all records of the run's journal were sent.
 
+    tries: of the first request; default: as of all others.
     Raises ConnectionError where the server does not answer, LookupError where it does not have the run, and ValueError
     where the store can never be used.
     """
     uri = tracking_uri(uri, folder)
     try:
         client = open_client(uri)
-        with repeating(uri), using(uri):
+        with repeating(uri, tries), using(uri):
             client.search_experiments(max_results=1)
             check_server(client, uri)
     except RefusedError:

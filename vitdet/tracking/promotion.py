@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vitdet.checkpoint import load_model_file
-from vitdet.config import Config, load_config
+from vitdet.config import Config, load_stored
 from vitdet.data.protocol import Protocol, settings_of
 from vitdet.tracking import champion
 from vitdet.tracking.address import hide_credentials, tracking_uri
@@ -43,7 +43,7 @@ def promote_version(
     """Make a registered version the champion if it passes the gate; return (version, reason).
 
     version: default: that with the alias `candidate`. uri, folder: of the MLflow store. config: the
-    gate, and the data and settings of the evaluation; default: those of the version's training.
+    gate, and the data and settings of the evaluation; default: those of the version's registration.
     force: a reason to skip the gate, which is stored. Raises LookupError for what does not exist, and
     ValueError if the gate rejects the version or cannot be applied.
     """
@@ -143,6 +143,6 @@ def _config_of(client: MlflowClient, server: str, found: ModelVersion) -> Config
             "--config FILE"
         )
     with tempfile.TemporaryDirectory(prefix="vitdet-config-") as work:
-        return load_config(
+        return load_stored(
             download(server, f"models:/{found.name}/{found.version}/{CONFIG}", Path(work))
         )

@@ -7,6 +7,7 @@ import logging
 import shutil
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -15,13 +16,14 @@ from mlflow.entities.model_registry import ModelVersion
 from mlflow.models import Model
 
 from vitdet.checkpoint import load_model_file
-from vitdet.config import Config, check_names, dump_config, from_dict
+from vitdet.config import Config, check_names, from_dict, save_config
 from vitdet.data.fingerprint import change, fingerprint, fingerprints
 from vitdet.data.protocol import Protocol
+from vitdet.evaluation.report import REPORT
 from vitdet.files import sha256
 from vitdet.ranges import Alias, check
 from vitdet.tracking import champion
-from vitdet.tracking.address import hide_credentials
+from vitdet.tracking.address import without_credentials
 from vitdet.tracking.evaluations import (
     MATCHES,
     evaluation_of,
@@ -31,7 +33,7 @@ from vitdet.tracking.evaluations import (
 )
 from vitdet.tracking.experiments import experiment_id
 from vitdet.tracking.gate import Evaluation
-from vitdet.tracking.measured import Measured, agree
+from vitdet.tracking.measured import Measured, agree, read_measured
 from vitdet.tracking.mlflow import connect, tracking_uri
 from vitdet.tracking.model_card import description_of, render
 from vitdet.tracking.packaged_model import exported, pack
@@ -44,7 +46,7 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
 
 CANDIDATE = "candidate"
-CARD, CONFIG, REPORT = "model_card.md", "config.yaml", "report.html"  # artifacts of a version
+CARD, CONFIG = "model_card.md", "config.yaml"  # artifacts of a version, beside the report
 DESCRIPTION = (  # of a registered model
     "Detectors of vitdet. `candidate`: the version that was "
     "registered last. `champion`: the best version, which only a version that passes the gate "
@@ -82,12 +84,12 @@ def register_checkpoint(
         folder: The folder of the default MLflow store.
         alias: The alias that then points to this version.
         config: The server, model name and gate, and the data and settings that `metrics` were
-            measured with; default: the config in the checkpoint.
+            measured with, which `vitdet promote` then uses; default: the config in the checkpoint.
         metrics: Metrics of the checkpoint; default: those in the checkpoint.
         protocol: The protocol of the metrics, if known.
         measured: The provenance of the metrics that `vitdet evaluate` wrote.
         plots: The folder of `vitdet evaluate --plots` of the same evaluation, whose report and
-            per-image matches are stored with the version.
+            per-image matches are stored with the version. Without their provenance, the report is not.
 
     Raises:
         ValueError: The gate rejects the candidate, which is registered; also what `register` raises.
@@ -102,8 +104,11 @@ def register_checkpoint(
         protocol = Protocol.of(own, _own_fingerprint(stored, own, is_gated))
     elif protocol is None:
         used, protocol = _measured_on(checkpoint, stored, own, config, measured, is_gated)
+    gate = (config or own).gate
+    used = replace(used, gate=gate)
     metrics = stored.get("metrics") or {} if metrics is None else metrics
     evaluation = evaluation_of(metrics, plots)
+    _check_plots(checkpoint, plots)
     tracking = (config or own).tracking
     place: dict[str, Any] = {
         "uri": tracking.uri,
@@ -128,7 +133,6 @@ def register_checkpoint(
     )
     if not is_gated:
         return Registered(name, version, "")
-    gate = (config or own).gate
     evaluate = champion.evaluation_like(used, stored["class_names"], protocol)
     verdict = champion.judge(
         evaluation, protocol, gate, **place, evaluate=evaluate, version=version
@@ -177,6 +181,16 @@ def _measured_on(
     return config or used, Protocol.of(used, measured.val_fingerprint)
 
 
+def _check_plots(checkpoint: Path, plots: Path | None) -> None:
+    """Raise ValueError if the folder of `vitdet evaluate --plots` is of another checkpoint."""
+    measured = read_measured(plots / MATCHES) if plots else None
+    if measured and measured.checkpoint_sha256 != sha256(checkpoint):
+        raise ValueError(
+            f"{plots}: of another checkpoint than {checkpoint}; run `vitdet evaluate {checkpoint} "
+            f"--plots {plots}` again"
+        )
+
+
 def _own_fingerprint(stored: dict, own: Config, may_read: bool) -> str:
     """Return the fingerprint of the validation split of a checkpoint's own metrics; "" if unknown.
 
@@ -221,7 +235,8 @@ def register(
     A checkpoint of a run is registered once; a repeated registration moves the alias, and replaces the
     evaluation, report and model card if the metrics are of known data (see
     `vitdet.tracking.champion.update_tags`). The packaged model is tried before anything is uploaded.
-    evaluation: of the checkpoint under `protocol`, with the config `used`. plots: the folder of its
+    evaluation: of the checkpoint under `protocol`, with the config `used`, whose gate, data and
+    evaluate settings the version's config contains. plots: the folder of its
     files. If the server does not know the run, e.g. of a checkpoint that was copied from another
     machine, the version has no run, but its id in the tag `training_run`. Raises ConnectionError if
     the server does not respond, ValueError if the packaged model does not answer.
@@ -250,7 +265,7 @@ def register(
         def write_files() -> None:
             nonlocal card
             card = render(model_name, stored, used, evaluation, protocol, run_id, revision)
-            _write_files(files, card, stored, protocol, plots)
+            _write_files(files, card, stored, protocol, used, plots)
 
         if version is None:
             write_files()
@@ -308,19 +323,26 @@ def _data_tags(stored: dict) -> dict[str, str]:
 
 
 def _write_files(
-    folder: Path, card: str, stored: dict, protocol: Protocol, plots: Path | None
+    folder: Path,
+    card: str,
+    stored: dict,
+    protocol: Protocol,
+    used: Config,
+    plots: Path | None,
 ) -> None:
     """Write what a version contains besides the model: card, config, report and per-image matches."""
     folder.mkdir()
     (folder / CARD).write_text(card, encoding="utf-8")
-    config = hide_credentials(dump_config(from_dict(stored["config"])))
-    (folder / CONFIG).write_text(config, encoding="utf-8")
+    own = from_dict(stored["config"])
+    tracking = replace(own.tracking, uri=without_credentials(own.tracking.uri))
+    config = replace(own, tracking=tracking, gate=used.gate, data=used.data, evaluate=used.evaluate)
+    save_config(config, folder / CONFIG)
     if plots is None:
         return
     matches = folder / matches_folder(protocol) / MATCHES
     matches.parent.mkdir(parents=True)
     shutil.copyfile(plots / MATCHES, matches)
-    if (plots / REPORT).is_file():
+    if read_measured(plots / MATCHES) and (plots / REPORT).is_file():
         shutil.copyfile(plots / REPORT, folder / REPORT)
 
 

@@ -109,38 +109,29 @@ def log_evaluation(
     config: Config | None,
     folder: Path,
     pictures: Path | None = None,
+    plots: Path | None = None,
     report: Path | None = None,
 ) -> str | None:
-    """Log metrics, images and the HTML report to the run that trained the checkpoint; return its id.
+    """Log metrics, images, matches and the HTML report to the run that trained the checkpoint; return its id.
 
     config: selects the server; default: the checkpoint's config. folder: folder of the default
-    store. Returns None if the store does not exist, e.g. because the checkpoint was moved.
+    store. plots: the folder with matches and report. report: default: that in `plots`. Returns None
+    if the store does not exist, e.g. because the checkpoint was moved.
     """
-    files = dict.fromkeys(sorted(pictures.glob("*.jpg")) if pictures else (), "pictures")
-    files |= {report: ""} if report else {}
-    named = {metric_name(name): value for name, value in metrics.items()}
-    return _log(checkpoint, named, config, folder, files)
-
-
-def log_matches(checkpoint: Path, matches: Path, config: Config | None, folder: Path) -> str | None:
-    """Log a file of matches and its provenance as `log_evaluation` does."""
-    return _log(
-        checkpoint, {}, config, folder, dict.fromkeys((matches, beside(matches)), MATCHES_FOLDER)
-    )
-
-
-def _log(
-    checkpoint: Path,
-    metrics: dict[str, float],
-    config: Config | None,
-    folder: Path,
-    files: dict[Path, str],
-) -> str | None:
     stored = load_model_file(checkpoint)
     if not stored["run_id"] or not has_mlflow():
         return None
+    from vitdet.evaluation.matches import MATCHES
+    from vitdet.evaluation.report import REPORT
     from vitdet.tracking.mlflow import log_metrics, tracking_uri
 
+    files = dict.fromkeys(sorted(pictures.glob("*.jpg")) if pictures else (), "pictures")
+    if plots:
+        matches = plots / MATCHES
+        files |= dict.fromkeys((matches, beside(matches)), MATCHES_FOLDER)
+        report = report or plots / REPORT
+    if report and report.is_file():  # without an object to find there is none
+        files[report] = ""
     uri = config.tracking.uri if config else stored["config"]["tracking"]["uri"]
     try:
         kind, _, path = tracking_uri(uri, folder).partition(":///")
@@ -149,7 +140,8 @@ def _log(
         return None
     if kind == "sqlite" and not Path(path).exists():
         return None
-    return log_metrics(stored["run_id"], uri, folder, metrics, stored["step"], files)
+    named = {metric_name(name): value for name, value in metrics.items()}
+    return log_metrics(stored["run_id"], uri, folder, named, stored["step"], files)
 
 
 def metric_name(name: str) -> str:

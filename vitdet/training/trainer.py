@@ -19,7 +19,7 @@ import torch
 
 from vitdet import distributed
 from vitdet.checkpoint import FORMAT, Checkpoints, load_weights, save
-from vitdet.config import Config, check_names, from_dict, save_config, to_dict
+from vitdet.config import Config, check_tracking, from_dict, save_config, to_dict
 from vitdet.data import fingerprint
 from vitdet.data.dataset import read_split
 from vitdet.data.loader import configure_process, release_memory, train_loader
@@ -80,7 +80,7 @@ def train(
 
     Changes the process as described in `vitdet.data.loader.configure_process`.
     """
-    check_names(config.tracking)
+    check_tracking(config.tracking)
     configure_process()
     output = Path(output)
     if profile and config.train.compile != "never":

@@ -13,7 +13,7 @@ def add_compare(verb: argparse.ArgumentParser) -> None:
         "results",
         nargs="+",
         metavar="RUN|CHECKPOINT|RESULTS.json",
-        help="an MLflow run (id or unique name), a checkpoint, or a file of COCO results; the others "
+        help="an MLflow run (id or unique name), a checkpoint or training folder, or a file of COCO results; the others "
         "are compared with the first",
     )
     verb.add_argument(

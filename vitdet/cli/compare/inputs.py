@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -19,11 +18,10 @@ from vitdet.evaluation.results import Truth, kinds_of, read_results, read_truth
 from vitdet.files import sha256
 from vitdet.tracking.measured import Measured, beside, read_measured
 from vitdet.tracking.runs import MATCHES_FOLDER, default_folder, has_mlflow
+from vitdet.workspace import result
 
 if TYPE_CHECKING:
     from vitdet.tracking.lookup import StoredRun
-
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -48,14 +46,16 @@ class Reader:
         self.uri, self.annotations, self.dataset = uri, annotations, dataset
 
     def read(self, name: str) -> Compared:
-        """Read a run, a checkpoint or a file of results.
+        """Read a run, a checkpoint, the folder of a training or a file of results.
 
         Raises ValueError, OSError or LookupError, in one line, for what cannot be read or has no matches.
         """
         path = Path(name)
         if path.suffix == ".json":
             return self._results(path)
-        if path.suffix == ".pt" or path.exists():  # names of runs contain dots too
+        if (path / "config.yaml").is_file():
+            return self._checkpoint(result(path))
+        if path.suffix == ".pt" or path.is_file():  # names of runs contain dots too
             return self._checkpoint(path)
         return self._run(name)
 
@@ -79,15 +79,19 @@ class Reader:
         stored = load_model_file(path)
         config, digest, parent = from_dict(stored["config"]), sha256(path), path.resolve().parent
         metrics: Mapping[str, float] = {}
+        problem = ""
         with tempfile.TemporaryDirectory(prefix="vitdet-compare-") as work:
-            candidates = [parent, parent / "plots", parent.parent / "plots"]
+            candidates = [
+                *(parent / one for one in ("", "plots", "evaluation")),
+                parent.parent / "plots",
+            ]
             if stored["run_id"] and has_mlflow():
                 uri, folder = self.uri or config.tracking.uri, default_folder(path.parent)
                 try:
-                    run, downloaded = _fetch(stored["run_id"], uri, folder, Path(work))
+                    run, downloaded = _fetch(stored["run_id"], uri, folder, Path(work), tries=1)
                     metrics, candidates = run.metrics, [*candidates, downloaded]
-                except (OSError, LookupError) as error:  # its own files may suffice
-                    log.info("%s: the run of the checkpoint is not read: %s", path, error)
+                except (OSError, LookupError, ValueError) as error:  # its own files may suffice
+                    problem = f" and its run is not read ({error})"
             for candidate in candidates:
                 measured = _read_measured(candidate / MATCHES)
                 if measured and measured.checkpoint_sha256 == digest:
@@ -95,7 +99,7 @@ class Reader:
                     settings = {key: str(value) for key, value in flatten(config).items()}
                     return Compared(str(path), matches, measured.protocol, settings, metrics)
         raise ValueError(
-            f"{path}: its matches are not stored; run `vitdet evaluate {path} --plots {path.parent / 'plots'}`"
+            f"{path}: its matches are not stored{problem}; run `vitdet evaluate {path} --plots {path.parent / 'plots'}`"
         )
 
     def _run(self, name: str) -> Compared:
@@ -107,7 +111,7 @@ class Reader:
             if measured is None:
                 raise ValueError(
                     f"{run.name} ({run.run_id}): the run has no matches; run `vitdet evaluate CHECKPOINT "
-                    "--plots MATCHES_FOLDER` with its checkpoint, which logs them"
+                    "--plots FOLDER` with its checkpoint, which logs them"
                 )
             matches = load_matches(downloaded / MATCHES)
         return Compared(run.name, matches, measured.protocol, run.params, run.metrics)
@@ -128,11 +132,13 @@ def check_comparable(compared: Sequence[Compared]) -> None:
                 )
 
 
-def _fetch(name: str, uri: str, folder: Path, target: Path) -> tuple[StoredRun, Path]:
+def _fetch(
+    name: str, uri: str, folder: Path, target: Path, tries: int | None = None
+) -> tuple[StoredRun, Path]:
     """Return the run, and the folder that its matches were downloaded to, if it has any."""
     from vitdet.tracking.lookup import download_file, find_run, open_store
 
-    client = open_store(uri, folder)
+    client = open_store(uri, folder, tries)
     run = find_run(client, name)
     downloaded = target
     for file in (MATCHES, beside(Path(MATCHES)).name):

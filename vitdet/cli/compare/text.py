@@ -7,10 +7,10 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 
 from vitdet.cli.compare.inputs import Compared
-from vitdet.config import Config
-from vitdet.evaluation.bootstrap import METRICS, Difference, Interval, Resampled
+from vitdet.config import Config, override
+from vitdet.digest import training_settings
+from vitdet.evaluation.bootstrap import METRICS, MIN_IMAGES, Difference, Interval, Resampled
 from vitdet.evaluation.coco import NAMES
-from vitdet.sections import list_settings
 from vitdet.tracking.address import hide_credentials
 from vitdet.tracking.comparison import markdown_table
 
@@ -37,7 +37,7 @@ def comparison_text(
         "".join(f"- {sentence}\n" for sentence in _verdicts(names, resampled)),
         f"{len(matches.image_ids)} images, {len(matches.category_ids)} classes{data}. Brackets: 95 % "
         f"intervals over {resamples} resamples of the images, the same for all results; a difference "
-        "is real if its interval excludes 0.\n",
+        f"is real if its interval excludes 0, which {MIN_IMAGES} or more images with objects can show.\n",
         "## AP\n",
         markdown_table(
             [
@@ -79,7 +79,12 @@ def _verdicts(names: Sequence[str], resampled: Mapping[str, Sequence[Resampled]]
             if found is None:
                 continue
             what, limits = f"{NAMES[kind]} AP", f"95 % interval {_range(found, '{:+.2f}')}"
-            if found.is_real:
+            if found.is_real is None:
+                yield (
+                    f"{name} and {names[0]} differ by {found.value:+.2f} {what}: no verdict, as only "
+                    f"{found.images} images have objects ({MIN_IMAGES} are needed)."
+                )
+            elif found.is_real:
                 word = "better" if found.value > 0 else "worse"
                 yield (
                     f"{name} is {word} than {names[0]} by {abs(found.value):.2f} {what} ({limits}): the "
@@ -109,16 +114,17 @@ def _classes(name: str, kind: str, first: Resampled, result: Resampled) -> list[
         if difference is not None:
             found.append((label, difference, first.value[0, place + 1], result.value[0, place + 1]))
     found.sort(key=lambda row: -abs(row[1].value))
-    real = sum(row[1].is_real for row in found)
+    judged = [row[1].is_real for row in found if row[1].is_real is not None]
     rows = [
-        [label, f"{before:.1f}", f"{after:.1f}", *_difference(difference)]
+        [label, str(difference.images), f"{before:.1f}", f"{after:.1f}", *_difference(difference)]
         for label, difference, before, after in found[:CHANGES]
     ]
     note = (
-        f"The {len(rows)} largest changes of {len(found)} classes. Real: {real}; by chance alone, 1 in 20 "
-        "classes is marked as real.\n"
+        f"The {len(rows)} largest changes of {len(found)} classes. Real: {sum(judged)} of the {len(judged)} classes "
+        f"with objects in {MIN_IMAGES} or more images, the others have no verdict. Of classes in which the detectors "
+        "are equally good, about 1 in 20 is marked as real by chance.\n"
     )
-    heads = ["class", "first", "AP", "AP - first", "p", "real"]
+    heads = ["class", "images", "first", "AP", "AP - first", "p", "real"]
     return [
         f"## Classes: {name}, {NAMES[kind]} AP\n",
         note,
@@ -129,18 +135,17 @@ def _classes(name: str, kind: str, first: Resampled, result: Resampled) -> list[
 def _seeds(
     names: Sequence[str], compared: Sequence[Compared], resampled: Mapping[str, Sequence[Resampled]]
 ) -> list[str]:
-    """Mean and standard deviation of results that only differ by seed and settings without effect on weights."""
-    affecting = {k for k, (_, operational) in list_settings(Config()).items() if not operational}
+    """Mean and standard deviation of results of trainings that only differ by seed and settings without effect."""
     groups = defaultdict(list)
     for place, one in enumerate(compared):
-        if one.settings:
-            key = tuple(one.settings.get(k) for k in sorted(affecting - {"train.seed"}))
-            groups[key].append(place)
+        if training := _training(one.settings):
+            groups[training].append(place)
     rows = []
     for places in groups.values():
         for kind, results in resampled.items():
             values = [results[place].value[:, 0] for place in places]
-            if len(places) > 1:
+            seeds = {compared[place].settings["train.seed"] for place in places}
+            if len(seeds) == len(places) > 1:  # not two checkpoints of one training
                 cells = [
                     f"{statistics.mean(column):.2f} ± {statistics.stdev(column):.2f}"
                     for column in zip(*(value.tolist() for value in values), strict=True)
@@ -150,6 +155,16 @@ def _seeds(
     heads = ["results", "number", "kind", *(metric.replace("ap", "AP") for metric in METRICS)]
     title = "## Over seeds: mean ± standard deviation\n"
     return [title, markdown_table(heads, rows, padded=True)] if rows else []
+
+
+def _training(settings: Mapping[str, str]) -> tuple:
+    """The settings that affect the result of a training, without the seed; empty if they are unknown."""
+    try:
+        config = override(Config(), [f"{key}={value}" for key, value in settings.items()])
+    except ValueError:  # of another version
+        return ()
+    affecting = training_settings(config) if settings else {}
+    return tuple((key, value) for key, value in affecting.items() if key != "train.seed")
 
 
 def _resources(names: Sequence[str], compared: Sequence[Compared]) -> str:
@@ -189,6 +204,8 @@ def _difference(found: Difference | None) -> list[str]:
     if found is None:
         return ["", "", ""]
     value = f"{found.value:+.2f} [{_range(found, '{:+.2f}')}]"
+    if found.is_real is None:
+        return [value, "-", "-"]
     return [value, f"{found.p:.3f}", "yes" if found.is_real else "no"]
 
 
