@@ -169,7 +169,17 @@ def test_runs_of_another_server_are_not_sent_to_this_one(
 
 @pytest.mark.parametrize(
     "uri",
-    ["http://alice:s3cret@mlflow:5000", "postgresql://u:s3cret@h:5/d", "https://s3cret@mlflow"],
+    [
+        "http://alice:s3cret@mlflow:5000",
+        "postgresql://u:s3cret@h:5/d",
+        "https://s3cret@mlflow",
+        "postgresql://u:a/s3cret@h/d",
+        "http://u:a/s3@s3cret@h",
+        "postgresql://h/d?user=u&password=s3cret",
+        "mysql://h/d?ssl_key=k&auth_token=s3cret",
+        "mssql+pyodbc:///?odbc_connect=UID%3Dsa%3BPWD%3Ds3cret%3BDatabase%3Dd",
+        "https://mlflow/?key=s3cret",
+    ],
 )
 def test_a_password_is_not_stored_in_a_config(uri: str, caplog: pytest.LogCaptureFixture) -> None:
     with pytest.raises(ValueError, match="must not contain a user or password") as error:
