@@ -151,8 +151,9 @@ def test_a_champion_of_version_0_1_is_evaluated_again(model: dict, tags: dict[st
         (ValueError("it has other classes (bolt, nut)"), "it has other classes (bolt, nut)"),
         (FileNotFoundError("model.pt: no such checkpoint\nmore"), "model.pt: no such checkpoint"),
         (LookupError("gone"), "gone"),
+        (OSError("http://u:secret@h/a: no answer"), "http://***@h/a: no answer"),
     ],
-    ids=["classes", "file", "lookup"],
+    ids=["classes", "file", "lookup", "password"],
 )
 def test_a_champion_that_cannot_be_evaluated_is_not_replaced(
     model: dict, error: Exception, reason: str
