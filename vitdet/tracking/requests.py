@@ -92,7 +92,6 @@ def repeating(uri: str, tries: int | None = None) -> Iterator[None]:
 @contextmanager
 def _retry_settings(uri: str, tries: int) -> Iterator[None]:
     from mlflow.exceptions import MlflowException
-    from requests import RequestException
 
     logger, waits = logging.getLogger("urllib3.util.retry"), _Waits(uri)
     connections = logging.getLogger("urllib3.connectionpool")  # logs some of the same waits
@@ -108,7 +107,7 @@ def _retry_settings(uri: str, tries: int) -> Iterator[None]:
     connections.setLevel(logging.ERROR)
     try:
         yield
-    except (MlflowException, RequestException) as error:  # requests': of artifacts
+    except MlflowException as error:
         raise _translated(error, uri) from None  # its context names the address with the password
     finally:
         logger.removeHandler(waits)
