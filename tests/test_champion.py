@@ -15,6 +15,7 @@ from vitdet.data.protocol import Protocol
 from vitdet.tracking import champion as champions
 from vitdet.tracking import packaged_model
 from vitdet.tracking.champion import ALIAS, Evaluated, Verdict, update_tags
+from vitdet.tracking.evaluations import MATCHES, add_matches, matches_folder
 from vitdet.tracking.gate import Evaluation
 from vitdet.tracking.mlflow import tracking_uri
 
@@ -151,8 +152,9 @@ def test_a_champion_of_version_0_1_is_evaluated_again(model: dict, tags: dict[st
         (ValueError("it has other classes (bolt, nut)"), "it has other classes (bolt, nut)"),
         (FileNotFoundError("model.pt: no such checkpoint\nmore"), "model.pt: no such checkpoint"),
         (LookupError("gone"), "gone"),
+        (OSError("http://u:secret@h/a: no answer"), "http://***@h/a: no answer"),
     ],
-    ids=["classes", "file", "lookup"],
+    ids=["classes", "file", "lookup", "password"],
 )
 def test_a_champion_that_cannot_be_evaluated_is_not_replaced(
     model: dict, error: Exception, reason: str
@@ -339,3 +341,23 @@ def test_of_many_at_once_the_best_is_champion(model: dict) -> None:
 def test_the_settings_of_a_protocol_are_those_that_change_ap(override: str, same: bool) -> None:
     changed = Protocol.of(load_config("tiny", [override]), DATA.fingerprint)
     assert (changed == DATA) is (changed.digest == DATA.digest) is same
+
+
+def test_matches_are_added_to_a_version_that_has_their_metrics_only(
+    model: dict, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", tracking_uri("", model["folder"]))
+    client, folder = client_of(model["folder"]), matches_folder(DATA)
+    (tmp_path / MATCHES).write_bytes(b"matches")
+    experiment = client.create_experiment("matches", (tmp_path / "artifacts").as_uri())
+    logged = client.create_logged_model(experiment, "detector").model_id
+    tags = {"box_ap": "40", **DATA.tags()}
+    found = client.create_model_version(model["model_name"], f"models:/{logged}", tags=tags)
+    add_matches(client, found, DATA, {"box_ap": 41.0}, tmp_path)
+    assert "the matches in " in caplog.text and "are of another evaluation" in caplog.text
+    assert not client.list_logged_model_artifacts(logged, folder)
+    add_matches(client, found, DATA, {"box_ap": 40.0}, tmp_path)
+    (stored,) = client.list_logged_model_artifacts(logged, folder)
+    assert stored.path == f"{folder}/{MATCHES}"
+    add_matches(client, found, DATA, {"box_ap": 40.0}, tmp_path)
+    assert "it has matches of this evaluation" in caplog.text

@@ -13,7 +13,15 @@ from vitdet.evaluation.bootstrap import WeightedAP, bootstrap
 from vitdet.evaluation.matches import IOUS, Matches
 from vitdet.tracking.evaluations import recorded_evaluation
 from vitdet.tracking.gate import Evaluation, Verdict, compare, flaw
-from vitdet.tracking.history import FORCED, PROMOTED, ROLLED_BACK, Event, predecessors, rivals
+from vitdet.tracking.history import (
+    FORCED,
+    PROMOTED,
+    ROLLED_BACK,
+    Event,
+    predecessors,
+    rivals,
+    rolled_back,
+)
 
 NAME = "the champion, version 3"
 
@@ -166,6 +174,23 @@ def test_a_rollback_undoes_promotions_one_by_one() -> None:
     assert predecessors(record((PROMOTED, "7", "8")), "8") == ["7"]
     assert predecessors(record(*first), "9") == ["5", "2", "1"]
     assert predecessors([], "9") == []
+    by_hand = [(PROMOTED, "7", "8"), (PROMOTED, "8", "9"), (ROLLED_BACK, "9", "8")]
+    assert predecessors(record(*by_hand), "8") == ["7"]
+    assert predecessors(record(*by_hand, (ROLLED_BACK, "8", "7")), "7") == []
+    assert predecessors(record((PROMOTED, "", "1"), (PROMOTED, "2", "3")), "3") == ["2", "1"]
+
+
+def test_the_links_of_events_count_and_not_the_clocks_of_machines() -> None:
+    late, early, *_ = record((PROMOTED, "1", "2"), (PROMOTED, "", "1"))
+    recorded = [late, early, Event("0", "3", PROMOTED, "2", ""), Event("9", "4", PROMOTED, "1", "")]
+    assert predecessors(recorded, "3") == ["2", "1"]
+
+
+def test_a_rolled_back_version_is_one_whose_last_event_is_a_rollback_from_it() -> None:
+    back = [(PROMOTED, "", "1"), (PROMOTED, "1", "2"), (ROLLED_BACK, "2", "1")]
+    assert rolled_back(record(*back), "2") == record(*back)[2]
+    assert rolled_back(record(*back), "1") is None and rolled_back(record(*back), "3") is None
+    assert rolled_back(record(*back, (FORCED, "1", "2")), "2") is None
 
 
 def test_rivals_replaced_the_same_champion_at_the_same_time() -> None:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from vitdet.tracking.runs import metric_name
+from vitdet.tracking.runs import metric_name, with_metric_names
 
 
 @pytest.mark.parametrize(
@@ -23,3 +23,12 @@ def test_a_metric_has_a_name_that_mlflow_accepts(name, expected):
     assert metric_name(name) == expected
     mlflow = pytest.importorskip("mlflow.utils.validation")
     mlflow._validate_metric(expected, 1.0, 1, 1)
+
+
+def test_metrics_of_two_classes_keep_two_names():
+    given = {"class_ap/a/b": 1.0, "class_ap/a_b": 2.0, "class_ap/a_b_2": 3.0, "class_ap/a?b": 4.0}
+    assert with_metric_names(given) == {
+        "class_ap/a_b": 1.0, "class_ap/a_b_2": 2.0, "class_ap/a_b_2_2": 3.0, "class_ap/a_b_3": 4.0
+    }  # fmt: skip
+    long = with_metric_names({"x" * 300: 1.0, "x" * 301: 2.0})
+    assert list(long) == ["x" * 250, "x" * 248 + "_2"]

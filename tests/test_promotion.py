@@ -148,14 +148,31 @@ def test_without_a_common_folder_the_better_of_two_keeps_the_alias(
     assert promote("1", 40.0, "a").passed
     other_machine, set_champion = iter(["2"]), champion.set_champion
 
-    def meanwhile(*args: object) -> None:
+    def meanwhile(*args: object) -> history.Event:
         for number in other_machine:
             assert promote(number, 42.0, "b").passed
-        set_champion(*args)
+        return set_champion(*args)
 
     monkeypatch.setattr(champion, "set_champion", meanwhile)
     verdict = promote("3", 41.0, "a")
     assert (
         not verdict.passed and "version 2 with 42 was promoted at the same time" in verdict.reason
     )
+    assert registry.champion() == "2"
+    recorded = history.events(registry.client, registry.name)
+    assert [one.version for one in recorded] == ["1", "2"]
+    assert registry.run("rollback")[0] == 0 and registry.champion() == "1"
+
+
+def test_a_version_that_was_rolled_back_needs_force(registry: Registry) -> None:
+    registry.add(40.0, 41.0)
+    for number in (1, 2):
+        assert registry.promote("--version", number)[0] == 0
+    assert registry.run("rollback", "--reason", "misses rings")[0] == 0
+    code, line = registry.promote("--version", 2)
+    assert code == 1 and registry.champion() == "1"
+    assert "version 2 was rolled back to version 1 at 20" in line and "(misses rings)" in line
+    assert f"`vitdet promote {registry.name} --version 2 --force REASON`" in line
+    assert registry.promote("--version", 2, "--force", "fixed")[0] == 0
+    assert registry.promote("--version", 2)[0] == 0  # the champion itself
     assert registry.champion() == "2"

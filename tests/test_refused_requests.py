@@ -131,7 +131,7 @@ def test_an_artifact_that_cannot_be_uploaded_holds_no_metric_back(
     client = tracking.open_client(store)
     assert points(store, tracker.run_id, "loss") == [(1, 1.0), (2, 2.0)]
     assert client.get_run(tracker.run_id).info.status == "FINISHED"
-    assert caplog.text.count("found.png cannot be uploaded (the artifact store is full)") == 2
+    assert caplog.text.count("found.png cannot be uploaded (the artifact store is full)") == 1
     assert len(find(tmp_path, tracker.run_id).uploads()) == 2
 
     monkeypatch.setattr(MlflowClient, "log_artifact", upload)
@@ -141,6 +141,58 @@ def test_an_artifact_that_cannot_be_uploaded_holds_no_metric_back(
         assert Path(file).read_bytes() == b"picture"
     assert not find(tmp_path, tracker.run_id).uploads()
     assert points(store, tracker.run_id, "loss") == [(1, 1.0), (2, 2.0)]
+
+
+def test_an_artifact_store_that_hangs_holds_nothing_back(
+    tmp_path: Path, store: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    picture, hanging, answered = tmp_path / "found.png", threading.Event(), threading.Event()
+    picture.write_bytes(b"picture")
+
+    def hang(self: MlflowClient, run_id: str, path: str, folder: str | None = None) -> None:
+        hanging.set()
+        answered.wait()
+
+    monkeypatch.setattr(MlflowClient, "log_artifact", hang)
+    monkeypatch.setattr(tracking, "CLOSE_SECONDS", 0.3)
+    tracker = start(tmp_path, store)
+    tracker.artifact(picture, "predictions")
+    tracker.artifact(picture, "more")
+    assert hanging.wait(60)
+    tracker.log({"loss": 1.0}, 1)
+    tracker.close()
+    tracking.log_metrics(tracker.run_id, store, tmp_path, {"box_ap": 1.0}, 2)
+    _, run_id = tracking.connect(tracker.run_id, store, tmp_path)
+    assert points(store, run_id, "loss") == [(1, 1.0)]
+    assert points(store, run_id, "box_ap") == [(2, 1.0)]
+    assert tracking.open_client(store).get_run(run_id).info.status == "FINISHED"
+    assert len(find(tmp_path, run_id).uploads()) == 2
+    assert "files are not uploaded after 0.3 s" in caplog.text
+    answered.set()
+
+
+def test_a_file_that_is_refused_does_not_keep_the_others_back(
+    tmp_path: Path, store: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each command tries one file after another until one fails; the next one begins with the others."""
+    taken: list[str] = []
+
+    def refuse(self: MlflowClient, run_id: str, path: str, folder: str | None = None) -> None:
+        if folder == "bad":
+            raise MlflowException("no such folder")
+        taken.append(str(folder))
+
+    monkeypatch.setattr(MlflowClient, "log_artifact", refuse)
+    tracker = start(tmp_path, store)
+    tracker.close()
+    (tmp_path / "a").write_bytes(b"a")
+    (tmp_path / "b").write_bytes(b"b")
+    files = {tmp_path / "a": "bad", tmp_path / "b": "good"}
+    tracking.log_metrics(tracker.run_id, store, tmp_path, {}, 1, files)
+    assert not taken
+    tracking.log_metrics(tracker.run_id, store, tmp_path, {}, 1)
+    assert taken == ["good"]
+    assert [one["folder"] for one in find(tmp_path, tracker.run_id).uploads()] == ["bad"]
 
 
 def test_runs_of_another_server_are_not_sent_to_this_one(
@@ -171,7 +223,17 @@ def test_runs_of_another_server_are_not_sent_to_this_one(
 
 @pytest.mark.parametrize(
     "uri",
-    ["http://alice:s3cret@mlflow:5000", "postgresql://u:s3cret@h:5/d", "https://s3cret@mlflow"],
+    [
+        "http://alice:s3cret@mlflow:5000",
+        "postgresql://u:s3cret@h:5/d",
+        "https://s3cret@mlflow",
+        "postgresql://u:a/s3cret@h/d",
+        "http://u:a/s3@s3cret@h",
+        "postgresql://h/d?user=u&password=s3cret",
+        "mysql://h/d?ssl_key=k&auth_token=s3cret",
+        "mssql+pyodbc:///?odbc_connect=UID%3Dsa%3BPWD%3Ds3cret%3BDatabase%3Dd",
+        "https://mlflow/?key=s3cret",
+    ],
 )
 def test_a_password_is_not_stored_in_a_config(uri: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="must not contain a user or password") as error:

@@ -192,7 +192,15 @@ def test_too_little_memory_for_the_champion_refuses_the_candidate(
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr("vitdet.evaluation.evaluator.evaluate", evaluate)
-    code, _, err = vitdet("register", other, *CHAMPION, "--metrics", metrics)
+    output = tmp_path / "version.json"
+    code, _, err = vitdet("register", other, *CHAMPION, "--metrics", metrics, "--output", output)
     last = err.splitlines()[-1]
     assert code == 1 and "cannot be evaluated: OutOfMemoryError: CUDA out of memory" in last
+    registered = {"name": "vitdet", "version": "2", "alias": "candidate"}
+    assert json.loads(output.read_text()) == registered
+    assert vitdet("register", model, "--alias", "field")[0] == 0
+    aliases = client_of(model).get_registered_model("vitdet").aliases
+    assert {name: str(number) for name, number in aliases.items()} == {
+        "candidate": "1", "champion": "1", "field": "1"
+    }  # fmt: skip
     shutil.rmtree(other.parent)

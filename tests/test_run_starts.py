@@ -211,13 +211,39 @@ def test_the_command_line_shows_no_password(vitdet: object, trained: Path) -> No
     assert code == 1 and "s3cret" not in out + err and "tracking.uri must not contain" in err
 
 
-def test_credentials_are_hidden_and_other_text_is_kept() -> None:
-    for text in ("sqlite:////tmp/mlflow.db", "http://host:5000/a@b", "a@b.c: no such file"):
-        assert hide_credentials(text) == text
-    assert (
-        hide_credentials("postgresql+psycopg2://u:p%40@h/d, x")
-        == "postgresql+psycopg2://***@h/d, x"
-    )
+@pytest.mark.parametrize(
+    "text",
+    [
+        "sqlite:////tmp/mlflow.db",
+        "sqlite:////data/a:1/a@b/mlflow.db",
+        "http://host:5000/a@b",
+        "http://[::1]:5000/a@b",
+        "https://host/a@b?page=2&tokenizer",
+        "s3://bucket/a@b",
+        "a@b.c: no such file",
+        "http://host:x: no answer (a@b.c)",
+        "'http://host:x', 'a@b.c'",
+        "postgresql://h/d?sslmode=require&sslrootcert=ca.pem&sslkey=/a.key&ssl_key=b",
+    ],
+)
+def test_text_without_credentials_is_kept(text: str) -> None:
+    assert hide_credentials(text) == text
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("postgresql+psycopg2://u:p%40@h/d, x", "postgresql+psycopg2://***@h/d, x"),
+        ("postgresql://u:se/cret@h/db", "postgresql://***@h/db"),
+        ("postgresql://u:12/cret@h/db", "postgresql://***@h/db"),
+        ("'http://u:se/cr'et@h:1/a' a@b", "'http://***@h:1/a' a@b"),
+        ("x://h?user=u&password=secret&b=1 c", "x://h?user=u&password=***&b=1 c"),
+        ("http://u:p@h/?access_key=a&API-Key=b", "http://***@h/?access_key=***&API-Key=***"),
+        ("http://***@h/?token=***", "http://***@h/?token=***"),
+    ],
+)
+def test_credentials_are_hidden(text: str, shown: str) -> None:
+    assert hide_credentials(text) == shown
 
 
 def test_copies_of_files_that_a_killed_process_did_not_journal_are_removed(tmp_path: Path) -> None:

@@ -163,10 +163,13 @@ def test_the_digest_in_a_config_s_name_is_no_part_of_the_recipe_s(
 ) -> None:
     config = load_config("tiny")
     name = f"tiny-{digits(config)[:8]}"
-    start_tracker(config, name, tmp_path / "run", "", "0" * 16, None, 0).close()
+    start_tracker(config, name, tmp_path / "run", "group", "0" * 16, None, 0).close()
     (run,) = runs_in(tmp_path)
     assert run.data.tags["recipe"] == "tiny"
     assert run.info.run_name == "tiny"
+    # without a pipeline, 8 digits are part of the name that the user chose
+    start_tracker(config, "tiny-20261127", tmp_path / "own", "", "0" * 16, None, 0).close()
+    assert "tiny-20261127" in {run.data.tags["recipe"] for run in runs_in(tmp_path)}
 
 
 def runs_in(folder: Path) -> list[Run]:

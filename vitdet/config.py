@@ -7,7 +7,6 @@ override `section.key=value` changes one more setting. Steps pass the resolved c
 
 import json
 import os
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, is_dataclass
 from itertools import pairwise
@@ -16,6 +15,7 @@ from typing import Annotated, Any, Literal
 
 import yaml
 
+from vitdet.credentials import has_credentials
 from vitdet.files import written
 from vitdet.ranges import (
     Amount,
@@ -357,7 +357,7 @@ def check_tracking(tracking: TrackingConfig) -> None:
     """Raise ValueError as `check_names`, and for an address with a password, as configs are stored."""
     check_names(tracking)
     _rule(
-        not re.search(r"://[^/\s]*@", tracking.uri),
+        not has_credentials(tracking.uri),
         "tracking.uri must not contain a user or password, as it is stored in configs and checkpoints; "
         "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or the whole address as MLFLOW_TRACKING_URI",
     )

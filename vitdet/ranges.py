@@ -9,6 +9,8 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 
 from msgspec import Meta, ValidationError, convert
 
+from vitdet.credentials import hide_credentials
+
 
 def between(low: int, high: int) -> Meta:
     """The range of a whole number, with both bounds in its description."""
@@ -94,7 +96,8 @@ def check(key: str, hint: Any, value: Any) -> None:
 
 def check_address(key: str, uri: str) -> None:
     """Raises ValueError for an address without a scheme, and hides a password in it."""
-    check(key, TrackingUri, re.sub(r"^[^/]*@", "***@", uri))
+    hidden = hide_credentials(uri) if "://" in uri else re.sub(r"^.*@", "***@", uri)
+    check(key, TrackingUri, hidden)
 
 
 def _fits(value: object, hint: Any) -> bool:

@@ -13,8 +13,7 @@ def add_register(verb: argparse.ArgumentParser) -> None:
     verb.add_argument(
         "--alias",
         default="candidate",
-        help="name that then points to this version (candidate); `champion`: candidate, and champion if it passes the "
-        "gate (settings gate.*), for which the champion is evaluated on the same data if it was not yet",
+        help="name that then points to this version, as candidate always does; `champion`: if it passes the gate  (settings gate.*), for which the champion is evaluated on the same data if it was not yet",
     )
     verb.add_argument(
         "--config",
@@ -39,20 +38,26 @@ def run_register(args: argparse.Namespace) -> int:
     from vitdet import stages
     from vitdet.data.layout import resolve_config
     from vitdet.files import write_json
+    from vitdet.tracking.gate import RejectedError
     from vitdet.tracking.measured import read_measured, read_metrics
     from vitdet.tracking.runs import default_folder
     from vitdet.workspace import result
 
     checkpoint = result(args.checkpoint)
-    found = stages.register(
-        checkpoint,
-        folder=default_folder(checkpoint.parent),
-        alias=args.alias,
-        config=resolve_config(args.config)[0] if args.config else None,
-        metrics=read_metrics(args.metrics) if args.metrics else None,
-        measured=read_measured(args.metrics) if args.metrics else None,
-        plots=args.plots,
-    )
+    try:
+        found = stages.register(
+            checkpoint,
+            folder=default_folder(checkpoint.parent),
+            alias=args.alias,
+            config=resolve_config(args.config)[0] if args.config else None,
+            metrics=read_metrics(args.metrics) if args.metrics else None,
+            measured=read_measured(args.metrics) if args.metrics else None,
+            plots=args.plots,
+        )
+    except RejectedError as error:
+        if args.output:
+            write_json(args.output, dict(error.registered))
+        raise
     print(
         f"{found.name}, version {found.version} ({args.alias}){found.reason and ': '}{found.reason}"
     )

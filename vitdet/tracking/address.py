@@ -8,10 +8,8 @@ import re
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from vitdet.credentials import hide_credentials as hide_credentials
 from vitdet.ranges import check_address
-
-# user:password@ of an address; a password may itself contain @
-CREDENTIALS = re.compile(r"(?<=://)[^/\s'\"]*@")
 
 
 def tracking_uri(uri: str, folder: Path) -> str:
@@ -37,16 +35,6 @@ def _check_address(name: str, uri: str) -> None:
         valid = False
     if not valid:
         raise ValueError(f"{name}: expected http://HOST:PORT, got {hide_credentials(uri)}")
-
-
-def hide_credentials(text: object) -> str:
-    """Return the text with *** instead of the user and password of each address in it."""
-    return CREDENTIALS.sub("***@", str(text))
-
-
-def without_credentials(uri: str) -> str:
-    """Return an address without user and password."""
-    return CREDENTIALS.sub("", uri)
 
 
 class HidingFilter(logging.Filter):

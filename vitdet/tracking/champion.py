@@ -35,8 +35,17 @@ from vitdet.tracking.gate import (
     missing,
 )
 from vitdet.tracking.history import ALIAS as ALIAS
-from vitdet.tracking.history import PROMOTED, champion_of, events, rivals, set_champion
+from vitdet.tracking.history import (
+    PROMOTED,
+    champion_of,
+    events,
+    rivals,
+    rolled_back,
+    set_champion,
+    withdraw,
+)
 from vitdet.tracking.mlflow import connect, tracking_uri
+from vitdet.tracking.requests import first_line
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -121,7 +130,8 @@ def judge(
 ) -> Verdict:
     """Compare a candidate with the champion under the same protocol.
 
-    The first model passes; a tie does not. The champion itself passes: it is recognized by `version`,
+    The first model passes; a tie does not, and neither does a version after a rollback from it to
+    another one. The champion itself passes: it is recognized by `version`,
     that of the candidate if it is registered. evaluated: an earlier result of `evaluate_champion`.
     evaluate: evaluates the champion if its evaluation is unknown; without it, the candidate is
     rejected in this case.
@@ -156,6 +166,7 @@ def promote(
     with promoting(folder):
         recorded = events(client, model_name)
         champion = _champion(client, model_name)
+        is_itself = champion is not None and str(champion.version) == version
         verdict = _judge(
             client,
             champion,
@@ -169,7 +180,6 @@ def promote(
         )
         if not verdict.passed:
             return verdict
-        is_itself = champion is not None and str(champion.version) == version
         own = client.get_model_version(model_name, version)
         if not is_itself or gate.metric not in known_metrics(own, protocol):
             known = tags_of(known_metrics(own, protocol))
@@ -179,12 +189,12 @@ def promote(
         if is_itself:
             return verdict
         before = "" if champion is None else str(champion.version)
-        set_champion(client, model_name, version, PROMOTED, before, verdict.reason)
+        event = set_champion(client, model_name, version, PROMOTED, before, verdict.reason)
         for rival in rivals(recorded, events(client, model_name), version):
             other = client.get_model_version(model_name, rival)
             theirs = known_metrics(other, protocol).get(gate.metric, -1.0)
             if theirs > float(tags_of(candidate.metrics)[gate.metric]):
-                client.set_registered_model_alias(model_name, ALIAS, rival)
+                withdraw(client, model_name, event, rival)
                 return Verdict(
                     False,
                     f"{verdict.reason}; version {rival} with {theirs:.4g} was promoted at the same time",
@@ -250,6 +260,13 @@ def _judge(
     name = f"the champion, version {champion.version}"
     if str(champion.version) == version:
         return Verdict(True, f"{shown}: is already {name}")
+    if undone := rolled_back(events(client, champion.name), version):
+        because = undone.reason and f" ({undone.reason})"
+        return Verdict(
+            False,
+            f"version {version} was rolled back to version {undone.version} at {undone.time}{because}; "
+            f"`vitdet promote {champion.name} --version {version} --force REASON` makes it the champion again",
+        )
     before, failure = _read(client, champion, protocol, gate, uri, folder), ""
     if missing(gate, before):
         again = evaluate(champion)
@@ -309,7 +326,7 @@ def _evaluate(
             save_evaluation(client, champion, protocol, metrics, plots)
     except Exception as error:  # also errors of storage clients, or out of memory
         connect(None, uri, folder)  # not a failure of the champion if the server does not respond
-        line, kind = next(iter(str(error).splitlines()), ""), type(error).__name__
+        line, kind = first_line(error) if str(error).strip() else "", type(error).__name__
         expected = isinstance(error, MlflowException | OSError | ValueError | LookupError)
         if not expected or isinstance(error, KeyError | IndexError):
             log.warning("the champion, version %s, cannot be evaluated", number, exc_info=True)

@@ -5,6 +5,7 @@ Each is of a protocol, the validation data and the settings, by whose digest it 
 
 from __future__ import annotations
 
+import logging
 import tempfile
 from collections.abc import Mapping
 from dataclasses import replace
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities.model_registry import ModelVersion
 
+log = logging.getLogger(__name__)
 METRICS = ("box_ap", "box_ap50", "box_ap75", "mask_ap", "mask_ap50", "mask_ap75")
 
 
@@ -90,6 +92,37 @@ def save_evaluation(
         client.log_model_artifact(model, str(plots / MATCHES), matches_folder(protocol))
     for key, value in tags_of(metrics).items():
         client.set_model_version_tag(version.name, version.version, protocol.tag(key), value)
+
+
+def add_matches(
+    client: MlflowClient,
+    version: ModelVersion,
+    protocol: Protocol,
+    metrics: Mapping[str, float | None],
+    plots: Path,
+) -> None:
+    """Store the matches of the evaluation of which a version has the metrics only; log why, if not."""
+    model, folder, reason = model_id_of(version), matches_folder(protocol), ""
+    known = tags_of(known_metrics(version, protocol))
+    if not model:
+        reason = "it has no logged model"
+    elif not known or known != tags_of(metrics):
+        reason = f"its metrics are of another evaluation: {known}, not {tags_of(metrics)}"
+    elif any(
+        one.path == f"{folder}/{MATCHES}"
+        for one in client.list_logged_model_artifacts(model, folder)
+    ):
+        reason = "it has matches of this evaluation"
+    else:
+        client.log_model_artifact(model, str(plots / MATCHES), folder)
+    if reason:
+        log.warning(
+            "%s, version %s: the matches in %s are not stored, as %s",
+            version.name,
+            version.version,
+            plots,
+            reason,
+        )
 
 
 def evaluation_of(metrics: Mapping[str, float | None], plots: Path | None) -> Evaluation:

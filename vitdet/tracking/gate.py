@@ -36,6 +36,14 @@ class Verdict:
     reason: str
 
 
+class RejectedError(ValueError):
+    """The gate rejects a version, which is registered; `registered`: its name, version and alias."""
+
+    def __init__(self, message: str, registered: Mapping[str, str]) -> None:
+        super().__init__(message)
+        self.registered = registered
+
+
 def label(gate: GateConfig) -> str:
     """Return the name of the metric in messages, as in `box AP50`."""
     return gate.metric.replace("_ap", " AP")

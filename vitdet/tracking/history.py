@@ -51,31 +51,53 @@ def events(client: MlflowClient, model_name: str) -> list[Event]:
 
 def set_champion(
     client: MlflowClient, model_name: str, version: str, action: str, before: str, reason: str
-) -> None:
-    """Record the event and set the alias."""
+) -> Event:
+    """Record the event and set the alias; return the event."""
     now = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
     event = Event(now, version, action, before, reason)
     value = asdict(event)
     del value["time"], value["version"]
     client.set_model_version_tag(model_name, version, f"{PREFIX}{event.time}", json.dumps(value))
     client.set_registered_model_alias(model_name, ALIAS, version)
+    return event
+
+
+def withdraw(client: MlflowClient, model_name: str, event: Event, champion: str) -> None:
+    """Set the alias to the version that remains champion, and remove the event, which had no effect."""
+    client.set_registered_model_alias(model_name, ALIAS, champion)
+    client.delete_model_version_tag(model_name, event.version, f"{PREFIX}{event.time}")
 
 
 def predecessors(recorded: Sequence[Event], current: str) -> list[str]:
     """Return the versions that were champion before the current one, the last one first.
 
-    A rollback undoes the promotions since its version was champion. The current champion need not be
-    the last that was recorded: the alias can also be moved in MLflow's UI.
+    Each event names the version that it replaced; a rollback undoes the promotions since its version
+    was champion. Times are of the clocks of several machines: they order the events of one version,
+    and are followed where a version has no event, as it was deleted or made champion in MLflow's UI.
     """
-    stack: list[str] = []
-    for event in recorded:
-        if event.action == ROLLED_BACK and event.version in stack:
-            del stack[len(stack) - stack[::-1].index(event.version) :]
-            continue
-        stack += [one for one in (event.before, event.version) if one and one not in stack[-1:]]
-    if current in stack[-1:]:
-        stack.pop()
-    return list(dict.fromkeys(one for one in reversed(stack) if one != current))
+    left, found, version = sorted(recorded, key=lambda event: event.time), [], current
+    while version:
+        own = [event for event in left if event.version == version]
+        if own:
+            left.remove(own[-1])
+            version = version if own[-1].action == ROLLED_BACK else own[-1].before
+        else:
+            replaced = min((one.time for one in recorded if one.before == version), default=None)
+            earlier = [one.version for one in left if replaced is None or one.time < replaced]
+            version = earlier[-1] if earlier else ""
+        found.append(version)
+    return list(dict.fromkeys(one for one in found if one not in ("", current)))
+
+
+def rolled_back(recorded: Sequence[Event], version: str) -> Event | None:
+    """Return the rollback that replaced this version, if that was the last event of the version."""
+    own = [event for event in recorded if version == event.version or _is_away(event, version)]
+    last = max(own, key=lambda event: event.time, default=None)
+    return last if last and _is_away(last, version) else None
+
+
+def _is_away(event: Event, version: str) -> bool:
+    return event.action == ROLLED_BACK and event.before == version
 
 
 def rivals(before: Sequence[Event], now: Sequence[Event], version: str) -> list[str]:

@@ -120,7 +120,8 @@ class MLflowTracker(Tracker):
         ]
 
     def _ship(self) -> None:
-        pause, others = SHIP_SECONDS, self._others()
+        pause = SHIP_SECONDS
+        others = [Shipper(journal, self._shipper.uri) for journal in self._others()]
         self.refusal = self._shipper.refusal()
         if not self.refusal:
             self._shipper.deliver()
@@ -128,9 +129,12 @@ class MLflowTracker(Tracker):
         while not self._closing.wait(pause):
             if self._shipper.deliver():
                 pause = SHIP_SECONDS
-                for journal in others:  # what earlier runs of this folder could not ship
-                    Shipper(journal, self._shipper.uri).deliver()
-                others = []
+                if (
+                    others
+                ):  # what earlier runs could not ship; one at a time, this run's lines between them
+                    other = others.pop(0)
+                    if other.deliver() and other.is_uploading:
+                        others.append(other)
             else:
                 pause = min(2 * pause, BACK_OFF_SECONDS)
         if self._limit:
@@ -231,6 +235,8 @@ def log_metrics(
         journal.append_file(path, place)
     shipper = Shipper(journal, server)
     with repeating(server):
+        delivered = shipper.deliver(CLOSE_SECONDS, files_too=False)
+    if delivered:
         shipper.deliver(CLOSE_SECONDS)
     if shipper.is_unknown:
         journal.remove()
@@ -267,6 +273,8 @@ def connect(
     try:
         with repeating(uri):
             shipper.attach(client)
+            delivered = shipper.deliver(CLOSE_SECONDS, files_too=False)
+        if delivered:
             shipper.deliver(CLOSE_SECONDS)
     except UnknownRunError:
         shipper.journal.remove()

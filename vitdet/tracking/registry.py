@@ -17,22 +17,23 @@ from mlflow.models import Model
 
 from vitdet.checkpoint import load_model_file
 from vitdet.config import Config, check_names, from_dict, save_config
+from vitdet.credentials import without_credentials
 from vitdet.data.fingerprint import change, fingerprint, fingerprints
 from vitdet.data.protocol import Protocol
 from vitdet.evaluation.report import REPORT
 from vitdet.files import sha256
 from vitdet.ranges import Alias, check
 from vitdet.tracking import champion
-from vitdet.tracking.address import without_credentials
 from vitdet.tracking.evaluations import (
     MATCHES,
+    add_matches,
     evaluation_of,
     matches_folder,
     model_id_of,
     tags_of,
 )
 from vitdet.tracking.experiments import experiment_id
-from vitdet.tracking.gate import Evaluation
+from vitdet.tracking.gate import Evaluation, RejectedError
 from vitdet.tracking.measured import Measured, agree, read_measured
 from vitdet.tracking.mlflow import connect, tracking_uri
 from vitdet.tracking.model_card import description_of, render
@@ -76,13 +77,12 @@ def register_checkpoint(
 ) -> Registered:
     """Add a checkpoint to the model registry under an alias; `champion` requires the gate.
 
-    With the alias `champion` the version becomes `candidate` in any case. The data is read only for
-    the gate.
+    The version becomes `candidate` in any case. The data is read only for the gate.
 
     Args:
         checkpoint: The detector.
         folder: The folder of the default MLflow store.
-        alias: The alias that then points to this version.
+        alias: The alias that then also points to this version.
         config: The server, model name and gate, and the data and settings that `metrics` were
             measured with, which `vitdet promote` then uses; default: the config in the checkpoint.
         metrics: Metrics of the checkpoint; default: those in the checkpoint.
@@ -92,7 +92,8 @@ def register_checkpoint(
             per-image matches are stored with the version. Without their provenance, the report is not.
 
     Raises:
-        ValueError: The gate rejects the candidate, which is registered; also what `register` raises.
+        RejectedError: The gate rejects the candidate, which is registered.
+        ValueError: As `register` raises it.
     """
     check("the alias", Alias, alias)
     stored = load_model_file(checkpoint)
@@ -124,7 +125,7 @@ def register_checkpoint(
     name, version = register(
         checkpoint,
         run_id=stored["run_id"],
-        alias=CANDIDATE if is_gated else alias,
+        alias=CANDIDATE,
         evaluation=evaluation,
         protocol=protocol,
         used=used,
@@ -132,6 +133,9 @@ def register_checkpoint(
         **place,
     )
     if not is_gated:
+        if alias != CANDIDATE:
+            client, _ = connect(None, tracking.uri, folder)
+            client.set_registered_model_alias(name, alias, version)
         return Registered(name, version, "")
     evaluate = champion.evaluation_like(used, stored["class_names"], protocol)
     verdict = champion.judge(
@@ -140,9 +144,10 @@ def register_checkpoint(
     if verdict.passed:
         verdict = champion.promote(version, evaluation, protocol, gate, **place)
     if not verdict.passed:
-        raise ValueError(
+        raise RejectedError(
             f"{checkpoint}: registered as version {version} ({CANDIDATE}), not the champion: "
-            f"{verdict.reason}"
+            f"{verdict.reason}",
+            {"name": name, "version": version, "alias": CANDIDATE},
         )
     return Registered(name, version, verdict.reason)
 
@@ -312,6 +317,8 @@ def register(
                     client, run_id, model, stored["step"], evaluation, protocol, used
                 )
             client.update_model_version(model_name, version.version, description_of(card))
+        elif plots is not None:
+            add_matches(client, version, protocol, evaluation.metrics, plots)
     if alias is not None:
         client.set_registered_model_alias(model_name, alias, version.version)
     return model_name, str(version.version)

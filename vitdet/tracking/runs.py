@@ -46,7 +46,8 @@ def start_tracker(
     step: int,
 ) -> Progress:
     """Return a tracker that prints progress, and logs to MLflow if it is installed."""
-    recipe = re.sub(r"-[0-9a-f]{8}$", "", recipe)  # the pipeline appends a digest of the config
+    if group:  # the pipeline appends a digest of the config
+        recipe = re.sub(r"-[0-9a-f]{8}$", "", recipe)
     tracker = Tracker()
     if has_mlflow():
         from vitdet.tracking.mlflow import start_run
@@ -140,8 +141,23 @@ def log_evaluation(
         return None
     if kind == "sqlite" and not Path(path).exists():
         return None
-    named = {metric_name(name): value for name, value in metrics.items()}
+    named = with_metric_names(metrics)
     return log_metrics(stored["run_id"], uri, folder, named, stored["step"], files)
+
+
+def with_metric_names(metrics: dict[str, float]) -> dict[str, float]:
+    """Return the values under names that MLflow accepts; of several with the same name, the later ones get
+    the suffix _2, _3 and so on.
+    """
+    named: dict[str, float] = {}
+    for key, value in metrics.items():
+        name = plain = metric_name(key)
+        number = 2
+        while name in named:
+            suffix = f"_{number}"
+            name, number = plain[: 250 - len(suffix)] + suffix, number + 1
+        named[name] = value
+    return named
 
 
 def metric_name(name: str) -> str:

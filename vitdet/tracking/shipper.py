@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import logging
-import shutil
 import time
 from functools import cache
 from typing import TYPE_CHECKING
@@ -27,6 +26,7 @@ from vitdet.tracking.requests import (
     set_defaults,
     using,
 )
+from vitdet.tracking.uploads import Uploads
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -34,7 +34,6 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 BACK_OFF_SECONDS = 30.0  # longest pause after failures
-UPLOAD_SECONDS = 60.0  # between tries to upload a file after a failure
 BATCH = 1000  # metrics per request: MLflow's limit
 # MLflow's own defaults make a request to a dead server wait for four minutes; here everything is tried again anyway.
 CLIENT = {
@@ -56,17 +55,20 @@ class Shipper:
         # name -> step -> value there; None: the run is empty
         self._held: dict[str, dict[int, float]] | None = {}
         self._refused: set[str] = set()  # names that the server rejects
-        self._uploads: dict[str, float] = {}  # file that failed -> time of the next try
+        self._uploads = Uploads(journal)
         self._answers = True
         self.is_unknown = False  # see UnknownRunError
 
-    def deliver(self, seconds: float = 0.0) -> bool:
-        """Send the pending lines, retrying for this many seconds; False, with one warning, if lines are left."""
+    def deliver(self, seconds: float = 0.0, files_too: bool = True) -> bool:
+        """Send the pending lines, retrying for this many seconds; False, with one warning, if lines are left.
+
+        Files are uploaded in a thread, for which this also waits so many seconds and no longer.
+        """
         deadline, pause = time.monotonic() + seconds, 0.5
-        while self.journal.waiting() or self._due():
+        while self.journal.waiting() or files_too and self._uploads.is_due(deadline):
             try:
                 with self.journal.locked():
-                    self._ship(open_client(self.uri))
+                    self._ship(open_client(self.uri), files_too)
             except UnknownRunError as error:
                 log.warning("tracking: %s; nothing is logged", error)
                 self.is_unknown = True
@@ -88,10 +90,22 @@ class Shipper:
                     return False
                 time.sleep(pause)
                 pause = min(2 * pause, BACK_OFF_SECONDS)
+        if seconds and files_too and self.is_uploading:
+            log.warning(
+                "tracking: files are not uploaded after %g s; they are kept in %s for the next command that uses "
+                "this run",
+                seconds,
+                self.journal.path.with_suffix(""),
+            )
         if not self._answers:
             self._answers = True
             log.warning("tracking: %s answers again and has all metrics", self._shown)
         return True
+
+    @property
+    def is_uploading(self) -> bool:
+        """Whether an upload is under way."""
+        return self._uploads.is_running
 
     def refusal(self) -> str:
         """Look for the run or make it; why the store will never take it, '' if it does or may later."""
@@ -111,7 +125,7 @@ class Shipper:
                 self._run_id = self._known(client) or self._create(client)
         return self._run_id
 
-    def _ship(self, client: MlflowClient) -> None:
+    def _ship(self, client: MlflowClient, files_too: bool) -> None:
         run_id = self.attach(client)
         for records, end in self.journal.batches(BATCH):
             files = [record for record in records if "file" in record]
@@ -119,36 +133,8 @@ class Shipper:
                 with permitted(self.uri):
                     self._send(client, run_id, records)
             self.journal.move(run_id, end, [*self.journal.uploads(), *files])
-        for record in self._due():
-            self._upload(client, run_id, record)
-
-    def _due(self) -> list[dict]:
-        """The files that are to be uploaded now."""
-        now = time.monotonic()
-        return [one for one in self.journal.uploads() if self._uploads.get(one["file"], 0) <= now]
-
-    def _upload(self, client: MlflowClient, run_id: str, record: dict) -> None:
-        """Upload a file; a failed upload is retried later and delays nothing else."""
-        path, name = self.journal.path.parent / record["file"], record["file"]
-        try:
-            if path.exists():
-                client.log_artifact(run_id, str(path), record["folder"] or None)
-        except (
-            Exception
-        ) as error:  # of the server, of the client of the artifact store, or of the disk
-            if name not in self._uploads:
-                log.warning(
-                    "tracking: %s cannot be uploaded (%s); it is kept in %s and tried again, also by the next "
-                    "command that uses this run",
-                    path.name,
-                    first_line(error),
-                    path.parent,
-                )
-            self._uploads[name] = time.monotonic() + UPLOAD_SECONDS
-            return
-        shutil.rmtree(path.parent, ignore_errors=True)
-        left = [one for one in self.journal.uploads() if one["file"] != name]
-        self.journal.move(run_id, self.journal.cursor()[1], left)
+        if files_too:
+            self._uploads.advance(client, run_id)
 
     def _known(self, client: MlflowClient) -> str | None:
         run_id, _ = self.journal.cursor()
