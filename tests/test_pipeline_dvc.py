@@ -37,7 +37,8 @@ if verb == "config":
     try:
         config = load_config(positions[0])
         save_config(config, output)
-        options["--training"].write_text(json.dumps(training_settings(config)))
+        if "--training" in options:  # earlier versions of dvc.yaml do not have it
+            options["--training"].write_text(json.dumps(training_settings(config)))
     except ValueError as error:
         sys.exit(str(error))
 elif verb == "data":

@@ -262,9 +262,16 @@ def connect(
     except RefusedError:
         raise
     except Exception as error:  # of MLflow, its HTTP client or a database
+        problem, advice = (
+            ("the file cannot be used", "check its path, its permissions and the free disk space")
+            if uri.startswith("sqlite:")
+            else (
+                "no answer from MLflow",
+                "start the server, or set MLFLOW_TRACKING_URI to one that runs",
+            )
+        )
         raise ConnectionError(
-            f"{hide_credentials(uri)}: no answer from MLflow ({first_line(error)}); start the server, or set "
-            "MLFLOW_TRACKING_URI to one that runs"
+            f"{hide_credentials(uri)}: {problem} ({first_line(error)}); {advice}"
         ) from error
     repeated: Any = RepeatingClient(client, uri)
     if not run_id:
