@@ -35,9 +35,9 @@ def evaluate(
         figures.path,
         report.path,
     )
-    for key, value in found.items():
-        if "/" not in key:  # AP of single classes is in the report and in MLflow
-            figures.log_metric(key, value)
+    # AP of single classes is in the report and in MLflow
+    for key in [metric for metric in found if "/" not in metric]:
+        figures.log_metric(key, found[key])
     kinds = [
         f"{kind} AP {found[f'{kind}_ap']}" for kind in ("box", "mask") if f"{kind}_ap" in found
     ]

@@ -175,7 +175,7 @@ def test_only_trainings_with_other_seeds_are_averaged(other: list[str], are_seed
 
 def test_a_folder_that_is_no_training_is_a_name_of_a_run(vitdet: Run, tmp_path: Path) -> None:
     (tmp_path / "tiny").mkdir()
-    refused(vitdet("compare", "tiny", "tiny"), "no such MLflow store; set --tracking-uri")
+    refused(vitdet("compare", "tiny", "tiny"), "no such MLflow store; set MLFLOW_TRACKING_URI")
     save_config(load_config("tiny"), tmp_path / "tiny" / "config.yaml")
     refused(vitdet("compare", "tiny", "tiny"), "tiny/model.pt: no such checkpoint")
 

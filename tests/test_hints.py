@@ -57,7 +57,7 @@ def test_a_proposed_command_is_read_by_the_command_line(command: str) -> None:
     assert re.fullmatch(VERB, words[0])
     if words[0] == "weights" and words[1] == "fetch":
         words = ["mae_vit_b" if word in ("X", "NAME") else word for word in words]
-    words = ["1" if word == "N" else word for word in words]
+    words = ["1" if word in ("N", "X") else word for word in words]  # a number, or any name
     known, kinds = words, parser()
     while known and kinds._subparsers is not None:
         kinds, known = choices_of(kinds)[known[0]], known[1:]

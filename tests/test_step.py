@@ -269,7 +269,7 @@ def test_a_step_whose_losses_overflow_in_fp16_is_skipped(
     with pytest.raises(ValueError, match="not finite: the training has diverged"):
         go(tiny, tmp_path / "b", train__precision="fp32", **changes)
     monkeypatch.setattr(Spoiled, "scale", 2.0**-14)
-    with pytest.raises(ValueError, match="losses or gradients overflow in fp16 whatever"):
+    with pytest.raises(ValueError, match="losses or gradients overflow in fp16 at every scale"):
         go(tiny, tmp_path / "c", train__precision="fp16", **changes)
 
 
@@ -315,7 +315,9 @@ def test_a_training_that_skips_every_step_ends_in_one_line(
 ) -> None:
     monkeypatch.setattr(trainer, "TrainingStep", Overflowing)
     recorder = Recorder()
-    with pytest.raises(ValueError, match="losses or gradients overflow in fp16 whatever") as caught:
+    with pytest.raises(
+        ValueError, match="losses or gradients overflow in fp16 at every scale"
+    ) as caught:
         go(tiny, tmp_path, recorder, train__precision="fp16")
     assert "\n" not in str(caught.value) and recorder.status == "FAILED"
     assert list(recorder.points) == [1] and recorder.points[1]["skipped_steps"] == 1
