@@ -60,7 +60,9 @@ elif verb == "train":
         print(f"from {{start}} to {{config.optim.steps}}", file=log)
     (output / "model.pt").write_text(json.dumps(to_dict(config)))
 elif verb == "evaluate":
-    config, model = load_config(options["--config"]), json.loads(Path(positions[0], "model.pt").read_text())
+    place = Path(positions[0])  # a folder, a file in earlier versions of dvc.yaml
+    config = load_config(options["--config"])
+    model = json.loads((place / "model.pt" if place.is_dir() else place).read_text())
     ap = 10 + model["optim"]["clip"] + config.evaluate.nms_iou
     output.write_text(json.dumps({{"box_ap": ap, "mask_ap": ap}}))
     output.with_suffix(".measured.json").write_text("{{}}")
