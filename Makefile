@@ -1,5 +1,5 @@
 # make demo    the whole job: data, weights, training, evaluation, registration; some minutes on 2 cores
-# make test    the fast tests (one file: make test TESTS=tests/test_config.py; on more cores: JOBS=8)
+# make test    the fast tests (one file: make test TESTS=tests/cli/test_config.py; on more cores: JOBS=8)
 # make test-slow  the slow tests (end-to-end pipelines, process kills, real servers); up to 20 minutes on 2 cores
 # make ui      MLflow in the browser: the demo's runs and models
 # make lint    ruff and mypy

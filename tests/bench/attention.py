@@ -17,7 +17,7 @@ import torch
 import triton
 from torch.nn import functional as F
 
-from tests.attention_cases import Case, inputs
+from tests.helpers.attention_cases import Case, inputs
 from vitdet.kernels import attention_kernels as kernels
 from vitdet.kernels.attention_kernels import Blocks
 from vitdet.kernels.attention_positions import Layout

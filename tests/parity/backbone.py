@@ -17,7 +17,7 @@ import torch
 from timm.layers import to_2tuple
 from torch import Tensor, nn
 
-from tests import parts
+from tests.helpers import parts
 from tests.parity.case import load
 from tests.parity.device import CPU
 from tests.parity.report import Report

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from tests import parts
+from tests.helpers import parts
 from tests.parity.bitmaps import BitmapRoIHeads, Bitmaps
 from vitdet.data.masks import edges_of
 from vitdet.models.detector import Detector

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from tests import parts
+from tests.helpers import parts
 from tests.parity.backbone import system_of
 from tests.parity.bitmaps import BitmapRoIHeads, Bitmaps
 from tests.parity.case import load

@@ -1,0 +1,319 @@
+"""The structure of the code: who imports whom, how long a file may be, and what no file contains.
+
+The layers are in `tests/helpers/layers.py`. Each test checks all files and reports all violations at once.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterable, Iterator
+from functools import cache
+
+import yaml
+
+from tests.conftest import ROOT
+from tests.helpers.layers import (
+    LEVELS,
+    MERGING,
+    PRODUCT,
+    Import,
+    Source,
+    cycles,
+    is_allowed,
+    is_covered,
+    is_excepted,
+    is_internal,
+    product_edges,
+    read_imports,
+    read_sources,
+    room_of,
+)
+from vitdet.config import Config, flatten
+
+MAX_LINES = 500  # of a file
+PRINTING = ("vitdet/cli/", "pipeline/cli/", "components/")
+# Packages that only some files may import; tests may import all.
+ONLY_IN = {
+    "mlflow": ["vitdet/tracking/"],
+    "kfp": ["components/", "pipeline/"],
+    "kubernetes": ["components/launcher/"],
+    "dvc": [],
+    "pycocotools": [
+        "vitdet/data/masks.py",
+        "vitdet/data/segmentation.py",
+        "vitdet/evaluation/",
+        "vitdet/cli/bench/",
+    ],
+    "faster_coco_eval": ["vitdet/evaluation/"],
+    "detectron2": ["vitdet/cli/bench/data.py"],
+    "shapely": ["vitdet/cli/bench/data.py"],
+    "torch.distributed": ["vitdet/distributed.py", "vitdet/training/parallel.py"],
+    "torch.nn.parallel": ["vitdet/training/parallel.py"],
+    "argparse": ["vitdet/cli/", "pipeline/cli/"],
+    "triton": ["vitdet/kernels/"],
+}
+# Imports that the layers do not allow and that are still to be removed, with what is to change.
+PENDING: dict[tuple[str, str], str] = {}
+
+
+def tracked(*patterns: str) -> list[str]:
+    """Return the files that git tracks or would add: neither ignored nor deleted."""
+    listed = subprocess.run(
+        ["git", "ls-files", "--cached", "--others", "--exclude-standard", "--", *patterns],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.splitlines()
+    return sorted({name for name in listed if (ROOT / name).is_file()})
+
+
+@cache
+def product() -> list[Source]:
+    names = set(tracked("*.py"))
+    return [source for source in read_sources(ROOT, *PRODUCT) if source.name in names]
+
+
+@cache
+def imports() -> list[Import]:
+    return read_imports(product())
+
+
+def report(violations: Iterable[object], rule: str) -> None:
+    found = list(map(str, violations))
+    assert not found, "\n  ".join([f"{rule}:", *found])
+
+
+def nodes(kind: type[ast.AST], *folders: str) -> Iterator[tuple[str, ast.AST, str]]:
+    """Yield each node of this kind with its location and its file's name."""
+    for source in product():
+        if source.name.startswith(folders or ""):
+            for node in ast.walk(source.tree):
+                if isinstance(node, kind):
+                    yield f"{source.name}:{getattr(node, 'lineno', 0)}", node, source.name
+
+
+def test_every_room_of_the_package_has_a_layer() -> None:
+    rooms = {room_of(source.module) for source in product()} - {"__init__"}
+    report(rooms - set(LEVELS), "not in the table of tests/helpers/layers.py")
+    modules = {source.module for source in product()}
+    merged = [name for name in MERGING if f"vitdet.{name}" not in modules]
+    report(merged, "no longer exists; remove it from MERGING in tests/helpers/layers.py")
+
+
+def test_imports_follow_the_layers() -> None:
+    internal = [found for found in imports() if is_internal(found) and is_covered(found)]
+    wrong = {(found.module, found.target): found for found in internal if not is_allowed(found)}
+    new = [found for edge, found in wrong.items() if edge not in PENDING]
+    report(new, "the table of tests/helpers/layers.py does not allow these imports")
+    gone = [" -> ".join(edge) for edge in PENDING if edge not in wrong]
+    report(gone, "allowed or removed by now; delete them from PENDING")
+
+
+def test_no_import_cycles() -> None:
+    edges = {(found.module, found.target) for found in product_edges(imports())} - set(PENDING)
+    report(cycles(edges), "modules that import each other")
+    rooms = cycles((room_of(source), room_of(target)) for source, target in edges)
+    report(rooms, "rooms that import each other")
+
+
+def test_the_named_exceptions_are_the_only_ones() -> None:
+    (found,) = [edge for edge in imports() if is_excepted(edge)]
+    assert (found.module, found.target) == ("vitdet.types", "vitdet.visualize"), found
+
+
+def test_third_party_packages_are_imported_in_their_place_only() -> None:
+    places = {place for places in ONLY_IN.values() for place in places}
+    report([place for place in places if not (ROOT / place).exists()], "no such place")
+    outside = [
+        found
+        for package, places in ONLY_IN.items()
+        for found in imports()
+        if f"{found.target}.".startswith(f"{package}.")
+        and not found.file.startswith((*places, "!"))
+    ]
+    report(outside, f"only these places may import these packages: {ONLY_IN}")
+
+
+def test_the_package_needs_its_declared_dependencies_only() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    renamed = {"pillow": "PIL", "pyyaml": "yaml"}
+
+    def modules(requirements: list[str]) -> set[str]:
+        names = [re.match(r"[\w-]+", requirement)[0] for requirement in requirements]
+        return {renamed.get(name, name.replace("-", "_")) for name in names}
+
+    core = modules(project["dependencies"]) | set(sys.stdlib_module_names) | {"vitdet"}
+    more = {
+        # mlflow brings pandas
+        "vitdet/tracking/": modules(project["optional-dependencies"]["tracking"]) | {"pandas"},
+        "vitdet/kernels/": {"triton"},  # torch for CUDA brings it
+        "vitdet/cli/bench/data.py": {"detectron2", "shapely"},  # measured where they are installed
+    }
+    missing = []
+    for found in imports():
+        allowed = core.union(*(more[place] for place in more if found.file.startswith(place)))
+        if found.file.startswith("vitdet/") and found.target.split(".")[0] not in allowed:
+            missing.append(found)
+    report(missing, "vitdet imports what its dependencies do not bring")
+
+
+def test_only_the_layers_of_timm_are_used() -> None:
+    def is_layer(found: Import) -> bool:
+        swin = found.file.endswith("/swin.py") and found.target.startswith(
+            "timm.models.swin_transformer"
+        )
+        return swin or found.target.startswith("timm.layers")
+
+    used = [found for found in imports() if f"{found.target}.".startswith("timm.")]
+    report([found for found in used if not is_layer(found)], "only timm.layers may be used")
+
+
+def test_models_see_no_config_mode_or_device() -> None:
+    wrong: list[object] = [
+        found
+        for found in imports()
+        if found.file.startswith("vitdet/models/")
+        and found.file != "vitdet/models/__init__.py"
+        and room_of(found.target) == "config"
+    ]
+    regularization = "vitdet/models/layers.py"  # drop path, which is for training by definition
+    for where, node, name in nodes(ast.Attribute, "vitdet/models/"):
+        by_mode = ast.unparse(node) == "self.training" and name != regularization
+        if node.attr in ("cuda", "autocast") or by_mode:
+            wrong.append(f"{where}: {ast.unparse(node)}")
+    report(wrong, "a model knows no config, no training mode and no device; its caller does")
+
+
+def test_only_the_command_line_prints() -> None:
+    calls = [
+        where
+        for where, node, name in nodes(ast.Call)
+        if ast.unparse(node.func) == "print" and not name.startswith(PRINTING)
+    ]
+    report(calls, f"only these print: {', '.join(PRINTING)}")
+
+
+def test_code_conventions() -> None:
+    wrong = []
+    for where, node, _ in nodes(ast.Call):
+        if "load_state_dict" in ast.unparse(node):
+            for keyword in node.keywords:
+                if keyword.arg == "strict" and ast.unparse(keyword.value) != "True":
+                    wrong.append(f"{where}: load_state_dict without strict=True")
+    wrong += [
+        f"{where}: an exception handler names no exception"
+        for where, node, _ in nodes(ast.ExceptHandler)
+        if node.type is None
+    ]
+    wrong += [
+        f"{where}: {node.name} takes **{node.args.kwarg.arg}; public functions name their arguments"
+        for where, node, _ in nodes(ast.FunctionDef)
+        if node.args.kwarg and not node.name.startswith("_")
+    ]
+    wrong += [
+        f"{where}: a relative import" for where, node, _ in nodes(ast.ImportFrom) if node.level
+    ]
+    report(wrong, "conventions of this code")
+
+
+def test_files_are_short() -> None:
+    counts = {name: len((ROOT / name).read_text().splitlines()) for name in tracked("*.py")}
+    long = [f"{name}: {count}" for name, count in counts.items() if count > MAX_LINES]
+    report(long, f"files of more than {MAX_LINES} lines")
+
+
+def test_settings_are_named_in_the_config_and_the_recipes_only() -> None:
+    keys = {key for key in flatten(Config()) if "." in key}
+    leaves = {key.split(".")[-1] for key in keys}
+    # `name` or `init` is a word of its own
+    names = {rf"\b{name}\b" for name in leaves if "_" in name}
+    pattern = re.compile(
+        "|".join([*(rf"(?<![\w.]){re.escape(key)}(?![\w.])" for key in keys), *names])
+    )
+    found = [
+        f"{name}:{number}: {match[0]}"
+        for name in tracked("components/*", "pipeline/*", "manifests/*", "dvc.yaml")
+        for number, line in enumerate((ROOT / name).read_text().splitlines(), 1)
+        if not line.lstrip().startswith("#")
+        for match in pattern.finditer(line)
+    ]
+    report(found, "settings are named outside vitdet/")
+
+
+def test_dvc_stages_depend_on_existing_files_and_sections() -> None:
+    stages = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
+    outs = {
+        out
+        for stage in stages.values()
+        for out in [*stage.get("outs", []), *stage.get("metrics", [])]
+    }
+    # DVC runs independent stages in this order, so a wrong setting is reported before any work
+    assert next(iter(stages)) == "config"
+    wrong = []
+    for key, stage in stages.items():
+        for name in stage.get("deps", []):
+            if name not in outs and not (ROOT / name).exists():
+                wrong.append(f"{key}: no file {name}")
+        for params in stage.get("params", []):
+            assert set(params) <= {"work/config.yaml", "work/training.json"} & outs, key
+            unknown = set(params.get("work/config.yaml") or ()) - set(Config.__dataclass_fields__)
+            wrong += [f"{key}: no section {section}" for section in sorted(unknown)]
+    report(wrong, "dvc.yaml")
+
+
+def test_the_data_stage_depends_on_all_code_that_draws_the_data() -> None:
+    files = {source.module: source.name for source in product()}
+    reached, waiting = set(), ["vitdet.demo.tiny"]
+    while waiting:
+        module = waiting.pop()
+        if module not in reached:
+            reached.add(module)
+            waiting += [edge.target for edge in imports() if edge.module == module]
+    stage = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]["data"]
+    assert sorted(files[module] for module in reached & set(files)) == sorted(stage["deps"])
+
+
+def test_no_file_names_a_registry_or_a_folder_of_one_machine() -> None:
+    hosts = r"pypi[.]org|pythonhosted[.]org|download[.]pytorch[.]org|registry[.]npmjs|deb[.]debian[.]org"
+    options = r"^--(?:extra-)?index-url|^--find-links"
+    folders = r"(?<![\w.}])/(?:home|root|Users|work|opt)/\w"
+    exempt = ("manifests/", ".gitignore", ".dvc", "tests/cli/test_architecture.py")
+    wrong = []
+    for name in tracked():
+        content = (ROOT / name).read_bytes()
+        if b"\0" in content:
+            continue  # arrays, images, weights
+        patterns = [hosts, options, *([] if name.startswith(exempt) else [folders])]
+        for number, line in enumerate(content.decode().splitlines(), 1):
+            if any(re.search(pattern, line) for pattern in patterns):
+                wrong.append(f"{name}:{number}: {line.strip()[:80]}")
+    report(wrong, "these belong to one network or machine")
+
+
+def test_the_command_line_answers_without_importing_torch() -> None:
+    code = (
+        "import sys, vitdet.cli\n"
+        "sys.argv[0] = 'vitdet'\n"
+        "try:\n    status = vitdet.cli.main()\n"
+        "except SystemExit as stop:\n    status = stop.code\n"
+        "heavy = {'torch', 'torchvision', 'mlflow', 'timm', 'numpy', 'PIL'} & set(sys.modules)\n"
+        "sys.exit(f'imported {heavy}' if heavy else status)\n"
+    )
+    wrong = []
+    for words in (["--help"], ["config", "tiny"], ["weights", "list"]):
+        done = subprocess.run(
+            [sys.executable, "-c", code, *words], cwd=ROOT, capture_output=True, text=True
+        )
+        if done.returncode or not done.stdout.strip():
+            wrong.append(f"vitdet {' '.join(words)}: exit code {done.returncode}, {done.stderr}")
+    report(wrong, "these commands need no heavy import")
+
+
+def test_a_data_set_is_checked_without_importing_torch() -> None:
+    code = "import sys, vitdet.data.check\nsys.exit('torch' in sys.modules)\n"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0

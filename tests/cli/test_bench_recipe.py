@@ -1,0 +1,106 @@
+"""The benchmarks of a recipe's training step and of its detection, on this machine's processor."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torchvision.ops import box_iou
+
+from tests.cli.test_cli import Run, refused
+from tests.conftest import MINIMAL
+from tests.helpers.parts import block
+from vitdet.cli.bench.figures import forward_flops, report
+from vitdet.cli.bench.synthetic import boxes_on_objects, make_images
+
+SETTINGS = [
+    word
+    for key, value in MINIMAL.items()
+    if not key.startswith("data.root")
+    for word in ("--set", f"{key}={value}")
+]
+
+
+@pytest.mark.parametrize("kind", ["train", "infer"])
+def test_a_benchmark_measures_a_row_for_each_batch_size(
+    kind: str, vitdet: Run, tmp_path: Path
+) -> None:
+    options = ("--batch", "1,2", "--steps", "2", "--precision", "fp32")
+    code, output, error = vitdet(
+        "bench", kind, "tiny", *SETTINGS, *options, "--output", tmp_path / "bench.json"
+    )
+    assert code == 0, error
+    figures = json.loads((tmp_path / "bench.json").read_text())
+    assert [row["batch"] for row in figures["rows"]] == [1, 2]
+    for row in figures["rows"]:
+        assert row["precision"] == "fp32" and row["ms"] > 0 and row["peak_gib"] > 0
+        rate = figures["product_tflops"]["fp32"]
+        expected = row["images_per_second"] * figures["tflop_per_image"] / rate
+        assert row["mfu"] == pytest.approx(expected)
+        if kind == "infer":
+            assert row["detections"] == MINIMAL["evaluate.max_detections"]
+            assert row["results_per_second"] > 0
+    assert report(figures) in output and len(output.splitlines()) == 4
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize("kind", ["train", "infer"])
+def test_on_a_gpu_kernels_and_host_waits_are_counted(
+    kind: str, vitdet: Run, tmp_path: Path
+) -> None:
+    path = tmp_path / "bench.json"
+    options = ("--batch", "2", "--steps", "4", "--precision", "bf16", "--output", path)
+    code, _, error = vitdet("bench", kind, "tiny", *SETTINGS, *options)
+    assert code == 0, error
+    (row,) = json.loads(path.read_text())["rows"]
+    assert row["kernels"] >= row["launches"] > 0 and row["waits"] >= 0
+    assert 0 < row["busy_ms"] and 0 < row["mfu"] < 1
+
+
+def test_bad_arguments_are_one_line(vitdet: Run) -> None:
+    refused(
+        vitdet("bench", "train", "tiny", "--batch", "0"),
+        "whole numbers above 0, as in 1,8; got '0'",
+    )
+    refused(vitdet("bench", "train", "tiny", "--batch", "1,x"), "got '1,x'")
+    refused(vitdet("bench", "infer", "tiny", "--steps", "0"), "--steps must be at least 1, got 0")
+    refused(vitdet("bench", "train", "tiny", "--precision", "fp31"), "train.precision")
+
+
+def test_attention_counts_by_its_definition_in_windows_and_on_the_grid() -> None:
+    dim, height, width = 8, 5, 4
+    for window in (0, 3):  # windows that do not divide the grid are filled up, which does not count
+        part = block(dim=dim, heads=2, window=window, grid=(height, width))
+        found = forward_flops(part, lambda part=part: part(torch.randn(2, height, width, dim)))
+        tokens, keys = 2 * height * width, window**2 or height * width
+        layers = 2 * tokens * (4 * dim * dim + 2 * dim * 4 * dim)
+        assert found == layers + 4 * tokens * keys * dim
+
+
+def test_convolutions_and_products_elsewhere_count_too() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 5, 3, padding=1), nn.Flatten(), nn.Linear(5 * 16, 7))
+    found = forward_flops(model, lambda: model(torch.randn(1, 3, 4, 4)))
+    assert found == 2 * (16 * 5 * 3 * 9 + 80 * 7)
+
+
+def test_images_are_the_same_each_time_and_their_objects_lie_inside() -> None:
+    batch, again = (make_images(2, 128, 6) for _ in range(2))
+    assert batch.images.equal(again.images) and batch.images.float().std() > 20
+    for target in batch.targets:
+        assert len(target) and (target.labels < 6).all()
+        assert (target.boxes >= 0).all() and (target.boxes <= 128).all()
+        spans = target.masks.spans
+        for box, (start, end) in zip(target.boxes, spans.tolist(), strict=True):
+            points = target.masks.edges[start:end, :2]
+            assert torch.cat([points.amin(0), points.amax(0)]).allclose(box)
+
+
+def test_boxes_on_objects_are_foreground() -> None:
+    (target,) = make_images(1, 1024, 80).targets
+    laid = boxes_on_objects(target.boxes, 200, 1024)
+    overlap = box_iou(laid, target.boxes).amax(dim=1)
+    assert (overlap >= 0.5).float().mean() > 0.8

@@ -1,0 +1,386 @@
+"""Settings: what is written is read back, types come from the fields, and a mistake is named in one line."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import yaml
+
+from vitdet.config import (
+    BackboneConfig,
+    Config,
+    DataConfig,
+    OptimConfig,
+    RoIHeadsConfig,
+    dump_config,
+    flatten,
+    from_dict,
+    load_config,
+    override,
+    recipes,
+    save_config,
+    to_dict,
+)
+from vitdet.digest import difference, digest
+
+
+def write(folder: Path, text: str) -> Path:
+    path = folder / "own.yaml"
+    path.write_text(text)
+    return path
+
+
+def test_a_config_takes_sections_of_another_and_then_overrides() -> None:
+    ours, theirs = Config(), load_config("tiny")
+    found = override(ours, ["data.workers=7", "optim.lr=1e-5"], theirs, ("data", "evaluate"))
+    assert found == replace(
+        ours,
+        data=replace(theirs.data, workers=7),
+        evaluate=theirs.evaluate,
+        optim=replace(ours.optim, lr=1e-5),
+    )
+    assert override(ours, []) == ours and theirs.data != ours.data
+    with pytest.raises(ValueError, match="data.worker: no such setting; did you mean 'workers'"):
+        override(ours, ["data.worker=1"], theirs)
+
+
+@pytest.mark.parametrize("name", recipes())
+def test_a_recipe_loads_as_it_is_written(name: str) -> None:
+    config = load_config(name)
+    written = yaml.safe_load(
+        (Path(load_config.__code__.co_filename).parent / "recipes" / f"{name}.yaml").read_text()
+    )
+    assert config == from_dict(written)
+    assert load_config(name) == config
+
+
+def test_a_resolved_config_is_read_back_equal(tmp_path: Path) -> None:
+    config = load_config(
+        "tiny", ["optim.milestones=[0.25, 0.5]", "tracking.uri=http://x:5000", "data.root=a b"]
+    )
+    save_config(config, tmp_path / "new" / "config.yaml")
+    assert load_config(tmp_path / "new" / "config.yaml") == config
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["config.yaml"]
+    assert from_dict(to_dict(config)) == config and yaml.safe_load(dump_config(config)) == to_dict(
+        config
+    )
+    assert isinstance(load_config(tmp_path / "new" / "config.yaml").optim.milestones, tuple)
+
+
+def test_the_flat_keys_are_those_of_overrides() -> None:
+    config = load_config(
+        "tiny", ["train.init='1e5'", "data.root=2017", "train.seed=9007199254740993"]
+    )
+    flat = flatten(config)
+    assert flat["optim.lr"] == config.optim.lr and flat["model.backbone.name"] == "vit_tiny"
+    assert json.loads(flat["data.scale_range"]) == list(config.data.scale_range)
+    rebuilt = load_config(
+        Path(__file__).parents[2] / "vitdet" / "recipes" / "tiny.yaml",
+        [f"{key}={value}" for key, value in flat.items()],
+    )
+    assert rebuilt == config
+
+
+@pytest.mark.parametrize(
+    ("override", "key", "value"),
+    [
+        ("optim.lr=1e-4", "optim.lr", 1e-4),  # text for YAML
+        ("optim.lr=1", "optim.lr", 1.0),
+        ("optim.steps=1e3", "optim.steps", 1000),
+        ("train.seed=9007199254740993", "train.seed", 9007199254740993),  # not a float's business
+        ("model.rpn.norm=true", "model.rpn.norm", True),
+        ("data.root=2017", "data.root", "2017"),
+        ("data.root=007", "data.root", "007"),
+        ("data.root=/a #1/b: c", "data.root", "/a #1/b: c"),
+        ("train.init=", "train.init", ""),
+        ("train.init=''", "train.init", ""),
+        ("tracking.uri=http://x:1/?a=b", "tracking.uri", "http://x:1/?a=b"),
+        ("data.scale_range=[1, 2]", "data.scale_range", "[1.0, 2.0]"),
+        ("model.roi_heads.ious=[0.5,0.6,0.7]", "model.roi_heads.ious", "[0.5, 0.6, 0.7]"),
+    ],
+)
+def test_a_value_gets_the_type_of_its_setting(override: str, key: str, value: object) -> None:
+    found = flatten(load_config("tiny", [override]))[key]
+    assert found == value and type(found) is type(value)
+
+
+def test_later_overrides_win_and_open_sections_that_the_file_lacks(tmp_path: Path) -> None:
+    path = write(tmp_path, "optim:\n  lr: 1e-3\ndata:\n")
+    config = load_config(path, ["optim.lr=2", "data.flip=0", "optim.lr=3"])
+    assert config == replace(
+        Config(), optim=replace(OptimConfig(), lr=3.0), data=replace(Config().data, flip=0.0)
+    )
+    assert load_config(write(tmp_path, "")) == Config()
+
+
+def test_an_override_of_a_section_leaves_its_other_settings() -> None:
+    config = load_config(
+        "tiny", ["optim.steps=7", "optim={lr: 1, clip: 2}", "model={rpn: {norm: true}}"]
+    )
+    tiny = load_config("tiny")
+    assert config.optim == replace(tiny.optim, steps=7, lr=1.0, clip=2.0)
+    assert config.model == replace(tiny.model, rpn=replace(tiny.model.rpn, norm=True))
+    assert load_config("tiny", ["train={}"]) == tiny
+
+
+@pytest.mark.parametrize(
+    ("override", "section"),
+    [
+        ("optim=null", "optim"),
+        ("optim=", "optim"),
+        ("model.backbone=", "model.backbone"),
+        ("model={rpn: null}", "model.rpn"),
+        ("model={norm_eps: 1, backbone: }", "model.backbone"),
+    ],
+)
+def test_an_override_of_a_section_by_null_is_refused(
+    tmp_path: Path, override: str, section: str
+) -> None:
+    """It would reset the section to the defaults of the package, not to those of the recipe."""
+    for text in (dump_config(load_config("tiny")), "", "model:\n  rpn:\n"):
+        with pytest.raises(ValueError) as caught:
+            load_config(write(tmp_path, text), [override])
+        assert re.fullmatch(rf"{section}: is a section \(\w+, .*\), got null", str(caught.value))
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ("optim.lrr=1", "optim.lrr: no such setting; did you mean 'lr'?"),
+        ("lr=1", "lr: no such setting; did you mean 'optim.lr'?"),
+        (
+            "optim.batch_size=1",
+            "optim.batch_size: no such setting; did you mean 'train.batch_size'?",
+        ),
+        ("optin.lr=1", "optin: no such setting; did you mean 'optim'?"),
+        ("zzz.x=1", "zzz: no such setting; known: model, data"),
+        ("optim=1", "optim: is a section (lr, "),
+        ("model={rpn: 3}", "model.rpn: is a section (anchor_scale, "),
+        (f"train.seed={2**63}", f"train.seed must be between 0 and {2**63 - 1}, got {2**63}"),
+        ("train.seed=-1", "train.seed must be between 0 and 9223372036854775807, got -1"),
+        ("data.image_size=640000", "data.image_size must be between 1 and 65536, got 640000"),
+        ("optim.steps=1e10", "optim.steps must be between 1 and 2147483647, got 10000000000"),
+        (
+            "model.roi_heads.num_classes=20260101",
+            "model.roi_heads.num_classes must be between 1 and 1000000, got 20260101",
+        ),
+        (
+            "model.roi_heads.num_fcs=20260101",
+            "model.roi_heads.num_fcs must be between 1 and 1024, got 20260101",
+        ),
+        (
+            "model.backbone.window_size=20260101",
+            "model.backbone.window_size must be between 0 and 65536, got 20260101",
+        ),
+        (
+            "model.backbone.residual_blocks=[2, 20260101]",
+            "model.backbone.residual_blocks must be between 0 and 1023, got [2, 20260101]",
+        ),
+        ("optim.lr.x=1", "optim.lr.x: optim.lr is a setting, not a section"),
+        ("optim.lr", "override 'optim.lr': expected section.key=value"),
+        ("=1", "override '=1': expected section.key=value"),
+        ("optim.lr=[", "optim.lr: '[' is not readable as a value"),
+        ("optim.lr=fast", "optim.lr: expected a number, got 'fast'"),
+        ("optim.lr=", "optim.lr: expected a number, got None"),
+        ("optim.lr=true", "optim.lr: expected a number, got True"),
+        ("optim.lr=nan", "optim.lr: expected a number, got 'nan'"),
+        ("optim.lr=.inf", "optim.lr: expected a number, got inf"),
+        ("optim.lr=1" + 400 * "0", "optim.lr: expected a number, got 1000"),
+        ("optim.steps=1.5", "optim.steps: expected a whole number, got 1.5"),
+        ("model.rpn.norm=1", "model.rpn.norm: expected true or false, got 1"),
+        (
+            "data.scale_range=1",
+            "data.scale_range: expected a list of 2 values, each a number, got 1",
+        ),
+        (
+            "data.scale_range=[1, 2, 3]",
+            "data.scale_range: expected a list of 2 values, each a number, got [1, 2, 3]",
+        ),
+        ("data.scale_range=[1, x]", "data.scale_range: expected a number, got 'x'"),
+        (
+            "model.backbone.name=vit_x",
+            "model.backbone.name: expected one of vit_tiny, vit_b, vit_l, vit_h, vitae_b, vitae_s, swin_t, vitaev2_s, "
+            "got 'vit_x'",
+        ),
+        (
+            "data.image_size=100",
+            "data.image_size must be a positive multiple of 64 (the coarsest stride), got 100",
+        ),
+        ("data.image_size=0", "data.image_size must be between 1 and 65536, got 0"),
+        (
+            "model.pyramid.scales=[4,2,1,0]",
+            "model.pyramid.scales must be above 0, got [4.0, 2.0, 1.0, 0.0]",
+        ),
+        ("optim.milestones=[0.9,0.8]", "optim.milestones must rise between 0 and 1"),
+        ("optim.milestones=[0.5,1]", "optim.milestones must rise between 0 and 1"),
+        ("data.scale_range=[2,1]", "data.scale_range must be low <= high, got [2.0, 1.0]"),
+        ("model.roi_heads.ious=[]", "model.roi_heads.ious must lie between 0 and 1, got []"),
+        ("optim.steps=0", "optim.steps must be between 1 and 2147483647, got 0"),
+        ("model.rpn.samples=0", "model.rpn.samples must be between 1 and 1000000, got 0"),
+        ("model.mask.num_convs=-1", "model.mask.num_convs must be between 0 and 1024, got -1"),
+        (
+            "model.backbone.rel_pos_size=4",
+            "model.backbone.rel_pos_size must be at least patch_size (8), got 4",
+        ),
+        ("optim.lr=-1", "optim.lr must be above 0, got -1.0"),
+        ("data.workers=-1", "data.workers must be between 0 and 1024, got -1"),
+        ("optim.ema=1.5", "optim.ema must lie between 0 and 1, got 1.5"),
+    ],
+)
+def test_a_wrong_override_is_named(override: str, says: str) -> None:
+    with pytest.raises(ValueError, match=f"^{re.escape(says)}") as caught:
+        load_config("tiny", [override])
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("tinny", "tinny: no such recipe; did you mean 'tiny'?"),
+        (
+            "swin",
+            "swin: no such recipe; of 27 the nearest are mask_rcnn_swin_t_coco (`vitdet config` lists all recipes)",
+        ),
+        (
+            "lvis",
+            "lvis: no such recipe; of 27 the nearest are mask_rcnn_vitdet_l_lvis, mask_rcnn_vitdet_h_lvis, mask_rcnn",
+        ),
+        ("zzz", "zzz: no such recipe; of 27 the nearest are tiny, "),
+        (
+            "there/is/none.yaml",
+            "there/is/none.yaml: no such config file; give a file or a recipe's name (`vitdet config`",
+        ),
+    ],
+)
+def test_an_unknown_recipe_is_named(name: str, says: str) -> None:
+    with pytest.raises((ValueError, FileNotFoundError), match=f"^{re.escape(says)}"):
+        load_config(name)
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("optim: [1", "own.yaml: not readable as YAML"),
+        ("- optim", "own.yaml: expected sections (model, data,"),
+        ("optim: 3", "optim: is a section"),
+        ("optim:\n  lr: {a: 1}", "optim.lr: expected a number"),
+    ],
+)
+def test_a_wrong_file_is_named(tmp_path: Path, text: str, says: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(says)) as caught:
+        load_config(write(tmp_path, text))
+    assert "\n" not in str(caught.value)
+
+
+def test_an_override_does_not_hide_a_wrong_section_of_a_file(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"^optim: is a section \(lr, .*\), got 3$"):
+        load_config(write(tmp_path, "optim: 3"), ["optim.lr=1"])
+
+
+def test_all_unknown_settings_are_named_at_once(tmp_path: Path) -> None:
+    path = write(tmp_path, "optim:\n  lrr: 1\n  steps: fast\ndata:\n  batch_size: 2\n3: x\n")
+    with pytest.raises(ValueError) as caught:
+        load_config(path)
+    assert str(caught.value) == (
+        "optim.lrr: no such setting; did you mean 'lr'?; data.batch_size: no such setting; did you "
+        "mean 'train.batch_size'?; 3: no such setting; known: model, data, optim, train, evaluate, "
+        "tracking, gate"
+    )
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: OptimConfig(steps=0), "optim.steps must be between 1 and 2147483647, got 0"),
+        (
+            lambda: BackboneConfig(drop_path=2),
+            "model.backbone.drop_path must lie between 0 and 1, got 2",
+        ),
+        (lambda: replace(Config().optim, lr=0.0), "optim.lr must be above 0, got 0.0"),
+        (lambda: OptimConfig(lr=math.inf), "optim.lr: expected a number, got inf"),
+        (lambda: OptimConfig(clip=math.nan), "optim.clip: expected a number, got nan"),
+        (lambda: OptimConfig(steps="3"), "optim.steps: expected a whole number, got '3'"),
+        (lambda: OptimConfig(schedule="line"), "optim.schedule: expected one of step, cosine, got"),
+        (lambda: OptimConfig(milestones=(0.9, 0.1)), "optim.milestones must rise between 0 and 1"),
+        (lambda: DataConfig(workers=-1), "data.workers must be between 0 and 1024, got -1"),
+        (
+            lambda: DataConfig(scale_range=(0.1, math.inf)),
+            "data.scale_range: expected a number, got inf",
+        ),
+        (
+            lambda: RoIHeadsConfig(ious=(0.5, 1.5)),
+            "model.roi_heads.ious must lie between 0 and 1, got [0.5, 1.5]",
+        ),
+        (lambda: RoIHeadsConfig(ious=()), "model.roi_heads.ious must lie between 0 and 1, got []"),
+        (
+            lambda: replace(Config(), data=DataConfig(image_size=100)),
+            "data.image_size must be a positive multiple of 64",
+        ),
+    ],
+)
+def test_a_wrong_value_is_refused_wherever_a_section_is_made(
+    make: Callable[[], object], message: str
+) -> None:
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
+        make()
+
+
+def test_no_milestones_mean_a_constant_rate() -> None:
+    assert load_config("tiny", ["optim.milestones=[]"]).optim.milestones == ()
+
+
+def test_yaml_may_leave_out_sections_and_write_numbers_as_text(tmp_path: Path) -> None:
+    path = write(
+        tmp_path,
+        "optim:\nmodel:\n  rpn:\ndata: {root: 2017, train_split: , scale_range: ['1e-1', 2]}\n"
+        "train: {seed: '7', save_every: 1e3}\n",
+    )
+    config = load_config(path)
+    assert config.optim == OptimConfig() and config.model == Config().model
+    assert (config.data.root, config.data.train_split) == ("2017", "")
+    assert config.data.scale_range == (0.1, 2.0)
+    assert (config.train.seed, config.train.save_every) == (7, 1000)
+
+
+def test_a_difference_names_the_settings() -> None:
+    ours, theirs = (
+        load_config("tiny", ["optim.lr=1", "data.flip=0"]),
+        load_config("tiny", ["optim.lr=2"]),
+    )
+    assert difference(ours, theirs) == ["data.flip: 0.0, not 0.5", "optim.lr: 1.0, not 2.0"]
+    assert difference(ours, ours) == []
+    assert (
+        digest(ours) == digest(load_config("tiny", ["data.flip=0", "optim.lr=1"])) != digest(theirs)
+    )
+
+
+def test_the_batch_size_of_a_rate_matters_only_where_the_rate_is_scaled() -> None:
+    ours, theirs = load_config("tiny"), load_config("tiny", ["optim.lr_batch_size=4"])
+    assert difference(ours, theirs, affecting_weights=True) == [] and digest(ours) == digest(theirs)
+    assert difference(ours, theirs) == ["optim.lr_batch_size: 8, not 4"]
+    ours, theirs = (override(one, ["optim.scale_lr=true"]) for one in (ours, theirs))
+    assert difference(ours, theirs, affecting_weights=True) == ["optim.lr_batch_size: 8, not 4"]
+    assert digest(ours) != digest(theirs)
+
+
+def test_settings_of_the_memory_are_no_part_of_the_identity() -> None:
+    ours = load_config("tiny")
+    for change in ("train.accumulate=2", "train.activation_checkpointing=blocks"):
+        assert digest(override(ours, [change])) == digest(ours)
+
+
+def test_the_recipes_are_listed(vitdet: Callable[..., tuple[int, str, str]]) -> None:
+    code, out, said = vitdet("config")
+    assert (code, said) == (0, "") and out.splitlines() == recipes()
+    code, out, said = vitdet("config", "--set", "optim.lr=1")
+    assert (code, out, said) == (
+        1,
+        "",
+        "vitdet: --set and --output need a recipe; run `vitdet config` to list them\n",
+    )

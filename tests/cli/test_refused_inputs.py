@@ -1,0 +1,239 @@
+"""Inputs of the command line that are wrong, and a full disk: one line, exit code 1, nothing left behind."""
+
+from __future__ import annotations
+
+import os
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.conftest import SLOW, environment, minimal, options
+from vitdet.checkpoint import FORMAT, MODEL, OPTIONAL, TRAINING, Checkpoints, load_model_file
+from vitdet.cli import main
+from vitdet.config import load_config
+from vitdet.data.layout import explicit_settings
+from vitdet.files import write_json, written_folder
+from vitdet.training.resume import state_to_resume
+from vitdet.yaml_text import parse_yaml
+
+DEEP = "{a: " * 5000 + "1" + "}" * 5000
+ODD = {
+    "deep": f"model: {DEEP}",
+    "deep list": f"model: {'[' * 5000}",
+    "a tag of Python": "model: !!python/object:os.system {}",
+    "applied": "model: !!python/object/apply:os.system ['touch proof']",
+    "a tag": "train: !foo {seed: 1}",
+    "a date": "train: {seed: 2020-99-99}",
+    "a number": "train: {seed: !!int abc}",
+    "a fraction": "train: {seed: !!float abc}",
+    "base64": "train: {seed: !!binary a}",
+    "no key": "? {a: 1}\n: 2",
+    "a byte": "train: {seed: '\x00'}",
+    "cut": "train: {seed: 'a",
+}
+
+
+def run(capsys: pytest.CaptureFixture, *arguments: object) -> str:
+    """The one line of a command that fails."""
+    with pytest.raises(SystemExit) as ended:
+        main([str(argument) for argument in arguments])
+    said = [line for line in capsys.readouterr().err.splitlines() if line]
+    assert ended.value.code == 1 and len(said) == 1 and said[0].startswith("vitdet: "), said
+    return said[0]
+
+
+@pytest.mark.parametrize("text", ODD.values(), ids=ODD)
+def test_yaml_that_is_no_config_names_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, text: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("odd.yaml").write_text(text)
+    for verb in (["config"], ["train", "--output", "run"]):
+        assert "odd.yaml: not readable as YAML: " in run(capsys, *verb, "odd.yaml")
+    assert os.listdir() == ["odd.yaml"]
+
+
+@pytest.mark.parametrize("text", [DEEP, "[" * 5000, "2020-99-99", "!foo 1", "!!int a", "{a"])
+def test_yaml_of_an_override_names_the_setting(text: str) -> None:
+    with pytest.raises(ValueError, match=r"^train.seed: .* is not readable as a value$"):
+        load_config("tiny", [f"train.seed={text}"])
+    with pytest.raises(ValueError, match=r"^train: "):
+        load_config("tiny", [f"train={text}"])
+    explicit_settings("tiny", [f"train={text}"])
+
+
+@settings(max_examples=300, **SLOW)
+@given(st.text("{}[]!&*:-?|>%@`'\"# \n\tab01.,~\x00é", max_size=40))
+def test_any_text_is_data_or_one_line(text: str) -> None:
+    try:
+        parse_yaml(text)
+    except ValueError as error:
+        assert "\n" not in str(error)
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "config tiny --output",
+        "train tiny --output",
+        "train tiny --output run --checkpoints",
+        "evaluate model.pt --output",
+        "evaluate --results a --annotations b --output",
+        "predict model.pt a.jpg --output",
+        "register model.pt --output",
+        "weights fetch mae_vit_b --output",
+        "weights pretrain",
+        "data tiny",
+        "data report data --output",
+        "bench evaluate --output",
+        "bench data tiny --output",
+    ],
+)
+def test_an_empty_path_is_not_the_current_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, command: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert "a path on the command line is empty, got ''" in run(capsys, *command.split(), "")
+    assert not os.listdir()
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [*((key, None) for key in MODEL if key not in OPTIONAL), *((key, 3.5) for key in MODEL)],
+)
+def test_a_detector_without_a_part(
+    trained: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+    key: str,
+    value: object,
+) -> None:
+    content = load_model_file(trained / "model.pt")
+    path = tmp_path / "model.pt"
+    if value is None:
+        del content[key]
+    else:
+        content[key] = value
+    torch.save(content, path)
+    monkeypatch.chdir(tmp_path)
+    for verb in (["evaluate"], ["register"]):
+        said = run(capsys, *verb, path)
+        assert f"model.pt: {key!r} {'is missing' if value is None else 'is a float'}" in said
+    assert os.listdir() == ["model.pt"]
+    torch.save({"format": FORMAT}, path)
+    assert "model.pt: 'config' is missing" in run(capsys, "evaluate", path)
+
+
+@pytest.mark.parametrize("key", TRAINING)
+def test_a_training_state_without_a_part(tmp_path: Path, key: str) -> None:
+    states = Checkpoints(tmp_path, 2)
+    parts = dict.fromkeys(("config", "model", "optimizer", "average", "meter", "metrics"), {})
+    path = states.save(1, {**parts, "run_id": None})
+    content = torch.load(path)
+    for changed, says in (
+        ({name: value for name, value in content.items() if name != key}, "is missing"),
+        (content | {key: 3.5}, "is a float"),
+    ):
+        torch.save(changed, path)
+        with pytest.raises(ValueError, match=f"{path.name}: '{key}' {says}; the file was changed"):
+            state_to_resume(load_config("tiny"), tmp_path / "run", {}, states)
+    assert states.all() == [path] and not states.damaged
+
+
+LIMITED = """
+import resource, sys
+from vitdet.cli import main
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[1]), int(sys.argv[1])))
+main(sys.argv[2:])
+"""
+
+
+@pytest.mark.parametrize(
+    ("limit", "command", "names"),
+    [
+        (10, "config tiny --output out.yaml", "out.yaml"),
+        (10, "data report DATA --output out.html", "out.html"),
+        (100, "weights convert WEIGHTS out.safetensors --format vitdet", "out.safetensors"),
+        (100, "train tiny --output out OPTIONS", "config.yaml"),
+        (100_000, "train tiny --output out OPTIONS", "step_00000000.pt"),
+        (100, "predict MODEL IMAGE --output out", ".jpg"),
+        (10, "evaluate MODEL --output out.json", "out.json"),
+        (10, "bench evaluate --images 2 --output out.json", "annotations"),
+        (10, "bench data DATA --split train --rounds 1 --output out.json", "out.json"),
+        (2000, "data convert DATA out", "out"),
+        (2000, "data tiny out --train 3 --val 2", "out"),
+        (10_000, "register MODEL", "mlflow.db"),
+    ],
+)
+@pytest.mark.slow
+def test_a_full_disk_names_the_file(
+    tiny: Path, trained: Path, tmp_path: Path, limit: int, command: str, names: str
+) -> None:
+    """`File too large` comes from the same place as `No space left on device`."""
+    words = {
+        "DATA": [tiny],
+        "MODEL": [trained / "model.pt"],
+        "WEIGHTS": [Path(__file__).parents[2] / "vitdet/weights/mae_vit_tiny.safetensors"],
+        "IMAGE": [next((tiny / "train").glob("*.jpg"), None)],
+        "OPTIONS": options(minimal(tiny)),
+    }
+    arguments = [str(one) for word in command.split() for one in words.get(word, [word])]
+    done = subprocess.run(
+        [sys.executable, "-c", LIMITED, str(limit), *arguments],
+        cwd=tmp_path,
+        env=environment(tmp_path),
+        capture_output=True,
+        text=True,
+    )
+    said = [line for line in done.stderr.splitlines() if line.startswith("vitdet: ")]
+    assert done.returncode == 1 and len(said) == 1 and "Traceback" not in done.stderr, done.stderr
+    full = "disk I/O error" if names == "mlflow.db" else "File too large"  # as SQLite says it
+    assert names in said[0] and full in said[0]
+    files = [path for path in tmp_path.rglob("*") if "journal" not in path.parts]
+    left = [path for path in files if path.suffix == ".tmp" or path.name == names]
+    assert not [path for path in left if path.suffix != ".db"]  # SQLite keeps the empty file
+
+
+def test_a_full_disk_names_the_folder_that_is_written(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match="No space left") as caught, written_folder(tmp_path / "a"):
+        raise OSError(28, "No space left on device")
+    assert str(caught.value).endswith(f"'{tmp_path / 'a'}'") and not os.listdir(tmp_path)
+
+
+def test_other_errors_keep_their_name(tmp_path: Path) -> None:
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with pytest.raises(TypeError):
+        write_json(tmp_path / "a", {1, 2})
+    with pytest.raises(FileNotFoundError) as caught, written_folder(tmp_path / "a") as folder:
+        (folder / "none").read_text()
+    assert caught.value.filename.endswith("none")
+    assert resource.getrlimit(resource.RLIMIT_FSIZE) == before
+
+
+def test_a_picture_is_not_cut_off_in_silence(tmp_path: Path) -> None:
+    """As Pillow leaves it when a disk is full."""
+    script = (
+        "import resource\nfrom pathlib import Path\nimport numpy as np\nfrom PIL import Image\n"
+        "from vitdet.files import write_jpeg, written\n"
+        "noise = np.random.default_rng(0).integers(0, 256, (60, 90, 3), np.uint8)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))\n"
+        "try:\n    with written(Path('a.jpg')) as file:\n"
+        "        write_jpeg(file, Image.fromarray(noise), 92)\n"
+        "except OSError as error:\n    print(error)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        cwd=tmp_path,
+        env=environment(tmp_path),
+        capture_output=True,
+        text=True,
+    )
+    assert done.stdout == "[Errno 27] File too large: 'a.jpg'\n", done.stderr
+    assert not os.listdir(tmp_path)

@@ -1,0 +1,349 @@
+"""What can happen to a training job, on a real API server; the pods' processes are shell scripts.
+
+What the kubelet, the scheduler and Kueue would write is written by the test, in the shapes of core/v1: PodStatus and
+PodCondition of https://kubernetes.io/docs/reference/generated/kubernetes-api/v1.33/#podstatus-v1-core; image errors:
+k8s.io/kubernetes/pkg/kubelet/images/types.go; eviction: pkg/kubelet/eviction/helpers.go; Unschedulable:
+pkg/scheduler/schedule_one.go. Kueue holds a PyTorchJob back by spec.runPolicy.suspend (its pkg/controller/jobs/
+kubeflow/jobs/pytorchjob).
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import yaml
+
+from components.launcher.launch import delete_jobs
+from components.launcher.templates import ERRORS, FAILURE, job_name
+from tests.helpers.cluster import (
+    PATIENT,
+    PIPELINE_RUN,
+    Scene,
+    kubectl,
+    on_cluster,
+    scene,
+    template,
+    wait_until,
+)
+
+pytestmark = on_cluster
+
+
+@pytest.fixture(scope="module")
+def played(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scene]:
+    """Jobs run."""
+    with scene(tmp_path_factory.mktemp("played"), reasons={137: "OOMKilled"}) as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def still(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scene]:
+    """Pods are made and stay Pending."""
+    with scene(tmp_path_factory.mktemp("still"), node=False) as made:
+        yield made
+
+
+def script(**policy: object) -> str:
+    """The job file with a shell script as args and other settings of its runPolicy."""
+    job = yaml.safe_load(template(script=True))
+    job["spec"]["runPolicy"].update(policy)
+    job["metadata"].pop("annotations", None)  # the file's own patience with nodes
+    return yaml.safe_dump(job)
+
+
+def meanwhile(act: Callable[[], object]) -> threading.Thread:
+    thread = threading.Thread(target=act)
+    thread.start()
+    return thread
+
+
+def running(made: Scene, recipe: str) -> object:
+    """Waits until the script of rank 0 has said something."""
+    name = f"{job_name(PIPELINE_RUN, recipe)}-master-0"
+    return wait_until(lambda: name in made.node.containers and made.node.containers[name].lines[0])
+
+
+def gone(made: Scene, recipe: str) -> None:
+    """Waits until job, pods and processes are."""
+    wait_until(lambda: made.job(recipe) is None and not made.pods(recipe))
+    name = job_name(PIPELINE_RUN, recipe)
+    assert all(
+        one.process.poll() is not None
+        for key, one in made.node.containers.items()
+        if key.startswith(name)
+    )
+
+
+def write_status(made: Scene, recipe: str, status: dict) -> None:
+    """Writes the status of the Worker, as soon as there is one."""
+    pod = wait_until(
+        lambda: [one for one in made.pods(recipe) if "worker" in one["metadata"]["name"]]
+    )[0]
+    from kubernetes import client
+
+    client.CoreV1Api().patch_namespaced_pod_status(
+        pod["metadata"]["name"], made.namespace, {"status": status}
+    )
+
+
+def test_a_job_deleted_from_outside_is_an_error(played: Scene) -> None:
+    def delete() -> None:
+        running(played, "deleted")
+        kubectl(
+            "delete",
+            "pytorchjob",
+            "-n",
+            played.namespace,
+            job_name(PIPELINE_RUN, "deleted"),
+            "--wait=false",
+        )
+
+    other = meanwhile(delete)
+    with pytest.raises(
+        RuntimeError, match="was deleted before it ended, by somebody else or with its owner"
+    ):
+        played.launch(script(), ["echo on; sleep 60"], "deleted")
+    other.join()
+    gone(played, "deleted")
+
+
+def test_sigterm_deletes_the_job(played: Scene) -> None:
+    launcher = played.start(script(), ["echo on; sleep 60"], "stopped", {})
+    running(played, "stopped")
+    launcher.terminate()
+    output, _ = launcher.communicate()
+    assert launcher.returncode == 143 and "this step is being stopped" in output
+    gone(played, "stopped")
+
+
+def test_a_retried_step_goes_on_with_the_job_of_the_first(played: Scene) -> None:
+    first, second = played.step_pod("step-first"), played.step_pod("step-second", attempt=1)
+    lost = played.start(script(), ["echo on; sleep 12; echo off"], "retried", first)
+    running(played, "retried")
+    lost.kill()
+    uid = played.job("retried")["metadata"]["uid"]
+    again = played.start(script(), ["another script"], "retried", second)
+    kubectl("delete", "pod", "-n", played.namespace, "step-first", "--wait=false")
+    output, _ = again.communicate()
+    assert (
+        again.returncode == 0
+        and "following it" in output
+        and "on\n" in output
+        and "off\n" in output
+    )
+    assert played.job("retried")["metadata"]["uid"] == uid
+
+
+def test_a_container_that_runs_out_of_memory_ends_the_job_at_once_with_its_last_words(
+    played: Scene,
+) -> None:
+    dying = "echo working; if [ $RANK = 1 ]; then seq 100; sleep 1; kill -9 $$; fi; sleep 60"
+    with pytest.raises(RuntimeError) as raised:
+        played.launch(script(), [dying], "oom")
+    head, *tail = str(raised.value).split("\n  ")
+    name = job_name(PIPELINE_RUN, "oom")
+    assert head.startswith(f"PyTorchJob {name} ran out of memory: raise the memory limit")
+    assert (
+        f"cause: pod {name}-worker-0 on node {played.node.name}: OOMKilled, exit code 137 (SIGKILL)"
+        in head
+    )
+    assert tail[:-1] == [str(number) for number in range(71, 100)] and "100" in tail[-1]
+    wait_until(lambda: not played.pods("oom"))  # suspended: the operator took them away
+
+
+def test_a_container_that_keeps_failing_ends_the_job_after_the_restarts_of_its_file(
+    played: Scene,
+) -> None:
+    failing = "if [ $RANK = 1 ]; then sleep 1; echo no such image; exit 3; fi; sleep 60"
+    # the fourth time at the latest: the Master has not failed and could be on a lost node
+    with pytest.raises(RuntimeError, match="has failed [34] times") as raised:
+        played.launch(script(backoffLimit=2), [failing], "failing")
+    assert "no such image; it is suspended" in str(raised.value)
+    annotations = played.job("failing")["metadata"]["annotations"]
+    assert annotations[ERRORS] in ("3", "4") and annotations[FAILURE] == str(raised.value)
+
+
+def test_an_evicted_pod_is_told_and_replaced(played: Scene) -> None:
+    def evict() -> None:
+        running(played, "evicted")
+        write_status(
+            played,
+            "evicted",
+            {
+                "phase": "Failed",
+                "reason": "Evicted",
+                "containerStatuses": [],
+                "message": "The node was low on resource: memory. ",
+            },
+        )
+
+    other = meanwhile(evict)
+    played.launch(script(), ["echo on; sleep 6"], "evicted")
+    other.join()
+    lines = [line for line in played.lines if job_name(PIPELINE_RUN, "evicted") in line]
+    assert any("Evicted: The node was low on resource: memory." in line for line in lines)
+    assert lines[-1].endswith("is successfully completed.)")
+
+
+def test_a_job_that_kueue_holds_back_is_waited_for(played: Scene) -> None:
+    def admit() -> None:
+        wait_until(lambda: any("suspended, a queue (Kueue)" in line for line in played.lines))
+        time.sleep(7)  # longer than it would wait for the operator, a node or a start
+        kubectl(
+            "patch",
+            "pytorchjob",
+            "-n",
+            played.namespace,
+            job_name(PIPELINE_RUN, "queued"),
+            "--type=json",
+            "-p",
+            '[{"op": "replace", "path": "/spec/runPolicy/suspend", "value": false}]',
+        )
+
+    other = meanwhile(admit)
+    timeouts = replace(PATIENT, operator=5, start=5, schedule=5)
+    played.launch(script(suspend=True), ["echo admitted"], "queued", timeouts=timeouts)
+    other.join()
+    assert "admitted" in played.lines
+
+
+IMAGE = {
+    "phase": "Pending",
+    "containerStatuses": [
+        {
+            "name": "pytorch",
+            "image": "vitdet:typo",
+            "imageID": "",
+            "ready": False,
+            "restartCount": 0,
+            "started": False,
+            "state": {
+                "waiting": {
+                    "reason": "ImagePullBackOff",
+                    "message": 'Back-off pulling image "vitdet:typo"',
+                }
+            },
+        }
+    ],
+}
+NO_NODE = {
+    "phase": "Pending",
+    "conditions": [
+        {
+            "type": "PodScheduled",
+            "status": "False",
+            "reason": "Unschedulable",
+            "lastTransitionTime": "2026-01-01T00:00:00Z",
+            "message": "0/3 nodes are available: 3 Insufficient nvidia.com/gpu.",
+        }
+    ],
+}
+
+
+@pytest.mark.parametrize(
+    ("recipe", "status", "text"),
+    [
+        ("image", IMAGE, 'ImagePullBackOff: Back-off pulling image "vitdet:typo"'),
+        (
+            "no-node",
+            NO_NODE,
+            "Unschedulable: 0/3 nodes are available: 3 Insufficient nvidia.com/gpu.",
+        ),
+    ],
+)
+def test_a_pod_that_never_starts_fails_the_step_and_frees_the_queue(
+    still: Scene, recipe: str, status: dict, text: str
+) -> None:
+    other = meanwhile(lambda: write_status(still, recipe, status))
+    with pytest.raises(RuntimeError) as raised:
+        still.launch(script(), ["true"], recipe)
+    other.join()
+    assert f"-worker-0: {text}; it is suspended" in str(raised.value)
+    assert any(text in line and "waiting" in line for line in still.lines)
+    wait_until(lambda: not still.pods(recipe))
+
+
+def test_without_an_operator_the_step_says_so(tmp_path: Path) -> None:
+    with scene(tmp_path, node=False, operator=False) as empty:
+        with pytest.raises(
+            RuntimeError,
+            match="the Kubeflow training operator .v1.9. does not run; it is suspended",
+        ):
+            empty.launch(script(), ["true"], "nobody", timeouts=replace(PATIENT, operator=3))
+
+
+def test_all_jobs_of_a_run_are_deleted_and_no_others(
+    still: Scene, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("KUBECONFIG", str(still.kubeconfig))
+    given = yaml.safe_load(template())
+    for name, run in (("a", "mine"), ("b", "mine"), ("c", "other")):
+        given["metadata"] = {
+            "name": name,
+            "namespace": still.namespace,
+            "labels": {"vitdet/run": run},
+        }
+        kubectl("create", "-f", "-", given=given)
+    assert sorted(delete_jobs("mine")[0]) == ["a", "b"] and delete_jobs(
+        "mine", still.namespace
+    ) == ([], [])
+    assert "c" in kubectl("get", "pytorchjobs", "-n", still.namespace, "-o", "name")
+
+
+@pytest.fixture
+def account(played: Scene, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The launcher as the pipeline's service account, with the Role of manifests/shared and nothing else."""
+    shared = Path(__file__).parents[2] / "manifests/shared/accounts.yaml"
+    rights = [
+        part
+        for part in yaml.safe_load_all(shared.read_text())
+        if part["kind"] in ("ServiceAccount", "Role", "RoleBinding")
+    ]
+    for part in rights:
+        part["metadata"]["namespace"] = played.namespace
+        for subject in part.get("subjects", []):
+            subject["namespace"] = played.namespace
+        kubectl("apply", "-f", "-", given=part)
+    secret = wait_until(
+        lambda: [
+            one
+            for one in json.loads(kubectl("get", "secrets", "-n", played.namespace, "-o", "json"))[
+                "items"
+            ]
+            if one["metadata"].get("annotations", {}).get("kubernetes.io/service-account.name")
+            == "vitdet-pipeline"
+            and "data" in one
+        ]
+    )[0]
+    settings = yaml.safe_load(played.kubeconfig.read_text())
+    settings["users"][0]["user"] = {"token": base64.b64decode(secret["data"]["token"]).decode()}
+    (tmp_path / "account").write_text(yaml.safe_dump(settings))
+    monkeypatch.setattr(played, "kubeconfig", tmp_path / "account")
+
+
+def test_the_role_of_the_manifests_suffices_and_its_loss_is_one_line(
+    played: Scene, account: None
+) -> None:
+    played.launch(script(), ["echo with rights"], "allowed")
+    assert "with rights" in played.lines
+
+    def revoke() -> None:
+        running(played, "revoked")
+        kubectl("delete", "rolebindings", "--all", "-n", played.namespace)
+
+    other = meanwhile(revoke)
+    with pytest.raises(
+        RuntimeError, match="cannot get pytorchjobs in .*is forbidden.*the Role of manifests/shared"
+    ):
+        played.launch(script(), ["echo on; sleep 60"], "revoked")
+    other.join()
+    with pytest.raises(RuntimeError, match="cannot create pytorchjobs in .*is forbidden") as raised:
+        played.launch(script(), ["true"], "refused")
+    assert "\n" not in str(raised.value)

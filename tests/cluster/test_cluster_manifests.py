@@ -1,0 +1,196 @@
+"""The manifests against a real API server: what it accepts, and what its accounts may do."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import uuid
+from collections.abc import Iterator
+
+import pytest
+import yaml
+
+from components.launcher.templates import KINDS
+from tests.cluster.test_manifests import JOBS, MANIFESTS, OVERLAYS, overlay
+from tests.helpers.cluster import QUICK, kubectl, on_cluster
+
+pytestmark = [*on_cluster, pytest.mark.skipif(not shutil.which("kubectl"), reason="needs kubectl")]
+# Kinds that only their own cloud or add-on defines; tests/cluster/test_manifests.py has their schemas.
+UNKNOWN = {
+    "ComputeClass",
+    "NodePool",
+    "EC2NodeClass",
+    "ClusterQueue",
+    "LocalQueue",
+    "ResourceFlavor",
+}
+
+
+@pytest.fixture(scope="module")
+def namespace() -> Iterator[str]:
+    name = f"vitdet-manifests-{uuid.uuid4().hex[:8]}"
+    kubectl("create", "namespace", name)
+    yield name
+    kubectl("delete", "namespace", name, "--wait=false")
+
+
+def moved(documents: list[dict], namespace: str) -> list[dict]:
+    """The same in another namespace; cluster-wide objects under another name, so that nobody's are touched."""
+    text = yaml.safe_dump_all(document for document in documents if document["kind"] not in UNKNOWN)
+    found = list(yaml.safe_load_all(text))
+    for document in found:
+        if "namespace" in document["metadata"]:
+            document["metadata"]["namespace"] = namespace
+        elif document["kind"] != "Namespace":
+            document["metadata"]["name"] += f"-{namespace[-8:]}"
+        for subject in document.get("subjects", []):
+            subject["namespace"] = namespace
+    return [document for document in found if document["kind"] != "Namespace"]
+
+
+@pytest.mark.parametrize("part", ["cluster", *JOBS])
+@pytest.mark.parametrize("name", OVERLAYS)
+def test_a_server_accepts_an_overlay(name: str, part: str, namespace: str) -> None:
+    documents = moved(overlay(name, JOBS.get(part, part)), namespace)
+    said = kubectl(
+        "apply",
+        "--dry-run=server",
+        "--validate=true",
+        "--filename=-",
+        given=yaml.safe_dump_all(documents),
+    )
+    assert said.count("created (server dry run)") == len(documents)
+
+
+def test_a_server_refuses_a_typo(namespace: str) -> None:
+    job = moved(overlay("kind"), namespace)[0]
+    job["spec"]["runPolicy"]["backofLimit"] = 3
+    assert "backofLimit" in kubectl(
+        "apply", "--dry-run=server", "--filename=-", given=yaml.safe_dump(job), fails=True
+    )
+
+
+def may(account: str, namespace: str, verb: str, resource: str, name: str = "") -> bool:
+    resource = f"{resource}/{name}" if name else resource
+    done = subprocess.run(
+        [
+            "kubectl",
+            "auth",
+            "can-i",
+            verb,
+            *resource.split(" "),
+            "--namespace",
+            namespace,
+            f"--as=system:serviceaccount:{namespace}:{account}",
+        ],
+        capture_output=True,
+        text=True,
+    )
+    assert done.stdout.strip() in ("yes", "no"), done.stderr
+    return done.stdout.strip() == "yes"
+
+
+@pytest.fixture(scope="module")
+def accounts(namespace: str) -> str:
+    text = (MANIFESTS / "shared" / "accounts.yaml").read_text()
+    kubectl(
+        "apply",
+        "--filename=-",
+        given=yaml.safe_dump_all(moved(list(yaml.safe_load_all(text)), namespace)),
+    )
+    return namespace
+
+
+def test_a_pipeline_s_account_may_what_it_must_and_no_more(accounts: str) -> None:
+    def check(verb: str, resource: str, name: str = "") -> bool:
+        return may("vitdet-pipeline", accounts, verb, resource, name)
+
+    for verb in ("create", "get", "list", "patch", "delete"):
+        assert check(verb, "pytorchjobs.kubeflow.org") and check(
+            verb, "trainjobs.trainer.kubeflow.org"
+        ), verb
+    assert check("get", "pods") and check("list", "pods") and check("watch", "pods")
+    assert (
+        check("get", "pods --subresource=log")
+        and check("list", "events")
+        and not check("create", "events")
+    )
+    assert check("get", "secrets", "mlpipeline-minio-artifact") and check(
+        "get", "configmaps", "kfp-launcher"
+    )
+    for verb, resource, name in [
+        ("get", "secrets", ""),
+        ("get", "secrets", "mlflow-server"),
+        ("list", "secrets", ""),
+        ("create", "pods", ""),
+        ("delete", "pods", ""),
+        ("create", "pods --subresource=exec", ""),
+        ("create", "rolebindings.rbac.authorization.k8s.io", ""),
+        ("update", "pytorchjobs.kubeflow.org", ""),
+        ("deletecollection", "pytorchjobs.kubeflow.org", ""),
+        ("create", "deployments.apps", ""),
+        ("get", "nodes", ""),
+        ("create", "serviceaccounts --subresource=token", ""),
+    ]:
+        assert not check(verb, resource, name), f"{verb} {resource} {name}"
+    assert not may("vitdet-pipeline", accounts, "list", "pods --all-namespaces")
+    denied = kubectl(
+        "get",
+        "pods",
+        "--namespace=default",
+        f"--as=system:serviceaccount:{accounts}:vitdet-pipeline",
+        fails=True,
+    )
+    assert "forbidden" in denied
+
+
+@pytest.mark.parametrize("kind", JOBS)
+def test_the_launcher_s_requests_are_all_allowed(kind: str, accounts: str) -> None:
+    from kubernetes import config
+
+    from components.launcher.client import JobClient
+
+    api = config.new_client_from_config()
+    api.set_default_header("Impersonate-User", f"system:serviceaccount:{accounts}:vitdet-pipeline")
+    said: list[str] = []
+    cluster = JobClient(api, KINDS[kind], "vitdet-train", accounts, said.append, QUICK)
+    *_, job = moved(overlay("kind", JOBS[kind]), accounts)
+    # one that exists: else the garbage collector takes the job, sooner or later
+    made = json.loads(kubectl("create", "configmap", f"step-{kind}", "-n", accounts, "-o", "json"))[
+        "metadata"
+    ]
+    owner = {
+        "apiVersion": "v1",
+        "kind": "ConfigMap",
+        "name": made["name"],
+        "uid": made["uid"],
+        "blockOwnerDeletion": False,
+    }
+    assert cluster.create(job) and not cluster.create(job)
+    cluster.adopt([owner])
+    cluster.annotate({"vitdet/errors": "1"})
+    assert cluster.get()["metadata"]["ownerReferences"][0]["name"] == f"step-{kind}"
+    found, version = cluster.pods()
+    assert (
+        found == []
+        and list(cluster.watch(version, 1)) == []
+        and cluster.log("vitdet-train-master-0") == []
+    )
+    assert cluster.events("type=Warning") == []
+    cluster.delete()
+    assert cluster.get() is None and said == []
+    with pytest.raises(RuntimeError, match="forbidden"):
+        JobClient(api, KINDS[kind], "vitdet-train", "default", said.append, QUICK).create(job)
+
+
+def test_a_training_s_account_may_nothing(accounts: str) -> None:
+    for verb, resource in [
+        ("get", "pods"),
+        ("list", "pods"),
+        ("get", "secrets"),
+        ("list", "events"),
+        ("get", "configmaps"),
+        ("create", "pytorchjobs.kubeflow.org"),
+    ]:
+        assert not may("vitdet-train", accounts, verb, resource), f"{verb} {resource}"

@@ -1,0 +1,119 @@
+"""An API server that goes away for 20 seconds, and one that does not know the job: on a server of these tests' own."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from components.launcher.templates import job_name
+from tests.cluster.test_cluster_failures import meanwhile
+from tests.conftest import ROOT
+from tests.helpers.cluster import (
+    PIPELINE_RUN,
+    Scene,
+    kubectl,
+    on_cluster,
+    scene,
+    template,
+    wait_until,
+)
+from tests.helpers.fake_node import free_port
+
+KUBE = ROOT.parent / "shared/kube"
+pytestmark = [*on_cluster, pytest.mark.skipif(not (KUBE / "up").exists(), reason="needs ../shared")]
+
+
+class Server:
+    """A control plane; `up` starts what does not run of it."""
+
+    def __init__(self, folder: Path) -> None:
+        etcd = free_port()  # and the next one
+        self.folder = folder
+        self.environment = {
+            **os.environ,
+            "KUBE_TEST_RUN": str(folder),
+            "KUBE_TEST_PORT": str(free_port()),
+            "KUBE_TEST_ETCD_PORT": str(etcd),
+        }
+
+    def up(self) -> None:
+        subprocess.run(
+            [KUBE / "up"],
+            env=self.environment,
+            check=True,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+
+    def stop_api(self) -> None:
+        pid = int((self.folder / "kube-apiserver.pid").read_text())
+        os.kill(pid, signal.SIGKILL)
+        wait_until(
+            lambda: (
+                not Path(f"/proc/{pid}").exists()
+                or "Z" in Path(f"/proc/{pid}/stat").read_text().split()[2]
+            )
+        )
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    made = Server(tmp_path_factory.mktemp("server"))
+    with pytest.MonkeyPatch.context() as patch:
+        try:
+            made.up()
+            patch.setenv("KUBECONFIG", str(made.folder / "kubeconfig"))
+            yield made
+        finally:
+            subprocess.run([KUBE / "down"], env=made.environment, check=False)
+
+
+@pytest.fixture(scope="module")
+def alone(server: Server, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scene]:
+    with scene(tmp_path_factory.mktemp("alone")) as made:
+        yield made
+
+
+def test_an_api_server_that_is_away_for_20_s_costs_nothing(server: Server, alone: Scene) -> None:
+    def outage() -> None:
+        name = f"{job_name(PIPELINE_RUN, 'outage')}-master-0"
+        wait_until(lambda: any(line == "line 3" for line in alone.lines))
+        server.stop_api()
+        time.sleep(20)
+        server.up()
+        assert alone.node.containers[name].process.poll() is None  # the training went on meanwhile
+
+    other = meanwhile(outage)
+    alone.launch(
+        template(script=True), ["for i in $(seq 50); do echo line $i; sleep 1; done"], "outage"
+    )
+    other.join()
+    assert [line for line in alone.lines if line.startswith("line")] == [
+        f"line {number}" for number in range(1, 51)
+    ]
+    assert any("the API server does not answer" in line for line in alone.lines)
+    assert any("the API server answers again" in line for line in alone.lines)
+
+
+def served() -> bool:
+    path = "/apis/kubeflow.org/v1/namespaces/default/pytorchjobs"
+    return subprocess.run(["kubectl", "get", "--raw", path], capture_output=True).returncode == 0
+
+
+def test_a_cluster_without_the_definition_is_told_what_to_install(alone: Scene) -> None:
+    kubectl("delete", "crd", "pytorchjobs.kubeflow.org")
+    wait_until(lambda: not served())  # a moment longer than the definition is there
+    with pytest.raises(RuntimeError) as raised:
+        alone.launch(template(script=True), ["true"], "undefined")
+    text = str(raised.value)
+    assert (
+        "the cluster knows no PyTorchJob (kubeflow.org/v1); install the Kubeflow training operator"
+        in text
+    )
+    assert "\n" not in text

@@ -1,0 +1,185 @@
+"""A TrainJob whose pods are evicted, fail or run out of memory, under the failure policy of manifests/trainjob.
+
+The test writes the pods' statuses, in the place of a kubelet. Conditions of evicted pods are not known to the API server
+here: kubernetes (1.26 and later) sets DisruptionTarget in pkg/kubelet/eviction/eviction_manager.go and
+pkg/kubelet/nodeshutdown (TerminationByKubelet), pkg/registry/core/pod/rest/eviction.go (EvictionByEvictionAPI),
+pkg/controller/tainteviction (DeletionByTaintManager), pkg/controller/podgc (DeletionByPodGC) and in the scheduler
+(PreemptionByScheduler). What JobSet and the Job controller make of them: tests/helpers/fake_jobset.py.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+import pytest
+import yaml
+from kubernetes import client
+
+from tests.conftest import ROOT
+from tests.helpers.cluster import Scene, kubectl, on_cluster, scene, template, wait_until
+from tests.helpers.fake_jobset import job_failure, jobset_failure
+from tests.helpers.manifests import kustomize
+
+RESTARTS = 2
+REASONS = (
+    "EvictionByEvictionAPI",
+    "PreemptionByScheduler",
+    "DeletionByTaintManager",
+    "DeletionByPodGC",
+    "TerminationByKubelet",
+)
+
+
+def ended(code: int, reason: str = "Error", container: str = "node") -> dict:
+    """The status of a pod whose container ended like this."""
+    state = {"terminated": {"exitCode": code, "reason": reason}}
+    one = {"name": container, "image": "", "imageID": "", "ready": False, "restartCount": 0}
+    return {"phase": "Failed", "containerStatuses": [{**one, "state": state}]}
+
+
+def disrupted(reason: str, status: dict) -> dict:
+    """The same of a pod that was evicted or lost its node."""
+    condition = {"type": "DisruptionTarget", "status": "True", "reason": reason}
+    return {**status, "conditions": [condition]}
+
+
+@pytest.fixture(scope="module")
+def runtime() -> dict:
+    """The runtime of the manifests, which restarts after errors twice."""
+    (found,) = (
+        one
+        for one in kustomize(ROOT / "manifests/overlays/kind/trainjob")
+        if one["kind"] == "TrainingRuntime"
+    )
+    found["spec"]["template"]["spec"]["failurePolicy"]["maxRestarts"] = RESTARTS
+    return found
+
+
+def outcome(runtime: dict, *statuses: dict, counted: int = 0) -> tuple[str, str] | None:
+    """The end of the TrainJob with these pods, None where it restarts."""
+    spec = runtime["spec"]["template"]["spec"]
+    pods = [
+        {"metadata": {"namespace": "ns", "name": f"train-node-0-{index}"}, "status": status}
+        for index, status in enumerate(statuses)
+    ]
+    failure = job_failure(spec["replicatedJobs"][0]["template"]["spec"], pods)
+    assert failure is not None
+    return jobset_failure(spec["failurePolicy"], *failure, counted, "train-node-0")
+
+
+@pytest.mark.parametrize("reason", REASONS)
+@pytest.mark.parametrize("code", [0, 1, 137, 143])
+def test_a_preemption_is_no_error(runtime: dict, reason: str, code: int) -> None:
+    """Whatever its containers end with, and also when another pod failed before it."""
+    evicted = disrupted(reason, ended(code) if code else {"phase": "Failed"})
+    for pods in ([evicted], [ended(1), evicted], [evicted, ended(1)]):
+        assert outcome(runtime, *pods, counted=RESTARTS) is None
+
+
+def test_out_of_memory_is_not_restarted(runtime: dict) -> None:
+    for pods in ([ended(137, "OOMKilled")], [ended(1), ended(137, "OOMKilled")]):
+        reason, _ = outcome(runtime, *pods)
+        assert reason == "FailJobSetFailurePolicyAction"
+
+
+def test_other_errors_count(runtime: dict) -> None:
+    """Also that of a sidecar, and a condition that is not true."""
+    not_true = {**ended(1), "conditions": [{"type": "DisruptionTarget", "status": "False"}]}
+    for pod in (ended(1), ended(143), ended(137, container="istio-proxy"), not_true):
+        assert outcome(runtime, pod, counted=RESTARTS - 1) is None
+        reason, _ = outcome(runtime, pod, counted=RESTARTS)
+        assert reason == "ReachedMaxRestarts"
+
+
+def test_the_rules_pass_the_webhooks(runtime: dict) -> None:
+    """JobSet 0.12, pkg/webhooks/jobset_webhook.go; Kubernetes, pkg/apis/batch/validation/validation.go."""
+    spec = runtime["spec"]["template"]["spec"]
+    names = [rule["name"] for rule in spec["failurePolicy"]["rules"]]
+    assert len(set(names)) == len(names)
+    for rule in spec["failurePolicy"]["rules"]:
+        assert re.fullmatch(r"[A-Za-z]([A-Za-z0-9_,:]*[A-Za-z0-9_])?", rule["name"])
+        assert rule["onJobFailureReasons"] == ["PodFailurePolicy"]
+    job = spec["replicatedJobs"][0]["template"]["spec"]
+    assert job["template"]["spec"]["restartPolicy"] == "Never"
+    for rule in job["podFailurePolicy"]["rules"]:
+        assert len(rule.keys() & {"onExitCodes", "onPodConditions"}) == 1
+        if codes := rule.get("onExitCodes"):
+            containers = job["template"]["spec"]["containers"]
+            assert codes["containerName"] in {one["name"] for one in containers}
+            assert codes["values"] == sorted({*codes["values"]}) and 0 not in codes["values"]
+
+
+@pytest.fixture(scope="module")
+def still(tmp_path_factory: pytest.TempPathFactory, runtime: dict) -> Iterator[Scene]:
+    """Pods stay as the test writes them."""
+    with scene(tmp_path_factory.mktemp("still"), node=False) as made:
+        own = {**runtime, "metadata": {**runtime["metadata"], "namespace": made.namespace}}
+        kubectl("apply", "-f", "-", given=own)
+        yield made
+
+
+class Job:
+    """A TrainJob whose pods the test ends."""
+
+    def __init__(self, made: Scene, name: str) -> None:
+        self.namespace, self.name, self.seen = made.namespace, name, set()
+        job = yaml.safe_load(template("trainjob"))
+        job["metadata"] |= {"name": name, "namespace": made.namespace}
+        kubectl("apply", "-f", "-", given=job)
+
+    def pods(self) -> list[client.V1Pod]:
+        """Both, of the next life."""
+        label = f"jobset.sigs.k8s.io/jobset-name={self.name}"
+        found = client.CoreV1Api().list_namespaced_pod(self.namespace, label_selector=label).items
+        fresh = [one for one in found if one.metadata.uid not in self.seen]
+        return fresh if len(fresh) == 2 else []
+
+    def end(self, *statuses: dict) -> None:
+        """The pods of the next life end like this."""
+        pods = wait_until(self.pods, 60)
+        self.seen |= {one.metadata.uid for one in pods}
+        for pod, status in zip(pods, statuses, strict=False):
+            client.CoreV1Api().patch_namespaced_pod_status(
+                pod.metadata.name, self.namespace, {"status": status}
+            )
+
+    def failure(self) -> dict | None:
+        """The job's condition Failed."""
+        job = client.CustomObjectsApi().get_namespaced_custom_object(
+            "trainer.kubeflow.org", "v1alpha1", self.namespace, "trainjobs", self.name
+        )
+        conditions = job.get("status", {}).get("conditions", [])
+        return next((one for one in conditions if one["type"] == "Failed"), None)
+
+
+def cluster(test: object) -> object:
+    """The marks of tests on an API server."""
+    for mark in on_cluster:
+        test = mark(test)
+    return test
+
+
+@cluster
+def test_ten_evictions_do_not_use_up_the_restarts(still: Scene) -> None:
+    job = Job(still, "evicted")
+    for index in range(10):
+        job.end(disrupted(REASONS[index % len(REASONS)], ended(143)))
+    for _ in range(RESTARTS):
+        job.end(ended(1))
+    wait_until(job.pods, 60)
+    assert job.failure() is None
+    job.end(ended(1))
+    failure = wait_until(job.failure, 60)
+    text = "jobset failed due to reaching max number of restarts (first failed job: evicted-node-0)"
+    assert (failure["reason"], failure["message"]) == ("ReachedMaxRestarts", text)
+
+
+@cluster
+def test_out_of_memory_ends_the_job_at_once(still: Scene) -> None:
+    job = Job(still, "oom")
+    job.end(ended(137, "OOMKilled"))
+    failure = wait_until(job.failure, 60)
+    assert failure["reason"] == "FailJobSetFailurePolicyAction"
+    assert "first failed job: oom-node-0" in failure["message"]
+    assert not job.pods()

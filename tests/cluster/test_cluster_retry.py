@@ -1,0 +1,142 @@
+"""A step that Kubeflow repeats, and the end of a run, on a real API server: what is made anew, kept, deleted."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+
+from components.launcher.launch import delete_jobs
+from components.launcher.templates import FAILURE, job_name
+from tests.cluster.test_cluster_failures import IMAGE, meanwhile, script, write_status
+from tests.helpers.cluster import (
+    PIPELINE_RUN,
+    Scene,
+    kubectl,
+    on_cluster,
+    scene,
+    template,
+    wait_until,
+)
+
+pytestmark = on_cluster
+
+
+@pytest.fixture(scope="module")
+def played(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scene]:
+    """Jobs run."""
+    with scene(tmp_path_factory.mktemp("played")) as made:
+        yield made
+
+
+def failing() -> str:
+    """A job whose containers are not started again."""
+    job = yaml.safe_load(script())
+    for replica in job["spec"]["pytorchReplicaSpecs"].values():
+        replica["restartPolicy"] = "Never"
+    return yaml.safe_dump(job)
+
+
+def refused(
+    made: Scene,
+    recipe: str,
+    text: str,
+    args: list[str],
+    step: dict[str, str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> str:
+    """The error that the step in this pod fails with; prints how long it took."""
+    for name, value in step.items():
+        monkeypatch.setenv(name, value)
+    start = time.monotonic()
+    with pytest.raises(RuntimeError) as raised:
+        made.launch(text, args, recipe)
+    print(f"refused after {time.monotonic() - start:.1f} s")
+    return str(raised.value)
+
+
+def test_a_training_that_fails_is_tried_once_and_anew_when_the_user_starts_the_run_again(
+    played: Scene, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second = played.step_pod("failing-0"), played.step_pod("failing-1", attempt=1)
+    args = [
+        "echo one try >> /data/tries; if [ $RANK = 1 ]; then echo no such weights; exit 3; fi; sleep 60"
+    ]
+    error = refused(played, "failing", failing(), args, first, monkeypatch)
+    name = job_name(PIPELINE_RUN, "failing")
+    assert error.endswith(
+        f"cause: pod {name}-worker-0 on node {played.node.name}: Error, exit code 3\n"
+        "last lines of its log:\n  no such weights"
+    )
+    job = played.job("failing")
+    assert job["metadata"]["annotations"][FAILURE] == error
+
+    again = refused(played, "failing", failing(), args, second, monkeypatch)
+    assert again == error
+    assert played.job("failing")["metadata"]["uid"] == job["metadata"]["uid"]
+    # it can be looked into
+    assert "no such weights" in kubectl("logs", "-n", played.namespace, f"{name}-worker-0")
+    assert (played.volume / "tries").read_text() == "one try\n" * 2  # one a pod
+
+    # Kubeflow's `Retry` deletes the pods of the failed steps, whose attempts are counted from 0 again
+    # (backend/src/common/util/workflow.go).
+    kubectl("delete", "pod", "-n", played.namespace, "failing-0", "failing-1", "--wait=false")
+    for key, value in played.step_pod("failing-anew").items():
+        monkeypatch.setenv(key, value)
+    played.launch(failing(), ["echo mended"], "failing")
+    assert "mended" in played.lines
+
+
+def test_a_job_that_could_not_start_is_held_and_told_again_and_the_end_of_the_run_deletes_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with scene(tmp_path, node=False) as still:
+        step = still.step_pod("step")
+        other = meanwhile(lambda: write_status(still, "image", IMAGE))
+        error = refused(still, "image", script(), ["true"], step, monkeypatch)
+        other.join()
+        assert error.endswith('Back-off pulling image "vitdet:typo"; it is suspended')
+        wait_until(lambda: not still.pods("image"))
+        retry = still.step_pod("retry", attempt=1)
+        again = refused(still, "image", script(), ["true"], retry, monkeypatch)
+        assert again == error and not still.pods("image")
+        monkeypatch.setenv("KUBECONFIG", str(still.kubeconfig))
+        assert delete_jobs(PIPELINE_RUN) == ([job_name(PIPELINE_RUN, "image")], [])
+        wait_until(lambda: still.job("image") is None)
+
+
+def test_the_end_of_a_run_deletes_what_runs_and_leaves_what_has_ended_with_its_logs(
+    played: Scene, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = "11111111-1f3e-4b7e-9b1b-0d6c35f7a002"
+    played.launch(script(), ["echo last words"], "ended", run=run)
+    given = yaml.safe_load(template())
+    given["metadata"] = {
+        "name": "going-on",
+        "namespace": played.namespace,
+        "labels": {"vitdet/run": run},
+    }
+    for replica in given["spec"]["pytorchReplicaSpecs"].values():
+        replica["template"]["spec"]["containers"][0].update(
+            command=["sh", "-c"], args=["echo on; sleep 60"]
+        )
+    kubectl("create", "-f", "-", given=given)
+    wait_until(lambda: "going-on-master-0" in played.node.containers)
+    monkeypatch.setenv("KUBECONFIG", str(played.kubeconfig))
+    deleted, left = delete_jobs(run)
+    name = job_name(run, "ended")
+    assert (
+        deleted == ["going-on"]
+        and len(left) == 1
+        and left[0].startswith(f"{name}: succeeded; stays, with the logs")
+    )
+    assert " UTC" in left[0]
+    assert "last words" in kubectl("logs", "-n", played.namespace, f"{name}-master-0")
+    wait_until(
+        lambda: (
+            "going-on" not in kubectl("get", "pytorchjobs", "-n", played.namespace, "-o", "name")
+        )
+    )

@@ -1,0 +1,223 @@
+"""What can happen to a TrainJob, on a real API server; the pods' processes are shell scripts.
+
+The other kind's tests are in tests/cluster/test_cluster_failures.py, with the sources of the shapes. Here besides: a failure
+that is over the runtime's maxRestarts is JobSet 0.12's (pkg/controllers/failure_policy.go, restartJobSetActionApplier,
+messageWithFirstFailedJob); Kueue holds a TrainJob back, and takes it back, by spec.suspend (its pkg/controller/jobs/
+trainjob/trainjob_controller.go, Suspend, Unsuspend, Stop), for which Trainer 2.3 writes the condition Suspended
+(pkg/controller/trainjob_controller.go, setSuspendedCondition).
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+
+import pytest
+import yaml
+from kubernetes import client
+
+from components.launcher.client import Timeouts
+from components.launcher.templates import job_name
+from tests.cluster.test_cluster_failures import NO_NODE, meanwhile
+from tests.conftest import ROOT
+from tests.helpers.cluster import (
+    PATIENT,
+    PIPELINE_RUN,
+    Scene,
+    kubectl,
+    on_cluster,
+    scene,
+    template,
+    wait_until,
+)
+from tests.helpers.manifests import kustomize
+
+pytestmark = on_cluster
+INDEX = "batch.kubernetes.io/job-completion-index"
+
+
+def with_runtime(made: Scene) -> Scene:
+    """The runtime of the manifests, which gives up after one restart."""
+    runtime, _ = kustomize(ROOT / "manifests/overlays/kind/trainjob")
+    runtime["metadata"]["namespace"] = made.namespace
+    runtime["spec"]["template"]["spec"]["failurePolicy"]["maxRestarts"] = 1
+    kubectl("apply", "-f", "-", given=runtime)
+    return made
+
+
+@pytest.fixture(scope="module")
+def played(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scene]:
+    """Jobs run."""
+    with scene(tmp_path_factory.mktemp("played"), reasons={137: "OOMKilled"}) as made:
+        yield with_runtime(made)
+
+
+def launch(
+    made: Scene,
+    recipe: str,
+    words: str,
+    task: dict | None = None,
+    timeouts: Timeouts | None = None,
+    **changes: object,
+) -> None:
+    job = yaml.safe_load(template("trainjob", script=True))
+    job["spec"].update(changes)
+    made.launch(yaml.safe_dump(job), [words], recipe, kind="trainjob", task=task, timeouts=timeouts)
+
+
+def pod(made: Scene, recipe: str) -> dict:
+    """That of the second node, as soon as it is there."""
+    return wait_until(
+        lambda: [
+            one
+            for one in made.pods(recipe, kind="trainjob")
+            if one["metadata"]["labels"][INDEX] == "1"
+            and one["status"]["phase"] != "Failed"
+            and "deletionTimestamp" not in one["metadata"]
+        ]
+    )[0]
+
+
+def running(made: Scene, recipe: str) -> str:
+    """The name of that pod, as soon as its script has said something."""
+
+    def name() -> str:
+        found = pod(made, recipe)["metadata"]["name"]
+        return (
+            found if found in made.node.containers and made.node.containers[found].lines[0] else ""
+        )
+
+    return wait_until(name)
+
+
+def write_status(made: Scene, name: str, status: dict) -> None:
+    client.CoreV1Api().patch_namespaced_pod_status(name, made.namespace, {"status": status})
+
+
+def test_a_pod_that_keeps_failing_fails_the_step_with_its_last_words(played: Scene) -> None:
+    failing = "echo working; if [ $PET_NODE_RANK = 1 ]; then seq 100; exit 3; fi; sleep 60"
+    with pytest.raises(RuntimeError) as raised:
+        launch(played, "failing", failing)
+    head, *tail = str(raised.value).split("\n  ")
+    name = job_name(PIPELINE_RUN, "failing")
+    assert (
+        f"{name} failed: jobset failed due to reaching max number of restarts (first failed job: {name}-node-0"
+        in (head)
+    )
+    assert (
+        f"cause: pod {name}-node-0-1-" in head
+        and f"on node {played.node.name}: Error, exit code 3" in head
+    )
+    assert tail == [str(number) for number in range(71, 101)]
+    pods = [key for key in played.node.containers if key.startswith(f"{name}-node-0-1-")]
+    assert len(pods) == 2  # the runtime's one restart made all anew
+    wait_until(
+        lambda: (
+            {one["status"]["phase"] for one in played.pods("failing", kind="trainjob")}
+            == {"Failed"}
+        )
+    )
+
+
+def test_a_training_out_of_memory_is_not_restarted(played: Scene) -> None:
+    with pytest.raises(RuntimeError) as raised:
+        launch(played, "oom", "if [ $PET_NODE_RANK = 1 ]; then kill -9 $$; fi; sleep 60")
+    name = job_name(PIPELINE_RUN, "oom")
+    assert "OOMKilled" in str(raised.value) and f"pod {name}-node-0-1-" in str(raised.value)
+    pods = [key for key in played.node.containers if key.startswith(f"{name}-node-0-1-")]
+    assert len(pods) == 1
+
+
+def test_an_evicted_pod_is_told_and_all_are_made_anew(played: Scene) -> None:
+    def evict() -> None:
+        write_status(
+            played,
+            running(played, "evicted"),
+            {
+                "phase": "Failed",
+                "reason": "Evicted",
+                "containerStatuses": [],
+                "message": "The node was low on resource: ephemeral-storage. ",
+            },
+        )
+
+    other = meanwhile(evict)
+    launch(played, "evicted", "echo on; sleep 3")
+    other.join()
+    lines = [line for line in played.lines if job_name(PIPELINE_RUN, "evicted") in line]
+    assert any(
+        "-node-0-1-" in line and "Evicted: The node was low on resource: ephemeral-storage." in line
+        for line in lines
+    )
+    assert lines[-1].endswith(": succeeded (jobset completed successfully)")
+
+
+def test_a_job_that_kueue_holds_back_and_takes_back_is_waited_for(played: Scene) -> None:
+    name = job_name(PIPELINE_RUN, "queued")
+
+    def suspend(value: bool) -> None:
+        kubectl(
+            "patch",
+            "trainjob",
+            "-n",
+            played.namespace,
+            name,
+            "--type=merge",
+            "-p",
+            json.dumps({"spec": {"suspend": value}}),
+        )
+
+    def told(times: int) -> bool:
+        return sum(f"{name}: suspended, a queue (Kueue)" in line for line in played.lines) == times
+
+    def queue() -> None:
+        wait_until(lambda: told(1))
+        time.sleep(7)  # longer than it would wait for a node or a start
+        suspend(False)
+        # The launcher has seen it run, else it would not tell a second time that it is suspended.
+        wait_until(
+            lambda: (
+                "spoken" in played.lines
+                and any(f"{name}: running" in line for line in played.lines)
+            )
+        )
+        suspend(True)
+        wait_until(lambda: told(2) and not played.pods("queued", kind="trainjob"))
+        suspend(False)
+
+    task = {
+        "node_selector": {"disk": "fast"},
+        "tolerations": [{"key": "spot", "operator": "Exists"}],
+        "env": [{"name": "WORD", "value": "spoken"}],
+        "volumes": [{"name": "vitdet-data", "persistentVolumeClaim": {"claimName": "vitdet-data"}}],
+        "volume_mounts": [{"name": "vitdet-data", "mountPath": "/more"}],
+    }
+    other = meanwhile(queue)
+    script = "echo $WORD; if mkdir /more/life-of-$PET_NODE_RANK 2>/dev/null; then sleep 60; fi; ls /data/ > /more/seen"
+    timeouts = replace(PATIENT, start=5, schedule=5)
+    launch(played, "queued", script, task, timeouts, suspend=True)
+    other.join()
+    assert played.lines.count("spoken") == 2  # before it was taken back, and after
+    assert "seen" in (played.volume / "seen").read_text()
+    spec = played.pods("queued", kind="trainjob")[0]["spec"]
+    assert spec["nodeSelector"]["disk"] == "fast" and task["tolerations"][0] in spec["tolerations"]
+    assert sum("persistentVolumeClaim" in one for one in spec["volumes"]) == 1
+
+
+def test_a_pod_that_no_node_takes_fails_the_step_and_frees_the_queue(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> None:
+    with scene(tmp_path_factory.mktemp("still"), node=False) as still:
+        with_runtime(still)
+        other = meanwhile(
+            lambda: write_status(still, pod(still, "no-node")["metadata"]["name"], NO_NODE)
+        )
+        with pytest.raises(RuntimeError) as raised:
+            launch(still, "no-node", "true")
+        other.join()
+        text = "Unschedulable: 0/3 nodes are available: 3 Insufficient nvidia.com/gpu."
+        assert "cannot start, for 3 s now" in str(raised.value) and text in str(raised.value)
+        assert any("waiting" in line and text in line for line in still.lines)
+        wait_until(lambda: not still.pods("no-node", kind="trainjob"))

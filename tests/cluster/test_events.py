@@ -1,0 +1,144 @@
+"""What events tell of a job whose pods are not made, or do not start; the API server is a list of answers."""
+
+from __future__ import annotations
+
+import pytest
+
+from components.launcher.status import (
+    blocking_reason,
+    failure_reason,
+    missing_pods,
+    startup_warning,
+)
+from tests.cluster.test_following import DONE, RUNNING, Record, cluster, follow, refused
+from tests.cluster.test_launcher import conditions, pod
+
+NAME = "vitdet-tiny-1"
+
+
+def event(
+    reason: str,
+    message: str = "",
+    kind: str = "Warning",
+    when: str = "2026-01-01T00:00:05Z",
+    of: str = NAME,
+) -> dict:
+    return {
+        "type": kind,
+        "reason": reason,
+        "message": message,
+        "lastTimestamp": when,
+        "involvedObject": {"name": of},
+        "metadata": {},
+    }
+
+
+QUOTA = event("FailedCreatePod", 'Error creating: pods "x" is forbidden:\n exceeded quota: gpus')
+
+
+@pytest.mark.parametrize("look", [({}, []), (RUNNING, [pod()])])
+def test_a_pod_that_is_refused_is_told_and_given_up(look: tuple) -> None:
+    record = Record(look)
+    record.warnings = [QUOTA, event("Other", "no cause")]
+    lines, error = follow(record)
+    said = (
+        f'job {NAME}: FailedCreatePod: Error creating: pods "x" is forbidden: exceeded quota: gpus'
+    )
+    assert lines.count(f"launcher: waiting: {said}") == 1
+    assert f"{NAME} cannot start, for 0 s now\ncause: {said}" in error and error.endswith(
+        "; it is suspended"
+    )
+    assert "does not run" not in error and record.asked == ["create", "halt"]
+
+
+def test_a_job_that_is_suspended_or_whole_has_no_refusal() -> None:
+    for look in ((conditions("Suspended=True"), []), (RUNNING, [pod("a"), pod("b")])):
+        record = Record(*[look] * 30, (DONE, []))
+        record.warnings = [QUOTA]
+        assert follow(record)[1] == ""
+
+
+def test_a_trainjob_s_refusals_are_of_its_own_jobs_since_it_was_made() -> None:
+    job = {
+        "metadata": {"name": NAME, "uid": "1", "creationTimestamp": "2026-01-01T00:00:01Z"},
+        "spec": {"trainer": {"numNodes": 2}},
+    }
+    asked: list[str] = []
+
+    def ask(selector: str) -> list[dict]:
+        asked.append(selector)
+        return found
+
+    found = [
+        event("FailedCreate", "old", when="2026-01-01T00:00:00Z", of=f"{NAME}-node-0"),
+        event("FailedCreate", "other", of=f"{NAME}1-node-0"),
+    ]
+    assert missing_pods(job, [], ask) is None and asked == ["type=Warning,involvedObject.kind=Job"]
+    found.append(event("FailedCreate", "mine", of=f"{NAME}-node-0"))
+    assert (
+        str(missing_pods(job, [], ask)) == f"job {NAME}: FailedCreate: mine"
+        and missing_pods(job, [pod(), pod()], ask) is None
+    )
+
+
+def test_a_pod_whose_volume_does_not_come_is_told_and_given_up() -> None:
+    creating = pod(
+        phase="Pending", container={"state": {"waiting": {"reason": "ContainerCreating"}}}
+    )
+    record = Record((conditions("Created=True"), [creating, pod("b")]))
+    record.warnings = [
+        event("FailedMount", "driver nfs.csi.k8s.io not found"),
+        event("Scheduled", kind="Normal", when=""),
+    ]
+    lines, error = follow(record)
+    assert "cause: pod w-0: FailedMount: driver nfs.csi.k8s.io not found" in error
+    assert sum("waiting: pod w-0: FailedMount" in line for line in lines) == 1
+    pulling = event("Pulling", kind="Normal", when="2026-01-01T00:00:06Z")
+    # a big image comes, however slowly
+    assert startup_warning(creating, lambda _: [*record.warnings, pulling]) is None
+
+
+def crashing(state: dict, code: int = 7, count: int = 4) -> dict:
+    found = pod(
+        phase="Pending",
+        initContainerStatuses=[
+            {
+                "name": "wait",
+                "restartCount": count,
+                "ready": False,
+                "state": state,
+                "lastState": {"terminated": {"exitCode": code, "reason": "Error"}},
+            }
+        ],
+    )
+    return found
+
+
+def test_an_init_container_that_keeps_failing_is_told_with_its_own_log_and_given_up() -> None:
+    # between two crashes
+    record = Record(
+        (
+            conditions("Created=True"),
+            [crashing({"waiting": {"reason": "CrashLoopBackOff"}}), pod("b")],
+        ),
+        (conditions("Created=True"), [crashing({"running": {}}), pod("b")]),
+    )
+    record.logs["w-0 wait previous"] = ["2026-01-01T00:00:00Z no such host"]
+    lines, error = follow(record)
+    crash = "pod w-0 on node n1: init container wait: Error, exit code 7; restarted (restarts so far: 4)"
+    assert f"launcher: {crash}" in lines
+    assert (
+        "init container wait: CrashLoopBackOff, exit code 7\nlast lines of its log:\n  no such host"
+        in error
+    )
+    over = crashing({"terminated": {"exitCode": 0}})
+    assert blocking_reason(over) is None and failure_reason(over).container == "wait"
+
+
+def test_who_may_not_list_events_is_told_less() -> None:
+    lines: list[str] = []
+    made = cluster(lines)
+    made.core.list_namespaced_event = lambda *_, **__: (_ for _ in ()).throw(
+        refused(403, "events is forbidden")
+    )
+    assert made.events("type=Warning") == [] and lines == []

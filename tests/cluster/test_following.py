@@ -1,0 +1,453 @@
+"""Following a training job without a cluster: the API server is a list of answers."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from kubernetes import client
+from kubernetes.client.exceptions import ApiException
+from urllib3.exceptions import ProtocolError
+
+from components.launcher import client as kube
+from components.launcher import follower, logs
+from components.launcher import launch as launcher
+from components.launcher.client import JobClient, Timeouts
+from components.launcher.follower import Follower
+from components.launcher.templates import KINDS
+from tests.cluster.test_launcher import LABELS, OWNER, TEMPLATES, conditions, ended, filled, pod
+
+PYTORCH = KINDS["pytorchjob"]
+SHORT = Timeouts(
+    poll=0.01, api=0.2, forbidden=0.1, operator=0.1, start=0.1, schedule=0.1, deletion=0.1
+)
+
+
+class Clock:
+    """Stands in for the module `time`: sleeping takes no time, and time passes only by sleeping."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(time, name)
+
+
+@pytest.fixture(autouse=True)
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    """The launcher's clock, so that its timeouts do not depend on how busy the machine is."""
+    clock = Clock()
+    for module in (kube, follower, logs):
+        monkeypatch.setattr(module, "time", clock)
+    return clock
+
+
+class Record:
+    """In the place of JobClient: each poll gets the next (job, pods); the last one stays."""
+
+    def __init__(self, *looks: tuple[dict | None, list[dict]], there: dict | None = None) -> None:
+        self.looks, self.there, self.asked = list(looks), there, []
+        self.logs: dict[str, list[str]] = {}
+        self.annotations: dict[str, str] = {}
+        self.flicker: list[dict] = []
+        self.warnings: list[dict] = []
+
+    def create(self, job: dict) -> bool:
+        self.asked.append("create")
+        return self.there is None
+
+    def get(self) -> dict | None:
+        if self.there is not None and self.asked[-1] == "create":
+            return self.there
+        job = self.looks[0][0]
+        return None if job is None else {**filled(), **job}
+
+    def adopt(self, owners: list[dict]) -> None:
+        self.asked.append("adopt " + " ".join(owner["name"] for owner in owners))
+        self.there = None
+
+    def annotate(self, annotations: dict[str, str]) -> None:
+        self.annotations |= annotations
+
+    def mark(self, failure: str, spec: dict | None) -> None:
+        self.asked.append("halt" if spec else "mark")
+        self.spec = spec
+        self.told = failure
+
+    def delete(self) -> None:
+        self.asked.append("delete")
+        self.there = None
+
+    def pods(self) -> tuple[list[dict], str]:
+        return (self.looks.pop(0) if len(self.looks) > 1 else self.looks[0])[1], "1"
+
+    def watch(self, version: str, seconds: float) -> list[dict]:
+        shown, self.flicker = self.flicker, []
+        return shown
+
+    def events(self, selector: str) -> list[dict]:
+        return self.warnings
+
+    def log(
+        self,
+        pod: str,
+        since: int | None = None,
+        tail: int | None = None,
+        previous: bool = False,
+        container: str = "",
+    ) -> list[str]:
+        pod = f"{pod} {container}" if container not in ("", "pytorch") else pod
+        return self.logs.get(f"{pod} previous" if previous else pod, [])[-(tail or 10**9) :]
+
+
+def follow(
+    record: Record, job: dict | None = None, complete: bool = False
+) -> tuple[list[str], str]:
+    """What is told, and the error's text."""
+    lines: list[str] = []
+    if job is None:
+        job = filled(owner=OWNER)
+        del job["metadata"]["annotations"]  # the file's own timeout for nodes
+    try:
+        Follower(record, PYTORCH, job, lines.append, SHORT, lambda: complete).run()
+    except RuntimeError as error:
+        return lines, str(error)
+    return lines, ""
+
+
+DONE, RUNNING = conditions("Succeeded=True", "Running=False"), conditions("Running=True")
+
+
+def test_a_job_is_made_and_followed_to_its_end() -> None:
+    record = Record(
+        (conditions("Created=True"), []), (RUNNING, [pod()]), (RUNNING, [pod()]), (DONE, [pod()])
+    )
+    record.logs["w-0"] = ["2026-01-01T00:00:00.1Z step 1", "2026-01-01T00:00:00.12Z step 2"]
+    name = "launcher: PyTorchJob vitdet-tiny-1"
+    assert follow(record) == (
+        [
+            "launcher: created PyTorchJob vitdet-tiny-1 in namespace ours",
+            f"{name}: created",
+            f"{name}: running",
+            "step 1",
+            "step 2",
+            f"{name}: succeeded",
+        ],
+        "",
+    )
+    assert record.asked == ["create"]
+
+
+def test_a_retried_step_takes_over_its_job_and_becomes_its_owner() -> None:
+    record = Record((DONE, []), there={"metadata": {"labels": LABELS}, **RUNNING})
+    lines, error = follow(record)
+    assert not error and "following it" in lines[0] and record.asked == ["create", "adopt run"]
+
+
+def test_a_vanishing_job_of_an_earlier_try_is_made_anew() -> None:
+    for there in (conditions("Failed=True"), {"status": {}}):
+        metadata = {"labels": LABELS, "deletionTimestamp": "2026-01-01T00:00:00Z"}
+        record = Record((DONE, []), there={"metadata": metadata, **there})
+        assert follow(record)[1] == "" and record.asked == ["create", "delete", "create"]
+
+
+def test_a_job_of_another_run_is_left_alone() -> None:
+    record = Record((DONE, []), there={"metadata": {"labels": {"vitdet/run": "other"}}, **RUNNING})
+    assert "is not of this run" in follow(record)[1] and record.asked == ["create"]
+
+
+def test_a_suspended_job_is_waited_for_and_that_is_said_once() -> None:
+    held = (conditions("Created=True", "Suspended=True"), [])
+    lines, error = follow(Record(*[held] * 30, (RUNNING, []), (DONE, [])))
+    assert not error and sum("suspended, a queue (Kueue)" in line for line in lines) == 1
+
+
+def test_a_failed_job_fails_with_its_cause_and_the_last_30_lines() -> None:
+    job = {
+        "status": {
+            "conditions": [
+                {"type": "Failed", "status": "True", "message": "1 Worker replica(s) failed."}
+            ]
+        }
+    }
+    record = Record(
+        (
+            job,
+            [
+                pod("m", container=ended(1, when="2026-01-01T00:00:09Z")),
+                pod("w", phase="Failed", container=ended(137, "OOMKilled")),
+            ],
+        )
+    )
+    record.logs["w"] = [f"2026-01-01T00:00:{second:02}Z line {second}" for second in range(40)]
+    _, error = follow(record)
+    head, *tail = error.split("\n  ")
+    assert head == (
+        "PyTorchJob vitdet-tiny-1 failed: 1 Worker replica(s) failed.\n"
+        "cause: pod w on node n1: OOMKilled, exit code 137 (SIGKILL)\nlast lines of its log:"
+    )
+    assert tail == [f"line {second}" for second in range(10, 40)]
+
+
+def test_a_cause_that_lived_between_two_looks_only_is_remembered_with_its_log() -> None:
+    record = Record((RUNNING, [pod()]), (conditions("Failed=True"), []))
+    record.flicker = [pod(phase="Failed", reason="Evicted", message="low on memory")]
+    record.logs["w-0"] = ["2026-01-01T00:00:00Z last words"]
+    lines, error = follow(record)
+    assert "Evicted: low on memory\nlast lines of its log:\n  last words" in error
+    assert "launcher: pod w-0 on node n1: Evicted: low on memory" in lines
+
+
+def test_a_process_killed_under_torchrun_is_told_as_what_it_most_likely_is() -> None:
+    record = Record((conditions("Failed=True"), [pod(phase="Failed", container=ended(1))]))
+    record.logs["w-0"] = [
+        "2026-01-01T00:00:00Z   error_file: <N/A> traceback : Signal 9 (SIGKILL) received by PID 17"
+    ]
+    assert (
+        "exit code 1 (the system killed a process, most likely out of memory)" in follow(record)[1]
+    )
+
+
+def test_a_job_that_is_gone_is_an_error_unless_its_training_is_complete() -> None:
+    record = Record((RUNNING, [pod(container=ended(1, key="lastState"))]), (None, []))
+    error = follow(record)[1]
+    assert (
+        "was deleted before it ended" in error
+        and "cause: pod w-0 on node n1: Error, exit code 1" in error
+    )
+    # after its time to live
+    lines, error = follow(Record((RUNNING, []), (None, [])), complete=True)
+    assert error == "" and lines[-1].endswith("is gone, and its training is complete")
+
+
+def test_a_job_that_failed_after_its_training_was_complete_has_succeeded() -> None:
+    lines, error = follow(
+        Record((conditions("Failed=True"), [pod(container=ended(1))])), complete=True
+    )
+    assert error == "" and lines[-1].endswith("failed after its training was complete")
+
+
+def test_the_deadline_is_the_cause_and_not_the_pods_that_died_of_it() -> None:
+    texts = {
+        "Job j has failed because it was active longer than specified deadline": "PyTorchJobFailed",
+        "TrainJob exceeded its active deadline": "DeadlineExceeded",
+    }
+    for message, reason in texts.items():
+        job = {
+            "status": {
+                "conditions": [
+                    {"type": "Failed", "status": "True", "message": message, "reason": reason}
+                ]
+            }
+        }
+        _, error = follow(Record((job, [pod(container=ended(143))])))
+        assert error == (
+            f"PyTorchJob vitdet-tiny-1 failed: {message}\ncause: activeDeadlineSeconds, 1209600 s in the "
+            "job's file; its checkpoints stay"
+        )
+
+
+def unschedulable(name: str = "w-0") -> dict:
+    return pod(
+        name,
+        "Pending",
+        conditions=[
+            {
+                "type": "PodScheduled",
+                "status": "False",
+                "reason": "Unschedulable",
+                "message": "0/3 nodes are available: 3 Insufficient nvidia.com/gpu.",
+            }
+        ],
+    )
+
+
+BAD_IMAGE = pod(
+    phase="Pending",
+    container={"state": {"waiting": {"reason": "ImagePullBackOff", "message": "no tag"}}},
+)
+
+
+@pytest.mark.parametrize(
+    ("poll", "text"),
+    [
+        (
+            ({}, []),
+            "PyTorchJob vitdet-tiny-1 has had no status for 0 s: the Kubeflow training operator (v1.9)",
+        ),
+        (
+            (conditions("Created=True"), [unschedulable()]),
+            "Unschedulable: 0/3 nodes are available: 3 Insufficient nvidia",
+        ),
+        ((conditions("Created=True"), [BAD_IMAGE]), "cause: pod w-0: ImagePullBackOff: no tag"),
+    ],
+)
+def test_what_never_starts_is_given_up_and_suspended(poll: tuple, text: str) -> None:
+    record = Record(poll)
+    lines, error = follow(record)
+    assert (
+        text in error and error.endswith("it is suspended") and record.asked == ["create", "halt"]
+    )
+    assert sum("waiting" in line for line in lines) == bool(poll[1])  # said before, and once
+
+
+def test_a_job_file_may_wait_longer_for_nodes() -> None:
+    job = filled()
+    job["metadata"]["annotations"] = {"vitdet/schedule-seconds": "1000"}
+    waiting = (conditions("Created=True"), [unschedulable()])
+    assert follow(Record(*[waiting] * 30, (DONE, [])), job)[1] == ""
+
+
+def test_an_elastic_job_that_runs_does_not_need_all_its_nodes() -> None:
+    job = filled()
+    job["spec"]["elasticPolicy"] = {}
+    assert (
+        follow(Record(*[(RUNNING, [pod("w-1"), unschedulable()])] * 30, (DONE, [])), job)[1] == ""
+    )
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("reason", ["", "its run has been terminated"])
+def test_a_stopped_step_deletes_its_job_only_if_its_run_ends(
+    number: int, reason: str, ctrl_c: None
+) -> None:
+    record, lines = Record((RUNNING, [])), []
+    before = signal.getsignal(signal.SIGTERM)
+    threading.Timer(0.1, os.kill, (os.getpid(), number)).start()
+    with pytest.raises((SystemExit, KeyboardInterrupt)):
+        Follower(
+            record, PYTORCH, filled(owner=OWNER), lines.append, SHORT, end_reason=lambda: reason
+        ).run()
+    assert record.asked == ["create", "delete"] if reason else ["create"]
+    assert signal.getsignal(signal.SIGTERM) is before
+    name = "PyTorchJob vitdet-tiny-1"
+    assert lines[-1] == (
+        f"launcher: this step is being stopped, its run has been terminated: deleting {name}"
+        if reason
+        else f"launcher: this step is being stopped, but its run continues: {name} is left running, and "
+        "the next attempt of the step follows it"
+    )
+
+
+def answers(*given: object) -> Callable:
+    """A request whose answers these are; the last one for ever."""
+    waiting = list(given)
+
+    def call(*_: object, **options: object) -> object:
+        answer = waiting.pop(0) if len(waiting) > 1 else waiting[0]
+        if isinstance(answer, Exception):
+            raise answer
+        return type("Raw", (), {"data": answer})
+
+    return call
+
+
+def refused(status: int, message: str | None = None) -> ApiException:
+    error = ApiException(status=status, reason="reason")
+    error.body = (
+        json.dumps({"kind": "Status", "message": message}) if message else "404 page not found"
+    )
+    return error
+
+
+def cluster(lines: list[str], timeouts: Timeouts = SHORT) -> JobClient:
+    return JobClient(
+        client.ApiClient(client.Configuration()), PYTORCH, "j", "ours", lines.append, timeouts
+    )
+
+
+def test_an_api_server_that_is_away_is_asked_again() -> None:
+    lines: list[str] = []
+    ask = cluster(lines).request
+    gone = [
+        ProtocolError("reset"),
+        refused(503, "starting"),
+        refused(429, "later"),
+        b'{"half',
+        b'{"a": 1}',
+    ]
+    assert ask("get x", answers(*gone)) == {"a": 1}
+    assert lines == [
+        "launcher: the API server does not answer (ProtocolError); asking again for 0 s",
+        "launcher: the API server answers again",
+    ]
+    # an API server that starts knows neither
+    starting = [refused(403, "no roles yet"), refused(404), b"{}"]
+    assert ask("get x", answers(*starting), none_if=(404,), forbidden=5) == {}
+    with pytest.raises(RuntimeError, match="the API server does not answer"):
+        ask("get x", answers(ProtocolError("reset")))
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (
+            refused(403, 'pytorchjobs is forbidden: User "u" cannot'),
+            'cannot create in namespace ours: pytorchjobs is forbidden: User "u" cannot; the pipeline.s service account',
+        ),
+        (
+            refused(404),
+            "the cluster knows no PyTorchJob .kubeflow.org/v1.; install the Kubeflow training operator",
+        ),
+        (
+            refused(404, 'namespaces "ours" not found'),
+            'cannot create in namespace ours: namespaces "ours" not found',
+        ),
+        (refused(422, "spec.x: Invalid value"), "spec.x: Invalid value .HTTP 422."),
+    ],
+)
+def test_a_refusal_is_one_line_at_once(error: ApiException, message: str) -> None:
+    lines: list[str] = []
+    with pytest.raises(RuntimeError, match=message) as raised:
+        cluster(lines, Timeouts()).request("create", answers(error))
+    assert "\n" not in str(raised.value) and not lines
+
+
+def test_what_cannot_be_launched_is_said_before_the_cluster_is_asked(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    given = {
+        "template": TEMPLATES["pytorchjob"],
+        "kind": "pytorchjob",
+        "run_id": "r",
+        "name": "tiny",
+        "args": [],
+        "nodes": 2,
+        "pool": "",
+        "image": "",
+        "workspace": "/data/runs",
+        "task_config": None,
+    }
+    monkeypatch.setenv("KUBECONFIG", str(tmp_path / "none"))
+    with pytest.raises(
+        RuntimeError, match="no cluster: not in a pod with a service account, and no kubeconfig"
+    ):
+        launcher.launch(**given)
+    monkeypatch.setattr(
+        launcher, "connect", lambda retries=None: (client.ApiClient(client.Configuration()), "ours")
+    )
+    with pytest.raises(ValueError, match="one of pytorchjob, trainjob, got 'job'"):
+        launcher.launch(**{**given, "kind": "job"})
+
+    def refuse(count: int) -> None:
+        raise ValueError(f"{count} processes cannot share a batch of 3")
+
+    with pytest.raises(ValueError, match="^2 processes cannot share"):
+        launcher.launch(**given, check_processes=refuse)
+    with pytest.raises(
+        ValueError,
+        match="do not mount the workspace /database; they mount /data, /tmp, /dev/shm",
+    ):
+        launcher.launch(**{**given, "workspace": "/database"})

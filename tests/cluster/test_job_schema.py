@@ -1,0 +1,251 @@
+"""Invalid jobs: a field that is null, missing or of another type is ignored or rejected with its path."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import yaml
+
+from components.launcher.schema import validate
+from components.launcher.templates import KINDS, fill_template, mount_paths, process_counts
+from pipeline.job_manifests import accelerators, job_image, training_jobs
+from tests.cluster.test_launcher import TEMPLATES, request
+from tests.conftest import ROOT
+
+VALUES: tuple[Any, ...] = (None, "text", [None])
+# Rejected by what the fields mean together, not by the type of one
+MEANING = (
+    "no PyTorchJob or TrainJob among the",
+    "the job's template must contain one ",
+    "the job's template has no container named 'pytorch'",
+    "the training jobs must name one image",
+    "2 nodes are requested, but the job's template has no Worker",
+    "a PyTorchJob without a Master needs an elasticPolicy",
+    "is not among the documents",
+)
+
+
+def places(value: Any, path: tuple = ()) -> Iterator[tuple]:
+    """The path of everything inside a document."""
+    items = value.items() if isinstance(value, dict) else enumerate(value)
+    for key, one in items:
+        if "Worker" in path:
+            continue  # as the Master
+        yield (*path, key)
+        if isinstance(one, dict | list):
+            yield from places(one, (*path, key))
+
+
+def changed(document: dict, path: tuple, value: object) -> dict:
+    made = copy.deepcopy(document)
+    node = made
+    for key in path[:-1]:
+        node = node[key]
+    if value is KeyError:
+        del node[path[-1]]
+    else:
+        node[path[-1]] = value
+    return made
+
+
+def read_all(text: str, kind: str) -> None:
+    """Everything that compilation and the launcher read of a job."""
+    jobs = training_jobs(text)
+    job_image(jobs)
+    accelerators(text)
+    job = fill_template(text, KINDS[kind], request(nodes=2))
+    mount_paths(KINDS[kind], job)
+    process_counts(KINDS[kind], job)
+
+
+def text_of(path: tuple) -> str:
+    """As `spec.containers[0].name`."""
+    return "".join(f"[{one}]" if isinstance(one, int) else f".{one}" for one in path)[1:]
+
+
+def trainjob() -> tuple[dict, dict]:
+    """(TrainJob with a patch, its runtime) of manifests/."""
+    folder = ROOT / "manifests" / "trainjob"
+    job, runtime = (
+        yaml.safe_load((folder / name).read_text()) for name in ("trainjob.yaml", "runtime.yaml")
+    )
+    pod = {
+        "nodeSelector": {"zone": "a"},
+        "tolerations": [{"key": "x"}],
+        "containers": [{"name": "node", "volumeMounts": [{"name": "data", "mountPath": "/data"}]}],
+    }
+    node = {"name": "node", "template": {"spec": {"template": {"spec": pod}}}}
+    job["spec"]["runtimePatches"] = [
+        {
+            "manager": "m",
+            "trainingRuntimeSpec": {"template": {"spec": {"replicatedJobs": [node]}}},
+        }
+    ]
+    job["spec"].setdefault("trainer", {})["image"] = "image:1"
+    return job, runtime
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "number"), [("pytorchjob", 0), ("trainjob", 0), ("trainjob", 1)])
+def test_a_rejected_field_is_named_by_its_path(kind: str, number: int) -> None:
+    documents = (yaml.safe_load(TEMPLATES[kind]),) if kind == "pytorchjob" else trainjob()
+
+    def read(document: dict) -> None:
+        parts = (*documents[:number], document, *documents[number + 1 :])
+        read_all("\n---\n".join(json.dumps(part) for part in parts), kind)
+
+    read(documents[number])
+    refused = 0
+    for path in places(documents[number]):
+        for value in (KeyError, *VALUES):
+            try:
+                read(changed(documents[number], path, value))
+            except ValueError as error:
+                refused += 1
+                message = str(error)
+                assert "\n" not in message, (path, value)
+                # a missing field is named after the path of its parent
+                by_path = text_of(path[:-1]) in message and str(path[-1]) in message
+                shorter = isinstance(path[-1], int) and text_of(path[:-1]) in message
+                assert by_path or shorter or any(one in message for one in MEANING), (
+                    path,
+                    value,
+                    message,
+                )
+            except Exception as error:
+                raise AssertionError(f"{path}: {value!r}") from error
+    assert refused > 20
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        (
+            "{pytorchReplicaSpecs: {Worker: }}",
+            "spec.pytorchReplicaSpecs.Worker: expected object, got null",
+        ),
+        ("{pytorchReplicaSpecs: {}}", "spec.pytorchReplicaSpecs: expected object of length >= 1"),
+        (
+            "{pytorchReplicaSpecs: {Worker: {template: {spec: {}}}}}",
+            "spec.pytorchReplicaSpecs.Worker.template.spec: missing containers",
+        ),
+        (
+            "{pytorchReplicaSpecs: {Master: {template: {spec: {containers: [{name: }]}}}}}",
+            "spec.pytorchReplicaSpecs.Master.template.spec.containers[0].name: expected str, got null",
+        ),
+        ("{}", "spec: missing pytorchReplicaSpecs"),
+        ("{1: a}", "spec: expected only strings as keys, got 1"),
+        (
+            "{pytorchReplicaSpecs: {1: {}}}",
+            "spec.pytorchReplicaSpecs: expected only strings as keys, got 1",
+        ),
+    ],
+)
+def test_an_invalid_spec_is_rejected_with_its_path(spec: str, message: str) -> None:
+    with pytest.raises(ValueError) as error:
+        validate(yaml.safe_load(f"kind: PyTorchJob\nspec: {spec}\n"))
+    assert str(error.value) == f"the job's file: its PyTorchJob: {message}"
+
+
+POD = "spec.pytorchReplicaSpecs.Master.template.spec"
+
+
+def pytorchjob(container: str = "", pod: str = "") -> dict:
+    """A job, with fields of its container and pod in YAML's flow style."""
+    text = f"{{containers: [{{name: a{container}}}]{pod}}}"
+    spec = f"{{pytorchReplicaSpecs: {{Master: {{template: {{spec: {text}}}}}}}}}"
+    return yaml.safe_load(f"kind: PyTorchJob\nspec: {spec}\n")
+
+
+@pytest.mark.parametrize("gpus", ["abc", "-1", "1.5", "true", "[8]", "''", "8 GPUs"])
+def test_a_number_of_gpus_that_is_none_is_rejected_with_its_path(gpus: str) -> None:
+    job = pytorchjob(f", resources: {{limits: {{nvidia.com/gpu: {gpus}}}}}")
+    with pytest.raises(ValueError) as error:
+        validate(job)
+    assert str(error.value) == (
+        f"the job's file: its PyTorchJob: {POD}.containers[0].resources.limits.nvidia.com/gpu: "
+        f"expected a whole number, got {yaml.safe_load(gpus)!r}"
+    )
+
+
+@pytest.mark.parametrize(
+    ("gpus", "found"), [("8", {"nvidia.com/gpu": 8}), ("'8'", {"nvidia.com/gpu": "8"}), ("", {})]
+)
+def test_a_number_of_gpus_may_be_text_or_null(gpus: str, found: dict) -> None:
+    job = pytorchjob(f", resources: {{limits: {{nvidia.com/gpu: {gpus}}}}}")
+    pod = validate(job)["spec"]["pytorchReplicaSpecs"]["Master"]["template"]["spec"]
+    assert pod["containers"][0]["resources"] == {"limits": found}
+    assert accelerators(yaml.safe_dump(job)).gpus == int(found.get("nvidia.com/gpu", 0))
+
+
+@pytest.mark.parametrize(
+    ("pod", "message"),
+    [
+        ("nodeSelector: {1: a}", "nodeSelector: expected only strings as keys, got 1"),
+        (
+            "nodeSelector: {b: , zone: [a]}",
+            "nodeSelector.zone: expected bool | int | float | str | null, got array",
+        ),
+        ("nodeSelector: {zone: {}}", "nodeSelector.zone: expected "),
+    ],
+)
+def test_an_entry_of_a_mapping_is_named_by_its_key(pod: str, message: str) -> None:
+    with pytest.raises(ValueError) as error:
+        validate(pytorchjob(pod=f", {pod}"))
+    assert str(error.value).startswith(f"the job's file: its PyTorchJob: {POD}.{message}")
+    assert validate(pytorchjob(pod=", nodeSelector: {b: }"))["kind"] == "PyTorchJob"
+
+
+@pytest.mark.parametrize(
+    ("metadata", "message"),
+    [
+        ({"labels": {1: "a"}}, "labels: expected only strings as keys, got 1"),
+        ({"annotations": {"a": [1]}}, "annotations.a: expected "),
+    ],
+)
+def test_metadata_is_rejected_by_its_path(metadata: dict, message: str) -> None:
+    with pytest.raises(ValueError) as error:
+        validate({**pytorchjob(), "metadata": metadata})
+    assert str(error.value).startswith(f"the job's file: its PyTorchJob: metadata.{message}")
+
+
+@pytest.mark.parametrize("kind", ["TrainingRuntime", "ClusterTrainingRuntime"])
+@pytest.mark.parametrize(
+    ("metadata", "message"),
+    [
+        ({}, "metadata: expected object, got null"),
+        ({"metadata": {}}, "metadata: missing name"),
+        ({"metadata": {"name": None}}, "metadata.name: expected str, got null"),
+    ],
+)
+def test_a_runtime_needs_a_name(kind: str, metadata: dict, message: str) -> None:
+    job, runtime = trainjob()
+    del runtime["metadata"]
+    text = yaml.safe_dump_all([job, {**runtime, **metadata, "kind": kind}])
+    with pytest.raises(ValueError) as error:
+        accelerators(text)
+    assert str(error.value) == f"the job's file: its {kind}: {message}"
+
+
+def test_a_patch_may_change_nothing() -> None:
+    job, runtime = trainjob()
+    del job["spec"]["runtimePatches"]
+    plain = accelerators(yaml.safe_dump_all([job, runtime]))
+    for patch in ({"manager": "x"}, {"manager": "x", "trainingRuntimeSpec": None}):
+        job["spec"]["runtimePatches"] = [patch]
+        assert accelerators(yaml.safe_dump_all([job, runtime])) == plain
+
+
+def test_null_is_an_absent_field_and_other_documents_are_left_alone() -> None:
+    pod = {"containers": [{"name": "a", "env": None}], "tolerations": None}
+    job = {
+        "kind": "PyTorchJob",
+        "spec": {"pytorchReplicaSpecs": {"Master": {"template": {"spec": pod}}}},
+    }
+    found = validate(job)["spec"]["pytorchReplicaSpecs"]["Master"]["template"]["spec"]
+    assert found == {"containers": [{"name": "a"}]}
+    assert validate({"kind": "ConfigMap", "data": None}) == {"kind": "ConfigMap", "data": None}

@@ -1,0 +1,419 @@
+"""The training job without a cluster: filling in a template, reading states and causes."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+
+from components.launcher.status import blocking_reason, failure_reason, job_phase, root_cause
+from components.launcher.templates import (
+    KINDS,
+    RECIPE,
+    RUN,
+    JobRequest,
+    fill_template,
+    job_name,
+    label,
+    process_counts,
+)
+
+ROOT = Path(__file__).parents[2]
+PYTORCH, TRAIN = KINDS["pytorchjob"], KINDS["trainjob"]
+TEMPLATES = {kind: (ROOT / f"manifests/{kind}/{kind}.yaml").read_text() for kind in KINDS}
+OWNER = {"apiVersion": "argoproj.io/v1alpha1", "kind": "Workflow", "name": "run", "uid": "1"}
+LABELS = {RUN: "run-1", RECIPE: "tiny"}
+
+
+def request(**changes: object) -> JobRequest:
+    given = {
+        "name": "vitdet-tiny-1",
+        "namespace": "ours",
+        "labels": LABELS,
+        "image": "registry/vitdet:1",
+        "args": ["train", "x.yaml"],
+        "nodes": 2,
+        "pool": "h200",
+    }
+    return JobRequest(**{**given, **changes})
+
+
+def filled(**changes: object) -> dict:
+    return fill_template(TEMPLATES["pytorchjob"], PYTORCH, request(**changes))
+
+
+def replica(job: dict, kind: str) -> tuple[dict, dict]:
+    """Pod and container of a replica type."""
+    pod = job["spec"]["pytorchReplicaSpecs"][kind]["template"]["spec"]
+    return pod, pod["containers"][0]
+
+
+@pytest.mark.parametrize(
+    "recipe", ["tiny", "Mask_RCNN.ViTDet-B COCO, 100 epochs of it", "123", "ä", "", "a-" * 40]
+)
+def test_a_jobs_name_is_a_dns_label_that_leaves_room_for_the_pods_suffix(recipe: str) -> None:
+    name = job_name("run-1", recipe)
+    assert re.fullmatch(r"[a-z]([-a-z0-9]*[a-z0-9])?", name) and len(name) <= 40
+    assert name == job_name("run-1", recipe)
+    assert name not in (job_name("run-2", recipe), job_name("run-1", recipe + "x"))
+
+
+def test_a_label_takes_what_kubernetes_takes() -> None:
+    assert label("Mask RCNN (B)") == "Mask-RCNN-B"
+    assert len(label("x" * 80)) == 63
+
+
+def test_the_five_things_are_filled_in_and_the_rest_stays() -> None:
+    job, template = filled(nodes=3, owner=OWNER), yaml.safe_load(TEMPLATES["pytorchjob"])
+    assert job["metadata"]["name"] == "vitdet-tiny-1" and job["metadata"]["namespace"] == "ours"
+    assert job["metadata"]["ownerReferences"] == [OWNER]
+    assert job["metadata"]["labels"] == {**template["metadata"]["labels"], **LABELS}
+    assert {kind: one["replicas"] for kind, one in job["spec"]["pytorchReplicaSpecs"].items()} == {
+        "Master": 1,
+        "Worker": 2,
+    }
+    for kind in ("Master", "Worker"):
+        pod, container = replica(job, kind)
+        assert container["image"] == "registry/vitdet:1" and container["args"] == [
+            "train",
+            "x.yaml",
+        ]
+        assert container["command"] == replica(template, kind)[1]["command"]
+        assert pod["nodeSelector"]["vitdet/pool"] == "h200"
+    # the launcher counts restarts by their cause
+    policy = {**template["spec"]["runPolicy"]}
+    assert job["metadata"]["annotations"]["vitdet/restarts"] == str(policy.pop("backoffLimit"))
+    assert job["spec"]["runPolicy"] == policy
+    assert (
+        filled(pool="", image="")["spec"]["pytorchReplicaSpecs"]["Master"]["template"]["spec"][
+            "nodeSelector"
+        ]
+        == (replica(template, "Master")[0]["nodeSelector"])
+    )
+
+
+def test_one_node_has_no_worker_and_nets_are_set_where_the_template_has_none() -> None:
+    template = yaml.safe_load(TEMPLATES["pytorchjob"])
+    template["spec"]["runPolicy"] = {"suspend": True}
+    job = fill_template(yaml.safe_dump(template), PYTORCH, request(nodes=1))
+    assert list(job["spec"]["pytorchReplicaSpecs"]) == ["Master"]
+    assert job["spec"]["runPolicy"] == {
+        "suspend": True,
+        "activeDeadlineSeconds": 1209600,
+        "ttlSecondsAfterFinished": 604800,
+    }
+
+
+def test_an_elastic_job_has_as_many_workers_as_nodes() -> None:
+    template = yaml.safe_load(TEMPLATES["pytorchjob"])
+    del template["spec"]["pytorchReplicaSpecs"]["Master"]
+    with pytest.raises(ValueError, match="needs an elasticPolicy"):
+        fill_template(yaml.safe_dump(template), PYTORCH, request())
+    template["spec"]["elasticPolicy"] = {"minReplicas": 3, "maxReplicas": 9}
+    job = fill_template(yaml.safe_dump(template), PYTORCH, request(nodes=2))
+    assert job["spec"]["pytorchReplicaSpecs"]["Worker"]["replicas"] == 2
+    assert job["spec"]["elasticPolicy"] == {"minReplicas": 2, "maxReplicas": 2}
+    assert PYTORCH.rank0(job) == {"training.kubeflow.org/replica-type": "worker"}
+    assert PYTORCH.rank0(filled()) == {"training.kubeflow.org/replica-type": "master"}
+
+
+TASK = {
+    "affinity": {"nodeAffinity": {}},
+    "node_selector": {"zone": "a", "vitdet/pool": "other"},
+    "tolerations": [
+        {"key": "spot", "operator": "Exists"},
+        {"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"},
+    ],
+    "env": [{"name": "HOME", "value": "/data/home"}, {"name": "KFP_POD_NAME", "value": "step"}],
+    "volumes": [{"name": "fast", "emptyDir": {}}],
+    "volume_mounts": [
+        {"name": "fast", "mountPath": "/fast"},
+        {"name": "fast", "mountPath": "/tmp"},
+    ],
+    "resources": {"limits": {"nvidia.com/gpu": "8", "memory": "1Ti"}},
+}
+
+
+def test_the_tasks_settings_reach_the_pods() -> None:
+    job, template = filled(task=TASK), yaml.safe_load(TEMPLATES["pytorchjob"])
+    for kind in ("Master", "Worker"):
+        pod, container = replica(job, kind)
+        assert pod["affinity"] == TASK["affinity"]
+        assert pod["nodeSelector"] == {"zone": "a", "vitdet/pool": "h200"}
+        assert pod["tolerations"] == [TASK["tolerations"][1], TASK["tolerations"][0]]  # none twice
+        assert [one for one in pod["volumes"] if one["name"] == "fast"] == TASK["volumes"]
+        assert len(pod["volumes"]) == 1 + len(replica(template, kind)[0]["volumes"])
+        environment = {one["name"]: one.get("value") for one in container["env"]}
+        assert environment["HOME"] == "/data/home" and "KFP_POD_NAME" not in environment
+        assert {one["mountPath"]: one["name"] for one in container["volumeMounts"]} == {
+            "/data": "data",
+            "/dev/shm": "shm",
+            "/fast": "fast",
+            "/tmp": "fast",
+        }
+        assert container["resources"] == {
+            "limits": {"cpu": "16", "memory": "1Ti", "nvidia.com/gpu": "8"},
+            "requests": {"cpu": "16"},
+        }
+
+
+def test_a_claim_that_both_mount_is_one_volume() -> None:
+    """KFP gives a volume the name of its claim; a pod with two of one claim stays in ContainerCreating."""
+    task = {
+        "volumes": [
+            {"name": "vitdet-data", "persistentVolumeClaim": {"claimName": "vitdet-data"}},
+            {"name": "other", "persistentVolumeClaim": {"claimName": "other"}},
+        ],
+        "volume_mounts": [
+            {"name": "vitdet-data", "mountPath": "/work"},
+            {"name": "other", "mountPath": "/other"},
+        ],
+    }
+    template = yaml.safe_load(TEMPLATES["pytorchjob"])
+    # whatever its name in the job's file
+    for one in template["spec"]["pytorchReplicaSpecs"].values():
+        text = (
+            yaml.safe_dump(one)
+            .replace("name: vitdet-data", "name: mine")
+            .replace("name: data", "name: mine")
+        )
+        one.update(yaml.safe_load(text))
+    job = fill_template(yaml.safe_dump(template), PYTORCH, request(task=task))
+    for kind in ("Master", "Worker"):
+        pod, container = replica(job, kind)
+        claims = {
+            one["name"]: one["persistentVolumeClaim"]["claimName"]
+            for one in pod["volumes"]
+            if "persistentVolumeClaim" in one
+        }
+        assert claims == {"mine": "vitdet-data", "other": "other"}
+        assert {
+            one["mountPath"]: one["name"]
+            for one in container["volumeMounts"]
+            if one["name"] in claims
+        } == {"/data": "mine", "/work": "mine", "/other": "other"}
+    runtime = yaml.safe_load((ROOT / "manifests/trainjob/runtime.yaml").read_text())["spec"][
+        "template"
+    ]["spec"]
+    volumes = runtime["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]["volumes"]
+    assert task["volumes"][0] in volumes  # there the controller merges by the name
+
+
+def test_a_trainjob_carries_the_same_as_trainer_and_runtime_patch() -> None:
+    job = fill_template(TEMPLATES["trainjob"], TRAIN, request(nodes=3, task=TASK, owner=OWNER))
+    trainer = job["spec"]["trainer"]
+    assert (trainer["image"], trainer["numNodes"], trainer["args"]) == (
+        "registry/vitdet:1",
+        3,
+        ["train", "x.yaml"],
+    )
+    assert trainer["env"] == TASK["env"][:1] and trainer["resourcesPerNode"] == TASK["resources"]
+    assert job["spec"]["activeDeadlineSeconds"] == 1209600 and job["metadata"][
+        "ownerReferences"
+    ] == [OWNER]
+    node = job["spec"]["runtimePatches"][-1]["trainingRuntimeSpec"]["template"]["spec"][
+        "replicatedJobs"
+    ][0]
+    pod = node["template"]["spec"]["template"]
+    assert node["name"] == "node" and pod["metadata"]["labels"] == LABELS
+    assert pod["spec"]["nodeSelector"] == {"zone": "a", "vitdet/pool": "h200"}
+    assert pod["spec"]["containers"] == [{"name": "node", "volumeMounts": TASK["volume_mounts"]}]
+    # its own patch once only
+    assert fill_template(yaml.safe_dump(job), TRAIN, request())["spec"]["runtimePatches"][1:] == []
+
+
+@pytest.mark.parametrize(
+    ("kind", "change", "message"),
+    [
+        ("trainjob", {}, "must contain one TrainJob, got PyTorchJob"),
+        ("pytorchjob", {"nodes": 0}, "at least 1 node, got 0"),
+    ],
+)
+def test_a_template_that_cannot_hold_the_wish_is_one_line(
+    kind: str, change: dict, message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        fill_template(TEMPLATES["pytorchjob"], KINDS[kind], request(**change))
+
+
+def test_the_operator_finds_the_container_by_its_name() -> None:
+    with pytest.raises(ValueError, match="no container named 'pytorch'"):
+        fill_template(
+            TEMPLATES["pytorchjob"].replace("name: pytorch ", "name: main "), PYTORCH, request()
+        )
+
+
+def conditions(*given: str) -> dict:
+    """A job whose conditions are as in "Running=True"."""
+    return {
+        "status": {
+            "conditions": [
+                dict(zip(("type", "status"), one.split("="), strict=True)) for one in given
+            ]
+        }
+    }
+
+
+@pytest.mark.parametrize(
+    ("kind", "job", "phase"),
+    [
+        (PYTORCH, {}, ""),
+        (PYTORCH, {"status": {"conditions": None}}, ""),
+        (PYTORCH, conditions("Created=True"), "created"),
+        (PYTORCH, conditions("Created=True", "Running=True"), "running"),
+        (PYTORCH, conditions("Created=True", "Running=False", "Suspended=True"), "suspended"),
+        (PYTORCH, conditions("Suspended=False", "Running=True"), "running"),
+        (PYTORCH, conditions("Restarting=True", "Running=False"), "restarting"),
+        (PYTORCH, conditions("Succeeded=True", "Running=False"), "succeeded"),
+        (
+            PYTORCH,
+            conditions("Failed=True", "Created=True", "Restarting=True"),
+            "failed",
+        ),  # wherever it stands
+        (PYTORCH, conditions("Failed=False", "Running=True"), "running"),
+        (TRAIN, conditions("Suspended=False", "Complete=True"), "succeeded"),
+        (TRAIN, conditions("Failed=True"), "failed"),
+        (TRAIN, conditions("Suspended=True"), "suspended"),
+        (TRAIN, {"status": {"jobsStatus": [{"name": "node", "ready": 1}]}}, "running"),
+        (TRAIN, {"status": {"jobsStatus": [{"name": "node", "ready": 0}]}}, "created"),
+    ],
+)
+def test_a_state_is_read_from_any_true_condition(kind: object, job: dict, phase: str) -> None:
+    assert job_phase(kind, job)[0] == phase
+
+
+def pod(
+    name: str = "w-0", phase: str = "Running", container: dict | None = None, **status: object
+) -> dict:
+    """A pod as the API server gives it."""
+    states = [{"name": "pytorch", "restartCount": 0, **container}] if container else []
+    return {
+        "metadata": {
+            "name": name,
+            "uid": name,
+            "labels": {"training.kubeflow.org/replica-type": "master"},
+        },
+        "spec": {"nodeName": "n1"},
+        "status": {"phase": phase, "containerStatuses": states, **status},
+    }
+
+
+def ended(
+    code: int, reason: str = "Error", when: str = "2026-01-01T00:00:00Z", key: str = "state"
+) -> dict:
+    return {key: {"terminated": {"exitCode": code, "reason": reason, "finishedAt": when}}}
+
+
+@pytest.mark.parametrize(
+    ("found", "text"),
+    [
+        (pod(phase="Failed", container=ended(1)), "pod w-0 on node n1: Error, exit code 1"),
+        (
+            pod(phase="Failed", container=ended(139)),
+            "pod w-0 on node n1: Error, exit code 139 (SIGSEGV)",
+        ),
+        (
+            pod(phase="Failed", container=ended(137, "OOMKilled")),
+            "pod w-0 on node n1: OOMKilled, exit code 137 (SIGKILL)",
+        ),
+        (
+            pod(container=ended(137, "OOMKilled", key="lastState")),
+            "pod w-0 on node n1: OOMKilled, exit code 137 (SIGKILL)",
+        ),
+        (
+            pod(phase="Failed", reason="Evicted", message="The node was low on resource: memory. "),
+            "pod w-0 on node n1: Evicted: The node was low on resource: memory.",
+        ),
+        (
+            pod(
+                phase="Failed",
+                container=ended(143),
+                conditions=[
+                    {
+                        "type": "DisruptionTarget",
+                        "status": "True",
+                        "reason": "PreemptionByScheduler",
+                        "message": "preempted",
+                    }
+                ],
+            ),
+            "pod w-0 on node n1: PreemptionByScheduler, exit code 143 (SIGTERM): preempted",
+        ),
+    ],
+)
+def test_a_failed_pod_says_why(found: dict, text: str) -> None:
+    assert str(failure_reason(found)) == text
+
+
+def test_nothing_failed() -> None:
+    assert failure_reason(pod()) is None and blocking_reason(pod()) is None
+    assert failure_reason(pod(phase="Succeeded", container=ended(0, "Completed"))) is None
+
+
+def test_the_cause_is_what_stands_for_itself_or_came_first() -> None:
+    echo = failure_reason(pod("a", container=ended(1, when="2026-01-01T00:00:05Z")))
+    start = failure_reason(pod("b", container=ended(1, when="2026-01-01T00:00:04Z")))
+    killed = failure_reason(pod("c", container=ended(137, "OOMKilled", "2026-01-01T00:00:09Z")))
+    mended = failure_reason(
+        pod("d", container=ended(137, "OOMKilled", "2025-01-01T00:00:09Z", key="lastState"))
+    )
+    assert root_cause([echo, start]) is start
+    assert root_cause([echo, start, killed, mended]) is killed
+    assert root_cause([mended, echo]) is echo and root_cause([]) is None
+
+
+@pytest.mark.parametrize(
+    ("found", "text"),
+    [
+        (
+            pod(
+                phase="Pending",
+                container={
+                    "state": {"waiting": {"reason": "ImagePullBackOff", "message": "no such tag"}}
+                },
+            ),
+            "pod w-0: ImagePullBackOff: no such tag",
+        ),
+        (
+            pod(
+                phase="Pending",
+                conditions=[
+                    {
+                        "type": "PodScheduled",
+                        "status": "False",
+                        "reason": "Unschedulable",
+                        "message": "0/3 nodes are available",
+                    }
+                ],
+            ),
+            "pod w-0: Unschedulable: 0/3 nodes are available",
+        ),
+        (
+            pod(phase="Pending", container={"state": {"waiting": {"reason": "ContainerCreating"}}}),
+            "None",
+        ),
+    ],
+)
+def test_a_pod_that_does_not_start_says_why(found: dict, text: str) -> None:
+    assert str(blocking_reason(found)) == text
+
+
+@pytest.mark.parametrize(
+    ("kind", "nodes", "changes", "counts"),
+    [
+        ("pytorchjob", 2, {"nprocPerNode": "4"}, [8]),
+        ("pytorchjob", 3, {"nprocPerNode": "gpu"}, [3]),  # the template's containers have one
+        ("pytorchjob", 1, {"nprocPerNode": "auto"}, []),
+        ("pytorchjob", 4, {"nprocPerNode": "8", "elasticPolicy": {"minReplicas": 2}}, [16, 24, 32]),
+        ("trainjob", 2, {}, [2]),
+    ],
+)
+def test_the_number_of_processes_is_known_before_a_job_is_created(
+    kind: str, nodes: int, changes: dict, counts: list[int]
+) -> None:
+    template = yaml.safe_load(TEMPLATES[kind])
+    template["spec"].update(changes)
+    job = fill_template(yaml.safe_dump(template), KINDS[kind], request(nodes=nodes))
+    assert list(process_counts(KINDS[kind], job)) == counts

@@ -1,0 +1,304 @@
+"""The manifests as `kubectl kustomize` renders them: every overlay, every optional component, and planted typos."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from functools import cache
+from pathlib import Path
+
+import pytest
+import yaml
+
+from components.launcher.templates import KINDS, RESTARTS, SCHEDULE, JobRequest, fill_template
+from tests.conftest import ROOT
+from tests.helpers.manifests import GPU_TAINT, containers, insecure, kustomize, pods, problems
+from vitdet.config import recipes
+
+pytestmark = pytest.mark.skipif(not shutil.which("kubectl"), reason="needs kubectl")
+MANIFESTS = ROOT / "manifests"
+CLOUDS, GPUS = ("gke", "eks", "onprem"), ("a100", "h100", "h200")
+OVERLAYS = ("kind", *CLOUDS)
+# folder of the job -> folder of its kustomization in an overlay
+JOBS = {"pytorchjob": ".", "trainjob": "trainjob"}
+HEADER = "apiVersion: kustomize.config.k8s.io/v1beta1\nkind: Kustomization\n"
+
+
+@cache
+def overlay(name: str, part: str = ".") -> list[dict]:
+    return kustomize(MANIFESTS / "overlays" / name / part)
+
+
+def pools(
+    name: str, root: Path = MANIFESTS, cluster: list[dict] | None = None
+) -> dict[str, set[str]]:
+    """The labels of an overlay's GPU nodes -> their taints."""
+    nodes = root / "node-pools" / name
+    if name == "kind":
+        return {
+            ",".join(f"{key}={value}" for key, value in node["labels"].items()): set()
+            for node in yaml.safe_load((nodes / "cluster.yaml").read_text())["nodes"]
+        }
+    if name == "onprem":  # the commands that README.md has repeated
+        text = (nodes / "kustomization.yaml").read_text()
+        (label,) = re.findall(r"kubectl label nodes -l \S+ (\S+)", text)
+        (taint,) = re.findall(rf"kubectl taint nodes -l {label} (\S+)=present:NoSchedule", text)
+        return {label: {taint}}
+    found = {}
+    for document in overlay(name, "cluster") if cluster is None else cluster:
+        if document["kind"] == "ComputeClass":
+            # by GKE itself
+            found[f"cloud.google.com/compute-class={document['metadata']['name']}"] = {GPU_TAINT}
+        elif document["kind"] == "NodePool":
+            template = document["spec"]["template"]
+            labels = ",".join(
+                f"{key}={value}" for key, value in template["metadata"]["labels"].items()
+            )
+            found[labels] = {taint["key"] for taint in template["spec"]["taints"]}
+    return found
+
+
+def build(
+    root: Path, name: str, resources: list[str], components: list[str], extra: str = ""
+) -> list[dict]:
+    """A kustomization of an overlay's values, these resources and components, in a copy of manifests/."""
+    folder = root / "overlays" / name / "made"
+    folder.mkdir(exist_ok=True)
+    listed = {
+        "resources": ["../values", *(f"../../../{each}" for each in resources)],
+        "components": [f"../../../{each}" for each in components],
+    }
+    (folder / "kustomization.yaml").write_text(HEADER + yaml.safe_dump(listed) + extra)
+    return kustomize(folder)
+
+
+@pytest.fixture
+def copy(tmp_path: Path) -> Path:
+    return shutil.copytree(MANIFESTS, tmp_path / "manifests")
+
+
+@pytest.mark.parametrize("part", JOBS)
+@pytest.mark.parametrize("name", OVERLAYS)
+def test_torchrun_waits_for_its_processes_as_long_as_their_pod_may(name: str, part: str) -> None:
+    found = [pod for _, pod in pods(overlay(name, JOBS[part]))]
+    assert len(found) == {"pytorchjob": 2, "trainjob": 1}[part]  # Master and Worker; the runtime's
+    for pod in found:
+        (container,) = pod["spec"]["containers"]
+        values = {entry["name"]: entry.get("value") for entry in container["env"]}
+        grace = pod["spec"]["terminationGracePeriodSeconds"]
+        assert 0.8 * grace <= int(values["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"]) < grace
+
+
+@pytest.mark.parametrize("part", ["pytorchjob", "trainjob"])
+@pytest.mark.parametrize("name", OVERLAYS)
+def test_an_overlay_is_right(name: str, part: str) -> None:
+    jobs = overlay(name, JOBS[part])
+    # before the job that names it
+    runtime = "TrainingRuntime" if name == "kind" else "ClusterTrainingRuntime"
+    assert [job["kind"] for job in jobs] == {
+        "pytorchjob": ["PyTorchJob"],
+        "trainjob": [runtime, "TrainJob"],
+    }[part]
+    assert problems(overlay(name, "cluster"), jobs, pools(name)) == []
+
+
+@pytest.mark.parametrize("job", JOBS)
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["rdma"],
+        ["volcano"],
+        ["coscheduling"],
+        ["kueue"],
+        ["profile"],
+        ["+elastic"],
+        ["rdma", "kueue", "+elastic"],
+    ],
+    ids="-".join,
+)
+def test_an_option_is_right(options: list[str], job: str, copy: Path) -> None:
+    before = [f"components/{option}" for option in options if option[0] != "+"]
+    after = [f"components/{option[1:]}" for option in options if option[0] == "+"]
+    jobs = build(copy, "onprem", [job], ["node-pools/onprem", *before, "components/values", *after])
+    assert jobs != overlay("onprem", JOBS[job]) or (job == "trainjob" and options == ["+elastic"])
+    assert problems(overlay("onprem", "cluster"), jobs, pools("onprem")) == []
+    if after and job == "pytorchjob":
+        spec = jobs[0]["spec"]
+        assert {
+            role: replica["replicas"] for role, replica in spec["pytorchReplicaSpecs"].items()
+        } == {"Worker": 2}
+        assert (spec["elasticPolicy"]["minReplicas"], spec["elasticPolicy"]["maxReplicas"]) == (
+            1,
+            2,
+        )
+
+
+@pytest.mark.parametrize("gpu", GPUS)
+def test_one_line_changes_the_gpu_and_one_the_price(gpu: str, copy: Path) -> None:
+    for name in CLOUDS:
+        chosen = copy / "overlays" / name / "values" / "kustomization.yaml"
+        assert "components/h100" in chosen.read_text()
+        chosen.write_text(
+            chosen.read_text().replace("components/h100", f"components/{gpu}")
+            + "  - ../../../components/spot\n"
+        )
+        text = yaml.safe_dump_all(
+            kustomize(copy / "overlays" / name / ("cluster" if name != "onprem" else "."))
+        )
+        family = {"a100": "p4de", "h100": "p5", "h200": "p5en"}[gpu]
+        words = {
+            "gke": f"type: nvidia-{gpu}-",
+            "eks": f"- {family}\n",
+            "onprem": f"- NVIDIA-{gpu.upper()}",
+        }[name]
+        assert words in text
+        assert {"gke": "spot: true", "eks": "- spot\n", "onprem": ""}[name] in text
+        (job,), (runtime, _) = (
+            kustomize(copy / "overlays" / name),
+            kustomize(copy / "overlays" / name / "trainjob"),
+        )
+        limits = (
+            job["spec"]["runPolicy"]["backoffLimit"],
+            runtime["spec"]["template"]["spec"]["failurePolicy"]["maxRestarts"],
+        )
+        assert limits == (50, 50)
+
+
+@pytest.mark.parametrize("name", OVERLAYS)
+def test_every_value_reaches_its_place(name: str, copy: Path) -> None:
+    file = copy / "overlays" / name / "values" / "values.yaml"
+    values = yaml.safe_load(file.read_text())
+    marks = {key: str(70_001 + number) for number, key in enumerate(values["data"])}
+    marks |= {"spot": "true"} if "spot" in marks else {}  # kustomize keeps a place's type
+    file.write_text(yaml.safe_dump({**values, "data": marks}))
+    folder = copy / "overlays" / name
+    rendered = [*kustomize(folder), *kustomize(folder / "trainjob"), *kustomize(folder / "cluster")]
+    queues = ["components/kueue-queues"] if name != "kind" else []
+    rendered += build(copy, name, ["shared"], [*queues, "components/values"])
+    rendered += build(copy, name, ["pytorchjob"], ["components/values", "components/elastic"])
+    text = yaml.safe_dump_all(rendered)
+    assert [key for key, mark in marks.items() if not re.search(rf"\b{mark}\b", text)] == []
+    places = {document["metadata"].get("namespace", marks["namespace"]) for document in rendered}
+    assert places == {marks["namespace"]}
+    file.write_text(
+        yaml.safe_dump(
+            {**values, "data": {key: value for key, value in marks.items() if key != "pool"}}
+        )
+    )
+    with pytest.raises(ValueError, match="data.pool"):
+        kustomize(folder)
+
+
+@pytest.mark.parametrize("name", OVERLAYS)
+def test_both_kinds_run_the_same(name: str) -> None:
+    (job,), (runtime, trainjob) = overlay(name), overlay(name, "trainjob")
+    master, worker = (
+        job["spec"]["pytorchReplicaSpecs"][role]["template"] for role in ("Master", "Worker")
+    )
+    assert master == worker
+    ((_, node),) = pods([runtime])
+    # the volume, by its claim
+    node = json.loads(json.dumps(node).replace('"name": "vitdet-data"', '"name": "data"'))
+    node["spec"].pop("restartPolicy", None)
+    ours, theirs = master["spec"]["containers"][0], node["spec"]["containers"][0]
+    assert ours["args"] == trainjob["spec"]["trainer"]["args"] and ours["args"][0] == "train"
+    assert ours["args"][1] in recipes()
+    assert theirs["image"] == trainjob["spec"]["trainer"]["image"]
+    # a PyTorchJob's nodes meet by c10d
+    assert ours["command"][0] == theirs["command"][0] == "torchrun"
+    assert ours["command"][-2:] == theirs["command"][-2:] == ["-m", "vitdet"]
+    own = ("name", "args", "ports", "command")
+    assert {
+        **master,
+        "spec": {**master["spec"], "containers": [{k: v for k, v in ours.items() if k not in own}]},
+    } == {
+        **node,
+        "spec": {**node["spec"], "containers": [{k: v for k, v in theirs.items() if k not in own}]},
+    }
+    gpus = ours["resources"]["limits"].get("nvidia.com/gpu", 1)
+    assert trainjob["spec"]["trainer"]["numProcPerNode"] == gpus
+    assert job["spec"]["nprocPerNode"] == ("gpu" if name != "kind" else "1")
+    assert (
+        trainjob["spec"]["trainer"]["numNodes"]
+        == 1 + job["spec"]["pytorchReplicaSpecs"]["Worker"]["replicas"]
+    )
+
+
+@pytest.mark.parametrize("nodes", [1, 3])
+@pytest.mark.parametrize("name", OVERLAYS)
+def test_the_launcher_s_job_is_right_too(name: str, nodes: int) -> None:
+    jobs = []
+    for kind, part in JOBS.items():
+        request = JobRequest(
+            "vitdet-x", "vitdet", {"vitdet/run": "r"}, "", ["train", "x.yaml"], nodes, ""
+        )
+        *others, job = overlay(name, part)
+        jobs += [*others, fill_template(yaml.safe_dump(job), KINDS[kind], request)]
+    assert problems(overlay(name, "cluster"), jobs, pools(name)) == []
+    assert len(jobs[0]["spec"]["pytorchReplicaSpecs"]) == min(nodes, 2)
+    assert jobs[0]["metadata"]["annotations"] == {SCHEDULE: "3600", RESTARTS: "6"}
+    assert jobs[-1]["metadata"]["annotations"] == {SCHEDULE: "3600"}
+    assert "backoffLimit" not in jobs[0]["spec"]["runPolicy"]  # the launcher counts by cause
+
+
+@pytest.mark.parametrize("name", CLOUDS)
+def test_another_pool_s_trainjob_has_a_runtime_of_its_own(name: str, copy: Path) -> None:
+    file = copy / "overlays" / name / "values" / "values.yaml"
+    file.write_text(file.read_text().replace("pool: gpu-train", "pool: small"))
+    (runtime, job), (first, _) = (
+        kustomize(copy / "overlays" / name / "trainjob"),
+        overlay(name, "trainjob"),
+    )
+    assert runtime["metadata"]["name"] == job["spec"]["runtimeRef"]["name"] == "vitdet-small"
+    assert first["metadata"]["name"] == "vitdet-gpu-train"
+    ((_, pod),) = pods([runtime])
+    assert list(pod["spec"]["nodeSelector"].values()) == ["small"]
+
+
+def test_another_pool_is_another_compute_class() -> None:
+    request = JobRequest("x", "vitdet", {}, "", ["train"], 2, "small")
+    job = fill_template(yaml.safe_dump(overlay("gke")[0]), KINDS["pytorchjob"], request)
+    assert [pod["spec"]["nodeSelector"] for _, pod in pods([job])] == [
+        {"cloud.google.com/compute-class": "small"}
+    ] * 2
+
+
+def test_passwords_and_answers_of_users_stand_where_they_should() -> None:
+    for name in CLOUDS:
+        assert not [
+            document for document in overlay(name, "cluster") if document["kind"] == "Secret"
+        ]
+        text = yaml.safe_dump_all([*overlay(name), *overlay(name, "cluster")])
+        assert {"gke": 1, "eks": 6, "onprem": 0}[name] == text.count("YOUR-"), (
+            "what README.md has users fill in"
+        )
+
+
+def test_the_operator_s_init_container_meets_restricted() -> None:
+    (template,) = kustomize(MANIFESTS / "training-operator")
+    text = re.sub(r"{{[.](\w+)}}", r"\1", template["data"]["initContainer.yaml"])
+    _, pod = next(pods(overlay("kind")))
+    added = yaml.safe_load(text)[0]
+    # which it does without: its root stays unwritten
+    added["volumeMounts"] = [{"name": "tmp", "mountPath": "/tmp"}]
+    assert insecure("", {**pod, "spec": {**pod["spec"], "initContainers": [added]}}, set()) == []
+    patch = yaml.safe_load((MANIFESTS / "training-operator" / "deployment-patch.yaml").read_text())
+    (volume,) = patch["spec"]["template"]["spec"]["volumes"]
+    assert volume["configMap"]["name"] == template["metadata"]["name"]
+
+
+def test_images_are_ours_or_pinned_by_digest() -> None:
+    images = {
+        one["image"]
+        for name in OVERLAYS
+        for part in (".", "trainjob", "cluster")
+        for _, pod in pods(overlay(name, part))
+        for one in containers(pod)
+    }
+    ours = {
+        image
+        for image in images
+        if re.fullmatch(r"(registry[.]example[.]com/)?vitdet:\d+[.]\d+[.]\d+", image)
+    }
+    assert ours and all("@sha256:" in image for image in images - ours), images - ours

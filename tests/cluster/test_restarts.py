@@ -1,0 +1,360 @@
+"""Failures of a job by their cause: disruptions are not counted, errors are, memory ends the job."""
+
+from __future__ import annotations
+
+from itertools import product
+
+import pytest
+
+from components.launcher.restarts import Restarts, is_disruption
+from components.launcher.status import failure_reason
+from tests.cluster.test_following import RUNNING, Record, follow, unschedulable
+from tests.cluster.test_launcher import OWNER, ended, filled, pod
+
+NODE_LOST = {"type": "DisruptionTarget", "status": "True", "reason": "DeletionByTaintManager"}
+
+
+def crashed(name: str, times: int, code: int = 1, reason: str = "Error") -> dict:
+    """A pod whose container was restarted in place."""
+    return pod(name, container={**ended(code, reason, key="lastState"), "restartCount": times})
+
+
+def lost(name: str, uid: str = "") -> dict:
+    """A pod that its node took along, with a condition as of Kubernetes 1.26."""
+    found = pod(name, "Failed", container=ended(143), conditions=[NODE_LOST])
+    found["metadata"]["uid"] = uid or name
+    return found
+
+
+def named(name: str, uid: str) -> dict:
+    found = pod(name)
+    found["metadata"]["uid"] = uid
+    return found
+
+
+def counted(*looks: list[dict], step: float = 5.0) -> Restarts:
+    """The count after the pods were seen like this, `step` seconds apart."""
+    restarts = Restarts()
+    for number, pods in enumerate(looks):
+        for one in pods:
+            restarts.observe(one, "pytorch", number * step)
+        restarts.complete_poll(pods, 2, number * step)
+    return restarts
+
+
+HEALTHY = [pod("m"), pod("w")]
+SUCCEEDED = ({"status": {"conditions": [{"type": "Succeeded", "status": "True"}]}}, [])
+
+
+def test_one_error_that_ends_all_pods_counts_once() -> None:
+    found = counted(HEALTHY, [crashed("m", 1), pod("w")], [crashed("m", 1), crashed("w", 1)])
+    assert (found.errors, found.disruptions) == (1, 0)
+
+
+def test_an_error_counts_again_after_each_restart_also_between_two_polls() -> None:
+    looks = [[crashed("m", times), crashed("w", times)] for times in (1, 2, 5)]
+    assert counted(HEALTHY, *looks).errors == 5
+
+
+def test_a_lost_node_that_is_reported_minutes_after_its_peers_failed_is_no_error() -> None:
+    failed = [crashed("m", 1), pod("w")]
+    found = counted(HEALTHY, failed, [crashed("m", 1), lost("w")], step=240)
+    assert (found.errors, found.disruptions) == (0, 1)
+    # the same pod: its container failed before its node was declared lost
+    found = counted(HEALTHY, [pod("m"), pod("w", "Failed", container=ended(143))], [lost("w")])
+    assert found.errors == 0
+
+
+def test_a_node_that_does_not_respond_is_a_disruption_before_its_pods_are_evicted() -> None:
+    silent = pod("w", container={"state": {"running": {}}, "ready": True})
+    silent["status"]["conditions"] = [{"type": "Ready", "status": "False"}]
+    found = counted(HEALTHY, [crashed("m", 1), silent])
+    assert (found.errors, found.disruptions) == (0, 1)
+    starting = pod("w", container={"state": {"running": {}}, "ready": False})
+    starting["status"]["conditions"] = [{"type": "Ready", "status": "False"}]
+    assert counted(HEALTHY, [crashed("m", 1), starting]).errors == 1
+
+
+def test_a_pod_that_is_replaced_without_a_failure_was_deleted_with_its_node() -> None:
+    found = counted(HEALTHY, [crashed("m", 1), named("w", "second")])
+    assert (found.errors, found.disruptions) == (0, 1)
+    assert counted(HEALTHY, [pod("m")]).disruptions == 1
+
+
+def test_pods_that_wait_for_a_lost_one_and_fail_again_and_again_are_no_errors() -> None:
+    looks = [
+        HEALTHY,
+        [crashed("m", 1), lost("w")],
+        *([crashed("m", times), unschedulable("w")] for times in range(1, 9)),
+    ]
+    found = counted(*looks, step=700)
+    assert found.errors == 0
+    found = counted(*looks, [crashed("m", 8), named("w", "new")], [crashed("m", 9)], step=700)
+    assert found.errors == 0  # w is gone again
+
+
+def backing_off(name: str, times: int) -> dict:
+    """A pod whose container has failed so many times, and waits for its restart."""
+    found = crashed(name, times - 1)
+    found["status"]["containerStatuses"][0]["state"] = {"waiting": {"reason": "CrashLoopBackOff"}}
+    return found
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+def test_pods_that_wait_for_one_in_back_off_and_fail_too_are_not_a_second_error(
+    reverse: bool,
+) -> None:
+    """In whichever order a poll lists the two."""
+
+    def count(*looks: list[dict]) -> Restarts:
+        return counted(HEALTHY, *(look[::-1] if reverse else look for look in looks))
+
+    waiting = backing_off("m", 1)
+    first = [waiting, crashed("w", 1)]
+    peers = [[waiting, backing_off("w", 2)], [waiting, crashed("w", 2)], [waiting, crashed("w", 3)]]
+    found = count(first, *peers, [crashed("m", 1), crashed("w", 3)])
+    assert (found.errors, found.disruptions) == (1, 0)
+    # w fails again after m was restarted: another error
+    found = count(first, [crashed("m", 1), crashed("w", 1)], [pod("m"), crashed("w", 2)])
+    assert found.errors == 2
+    # m fails again after its restart, and w waits for that
+    found = count(first, [crashed("m", 1), crashed("w", 1)], [backing_off("m", 2), crashed("w", 2)])
+    assert found.errors == 2
+
+
+# Seconds that the kubelet waits before each restart
+BACK_OFFS = (10, 20, 40, 80, 160, 300, 300, 300, 300)
+
+
+def looping(name: str, start: float, run: float, terminated: float, now: float) -> dict:
+    """A pod of a crash loop: fails after `run` seconds, restarts after the kubelet's back-offs.
+
+    terminated: how long the kubelet reports that state before it reports the back-off.
+    """
+    failed_at = start + run
+    for failures, delay in enumerate(BACK_OFFS, 1):
+        if now < failed_at:
+            return crashed(name, failures - 1) if failures > 1 else pod(name)
+        if now < failed_at + terminated:
+            return pod(name, container={**ended(1), "restartCount": failures - 1})
+        if now < failed_at + delay:
+            return backing_off(name, failures)
+        failed_at += delay + run
+    raise AssertionError("the crash loop lasts longer than it should")
+
+
+@pytest.mark.parametrize("pods", [1, 2, 8])
+def test_each_round_of_a_crash_loop_counts(pods: int) -> None:
+    """Although the other pods are in back-off whenever one of them fails."""
+    for run, terminated, apart in product((2.0, 20.0), (0.0, 1.0), (0.0, 0.7, 1.6)):
+        crash_loop_of_seven_rounds(pods, run, terminated, apart)
+
+
+def crash_loop_of_seven_rounds(pods: int, run: float, terminated: float, apart: float) -> None:
+    restarts, now = Restarts(), 0.0
+    seventh = 7 * run + sum(BACK_OFFS[:6])
+    while restarts.decided_errors(now) < 7:
+        found = [looping(f"w{n}", n * apart, run, terminated, now) for n in range(pods)]
+        for one in found:
+            restarts.observe(one, "pytorch", now)
+        restarts.complete_poll(found, pods, now)
+        assert restarts.errors < 7 or now >= seventh  # the pods of one round count once
+        now += 5.0
+    assert now < 2 * seventh
+
+
+def test_two_errors_that_are_far_apart_are_two() -> None:
+    assert (
+        counted(
+            HEALTHY, [crashed("m", 1), pod("w")], [crashed("m", 1), crashed("w", 1)], step=700
+        ).errors
+        == 2
+    )
+
+
+def test_many_evictions_are_no_error() -> None:
+    looks = [HEALTHY]
+    for number in range(50):
+        uid = f"w{number}"
+        looks += [
+            [crashed("m", number + 1), lost("w", uid)],
+            [crashed("m", number + 1), named("w", f"w{number + 1}")],
+        ]
+    found = counted(*looks, step=120)
+    assert found.errors == 0 and found.disruptions >= 10
+
+
+@pytest.mark.parametrize(
+    ("status", "disruption"),
+    [
+        ({"reason": "Evicted", "message": "The node was low on resource: memory."}, True),
+        (
+            {"reason": "Evicted", "message": 'EmptyDir volume "tmp" exceeds the limit "20Gi".'},
+            False,
+        ),
+        ({"reason": "NodeLost"}, True),
+        ({"reason": "NodeShutdown"}, True),
+        (
+            {"reason": "Terminated", "message": "Pod was terminated in response to node shutdown"},
+            True,
+        ),
+        ({"reason": "Preempting"}, True),
+        ({"reason": "OutOfnvidia.com/gpu"}, True),
+        ({"reason": "UnexpectedAdmissionError"}, True),
+        ({"reason": "DeadlineExceeded"}, False),
+        ({"conditions": [NODE_LOST]}, True),
+        ({"conditions": [{**NODE_LOST, "status": "False"}]}, False),
+    ],
+)
+def test_what_ends_a_pod_from_outside_is_a_disruption(status: dict, disruption: bool) -> None:
+    failed = pod(phase="Failed", container=ended(137), **status)
+    assert is_disruption(failure_reason(failed), failed) == disruption
+
+
+@pytest.mark.parametrize(
+    ("ended_at", "disruption"), [("2026-01-01T00:00:05Z", True), ("2026-01-01T00:00:01Z", False)]
+)
+def test_a_pod_that_ends_because_it_is_deleted_is_not_one_that_is_deleted_because_it_failed(
+    ended_at: str, disruption: bool
+) -> None:
+    failed = pod(phase="Failed", container=ended(1, when=ended_at))
+    failed["metadata"] |= {
+        "deletionTimestamp": "2026-01-01T00:00:33Z",
+        "deletionGracePeriodSeconds": 30,
+    }
+    assert is_disruption(failure_reason(failed), failed) == disruption
+
+
+def limited(restarts: str = "2") -> dict:
+    job = filled(owner=OWNER)
+    job["metadata"]["annotations"] = {"vitdet/restarts": restarts}
+    return job
+
+
+def test_a_job_ends_after_the_errors_that_its_file_allows() -> None:
+    looks = [(RUNNING, [crashed("m", times), crashed("w", times)]) for times in range(1, 6)]
+    record = Record((RUNNING, HEALTHY), *looks)
+    record.logs["m previous"] = ["2026-01-01T00:00:00Z ValueError: bad image"]
+    lines, error = follow(record, limited())
+    assert error.startswith("PyTorchJob vitdet-tiny-1 has failed 3 times\ncause: pod m on node n1")
+    assert error.endswith("ValueError: bad image; it is suspended")
+    assert record.asked == ["create", "halt"] and record.annotations["vitdet/errors"] == "3"
+    assert [line for line in lines if "errors" in line] == [
+        "launcher: errors: 1 of at most 2",
+        "launcher: errors: 2 of at most 2; the next one ends the job",
+    ]
+
+
+def test_errors_between_two_polls_count_too() -> None:
+    record = Record((RUNNING, HEALTHY), (RUNNING, [crashed("m", 3), crashed("w", 3)]))
+    record.flicker = [crashed(name, times) for times in (1, 2, 3) for name in ("m", "w")]
+    assert "has failed 3 times" in follow(record, limited())[1]
+
+
+def test_the_next_launcher_goes_on_counting() -> None:
+    there = {
+        "metadata": {**limited()["metadata"], "annotations": {"vitdet/errors": "2"}},
+        **RUNNING,
+    }
+    looks = [(RUNNING, [crashed("m", times), crashed("w", times)]) for times in (4, 5)]
+    record = Record(*looks, there=there)
+    assert follow(record, limited())[1].startswith("PyTorchJob vitdet-tiny-1 has failed 3 times")
+
+
+def test_an_error_is_stored_when_no_lost_node_can_explain_it() -> None:
+    """A launcher that is replaced before would hand it on as an error for good."""
+    undecided = (RUNNING, [crashed("m", 1), pod("w")])
+    record = Record((RUNNING, HEALTHY), undecided, undecided, SUCCEEDED)
+    assert follow(record, limited())[1] == "" and "vitdet/errors" not in record.annotations
+    decided = (RUNNING, [crashed("m", 1), crashed("w", 1)])
+    record = Record((RUNNING, HEALTHY), undecided, decided, SUCCEEDED)
+    assert follow(record, limited())[1] == "" and record.annotations["vitdet/errors"] == "1"
+
+
+def test_the_last_error_waits_for_the_node_of_a_pod_that_has_not_failed() -> None:
+    deciding = (RUNNING, [crashed("m", 1), pod("w")])
+    gone = (RUNNING, [crashed("m", 1), lost("w")])
+    back = (RUNNING, [crashed("m", 1), named("w", "new")])
+    record = Record((RUNNING, HEALTHY), deciding, deciding, gone, back, SUCCEEDED)
+    assert follow(record, limited("0"))[1] == ""
+    # without a lost node the second error of the same pod ends the job because of the first one
+    twice = (RUNNING, [crashed("m", 2), pod("w")])
+    record = Record((RUNNING, HEALTHY), deciding, deciding, twice)
+    lines, error = follow(record, limited("0"))
+    assert "has failed 1 time\n" in error and record.annotations["vitdet/errors"] == "1"
+    assert not any("at most" in line for line in lines)
+
+
+def test_errors_of_an_elastic_job_count_while_it_waits_for_more_nodes() -> None:
+    job = limited("2")
+    job["spec"]["elasticPolicy"] = {"minReplicas": 1}
+    looks = [(RUNNING, [crashed("m", times), unschedulable("w")]) for times in range(7)]
+    assert "has failed 3 times" in follow(Record(*looks), job)[1]
+
+
+def test_a_pod_on_a_dead_node_keeps_the_others_failures_from_counting() -> None:
+    dead = pod("w", container={"state": {"running": {}}, "ready": True})
+    dead["status"]["conditions"] = [{"type": "Ready", "status": "False"}]
+    deleted = pod("w")
+    deleted["metadata"]["deletionTimestamp"] = "2026-01-01T00:00:00Z"
+    for gone in (dead, deleted):
+        looks = [[crashed("m", times), gone] for times in range(9)]
+        found = counted(HEALTHY, [crashed("m", 0), gone], *looks, step=700)
+        assert found.errors == 0
+
+
+def test_a_node_that_comes_and_goes_is_a_disruption_each_time() -> None:
+    silent = pod("w", container={"state": {"running": {}}, "ready": True})
+    silent["status"]["conditions"] = [{"type": "Ready", "status": "False"}]
+    looks = [HEALTHY]
+    for number in range(1, 6):
+        looks += [[crashed("m", number), silent], [crashed("m", number), pod("w")]]
+    found = counted(*looks, step=700)
+    assert (found.errors, found.disruptions >= 5) == (0, True)
+
+
+def test_the_pods_of_a_deleted_job_with_the_same_name_are_not_looked_at() -> None:
+    old = crashed("w", 1, 137, "OOMKilled")
+    old["metadata"]["creationTimestamp"] = "2026-01-01T00:00:00Z"
+    job = {"metadata": {**filled()["metadata"], "creationTimestamp": "2026-01-01T00:00:09Z"}}
+    done = {"status": {"conditions": [{"type": "Succeeded", "status": "True"}]}}
+    assert follow(Record(({**RUNNING, **job}, [old]), ({**done, **job}, [])))[1] == ""
+
+
+@pytest.mark.parametrize(
+    ("failed", "log", "advice"),
+    [
+        (crashed("w", 1, 137, "OOMKilled"), "step 5", "raise the memory limit of the pods"),
+        (
+            crashed("w", 1),
+            "[rank3]:torch.OutOfMemoryError: CUDA out of memory.",
+            "too many images for the memory of a GPU",
+        ),
+    ],
+)
+def test_lack_of_memory_is_not_retried_and_says_what_to_change(
+    failed: dict, log: str, advice: str
+) -> None:
+    record = Record((RUNNING, HEALTHY), (RUNNING, [pod("m"), failed]))
+    record.logs["w previous"] = [f"2026-01-01T00:00:00Z {log}"]
+    _, error = follow(record, limited("100"))
+    assert f"ran out of memory: {advice}" in error
+    assert record.asked == ["create", "halt"]
+
+
+def test_a_training_that_has_run_waits_for_a_lost_node_as_long_as_its_deadline() -> None:
+    waiting = (RUNNING, [pod("m"), unschedulable("w")])
+    record = Record((RUNNING, HEALTHY), *[waiting] * 50, (RUNNING, HEALTHY), ({"status": {}}, []))
+    record.looks[-1] = (
+        {**RUNNING, "status": {"conditions": [{"type": "Succeeded", "status": "True"}]}},
+        [],
+    )
+    lines, error = follow(record)
+    assert error == "" and record.annotations["vitdet/started"] == "true"
+    (told,) = [line for line in lines if "Unschedulable" in line]
+    assert told.startswith(
+        "launcher: PyTorchJob vitdet-tiny-1 lost a pod, waiting for another: pod w"
+    )
+    # before all pods have run together, an hour is enough (in these tests: 0.1 s)
+    _, error = follow(Record((RUNNING, [pod("m"), unschedulable("w")])))
+    assert "cannot start" in error

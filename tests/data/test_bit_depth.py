@@ -1,0 +1,222 @@
+"""Grey values of 10 to 14 bits in files of 16: read with data.bit_depth, and reported by `data check --images`."""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.cli.test_cli import Run, refused
+from tests.data.test_odd_images import Watcher, data_set
+from tests.helpers.odd_files import GREY, HIGH, MANY, WIDE, drawn, rgb
+from vitdet.data.check import check
+from vitdet.data.coco import ImageError
+from vitdet.data.images import Reading, examine, open_image, read_image, upright
+from vitdet.data.loader import train_loader, val_loader
+from vitdet.predictor import Predictor
+
+DEEP = MANY[..., 0] >> 4  # of 12 bits
+SEEN = (DEEP >> 4).astype(np.uint8)
+TWELVE = Reading(bit_depth=12)
+
+
+def as_png(path: Path, pixels: np.ndarray) -> None:
+    drawn(0, pixels.astype(">u2"), rgb(GREY))(path)
+
+
+def as_tiff(path: Path, pixels: np.ndarray) -> None:
+    Image.fromarray(pixels.astype("<u2")).save(path, "TIFF")
+
+
+def as_tiff_of_32_bits(path: Path, pixels: np.ndarray) -> None:
+    Image.fromarray(pixels.astype(np.int32)).save(path, "TIFF")
+
+
+def as_pgm(path: Path, pixels: np.ndarray, limit: int = 65535) -> None:
+    path.write_bytes(f"P5 {WIDE} {HIGH} {limit}\n".encode() + pixels.astype(">u2").tobytes())
+
+
+def as_plain_pgm(path: Path, pixels: np.ndarray, limit: int = 65535) -> None:
+    path.write_text(f"P2 {WIDE} {HIGH} {limit}\n" + " ".join(map(str, pixels.ravel().tolist())))
+
+
+FILES = {one.__name__: one for one in (as_png, as_tiff, as_tiff_of_32_bits, as_pgm, as_plain_pgm)}
+Write = Callable[[Path, np.ndarray], None]
+
+
+@pytest.mark.parametrize("write", FILES.values(), ids=FILES)
+@pytest.mark.parametrize("depth", [8, 10, 12, 14, 16])
+def test_values_of_any_depth_become_eight_bits(write: Write, depth: int, tmp_path: Path) -> None:
+    data, path = data_set(tmp_path, (HIGH, WIDE)), tmp_path / "odd" / "odd.jpg"
+    write(path, MANY[..., 0].astype(int) >> (16 - depth))
+    data = replace(data, bit_depth=depth)
+    reading = Reading.of(data)
+    expected = rgb((MANY[..., 0] >> 8).astype(np.uint8))
+    assert np.array_equal(open_image(path, reading), expected)
+    with Image.open(path) as file:
+        assert np.array_equal(read_image(file, reading), expected)
+    canvas = np.s_[0, :, :HIGH, :WIDE]
+    for loader in (train_loader(data, 1, 0, 0, 1), val_loader(data, 1)):
+        seen = next(iter(loader)).images.numpy()[canvas].transpose(1, 2, 0)
+        assert np.array_equal(seen, expected)
+    predictor = Predictor(Watcher(), ("thing",), data.image_size, reading=reading)
+    predictor(path)
+    assert np.array_equal(predictor.detector.images.numpy()[canvas].transpose(1, 2, 0), expected)
+
+
+@pytest.mark.parametrize("write", [as_pgm, as_plain_pgm])
+@pytest.mark.parametrize("reading", [Reading(), TWELVE])
+def test_a_depth_that_the_file_states_needs_no_setting(
+    write: Callable[[Path, np.ndarray, int], None], reading: Reading, tmp_path: Path
+) -> None:
+    path = tmp_path / "x.pgm"
+    write(path, DEEP.astype(int), 4095)
+    assert np.abs(np.asarray(open_image(path, reading)).astype(int) - rgb(SEEN)).max() <= 1
+    assert examine(path.read_bytes(), reading).highest is None
+
+
+def test_a_tiff_states_its_bits(tmp_path: Path) -> None:
+    pairs = DEEP.astype(int).reshape(-1, 2)
+    packed = np.stack(  # 12 bits each, the upper ones first
+        [pairs[:, 0] >> 4, (pairs[:, 0] & 15) << 4 | pairs[:, 1] >> 8, pairs[:, 1] & 255], axis=1
+    ).astype(np.uint8)
+    # width, height, bits, no compression, black is 0, place of the pixels, samples, rows, bytes
+    tags = {256: WIDE, 257: HIGH, 258: 12, 259: 1, 262: 1, 273: 0, 277: 1, 278: HIGH}
+    tags[279] = packed.size
+    tags[273] = 8 + 2 + 12 * len(tags) + 4
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
+    head = b"II*\0" + struct.pack("<IH", 8, len(tags)) + entries + bytes(4)
+    (tmp_path / "x.tif").write_bytes(head + packed.tobytes())
+    for reading in (Reading(), Reading(bit_depth=14)):
+        assert np.array_equal(open_image(tmp_path / "x.tif", reading), rgb(SEEN))
+
+
+@pytest.mark.parametrize("reading", [Reading(), Reading(bit_depth=8), TWELVE])
+def test_eight_bits_stay_as_they_are(reading: Reading, tmp_path: Path) -> None:
+    path = tmp_path / "x.png"
+    Image.fromarray(GREY).save(path)
+    assert np.array_equal(open_image(path, reading), rgb(GREY))
+
+
+@pytest.mark.parametrize("write", FILES.values(), ids=FILES)
+def test_values_beyond_the_depth_are_refused(write: Write, tmp_path: Path) -> None:
+    data, path = data_set(tmp_path, (HIGH, WIDE)), tmp_path / "odd" / "odd.jpg"
+    write(path, np.full((HIGH, WIDE), 4096))
+    says = "its pixels reach 4096, more than the 4095 of 12 bits; data.bit_depth has to hold"
+    for reader in (
+        lambda: next(iter(train_loader(replace(data, bit_depth=12), 1, 0, 0, 1))),
+        lambda: examine(path.read_bytes(), TWELVE),
+        lambda: open_image(path, TWELVE),
+    ):
+        with pytest.raises((ValueError, ImageError), match=says):
+            reader()
+    assert says in "\n".join(check(tmp_path, reading=TWELVE).lines())
+
+
+@pytest.mark.parametrize("kind", [2, 6])
+def test_colours_of_sixteen_bits_have_no_depth(kind: int, tmp_path: Path) -> None:
+    data_set(tmp_path, (HIGH, WIDE))
+    path = tmp_path / "odd" / "odd.jpg"
+    pixels = MANY[..., : 3 if kind == 2 else 4] >> 4
+    drawn(kind, pixels.astype(">u2"), rgb(GREY))(path)
+    for reader in (
+        lambda: open_image(path, TWELVE),
+        lambda: examine(path.read_bytes(), TWELVE),
+        lambda: upright(Image.open(path), TWELVE),
+    ):
+        with pytest.raises(ValueError, match="data.bit_depth=12 is for grey; save it with 8 bits"):
+            reader()
+    assert check(tmp_path).lines()[-3:-1] == [
+        "warnings: 1",
+        "  1 x image of 16 bits with values of 12, read as nearly black (save it with 8 bits a channel)",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("highest", "says"),
+    [
+        ((1023, 40), "data.bit_depth=10"),
+        ((900, 4080), "data.bit_depth=12"),
+        ((16383, 5), "data.bit_depth=14"),
+        ((16384, 5), ""),
+        ((65535, 1023), ""),
+    ],
+)
+def test_check_sees_the_range_of_all_images(
+    vitdet: Run, tmp_path: Path, highest: tuple[int, int], says: str
+) -> None:
+    """A dark image among others is no reason to warn; what is said cures it."""
+    two_images(tmp_path, highest)
+    code, output, _ = vitdet("data", "check", tmp_path, "--images")
+    assert code == 0
+    if not says:
+        assert "warnings: none" in output
+        return
+    assert f"2 x image of 16 bits with values of {says[-2:]}, read as nearly black" in output
+    assert (
+        f"image 1: '1.png': {highest[0]} of 65535 at most" in output and f"(set {says})" in output
+    )
+    code, output, _ = vitdet("data", "check", tmp_path, "--images", "--set", says)
+    assert code == 0 and "warnings: none" in output
+    report = ("data", "report", tmp_path, "--images", "--output", "page.html")
+    assert vitdet(*report)[1].endswith(" 2 warnings\n")
+    assert vitdet(*report, "--set", says)[1].endswith(" 0 warnings\n")
+
+
+def two_images(root: Path, highest: tuple[int, int]) -> None:
+    data_set(root, (HIGH, WIDE))
+    path = root / "annotations" / "instances_odd.json"
+    tree = json.loads(path.read_text())
+    for number, high in enumerate(highest, 1):
+        as_png(root / "odd" / f"{number}.png", np.full((HIGH, WIDE), high))
+    tree["images"] = [tree["images"][0] | {"id": n, "file_name": f"{n}.png"} for n in (1, 2)]
+    tree["annotations"] = [tree["annotations"][0] | {"id": n, "image_id": n} for n in (1, 2)]
+    path.write_text(json.dumps(tree))
+
+
+def test_max_pixels_can_be_set_where_files_are_read(
+    vitdet: Run, tmp_path: Path, trained: Path
+) -> None:
+    data_set(tmp_path, (HIGH, WIDE))
+    path = tmp_path / "odd" / "odd.jpg"
+    Image.fromarray(GREY).save(path, "PNG")
+    predict = ("predict", trained / "model.pt", path, "--output", tmp_path / "drawn")
+    looked = ("data", "check", tmp_path, "--images")
+    small = f"data.max_pixels={HIGH * WIDE - 1}"
+    refused(vitdet(*predict, "--set", small), f"more than the {HIGH * WIDE - 1} of data.max_pixels")
+    assert not (tmp_path / "drawn").exists()
+    code, output, _ = vitdet(*looked, "--set", small)
+    assert code == 1 and "of data.max_pixels" in output
+    enough = f"data.max_pixels={HIGH * WIDE}"
+    assert vitdet(*looked, "--set", enough)[0] == vitdet(*predict, "--set", enough)[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("setting", "says"),
+    [
+        (
+            "optim.lr=1",
+            "optim.lr has no effect here; --set takes data.max_pixels and data.bit_depth",
+        ),
+        ("data.root=x", "data.root has no effect here"),
+        ("data={max_pixels: 7, flip: 0.1}", "data.flip has no effect here"),
+        ("data.bit_depth=11", "data.bit_depth: expected one of 0, 8, 10, 12, 14, 16, got 11"),
+        ("data.max_pixels=0", "data.max_pixels must be between 1 and 178956970, got 0"),
+    ],
+)
+@pytest.mark.parametrize("verb", ["predict", "check", "report"])
+def test_a_setting_that_says_nothing_of_files_is_refused(
+    vitdet: Run, tiny: Path, trained: Path, picture: Path, verb: str, setting: str, says: str
+) -> None:
+    words = {
+        "predict": ("predict", trained / "model.pt", picture, "--output", "drawn"),
+        "check": ("data", "check", tiny),
+        "report": ("data", "report", tiny, "--output", "page.html"),
+    }[verb]
+    refused(vitdet(*words, "--set", setting), says)

@@ -1,0 +1,387 @@
+"""A damaged data set: every problem is named, nothing raises, and what has no error can be read."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from pycocotools import mask as rle
+
+from vitdet.data.check import Report, check
+from vitdet.data.segmentation import read_outline
+
+COCO_SAMPLE = Path(__file__).parents[3] / "shared" / "data" / "coco-sample"
+SQUARE = [10.0, 10.0, 30.0, 10.0, 30.0, 30.0, 10.0, 30.0]
+
+
+def document(first_id: int = 1) -> dict:
+    """Three images of 64 x 48 (width x height) with a polygon, a crowd and a box of zero size; two categories."""
+    annotations = [
+        {
+            "id": first_id,
+            "image_id": first_id,
+            "category_id": 1,
+            "bbox": [10.0, 10.0, 20.0, 20.0],
+            "area": 400.0,
+            "iscrowd": 0,
+            "segmentation": [SQUARE],
+        },
+        {
+            "id": first_id + 1,
+            "image_id": first_id + 1,
+            "category_id": 3,
+            "bbox": [0, 0, 1, 48],
+            "area": 48,
+            "iscrowd": 1,
+            "segmentation": {"size": [48, 64], "counts": [0, 48, 63 * 48]},
+        },
+        {
+            "id": first_id + 2,
+            "image_id": first_id + 1,
+            "category_id": 3,
+            "bbox": [5.0, 5.0, 0.0, 3.0],
+            "area": 0.0,
+            "iscrowd": 0,
+            "segmentation": [[5.0, 5.0, 5.0, 8.0, 5.0, 6.0]],
+        },
+        {
+            "id": first_id + 3,
+            "image_id": first_id,
+            "category_id": 3,
+            "bbox": [10.0, 10.0, 20.0, 20.0],
+            "area": 400.0,
+            "iscrowd": 0,
+            "segmentation": [SQUARE, SQUARE],
+        },
+    ]
+    images = [
+        {"id": first_id + k, "file_name": f"{first_id + k}.jpg", "height": 48, "width": 64}
+        for k in range(3)
+    ]
+    return {
+        "images": images,
+        "annotations": annotations,
+        "categories": [{"id": 1, "name": "disc"}, {"id": 3, "name": "bar"}],
+    }
+
+
+def write(folder: Path, split: str, content: dict | str) -> None:
+    (folder / "annotations").mkdir(parents=True, exist_ok=True)
+    text = content if isinstance(content, str) else json.dumps(content)
+    (folder / "annotations" / f"instances_{split}.json").write_text(text)
+
+
+def kinds(report: Report) -> tuple[dict[str, int], dict[str, int]]:
+    return {f.kind: f.count for f in report.errors}, {f.kind: f.count for f in report.warnings}
+
+
+@pytest.fixture(scope="module")
+def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("sound")
+    for split, first_id in (("train", 1), ("val", 11)):
+        write(folder, split, document(first_id))
+        (folder / split).mkdir()
+        for k in range(3):
+            pixels = np.random.default_rng(first_id + k).integers(
+                0, 255, (48, 64, 3), dtype=np.uint8
+            )
+            Image.fromarray(pixels).save(folder / split / f"{first_id + k}.jpg")
+    return folder
+
+
+@pytest.fixture
+def folder(sound: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(sound, tmp_path / "data"))
+
+
+def test_a_sound_folder_has_warnings_for_what_training_leaves_out(sound: Path) -> None:
+    report = check(sound)
+    assert report.ok and report.splits == {"train": (3, 4, 2), "val": (3, 4, 2)}
+    assert kinds(report) == (
+        {},
+        {
+            "crowd region (training leaves it out)": 2,
+            "image without objects": 2,
+            "box of zero size (training leaves it out)": 2,
+        },
+    )
+    lines = report.lines()
+    assert lines[1:4] == [
+        "  train: 3 images, 4 annotations, 2 categories",
+        "  val: 3 images, 4 annotations, 2 categories",
+        "errors: none",
+    ]
+    assert "      instances_train.json: annotation 2 (image 2)" in lines
+
+
+def test_real_pictures_and_the_tiny_data_set_pass(tmp_path: Path) -> None:
+    from vitdet.demo.tiny import make_tiny
+
+    make_tiny(tmp_path / "tiny", 12, 8)
+    assert not kinds(check(tmp_path / "tiny"))[0]
+    if not COCO_SAMPLE.is_dir():
+        pytest.skip("needs ../shared")
+    report = check(COCO_SAMPLE)
+    assert not report.errors and len(report.splits) == 2
+
+
+def set_value(table: str, index: int, key: str, value: object) -> Callable[[dict], None]:
+    return lambda content: content[table][index].__setitem__(key, value)
+
+
+def delete(table: str, index: int, key: str) -> Callable[[dict], None]:
+    return lambda content: content[table][index].__delitem__(key)
+
+
+FAULTS = [
+    (
+        set_value("annotations", 1, "id", 1),
+        "annotation id that comes twice",
+        "annotation 1: entry 1",
+    ),
+    (set_value("annotations", 1, "id", 1.5), "annotation id that is not a whole number", "1.5"),
+    (set_value("images", 1, "id", 1), "image id that comes twice", "image 1: entry 1"),
+    (set_value("images", 1, "id", None), "image id that is not a whole number", "None"),
+    (set_value("categories", 1, "id", 1), "category id that comes twice", "category 1: entry 1"),
+    (
+        set_value("images", 1, "height", 0),
+        "image height that is not a whole number from 1 to 65535",
+        "image 2: 0",
+    ),
+    (
+        set_value("images", 1, "width", 63),
+        "image of another size than annotated",
+        "64 x 48, annotated 63 x 48",
+    ),
+    (set_value("images", 1, "file_name", 7), "file name that is not text", "image 2: 7"),
+    (set_value("images", 1, "file_name", "a\0b"), "file name that is not text", "image 2"),
+    (set_value("images", 1, "file_name", "none.jpg"), "missing image file", "train/'none.jpg'"),
+    (set_value("categories", 0, "name", 5), "category name that is not text", "category 1: 5"),
+    (
+        set_value("annotations", 0, "bbox", [1, 2, 3]),
+        "bbox that is not four finite numbers",
+        "[1, 2, 3]",
+    ),
+    (
+        set_value("annotations", 0, "bbox", [1, 2, 3, float("nan")]),
+        "bbox that is not four finite numbers",
+        "nan",
+    ),
+    (
+        set_value("annotations", 0, "bbox", [1, 2, 3, "4"]),
+        "bbox that is not four finite numbers",
+        "'4'",
+    ),
+    (set_value("annotations", 0, "iscrowd", "no"), "iscrowd that is neither 0 nor 1", "'no'"),
+    (set_value("annotations", 0, "area", -1), "area that is not a number of pixels", "-1"),
+    (
+        set_value("annotations", 0, "segmentation", "none"),
+        "segmentation that is neither polygons nor RLE",
+        "'none'",
+    ),
+    (
+        set_value("annotations", 0, "segmentation", [5]),
+        "polygon that is not a list x, y, x, y, ...",
+        "5",
+    ),
+    (
+        set_value("annotations", 0, "segmentation", [[1, 2, 3, 4, 5, float("inf")]]),
+        "polygon with coordinates that are not finite numbers",
+        "annotation 1",
+    ),
+    (
+        set_value("annotations", 0, "segmentation", [[1, 2, 3, 4, 5, "6"]]),
+        "polygon with coordinates that are not finite numbers",
+        "'6'",
+    ),
+    (
+        set_value(
+            "annotations", 0, "segmentation", [[[1, 2], [3, 4], [5, 6], [7, 8], [9, 9], [1, 1]]]
+        ),
+        "polygon with coordinates that are not finite numbers",
+        "annotation 1",
+    ),
+    (
+        set_value("annotations", 1, "segmentation", {"size": [64, 48], "counts": [64 * 48]}),
+        "RLE of another size than its image",
+        "[64, 48]",
+    ),
+    (
+        set_value("annotations", 1, "segmentation", {"size": [48, 64], "counts": [5, 6]}),
+        "RLE whose counts do not fill its size",
+        "11 of 3072",
+    ),
+    (
+        set_value("annotations", 1, "segmentation", {"size": [48, 64], "counts": [5, -6]}),
+        "RLE whose counts are not run lengths",
+        "-6",
+    ),
+    (
+        set_value("annotations", 1, "segmentation", {"size": [48, 64], "counts": "\x7f"}),
+        "RLE whose counts are not run lengths",
+        "annotation 2",
+    ),
+    (
+        set_value("annotations", 1, "segmentation", {"counts": [1]}),
+        "RLE without size [height, width]",
+        "None",
+    ),
+    (delete("annotations", 0, "bbox"), "annotation without 'bbox'", "annotation 1"),
+    (delete("annotations", 0, "image_id"), "annotation without 'image_id'", "annotation 1"),
+    (delete("annotations", 0, "id"), "annotation without 'id'", "entry 0"),
+    (delete("images", 0, "height"), "image without 'height'", "image 1"),
+    (delete("images", 0, "file_name"), "image without 'file_name'", "image 1"),
+    (delete("categories", 0, "name"), "category without 'name'", "category 1"),
+    (
+        lambda content: content["images"].append("a picture"),
+        "image that is not an object",
+        "'a picture'",
+    ),
+    (lambda content: content.pop("images"), "no 'images' in the file", "annotations"),
+    (lambda content: content.update(categories={}), "'categories' is not a list", "{}"),
+]
+
+
+@pytest.mark.parametrize(("damage", "kind", "example"), FAULTS)
+def test_an_error_is_named_with_its_place(
+    folder: Path, damage: Callable, kind: str, example: str
+) -> None:
+    content = document()
+    damage(content)
+    write(folder, "train", content)
+    report = check(folder)
+    found = {finding.kind: finding for finding in report.errors}
+    assert kind in found, report.lines()
+    assert example in found[kind].examples[0] and "instances_train.json" in found[kind].examples[0]
+
+
+@pytest.mark.parametrize(
+    ("damage", "kind"),
+    [
+        (
+            set_value("annotations", 0, "bbox", [-5.0, 10.0, 20.0, 20.0]),
+            "box partly outside its image",
+        ),
+        (set_value("annotations", 0, "area", 4000.0), "area that does not fit its box"),
+        (set_value("annotations", 0, "category_id", 3), "category without instances"),
+        (delete("annotations", 0, "iscrowd"), "annotation without 'iscrowd' (it is no crowd)"),
+        (
+            delete("annotations", 0, "area"),
+            "annotation without 'area' (that of its mask or box is taken)",
+        ),
+        (set_value("categories", 0, "name", "bar"), "category name that comes twice"),
+    ],
+)
+def test_a_warning_is_no_error(folder: Path, damage: Callable, kind: str) -> None:
+    content = document()
+    damage(content)
+    write(folder, "train", content)
+    report = check(folder, ["train"])
+    assert report.ok and kind in kinds(report)[1]
+
+
+def test_all_problems_are_listed_at_once_with_counts_and_three_examples(folder: Path) -> None:
+    content = document()
+    for index in range(4):
+        content["annotations"][index]["category_id"] = 77
+    content["images"][2]["height"] = "high"
+    write(folder, "train", content)
+    write(folder, "val", '{"images": [], \n "annotations": [,]}')
+    report = check(folder)
+    assert kinds(report)[0] == {
+        "most objects: annotation of a category that does not exist (it is left out)": 1,
+        "image height that is not a whole number from 1 to 65535": 1,
+        "broken JSON": 1,
+    }
+    text = report.lines()
+    assert sum("category 77" in line for line in text) == 3 and "      ..." in text
+    assert any("line 2 column 18" in line for line in text)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "[1, 2]",
+        "null",
+        "[" * 100_000,
+        '{"images": 1e999}',
+        "\ud800".encode("utf-8", "surrogatepass").decode("latin1"),
+    ],
+)
+def test_a_file_that_is_something_else_is_an_error(folder: Path, text: str) -> None:
+    write(folder, "train", text)
+    report = check(folder, ["train"])
+    assert not report.ok and "instances_train.json" in report.errors[0].examples[0]
+
+
+def test_damaged_image_files_are_told_apart(folder: Path) -> None:
+    whole = (folder / "train" / "1.jpg").read_bytes()
+    (folder / "train" / "1.jpg").write_bytes(whole[: len(whole) // 2])
+    (folder / "train" / "2.jpg").write_text("<html>not found</html>")
+    (folder / "train" / "3.jpg").unlink()
+    report = check(folder)
+    assert kinds(report)[0] == {
+        "image file that is truncated or no image": 2,
+        "missing image file": 1,
+    }
+    assert kinds(check(folder, images=False))[0] == {"missing image file": 1}
+
+
+def test_an_image_that_lies_on_its_side_has_the_size_of_the_upright_one(folder: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (48, 64)).save(folder / "train" / "1.jpg", exif=exif)
+    assert check(folder).ok
+
+
+def test_the_same_picture_in_two_splits_is_an_error_under_any_name(folder: Path) -> None:
+    shutil.copy(folder / "train" / "2.jpg", folder / "val" / "13.jpg")
+    assert kinds(check(folder))[0] == {"picture in two splits": 1}
+
+
+def test_the_same_ids_in_two_splits_are_an_error_unless_the_pictures_differ(folder: Path) -> None:
+    write(folder, "val", document())
+    for number in (1, 2, 3):
+        (folder / "val" / f"1{number}.jpg").rename(folder / "val" / f"{number}.jpg")
+    assert kinds(check(folder, images=False))[0] == {
+        "image id in two splits": 3,
+        "file name in two splits": 3,
+    }
+    errors, warnings = kinds(check(folder))
+    assert (
+        not errors
+        and warnings["image id in two splits"] == 3
+        and warnings["file name in two splits"] == 3
+    )
+
+
+def test_categories_that_differ_between_splits_are_an_error(folder: Path) -> None:
+    content = document()
+    content["categories"][0]["name"] = "cross"
+    write(folder, "train", content)
+    assert "categories that differ between splits" in kinds(check(folder))[0]
+
+
+def test_a_missing_folder_or_split_is_an_error(folder: Path) -> None:
+    assert kinds(check(folder / "nowhere"))[0] == {"no annotation file": 1}
+    assert "instances_test.json" in check(folder, ["train", "test"]).lines()[4]
+
+
+def test_compressed_run_lengths_are_understood() -> None:
+    rng = np.random.default_rng(0)
+    for size in ((1, 1), (7, 9), (48, 64), (300, 500)):
+        for density in (0.0, 0.01, 0.5, 1.0):
+            code = rle.encode(np.asfortranarray(rng.random(size) < density, dtype=np.uint8))
+            text = code["counts"].decode()
+            found = read_outline({"size": list(size), "counts": text}, size)
+            x, y, width, height = rle.toBbox(code).tolist()
+            assert found.problem is None
+            assert found.box == ((x, y, x + width, y + height) if width else None)
+            assert read_outline({"size": list(size), "counts": text + "1"}, size).problem
+            assert read_outline({"size": [size[0] + 1, size[1]], "counts": text}, None).problem

@@ -1,0 +1,154 @@
+"""COCO exports as tools lay them out: found, checked, counted and trained on without a conversion.
+
+The layouts are those of the tools' documentation, see `vitdet.data.coco_layouts`.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.helpers.annotations import document, draw_images
+from vitdet.cli import main
+from vitdet.config import DataConfig, load_config
+from vitdet.data.check import check
+from vitdet.data.coco_layouts import find_splits
+from vitdet.data.dataset import read_split
+from vitdet.data.layout import resolve_config, split_files
+from vitdet.datasets.report.page import write_page
+
+
+def content(first_id: int = 1, folder: str = "") -> dict:
+    found = document(first_id)
+    for image in found["images"]:
+        image["file_name"] = folder + image["file_name"]
+    return found
+
+
+def write(path: Path, found: dict) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(found))
+
+
+def coco(root: Path) -> None:
+    for split, first in (("train", 1), ("val", 11)):
+        write(root / "annotations" / f"instances_{split}.json", content(first))
+        draw_images(root / split, first)
+
+
+def roboflow(root: Path) -> None:
+    for split, first in (("train", 1), ("valid", 11)):
+        found = content(first)
+        found["categories"] = [
+            {"id": 0, "name": "things", "supercategory": "none"},
+            *({**one, "supercategory": "things"} for one in found["categories"]),
+        ]
+        write(root / split / "_annotations.coco.json", found)
+        draw_images(root / split, first)
+
+
+def cvat(root: Path) -> None:
+    write(root / "annotations" / "instances_default.json", content())
+    draw_images(root / "images" / "default")
+
+
+def cvat_flat(root: Path) -> None:
+    write(root / "annotations" / "instances_default.json", content())
+    draw_images(root / "images")
+
+
+def label_studio(root: Path) -> None:
+    write(root / "result.json", content(folder="images/"))
+    draw_images(root / "images")
+
+
+def label_studio_on_windows(root: Path) -> None:
+    write(root / "result.json", content(folder="images\\"))
+    draw_images(root / "images")
+
+
+def fiftyone(root: Path) -> None:
+    write(root / "labels.json", content())
+    draw_images(root / "data")
+
+
+def bare(root: Path) -> None:
+    write(root / "dataset.json", content())
+    write(root / "1.json", {"version": "5.0", "shapes": [], "imagePath": "1.png"})  # LabelMe's own
+    draw_images(root)
+
+
+ONE_SPLIT = [cvat, cvat_flat, label_studio, label_studio_on_windows, fiftyone, bare]
+
+
+@pytest.mark.parametrize("layout", [coco, roboflow, *ONE_SPLIT])
+def test_every_layout_has_the_same_records(tmp_path: Path, layout: Callable[[Path], None]) -> None:
+    coco(tmp_path / "plain")
+    layout(tmp_path / "own")
+    expected = read_split(DataConfig(root=str(tmp_path / "plain")), "train")
+    root = tmp_path / "own"
+    splits = find_splits(root)
+    assert list(splits) == {coco: ["train", "val"], roboflow: ["train", "valid"]}.get(
+        layout, ["default"]
+    )
+    data = DataConfig(root=str(root))
+    found = read_split(data, next(iter(splits)))
+    assert found.class_names == expected.class_names == ("disc", "bar")
+    for one, other in zip(found.records, expected.records, strict=True):
+        assert one.image_id == other.image_id and one.segmentations == other.segmentations
+        assert one.labels.tolist() == other.labels.tolist()
+        assert one.boxes.tolist() == other.boxes.tolist() and one.path.is_file()
+    report = check(root)
+    assert report.ok and list(report.splits) == list(splits), report.lines()
+    images, objects, _ = write_page(root, tmp_path / "page.html")
+    assert images == 3 * len(splits) and objects == 5 * len(splits)
+
+
+def test_roboflows_export_is_resolved_and_its_root_category_dropped(tmp_path: Path) -> None:
+    roboflow(tmp_path)
+    config, found = resolve_config("tiny", [f"data.root={tmp_path}"])
+    assert (found["data.val_split"], found["model.roi_heads.num_classes"]) == ("valid", 2)
+    assert read_split(config.data, "valid").class_names == ("disc", "bar")
+    assert check(tmp_path).splits["valid"] == (3, 5, 2)
+    path = split_files(config.data, "train")[0]
+    used = json.loads(path.read_text())
+    used["annotations"][0]["category_id"] = 0
+    path.write_text(json.dumps(used))
+    config, _ = resolve_config("tiny", [f"data.root={tmp_path}"])
+    assert config.model.roi_heads.num_classes == 3
+    assert read_split(config.data, "train").class_names == ("things", "disc", "bar")
+
+
+@pytest.mark.parametrize("layout", ONE_SPLIT)
+def test_one_split_is_not_trained_and_validated_on(
+    tmp_path: Path, layout: Callable[[Path], None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    layout(tmp_path / "own")
+    argv = ["train", "tiny", "--set", f"data.root={tmp_path / 'own'}", "--output"]
+    with pytest.raises(SystemExit) as ended:
+        main([*argv, str(tmp_path / "out")])
+    assert ended.value.code == 1
+    error = capsys.readouterr().err
+    assert "one split, default" in error and "--val-share 0.1" in error
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_is_there_is_named_where_nothing_is_recognized(tmp_path: Path) -> None:
+    (tmp_path / "data.yaml").write_text("names: [a]")
+    (tmp_path / "images").mkdir()
+    (error,) = check(tmp_path).errors
+    assert error.examples[0].endswith("found data.yaml, images")
+
+
+def test_a_folder_with_coco_and_lvis_has_both(tmp_path: Path) -> None:
+    coco(tmp_path)
+    write(tmp_path / "annotations" / "lvis_v1_val.json", document(lvis=True))
+    assert list(find_splits(tmp_path)) == ["train", "val"]
+    assert list(find_splits(tmp_path, "lvis")) == ["val"]
+    assert load_config("tiny").data.dataset == "coco"
+    shutil.rmtree(tmp_path / "annotations")
+    assert find_splits(tmp_path) == {}

@@ -1,0 +1,124 @@
+"""Annotation files decoded entry by entry hold what json reads, and their records are slices of shared arrays."""
+
+from __future__ import annotations
+
+import gc
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.helpers.large import write
+from vitdet.config import DataConfig
+from vitdet.data.annotation_file import Entries, read_entries
+from vitdet.data.check import check
+from vitdet.data.coco import read_coco
+from vitdet.data.dataset import read_split
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small one of the large sets, two splits; not to be changed."""
+    folder = tmp_path_factory.mktemp("large")
+    write(folder, 60, 300)
+    write(folder, 20, 90, "val", first=1000)
+    return folder
+
+
+def test_entries_are_those_of_json(large: Path) -> None:
+    path = large / "annotations" / "instances_train.json"
+    found, expected = read_entries(path), json.loads(path.read_bytes())
+    assert (
+        set(found) == {"images", "annotations", "categories"} and len(found["annotations"]) == 300
+    )
+    for table, entries in found.items():
+        assert isinstance(entries, Entries)
+        for _ in range(2):
+            assert list(entries) == expected[table]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '{"images": [{"a": NaN}], "annotations": [], "categories": []}',
+        '{"images": [{"a": 1e400, "b": "\\ud800"}], "annotations": [3, null], "categories": [], "info": {}}',
+        '{"images": {}, "annotations": [], "categories": []}',
+        "[1, 2]",
+        '{"images": [1267650600228229401496703205376]}',
+    ],
+)
+def test_what_is_no_sound_file_is_as_json_reads_it(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "x.json"
+    path.write_text(text)
+    found, expected = read_entries(path), json.loads(text)
+    if isinstance(found, dict):
+        found = {
+            table: list(value) if isinstance(value, Entries) else value
+            for table, value in found.items()
+        }
+        expected = {table: expected[table] for table in found}
+    assert repr(found) == repr(expected)  # nan is not equal to nan
+
+
+@pytest.mark.parametrize("text", ["", "{", '{"images": [}', '{"images": ["\\x"]}', "[" * 100_000])
+def test_broken_json_is_one_line(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "x.json"
+    path.write_text(text)
+    with pytest.raises(ValueError, match="x.json: broken JSON") as caught:
+        read_coco(path, tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def test_records_are_equal_however_the_file_was_read(large: Path) -> None:
+    path = large / "annotations" / "instances_train.json"
+    tree = json.loads(path.read_bytes())
+    streamed, whole = read_coco(path, large / "train"), read_coco(path, large / "train", tree=tree)
+    of_image = {
+        image["id"]: [
+            one
+            for one in tree["annotations"]
+            if one["image_id"] == image["id"] and not one["iscrowd"]
+        ]
+        for image in tree["images"]
+    }
+    assert streamed.dropped == whole.dropped and streamed.image_counts == whole.image_counts
+    for one, other in zip(streamed.records, whole.records, strict=True):
+        expected = of_image[one.image_id]
+        assert one.path == other.path and one.segmentations == other.segmentations
+        assert one.segmentations == [annotation["segmentation"] for annotation in expected]
+        boxes = np.array([annotation["bbox"] for annotation in expected], np.float32).reshape(-1, 4)
+        boxes[:, 2:] += boxes[:, :2]
+        assert np.array_equal(one.boxes, boxes) and np.array_equal(one.boxes, other.boxes)
+        assert one.labels.tolist() == [annotation["category_id"] - 1 for annotation in expected]
+
+
+def test_parts_of_the_records_share_their_arrays_and_hold_no_objects(large: Path) -> None:
+    records = read_split(DataConfig(root=str(large), train_split="train"), "train").records
+    part = records[10:50][::-2]
+    assert [record.image_id for record in part] == [records[i].image_id for i in range(49, 9, -2)]
+    assert records[-1].image_id == 60 and len(records[60:]) == 0
+    with pytest.raises(IndexError):
+        records[60]
+    assert (
+        part.counts().tolist()
+        == [len(record) for record in part]
+        == [len(labels) for labels in part.labels()]
+    )
+    assert part.sizes().tolist() == [[record.height, record.width] for record in part]
+    assert list(part.paths()) == [record.path for record in part]
+    reached, waiting = 0, [records]
+    while waiting:
+        one = waiting.pop()
+        reached += 1
+        waiting += [other for other in gc.get_referents(one) if not isinstance(other, type | str)]
+    assert reached < 400  # of 300 objects with 30 numbers each
+    records[0].boxes[:] = -1
+    assert (records[0].boxes >= 0).all()
+
+
+def test_a_picture_of_two_splits_is_found_when_images_are_read(large: Path) -> None:
+    assert check(large, images=False).ok  # ids and names are others
+    (error, *_) = check(large).errors
+    # all are links to the same four
+    assert error.kind == "picture in two splits" and error.count == 20

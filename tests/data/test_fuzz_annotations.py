@@ -1,0 +1,32 @@
+"""Whatever an annotation file holds: `data check` finds no error and everything runs over it, or it finds errors and
+all readers refuse it in one line. Nothing else: no other exception, no crash, no hang.
+
+Longer, with other inputs each time: pytest --hypothesis-profile=long tests/data/test_fuzz_annotations.py
+"""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+
+from tests.helpers.annotations import document, draw_images, files
+from tests.helpers.readers import judged
+from vitdet.config import DataConfig
+
+
+@pytest.fixture(scope="module", params=["coco", "lvis"])
+def data(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> DataConfig:
+    """A folder whose annotation file each input replaces."""
+    folder = tmp_path_factory.mktemp("fuzz")
+    draw_images(folder / "val")
+    (folder / "annotations").mkdir()
+    return DataConfig(
+        root=str(folder), dataset=request.param, train_split="val", val_split="val", image_size=64
+    )
+
+
+@given(content=files(document()), other=files(document(lvis=True)))
+def test_what_check_accepts_runs_and_what_it_refuses_is_refused_in_one_line(
+    data: DataConfig, content: bytes, other: bytes
+) -> None:
+    judged(data, other if data.dataset == "lvis" else content)

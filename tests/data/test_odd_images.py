@@ -1,0 +1,352 @@
+"""Images that are not a plain RGB JPEG, each through everything that reads images: exact pixels, or one clear line.
+
+What is expected is worked out in `odd_files`, from numbers that never saw Pillow.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+from tests.cli.test_cli import Run, refused
+from tests.helpers.odd_files import GREY, HIGH, ODD, RNG, WIDE, Make, png
+from vitdet.config import DataConfig
+from vitdet.data.check import check
+from vitdet.data.coco import ImageError
+from vitdet.data.dataset import read_split
+from vitdet.data.images import Reading, examine, image_size, open_image, upright
+from vitdet.data.loader import train_loader, val_loader
+from vitdet.datasets.report.portrait import portrait
+from vitdet.evaluation.pictures import draw_truth
+from vitdet.predictor import Predictor
+from vitdet.types import Detections
+from vitdet.visualize import draw
+
+
+class Watcher(nn.Module):
+    """Sees what a detector would see, and finds nothing."""
+
+    def forward(self, images: torch.Tensor, targets: None, sizes: torch.Tensor) -> list[Detections]:
+        self.images = images
+        none = torch.zeros(0)
+        return [Detections(none.reshape(0, 4), none, none.long(), none.reshape(0, 28, 28))]
+
+
+def data_set(root: Path, size: tuple[int, int], name: str = "odd.jpg") -> DataConfig:
+    """A split of one image, ROOT/odd/odd.jpg, that holds one object; its canvas is as long as the image."""
+    (root / "odd").mkdir(parents=True, exist_ok=True)
+    (root / "annotations").mkdir(exist_ok=True)
+    height, width = size
+    thing = {
+        "id": 1,
+        "image_id": 1,
+        "category_id": 1,
+        "bbox": [0, 0, width, height],
+        "iscrowd": 0,
+        "area": width * height,
+        "segmentation": [[0, 0, width, 0, width, height, 0, height]],
+    }
+    tree = {
+        "images": [{"id": 1, "file_name": name, "height": height, "width": width}],
+        "annotations": [thing],
+        "categories": [{"id": 1, "name": "thing"}],
+    }
+    (root / "annotations" / "instances_odd.json").write_text(json.dumps(tree))
+    return DataConfig(
+        root=str(root),
+        train_split="odd",
+        val_split="odd",
+        image_size=max(size),
+        workers=0,
+        scale_range=(1.0, 1.0),
+        flip=0.0,
+    )
+
+
+def readings(data: DataConfig) -> Iterator[tuple[str, np.ndarray]]:
+    """The upright picture as each part of the program has it."""
+    record = read_split(data, "odd").records[0]
+    yield "open_image", np.asarray(open_image(record.path))
+    yield "what was read before", np.asarray(upright(open_image(record.path)))
+    canvas = np.s_[0, :, : record.height, : record.width]
+    yield (
+        "training",
+        next(iter(train_loader(data, 1, 0, 0, 1))).images.numpy()[canvas].transpose(1, 2, 0),
+    )
+    yield "evaluation", next(iter(val_loader(data, 1))).images.numpy()[canvas].transpose(1, 2, 0)
+    predictor = Predictor(Watcher(), ("thing",), data.image_size)
+    found = predictor(record.path)
+    yield "predictor", predictor.detector.images.numpy()[canvas].transpose(1, 2, 0)
+    yield "drawing", np.asarray(draw(record.path, found, scale=1))
+    with Image.open(record.path) as file:
+        predictor(file)
+        yield (
+            "predictor of an open file",
+            predictor.detector.images.numpy()[canvas].transpose(1, 2, 0),
+        )
+
+
+@pytest.mark.parametrize("make", ODD.values(), ids=ODD)
+def test_everything_sees_the_same_upright_pixels(make: Make, tmp_path: Path) -> None:
+    (tmp_path / "odd").mkdir()
+    path = tmp_path / "odd" / "odd.jpg"  # whatever it is: the name says nothing
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module=r"PIL\.")  # as the command line does
+        expected, near = make(path)
+        data = data_set(tmp_path, expected.shape[:2])
+        for reader, seen in readings(data):
+            assert seen.shape == expected.shape, reader
+            assert np.abs(seen.astype(int) - expected).max() <= near, reader
+        assert image_size(path) == examine(path.read_bytes()).size == expected.shape[:2]
+        assert check(tmp_path, images=True).lines()[1:] == [
+            "  odd: 1 images, 1 annotations, 1 categories",
+            *(DARK if expected.max() == 0 else CLEAN),
+        ]
+        record = read_split(data, "odd").records[0]
+        assert (
+            "error" not in portrait(record, ("thing",), "odd")
+            and draw_truth(record, ("thing",)).mode == "RGB"
+        )
+
+
+CLEAN = ["errors: none", "warnings: none"]
+# both pictures whose 16 bits hold 8 are read as black
+DARK = [
+    "errors: none",
+    "warnings: 1",
+    "  1 x image of 16 bits with values of 8, read as nearly black (set data.bit_depth=8)",
+    "      instances_odd.json: image 1: 'odd.jpg': 255 of 65535 at most",
+]
+JPEG = io.BytesIO()
+Image.fromarray(RNG.integers(0, 256, (64, 64, 3), np.uint8)).save(JPEG, "JPEG", progressive=True)
+LARGE = png((20000, 20000), 1, 0, [])
+REFUSED: dict[str, tuple[bytes | Image.Image | Callable[[Path], None], str]] = {
+    "truncated": (JPEG.getvalue()[:-400], "the image cannot be read: image file is truncated"),
+    "truncated by two bytes": (
+        JPEG.getvalue()[:-2],
+        "the image cannot be read: image file is truncated",
+    ),
+    "head of a JPEG": (JPEG.getvalue()[:30], "the image cannot be read: "),
+    "half a PNG": (png((64, 64), 8, 0, [bytes(64)] * 64)[:48], "the image cannot be read: "),
+    "text": (b"<!doctype html>", "not an image that can be read"),
+    "a program in PostScript": (
+        b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n",
+        "not an image that can be read",
+    ),
+    "empty": (b"", "the file is empty"),
+    "a folder": (Path.mkdir, "it is a folder"),
+    "missing": (lambda path: None, ""),
+    "a link to nothing": (lambda path: path.symlink_to("nowhere"), ""),
+    "a pipe": (os.mkfifo, "it is no regular file"),
+    "too large": (
+        LARGE,
+        "the image has more than 178,956,970 pixels; make it smaller or cut it into parts",
+    ),
+    "fractions": (
+        Image.fromarray(GREY / np.float32(255)),
+        "its pixels are floating-point numbers of no known range",
+    ),
+    "32 bits": (
+        Image.fromarray(GREY.astype(np.int32) * 70000),
+        "its pixels are numbers from 0 to ",
+    ),
+    "below zero": (
+        Image.fromarray(GREY.astype(np.int32) - 1000),
+        "its pixels are numbers from -1000 to ",
+    ),
+}
+
+
+@pytest.mark.parametrize(("content", "says"), REFUSED.values(), ids=REFUSED)
+def test_what_cannot_be_used_is_refused_in_one_line_everywhere(
+    vitdet: Run,
+    tmp_path: Path,
+    trained: Path,
+    content: bytes | Image.Image | Callable[[Path], None],
+    says: str,
+) -> None:
+    data, path = data_set(tmp_path / "own", (64, 64)), tmp_path / "own" / "odd" / "odd.jpg"
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    elif isinstance(content, Image.Image):
+        content.save(path, "TIFF")
+    else:
+        content(path)
+    code, output, errors = vitdet("data", "check", "own", "--images")
+    assert (
+        (code, errors) == (1, "") and "errors: 1\n" in output and "image 1: odd/'odd.jpg'" in output
+    )
+    assert says in output if says else "missing image file" in output
+    refused(
+        vitdet("predict", trained / "model.pt", path, "--output", "drawn"),
+        says or "no such image file",
+    )
+    with pytest.raises((ImageError, FileNotFoundError), match="vitdet data check") as caught:
+        next(iter(train_loader(data, 1, 0, 0, 1)))
+    assert str(caught.value).startswith(f"{path}: ") and "\n" not in str(caught.value)
+    assert says in str(caught.value) or "no such file, and 0 more" in str(caught.value)
+    assert (
+        vitdet("data", "report", "own", "--output", "page.html")[0] == 0
+        and not (tmp_path / "drawn").exists()
+    )
+
+
+def test_what_pillow_suspects_is_not_said_to_the_user(
+    vitdet: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data_set(tmp_path, (HIGH, WIDE))
+    ODD["EXIF that is broken: cut"](tmp_path / "odd" / "odd.jpg")
+    # a warning; of twice as many an error
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", HIGH * WIDE - 1)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        assert vitdet("data", "check", tmp_path, "--images")[::2] == (0, "")
+        refused(
+            vitdet("predict", "none.pt", tmp_path / "odd" / "odd.jpg", "--output", "drawn"),
+            "none.pt: no such",
+        )
+    assert not said
+
+
+def promising(path: Path, side: int) -> None:
+    """A JPEG of 16 x 16 pixels whose head promises side x side."""
+    Image.new("RGB", (16, 16)).save(path, "JPEG")
+    content = path.read_bytes()
+    place = content.index(b"\xff\xc0") + 5  # of the height in the frame header
+    sides = side.to_bytes(2, "big") * 2
+    path.write_bytes(content[:place] + sides + content[place + 4 :])
+
+
+def test_a_file_that_promises_too_many_pixels_is_not_decoded(
+    vitdet: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data, path = data_set(tmp_path, (13000, 13000)), tmp_path / "odd" / "odd.jpg"
+    promising(path, 13000)
+    monkeypatch.setattr("PIL.ImageFile.ImageFile.load", lambda _: pytest.fail("decoded"))
+    expected = (
+        "the image has 13,000 x 13,000 pixels, more than the 100,000,000 of data.max_pixels; make it smaller, "
+        "cut it into parts, or raise data.max_pixels"
+    )
+    data = replace(data, image_size=64)
+    readers = [
+        lambda: open_image(path),
+        lambda: image_size(path),
+        lambda: examine(path.read_bytes()),
+        lambda: next(iter(train_loader(data, 1, 0, 0, 1))),
+        lambda: next(iter(val_loader(data, 1))),
+        lambda: Predictor(Watcher(), ("thing",), 64)(path),
+    ]
+    for reader in readers:
+        with pytest.raises((ValueError, ImageError)) as caught:
+            reader()
+        assert expected in str(caught.value)
+    status, said, _ = vitdet("data", "check", tmp_path, "--images")
+    assert status == 1 and expected in said
+
+
+@pytest.mark.parametrize(("bound", "fits"), [(HIGH * WIDE, True), (HIGH * WIDE - 1, False)])
+def test_max_pixels_is_the_largest_image(bound: int, fits: bool, tmp_path: Path) -> None:
+    data, path = data_set(tmp_path, (HIGH, WIDE)), tmp_path / "odd" / "odd.jpg"
+    ODD["grey"](path)
+    data = replace(data, max_pixels=bound)
+    readers = [
+        lambda: next(iter(train_loader(data, 1, 0, 0, 1))),
+        lambda: next(iter(val_loader(data, 1))),
+        lambda: Predictor(Watcher(), ("thing",), 64, reading=Reading.of(data))(path),
+    ]
+    for reader in readers:
+        if fits:
+            reader()
+        else:
+            with pytest.raises((ValueError, ImageError), match="data.max_pixels"):
+                reader()
+
+
+def test_whatever_a_decoder_raises_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def load(image: Image.Image) -> None:
+        raise KeyError("two\nlines")
+
+    Image.new("RGB", (3, 3)).save(tmp_path / "x.bmp")
+    monkeypatch.setattr(Image.Image, "load", load)
+    monkeypatch.setattr("PIL.ImageFile.ImageFile.load", load)
+    with pytest.raises(ValueError, match=r"^[^\n]*x.bmp: the image cannot be read: [^\n]*$"):
+        open_image(tmp_path / "x.bmp")
+
+
+@pytest.mark.parametrize("found", [(24, 16), (16, 25)])
+def test_a_picture_annotated_as_it_lies_is_told_why_its_size_is_wrong(
+    tmp_path: Path, found: tuple[int, int]
+) -> None:
+    data = data_set(tmp_path, found)
+    ODD["grey"](tmp_path / "odd" / "odd.jpg")
+    hint = "a picture is annotated upright, as its EXIF orientation turns it"
+    with pytest.raises(
+        ImageError, match=f"24 x 16 pixels, but the annotations say {found[1]} x {found[0]}"
+    ) as caught:
+        next(iter(train_loader(data, 1, 0, 0, 1)))
+    text = "\n".join(check(tmp_path, images=True).lines())
+    assert (hint in str(caught.value)) == (hint in text) == (found == (24, 16))
+    assert f"24 x 16, annotated {found[1]} x {found[0]}" in text
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 300), (1, 20000), (20000, 1)])
+def test_a_line_of_pixels_is_an_image(size: tuple[int, int], tmp_path: Path) -> None:
+    data, path = data_set(tmp_path, size), tmp_path / "odd" / "odd.jpg"
+    path.write_bytes(png(size, 8, 2, [bytes([3, 99, 200]) * size[1]] * size[0]))
+    data = DataConfig(
+        root=str(tmp_path), train_split="odd", val_split="odd", image_size=64, workers=0
+    )
+    long = tuple(min(side, 64) if max(size) > 64 else 64 for side in size)
+    batch = next(iter(val_loader(data, 1)))
+    assert batch.sizes[0].tolist() == list(long) and batch.images.sum() == 302 * long[0] * long[1]
+    for batch in train_loader(data, 1, 0, 0, 20):
+        high, wide = batch.sizes[0].tolist()
+        assert (
+            batch.images.sum() == 302 * high * wide and (batch.images[0, :, :high, :wide] > 0).all()
+        )
+    found = Predictor(Watcher(), ("thing",), 64)(path)
+    assert found.draw(path).convert("RGB").getpixel((0, 0)) == (3, 99, 200)
+
+
+def test_damaged_bytes_end_in_an_image_or_in_one_line(tmp_path: Path) -> None:
+    """And `check` says of them what training does."""
+    rng, path, read = np.random.default_rng(3), tmp_path / "x", 0
+    files = []
+    for make in ODD.values():
+        make(path)
+        files.append(path.read_bytes())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for number in range(400):
+            content = np.frombuffer(files[number % len(files)], np.uint8).copy()
+            places = rng.integers(0, min(len(content), rng.choice([60, 300])), rng.integers(1, 5))
+            content[places] = rng.integers(0, 256)
+            path.write_bytes(
+                content.tobytes()[: None if number % 4 else rng.integers(1, len(content))]
+            )
+            said = []
+            for reader in (lambda: open_image(path), lambda: examine(path.read_bytes()).size):
+                try:
+                    result = reader()
+                    said.append(
+                        result if isinstance(result, tuple) else (result.height, result.width)
+                    )
+                    read += isinstance(result, tuple)
+                except ValueError as error:
+                    assert "\n" not in str(error)
+                    said.append("refused")
+            assert said[0] == said[1], (number, said)
+    assert 40 < read < 360

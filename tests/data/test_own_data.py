@@ -1,0 +1,346 @@
+"""Data of one's own: a folder and nothing else, and its classes' names wherever a person meets its detector."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.conftest import MINIMAL, ROOT, minimal, options
+from tests.training.test_fine_tuning import other_classes
+from vitdet import Predictor
+from vitdet.checkpoint import load_model_file
+from vitdet.config import load_config, save_config
+from vitdet.data.check import check
+from vitdet.data.layout import explicit_settings, missing, resolve, resolve_config, split_files
+from vitdet.types import Detections
+
+Run = Callable[..., tuple[int, str, str]]
+SMALL = options(
+    [f"{key}={value}" for key, value in MINIMAL.items()] + ["optim.steps=1", "data.max_images=2"]
+)
+NAMES = ("bolt", "nut", "split pin")
+
+
+@pytest.fixture
+def yolo(tmp_path: Path) -> Path:
+    """Squares of three classes, as a camera's labelling tool leaves them."""
+    folder, rng = tmp_path / "yolo", np.random.default_rng(0)
+    for split in ("train", "valid"):
+        for kind in ("images", "labels"):
+            (folder / split / kind).mkdir(parents=True)
+        for number in range(3):
+            Image.fromarray(rng.integers(0, 256, (96, 128, 3), np.uint8)).save(
+                folder / split / "images" / f"{split}{number}.jpg"
+            )
+            (folder / split / "labels" / f"{split}{number}.txt").write_text(
+                f"{number} 0.5 0.5 0.4 0.5\n"
+            )
+    (folder / "data.yaml").write_text(
+        f"train: train/images\nval: valid/images\nnames: {list(NAMES)}\n"
+    )
+    return folder
+
+
+def renamed(data: Path, **splits: str) -> Path:
+    """Splits under other names."""
+    for old, new in splits.items():
+        shutil.move(data / old, data / new)
+        shutil.move(
+            data / "annotations" / f"instances_{old}.json",
+            data / "annotations" / f"instances_{new}.json",
+        )
+    return data
+
+
+@pytest.fixture
+def said(caplog: pytest.LogCaptureFixture) -> Callable[[], str]:
+    """What was told on the way."""
+    caplog.set_level("INFO")
+    return lambda: "\n".join(record.getMessage() for record in caplog.records)
+
+
+def test_from_labels_to_pictures_with_one_setting(
+    vitdet: Run, yolo: Path, tmp_path: Path, said: Callable[[], str]
+) -> None:
+    root, output = tmp_path / "parts", tmp_path / "runs" / "parts"
+    assert vitdet("data", "convert", yolo, root)[0] == 0
+    code, out, err = vitdet(
+        "train", "tiny", *SMALL, "--set", f"data.root={root}", "--output", output
+    )
+    has = f"{root} has model.roi_heads.num_classes=3, model.mask.enabled=false"
+    assert code == 0 and has in said().splitlines(), err
+    assert "num_classes: 3" in (output / "config.yaml").read_text()
+    assert load_model_file(output / "model.pt")["class_names"] == list(NAMES)
+    assert Predictor.load(output / "model.pt").class_names == NAMES
+
+    photo = root / "val" / "valid0.jpg"
+    code, out, _ = vitdet(
+        "predict", output / "model.pt", photo, "--threshold", 0, "--output", tmp_path / "drawn"
+    )
+    found = json.loads((tmp_path / "drawn" / "detections.json").read_text())["valid0.jpg"]
+    assert (
+        code == 0
+        and found
+        and {one["name"] for one in found} <= set(NAMES)
+        and found[0]["name"] in out
+    )
+    code, out, _ = vitdet("evaluate", output / "model.pt", "--plots", tmp_path / "plots")
+    table = json.loads((tmp_path / "plots" / "classes.json").read_text())
+    assert code == 0 and {row["class"] for row in table} <= set(NAMES) and table
+
+
+def test_a_checkpoint_is_evaluated_on_the_splits_of_another_folder(
+    vitdet: Run, trained: Path, own_tiny: Path, said: Callable[[], str]
+) -> None:
+    renamed(own_tiny, train="train2017", val="val2017")
+    words = ["evaluate", trained / "model.pt", "--output", "m.json"]
+    code, _, err = vitdet(*words, "--set", f"data.root={own_tiny}")
+    assert code == 0, err
+    assert f"{own_tiny} has data.train_split=train2017, data.val_split=val2017" in said()
+    measured = json.loads(Path("m.measured.json").read_text())
+    assert measured["data"]["val_split"] == "val2017"
+    code, _, err = vitdet(*words, "--set", f"data.root={own_tiny}", "--set", "data.val_split=val")
+    assert code == 1 and "there are the splits train2017, val2017" in err
+
+
+@pytest.mark.parametrize("recipe", ["tiny", "mask_rcnn_vitdet_b_coco", "mask_rcnn_vitdet_b_lvis"])
+def test_a_folder_brings_its_splits_and_classes(own_tiny: Path, recipe: str) -> None:
+    kind = [] if recipe != "mask_rcnn_vitdet_b_lvis" else ["data.dataset=coco"]
+    overrides = [
+        *kind,
+        f"data.root={renamed(own_tiny, train='train2017', val='valid')}",
+        "optim.lr=1e-3",
+    ]
+    config, found = resolve_config(recipe, overrides)
+    data, count = config.data, config.model.roi_heads.num_classes
+    assert (data.train_split, data.val_split, count) == ("train2017", "valid", 6)
+    assert found["data.val_split"] == "valid" and ("model.roi_heads.num_classes" in found) == (
+        recipe != "tiny"
+    )
+    told = [f"{key}={value}" for key, value in found.items()]
+    # nothing else, and a user could have set it
+    assert load_config(recipe, [*overrides, *told]) == config
+
+
+@pytest.mark.parametrize(
+    "named", [["data.train_split=day", "data.val_split=night"], ["model.roi_heads.num_classes=4"]]
+)
+def test_what_a_user_sets_stays(own_tiny: Path, named: list[str]) -> None:
+    overrides = [f"data.root={own_tiny}", *named]
+    assert resolve_config("tiny", overrides) == (load_config("tiny", overrides), {})
+
+
+def test_without_another_folder_a_recipe_stays(own_tiny: Path) -> None:
+    recipe = load_config("mask_rcnn_vitdet_b_coco", [f"data.root={own_tiny}"])
+    assert resolve(recipe, ["optim.lr"]) == (recipe, {})
+
+
+def test_coco_stays_coco(tmp_path: Path) -> None:
+    (tmp_path / "annotations").mkdir()
+    for split in ("train2017", "val2017", "train", "val"):
+        categories = [{"id": number, "name": str(number)} for number in range(80)]
+        path = tmp_path / "annotations" / f"instances_{split}.json"
+        path.write_text(json.dumps({"images": [], "annotations": [], "categories": categories}))
+    override = f"data.root={tmp_path}"
+    config = load_config("mask_rcnn_vitdet_b_coco", [override])
+    assert resolve_config("mask_rcnn_vitdet_b_coco", [override]) == (config, {})
+
+
+def test_settings_of_a_file_are_taken_at_their_word(
+    vitdet: Run, own_tiny: Path, tmp_path: Path
+) -> None:
+    save_config(
+        load_config("tiny", minimal(own_tiny, model__roi_heads__num_classes=5)),
+        tmp_path / "mine.yaml",
+    )
+    code, _, err = vitdet(
+        "train", tmp_path / "mine.yaml", "--set", f"data.root={own_tiny}", "--output", "out"
+    )
+    assert code == 1 and err.endswith(
+        "has 6 classes, but model.roi_heads.num_classes is 5; set it to 6\n"
+    )
+
+
+def test_what_a_file_does_not_name_is_taken_from_the_folder(own_tiny: Path, tmp_path: Path) -> None:
+    other_classes(own_tiny, ["one", "two"])
+    file = tmp_path / "mine.yaml"
+    file.write_text(f"data: {{root: {own_tiny}, val_split: train}}\n")
+    config, found = resolve_config(file)
+    assert found == {"data.train_split": "train", "model.roi_heads.num_classes": 2}
+    assert config.data.val_split == "train"
+    file.write_text("data: {image_size: 64}\n")
+    assert resolve_config(file) == (load_config(file), {})
+
+
+def test_explicit_settings_are_those_of_a_user(tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text("data: {root: here}\nmodel: {rpn: {norm: true}}\n")
+    overrides = ["optim.lr = 1", "train.init="]
+    assert explicit_settings("tiny", overrides) == {"optim.lr", "train.init"}
+    assert {"data.root", "model.rpn.norm", "optim.lr"} < explicit_settings(file, overrides)
+    assert "data.root" in explicit_settings("tiny", ["data={root: here}"])
+    shipped = ROOT / "vitdet" / "recipes" / "tiny.yaml"
+    assert explicit_settings(shipped, overrides) == {"data.root", "optim.lr", "train.init"}
+
+
+def test_a_printed_config_follows_the_data_that_it_is_used_with(
+    vitdet: Run, own_tiny: Path, tmp_path: Path
+) -> None:
+    """The first stage of dvc.yaml: settings first, data then, and a class more later."""
+    words = ["config", ROOT / "vitdet" / "recipes" / "tiny.yaml", "--set", f"data.root={own_tiny}"]
+    moved = own_tiny.rename(tmp_path / "later")
+    assert vitdet(*words, *SMALL, "--output", tmp_path / "config.yaml")[0] == 0
+    assert load_config(tmp_path / "config.yaml").model.roi_heads.num_classes == 6  # complete
+    moved.rename(own_tiny)
+    other_classes(own_tiny, ["one", "two"])
+    renamed(own_tiny, train="train2017", val="val2017")
+    config, found = resolve_config(tmp_path / "config.yaml")
+    assert config.model.roi_heads.num_classes == 2
+    assert (config.data.train_split, config.data.val_split) == ("train2017", "val2017")
+    assert len(found) == 3
+    code, _, err = vitdet("train", tmp_path / "config.yaml", "--output", tmp_path / "run")
+    assert code == 0, err
+    checkpoint = tmp_path / "run" / "model.pt"
+    assert load_model_file(checkpoint)["class_names"] == ["one", "two"]
+    code, _, err = vitdet("evaluate", checkpoint, "--config", tmp_path / "config.yaml")
+    assert code == 0, err
+    _, printed, _ = vitdet("config", "tiny")
+    assert "num_classes: 6" in printed and "#" not in printed
+
+
+@pytest.mark.parametrize(
+    "change, says",
+    [
+        (
+            lambda root: renamed(root, train="day", val="night"),
+            "/instances_train.json: not there; there are the splits day, night; set data.train_split and data.val_split to",
+        ),
+        (
+            lambda root: renamed(root, val="holdout"),
+            "/instances_val.json: not there; there are the splits holdout, train;",
+        ),
+        (lambda root: shutil.rmtree(root / "val"), "/val: not there; expected the images of "),
+        (
+            lambda root: shutil.rmtree(root / "annotations"),
+            "/instances_train.json: not there; expected instances_SPLIT.js",
+        ),
+        (
+            lambda root: [
+                path.rename(path.with_name(path.name.replace("instances", "lvis_v1")))
+                for path in (root / "annotations").iterdir()
+            ],
+            "of another kind; set data.dataset=lvis",
+        ),
+        (
+            lambda root: (root / "annotations" / "instances_train.json").write_text(
+                '{"categories": [1, 2'
+            ),
+            "broken JSON",
+        ),
+    ],
+    ids=["names nobody knows", "no validation", "no images", "nothing", "lvis", "broken"],
+)
+def test_what_cannot_be_known_is_one_line(
+    vitdet: Run, own_tiny: Path, change: Callable, says: str
+) -> None:
+    change(own_tiny)
+    code, _, err = vitdet(
+        "train", "tiny", *SMALL, "--set", f"data.root={own_tiny}", "--output", "out"
+    )
+    assert code == 1 and err.count("\n") == 1 and says in err, err
+    assert not Path("out").exists()
+
+
+def test_a_finished_detector_goes_on_with_the_folders_classes(
+    vitdet: Run, trained: Path, own_tiny: Path, tmp_path: Path, said: Callable[[], str]
+) -> None:
+    other_classes(own_tiny, ["one", "two"])
+    words = [
+        *SMALL,
+        "--set",
+        f"train.init={trained / 'model.pt'}",
+        "--set",
+        f"data.root={own_tiny}",
+    ]
+    code, _, err = vitdet("train", "tiny", *words, "--output", tmp_path / "run")
+    assert code == 0 and "logits.weight: starts afresh (6 classes in the file, 2 here)" in said(), (
+        err
+    )
+    assert Predictor.load(tmp_path / "run" / "model.pt").class_names == ("one", "two")
+
+
+def test_a_drawn_name_is_that_of_the_checkpoint(
+    trained: Path, picture: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    captions_drawn = []
+    monkeypatch.setattr(
+        "vitdet.visualize.paint",
+        lambda image, boxes, labels, captions, *_: captions_drawn.extend(captions),
+    )
+    found: Detections = Predictor.load(trained / "model.pt")(picture, threshold=0.0)
+    names = load_model_file(trained / "model.pt")["class_names"]
+    found.draw(picture)
+    expected = [
+        f"{names[label]} {score:.2f}"
+        for label, score in zip(found.labels, found.scores, strict=True)
+    ]
+    assert expected and captions_drawn == expected
+
+
+@pytest.mark.parametrize(
+    "names, says",
+    [
+        (["one", "two"], "class 0 is 'one', not "),
+        (None, "class 5 is 'pentagon', not "),
+        ("turned", "class 0 is "),
+    ],
+    ids=["fewer", "as many, one of another name", "in another order"],
+)
+def test_other_names_are_not_evaluated(
+    vitdet: Run, trained: Path, own_tiny: Path, names: object, says: str
+) -> None:
+    trained_on = load_model_file(trained / "model.pt")["class_names"]
+    other_classes(
+        own_tiny, trained_on[::-1] if names == "turned" else names or [*trained_on[:-1], "pentagon"]
+    )
+    code, _, err = vitdet(
+        "evaluate", trained / "model.pt", "--set", f"data.root={own_tiny}", "--output", "m.json"
+    )
+    assert code == 1 and says in err and "its classes are not those that" in err, err
+    assert not Path("m.json").exists()
+
+
+@pytest.mark.parametrize(
+    "rewrite",
+    [
+        lambda text: b"\xef\xbb\xbf" + text.encode(),
+        lambda text: text.encode("utf-16"),
+        lambda text: text.replace('"iscrowd"', '"score": NaN, "iscrowd"', 1).encode(),
+    ],
+    ids=["mark", "utf-16", "nan"],
+)
+def test_what_the_check_accepts_has_its_classes_counted(
+    own_tiny: Path, rewrite: Callable[[str], bytes]
+) -> None:
+    for path in (own_tiny / "annotations").iterdir():
+        content = json.loads(path.read_text())
+        content["categories"].append({"id": 99, "name": "seventh"})
+        path.write_bytes(rewrite(json.dumps(content)))
+    assert check(own_tiny, images=False).ok
+    override = f"data.root={own_tiny}"
+    config, found = resolve_config("tiny", [override])
+    assert config.model.roi_heads.num_classes == 7 and found == {"model.roi_heads.num_classes": 7}
+
+
+def test_json_files_of_no_layout_are_named(own_tiny: Path) -> None:
+    shutil.move(own_tiny / "annotations", own_tiny / "json")
+    data = load_config("tiny", [f"data.root={own_tiny}"]).data
+    assert str(missing(split_files(data, "train")[0], data)).endswith(
+        "as in COCO's layout under data.root, found json/instances_train.json, json/instances_val.json"
+    )

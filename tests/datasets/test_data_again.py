@@ -1,0 +1,175 @@
+"""Fetching data sets where something is there already: archives, images, other files, links; or no room."""
+
+# ruff: noqa: F401, F811 - fixtures of the other file
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from tests.cli.test_cli import largest_file
+from tests.datasets.test_data_fetch import (
+    BOTH,
+    TRAIN,
+    VAL,
+    Fetch,
+    asked,
+    check,
+    get,
+    no_sync,
+    root,
+    web,
+)
+from tests.helpers.archives import miniatures
+from tests.helpers.web import Web
+from vitdet.data import download_record
+
+
+def test_archives_that_are_there_already(get: Fetch, web: Web, root: Path, tmp_path: Path) -> None:
+    for path, content in web.files.items():
+        (tmp_path / path.split("/")[-1]).write_bytes(content)
+    get(local=tmp_path, mirror="")
+    check(root, web)
+    assert web.asked == [] and len(list(tmp_path.glob("*.zip"))) == 5  # and there they stay
+    shutil.rmtree(root)
+    (tmp_path / "val2017.zip").write_bytes(b"PK" + web.files[VAL][2:-1] + b"?")
+    with pytest.raises(ValueError, match="val2017.zip: sha256 .* expected .*: not the published"):
+        get(local=tmp_path, mirror="")
+    (tmp_path / "val2017.zip").unlink()
+    with pytest.raises(
+        FileNotFoundError,
+        match=r"lacks val2017.zip \(http://images.cocodataset.org/zips/val2017.zip",
+    ):
+        get(local=tmp_path, mirror="")
+
+
+def test_kept_archives_serve_again(get: Fetch, web: Web, root: Path) -> None:
+    get(keep=True)
+    assert {path.name for path in (root / "archives").iterdir()} == {
+        name.split("/")[-1] for name in (TRAIN, VAL, BOTH)
+    }
+    shutil.rmtree(root / "train2017")
+    assert get() is True and len(web.asked) == 3
+    (root / "train2017" / "000000000003.jpg").unlink()
+    with open(root / "archives" / "train2017.zip", "r+b") as damaged:
+        damaged.write(b"?")
+    with pytest.raises(ValueError, match="archives/train2017.zip: sha256"):
+        get()
+
+
+def test_what_is_lost_is_brought_again_and_what_is_changed_is_named(
+    get: Fetch, web: Web, root: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    get()
+    (root / "val2017" / "000000000003.jpg").unlink()
+    (root / "annotations" / "instances_val2017.json").unlink()
+    web.asked.clear()
+    assert get() is True and asked(web) == [BOTH, VAL]
+    assert "annotations/instances_val2017.json: missing; downloading it again" in caplog.text
+    assert "val2017: 11 files of " in caplog.text
+    check(root, web)
+    with open(root / "val2017" / "000000000003.jpg", "ab") as image:
+        image.write(b"?")
+    with pytest.raises(
+        ValueError, match="val2017: 12 files of .*; move it away and repeat the command"
+    ):
+        get()
+
+
+def test_images_of_before_are_compared_and_completed(get: Fetch, web: Web, root: Path) -> None:
+    get()
+    (root / "manifest.json").unlink()
+    (root / "train2017" / "000000000007.jpg").unlink()
+    get()
+    check(root, web)
+    (root / "manifest.json").unlink()
+    (root / "train2017" / "000000000007.jpg").unlink()
+    (root / "train2017" / "holiday.jpg").write_bytes(b"mine")
+    web.asked.clear()
+    with pytest.raises(
+        ValueError, match="train2017/holiday.jpg: not of train2017.zip; move it away"
+    ):
+        get()
+    (root / "train2017" / "holiday.jpg").rename(root / "train2017" / "000000000099.jpg")
+    (root / "train2017" / "000000000099.jpg").with_name("000000000098.jpg").write_bytes(b"mine")
+    with pytest.raises(
+        ValueError, match="train2017: has more than the 12 files of train2017.zip; move it away"
+    ):
+        get()
+    assert web.asked == [] and (root / "train2017" / "000000000099.jpg").read_bytes() == b"mine"
+    (root / "train2017" / "000000000098.jpg").unlink()
+    with pytest.raises(
+        ValueError,
+        match="train2017.*/000000000099.jpg: not of train2017.zip, and 0 more files; move",
+    ):
+        get()
+
+
+def test_a_link_is_refused_before_anything_is_asked_for(
+    get: Fetch, web: Web, root: Path, tmp_path: Path
+) -> None:
+    root.mkdir()
+    (root / "train2017").symlink_to(tmp_path)
+    with pytest.raises(OSError, match="data/train2017: a link"):
+        get()
+    assert web.asked == []
+
+
+def test_the_disk_is_asked_first(
+    get: Fetch, web: Web, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage, wanted = shutil.disk_usage(root.parent), miniatures("coco")[0]
+    wanted[1] = replace(wanted[1], size=19_000_000_000, unpacked=20_000_000_000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=30_000_000_000))
+    with pytest.raises(
+        OSError, match=r"data: 39.0 GB are needed \(19.0 for archives, 20.0 for what they"
+    ):
+        get(wanted=wanted)
+    assert web.asked == []
+
+
+def test_a_full_disk_is_one_line_and_the_next_run_goes_on(get: Fetch, web: Web, root: Path) -> None:
+    with (
+        pytest.raises(OSError, match="part: could not be written .*File too large"),
+        largest_file(9_000),
+    ):
+        get(split="train")
+    get()
+    check(root, web)
+
+
+def test_an_archive_that_lacks_files_is_not_noted(get: Fetch, root: Path) -> None:
+    both, train = miniatures("coco", "train")[0]
+    with pytest.raises(ValueError, match="train2017.zip: holds 12 of the 13 files of train2017"):
+        get(wanted=[both, replace(train, count=13)])
+    assert not (root / "manifest.json").exists() and not (root / "train2017").exists()
+
+
+def test_without_a_known_checksum_the_manifest_has_that_of_what_came(
+    get: Fetch, root: Path
+) -> None:
+    wanted = miniatures("coco", "val")[0]
+    get(wanted=[replace(archive, sha256="") for archive in wanted])
+    noted = download_record.read(root).archives
+    assert [one.sha256 for one in noted] == [archive.sha256 for archive in wanted]
+    assert not any(one.known for one in noted)
+
+
+def test_nothing_to_do_needs_no_right_to_write(
+    get: Fetch, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    get()
+    monkeypatch.setattr(Path, "mkdir", None)
+    monkeypatch.setattr(os, "open", None)
+    assert get() is False
+
+
+def test_a_manifest_that_is_none_is_one_line(get: Fetch, root: Path) -> None:
+    root.mkdir()
+    (root / "manifest.json").write_text(json.dumps({"archives": [{"name": 1}]}))
+    with pytest.raises(ValueError, match="manifest.json: not a manifest of `vitdet data`"):
+        get()

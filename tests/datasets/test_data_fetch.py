@@ -1,0 +1,304 @@
+"""COCO and LVIS over a bad line: in the end the layout that every tool expects, or one line; twice is once."""
+
+from __future__ import annotations
+
+import io
+import os
+import signal
+import subprocess
+import sys
+import time
+import zipfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import environment
+from tests.helpers.archives import miniatures
+from tests.helpers.web import Handler, Web, file, serve, status
+from tests.weights.test_download import QUICK, Seen
+from vitdet.data import download_record
+from vitdet.datasets.fetch import fetch
+from vitdet.datasets.published import Archive
+
+TRAIN, VAL, BOTH = (
+    "/zips/train2017.zip",
+    "/zips/val2017.zip",
+    "/annotations/annotations_trainval2017.zip",
+)
+Fetch = Callable[..., bool]
+
+
+@pytest.fixture(autouse=True)
+def no_sync(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A busy machine's disks are not waited for."""
+    monkeypatch.setattr(os, "sync", lambda: None)
+
+
+@pytest.fixture
+def web() -> Iterator[Web]:
+    """A mirror of both data sets, in small."""
+    with serve() as web:
+        web.files = {**miniatures("coco")[1], **miniatures("lvis")[1]}
+        yield web
+
+
+@pytest.fixture
+def get(web: Web, tmp_path: Path) -> Fetch:
+    def run(
+        dataset: str = "coco",
+        split: str = "",
+        wanted: list[Archive] | None = None,
+        mirror: str = web.url,
+        **options: object,
+    ) -> bool:
+        return fetch(
+            wanted or miniatures(dataset, split)[0],
+            tmp_path / "data",
+            lambda _: Seen(),
+            mirror,
+            patience=QUICK,
+            **options,
+        )
+
+    return run
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    return tmp_path / "data"
+
+
+def tree(root: Path) -> set[str]:
+    return {str(one.relative_to(root)) for one in root.rglob("*") if one.is_file()}
+
+
+def expected(content: bytes, folder: str) -> dict[str, bytes]:
+    """The files of an archive by their name below the root."""
+    with zipfile.ZipFile(io.BytesIO(content)) as opened:
+        return {
+            f"{folder}/{name.split('/')[-1]}": opened.read(name)
+            for name in opened.namelist()
+            if not name.endswith("/") and "captions" not in name
+        }
+
+
+def check(root: Path, web: Web) -> None:
+    """COCO lies below root, whole, and nothing else."""
+    wanted = {
+        **expected(web.files[TRAIN], "train2017"),
+        **expected(web.files[VAL], "val2017"),
+        **expected(web.files[BOTH], "annotations"),
+    }
+    assert len(wanted) == 26 and tree(root) == {*wanted, "manifest.json"}
+    assert all((root / name).read_bytes() == content for name, content in wanted.items())
+    download_record.verify(root, contents=True)
+
+
+def size(path: Path) -> int:
+    return path.stat().st_size if path.exists() else 0
+
+
+def until(happened: Callable[[], object], process: subprocess.Popen | None = None) -> None:
+    """Waits, but not for a process that has ended; pytest-timeout ends a test that hangs."""
+    while not happened() and (process is None or process.poll() is None):
+        time.sleep(0.01)
+    assert happened(), process and process.communicate()
+
+
+def asked(web: Web) -> list[str]:
+    return sorted(path for path, _ in web.asked)
+
+
+def test_coco_comes_whole_and_twice_is_once(get: Fetch, web: Web, root: Path) -> None:
+    assert get() is True
+    check(root, web)
+    assert asked(web) == [BOTH, TRAIN, VAL]
+    before = {path: path.stat().st_mtime_ns for path in root.rglob("*")}
+    assert get() is False and len(web.asked) == 3
+    assert {path: path.stat().st_mtime_ns for path in root.rglob("*")} == before
+
+
+def test_lvis_lies_over_the_same_images(get: Fetch, web: Web, root: Path) -> None:
+    get()
+    web.asked.clear()
+    assert get("lvis") is True
+    assert asked(web) == ["/LVIS/lvis_v1_train.json.zip", "/LVIS/lvis_v1_val.json.zip"]
+    assert {path.name for path in (root / "annotations").iterdir()} == {
+        "instances_train2017.json",
+        "instances_val2017.json",
+        "lvis_v1_train.json",
+        "lvis_v1_val.json",
+    }
+    assert get("lvis") is False and get() is False and len(download_record.read(root).archives) == 5
+
+
+def test_one_split_and_then_the_other(get: Fetch, web: Web, root: Path) -> None:
+    get(split="val")
+    assert asked(web) == [BOTH, VAL]
+    assert {path.name for path in root.iterdir()} == {"val2017", "annotations", "manifest.json"}
+    assert [path.name for path in (root / "annotations").iterdir()] == ["instances_val2017.json"]
+    assert get(split="val") is False
+    get()
+    check(root, web)
+    assert asked(web) == [BOTH, BOTH, TRAIN, VAL]
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        [file(cut=9_000), file(cut=3_000)],
+        [file(cut=5_000, stall=True)],
+        [status(503, Retry_After=0), file(cut=10)],
+        [file(cut=9_000), file(ranges=False)],
+        [file(cut=9_000, tag=False), file(tag=False)],
+        [file(length=False)],
+        [file(cut=9_000), file(shift=3)],
+    ],
+    ids=["cut", "stall", "503", "no Range", "no tag", "no length", "another range"],
+)
+def test_a_bad_line_costs_time_only(get: Fetch, web: Web, root: Path, bad: list) -> None:
+    web.plans = {TRAIN: list(bad), VAL: list(bad)}
+    get()
+    check(root, web)
+    assert web.plans == {TRAIN: [], VAL: []}
+
+
+def changing(to: Handler) -> None:
+    """A part of another file, and from then on the right one."""
+    right = to.server.files[TRAIN]
+    to.server.files[TRAIN], to.server.tag = bytes(len(right)), '"other"'
+    file(cut=9_000)(to)
+    to.server.files[TRAIN], to.server.tag = right, '"one"'
+
+
+def test_a_file_that_changes_meanwhile_is_not_joined(get: Fetch, web: Web, root: Path) -> None:
+    web.plans = {TRAIN: [changing]}
+    get()
+    check(root, web)
+
+
+def wrong(to: Handler) -> None:
+    """Other bytes of the same length."""
+    to.begin(200, Content_Length=len(to.server.files[TRAIN]))
+    to.body(bytes(len(to.server.files[TRAIN])))
+
+
+@pytest.mark.parametrize(
+    ("bad", "error", "says"),
+    [
+        (
+            wrong,
+            ValueError,
+            "sha256 .*, expected .*: not the published train2017.zip; the download was thrown away",
+        ),
+        (status(404), FileNotFoundError, "404 Not Found"),
+        (status(403), ConnectionError, "403 Forbidden"),
+        (
+            status(200, b"<html>log in</html>", Content_Type="text/html"),
+            ValueError,
+            "a web page came instead",
+        ),
+        (
+            status(200, b"short", Content_Type="application/zip"),
+            ValueError,
+            "the server has 5 bytes, expected",
+        ),
+    ],
+    ids=["wrong bytes", "404", "403", "web page", "wrong length"],
+)
+def test_what_will_not_pass_is_one_line_and_the_rest_is_kept(
+    get: Fetch, web: Web, root: Path, bad: Callable, error: type[Exception], says: str
+) -> None:
+    web.plans = {TRAIN: [bad]}
+    with pytest.raises(error, match=says) as caught:
+        get()
+    assert str(caught.value).startswith(f"{web.url}{TRAIN}: ") and "\n" not in str(caught.value)
+    # nothing is unpacked before all is verified
+    assert all(name.startswith(".archives/") for name in tree(root))
+    get()
+    check(root, web)
+
+
+def test_a_failure_stops_the_others_where_they_are(get: Fetch, web: Web, root: Path) -> None:
+    def late(to: Handler) -> None:
+        until(lambda: size(root / ".archives" / "train2017.zip.part") == 5_000)
+        status(404)(to)
+
+    web.plans = {TRAIN: [file(cut=5_000, stall=True), *[file(cut=0)] * 9], BOTH: [late]}
+    with pytest.raises(FileNotFoundError, match="404"):
+        get()
+    assert len(web.plans[TRAIN]) > 0  # stopped before its last attempt
+    web.plans.clear()
+    get()
+    check(root, web)
+    assert (TRAIN, "bytes=5000-") in web.asked
+
+
+SCRIPT = """
+import importlib.machinery, logging, os, sys, types
+import vitdet
+package = types.ModuleType("vitdet.data")  # without the loader's torch, which takes seconds
+package.__path__ = [os.path.join(vitdet.__path__[0], "data")]
+sys.modules["vitdet.data"] = package
+from pathlib import Path
+from tests.helpers.archives import miniatures
+from vitdet.datasets import extract, fetch
+from vitdet.datasets.download import Patience
+class Quiet:
+    def at(self, done, total): pass
+    def end(self): pass
+if len(sys.argv) > 3:
+    def unpacked(opened, info, path, temporary, write=extract._write):
+        if path.name == sys.argv[3]:
+            temporary.write_bytes(b"half")
+            print("here", flush=True)
+            import time; time.sleep(600)
+        write(opened, info, path, temporary)
+    extract._write = unpacked
+logging.basicConfig(level=logging.INFO)
+url, root = sys.argv[1], Path(sys.argv[2])
+print(fetch.fetch(miniatures("coco")[0], root, lambda _: Quiet(), url, patience=Patience(stall=600)))
+"""
+
+
+def start(web: Web, root: Path, *words: str) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, "-c", SCRIPT, web.url, str(root), *words],
+        env=environment(root.parent),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def kill(process: subprocess.Popen) -> None:
+    os.kill(process.pid, signal.SIGKILL)
+    process.communicate()
+
+
+def test_killed_anywhere_and_run_again(web: Web, root: Path) -> None:
+    web.plans = {TRAIN: [file(cut=9_000, stall=True)]}
+    process = start(web, root)
+    until(
+        lambda: (
+            size(root / ".archives" / "train2017.zip.part") == 9_000
+            and size(root / ".archives" / "val2017.zip")
+        ),
+        process,
+    )
+    kill(process)
+    # stops in the middle of this image of both folders
+    process = start(web, root, "000000000005.jpg")
+    assert process.stdout.readline().startswith("here")
+    assert (TRAIN, "bytes=9000-") in web.asked
+    # after the other folder
+    until(lambda: (root / ".train2017.part" / "000000000004.jpg").exists(), process)
+    kill(process)
+    assert not (root / "train2017").exists()
+    web.asked.clear()
+    two = [start(web, root), start(web, root)]  # the second waits and finds that all is done
+    said = sorted(one.communicate()[0] for one in two)
+    assert said == ["False\n", "True\n"] and web.asked == []
+    check(root, web)

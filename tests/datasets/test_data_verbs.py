@@ -1,0 +1,182 @@
+"""`vitdet data coco` and `lvis` as a person meets them, and the facts of what is published."""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.cli.test_cli import largest_file
+from tests.helpers.archives import miniatures, path
+from tests.helpers.web import Web, serve, status
+from vitdet.datasets import published
+
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def web(monkeypatch: pytest.MonkeyPatch) -> Iterator[Web]:
+    """A mirror of small archives, which are the published ones for this test."""
+    monkeypatch.setattr(os, "sync", lambda: None)
+    with serve() as web:
+        web.files = {**miniatures("coco")[1], **miniatures("lvis")[1]}
+        monkeypatch.setattr(
+            published, "archives", lambda dataset, split: miniatures(dataset, split)[0]
+        )
+        yield web
+
+
+def test_what_is_published() -> None:
+    """Addresses and sizes as cocodataset.org and lvisdataset.org have them; LVIS needs both folders for each split."""
+    both, train, val = published.archives("coco")
+    assert [one.url for one in (both, train, val)] == [
+        "http://images.cocodataset.org/annotations/annotations_trainval2017.zip",
+        "http://images.cocodataset.org/zips/train2017.zip",
+        "http://images.cocodataset.org/zips/val2017.zip",
+    ]
+    assert (both.size, train.size, val.size) == (252_907_541, 19_336_861_798, 815_585_330)
+    assert both.paths == (
+        "annotations/instances_train2017.json",
+        "annotations/instances_val2017.json",
+    )
+    assert [one.name for one in published.archives("coco", "val")] == [
+        "annotations_trainval2017.zip",
+        "val2017.zip",
+    ]
+    assert [one.name for one in published.archives("lvis", "val")] == [
+        "train2017.zip",
+        "val2017.zip",
+        "lvis_v1_val.json.zip",
+    ]
+    every = published.archives("coco") + published.archives("lvis")
+    assert (
+        all(len(bytes.fromhex(one.sha256)) == 32 for one in every)
+        and len({one.sha256 for one in every}) == 5
+    )
+    assert path(every[-1]) == "/LVIS/lvis_v1_val.json.zip"
+
+
+def test_of_an_archive_of_images_nothing_else_is_taken() -> None:
+    train = published.TRAIN2017
+    assert train.choose("train2017/000000000009.jpg") == "000000000009.jpg"
+    for name in ("val2017/000000000139.jpg", "000000000009.jpg", "train2017/more/000000000009.jpg"):
+        with pytest.raises(ValueError, match="expected files of train2017/ only"):
+            train.choose(name)
+    both = published.instances("val")
+    assert both.choose("annotations/instances_val2017.json") == "instances_val2017.json"
+    assert (
+        both.choose("annotations/instances_train2017.json")
+        is both.choose("instances_val2017.json")
+        is None
+    )
+
+
+def test_a_person_fetches(vitdet: Run, web: Web) -> None:
+    code, output, errors = vitdet("data", "coco", "d", "--mirror", web.url, "--split", "val")
+    assert (code, output) == (0, "d: val2017 12 images, annotations/instances_val2017.json\n")
+    assert "downloading  100 %" in errors and "unpacking  100 %" in errors
+    code, output, errors = vitdet("data", "lvis", "d", "--mirror", web.url, "--keep-archives")
+    assert (code, output) == (
+        0,
+        "d: train2017 12 images, val2017 12 images, annotations/lvis_v1_train.json, "
+        "annotations/lvis_v1_val.json\n",
+    )
+    again = vitdet("data", "lvis", "d", "--from", "nowhere")
+    assert again == (0, output.replace("\n", ", already there\n"), "")
+    assert len(web.asked) == 5
+    # no COCO annotations there
+    assert vitdet("data", "coco", "e", "--from", "d/archives", "--split", "train")[0] == 1
+    # val2017.zip was not kept
+    assert vitdet("data", "lvis", "e", "--from", "d/archives", "--split", "val")[0] == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (
+            ("--mirror", "http://x", "--from", "y"),
+            "vitdet: --from takes the archives of a folder and --mirror those of a",
+        ),
+        (("--mirror", "x"), "vitdet: --mirror x: expected an address such as https://"),
+        (
+            ("--from", "y"),
+            "vitdet: y: lacks annotations_trainval2017.zip (http://images.cocodataset.org/annotations/",
+        ),
+    ],
+    ids=["both", "mirror", "from"],
+)
+def test_a_wrong_word_is_one_line(vitdet: Run, web: Web, words: tuple[str, ...], says: str) -> None:
+    code, output, errors = vitdet("data", "coco", "d", *words)
+    assert (
+        (code, output) == (1, "")
+        and errors.startswith(says)
+        and errors.count("\n") == 1
+        and web.asked == []
+    )
+
+
+def test_a_failure_is_one_line(vitdet: Run, web: Web, tmp_path: Path) -> None:
+    web.plans = {"/zips/val2017.zip": [status(404)]}
+    code, _, errors = vitdet("data", "coco", "d", "--mirror", web.url)
+    assert (
+        code == 1
+        and f"vitdet: {web.url}/zips/val2017.zip: the server answers 404 Not Found" in errors
+    )
+    assert "Traceback" not in errors and not (tmp_path / "d" / "manifest.json").exists()
+
+
+@pytest.mark.parametrize("dataset", ["coco", "lvis"])
+@pytest.mark.parametrize(
+    ("limit", "local", "says"),
+    [
+        (10, False, r"File too large: 'd/\.archives/\w+\.\S*zip\.part\.json'"),
+        (
+            600,
+            False,
+            r"d/\.archives/\w+\.\S*zip\.part: could not be written \(.*the 600 bytes so far",
+        ),
+        (9_000, False, r"d/\.archives/\w+2017\.zip\.part: could not be written \(.*File too large"),
+        (100, True, r"d/\S+\.(jpg|json): could not be unpacked \(.*File too large"),
+    ],
+    ids=["note", "start", "archive", "content"],
+)
+def test_a_full_disk_names_the_file_and_the_same_command_goes_on(
+    vitdet: Run, web: Web, tmp_path: Path, dataset: str, limit: int, local: bool, says: str
+) -> None:
+    for where, content in web.files.items():
+        (tmp_path / where.rpartition("/")[2]).write_bytes(content)
+    words = ("data", dataset, "d", *(("--from", ".") if local else ("--mirror", web.url)))
+    with largest_file(limit):
+        code, output, errors = vitdet(*words)
+    said = [line for line in errors.splitlines() if line.startswith("vitdet: ")]
+    assert (code, output, len(said)) == (1, "", 1) and "Traceback" not in errors
+    assert re.match(f"vitdet: .*{says}", said[0])
+    left = {one.name for one in (tmp_path / "d").rglob("*") if one.is_file()}
+    assert not any(name.endswith((".tmp", ".unpacking", "manifest.json")) for name in left)
+    assert vitdet(*words)[0] == 0
+    assert not any(name[0] == "." for name in os.listdir("d"))
+
+
+def test_a_full_disk_at_the_manifest(
+    vitdet: Run, web: Web, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ("data", "coco", "d", "--split", "val", "--mirror", web.url)
+
+    def full() -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "sync", full)
+        code, output, errors = vitdet(*words)
+    said = errors.splitlines()[-1]
+    assert (code, output) == (1, "")
+    assert said == "vitdet: [Errno 28] No space left on device: 'd/manifest.json'"
+    left = sorted(one.name for one in (tmp_path / "d").iterdir() if one.name != ".archives")
+    assert left == ["annotations", "val2017"]
+    asked = len(web.asked)
+    assert vitdet(*words)[0] == 0 and len(web.asked) == asked
+    assert sorted(os.listdir("d")) == ["annotations", "manifest.json", "val2017"]

@@ -1,0 +1,113 @@
+"""LVIS as it is brought: its images are COCO's, where their coco_url says; and no image of one split in the other."""
+
+# ruff: noqa: F401, F811 - fixtures of the other files
+from __future__ import annotations
+
+import json
+import shutil
+import threading
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from tests.data.test_lvis_data import change, lvis, own_lvis, settings
+from tests.datasets.test_data_fetch import (
+    BOTH,
+    TRAIN,
+    VAL,
+    Fetch,
+    asked,
+    check,
+    get,
+    no_sync,
+    root,
+    web,
+)
+from tests.helpers.archives import path, zipped
+from tests.helpers.web import Handler, Web, file, status
+from vitdet.data import check as data_check
+from vitdet.data.dataset import read_split
+from vitdet.data.fingerprint import fingerprints
+from vitdet.datasets import published
+from vitdet.datasets.published import Archive
+
+
+def packed(folder: Path) -> tuple[list[Archive], dict[str, bytes]]:
+    """A folder as the archives in which LVIS is published, and the content of each by its path on a server."""
+    made, contents = [], {}
+    for archive in published.archives("lvis"):
+        place = folder / archive.folder
+        files = {
+            f"{archive.prefix}{name}": (place / name).read_bytes()
+            for name in archive.members or sorted(one.name for one in place.iterdir())
+        }
+        contents[path(archive)] = content = zipped(files)
+        made.append(
+            replace(
+                archive,
+                size=len(content),
+                sha256="",
+                count=len(files),
+                unpacked=sum(map(len, files.values())),
+            )
+        )
+    return made, contents
+
+
+def test_what_was_brought_can_be_trained_on(get: Fetch, web: Web, root: Path, lvis: Path) -> None:
+    wanted, web.files = packed(lvis)
+    get(wanted=wanted)
+    data = settings(root)
+    brought, made = (read_split(settings(place), "val") for place in (root, lvis))
+    # LVIS divides COCO anew
+    assert {one.path.parent.name for one in brought.records} == {"train2017", "val2017"}
+    assert all(
+        one.path.read_bytes() == other.path.read_bytes() and one.image_id == other.image_id
+        for one, other in zip(brought.records, made.records, strict=True)
+    )
+    assert data_check.check(root).ok and len(fingerprints(data)) == 2
+
+
+def test_all_archives_come_at_once(get: Fetch, web: Web, root: Path) -> None:
+    together = threading.Barrier(3)
+
+    def with_the_others(to: Handler) -> None:
+        try:
+            together.wait(300)
+        except threading.BrokenBarrierError:
+            status(404)(to)
+        else:
+            file()(to)
+
+    web.plans = {one: [with_the_others] for one in (TRAIN, VAL, BOTH)}
+    get()
+    check(root, web)
+    assert asked(web) == [BOTH, TRAIN, VAL]  # nobody gave up waiting and asked again
+
+
+def leak(content: dict, folder: Path, url: str | None = None) -> None:
+    """The first image of the training split among those of validation, at its own place or at another."""
+    train = json.loads((folder / "annotations" / "lvis_v1_train.json").read_text())["images"][0]
+    content["images"].append({**train, **({"coco_url": url} if url else {})})
+
+
+@pytest.mark.parametrize(
+    "images, kind", [(False, "image id in two splits"), (True, "picture in two splits")]
+)
+def test_an_image_of_both_splits_is_an_error(own_lvis: Path, images: bool, kind: str) -> None:
+    change(own_lvis, "val", lambda content: leak(content, own_lvis))
+    found = [one.kind for one in data_check.check(own_lvis, images=images).errors]
+    assert kind in found
+
+
+def test_a_copy_under_another_name_keeps_its_id(own_lvis: Path) -> None:
+    train = json.loads((own_lvis / "annotations" / "lvis_v1_train.json").read_text())["images"][0]
+    name = Path(train["coco_url"]).name
+    shutil.copy(own_lvis / "train2017" / name, own_lvis / "val2017" / "copy.png")
+    change(own_lvis, "val", lambda content: leak(content, own_lvis, "http://x/val2017/copy.png"))
+    assert [one.kind for one in data_check.check(own_lvis, images=False).errors] == [
+        "image id in two splits"
+    ]
+    assert "picture in two splits" in [one.kind for one in data_check.check(own_lvis).errors]

@@ -1,0 +1,94 @@
+"""The analysis of an evaluation: its metrics agree with AP, and with small cases counted by hand."""
+
+import json
+from dataclasses import asdict
+
+import numpy as np
+import pytest
+
+from tests.evaluation.test_errors import detection, scene
+from tests.helpers.random_results import random_set
+from vitdet.evaluation import coco, lvis
+from vitdet.evaluation.analysis import analyse
+from vitdet.evaluation.results import Truth
+
+CAT, DOG = (1, [10, 10, 20, 20]), (2, [60, 60, 20, 20])
+
+
+def analysed(truth, results, kind="bbox", rules=coco):
+    comparison = rules.compare(truth, results, [kind])
+    return analyse(kind, comparison[kind], rules.summary(comparison), truth)
+
+
+@pytest.mark.parametrize("kind", ["bbox", "segm"])
+@pytest.mark.parametrize("rules", [coco, lvis])
+def test_the_parts_of_a_random_analysis_agree(kind, rules):
+    truth, results = random_set(2, lvis=rules is lvis)
+    one = analysed(truth, results, kind, rules)
+    known = [row for row in one.classes if row.objects]
+    for name in ("ap", "ap50", "ap75"):
+        assert np.mean([getattr(row, name) for row in known]) == pytest.approx(one.metrics[name])
+    assert 100 * np.mean(one.curves["0.5"]) == pytest.approx(one.metrics["ap50"], abs=0.01)
+    assert 100 * np.mean(one.curves["mean"]) == pytest.approx(one.metrics["ap"], abs=0.01)
+    assert all(100 * np.mean(row.curve) == pytest.approx(row.ap50, abs=0.06) for row in known)
+    assert sum(row.error_counts["missed"] for row in known) == one.error_counts["missed"]
+    best = next(row for row in one.thresholds if row.score == one.best_threshold)
+    assert best.f1 == max(row.f1 for row in one.thresholds)
+    matrix = np.array(one.confusion.matrix)
+    assert matrix[:-1].sum() == sum(row.objects for row in one.classes)
+    assert one.confusion.names[-1] == "background" and matrix[-1, -1] == 0
+    assert np.trace(matrix) == pytest.approx(best.recall * matrix[:-1].sum())
+    assert np.trace(matrix) == pytest.approx(best.precision * matrix[:, :-1].sum())
+    assert [row.f1 for row in one.worst] == sorted(row.f1 for row in one.worst)
+    assert one.best[0].f1 == max(row.f1 for row in one.best) > one.worst[0].f1
+    json.dumps(asdict(one), allow_nan=False)
+
+
+def test_thresholds_and_images_count_what_is_right():
+    truth = scene(CAT, DOG)
+    results = [
+        detection(1, CAT[1], 0.8),
+        detection(1, [10, 60, 20, 20], 0.6),
+        detection(2, DOG[1], 0.4),
+        detection(2, [60, 10, 20, 20], 0.2),
+    ]
+    one = analysed(truth, results)
+    cat, dog = one.classes
+    assert (cat.best_threshold, cat.precision, cat.recall, cat.f1) == (0.8, 1, 1, 1)
+    assert (dog.best_threshold, dog.f1, dog.images, dog.detections) == (0.4, 1, 1, 2)
+    at = {row.score: (row.precision, row.recall) for row in one.thresholds}
+    assert at[0.9] == (1, 0) and at[0.7] == (1, 0.5) and at[0.6] == (0.5, 0.5)
+    assert at[0.3] == (2 / 3, 1) and at[0.1] == (0.5, 1)
+    assert one.best_threshold == 0.4
+    assert one.worst == one.best
+    image = one.worst[0]
+    assert (image.objects, image.detections, image.missed, image.false_positives) == (2, 3, 0, 1)
+    assert image.f1 == pytest.approx(0.8)
+
+
+def test_a_confusion_pairs_what_is_left_across_classes():
+    one = analysed(scene(CAT, DOG), [detection(1, CAT[1], 0.9), detection(1, DOG[1], 0.9)])
+    assert one.confusion.names == ["cat", "dog", "background"]
+    assert one.confusion.matrix == [[1, 0, 0], [1, 0, 0], [0, 0, 0]]
+    assert one.classes[1].main_error == "classification"
+
+
+def test_of_many_classes_the_most_confused_are_shown():
+    truth = scene((1, CAT[1]), (40, DOG[1]))
+    names = {number: {"id": number, "name": f"class {number}"} for number in range(1, 51)}
+    truth = Truth(truth.path, truth.images, names, truth.objects)
+    confusion = analysed(truth, [detection(45, DOG[1], 0.9), detection(1, CAT[1], 0.9)]).confusion
+    assert confusion.classes == 50 and len(confusion.names) == 31
+    assert {"class 40", "class 45"} <= set(confusion.names)
+    assert np.sum(confusion.matrix) == 2
+
+
+@pytest.mark.parametrize(
+    ("objects", "results"), [((), []), ((CAT,), []), ((), [detection(1, CAT[1], 0.9)])]
+)
+def test_without_objects_or_detections_there_is_an_analysis(objects, results):
+    one = analysed(scene(*objects), results)
+    assert one.best_threshold is None and one.classes[0].best_threshold is None
+    assert bool(one.thresholds) == bool(objects) and bool(one.curves) == bool(objects)
+    assert one.classes[0].main_error == ("missed" if objects else None)
+    json.dumps(asdict(one), allow_nan=False)

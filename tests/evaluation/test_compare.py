@@ -1,0 +1,246 @@
+"""`vitdet compare`: what is read, refused and written."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.conftest import minimal, options
+from tests.helpers.random_results import random_set
+from vitdet.cli import main
+from vitdet.cli.compare.inputs import Compared, check_comparable
+from vitdet.cli.compare.text import comparison_text
+from vitdet.config import flatten, load_config, save_config
+from vitdet.data.protocol import Protocol
+from vitdet.evaluation import coco
+from vitdet.evaluation.bootstrap import bootstrap
+from vitdet.tracking.comparison import markdown_table
+
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def vitdet(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Run:
+    """The command line in an empty folder: exit code, output, errors."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+
+    def run(*words: object) -> tuple[int, str, str]:
+        with pytest.raises(SystemExit) as ended:
+            main(list(map(str, words)))
+        return ended.value.code or 0, *capsys.readouterr()
+
+    return run
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> list[Path]:
+    """annotations.json, and two files of box results: the second lacks most of class 1's true ones."""
+    truth, results = random_set(1, 60, 3)
+    results = [
+        {key: one[key] for key in ("image_id", "category_id", "score", "bbox")} for one in results
+    ]
+    objects = [
+        {key: getattr(one, key) for key in ("image_id", "category_id", "bbox", "area", "iscrowd")}
+        for one in truth.objects
+    ]
+    tree = {
+        "images": [{**one, "file_name": f"{one['id']}.jpg"} for one in truth.images.values()],
+        "categories": list(truth.categories.values()),
+        "annotations": [{**one, "id": number} for number, one in enumerate(objects, 1)],
+    }
+    worse = [one for one in results if one["category_id"] != 5 or one["image_id"] % 4]
+    paths = []
+    for name, content in (("annotations", tree), ("first", results), ("worse", worse)):
+        paths.append(tmp_path / f"{name}.json")
+        paths[-1].write_text(json.dumps(content))
+    return paths
+
+
+def refused(result: tuple[int, str, str], message: str) -> None:
+    code, output, errors = result
+    assert code == 1 and output == "" and errors.count("\n") == 1, errors
+    assert message in errors
+
+
+def test_files_of_results(vitdet: Run, files: list[Path], tmp_path: Path) -> None:
+    words = ["first.json", "worse.json", "first.json", "--annotations", files[0]]
+    code, text, errors = vitdet("compare", *words, "--resamples", 100, "--output", "new/text.md")
+    assert (code, errors) == (0, "")
+    assert (tmp_path / "new" / "text.md").read_text() == text
+    verdicts = [line for line in text.splitlines() if line.startswith("- ")]
+    assert verdicts[0].startswith("- worse.json is worse than first.json (1) by ")
+    assert verdicts[1].startswith(
+        "- first.json (2) and first.json (1) are equal within chance: +0.00"
+    )
+    truth, results = random_set(1, 60, 3)
+    ap = coco.compare(truth, results, ["bbox"])["bbox"].ap()
+    assert f"| first.json (1) | box  | {ap:.2f} [" in text
+    assert "## Speed" not in text and "## Settings" not in text
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["first.json"], "name at least two results"),
+        (["first.json", "worse.json"], "needs --annotations FILE"),
+        (["first.json", "none.json", "--annotations", "annotations.json"], "none.json: no such"),
+        (["none.pt", "first.json"], "none.pt: no such checkpoint"),
+        (["tiny optim.lr=0.004", "first.json"], "no such MLflow store; set MLFLOW_TRACKING_URI"),
+        (
+            ["first.json", "annotations.json", "--annotations", "annotations.json"],
+            "annotations.json: expected a list of results",
+        ),
+    ],
+)
+def test_mistakes_are_one_line(
+    vitdet: Run, files: list[Path], words: list[str], message: str, tmp_path: Path
+) -> None:
+    refused(vitdet("compare", *words, "--output", "text.md"), message)
+    assert {path.name for path in tmp_path.iterdir()} == {path.name for path in files}
+
+
+def compared(name: str, settings: dict[str, str], **metrics: float) -> Compared:
+    truth, results = random_set(0, 20, 2)
+    matches = coco.compare(truth, results, ["bbox"])["bbox"].matches
+    better = matches.matched | (np.arange(len(matches.score)) % 9 == 0)[:, None]
+    changed = matches if name == "a" else replace(matches, matched=better & ~matches.ignored)
+    return Compared(name, {"bbox": changed}, Protocol("f" * 16, "x=1"), settings, metrics)
+
+
+def settings(*overrides: str) -> dict[str, str]:
+    return {key: str(value) for key, value in flatten(load_config("tiny", overrides)).items()}
+
+
+def test_settings_training_and_seeds_are_shown() -> None:
+    three = [
+        compared("a", {**settings(), "tracking.uri": "http://u:secret@x"}, images_per_second=3.25),
+        compared("b", settings("train.seed=1"), memory_gb=2.0, gpu_hours=0.5),
+        compared("c", settings("optim.lr=1")),
+    ]
+    check_comparable(three)
+    resampled = bootstrap([one.matches["bbox"] for one in three], resamples=20)
+    text = comparison_text(three, {"bbox": resampled})
+    rows = {
+        cells[0]: cells[1:]
+        for line in text.partition("## Over seeds")[2].splitlines()
+        if (cells := [cell.strip() for cell in line.strip("| ").split(" | ")])
+    }
+    values = [one.interval().value for one in resampled[:2]]
+    expected = f"{np.mean(values):.2f} ± {np.std(values, ddof=1):.2f}"
+    assert rows["a, b"][:3] == ["2", "box", expected]
+    assert rows["a"] == ["3.25", "-", "-", "-"] and rows["b"] == ["-", "-", "2", "0.5"]
+    assert rows["train.seed"] == ["0", "1", "0"]
+    assert rows["optim.lr"] == ["0.002", "0.002", "1.0"]
+    assert rows["tracking.uri"][0] == "http://***@x" and "secret" not in text
+    assert "optim.steps" not in rows
+
+
+def test_few_images_have_no_verdict() -> None:
+    truth, results = random_set(0, 6, 2)
+    matches = coco.compare(truth, results, ["bbox"])["bbox"].matches
+    none = replace(matches, matched=np.zeros_like(matches.matched))
+    both = [
+        Compared(name, {"bbox": one}, None, {}, {}) for name, one in (("a", matches), ("b", none))
+    ]
+    text = comparison_text(both, {"bbox": bootstrap([matches, none], resamples=20)})
+    assert "no verdict, as only 4 images have objects (10 are needed)" in text
+    assert "Real: 0 of the 0 classes" in text
+    assert not any(row.endswith(("| yes  |", "| no   |")) for row in text.splitlines())
+
+
+@pytest.mark.parametrize(
+    ("other", "are_seeds"),
+    [
+        ([], False),  # model.pt and best.pt of one training
+        (["train.seed=1"], True),
+        (["train.seed=1", "data.workers=3"], True),
+        (["train.seed=1", "evaluate.max_images=3"], False),  # determines which step is the best
+    ],
+)
+def test_only_trainings_with_other_seeds_are_averaged(other: list[str], are_seeds: bool) -> None:
+    best = ["train.keep_best=box_ap"]
+    two = [compared("a", settings(*best)), compared("b", settings(*best, *other))]
+    resampled = bootstrap([one.matches["bbox"] for one in two], resamples=20)
+    assert ("## Over seeds" in comparison_text(two, {"bbox": resampled})) is are_seeds
+
+
+def test_a_folder_that_is_no_training_is_a_name_of_a_run(vitdet: Run, tmp_path: Path) -> None:
+    (tmp_path / "tiny").mkdir()
+    refused(vitdet("compare", "tiny", "tiny"), "no such MLflow store; set MLFLOW_TRACKING_URI")
+    save_config(load_config("tiny"), tmp_path / "tiny" / "config.yaml")
+    refused(vitdet("compare", "tiny", "tiny"), "tiny/model.pt: no such checkpoint")
+
+
+@pytest.mark.parametrize(
+    ("protocol", "message"),
+    [
+        (Protocol("e" * 16, "x=1"), "b and a have different validation data"),
+        (Protocol("f" * 16, "x=2"), "b and a have different evaluate settings: x=2, not x=1"),
+    ],
+)
+def test_other_data_or_settings_are_refused(protocol: Protocol, message: str) -> None:
+    first, other = compared("a", {}), compared("b", {})
+    with pytest.raises(ValueError, match=message):
+        check_comparable([first, replace(other, protocol=None), replace(other, protocol=protocol)])
+
+
+def test_a_padded_table_has_the_cells_of_a_plain_one() -> None:
+    plain = markdown_table(["a", "long"], [["1", "-"], ["value", "2"]])
+    padded = markdown_table(["a", "long"], [["1", "-"], ["value", "2"]], padded=True)
+    assert plain == "| a | long |\n| --- | --- |\n| 1 | - |\n| value | 2 |\n"
+    assert len({len(line) for line in padded.splitlines()}) == 1
+    assert padded.replace(" ", "") == plain.replace(" ", "")
+
+
+@pytest.mark.slow
+def test_runs_and_checkpoints(vitdet: Run, tiny: Path, tmp_path: Path) -> None:
+    for name, changes in (("a", {}), ("b", {"train__seed": 1}), ("c", {"evaluate__nms_iou": 0.6})):
+        words = options(minimal(tiny, optim__steps=2, train__eval_every=2, **changes))
+        assert vitdet("train", "tiny", *words, "--output", f"work/{name}")[0] == 0
+    refused(
+        vitdet("compare", "work/a/model.pt", "work/b/model.pt"),
+        "work/a/model.pt: its matches are not stored; run `vitdet evaluate work/a/model.pt --plots work/a/plots`",
+    )
+    for name in "abc":
+        code, *_ = vitdet("evaluate", f"work/{name}/model.pt", "--plots", f"work/{name}/plots")
+        assert code == 0
+    few = ["--resamples", 100]
+    code, text, errors = vitdet("compare", "work/a", "work/b", *few)
+    assert code == 0, errors
+    assert "| train.seed | 0 " in text and "## Over seeds" in text and "training images/s" in text
+    refused(vitdet("compare", "work/a/model.pt", "work/c/model.pt"), "different evaluate settings")
+    # the same from MLflow alone: by name, by id, and for a checkpoint that was moved beside the store
+    from mlflow import MlflowClient
+
+    store = f"sqlite:///{tmp_path}/work/mlflow.db"
+    runs = MlflowClient(store).search_runs(["1"])
+    seed = next(run for run in runs if run.data.params["train.seed"] == "1")
+    first = next(
+        run for run in runs if run.data.params["evaluate.nms_iou"] == "0.5" and run is not seed
+    )
+    assert " train.seed=1 " in seed.info.run_name
+    words = [first.info.run_id, seed.info.run_name, "--tracking-uri", store, *few]
+    code, from_runs, errors = vitdet("compare", *words)
+    assert code == 0, errors
+    assert [line.split("|")[3:] for line in from_runs.splitlines() if "| box " in line] == [
+        line.split("|")[3:] for line in text.splitlines() if "| box " in line
+    ]
+    (tmp_path / "work" / "moved").mkdir()
+    shutil.copy(tmp_path / "work" / "b" / "model.pt", tmp_path / "work" / "moved")
+    assert vitdet("compare", "work/moved/model.pt", "work/b/model.pt", *few)[0] == 0
+    refused(
+        vitdet("compare", "none", first.info.run_id, "--tracking-uri", store),
+        "none: neither a file",
+    )
+    # the matches of another checkpoint are not taken for its own
+    shutil.copy(tmp_path / "work" / "c" / "model.pt", tmp_path / "work" / "b" / "model.pt")
+    refused(vitdet("compare", "work/b/model.pt", "work/a/model.pt"), "different evaluate settings")

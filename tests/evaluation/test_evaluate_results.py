@@ -1,0 +1,286 @@
+"""Scoring a file of results: what is printed and written, what is refused, and the benchmark of it."""
+
+import json
+
+import msgspec
+import numpy as np
+import pytest
+
+from tests.helpers.random_results import SIDE, random_set
+from vitdet.cli import main
+from vitdet.cli.bench.evaluation import measure
+from vitdet.evaluation.bootstrap import WeightedAP
+from vitdet.evaluation.evaluator import evaluate_results
+from vitdet.evaluation.matches import load_matches
+from vitdet.evaluation.runs import areas
+
+
+@pytest.fixture
+def files(tmp_path):
+    """A file of annotations and one of results."""
+    truth, results = random_set(3, images=6, categories=3)
+    annotations = tmp_path / "truth.json"
+    annotations.write_text(
+        json.dumps(
+            {
+                "images": list(truth.images.values()),
+                "annotations": [msgspec.to_builtins(one) for one in truth.objects],
+                "categories": list(truth.categories.values()),
+            }
+        )
+    )
+    (tmp_path / "results.json").write_text(json.dumps(results))
+    return tmp_path / "results.json", annotations
+
+
+def run(*words):
+    with pytest.raises(SystemExit) as stop:
+        main([str(word) for word in words])
+    return stop.value.code
+
+
+def test_the_verb_prints_a_table_and_writes_the_figures(files, tmp_path, capsys):
+    results, annotations = files
+    assert (
+        run(
+            "evaluate",
+            "--results",
+            results,
+            "--annotations",
+            annotations,
+            "--output",
+            tmp_path / "new" / "m.json",
+            "--plots",
+            tmp_path / "plots",
+        )
+        == 0
+    )
+    lines = capsys.readouterr().out.splitlines()
+    metrics = json.loads((tmp_path / "new" / "m.json").read_text())
+    assert [line.split()[0] for line in lines] == ["ap", "box", "mask"]
+    assert lines[1].split()[1] == format(metrics["box_ap"], ".1f")
+    assert len(metrics) == 33 and 0 < metrics["mask_ap"] < 100
+    assert (metrics["images"], metrics["objects"] > 0, metrics["detections"] > 0) == (6, 1, 1)
+    for kind, name in (("box_ap", "class_ap"), ("mask_ap", "class_mask_ap")):
+        classes = [value for key, value in metrics.items() if key.startswith(f"{name}/class ")]
+        assert sum(classes) / len(classes) == pytest.approx(metrics[kind])
+    matches = load_matches(tmp_path / "plots" / "matches.npz")
+    assert WeightedAP(matches["segm"])(np.ones(6, int))[0, 0] == pytest.approx(
+        metrics["mask_ap"], abs=1e-9
+    )
+    assert {
+        row["class"] for row in json.loads((tmp_path / "plots" / "classes.json").read_text())
+    } <= {"class 0", "class 1", "class 2"}
+    assert json.loads((tmp_path / "plots" / "curve.json").read_text())
+    assert "SHA-256" in (tmp_path / "plots" / "report.html").read_text()
+
+
+@pytest.mark.parametrize(("lost", "kept"), [("bbox", "mask"), ("segmentation", "box")])
+def test_only_what_the_results_hold_is_scored(files, capsys, lost, kept):
+    results, annotations = files
+    both = evaluate_results(results, annotations)
+    results.write_text(
+        json.dumps(
+            [
+                {key: one[key] for key in one if key != lost}
+                for one in json.loads(results.read_text())
+            ]
+        )
+    )
+    alone = evaluate_results(results, annotations)
+    assert alone == {key: value for key, value in both.items() if key.startswith(kept)}
+    assert run("evaluate", "--results", results, "--annotations", annotations) == 0
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == ["ap", kept]
+
+
+def test_masks_may_be_polygons_and_run_lengths(files):
+    results, annotations = files
+    items = json.loads(results.read_text())
+    expected = evaluate_results(results, annotations)
+    x, y = 10.0, 20.0
+    shapes = [
+        [[x, y, x + 30, y, x + 30, y + 40, x, y + 40]],
+        {"size": [SIDE, SIDE], "counts": [10 * SIDE + 20, *[40, 110] * 29, 40, SIDE * 110 + 90]},
+    ]
+    assert sum(shapes[1]["counts"]) == SIDE * SIDE
+    figures = []
+    for shape in shapes:
+        results.write_text(json.dumps(items + [{**items[0], "segmentation": shape}]))
+        figures.append(evaluate_results(results, annotations))
+    assert figures[0] == figures[1] != expected
+
+
+BROKEN = {"size": [SIDE, SIDE], "counts": "abc"}
+SHORT = {"size": [SIDE, SIDE], "counts": [SIDE * SIDE - 1]}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"image_id": 7}, "holds no image 7, which has results"),
+        ({"image_id": None}, "holds no image None"),
+        ({"image_id": [7]}, "image_id of a result must be a number"),
+        ({"category_id": 4}, "holds no category 4"),
+        ({"score": None}, "result 2: score must be a finite number, got None"),
+        ({"score": "0.5"}, "result 2: score must be a finite number, got '0.5'"),
+        ({"score": float("nan")}, "result 2: score must be a finite number, got nan"),
+        (
+            {"bbox": [1, 2, 3]},
+            "result 2: bbox must be 4 finite numbers x, y, width, height, got .1, 2, 3.",
+        ),
+        ({"bbox": [1, 2, 3, float("inf")]}, "result 2: bbox must be 4 finite"),
+        ({"segmentation": BROKEN}, "result 2: RLE whose counts"),
+        ({"segmentation": SHORT}, "result 2: RLE whose counts do not fill its size"),
+        (
+            {"segmentation": {"size": [5, 5], "counts": "i0"}},
+            "result 2: RLE of another size than its image",
+        ),
+        (
+            {"segmentation": {"size": [SIDE, SIDE], "counts": "ää"}},
+            "result 2: RLE whose counts are not run lengths",
+        ),
+        ({"segmentation": 3}, "result 2: segmentation that is neither"),
+    ],
+    ids=str,
+)
+def test_a_result_that_cannot_be_compared_is_named_in_one_line(files, change, message):
+    results, annotations = files
+    items = json.loads(results.read_text())
+    results.write_text(json.dumps([items[0], items[1] | change, *items[2:]]))
+    with pytest.raises(ValueError, match=message) as caught:
+        evaluate_results(results, annotations)
+    assert "\n" not in str(caught.value) and str(caught.value).startswith(str(results))
+
+
+@pytest.mark.parametrize("key", ["image_id", "category_id", "score", "bbox", "segmentation"])
+def test_a_missing_key_is_named(files, key):
+    results, annotations = files
+    items = json.loads(results.read_text())
+    del items[4][key]
+    results.write_text(json.dumps(items))
+    with pytest.raises(ValueError, match=f"result 5: {key} is missing"):
+        evaluate_results(results, annotations)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[]", "list of results is empty"),
+        ("{}", "expected a list of results, got a dict"),
+        ("[{", "not readable as JSON"),
+        ("\xff", "not readable as JSON"),
+        ("[3]", "expected a bbox and/or"),
+        ('[{"image_id": 1}]', "expected a bbox and/or"),
+        ('[{"bbox": [1, 2, 3, 4]}, 5]', "result 2: expected an object, got a int"),
+    ],
+    ids=str,
+)
+def test_what_is_no_file_of_results_is_refused(files, text, message):
+    results, annotations = files
+    results.write_bytes(text.encode("latin-1"))
+    with pytest.raises(ValueError, match=message) as caught:
+        evaluate_results(results, annotations)
+    assert str(caught.value).startswith(str(results))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda tree: tree["images"].clear(),
+            "most objects: annotation of an image that does not exist",
+        ),
+        (
+            lambda tree: tree["annotations"][0].pop("bbox"),
+            "annotation 1 .*: annotation without 'bbox'",
+        ),
+        (
+            lambda tree: tree["annotations"][0].update(segmentation=SHORT),
+            "annotation 1 .*: RLE whose counts do not fill",
+        ),
+        (lambda tree: tree.update(images=3), "'images' is not a list: got 3"),
+        (
+            lambda tree: tree["images"].append(tree["images"][0]),
+            "image .*: image id that comes twice: entry 6",
+        ),
+        (
+            lambda tree: tree["categories"].append(tree["categories"][0]),
+            "category id that comes twice: entry 3",
+        ),
+        (
+            lambda tree: tree["images"][0].update(height="9.5"),
+            "image height that is not a whole number from 1 to 65535: '9.5'",
+        ),
+        (
+            lambda tree: tree["annotations"][0].update(bbox="x"),
+            "bbox that is not four finite numbers: 'x'",
+        ),
+        (
+            lambda tree: tree["annotations"][0].update(bbox=[0, 0, float("nan"), 1]),
+            "annotation 1 .*: bbox that is not",
+        ),
+        (
+            lambda tree: tree["annotations"][0].update(area="big"),
+            "area that is not a number of pixels: 'big'",
+        ),
+        (
+            lambda tree: tree["annotations"][0].update(iscrowd="no"),
+            "iscrowd that is neither 0 nor 1: 'no'",
+        ),
+        (lambda tree: tree["annotations"].clear(), "holds no object to find"),
+        (lambda tree: tree.pop("categories"), "no 'categories' in the file"),
+    ],
+)
+def test_broken_annotations_are_refused_in_one_line(files, change, message):
+    results, annotations = files
+    tree = json.loads(annotations.read_text())
+    change(tree)
+    annotations.write_text(json.dumps(tree))
+    with pytest.raises(ValueError, match=message) as caught:
+        evaluate_results(results, annotations)
+    assert "\n" not in str(caught.value) and "truth.json" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ((), "name a CHECKPOINT, or --results FILE"),
+        (("--results", "r.json"), "go together"),
+        (("model.pt", "--dataset", "lvis"), "there is no CHECKPOINT"),
+        (("--results", "r.json", "--annotations", "a.json"), "r.json: no such results file"),
+    ],
+)
+def test_words_that_do_not_go_together(words, message, capsys):
+    assert run("evaluate", *words) == 1
+    assert message in capsys.readouterr().err
+
+
+def test_codes_are_measured_in_parts(monkeypatch):
+    # 4 pixels of 9 from the third on; the second code holds one pixel too few
+    monkeypatch.setattr("vitdet.evaluation.runs.AT_ONCE", 2)
+    sizes, sound = areas([b"243", b"242", b"9", b"054", b"24O"], [9] * 5)
+    assert sizes[[0, 2, 3]].tolist() == [4, 0, 5]
+    assert sound.tolist() == [True, False, True, True, False]
+
+
+def test_the_benchmark_compares_the_figures_too(tmp_path, capsys):
+    assert (
+        run(
+            "bench",
+            "evaluate",
+            "--images",
+            12,
+            "--detections",
+            30,
+            "--output",
+            tmp_path / "bench.json",
+        )
+        == 0
+    )
+    figures = json.loads((tmp_path / "bench.json").read_text())
+    assert figures["largest_difference"] < 1e-9
+    assert set(figures["cpu_seconds"]) == {"vitdet", "pycocotools"}
+    assert 0 < figures["box_ap"] < 100
+    assert "12 images x 30 detections" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="at least 1"):
+        measure(images=0)

@@ -1,0 +1,252 @@
+"""AP of LVIS against the official package's own figures, and against a slow version of its rules on random sets."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.helpers.random_results import random_set
+from vitdet.data.annotation_file import Annotation
+from vitdet.evaluation import lvis
+from vitdet.evaluation.evaluator import evaluate_results
+from vitdet.evaluation.lvis import best, compare, compare_file, summary
+from vitdet.evaluation.results import Truth, read_truth
+
+GOLDEN = Path(__file__).parents[1] / "published" / "lvis_random"
+# of the package: lvis_val_100.json
+EXAMPLE = Path(__file__).parents[3] / "shared" / "data" / "coco-eval"
+NAMES = (
+    "ap",
+    "ap50",
+    "ap75",
+    "ap_small",
+    "ap_medium",
+    "ap_large",
+    "ap_rare",
+    "ap_common",
+    "ap_frequent",
+    "ar_300",
+    "ar_small",
+    "ar_medium",
+    "ar_large",
+)
+
+
+def assert_figures(figures, expected):
+    assert list(figures) == [f"{kind}_{name}" for kind in ("box", "mask") for name in NAMES]
+    for kind, prefix in (("bbox", "box"), ("segm", "mask")):
+        for name, value in zip(NAMES, expected[kind].values(), strict=True):
+            assert figures[f"{prefix}_{name}"] / 100 == pytest.approx(value, abs=1e-6), (
+                f"{prefix}_{name}"
+            )
+
+
+def test_the_thirteen_figures_are_the_packages_own():
+    expected = json.loads((GOLDEN / "expected.json").read_text())
+    assert_figures(
+        evaluate_results(GOLDEN / "results.json", GOLDEN / "truth.json", "lvis"), expected
+    )
+
+
+def test_the_packages_example_of_lvis_0_5_has_its_figures():
+    if not EXAMPLE.is_dir():
+        pytest.skip("needs ../shared")
+    expected = json.loads((EXAMPLE / "lvis_fake100_expected.json").read_text())
+    assert_figures(
+        evaluate_results(
+            EXAMPLE / "lvis_fake100_results.json", EXAMPLE / "lvis_val_100.json", "lvis"
+        ),
+        expected,
+    )
+
+
+def truth_of(objects, negative=(), unsure=(), frequency="f"):
+    images = {
+        1: {
+            "id": 1,
+            "height": 100,
+            "width": 100,
+            "neg_category_ids": list(negative),
+            "not_exhaustive_category_ids": list(unsure),
+        }
+    }
+    categories = {k: {"id": k, "name": str(k), "frequency": frequency} for k in (1, 2, 3)}
+    return Truth(
+        Path("truth.json"),
+        images,
+        categories,
+        [
+            Annotation(
+                id=number,
+                image_id=1,
+                category_id=category,
+                bbox=tuple(box),
+                area=box[2] * box[3],
+            )
+            for number, (category, box) in enumerate(objects)
+        ],
+    )
+
+
+def found(*boxes, category=1, score=0.9):
+    return [{"image_id": 1, "category_id": category, "bbox": box, "score": score} for box in boxes]
+
+
+BOX, ELSEWHERE = [10, 10, 40, 40], [60, 60, 30, 30]
+
+
+def ap(truth, results):
+    return summary(compare(truth, results, ["bbox"]))["box_ap"]
+
+
+def test_what_is_neither_annotated_nor_named_as_absent_is_left_out():
+    objects = [(1, BOX), (2, BOX)]
+    good = found(BOX) + found(BOX, category=2, score=0.5)
+    assert ap(truth_of(objects), good) == pytest.approx(100)
+    assert ap(truth_of(objects), good + found(ELSEWHERE, category=3, score=1.0)) == pytest.approx(
+        100
+    )
+    # an absent category without any object has no AP either; a false one of a present category counts
+    assert ap(
+        truth_of(objects, negative=[3]), good + found(ELSEWHERE, category=3)
+    ) == pytest.approx(100)
+    assert ap(truth_of(objects), good + found(ELSEWHERE, score=1.0)) == pytest.approx(75)
+
+
+def test_an_absent_categorys_detections_count_against_it_in_other_images():
+    truth = truth_of([(1, BOX)])
+    truth.images[2] = {**truth.images[1], "id": 2, "neg_category_ids": [1]}
+    truth.images[3] = {**truth.images[1], "id": 3}
+    wrong = found(ELSEWHERE, score=1.0)[0]
+    assert ap(truth, found(BOX) + [wrong | {"image_id": 3}]) == pytest.approx(100)
+    assert ap(truth, found(BOX) + [wrong | {"image_id": 2}]) == pytest.approx(50)
+
+
+def test_beyond_the_annotated_objects_of_an_unsure_category_nothing_is_wrong():
+    results = found(BOX) + found(ELSEWHERE, score=1.0)
+    assert ap(truth_of([(1, BOX)]), results) == pytest.approx(50)
+    assert ap(truth_of([(1, BOX)], unsure=[1]), results) == pytest.approx(100)
+
+
+def test_the_best_300_of_an_image_count_and_of_equal_ones_the_first():
+    results = [
+        {"image_id": 1 + number % 2, "score": 0.5, "number": number} for number in range(700)
+    ]
+    results[699]["score"] = 0.9
+    kept = best(results)
+    assert sorted(one["number"] for one in kept if one["image_id"] == 1) == list(range(0, 600, 2))
+    assert sorted(one["number"] for one in kept if one["image_id"] == 2) == [*range(1, 599, 2), 699]
+    flood = found(*[ELSEWHERE] * 300, category=2, score=0.8)
+    assert ap(truth_of([(1, BOX)]), found(BOX, score=0.7) + flood) == 0
+    assert ap(truth_of([(1, BOX)]), found(BOX, score=0.7) + flood[1:]) == pytest.approx(100)
+
+
+def test_what_has_no_area_does_not_take_part():
+    flat = [10, 10, 0, 40]
+    assert ap(
+        truth_of([(1, BOX), (1, flat)]), found(BOX) + found(flat, score=1.0)
+    ) == pytest.approx(100)
+
+
+def test_a_mask_of_a_file_is_as_large_as_the_box_beside_it_and_a_detectors_as_itself():
+    truth = truth_of([(1, BOX)])
+    truth.objects[0].area = 400  # small
+    truth.objects[0].segmentation = [[10, 10, 30, 10, 30, 30, 10, 30]]
+    square = {
+        "segmentation": {"size": [100, 100], "counts": [6060, 30, 3910]},
+        **found(ELSEWHERE, score=1.0)[0],
+    }
+    right = {"segmentation": truth.objects[0].segmentation, **found(BOX)[0]}
+    both = [square | {"bbox": [60, 60, 40, 40]}, right]  # a false mask of 30 pixels, its box medium
+    assert summary(compare_file(truth, both, ["bbox", "segm"]))["mask_ap_small"] == pytest.approx(
+        100
+    )
+    assert summary(compare(truth, both))["mask_ap_small"] == pytest.approx(50)
+    alone = [{key: one[key] for key in one if key != "bbox"} for one in both]
+    assert summary(compare_file(truth, alone, ["segm"]))["mask_ap_small"] == pytest.approx(50)
+
+
+def test_there_are_no_crowds():
+    truth = truth_of([(1, BOX)])
+    truth.objects[0].iscrowd = 1
+    assert ap(truth, found(BOX)) == pytest.approx(100)
+
+
+def test_groups_without_objects_have_no_figure():
+    figures = summary(compare(truth_of([(1, BOX)], frequency="c"), found(BOX), ["bbox"]))
+    assert figures["box_ap_common"] == pytest.approx(100)
+    assert not {"box_ap_rare", "box_ap_frequent", "box_ap_large"} & set(figures)
+
+
+def test_cocos_annotations_are_refused_in_one_line(tmp_path):
+    (tmp_path / "coco.json").write_text(
+        json.dumps(
+            {
+                "images": [{"id": 4, "height": 9, "width": 9}],
+                "annotations": [],
+                "categories": [{"id": 1, "name": "a", "frequency": "r"}],
+            }
+        )
+    )
+    with pytest.raises(
+        ValueError,
+        match="coco.json: image 4: image without 'neg_category_ids': .*take dataset coco;",
+    ):
+        read_truth(tmp_path / "coco.json", lvis=True)
+    with pytest.raises(
+        ValueError, match="coco.json: neg_category_ids of image 4 is missing.*dataset coco$"
+    ):
+        compare(read_truth(tmp_path / "coco.json"), [])
+
+
+def slow_ap(truth, results, threshold):
+    """The mean AP of boxes at one IoU threshold, a detection after the other as the paper tells it."""
+    known = {(one.image_id, one.category_id) for one in truth.objects}
+    means = []
+    for category in truth.categories:
+        objects = [one for one in truth.objects if one.category_id == category]
+        taken, hits = set(), []
+        mine = [one for one in results if one["category_id"] == category]
+        for one in sorted(mine, key=lambda one: (-one["score"], one["image_id"])):
+            image, key = truth.images[one["image_id"]], (one["image_id"], category)
+            if one["bbox"][2] * one["bbox"][3] == 0 or (
+                key not in known and category not in image["neg_category_ids"]
+            ):
+                continue
+            rivals = [
+                (iou(one["bbox"], other.bbox), -number)
+                for number, other in enumerate(objects)
+                if other.image_id == one["image_id"] and number not in taken
+            ]
+            top, number = max(rivals, default=(0, 0), key=lambda pair: (pair[0], -pair[1]))
+            if top >= threshold:
+                taken.add(-number)
+                hits.append(1)
+            elif category not in image["not_exhaustive_category_ids"]:
+                hits.append(0)
+        if objects:
+            right = np.cumsum(hits) if hits else np.zeros(0)
+            recall, precision = right / len(objects), right / np.arange(1, len(hits) + 1)
+            means.append(
+                np.mean(
+                    [max(precision[recall >= level], default=0) for level in np.linspace(0, 1, 101)]
+                )
+            )
+    return 100 * np.mean(means)
+
+
+def iou(a, b):
+    sides = [max(0, min(a[i] + a[i + 2], b[i] + b[i + 2]) - max(a[i], b[i])) for i in (0, 1)]
+    inner = sides[0] * sides[1]
+    return inner / (a[2] * a[3] + b[2] * b[3] - inner) if inner else 0.0
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_random_sets_have_the_ap_of_a_slow_version(seed):
+    truth, results = random_set(seed, images=12, categories=5, lvis=True)
+    finished = lvis.compare(truth, results, ["bbox"])
+    for threshold in (0.5, 0.75):
+        assert finished["bbox"].ap(threshold) == pytest.approx(
+            slow_ap(truth, results, threshold), abs=1e-9
+        )

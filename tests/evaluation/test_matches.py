@@ -1,0 +1,198 @@
+"""Matches: their AP is that of the comparison they come from, under any weights; they survive a file."""
+
+import json
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.helpers.random_results import random_set
+from vitdet.evaluation import coco, lvis
+from vitdet.evaluation.bootstrap import WeightedAP
+from vitdet.evaluation.matches import Matches, load_matches, save_matches
+from vitdet.evaluation.results import Truth, read_truth
+
+EXAMPLES = Path(__file__).parents[3] / "shared" / "data" / "coco-eval"
+
+
+def ap_of(matches: Matches) -> np.ndarray:
+    """The mean AP, then that of each class."""
+    return WeightedAP(matches)(np.ones(len(matches.image_ids), int))[0]
+
+
+def assert_same_ap(comparison) -> None:
+    mean, *by_class = ap_of(comparison.matches)
+    expected = [comparison.ap(chosen=[place]) for place in range(len(by_class))]
+    expected = [np.nan if ap is None else ap for ap in expected]
+    np.testing.assert_allclose(by_class, expected, rtol=0, atol=1e-9)
+    ap = comparison.ap()
+    np.testing.assert_allclose(mean, np.nan if ap is None else ap, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("rules", [coco, lvis])
+def test_ap_of_random_matches_is_that_of_the_comparison(rules, seed):
+    truth, results = random_set(seed, 20 + 10 * seed, 1 + 2 * seed, rules is lvis)
+    for image_ids in (None, sorted(truth.images)[::2]):
+        for comparison in rules.compare(truth, results, image_ids=image_ids).values():
+            assert comparison.matches.matched.any() and comparison.matches.ignored.any()
+            assert_same_ap(comparison)
+
+
+@pytest.mark.parametrize("kind", ["bbox", "segm"])
+def test_ap_of_cocos_example_is_that_of_pycocotools(kind):
+    if not EXAMPLES.is_dir():
+        pytest.skip("needs ../shared")
+    expected = json.loads((EXAMPLES / "coco_fake100_expected.json").read_text())[kind]
+    results = json.loads((EXAMPLES / f"instances_val2014_fake{kind}100_results.json").read_text())
+    truth = read_truth(EXAMPLES / "instances_val2014_100.json")
+    comparison = coco.compare(truth, results, [kind])[kind]
+    assert_same_ap(comparison)
+    assert ap_of(comparison.matches)[0] == pytest.approx(
+        100 * next(iter(expected.values())), abs=1e-4
+    )
+
+
+def test_ap_of_lvis_example_is_that_of_the_comparison():
+    if not EXAMPLES.is_dir():
+        pytest.skip("needs ../shared")
+    results = json.loads((EXAMPLES / "lvis_fake100_results.json").read_text())
+    truth = read_truth(EXAMPLES / "lvis_val_100.json", lvis=True)
+    for comparison in lvis.compare_file(truth, results, ["bbox", "segm"]).values():
+        assert_same_ap(comparison)
+
+
+def test_objects_without_an_outline_are_ignored_at_their_own_threshold():
+    truth, results = random_set(5)
+    bare = [
+        one if number % 3 else one.__class__(**{**one_fields(one), "segmentation": None})
+        for number, one in enumerate(truth.objects)
+    ]
+    truth = Truth(truth.path, truth.images, truth.categories, bare)
+    comparison = coco.compare(truth, results)["segm"]
+    assert_same_ap(comparison)
+    ignored = comparison.matches.ignored.sum(0)
+    assert len(comparison.objects) < len([one for one in bare if not one.iscrowd])
+    assert (np.diff(ignored) <= 0).all() and ignored[0] > ignored[-1]
+
+
+def one_fields(annotation) -> dict:
+    return {name: getattr(annotation, name) for name in annotation.__struct_fields__}
+
+
+def test_without_objects_or_results_matches_are_empty():
+    truth, results = random_set(0)
+    nothing = Truth(truth.path, truth.images, truth.categories, [])
+    matches = coco.compare(nothing, results, ["bbox"])["bbox"].matches
+    assert np.isnan(ap_of(matches)).all()
+    assert len(matches.score) == len(results) and not matches.matched.any()
+    assert len(matches.object_image) == 0 and len(matches.image_ids) == len(truth.images)
+    matches = coco.compare(truth, [], ["bbox"])["bbox"].matches
+    assert ap_of(matches)[0] == 0 and len(matches.score) == 0
+
+
+def test_the_best_of_more_than_the_limit_take_part():
+    truth, results = random_set(0, images=2, categories=1)
+    results = [one for one in results if one["image_id"] == results[0]["image_id"]] * 12
+    comparison = coco.compare(truth, results, ["bbox"])["bbox"]
+    assert len(comparison.matches.score) == 100
+    assert (comparison.matches.score >= np.sort([one["score"] for one in results])[-100]).all()
+    assert_same_ap(comparison)
+
+
+def test_found_names_the_object_of_each_true_positive():
+    truth, results = random_set(3)
+    comparison = coco.compare(truth, results, ["bbox"])["bbox"]
+    matches = comparison.matches
+    true = matches.found >= 0
+    assert (true == matches.matched[:, 0]).all()
+    found = matches.found[true]
+    assert len(np.unique(found)) == len(found)  # each object once
+    assert (matches.object_image[found] == matches.image[true]).all()
+    assert (matches.object_category[found] == matches.category[true]).all()
+
+
+def test_weights_count_images_as_often_as_copies_of_them_would():
+    truth, results = random_set(4, images=12)
+    # distinct scores: of equal ones, those of another image may come between
+    results = [one | {"score": 1 / (2 + place)} for place, one in enumerate(results)]
+    matches = coco.compare(truth, results, ["bbox"])["bbox"].matches
+    drawn = np.random.default_rng(0).integers(0, 12, 12)
+    images, objects, copies = {}, [], []
+    for number, place in enumerate(drawn):
+        old = int(matches.image_ids[place])
+        new = 1000 * int(place) + number
+        images[new] = truth.images[old] | {"id": new}
+        for one in truth.objects:
+            if one.image_id == old:
+                objects.append(one.__class__(**{**one_fields(one), "image_id": new}))
+        copies += [one | {"image_id": new} for one in results if one["image_id"] == old]
+    resampled = Truth(truth.path, dict(sorted(images.items())), truth.categories, objects)
+    expected = coco.compare(resampled, copies, ["bbox"])["bbox"]
+    counts = Counter(drawn.tolist())
+    weights = np.array([counts[place] for place in range(12)])
+    mean, *by_class = WeightedAP(matches)(weights)[0]
+    np.testing.assert_allclose(by_class, ap_of(expected.matches)[1:], rtol=0, atol=1e-9)
+    assert mean == pytest.approx(expected.ap(), abs=1e-9)
+
+
+def test_a_file_holds_the_matches_of_both_kinds(tmp_path):
+    truth, results = random_set(1)
+    matches = {kind: one.matches for kind, one in coco.compare(truth, results).items()}
+    path = tmp_path / "new" / "matches.npz"
+    save_matches(path, matches)
+    loaded = load_matches(path)
+    assert list(loaded) == ["bbox", "segm"]
+    for kind, one in loaded.items():
+        for name, value in vars(matches[kind]).items():
+            got = getattr(one, name)
+            if isinstance(value, np.ndarray):
+                np.testing.assert_array_equal(got, value)
+                assert got.dtype == value.dtype
+            else:
+                assert got == value
+    save_matches(tmp_path / "again.npz", loaded)
+    assert (tmp_path / "again.npz").read_bytes() == path.read_bytes()
+
+
+def damage(name, value):
+    def change(columns):
+        columns[f"bbox.{name}"] = value
+
+    return change
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        damage("score", np.zeros((2, 3))),
+        damage("image", np.array([10**6])),
+        damage("matched", np.array([[1] * 10])),
+        damage("object_image", np.array([-1])),
+        lambda columns: columns.pop("bbox.found"),
+        lambda columns: columns.update({"other": np.array(3)}),
+        damage("class_names", np.array([{}], object)),
+    ],
+)
+def test_a_file_that_is_no_matches_is_refused_in_one_line(tmp_path, change):
+    truth, results = random_set(1, images=3)
+    path = tmp_path / "matches.npz"
+    save_matches(path, {"bbox": coco.compare(truth, results, ["bbox"])["bbox"].matches})
+    with np.load(path) as file:
+        columns = dict(file)
+    change(columns)
+    np.savez(path, **columns)
+    with pytest.raises(ValueError, match=r"matches\.npz: not a file of matches") as caught:
+        load_matches(path)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04 cut", b"[1, 2]", b"\x80\x04N."])
+def test_what_is_no_npz_is_refused(tmp_path, content):
+    path = tmp_path / "matches.npz"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match="not a file of matches"):
+        load_matches(path)
+    with pytest.raises(FileNotFoundError, match="no such file"):
+        load_matches(tmp_path / "other.npz")

@@ -1,0 +1,138 @@
+"""Attention kernels against `reference` in float64: forward pass and all gradients.
+
+As a program it prints the errors of CASES[START::2] as JSON, and with "operator" it checks the operator's registration
+and prints how far a compiled block is off: with TRITON_INTERPRET=1, which counts before triton is imported, the kernels
+run on a CPU.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import NamedTuple
+from unittest.mock import patch
+
+import torch
+from torch import Tensor
+
+from tests.helpers import parts
+from vitdet import kernels
+from vitdet.kernels import attention as module
+from vitdet.kernels.attention import attention, reference
+from vitdet.models import attention as model
+
+
+class Case(NamedTuple):
+    batch: int
+    height: int
+    width: int
+    heads: int
+    depth: int
+    window: int = 0
+    scaled: bool = False
+
+
+CASES = (  # every other one has each way through the kernels
+    Case(2, 2, 5, 1, 32),
+    Case(1, 3, 17, 1, 80, scaled=True),
+    Case(1, 3, 2, 1, 80, window=2, scaled=True),
+    Case(1, 3, 3, 2, 32, window=3),
+)
+OUTPUTS = ("out", "qkv", "bias", "rel_h", "rel_w")
+
+
+def inputs(case: Case, dtype: torch.dtype, device: str) -> tuple[list[Tensor], Tensor]:
+    """qkv, bias and both tables as a model has them under autocast, and a gradient of the result."""
+    generator = torch.Generator(device).manual_seed(0)
+
+    def random(*shape: int, scale: float = 1.0) -> Tensor:
+        return torch.randn(*shape, generator=generator, device=device) * scale
+
+    tokens, channels = case.height * case.width, case.heads * case.depth
+    rows, columns = case.window or case.height, case.window or case.width
+    # The products of queries and tables stay of order 1, whichever of them is scaled.
+    scale = 0.2 if not case.scaled else 0.2 * case.depth**0.5
+    given = [
+        random(case.batch, tokens, 3 * channels).to(dtype),
+        random(3 * channels, scale=0.5),
+        random(2 * rows - 1, case.depth, scale=scale),
+        random(2 * columns - 1, case.depth, scale=scale),
+    ]
+    return given, random(case.batch, tokens, channels).to(dtype)
+
+
+def sizes(case: Case) -> dict[str, int | bool]:
+    names = ("height", "width", "heads", "window", "scaled")
+    return {name: getattr(case, name) for name in names}
+
+
+def results(function, case: Case, given: list[Tensor], gradient: Tensor) -> list[Tensor]:
+    """What comes out, and the gradients of what went in: zeros for what plays no part."""
+    leaves = [one.detach().requires_grad_() for one in given]
+    out = function(*leaves, **sizes(case))
+    found = torch.autograd.grad(out, leaves, gradient, allow_unused=True)
+    return [out.detach()] + [
+        torch.zeros_like(leaf) if one is None else one
+        for one, leaf in zip(found, leaves, strict=True)
+    ]
+
+
+def relative_errors(case: Case, dtype: torch.dtype, device: str, *functions) -> list[list[float]]:
+    """Of each function's results, as the norm of the difference over that of the true ones."""
+    given, gradient = inputs(case, dtype, device)
+    exact = results(reference, case, [one.double() for one in given], gradient.double())
+    return [
+        [
+            ((one.double() - true).norm() / true.norm().clamp(min=1e-6)).item()
+            for one, true in zip(results(function, case, given, gradient), exact, strict=True)
+        ]
+        for function in functions
+    ]
+
+
+def check_operator(case: Case) -> None:
+    """Schema, autograd, and that fake tensors have the shapes, dtypes and strides of real ones."""
+    tests = ("test_schema", "test_autograd_registration", "test_faketensor")
+    given, gradient = inputs(case, torch.float32, "cpu")
+    leaves = [one.clone().requires_grad_() for one in given]
+    options = list(map(int, sizes(case).values()))
+    torch.library.opcheck(module._attention, (*leaves, options), test_utils=tests)
+    saved = module._attention(*given, options)
+    torch.library.opcheck(
+        module._attention_backward, (gradient, *given, *saved, options), test_utils=tests
+    )
+
+
+def compiled_block() -> float:
+    """How far a compiled block with the kernels is from the plain one, in values and gradients."""
+    torch.manual_seed(0)
+    block = parts.block(dim=16, heads=1, window=2, grid=2)
+    for parameter in block.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    x = torch.randn(1, 2, 3, 16, requires_grad=True)
+    leaves = [x, *block.parameters()]
+    plain = block(x)
+    wanted = [plain, *torch.autograd.grad(plain.square().sum(), leaves)]
+    # a pretended GPU in half precision
+    with (
+        patch.object(kernels, "enabled", lambda *_: True),
+        patch.object(model, "in_half", lambda _: True),
+    ):
+        fused = torch.compile(block, backend="aot_eager", fullgraph=True)(x)
+        found = [fused, *torch.autograd.grad(fused.square().sum(), leaves)]
+    return max(
+        ((a - b).norm() / b.norm().clamp(min=1e-6)).item()
+        for a, b in zip(found, wanted, strict=True)
+    )
+
+
+if __name__ == "__main__":
+    if sys.argv[1] == "operator":
+        for one in (Case(1, 2, 2, 1, 16), Case(1, 1, 2, 1, 16, window=2)):
+            check_operator(one)
+        print(compiled_block())
+    else:
+        some = CASES[int(sys.argv[1]) :: 2]
+        print(
+            json.dumps([relative_errors(one, torch.float32, "cpu", attention)[0] for one in some])
+        )

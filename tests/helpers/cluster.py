@@ -1,0 +1,327 @@
+"""For tests on a real API server: a namespace of their own in which jobs run as local processes.
+
+KUBECONFIG must name a control plane without scheduler and kubelets on this machine: tests/helpers/fake_node.py plays them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import yaml
+
+from components.launcher.client import Timeouts
+from components.launcher.templates import KINDS, RECIPE, RUN, job_name
+from components.launcher.workflow import NODE
+from tests.conftest import ROOT
+
+on_cluster = [
+    pytest.mark.cluster,
+    pytest.mark.slow,
+    pytest.mark.timeout(900),  # when a test's other thread failed, the launcher waits
+    pytest.mark.skipif(
+        "KUBECONFIG" not in os.environ, reason="needs KUBECONFIG of a test control plane"
+    ),
+]
+# For jobs that are to run: a loaded machine may be slow, so nothing is given up.
+PATIENT = Timeouts(
+    poll=1, api=120, forbidden=15, operator=120, start=120, schedule=120, deletion=120
+)
+# For jobs that are to be given up.
+QUICK = replace(PATIENT, start=3, schedule=3)
+# The definition of argo, whose schema does not matter here
+WORKFLOWS = {
+    "apiVersion": "apiextensions.k8s.io/v1",
+    "kind": "CustomResourceDefinition",
+    "metadata": {"name": "workflows.argoproj.io"},
+    "spec": {
+        "group": "argoproj.io",
+        "scope": "Namespaced",
+        "names": {"plural": "workflows", "singular": "workflow", "kind": "Workflow"},
+        "versions": [
+            {
+                "name": "v1alpha1",
+                "served": True,
+                "storage": True,
+                "schema": {
+                    "openAPIV3Schema": {
+                        "type": "object",
+                        "x-kubernetes-preserve-unknown-fields": True,
+                    }
+                },
+            }
+        ],
+    },
+}
+ADMIN: dict[str, str] = {}  # KUBECONFIG of the test itself, while the launcher has another
+PIPELINE_RUN = "6f0c8a52-1f3e-4b7e-9b1b-0d6c35f7a001"
+
+
+def kubectl(*words: str, given: object = None, fails: bool = False) -> str:
+    """Runs kubectl; its output, which of a wanted failure is that of stderr."""
+    text = given if isinstance(given, str) or given is None else json.dumps(given)
+    done = subprocess.run(
+        ["kubectl", *words], input=text, capture_output=True, text=True, env={**os.environ, **ADMIN}
+    )
+    assert (done.returncode != 0) == fails, done.stderr + done.stdout
+    return done.stderr if fails else done.stdout
+
+
+def wait_until(holds: Callable[[], object], seconds: float = 600) -> object:
+    """What `holds` gives as soon as it is true."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if found := holds():
+            return found
+        time.sleep(0.1)
+    raise AssertionError("it did not come true in time")
+
+
+def template(kind: str = "pytorchjob", script: bool = False) -> str:
+    """The job of overlays/kind, as `kubectl apply -k` sends it; script: its args are a shell script."""
+    folder = ROOT / "manifests/overlays/kind" / ("trainjob" if kind == "trainjob" else "")
+    found = subprocess.run(
+        ["kubectl", "kustomize", folder], capture_output=True, text=True, check=True
+    ).stdout
+    job = next(part for part in yaml.safe_load_all(found) if part["kind"] == KINDS[kind].name)
+    # for how long its pods may wait for a node: the tests' timeouts say that
+    job["metadata"].pop("annotations")
+    containers = (
+        [job["spec"]["trainer"]]
+        if kind == "trainjob"
+        else [
+            replica["template"]["spec"]["containers"][0]
+            for replica in job["spec"]["pytorchReplicaSpecs"].values()
+        ]
+    )
+    for container in containers if script else ():
+        container["command"] = ["sh", "-c"]
+    return yaml.safe_dump(job)
+
+
+class Scene:
+    """A namespace with a node, an operator and a volume, and a launcher that is pointed there."""
+
+    def __init__(self, namespace: str, folder: Path, timeouts: Timeouts) -> None:
+        self.namespace, self.volume, self.kubeconfig = (
+            namespace,
+            folder / "volume",
+            folder / "kubeconfig",
+        )
+        self.timeouts = timeouts
+        self.lines: list[str] = []
+        self.node = None
+
+    def launch(
+        self,
+        text: str,
+        args: list[str],
+        recipe: str = "tiny",
+        run: str = PIPELINE_RUN,
+        nodes: int = 2,
+        timeouts: Timeouts | None = None,
+        kind: str = "pytorchjob",
+        task: dict | None = None,
+        finished: Callable[[], bool] = lambda: False,
+        keep_logs: Callable[[dict[str, str]], None] = lambda files: None,
+    ) -> None:
+        """`components.launcher.launch`, its lines in self.lines and in the output of a test that fails."""
+        from components.launcher.launch import launch
+
+        def out(line: str) -> None:
+            self.lines.append(line)
+            print(f"{time.strftime('%H:%M:%S')} {line}")
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("KUBECONFIG", str(self.kubeconfig))
+            launch(
+                template=text,
+                kind=kind,
+                run_id=run,
+                name=recipe,
+                args=args,
+                nodes=nodes,
+                pool="",
+                image="",
+                workspace="/data",
+                task_config=task,
+                out=out,
+                timeouts=timeouts or self.timeouts,
+                finished=finished,
+                keep_logs=keep_logs,
+            )
+
+    def start(
+        self, text: str, args: list[str], recipe: str, environment: dict[str, str]
+    ) -> subprocess.Popen:
+        """The same in a process of its own, as in a step's pod."""
+        given = {
+            "template": text,
+            "kind": "pytorchjob",
+            "run_id": PIPELINE_RUN,
+            "name": recipe,
+            "args": args,
+            "nodes": 2,
+            "pool": "",
+            "image": "",
+            "workspace": "/data",
+            "task_config": None,
+        }
+        code = (
+            "import json, sys; from tests.helpers.cluster import PATIENT; from components.launcher.launch import launch; "
+            "launch(**json.loads(sys.argv[1]), timeouts=PATIENT)"
+        )
+        return subprocess.Popen(
+            [sys.executable, "-u", "-c", code, json.dumps(given)],
+            cwd=ROOT,
+            text=True,
+            env={**os.environ, **environment, "KUBECONFIG": str(self.kubeconfig)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )
+
+    def job(
+        self, recipe: str = "tiny", kind: str = "pytorchjob", run: str = PIPELINE_RUN
+    ) -> dict | None:
+        """The job of a recipe, None when it is gone."""
+        shape = KINDS[kind]
+        found = kubectl(
+            "get",
+            f"{shape.plural}.{shape.group}",
+            "-n",
+            self.namespace,
+            "-o",
+            "json",
+            "-l",
+            f"{RUN}={run},{RECIPE}={recipe}",
+        )
+        return next(iter(json.loads(found)["items"]), None)
+
+    def pods(
+        self, recipe: str = "tiny", run: str = PIPELINE_RUN, kind: str = "pytorchjob"
+    ) -> list[dict]:
+        """The pods of its job, of a PyTorchJob the Master first."""
+        found = kubectl(
+            "get",
+            "pods",
+            "-n",
+            self.namespace,
+            "-o",
+            "json",
+            "-l",
+            KINDS[kind].selector(job_name(run, recipe)),
+        )
+        return json.loads(found)["items"]
+
+    def workflow(self, name: str) -> dict:
+        """A Workflow of this name, made if it is not there."""
+        workflow = {
+            "apiVersion": "argoproj.io/v1alpha1",
+            "kind": "Workflow",
+            "metadata": {"name": name},
+            "spec": {},
+        }
+        kubectl("apply", "-f", "-", given=WORKFLOWS)
+        kubectl("wait", "--for=condition=established", "crd/workflows.argoproj.io")
+        words = ("-n", self.namespace, "-o", "json", "-f", "-")
+        return json.loads(kubectl("apply", *words, given=workflow))
+
+    def step_pod(self, name: str, run: str = "run", attempt: int = 0) -> dict[str, str]:
+        """A pod in the place of a step of this Workflow, and the environment of Kubeflow Pipelines.
+
+        As argo makes it: workflow/controller/workflowpod.go of v3.7.
+        """
+        workflow = self.workflow(run)
+        owner = {
+            "apiVersion": workflow["apiVersion"],
+            "kind": workflow["kind"],
+            "name": run,
+            "uid": workflow["metadata"]["uid"],
+            "controller": True,
+            "blockOwnerDeletion": True,
+        }
+        pod = {
+            "apiVersion": "v1",
+            "kind": "Pod",
+            "metadata": {
+                "name": name,
+                "ownerReferences": [owner],
+                "annotations": {NODE: f"{run}.root.train-job({attempt})"},
+            },
+            "spec": {"schedulerName": "nobody", "containers": [{"name": "main", "image": "none"}]},
+        }
+        made = json.loads(
+            kubectl("create", "-n", self.namespace, "-o", "json", "-f", "-", given=pod)
+        )
+        return {"KFP_POD_NAME": name, "KFP_POD_UID": made["metadata"]["uid"]}
+
+
+@contextmanager
+def scene(
+    folder: Path, node: bool = True, operator: bool = True, reasons: dict[int, str] | None = None
+) -> Iterator[Scene]:
+    """A Scene; without `node` the pods stay as the test writes them, and the launcher soon gives them up; without
+    `operator` the jobs stay.
+    """
+    from kubernetes import client, config
+
+    from tests.helpers.fake_node import FakeNode
+    from tests.helpers.fake_operator import FakeOperator
+
+    name = f"vitdet-test-{uuid.uuid4().hex[:8]}"
+    settings = yaml.safe_load(Path(os.environ["KUBECONFIG"]).read_text())
+    for context in settings["contexts"]:
+        context["context"]["namespace"] = name
+    (folder / "kubeconfig").write_text(yaml.safe_dump(settings))
+    (folder / "volume").mkdir()
+    made = Scene(name, folder, PATIENT if node else QUICK)
+    with ExitStack() as stack, pytest.MonkeyPatch.context() as patch:
+        patch.setitem(ADMIN, "KUBECONFIG", os.environ["KUBECONFIG"])
+        config.load_kube_config(str(folder / "kubeconfig"))
+        kubectl("create", "namespace", name)
+        stack.callback(kubectl, "delete", "namespace", name, "--wait=false")
+        stack.callback(
+            kubectl,
+            "delete",
+            "pods",
+            "--all",
+            "-n",
+            name,
+            "--force",
+            "--grace-period=0",
+            "--wait=false",
+        )
+        stack.callback(
+            kubectl, "delete", "pytorchjobs,trainjobs", "--all", "-n", name, "--wait=false"
+        )
+        core = client.CoreV1Api()
+        core.create_namespaced_secret(
+            name,
+            {
+                "metadata": {"name": "vitdet-mlflow"},
+                "stringData": {"MLFLOW_TRACKING_URI": "sqlite:////data/mlflow.db"},
+            },
+        )
+        priority = {
+            "apiVersion": "scheduling.k8s.io/v1",
+            "kind": "PriorityClass",
+            "metadata": {"name": "vitdet-train"},
+            "value": 1000,
+        }
+        kubectl("apply", "-f", "-", given=priority)
+        if node:
+            made.node = stack.enter_context(
+                FakeNode(name, folder, {"vitdet-data": made.volume}, reasons)
+            )
+        if operator:
+            stack.enter_context(FakeOperator(name))
+        yield made

@@ -1,0 +1,369 @@
+"""Scheduler, kubelet, DNS and volumes of one machine, played: pods of a namespace run as local processes.
+
+A pod without a node is bound to this one; its first container becomes a process; its status is written in the shapes of
+core/v1 PodStatus as the kubelet writes them; its log is served as the kubelet does (GET /containerLogs/NAMESPACE/POD/
+CONTAINER?follow&timestamps&tailLines&sinceSeconds&previous), through which the API server answers `kubectl logs`.
+Images, probes, init containers and limits are not played. It needs the test control plane of this machine.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import re
+import signal
+import ssl
+import subprocess
+import sys
+import threading
+import time
+from contextlib import suppress
+from datetime import UTC, datetime
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from urllib.parse import parse_qs, urlsplit
+
+from kubernetes import client
+from kubernetes.client.exceptions import ApiException
+from urllib3.exceptions import HTTPError
+
+from tests.helpers.fake_container import Container, now
+
+ROOT = Path(__file__).parents[2]
+GRACE = 5  # seconds between SIGTERM and SIGKILL, where a pod's own are 30 or more
+
+
+def since(when: str) -> float:
+    """Seconds that have gone since a time of the API."""
+    return time.time() - datetime.fromisoformat(when).timestamp()
+
+
+def free_port() -> int:
+    import socket
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+class FakeNode:
+    """`with FakeNode(namespace, {claim: folder}) as node`; node.containers: {pod name: Container}.
+
+    A pod sees the folder of a claim where it mounts it, and nowhere else. One with two volumes of one claim, which a
+    kubelet leaves in ContainerCreating (kubernetes/kubernetes, issue 127004), is Unschedulable, for tests to end.
+
+    reasons: {exit code: reason}, which the container runtime finds out: {137: "OOMKilled"}.
+    """
+
+    def __init__(
+        self,
+        namespace: str,
+        folder: Path,
+        claims: dict[str, Path],
+        reasons: dict[int, str] | None = None,
+    ) -> None:
+        self.namespace, self.claims, self.reasons = namespace, claims, reasons or {}
+        self.name, self.core = f"node-of-{namespace}", client.CoreV1Api()
+        self.containers: dict[str, Container] = {}
+        self.uids: dict[str, str] = {}
+        self.ports: dict[str, int] = {}
+        self.stopped = threading.Event()
+        subprocess.run(
+            [
+                "openssl",
+                "req",
+                "-x509",
+                "-newkey",
+                "rsa:2048",
+                "-nodes",
+                "-subj",
+                "/CN=node",
+                "-keyout",
+                folder / "key.pem",
+                "-out",
+                folder / "cert.pem",
+            ],
+            check=True,
+            capture_output=True,
+        )
+        self.server = ThreadingHTTPServer(
+            ("127.0.0.1", 0), type("Kubelet", (Kubelet,), {"node": self})
+        )
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(folder / "cert.pem", folder / "key.pem")
+        self.server.socket = context.wrap_socket(self.server.socket, server_side=True)
+
+    def __enter__(self) -> FakeNode:
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+        self.core.create_node({"metadata": {"name": self.name}})
+        self.core.patch_node_status(
+            self.name,
+            {
+                "status": {
+                    "addresses": [{"type": "InternalIP", "address": "127.0.0.1"}],
+                    "daemonEndpoints": {"kubeletEndpoint": {"Port": self.server.server_port}},
+                }
+            },
+        )
+        self.thread = threading.Thread(target=self.work, daemon=True)
+        self.thread.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.stopped.set()
+        self.thread.join()
+        for container in self.containers.values():
+            container.wait()
+        self.server.shutdown()
+        self.server.server_close()
+        with suppress(ApiException):
+            self.core.delete_node(self.name)
+
+    def work(self) -> None:
+        while not self.stopped.wait(0.2):
+            try:
+                found = json.loads(
+                    self.core.list_namespaced_pod(self.namespace, _preload_content=False).data
+                )["items"]
+                for pod in found:
+                    self.tend(pod)
+            except (ApiException, HTTPError, ValueError):
+                # a kubelet survives its API server, and conflicts
+                continue
+            there = {pod["metadata"]["uid"] for pod in found}
+            for name, uid in self.uids.items():
+                if uid not in there and self.containers[name].process.poll() is None:
+                    self.containers[name].wait()  # deleted by force
+
+    def tend(self, pod: dict) -> None:
+        """One step of a pod's life."""
+        name, uid, status = pod["metadata"]["name"], pod["metadata"]["uid"], pod["status"]
+        mine = self.uids.get(name) == uid
+        if "deletionTimestamp" in pod["metadata"]:
+            if mine and self.containers[name].process.poll() is None:
+                container = self.containers[name]
+                if not container.killed_at:
+                    container.killed_at = time.monotonic()
+                    container.kill(signal.SIGTERM)
+                elif time.monotonic() - container.killed_at > GRACE:
+                    container.kill()
+            else:
+                if mine:
+                    self.containers[name].wait()
+                self.core.delete_namespaced_pod(
+                    name, self.namespace, grace_period_seconds=0, _preload_content=False
+                )
+        elif status.get("phase") in ("Failed", "Succeeded"):
+            if mine and self.containers[name].process.poll() is None:
+                self.containers[name].wait()  # evicted
+        elif pod["spec"].get("schedulerName") != "default-scheduler":
+            return
+        elif len(set(claims(pod).values())) < len(claims(pod)):
+            self.core.patch_namespaced_pod_status(
+                name,
+                self.namespace,
+                {
+                    "status": {
+                        "conditions": [
+                            {
+                                "type": "PodScheduled",
+                                "status": "False",
+                                "reason": "Unschedulable",
+                                "message": "a claim twice",
+                            }
+                        ]
+                    }
+                },
+            )
+        elif not pod["spec"].get("nodeName"):
+            self.core.create_namespaced_pod_binding(
+                name,
+                self.namespace,
+                {"metadata": {"name": name}, "target": {"kind": "Node", "name": self.name}},
+                _preload_content=False,
+            )
+        elif not mine:
+            spec = pod["spec"]["containers"][0]
+            self.containers[name] = Container(name, *self.process_of(pod, spec))
+            self.uids[name] = uid
+            self.write(pod, "Running", {"running": {"startedAt": now()}})
+        elif (code := self.containers[name].process.poll()) is not None:
+            self.end(pod, self.containers[name], code if code >= 0 else 128 - code)
+
+    def end(self, pod: dict, container: Container, code: int) -> None:
+        """The process has ended: started again in place, or the pod's end."""
+        container.wait()
+        reason = self.reasons.get(code) or ("Error" if code else "Completed")
+        over = {
+            "terminated": {
+                "exitCode": code,
+                "reason": reason,
+                "startedAt": container.started,
+                "finishedAt": now(),
+                "containerID": f"containerd://{container.process.pid}",
+            }
+        }
+        if code and pod["spec"]["restartPolicy"] == "OnFailure":
+            container.start()
+            container.restarts += 1
+            self.write(pod, "Running", {"running": {"startedAt": now()}}, over)
+        else:
+            self.write(pod, "Failed" if code else "Succeeded", over)
+
+    def write(self, pod: dict, phase: str, state: dict, last: dict | None = None) -> None:
+        container, name = pod["spec"]["containers"][0], pod["metadata"]["name"]
+        self.core.patch_namespaced_pod_status(
+            name,
+            self.namespace,
+            {
+                "status": {
+                    "phase": phase,
+                    "hostIP": "127.0.0.1",
+                    "podIP": "127.0.0.1",
+                    "startTime": now(),
+                    "containerStatuses": [
+                        {
+                            "name": container["name"],
+                            "image": container["image"],
+                            "imageID": "",
+                            "ready": "running" in state,
+                            "started": "running" in state,
+                            "restartCount": self.containers[name].restarts,
+                            "state": state,
+                            "lastState": last or {},
+                        }
+                    ],
+                }
+            },
+            _preload_content=False,
+        )
+
+    def process_of(self, pod: dict, spec: dict) -> tuple[list[str], dict[str, str], Path]:
+        """Command, environment and folder: mounted folders and names in DNS become those of this machine."""
+        environment = {
+            "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+            "PYTHONPATH": str(ROOT),
+            "OMP_NUM_THREADS": "1",
+        }
+        for one in spec.get("envFrom") or []:
+            environment |= self.secret(one["secretRef"]["name"])
+        for one in spec.get("env") or []:
+            source = one.get("valueFrom") or {}
+            path, key = (
+                (source.get("fieldRef") or {}).get("fieldPath", ""),
+                source.get("secretKeyRef"),
+            )
+            if path.startswith("metadata.annotations['"):
+                environment[one["name"]] = pod["metadata"]["annotations"][path.split("'")[1]]
+            elif key:
+                found = self.secret(key["name"])
+                if key["key"] in found or not key.get("optional"):
+                    environment[one["name"]] = found[key["key"]]
+            else:
+                environment[one["name"]] = one.get("value", "")
+        self.resolve(pod, environment)
+        folders = {
+            one["mountPath"]: self.claims[claims(pod)[one["name"]]]
+            for one in spec.get("volumeMounts") or []
+            if one["name"] in claims(pod)
+        }
+        command = [
+            re.sub(
+                r"\$\((\w+)\)",
+                lambda found: environment.get(found[1], found[0]),
+                local(word, folders),
+            )
+            for word in [*(spec.get("command") or []), *(spec.get("args") or [])]
+        ]
+        folder = Path(local(spec.get("workingDir") or "/tmp", folders))
+        return command, {key: local(value, folders) for key, value in environment.items()}, folder
+
+    def secret(self, name: str) -> dict[str, str]:
+        found = json.loads(
+            self.core.read_namespaced_secret(name, self.namespace, _preload_content=False).data
+        )
+        return {
+            key: base64.b64decode(value).decode() for key, value in found.get("data", {}).items()
+        }
+
+    def resolve(self, pod: dict, environment: dict[str, str]) -> None:
+        """In the place of DNS: the services' names become this machine, a port of its own for each job.
+
+        All pods have that one address, so torchrun cannot see by it whether the others look for it or for another pod
+        (is_host), nor order the nodes as it does by their names (local address).
+        """
+        owners = pod["metadata"].get("ownerReferences") or [{"uid": ""}]
+        port = str(self.ports.setdefault(owners[0]["uid"], free_port()))
+        looked_for = (
+            environment.get("PET_RDZV_ENDPOINT") or environment.get("PET_MASTER_ADDR") or ""
+        )
+        for name in environment:
+            if name in ("MASTER_ADDR", "PET_MASTER_ADDR"):
+                environment[name] = "127.0.0.1"
+            elif name in ("MASTER_PORT", "PET_MASTER_PORT"):
+                environment[name] = port
+            elif name == "PET_RDZV_ENDPOINT":
+                environment[name] = f"127.0.0.1:{port}"
+        if looked_for:
+            host = (
+                looked_for.split(":")[0] == pod["metadata"]["name"]
+                or environment.get("PET_NODE_RANK") == "0"
+            )
+            # A lost node is given up after 3 of these intervals, 6 s here and 15 s by default.
+            environment["PET_RDZV_CONF"] = f"is_host={int(host)},keep_alive_interval=2"
+            environment["PET_LOCAL_ADDR"] = (
+                f"127.0.0.{1 + int(environment.get('PET_NODE_RANK') or 0)}"
+            )
+
+
+def claims(pod: dict) -> dict[str, str]:
+    """The claims of a pod's volumes."""
+    return {
+        one["name"]: one["persistentVolumeClaim"]["claimName"]
+        for one in pod["spec"].get("volumes") or []
+        if "persistentVolumeClaim" in one
+    }
+
+
+def local(text: str, folders: dict[str, Path]) -> str:
+    """Mounted folders become those of this machine."""
+    for mount, folder in folders.items():
+        text = str(folder) if text == mount else text.replace(f"{mount}/", f"{folder}/")
+    return text
+
+
+class Kubelet(BaseHTTPRequestHandler):
+    """The kubelet's log endpoint."""
+
+    node: FakeNode
+
+    def do_GET(self) -> None:
+        url = urlsplit(self.path)
+        asked = {key: value[0] for key, value in parse_qs(url.query).items()}
+        container = self.node.containers.get(url.path.split("/")[3])
+        instance = -2 if asked.get("previous") == "true" else -1
+        if container is None or len(container.lines) < -instance:
+            self.send_error(404 if container is None else 400)
+            return
+        lines = container.lines[instance]
+        shown = [
+            one
+            for one in list(lines)
+            if one[0] >= time.time() - float(asked.get("sinceSeconds", "inf"))
+        ]
+        shown = shown[-int(asked["tailLines"]) :] if "tailLines" in asked else shown
+        self.send_response(200)
+        self.end_headers()
+        for when, text in shown:
+            fraction = f"{when % 1:.9f}"[2:].rstrip("0")  # Go's RFC3339Nano leaves zeros out
+            whole = datetime.fromtimestamp(int(when), UTC).strftime("%Y-%m-%dT%H:%M:%S")
+            stamp = (
+                f"{whole}{'.' if fraction else ''}{fraction}Z "
+                if asked.get("timestamps") == "true"
+                else ""
+            )
+            self.wfile.write(f"{stamp}{text}\n".encode())
+
+    def log_message(self, *given: object) -> None:
+        pass

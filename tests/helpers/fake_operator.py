@@ -1,0 +1,471 @@
+"""The training operator 1.9 and Kubeflow Trainer 2.3, played for one namespace: jobs become pods, pods become status.
+
+Pods get the names, labels and the exact environment that the real ones set: for PyTorchJob pkg/controller.v1/pytorch/
+{envvar,master,elastic}.go and pkg/controller.v1/common/pod.go of release 1.9, for TrainJob pkg/runtime/framework/
+plugins/torch/torch.go. Conditions and their messages: pytorchjob_controller.go (UpdateJobStatus), common/job.go
+(ReconcileJobs), pkg/util/status.go (setCondition); of Trainer 2.3 pkg/controller/trainjob_controller.go, of its JobSet
+0.12 tests/helpers/fake_jobset.py. Deadlines: pkg/core/job.go (PastActiveDeadline), which is
+asked only when something has happened, as pytorchjob_controller.go gives the controller a FakeWorkQueue; the other
+thing that makes it ask, a look at all jobs every 10 hours (controller-runtime's SyncPeriod), is not played. Trainer:
+reconcileDeadline, at the second. Left out: services, webhooks, gang scheduling, the workers' init container.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import threading
+import uuid
+from contextlib import suppress
+
+from kubernetes import client
+from kubernetes.client.exceptions import ApiException
+from urllib3.exceptions import HTTPError
+
+from tests.helpers.fake_jobset import RESTARTS_IGNORED, failure_action, job_failure, jobset_failure
+from tests.helpers.fake_node import now, since
+
+PYTORCH = ("kubeflow.org", "v1", "pytorchjobs")
+TRAIN = ("trainer.kubeflow.org", "v1alpha1", "trainjobs")
+
+
+def pytorch_environment(job: dict, kind: str, index: int) -> dict[str, str]:
+    """What envvar.go adds to each container of the pod."""
+    spec, name = job["spec"], job["metadata"]["name"]
+    replicas = {key: one["replicas"] for key, one in spec["pytorchReplicaSpecs"].items()}
+    total, processes = sum(replicas.values()), spec.get("nprocPerNode", "auto")
+    added = {"PYTHONUNBUFFERED": "1"}
+    if "Master" in replicas:
+        rank = index + (kind == "Worker")
+        added |= {
+            "MASTER_PORT": "23456",
+            "PET_MASTER_PORT": "23456",
+            "MASTER_ADDR": f"{name}-master-0",
+            "PET_MASTER_ADDR": f"{name}-master-0",
+            "WORLD_SIZE": str(total * (int(processes) if processes.isdigit() else 1)),
+            "RANK": str(rank),
+            "PET_NODE_RANK": str(rank),
+        }
+    added["PET_NPROC_PER_NODE"] = processes
+    policy = spec.get("elasticPolicy")
+    if policy is None:
+        return {**added, "PET_NNODES": str(total)}
+    optional = {"PET_MAX_RESTARTS": policy.get("maxRestarts"), "PET_RDZV_ID": policy.get("rdzvId")}
+    return {
+        **added,
+        "PET_RDZV_ENDPOINT": f"{name}-worker-0:{policy.get('rdzvPort', 23456)}",
+        "PET_RDZV_BACKEND": policy.get("rdzvBackend", "c10d"),
+        "PET_NNODES": f"{policy['minReplicas']}:{policy['maxReplicas']}",
+        **{key: str(value) for key, value in optional.items() if value is not None},
+    }
+
+
+def merged(base: object, patch: object) -> object:
+    """A strategic merge as far as pod templates need it: lists of named things by name, others replaced."""
+    if isinstance(base, dict) and isinstance(patch, dict):
+        return {
+            **base,
+            **{
+                key: merged(base[key], value) if key in base else value
+                for key, value in patch.items()
+            },
+        }
+    key = next(
+        (
+            key
+            for key in ("mountPath", "name")
+            if isinstance(base, list) and base and key in base[0]
+        ),
+        None,
+    )
+    if key and isinstance(patch, list):
+        there, added = {one[key]: one for one in base}, {one[key]: one for one in patch}
+        return [
+            merged(one, added[name]) if name in added else one for name, one in there.items()
+        ] + [one for name, one in added.items() if name not in there]
+    return patch
+
+
+class FakeOperator:
+    """`with FakeOperator(namespace):`"""
+
+    def __init__(self, namespace: str) -> None:
+        self.namespace, self.objects, self.core = (
+            namespace,
+            client.CustomObjectsApi(),
+            client.CoreV1Api(),
+        )
+        self.stopped, self.restarts, self.versions = threading.Event(), {}, {}
+
+    def __enter__(self) -> FakeOperator:
+        self.thread = threading.Thread(target=self.work, daemon=True)
+        self.thread.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.stopped.set()
+        self.thread.join()
+
+    def work(self) -> None:
+        while not self.stopped.wait(0.2):
+            for (group, version, plural), tend in (
+                (PYTORCH, self.tend_pytorch),
+                (TRAIN, self.tend_train),
+            ):
+                with suppress(ApiException, HTTPError, ValueError):  # a controller tries again
+                    found = self.objects.list_namespaced_custom_object(
+                        group, version, self.namespace, plural
+                    )
+                    for job in found["items"]:
+                        before = json.dumps(job.get("status"))
+                        if "deletionTimestamp" not in job["metadata"]:
+                            tend(job)
+                        if json.dumps(job.get("status")) != before:
+                            self.objects.replace_namespaced_custom_object_status(
+                                group, version, self.namespace, plural, job["metadata"]["name"], job
+                            )
+
+    def pods(self, label: str, job: dict) -> dict[str, dict]:
+        """The job's pods by name."""
+        found = self.core.list_namespaced_pod(
+            self.namespace,
+            label_selector=f"{label}={job['metadata']['name']}",
+            _preload_content=False,
+        )
+        return {pod["metadata"]["name"]: pod for pod in json.loads(found.data)["items"]}
+
+    def create(
+        self,
+        job: dict,
+        name: str,
+        template: dict,
+        labels: dict,
+        annotations: dict,
+        environment: dict,
+    ) -> None:
+        """A pod of the template, owned by the job."""
+        template = copy.deepcopy(template)
+        for container in template["spec"]["containers"]:
+            container["env"] = [
+                *(container.get("env") or []),
+                *(
+                    {"name": key, **(value if isinstance(value, dict) else {"value": value})}
+                    for key, value in environment.items()
+                ),
+            ]
+        metadata = template.get("metadata") or {}
+        try:
+            self.core.create_namespaced_pod(
+                self.namespace,
+                {
+                    "metadata": {
+                        "name": name,
+                        "labels": {**(metadata.get("labels") or {}), **labels},
+                        "annotations": {**(metadata.get("annotations") or {}), **annotations},
+                        "ownerReferences": [
+                            {
+                                "apiVersion": job["apiVersion"],
+                                "kind": job["kind"],
+                                "controller": True,
+                                "blockOwnerDeletion": True,
+                                "name": job["metadata"]["name"],
+                                "uid": job["metadata"]["uid"],
+                            }
+                        ],
+                    },
+                    "spec": template["spec"],
+                },
+            )
+        except ApiException as error:
+            if error.status == 409:  # that of before is still being deleted
+                return
+            self.warn(job, json.loads(error.body)["message"])
+            raise
+
+    def warn(self, job: dict, message: str) -> None:
+        """What a refused pod leaves: pod_control.go, of a TrainJob the Job controller."""
+        mine = job["kind"] == "PyTorchJob"
+        one = {
+            "namespace": self.namespace,
+            "kind": job["kind"] if mine else "Job",
+            "name": job["metadata"]["name"] + ("" if mine else "-node-0"),
+            "uid": job["metadata"]["uid"] if mine else "of-that-job",
+        }
+        self.core.create_namespaced_event(
+            self.namespace,
+            {
+                "metadata": {"name": f"{one['name']}.{uuid.uuid4().hex[:12]}"},
+                "type": "Warning",
+                "involvedObject": one,
+                "reason": "FailedCreatePod" if mine else "FailedCreate",
+                "message": f"Error creating: {message}",
+                "firstTimestamp": now(),
+                "lastTimestamp": now(),
+                "count": 1,
+            },
+            _preload_content=False,
+        )
+
+    def condition(self, job: dict, kind: str, reason: str, message: str, true: bool = True) -> None:
+        """Running and Restarting exclude each other; an end makes Running false; nothing follows on Failed."""
+        status = job.setdefault("status", {})
+        there = {one["type"]: one for one in status.setdefault("conditions", [])}
+        if there.get("Failed", {}).get("status") == "True":
+            return
+        wanted = {"type": kind, "status": str(true), "reason": reason, "message": message}
+        if all(
+            there.get(kind, {}).get(key) == value
+            for key, value in wanted.items()
+            if key != "message"
+        ):
+            return
+        there.pop({"Running": "Restarting", "Restarting": "Running"}.get(kind), None)
+        there.pop(kind, None)
+        if kind in ("Succeeded", "Failed") and "Running" in there:
+            there["Running"]["status"] = "False"
+        if kind in ("Succeeded", "Failed") and job["kind"] == "PyTorchJob":
+            status.setdefault("completionTime", now())
+        times = {
+            "lastTransitionTime": now(),
+            **({"lastUpdateTime": now()} if job["kind"] == "PyTorchJob" else {}),
+        }
+        status["conditions"] = [*there.values(), {**wanted, **times}]
+
+    @staticmethod
+    def true(job: dict, *kinds: str) -> bool:
+        return any(
+            one["type"] in kinds and one["status"] == "True"
+            for one in job["status"].get("conditions", [])
+        )
+
+    def delete_pods(self, pods: dict[str, dict], but: tuple[str, ...] = ()) -> None:
+        """All whose phase is none of `but`."""
+        for pod, one in pods.items():
+            if one["status"]["phase"] not in but:
+                self.core.delete_namespaced_pod(pod, self.namespace, _preload_content=False)
+
+    def stirred(self, job: dict, pods: dict[str, dict]) -> bool:
+        """Whether anything has happened to job or pods since this was asked last."""
+        versions = sorted(one["metadata"]["resourceVersion"] for one in (job, *pods.values()))
+        before, self.versions[job["metadata"]["uid"]] = (
+            self.versions.get(job["metadata"]["uid"]),
+            versions,
+        )
+        return before != versions
+
+    def tend_pytorch(self, job: dict) -> None:
+        """common/job.go ReconcileJobs, then UpdateJobStatus of the PyTorchJob controller."""
+        name, policy = job["metadata"]["name"], job["spec"].get("runPolicy") or {}
+        if not job.get("status"):
+            self.condition(job, "Created", "PyTorchJobCreated", f"PyTorchJob {name} is created.")
+        pods = self.pods("training.kubeflow.org/job-name", job)
+        if self.true(job, "Succeeded", "Failed"):
+            clean, keep = (
+                policy.get("cleanPodPolicy", "None"),
+                policy.get("ttlSecondsAfterFinished"),
+            )
+            if clean != "None":
+                self.delete_pods(pods, ("Succeeded", "Failed") if clean == "Running" else ())
+            if keep is not None and since(job["status"]["completionTime"]) > keep:  # CleanupJob
+                self.objects.delete_namespaced_custom_object(
+                    *PYTORCH[:2], self.namespace, PYTORCH[2], name
+                )
+            return
+        if policy.get("suspend"):
+            self.delete_pods(pods)
+            self.condition(
+                job, "Running", "PyTorchJobSuspended", f"PyTorchJob {name} is suspended.", False
+            )
+            self.condition(
+                job, "Suspended", "PyTorchJobSuspended", f"PyTorchJob {name} is suspended."
+            )
+            return
+        if self.true(job, "Suspended"):
+            self.condition(
+                job, "Suspended", "PyTorchJobResumed", f"PyTorchJob {name} is resumed.", False
+            )
+            job["status"]["startTime"] = now()
+        running = [pod for pod in pods.values() if pod["status"]["phase"] == "Running"]
+        again = sum(
+            one["restartCount"]
+            for pod in running
+            for one in pod["status"].get("containerStatuses", [])
+        )
+        limits = {
+            "it has reached the specified backoff limit": "backoffLimit" in policy
+            and again >= max(1, policy["backoffLimit"]),
+            "it was active longer than specified deadline": self.stirred(job, pods)
+            and "activeDeadlineSeconds" in policy
+            and "startTime" in job["status"]
+            and since(job["status"]["startTime"]) >= policy["activeDeadlineSeconds"],
+        }
+        for limit, past in limits.items():
+            if past:
+                # whatever cleanPodPolicy says, before release 1.9 says Failed
+                self.delete_pods(pods)
+                self.condition(
+                    job, "Failed", "PyTorchJobFailed", f"Job {name} has failed because {limit}"
+                )
+                return
+        job["status"].setdefault("startTime", now())
+        for kind, replica in job["spec"]["pytorchReplicaSpecs"].items():
+            self.tend_replicas(job, kind, replica, pods)
+
+    def tend_replicas(self, job: dict, kind: str, replica: dict, pods: dict[str, dict]) -> None:
+        """common/pod.go ReconcilePods for one replica type, and its part of the job's status."""
+        name, policy = job["metadata"]["name"], replica.get("restartPolicy", "OnFailure")
+        counts = {"active": 0, "succeeded": 0, "failed": 0}
+        for index in range(replica["replicas"]):
+            pod = f"{name}-{kind.lower()}-{index}"
+            if pod not in pods:
+                template = copy.deepcopy(replica["template"])
+                template["spec"]["restartPolicy"] = "Never" if policy == "ExitCode" else policy
+                prefix = "training.kubeflow.org/"
+                labels = {
+                    f"{prefix}job-name": name,
+                    f"{prefix}operator-name": "pytorchjob-controller",
+                    f"{prefix}replica-type": kind.lower(),
+                    f"{prefix}replica-index": str(index),
+                    **({f"{prefix}job-role": "master"} if kind == "Master" else {}),
+                }
+                self.create(job, pod, template, labels, {}, pytorch_environment(job, kind, index))
+                continue
+            phase = pods[pod]["status"]["phase"]
+            counts[
+                {"Running": "active", "Succeeded": "succeeded", "Failed": "failed"}.get(
+                    phase, "active"
+                )
+            ] += phase != "Pending"
+            codes = [
+                one["state"]["terminated"]["exitCode"]
+                for one in pods[pod]["status"].get("containerStatuses", [])
+                if "terminated" in one["state"]
+            ]
+            if phase == "Failed" and (
+                policy == "OnFailure" or policy == "ExitCode" and max(codes, default=0) >= 128
+            ):
+                self.core.delete_namespaced_pod(pod, self.namespace, _preload_content=False)
+                self.condition(
+                    job,
+                    "Restarting",
+                    "PyTorchJobRestarting",
+                    f"job {name} is restarting because {kind} replica(s) failed.",
+                )
+                counts["failed"] -= 1
+        job["status"].setdefault("replicaStatuses", {})[kind] = counts
+        leading = kind == "Master" or "Master" not in job["spec"]["pytorchReplicaSpecs"]
+        wanted = 1 if "elasticPolicy" in job["spec"] and kind == "Worker" else replica["replicas"]
+        if counts["failed"]:
+            self.condition(
+                job,
+                "Failed",
+                "PyTorchJobFailed",
+                f"PyTorchJob {name} is failed because {counts['failed']} {kind} replica(s) failed.",
+            )
+        elif leading and counts["succeeded"] >= wanted:
+            self.condition(
+                job,
+                "Succeeded",
+                "PyTorchJobSucceeded",
+                f"PyTorchJob {name} is successfully completed.",
+            )
+        elif leading and counts["active"]:
+            self.condition(job, "Running", "PyTorchJobRunning", f"PyTorchJob {name} is running.")
+
+    def runtime(self, named: dict) -> dict:
+        """The spec of a TrainJob's runtime, the namespace's or the cluster's."""
+        if named.get("kind") == "TrainingRuntime":
+            return self.objects.get_namespaced_custom_object(
+                *TRAIN[:2], self.namespace, "trainingruntimes", named["name"]
+            )["spec"]
+        return self.objects.get_cluster_custom_object(
+            *TRAIN[:2], "clustertrainingruntimes", named["name"]
+        )["spec"]
+
+    def tend_train(self, job: dict) -> None:
+        """The runtime's template with the job's own over it as one indexed Job `node` of a JobSet."""
+        name, status = job["metadata"]["name"], job.setdefault("status", {})
+        pods = self.pods("jobset.sigs.k8s.io/jobset-name", job)
+        if self.true(job, "Complete", "Failed"):
+            self.delete_pods(pods, ("Succeeded", "Failed"))
+            return
+        if job["spec"].get("suspend"):
+            self.delete_pods(pods)
+            self.condition(job, "Suspended", "Suspended", "TrainJob is suspended")
+            return
+        if self.true(job, "Suspended"):
+            self.condition(job, "Suspended", "Resumed", "TrainJob is resumed", False)
+        resumed = [
+            one["lastTransitionTime"]
+            for one in status.get("conditions", [])
+            if one["type"] == "Suspended"
+        ]
+        start = resumed[0] if resumed else job["metadata"]["creationTimestamp"]
+        if 0 < job["spec"].get("activeDeadlineSeconds", 0) < since(start):
+            self.delete_pods(pods)  # it deletes the JobSet
+            self.condition(
+                job, "Failed", "DeadlineExceeded", "TrainJob exceeded its active deadline"
+            )
+            return
+        runtime = self.runtime(job["spec"]["runtimeRef"])
+        trainer, nodes = job["spec"]["trainer"], job["spec"]["trainer"]["numNodes"]
+        alive = [pod for pod in pods.values() if "deletionTimestamp" not in pod["metadata"]]
+        phases = [pod["status"]["phase"] for pod in alive]
+        spec = runtime["template"]["spec"]
+        if failure := job_failure(spec["replicatedJobs"][0]["template"]["spec"], alive):
+            policy, counted = spec.get("failurePolicy"), self.restarts.get(name, 0)
+            if over := jobset_failure(policy, *failure, counted, f"{name}-node-0"):
+                self.condition(job, "Failed", *over)
+                return
+            if failure_action(policy, *failure) != RESTARTS_IGNORED:
+                self.restarts[name] = counted + 1
+            self.delete_pods(pods)  # JobSet makes all anew
+        elif len(phases) == nodes and set(phases) == {"Succeeded"}:
+            self.condition(job, "Complete", "AllJobsCompleted", "jobset completed successfully")
+        template = spec["replicatedJobs"][0]["template"]["spec"]["template"]
+        for patch in job["spec"].get("runtimePatches") or []:
+            one = patch["trainingRuntimeSpec"]["template"]["spec"]["replicatedJobs"][0]
+            template = merged(template, one["template"]["spec"]["template"])
+        own = {key: trainer[key] for key in ("image", "command", "args", "env") if key in trainer}
+        resources = (
+            {"resources": trainer["resourcesPerNode"]} if "resourcesPerNode" in trainer else {}
+        )
+        template = merged(
+            template, {"spec": {"containers": [{"name": "node", **own, **resources}]}}
+        )
+        for index in range(nodes) if not pods else ():
+            annotation = "batch.kubernetes.io/job-completion-index"
+            self.create(
+                job,
+                f"{name}-node-0-{index}-{uuid.uuid4().hex[:5]}",
+                template,
+                {
+                    "jobset.sigs.k8s.io/jobset-name": name,
+                    "jobset.sigs.k8s.io/replicatedjob-name": "node",
+                    "jobset.sigs.k8s.io/job-index": "0",
+                    annotation: str(index),
+                },
+                {annotation: str(index)},
+                {
+                    "PET_NNODES": str(nodes),
+                    "PET_NPROC_PER_NODE": str(trainer.get("numProcPerNode", "auto")),
+                    "PET_NODE_RANK": {
+                        "valueFrom": {
+                            "fieldRef": {"fieldPath": f"metadata.annotations['{annotation}']"}
+                        }
+                    },
+                    "PET_MASTER_ADDR": f"{name}-node-0-0.{name}",
+                    "PET_MASTER_PORT": "29500",
+                },
+            )
+        ready = phases.count("Running")
+        status["jobsStatus"] = [
+            {
+                "name": "node",
+                "ready": int(ready == nodes),
+                "succeeded": int("Succeeded" in phases),
+                "failed": 0,
+                "suspended": 0,
+                "active": int(bool(phases)),
+            }
+        ]

@@ -1,0 +1,66 @@
+"""The published files as far as they are known: names and shapes of their tensors, and the systems that they are of."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from vitdet.config import load_config
+from vitdet.models import Detector
+from vitdet.weights.convert import shapes_of
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+# {name: {keys: {tensor: shape}, n_params of detectors}}
+PUBLISHED: dict[str, dict] = json.loads(gzip.decompress((GOLDEN / "keys.json.gz").read_bytes()))
+DETECTORS = {
+    **{
+        f"detectron2/{data}_{kind}mask_rcnn_vitdet_{size}_{epochs}ep": f"{kind}mask_rcnn_vitdet_{size}_{data.lower()}"
+        for data, schedule in (
+            ("COCO", {"b": 100, "l": 100, "h": 75}),
+            ("LVIS", {"b": 100, "l": 100, "h": 100}),
+        )
+        for kind in ("", "cascade_")
+        for size, epochs in schedule.items()
+    },
+    **{f"mmdet/{name}": f"mask_rcnn_{name}_coco" for name in ("vit_b", "vitae_b", "vitae_s")},
+}
+# -> how many tensors are resized
+BACKBONES = {
+    **{
+        ("mae/base", recipe): 0
+        for recipe in ("mask_rcnn_vitdet_b_coco", "cascade_mask_rcnn_vitdet_b_lvis")
+    },
+    ("mae/base", "mask_rcnn_vit_b_coco"): 1,
+    ("mae/large", "mask_rcnn_vitdet_l_coco"): 0,
+    ("mae/huge", "mask_rcnn_vitdet_h_coco"): 2,
+    ("vitae_cls/Base", "mask_rcnn_vitae_b_coco"): 1,
+    ("vitae_cls/Small", "mask_rcnn_vitae_s_coco"): 0,
+    ("vitae_cls/Base", "cascade_mask_rcnn_vitdet_vitae_b_lvis"): 0,
+}
+
+
+@cache
+def model_of(recipe: str) -> Detector:
+    """The recipe's detector without memory for its weights."""
+    return shapes_of(load_config(recipe))
+
+
+@cache
+def file_of(name: str) -> dict[str, Tensor]:
+    """Random tensors under the published names; large matrices hold one random number everywhere."""
+    generator = torch.Generator().manual_seed(len(name))
+    return {key: draw(shape, generator) for key, shape in PUBLISHED[name]["keys"].items()}
+
+
+def draw(shape: list[int], generator: torch.Generator) -> Tensor:
+    if len(shape) == 0:
+        return torch.tensor(7)
+    positions = len(shape) == 3 or len(shape) == 2 and shape[0] < 128
+    return torch.randn(shape if len(shape) == 1 or positions else (), generator=generator).expand(
+        shape
+    )

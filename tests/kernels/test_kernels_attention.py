@@ -1,0 +1,231 @@
+"""The attention kernels: by Triton's interpreter, compiled offline for an H100, and on a GPU if there is one."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+
+import pytest
+import torch
+from torch.utils.checkpoint import checkpoint
+
+from tests.conftest import ROOT
+from tests.helpers import parts
+from tests.helpers.attention_cases import (
+    CASES,
+    OUTPUTS,
+    Case,
+    inputs,
+    relative_errors,
+    results,
+    sizes,
+)
+from vitdet.config import BackboneConfig, ModelConfig
+from vitdet.kernels.attention import attention, fits, reference
+from vitdet.models import build_backbone
+
+needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
+
+
+def cuda(test):
+    """A test that runs on an NVIDIA GPU from Ampere on only."""
+    absent = not torch.cuda.is_available() or torch.cuda.get_device_capability() < (8, 0)
+    return pytest.mark.cuda(pytest.mark.skipif(absent, reason="needs an NVIDIA GPU")(test))
+
+
+def interpreted(what):
+    """What tests/helpers/attention_cases.py prints."""
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.helpers.attention_cases", str(what)],
+        cwd=ROOT,
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+@needs_triton
+@pytest.mark.parametrize("start", [0, pytest.param(1, marks=pytest.mark.slow)])
+def test_values_and_gradients_by_the_interpreter(start):
+    wrong = {
+        (case, name): error
+        for case, errors in zip(CASES[start::2], interpreted(start), strict=True)
+        for name, error in zip(OUTPUTS, errors, strict=True)
+        if error > 2e-6
+    }
+    assert not wrong
+
+
+@needs_triton
+@pytest.mark.slow
+def test_the_operator_is_registered_and_a_block_with_it_is_compiled():
+    assert interpreted("operator") < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("window", "scaled", "grid"), [(0, False, (3, 5)), (0, True, (4, 2)), (3, True, (4, 5))]
+)
+def test_the_reference_is_what_a_block_computes(window, scaled, grid):
+    torch.manual_seed(0)
+    block = parts.block(dim=12, heads=3, window=window, grid=grid, scaled_rel_pos=scaled).double()
+    for parameter in block.parameters():
+        torch.nn.init.normal_(parameter, std=0.5)
+    x = torch.randn(2, *grid, 12, dtype=torch.float64)
+    layer = block.attn
+    found = reference(
+        layer.qkv(x).flatten(1, 2),
+        layer.qkv.bias,
+        layer.rel_pos_h,
+        layer.rel_pos_w,
+        height=grid[0],
+        width=grid[1],
+        heads=3,
+        window=window,
+        scaled=scaled,
+    )
+    torch.testing.assert_close(layer.proj(found.unflatten(1, grid)), layer(x, window))
+
+
+def test_sizes_that_the_kernels_do_not_take_are_one_line():
+    case = Case(1, 2, 3, 1, 16)
+    given, _ = inputs(case, torch.float32, "cpu")
+    with pytest.raises(ValueError, match=r"must be \(3, 16\), got \(5, 16\)"):
+        attention(given[0], given[1], given[3], given[3], **sizes(case))
+    given, _ = inputs(Case(1, 1, 129, 1, 16), torch.float32, "cpu")
+    with pytest.raises(ValueError, match="rows of up to 128 tokens .* got 16, 129 and 0"):
+        attention(*given, **sizes(Case(1, 1, 129, 1, 16)))
+    assert fits(64, 0, 64) and fits(1000, 14, 80) and not fits(64, 33, 64)
+    assert not fits(64, 0, 12) and not fits(64, 0, 136)
+
+
+@needs_triton
+def test_a_gpu_with_little_shared_memory_gets_fewer_stages():
+    from triton.runtime.errors import OutOfResources
+
+    from vitdet.kernels.attention_kernels import launch
+
+    class Kernel:
+        def __init__(self, most):
+            self.most, self.ran = most, []
+
+        def __getitem__(self, programs):
+            def run(*tensors, num_stages):
+                if num_stages > self.most:
+                    raise OutOfResources(131_200, 101_376, "shared memory")
+                self.ran.append((programs, tensors, num_stages))
+
+            return run
+
+    kernel = Kernel(2)
+    launch(kernel, 3, "ab", {"num_stages": 3})
+    assert kernel.ran == [((3,), ("a", "b"), 2)]
+    with pytest.raises(OutOfResources):
+        launch(Kernel(0), 3, "ab", {"num_stages": 2})
+
+
+@needs_triton
+@pytest.mark.slow
+@pytest.mark.parametrize(("heads", "depth", "window"), [(12, 64, 0), (16, 80, 14)])
+def test_kernels_compiled_for_hopper_keep_all_in_registers(heads, depth, window):
+    from tests.helpers.offline import assemble, attention_launches
+
+    found = [assemble(one) for one in attention_launches(heads, depth, window)]
+    assert len(found) == 9
+    assert not [one for one in found if one.spilled > 64 or one.shared > 227 * 1024]
+
+
+CUDA_CASES = (
+    Case(1, 64, 64, 12, 64),
+    Case(2, 64, 64, 12, 64, window=14),
+    Case(1, 50, 64, 12, 64),
+    Case(1, 33, 47, 16, 80, scaled=True),
+    Case(1, 37, 50, 16, 80, window=14, scaled=True),
+    Case(2, 8, 8, 4, 32),
+)
+
+
+@cuda
+@pytest.mark.parametrize(
+    ("case", "dtype"),
+    [*((case, torch.bfloat16) for case in CUDA_CASES), (CUDA_CASES[-1], torch.float16)],
+    ids=str,
+)
+def test_errors_on_a_gpu_are_no_larger_than_those_of_plain_torch(case, dtype):
+    def plain(qkv, *others, **options):
+        return reference(qkv, *(one.to(qkv.dtype) for one in others), **options)
+
+    ours, theirs = relative_errors(case, dtype, "cuda", attention, plain)
+    print(case, dtype, dict(zip(OUTPUTS, zip(ours, theirs, strict=True), strict=True)))
+    # Results themselves are rounded to half precision.
+    allowed = [max(one, torch.finfo(dtype).eps) for one in theirs]
+    worse = {
+        name: (one, limit)
+        for name, one, limit in zip(OUTPUTS, ours, allowed, strict=True)
+        if not one <= limit
+    }
+    assert not worse
+
+
+@cuda
+def test_float32_on_a_gpu_is_exact():
+    (errors,) = relative_errors(Case(1, 9, 20, 2, 32, window=7), torch.float32, "cuda", attention)
+    assert max(errors) < 1e-5, errors
+
+
+@cuda
+@pytest.mark.parametrize("case", CUDA_CASES[:2], ids=str)
+def test_results_on_a_gpu_are_the_same_every_time(case):
+    given, gradient = inputs(case, torch.bfloat16, "cuda")
+    first, second = (results(attention, case, given, gradient) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@cuda
+def test_a_backbone_on_a_gpu_computes_the_same_with_and_without_kernels(monkeypatch):
+    """Beside float32 both differ by what half precision rounds; the kernels' features are as close."""
+    torch.manual_seed(0)
+    backbone = build_backbone(ModelConfig(backbone=BackboneConfig(name="vit_b"))).cuda().eval()
+    for name, parameter in backbone.named_parameters():
+        if ".rel_pos_" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    images = torch.randn(1, 3, 1024, 1024, device="cuda")
+    with torch.no_grad():
+        exact, found = backbone(images), {}
+        for switch in ("on", "off"):
+            monkeypatch.setenv("VITDET_KERNELS", switch)
+            with torch.autocast("cuda", torch.bfloat16):
+                found[switch] = backbone(images)
+    on, off = ((found[key] - exact).norm() / exact.norm() for key in ("on", "off"))
+    print("error of the features with kernels", on.item(), "and without", off.item())
+    assert on <= 1.1 * off < 0.1
+
+
+@cuda
+def test_a_block_on_a_gpu_is_compiled_captured_and_checkpointed():
+    torch.manual_seed(0)
+    block = parts.block(dim=128, heads=2, window=14, grid=16).cuda()
+    x = torch.randn(2, 16, 16, 128, device="cuda", requires_grad=True)
+    leaves = [x, *block.parameters()]
+
+    def gradients(function):
+        with torch.autocast("cuda", torch.bfloat16):
+            return torch.autograd.grad(function(x).square().sum(), leaves)
+
+    def differ(found):
+        return max((a - b).norm() / b.norm() for a, b in zip(found, wanted, strict=True))
+
+    wanted = gradients(block)
+    assert differ(gradients(lambda y: checkpoint(block, y, use_reentrant=False))) == 0
+    assert differ(gradients(torch.compile(block, fullgraph=True))) < 0.05
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = gradients(block)
+    for one in captured:
+        one.zero_()
+    graph.replay()
+    assert differ(captured) < 1e-3

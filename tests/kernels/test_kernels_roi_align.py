@@ -1,0 +1,189 @@
+"""RoIAlign over all levels: the Triton kernels, forward and backward, against torchvision in float64."""
+
+import math
+
+import pytest
+import torch
+
+from tests.helpers.triton_device import DEVICE, REGISTRATION, needs_gpu, needs_triton, no_waits
+from vitdet.kernels.roi_align import pool, reference, roi_align
+
+STRIDES = [4, 8, 16, 32, 64]
+
+
+class Scene:
+    """Maps and RoIs of all kinds: small, large, empty, beyond the map, in an empty slot."""
+
+    def __init__(self, sizes, rois, channels, images=2, kind=torch.float32):
+        draw = torch.Generator().manual_seed(0)
+        self.maps = [
+            torch.randn(images, channels, *size, generator=draw).to(kind) for size in sizes
+        ]
+        self.strides = STRIDES[: len(sizes)]
+        side = torch.tensor([sizes[0][1], sizes[0][0]]) * 4.0
+        centre = torch.rand(rois, 2, generator=draw) * side
+        size = side * torch.rand(rois, 2, generator=draw) ** 2
+        self.boxes = torch.cat([centre - size / 2, centre + size / 2], dim=1)
+        self.boxes[0] = torch.cat([-side, 3 * side])
+        self.boxes[1] = torch.cat([-side, -side / 2])
+        self.boxes[2, 2] = self.boxes[2, 0]
+        self.boxes[3, 2:] = self.boxes[3, :2] + 0.01
+        self.image = torch.randint(0, images, (rois,), generator=draw)
+        self.level = torch.randint(0, len(sizes), (rois,), generator=draw)
+        self.level[4] = -1
+
+    def run(self, function, device, kind, bins, ratio, layout=torch.channels_last):
+        """The features, and the maps' gradients for a given one of the features."""
+        maps = [one.to(device, kind).to(memory_format=layout).requires_grad_() for one in self.maps]
+        rest = [one.to(device) for one in (self.boxes, self.image, self.level)]
+        found = function(maps, *rest, self.strides, bins, ratio)
+        draw = torch.Generator().manual_seed(1)
+        weight = torch.randn(found.shape, generator=draw).to(self.maps[0].dtype)
+        return found, torch.autograd.grad(found, maps, weight.to(device, kind))
+
+    def errors(self, bins, ratio, layout=torch.channels_last):
+        """The relative errors of features and gradients beside float64."""
+        kind = self.maps[0].dtype
+        found, gradients = self.run(roi_align, DEVICE, kind, bins, ratio, layout)
+        wanted, right = self.run(reference, DEVICE, torch.float64, bins, ratio)
+        assert found.dtype == kind and found.shape == wanted.shape
+        pairs = zip((found, *gradients), (wanted, *right), strict=True)
+        return max(
+            (a.double() - b).norm() / b.norm() if b.norm() else a.double().norm() for a, b in pairs
+        )
+
+
+EXACT = 5e-6  # float32: products of three TF32 ones on a GPU
+SMALL = [(17, 11), (9, 6)]
+
+
+@needs_triton
+@pytest.mark.parametrize(
+    ("bins", "ratio"),
+    [(3, 0), (3, 3), *(pytest.param(bins, 0, marks=pytest.mark.slow) for bins in (7, 14))],
+)
+def test_equals_torchvision_in_values_and_gradients(bins, ratio):
+    assert Scene(SMALL, 8, 5).errors(bins, ratio) < EXACT
+
+
+@needs_triton
+def test_16_bit_maps_keep_the_precision_of_weights():
+    assert Scene(SMALL, 7, 5, kind=torch.float16).errors(7, 0) < 3e-4
+
+
+@needs_triton
+def test_five_levels_of_maps_in_another_layout():
+    scene = Scene([(9, 5), (5, 3), (3, 2), (2, 1), (1, 1)], 9, 3, images=1)
+    assert scene.errors(2, 0, torch.contiguous_format) < EXACT
+
+
+@needs_triton
+def test_rois_without_points_are_zeros_and_get_no_gradient():
+    scene = Scene([(9, 8)], 8, 3, images=1)
+    scene.boxes[:] = torch.tensor([4.0, 4, 20, 20])
+    scene.boxes[1] = math.nan
+    scene.boxes[2, 3] = math.inf
+    scene.boxes[3] = torch.tensor([20.0, 4, 4, 20])  # ends before it starts
+    scene.boxes[5] = torch.tensor([-1e30, 0, 1e30, 9])
+    scene.boxes[6] = torch.tensor(
+        [-1e8, -1e8, 1e8, 1e8]
+    )  # more points than can be counted one by one
+    scene.level[:] = torch.tensor([0, 0, 0, 0, -1, 0, 0, 1])  # and one of a level that is not there
+    found, (gradient,) = scene.run(roi_align, DEVICE, torch.float32, 2, 0)
+    assert found[[0, 6]].isfinite().all() and found[0].abs().sum() > 0
+    assert not found[[1, 2, 3, 4, 5, 7]].any() and gradient.isfinite().all()
+    scene.level[[1, 2, 3, 4, 5, 7]] = -1
+    again, (same,) = scene.run(roi_align, DEVICE, torch.float32, 2, 0)
+    assert torch.equal(again, found) and torch.equal(same, gradient)
+
+
+@needs_triton
+def test_a_fixed_number_of_points_runs_backwards_in_a_reversed_roi():
+    scene = Scene([(9, 8)], 5, 3, images=1)
+    scene.boxes[0] = torch.tensor([28.0, 4, 4, 30])
+    assert scene.errors(2, 2) < EXACT
+
+
+@needs_triton
+def test_no_rois():
+    scene = Scene([(9, 8)], 5, 3)
+    scene.boxes, scene.image, scene.level = scene.boxes[:0], scene.image[:0], scene.level[:0]
+    found, (gradient,) = scene.run(roi_align, DEVICE, torch.float32, 7, 0)
+    assert found.shape == (0, 3, 7, 7) and not gradient.any()
+
+
+@needs_triton
+def test_operator_is_registered_completely():
+    scene = Scene([(4, 5)], 5, 2)
+    maps = [one.to(DEVICE).requires_grad_() for one in scene.maps]
+    rest = [one.to(DEVICE) for one in (scene.boxes, scene.image, scene.level)]
+    torch.library.opcheck(pool, (maps, *rest, [4], 2, 2), test_utils=REGISTRATION)
+
+
+@pytest.mark.parametrize(
+    ("maps", "strides", "kind", "message"),
+    [
+        (0, [], torch.float32, "1 to 5 maps and a stride for each, got 0 maps and 0 strides"),
+        (6, [4] * 6, torch.float32, "got 6 maps and 6 strides"),
+        (2, [4], torch.float32, "got 2 maps and 1 strides"),
+        (1, [4], torch.float64, r"boxes must be \(R, 4\) float32, got \(3, 4\) torch.float64"),
+    ],
+)
+def test_other_inputs_are_refused(maps, strides, kind, message):
+    index = torch.zeros(3, dtype=torch.long)
+    with pytest.raises(ValueError, match=message):
+        roi_align(
+            [torch.zeros(1, 2, 4, 4)] * maps,
+            torch.zeros(3, 4, dtype=kind),
+            index,
+            index,
+            strides,
+            7,
+            0,
+        )
+
+
+def test_maps_of_other_types_are_refused():
+    index, boxes = torch.zeros(3, dtype=torch.long), torch.zeros(3, 4)
+    one = torch.zeros(1, 2, 4, 4)
+    for maps in ([one, one.half()], [one.double()] * 2):
+        with pytest.raises(ValueError, match="maps must be of one type of"):
+            roi_align(maps, boxes, index, index, [4, 8], 7, 0)
+
+
+FULL = [(256, 256), (128, 128), (64, 64), (32, 32)]
+
+
+@needs_gpu
+@pytest.mark.cuda
+@pytest.mark.parametrize(("bins", "rois"), [(7, 512), (14, 128)])
+@pytest.mark.parametrize(
+    ("kind", "most"), [(torch.float32, 2e-5), (torch.float16, 4e-4), (torch.bfloat16, 3e-3)]
+)
+def test_full_size_errors(bins, rois, kind, most):
+    assert Scene(FULL, rois, 256, images=1, kind=kind).errors(bins, 0) < most
+
+
+@needs_gpu
+@pytest.mark.cuda
+def test_the_gradient_is_the_same_in_every_run():
+    scene = Scene(FULL, 512, 256, kind=torch.bfloat16)
+    first = scene.run(roi_align, "cuda", torch.bfloat16, 7, 0)[1]
+    second = scene.run(roi_align, "cuda", torch.bfloat16, 7, 0)[1]
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@needs_gpu
+@pytest.mark.cuda
+def test_nothing_waits_for_the_gpu():
+    scene = Scene(FULL, 64, 256, kind=torch.bfloat16)
+    maps = [one.cuda().requires_grad_() for one in scene.maps]
+    rest = [one.cuda() for one in (scene.boxes, scene.image, scene.level)]
+
+    def step():
+        found = roi_align(maps, *rest, scene.strides, 7, 0)
+        torch.autograd.grad(found, maps, torch.ones_like(found))
+
+    step()  # compiled
+    with no_waits():
+        step()

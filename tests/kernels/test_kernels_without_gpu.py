@@ -1,0 +1,47 @@
+"""The kernels of detection without a GPU: their tests by Triton's interpreter on the CPU, and compiled for an H100."""
+
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+
+import pytest
+import torch
+
+from tests.conftest import ROOT
+
+needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
+FILES = ("nms", "paste", "roi_align", "rasterize")
+
+
+@needs_triton
+@pytest.mark.parametrize("speed", ["not slow", pytest.param("slow", marks=pytest.mark.slow)])
+def test_values_by_the_interpreter(speed):
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-q",
+            "-p",
+            "no:cacheprovider",
+            "-m",
+            f"not cuda and {speed}",
+        ]
+        + [f"tests/kernels/test_kernels_{name}.py" for name in FILES],
+        cwd=ROOT,
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "skipped" not in done.stdout
+
+
+@needs_triton
+def test_compiled_for_an_h100_they_spill_no_registers():
+    from tests.helpers.offline import assemble, detection_launches
+
+    found = [assemble(one) for one in detection_launches(torch.bfloat16)]
+    assert len(found) == 9
+    assert not [one for one in found if one.spilled or one.shared > 227 * 1024]

@@ -1,0 +1,39 @@
+"""Anchors as literal numbers."""
+
+import pytest
+import torch
+
+from tests.helpers.small import Operations
+from vitdet.models.anchors import cell_anchors, grid_anchors
+
+
+def test_cell_anchors_keep_the_area():
+    found = cell_anchors(32.0, (0.5, 1.0, 2.0))
+    wanted = [
+        [-22.627417, -11.313708, 22.627417, 11.313708],
+        [-16, -16, 16, 16],
+        [-11.313708, -22.627417, 11.313708, 22.627417],
+    ]
+    assert sum(map(list, found), []) == pytest.approx(sum(wanted, []))
+
+
+def test_anchors_stand_on_the_corners_of_their_cells_row_by_row():
+    first, second = grid_anchors([(2, 3), (1, 2)], [4, 8], 2.0, (1.0,))
+    centres = (first[:, :2] + first[:, 2:]) / 2
+    assert centres.tolist() == [[0, 0], [4, 0], [8, 0], [0, 4], [4, 4], [8, 4]]
+    assert (first[:, 2:] - first[:, :2]).unique().tolist() == [8]
+    assert second.tolist() == [[-8, -8, 8, 8], [0, -8, 16, 8]]
+
+
+def test_anchors_of_a_cell_stand_together():
+    (anchors,) = grid_anchors([(1, 2)], [16], 8.0, (0.5, 1.0, 2.0))
+    centres = (anchors[:, :2] + anchors[:, 2:]) / 2
+    assert centres.tolist() == [[0, 0]] * 3 + [[16, 0]] * 3
+    assert torch.equal(anchors[3:] - anchors[:3], torch.tensor([[16.0, 0, 16, 0]] * 3))
+
+
+def test_anchors_are_made_on_the_device_without_a_copy():
+    with Operations() as operations:
+        levels = grid_anchors([(2, 3), (1, 2)], [4, 8], 2.0, (0.5, 1.0), "meta")
+    assert [tuple(one.shape) for one in levels] == [(12, 4), (4, 4)]
+    assert not [name for name in operations.names if "_to_copy" in name or "copy_" in name]

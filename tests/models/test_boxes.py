@@ -1,0 +1,125 @@
+"""Box arithmetic: literals, inverses, limits."""
+
+import math
+
+import pytest
+import torch
+
+from tests.helpers.small import Operations
+from vitdet.models.boxes import (
+    MAX_LOG_SCALE,
+    area,
+    clip,
+    decode,
+    encode,
+    iou_blocks,
+    nonempty,
+    pairwise_iou,
+)
+
+WEIGHTS = (10.0, 10.0, 5.0, 5.0)
+
+
+def random_boxes(count, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    corner = torch.rand(count, 2, generator=generator) * 100
+    return torch.cat([corner, corner + 1 + torch.rand(count, 2, generator=generator) * 50], dim=1)
+
+
+def test_encode_literal():
+    found = encode(torch.tensor([[0.0, 0, 10, 20]]), torch.tensor([[5.0, 0, 25, 20]]), WEIGHTS)
+    # 10 px of 10, twice as wide
+    assert found[0].tolist() == pytest.approx([10.0, 0.0, 5 * math.log(2), 0.0])
+
+
+def test_decode_inverts_encode():
+    boxes, targets = random_boxes(50), random_boxes(50, seed=1)
+    for weights in ((1.0, 1.0, 1.0, 1.0), WEIGHTS):
+        assert torch.allclose(
+            decode(boxes, encode(boxes, targets, weights), weights, -math.inf), targets, atol=1e-3
+        )
+
+
+def test_decode_takes_a_box_for_each_class():
+    boxes, deltas = random_boxes(3), torch.randn(3, 5, 4)
+    found = decode(boxes, deltas, WEIGHTS, -math.inf)
+    assert found.shape == (3, 5, 4)
+    assert torch.allclose(found[:, 2], decode(boxes, deltas[:, 2], WEIGHTS, -math.inf), atol=1e-4)
+
+
+def test_growth_is_limited_and_shrinking_is_not():
+    box = torch.tensor([[0.0, 0, 16, 16]])
+    grown = decode(box, torch.tensor([[0.0, 0, 50, 100]]), (1.0, 1.0, 1.0, 1.0), -math.inf)
+    assert (grown[:, 2:] - grown[:, :2])[0].tolist() == pytest.approx([1000, 1000], rel=1e-5)
+    shrunk = decode(box, torch.tensor([[0.0, 0, -9, -9]]), (1.0, 1.0, 1.0, 1.0), -math.inf)
+    assert (shrunk[:, 2:] - shrunk[:, :2])[0].tolist() == pytest.approx(
+        [16 * math.exp(-9)] * 2, rel=1e-2
+    )
+
+
+def test_shrinking_is_limited_on_request():
+    box, weights = torch.tensor([[0.0, 0, 1000, 1000]]), (1.0, 1.0, 1.0, 1.0)
+    shrunk = decode(box, torch.tensor([[0.0, 0, -9, -1]]), weights, -MAX_LOG_SCALE)
+    assert (shrunk[:, 2:] - shrunk[:, :2])[0].tolist() == pytest.approx(
+        [16, 1000 / math.e], rel=1e-4
+    )
+
+
+def test_decode_works_in_float32_for_half_precision():
+    assert (
+        decode(random_boxes(2), torch.randn(2, 4).bfloat16(), WEIGHTS, -math.inf).dtype
+        == torch.float32
+    )
+
+
+def test_clip_to_height_and_width():
+    boxes = torch.tensor([[-5.0, -5, 50, 60], [10, 10, 12, 12]])
+    assert clip(boxes, torch.tensor([30, 40])).tolist() == [[0, 0, 40, 30], [10, 10, 12, 12]]
+
+
+def test_empty_boxes():
+    boxes = torch.tensor([[0.0, 0, 1, 1], [0, 0, 0, 5], [3, 3, 2, 4], [0, 2, 5, 2]])
+    assert nonempty(boxes).tolist() == [True, False, False, False]
+    assert nonempty(boxes[:0]).shape == (0,)
+    assert area(boxes[:1]).tolist() == [1]
+
+
+def test_iou_equals_counting():
+    torch.manual_seed(0)
+    first, second = (torch.randint(0, 6, (12, 4)).float() for _ in range(2))
+    for boxes in (first, second):
+        boxes[:, 2:] += boxes[:, :2]  # some of no width or height
+    found = pairwise_iou(first, second)
+    for i, a in enumerate(first.int().tolist()):
+        for j, b in enumerate(second.int().tolist()):
+            cells = [{(x, y) for x in range(c[0], c[2]) for y in range(c[1], c[3])} for c in (a, b)]
+            union = len(cells[0] | cells[1])
+            assert found[i, j].item() == pytest.approx(
+                len(cells[0] & cells[1]) / union if union else 0.0
+            )
+
+
+def test_iou_of_nothing():
+    assert pairwise_iou(torch.zeros(0, 4), random_boxes(3)).shape == (0, 3)
+    assert pairwise_iou(random_boxes(2), torch.zeros(0, 4)).shape == (2, 0)
+
+
+@pytest.mark.parametrize(("first", "second"), [(7, 5), (0, 5), (7, 0)])
+def test_blocks_are_the_rows_of_the_whole(first, second, monkeypatch):
+    monkeypatch.setattr("vitdet.models.boxes.PAIRS", 12)
+    boxes, others = random_boxes(first), random_boxes(second)
+    blocks = list(iou_blocks(boxes, others))
+    assert all(block.numel() <= 12 for block in blocks) and blocks
+    assert torch.equal(torch.cat(blocks), pairwise_iou(boxes, others))
+
+
+@pytest.mark.parametrize("weights", [WEIGHTS, (30.0, 20.0, 15.0, 5.0)])
+def test_weights_are_numbers_that_no_device_waits_for(weights):
+    boxes, targets, deltas = random_boxes(6), random_boxes(6), torch.randn(6, 3, 4)
+    row, ones = torch.tensor(weights), (1.0,) * 4
+    with Operations() as operations:
+        found = encode(boxes, targets, weights), decode(boxes, deltas, weights, -math.inf)
+    # no tensor of the weights
+    assert not [name for name in operations.names if "copy" in name or "lift" in name]
+    assert torch.equal(found[0], encode(boxes, targets, ones) * row)
+    assert torch.equal(found[1], decode(boxes, deltas / row, ones, -math.inf))

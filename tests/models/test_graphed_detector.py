@@ -1,0 +1,275 @@
+"""Detection through recorded graphs: threads, weights that move, copies and pickles; on a pretended graph and GPU."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import pickle
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from threading import Event, Thread
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from tests.helpers.small import images, small_detector
+from tests.helpers.triton_device import needs_gpu
+from vitdet.kernels.cuda_graph import NotRecorded
+from vitdet.models import graphed_detector
+from vitdet.models.graphed_detector import GraphedDetector
+from vitdet.predictor import Predictor
+from vitdet.types import Detections
+
+SIZES = torch.tensor([[128, 128]])
+
+
+class Recorded:
+    """Stands for a `CudaGraph`: each call writes to the same memory and computes with the weights' first places."""
+
+    made: list[Recorded] = []
+    during: Callable[[], object] = staticmethod(lambda: None)  # called after a replay
+
+    def __init__(self) -> None:
+        self.functions, self.outputs = dict[tuple, Callable](), dict[tuple, tuple]()
+        self.made.append(self)
+
+    def has(self, *tensors: Tensor) -> bool:
+        return tuple(one.shape for one in tensors) in self.outputs
+
+    def record(self, function: Callable, *tensors: Tensor) -> None:
+        shapes = tuple(one.shape for one in tensors)
+        self.functions[shapes], self.outputs[shapes] = function, function(*tensors)
+
+    def __call__(self, *tensors: Tensor) -> tuple:
+        shapes = tuple(one.shape for one in tensors)
+        static, new = (flat(of) for of in (self.outputs[shapes], self.functions[shapes](*tensors)))
+        for one, other in zip(static, new, strict=True):
+            one.copy_(other)
+        self.during()
+        return self.outputs[shapes]
+
+
+def flat(output: tuple) -> list[Tensor]:
+    features, scored, found, masks = output
+    return [*features, *scored, *found, masks]
+
+
+@pytest.fixture
+def made(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Recorded]]:
+    """The graphs that are made from now on."""
+    monkeypatch.setattr(graphed_detector, "CudaGraph", Recorded)
+    monkeypatch.setattr(graphed_detector, "enabled", lambda *_: True)
+    monkeypatch.setattr(Recorded, "made", [])
+    return Recorded.made
+
+
+def recorded(made: list[Recorded]) -> int:
+    """How many graphs were recorded."""
+    return sum(len(one.outputs) for one in made)
+
+
+def same(found: Detections, wanted: Detections) -> bool:
+    return all(
+        torch.equal(getattr(found, name), getattr(wanted, name)) for name in ("boxes", "scores")
+    )
+
+
+def test_what_a_thread_finds_is_not_overwritten_by_another(
+    made: list[Recorded], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    detector = small_detector().eval()
+    detect = GraphedDetector(detector, nullcontext)
+    mine, theirs = images(1), images(1, seed=2)
+    wanted = [detector(one, None, SIZES)[0] for one in (mine, theirs)]
+    assert not same(*wanted)
+    detect(mine, SIZES)
+    found, replayed = dict[str, Detections](), Event()
+
+    def other() -> None:
+        found["theirs"] = detect(theirs, SIZES)[0]
+
+    thread = Thread(target=other)
+
+    def meanwhile() -> None:
+        """Within the first thread's replay the second one begins; it would be done in 10 ms."""
+        if thread.ident is None:
+            thread.start()
+            assert not replayed.wait(0.5)
+        else:
+            replayed.set()
+
+    monkeypatch.setattr(Recorded, "during", staticmethod(meanwhile))
+    found["mine"] = detect(mine, SIZES)[0]
+    thread.join()
+    assert replayed.is_set()
+    assert same(found["mine"], wanted[0]) and same(found["theirs"], wanted[1])
+
+
+def reassign(detector: nn.Module) -> None:
+    state = {name: tensor.clone() for name, tensor in detector.state_dict().items()}
+    detector.load_state_dict(state, assign=True)
+
+
+def move(detector: nn.Module) -> None:
+    for parameter in detector.parameters():
+        parameter.data = parameter.data.clone()  # as Module.to does
+
+
+def replace_buffer(detector: nn.Module) -> None:
+    detector.mean = detector.mean.clone()
+
+
+@pytest.mark.parametrize("change", [reassign, move, replace_buffer, lambda one: one.train()])
+def test_weights_elsewhere_are_recorded_anew(
+    made: list[Recorded], change: Callable[[nn.Module], object]
+) -> None:
+    detector = small_detector().eval()
+    detect = GraphedDetector(detector, nullcontext)
+    detect(images(1), SIZES)
+    before = made[-1]
+    change(detector)
+    detect(images(1), SIZES)
+    assert made[-1] is not before and recorded(made) == 2
+
+
+def test_weights_that_change_in_place_are_not(made: list[Recorded]) -> None:
+    detector = small_detector().eval()
+    detect = GraphedDetector(detector, nullcontext)
+    detect(images(1), SIZES)
+    detector.load_state_dict({name: one * 2 for name, one in detector.state_dict().items()})
+    detect(images(1), SIZES)
+    assert recorded(made) == 1
+
+
+def test_a_detector_that_has_left_the_gpu_uses_no_graph(
+    made: list[Recorded], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    detect = GraphedDetector(small_detector().eval(), nullcontext)
+    detect(images(1), SIZES)
+    monkeypatch.setattr(graphed_detector, "enabled", lambda *_: False)
+    monkeypatch.setattr(Recorded, "during", staticmethod(lambda: pytest.fail("replayed")))
+    detect(images(1), SIZES)
+
+
+@pytest.mark.parametrize("again", [copy.deepcopy, lambda one: pickle.loads(pickle.dumps(one))])
+def test_a_copy_of_a_predictor_is_one_of_its_own(
+    made: list[Recorded], again: Callable[[Predictor], Predictor]
+) -> None:
+    predictor = Predictor(small_detector().eval(), ("a", "b", "c"), 128)
+    picture = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
+    wanted = predictor(picture, 0.0)
+    copied = again(predictor)
+    assert same(copied(picture, 0.0), wanted) and recorded(made) == 2
+    assert copied.detector is copied.detect.detector is not predictor.detector
+    assert copied.detect.context.args[1] is copied.detector
+
+
+def test_memory_of_graphs_returns_with_the_last_reference(made: list[Recorded]) -> None:
+    """A cycle would keep gigabytes until the garbage collector runs, which knows nothing of a GPU."""
+    predictor = Predictor(small_detector().eval(), ("a", "b", "c"), 128)
+    predictor(np.zeros((128, 128, 3), np.uint8))
+    left = [weakref.ref(one) for one in (predictor, predictor.detect, predictor.detector)]
+    gc.disable()
+    try:
+        made.pop().functions.clear()  # a `CudaGraph` keeps none
+        del predictor
+        assert [one() for one in left] == [None] * 3
+    finally:
+        gc.enable()
+
+
+def test_another_detector_may_be_set(made: list[Recorded]) -> None:
+    predictor = Predictor(small_detector().eval(), ("a", "b", "c"), 128)
+    picture = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
+    predictor(picture)
+    other = small_detector(seed=1).eval()
+    predictor.detector = other
+    wanted = Predictor(other, ("a", "b", "c"), 128)(picture, 0.0)
+    assert len(wanted) and same(predictor(picture, 0.0), wanted)
+
+
+@pytest.mark.parametrize(
+    ("part", "name", "value"),
+    [("rpn", "nms_iou", 0.2), ("rpn", "top_test", (30, 3)), ("roi_heads", "nms_iou", 0.0)]
+    + [("roi_heads", "score_threshold", 0.6), ("roi_heads", "max_detections", 2)],
+)
+def test_a_limit_that_changes_is_seen(
+    made: list[Recorded], part: str, name: str, value: object
+) -> None:
+    detector = small_detector().eval()
+    detect = GraphedDetector(detector, nullcontext)
+    before = detect(images(1), SIZES)[0]
+    setattr(detector.get_submodule(part), name, value)
+    wanted = detector(images(1), None, SIZES)[0]
+    found = detect(images(1), SIZES)[0]
+    assert not same(wanted, before) and same(found, wanted) and recorded(made) == 2
+
+
+def test_another_precision_may_be_set(made: list[Recorded]) -> None:
+    predictor = Predictor(small_detector().eval(), ("a", "b", "c"), 128, precision="fp32")
+    picture = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
+    exact = predictor(picture, 0.0)
+    predictor.precision = "bf16"
+    wanted = Predictor(predictor.detector, ("a", "b", "c"), 128, precision="bf16")(picture, 0.0)
+    assert same(predictor(picture, 0.0), wanted) and not same(wanted, exact)
+    with pytest.raises(ValueError, match="precision is fp32, bf16, fp16, auto, got 'fp8'"):
+        predictor.precision = "fp8"
+    assert predictor.precision == "bf16"
+
+
+def test_more_candidates_need_no_other_backbone_pass(
+    made: list[Recorded], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    detector = small_detector().eval()
+    wanted = detector(images(1), None, SIZES)[0]
+    monkeypatch.setattr("vitdet.models.roi_heads.CANDIDATES", 3)
+    detect = GraphedDetector(detector, nullcontext)
+    detect(images(1), SIZES)
+    passes = []
+    detector.backbone.register_forward_hook(lambda *_: passes.append(1))
+    found = detect(images(1), SIZES)[0]
+    assert len(passes) == 1  # the one that stands for the replay
+    assert same(found, wanted) and torch.equal(found.masks, wanted.masks)
+
+
+def test_a_batch_that_cannot_be_recorded_leaves_others_their_graph(
+    made: list[Recorded], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    detector = small_detector().eval()
+    detect = GraphedDetector(detector, nullcontext)
+    record, tries = Recorded.record, []
+
+    def refuse(self: Recorded, function: Callable, *tensors: Tensor) -> None:
+        tries.append(len(tensors[0]))
+        if len(tensors[0]) == 2:
+            raise NotRecorded("out of memory")
+        record(self, function, *tensors)
+
+    monkeypatch.setattr(Recorded, "record", refuse)
+    for count in (2, 1, 2, 1):
+        found = detect(images(count), SIZES.repeat(count, 1))
+        wanted = detector(images(count), None, SIZES.repeat(count, 1))
+        assert all(same(one, other) for one, other in zip(found, wanted, strict=True))
+    assert tries == [2, 1] and caplog.messages == [
+        "detection in batches of 2 images (128 x 128 pixels) runs without a CUDA graph: out of memory"
+    ]
+
+
+@needs_gpu
+@pytest.mark.cuda
+def test_what_waits_is_detected_without_a_graph_on_a_gpu(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    detector, sizes = small_detector().cuda().eval(), SIZES.cuda()
+    detector.backbone.register_forward_hook(lambda _, __, maps: print(float(maps.sum())))
+    detect = GraphedDetector(detector, nullcontext)
+    wanted = detector(images(1).cuda(), None, sizes)[0]
+    for _ in range(2):
+        assert same(detect(images(1).cuda(), sizes)[0], wanted)
+    (line,) = caplog.messages
+    assert line.startswith(
+        "detection in batches of 1 images (128 x 128 pixels) runs without a CUDA graph: "
+    )

@@ -1,0 +1,235 @@
+"""The mask head and its targets: outlines and bitmaps cut to a box."""
+
+import numpy as np
+import pytest
+import torch
+from pycocotools import mask as rle
+from torch.nn import functional as F
+
+from tests.helpers.parts import mask_head
+from tests.helpers.small import SIDE, polygons, rectangle, target
+from tests.models.test_box_head import slow_block
+from tests.parity.bitmaps import crop_bitmaps
+from vitdet.models.mask_head import SIZE, mask_targets, rasterize
+from vitdet.types import Polygons
+
+
+def star(centre, radius, points, generator):
+    """The corners (P, 2) of a star-shaped polygon."""
+    angles = torch.sort(torch.rand(points, generator=generator) * 2 * torch.pi).values
+    radii = radius * (0.3 + 0.7 * torch.rand(points, generator=generator))
+    return torch.stack([centre + radii * angles.cos(), centre + radii * angles.sin()], dim=1)
+
+
+def outline(corners):
+    return torch.cat([corners, corners.roll(-1, dims=0)], dim=1)
+
+
+def slow_inside(edges, x, y):
+    """The winding number of the edges around a point is not zero."""
+    winding = 0
+    for x0, y0, x1, y1 in edges.tolist():
+        side = (x1 - x0) * (y - y0) - (x - x0) * (y1 - y0)
+        if y0 <= y < y1 and side > 0:
+            winding += 1
+        elif y1 <= y < y0 and side < 0:
+            winding -= 1
+    return winding != 0
+
+
+def random_outlines(count, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return [star(32.0, 28.0, 9, generator) for _ in range(count)]
+
+
+def test_padded_outlines_are_the_same_masks() -> None:
+    squares = [rectangle(2, 2, 10, 12), rectangle(0, 0, 5, 5)]
+    padded = torch.stack([torch.cat([one, torch.zeros(3, 4)]) for one in squares])
+    ragged = Polygons.of(torch.cat(squares), torch.tensor([4, 4]))
+    boxes = torch.tensor([[0.0, 0.0, 12.0, 12.0]] * 2)
+    assert torch.equal(mask_targets(Polygons(padded), boxes), mask_targets(ragged, boxes))
+    index = torch.tensor([1, 1, 0])
+    again = boxes[:1].expand(3, 4)
+    assert torch.equal(
+        mask_targets(Polygons(padded)[index].to("cpu"), again), mask_targets(ragged[index], again)
+    )
+
+
+def test_rasterize_equals_point_in_polygon():
+    corners = random_outlines(6)
+    two_parts = torch.cat([outline(corners[0]), outline(corners[1] + 9.3)])
+    outlines = [two_parts, *(outline(c) for c in corners[2:])]
+    boxes = torch.tensor(
+        [
+            [2.3, 1.9, 70.1, 66.6],
+            [0.0, 0, 64, 64],
+            [20.4, 20.2, 41.3, 55.5],
+            [-9.2, 5, 30.1, 90.3],
+            [31.1, 30.9, 34.3, 33.2],
+        ]
+    )
+    found = rasterize(polygons(outlines), boxes, 28)
+    for lines, (x0, y0, x1, y1), cells in zip(outlines, boxes.tolist(), found, strict=True):
+        wanted = [
+            [
+                slow_inside(lines, x0 + (j + 0.5) * (x1 - x0) / 28, y0 + (i + 0.5) * (y1 - y0) / 28)
+                for j in range(28)
+            ]
+            for i in range(28)
+        ]
+        # a centre may lie on an edge within rounding
+        assert (cells != torch.tensor(wanted)).sum() <= 1
+
+
+def test_rasterize_agrees_with_pycocotools():
+    corners = random_outlines(12, seed=3)
+    found = rasterize(
+        polygons([outline(c) for c in corners]), torch.tensor([[0.0, 0, 64, 64]] * 12), 64
+    )
+    overlaps = []
+    for mine, c in zip(found, corners, strict=True):
+        theirs = rle.decode(rle.merge(rle.frPyObjects([c.flatten().tolist()], 64, 64))).astype(bool)
+        overlaps.append((mine.numpy() & theirs).sum() / (mine.numpy() | theirs).sum())
+    assert np.mean(overlaps) > 0.96
+
+
+def test_rasterize_literal_rectangle():
+    found = rasterize(polygons([rectangle(2, 1, 4, 3)]), torch.tensor([[0.0, 0, 4, 4]]), 4)
+    assert found[0].int().tolist() == [[0, 0, 0, 0], [0, 0, 1, 1], [0, 0, 1, 1], [0, 0, 0, 0]]
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_parts_that_overlap_unite(count):
+    lines = torch.cat([rectangle(0, 0, 3, 3)] * count + [rectangle(2, 2, 4, 4)])
+    found = rasterize(polygons([lines]), torch.tensor([[0.0, 0, 4, 4]]), 4)[0].int().tolist()
+    assert found == [[1, 1, 1, 0], [1, 1, 1, 0], [1, 1, 1, 1], [0, 0, 1, 1]]
+
+
+def test_a_hole_turns_the_other_way():
+    hole = rectangle(1, 1, 3, 3)[:, [2, 3, 0, 1]]
+    found = rasterize(
+        polygons([torch.cat([rectangle(0, 0, 4, 4), hole])]), torch.tensor([[0.0, 0, 4, 4]]), 4
+    )
+    assert found[0].sum() == 12 and not found[0, 1:3, 1:3].any()
+
+
+def test_flip_and_scale_of_outlines_and_boxes_flip_and_keep_the_mask():
+    outlines = [outline(c) for c in random_outlines(5)]
+    boxes = torch.tensor([[3.3, 4.1, 60.2, 61.7]] * 5)
+    plain = rasterize(polygons(outlines), boxes, 28)
+    signs, shift = torch.tensor([-1.0, 1, -1, 1]), torch.tensor([64.0, 0, 64, 0])
+    flipped = polygons([lines * signs + shift for lines in outlines])
+    mirrored = torch.stack([64 - boxes[:, 2], boxes[:, 1], 64 - boxes[:, 0], boxes[:, 3]], dim=1)
+    assert (rasterize(flipped, mirrored, 28) != plain.flip(2)).sum() <= 2
+    assert (
+        rasterize(polygons([lines * 3.7 for lines in outlines]), boxes * 3.7, 28) != plain
+    ).sum() <= 2
+
+
+def test_outside_and_empty_outlines():
+    assert (
+        rasterize(
+            polygons([rectangle(10, 10, 20, 20)]), torch.tensor([[30.0, 30, 40, 40]]), 28
+        ).sum()
+        == 0
+    )
+    assert rasterize(polygons([torch.zeros(6, 4)]), torch.tensor([[0.0, 0, 9, 9]]), 28).sum() == 0
+    assert rasterize(
+        polygons([rectangle(0, 0, 50, 50)]), torch.tensor([[10.0, 10, 20, 20]]), 28
+    ).all()
+    assert rasterize(
+        polygons([rectangle(0, 0, 9, 9)]), torch.tensor([[5.0, 5, 5, 5]]), 28
+    ).shape == (
+        1,
+        28,
+        28,
+    )
+    assert rasterize(polygons([]), torch.zeros(0, 4), 28).shape == (0, 28, 28)
+
+
+def slow_rasterize(edges, box, size):
+    """The definition in terms of all cells of one outline (E, 4) at once, in float32."""
+    low = box[:2]
+    span = (box[2:] - low).clamp(min=0.1)
+    (x0, y0), (x1, y1) = (((end - low) / span * size).T for end in (edges[:, :2], edges[:, 2:]))
+    steps = torch.zeros(size, size + 1)
+    for row in range(size):
+        y = row + 0.5
+        crossing = x0 + (y - y0) * (x1 - x0) / torch.where(y1 == y0, 1, y1 - y0)
+        for sign, meets in ((1, (y0 <= y) & (y1 > y)), (-1, (y1 <= y) & (y0 > y))):
+            for column in (crossing[meets] - 0.5).ceil().clamp(0, size).long().tolist():
+                steps[row, column] += sign
+    return steps[:, :size].cumsum(dim=1) != 0
+
+
+@pytest.mark.parametrize("pairs", [1, 7, 64, 1000])
+def test_edges_are_taken_in_parts_of_any_size(pairs, monkeypatch):
+    """Outlines of very different lengths, one without any edge, two RoIs of one outline."""
+    monkeypatch.setattr("vitdet.models.mask_head.PAIRS", pairs)
+    generator = torch.Generator().manual_seed(5)
+    lines = [outline(star(32.0, 28.0, count, generator)) for count in (3, 90, 12)]
+    lines.insert(1, torch.zeros(0, 4))
+    truth = torch.tensor([2, 1, 0, 3, 2])
+    boxes = torch.rand(5, 4, generator=generator) * 20
+    boxes[:, 2:] += boxes[:, :2] + 20
+    found = rasterize(polygons(lines)[truth], boxes, 28)
+    wanted = [slow_rasterize(lines[i], box, 28) for i, box in zip(truth, boxes, strict=True)]
+    assert torch.equal(found, torch.stack(wanted))
+    assert found[0].any() and found[3].any() and not found[1].any()
+
+
+def test_bitmaps_and_outlines_of_the_same_rectangles_agree():
+    boxes = [[10, 20, 60, 90], [0, 0, 128, 128], [100, 3, 104, 9]]
+    around = torch.tensor([[5.0, 10, 70, 100], [20, 20, 90, 70], [98, 0, 110, 12]])
+    pixels = torch.zeros(3, SIDE, SIDE, dtype=torch.bool)
+    for bitmap, (x0, y0, x1, y1) in zip(pixels, boxes, strict=True):
+        bitmap[y0:y1, x0:x1] = True
+    outlines = target(boxes, [0, 1, 2]).masks
+    differing = mask_targets(outlines, around) != crop_bitmaps(pixels, around, SIZE)
+    assert differing.float().mean() < 0.02
+
+
+def test_bitmap_is_averaged_over_each_cell():
+    pixels = torch.zeros(1, 8, 8, dtype=torch.bool)
+    pixels[0, :, :3] = True
+    assert crop_bitmaps(pixels, torch.tensor([[0.0, 0, 8, 8]]), 4)[0, 0].tolist() == [
+        True,
+        True,
+        False,
+        False,
+    ]
+    assert crop_bitmaps(torch.zeros(0, 8, 8, dtype=torch.bool), torch.zeros(0, 4), 4).shape == (
+        0,
+        4,
+        4,
+    )
+
+
+def test_head_gives_the_mask_of_its_own_class():
+    torch.manual_seed(0)
+    head = mask_head(channels=8, num_convs=1, num_classes=3)
+    for parameter in head.parameters():
+        torch.nn.init.normal_(parameter)
+    pooled = torch.randn(1, 8, 14, 14).expand(3, -1, -1, -1)
+    found = head(pooled, torch.tensor([2, 0, 2]))
+    assert found.shape == (3, 28, 28)
+    assert torch.allclose(found[0], found[2]) and not torch.allclose(found[0], found[1])
+    assert head(pooled[:0], torch.zeros(0, dtype=torch.long)).shape == (0, 28, 28)
+
+
+@pytest.mark.parametrize("norm", [True, False])
+def test_layers_of_the_head(norm):
+    torch.manual_seed(0)
+    head = mask_head(channels=4, num_convs=2, num_classes=3, norm=norm, eps=0.1)
+    for parameter in head.parameters():
+        torch.nn.init.normal_(parameter)
+    hidden = pooled = torch.randn(2, 4, 14, 14)
+    for block in head.convs:
+        assert (block.conv.bias is None) == norm
+        hidden = slow_block(block, hidden, 0.1)
+    hidden = F.conv_transpose2d(hidden, head.deconv.weight, head.deconv.bias, stride=2).clamp(min=0)
+    wanted = F.conv2d(hidden, head.logits.weight, head.logits.bias)
+    found = head(pooled, torch.tensor([2, 0]))
+    assert torch.allclose(
+        found, torch.stack([wanted[0, 2], wanted[1, 0]]), atol=1e-5 * wanted.abs().max().item()
+    )

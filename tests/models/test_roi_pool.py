@@ -1,0 +1,141 @@
+"""RoIAlign over levels: the level rule, and the matrix products against torchvision."""
+
+import pytest
+import torch
+from torchvision.ops import roi_align
+
+from tests.helpers.small import Operations
+from vitdet.models.roi_pool import assign_levels, pool
+
+STRIDES = (4, 8, 16, 32)
+
+
+def maps(count=2, side=128, channels=3, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    sizes = [(count, channels, side // stride, side // stride) for stride in STRIDES]
+    return [torch.randn(size, generator=generator, requires_grad=True) for size in sizes]
+
+
+def pool_images(features, boxes, strides, bins, ratio):
+    """`pool` of the boxes of every image, one tensor each."""
+    image = torch.tensor([number for number, rows in enumerate(boxes) for _ in rows]).long()
+    return pool(features, torch.cat(boxes), image, strides, bins, ratio)
+
+
+def slow_pool(features, boxes, bins, ratio):
+    """One RoI after the other through torchvision."""
+    levels = assign_levels(torch.cat(boxes), 4, 4).tolist()
+    images = [i for i, b in enumerate(boxes) for _ in b]
+    rows = [
+        roi_align(
+            features[level][i : i + 1], [box[None]], bins, 1 / STRIDES[level], ratio, aligned=True
+        )[0]
+        for level, i, box in zip(levels, images, torch.cat(boxes), strict=True)
+    ]
+    return torch.stack(rows)
+
+
+BOXES = [
+    torch.tensor(
+        [
+            [10.0, 10, 40, 30],
+            [0, 0, 128, 128],
+            [-6, -6, 3, 3],
+            [120, 100, 140, 160],
+            [5.2, 7.7, 5.9, 90.1],
+        ]
+    ),
+    torch.zeros(0, 4),
+    torch.tensor(
+        [
+            [0.0, 0, 512, 512],
+            [0, 0, 600, 700],
+            [64, 64, 64, 64],
+            [-40, -40, -20, -20],
+            [3, 5, 120, 126],
+        ]
+    ),
+]
+
+
+@pytest.mark.parametrize("ratio", [0, 1, 2, 3])
+@pytest.mark.parametrize("bins", [7, 14])
+def test_equals_torchvision_in_values_and_gradients(ratio, bins):
+    ours, theirs = maps(3), maps(3)
+    found, wanted = (
+        pool_images(ours, BOXES, STRIDES, bins, ratio),
+        slow_pool(theirs, BOXES, bins, ratio),
+    )
+    assert found.shape == (10, 3, bins, bins)
+    assert torch.allclose(found, wanted, atol=1e-5)
+    weight = torch.randn(found.shape, generator=torch.Generator().manual_seed(1))
+    (found * weight).sum().backward()
+    (wanted * weight).sum().backward()
+    for a, b in zip(ours, theirs, strict=True):
+        gradient = torch.zeros_like(a) if a.grad is None else a.grad
+        assert torch.allclose(
+            gradient, torch.zeros_like(b) if b.grad is None else b.grad, atol=1e-4
+        )
+
+
+def test_adaptive_points_put_each_level_in_its_place_without_another_copy():
+    ours, theirs = maps(3), maps(3)
+    with Operations() as operations:
+        found = pool_images(ours, BOXES, STRIDES, 7, 0)
+    assert not [name for name in operations.names if "index_put" in name]
+    levels = assign_levels(torch.cat(BOXES), 4, 4)
+    image = torch.tensor([0.0] * 5 + [2.0] * 5)
+    rois = torch.cat([image[:, None], torch.cat(BOXES)], dim=1)
+    wanted = torch.zeros_like(found)
+    for level, stride in enumerate(STRIDES):
+        chosen = (levels == level).nonzero().flatten()
+        wanted = wanted.index_put(
+            (chosen,), roi_align(theirs[level], rois[chosen], 7, 1 / stride, 0, aligned=True)
+        )
+    assert torch.equal(found, wanted)
+    weight = torch.randn(found.shape, generator=torch.Generator().manual_seed(1))
+    (found * weight).sum().backward()
+    (wanted * weight).sum().backward()
+    assert all(torch.equal(a.grad, b.grad) for a, b in zip(ours, theirs, strict=True))
+
+
+@pytest.mark.parametrize("ratio", [0, 2])
+def test_no_boxes_at_all(ratio):
+    assert pool_images(maps(), [torch.zeros(0, 4)] * 2, STRIDES, 7, ratio).shape == (0, 3, 7, 7)
+
+
+@pytest.mark.parametrize("ratio", [0, 2])
+def test_an_empty_slot_keeps_its_row_and_gives_no_infinity(ratio):
+    """A GPU without kernels has them, too."""
+    boxes = torch.tensor([[0.0, 0, 0, 0], [8, 8, 40, 40], [0, 0, 0, 0]])
+    found = pool(maps(), boxes, torch.tensor([-1, 1, -1]), STRIDES, 7, ratio)
+    alone = pool(maps(), boxes[1:2], torch.tensor([1]), STRIDES, 7, ratio)
+    assert len(found) == 3 and found.isfinite().all()
+    torch.testing.assert_close(found[1:2], alone)
+
+
+def test_only_as_many_levels_as_strides_are_read():
+    features = [*maps(), torch.full((2, 3, 2, 2), float("nan"))]
+    boxes = [torch.tensor([[0.0, 0, 900, 900]]), torch.zeros(0, 4)]
+    assert pool_images(features, boxes, STRIDES, 7, 2).isfinite().all()
+
+
+def test_levels_change_at_powers_of_two():
+    sides = torch.tensor([1.0, 111.9, 112, 223.9, 224, 447.9, 448, 5000])
+    boxes = torch.stack([torch.zeros(8), torch.zeros(8), sides, sides], dim=1)
+    assert assign_levels(boxes, 4, 4).tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
+    wide = torch.tensor([[0.0, 0, 224 * 4, 224 / 4]])
+    assert assign_levels(wide, 4, 4).tolist() == [2]  # the area decides
+    assert assign_levels(torch.zeros(1, 4), 4, 4).tolist() == [0]
+
+
+@pytest.mark.parametrize("ratio", [0, 2])
+def test_a_flipped_map_gives_flipped_features(ratio):
+    features = maps()
+    boxes = [
+        torch.tensor([[10.0, 10, 40, 30], [2, 50, 127, 128]]),
+        torch.tensor([[60.0, 3, 128, 128]]),
+    ]
+    mirrored = [torch.stack([128 - b[:, 2], b[:, 1], 128 - b[:, 0], b[:, 3]], dim=1) for b in boxes]
+    found = pool_images([f.flip(3) for f in features], mirrored, STRIDES, 7, ratio)
+    assert torch.allclose(found, pool_images(features, boxes, STRIDES, 7, ratio).flip(3), atol=1e-5)

@@ -1,0 +1,326 @@
+"""ViTAE: convolutions beside the attention, cells with linear attention, published sizes and fresh weights."""
+
+import json
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional as F
+
+from tests.helpers import parts
+from vitdet.config import BackboneConfig, ModelConfig
+from vitdet.models import build_backbone
+from vitdet.models.vitae import Performer, ReductionCell, deep_branch, wide_branch
+from vitdet.weights.formats.mmdet import MMDET
+from vitdet.weights.formats.table import rename
+
+INIT = (
+    Path(__file__).parents[3]
+    / "shared"
+    / "reference"
+    / "vitae"
+    / "keys"
+    / "init_mean_std_absmax.json"
+)
+
+
+def random(module):
+    """The same module with weights and statistics of which none is trivial."""
+    torch.manual_seed(1)
+    for name, tensor in module.state_dict(keep_vars=True).items():
+        if "num_batches" in name:
+            continue
+        values = 0.25 * torch.randn_like(tensor)
+        tensor.data.copy_(
+            1 + values.abs() if name.endswith(("_var", "norm1.weight", "norm2.weight")) else values
+        )
+    return module
+
+
+def small_vitae(**settings):
+    return random(
+        parts.vit(
+            dim=16,
+            depth=2,
+            heads=2,
+            global_blocks=(1,),
+            patch_size=4,
+            window_size=2,
+            pos_embed_grid=4,
+            rel_pos_size=16,
+            branch=partial(wide_branch, 16, 64),
+            **settings,
+        )
+    )
+
+
+def small_vitae_s(**settings):
+    return random(
+        parts.vitae_small(
+            dim=32,
+            depth=2,
+            heads=2,
+            global_blocks=(1,),
+            widths=(8, 12, 16),
+            cell_dims=(16, 24),
+            groups=8,
+            window_size=2,
+            rel_pos_size=64,
+            **settings,
+        )
+    )
+
+
+BACKBONES = {"vitae_b": (small_vitae, 16), "vitae_s": (small_vitae_s, 64)}
+
+
+def named(name, **settings):
+    with torch.device("meta"):
+        return build_backbone(
+            ModelConfig(
+                backbone=BackboneConfig(
+                    name=name, pos_embed_grid=64, scaled_rel_pos=True, final_norm=True, **settings
+                )
+            )
+        )
+
+
+def silenced(branch):
+    """A block of 8 channels and windows of 2 x 2 whose attention and MLP add nothing: only its convolutions do."""
+    block = random(parts.block(dim=8, heads=2, window=2, grid=4, branch=branch)).eval()
+    for layer in (block.attn.proj, block.mlp.fc2):
+        torch.nn.init.zeros_(layer.weight)
+        torch.nn.init.zeros_(layer.bias)
+    return block
+
+
+@pytest.mark.parametrize("branch", [wide_branch(8, 32), deep_branch(8, 24, 4)])
+def test_convolutions_read_what_the_block_reads_and_the_whole_map(branch):
+    block = silenced(branch)
+    x = torch.randn(2, 4, 4, 8)
+    maps = x.permute(0, 3, 1, 2)
+    for layer in block.pcm:  # written out: the statistics are those of training
+        if isinstance(layer, torch.nn.Conv2d):
+            maps = F.conv2d(maps, layer.weight, layer.bias, padding=1, groups=layer.groups)
+        elif isinstance(layer, torch.nn.BatchNorm2d):
+            shift, scale = (
+                layer.running_mean[:, None, None],
+                (layer.running_var + 1e-5).sqrt()[:, None, None],
+            )
+            maps = (maps - shift) / scale * layer.weight[:, None, None] + layer.bias[:, None, None]
+        else:
+            maps = maps * torch.sigmoid(maps)
+    assert torch.allclose(block(x), x + maps.permute(0, 2, 3, 1), atol=1e-5)
+    other = x.clone()
+    other[:, 1, 1] += 1  # a corner of the first of 2 x 2 windows
+    assert (block(x) - block(other))[:, 2, 2].abs().amax() > 1e-4
+
+
+def test_mlp_reads_the_sum_of_both_branches():
+    block = random(parts.block(dim=8, heads=2, window=0, grid=3, branch=wide_branch(8, 32))).eval()
+    x = torch.randn(1, 3, 3, 8)
+    mixed = x + block.attn(block.norm1(x)) + block.pcm(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+    assert torch.allclose(block(x), mixed + block.mlp(block.norm2(mixed)), atol=1e-5)
+
+
+def test_images_drop_each_of_three_paths_by_itself():
+    torch.manual_seed(0)
+    block = random(
+        parts.block(dim=8, heads=2, window=0, grid=2, drop_path=0.5, branch=wide_branch(8, 32))
+    ).train()
+    for layer in block.pcm:
+        layer.eval()  # else the images of a batch change each other
+    found = block(torch.ones(400, 2, 2, 8)).flatten(1)
+    values, counts = found.detach().round(decimals=3).unique(dim=0, return_counts=True)
+    assert len(values) == 8
+    assert counts.min() > 25 and counts.max() < 80  # 50 each, if the draws are independent
+
+
+def test_statistics_move_by_a_tenth():
+    branch = wide_branch(8, 32).train()
+    images = torch.randn(2, 8, 4, 4)
+    mean = branch[0](images).mean(dim=(0, 2, 3))
+    branch(images)
+    assert torch.allclose(branch[1].running_mean, 0.1 * mean, atol=1e-6)
+
+
+def slow_performer(performer, x, mixed):
+    """One query after the other, in float64."""
+    w = {name: value.double().numpy() for name, value in performer.state_dict().items()}
+
+    def gelu(u):
+        return u * (1 + torch.erf(torch.from_numpy(u / 2**0.5)).numpy()) / 2
+
+    def norm(u, name):
+        spread = np.sqrt(u.var(axis=-1, keepdims=True) + 1e-5)
+        return (u - u.mean(axis=-1, keepdims=True)) / spread * w[f"{name}.weight"] + w[
+            f"{name}.bias"
+        ]
+
+    def phi(u):
+        return np.array([np.exp(row @ u - u @ u / 2) for row in w["w"]]) / len(w["w"]) ** 0.5
+
+    out = []
+    for tokens, beside in zip(x.double().numpy(), mixed.double().numpy(), strict=True):
+        k, q, v = np.split(norm(tokens, "norm1") @ w["kqv.weight"].T + w["kqv.bias"], 3, axis=1)
+        y = np.zeros_like(v)
+        for n in range(len(q)):
+            share = np.array([phi(q[n]) @ phi(key) for key in k])
+            y[n] = share @ v / (share.sum() + 1e-8)
+        y = v + y @ w["proj.weight"].T + w["proj.bias"] + beside
+        hidden = gelu(norm(y, "norm2") @ w["mlp.0.weight"].T + w["mlp.0.bias"])
+        out.append(y + hidden @ w["mlp.2.weight"].T + w["mlp.2.bias"])
+    return np.array(out)
+
+
+def test_linear_attention_equals_the_slow_sum():
+    performer = random(Performer(10, 8)).eval()
+    x, mixed = torch.randn(2, 7, 10), torch.randn(2, 7, 8)
+    np.testing.assert_allclose(
+        performer(x, mixed).detach().numpy(), slow_performer(performer, x, mixed), atol=2e-6
+    )
+
+
+def test_random_features_are_orthogonal_and_not_learnt():
+    performer = Performer(10, 64)
+    assert torch.allclose(performer.w @ performer.w.T, 32 * torch.eye(32), atol=1e-4)
+    assert "w" not in dict(performer.named_parameters())
+
+
+def test_a_cell_concatenates_dilations_and_keeps_the_grid():
+    cell = random(ReductionCell(3, 5, 7, 4, (1, 2, 3, 4), 8, (2, 2, 1))).eval()
+    images = torch.randn(1, 3, 32, 48)
+    assert cell(images).shape == (1, 8, 8, 12)
+    plain = random(ReductionCell(3, 5, 3, 2, (1, 2)))
+    first, second = plain(images).split(5, dim=1)
+    for map_, conv, dilation in ((first, plain.prm[0], 1), (second, plain.prm[1], 2)):
+        wanted = F.conv2d(
+            images, conv.weight, conv.bias, stride=2, padding=dilation, dilation=dilation
+        )
+        assert torch.allclose(map_, F.gelu(wanted), atol=1e-6)
+
+
+@pytest.mark.parametrize("name", BACKBONES)
+def test_images_of_a_batch_do_not_see_each_other(name):
+    build, side = BACKBONES[name]
+    backbone = build(scaled_rel_pos=True, final_norm=True).eval()
+    images = torch.randn(3, 3, side, 2 * side)
+    together = backbone(images)
+    assert together.shape == (
+        3,
+        backbone.out_channels,
+        side // backbone.stride,
+        2 * side // backbone.stride,
+    )
+    for i in range(3):
+        assert torch.allclose(together[i], backbone(images[i : i + 1])[0], atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", BACKBONES)
+def test_half_precision_stays_finite_and_near(name, dtype):
+    build, side = BACKBONES[name]
+    backbone = build(final_norm=True).eval()
+    images = torch.randn(1, 3, side, side)
+    whole = backbone(images)
+    with torch.autocast("cpu", dtype):
+        half = backbone(images)
+    half.float().square().mean().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in backbone.parameters())
+    assert (half.float() - whole).abs().mean() < 0.1 * whole.abs().mean()
+
+
+def test_features_leave_the_range_of_half_precision_unharmed():
+    performer = Performer(8, 64).eval()
+    # exp(|w|^2 (0.9 - 0.81 / 2)) = exp(15.84), float16 ends at exp(11.09)
+    u = (0.9 * performer.w[:1]).half()[None]
+    assert performer.features(u).max() > 65504
+    with torch.autocast("cpu", torch.float16):
+        assert torch.allclose(performer.linear_attention(u, u, u), u, rtol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters", "buffers"),
+    [
+        # Backbone of the published detector; less its deconvolutions, which are the pyramid's here; plus the keys' bias of
+        # 4 blocks, less the 2 random matrices, which are buffers here.
+        ("vit_b", 95_966_720 - 7_081_728, 0),
+        ("vitae_b", 98_737_664 - 7_081_728 + 4 * 768, 73_740),
+        ("vitae_s", 25_518_880 - 1_771_392 - 23_040, 43_294 + 23_040),
+    ],
+)
+def test_published_sizes(name, parameters, buffers):
+    backbone = named(name)
+    assert sum(p.numel() for p in backbone.parameters()) == parameters
+    assert sum(t.numel() for t in backbone.state_dict().values()) == parameters + buffers
+
+
+@pytest.mark.parametrize(("name", "wide"), [("vitae_b", [2, 5, 8, 11]), ("vitae_s", [2, 5, 8, 13])])
+def test_global_blocks(name, wide):
+    assert [i for i, block in enumerate(named(name).blocks) if block.window == 0] == wide
+    assert all(block.window == 14 for block in named(name, global_attention=False).blocks)
+
+
+def test_vitae_s_has_no_other_patch_size():
+    with pytest.raises(ValueError, match="patch_size must be 16"):
+        named("vitae_s", patch_size=8)
+
+
+@pytest.mark.parametrize(
+    ("name", "layers"),
+    [
+        (
+            "vitae_b",
+            {
+                "pos_embed": 0,
+                "patch_embed.proj.weight": 0,
+                "blocks.0.pcm.0.weight": 1,
+                "blocks.11.attn.proj.bias": 12,
+                "norm.weight": 13,
+            },
+        ),
+        (
+            "vitae_s",
+            {
+                "reductions.0.prm.3.weight": 0,
+                "reductions.1.attn.kqv.bias": 1,
+                "reductions.2.prm.1.bias": 2,
+                "blocks.0.norm1.weight": 3,
+                "blocks.13.pcm.6.weight": 16,
+                "norm.bias": 18,
+            },
+        ),
+    ],
+)
+def test_layers_of_the_layer_wise_decay(name, layers):
+    backbone = named(name)
+    assert {n: backbone.layer_of(n) for n in layers} == layers
+    assert layers.keys() <= dict(backbone.named_parameters()).keys()
+    assert backbone.num_layers + 1 == max(map(backbone.layer_of, dict(backbone.named_parameters())))
+
+
+@pytest.mark.parametrize(("name", "count"), [("vit_b", 47), ("vitae_b", 64), ("vitae_s", 134)])
+def test_fresh_weights_are_distributed_as_the_published_ones(name, count):
+    """Mean, deviation and largest value of every tensor of the first three blocks, and around them; one draw each."""
+    if not INIT.exists():
+        pytest.skip("needs ../shared")
+    torch.manual_seed(0)
+    plain = {"depth": 3, "global_blocks": (2,), "final_norm": True}
+    if name == "vitae_s":
+        backbone = parts.vitae_small(**plain)
+    else:
+        branch = partial(wide_branch, 768, 3072) if name == "vitae_b" else None
+        backbone = parts.vit(dim=768, heads=12, pos_embed_grid=64, branch=branch, **plain)
+    ours = {f"backbone.{n}": value for n, value in backbone.state_dict().items()}
+    held = 0
+    for theirs, (mean, std, largest) in json.loads(INIT.read_text())[name].items():
+        values = ours.get(rename(theirs, MMDET))
+        if values is not None:
+            held += 1
+            noise = 8 * std / values.numel() ** 0.5 + 2e-6
+            assert values.mean().item() == pytest.approx(mean, abs=noise), theirs
+            assert values.std(correction=0).item() == pytest.approx(std, abs=noise), theirs
+            assert values.abs().max().item() == pytest.approx(largest, rel=0.25), theirs
+    assert held == count

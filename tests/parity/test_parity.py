@@ -1,0 +1,408 @@
+"""Golden cases hold, and the harness that says so notices a change of anything that a case stores."""
+
+import json
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import tests.parity.__main__ as parity
+from tests.parity import detector, resize, unit
+from tests.parity.case import Case, load
+from tests.parity.device import CPU
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+SHARED = Path(__file__).parents[3] / "shared" / "reference" / "detectron2" / "golden"
+CASES = (
+    "maskrcnn_coco",
+    "unit",
+    "dynamics",
+    "test_resize",
+    "cascade_lvis",
+    "maskrcnn_coco_resblock",
+)
+INPUTS = ("config.json", "state_dict.npz", "inputs.npz", "ground_truth.json")
+RESULTS = ("backbone.npz", "rpn.npz", "detections.npz", "train.npz")
+COMPUTE = {name: parity.kind_of(GOLDEN / name).compute for name in CASES}
+
+
+@cache
+def computed(name):
+    return COMPUTE[name](GOLDEN / name)
+
+
+def compute_once(folder, device=CPU):
+    """What the undisturbed case computes, but with the inputs of this folder where they are only compared."""
+    found = computed(folder.name)
+    return replace(found, case=Case.read(folder)) if isinstance(found, detector.Computed) else found
+
+
+@pytest.fixture
+def case(tmp_path, monkeypatch, capsys):
+    """case(name, file, content, recompute): the exit code for a copy of a case with a file of other content.
+
+    If the file holds results, the copy lacks the others, so that the file alone decides. Unless `stops`, the code must
+    come from a comparison and not from a crash.
+    """
+
+    def check(name, file, content, recompute=False, stops=False):
+        folder = tmp_path / name
+        folder.mkdir()
+        alone = (
+            {*INPUTS, "noise_floor.json"}
+            if file in (*RESULTS, "results.json", "losses.json")
+            else None
+        )
+        for path in (GOLDEN / name).iterdir():
+            if path.name != file and (alone is None or path.name in alone):
+                (folder / path.name).symlink_to(path)
+        if file is not None:
+            write(folder / file, content)
+        if not recompute:
+            kinds = tuple(kind._replace(compute=compute_once) for kind in parity.KINDS)
+            monkeypatch.setattr(parity, "KINDS", kinds)
+        code = parity.main([str(folder)])
+        assert ("stopped by" in capsys.readouterr().out) == stops
+        return code
+
+    return check
+
+
+def read(name, file):
+    path = GOLDEN / name / file
+    return load(path) if path.suffix == ".npz" else json.loads(path.read_text())
+
+
+def write(path, content):
+    if path.suffix == ".npz":
+        np.savez(path, **content)
+    else:
+        path.write_text(json.dumps(content))
+
+
+def disturbed(array):
+    """One element changed by some percent; of packed bits, that have no single tolerance, half."""
+    array = np.array(array)
+    flat = array.reshape(-1)
+    if array.dtype == np.uint8:
+        flat[: max(len(flat) // 2, 1)] ^= 255
+    elif array.dtype.kind == "f":
+        flat[0] += 0.05 + 0.05 * abs(flat[0])
+    else:
+        flat[0] += 1
+    return array
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_case_holds(name, capsys):
+    assert parity.main([str(GOLDEN / name)]) == 0
+    assert f"{name}: all hold" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["cascade_coco", "maskrcnn_lvis"])
+def test_shared_case_holds(name):
+    if not SHARED.exists():
+        pytest.skip("needs ../shared")
+    assert parity.main([str(SHARED / name)]) == 0
+
+
+def test_every_case_counts_and_a_file_among_them_does_not(capsys, tmp_path):
+    assert parity.main([str(GOLDEN / "README.md"), str(GOLDEN / "unit")]) == 0
+    assert parity.main([str(tmp_path / "absent"), str(GOLDEN / "unit")]) == 1
+    assert parity.main([]) == 2
+    assert "unit: all hold" in capsys.readouterr().out
+
+
+def test_computing_needs_the_inputs_alone(tmp_path):
+    for file in INPUTS:
+        (tmp_path / file).symlink_to(GOLDEN / "maskrcnn_coco" / file)
+    found = detector.compute(tmp_path)
+    assert found.losses == computed("maskrcnn_coco").losses
+    assert parity.main([str(tmp_path)]) == 1  # but then there is nothing that it holds
+
+
+def test_units_compute_from_their_inputs_alone(tmp_path):
+    inputs = {
+        name: array for name, array in read("unit", "unit.npz").items() if name in unit.INPUTS
+    }
+    np.savez(tmp_path / "unit.npz", **inputs)
+    assert unit.compute(tmp_path).keys() == computed("unit").keys()
+    np.savez(tmp_path / "io.npz", in0=np.zeros((30, 20, 3), np.uint8))
+    assert resize.compute(tmp_path)["out0"].shape == (128, 85, 3)
+
+
+@pytest.mark.parametrize(
+    ("file", "array"), [(file, array) for file in RESULTS for array in read(CASES[0], file)]
+)
+def test_each_stored_array_is_held(case, file, array):
+    content = read("maskrcnn_coco", file)
+    assert case("maskrcnn_coco", file, content | {array: disturbed(content[array])}) == 1
+
+
+@pytest.mark.parametrize("file", RESULTS)
+def test_unknown_missing_value_and_other_shape(case, file, tmp_path):
+    content = read("maskrcnn_coco", file)
+    assert case("maskrcnn_coco", file, content | {"surprise": np.zeros(1)}) == 1
+    name = next(name for name, array in content.items() if array.dtype == np.float32)
+    for other in (np.full_like(content[name], np.nan), content[name][:-1]):
+        write(tmp_path / "maskrcnn_coco" / file, content | {name: other})
+        assert parity.main([str(tmp_path / "maskrcnn_coco")]) == 1
+
+
+@pytest.mark.parametrize("file", [None, *RESULTS, "results.json", "losses.json"])
+def test_undisturbed_copy_holds(case, file):
+    assert case("maskrcnn_coco", file, file and read("maskrcnn_coco", file)) == 0
+
+
+@pytest.mark.parametrize(
+    "group", [group for group in read(CASES[0], "losses.json") if group != "params_without_grad"]
+)
+def test_each_group_of_losses_is_held(case, group, tmp_path):
+    content = read("maskrcnn_coco", "losses.json")
+    name = max(content[group], key=lambda name: abs(content[group][name]))
+    content[group][name] *= 1.05
+    assert case("maskrcnn_coco", "losses.json", content) == 1
+    content[group][name] /= 1.05
+    del content[group][name]
+    write(tmp_path / "maskrcnn_coco" / "losses.json", content)
+    assert parity.main([str(tmp_path / "maskrcnn_coco")]) == 1
+
+
+@pytest.mark.parametrize(
+    "change", [{"params_without_grad": ["backbone.net.pos_embed"]}, {"losses_other": {"a": 1.0}}]
+)
+def test_other_entries_of_losses_are_held(case, change):
+    assert case("maskrcnn_coco", "losses.json", read("maskrcnn_coco", "losses.json") | change) == 1
+
+
+@pytest.mark.parametrize(
+    "field", ["image", "category", "score", "bbox_xywh", "area", "segmentation", "surprise"]
+)
+def test_each_field_of_results_is_held(case, field):
+    content = read("maskrcnn_coco", "results.json")
+    one, other = (
+        content[0],
+        next(c for c in content if c["image"] == 0 and c["area"] < content[0]["area"] / 2),
+    )
+    changes = {
+        "image": 1,
+        "category": one["category"] + 1,
+        "score": one["score"] + 0.01,
+        "area": one["area"] + 50,
+        "bbox_xywh": [one["bbox_xywh"][0] + 1, *one["bbox_xywh"][1:]],
+        "segmentation": other["segmentation"],
+    }
+    content[0] = one | {field: changes.get(field, 1)}
+    assert case("maskrcnn_coco", "results.json", content) == 1
+
+
+def test_number_of_results_is_held(case):
+    assert case("maskrcnn_coco", "results.json", read("maskrcnn_coco", "results.json")[:-1]) == 1
+
+
+@pytest.mark.parametrize("name", ["classes", "boxes", "polygons", "height", "out_width"])
+def test_each_part_of_the_ground_truth_is_held(case, name):
+    content = read("maskrcnn_coco", "ground_truth.json")
+    value = content[0][name]
+    if name == "polygons":
+        value[0][0] = [coordinate * 0.9 for coordinate in value[0][0]]
+    elif name == "boxes":
+        value[0][0] += 1
+    elif name == "classes":
+        value[0] = (value[0] + 1) % 5
+    else:
+        content[0][name] = value + 20
+    assert case("maskrcnn_coco", "ground_truth.json", content) == 1
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"n_params": 1},
+        {"n_gt": [10, 8]},
+        {"images": [[200, 256], [256, 180]]},
+        {"outputs": [[1, 1], [1, 1]]},
+    ],
+)
+def test_what_the_config_says_of_the_inputs_is_held(case, change):
+    assert case("maskrcnn_coco", "config.json", read("maskrcnn_coco", "config.json") | change) == 1
+
+
+@pytest.mark.parametrize(
+    "name", ["p2", "scores", "boxes", "mask_probs", "losses_rel", "grad_norm_rel_max"]
+)
+def test_a_noise_floor_that_is_no_noise_is_held(case, name):
+    content = read("maskrcnn_coco", "noise_floor.json")
+    change = {"loss_cls": 1.0} if name == "losses_rel" else 1.0
+    assert case("maskrcnn_coco", "noise_floor.json", content | {name: change}) == 1
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "backbone.net.pos_embed",
+        "backbone.net.blocks.0.attn.rel_pos_h",
+        "backbone.simfp_4.1.norm.bias",
+        "proposal_generator.rpn_head.conv.conv1.weight",
+        "roi_heads.box_head.fc1.weight",
+        "roi_heads.mask_head.predictor.bias",
+    ],
+)
+def test_each_weight_is_held(case, name):
+    content = read("maskrcnn_coco", "state_dict.npz")
+    assert (
+        case(
+            "maskrcnn_coco",
+            "state_dict.npz",
+            content | {name: content[name] * 1.05},
+            recompute=True,
+        )
+        == 1
+    )
+
+
+@pytest.mark.parametrize("name", ["image0", "gt_boxes1", "gt_classes0", "gt_masks1"])
+def test_each_input_is_held(case, name):
+    content = read("maskrcnn_coco", "inputs.npz")
+    change = {
+        "image0": lambda x: x[::-1],
+        "gt_boxes1": disturbed,
+        "gt_classes0": lambda x: (x + 1) % 5,
+        "gt_masks1": lambda x: x[::-1],
+    }[name]
+    assert (
+        case("maskrcnn_coco", "inputs.npz", content | {name: change(content[name])}, recompute=True)
+        == 1
+    )
+
+
+def test_a_weight_without_a_place_stops_the_case(case):
+    content = read("maskrcnn_coco", "state_dict.npz") | {"roi_heads.extra.weight": np.zeros(1)}
+    assert case("maskrcnn_coco", "state_dict.npz", content, recompute=True, stops=True) == 1
+
+
+@pytest.mark.parametrize("array", read("unit", "unit.npz"))
+def test_each_array_of_unit_is_held(case, array):
+    content = read("unit", "unit.npz")
+    is_input = array in unit.INPUTS
+    change = 0.3 + 1.1 * content[array] if is_input else disturbed(content[array])
+    assert case("unit", "unit.npz", content | {array: change}, recompute=is_input) == 1
+
+
+@pytest.mark.parametrize("array", read("test_resize", "io.npz"))
+def test_each_array_of_resize_is_held(case, array):
+    content = read("test_resize", "io.npz")
+    assert (
+        case(
+            "test_resize",
+            "io.npz",
+            content | {array: disturbed(content[array])},
+            recompute=array[0] == "i",
+        )
+        == 1
+    )
+
+
+@pytest.mark.parametrize(("name", "file"), [("unit", "unit.npz"), ("test_resize", "io.npz")])
+def test_unknown_array_of_other_kinds(case, name, file):
+    assert case(name, file, read(name, file) | {"surprise": np.zeros(1)}) == 1
+
+
+def test_a_case_of_three_images_of_which_two_hold_nothing(tmp_path):
+    """Its stored results are our own: what is tested is that such a case can be read, run and compared."""
+    inputs, truth = read("maskrcnn_coco", "inputs.npz"), read("maskrcnn_coco", "ground_truth.json")
+    config = read("maskrcnn_coco", "config.json")
+    for name in ("images", "outputs", "n_gt"):
+        del config[name]
+    empty = {
+        "classes": [],
+        "polygons": [],
+        "boxes": [],
+        "height": 96,
+        "width": 64,
+        "out_height": 48,
+        "out_width": 32,
+    }
+    kept = {name: array for name, array in inputs.items() if name.endswith("0")}
+    kept |= {
+        "image1": inputs["image1"][:96, :64],
+        "image2": inputs["image0"][:96, :64],
+        "gt_boxes2": np.zeros((0, 4), np.float32),
+        "gt_classes2": np.zeros(0, np.int64),
+    }
+    write(tmp_path / "inputs.npz", kept)
+    write(tmp_path / "ground_truth.json", [truth[0], empty, empty])
+    write(tmp_path / "config.json", config)
+    (tmp_path / "state_dict.npz").symlink_to(GOLDEN / "maskrcnn_coco" / "state_dict.npz")
+    found = detector.compute(tmp_path)
+    write(tmp_path / "losses.json", found.losses | {"params_without_grad": []})
+    write(
+        tmp_path / "rpn.npz",
+        {f"eval_proposals{i}": one.boxes for i, one in enumerate(found.proposals["eval"])},
+    )
+    write(
+        tmp_path / "train.npz",
+        {k: v for k, v in found.training.items() if not k.startswith("mask_targets")},
+    )
+    assert parity.main([str(tmp_path)]) == 0
+
+
+def test_a_case_without_losses_and_ground_truth_holds(tmp_path):
+    """A case for inference: the test-time files alone, and a config without training settings."""
+    folder = tmp_path / "inference"
+    folder.mkdir()
+    for file in ("state_dict.npz", "noise_floor.json", "backbone.npz", "detections.npz"):
+        (folder / file).symlink_to(GOLDEN / "maskrcnn_coco" / file)
+    (folder / "results.json").symlink_to(GOLDEN / "maskrcnn_coco" / "results.json")
+    rpn = read("maskrcnn_coco", "rpn.npz")
+    write(folder / "rpn.npz", {n: a for n, a in rpn.items() if not n.startswith("train")})
+    inputs = read("maskrcnn_coco", "inputs.npz")
+    write(folder / "inputs.npz", {n: a for n, a in inputs.items() if n.startswith("image")})
+    config = read("maskrcnn_coco", "config.json")
+    for name in ("rpn_batch", "roi_batch"):
+        del config[name]
+    write(folder / "config.json", config)
+    assert parity.main([str(folder)]) == 0
+    truth = read("maskrcnn_coco", "ground_truth.json")
+    sizes = ("height", "width", "out_height", "out_width")
+    write(folder / "ground_truth.json", [{name: one[name] for name in sizes} for one in truth])
+    del config["outputs"]
+    write(folder / "config.json", config)
+    assert parity.main([str(folder)]) == 0  # the sizes alone
+    content = read("maskrcnn_coco", "detections.npz")
+    (folder / "detections.npz").unlink()
+    write(folder / "detections.npz", content | {"post_boxes1": content["post_boxes1"] + 1})
+    assert parity.main([str(folder)]) == 1
+
+
+@pytest.mark.parametrize("file", ["train.npz", "losses.json"])
+def test_stored_training_results_without_ground_truth_are_out(tmp_path, capsys, file):
+    for name in ("state_dict.npz", "config.json", file):
+        (tmp_path / name).symlink_to(GOLDEN / "maskrcnn_coco" / name)
+    inputs = read("maskrcnn_coco", "inputs.npz")
+    write(tmp_path / "inputs.npz", {n: a for n, a in inputs.items() if n.startswith("image")})
+    assert parity.main([str(tmp_path)]) == 1
+    said = capsys.readouterr().out
+    assert "stopped by" not in said and "not compared" in said
+
+
+def test_a_case_with_bitmaps_alone_has_its_losses(tmp_path):
+    for name in ("state_dict.npz", "config.json", "inputs.npz"):
+        (tmp_path / name).symlink_to(GOLDEN / "maskrcnn_coco" / name)
+    losses = read("maskrcnn_coco", "losses.json")
+    kept = {name: value for name, value in losses.items() if "polygon" not in name}
+    write(tmp_path / "losses.json", kept)
+    assert parity.main([str(tmp_path)]) == 0
+    kept["losses_bitmask"]["loss_mask"] *= 1.001
+    write(tmp_path / "losses.json", kept)
+    assert parity.main([str(tmp_path)]) == 1
+
+
+def test_an_entry_of_the_ground_truth_for_each_image(tmp_path, capsys):
+    for name in ("state_dict.npz", "config.json", "inputs.npz"):
+        (tmp_path / name).symlink_to(GOLDEN / "maskrcnn_coco" / name)
+    write(tmp_path / "ground_truth.json", read("maskrcnn_coco", "ground_truth.json")[:1])
+    assert parity.main([str(tmp_path)]) == 1
+    assert "expected 2 entries, one per image, got 1" in capsys.readouterr().out

@@ -1,0 +1,192 @@
+"""Golden backbones of ViTAE-Transformer and mmdet hold, and a change of anything that a case stores is noticed."""
+
+import json
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import tests.parity.__main__ as parity
+from tests.parity import backbone
+from tests.parity.case import load
+from tests.parity.test_parity import disturbed, write
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+SHARED = Path(__file__).parents[3] / "shared" / "reference" / "vitae" / "golden"
+CASES = (
+    "vitae_vit_nonsquare",
+    "vitae_b_128_b2",
+    "vitae_s_128_b2",
+    "vitaev2_160x224",
+    "swin_96x160_b2",
+)
+COMPUTE = backbone.compute
+
+
+def read(name, file):
+    path = GOLDEN / name / file
+    return load(path) if path.suffix == ".npz" else json.loads(path.read_text())
+
+
+@cache
+def computed(name):
+    return COMPUTE(GOLDEN / name)
+
+
+@pytest.fixture
+def case(tmp_path, monkeypatch, capsys):
+    """case(name, file, content): the exit code for a copy of a case with other content, and what was printed.
+
+    The maps are those of the undisturbed case, unless `recompute`.
+    """
+
+    def check(name, file, content, recompute=False):
+        folder = tmp_path / name
+        folder.mkdir()
+        for path in (GOLDEN / name).iterdir():
+            if path.name != file:
+                (folder / path.name).symlink_to(path)
+        write(folder / file, content)
+        if not recompute:
+            kinds = tuple(
+                kind._replace(compute=lambda folder, *_: computed(folder.name))
+                for kind in parity.KINDS
+            )
+            monkeypatch.setattr(parity, "KINDS", kinds)
+        return parity.main([str(folder)]), capsys.readouterr().out
+
+    return check
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_case_holds(name, capsys):
+    assert parity.main([str(GOLDEN / name)]) == 0
+    assert f"{name}: all hold" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "vit_128",
+        "vit_256_b2",
+        "vit_nonsquare",
+        "vitae_128_b2",
+        "vitae_256",
+        "vitae_s_128_b2",
+        "vitae_s_256",
+        "vitaev2_160x224",
+    ],
+)
+def test_shared_case_holds(name):
+    if not SHARED.exists():
+        pytest.skip("needs ../shared")
+    assert parity.main([str(SHARED / name)]) == 0
+
+
+def test_the_maps_are_made_without_the_stored_ones(tmp_path):
+    config = {"kind": "backbone", "backbone": read("vitae_s_128_b2", "config.json")["backbone"]}
+    write(tmp_path / "config.json", config)
+    write(tmp_path / "io.npz", {"img": read("vitae_s_128_b2", "io.npz")["img"]})
+    (tmp_path / "weights.npz").symlink_to(GOLDEN / "vitae_s_128_b2" / "weights.npz")
+    found = parity.kind_of(tmp_path).compute(tmp_path)
+    assert [tuple(f.shape) for f in found.values()] == [
+        (2, 32, 128 // s, 128 // s) for s in (4, 8, 16, 32)
+    ]
+    assert parity.main([str(tmp_path)]) == 1  # but then there is nothing that it holds
+
+
+@pytest.mark.parametrize(
+    ("name", "array"), [(name, a) for name in CASES for a in read(name, "io.npz") if a != "img"]
+)
+def test_each_stored_map_is_held(case, name, array):
+    content = read(name, "io.npz")
+    code, printed = case(name, "io.npz", content | {array: disturbed(content[array])})
+    assert code == 1
+    assert f"OUT   backbone.{array}" in printed
+
+
+@pytest.mark.parametrize("change", ["surprise", "gone", "nan", "smaller"])
+def test_unknown_missing_value_and_other_shape(case, change):
+    content = read("vitae_b_128_b2", "io.npz")
+    last = content.pop("feat3")
+    content |= {
+        "surprise": {"feat3": last, "feat4": last},
+        "gone": {},
+        "nan": {"feat3": np.full_like(last, np.nan)},
+        "smaller": {"feat3": last[..., :-1]},
+    }[change]
+    code, printed = case("vitae_b_128_b2", "io.npz", content)
+    assert code == 1
+    assert "stopped by" not in printed
+
+
+@pytest.mark.parametrize("entry", ["input_shape", "feat_shapes", "feat_std", "surprise"])
+def test_what_the_config_says_of_the_arrays_is_held(case, entry):
+    config = read("vitae_b_128_b2", "config.json")
+    config[entry] = (np.array(config.get(entry, 1)) * 1.5).tolist()
+    code, printed = case("vitae_b_128_b2", "config.json", config)
+    assert code == 1
+    assert f"OUT   config.{entry}" in printed
+
+
+@pytest.mark.parametrize(
+    ("name", "weight"),
+    [
+        ("vitae_vit_nonsquare", "pos_embed"),
+        ("vitae_vit_nonsquare", "blocks.2.attn.rel_pos_w"),
+        ("vitae_vit_nonsquare", "fpn1.1.ln.weight"),
+        ("vitae_b_128_b2", "blocks.2.attn.v_bias"),
+        ("vitae_b_128_b2", "blocks.0.PCM.1.running_var"),
+        ("vitae_s_128_b2", "layers.0.RC.attn.w"),
+        ("vitae_s_128_b2", "layers.1.RC.PRM.convs.2.0.weight"),
+        ("vitae_s_128_b2", "layers.0.RC.PCM.5.bias"),
+        ("vitae_s_128_b2", "layers.2.NC.4.PCM.6.weight"),
+        ("vitae_s_128_b2", "norm.bias"),
+        ("vitaev2_160x224", "layers.0.RC.PCM.1.running_var"),
+        ("vitaev2_160x224", "layers.2.RC.attn.attn.qkv.weight"),
+        ("vitaev2_160x224", "layers.3.NC.0.PCM.6.bias"),
+        ("swin_96x160_b2", "stages.0.downsample.norm.bias"),
+        ("swin_96x160_b2", "stages.3.blocks.1.attn.w_msa.relative_position_bias_table"),
+    ],
+)
+def test_each_weight_is_held(case, name, weight):
+    content = read(name, "weights.npz")
+    code, printed = case(
+        name, "weights.npz", content | {weight: content[weight] * 1.5}, recompute=True
+    )
+    assert code == 1
+    assert "stopped by" not in printed
+
+
+def test_the_images_are_held(case):
+    content = read("vitae_s_128_b2", "io.npz")
+    assert (
+        case(
+            "vitae_s_128_b2", "io.npz", content | {"img": disturbed(content["img"])}, recompute=True
+        )[0]
+        == 1
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"type": "ViTAE_L"}, "a backbone of type ViTAE_L"),
+        ({"init_values": 0.1}, "init_values"),
+        ({"qk_scale": 0.5}, "qk_scale"),
+        ({"embed_dim": 24}, "size mismatch"),
+        ({"depth": 5}, "Unexpected key"),
+    ],
+)
+def test_settings_that_are_not_rebuilt_stop_the_case(case, change, message):
+    config = read("vitae_b_128_b2", "config.json")
+    config["backbone"] |= change
+    code, printed = case("vitae_b_128_b2", "config.json", config, recompute=True)
+    assert code == 1
+    assert message in printed
+
+
+@pytest.mark.parametrize("config", [{"kind": "neck"}, {"tag": 1}])
+def test_a_config_of_no_known_kind_is_out(case, config):
+    assert case("vitae_b_128_b2", "config.json", config)[0] == 1

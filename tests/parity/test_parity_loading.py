@@ -1,0 +1,89 @@
+"""Pre-trained files fill our backbone as the reference filled its own, and a change of any figure is noticed."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import tests.parity.__main__ as parity
+from tests.parity.case import load
+from vitdet.weights import resize
+
+GOLDEN = Path(__file__).parents[1] / "golden" / "vitae_load_pretrained"
+SHARED = Path(__file__).parents[3] / "shared" / "reference" / "vitae" / "golden" / "load_pretrained"
+TAG = "mae_vitae_qv_bias"
+
+
+def check(folder: Path, arrays: dict, config: dict) -> int:
+    np.savez(folder / "io.npz", **arrays)
+    (folder / "config.json").write_text(json.dumps(config))
+    return parity.main([str(folder)])
+
+
+def case() -> tuple[dict, dict]:
+    return load(GOLDEN / "io.npz"), json.loads((GOLDEN / "config.json").read_text())
+
+
+def test_the_case_holds(capsys: pytest.CaptureFixture[str]) -> None:
+    assert parity.main([str(GOLDEN)]) == 0
+    assert f"{TAG}.backbone.pos_embed: error " in capsys.readouterr().out
+
+
+def test_the_shared_case_holds() -> None:
+    if not SHARED.exists():
+        pytest.skip("needs ../shared")
+    assert parity.main([str(SHARED)]) == 0
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "pos_embed",
+        "blocks.0.attn.qkv.bias",
+        "blocks.2.attn.v_bias",
+        "blocks.1.PCM.1.running_var",
+        "norm.weight",
+    ],
+)
+def test_each_tensor_is_held(tmp_path: Path, name: str) -> None:
+    arrays, config = case()
+    arrays[f"{TAG}/dst/{name}"].flat[-1] += 1e-3
+    assert check(tmp_path, arrays, config) == 1
+
+
+def test_lists_are_held(tmp_path: Path) -> None:
+    for entry in ("loaded", "left_at_init"):
+        arrays, config = case()
+        config[TAG][entry].pop()
+        assert check(tmp_path, arrays, config) == 1
+
+
+def test_another_interpolation_is_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = resize.F.interpolate
+    monkeypatch.setattr(
+        resize.F,
+        "interpolate",
+        lambda *given, **named: plain(*given, **{**named, "mode": "bilinear"}),
+    )
+    assert parity.main([str(GOLDEN)]) == 1
+
+
+def test_what_the_reference_loses_is_loaded_and_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The file of its own ViTAE with qkv.bias everywhere: its loader has no place for a global block's."""
+    arrays, config = case()
+    stem = "blocks.2.attn."
+    q, v = (arrays.pop(f"{TAG}/src/module.{stem}{part}_bias") for part in "qv")
+    arrays[f"{TAG}/src/module.{stem}qkv.bias"] = np.concatenate([q, 0 * q, v])
+    for part in "qv":
+        del arrays[f"{TAG}/dst/{stem}{part}_bias"]
+        config[TAG]["loaded"].remove(f"{stem}{part}_bias")
+        config[TAG]["left_at_init"].append(f"{stem}{part}_bias")
+    assert check(tmp_path, arrays, config) == 0
+    assert (
+        "lost: 1 tensors of the file that the reference has no place for" in capsys.readouterr().out
+    )

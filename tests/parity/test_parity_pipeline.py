@@ -1,0 +1,96 @@
+"""The golden test-time pipeline of ViTAE-Transformer/ViTDet holds; a change of anything that it stores is noticed."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import tests.parity.__main__ as parity
+from tests.parity import pipeline
+from tests.parity.case import load
+from vitdet.data import transforms
+
+GOLDEN = Path(__file__).parents[1] / "golden" / "vitae_pipeline"
+SHARED = Path(__file__).parents[3] / "shared" / "reference" / "vitae" / "golden" / "test_pipeline"
+
+
+@pytest.fixture
+def case(tmp_path):
+    """case(arrays, config): the exit code for a folder of these."""
+
+    def check(arrays, config):
+        np.savez(tmp_path / "io.npz", **arrays)
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        return parity.main([str(tmp_path)])
+
+    return check
+
+
+@pytest.fixture
+def arrays():
+    return load(GOLDEN / "io.npz")
+
+
+@pytest.fixture
+def config():
+    return json.loads((GOLDEN / "config.json").read_text())
+
+
+def test_the_case_holds_to_the_grey_level(capsys):
+    assert parity.main([str(GOLDEN)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    errors = [float(line.split()[3]) for line in lines if "/out: error" in line]
+    assert len(errors) == 3 and max(errors) < 1e-5  # OpenCV's very grey levels
+
+
+def test_the_shared_case_holds():
+    if not SHARED.exists():
+        pytest.skip("needs ../shared")
+    assert parity.main([str(SHARED)]) == 0
+
+
+def test_an_antialiased_resize_is_out(monkeypatch):
+    monkeypatch.setattr(
+        pipeline,
+        "resize_and_pad",
+        lambda image, size, **_: transforms.resize_and_pad(image, size, antialias=True),
+    )
+    assert parity.main([str(GOLDEN)]) == 1
+
+
+@pytest.mark.parametrize("tag", ["landscape", "portrait", "square_big"])
+def test_each_array_is_held(case, arrays, config, tag):
+    out = arrays[f"{tag}/out"].copy()
+    arrays[f"{tag}/out"] = out + 0.02 * (out == out.max())
+    assert case(arrays, config) == 1
+    arrays[f"{tag}/out"] = out[:, :-1]
+    assert case(arrays, config) == 1
+    del arrays[f"{tag}/out"]
+    assert case(arrays, config) == 1
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"img_shape": [80, 128, 3]},
+        {"ori_shape": [61, 97, 3]},
+        {"surprise": 1},
+        {"scale_factor": [1.3195876, 1.32, 1.3195876, 1.32]},
+    ],
+    ids=str,
+)
+def test_what_the_config_says_is_held(case, arrays, config, change):
+    config["landscape"].update(change)
+    assert case(arrays, config) == 1
+
+
+def test_it_computes_from_pictures_and_the_canvas_alone(arrays, config, tmp_path):
+    np.savez(tmp_path / "io.npz", **{"portrait/bgr": arrays["portrait/bgr"]})
+    (tmp_path / "config.json").write_text(json.dumps({"portrait": {"pad_shape": [96, 96, 3]}}))
+    found = pipeline.compute(tmp_path)
+    assert found["portrait/out"].shape == (3, 96, 96) and found["portrait/img_shape"].tolist() == [
+        96,
+        61,
+        3,
+    ]

@@ -1,0 +1,111 @@
+"""`evaluate` gets the accelerator of the training, whichever kind of job the pipeline is compiled with."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import yaml
+
+from pipeline.graph import compile_pipeline
+from pipeline.job_manifests import accelerators
+from tests.cluster.test_manifests import OVERLAYS, overlay
+from tests.conftest import ROOT
+
+GOLDEN = (ROOT / "tests" / "golden_pipeline" / "jobs.yaml").read_text()
+TOLERATION = {"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"}
+needs_kubectl = pytest.mark.skipif(not shutil.which("kubectl"), reason="needs kubectl")
+
+
+def text(name: str, part: str = ".") -> str:
+    return yaml.safe_dump_all(overlay(name, part))
+
+
+def evaluation(job: str, file: Path) -> tuple[dict, dict]:
+    """(container, what Kubernetes has to know) of `evaluate` in the pipeline that is compiled with this job."""
+    spec, platforms = yaml.safe_load_all(compile_pipeline(file, job).read_text())
+    needs = platforms["platforms"]["kubernetes"]["deploymentSpec"]["executors"]["exec-evaluate"]
+    container = spec["deploymentSpec"]["executors"]["exec-evaluate"]["container"]
+    return container["resources"], needs
+
+
+def test_a_pytorchjob_says_it_itself() -> None:
+    assert accelerators(GOLDEN) == (8, [TOLERATION], {"vitdet/pool": "gpu-train"})
+    assert accelerators(GOLDEN.replace("nvidia.com/gpu: 8", "ephemeral-storage: 1Gi")).gpus == 0
+
+
+@needs_kubectl
+@pytest.mark.parametrize("name", OVERLAYS)
+def test_both_kinds_say_the_same(name: str) -> None:
+    found = accelerators(text(name, "trainjob"))
+    assert (
+        found
+        == accelerators(text(name))
+        == accelerators(f"{text(name)}---\n{text(name, 'trainjob')}")
+    )
+    pool = "cloud.google.com/compute-class" if name == "gke" else "vitdet/pool"
+    assert found == ((0, []) if name == "kind" else (8, [TOLERATION])) + ({pool: "gpu-train"},)
+
+
+@needs_kubectl
+@pytest.mark.parametrize("name", ["gke", "kind"])
+def test_evaluate_is_compiled_the_same_from_both_kinds(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipeline.graph.IMAGE", "")
+    resources, needs = evaluation(text(name, "trainjob"), tmp_path / "t.yaml")
+    assert (resources, needs) == evaluation(text(name), tmp_path / "p.yaml")
+    assert ("accelerator" in resources, "tolerations" in needs, "nodeSelector" in needs) == (
+        name == "gke",
+    ) * 3
+
+
+@pytest.fixture
+def parts() -> tuple[dict, dict]:
+    """(TrainJob, its runtime) of manifests/."""
+    folder = ROOT / "manifests" / "trainjob"
+    return tuple(
+        yaml.safe_load((folder / file).read_text()) for file in ("trainjob.yaml", "runtime.yaml")
+    )
+
+
+def patch(pod: dict) -> dict:
+    node = {"name": "node", "template": {"spec": {"template": {"spec": pod}}}}
+    return {
+        "manager": "m",
+        "trainingRuntimeSpec": {"template": {"spec": {"replicatedJobs": [node]}}},
+    }
+
+
+def said(*documents: dict) -> tuple:
+    return accelerators(yaml.safe_dump_all(json.loads(json.dumps(documents))))
+
+
+def test_a_trainjob_s_own_words_are_over_its_runtime_s(parts: tuple[dict, dict]) -> None:
+    job, runtime = parts
+    assert said(job, runtime) == (1, [TOLERATION], {"vitdet/pool": "gpu-train"})
+    job["spec"]["runtimePatches"] = [
+        patch({"nodeSelector": {"zone": "a"}}),
+        patch({"tolerations": [{"key": "x"}], "nodeSelector": {"vitdet/pool": "b"}}),
+    ]
+    job["spec"]["trainer"]["resourcesPerNode"] = {"limits": {"nvidia.com/gpu": 4}}
+    assert said(job, runtime) == (4, [{"key": "x"}], {"zone": "a", "vitdet/pool": "b"})
+    assert said(job) == said(job, runtime)  # without its runtime the job alone is believed
+
+
+def test_a_runtime_is_found_by_its_kind_too(parts: tuple[dict, dict]) -> None:
+    job, runtime = parts
+    job["spec"]["runtimeRef"]["kind"] = "TrainingRuntime"
+    with pytest.raises(
+        ValueError, match="the TrainJob's TrainingRuntime vitdet-pool is not among the documents"
+    ):
+        said(job, runtime)
+    assert said(job, {**runtime, "kind": "TrainingRuntime"}).gpus == 1
+    with pytest.raises(ValueError, match="resourcesPerNode"):
+        said(
+            job,
+            {"kind": "TrainingRuntime", "metadata": {"name": "other"}, "spec": {}},
+            {"kind": "List"},
+        )

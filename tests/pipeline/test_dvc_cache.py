@@ -1,0 +1,242 @@
+"""DVC's cache, where the workspace is links to it (cache.type hardlink, symlink), under everything that reads or makes
+files: not a byte nor a mode of it changes, and what is made again takes the place of a link.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.conftest import minimal, options
+from tests.helpers.archives import miniatures
+from vitdet.datasets import published
+from vitdet.datasets.fetch import fetch
+from vitdet.tracking.tracker import Tracker
+
+pytestmark = pytest.mark.slow
+
+HELD = (
+    "work/data",
+    "work/train",
+    "work/pictures",
+    "work/plots",
+    "work/weights",
+    "work/config.yaml",
+    "work/metrics.json",
+    "work/registered.json",
+    "work/tensors.safetensors",
+    "drawn",
+    "yolo",
+    "data/coco/annotations",
+    "data/coco/manifest.json",
+)
+Run = Callable[..., tuple[int, str, str]]
+
+
+class Watch(Tracker):
+    def at(self, done: int, total: int | None) -> None: ...
+
+    def end(self) -> None: ...
+
+
+@pytest.fixture
+def space(
+    tiny: Path, trained: Path, tmp_path: Path, vitdet: Run, monkeypatch: pytest.MonkeyPatch
+) -> Path:
+    """The current folder, with inputs of all verbs and files in the places of their results."""
+    monkeypatch.setattr(os, "sync", lambda: None)
+    monkeypatch.setattr(published, "archives", lambda dataset, split: miniatures(dataset, split)[0])
+    shutil.copytree(tiny, "work/data/tiny")
+    shutil.copytree(
+        trained, "work/train", ignore=shutil.ignore_patterns("checkpoints", "points.json")
+    )
+    model = torch.load("work/train/model.pt", weights_only=True)
+    torch.save({**model, "run_id": None}, "work/train/model.pt")
+    for split in ("train", "val"):
+        shutil.copytree(tiny / split, f"yolo/images/{split}")
+        Path("yolo/labels", split).mkdir(parents=True)
+        for one in (tiny / split).iterdir():
+            Path("yolo/labels", split, f"{one.stem}.txt").write_text(
+                f"0 0.5 0.5 0.2 0.{one.stem[-4:]}1\n"
+            )
+    Path("yolo/data.yaml").write_text("train: images/train\nval: images/val\nnames: [dog]\n")
+    Path("archives").mkdir()
+    for path, content in miniatures("coco")[1].items():
+        Path("archives", path.split("/")[-1]).write_bytes(content)
+    fetch(
+        published.archives("coco", ""), Path("data/coco"), lambda _: Watch(), local=Path("archives")
+    )
+    Path("data/coco/train2017").rename("another disk")
+    Path("data/coco/train2017").symlink_to(tmp_path / "another disk")
+    shutil.copytree(min((trained / "pictures").iterdir()), "work/pictures")
+    result = {"image_id": 500001, "category_id": 1, "score": 0.5, "bbox": [0, 0, 9, 9]}
+    for name in (
+        "work/plots/results.json",
+        "work/plots/curve.json",
+        "work/plots/classes.json",
+        "work/plots/thresholds.json",
+        "work/plots/matches.npz",
+        "work/plots/report.html",
+        "work/config.yaml",
+        "work/metrics.json",
+        "work/registered.json",
+        "work/weights/mae_vit_tiny.safetensors",
+        "drawn/000000500001.jpg",
+        "drawn/detections.json",
+    ):
+        Path(name).parent.mkdir(exist_ok=True)
+        Path(name).write_text(json.dumps([result]) + "\n" * len(name))
+    assert (
+        vitdet(
+            "weights",
+            "convert",
+            "work/train/model.pt",
+            "work/tensors.safetensors",
+            "--format",
+            "vitdet",
+        )[0]
+        == 0
+    )
+    return tmp_path
+
+
+def making(root: Path) -> list[list[object]]:
+    """The verbs that make again what DVC holds of them."""
+    changes = options(minimal(root, train__init="mae_vit_tiny"))
+    picture = min((root / "val").iterdir())
+    return [
+        ["config", "tiny", *changes, "--output", "work/config.yaml"],
+        ["weights", "fetch", "work/config.yaml", "--output", "work/weights"],
+        [
+            "evaluate",
+            "work/train/model.pt",
+            "--config",
+            "work/config.yaml",
+            "--output",
+            "work/metrics.json",
+            "--pictures",
+            "work/pictures",
+            "--plots",
+            "work/plots",
+        ],
+        [
+            "register",
+            "work/train/model.pt",
+            "--config",
+            "work/config.yaml",
+            "--metrics",
+            "work/metrics.json",
+            "--output",
+            "work/registered.json",
+        ],
+        [
+            "weights",
+            "convert",
+            "work/train/model.pt",
+            "work/tensors.safetensors",
+            "--format",
+            "vitdet",
+        ],
+        ["predict", "work/train/model.pt", picture, "--threshold", "0", "--output", "drawn"],
+    ]
+
+
+def reading(root: Path) -> list[list[object]]:
+    """The verbs that read it and write elsewhere, or find that there is nothing to do."""
+    few = options(minimal(root, optim__steps=1, train__init="work/train/model.pt"))
+    return [
+        ["data", "check", root, "--images"],
+        ["data", "report", root, "--output", "page.html", "--images"],
+        ["data", "tiny", root, "--train", "12", "--val", "4"],
+        ["data", "coco", "data/coco", "--from", "archives"],
+        ["data", "convert", "yolo", "converted"],
+        ["train", "tiny", *few, "--output", "runs/tuned"],
+        [
+            "evaluate",
+            "--results",
+            "work/plots/results.json",
+            "--annotations",
+            root / "annotations" / "instances_val.json",
+        ],
+        [
+            "weights",
+            "convert",
+            "work/tensors.safetensors",
+            "tensors.safetensors",
+            "--format",
+            "vitdet",
+        ],
+    ]
+
+
+def cache() -> dict[str, tuple[str, int, int]]:
+    """Every file of DVC's cache: its checksum, its mode, when it was written."""
+    return {
+        str(one): (
+            hashlib.sha256(one.read_bytes()).hexdigest(),
+            one.stat().st_mode,
+            one.stat().st_mtime_ns,
+        )
+        for one in Path(".dvc/cache/files").rglob("*")
+        if one.is_file()
+    }
+
+
+def is_link(path: Path) -> bool:
+    return path.is_symlink() or path.stat().st_nlink > 1
+
+
+@pytest.mark.parametrize("kind", ["hardlink", "symlink"])
+def test_no_verb_writes_into_a_cache_that_the_workspace_is_linked_to(
+    space: Path, vitdet: Run, kind: str
+) -> None:
+    Path(".dvc").mkdir()
+    Path(".dvc/config").write_text(
+        f"[core]\n    no_scm = true\n    analytics = false\n[cache]\n    type = {kind}\n"
+    )
+    dvc = Path(sys.executable).with_name("dvc")
+    subprocess.run(
+        [dvc, "add", "--quiet", *HELD], check=True, env={**os.environ, "HOME": str(space / "home")}
+    )
+    before, root = cache(), Path("work/data/tiny")
+    files = [
+        one
+        for name in HELD
+        for one in (Path(name).rglob("*") if Path(name).is_dir() else [Path(name)])
+        if one.is_file() and one.stat().st_size
+    ]
+    assert (
+        len(files) > 50
+        and all(map(is_link, files))
+        and {mode & 0o777 for _, mode, _ in before.values()} == {0o444}
+    )
+
+    for words in reading(root):
+        code, out, said = vitdet(*words)
+        assert code == 0 and cache() == before, (words, out, said)
+        assert all(map(is_link, files)), words  # nothing to do is nothing done
+    for words in making(root):
+        code, _, said = vitdet(*words)
+        assert code == 0 and cache() == before, (words, said)
+    made = [
+        one
+        for one in files
+        if one.parts[:2] not in (("work", "data"), ("work", "train"), ("data", "coco"))
+        and one.parts[0] != "yolo"
+    ]
+    assert len(made) > 8 and {str(one) for one in made if is_link(one)} == set()
+    assert all(os.access(one, os.W_OK) and one.stat().st_mode & 0o200 for one in made)
+    # a finished run: of the same settings and data it is the result, of others it is refused
+    words = ["train", "tiny", "--output", "work/train"]
+    assert vitdet(*words, *options(minimal(root)))[0] == 0
+    assert vitdet(*words, *options(minimal(root, optim__lr=0.5)))[0] == 1
+    assert cache() == before

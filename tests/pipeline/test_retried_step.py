@@ -1,0 +1,384 @@
+"""A step that Kubeflow repeats: what a retry can mend is tried again, what it cannot is told again, at once."""
+
+from __future__ import annotations
+
+import json
+from datetime import datetime, timedelta
+from pathlib import Path
+
+import pytest
+from kubernetes import client
+from kubernetes.client.exceptions import ApiException
+from urllib3.exceptions import ReadTimeoutError
+
+from components.launcher import client as kube
+from components.launcher import launch as launcher
+from components.launcher.client import JobClient
+from components.launcher.follower import MAX_ANNOTATION, Follower
+from components.launcher.status import retention
+from components.launcher.templates import FAILURE, KINDS
+from tests.cluster.test_following import BAD_IMAGE, DONE, PYTORCH, RUNNING, SHORT, Record, follow
+from tests.cluster.test_launcher import LABELS, OWNER, conditions, ended, filled, pod
+
+FAILED = {
+    "status": {
+        "conditions": [
+            {
+                "type": "Failed",
+                "status": "True",
+                "message": "1 Worker replica(s) failed.",
+                "lastTransitionTime": "2026-01-01T00:00:10Z",
+            }
+        ]
+    }
+}
+
+
+def there(status: dict, told: str = "") -> dict:
+    """A job of an earlier try, on which that may have written why it failed."""
+    annotations = {"annotations": {FAILURE: told}} if told else {}
+    return {"metadata": {"labels": LABELS, **annotations}, **status}
+
+
+def test_the_cause_is_written_on_the_failed_job_which_stays() -> None:
+    record = Record((FAILED, [pod("w", phase="Failed", container=ended(137, "OOMKilled"))]))
+    record.logs["w"] = ["2026-01-01T00:00:00Z last words"]
+    _, error = follow(record)
+    assert record.asked == ["create", "mark"] and record.told == error
+    assert "OOMKilled, exit code 137 (SIGKILL)\nlast lines of its log:\n  last words" in error
+
+
+def test_a_retried_step_says_it_again_at_once_and_trains_nothing() -> None:
+    told = "PyTorchJob vitdet-tiny-1 failed: 1 Worker replica(s) failed.\ncause: pod w: OOMKilled"
+    # the latter could not start
+    for status in (FAILED, conditions("Created=True", "Suspended=True")):
+        record = Record((DONE, []), there=there(status, told))
+        lines, error = follow(record)
+        assert error == told and record.asked == ["create", "adopt run"]
+        assert lines == [
+            "launcher: PyTorchJob vitdet-tiny-1 exists from an earlier attempt of this step: "
+            "it has failed and is not recreated"
+        ]
+
+
+def test_a_job_that_failed_while_no_step_followed_it_is_explained_by_the_next() -> None:
+    record = Record((FAILED, [pod("w", phase="Failed", container=ended(1))]), there=there(FAILED))
+    record.logs["w"] = ["2026-01-01T00:00:00Z RuntimeError: a loss is not finite"]
+    _, error = follow(record)
+    assert record.asked == ["create", "adopt run", "mark"]
+    assert error.endswith(
+        "cause: pod w on node n1: Error, exit code 1\nlast lines of its log:\n  RuntimeError: a loss "
+        "is not finite"
+    )
+
+
+@pytest.mark.parametrize("told", ["", "PyTorchJob vitdet-tiny-1 failed: no quota"])
+def test_a_run_that_the_user_starts_again_trains_anew(told: str) -> None:
+    """Kubeflow deletes the failed steps' pods then, and with them goes the job; this is for the moment before."""
+    record = Record((DONE, []), there=there(FAILED, told))
+    Follower(record, PYTORCH, filled(owner=OWNER), lambda _: None, SHORT, first_attempt=True).run()
+    assert record.asked == ["create", "delete", "create"]
+
+
+def test_the_first_pod_of_a_step_knows_that_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+
+    class Noted(Follower):
+        def run(self) -> None:
+            seen.append(self.first_attempt)
+
+    monkeypatch.setattr(launcher, "Follower", Noted)
+    monkeypatch.setattr(
+        launcher, "connect", lambda retries=None: (client.ApiClient(client.Configuration()), "ours")
+    )
+    from tests.cluster.test_launcher import TEMPLATES
+
+    for index in ("0", "1", None):
+        monkeypatch.setenv("KFP_RETRY_INDEX", index) if index else monkeypatch.delenv(
+            "KFP_RETRY_INDEX"
+        )
+        launcher.launch(
+            template=TEMPLATES["pytorchjob"],
+            kind="pytorchjob",
+            run_id="r",
+            name="tiny",
+            args=[],
+            nodes=2,
+            pool="",
+            image="",
+            workspace="/data",
+            task_config=None,
+        )
+    assert seen == [True, False, False]
+
+
+def test_a_job_that_a_queue_would_start_again_is_ended_by_its_deadline() -> None:
+    job = filled(owner=OWNER)
+    job["metadata"]["labels"]["kueue.x-k8s.io/queue-name"] = "vitdet"
+    record = Record(({"metadata": job["metadata"], **conditions("Created=True")}, [BAD_IMAGE]))
+    _, error = follow(record, job)
+    assert error.endswith("ImagePullBackOff: no tag; its deadline is set to now")
+    assert record.asked == ["create", "halt"] and record.told == error
+    assert record.spec == {"runPolicy": {"activeDeadlineSeconds": 1}}
+
+
+def test_a_job_that_cannot_be_ended_otherwise_is_deleted() -> None:
+    class Refusing(Record):
+        def mark(self, failure: str, spec: dict | None) -> None:
+            raise RuntimeError("spec is immutable")
+
+    record = Refusing((conditions("Created=True"), [BAD_IMAGE]))
+    assert "ImagePullBackOff" in follow(record)[1] and record.asked == ["create", "delete"]
+
+    class Away(Refusing):
+        def delete(self) -> None:
+            raise RuntimeError("the API server does not answer")
+
+    lines, error = follow(Away((conditions("Created=True"), [BAD_IMAGE])))
+    assert "ImagePullBackOff" in error and "which may still use its GPUs" in lines[-1]
+
+
+def test_an_api_server_that_takes_no_more_words_does_not_hide_the_cause() -> None:
+    class Mute(Record):
+        def mark(self, failure: str, spec: dict | None) -> None:
+            raise RuntimeError("cannot patch pytorchjobs")
+
+    lines, error = follow(Mute((FAILED, [])))
+    assert error == "PyTorchJob vitdet-tiny-1 failed: 1 Worker replica(s) failed."
+    assert lines[-1] == "launcher: cannot annotate the job with the cause: cannot patch pytorchjobs"
+
+
+def test_a_log_of_endless_lines_is_cut_for_the_job_and_not_for_the_step() -> None:
+    record = Record((FAILED, [pod("w", phase="Failed", container=ended(1))]))
+    record.logs["w"] = ["2026-01-01T00:00:00Z " + "x" * 300_000]
+    _, error = follow(record)
+    assert len(error) > 300_000 and len(record.told) == MAX_ANNOTATION
+
+
+@pytest.mark.parametrize(
+    ("kind", "spec"),
+    [("pytorchjob", {"runPolicy": {"suspend": True}}), ("trainjob", {"suspend": True})],
+)
+def test_what_is_written_on_a_job(kind: str, spec: dict) -> None:
+    sent = []
+    cluster = JobClient(
+        client.ApiClient(client.Configuration()), KINDS[kind], "j", "ours", print, SHORT
+    )
+
+    def patch(*given: object, **_: object) -> object:
+        sent.append(given[-1])
+        return type("Raw", (), {"data": b"{}"})
+
+    cluster.objects.patch_namespaced_custom_object = patch
+    cluster.mark("why", None)
+    cluster.mark("why", KINDS[kind].halt)
+    assert sent == [
+        {"metadata": {"annotations": {"vitdet/failure": "why"}}},
+        {"metadata": {"annotations": {"vitdet/failure": "why"}}, "spec": spec},
+    ]
+
+
+class Objects:
+    """CustomObjectsApi with these jobs: an exception for a kind is its list's answer, one for a name its deletion's."""
+
+    def __init__(
+        self, jobs: dict[str, object], deletions: dict[str, Exception] | None = None
+    ) -> None:
+        self.jobs, self.deletions, self.deleted = jobs, deletions or {}, []
+
+    def list_namespaced_custom_object(
+        self,
+        group: str,
+        version: str,
+        namespace: str,
+        plural: str,
+        *,
+        label_selector: str,
+        _request_timeout: tuple,
+    ) -> dict:
+        assert label_selector == "vitdet/run=run-1" and namespace == "ours"
+        if isinstance(self.jobs[plural], Exception):
+            raise self.jobs[plural]
+        return {"items": self.jobs[plural]}
+
+    def delete_namespaced_custom_object(
+        self,
+        group: str,
+        version: str,
+        namespace: str,
+        plural: str,
+        name: str,
+        *,
+        propagation_policy: str,
+        _request_timeout: tuple,
+    ) -> dict:
+        if name in self.deletions:
+            raise self.deletions[name]
+        self.deleted.append(f"{plural}/{name}")
+        return {}
+
+
+def named(name: str, status: dict, **spec: object) -> dict:
+    return {"metadata": {"name": name, "ownerReferences": [OWNER]}, "spec": spec, **status}
+
+
+def delete(
+    objects: Objects, monkeypatch: pytest.MonkeyPatch, own: str = ""
+) -> tuple[list[str], list[str]]:
+    monkeypatch.setattr(launcher, "connect", lambda retries=None: (None, "ours"))
+    monkeypatch.setattr(kube.client, "CustomObjectsApi", lambda _: objects)
+    return launcher.delete_jobs("run-1", own=own)
+
+
+def test_jobs_that_run_are_deleted_and_those_that_ended_stay_and_that_is_said(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    objects = Objects(
+        {
+            "pytorchjobs": [
+                named("runs", RUNNING),
+                named("failed", FAILED, runPolicy={"ttlSecondsAfterFinished": 3600}),
+                named("suspended", conditions("Suspended=True", "Running=False")),
+                named("new", {}),
+            ],
+            "trainjobs": [
+                named("done", {"status": {"conditions": [{"type": "Complete", "status": "True"}]}})
+            ],
+        }
+    )
+    deleted, left = delete(objects, monkeypatch)
+    assert deleted == ["runs", "suspended", "new"]
+    assert objects.deleted == [f"pytorchjobs/{name}" for name in deleted]
+    until = "stays, with the logs of pods that are left, until"
+    assert left == [
+        f"failed: failed; {until} 2026-01-01 01:00 UTC or its run is deleted",
+        f"done: succeeded; {until} its run is deleted",
+    ]
+
+
+def test_a_job_that_is_being_deleted_is_told_and_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    going = named("going", RUNNING)
+    going["metadata"]["deletionTimestamp"] = (
+        "2026-01-01T00:00:00Z"  # a finalizer holds it, Kueue's for one
+    )
+    objects = Objects({"pytorchjobs": [going], "trainjobs": []})
+    assert (
+        delete(objects, monkeypatch) == ([], ["going: is already being deleted"])
+        and objects.deleted == []
+    )
+
+
+def test_one_job_that_is_gone_keeps_no_other_and_a_kind_that_is_not_installed_none(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    absent = ApiException(status=404)
+    objects = Objects(
+        {"pytorchjobs": [named("gone", RUNNING), named("runs", RUNNING)], "trainjobs": absent},
+        {"gone": absent},
+    )
+    assert delete(objects, monkeypatch) == (["gone", "runs"], []) and objects.deleted == [
+        "pytorchjobs/runs"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("error", "text"),
+    [
+        (
+            ApiException(status=403, reason="Forbidden"),
+            "cannot (list|delete) pytorchjobs in namespace ours",
+        ),
+        (ReadTimeoutError(None, "/", "x"), "the API server does not answer .ReadTimeoutError."),
+    ],
+)
+def test_a_deletion_that_is_refused_or_stalls_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, error: Exception, text: str
+) -> None:
+    if isinstance(error, ApiException):
+        error.body = json.dumps({"message": "jobs is forbidden"})
+    for objects in (
+        Objects({"pytorchjobs": error, "trainjobs": error}),
+        Objects({"pytorchjobs": [named("runs", RUNNING)], "trainjobs": []}, {"runs": error}),
+    ):
+        with pytest.raises((RuntimeError, PermissionError), match=text) as raised:
+            delete(objects, monkeypatch)
+        assert "\n" not in str(raised.value)
+
+
+def test_a_kind_that_may_not_be_listed_keeps_no_job_of_the_other(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    error = ApiException(status=403, reason="Forbidden")
+    error.body = json.dumps({"message": "trainjobs is forbidden"})
+    objects = Objects({"pytorchjobs": [named("runs", RUNNING)], "trainjobs": error})
+    deleted, (left,) = delete(objects, monkeypatch, "pytorchjob")
+    assert deleted == ["runs"] and objects.deleted == ["pytorchjobs/runs"]
+    assert left.startswith(
+        "trainjobs were not listed: cannot list trainjobs in namespace ours: trainjobs is forbidden"
+    )
+    # the run's may be left
+    with pytest.raises(PermissionError, match="trainjobs is forbidden.*; deleted: runs$"):
+        delete(objects, monkeypatch, "TrainJob")
+
+
+@pytest.mark.parametrize(
+    ("answer", "told"),
+    [
+        (None, "namespace team-a of the cluster of context work"),
+        (
+            ApiException(status=403),
+            "namespace team-a of the cluster of context work",
+        ),  # who asks may know jobs only
+        (
+            ApiException(status=404),
+            "the cluster of context work has no namespace team-a; give that of the run's pods with",
+        ),
+        (
+            ReadTimeoutError(None, "/", "x"),
+            "the cluster of context work does not answer (ReadTimeoutError)",
+        ),
+    ],
+)
+def test_where_jobs_are_looked_for_is_told(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, answer: Exception | None, told: str
+) -> None:
+    def read_namespace(_: object, name: str, _request_timeout: tuple) -> None:
+        assert name == "team-a"
+        if answer is not None:
+            raise answer
+
+    monkeypatch.setattr(kube.client.CoreV1Api, "read_namespace", read_namespace)
+    kubeconfig = {
+        "current-context": "work",
+        "contexts": [{"name": "work", "context": {"cluster": "c", "user": "u"}}],
+        "clusters": [{"name": "c", "cluster": {"server": "http://127.0.0.1:1"}}],
+        "users": [{"name": "u", "user": {}}],
+    }
+    (tmp_path / "kubeconfig").write_text(json.dumps(kubeconfig))
+    monkeypatch.setenv("KUBECONFIG", str(tmp_path / "kubeconfig"))
+    try:
+        found = kube.describe_namespace("team-a")
+    except (ValueError, RuntimeError) as error:
+        found = str(error)
+    assert found.startswith(told)
+    monkeypatch.delenv("KUBECONFIG")
+    monkeypatch.setattr(kube, "SERVICE_ACCOUNT", tmp_path)
+    monkeypatch.setattr(kube.config, "load_incluster_config", lambda **_: None)
+    (tmp_path / "namespace").write_text("team-a")
+    if answer is None:
+        assert kube.describe_namespace("team-a") == "namespace team-a of this pod's cluster"
+
+
+def test_how_long_a_job_stays_counts_from_its_end() -> None:
+    status = {"status": {**DONE["status"], "completionTime": "2026-03-01T10:00:00Z"}}
+    job = {
+        "metadata": {"name": "j"},
+        "spec": {"runPolicy": {"ttlSecondsAfterFinished": 86400}},
+        **status,
+    }
+    assert retention(PYTORCH, job).endswith("until 2026-03-02 10:00 UTC")
+    del job["spec"]["runPolicy"]
+    assert retention(PYTORCH, job).endswith("until somebody deletes it")
+    assert retention(PYTORCH, {**job, **RUNNING}) == ""
+    # Python 3.11 reads Kubernetes' times
+    assert datetime.fromisoformat("2026-03-01T10:00:00Z") + timedelta(days=1)

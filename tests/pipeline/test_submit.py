@@ -1,0 +1,387 @@
+"""Starting runs at a server: what is sent, and what is refused before. (No postponed annotations: kfp reads them.)"""
+
+import functools
+import importlib.util
+import io
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+from kfp import compiler, dsl, kubernetes
+from kfp.client.client import _extract_pipeline_yaml
+
+from pipeline import client, request
+from pipeline.cli.submit import check_pool
+from pipeline.request import kubeflow_cron, load_package
+from tests.helpers.kubeflow import Kubeflow, command, serving
+
+Run = Callable[..., tuple[int, str, str]]
+ROOT = Path(__file__).parents[2]
+
+
+check = functools.cache(request.check_recipes)  # a process of 0.2 s each
+
+
+@dsl.component(base_image="python", install_kfp_package=False)
+def one(name: str) -> str:
+    return name
+
+
+@dsl.component(base_image="python", install_kfp_package=False)
+def last() -> None:
+    pass
+
+
+@dsl.pipeline(name="small")
+def small(
+    recipes: list[str],
+    overrides: list[str],
+    nodes: int = 1,
+    pool: str = "",
+    job_kind: str = "pytorchjob",
+    workspace: str = "/data",
+) -> None:
+    with dsl.ExitHandler(last()), dsl.ParallelFor(recipes) as name:
+        done = one(name=name)
+        kubernetes.mount_pvc(done, "vitdet-data", "/data")
+        with dsl.If(done.output == "tiny"):
+            one(name=name)
+
+
+@pytest.fixture(scope="session")
+def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("package") / "small.yaml"
+    compiler.Compiler().compile(small, str(path))
+    return path
+
+
+@pytest.fixture
+def kubeflow() -> Iterator[Kubeflow]:
+    with serving(Kubeflow()) as server:
+        yield server
+
+
+@pytest.fixture
+def pipeline(
+    kubeflow: Kubeflow,
+    package: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> Run:
+    run = command(kubeflow, monkeypatch, capsys)
+    monkeypatch.setattr(
+        "pipeline.cli.submit.check_recipes",
+        lambda recipes, settings: check(tuple(recipes), tuple(settings)),
+    )
+
+    def with_package(verb: str, *words: object) -> tuple[int, str, str]:
+        given = ["--package", package] if verb == "submit" and "--package" not in words else []
+        return run(verb, *words, *given, *(["--every", 0.01] if verb == "submit" else []))
+
+    return with_package
+
+
+def test_a_run_is_what_was_asked_for(kubeflow: Kubeflow, pipeline: Run, package: Path) -> None:
+    code, out, said = pipeline(
+        "submit",
+        "tiny",
+        "mask_rcnn_vitdet_b_coco",
+        "--set",
+        "optim.lr=2e-4",
+        "--set",
+        "data.root=/data/coco",
+        "--nodes",
+        2,
+        "--pool",
+        "h100",
+        "--job-kind",
+        "trainjob",
+        "--workspace",
+        "/data/team",
+        "--experiment",
+        "study",
+        "--name",
+        "a name",
+        "--service-account",
+        "default-editor",
+        "--pipeline-root",
+        "s3://bucket/root",
+    )
+    assert (code, said) == (0, "")
+    assert out == f"run  a name\nid   0000-run-0\nlink {kubeflow.url}/#/runs/details/0000-run-0\n"
+    [body] = kubeflow.bodies("POST /runs")
+    assert body.pop("description").startswith("submission ")
+    # as kfp.Client has it
+    assert body.pop("pipeline_spec") == _extract_pipeline_yaml(str(package)).to_dict()
+    assert body == {
+        "display_name": "a name",
+        "experiment_id": "0000-exp-0",
+        "service_account": "default-editor",
+        "runtime_config": {
+            "pipeline_root": "s3://bucket/root",
+            "parameters": {
+                "recipes": ["tiny", "mask_rcnn_vitdet_b_coco"],
+                "overrides": ["optim.lr=2e-4", "data.root=/data/coco"],
+                "nodes": 2,
+                "pool": "h100",
+                "job_kind": "trainjob",
+                "workspace": "/data/team",
+            },
+        },
+    }
+    assert kubeflow.bodies("POST /experiments") == [{"display_name": "study"}]
+
+
+def test_what_is_not_asked_for_is_left_to_the_pipeline_and_the_server(
+    kubeflow: Kubeflow, pipeline: Run
+) -> None:
+    for _ in range(2):
+        assert pipeline("submit", "tiny")[0] == 0
+    first, second = kubeflow.bodies("POST /runs")[:2]
+    assert first["runtime_config"] == {"parameters": {"recipes": ["tiny"], "overrides": []}}
+    assert first["service_account"] == "vitdet-pipeline" and first["display_name"].startswith(
+        "tiny 20"
+    )
+    accounts = list(
+        yaml.safe_load_all((ROOT / "manifests" / "shared" / "accounts.yaml").read_text())
+    )
+    assert any(
+        (one["kind"], one["metadata"]["name"]) == ("ServiceAccount", "vitdet-pipeline")
+        for one in accounts
+    )
+    assert pipeline("submit", "tiny", "--service-account", "")[0] == 0
+    assert "service_account" not in kubeflow.bodies("POST /runs")[-1]
+    assert first["description"] != second["description"]
+    assert kubeflow.bodies("POST /experiments") == [{"display_name": "vitdet"}]  # once
+
+
+def test_the_experiments_pipeline_is_compiled_for_the_server(
+    kubeflow: Kubeflow, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = command(kubeflow, monkeypatch, capsys)
+    code, _, said = run("submit", "tiny", "--nodes", 2, "--pool", "h100")
+    assert code == 0 and len(said.splitlines()) == 1
+    assert (
+        "the steps' image 'vitdet' has no registry" in said
+        and "| python -m pipeline ... --job -" in said
+    )
+    spec = kubeflow.bodies("POST /runs")[0]["pipeline_spec"]["pipeline_spec"]
+    assert spec["pipelineInfo"]["name"] == "vitdet" and "comp-train-job" in spec["components"]
+    job = (ROOT / "manifests" / "pytorchjob" / "pytorchjob.yaml").read_text()
+    job = job.replace("image: vitdet", "image: registry.example.com/vitdet:1")
+    monkeypatch.setattr("sys.stdin", io.StringIO(f"kind: Namespace\n---\n{job}# of the overlay\n"))
+    code, _, said = run("submit", "tiny", "--job", "-")
+    assert (code, said) == (0, "")
+    assert "# of the overlay" in str(kubeflow.bodies("POST /runs")[1]["pipeline_spec"])
+
+
+@pytest.mark.parametrize(
+    ("kind", "words", "said"),
+    [
+        (
+            "pytorchjob",
+            ["--job-kind", "trainjob"],
+            "--job -: contains no trainjob but pytorchjob; see --job-kind",
+        ),
+        ("trainjob", [], "--job -: contains no pytorchjob but trainjob; see --job-kind"),
+    ],
+)
+def test_a_job_of_another_kind_is_refused_before_anything_runs(
+    kubeflow: Kubeflow,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    kind: str,
+    words: list[str],
+    said: str,
+) -> None:
+    run = command(kubeflow, monkeypatch, capsys)
+    job = (ROOT / "manifests" / kind / f"{kind}.yaml").read_text()
+    monkeypatch.setattr("sys.stdin", io.StringIO(job))
+    assert run("submit", "tiny", "--job", "-", *words) == (1, "", f"pipeline: {said}\n")
+    assert not kubeflow.bodies("POST /runs")
+
+
+def test_without_caching_no_step_at_any_depth_takes_old_results(
+    package: Path, kubeflow: Kubeflow, pipeline: Run
+) -> None:
+    def cached(spec: dict) -> list[bool]:
+        groups = [spec["root"], *spec["components"].values()]
+        return [
+            task.get("cachingOptions", {}).get("enableCache", False)
+            for group in groups
+            for task in group.get("dag", {}).get("tasks", {}).values()
+        ]
+
+    assert pipeline("submit", "tiny")[0] == pipeline("submit", "tiny", "--no-cache")[0] == 0
+    with_cache, without = (
+        body["pipeline_spec"]["pipeline_spec"] for body in kubeflow.bodies("POST /runs")
+    )
+    assert sum(cached(with_cache)) >= 3 and len(with_cache["root"]["dag"]["tasks"]) == 2
+    assert not any(cached(without))
+
+
+def test_a_recipe_s_file_is_read_anew_in_each_run(
+    kubeflow: Kubeflow, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = command(kubeflow, monkeypatch, capsys)
+    assert run("submit", "tiny")[0] == run("submit", "/data/mine.yaml", "tiny")[0] == 0
+    cached = []
+    for body in kubeflow.bodies("POST /runs"):
+        components = body["pipeline_spec"]["pipeline_spec"]["components"].values()
+        steps = [step for one in components for step in one.get("dag", {}).get("tasks", {}).items()]
+        cached.append(
+            {name for name, task in steps if task.get("cachingOptions", {}).get("enableCache")}
+        )
+    assert cached[0] - cached[1] == {"configs"} and "train-job" in cached[1]
+    assert "data" not in cached[0]  # it may have changed in place
+
+
+def test_a_server_with_users_wants_a_namespace_and_one_without_gets_none(
+    kubeflow: Kubeflow, pipeline: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    assert pipeline("submit", "tiny", "--namespace", "team-a")[0] == 0
+    kubeflow.users, kubeflow.kept["experiments"] = True, []
+    code, _, said = pipeline("submit", "tiny")
+    assert code == 1 and "pass your profile's namespace with --namespace" in said
+    assert pipeline("submit", "tiny", "--namespace", "team-a")[0] == 0
+    assert kubeflow.bodies("POST /experiments")[-1] == {
+        "display_name": "vitdet",
+        "namespace": "team-a",
+    }
+    (tmp_path / "namespace").write_text("team-b\n")
+    monkeypatch.setattr(client, "POD_NAMESPACE", tmp_path / "namespace")
+    kubeflow.kept["experiments"] = []
+    assert pipeline("submit", "tiny")[0] == 0
+    assert kubeflow.bodies("POST /experiments")[-1]["namespace"] == "team-b"
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["tinyy"], "tinyy: no such recipe; did you mean 'tiny'?"),
+        (["tiny", "--set", "optim.lrr=1"], "optim.lrr: no such setting; did you mean 'lr'?"),
+        (["tiny", "--set", "optim.lr=fast"], "optim.lr"),
+        (["tiny", "tiny"], "a recipe is given twice: tiny tiny"),
+        (["mine.yaml"], "mine.yaml: a file on this machine; pass a recipe's name"),
+        (
+            ["tiny", "--set", "tracking.uri=https://me:hunter2@mlflow"],
+            "--set tracking.uri: a password would be visible in",
+        ),
+        (["tiny", "--cron", "0 3 * *"], "schedule '0 3 * *': expected five fields"),
+        (["tiny", "--cron", "@daily", "--wait"], "--wait is for one run"),
+        (["tiny", "--package", ROOT / "dvc.yaml"], "not a compiled pipeline"),
+        (["tiny", "--package", "none.yaml"], "pipeline: none.yaml: no such file"),
+        (["tiny", "--package", sys.executable], "not a compiled pipeline"),
+        (
+            ["tiny", "--token-file", "-", "--cookie-file", "-"],
+            "the standard input can be read once",
+        ),
+    ],
+)
+def test_a_mistake_is_one_line_before_anything_is_started(
+    kubeflow: Kubeflow, pipeline: Run, words: list, said: str
+) -> None:
+    code, out, line = pipeline("submit", *words)
+    assert (
+        code == 1
+        and not out
+        and len(line.splitlines()) == 1
+        and said in line
+        and "hunter2" not in line
+    )
+    assert not kubeflow.requests
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--nodes", "0"],
+        ["--nodes", "two"],
+        ["--job-kind", "mpijob"],
+        ["--timeout", "0"],
+        ["--cron", "@daily", "--max-concurrency", "11"],
+        ["--node", "2"],
+    ],
+)
+def test_a_wrong_word_is_refused_by_the_command_line(
+    kubeflow: Kubeflow, pipeline: Run, words: list[str]
+) -> None:
+    assert pipeline("submit", "tiny", *words)[0] == 2
+    assert not kubeflow.requests
+
+
+def test_a_pipeline_with_other_parameters_is_refused(package: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="the pipeline has no parameter colour"):
+        load_package(package, {"recipes": [], "overrides": [], "colour": "red"}, True)
+    with pytest.raises(ValueError, match="the pipeline also needs overrides, recipes"):
+        load_package(package, {}, True)
+
+
+def test_without_vitdet_the_first_step_looks_recipes_through(
+    kubeflow: Kubeflow, pipeline: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        request.importlib.util, "find_spec", lambda name: None if name == "vitdet" else find(name)
+    )
+    code, _, said = pipeline("submit", "tinyy")
+    assert code == 0 and said == (
+        "pipeline: recipes and settings are not validated here; the first step does that\n"
+    )
+    monkeypatch.undo()
+    assert request.check_recipes(["/data/recipes/mine.yaml"], []) is False
+
+
+def test_the_client_needs_no_torch_and_answers_fast() -> None:
+    code = (
+        "import sys, pipeline.cli\ntry: pipeline.cli.main(['submit', '--help'])\n"
+        "except SystemExit: pass\nsys.exit(' '.join({'torch', 'mlflow', 'vitdet'} & set(sys.modules)) or 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and "--token-file" in done.stdout, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("given", "sent"),
+    [
+        ("0 3 * * 1-5", "0 0 3 * * 1-5"),  # Kubeflow would read it as "every hour, at minute 3"
+        ("*/30 2 4 * * ?", "*/30 2 4 * * ?"),
+        ("@daily", "@daily"),
+        ("@every 12h", "@every 12h"),
+    ],
+)
+def test_a_schedule_means_what_a_crontab_means(
+    kubeflow: Kubeflow, pipeline: Run, given: str, sent: str
+) -> None:
+    assert kubeflow_cron(given) == sent
+    code, out, _ = pipeline(
+        "submit", "tiny", "--cron", given, "--max-concurrency", 2, "--no-catch-up"
+    )
+    assert code == 0 and f"link {kubeflow.url}/#/recurringrun/details/0000-rec-0" in out
+    [body] = kubeflow.bodies("POST /recurringruns")
+    assert body["trigger"] == {"cron_schedule": {"cron": sent}} and body["mode"] == "ENABLE"
+    assert (body["max_concurrency"], body["no_catchup"], body["display_name"]) == (
+        "2",
+        True,
+        "tiny",
+    )
+    assert not kubeflow.bodies("POST /runs")
+
+
+@pytest.mark.parametrize(
+    "expression", ["", "3", "0 3 * * * * *", "0 3 * * mon;x", "@never", "@every"]
+)
+def test_a_schedule_that_is_none(expression: str) -> None:
+    with pytest.raises(ValueError, match="as in a crontab"):
+        kubeflow_cron(expression)
+
+
+def test_a_pool_that_no_label_can_name_is_refused() -> None:
+    for good in (None, "", "h200", "a100.spot_1"):
+        check_pool(good)
+    for bad in ("h200 ", "-x", "a/b", "x" * 64):
+        with pytest.raises(ValueError, match="--pool .*expected a label's value"):
+            check_pool(bad)

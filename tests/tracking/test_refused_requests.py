@@ -1,0 +1,247 @@
+"""Servers that refuse, that are not MLflow, or that do not take artifacts: what a training and later commands do."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Iterator
+from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+from mlflow import MlflowClient
+from mlflow.exceptions import MlflowException
+
+from tests.tracking.test_tracking import points, start
+from vitdet.config import load_config, save_config, to_dict
+from vitdet.tracking import mlflow as tracking
+from vitdet.tracking.journal import find, journals
+from vitdet.workspace import result
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.setattr(tracking, "SHIP_SECONDS", 0.1)
+    monkeypatch.setattr("vitdet.tracking.requests.TRIES", 1)
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> str:
+    uri = f"sqlite:///{tmp_path_factory.mktemp('store') / 'mlflow.db'}"
+    tracking.open_client(uri).search_experiments()
+    return uri
+
+
+class Fixed(ThreadingHTTPServer):
+    """Answers every request with `code` and `body`."""
+
+    daemon_threads = True
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.code, self.body = 200, b"{}"
+        self.uri = f"http://127.0.0.1:{self.server_port}"
+
+
+class Handler(BaseHTTPRequestHandler):
+    server: Fixed
+
+    def log_message(self, *_: object) -> None:
+        """Quiet."""
+
+    def answer(self) -> None:
+        self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        self.send_response(self.server.code)
+        self.send_header("Content-Length", str(len(self.server.body)))
+        self.end_headers()
+        self.wfile.write(self.server.body)
+
+    do_GET = do_POST = do_PATCH = answer  # noqa: N815 - named by http.server
+
+
+@pytest.fixture
+def fixed() -> Iterator[Fixed]:
+    with Fixed() as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield server
+        server.shutdown()
+
+
+DENIED = [
+    (401, b"You are not authenticated."),
+    (401, b'{"detail": "Unauthorized"}'),
+    (403, b"<html>Forbidden</html>"),
+    (403, b'{"error_code": "PERMISSION_DENIED", "message": "Permission denied"}'),
+]
+
+
+@pytest.mark.parametrize(("code", "body"), DENIED)
+def test_a_training_without_access_ends_before_its_first_step(
+    tmp_path: Path, fixed: Fixed, code: int, body: bytes
+) -> None:
+    fixed.code, fixed.body = code, body
+    with pytest.raises(ValueError, match=r"denies access .*set MLFLOW_TRACKING_USERNAME and"):
+        start(tmp_path, fixed.uri)
+    assert not journals(tmp_path)
+    with pytest.raises(ValueError, match="denies access"):
+        tracking.connect(None, fixed.uri, tmp_path)
+
+
+def test_another_service_that_answers_every_request_is_refused(
+    tmp_path: Path, fixed: Fixed
+) -> None:
+    with pytest.raises(ValueError, match="is not an MLflow server"):
+        start(tmp_path, fixed.uri)
+    with pytest.raises(ValueError, match="is not an MLflow server"):
+        tracking.connect(None, fixed.uri, tmp_path)
+
+
+def test_access_that_is_lost_later_is_logged_as_a_refusal_and_nothing_is_lost(
+    tmp_path: Path, fixed: Fixed, caplog: pytest.LogCaptureFixture
+) -> None:
+    fixed.code, fixed.body = 401, b"no"
+    tracker = start(tmp_path, fixed.uri, run_id="1" * 32, resume_step=5)
+    tracker.log({"loss": 1.0}, 6)
+    tracker.close()
+    assert "refuses the run's metrics" in caplog.text and "does not accept" not in caplog.text
+    (journal,) = journals(tmp_path)
+    assert journal.waiting() and journal.last_steps() == {"loss": 6}
+
+
+def test_an_artifact_that_cannot_be_uploaded_holds_no_metric_back(
+    tmp_path: Path, store: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It is kept, and the next command that uses the run uploads it."""
+    picture = tmp_path / "found.png"
+    picture.write_bytes(b"picture")
+    upload = MlflowClient.log_artifact
+
+    def refuse(self: MlflowClient, run_id: str, path: str, folder: str | None = None) -> None:
+        raise MlflowException("the artifact store is full")
+
+    monkeypatch.setattr(MlflowClient, "log_artifact", refuse)
+    tracker = start(tmp_path, store)
+    tracker.artifact(picture, "predictions")
+    tracker.log({"loss": 1.0}, 1)
+    tracker.artifact(picture, "more")
+    tracker.log({"loss": 2.0}, 2)
+    tracker.close()
+    client = tracking.open_client(store)
+    assert points(store, tracker.run_id, "loss") == [(1, 1.0), (2, 2.0)]
+    assert client.get_run(tracker.run_id).info.status == "FINISHED"
+    assert caplog.text.count("found.png cannot be uploaded (the artifact store is full)") == 1
+    assert len(find(tmp_path, tracker.run_id).uploads()) == 2
+
+    monkeypatch.setattr(MlflowClient, "log_artifact", upload)
+    tracking.log_metrics(tracker.run_id, store, tmp_path, {"box_ap": 1.0}, 2)
+    for folder in ("predictions", "more"):
+        file = client.download_artifacts(tracker.run_id, f"{folder}/found.png")
+        assert Path(file).read_bytes() == b"picture"
+    assert not find(tmp_path, tracker.run_id).uploads()
+    assert points(store, tracker.run_id, "loss") == [(1, 1.0), (2, 2.0)]
+
+
+def test_an_artifact_store_that_hangs_holds_nothing_back(
+    tmp_path: Path, store: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    picture, hanging, answered = tmp_path / "found.png", threading.Event(), threading.Event()
+    picture.write_bytes(b"picture")
+
+    def hang(self: MlflowClient, run_id: str, path: str, folder: str | None = None) -> None:
+        hanging.set()
+        answered.wait()
+
+    monkeypatch.setattr(MlflowClient, "log_artifact", hang)
+    monkeypatch.setattr(tracking, "CLOSE_SECONDS", 0.3)
+    tracker = start(tmp_path, store)
+    tracker.artifact(picture, "predictions")
+    tracker.artifact(picture, "more")
+    assert hanging.wait(60)
+    tracker.log({"loss": 1.0}, 1)
+    tracker.close()
+    tracking.log_metrics(tracker.run_id, store, tmp_path, {"box_ap": 1.0}, 2)
+    _, run_id = tracking.connect(tracker.run_id, store, tmp_path)
+    assert points(store, run_id, "loss") == [(1, 1.0)]
+    assert points(store, run_id, "box_ap") == [(2, 1.0)]
+    assert tracking.open_client(store).get_run(run_id).info.status == "FINISHED"
+    assert len(find(tmp_path, run_id).uploads()) == 2
+    assert "files are not uploaded after 0.3 s" in caplog.text
+    answered.set()
+
+
+def test_a_file_that_is_refused_does_not_keep_the_others_back(
+    tmp_path: Path, store: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each command tries one file after another until one fails; the next one begins with the others."""
+    taken: list[str] = []
+
+    def refuse(self: MlflowClient, run_id: str, path: str, folder: str | None = None) -> None:
+        if folder == "bad":
+            raise MlflowException("no such folder")
+        taken.append(str(folder))
+
+    monkeypatch.setattr(MlflowClient, "log_artifact", refuse)
+    tracker = start(tmp_path, store)
+    tracker.close()
+    (tmp_path / "a").write_bytes(b"a")
+    (tmp_path / "b").write_bytes(b"b")
+    files = {tmp_path / "a": "bad", tmp_path / "b": "good"}
+    tracking.log_metrics(tracker.run_id, store, tmp_path, {}, 1, files)
+    assert not taken
+    tracking.log_metrics(tracker.run_id, store, tmp_path, {}, 1)
+    assert taken == ["good"]
+    assert [one["folder"] for one in find(tmp_path, tracker.run_id).uploads()] == ["bad"]
+
+
+def test_runs_of_another_server_are_not_sent_to_this_one(
+    tmp_path: Path, store: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tracking, "STOP_SECONDS", 0.3)
+    with Fixed() as absent:
+        away = absent.uri
+    other = start(tmp_path, away, experiment="elsewhere")  # no server answers there
+    other.log({"loss": 1.0}, 1)
+    other.close()
+    here = start(tmp_path, store)
+    before = start(tmp_path, store)  # of the same server: sent by the next run of the folder
+    before._closing.set()
+    before._thread.join()
+    before.log({"loss": 3.0}, 3)
+    here.abandon()
+    last = start(tmp_path, store)
+    for _ in range(100):
+        if not find(tmp_path, before.run_id).waiting():
+            break
+        last._closing.wait(0.1)
+    last.close()
+    assert points(store, before.run_id, "loss") == [(3, 3.0)]
+    assert find(tmp_path, other.run_id).waiting()
+    assert tracking.open_client(store).get_experiment_by_name("elsewhere") is None
+
+
+@pytest.mark.parametrize(
+    "uri",
+    [
+        "http://alice:s3cret@mlflow:5000",
+        "postgresql://u:s3cret@h:5/d",
+        "https://s3cret@mlflow",
+        "postgresql://u:a/s3cret@h/d",
+        "http://u:a/s3@s3cret@h",
+        "postgresql://h/d?user=u&password=s3cret",
+        "mysql://h/d?ssl_key=k&auth_token=s3cret",
+        "mssql+pyodbc:///?odbc_connect=UID%3Dsa%3BPWD%3Ds3cret%3BDatabase%3Dd",
+        "https://mlflow/?key=s3cret",
+    ],
+)
+def test_a_password_is_not_stored_in_a_config(uri: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="must not contain a user or password") as error:
+        load_config("tiny", [f"tracking.uri={uri}"])
+    assert "s3cret" not in str(error.value)
+    config = load_config("tiny", ["train.keep_best=box_ap"])
+    config = replace(config, tracking=replace(config.tracking, uri=uri))
+    save_config(config, tmp_path / "config.yaml")  # an earlier version's training
+    assert result(tmp_path) == tmp_path / "best.pt"
+    allowed = load_config("tiny", ["tracking.uri=sqlite:////data/a@b/mlflow.db"])
+    assert "a@b" in json.dumps(to_dict(allowed))

@@ -1,0 +1,387 @@
+"""Tracking against real MLflow stores: a sqlite file, and a server that is killed with SIGKILL."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import statistics
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import requests
+
+from vitdet.tracking import mlflow as tracking
+from vitdet.tracking.journal import find
+
+ROOT = Path(__file__).parents[2]
+WHAT = {
+    "experiment": "test",
+    "name": "run",
+    "params": {"optim.lr": 1e-4, "data.scale_range": "[0.1, 2.0]"},
+    "tags": {"recipe": "tiny"},
+    "dataset": {"name": "tiny", "digest": "0123456789ab" * 5, "source": "data/tiny"},
+}
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.setattr(tracking, "SHIP_SECONDS", 0.1)
+    monkeypatch.setattr(tracking, "BACK_OFF_SECONDS", 0.4)
+    monkeypatch.setattr("vitdet.tracking.shipper.BACK_OFF_SECONDS", 0.4)
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A sqlite file that the tests of this module share: to make its tables takes seconds."""
+    uri = f"sqlite:///{tmp_path_factory.mktemp('store') / 'mlflow.db'}"
+    tracking.open_client(uri).search_experiments()
+    return uri
+
+
+class Server:
+    """`mlflow server` on loopback, with one worker on the given sqlite file."""
+
+    def __init__(self, store: str, artifacts: Path) -> None:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.port = free.getsockname()[1]
+        self.uri = f"http://127.0.0.1:{self.port}"
+        self.command = [
+            sys.executable,
+            "-m",
+            "mlflow",
+            "server",
+            "--backend-store-uri",
+            store,
+            "--workers",
+            "1",
+            "--artifacts-destination",
+            str(artifacts),
+            "--host",
+            "127.0.0.1",
+            "--port",
+            str(self.port),
+        ]
+        self.process: subprocess.Popen | None = None
+
+    def start(self) -> None:
+        environment = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+        self.process = subprocess.Popen(
+            self.command,
+            start_new_session=True,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            env=environment,
+        )
+
+    def wait(self) -> None:
+        while self.process.poll() is None:
+            try:
+                with urllib.request.urlopen(f"{self.uri}/health", timeout=10):
+                    return
+            except OSError:
+                time.sleep(0.1)
+        raise AssertionError(f"mlflow server ended with {self.process.returncode}")
+
+    def kill(self) -> None:
+        os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+
+
+@pytest.fixture(scope="module")
+def server(store: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A real MLflow server, for the slow tests."""
+    server = Server(store, tmp_path_factory.mktemp("artifacts"))
+    server.start()
+    yield server
+    server.kill()
+
+
+def start(folder: Path, uri: str, **more: object) -> tracking.Tracker:
+    return tracking.start_run(uri=uri, folder=folder, **{**WHAT, **more})
+
+
+def points(uri: str, run_id: str, key: str) -> list[tuple[int, float]]:
+    return sorted(
+        (point.step, point.value)
+        for point in tracking.open_client(uri).get_metric_history(run_id, key)
+    )
+
+
+def once(steps: range) -> list[tuple[int, float]]:
+    return [(step, step / 2) for step in steps]
+
+
+def test_a_run_holds_what_was_logged(
+    tmp_path: Path, store: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", store)
+    picture = tmp_path / "found.png"
+    picture.write_bytes(b"first")
+    tracker = start(tmp_path, "http://127.0.0.1:9")  # the environment wins
+    for step in range(0, 60, 20):
+        tracker.log({"loss": step / 2, "lr": 0.1}, step)
+    tracker.artifact(picture, "predictions")
+    picture.write_bytes(b"changed after it was logged")
+    tracker.close()
+    client = tracking.open_client(store)
+    run = client.get_run(tracker.run_id)
+    assert run.data.params == {"optim.lr": "0.0001", "data.scale_range": "[0.1, 2.0]"}
+    assert run.data.tags["recipe"] == "tiny" and run.data.tags["mlflow.runName"] == "run"
+    assert run.inputs.dataset_inputs[0].dataset.digest == ("0123456789ab" * 5)[:36]
+    assert run.info.status == "FINISHED"
+    assert points(store, tracker.run_id, "loss") == [(0, 0.0), (20, 10.0), (40, 20.0)]
+    assert (
+        Path(client.download_artifacts(tracker.run_id, "predictions/found.png")).read_bytes()
+        == b"first"
+    )
+    assert not list(tmp_path.glob("journal/*/*"))  # the copy that waited is gone
+
+
+def test_the_default_is_a_file_in_the_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert tracking.tracking_uri("", tmp_path) == f"sqlite:///{tmp_path}/mlflow.db"
+    assert tracking.tracking_uri("http://a", tmp_path) == "http://a"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://b")
+    assert tracking.tracking_uri("http://a", tmp_path) == "http://b"
+
+
+def test_the_base_tracker_is_silent(tmp_path: Path) -> None:
+    tracker = tracking.Tracker()
+    tracker.log({"loss": 1.0}, 0)
+    tracker.artifact(tmp_path / "absent.png")
+    tracker.close()
+    assert tracker.run_id is None and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("journal_lost", [False, True])
+def test_a_resumed_run_has_each_step_once(tmp_path: Path, store: str, journal_lost: bool) -> None:
+    first = start(tmp_path / "a", store)
+    for step in range(158):  # killed here: no close
+        first.log({"loss": step / 2}, step)
+    while first._journal.waiting():
+        time.sleep(0.01)
+    folder = tmp_path / ("b" if journal_lost else "a")
+    second = start(folder, store, run_id=first.run_id, resume_step=150)
+    for step in range(150, 200):
+        second.log({"loss": step / 2, "new": 1.0}, step)
+    second.close()
+    first._closing.set()
+    assert second.run_id == first.run_id
+    assert points(store, first.run_id, "loss") == once(range(200))
+    assert len(points(store, first.run_id, "new")) == 50
+    assert tracking.open_client(store).get_run(first.run_id).data.tags["resumed_at_step"] == "150"
+
+
+def test_a_resumed_run_names_the_settings_that_changed(tmp_path: Path, store: str) -> None:
+    """MLflow refuses another value of a parameter."""
+    run_id = None
+    for lr, expected in ((1e-4, None), (2e-4, "optim.lr: 0.0002, not 0.0001"), (1e-4, "")):
+        params = {**WHAT["params"], "optim.lr": lr}
+        tracker = start(tmp_path, store, run_id=run_id, params=params)
+        tracker.close()
+        run_id = tracker.run_id
+        data = tracking.open_client(store).get_run(run_id).data
+        assert data.tags.get("resumed_settings") == expected
+        assert data.params["optim.lr"] == "0.0001"
+
+
+@pytest.mark.slow
+def test_a_killed_process_loses_nothing(tmp_path: Path, store: str) -> None:
+    code = (
+        "import sys, time; from pathlib import Path; from vitdet.tracking import mlflow as tracking\n"
+        "tracking.SHIP_SECONDS = 0.05\n"
+        f"t = tracking.start_run(uri={store!r}, folder=Path({str(tmp_path)!r}), **{WHAT!r})\n"
+        "print(t.run_id, flush=True)\n"
+        "for step in range(10**6):\n"
+        "    t.log({'loss': step / 2}, step); print(step, flush=True); time.sleep(0.002)"
+    )
+    child = subprocess.Popen(
+        [sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True
+    )
+    run_id = child.stdout.readline().strip()
+    while int(child.stdout.readline()) < 150:
+        pass
+    child.kill()
+    last = int(([150] + [int(line) for line in child.stdout.read().split()])[-1])
+    child.wait()
+    tracker = start(tmp_path, store, run_id=run_id, resume_step=100)
+    for step in range(100, last + 50):
+        tracker.log({"loss": step / 2}, step)
+    tracker.close()
+    assert points(store, run_id, "loss") == once(range(last + 50))
+
+
+def test_lost_answers_double_nothing(
+    tmp_path: Path, store: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The server does what it is asked, and every second answer is lost on the way back."""
+    from mlflow import MlflowException
+
+    class Lossy:
+        def __init__(self) -> None:
+            self.calls: dict[str, int] = {}
+
+        def __getattr__(self, name: str) -> object:
+            def call(*args: object, **kwargs: object) -> object:
+                result = getattr(client, name)(*args, **kwargs)
+                self.calls[name] = self.calls.get(name, 0) + 1
+                if self.calls[name] % 2 and name not in (
+                    "get_run",
+                    "search_runs",
+                    "get_metric_history",
+                ):
+                    raise MlflowException("connection reset")
+                return result
+
+            return call
+
+    client, lossy = tracking.open_client(store), Lossy()
+    monkeypatch.setattr("vitdet.tracking.shipper.open_client", lambda uri: lossy)
+    tracker = start(tmp_path, store, experiment="lossy")
+    assert tracker.run_id.startswith("pending-")
+    for step in range(100):
+        tracker.log({"loss": step / 2}, step)
+        time.sleep(0.01)
+    tracker.close()
+    monkeypatch.undo()
+    (run,) = client.search_runs([client.get_experiment_by_name("lossy").experiment_id])
+    assert run.info.run_id == tracker.run_id and run.info.status == "FINISHED"
+    assert points(store, tracker.run_id, "loss") == once(range(100))
+
+
+def test_a_refused_name_takes_no_other_along(
+    tmp_path: Path, store: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    tracker = start(tmp_path, store)
+    for step in range(5):
+        tracker.log({"loss": step / 2, "ap (%)": 1.0, "nan": float("nan")}, step)
+    tracker.close()
+    assert points(store, tracker.run_id, "loss") == once(range(5))
+    assert len(points(store, tracker.run_id, "nan")) == 5
+    assert sum("refuses ap (%)" in record.message for record in caplog.records) == 1
+
+
+def test_evaluation_adds_to_the_run_and_repeats_nothing(tmp_path: Path, store: str) -> None:
+    tracker = start(tmp_path, store)
+    tracker.close()
+    for value in (35.0, 35.0, 36.0):
+        assert (
+            tracking.log_metrics(tracker.run_id, store, tmp_path, {"final/box_ap": value}, 100)
+            == tracker.run_id
+        )
+    assert points(store, tracker.run_id, "final/box_ap") == [(100, 35.0), (100, 36.0)]
+    assert tracking.open_client(store).get_run(tracker.run_id).info.status == "FINISHED"
+
+
+def test_a_run_that_the_server_lost_is_made_again(tmp_path: Path, store: str) -> None:
+    tracker = start(tmp_path, store)
+    tracker.log({"loss": 0.0}, 0)
+    tracker.close()
+    deleted = tracker.run_id
+    tracking.open_client(store).delete_run(deleted)
+    again = start(tmp_path, store, run_id=deleted, resume_step=1)
+    again.log({"loss": 0.5}, 1)
+    again.close()
+    assert again.run_id != deleted
+    assert points(store, again.run_id, "loss") == once(range(2))
+
+
+def test_connect_names_what_is_missing(
+    tmp_path: Path, store: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("vitdet.tracking.requests.TRIES", 2)
+    with pytest.raises(ConnectionError, match="no answer from MLflow"):
+        tracking.connect("1" * 32, "http://127.0.0.1:9", tmp_path)
+    with pytest.raises(LookupError, match="has no such run"):
+        tracking.connect("1" * 32, store, tmp_path)
+
+
+def test_the_git_revision_is_of_the_working_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert tracking.git_revision() is None
+    git = ["git", "-c", "user.name=a", "-c", "user.email=a@b"]
+    (tmp_path / "file").write_text("a")
+    for command in (["init", "-q"], ["add", "file"], ["commit", "-qm", "first"]):
+        subprocess.run([*git, *command], check=True)
+    clean = tracking.git_revision()
+    (tmp_path / "file").write_text("b")
+    assert len(clean) == 40 and tracking.git_revision() == clean + "-dirty"
+
+
+@pytest.mark.slow
+def test_a_killed_server_costs_no_point_and_no_time(
+    tmp_path: Path, server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    picture = tmp_path / "found.png"
+    picture.write_bytes(b"picture")
+    server.wait()
+    tracker = start(tmp_path, server.uri)
+    assert not tracker.run_id.startswith("pending-")
+    took, sent = [], []
+    send = requests.Session.send
+
+    def recorded(*args: object, **kwargs: object) -> requests.Response:
+        sent.append(threading.current_thread())
+        return send(*args, **kwargs)
+
+    monkeypatch.setattr(requests.Session, "send", recorded)
+
+    def log(steps: range) -> None:
+        before = sent.count(threading.current_thread())
+        for step in steps:
+            begun = time.perf_counter()
+            tracker.log({"loss": step / 2, "lr": 0.1}, step)
+            took.append(time.perf_counter() - begun)
+            time.sleep(0.002)
+        assert sent.count(threading.current_thread()) == before  # the training never waits for it
+
+    log(range(300))
+    server.kill()  # in the middle of shipments
+    log(range(300, 600))
+    tracker.artifact(picture, "predictions")
+    late = start(tmp_path / "late", server.uri)  # a training that starts without a server
+    pending = late.run_id
+    assert pending.startswith("pending-")
+    for step in range(50):
+        late.log({"loss": step / 2}, step)
+    monkeypatch.setattr(tracking, "CLOSE_SECONDS", 2.5)
+    late.close()  # and ends before there is one
+    monkeypatch.setattr(tracking, "CLOSE_SECONDS", 30.0)
+
+    server.start()
+    log(range(600, 900))
+    server.wait()
+    tracker.close()
+    assert points(server.uri, tracker.run_id, "loss") == once(range(900))
+    client = tracking.open_client(server.uri)
+    assert client.get_run(tracker.run_id).info.status == "FINISHED"
+    assert (
+        Path(client.download_artifacts(tracker.run_id, "predictions/found.png")).read_bytes()
+        == b"picture"
+    )
+    assert sent  # by the thread that ships
+    print(f"a call of log: {1e6 * statistics.median(took):.0f} us in the median")
+
+    resumed = start(tmp_path / "late", server.uri, run_id=pending, resume_step=40)
+    for step in range(40, 60):
+        resumed.log({"loss": step / 2}, step)
+    resumed.close()
+    assert points(server.uri, resumed.run_id, "loss") == once(range(60))
+    assert find(tmp_path / "late", pending).run_id == resumed.run_id
+    assert (
+        json.loads(next((tmp_path / "late" / "journal").glob("*.json")).read_text())["run_id"]
+        == resumed.run_id
+    )

@@ -1,0 +1,257 @@
+"""The best detector of a training, and a training that ends when it no longer gains."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.conftest import STEPS, Recorder, minimal
+from tests.training.test_trainer import cut, go, interrupt, terminate
+from vitdet import stages
+from vitdet.checkpoint import load_model_file
+from vitdet.config import Config, load_config, override, save_config
+from vitdet.digest import digest, training_settings
+from vitdet.evaluation import evaluate
+from vitdet.evaluation.evaluator import measured_metrics
+from vitdet.training import Stopped, train, trainer
+from vitdet.training.best import Best
+from vitdet.workspace import result
+
+ENDING = {
+    "train__keep_best": "box_ap50",
+    "train__patience": 2,
+    "train__eval_every": 1,
+    "train__save_every": 100,
+    "optim__steps": 12,
+}
+
+
+def settings(**changes: object) -> Config:
+    return override(Config(), [f"train.{key}={value}" for key, value in changes.items()])
+
+
+def best_of(tmp_path: Path, **changes: object) -> Best:
+    return Best(settings(**changes).train, tmp_path / "out", tmp_path / "states")
+
+
+@pytest.fixture
+def measure(monkeypatch: pytest.MonkeyPatch) -> Callable[[Iterable[float]], None]:
+    """measure([1.0, 2.0, ...]): the box AP50 of the evaluations that follow, instead of real ones."""
+
+    def use(values: Iterable[float]) -> None:
+        series = iter(values)
+
+        def evaluate_detector(*_: object) -> tuple[dict[str, float], list]:
+            return {"box_ap": 1.0, "box_ap50": next(series)}, []
+
+        monkeypatch.setattr(trainer, "evaluate_detector", evaluate_detector)
+        monkeypatch.setattr(trainer, "write_pictures", lambda *_, **__: [])
+
+    return use
+
+
+def test_of_equal_values_the_first_counts_and_patience_counts_evaluations(tmp_path: Path) -> None:
+    best = best_of(tmp_path, keep_best="mask_ap", patience=2)
+    found = [best.update({"mask_ap": ap}, step) for step, ap in enumerate([1.0, 3.0, 3.0], 1)]
+    assert found == [True, True, False] and not best.is_final()
+    assert best.figures() == {"best_mask_ap": 3.0, "best_step": 2}
+    best.update({"mask_ap": 2.0}, 4)
+    assert best.is_final() and (best.step, best.stale) == (2, 2)
+    without = best_of(tmp_path)
+    assert not without.update({}, 1) and without.figures() == {} and not without.is_final()
+    alone = best_of(tmp_path, patience=1)  # of box AP
+    assert alone.update({"box_ap": 1.0}, 1) and not alone.update({"box_ap": 1.0}, 2)
+    assert alone.is_final() and not alone.keeps
+
+
+def test_a_training_that_no_longer_gains_ends_also_when_it_was_resumed(
+    tiny: Path,
+    tmp_path: Path,
+    measure: Callable[[Iterable[float]], None],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def run(folder: str, recorder: Recorder) -> Recorder:
+        train(
+            load_config("tiny", minimal(tiny, **ENDING)),
+            tmp_path / folder,
+            checkpoints=tmp_path / f"{folder}-states",
+            start_tracking=lambda *_: recorder,
+        )
+        return recorder
+
+    measure([1.0, 3.0, 3.0, 2.0])
+    with caplog.at_level(logging.INFO, "vitdet"):
+        whole = run("whole", Recorder())
+    assert (max(whole.points), whole.status) == (4, "FINISHED")
+    assert whole.points[4]["best_box_ap50"] == 3.0 and whole.points[4]["best_step"] == 2
+    assert [text for text in caplog.messages if "the training ends at step 4 of 12" in text]
+    model, best = (load_model_file(tmp_path / "whole" / f"{name}.pt") for name in ("model", "best"))
+    assert (model["step"], model["metrics"]["box_ap50"]) == (4, 2.0)
+    assert (best["step"], best["metrics"]["box_ap50"]) == (2, 3.0)
+    assert run("whole", Recorder()).points == {}  # complete
+
+    measure([1.0, 3.0, 3.0, 2.0])
+    with pytest.raises(KeyboardInterrupt):
+        run("cut", interrupt(cut, 3, "box_ap50"))  # this evaluation is lost
+    shutil.rmtree(tmp_path / "cut")  # as DVC does
+    measure([3.0, 2.0])
+    rest = run("cut", Recorder())
+    assert (min(rest.points), max(rest.points)) == (3, 4)
+    for name, ours in (("model", model), ("best", best)):
+        theirs = load_model_file(tmp_path / "cut" / f"{name}.pt")
+        assert theirs["step"] == ours["step"] and theirs["metrics"] == ours["metrics"]
+        assert all(torch.equal(value, theirs["model"][key]) for key, value in ours["model"].items())
+
+    (tmp_path / "cut" / "model.pt").unlink()
+    measure([])
+    assert run("cut", Recorder()).points == {}  # it had ended
+    assert load_model_file(tmp_path / "cut" / "model.pt")["step"] == 4
+
+
+def test_a_training_always_ends_with_its_best_detector(
+    tiny: Path, tmp_path: Path, measure: Callable[[Iterable[float]], None]
+) -> None:
+    def run(values: Iterable[float]) -> Recorder:
+        measure(values)
+        recorder, changes = Recorder(), {**ENDING, "train__patience": 1}
+        config = load_config("tiny", minimal(tiny, **changes))
+        train(config, folder, start_tracking=lambda *_: recorder)
+        return recorder
+
+    folder = tmp_path / "run"
+    best, stored = folder / "best.pt", folder / "checkpoints" / "best.pt"
+    run([3.0, 2.0])
+    best.unlink()
+    assert not run([]).points and load_model_file(best)["step"] == 1  # from the states
+    best.unlink()
+    stored.unlink()
+    # the evaluation of the last state counts as the best, and patience counts from there
+    assert sorted(run([2.0, 1.0]).points) == [2, 3]
+    assert load_model_file(best)["step"] == 2 and load_model_file(folder / "model.pt")["step"] == 3
+    best.unlink()
+    shutil.rmtree(stored.parent)
+    with pytest.raises(
+        ValueError, match=r"finished run of 3 steps without its best.pt, and no training state"
+    ):
+        run([])
+
+
+def test_a_training_that_patience_ended_goes_on_with_more_of_it(
+    tiny: Path, tmp_path: Path, measure: Callable[[Iterable[float]], None]
+) -> None:
+    def run(values: Iterable[float], patience: int) -> list[int]:
+        measure(values)
+        recorder = Recorder()
+        changes = {**ENDING, "train__patience": patience, "optim__steps": 4}
+        config = load_config("tiny", minimal(tiny, **changes))
+        train(config, tmp_path / "run", start_tracking=lambda *_: recorder)
+        return sorted(recorder.points)
+
+    assert run([3.0, 2.0, 2.0], 2) == [1, 2, 3]
+    with pytest.raises(ValueError, match="another config .*train.patience: 1, not 2"):
+        run([], 1)
+    assert run([4.0], 0) == [4]
+    assert load_model_file(tmp_path / "run" / "best.pt")["step"] == 4
+    with pytest.raises(ValueError, match="another config .*train.patience: 3, not 0"):
+        run([], 3)
+
+
+@pytest.mark.slow
+def test_the_best_detector_has_the_metrics_that_it_says(
+    tiny: Path, trained: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(Stopped):
+        go(tiny, tmp_path, interrupt(terminate, 5), train__keep_best="box_ap")
+    with pytest.raises(
+        ValueError, match=r"train.eval_every: 3, not 4; .*evaluate.nms_iou: 0.6, not 0.5"
+    ):
+        go(tiny, tmp_path, train__keep_best="box_ap", train__eval_every=3, evaluate__nms_iou=0.6)
+    go(tiny, tmp_path, train__keep_best="box_ap")
+    model, best = (load_model_file(tmp_path / f"{name}.pt") for name in ("model", "best"))
+    first = load_model_file(trained / "model.pt")["model"]
+    assert all(torch.equal(value, first[key]) for key, value in model["model"].items())
+    assert best["step"] in (4, STEPS)
+    assert evaluate(tmp_path / "best.pt", device="cpu") == best["metrics"]
+    assert best["metrics"]["box_ap"] >= model["metrics"]["box_ap"]
+
+
+def test_a_best_detector_that_is_lost_is_replaced_by_the_next(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    best = best_of(tmp_path, keep_best="box_ap", patience=3)
+    state = {"value": 5.0, "step": 4, "stale": 1}
+    best.restore(state, 6)
+    assert "the best detector, of step 4, is lost" in caplog.text
+    assert best.stale == 0 and best.update({"box_ap": 1.0}, 8)
+    (tmp_path / "states").mkdir()
+    (tmp_path / "states" / "best.pt").write_bytes(b"damaged")
+    best.restore(state, 6)
+    assert best.value is None
+
+
+def test_settings_that_cannot_work_together_are_refused(tiny: Path) -> None:
+    with pytest.raises(
+        ValueError, match="'box_app' is not an AP metric that is measured .*; did you mean 'box_ap'"
+    ):
+        settings(keep_best="box_app")
+    with pytest.raises(ValueError, match=r"'mask_ap' .* model.mask.enabled=false; known: box_ap, "):
+        override(settings(keep_best="mask_ap"), ["model.mask.enabled=false"])
+    with pytest.raises(ValueError, match="'box_ap_rare' .* data.dataset=coco"):
+        settings(keep_best="box_ap_rare")
+    assert override(settings(), ["data.dataset=lvis", "train.keep_best=box_ap_rare"])
+    with pytest.raises(ValueError, match=r"train.eval_every must be between 1 and .*, got 0"):
+        settings(keep_best="box_ap", eval_every=0)
+
+
+def test_a_metric_that_the_data_does_not_have_is_refused_before_anything_is_written(
+    tiny: Path, tmp_path: Path
+) -> None:
+    missing = next(
+        name
+        for name in ("box_ap_large", "box_ap_medium", "box_ap_small")
+        if name not in measured_metrics(load_config("tiny", minimal(tiny)))
+    )
+    with pytest.raises(ValueError, match=f"do not measure {missing}: val has no object for it; "):
+        go(tiny, tmp_path / "run", train__keep_best=missing)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("selecting", ["keep_best=box_ap", "patience=3"])
+def test_with_a_selection_the_evaluations_determine_the_result(selecting: str) -> None:
+    ours = load_config("tiny", [f"train.{selecting}"])
+    assert digest(ours) != digest(load_config("tiny"))
+    for change in ("train.eval_every=7", "evaluate.nms_iou=0.7", "evaluate.max_images=7"):
+        assert digest(override(ours, [change])) != digest(ours)
+        assert training_settings(override(ours, [change])) != training_settings(ours)
+    assert digest(override(ours, ["train.log_every=7", "tracking.experiment=x"])) == digest(ours)
+
+
+@pytest.mark.parametrize(("metric", "file"), [("", "model.pt"), ("box_ap", "best.pt")])
+def test_a_training_folder_stands_for_its_result(metric: str, file: str, tmp_path: Path) -> None:
+    folder = tmp_path / "runs" / "tiny-12345678-run"
+    save_config(settings(keep_best=metric), folder / "config.yaml")
+    for name in ("model.pt", "best.pt"):
+        (folder / name).write_text(name)
+    assert result(folder) == folder / file and result(folder / "model.pt") == folder / "model.pt"
+    stages.copy_checkpoint(str(tmp_path), "tiny-12345678", "run", str(tmp_path / "copy"))
+    assert (tmp_path / "copy").read_text() == file
+    assert stages.is_trained(str(tmp_path), "tiny-12345678", "run")
+
+
+def test_the_settings_that_affect_a_training_are_written_for_dvc(
+    tmp_path: Path, vitdet: Callable[..., tuple[int, str, str]]
+) -> None:
+    words = ("config", "tiny", "--output", "config.yaml", "--training", "training.json")
+    assert vitdet(*words)[0] == 0
+    without = json.loads((tmp_path / "training.json").read_text())
+    assert without["optim.lr"] == load_config("tiny").optim.lr
+    assert not without.keys() & {"train.eval_every", "evaluate.nms_iou", "train.log_every"}
+    assert vitdet(*words, "--set", "train.patience=2")[0] == 0
+    added = json.loads((tmp_path / "training.json").read_text()).keys() - without.keys()
+    assert {"train.eval_every", "evaluate.nms_iou"} <= added and "train.log_every" not in added

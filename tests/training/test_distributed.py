@@ -1,0 +1,459 @@
+"""Real processes: killed and started again, alone and under torchrun, tracked by MLflow."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+import torch
+from torch import distributed as dist
+from torch import multiprocessing
+
+from tests.conftest import STEPS, Recorder, environment, minimal, options, start
+from tests.training.test_trainer import cut, figures, go, interrupt, same_bits
+from vitdet import distributed
+from vitdet.checkpoint import load_model_file
+from vitdet.config import load_config
+from vitdet.training import train, trainer
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities import Run
+
+# No random draw of proposals and a batch that is not too small, so that one and two processes differ by rounding only.
+TOGETHER = {
+    "train__batch_size": 4,
+    "model__rpn__samples": 4000,
+    "model__rpn__positive_fraction": 1,
+    "model__roi_heads__samples": 100,
+    "model__roi_heads__positive_fraction": 1,
+    "model__mask__samples": 100,
+}
+
+
+class Listener(Recorder):
+    """Also keeps the image ids of every batch of this process."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.image_ids: list[tuple[int, ...]] = []
+
+    def train(self, root: Path, output: Path, changes: dict) -> None:
+        """Trains and listens at the loader."""
+        loader = trainer.train_loader
+
+        def listening(*given: object) -> object:
+            made = loader(*given)
+            collate = made.collate_fn
+
+            def heard(samples: list) -> object:
+                batch = collate(samples)
+                self.image_ids.append(batch.image_ids)
+                return batch
+
+            made.collate_fn = heard
+            return made
+
+        trainer.train_loader = listening
+        try:
+            train(
+                load_config("tiny", minimal(root, **changes)),
+                output,
+                start_tracking=lambda *_: self,
+            )
+        finally:
+            trainer.train_loader = loader
+
+
+def one_of_two(rank: int, threads: int, port: int, root: Path, output: Path, changes: dict) -> None:
+    """What torchrun does, with a listener."""
+    torch.set_num_threads(threads)
+    os.environ |= {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
+    listener = Listener()
+    listener.train(root, output, changes)
+    output.with_name(f"rank{rank}.json").write_text(
+        json.dumps([listener.image_ids, listener.points])
+    )
+
+
+def uninterrupted_pair(tiny: Path, folder: Path) -> None:
+    """folder/run: a training by two processes; rank0.json and rank1.json: what each of them saw."""
+    multiprocessing.spawn(
+        one_of_two, (torch.get_num_threads(), free_port(), tiny, folder / "run", TOGETHER), nprocs=2
+    )
+
+
+def apart(rank: int, port: int, root: Path, folder: Path) -> None:
+    """What torchrun does on machines that share no folder: the second one finds nothing of the first one's."""
+    os.environ |= {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
+    if rank == 1:
+        trainer.Checkpoints.all = lambda _: []
+    train(load_config("tiny", minimal(root, **TOGETHER)), folder)
+
+
+@pytest.mark.slow
+def test_processes_that_share_no_folder_end_at_once(tiny: Path, tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        go(tiny, tmp_path, interrupt(cut, 4), **TOGETHER)
+    with pytest.raises(
+        Exception, match=r"found states of different steps \(3, 0\); --output must be one folder"
+    ):
+        multiprocessing.spawn(apart, (free_port(), tiny, tmp_path), nprocs=2)
+    assert min(go(tiny, tmp_path, **TOGETHER).points) == 4  # nothing was lost
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def wait_for(process: subprocess.Popen, text: str) -> None:
+    """Reads its stderr up to this text."""
+    seen = ""
+    while text not in seen:
+        line = process.stderr.readline()
+        assert line, f"it ended without {text!r}:\n{seen}"
+        seen += line
+
+
+def finish(process: subprocess.Popen) -> str:
+    """Waits for a good end; its stderr."""
+    output, errors = process.communicate()
+    assert process.returncode == 0 and output == "run/model.pt\n", errors
+    return errors
+
+
+def tracked(folder: Path) -> tuple[MlflowClient, Run]:
+    """MLflow there, and the one run that it has."""
+    # here: the processes of `uninterrupted_pair` import this module too
+    from mlflow import MlflowClient
+
+    client = MlflowClient(f"sqlite:///{folder / 'mlflow.db'}")
+    (run,) = client.search_runs([one.experiment_id for one in client.search_experiments()])
+    return client, run
+
+
+def killed_alone(tiny: Path, folder: Path) -> None:
+    """folder/run: a training that got SIGTERM, was started again, got SIGKILL, and was started again."""
+    words = ["train", "tiny", *options(minimal(tiny)), "--output", "run"]
+    first = random.randrange(1, STEPS - 3)
+    process = start(words, folder)
+    wait_for(process, f"step {first}/{STEPS}")
+    process.terminate()
+    _, errors = process.communicate()
+    assert process.returncode == 143, errors
+    stopped = int(
+        re.search(rf"stopped at step (\d+) of {STEPS}; the same command goes on", errors)[1]
+    )
+    assert first <= stopped < STEPS
+    process = start(words, folder)
+    wait_for(process, f"step {random.randrange(stopped + 1, max(STEPS, stopped + 2))}/{STEPS}")
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    finish(start(words, folder))
+
+
+def killed_pair(tiny: Path, folder: Path) -> None:
+    """folder/run: a training under torchrun with two processes, all of which got SIGKILL, and started again."""
+    words = ["train", "tiny", *options(minimal(tiny, **TOGETHER)), "--output", "run"]
+    process = start(words, folder, processes=2)
+    at = random.randrange(1, STEPS)
+    wait_for(process, f"step {at}/{STEPS}")
+    workers = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    for pid in (process.pid, *map(int, workers)):  # the workers are no members of its group
+        os.kill(pid, signal.SIGKILL)
+    process.communicate()
+    # it went on
+    assert f"of {STEPS} (run/checkpoints)" in finish(start(words, folder, processes=2))
+    trained, (client, run) = (folder / "run" / "model.pt").read_bytes(), tracked(folder)
+    # its process was killed before it could say that it has finished
+    client.update_run(run.info.run_id, "RUNNING")
+    # as torchrun does when another node is lost at the very end
+    assert "run: complete already, nothing is left to do" in finish(
+        start(words, folder, processes=2)
+    )
+    assert (folder / "run" / "model.pt").read_bytes() == trained
+    assert tracked(folder)[1].info.status == "FINISHED"
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An MLflow file with its tables, which take seconds to make."""
+    from mlflow import MlflowClient
+
+    path = tmp_path_factory.mktemp("store") / "mlflow.db"
+    MlflowClient(f"sqlite:///{path}").search_experiments()
+    return path
+
+
+@pytest.fixture(scope="module")
+def folders(
+    tiny: Path, store: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[dict[str, Future[Path]]]:
+    """What the three functions make, side by side: most of their time is imports."""
+
+    def make(scene: Callable[[Path, Path], None]) -> Path:
+        folder = made[scene]
+        shutil.copy(store, folder)
+        scene(tiny, folder)
+        return folder
+
+    scenes = (killed_pair, killed_alone, uninterrupted_pair)
+    made = {scene: tmp_path_factory.mktemp(scene.__name__) for scene in scenes}
+    with ThreadPoolExecutor(len(scenes)) as pool:
+        yield {scene.__name__: pool.submit(make, scene) for scene in scenes}
+
+
+@pytest.mark.slow
+def test_killed_processes_go_on_under_one_run(
+    folders: dict[str, Future[Path]], trained: Path
+) -> None:
+    folder = folders["killed_alone"].result()
+    same_bits(folder / "run", trained)
+    assert not list((folder / "run").rglob(".*.tmp"))
+    client, run = tracked(folder)
+    assert run.info.run_id == load_model_file(folder / "run" / "model.pt")["run_id"]
+    assert run.info.status == "FINISHED"
+    expected = figures(json.loads((trained / "points.json").read_text()))
+    for name in ("loss", "loss_mask", "lr", "grad_norm", "box_ap"):
+        history = [
+            (point.step, point.value) for point in client.get_metric_history(run.info.run_id, name)
+        ]
+        assert history == [
+            (step, values[name]) for step, values in expected.items() if name in values
+        ], name
+
+
+@pytest.mark.slow
+def test_two_processes_under_torchrun_killed_and_started_again(
+    folders: dict[str, Future[Path]],
+) -> None:
+    same_bits(
+        folders["killed_pair"].result() / "run", folders["uninterrupted_pair"].result() / "run"
+    )
+
+
+@pytest.mark.slow
+def test_one_and_two_processes_see_the_same_images_in_the_same_order(
+    folders: dict[str, Future[Path]], tiny: Path, tmp_path: Path
+) -> None:
+    pair = folders["uninterrupted_pair"].result()
+    alone = Listener()
+    alone.train(tiny, tmp_path / "run", TOGETHER)
+    (ids0, points), (ids1, _) = (
+        json.loads((pair / f"rank{rank}.json").read_text()) for rank in (0, 1)
+    )
+    assert [list(ids) for ids in alone.image_ids] == [
+        a + b for a, b in zip(ids0, ids1, strict=True)
+    ]
+    assert len(ids0) == STEPS and len({image for ids in ids0 + ids1 for image in ids}) > 6
+    first, other = alone.points[1], points["1"]
+    for name in ("loss", "loss_cls", "loss_rpn_cls", "loss_rpn_loc", "loss_mask"):
+        assert other[name] == pytest.approx(first[name], rel=0.05), name
+    assert points[str(STEPS)]["box_ap"] >= 0  # of both processes' images
+
+
+@pytest.mark.slow
+def test_two_processes_evaluate_as_one(trained: Path, tmp_path: Path) -> None:
+    process = start(
+        ["evaluate", str(trained / "model.pt"), "--output", "metrics.json"], tmp_path, processes=2
+    )
+    output, errors = process.communicate()
+    assert process.returncode == 0 and output.count("mask ") == 1, errors  # one table
+    expected = load_model_file(trained / "model.pt")["metrics"]
+    found = json.loads((tmp_path / "metrics.json").read_text())
+    assert {name: found[name] for name in expected} == pytest.approx(expected)
+
+
+class Clock:
+    """Stands in for the module `time` of several threads: time passes only while all of them sleep.
+
+    So each of them takes its turn in each interval, however slow the machine is.
+    """
+
+    def __init__(self, threads: int) -> None:
+        self.now, self.awake = 0.0, threads
+        self.wakes: list[float] = []
+        self.condition = threading.Condition()
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        with self.condition:
+            until = self.now + seconds
+            self.wakes.append(until)
+            self.leave()
+            self.condition.wait_for(lambda: self.now >= until)
+
+    def leave(self) -> None:
+        """The calling thread sleeps or ends; let the next ones wake up if it was the last one."""
+        with self.condition:
+            self.awake -= 1
+            if not self.awake and self.wakes:
+                self.now = min(self.wakes)
+                self.awake = self.wakes.count(self.now)
+                self.wakes = [until for until in self.wakes if until > self.now]
+                self.condition.notify_all()
+
+
+class CountingStore(dist.HashStore):
+    """Counts the calls of `check`, and the empty launch IDs in them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.checks = self.empty = 0
+
+    def check(self, keys: list[str]) -> bool:
+        self.checks += 1
+        self.empty += any(key.startswith("/") for key in keys)
+        return super().check(keys)
+
+
+def synchronize(
+    store: dist.Store,
+    *numbers: int,
+    count: int = 3,
+    starts: dict[int, float] | None = None,
+) -> dict[int, tuple[str, list[int]]]:
+    """What the ranks `numbers` of `count` return, each in a thread; starts: seconds before a rank starts."""
+    clock = Clock(len(numbers))
+
+    def run(number: int) -> tuple[str, list[int]]:
+        try:
+            if starts and number in starts:
+                clock.sleep(starts[number])
+            return distributed._synchronize_launch(store, number, count)
+        finally:
+            clock.leave()
+
+    with pytest.MonkeyPatch.context() as patch, ThreadPoolExecutor(len(numbers)) as pool:
+        patch.setattr(distributed, "time", clock)
+        return dict(zip(numbers, pool.map(run, numbers), strict=True))
+
+
+def test_launches_with_one_store_have_one_id_each() -> None:
+    """Whatever earlier launches left in the store, complete or not."""
+    store, ids = dist.HashStore(), set()
+    for _ in range(3):
+        joined = synchronize(store, 2, 1, 0, starts={1: 7.0, 0: 30.0})
+        ((launch_id, missing),) = {(one, tuple(missing)) for one, missing in joined.values()}
+        ids.add(launch_id)
+        assert missing == ()
+        # the ranks of this launch do not join it again
+        assert synchronize(store, 1, 2) == {1: (launch_id, [0]), 2: (launch_id, [0])}
+        assert synchronize(store, 0)[0][1] == [1, 2]
+    assert len(ids) == 3
+    assert synchronize(dist.HashStore(), 0, count=1)[0][1] == []
+
+
+@pytest.mark.parametrize("late", [0, 1])
+def test_ranks_that_did_not_join_are_named(late: int) -> None:
+    """By each rank that did, whether or not an earlier launch left keys in the store."""
+    store = dist.HashStore()
+    assert synchronize(store, 1, 2) == {1: ("", [0]), 2: ("", [0])}
+    for _ in range(2):
+        joined = synchronize(store, 0, 1, starts={late: 9.0})
+        assert [missing for _, missing in joined.values()] == [[2], [2]]
+        (launch_id, missing), (launch_id, others) = synchronize(store, 1, 2).values()
+        assert missing == others == [0]
+        assert synchronize(store, 0)[0][1] == [1, 2]  # leaves an incomplete launch
+        assert synchronize(store, 1)[1][1] == [0, 2]
+
+
+def test_a_rank_that_is_restarted_after_it_joined_waits_for_the_next_launch(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    store = dist.HashStore()
+    (launch_id,) = {one for one, _ in synchronize(store, 0, 1, 2).values()}
+    assert synchronize(store, 1) == {1: (launch_id, [0])}
+    joined = synchronize(store, 1, 2, 0, starts={2: 60.0, 0: 200.0})
+    ((other, missing),) = {(one, tuple(missing)) for one, missing in joined.values()}
+    assert other != launch_id and missing == ()
+    monkeypatch.setattr(dist, "rendezvous", lambda *_, **__: iter([(store, 1, 3)]))
+    monkeypatch.setattr(distributed, "JOINING", timedelta(seconds=0))
+    with pytest.raises(TimeoutError, match="rank 0 of 3 did not join within 0 seconds") as error:
+        distributed._join()
+    assert str(error.value).endswith("; rank 0 joined an earlier launch and did not start again")
+
+
+def test_the_requests_of_a_launch_do_not_grow_with_its_ranks() -> None:
+    """For each rank and poll; before rank 0 has published the launch, there is nothing else to ask for."""
+    polls = distributed.JOINING.total_seconds() / distributed.POLL
+    stores = {count: CountingStore() for count in (2, 64)}
+    for count, store in stores.items():
+        assert synchronize(store, 0, count=count)[0][1] == list(range(1, count))
+        assert store.checks - (count - 1) < polls + 3  # those that name the missing ones at the end
+        store.checks = 0
+        launch_id, missing = synchronize(store, 1, count=count)[1]
+        assert missing == [0, *range(2, count)]
+        assert store.checks - (count - 1) < 2 * polls + 5
+    store = CountingStore()
+    assert synchronize(store, 1) == {1: ("", [0])} and not store.empty
+
+
+def test_one_process_is_the_first_of_one() -> None:
+    assert (distributed.rank(), distributed.world_size()) == (0, 1)
+    value = torch.tensor([1.0, 2.0])
+    assert torch.equal(distributed.mean(value), value) and distributed.all_gather_objects("a") == [
+        "a"
+    ]
+    assert distributed.gather_objects("a") == ["a"]
+    assert distributed.largest(15)() == 15 and distributed.largest(0)() == 0
+    with distributed.process_group() as device:
+        assert distributed.world_size() == 1 and device.type in ("cpu", "cuda")
+
+
+REFUSED = """
+import sys
+from vitdet.cli import main
+try:
+    main(sys.argv[1:])
+finally:
+    assert "torch" not in sys.modules
+"""
+
+
+@pytest.mark.parametrize(("batch", "fitting"), [(12, "8 or 16"), (2, "8")])
+def test_a_batch_that_the_processes_cannot_share_is_refused_before_anything_else(
+    tmp_path: Path, batch: int, fitting: str
+) -> None:
+    words = ["train", "tiny", "--set", f"train.batch_size={batch}", "--set", "data.root=none"]
+    done = subprocess.run(
+        [sys.executable, "-c", REFUSED, *words, "--output", str(tmp_path / "run")],
+        capture_output=True,
+        text=True,
+        env={**environment(tmp_path), "WORLD_SIZE": "8", "RANK": "3"},
+    )
+    assert done.returncode == 1 and not (tmp_path / "run").exists()
+    assert done.stderr == (
+        f"vitdet: train.batch_size must be a multiple of the 8 processes, got {batch}; "
+        f"set it to {fitting}, or start another number of processes\n"
+    )

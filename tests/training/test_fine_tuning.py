@@ -1,0 +1,173 @@
+"""A finished detector as the start of a training: with its own classes whole, with others all but their layers."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.conftest import minimal
+from tests.helpers.small import CLASSES, small_detector
+from vitdet.checkpoint import FORMAT, Checkpoints, load_model_file, save
+from vitdet.config import load_config
+from vitdet.training import train
+from vitdet.weights import load_pretrained
+
+LAYERS = {
+    f"roi_heads.{layer}.{kind}"
+    for layer in ("stages.0.logits", "stages.0.deltas", "mask.logits")
+    for kind in ("weight", "bias")
+}
+
+
+def other_classes(data: Path, names: list[str]) -> None:
+    """Only the first of the categories, with these names."""
+    for path in (data / "annotations").glob("instances_*.json"):
+        content = json.loads(path.read_text())
+        kept = sorted(content["categories"], key=lambda one: one["id"])[: len(names)]
+        content["categories"] = [
+            {**one, "name": name} for one, name in zip(kept, names, strict=True)
+        ]
+        ids = {one["id"] for one in kept}
+        content["annotations"] = [
+            one for one in content["annotations"] if one["category_id"] in ids
+        ]
+        path.write_text(json.dumps(content))
+
+
+def start(data: Path, output: Path, source: Path, **changes: object) -> dict[str, Tensor]:
+    """The weights with which a training from `source` begins."""
+    train(
+        load_config(
+            "tiny", minimal(data, train__init=source, optim__steps=1, train__keep=2, **changes)
+        ),
+        output,
+    )
+    return torch.load(Checkpoints(output / "checkpoints", 2).all()[0], weights_only=True)["model"]
+
+
+@pytest.mark.parametrize("names", [["one", "two"], None], ids=["another number", "other names"])
+def test_another_set_of_classes(
+    trained: Path,
+    own_tiny: Path,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    names: list[str] | None,
+) -> None:
+    source = trained / "model.pt"
+    before = load_model_file(source)
+    count = len(before["class_names"])
+    names = names or [*before["class_names"][:-1], "pentagon"]
+    other_classes(own_tiny, names)
+    with caplog.at_level(logging.INFO):
+        weights = start(
+            own_tiny, tmp_path / "run", source, model__roi_heads__num_classes=len(names)
+        )
+    assert {
+        name for name, tensor in weights.items() if not torch.equal(tensor, before["model"][name])
+    } == LAYERS
+    said = {record.message for record in caplog.records if "starts afresh" in record.message}
+    why = (
+        f"{count} classes in the file, 2 here"
+        if len(names) == 2
+        else f"other classes, such as {before['class_names'][-1]!r} in the file and 'pentagon' here"
+    )
+    assert said == {f"{source}: {name}: starts afresh ({why})" for name in LAYERS}
+
+
+def test_the_same_classes(
+    trained: Path, tiny: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.INFO):
+        weights = start(tiny, tmp_path / "run", trained / "model.pt")
+    before = load_model_file(trained / "model.pt")["model"]
+    assert all(torch.equal(tensor, before[name]) for name, tensor in weights.items())
+    assert not any("afresh" in record.message for record in caplog.records)
+
+
+def test_another_size_of_image(
+    trained: Path, tiny: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.INFO):
+        weights = start(
+            tiny,
+            tmp_path / "run",
+            trained / "model.pt",
+            model__backbone__rel_pos_size=64,
+            model__backbone__pos_embed_grid=8,
+        )
+    assert weights["backbone.pos_embed"].shape[1:3] == (8, 8)
+    said = [
+        record.message.partition(": ")[2]
+        for record in caplog.records
+        if "resized" in record.message
+    ]
+    assert said[0] == "backbone.pos_embed: resized from (1, 16, 16, 128) to (1, 8, 8, 128)"
+    assert said[1].startswith(
+        "backbone.blocks.1.attn.rel_pos_h and 3 more: resized from (31, 32) to (15, 32)"
+    )
+
+
+def test_anything_else_must_match(trained: Path, own_tiny: Path, tmp_path: Path) -> None:
+    other_classes(own_tiny, ["one", "two"])
+    with pytest.raises(ValueError) as caught:
+        start(
+            own_tiny,
+            tmp_path / "run",
+            trained / "model.pt",
+            model__roi_heads__num_classes=2,
+            model__roi_heads__fc_dim=16,
+        )
+    text = str(caught.value)
+    assert "\n" not in text and "model.pt: does not fit this detector: " in text
+    assert "other shape: roi_heads.stages.0.fcs.0.weight " in text
+
+
+def stored(path: Path, **settings: object) -> Path:
+    """A detector of tests.helpers.small as a checkpoint without a config."""
+    detector = small_detector(seed=1, **settings)
+    save(path, {"format": FORMAT, "model": detector.state_dict()})
+    return path
+
+
+def test_boxes_of_a_cascade_belong_to_no_class(tmp_path: Path) -> None:
+    path = stored(tmp_path / "model.pt", ious=(0.5, 0.6, 0.7))
+    content = torch.load(path, weights_only=True)
+    for name, tensor in content["model"].items():
+        if "logits" in name and name.startswith("roi_heads"):
+            content["model"][name] = torch.cat([tensor, tensor[:1]])
+    save(path, content)
+    detector = small_detector(seed=2, ious=(0.5, 0.6, 0.7))
+    loaded = load_pretrained(detector, path)
+    assert sorted(loaded.fresh) == sorted(
+        f"roi_heads.{layer}.{kind}"
+        for kind in ("weight", "bias")
+        for layer in ("mask.logits", *(f"stages.{stage}.logits" for stage in range(3)))
+    )
+    assert all(
+        f"{CLASSES + 1} classes in the file, {CLASSES} here" in note for note in loaded.notes
+    )
+
+
+def test_another_loss_over_the_same_classes(tmp_path: Path) -> None:
+    softmax, federated = stored(tmp_path / "s.pt"), stored(tmp_path / "f.pt", loss="federated")
+    odds = "roi_heads.classification.class_weights"
+    detector = small_detector(seed=2, loss="federated")
+    assert load_pretrained(detector, softmax).fresh == [odds]
+    detector = small_detector(seed=2)
+    loaded = load_pretrained(detector, federated)
+    assert not loaded.fresh and loaded.notes == [f"{odds}: left out (the loss is another one)"]
+    assert not load_pretrained(small_detector(seed=2, loss="federated"), federated).notes
+
+
+def test_a_detector_without_its_class_layers_is_refused(tmp_path: Path) -> None:
+    path = stored(tmp_path / "model.pt")
+    content = torch.load(path, weights_only=True)
+    for lost in ("roi_heads.stages.0.logits.weight", "roi_heads.mask.logits.bias"):
+        save(path, {**content, "model": {k: v for k, v in content["model"].items() if k != lost}})
+        with pytest.raises(ValueError, match=f"1 tensors: lacks {lost}"):
+            load_pretrained(small_detector(), path)

@@ -1,0 +1,248 @@
+"""Too little memory of a GPU: what is said, and when the backbone computes its activations again."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from tests.conftest import minimal, options
+from tests.helpers.triton_device import needs_gpu
+from vitdet import stages
+from vitdet.config import BackboneConfig, Config, load_config
+from vitdet.models import build_backbone, build_detector
+from vitdet.models.detector import Detector
+from vitdet.models.layers import Blocks
+from vitdet.tracking import runs
+from vitdet.training.graph import can_be_graphed
+from vitdet.training.memory import checkpoint_activations, step_bytes
+
+# what torch raises, in one line
+TORCH = (
+    "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79.11 GiB of which 1.20 GiB is free. "
+    "Including non-PyTorch memory, this process has 77.90 GiB memory in use. Of the allocated memory 70.00 GiB is "
+    "allocated by PyTorch, and 5.10 GiB is reserved by PyTorch but unallocated. See documentation ..."
+)
+SAID = (
+    "vitdet: CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79.11 GiB of which 1.20 GiB "
+    "is free. "
+)
+CPU, GPU = torch.device("cpu"), torch.device("cuda")
+
+
+def fill_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From now on every detector takes more memory than there is; nothing is tracked."""
+
+    def fill(*_: object) -> None:
+        raise torch.OutOfMemoryError(TORCH)
+
+    monkeypatch.setattr(Detector, "forward", fill)
+    monkeypatch.setattr(runs, "has_mlflow", lambda: False)
+
+
+def test_training_says_which_settings_need_less_memory(
+    vitdet: Callable[..., tuple[int, str, str]],
+    tiny: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    fill_memory(monkeypatch)
+    code, _, said = vitdet("train", "tiny", *options(minimal(tiny)), "--output", tmp_path / "run")
+    assert code == 1 and not (tmp_path / "run" / "model.pt").exists()
+    assert said.splitlines()[-1] == (
+        f"{SAID}Raise train.accumulate (the same batch in smaller parts), set train.activation_checkpointing=blocks, or "
+        "lower train.batch_size, data.image_size or, for evaluations, evaluate.batch_size; or use a GPU with more memory"
+    )
+
+
+def test_evaluating_and_predicting_say_what_needs_less_memory(
+    vitdet: Callable[..., tuple[int, str, str]],
+    trained: Path,
+    picture: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    fill_memory(monkeypatch)
+    code, _, said = vitdet("evaluate", trained / "model.pt")
+    assert code == 1 and said.splitlines()[-1] == (
+        f"{SAID}Lower evaluate.batch_size, or use a GPU with more memory or the CPU: "
+        "CUDA_VISIBLE_DEVICES= vitdet evaluate ..."
+    )
+    code, _, said = vitdet("predict", trained / "model.pt", picture, "--output", tmp_path / "drawn")
+    assert code == 1 and said.splitlines()[-1] == (
+        f"{SAID}Use a GPU with more memory or the CPU: CUDA_VISIBLE_DEVICES= vitdet predict ..."
+    )
+    assert list((tmp_path / "drawn").iterdir()) == []
+
+
+def test_words_of_torch_that_are_not_known_are_kept(
+    vitdet: Callable[..., tuple[int, str, str]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def fill(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("HIP out of memory. Tried to allocate 2 GiB.\nSee docs.")
+
+    monkeypatch.setattr(stages, "train", fill)
+    code, _, said = vitdet("train", "tiny", "--output", tmp_path / "run")
+    last = said.splitlines()[-1]
+    assert code == 1 and last.startswith(
+        "vitdet: HIP out of memory. Tried to allocate 2 GiB. Raise train.accumulate"
+    )
+
+
+def checkpointing(detector: nn.Module) -> set[bool]:
+    return {module.checkpointing for module in detector.modules() if isinstance(module, Blocks)}
+
+
+def test_auto_checkpoints_where_the_estimate_exceeds_nine_tenths_of_the_gpu(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = load_config("tiny")
+    detector = build_detector(config.model)
+    needed = step_bytes(detector, config, 8, "bf16", False)
+
+    def decide(setting: str, device: torch.device, memory: float) -> bool:
+        given = replace(config, train=replace(config.train, activation_checkpointing=setting))
+        monkeypatch.setattr(
+            torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=memory)
+        )
+        checkpoint_activations(detector, given, 8, "bf16", device)
+        (decided,) = checkpointing(detector)
+        assert can_be_graphed(detector) != decided  # random draws are repeated, which no graph can
+        return decided
+
+    with caplog.at_level(logging.INFO, "vitdet"):
+        assert not decide("auto", GPU, needed / 0.89)
+        assert not decide("auto", CPU, 1) and not decide("none", GPU, 1)
+        assert decide("blocks", CPU, 1e15) and decide("blocks", GPU, 1e15)
+        assert not caplog.messages
+        assert decide("auto", GPU, needed / 0.91)
+    assert len(caplog.messages) == 1 and "8 images a micro-batch would take about" in caplog.text
+
+
+# GiB without checkpointing, bf16: recipe, images, with the kernels (H200, a CUDA graph) or without (H100), measured
+MEASURED = [
+    ("mask_rcnn_vitdet_b_coco", 1, False, 5.0),
+    ("mask_rcnn_vitdet_b_coco", 8, False, 25.8),
+    ("mask_rcnn_vitdet_l_coco", 4, False, 29.2),
+    ("mask_rcnn_vitdet_h_coco", 4, False, 46.5),
+    ("mask_rcnn_vitdet_b_coco", 1, True, 4.2),
+    ("mask_rcnn_vitdet_b_coco", 8, True, 21.05),
+    ("mask_rcnn_vitdet_l_coco", 4, True, 22.83),
+]
+
+
+@pytest.mark.parametrize(("recipe", "images", "fused", "measured"), MEASURED)
+def test_the_estimate_is_what_was_measured(
+    recipe: str, images: int, fused: bool, measured: float
+) -> None:
+    config = load_config(recipe)
+    with torch.device("meta"):
+        detector = build_detector(config.model)
+    estimate = step_bytes(detector, config, images, "bf16", fused) / 2**30
+    assert estimate == pytest.approx(measured, rel=0.05 if fused else 0.15)
+    assert step_bytes(detector, config, images, "fp32", fused) > step_bytes(
+        detector, config, images, "fp16", fused
+    )
+
+
+BACKBONES = {
+    "vit_tiny": BackboneConfig(name="vit_tiny", window_size=3, pos_embed_grid=4, rel_pos_size=64),
+    "vitae_s": BackboneConfig(name="vitae_s", window_size=3, rel_pos_size=64),
+    "swin_t": BackboneConfig(name="swin_t", window_size=7),
+    "vitaev2_s": BackboneConfig(name="vitaev2_s", window_size=7),
+}
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["vit_tiny", "vitae_s", "swin_t", pytest.param("vitaev2_s", marks=pytest.mark.slow)],
+)
+def test_blocks_that_compute_again_give_the_same_bits(name: str) -> None:
+    """With the same dropped paths, and statistics of BatchNorm that are updated once."""
+    torch.manual_seed(0)
+    model = Config().model
+    settings = replace(model, backbone=replace(BACKBONES[name], drop_path=0.5))
+    plain = build_backbone(settings).train()
+    again = copy.deepcopy(plain)
+    stages = [module for module in again.modules() if isinstance(module, Blocks)]
+    for stage in stages:
+        stage.checkpointing = True
+    calls: dict[str, int] = {}
+
+    def count(key: str) -> Callable[..., None]:
+        return lambda *_: calls.update({key: calls.get(key, 0) + 1})
+
+    for key, backbone in (("plain", plain), ("again", again)):
+        for module in backbone.modules():
+            if isinstance(module, Blocks):
+                module[-1].register_forward_pre_hook(count(key))
+    images, results = torch.randn(2, 3, 64, 64), []
+    for backbone in (plain, again):
+        torch.manual_seed(1)
+        found = backbone(images)
+        maps = [found] if isinstance(found, Tensor) else found
+        torch.stack([one.square().mean() for one in maps]).sum().backward()
+        results.append((maps, torch.rand(3)))
+    for one, other in zip(results[0][0], results[1][0], strict=True):
+        assert torch.equal(one, other)
+    assert torch.equal(results[0][1], results[1][1])  # the draws that follow
+    assert calls == {"plain": len(stages), "again": 2 * len(stages)}
+    theirs = dict(again.named_parameters())
+    for parameter_name, parameter in plain.named_parameters():
+        assert torch.equal(parameter.grad, theirs[parameter_name].grad), parameter_name
+    for buffer_name, buffer in plain.named_buffers():
+        assert torch.equal(buffer, again.get_buffer(buffer_name)), buffer_name
+    assert plain.state_dict().keys() == again.state_dict().keys()
+
+
+@needs_gpu
+@pytest.mark.cuda
+def test_the_words_of_torch_are_those_that_are_cut(
+    vitdet: Callable[..., tuple[int, str, str]],
+    tiny: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(runs, "has_mlflow", lambda: False)
+    torch.cuda.empty_cache()
+    held = torch.cuda.memory_reserved() + 2**20
+    torch.cuda.set_per_process_memory_fraction(
+        held / torch.cuda.get_device_properties(0).total_memory
+    )
+    try:
+        code, _, said = vitdet("train", "tiny", *options(minimal(tiny)), "--output", tmp_path)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    line = said.splitlines()[-1]
+    assert code == 1 and line.startswith("vitdet: CUDA out of memory. Tried to allocate ")
+    assert " is free. Raise train.accumulate" in line
+
+
+@needs_gpu
+@pytest.mark.cuda
+def test_blocks_that_compute_again_need_half_of_the_memory_of_a_gpu() -> None:
+    settings = BackboneConfig(drop_path=0.5, rel_pos_size=512)
+    torch.manual_seed(0)
+    backbone = build_backbone(replace(Config().model, backbone=settings)).cuda().train()
+    images, peaks, gradients = torch.randn(2, 3, 512, 512, device="cuda"), [], []
+    for again in (False, False, True):  # the first one chooses kernels
+        backbone.blocks.checkpointing = again
+        backbone.zero_grad()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        torch.manual_seed(1)
+        with torch.autocast("cuda", torch.bfloat16):
+            backbone(images).float().square().mean().backward()
+        peaks.append(torch.cuda.max_memory_allocated() - before)
+        gradients.append(torch.cat([p.grad.flatten() for p in backbone.parameters()]))
+    print(f"peak of ViT-B, 2 images of 512 pixels: {peaks[1]} bytes, computed again: {peaks[2]}")
+    assert peaks[2] < 0.7 * peaks[1]
+    # not to the bit: kernels that add in any order
+    assert (gradients[2] - gradients[1]).norm() < 1e-2 * gradients[1].norm()

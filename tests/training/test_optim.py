@@ -1,0 +1,235 @@
+"""Parameter groups and schedule against those of the published recipe, and the average of the weights."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from vitdet.config import Config, OptimConfig, load_config, recipes
+from vitdet.models import build_detector
+from vitdet.training.optim import (
+    WeightAverage,
+    build_optimizer,
+    clip_gradients,
+    lr_factor,
+    parameter_groups,
+    rate_note,
+    scaled,
+    set_lr,
+)
+from vitdet.weights.formats.detectron2 import DETECTRON2
+from vitdet.weights.formats.table import rename
+
+KEYS = Path(__file__).parents[3] / "shared" / "reference" / "detectron2" / "keys"
+RECIPE = "COCO_mask_rcnn_vitdet_b_100ep"
+# Of mask_rcnn_vitdet_b_100ep: the factor of the learning rate and the weight decay.
+PUBLISHED = {
+    "backbone.pos_embed": (0.7**13, 0.0),
+    "backbone.patch_embed.proj.weight": (0.7**13, 0.1),
+    "backbone.patch_embed.proj.bias": (0.7**13, 0.1),
+    "backbone.blocks.0.attn.qkv.weight": (0.7**12, 0.1),
+    "backbone.blocks.0.attn.rel_pos_h": (0.7**12, 0.1),
+    "backbone.blocks.5.norm1.weight": (0.7**7, 0.0),
+    "backbone.blocks.11.norm2.bias": (0.7, 0.0),
+    "backbone.blocks.11.mlp.fc1.bias": (0.7, 0.1),
+    "pyramid.levels.0.4.norm.weight": (
+        1.0,
+        0.1,
+    ),  # a channel norm of detectron2, which is no nn.LayerNorm
+    "rpn.objectness.weight": (1.0, 0.1),
+    "roi_heads.stages.0.fcs.0.weight": (1.0, 0.1),
+    "roi_heads.mask.logits.bias": (1.0, 0.1),
+}
+
+
+@pytest.fixture(scope="module")
+def groups() -> dict[str, tuple[float, float]]:
+    """(factor, weight decay) of every parameter of the default model."""
+    with torch.device("meta"):
+        detector = build_detector(Config().model)
+    found = parameter_groups(detector, Config().optim)
+    table = {
+        name: (group["lr_scale"], group["weight_decay"])
+        for group in found
+        for name in group["names"]
+    }
+    assert (
+        sum(len(group["names"]) for group in found)
+        == len(table)
+        == len(list(detector.parameters()))
+    )
+    return table
+
+
+@pytest.fixture(scope="module")
+def summary() -> dict:
+    path = KEYS / "SUMMARY.json"
+    if not path.exists():
+        pytest.skip("needs ../shared")
+    return json.loads(path.read_text())[RECIPE]
+
+
+def test_some_parameters_by_hand(groups: dict[str, tuple[float, float]]) -> None:
+    for name, (factor, decay) in PUBLISHED.items():
+        assert groups[name] == (pytest.approx(factor), decay), name
+
+
+def test_every_parameter_as_published(groups: dict[str, tuple[float, float]]) -> None:
+    path = KEYS / f"{RECIPE}.optim.json"
+    if not path.exists():
+        pytest.skip("needs ../shared")
+    theirs = {
+        rename(name, DETECTRON2): tuple(value)
+        for name, value in json.loads(path.read_text()).items()
+    }
+    assert set(theirs) == set(groups)
+    for name, (factor, decay) in theirs.items():
+        assert groups[name] == (pytest.approx(factor, rel=1e-9), decay), name
+
+
+def test_undecayed_nothing_decays_everything() -> None:
+    with torch.device("meta"):
+        detector = build_detector(Config().model)
+    found = parameter_groups(detector, OptimConfig(undecayed="nothing"))
+    assert {group["weight_decay"] for group in found} == {0.1}
+
+
+def test_a_frozen_parameter_is_in_no_group() -> None:
+    with torch.device("meta"):
+        detector = build_detector(Config().model)
+    detector.backbone.pos_embed.requires_grad_(False)
+    assert not any(
+        "backbone.pos_embed" in group["names"]
+        for group in parameter_groups(detector, OptimConfig())
+    )
+
+
+def test_the_schedule_of_the_published_recipe(summary: dict) -> None:
+    settings = Config().optim
+    assert (settings.steps, settings.lr, settings.weight_decay) == (
+        summary["max_iter"],
+        summary["lr"],
+        summary["weight_decay"],
+    )
+    for step, factor in summary["lr_multiplier_at"].items():
+        assert lr_factor(int(step), settings) == pytest.approx(factor, rel=1e-9)
+    tenth, hundredth = summary["first_iter_at_0p1_and_0p01"]
+    assert [
+        lr_factor(step, settings) for step in (tenth - 1, tenth, hundredth - 1, hundredth)
+    ] == pytest.approx([1, 0.1, 0.1, 0.01])
+
+
+def test_the_steps_of_the_schedule_by_hand() -> None:
+    settings = Config().optim
+    found = [
+        lr_factor(step, settings)
+        for step in (0, 125, 249, 250, 163_888, 163_889, 177_545, 177_546, 184_374)
+    ]
+    assert found == pytest.approx([0.001, 0.5005, 0.996004, 1, 1, 0.1, 0.1, 0.01, 0.01], rel=1e-9)
+
+
+def test_half_a_cosine_after_the_warm_up() -> None:
+    settings = OptimConfig(schedule="cosine", steps=100, warmup_steps=10, warmup_factor=0.0)
+    factors = [lr_factor(step, settings) for step in range(100)]
+    assert factors[0] == 0 and factors[5] == pytest.approx(
+        0.5 * 0.5 * (1 + math.cos(math.pi * 0.05))
+    )
+    assert factors[50] == pytest.approx(0.5) and 0 < factors[99] < 0.001
+    assert factors[10:] == sorted(factors[10:], reverse=True)
+    assert lr_factor(0, OptimConfig(warmup_steps=0)) == 1
+
+
+def test_every_group_follows_the_schedule() -> None:
+    with torch.device("meta"):
+        detector = build_detector(Config().model)
+    settings = OptimConfig(lr=0.5)
+    optimizer = build_optimizer(detector, settings)
+    assert set_lr(optimizer, 163_889, settings) == pytest.approx(0.05)
+    rates = {group["lr_scale"]: group["lr"] for group in optimizer.param_groups}
+    assert rates == {scale: pytest.approx(0.05 * scale) for scale in rates} and len(rates) == 14
+    assert optimizer.param_groups[0]["betas"] == (0.9, 0.999)
+
+
+def test_the_rate_is_scaled_by_the_batch_only_if_that_is_told() -> None:
+    told, untold = OptimConfig(lr=1e-4, scale_lr=True), OptimConfig(lr=1e-4)
+    for size, lr in ((64, 1e-4), (16, 2.5e-5), (256, 4e-4)):
+        assert scaled(told, size).lr == pytest.approx(lr)
+        assert scaled(untold, size) == untold
+    own = OptimConfig(lr=2e-3, scale_lr=True, lr_batch_size=8)
+    assert scaled(own, 4).lr == pytest.approx(1e-3) and scaled(own, 8).lr == 2e-3
+
+
+def test_one_line_says_what_another_batch_size_means_for_the_rate() -> None:
+    assert rate_note(OptimConfig(), 64) == rate_note(OptimConfig(scale_lr=True), 64) == ""
+    size = "optim.lr=0.0001 is meant for steps of 64 images, and train.batch_size is 16"
+    assert rate_note(OptimConfig(scale_lr=True), 16) == f"{size}: optim.scale_lr makes it 2.5e-05"
+    assert rate_note(OptimConfig(), 16) == (
+        f"{size}: it stays as it is; optim.scale_lr=true would make it 2.5e-05, and optim.lr_batch_size=16 says that it "
+        "is meant for this size"
+    )
+
+
+@pytest.mark.parametrize("name", recipes())
+def test_the_rate_of_a_recipe_is_meant_for_its_batch_size(name: str) -> None:
+    config = load_config(name)
+    assert rate_note(config.optim, config.train.batch_size) == ""
+
+
+def test_the_average_is_one_and_the_weights_come_back() -> None:
+    model = nn.Linear(2, 1, bias=False)
+    average = WeightAverage(model, 0.5)
+    seen = [model.weight.detach().clone()]
+    for step in range(4):
+        with torch.no_grad():
+            model.weight.add_(torch.tensor([[1.0, -2.0]]))
+        seen.append(model.weight.detach().clone())
+        average.update(step)
+    expected = seen[0]
+    for step, weight in enumerate(seen[1:]):
+        decay = min(0.5, (1 + step) / (10 + step))
+        expected = decay * expected + (1 - decay) * weight
+    average.swap()
+    assert torch.allclose(model.weight, expected)
+    assert model.weight is average.source["weight"]  # the optimizer and DDP hold this very tensor
+    average.swap()
+    assert torch.equal(model.weight, seen[-1])
+
+
+def test_the_average_is_restored_exactly_or_refused() -> None:
+    model = nn.Linear(2, 2)
+    average = WeightAverage(model, 0.9)
+    average.update(5)
+    other = WeightAverage(nn.Linear(2, 2), 0.9)
+    other.load_state_dict(average.state_dict())
+    assert all(torch.equal(other.weights[name], average.weights[name]) for name in average.weights)
+    for state in ({}, {"weight": torch.zeros(2, 2)}):
+        with pytest.raises(ValueError, match="belongs to another model"):
+            other.load_state_dict(state)
+
+
+def test_without_decay_there_is_no_average() -> None:
+    model = nn.Linear(2, 2)
+    average = WeightAverage(model, 0.0)
+    average.update(0)
+    before = model.weight.detach().clone()
+    average.swap()
+    assert torch.equal(model.weight, before) and average.state_dict() == {}
+
+
+@pytest.mark.parametrize(("scale", "largest"), [(1.0, 0.0), (1e30, 0.0), (1.0, 0.5), (1.0, 100.0)])
+def test_gradients_shrink_to_the_largest_norm_only_if_there_is_one(scale, largest):
+    model = nn.Linear(3, 2)
+    model.weight.grad = torch.arange(6.0).view(2, 3) * scale
+    before = model.weight.grad.clone()
+    norm = clip_gradients(model, largest)
+    if scale == 1.0:
+        assert norm.item() == pytest.approx(55**0.5)
+    else:
+        assert norm.isinf()  # its square is beyond float32, the gradients are not
+    wanted = before * 0.5 / 55**0.5 if largest == 0.5 else before
+    assert torch.allclose(model.weight.grad, wanted, rtol=1e-5)

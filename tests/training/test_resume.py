@@ -1,0 +1,155 @@
+"""What a training that goes on holds in memory, and what it makes up for."""
+
+from __future__ import annotations
+
+import gc
+import json
+import weakref
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.conftest import Recorder, minimal
+from tests.training.test_trainer import cut, go, interrupt, same_bits, terminate
+from vitdet.checkpoint import Checkpoints
+from vitdet.config import load_config
+from vitdet.training import Stopped, train, trainer
+
+
+@pytest.mark.slow
+def test_the_state_that_was_read_goes_when_it_is_applied(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(Stopped):
+        go(tiny, tmp_path, interrupt(terminate, 2))
+    alive: list[weakref.ref] = []
+
+    class Watched(Checkpoints):
+        def latest(self, *given: bool, **named: int | None) -> dict | None:
+            state = super().latest(*given, **named)
+            moments = [
+                value for slots in state["optimizer"]["state"].values() for value in slots.values()
+            ]
+            alive.extend(
+                weakref.ref(one)
+                for one in (*state["model"].values(), *state["average"].values(), *moments)
+            )
+            return state
+
+    left = []
+
+    def count(values: dict[str, float], step: int) -> None:
+        gc.collect()
+        left.append(sum(one() is not None for one in alive))
+
+    monkeypatch.setattr(trainer, "Checkpoints", Watched)
+    go(tiny, tmp_path, Recorder(count))
+    assert len(alive) > 500 and set(left) == {0}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("step", [4, 8])
+def test_an_evaluation_that_is_killed_costs_no_step_and_is_made_up_for(
+    tiny: Path, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int
+) -> None:
+    """Whatever stops it: here before a figure is known."""
+    evaluate = trainer.evaluate_detector
+    calls = []
+
+    def killed(*given: object) -> object:
+        calls.append(given)
+        return cut() if len(calls) == step // 4 else evaluate(*given)
+
+    monkeypatch.setattr(trainer, "evaluate_detector", killed)
+    before = Recorder()
+    with pytest.raises(KeyboardInterrupt):
+        go(tiny, tmp_path, before)
+    assert max(before.points) == step and "box_ap" not in before.points[step]
+    monkeypatch.setattr(trainer, "evaluate_detector", evaluate)
+    rest = go(tiny, tmp_path)
+    assert min(rest.points) == step and set(rest.points[step]) == {
+        "box_ap",
+        "box_ap50",
+        "box_ap75",
+        *rest.points[step],
+    }
+    assert "loss" not in rest.points[step]
+    same_bits(tmp_path, trained)
+
+
+def test_an_evaluation_that_was_done_is_not_done_again(tiny: Path, tmp_path: Path) -> None:
+    with pytest.raises(Stopped, match="stopped at step 4 "):
+        go(tiny, tmp_path, interrupt(terminate, 4, "box_ap"))
+    assert min(go(tiny, tmp_path).points) == 5
+
+
+def test_the_only_state_is_broken(tiny: Path, tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        go(tiny, tmp_path, interrupt(cut, 1))
+    (state,) = (tmp_path / "checkpoints").glob("*.pt")
+    state.write_bytes(b"")
+    with pytest.raises(ValueError, match="step_00000000.pt: .*; remove it to begin anew"):
+        go(tiny, tmp_path)
+    state.unlink()
+    assert min(go(tiny, tmp_path, optim__steps=1).points) == 1
+
+
+def test_weights_of_a_file_name_its_states_without_being_read_into_memory(
+    tiny: Path, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read = Path.read_bytes
+
+    def listed(path: Path) -> bytes:
+        assert path.suffix != ".pt", path
+        return read(path)
+
+    monkeypatch.setattr(Path, "read_bytes", listed)
+    config = load_config("tiny", minimal(tiny, optim__steps=1))
+    train(
+        config,
+        tmp_path / "run",
+        checkpoints=tmp_path / "states",
+        weights=trained / "model.pt",
+        start_tracking=lambda *_: Recorder(),
+    )
+    assert len(list((tmp_path / "states").iterdir())) == 1
+    state = torch.load(next((tmp_path / "states").rglob("*.pt")), weights_only=True)
+    assert state["step"] in (0, 1)
+
+
+def test_a_finished_run_is_the_result_of_its_own_config_and_data_only(
+    own_tiny: Path, tmp_path: Path
+) -> None:
+    output, heard = tmp_path / "run", []
+    go(own_tiny, output, optim__steps=1)
+    before = (output / "model.pt").read_bytes()
+
+    def start_tracking(*given: object) -> Recorder:
+        heard.append((*given, Recorder()))
+        return heard[-1][-1]
+
+    def again(**changes: object) -> Path:
+        return train(
+            load_config("tiny", minimal(own_tiny, optim__steps=1, **changes)),
+            output,
+            start_tracking=start_tracking,
+        )
+
+    assert again() == output / "model.pt" and (output / "model.pt").read_bytes() == before
+    ((_, run_id, step, tracker),) = heard  # what was not shipped is, and the run is no longer open
+    assert (run_id, step, tracker.status, tracker.points) == ("recorded", 1, "FINISHED", {})
+    with pytest.raises(
+        ValueError, match=r"finished run with another config \(optim.lr: 0.1, not 0.001\)"
+    ):
+        again(optim__lr=0.1)
+    path = own_tiny / "annotations" / "instances_train.json"
+    content = json.loads(path.read_text())
+    content["annotations"].pop()
+    path.write_text(json.dumps(content))
+    with pytest.raises(
+        ValueError,
+        match=r"run: holds a finished run on other data \(train split \w+, now \w+\); choose another",
+    ):
+        again()
+    assert len(heard) == 1

@@ -1,0 +1,149 @@
+"""Training states that are written while the training goes on."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.conftest import STEPS, Recorder
+from tests.training.test_trainer import cut, go, interrupt, same_bits
+from vitdet import files
+from vitdet.checkpoint import Checkpoints
+from vitdet.training import trainer
+from vitdet.training.saver import Saver
+
+
+class Gated(Checkpoints):
+    """States that are written when `open` is set."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder, keep=2)
+        self.open = threading.Event()
+
+    def save(self, step: int, content: dict) -> Path:
+        assert self.open.wait(60)
+        return super().save(step, content)
+
+
+def test_a_state_is_what_it_was_when_its_saving_began(tmp_path: Path) -> None:
+    states = Gated(tmp_path)
+    weights, moments = torch.zeros(5), [torch.ones(2), 3]
+    with Saver(states) as saver:
+        for step in (1, 2):
+            saver.save(step, {"model": {"w": weights}, "optimizer": moments, "metrics": {"a": 1.0}})
+            weights += 1
+            moments[0] *= 2
+            states.open.set()
+            saver.wait()
+            state = states.latest()
+            assert torch.equal(state["model"]["w"], torch.full((5,), step - 1.0))
+            assert torch.equal(state["optimizer"][0], torch.full((2,), 2.0 ** (step - 1)))
+            assert (state["step"], state["metrics"]) == (step, {"a": 1.0})
+            states.open.clear()
+
+
+def test_the_end_waits_for_the_state_in_flight(tmp_path: Path) -> None:
+    states = Gated(tmp_path)
+    timer = threading.Timer(0.3, states.open.set)
+    with pytest.raises(ValueError, match="diverged"), Saver(states) as saver:
+        saver.save(1, {"x": 1})
+        timer.start()
+        assert not states.all()
+        raise ValueError("diverged")
+    assert [path.name for path in states.all()] == ["step_00000001.pt"]
+
+
+def test_a_full_disk_ends_the_training_at_the_next_step_in_one_line(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write = torch.save
+
+    def full(content: dict, file: object) -> None:
+        if content.get("step") == 3:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        write(content, file)
+
+    monkeypatch.setattr(torch, "save", full)
+    recorder = Recorder()
+    with pytest.raises(OSError, match=r"step_00000003.pt: could not be written .*; free some") as e:
+        go(tiny, tmp_path, recorder, train__eval_every=100)
+    assert "\n" not in str(e.value) and recorder.status == "FAILED"
+    assert max(recorder.points) < 6  # before the next state
+    assert [path.name for path in (tmp_path / "checkpoints").glob("*.pt")] == ["step_00000000.pt"]
+
+
+def test_each_state_is_written_once(
+    tiny: Path, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written = []
+
+    class Counted(Checkpoints):
+        def save(self, step: int, content: dict) -> Path:
+            written.append(step)
+            return super().save(step, content)
+
+    monkeypatch.setattr(trainer, "Checkpoints", Counted)
+    go(tiny, tmp_path)
+    assert written == [0, 3, 4, 6, STEPS]
+    names = {path.name for path in (tmp_path / "checkpoints").iterdir()}
+    assert names == {
+        ".lock",
+        *("step_00000006.pt", f"step_{STEPS:08d}.pt", f"step_{STEPS:08d}.json"),
+    }
+    same_bits(tmp_path, trained)
+
+
+def test_a_state_with_its_evaluation_inside_is_not_evaluated_again(
+    tiny: Path, tmp_path: Path
+) -> None:
+    """As they were written before an evaluation had a file of its own."""
+    with pytest.raises(KeyboardInterrupt):
+        go(tiny, tmp_path, interrupt(cut, 5))
+    path = tmp_path / "checkpoints" / "step_00000004.pt"
+    evaluation = path.with_suffix(".json")
+    torch.save(torch.load(path) | json.loads(evaluation.read_text()), path)
+    evaluation.unlink()
+    recorder = interrupt(cut, 5)
+    with pytest.raises(KeyboardInterrupt):
+        go(tiny, tmp_path, recorder)
+    assert list(recorder.points) == [5]
+
+
+def test_an_evaluation_with_other_settings_is_kept_with_these(tiny: Path, tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        go(tiny, tmp_path, interrupt(cut, 5))
+    for first in (4, 5):  # repeated once, not by each run
+        recorder = interrupt(cut, 5)
+        with pytest.raises(KeyboardInterrupt):
+            go(tiny, tmp_path, recorder, evaluate__max_detections=3)
+        assert min(recorder.points) == first
+
+
+def test_an_evaluation_of_a_state_that_was_removed_is_not_taken(tmp_path: Path) -> None:
+    states = Checkpoints(tmp_path, keep=2)
+    states.save(4, {"evaluated": 0})
+    states.save_evaluation(4, {"evaluated": 4})
+    assert states.latest()["evaluated"] == 4
+    (tmp_path / "step_00000004.pt").unlink()
+    states.save(4, {"evaluated": 0})
+    assert states.latest()["evaluated"] == 0
+
+
+def test_a_file_and_its_name_reach_the_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced, sync = [], os.fsync
+
+    def noted(descriptor: int) -> None:
+        synced.append(os.readlink(f"/proc/self/fd/{descriptor}"))
+        sync(descriptor)
+
+    monkeypatch.setattr(files.os, "fsync", noted)
+    path = Checkpoints(tmp_path, keep=1).save(1, {})
+    assert synced == [str(path.with_name(f".{path.name}.{files.writer()}.tmp")), str(tmp_path)]

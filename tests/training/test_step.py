@@ -1,0 +1,407 @@
+"""One step of the optimizer: micro-batches stand for processes, and fp16 skips what overflows."""
+
+from __future__ import annotations
+
+import io
+import math
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, multiprocessing
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+
+from tests.conftest import Recorder, minimal
+from tests.helpers.triton_device import needs_gpu
+from tests.training.test_distributed import free_port
+from tests.training.test_resume_settings import same_weights
+from tests.training.test_trainer import cut, figures, go, interrupt, same_bits
+from vitdet import distributed
+from vitdet.config import Config, load_config
+from vitdet.data.dataset import read_split
+from vitdet.data.loader import train_loader
+from vitdet.models import Detector, build_detector
+from vitdet.tracking.tracker import Progress
+from vitdet.training import trainer
+from vitdet.training.graph import GraphedGradients
+from vitdet.training.meter import Meter
+from vitdet.training.step import Figures, TrainingStep
+from vitdet.types import Batch
+
+CPU = torch.device("cpu")
+STEP = 3  # not the first: the learning rate is not that of the start of the warm-up
+# every random draw of a step: dropped paths, sampled anchors and boxes, classes of the federated loss
+DRAWING = {
+    "train__batch_size": 4,
+    "optim__clip": 0,
+    "model__backbone__drop_path": 0.3,
+    "model__roi_heads__loss": "federated",
+    "model__roi_heads__federated_classes": 3,
+}
+
+
+class Run:
+    """A detector of these settings, its step, and its micro-batches from STEP on."""
+
+    def __init__(self, root: Path, rank: int = 0, ranks: int = 1, **changes: object) -> None:
+        self.config: Config = load_config("tiny", minimal(root, **changes))
+        torch.manual_seed(0)
+        detector = build_detector(self.config.model, self.config.evaluate).train()
+        self.step = TrainingStep(detector, self.config, CPU)
+        data, train = self.config.data, self.config.train
+        self.batches: Iterator[Batch] = iter(
+            train_loader(
+                data,
+                train.batch_size,
+                train.seed,
+                STEP,
+                STEP + 9,
+                rank,
+                ranks,
+                read_split(data, data.train_split),
+                train.accumulate,
+            )
+        )
+
+    def __call__(self, step: int = STEP) -> Figures:
+        return self.step.run(step, lambda: next(self.batches), lambda _: None)
+
+    def gradients(self) -> dict[str, Tensor]:
+        return {
+            name: parameter.grad.clone()
+            for name, parameter in self.step.detector.named_parameters()
+            if parameter.grad is not None
+        }
+
+
+def one_of_two(rank: int, port: int, root: Path, folder: Path) -> None:
+    """What torchrun does: a step with one micro-batch and with two, and the exchanges of each."""
+    os.environ |= {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
+    torch.set_num_threads(1)
+    with distributed.process_group():
+        for accumulate in (1, 2):
+            changes = {
+                "train__accumulate": accumulate,
+                "train__activation_checkpointing": "blocks" if accumulate == 2 else "none",
+            }
+            run, exchanges = Run(root, rank, 2, **DRAWING, **changes), []
+            run.step.distribute()
+
+            def count(_, bucket, exchanges=exchanges):
+                exchanges.append(bucket)
+                return allreduce_hook(None, bucket)
+
+            run.step.model.register_comm_hook(None, count)
+            done = run()
+            content = {
+                "gradients": run.gradients(),
+                "norm": done.grad_norm,
+                "losses": {name: distributed.mean(loss) for name, loss in done.losses.items()},
+                "exchanges": len(exchanges),
+                "buckets": sum(bucket.is_last() for bucket in exchanges),
+            }
+            torch.save(content, folder / f"{accumulate}_{rank}.pt")
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_micro_batches_draw_as_the_ranks_that_they_stand_for(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch, accumulate: int
+) -> None:
+    """The ranks one after the other, and the means of their gradients and losses."""
+    alone = Run(tiny, **DRAWING, train__accumulate=4)
+    done, ranks = alone(), 4 // accumulate
+    runs, parts = [], []
+    for rank in range(ranks):
+        monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
+        runs.append(Run(tiny, rank, ranks, **DRAWING, train__accumulate=accumulate))
+        parts.append(runs[-1]())
+    for name, gradient in alone.gradients().items():
+        mean = torch.stack([run.gradients()[name] for run in runs]).mean(dim=0)
+        torch.testing.assert_close(gradient, mean, rtol=1e-6, atol=1e-6, msg=name)
+    for name, loss in done.losses.items():
+        torch.testing.assert_close(loss, torch.stack([part.losses[name] for part in parts]).mean())
+    assert len({float(part.grad_norm) for part in parts}) == ranks
+
+
+@pytest.mark.slow
+def test_micro_batches_are_as_many_more_processes(tiny: Path, tmp_path: Path) -> None:
+    """Two real ones with one and with two micro-batches against one with two and with four."""
+    multiprocessing.spawn(one_of_two, (free_port(), tiny, tmp_path), nprocs=2)
+    for accumulate in (1, 2):
+        run = Run(tiny, **DRAWING, train__accumulate=2 * accumulate)
+        done, gradients = run(), run.gradients()
+        first, second = (torch.load(tmp_path / f"{accumulate}_{rank}.pt") for rank in (0, 1))
+        assert first["gradients"].keys() == gradients.keys()
+        for name, gradient in gradients.items():
+            assert torch.equal(first["gradients"][name], second["gradients"][name])
+            torch.testing.assert_close(
+                first["gradients"][name], gradient, rtol=1e-6, atol=1e-6, msg=name
+            )
+        assert float(done.grad_norm) == pytest.approx(float(first["norm"]), rel=1e-6)
+        for name, loss in done.losses.items():
+            assert float(loss) == pytest.approx(float(first["losses"][name]), rel=1e-6), name
+        assert first["exchanges"] > 0 and first["buckets"] == 1  # one exchange a step
+
+
+def test_the_loader_gives_the_micro_batches_in_order(tiny: Path) -> None:
+    data = load_config("tiny", minimal(tiny)).data
+    split = read_split(data, data.train_split)
+
+    def ids(rank: int, world_size: int, accumulate: int) -> list[tuple[int, ...]]:
+        loader = train_loader(data, 8, 0, 1, 3, rank, world_size, split, accumulate)
+        found = [batch.image_ids for batch in loader]
+        assert len(found) == len(loader)
+        return found
+
+    four = [ids(rank, 4, 1) for rank in range(4)]
+    for rank in (0, 1):
+        parts = four[2 * rank : 2 * rank + 2]
+        assert ids(rank, 2, 2) == [part[step] for step in (0, 1) for part in parts]
+    assert ids(0, 1, 4) == [part[step] for step in (0, 1) for part in four]
+
+
+def test_a_training_with_micro_batches_goes_on_with_the_same_bits(
+    tiny: Path, tmp_path: Path
+) -> None:
+    changes = {
+        "train__batch_size": 4,
+        "train__accumulate": 2,
+        "train__activation_checkpointing": "blocks",
+        "train__save_every": 1,
+        "optim__steps": 3,
+    }
+    whole = go(tiny, tmp_path / "whole", **changes)
+    with pytest.raises(KeyboardInterrupt):
+        go(tiny, tmp_path / "cut", interrupt(cut, 2), **changes)
+    shutil.copytree(tmp_path / "cut", tmp_path / "other")
+    # computing again gives the same bits as keeping
+    rest = go(tiny, tmp_path / "cut", **changes | {"train__activation_checkpointing": "none"})
+    same_weights(tmp_path / "cut", tmp_path / "whole")
+    assert figures(rest.points) == {step: figures(whole.points)[step] for step in (2, 3)}
+    # another number of micro-batches is as another number of processes: allowed
+    assert min(go(tiny, tmp_path / "other", **changes | {"train__accumulate": 4}).points) == 2
+
+
+def overflow(step: TrainingStep) -> torch.utils.hooks.RemovableHandle:
+    """From now on a gradient of each step is infinite."""
+    return next(step.detector.parameters()).register_hook(lambda gradient: gradient * torch.inf)
+
+
+def test_a_step_whose_gradients_overflow_is_skipped(tiny: Path) -> None:
+    run = Run(tiny, train__precision="fp16", optim__ema=0.5)
+    step, meter = run.step, Meter(run.config.train.batch_size)
+    step.scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+
+    def weights() -> dict[str, Tensor]:
+        return {name: p.detach().clone() for name, p in step.detector.named_parameters()}
+
+    done = run(STEP)
+    meter.add(*done[:2], done.skipped)
+    finite = float(done.grad_norm)
+    moved, average = weights(), {name: one.clone() for name, one in step.average.weights.items()}
+    handle = overflow(step)
+    skipped = run(STEP + 1)
+    meter.add(*skipped[:2], skipped.skipped)
+    handle.remove()
+    assert skipped.skipped and not skipped.grad_norm.isfinite() and not done.skipped
+    assert all(torch.equal(one, moved[name]) for name, one in weights().items())
+    assert step.scaler.get_scale() == 4.0
+    assert {float(slots["step"]) for slots in step.optimizer.state.values()} == {1.0}
+    changed = [name for name, one in step.average.weights.items() if (one != average[name]).any()]
+    assert changed  # it goes on towards the weights
+    step.check()
+    values = meter.read(CPU)
+    assert values["skipped_steps"] == 1 and values["grad_norm"] == pytest.approx(finite)
+    # the next step has its own learning rate
+    after = run(STEP + 2)
+    assert not after.skipped and after.lr == Run(tiny, train__precision="fp32")(STEP + 2).lr
+    assert any((one != moved[name]).any() for name, one in weights().items())
+
+
+class Spoiled(TrainingStep):
+    """The first forward passes in fp16 overflow, as many as said; BatchNorm's statistics with them."""
+
+    spoiled, scale = 1, 8.0
+
+    def __init__(self, detector: Detector, *given: object) -> None:
+        detector.norm = torch.nn.BatchNorm1d(1)
+        super().__init__(detector, *given)
+        self.scaler = torch.amp.GradScaler("cpu", self.scale, enabled=self.precision == "fp16")
+        left = self.spoiled
+
+        def spoil(_: object, __: object, losses: dict[str, Tensor]) -> dict[str, Tensor]:
+            nonlocal left
+            left -= 1
+            factor = torch.inf if left >= 0 else 1.0
+            detector.norm.running_mean += factor
+            return {name: loss * factor for name, loss in losses.items()}
+
+        detector.register_forward_hook(spoil)
+
+
+def test_a_step_whose_losses_overflow_in_fp16_is_skipped(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(trainer, "TrainingStep", Spoiled)
+    monkeypatch.setattr(trainer, "evaluate_detector", lambda *_: ({"box_ap": 0.0}, []))
+    monkeypatch.setattr(trainer, "write_pictures", lambda *_, **__: [])
+    recorder, lines = Recorder(), io.StringIO()
+    changes = {"optim__steps": 2, "optim__ema": 0.5, "train__eval_every": 2}
+    go(tiny, tmp_path / "a", Progress(recorder, 2, 0, lines), train__precision="fp16", **changes)
+    first, second = recorder.points[1], recorder.points[2]
+    assert first["skipped_steps"] == 1 and "loss" not in first and "grad_norm" not in first
+    assert second["skipped_steps"] == 0 and 0 < second["loss"] < math.inf
+    assert "every step skipped" in lines.getvalue()
+    state = torch.load(tmp_path / "a/checkpoints/step_00000002.pt", weights_only=True)
+    assert state["scaler"]["scale"] == 4.0
+    for weights in (state["model"], state["average"]):
+        assert all(one.isfinite().all() for one in weights.values())
+    assert state["model"]["norm.running_mean"] == 1.0
+    with pytest.raises(ValueError, match="not finite: the training has diverged"):
+        go(tiny, tmp_path / "b", train__precision="fp32", **changes)
+    monkeypatch.setattr(Spoiled, "scale", 2.0**-14)
+    with pytest.raises(ValueError, match="losses or gradients overflow in fp16 at every scale"):
+        go(tiny, tmp_path / "c", train__precision="fp16", **changes)
+
+
+def test_a_meter_of_skipped_steps_alone_has_no_means() -> None:
+    meter = Meter(1)
+    meter.add({"loss_a": torch.tensor(2.0)}, torch.tensor(torch.nan), torch.tensor(True))
+    meter.add({"loss_a": torch.tensor(torch.nan)}, torch.tensor(torch.nan), torch.tensor(True))
+    values = meter.read(CPU)
+    assert values["skipped_steps"] == 2 and not {"loss", "loss_a", "grad_norm"} & values.keys()
+    meter.add({"loss_a": torch.tensor(torch.nan)}, torch.tensor(1.0), torch.tensor(False))
+    with pytest.raises(ValueError, match="loss_a, loss not finite: the training has diverged"):
+        meter.read(CPU)
+    meter.restart()
+    meter.add({"loss_a": torch.tensor(2.0)}, torch.tensor(torch.nan))
+    with pytest.raises(ValueError, match="grad_norm not finite"):
+        meter.read(CPU)
+
+
+def test_clipping_sees_gradients_without_the_scale(tiny: Path) -> None:
+    """One step in fp16 is nearly that in fp32, also with a limit on the norm."""
+    norms, weights = [], []
+    for precision in ("fp32", "fp16"):
+        run = Run(tiny, train__precision=precision, optim__clip=0.1)
+        run.step.scaler = torch.amp.GradScaler("cpu", 64.0, enabled=precision == "fp16")
+        norms.append(float(run().grad_norm))
+        clipped = torch.nn.utils.get_total_norm(list(run.gradients().values()))
+        assert float(clipped) == pytest.approx(0.1, rel=1e-4)
+        weights.append(torch.cat([p.flatten() for p in run.step.detector.parameters()]))
+    assert norms[1] == pytest.approx(norms[0], rel=0.02) and norms[0] > 0.2
+
+
+class Overflowing(TrainingStep):
+    """Of gradients that are never finite, with a scale that is small already."""
+
+    def __init__(self, *given: object) -> None:
+        super().__init__(*given)
+        overflow(self)
+        self.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**-14)
+
+
+def test_a_training_that_skips_every_step_ends_in_one_line(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(trainer, "TrainingStep", Overflowing)
+    recorder = Recorder()
+    with pytest.raises(
+        ValueError, match="losses or gradients overflow in fp16 at every scale"
+    ) as caught:
+        go(tiny, tmp_path, recorder, train__precision="fp16")
+    assert "\n" not in str(caught.value) and recorder.status == "FAILED"
+    assert list(recorder.points) == [1] and recorder.points[1]["skipped_steps"] == 1
+
+
+def test_the_scale_is_part_of_the_state(tiny: Path) -> None:
+    first, second = (Run(tiny, train__precision="fp16").step for _ in range(2))
+    first.scaler.load_state_dict(first.scaler.state_dict() | {"scale": 32.0, "_growth_tracker": 7})
+    second.load_state_dict(first.state_dict())
+    assert second.scaler.state_dict() == first.scaler.state_dict()
+    assert second.scaler.get_scale() == 32.0
+    third = Run(tiny, train__precision="fp32").step  # as `auto` on a GPU with bf16
+    third.load_state_dict(first.state_dict())
+    assert third.state_dict()["scaler"] == {}
+    second.load_state_dict(third.state_dict())
+    assert second.scaler.get_scale() == 32.0
+
+
+@pytest.mark.parametrize("graphed", [True, False])
+def test_all_processes_begin_with_the_weights_of_the_first(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch, graphed: bool
+) -> None:
+    """Processors of other makes draw initial weights that differ in their last bits, which nothing would ever mend."""
+    run, given = Run(tiny, optim__ema=0.5), []
+    monkeypatch.setattr(distributed, "broadcast", lambda tensors: given.extend(tensors))
+    if graphed:
+        monkeypatch.setattr(run.step, "graphed", object())
+    run.step.distribute()
+    detector = run.step.detector
+    wanted = [*detector.parameters(), *detector.buffers(), *run.step.average.weights.values()]
+    assert [one.data_ptr() for one in given] == [one.data_ptr() for one in wanted]
+    assert not any(one.requires_grad for one in given)
+
+
+def test_an_evaluation_has_the_memory_of_recorded_steps(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Other memory than that of a graph's pool could be all taken."""
+    order, evaluate = [], trainer.evaluate_detector
+    monkeypatch.setattr(TrainingStep, "release", lambda _: order.append("release"))
+    monkeypatch.setattr(
+        trainer, "evaluate_detector", lambda *given: order.append("evaluate") or evaluate(*given)
+    )
+    go(tiny, tmp_path, optim__steps=2, train__eval_every=1)
+    assert order == ["release", "evaluate"] * 2
+
+
+def test_released_steps_are_recorded_again_and_refused_ones_are_not(tiny: Path) -> None:
+    run = Run(tiny)
+    run.step.release()  # without graphs
+    run.step.graphed = graphed = GraphedGradients(run.step.detector, run.step.gradients)
+    graphed.graph.graphs["shapes"], graphed.graph.pool = object(), object()
+    graphed.refused |= {(16, 4096): False, (16, 8192): True}  # for good, and until a release
+    gradients = graphed.gradients()
+    run.step.release()
+    assert not graphed.graph.graphs and graphed.graph.pool is None
+    assert graphed.refused == {(16, 4096): False}
+    assert all(a is b for a, b in zip(graphed.gradients(), gradients, strict=True))
+
+
+@pytest.mark.slow
+def test_the_scale_of_fp16_survives_a_stop(tiny: Path, tmp_path: Path) -> None:
+    changes = {"train__precision": "fp16", "optim__steps": 4, "train__save_every": 2}
+    go(tiny, tmp_path / "whole", **changes)
+    with pytest.raises(KeyboardInterrupt):
+        go(tiny, tmp_path / "cut", interrupt(cut, 3, "images_per_second"), **changes)
+    state = torch.load(tmp_path / "cut" / "checkpoints" / "step_00000002.pt", weights_only=True)
+    assert state["scaler"]["scale"] > 0
+    go(tiny, tmp_path / "cut", **changes)
+    same_bits(tmp_path / "cut", tmp_path / "whole")
+    ends = [
+        torch.load(tmp_path / name / "checkpoints" / "step_00000004.pt", weights_only=True)
+        for name in ("cut", "whole")
+    ]
+    assert ends[0]["scaler"] == ends[1]["scaler"]
+
+
+@needs_gpu
+@pytest.mark.cuda
+def test_fp16_and_micro_batches_on_a_gpu(tiny: Path, tmp_path: Path) -> None:
+    changes = {"train__precision": "fp16", "train__batch_size": 4, "train__accumulate": 2}
+    recorder = go(tiny, tmp_path, **changes)
+    assert all(values["skipped_steps"] in (0, 1) for values in recorder.points.values())
+    state = torch.load(tmp_path / "checkpoints" / "step_00000008.pt", weights_only=True)
+    skipped = sum(values["skipped_steps"] for values in recorder.points.values())
+    assert skipped < 8 and state["scaler"]["scale"] == 2.0 ** (16 - skipped)
+    assert {int(slots["step"]) for slots in state["optimizer"]["state"].values()} == {8 - skipped}

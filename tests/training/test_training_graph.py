@@ -1,0 +1,179 @@
+"""Steps of a training that cannot be recorded as a CUDA graph: which, for how long, and what the log says."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.helpers.small import images, small_detector, target
+from tests.helpers.triton_device import needs_gpu
+from vitdet.kernels.cuda_graph import CudaGraph, NoRoom, NotRecorded, OutOfMemory
+from vitdet.training import graph as training_graph
+from vitdet.training.graph import CLEARINGS, GraphedGradients, padded
+from vitdet.types import Targets
+
+SIZES = torch.tensor([[128, 128]])
+
+
+class Recorded:
+    """Stands for a `CudaGraph`, with room for as many objects an image as said."""
+
+    room = 64
+    error: NotRecorded | None = None
+
+    def __init__(self) -> None:
+        self.graphs: dict[int, Callable] = {}
+        self.replayed = 0
+
+    def has(self, *tensors: Tensor) -> bool:
+        return tensors[2].shape[1] in self.graphs
+
+    def record(self, function: Callable, *tensors: Tensor) -> None:
+        if self.error:
+            raise self.error
+        if tensors[2].shape[1] > self.room:
+            self.clear()
+            raise OutOfMemory("out of memory")
+        function(*tensors)  # as a warm-up does
+        self.graphs[tensors[2].shape[1]] = function
+
+    def __call__(self, *tensors: Tensor) -> dict[str, Tensor]:
+        self.replayed += 1
+        return self.graphs[tensors[2].shape[1]](*tensors)
+
+    def clear(self) -> None:
+        self.graphs.clear()
+
+
+class Steps:
+    """Graphed steps of one weight, whose gradient grows by one in each; `eager`: slots of those without a graph."""
+
+    def __init__(self) -> None:
+        self.detector = torch.nn.Linear(1, 1, bias=False)
+        self.graphed = GraphedGradients(self.detector, self.run)
+        self.running = list[int]()
+
+    def run(self, images: Tensor, targets: Targets, sizes: Tensor) -> dict[str, Tensor]:
+        self.running.append(targets.boxes.shape[1])
+        self.detector.weight.grad += 1
+        return {}
+
+    def __call__(self, slots: int) -> bool:
+        """Whether a step with so many slots for objects replays a graph."""
+        before, gradient = self.graphed.graph.replayed, self.detector.weight.grad.item()
+        one = Targets.of([target([[10, 10, 50, 60]], [1])], slots=slots)
+        self.graphed(images(1), one, SIZES)
+        assert self.detector.weight.grad.item() == gradient + 1  # also where recording was tried
+        return self.graphed.graph.replayed > before
+
+
+@pytest.fixture
+def steps(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> Steps:
+    monkeypatch.setattr(training_graph, "CudaGraph", Recorded)
+    monkeypatch.setattr(Recorded, "room", 64)
+    caplog.set_level(logging.INFO)
+    return Steps()
+
+
+def test_a_size_without_room_is_tried_again_after_the_next_evaluation_and_not_a_third_time(
+    steps: Steps, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert steps(16) and not steps(128) and not steps(128) and steps(16)
+    text = "steps with 128 objects an image and 4 edges run without a CUDA graph"
+    assert caplog.messages == [f"{text} until the next evaluation: out of memory"]
+    steps.graphed.release()
+    assert not steps(128) and caplog.messages[1:] == [f"{text}: out of memory"]
+    monkeypatch.setattr(Recorded, "room", 128)
+    steps.graphed.release()
+    assert not steps(128) and steps(64) and len(caplog.messages) == 2
+
+
+def test_a_size_that_finds_room_later_is_recorded(
+    steps: Steps, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert not steps(128)
+    monkeypatch.setattr(Recorded, "room", 128)
+    assert not steps(128)
+    steps.graphed.release()
+    assert steps(128)
+
+
+def test_a_step_that_ran_out_of_memory_has_that_of_the_graphs(
+    steps: Steps, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Recorded again and again they would cost more than they gain: after some times there are none."""
+    assert not steps(128)
+    for _ in range(CLEARINGS):
+        assert steps(16) and not steps(128) and not steps.graphed.graph.graphs
+    assert not steps(16)
+    assert caplog.messages[1:] == [
+        f"steps run without CUDA graphs until the next evaluation: {CLEARINGS} steps needed their memory"
+    ]
+    steps.graphed.release()
+    assert steps(16)
+
+
+def test_more_sizes_than_graphs_are_kept_wait_for_the_next_evaluation(
+    steps: Steps, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(Recorded, "error", NoRoom("6 graphs are recorded already"))
+    for _ in range(3):
+        assert not steps(32) and not steps(32)
+        steps.graphed.release()
+    assert len(caplog.messages) == 3
+    assert all("until the next evaluation: 6 graphs" in one for one in caplog.messages)
+    monkeypatch.setattr(Recorded, "error", None)
+    assert steps(32)
+
+
+def test_what_waits_for_the_gpu_is_not_tried_again(
+    steps: Steps, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(Recorded, "error", NotRecorded("operation not permitted"))
+    assert not steps(16)
+    monkeypatch.setattr(Recorded, "error", None)
+    steps.graphed.release()
+    assert not steps(16)
+    assert caplog.messages == [
+        "steps with 16 objects an image and 4 edges run without a CUDA graph: operation not permitted"
+    ]
+
+
+@needs_gpu
+@pytest.mark.cuda
+def test_a_step_that_waits_runs_without_a_graph_on_a_gpu(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    detector = small_detector().cuda().train()
+
+    def run(images: Tensor, targets: Targets, sizes: Tensor) -> dict[str, Tensor]:
+        losses = detector(images, targets, sizes)
+        total = sum(losses.values())
+        assert total.item() > 0  # waits, which a capture does not permit
+        total.backward()
+        return losses
+
+    graphed, sizes = GraphedGradients(detector, run), SIZES.cuda()
+    pixels, targets = images(1).cuda(), padded([target([[10, 10, 50, 60]], [1])], sizes.device)
+    for _ in range(2):
+        graphed.release()
+        assert all(loss.isfinite() for loss in graphed(pixels, targets, sizes).values())
+    (line,) = caplog.messages
+    assert line.startswith("steps with 16 objects an image and 4096 edges run without a CUDA graph")
+    assert not graphed.graph.graphs
+
+
+@needs_gpu
+@pytest.mark.cuda
+def test_a_graph_that_does_not_fit_on_a_gpu_leaves_it_usable() -> None:
+    graphs: CudaGraph[Tensor] = CudaGraph()
+    one = torch.ones(4, device="cuda")
+    graphs.record(lambda x: x + 1, one)
+    with pytest.raises(OutOfMemory, match="out of memory"):
+        graphs.record(lambda x: torch.empty(2**46, device=x.device) + x.sum(), torch.ones(8).cuda())
+    assert not graphs.graphs and graphs.pool is None
+    graphs.record(lambda x: x + 2, one)
+    assert graphs(one).tolist() == [3.0] * 4

@@ -1,0 +1,259 @@
+"""Published files find a place for each of their tensors, fill the published systems, and come back as they were."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.helpers.published import BACKBONES, DETECTORS, PUBLISHED, file_of, model_of
+from vitdet.weights.formats import FORMATS
+from vitdet.weights.formats.detectron2 import DETECTRON2, drop_class_token
+from vitdet.weights.formats.mmdet import MMDET, mmdet_format
+from vitdet.weights.formats.table import rename, to_ours, to_theirs
+from vitdet.weights.formats.vitae import VITAE, VITAE_CLS
+from vitdet.weights.load import Source, fitted
+from vitdet.weights.resize import (
+    rescale_relative_positions,
+    resize_grid,
+    resize_kernel,
+    resize_table,
+)
+
+FILE = Path("the file")
+
+
+def shapes(weights: dict[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(tensor.shape) for name, tensor in weights.items()}
+
+
+def read(name: str) -> Source:
+    layout = name.split("/")[0]
+    return Source(to_ours(file_of(name), FORMATS[layout]), layout, FORMATS[layout].scaled)
+
+
+@pytest.mark.parametrize("name", DETECTORS)
+def test_a_published_detector_is_the_recipes_and_comes_back(name: str) -> None:
+    detector, theirs = model_of(DETECTORS[name]), file_of(name)
+    weights, notes = fitted(read(name), detector, FILE)
+    assert shapes(weights) == shapes(detector.state_dict()) and not notes
+
+    ours = sum(parameter.numel() for parameter in detector.parameters())
+    unread = PUBLISHED[name]["n_params"] - ours
+    if name.startswith("detectron2"):
+        assert unread == detector.backbone.out_channels  # the class token's position
+    elif name == "mmdet/vit_b":
+        assert unread == 0
+    elif name == "mmdet/vitae_b":
+        # four blocks have q_bias and v_bias, ours a (useless) bias of the keys as well
+        assert unread == -4 * 768
+    else:
+        assert unread == 23040  # `attn.w` of two cells has no gradient and is no parameter here
+
+    layout = (
+        mmdet_format(split=(2, 5, 8, 11))
+        if name == "mmdet/vitae_b"
+        else FORMATS[name.split("/")[0]]
+    )
+    back = to_theirs(weights, layout)
+    assert shapes(back) == shapes(theirs)
+    for key, tensor in back.items():
+        expected = theirs[key]
+        if name.startswith("detectron2") and key == "backbone.net.pos_embed":
+            assert not tensor[:, 0].any()  # the class token's, which no detector reads
+            tensor, expected = tensor[:, 1:], expected[:, 1:]
+        if "fed_loss" in key:  # each stage's copy of the same odds
+            expected = theirs[key.replace(".1.", ".0.").replace(".2.", ".0.")]
+        assert tensor.data_ptr() == expected.data_ptr() or torch.equal(tensor, expected), key
+
+
+@pytest.mark.parametrize(("name", "recipe"), BACKBONES)
+def test_a_published_pretraining_fills_the_backbone(name: str, recipe: str) -> None:
+    detector, theirs = model_of(recipe), file_of(name)
+    layout = FORMATS[name.split("/")[0]]
+    source = read(name)
+    weights, notes = fitted(source, detector, FILE)
+    own = shapes(detector.state_dict())
+    assert all(own[key] == tuple(tensor.shape) for key, tensor in weights.items())
+    lacking = [key for key in own if key.startswith("backbone.") and key not in weights]
+    norm = ["backbone.norm.weight", "backbone.norm.bias"] if "backbone.norm.weight" in own else []
+    assert [key for key in lacking if not key.endswith(("rel_pos_h", "rel_pos_w"))] == (
+        norm if name.startswith("vitae_cls") else []
+    )
+    assert len(notes) == BACKBONES[name, recipe], notes
+    left = [key for key in theirs if rename(key, layout) not in weights]
+    assert sorted(left) == sorted(
+        {
+            "mae": ["cls_token"] + ([] if norm else ["norm.weight", "norm.bias"]),
+            "vitae_cls": ["head.weight", "head.bias"]
+            + (
+                ["layers.0.RC.cls_token", "fc_norm.weight", "fc_norm.bias"]
+                if name.endswith("Base")
+                else []
+            ),
+        }[name.split("/")[0]]
+    )
+
+
+def test_names() -> None:
+    assert (
+        rename("backbone.net.blocks.3.attn.qkv.weight", DETECTRON2)
+        == "backbone.blocks.3.attn.qkv.weight"
+    )
+    assert (
+        rename("roi_heads.box_head.2.conv4.norm.bias", DETECTRON2)
+        == "roi_heads.stages.2.convs.3.norm.bias"
+    )
+    assert (
+        rename("roi_heads.box_head.conv1.weight", DETECTRON2)
+        == "roi_heads.stages.0.convs.0.conv.weight"
+    )
+    assert rename("neck.fpn_convs.0.ln.weight", MMDET) == "pyramid.levels.0.5.norm.weight"
+    assert (
+        rename("backbone.layers.2.NC.13.PCM.4.running_var", MMDET)
+        == "backbone.blocks.13.pcm.4.running_var"
+    )
+    assert rename("layers.0.RC.PRM.proj.bias", VITAE_CLS) == "backbone.patch_embed.proj.bias"
+    assert rename("somewhere.else", DETECTRON2) is None
+
+
+def test_unknown_names_are_an_error_and_made_buffers_are_not() -> None:
+    weights = {
+        "backbone.net.pos_embed": torch.zeros(1, 5, 2),
+        "pixel_mean": torch.zeros(3),
+        "proposal_generator.anchor_generator.cell_anchors.0": torch.zeros(3, 4),
+    }
+    assert shapes(to_ours(weights, DETECTRON2)) == {"backbone.pos_embed": (1, 2, 2, 2)}
+    with pytest.raises(
+        ValueError, match="1 tensors that this format does not know, such as head.extra"
+    ):
+        to_ours(weights | {"head.extra": torch.zeros(1)}, DETECTRON2)
+    with pytest.raises(
+        ValueError, match=r"has no name for, such as backbone.blocks.0.pcm.0.weight"
+    ):
+        to_theirs({"backbone.blocks.0.pcm.0.weight": torch.zeros(1)}, DETECTRON2)
+    with pytest.raises(ValueError, match="both blocks.0.attn.q_bias and blocks.0.attn.qkv.bias"):
+        to_ours(
+            {
+                "blocks.0.attn.qkv.bias": torch.zeros(3),
+                "blocks.0.attn.q_bias": torch.zeros(1),
+                "blocks.0.attn.v_bias": torch.zeros(1),
+            },
+            VITAE,
+        )
+    with pytest.raises(ValueError, match=r"two tensors for roi_heads.stages.0.logits.bias"):
+        to_ours(
+            {
+                f"roi_heads.box_predictor{stage}.cls_score.bias": torch.zeros(1)
+                for stage in ("", ".0")
+            },
+            DETECTRON2,
+        )
+
+
+@pytest.mark.parametrize("style", ["mae", "beit"])
+def test_vitae_b_in_the_naming_of_autoencoders(style: str) -> None:
+    """The reference's own loader loses the biases of 4 of 12 blocks in one of these, and of 8 in the other."""
+    theirs = {}
+    for name, tensor in file_of("mmdet/vitae_b").items():
+        name = name.removeprefix("backbone.")
+        if name.startswith(("blocks.", "patch_embed.", "norm.")) and "rel_pos" not in name:
+            theirs[name] = tensor
+    theirs |= {
+        "cls_token": torch.zeros(1, 1, 768),
+        "pos_embed": torch.randn(1, 197, 768),
+    }
+    for i in range(12):
+        stem = f"blocks.{i}.attn."
+        for key in ("q_bias", "v_bias", "qkv.bias"):
+            theirs.pop(stem + key, None)
+        parts = {key: torch.randn(768) for key in ("q_bias", "v_bias")}
+        theirs |= (
+            {stem + key: part for key, part in parts.items()}
+            if style == "beit"
+            else {
+                f"{stem}qkv.bias": torch.cat([parts["q_bias"], torch.zeros(768), parts["v_bias"]])
+            }
+        )
+    detector = model_of("mask_rcnn_vitae_b_coco")
+    weights, notes = fitted(Source(to_ours(theirs, VITAE), "vitae", None), detector, FILE)
+    own = [
+        name
+        for name in detector.state_dict()
+        if name.startswith("backbone.") and "rel_pos" not in name
+    ]
+    assert sorted(weights) == sorted(own)
+    assert notes == ["backbone.pos_embed: resized from (1, 14, 14, 768) to (1, 64, 64, 768)"]
+
+
+def test_class_token_is_dropped() -> None:
+    stored = torch.arange(10.0).view(1, 10, 1)
+    assert drop_class_token(stored)[0, :, :, 0].tolist() == [[1, 2, 3], [4, 5, 6], [7, 8, 9]]
+    with pytest.raises(ValueError, match="expected"):
+        drop_class_token(torch.zeros(1, 9, 1))
+
+
+def test_biases_of_queries_and_values_leave_the_keys_without() -> None:
+    ours = to_ours(
+        {"blocks.2.attn.q_bias": torch.tensor([1.0]), "blocks.2.attn.v_bias": torch.tensor([3.0])},
+        VITAE,
+    )
+    assert ours["backbone.blocks.2.attn.qkv.bias"].tolist() == [1, 0, 3]
+    trained = {"backbone.blocks.2.attn.qkv.bias": torch.tensor([1.0, 9.0, 3.0])}
+    back = to_theirs(trained, mmdet_format(split=[2]))
+    assert {key: tensor.tolist() for key, tensor in back.items()} == {
+        "backbone.blocks.2.attn.q_bias": [1],
+        "backbone.blocks.2.attn.v_bias": [3],
+    }
+    with pytest.raises(ValueError, match="q_bias without blocks.2.attn.v_bias"):
+        to_ours({"blocks.2.attn.q_bias": torch.zeros(1)}, VITAE)
+
+
+def test_tables_of_images_that_are_not_square() -> None:
+    layout = mmdet_format(grid=(3, 2), wide=[1])
+    weights = {
+        "backbone.pos_embed": torch.arange(6.0).view(1, 6, 1),
+        "backbone.blocks.0.attn.rel_pos_w": torch.ones(27, 1),  # of windows
+        "backbone.blocks.1.attn.rel_pos_w": torch.arange(5.0).view(5, 1),
+    }
+    ours = to_ours(weights, layout)
+    assert ours["backbone.pos_embed"][0, :, :, 0].tolist() == [[0, 1], [2, 3], [4, 5]]
+    # the tail has no use
+    assert ours["backbone.blocks.1.attn.rel_pos_w"][:, 0].tolist() == [0, 1, 2]
+    assert shapes(to_theirs(ours, layout)) == shapes(weights)
+    with pytest.raises(
+        ValueError, match=r"expected \(1, n \* n, C\) without a class token, got \(1, 6, 1\)"
+    ):
+        to_ours(weights, MMDET)
+
+
+def test_relative_positions_change_their_scale_and_the_function_stays() -> None:
+    table, query = torch.randn(5, 64), torch.randn(64)
+    weights = {"backbone.blocks.0.attn.rel_pos_h": table, "backbone.blocks.0.attn.qkv.bias": query}
+    unscaled = rescale_relative_positions(weights, scaled=True, wanted=False)
+    torch.testing.assert_close(
+        unscaled["backbone.blocks.0.attn.rel_pos_h"] @ query, table @ (query * 64**-0.5)
+    )
+    assert unscaled["backbone.blocks.0.attn.qkv.bias"] is query
+    again = rescale_relative_positions(unscaled, scaled=False, wanted=True)[
+        "backbone.blocks.0.attn.rel_pos_h"
+    ]
+    torch.testing.assert_close(again, table)
+    assert rescale_relative_positions(weights, True, True) is weights
+
+
+def test_positions_and_patches_of_another_size() -> None:
+    plane = torch.stack(
+        torch.meshgrid(torch.arange(16.0), torch.arange(16.0), indexing="ij"), dim=-1
+    )[None]
+    small = resize_grid(plane, (8, 8))
+    torch.testing.assert_close(
+        small[0, 2:6, 2:6, 0], (torch.arange(2, 6) * 2 + 0.5)[:, None].expand(4, 4)
+    )
+    table = resize_table(torch.arange(27.0)[:, None].expand(27, 3), 53)
+    # the middle stays the middle
+    assert tuple(table.shape) == (53, 3) and abs(table[26, 0] - 13) < 1e-5
+    kernel = resize_kernel(torch.ones(2, 3, 14, 14), 16)
+    torch.testing.assert_close(kernel, torch.ones(2, 3, 16, 16))

@@ -1,0 +1,240 @@
+"""`vitdet weights convert`: what it writes is read by us and by those whose names it bears."""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+
+from tests.conftest import minimal
+from tests.helpers.published import file_of
+from vitdet.checkpoint import FORMAT, load_model_file, restore_detector, save
+from vitdet.config import load_config, save_config, to_dict
+from vitdet.models import build_detector
+from vitdet.predictor import Predictor
+from vitdet.weights.convert import class_names, convert_file
+from vitdet.weights.load import load_pretrained, read_source
+
+PLAIN = ["model.backbone.patch_size=16", "model.pyramid.scales=[4, 2, 1, 0.5]"]
+FORK = [
+    *PLAIN,
+    "model.backbone.scaled_rel_pos=true",
+    "model.backbone.final_norm=true",
+    "model.rpn.norm=true",
+    "model.pyramid.halve_channels=false",
+    "model.clamp_shrinking=true",
+    "model.norm_eps=1e-5",
+]
+
+
+@pytest.fixture
+def recipe(tiny: Path, tmp_path: Path) -> Path:
+    """A config file of a small model whose pyramid is Detectron2's."""
+    return write_config(tiny, tmp_path / "small.yaml", PLAIN)
+
+
+@pytest.fixture
+def model(recipe: Path, tmp_path: Path) -> Path:
+    """Its checkpoint, none of whose weights is trivial."""
+    return write_model(recipe, tmp_path / "model.pt")
+
+
+def write_config(tiny: Path, path: Path, changes: list[str]) -> Path:
+    save_config(load_config("tiny", [*minimal(tiny), *changes]), path)
+    return path
+
+
+def write_model(recipe: Path, path: Path) -> Path:
+    config = load_config(recipe)
+    torch.manual_seed(0)
+    detector = build_detector(config.model, config.evaluate)
+    with torch.no_grad():
+        for parameter in detector.parameters():
+            parameter += 0.1 * torch.randn_like(parameter)
+    names = list("abcdefgh"[: config.model.roi_heads.num_classes])
+    save(
+        path,
+        {
+            "format": FORMAT,
+            "config": to_dict(config),
+            "model": detector.state_dict(),
+            "class_names": names,
+        },
+    )
+    return path
+
+
+def refused(*given: object, **named: object) -> str:
+    with pytest.raises((ValueError, FileNotFoundError)) as caught:
+        convert_file(*given, **named)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("suffix", [".pkl", ".pth"])
+def test_a_detector_goes_to_detectron2_and_comes_back(
+    model: Path, recipe: Path, tmp_path: Path, picture: Path, suffix: str
+) -> None:
+    theirs, back = tmp_path / f"theirs{suffix}", tmp_path / "back.pt"
+    assert convert_file(model, theirs, "detectron2", reverse=True) == []
+    if suffix == ".pkl":
+        content = pickle.loads(theirs.read_bytes())
+        assert content.keys() == {"model", "__author__"}
+        assert content["model"]["backbone.net.blocks.0.attn.rel_pos_h"].dtype == "float32"
+        assert not content["model"]["backbone.net.pos_embed"][:, 0].any()
+    notes = convert_file(theirs, back, "detectron2", recipe)
+    count = len(load_model_file(back)["class_names"])
+    assert notes == [
+        f"class names: not known for {count} classes of coco; they are called class 0, class 1, ..."
+    ]
+    before, after = restore_detector(model)[0].state_dict(), restore_detector(back)[0].state_dict()
+    assert before.keys() == after.keys() and all(
+        torch.equal(before[name], after[name]) for name in before
+    )
+    expected, found = (Predictor.load(path)(picture, 0.0) for path in (model, back))
+    assert torch.equal(expected.boxes, found.boxes) and found.class_names[0] == "class 0"
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+
+
+def test_a_detector_goes_to_mmdet_and_comes_back(tiny: Path, tmp_path: Path) -> None:
+    """And may then be one whose relative positions meet the unscaled query: the function is the same."""
+    configs = {"fork": FORK, "mixed": [*FORK, "model.backbone.scaled_rel_pos=false"]}
+    paths = {
+        name: write_config(tiny, tmp_path / f"{name}.yaml", changes)
+        for name, changes in configs.items()
+    }
+    ours = write_model(paths["fork"], tmp_path / "ours.pt")
+    convert_file(ours, tmp_path / "theirs.pth", "mmdet", reverse=True)
+    content = torch.load(tmp_path / "theirs.pth", weights_only=True)
+    assert content["state_dict"]["backbone.pos_embed"].dim() == 3
+    image = torch.randint(0, 256, (1, 3, 128, 128), dtype=torch.uint8)
+    features = {}
+    for name, path in paths.items():
+        notes = convert_file(tmp_path / "theirs.pth", tmp_path / f"{name}.pt", "mmdet", path)
+        assert bool(notes) == (name == "mixed")
+        again, _, names = restore_detector(tmp_path / f"{name}.pt")
+        assert names == tuple(load_model_file(ours)["class_names"])  # mmdet's files say them
+        features[name] = again.backbone(image.float() / 255)
+    assert notes == [
+        "relative positions: rescaled for the unscaled query that this model has them meet"
+    ]
+    table = load_model_file(ours)["model"]["backbone.blocks.1.attn.rel_pos_h"]
+    torch.testing.assert_close(
+        again.state_dict()["backbone.blocks.1.attn.rel_pos_h"], table * 32**-0.5
+    )
+    torch.testing.assert_close(features["mixed"], features["fork"], atol=1e-5, rtol=1e-5)
+    assert (
+        "ours.pt: not a system of detectron2: model.norm_eps is 1e-05, detectron2 computes with 1e-06; model"
+        in (refused(ours, tmp_path / "x.pkl", "detectron2", reverse=True))
+    )
+
+
+def test_tensors_alone(model: Path, recipe: Path, tmp_path: Path) -> None:
+    """They say of themselves where they are from; so they can be loaded, and become a detector, later."""
+    convert_file(model, tmp_path / "theirs.pkl", "detectron2", reverse=True)
+    convert_file(tmp_path / "theirs.pkl", tmp_path / "ours.safetensors", "detectron2")
+    with safe_open(tmp_path / "ours.safetensors", framework="pt") as file:
+        assert file.metadata() == {
+            "format": "pt",
+            "layout": "detectron2",
+            "scaled_rel_pos": "false",
+        }
+    convert_file(tmp_path / "theirs.pkl", tmp_path / "fitted.safetensors", "detectron2", recipe)
+    assert read_source(tmp_path / "fitted.safetensors", "vitdet").class_names == ()  # not known
+    convert_file(model, tmp_path / "named.safetensors", "vitdet")
+    assert read_source(tmp_path / "named.safetensors", "vitdet").class_names == tuple(
+        load_model_file(model)["class_names"]
+    )
+    assert read_source(tmp_path / "ours.safetensors", "vitdet").layout == "detectron2"
+    convert_file(tmp_path / "ours.safetensors", tmp_path / "again.pt", "vitdet", recipe)
+    one, two = load_model_file(model)["model"], load_model_file(tmp_path / "again.pt")["model"]
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    config = load_config(recipe)
+    detector = build_detector(config.model)
+    assert not load_pretrained(detector, tmp_path / "ours.safetensors").fresh
+
+
+def test_a_pretraining_becomes_tensors(tmp_path: Path) -> None:
+    torch.save(
+        {
+            "model": {
+                name: tensor.contiguous().half() for name, tensor in file_of("mae/base").items()
+            }
+        },
+        tmp_path / "mae.pth",
+    )
+    assert convert_file(tmp_path / "mae.pth", tmp_path / "mae.safetensors", "mae") == []
+    source = read_source(tmp_path / "mae.safetensors", "vitdet")
+    assert source.layout == "mae" and source.scaled is None and not source.whole
+    assert source.weights["backbone.pos_embed"].shape == (1, 14, 14, 768)
+    text = refused(tmp_path / "mae.pth", tmp_path / "mae.pt", "mae", "mask_rcnn_vitdet_b_coco")
+    assert "mae.pth: holds a backbone alone" in text
+    text = refused(
+        tmp_path / "mae.pth", tmp_path / "x.safetensors", "mae", "mask_rcnn_vitae_b_coco"
+    )
+    assert "does not fit this backbone: " in text and "lacks backbone.blocks.0.pcm.0.weight" in text
+    assert (
+        "mae.pth, read as vitae_cls: 150 tensors that this format does not know, such as cls_token"
+        in refused(tmp_path / "mae.pth", tmp_path / "x.safetensors", "vitae_cls")
+    )
+    assert not list(tmp_path.glob("*x.safetensors*"))
+
+
+def test_what_makes_no_sense_is_one_line(model: Path, recipe: Path, tmp_path: Path) -> None:
+    for given, named, says in (
+        (
+            (model, tmp_path / "x.pkl", "detectron2"),
+            {},
+            "expected a name that ends in .safetensors or .pt",
+        ),
+        ((model, tmp_path / "x.pt", "vitdet"), {}, "say whose (--recipe NAME)"),
+        (
+            (model, tmp_path / "x.pt", "detectron3"),
+            {},
+            "no layout of weights is named 'detectron3'; expected one of",
+        ),
+        (
+            (tmp_path / "none.pkl", tmp_path / "x.pt", "detectron2", recipe),
+            {},
+            "none.pkl: no such weights file",
+        ),
+        ((model, model, "vitdet", recipe), {}, "the source itself"),
+        (
+            (model, tmp_path / "x.pth", "mae"),
+            {"reverse": True},
+            "writes detectron2 and mmdet, not mae",
+        ),
+        (
+            (model, tmp_path / "x.pkl", "mmdet"),
+            {"reverse": True},
+            "expected a name that ends in .pth (for mmdet)",
+        ),
+        ((model, tmp_path / "x.pth", "mmdet"), {"reverse": True}, "not a system of mmdet: "),
+        (
+            (recipe, tmp_path / "x.pth", "mmdet"),
+            {"reverse": True},
+            "small.yaml: not a whole vitdet checkpoint",
+        ),
+        (
+            (model, tmp_path / "x.pt", "vitdet", "mask_rcnn_vitdet_b_coco"),
+            {},
+            "model.pt: does not fit this detector",
+        ),
+    ):
+        assert says in refused(*given, **named), says
+    save_config(load_config(recipe, ["model.roi_heads.num_classes=80"]), tmp_path / "coco.yaml")
+    text = refused(model, tmp_path / "x.pt", "vitdet", tmp_path / "coco.yaml")
+    assert "the recipe's model 80; to train it for others, give it to train as train.init" in text
+    assert not list(tmp_path.glob("*x.p*"))
+
+
+def test_the_classes_of_published_detectors_are_known() -> None:
+    coco, lvis = (
+        class_names(load_config(f"mask_rcnn_vitdet_b_{data}"))[0] for data in ("coco", "lvis")
+    )
+    assert (len(coco), coco[0], coco[-1]) == (80, "person", "toothbrush")
+    assert (len(lvis), lvis[0], lvis[-1]) == (1203, "aerosol_can", "zucchini")
+    assert class_names(load_config("mask_rcnn_vitdet_b_coco"), ("a",) * 80) == (("a",) * 80, [])

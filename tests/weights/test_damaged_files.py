@@ -1,0 +1,145 @@
+"""Files of weights and checkpoints that are damaged: one line, or the same content."""
+
+from __future__ import annotations
+
+import pickle
+import random
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors import SafetensorError
+
+from vitdet.checkpoint import FORMAT, STATE, load
+from vitdet.weights.convert import convert_file
+from vitdet.weights.pickles import read_file
+
+CUT = Path(__file__).parents[2].parent / "shared/cases/faults/02-cut-pickle/cut.pkl"
+
+
+def mutated(content: bytes, rng: random.Random) -> bytes:
+    """One to three changes: a byte, a cut, a piece that is repeated, removed or inserted."""
+    changed = bytearray(content)
+    for _ in range(rng.randint(1, 3)):
+        at = rng.randrange(len(changed) or 1)
+        piece = changed[at : at + rng.randint(1, 8)]
+        kind = rng.randrange(5)
+        if kind == 0 and changed:
+            changed[at] = rng.randrange(256)
+        elif kind == 1:
+            del changed[at + 1 :]
+        elif kind == 2:
+            changed[at:at] = piece * rng.randint(1, 4)
+        elif kind == 3:
+            del changed[at : at + len(piece)]
+        else:
+            changed[at:at] = bytes(rng.randrange(256) for _ in piece)
+    return bytes(changed)
+
+
+@pytest.mark.parametrize("protocol", range(6))
+def test_500_damaged_pickles_of_each_protocol_end_in_one_line(
+    tmp_path: Path, protocol: int
+) -> None:
+    arrays = {f"block{i}.weight": np.arange(6, dtype="f4").reshape(2, 3) for i in range(3)}
+    whole = pickle.dumps({"model": arrays, "epoch": 3, "names": ["a", "ä"]}, protocol)
+    path, rng, refused = tmp_path / "weights.pkl", random.Random(protocol), 0
+    for _ in range(500):
+        path.write_bytes(mutated(whole, rng))
+        try:
+            read_file(path)
+        except ValueError as error:
+            assert str(error).startswith(f"{path}: ") and "\n" not in str(error)
+            refused += 1
+    assert refused > 250
+
+
+@pytest.mark.parametrize("cut", [b"\x80\x04\x95", b"\x80\x04\x8e\x00", b"\x80\x02T\x00", b"G\x00"])
+def test_a_pickle_that_is_cut_in_a_number_is_one_line(tmp_path: Path, cut: bytes) -> None:
+    path = tmp_path / "cut.pkl"
+    path.write_bytes(cut)
+    with pytest.raises(ValueError, match="not a whole file of weights") as error:
+        convert_file(path, tmp_path / "out.safetensors", "detectron2")
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.skipif(not CUT.exists(), reason="without the shared folder")
+def test_the_pickle_of_a_report_is_one_line(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="not a whole file of weights"):
+        convert_file(CUT, tmp_path / "out.safetensors", "detectron2")
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    path = tmp_path / "step_00000001.pt"
+    model = {f"w{i}": torch.arange(500.0) + i for i in range(3)}
+    torch.save({"format": STATE, "step": 1, "model": model, "config": {"a": "b"}}, path)
+    return path
+
+
+def same(ours: object, theirs: object) -> bool:
+    if isinstance(ours, dict):
+        return ours.keys() == theirs.keys() and all(same(ours[key], theirs[key]) for key in ours)
+    return torch.equal(ours, theirs) if isinstance(ours, torch.Tensor) else ours == theirs
+
+
+def test_150_flipped_bits_of_a_checkpoint_are_refused_or_harmless(checkpoint: Path) -> None:
+    whole, rng, refused = checkpoint.read_bytes(), random.Random(0), 0
+    content = torch.load(checkpoint, weights_only=True)
+    for _ in range(150):
+        damaged = bytearray(whole)
+        damaged[rng.randrange(len(damaged))] ^= 1 << rng.randrange(8)
+        checkpoint.write_bytes(damaged)
+        try:
+            assert same(load(checkpoint, STATE), content)
+        except ValueError as error:
+            assert str(error).startswith(f"{checkpoint}: ") and "\n" not in str(error)
+            refused += 1
+    assert refused > 100
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".pth"])
+def test_a_flipped_bit_among_the_weights_names_the_record(checkpoint: Path, suffix: str) -> None:
+    """In files of this package and of others."""
+    path = checkpoint.rename(checkpoint.with_suffix(suffix))
+    whole = bytearray(path.read_bytes())
+    whole[whole.index(torch.arange(500.0).numpy().tobytes()) + 402] ^= 0x40
+    path.write_bytes(whole)
+    with pytest.raises(ValueError, match=r"data/0 differs from its checksum: the file is damaged"):
+        load(path, STATE) if suffix == ".pt" else read_file(path)
+    assert zipfile.ZipFile(path).testzip().endswith("data/0")
+
+
+def test_a_flipped_bit_in_the_end_of_the_archive_is_one_line(checkpoint: Path) -> None:
+    whole = bytearray(checkpoint.read_bytes())
+    whole[whole.rindex(b"PK\x06\x07") + 16] ^= 2  # the number of disks
+    checkpoint.write_bytes(whole)
+    with pytest.raises(ValueError, match="not a whole vitdet checkpoint"):
+        load(checkpoint, STATE)
+
+
+def test_a_file_that_was_written_without_checksums_is_read(tmp_path: Path) -> None:
+    path, before = tmp_path / "weights.pth", torch.serialization.get_crc32_options()
+    torch.serialization.set_crc32_options(False)
+    try:
+        torch.save({"format": FORMAT, "w": torch.ones(3)}, path)
+    finally:
+        torch.serialization.set_crc32_options(before)
+    assert zipfile.ZipFile(path).testzip()
+    assert torch.equal(read_file(path)["w"], torch.ones(3))
+
+
+def test_a_full_disk_while_weights_are_written_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = Path(__file__).parents[2] / "vitdet/weights/mae_vit_tiny.safetensors"
+
+    def full(*_: object, **__: object) -> None:
+        raise SafetensorError("Error while serializing: I/O error: No space left on device")
+
+    monkeypatch.setattr("vitdet.weights.convert.save_file", full)
+    with pytest.raises(OSError, match=r"out.safetensors: could not be written \(") as error:
+        convert_file(source, tmp_path / "out.safetensors", "vitdet")
+    assert "\n" not in str(error.value) and not list(tmp_path.iterdir())

@@ -1,0 +1,196 @@
+"""Damaged training states: every rank resumes from the previous state, and one warning reports the lost steps."""
+
+from __future__ import annotations
+
+import errno
+import json
+import logging
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from torch import multiprocessing
+
+from tests.conftest import minimal
+from tests.training.test_distributed import TOGETHER, free_port
+from tests.training.test_trainer import cut, go, interrupt, same_bits, terminate
+from vitdet import checkpoint
+from vitdet.checkpoint import STATE, Checkpoints, DamagedError
+from vitdet.config import load_config
+from vitdet.files import damaged_record
+from vitdet.training import Stopped, train
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def flip(path: Path) -> None:
+    """One bit among the largest tensor's."""
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    assert damaged_record(path)
+
+
+def stopped_at_7(tiny: Path, folder: Path) -> list[Path]:
+    with pytest.raises(Stopped):
+        go(tiny, folder, interrupt(terminate, 7))
+    states = sorted((folder / "checkpoints").glob("*.pt"))
+    assert [path.name for path in states] == ["step_00000006.pt", "step_00000007.pt"]
+    return states
+
+
+@pytest.mark.parametrize("kind", ["cut", "flipped", "empty"])
+def test_a_training_goes_on_from_the_state_before_a_damaged_one(
+    tiny: Path, trained: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, kind: str
+) -> None:
+    _, newest = stopped_at_7(tiny, tmp_path)
+    if kind == "flipped":
+        flip(newest)
+    else:
+        newest.write_bytes(newest.read_bytes()[: 1000 if kind == "cut" else 0])
+    caplog.set_level(logging.WARNING)
+    assert min(go(tiny, tmp_path).points) == 7
+    (said,) = (one for one in caplog.messages if "damaged" in one)
+    assert said.startswith(f"{newest}: not a whole vitdet checkpoint (") and said.endswith(
+        "; it is kept as step_00000007.pt.damaged: the training goes on from step 6, and steps 7 to 7 are repeated"
+    )
+    same_bits(tmp_path, trained)
+    assert names(newest.parent) == [
+        ".lock",
+        "step_00000006.pt",
+        "step_00000007.pt.damaged",
+        "step_00000008.json",
+        "step_00000008.pt",
+    ]
+
+
+def test_a_damaged_state_is_told_once_and_is_none_of_the_last(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    states = Checkpoints(tmp_path, keep=2)
+    for step in (1, 2, 3):
+        states.save(step, {"w": torch.ones(999) * step})
+        states.save_evaluation(step, {"metrics": {}})
+    flip(tmp_path / "step_00000003.pt")
+    for _ in range(2):  # a start that ends before it holds the lock changes nothing
+        assert Checkpoints(tmp_path, keep=2).latest()["step"] == 2
+    assert states.latest()["step"] == 2
+    states.set_aside(2)
+    assert len(caplog.messages) == 1 and not states.damaged
+    states.set_aside(2)
+    again = Checkpoints(tmp_path, keep=2)
+    assert again.latest()["step"] == 2 and not again.damaged and len(caplog.messages) == 1
+    again.save(3, {"w": torch.ones(999)})
+    assert names(tmp_path) == [
+        "step_00000002.json",
+        "step_00000002.pt",
+        "step_00000003.pt",
+        "step_00000003.pt.damaged",
+    ]
+    again.save(4, {})
+    assert [path.name for path in again.all()] == ["step_00000003.pt", "step_00000004.pt"]
+
+
+def test_all_states_are_damaged(tmp_path: Path) -> None:
+    states = Checkpoints(tmp_path, keep=3)
+    for step in (1, 2, 3):
+        states.save(step, {}).write_bytes(b"PK")
+    with pytest.raises(
+        ValueError,
+        match=r"step_00000003.pt: not a whole .*; remove it and the 2 before, damaged as well, to begin anew$",
+    ):
+        states.latest()
+    assert len(states.all()) == 3
+
+
+def test_what_is_not_damaged_is_not_passed_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A state of a later version, one that may not be read, and one that does not fit into memory."""
+    states = Checkpoints(tmp_path, keep=3)
+    states.save(1, {})
+    checkpoint.save(tmp_path / "step_00000002.pt", {"format": f"{STATE}0", "step": 2})
+    with pytest.raises(ValueError, match=f"expected a '{STATE}' file, got") as e:
+        states.latest()
+    assert not isinstance(e.value, DamagedError)
+    states.save(2, {})
+    for error in (
+        RuntimeError("unable to mmap 9 bytes from file <a>: Cannot allocate memory (12)"),
+        MemoryError(),
+        OSError(errno.EMFILE, os.strerror(errno.EMFILE)),
+    ):
+
+        def failing(*_: object, error: Exception = error, **__: object) -> None:
+            raise error
+
+        with monkeypatch.context() as patch:
+            patch.setattr(torch, "load", failing)
+            with pytest.raises((ValueError, OSError)) as e:
+                states.latest()
+            assert not isinstance(e.value, DamagedError)
+    assert not states.damaged and states.latest()["step"] == 2
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "[" * 100_000, "\udcff"])
+def test_a_damaged_evaluation_costs_the_evaluation_only(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, content: str
+) -> None:
+    states = Checkpoints(tmp_path, keep=2)
+    states.save(4, {"evaluated": 0})
+    path = tmp_path / "step_00000004.json"
+    path.write_bytes(content.encode(errors="surrogateescape"))
+    assert states.latest() == {"format": STATE, "step": 4, "evaluated": 0}
+    states.set_aside(4)
+    (said,) = caplog.messages
+    assert said.startswith(f"{path}: ") and "the metrics after step 4 are lost" in said
+    assert names(tmp_path) == ["step_00000004.json.damaged", "step_00000004.pt"]
+
+
+def test_an_evaluation_that_is_damaged_is_made_up_for(tiny: Path, tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        go(tiny, tmp_path, interrupt(cut, 5))
+    path = tmp_path / "checkpoints" / "step_00000004.json"
+    before = json.loads(path.read_text())["metrics"]
+    path.write_text("{")
+    recorder = interrupt(cut, 5)
+    with pytest.raises(KeyboardInterrupt):
+        go(tiny, tmp_path, recorder)
+    assert min(recorder.points) == 4 and json.loads(path.read_text())["metrics"] == before
+
+
+def one_of_two(rank: int, port: int, root: Path, folder: Path) -> None:
+    """A process of two; what the second one reads of the newest states, and of an evaluation, is damaged."""
+    os.environ |= {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
+    if rank == 1:
+        load = checkpoint.load
+
+        def damaged(path: Path, *given: str, **named: bool) -> dict:
+            if path.name != "step_00000004.pt":
+                raise DamagedError(f"{path}: damaged on the way")
+            return load(path, *given, **named)
+
+        def lost(path: Path) -> dict:
+            raise DamagedError(f"{path}: damaged on the way")
+
+        checkpoint.load, checkpoint._read_evaluation = damaged, lost
+    train(load_config("tiny", minimal(root, train__keep=3, **TOGETHER)), folder)
+
+
+@pytest.mark.slow
+def test_all_processes_go_on_from_the_state_that_all_find_whole(tiny: Path, tmp_path: Path) -> None:
+    with pytest.raises(Stopped):
+        go(tiny, tmp_path, interrupt(terminate, 7), train__keep=3, **TOGETHER)
+    multiprocessing.spawn(one_of_two, (free_port(), tiny, tmp_path), nprocs=2)
+    damaged = [name for name in names(tmp_path / "checkpoints") if name.endswith(".damaged")]
+    assert damaged == ["step_00000006.pt.damaged", "step_00000007.pt.damaged"]
+    assert (tmp_path / "checkpoints" / "step_00000004.json").exists()  # the first process read it
+    assert (tmp_path / "model.pt").exists()

@@ -1,0 +1,133 @@
+"""A download over TLS and through a proxy: a certificate nobody vouches for is not believed, and nothing leads out."""
+
+from __future__ import annotations
+
+import datetime
+import ipaddress
+import random
+import ssl
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import NameOID
+
+from tests.helpers.web import Web, serve, status
+from tests.weights.test_download import QUICK, Seen
+from vitdet.datasets.download import download
+
+CONTENT = random.Random(0).randbytes(30_000)
+
+
+@pytest.fixture(autouse=True)
+def nothing_inherited(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("http_proxy", "https_proxy", "no_proxy"):
+        monkeypatch.delenv(name, raising=False)
+        monkeypatch.delenv(name.upper(), raising=False)
+    monkeypatch.setattr("urllib.request._opener", None)  # it remembers certificates and proxies
+
+
+def certificate(folder: Path) -> Path:
+    """A key and a certificate for this machine, signed by nobody else."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    name, now = (
+        x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "here")]),
+        datetime.datetime.now(datetime.UTC),
+    )
+    made = (
+        x509.CertificateBuilder()
+        .subject_name(name)
+        .issuer_name(name)
+        .public_key(key.public_key())
+        .serial_number(1)
+        .not_valid_before(now - datetime.timedelta(1))
+        .not_valid_after(now + datetime.timedelta(1))
+        .add_extension(
+            x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]), False
+        )
+        .add_extension(x509.BasicConstraints(ca=True, path_length=None), True)
+        .sign(key, hashes.SHA256())
+    )
+    path = folder / "server.pem"
+    path.write_bytes(
+        key.private_bytes(
+            serialization.Encoding.PEM,
+            serialization.PrivateFormat.PKCS8,
+            serialization.NoEncryption(),
+        )
+        + made.public_bytes(serialization.Encoding.PEM)
+    )
+    return path
+
+
+@pytest.fixture
+def secure(tmp_path: Path) -> Iterator[tuple[Web, str, Path]]:
+    """A server behind TLS, its address, its certificate."""
+    pem = certificate(tmp_path)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(pem)
+    with Web() as web:
+        web.content = CONTENT
+        web.socket = context.wrap_socket(web.socket, server_side=True)
+        thread = threading.Thread(
+            target=web.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True
+        )
+        thread.start()
+        yield web, web.url.replace("http:", "https:"), pem
+        web.shutdown()
+        thread.join()
+
+
+def test_a_certificate_that_nobody_vouches_for_is_one_line_at_once(
+    secure: tuple[Web, str, Path], tmp_path: Path
+) -> None:
+    web, url, _ = secure
+    with pytest.raises(ConnectionError, match="certificate verify failed") as caught:
+        download(f"{url}/a", tmp_path / "part", Seen(), QUICK)
+    assert str(caught.value).startswith(f"{url}/a: ") and "\n" not in str(caught.value)
+    assert (
+        "times in a row" not in str(caught.value)
+        and not web.asked
+        and not (tmp_path / "part").exists()
+    )
+
+
+def test_a_houses_own_authority_is_believed(
+    secure: tuple[Web, str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, url, pem = secure
+    monkeypatch.setenv("SSL_CERT_FILE", str(pem))
+    download(f"{url}/a", tmp_path / "part", Seen(), QUICK, len(CONTENT))
+    assert (tmp_path / "part").read_bytes() == CONTENT
+
+
+def test_a_way_out_of_the_encryption_is_not_taken(
+    secure: tuple[Web, str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    web, url, pem = secure
+    monkeypatch.setenv("SSL_CERT_FILE", str(pem))
+    with serve() as plain:
+        plain.content = CONTENT
+        web.plan = [status(302, Location=f"{plain.url}/a")]
+        with pytest.raises(
+            ValueError, match="leads to an address without encryption .*; it was not followed"
+        ):
+            download(f"{url}/a", tmp_path / "part", Seen(), QUICK)
+    assert not (tmp_path / "part").exists()
+
+
+def test_the_proxy_of_the_environment_is_asked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with serve() as proxy:
+        proxy.content = CONTENT
+        monkeypatch.setenv("http_proxy", proxy.url)
+        download(
+            "http://images.example.org/zips/a.zip", tmp_path / "part", Seen(), QUICK, len(CONTENT)
+        )
+        assert [path for path, _ in proxy.asked] == ["http://images.example.org/zips/a.zip"]
+    assert (tmp_path / "part").read_bytes() == CONTENT

@@ -1,0 +1,278 @@
+"""A published file becomes weights under our names, whole or not at all, whoever dies on the way."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from tests.cli.test_cli import largest_file
+from tests.conftest import environment
+from tests.helpers.web import Web, file, serve, status
+from tests.weights.test_download import QUICK, Seen
+from vitdet.weights.catalogue import Entry
+from vitdet.weights.fetch import fetch
+
+CONTENT = random.Random(0).randbytes(100_000)
+SHA256, MD5 = hashlib.sha256(CONTENT).hexdigest(), hashlib.md5(CONTENT).hexdigest()
+Fetch = Callable[..., Path]
+
+
+def turned(source: Path, target: Path) -> None:
+    """A conversion: the bytes backwards."""
+    assert source.suffix == ".pth"
+    target.write_bytes(source.read_bytes()[::-1])
+
+
+def refuse(source: Path, target: Path) -> None:
+    target.write_bytes(b"half")
+    raise ValueError(f"{source.name}: 3 tensors that this format does not know")
+
+
+@pytest.fixture
+def web() -> Iterator[Web]:
+    with serve() as web:
+        web.content = CONTENT
+        yield web
+
+
+@pytest.fixture
+def entry(web: Web) -> Entry:
+    return Entry(
+        "some", "weights", f"{web.url}/pub/some.pth", "mae", size=len(CONTENT), sha256=SHA256
+    )
+
+
+@pytest.fixture
+def get(entry: Entry, tmp_path: Path) -> Fetch:
+    def run(
+        convert: Callable[[Path, Path], None] = turned,
+        mirror: str = "",
+        local: Path | None = None,
+        **changes: object,
+    ) -> Path:
+        return fetch(
+            replace(entry, **changes), tmp_path / "here", convert, Seen(), mirror, local, QUICK
+        )
+
+    return run
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_it_is_downloaded_once_and_converted(get: Fetch, web: Web, tmp_path: Path) -> None:
+    assert get() == get() == tmp_path / "here" / "some.safetensors"
+    assert get().read_bytes() == CONTENT[::-1] and len(web.asked) == 1
+    assert names(tmp_path / "here") == ["some.safetensors"]
+
+
+@pytest.mark.parametrize(
+    ("known", "says"),
+    [
+        ({"size": 99_999}, "the server has 100,000 bytes, expected 99,999"),
+        (
+            {"sha256": "0" * 64},
+            f"some.pth: sha256 {SHA256}, expected {'0' * 64}: not the published some; the",
+        ),
+        ({"sha256": "0000", "md5": MD5}, f"sha256 {SHA256[:4]}, expected 0000"),
+        (
+            {"sha256": "", "md5": "00000g"},
+            f"md5 {MD5[:6]}, expected 00000g: not the published some",
+        ),
+    ],
+)
+def test_another_file_than_the_published_one_does_not_stay(
+    get: Fetch, web: Web, tmp_path: Path, known: dict, says: str
+) -> None:
+    with pytest.raises(ValueError) as caught:
+        get(**known)
+    assert (
+        says in str(caught.value) and "\n" not in str(caught.value) and not names(tmp_path / "here")
+    )
+    assert get().is_file()
+
+
+def test_wrong_bytes_of_the_right_length(get: Fetch, web: Web, tmp_path: Path) -> None:
+    web.content = CONTENT[:-1] + b"?"
+    with pytest.raises(ValueError, match="not the published some; the download was thrown away"):
+        get()
+    assert not names(tmp_path / "here")
+    web.content, web.tag = CONTENT, '"right"'
+    assert get().read_bytes() == CONTENT[::-1]
+
+
+@pytest.mark.parametrize(
+    ("known", "notes"),
+    [
+        ({"md5": MD5[:6]}, 0),
+        ({"md5": MD5[:6], "sha256": SHA256[:8]}, 0),
+        ({"md5": "abcdef", "md5_of_name": True}, 1),
+        ({"md5": MD5[:6], "md5_of_name": True}, 0),
+    ],
+)
+def test_the_beginning_of_a_checksum_will_do_and_one_of_the_name_is_a_hint(
+    get: Fetch, caplog: pytest.LogCaptureFixture, known: dict, notes: int
+) -> None:
+    get(**{"sha256": "", "size": None, **known})
+    assert len(caplog.messages) == notes and all(
+        "expected abcdef by the name" in text for text in caplog.messages
+    )
+
+
+@pytest.mark.parametrize(
+    ("size", "says"),
+    [
+        (len(CONTENT), "some: no checksum is published; only its size was verified"),
+        (None, "some: neither a checksum nor a size is published; nothing was verified"),
+    ],
+)
+def test_what_could_not_be_verified_is_told(
+    get: Fetch, caplog: pytest.LogCaptureFixture, size: int | None, says: str
+) -> None:
+    get(sha256="", size=size)
+    assert caplog.messages == [says]
+
+
+def test_what_cannot_be_converted_is_kept_only_if_it_is_the_published_file(
+    get: Fetch, web: Web, tmp_path: Path
+) -> None:
+    with pytest.raises(
+        ValueError, match="3 tensors that this format does not know; the download was kept"
+    ):
+        get(refuse)
+    assert (
+        names(tmp_path / "here") == [".some.part.pth", ".some.part.pth.json"]
+        and web.sent == 100_000
+    )
+    assert get().is_file() and web.sent == 100_000
+    get().unlink()
+    with pytest.raises(ValueError, match="does not know; the download was thrown away"):
+        get(refuse, sha256="")
+    assert not names(tmp_path / "here")
+
+
+def test_a_copy_from_elsewhere(get: Fetch, web: Web, tmp_path: Path) -> None:
+    (tmp_path / "copy.pth").write_bytes(CONTENT)
+    (tmp_path / "other.pth").write_bytes(CONTENT[1:])
+    with pytest.raises(
+        ValueError, match=r"other.pth: 99,999 bytes, expected 100,000: not the published some$"
+    ):
+        get(local=tmp_path / "other.pth")
+    with pytest.raises(
+        ValueError, match=r"copy.pth: copy.pth: 3 tensors that this format does not know$"
+    ):
+        get(refuse, local=tmp_path / "copy.pth")
+    with pytest.raises(FileNotFoundError, match="none.pth: no such file"):
+        get(local=tmp_path / "none.pth")
+    assert get(local=tmp_path / "copy.pth").read_bytes() == CONTENT[::-1]
+    assert names(tmp_path / "here") == ["some.safetensors"] and not web.asked
+    assert (tmp_path / "copy.pth").read_bytes() == CONTENT
+
+
+def test_a_mirror(get: Fetch, web: Web) -> None:
+    assert get(mirror=f"{web.url}/mirror/", url="https://gone.example.org/pub/some.pth").is_file()
+    assert web.asked == [("/mirror/pub/some.pth", None)]
+
+
+@pytest.mark.parametrize(
+    ("state", "says"),
+    [
+        (
+            "dead",
+            r"its link is dead \(https://x/y\); convert a copy that you have .*--from FILE\), or start from other",
+        ),
+        ("none", "its authors have not published it; convert a copy"),
+        (
+            "page",
+            "https://x/y is a page, not a file; download it there in a browser, then vitdet weights fetch some ",
+        ),
+    ],
+)
+def test_what_cannot_be_downloaded_says_what_to_do(
+    get: Fetch, tmp_path: Path, state: str, says: str
+) -> None:
+    with pytest.raises(ValueError, match=f"^some cannot be downloaded: {says}"):
+        get(state=state, url="https://x/y")
+    assert not (tmp_path / "here").exists()
+    (tmp_path / "copy.pth").write_bytes(CONTENT)
+    assert get(state=state, url="https://x/y", local=tmp_path / "copy.pth").is_file()
+
+
+def test_a_full_disk_in_the_conversion_costs_no_download(
+    get: Fetch, web: Web, tmp_path: Path
+) -> None:
+    def twice(source: Path, target: Path) -> None:
+        target.write_bytes(source.read_bytes() * 2)
+
+    with largest_file(150_000), pytest.raises(OSError, match="File too large"):
+        get(twice)
+    assert names(tmp_path / "here") == [".some.part.pth", ".some.part.pth.json"]
+    assert get(twice).stat().st_size == 200_000 and web.sent == 100_000
+
+
+def test_a_failure_without_a_byte_leaves_nothing(get: Fetch, web: Web, tmp_path: Path) -> None:
+    web.plan = [status(404)]
+    with pytest.raises(FileNotFoundError, match="404"):
+        get()
+    assert not names(tmp_path / "here")
+
+
+def test_two_at_once_download_it_once(
+    get: Fetch, web: Web, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    web.plan = [file(cut=50_000, stall=True)]
+    done: list[Path] = []
+    threads = [threading.Thread(target=lambda: done.append(get())) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(done) == 3 and done[0].read_bytes() == CONTENT[::-1] and web.sent == 100_000
+    assert sum("another process works on it; waiting" in text for text in caplog.messages) >= 2
+
+
+SCRIPT = """
+import shutil, sys
+from pathlib import Path
+from vitdet.datasets.download import Patience
+from vitdet.weights.catalogue import Entry
+from vitdet.weights.fetch import fetch
+class Quiet:
+    def at(self, done, total): pass
+    def end(self): pass
+entry = Entry("some", "weights", sys.argv[1], "mae", sha256=sys.argv[3])
+fetch(entry, Path(sys.argv[2]), lambda a, b: shutil.copyfile(a, b), Quiet(), patience=Patience(stall=600))
+"""
+
+
+def test_killed_and_run_again(web: Web, tmp_path: Path) -> None:
+    words = [sys.executable, "-c", SCRIPT, f"{web.url}/some.pth", str(tmp_path / "here"), SHA256]
+    part = tmp_path / "here" / ".some.part.pth"
+    web.plan = [file(cut=70_000, stall=True)]
+    process = subprocess.Popen(words, env=environment(tmp_path))
+    while not (part.exists() and part.stat().st_size == 70_000) and process.poll() is None:
+        time.sleep(0.02)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    assert names(tmp_path / "here") == [".some.part.pth", ".some.part.pth.json"]
+    (tmp_path / "here" / ".some.tmp").mkdir()
+    (tmp_path / "here" / ".some.tmp" / "half").touch()  # as if killed in the conversion
+    both = [subprocess.Popen(words, env=environment(tmp_path)) for _ in range(2)]
+    assert [one.wait() for one in both] == [0, 0]
+    assert (tmp_path / "here" / "some.safetensors").read_bytes() == CONTENT
+    assert web.sent == 100_000 and [asked for _, asked in web.asked] == [None, "bytes=70000-"]
+    assert names(tmp_path / "here") == ["some.safetensors"]
