@@ -1,4 +1,4 @@
-"""Shared: a tiny data set, and a training on it that takes a second."""
+"""Shared fixtures: a tiny data set, and a training on it that takes a second."""
 
 from __future__ import annotations
 

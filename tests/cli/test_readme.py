@@ -1,4 +1,4 @@
-"""What the README tells to type: its Python runs as it stands, its commands are words that the command lines know."""
+"""Python examples of the README run; its commands parse."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The manifests against a real API server: what it accepts, and what its accounts may do."""
+"""The manifests on a real API server: validation, and the permissions of the service accounts."""
 
 from __future__ import annotations
 

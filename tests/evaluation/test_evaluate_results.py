@@ -1,4 +1,4 @@
-"""Scoring a file of results: what is printed and written, what is refused, and the benchmark of it."""
+"""Evaluating a results file: output, errors, and its benchmark."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""The maps of a Kubernetes object whose keys no schema knows: labels, annotations, resources and the like.
+"""Maps of Kubernetes objects whose keys no schema lists: labels, annotations, resources and the like.
 
 A key that is misspelled there is accepted and means nothing: a pod without a GPU, a sidecar, an evicted node.
 So every key that manifests/ and the launcher use is named here once.
