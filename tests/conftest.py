@@ -59,6 +59,12 @@ MINIMAL = {
 }
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Run modules with slow tests first, so that no worker is left with minutes of work at the end."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
+
+
 def minimal(root: Path, **changes: object) -> list[str]:
     """Overrides of the recipe `tiny`; a change is optim__lr=1e-3 for optim.lr."""
     settings = {
