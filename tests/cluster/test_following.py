@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -63,10 +62,13 @@ class Record:
         self.annotations: dict[str, str] = {}
         self.flicker: list[dict] = []
         self.warnings: list[dict] = []
+        self.queued: list[dict] | None = None  # Workloads of Kueue
+        self.forgotten: tuple[str, ...] = ()  # fields of spec that the cluster does not know
 
-    def create(self, job: dict) -> bool:
+    def create(self, job: dict, refused: float = 0) -> dict | None:
         self.asked.append("create")
-        return self.there is None
+        spec = {key: value for key, value in job["spec"].items() if key not in self.forgotten}
+        return {**job, "spec": spec} if self.there is None else None
 
     def get(self) -> dict | None:
         if self.there is not None and self.asked[-1] == "create":
@@ -99,6 +101,9 @@ class Record:
 
     def events(self, selector: str) -> list[dict]:
         return self.warnings
+
+    def workloads(self, uid: str) -> list[dict] | None:
+        return self.queued
 
     def log(
         self,
@@ -323,9 +328,13 @@ def test_an_elastic_job_that_runs_does_not_need_all_its_nodes() -> None:
 def test_a_stopped_step_deletes_its_job_only_if_its_run_ends(
     number: int, reason: str, ctrl_c: None
 ) -> None:
-    record, lines = Record((RUNNING, [])), []
+    class Stopped(Record):
+        def pods(self) -> tuple[list[dict], str]:
+            os.kill(os.getpid(), number)
+            return super().pods()
+
+    record, lines = Stopped((RUNNING, [])), []
     before = signal.getsignal(signal.SIGTERM)
-    threading.Timer(0.1, os.kill, (os.getpid(), number)).start()
     with pytest.raises((SystemExit, KeyboardInterrupt)):
         Follower(
             record, PYTORCH, filled(owner=OWNER), lines.append, SHORT, end_reason=lambda: reason
@@ -383,9 +392,11 @@ def test_an_api_server_that_is_away_is_asked_again() -> None:
         "launcher: the API server does not answer (ProtocolError); asking again for 0 s",
         "launcher: the API server answers again",
     ]
-    # an API server that starts knows neither
+    # an API server that starts knows neither what it allowed before nor the custom resources
     starting = [refused(403, "no roles yet"), refused(404), b"{}"]
     assert ask("get x", answers(*starting), none_if=(404,), forbidden=5) == {}
+    with pytest.raises(RuntimeError, match="no roles yet"):
+        ask("get y", answers(*starting), none_if=(404,), forbidden=5)
     with pytest.raises(RuntimeError, match="the API server does not answer"):
         ask("get x", answers(ProtocolError("reset")))
 
@@ -394,9 +405,23 @@ def test_an_api_server_that_is_away_is_asked_again() -> None:
     ("error", "message"),
     [
         (
-            refused(403, 'pytorchjobs is forbidden: User "u" cannot'),
-            'cannot create in namespace ours: pytorchjobs is forbidden: User "u" cannot; the pipeline.s service account',
+            refused(
+                403,
+                'pytorchjobs.kubeflow.org is forbidden: User "system:serviceaccount:ours:u" cannot create resource '
+                '"pytorchjobs" in API group "kubeflow.org" in the namespace "ours"',
+            ),
+            "^cannot create in namespace ours: account system:serviceaccount:ours:u has no Role for verb create "
+            "of pytorchjobs.kubeflow.org; apply manifests/shared",
         ),
+        (
+            refused(403, 'namespace "ours" is being terminated'),
+            'namespace "ours" is being terminated .HTTP 403.$',
+        ),
+        (
+            refused(403, 'admission webhook "v.io" denied the request: spec.x: Required value: y'),
+            "spec.x: Required value: y .HTTP 403.$",
+        ),
+        (refused(401, "Unauthorized"), "does not accept the account's token .HTTP 401.$"),
         (
             refused(404),
             "the cluster knows no PyTorchJob .kubeflow.org/v1.; install the Kubeflow training operator",
@@ -413,6 +438,33 @@ def test_a_refusal_is_one_line_at_once(error: ApiException, message: str) -> Non
     with pytest.raises(RuntimeError, match=message) as raised:
         cluster(lines, Timeouts()).request("create", answers(error))
     assert "\n" not in str(raised.value) and not lines
+    assert raised.value.__cause__ is None and raised.value.__context__ is None
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        'pytorchjobs "x" is forbidden: exceeded quota: q, requested: count/pytorchjobs.kubeflow.org=1, '
+        "used: count/pytorchjobs.kubeflow.org=1, limited: count/pytorchjobs.kubeflow.org=1",
+        'admission webhook "policy.example.com" denied the request: \n\nno trainings at night\n',
+    ],
+)
+def test_a_quota_and_a_policy_are_waited_for(message: str, clock: Clock) -> None:
+    """That is reported once, with how long it is waited for."""
+    lines: list[str] = []
+    ask, text = cluster(lines, Timeouts()).request, " ".join(message.split())
+    assert (
+        ask("create", answers(refused(403, message), refused(403, message), b"{}"), refused=9) == {}
+    )
+    what = f"cannot create in namespace ours: {text} (HTTP 403)"
+    assert lines == [
+        f"launcher: {what}; asking again for 9 s",
+        "launcher: the API server answers again",
+    ]
+    start = clock.now
+    with pytest.raises(RuntimeError) as raised:
+        ask("create", answers(refused(403, message)), refused=9)
+    assert str(raised.value) == f"{what}, for 9 s" and 9 <= clock.now - start < 12
 
 
 def test_what_cannot_be_launched_is_said_before_the_cluster_is_asked(
