@@ -10,7 +10,8 @@ from components.launcher.status import (
     missing_pods,
     startup_warning,
 )
-from tests.cluster.test_following import DONE, RUNNING, Record, cluster, follow, refused
+from tests.cluster.test_following import DONE, RUNNING, Record, follow
+from tests.cluster.test_kube_requests import cluster, refused
 from tests.cluster.test_launcher import conditions, pod
 
 NAME = "vitdet-tiny-1"

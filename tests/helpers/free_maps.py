@@ -14,6 +14,7 @@ LABELS = {
     "app.kubernetes.io/part-of",
     "cloud.google.com/compute-class",  # GKE's, of a ComputeClass
     "kubernetes.io/metadata.name",  # the API server's, of each namespace
+    "kueue.x-k8s.io/priority-class",
     "kueue.x-k8s.io/queue-name",
     "pod-security.kubernetes.io/audit",
     "pod-security.kubernetes.io/enforce",
