@@ -1,6 +1,6 @@
 """Create or update an MLflow account that may manage all experiments and registered models.
 
-    kubectl -n vitdet-mlflow exec -i deployment/mlflow -- python /etc/mlflow/account.py NAME < PASSWORD_FILE
+    kubectl -n NAMESPACE exec -i deployment/mlflow -- python /etc/mlflow/account.py NAME < PASSWORD_FILE
 
 An account manages what it creates. The experiments and models that exist already, made by other accounts, are granted
 to it; run the script again to grant those that other accounts have created since.
