@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from components.launcher.templates import KINDS
-from tests.cluster.test_manifests import JOBS, MANIFESTS, OVERLAYS, overlay
+from tests.cluster.test_manifests import JOBS, MANIFESTS, OVERLAYS, PARTS, overlay
 from tests.helpers.cluster import QUICK, kubectl, on_cluster
 
 pytestmark = [*on_cluster, pytest.mark.skipif(not shutil.which("kubectl"), reason="needs kubectl")]
@@ -24,6 +24,7 @@ UNKNOWN = {
     "ClusterQueue",
     "LocalQueue",
     "ResourceFlavor",
+    "VirtualService",
 }
 
 
@@ -49,7 +50,7 @@ def moved(documents: list[dict], namespace: str) -> list[dict]:
     return [document for document in found if document["kind"] != "Namespace"]
 
 
-@pytest.mark.parametrize("part", ["cluster", *JOBS])
+@pytest.mark.parametrize("part", [*PARTS, *JOBS])
 @pytest.mark.parametrize("name", OVERLAYS)
 def test_a_server_accepts_an_overlay(name: str, part: str, namespace: str) -> None:
     documents = moved(overlay(name, JOBS.get(part, part)), namespace)
@@ -147,12 +148,17 @@ def test_a_pipeline_s_account_may_what_it_must_and_no_more(accounts: str) -> Non
 
 @pytest.mark.parametrize("kind", JOBS)
 def test_the_launcher_s_requests_are_all_allowed(kind: str, accounts: str) -> None:
+    exercise_launcher(kind, accounts, "vitdet-pipeline")
+
+
+def exercise_launcher(kind: str, accounts: str, account: str) -> None:
+    """All requests of the launcher in namespace `accounts`, as `account`."""
     from kubernetes import config
 
     from components.launcher.client import JobClient
 
     api = config.new_client_from_config()
-    api.set_default_header("Impersonate-User", f"system:serviceaccount:{accounts}:vitdet-pipeline")
+    api.set_default_header("Impersonate-User", f"system:serviceaccount:{accounts}:{account}")
     said: list[str] = []
     cluster = JobClient(api, KINDS[kind], "vitdet-train", accounts, said.append, QUICK)
     *_, job = moved(overlay("kind", JOBS[kind]), accounts)
