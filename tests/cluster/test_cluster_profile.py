@@ -42,12 +42,10 @@ def binding(name: str, role: str, subject: dict) -> dict:
 
 @pytest.fixture(params=RELEASES)
 def profile(request: pytest.FixtureRequest) -> Iterator[Profile]:
-    """A namespace as Kubeflow's profile controller makes it, and our ClusterRole under a name of its own."""
+    """A namespace as Kubeflow's profile controller makes it, on a cluster with our ClusterRole."""
     suffix = uuid.uuid4().hex[:8]
     made = Profile(f"vitdet-profile-{suffix}", f"owner-{suffix}", f"friend-{suffix}")
-    roles = profile_roles(suffix, request.param, aggregate=True)
-    ours = yaml.safe_load(OURS.read_text())
-    ours["metadata"]["name"] += f"-{suffix}"
+    roles = profile_roles(suffix, request.param, yaml.safe_load(OURS.read_text()))
     kubectl("create", "namespace", made.namespace)
     kubectl("apply", "-f", "-", given=yaml.safe_dump_all(roles))
     kubectl("create", "serviceaccount", "default-editor", "-n", made.namespace)
@@ -59,11 +57,10 @@ def profile(request: pytest.FixtureRequest) -> Iterator[Profile]:
         binding("default-editor", f"kubeflow-edit-{suffix}", editor),
     ]
     kubectl("apply", "-n", made.namespace, "-f", "-", given=yaml.safe_dump_all(bindings))
-    kubectl("apply", "-f", "-", given=ours)
     wait_until(lambda: may(made.namespace, made.owner, "create", "trainingruntimes"), 60)
     yield made
     kubectl("delete", "namespace", made.namespace, "--wait=false")
-    for role in [*roles, ours]:
+    for role in roles:
         kubectl("delete", "clusterrole", role["metadata"]["name"], "--wait=false")
 
 
@@ -127,7 +124,7 @@ def test_without_our_role_the_owner_may_not_grant_what_kubeflow_lacks(release: s
     """Why cluster/profile-roles.yaml is there: nobody grants rights that they do not have."""
     suffix = uuid.uuid4().hex[:8]
     space, owner = f"vitdet-profile-{suffix}", f"owner-{suffix}"
-    roles = profile_roles(suffix, release, aggregate=False)
+    roles = profile_roles(suffix, release, None)
     user = {"kind": "User", "apiGroup": "rbac.authorization.k8s.io", "name": owner}
     kubectl("create", "namespace", space)
     try:

@@ -12,6 +12,7 @@ import urllib.request
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 
@@ -142,16 +143,21 @@ print(client.get_model_version_by_alias("detector", "champion").version)
 """
 
 
-def test_runs_models_and_accounts_move_to_another_database(tmp_path: Path) -> None:
-    tmp_path.chmod(0o755)
-    for parent in tmp_path.parents[:3]:
-        parent.chmod(parent.stat().st_mode | 0o011)  # for the account of PostgreSQL
-    dump = tmp_path / "mlflow.dump"
+@pytest.fixture
+def folder() -> Iterator[Path]:
+    """A folder that the account of PostgreSQL may enter; pytest makes its own private."""
+    with TemporaryDirectory(dir="/tmp") as name:
+        Path(name).chmod(0o755)
+        yield Path(name)
+
+
+def test_runs_models_and_accounts_move_to_another_database(folder: Path) -> None:
+    dump = folder / "mlflow.dump"
     with ExitStack() as stack:
-        old, new = (stack.enter_context(database(tmp_path / name)) for name in ("old", "new"))
+        old, new = (stack.enter_context(database(folder / name)) for name in ("old", "new"))
         for name in ("before", "after"):
-            (tmp_path / name).mkdir()
-        with server(tmp_path / "before", old) as address:
+            (folder / name).mkdir()
+        with server(folder / "before", old) as address:
             setup = "client.create_experiment('vitdet')\nclient.create_registered_model('detector')"
             as_account(address, "admin", ADMIN, setup + LOG.format(0.25))
             # an installation whose trainings log as the administrator
@@ -161,13 +167,13 @@ def test_runs_models_and_accounts_move_to_another_database(tmp_path: Path) -> No
             where = ("-h", "127.0.0.1", "-p", str(old), "--username=mlflow")
             words = ["pg_dump", *where, "--format=custom", "--no-owner", "mlflow"]
             subprocess.run(words, stdout=file, check=True)
-        with server(tmp_path / "after", new) as address:  # creates its tables
+        with server(folder / "after", new) as address:  # creates its tables
             assert "logged" not in as_account(address, "vitdet", USER, LOG.format(0.5))
         with dump.open("rb") as file:
             where = ("-h", "127.0.0.1", "-p", str(new), "--username=mlflow", "--dbname=mlflow")
             words = ["pg_restore", *where, "--clean", "--if-exists", "--no-owner"]
             subprocess.run([*words, "--single-transaction"], stdin=file, check=True)
-        with server(tmp_path / "after", new) as address:
+        with server(folder / "after", new) as address:
             assert as_account(address, "vitdet", USER, COUNT).split("\n")[:2] == [
                 "[0.25, 0.5]",
                 "2",

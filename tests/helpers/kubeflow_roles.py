@@ -53,33 +53,27 @@ ADMIN: list[Rule] = [
 AGGREGATE = "rbac.authorization.kubeflow.org/aggregate-to-kubeflow-edit"
 
 
-def profile_roles(suffix: str, release: str, aggregate: bool) -> list[dict]:
-    """ClusterRoles kubeflow-edit-SUFFIX and kubeflow-admin-SUFFIX as of `release`.
+def profile_roles(suffix: str, release: str, ours: dict | None) -> list[dict]:
+    """ClusterRoles kubeflow-edit-SUFFIX and kubeflow-admin-SUFFIX of a release.
 
-    aggregate: kubeflow-edit takes in the roles labelled for it, as Kubeflow's does.
+    ours: a ClusterRole whose rules join them if it has the label for that. The test control plane runs no controller
+    for aggregated ClusterRoles.
     """
-    label = f"test.vitdet/{suffix}"
-    rules = {
-        "edit": RELEASES[release],
-        "admin": RELEASES[release] + ADMIN,
-    }
+    joined = []
+    if ours is not None and ours["metadata"]["labels"].get(AGGREGATE) == "true":
+        joined = ours["rules"]
     found = []
-    for name, given in rules.items():
-        selectors = [{"matchLabels": {label: name}}]
-        selectors += [{"matchLabels": {AGGREGATE: "true"}}] * aggregate
-        about = {"apiVersion": "rbac.authorization.k8s.io/v1", "kind": "ClusterRole"}
+    for name, rules in {"edit": RELEASES[release], "admin": RELEASES[release] + ADMIN}.items():
         listed = [
             {"apiGroups": [group], "resources": resources, "verbs": verbs}
-            for group, resources, verbs in given
+            for group, resources, verbs in rules
         ]
-        base = {"name": f"kubeflow-{name}-rules-{suffix}", "labels": {label: name}}
-        found.append({**about, "metadata": base, "rules": listed})
         found.append(
             {
-                **about,
+                "apiVersion": "rbac.authorization.k8s.io/v1",
+                "kind": "ClusterRole",
                 "metadata": {"name": f"kubeflow-{name}-{suffix}"},
-                "aggregationRule": {"clusterRoleSelectors": selectors},
-                "rules": [],
+                "rules": listed + joined,
             }
         )
     return found
