@@ -89,8 +89,6 @@ def may(namespace: str, user: str, verb: str, resource: str) -> bool:
 def test_the_owner_applies_everything(profile: Profile, copy: Path) -> None:
     folder = for_profile(copy, "eks", profile.namespace, profile.namespace)
     documents = [one for part in (*OWNER, "mlflow") for one in kustomize(folder / part)]
-    # the TrainJob needs its webhook's controller to be of use, and the Namespace is there
-    documents = [one for one in documents if one["kind"] != "Namespace"]
     said = kubectl("apply", f"--as={profile.owner}", "-f", "-", given=yaml.safe_dump_all(documents))
     assert said.count(" created") == len(documents) > 15
 

@@ -21,7 +21,7 @@ MANIFESTS = ROOT / "manifests"
 CLOUDS, GPUS = ("gke", "eks", "onprem"), ("a10", "a100", "h100", "h200", "l4")
 OVERLAYS = ("kind", *CLOUDS)
 # folders of an overlay without its training jobs
-PARTS = ("cluster", "namespace", "mlflow", "data")
+PARTS = ("cluster", "dedicated", "namespace", "mlflow", "data")
 # folder of the job -> folder of its kustomization in an overlay
 JOBS = {"pytorchjob": ".", "trainjob": "trainjob"}
 HEADER = "apiVersion: kustomize.config.k8s.io/v1beta1\nkind: Kustomization\n"
@@ -35,7 +35,12 @@ def overlay(name: str, part: str = ".") -> list[dict]:
 def installed(name: str, root: Path | None = None) -> list[dict]:
     """All objects of an overlay that are no training jobs."""
     render = overlay if root is None else lambda _, part: kustomize(root / "overlays" / name / part)
-    return [document for part in PARTS for document in render(name, part)]
+    return [document for part in parts(name) for document in render(name, part)]
+
+
+def parts(name: str) -> list[str]:
+    """PARTS of an overlay; in kind's namespace Kubeflow itself runs."""
+    return [part for part in PARTS if (name, part) != ("kind", "dedicated")]
 
 
 def pools(
@@ -406,7 +411,7 @@ def test_images_are_ours_or_pinned_by_digest() -> None:
     images = {
         one["image"]
         for name in OVERLAYS
-        for part in (".", "trainjob", *PARTS)
+        for part in (".", "trainjob", *parts(name))
         for _, pod in pods(overlay(name, part))
         for one in containers(pod)
     }

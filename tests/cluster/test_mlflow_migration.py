@@ -107,6 +107,7 @@ def as_account(address: str, name: str, password: str, code: str) -> str:
         text=True,
         env={
             **os.environ,
+            "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
             "MLFLOW_TRACKING_URI": address,
             "MLFLOW_TRACKING_USERNAME": name,
             "MLFLOW_TRACKING_PASSWORD": password,
@@ -128,11 +129,19 @@ def make_account(address: str) -> str:
     return done.stdout
 
 
+# In the order of vitdet.tracking: a run, a logged model with a file, a version, an alias.
 LOG = """
-run = client.create_run(client.get_experiment_by_name("vitdet").experiment_id)
-client.log_metric(run.info.run_id, "segm/AP", {0})
-client.set_terminated(run.info.run_id)
-version = client.create_model_version("detector", "runs:/x", run.info.run_id)
+import os, tempfile
+place = client.get_experiment_by_name("vitdet").experiment_id
+run = client.create_run(place).info.run_id
+client.log_metric(run, "segm/AP", {0})
+model = client.create_logged_model(place, "detector", run, model_type="detection").model_id
+with tempfile.TemporaryDirectory() as folder:
+    open(os.path.join(folder, "MLmodel"), "w").write("flavors: {{}}")
+    client.log_model_artifacts(model, folder)
+client.finalize_logged_model(model, "READY")
+client.set_terminated(run)
+version = client.create_model_version("detector", f"models:/{{model}}", run, model_id=model)
 client.set_registered_model_alias("detector", "champion", version.version)
 print("logged", version.version)
 """
@@ -159,7 +168,7 @@ def test_runs_models_and_accounts_move_to_another_database(folder: Path) -> None
             (folder / name).mkdir()
         with server(folder / "before", old) as address:
             setup = "client.create_experiment('vitdet')\nclient.create_registered_model('detector')"
-            as_account(address, "admin", ADMIN, setup + LOG.format(0.25))
+            assert "logged 1" in as_account(address, "admin", ADMIN, setup + LOG.format(0.25))
             # an installation whose trainings log as the administrator
             assert "may manage 3 existing" in make_account(address)
             assert "logged 2" in as_account(address, "vitdet", USER, LOG.format(0.5))

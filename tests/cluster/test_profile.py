@@ -38,13 +38,9 @@ def test_one_value_puts_all_into_the_profile(name: str, copy: Path) -> None:
     runtime, trainjob = jobs[1:]
     assert trainjob["spec"]["runtimeRef"] == {"kind": "TrainingRuntime", "name": "vitdet-gpu-train"}
     assert runtime["metadata"]["namespace"] == "team-a"
-    # with -l vitdet/scope!=namespace, the administrator leaves the profile's Namespace alone
-    others = [
-        one
-        for one in kustomize(folder / "cluster")
-        if one["metadata"].get("labels", {}).get("vitdet/scope") != "namespace"
-    ]
-    assert others and not [one for one in others if one["kind"] in ("Namespace", "NetworkPolicy")]
+    # the administrator leaves the profile's Namespace alone, and MLflow's is created by hand
+    wide = [one for part in ("cluster", "mlflow") for one in kustomize(folder / part)]
+    assert not [one for one in wide if one["kind"] == "Namespace"]
 
 
 @pytest.mark.parametrize("name", CLOUDS)
@@ -81,11 +77,9 @@ def test_two_profiles_share_nothing_but_the_pool(copy: Path) -> None:
 def test_cluster_scoped_objects_are_in_the_administrator_s_folder(name: str, copy: Path) -> None:
     folder = copy / "overlays" / name
     for part in (*OWNER, "mlflow"):
-        wide = [one for one in kustomize(folder / part) if "namespace" not in one["metadata"]]
-        assert {one["kind"] for one in wide} == ({"Namespace"} if part == "mlflow" else set())
+        assert not [one for one in kustomize(folder / part) if "namespace" not in one["metadata"]]
     for document in kustomize(folder / "cluster"):
-        scope = "namespace" if document["kind"] in ("Namespace", "NetworkPolicy") else "cluster"
-        assert document["metadata"]["labels"]["vitdet/scope"] == scope
+        assert "namespace" not in document["metadata"] and document["kind"] != "Namespace"
 
 
 def test_jobs_without_a_priority_class(copy: Path) -> None:
