@@ -8,6 +8,7 @@ to it; run the script again to grant those that other accounts have created sinc
 
 import os
 import sys
+from collections.abc import Callable, Iterator
 
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException, RestException
@@ -15,6 +16,7 @@ from mlflow.server.auth.client import AuthServiceClient
 
 
 def main() -> None:
+    """Read the name from the command line and the password from the standard input; raises SystemExit on bad input."""
     if len(sys.argv) != 2:
         raise SystemExit("usage: account.py NAME, with the password on the standard input")
     name, password = sys.argv[1], sys.stdin.readline().rstrip("\n")
@@ -44,7 +46,7 @@ def main() -> None:
     print(f"account {name}: password set, may manage {granted} existing experiments and models")
 
 
-def pages(search):
+def pages(search: Callable) -> Iterator:
     """Yield all results of a search method of MlflowClient."""
     token = None
     while True:
