@@ -7,14 +7,25 @@ import shutil
 import subprocess
 import uuid
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import yaml
 
 from components.launcher.templates import KINDS
-from tests.cluster.test_manifests import JOBS, MANIFESTS, OVERLAYS, PARTS, overlay, parts
+from tests.cluster.test_manifests import (
+    JOBS,
+    MANIFESTS,
+    OVERLAYS,
+    PARTS,
+    build,
+    copy,
+    overlay,
+    parts,
+)
 from tests.helpers.cluster import QUICK, kubectl, on_cluster
 
+__all__ = ["copy"]  # a fixture
 pytestmark = [*on_cluster, pytest.mark.skipif(not shutil.which("kubectl"), reason="needs kubectl")]
 # Kinds that only their own cloud or add-on defines; tests/cluster/test_manifests.py has their schemas.
 UNKNOWN = {
@@ -64,6 +75,19 @@ def test_a_server_accepts_an_overlay(name: str, part: str, namespace: str) -> No
         given=yaml.safe_dump_all(documents),
     )
     assert said.count("created (server dry run)") == len(documents)
+
+
+def test_a_server_accepts_the_options(namespace: str, copy: Path) -> None:
+    jobs = ["one-zone", "no-priority-class", "rdma", "kueue", "volcano"]
+    outside = ["mlflow-ingress", "mlflow-virtualservice"]
+    documents = [
+        *build(copy, "onprem", [*JOBS], [f"components/{one}" for one in (*jobs, "values")]),
+        *build(copy, "onprem", ["mlflow"], [f"components/{one}" for one in (*outside, "values")]),
+    ]
+    given = yaml.safe_dump_all(moved(documents, namespace))
+    assert "Ingress" in given and "podAffinity" in given
+    said = kubectl("apply", "--dry-run=server", "--validate=true", "-f", "-", given=given)
+    assert said.count("created (server dry run)") == len(moved(documents, namespace))
 
 
 def test_a_server_refuses_a_typo(namespace: str) -> None:
