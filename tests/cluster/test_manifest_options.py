@@ -71,3 +71,12 @@ def test_mlflow_is_reached_from_outside_by_one_host_name(option: str, copy: Path
     assert "mlflow.example.com" not in text and "vitdet-mlflow" not in text
     if option == "mlflow-virtualservice":
         assert "host: mlflow.tracking.svc.cluster.local" in text
+
+
+@pytest.mark.parametrize("name", OVERLAYS)
+def test_the_download_job_runs_commands_that_exist(name: str) -> None:
+    (job,) = (one for one in overlay(name, "data") if one["kind"] == "Job")
+    commands = [one["command"] + one["args"] for one in job["spec"]["template"]["spec"]["containers"]]
+    assert [words[:3] for words in commands] == [["vitdet", "data", "coco"], ["vitdet", "weights", "fetch"]]
+    for words in commands:
+        assert vitdet_parser().parse_args(words[1:]).run
