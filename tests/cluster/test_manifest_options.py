@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.cluster.test_manifests import build, copy, overlay, parts, pools, pytestmark
+from tests.cluster.test_manifests import OVERLAYS, build, copy, overlay, parts, pools, pytestmark
 from tests.helpers.manifests import kustomize, problems
+from vitdet.cli import parser as vitdet_parser
 
 __all__ = ["copy", "pytestmark"]  # a fixture and a mark of the whole file
 
@@ -76,7 +77,12 @@ def test_mlflow_is_reached_from_outside_by_one_host_name(option: str, copy: Path
 @pytest.mark.parametrize("name", OVERLAYS)
 def test_the_download_job_runs_commands_that_exist(name: str) -> None:
     (job,) = (one for one in overlay(name, "data") if one["kind"] == "Job")
-    commands = [one["command"] + one["args"] for one in job["spec"]["template"]["spec"]["containers"]]
-    assert [words[:3] for words in commands] == [["vitdet", "data", "coco"], ["vitdet", "weights", "fetch"]]
+    commands = [
+        one["command"] + one["args"] for one in job["spec"]["template"]["spec"]["containers"]
+    ]
+    assert [words[:3] for words in commands] == [
+        ["vitdet", "data", "coco"],
+        ["vitdet", "weights", "fetch"],
+    ]
     for words in commands:
         assert vitdet_parser().parse_args(words[1:]).run
