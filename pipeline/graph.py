@@ -242,6 +242,7 @@ def cluster_settings(needs: Accelerators, image: str, queue: dict[str, str]) -> 
     def configure(task: PipelineTask, size: str) -> PipelineTask:
         processor, memory, memory_limit, retries = sizes[size]
         task.set_container_image(image)
+        task.set_env_variable("VITDET_IMAGE", image)  # logged to MLflow, by the training jobs too
         task.set_cpu_request(processor).set_memory_request(memory).set_memory_limit(memory_limit)
         if retries:
             task.set_retry(

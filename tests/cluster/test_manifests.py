@@ -400,6 +400,6 @@ def test_images_are_ours_or_pinned_by_digest() -> None:
     ours = {
         image
         for image in images
-        if re.fullmatch(r"(registry[.]example[.]com/)?vitdet:\d+[.]\d+[.]\d+", image)
+        if re.fullmatch(r"(registry[.]example[.]com/)?vitdet(-mlflow)?:\d+[.]\d+[.]\d+", image)
     }
     assert ours and all("@sha256:" in image for image in images - ours), images - ours

@@ -20,6 +20,7 @@ import requests
 
 from vitdet.tracking import mlflow as tracking
 from vitdet.tracking.journal import find
+from vitdet.tracking.revision import git_revision
 
 ROOT = Path(__file__).parents[2]
 WHAT = {
@@ -311,14 +312,17 @@ def test_the_git_revision_is_of_the_working_directory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert tracking.git_revision() is None
+    monkeypatch.delenv("VITDET_REVISION", raising=False)
+    assert git_revision() is None
+    monkeypatch.setenv("VITDET_REVISION", "1" * 40)  # the image's
+    assert git_revision() == "1" * 40
     git = ["git", "-c", "user.name=a", "-c", "user.email=a@b"]
     (tmp_path / "file").write_text("a")
     for command in (["init", "-q"], ["add", "file"], ["commit", "-qm", "first"]):
         subprocess.run([*git, *command], check=True)
-    clean = tracking.git_revision()
+    clean = git_revision()
     (tmp_path / "file").write_text("b")
-    assert len(clean) == 40 and tracking.git_revision() == clean + "-dirty"
+    assert len(clean) == 40 and clean != "1" * 40 and git_revision() == clean + "-dirty"
 
 
 @pytest.mark.slow

@@ -24,7 +24,7 @@ from vitdet.tracking.requests import (
     repeating,
     using,
 )
-from vitdet.tracking.revision import git_revision
+from vitdet.tracking.revision import code_tags
 from vitdet.tracking.shipper import BACK_OFF_SECONDS, Shipper, open_client
 from vitdet.tracking.system_metrics import SystemMetrics
 from vitdet.tracking.tracker import Tracker
@@ -170,9 +170,14 @@ def start_run(
         key: hide_credentials(value) if isinstance(value, str) else value
         for key, value in params.items()
     }
-    if revision := git_revision():
-        tags = {"git_revision": revision, "mlflow.source.git.commit": revision[:40], **tags}
-    tags = {"mlflow.source.name": "vitdet train", "mlflow.source.type": "LOCAL", **tags}
+    tags = {
+        "mlflow.source.name": "vitdet train",
+        "mlflow.source.type": "LOCAL",
+        **code_tags(),
+        **tags,
+    }
+    if revision := tags.get("git_revision"):
+        tags["mlflow.source.git.commit"] = revision[:40]
     if run_id is None and output:
         run_id = unfinished(folder, output, params)
     journal = find(folder, run_id)
@@ -217,8 +222,9 @@ def log_metrics(
     values: dict[str, float],
     step: int,
     artifacts: dict[Path, str] | None = None,
+    tags: dict[str, str] | None = None,
 ) -> str | None:
-    """Adds values and files ({path: folder}) to a run after its training, where it does not have them; its id.
+    """Adds values, files ({path: folder}) and tags to a run after its training, where it does not have them; its id.
 
     None, and a warning, if the server does not know the run.
     """
@@ -231,6 +237,8 @@ def log_metrics(
             "renew": True,
         }
     )
+    if tags:
+        journal.append({"tags": tags})
     for path, place in (artifacts or {}).items():
         journal.append_file(path, place)
     shipper = Shipper(journal, server)

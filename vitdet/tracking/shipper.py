@@ -198,6 +198,9 @@ class Shipper:
                 client.update_run(run_id, "RUNNING")
                 client.set_tag(run_id, "resumed_at_step", record["resume"])
                 self._send_changes(client, run_id, record.get("changed", ""))
+            elif "tags" in record:
+                for key, value in record["tags"].items():
+                    client.set_tag(run_id, key, value)
             elif "end" in record:
                 client.set_terminated(run_id, record["end"], record.get("ended", record["time"]))
         except Exception as error:
