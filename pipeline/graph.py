@@ -142,8 +142,8 @@ def build(
         Args:
             recipes: Names of recipes (`tiny` is a demo that draws its data), or absolute paths of YAML
                 files on the shared volume. All are trained on the same data and compared.
-            overrides: Settings that replace those of the recipes, as `optim.lr=2e-4`.
-            sweep: Settings to vary, as `optim.lr=1e-4,2e-4`; every combination is trained.
+            overrides: Settings that replace those of the recipes, as SECTION.KEY=VALUE.
+            sweep: Settings to vary, as SECTION.KEY=VALUE,VALUE; every combination is trained.
             seeds: Trainings of each recipe and combination, with consecutive seeds; the table has mean
                 and standard deviation.
             fetch: Brings the data to the recipe's folder on the volume first, as `coco`, `lvis` or

@@ -42,12 +42,12 @@ def step(name: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
         signature = inspect.signature(function)
 
         @functools.wraps(function)
-        def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        def _call(*args: P.args, **kwargs: P.kwargs) -> R:
             given = signature.bind(*args, **kwargs).arguments
             with recorded(given["workspace"], given["name"], given["run_id"], name):
                 return function(*args, **kwargs)
 
-        return call
+        return _call
 
     return decorate
 

@@ -10,7 +10,7 @@ import json
 import shlex
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -161,15 +161,17 @@ def fetch_words(fetch: str, root: Path, workspace: Path) -> list[str]:
     )
 
 
-def fetch_data(fetch: str, root: Path, workspace: Path) -> None:
-    """Run `vitdet data` with `fetch_words`.
+def fetch_data(
+    fetch: str, root: Path, workspace: Path, out: Callable[[str], object] = print
+) -> None:
+    """Run `vitdet data` with `fetch_words`; out is called with each line that it prints.
 
     What is there is kept: a repeated download goes on where it ended, and nothing is converted into a folder that is
     not empty. Raises ValueError, with its last line, if the command fails.
     """
     words = fetch_words(fetch, root, workspace)
     if words[0] == "convert" and root.is_dir() and any(root.iterdir()):
-        print(f"fetch: {root} is there already, nothing is converted")
+        out(f"fetch: {root} is there already, nothing is converted")
         return
     last = ""
     with subprocess.Popen(
@@ -180,8 +182,8 @@ def fetch_data(fetch: str, root: Path, workspace: Path) -> None:
     ) as command:
         assert command.stdout is not None
         for line in command.stdout:
-            print(line, end="", flush=True)
             last = line.strip() or last
+            out(line.rstrip("\n"))
     if command.returncode:
         raise ValueError(f"fetch {fetch}: {last.removeprefix('vitdet: ')}")
 
