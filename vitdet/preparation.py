@@ -17,7 +17,7 @@ from typing import NamedTuple
 from vitdet.config import Config, load_config, save_config
 from vitdet.digest import difference, digest
 from vitdet.files import sha256, write_json
-from vitdet.sweep import check_count, combinations, with_seeds
+from vitdet.sweep import SEED, check_count, combinations, with_seeds
 from vitdet.workspace import resolve_paths, weights_folder
 
 EXPLICIT = "explicit.json"  # beside the configs of a run: the settings of each that a user chose
@@ -51,6 +51,8 @@ def plan_trainings(
     if not recipes:
         raise ValueError("name at least one recipe")
     settings = combinations(sweep, overrides)
+    if seeds > 1 and any(one.startswith(f"{SEED}=") for one in sweep):
+        raise ValueError(f"the sweep has {SEED} already; leave out the number of seeds")
     check_count(len(recipes), [len(settings)] if sweep else [], seeds)
     planned: dict[str, tuple[Config, list[str]]] = {}
     labels: dict[str, str] = {}

@@ -72,9 +72,9 @@ def test_two_recipes_are_trained_compared_and_registered(
             str(tmp_path / name / kind) for kind in ("model.pt", "figures", "verdict", "report")
         )
         stages.train_recipe(settings, name, data, space, RUN, checkpoint)
-        _, known = stages.evaluate_recipe(
+        known = stages.evaluate_recipe(
             checkpoint, configs, name, data, space, RUN, figures, report
-        )
+        ).known
         assert Path(report).read_text().startswith("<!doctype html>")
         passed, _ = stages.gate(figures, configs, name, space, RUN, verdict)
         assert known and passed  # there is no champion yet
@@ -83,9 +83,14 @@ def test_two_recipes_are_trained_compared_and_registered(
     stages.register_recipe(
         str(first / "model.pt"), str(first / "figures"), configs, names[0], space, RUN
     )
-    table = stages.compare(verdicts, configs, space, RUN, str(tmp_path / "table.md"))
+    page, links = tmp_path / "table.html", tmp_path / "links.md"
+    table = stages.compare(verdicts, configs, space, RUN, str(page), str(links))
 
-    assert (tmp_path / "table.md").read_text() == table
+    assert links.read_text() == table  # a database has no pages to link to
+    assert all(f"<td>{name}</td>" in page.read_text() for name in names)
+    # the exit handler of a run that succeeded has the same table
+    assert stages.compare_finished(space, RUN, str(tmp_path / "end.html")) == ""
+    assert (tmp_path / "end.html").read_text() == page.read_text()
     assert f"Data {data.split('-')[1]}" in table
     rows = {
         line.split(" | ")[0].strip("| "): line
