@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-COMPARISON = "comparison.html"  # in the folder of a pipeline run
+COMPARISON = "comparison.html"  # in the folder of a pipeline run whose trainings all finished
 
 
 def train(
@@ -423,7 +423,8 @@ def _compare(
         experiment=config.tracking.experiment,
         **_registry(config, workspace),
     )
-    for path in (Path(table), run_folder(workspace, run_id) / COMPARISON):
+    complete = [] if failures else [run_folder(workspace, run_id) / COMPARISON]
+    for path in (Path(table), *complete):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(html)
     return text, linked

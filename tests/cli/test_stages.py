@@ -14,6 +14,7 @@ from tests.conftest import minimal
 from vitdet import stages
 from vitdet.config import Config, load_config, save_config
 from vitdet.digest import digest, legacy_digest
+from vitdet.preparation import Data
 from vitdet.tracking.mlflow import tracking_uri
 from vitdet.tracking.runs import start_tracker
 from vitdet.workspace import training_folder
@@ -222,9 +223,9 @@ def test_relative_paths_lie_in_the_workspace(tmp_path: Path) -> None:
     assert (config.data.root, config.train.init) == ("/sets/mine", "mae_vit_tiny")
 
 
-def prepare(folder: Path) -> stages.Data:
+def prepare(folder: Path, fetch: str = "") -> Data:
     return stages.prepare_data(
-        *(str(folder / name) for name in ("settings", "space", "configs", "manifest"))
+        *(str(folder / name) for name in ("settings", "space", "configs", "manifest")), fetch
     )
 
 
@@ -243,9 +244,23 @@ def test_the_demo_data_is_drawn_and_other_data_is_not(
     assert prepare(tmp_path) == data and data.notes == []
     shutil.rmtree(tmp_path / "settings")
     resolve(["tiny"], ["data.root=absent"], tmp_path)
-    with pytest.raises(FileNotFoundError, match="absent"):
+    with pytest.raises(FileNotFoundError, match="absent") as missing:
         prepare(tmp_path)
+    assert "`fetch` (--fetch)" in str(missing.value) and "manifests/data" in str(missing.value)
     assert not (tmp_path / "space" / "absent").exists()
+
+
+def test_the_data_is_brought_to_the_volume_if_asked(
+    tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(tiny, tmp_path / "space" / "export")
+    resolve(["tiny"], ["data.root=sets/mine"], tmp_path)
+    with pytest.raises(ValueError, match="fetch convert absent: .*absent: no such folder"):
+        prepare(tmp_path, "convert absent")
+    data = prepare(tmp_path, "convert export --format coco")
+    assert "6 classes, train " in capsys.readouterr().out
+    assert prepare(tmp_path, "convert export --format coco") == data
+    assert "is there already, nothing is converted" in capsys.readouterr().out
 
 
 def test_a_model_for_other_classes_is_refused_with_the_data(tiny: Path, tmp_path: Path) -> None:
