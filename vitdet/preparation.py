@@ -10,17 +10,20 @@ import json
 import shlex
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from vitdet.config import Config, load_config, save_config
+from vitdet.config import Config, flatten, load_config, save_config
+from vitdet.data.protocol import SETTINGS
 from vitdet.digest import difference, digest
 from vitdet.files import sha256, write_json
 from vitdet.sweep import SEED, check_count, combinations, with_seeds
 from vitdet.workspace import resolve_paths, weights_folder
 
 EXPLICIT = "explicit.json"  # beside the configs of a run: the settings of each that a user chose
+DATA = ("data.root", "data.train_split", "data.val_split", "data.max_images")
+PLACE = ("tracking.uri", "tracking.experiment", "tracking.model_name")
 FETCHED = ("coco", "lvis")
 
 
@@ -30,6 +33,26 @@ class Data(NamedTuple):
     fingerprint: str
     names: list[str]
     notes: list[str]
+
+
+def check_comparable(
+    first: Config, other: Config, name: str, other_name: str, unknown: Collection[str] = ()
+) -> None:
+    """Check that two configs can be compared in one table. unknown: settings that are unresolved.
+
+    Raises ValueError if they have different data, evaluation settings or MLflow destinations.
+    """
+    ours, theirs = flatten(first), flatten(other)
+    differing = [
+        f"{key} is {theirs[key]}, not {ours[key]}"
+        for key in (*DATA, *SETTINGS, *PLACE)
+        if ours[key] != theirs[key] and key not in unknown
+    ]
+    if differing:
+        raise ValueError(
+            f"{other_name} and {name} cannot be compared: in {other_name}, {'; '.join(differing)}; "
+            "run them one by one, or set the same for both"
+        )
 
 
 def plan_trainings(
@@ -46,7 +69,6 @@ def plan_trainings(
     experiment twice, and for recipes that one table could not compare: of other data or another place in MLflow.
     """
     from vitdet.data.layout import SPLITS, explicit_settings
-    from vitdet.tracking.comparison import check_comparable
 
     if not recipes:
         raise ValueError("name at least one recipe")
@@ -108,7 +130,6 @@ def prepare_data(
     from vitdet.data.fingerprint import combined, describe
     from vitdet.data.layout import resolve, settings_text
     from vitdet.demo.tiny import make_tiny
-    from vitdet.tracking.comparison import check_comparable
 
     every = read_configs(settings)
     root = next(iter(every.values())).data.root

@@ -258,7 +258,7 @@ def test_the_data_is_brought_to_the_volume_if_asked(
     with pytest.raises(ValueError, match="fetch convert absent: .*absent: no such folder"):
         prepare(tmp_path, "convert absent")
     data = prepare(tmp_path, "convert export --format coco")
-    assert "6 classes, train " in capsys.readouterr().out
+    assert "6 classes; train 12 images" in capsys.readouterr().out
     assert prepare(tmp_path, "convert export --format coco") == data
     assert "is there already, nothing is converted" in capsys.readouterr().out
 

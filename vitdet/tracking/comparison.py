@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vitdet.config import Config, flatten
-from vitdet.data.protocol import SETTINGS
 from vitdet.tracking.address import run_page
 from vitdet.tracking.champion import ALIAS
 from vitdet.tracking.experiments import experiment_id
@@ -20,8 +18,6 @@ from vitdet.tracking.table import COLUMNS, page, seeds_table, trainings_table
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
-DATA = ("data.root", "data.train_split", "data.val_split", "data.max_images")
-PLACE = ("tracking.uri", "tracking.experiment", "tracking.model_name")
 # KFP's final state of a run -> MLflow's. KFP servers report COMPLETE or SUCCEEDED; some report
 # RUNNING while the exit handler runs: then the state depends on the table of the last step.
 ENDS = {
@@ -32,26 +28,6 @@ ENDS = {
     "CANCELLED": "KILLED",
     "CANCELED": "KILLED",
 }
-
-
-def check_comparable(
-    first: Config, other: Config, name: str, other_name: str, unknown: Collection[str] = ()
-) -> None:
-    """Check that two configs can be compared in one table. unknown: settings that are unresolved.
-
-    Raises ValueError if they have different data, evaluation settings or MLflow destinations.
-    """
-    ours, theirs = flatten(first), flatten(other)
-    differing = [
-        f"{key} is {theirs[key]}, not {ours[key]}"
-        for key in (*DATA, *SETTINGS, *PLACE)
-        if ours[key] != theirs[key] and key not in unknown
-    ]
-    if differing:
-        raise ValueError(
-            f"{other_name} and {name} cannot be compared: in {other_name}, {'; '.join(differing)}; "
-            "run them one by one, or set the same for both"
-        )
 
 
 def start_parent_run(
