@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import re
 import subprocess
 import sys
@@ -40,8 +41,12 @@ class Schedule:
     catch_up: bool = True
 
 
-def load_package(package: Path, parameters: dict[str, object], caching: bool) -> dict:
+def load_package(
+    package: Path, parameters: dict[str, object], caching: bool, parallel: int | None = None
+) -> dict:
     """Create the body of a request from a compiled pipeline.
+
+    parallel: trainings at a time; None: as compiled.
 
     Without caching, no step at any depth reuses results. With caching, step `configs` does not if a
     recipe is a file, whose content may have changed.
@@ -75,6 +80,8 @@ def load_package(package: Path, parameters: dict[str, object], caching: bool) ->
         for name, task in group.get("dag", {}).get("tasks", {}).items():
             if not caching or (files and name == "configs"):
                 task["cachingOptions"] = {}
+            if parallel and "parameterIterator" in task:
+                task["iteratorPolicy"] = {"parallelismLimit": parallel}
     return {"pipeline_spec": spec, "platform_spec": platforms[0]} if platforms else spec
 
 
@@ -112,40 +119,60 @@ def kubeflow_cron(expression: str) -> str:
     return " ".join(fields if len(fields) == 6 else ["0", *fields])
 
 
-def check_recipes(recipes: Sequence[str], overrides: Sequence[str]) -> bool:
+# Resolves the trainings as the first step does; the workspace is that of the cluster.
+CHECK = """
+import json, sys
+from pathlib import Path
+from vitdet import preparation
+recipes, overrides, sweep, seeds, fetch = json.load(sys.stdin)
+try:
+    preparation.plan_trainings(recipes, overrides, "", sweep, seeds)
+    if fetch: preparation.fetch_words(fetch, Path(), Path())
+except (ValueError, OSError) as error:
+    sys.exit(str(error))
+"""
+
+
+def check_recipes(
+    recipes: Sequence[str],
+    overrides: Sequence[str],
+    sweep: Sequence[str] = (),
+    seeds: int = 1,
+    fetch: str = "",
+) -> bool:
     """Raise ValueError for settings that the first step would reject; False if not checked.
 
-    Runs `vitdet config` in a process, as pipeline/ does not depend on vitdet, which is required
-    only in the image. Without vitdet the first step rejects the run, before data is prepared or
-    GPUs are requested.
+    Runs vitdet in a process, as pipeline/ does not depend on it, which is required only in the image.
+    Without vitdet the first step rejects the run, before data is prepared or GPUs are requested.
     """
     if len(set(recipes)) < len(recipes):
         raise ValueError(f"a recipe is given twice: {' '.join(recipes)}")
-    for override in overrides:
-        if re.search(r"://[^/@\s]*:[^/@\s]*@", override):
-            raise ValueError(
-                f"--set {override.partition('=')[0]}: a password would be visible in the run's parameters; "
-                "store it in the cluster's Secret"
-            )
+    for option, texts in (("--set", overrides), ("--sweep", sweep), ("--fetch", [fetch])):
+        for text in texts:
+            if re.search(r"://[^/@\s]*:[^/@\s]*@", text):
+                raise ValueError(
+                    f"{option} {text.partition('=')[0]}: a password would be visible in the run's parameters; "
+                    "store it in the cluster's Secret"
+                )
     package = importlib.util.find_spec("vitdet")
     if package is None or not package.origin:
         return False
-    checked = True
     for recipe in recipes:
         if is_file(recipe) and not Path(recipe).is_absolute():
             raise ValueError(
                 f"{recipe}: a file on this machine; pass a recipe's name, or the absolute path of a file on "
                 "the cluster's shared volume"
             )
-        if is_file(recipe) and not Path(recipe).exists():
-            checked = False
-            continue
-        argv = [sys.executable, "-m", "vitdet", "config", recipe]
-        argv += [arg for override in overrides for arg in ("--set", override)]
+    here = [recipe for recipe in recipes if not is_file(recipe) or Path(recipe).exists()]
+    if here:
         done = subprocess.run(
-            argv, capture_output=True, text=True, cwd=Path(package.origin).parents[1]
+            [sys.executable, "-c", CHECK],
+            input=json.dumps([here, list(overrides), list(sweep), seeds, fetch]),
+            capture_output=True,
+            text=True,
+            cwd=Path(package.origin).parents[1],
         )
         if done.returncode:
-            lines = done.stderr.strip().splitlines() or ["vitdet config failed"]
-            raise ValueError(lines[-1].removeprefix("vitdet: "))
-    return checked
+            lines = done.stderr.strip().splitlines() or ["the recipes could not be checked"]
+            raise ValueError(lines[-1])
+    return len(here) == len(recipes)

@@ -1,4 +1,4 @@
-"""Arguments shared by several commands: overrides, the server, the training jobs' file."""
+"""Arguments shared by several commands: the experiment, the server, the training jobs' file."""
 
 from __future__ import annotations
 
@@ -21,6 +21,47 @@ def add_overrides(command: argparse.ArgumentParser) -> None:
         dest="overrides",
         help="override a setting, as `vitdet train` does; may be repeated",
     )
+
+
+def add_experiment(command: argparse.ArgumentParser) -> None:
+    """Add --sweep, --seeds and --fetch."""
+    command.add_argument(
+        "--sweep",
+        action="append",
+        default=[],
+        metavar="SECTION.KEY=VALUE,VALUE,...",
+        help="train with each of these values; if repeated, with every combination",
+    )
+    command.add_argument(
+        "--seeds",
+        type=positive,
+        default=1,
+        metavar="N",
+        help="train each recipe and combination with N seeds; the table has mean and deviation",
+    )
+    command.add_argument(
+        "--fetch",
+        default="",
+        metavar="DATA",
+        help="bring the data first: coco, lvis or 'convert SOURCE', with options of `vitdet data`",
+    )
+
+
+def add_parallel(command: argparse._ActionsContainer, default: str) -> None:
+    """Add --parallel."""
+    command.add_argument(
+        "--parallel",
+        type=positive,
+        metavar="N",
+        help=f"trainings at a time; the others wait ({default})",
+    )
+
+
+def positive(text: str) -> int:
+    """Argument type: an integer of at least 1."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a number of at least 1, got {text}")
+    return int(text)
 
 
 def add_server(command: argparse.ArgumentParser) -> None:

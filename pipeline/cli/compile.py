@@ -6,7 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from pipeline.cli.arguments import read_job_file
+from pipeline.cli.arguments import add_parallel, read_job_file
 from pipeline.request import default_image_warning, load_package
 
 
@@ -25,6 +25,7 @@ def add_compile(commands: argparse._SubParsersAction) -> None:
         help="YAML with the training jobs to start, as `kubectl kustomize manifests/overlays/NAME` "
         "prints it; - is the standard input (the jobs in manifests/ as they are)",
     )
+    add_parallel(command, "default: 1")
     command.set_defaults(run=run_compile)
 
 
@@ -36,7 +37,7 @@ def run_compile(args: argparse.Namespace) -> int:
         raise ValueError(f"{args.file}: the name of a compiled pipeline must end in .yaml")
     text = read_job_file(args.job)
     args.file.parent.mkdir(parents=True, exist_ok=True)
-    print(compile_pipeline(args.file, text))
+    print(compile_pipeline(args.file, text, args.parallel or 1))
     if warning := default_image_warning(load_package(args.file, {"recipes": []}, True)):
         print(f"pipeline: {warning}", file=sys.stderr)
     return 0

@@ -11,7 +11,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from pipeline.cli.arguments import add_overrides, add_server, connect_server, read_job_file
+from pipeline.cli.arguments import (
+    add_experiment,
+    add_overrides,
+    add_parallel,
+    add_server,
+    connect_server,
+    positive,
+    read_job_file,
+)
 from pipeline.client import RECURRING, Server, failed_steps
 from pipeline.request import (
     RunRequest,
@@ -38,8 +46,12 @@ def add_submit(commands: argparse._SubParsersAction) -> None:
         help="a recipe's name, or the absolute path of one on the cluster's volume",
     )
     add_overrides(command)
+    add_experiment(command)
     cluster = command.add_argument_group("cluster settings (do not affect the experiment)")
-    cluster.add_argument("--nodes", type=positive, metavar="N", help="nodes per training")
+    cluster.add_argument(
+        "--nodes", type=positive, metavar="N", help="nodes per training (default: as in the job)"
+    )
+    add_parallel(cluster, "default: 1, or as compiled into --package")
     cluster.add_argument(
         "--pool", metavar="NAME", help="node pool for training (the node label vitdet/pool)"
     )
@@ -108,13 +120,6 @@ def add_submit(commands: argparse._SubParsersAction) -> None:
     command.set_defaults(run=run_submit)
 
 
-def positive(text: str) -> int:
-    """Argument type: an integer of at least 1."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected a number of at least 1, got {text}")
-    return int(text)
-
-
 def run_submit(args: argparse.Namespace) -> int:
     """Start the run or schedule and print its id and link; with --wait, follow it."""
     schedule = None
@@ -128,7 +133,7 @@ def run_submit(args: argparse.Namespace) -> int:
         if args.wait:
             raise ValueError("--wait is for one run, --cron starts many; look at them with status")
     check_pool(args.pool)
-    if not check_recipes(args.recipes, args.overrides):
+    if not check_recipes(args.recipes, args.overrides, args.sweep, args.seeds, args.fetch):
         print(
             "pipeline: recipes and settings are not validated here; the first step does that",
             file=sys.stderr,
@@ -141,13 +146,15 @@ def run_submit(args: argparse.Namespace) -> int:
         "job_kind": args.job_kind,
         "workspace": args.workspace,
     }
+    experiment = {"sweep": args.sweep, "seeds": args.seeds, "fetch": args.fetch}
     parameters = {
         "recipes": args.recipes,
         "overrides": args.overrides,
+        **{key: value for key, value in experiment.items() if value not in ([], 1, "")},
         **{key: value for key, value in cluster.items() if value is not None},
     }
     with compiled_package(args) as package:
-        pipeline = load_package(package, parameters, not args.no_cache)
+        pipeline = load_package(package, parameters, not args.no_cache, args.parallel)
     if warning := default_image_warning(pipeline):
         print(f"pipeline: {warning}", file=sys.stderr)
     request = RunRequest(
@@ -180,8 +187,8 @@ def compiled_package(args: argparse.Namespace) -> Iterator[Path]:
     from pipeline.graph import compile_pipeline
     from pipeline.job_manifests import job_kinds
 
-    text, wanted = read_job_file(args.job), args.job_kind or "pytorchjob"
-    if text and wanted not in job_kinds(text):  # it would fail only in the training step
+    text, wanted = read_job_file(args.job), args.job_kind
+    if text and wanted and wanted not in job_kinds(text):  # it would fail only in the training step
         found = " and ".join(sorted(job_kinds(text)))
         raise ValueError(f"--job {args.job}: contains no {wanted} but {found}; see --job-kind")
     with TemporaryDirectory() as folder:

@@ -20,7 +20,7 @@ from vitdet.config import flatten, load_config, save_config
 from vitdet.data.protocol import Protocol
 from vitdet.evaluation import coco
 from vitdet.evaluation.bootstrap import bootstrap
-from vitdet.tracking.comparison import markdown_table
+from vitdet.tracking.table import markdown_table
 
 Run = Callable[..., tuple[int, str, str]]
 

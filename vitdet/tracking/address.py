@@ -25,6 +25,18 @@ def tracking_uri(uri: str, folder: Path) -> str:
     return found or f"sqlite:///{Path(folder).resolve() / 'mlflow.db'}"
 
 
+def run_page(uri: str, experiment_id: str, run_id: str) -> str:
+    """Return the address of a run on MLflow's pages, "" if the store has none.
+
+    The environment's MLFLOW_UI_URL is the server's address in a browser, where that differs from `uri`.
+    """
+    base = os.environ.get("MLFLOW_UI_URL", "") or uri
+    if not re.match(r"https?://", base, re.IGNORECASE):
+        return ""
+    base = re.sub(r"//[^/@]*@", "//", base).rstrip("/")
+    return f"{base}/#/experiments/{experiment_id}/runs/{run_id}"
+
+
 def _check_address(name: str, uri: str) -> None:
     check_address(name, uri)
     if not re.match(r"https?://", uri, re.IGNORECASE):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 
@@ -12,7 +11,7 @@ from vitdet.digest import training_settings
 from vitdet.evaluation.bootstrap import METRICS, MIN_IMAGES, Difference, Interval, Resampled
 from vitdet.evaluation.coco import NAMES
 from vitdet.tracking.address import hide_credentials
-from vitdet.tracking.comparison import markdown_table
+from vitdet.tracking.table import markdown_table, mean_deviation
 
 CHANGES = 10  # classes shown of each result
 # column -> metric of the training's run
@@ -147,7 +146,7 @@ def _seeds(
             seeds = {compared[place].settings["train.seed"] for place in places}
             if len(seeds) == len(places) > 1:  # not two checkpoints of one training
                 cells = [
-                    f"{statistics.mean(column):.2f} ± {statistics.stdev(column):.2f}"
+                    mean_deviation(column)
                     for column in zip(*(value.tolist() for value in values), strict=True)
                 ]
                 group = ", ".join(names[place] for place in places)
