@@ -12,6 +12,8 @@ from pathlib import Path
 
 import yaml
 
+from pipeline.versions import Version, fit
+
 DEFAULT_IMAGE = "vitdet"  # in manifests/ before an overlay names the registry
 DEFAULT_IMAGE_WARNING = (
     f"the steps' image {DEFAULT_IMAGE!r} has no registry, so no cluster can pull it. Pass your cluster's job: `kubectl "
@@ -48,17 +50,7 @@ def load_package(package: Path, parameters: dict[str, object], caching: bool) ->
 
     Raises ValueError if the file is not a pipeline or does not have these parameters.
     """
-    if not Path(package).is_file():
-        raise FileNotFoundError(f"{package}: no such file")
-    try:
-        documents = list(
-            yaml.load_all(Path(package).read_text(), getattr(yaml, "CSafeLoader", yaml.SafeLoader))
-        )
-    except (yaml.YAMLError, UnicodeDecodeError):
-        documents = []
-    if not documents or not isinstance(documents[0], dict) or "root" not in documents[0]:
-        raise ValueError(f"{package}: not a compiled pipeline")
-    spec, *platforms = documents
+    spec, *platforms = read_package(package)
     known = spec["root"].get("inputDefinitions", {}).get("parameters", {})
     if wrong := parameters.keys() - known.keys():
         raise ValueError(f"{package}: the pipeline has no parameter {', '.join(sorted(wrong))}")
@@ -76,6 +68,32 @@ def load_package(package: Path, parameters: dict[str, object], caching: bool) ->
             if not caching or (files and name == "configs"):
                 task["cachingOptions"] = {}
     return {"pipeline_spec": spec, "platform_spec": platforms[0]} if platforms else spec
+
+
+def read_package(package: Path) -> list[dict]:
+    """Return the pipeline and, if it has one, its Kubernetes part. Raises as `load_package`."""
+    if not Path(package).is_file():
+        raise FileNotFoundError(f"{package}: no such file")
+    try:
+        documents = list(
+            yaml.load_all(Path(package).read_text(), getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+        )
+    except (yaml.YAMLError, UnicodeDecodeError):
+        documents = []
+    if not documents or not isinstance(documents[0], dict) or "root" not in documents[0]:
+        raise ValueError(f"{package}: not a compiled pipeline")
+    return documents
+
+
+def fit_package(package: Path, version: Version) -> list[str]:
+    """Leave out of a file what a server of this version does not support, see `versions.fit`."""
+    documents = read_package(package)
+    lines = fit(documents, version)
+    if lines:
+        head = [line for line in package.read_text().splitlines() if line.startswith("#")]
+        body = yaml.safe_dump_all(documents, sort_keys=True)
+        package.write_text("\n".join([*head, body]))
+    return lines
 
 
 def default_image_warning(pipeline: dict) -> str:
@@ -115,17 +133,19 @@ def kubeflow_cron(expression: str) -> str:
 def check_recipes(recipes: Sequence[str], overrides: Sequence[str]) -> bool:
     """Raise ValueError for settings that the first step would reject; False if not checked.
 
-    Runs `vitdet config` in a process, as pipeline/ does not depend on vitdet, which is required
-    only in the image. Without vitdet the first step rejects the run, before data is prepared or
+    Runs `vitdet config` in a process, as pipeline/ does not depend on what vitdet depends on, which is
+    required only in the image. Without it the first step rejects the run, before data is prepared or
     GPUs are requested.
     """
+    from vitdet.credentials import has_credentials
+
     if len(set(recipes)) < len(recipes):
         raise ValueError(f"a recipe is given twice: {' '.join(recipes)}")
     for override in overrides:
-        if re.search(r"://[^/@\s]*:[^/@\s]*@", override):
+        if has_credentials(override.partition("=")[2]):
             raise ValueError(
-                f"--set {override.partition('=')[0]}: a password would be visible in the run's parameters; "
-                "store it in the cluster's Secret"
+                f"--set {override.partition('=')[0]}: the user and password would be visible in the run's "
+                "parameters; store them in the cluster's Secret"
             )
     package = importlib.util.find_spec("vitdet")
     if package is None or not package.origin:
