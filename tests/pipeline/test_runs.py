@@ -10,6 +10,7 @@ import yaml
 
 from components.launcher import client as kube
 from components.launcher import launch as launcher
+from components.launcher.templates import Kind
 from tests.helpers.kubeflow import Handler, Kubeflow, command, cut, failing, serving, stalling, task
 
 Run = Callable[..., tuple[int, str, str]]
@@ -241,6 +242,48 @@ def test_waiting_outlasts_a_server_that_is_away_but_not_a_login_that_has_expired
     )
 
 
+def test_waiting_outlasts_a_token_that_is_renewed_in_its_file(
+    kubeflow: Kubeflow, pipeline: Run, tmp_path: Path
+) -> None:
+    file = tmp_path / "token"
+    file.write_text("first")
+    kubeflow.token = "first"
+
+    def expire(handler: Handler) -> None:
+        kubeflow.token = "second"
+        handler.serve()
+
+    def rewrite(handler: Handler) -> None:
+        file.write_text("")  # as by a program that truncates the file before it writes
+        handler.serve()
+
+    def renew(handler: Handler) -> None:
+        file.write_text("second")  # after this request has read it
+        handler.serve()
+
+    kubeflow.plan[f"GET /runs/{RUN}"] = [Handler.serve, expire, Handler.serve, rewrite, renew]
+    kubeflow.states = [{"state": "RUNNING"}, {"state": "SUCCEEDED"}]
+    code, out, said = pipeline("submit", "tiny", "--wait", "--token-file", file)
+    assert (code, said) == (0, "") and out.count("(401): they have expired") == 3
+    tokens = [
+        request.headers["authorization"]
+        for request in kubeflow.requests
+        if request.words == f"GET /runs/{RUN}"
+    ]
+    assert tokens == [*["Bearer first"] * 5, "Bearer second"]  # the last one at once
+
+
+def test_waiting_ends_with_a_token_that_cannot_be_renewed(
+    kubeflow: Kubeflow, pipeline: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("KFP_TOKEN", "first")
+    kubeflow.token = "first"
+    kubeflow.plan[f"GET /runs/{RUN}"] = [failing(401)]
+    code, _, said = pipeline("submit", "tiny", "--wait")
+    assert code == 1 and said.rstrip().endswith(f"`python -m pipeline status {RUN}`")
+    assert kubeflow.words().count(f"GET /runs/{RUN}") == 1
+
+
 def test_ctrl_c_ends_the_waiting_not_the_run(
     kubeflow: Kubeflow, pipeline: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -253,7 +296,13 @@ def test_ctrl_c_ends_the_waiting_not_the_run(
     assert f"POST /runs/{RUN}:terminate" not in kubeflow.words()
 
 
-def test_status_of_a_run_and_of_a_schedule(kubeflow: Kubeflow, pipeline: Run) -> None:
+def without_cluster(retries: int | None = None) -> None:
+    raise RuntimeError("no cluster: not in a pod")
+
+
+def test_status_of_a_run_and_of_a_schedule(
+    kubeflow: Kubeflow, pipeline: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pipeline("submit", "tiny", "--name", "mine")
     pipeline("submit", "tiny", "--cron", "0 3 * * *")
     kubeflow.states = [
@@ -263,10 +312,12 @@ def test_status_of_a_run_and_of_a_schedule(kubeflow: Kubeflow, pipeline: Run) ->
             "run_details": {"task_details": FAILED},
         }
     ]
+    monkeypatch.setattr(kube, "connect", without_cluster)
     code, out, _ = pipeline("status", f"{kubeflow.url}/#/runs/details/{RUN}")
     assert code == 0 and out == (
         f"run   mine\nid    {RUN}\nstate FAILED, 2026-11-22 10:00:09\nlink  {kubeflow.url}/#/runs/details/{RUN}\n"
         "  FAILED     train-job: OOMKilled (exit 137)\n  SUCCEEDED  clean-up\n"
+        "  job not shown: no cluster: not in a pod\n"
     )
     code, out, _ = pipeline("status", "0000-rec-0")
     assert code == 0, _
@@ -276,11 +327,16 @@ def test_status_of_a_run_and_of_a_schedule(kubeflow: Kubeflow, pipeline: Run) ->
 
 
 class Cluster:
-    """asked: (run, namespace, kind of its jobs) of each deletion; found: what the next deletions find."""
+    """asked: (run, namespace, kind of its jobs) of each deletion; found: what the next deletions find; jobs: all."""
 
     def __init__(self) -> None:
+        self.jobs: list[dict] = []
         self.asked: list[tuple[str, str, str]] = []
         self.found: list[tuple[list[str], list[str]]] = []
+
+    def list_jobs(self, _: None, kind: Kind, namespace: str, selector: str) -> list[dict]:
+        assert selector == f"vitdet/run={RUN}"
+        return [job for job in self.jobs if (job["kind"], namespace) == (kind.name, "kubeflow")]
 
     def delete_jobs(self, run_id: str, namespace: str, own: str) -> tuple[list[str], list[str]]:
         self.asked.append((run_id, namespace, own))
@@ -291,10 +347,53 @@ class Cluster:
 def cluster(monkeypatch: pytest.MonkeyPatch) -> Cluster:
     made = Cluster()
     monkeypatch.setattr(launcher, "delete_jobs", made.delete_jobs)
+    monkeypatch.setattr(kube, "connect", lambda retries=None: (None, ""))
+    monkeypatch.setattr(kube, "list_jobs", made.list_jobs)
     monkeypatch.setattr(
         kube, "describe_namespace", "namespace {} of the cluster of context work".format
     )
     return made
+
+
+def job(name: str, kind: str, condition: str, **annotations: str) -> dict:
+    """A training job with a condition."""
+    true = {"type": condition, "status": "True", "message": f"{name} is {condition}"}
+    return {
+        "kind": kind,
+        "metadata": {"name": name, "annotations": annotations},
+        "status": {"conditions": [true]},
+    }
+
+
+@pytest.mark.parametrize("kind", ["PyTorchJob", "TrainJob"])
+def test_status_and_terminate_show_the_same(
+    kubeflow: Kubeflow, pipeline: Run, cluster: Cluster, kind: str
+) -> None:
+    pipeline("submit", "tiny", "--name", "mine")
+    details = {"task_details": [task("train-job", "RUNNING"), task("train-job-2", "")]}
+    config = {"parameters": {"job_kind": kind.lower()}}
+    kubeflow.kept["runs"][0] |= {
+        "state": "RUNNING",
+        "run_details": details,
+        "runtime_config": config,
+    }
+    cluster.jobs = [
+        job("vitdet-a", kind, "Suspended", **{"vitdet/progress": "step 200/900,\n3 min left"}),
+        job("vitdet-b", kind, "Failed", **{"vitdet/progress": "step 7/900"}),
+        {"kind": kind, "metadata": {"name": "vitdet-c"}},
+        job("another", "MPIJob", "Running"),
+    ]
+    _, status, _ = pipeline("status", RUN)
+    assert status.splitlines()[4:] == [
+        "  RUNNING    train-job",
+        "  PENDING    train-job-2",
+        "  job vitdet-a: suspended, step 200/900, 3 min left",
+        "  job vitdet-b: failed, step 7/900, vitdet-b is Failed",
+        "  job vitdet-c: pending",
+    ]
+    kubeflow.plan[f"GET /runs/{RUN}"] = [Handler.serve, failing(404)]
+    _, out, _ = pipeline("terminate", RUN)
+    assert out.replace("RUNNING, now ending", "RUNNING").startswith(status)
 
 
 PLACE = "deleting its training jobs in namespace {} of the cluster of context work"
@@ -311,8 +410,9 @@ def test_the_jobs_of_a_run_that_has_ended_are_deleted(
     kubeflow.states, cluster.found = [{"state": state}], [(["vitdet-1"], [KEPT])]
     code, out, said = pipeline("terminate", RUN)
     assert (code, said) == (0, "")
-    assert out.splitlines() == [
-        f"run {RUN}: {state}",
+    assert out.splitlines()[2:] == [
+        f"state {state}",
+        f"link  {kubeflow.url}/#/runs/details/{RUN}",
         PLACE.format("team-a"),
         "deleted vitdet-1",
         KEPT,
@@ -335,7 +435,7 @@ def test_the_jobs_of_a_run_are_deleted_at_once_and_when_it_has_ended(
     cluster.found = [(["vitdet-1"], [KEPT]), (["vitdet-3"], [KEPT])]
     code, out, said = pipeline("terminate", RUN)
     assert (code, said) == (0, "")
-    assert out.splitlines()[1:] == [
+    assert f"state {state}, now ending" in out and out.splitlines()[4:] == [
         PLACE.format("kubeflow"),
         "deleted vitdet-1",
         "looking again when the run has ended, for about 300 s",
@@ -352,7 +452,7 @@ def test_where_there_are_no_jobs_it_says_where_it_looked(
 ) -> None:
     pipeline("submit", "tiny")
     kubeflow.states, cluster.found = [{"state": "FAILED"}], [([], left)]
-    assert pipeline("terminate", RUN)[1].splitlines()[1:] == [
+    assert pipeline("terminate", RUN)[1].splitlines()[4:] == [
         PLACE.format("kubeflow"),
         *left,
         "found none to delete",
