@@ -18,6 +18,7 @@ from pathlib import Path
 from urllib.parse import parse_qs, urlsplit
 
 import pytest
+import yaml
 
 from pipeline.cli import main
 from pipeline.connection import Transport
@@ -260,3 +261,20 @@ def page(handler: Handler) -> None:
 def task(name: str, state: str, **more: object) -> dict:
     """A run's task."""
     return {"task_id": f"id-{name}", "display_name": name, "state": state, **more}
+
+
+def waiting(
+    kubeflow: Kubeflow,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    folder: Path,
+) -> Callable[..., tuple[int, str, str]]:
+    """`command` whose submit takes a pipeline of nothing, and which looks every 10 ms."""
+    package, run = folder / "package.yaml", command(kubeflow, monkeypatch, capsys)
+    parameters = {name: {"parameterType": "LIST"} for name in ("recipes", "overrides")}
+    package.write_text(yaml.safe_dump({"root": {"inputDefinitions": {"parameters": parameters}}}))
+    # `test_submit` has it
+    monkeypatch.setattr("pipeline.cli.submit.check_recipes", lambda *_: True)
+    return lambda verb, *words: run(
+        verb, *words, "--every", 0.01, *(["--package", package] if verb == "submit" else [])
+    )
