@@ -261,7 +261,7 @@ def start_parent_run(configs: str, workspace: str, run_id: str) -> str:
         run_id, list(every), uri=settings.uri, folder=folder, experiment=settings.experiment
     )
     uri = hide_credentials(tracking_uri(settings.uri, folder))
-    return f"MLflow: {uri}, experiment {settings.experiment}, parent run {parent}"
+    return f"MLflow: {uri}, parent run {parent}"
 
 
 def train_argv(settings: str, name: str, data: str, workspace: str, run_id: str) -> list[str]:
