@@ -5,7 +5,6 @@ from __future__ import annotations
 from kfp_server_api import V2beta1Run
 
 from pipeline.client import ENDED, Server, failed_steps, steps
-from pipeline.connection import ServerError
 
 PROGRESS = "vitdet/progress"  # annotation of a training job: step, remaining time, speed
 
@@ -30,7 +29,7 @@ def print_run(server: Server, run: V2beta1Run, namespace: str, remark: str = "")
     try:
         namespace = namespace or server.pod_namespace(run)
         lines = job_lines(run, namespace)
-    except (ServerError, RuntimeError, PermissionError) as error:
+    except (ValueError, RuntimeError, OSError) as error:
         lines = [f"not shown: {' '.join(str(error).split())}"]
     for line in lines:
         print(f"  job {line}")
@@ -39,13 +38,16 @@ def print_run(server: Server, run: V2beta1Run, namespace: str, remark: str = "")
 def job_lines(run: V2beta1Run, namespace: str) -> list[str]:
     """Return a line for each training job of a run.
 
-    Raises PermissionError if listing is forbidden, RuntimeError if the cluster cannot be asked.
+    Raises PermissionError if listing is forbidden, RuntimeError if the cluster does not respond,
+    ValueError if the run's parameter names no kind of job.
     """
     from components.launcher.client import connect, list_jobs
     from components.launcher.status import job_phase
     from components.launcher.templates import KINDS, RUN, label
 
-    kind = KINDS[job_kind(run).lower()]
+    kind = KINDS.get(job_kind(run).lower())
+    if kind is None:
+        raise ValueError(f"the run's job_kind is {job_kind(run)!r}, not {' or '.join(KINDS)}")
     api, _ = connect(retries=0)
     lines = []
     for job in list_jobs(api, kind, namespace, f"{RUN}={label(run.run_id)}"):

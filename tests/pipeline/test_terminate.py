@@ -97,6 +97,9 @@ def test_status_and_terminate_show_the_same(
         "  job vitdet-b: failed, step 7/900, vitdet-b is Failed",
         "  job vitdet-c: pending",
     ]
+    config["parameters"]["job_kind"] = "mpijob"
+    assert "job not shown: the run's job_kind is 'mpijob'" in pipeline("status", RUN)[1]
+    config["parameters"]["job_kind"] = kind.lower()
     kubeflow.plan[f"GET /runs/{RUN}"] = [Handler.serve, failing(404)]
     _, out, _ = pipeline("terminate", RUN)
     assert out.replace("RUNNING, now ending", "RUNNING").startswith(status)
