@@ -67,10 +67,12 @@ from pipeline.job_manifests import (
 MANIFESTS = Path(__file__).parents[1] / "manifests"
 JOBS = (MANIFESTS / "pytorchjob" / "pytorchjob.yaml", MANIFESTS / "trainjob" / "trainjob.yaml")
 CLAIM, MOUNT = "vitdet-data", "/data"
+# key -> variable; not MLflow's names, which the MLflow plugin of Kubeflow Pipelines sets:
+# vitdet/tracking/address.py
 SECRET = {
-    "MLFLOW_TRACKING_URI": "MLFLOW_TRACKING_URI",
-    "MLFLOW_TRACKING_USERNAME": "MLFLOW_TRACKING_USERNAME",
-    "MLFLOW_TRACKING_PASSWORD": "MLFLOW_TRACKING_PASSWORD",
+    "MLFLOW_TRACKING_URI": "VITDET_MLFLOW_TRACKING_URI",
+    "MLFLOW_TRACKING_USERNAME": "VITDET_MLFLOW_TRACKING_USERNAME",
+    "MLFLOW_TRACKING_PASSWORD": "VITDET_MLFLOW_TRACKING_PASSWORD",
     "MLFLOW_UI_URL": "MLFLOW_UI_URL",  # optional: MLflow's address in a browser, for links
 }
 # Longer than any training. Argo counts from the start of the first attempt; after this time there

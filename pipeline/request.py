@@ -13,6 +13,8 @@ from pathlib import Path
 
 import yaml
 
+from pipeline.versions import Version, fit
+
 DEFAULT_IMAGE = "vitdet"  # in manifests/ before an overlay names the registry
 DEFAULT_IMAGE_WARNING = (
     f"the steps' image {DEFAULT_IMAGE!r} has no registry, so no cluster can pull it. Pass your cluster's job: `kubectl "
@@ -53,17 +55,7 @@ def load_package(
 
     Raises ValueError if the file is not a pipeline or does not have these parameters.
     """
-    if not Path(package).is_file():
-        raise FileNotFoundError(f"{package}: no such file")
-    try:
-        documents = list(
-            yaml.load_all(Path(package).read_text(), getattr(yaml, "CSafeLoader", yaml.SafeLoader))
-        )
-    except (yaml.YAMLError, UnicodeDecodeError):
-        documents = []
-    if not documents or not isinstance(documents[0], dict) or "root" not in documents[0]:
-        raise ValueError(f"{package}: not a compiled pipeline")
-    spec, *platforms = documents
+    spec, *platforms = read_package(package)
     known = spec["root"].get("inputDefinitions", {}).get("parameters", {})
     if wrong := parameters.keys() - known.keys():
         raise ValueError(f"{package}: the pipeline has no parameter {', '.join(sorted(wrong))}")
@@ -83,6 +75,32 @@ def load_package(
             if parallel and "parameterIterator" in task:
                 task["iteratorPolicy"] = {"parallelismLimit": parallel}
     return {"pipeline_spec": spec, "platform_spec": platforms[0]} if platforms else spec
+
+
+def read_package(package: Path) -> list[dict]:
+    """Return the pipeline and, if it has one, its Kubernetes part. Raises as `load_package`."""
+    if not Path(package).is_file():
+        raise FileNotFoundError(f"{package}: no such file")
+    try:
+        documents = list(
+            yaml.load_all(Path(package).read_text(), getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+        )
+    except (yaml.YAMLError, UnicodeDecodeError):
+        documents = []
+    if not documents or not isinstance(documents[0], dict) or "root" not in documents[0]:
+        raise ValueError(f"{package}: not a compiled pipeline")
+    return documents
+
+
+def fit_package(package: Path, version: Version) -> list[str]:
+    """Leave out of a file what a server of this version does not support, see `versions.fit`."""
+    documents = read_package(package)
+    lines = fit(documents, version)
+    if lines:
+        head = [line for line in package.read_text().splitlines() if line.startswith("#")]
+        body = yaml.safe_dump_all(documents, sort_keys=True)
+        package.write_text("\n".join([*head, body]))
+    return lines
 
 
 def default_image_warning(pipeline: dict) -> str:
@@ -142,17 +160,20 @@ def check_recipes(
 ) -> bool:
     """Raise ValueError for settings that the first step would reject; False if not checked.
 
-    Runs vitdet in a process, as pipeline/ does not depend on it, which is required only in the image.
-    Without vitdet the first step rejects the run, before data is prepared or GPUs are requested.
+    Runs vitdet in a process, as pipeline/ does not depend on what vitdet depends on, which is required
+    only in the image. Without it the first step rejects the run, before data is prepared or GPUs are
+    requested.
     """
+    from vitdet.credentials import has_credentials
+
     if len(set(recipes)) < len(recipes):
         raise ValueError(f"a recipe is given twice: {' '.join(recipes)}")
     for option, texts in (("--set", overrides), ("--sweep", sweep), ("--fetch", [fetch])):
         for text in texts:
-            if re.search(r"://[^/@\s]*:[^/@\s]*@", text):
+            if has_credentials(text.partition("=")[2] or text):
                 raise ValueError(
-                    f"{option} {text.partition('=')[0]}: a password would be visible in the run's parameters; "
-                    "store it in the cluster's Secret"
+                    f"{option} {text.partition('=')[0]}: the user and password would be visible in the "
+                    "run's parameters; store them in the cluster's Secret"
                 )
     package = importlib.util.find_spec("vitdet")
     if package is None or not package.origin:

@@ -170,7 +170,7 @@ def start_parent_run(configs: str, workspace: str, run_id: str) -> str:
         run_id, list(every), uri=settings.uri, folder=folder, experiment=settings.experiment
     )
     uri = hide_credentials(tracking_uri(settings.uri, folder))
-    return f"MLflow: {uri}, experiment {settings.experiment}, parent run {parent}"
+    return f"MLflow: {uri}, parent run {parent}"
 
 
 def train_argv(settings: str, name: str, data: str, workspace: str, run_id: str) -> list[str]:
@@ -410,7 +410,8 @@ def _compare(
 ) -> tuple[str, str]:
     from vitdet.tracking import comparison
 
-    settings, recipes = {}, {name.rpartition("-")[0] for name in every}
+    settings: dict[str, dict[str, str]] = {}
+    recipes = {name.rpartition("-")[0] for name in every}
     for recipe in recipes:
         group = {name: one for name, one in every.items() if name.rpartition("-")[0] == recipe}
         settings |= dict(zip(group, varied_settings(list(group.values())), strict=True))

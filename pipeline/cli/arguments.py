@@ -9,6 +9,7 @@ from urllib.parse import urlsplit
 
 from pipeline.client import Server
 from pipeline.connection import LOGIN, connect, credentials, in_cluster_address, server_address
+from pipeline.versions import Version, read_version
 
 
 def add_overrides(command: argparse.ArgumentParser) -> None:
@@ -62,6 +63,25 @@ def positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"expected a number of at least 1, got {text}")
     return int(text)
+
+
+def add_version(command: argparse.ArgumentParser, default: str) -> None:
+    """Add --kfp."""
+    command.add_argument(
+        "--kfp",
+        type=version,
+        metavar="VERSION",
+        help="version of Kubeflow Pipelines; what it does not support is left out of the pipeline, with a "
+        f"message ({default})",
+    )
+
+
+def version(given: str) -> Version:
+    """Argument type: a supported version of Kubeflow Pipelines."""
+    try:
+        return read_version(given)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def add_server(command: argparse.ArgumentParser) -> None:
@@ -133,10 +153,7 @@ def connect_server(args: argparse.Namespace) -> Server:
         "::1",
     )
     if host.startswith("http:") and not nearby and (token or cookie):
-        print(
-            f"pipeline: {host}: without https the credentials are sent unencrypted",
-            file=sys.stderr,
-        )
+        remark(f"{host}: without https the credentials are sent unencrypted")
     client = connect(
         host,
         token,
@@ -144,7 +161,7 @@ def connect_server(args: argparse.Namespace) -> Server:
         ca_file=args.ca_file,
         timeout=args.timeout,
         retries=max(args.retries, 0),
-        report=lambda line: print(f"pipeline: {line}", file=sys.stderr, flush=True),
+        report=remark,
     )
     return Server(client, args.ui_host, report=lambda line: print(line, flush=True))
 
@@ -160,6 +177,11 @@ def seconds(text: str) -> float:
 def run_id_of(run: str) -> str:
     """Return the id of a run or schedule, given its id or link."""
     return run.rstrip("/").split("?")[0].rsplit("/", 1)[-1]
+
+
+def remark(line: str) -> None:
+    """Print a line for the user to stderr."""
+    print(f"pipeline: {line}", file=sys.stderr, flush=True)
 
 
 def read_job_file(file: str) -> str:

@@ -16,11 +16,14 @@ from pipeline.cli.arguments import (
     add_overrides,
     add_parallel,
     add_server,
+    add_version,
     connect_server,
     positive,
     read_job_file,
+    remark,
 )
 from pipeline.client import RECURRING, Server, failed_steps
+from pipeline.connection import ServerError
 from pipeline.request import (
     RunRequest,
     Schedule,
@@ -29,6 +32,7 @@ from pipeline.request import (
     kubeflow_cron,
     load_package,
 )
+from pipeline.versions import FIELDS, Version, fit, text
 
 EXPERIMENT = "vitdet"
 ACCOUNT = "vitdet-pipeline"  # may create training jobs
@@ -116,6 +120,7 @@ def add_submit(commands: argparse._SubParsersAction) -> None:
         action="store_true",
         help="with --cron: skip missed runs",
     )
+    add_version(run, "default: the server's")
     add_server(command)
     command.set_defaults(run=run_submit)
 
@@ -156,18 +161,50 @@ def run_submit(args: argparse.Namespace) -> int:
     with compiled_package(args) as package:
         pipeline = load_package(package, parameters, not args.no_cache, args.parallel)
     if warning := default_image_warning(pipeline):
-        print(f"pipeline: {warning}", file=sys.stderr)
+        remark(warning)
     request = RunRequest(
         pipeline, parameters, name, args.experiment, args.service_account, args.pipeline_root
     )
     server = connect_server(args)
-    run_id = server.start(request, server.namespace(args.namespace), schedule)
+    fit_pipeline(pipeline, server, args.kfp)
+    try:
+        run_id = server.start(request, server.namespace(args.namespace), schedule)
+    except ServerError as error:
+        raise refused(error, server) from None
     print(
         f"{'when' if schedule else 'run '} {name}\nid   {run_id}\n"
         f"link {server.link(run_id, RECURRING if schedule else 'runs')}",
         flush=True,
     )
     return follow(server, run_id, args.every) if args.wait else 0
+
+
+def fit_pipeline(pipeline: dict, server: Server, asked: Version | None) -> None:
+    """Leave out of a pipeline what the server does not support, with a message for each field."""
+    version, doubt = (asked, "") if asked else server.version()
+    documents = [pipeline.get("pipeline_spec", pipeline), pipeline.get("platform_spec", {})]
+    if lines := fit(documents, version):
+        for line in [doubt, *lines] if doubt else lines:
+            remark(line)
+
+
+def refused(error: ServerError, server: Server) -> ServerError:
+    """Return the error to raise for a run that was not started, with advice for an unknown field."""
+    if not error.field:
+        return error
+    version, doubt = server.version()
+    since = [field.since for field in FIELDS if field.name == error.field]
+    if not since:
+        advice = "the package was compiled with a newer kfp than the server's"
+    elif doubt:
+        advice = f"pass its version with --kfp; it is older than {text(min(since))}"
+    else:
+        advice = f"use --kfp {text(version)}"
+    server_is = "the server" if doubt else f"this is Pipelines {text(version)}; it"
+    return ServerError(
+        f"{server.host}: {server_is} does not know {error.field} of the pipeline: {advice}",
+        error.status,
+    )
 
 
 def check_pool(name: str | None) -> None:

@@ -300,7 +300,15 @@ def test_a_server_with_users_wants_a_namespace_and_one_without_gets_none(
         (["mine.yaml"], "mine.yaml: a file on this machine; pass a recipe's name"),
         (
             ["tiny", "--set", "tracking.uri=https://me:hunter2@mlflow"],
-            "--set tracking.uri: a password would be visible in",
+            "--set tracking.uri: the user and password would be visible in",
+        ),
+        (
+            ["tiny", "--set", "tracking.uri=https://me:hunter2/x@mlflow"],
+            "--set tracking.uri: the user and password would be visible in",
+        ),
+        (
+            ["tiny", "--set", "data.root=https://store/data?sig=hunter2"],
+            "--set data.root: the user and password would be visible in",
         ),
         (["tiny", "--cron", "0 3 * *"], "schedule '0 3 * *': expected five fields"),
         (["tiny", "--cron", "@daily", "--wait"], "--wait is for one run"),

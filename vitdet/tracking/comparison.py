@@ -12,6 +12,7 @@ from vitdet.tracking.address import run_page
 from vitdet.tracking.champion import ALIAS
 from vitdet.tracking.experiments import experiment_id
 from vitdet.tracking.mlflow import connect, tracking_uri
+from vitdet.tracking.plugin import plugin_run
 from vitdet.tracking.requests import create
 from vitdet.tracking.table import COLUMNS, page, seeds_table, trainings_table
 
@@ -35,17 +36,17 @@ def start_parent_run(
 ) -> str:
     """Return the MLflow id of a group's parent run; create the run if it does not exist.
 
-    Raises ConnectionError if MLflow does not respond.
+    With the MLflow plugin of Kubeflow Pipelines it is the plugin's run. Raises ConnectionError if
+    MLflow does not respond.
     """
     client, _ = connect(None, uri, folder)
+    tags = {"group": group, "pipeline_run": group, "recipes": " ".join(names)}
+    if run := plugin_run(client, group):
+        for key, value in tags.items():
+            client.set_tag(run.info.run_id, key, value)
+        return run.info.run_id
     place = experiment_id(client, tracking_uri(uri, folder), folder, experiment)
-    tags = {
-        "group": group,
-        "pipeline_run": group,
-        "mlflow.source.name": "pipeline",
-        "mlflow.source.type": "JOB",
-        "recipes": " ".join(names),
-    }
+    tags |= {"mlflow.source.name": "pipeline", "mlflow.source.type": "JOB"}
     name = " / ".join(names) if len(names) < 4 else f"{len(names)} trainings"
     return create(
         lambda: _parent(client, place, group),
@@ -54,8 +55,13 @@ def start_parent_run(
 
 
 def end_parent_run(group: str, state: str, *, uri: str, folder: Path, experiment: str) -> None:
-    """End the parent run; state: the final state in KFP. Raises like `start_parent_run`."""
+    """End the parent run; state: the final state in KFP. Raises like `start_parent_run`.
+
+    A run of the MLflow plugin is ended by the plugin.
+    """
     client, _ = connect(None, uri, folder)
+    if plugin_run(client, group):
+        return
     place = experiment_id(client, tracking_uri(uri, folder), folder, experiment)
     if parent := _parent(client, place, group):
         unknown = "FINISHED" if "best" in client.get_run(parent).data.tags else "FAILED"

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from vitdet.tracking.address import hide_credentials
 from vitdet.tracking.experiments import experiment_id
 from vitdet.tracking.journal import Journal
+from vitdet.tracking.plugin import PARENT, plugin_run
 from vitdet.tracking.points import history, same_number
 from vitdet.tracking.requests import (
     INVALID,
@@ -156,13 +157,19 @@ class Shipper:
                 f"{self._shown} has no such run ({self.journal.run_id}), and {self.journal.path.parent} does "
                 "not say what it was"
             )
-        place = experiment_id(client, self.uri, self.journal.folder, start["experiment"])
+        group = start.get("group", "")
+        plugin = plugin_run(client, group)
+        place = (
+            plugin.info.experiment_id
+            if plugin
+            else experiment_id(client, self.uri, self.journal.folder, start["experiment"])
+        )
         tags = {**start["tags"], "journal": self.journal.key}
-        if group := start.get("group"):
-            parents = client.search_runs([place], f"tags.group = '{group}'")
+        if group:
+            parents = [plugin] if plugin else client.search_runs([place], f"tags.group = '{group}'")
             tags |= {
                 "pipeline_run": group,
-                **({"mlflow.parentRunId": parents[0].info.run_id} if parents else {}),
+                **({PARENT: parents[0].info.run_id} if parents else {}),
             }
         made = client.search_runs([place], f"tags.journal = '{self.journal.key}'")
         run_id = (
