@@ -24,7 +24,7 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").g
 BLOCKS = [
     (page.name, language, text)
     for page in PAGES
-    for language, text in re.findall(r"^```(\w*)\n(.*?)^```", page.read_text(), re.S | re.M)
+    for language, text in re.findall(r"^ *```(\w*)\n(.*?)^ *```", page.read_text(), re.S | re.M)
 ]
 PYTHON = [text for _, language, text in BLOCKS if language == "python"]
 PROGRAMS = {"vitdet": vitdet_parser, "pipeline": pipeline_parser}
@@ -46,7 +46,7 @@ def commands(text: str) -> list[tuple[str, list[str]]]:
 COMMANDS = [
     pytest.param(program, arguments, id=f"{page}: {program} {' '.join(arguments[:3])}")
     for page, language, text in BLOCKS
-    if not language
+    if language in ("", "bash", "sh")
     for program, arguments in commands(text)
 ]
 
@@ -76,7 +76,7 @@ def test_links_lead_to_files_and_headings() -> None:
     ]
     assert len(links) > 10
     for page, name, heading in links:
-        path = page.parent / name
+        path = page.parent / name if name else page
         assert path.is_file(), f"{page.name}: {name}"
         titles = re.findall(r"^#+ (.*)", path.read_text(), re.M) if heading else []
         slugs = [re.sub(r"[^\w -]", "", title).lower().replace(" ", "-") for title in titles]
