@@ -34,6 +34,8 @@ def commands(text: str) -> list[tuple[str, list[str]]]:
     """(program, arguments) of each call of `vitdet` and `python -m pipeline` in a shell block."""
     found = []
     for line in text.replace("\\\n", " ").splitlines():
+        if not re.match(r"\s*vitdet |.*-m (vitdet|pipeline) ", line):
+            continue
         words = shlex.split(line, comments=True)
         for start, word in enumerate(words):
             if word == "vitdet" and (start == 0 or words[start - 1] == "-m"):
