@@ -1,4 +1,4 @@
-"""The code blocks of README.md, CONTRIBUTING.md and docs/: Python is run, commands are parsed or run."""
+"""Code blocks of README.md, CONTRIBUTING.md and docs/: Python is run, commands parsed or run."""
 
 from __future__ import annotations
 
@@ -158,7 +158,7 @@ ENVIRONMENT = {
 def test_the_demo_without_git_says_so_before_it_installs_anything(
     tmp_path: Path, jobs: str, repository: bool
 ) -> None:
-    """As from a ZIP of the repository, or in an image without .git; repository: one without a commit."""
+    """Without .git, as in a ZIP of the sources; repository: a repository without a commit."""
     environment = {
         **ENVIRONMENT,
         "GIT_CEILING_DIRECTORIES": str(tmp_path.parent),

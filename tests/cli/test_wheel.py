@@ -58,7 +58,7 @@ def test_it_contains_every_file_of_the_package(wheel: Path) -> None:
 def test_it_installs_with_every_extra_and_detects(
     wheel: Path, trained: Path, picture: Path, tmp_path: Path
 ) -> None:
-    """In a new environment that finds the installed dependencies by a path file; nothing is downloaded."""
+    """In a new environment that finds the dependencies by a path file; nothing is downloaded."""
     environment = tmp_path / "environment"
     venv.create(environment)
     python, program = environment / "bin/python", environment / "bin/vitdet"

@@ -29,7 +29,8 @@ from vitdet.tracking.address import HidingFilter, hide_credentials
 # what a user can change when a GPU's memory does not suffice
 MEMORY_ADVICE = {
     "train": "Raise train.accumulate (the same batch in smaller parts), set train.activation_checkpointing=blocks, or lower "
-    "train.batch_size, data.image_size or, for evaluations, evaluate.batch_size; or use a GPU with more memory",
+    "train.batch_size, data.image_size or, for evaluations, evaluate.batch_size; or use a GPU "
+    "with more memory",
     "evaluate": "Lower evaluate.batch_size, or use a GPU with more memory or the CPU: CUDA_VISIBLE_DEVICES= vitdet evaluate ...",
     "predict": "Use a GPU with more memory or the CPU: CUDA_VISIBLE_DEVICES= vitdet predict ...",
 }

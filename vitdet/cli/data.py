@@ -11,8 +11,10 @@ from vitdet.cli.paths import given_path
 from vitdet.cli.progress_bar import Bar
 
 DATA = (
-    "Download and verify the published archives, unpack them into COCO's layout, and write DIR/manifest.json. The same "
-    "command resumes after an interruption; existing files are neither downloaded again nor overwritten. The proxies in "
+    "Download and verify the published archives, unpack them into COCO's layout, and write "
+    "DIR/manifest.json. The same "
+    "command resumes after an interruption; existing files are neither downloaded again nor "
+    "overwritten. The proxies in "
     "http_proxy and https_proxy are used."
 )
 
@@ -80,7 +82,8 @@ def add_fetch(kind: argparse.ArgumentParser, dataset: str) -> None:
         "--split",
         default="",
         choices=("train", "val"),
-        help="download only what this split needs; LVIS val also needs images of COCO's train (default: both)",
+        help="download only what this split needs; LVIS val also needs images of COCO's train "
+        "(default: both)",
     )
     kind.add_argument(
         "--mirror",
@@ -110,7 +113,8 @@ def add_convert(kind: argparse.ArgumentParser) -> None:
         "source",
         type=given_path,
         metavar="SRC",
-        help="folder in the format of YOLO (data.yaml), Pascal VOC, COCO (also of Roboflow, CVAT, Label Studio "
+        help="folder in the format of YOLO (data.yaml), Pascal VOC, COCO (also of Roboflow, CVAT, "
+        "Label Studio "
         "and FiftyOne), LabelMe or CVAT for images; or its data.yaml, JSON or XML file",
     )
     kind.add_argument("target", type=given_path, metavar="DST", help="folder to create")
@@ -131,7 +135,8 @@ def add_convert(kind: argparse.ArgumentParser) -> None:
         type=float,
         default=0.0,
         metavar="SHARE",
-        help="share of the images of a source without val that become val, e.g. 0.1 (default: %(default)s)",
+        help="share of the images of a source without val that become val, e.g. 0.1 (default: "
+        "%(default)s)",
     )
     kind.add_argument(
         "--seed", type=int, default=0, help="random seed of --val-share (default: %(default)s)"

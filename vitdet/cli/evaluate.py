@@ -23,7 +23,8 @@ def add_evaluate(verb: argparse.ArgumentParser) -> None:
         "--output",
         metavar="FILE",
         type=given_path,
-        help="JSON file for the metrics, with AP of each class; NAME.measured.json beside it describes data and settings",
+        help="JSON file for the metrics, with AP of each class; NAME.measured.json beside it "
+        "describes data and settings",
     )
     verb.add_argument(
         "--pictures",
@@ -35,7 +36,8 @@ def add_evaluate(verb: argparse.ArgumentParser) -> None:
         "--plots",
         metavar="DIR",
         type=given_path,
-        help="folder for report.html, the data of plots, results.json, and the matches that `vitdet compare` reads",
+        help="folder for report.html, the data of plots, results.json, and the matches that "
+        "`vitdet compare` reads",
     )
     verb.add_argument(
         "--report",
@@ -99,11 +101,13 @@ def score_results(given: argparse.Namespace) -> int:
     """vitdet evaluate --results"""
     if given.checkpoint or given.config or given.overrides or given.pictures:
         raise ValueError(
-            "with --results there is no CHECKPOINT, --config, --set or --pictures: nothing is detected"
+            "with --results there is no CHECKPOINT, --config, --set or --pictures: nothing is "
+            "detected"
         )
     if not given.results or not given.annotations:
         raise ValueError(
-            "--results FILE and --annotations FILE go together; --dataset says by whose rules (coco)"
+            "--results FILE and --annotations FILE go together; --dataset says by whose rules "
+            "(coco)"
         )
     from vitdet.evaluation.evaluator import evaluate_results
     from vitdet.tracking.measured import write_metrics

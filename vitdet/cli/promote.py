@@ -68,7 +68,8 @@ def _add_model(verb: argparse.ArgumentParser) -> None:
         "--config",
         metavar="FILE",
         type=given_path,
-        help="file with the tracking, gate, data and evaluate settings (default: those of the version)",
+        help="file with the tracking, gate, data and evaluate settings (default: those of the "
+        "version)",
     )
 
 

@@ -14,13 +14,15 @@ def add_register(verb: argparse.ArgumentParser) -> None:
         "--alias",
         metavar="NAME",
         default="candidate",
-        help="alias of the version besides candidate; `champion` only if it passes the gate, which re-evaluates the champion if necessary (default: %(default)s)",
+        help="alias of the version besides candidate; `champion` only if it passes the gate, "
+        "which re-evaluates the champion if necessary (default: %(default)s)",
     )
     verb.add_argument(
         "--config",
         metavar="FILE",
         type=given_path,
-        help="file with the tracking, gate, data and evaluate settings (default: those of the checkpoint)",
+        help="file with the tracking, gate, data and evaluate settings (default: those of the "
+        "checkpoint)",
     )
     verb.add_argument(
         "--metrics",
@@ -32,7 +34,8 @@ def add_register(verb: argparse.ArgumentParser) -> None:
         "--plots",
         metavar="DIR",
         type=given_path,
-        help="folder of `vitdet evaluate --plots`, of the same evaluation: report and matches to store "
+        help="folder of `vitdet evaluate --plots`, of the same evaluation: report and matches to "
+        "store "
         "with the version",
     )
     verb.add_argument(

@@ -32,8 +32,10 @@ def add_weights(verb: argparse.ArgumentParser) -> None:
         "fetch",
         help="download, verify and convert published weights",
         description=(
-            "Download, verify and convert published weights. Backbones become DIR/NAME.safetensors, for train.init; "
-            "detectors become DIR/NAME.pt, for evaluate, predict and train.init. Interrupted downloads are resumed. "
+            "Download, verify and convert published weights. Backbones become "
+            "DIR/NAME.safetensors, for train.init; "
+            "detectors become DIR/NAME.pt, for evaluate, predict and train.init. Interrupted "
+            "downloads are resumed. "
             "The proxies in http_proxy and https_proxy are used."
         ),
     )
@@ -67,7 +69,8 @@ def add_weights(verb: argparse.ArgumentParser) -> None:
         "target",
         type=given_path,
         metavar="DST",
-        help=".safetensors for weights, .pt for a detector of --recipe; with --reverse .pkl or .pth",
+        help=".safetensors for weights, .pt for a detector of --recipe; with --reverse .pkl or "
+        ".pth",
     )
     kind.add_argument(
         "--format",
@@ -108,7 +111,8 @@ def run_list(given: argparse.Namespace) -> int:
             if bool(entry.recipe) == kind:
                 print(*lines(entry), sep="\n", end="\n\n")
     print(
-        "vitdet weights fetch NAME converts a file and puts it into ~/.cache/vitdet (--output: elsewhere)."
+        "vitdet weights fetch NAME converts a file and puts it into ~/.cache/vitdet (--output: "
+        "elsewhere)."
     )
     return 0
 

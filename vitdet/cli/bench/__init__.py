@@ -41,14 +41,19 @@ def add_bench(verb: argparse.ArgumentParser) -> None:
     kind.set_defaults(run=run_bench_evaluate)
     kind = kinds.add_parser(
         "data",
-        help="time reading and augmenting a training image, beside Detectron2's mapper if installed",
+        help="time reading and augmenting a training image, beside Detectron2's mapper if "
+        "installed",
     )
     kind.add_argument("folder", type=given_path, help="folder of a data set in COCO's layout")
     kind.add_argument(
         "--split", action="append", help="split; may be repeated (default: train2017 and val2017)"
     )
     kind.add_argument(
-        "--rounds", metavar="N", type=int, default=5, help="passes over all images (default: %(default)s)"
+        "--rounds",
+        metavar="N",
+        type=int,
+        default=5,
+        help="passes over all images (default: %(default)s)",
     )
     kind.set_defaults(run=run_bench_data)
     kind = kinds.add_parser("train", help="measure training steps on synthetic images")

@@ -13,7 +13,8 @@ def add_compare(verb: argparse.ArgumentParser) -> None:
         "results",
         nargs="+",
         metavar="RUN|CHECKPOINT|RESULTS.json",
-        help="MLflow run (id or unique name), checkpoint, output folder of a training, or file of COCO results; "
+        help="MLflow run (id or unique name), checkpoint, output folder of a training, or file of "
+        "COCO results; "
         "the first is the baseline",
     )
     verb.add_argument(
@@ -28,7 +29,8 @@ def add_compare(verb: argparse.ArgumentParser) -> None:
         "--tracking-uri",
         default="",
         metavar="URI",
-        help="MLflow server, unless MLFLOW_TRACKING_URI is set (default: mlflow.db in the current folder)",
+        help="MLflow server, unless MLFLOW_TRACKING_URI is set (default: mlflow.db in the current "
+        "folder)",
     )
     verb.add_argument(
         "--resamples",
