@@ -1,6 +1,7 @@
 # make demo    the whole job: data, weights, training, evaluation, registration; some minutes on 2 cores
 # make test    the fast tests (one file: make test TESTS=tests/cli/test_config.py; on more cores: JOBS=8)
 # make test-slow  the slow tests (end-to-end pipelines, process kills, real servers); up to 20 minutes on 2 cores
+# make test-all   both, in one go
 # make ui      MLflow in the browser: the demo's runs and models
 # make lint    ruff and mypy
 # make lock    renews requirements.lock: the newest versions that the ranges in pyproject.toml allow
@@ -18,7 +19,7 @@ BIN := .venv/bin
 READY := .venv/.ready
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: demo check-git test test-slow ui lint lock setup clean
+.PHONY: demo check-git test test-slow test-all ui lint lock setup clean
 
 demo: check-git $(READY)
 	dvc repro
@@ -42,6 +43,9 @@ test: $(READY)
 
 test-slow: $(READY)
 	$(PYTEST) -m slow $(TESTS)
+
+test-all: $(READY)
+	$(PYTEST) $(TESTS)
 
 ui: $(READY)
 	@test -f $(WORK)/mlflow.db || { echo "$(WORK)/mlflow.db is missing: run make demo first" >&2; exit 1; }

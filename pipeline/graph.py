@@ -43,7 +43,14 @@ from components.gate import gate
 from components.register import register
 from components.train import train_job
 from components.weights import weights
-from pipeline.job_manifests import GPU, Accelerators, accelerators, job_image, training_jobs
+from pipeline.job_manifests import (
+    GPU,
+    Accelerators,
+    accelerators,
+    job_image,
+    queue_labels,
+    training_jobs,
+)
 
 MANIFESTS = Path(__file__).parents[1] / "manifests"
 JOBS = (MANIFESTS / "pytorchjob" / "pytorchjob.yaml", MANIFESTS / "trainjob" / "trainjob.yaml")
@@ -209,15 +216,18 @@ def compile_pipeline(file: Path, job: str = "") -> Path:
     jobs = training_jobs(text)
     image = IMAGE or job_image(jobs)
     compiler.Compiler().compile(
-        build(train_job, jobs, image, cluster_settings(accelerators(text), image)), str(file)
+        build(
+            train_job, jobs, image, cluster_settings(accelerators(text), image, queue_labels(jobs))
+        ),
+        str(file),
     )
     return file
 
 
-def cluster_settings(needs: Accelerators, image: str) -> Configure:
+def cluster_settings(needs: Accelerators, image: str, queue: dict[str, str]) -> Configure:
     """Set a task's image, volume, MLflow secret, run id, resources and retries.
 
-    Evaluation uses a GPU if the jobs train on GPUs.
+    Evaluation uses a GPU if the jobs train on GPUs, and waits in the same queue of Kueue.
     """
     # name: (CPU request, memory request, memory limit, retries)
     sizes = {
@@ -253,6 +263,8 @@ def cluster_settings(needs: Accelerators, image: str) -> Configure:
         for key, value in DO_NOT_DISRUPT.items() if size == "launcher" else ():
             kubernetes.add_pod_annotation(task, key, value)
         if size == "gpu":
+            for key, value in queue.items():
+                kubernetes.add_pod_label(task, key, value)
             kubernetes.empty_dir_mount(task, "shm", "/dev/shm", medium="Memory", size_limit="4Gi")
             if needs.gpus:
                 task.set_accelerator_type(GPU).set_accelerator_limit(1)

@@ -16,6 +16,7 @@ import yaml
 from components.launcher.schema import GPU, validate
 
 KINDS = {"PyTorchJob": "pytorchjob", "TrainJob": "trainjob"}
+KUEUE = "kueue.x-k8s.io/"
 
 
 def training_jobs(text: str) -> str:
@@ -70,6 +71,22 @@ def job_image(jobs: str) -> str:
             "set it in the manifests, or for all steps in VITDET_IMAGE"
         )
     return found.pop()
+
+
+def queue_labels(jobs: str) -> dict[str, str]:
+    """Return Kueue's labels of the jobs, which queue the pods of `evaluate` too.
+
+    Raises ValueError if the jobs differ in them.
+    """
+    found = [
+        {key: value for key, value in labels.items() if key.startswith(KUEUE)}
+        for labels in (job["metadata"].get("labels") or {} for job in documents_of(jobs))
+    ]
+    if any(one != found[0] for one in found):
+        raise ValueError(
+            f"the training jobs must have the same labels {KUEUE}*, got {' and '.join(map(str, found))}"
+        )
+    return found[0]
 
 
 class Accelerators(NamedTuple):

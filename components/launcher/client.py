@@ -13,7 +13,8 @@ from kubernetes import client, config
 from kubernetes.client.exceptions import ApiException
 from urllib3.exceptions import HTTPError
 
-from components.launcher import workflow
+from components.launcher import queue, workflow
+from components.launcher.errors import describe_error, may_be_admitted_later, server_message
 from components.launcher.templates import FAILURE, Kind
 
 SERVICE_ACCOUNT = Path("/var/run/secrets/kubernetes.io/serviceaccount")
@@ -53,7 +54,7 @@ def connect(retries: int | None = None) -> tuple[client.ApiClient, str]:
     except config.ConfigException as error:
         raise RuntimeError(
             f"no cluster: not in a pod with a service account, and no kubeconfig ({error})"
-        ) from error
+        ) from None
 
 
 def in_cluster() -> bool:
@@ -85,9 +86,9 @@ def describe_namespace(namespace: str) -> str:
             raise ValueError(
                 f"{name} has no namespace {namespace}; give that of the run's pods with --namespace, or "
                 "set KUBECONFIG or its current context to the pipeline's cluster"
-            ) from error
+            ) from None
     except HTTPError as error:
-        raise RuntimeError(f"{name} does not answer ({type(error).__name__})") from error
+        raise RuntimeError(f"{name} does not answer ({type(error).__name__})") from None
     return f"namespace {namespace} of {name}"
 
 
@@ -136,28 +137,9 @@ def request_once(
         if error.status == 404:  # this kind is not installed, or the job is gone
             return {}
         raised = PermissionError if error.status == 403 else RuntimeError
-        raise raised(describe_error(kind, namespace, f"{verb} {kind.plural}", error)) from error
+        raise raised(describe_error(kind, namespace, f"{verb} {kind.plural}", error)) from None
     except HTTPError as error:
-        raise RuntimeError(f"the API server does not answer ({type(error).__name__})") from error
-
-
-def server_message(error: ApiException) -> str:
-    """Return the API server's message; "" for an unknown path."""
-    try:
-        return json.loads(error.body)["message"]
-    except (ValueError, KeyError, TypeError):
-        return ""
-
-
-def describe_error(kind: Kind, namespace: str, verb: str, error: ApiException) -> str:
-    """Describe a rejected request in one line: the request, the reason and the remedy."""
-    message = server_message(error)
-    what = f"cannot {verb} in namespace {namespace}"
-    if error.status in (401, 403):
-        return f"{what}: {message or error.reason}; the pipeline's service account needs the Role of manifests/shared"
-    if error.status == 404 and not message:
-        return f"{what}: the cluster knows no {kind.name} ({kind.group}/{kind.version}); install {kind.operator}"
-    return f"{what}: {message or error.reason} (HTTP {error.status})"
+        raise RuntimeError(f"the API server does not answer ({type(error).__name__})") from None
 
 
 class JobClient:
@@ -179,7 +161,8 @@ class JobClient:
         self.out, self.timeouts = out, timeouts
         self.objects, self.core = client.CustomObjectsApi(api), client.CoreV1Api(api)
         self.resource = (kind.group, kind.version, namespace, kind.plural)
-        self.reported_logs = False  # whether missing permission to read logs was reported
+        self.allowed: set[str] = set()  # verbs of requests that were answered
+        self.reported: set[str] = set()  # optional requests whose missing permission was reported
 
     def request(
         self,
@@ -188,13 +171,15 @@ class JobClient:
         *args: object,
         none_if: tuple[int, ...] = (),
         forbidden: float = 0,
+        refused: float = 0,
         options: dict[str, object] | None = None,
         once: bool = False,
     ) -> dict | None:
         """Return the response; None for a status in `none_if`.
 
-        forbidden: seconds for which status 401 and 403 are treated as temporary. once: fail within
-        2.5 s instead of retrying.
+        forbidden: seconds for which status 401 and 403 are treated as temporary if this verb was
+        allowed before. refused: seconds to wait for a quota or an admission webhook. once: fail
+        within 2.5 s instead of retrying.
         """
         start, reported = time.monotonic(), False
         timeout = (1, 1.5) if once else (5, 30)
@@ -206,6 +191,7 @@ class JobClient:
                 answer = json.loads(raw)
                 if reported:
                     self.out("launcher: the API server answers again")
+                self.allowed.add(verb)
                 return answer
             except ApiException as error:
                 # a starting API server has not registered the custom resources yet
@@ -214,32 +200,36 @@ class JobClient:
                     return None
                 problem = describe_error(self.kind, self.namespace, verb, error)
                 limit = self.timeouts.api
-                if unknown or error.status in (401, 403):
-                    limit = forbidden
+                if may_be_admitted_later(error):
+                    limit = refused
+                elif unknown or error.status in (401, 403):
+                    limit = forbidden if verb in self.allowed else 0
                 elif error.status != 429 and error.status < 500:
                     limit = 0
-                cause: Exception = error
             except (HTTPError, ValueError) as error:  # no response, or a truncated one
                 problem = f"the API server does not answer ({type(error).__name__})"
-                limit, cause = self.timeouts.api, error
+                limit = self.timeouts.api
             if once or time.monotonic() - start >= limit:
                 waited = f", for {limit:.0f} s" if limit and not once else ""
-                raise RuntimeError(problem + waited) from cause
+                raise RuntimeError(problem + waited)
             if not reported:
                 self.out(f"launcher: {problem}; asking again for {limit:.0f} s")
             reported = True
             time.sleep(min(self.timeouts.poll, 2))
 
-    def create(self, job: dict) -> bool:
-        """Create the job; return False if a job with this name exists."""
-        created = self.request(
+    def create(self, job: dict, refused: float = 0) -> dict | None:
+        """Create the job and return it as stored; None if a job with this name exists.
+
+        refused: seconds to wait for a quota or an admission webhook.
+        """
+        return self.request(
             f"create {self.kind.plural}",
             self.objects.create_namespaced_custom_object,
             *self.resource,
             job,
             none_if=(409,),
+            refused=refused,
         )
-        return created is not None
 
     def get(self) -> dict | None:
         """The job, None when there is none."""
@@ -387,10 +377,30 @@ class JobClient:
             )
             return raw.data.decode(errors="replace").splitlines()
         except ApiException as error:
-            if error.status in (401, 403) and not self.reported_logs:
-                problem = describe_error(self.kind, self.namespace, "read logs", error)
-                self.out(f"launcher: {problem}")
-                self.reported_logs = True
+            self.report_forbidden("read logs", error)
             return []  # also if the container has not started, or the pod or its node is gone
         except HTTPError:
             return []
+
+    def workloads(self, uid: str) -> list[dict] | None:
+        """Return Kueue's Workloads of the job with this uid; None if they cannot be read."""
+        try:
+            return self.objects.list_namespaced_custom_object(
+                queue.GROUP,
+                queue.VERSION,
+                self.namespace,
+                queue.PLURAL,
+                label_selector=f"{queue.JOB_UID}={uid}",
+                _request_timeout=(5, 30),
+            )["items"]
+        except ApiException as error:
+            self.report_forbidden("list workloads", error)
+            return [] if error.status == 404 else None  # Kueue is not installed
+        except HTTPError:
+            return None
+
+    def report_forbidden(self, verb: str, error: ApiException) -> None:
+        """Report once that an optional request is forbidden; other errors are not reported."""
+        if error.status in (401, 403) and verb not in self.reported:
+            self.out(f"launcher: {describe_error(self.kind, self.namespace, verb, error)}")
+            self.reported.add(verb)

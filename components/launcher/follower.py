@@ -7,11 +7,8 @@ short-lived cause is not missed: the operator replaces a killed pod at once.
 
 from __future__ import annotations
 
-import signal
-import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from datetime import datetime, timedelta
 from typing import NoReturn
 
@@ -24,7 +21,11 @@ from components.launcher.logs import (
     RankLogs,
     keep_newest,
 )
+from components.launcher.progress import PROGRESS, Progress
+from components.launcher.pruned import judge_dropped
+from components.launcher.queue import is_suspended, no_workload, queue_name, waiting_reason
 from components.launcher.restarts import OUT_OF_MEMORY, WINDOW, Restarts, node_is_unresponsive
+from components.launcher.signals import on_stop
 from components.launcher.status import (
     BROKEN,
     Cause,
@@ -42,8 +43,7 @@ from components.launcher.templates import ERRORS, FAILURE, RESTARTS, SCHEDULE, S
 from components.launcher.workflow import without_run
 
 MAX_ANNOTATION = 32_000  # characters of FAILURE; the API server allows 256 KiB of annotations
-# label of a job whose suspension is managed by Kueue
-QUEUE = "kueue.x-k8s.io/queue-name"
+NO_WORKLOAD = 30.0  # seconds after which Kueue should have created a job's Workload
 SHOWN_LINES = 30  # log lines of a failed pod in the cause of a failure
 
 
@@ -81,9 +81,10 @@ class Follower:
         self.since: dict[str, float] = {}
         self.pods: list[dict] = []  # as of the last poll
         self.pod_logs: dict[str, PodLog] = {}
-        self.ranks = RankLogs()
+        self.ranks, self.progress = RankLogs(), Progress()
         self.failures: dict[str, tuple[Cause, list[str]]] = {}
         self.restarts, self.errors, self.started = Restarts(), 0, False
+        self.admitted = False  # by Kueue
         self.limits = {"schedule": timeouts.schedule, "start": timeouts.start}
         own = (job["metadata"].get("annotations") or {}).get(SCHEDULE)
         if own:
@@ -92,7 +93,7 @@ class Follower:
     def run(self) -> None:
         """Block until the job has succeeded. Raises RuntimeError with the cause of a failure."""
         try:
-            with self.on_signal():
+            with on_stop(self.stopped):
                 self.create_or_adopt()
                 while not self.poll():
                     pass
@@ -105,37 +106,20 @@ class Follower:
             raise
         self.keep_logs(self.ranks.files())
 
-    @contextmanager
-    def on_signal(self) -> Iterator[None]:
-        """On SIGTERM and Ctrl-C, delete the job if its run ends, else leave it to the next attempt.
+    def stopped(self) -> None:
+        """Delete the job if its run ends, else leave it to the next attempt of the step.
 
         The pod of a step is evicted, drained or lost like any other; the training goes on.
         """
-
-        def stop(number: int, frame: object) -> None:
-            raise SystemExit(128 + number)
-
-        # signal handlers can be set in the main thread only
-        main = threading.current_thread() is threading.main_thread()
-        before = signal.signal(signal.SIGTERM, stop) if main else None
-        try:
-            yield
-        except (SystemExit, KeyboardInterrupt):
-            if main:
-                signal.signal(signal.SIGTERM, signal.SIG_IGN)
-            reason = self.end_reason()
-            if reason:
-                self.out(f"launcher: this step is being stopped, {reason}: deleting {self.name}")
-                self.client.delete()
-            else:
-                self.out(
-                    f"launcher: this step is being stopped, but its run continues: {self.name} is left "
-                    "running, and the next attempt of the step follows it"
-                )
-            raise
-        finally:
-            if main:
-                signal.signal(signal.SIGTERM, before)
+        reason = self.end_reason()
+        if reason:
+            self.out(f"launcher: this step is being stopped, {reason}: deleting {self.name}")
+            self.client.delete()
+        else:
+            self.out(
+                f"launcher: this step is being stopped, but its run continues: {self.name} is left "
+                "running, and the next attempt of the step follows it"
+            )
 
     def report(self, topic: str, text: str) -> None:
         """Write `text` to the step's log unless it was the last one of this topic."""
@@ -153,7 +137,7 @@ class Follower:
     def create_or_adopt(self) -> None:
         """Create the job, or follow the one that an earlier attempt of this step created."""
         wanted = self.job["metadata"]
-        while not self.client.create(self.job):
+        while (created := self.client.create(self.job, self.limits["schedule"])) is None:
             existing = self.client.get()
             if existing is None:
                 continue
@@ -183,6 +167,12 @@ class Follower:
             self.client.delete()
             time.sleep(min(self.timeouts.poll, 1))
         self.report("created", f"created {self.name} in namespace {wanted['namespace']}")
+        warnings, error = judge_dropped(self.kind, self.job, created)
+        for text in warnings:
+            self.report(text, text)
+        if error:
+            self.delete_failed()
+            raise RuntimeError(f"{self.name} is deleted: {error}")
 
     def adopt(self, existing: dict, failure: str) -> None:
         """Become the owner of an earlier attempt's job. Raises RuntimeError with its failure."""
@@ -224,6 +214,7 @@ class Follower:
             else:
                 self.stream_log(pod, final=phase in ("succeeded", "failed"))
         self.record_failures(pods)
+        self.publish_progress(final=phase in ("succeeded", "failed"))
         if phase == "succeeded":
             return True
         if phase == "failed" and self.finished():  # deadline exceeded, or a pod was lost at the end
@@ -242,6 +233,7 @@ class Follower:
             self.restarts.forget_pods()
         else:
             self.count_failures(pods)
+        self.check_queue(job, phase)
         limit = self.timeouts.operator
         missing = None if phase == "suspended" else missing_pods(job, pods, self.client.events)
         if self.persists("operator", not phase and not pods and not missing, limit):
@@ -266,6 +258,33 @@ class Follower:
             meaning = "suspended, a queue (Kueue) or a user must resume it; waiting"
         details = f" ({message})" if message else ""
         self.report("phase", f"{self.name}: {meaning}{details}" if phase else "")
+
+    def check_queue(self, job: dict, phase: str) -> None:
+        """Report why Kueue holds the job; give up if Kueue does not know it."""
+        queue = queue_name(job)
+        if not queue or (self.admitted and phase != "suspended"):
+            return
+        workloads = self.client.workloads(job["metadata"].get("uid", ""))
+        if workloads is None:
+            return
+        reasons = [reason for one in workloads if (reason := waiting_reason(one))]
+        self.admitted = bool(workloads) and not reasons
+        if workloads:
+            self.report("queue", f"{self.name} waits in Kueue: {reasons[0]}" if reasons else "")
+        text, limit = no_workload(self.kind, queue), self.timeouts.operator
+        if self.persists("no Workload", not workloads, min(NO_WORKLOAD, limit)):
+            self.report("queue", f"{self.name}: {text}")
+            self.admitted = not is_suspended(job)  # it trains without the queue
+        if self.persists("unknown to Kueue", not workloads and is_suspended(job), limit):
+            self.give_up(f"{self.name} stays suspended, for {limit:.0f} s now: {text}", [], None)
+
+    def publish_progress(self, final: bool) -> None:
+        """Annotate the job with the step, the speed and the expected end of its training."""
+        if value := self.progress.due(time.monotonic(), final):
+            try:
+                self.client.annotate({PROGRESS: value})
+            except RuntimeError as error:
+                self.report("progress", f"{self.name} is not annotated with its progress: {error}")
 
     def handle_missing(self) -> bool:
         """Return True if the training was complete before the job was deleted; raise otherwise."""
@@ -307,6 +326,7 @@ class Follower:
         main = self.kind.rank0(self.current).items() <= labels.items()
         for line in self.ranks.add(pod["metadata"]["name"], log.new_lines(pod, final), main):
             self.out(line)
+            self.progress.read(line)
 
     def stream_held_lines(self) -> None:
         """Read the lines that are held back, as the job ends."""
@@ -392,7 +412,7 @@ class Follower:
         """End the job and keep it, so that a retried step finds the cause. Raises RuntimeError."""
         self.stream_held_lines()
         explained = self.explain(pods, cause)
-        if QUEUE in (self.current["metadata"].get("labels") or {}):
+        if queue_name(self.current):
             self.fail(f"{text}{explained}; its deadline is set to now", self.kind.expire)
         self.fail(f"{text}{explained}; it is suspended", self.kind.halt)
 

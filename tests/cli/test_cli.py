@@ -1,4 +1,4 @@
-"""The command line: what each verb leaves behind, and one line for each mistake."""
+"""The command line: the files that each command writes, and one-line errors."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Commands and settings that an error proposes: each is read by the command line, and cures what was wrong."""
+"""Commands and settings that error messages suggest parse, and resolve the error."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The steps of a pipeline run, one after the other in this process: two recipes on one workspace."""
+"""The pipeline's stages in sequence in one process: two recipes in one workspace."""
 
 import json
 import shutil

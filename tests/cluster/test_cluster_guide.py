@@ -121,5 +121,9 @@ def test_the_patch_of_kubeflow_pipelines_keeps_the_rest_of_the_configmap(namespa
     data = json.loads(kubectl("get", "configmap", name, "-n", namespace, "-o", "json"))["data"]
     assert data["executor"] == before["executor"]
     spec = yaml.safe_load(data["workflowDefaults"])["spec"]
+    ttl = spec["ttlStrategy"]
+    job = yaml.safe_load((MANIFESTS / "pytorchjob" / "pytorchjob.yaml").read_text())
+    kept = job["spec"]["runPolicy"]["ttlSecondsAfterFinished"]  # the Workflow owns the job
+    assert ttl["secondsAfterFailure"] == ttl["secondsAfterCompletion"] == kept
     retry = {"limit": "0", "retryPolicy": "Always"}
     assert spec["templateDefaults"] == {"retryStrategy": retry}

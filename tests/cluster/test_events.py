@@ -1,4 +1,4 @@
-"""What events tell of a job whose pods are not made, or do not start; the API server is a list of answers."""
+"""Events of jobs whose pods are not created or do not start; API responses are stubbed."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from components.launcher.status import (
     missing_pods,
     startup_warning,
 )
-from tests.cluster.test_following import DONE, RUNNING, Record, cluster, follow, refused
+from tests.cluster.test_following import DONE, RUNNING, Record, follow
+from tests.cluster.test_kube_requests import cluster, refused
 from tests.cluster.test_launcher import conditions, pod
 
 NAME = "vitdet-tiny-1"

@@ -1,24 +1,19 @@
-"""Following a training job without a cluster: the API server is a list of answers."""
+"""Following a training job without a cluster; API responses are stubbed."""
 
 from __future__ import annotations
 
-import json
 import os
 import signal
-import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from kubernetes import client
-from kubernetes.client.exceptions import ApiException
-from urllib3.exceptions import ProtocolError
 
 from components.launcher import client as kube
 from components.launcher import follower, logs
 from components.launcher import launch as launcher
-from components.launcher.client import JobClient, Timeouts
+from components.launcher.client import Timeouts
 from components.launcher.follower import Follower
 from components.launcher.templates import KINDS
 from tests.cluster.test_launcher import LABELS, OWNER, TEMPLATES, conditions, ended, filled, pod
@@ -63,10 +58,13 @@ class Record:
         self.annotations: dict[str, str] = {}
         self.flicker: list[dict] = []
         self.warnings: list[dict] = []
+        self.queued: list[dict] | None = None  # Workloads of Kueue
+        self.forgotten: tuple[str, ...] = ()  # fields of spec that the cluster does not know
 
-    def create(self, job: dict) -> bool:
+    def create(self, job: dict, refused: float = 0) -> dict | None:
         self.asked.append("create")
-        return self.there is None
+        spec = {key: value for key, value in job["spec"].items() if key not in self.forgotten}
+        return {**job, "spec": spec} if self.there is None else None
 
     def get(self) -> dict | None:
         if self.there is not None and self.asked[-1] == "create":
@@ -99,6 +97,9 @@ class Record:
 
     def events(self, selector: str) -> list[dict]:
         return self.warnings
+
+    def workloads(self, uid: str) -> list[dict] | None:
+        return self.queued
 
     def log(
         self,
@@ -323,9 +324,13 @@ def test_an_elastic_job_that_runs_does_not_need_all_its_nodes() -> None:
 def test_a_stopped_step_deletes_its_job_only_if_its_run_ends(
     number: int, reason: str, ctrl_c: None
 ) -> None:
-    record, lines = Record((RUNNING, [])), []
+    class Stopped(Record):
+        def pods(self) -> tuple[list[dict], str]:
+            os.kill(os.getpid(), number)
+            return super().pods()
+
+    record, lines = Stopped((RUNNING, [])), []
     before = signal.getsignal(signal.SIGTERM)
-    threading.Timer(0.1, os.kill, (os.getpid(), number)).start()
     with pytest.raises((SystemExit, KeyboardInterrupt)):
         Follower(
             record, PYTORCH, filled(owner=OWNER), lines.append, SHORT, end_reason=lambda: reason
@@ -339,80 +344,6 @@ def test_a_stopped_step_deletes_its_job_only_if_its_run_ends(
         else f"launcher: this step is being stopped, but its run continues: {name} is left running, and "
         "the next attempt of the step follows it"
     )
-
-
-def answers(*given: object) -> Callable:
-    """A request whose answers these are; the last one for ever."""
-    waiting = list(given)
-
-    def call(*_: object, **options: object) -> object:
-        answer = waiting.pop(0) if len(waiting) > 1 else waiting[0]
-        if isinstance(answer, Exception):
-            raise answer
-        return type("Raw", (), {"data": answer})
-
-    return call
-
-
-def refused(status: int, message: str | None = None) -> ApiException:
-    error = ApiException(status=status, reason="reason")
-    error.body = (
-        json.dumps({"kind": "Status", "message": message}) if message else "404 page not found"
-    )
-    return error
-
-
-def cluster(lines: list[str], timeouts: Timeouts = SHORT) -> JobClient:
-    return JobClient(
-        client.ApiClient(client.Configuration()), PYTORCH, "j", "ours", lines.append, timeouts
-    )
-
-
-def test_an_api_server_that_is_away_is_asked_again() -> None:
-    lines: list[str] = []
-    ask = cluster(lines).request
-    gone = [
-        ProtocolError("reset"),
-        refused(503, "starting"),
-        refused(429, "later"),
-        b'{"half',
-        b'{"a": 1}',
-    ]
-    assert ask("get x", answers(*gone)) == {"a": 1}
-    assert lines == [
-        "launcher: the API server does not answer (ProtocolError); asking again for 0 s",
-        "launcher: the API server answers again",
-    ]
-    # an API server that starts knows neither
-    starting = [refused(403, "no roles yet"), refused(404), b"{}"]
-    assert ask("get x", answers(*starting), none_if=(404,), forbidden=5) == {}
-    with pytest.raises(RuntimeError, match="the API server does not answer"):
-        ask("get x", answers(ProtocolError("reset")))
-
-
-@pytest.mark.parametrize(
-    ("error", "message"),
-    [
-        (
-            refused(403, 'pytorchjobs is forbidden: User "u" cannot'),
-            'cannot create in namespace ours: pytorchjobs is forbidden: User "u" cannot; the pipeline.s service account',
-        ),
-        (
-            refused(404),
-            "the cluster knows no PyTorchJob .kubeflow.org/v1.; install the Kubeflow training operator",
-        ),
-        (
-            refused(404, 'namespaces "ours" not found'),
-            'cannot create in namespace ours: namespaces "ours" not found',
-        ),
-        (refused(422, "spec.x: Invalid value"), "spec.x: Invalid value .HTTP 422."),
-    ],
-)
-def test_a_refusal_is_one_line_at_once(error: ApiException, message: str) -> None:
-    lines: list[str] = []
-    with pytest.raises(RuntimeError, match=message) as raised:
-        cluster(lines, Timeouts()).request("create", answers(error))
-    assert "\n" not in str(raised.value) and not lines
 
 
 def test_what_cannot_be_launched_is_said_before_the_cluster_is_asked(

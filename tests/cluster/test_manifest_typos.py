@@ -1,4 +1,4 @@
-"""A typo anywhere in the manifests is an error: one planted at a time, in a copy."""
+"""Each of the typos planted in a copy of the manifests is detected."""
 
 from __future__ import annotations
 

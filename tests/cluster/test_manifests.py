@@ -134,6 +134,48 @@ def test_an_option_is_right(options: list[str], job: str, copy: Path) -> None:
         )
 
 
+@pytest.mark.parametrize("job", JOBS)
+def test_the_queue_covers_what_the_pods_request_and_has_their_priority(
+    job: str, copy: Path
+) -> None:
+    """Kueue admits no pod with another resource; a missing class leaves a job without a Workload."""
+    options = ["components/rdma", "components/kueue", "components/values"]
+    jobs = build(copy, "onprem", [job], ["node-pools/onprem", *options])
+    cluster = build(copy, "onprem", ["shared"], ["components/kueue-queues", "components/values"])
+    queue, one = (
+        [d for d in cluster if d["kind"] == kind] for kind in ("ClusterQueue", "LocalQueue")
+    )
+    (group,) = queue[0]["spec"]["resourceGroups"]
+    requested = {
+        resource
+        for _, pod in pods(jobs)
+        for container in containers(pod)
+        for resource in container["resources"]["requests"]
+    }
+    assert "rdma/rdma_shared_device_a" in requested <= set(group["coveredResources"])
+    quotas = [resource["name"] for resource in group["flavors"][0]["resources"]]
+    assert quotas == group["coveredResources"]
+    labels = jobs[-1]["metadata"]["labels"]
+    assert labels["kueue.x-k8s.io/queue-name"] == one[0]["metadata"]["name"]
+    values = {d["kind"]: d["value"] for d in cluster if d["kind"].endswith("PriorityClass")}
+    assert labels["kueue.x-k8s.io/priority-class"] == "vitdet-train" and len(values) == 2
+    assert values["PriorityClass"] == values["WorkloadPriorityClass"]
+
+
+@pytest.mark.parametrize(
+    ("option", "scheduler"),
+    [("volcano", "volcano"), ("coscheduling", "scheduler-plugins-scheduler")],
+)
+def test_a_trainjob_s_pods_are_scheduled_as_a_group(
+    option: str, scheduler: str, copy: Path
+) -> None:
+    """Trainer creates the PodGroup, but does not set the scheduler that reads it."""
+    parts = ["node-pools/onprem", f"components/{option}", "components/values"]
+    runtime, _ = build(copy, "onprem", ["trainjob"], parts)
+    assert list(runtime["spec"]["podGroupPolicy"]) == [option]
+    assert [pod["spec"]["schedulerName"] for _, pod in pods([runtime])] == [scheduler]
+
+
 @pytest.mark.parametrize("gpu", GPUS)
 def test_one_line_changes_the_gpu_and_one_the_price(gpu: str, copy: Path) -> None:
     for name in CLOUDS:

@@ -96,6 +96,7 @@ def test_the_administrator_s_part_has_a_label(name: str, copy: Path) -> None:
         "ClusterTrainingRuntime",
         "ClusterQueue",
         "ResourceFlavor",
+        "WorkloadPriorityClass",
         *WIDE[name],
     }
     labelled = {

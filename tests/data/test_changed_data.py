@@ -1,4 +1,4 @@
-"""Own data in the pipeline by one override, and a run that is submitted again after the data has changed."""
+"""A custom data set in the pipeline by one override, and a resubmitted run after the data changed."""
 
 from __future__ import annotations
 

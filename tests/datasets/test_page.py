@@ -1,4 +1,4 @@
-"""`vitdet data report`: the page says what is in the folder, holds everything itself, and survives what is broken."""
+"""`vitdet data report`: content of the page, self-containedness, and damaged data sets."""
 
 from __future__ import annotations
 

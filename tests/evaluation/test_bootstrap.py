@@ -1,4 +1,4 @@
-"""Intervals of AP over resampled images: the right AP of each resample, and the stated error rates."""
+"""Confidence intervals of AP over resampled images: exact AP of each resample, and the stated error rates."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Charts of the report: what is written below them can be read, and stands where it belongs."""
+"""Charts of the report: bars and axis labels do not overlap, and bin edges are labelled exactly."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`vitdet compare`: what is read, refused and written."""
+"""`vitdet compare`: inputs, errors and output."""
 
 from __future__ import annotations
 

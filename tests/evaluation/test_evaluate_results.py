@@ -1,4 +1,4 @@
-"""Scoring a file of results: what is printed and written, what is refused, and the benchmark of it."""
+"""Evaluating a results file: output, errors, and its benchmark."""
 
 import json
 
@@ -284,3 +284,15 @@ def test_the_benchmark_compares_the_figures_too(tmp_path, capsys):
     assert "12 images x 30 detections" in capsys.readouterr().out
     with pytest.raises(ValueError, match="at least 1"):
         measure(images=0)
+
+
+@pytest.mark.parametrize("broken", [[], [4.0, 4.0, 9.0, 9.0], [1.0, 2.0, 3.0]])
+def test_broken_parts_of_an_outline_are_dropped(files, broken):
+    results, annotations = files
+    square = [4.0, 4.0, 20.0, 4.0, 20.0, 20.0, 4.0, 20.0]
+    found = [item | {"segmentation": [square]} for item in json.loads(results.read_text())]
+    metrics = []
+    for shape in ([square], [broken, square], [square, broken]):
+        results.write_text(json.dumps([item | {"segmentation": shape} for item in found]))
+        metrics.append(evaluate_results(results, annotations))
+    assert metrics[0] == metrics[1] == metrics[2]

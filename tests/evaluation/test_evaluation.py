@@ -1,4 +1,4 @@
-"""The way from a canvas to COCO results, to the figures of a checkpoint and to pictures."""
+"""From a batch to COCO results, metrics of a checkpoint, and images."""
 
 import json
 from dataclasses import replace

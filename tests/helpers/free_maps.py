@@ -1,4 +1,4 @@
-"""The maps of a Kubernetes object whose keys no schema knows: labels, annotations, resources and the like.
+"""Maps of Kubernetes objects whose keys no schema lists: labels, annotations, resources and the like.
 
 A key that is misspelled there is accepted and means nothing: a pod without a GPU, a sidecar, an evicted node.
 So every key that manifests/ and the launcher use is named here once.
@@ -14,6 +14,7 @@ LABELS = {
     "app.kubernetes.io/part-of",
     "cloud.google.com/compute-class",  # GKE's, of a ComputeClass
     "kubernetes.io/metadata.name",  # the API server's, of each namespace
+    "kueue.x-k8s.io/priority-class",
     "kueue.x-k8s.io/queue-name",
     "pod-security.kubernetes.io/audit",
     "pod-security.kubernetes.io/enforce",

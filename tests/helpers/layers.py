@@ -1,4 +1,4 @@
-"""The layers of the product and the imports between them.
+"""The layers of the package and the imports allowed between them.
 
 `LAYERS` is the one table of which part may import which. `tests.helpers.house` counts the imports that it
 does not allow; `tests/cli/test_architecture.py` fails on each. Nothing here imports the product: the

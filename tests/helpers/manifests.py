@@ -1,4 +1,4 @@
-"""What must hold of rendered manifests beyond spelling: webhooks, references, Pod Security, pinned images."""
+"""Rules for rendered manifests beyond schemas: webhooks, references, Pod Security, pinned images."""
 
 from __future__ import annotations
 

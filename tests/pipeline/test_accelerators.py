@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from pipeline.graph import compile_pipeline
-from pipeline.job_manifests import accelerators
+from pipeline.job_manifests import accelerators, queue_labels
 from tests.cluster.test_manifests import OVERLAYS, overlay
 from tests.conftest import ROOT
 
@@ -60,6 +60,29 @@ def test_evaluate_is_compiled_the_same_from_both_kinds(
     assert ("accelerator" in resources, "tolerations" in needs, "nodeSelector" in needs) == (
         name == "gke",
     ) * 3
+
+
+def test_evaluate_waits_in_the_queue_of_the_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipeline.graph.IMAGE", "")
+    assert "podMetadata" not in evaluation(GOLDEN, tmp_path / "none.yaml")[1]
+    labels = {"kueue.x-k8s.io/queue-name": "team", "kueue.x-k8s.io/priority-class": "low"}
+    jobs = list(yaml.safe_load_all(GOLDEN))
+    for job in jobs:
+        job["metadata"]["labels"] = dict(labels)
+    compiled = compile_pipeline(tmp_path / "queue.yaml", yaml.safe_dump_all(jobs))
+    _, platforms = yaml.safe_load_all(compiled.read_text())
+    executors = platforms["platforms"]["kubernetes"]["deploymentSpec"]["executors"]
+    queued = {
+        name: one["podMetadata"]["labels"]
+        for name, one in executors.items()
+        if "labels" in one.get("podMetadata", {})
+    }
+    assert queued == {"exec-evaluate": labels, "exec-evaluate-champion": labels}
+    other = yaml.safe_load((ROOT / "manifests/trainjob/trainjob.yaml").read_text())
+    with pytest.raises(ValueError, match="must have the same labels kueue.x-k8s.io/"):
+        queue_labels(yaml.safe_dump_all([*jobs, other]))
 
 
 @pytest.fixture

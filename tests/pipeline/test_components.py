@@ -1,4 +1,4 @@
-"""The steps as shells: short, with nothing of their own, and what `train_job` asks before it asks for GPUs."""
+"""Components are thin wrappers; checks of `train_job` that precede any GPU request."""
 
 import ast
 import inspect

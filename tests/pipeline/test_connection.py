@@ -1,4 +1,4 @@
-"""The client's connection: whom it says it is, what it does when the server fails, and that it keeps its secrets."""
+"""The pipeline client's connection: authentication, server errors, and secrecy of credentials."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The dependencies of the stages in dvc.yaml: exactly the files that determine a stage's result."""
+"""The dependencies of the stages in dvc.yaml are exactly the files that determine a stage's result."""
 
 import ast
 import shutil

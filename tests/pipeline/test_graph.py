@@ -1,6 +1,4 @@
-"""What follows what: the pipeline's own graph and components under kfp's local runner, with steps of a few lines in
-place of `vitdet.stages`.
-"""
+"""Dependencies of the pipeline's steps: its own graph and components under kfp's local runner, with stub stages."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""The pipeline: what is compiled.
+"""The compiled pipeline.
 
 After a change that is meant:
   env -u VITDET_IMAGE python -m pipeline compile tests/golden_pipeline/pipeline.yaml \

@@ -1,4 +1,4 @@
-"""Runs at a server, once they are asked for: started exactly once, followed to their end, looked at, ended."""
+"""Runs on a server: started exactly once, followed to their end, inspected, terminated."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Starting runs at a server: what is sent, and what is refused before. (No postponed annotations: kfp reads them.)"""
+"""Submitting runs: the request sent, and requests rejected beforehand. (No postponed annotations: kfp reads them.)"""
 
 import functools
 import importlib.util

@@ -1,4 +1,4 @@
-"""The MLflow server of manifests/mlflow: its options, variables and accounts are ones that the locked MLflow knows."""
+"""The MLflow server of manifests/mlflow: options, variables and accounts exist in the locked MLflow version."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`vitdet promote` and `vitdet rollback`: what they move, record and refuse."""
+"""`vitdet promote` and `vitdet rollback`: aliases, history and errors."""
 
 from __future__ import annotations
 

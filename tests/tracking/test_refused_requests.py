@@ -1,4 +1,4 @@
-"""Servers that refuse, that are not MLflow, or that do not take artifacts: what a training and later commands do."""
+"""Servers that reject requests, are not MLflow, or do not accept artifacts: behaviour of trainings and commands."""
 
 from __future__ import annotations
 

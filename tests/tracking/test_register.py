@@ -1,4 +1,4 @@
-"""A registered model: what it holds, and that it answers in an environment that has never seen this repository."""
+"""A registered model: its contents, and predictions in an environment without this repository."""
 
 from __future__ import annotations
 

@@ -187,11 +187,15 @@ def _finite(values: object, shape: tuple[int, ...]) -> bool:
     return array.shape == shape and array.dtype.kind in "iuf" and bool(np.isfinite(array).all())
 
 
-def check_code(item: dict, name: str, size: tuple[int, int]) -> None:
-    """Raises ValueError, with `name` in front, for a segmentation that is no mask of an image of `size`."""
+def check_code(item: dict, name: str, size: tuple[int, int]) -> list | dict:
+    """Return a result's usable outline for an image of `size`: polygons without their broken parts, or RLE.
+
+    Raises ValueError, with `name` in front, for a segmentation that is no mask of such an image.
+    """
     outline = read_outline(item["segmentation"], size)
     if outline.problem:
         raise ValueError(f"{name}: {outline.problem[0]}: {outline.problem[1]}")
     if outline.shape is None:
         shown = show(item["segmentation"])
         raise ValueError(f"{name}: segmentation that is neither polygons nor RLE: {shown}")
+    return outline.shape

@@ -1,0 +1,62 @@
+"""What a request that the Kubernetes API rejects means, in one line: the request, the reason, the remedy.
+
+Three causes share status 403. RBAC names the account, the verb and the resource of the missing rule
+(apiserver, pkg/endpoints/handlers/responsewriters/errors.go); it is not fixed by waiting. A
+ResourceQuota names the resource that is used up (apiserver, plugin/resourcequota/controller.go) and
+an admission webhook is named by the API server (pkg/admission/plugin/webhook/errors/
+statuserror.go, with any status from 400); both may allow the same request later.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+
+from kubernetes.client.exceptions import ApiException
+
+from components.launcher.templates import Kind
+
+MISSING_RULE = re.compile(
+    r'User "(?P<account>[^"]*)" cannot (?P<verb>\S+) resource "(?P<resource>[^"]+)"'
+    r' in API group "(?P<group>[^"]*)"'
+)
+QUOTA = re.compile(r"exceeded quota: |status unknown for quota: ")
+WEBHOOK = re.compile(r'admission webhook "[^"]+" denied the request')
+# A field that the operator's own webhook rejects is not accepted later either
+# (apimachinery, pkg/util/validation/field/errors.go)
+INVALID_FIELD = re.compile(
+    r": (Invalid|Required|Unsupported|Duplicate) value|: (Forbidden|Too long|Too many): "
+)
+
+
+def server_message(error: ApiException) -> str:
+    """Return the API server's message on one line; "" for an unknown path."""
+    try:
+        return " ".join(json.loads(error.body)["message"].split())
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return ""
+
+
+def may_be_admitted_later(error: ApiException) -> bool:
+    """Whether a quota or an admission webhook rejected the request, which may change by itself."""
+    message = server_message(error)
+    if not 400 <= (error.status or 0) < 500 or INVALID_FIELD.search(message):
+        return False
+    return bool(QUOTA.search(message) or WEBHOOK.search(message))
+
+
+def describe_error(kind: Kind, namespace: str, verb: str, error: ApiException) -> str:
+    """Describe a rejected request in one line: the request, the reason and the remedy."""
+    message = server_message(error)
+    what = f"cannot {verb} in namespace {namespace}"
+    if rule := MISSING_RULE.search(message):
+        resource = f"{rule['resource']}.{rule['group']}".rstrip(".")
+        return (
+            f"{what}: account {rule['account']} has no Role for verb {rule['verb']} of {resource}; apply "
+            "manifests/shared (Role vitdet-pipeline) or run the steps as an account that has it"
+        )
+    if error.status == 401:
+        return f"{what}: {message or error.reason}: the API server does not accept the account's token (HTTP 401)"
+    if error.status == 404 and not message:
+        return f"{what}: the cluster knows no {kind.name} ({kind.group}/{kind.version}); install {kind.operator}"
+    return f"{what}: {message or error.reason} (HTTP {error.status})"

@@ -1,0 +1,98 @@
+"""Fields of a job that the API server dropped.
+
+An API server drops fields that the installed CustomResourceDefinition does not know, without an
+error: Kubeflow Trainer 2.0 and 2.1 know neither `runtimePatches` nor `activeDeadlineSeconds`
+(manifests/base/crds of their tags; both are in 2.2). So the job that `create` returns is compared
+with the one that was sent.
+"""
+
+from __future__ import annotations
+
+from components.launcher.templates import Kind
+
+# Fields without which a job still trains in the same way -> the consequence
+SAFETY = {
+    "spec.activeDeadlineSeconds": "the job has no deadline, so a forgotten job does not end by itself",
+    "spec.runPolicy.activeDeadlineSeconds": "the job has no deadline, so a forgotten job does not end by itself",
+    "spec.runPolicy.ttlSecondsAfterFinished": "the job is not deleted some time after its end",
+}
+# Fields of a TrainJob -> the version of Kubeflow Trainer that introduced them
+SINCE = {"activeDeadlineSeconds": "2.2", "runtimePatches": "2.2"}
+KEYS = ("manager", "name", "mountPath", "key")  # an entry of a list is identified by the first one
+
+
+def dropped_fields(sent: object, received: object, path: str) -> list[str]:
+    """Return the paths of the fields of `sent` that `received` lacks.
+
+    Values are not compared, as the API server normalizes them; webhooks may add fields and entries
+    of lists. An empty value is the same as an absent one.
+    """
+    if isinstance(sent, dict):
+        if not isinstance(received, dict):
+            return [path]
+        return [
+            one
+            for key, value in sent.items()
+            if value not in (None, "", 0, False, [], {})
+            for one in (
+                dropped_fields(value, received[key], f"{path}.{key}")
+                if key in received
+                else [f"{path}.{key}"]
+            )
+        ]
+    if isinstance(sent, list) and any(isinstance(one, dict) for one in sent):
+        found = received if isinstance(received, list) else []
+        return [
+            one
+            for place, value in enumerate(sent)
+            for one in dropped_fields(value, counterpart(value, place, found), f"{path}[{place}]")
+        ]
+    return []
+
+
+def counterpart(entry: object, place: int, entries: list) -> object:
+    """Return the entry of a list with the same identity, or else at the same place; None if none."""
+    key = next((key for key in KEYS if key in entry), None) if isinstance(entry, dict) else None
+    if isinstance(entry, dict) and key:
+        same = (one for one in entries if isinstance(one, dict) and one.get(key) == entry[key])
+        return next(same, None)
+    return entries[place] if place < len(entries) else None
+
+
+def pod_settings(spec: dict) -> list[str]:
+    """Return the names of the pod settings in the runtimePatches of a TrainJob."""
+    names: set[str] = set()
+    for patch in spec.get("runtimePatches") or []:
+        runtime = (patch.get("trainingRuntimeSpec") or {}).get("template") or {}
+        for job in (runtime.get("spec") or {}).get("replicatedJobs") or []:
+            pod = ((job.get("template") or {}).get("spec") or {}).get("template") or {}
+            names |= (pod.get("spec") or {}).keys()
+    return sorted(names)
+
+
+def judge_dropped(kind: Kind, sent: dict, received: dict) -> tuple[list[str], str]:
+    """Return (warnings, error) about the fields of a new job that the API server dropped.
+
+    error: the job would not train as requested; "" if only warnings remain.
+    """
+    warnings, lost = [], []
+    for path in dropped_fields(sent["spec"], received.get("spec"), "spec"):
+        field = path.split(".")[1].partition("[")[0]
+        since = SINCE.get(field) if kind.name == "TrainJob" else None
+        remedy = (
+            f"upgrade Kubeflow Trainer to {since} or later" if since else f"see {kind.operator}"
+        )
+        if path in SAFETY:
+            warnings.append(f"the cluster's {kind.name} has no {path}: {SAFETY[path]}; {remedy}")
+        elif path == "spec.runtimePatches" and not pod_settings(sent["spec"]):
+            warnings.append(
+                f"the cluster's {kind.name} has no {path}: the pods lack the labels of the run; {remedy}"
+            )
+        else:
+            settings = pod_settings(sent["spec"]) if path == "spec.runtimePatches" else []
+            meaning = f", which sets {', '.join(settings)} of the pods" if settings else ""
+            lost.append(f"{path}{meaning} ({remedy})")
+    error = ""
+    if lost:
+        error = f"the cluster's {kind.name} has no {'; no '.join(lost)}; the job would train in another way"
+    return warnings, error

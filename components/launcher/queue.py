@@ -1,0 +1,94 @@
+"""Why Kueue holds a job back, from the conditions of its Workload.
+
+Kueue creates a Workload (kueue.x-k8s.io/v1beta2, as of Kueue 0.15) for a job with a queue's label
+and labels it with the job's uid (pkg/controller/constants). Its condition QuotaReserved has the
+reason why it waits, e.g. `WaitingForQuota` with the missing quota, `Misconfigured` for a LocalQueue
+that does not exist; before Kueue 0.19 it is `Pending` or `Inadmissible` with the same message
+(apis/kueue/v1beta2/workload_types.go).
+
+A job without a Workload waits for nothing: since Kueue 0.19 (kubernetes-sigs/kueue, #12606 of
+2026-06-29) the default configuration does not contain the integration of PyTorchJobs.
+"""
+
+from __future__ import annotations
+
+from components.launcher.templates import Kind
+
+# label of a job whose suspension is managed by Kueue
+QUEUE = "kueue.x-k8s.io/queue-name"
+JOB_UID = "kueue.x-k8s.io/job-uid"  # label of a Workload
+GROUP, VERSION, PLURAL = "kueue.x-k8s.io", "v1beta2", "workloads"
+# Part of a message of Kueue's scheduler (pkg/scheduler/flavorassigner) -> what to change
+REMEDIES = {
+    "unavailable in ClusterQueue": "add the resource to coveredResources of the ClusterQueue",
+    "doesn't exist": "create it (manifests/components/kueue-queues)",
+    "terminating or missing": "create it (manifests/components/kueue-queues)",
+    "is stopped": "its stopPolicy must be None",
+    "namespace doesn't match": "the ClusterQueue's namespaceSelector must match the namespace",
+    "maximum capacity": "the job is larger than the quota: raise it, or request fewer nodes",
+}
+
+
+def queue_name(job: dict) -> str:
+    """Return the LocalQueue of a job; "" if Kueue does not manage it."""
+    return (job["metadata"].get("labels") or {}).get(QUEUE, "")
+
+
+def is_suspended(job: dict) -> bool:
+    """Whether the job's spec is suspended."""
+    spec = job["spec"]
+    return bool((spec.get("runPolicy") or spec).get("suspend"))
+
+
+def waiting_reason(workload: dict) -> str:
+    """Return why this Workload is not admitted, on one line; "" if it is admitted."""
+    spec, status = workload.get("spec") or {}, workload.get("status") or {}
+    conditions = {one["type"]: one for one in status.get("conditions") or []}
+    if is_true(conditions.get("Admitted")) and not is_true(conditions.get("Evicted")):
+        return ""
+    if spec.get("active") is False:
+        return "its Workload is deactivated (spec.active: false)"
+    reserved = conditions.get("QuotaReserved")
+    parts = [f"queue {spec.get('queueName')}"]
+    if is_true(conditions.get("Evicted")):
+        parts.append(f"taken back: {describe(conditions['Evicted'])}")
+    if is_true(reserved):
+        parts.append("quota is reserved")
+        parts += [
+            f"admission check {one['name']} is {one.get('state')}: {one_line(one.get('message'))}"
+            for one in status.get("admissionChecks") or []
+            if one.get("state") != "Ready"
+        ]
+    elif reserved:
+        parts.append(f"no quota yet: {describe(reserved)}")
+    else:
+        parts.append("not evaluated yet")
+    return "; ".join(parts)
+
+
+def is_true(condition: dict | None) -> bool:
+    """Whether a condition exists with status True."""
+    return condition is not None and condition.get("status") == "True"
+
+
+def describe(condition: dict) -> str:
+    """Return a condition's reason and message, and what to change if the queues are at fault."""
+    message = one_line(condition.get("message"))
+    remedy = next((text for part, text in REMEDIES.items() if part in message), "")
+    return f"{condition.get('reason')}: {message}" + (f" ({remedy})" if remedy else "")
+
+
+def one_line(text: str | None) -> str:
+    """Return a text without line breaks."""
+    return " ".join((text or "").split())
+
+
+def no_workload(kind: Kind, queue: str) -> str:
+    """Explain why Kueue has no Workload for a job with this queue's label."""
+    integration = f"{kind.group}/{kind.name.lower()}"
+    default = ", which it is not by default since Kueue 0.19" if kind.name == "PyTorchJob" else ""
+    return (
+        f"Kueue has no Workload for it, so the label {QUEUE}: {queue} has no effect. {integration} must be in "
+        f"integrations.frameworks of Kueue's configuration (ConfigMap kueue-manager-config){default}; if it "
+        "is, the job's events have the reason"
+    )

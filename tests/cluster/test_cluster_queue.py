@@ -1,0 +1,92 @@
+"""A job in a queue of Kueue, and the progress of its training, on a real API server.
+
+What Kueue does is done by the test: a Workload with the label and the conditions of its sources, which
+tests/cluster/test_queue.py names, and the job's suspension.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+
+import pytest
+import yaml
+
+from components.launcher.progress import PROGRESS
+from components.launcher.templates import job_name
+from tests.cluster.test_cluster_failures import meanwhile
+from tests.cluster.test_queue import ADMITTED, UNCOVERED, workload
+from tests.helpers.cluster import (
+    PATIENT,
+    PIPELINE_RUN,
+    WORKFLOWS,
+    Scene,
+    kubectl,
+    on_cluster,
+    scene,
+    template,
+    wait_until,
+)
+
+pytestmark = on_cluster
+LINE = "step 40/100  0:30 left  12.3 images/s  loss 3.500 (cls 1.250)"
+
+
+@pytest.fixture(scope="module")
+def played(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scene]:
+    version = {**WORKFLOWS["spec"]["versions"][0], "name": "v1beta2"}
+    names = {"plural": "workloads", "singular": "workload", "kind": "Workload"}
+    definition = {
+        **WORKFLOWS,
+        "metadata": {"name": "workloads.kueue.x-k8s.io"},
+        "spec": {
+            **WORKFLOWS["spec"],
+            "group": "kueue.x-k8s.io",
+            "names": names,
+            "versions": [version],
+        },
+    }
+    kubectl("apply", "-f", "-", given=definition)
+    kubectl("wait", "--for=condition=established", "crd/workloads.kueue.x-k8s.io")
+    with scene(tmp_path_factory.mktemp("played")) as made:
+        yield made
+
+
+def queued() -> str:
+    job = yaml.safe_load(template(script=True))
+    job["metadata"]["labels"]["kueue.x-k8s.io/queue-name"] = "vitdet"
+    job["spec"]["runPolicy"]["suspend"] = True
+    return yaml.safe_dump(job)
+
+
+def test_the_reason_of_the_queue_and_the_progress_are_visible(played: Scene) -> None:
+    name = job_name(PIPELINE_RUN, "queued")
+    where = ("-n", played.namespace)
+
+    def write(found: dict) -> None:
+        uid = wait_until(lambda: played.job("queued"))["metadata"]["uid"]
+        metadata = {"name": name, "labels": {"kueue.x-k8s.io/job-uid": uid}}
+        about = {"apiVersion": "kueue.x-k8s.io/v1beta2", "kind": "Workload", "metadata": metadata}
+        kubectl("apply", *where, "-f", "-", given={**about, **found})
+
+    def kueue() -> None:
+        write(workload(UNCOVERED))
+        wait_until(lambda: any("add the resource to coveredResources" in x for x in played.lines))
+        write(workload(*ADMITTED))
+        resume = json.dumps({"spec": {"runPolicy": {"suspend": False}}})
+        kubectl("patch", "pytorchjob", *where, name, "--type=merge", "-p", resume)
+
+    other = meanwhile(kueue)
+    played.launch(queued(), [f"echo '{LINE}'; sleep 3"], "queued")
+    other.join()
+    assert LINE in played.lines and not any("has no effect" in line for line in played.lines)
+    progress = json.loads(played.job("queued")["metadata"]["annotations"][PROGRESS])
+    assert (progress["step"], progress["steps"], progress["images_per_second"]) == (40, 100, 12.3)
+
+
+def test_a_job_without_a_workload_is_given_up_and_stays_suspended(played: Scene) -> None:
+    with pytest.raises(RuntimeError, match="Kueue has no Workload for it.*since Kueue 0.19"):
+        played.launch(queued(), ["true"], "unknown", timeouts=replace(PATIENT, operator=3))
+    job = played.job("unknown")
+    assert job["spec"]["runPolicy"]["suspend"] and not played.pods("unknown")

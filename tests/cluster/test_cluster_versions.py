@@ -1,0 +1,250 @@
+"""What other versions and policies of a cluster do to a new job, on a real API server.
+
+An older Kubeflow Trainer is a definition without the fields that it lacks, under a group of its own, so that the tests
+beside these keep theirs: TrainJob of kubeflow/trainer 2.1.0 has podTemplateOverrides in the place of runtimePatches,
+and no activeDeadlineSeconds.
+"""
+
+from __future__ import annotations
+
+import gzip
+import http.server
+import json
+import ssl
+import subprocess
+import threading
+from base64 import b64encode
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import yaml
+from kubernetes import client
+
+from components.launcher.templates import KINDS, job_name
+from tests.cluster.test_cluster_failures import NO_NODE, meanwhile
+from tests.conftest import ROOT
+from tests.helpers.cluster import (
+    PIPELINE_RUN,
+    QUICK,
+    Scene,
+    kubectl,
+    on_cluster,
+    scene,
+    template,
+    wait_until,
+)
+
+pytestmark = on_cluster
+OLD = replace(KINDS["trainjob"], group="trainer-2-1.vitdet.test")
+WAITING = replace(QUICK, schedule=60)
+
+
+@pytest.fixture(scope="module")
+def played(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scene]:
+    with scene(tmp_path_factory.mktemp("played"), node=False) as made:
+        yield made
+
+
+@pytest.fixture
+def trainer_2_1(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The launcher's TrainJobs are those of the older definition."""
+    text = gzip.decompress((ROOT / "tests/crds/crds.json.gz").read_bytes())
+    # empty defaults of properties are an error of servers before 1.21
+    schemas = json.loads(
+        text, object_hook=lambda one: {k: v for k, v in one.items() if (k, v) != ("default", "")}
+    )
+    schema = schemas["trainer.kubeflow.org/v1alpha1 TrainJob"]["schema"]
+    spec = schema["properties"]["spec"]["properties"]
+    for field in ("runtimePatches", "activeDeadlineSeconds"):
+        del spec[field]
+    names = {"plural": OLD.plural, "singular": "trainjob", "kind": OLD.name}
+    version = {"name": OLD.version, "served": True, "storage": True}
+    definition = {
+        "apiVersion": "apiextensions.k8s.io/v1",
+        "kind": "CustomResourceDefinition",
+        "metadata": {"name": f"{OLD.plural}.{OLD.group}"},
+        "spec": {
+            "group": OLD.group,
+            "scope": "Namespaced",
+            "names": names,
+            "versions": [{**version, "schema": {"openAPIV3Schema": schema}}],
+        },
+    }
+    # --validate=false: servers before 1.25 do not know rules in CEL
+    kubectl("create", "--validate=false", "-f", "-", given=definition)
+    kubectl("wait", "--for=condition=established", f"crd/{OLD.plural}.{OLD.group}")
+    monkeypatch.setitem(KINDS, "trainjob", OLD)
+    yield
+    kubectl("delete", "crd", f"{OLD.plural}.{OLD.group}", "--wait=false")
+
+
+def old_job() -> str:
+    job = yaml.safe_load(template("trainjob", script=True))
+    return yaml.safe_dump({**job, "apiVersion": f"{OLD.group}/{OLD.version}"})
+
+
+def test_lost_pod_settings_end_the_job_and_a_lost_deadline_is_a_warning(
+    played: Scene, trainer_2_1: None
+) -> None:
+    task = {"node_selector": {"disk": "fast"}}
+    with pytest.raises(RuntimeError) as raised:
+        played.launch(old_job(), ["true"], "lost", kind="trainjob", task=task)
+    text = str(raised.value)
+    assert text.startswith(f"TrainJob {job_name(PIPELINE_RUN, 'lost')} is deleted: ")
+    assert "no spec.runtimePatches, which sets nodeSelector of the pods (upgrade Kubeflow" in text
+    assert "\n" not in text and any("no spec.activeDeadlineSeconds" in one for one in played.lines)
+    wait_until(lambda: played.job("lost", "trainjob") is None)
+    # without settings of pods only the deadline and labels are lost: nobody reconciles this job, so it is given up
+    with pytest.raises(RuntimeError, match="has had no status"):
+        timeouts = replace(QUICK, operator=3)
+        played.launch(old_job(), ["true"], "warned", kind="trainjob", timeouts=timeouts)
+    assert any("the pods lack the labels of the run" in line for line in played.lines)
+    assert played.job("warned", "trainjob") is not None
+
+
+def test_a_quota_of_jobs_is_waited_for_and_then_named(played: Scene) -> None:
+    quota = {
+        "apiVersion": "v1",
+        "kind": "ResourceQuota",
+        "metadata": {"name": "trainings"},
+        "spec": {"hard": {"count/pytorchjobs.kubeflow.org": "0"}},
+    }
+    kubectl("apply", "-n", played.namespace, "-f", "-", given=quota)
+    # what the quota controller computes
+    count = {"count/pytorchjobs.kubeflow.org": "0"}
+    client.CoreV1Api().patch_namespaced_resource_quota_status(
+        "trainings", played.namespace, {"status": {"hard": count, "used": count}}
+    )
+
+    def free() -> None:
+        wait_until(lambda: any("asking again for 30 s" in one for one in played.lines))
+        kubectl("delete", "resourcequota", "trainings", "-n", played.namespace)
+
+    with pytest.raises(RuntimeError, match="exceeded quota: trainings.*HTTP 403.*, for 3 s$"):
+        played.launch(template(script=True), ["true"], "refused")
+    other = meanwhile(free)
+    with pytest.raises(RuntimeError, match="cannot start"):  # there is no node: it was created
+        job = yaml.safe_load(template(script=True))
+        job["metadata"]["annotations"] = {"vitdet/schedule-seconds": "30"}
+        other_limits = replace(QUICK, schedule=1)  # the file's own patience counts
+        write = meanwhile(lambda: unschedulable(played, "quota"))
+        played.launch(yaml.safe_dump(job), ["true"], "quota", timeouts=other_limits)
+    other.join()
+    write.join()
+    assert played.job("quota") is not None
+
+
+def unschedulable(made: Scene, recipe: str) -> None:
+    pods = wait_until(lambda: made.pods(recipe))
+    client.CoreV1Api().patch_namespaced_pod_status(
+        pods[0]["metadata"]["name"], made.namespace, {"status": NO_NODE}
+    )
+
+
+class Policy:
+    """An admission webhook that refuses PyTorchJobs of one namespace with this message while `refuses` is set."""
+
+    def __init__(self, folder: Path, namespace: str, message: str) -> None:
+        self.folder, self.namespace, self.message, self.refuses = folder, namespace, message, True
+        self.name = f"policy.{namespace}.test"
+
+    def __enter__(self) -> Policy:
+        policy = self
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def do_POST(self) -> None:
+                review = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                answer: dict = {"uid": review["request"]["uid"], "allowed": not policy.refuses}
+                if policy.refuses:
+                    answer["status"] = {"code": 403, "message": policy.message}
+                body = json.dumps({**review, "response": answer}).encode()
+                self.send_response(200)
+                self.send_header("Content-Type", "application/json")
+                self.send_header("Content-Length", str(len(body)))
+                self.end_headers()
+                self.wfile.write(body)
+
+            def log_message(self, *words: object) -> None:
+                pass
+
+        cert, key = self.folder / "cert.pem", self.folder / "key.pem"
+        words = "openssl req -x509 -newkey rsa:2048 -nodes -subj /CN=policy -addext subjectAltName=IP:127.0.0.1"
+        subprocess.run(
+            [*words.split(), "-keyout", key, "-out", cert], check=True, capture_output=True
+        )
+        self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(cert, key)
+        self.server.socket = context.wrap_socket(self.server.socket, server_side=True)
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+        kubectl("label", "namespace", self.namespace, f"vitdet-test={self.namespace}")
+        configuration = {
+            "apiVersion": "admissionregistration.k8s.io/v1",
+            "kind": "ValidatingWebhookConfiguration",
+            "metadata": {"name": self.name},
+            "webhooks": [
+                {
+                    "name": self.name,
+                    "admissionReviewVersions": ["v1"],
+                    "sideEffects": "None",
+                    "failurePolicy": "Ignore",
+                    "namespaceSelector": {"matchLabels": {"vitdet-test": self.namespace}},
+                    "clientConfig": {
+                        "url": f"https://127.0.0.1:{self.server.server_port}/",
+                        "caBundle": b64encode(cert.read_bytes()).decode(),
+                    },
+                    "rules": [
+                        {
+                            "apiGroups": ["kubeflow.org"],
+                            "apiVersions": ["v1"],
+                            "operations": ["CREATE"],
+                            "resources": ["pytorchjobs"],
+                        }
+                    ],
+                }
+            ],
+        }
+        kubectl("apply", "-f", "-", given=configuration)
+        job = yaml.safe_load(template(script=True))
+        job["metadata"].update(name="probe", namespace=self.namespace)
+        wait_until(lambda: self.refuses_now(job))
+        return self
+
+    def refuses_now(self, job: dict) -> bool:
+        """Whether the API server asks the webhook already."""
+        done = subprocess.run(
+            ["kubectl", "create", "--dry-run=server", "-f", "-"],
+            input=json.dumps(job),
+            capture_output=True,
+            text=True,
+        )
+        return "denied the request" in done.stderr
+
+    def __exit__(self, *error: object) -> None:
+        kubectl("delete", "validatingwebhookconfiguration", self.name)
+        self.server.shutdown()
+        self.server.server_close()
+
+
+def test_a_policy_is_waited_for_and_an_invalid_field_is_not(played: Scene, tmp_path: Path) -> None:
+    with Policy(tmp_path, played.namespace, "no trainings\nat night") as policy:
+
+        def allow() -> None:
+            wait_until(lambda: any("no trainings at night" in one for one in played.lines))
+            policy.refuses = False
+
+        other = meanwhile(allow)
+        write = meanwhile(lambda: unschedulable(played, "night"))
+        job = yaml.safe_load(template(script=True))
+        job["metadata"]["annotations"] = {"vitdet/schedule-seconds": "30"}
+        with pytest.raises(RuntimeError, match="cannot start"):
+            played.launch(yaml.safe_dump(job), ["true"], "night")
+        other.join()
+        write.join()
+        assert played.job("night") is not None
+        policy.refuses, policy.message = True, "spec.nprocPerNode: Invalid value: x: must be y"
+        with pytest.raises(RuntimeError) as raised:
+            played.launch(template(script=True), ["true"], "invalid", timeouts=WAITING)
+    assert str(raised.value).endswith("must be y (HTTP 403)")

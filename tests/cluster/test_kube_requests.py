@@ -1,0 +1,133 @@
+"""Requests to the Kubernetes API: which rejections are waited for, and the line of each, without a cluster."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+
+import pytest
+from kubernetes import client
+from kubernetes.client.exceptions import ApiException
+from urllib3.exceptions import ProtocolError
+
+from components.launcher.client import JobClient, Timeouts
+from tests.cluster.test_following import PYTORCH, SHORT, Clock, clock
+
+__all__ = ["clock"]  # a fixture for the whole file
+
+
+def answers(*given: object) -> Callable:
+    """A request whose answers these are; the last one for ever."""
+    waiting = list(given)
+
+    def call(*_: object, **options: object) -> object:
+        answer = waiting.pop(0) if len(waiting) > 1 else waiting[0]
+        if isinstance(answer, Exception):
+            raise answer
+        return type("Raw", (), {"data": answer})
+
+    return call
+
+
+def refused(status: int, message: str | None = None) -> ApiException:
+    error = ApiException(status=status, reason="reason")
+    error.body = (
+        json.dumps({"kind": "Status", "message": message}) if message else "404 page not found"
+    )
+    return error
+
+
+def cluster(lines: list[str], timeouts: Timeouts = SHORT) -> JobClient:
+    return JobClient(
+        client.ApiClient(client.Configuration()), PYTORCH, "j", "ours", lines.append, timeouts
+    )
+
+
+def test_an_api_server_that_is_away_is_asked_again() -> None:
+    lines: list[str] = []
+    ask = cluster(lines).request
+    gone = [
+        ProtocolError("reset"),
+        refused(503, "starting"),
+        refused(429, "later"),
+        b'{"half',
+        b'{"a": 1}',
+    ]
+    assert ask("get x", answers(*gone)) == {"a": 1}
+    assert lines == [
+        "launcher: the API server does not answer (ProtocolError); asking again for 0 s",
+        "launcher: the API server answers again",
+    ]
+    # an API server that starts knows neither what it allowed before nor the custom resources
+    starting = [refused(403, "no roles yet"), refused(404), b"{}"]
+    assert ask("get x", answers(*starting), none_if=(404,), forbidden=5) == {}
+    with pytest.raises(RuntimeError, match="no roles yet"):
+        ask("get y", answers(*starting), none_if=(404,), forbidden=5)
+    with pytest.raises(RuntimeError, match="the API server does not answer"):
+        ask("get x", answers(ProtocolError("reset")))
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (
+            refused(
+                403,
+                'pytorchjobs.kubeflow.org is forbidden: User "system:serviceaccount:ours:u" cannot create resource '
+                '"pytorchjobs" in API group "kubeflow.org" in the namespace "ours"',
+            ),
+            "^cannot create in namespace ours: account system:serviceaccount:ours:u has no Role for verb create "
+            "of pytorchjobs.kubeflow.org; apply manifests/shared",
+        ),
+        (
+            refused(403, 'namespace "ours" is being terminated'),
+            'namespace "ours" is being terminated .HTTP 403.$',
+        ),
+        (
+            refused(403, 'admission webhook "v.io" denied the request: spec.x: Required value: y'),
+            "spec.x: Required value: y .HTTP 403.$",
+        ),
+        (refused(401, "Unauthorized"), "does not accept the account's token .HTTP 401.$"),
+        (
+            refused(404),
+            "the cluster knows no PyTorchJob .kubeflow.org/v1.; install the Kubeflow training operator",
+        ),
+        (
+            refused(404, 'namespaces "ours" not found'),
+            'cannot create in namespace ours: namespaces "ours" not found',
+        ),
+        (refused(422, "spec.x: Invalid value"), "spec.x: Invalid value .HTTP 422."),
+    ],
+)
+def test_a_refusal_is_one_line_at_once(error: ApiException, message: str) -> None:
+    lines: list[str] = []
+    with pytest.raises(RuntimeError, match=message) as raised:
+        cluster(lines, Timeouts()).request("create", answers(error))
+    assert "\n" not in str(raised.value) and not lines
+    assert raised.value.__cause__ is None and raised.value.__context__ is None
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        'pytorchjobs "x" is forbidden: exceeded quota: q, requested: count/pytorchjobs.kubeflow.org=1, '
+        "used: count/pytorchjobs.kubeflow.org=1, limited: count/pytorchjobs.kubeflow.org=1",
+        'admission webhook "policy.example.com" denied the request: \n\nno trainings at night\n',
+    ],
+)
+def test_a_quota_and_a_policy_are_waited_for(message: str, clock: Clock) -> None:
+    """That is reported once, with how long it is waited for."""
+    lines: list[str] = []
+    ask, text = cluster(lines, Timeouts()).request, " ".join(message.split())
+    assert (
+        ask("create", answers(refused(403, message), refused(403, message), b"{}"), refused=9) == {}
+    )
+    what = f"cannot create in namespace ours: {text} (HTTP 403)"
+    assert lines == [
+        f"launcher: {what}; asking again for 9 s",
+        "launcher: the API server answers again",
+    ]
+    start = clock.now
+    with pytest.raises(RuntimeError) as raised:
+        ask("create", answers(refused(403, message)), refused=9)
+    assert str(raised.value) == f"{what}, for 9 s" and 9 <= clock.now - start < 12

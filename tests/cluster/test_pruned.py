@@ -1,0 +1,69 @@
+"""Fields that the cluster's version of an operator does not know, without a cluster."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+
+from components.launcher.pruned import dropped_fields, judge_dropped
+from components.launcher.templates import KINDS, fill_template
+from tests.cluster.test_following import DONE, Record, clock, follow
+from tests.cluster.test_launcher import TEMPLATES, filled, request
+
+__all__ = ["clock"]  # a fixture for the whole file
+VOLUME = {"name": "data", "persistentVolumeClaim": {"claimName": "data"}}
+
+
+def trainjob(**changes: object) -> dict:
+    return fill_template(TEMPLATES["trainjob"], KINDS["trainjob"], request(**changes))
+
+
+def without(job: dict, *fields: str) -> dict:
+    spec = {key: value for key, value in job["spec"].items() if key not in fields}
+    return {**job, "spec": spec}
+
+
+def test_what_webhooks_and_defaults_add_is_no_loss() -> None:
+    sent = {"a": [{"name": "x", "b": 1}], "zero": 0, "none": {}, "quantity": "1000m"}
+    received = {"a": [{"name": "injected"}, {"name": "x", "b": "1", "c": 2}], "quantity": "1"}
+    assert dropped_fields(sent, received, "spec") == []
+    assert dropped_fields(received, sent, "spec") == ["spec.a[0]", "spec.a[1].c"]
+    assert dropped_fields({"a": [{"b": 1}]}, {"a": []}, "spec") == ["spec.a[0]"]
+    job = trainjob(pool="")
+    assert judge_dropped(KINDS["trainjob"], job, copy.deepcopy(job)) == ([], "")
+
+
+def test_the_loss_of_a_safety_net_is_a_warning() -> None:
+    job = trainjob(pool="")
+    warnings, error = judge_dropped(
+        KINDS["trainjob"], job, without(job, "activeDeadlineSeconds", "runtimePatches")
+    )
+    assert error == "" and warnings == [
+        "the cluster's TrainJob has no spec.activeDeadlineSeconds: the job has no deadline, so a forgotten job does "
+        "not end by itself; upgrade Kubeflow Trainer to 2.2 or later",
+        "the cluster's TrainJob has no spec.runtimePatches: the pods lack the labels of the run; upgrade Kubeflow "
+        "Trainer to 2.2 or later",
+    ]
+
+
+def test_lost_settings_of_pods_are_an_error_that_names_them() -> None:
+    job = trainjob(pool="h200", task={"volumes": [VOLUME], "tolerations": [{"key": "spot"}]})
+    _, error = judge_dropped(KINDS["trainjob"], job, without(job, "runtimePatches"))
+    assert error == (
+        "the cluster's TrainJob has no spec.runtimePatches, which sets nodeSelector, tolerations, volumes of the pods "
+        "(upgrade Kubeflow Trainer to 2.2 or later); the job would train in another way"
+    )
+
+
+@pytest.mark.parametrize("field", ["pytorchReplicaSpecs", "nprocPerNode"])
+def test_a_job_that_would_train_in_another_way_is_deleted(field: str) -> None:
+    record = Record((DONE, []))
+    record.forgotten = (field,)
+    _, error = follow(record)
+    assert record.asked == ["create", "delete"]
+    assert error == (
+        f"PyTorchJob vitdet-tiny-1 is deleted: the cluster's PyTorchJob has no spec.{field} (see the Kubeflow training "
+        "operator (v1.9)); the job would train in another way"
+    )
+    assert field in filled()["spec"]

@@ -1,0 +1,129 @@
+"""A job that Kueue holds back: the reason is logged, and a queue's label that nobody reads is reported.
+
+The conditions are those of kubernetes-sigs/kueue at ff69552e: apis/kueue/v1beta2/workload_types.go, their messages
+pkg/controller/core/workload_controller.go (getQueueBlocker) and pkg/scheduler/flavorassigner/flavorassigner.go.
+"""
+
+from __future__ import annotations
+
+import pytest
+
+from components.launcher.queue import waiting_reason
+from tests.cluster.test_following import DONE, RUNNING, Record, clock, follow
+from tests.cluster.test_launcher import conditions, filled, pod
+
+__all__ = ["clock"]  # a fixture for the whole file
+SUSPENDED = conditions("Created=True", "Suspended=True")
+
+
+def workload(*given: tuple[str, str, str, str], **more: object) -> dict:
+    """given: (type, status, reason, message) of its conditions."""
+    keys = ("type", "status", "reason", "message")
+    found = [dict(zip(keys, one, strict=True)) for one in given]
+    spec = {"queueName": "vitdet", **more.pop("spec", {})}
+    return {"spec": spec, "status": {"conditions": found, **more}}
+
+
+UNCOVERED = (
+    "QuotaReserved",
+    "False",
+    "NoMatchingFlavor",
+    "couldn't assign flavors to pod set master: resource rdma/rdma_shared_device_a unavailable in\nClusterQueue",
+)
+ADMITTED = (("QuotaReserved", "True", "QuotaReserved", ""), ("Admitted", "True", "Admitted", ""))
+
+
+@pytest.mark.parametrize(
+    ("found", "text"),
+    [
+        (workload(), "queue vitdet; not evaluated yet"),
+        (
+            workload(UNCOVERED),
+            "queue vitdet; no quota yet: NoMatchingFlavor: couldn't assign flavors to pod set master: resource "
+            "rdma/rdma_shared_device_a unavailable in ClusterQueue (add the resource to coveredResources of the "
+            "ClusterQueue)",
+        ),
+        (
+            workload(("QuotaReserved", "False", "Inadmissible", "LocalQueue vitdet doesn't exist")),
+            "queue vitdet; no quota yet: Inadmissible: LocalQueue vitdet doesn't exist (create it "
+            "(manifests/components/kueue-queues))",
+        ),
+        (
+            workload(
+                ("Evicted", "True", "Preempted", "Preempted to accommodate a workload"),
+                ("QuotaReserved", "False", "Pending", "insufficient unused quota"),
+                ("Admitted", "False", "NoReservation", ""),
+            ),
+            "queue vitdet; taken back: Preempted: Preempted to accommodate a workload; no quota yet: Pending: "
+            "insufficient unused quota",
+        ),
+        (
+            workload(
+                ADMITTED[0],
+                admissionChecks=[
+                    {"name": "prov", "state": "Pending", "message": "no nodes yet"},
+                    {"name": "other", "state": "Ready", "message": ""},
+                ],
+            ),
+            "queue vitdet; quota is reserved; admission check prov is Pending: no nodes yet",
+        ),
+        (workload(spec={"active": False}), "its Workload is deactivated (spec.active: false)"),
+        (workload(*ADMITTED), ""),
+        (workload(*ADMITTED, ("Evicted", "False", "QuotaReserved", "")), ""),
+    ],
+)
+def test_the_reason_is_one_line(found: dict, text: str) -> None:
+    assert waiting_reason(found) == text
+
+
+def queued(suspended: bool) -> dict:
+    job = filled()
+    job["metadata"]["labels"]["kueue.x-k8s.io/queue-name"] = "vitdet"
+    job["spec"]["runPolicy"]["suspend"] = suspended
+    return job
+
+
+class Queued(Record):
+    """The job has the queue's label; its Workloads change with each poll, the last ones stay."""
+
+    def __init__(self, suspended: bool, *looks: tuple, workloads: list[list[dict] | None]) -> None:
+        super().__init__(*looks)
+        self.job, self.workloads_ = queued(suspended), workloads
+        self.reads = 0
+
+    def get(self) -> dict:
+        return {**self.job, **self.looks[0][0]}
+
+    def workloads(self, uid: str) -> list[dict] | None:
+        self.reads += 1
+        return self.workloads_.pop(0) if len(self.workloads_) > 1 else self.workloads_[0]
+
+
+def test_each_reason_is_logged_once_and_nothing_after_the_admission() -> None:
+    held, job = (SUSPENDED, []), queued(True)
+    waiting = [workload()], [workload(UNCOVERED)], [workload(UNCOVERED)], [workload(*ADMITTED)]
+    record = Queued(True, *[held] * 4, *[(RUNNING, [pod()])] * 3, (DONE, []), workloads=[*waiting])
+    lines, error = follow(record, job)
+    told = [line for line in lines if "waits in Kueue: queue vitdet; " in line]
+    assert not error and len(told) == 2 and "not evaluated yet" in told[0]
+    assert "coveredResources" in told[1] and record.reads == 4
+
+
+def test_a_job_that_kueue_does_not_know_is_given_up_with_the_reason() -> None:
+    record = Queued(True, (SUSPENDED, []), workloads=[[]])
+    lines, error = follow(record, queued(True))
+    assert "stays suspended, for 0 s now: Kueue has no Workload for it" in error
+    assert "kubeflow.org/pytorchjob must be in integrations.frameworks of Kueue's" in error
+    assert "not by default since Kueue 0.19" in error and error.endswith("deadline is set to now")
+    assert record.asked == ["create", "halt"]
+
+
+def test_a_label_without_effect_is_a_warning_where_the_job_runs() -> None:
+    record = Queued(False, *[(RUNNING, [pod()])] * 40, (DONE, []), workloads=[[]])
+    lines, error = follow(record, queued(False))
+    assert not error and sum("has no effect" in line for line in lines) == 1
+
+
+def test_workloads_that_cannot_be_read_are_no_reason_to_give_up() -> None:
+    record = Queued(True, *[(SUSPENDED, [])] * 60, (DONE, []), workloads=[None])
+    assert follow(record, queued(True))[1] == ""
