@@ -4,7 +4,7 @@
 # make test-all   both, in one go
 # make ui      MLflow in the browser: the demo's runs and models
 # make image   the images vitdet and vitdet-mlflow, by docker, podman or buildah: the first that responds, or ENGINE=podman;
-#              make image REGISTRY=registry.example.com/ TAG=0.1.0 OPTIONS="--build-arg BASE=..."
+#              make image REGISTRY=registry.example.com/ TAG=0.2.0 OPTIONS="--build-arg BASE=..."
 # make lint    ruff and mypy
 # make lock    renews requirements.lock: the newest versions that the ranges in pyproject.toml allow
 # make clean   removes what the others made: the environment, the work folder, DVC's cache and lock

@@ -159,7 +159,7 @@ def test_a_profile_s_runtime_is_made_in_its_namespace(namespace: str) -> None:
     assert [one["metadata"]["name"] for one in found] == ["vitdet-gpu-train"]
     assert found[0]["spec"]["mlPolicy"]["numNodes"] == 2
     # training, its variable VITDET_IMAGE, and the demo's data
-    assert yaml.safe_dump(found[0]["spec"]["template"]).count("vitdet:0.1.0") == 3
+    assert yaml.safe_dump(found[0]["spec"]["template"]).count("vitdet:0.2.0") == 3
 
 
 def test_the_patch_of_kubeflow_pipelines_keeps_the_rest_of_the_configmap(namespace: str) -> None:

@@ -72,7 +72,7 @@ TYPOS = {
         swap("readOnlyRootFilesystem: true", "readOnlyRootFilesystem: false"),
     ),
     "no seccomp": ("mlflow/database.yaml", swap("type: RuntimeDefault", "type: Unconfined")),
-    "a floating tag": ("overlays/eks/values/values.yaml", swap("vitdet:0.1.0", "vitdet:latest")),
+    "a floating tag": ("overlays/eks/values/values.yaml", swap("vitdet:0.2.0", "vitdet:latest")),
     "a service's selector": (
         "mlflow/server.yaml",
         swap(
