@@ -9,11 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 
+from vitdet.data.annotation_file import Annotation
 from vitdet.evaluation.matching import Comparison, choose, index, match
 from vitdet.evaluation.results import Truth
 
 NAMES = {"bbox": "box", "segm": "mask"}
 LIMITS = (1, 10, 100)  # detections of a class in an image
+UNCOUNTED = "all are crowds"
 
 
 def compare(
@@ -44,6 +46,11 @@ def compare(
 
 def check(truth: Truth) -> None:
     """Nothing more is needed of an annotation file than `files.truth_of` demands."""
+
+
+def counts(item: Annotation) -> bool:
+    """Return whether an object counts in AP."""
+    return not item.iscrowd
 
 
 def summary(finished: Mapping[str, Comparison]) -> dict[str, float]:

@@ -80,7 +80,7 @@ def evaluate_detector(
     images and all return the same figures, the first alone the results (those of LVIS take 5 GB). Raises Cancelled on
     all of them if `advance` cancels it on one.
     """
-    truth, split = _read(data, settings)
+    truth, split = read_validation(data, settings)
     results, image_ids = detect(detector, data, settings, device, split, advance)
     metrics = {}
     advance(False)
@@ -95,7 +95,7 @@ def measured_metrics(config: Config) -> list[str]:
     """The names of the metrics that `evaluate_detector` returns for a detector of this config: without those for which
     the validation split holds no object. Takes as long as a comparison without detections; raises as that does.
     """
-    truth, split = _read(config.data, config.evaluate)
+    truth, split = read_validation(config.data, config.evaluate)
     kinds = ("bbox", "segm") if config.model.mask.enabled else ("bbox",)
     image_ids = [record.image_id for record in split.records]
     finished = _compare(truth, [], kinds, config.data, config.evaluate, image_ids)
@@ -193,7 +193,7 @@ def evaluate(
         rebuilt = build_detector(config.model, config.evaluate)
         rebuilt.load_state_dict(detector.state_dict())
         detector = rebuilt
-    truth, split = _read(config.data, config.evaluate)
+    truth, split = read_validation(config.data, config.evaluate)
     _check_classes(checkpoint, class_names, split.class_names, config.data)
     if config.model.mask.enabled and not split.outlines and distributed.rank() == 0:
         log.info(
@@ -329,7 +329,7 @@ class _Pages:
         analyses = [analyse(kind, one, metrics, truth) for kind, one in known.items()]
         if self.plots:
             write_report(self.plots, finished, results, analyses)
-        for page in pages if analyses else ():
+        for page in pages:
             write_page(page, analyses, self.facts(analyses[0]), truth, results, self.images)
 
 
@@ -360,9 +360,10 @@ def _compare(
     return coco.compare(truth, results, kinds, image_ids, max(usual, most))
 
 
-def _read(data: DataConfig, settings: EvalConfig) -> tuple[Truth, CocoSplit]:
-    """The validation split for the comparison and for the detector: the annotation file is read once, and it is known
-    before anything is detected that it can be compared with.
+def read_validation(data: DataConfig, settings: EvalConfig) -> tuple[Truth, CocoSplit]:
+    """Return the validation split for the comparison and for the detector; the annotation file is read once.
+
+    Raises ValueError, before anything is detected, if AP is undefined: no object counts.
     """
     path = split_files(data, data.val_split)[0]
     if not path.exists():
@@ -379,8 +380,15 @@ def _read(data: DataConfig, settings: EvalConfig) -> tuple[Truth, CocoSplit]:
                 len(every.records),
                 data.val_split,
             )
-    truth = truth_of(path, tree)
-    ARBITERS[data.dataset].check(truth)
+    truth, image_ids = truth_of(path, tree), {record.image_id for record in split.records}
+    arbiter = ARBITERS[data.dataset]
+    arbiter.check(truth)
+    objects = (one for one in truth.objects if one.image_id in image_ids)
+    if not any(one.category_id in truth.categories and arbiter.counts(one) for one in objects):
+        raise ValueError(
+            f"{path}: AP is undefined: none of the objects in the {len(image_ids)} images to evaluate "
+            f"counts: {arbiter.UNCOUNTED}"
+        )
     return truth, split
 
 

@@ -15,11 +15,13 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 
+from vitdet.data.annotation_file import Annotation
 from vitdet.evaluation.coco import named
 from vitdet.evaluation.matching import Comparison, choose, index, match
 from vitdet.evaluation.results import Truth, kinds_of
 
 LIMIT = 300  # detections of an image
+UNCOUNTED = "all have an area of 0, which LVIS leaves out"
 # in at most 10, at most 100, more images of the training split
 GROUPS = {"rare": "r", "common": "c", "frequent": "f"}
 
@@ -95,6 +97,11 @@ def check(truth: Truth) -> None:
                 )
 
 
+def counts(item: Annotation) -> bool:
+    """Return whether an object counts in AP."""
+    return item.area != 0
+
+
 def summary(finished: Mapping[str, Comparison]) -> dict[str, float]:
     """LVIS's thirteen figures a kind in percent: box_ap, ..., box_ap_rare, ..., box_ar_large, mask_ap, ..."""
     figures = {}
@@ -143,7 +150,7 @@ def federated(truth: Truth, results: Sequence[dict]) -> list[dict]:
     """The results of which the annotations say whether they are right: of a category annotated in the image or named
     as absent from it.
     """
-    known = {(item.image_id, item.category_id) for item in truth.objects if item.area != 0}
+    known = {(item.image_id, item.category_id) for item in truth.objects if counts(item)}
     known |= {
         (image_id, category)
         for image_id, image in truth.images.items()

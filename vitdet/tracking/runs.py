@@ -131,7 +131,7 @@ def log_evaluation(
         matches = plots / MATCHES
         files |= dict.fromkeys((matches, beside(matches)), MATCHES_FOLDER)
         report = report or plots / REPORT
-    if report and report.is_file():  # without an object to find there is none
+    if report:
         files[report] = ""
     uri = config.tracking.uri if config else stored["config"]["tracking"]["uri"]
     try:
