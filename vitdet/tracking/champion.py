@@ -199,7 +199,7 @@ def promote(
         while best != previous:
             client.set_registered_model_alias(model_name, ALIAS, best[1])
             previous, best = best, _best(client, model_name, event, ap, protocol, gate)
-        if best[1] != version:
+        if best[1] != version and all(one.before != version for one in events(client, model_name)):
             withdraw(client, model_name, event)
             shown = (
                 f"with {best[0]:.4g} was promoted" if best[0] <= 100 else "was made the champion"
@@ -218,13 +218,15 @@ def _best(
 ) -> tuple[float, str]:
     """Return (AP, version) of the best of this promotion and its rivals, of equals the older version.
 
-    A version that a user forced or restored is better than any other; its AP is infinite.
+    A version that a user forced or restored in place of the same champion is better than any other;
+    its AP is infinite.
     """
     found = [(ap, event.version)]
     for rival in rivals(events(client, model_name), event):
         other = client.get_model_version(model_name, rival.version)
         known = known_metrics(other, protocol).get(gate.metric, -1.0)
-        found.append((known if rival.action == PROMOTED else float("inf"), rival.version))
+        by_user = rival.action != PROMOTED and rival.before == event.before
+        found.append((float("inf") if by_user else known, rival.version))
     return max(found, key=lambda one: (one[0], -int(one[1])))
 
 

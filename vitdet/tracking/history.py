@@ -109,12 +109,17 @@ def _is_away(event: Event, version: str) -> bool:
 
 
 def rivals(recorded: Sequence[Event], own: Event) -> list[Event]:
-    """Return the events of other versions that replace the same champion at the same time as `own`."""
-    again = [event.time for event in recorded if event.version == own.before]
-    return [
-        event
-        for event in recorded
-        if event.version != own.version and event.before == own.before
-        if abs(datetime.fromisoformat(event.time) - datetime.fromisoformat(own.time)) < RECENT
-        if not any(event.time < time for time in again)  # undone since
-    ]
+    """Return the events of other versions at about the same time as `own`, which may not know of each other.
+
+    Without those that a user has undone since: by a rollback, or by forcing another version.
+    """
+    time, found = datetime.fromisoformat(own.time), []
+    for event in recorded:
+        undone = any(
+            one.before == event.version and one.action != PROMOTED and one.time > event.time
+            for one in recorded
+        )
+        is_recent = abs(time - datetime.fromisoformat(event.time)) < RECENT
+        if event.version != own.version and is_recent and not undone:
+            found.append(event)
+    return found
