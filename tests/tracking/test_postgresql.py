@@ -95,6 +95,7 @@ def test_registrations_and_promotions_at_once_leave_the_best_as_champion(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", database if direct else server)
+    monkeypatch.chdir(tmp_path)  # without a server, MLflow writes artifacts to the current folder
     config = load_config("tiny", [f"tracking.model_name=at-once-{direct}"])
     protocol, numbers = Protocol.of(config, "0123456789abcdef"), {}
 

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import logging
 import tempfile
+import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -27,6 +28,7 @@ from typing import TYPE_CHECKING
 from vitdet.config import Config, GateConfig
 from vitdet.data.protocol import Protocol
 from vitdet.locks import locked
+from vitdet.tracking.address import hide_credentials
 from vitdet.tracking.evaluations import known_metrics, read_evaluation, save_evaluation, tags_of
 from vitdet.tracking.gate import (
     Evaluation,
@@ -357,7 +359,8 @@ def _evaluate(
         line, kind = first_line(error) if str(error).strip() else "", type(error).__name__
         expected = isinstance(error, MlflowException | OSError | ValueError | LookupError)
         if not expected or isinstance(error, KeyError | IndexError):
-            log.warning("the champion, version %s, cannot be evaluated", number, exc_info=True)
+            shown = hide_credentials(traceback.format_exc())
+            log.warning("the champion, version %s, cannot be evaluated\n%s", number, shown)
             line = f"{kind}: {line}" if line else ""
         line = line or kind
         return Evaluated(number, failure=f"it cannot be evaluated: {line}")

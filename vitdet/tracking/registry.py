@@ -17,7 +17,6 @@ from mlflow.models import Model
 
 from vitdet.checkpoint import load_model_file
 from vitdet.config import Config, check_names, from_dict, save_config
-from vitdet.credentials import without_credentials
 from vitdet.data.fingerprint import change, fingerprint, fingerprints
 from vitdet.data.protocol import Protocol
 from vitdet.evaluation.report import REPORT
@@ -341,8 +340,7 @@ def _write_files(
     folder.mkdir()
     (folder / CARD).write_text(card, encoding="utf-8")
     own = from_dict(stored["config"])
-    tracking = replace(own.tracking, uri=without_credentials(own.tracking.uri))
-    config = replace(own, tracking=tracking, gate=used.gate, data=used.data, evaluate=used.evaluate)
+    config = replace(own, gate=used.gate, data=used.data, evaluate=used.evaluate)
     save_config(config, folder / CONFIG)
     if plots is None:
         return
