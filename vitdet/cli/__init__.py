@@ -106,9 +106,7 @@ def parser() -> argparse.ArgumentParser:
             "results",
         )
     )
-    add_compare(
-        add("compare", help="whether results differ by more than chance: AP, classes, settings")
-    )
+    add_compare(add("compare", help="whether results differ significantly: AP, classes, settings"))
     add_predict(add("predict", help="draw what a checkpoint finds in pictures"))
     add_bench(add("bench", help="measure how fast something is"))
     add_register(add("register", help="add a checkpoint to the MLflow model registry"))
