@@ -177,6 +177,9 @@ def test_an_artifact_store_that_hangs_holds_nothing_back(
     assert len(find(tmp_path, run_id).uploads()) == 2
     assert "files are not uploaded after 0.3 s" in caplog.text
     answered.set()
+    for thread in threading.enumerate():  # else it uploads in the next test
+        if thread.name == "uploads":
+            thread.join(60)
 
 
 def test_a_file_that_is_refused_does_not_keep_the_others_back(
