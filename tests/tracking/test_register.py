@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tomllib
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+import vitdet
 from vitdet.checkpoint import FORMAT, load_model_file, save
 from vitdet.config import load_config, to_dict
 from vitdet.data.protocol import Protocol
@@ -231,6 +233,17 @@ def test_the_wheel_is_whole_and_repeatable(tmp_path: Path) -> None:
     assert sorted(listed) == sorted(names)
     assert {"vitdet/predictor.py", "vitdet/recipes/tiny.yaml", "vitdet/models/vit.py"} <= set(names)
     assert not any("__pycache__" in name for name in names)
+
+
+def test_all_files_of_the_package_are_installed() -> None:
+    root = Path(vitdet.__file__).parent
+    project = tomllib.loads((root.parent / "pyproject.toml").read_text())
+    patterns = project["tool"]["setuptools"]["package-data"]["vitdet"]
+    installed = {path for pattern in patterns for path in root.glob(pattern)} | {
+        *root.rglob("*.py")
+    }
+    files = {path for path in root.rglob("*") if path.is_file() and path.suffix != ".pyc"}
+    assert files == installed
 
 
 def test_requirements_name_what_runs_here() -> None:

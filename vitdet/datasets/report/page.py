@@ -147,7 +147,7 @@ def _row(split: _Split) -> list[str]:
         f"{len(split.counts):,}",
         f"{int((split.counts == 0).sum()):,}",
         f"{total:,}",
-        *(f"{100 * part / total:.0f} %" if total else "-" for part in sizes),
+        *(f"{100 * part / total:.0f}\u00a0%" if total else "-" for part in sizes),
         ", ".join(f"{count:,} {reason}" for reason, count in sorted(left.items())) or "-",
     ]
 
