@@ -172,7 +172,7 @@ def options_of(kind: argparse.ArgumentParser) -> set[str]:
 
 def test_an_option_that_a_message_names_is_one_of_ours() -> None:
     """But git's options."""
-    others = ("vitdet/tracking/revision.py",)
+    others = ("vitdet/tracking/naming.py",)
     known = options_of(parser()) | options_of(pipeline_parser())
     found = [
         (place, option)

@@ -104,7 +104,7 @@ def compare(
             )
     client, _ = connect(None, uri, folder)
     champion, versions = _versions(client, model_name)
-    ordered = sorted(rows, key=lambda row: -_figure(row, "box_ap"))
+    ordered = sorted(rows, key=lambda row: -_metric(row, "box_ap"))
     text = table(ordered, champion, versions)
     parent = start_parent_run(
         group, [row["name"] for row in rows], uri=uri, folder=folder, experiment=experiment
@@ -134,11 +134,11 @@ def table(rows: Sequence[dict], champion: str | None, versions: dict[str, str]) 
     for row in rows:
         version = versions.get(row["run_id"], "-")
         mark = f"{version} ({ALIAS})" if version == champion else version
-        figures = [
+        values = [
             "-" if row["metrics"].get(key) is None else f"{row['metrics'][key]:.2f}"
             for key in COLUMNS
         ]
-        cells.append([row["name"], *figures, mark, row["reason"]])
+        cells.append([row["name"], *values, mark, row["reason"]])
     return f"Data {rows[0]['val_fingerprint']}\n\n{markdown_table(heads, cells)}"
 
 
@@ -155,7 +155,7 @@ def markdown_table(
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
-def _figure(row: dict, key: str) -> float:
+def _metric(row: dict, key: str) -> float:
     value = row["metrics"].get(key)
     return -1.0 if value is None else value
 

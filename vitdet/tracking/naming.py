@@ -1,10 +1,12 @@
-"""How a run is named and described in MLflow: by its recipe and the settings that differ from it."""
+"""The name, description and tags of a run in MLflow: recipe, settings that differ from it, machine, commit."""
 
 from __future__ import annotations
 
 import json
 import shlex
+import shutil
 import socket
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -69,6 +71,20 @@ def machine() -> dict[str, str]:
         "torch": torch.__version__,
         "vitdet": __version__,
     }
+
+
+def git_revision() -> str | None:
+    """Return the commit of the current folder's repository, with `-dirty` if tracked files differ; None without one."""
+    if shutil.which("git") is None:
+        return None
+    commit, changes = (
+        subprocess.run(["git", *words], capture_output=True, text=True).stdout.strip()
+        for words in (
+            ["rev-parse", "--verify", "-q", "HEAD"],
+            ["status", "--porcelain", "--untracked-files=no"],
+        )
+    )
+    return commit + ("-dirty" if changes else "") if commit else None
 
 
 def _changes(config: Config, builtin: str) -> Iterator[tuple[str, str]]:

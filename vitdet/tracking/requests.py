@@ -177,7 +177,7 @@ def _is_denied(error: Exception, uri: str) -> bool:
         return True
     if not isinstance(error, RestException) or "error_code" in error.json:
         return False
-    try:  # JSON of a proxy: MLflow's error does not hold the status, so it is asked for again
+    try:  # JSON of a proxy: MLflow's error lacks the status, so the request is repeated
         answer = http_request(
             get_default_host_creds(uri), "/api/2.0/mlflow/experiments/search?max_results=1", "GET"
         )

@@ -136,7 +136,7 @@ def log_evaluation(
     uri = config.tracking.uri if config else stored["config"]["tracking"]["uri"]
     try:
         kind, _, path = tracking_uri(uri, folder).partition(":///")
-    except ValueError as error:  # the measured figures matter more
+    except ValueError as error:  # the metrics matter more
         log.warning("%s: the metrics are not logged", error)
         return None
     if kind == "sqlite" and not Path(path).exists():
