@@ -98,6 +98,6 @@ def _changes(config: Config, builtin: str) -> Iterator[tuple[str, str]]:
     ):
         if value != usual[key]:
             text = value if isinstance(value, str) else json.dumps(value).removesuffix(".0")
-            if text[:1] in ("'", '"') or text != text.strip():
+            if not text or text[0] in ("'", '"') or text != text.strip():
                 text = json.dumps(text)  # an override takes other text literally
             yield key, f"{key}={text}"
