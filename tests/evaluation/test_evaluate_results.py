@@ -117,10 +117,10 @@ SHORT = {"size": [SIDE, SIDE], "counts": [SIDE * SIDE - 1]}
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"image_id": 7}, "holds no image 7, which has results"),
-        ({"image_id": None}, "holds no image None"),
+        ({"image_id": 7}, "contains no image 7, which has results"),
+        ({"image_id": None}, "contains no image None"),
         ({"image_id": [7]}, "image_id of a result must be a number"),
-        ({"category_id": 4}, "holds no category 4"),
+        ({"category_id": 4}, "contains no category 4"),
         ({"score": None}, "result 2: score must be a finite number, got None"),
         ({"score": "0.5"}, "result 2: score must be a finite number, got '0.5'"),
         ({"score": float("nan")}, "result 2: score must be a finite number, got nan"),
@@ -227,7 +227,7 @@ def test_what_is_no_file_of_results_is_refused(files, text, message):
             lambda tree: tree["annotations"][0].update(iscrowd="no"),
             "iscrowd that is neither 0 nor 1: 'no'",
         ),
-        (lambda tree: tree["annotations"].clear(), "holds no object to find"),
+        (lambda tree: tree["annotations"].clear(), "contains no object to find"),
         (lambda tree: tree.pop("categories"), "no 'categories' in the file"),
     ],
 )

@@ -31,7 +31,6 @@ IRRELEVANT = {
         "vitdet/evaluation/analysis.py",
         "vitdet/evaluation/confusion.py",
         "vitdet/evaluation/errors.py",
-        "vitdet/evaluation/facts.py",
         "vitdet/evaluation/overlaps.py",
         "vitdet/evaluation/page.py",
         "vitdet/evaluation/pairs.py",

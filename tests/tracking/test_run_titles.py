@@ -35,6 +35,7 @@ def name_of(config: Config, stem: str) -> str:
         ("mask_rcnn_vitdet_b_coco", ["optim.lr=2e-4"], "mask_rcnn_vitdet_b_coco optim.lr=0.0002"),
         ("tiny", ["train.seed=1", "optim.ema=0"], "tiny train.seed=1 optim.ema=0"),
         ("tiny", ["data.root=x", "tracking.uri=http://x"], "tiny"),
+        ("tiny", ["train.init="], 'tiny train.init=""'),
     ],
 )
 @pytest.mark.parametrize("resolved", [False, True])

@@ -3,24 +3,21 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
-import socket
 import statistics
 import subprocess
 import sys
 import threading
 import time
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import requests
 
+from tests.helpers.mlflow_server import Server
 from vitdet.tracking import mlflow as tracking
 from vitdet.tracking.journal import find
-from vitdet.tracking.revision import git_revision
+from vitdet.tracking.naming import git_revision
 
 ROOT = Path(__file__).parents[2]
 WHAT = {
@@ -46,56 +43,6 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> str:
     uri = f"sqlite:///{tmp_path_factory.mktemp('store') / 'mlflow.db'}"
     tracking.open_client(uri).search_experiments()
     return uri
-
-
-class Server:
-    """`mlflow server` on loopback, with one worker on the given sqlite file."""
-
-    def __init__(self, store: str, artifacts: Path) -> None:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self.port = free.getsockname()[1]
-        self.uri = f"http://127.0.0.1:{self.port}"
-        self.command = [
-            sys.executable,
-            "-m",
-            "mlflow",
-            "server",
-            "--backend-store-uri",
-            store,
-            "--workers",
-            "1",
-            "--artifacts-destination",
-            str(artifacts),
-            "--host",
-            "127.0.0.1",
-            "--port",
-            str(self.port),
-        ]
-        self.process: subprocess.Popen | None = None
-
-    def start(self) -> None:
-        environment = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
-        self.process = subprocess.Popen(
-            self.command,
-            start_new_session=True,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            env=environment,
-        )
-
-    def wait(self) -> None:
-        while self.process.poll() is None:
-            try:
-                with urllib.request.urlopen(f"{self.uri}/health", timeout=10):
-                    return
-            except OSError:
-                time.sleep(0.1)
-        raise AssertionError(f"mlflow server ended with {self.process.returncode}")
-
-    def kill(self) -> None:
-        os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait()
 
 
 @pytest.fixture(scope="module")

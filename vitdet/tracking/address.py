@@ -68,8 +68,11 @@ def _check_address(name: str, uri: str) -> None:
 
 
 class HidingFilter(logging.Filter):
-    """Hides the credentials of addresses in every message."""
+    """Hides the credentials of addresses in every message and traceback."""
 
     def filter(self, record: logging.LogRecord) -> bool:
         record.msg, record.args = hide_credentials(record.getMessage()), ()
+        if record.exc_info:  # a formatter takes exc_text, if it is set
+            text = record.exc_text or logging.Formatter().formatException(record.exc_info)
+            record.exc_text = hide_credentials(text)
         return True

@@ -116,7 +116,7 @@ def compare(
     address = tracking_uri(uri, folder)
     place = experiment_id(client, address, folder, experiment)
     champion, versions = _versions(client, model_name)
-    ordered = sorted(rows, key=lambda row: -_figure(row, "box_ap"))
+    ordered = sorted(rows, key=lambda row: -_metric(row, "box_ap"))
     names = list(dict.fromkeys([*(row["name"] for row in ordered), *failures]))
     parent = start_parent_run(group, names, uri=uri, folder=folder, experiment=experiment)
     links = {
@@ -153,7 +153,7 @@ def compare(
     return text, linked, html
 
 
-def _figure(row: dict, key: str) -> float:
+def _metric(row: dict, key: str) -> float:
     value = row["metrics"].get(key)
     return -1.0 if value is None else value
 

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from vitdet.tracking.address import hide_credentials, tracking_uri
 from vitdet.tracking.experiments import check_server
 from vitdet.tracking.journal import Journal, find, journals, unfinished
+from vitdet.tracking.naming import code_tags
 from vitdet.tracking.requests import (
     RefusedError,
     RepeatingClient,
@@ -24,7 +25,6 @@ from vitdet.tracking.requests import (
     repeating,
     using,
 )
-from vitdet.tracking.revision import code_tags
 from vitdet.tracking.shipper import BACK_OFF_SECONDS, Shipper, open_client
 from vitdet.tracking.system_metrics import SystemMetrics
 from vitdet.tracking.tracker import Tracker
@@ -159,7 +159,7 @@ def start_run(
 
     `uri` '' means a sqlite file in `folder`; the environment's MLFLOW_TRACKING_URI wins. dataset: name, digest, source.
     A run that the server does not know becomes a new one with all records of the journal. group: a new run
-    becomes a child of the run in its experiment whose tag `group` says so. output: the folder in `folder` that the
+    becomes a child of the run in its experiment whose tag `group` has this value. output: the folder in `folder` that the
     training writes to: one that was killed before its first state is found by it and goes on as the same run.
 
     Raises ValueError at step 0 for what no waiting cures: a deleted experiment, or a store that MLflow does not support.

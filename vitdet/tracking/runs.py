@@ -12,8 +12,7 @@ from vitdet.checkpoint import load_model_file
 from vitdet.config import Config, flatten
 from vitdet.tracking.address import hide_credentials
 from vitdet.tracking.measured import beside
-from vitdet.tracking.naming import description, machine, recipe_of, run_name
-from vitdet.tracking.revision import code_tags
+from vitdet.tracking.naming import code_tags, description, machine, recipe_of, run_name
 from vitdet.tracking.tracker import Progress, Tracker
 
 log = logging.getLogger(__name__)
@@ -133,12 +132,12 @@ def log_evaluation(
         matches = plots / MATCHES
         files |= dict.fromkeys((matches, beside(matches)), MATCHES_FOLDER)
         report = report or plots / REPORT
-    if report and report.is_file():  # without an object to find there is none
+    if report:
         files[report] = ""
     uri = config.tracking.uri if config else stored["config"]["tracking"]["uri"]
     try:
         kind, _, path = tracking_uri(uri, folder).partition(":///")
-    except ValueError as error:  # the measured figures matter more
+    except ValueError as error:  # the metrics matter more
         log.warning("%s: the metrics are not logged", error)
         return None
     if kind == "sqlite" and not Path(path).exists():
