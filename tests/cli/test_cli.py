@@ -272,7 +272,7 @@ def plain(content: dict) -> dict:
     [
         (
             lambda root: (root / "annotations" / "instances_train.json").write_text('{"images": ['),
-            "broken JSON",
+            "invalid JSON",
         ),
         (
             lambda root: (root / "annotations" / "instances_val.json").write_text("[]"),
@@ -281,13 +281,13 @@ def plain(content: dict) -> dict:
         (lambda root: next((root / "train").iterdir()).unlink(), "no such file"),
         (
             lambda root: change(root, lambda c: [a.update(image_id=99) for a in c["annotations"]]),
-            "an image that does not exist",
+            "an unknown image",
         ),
         (
             lambda root: change(
                 root, lambda c: [a.update(category_id=99) for a in c["annotations"]]
             ),
-            "a category that does not exist",
+            "an unknown category",
         ),
         (
             lambda root: change(root, lambda c: plain(c).update(bbox=[5000, 5000, 10, 10])),
@@ -299,13 +299,13 @@ def plain(content: dict) -> dict:
         ),
         (
             lambda root: change(root, lambda c: c["annotations"].append(c["annotations"][0])),
-            "comes twice",
+            "duplicate ",
         ),
-        (lambda root: change(root, lambda c: c["images"].append(c["images"][0])), "comes twice"),
+        (lambda root: change(root, lambda c: c["images"].append(c["images"][0])), "duplicate "),
         (lambda root: change(root, lambda c: c.pop("categories")), "no 'categories' in the file"),
     ],
     ids=[
-        "broken JSON",
+        "invalid JSON",
         "a list",
         "no image file",
         "no such image",
@@ -369,7 +369,7 @@ def test_checkpoints_that_do_not_fit(
         "expected a 'vitdet detector, version 1' file, got 'vitdet training state",
     )
     refused(
-        vitdet("predict", picture, picture, "--output", "drawn"), "not a whole vitdet checkpoint"
+        vitdet("predict", picture, picture, "--output", "drawn"), "not a complete vitdet checkpoint"
     )
     refused(
         vitdet("evaluate", trained / "model.pt", "--set", "optim.lr=1"),

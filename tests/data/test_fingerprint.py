@@ -15,6 +15,7 @@ import torch
 from tests.conftest import minimal
 from vitdet.checkpoint import load_model_file
 from vitdet.config import DataConfig, load_config
+from vitdet.config.digest import legacy_digest
 from vitdet.data.dataset import read_split
 from vitdet.data.fingerprint import (
     combined,
@@ -24,7 +25,6 @@ from vitdet.data.fingerprint import (
     legacy_dataset_digest,
     verify,
 )
-from vitdet.digest import legacy_digest
 from vitdet.training import train
 from vitdet.training.resume import states_folder
 

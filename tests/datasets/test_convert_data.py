@@ -129,7 +129,7 @@ def test_yolo(vitdet: Run, yolo: Path, tmp_path: Path) -> None:
     assert box["segmentation"] == [[40, 15, 60, 15, 60, 35, 40, 35]]
     assert (out / "train" / "a.jpg").samefile(yolo / "images" / "train" / "a.jpg")
     # in val
-    assert [finding.kind for finding in check(out).errors] == ["no object to learn from or to find"]
+    assert [finding.kind for finding in check(out).errors] == ["no objects"]
     assert read_coco(out / "annotations/instances_train.json", out / "train").class_names == (
         "no",
         "dog",

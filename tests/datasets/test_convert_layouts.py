@@ -374,7 +374,7 @@ def test_what_a_coco_file_has_wrong_is_said_at_once(vitdet: Run, tmp_path: Path)
     for text in (
         "1 x bbox that is not four finite numbers",
         "1 x polygon with coordinates that are not finite numbers",
-        "1 x image of another size than annotated",
+        "1 x image size that differs from the annotations",
         "1 x missing image file",
     ):
         assert f"  {text}\n" in errors

@@ -199,7 +199,7 @@ STORED = zipped({"a": b"first", "b": b"second"}, zipfile.ZIP_STORED)
     ],
 )
 def test_a_broken_archive_is_one_line(unpacked: Unpack, tmp_path: Path, content: bytes) -> None:
-    with pytest.raises(ValueError, match="some.zip: not a whole zip archive") as caught:
+    with pytest.raises(ValueError, match="some.zip: not a complete zip archive") as caught:
         unpacked(content)
     assert "\n" not in str(caught.value)
     # of a broken archive, the files before the break

@@ -398,7 +398,7 @@ def test_a_rank_that_is_restarted_after_it_joined_waits_for_the_next_launch(
     ((other, missing),) = {(one, tuple(missing)) for one, missing in joined.values()}
     assert other != launch_id and missing == ()
     monkeypatch.setattr(dist, "rendezvous", lambda *_, **__: iter([(store, 1, 3)]))
-    monkeypatch.setattr(distributed, "JOINING", timedelta(seconds=0))
+    monkeypatch.setattr(distributed, "JOIN_TIMEOUT", timedelta(seconds=0))
     with pytest.raises(TimeoutError, match="rank 0 of 3 did not join within 0 seconds") as error:
         distributed._join()
     assert str(error.value).endswith("; rank 0 joined an earlier launch and did not start again")
@@ -406,7 +406,7 @@ def test_a_rank_that_is_restarted_after_it_joined_waits_for_the_next_launch(
 
 def test_the_requests_of_a_launch_do_not_grow_with_its_ranks() -> None:
     """For each rank and poll; before rank 0 has published the launch, there is nothing else to ask for."""
-    polls = distributed.JOINING.total_seconds() / distributed.POLL
+    polls = distributed.JOIN_TIMEOUT.total_seconds() / distributed.POLL
     stores = {count: CountingStore() for count in (2, 64)}
     for count, store in stores.items():
         assert synchronize(store, 0, count=count)[0][1] == list(range(1, count))
@@ -426,7 +426,7 @@ def test_one_process_is_the_first_of_one() -> None:
         "a"
     ]
     assert distributed.gather_objects("a") == ["a"]
-    assert distributed.largest(15)() == 15 and distributed.largest(0)() == 0
+    assert distributed.async_max(15)() == 15 and distributed.largest(0)() == 0
     with distributed.process_group() as device:
         assert distributed.world_size() == 1 and device.type in ("cpu", "cuda")
 

@@ -16,7 +16,7 @@ from tests.training.test_trainer import cut, go, interrupt, same_bits, terminate
 from tests.weights.test_old_checkpoints import STORED, dataset_digest
 from vitdet.checkpoint import STATE_1, STATE_2, STATE_3, load_model_file
 from vitdet.config import load_config
-from vitdet.digest import legacy_digest
+from vitdet.config.digest import legacy_digest
 from vitdet.evaluation import evaluate
 from vitdet.training import Stopped, train, trainer
 

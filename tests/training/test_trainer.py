@@ -261,7 +261,7 @@ def test_one_training_at_a_time_writes_to_a_folder(tiny: Path, tmp_path: Path) -
         env=environment(tmp_path),
     )
     assert other.stdout.readline() == "locked\n"
-    with pytest.raises(ValueError, match="another training is writing here"):
+    with pytest.raises(ValueError, match="another training is writing to this folder"):
         go(tiny, tmp_path)
     other.kill()
     other.communicate()

@@ -114,7 +114,7 @@ def test_a_rank_asleep_is_named_with_all_stacks_and_started_again(
 ABSENT = """
 from datetime import timedelta
 from vitdet import distributed
-distributed.JOINING = timedelta(seconds=5)
+distributed.JOIN_TIMEOUT = timedelta(seconds=5)
 if os.environ["RANK"] == "1":
     time.sleep(1000)
 """
@@ -163,4 +163,8 @@ def test_the_collectives_in_flight_are_part_of_the_report(monkeypatch: pytest.Mo
 
 def test_the_limits_name_a_rank_within_five_minutes() -> None:
     assert watchdog.LIMIT + 2 * watchdog.INTERVAL + watchdog.ANSWER < 300
-    assert distributed.JOINING.total_seconds() <= 300 < distributed.PATIENCE.total_seconds()
+    assert (
+        distributed.JOIN_TIMEOUT.total_seconds()
+        <= 300
+        < distributed.COLLECTIVE_TIMEOUT.total_seconds()
+    )

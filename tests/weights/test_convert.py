@@ -127,7 +127,7 @@ def test_unknown_names_are_an_error_and_made_buffers_are_not() -> None:
     }
     assert shapes(to_ours(weights, DETECTRON2)) == {"backbone.pos_embed": (1, 2, 2, 2)}
     with pytest.raises(
-        ValueError, match="1 tensors that this format does not know, such as head.extra"
+        ValueError, match="1 tensors unknown to this format, such as head.extra"
     ):
         to_ours(weights | {"head.extra": torch.zeros(1)}, DETECTRON2)
     with pytest.raises(

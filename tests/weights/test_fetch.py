@@ -37,7 +37,7 @@ def turned(source: Path, target: Path) -> None:
 
 def refuse(source: Path, target: Path) -> None:
     target.write_bytes(b"half")
-    raise ValueError(f"{source.name}: 3 tensors that this format does not know")
+    raise ValueError(f"{source.name}: 3 tensors unknown to this format")
 
 
 @pytest.fixture
@@ -150,7 +150,7 @@ def test_what_cannot_be_converted_is_kept_only_if_it_is_the_published_file(
     get: Fetch, web: Web, tmp_path: Path
 ) -> None:
     with pytest.raises(
-        ValueError, match="3 tensors that this format does not know; the download was kept"
+        ValueError, match="3 tensors unknown to this format; the download was kept"
     ):
         get(refuse)
     assert (
@@ -172,7 +172,7 @@ def test_a_copy_from_elsewhere(get: Fetch, web: Web, tmp_path: Path) -> None:
     ):
         get(local=tmp_path / "other.pth")
     with pytest.raises(
-        ValueError, match=r"copy.pth: copy.pth: 3 tensors that this format does not know$"
+        ValueError, match=r"copy.pth: copy.pth: 3 tensors unknown to this format$"
     ):
         get(refuse, local=tmp_path / "copy.pth")
     with pytest.raises(FileNotFoundError, match="none.pth: no such file"):
@@ -242,7 +242,7 @@ def test_two_at_once_download_it_once(
     for thread in threads:
         thread.join()
     assert len(done) == 3 and done[0].read_bytes() == CONTENT[::-1] and web.sent == 100_000
-    assert sum("another process works on it; waiting" in text for text in caplog.messages) >= 2
+    assert sum("in use by another process; waiting" in text for text in caplog.messages) >= 2
 
 
 SCRIPT = """

@@ -266,9 +266,9 @@ def test_a_file_is_converted(vitdet: Run, web: Web, tmp_path: Path) -> None:
         (
             "x.safetensors",
             ("--format", "mea"),
-            "no layout of weights is named 'mea'; expected one of vitdet, ",
+            "unknown format of weights 'mea'; expected one of vitdet, ",
         ),
-        ("x.pt", ("--format", "mae"), "say whose (--recipe NAME)"),
+        ("x.pt", ("--format", "mae"), "set --recipe NAME (--recipe NAME)"),
         ("x.safetensors", ("--format", "mae", "--recipe", "tiny"), "does not fit"),
         (
             "x.pkl",

@@ -6,7 +6,7 @@ import hashlib
 from dataclasses import dataclass
 
 from vitdet.config import Config, flatten
-from vitdet.digest import LATER
+from vitdet.config.digest import LATER
 
 # Settings that affect the AP of a given checkpoint on given data. How images are resized is part of
 # the detector.
@@ -39,7 +39,9 @@ class Protocol:
 
     @classmethod
     def of(cls, config: Config, fingerprint: str) -> Protocol:
-        """Create the protocol of an evaluation with this config on the split with this fingerprint."""
+        """Create the protocol of an evaluation with this config on the split with this
+        fingerprint.
+        """
         return cls(fingerprint, settings_of(config))
 
     @property

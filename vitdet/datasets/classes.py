@@ -7,7 +7,7 @@ from pathlib import Path
 
 import yaml
 
-from vitdet.data.annotations import is_text
+from vitdet.data.header import is_text
 from vitdet.data.segmentation import show
 
 

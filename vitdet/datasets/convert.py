@@ -19,7 +19,7 @@ from vitdet.data.images import DEFAULT, Reading
 from vitdet.datasets.classes import select_classes
 from vitdet.datasets.formats import FORMATS, detect
 from vitdet.datasets.importers.dataset import BOX_ONLY, Foreign, Picture, Thing
-from vitdet.files import written_folder
+from vitdet.files import atomic_dir
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ def convert(
         names, labels = select_classes(source, found.class_names, classes, rename or {})
     else:
         names, labels = (), []  # nothing was readable
-    with written_folder(target) as temporary:
+    with atomic_dir(target) as temporary:
         (temporary / "annotations").mkdir()
         writer = _Writer(temporary, names, labels, copy, boxes_as_masks)
         pictures: Mapping[str, Iterable[Picture]] = found.splits

@@ -78,7 +78,7 @@ def unpack(
                 found.append(Entry(name, info.file_size, info.CRC))
                 seen(info.file_size)
     except BAD as error:
-        raise ValueError(f"{archive}: not a whole zip archive ({error})") from error
+        raise ValueError(f"{archive}: not a complete zip archive ({error})") from error
     except _Refused as error:
         raise ValueError(f"{archive}: {error}") from error
     finally:
@@ -121,7 +121,7 @@ def _checked(
 
 def _check_entry(info: zipfile.ZipInfo) -> None:
     if info.header_offset < 0:
-        raise _Refused("not a whole zip archive (its beginning is missing)")
+        raise _Refused("not a complete zip archive (its beginning is missing)")
     _check_name(info.orig_filename.removesuffix("/"))
     kind = stat.S_IFMT(info.external_attr >> 16)
     if kind not in (0, stat.S_IFREG, stat.S_IFDIR) or (kind == stat.S_IFDIR) > info.is_dir():

@@ -28,8 +28,7 @@ from vitdet.datasets.download import Patience, Watcher, discard, download, mirro
 from vitdet.datasets.extract import Entry, Limits, unpack
 from vitdet.datasets.parallel import Together, side_by_side
 from vitdet.datasets.published import Archive
-from vitdet.files import sha256
-from vitdet.locks import locked
+from vitdet.files import locked, sha256
 
 PICTURE = re.compile(r"\d{12}\.jpg")  # as all of COCO's are named
 BLOCK = 4096  # bytes that a disk gives a file at a time

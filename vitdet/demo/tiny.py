@@ -16,7 +16,7 @@ from pathlib import Path
 from PIL import Image
 
 from vitdet.demo.scenes import CATEGORIES, VERSION, Scene, SceneObject, draw_scene
-from vitdet.files import write_jpeg, written_folder
+from vitdet.files import atomic_dir, write_jpeg
 
 __all__ = ["CATEGORIES", "PRETRAIN_SEED", "Scene", "SceneObject", "draw_scene", "make_tiny"]
 
@@ -39,7 +39,7 @@ def make_tiny(
     if _is_there(folder, train, val, seed):
         return False
     try:
-        with written_folder(folder) as temporary:
+        with atomic_dir(folder) as temporary:
             (temporary / "annotations").mkdir()
             for order, (split, count) in enumerate((("train", train), ("val", val))):
                 (temporary / split).mkdir()

@@ -130,7 +130,7 @@ def detect(
     finally:
         detector.train(was_training)
     # a collective: a rank that is told to stop may not leave the others waiting in the next one
-    if distributed.largest(int(share is None))():
+    if distributed.async_max(int(share is None))():
         raise Cancelled
     found: dict[int, list[dict]] = {}
     for part in distributed.gather_objects(share or {}):

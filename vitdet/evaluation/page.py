@@ -10,7 +10,7 @@ from typing import NamedTuple
 from vitdet.evaluation.analysis import Analysis
 from vitdet.evaluation.pairs import Images, draw_pairs
 from vitdet.evaluation.results import Truth
-from vitdet.files import written
+from vitdet.files import atomic_write
 from vitdet.pages import data_uri, render
 
 
@@ -129,7 +129,7 @@ def write_page(
         "columns": COLUMNS,
     }
     page = render("evaluation/page.html", values)
-    with written(path) as temporary:
+    with atomic_write(path) as temporary:
         temporary.write_text(page, encoding="utf-8")
 
 

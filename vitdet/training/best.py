@@ -11,7 +11,7 @@ from typing import Any
 from vitdet import distributed
 from vitdet.checkpoint import load_model_file, save
 from vitdet.config import TrainConfig
-from vitdet.files import written
+from vitdet.files import atomic_write
 
 NAME = "best.pt"
 log = logging.getLogger(__name__)
@@ -90,7 +90,7 @@ class Best:
         if (
             self.keeps
             and self.value is not None
-            and distributed.from_first(lambda: self._lost(start))
+            and distributed.rank0_result(lambda: self._lost(start))
         ):
             self.value, self.stale = None, 0
 
@@ -115,7 +115,7 @@ class Best:
         return False
 
     def _publish(self) -> None:
-        with written(self.path, sync=True) as temporary:
+        with atomic_write(self.path, sync=True) as temporary:
             try:
                 os.link(self._stored, temporary)
             except OSError:  # another disk, or a file system without hard links

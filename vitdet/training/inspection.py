@@ -6,11 +6,11 @@ import logging
 from collections.abc import Sequence
 
 from vitdet.config import Config
+from vitdet.config.suggestions import nearest
 from vitdet.data import fingerprint
 from vitdet.data.coco import CocoSplit
 from vitdet.data.dataset import read_split
 from vitdet.evaluation.evaluator import measured_metrics
-from vitdet.suggestions import nearest
 
 log = logging.getLogger(__name__)
 

@@ -20,7 +20,7 @@ from torch.autograd import DeviceType
 from torch.autograd.profiler_util import FunctionEvent
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from vitdet.files import write_json, written
+from vitdet.files import atomic_write, write_json
 from vitdet.models.attention import Attention
 from vitdet.models.vit import Mlp
 from vitdet.training.step import TrainingStep
@@ -87,7 +87,7 @@ class ProfiledBatches:
             traced = (time.perf_counter() - start) / TRACED
         events = trace.events()
         times = of_gpu(events, wall, waited) if on_gpu else of_cpu(events, traced)
-        with written(self.folder / "trace.json") as path:
+        with atomic_write(self.folder / "trace.json") as path:
             trace.export_chrome_trace(str(path))
         write_json(self.folder / "parts.json", {name: 1e3 * value for name, value in times.items()})
         log.info("%s: where the time of a step goes\n%s", self.folder, table(times))

@@ -17,8 +17,8 @@ from vitdet.checkpoint import (
     load_model_file,
 )
 from vitdet.config import Config, from_dict
+from vitdet.config.digest import difference, digest, legacy_digest
 from vitdet.data import fingerprint
-from vitdet.digest import difference, digest, legacy_digest
 from vitdet.files import sha256
 from vitdet.training.best import NAME
 from vitdet.training.optim import lr_factor, scaled
@@ -81,7 +81,9 @@ def state_to_resume(
     """
     check_agreement(distributed.all_gather_objects(states.newest()), states.folder)
     state = _agreed_state(states)
-    distributed.together(lambda: _check_resumable(config, output, prints, state, states.folder))
+    distributed.reraise_on_all_ranks(
+        lambda: _check_resumable(config, output, prints, state, states.folder)
+    )
     return state
 
 
@@ -90,7 +92,7 @@ def _agreed_state(states: Checkpoints, up_to: int | None = None) -> dict | None:
 
     `states.damaged` then holds the states that any of them found damaged. Of evaluations, what the first one read counts.
     """
-    state = distributed.together(lambda: states.latest(up_to=up_to))
+    state = distributed.reraise_on_all_ranks(lambda: states.latest(up_to=up_to))
     step = state["step"] if state else 0
     measured = {key: state[key] for key in EVALUATION if key in state} if state else {}
     found = distributed.all_gather_objects((step, measured, states.damaged))

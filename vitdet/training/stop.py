@@ -45,7 +45,7 @@ class Stop:
         """
         if distributed.world_size() == 1:
             return lambda: self.received
-        return distributed.largest(self.received)
+        return distributed.async_max(self.received)
 
     def check(self, message: str) -> None:
         """Raise Stopped in all ranks if one of them has received a signal; waits for all of them."""

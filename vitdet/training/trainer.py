@@ -95,16 +95,16 @@ def train(
         ExitStack() as alone,
     ):
         warn_of_short_grace()
-        if distributed.from_first(
+        if distributed.rank0_result(
             lambda: is_complete(config, output, lambda *run: start_tracking(*run).close())
         ):
             return output / "model.pt"
         source = weights if weights is not None else resolve(config.train.init)
-        split = distributed.together(
+        split = distributed.reraise_on_all_ranks(
             lambda: read_split(config.data, config.data.train_split, look=distributed.rank() == 0)
         )
-        val_classes, prints = distributed.from_first(lambda: inspect_data(config, split))
-        folder = distributed.from_first(
+        val_classes, prints = distributed.rank0_result(lambda: inspect_data(config, split))
+        folder = distributed.rank0_result(
             lambda: states_folder(config, output, checkpoints, prints, source)
         )
         states = Checkpoints(folder, config.train.keep)
@@ -115,7 +115,7 @@ def train(
                 f"a profile takes {STEPS} steps, but only {config.optim.steps - start} are left: start "
                 "another training, with a larger optim.steps"
             )
-        loader = distributed.together(
+        loader = distributed.reraise_on_all_ranks(
             lambda: train_loader(
                 config.data,
                 config.train.batch_size,
@@ -139,7 +139,7 @@ def train(
             states.set_aside(start)
             return _announce(config, output, prints, states, state, start_tracking)
 
-        tracker = distributed.together(
+        tracker = distributed.reraise_on_all_ranks(
             lambda: start_alone() if distributed.rank() == 0 else Tracker()
         )
         saver = alone.enter_context(Saver(states))

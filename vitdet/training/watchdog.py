@@ -34,7 +34,7 @@ from vitdet.training.stop import Stop, Stopped
 
 INTERVAL = 5.0  # seconds between two publications
 LIMIT = 240.0  # seconds without progress, and without a publication
-LONG = distributed.PATIENCE.total_seconds()
+LONG = distributed.COLLECTIVE_TIMEOUT.total_seconds()
 ANSWER = 15.0  # seconds that the others have to write their stacks
 
 
@@ -110,7 +110,7 @@ class Watchdog:
         self._rank, self._size = distributed.rank(), distributed.world_size()
         self._shared = distributed.has_joined()
         # torchrun's store also has what the processes before a restart published
-        self._start = distributed.from_first(lambda: uuid.uuid4().hex)
+        self._start = distributed.rank0_result(lambda: uuid.uuid4().hex)
         self._heard = dict.fromkeys(range(self._size), time.monotonic())
         self._thread.start()
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import msgspec
 
-from vitdet.data.annotations import is_text
+from vitdet.data.header import is_text
 from vitdet.data.images import DEFAULT, Reading
 from vitdet.data.segmentation import show
 from vitdet.datasets.importers.dataset import (

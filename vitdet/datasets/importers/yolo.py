@@ -19,7 +19,7 @@ from pathlib import Path
 
 import yaml
 
-from vitdet.data.annotations import is_text
+from vitdet.data.header import is_text
 from vitdet.data.images import DEFAULT, Reading
 from vitdet.data.segmentation import show
 from vitdet.datasets.importers.dataset import (

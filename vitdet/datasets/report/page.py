@@ -17,7 +17,7 @@ from vitdet.data.coco_layouts import find_splits
 from vitdet.data.images import DEFAULT, Reading
 from vitdet.datasets.report.charts import bars, doubling, histogram, ranges, share, text
 from vitdet.datasets.report.portrait import portrait
-from vitdet.files import written
+from vitdet.files import atomic_write
 from vitdet.visualize import spread
 
 PICTURES = 12
@@ -278,5 +278,5 @@ def _problems(report: Report) -> str:
 
 
 def _write(output: Path, page: str) -> None:
-    with written(output) as temporary:
+    with atomic_write(output) as temporary:
         temporary.write_text(page, encoding="utf-8")
