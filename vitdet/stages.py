@@ -1,9 +1,8 @@
 """The stages of an experiment: what the command line's verbs and the pipeline's components call.
 
-`train`, `evaluate` and `register` take configs and paths. The others are the steps of a pipeline
-run on a shared folder (`vitdet.workspace`) with files that the caller names: the resolved configs,
-a description of the data, a checkpoint, metrics. A step may be repeated: what exists is not made
-again, and a training resumes from its checkpoint.
+`train`, `evaluate` and `register` take configs and paths. The others are the steps of a pipeline run on a shared folder
+(`vitdet.workspace`) with files that the caller names: the resolved configs, a description of the data, a checkpoint,
+metrics. A step may be repeated: what exists is not made again, and a training resumes from its checkpoint.
 
 Imports are inside the functions: help and configs need neither torch nor MLflow.
 """
@@ -43,9 +42,7 @@ EXPLICIT = "explicit.json"  # beside the configs of a run: the settings of each 
 
 
 class Data(NamedTuple):
-    """The verified data of a run: its fingerprint, the names of the configs, a line for each that
-    it changed.
-    """
+    """The verified data of a run: its fingerprint, the names of the configs, a line for each that it changed."""
 
     fingerprint: str
     names: list[str]
@@ -64,8 +61,8 @@ def train(
 ) -> Path:
     """output/model.pt of a training that is tracked in MLflow; raises what `vitdet.train` raises.
 
-    weights: the folder of train.init. group: the pipeline run that this training belongs to, if
-    any."""
+    weights: the folder of train.init. group: the pipeline run that this training belongs to, if any.
+    """
     from vitdet import training
     from vitdet.tracking.address import tracking_uri
     from vitdet.tracking.runs import default_folder, has_mlflow, start_tracker
@@ -99,11 +96,10 @@ def evaluate(
     plots: Path | None = None,
     report: Path | None = None,
 ) -> tuple[dict[str, float], str | None]:
-    """The metrics of a checkpoint, also logged to the run that trained it with the files, and that
-    run's id.
+    """The metrics of a checkpoint, also logged to the run that trained it with the files, and that run's id.
 
-    The arguments are those of `vitdet evaluate`; folder: of the default MLflow store. The id is
-    None without that store."""
+    The arguments are those of `vitdet evaluate`; folder: of the default MLflow store. The id is None without that store.
+    """
     from vitdet import distributed
     from vitdet.evaluation.evaluator import evaluate as measure
     from vitdet.tracking.address import tracking_uri
@@ -162,12 +158,11 @@ def register(
 def resolve_configs(
     recipes: Sequence[str], overrides: Sequence[str], workspace: str, folder: str
 ) -> list[str]:
-    """Write folder/NAME.yaml for each recipe, all settings but those that depend on the data, and
-    return the names.
+    """Write folder/NAME.yaml for each recipe, all settings but those that depend on the data, and return the names.
 
-    Raises ValueError or FileNotFoundError, in one line, for a recipe or setting that is wrong, for
-    the same experiment twice, and for recipes that one table could not compare: of other data or
-    another place in MLflow."""
+    Raises ValueError or FileNotFoundError, in one line, for a recipe or setting that is wrong, for the same experiment
+    twice, and for recipes that one table could not compare: of other data or another place in MLflow.
+    """
     from vitdet.data.layout import SPLITS, explicit_settings
     from vitdet.tracking.comparison import check_comparable
 
@@ -200,8 +195,9 @@ def resolve_configs(
 def prepare_data(settings: str, workspace: str, configs: str, manifest: str) -> Data:
     """Verify the data and write the configs with what depends on it, and a description of the data.
 
-    The demo's data set is drawn if it is not there. Raises FileNotFoundError or ValueError, in one
-    line, for data that is missing or that training could not use."""
+    The demo's data set is drawn if it is not there. Raises FileNotFoundError or ValueError, in one line, for data that is
+    missing or that training could not use.
+    """
     from vitdet.data.fingerprint import combined, describe
     from vitdet.data.layout import resolve, settings_text
     from vitdet.demo.tiny import make_tiny
@@ -234,8 +230,7 @@ def prepare_data(settings: str, workspace: str, configs: str, manifest: str) -> 
 
 
 def fetch_weights(configs: str, workspace: str) -> str:
-    """Fetch what train.init of each config names into WORKSPACE/weights; returns a digest of all
-    these files.
+    """Fetch what train.init of each config names into WORKSPACE/weights; returns a digest of all these files.
 
     Raises what `vitdet weights fetch` raises.
     """
@@ -270,11 +265,11 @@ def start_parent_run(configs: str, workspace: str, run_id: str) -> str:
 
 
 def train_argv(settings: str, name: str, data: str, workspace: str, run_id: str) -> list[str]:
-    """The arguments of `vitdet` in a job that trains; the config is saved where the job's processes
-    read it.
+    """The arguments of `vitdet` in a job that trains; the config is saved where the job's processes read it.
 
-    Checked before anything is asked of the cluster: raises as `vitdet.data.fingerprint.verify` does
-    when the data has changed, and FileNotFoundError when the initial weights are gone."""
+    Checked before anything is asked of the cluster: raises as `vitdet.data.fingerprint.verify` does when the data has
+    changed, and FileNotFoundError when the initial weights are gone.
+    """
     from vitdet.weights import resolve
 
     config, output = _verified(settings, name, data), training_folder(workspace, name, run_id)
@@ -301,9 +296,7 @@ def is_trained(workspace: str, name: str, run_id: str) -> bool:
 
 
 def keep_logs(settings: str, name: str, workspace: str, run_id: str, files: dict[str, str]) -> None:
-    """Write the logs of a training job to its folder and its MLflow run, if any; a failure is a
-    warning only.
-    """
+    """Write the logs of a training job to its folder and its MLflow run, if any; a failure is a warning only."""
     from vitdet.tracking.runs import log_files
 
     output = training_folder(workspace, name, run_id)
@@ -319,9 +312,7 @@ def keep_logs(settings: str, name: str, workspace: str, run_id: str, files: dict
 
 
 def copy_checkpoint(workspace: str, name: str, run_id: str, checkpoint: str) -> None:
-    """Copy the detector that a training is for, best.pt with train.keep_best, to where the next
-    step expects it.
-    """
+    """Copy the detector that a training is for, best.pt with train.keep_best, to where the next step expects it."""
     Path(checkpoint).parent.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(result(training_folder(workspace, name, run_id)), checkpoint)
 
@@ -347,11 +338,10 @@ def evaluate_recipe(
     figures: str,
     report: str,
 ) -> tuple[dict[str, float], bool]:
-    """The detector's metrics, also in MLflow, and whether the champion's evaluation on this data is
-    known.
+    """The detector's metrics, also in MLflow, and whether the champion's evaluation on this data is known.
 
-    Writes the metrics with what they belong to, as the following steps read them, and the HTML file
-    `report`."""
+    Writes the metrics with what they belong to, as the following steps read them, and the HTML file `report`.
+    """
     from vitdet.data.protocol import Protocol
     from vitdet.evaluation.report import REPORT
     from vitdet.tracking import champion
@@ -371,10 +361,7 @@ def evaluate_recipe(
 def evaluate_champion(
     checkpoint: str, figures: str, configs: str, name: str, workspace: str, run_id: str
 ) -> str:
-    """Evaluate the champion as the detector in `checkpoint` was; returns one line.
-
-    `gate` reads the result.
-    """
+    """Evaluate the champion as the detector in `checkpoint` was; returns one line. `gate` reads the result."""
     from vitdet.checkpoint import load_model_file
     from vitdet.tracking import champion, evaluations
     from vitdet.tracking.gate import label
@@ -418,9 +405,7 @@ def gate(
 def register_recipe(
     checkpoint: str, figures: str, configs: str, name: str, workspace: str, run_id: str
 ) -> str:
-    """Register the detector and make it the champion if it still passes the gate; returns one
-    line.
-    """
+    """Register the detector and make it the champion if it still passes the gate; returns one line."""
     from vitdet.tracking import champion, evaluations
 
     row, config = _read(figures), load_config(Path(configs) / f"{name}.yaml")
@@ -447,9 +432,7 @@ def register_recipe(
 
 
 def compare(verdicts: Sequence[str], configs: str, workspace: str, run_id: str, table: str) -> str:
-    """The table of all recipes in Markdown, also in MLflow's parent run; writes it to the file
-    `table`.
-    """
+    """The table of all recipes in Markdown, also in MLflow's parent run; writes it to the file `table`."""
     from vitdet.tracking import comparison
 
     config = next(iter(_configs(configs).values()))
@@ -481,9 +464,7 @@ def end_parent_run(
 
 
 def _verified(configs: str, name: str, data: str) -> Config:
-    """A config of `resolve_configs` or `prepare_data` with what the data has, which has this
-    fingerprint.
-    """
+    """A config of `resolve_configs` or `prepare_data` with what the data has, which has this fingerprint."""
     from vitdet.data.fingerprint import verify
     from vitdet.data.layout import resolve
 

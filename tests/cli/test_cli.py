@@ -491,6 +491,6 @@ def test_in_a_process_of_its_own(vitdet: Run, tiny: Path, tmp_path: Path) -> Non
     assert (
         done.returncode == 1
         and done.stderr.count("\n") == 1
-        and "instances_test.json: not there" in done.stderr
+        and "instances_test.json: no such file or folder" in done.stderr
     )
     assert not list(tmp_path.iterdir())

@@ -126,7 +126,7 @@ DARK = [
     "errors: none",
     "warnings: 1",
     "  1 x 16-bit image with values of 8 bits, read as nearly black (set data.bit_depth=8)",
-    "      instances_odd.json: image 1: 'odd.jpg': 255 of 65535 at most",
+    "      instances_odd.json: image 1: 'odd.jpg': largest value 255 of 65535",
 ]
 JPEG = io.BytesIO()
 Image.fromarray(RNG.integers(0, 256, (64, 64, 3), np.uint8)).save(JPEG, "JPEG", progressive=True)
@@ -195,7 +195,7 @@ def test_what_cannot_be_used_is_refused_in_one_line_everywhere(
     with pytest.raises((ImageError, FileNotFoundError), match="vitdet data check") as caught:
         next(iter(train_loader(data, 1, 0, 0, 1)))
     assert str(caught.value).startswith(f"{path}: ") and "\n" not in str(caught.value)
-    assert says in str(caught.value) or "no such image file, 0 more" in str(caught.value)
+    assert says in str(caught.value) or "no such file, 0 more" in str(caught.value)
     assert (
         vitdet("data", "report", "own", "--output", "page.html")[0] == 0
         and not (tmp_path / "drawn").exists()
@@ -236,7 +236,7 @@ def test_a_file_that_promises_too_many_pixels_is_not_decoded(
     monkeypatch.setattr("PIL.ImageFile.ImageFile.load", lambda _: pytest.fail("decoded"))
     expected = (
         "the image has 13,000 x 13,000 pixels, more than data.max_pixels=100000000; downscale it, "
-        "cut it into parts, or raise data.max_pixels"
+        "cut it into tiles, or raise data.max_pixels"
     )
     data = replace(data, image_size=64)
     readers = [

@@ -272,9 +272,9 @@ def test_a_finished_detector_goes_on_with_the_folders_classes(
         f"data.root={own_tiny}",
     ]
     code, _, err = vitdet("train", "tiny", *words, "--output", tmp_path / "run")
-    assert code == 0 and "logits.weight: newly initialized (6 classes in the file, 2 here)" in said(), (
-        err
-    )
+    assert (
+        code == 0 and "logits.weight: newly initialized (6 classes in the file, 2 here)" in said()
+    ), err
     assert Predictor.load(tmp_path / "run" / "model.pt").class_names == ("one", "two")
 
 

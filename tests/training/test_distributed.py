@@ -169,9 +169,7 @@ def killed_alone(tiny: Path, folder: Path) -> None:
     process.terminate()
     _, errors = process.communicate()
     assert process.returncode == 143, errors
-    stopped = int(
-        re.search(rf"stopped at step (\d+) of {STEPS}; the same command goes on", errors)[1]
-    )
+    stopped = int(re.search(rf"stopped at step (\d+) of {STEPS}; run the same command", errors)[1])
     assert first <= stopped < STEPS
     process = start(words, folder)
     wait_for(process, f"step {random.randrange(stopped + 1, max(STEPS, stopped + 2))}/{STEPS}")

@@ -149,7 +149,7 @@ def test_a_finished_run_is_the_result_of_its_own_config_and_data_only(
     path.write_text(json.dumps(content))
     with pytest.raises(
         ValueError,
-        match=r"run: holds a finished run on other data \(train split \w+, now \w+\); choose another",
+        match=r"run: contains a finished run on other data \(train split \w+, now \w+\); choose another",
     ):
         again()
     assert len(heard) == 1

@@ -129,7 +129,7 @@ def test_more_steps_that_would_change_earlier_rates_are_refused(tiny: Path, tmp_
     go(tiny, tmp_path / "step", optim__milestones=[0.5])
     with pytest.raises(
         ValueError,
-        match=r"step: holds a finished run with another config \(optim.steps: 12, not 8\); the learning "
+        match=r"step: contains a finished run with another config \(optim.steps: 12, not 8\); the learning "
         r"rate of step 4 would have been 0.001, not 0.0001; choose another --output or remove it",
     ):
         go(tiny, tmp_path / "step", optim__steps=12, optim__milestones=[0.5])
@@ -139,7 +139,7 @@ def test_fewer_steps_than_done_are_refused(tiny: Path, tmp_path: Path) -> None:
     with pytest.raises(Stopped):
         go(tiny, tmp_path, interrupt(terminate, 5), optim__milestones="[]")
     with pytest.raises(
-        ValueError, match="holds a run of 5 steps, more than optim.steps = 4; choose"
+        ValueError, match="contains a run of 5 steps, more than optim.steps = 4; choose"
     ):
         go(tiny, tmp_path, optim__milestones="[]", optim__steps=4)
     assert max(go(tiny, tmp_path, optim__milestones="[]", optim__steps=6).points) == 6
@@ -150,7 +150,7 @@ def test_more_steps_after_an_end_need_its_last_state(tiny: Path, tmp_path: Path)
     before = (tmp_path / "model.pt").read_bytes()
     shutil.rmtree(tmp_path / "checkpoints")
     with pytest.raises(
-        ValueError, match="holds a finished run of 1 steps, and no training state to"
+        ValueError, match="contains a finished run of 1 steps, and no training state to"
     ):
         go(tiny, tmp_path, optim__milestones="[]", optim__steps=2)
     assert (tmp_path / "model.pt").read_bytes() == before

@@ -175,7 +175,9 @@ def test_a_pretraining_becomes_tensors(tmp_path: Path) -> None:
     text = refused(
         tmp_path / "mae.pth", tmp_path / "x.safetensors", "mae", "mask_rcnn_vitae_b_coco"
     )
-    assert "does not fit this backbone: " in text and "missing backbone.blocks.0.pcm.0.weight" in text
+    assert (
+        "does not fit this backbone: " in text and "missing backbone.blocks.0.pcm.0.weight" in text
+    )
     assert (
         "mae.pth, read as vitae_cls: 150 tensors unknown to this format, such as cls_token"
         in refused(tmp_path / "mae.pth", tmp_path / "x.safetensors", "vitae_cls")

@@ -149,9 +149,7 @@ def test_what_could_not_be_verified_is_told(
 def test_what_cannot_be_converted_is_kept_only_if_it_is_the_published_file(
     get: Fetch, web: Web, tmp_path: Path
 ) -> None:
-    with pytest.raises(
-        ValueError, match="3 tensors unknown to this format; the download was kept"
-    ):
+    with pytest.raises(ValueError, match="3 tensors unknown to this format; the download was kept"):
         get(refuse)
     assert (
         names(tmp_path / "here") == [".some.part.pth", ".some.part.pth.json"]
@@ -171,9 +169,7 @@ def test_a_copy_from_elsewhere(get: Fetch, web: Web, tmp_path: Path) -> None:
         ValueError, match=r"other.pth: 99,999 bytes, expected 100,000: not the published some$"
     ):
         get(local=tmp_path / "other.pth")
-    with pytest.raises(
-        ValueError, match=r"copy.pth: copy.pth: 3 tensors unknown to this format$"
-    ):
+    with pytest.raises(ValueError, match=r"copy.pth: copy.pth: 3 tensors unknown to this format$"):
         get(refuse, local=tmp_path / "copy.pth")
     with pytest.raises(FileNotFoundError, match="none.pth: no such file"):
         get(local=tmp_path / "none.pth")

@@ -111,9 +111,7 @@ def test_every_layout_is_read_through_the_same_wrappers(layout: str, tmp_path: P
     if layout == "vitdet":  # takes any name
         assert read_source(path, layout).weights.keys() == {"zzz.w"}
         return
-    with pytest.raises(
-        ValueError, match=r"1 tensors unknown to this format, such as zzz\.w$"
-    ):
+    with pytest.raises(ValueError, match=r"1 tensors unknown to this format, such as zzz\.w$"):
         read_source(path, layout)
 
 

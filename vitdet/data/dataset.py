@@ -73,7 +73,7 @@ def read_split(
     gone = [path for path in found.records.paths() if not os.path.isfile(path)] if look else []
     if gone:
         raise FileNotFoundError(
-            f"{gone[0]}: no such image file, {len(gone) - 1} more are missing; "
+            f"{gone[0]}: no such file, {len(gone) - 1} more images are missing; "
             f"`vitdet data check {data.root}` lists all problems"
         )
     return found
