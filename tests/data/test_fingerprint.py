@@ -175,7 +175,7 @@ def test_a_run_of_version_0_1_goes_on_with_the_same_data(old_run: Path, own_tiny
 def test_a_run_of_version_0_1_is_refused_with_other_data(old_run: Path, own_tiny: Path) -> None:
     config = load_config("tiny", minimal(own_tiny, optim__steps=2, train__save_every=1))
     add_image(own_tiny)
-    with pytest.raises(ValueError, match="the data set has changed since this run began"):
+    with pytest.raises(ValueError, match="the data set has changed since this run started"):
         train(config, old_run)
 
 

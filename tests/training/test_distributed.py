@@ -194,7 +194,7 @@ def killed_pair(tiny: Path, folder: Path) -> None:
     # its process was killed before it could say that it has finished
     client.update_run(run.info.run_id, "RUNNING")
     # as torchrun does when another node is lost at the very end
-    assert "run: complete already, nothing is left to do" in finish(
+    assert "run: already complete, nothing to do" in finish(
         start(words, folder, processes=2)
     )
     assert (folder / "run" / "model.pt").read_bytes() == trained

@@ -162,7 +162,7 @@ def test_a_scaled_rate_is_that_of_the_whole_training(
     half = {"optim__scale_lr": "true", "optim__lr_batch_size": 4, "optim__steps": 3}
     with caplog.at_level(logging.INFO, "vitdet"), pytest.raises(Stopped):
         go(tiny, tmp_path / "run", interrupt(terminate, 2), **half)
-    note = "optim.lr=0.001 is meant for steps of 4 images, and train.batch_size is 2: optim.scale_lr makes it 0.0005"
+    note = "optim.lr=0.001 is meant for steps of 4 images, and train.batch_size is 2: optim.scale_lr scales it to 0.0005"
     assert caplog.messages.count(note) == 1
     with pytest.raises(ValueError, match="another config .optim.lr_batch_size: 8, not 4"):
         go(tiny, tmp_path / "run", **half | {"optim__lr_batch_size": 8})

@@ -150,7 +150,7 @@ def test_a_torch_without_the_shutdown_time_out_is_warned_about(
     assert not caplog.text
     monkeypatch.setenv("RANK", "0")
     warn_of_short_grace()
-    assert "30 s after SIGTERM, whatever TORCH_ELASTIC_SHUTDOWN_TIMEOUT" in caplog.text
+    assert "30 s after SIGTERM, regardless of TORCH_ELASTIC_SHUTDOWN_TIMEOUT" in caplog.text
 
 
 SLOW = f"""

@@ -76,8 +76,8 @@ class Best:
         """Log it if train.patience ended a training of `steps` steps after `done`."""
         if self.is_final() and done < steps:
             log.info(
-                "train.patience=%d: %s has not exceeded %.4g of step %d in the last %d evaluations: "
-                "the training ends at step %d of %d",
+                "train.patience=%d: %s has not exceeded %.4g of step %d in the last %d "
+                "evaluations: the training ends at step %d of %d",
                 self.patience,
                 self.metric,
                 self.value or 0.0,

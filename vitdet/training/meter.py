@@ -75,8 +75,9 @@ class Meter:
         ]
         if broken:
             raise ValueError(
-                f"{', '.join(broken)} not finite: the training has diverged; try a smaller optim.lr, "
-                "a longer optim.warmup_steps, or optim.clip=1; the last checkpoint is from before"
+                f"{', '.join(broken)} not finite: the training has diverged; try a smaller "
+                "optim.lr, a longer optim.warmup_steps, or optim.clip=1; the last checkpoint was "
+                "saved before"
             )
         return {"sums": dict(zip(self.sums, sums, strict=True)), "count": self.count}
 

@@ -75,7 +75,8 @@ class Beat:
         return self.step, self.stage
 
     def __str__(self) -> str:
-        text = f"{self.host}, pid {self.pid}: step {self.step}, {self.doing or self.stage.name.lower()}"
+        doing = self.doing or self.stage.name.lower()
+        text = f"{self.host}, pid {self.pid}: step {self.step}, {doing}"
         text += f" for {self.age + self.silent:.0f} s"
         return f"{text}, last heard of {self.silent:.0f} s ago" if self.silent > LIMIT else text
 
