@@ -13,7 +13,7 @@ from torch import nn
 
 from vitdet.checkpoint import restore_detector
 from vitdet.config import DataConfig, EvalConfig
-from vitdet.data.images import DEFAULT, Picture, Reading, read_image
+from vitdet.data.images import DEFAULT, ImageInput, Reading, read_image
 from vitdet.data.transforms import resize_and_pad
 from vitdet.models.graphed_detector import GraphedDetector
 from vitdet.types import Detections
@@ -102,14 +102,14 @@ class Predictor:
         )
 
     @overload
-    def __call__(self, image: Picture, threshold: float = 0.5) -> Detections: ...
+    def __call__(self, image: ImageInput, threshold: float = 0.5) -> Detections: ...
 
     @overload
-    def __call__(self, image: list[Picture], threshold: float = 0.5) -> list[Detections]: ...
+    def __call__(self, image: list[ImageInput], threshold: float = 0.5) -> list[Detections]: ...
 
     @torch.no_grad()
     def __call__(
-        self, image: Picture | list[Picture], threshold: float = 0.5
+        self, image: ImageInput | list[ImageInput], threshold: float = 0.5
     ) -> Detections | list[Detections]:
         """Return the detections with a score of at least `threshold`, on the CPU.
 

@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image, ImageChops, ImageDraw, ImageFilter, ImageFont, ImageOps
 from torch import Tensor
 
-from vitdet.data.images import Picture, read_image
+from vitdet.data.images import ImageInput, read_image
 from vitdet.data.masks import paste
 from vitdet.types import Detections
 
@@ -29,7 +29,7 @@ def class_color(label: int) -> tuple[int, int, int]:
     return round(255 * red), round(255 * green), round(255 * blue)
 
 
-def draw(image: Picture, found: Detections, scale: float | None = None) -> Image.Image:
+def draw(image: ImageInput, found: Detections, scale: float | None = None) -> Image.Image:
     """Draw masks, boxes, names and scores of detections in pixels of the image.
 
     scale: enlargement of the drawing; by default small images are enlarged to be legible.

@@ -62,7 +62,7 @@ def test_data(vitdet: Run, tmp_path: Path) -> None:
     words = ("data", "tiny", "made", "--train", "3", "--val", "2", "--seed", "5")
     assert vitdet(*words) == (0, "made: 3 + 2 images\n", "")
     assert vitdet(*words) == (0, "made: 3 + 2 images, already there\n", "")
-    refused(vitdet(*words[:-1], "6"), "holds something else than the tiny data set")
+    refused(vitdet(*words[:-1], "6"), "contains something else than the tiny data set")
     code, output, _ = vitdet("data", "check", "made")
     assert code == 0 and "train: 3 images" in output and "errors: none" in output
     next((tmp_path / "made" / "train").glob("*.jpg")).unlink()

@@ -126,7 +126,7 @@ def test_the_disk_is_asked_first(
     wanted[1] = replace(wanted[1], size=19_000_000_000, unpacked=20_000_000_000)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=30_000_000_000))
     with pytest.raises(
-        OSError, match=r"data: 39.0 GB are needed \(19.0 for archives, 20.0 for what they"
+        OSError, match=r"data: 39.0 GB are needed \(19.0 for archives, 20.0 for their content"
     ):
         get(wanted=wanted)
     assert web.asked == []

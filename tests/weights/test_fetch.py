@@ -107,7 +107,7 @@ def test_another_file_than_the_published_one_does_not_stay(
 
 def test_wrong_bytes_of_the_right_length(get: Fetch, web: Web, tmp_path: Path) -> None:
     web.content = CONTENT[:-1] + b"?"
-    with pytest.raises(ValueError, match="not the published some; the download was thrown away"):
+    with pytest.raises(ValueError, match="not the published some; the download was removed"):
         get()
     assert not names(tmp_path / "here")
     web.content, web.tag = CONTENT, '"right"'
@@ -157,7 +157,7 @@ def test_what_cannot_be_converted_is_kept_only_if_it_is_the_published_file(
     )
     assert get().is_file() and web.sent == 100_000
     get().unlink()
-    with pytest.raises(ValueError, match="does not know; the download was thrown away"):
+    with pytest.raises(ValueError, match="does not know; the download was removed"):
         get(refuse, sha256="")
     assert not names(tmp_path / "here")
 

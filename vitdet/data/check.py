@@ -20,7 +20,7 @@ from typing import NamedTuple
 from vitdet.data.annotation_file import read_entries
 from vitdet.data.annotations import AnnotationValidator, explain_dropped
 from vitdet.data.coco_layouts import SplitFiles, coco_files, existing_name, find_splits
-from vitdet.data.images import DEFAULT, Examined, Reading, examine, exchanged, look
+from vitdet.data.images import DEFAULT, Examined, Reading, check_file, examine, exchanged
 from vitdet.data.segmentation import show
 
 DEPTHS = (8, 10, 12, 14)  # bits that cameras store in 16
@@ -245,7 +245,7 @@ class _Split:
         name = self.validator.names[image_id]
         path = self.images / existing_name(self.images, name)
         try:
-            look(path)
+            check_file(path)
             content = path.read_bytes()
         except FileNotFoundError:
             return _Outcome("missing image file", _backslashes(name))

@@ -38,14 +38,14 @@ Sample = tuple[Target | None, tuple[int, int], int, tuple[int, int]]
 
 
 def read_split(
-    data: DataConfig, split: str, tree: dict | None = None, look: bool = True
+    data: DataConfig, split: str, tree: dict | None = None, check_files: bool = True
 ) -> CocoSplit:
     """Read a split, limited to data.max_images images of lowest id.
 
     The limit counts images with objects, except of the training split with data.keep_empty.
 
     Args: data: the data set. split: name of the split. tree: the content of the annotation file, if
-        it was already read. look: check that the files exist and match the record of `vitdet data
+        it was already read. check_files: check that the files exist and match the record of `vitdet data
         coco|lvis`; rank 0 does
             so for all ranks.
 
@@ -56,10 +56,10 @@ def read_split(
     for path in (annotations, images):
         if not path.exists():
             raise missing(path, data)
-    if look:
+    if check_files:
         download_record.check_split(root, annotations)
     found = read_coco(annotations, images, by_url=data.dataset == "lvis", tree=tree)
-    if look:
+    if check_files:
         download_record.check_images(root, images, found.records.names())
     if not found.records.counts().any():
         raise ValueError(
@@ -70,7 +70,9 @@ def read_split(
         found = replace(found, records=found.records[: data.max_images])
     elif data.max_images:
         found = with_objects(found, data.max_images)
-    gone = [path for path in found.records.paths() if not os.path.isfile(path)] if look else []
+    gone = (
+        [path for path in found.records.paths() if not os.path.isfile(path)] if check_files else []
+    )
     if gone:
         raise FileNotFoundError(
             f"{gone[0]}: no such file, {len(gone) - 1} more images are missing; "

@@ -23,7 +23,7 @@ from vitdet.config import DataConfig
 if TYPE_CHECKING:
     from torch import Tensor
 
-Picture: TypeAlias = "str | Path | Image.Image | np.ndarray | Tensor"
+ImageInput: TypeAlias = "str | Path | Image.Image | np.ndarray | Tensor"
 
 # EXIF orientation -> transposition to upright
 TURNS = {
@@ -74,7 +74,7 @@ def open_image(path: Path, reading: Reading = DEFAULT) -> Image.Image:
     Raises FileNotFoundError, and ValueError if the file is not an image, damaged, or has more
     pixels than `reading.max_pixels`; then it is not decoded."""
     with _named(path):
-        look(path)
+        check_file(path)
         with _opened(path, reading) as file:
             return upright(file, reading)
 
@@ -82,10 +82,10 @@ def open_image(path: Path, reading: Reading = DEFAULT) -> Image.Image:
 def find_image(path: Path) -> None:
     """Raise as `open_image` if `path` is not a non-empty file."""
     with _named(path):
-        look(path)
+        check_file(path)
 
 
-def read_image(image: Picture, reading: Reading = DEFAULT) -> Image.Image:
+def read_image(image: ImageInput, reading: Reading = DEFAULT) -> Image.Image:
     """Convert any input of `Predictor` to an upright RGB image; raises as `Predictor.__call__`."""
     if isinstance(image, str | Path):
         return open_image(Path(image), reading)
@@ -117,7 +117,7 @@ def image_size(path: Path, reading: Reading = DEFAULT) -> tuple[int, int]:
     Raises as `open_image`.
     """
     with _named(path):
-        look(path)
+        check_file(path)
         with _opened(path, reading) as file:
             return _upright_size(file)
 
@@ -269,7 +269,7 @@ def _over_white(image: Image.Image) -> Image.Image:
     return page
 
 
-def look(path: Path) -> None:
+def check_file(path: Path) -> None:
     """Raise an error without a file name if `path` is not a non-empty regular file."""
     found = path.stat()
     if stat.S_ISDIR(found.st_mode):

@@ -71,7 +71,9 @@ def train_loader(
     `read_split` raises (only rank 0 checks the files) and ValueError if batch_size is not divisible
     by the number of micro-batches of all ranks. Iteration raises ValueError for unusable image
     files."""
-    dataset = TrainData(split or read_split(data, data.train_split, look=rank == 0), data, seed)
+    dataset = TrainData(
+        split or read_split(data, data.train_split, check_files=rank == 0), data, seed
+    )
     if rank == 0:
         path, found = split_files(data, data.train_split)[0], dataset.split
         _warn(path, "objects left out of training", found.dropped)

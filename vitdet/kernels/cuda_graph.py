@@ -1,7 +1,8 @@
-"""A function of tensors as a CUDA graph: its kernels are recorded once and then started by one call.
+"""CUDA graphs of a function of tensors: its kernels are recorded once and then launched by one
+call.
 
-Starting the thousands of kernels of a training step one by one takes a processor longer than a GPU takes to run them at
-small batches; as a graph a step has some 90 launches.
+At small batch sizes, launching the thousands of kernels of a training step takes the host longer
+than the GPU needs to run them; as a graph a step has some 90 launches.
 """
 
 from __future__ import annotations
@@ -21,7 +22,9 @@ _recording = Lock()  # torch records one graph of a process at a time
 
 
 class NotRecorded(Exception):
-    """A function cannot be recorded as a CUDA graph, or not for these shapes; it says why."""
+    """A function cannot be recorded as a CUDA graph, or not for these shapes; the message is the
+    reason.
+    """
 
 
 class NoRoom(NotRecorded):
@@ -41,10 +44,10 @@ class _Graph(NamedTuple, Generic[Output]):
 class CudaGraph(Generic[Output]):
     """A function of tensors on a GPU, recorded for each set of shapes that it is called with.
 
-    The function may not wait for the GPU, and what it reads besides its arguments (weights, say) must stay where it is
-    in memory. What it returns lies in memory that the next call with the same shapes overwrites. Random numbers follow
-    the generator of the device as without a graph. No function is kept, whose references back would make the memory of
-    the graphs wait for the garbage collector.
+    The function must not synchronize with the GPU, and tensors that it reads besides its arguments
+    (weights, say) must not move in memory. Its results are overwritten by the next call with the
+    same shapes. Random numbers follow the device's generator as without a graph. No reference to
+    the function is kept, so that no reference cycle delays freeing the memory of the graphs.
     """
 
     def __init__(self) -> None:
@@ -54,7 +57,7 @@ class CudaGraph(Generic[Output]):
         self.stream: torch.cuda.Stream | None = None
 
     def __call__(self, *tensors: Tensor) -> Output:
-        """What the recorded function gives for tensors on the GPU or in pinned memory.
+        """Replay the graph for tensors on the GPU or in pinned memory.
 
         Raises NotRecorded for shapes that are not recorded.
         """
@@ -67,20 +70,24 @@ class CudaGraph(Generic[Output]):
         return recorded.output
 
     def clear(self) -> None:
-        """Give back the memory of all graphs; what they returned is lost."""
+        """Free the memory of all graphs; their results become invalid."""
         self.graphs.clear()
         self.pool = None
 
     def has(self, *tensors: Tensor) -> bool:
-        """Whether there is a graph for tensors of these shapes."""
+        """Return whether there is a graph for tensors of these shapes."""
         return _shapes(tensors) in self.graphs
 
     def record(self, function: Callable[..., Output], *tensors: Tensor) -> None:
-        """Record function(*tensors) for tensors of these shapes. It is called a few times: side effects happen.
+        """Record function(*tensors) for tensors of these shapes. It is called several times, with
+        its side effects.
 
-        Raises NotRecorded if it waits for the GPU somewhere, NoRoom if there are LIMIT graphs already, OutOfMemory,
-        with all graphs cleared, if the GPU has too little memory. The state of the device's random generator is
-        unchanged.
+        The state of the device's random generator does not change.
+
+        Raises:
+            NotRecorded: the function synchronizes with the GPU.
+            NoRoom: LIMIT graphs exist.
+            OutOfMemory: too little GPU memory; all graphs are cleared.
         """
         if len(self.graphs) == LIMIT:
             raise NoRoom(f"{LIMIT} graphs are recorded already, for other shapes")

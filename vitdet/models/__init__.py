@@ -49,7 +49,7 @@ def build_backbone(settings: ModelConfig) -> Plain | Hierarchical:
     if backbone.name in vitae.SMALL_SIZES:
         if backbone.patch_size != 16:
             raise ValueError(
-                f"model.backbone.patch_size must be 16 with {backbone.name}, whose cells downsample "
+                f"model.backbone.patch_size must be 16 with {backbone.name}, whose cells reduce "
                 f"4 * 2 * 2 times, got {backbone.patch_size}"
             )
         return ViTAESmall(**plain)

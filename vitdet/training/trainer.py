@@ -111,7 +111,9 @@ def train(
             return output / "model.pt"
         source = weights if weights is not None else resolve(config.train.init)
         split = distributed.reraise_on_all_ranks(
-            lambda: read_split(config.data, config.data.train_split, look=distributed.rank() == 0)
+            lambda: read_split(
+                config.data, config.data.train_split, check_files=distributed.rank() == 0
+            )
         )
         val_classes, prints = distributed.rank0_result(lambda: inspect_data(config, split))
         folder = distributed.rank0_result(
@@ -144,13 +146,13 @@ def train(
 
         detector = fresh_detector(config, split, None if state else source, device)
 
-        def start() -> Tracker:
+        def start_tracker() -> Tracker:
             rank0_only.enter_context(states.locked())
             states.set_aside(start)
             return _announce(config, output, prints, states, state, start_tracking)
 
         tracker = distributed.reraise_on_all_ranks(
-            lambda: start() if distributed.rank() == 0 else Tracker()
+            lambda: start_tracker() if distributed.rank() == 0 else Tracker()
         )
         saver = rank0_only.enter_context(Saver(states))
         data = {"class_names": list(split.class_names), "fingerprints": prints}
