@@ -309,8 +309,8 @@ def _warn(folder: Path, error: OSError) -> None:
     _warned.add(str(folder))
     log.warning(
         "%s: this file system does not support locks (%s); concurrent processes that write the "
-        "same output, send the same run to MLflow, download the same file or promote a champion are not "
-        "detected: do not start the same command twice",
+        "same output, send the same run to MLflow, download the same file or promote a champion "
+        "are not detected: do not start the same command twice",
         folder,
         error.strerror or error,
     )

@@ -401,7 +401,7 @@ def test_predict_looks_before_it_writes(
     model = trained / "model.pt"
     refused(
         vitdet("predict", model, picture, text, "--output", "drawn"),
-        "text.jpg: not an image that can be read",
+        "text.jpg: not a readable image",
     )
     refused(vitdet("predict", model, picture, cut, "--output", "drawn"), "cut.jpg: the image ")
     refused(

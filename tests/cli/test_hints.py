@@ -294,6 +294,6 @@ def test_kinds_that_look_alike_are_told_apart_by_the_flag(
     root = copied(tiny, tmp_path / "own")
     (root / "data.yaml").write_text("names: [a]\ntrain: train\nval: val\n")
     _, _, said = vitdet("data", "convert", root, "made")
-    flag, kinds = re.findall(r"(--\w+) says which", said)[0], re.findall(r"looks like (.*);", said)
+    flag, kinds = re.findall(r"choose with (--\w+)", said)[0], re.findall(r"looks like (.*);", said)
     assert "coco" in kinds[0]
     assert vitdet("data", "convert", root, "made", flag, "coco")[0] == 0

@@ -149,7 +149,7 @@ def test_a_length_that_is_not_known(web: Web, load: Load) -> None:
         (
             status(403),
             ConnectionError,
-            "the server answers 403 Forbidden (it does not give out this file)",
+            "the server answers 403 Forbidden (the server denies access to this file)",
         ),
         (
             status(200, b"<html>log in</html>", Content_Type="text/html"),

@@ -171,7 +171,7 @@ def test_bytes_that_are_no_such_weights_are_one_line(
     assert (code, output) == (1, "") and last.startswith(
         f"vitdet: mae_vit_h, from {web.url}{ADDRESS}: "
     )
-    assert says in last and last.endswith("; the download was thrown away")
+    assert says in last and last.endswith("; the download was removed")
     assert not list((tmp_path / "w").iterdir()) and not (tmp_path / "exploited").exists()
 
 

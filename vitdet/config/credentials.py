@@ -14,7 +14,8 @@ _USER = (
 _USER_ONLY = r"(?<=://)[^/\s'\"]*(?P<at2>@)"
 # NAME=VALUE of a query; %3B and %3D: of an ODBC connection string in one
 _NAME = (
-    r"[\w.-]*(?:password|passwd|passphrase|secret|token|signature|credential|(?:api|access|account|shared)[_-]?key)[\w.-]*"
+    r"[\w.-]*(?:password|passwd|passphrase|secret|token|signature|credential"
+    r"|(?:api|access|account|shared)[_-]?key)[\w.-]*"
     r"|key|pwd|pass|sig|auth"
 )
 _QUERY = rf"(?P<name>(?:[?&;]|%3[BF]|%26|odbc_connect=)(?:{_NAME})(?:=|%3D))[^&\s'\"]+"

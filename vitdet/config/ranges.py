@@ -43,8 +43,8 @@ ModelName = Annotated[
     str,
     Meta(
         pattern=r"^(?=.*\S)(?!\.\Z|\.\.)[^/:'\"\\\x00-\x1f\x7f]{1,256}\Z",
-        description="have 1 to 256 characters, none of them / : ' \" \\ or a line break, and not be "
-        ". or begin with ..",
+        description="have 1 to 256 characters, none of them / : ' \" \\ or a line break, and not "
+        "be . or begin with ..",
     ),
 ]
 ExperimentName = Annotated[

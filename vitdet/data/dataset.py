@@ -45,8 +45,8 @@ def read_split(
     The limit counts images with objects, except of the training split with data.keep_empty.
 
     Args: data: the data set. split: name of the split. tree: the content of the annotation file, if
-        it was already read. check_files: check that the files exist and match the record of `vitdet data
-        coco|lvis`; rank 0 does
+        it was already read. check_files: check that the files exist and match the record of `vitdet
+        data coco|lvis`; rank 0 does
             so for all ranks.
 
     Raises:

@@ -292,7 +292,8 @@ def _opened(file: Path | io.BytesIO, reading: Reading) -> Iterator[Image.Image]:
         if image.width * image.height > reading.max_pixels:
             raise _TooLarge(
                 f"the image has {image.width:,} x {image.height:,} pixels, more than "
-                f"data.max_pixels={reading.max_pixels}; downscale it, cut it into tiles, or raise data.max_pixels"
+                f"data.max_pixels={reading.max_pixels}; downscale it, cut it into tiles, or raise "
+                "data.max_pixels"
             )
         yield image
 

@@ -73,7 +73,7 @@ def convert(
         FileNotFoundError, ValueError: unusable source or options, or the target is not empty.
     """
     if target.exists() and not (target.is_dir() and not any(target.iterdir())):
-        raise ValueError(f"{target}: is there already; give a new folder")
+        raise ValueError(f"{target}: already exists; choose a new folder")
     if not source.exists():
         raise FileNotFoundError(f"{source}: no such folder")
     if not 0 <= val_share < 1:
@@ -82,7 +82,7 @@ def convert(
     if found.class_names:
         names, labels = select_classes(source, found.class_names, classes, rename or {})
     else:
-        names, labels = (), []  # nothing was readable
+        names, labels = (), []  # nothing readable
     with atomic_dir(target) as temporary:
         (temporary / "annotations").mkdir()
         writer = _Writer(temporary, names, labels, copy, boxes_as_masks)
@@ -95,13 +95,14 @@ def convert(
             raise ValueError(f"{source}: nothing to convert; {'; '.join(found.remarks)}")
     if not any(split.startswith("val") for split in counts):
         found.remarks.append(
-            "no validation split, which training needs: --val-share 0.1 takes a tenth of the images"
+            "no validation split, which training needs; --val-share 0.1 splits off a tenth of the "
+            "images"
         )
     notes = {note: count for note, count in found.notes.items() if count}
     if boxes_as_masks and BOX_ONLY in notes:
-        notes["boxes are also their objects' masks"] = notes.pop(BOX_ONLY)
+        notes["boxes are used as masks"] = notes.pop(BOX_ONLY)
     if writer.other_classes:
-        notes["objects of other classes left out (--classes)"] = writer.other_classes
+        notes["objects of other classes dropped (--classes)"] = writer.other_classes
     return Converted(counts, names, notes, tuple(found.remarks))
 
 
@@ -141,7 +142,7 @@ class _Writer:
         boxes_as_masks: bool,
     ) -> None:
         self.folder, self.class_names, self.copy = folder, class_names, copy
-        self.labels = labels  # label of the source -> label here, None: left out
+        self.labels = labels  # label of the source -> label here, None: skipped
         self.boxes_as_masks = boxes_as_masks
         self.images = self.objects = self.other_classes = 0
         self.name_of: dict[str, str] = {}  # source file -> name

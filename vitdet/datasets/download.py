@@ -28,11 +28,11 @@ from urllib.request import Request, urlopen
 from vitdet.files import write_json
 
 CHUNK = 1 << 18  # bytes
-LARGEST = 100 * 10**9  # bytes: of a file whose size nobody tells; no published one is larger
-PASSING = (408, 425, 429, 500, 502, 503, 504)  # status codes after which another attempt may do
+LARGEST = 100 * 10**9  # bytes: limit for files of unknown size; no published file is larger
+PASSING = (408, 425, 429, 500, 502, 503, 504)  # status codes that are retried
 REASONS = {
     401: "it asks for a password",
-    403: "it does not give out this file",
+    403: "the server denies access to this file",
     404: "no such file there",
     410: "the file is gone",
 }
@@ -43,7 +43,7 @@ log = logging.getLogger(__name__)
 class Patience:
     """Retry policy."""
 
-    tries: int = 5  # attempts in a row that bring nothing new
+    tries: int = 5  # consecutive attempts without progress
     pause: float = 1.0  # seconds before the second attempt; doubles each time
     longest_pause: float = 60.0
     stall: float = 30.0  # seconds without a byte
@@ -156,7 +156,7 @@ def _attempt(
     if not have or beginning is None or beginning.url != url:
         have, beginning = 0, None
     if beginning and have == beginning.total:
-        return  # it broke off after the last byte
+        return  # it was interrupted after the last byte
     request = Request(url, headers={"User-Agent": "vitdet", "Accept-Encoding": "identity"})
     if beginning:
         request.add_header("Range", f"bytes={have}-")
@@ -166,7 +166,8 @@ def _attempt(
         _check(response, url, total, size)
         _ask_for_space(path, total, have, copies)
         if not start:
-            # first the old bytes, then the new note: a kill in between must not join the two
+            # remove the old bytes before writing the new description, so that a kill cannot mix
+            # them
             discard(path)
             _write_note(path, _Beginning(url, _validator(response), total))
         _receive(response, path, start, total, watcher, stall, size)
@@ -182,16 +183,16 @@ def _open(request: Request, path: Path, stall: float) -> http.client.HTTPRespons
         return urlopen(request, timeout=stall)
     except HTTPError as error:
         with error:
-            # there is no such range: what is here is not the beginning of what is there
+            # range not satisfiable: the file on the server has changed
             if error.code == 416:
                 discard(path)
-                raise _Broken("the server has another file than before") from error
+                raise _Broken("the file on the server has changed") from error
             text = f"the server answers {error.code} {error.reason}"
             if error.code in PASSING:
                 after = error.headers.get("Retry-After", "")
                 raise _Broken(text, float(after) if after.isdigit() else 0.0) from error
             kind = FileNotFoundError if error.code in (404, 410) else ConnectionError
-            meaning = REASONS.get(error.code, "it will not give out this file")
+            meaning = REASONS.get(error.code, "the server denies access to this file")
             raise kind(f"{url}: {text} ({meaning})") from error
     except (URLError, OSError, http.client.HTTPException) as error:
         reason = error.reason if isinstance(error, URLError) else error
@@ -212,7 +213,7 @@ def _range(
     same = _validator(response) in (beginning.validator, "")  # some servers ignore If-Range
     if not found or int(found[1]) != have or total != beginning.total or not same:
         discard(path)
-        raise _Broken("the server has another file than before")
+        raise _Broken("the file on the server has changed")
     return have, total
 
 
@@ -221,7 +222,7 @@ def _check(
 ) -> None:
     if urlsplit(url).scheme == "https" and urlsplit(response.url).scheme != "https":
         raise ValueError(
-            f"{url}: leads to an address without encryption ({response.url}); it was not followed"
+            f"{url}: redirects to an unencrypted address ({response.url}); it was not followed"
         )
     if response.headers.get_content_type() == "text/html":
         raise ValueError(
@@ -260,16 +261,16 @@ def _receive(
     for more than `size`.
     """
     done, most = start, LARGEST if size is None else size
-    with open(path, "ab", buffering=0) as file:  # what was received is in the file
+    with open(path, "ab", buffering=0) as file:  # flush what was received
         try:
             watcher.at(done, total)
-            # one byte beyond the end tells that there is more
+            # read one byte more than expected, to detect a longer file
             while chunk := _read(response, stall, min(CHUNK, most - done + 1)):
                 if done + len(chunk) > most:
                     raise _TooLongError
                 view = memoryview(chunk)
                 while view:
-                    count = file.write(view)  # a disk that is nearly full takes a part
+                    count = file.write(view)  # a partial write on a nearly full disk
                     view, done = view[count:], done + count
                 watcher.at(done, total)
         except _TooLongError:
@@ -287,7 +288,7 @@ def _receive(
 
 def _read(response: http.client.HTTPResponse, stall: float, most: int) -> bytes:
     try:
-        return response.read1(most)  # what has come: a cut loses nothing
+        return response.read1(most)  # read1: a broken connection loses nothing
     except (OSError, http.client.HTTPException) as error:
         raise _Broken(_words(error, stall)) from error
 

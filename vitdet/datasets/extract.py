@@ -22,9 +22,9 @@ from typing import NamedTuple
 from vitdet.data.download_record import crc32
 
 CHUNK = 1 << 20  # bytes
-TEMPORARY = ".unpacking"  # how the name of the file ends that is being written
+TEMPORARY = ".unpacking"  # suffix of a file that is being written
 METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
-# what zipfile raises for an archive that is none
+# errors of zipfile for an invalid archive
 BAD = (
     zipfile.BadZipFile,
     zlib.error,
@@ -119,11 +119,11 @@ def _checked(
     if size > limits.size:
         raise _Refused(f"unpacks to {size:,} bytes, at most {limits.size:,} are expected: rejected")
     first: dict[str, str] = {}
-    for _, name in chosen:  # as a disk would compare them that knows no case
+    for _, name in chosen:  # as compared by a case-insensitive disk
         other = first.setdefault(unicodedata.normalize("NFC", name).casefold(), name)
         if other is not name:
             raise _Refused(
-                f"holds both {other} and {name}, which are one file on some disks: rejected"
+                f"holds both {other} and {name}, which are the same file on some disks: rejected"
             )
     return chosen
 
@@ -152,7 +152,7 @@ def _check_name(name: str) -> None:
     outside = not all(parts) or ".." in parts or "." in parts or "\\" in name or ":" in parts[0]
     if outside or not name.isprintable() or name.endswith(TEMPORARY):
         raise _Refused(
-            f"holds the name {name!r}, which leads out of the folder or is none: rejected"
+            f"holds the name {name!r}, which is outside of the folder or invalid: rejected"
         )
     if max(len(part.encode()) for part in parts) > 255:
         raise _Refused(f"holds a name of more than 255 bytes, {name[:40]!r}...: rejected")
@@ -163,8 +163,8 @@ def _check_parents(path: Path, folder: Path) -> None:
     for parent in (path.parent, *path.parent.parents):
         if parent.is_symlink():
             raise OSError(
-                f"{parent}: is a link, which is not followed; remove it, or give the folder that it "
-                "points to"
+                f"{parent}: is a link, which is not followed; remove it, or give the folder that "
+                "it points to"
             )
         if parent == folder:
             break

@@ -30,8 +30,8 @@ from vitdet.datasets.parallel import SharedProgress, run_parallel
 from vitdet.datasets.published import Archive
 from vitdet.files import locked, sha256
 
-PICTURE = re.compile(r"\d{12}\.jpg")  # as all of COCO's are named
-BLOCK = 4096  # bytes that a disk gives a file at a time
+PICTURE = re.compile(r"\d{12}\.jpg")  # file names of COCO's images
+BLOCK = 4096  # block size of a disk in bytes
 PATIENT = Patience()
 log = logging.getLogger(__name__)
 
@@ -62,7 +62,7 @@ def fetch(
     root.mkdir(parents=True, exist_ok=True)
     waiting = f"{root}: another process is downloading; waiting"
     with locked(root / ".fetching", waiting=waiting, remove=True):
-        todo = _lacking(archives, root)  # another process may have been faster
+        todo = _lacking(archives, root)  # a concurrent process may have finished it
         if todo:
             _check_places(todo, root)
             _check_space(todo, root, local)
@@ -70,7 +70,7 @@ def fetch(
                 _given(todo, local) if local else _downloaded(todo, root, show, mirror, patience)
             )
             found = _unpacked(todo, files, root, show)
-            log.info("%s: unpacked; waiting until all of it is on the disk", root)
+            log.info("%s: extracted; syncing to disk", root)
             download_record.write(root, download_record.read(root).with_(found))
         _tidy(archives, root, keep)
     return bool(todo)
@@ -105,8 +105,8 @@ def _check_places(todo: Sequence[Archive], root: Path) -> None:
         folder = root / archive.folder
         if folder.is_symlink():
             raise OSError(
-                f"{folder}: is a link, which is not followed; remove it, or fetch to the folder above "
-                "the one that it leads to"
+                f"{folder}: is a link, which is not followed; remove it, or fetch to the parent of "
+                "the folder that it points to"
             )
         if archive.members or not folder.exists():
             continue
@@ -245,7 +245,7 @@ def _unpacked(
         def seen(size: int) -> None:
             nonlocal done
             done += size
-            # how much it will be is known about only
+            # the total is approximate
             watcher.at(min(done, archive.unpacked - 1), None)
 
         found.append(_describe(archive, path, root, _place(archive, path, root, seen)))
@@ -275,8 +275,8 @@ def _place(archive: Archive, path: Path, root: Path, seen: Callable[[int], None]
     foreign = () if archive.members else set(os.listdir(work)) - {entry.name for entry in entries}
     if foreign:
         raise ValueError(
-            f"{work / min(foreign)}: not of {archive.name}, and {len(foreign) - 1} more files; move "
-            "them "
+            f"{work / min(foreign)}: not of {archive.name}, and {len(foreign) - 1} more files; "
+            "move them "
             "away and repeat the command"
         )
     if not there:

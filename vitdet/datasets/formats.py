@@ -45,7 +45,7 @@ def detect(source: Path) -> str:
     """Return the format of a folder. Raises ValueError if it matches none or several."""
     kinds = [kind for kind, one in FORMATS.items() if one.matches(source)]
     if len(kinds) > 1:
-        raise ValueError(f"{source}: looks like {' and '.join(kinds)}; --format says which")
+        raise ValueError(f"{source}: looks like {' and '.join(kinds)}; choose with --format")
     if not kinds:
         expected = "; ".join(f"{kind}: {one.expected}" for kind, one in FORMATS.items())
         raise ValueError(
@@ -88,5 +88,5 @@ def _looks(path: Path) -> str:
     if suffix == ".xml":
         return f"{path.name} (XML, {show(start_of(path).decode(errors='replace').strip())})"
     if suffix in (".zip", ".gz", ".tar", ".7z", ".rar"):
-        return f"{path.name} (an archive; unpack it)"
+        return f"{path.name} (an archive; extract it)"
     return f"{path.name} (image)" if suffix in image_suffixes() else path.name

@@ -9,8 +9,8 @@ from collections.abc import Callable, Sequence
 
 from vitdet.datasets.download import Watcher
 
-LINGER = 10.0  # seconds that the others have to end when one has failed
-SHORT = 0.2  # seconds that each has to end after Ctrl-C
+LINGER = 10.0  # seconds for the others to end after a failure
+SHORT = 0.2  # seconds for each to end after Ctrl-C
 log = logging.getLogger(__name__)
 
 
@@ -60,10 +60,10 @@ def run_parallel(works: Sequence[Callable[[], None]], stop: threading.Event) -> 
         try:
             work()
             ended.put(None)
-        except Exception as error:  # whichever: it is raised below
+        except Exception as error:  # any error: raised below
             ended.put(error)
 
-    # Ctrl-C waits for no server
+    # do not wait for servers after Ctrl-C
     threads = [threading.Thread(target=run, args=(work,), daemon=True) for work in works]
     for thread in threads:
         thread.start()
@@ -73,7 +73,7 @@ def run_parallel(works: Sequence[Callable[[], None]], stop: threading.Event) -> 
             try:
                 error = ended.get(timeout=LINGER if failed else None)
             except queue.Empty:
-                break  # it hangs in a connection; when that ends it writes no more
+                break  # blocked in a connection; it writes nothing afterwards
             failed = failed or error
             if failed:
                 stop.set()

@@ -91,7 +91,7 @@ class _Canvas:
             TEXTURES[dice.integer(0, 6)], self.height, self.width, FINE * dice.uniform(12, 40), dice
         )
         self.paint = pattern.astype(np.uint8)
-        # 0: nobody, else the number of an object
+        # number of an object; 0: none
         self.owner = np.zeros((self.height, self.width), dtype=np.uint8)
         self.category, self.crowd = [0], [False]  # of object 1, 2, ...; entry 0 is the ground
         self.full, self.seen = [0.0], [0]  # fine pixels: of the whole object, of its visible part
@@ -146,7 +146,7 @@ class _Canvas:
         """
         kind = self.dice.integer(0, 6)
         outline = placed(silhouette(kind, self.dice), FINE * side, self.dice)
-        patience = 8 if self.dice.chance(0.75) else 1  # a few objects do not mind to hide others
+        patience = 8 if self.dice.chance(0.75) else 1  # a few objects may hide others
         best, least = None, math.inf
         for _ in range(16):
             vertices = outline + self._centre(0.4 * FINE * side)
@@ -210,7 +210,7 @@ class _Canvas:
         fine = (self.owner == number).astype(np.int64)
         region = fine[::2, ::2] + fine[1::2, ::2] + fine[::2, 1::2] + fine[1::2, 1::2] >= 2
         rows, columns = (np.flatnonzero(region.any(axis)).tolist() for axis in (1, 0))
-        flat = region.ravel(order="F")  # COCO runs down the columns and starts with the outside
+        flat = region.ravel(order="F")  # COCO's order: by column, starting with outside
         changes = np.flatnonzero(np.diff(flat, prepend=False))
         counts = np.diff(changes, prepend=0, append=flat.size).tolist()
         box = (

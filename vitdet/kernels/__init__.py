@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 SWITCH = "VITDET_KERNELS"
-CAPABILITY = (8, 0)  # asynchronous copies and products of bf16 came with Ampere
+CAPABILITY = (8, 0)  # asynchronous copies and bf16 products need Ampere
 NAMES = ("attention", "NMS", "RoIAlign", "mask targets", "pasted masks")
 
 

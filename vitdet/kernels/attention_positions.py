@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn import functional as F
 
-LOG2E = tl.constexpr(1.4426950408889634)  # exponentials are powers of 2, as in the hardware
+LOG2E = tl.constexpr(1.4426950408889634)  # exponentials are computed as powers of 2
 SMALLEST = 16  # side of a tile that tensor cores multiply
 PARTS = {
     True: 16,

@@ -52,8 +52,8 @@ class CudaGraph(Generic[Output]):
 
     def __init__(self) -> None:
         self.graphs: dict[tuple, _Graph[Output]] = {}
-        self.pool: Any = None  # of memory, which the graphs share: one runs at a time
-        # of all recordings: memory that a pool has for one stream serves no other
+        self.pool: Any = None  # memory pool shared by the graphs, of which one runs at a time
+        # one stream for all recordings: a pool's memory belongs to one stream
         self.stream: torch.cuda.Stream | None = None
 
     def __call__(self, *tensors: Tensor) -> Output:
@@ -103,7 +103,9 @@ class CudaGraph(Generic[Output]):
         tensors: tuple[Tensor, ...],
     ) -> None:
         random = torch.cuda.get_rng_state(device)
-        with torch.inference_mode(False):  # else later calls could only write to them in that mode
+        with torch.inference_mode(
+            False
+        ):  # otherwise later calls could write to them in that mode only
             inputs = tuple(tensor.to(device, copy=True) for tensor in tensors)
         graph = torch.cuda.CUDAGraph()
         self.stream = self.stream or torch.cuda.Stream(device)
@@ -114,7 +116,7 @@ class CudaGraph(Generic[Output]):
                     function(*inputs)
             torch.cuda.current_stream(device).wait_stream(self.stream)
             torch.cuda.synchronize(device)
-            torch.cuda.empty_cache()  # the graph has memory of its own
+            torch.cuda.empty_cache()  # the graph has its own memory
             with torch.cuda.graph(
                 graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"
             ):

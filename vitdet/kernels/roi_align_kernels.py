@@ -269,7 +269,7 @@ def roi_align_forward(
             vertical = weights((y + side)[None, None, :, None], rows, y0, bin_height, height, RATIO)
             for x in range(left, right + 1, SIDE):
                 cell_y, cell_x = y + cell // SIDE, x + cell % SIDE
-                # before the weights, which are computed while it is on its way
+                # loaded before the weights are computed, to hide the latency
                 at_cells = places(pixels, cell_y * width + cell_x, channel, channels)
                 mask = ((cell_y <= bottom) & (cell_x <= right))[:, None]
                 values = tl.load(at_cells, mask=mask & (channel < channels)[None, :], other=0.0)
@@ -326,7 +326,7 @@ def roi_align_backward(
     order (R,): RoIs sorted by image and level, first (B L + 1,): the start of each image and level
     in it.
     """
-    # which tile of which image and level
+    # tile, image and level of this program
     tile = tl.program_id(0)
     at = 0
     height, width = h0, w0

@@ -76,7 +76,7 @@ def _overlaps(iou: Iterable[Tensor], least: float) -> _Overlaps:
     """Reduce all blocks (..., G, N); only IoUs of at least `least` count for `favourite`."""
     found, start = None, 0
     for block in iou:
-        # an image without ground truths: one that overlaps nothing
+        # without ground truths: a dummy that overlaps no box
         rows = block if block.shape[-2] else F.pad(block, (0, 0, 0, 1))
         best, index = rows.max(dim=-2)
         one = _Overlaps(best, index + start, _favourites(rows, start, least))

@@ -12,8 +12,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-MAX_LOG_SCALE = math.log(1000 / 16)  # a side grows at most so much in one step
-PAIRS = 2**22  # of boxes that are compared at a time: 130 MB
+MAX_LOG_SCALE = math.log(1000 / 16)  # maximum growth of a side in one step
+PAIRS = 2**22  # pairs of boxes compared at a time: 130 MB
 
 Weights = tuple[float, float, float, float]
 

@@ -24,7 +24,7 @@ def compile_parts(detector: Detector) -> None:
     Compilation takes place at the first call. Random numbers are those of the uncompiled parts.
     """
     torch._inductor.config.fallback_random = True
-    # a pyramid's level or a head is called with other shapes in training and evaluation
+    # levels and heads are called with other shapes in training and evaluation
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 32)
     # einops notes the types of tensors that it has met, and compiled code would be made anew when
     # there is another one

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-NORM_EPS = 1e-6  # of the LayerNorms inside backbones and between the pyramid's deconvolutions
+NORM_EPS = 1e-6  # epsilon of the LayerNorms in backbones and between the pyramid's deconvolutions
 
 
 class ConvNorm(nn.Module):
@@ -52,7 +52,7 @@ class Deconv2x2(nn.ConvTranspose2d):
     def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__(in_channels, out_channels, kernel_size=2, stride=2)
 
-    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]  # without output_size: always twice the input
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]  # no output_size
         """(B, C, H, W) -> (B, C', 2H, 2W)."""
         weight = rearrange(self.weight, "c out i j -> (i j out) c")
         pixels = F.linear(x.permute(0, 2, 3, 1), weight, self.bias.repeat(4))

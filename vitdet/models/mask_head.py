@@ -19,7 +19,7 @@ from vitdet.types import Polygons
 
 BINS = 14
 SIZE = 2 * BINS
-PAIRS = 2**16  # of a RoI and an edge that are looked at together: 150 MB
+PAIRS = 2**16  # pairs of a RoI and an edge processed at a time: 150 MB
 
 
 class MaskHead(nn.Module):
@@ -45,7 +45,7 @@ class MaskHead(nn.Module):
         for block in self.convs:
             pooled = F.relu(block(pooled))
         pixels = F.relu(self.deconv(pooled)).permute(0, 2, 3, 1)
-        # the product with the own class's row alone, not with all K
+        # only the row of its class, not all K
         weight = self.logits.weight.flatten(1).index_select(0, labels)
         logits = torch.bmm(pixels.flatten(1, 2), weight[:, :, None].to(pixels.dtype))
         bias = self.logits.get_parameter("bias").index_select(0, labels)

@@ -39,10 +39,8 @@ from vitdet.types import Detections, Polygons, Targets
 
 Classification = SoftmaxClassification | FederatedClassification
 
-WEIGHTS = (10.0, 10.0, 5.0, 5.0)  # of the box transform of stage 0; stage s has s + 1 times these
-CANDIDATES = (
-    2000  # pairs of box and class that enter NMS; all, if fewer detections than wanted are left
-)
+WEIGHTS = (10.0, 10.0, 5.0, 5.0)  # box transform of stage 0; stage s uses s + 1 times these
+CANDIDATES = 2000  # pairs of box and class before NMS; all if too few detections remain
 
 
 class Assigned(NamedTuple):
@@ -275,7 +273,7 @@ class RoIHeads(nn.Module):
         boxes, matched = assigned.boxes[:, : assigned.most], assigned.matched[:, : assigned.most]
         truth = matched.clamp(min=0)
         usable = (matched > BACKGROUND) & targets.has_mask.gather(1, truth)
-        # usable ones first, in their order
+        # usable ones first, in order
         index = usable.to(torch.int8).sort(dim=1, descending=True, stable=True).indices
         index = index[:, : self.mask_samples]
         usable, truth, boxes = usable.gather(1, index), truth.gather(1, index), pick(boxes, index)
@@ -306,7 +304,7 @@ class RoIHeads(nn.Module):
         row = index // classes * sets + labels.clamp(max=sets - 1)
         found = torch.where(there[..., None], pick(boxes.flatten(1, 2), row), 0.0)
         kept = nms(found, labels, self.nms_iou, self.max_detections)
-        kept = (kept | ~nonempty(found)) & there  # a box without area overlaps none
+        kept = (kept | ~nonempty(found)) & there  # empty boxes overlap no box
         order = kept.to(torch.int8).sort(dim=1, descending=True, stable=True).indices
         order = order[:, : self.max_detections]
         seen = passed.flatten(1).sum(dim=1) <= best.shape[1]

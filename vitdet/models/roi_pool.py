@@ -83,7 +83,7 @@ def _pool_by_products(
     for level, (images, stride) in enumerate(zip(maps, strides, strict=True)):
         for number, pixels in enumerate(images):
             chosen = ((image == number) & (levels == level)).nonzero().flatten()
-            # most levels of most images; the products below would be right but not free
+            # common; skips empty products
             if len(chosen) == 0:
                 continue
             rows = interpolation(boxes[chosen, 1::2] / stride, len(pixels), bins, ratio).to(

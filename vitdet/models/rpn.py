@@ -139,7 +139,7 @@ class RPN(nn.Module):
             decoded = decode(anchors[index], pick(deltas, index), WEIGHTS, self.min_log_scale)
             decoded = clip(decoded, sizes)
             usable = decoded.isfinite().all(dim=2) & best.isfinite() & nonempty(decoded)
-            spare = pre_nms - index.shape[1]  # slots of a level with fewer anchors
+            spare = pre_nms - index.shape[1]  # empty slots of a level with fewer anchors
             boxes.append(F.pad(torch.where(usable[..., None], decoded, 0.0), (0, 0, 0, spare)))
             scores.append(F.pad(best, (0, spare)))
         of_level = torch.stack(boxes, dim=1)
@@ -168,7 +168,7 @@ class RPN(nn.Module):
         if self.divide_by_sampled:
             background = sampled.filled & ~sampled.foreground
             kinds = torch.stack([sampled.foreground.sum(1), background.sum(1)])
-            number = kinds.clamp(min=1).sum()  # mmdet: none of a kind counts as one
+            number = kinds.clamp(min=1).sum()  # mmdet: at least one
         index, foreground = sampled.chosen[:, : sampled.most], sampled.foreground[:, : sampled.most]
         here = anchors[index]
         truth = pick(targets.boxes, matched.gather(1, index).clamp(min=0))

@@ -39,7 +39,8 @@ def resolve(name_or_path: str, folder: Path | None = None) -> Path | None:
     if not path.suffix and name_or_path not in CATALOGUE:
         raise ValueError(
             f"train.init: no weights named {name_or_path!r}; "
-            f"{nearest(name_or_path, list(CATALOGUE))} (or give a file of weights; '' trains from scratch)"
+            f"{nearest(name_or_path, list(CATALOGUE))} "
+            "(or give a file of weights; '' trains from scratch)"
         )
     if not path.suffix:
         return fetched(name_or_path, folder)

@@ -39,7 +39,7 @@ from vitdet.datasets.importers.dataset import (
 ROBOFLOW = "_annotations.coco.json"
 NAMES = (ROBOFLOW, "result.json", "labels.json")
 STEM = re.compile(rf"(?:^|[_.-])({'|'.join(SPLIT_NAMES)})(?:$|[_.-])", re.IGNORECASE)
-MOST = 20  # JSON files that are read to find out what they are
+MOST = 20  # JSON files that are read to detect the format
 
 
 def annotation_files(source: Path) -> list[tuple[str, Path]]:
@@ -127,7 +127,7 @@ def read_coco_folder(
     beside = {one for path in paths for one in path.parent.glob("*.json")}
     found.notes["other JSON files not read"] += 0 if source.is_file() else len(beside - paths)
     roots = set.intersection(*(_root(file) for file in files.values()))
-    found.notes["root category left out, no object has it"] += len(roots)
+    found.notes["root category dropped, no object has it"] += len(roots)
     names = dict.fromkeys(
         name
         for file in files.values()
@@ -173,10 +173,10 @@ def _read(name: str, path: Path, found: ImportedDataset) -> _File:
         annotation, crowd = one.annotation, one.dropped == CROWD
         file.used.add(annotation.category_id)
         if (one.dropped and not crowd) or min(annotation.bbox[2:]) <= 0:
-            found.notes[f"objects {one.dropped} left out"] += 1
+            found.notes[f"objects {one.dropped} skipped"] += 1
             continue
         if one.unmasked and one.unmasked != NO_OUTLINE and not crowd:
-            found.notes[f"objects {one.unmasked}: the outline left out"] += 1
+            found.notes[f"objects {one.unmasked}: the outline skipped"] += 1
         found.notes[BOX_ONLY] += not one.segmentation
         file.rows[annotation.image_id].append(len(file.objects))
         file.objects.append((annotation.category_id, annotation.bbox, one.segmentation, crowd))

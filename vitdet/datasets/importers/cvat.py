@@ -37,7 +37,7 @@ from vitdet.datasets.importers.dataset import (
 )
 from vitdet.datasets.importers.xml_file import has_root, read_xml
 
-LARGEST = 1 << 30  # bytes of an XML file; it has all images of a task
+LARGEST = 1 << 30  # maximum bytes of an XML file, which describes all images of a task
 SHAPES = ("box", "polygon", "mask")
 IMAGE_SIZE = ("height", "width")
 
@@ -83,7 +83,7 @@ def read_cvat(
                 folders.add(folder)
                 items[split].append((path, element, image))
             for shape in element:
-                found.notes[f"elements <{shape.tag}> left out"] += shape.tag not in SHAPES
+                found.notes[f"elements <{shape.tag}> skipped"] += shape.tag not in SHAPES
     shapes = [shape for pairs in splits.values() for _, one in pairs for shape in one]
     used = {shape.get("label") or "" for shape in shapes if shape.tag in SHAPES}
     classes = [name for name in (*names, *sorted(used - names.keys())) if name]
@@ -134,7 +134,7 @@ def _shape(
     x0, y0, x1, y1 = pixels_of(where, sides, size)
     (angle,) = pixels_of(where, [shape.get("rotation", "0")], (360, 360))
     if angle:
-        found.notes["turned boxes: the upright box around each is taken"] += 1
+        found.notes["rotated boxes: replaced by the upright box around each"] += 1
         cos, sin = abs(math.cos(math.radians(angle))), abs(math.sin(math.radians(angle)))
         wide, high = (x1 - x0) * cos + (y1 - y0) * sin, (x1 - x0) * sin + (y1 - y0) * cos
         x, y = (x0 + x1) / 2, (y0 + y1) / 2
@@ -149,11 +149,13 @@ def _mask(where: str, shape: Element, label: int, size: tuple[int, int]) -> Impo
         )
         runs = [int(run) for run in shape.get("rle", "").split(",")]
     except ValueError:
-        raise Unusable("mask that is no run lengths", f"{where}: expected whole numbers") from None
+        raise Unusable(
+            "mask with invalid run lengths", f"{where}: expected whole numbers"
+        ) from None
     fits = 0 <= left <= left + width <= size[1] and 0 <= top <= top + height <= size[0]
     if not fits or min(runs) < 0 or sum(runs) != width * height:
         raise Unusable(
-            "mask that is no run lengths",
+            "mask with invalid run lengths",
             f"{where}: {sum(runs)} pixels in {width} x {height} at {left}, {top} of "
             f"{size[1]} x {size[0]}",
         )

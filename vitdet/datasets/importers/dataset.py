@@ -25,18 +25,18 @@ from vitdet.data.images import DEFAULT, DRAWINGS, Reading, image_size
 from vitdet.data.masks import encode
 from vitdet.data.segmentation import pixel_count, reaches_far, show
 
-EMPTY = "objects without size left out"
-BOX_ONLY = "objects have a box only and no mask (--boxes-as-masks makes one of each box)"
-THIN = "outlines of fewer than 3 points left out"
-CROWDS = "difficult objects: training leaves them out, evaluation counts them neither way"
-EXAMPLES = 20  # places that are named of each kind of problem
+EMPTY = "objects without size skipped"
+BOX_ONLY = "objects have a box only and no mask (--boxes-as-masks converts boxes to masks)"
+THIN = "outlines of fewer than 3 points skipped"
+CROWDS = "difficult objects: ignored in training and evaluation"
+EXAMPLES = 20  # locations listed per kind of problem
 # formats that Pillow recognises and cannot decode
 STUBS = ("BUFR", "GRIB", "HDF5", "MPEG")
-# files that lie beside images and are none
+# suffixes of other files in image folders
 DOCUMENTS = frozenset(
     ".cache .csv .data .htm .html .json .md .names .npy .npz .pdf .txt .xml .yaml .yml .zip".split()
 )
-# usual names of splits, and what they are called here; "default" is the one split of a CVAT task
+# common names of splits -> names here; "default" is the only split of a CVAT task
 SPLIT_NAMES = {
     "train": "train",
     "training": "train",
@@ -176,7 +176,7 @@ class ImportedDataset:
                 f"{source}: no split {missing[0]}; there are {', '.join(items) or 'none'}"
             )
         left = [name for name in items if only and name not in only]
-        self.remarks += [f"split {name} left out, it was not asked for" for name in left]
+        self.remarks += [f"split {name} skipped, not requested" for name in left]
         return {name: item for name, item in items.items() if name not in left}
 
     def define(
@@ -241,7 +241,7 @@ class ImportedDataset:
         words = [str(side or 0) for side in stated]
         if words not in (["0", "0"], list(map(str, size))):
             raise Unusable(
-                "image of another size than annotated",
+                "image size that differs from the annotations",
                 f"{where}: the size is {words[1]} x {words[0]}, but {image} is {size[1]} x "
                 f"{size[0]} (width x height, "
                 "upright)",
@@ -257,18 +257,14 @@ class ImportedDataset:
             labelled = sum(map(is_labelled, paths))
             also = f", {labelled:,} of them with a label file" if labelled else ""
             name = f"{suffix} files" if suffix else "files without an ending"
-            self.notes[f"{name} left out, not an image format that can be read here{also}"] += len(
-                paths
-            )
+            self.notes[f"{name} skipped, not a supported image format{also}"] += len(paths)
 
     def count_unnamed(self, folders: Iterable[Path], used: Collection[Path]) -> None:
         """Count the images of these folders that no annotation file refers to, and the files that
         are no images.
         """
         images, others = self.images_below(*folders)
-        self.notes["images that no annotation file names left out"] += len(
-            {*images}.difference(used)
-        )
+        self.notes["images without annotation file skipped"] += len({*images}.difference(used))
         self.count_left_out(others, lambda path: False)
 
 
@@ -306,7 +302,7 @@ def find_image(where: object, folders: Sequence[Path], name: str) -> tuple[Path,
     """
     slashed = name.replace("\\", "/")
     if slashed.startswith("/") or ".." in slashed.split("/"):
-        raise Unusable("image name that leaves its folder", f"{where}: {show(name)}")
+        raise Unusable("image name outside of its folder", f"{where}: {show(name)}")
     for folder in folders:
         path = folder / existing_name(folder, name)
         if name and os.path.isfile(path):
@@ -375,9 +371,7 @@ def pixels_of(where: object, words: Iterable[object], size: tuple[int, int]) -> 
     except (TypeError, ValueError):
         values = [math.nan]
     if not all(map(math.isfinite, values)):
-        raise Unusable(
-            "coordinates that are no numbers", f"{where}: expected numbers, got {show(words)}"
-        )
+        raise Unusable("invalid coordinates", f"{where}: expected numbers, got {show(words)}")
     if values and reaches_far(values, size):
         raise Unusable(
             "coordinates far outside of their image",

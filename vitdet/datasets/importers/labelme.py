@@ -35,8 +35,8 @@ from vitdet.datasets.importers.dataset import (
     split_of,
 )
 
-MOST = 20  # JSON files that are read to find out what they are
-LARGEST = 1 << 28  # bytes of such a file, which may hold its image
+MOST = 20  # JSON files that are read to detect the format
+LARGEST = 1 << 28  # maximum bytes of such a file, which may contain its image
 
 
 class Shape(msgspec.Struct):
@@ -95,7 +95,7 @@ def read_labelme(
                 read[split].append((path, image, content, shapes))
     found.define(sorted(labels), read, _picture)
     images, others = found.images_below(source)
-    found.notes["images without a JSON file left out"] += len(set(images) - used)
+    found.notes["images without a JSON file skipped"] += len(set(images) - used)
     found.count_left_out(others, lambda path: path.with_suffix(".json").is_file())
     return found
 
@@ -109,7 +109,7 @@ def _decode(path: Path) -> LabelFile | None:
         try:
             other: Any = msgspec.json.decode(content)
         except (ValueError, RecursionError):
-            raise ValueError(f"{path}: not JSON that can be read: {error}") from error
+            raise ValueError(f"{path}: invalid JSON: {error}") from error
         if isinstance(other, dict) and "shapes" in other:
             raise ValueError(f"{path}: {error}") from error
         return None
@@ -139,7 +139,7 @@ def _shapes(path: Path, content: LabelFile, found: ImportedDataset) -> list[Shap
             if shape.shape_type in ("polygon", "rectangle", None):
                 shapes.append(shape)
             else:
-                found.notes[f"shapes of the type {show(shape.shape_type)} left out"] += 1
+                found.notes[f"shapes of the type {show(shape.shape_type)} skipped"] += 1
     return shapes
 
 

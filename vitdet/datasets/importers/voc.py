@@ -47,7 +47,7 @@ from vitdet.datasets.importers.dataset import (
 )
 from vitdet.datasets.importers.xml_file import has_root, read_xml
 
-LARGEST = 4 << 20  # bytes of an XML file; one of VOC's has some thousands
+LARGEST = 4 << 20  # maximum bytes of an XML file; VOC's have a few thousand
 RIM = 255
 LISTS = ("ImageSets/Main", "ImageSets/Segmentation", "ImageSets")
 # an ID, perhaps in quotation marks, and what a list of one class says of it: absent, difficult,
@@ -103,7 +103,7 @@ class _Folders:
                 return folder / named
         unread = [one for one in self.others if self.image_stem(one) == self.stem(path)]
         if unread:
-            raise Unusable("image that cannot be read", f"{unread[0]}: no image format known here")
+            raise Unusable("image that cannot be read", f"{unread[0]}: not a known image format")
         raise Unusable(
             "missing image file",
             f"{path}: no image {self.images / self.stem(path)}.jpg (.png, ...)",
@@ -124,8 +124,8 @@ def read_voc(
     trees: dict[str, list[tuple[Path, Element, Path]]] = {}
     for split, paths in found.select(source, splits, only).items():
         if split == "test" and not any(map(os.path.isfile, paths)):
-            # as VOC2012 has it: the answers are not published
-            found.notes["images of the split test left out, none has an annotation file"] += len(
+            # as in VOC2012, whose test annotations are not published
+            found.notes["images of the split test skipped, none has an annotation file"] += len(
                 paths
             )
             continue
@@ -181,7 +181,7 @@ def _splits(folders: _Folders, found: ImportedDataset) -> dict[str, dict[Path, s
         raise FileNotFoundError(f"{folders.lists}: no train.txt or val.txt with an ID a line")
     if "train" in splits and "val" in splits:
         both = splits["train"] | splits["val"]
-        found.notes["IDs of trainval.txt left out, in neither train.txt nor val.txt"] += len(
+        found.notes["IDs of trainval.txt skipped, in neither train.txt nor val.txt"] += len(
             splits.pop("trainval", {}).keys() - both.keys()
         )
     return splits
@@ -223,7 +223,7 @@ def _ids(path: Path, folders: _Folders, found: ImportedDataset) -> dict[Path, st
     elif rows:
         found.notes["lists of one class (ID and a second column), not read"] += 1
     elif not ids and not problems:
-        found.remarks.append(f"split {split_of(path.stem)} left out: {path} has no IDs")
+        found.remarks.append(f"split {split_of(path.stem)} skipped: {path} has no IDs")
     return ids
 
 
@@ -242,9 +242,9 @@ def _account(
     """Count the annotation and image files that are in no split."""
     listed = {path for paths in splits.values() for path in paths}
     there = {*files_below(folders.annotations, suffix=".xml")}
-    found.notes["annotation files that no list names left out"] += len(there - listed)
+    found.notes["annotation files that no list contains skipped"] += len(there - listed)
     stems = {folders.stem(path) for path in there}
-    found.notes["images without an annotation file left out"] += sum(
+    found.notes["images without an annotation file skipped"] += sum(
         folders.image_stem(path) not in stems and path not in used for path in folders.files
     )
     found.count_left_out(folders.others, lambda path: folders.image_stem(path) in stems)
@@ -316,9 +316,7 @@ def _numbers(
     if not os.path.isfile(file):
         return None
     if image_size(file, reading) != size:
-        raise ValueError(
-            f"{file}: not of the size of its image, {size[1]} x {size[0]} (width x height)"
-        )
+        raise ValueError(f"{file}: not of its image's size, {size[1]} x {size[0]} (width x height)")
     try:
         with Image.open(file) as image:
             if image.mode not in ("P", "L"):
@@ -348,7 +346,7 @@ def _corners(
     height, width = size
     if not all(map(math.isfinite, (x0, y0, x1, y1))) or x1 < x0 or y1 < y0:
         raise Unusable(
-            "box whose corners are exchanged",
+            "box with exchanged corners",
             f"{path}: bndbox: expected xmin <= xmax and ymin <= ymax, got {show(words)}",
         )
     if x0 > width or y0 > height or x1 < 1 or y1 < 1:

@@ -19,11 +19,12 @@ def read_xml(path: Path, largest: int) -> Element:
     """
 
     def refuse(*_: object) -> None:
-        raise ValueError("it has a DOCTYPE, which annotations do not need")
+        raise ValueError("it has a DOCTYPE, which is not allowed")
 
     if path.stat().st_size > largest:
         raise Unusable(
-            BROKEN, f"{path}: {path.stat().st_size:,} bytes are no annotation of one image"
+            BROKEN,
+            f"{path}: {path.stat().st_size:,} bytes are too many for the annotations of one image",
         )
     builder, parser = TreeBuilder(), ParserCreate()
     parser.StartElementHandler, parser.EndElementHandler = builder.start, builder.end
@@ -31,7 +32,7 @@ def read_xml(path: Path, largest: int) -> Element:
     try:
         parser.Parse(path.read_bytes(), True)
     except (ExpatError, LookupError, ValueError) as error:
-        raise Unusable(BROKEN, f"{path}: not XML that can be read: {error}") from error
+        raise Unusable(BROKEN, f"{path}: invalid XML: {error}") from error
     return builder.close()
 
 

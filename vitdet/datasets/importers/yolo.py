@@ -93,7 +93,7 @@ def read_yolo(
                 chosen, lambda image: _picture(image, found), found.problems
             )
         elif name == "test":
-            found.notes["images of the split test left out, none has a label file"] += len(chosen)
+            found.notes["images of the split test skipped, none has a label file"] += len(chosen)
         elif chosen:
             found.problems.add(
                 "split without label files",
@@ -122,7 +122,7 @@ def _split(
     """Return the unique images of a split. Raises ValueError if the training split has none."""
     name = SPLITS[key]
     if name == "test" and not any(_place(path, head, entry)[0] for entry in entries):
-        found.remarks.append(f"split test left out: {', '.join(entries)} is not there")
+        found.remarks.append(f"split test skipped: {', '.join(entries)} does not exist")
         return []
     listed = dict.fromkeys(
         image for entry in entries for image in _images(path, head, key, entry, places, found)
@@ -130,13 +130,13 @@ def _split(
     if not listed and not found.problems.counts:
         if name == "train":
             raise ValueError(f"{path}: {key}: no image in {', '.join(entries)}")
-        found.remarks.append(f"split {name} left out: no image in {', '.join(entries)}")
+        found.remarks.append(f"split {name} skipped: no image in {', '.join(entries)}")
     return list(listed)
 
 
 def _head(path: Path) -> dict:
     try:
-        # scalars stay text: a class may be called "no"
+        # scalars stay text: a class may be named "no"
         head = yaml.load(path.read_text(encoding="utf-8-sig"), yaml.BaseLoader)
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(f"{path}: not YAML: {' '.join(str(error).split())}") from error
@@ -195,7 +195,7 @@ def _images(
     for number, line in enumerate(_text(place).splitlines(), 1):
         if not line.strip():
             continue
-        with found.problems.collect("line that names no image file"):
+        with found.problems.collect("line without an image file"):
             image = _listed(place, number, line.strip(), roots)
             places.add(image.parent)  # where `_account` counts those of other formats
             if found.is_image(image):
@@ -208,7 +208,7 @@ def _listed(place: Path, number: int, line: str, roots: list[Path]) -> Path:
             if os.path.isfile(root / name):
                 image = Path(os.path.abspath(root / name))
                 if image.suffix.lower() in DOCUMENTS:
-                    raise ValueError(f"{place}:{number}: {line}: not an image that can be read")
+                    raise ValueError(f"{place}:{number}: {line}: not a readable image")
                 return image
     raise FileNotFoundError(f"{place}:{number}: {line}: no such image file")
 
@@ -225,12 +225,12 @@ def _account(places: Iterable[Path], used: set[Path], found: ImportedDataset) ->
         before, cut, _ = f"{place}{os.sep}".rpartition(f"{os.sep}images{os.sep}")
         folders.add(Path(f"{before}{os.sep}images") if cut else place)
     images, others = found.images_below(*folders)
-    found.notes["images that no split names left out"] += len({*images} - used)
+    found.notes["images that no split contains skipped"] += len({*images} - used)
     found.count_left_out(others, lambda path: os.path.isfile(_label_file(path)))
     beside = [one.with_name("labels") if one.name == "images" else one for one in folders]
     labels = {*files_below(*beside, suffix=".txt")}
     labels -= {_label_file(image) for image in (*images, *others, *used)}
-    found.notes["label files without an image left out"] += sum(map(_has_rows, labels))
+    found.notes["label files without an image skipped"] += sum(map(_has_rows, labels))
 
 
 def _has_rows(path: Path) -> bool:
@@ -262,7 +262,7 @@ def _things(path: Path, size: tuple[int, int], found: ImportedDataset) -> Iterat
         if row is None:
             continue
         if row in seen:
-            found.notes["rows that came twice, once left out"] += 1
+            found.notes["duplicate rows removed"] += 1
             continue
         seen.add(row)
         yield from found.keep(_thing(row, size))
@@ -280,12 +280,12 @@ def _row(where: str, words: list[str], classes: int) -> tuple[float, ...]:
         row = tuple(map(float, words))
     except ValueError:
         raise Unusable(
-            "row with text in the place of a number",
+            "row with text instead of a number",
             f"{where}: expected numbers, got {show(' '.join(words))}",
         ) from None
     if row[0] not in range(classes):
         raise Unusable(
-            "class that data.yaml does not name",
+            "class that is not in data.yaml",
             f"{where}: class {words[0]}: expected a whole number from 0 to {classes - 1}, as "
             "data.yaml "
             "names them",
@@ -298,7 +298,7 @@ def _row(where: str, words: list[str], classes: int) -> tuple[float, ...]:
     if wrong:
         raise Unusable(
             "coordinate outside of its image",
-            f"{where}: coordinate {wrong[0]}: expected a share of the picture, from 0 to 1",
+            f"{where}: coordinate {wrong[0]}: expected a fraction of the image, from 0 to 1",
         )
     return row
 
