@@ -355,7 +355,7 @@ def test_boxes_of_zero_size_are_counted_and_left_out(
         )
     assert code == 0
     assert any(
-        "objects left out of training" in message and "of zero size" in message
+        "objects ignored in training" in message and "of zero size" in message
         for message in caplog.messages
     )
 

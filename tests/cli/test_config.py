@@ -221,7 +221,7 @@ def test_an_override_of_a_section_by_null_is_refused(
         ("optim.milestones=[0.9,0.8]", "optim.milestones must increase between 0 and 1"),
         ("optim.milestones=[0.5,1]", "optim.milestones must increase between 0 and 1"),
         ("data.scale_range=[2,1]", "data.scale_range must be low <= high, got [2.0, 1.0]"),
-        ("model.roi_heads.ious=[]", "model.roi_heads.ious must lie between 0 and 1, got []"),
+        ("model.roi_heads.ious=[]", "model.roi_heads.ious must be between 0 and 1, got []"),
         ("optim.steps=0", "optim.steps must be between 1 and 2147483647, got 0"),
         ("model.rpn.samples=0", "model.rpn.samples must be between 1 and 1000000, got 0"),
         ("model.mask.num_convs=-1", "model.mask.num_convs must be between 0 and 1024, got -1"),
@@ -231,7 +231,7 @@ def test_an_override_of_a_section_by_null_is_refused(
         ),
         ("optim.lr=-1", "optim.lr must be above 0, got -1.0"),
         ("data.workers=-1", "data.workers must be between 0 and 1024, got -1"),
-        ("optim.ema=1.5", "optim.ema must lie between 0 and 1, got 1.5"),
+        ("optim.ema=1.5", "optim.ema must be between 0 and 1, got 1.5"),
     ],
 )
 def test_a_wrong_override_is_named(override: str, says: str) -> None:
@@ -301,7 +301,7 @@ def test_all_unknown_settings_are_named_at_once(tmp_path: Path) -> None:
         (lambda: OptimConfig(steps=0), "optim.steps must be between 1 and 2147483647, got 0"),
         (
             lambda: BackboneConfig(drop_path=2),
-            "model.backbone.drop_path must lie between 0 and 1, got 2",
+            "model.backbone.drop_path must be between 0 and 1, got 2",
         ),
         (lambda: replace(Config().optim, lr=0.0), "optim.lr must be above 0, got 0.0"),
         (lambda: OptimConfig(lr=math.inf), "optim.lr: expected a number, got inf"),
@@ -319,9 +319,9 @@ def test_all_unknown_settings_are_named_at_once(tmp_path: Path) -> None:
         ),
         (
             lambda: RoIHeadsConfig(ious=(0.5, 1.5)),
-            "model.roi_heads.ious must lie between 0 and 1, got [0.5, 1.5]",
+            "model.roi_heads.ious must be between 0 and 1, got [0.5, 1.5]",
         ),
-        (lambda: RoIHeadsConfig(ious=()), "model.roi_heads.ious must lie between 0 and 1, got []"),
+        (lambda: RoIHeadsConfig(ious=()), "model.roi_heads.ious must be between 0 and 1, got []"),
         (
             lambda: replace(Config(), data=DataConfig(image_size=100)),
             "data.image_size must be a positive multiple of 64",

@@ -203,7 +203,7 @@ def test_what_training_leaves_out_is_counted_once(
     # the first process has said it
     train_loader(data, 4, seed=0, start_step=0, steps=1, rank=1, world_size=2)
     assert [record.getMessage() for record in caplog.records] == [
-        f"{path}: objects left out of training: 1 of zero size"
+        f"{path}: objects ignored in training: 1 of zero size"
     ]
 
 

@@ -320,7 +320,7 @@ def test_outlines_outside_of_their_images_leave_boxes_to_train(
     assert any(len(target) for target in batch.targets)
     assert not any(target.has_mask.any() for target in batch.targets)
     assert "box and class only: 3 with an outline that has no pixels in its image" in caplog.text
-    assert "objects left out of training: 1 crowd" in caplog.text
+    assert "objects ignored in training: 1 crowd" in caplog.text
 
 
 def test_corners_are_recognized_without_outlines(data: DataConfig) -> None:

@@ -288,7 +288,7 @@ def test_voc(vitdet: Run, voc: Path, tmp_path: Path) -> None:
         (
             "Annotations/one.xml",
             f"<a>{OBJECT.format('a', '', 1, 101, 105, 9)}</a>",
-            "lies outside the image of 100 x 50",
+            "is outside of the image of 100 x 50",
         ),
         (
             "Annotations/one.xml",

@@ -90,7 +90,7 @@ NAMES = [
 def test_a_name_that_leads_elsewhere_refuses_the_archive(
     unpacked: Unpack, tmp_path: Path, name: str
 ) -> None:
-    with pytest.raises(ValueError, match="some.zip: holds .*: rejected") as caught:
+    with pytest.raises(ValueError, match="some.zip: contains .*: rejected") as caught:
         unpacked(zipped({"good": b"1", name: b"2"}))
     assert str(caught.value).isprintable()
     assert set(files(tmp_path)) == {"some.zip"}  # nothing of it, nowhere
@@ -117,7 +117,7 @@ def test_a_name_with_a_zero_is_not_cut_there(unpacked: Unpack, tmp_path: Path) -
         (zipped({"x": b"1" * 100}, zipfile.ZIP_LZMA), "x is compressed by method 14"),
         (
             zipped({"IMG.jpg": b"1", "img.jpg": b"2"}),
-            "holds both IMG.jpg and img.jpg, which are the same file on some disks",
+            "contains both IMG.jpg and img.jpg, which are the same file on some disks",
         ),
         (
             zipped({"\u00e9.jpg": b"1", "e\u0301.jpg": b"2"}),
@@ -155,7 +155,7 @@ def test_an_evil_archive_is_refused_before_a_byte_is_written(
 @pytest.mark.filterwarnings("ignore:Duplicate name")
 def test_the_same_name_twice_is_two_names(unpacked: Unpack) -> None:
     twice = renamed(zipped({"a.jpg": b"1", "b.jpg": b"2"}), "b.jpg", b"a.jpg")
-    with pytest.raises(ValueError, match="holds both a.jpg and a.jpg"):
+    with pytest.raises(ValueError, match="contains both a.jpg and a.jpg"):
         unpacked(twice)
 
 

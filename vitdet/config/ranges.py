@@ -27,16 +27,16 @@ Workers = Annotated[int, between(0, 1024)]  # number of processes
 NonNegative = Annotated[float, Meta(ge=0, description="not be negative")]
 Positive = Annotated[float, Meta(gt=0, description="be above 0")]
 Positives = Annotated[tuple[Positive, ...], Meta(min_length=1, description="be above 0")]
-Fraction = Annotated[float, Meta(ge=0, le=1, description="lie between 0 and 1")]
-Percent = Annotated[float, Meta(ge=0, le=100, description="lie between 0 and 100")]
+Fraction = Annotated[float, Meta(ge=0, le=1, description="be between 0 and 1")]
+Percent = Annotated[float, Meta(ge=0, le=100, description="be between 0 and 100")]
 # With 1,000 resamples, a tail of less than 1 / 1,001 contains none
 Confidence = Annotated[
     float,
     Meta(
-        ge=0, le=0.998, description="lie between 0 and 0.998, the most that 1,000 resamples resolve"
+        ge=0, le=0.998, description="be between 0 and 0.998, the most that 1,000 resamples resolve"
     ),
 ]
-Fractions = Annotated[tuple[Fraction, ...], Meta(min_length=1, description="lie between 0 and 1")]
+Fractions = Annotated[tuple[Fraction, ...], Meta(min_length=1, description="be between 0 and 1")]
 # Accepted by MLflow (mlflow.utils.validation; its databases store 256 characters of a name). Quotes
 # and backslashes would break the filter strings of searches for a model.
 ModelName = Annotated[

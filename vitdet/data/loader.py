@@ -76,11 +76,11 @@ def train_loader(
     )
     if rank == 0:
         path, found = split_files(data, data.train_split)[0], dataset.split
-        _warn(path, "objects left out of training", found.dropped)
+        _warn(path, "objects ignored in training", found.dropped)
         if found.outlines or found.unmasked.keys() - {NO_OUTLINE}:  # else these are boxes only
             _warn(path, "objects that train box and class only", found.unmasked)
         if dataset.without_objects:
-            done = "trained as background" if data.keep_empty else "left out"
+            done = "trained as background" if data.keep_empty else "ignored"
             log.info("%s: %d images without objects are %s", path, dataset.without_objects, done)
     sampler = _Steps(batch_size, start_step, steps, rank, world_size, accumulate)
     return DataLoader(dataset, batch_sampler=sampler, **_processes(data.workers))

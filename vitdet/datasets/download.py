@@ -31,7 +31,7 @@ CHUNK = 1 << 18  # bytes
 LARGEST = 100 * 10**9  # bytes: limit for files of unknown size; no published file is larger
 PASSING = (408, 425, 429, 500, 502, 503, 504)  # status codes that are retried
 REASONS = {
-    401: "it asks for a password",
+    401: "it requires a password",
     403: "the server denies access to this file",
     404: "no such file there",
     410: "the file is gone",

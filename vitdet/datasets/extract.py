@@ -123,7 +123,7 @@ def _checked(
         other = first.setdefault(unicodedata.normalize("NFC", name).casefold(), name)
         if other is not name:
             raise _Refused(
-                f"holds both {other} and {name}, which are the same file on some disks: rejected"
+                f"contains both {other} and {name}, which are the same file on some disks: rejected"
             )
     return chosen
 
@@ -152,10 +152,10 @@ def _check_name(name: str) -> None:
     outside = not all(parts) or ".." in parts or "." in parts or "\\" in name or ":" in parts[0]
     if outside or not name.isprintable() or name.endswith(TEMPORARY):
         raise _Refused(
-            f"holds the name {name!r}, which is outside of the folder or invalid: rejected"
+            f"contains the name {name!r}, which is outside of the folder or invalid: rejected"
         )
     if max(len(part.encode()) for part in parts) > 255:
-        raise _Refused(f"holds a name of more than 255 bytes, {name[:40]!r}...: rejected")
+        raise _Refused(f"contains a name of more than 255 bytes, {name[:40]!r}...: rejected")
 
 
 def _check_parents(path: Path, folder: Path) -> None:

@@ -270,7 +270,7 @@ def _place(archive: Archive, path: Path, root: Path, seen: Callable[[int], None]
     entries = unpack(path, work, archive.choose, limits, seen, ours=not there)
     if len(entries) != archive.count:
         raise ValueError(
-            f"{path}: holds {len(entries):,} of the {archive.count:,} files of {archive.folder}"
+            f"{path}: contains {len(entries):,} of the {archive.count:,} files of {archive.folder}"
         )
     foreign = () if archive.members else set(os.listdir(work)) - {entry.name for entry in entries}
     if foreign:

@@ -55,7 +55,9 @@ class Archive:
         if self.members:
             return name if member.startswith(self.prefix) and name in self.members else None
         if not member.startswith(self.prefix) or "/" in name:
-            raise ValueError(f"{self.name}: holds {member!r}, expected files of {self.prefix} only")
+            raise ValueError(
+                f"{self.name}: contains {member!r}, expected files of {self.prefix} only"
+            )
         return name
 
 

@@ -180,7 +180,7 @@ def pretrain(
     model = MaskedAutoencoder(encoder)
     started = time.perf_counter()
     images = pictures(count, config.data.image_size)
-    log.info("%d pictures drawn in %.0f s", count, time.perf_counter() - started)
+    log.info("%d images drawn in %.0f s", count, time.perf_counter() - started)
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.05, fused=True
     )

@@ -26,7 +26,7 @@ CATEGORIES = {1: "disc", 2: "triangle", 3: "bar", 5: "star", 8: "crescent", 13: 
 FINE = 2  # fine pixels a pixel and axis
 SIDES = (14.0, 80.0)  # longer side of an object's box, pixels, log-uniform
 TOLERANCE = 0.45  # pixels between a traced outline and its polygon
-SLIVER = 4.0  # square pixels; smaller parts of an object are left out
+SLIVER = 4.0  # square pixels; smaller parts of an object are dropped
 VISIBLE = 0.45  # of an object's area and
 VISIBLE_AREA = 44.0  # square pixels: what later objects leave of an earlier one
 
@@ -95,7 +95,7 @@ class _Canvas:
         self.owner = np.zeros((self.height, self.width), dtype=np.uint8)
         self.category, self.crowd = [0], [False]  # of object 1, 2, ...; entry 0 is the ground
         self.full, self.seen = [0.0], [0]  # fine pixels: of the whole object, of its visible part
-        # the part of the canvas that holds the object
+        # the part of the canvas that contains the object
         self.window = [(slice(0, self.height), slice(0, self.width))]
 
     def paint_scrap(self) -> None:

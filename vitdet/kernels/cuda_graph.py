@@ -16,7 +16,7 @@ from torch import Tensor
 
 Output = TypeVar("Output")
 
-LIMIT = 6  # graphs kept, one for each set of shapes; each holds its activations
+LIMIT = 6  # maximum number of graphs, one per set of shapes; each keeps its activations
 WARM_UPS = 2  # calls before the recording, in which kernels are compiled and chosen
 _recording = Lock()  # torch records one graph of a process at a time
 

@@ -86,6 +86,6 @@ def _centres(first: Tensor, counts: Tensor, low: Tensor, high: Tensor) -> Tensor
     1) continue outside of the box.
     """
     steps = torch.arange(int(counts.max()) + 1, device=low.device)
-    sides = (high - low).clamp(min=1e-9)  # an empty box holds no pixel centre
+    sides = (high - low).clamp(min=1e-9)  # an empty box has no pixel centre
     centres = ((first[:, None] + steps).float() + 0.5 - low[:, None]) / sides[:, None] * 2 - 1
     return centres.where(steps < counts[:, None], OUTSIDE)

@@ -19,7 +19,7 @@ def launch(masks: Tensor, boxes: Tensor, regions: Tensor, ends: Tensor, total: i
     if total:
         tensors = [one.contiguous() for one in (masks, boxes, regions, ends)]
         grid = (len(masks), PROGRAMS)
-        # fused where the kernel says so, and nowhere else
+        # no implicit fused multiply-adds
         paste_kernel[grid](*tensors, pixels, M=masks.shape[-1], enable_fp_fusion=False)
     return pixels
 

@@ -65,9 +65,7 @@ def backward(
     strides: Sequence[int],
     ratio: int,
 ) -> list[Tensor]:
-    """Contiguous gradient (R, bins, bins, C) -> gradients of the maps (B, H, W, C) of each shape
-    (H, W).
-    """
+    """Contiguous gradient (R, bins, bins, C) -> gradients (B, H, W, C) of all maps."""
     bins, channels = gradient.shape[2:]
     found = [gradient.new_empty(images, *shape, channels) for shape in shapes]
     # RoIs grouped by image and level, so that a program iterates over its own only
@@ -93,9 +91,7 @@ def _levels(maps: Sequence[Tensor], strides: Sequence[int]) -> list[Any]:
 
 
 def _sizes(rois: Tensor, bins: int, ratio: int) -> dict[str, int]:
-    """Return the constants of both kernels for features of RoIs (R, bins, bins, C), or their
-    gradient.
-    """
+    """Return the constants of both kernels for features (R, bins, bins, C) or their gradient."""
     columns = max(4, triton.next_power_of_2(bins))
     most = WIDE if rois.element_size() == 2 else WIDE // 4
     return {

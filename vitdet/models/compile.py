@@ -26,7 +26,7 @@ def compile_parts(detector: Detector) -> None:
     torch._inductor.config.fallback_random = True
     # levels and heads are called with other shapes in training and evaluation
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 32)
-    # einops notes the types of tensors that it has met, and compiled code would be made anew when
+    # einops caches tensor types, and compiled code would be recompiled when
     # there is another one
     for tensor in (torch.zeros(1), nn.Parameter(torch.zeros(1)), np.zeros(1)):
         rearrange(tensor, "a -> a")

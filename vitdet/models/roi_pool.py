@@ -77,7 +77,7 @@ def _pool_by_products(
     Its gradient is then a matrix product too, instead of the scattered additions that dominate a
     step on a CPU.
     """
-    # Unbound once: indexing a map by image would make a gradient of the whole map for each image.
+    # unbind once: indexing a map by image would allocate a full-size gradient per image
     maps = [feature.permute(0, 2, 3, 1).unbind() for feature in features]
     values, order = [], []
     for level, (images, stride) in enumerate(zip(maps, strides, strict=True)):

@@ -50,7 +50,6 @@ from vitdet.weights import resolve
 
 log = logging.getLogger(__name__)
 
-
 # (fingerprint of the data, run ID of the interrupted run or None, step to resume from) -> tracker
 StartTracking = Callable[[str, str | None, int], Tracker]
 
@@ -69,10 +68,8 @@ def train(
     A resumed training may change operational settings (see `vitdet.config.sections.operational`),
     optim.steps if the learning rate of the completed steps stays the same, and train.patience to a
     larger value or 0; a finished run with its last state can be extended in this way. If `output`
-    contains the finished run of this config and data, nothing is done: all processes are restarted
-    if a node is lost at the very end.
-
-    Calls `vitdet.data.loader.configure_process`, which changes settings of the process.
+    contains the finished run of this config and data, nothing is done. Calls
+    `vitdet.data.loader.configure_process`, which changes settings of the process.
 
     Args:
         config: the config.
@@ -80,14 +77,11 @@ def train(
         checkpoints: the training states are written to a subfolder of this folder, named by a
             digest of settings, data and initial weights; default: output/checkpoints.
         weights: a local file for train.init.
-        start_tracking: (fingerprint of the data, run ID of the interrupted run or None, step to
-            resume from) -> tracker.
-        profile: write a trace of a few steps of rank 0 to output/profile, and log their time by
-            part; disables train.compile, which fuses kernels of several parts.
+        start_tracking: see `StartTracking`.
+        profile: write a trace of a few steps to output/profile; disables train.compile.
 
     Raises:
-        ValueError: `output` contains any other finished run, or a run of another config; and for
-            invalid data.
+        ValueError: `output` contains another run, or the data is invalid.
         Stopped: after SIGTERM, SIGINT or SIGHUP; the state is saved.
     """
     check_tracking(config.tracking)
@@ -284,13 +278,10 @@ class Loop:
         return figures.lr
 
     def evaluate(self, step: int) -> None:
-        """Evaluate the (averaged) weights on the validation split, and write pictures of
-        detections.
+        """Evaluate the (averaged) weights on the validation split, and write pictures.
 
-        The metrics are written beside the state after `step` steps, which is already saved. Raises
-        Stopped.
+        The metrics are written beside the saved state after `step` steps. Raises Stopped.
         """
-
         self.training_step.release()
         config, limits = self.config, iter([LONG])  # the first batch may compile kernels
 
@@ -337,9 +328,7 @@ class Loop:
                 }
                 self.saver.states.save_evaluation(step, added)
         release_memory()
-        if (
-            step < config.optim.steps and not self.best.is_final()
-        ):  # otherwise the training has ended
+        if step < config.optim.steps and not self.best.is_final():
             self.stop.check(self.stopped(step))
 
     def save(self, step: int) -> None:

@@ -375,7 +375,7 @@ def pixels_of(where: object, words: Iterable[object], size: tuple[int, int]) -> 
     if values and reaches_far(values, size):
         raise Unusable(
             "coordinates far outside of their image",
-            f"{where}: {show(words)} lies far outside the image of {size[1]} x {size[0]} pixels",
+            f"{where}: {show(words)} is far outside of the image of {size[1]} x {size[0]} pixels",
         )
     return values
 

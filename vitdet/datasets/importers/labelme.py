@@ -151,7 +151,7 @@ def _picture(
     path, image, content, shapes = item
     size = found.check_size(path, image, (content.imageHeight, content.imageWidth))
     things: list[ImportedObject] = []
-    # of each object: its label and group, and a number of its own without a group
+    # key of each object: label and group, or a unique number without a group
     outlines: dict[tuple[str, int | None, int], list[list[float]]] = defaultdict(list)
     for number, shape in enumerate(shapes, 1):
         with found.problems.collect("shape that cannot be used"):

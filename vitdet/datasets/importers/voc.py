@@ -50,7 +50,7 @@ from vitdet.datasets.importers.xml_file import has_root, read_xml
 LARGEST = 4 << 20  # maximum bytes of an XML file; VOC's have a few thousand
 RIM = 255
 LISTS = ("ImageSets/Main", "ImageSets/Segmentation", "ImageSets")
-# an ID, perhaps in quotation marks, and what a list of one class says of it: absent, difficult,
+# an ID, possibly quoted, and its value in a list of one class: absent, difficult,
 # there
 ROW = re.compile(r'(?:"(?P<quoted>(?:[^"\\]|\\.)*)"|(?P<plain>.*?))(?:\s+(?P<presence>-1|0|1))?')
 
@@ -352,7 +352,7 @@ def _corners(
     if x0 > width or y0 > height or x1 < 1 or y1 < 1:
         raise Unusable(
             "box outside of its image",
-            f"{path}: bndbox: {show(words)} lies outside the image of {width} x {height} pixels",
+            f"{path}: bndbox: {show(words)} is outside of the image of {width} x {height} pixels",
         )
     return x0 - 1, y0 - 1, x1, y1
 

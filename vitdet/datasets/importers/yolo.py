@@ -37,7 +37,7 @@ from vitdet.datasets.importers.dataset import (
 )
 
 HEAD = "entry of data.yaml that cannot be used"
-TOLERANCE = 0.01  # of the picture, by which a coordinate may lie outside
+TOLERANCE = 0.01  # tolerance of coordinates outside of the image, as a fraction
 SPLITS = {"train": "train", "val": "val", "validation": "val", "test": "test"}
 NUMBER = re.compile(rb"[+-]?\d+(\.\d*)?")
 KEYS = re.compile(r"^(names|nc|train|val)\s*:", re.MULTILINE)

@@ -93,7 +93,7 @@ class Attention(nn.Module):
         if self.window == 0:
             return self.mix(x)
         (height, width), size = x.shape[1:3], self.window
-        # zeros all around, which take part in the attention
+        # zero padding on all sides, included in the attention
         top, left = (-height % size // 2, -width % size // 2)
         x = F.pad(x, (0, 0, left, -width % size - left, top, -height % size - top))
         x = join_windows(self.mix(split_windows(x, size)), (x.shape[1], x.shape[2]))
