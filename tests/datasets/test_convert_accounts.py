@@ -155,7 +155,11 @@ def test_an_image_of_voc_that_cannot_be_read_is_named(vitdet: Run, voc: Path) ->
     (voc / "JPEGImages/p1.jpg").rename(voc / "JPEGImages/p1.heic")
     (voc / "JPEGImages/p1.heic").write_bytes(b"\0\0\0\x18ftypheic")
     code, _, errors = vitdet("data", "convert", voc, "out")
-    assert code == 1 and errors.count("\n") == 1 and "JPEGImages/p1.heic: no image format" in errors
+    assert (
+        code == 1
+        and errors.count("\n") == 1
+        and "JPEGImages/p1.heic: not a known image format" in errors
+    )
 
 
 def test_voc_counts_what_is_left_out(vitdet: Run, voc: Path) -> None:

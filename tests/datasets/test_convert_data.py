@@ -184,7 +184,7 @@ def test_roboflow_names_splits_from_outside(vitdet: Run, tmp_path: Path) -> None
         ("labels/train/a.txt", "0 .5 .5 40 .5", "coordinate 40: expected a fraction of the image"),
         ("labels/train/a.txt", "0 .5 nan .5 .5", "coordinate nan"),
         ("labels/train/a.txt", "0 .5 x .5 .5", "expected numbers, got '0 .5 x .5 .5'"),
-        ("images/train/a.jpg", "no image", "a.jpg: not a readable image"),
+        ("images/train/a.jpg", "no image", "a.jpg: not an image that can be read"),
         ("images/val.txt", "./val/b.jpg", "val.txt:1: ./val/b.jpg: no such image file"),
         (
             "data.yaml",

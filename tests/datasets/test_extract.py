@@ -112,9 +112,9 @@ def test_a_name_with_a_zero_is_not_cut_there(unpacked: Unpack, tmp_path: Path) -
         (encrypted(zipped({"good": b"1", "secret": b"2"}), "secret"), "secret is encrypted"),
         (
             zipped({"x": b"1" * 100}, zipfile.ZIP_BZIP2),
-            "x is compressed by method 12, not deflated or stored",
+            "x is compressed with method 12, not deflated or stored",
         ),
-        (zipped({"x": b"1" * 100}, zipfile.ZIP_LZMA), "x is compressed by method 14"),
+        (zipped({"x": b"1" * 100}, zipfile.ZIP_LZMA), "x is compressed with method 14"),
         (
             zipped({"IMG.jpg": b"1", "img.jpg": b"2"}),
             "contains both IMG.jpg and img.jpg, which are the same file on some disks",
@@ -245,7 +245,8 @@ def test_another_file_in_the_place_is_never_written_over(unpacked: Unpack, tmp_p
     here.mkdir(parents=True)
     (here / "a.jpg").write_bytes(b"mine" * 750)  # of the same size
     with pytest.raises(
-        ValueError, match="here/a.jpg: there already, and not the file of the archive; move it away"
+        ValueError,
+        match="here/a.jpg: exists and differs from the file in the archive; move it away",
     ):
         unpacked(zipped(GOOD), ours=False)
     assert files(here) == {"a.jpg": b"mine" * 750}

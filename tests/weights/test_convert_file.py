@@ -119,7 +119,7 @@ def test_a_detector_goes_to_mmdet_and_comes_back(tiny: Path, tmp_path: Path) -> 
         assert names == tuple(load_model_file(ours)["class_names"])  # mmdet's files say them
         features[name] = again.backbone(image.float() / 255)
     assert notes == [
-        "relative positions: rescaled for the unscaled query that this model has them meet"
+        "relative positions: rescaled for this model, which applies them to the unscaled query"
     ]
     table = load_model_file(ours)["model"]["backbone.blocks.1.attn.rel_pos_h"]
     torch.testing.assert_close(
@@ -171,7 +171,7 @@ def test_a_pretraining_becomes_tensors(tmp_path: Path) -> None:
     assert source.layout == "mae" and source.scaled is None and not source.whole
     assert source.weights["backbone.pos_embed"].shape == (1, 14, 14, 768)
     text = refused(tmp_path / "mae.pth", tmp_path / "mae.pt", "mae", "mask_rcnn_vitdet_b_coco")
-    assert "mae.pth: holds a backbone alone" in text
+    assert "mae.pth: contains only a backbone" in text
     text = refused(
         tmp_path / "mae.pth", tmp_path / "x.safetensors", "mae", "mask_rcnn_vitae_b_coco"
     )
@@ -192,7 +192,7 @@ def test_what_makes_no_sense_is_one_line(model: Path, recipe: Path, tmp_path: Pa
             {},
             "expected a name that ends in .safetensors or .pt",
         ),
-        ((model, tmp_path / "x.pt", "vitdet"), {}, "set --recipe NAME (--recipe NAME)"),
+        ((model, tmp_path / "x.pt", "vitdet"), {}, "set --recipe NAME"),
         (
             (model, tmp_path / "x.pt", "detectron3"),
             {},

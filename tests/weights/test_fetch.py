@@ -128,7 +128,7 @@ def test_the_beginning_of_a_checksum_will_do_and_one_of_the_name_is_a_hint(
 ) -> None:
     get(**{"sha256": "", "size": None, **known})
     assert len(caplog.messages) == notes and all(
-        "expected abcdef by the name" in text for text in caplog.messages
+        "expected abcdef according to the published file name" in text for text in caplog.messages
     )
 
 
@@ -157,7 +157,7 @@ def test_what_cannot_be_converted_is_kept_only_if_it_is_the_published_file(
     )
     assert get().is_file() and web.sent == 100_000
     get().unlink()
-    with pytest.raises(ValueError, match="does not know; the download was removed"):
+    with pytest.raises(ValueError, match="unknown to this format; the download was removed"):
         get(refuse, sha256="")
     assert not names(tmp_path / "here")
 
@@ -188,12 +188,12 @@ def test_a_mirror(get: Fetch, web: Web) -> None:
     [
         (
             "dead",
-            r"its link is dead \(https://x/y\); convert a copy that you have .*--from FILE\), or start from other",
+            r"its link is dead \(https://x/y\); convert your copy of the file .*--from FILE\), or start from other",
         ),
-        ("none", "its authors have not published it; convert a copy"),
+        ("none", "its authors have not published it; convert your copy"),
         (
             "page",
-            "https://x/y is a page, not a file; download it there in a browser, then vitdet weights fetch some ",
+            "https://x/y is a page, not a file; download it in a browser, then vitdet weights fetch some ",
         ),
     ],
 )

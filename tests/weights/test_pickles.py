@@ -95,9 +95,9 @@ def test_the_forbidden_name_is_said(tmp_path: Path) -> None:
         path = tmp_path / f"model.{suffix}"
         # written by hand, in the oldest protocol
         path.write_bytes(b"cposix\nsystem\n(S'true'\ntR.")
-        assert "it names posix.system, and reading that could run code" in one_line(path)
+        assert "it references posix.system, which could run code" in one_line(path)
     torch.save({"model": {}, "x": Call(os.mkdir, "x")}, tmp_path / "model.pth")
-    assert "it names posix.mkdir" in one_line(tmp_path / "model.pth")
+    assert "it references posix.mkdir" in one_line(tmp_path / "model.pth")
 
 
 def packed(path: Path, content: bytes) -> Path:
@@ -122,7 +122,7 @@ def test_torch_s_advice_to_run_the_code_is_not_passed_on(tmp_path: Path) -> None
 
 def test_persistent_ids_are_read_as_carefully(tmp_path: Path) -> None:
     path, one = tmp_path / "model.pth", b"(X\x07\0\0\0storage%sX\x01\0\0\00X\x03\0\0\0cpuK\x02tQ"
-    assert "it names posix.system" in one_line(
+    assert "it references posix.system" in one_line(
         packed(path, b"\x80\x02" + one % b"cposix\nsystem\n" + b".")
     )
     inner = one % b"ctorch\nFloatStorage\n"

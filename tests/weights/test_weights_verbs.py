@@ -87,7 +87,7 @@ def test_a_user_without_a_home(
     assert vitdet(*words) == (
         1,
         "",
-        "vitdet: no home folder to keep weights in; give a folder with --output\n",
+        "vitdet: no home folder for the cache of weights; give a folder with --output\n",
     )
     assert vitdet(*words, "--output", "w")[:2] == (0, "w/mae_vit_h.safetensors\n")
     assert vitdet("weights", "list")[0] == 0
@@ -268,7 +268,7 @@ def test_a_file_is_converted(vitdet: Run, web: Web, tmp_path: Path) -> None:
             ("--format", "mea"),
             "unknown format of weights 'mea'; expected one of vitdet, ",
         ),
-        ("x.pt", ("--format", "mae"), "set --recipe NAME (--recipe NAME)"),
+        ("x.pt", ("--format", "mae"), "set --recipe NAME"),
         ("x.safetensors", ("--format", "mae", "--recipe", "tiny"), "does not fit"),
         (
             "x.pkl",
