@@ -144,7 +144,7 @@ def test_a_full_disk_is_one_line_and_the_next_run_goes_on(get: Fetch, web: Web, 
 
 def test_an_archive_that_lacks_files_is_not_noted(get: Fetch, root: Path) -> None:
     both, train = miniatures("coco", "train")[0]
-    with pytest.raises(ValueError, match="train2017.zip: holds 12 of the 13 files of train2017"):
+    with pytest.raises(ValueError, match="train2017.zip: contains 12 of the 13 files of train2017"):
         get(wanted=[both, replace(train, count=13)])
     assert not (root / "manifest.json").exists() and not (root / "train2017").exists()
 

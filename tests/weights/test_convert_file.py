@@ -214,7 +214,7 @@ def test_what_makes_no_sense_is_one_line(model: Path, recipe: Path, tmp_path: Pa
             {"reverse": True},
             "expected a name that ends in .pth (for mmdet)",
         ),
-        ((model, tmp_path / "x.pth", "mmdet"), {"reverse": True}, "not a system of mmdet: "),
+        ((model, tmp_path / "x.pth", "mmdet"), {"reverse": True}, "not a detector of mmdet: "),
         (
             (recipe, tmp_path / "x.pth", "mmdet"),
             {"reverse": True},

@@ -125,8 +125,8 @@ def _check_resumable(
         steps = load_model_file(finished)["step"]
         lacking = "" if _has_best(config, output) else " without its best.pt"
         raise ValueError(
-            f"{output}: contains a finished run of {steps} steps{lacking}, and no training state to "
-            f"resume from is in {folder}; choose another --output or remove it"
+            f"{output}: contains a finished run of {steps} steps{lacking}, and no training state "
+            f"to resume from is in {folder}; choose another --output or remove it"
         )
 
 
