@@ -164,7 +164,7 @@ def check_recipes(
     only in the image. Without it the first step rejects the run, before data is prepared or GPUs are
     requested.
     """
-    from vitdet.credentials import has_credentials
+    from vitdet.config.credentials import has_credentials
 
     if len(set(recipes)) < len(recipes):
         raise ValueError(f"a recipe is given twice: {' '.join(recipes)}")

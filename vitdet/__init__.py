@@ -1,6 +1,6 @@
 """Plain Vision Transformer detectors.
 
-The public names are resolved when they are first used, so that `import vitdet` and the command line stay instant.
+The public names are imported on first use, so that `import vitdet` and the command line start fast.
 """
 
 from __future__ import annotations

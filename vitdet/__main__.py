@@ -1,4 +1,4 @@
-"""python -m vitdet: the command line; `torchrun -m vitdet train ...` for several processes."""
+"""Command line: `python -m vitdet`, or `torchrun -m vitdet train ...` for several processes."""
 
 from vitdet.cli import main
 

@@ -1,7 +1,7 @@
-"""Process groups: setup, teardown, rank, and collectives. Without torchrun there is one process, and all functions work without communication.
+"""Process groups: setup, teardown, rank, and collectives.
 
-The environment that torchrun sets decides; this is the only place that reads it, but for
-`vitdet.torchrun`, which does not need torch.
+Configured by torchrun's environment variables, which only this module and `vitdet.torchrun` (which
+does not import torch) read. Without torchrun there is one process and no communication.
 """
 
 from __future__ import annotations
@@ -25,21 +25,21 @@ from vitdet import torchrun
 
 Store = dist.Store
 T = TypeVar("T")
-# Limit of a collective: rank 0 may look at a million files, or compare LVIS's detections.
-PATIENCE = timedelta(minutes=30)
-# Limit of joining: all processes have been started, none has read any data yet.
-JOINING = timedelta(minutes=5)
-EXCHANGE = 2**26  # bytes of gradients that are averaged in one collective
+# Timeout of a collective: rank 0 may check a million files, or evaluate LVIS.
+COLLECTIVE_TIMEOUT = timedelta(minutes=30)
+# Timeout for joining: all processes have been started, none has read any data yet.
+JOIN_TIMEOUT = timedelta(minutes=5)
+EXCHANGE = 2**26  # bytes of gradients averaged per collective
 POLL = 0.1  # seconds between two requests to the store while ranks join
 
-_joined = False  # by `process_group`, and not by a caller of the package
+_joined = False  # by `process_group`, not by a caller of the package
 _collective = ""  # name of the collective that the main thread is in
 _changed = 0.0  # time.monotonic() when it entered or left one
 
 
 @contextmanager
 def process_group() -> Iterator[torch.device]:
-    """Joins the processes that torchrun started, if it did, and gives the device of this one."""
+    """Join the processes that torchrun started, if any, and yield the device of this one."""
     cuda = torch.cuda.is_available()
     device = (
         torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
@@ -51,22 +51,22 @@ def process_group() -> Iterator[torch.device]:
     if "WORLD_SIZE" not in os.environ or dist.is_initialized():
         yield device
         return
-    # NCCL's record of recent collectives, written to a file when one of them times out
+    # NCCL's record of recent collectives is written to a file when one of them times out
     if "TORCH_NCCL_TRACE_BUFFER_SIZE" not in os.environ:  # its older name
         os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")
     os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "1")
-    # gloo beside NCCL carries what lies in the host's memory: results of LVIS are gigabytes, too many for a GPU's
+    # gloo transfers host memory: the results of LVIS are gigabytes, too large for GPU memory
     backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
     store, number, count = _join()
-    # NCCL's and gloo's own connections: beyond the limit, faulthandler writes the stacks and exits
-    faulthandler.dump_traceback_later(JOINING.total_seconds(), exit=True, file=2)
+    # NCCL and gloo connect here: after the timeout, faulthandler writes the stacks and exits
+    faulthandler.dump_traceback_later(JOIN_TIMEOUT.total_seconds(), exit=True, file=2)
     try:
         dist.init_process_group(
             backend,
             store=store,
             rank=number,
             world_size=count,
-            timeout=PATIENCE,
+            timeout=COLLECTIVE_TIMEOUT,
             device_id=device if cuda else None,
         )
     finally:
@@ -74,24 +74,24 @@ def process_group() -> Iterator[torch.device]:
     global _joined
     _joined = True
     yield device
-    # Not after an error: NCCL would wait here for processes that wait for this one, and the error were never told.
+    # Not after an error: NCCL would wait for ranks that wait for this one, hiding the error.
     dist.destroy_process_group()
     _joined = False
 
 
 def _join() -> tuple[dist.Store, int, int]:
-    """Wait for all processes; returns the store, the rank and the number of processes.
+    """Wait for all processes; return the store, the rank and the number of processes.
 
-    Raises TimeoutError, in one line, for those that have not come within JOINING.
+    Raises TimeoutError if some ranks do not join within JOIN_TIMEOUT.
     """
     address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
-    limit = f"within {JOINING.total_seconds():g} seconds"
+    limit = f"within {JOIN_TIMEOUT.total_seconds():g} seconds"
     try:
-        store, number, count = next(dist.rendezvous("env://", timeout=JOINING))
+        store, number, count = next(dist.rendezvous("env://", timeout=JOIN_TIMEOUT))
     except dist.DistError as error:
         raise TimeoutError(
-            f"rank {rank()} of {torchrun.world_size()} could not connect to the other ranks at {address} {limit}; "
-            "is the network between the nodes open, and are all of them up?"
+            f"rank {rank()} of {torchrun.world_size()} could not connect to the other ranks at "
+            f"{address} {limit}; is the network between the nodes open, and are all of them up?"
         ) from error
     try:
         launch_id, missing = _synchronize_launch(store, number, count)
@@ -108,20 +108,20 @@ def _join() -> tuple[dist.Store, int, int]:
             f"{earlier if launch_id and 0 in missing else ''}"
         )
     store = dist.PrefixStore(f"launch {launch_id}", store)
-    store.set_timeout(PATIENCE)
+    store.set_timeout(COLLECTIVE_TIMEOUT)
     return store, number, count
 
 
 def _synchronize_launch(store: dist.Store, number: int, count: int) -> tuple[str, list[int]]:
-    """Synchronize all ranks of one launch; return its ID and the ranks that did not join within JOINING.
+    """Synchronize all ranks of one launch; return its ID and the ranks that did not join in time.
 
-    The store may hold keys of earlier launches: torchrun serves one store for all of its restarts, and counts
-    restarts per node, so that TORCHELASTIC_RESTART_COUNT differs between nodes. Rank 0 publishes a random launch
-    ID. Each other rank writes a random ID of its own under that key and proceeds once rank 0 lists it in
-    `<launch>/all`; keys of earlier launches are therefore ignored. While rank 0 waits, it increments
-    `<launch>/polls`: the last launch is an earlier one if this stays the same.
-    """
-    deadline = time.monotonic() + JOINING.total_seconds()
+    The store may hold keys of earlier launches: torchrun serves one store for all of its restarts,
+    and counts restarts per node, so that TORCHELASTIC_RESTART_COUNT differs between nodes. Rank 0
+    publishes a random launch ID. Each other rank writes a random ID of its own under that key and
+    proceeds once rank 0 lists it in `<launch>/all`; keys of earlier launches are therefore ignored.
+    While rank 0 waits, it increments `<launch>/polls`: the last launch is an earlier one if this
+    stays the same."""
+    deadline = time.monotonic() + JOIN_TIMEOUT.total_seconds()
     if number == 0:
         return _publish_launch(store, count, deadline)
     return _join_launch(store, number, count, deadline)
@@ -161,7 +161,7 @@ def _join_launch(
     missing = _missing(store, launch_id, count) if launch_id else []
     if not launch_id or store.add(f"{launch_id}/polls", 0) == polls:
         missing = [0, *missing]
-    return launch_id, missing or [0]  # rank 0 waited for a while, and then no longer
+    return launch_id, missing or [0]  # rank 0 polled for a while and then stopped
 
 
 def _missing(store: dist.Store, launch_id: str, count: int) -> list[int]:
@@ -222,22 +222,22 @@ def _waiting(name: str) -> Iterator[None]:
 
 
 def rank() -> int:
-    """Number of this process, 0 the first; known from before the processes join until after they part."""
+    """Return the rank of this process; also valid before joining and after leaving the group."""
     return dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", "0"))
 
 
 def world_size() -> int:
-    """How many processes there are."""
+    """Return the number of processes."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def by_torchrun() -> bool:
-    """Whether torchrun started this process; when one of several is lost, it starts all of them again."""
+    """Return whether torchrun started this process; it restarts all of them if one is lost."""
     return dist.is_torchelastic_launched()
 
 
 def mean(values: Tensor) -> Tensor:
-    """The mean of a tensor over all processes, in every one of them."""
+    """Return the mean of a tensor over all processes, on every rank."""
     if world_size() == 1:
         return values
     values = values.clone()
@@ -246,7 +246,7 @@ def mean(values: Tensor) -> Tensor:
 
 
 def average(tensors: Sequence[Tensor]) -> None:
-    """Replace tensors of one type by their means over all processes, in place; 64 MB are exchanged at a time."""
+    """Replace tensors of one dtype by their means over all processes, in place, 64 MB at a time."""
     if world_size() == 1:
         return
     parts: list[list[Tensor]] = [[]]
@@ -265,17 +265,16 @@ def average(tensors: Sequence[Tensor]) -> None:
 
 
 def broadcast(tensors: Iterable[Tensor]) -> None:
-    """Overwrites the tensors of all processes with those of the first one."""
+    """Overwrite the tensors of all ranks with those of rank 0."""
     if world_size() > 1:
         for tensor in tensors:
             dist.broadcast(tensor, 0)
 
 
-def largest(value: int) -> Callable[[], int]:
-    """Start a reduction of the largest value over all ranks; call what is returned for the result.
+def async_max(value: int) -> Callable[[], int]:
+    """Start a reduction to the largest value over all ranks; return a function that waits for it.
 
-    It runs on the CPU by gloo beside what the main thread and the GPU do: neither waits for the other
-    ranks before the result is asked for.
+    It runs on the CPU with gloo, concurrently with the main thread and the GPU.
     """
     if world_size() == 1:
         return lambda: value
@@ -291,7 +290,7 @@ def largest(value: int) -> Callable[[], int]:
 
 
 def gather_objects(value: T) -> list[T]:
-    """Every process's object, by rank, in the first process; an empty list in the others."""
+    """Return the objects of all ranks, ordered by rank, on rank 0; an empty list on other ranks."""
     if world_size() == 1:
         return [value]
     gathered: list | None = [None] * world_size() if rank() == 0 else None
@@ -301,7 +300,7 @@ def gather_objects(value: T) -> list[T]:
 
 
 def all_gather_objects(value: T) -> list[T]:
-    """Every process's object, by rank, in every process."""
+    """Return the objects of all ranks, ordered by rank, on every rank."""
     if world_size() == 1:
         return [value]
     gathered: list = [None] * world_size()
@@ -310,10 +309,10 @@ def all_gather_objects(value: T) -> list[T]:
     return gathered
 
 
-def together(make: Callable[[], T]) -> T:
-    """Run `make` on every rank; if it raises on any rank, raise the first error on all ranks to avoid a deadlock.
+def reraise_on_all_ranks(make: Callable[[], T]) -> T:
+    """Run `make` on every rank; if it raises on any rank, raise the first error on all ranks.
 
-    This covers the errors that a user can fix: OSError, ValueError and LookupError.
+    This avoids a deadlock. Covers the errors that a user can fix: OSError, ValueError, LookupError.
     """
     results: list[T] = []
     failure: Exception | None = None
@@ -327,13 +326,13 @@ def together(make: Callable[[], T]) -> T:
     return results[0]
 
 
-def from_first(make: Callable[[], T]) -> T:
-    """Run `make` on rank 0 and return its result on every rank; an error on rank 0 is raised on all ranks."""
-    return all_gather_objects(together(lambda: [make()] if rank() == 0 else []))[0][0]
+def rank0_result(make: Callable[[], T]) -> T:
+    """Run `make` on rank 0 and return its result, or raise its error, on every rank."""
+    return all_gather_objects(reraise_on_all_ranks(lambda: [make()] if rank() == 0 else []))[0][0]
 
 
 def barrier() -> None:
-    """Waits until all processes have come here."""
+    """Wait until all processes have reached this call."""
     if world_size() > 1:
         with _waiting("barrier"):
             dist.barrier()

@@ -1,7 +1,13 @@
-"""A file or folder that is whole or not there: it is written beside its place and takes its name when it is complete.
+"""Atomic writes, exclusive locks and checksums of files.
 
-A full disk or a kill so leaves the old one, and readers never see half of the new one. What a killed process leaves
-under a temporary name is removed by the next one that writes into the folder: the name identifies the process.
+Files and folders are written under a temporary name in the same folder and renamed when complete,
+so that an error or a kill leaves the previous version and readers never see a partial one.
+Temporary names identify the writing process; the next writer in a folder removes those of processes
+that ended.
+
+The kernel releases a lock when its process ends, also after SIGKILL. filelock opens the file for
+writing, as NFSv4 requires, and closes it in forked children, so data-loader workers do not keep the
+lock of a killed training.
 """
 
 from __future__ import annotations
@@ -27,27 +33,39 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import yaml
+from filelock import FileLock, Timeout
+
 if TYPE_CHECKING:
     from PIL import Image
 
 # .NAME.MACHINE-PID-START.tmp, also with random letters before .tmp; version 0.1: .NAME.PID.tmp
 TEMPORARY = re.compile(r"\..+\.(?:([0-9a-f]{8})-(\d+)-(\d+)(?:\.\w+)?|\d+)\.tmp")
-DEAD_SECONDS = (
-    3600  # without a write: the time after which a process on another machine counts as dead
-)
-CRC_BLOCK = 1 << 20  # bytes of a file that are read at once
-CRC_THREADS = 4  # zlib computes without Python's lock
-# the errors of a disk that is full, of a file that may not grow, and of a quota
+DEAD_SECONDS = 3600  # without a write, after which a process on another machine counts as ended
+CRC_BLOCK = 1 << 20  # bytes per read
+CRC_THREADS = 4  # zlib releases the GIL
+# disk full, file size limit, disk quota
 FULL = {errno.ENOSPC, errno.EFBIG, errno.EDQUOT}
+# flock on Lustre without the mount option flock, on NFS without lockd, and on some FUSE mounts
+UNSUPPORTED = {
+    errno.ENOSYS,
+    errno.ENOLCK,
+    errno.EOPNOTSUPP,
+    errno.ENOTSUP,
+    errno.EINVAL,
+    errno.EBADF,
+    errno.ENOTTY,
+}
+POLL_SECONDS = 0.2
+_warned: set[str] = set()  # once per process
 log = logging.getLogger(__name__)
 
 
 @contextmanager
-def written(path: Path, sync: bool = False) -> Iterator[Path]:
-    """The name under which to write the file; what was written there takes the name `path`, or if that fails is gone.
+def atomic_write(path: Path, sync: bool = False) -> Iterator[Path]:
+    """Yield a temporary path that is renamed to `path` on success and removed on an error.
 
-    The folder is made. sync: the content reaches the disk before its name does, and the name before this returns, for
-    when the machine goes down.
+    Creates the parent folder. sync: fsync the content before the rename and the folder after it.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     _remove_once(path.parent.resolve(), os.getpid())
@@ -67,7 +85,7 @@ def written(path: Path, sync: bool = False) -> Iterator[Path]:
 
 @contextmanager
 def _named(path: Path) -> Iterator[None]:
-    """Add the name to the error of a disk that is full, which the system gives without one."""
+    """Add the file name to errors of a full disk, which come without one."""
     try:
         yield
     except OSError as error:
@@ -81,15 +99,18 @@ def _sync_folder(folder: Path) -> None:
     try:
         os.fsync(descriptor)
     except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # not every file system can
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # not supported by all file systems
             raise
     finally:
         os.close(descriptor)
 
 
 @contextmanager
-def written_folder(path: Path) -> Iterator[Path]:
-    """The same for a folder. Raises OSError in the end where `path` is there and not an empty folder."""
+def atomic_dir(path: Path) -> Iterator[Path]:
+    """`atomic_write` for a folder.
+
+    Raises OSError on exit if `path` exists and is not an empty folder.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     _remove_once(path.parent.resolve(), os.getpid())
     prefix = f".{path.name}.{writer()}."
@@ -104,7 +125,7 @@ def written_folder(path: Path) -> Iterator[Path]:
 
 
 def remove_abandoned(folder: Path) -> None:
-    """Remove what killed processes left in a folder under temporary names."""
+    """Remove the temporary files of killed processes from a folder."""
     try:
         with os.scandir(folder) as entries:
             found = [Path(entry.path) for entry in entries if TEMPORARY.fullmatch(entry.name)]
@@ -124,14 +145,15 @@ def _remove_once(folder: Path, _pid: int) -> None:
 
 
 def writer() -> str:
-    """Return an identifier of this process among those of all machines: MACHINE-PID-START."""
+    """Return an identifier of this process that is unique across machines: MACHINE-PID-START."""
     return f"{_machine()}-{os.getpid()}-{_start(os.getpid())}"
 
 
 def is_abandoned(path: Path) -> bool:
-    """Whether the process that is named in a temporary name has ended.
+    """Return whether the process that a temporary name identifies has ended.
 
-    A process of another machine or container cannot be seen from here: it has ended if nothing was written for an hour.
+    Processes of other machines or containers are not visible: they count as ended an hour after
+    their last write.
     """
     match = TEMPORARY.fullmatch(path.name)
     if match and match[1] == _machine():
@@ -145,7 +167,7 @@ def is_abandoned(path: Path) -> bool:
 
 @cache
 def _machine() -> str:
-    """Return 8 hexadecimal digits for the processes that see each other's ids, until the machine is started again."""
+    """Return 8 hexadecimal digits that identify this PID namespace until the next boot."""
     parts = [socket.gethostname()]
     for read in (
         lambda: Path("/proc/sys/kernel/random/boot_id").read_text(),
@@ -159,10 +181,10 @@ def _machine() -> str:
 
 
 def _start(pid: int) -> str:
-    """Return when a process started, "" if there is none; "0" where the system does not tell."""
+    """Return when a process started; "" if it does not exist, "0" if the system has no /proc."""
     try:
         state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-        return "" if state in "ZX" else fields[18]  # a zombie writes no more
+        return "" if state in "ZX" else fields[18]  # a zombie cannot write
     except OSError:
         if Path("/proc/self/stat").exists():
             return ""
@@ -178,15 +200,15 @@ def _start(pid: int) -> str:
 def write_json(
     path: str | Path, content: object, indent: int | None = 1, sync: bool = False
 ) -> None:
-    """Writes a JSON file, whole or not at all; sync as of `written`."""
-    with written(Path(path), sync) as temporary:
+    """Write a JSON file atomically; sync as in `atomic_write`."""
+    with atomic_write(Path(path), sync) as temporary:
         temporary.write_text(json.dumps(content, indent=indent) + "\n")
 
 
 def write_jpeg(path: Path, image: Image.Image, quality: int, subsampling: int = -1) -> None:
-    """Writes an image as JPEG, by way of memory: on a full disk Pillow ends a file early without an error.
+    """Write an image as JPEG; raises OSError if that fails.
 
-    Raises OSError if the disk does not take it.
+    Encodes in memory first, since Pillow truncates the file without an error on a full disk.
     """
     content = io.BytesIO()
     image.save(content, "JPEG", quality=quality, subsampling=subsampling)
@@ -194,10 +216,10 @@ def write_jpeg(path: Path, image: Image.Image, quality: int, subsampling: int = 
 
 
 def damaged_record(path: Path) -> str | None:
-    """Return the first record of a zip archive whose content differs from its CRC-32, None if there is none.
+    """Return the first record of a zip archive whose content differs from its CRC-32, or None.
 
-    None too if no record matches: it was written without checksums (torch.serialization.set_crc32_options). Raises
-    ValueError for a file that is no whole archive. Records are read in several threads: 0.5 s of CPU per GB.
+    None also if no record matches: the archive was written without checksums
+    (torch.serialization.set_crc32_options). Raises ValueError if the archive is incomplete.
     """
     try:
         with (
@@ -207,28 +229,30 @@ def damaged_record(path: Path) -> str | None:
         ):
             records = archive.infolist()
             whole = list(pool.map(lambda one: _is_whole(archive, file.fileno(), one), records))
-    except Exception as error:  # a damaged header raises anything
+    except Exception as error:  # a damaged header can raise any exception
         if isinstance(error, OSError) and error.errno not in (errno.EIO, errno.EINVAL):
-            raise  # says nothing of the content
-        raise ValueError(f"not a whole zip archive ({error})") from error
+            raise  # e.g. too many open files: unrelated to the content
+        raise ValueError(f"not a complete zip archive ({error})") from error
     if not any(whole):
         return None
     return next((one.filename for one, fits in zip(records, whole, strict=True) if not fits), None)
 
 
 def _is_whole(archive: zipfile.ZipFile, descriptor: int, record: zipfile.ZipInfo) -> bool:
-    """Whether the content of a record has its CRC-32. Not mapped: a disk that fails is an error, no signal."""
+    """Return whether the content of a record has its CRC-32.
+
+    Reads instead of mapping the file, so that an I/O error raises OSError instead of SIGBUS.
+    """
     try:
-        with archive.open(
-            record
-        ) as content:  # compares the name before the content with the archive's list
+        # compares the local header's name with the central directory's
+        with archive.open(record) as content:
             if record.compress_type != zipfile.ZIP_STORED:
                 while content.read(CRC_BLOCK):
                     pass
                 return True
     except zipfile.BadZipFile:
         return False
-    # APPNOTE.TXT 4.3.7: the header of 30 bytes ends with the lengths of the name and of what is between it and the content
+    # APPNOTE.TXT 4.3.7: the local header of 30 bytes ends with the lengths of name and extra field
     name, extra = struct.unpack("<26xHH", os.pread(descriptor, 30, record.header_offset))
     place = record.header_offset + 30 + name + extra
     left, value = record.file_size, 0
@@ -243,6 +267,65 @@ def _is_whole(archive: zipfile.ZipFile, descriptor: int, record: zipfile.ZipInfo
 
 
 def sha256(path: str | Path) -> str:
-    """The SHA-256 of a file in hexadecimal."""
+    """Return the SHA-256 of a file in hexadecimal."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextmanager
+def locked(path: Path, waiting: str | None = None, remove: bool = False) -> Iterator[None]:
+    """Hold an exclusive lock on a file, which is created if it does not exist.
+
+    waiting: message logged before waiting for another process; None: raise BlockingIOError if
+    another process holds the lock. remove: remove the file afterwards. On file systems without
+    locks the code runs unlocked, after one warning per process.
+    """
+    # without the soft fallback: the lock file of a killed process would stay
+    lock = FileLock(path, fallback_to_soft=False, poll_interval=POLL_SECONDS)
+    try:
+        try:
+            lock.acquire(blocking=False)
+        except Timeout as error:
+            if waiting is None:
+                raise BlockingIOError(f"{path}: locked by another process") from error
+            log.info(waiting)
+            lock.acquire()
+    except OSError as error:
+        if error.errno not in UNSUPPORTED:
+            raise
+        _warn(path.parent, error)
+    try:
+        yield
+    finally:
+        if remove:  # before the release: a process that waits for this file then locks a new one
+            path.unlink(missing_ok=True)
+        if lock.is_locked:
+            lock.release()
+
+
+def _warn(folder: Path, error: OSError) -> None:
+    if _warned:
+        return
+    _warned.add(str(folder))
+    log.warning(
+        "%s: this file system does not support locks (%s); concurrent processes that write the "
+        "same output, send the same run to MLflow, download the same file or promote a champion "
+        "are not detected: do not start the same command twice",
+        folder,
+        error.strerror or error,
+    )
+
+
+def parse_yaml(text: str) -> object:
+    """Return the plain data in a YAML text. Raises ValueError with a one-line message."""
+    try:
+        return yaml.safe_load(text)
+    except RecursionError:
+        raise ValueError("invalid YAML: nested too deeply") from None
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: e.g. an invalid date, !!int abc
+        raise ValueError(f"invalid YAML: {' '.join(str(error).split())}") from error
+
+
+def first_line(error: object) -> str:
+    """Return the first line of an error's message, or its type without one."""
+    return next(iter(str(error).splitlines()), type(error).__name__)[:120]

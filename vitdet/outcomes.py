@@ -61,7 +61,9 @@ def write_verdict(workspace: str, name: str, run_id: str, verdict: dict[str, Any
 def read_outcomes(
     workspace: str, names: Sequence[str], run_id: str
 ) -> tuple[list[dict[str, Any]], dict[str, str]]:
-    """Return (the verdicts that exist, {name: why} of the trainings whose steps did not all succeed)."""
+    """Return (the verdicts that exist, {name: why} of the trainings whose steps did not all
+    succeed).
+    """
     verdicts, failures = [], {}
     for name in names:
         folder = training_folder(workspace, name, run_id)

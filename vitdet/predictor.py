@@ -1,15 +1,10 @@
-"""From an image to detections in its own pixels.
-
-`to_image` undoes the canvas as Detectron2's `detector_postprocess` does: one factor an axis, since the sides of a
-resized image are rounded apart; clip; drop what is empty.
-"""
+"""Prediction: an image to detections in its pixels."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import overload
 
@@ -18,7 +13,7 @@ from torch import nn
 
 from vitdet.checkpoint import restore_detector
 from vitdet.config import DataConfig, EvalConfig
-from vitdet.data.images import DEFAULT, Picture, Reading, read_image
+from vitdet.data.images import DEFAULT, ImageInput, Reading, read_image
 from vitdet.data.transforms import resize_and_pad
 from vitdet.models.graphed_detector import GraphedDetector
 from vitdet.types import Detections
@@ -27,7 +22,19 @@ PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float
 
 
 class Predictor:
-    """A detector with its class names: predictor(image, threshold) -> Detections in pixels of that image."""
+    """A detector with its preprocessing and class names: predictor(image, threshold) -> Detections.
+
+    Args:
+        detector: takes canvases of image_size x image_size pixels; its mode and device are not
+            changed.
+        class_names: the name of each label.
+        image_size: side of the canvas in pixels.
+        antialias: resize with antialiasing, as in training.
+        reading: how image files are read.
+        precision: 'fp32', 'bf16', 'fp16' or 'auto', as evaluate.precision.
+
+    A predictor may be called from several threads.
+    """
 
     def __init__(
         self,
@@ -38,10 +45,7 @@ class Predictor:
         reading: Reading = DEFAULT,
         precision: str = EvalConfig.precision,
     ) -> None:
-        """detector takes canvases of image_size pixels a side, resized with antialiasing or without as it was trained;
-        its mode and device stay as they are. reading: how image files are read. precision: what the detector computes
-        in, 'fp32', 'bf16', 'fp16' or 'auto', as evaluate.precision. Several threads may call one predictor.
-        """
+
         self._set(detector, precision)
         self.class_names = tuple(class_names)
         self.image_size = image_size
@@ -50,7 +54,7 @@ class Predictor:
 
     @property
     def detector(self) -> nn.Module:
-        """What finds the objects; another one may be set."""
+        """The detector; it can be replaced."""
         return self.detect.detector
 
     @detector.setter
@@ -59,7 +63,7 @@ class Predictor:
 
     @property
     def precision(self) -> str:
-        """The precision of the computation. Setting it raises ValueError for an unknown one."""
+        """Precision of the computation. Setting an unknown one raises ValueError."""
         return self._precision
 
     @precision.setter
@@ -68,9 +72,11 @@ class Predictor:
 
     def _set(self, detector: nn.Module, precision: str) -> None:
         if precision not in PRECISIONS:
-            raise ValueError(f"precision is {', '.join(PRECISIONS)}, got {precision!r}")
+            raise ValueError(
+                f"precision: expected one of {', '.join(PRECISIONS)}, got {precision!r}"
+            )
         self._precision = precision
-        self.detect = GraphedDetector(detector, partial(_computing, precision, detector))
+        self.detect = GraphedDetector(detector, lambda: autocast(precision, device_of(detector)))
 
     @classmethod
     def load(
@@ -79,10 +85,10 @@ class Predictor:
         device: str | torch.device | None = None,
         precision: str | None = None,
     ) -> Predictor:
-        """The predictor of a checkpoint, on the given device (default: a GPU if there is one), in the given precision
-        (default: that of the checkpoint's evaluations).
+        """Load a predictor from a checkpoint.
 
-        Raises FileNotFoundError or ValueError with one line for a file that is no checkpoint.
+        device: default: a GPU if available. precision: default: evaluate.precision of its config.
+        Raises FileNotFoundError, or ValueError for a file that is not a checkpoint.
         """
         detector, config, class_names = restore_detector(path)
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -96,20 +102,28 @@ class Predictor:
         )
 
     @overload
-    def __call__(self, image: Picture, threshold: float = 0.5) -> Detections: ...
+    def __call__(self, image: ImageInput, threshold: float = 0.5) -> Detections: ...
 
     @overload
-    def __call__(self, image: list[Picture], threshold: float = 0.5) -> list[Detections]: ...
+    def __call__(self, image: list[ImageInput], threshold: float = 0.5) -> list[Detections]: ...
 
     @torch.no_grad()
     def __call__(
-        self, image: Picture | list[Picture], threshold: float = 0.5
+        self, image: ImageInput | list[ImageInput], threshold: float = 0.5
     ) -> Detections | list[Detections]:
-        """What is in an image with a score of at least `threshold`; a list of images gives a list.
+        """Return the detections with a score of at least `threshold`, on the CPU.
 
-        image: a file, a PIL image (EXIF orientation is applied), an array (H, W, 3) or a tensor (3, H, W), uint8 RGB.
-        Boxes are pixels of the upright image; the result lies on the CPU. Raises FileNotFoundError for a missing file
-        and ValueError for what is not an image.
+        Args:
+            image: a file, a PIL image (EXIF orientation is applied), an array (H, W, 3) or a tensor
+                (3, H, W), uint8 RGB; or a list of these, for a list of detections.
+            threshold: lowest score, 0..1.
+
+        Returns:
+            Detections in pixels of the upright image.
+
+        Raises:
+            FileNotFoundError: missing file.
+            ValueError: not an image.
         """
         if isinstance(image, list):
             return [self(item, threshold) for item in image]
@@ -124,22 +138,20 @@ class Predictor:
 
 
 def device_of(detector: nn.Module) -> torch.device:
-    """Where its weights are."""
+    """Return the device of a detector's weights."""
     return next((parameter.device for parameter in detector.parameters()), torch.device("cpu"))
 
 
-def _computing(precision: str, detector: nn.Module) -> AbstractContextManager:
-    return autocast(precision, device_of(detector))
-
-
 def autocast(precision: str, device: torch.device) -> AbstractContextManager:
-    """In which a detector on `device` computes in `precision`: 'fp32', 'bf16', 'fp16' or 'auto'."""
+    """Return the autocast context for a precision of evaluate.precision on a device."""
     kind = PRECISIONS[precision] or fastest(device)
     return nullcontext() if kind == torch.float32 else torch.autocast(device.type, kind)
 
 
 def fastest(device: torch.device) -> torch.dtype:
-    """bfloat16 where the device has instructions for it, float16 on older GPUs with tensor cores, else float32."""
+    """Return bfloat16 if the device supports it natively, float16 on older GPUs with tensor cores,
+    else float32.
+    """
     if device.type == "cpu":
         return torch.bfloat16 if torch.cpu._is_avx512_bf16_supported() else torch.float32
     if device.type != "cuda":
@@ -151,10 +163,11 @@ def fastest(device: torch.device) -> torch.dtype:
 
 
 def to_image(found: Detections, size: tuple[int, int], original: tuple[int, int]) -> Detections:
-    """Detections of a canvas in pixels of the original image, clipped to it and without empty boxes.
+    """Convert detections from the canvas to pixels of the original image; clip, drop empty boxes.
 
-    size (height, width) of the unpadded image on the canvas, original (height, width) of the image itself.
-    """
+    size: (height, width) of the unpadded image on the canvas; original: (height, width) of the
+    image. As Detectron2's `detector_postprocess`: one factor per axis, since the sides of a resized
+    image are rounded independently."""
     high, wide = original
     factors = torch.tensor([wide / size[1], high / size[0]] * 2, device=found.boxes.device)
     limits = torch.tensor([wide, high] * 2, dtype=found.boxes.dtype, device=found.boxes.device)

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from vitdet.config import Config, flatten, load_config, save_config
+from vitdet.config.digest import difference, digest
 from vitdet.data.protocol import SETTINGS
-from vitdet.digest import difference, digest
 from vitdet.files import sha256, write_json
 from vitdet.sweep import SEED, check_count, combinations, with_seeds
 from vitdet.workspace import resolve_paths, weights_folder
@@ -28,7 +28,9 @@ FETCHED = ("coco", "lvis")
 
 
 class Data(NamedTuple):
-    """The verified data of a run: its fingerprint, the names of the configs, a line for each that it changed."""
+    """The verified data of a run: its fingerprint, the names of the configs, a line for each that
+    it changed.
+    """
 
     fingerprint: str
     names: list[str]
@@ -64,9 +66,10 @@ def plan_trainings(
 ) -> dict[str, tuple[Config, list[str]]]:
     """Return {name: (config, the settings that a user chose)} of each training; nothing is written.
 
-    Every recipe is trained with every combination of `sweep` (`vitdet.sweep`) and each with `seeds` seeds.
-    Raises ValueError or FileNotFoundError, in one line, for a recipe or setting that is wrong, for the same
-    experiment twice, and for recipes that one table could not compare: of other data or another place in MLflow.
+    Every recipe is trained with every combination of `sweep` (`vitdet.sweep`) and each with `seeds`
+    seeds. Raises ValueError or FileNotFoundError, in one line, for a recipe or setting that is
+    wrong, for the same experiment twice, and for recipes that one table could not compare: of other
+    data or another place in MLflow.
     """
     from vitdet.data.layout import SPLITS, explicit_settings
 
@@ -108,7 +111,8 @@ def resolve_configs(
     sweep: Sequence[str] = (),
     seeds: int = 1,
 ) -> list[str]:
-    """Write folder/NAME.yaml for each training, all settings but those that depend on the data, and return the names.
+    """Write folder/NAME.yaml for each training, all settings but those that depend on the data, and
+    return the names.
 
     Raises as `plan_trainings` does.
     """
@@ -124,8 +128,9 @@ def prepare_data(
 ) -> Data:
     """Verify the data and write the configs with what depends on it, and a description of the data.
 
-    fetch: as of `fetch_data`, called first; "": the data is there. The demo's data set is drawn if it is not there.
-    Raises FileNotFoundError or ValueError, in one line, for data that is missing or that training could not use.
+    fetch: as of `fetch_data`, called first; "": the data is there. The demo's data set is drawn if
+    it is not there. Raises FileNotFoundError or ValueError, in one line, for data that is missing
+    or that training could not use.
     """
     from vitdet.data.fingerprint import combined, describe
     from vitdet.data.layout import resolve, settings_text
@@ -150,15 +155,15 @@ def prepare_data(
         described = describe(every[first].data)
     except FileNotFoundError as error:
         raise FileNotFoundError(
-            f"{error}; to bring the data there, set the pipeline's parameter `fetch` (--fetch) to coco, lvis or "
-            "'convert SOURCE', or on a cluster apply the Job in manifests/data"
+            f"{error}; to bring the data there, set the pipeline's parameter `fetch` (--fetch) to "
+            "coco, lvis or 'convert SOURCE', or on a cluster apply the Job in manifests/data"
         ) from error
     for name, config in every.items():
         expected, count = config.model.roi_heads.num_classes, len(described["classes"])
         if expected != count:
             raise ValueError(
-                f"{root} has {count} classes, but model.roi_heads.num_classes is {expected}; set it "
-                f"to {count}"
+                f"{root} has {count} classes, but model.roi_heads.num_classes is {expected}; "
+                f"set it to {count}"
             )
         save_config(config, Path(configs) / f"{name}.yaml")
     write_json(manifest, described)
@@ -168,8 +173,8 @@ def prepare_data(
 def fetch_words(fetch: str, root: Path, workspace: Path) -> list[str]:
     """Return the arguments of `vitdet data` that bring a data set to `root`.
 
-    fetch: `coco`, `lvis` or `convert SOURCE`, with options of that command; a relative SOURCE is below the workspace.
-    Raises ValueError for anything else.
+    fetch: `coco`, `lvis` or `convert SOURCE`, with options of that command; a relative SOURCE is
+    below the workspace. Raises ValueError for anything else.
     """
     try:
         kind, *rest = shlex.split(fetch) or [""]
@@ -180,7 +185,8 @@ def fetch_words(fetch: str, root: Path, workspace: Path) -> list[str]:
     if kind == "convert" and rest and not rest[0].startswith("-"):
         return [kind, str(workspace / rest[0]), str(root), *rest[1:]]
     raise ValueError(
-        f"fetch: expected coco, lvis or 'convert SOURCE', with options of `vitdet data`; got {fetch!r}"
+        "fetch: expected coco, lvis or 'convert SOURCE', with options of `vitdet data`; "
+        f"got {fetch!r}"
     )
 
 
@@ -189,8 +195,8 @@ def fetch_data(
 ) -> None:
     """Run `vitdet data` with `fetch_words`; out is called with each line that it prints.
 
-    What is there is kept: a repeated download goes on where it ended, and nothing is converted into a folder that is
-    not empty. Raises ValueError, with its last line, if the command fails.
+    What is there is kept: a repeated download goes on where it ended, and nothing is converted into
+    a folder that is not empty. Raises ValueError, with its last line, if the command fails.
     """
     words = fetch_words(fetch, root, workspace)
     if words[0] == "convert" and root.is_dir() and any(root.iterdir()):
@@ -212,7 +218,8 @@ def fetch_data(
 
 
 def fetch_weights(configs: str, workspace: str) -> str:
-    """Fetch what train.init of each config names into WORKSPACE/weights; returns a digest of all these files.
+    """Fetch what train.init of each config names into WORKSPACE/weights; returns a digest of all
+    these files.
 
     Raises what `vitdet weights fetch` raises.
     """

@@ -1,4 +1,4 @@
-"""The trainings of a sweep: every combination of values of some settings, each with several seeds."""
+"""The trainings of a sweep: every combination of setting values, each with several seeds."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import re
 from collections.abc import Sequence
 
 from vitdet.config import Config, flatten, override
-from vitdet.digest import training_settings
+from vitdet.config.digest import training_settings
 
 SEED = "train.seed"
 # Each training is about 12 nodes of a Workflow, whose status Argo keeps in one object of 1 MiB.
@@ -17,9 +17,9 @@ MAX_TRAININGS = 64
 def combinations(sweep: Sequence[str], overrides: Sequence[str] = ()) -> list[list[str]]:
     """Return the overrides of each combination, [[]] without a sweep.
 
-    sweep: texts as `optim.lr=1e-4,2e-4`; a comma inside brackets belongs to a value. Raises ValueError
-    for a text of another form, a setting that is given twice or also in `overrides`, a repeated value
-    and more than MAX_TRAININGS combinations.
+    sweep: texts as `optim.lr=1e-4,2e-4`; a comma inside brackets belongs to a value. Raises
+    ValueError for a text of another form, a setting that is given twice or also in `overrides`, a
+    repeated value and more than MAX_TRAININGS combinations.
     """
     axes: dict[str, list[str]] = {}
     fixed = {one.partition("=")[0] for one in overrides}
@@ -47,12 +47,15 @@ def check_count(recipes: int, values: Sequence[int], seeds: int) -> None:
     if count > MAX_TRAININGS:
         factors = " x ".join([f"{recipes} recipes", *map(str, values), f"{seeds} seeds"])
         raise ValueError(
-            f"{count} trainings ({factors}), but a run has at most {MAX_TRAININGS}: submit several runs"
+            f"{count} trainings ({factors}), but a run has at most {MAX_TRAININGS}: "
+            "submit several runs"
         )
 
 
 def with_seeds(config: Config, seeds: int) -> list[tuple[Config, list[str]]]:
-    """Return the config with `seeds` seeds from its own upwards, each with the override that sets it."""
+    """Return the config with `seeds` seeds from its own upwards, each with the override that sets
+    it.
+    """
     chosen = [[f"{SEED}={config.train.seed + i}"] for i in range(seeds)] if seeds > 1 else [[]]
     return [(override(config, one), one) for one in chosen]
 

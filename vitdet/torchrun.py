@@ -1,4 +1,4 @@
-"""What a process must know about the torchrun that started it before it imports torch, which takes seconds."""
+"""torchrun's environment, readable before torch is imported, which takes seconds."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ def world_size() -> int:
 
 
 def end_with_torchrun() -> None:
-    """Let the kernel send SIGTERM to this process when torchrun ends without ending it, as by SIGKILL.
+    """Have the kernel send SIGTERM to this process when torchrun is killed (prctl, Linux only).
 
-    Without a handler SIGTERM ends the process, also while it imports torch or joins the others; with
-    the handler of `vitdet.training.stop` the training saves its state. The signal is sent when the
-    thread that started this process ends; torchrun starts its processes in its main thread. Only
-    Linux has it; elsewhere `vitdet.training.watchdog` notices another parent later.
+    Without a handler SIGTERM ends the process, also while it imports torch or joins the others;
+    with the handler of `vitdet.training.stop` the training saves its state. The signal is sent when
+    the thread that started this process ends; torchrun starts its processes in its main thread. On
+    other systems `vitdet.training.watchdog` detects a changed parent later.
 
     Exits if torchrun ended before this call: then the store that it serves refuses connections.
     """
@@ -42,4 +42,4 @@ def end_with_torchrun() -> None:
         except ConnectionRefusedError:
             sys.exit("vitdet: the torchrun that started this process has ended")
         except OSError:
-            pass  # the network's matter: joining has a limit of its own
+            pass  # a network problem: joining has its own timeout

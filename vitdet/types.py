@@ -1,8 +1,8 @@
-"""The records that modules exchange: `Target`, `Targets`, `Detections` and `Batch`; and the form of a target's masks.
+"""Data structures exchanged between modules: `Target`, `Targets`, `Polygons`, `Detections`,
+`Batch`.
 
-Boxes are xyxy in float pixels, half-open; sizes are (height, width); labels are 0..K-1; images are RGB.
-Letters: B images, G ground truths, N detections, E edges, K classes.
-"""
+Boxes are xyxy in float pixels, half-open; sizes are (height, width); labels are 0..K-1; images are
+RGB. Letters: B images, G ground truths, N detections, E edges, K classes."""
 
 from __future__ import annotations
 
@@ -36,19 +36,21 @@ def _to(record: Record, device: torch.device | str, non_blocking: bool) -> Recor
 
 @dataclass(frozen=True, init=False)
 class Polygons:
-    """Outlines of G objects as directed edges, edges (E, 4) float: x0, y0, x1, y1 in pixels of the canvas.
+    """Outlines of G objects as directed edges.
 
-    spans (G, 2) int64: the edges of an object are the rows from spans[:, 0] up to spans[:, 1]; a selection of
-    objects shares the edges, so that objects with many edges are never repeated.
-    A point is inside where the winding number of the edges around it is not zero. All parts of an object turn
-    the same way, so overlapping parts unite.
+    edges (E, 4) float: x0, y0, x1, y1 in pixels of the canvas. spans (G, 2) int64: object i has the
+    edges spans[i, 0] to spans[i, 1] (exclusive); indexing objects shares the edges instead of
+    copying them.
+
+    A point is inside where the winding number of the edges around it is not zero. All parts of an
+    object have the same orientation, so that their union is inside.
     """
 
     edges: Tensor
     spans: Tensor
 
     def __init__(self, edges: Tensor, spans: Tensor | None = None) -> None:
-        """Without spans, edges are (G, E, 4): objects with equally many, padded with zero edges, which no ray crosses."""
+        """Without spans, edges are (G, E, 4), padded with zero edges, which no ray crosses."""
         if spans is None:
             each = edges.shape[1]
             first = torch.arange(len(edges), device=edges.device) * each
@@ -58,13 +60,15 @@ class Polygons:
 
     @classmethod
     def of(cls, edges: Tensor, counts: Tensor) -> Polygons:
-        """The outlines whose edges (E, 4) follow one another, counts (G,) int64 of each object."""
+        """Build outlines from consecutive edges (E, 4), of which object i has counts[i] (G,)
+        int64.
+        """
         ends = counts.cumsum(0)
         return cls(edges, torch.stack([ends - counts, ends], dim=1))
 
     @classmethod
     def batch(cls, images: Sequence[Polygons], slots: int) -> Polygons:
-        """The outlines of several images as one record of `slots` objects an image; absent ones have no edges."""
+        """Concatenate the outlines of images, padded with empty objects to `slots` per image."""
         starts, spans = 0, []
         for image in images:
             spans.append(F.pad(image.spans + starts, (0, 0, 0, slots - len(image))))
@@ -83,9 +87,10 @@ class Polygons:
 
 @dataclass(frozen=True)
 class Target:
-    """Ground truth of one image: boxes (G, 4) xyxy pixels of the canvas, labels (G,) int64, masks of G objects.
+    """Ground truth of one image.
 
-    has_mask (G,) bool: which objects have an annotated outline, None if all have; the masks of others are not used.
+    boxes (G, 4) xyxy pixels of the canvas, labels (G,) int64, masks of G objects. has_mask (G,)
+    bool: objects with an annotated outline (None: all); the masks of other objects are not used.
     """
 
     boxes: Tensor
@@ -106,10 +111,10 @@ class Target:
 
 @dataclass(frozen=True)
 class Targets:
-    """Ground truth of B images in tensors of one size: boxes (B, G, 4), labels (B, G), present and has_mask (B, G) bool.
+    """Ground truth of B images, padded to G objects per image.
 
-    masks: of all B G objects, those of an image one after the other. An absent object has a box of zeros, which
-    overlaps no box, and no outline.
+    boxes (B, G, 4), labels (B, G), present and has_mask (B, G) bool; masks of B * G objects,
+    ordered by image. Padding has present = False, a zero box (IoU 0 with any box) and no outline.
     """
 
     boxes: Tensor
@@ -120,7 +125,7 @@ class Targets:
 
     @classmethod
     def of(cls, targets: Sequence[Target], slots: int = 1) -> Targets:
-        """The targets of a batch, with at least `slots` objects an image; more if one of the images has more."""
+        """Pad the targets of a batch to the largest number of objects, at least `slots`."""
         slots = max(slots, *(len(target) for target in targets))
 
         def padded(rows: Tensor) -> Tensor:
@@ -143,7 +148,7 @@ class Targets:
         return len(self.boxes)
 
     def tensors(self) -> tuple[Tensor, ...]:
-        """All that it holds, as `from_tensors` takes it."""
+        """Return all tensors, in the order of the arguments of `from_tensors`."""
         masks = (self.masks.edges, self.masks.spans)
         return (self.boxes, self.labels, self.present, self.has_mask, *masks)
 
@@ -157,7 +162,7 @@ class Targets:
         edges: Tensor,
         spans: Tensor,
     ) -> Targets:
-        """The inverse of `tensors`."""
+        """Inverse of `tensors`."""
         return cls(boxes, labels, present, has_mask, Polygons(edges, spans))
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Targets:
@@ -166,12 +171,11 @@ class Targets:
 
 @dataclass(frozen=True)
 class Detections:
-    """What was found in one image, best first.
+    """Detections in one image, sorted by descending score.
 
-    boxes (N, 4) xyxy pixels, scores (N,) in 0..1, labels (N,) int64, masks (N, 28, 28) probabilities inside the box
-    (they are put onto the image by `vitdet.data.masks.paste`), None if the detector has no mask head;
-    class_names[label] is a label's name.
-    """
+    boxes (N, 4) xyxy pixels, scores (N,) in 0..1, labels (N,) int64, masks (N, 28, 28)
+    probabilities inside the box (see `vitdet.data.masks.paste`), None without a mask head;
+    class_names[label] is the name of a label."""
 
     boxes: Tensor
     scores: Tensor
@@ -200,7 +204,7 @@ class Detections:
         return [self.class_names[label] for label in self.labels.tolist()]
 
     def draw(self, image: str | Path | Image.Image | np.ndarray | Tensor) -> Image.Image:
-        """The image (anything that `Predictor` takes) with boxes, masks, names and scores on it."""
+        """Draw boxes, masks, names and scores on the image (any input of `Predictor`)."""
         from vitdet.visualize import draw
 
         return draw(image, self)
@@ -208,8 +212,11 @@ class Detections:
 
 @dataclass(frozen=True)
 class Batch:
-    """images (B, 3, H, W) uint8 on a square canvas, a target an image, sizes (B, 2) int64 (height, width) unpadded,
-    image_ids of the annotation file, originals (B, 2) int64 (height, width) of the files before any resize.
+    """A batch of B images with ground truth.
+
+    images (B, 3, H, W) uint8 on a square canvas, one target per image, sizes (B, 2) int64 (height,
+    width) without padding, image_ids of the annotation file, originals (B, 2) int64 (height, width)
+    before resizing.
     """
 
     images: Tensor
@@ -222,7 +229,7 @@ class Batch:
         return len(self.images)
 
     def pin_memory(self) -> Batch:
-        """With the images where a GPU fetches them without waiting; what a DataLoader asks for."""
+        """Copy the images to pinned memory; called by DataLoader."""
         return replace(self, images=self.images.pin_memory())
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:

@@ -1,4 +1,4 @@
-"""Detections or ground truth drawn on an image, and the colour of a class: the same in every picture."""
+"""Drawing of detections and ground truth on images."""
 
 from __future__ import annotations
 
@@ -10,34 +10,32 @@ import numpy as np
 from PIL import Image, ImageChops, ImageDraw, ImageFilter, ImageFont, ImageOps
 from torch import Tensor
 
-from vitdet.data.images import Picture, read_image
+from vitdet.data.images import ImageInput, read_image
 from vitdet.data.masks import paste
 from vitdet.types import Detections
 
-COMFORTABLE = (
-    768  # pixels of the longest side; smaller images are drawn enlarged, so that names can be read
+LEGIBLE = (
+    768  # pixels of the longest side; smaller images are enlarged so that captions are legible
 )
-
-
-# colour of the shadow that lines cast on a like background; opacities
+# colour of the shadow of lines, for contrast on a similar background; opacities
 DARK, FILL, SHADOW = ((15, 15, 15), 0.42, 0.5)
-GOLDEN = 0.618034  # of the circle of hues: neighbours in the list of classes get far colours, however many there are
+GOLDEN = 0.618034  # step on the circle of hues: consecutive labels get distant colours
 
 
 def class_color(label: int) -> tuple[int, int, int]:
-    """Red, green and blue, 0..255, of the class with this number."""
+    """Return the colour of a label: red, green and blue, 0..255."""
     value, saturation = ((1.0, 0.80), (0.86, 0.62), (1.0, 0.48))[label // 7 % 3]
     red, green, blue = colorsys.hsv_to_rgb((0.58 + label * GOLDEN) % 1, saturation, value)
     return round(255 * red), round(255 * green), round(255 * blue)
 
 
-def draw(image: Picture, found: Detections, scale: float | None = None) -> Image.Image:
-    """The image with masks, boxes, names and scores of the detections, which are in its pixels.
+def draw(image: ImageInput, found: Detections, scale: float | None = None) -> Image.Image:
+    """Draw masks, boxes, names and scores of detections in pixels of the image.
 
-    scale enlarges the picture; by default small images are drawn at a size at which names can be read.
+    scale: enlargement of the drawing; by default small images are enlarged to be legible.
     """
     picture = read_image(image)
-    scale = comfortable_scale(picture.size) if scale is None else scale
+    scale = legible_scale(picture.size) if scale is None else scale
     names = (
         found.names if found.class_names else [f"class {label}" for label in found.labels.tolist()]
     )
@@ -53,23 +51,16 @@ def draw(image: Picture, found: Detections, scale: float | None = None) -> Image
             return None
         return paste(masks[i : i + 1], boxes[i : i + 1], (height, width))[0]
 
-    return paint(
-        picture,
-        found.boxes,
-        found.labels.tolist(),
-        captions,
-        bitmap,
-        scale,
-    )
+    return paint(picture, found.boxes, found.labels.tolist(), captions, bitmap, scale)
 
 
-def comfortable_scale(size: tuple[int, int]) -> int:
-    """How many times a picture with these sides is enlarged for drawing."""
-    return max(1, round(COMFORTABLE / max(size)))
+def legible_scale(size: tuple[int, int]) -> int:
+    """Return the default enlargement of an image of this size."""
+    return max(1, round(LEGIBLE / max(size)))
 
 
 def caption_font(size: int) -> ImageFont.FreeTypeFont:
-    """Pillow's own font at a size in pixels. Raises RuntimeError where Pillow was built without FreeType."""
+    """Return Pillow's default font at a size in pixels; raises RuntimeError without FreeType."""
     font = ImageFont.load_default(size)
     if not isinstance(font, ImageFont.FreeTypeFont):
         raise RuntimeError("Pillow was built without FreeType; install a wheel of Pillow")
@@ -77,7 +68,7 @@ def caption_font(size: int) -> ImageFont.FreeTypeFont:
 
 
 def scaled(size: tuple[int, int], scale: float) -> tuple[int, int]:
-    """The sides of a picture of this size when it is drawn `scale` times enlarged."""
+    """Return the size of a drawing that is enlarged by `scale`."""
     return max(1, round(size[0] * scale)), max(1, round(size[1] * scale))
 
 
@@ -89,11 +80,11 @@ def paint(
     bitmap: Callable[[int], Tensor | None],
     scale: float,
 ) -> Image.Image:
-    """The picture, `scale` times enlarged, with N objects on it; large objects lie under small ones.
+    """Enlarge an image by `scale` and draw N objects on it, small objects on top.
 
-    boxes (N, 4) xyxy pixels of the picture, a label (it picks the colour) and a caption an object, its bitmap
-    (H, W) bool of the enlarged picture, which is asked for when it is drawn: all of a large picture's fill a memory;
-    None: it has no mask.
+    boxes (N, 4) xyxy pixels of the image; one label (for the colour) and one caption per object.
+    bitmap(i) returns the mask (H, W) bool of object i in the enlarged image, or None; it is called
+    object by object, since all bitmaps of a large image may not fit in memory.
     """
     size = scaled(picture.size, scale)
     canvas = picture.convert("RGB").resize(size, Image.Resampling.BICUBIC)
@@ -108,7 +99,7 @@ def paint(
         _paint_box(canvas, corners[i], colors[i], width)
     taken: list[tuple[float, float, float, float]] = []
     font = caption_font(max(12, round(max(size) / 52)))
-    for i in reversed(order):  # small objects choose a place for their name first
+    for i in reversed(order):  # captions of small objects are placed first
         taken.append(_paint_caption(canvas, corners[i], captions[i], colors[i], font, taken))
     return canvas
 
@@ -127,7 +118,7 @@ def _paint_mask(
     margin = 2 * width
     left, top = max(0, columns[0] - margin), max(0, rows[0] - margin)
     part = inside[top : rows[-1] + 1 + margin, left : columns[-1] + 1 + margin]
-    # a border of nothing around the part, else an object at the image's edge has no outline there
+    # pad, so that objects have an outline along the image's edge too
     shape = ImageOps.expand(Image.fromarray((part * 255).astype(np.uint8)), margin)
     line = ImageChops.subtract(shape, _shrunk(shape, width))
     shadow = ImageChops.subtract(shape.filter(ImageFilter.MaxFilter(3)), shape)
@@ -142,7 +133,9 @@ def _paint_mask(
 
 
 def _shrunk(shape: Image.Image, width: int) -> Image.Image:
-    """The minimum of the 2 * width + 1 pixels around each, along both axes; PIL's filter takes all of their square."""
+    """Minimum filter of 2 * width + 1 pixels along both axes, in logarithmic time (not as
+    PIL's).
+    """
     pixels, side = np.pad(np.asarray(shape), width, "edge"), 2 * width + 1
     for _ in range(2):
         reach, low = 1, pixels.T
@@ -196,7 +189,6 @@ def _paint_caption(
         x = round(min(max(x, 0), max(0, canvas.width - wide)))
         y = round(min(max(y, 0), max(0, canvas.height - high)))
         frames.append((x, y, x + wide, y + high))
-    # the first of equally good ones
     frame = min(frames, key=lambda one: sum(_shared(one, other) for other in taken))
     pen.rounded_rectangle((frame[0], frame[1], frame[2] - 1, frame[3] - 1), radius=pad, fill=color)
     light = 0.299 * color[0] + 0.587 * color[1] + 0.114 * color[2]
@@ -216,6 +208,6 @@ def _shared(one: Sequence[float], other: Sequence[float]) -> float:
 
 
 def spread(length: int, count: int) -> list[int]:
-    """At most `count` different indices below `length`, evenly spread."""
+    """Return at most `count` different indices below `length`, evenly spaced."""
     count = min(length, count)
     return [(2 * i + 1) * length // (2 * count) for i in range(count)]

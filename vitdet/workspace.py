@@ -1,11 +1,11 @@
-"""The folders of a workspace, which the steps of a pipeline run share.
+"""The folders of a workspace, which is shared by the steps of a pipeline run.
 
-WORKSPACE/...                     data sets and files of weights, where the recipes' relative paths say
-WORKSPACE/weights/                what train.init names
-WORKSPACE/runs/NAME-RUN/          a training: config, checkpoints, model.pt, best.pt; NAME is recipe and digest of its config,
-                                  RUN the first digits of the pipeline run's id
-WORKSPACE/runs/pipeline-RUN/      a pipeline run: the configs of its trainings, and their comparison
-WORKSPACE/runs/mlflow.db          MLflow's store, where no server is named
+WORKSPACE/...                data sets and files of weights, at the recipes' relative paths
+WORKSPACE/weights/           initial weights (train.init)
+WORKSPACE/runs/NAME-RUN/     a training: config, checkpoints, model.pt, best.pt; NAME: recipe and
+                             digest of its config, RUN: first digits of the pipeline run's ID
+WORKSPACE/runs/pipeline-RUN/ a pipeline run: configs of its trainings, and their comparison
+WORKSPACE/runs/mlflow.db     MLflow's store, without a tracking server
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ from dataclasses import replace
 from pathlib import Path
 
 from vitdet.config import Config, load_stored
-from vitdet.digest import digest, legacy_digest
+from vitdet.config.digest import digest, legacy_digest
 
 
 def weights_folder(workspace: str) -> Path:
-    """The folder of the initial weights."""
+    """Return the folder of the initial weights."""
     return Path(workspace) / "weights"
 
 
 def runs_folder(workspace: str) -> Path:
-    """The folder of the trainings, and of MLflow's store if no server is named."""
+    """Return the folder of the trainings, and of MLflow's store without a tracking server."""
     return Path(workspace) / "runs"
 
 
@@ -34,9 +34,9 @@ def run_folder(workspace: str, run_id: str) -> Path:
 
 
 def training_folder(workspace: str, name: str, run_id: str) -> Path:
-    """A folder for each training of each pipeline run, the same for a step that is retried.
+    """Return the folder of a training of a pipeline run, the same for a retried step.
 
-    Also one that version 0.1 began under its own digest of the config, if there is one.
+    If version 0.1 started this training, it is the folder named by its digest of the config.
     """
     run, (recipe, _, digits) = run_id[:8], name.rpartition("-")
     folder = runs_folder(workspace) / f"{name}-{run}"
@@ -51,7 +51,10 @@ def training_folder(workspace: str, name: str, run_id: str) -> Path:
 
 
 def result(checkpoint: Path) -> Path:
-    """The detector of a training's folder: best.pt with train.keep_best, else model.pt; a file is itself."""
+    """Return a training folder's detector: best.pt with train.keep_best, else model.pt.
+
+    A file is returned as is.
+    """
     if not checkpoint.is_dir():
         return checkpoint
     config = checkpoint / "config.yaml"
@@ -60,12 +63,12 @@ def result(checkpoint: Path) -> Path:
 
 
 def logs_folder(workspace: str, name: str, run_id: str) -> Path:
-    """The folder for the last lines of each rank of a training job."""
+    """Return the folder of the log tails of a training job's ranks."""
     return training_folder(workspace, name, run_id) / "logs"
 
 
 def resolve_paths(config: Config, workspace: Path) -> Config:
-    """The config with the relative paths of data and weights below the workspace."""
+    """Return the config with the relative paths of data and weights resolved in the workspace."""
     init = config.train.init
     settings = (
         replace(config.train, init=str(workspace / init)) if Path(init).suffix else config.train

@@ -1,9 +1,11 @@
 """Create or update an MLflow account that may manage all experiments and registered models.
 
-    kubectl -n NAMESPACE exec -i deployment/mlflow -- python /etc/mlflow/account.py NAME < PASSWORD_FILE
+    kubectl -n NAMESPACE exec -i deployment/mlflow -- python /etc/mlflow/account.py NAME <
+    PASSWORD_FILE
 
-An account manages what it creates. The experiments and models that exist already, made by other accounts, are granted
-to it; run the script again to grant those that other accounts have created since.
+An account manages what it creates. The experiments and models that exist already, made by other
+accounts, are granted to it; run the script again to grant those that other accounts have created
+since.
 """
 
 import os
@@ -16,7 +18,9 @@ from mlflow.server.auth.client import AuthServiceClient
 
 
 def main() -> None:
-    """Read the name from the command line and the password from the standard input; raises SystemExit on bad input."""
+    """Read the name from the command line and the password from the standard input; raises
+    SystemExit on bad input.
+    """
     if len(sys.argv) != 2:
         raise SystemExit("usage: account.py NAME, with the password on the standard input")
     name, password = sys.argv[1], sys.stdin.readline().rstrip("\n")

@@ -29,5 +29,5 @@ def test_the_benchmark_prints_and_writes_what_an_image_takes(
     refused(vitdet("bench", "data", tiny, "--rounds", "0"), "rounds must be at least 1")
     refused(
         vitdet("bench", "data", tiny),
-        "instances_train2017.json: not there; there are the splits train, val",
+        "instances_train2017.json: no such file or folder; the splits are train, val",
     )

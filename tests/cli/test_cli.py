@@ -62,7 +62,7 @@ def test_data(vitdet: Run, tmp_path: Path) -> None:
     words = ("data", "tiny", "made", "--train", "3", "--val", "2", "--seed", "5")
     assert vitdet(*words) == (0, "made: 3 + 2 images\n", "")
     assert vitdet(*words) == (0, "made: 3 + 2 images, already there\n", "")
-    refused(vitdet(*words[:-1], "6"), "holds something else than the tiny data set")
+    refused(vitdet(*words[:-1], "6"), "contains something else than the tiny data set")
     code, output, _ = vitdet("data", "check", "made")
     assert code == 0 and "train: 3 images" in output and "errors: none" in output
     next((tmp_path / "made" / "train").glob("*.jpg")).unlink()
@@ -260,7 +260,7 @@ def plain(content: dict) -> dict:
     [
         (
             lambda root: (root / "annotations" / "instances_train.json").write_text('{"images": ['),
-            "broken JSON",
+            "invalid JSON",
         ),
         (
             lambda root: (root / "annotations" / "instances_val.json").write_text("[]"),
@@ -269,13 +269,13 @@ def plain(content: dict) -> dict:
         (lambda root: next((root / "train").iterdir()).unlink(), "no such file"),
         (
             lambda root: change(root, lambda c: [a.update(image_id=99) for a in c["annotations"]]),
-            "an image that does not exist",
+            "an unknown image",
         ),
         (
             lambda root: change(
                 root, lambda c: [a.update(category_id=99) for a in c["annotations"]]
             ),
-            "a category that does not exist",
+            "an unknown category",
         ),
         (
             lambda root: change(root, lambda c: plain(c).update(bbox=[5000, 5000, 10, 10])),
@@ -287,13 +287,13 @@ def plain(content: dict) -> dict:
         ),
         (
             lambda root: change(root, lambda c: c["annotations"].append(c["annotations"][0])),
-            "comes twice",
+            "duplicate ",
         ),
-        (lambda root: change(root, lambda c: c["images"].append(c["images"][0])), "comes twice"),
+        (lambda root: change(root, lambda c: c["images"].append(c["images"][0])), "duplicate "),
         (lambda root: change(root, lambda c: c.pop("categories")), "no 'categories' in the file"),
     ],
     ids=[
-        "broken JSON",
+        "invalid JSON",
         "a list",
         "no image file",
         "no such image",
@@ -343,7 +343,7 @@ def test_boxes_of_zero_size_are_counted_and_left_out(
         )
     assert code == 0
     assert any(
-        "objects left out of training" in message and "of zero size" in message
+        "objects ignored in training" in message and "of zero size" in message
         for message in caplog.messages
     )
 
@@ -357,7 +357,7 @@ def test_checkpoints_that_do_not_fit(
         "expected a 'vitdet detector, version 1' file, got 'vitdet training state",
     )
     refused(
-        vitdet("predict", picture, picture, "--output", "drawn"), "not a whole vitdet checkpoint"
+        vitdet("predict", picture, picture, "--output", "drawn"), "not a complete vitdet checkpoint"
     )
     refused(
         vitdet("evaluate", trained / "model.pt", "--set", "optim.lr=1"),
@@ -389,7 +389,7 @@ def test_predict_looks_before_it_writes(
     model = trained / "model.pt"
     refused(
         vitdet("predict", model, picture, text, "--output", "drawn"),
-        "text.jpg: not an image that can be read",
+        "text.jpg: not a readable image",
     )
     refused(vitdet("predict", model, picture, cut, "--output", "drawn"), "cut.jpg: the image ")
     refused(
@@ -479,6 +479,6 @@ def test_in_a_process_of_its_own(vitdet: Run, tiny: Path, tmp_path: Path) -> Non
     assert (
         done.returncode == 1
         and done.stderr.count("\n") == 1
-        and "instances_test.json: not there" in done.stderr
+        and "instances_test.json: no such file or folder" in done.stderr
     )
     assert not list(tmp_path.iterdir())

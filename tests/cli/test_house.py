@@ -47,7 +47,8 @@ class Config:
 FILES = {
     "vitdet/__init__.py": "",
     "vitdet/py.typed": "",
-    "vitdet/config.py": CONFIG,
+    "vitdet/config/__init__.py": "",
+    "vitdet/config/schema.py": CONFIG,
     "vitdet/types.py": """\
 class Detections:
     def draw(self):
@@ -93,7 +94,7 @@ def other(kind="runs", nms_iou="high", steps=Config.steps):
 stages:
   train:
     cmd: vitdet train
-    deps: [vitdet/models, vitdet/config.py, vitdet/gone.py, work/data]
+    deps: [vitdet/models, vitdet/config/schema.py, vitdet/gone.py, work/data]
 """,
 }
 
@@ -215,9 +216,9 @@ def test_the_detector_is_the_same_in_both_layouts() -> None:
 
 def test_the_files_of_a_dvc_stage(checkout: Path) -> None:
     (stage,) = stages_of(checkout)
-    assert stage.dependencies == ["vitdet/models", "vitdet/config.py", "vitdet/gone.py"]
+    assert stage.dependencies == ["vitdet/models", "vitdet/config/schema.py", "vitdet/gone.py"]
     assert [path.relative_to(checkout).as_posix() for path in stage.files] == [
-        "vitdet/config.py",
+        "vitdet/config/schema.py",
         "vitdet/models/__init__.py",
         "vitdet/models/head.py",
     ]
@@ -228,10 +229,10 @@ def test_the_report_of_a_scratch_checkout(checkout: Path) -> None:
     text = " ".join(report(checkout).split())
     for expected in (
         "D data/ 3 3 1",  # lines, files, functions
-        "detector (D) 42 11 7 weights/ 0 0 0 vitdet/ 44 13 7",
+        "detector (D) 42 12 7 weights/ 0 0 0 vitdet/ 44 14 7",
         "components/ 2 1 1 pipeline/ 2 1 0",
         "manifests/ 3 1 (all text files) tests/ 6 1 2 1 of them test_*",
-        "7 modules, 3 folders, other files: py.typed",
+        "6 modules, 4 folders, other files: py.typed",
         "file median 1, longest 16 (vitdet/models/head.py)",
         "function median 2, longest 5 (other in vitdet/models/head.py)",
         "cycles between modules: 2",
@@ -268,5 +269,5 @@ def test_a_folder_that_is_no_checkout_is_one_line(tmp_path: Path) -> None:
 def test_settings_are_read_from_this_config() -> None:
     from vitdet.config import Config, flatten
 
-    (config,) = [s for s in read_sources(ROOT, "vitdet") if s.name == "vitdet/config.py"]
+    (config,) = [s for s in read_sources(ROOT, "vitdet") if s.name == "vitdet/config/schema.py"]
     assert list(settings_of(config)) == list(flatten(Config()))

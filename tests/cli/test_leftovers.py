@@ -12,14 +12,14 @@ import pytest
 from tests.conftest import environment
 from vitdet import files
 from vitdet.checkpoint import Checkpoints
-from vitdet.files import remove_abandoned, write_json, writer, written, written_folder
+from vitdet.files import atomic_dir, atomic_write, remove_abandoned, write_json, writer
 
 WRITING = """
 import sys, time
 from pathlib import Path
-from vitdet.files import written, written_folder
+from vitdet.files import atomic_write, atomic_dir
 folder = Path(sys.argv[1])
-with written(folder / "model.pt") as file, written_folder(folder / "data") as inside:
+with atomic_write(folder / "model.pt") as file, atomic_dir(folder / "data") as inside:
     file.write_text("half")
     (inside / "image.jpg").touch()
     print("writing", flush=True)
@@ -113,7 +113,7 @@ def test_states_that_were_not_complete_are_removed_when_a_training_starts(
 
 
 def test_a_process_removes_nothing_of_its_own(tmp_path: Path) -> None:
-    with written(tmp_path / "a") as file, written_folder(tmp_path / "b"):
+    with atomic_write(tmp_path / "a") as file, atomic_dir(tmp_path / "b"):
         file.touch()
         files._remove_once.cache_clear()
         write_json(tmp_path / "c", 1)

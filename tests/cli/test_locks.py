@@ -15,15 +15,15 @@ from mlflow import MlflowClient
 
 from tests.conftest import ROOT, environment, minimal, options
 from tests.helpers.lockless import KINDS, patches
-from vitdet import locks, stages
+from vitdet import files, stages
 from vitdet.checkpoint import Checkpoints
 from vitdet.config import load_config
-from vitdet.locks import locked
+from vitdet.files import locked
 
 HOLDING = """
 import os, sys, time
 from pathlib import Path
-from vitdet.locks import locked
+from vitdet.files import locked
 with locked(Path(sys.argv[1])):
     if not os.fork():
         print(os.getpid(), flush=True)
@@ -33,7 +33,7 @@ with locked(Path(sys.argv[1])):
 
 @pytest.fixture(autouse=True)
 def nothing_was_warned_of(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(locks, "_warned", set())
+    monkeypatch.setattr(files, "_warned", set())
 
 
 def test_the_lock_of_a_killed_process_ends_though_its_forked_workers_live(tmp_path: Path) -> None:

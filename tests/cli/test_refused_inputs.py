@@ -18,9 +18,8 @@ from vitdet.checkpoint import FORMAT, MODEL, OPTIONAL, TRAINING, Checkpoints, lo
 from vitdet.cli import main
 from vitdet.config import load_config
 from vitdet.data.layout import explicit_settings
-from vitdet.files import write_json, written_folder
+from vitdet.files import atomic_dir, parse_yaml, write_json
 from vitdet.training.resume import state_to_resume
-from vitdet.yaml_text import parse_yaml
 
 DEEP = "{a: " * 5000 + "1" + "}" * 5000
 ODD = {
@@ -55,7 +54,7 @@ def test_yaml_that_is_no_config_names_the_file(
     monkeypatch.chdir(tmp_path)
     Path("odd.yaml").write_text(text)
     for verb in (["config"], ["train", "--output", "run"]):
-        assert "odd.yaml: not readable as YAML: " in run(capsys, *verb, "odd.yaml")
+        assert "odd.yaml: invalid YAML: " in run(capsys, *verb, "odd.yaml")
     assert os.listdir() == ["odd.yaml"]
 
 
@@ -142,7 +141,7 @@ def test_a_training_state_without_a_part(tmp_path: Path, key: str) -> None:
         (content | {key: 3.5}, "is a float"),
     ):
         torch.save(changed, path)
-        with pytest.raises(ValueError, match=f"{path.name}: '{key}' {says}; the file was changed"):
+        with pytest.raises(ValueError, match=f"{path.name}: '{key}' {says}; the file was modified"):
             state_to_resume(load_config("tiny"), tmp_path / "run", {}, states)
     assert states.all() == [path] and not states.damaged
 
@@ -202,7 +201,7 @@ def test_a_full_disk_names_the_file(
 
 
 def test_a_full_disk_names_the_folder_that_is_written(tmp_path: Path) -> None:
-    with pytest.raises(OSError, match="No space left") as caught, written_folder(tmp_path / "a"):
+    with pytest.raises(OSError, match="No space left") as caught, atomic_dir(tmp_path / "a"):
         raise OSError(28, "No space left on device")
     assert str(caught.value).endswith(f"'{tmp_path / 'a'}'") and not os.listdir(tmp_path)
 
@@ -211,7 +210,7 @@ def test_other_errors_keep_their_name(tmp_path: Path) -> None:
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     with pytest.raises(TypeError):
         write_json(tmp_path / "a", {1, 2})
-    with pytest.raises(FileNotFoundError) as caught, written_folder(tmp_path / "a") as folder:
+    with pytest.raises(FileNotFoundError) as caught, atomic_dir(tmp_path / "a") as folder:
         (folder / "none").read_text()
     assert caught.value.filename.endswith("none")
     assert resource.getrlimit(resource.RLIMIT_FSIZE) == before
@@ -221,10 +220,10 @@ def test_a_picture_is_not_cut_off_in_silence(tmp_path: Path) -> None:
     """As Pillow leaves it when a disk is full."""
     script = (
         "import resource\nfrom pathlib import Path\nimport numpy as np\nfrom PIL import Image\n"
-        "from vitdet.files import write_jpeg, written\n"
+        "from vitdet.files import atomic_write, write_jpeg\n"
         "noise = np.random.default_rng(0).integers(0, 256, (60, 90, 3), np.uint8)\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))\n"
-        "try:\n    with written(Path('a.jpg')) as file:\n"
+        "try:\n    with atomic_write(Path('a.jpg')) as file:\n"
         "        write_jpeg(file, Image.fromarray(noise), 92)\n"
         "except OSError as error:\n    print(error)\n"
     )

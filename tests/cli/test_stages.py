@@ -13,7 +13,7 @@ from mlflow.entities import Run
 from tests.conftest import minimal
 from vitdet import stages
 from vitdet.config import Config, load_config, save_config
-from vitdet.digest import digest, legacy_digest
+from vitdet.config.digest import digest, legacy_digest
 from vitdet.preparation import Data
 from vitdet.tracking.mlflow import tracking_uri
 from vitdet.tracking.runs import start_tracker

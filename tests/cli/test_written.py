@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from vitdet.files import write_json, written, written_folder
+from vitdet.files import atomic_dir, atomic_write, write_json
 
 
 def test_a_file_is_made_with_its_folder_and_takes_the_place_of_a_link(tmp_path: Path) -> None:
@@ -25,11 +25,11 @@ def test_a_file_is_made_with_its_folder_and_takes_the_place_of_a_link(tmp_path: 
 def test_a_failure_leaves_the_old_and_nothing_else(tmp_path: Path) -> None:
     path = tmp_path / "file"
     path.write_text("old")
-    with pytest.raises(KeyboardInterrupt), written(path) as temporary:
+    with pytest.raises(KeyboardInterrupt), atomic_write(path) as temporary:
         temporary.write_text("half")
         assert path.read_text() == "old" and temporary.parent == tmp_path
         raise KeyboardInterrupt
-    with pytest.raises(ValueError), written_folder(tmp_path / "folder") as temporary:
+    with pytest.raises(ValueError), atomic_dir(tmp_path / "folder") as temporary:
         (temporary / "inside").touch()
         raise ValueError
     assert [one.name for one in tmp_path.iterdir()] == ["file"] and path.read_text() == "old"
@@ -41,7 +41,7 @@ def test_the_content_reaches_the_disk_before_the_name(
     seen = []
     monkeypatch.setattr(os, "fsync", lambda _: seen.append((tmp_path / "file").exists()))
     for sync in (False, True):
-        with written(tmp_path / "file", sync) as temporary:
+        with atomic_write(tmp_path / "file", sync) as temporary:
             temporary.write_text("new")
         assert seen == [False, True] * sync  # the file, then the folder with its name
         (tmp_path / "file").unlink()
@@ -51,12 +51,12 @@ def test_a_folder_takes_the_place_of_an_empty_one_alone(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "old").touch()
-    with written_folder(tmp_path / "empty") as temporary:
+    with atomic_dir(tmp_path / "empty") as temporary:
         (temporary / "new").touch()
     assert (tmp_path / "empty" / "new").exists() and (
         tmp_path / "empty"
     ).stat().st_mode & 0o777 == 0o755
-    with pytest.raises(OSError, match="not empty"), written_folder(tmp_path / "full") as temporary:
+    with pytest.raises(OSError, match="not empty"), atomic_dir(tmp_path / "full") as temporary:
         (temporary / "new").touch()
     assert sorted(path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*")) == [
         "empty",

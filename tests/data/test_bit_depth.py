@@ -108,7 +108,7 @@ def test_eight_bits_stay_as_they_are(reading: Reading, tmp_path: Path) -> None:
 def test_values_beyond_the_depth_are_refused(write: Write, tmp_path: Path) -> None:
     data, path = data_set(tmp_path, (HIGH, WIDE)), tmp_path / "odd" / "odd.jpg"
     write(path, np.full((HIGH, WIDE), 4096))
-    says = "its pixels reach 4096, more than the 4095 of 12 bits; data.bit_depth has to hold"
+    says = "its largest pixel value is 4096, above 4095 for 12 bits; data.bit_depth must cover"
     for reader in (
         lambda: next(iter(train_loader(replace(data, bit_depth=12), 1, 0, 0, 1))),
         lambda: examine(path.read_bytes(), TWELVE),
@@ -130,11 +130,13 @@ def test_colours_of_sixteen_bits_have_no_depth(kind: int, tmp_path: Path) -> Non
         lambda: examine(path.read_bytes(), TWELVE),
         lambda: upright(Image.open(path), TWELVE),
     ):
-        with pytest.raises(ValueError, match="data.bit_depth=12 is for grey; save it with 8 bits"):
+        with pytest.raises(
+            ValueError, match="data.bit_depth=12 applies to grey images; save it with 8 bits"
+        ):
             reader()
     assert check(tmp_path).lines()[-3:-1] == [
         "warnings: 1",
-        "  1 x image of 16 bits with values of 12, read as nearly black (save it with 8 bits a channel)",
+        "  1 x 16-bit image with values of 12 bits, read as nearly black (save it with 8 bits per channel)",
     ]
 
 
@@ -158,9 +160,10 @@ def test_check_sees_the_range_of_all_images(
     if not says:
         assert "warnings: none" in output
         return
-    assert f"2 x image of 16 bits with values of {says[-2:]}, read as nearly black" in output
+    assert f"2 x 16-bit image with values of {says[-2:]} bits, read as nearly black" in output
     assert (
-        f"image 1: '1.png': {highest[0]} of 65535 at most" in output and f"(set {says})" in output
+        f"image 1: '1.png': largest value {highest[0]} of 65535" in output
+        and f"(set {says})" in output
     )
     code, output, _ = vitdet("data", "check", tmp_path, "--images", "--set", says)
     assert code == 0 and "warnings: none" in output
@@ -189,10 +192,10 @@ def test_max_pixels_can_be_set_where_files_are_read(
     predict = ("predict", trained / "model.pt", path, "--output", tmp_path / "drawn")
     looked = ("data", "check", tmp_path, "--images")
     small = f"data.max_pixels={HIGH * WIDE - 1}"
-    refused(vitdet(*predict, "--set", small), f"more than the {HIGH * WIDE - 1} of data.max_pixels")
+    refused(vitdet(*predict, "--set", small), f"more than data.max_pixels={HIGH * WIDE - 1}")
     assert not (tmp_path / "drawn").exists()
     code, output, _ = vitdet(*looked, "--set", small)
-    assert code == 1 and "of data.max_pixels" in output
+    assert code == 1 and "more than data.max_pixels" in output
     enough = f"data.max_pixels={HIGH * WIDE}"
     assert vitdet(*looked, "--set", enough)[0] == vitdet(*predict, "--set", enough)[0] == 0
 

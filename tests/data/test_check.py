@@ -105,9 +105,9 @@ def test_a_sound_folder_has_warnings_for_what_training_leaves_out(sound: Path) -
     assert kinds(report) == (
         {},
         {
-            "crowd region (training leaves it out)": 2,
+            "crowd region (ignored in training)": 2,
             "image without objects": 2,
-            "box of zero size (training leaves it out)": 2,
+            "box of zero size (ignored in training)": 2,
         },
     )
     lines = report.lines()
@@ -141,13 +141,13 @@ def delete(table: str, index: int, key: str) -> Callable[[dict], None]:
 FAULTS = [
     (
         set_value("annotations", 1, "id", 1),
-        "annotation id that comes twice",
+        "duplicate annotation id",
         "annotation 1: entry 1",
     ),
     (set_value("annotations", 1, "id", 1.5), "annotation id that is not a whole number", "1.5"),
-    (set_value("images", 1, "id", 1), "image id that comes twice", "image 1: entry 1"),
+    (set_value("images", 1, "id", 1), "duplicate image id", "image 1: entry 1"),
     (set_value("images", 1, "id", None), "image id that is not a whole number", "None"),
-    (set_value("categories", 1, "id", 1), "category id that comes twice", "category 1: entry 1"),
+    (set_value("categories", 1, "id", 1), "duplicate category id", "category 1: entry 1"),
     (
         set_value("images", 1, "height", 0),
         "image height that is not a whole number from 1 to 65535",
@@ -155,7 +155,7 @@ FAULTS = [
     ),
     (
         set_value("images", 1, "width", 63),
-        "image of another size than annotated",
+        "image size that differs from the annotations",
         "64 x 48, annotated 63 x 48",
     ),
     (set_value("images", 1, "file_name", 7), "file name that is not text", "image 2: 7"),
@@ -269,12 +269,12 @@ def test_an_error_is_named_with_its_place(
         ),
         (set_value("annotations", 0, "area", 4000.0), "area that does not fit its box"),
         (set_value("annotations", 0, "category_id", 3), "category without instances"),
-        (delete("annotations", 0, "iscrowd"), "annotation without 'iscrowd' (it is no crowd)"),
+        (delete("annotations", 0, "iscrowd"), "annotation without 'iscrowd' (read as 0)"),
         (
             delete("annotations", 0, "area"),
-            "annotation without 'area' (that of its mask or box is taken)",
+            "annotation without 'area' (the area of its mask or box is used)",
         ),
-        (set_value("categories", 0, "name", "bar"), "category name that comes twice"),
+        (set_value("categories", 0, "name", "bar"), "duplicate category name"),
     ],
 )
 def test_a_warning_is_no_error(folder: Path, damage: Callable, kind: str) -> None:
@@ -294,9 +294,9 @@ def test_all_problems_are_listed_at_once_with_counts_and_three_examples(folder: 
     write(folder, "val", '{"images": [], \n "annotations": [,]}')
     report = check(folder)
     assert kinds(report)[0] == {
-        "most objects: annotation of a category that does not exist (it is left out)": 1,
+        "most objects: annotation of an unknown category (dropped)": 1,
         "image height that is not a whole number from 1 to 65535": 1,
-        "broken JSON": 1,
+        "invalid JSON": 1,
     }
     text = report.lines()
     assert sum("category 77" in line for line in text) == 3 and "      ..." in text
@@ -327,7 +327,7 @@ def test_damaged_image_files_are_told_apart(folder: Path) -> None:
     (folder / "train" / "3.jpg").unlink()
     report = check(folder)
     assert kinds(report)[0] == {
-        "image file that is truncated or no image": 2,
+        "truncated or invalid image file": 2,
         "missing image file": 1,
     }
     assert kinds(check(folder, images=False))[0] == {"missing image file": 1}
@@ -342,7 +342,7 @@ def test_an_image_that_lies_on_its_side_has_the_size_of_the_upright_one(folder: 
 
 def test_the_same_picture_in_two_splits_is_an_error_under_any_name(folder: Path) -> None:
     shutil.copy(folder / "train" / "2.jpg", folder / "val" / "13.jpg")
-    assert kinds(check(folder))[0] == {"picture in two splits": 1}
+    assert kinds(check(folder))[0] == {"same image file in two splits": 1}
 
 
 def test_the_same_ids_in_two_splits_are_an_error_unless_the_pictures_differ(folder: Path) -> None:

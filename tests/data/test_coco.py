@@ -86,9 +86,9 @@ def _damage(where: str, **values: object) -> dict:
 @pytest.mark.parametrize(
     ("content", "expected"),
     [
-        (_damage("annotations", id=2), "annotation 2: annotation id that comes twice: entry 1"),
-        (_damage("images", id=10), "image 10: image id that comes twice: entry 1"),
-        (_damage("categories", id=3), "category 3: category id that comes twice: entry 1"),
+        (_damage("annotations", id=2), "annotation 2: duplicate annotation id: entry 1"),
+        (_damage("images", id=10), "image 10: duplicate image id: entry 1"),
+        (_damage("categories", id=3), "category 3: duplicate category id: entry 1"),
         (
             _damage("annotations", segmentation=[5]),
             "annotation 1 .image 20.: polygon that is not a list",
@@ -115,7 +115,10 @@ def _damage(where: str, **values: object) -> dict:
         ),
         (_damage("annotations", bbox=[1, 2, 3]), "bbox that is not four finite"),
         (_damage("annotations", bbox=None), "bbox that is not four finite"),
-        (_damage("images", height=0), "image 20: image height that is not a whole number from 1"),
+        (
+            _damage("images", height=0),
+            "image 20: image height that is not a whole number from 1",
+        ),
         (
             _damage("images", height="30.5"),
             "image 20: image height that is not a whole number from 1",
@@ -137,7 +140,7 @@ def test_a_problem_is_one_line_that_says_what_to_do(
 def test_broken_json_and_missing_file(tmp_path: Path) -> None:
     path = _write(tmp_path, {})
     path.write_text('{"images": [')
-    with pytest.raises(ValueError, match="broken JSON"):
+    with pytest.raises(ValueError, match="invalid JSON"):
         read_coco(path, tmp_path)
     with pytest.raises(FileNotFoundError, match="no such annotation file"):
         read_coco(tmp_path / "none.json", tmp_path)
@@ -182,7 +185,7 @@ def test_unusable_images_are_named(tmp_path: Path) -> None:
     ):
         read_image(path)
     Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8)).save(path)
-    with pytest.raises(ImageError, match="x.jpg: 64 x 64 pixels, but the annotations say 70 x 64"):
+    with pytest.raises(ImageError, match="x.jpg: 64 x 64 pixels, annotated 70 x 64"):
         read_image(path, (64, 70))
     path.write_bytes(path.read_bytes()[:1000])
     with pytest.raises(ImageError, match="x.jpg: the image cannot be read: .*truncated"):

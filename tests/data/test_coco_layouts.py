@@ -133,7 +133,7 @@ def test_one_split_is_not_trained_and_validated_on(
         main([*argv, str(tmp_path / "out")])
     assert ended.value.code == 1
     error = capsys.readouterr().err
-    assert "one split, default" in error and "--val-share 0.1" in error
+    assert "only split is default" in error and "--val-share 0.1" in error
     assert not (tmp_path / "out").exists()
 
 

@@ -65,7 +65,7 @@ def test_what_is_no_sound_file_is_as_json_reads_it(tmp_path: Path, text: str) ->
 def test_broken_json_is_one_line(tmp_path: Path, text: str) -> None:
     path = tmp_path / "x.json"
     path.write_text(text)
-    with pytest.raises(ValueError, match="x.json: broken JSON") as caught:
+    with pytest.raises(ValueError, match="x.json: invalid JSON") as caught:
         read_coco(path, tmp_path)
     assert "\n" not in str(caught.value)
 
@@ -121,4 +121,4 @@ def test_a_picture_of_two_splits_is_found_when_images_are_read(large: Path) -> N
     assert check(large, images=False).ok  # ids and names are others
     (error, *_) = check(large).errors
     # all are links to the same four
-    assert error.kind == "picture in two splits" and error.count == 20
+    assert error.kind == "same image file in two splits" and error.count == 20

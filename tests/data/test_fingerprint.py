@@ -15,6 +15,7 @@ import torch
 from tests.conftest import minimal
 from vitdet.checkpoint import load_model_file
 from vitdet.config import DataConfig, load_config
+from vitdet.config.digest import legacy_digest
 from vitdet.data.dataset import read_split
 from vitdet.data.fingerprint import (
     combined,
@@ -24,7 +25,6 @@ from vitdet.data.fingerprint import (
     legacy_dataset_digest,
     verify,
 )
-from vitdet.digest import legacy_digest
 from vitdet.training import train
 from vitdet.training.resume import states_folder
 
@@ -175,7 +175,7 @@ def test_a_run_of_version_0_1_goes_on_with_the_same_data(old_run: Path, own_tiny
 def test_a_run_of_version_0_1_is_refused_with_other_data(old_run: Path, own_tiny: Path) -> None:
     config = load_config("tiny", minimal(own_tiny, optim__steps=2, train__save_every=1))
     add_image(own_tiny)
-    with pytest.raises(ValueError, match="the data set has changed since this run began"):
+    with pytest.raises(ValueError, match="the data set has changed since this run started"):
         train(config, old_run)
 
 

@@ -105,7 +105,7 @@ def test_max_images_counts_them_in_training_only(data: DataConfig) -> None:
 def test_without_any_object_there_is_nothing_to_learn(data: DataConfig) -> None:
     path = Path(data.root) / "annotations" / "instances_train.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"annotations": []}))
-    with pytest.raises(ValueError, match="no image of train holds an object to learn from"):
+    with pytest.raises(ValueError, match="no image of train has a usable object"):
         train_loader(replace(data, keep_empty=True), 1, 0, 0, 1)
 
 

@@ -203,7 +203,7 @@ def test_what_training_leaves_out_is_counted_once(
     # the first process has said it
     train_loader(data, 4, seed=0, start_step=0, steps=1, rank=1, world_size=2)
     assert [record.getMessage() for record in caplog.records] == [
-        f"{path}: objects left out of training: 1 of zero size"
+        f"{path}: objects ignored in training: 1 of zero size"
     ]
 
 
@@ -235,7 +235,7 @@ def test_a_data_set_that_shows_no_object_stops_instead_of_drawing_for_ever(
 
     monkeypatch.setattr("vitdet.data.dataset.visible_boxes", nothing)
     with pytest.raises(
-        ValueError, match="100 crops one after the other without any object.*redraw_empty=false"
+        ValueError, match="100 consecutive crops without objects.*redraw_empty=false"
     ):
         list(train_loader(replace(data, redraw_empty=True), 4, 0, 0, 1))
 
@@ -266,5 +266,5 @@ def test_a_split_without_objects_cannot_train(data: DataConfig) -> None:
     empty = replace(
         split, records=split.records.select(np.flatnonzero(split.records.counts() == 0))
     )
-    with pytest.raises(ValueError, match="no image of train holds an object"):
+    with pytest.raises(ValueError, match="no image of train has a usable object"):
         TrainData(empty, data, 0)

@@ -32,14 +32,14 @@ from vitdet.evaluation.evaluator import evaluate_results
 from vitdet.evaluation.results import read_truth
 
 SIZE = [HEIGHT, WIDTH]
-ELSEWHERE = "box that does not fit its outline (training leaves the outline out)"
-DIFFERS = "box that differs from the one around its outline (training takes the box)"
-NO_PIXELS = "outline without pixels in its image (the object trains its box and class)"
-NO_OUTLINE = "object without an outline (it trains boxes and classes, not masks)"
-PARTS = "outline with parts of fewer than 3 points (they are left out)"
+ELSEWHERE = "box that does not fit its outline (trains box and class only)"
+DIFFERS = "box that differs from the one around its outline (training uses the box)"
+NO_PIXELS = "outline without pixels in its image (trains box and class only)"
+NO_OUTLINE = "object without an outline (trains box and class only)"
+PARTS = "outline with parts of fewer than 3 points (ignored)"
 NUMBER = "number of another type (read as a whole number)"
-NO_IMAGE = "annotation of an image that does not exist (it is left out)"
-NO_CATEGORY = "annotation of a category that does not exist (it is left out)"
+NO_IMAGE = "annotation of an unknown image (dropped)"
+NO_CATEGORY = "annotation of an unknown category (dropped)"
 TEXT_SIDES = [("height", 48.0), ("height", "48"), ("width", 64.0), ("width", "64")]
 # What may follow from the change of one value
 CONSEQUENCES = {"category without instances", "area that does not fit its box"}
@@ -58,9 +58,9 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> DataConfig:
 def kinds(data: DataConfig, content: bytes | dict) -> tuple[set[str], set[str]]:
     """Errors and warnings of the file, beside the warnings of a sound one; all readers agree with them."""
     plain = {
-        "crowd region (training leaves it out)",
+        "crowd region (ignored in training)",
         "image without objects",
-        "box of zero size (training leaves it out)",
+        "box of zero size (ignored in training)",
     }
     report = judged(data, content if isinstance(content, bytes) else json.dumps(content).encode())
     return {one.kind for one in report.errors}, {one.kind for one in report.warnings} - plain
@@ -197,7 +197,10 @@ ERRORS = [
         for value in ("é" * 300, "\ud800")
     ),
     *(
-        (changed("images", side, value), f"image {side} that is not a whole number from 1 to 65535")
+        (
+            changed("images", side, value),
+            f"image {side} that is not a whole number from 1 to 65535",
+        )
         for side in ("height", "width")
         for value in (0, -1, 48.5, "high", None, 2**16, True)
     ),
@@ -218,7 +221,7 @@ ERRORS = [
     ),
     (document() | {"annotations": None}, "'annotations' is not a list"),
     (document() | {"annotations": [None]}, "annotation that is not an object"),
-    (document() | {"annotations": []}, "no object to learn from or to find"),
+    (document() | {"annotations": []}, "no objects"),
 ]
 
 
@@ -259,15 +262,15 @@ def test_an_error_is_one_for_all_readers(data: DataConfig, content: dict, kind: 
         ),
         (
             changed("annotations", "bbox", [64, 10, 20, 20]),
-            "box outside its image (training leaves it out)",
+            "box outside its image (ignored in training)",
         ),
-        (changed("annotations", "iscrowd", None), "annotation without 'iscrowd' (it is no crowd)"),
+        (changed("annotations", "iscrowd", None), "annotation without 'iscrowd' (read as 0)"),
         (changed("annotations", "area", None), WITHOUT_AREA),
         (without("annotations", "area"), WITHOUT_AREA),
-        (without("annotations", "iscrowd"), "annotation without 'iscrowd' (it is no crowd)"),
+        (without("annotations", "iscrowd"), "annotation without 'iscrowd' (read as 0)"),
         (changed("annotations", "bbox", [-1.5, 0, 2.5, HEIGHT], 4), "box partly outside its image"),
-        (changed("categories", "name", "bar"), "category name that comes twice"),
-        (changed("images", "file_name", "2.png"), "file that several images share"),
+        (changed("categories", "name", "bar"), "duplicate category name"),
+        (changed("images", "file_name", "2.png"), "file shared by several images"),
         (changed("categories", "image_count", 10**400), ""),
     ],
 )
@@ -297,7 +300,7 @@ def every(key: str, change: Callable[[object], object]) -> dict:
         (every("bbox", lambda box: [box[1] + 9, box[0] + 30, 12, 8]), f"most objects: {ELSEWHERE}"),
         (
             every("bbox", lambda box: [10, 10, 30, 30] if box[0] else [0, 0, 1, HEIGHT]),
-            "most objects: bbox that reads as corners",
+            "most objects: bbox that looks like corners",
         ),
     ],
 )
@@ -316,15 +319,15 @@ def test_outlines_outside_of_their_images_leave_boxes_to_train(
     batch = next(iter(train_loader(replace(data, scale_range=(1.0, 1.0), workers=0), 2, 0, 0, 1)))
     assert any(len(target) for target in batch.targets)
     assert not any(target.has_mask.any() for target in batch.targets)
-    assert "not masks: 3 with an outline that has no pixels in its image" in caplog.text
-    assert "objects left out of training: 1 crowd" in caplog.text
+    assert "box and class only: 3 with an outline that has no pixels in its image" in caplog.text
+    assert "objects ignored in training: 1 crowd" in caplog.text
 
 
 def test_corners_are_recognized_without_outlines(data: DataConfig) -> None:
     content = every("segmentation", lambda _: [])
     for one in content["annotations"]:
         one["bbox"] = [40, 20, 60, 40]
-    assert "most objects: bbox that reads as corners" in kinds(data, content)[0]
+    assert "most objects: bbox that looks like corners" in kinds(data, content)[0]
 
 
 SOUND = json.dumps(document()).encode()
@@ -334,7 +337,7 @@ SOUND = json.dumps(document()).encode()
     ("content", "message"),
     [
         (b"", "the file is empty"),
-        (gzip.compress(SOUND), "compressed by gzip"),
+        (gzip.compress(SOUND), "compressed with gzip"),
         (SOUND[:-100], "line 1 column"),
         (SOUND.replace(b"disc", "Fläche".encode("latin-1")), "utf-8"),
         (b"[" * 100_000, "nested too deeply"),

@@ -125,8 +125,8 @@ CLEAN = ["errors: none", "warnings: none"]
 DARK = [
     "errors: none",
     "warnings: 1",
-    "  1 x image of 16 bits with values of 8, read as nearly black (set data.bit_depth=8)",
-    "      instances_odd.json: image 1: 'odd.jpg': 255 of 65535 at most",
+    "  1 x 16-bit image with values of 8 bits, read as nearly black (set data.bit_depth=8)",
+    "      instances_odd.json: image 1: 'odd.jpg': largest value 255 of 65535",
 ]
 JPEG = io.BytesIO()
 Image.fromarray(RNG.integers(0, 256, (64, 64, 3), np.uint8)).save(JPEG, "JPEG", progressive=True)
@@ -148,22 +148,22 @@ REFUSED: dict[str, tuple[bytes | Image.Image | Callable[[Path], None], str]] = {
     "a folder": (Path.mkdir, "it is a folder"),
     "missing": (lambda path: None, ""),
     "a link to nothing": (lambda path: path.symlink_to("nowhere"), ""),
-    "a pipe": (os.mkfifo, "it is no regular file"),
+    "a pipe": (os.mkfifo, "not a regular file"),
     "too large": (
         LARGE,
-        "the image has more than 178,956,970 pixels; make it smaller or cut it into parts",
+        "the image has more than 178,956,970 pixels; downscale it or cut it into tiles",
     ),
     "fractions": (
         Image.fromarray(GREY / np.float32(255)),
-        "its pixels are floating-point numbers of no known range",
+        "its pixels are floating-point numbers of unknown range",
     ),
     "32 bits": (
         Image.fromarray(GREY.astype(np.int32) * 70000),
-        "its pixels are numbers from 0 to ",
+        "its pixel values are 0 to ",
     ),
     "below zero": (
         Image.fromarray(GREY.astype(np.int32) - 1000),
-        "its pixels are numbers from -1000 to ",
+        "its pixel values are -1000 to ",
     ),
 }
 
@@ -195,7 +195,7 @@ def test_what_cannot_be_used_is_refused_in_one_line_everywhere(
     with pytest.raises((ImageError, FileNotFoundError), match="vitdet data check") as caught:
         next(iter(train_loader(data, 1, 0, 0, 1)))
     assert str(caught.value).startswith(f"{path}: ") and "\n" not in str(caught.value)
-    assert says in str(caught.value) or "no such file, and 0 more" in str(caught.value)
+    assert says in str(caught.value) or "no such file, 0 more" in str(caught.value)
     assert (
         vitdet("data", "report", "own", "--output", "page.html")[0] == 0
         and not (tmp_path / "drawn").exists()
@@ -235,8 +235,8 @@ def test_a_file_that_promises_too_many_pixels_is_not_decoded(
     promising(path, 13000)
     monkeypatch.setattr("PIL.ImageFile.ImageFile.load", lambda _: pytest.fail("decoded"))
     expected = (
-        "the image has 13,000 x 13,000 pixels, more than the 100,000,000 of data.max_pixels; make it smaller, "
-        "cut it into parts, or raise data.max_pixels"
+        "the image has 13,000 x 13,000 pixels, more than data.max_pixels=100000000; downscale it, "
+        "cut it into tiles, or raise data.max_pixels"
     )
     data = replace(data, image_size=64)
     readers = [
@@ -292,9 +292,9 @@ def test_a_picture_annotated_as_it_lies_is_told_why_its_size_is_wrong(
 ) -> None:
     data = data_set(tmp_path, found)
     ODD["grey"](tmp_path / "odd" / "odd.jpg")
-    hint = "a picture is annotated upright, as its EXIF orientation turns it"
+    hint = "annotations must refer to the upright image, after its EXIF orientation is applied"
     with pytest.raises(
-        ImageError, match=f"24 x 16 pixels, but the annotations say {found[1]} x {found[0]}"
+        ImageError, match=f"24 x 16 pixels, annotated {found[1]} x {found[0]}"
     ) as caught:
         next(iter(train_loader(data, 1, 0, 0, 1)))
     text = "\n".join(check(tmp_path, images=True).lines())

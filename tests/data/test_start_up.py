@@ -50,7 +50,7 @@ def everyone(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[int], objec
 def test_only_the_first_process_looks_and_all_know(everyone: Callable) -> None:
     looked = []
     assert (
-        everyone(lambda rank: distributed.from_first(lambda: looked.append(rank) or "digest"))
+        everyone(lambda rank: distributed.rank0_result(lambda: looked.append(rank) or "digest"))
         == ["digest"] * WORLD
     )
     assert looked == [0]
@@ -63,11 +63,11 @@ def test_an_error_of_one_is_everyone_s(everyone: Callable, broken: set[int]) -> 
             raise FileNotFoundError(f"no file, says {rank}")
         return f"loader {rank}"
 
-    found = everyone(lambda rank: distributed.together(lambda: make(rank)))
+    found = everyone(lambda rank: distributed.reraise_on_all_ranks(lambda: make(rank)))
     assert {(type(error), str(error)) for error in found} == {
         (FileNotFoundError, f"no file, says {min(broken)}")
     }
-    assert everyone(lambda rank: distributed.together(lambda: rank)) == [0, 1, 2]
+    assert everyone(lambda rank: distributed.reraise_on_all_ranks(lambda: rank)) == [0, 1, 2]
 
 
 def test_only_the_first_process_s_loader_looks_for_image_files(own_tiny: Path) -> None:

@@ -97,12 +97,12 @@ def test_yolo_counts_what_is_left_out(vitdet: Run, yolo: Path) -> None:
     write(yolo / "labels/extra/e.txt")
     code, output, errors = vitdet("data", "convert", yolo, "out")
     assert (code, errors) == (0, "")
-    reason = "not an image format that can be read here"
+    reason = "not a supported image format"
     for line in (
-        f"  2 x .heic files left out, {reason}, 1 of them with a label file",
-        f"  1 x .mov files left out, {reason}",
-        "  1 x images that no split names left out",
-        "  2 x label files without an image left out",
+        f"  2 x .heic files skipped, {reason}, 1 of them with a label file",
+        f"  1 x .mov files skipped, {reason}",
+        "  1 x images that no split contains skipped",
+        "  2 x label files without an image skipped",
     ):
         assert line in output.splitlines(), output
 
@@ -111,16 +111,16 @@ def test_a_test_split_is_not_left_out_silently(vitdet: Run, yolo: Path) -> None:
     head = (yolo / "data.yaml").read_text()
     write(yolo / "data.yaml", head + "test: ../test/images\n")
     _, output, _ = vitdet("data", "convert", yolo, "one")
-    assert "  split test left out: ../test/images is not there" in output.splitlines()
+    assert "  split test skipped: ../test/images does not exist" in output.splitlines()
     image(yolo / "images/test/t.png")
     write(yolo / "data.yaml", head + "test: images/test\n")
     _, output, _ = vitdet("data", "convert", yolo, "two")
-    assert "  1 x images of the split test left out, none has a label file" in output.splitlines()
+    assert "  1 x images of the split test skipped, none has a label file" in output.splitlines()
     (yolo / "images/none").mkdir()
     write(yolo / "data.yaml", head.replace("images/val", "images/none"))
     code, output, _ = vitdet("data", "convert", yolo, "three")
     assert code == 0
-    assert "  split val left out: no image in images/none" in output.splitlines()
+    assert "  split val skipped: no image in images/none" in output.splitlines()
     assert "no validation split" in output
 
 
@@ -155,7 +155,11 @@ def test_an_image_of_voc_that_cannot_be_read_is_named(vitdet: Run, voc: Path) ->
     (voc / "JPEGImages/p1.jpg").rename(voc / "JPEGImages/p1.heic")
     (voc / "JPEGImages/p1.heic").write_bytes(b"\0\0\0\x18ftypheic")
     code, _, errors = vitdet("data", "convert", voc, "out")
-    assert code == 1 and errors.count("\n") == 1 and "JPEGImages/p1.heic: no image format" in errors
+    assert (
+        code == 1
+        and errors.count("\n") == 1
+        and "JPEGImages/p1.heic: not a known image format" in errors
+    )
 
 
 def test_voc_counts_what_is_left_out(vitdet: Run, voc: Path) -> None:
@@ -170,13 +174,13 @@ def test_voc_counts_what_is_left_out(vitdet: Run, voc: Path) -> None:
     code, output, errors = vitdet("data", "convert", voc, "out")
     assert (code, errors) == (0, "")
     for line in (
-        f"  split extra left out: {voc}/ImageSets/Main/extra.txt has no IDs",
-        "  1 x IDs of trainval.txt left out, in neither train.txt nor val.txt",
+        f"  split extra skipped: {voc}/ImageSets/Main/extra.txt has no IDs",
+        "  1 x IDs of trainval.txt skipped, in neither train.txt nor val.txt",
         "  1 x lists of one class (ID and a second column), not read",
-        "  2 x images of the split test left out, none has an annotation file",
-        "  1 x images without an annotation file left out",
-        "  2 x annotation files that no list names left out",
-        "  1 x .heic files left out, not an image format that can be read here, 1 of them with a label file",
+        "  2 x images of the split test skipped, none has an annotation file",
+        "  1 x images without an annotation file skipped",
+        "  2 x annotation files that no list contains skipped",
+        "  1 x .heic files skipped, not a supported image format, 1 of them with a label file",
     ):
         assert line in output.splitlines(), output
 
@@ -214,7 +218,7 @@ def test_all_problems_of_voc_at_once(vitdet: Run, voc: Path, tmp_path: Path) -> 
     for text in (
         "p1.xml: bndbox: expected xmin <= xmax",
         "p1.xml: bndbox: expected numbers",
-        "p2.xml: not XML that can be read",
+        "p2.xml: invalid XML",
         "p3.xml: no image",
     ):
         assert text in errors
@@ -246,7 +250,7 @@ def test_one_split_is_written_and_said_or_divided(
 ) -> None:
     one_split(yolo, value)
     code, output, _ = vitdet("data", "convert", yolo, "one")
-    assert code == 0 and "no validation split, which training needs: --val-share" in output
+    assert code == 0 and "no validation split, which training needs; --val-share" in output
     assert [one.name for one in (tmp_path / "one/annotations").iterdir()] == [
         "instances_train.json"
     ]
@@ -272,7 +276,7 @@ def test_only_one_split_is_divided(vitdet: Run, yolo: Path, tmp_path: Path) -> N
     assert code == 1 and "--val-share: expected a number from 0 to 1, got 1.5" in errors
     words = ("--val-share", 0.5, "--splits", "train")
     code, output, _ = vitdet("data", "convert", yolo, "out", *words)
-    assert code == 0 and "  split val left out, it was not asked for" in output.splitlines()
+    assert code == 0 and "  split val skipped, not requested" in output.splitlines()
     assert len(names(tmp_path / "out", "train")) == len(names(tmp_path / "out", "val")) == 2
 
 
@@ -295,7 +299,7 @@ def test_classes_are_renamed_then_selected(vitdet: Run, yolo: Path, tmp_path: Pa
     words = ("--rename", "map.json", "--classes", "bus,pet")
     code, output, _ = vitdet("data", "convert", yolo, "two", *words)
     assert code == 0
-    assert "  10 x objects of other classes left out (--classes)" in output.splitlines()
+    assert "  10 x objects of other classes dropped (--classes)" in output.splitlines()
     train = tree(tmp_path / "two", "train")
     assert train["categories"] == [{"id": 1, "name": "bus"}, {"id": 2, "name": "pet"}]
     assert [one["category_id"] for one in train["annotations"]] == [2, 1, 2]
@@ -349,10 +353,10 @@ def test_a_list_may_name_files_of_other_formats(vitdet: Run, yolo: Path) -> None
     write(yolo / "data.yaml", head.replace("train: images/train", "train: train.txt"))
     code, output, errors = vitdet("data", "convert", yolo, "made")
     assert (code, errors) == (0, "")
-    assert "1 x .heic files left out, not an image format that can be read here" in output
+    assert "1 x .heic files skipped, not a supported image format" in output
     write(yolo / "train.txt", "images/train/z.heic\n")
     code, _, errors = vitdet("data", "convert", yolo, "other")
     assert code == 1 and "train: no image in train.txt" in errors
     write(yolo / "train.txt", f"images/train/{names[0]}\ndata.yaml\n")
     code, _, errors = vitdet("data", "convert", yolo, "other")
-    assert code == 1 and "data.yaml: not an image that can be read" in errors
+    assert code == 1 and "data.yaml: not a readable image" in errors

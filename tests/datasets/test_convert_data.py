@@ -101,8 +101,8 @@ def test_yolo(vitdet: Run, yolo: Path, tmp_path: Path) -> None:
     assert (code, errors) == (0, "")
     assert output.splitlines() == [
         "out: 2 classes; train 4 images, 4 objects; val 1 images, 0 objects",
-        "  3 x objects have a box only and no mask (--boxes-as-masks makes one of each box)",
-        "  1 x rows that came twice, once left out",
+        "  3 x objects have a box only and no mask (--boxes-as-masks converts boxes to masks)",
+        "  1 x duplicate rows removed",
         "  1 x images without a label file: without objects",
     ]
     out = tmp_path / "out"
@@ -124,12 +124,12 @@ def test_yolo(vitdet: Run, yolo: Path, tmp_path: Path) -> None:
     # another file of that name
     assert [one["file_name"] for one in tree(out, "val")["images"]] == ["a_2.jpg"]
     _, output, _ = vitdet("data", "convert", yolo, "asked", "--boxes-as-masks")
-    assert "  3 x boxes are also their objects' masks" in output.splitlines()
+    assert "  3 x boxes are used as masks" in output.splitlines()
     box, *_ = tree(tmp_path / "asked", "train")["annotations"]
     assert box["segmentation"] == [[40, 15, 60, 15, 60, 35, 40, 35]]
     assert (out / "train" / "a.jpg").samefile(yolo / "images" / "train" / "a.jpg")
     # in val
-    assert [finding.kind for finding in check(out).errors] == ["no object to learn from or to find"]
+    assert [finding.kind for finding in check(out).errors] == ["no objects"]
     assert read_coco(out / "annotations/instances_train.json", out / "train").class_names == (
         "no",
         "dog",
@@ -139,7 +139,7 @@ def test_yolo(vitdet: Run, yolo: Path, tmp_path: Path) -> None:
         yolo / "images" / "train" / "a.jpg"
     )
     code, output, errors = vitdet("data", "convert", yolo, "out")
-    assert (code, output, errors) == (1, "", "vitdet: out: is there already; give a new folder\n")
+    assert (code, output, errors) == (1, "", "vitdet: out: already exists; choose a new folder\n")
 
 
 def test_a_picture_in_two_splits_is_not_hidden_by_a_new_name(
@@ -181,7 +181,7 @@ def test_roboflow_names_splits_from_outside(vitdet: Run, tmp_path: Path) -> None
         ),
         ("labels/train/a.txt", "0.5 .5 .5 .5 .5", "class 0.5: expected a whole number"),
         ("labels/train/a.txt", "nan .5 .5 .5 .5", "class nan: expected a whole number"),
-        ("labels/train/a.txt", "0 .5 .5 40 .5", "coordinate 40: expected a share of the picture"),
+        ("labels/train/a.txt", "0 .5 .5 40 .5", "coordinate 40: expected a fraction of the image"),
         ("labels/train/a.txt", "0 .5 nan .5 .5", "coordinate nan"),
         ("labels/train/a.txt", "0 .5 x .5 .5", "expected numbers, got '0 .5 x .5 .5'"),
         ("images/train/a.jpg", "no image", "a.jpg: not an image that can be read"),
@@ -257,18 +257,18 @@ def test_voc(vitdet: Run, voc: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("file", "content", "says"),
     [
-        ("Annotations/one.xml", BOMB, "one.xml: not XML that can be read: it has a DOCTYPE"),
+        ("Annotations/one.xml", BOMB, "one.xml: invalid XML: it has a DOCTYPE"),
         (
             "Annotations/one.xml",
             "<annotation>",
-            "one.xml: not XML that can be read: no element found",
+            "one.xml: invalid XML: no element found",
         ),
-        ("Annotations/one.xml", "", "one.xml: not XML that can be read: no element found"),
+        ("Annotations/one.xml", "", "one.xml: invalid XML: no element found"),
         ("Annotations/one.xml", "<?xml version='1.0' encoding='no'?><a/>", "unknown encoding"),
         (
             "Annotations/one.xml",
             "<a>" * (1 << 21),
-            "6,291,456 bytes are no annotation of one image",
+            "6,291,456 bytes are too many for the annotations of one image",
         ),
         (
             "Annotations/one.xml",
@@ -288,7 +288,7 @@ def test_voc(vitdet: Run, voc: Path, tmp_path: Path) -> None:
         (
             "Annotations/one.xml",
             f"<a>{OBJECT.format('a', '', 1, 101, 105, 9)}</a>",
-            "lies outside the image of 100 x 50",
+            "is outside of the image of 100 x 50",
         ),
         (
             "Annotations/one.xml",

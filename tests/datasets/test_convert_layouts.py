@@ -263,8 +263,8 @@ def test_each_layout_becomes_the_same_records(
     assert records(tmp_path / "out", "train") == expected("p1", "p2")
     notes = [line for line in output.splitlines()[1:] if "root category" not in line]
     assert notes == [
-        "  no validation split, which training needs: --val-share 0.1 takes a tenth of the images",
-        "  2 x objects have a box only and no mask (--boxes-as-masks makes one of each box)",
+        "  no validation split, which training needs; --val-share 0.1 splits off a tenth of the images",
+        "  2 x objects have a box only and no mask (--boxes-as-masks converts boxes to masks)",
     ]
     assert check(tmp_path / "out").ok
     words = ("--val-share", "0.5", "--boxes-as-masks")
@@ -311,7 +311,7 @@ def test_the_splits_of_a_layout(
         assert records(tmp_path / "out", split) == expected(name)
     code, output, _ = vitdet("data", "convert", "source", "two", "--splits", "train,val")
     assert code == 0 and not (tmp_path / "two/test").exists()
-    assert "  split test left out, it was not asked for" in output.splitlines()
+    assert "  split test skipped, not requested" in output.splitlines()
 
 
 @pytest.mark.parametrize(
@@ -374,7 +374,7 @@ def test_what_a_coco_file_has_wrong_is_said_at_once(vitdet: Run, tmp_path: Path)
     for text in (
         "1 x bbox that is not four finite numbers",
         "1 x polygon with coordinates that are not finite numbers",
-        "1 x image of another size than annotated",
+        "1 x image size that differs from the annotations",
         "1 x missing image file",
     ):
         assert f"  {text}\n" in errors
@@ -389,9 +389,9 @@ def test_coco_objects_that_are_left_out_are_counted(vitdet: Run, tmp_path: Path)
     write(tmp_path / "source/labels.json", tree)
     images(tmp_path / "source/data", "p9")
     output = vitdet("data", "convert", "source", "out")[1].splitlines()
-    assert "  1 x objects of zero size left out" in output
-    assert "  1 x objects of unknown categories left out" in output
-    assert "  1 x images that no annotation file names left out" in output
+    assert "  1 x objects of zero size skipped" in output
+    assert "  1 x objects of unknown categories skipped" in output
+    assert "  1 x images without annotation file skipped" in output
     annotations = json.loads((tmp_path / "out/annotations/instances_train.json").read_text())
     assert [one["iscrowd"] for one in annotations["annotations"]] == [1, 0]
 
@@ -407,9 +407,9 @@ def test_labelme_shapes(vitdet: Run, tmp_path: Path) -> None:
     code, output, errors = vitdet("data", "convert", "source", "out")
     assert (code, errors) == (0, "")
     for line in (
-        "  2 x shapes of the type 'circle' left out",
+        "  2 x shapes of the type 'circle' skipped",
         "  1 x JSON files without shapes not read",
-        "  1 x images without a JSON file left out",
+        "  1 x images without a JSON file skipped",
     ):
         assert line in output.splitlines(), output
     found = records(tmp_path / "out", "train")
@@ -443,11 +443,11 @@ def test_cvat_shapes(vitdet: Run, tmp_path: Path) -> None:
     code, output, errors = vitdet("data", "convert", "source", "out")
     assert (code, errors) == (0, "")
     for line in (
-        "  1 x elements <polyline> left out",
-        "  2 x elements <tag> left out",
-        "  1 x turned boxes: the upright box around each is taken",
-        "  1 x objects without size left out",
-        "  1 x outlines of fewer than 3 points left out",
+        "  1 x elements <polyline> skipped",
+        "  2 x elements <tag> skipped",
+        "  1 x rotated boxes: replaced by the upright box around each",
+        "  1 x objects without size skipped",
+        "  1 x outlines of fewer than 3 points skipped",
     ):
         assert line in output.splitlines(), output
     found = [one[1:] for one in records(tmp_path / "out", "train")]

@@ -191,14 +191,14 @@ def wrong(to: Handler) -> None:
         (
             wrong,
             ValueError,
-            "sha256 .*, expected .*: not the published train2017.zip; the download was thrown away",
+            "sha256 .*, expected .*: not the published train2017.zip; the download was removed",
         ),
         (status(404), FileNotFoundError, "404 Not Found"),
         (status(403), ConnectionError, "403 Forbidden"),
         (
             status(200, b"<html>log in</html>", Content_Type="text/html"),
             ValueError,
-            "a web page came instead",
+            "received a web page instead",
         ),
         (
             status(200, b"short", Content_Type="application/zip"),

@@ -140,7 +140,7 @@ def test_a_failure_is_one_line(vitdet: Run, web: Web, tmp_path: Path) -> None:
             r"d/\.archives/\w+\.\S*zip\.part: could not be written \(.*the 600 bytes so far",
         ),
         (9_000, False, r"d/\.archives/\w+2017\.zip\.part: could not be written \(.*File too large"),
-        (100, True, r"d/\S+\.(jpg|json): could not be unpacked \(.*File too large"),
+        (100, True, r"d/\S+\.(jpg|json): could not be extracted \(.*File too large"),
     ],
     ids=["note", "start", "archive", "content"],
 )

@@ -94,7 +94,7 @@ def leak(content: dict, folder: Path, url: str | None = None) -> None:
 
 
 @pytest.mark.parametrize(
-    "images, kind", [(False, "image id in two splits"), (True, "picture in two splits")]
+    "images, kind", [(False, "image id in two splits"), (True, "same image file in two splits")]
 )
 def test_an_image_of_both_splits_is_an_error(own_lvis: Path, images: bool, kind: str) -> None:
     change(own_lvis, "val", lambda content: leak(content, own_lvis))
@@ -110,4 +110,6 @@ def test_a_copy_under_another_name_keeps_its_id(own_lvis: Path) -> None:
     assert [one.kind for one in data_check.check(own_lvis, images=False).errors] == [
         "image id in two splits"
     ]
-    assert "picture in two splits" in [one.kind for one in data_check.check(own_lvis).errors]
+    assert "same image file in two splits" in [
+        one.kind for one in data_check.check(own_lvis).errors
+    ]

@@ -150,7 +150,7 @@ def test_names_are_text_and_problems_are_on_the_page(
     page = (tmp_path / "own.html").read_text()
     assert code == 0 and "4 errors" in output and not Tags(page).open
     assert "<script" not in page and "&lt;script&gt;alert(&#39;&amp;&#39;)&lt;/script&gt;" in page
-    assert page.count("image file that is truncated or no image") == 1
+    assert page.count("truncated or invalid image file") == 1
     assert page.count('<p class="error">') == 4 and "1 of zero size" in page
 
 
@@ -159,7 +159,7 @@ def test_a_split_that_cannot_be_read_is_said(vitdet: Run, own_tiny: Path, tmp_pa
     change(own_tiny, "train", lambda tree: tree.update(annotations=[]))
     assert vitdet("data", "report", own_tiny)[0] == 0
     page = (tmp_path / "own.html").read_text()
-    assert "annotation of an image that does not exist (it is left out)" in page
+    assert "annotation of an unknown image (dropped)" in page
     assert "<td>12</td><td>12</td><td>0</td><td>-</td>" in page
 
 

@@ -201,11 +201,11 @@ def test_what_is_no_file_of_results_is_refused(files, text, message):
         (lambda tree: tree.update(images=3), "'images' is not a list: got 3"),
         (
             lambda tree: tree["images"].append(tree["images"][0]),
-            "image .*: image id that comes twice: entry 6",
+            "image .*: duplicate image id: entry 6",
         ),
         (
             lambda tree: tree["categories"].append(tree["categories"][0]),
-            "category id that comes twice: entry 3",
+            "duplicate category id: entry 3",
         ),
         (
             lambda tree: tree["images"][0].update(height="9.5"),

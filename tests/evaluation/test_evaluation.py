@@ -174,7 +174,7 @@ def test_two_processes_see_what_one_sees(spots, monkeypatch):
     whole = detect(BrightSpot(), spots, EvalConfig(batch_size=2))
     shares = []
     monkeypatch.setattr(distributed, "world_size", lambda: 2)
-    monkeypatch.setattr(distributed, "largest", lambda value: lambda: value)
+    monkeypatch.setattr(distributed, "async_max", lambda value: lambda: value)
     for rank in (0, 1):
         monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
         monkeypatch.setattr(

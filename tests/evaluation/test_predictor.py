@@ -12,7 +12,7 @@ from vitdet.data.masks import paste
 from vitdet.data.transforms import resize_and_pad
 from vitdet.predictor import Predictor, read_image, to_image
 from vitdet.types import Detections
-from vitdet.visualize import _shrunk, class_color, comfortable_scale, draw
+from vitdet.visualize import _shrunk, class_color, draw, legible_scale
 
 NAMES = ("cat", "dog", "bird")
 
@@ -211,8 +211,8 @@ def test_small_pictures_are_drawn_enlarged_and_large_ones_as_they_are():
     assert draw(spot(100, 128), found([[5, 5, 20, 20]])).size == (768, 600)
     assert draw(spot(480, 1000), found([[5, 5, 20, 20]])).size == (1000, 480)
     assert draw(spot(100, 128), found([]), scale=1.5).size == (192, 150)
-    assert comfortable_scale((640, 480)) == 1
-    assert comfortable_scale((1, 3)) == 256
+    assert legible_scale((640, 480)) == 1
+    assert legible_scale((1, 3)) == 256
 
 
 def test_drawing_paints_the_object_in_its_classes_colour_and_nothing_else():

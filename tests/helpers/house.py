@@ -44,7 +44,7 @@ from tests.helpers.layers import (
 # The detector (D): what finds objects and what trains and evaluates it. A name that ends with a
 # slash is a folder. The second line exists in the flat layout only (commit dad8b8b).
 DETECTOR = (
-    *("__init__.py", "config.py", "types.py", "files.py", "distributed.py", "checkpoint.py"),
+    *("__init__.py", "config/", "types.py", "files.py", "distributed.py", "checkpoint.py"),
     *("predictor.py", "visualize.py", "models/", "data/", "training/", "evaluation/"),
     *("typed.py", "rules.py", "written.py"),
 )
@@ -69,7 +69,7 @@ class Function:
 
 @dataclass(frozen=True)
 class Default:
-    """A default value of a parameter or dataclass field outside config.py."""
+    """A default value of a parameter or dataclass field outside the schema."""
 
     file: str
     line: int
@@ -192,7 +192,7 @@ def doubled_defaults(sources: list[Source]) -> tuple[dict[str, Setting], dict[st
     Settings are matched by the last part of their name and the type of the value: `num_convs=4`
     counts for rpn.num_convs, roi_heads.num_convs and mask.num_convs.
     """
-    config = next((source for source in sources if source.name == "vitdet/config.py"), None)
+    config = next((source for source in sources if source.name == "vitdet/config/schema.py"), None)
     settings = settings_of(config) if config else {}
     others = [found for source in sources if source is not config for found in defaults_of(source)]
     found = {
@@ -330,7 +330,7 @@ def _ends(edge: Import) -> tuple[str, str]:
 
 
 def defaults_report(sources: list[Source], verbose: bool) -> Iterator[str]:
-    """How many settings have a default outside config.py, in the detector and in the rest."""
+    """How many settings have a default outside the schema, in the detector and in the rest."""
     settings, doubled = doubled_defaults(sources)
     for label, inside in (("the detector", True), ("the rest of the product", False)):
         chosen = {

@@ -18,19 +18,12 @@ PRODUCT = ("vitdet", "components", "pipeline")
 # A room is a module or folder directly in vitdet/, or one of the folders components/, pipeline/.
 # The lowest layer comes first. Each room lists what it may import besides itself: a room, one of
 # its modules (`data.images`), or ALL for every room of the layers below.
-BASE = "files locks credentials ranges sections yaml_text suggestions config digest types distributed torchrun"
+BASE = "files config types distributed torchrun"
 ALL = "*"
 LAYERS: tuple[dict[str, str], ...] = (
     {
         "files": BASE,
-        "locks": BASE,
-        "credentials": "",
-        "ranges": BASE,
-        "sections": BASE,
-        "yaml_text": "",
-        "suggestions": BASE,
         "config": BASE,
-        "digest": BASE,
         "types": BASE,
         "distributed": BASE,
         "torchrun": "",

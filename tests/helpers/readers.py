@@ -22,15 +22,15 @@ from vitdet.evaluation.results import Truth, read_truth
 FILES = {
     "missing image file",
     "image file that cannot be read",
-    "image file that is truncated or no image",
-    "image of another size than annotated",
+    "truncated or invalid image file",
+    "image size that differs from the annotations",
 }
 NAMES = {
     "image without 'file_name'",
     "file name that is not text",
     "file name that leaves its folder",
 }
-EMPTY = "no object to learn from or to find"
+EMPTY = "no objects"
 
 
 def judged(data: DataConfig, content: bytes) -> Report:

@@ -336,8 +336,8 @@ def test_a_box_only_file_is_converted_both_ways_whatever_the_recipe_says(
 @pytest.mark.parametrize(
     ("file", "here", "note"),
     [
-        ("true", "false", "roi_heads.mask.*: left out (this detector has no mask head)"),
-        ("false", "true", "roi_heads.mask.*: starts afresh (the file has no mask head)"),
+        ("true", "false", "roi_heads.mask.*: not loaded (this detector has no mask head)"),
+        ("false", "true", "roi_heads.mask.*: newly initialized (the file has no mask head)"),
     ],
 )
 def test_a_detector_with_masks_starts_one_without_and_the_other_way_round(

@@ -104,7 +104,7 @@ def test_the_jobs_in_manifests_compile_as_they_are(tmp_path: Path) -> None:
             "kind: TrainJob\nspec: {runtimeRef: {name: a}}\n---\nkind: TrainJob\nspec: {}\n",
             "two documents of kind TrainJob",
         ),
-        ("a: [", "not readable as YAML"),
+        ("a: [", "invalid YAML"),
         ("- a list\n", "no PyTorchJob or TrainJob"),
         ("kind: PyTorchJob\n", "its PyTorchJob has no spec"),
         (

@@ -24,7 +24,7 @@ import json, os, sys, time
 from pathlib import Path
 sys.path.insert(0, {root!r})
 from vitdet.config import load_config, save_config, to_dict
-from vitdet.digest import training_settings
+from vitdet.config.digest import training_settings
 
 verb, *rest = sys.argv[1:]
 positions = [word for i, word in enumerate(rest) if not word.startswith("--") and (i == 0 or rest[i - 1][:2] != "--")]

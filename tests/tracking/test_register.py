@@ -218,7 +218,7 @@ def test_a_damaged_checkpoint_is_not_registered(work: Path) -> None:
     damaged.write_bytes((work / "model.pt").read_bytes()[:1000])
     client = tracking.open_client(tracking.tracking_uri("", work))
     before = len(client.search_model_versions("name = 'detector'"))
-    with pytest.raises(ValueError, match="not a whole vitdet checkpoint"):
+    with pytest.raises(ValueError, match="not a complete vitdet checkpoint"):
         enter(work, damaged, "candidate")
     assert len(client.search_model_versions("name = 'detector'")) == before
 

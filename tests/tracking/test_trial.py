@@ -48,7 +48,7 @@ def test_a_model_that_does_not_load_is_refused(
         trial.try_model(model, empty)
     weights = model / "artifacts" / "detector.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
-    with pytest.raises(ValueError, match="not a whole detector .*it is not registered"):
+    with pytest.raises(ValueError, match="not a complete detector .*it is not registered"):
         trial.try_model(model, wheel)
 
 
@@ -63,7 +63,7 @@ def test_safetensors_hold_the_whole_detector(tmp_path: Path) -> None:
     ours, theirs = (Predictor.load(one)(image, 0.0) for one in (path, tmp_path / "model.pt"))
     assert torch.equal(ours.boxes, theirs.boxes) and ours.names == theirs.names
     path.write_bytes(path.read_bytes()[:1000])
-    with pytest.raises(ValueError, match="not a whole detector"):
+    with pytest.raises(ValueError, match="not a complete detector"):
         load_model_file(path)
-    with pytest.raises(ValueError, match="holds weights without their config"):
+    with pytest.raises(ValueError, match="contains weights without their config"):
         load_model_file(Path(trial.__file__).parents[1] / "weights" / "mae_vit_tiny.safetensors")

@@ -16,7 +16,7 @@ from tests.training.test_trainer import cut, go, interrupt, terminate
 from vitdet import stages
 from vitdet.checkpoint import load_model_file
 from vitdet.config import Config, load_config, override, save_config
-from vitdet.digest import digest, training_settings
+from vitdet.config.digest import digest, training_settings
 from vitdet.evaluation import evaluate
 from vitdet.evaluation.evaluator import measured_metrics
 from vitdet.training import Stopped, train, trainer

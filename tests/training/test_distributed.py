@@ -169,9 +169,7 @@ def killed_alone(tiny: Path, folder: Path) -> None:
     process.terminate()
     _, errors = process.communicate()
     assert process.returncode == 143, errors
-    stopped = int(
-        re.search(rf"stopped at step (\d+) of {STEPS}; the same command goes on", errors)[1]
-    )
+    stopped = int(re.search(rf"stopped at step (\d+) of {STEPS}; run the same command", errors)[1])
     assert first <= stopped < STEPS
     process = start(words, folder)
     wait_for(process, f"step {random.randrange(stopped + 1, max(STEPS, stopped + 2))}/{STEPS}")
@@ -196,9 +194,7 @@ def killed_pair(tiny: Path, folder: Path) -> None:
     # its process was killed before it could say that it has finished
     client.update_run(run.info.run_id, "RUNNING")
     # as torchrun does when another node is lost at the very end
-    assert "run: complete already, nothing is left to do" in finish(
-        start(words, folder, processes=2)
-    )
+    assert "run: already complete, nothing to do" in finish(start(words, folder, processes=2))
     assert (folder / "run" / "model.pt").read_bytes() == trained
     assert tracked(folder)[1].info.status == "FINISHED"
 
@@ -398,7 +394,7 @@ def test_a_rank_that_is_restarted_after_it_joined_waits_for_the_next_launch(
     ((other, missing),) = {(one, tuple(missing)) for one, missing in joined.values()}
     assert other != launch_id and missing == ()
     monkeypatch.setattr(dist, "rendezvous", lambda *_, **__: iter([(store, 1, 3)]))
-    monkeypatch.setattr(distributed, "JOINING", timedelta(seconds=0))
+    monkeypatch.setattr(distributed, "JOIN_TIMEOUT", timedelta(seconds=0))
     with pytest.raises(TimeoutError, match="rank 0 of 3 did not join within 0 seconds") as error:
         distributed._join()
     assert str(error.value).endswith("; rank 0 joined an earlier launch and did not start again")
@@ -406,7 +402,7 @@ def test_a_rank_that_is_restarted_after_it_joined_waits_for_the_next_launch(
 
 def test_the_requests_of_a_launch_do_not_grow_with_its_ranks() -> None:
     """For each rank and poll; before rank 0 has published the launch, there is nothing else to ask for."""
-    polls = distributed.JOINING.total_seconds() / distributed.POLL
+    polls = distributed.JOIN_TIMEOUT.total_seconds() / distributed.POLL
     stores = {count: CountingStore() for count in (2, 64)}
     for count, store in stores.items():
         assert synchronize(store, 0, count=count)[0][1] == list(range(1, count))
@@ -426,7 +422,7 @@ def test_one_process_is_the_first_of_one() -> None:
         "a"
     ]
     assert distributed.gather_objects("a") == ["a"]
-    assert distributed.largest(15)() == 15 and distributed.largest(0)() == 0
+    assert distributed.async_max(15)() == 15 and distributed.async_max(0)() == 0
     with distributed.process_group() as device:
         assert distributed.world_size() == 1 and device.type in ("cpu", "cuda")
 

@@ -70,13 +70,13 @@ def test_another_set_of_classes(
     assert {
         name for name, tensor in weights.items() if not torch.equal(tensor, before["model"][name])
     } == LAYERS
-    said = {record.message for record in caplog.records if "starts afresh" in record.message}
+    said = {record.message for record in caplog.records if "newly initialized" in record.message}
     why = (
         f"{count} classes in the file, 2 here"
         if len(names) == 2
         else f"other classes, such as {before['class_names'][-1]!r} in the file and 'pentagon' here"
     )
-    assert said == {f"{source}: {name}: starts afresh ({why})" for name in LAYERS}
+    assert said == {f"{source}: {name}: newly initialized ({why})" for name in LAYERS}
 
 
 def test_the_same_classes(
@@ -124,7 +124,7 @@ def test_anything_else_must_match(trained: Path, own_tiny: Path, tmp_path: Path)
         )
     text = str(caught.value)
     assert "\n" not in text and "model.pt: does not fit this detector: " in text
-    assert "other shape: roi_heads.stages.0.fcs.0.weight " in text
+    assert "wrong shape: roi_heads.stages.0.fcs.0.weight " in text
 
 
 def stored(path: Path, **settings: object) -> Path:
@@ -160,7 +160,7 @@ def test_another_loss_over_the_same_classes(tmp_path: Path) -> None:
     assert load_pretrained(detector, softmax).fresh == [odds]
     detector = small_detector(seed=2)
     loaded = load_pretrained(detector, federated)
-    assert not loaded.fresh and loaded.notes == [f"{odds}: left out (the loss is another one)"]
+    assert not loaded.fresh and loaded.notes == [f"{odds}: not loaded (another loss)"]
     assert not load_pretrained(small_detector(seed=2, loss="federated"), federated).notes
 
 
@@ -169,5 +169,5 @@ def test_a_detector_without_its_class_layers_is_refused(tmp_path: Path) -> None:
     content = torch.load(path, weights_only=True)
     for lost in ("roi_heads.stages.0.logits.weight", "roi_heads.mask.logits.bias"):
         save(path, {**content, "model": {k: v for k, v in content["model"].items() if k != lost}})
-        with pytest.raises(ValueError, match=f"1 tensors: lacks {lost}"):
+        with pytest.raises(ValueError, match=f"1 tensors: missing {lost}"):
             load_pretrained(small_detector(), path)

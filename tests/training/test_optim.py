@@ -167,10 +167,12 @@ def test_the_rate_is_scaled_by_the_batch_only_if_that_is_told() -> None:
 def test_one_line_says_what_another_batch_size_means_for_the_rate() -> None:
     assert rate_note(OptimConfig(), 64) == rate_note(OptimConfig(scale_lr=True), 64) == ""
     size = "optim.lr=0.0001 is meant for steps of 64 images, and train.batch_size is 16"
-    assert rate_note(OptimConfig(scale_lr=True), 16) == f"{size}: optim.scale_lr makes it 2.5e-05"
+    assert (
+        rate_note(OptimConfig(scale_lr=True), 16) == f"{size}: optim.scale_lr scales it to 2.5e-05"
+    )
     assert rate_note(OptimConfig(), 16) == (
-        f"{size}: it stays as it is; optim.scale_lr=true would make it 2.5e-05, and optim.lr_batch_size=16 says that it "
-        "is meant for this size"
+        f"{size}: it is not scaled; optim.scale_lr=true scales it to 2.5e-05, "
+        "optim.lr_batch_size=16 declares it as meant for this size"
     )
 
 

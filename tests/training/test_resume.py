@@ -89,7 +89,7 @@ def test_the_only_state_is_broken(tiny: Path, tmp_path: Path) -> None:
         go(tiny, tmp_path, interrupt(cut, 1))
     (state,) = (tmp_path / "checkpoints").glob("*.pt")
     state.write_bytes(b"")
-    with pytest.raises(ValueError, match="step_00000000.pt: .*; remove it to begin anew"):
+    with pytest.raises(ValueError, match="step_00000000.pt: .*; remove it to start over"):
         go(tiny, tmp_path)
     state.unlink()
     assert min(go(tiny, tmp_path, optim__steps=1).points) == 1
@@ -149,7 +149,7 @@ def test_a_finished_run_is_the_result_of_its_own_config_and_data_only(
     path.write_text(json.dumps(content))
     with pytest.raises(
         ValueError,
-        match=r"run: holds a finished run on other data \(train split \w+, now \w+\); choose another",
+        match=r"run: contains a finished run on other data \(train split \w+, now \w+\); choose another",
     ):
         again()
     assert len(heard) == 1

@@ -16,7 +16,7 @@ from tests.training.test_trainer import cut, go, interrupt, same_bits, terminate
 from tests.weights.test_old_checkpoints import STORED, dataset_digest
 from vitdet.checkpoint import STATE_1, STATE_2, STATE_3, load_model_file
 from vitdet.config import load_config
-from vitdet.digest import legacy_digest
+from vitdet.config.digest import legacy_digest
 from vitdet.evaluation import evaluate
 from vitdet.training import Stopped, train, trainer
 
@@ -129,7 +129,7 @@ def test_more_steps_that_would_change_earlier_rates_are_refused(tiny: Path, tmp_
     go(tiny, tmp_path / "step", optim__milestones=[0.5])
     with pytest.raises(
         ValueError,
-        match=r"step: holds a finished run with another config \(optim.steps: 12, not 8\); the learning "
+        match=r"step: contains a finished run with another config \(optim.steps: 12, not 8\); the learning "
         r"rate of step 4 would have been 0.001, not 0.0001; choose another --output or remove it",
     ):
         go(tiny, tmp_path / "step", optim__steps=12, optim__milestones=[0.5])
@@ -139,7 +139,7 @@ def test_fewer_steps_than_done_are_refused(tiny: Path, tmp_path: Path) -> None:
     with pytest.raises(Stopped):
         go(tiny, tmp_path, interrupt(terminate, 5), optim__milestones="[]")
     with pytest.raises(
-        ValueError, match="holds a run of 5 steps, more than optim.steps = 4; choose"
+        ValueError, match="contains a run of 5 steps, more than optim.steps = 4; choose"
     ):
         go(tiny, tmp_path, optim__milestones="[]", optim__steps=4)
     assert max(go(tiny, tmp_path, optim__milestones="[]", optim__steps=6).points) == 6
@@ -150,7 +150,7 @@ def test_more_steps_after_an_end_need_its_last_state(tiny: Path, tmp_path: Path)
     before = (tmp_path / "model.pt").read_bytes()
     shutil.rmtree(tmp_path / "checkpoints")
     with pytest.raises(
-        ValueError, match="holds a finished run of 1 steps, and no training state to"
+        ValueError, match="contains a finished run of 1 steps, and no training state to"
     ):
         go(tiny, tmp_path, optim__milestones="[]", optim__steps=2)
     assert (tmp_path / "model.pt").read_bytes() == before
@@ -162,7 +162,7 @@ def test_a_scaled_rate_is_that_of_the_whole_training(
     half = {"optim__scale_lr": "true", "optim__lr_batch_size": 4, "optim__steps": 3}
     with caplog.at_level(logging.INFO, "vitdet"), pytest.raises(Stopped):
         go(tiny, tmp_path / "run", interrupt(terminate, 2), **half)
-    note = "optim.lr=0.001 is meant for steps of 4 images, and train.batch_size is 2: optim.scale_lr makes it 0.0005"
+    note = "optim.lr=0.001 is meant for steps of 4 images, and train.batch_size is 2: optim.scale_lr scales it to 0.0005"
     assert caplog.messages.count(note) == 1
     with pytest.raises(ValueError, match="another config .optim.lr_batch_size: 8, not 4"):
         go(tiny, tmp_path / "run", **half | {"optim__lr_batch_size": 8})

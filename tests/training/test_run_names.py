@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from vitdet import digest as digest_module
 from vitdet.config import Config, OptimConfig, load_config
-from vitdet.digest import difference, digest, legacy_digest
-from vitdet.sections import list_settings
+from vitdet.config import digest as digest_module
+from vitdet.config.digest import difference, digest, legacy_digest
+from vitdet.config.sections import list_settings
 
 STORED = Path(__file__).parents[1] / "golden" / "checkpoints" / "digests.json"
 OPERATIONAL = [

@@ -269,7 +269,9 @@ def test_a_step_whose_losses_overflow_in_fp16_is_skipped(
     with pytest.raises(ValueError, match="not finite: the training has diverged"):
         go(tiny, tmp_path / "b", train__precision="fp32", **changes)
     monkeypatch.setattr(Spoiled, "scale", 2.0**-14)
-    with pytest.raises(ValueError, match="losses or gradients overflow in fp16 at every scale"):
+    with pytest.raises(
+        ValueError, match="losses or gradients overflow in fp16 at every loss scale"
+    ):
         go(tiny, tmp_path / "c", train__precision="fp16", **changes)
 
 
@@ -316,7 +318,7 @@ def test_a_training_that_skips_every_step_ends_in_one_line(
     monkeypatch.setattr(trainer, "TrainingStep", Overflowing)
     recorder = Recorder()
     with pytest.raises(
-        ValueError, match="losses or gradients overflow in fp16 at every scale"
+        ValueError, match="losses or gradients overflow in fp16 at every loss scale"
     ) as caught:
         go(tiny, tmp_path, recorder, train__precision="fp16")
     assert "\n" not in str(caught.value) and recorder.status == "FAILED"

@@ -46,7 +46,7 @@ def test_each_signal_saves_and_has_its_exit_code(
     request.addfinalizer(lambda: signal.signal(signal.SIGHUP, hang_up))
     done, _, errors = vitdet("train", "tiny", *options(minimal(tiny)), "--output", "run")
     assert done == code
-    assert f"vitdet: stopped at step 2 of {STEPS}; the same command goes on from there" in errors
+    assert f"vitdet: stopped at step 2 of {STEPS}; run the same command to resume" in errors
     assert states(tmp_path / "run")[-1] == "step_00000002.pt" and recorder.status == "KILLED"
 
 
@@ -150,17 +150,17 @@ def test_a_torch_without_the_shutdown_time_out_is_warned_about(
     assert not caplog.text
     monkeypatch.setenv("RANK", "0")
     warn_of_short_grace()
-    assert "30 s after SIGTERM, whatever TORCH_ELASTIC_SHUTDOWN_TIMEOUT" in caplog.text
+    assert "30 s after SIGTERM, regardless of TORCH_ELASTIC_SHUTDOWN_TIMEOUT" in caplog.text
 
 
 SLOW = f"""
 {UNTRACKED}
 from vitdet.training import trainer
-learn = trainer.Loop.learn
+learn = trainer.Loop.train_step
 def slow(*given):
     time.sleep(3)
     return learn(*given)
-trainer.Loop.learn = slow
+trainer.Loop.train_step = slow
 """
 
 
@@ -178,7 +178,7 @@ def test_two_ranks_of_slow_steps_agree_on_one_to_stop_at(tiny: Path, tmp_path: P
     log = (tmp_path / "log").read_text()
     last = int(states(tmp_path / "run")[-1][5:13])
     assert last in (3, 4) and not (tmp_path / "run" / "model.pt").exists()
-    assert log.count(f"vitdet: stopped at step {last} of 100; the same command goes on") == 2
+    assert log.count(f"vitdet: stopped at step {last} of 100; run the same command") == 2
     saved = (tmp_path / "run" / "checkpoints" / f"step_{last:08d}.pt").stat().st_mtime
     print(f"saved {saved - begin:.1f} s after SIGTERM, steps of 3 s")
 
@@ -207,5 +207,5 @@ def test_ranks_leave_an_evaluation_together_if_one_of_them_has_the_signal(
     finally:
         process.kill()
     log = (tmp_path / "log").read_text()
-    assert log.count(f"vitdet: stopped at step 4 of {STEPS}; the same command goes on") == 2, log
+    assert log.count(f"vitdet: stopped at step 4 of {STEPS}; run the same command") == 2, log
     assert states(tmp_path / "run")[-1] == "step_00000004.pt" and "box AP" not in log

@@ -186,7 +186,7 @@ def test_an_output_with_another_config_is_refused(
         go(tiny, tmp_path, interrupt(cut, 1))  # also when it has only begun
     before = (tmp_path / "config.yaml").read_text()
     with pytest.raises(
-        ValueError, match=r"holds a run with another config \(optim.lr: 0.1, not 0.001\)"
+        ValueError, match=r"contains a run with another config \(optim.lr: 0.1, not 0.001\)"
     ):
         go(tiny, tmp_path, optim__lr=0.1)
     assert (tmp_path / "config.yaml").read_text() == before
@@ -199,7 +199,7 @@ def test_a_data_set_that_changed_is_refused(own_tiny: Path, tmp_path: Path) -> N
     content = json.loads(path.read_text())
     content["annotations"].pop()
     path.write_text(json.dumps(content))
-    with pytest.raises(ValueError, match="the data set has changed since this run began"):
+    with pytest.raises(ValueError, match="the data set has changed since this run started"):
         go(own_tiny, tmp_path / "run")
 
 
@@ -261,7 +261,7 @@ def test_one_training_at_a_time_writes_to_a_folder(tiny: Path, tmp_path: Path) -
         env=environment(tmp_path),
     )
     assert other.stdout.readline() == "locked\n"
-    with pytest.raises(ValueError, match="another training is writing here"):
+    with pytest.raises(ValueError, match="another training is writing to this folder"):
         go(tiny, tmp_path)
     other.kill()
     other.communicate()

@@ -83,7 +83,7 @@ def test_a_size_without_room_is_tried_again_after_the_next_evaluation_and_not_a_
     steps: Steps, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     assert steps(16) and not steps(128) and not steps(128) and steps(16)
-    text = "steps with 128 objects an image and 4 edges run without a CUDA graph"
+    text = "steps with 128 objects per image and 4 edges run without a CUDA graph"
     assert caplog.messages == [f"{text} until the next evaluation: out of memory"]
     steps.graphed.release()
     assert not steps(128) and caplog.messages[1:] == [f"{text}: out of memory"]
@@ -139,7 +139,7 @@ def test_what_waits_for_the_gpu_is_not_tried_again(
     steps.graphed.release()
     assert not steps(16)
     assert caplog.messages == [
-        "steps with 16 objects an image and 4 edges run without a CUDA graph: operation not permitted"
+        "steps with 16 objects per image and 4 edges run without a CUDA graph: operation not permitted"
     ]
 
 
@@ -162,7 +162,9 @@ def test_a_step_that_waits_runs_without_a_graph_on_a_gpu(caplog: pytest.LogCaptu
         graphed.release()
         assert all(loss.isfinite() for loss in graphed(pixels, targets, sizes).values())
     (line,) = caplog.messages
-    assert line.startswith("steps with 16 objects an image and 4096 edges run without a CUDA graph")
+    assert line.startswith(
+        "steps with 16 objects per image and 4096 edges run without a CUDA graph"
+    )
     assert not graphed.graph.graphs
 
 

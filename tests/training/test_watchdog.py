@@ -87,12 +87,12 @@ ASLEEP = f"""
 {UNTRACKED}
 from vitdet.training import trainer, watchdog
 watchdog.LIMIT, watchdog.INTERVAL = 6.0, 1.0
-learn = trainer.Loop.learn
+learn = trainer.Loop.train_step
 def asleep(self, step, *rest):
     if (step, os.environ["RANK"], os.environ["TORCHELASTIC_RESTART_COUNT"]) == (4, "1", "0"):
         time.sleep(1000)
     return learn(self, step, *rest)
-trainer.Loop.learn = asleep
+trainer.Loop.train_step = asleep
 """
 
 
@@ -107,14 +107,14 @@ def test_a_rank_asleep_is_named_with_all_stacks_and_started_again(
     assert re.search(r"^rank 0: .*step 5, exchanging for", log, re.M)
     assert re.search(r"\[rank1\]:   File .*line \d+ in asleep", log)
     assert re.search(r'\[rank0\]:   File .*step.py", line \d+ in forward_backward', log)
-    assert f"going on from step 4 of {STEPS}" in log
+    assert f"resuming from step 4 of {STEPS}" in log
     assert load_model_file(tmp_path / "run" / "model.pt")["step"] == STEPS
 
 
 ABSENT = """
 from datetime import timedelta
 from vitdet import distributed
-distributed.JOINING = timedelta(seconds=5)
+distributed.JOIN_TIMEOUT = timedelta(seconds=5)
 if os.environ["RANK"] == "1":
     time.sleep(1000)
 """
@@ -163,4 +163,8 @@ def test_the_collectives_in_flight_are_part_of_the_report(monkeypatch: pytest.Mo
 
 def test_the_limits_name_a_rank_within_five_minutes() -> None:
     assert watchdog.LIMIT + 2 * watchdog.INTERVAL + watchdog.ANSWER < 300
-    assert distributed.JOINING.total_seconds() <= 300 < distributed.PATIENCE.total_seconds()
+    assert (
+        distributed.JOIN_TIMEOUT.total_seconds()
+        <= 300
+        < distributed.COLLECTIVE_TIMEOUT.total_seconds()
+    )

@@ -82,7 +82,7 @@ def test_where_a_fetched_file_is_looked_for(
     ):
         fetched("mae_vit_tiny", Path("there"))
     with pytest.raises(
-        FileNotFoundError, match="not published it: convert a copy .*--set train.init=vitae_b"
+        FileNotFoundError, match="not published it: convert your copy .*--set train.init=vitae_b"
     ):
         fetched("mae_vitae_b")
     with pytest.raises(

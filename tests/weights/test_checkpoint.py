@@ -109,7 +109,7 @@ def test_a_truncated_file_is_refused(trained: Path, tmp_path: Path, part: float)
     whole = (trained / "model.pt").read_bytes()
     path = tmp_path / "model.pt"
     path.write_bytes(whole[: int(part * len(whole)) if isinstance(part, float) else part])
-    with pytest.raises(ValueError, match="not a whole vitdet checkpoint") as caught:
+    with pytest.raises(ValueError, match="not a complete vitdet checkpoint") as caught:
         load_model_file(path)
     assert one_line(caught.value).startswith(f"{path}: ")
 
@@ -141,9 +141,9 @@ def test_another_file_is_refused(trained: Path, tmp_path: Path) -> None:
         (states[-1], f"expected a '{FORMAT}' file, got '{STATE}'"),
         (tmp_path / "list.pt", "got 'list'"),
         (tmp_path / "foreign.pt", "got None"),
-        (tmp_path / "photos.zip", "not a whole vitdet"),
-        (tmp_path / "text.pt", "or is another kind of file"),
-        (trained / "config.yaml", "or is another kind of file"),
+        (tmp_path / "photos.zip", "not a complete vitdet"),
+        (tmp_path / "text.pt", "or another kind of file"),
+        (trained / "config.yaml", "or another kind of file"),
     ):
         with pytest.raises(ValueError) as caught:
             load_model_file(path)
@@ -187,7 +187,7 @@ def test_weights_of_another_model_are_refused(trained: Path, tmp_path: Path) -> 
         ({"pyramid": {"channels": 32}}, "its weights do not fit its config"),
         (
             {"pyramids": {}},
-            "its config is not one of this version: model.pyramids: no such setting",
+            "its config is not valid in this version: model.pyramids: no such setting",
         ),
     ):
         config = {**stored["config"], "model": {**stored["config"]["model"], **change}}
@@ -237,5 +237,5 @@ def test_only_a_full_disk_is_told_to_be_emptied(
 def test_weights_that_are_no_real_tensors_by_name_are_refused(name: object, value: object) -> None:
     layer = torch.nn.Linear(2, 2)
     weights = dict(layer.state_dict()) | {name: value}
-    with pytest.raises(ValueError, match="^x.pt: 1 of its weights are not real tensors"):
+    with pytest.raises(ValueError, match="^x.pt: 1 of its weights are not named real tensors"):
         load_weights(layer, weights, "x.pt")

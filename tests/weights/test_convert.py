@@ -126,12 +126,10 @@ def test_unknown_names_are_an_error_and_made_buffers_are_not() -> None:
         "proposal_generator.anchor_generator.cell_anchors.0": torch.zeros(3, 4),
     }
     assert shapes(to_ours(weights, DETECTRON2)) == {"backbone.pos_embed": (1, 2, 2, 2)}
-    with pytest.raises(
-        ValueError, match="1 tensors that this format does not know, such as head.extra"
-    ):
+    with pytest.raises(ValueError, match="1 tensors unknown to this format, such as head.extra"):
         to_ours(weights | {"head.extra": torch.zeros(1)}, DETECTRON2)
     with pytest.raises(
-        ValueError, match=r"has no name for, such as backbone.blocks.0.pcm.0.weight"
+        ValueError, match=r"without a name in this format, such as backbone.blocks.0.pcm.0.weight"
     ):
         to_theirs({"backbone.blocks.0.pcm.0.weight": torch.zeros(1)}, DETECTRON2)
     with pytest.raises(ValueError, match="both blocks.0.attn.q_bias and blocks.0.attn.qkv.bias"):

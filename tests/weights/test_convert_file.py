@@ -88,7 +88,7 @@ def test_a_detector_goes_to_detectron2_and_comes_back(
     notes = convert_file(theirs, back, "detectron2", recipe)
     count = len(load_model_file(back)["class_names"])
     assert notes == [
-        f"class names: not known for {count} classes of coco; they are called class 0, class 1, ..."
+        f"class names: unknown for {count} classes of coco; named class 0, class 1, ..."
     ]
     before, after = restore_detector(model)[0].state_dict(), restore_detector(back)[0].state_dict()
     assert before.keys() == after.keys() and all(
@@ -119,7 +119,7 @@ def test_a_detector_goes_to_mmdet_and_comes_back(tiny: Path, tmp_path: Path) -> 
         assert names == tuple(load_model_file(ours)["class_names"])  # mmdet's files say them
         features[name] = again.backbone(image.float() / 255)
     assert notes == [
-        "relative positions: rescaled for the unscaled query that this model has them meet"
+        "relative positions: rescaled for this model, which applies them to the unscaled query"
     ]
     table = load_model_file(ours)["model"]["backbone.blocks.1.attn.rel_pos_h"]
     torch.testing.assert_close(
@@ -127,7 +127,7 @@ def test_a_detector_goes_to_mmdet_and_comes_back(tiny: Path, tmp_path: Path) -> 
     )
     torch.testing.assert_close(features["mixed"], features["fork"], atol=1e-5, rtol=1e-5)
     assert (
-        "ours.pt: not a system of detectron2: model.norm_eps is 1e-05, detectron2 computes with 1e-06; model"
+        "ours.pt: not a detector of detectron2: model.norm_eps is 1e-05, detectron2 uses 1e-06; model"
         in (refused(ours, tmp_path / "x.pkl", "detectron2", reverse=True))
     )
 
@@ -171,13 +171,15 @@ def test_a_pretraining_becomes_tensors(tmp_path: Path) -> None:
     assert source.layout == "mae" and source.scaled is None and not source.whole
     assert source.weights["backbone.pos_embed"].shape == (1, 14, 14, 768)
     text = refused(tmp_path / "mae.pth", tmp_path / "mae.pt", "mae", "mask_rcnn_vitdet_b_coco")
-    assert "mae.pth: holds a backbone alone" in text
+    assert "mae.pth: contains only a backbone" in text
     text = refused(
         tmp_path / "mae.pth", tmp_path / "x.safetensors", "mae", "mask_rcnn_vitae_b_coco"
     )
-    assert "does not fit this backbone: " in text and "lacks backbone.blocks.0.pcm.0.weight" in text
     assert (
-        "mae.pth, read as vitae_cls: 150 tensors that this format does not know, such as cls_token"
+        "does not fit this backbone: " in text and "missing backbone.blocks.0.pcm.0.weight" in text
+    )
+    assert (
+        "mae.pth, read as vitae_cls: 150 tensors unknown to this format, such as cls_token"
         in refused(tmp_path / "mae.pth", tmp_path / "x.safetensors", "vitae_cls")
     )
     assert not list(tmp_path.glob("*x.safetensors*"))
@@ -190,18 +192,18 @@ def test_what_makes_no_sense_is_one_line(model: Path, recipe: Path, tmp_path: Pa
             {},
             "expected a name that ends in .safetensors or .pt",
         ),
-        ((model, tmp_path / "x.pt", "vitdet"), {}, "say whose (--recipe NAME)"),
+        ((model, tmp_path / "x.pt", "vitdet"), {}, "set --recipe NAME"),
         (
             (model, tmp_path / "x.pt", "detectron3"),
             {},
-            "no layout of weights is named 'detectron3'; expected one of",
+            "unknown format of weights 'detectron3'; expected one of",
         ),
         (
             (tmp_path / "none.pkl", tmp_path / "x.pt", "detectron2", recipe),
             {},
             "none.pkl: no such weights file",
         ),
-        ((model, model, "vitdet", recipe), {}, "the source itself"),
+        ((model, model, "vitdet", recipe), {}, "is the source; choose"),
         (
             (model, tmp_path / "x.pth", "mae"),
             {"reverse": True},
@@ -212,11 +214,11 @@ def test_what_makes_no_sense_is_one_line(model: Path, recipe: Path, tmp_path: Pa
             {"reverse": True},
             "expected a name that ends in .pth (for mmdet)",
         ),
-        ((model, tmp_path / "x.pth", "mmdet"), {"reverse": True}, "not a system of mmdet: "),
+        ((model, tmp_path / "x.pth", "mmdet"), {"reverse": True}, "not a detector of mmdet: "),
         (
             (recipe, tmp_path / "x.pth", "mmdet"),
             {"reverse": True},
-            "small.yaml: not a whole vitdet checkpoint",
+            "small.yaml: not a complete vitdet checkpoint",
         ),
         (
             (model, tmp_path / "x.pt", "vitdet", "mask_rcnn_vitdet_b_coco"),
@@ -227,7 +229,7 @@ def test_what_makes_no_sense_is_one_line(model: Path, recipe: Path, tmp_path: Pa
         assert says in refused(*given, **named), says
     save_config(load_config(recipe, ["model.roi_heads.num_classes=80"]), tmp_path / "coco.yaml")
     text = refused(model, tmp_path / "x.pt", "vitdet", tmp_path / "coco.yaml")
-    assert "the recipe's model 80; to train it for others, give it to train as train.init" in text
+    assert "the recipe's model 80; to train it on other classes, use it as train.init" in text
     assert not list(tmp_path.glob("*x.p*"))
 
 

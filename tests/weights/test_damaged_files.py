@@ -60,14 +60,14 @@ def test_500_damaged_pickles_of_each_protocol_end_in_one_line(
 def test_a_pickle_that_is_cut_in_a_number_is_one_line(tmp_path: Path, cut: bytes) -> None:
     path = tmp_path / "cut.pkl"
     path.write_bytes(cut)
-    with pytest.raises(ValueError, match="not a whole file of weights") as error:
+    with pytest.raises(ValueError, match="not a complete file of weights") as error:
         convert_file(path, tmp_path / "out.safetensors", "detectron2")
     assert "\n" not in str(error.value)
 
 
 @pytest.mark.skipif(not CUT.exists(), reason="without the shared folder")
 def test_the_pickle_of_a_report_is_one_line(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="not a whole file of weights"):
+    with pytest.raises(ValueError, match="not a complete file of weights"):
         convert_file(CUT, tmp_path / "out.safetensors", "detectron2")
 
 
@@ -107,7 +107,9 @@ def test_a_flipped_bit_among_the_weights_names_the_record(checkpoint: Path, suff
     whole = bytearray(path.read_bytes())
     whole[whole.index(torch.arange(500.0).numpy().tobytes()) + 402] ^= 0x40
     path.write_bytes(whole)
-    with pytest.raises(ValueError, match=r"data/0 differs from its checksum: the file is damaged"):
+    with pytest.raises(
+        ValueError, match=r"checksum of .*data/0 does not match: the file is damaged"
+    ):
         load(path, STATE) if suffix == ".pt" else read_file(path)
     assert zipfile.ZipFile(path).testzip().endswith("data/0")
 
@@ -116,7 +118,7 @@ def test_a_flipped_bit_in_the_end_of_the_archive_is_one_line(checkpoint: Path) -
     whole = bytearray(checkpoint.read_bytes())
     whole[whole.rindex(b"PK\x06\x07") + 16] ^= 2  # the number of disks
     checkpoint.write_bytes(whole)
-    with pytest.raises(ValueError, match="not a whole vitdet checkpoint"):
+    with pytest.raises(ValueError, match="not a complete vitdet checkpoint"):
         load(checkpoint, STATE)
 
 

@@ -54,8 +54,8 @@ def test_a_training_goes_on_from_the_state_before_a_damaged_one(
     caplog.set_level(logging.WARNING)
     assert min(go(tiny, tmp_path).points) == 7
     (said,) = (one for one in caplog.messages if "damaged" in one)
-    assert said.startswith(f"{newest}: not a whole vitdet checkpoint (") and said.endswith(
-        "; it is kept as step_00000007.pt.damaged: the training goes on from step 6, and steps 7 to 7 are repeated"
+    assert said.startswith(f"{newest}: not a complete vitdet checkpoint (") and said.endswith(
+        "; renamed to step_00000007.pt.damaged; resuming from step 6, repeating steps 7 to 7"
     )
     same_bits(tmp_path, trained)
     assert names(newest.parent) == [
@@ -100,7 +100,7 @@ def test_all_states_are_damaged(tmp_path: Path) -> None:
         states.save(step, {}).write_bytes(b"PK")
     with pytest.raises(
         ValueError,
-        match=r"step_00000003.pt: not a whole .*; remove it and the 2 before, damaged as well, to begin anew$",
+        match=r"step_00000003.pt: not a complete .*; remove it and the 2 earlier states, also damaged, to start over$",
     ):
         states.latest()
     assert len(states.all()) == 3

@@ -94,7 +94,7 @@ def test_a_server_that_never_gets_further_is_given_up(web: Web, load: Load, tmp_
         load(file(cut=30_000), *[file(cut=0)] * 9)
     assert str(caught.value) == (
         f"{web.url}/a/file.pth: the connection was cut at 30,000 of 100,000 bytes, 3 times in a row; the 30,000 bytes "
-        "so far are kept, the same command goes on from there"
+        "so far are kept; run the same command to resume"
     )
     assert len(web.asked) == 3 and (tmp_path / "part").read_bytes() == CONTENT[:30_000]
     assert load().read_bytes() == CONTENT and web.sent == 100_000
@@ -149,12 +149,12 @@ def test_a_length_that_is_not_known(web: Web, load: Load) -> None:
         (
             status(403),
             ConnectionError,
-            "the server answers 403 Forbidden (it does not give out this file)",
+            "the server answers 403 Forbidden (the server denies access to this file)",
         ),
         (
             status(200, b"<html>log in</html>", Content_Type="text/html"),
             ValueError,
-            "a web page came instead of the file",
+            "received a web page instead of the file",
         ),
         (
             file(surplus=1),

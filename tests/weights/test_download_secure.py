@@ -114,7 +114,7 @@ def test_a_way_out_of_the_encryption_is_not_taken(
         plain.content = CONTENT
         web.plan = [status(302, Location=f"{plain.url}/a")]
         with pytest.raises(
-            ValueError, match="leads to an address without encryption .*; it was not followed"
+            ValueError, match="redirects to an unencrypted address .*; it was not followed"
         ):
             download(f"{url}/a", tmp_path / "part", Seen(), QUICK)
     assert not (tmp_path / "part").exists()

@@ -37,7 +37,7 @@ def turned(source: Path, target: Path) -> None:
 
 def refuse(source: Path, target: Path) -> None:
     target.write_bytes(b"half")
-    raise ValueError(f"{source.name}: 3 tensors that this format does not know")
+    raise ValueError(f"{source.name}: 3 tensors unknown to this format")
 
 
 @pytest.fixture
@@ -107,7 +107,7 @@ def test_another_file_than_the_published_one_does_not_stay(
 
 def test_wrong_bytes_of_the_right_length(get: Fetch, web: Web, tmp_path: Path) -> None:
     web.content = CONTENT[:-1] + b"?"
-    with pytest.raises(ValueError, match="not the published some; the download was thrown away"):
+    with pytest.raises(ValueError, match="not the published some; the download was removed"):
         get()
     assert not names(tmp_path / "here")
     web.content, web.tag = CONTENT, '"right"'
@@ -128,7 +128,7 @@ def test_the_beginning_of_a_checksum_will_do_and_one_of_the_name_is_a_hint(
 ) -> None:
     get(**{"sha256": "", "size": None, **known})
     assert len(caplog.messages) == notes and all(
-        "expected abcdef by the name" in text for text in caplog.messages
+        "expected abcdef according to the published file name" in text for text in caplog.messages
     )
 
 
@@ -149,9 +149,7 @@ def test_what_could_not_be_verified_is_told(
 def test_what_cannot_be_converted_is_kept_only_if_it_is_the_published_file(
     get: Fetch, web: Web, tmp_path: Path
 ) -> None:
-    with pytest.raises(
-        ValueError, match="3 tensors that this format does not know; the download was kept"
-    ):
+    with pytest.raises(ValueError, match="3 tensors unknown to this format; the download was kept"):
         get(refuse)
     assert (
         names(tmp_path / "here") == [".some.part.pth", ".some.part.pth.json"]
@@ -159,7 +157,7 @@ def test_what_cannot_be_converted_is_kept_only_if_it_is_the_published_file(
     )
     assert get().is_file() and web.sent == 100_000
     get().unlink()
-    with pytest.raises(ValueError, match="does not know; the download was thrown away"):
+    with pytest.raises(ValueError, match="unknown to this format; the download was removed"):
         get(refuse, sha256="")
     assert not names(tmp_path / "here")
 
@@ -171,9 +169,7 @@ def test_a_copy_from_elsewhere(get: Fetch, web: Web, tmp_path: Path) -> None:
         ValueError, match=r"other.pth: 99,999 bytes, expected 100,000: not the published some$"
     ):
         get(local=tmp_path / "other.pth")
-    with pytest.raises(
-        ValueError, match=r"copy.pth: copy.pth: 3 tensors that this format does not know$"
-    ):
+    with pytest.raises(ValueError, match=r"copy.pth: copy.pth: 3 tensors unknown to this format$"):
         get(refuse, local=tmp_path / "copy.pth")
     with pytest.raises(FileNotFoundError, match="none.pth: no such file"):
         get(local=tmp_path / "none.pth")
@@ -192,12 +188,12 @@ def test_a_mirror(get: Fetch, web: Web) -> None:
     [
         (
             "dead",
-            r"its link is dead \(https://x/y\); convert a copy that you have .*--from FILE\), or start from other",
+            r"its link is dead \(https://x/y\); convert your copy of the file .*--from FILE\), or start from other",
         ),
-        ("none", "its authors have not published it; convert a copy"),
+        ("none", "its authors have not published it; convert your copy"),
         (
             "page",
-            "https://x/y is a page, not a file; download it there in a browser, then vitdet weights fetch some ",
+            "https://x/y is a page, not a file; download it in a browser, then vitdet weights fetch some ",
         ),
     ],
 )
@@ -242,7 +238,7 @@ def test_two_at_once_download_it_once(
     for thread in threads:
         thread.join()
     assert len(done) == 3 and done[0].read_bytes() == CONTENT[::-1] and web.sent == 100_000
-    assert sum("another process works on it; waiting" in text for text in caplog.messages) >= 2
+    assert sum("in use by another process; waiting" in text for text in caplog.messages) >= 2
 
 
 SCRIPT = """

@@ -12,7 +12,7 @@ import torch
 import yaml
 
 from vitdet.config import RECIPES, Config, flatten, load_config, recipes
-from vitdet.digest import difference
+from vitdet.config.digest import difference
 from vitdet.models import Detector, build_detector
 from vitdet.training.optim import lr_factor, parameter_groups
 from vitdet.weights.formats.detectron2 import DETECTRON2

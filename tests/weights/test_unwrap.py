@@ -33,27 +33,27 @@ def prefixed(prefix: str, weights: Mapping[str, Tensor] | None = None) -> dict[s
     [
         (plain(), []),
         ({"model": plain(), "epoch": 3}, []),
-        ({"state_dict": plain()}, ["weights: those under 'state_dict'"]),
-        ({"ema": {"module": plain()}}, ["weights: those under 'module' in 'ema'"]),
+        ({"state_dict": plain()}, ["weights: read from 'state_dict'"]),
+        ({"ema": {"module": plain()}}, ["weights: read from 'module' in 'ema'"]),
         (
             {"student": plain(), "teacher": prefixed("module.backbone.")},
             [
-                "weights: those under 'teacher'",
-                "names: without the prefix module.",
-                "names: without the prefix backbone.",
+                "weights: read from 'teacher'",
+                "names: removed the prefix module.",
+                "names: removed the prefix backbone.",
             ],
         ),
         (
             {"model": plain(), "model_ema": prefixed("x.")},
-            ["weights: those under 'model'; ignored: 'model_ema'"],
+            ["weights: read from 'model'; ignored: 'model_ema'"],
         ),
         (
             {**prefixed("module."), "n_averaged": torch.tensor(5)},
-            ["names: without the prefix module."],
+            ["names: removed the prefix module."],
         ),
         (
             {**prefixed("module.module."), "module.n_averaged": torch.tensor(5)},
-            ["names: without the prefix module.module."],
+            ["names: removed the prefix module.module."],
         ),
         (
             {"model": plain(), "params": {"lr": 1}, "ema": {"decay": {"value": 0.9}}},
@@ -61,24 +61,24 @@ def prefixed(prefix: str, weights: Mapping[str, Tensor] | None = None) -> dict[s
         ),
         (
             {"teacher": {"model": {"state_dict": plain()}}, "model": {"lr": 1}},
-            ["weights: those under 'state_dict' in 'model' in 'teacher'"],
+            ["weights: read from 'state_dict' in 'model' in 'teacher'"],
         ),
-        (prefixed("_orig_mod.module."), ["names: without the prefix _orig_mod.module."]),
+        (prefixed("_orig_mod.module."), ["names: removed the prefix _orig_mod.module."]),
         (
             {"state_dict": prefixed("model._orig_mod.")},
-            ["weights: those under 'state_dict'", "names: without the prefix model._orig_mod."],
+            ["weights: read from 'state_dict'", "names: removed the prefix model._orig_mod."],
         ),
         (
             {name.replace(".", "._orig_mod.", 1): one for name, one in plain().items()},
-            ["names: without the prefix _orig_mod."],
+            ["names: removed the prefix _orig_mod."],
         ),
         (
             prefixed("encoder.") | prefixed("decoder."),
-            ["names: without the prefix encoder.; 3 other tensors ignored"],
+            ["names: removed the prefix encoder.; 3 other tensors ignored"],
         ),
         (
             prefixed("student.") | prefixed("teacher."),
-            ["names: without the prefix teacher.; 3 other tensors ignored"],
+            ["names: removed the prefix teacher.; 3 other tensors ignored"],
         ),
     ],
 )
@@ -111,9 +111,7 @@ def test_every_layout_is_read_through_the_same_wrappers(layout: str, tmp_path: P
     if layout == "vitdet":  # takes any name
         assert read_source(path, layout).weights.keys() == {"zzz.w"}
         return
-    with pytest.raises(
-        ValueError, match=r"1 tensors that this format does not know, such as zzz\.w$"
-    ):
+    with pytest.raises(ValueError, match=r"1 tensors unknown to this format, such as zzz\.w$"):
         read_source(path, layout)
 
 
@@ -243,4 +241,4 @@ def test_a_damaged_directory_of_a_zip_is_one_line(
     path.write_bytes(content)
     with pytest.raises(ValueError) as error:
         read_file(path)
-    assert str(error.value).startswith(f"{path}: not a whole ") and "\n" not in str(error.value)
+    assert str(error.value).startswith(f"{path}: not a complete ") and "\n" not in str(error.value)

@@ -60,17 +60,17 @@ def test_what_does_not_fit_is_named_and_nothing_is_loaded(
         name: tensor for name, tensor in backbone.items() if not name.endswith("norm1.weight")
     }
     cases = (
-        ({**backbone, "head.weight": torch.zeros(2)}, "1 tensors: no place for head.weight"),
-        (lacking, "tensors: lacks backbone.blocks.0.norm1.weight"),
+        ({**backbone, "head.weight": torch.zeros(2)}, "1 tensors: unexpected head.weight"),
+        (lacking, "tensors: missing backbone.blocks.0.norm1.weight"),
         (
             {**backbone, "backbone.pos_embed": torch.zeros(1, 3, 3, 64)},
-            "1 tensors: other shape: backbone.pos_embed (1, 3, 3, 64), expected (1, 16, 16, 128)",
+            "1 tensors: wrong shape: backbone.pos_embed (1, 3, 3, 64), expected (1, 16, 16, 128)",
         ),
         (
             {**backbone, "backbone.pos_embed": torch.ones(1, 16, 16, 128, dtype=torch.int8)},
-            "1 tensors: other type: backbone.pos_embed torch.int8, expected torch.float32",
+            "1 tensors: wrong type: backbone.pos_embed torch.int8, expected torch.float32",
         ),
-        ({"x": torch.zeros(1)}, "1 tensors: no place for x; "),
+        ({"x": torch.zeros(1)}, "1 tensors: unexpected x; "),
     )
     for number, (weights, says) in enumerate(cases):
         path = tmp_path / f"{number}.safetensors"
@@ -103,8 +103,8 @@ def deep(whole: bytes) -> bytes:
             lambda whole: b"not weights at all",
             "not a safetensors file: its first 8 bytes are not a valid header length",
         ),
-        (lambda whole: whole[:8] + whole[9:], "not a whole safetensors file ("),
-        (deep, "not a whole safetensors file ("),
+        (lambda whole: whole[:8] + whole[9:], "not a complete safetensors file ("),
+        (deep, "not a complete safetensors file ("),
     ],
 )
 def test_a_damaged_file_is_one_line(

@@ -87,7 +87,7 @@ def test_a_user_without_a_home(
     assert vitdet(*words) == (
         1,
         "",
-        "vitdet: no home folder to keep weights in; give a folder with --output\n",
+        "vitdet: no home folder for the cache of weights; give a folder with --output\n",
     )
     assert vitdet(*words, "--output", "w")[:2] == (0, "w/mae_vit_h.safetensors\n")
     assert vitdet("weights", "list")[0] == 0
@@ -171,7 +171,7 @@ def test_bytes_that_are_no_such_weights_are_one_line(
     assert (code, output) == (1, "") and last.startswith(
         f"vitdet: mae_vit_h, from {web.url}{ADDRESS}: "
     )
-    assert says in last and last.endswith("; the download was thrown away")
+    assert says in last and last.endswith("; the download was removed")
     assert not list((tmp_path / "w").iterdir()) and not (tmp_path / "exploited").exists()
 
 
@@ -266,9 +266,9 @@ def test_a_file_is_converted(vitdet: Run, web: Web, tmp_path: Path) -> None:
         (
             "x.safetensors",
             ("--format", "mea"),
-            "no layout of weights is named 'mea'; expected one of vitdet, ",
+            "unknown format of weights 'mea'; expected one of vitdet, ",
         ),
-        ("x.pt", ("--format", "mae"), "say whose (--recipe NAME)"),
+        ("x.pt", ("--format", "mae"), "set --recipe NAME"),
         ("x.safetensors", ("--format", "mae", "--recipe", "tiny"), "does not fit"),
         (
             "x.pkl",

@@ -34,9 +34,9 @@ def add_config(verb: argparse.ArgumentParser) -> None:
 def run_config(args: argparse.Namespace) -> int:
     """vitdet config"""
     from vitdet.config import dump_config, recipes
+    from vitdet.config.digest import training_settings
     from vitdet.data.layout import FROM_DATA, explicit_settings, following, resolve_config
-    from vitdet.digest import training_settings
-    from vitdet.files import write_json, written
+    from vitdet.files import atomic_write, write_json
 
     if args.recipe is None:
         if args.overrides or args.output or args.training:
@@ -52,7 +52,7 @@ def run_config(args: argparse.Namespace) -> int:
     if args.training:
         write_json(args.training, training_settings(config))
     if args.output:
-        with written(args.output) as temporary:
+        with atomic_write(args.output) as temporary:
             temporary.write_text(text)
     else:
         print(text, end="")

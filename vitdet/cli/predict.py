@@ -8,7 +8,7 @@ from pathlib import Path
 
 from vitdet.cli.overrides import add_reading, reading_with
 from vitdet.cli.paths import given_path
-from vitdet.files import write_jpeg, write_json, written
+from vitdet.files import atomic_write, write_jpeg, write_json
 
 
 def add_predict(verb: argparse.ArgumentParser) -> None:
@@ -52,7 +52,7 @@ def run_predict(given: argparse.Namespace) -> int:
     for path, target in targets.items():
         picture = read_image(path, predictor.reading)
         found = predictor(picture, given.threshold)
-        with written(target) as temporary:
+        with atomic_write(target) as temporary:
             write_jpeg(temporary, found.draw(picture), quality=92)
         table[target.name] = [
             {"name": name, "score": round(score, 4), "box": [round(side, 2) for side in box]}

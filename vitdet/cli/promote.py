@@ -76,8 +76,8 @@ def _add_model(verb: argparse.ArgumentParser) -> None:
 def _place(args: argparse.Namespace) -> tuple:
     """(config or None, the MLflow store). Raises ValueError without MLflow."""
     from vitdet.config import TrackingConfig
+    from vitdet.config.ranges import ModelName, check
     from vitdet.data.layout import resolve_config
-    from vitdet.ranges import ModelName, check
     from vitdet.tracking.runs import require_mlflow
 
     require_mlflow()

@@ -1,6 +1,6 @@
-"""From a folder in COCO's or LVIS's layout to batches: the training stream and the validation images.
+"""Data sets in COCO's or LVIS's layout: validation, data loaders, augmentation.
 
-Names are resolved on first use, so that `vitdet.data.layout` does not import torch.
+Names are imported on first use, so that `vitdet.data.layout` does not import torch.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""An annotation file whose tables are decoded one entry at a time.
+"""Annotation files whose tables are decoded entry by entry.
 
-As Python objects the annotations of LVIS's training split take 15 GB. Here the file is mapped into memory, msgspec
-marks where each entry begins and ends, and an entry is an object for as long as it is looked at.
+As Python objects, the annotations of LVIS's training split take 15 GB. Therefore the file is
+memory-mapped, msgspec locates the entries, and each is decoded on access.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ import msgspec
 
 from vitdet.data.segmentation import show, whole_number
 
-GZIP = b"\x1f\x8b"  # how its files begin
-UNKNOWN = -(2**63)  # in place of an id that is not a number: no image and no category has it
+GZIP = b"\x1f\x8b"  # magic number
+UNKNOWN = -(2**63)  # replaces an id that is not a number; never a valid id
 
 
 class Annotation(msgspec.Struct, gc=False):
-    """An object of the file. `bbox` is left, top, width, height in pixels; `segmentation` is as it stands in the file."""
+    """An annotation. `bbox`: left, top, width, height in pixels; `segmentation`: as in the file."""
 
     id: int
     image_id: int
@@ -36,7 +36,7 @@ class Annotation(msgspec.Struct, gc=False):
 
 
 class PolygonAnnotation(Annotation, gc=False):
-    """An object with polygons, whose coordinates are numbers."""
+    """An annotation whose segmentation is a list of polygons."""
 
     segmentation: list[list[float]] = []
 
@@ -52,14 +52,14 @@ class _Layout(msgspec.Struct):
 
 
 @dataclass(frozen=True)
-class Broken:
-    """In the place of an entry that is no JSON."""
+class InvalidEntry:
+    """Replaces an entry that is not valid JSON."""
 
     reason: str
 
 
 class Entries:
-    """A table of the file: each pass over it decodes the entries anew."""
+    """A table of the file; each iteration decodes the entries again."""
 
     def __init__(self, marked: list[msgspec.Raw]) -> None:
         self._marked = marked
@@ -71,7 +71,9 @@ class Entries:
         return map(_decode, self._marked)
 
     def annotations(self, start: int = 0, stop: int | None = None) -> Iterator[object]:
-        """The entries start..stop-1, each as an `Annotation` if its values have these types, else as `__iter__` returns it."""
+        """Yield entries start..stop-1 as `Annotation` if their values have its types, else as
+        dict.
+        """
         decode = ANY.decode
         for marked in self._marked[start:stop]:
             try:
@@ -79,8 +81,8 @@ class Entries:
             except (ValueError, RecursionError):
                 yield _decode(marked)
 
-    def outlined(self, start: int, stop: int) -> Iterator[object]:
-        """As `annotations`, but objects with polygons as `PolygonAnnotation`."""
+    def polygon_annotations(self, start: int, stop: int) -> Iterator[object]:
+        """Yield entries as `annotations`, but those with polygons as `PolygonAnnotation`."""
         decode = POLYGONS.decode
         for place, marked in enumerate(self._marked[start:stop], start):
             try:
@@ -90,11 +92,10 @@ class Entries:
 
 
 def read_entries(path: Path, mapped: bool = True) -> object:
-    """The content of a JSON file; of one in COCO's layout only the three tables, as `Entries`.
+    """Read a JSON file; of a file in COCO's layout, return the three tables as `Entries`.
 
-    mapped: the file is not to change for as long as the entries are used; else its bytes are read into memory. Of a
-    key that comes twice the last counts, as everywhere in Python. Raises OSError, and ValueError in one line for what
-    is no JSON.
+    mapped: memory-map the file, which must not change while the entries are used. Of duplicate keys
+    the last one counts, as in Python's json. Raises OSError, and ValueError for invalid JSON.
     """
     if mapped:
         with open(path, "rb") as file:
@@ -106,16 +107,16 @@ def read_entries(path: Path, mapped: bool = True) -> object:
     else:
         content = path.read_bytes()
     if content[:2] == GZIP:
-        raise ValueError("the file is compressed by gzip; unpack it")
+        raise ValueError("the file is compressed with gzip; decompress it")
     try:
         found = msgspec.json.decode(content, type=_Layout)
-    except (ValueError, RecursionError):  # json says better what is wrong, and takes NaN
+    except (ValueError, RecursionError):  # json has better error messages and accepts NaN
         return parse(bytes(content))
     return {table: Entries(getattr(found, table)) for table in _Layout.__struct_fields__}
 
 
 def parse(content: bytes) -> object:
-    """The content of JSON in UTF-8, 16 or 32. Raises ValueError, in one line, for anything else."""
+    """Decode JSON in UTF-8, 16 or 32. Raises ValueError with a one-line message."""
     if not content:
         raise ValueError("the file is empty")
     try:
@@ -127,15 +128,15 @@ def parse(content: bytes) -> object:
 def _decode(marked: msgspec.Raw) -> object:
     try:
         return msgspec.json.decode(marked)
-    except (ValueError, RecursionError):  # as above: a number beyond floats, half a surrogate pair
+    except (ValueError, RecursionError):  # e.g. a number beyond floats, a lone surrogate
         try:
             return parse(bytes(marked))
         except ValueError as error:
-            return Broken(str(error))
+            return InvalidEntry(str(error))
 
 
 def annotations_of(table: Iterable[object]) -> Iterator[object]:
-    """Each entry of a table as an `Annotation` if its values have these types, else as it is."""
+    """Yield each entry of a table as `Annotation` if its values have its types, else unchanged."""
     if isinstance(table, Entries):
         yield from table.annotations()
         return
@@ -146,9 +147,12 @@ def annotations_of(table: Iterable[object]) -> Iterator[object]:
             yield item
 
 
-def loosely(item: dict) -> tuple[Annotation | None, list[tuple[str, str]], str]:
-    """An entry whose values have other types: the annotation, None if it has an error; the errors (kind, text); and the
-    values that were converted, such as 96.0 or "96" for a whole number ("": none). pycocotools and Detectron2 take these.
+def convert_annotation(item: dict) -> tuple[Annotation | None, list[tuple[str, str]], str]:
+    """Convert an entry whose values have other types.
+
+    Returns:
+        The annotation, None after an error; the errors (kind, text); a text with the converted
+        values, such as 96.0 or "96" for a whole number, which pycocotools and Detectron2 accept.
     """
     errors: list[tuple[str, str]] = []
     converted: list[str] = []
@@ -183,7 +187,7 @@ def loosely(item: dict) -> tuple[Annotation | None, list[tuple[str, str]], str]:
 
 
 def is_box(value: object) -> bool:
-    """Whether it is a list of four finite numbers."""
+    """Return whether a value is a list of four finite numbers."""
     if not isinstance(value, list | tuple) or len(value) != 4:
         return False
     try:

@@ -1,7 +1,7 @@
-"""Bilinear resize without antialiasing, equal to the byte to OpenCV's of 8-bit images (INTER_LINEAR), as mmdet uses it.
+"""Bilinear resize without antialiasing, bit-exact to OpenCV's INTER_LINEAR on 8-bit images (mmdet).
 
-Four neighbours an output pixel however much smaller the image becomes, half-pixel centres, the border repeated. The
-arithmetic is OpenCV's: weights of 11 bits, columns first, then rows in products cut to 16 bits.
+Four neighbours per output pixel at any scale, half-pixel centres, border replication. Arithmetic of
+OpenCV: 11-bit weights, columns first, then rows with products truncated to 16 bits.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 
 ONE = 1 << 11  # a weight of 1
-BLOCK = 16  # rows at a time, so that they stay in the processor's cache
+BLOCK = 16  # rows per block, to fit in the cache
 
 
 def resize_bilinear(
@@ -18,9 +18,9 @@ def resize_bilinear(
     offset: tuple[int, int] = (0, 0),
     size: tuple[int, int] | None = None,
 ) -> np.ndarray:
-    """The part of (height, width) `size` at `offset` (top, left) of an image (H, W, 3) uint8 resized to `scaled`.
+    """Resize an image (H, W, 3) uint8 to `scaled` (height, width) and crop it.
 
-    Only that part is computed; without `size` it is all of the resized image.
+    The crop of (height, width) `size` at `offset` (top, left) is the only part computed; None: all.
     """
     height, width = size or scaled
     top, bottom, down = _neighbours(image.shape[0], scaled[0], offset[0], height)
@@ -49,7 +49,9 @@ def resize_bilinear(
 def _neighbours(
     source: int, scaled: int, start: int, count: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Of pixels start..start+count-1 of a resized axis: both neighbours (count,), the second one's weight int32."""
+    """For output pixels start..start+count-1 of an axis, return both neighbours (count,) and the
+    int32 weight of the second one.
+    """
     place = ((np.arange(start, start + count) + 0.5) * (source / scaled) - 0.5).astype(np.float32)
     low = np.floor(place)
     weight = np.rint((place - low) * np.float32(ONE)).astype(np.int32)

@@ -1,7 +1,7 @@
-"""Whether the box of an annotation fits its outline.
+"""Comparison of an annotation's box with its outline.
 
-Detectron2 trains on the box around what is visible of the outline, COCO's evaluation compares with `bbox`: where the two
-differ, a detector is measured by what it was not taught.
+Detectron2 trains on the box around the visible outline, COCO's evaluation uses `bbox`: if the two
+differ, training and evaluation use different boxes.
 """
 
 from __future__ import annotations
@@ -11,18 +11,19 @@ from typing import Literal
 
 from vitdet.data.segmentation import Box
 
-# A box fits if no side is farther from the outline's than this: pixels, and as a share of the box's side.
+# Tolerance of each side of a fitting box: pixels, plus a share of the box's side
 ROUNDING, SHARE = 1.5, 0.05
-# Below this IoU, the outline is another object's or in other coordinates.
+# Below this IoU, the outline belongs to another object or uses other coordinates.
 LEAST_IOU = 0.5
 
 Fit = Literal["fits", "differs", "elsewhere", "empty"]
 
 
 def fit(bbox: Sequence[float], outline: Box | None, size: tuple[int, int]) -> Fit:
-    """Compare a `bbox` (left, top, width, height) with the box around an outline in an image of (height, width) `size`.
+    """Compare a `bbox` (left, top, width, height) with the box around its outline.
 
-    "empty": nothing of the outline is in the image; "elsewhere": the IoU is below LEAST_IOU.
+    size: (height, width) of the image. Returns "empty" if the outline is outside the image,
+    "elsewhere" if the IoU is below LEAST_IOU.
     """
     if outline is None:
         return "empty"
@@ -47,7 +48,7 @@ def fit(bbox: Sequence[float], outline: Box | None, size: tuple[int, int]) -> Fi
 
 
 def are_corners(bbox: Sequence[float], outline: Box) -> bool:
-    """Whether a `bbox` that does not fit would as x0, y0, x1, y1."""
+    """Return whether a `bbox` that does not fit would fit if read as x0, y0, x1, y1."""
     x0, y0, x1, y1 = bbox
     return _iou((x0, y0, x1, y1), outline) >= LEAST_IOU
 

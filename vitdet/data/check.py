@@ -1,8 +1,8 @@
-"""All problems of a folder with COCO's or LVIS's annotations at once.
+"""`vitdet data check`: all problems of a data set with COCO's or LVIS's annotations.
 
-An error is what training or evaluation would stop at, or what would make their figures worthless; without errors both
-run. A warning is what they leave out or tolerate. `AnnotationValidator` decides which is which in an annotation file,
-for all readers; this module adds the image files and what two splits must not share.
+Errors stop training or evaluation, or make their metrics meaningless; without errors both run.
+Warnings are dropped or accepted. `AnnotationValidator` validates the annotation files, for all
+readers; this module also checks the image files and overlaps between splits.
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ from pathlib import Path
 from typing import NamedTuple
 
 from vitdet.data.annotation_file import read_entries
-from vitdet.data.annotations import AnnotationValidator, without_objects
+from vitdet.data.annotations import AnnotationValidator, explain_dropped
 from vitdet.data.coco_layouts import SplitFiles, coco_files, existing_name, find_splits
-from vitdet.data.images import DEFAULT, Examined, Reading, examine, exchanged, look
+from vitdet.data.images import DEFAULT, Examined, Reading, check_file, examine, exchanged
 from vitdet.data.segmentation import show
 
 DEPTHS = (8, 10, 12, 14)  # bits that cameras store in 16
-EXAMPLES = 3  # places that are named of each kind of problem
+EXAMPLES = 3  # locations listed per kind of problem
 
 
 @dataclass
 class Finding:
-    """One kind of problem: how often it came, and where the first few times."""
+    """One kind of problem: the number of occurrences, and the locations of the first ones."""
 
     kind: str
     count: int = 0
@@ -38,7 +38,7 @@ class Finding:
 
 @dataclass
 class Report:
-    """What was found in a folder; `splits` counts the images, annotations and categories of each."""
+    """The result of a check. splits: (images, annotations, categories) of each split."""
 
     folder: Path
     splits: dict[str, tuple[int, int, int]] = field(default_factory=dict)
@@ -46,20 +46,20 @@ class Report:
     warnings: list[Finding] = field(default_factory=list)
 
     def error(self, kind: str, example: str) -> None:
-        """Counts an error of this kind."""
+        """Add an error."""
         _count(self.errors, kind, example)
 
     def warning(self, kind: str, example: str) -> None:
-        """Counts a warning of this kind."""
+        """Add a warning."""
         _count(self.warnings, kind, example)
 
     @property
     def ok(self) -> bool:
-        """Whether training and evaluation can use the folder."""
+        """Whether training and evaluation can use the data set."""
         return not self.errors
 
     def lines(self) -> list[str]:
-        """The report as text: the splits, then errors, then warnings, each kind with its count and examples."""
+        """Format the report: splits, errors, warnings, with counts and examples by kind."""
         text = [str(self.folder)]
         for split, counts in self.splits.items():
             text.append("  {}: {} images, {} annotations, {} categories".format(split, *counts))
@@ -101,10 +101,13 @@ def check(
     images: bool = True,
     reading: Reading = DEFAULT,
 ) -> Report:
-    """Check the annotation files and images of the given splits, or of all that `find_splits` finds.
+    """Check the annotation files and images of a data set.
 
-    images: also decode every image file, on all processors, which takes most of the time; else only whether it exists.
-    reading: how image files are read.
+    Args:
+        folder: the data set.
+        splits: default: all that `find_splits` finds.
+        images: also decode every image file (most of the time), not only check that it exists.
+        reading: how image files are read.
     """
     report = Report(Path(folder))
     found = [
@@ -132,13 +135,15 @@ def check(
     for (first, its_digests), (second, other_digests) in combinations(
         zip(checked, digests, strict=True), 2
     ):
-        if first.lvis == second.lvis:  # one picture may well be in COCO and in LVIS
+        if first.lvis == second.lvis:  # COCO and LVIS share images
             _compare(report, first, second, its_digests, other_digests)
     return report
 
 
 class _Outcome(NamedTuple):
-    """Of reading an image file: kind of error ('': none), its text, digest of the bytes ('': not read), what is in it."""
+    """Result of reading an image file: kind of error ('': none), its text, digest of the bytes ('':
+    not read), properties of the image.
+    """
 
     kind: str
     text: str
@@ -147,7 +152,7 @@ class _Outcome(NamedTuple):
 
 
 class _Split:
-    """One annotation file while it is looked at."""
+    """The check of one split."""
 
     def __init__(
         self, report: Report, name: str, files: SplitFiles, lvis: bool, reading: Reading
@@ -160,15 +165,15 @@ class _Split:
         self.validator = AnnotationValidator(self.lvis, self._error, self._warning)
 
     def check(self) -> None:
-        """Everything but the image files."""
+        """Check everything except the image files."""
         try:
             content = read_entries(self.path)
         except FileNotFoundError:
             self.report.error("no annotation file", f"expected {self.path}")
         except OSError as error:
             self.report.error("annotation file that cannot be read", f"{self.file}: {error}")
-        except ValueError as error:  # also UnicodeDecodeError and JSONDecodeError, which says where
-            self.report.error("broken JSON", f"{self.file}: {error}")
+        except ValueError as error:  # also UnicodeDecodeError and JSONDecodeError
+            self.report.error("invalid JSON", f"{self.file}: {error}")
         else:
             kinds = len(self.report.errors)
             tables = self.validator.read_header(content)
@@ -177,22 +182,21 @@ class _Split:
                 dropped = Counter(one.dropped for one in found)
                 counts = len(tables["images"]), len(tables["annotations"])
                 self.report.splits[self.name] = *counts, len(self.validator.categories)
-                # else these say why
+                # other errors already explain missing objects
                 if not self.validator.instances and kinds == len(self.report.errors):
-                    # its answers may be secret
-                    say = self._warning if "test" in self.name else self._error
-                    causes = without_objects(dropped)
-                    say("no object to learn from or to find", "annotations", causes)
+                    # a test split may come without annotations
+                    add = self._warning if "test" in self.name else self._error
+                    add("no objects", "annotations", explain_dropped(dropped))
 
     def find_images(self) -> dict[int, str]:
-        """No digests; the files that are not there become errors."""
+        """Report missing image files; return no digests."""
         for image_id, name in self.validator.names.items():
             if not os.path.isfile(f"{self.images}/{existing_name(self.images, name)}"):
                 self._image_error("missing image file", image_id, _backslashes(name))
         return {}
 
     def read_images(self) -> dict[int, str]:
-        """The digest of each image's file; the files that cannot be used become errors."""
+        """Read all image files and report unusable ones; return the digest of each."""
         with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
             outcomes = pool.map(self._read_image, self.validator.names)
             digests, deep = {}, dict[bool, dict[int, int]]()
@@ -208,18 +212,21 @@ class _Split:
         return digests
 
     def _value_range(self, colors: bool, highest: dict[int, int]) -> None:
-        """Warns if 16 bits hold values of fewer, which are read as nearly black. highest: of each image by its id."""
+        """Warn of 16-bit files with values of fewer bits, which would be read as nearly black.
+
+        highest: largest value of each image by id.
+        """
         bits = max(highest.values()).bit_length()
         depth = next((depth for depth in DEPTHS if bits <= depth), 16)
         if self.reading.bit_depth or depth == 16:
             return
-        cure = "save it with 8 bits a channel" if colors else f"set data.bit_depth={depth}"
-        kind = f"image of 16 bits with values of {depth}, read as nearly black ({cure})"
+        cure = "save it with 8 bits per channel" if colors else f"set data.bit_depth={depth}"
+        kind = f"16-bit image with values of {depth} bits, read as nearly black ({cure})"
         for image_id, value in highest.items():
             self._warning(
                 kind,
                 f"image {image_id}",
-                f"{show(self.validator.names[image_id])}: {value} of 65535 at most",
+                f"{show(self.validator.names[image_id])}: largest value {value} of 65535",
             )
 
     def _image_error(self, kind: str, image_id: int, what: str = "") -> None:
@@ -238,23 +245,24 @@ class _Split:
         name = self.validator.names[image_id]
         path = self.images / existing_name(self.images, name)
         try:
-            look(path)
+            check_file(path)
             content = path.read_bytes()
         except FileNotFoundError:
             return _Outcome("missing image file", _backslashes(name))
-        except (OSError, ValueError) as error:  # ValueError: a name that no file can have
+        except (OSError, ValueError) as error:  # ValueError: an invalid file name
             return _Outcome("image file that cannot be read", f": {error}")
         digest = hashlib.sha256(content).hexdigest()
         try:
             found = examine(content, self.reading)
         except ValueError as error:
-            return _Outcome("image file that is truncated or no image", f": {error}", digest)
+            return _Outcome("truncated or invalid image file", f": {error}", digest)
         size = self.validator.sizes.get(image_id)
         if size not in (None, found.size):
             high, wide = found.size
             return _Outcome(
-                "image of another size than annotated",
-                f": {wide} x {high}, annotated {size[1]} x {size[0]} (width x height){exchanged(found.size, size)}",
+                "image size that differs from the annotations",
+                f": {wide} x {high}, annotated {size[1]} x {size[0]} (width x height)"
+                f"{exchanged(found.size, size)}",
                 digest,
             )
         return _Outcome("", "", digest, found)
@@ -267,7 +275,9 @@ def _compare(
     first_digests: dict[int, str],
     second_digests: dict[int, str],
 ) -> None:
-    """What two splits must not share; pictures are compared where both were read, else ids and file names."""
+    """Report images in both splits, by content if both were read, else by id and file name; report
+    different categories.
+    """
     one, two = first.validator, second.validator
     pair = f"{first.file} and {second.file}"
     if (
@@ -281,8 +291,9 @@ def _compare(
     for image_id, digest in second_digests.items():
         if digest in image_of:
             report.error(
-                "picture in two splits",
-                f"{pair}: image {image_of[digest]} and image {image_id}, {show(two.names[image_id])}",
+                "same image file in two splits",
+                f"{pair}: image {image_of[digest]} and image {image_id}, "
+                f"{show(two.names[image_id])}",
             )
     by_name = {name: image_id for image_id, name in two.names.items()}
     same_id = [
@@ -296,7 +307,7 @@ def _compare(
     ]
     for kind, value, key, other in sorted(same_id, key=lambda entry: entry[2]) + same_name:
         digests = first_digests.get(key), second_digests.get(other)
-        if None in digests:  # not read: it may be the same picture
+        if None in digests:  # not read: possibly the same image
             report.error(kind, f"{pair}: {value}")
-        elif digests[0] != digests[1]:  # two pictures under one number, which training tolerates
+        elif digests[0] != digests[1]:  # different images, which training accepts
             report.warning(kind, f"{pair}: {value}")

@@ -1,8 +1,8 @@
-"""A COCO or LVIS annotation file as records: one an image, with the objects that training can use.
+"""Reading a COCO or LVIS annotation file into records: one per image, with the objects to train on.
 
-Lin et al. 2014, https://cocodataset.org/#format-data; Gupta et al. 2019, https://www.lvisdataset.org/dataset, whose
-images are COCO's, found by their coco_url. Crowd regions and boxes of zero size are real but cannot be learnt from:
-they are left out and counted. Anything that `AnnotationValidator` calls an error stops the reading, in one line.
+Lin et al. 2014, https://cocodataset.org/#format-data; Gupta et al. 2019,
+https://www.lvisdataset.org/dataset, which uses COCO's images, located by coco_url. Crowd regions
+and boxes of zero size are dropped and counted. Errors of `AnnotationValidator` raise ValueError.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from vitdet.data.records import Objects, Records
 
 
 class ImageError(ValueError):
-    """An image file that cannot be used; the message is one line, also after it crossed a worker process.
+    """An unusable image file. The message is one line.
 
-    A DataLoader re-raises a worker's error with the whole traceback as its message: only the last line is ours.
-    """
+    DataLoader re-raises a worker's error with the traceback as message, of which the last line is
+    kept."""
 
     def __init__(self, message: str) -> None:
         last = message.strip().splitlines()[-1]
@@ -36,30 +36,36 @@ class ImageError(ValueError):
 
 @dataclass(frozen=True)
 class CocoSplit:
-    """The records in order of image id; label k is class_names[k] and category_ids[k] of the file.
+    """A split of a data set, with its records in order of image id.
 
-    image_counts[k]: images that hold class k, as the file's categories say (LVIS) or else counted.
-    """
+    Label k is class_names[k] and category_ids[k] of the file. image_counts[k]: number of images
+    with class k, from the file's categories (LVIS) or counted. dropped, unmasked: number of objects
+    by reason for dropping them or for training box and class only. outlines: objects with an
+    outline."""
 
     class_names: tuple[str, ...]
     category_ids: tuple[int, ...]
     records: Records
     image_counts: tuple[int, ...]
-    dropped: dict[str, int]  # reason -> objects left out
-    unmasked: dict[str, int] = field(
-        default_factory=dict
-    )  # reason -> objects of boxes and classes only
-    outlines: int = 0  # objects with an outline
+    dropped: dict[str, int]
+    unmasked: dict[str, int] = field(default_factory=dict)
+    outlines: int = 0
 
 
 def read_coco(
     annotations: Path | str, images: Path | str, by_url: bool = False, tree: dict | None = None
 ) -> CocoSplit:
-    """The records of an annotation file whose images lie in the folder `images` (no image is opened).
+    """Read an annotation file. No image is opened.
 
-    by_url: under the last two parts of their coco_url where they have one, as LVIS's do; else under their file_name.
-    tree: the content of the file, if it was read before.
-    Raises FileNotFoundError without the file, and ValueError with the first of what `vitdet data check` calls errors.
+    Args:
+        annotations: the annotation file.
+        images: folder of the images.
+        by_url: locate images by the last two parts of coco_url, if present (LVIS), else file_name.
+        tree: the content of the file, if it was already read.
+
+    Raises:
+        FileNotFoundError: missing annotation file.
+        ValueError: the first error of `vitdet data check`.
     """
     path = Path(annotations)
     content = _read(path) if tree is None else tree
@@ -68,7 +74,7 @@ def read_coco(
 
 
 def validate_tree(path: Path, tree: object, lvis: bool) -> None:
-    """Raises ValueError, as `read_coco` does, for the first error of a file whose images nobody opens."""
+    """Raise ValueError as `read_coco` for the first error in a file whose images are not used."""
     with _named(path):
         validator = AnnotationValidator(lvis, files=False)
         table = validator.read_header(tree)["annotations"]
@@ -78,7 +84,7 @@ def validate_tree(path: Path, tree: object, lvis: bool) -> None:
 
 @contextmanager
 def _named(path: Path) -> Iterator[None]:
-    """What is wrong in the file, with the file and what to do."""
+    """Add the file name and the remedy to errors."""
     try:
         yield
     except ValueError as error:
@@ -88,7 +94,9 @@ def _named(path: Path) -> Iterator[None]:
 
 
 def image_counts(stated: Sequence[object], records: Records) -> tuple[int, ...]:
-    """How many images hold each category: what the file says as image_count if it does for all, else counted."""
+    """Return the number of images of each category: the file's image_counts if complete, else
+    counted.
+    """
     known = [count for count in stated if isinstance(count, int) and type(count) is int]
     if len(known) == len(stated) and all(0 <= count < 2**53 for count in known):
         return tuple(known)
@@ -99,9 +107,9 @@ def image_counts(stated: Sequence[object], records: Records) -> tuple[int, ...]:
 def read_image(
     path: Path, size: tuple[int, int] | None = None, reading: Reading = DEFAULT
 ) -> Image.Image:
-    """The file as an upright RGB image of (height, width) `size`.
+    """Read a file as an upright RGB image of (height, width) `size`.
 
-    Raises ImageError for a file that is missing, no image, truncated or of another size.
+    Raises ImageError if it is missing, not an image, truncated or of another size.
     """
     try:
         image = open_image(path, reading)
@@ -111,17 +119,17 @@ def read_image(
         ) from error
     if size is not None and (image.height, image.width) != size:
         raise ImageError(
-            f"{path}: {image.width} x {image.height} pixels, but the annotations say {size[1]} x "
-            f"{size[0]}{exchanged((image.height, image.width), size)}; `vitdet data check ROOT --images` lists "
-            "all such files"
+            f"{path}: {image.width} x {image.height} pixels, annotated {size[1]} x {size[0]}"
+            f"{exchanged((image.height, image.width), size)}; `vitdet data check ROOT --images` "
+            "lists all such files"
         )
     return image
 
 
 def read_tree(path: Path) -> Any:
-    """The content of an annotation file, its tables as `Entries` that do not change with the file.
+    """Read an annotation file into memory, with its tables as `Entries`.
 
-    Raises FileNotFoundError or ValueError with one line that names it.
+    Raises FileNotFoundError or ValueError.
     """
     return _read(path, mapped=False)
 
@@ -136,7 +144,7 @@ def _read(path: Path, mapped: bool = True) -> Any:
         ) from None
     except ValueError as error:
         raise ValueError(
-            f"{path}: broken JSON ({error}); write or download the file again"
+            f"{path}: invalid JSON ({error}); write or download the file again"
         ) from error
 
 
@@ -158,10 +166,10 @@ def _split(content: dict, images: Path, by_url: bool) -> CocoSplit:
             one.segmentation,
             one.own_box,
         )
-    sizes = sorted(validator.sizes.items())  # none is None: reading stops at such an image
+    sizes = sorted(validator.sizes.items())  # no size is None: that would have raised an error
     heads = [(image_id, *size) for image_id, size in sizes if size is not None]
     names = [existing_name(images, validator.names[image_id]) for image_id in image_ids]
-    category_ids = sorted(validator.categories)  # only now: one may have been left out
+    category_ids = sorted(validator.categories)  # after `annotations`, which may remove one
     records = Records.of(images, names, heads, objects, category_ids)
     outlines = unmasked.pop("", 0)
     return CocoSplit(

@@ -1,12 +1,13 @@
-"""Where the tools that export COCO and LVIS annotations put the files of each split.
+"""File layouts of the tools that export COCO and LVIS annotations.
 
 * COCO, https://cocodataset.org/#download: annotations/instances_SPLIT.json, SPLIT/
-* CVAT, https://docs.cvat.ai/docs/dataset_management/formats/format-coco: the same, images/SPLIT/ or images/
+* CVAT, https://docs.cvat.ai/docs/dataset_management/formats/format-coco: the same, images/SPLIT/ or
+images/
 * Roboflow, https://roboflow.com/formats/coco-json: SPLIT/_annotations.coco.json, SPLIT/
 * Label Studio, https://labelstud.io/guide/export: result.json, whose file names begin with images/
 * FiftyOne, https://docs.voxel51.com (COCODetectionDataset): labels.json, data/
 * labelme2coco and others: JSON files beside the images
-* LVIS, https://www.lvisdataset.org/dataset: annotations/lvis_v1_SPLIT.json, images where their coco_url says
+* LVIS, https://www.lvisdataset.org/dataset: annotations/lvis_v1_SPLIT.json, images by coco_url
 """
 
 from __future__ import annotations
@@ -80,7 +81,7 @@ def _images_of(root: Path, files: SplitFiles, split: str) -> SplitFiles:
 
 
 def _is_coco(path: Path) -> bool:
-    """Whether a JSON file begins as COCO's, and not as LabelMe's."""
+    """Return whether a JSON file begins as COCO's, and not as LabelMe's."""
     try:
         with open(path, "rb") as file:
             start = file.read(SNIFFED)
@@ -90,13 +91,18 @@ def _is_coco(path: Path) -> bool:
 
 
 def image_name(head: dict, lvis: bool) -> str:
-    """Where an image lies in its folder: file_name, or as its coco_url ends, as in train2017/000000000139.jpg."""
+    """Return an image's path in its folder: file_name, or for LVIS the last two parts of
+    coco_url.
+    """
     url = head.get("coco_url") if lvis else None
     return "/".join(url.split("/")[-2:]) if url else head["file_name"]
 
 
 def existing_name(folder: Path | str, name: str) -> str:
-    """The name of an image file below `folder`: backslashes, as Windows writes them, may stand for / or a lost folder."""
+    """Return the existing name of an image file in `folder`.
+
+    Backslashes, as written on Windows, are tried as / and as the end of a removed folder.
+    """
     slashed = name.replace("\\", "/")
     for candidate in (name, slashed, slashed.rpartition("/")[2]) if slashed != name else ():
         if os.path.isfile(f"{folder}/{candidate}"):

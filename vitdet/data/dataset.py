@@ -1,6 +1,6 @@
-"""From a folder in COCO's or LVIS's layout to batches: the training stream and the validation images.
+"""Data sets of batches: the infinite training stream and the validation images.
 
-What a position of the training stream becomes depends on (seed, position) alone.
+The sample at a position of the training stream depends on (seed, position) only.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch.utils.data import Dataset, get_worker_info
 
 from vitdet.config import DataConfig
 from vitdet.data import download_record
-from vitdet.data.annotations import without_objects
+from vitdet.data.annotations import explain_dropped
 from vitdet.data.coco import CocoSplit, read_coco, read_image
 from vitdet.data.images import DEFAULT, Reading
 from vitdet.data.layout import missing, split_files
@@ -31,67 +31,68 @@ from vitdet.types import Batch, Polygons, Target
 
 log = logging.getLogger(__name__)
 
-# bytes: a training split whose decoded images fit stays in memory, images and outlines
-CACHE = 1 << 28
-
-REDRAWS = 100  # images tried for one place in a batch until a crop holds an object
-
-
-# all but the pixels: targets, size, id, source
+CACHE = 1 << 28  # bytes: a training split whose decoded images fit is cached in memory
+REDRAWS = 100  # attempts at a crop with an object (data.redraw_empty)
+# everything but the pixels: target, size, image id, size of the file
 Sample = tuple[Target | None, tuple[int, int], int, tuple[int, int]]
 
 
 def read_split(
-    data: DataConfig, split: str, tree: dict | None = None, look: bool = True
+    data: DataConfig, split: str, tree: dict | None = None, check_files: bool = True
 ) -> CocoSplit:
-    """The split's records; with data.max_images, only the so many images of lowest id that hold an object, or of the
-    training split with data.keep_empty any.
+    """Read a split, limited to data.max_images images of lowest id.
 
-    tree: the content of the annotation file, if it was read before. look: whether files are compared with what they
-    should be, which one process of several does for all. Raises what `read_coco` raises, FileNotFoundError naming the
-    first image file that is not there, and either for files that differ from the record of `vitdet data coco|lvis`.
+    The limit counts images with objects, except of the training split with data.keep_empty.
+
+    Args: data: the data set. split: name of the split. tree: the content of the annotation file, if
+        it was already read. check_files: check that the files exist and match the record of `vitdet
+        data coco|lvis`; rank 0 does
+            so for all ranks.
+
+    Raises:
+        FileNotFoundError, ValueError: as `read_coco`, and for missing or modified files.
     """
     root, (annotations, images) = Path(data.root), split_files(data, split)
     for path in (annotations, images):
         if not path.exists():
             raise missing(path, data)
-    if look:
+    if check_files:
         download_record.check_split(root, annotations)
     found = read_coco(annotations, images, by_url=data.dataset == "lvis", tree=tree)
-    if look:
+    if check_files:
         download_record.check_images(root, images, found.records.names())
     if not found.records.counts().any():
         raise ValueError(
-            f"{data.root}: no image of {split} holds an object to learn from or to find; "
-            f"{without_objects(found.dropped)}; `vitdet data check {data.root}` lists all problems"
+            f"{data.root}: no image of {split} has a usable object; "
+            f"{explain_dropped(found.dropped)}; `vitdet data check {data.root}` lists all problems"
         )
     if data.max_images and data.keep_empty and split == data.train_split:
         found = replace(found, records=found.records[: data.max_images])
     elif data.max_images:
         found = with_objects(found, data.max_images)
-    gone = [path for path in found.records.paths() if not os.path.isfile(path)] if look else []
+    gone = (
+        [path for path in found.records.paths() if not os.path.isfile(path)] if check_files else []
+    )
     if gone:
         raise FileNotFoundError(
-            f"{gone[0]}: no such file, and {len(gone) - 1} more images of the annotations "
-            f"are missing; `vitdet data check {data.root}` lists all problems"
+            f"{gone[0]}: no such file, {len(gone) - 1} more images are missing; "
+            f"`vitdet data check {data.root}` lists all problems"
         )
     return found
 
 
 class TrainData(Dataset):
-    """Positions of the infinite stream -> a batch of augmented samples; images without a usable object are left out,
-    or background with data.keep_empty.
+    """Maps positions of the infinite training stream to batches of augmented samples.
 
-    With data.redraw_empty a crop without any object of the image gives its place to one of any other image, as in mmdet.
+    Images without a usable object are excluded, or used as background with data.keep_empty. With
+    data.redraw_empty, a crop without objects is replaced by a crop of another image, as in mmdet.
     """
 
     def __init__(self, split: CocoSplit, data: DataConfig, seed: int, cache: int = CACHE) -> None:
         self.split = split
         held = with_objects(split).records
         if not held:
-            raise ValueError(
-                f"{data.root}: no image of {data.train_split} holds an object to learn from"
-            )
+            raise ValueError(f"{data.root}: no image of {data.train_split} has a usable object")
         self.records = split.records if data.keep_empty else held
         self.without_objects = len(split.records) - len(held)
         self.data = data
@@ -110,7 +111,7 @@ class TrainData(Dataset):
         return self.__getitems__([position])
 
     def draw(self, position: int, canvas: np.ndarray) -> Sample:
-        """The sample, its image on the black `canvas` (3, S, S) uint8."""
+        """Draw the sample at a position; write its image to the black `canvas` (3, S, S) uint8."""
         index = self.sampler[position]
         rng = np.random.default_rng((self.seed, position))
         for _ in range(REDRAWS):
@@ -119,12 +120,12 @@ class TrainData(Dataset):
                 return sample
             index = int(rng.integers(len(self.records)))
         raise ValueError(
-            f"{self.data.root}: {REDRAWS} crops one after the other without any object: the objects are "
-            "too few or have no area; data.redraw_empty=false takes such crops as they are"
+            f"{self.data.root}: {REDRAWS} consecutive crops without objects: there are too few "
+            "objects, or they have no area; data.redraw_empty=false uses such crops"
         )
 
     def _crop(self, index: int, rng: np.random.Generator, canvas: np.ndarray) -> Sample | None:
-        """The image under an affine drawn now; None if that shows no object and data.redraw_empty is set."""
+        """Augment an image; None if the crop has no object and data.redraw_empty is set."""
         record, data = self.records[index], self.data
         affine = jitter(
             rng,
@@ -168,7 +169,7 @@ class TrainData(Dataset):
 
 
 class ValData(Dataset):
-    """Indices -> a batch of these images of the records, longest side = canvas, without targets."""
+    """Maps indices of records to batches of images, longest side = canvas, without targets."""
 
     def __init__(
         self, records: Records, image_size: int, antialias: bool, reading: Reading = DEFAULT
@@ -188,7 +189,7 @@ class ValData(Dataset):
         return self.__getitems__([index])
 
     def draw(self, index: int, canvas: np.ndarray) -> Sample:
-        """The image on the black `canvas` (3, S, S) uint8, and what is known of it."""
+        """Read an image and write it to the black `canvas` (3, S, S) uint8."""
         record = self.records[index]
         source = (record.height, record.width)
         _, size = resize_and_pad(
@@ -200,14 +201,14 @@ class ValData(Dataset):
 def make_batch(
     draw: Callable[[int, np.ndarray], Sample], indices: Sequence[int], size: int
 ) -> Batch:
-    """The samples of `indices` as one batch. Each writes its pixels to their place in it: a worker holds them once.
+    """Collate the samples of `indices`; each is drawn into the batch's memory, without a copy.
 
     Without ground truth, the targets are an empty list.
     """
     shape = (len(indices), 3, size, size)
     if get_worker_info() is None:
         images = torch.zeros(shape, dtype=torch.uint8)
-    else:  # in what the processes share, where torch would copy it to, as `default_collate` does; new, it is zero
+    else:  # in shared memory, as `default_collate` does, to save a copy; it is zero-initialized
         shared = torch.UntypedStorage._new_shared(math.prod(shape))
         images = torch.empty(0, dtype=torch.uint8).set_(shared).view(shape)
     samples = [draw(index, canvas) for index, canvas in zip(indices, images.numpy(), strict=True)]
@@ -222,6 +223,6 @@ def make_batch(
 
 
 def with_objects(split: CocoSplit, most: int | None = None) -> CocoSplit:
-    """The split with the images that hold an object, or only the first `most` of these."""
+    """Return the split restricted to images with objects, at most the first `most`."""
     held = np.flatnonzero(split.records.counts())[:most]
     return replace(split, records=split.records.select(held))

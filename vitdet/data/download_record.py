@@ -18,7 +18,7 @@ from collections.abc import Collection, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from vitdet.files import sha256, written
+from vitdet.files import atomic_write, sha256
 
 NAME = "manifest.json"
 DOWNLOADED = re.compile(r"\d{12}\.jpg")  # the name of every image of COCO
@@ -100,14 +100,14 @@ def read(root: Path) -> DownloadRecord:
         return DownloadRecord()
     except (ValueError, TypeError, KeyError) as error:
         raise ValueError(
-            f"{root / NAME}: not a manifest of `vitdet data` ({error}); remove it and fetch again: existing "
-            "files will be compared with the archives"
+            f"{root / NAME}: not a manifest of `vitdet data` ({error}); remove it and fetch again: "
+            "existing files will be compared with the archives"
         ) from error
 
 
 def write(root: Path, record: DownloadRecord) -> None:
     """Write the record atomically, after syncing all files that it lists to disk."""
-    with written(root / NAME) as temporary:
+    with atomic_write(root / NAME) as temporary:
         temporary.write_text(json.dumps(asdict(record), indent=1) + "\n")
         os.sync()
 
@@ -212,8 +212,8 @@ def _check(root: Path, paths: Collection[str], used: Collection[str]) -> None:
         compare(root, read_if_ours(root).only((), paths), used)
     except (FileNotFoundError, ValueError) as error:
         raise type(error)(
-            f"{error}. `vitdet data coco|lvis {root}` restores missing files; if the change is intended, "
-            f"remove {root / NAME}"
+            f"{error}. `vitdet data coco|lvis {root}` restores missing files; if the change is "
+            f"intended, remove {root / NAME}"
         ) from error
 
 

@@ -1,8 +1,7 @@
-"""Which annotations of a block have no fault at all.
+"""Vectorized check of a block of annotations: which have neither errors nor warnings.
 
-Nearly all annotations of a usual file are such. `AnnotationValidator` looks at each of the others by itself; what is
-flawless here passes all of its checks without a word. Objects are dropped as soon as their numbers are in a few arrays:
-what thousands of them hold would not fit in the processor's cache.
+In a typical file nearly all have none; `AnnotationValidator` checks the others one by one. A
+flawless annotation passes all checks of `AnnotationValidator` without an error or warning.
 """
 
 from __future__ import annotations
@@ -16,31 +15,28 @@ import numpy as np
 from vitdet.data.annotation_file import Annotation, PolygonAnnotation
 from vitdet.data.box_fit import ROUNDING
 
-LARGEST = 2**32  # pixels of an area; beyond 1e10 COCO's evaluation would pass over the object
-# least and largest share of its box, and some pixels for the smallest
+LARGEST = 2**32  # area in pixels; COCO's evaluation ignores objects above 1e10
+# smallest and largest ratio of area to box, and a tolerance in pixels
 LEAST_AREA, MOST_AREA, SPARE_AREA = 0.005, 1.1, 4
 
 
 class ImageSizes:
-    """Height and width of each image by id, to look up those of many annotations at once.
-
-    sizes: (height, width) by id; None where the file has no usable one.
-    """
+    """Vectorized lookup of image sizes. sizes: (height, width) by id; None if invalid."""
 
     def __init__(self, sizes: Mapping[int, tuple[int, int] | None]) -> None:
         known = sorted((image_id, *size) for image_id, size in sizes.items() if size)
-        # a last row that no annotation refers to
+        # sentinel row
         table = np.array([*known, (2**63 - 1, 0, 0)], np.int64)
         self._ids, self._sides = table[:, 0].copy(), table[:, 1:].T.astype(np.float64)
 
     def of(self, image_ids: np.ndarray) -> np.ndarray:
-        """(2, N) heights and widths for the ids (N,) int64; 0, in which no box fits, for an unknown image."""
+        """Return heights and widths (2, N) for ids (N,) int64; 0 for unknown images."""
         place = np.searchsorted(self._ids, image_ids)
         return np.where(self._ids[place] == image_ids, self._sides[:, place], 0)
 
 
 class Flawless(NamedTuple):
-    """rows: places in the block, rising; ids, image_ids, category_ids: of these annotations."""
+    """Flawless annotations: their ascending positions in the block and their ids."""
 
     rows: list[int]
     ids: list[int]
@@ -58,11 +54,10 @@ def find_flawless(
     lvis: bool,
     seen: Set[int],
 ) -> Flawless:
-    """The objects with polygons, in their image, with area and box that fit these, in a known category.
+    """Find annotations with polygons inside their image, matching area and box, and known category.
 
-    lvis: iscrowd may be missing. seen: ids of annotations before. None are found if something in the block is not an
-    `Annotation`, or if an id is repeated or exceeds 64 bits.
-    """
+    lvis: iscrowd may be missing. seen: ids of earlier annotations. Finds none if an entry of the
+    block is not an `Annotation`, or an id is repeated or exceeds 64 bits."""
     no_crowd = (0, None) if lvis else (0,)
     every: list[int] = []  # ids of the block
     chosen = Flawless([], [], [], [])
@@ -108,16 +103,15 @@ def find_flawless(
 
 
 def area_fits(area: float | np.ndarray, pixels: float | np.ndarray) -> bool | np.ndarray:
-    """Whether an area can be that of an object in a box of so many pixels."""
+    """Return whether an area is plausible for an object in a box of `pixels`."""
     return (pixels * LEAST_AREA <= area) & (area <= MOST_AREA * pixels + SPARE_AREA)
 
 
 def _fit(numbers: np.ndarray, points: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """(N,) bool: box, area and outline of an object fit each other and their image.
+    """Return (N,) bool: box, area and outline match each other and are inside the image.
 
-    numbers (7, N): left, top, width, height, area, height and width of the image; points (2, P) x and y of all
-    outlines, counts (N,) of each.
-    """
+    numbers (7, N): left, top, width, height, area, image height, image width; points (2, P): x and
+    y of all outlines; counts (N,): points per outline."""
     x, y, width, height, area, rows, columns = numbers
     starts = np.cumsum(counts) - counts
     x0, y0 = np.minimum.reduceat(points, starts, axis=1)

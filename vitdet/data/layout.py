@@ -15,7 +15,7 @@ from typing import Any
 
 from vitdet.config import RECIPES, Config, DataConfig, flatten, load_config, recipes
 from vitdet.data.coco_layouts import SplitFiles, coco_files, find_splits, lvis_files
-from vitdet.yaml_text import parse_yaml
+from vitdet.files import parse_yaml
 
 SPLITS = {  # setting -> common names of the split, in order of preference
     "data.train_split": ("train", "train2017", "train2014", "training"),
@@ -48,26 +48,29 @@ def missing(path: Path, data: DataConfig) -> FileNotFoundError:
     other = replace(data, dataset="coco" if data.dataset == "lvis" else "lvis")
     found = splits(data)
     if path.suffix != ".json":
-        there = f"expected the images of {split_files(data, path.name)[0]} there"
+        there = f"expected the images of {split_files(data, path.name)[0]}"
     elif len(found) == 1:
         there = (
-            f"there is one split, {found[0]}; `vitdet data convert {data.root} DST --val-share 0.1` makes a "
-            "training and a validation split of it"
+            f"the only split is {found[0]}; `vitdet data convert {data.root} DST --val-share 0.1` "
+            "creates a training and a validation split from it"
         )
     elif found:
-        there = f"there are the splits {', '.join(found)}; set data.train_split and data.val_split to two of them"
+        there = (
+            f"the splits are {', '.join(found)}; set data.train_split and data.val_split to two of "
+            "them"
+        )
     elif splits(other):
-        there = f"there are annotations of another kind; set data.dataset={other.dataset}"
+        there = f"the annotations are of another kind; set data.dataset={other.dataset}"
     else:
         there = (
-            f"expected {path.name.replace(path.stem.rpartition('_')[2], 'SPLIT')} for each split, as in COCO's "
-            "layout under data.root"
+            f"expected {path.name.replace(path.stem.rpartition('_')[2], 'SPLIT')} for each split, "
+            "in COCO's layout under data.root"
         )
         other_files = sorted(
             str(one.relative_to(data.root)) for one in Path(data.root).glob("*/*.json")
         )
         there += f", found {', '.join(other_files[:3])}" if other_files else ""
-    return FileNotFoundError(f"{path}: not there; {there}")
+    return FileNotFoundError(f"{path}: no such file or folder; {there}")
 
 
 def resolve_config(
@@ -101,7 +104,7 @@ def explicit_settings(recipe: str | Path, overrides: Sequence[str] = ()) -> set[
 
 
 def overridden_settings(overrides: Sequence[str]) -> set[str]:
-    """The settings that these overrides name, also those inside of a whole section."""
+    """Return the settings in overrides, including those within a section given as a whole."""
     found: set[str] = set()
     for override in overrides:
         key, _, text = override.partition("=")
@@ -150,7 +153,9 @@ def resolve(config: Config, explicit: Collection[str]) -> tuple[Config, dict[str
 
 
 def settings_text(found: Mapping[str, str | int]) -> str:
-    """Return the settings that `resolve` found as text: `data.val_split=val, model.mask.enabled=false`."""
+    """Return the settings that `resolve` found as text: `data.val_split=val,
+    model.mask.enabled=false`.
+    """
     return ", ".join(
         f"{key}={str(value).lower() if isinstance(value, bool) else value}"
         for key, value in found.items()
@@ -172,10 +177,8 @@ def _keys(tree: object, start: str = "") -> Iterator[str]:
 
 def _tables(annotations: Path) -> dict[str, Any]:
     """Return the tables of an annotation file; none if it is not usable."""
-    from vitdet.data.annotation_file import (  # for the start-up of `vitdet config`
-        Entries,
-        read_entries,
-    )
+    # imported here for the start-up time of `vitdet config`
+    from vitdet.data.annotation_file import Entries, read_entries
 
     try:
         content = read_entries(annotations)
@@ -187,7 +190,7 @@ def _tables(annotations: Path) -> dict[str, Any]:
 
 def _count_classes(tables: Mapping[str, Any]) -> int:
     from vitdet.data.annotation_file import annotations_of
-    from vitdet.data.annotations import root_category
+    from vitdet.data.header import root_category
     from vitdet.data.segmentation import whole_number
 
     categories = tables.get("categories", ())
@@ -200,7 +203,7 @@ def _count_classes(tables: Mapping[str, Any]) -> int:
 
 
 def _has_boxes_only(tables: Mapping[str, Any]) -> bool:
-    """Whether there are objects and none has an outline."""
+    """Return whether there are objects and none has an outline."""
     from vitdet.data.annotation_file import annotations_of
     from vitdet.data.segmentation import read_outline
 

@@ -67,18 +67,20 @@ def train_loader(
 
     `batch_size` is global, over all ranks. split: the training split, if it was already read.
     accumulate: micro-batches per step, of which the loader yields one at a time; micro-batch k of
-    rank r is what rank r * accumulate + k of accumulate * world_size ranks would load.
-    Raises what `read_split` raises (only rank 0 checks the files) and ValueError if batch_size is
-    not divisible by the number of micro-batches of all ranks. Iteration raises ValueError for unusable image files.
-    """
-    dataset = TrainData(split or read_split(data, data.train_split, look=rank == 0), data, seed)
+    rank r is what rank r * accumulate + k of accumulate * world_size ranks would load. Raises what
+    `read_split` raises (only rank 0 checks the files) and ValueError if batch_size is not divisible
+    by the number of micro-batches of all ranks. Iteration raises ValueError for unusable image
+    files."""
+    dataset = TrainData(
+        split or read_split(data, data.train_split, check_files=rank == 0), data, seed
+    )
     if rank == 0:
         path, found = split_files(data, data.train_split)[0], dataset.split
-        _warn(path, "objects left out of training", found.dropped)
+        _warn(path, "objects ignored in training", found.dropped)
         if found.outlines or found.unmasked.keys() - {NO_OUTLINE}:  # else these are boxes only
-            _warn(path, "objects that train boxes and classes, not masks", found.unmasked)
+            _warn(path, "objects that train box and class only", found.unmasked)
         if dataset.without_objects:
-            done = "trained as background" if data.keep_empty else "left out"
+            done = "trained as background" if data.keep_empty else "ignored"
             log.info("%s: %d images without objects are %s", path, dataset.without_objects, done)
     sampler = _Steps(batch_size, start_step, steps, rank, world_size, accumulate)
     return DataLoader(dataset, batch_sampler=sampler, **_processes(data.workers))
@@ -147,7 +149,7 @@ def _keep_memory() -> None:
 def release_memory() -> None:
     """Return the memory that `_keep_memory` made glibc keep to the kernel, as after an evaluation.
 
-    The blocks that it has freed lie between those of the training, which has no use for them.
+    Its freed blocks are between those of the training, which cannot use them.
     """
     with suppress(OSError, AttributeError):  # another C library
         ctypes.CDLL(None).malloc_trim(0)
@@ -172,4 +174,4 @@ def _start_worker(worker: int) -> None:
     """
     os.setpgrp()
     gc.freeze()
-    _keep_memory()  # a fork server does not pass it on
+    _keep_memory()  # not inherited from a fork server

@@ -1,8 +1,8 @@
-"""Between outlines and pixels: fill a polygon, trace the polygons of a bitmap.
+"""Rasterization of polygons and polygonization of bitmaps.
 
-A pixel (row i, column j) is the square from (j, i) to (j + 1, i + 1); it is inside where its centre is (even-odd rule).
-Tracing walks along the cracks between inside and outside and joins their midpoints, so that a slanted staircase becomes
-a slanted line; then Douglas-Peucker drops the points that lie within a tolerance of the chord.
+Pixel (row i, column j) is the square from (j, i) to (j + 1, i + 1); it is inside if its centre is
+(even-odd rule). Tracing follows the cracks between inside and outside pixels and joins their
+midpoints, so that a staircase becomes a slanted line; Douglas-Peucker then simplifies the line.
 Letters: V vertices, P points, E cracks.
 """
 
@@ -14,7 +14,7 @@ import numpy as np
 
 
 def fill(vertices: np.ndarray, height: int, width: int) -> np.ndarray:
-    """The pixels (height, width) bool inside the polygon vertices (V, 2) xy; what lies outside the frame is cut off."""
+    """Return the pixels (height, width) bool inside the polygon vertices (V, 2) xy, clipped."""
     x0, y0 = vertices.T
     x1, y1 = following(vertices).T
     centres = np.arange(height)[:, None] + 0.5
@@ -28,35 +28,38 @@ def fill(vertices: np.ndarray, height: int, width: int) -> np.ndarray:
 
 
 def trace(bitmaps: Sequence[np.ndarray], tolerance: float) -> list[list[np.ndarray]]:
-    """For each bitmap (H, W) bool the outer outlines (V, 2) xy of its 4-connected parts, clockwise on the screen.
+    """Return the outer outlines (V, 2) xy of the 4-connected parts of each bitmap (H, W) bool.
 
-    Holes are filled, as in polygons drawn by people. No pixels, no outlines. tolerance: pixels.
-    """
+    Outlines are clockwise on the screen; holes are filled. tolerance: of Douglas-Peucker, in
+    pixels."""
     loops = [[loop for loop in _crack_loops(bitmap) if signed_area(loop) > 0] for bitmap in bitmaps]
     outlines = iter(_simplify([loop for parts in loops for loop in parts], tolerance))
     return [[next(outlines) for _ in parts] for parts in loops]
 
 
 def signed_area(points: np.ndarray) -> float:
-    """The area of the polygon points (P, 2) xy; negative where it runs counterclockwise on the screen."""
+    """Return the area of the polygon points (P, 2) xy; negative if counterclockwise on the
+    screen.
+    """
     ahead = following(points)
     return 0.5 * float(points[:, 0] @ ahead[:, 1] - points[:, 1] @ ahead[:, 0])
 
 
 def following(points: np.ndarray) -> np.ndarray:
-    """The successor of each point of a closed line (P, 2)."""
+    """Return the successor of each point of a closed line (P, 2)."""
     return np.concatenate([points[1:], points[:1]])
 
 
 def _crack_loops(bitmap: np.ndarray) -> list[np.ndarray]:
-    """Closed loops of crack midpoints (E, 2), the inside on the right hand; holes run the other way round."""
+    """Return closed loops of crack midpoints (E, 2), inside on the right; holes run in reverse."""
     inside = np.pad(bitmap, 1)
     core = inside[1:-1, 1:-1]
-    pitch = bitmap.shape[1] + 1  # grid corners a row
-    # Directions 0..3: right along the top of a pixel, down its right side, left along its bottom, up its left side.
+    pitch = bitmap.shape[1] + 1  # grid corners per row
+    # Directions: 0 right along a pixel's top, 1 down its right, 2 left along its bottom, 3 up its
+    # left.
     neighbours = (inside[:-2, 1:-1], inside[1:-1, 2:], inside[2:, 1:-1], inside[1:-1, :-2])
     starts, ends, midpoints, directions = [], [], [], []
-    # (row, column) offsets: where the crack of each direction starts
+    # (row, column) offset of the start of a crack in each direction
     corners = ((0, 0), (0, 1), (1, 1), (1, 0))
     for side, neighbour in enumerate(neighbours):
         row, column = np.nonzero(core & ~neighbour)
@@ -69,7 +72,7 @@ def _crack_loops(bitmap: np.ndarray) -> list[np.ndarray]:
     midpoint = np.concatenate(midpoints)
     crack_at = np.full((bitmap.shape[0] + 1) * pitch * 4, -1)
     crack_at[start * 4 + direction] = np.arange(len(start))
-    # a right turn first: pixels that touch at a corner stay apart
+    # prefer right turns, to separate pixels that touch at a corner only
     follower = crack_at[end * 4 + (direction + 1) % 4]
     for turn in (0, 3):
         follower = np.where(follower < 0, crack_at[end * 4 + (direction + turn) % 4], follower)
@@ -88,7 +91,7 @@ def _crack_loops(bitmap: np.ndarray) -> list[np.ndarray]:
 
 
 def _simplify(loops: list[np.ndarray], tolerance: float) -> list[np.ndarray]:
-    """Douglas-Peucker on all loops at once: every round adds to each chord the point that is farthest from it."""
+    """Douglas-Peucker on all loops at once: each round adds the farthest point of every chord."""
     if not loops:
         return []
     lengths = np.array([len(loop) + 1 for loop in loops])
@@ -102,12 +105,12 @@ def _simplify(loops: list[np.ndarray], tolerance: float) -> list[np.ndarray]:
         chord = np.diff(points[knots], axis=0, append=points[knots[-1:]])
         segment = np.cumsum(keep) - 1
         offset, along = points - points[knots[segment]], chord[segment]
-        # exact where the root is, unlike some hypot: ties fall alike
+        # sqrt is correctly rounded, unlike hypot, so ties are resolved equally on all machines
         length = np.sqrt((along * along).sum(axis=1))
         away = np.abs(offset[:, 0] * along[:, 1] - offset[:, 1] * along[:, 0]) / np.maximum(
             length, 1e-9
         )
-        # the chord of a whole loop
+        # the chord of a complete loop has length 0
         away = np.where(length == 0, np.sqrt((offset * offset).sum(axis=1)), away)
         farthest = np.maximum.reduceat(away, knots)
         candidates = np.flatnonzero((away == farthest[segment]) & (away > tolerance))

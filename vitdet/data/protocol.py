@@ -6,7 +6,7 @@ import hashlib
 from dataclasses import dataclass
 
 from vitdet.config import Config, flatten
-from vitdet.digest import LATER
+from vitdet.config.digest import LATER
 
 # Settings that affect the AP of a given checkpoint on given data. How images are resized is part of
 # the detector.
@@ -23,8 +23,8 @@ SETTINGS = (
 def settings_of(config: Config) -> str:
     """Return the settings of this config that affect AP, as one string.
 
-    Settings that version 0.1 did not have are left out at their defaults: its AP stay comparable.
-    """
+    Settings that version 0.1 did not have are omitted at their defaults, so that its AP stays
+    comparable."""
     values, defaults = flatten(config), flatten(Config())
     keys = [key for key in SETTINGS if key not in LATER or values[key] != defaults[key]]
     return " ".join(f"{key}={values[key]}" for key in keys)
@@ -39,7 +39,9 @@ class Protocol:
 
     @classmethod
     def of(cls, config: Config, fingerprint: str) -> Protocol:
-        """Create the protocol of an evaluation with this config on the split with this fingerprint."""
+        """Create the protocol of an evaluation with this config on the split with this
+        fingerprint.
+        """
         return cls(fingerprint, settings_of(config))
 
     @property

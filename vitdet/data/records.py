@@ -1,4 +1,4 @@
-"""The images of a split with their objects, as a few arrays that all workers of a process share.
+"""The images of a split with their objects, stored in arrays that worker processes share.
 
 Letters: N images, M objects of all of them, G of one.
 """
@@ -18,10 +18,11 @@ from vitdet.data.shared_memory import PackedList, Shared
 
 @dataclass(frozen=True)
 class Record:
-    """One image: boxes (G, 4) float32 xyxy in its pixels, labels (G,) int64 contiguous, a segmentation per object.
+    """One image with its objects.
 
-    own_box (G,) bool: whether a training takes the box of the file and not the one around the outline.
-    """
+    boxes (G, 4) float32 xyxy in pixels, labels (G,) int64 contiguous. segmentations: per object
+    COCO's polygons (a list of flat x, y lists), an RLE dict, or None. own_box (G,) bool: train on
+    the annotated box instead of the box around the outline."""
 
     image_id: int
     path: Path
@@ -29,9 +30,7 @@ class Record:
     width: int
     boxes: np.ndarray
     labels: np.ndarray
-    segmentations: (
-        list  # COCO's polygons (a list of flat x, y lists) or an RLE dict; None: no outline
-    )
+    segmentations: list
     own_box: np.ndarray
 
     def __len__(self) -> int:
@@ -39,7 +38,7 @@ class Record:
 
 
 class Objects:
-    """Objects as they come in a file: each of an image, that is a row of the split, and of a category."""
+    """The objects of a split in the order of the file."""
 
     def __init__(self) -> None:
         self.rows, self.categories, self.boxes = array("q"), array("q"), array("d")
@@ -54,7 +53,10 @@ class Objects:
         segmentation: list | dict | None,
         own_box: bool,
     ) -> None:
-        """Adds an object; box: left, top, width, height; own_box: as in `Record`."""
+        """Add an object of the image `row`.
+
+        box: left, top, width, height; own_box: as in `Record`.
+        """
         self.rows.append(row)
         self.categories.append(category_id)
         self.boxes.extend(box)
@@ -64,7 +66,7 @@ class Objects:
 
 @dataclass(frozen=True)
 class _Columns:
-    """What stands behind the records of a split and behind any selection of them."""
+    """The arrays of a split, shared by all selections of its records."""
 
     folder: Path
     names: PackedList[str]
@@ -73,12 +75,12 @@ class _Columns:
     boxes: Shared  # (M, 4) float32
     labels: Shared  # (M,) int64
     own_boxes: Shared  # (M,) bool
-    places: Shared  # (M,) int64: where the object's segmentation stands
+    places: Shared  # (M,) int64: index of the object's segmentation
     segmentations: PackedList[list | dict | None]
 
 
 class Records(Sequence[Record]):
-    """Records that exist for as long as they are looked at; a slice shares the arrays of the whole."""
+    """A sequence of records, created on access; slices share the arrays."""
 
     def __init__(self, columns: _Columns, rows: np.ndarray) -> None:
         self._columns = columns
@@ -93,9 +95,9 @@ class Records(Sequence[Record]):
         objects: Objects,
         category_ids: Sequence[int],
     ) -> Records:
-        """Images in `folder` by name and (id, height, width), with the objects whose `row` says which of them.
+        """Build records of images in `folder` from names, heads (id, height, width) and objects.
 
-        The label of an object is the place of its category in category_ids, which rise.
+        The label of an object is the index of its category in category_ids, which are ascending.
         """
         rows = np.array(objects.rows, np.int64)
         order = np.argsort(rows, kind="stable")
@@ -143,26 +145,26 @@ class Records(Sequence[Record]):
         )
 
     def select(self, indices: np.ndarray) -> Records:
-        """The records at these indices."""
+        """Return the records at these indices."""
         return Records(self._columns, self._rows[indices])
 
     def counts(self) -> np.ndarray:
-        """(N,) objects of each image."""
+        """Return the number of objects of each image (N,)."""
         return np.diff(self._columns.starts.array)[self._rows]
 
     def sizes(self) -> np.ndarray:
-        """(N, 2) height and width of each image."""
+        """Return height and width of each image (N, 2)."""
         return self._columns.heads.array[self._rows, 1:]
 
     def labels(self) -> list[np.ndarray]:
-        """The labels (G,) of each image."""
+        """Return the labels (G,) of each image."""
         starts, labels = self._columns.starts.array, self._columns.labels.array
         return [labels[starts[row] : starts[row + 1]] for row in self._rows]
 
     def names(self) -> Iterator[str]:
-        """The path of each image, relative to the folder of the split."""
+        """Yield the path of each image, relative to the folder of the split."""
         return (self._columns.names[row] for row in self._rows)
 
     def paths(self) -> Iterator[Path]:
-        """The file of each image."""
+        """Yield the file of each image."""
         return (self._columns.folder / self._columns.names[row] for row in self._rows)

@@ -1,11 +1,11 @@
-"""One infinite stream of images, from which every step, rank and restart takes its place.
+"""Sampling from an infinite stream of images.
 
-The stream is one epoch after the other, each in its own random order; with repeat factors each also of its own length.
-A step takes the next `batch_size` positions and a rank its contiguous share of them, so neither the number of
-processes, nor the workers, nor a restart changes which images a step sees.
+The stream is a sequence of epochs, each in its own random order. A step takes the next `batch_size`
+positions, and each rank a contiguous part of them. Which images a step sees therefore depends
+neither on the number of processes or workers nor on restarts.
 
-Repeat factors are those of Gupta et al. (LVIS, 1908.03195) as Detectron2's RepeatFactorTrainingSampler takes them: an
-image with factor 2.3 comes twice or, in 30 % of the epochs, three times, rounded anew each epoch.
+Repeat factors follow Gupta et al. (LVIS, 1908.03195) and Detectron2's RepeatFactorTrainingSampler:
+an image with factor 2.3 is repeated twice or, in 30 % of the epochs, three times.
 Letters: N images, K classes.
 """
 
@@ -18,10 +18,11 @@ import numpy as np
 
 
 class InfiniteSampler:
-    """Position -> index into `size` images, shuffled by `seed` and the epoch.
+    """Maps a position to an index of `size` images, shuffled by `seed` and epoch.
 
-    Every image comes once an epoch, or as often as `repeats` (N,) float, each at least 1, say on average. Then the
-    epochs' ends are counted from the first one on: a millisecond an epoch of 100,000 images, eight bytes each to keep.
+    repeats (N,) float, at least 1: average occurrences of each image per epoch; None: once. With
+    repeats, epochs differ in length, and their ends are computed from the first epoch on (1 ms per
+    epoch of 100,000 images).
     """
 
     def __init__(self, size: int, seed: int, repeats: np.ndarray | None = None) -> None:
@@ -32,7 +33,7 @@ class InfiniteSampler:
         self.size = size
         self.seed = seed
         self.repeats = repeats
-        # with repeat factors: the position at which each epoch so far starts, and the last one's end
+        # with repeat factors: the start of each epoch so far, and the end of the last one
         self._ends = [0]
         self._epoch = -1
         self._order = np.arange(0)
@@ -48,7 +49,7 @@ class InfiniteSampler:
         return int(self._order[place])
 
     def _locate(self, position: int) -> tuple[int, int]:
-        """The epoch of a position and its place in there."""
+        """Return the epoch of a position and its index in this epoch."""
         if self.repeats is None:
             return divmod(position, self.size)
         while self._ends[-1] <= position:
@@ -59,16 +60,20 @@ class InfiniteSampler:
         return epoch, position - self._ends[epoch]
 
     def _counts(self, repeats: np.ndarray, epoch: int) -> np.ndarray:
-        """(N,) occurrences of each image in an epoch: its factor, rounded up with probability of its fraction."""
+        """Return the occurrences (N,) of each image in an epoch: its factor, stochastically
+        rounded.
+        """
         whole = np.floor(repeats)
         up = np.random.default_rng((self.seed, epoch, 2)).random(self.size) < repeats - whole
         return whole.astype(np.int64) + up
 
 
 def repeat_factors(labels: Sequence[np.ndarray], threshold: float) -> np.ndarray:
-    """(N,) how often each image comes an epoch on average; labels: the classes (G,) of each image's objects.
+    """Return the repeat factor (N,) of each image. labels: the classes (G,) of each image's
+    objects.
 
-    A class in a share f of the images asks for max(1, sqrt(threshold / f)), an image takes the most that is asked.
+    A class in a share f of the images has the factor max(1, sqrt(threshold / f)), an image the
+    largest factor of its classes.
     """
     classes = [np.unique(image) for image in labels]
     share = np.bincount(np.concatenate(classes)) / len(classes)
@@ -79,16 +84,16 @@ def repeat_factors(labels: Sequence[np.ndarray], threshold: float) -> np.ndarray
 def positions(
     start_step: int, batch_size: int, rank: int = 0, world_size: int = 1
 ) -> Iterator[list[int]]:
-    """The positions of one rank, a list a step, for ever; `batch_size` counts the images of all ranks.
+    """Yield the positions of one rank, one list per step, without end.
 
-    Raises ValueError when the ranks cannot share a batch evenly.
+    batch_size is global. Raises ValueError if it is not divisible by the number of ranks.
     """
     check_batch_size(batch_size, world_size)
     return _positions(start_step, batch_size, rank, batch_size // world_size)
 
 
 def check_batch_size(batch_size: int, processes: int, accumulate: int = 1) -> None:
-    """Raise ValueError if the processes, with `accumulate` micro-batches each, cannot share a batch evenly."""
+    """Raise ValueError if batch_size is not divisible by processes * accumulate."""
     parts = processes * accumulate
     if batch_size % parts:
         lower = batch_size - batch_size % parts
@@ -100,7 +105,8 @@ def check_batch_size(batch_size: int, processes: int, accumulate: int = 1) -> No
             many = f"{parts} ({them} x train.accumulate={accumulate})"
             other = "or change train.accumulate or the number of processes"
         raise ValueError(
-            f"train.batch_size must be a multiple of {many}, got {batch_size}; set it to {fitting}, {other}"
+            f"train.batch_size must be a multiple of {many}, got {batch_size}; "
+            f"set it to {fitting}, {other}"
         )
 
 

@@ -1,7 +1,7 @@
-"""The segmentation of an annotation: what of it is usable, what is wrong with it, and the box around it.
+"""Validation of an annotation's segmentation, and the box around it.
 
-COCO's forms are polygons (a list of flat x, y lists) and run lengths (RLE). As in Detectron2 and mmdet, a part of fewer
-than 3 points is left out; an object without any other part has no outline.
+COCO's formats are polygons (a list of flat x, y lists) and run lengths (RLE). As in Detectron2 and
+mmdet, parts of fewer than 3 points are ignored; an object without other parts has no outline.
 """
 
 from __future__ import annotations
@@ -15,12 +15,14 @@ import numpy as np
 from pycocotools import mask as rle
 
 Box = tuple[float, float, float, float]  # x0, y0, x1, y1 in pixels
-show = reprlib.repr  # a value in a few characters of one line, whatever it is
+show = reprlib.repr  # any value, abbreviated, for messages
 
 
 class Outline(NamedTuple):
-    """shape: usable polygons or an RLE, None without an outline; left_out: parts of fewer than 3 points; box: around
-    the outline, None if it is empty or has an error; problem: (kind, text) of an error, None if there is none.
+    """A validated segmentation.
+
+    shape: usable polygons or RLE, or None. left_out: number of parts of fewer than 3 points. box:
+    around the outline; None if it is empty or invalid. problem: (kind, text) of an error, or None.
     """
 
     shape: list | dict | None
@@ -30,9 +32,9 @@ class Outline(NamedTuple):
 
 
 def read_outline(segmentation: object, size: tuple[int, int] | None, boxed: bool = True) -> Outline:
-    """Examine a segmentation of an image of (height, width) `size`, None if that is unknown.
+    """Validate a segmentation. size: (height, width) of the image, None if unknown.
 
-    boxed: whether the box around an RLE is wanted, which takes most of the time.
+    boxed: compute the box around an RLE, which takes most of the time.
     """
     if segmentation is None:
         return Outline(None)
@@ -64,7 +66,7 @@ def read_outline(segmentation: object, size: tuple[int, int] | None, boxed: bool
     if left_out == len(segmentation):
         return Outline(None, left_out)
     box = low_x, low_y, high_x, high_y
-    # pycocotools draws all of it; the first comparison is for speed
+    # pycocotools rasterizes all of it; the first comparison is for speed
     if size is not None and not inside(box, size) and reaches_far(box, size):
         problem = "polygon far outside its image", f"{show(box)} on {size[1]} x {size[0]} pixels"
         return Outline(None, problem=problem)
@@ -75,19 +77,19 @@ def read_outline(segmentation: object, size: tuple[int, int] | None, boxed: bool
 
 
 def inside(box: Box, size: tuple[int, int]) -> bool:
-    """Whether a box lies in an image of (height, width) `size`."""
+    """Return whether a box is inside an image of (height, width) `size`."""
     x0, y0, x1, y1 = box
     return 0 <= x0 <= x1 <= size[1] and 0 <= y0 <= y1 <= size[0]
 
 
 def reaches_far(coordinates: Sequence[float], size: tuple[int, int]) -> bool:
-    """Whether a number lies farther outside an image of (height, width) `size` than its longer side."""
+    """Return whether a coordinate exceeds an image of (height, width) `size` by its longer side."""
     side = max(size)
     return min(coordinates) < -side or max(coordinates) > 2 * side
 
 
 def compressed(shape: list | dict, height: int, width: int) -> dict:
-    """A usable outline as pycocotools' RLE with counts in bytes, as pycocotools draws it."""
+    """Convert a usable outline to pycocotools' RLE, with counts in bytes."""
     if isinstance(shape, list):
         return rle.merge(rle.frPyObjects(shape, height, width))
     if isinstance(shape["counts"], list):
@@ -97,12 +99,12 @@ def compressed(shape: list | dict, height: int, width: int) -> dict:
 
 
 def pixel_count(shape: list | dict, height: int, width: int) -> int:
-    """The number of pixels of a usable outline, as pycocotools draws it."""
+    """Return the number of pixels of a usable outline, rasterized by pycocotools."""
     return int(rle.area(compressed(shape, height, width)))
 
 
 def whole_number(value: object) -> int | None:
-    """The value as a whole number, also if it is written as 96.0 or "96"; None for anything else, such as true."""
+    """Return a whole number, also from 96.0 or "96"; None for any other value, such as true."""
     if type(value) is int:
         return value
     if isinstance(value, float) and value.is_integer():
@@ -128,14 +130,17 @@ def _read_rle(code: dict, size: tuple[int, int] | None, boxed: bool) -> Outline:
         text = f"{sum(runs)} of {height * width} pixels"
         return Outline(None, problem=("RLE whose counts do not fill its size", text))
     whole = {"size": [height, width], "counts": runs if isinstance(counts, list) else counts}
-    if size is None or not boxed:  # the sides may be of any length
+    if size is None or not boxed:  # without size, the sides may be too long to decode
         return Outline(whole)
     x, y, wide, high = rle.toBbox(compressed(whole, height, width)).tolist()
     return Outline(whole, box=(x, y, x + wide, y + high) if wide and high else None)
 
 
 def run_lengths(counts: object) -> list[int] | None:
-    """Run lengths as they are, or out of COCO's compressed text: 5 bits a character, differences to two runs before."""
+    """Return run lengths from a list or COCO's compressed text; None if invalid.
+
+    Compressed: 5 bits per character, values relative to the run two before.
+    """
     if isinstance(counts, list):
         whole: list[Any] = counts
         types = set(map(type, counts))
@@ -152,7 +157,7 @@ def run_lengths(counts: object) -> list[int] | None:
     ends = np.flatnonzero(last)
     starts = np.append(0, ends[:-1] + 1)
     lengths = ends - starts + 1
-    if lengths.max() > 7:  # more than 35 bits are no run
+    if lengths.max() > 7:  # more than 35 bits
         return None
     place = np.arange(len(codes)) - np.repeat(starts, lengths)
     runs = np.add.reduceat((codes & 31) << (5 * place), starts)

@@ -1,8 +1,8 @@
-"""An array that goes to another process as memory which both look at, not as a copy.
+"""Arrays that are shared with worker processes instead of copied.
 
-A process that is forked shares what nobody writes to. One that starts afresh (spawn, or forkserver, which Python takes
-from 3.14 on) gets its data pickled: LVIS's 1 GB once more for each worker of a data loader. Here it gets a file without
-a name that lies in memory (memfd_create, Linux; elsewhere it is a copy), and maps it.
+Forked processes share unmodified memory. With spawn or forkserver (the default from Python 3.14 on)
+data are pickled: 1 GB of LVIS for each worker. Here workers map an anonymous file in memory
+(memfd_create, Linux only; on other systems the array is copied).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ T = TypeVar("T")
 
 
 class Shared:
-    """`array` is not to be written to, and to be looked at anew each time: it moves when it is first sent."""
+    """A read-only array. Access `array` anew each time: it moves when it is first sent."""
 
     def __init__(self, array: np.ndarray) -> None:
         self.array = array
@@ -39,7 +39,7 @@ class Shared:
             return Shared, (self.array,)
         if self._file is None:
             self._file = _file_of(self.array)
-            # our copy is no longer needed
+            # replaces the original, which is freed
             self.array = _mapped(self._file, self.array.dtype, self.array.shape)
         return _received, (DupFd(self._file), self.array.dtype, self.array.shape)
 
@@ -66,16 +66,15 @@ def _received(sent: Any, dtype: np.dtype, shape: tuple[int, ...]) -> Shared:
     try:
         return Shared(_mapped(file, dtype, shape))
     finally:
-        os.close(file)  # the mapping has its own
+        os.close(file)  # the mapping keeps its own descriptor
 
 
 class PackedList(Generic[T]):
-    """Values of our own making, packed as they come and unpacked one at a time.
+    """A list of pickled values, unpickled on access.
 
-    As objects the polygons of LVIS take 6 GB, and each worker process in time a copy of them: looking at a Python
-    object writes to it (its reference count). Packed they take 1 GB, which all workers of a process share. Once sent
-    to one, the list takes no more values.
-    """
+    As Python objects, the polygons of LVIS take 6 GB in each worker, since access writes their
+    reference counts. Pickled they take 1 GB, which all workers share. After it was sent to a
+    process, the list is read-only."""
 
     def __init__(self, values: Iterable[T] = ()) -> None:
         self._ends = array("q", [0])
@@ -85,9 +84,9 @@ class PackedList(Generic[T]):
             self.append(value)
 
     def append(self, value: T) -> None:
-        """Add a value at the end. Raises TypeError once the list has been sent to another process."""
+        """Append a value. Raises TypeError after the list was sent to another process."""
         if self._sent is not None:
-            raise TypeError("a list that another process has can take no more values")
+            raise TypeError("a list that was sent to another process is read-only")
         self._bytes += pickle.dumps(value, pickle.HIGHEST_PROTOCOL)
         self._ends.append(len(self._bytes))
 

@@ -1,10 +1,10 @@
-"""One affine an image: drawn once, it moves the outlines as points and the pixels by one resize and crop.
+"""Augmentation by one affine per image, applied to the outlines' points and, as resize and crop, to
+the pixels.
 
-Large-scale jitter (Ghiasi et al. 2021) as Detectron2 does it (ResizeScale, FixedSizeCrop): order, rounding and the
-one random number for both crop offsets are its. mmdet draws the offsets apart and resizes without antialiasing: both
-can be chosen. The axes may be exchanged first; colours are changed last.
-Letters: G objects, E edges of all objects, S side of the square canvas. Sizes are (height, width).
-"""
+Large-scale jitter (Ghiasi et al. 2021) with the order, rounding and the single random number for
+both crop offsets of Detectron2 (ResizeScale, FixedSizeCrop). mmdet draws two offsets and resizes
+without antialiasing: both are options. Axes are exchanged first; colours are changed last. Letters:
+G objects, E edges of all objects, S side of the square canvas. Sizes are (height, width)."""
 
 from __future__ import annotations
 
@@ -15,24 +15,26 @@ from PIL import Image
 
 from vitdet.data.bilinear import resize_bilinear
 
-LUMA = np.array([0.299, 0.587, 0.114])  # ITU-R BT.601, as PIL's grey
+LUMA = np.array([0.299, 0.587, 0.114])  # ITU-R BT.601, as in PIL
 
 
 @dataclass(frozen=True)
 class Affine:
-    """Exchange of axes -> horizontal flip -> resize to `scaled` -> crop of `size` at `offset` (top, left)."""
+    """Exchange of axes -> horizontal flip -> resize to `scaled` -> crop of `size` at `offset` (top,
+    left).
+    """
 
-    source: tuple[int, int]  # the image in the file
-    scaled: tuple[int, int]  # all of it after the resize
+    source: tuple[int, int]  # size of the file's image
+    scaled: tuple[int, int]  # size of the resized image
     offset: tuple[int, int]
-    size: tuple[int, int]  # what is seen
+    size: tuple[int, int]  # size of the crop
     flip: bool = False
     transpose: bool = False
     # factors of brightness, contrast, saturation
     colors: tuple[float, float, float] = (1.0, 1.0, 1.0)
 
     def matrix(self) -> np.ndarray:
-        """(2, 3) float64: new (x, y) = matrix @ (x, y, 1)."""
+        """Return the matrix (2, 3) float64: new (x, y) = matrix @ (x, y, 1)."""
         height, width = self.source[::-1] if self.transpose else self.source
         matrix = np.array(
             [[0.0, 1.0, 0.0], [1.0, 0.0, 0.0]]
@@ -48,7 +50,7 @@ class Affine:
         return matrix
 
     def seen(self, image: Image.Image, antialias: bool) -> Image.Image:
-        """What is seen of the RGB image, bilinear; only that part is ever computed."""
+        """Return the crop of the RGB image, resized bilinearly; only the crop is computed."""
         if self.transpose:
             image = image.transpose(Image.Transpose.TRANSPOSE)
         if self.flip:
@@ -68,7 +70,7 @@ class Affine:
         return change_colors(image, *self.colors)
 
     def edges(self, edges: np.ndarray) -> np.ndarray:
-        """Edges (E, 4) x0, y0, x1, y1 moved to the canvas, float32; zero edges, which are points, stay zero."""
+        """Transform edges (E, 4) x0, y0, x1, y1 to the canvas, float32; zero edges stay zero."""
         matrix = self.matrix()
         linear, shift = np.zeros((4, 4)), np.concatenate([matrix[:, 2], matrix[:, 2]])
         linear[:2, :2] = linear[2:, 2:] = matrix[:, :2].T
@@ -88,11 +90,19 @@ def jitter(
     color_jitter: float,
     diagonal: bool,
 ) -> Affine:
-    """Draws the affine of an image of size `source`: scale s ~ U(scale_range) to fit a square of s * canvas pixels,
-    crop to the canvas; flip and transpose are probabilities, colour factors lie in 1 +- color_jitter. With `diagonal`
-    one number gives both offsets of the crop (detectron2), else each has its own (mmdet).
+    """Draw the affine for an image of size `source`.
+
+    Args:
+        rng: random number generator.
+        source: (height, width) of the image.
+        canvas: side of the square canvas in pixels.
+        scale_range: the image is resized to fit a square of s * canvas pixels, s ~ U(scale_range).
+        flip, transpose: probabilities.
+        color_jitter: factors of brightness, contrast, saturation ~ U(1 - color_jitter, 1 +
+            color_jitter).
+        diagonal: one random number for both crop offsets (Detectron2), else two (mmdet).
     """
-    draws = rng.random(8)  # always as many, so that one setting does not shift the others' draws
+    draws = rng.random(8)  # always 8, so that no setting changes the random numbers of another
     transposed = bool(draws[0] < transpose)
     shape = np.array(source[::-1] if transposed else source)
     scale = scale_range[0] + draws[2] * (scale_range[1] - scale_range[0])
@@ -108,7 +118,9 @@ def jitter(
 
 
 def fit(source: tuple[int, int], size: int) -> tuple[int, int]:
-    """The size (height, width) whose longest side is `size`, as Detectron2's ResizeShortestEdge rounds it."""
+    """Return the size (height, width) with longest side `size`, rounded as Detectron2's
+    ResizeShortestEdge.
+    """
     scale = size / min(source)
     height, width = scale * source[0], scale * source[1]
     shrink = size / max(height, width)
@@ -118,8 +130,8 @@ def fit(source: tuple[int, int], size: int) -> tuple[int, int]:
 
 
 def resize_longest(image: Image.Image | np.ndarray, size: int, antialias: bool) -> np.ndarray:
-    """An RGB image or array (H, W, 3) uint8 with its longest side made `size` pixels, bilinear as PIL's or, plain, as
-    OpenCV's.
+    """Resize an RGB image or array (H, W, 3) uint8 to longest side `size`, bilinear as PIL's or,
+    without antialiasing, as OpenCV's.
     """
     image = Image.fromarray(image) if isinstance(image, np.ndarray) else image
     height, width = fit((image.height, image.width), size)
@@ -131,10 +143,11 @@ def resize_longest(image: Image.Image | np.ndarray, size: int, antialias: bool) 
 def resize_and_pad(
     image: Image.Image | np.ndarray, size: int, antialias: bool, canvas: np.ndarray | None = None
 ) -> tuple[np.ndarray, tuple[int, int]]:
-    """The RGB image or array (H, W, 3) uint8 on a canvas (3, size, size), longest side = canvas; and its size without
-    the padding. canvas: a black one to be filled (a new one). An array is copied before: of a large picture that is
-    much.
-    """
+    """Resize an RGB image or array (H, W, 3) uint8 to a canvas (3, size, size), longest side =
+    canvas.
+
+    canvas: a black canvas to write to; default: a new one. Returns the canvas and the (height,
+    width) without padding."""
     resized = resize_longest(image, size, antialias)
     canvas = np.zeros((3, size, size), np.uint8) if canvas is None else canvas
     pad(Image.fromarray(resized), canvas)
@@ -142,8 +155,8 @@ def resize_and_pad(
 
 
 def pad(image: Image.Image, canvas: np.ndarray) -> None:
-    """Writes the RGB image into the top left corner of a black canvas (3, S, S) uint8."""
-    # a third of the time of exchanging an array's axes
+    """Write an RGB image to the top left corner of a black canvas (3, S, S) uint8."""
+    # takes a third of the time of transposing an array
     for plane, band in zip(canvas, image.split(), strict=True):
         plane[: image.height, : image.width] = band
 
@@ -151,8 +164,15 @@ def pad(image: Image.Image, canvas: np.ndarray) -> None:
 def visible_boxes(
     edges: np.ndarray, counts: np.ndarray, size: tuple[int, int]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Boxes (G, 4) float32 xyxy around what of the outlines lies in the image of (height, width) `size`, and which of
-    them (G,) bool hold something: sides above 1e-5. Outlines: edges (E, 4), one object's after the other's, counts (G,).
+    """Return the boxes around the outlines, clipped to an image of (height, width) `size`.
+
+    Args:
+        edges: (E, 4), ordered by object.
+        counts: (G,) edges of each object.
+        size: (height, width).
+
+    Returns:
+        boxes (G, 4) float32 xyxy, and (G,) bool: whether both sides exceed 1e-5.
     """
     real = np.any(edges, axis=1, keepdims=True)
     start, end = edges[:, :2], edges[:, 2:]
@@ -173,7 +193,7 @@ def visible_boxes(
 def change_colors(
     image: Image.Image, brightness: float, contrast: float, saturation: float
 ) -> Image.Image:
-    """The image with brightness, then contrast, then saturation multiplied; all three are one colour matrix."""
+    """Multiply brightness, then contrast, then saturation, as one colour matrix."""
     if brightness == contrast == saturation == 1:
         return image
     grey = brightness * float(np.asarray(image.convert("L")).mean())
@@ -187,7 +207,9 @@ def _pair(values: np.ndarray) -> tuple[int, int]:
 
 
 def _of_each(reduce: np.ufunc, values: np.ndarray, counts: np.ndarray, empty: float) -> np.ndarray:
-    """Values (E, D) of all edges -> (G, D) reduced over those of each object; `empty` for one without any."""
+    """Reduce values (E, D) of edges over each object to (G, D); `empty` for objects without
+    edges.
+    """
     found = np.full((len(counts), values.shape[1]), empty, values.dtype)
     some = counts > 0
     if some.any():
@@ -198,9 +220,10 @@ def _of_each(reduce: np.ufunc, values: np.ndarray, counts: np.ndarray, empty: fl
 def _clipped(
     edges: np.ndarray, real: np.ndarray, counts: np.ndarray, window: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Low and high corners (G, 2) of outline and window's intersection.
+    """Return the low and high corners (G, 2) of the intersection of outline and window.
 
-    Its corners are the ends of the edges' pieces in the window and the window's corners inside the outline.
+    Its vertices are the ends of the edges clipped to the window and the window's corners inside the
+    outline.
     """
     start, along = edges[:, :2], edges[:, 2:] - edges[:, :2]
     along = np.where(along == 0, 1e-12, along)
@@ -219,7 +242,9 @@ def _clipped(
 
 
 def _winding(edges: np.ndarray, counts: np.ndarray, points: np.ndarray) -> np.ndarray:
-    """How often each outline of edges (E, 4), counts (G,), turns around each point (P, 2): (G, P)."""
+    """Return the winding numbers (G, P) of outlines (edges (E, 4), counts (G,)) at points (P,
+    2).
+    """
     x0, y0, x1, y1 = edges.T[:, :, None]
     x, y = points.T
     down, up = (y0 <= y) & (y < y1), (y1 <= y) & (y < y0)

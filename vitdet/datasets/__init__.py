@@ -1,1 +1,3 @@
-"""Data sets prepared for training: fetched, imported from other formats, reported on; the detector imports none of it."""
+"""Preparation of data sets: downloads, conversion from other formats, reports. Not used by the
+detector.
+"""

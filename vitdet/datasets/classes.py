@@ -1,4 +1,4 @@
-"""The classes of a converted data set: those of the source, renamed and selected as asked."""
+"""The classes of a converted data set: those of the source, renamed and selected."""
 
 from __future__ import annotations
 
@@ -7,14 +7,16 @@ from pathlib import Path
 
 import yaml
 
-from vitdet.data.annotations import is_text
+from vitdet.data.header import is_text
 from vitdet.data.segmentation import show
 
 
 def read_names(path: Path) -> dict[str, str]:
-    """The map of a YAML or JSON file, old: new. Raises FileNotFoundError, and ValueError for anything else."""
+    """Read a YAML or JSON file with a map old: new. Raises FileNotFoundError, ValueError for other
+    content.
+    """
     try:
-        # scalars stay text: a class may be called "no"
+        # scalars stay text: a class may be named "no"
         names = yaml.load(path.read_text(encoding="utf-8-sig"), yaml.BaseLoader)
     except FileNotFoundError:
         raise FileNotFoundError(f"{path}: no such file") from None
@@ -30,10 +32,11 @@ def read_names(path: Path) -> dict[str, str]:
 def select_classes(
     source: Path, names: Sequence[str], keep: Sequence[str], rename: Mapping[str, str]
 ) -> tuple[tuple[str, ...], list[int | None]]:
-    """The classes to write, and for each class of the source which of them it becomes (None: it is left out).
+    """Return the classes to write, and for each class of the source its new class (None: dropped).
 
-    rename: old name -> new name; two classes with one name become one. keep: the new names to write, in this order; all
-    in the order of the source if empty. Raises ValueError for names that there are not.
+    rename: old name -> new name; classes with the same new name are merged. keep: the new names to
+    write, in this order; default: all, in the order of the source. Raises ValueError for unknown
+    names.
     """
     for option, given, known in (
         ("--rename", rename, names),
@@ -42,7 +45,8 @@ def select_classes(
         missing = [name for name in given if name not in known]
         if missing:
             raise ValueError(
-                f"{source}: {option}: no class {show(missing[0])}; the classes are {', '.join(dict.fromkeys(known))}"
+                f"{source}: {option}: no class {show(missing[0])}; the classes are "
+                f"{', '.join(dict.fromkeys(known))}"
             )
     renamed = [rename.get(name, name) for name in names]
     kept = tuple(dict.fromkeys(keep or renamed))

@@ -1,7 +1,8 @@
-"""A folder in another format becomes one in COCO's layout, all of it or nothing.
+"""Conversion of a data set in another format to COCO's layout, atomically.
 
-Images are hard links to those of the source, which cost no disk and survive if the source is deleted; where the file
-system has none (another disk), copies. No two images share an id or, unless they are one file, a name: as COCO has it.
+Images are hard links to those of the source, which take no space and remain if the source is
+deleted; copies if the file system does not support links (another disk). As in COCO, image ids are
+unique, and so are names unless they are the same file.
 """
 
 from __future__ import annotations
@@ -18,14 +19,19 @@ from pathlib import Path
 from vitdet.data.images import DEFAULT, Reading
 from vitdet.datasets.classes import select_classes
 from vitdet.datasets.formats import FORMATS, detect
-from vitdet.datasets.importers.dataset import BOX_ONLY, Foreign, Picture, Thing
-from vitdet.files import written_folder
+from vitdet.datasets.importers.dataset import (
+    BOX_ONLY,
+    ImportedDataset,
+    ImportedImage,
+    ImportedObject,
+)
+from vitdet.files import atomic_dir
 
 
 @dataclass(frozen=True)
 class Converted:
-    """What was written: (images, objects) of each split, the classes, and what a person should know: `notes` with
-    counts, `remarks` without.
+    """The result: (images, objects) of each split, the classes, and messages for the user: `notes`
+    with counts, `remarks` without.
     """
 
     splits: dict[str, tuple[int, int]]
@@ -48,18 +54,26 @@ def convert(
     seed: int = 0,
     reading: Reading = DEFAULT,
 ) -> Converted:
-    """Writes target/SPLIT/* and target/annotations/instances_SPLIT.json.
+    """Write target/SPLIT/* and target/annotations/instances_SPLIT.json.
 
-    kind: a key of FORMATS, else what the source looks like; copy: images are copied in any case.
-    boxes_as_masks: an object with a box only gets that box as its mask.
-    splits, classes: only these, the classes in this order; rename: new names of classes, before `classes`.
-    val_share: of the images of a source with one split, this share (0 to 1) becomes `val`, drawn with `seed`.
-    reading: how image files are read.
-    Raises SourceError, a ValueError, with all problems of the source; FileNotFoundError and ValueError, in one line,
-    for a source or options that cannot be used at all, and ValueError if the target holds anything.
+    Args:
+        source: the data set.
+        target: a new or empty folder.
+        kind: a key of FORMATS; default: detected.
+        copy: always copy images.
+        boxes_as_masks: use the box as mask of objects without one.
+        splits, classes: only these; the classes in this order.
+        rename: new names of classes, applied before `classes`.
+        val_share: share (0 to 1) of the images of the only split that becomes `val`, drawn with
+            `seed`.
+        reading: how image files are read.
+
+    Raises:
+        SourceError: a ValueError with all problems of the source.
+        FileNotFoundError, ValueError: unusable source or options, or the target is not empty.
     """
     if target.exists() and not (target.is_dir() and not any(target.iterdir())):
-        raise ValueError(f"{target}: is there already; give a new folder")
+        raise ValueError(f"{target}: already exists; choose a new folder")
     if not source.exists():
         raise FileNotFoundError(f"{source}: no such folder")
     if not 0 <= val_share < 1:
@@ -68,34 +82,40 @@ def convert(
     if found.class_names:
         names, labels = select_classes(source, found.class_names, classes, rename or {})
     else:
-        names, labels = (), []  # nothing was readable
-    with written_folder(target) as temporary:
+        names, labels = (), []  # nothing readable
+    with atomic_dir(target) as temporary:
         (temporary / "annotations").mkdir()
         writer = _Writer(temporary, names, labels, copy, boxes_as_masks)
-        pictures: Mapping[str, Iterable[Picture]] = found.splits
+        pictures: Mapping[str, Iterable[ImportedImage]] = found.splits
         if val_share and found.splits:
             pictures = _divided(source, found, val_share, seed)
         counts = {split: writer.write(split, items) for split, items in pictures.items()}
-        found.problems.refuse(source)
+        found.problems.raise_if_any(source)
         if not counts:
             raise ValueError(f"{source}: nothing to convert; {'; '.join(found.remarks)}")
     if not any(split.startswith("val") for split in counts):
         found.remarks.append(
-            "no validation split, which training needs: --val-share 0.1 takes a tenth of the images"
+            "no validation split, which training needs; --val-share 0.1 splits off a tenth of the "
+            "images"
         )
     notes = {note: count for note, count in found.notes.items() if count}
     if boxes_as_masks and BOX_ONLY in notes:
-        notes["boxes are also their objects' masks"] = notes.pop(BOX_ONLY)
+        notes["boxes are used as masks"] = notes.pop(BOX_ONLY)
     if writer.other_classes:
-        notes["objects of other classes left out (--classes)"] = writer.other_classes
+        notes["objects of other classes dropped (--classes)"] = writer.other_classes
     return Converted(counts, names, notes, tuple(found.remarks))
 
 
-def _divided(source: Path, found: Foreign, share: float, seed: int) -> dict[str, list[Picture]]:
-    """The images of the one split as train and val. Raises ValueError if there are more splits, or too few images."""
+def _divided(
+    source: Path, found: ImportedDataset, share: float, seed: int
+) -> dict[str, list[ImportedImage]]:
+    """Split the images of the only split into train and val. Raises ValueError if there are several
+    splits, or too few images.
+    """
     if len(found.splits) != 1:
         raise ValueError(
-            f"{source}: --val-share divides the images of one split, but there are {', '.join(found.splits)}; "
+            f"{source}: --val-share divides the images of one split, but there are "
+            f"{', '.join(found.splits)}; "
             "--splits takes one of them"
         )
     pictures = [picture for split in found.splits.values() for picture in split]
@@ -111,7 +131,7 @@ def _divided(source: Path, found: Foreign, share: float, seed: int) -> dict[str,
 
 
 class _Writer:
-    """Numbers and names go on from split to split."""
+    """Writes the splits, with consecutive ids and unique file names."""
 
     def __init__(
         self,
@@ -122,14 +142,14 @@ class _Writer:
         boxes_as_masks: bool,
     ) -> None:
         self.folder, self.class_names, self.copy = folder, class_names, copy
-        self.labels = labels  # label of the source -> label here, None: left out
+        self.labels = labels  # label of the source -> label here, None: skipped
         self.boxes_as_masks = boxes_as_masks
         self.images = self.objects = self.other_classes = 0
         self.name_of: dict[str, str] = {}  # source file -> name
         self.taken: Counter[str] = Counter()
 
-    def write(self, split: str, pictures: Iterable[Picture]) -> tuple[int, int]:
-        """Writes a split; its number of images and of objects."""
+    def write(self, split: str, pictures: Iterable[ImportedImage]) -> tuple[int, int]:
+        """Write a split; return its numbers of images and objects."""
         (self.folder / split).mkdir()
         categories = [
             {"id": label + 1, "name": name} for label, name in enumerate(self.class_names)
@@ -164,12 +184,12 @@ class _Writer:
             file.write('\n], "images": ' + json.dumps(images) + "}\n")
         return len(images), self.objects - objects
 
-    def _box_as_mask(self, thing: Thing) -> list[list[float]]:
+    def _box_as_mask(self, thing: ImportedObject) -> list[list[float]]:
         x, y, width, height = thing.box
         right, low = round(x + width, 3), round(y + height, 3)
         return [[x, y, right, y, right, low, x, low]] if self.boxes_as_masks else []
 
-    def _image(self, split: str, picture: Picture) -> dict[str, str | int]:
+    def _image(self, split: str, picture: ImportedImage) -> dict[str, str | int]:
         path = os.path.realpath(picture.path)  # a link to a link would be one
         name = self.name_of.setdefault(path, "") or self._name(picture.path.name)
         self.name_of[path] = name
@@ -183,7 +203,7 @@ class _Writer:
         }
 
     def _name(self, name: str) -> str:
-        """The name, with a number if another file has it."""
+        """Return the file name, with a number if another file has it."""
         stem, suffix = os.path.splitext(name)
         while name in self.taken:
             self.taken[stem + suffix] += 1

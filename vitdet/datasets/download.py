@@ -1,10 +1,11 @@
-"""One file from one address into one file here, over connections that break.
+"""Download of one file over unreliable connections.
 
-The bytes so far lie in PATH, and PATH.json says what they are the beginning of: the address, the validator that the
-server gave (a strong ETag, else Last-Modified) and the length. The next attempt asks for the rest by Range, on the
-condition (If-Range) that the file is still that one; a server that answers with the whole file, because it ignores
-Range or has another file by now, makes it start again. Attempts go on as long as they bring new bytes; `tries` in a row
-that do not are the end. RFC 9110, sections 8.8, 13.1.5 and 14.
+PATH contains the bytes received so far, and PATH.json what they belong to: the address, the
+validator of the server (a strong ETag, else Last-Modified) and the length. The next attempt
+requests the rest by Range, on the condition (If-Range) that the file has not changed; if the server
+sends the whole file, because it ignores Range or the file has changed, the download starts over.
+Attempts continue while they make progress; `tries` consecutive attempts without progress end the
+download. RFC 9110, sections 8.8, 13.1.5 and 14.
 """
 
 from __future__ import annotations
@@ -27,11 +28,11 @@ from urllib.request import Request, urlopen
 from vitdet.files import write_json
 
 CHUNK = 1 << 18  # bytes
-LARGEST = 100 * 10**9  # bytes: of a file whose size nobody tells; no published one is larger
-PASSING = (408, 425, 429, 500, 502, 503, 504)  # status codes after which another attempt may do
+LARGEST = 100 * 10**9  # bytes: limit for files of unknown size; no published file is larger
+PASSING = (408, 425, 429, 500, 502, 503, 504)  # status codes that are retried
 REASONS = {
-    401: "it asks for a password",
-    403: "it does not give out this file",
+    401: "it requires a password",
+    403: "the server denies access to this file",
     404: "no such file there",
     410: "the file is gone",
 }
@@ -40,26 +41,26 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Patience:
-    """When to try again and when to give up."""
+    """Retry policy."""
 
-    tries: int = 5  # attempts in a row that bring nothing new
+    tries: int = 5  # consecutive attempts without progress
     pause: float = 1.0  # seconds before the second attempt; doubles each time
     longest_pause: float = 60.0
     stall: float = 30.0  # seconds without a byte
 
 
 class Watcher(Protocol):
-    """Who is told how far a download is."""
+    """Progress display of a download."""
 
     def at(self, done: int, total: int | None) -> None:
-        """So many bytes of so many are here; None: the server does not say."""
+        """Report progress in bytes; None: unknown total."""
 
     def end(self) -> None:
-        """No more bytes come from this attempt; may be said twice."""
+        """End of an attempt; may be called twice."""
 
 
 class _Broken(Exception):
-    """An attempt that failed in a way that may pass. `pause`: seconds that the server asks for."""
+    """A failed attempt that may be retried. `pause`: seconds requested by the server."""
 
     def __init__(self, reason: str, pause: float = 0.0) -> None:
         super().__init__(reason)
@@ -67,11 +68,11 @@ class _Broken(Exception):
 
 
 class _TooLongError(Exception):
-    """More bytes came than the file has."""
+    """The server sent more bytes than the file has."""
 
 
 class _Beginning(NamedTuple):
-    """What the bytes so far are the beginning of."""
+    """The file that the bytes received so far belong to."""
 
     url: str
     validator: str
@@ -86,11 +87,20 @@ def download(
     size: int | None = None,
     copies: int = 1,
 ) -> None:
-    """Makes `path` the whole file of the address, going on from what is there. `size`: the bytes that it must have;
-    `copies`: as many files of its size must fit on the disk, in the end.
+    """Download a file to `path`, resuming a previous download.
 
-    Raises ConnectionError or FileNotFoundError when the server will not give it, OSError when the disk will not take
-    it, ValueError when it is another file than expected.
+    Args:
+        address: the URL.
+        path: the file to write.
+        watcher: progress display.
+        patience: retry policy.
+        size: expected bytes, if known.
+        copies: number of files of this size that must fit on the disk in the end.
+
+    Raises:
+        ConnectionError, FileNotFoundError: the server does not send the file.
+        OSError: the file cannot be written.
+        ValueError: not the expected file.
     """
     furthest, failures = _have(path), 0
     while True:
@@ -115,7 +125,8 @@ def download(
 
 
 def mirrored(url: str, mirror: str) -> str:
-    """The address on a mirror: MIRROR/PATH, where the path (and query) are those of the original address.
+    """Return the address on a mirror: MIRROR/PATH, with the path (and query) of the original
+    address.
 
     Raises ValueError for a mirror that is not an http address.
     """
@@ -132,7 +143,7 @@ def mirrored(url: str, mirror: str) -> str:
 
 
 def discard(path: Path) -> None:
-    """Empties the file, which whoever holds a lock on it goes on holding."""
+    """Empty the file without removing it, so that a lock on it remains valid."""
     note(path).unlink(missing_ok=True)
     if path.exists():
         os.truncate(path, 0)
@@ -145,7 +156,7 @@ def _attempt(
     if not have or beginning is None or beginning.url != url:
         have, beginning = 0, None
     if beginning and have == beginning.total:
-        return  # it broke off after the last byte
+        return  # it was interrupted after the last byte
     request = Request(url, headers={"User-Agent": "vitdet", "Accept-Encoding": "identity"})
     if beginning:
         request.add_header("Range", f"bytes={have}-")
@@ -155,7 +166,8 @@ def _attempt(
         _check(response, url, total, size)
         _ask_for_space(path, total, have, copies)
         if not start:
-            # first the old bytes, then the new note: a kill in between must not join the two
+            # remove the old bytes before writing the new description, so that a kill cannot mix
+            # them
             discard(path)
             _write_note(path, _Beginning(url, _validator(response), total))
         _receive(response, path, start, total, watcher, stall, size)
@@ -165,22 +177,22 @@ def _attempt(
 
 
 def _open(request: Request, path: Path, stall: float) -> http.client.HTTPResponse:
-    """The response, its body not yet read."""
+    """Send the request and return the response, before its body is read."""
     url = request.full_url
     try:
         return urlopen(request, timeout=stall)
     except HTTPError as error:
         with error:
-            # there is no such range: what is here is not the beginning of what is there
+            # range not satisfiable: the file on the server has changed
             if error.code == 416:
                 discard(path)
-                raise _Broken("the server has another file than before") from error
+                raise _Broken("the file on the server has changed") from error
             text = f"the server answers {error.code} {error.reason}"
             if error.code in PASSING:
                 after = error.headers.get("Retry-After", "")
                 raise _Broken(text, float(after) if after.isdigit() else 0.0) from error
             kind = FileNotFoundError if error.code in (404, 410) else ConnectionError
-            meaning = REASONS.get(error.code, "it will not give out this file")
+            meaning = REASONS.get(error.code, "the server denies access to this file")
             raise kind(f"{url}: {text} ({meaning})") from error
     except (URLError, OSError, http.client.HTTPException) as error:
         reason = error.reason if isinstance(error, URLError) else error
@@ -192,7 +204,7 @@ def _open(request: Request, path: Path, stall: float) -> http.client.HTTPRespons
 def _range(
     response: http.client.HTTPResponse, path: Path, have: int, beginning: _Beginning | None
 ) -> tuple[int, int | None]:
-    """Where the body starts and how long the whole file is."""
+    """Return the offset of the body and the length of the file."""
     length = response.headers.get("Content-Length")
     if response.status != 206 or beginning is None:
         return 0, int(length) if length and length.isdigit() else None
@@ -201,7 +213,7 @@ def _range(
     same = _validator(response) in (beginning.validator, "")  # some servers ignore If-Range
     if not found or int(found[1]) != have or total != beginning.total or not same:
         discard(path)
-        raise _Broken("the server has another file than before")
+        raise _Broken("the file on the server has changed")
     return have, total
 
 
@@ -210,11 +222,11 @@ def _check(
 ) -> None:
     if urlsplit(url).scheme == "https" and urlsplit(response.url).scheme != "https":
         raise ValueError(
-            f"{url}: leads to an address without encryption ({response.url}); it was not followed"
+            f"{url}: redirects to an unencrypted address ({response.url}); it was not followed"
         )
     if response.headers.get_content_type() == "text/html":
         raise ValueError(
-            f"{url}: a web page came instead of the file: a log-in, a proxy's notice or a dead link; open "
+            f"{url}: received a web page instead of the file (login, proxy or dead link); open "
             "it in a browser and give the file with --from"
         )
     if size is not None and total is not None and total != size:
@@ -224,13 +236,14 @@ def _check(
 
 
 def _ask_for_space(path: Path, total: int | None, have: int, copies: int) -> None:
-    """The rest of the file, and all of it for each further copy."""
+    """Raise OSError if the rest of the file, and its further copies, do not fit on the disk."""
     needed = copies * (total or 0) - have
     free = shutil.disk_usage(path.parent).free
     if needed > free:
         what = "the file" if copies == 1 else f"{copies} files of this size"
         raise OSError(
-            f"{path.parent}: {_bytes(needed)} are needed for {what}, {_bytes(free)} are free; free some "
+            f"{path.parent}: {_bytes(needed)} are needed for {what}, {_bytes(free)} are free; free "
+            "some "
             "space or give another folder"
         )
 
@@ -244,24 +257,27 @@ def _receive(
     stall: float,
     size: int | None,
 ) -> None:
-    """Appends the body to the first `start` bytes of the file. Raises ValueError, and keeps none, for more than `size`."""
+    """Append the body to the first `start` bytes of the file. Raises ValueError, and discards all,
+    for more than `size`.
+    """
     done, most = start, LARGEST if size is None else size
-    with open(path, "ab", buffering=0) as file:  # what was received is in the file
+    with open(path, "ab", buffering=0) as file:  # flush what was received
         try:
             watcher.at(done, total)
-            # one byte beyond the end tells that there is more
+            # read one byte more than expected, to detect a longer file
             while chunk := _read(response, stall, min(CHUNK, most - done + 1)):
                 if done + len(chunk) > most:
                     raise _TooLongError
                 view = memoryview(chunk)
                 while view:
-                    count = file.write(view)  # a disk that is nearly full takes a part
+                    count = file.write(view)  # a partial write on a nearly full disk
                     view, done = view[count:], done + count
                 watcher.at(done, total)
         except _TooLongError:
             discard(path)
             raise ValueError(
-                f"{response.url}: the server sends more than the {'' if size is None else 'expected '}"
+                f"{response.url}: the server sends more than the "
+                f"{'' if size is None else 'expected '}"
                 f"{most:,} bytes: not the published file; nothing was kept"
             ) from None
         except OSError as error:
@@ -272,7 +288,7 @@ def _receive(
 
 def _read(response: http.client.HTTPResponse, stall: float, most: int) -> bytes:
     try:
-        return response.read1(most)  # what has come: a cut loses nothing
+        return response.read1(most)  # read1: a broken connection loses nothing
     except (OSError, http.client.HTTPException) as error:
         raise _Broken(_words(error, stall)) from error
 
@@ -288,7 +304,7 @@ def _words(error: object, stall: float) -> str:
 
 
 def _validator(response: http.client.HTTPResponse) -> str:
-    """What tells this file from another at the same address; '' if the server says nothing."""
+    """Return the validator of the file's version; '' if the server sends none."""
     tag = response.headers.get("ETag", "")
     return tag if tag and not tag.startswith("W/") else response.headers.get("Last-Modified", "")
 
@@ -299,19 +315,19 @@ def _have(path: Path) -> int:
 
 def _kept(done: int) -> str:
     return (
-        f"the {done:,} bytes so far are kept, the same command goes on from there"
+        f"the {done:,} bytes so far are kept; run the same command to resume"
         if done
         else "nothing came"
     )
 
 
 def note(path: Path) -> Path:
-    """The file that says what the bytes in `path` are the beginning of."""
+    """Return the path of the file that describes the bytes in `path`."""
     return path.with_name(f"{path.name}.json")
 
 
 def _beginning(path: Path) -> _Beginning | None:
-    """What is noted of the bytes so far; None if that is nothing or not enough to go on."""
+    """Read the description of the bytes so far; None if it is missing or insufficient to resume."""
     try:
         noted = _Beginning(**json.loads(note(path).read_text()))
     except (FileNotFoundError, ValueError, TypeError):

@@ -1,10 +1,10 @@
-"""A zip archive's files into one folder, and nowhere else, whoever made the archive.
+"""Safe extraction of zip archives into one folder.
 
-Before a byte is written all names are looked at: a name that leads elsewhere, a link, a device, two names that are one
-on some disks, encryption, a compression whose memory has no bound, or more than the caller allows in files or bytes
-refuses the whole archive. While it is written a file gets no more bytes than its entry declares, and its checksum
-(CRC-32, APPNOTE.TXT 4.4.7) has to be right. A file appears under its name when it is whole; one that is whole already
-is not written again, so that unpacking goes on where it was cut off.
+All names are checked before a byte is written: a name outside of the folder, a link, a device,
+names that are equal on case-insensitive disks, encryption, a compression with unbounded memory, or
+more files or bytes than allowed reject the whole archive. A file gets no more bytes than its entry
+declares, and its checksum (CRC-32, APPNOTE.TXT 4.4.7) must match. Files are written atomically, and
+complete files are not written again, so that an interrupted extraction resumes.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from typing import NamedTuple
 from vitdet.data.download_record import crc32
 
 CHUNK = 1 << 20  # bytes
-TEMPORARY = ".unpacking"  # how the name of the file ends that is being written
+TEMPORARY = ".unpacking"  # suffix of a file that is being written
 METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
-# what zipfile raises for an archive that is none
+# errors of zipfile for an invalid archive
 BAD = (
     zipfile.BadZipFile,
     zlib.error,
@@ -38,14 +38,14 @@ BAD = (
 
 
 class Limits(NamedTuple):
-    """What an archive may unpack to."""
+    """Upper limits of an archive's content."""
 
     files: int
     size: int  # bytes
 
 
 class Entry(NamedTuple):
-    """An unpacked file: its name below the folder, its bytes and their CRC-32."""
+    """An extracted file: its name in the folder, size in bytes, and CRC-32."""
 
     name: str
     size: int
@@ -60,10 +60,19 @@ def unpack(
     seen: Callable[[int], None],
     ours: bool,
 ) -> list[Entry]:
-    """Unpacks the files that `choose` names: a name in the archive -> the name below the folder, None: not that one.
+    """Extract the selected files of an archive.
 
-    seen: told the bytes of each file that is there. ours: what is there and differs is replaced, else ValueError.
-    Raises ValueError for an archive that is refused or broken, OSError when the disk will not take it.
+    Args:
+        archive: the zip archive.
+        folder: where to extract to.
+        choose: maps a name in the archive to the name in the folder; None: skip.
+        limits: upper limits of the content.
+        seen: called with the bytes of each complete file.
+        ours: replace existing files that differ; otherwise they raise ValueError.
+
+    Raises:
+        ValueError: a rejected or damaged archive.
+        OSError: the files cannot be written.
     """
     found, temporary = [], folder / f".{archive.stem}{TEMPORARY}"
     try:
@@ -78,7 +87,7 @@ def unpack(
                 found.append(Entry(name, info.file_size, info.CRC))
                 seen(info.file_size)
     except BAD as error:
-        raise ValueError(f"{archive}: not a whole zip archive ({error})") from error
+        raise ValueError(f"{archive}: not a complete zip archive ({error})") from error
     except _Refused as error:
         raise ValueError(f"{archive}: {error}") from error
     finally:
@@ -88,13 +97,13 @@ def unpack(
 
 
 class _Refused(Exception):
-    """Why an archive is not unpacked."""
+    """The reason for rejecting an archive."""
 
 
 def _checked(
     infos: list[zipfile.ZipInfo], choose: Callable[[str], str | None], limits: Limits
 ) -> list[tuple[zipfile.ZipInfo, str]]:
-    """The chosen files of an archive that may be unpacked, with their names below the folder."""
+    """Return the selected files of a valid archive, with their names in the folder."""
     chosen: list[tuple[zipfile.ZipInfo, str]] = []
     for info in infos:
         _check_entry(info)
@@ -104,56 +113,58 @@ def _checked(
             chosen.append((info, name))
     if len(chosen) > limits.files:
         raise _Refused(
-            f"{len(chosen):,} files, of which at most {limits.files:,} are expected: refused"
+            f"{len(chosen):,} files, of which at most {limits.files:,} are expected: rejected"
         )
     size = sum(info.file_size for info, _ in chosen)
     if size > limits.size:
-        raise _Refused(f"unpacks to {size:,} bytes, at most {limits.size:,} are expected: refused")
+        raise _Refused(f"unpacks to {size:,} bytes, at most {limits.size:,} are expected: rejected")
     first: dict[str, str] = {}
-    for _, name in chosen:  # as a disk would compare them that knows no case
+    for _, name in chosen:  # as compared by a case-insensitive disk
         other = first.setdefault(unicodedata.normalize("NFC", name).casefold(), name)
         if other is not name:
             raise _Refused(
-                f"holds both {other} and {name}, which are one file on some disks: refused"
+                f"contains both {other} and {name}, which are the same file on some disks: rejected"
             )
     return chosen
 
 
 def _check_entry(info: zipfile.ZipInfo) -> None:
     if info.header_offset < 0:
-        raise _Refused("not a whole zip archive (its beginning is missing)")
+        raise _Refused("not a complete zip archive (its beginning is missing)")
     _check_name(info.orig_filename.removesuffix("/"))
     kind = stat.S_IFMT(info.external_attr >> 16)
     if kind not in (0, stat.S_IFREG, stat.S_IFDIR) or (kind == stat.S_IFDIR) > info.is_dir():
         raise _Refused(
-            f"{info.filename} is {'a link' if kind == stat.S_IFLNK else 'no plain file'}: refused"
+            f"{info.filename} is {'a link' if kind == stat.S_IFLNK else 'no plain file'}: rejected"
         )
     if info.flag_bits & 0x1:
-        raise _Refused(f"{info.filename} is encrypted: refused")
+        raise _Refused(f"{info.filename} is encrypted: rejected")
     if info.compress_type not in METHODS:
         raise _Refused(
-            f"{info.filename} is compressed by method {info.compress_type}, not deflated or stored: refused"
+            f"{info.filename} is compressed with method {info.compress_type}, not deflated or "
+            "stored: rejected"
         )
 
 
 def _check_name(name: str) -> None:
-    """Refuses what some system reads as a way out of the folder."""
+    """Reject names that any system interprets as outside of the folder."""
     parts = name.split("/")
     outside = not all(parts) or ".." in parts or "." in parts or "\\" in name or ":" in parts[0]
     if outside or not name.isprintable() or name.endswith(TEMPORARY):
         raise _Refused(
-            f"holds the name {name!r}, which leads out of the folder or is none: refused"
+            f"contains the name {name!r}, which is outside of the folder or invalid: rejected"
         )
     if max(len(part.encode()) for part in parts) > 255:
-        raise _Refused(f"holds a name of more than 255 bytes, {name[:40]!r}...: refused")
+        raise _Refused(f"contains a name of more than 255 bytes, {name[:40]!r}...: rejected")
 
 
 def _check_parents(path: Path, folder: Path) -> None:
-    """The folders from `folder` down to the file are folders, not links to others."""
+    """Raise ValueError if a folder between `folder` and the file is a link."""
     for parent in (path.parent, *path.parent.parents):
         if parent.is_symlink():
             raise OSError(
-                f"{parent}: a link; nothing is written through it. Remove it, or name the folder it leads to"
+                f"{parent}: is a link, which is not followed; remove it, or give the folder that "
+                "it points to"
             )
         if parent == folder:
             break
@@ -162,7 +173,9 @@ def _check_parents(path: Path, folder: Path) -> None:
 
 
 def _is_there(path: Path, info: zipfile.ZipInfo, ours: bool) -> bool:
-    """Whether the file is whole; raises ValueError for another one that is not ours to replace."""
+    """Return whether the file is complete; raises ValueError for another file that must not be
+    replaced.
+    """
     try:
         found = path.lstat()
     except FileNotFoundError:
@@ -172,12 +185,13 @@ def _is_there(path: Path, info: zipfile.ZipInfo, ours: bool) -> bool:
     if ours and stat.S_ISREG(found.st_mode):
         return False
     raise ValueError(
-        f"{path}: there already, and not the file of the archive; move it away and repeat the command"
+        f"{path}: exists and differs from the file in the archive; move it away and repeat the "
+        "command"
     )
 
 
 def _write(opened: zipfile.ZipFile, info: zipfile.ZipInfo, path: Path, temporary: Path) -> None:
-    """One file, whole or not at all."""
+    """Write one file atomically."""
     done, flags = 0, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | getattr(os, "O_NOFOLLOW", 0)
     try:
         with opened.open(info) as source, open(os.open(temporary, flags, 0o644), "wb") as target:
@@ -185,13 +199,14 @@ def _write(opened: zipfile.ZipFile, info: zipfile.ZipInfo, path: Path, temporary
                 done += len(chunk)
                 if done > info.file_size:
                     raise _Refused(
-                        f"{info.filename} has more bytes than it declares ({info.file_size:,}): refused"
+                        f"{info.filename} has more bytes than declared ({info.file_size:,}): "
+                        "rejected"
                     )
                 target.write(chunk)
     except OSError as error:
         raise OSError(
-            f"{path}: could not be unpacked ({error}); free some space, the same command goes on from "
-            "there"
+            f"{path}: could not be extracted ({error}); free some space and run the same command "
+            "to resume"
         ) from error
     if done != info.file_size:
         raise _Refused(

@@ -1,14 +1,14 @@
-"""COCO 2017 and LVIS v1 from where they are published to where every COCO tool expects them.
+"""Downloading COCO 2017 and LVIS v1 to the usual folders.
 
-  DIR/train2017/*.jpg, DIR/val2017/*.jpg           both data sets; LVIS names its images by coco_url below DIR
+  DIR/train2017/*.jpg, DIR/val2017/*.jpg           both data sets; LVIS uses coco_url below DIR
   DIR/annotations/instances_{train,val}2017.json   COCO
   DIR/annotations/lvis_v1_{train,val}.json         LVIS
-  DIR/manifest.json                                what came: `vitdet.data.download_record`
+  DIR/manifest.json                                record: `vitdet.data.download_record`
 
-All archives are downloaded side by side, verified, then unpacked side by side. Whoever is killed on the way has left,
-for the next run to go on from: DIR/.archives/NAME.part (a download), DIR/.archives/NAME (verified) and
-DIR/.train2017.part (a folder that is not whole). A folder of images takes its name when it is whole. Nothing that is
-there is ever written over.
+All archives are downloaded in parallel, verified, then extracted in parallel. An interrupted run
+leaves DIR/.archives/NAME.part (a download), DIR/.archives/NAME (verified) and DIR/.train2017.part
+(an incomplete folder), from which the next run resumes. An image folder is renamed when it is
+complete. Existing files are never overwritten.
 """
 
 from __future__ import annotations
@@ -26,13 +26,12 @@ from vitdet.data import download_record
 from vitdet.data.download_record import DownloadRecord
 from vitdet.datasets.download import Patience, Watcher, discard, download, mirrored
 from vitdet.datasets.extract import Entry, Limits, unpack
-from vitdet.datasets.parallel import Together, side_by_side
+from vitdet.datasets.parallel import SharedProgress, run_parallel
 from vitdet.datasets.published import Archive
-from vitdet.files import sha256
-from vitdet.locks import locked
+from vitdet.files import locked, sha256
 
-PICTURE = re.compile(r"\d{12}\.jpg")  # as all of COCO's are named
-BLOCK = 4096  # bytes that a disk gives a file at a time
+PICTURE = re.compile(r"\d{12}\.jpg")  # file names of COCO's images
+BLOCK = 4096  # block size of a disk in bytes
 PATIENT = Patience()
 log = logging.getLogger(__name__)
 
@@ -46,19 +45,24 @@ def fetch(
     keep: bool = False,
     patience: Patience = PATIENT,
 ) -> bool:
-    """Brings the content of the archives below `root`; False if all of it was there.
+    """Download and extract the archives below `root`; return False if everything exists.
 
-    show: makes what shows how far a step is. local: a folder that has the archives, which are then not downloaded.
-    keep: the archives stay, in root/archives. Raises what `download` raises, FileNotFoundError for an archive that is
-    not in `local`, ValueError for one that is not the published one or for other files in the place of those that it
-    holds, OSError when the disk will not take it.
+    Args:
+        show: creates the progress display of a step.
+        local: a folder with the archives, which are then not downloaded.
+        keep: keep the archives in root/archives.
+
+    Raises:
+        FileNotFoundError: an archive is not in `local`.
+        ValueError: an archive is not the published one, or other files are in its place.
+        OSError: not enough space, or not writable; and as `download`.
     """
     if not (root / ".archives").exists() and not _lacking(archives, root):
         return False
     root.mkdir(parents=True, exist_ok=True)
     waiting = f"{root}: another process is downloading; waiting"
     with locked(root / ".fetching", waiting=waiting, remove=True):
-        todo = _lacking(archives, root)  # another process may have been faster
+        todo = _lacking(archives, root)  # a concurrent process may have finished it
         if todo:
             _check_places(todo, root)
             _check_space(todo, root, local)
@@ -66,14 +70,14 @@ def fetch(
                 _given(todo, local) if local else _downloaded(todo, root, show, mirror, patience)
             )
             found = _unpacked(todo, files, root, show)
-            log.info("%s: unpacked; waiting until all of it is on the disk", root)
+            log.info("%s: extracted; syncing to disk", root)
             download_record.write(root, download_record.read(root).with_(found))
         _tidy(archives, root, keep)
     return bool(todo)
 
 
 def _lacking(archives: Sequence[Archive], root: Path) -> list[Archive]:
-    """The archives whose content is not there, by the manifest and the sizes of the files."""
+    """Return the archives whose content is missing, by the record and the sizes of the files."""
     known = download_record.read(root)
     return [archive for archive in archives if not _is_there(archive, root, known)]
 
@@ -96,13 +100,13 @@ def _is_there(archive: Archive, root: Path, known: DownloadRecord) -> bool:
 
 
 def _check_places(todo: Sequence[Archive], root: Path) -> None:
-    """Raises, before anything is downloaded, for a folder of images that could not be completed."""
+    """Raise ValueError, before downloading, for an image folder that cannot be completed."""
     for archive in todo:
         folder = root / archive.folder
         if folder.is_symlink():
             raise OSError(
-                f"{folder}: a link; nothing is written through it. Remove it, or fetch into the folder above "
-                "the one that it leads to"
+                f"{folder}: is a link, which is not followed; remove it, or fetch to the parent of "
+                "the folder that it points to"
             )
         if archive.members or not folder.exists():
             continue
@@ -110,17 +114,19 @@ def _check_places(todo: Sequence[Archive], root: Path) -> None:
         foreign = [name for name in there if not PICTURE.fullmatch(name)]
         if foreign:
             raise ValueError(
-                f"{folder / min(foreign)}: not of {archive.name}; move it away and repeat the command"
+                f"{folder / min(foreign)}: not of {archive.name}; move it away and repeat the "
+                "command"
             )
         if len(there) > archive.count:
             raise ValueError(
-                f"{folder}: has more than the {archive.count:,} files of {archive.name}; move it away and "
+                f"{folder}: has more than the {archive.count:,} files of {archive.name}; move it "
+                "away and "
                 "repeat the command"
             )
 
 
 def _check_space(todo: Sequence[Archive], root: Path, local: Path | None) -> None:
-    """Raises OSError if the archives and what they hold do not fit beside what is there."""
+    """Raise OSError if the archives and their content do not fit on the disk."""
     download = (
         0
         if local
@@ -140,14 +146,15 @@ def _check_space(todo: Sequence[Archive], root: Path, local: Path | None) -> Non
     free = shutil.disk_usage(root).free
     if download + content > free:
         raise OSError(
-            f"{root}: {(download + content) / 1e9:.1f} GB are needed ({download / 1e9:.1f} for archives, "
-            f"{content / 1e9:.1f} for what they hold), {free / 1e9:.1f} GB are free; free some space or name "
+            f"{root}: {(download + content) / 1e9:.1f} GB are needed ({download / 1e9:.1f} for "
+            f"archives, {content / 1e9:.1f} for their content), {free / 1e9:.1f} GB are free; free "
+            "some space or name "
             "a folder on another disk"
         )
 
 
 def _used(root: Path, name: str) -> int:
-    """Bytes of a file or its beginning, or of a folder's files with their blocks."""
+    """Return the bytes of a file or its beginning, or of a folder's files with their blocks."""
     if (root / name).is_dir():
         with os.scandir(root / name) as listed:
             return sum(one.stat(follow_symlinks=False).st_size + BLOCK for one in listed)
@@ -158,7 +165,7 @@ def _used(root: Path, name: str) -> int:
 
 
 def _given(todo: Sequence[Archive], local: Path) -> list[Path]:
-    """The archives in a folder of the user's, verified."""
+    """Return the verified archives in the user's folder."""
     files = [local / archive.name for archive in todo]
     missing = [
         f"{archive.name} ({archive.url})"
@@ -168,7 +175,7 @@ def _given(todo: Sequence[Archive], local: Path) -> list[Path]:
     if missing:
         raise FileNotFoundError(f"{local}: lacks {', '.join(missing)}")
     log.info("verifying %s", ", ".join(path.name for path in files))
-    side_by_side(
+    run_parallel(
         [partial(_verify, path, archive) for path, archive in zip(files, todo, strict=True)],
         threading.Event(),
     )
@@ -182,11 +189,11 @@ def _downloaded(
     mirror: str,
     patience: Patience,
 ) -> list[Path]:
-    """The archives, verified: kept ones, and the others from the network."""
+    """Return the verified archives, existing or downloaded."""
     addresses = [mirrored(archive.url, mirror) if mirror else archive.url for archive in todo]
     (root / ".archives").mkdir(exist_ok=True)
     stop = threading.Event()
-    together = Together(show("downloading"), sum(archive.size for archive in todo), stop)
+    progress = SharedProgress(show("downloading"), sum(archive.size for archive in todo), stop)
     files: dict[str, Path] = {}
 
     def bring(archive: Archive, address: str) -> None:
@@ -196,18 +203,18 @@ def _downloaded(
             _verify(kept, archive)
         elif not path.is_file():
             part = path.with_name(f"{path.name}.part")
-            download(address, part, together.watcher(archive.name), patience, archive.size)
+            download(address, part, progress.watcher(archive.name), patience, archive.size)
             log.info("%s: verifying", archive.name)
             try:
                 _verify(part, archive)
             except ValueError as error:
                 discard(part)
-                raise ValueError(f"{address}: {error}; the download was thrown away") from error
+                raise ValueError(f"{address}: {error}; the download was removed") from error
             part.replace(path)
-        together.watcher(archive.name).at(archive.size, archive.size)
+        progress.watcher(archive.name).at(archive.size, archive.size)
 
-    side_by_side([partial(bring, *one) for one in zip(todo, addresses, strict=True)], stop)
-    together.bar.end()
+    run_parallel([partial(bring, *one) for one in zip(todo, addresses, strict=True)], stop)
+    progress.bar.end()
     return [files[archive.name] for archive in todo]
 
 
@@ -228,24 +235,24 @@ def _verify(path: Path, archive: Archive) -> None:
 def _unpacked(
     todo: Sequence[Archive], files: Sequence[Path], root: Path, show: Callable[[str], Watcher]
 ) -> DownloadRecord:
-    """Unpacks the archives and describes what they held."""
+    """Extract the archives and describe their content."""
     stop, found = threading.Event(), []
-    together = Together(show("unpacking"), sum(archive.unpacked for archive in todo), stop)
+    progress = SharedProgress(show("unpacking"), sum(archive.unpacked for archive in todo), stop)
 
     def one(archive: Archive, path: Path) -> None:
-        watcher, done = together.watcher(archive.name), 0
+        watcher, done = progress.watcher(archive.name), 0
 
         def seen(size: int) -> None:
             nonlocal done
             done += size
-            # how much it will be is known about only
+            # the total is approximate
             watcher.at(min(done, archive.unpacked - 1), None)
 
         found.append(_describe(archive, path, root, _place(archive, path, root, seen)))
         watcher.at(archive.unpacked, None)
 
-    side_by_side([partial(one, *each) for each in zip(todo, files, strict=True)], stop)
-    together.bar.end()
+    run_parallel([partial(one, *each) for each in zip(todo, files, strict=True)], stop)
+    progress.bar.end()
     manifest = DownloadRecord()
     for each in found:
         manifest = manifest.with_(each)
@@ -253,7 +260,9 @@ def _unpacked(
 
 
 def _place(archive: Archive, path: Path, root: Path, seen: Callable[[int], None]) -> list[Entry]:
-    """Unpacks one archive: files beside others that are there, or a folder that takes its name when it is whole."""
+    """Extract one archive: files into an existing folder, or a folder that is renamed when
+    complete.
+    """
     folder = root / archive.folder
     limits = Limits(archive.count, archive.unpacked + archive.unpacked // 10)
     there = bool(archive.members) or folder.exists()
@@ -261,12 +270,13 @@ def _place(archive: Archive, path: Path, root: Path, seen: Callable[[int], None]
     entries = unpack(path, work, archive.choose, limits, seen, ours=not there)
     if len(entries) != archive.count:
         raise ValueError(
-            f"{path}: holds {len(entries):,} of the {archive.count:,} files of {archive.folder}"
+            f"{path}: contains {len(entries):,} of the {archive.count:,} files of {archive.folder}"
         )
     foreign = () if archive.members else set(os.listdir(work)) - {entry.name for entry in entries}
     if foreign:
         raise ValueError(
-            f"{work / min(foreign)}: not of {archive.name}, and {len(foreign) - 1} more files; move them "
+            f"{work / min(foreign)}: not of {archive.name}, and {len(foreign) - 1} more files; "
+            "move them "
             "away and repeat the command"
         )
     if not there:
@@ -302,7 +312,9 @@ def _describe(archive: Archive, path: Path, root: Path, entries: Sequence[Entry]
 
 
 def _tidy(archives: Sequence[Archive], root: Path, keep: bool) -> None:
-    """Puts these archives where they stay, or removes them; those of another data set go on waiting."""
+    """Move these archives to where they are kept, or remove them; those of other data sets
+    remain.
+    """
     waiting = root / ".archives"
     if not waiting.exists():
         return

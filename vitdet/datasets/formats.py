@@ -1,4 +1,4 @@
-"""The formats of data sets that can be converted, and which of them a folder is in."""
+"""The formats of data sets that can be converted, and their detection."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from vitdet.data.images import Reading
 from vitdet.data.segmentation import show
 from vitdet.datasets.importers.coco import is_coco, read_coco_folder
 from vitdet.datasets.importers.cvat import is_cvat, read_cvat
-from vitdet.datasets.importers.dataset import Foreign, image_suffixes
+from vitdet.datasets.importers.dataset import ImportedDataset, image_suffixes
 from vitdet.datasets.importers.labelme import is_labelme, read_labelme
 from vitdet.datasets.importers.voc import is_voc, read_voc
 from vitdet.datasets.importers.xml_file import start_of
@@ -23,13 +23,13 @@ SHOWN = 6  # entries of a folder that a message names
 
 
 class Format(NamedTuple):
-    """A format: what is expected, whether a folder looks like it, and its reader, which takes the folder, the splits
-    that were asked for (none: all), and how image files are read.
+    """A format: what is expected, whether a folder matches, and the reader, called with the folder,
+    the requested splits (empty: all), and how image files are read.
     """
 
     expected: str
     matches: Callable[[Path], bool]
-    read: Callable[[Path, Collection[str], Reading], Foreign]
+    read: Callable[[Path, Collection[str], Reading], ImportedDataset]
 
 
 FORMATS = {
@@ -42,20 +42,21 @@ FORMATS = {
 
 
 def detect(source: Path) -> str:
-    """The format of a folder. Raises ValueError, with what is there, if it looks like none or several."""
+    """Return the format of a folder. Raises ValueError if it matches none or several."""
     kinds = [kind for kind, one in FORMATS.items() if one.matches(source)]
     if len(kinds) > 1:
-        raise ValueError(f"{source}: looks like {' and '.join(kinds)}; --format says which")
+        raise ValueError(f"{source}: looks like {' and '.join(kinds)}; choose with --format")
     if not kinds:
         expected = "; ".join(f"{kind}: {one.expected}" for kind, one in FORMATS.items())
         raise ValueError(
-            f"{source}: looks like none of {', '.join(FORMATS)}; found {_contents(source)}; expected {expected}"
+            f"{source}: looks like none of {', '.join(FORMATS)}; found {_contents(source)}; "
+            f"expected {expected}"
         )
     return kinds[0]
 
 
 def _contents(source: Path) -> str:
-    """The entries of a folder and what each looks like."""
+    """Describe the entries of a folder."""
     if source.is_file():
         return _looks(source)
     entries = sorted(
@@ -81,11 +82,11 @@ def _looks(path: Path) -> str:
         try:
             content = read_entries(path)
         except (OSError, ValueError):
-            return f"{path.name} (broken JSON)"
+            return f"{path.name} (invalid JSON)"
         inside = f"keys {show(list(content))}" if isinstance(content, dict) else "a list"
         return f"{path.name} (JSON, {inside})"
     if suffix == ".xml":
         return f"{path.name} (XML, {show(start_of(path).decode(errors='replace').strip())})"
     if suffix in (".zip", ".gz", ".tar", ".7z", ".rar"):
-        return f"{path.name} (an archive; unpack it)"
+        return f"{path.name} (an archive; extract it)"
     return f"{path.name} (image)" if suffix in image_suffixes() else path.name

@@ -1,4 +1,4 @@
-"""Several downloads or archives at once: what they do side by side, and how far they are together."""
+"""Parallel downloads and extractions with a common progress display."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from collections.abc import Callable, Sequence
 
 from vitdet.datasets.download import Watcher
 
-LINGER = 10.0  # seconds that the others have to end when one has failed
-SHORT = 0.2  # seconds that each has to end after Ctrl-C
+LINGER = 10.0  # seconds for the others to end after a failure
+SHORT = 0.2  # seconds for each to end after Ctrl-C
 log = logging.getLogger(__name__)
 
 
@@ -18,8 +18,8 @@ class Stopped(Exception):
     """Another file has failed."""
 
 
-class Together:
-    """Several files as one: so many bytes of the bytes of all."""
+class SharedProgress:
+    """Progress of several files as one."""
 
     def __init__(self, bar: Watcher, total: int, stop: threading.Event) -> None:
         self.bar, self.total, self.stop = bar, total, stop
@@ -27,17 +27,17 @@ class Together:
         self.lock = threading.Lock()
 
     def watcher(self, name: str) -> _One:
-        """What is told how far this file is."""
+        """Return the progress display of one file."""
         return _One(self, name)
 
 
 class _One:
-    def __init__(self, together: Together, name: str) -> None:
-        self.together, self.name = together, name
+    def __init__(self, progress: SharedProgress, name: str) -> None:
+        self.progress, self.name = progress, name
 
     def at(self, done: int, _: int | None) -> None:
-        """So many bytes of this file."""
-        every = self.together
+        """Report the bytes of this file."""
+        every = self.progress
         if every.stop.is_set():
             raise Stopped
         with every.lock:
@@ -45,23 +45,25 @@ class _One:
             every.bar.at(sum(every.done.values()), every.total)
 
     def end(self) -> None:
-        """The line ends, for what is to be said."""
-        with self.together.lock:
-            self.together.bar.end()
+        """End the progress line, before other output."""
+        with self.progress.lock:
+            self.progress.bar.end()
 
 
-def side_by_side(works: Sequence[Callable[[], None]], stop: threading.Event) -> None:
-    """Does all of them at once; when one fails the others stop at their next byte, and its error is raised."""
+def run_parallel(works: Sequence[Callable[[], None]], stop: threading.Event) -> None:
+    """Run all tasks in parallel; if one fails, the others stop at their next byte, and its error is
+    raised.
+    """
     ended: queue.SimpleQueue[Exception | None] = queue.SimpleQueue()
 
     def run(work: Callable[[], None]) -> None:
         try:
             work()
             ended.put(None)
-        except Exception as error:  # whichever: it is raised below
+        except Exception as error:  # any error: raised below
             ended.put(error)
 
-    # Ctrl-C waits for no server
+    # do not wait for servers after Ctrl-C
     threads = [threading.Thread(target=run, args=(work,), daemon=True) for work in works]
     for thread in threads:
         thread.start()
@@ -71,7 +73,7 @@ def side_by_side(works: Sequence[Callable[[], None]], stop: threading.Event) -> 
             try:
                 error = ended.get(timeout=LINGER if failed else None)
             except queue.Empty:
-                break  # it hangs in a connection; when that ends it writes no more
+                break  # blocked in a connection; it writes nothing afterwards
             failed = failed or error
             if failed:
                 stop.set()

@@ -1,10 +1,11 @@
-"""Which archives COCO 2017 and LVIS v1 are published in, and what we take of them.
+"""The archives of COCO 2017 and LVIS v1.
 
-Addresses: cocodataset.org/#download and lvisdataset.org/dataset. images.cocodataset.org answers without TLS only (its
-certificate is that of s3.amazonaws.com); the same bucket with TLS is https://s3.amazonaws.com/images.cocodataset.org.
-Neither project publishes checksums. Sizes and sha256 are those that TensorFlow Datasets records of the same addresses
+Addresses: cocodataset.org/#download and lvisdataset.org/dataset. images.cocodataset.org supports no
+TLS (its certificate is that of s3.amazonaws.com); the same bucket with TLS is
+https://s3.amazonaws.com/images.cocodataset.org. Neither project publishes checksums. Sizes and
+sha256 are those that TensorFlow Datasets recorded of the same addresses
 (github.com/tensorflow/datasets, tensorflow_datasets/url_checksums/coco2017.txt at 2282548 and
-tensorflow_datasets/object_detection/lvis/checksums.tsv at 8be2f33), so a download is right whatever way it came.
+tensorflow_datasets/object_detection/lvis/checksums.tsv at 8be2f33).
 """
 
 from __future__ import annotations
@@ -19,10 +20,11 @@ SPLITS = ("train", "val")
 
 @dataclass(frozen=True)
 class Archive:
-    """A zip archive and what is taken of it: the files `members`, or all of its folder if none is named.
+    """A zip archive and its used content: the files `members`, or its whole folder if empty.
 
-    size: its bytes. sha256: '' where nobody knows it. unpacked: bytes of the files that are taken, as far as known.
-    prefix: where in the archive they lie. folder: where below the root they go. count: how many they are.
+    size: bytes of the archive. sha256: '' if unknown. unpacked: approximate bytes of the used
+    files. prefix: their folder in the archive. folder: their folder below the root. count: their
+    number.
     """
 
     url: str
@@ -36,28 +38,31 @@ class Archive:
 
     @property
     def name(self) -> str:
-        """The file's name."""
+        """The file name."""
         return PurePosixPath(self.url).name
 
     @property
     def paths(self) -> tuple[str, ...]:
-        """What it brings, below the root: its files, or its folder."""
+        """The files or the folder that it provides, below the root."""
         return tuple(f"{self.folder}/{member}" for member in self.members) or (self.folder,)
 
     def choose(self, member: str) -> str | None:
-        """The name below the folder of a file of the archive; None for one that is not taken.
+        """Return the name of an archive's file in the folder; None for unused files.
 
-        Raises ValueError for a file in a folder of images that is none.
+        Raises ValueError for a file in an image folder that is not an image.
         """
         name = member.removeprefix(self.prefix)
         if self.members:
             return name if member.startswith(self.prefix) and name in self.members else None
         if not member.startswith(self.prefix) or "/" in name:
-            raise ValueError(f"{self.name}: holds {member!r}, expected files of {self.prefix} only")
+            raise ValueError(
+                f"{self.name}: contains {member!r}, expected files of {self.prefix} only"
+            )
         return name
 
 
-# JPEG files do not get smaller in an archive: what they unpack to is the archive's size, or a little more.
+# JPEG files do not get smaller in an archive: what they unpack to is the archive's size, or a
+# little more.
 TRAIN2017 = Archive(
     f"{COCO}/zips/train2017.zip",
     19_336_861_798,
@@ -80,7 +85,7 @@ UNPACKED = {"train": 469_785_474, "val": 19_987_840}  # bytes of instances_*2017
 
 
 def instances(*splits: str) -> Archive:
-    """The archive of COCO's annotations, of which the object instances of these splits are taken."""
+    """Return the archive of COCO's annotations, for the object instances of these splits."""
     return Archive(
         f"{COCO}/annotations/annotations_trainval2017.zip",
         252_907_541,
@@ -118,9 +123,10 @@ LVIS_V1 = {
 
 
 def archives(dataset: str, split: str = "") -> list[Archive]:
-    """The archives of "coco" or "lvis"; with `split` only those that "train" or "val" needs.
+    """Return the archives of "coco" or "lvis"; with `split` only those for "train" or "val".
 
-    LVIS divides COCO's images anew: images of its val split lie in train2017 as well, so it takes both folders.
+    LVIS splits COCO's images differently: images of its val split are in train2017 too, so it needs
+    both folders.
     """
     splits = (split,) if split else SPLITS
     if dataset == "lvis":

@@ -1,8 +1,10 @@
-"""Masked-autoencoder pre-training of the tiny backbone on generated pictures, without any label.
+"""Masked-autoencoder pre-training of the tiny backbone on generated images, without labels.
 
-He et al., Masked Autoencoders Are Scalable Vision Learners (2111.06377): the encoder sees a quarter of the patches, a
-small decoder paints the others. The pictures are drawn from seeds that neither split of the tiny data set uses.
-`vitdet weights pretrain OUTPUT` made the weights that ship with the package.
+He et al., Masked Autoencoders Are Scalable Vision Learners (2111.06377): the encoder processes a
+quarter of the patches, a small decoder reconstructs the others. The images are drawn from seeds
+that neither split of the tiny data set uses. `vitdet weights pretrain OUTPUT` produced the weights
+in the package.
+
 Letters: B images, N tokens, V visible ones, C channels, P = 3 patch^2 values of a patch.
 """
 
@@ -32,12 +34,14 @@ from vitdet.weights.convert import save_tensors
 
 log = logging.getLogger(__name__)
 
-# of the patches: seen, and asked for (half of the others: the decoder's cost)
+# shares of the patches: visible, and reconstructed (half of the hidden ones, to save time)
 VISIBLE, PAINTED = (0.25, 0.375)
 
 
 def run_block(block: nn.Module, x: Tensor) -> Tensor:
-    """A block on tokens (B, N, C), without relative positions, which a set of scattered patches has not."""
+    """Apply a block to tokens (B, N, C) without relative positions, which are undefined for a
+    subset of patches.
+    """
     assert isinstance(block, Block)
     attention = block.attn
     q, k, v = rearrange(
@@ -52,7 +56,9 @@ def run_block(block: nn.Module, x: Tensor) -> Tensor:
 
 
 class MaskedAutoencoder(nn.Module):
-    """A ViT's patches, positions and blocks as encoder, and a decoder that is thrown away afterwards."""
+    """A ViT's patch embedding, positions and blocks as encoder, and a decoder that is discarded
+    afterwards.
+    """
 
     def __init__(self, encoder: ViT, decoder_dim: int = 96, decoder_depth: int = 2) -> None:
         super().__init__()
@@ -81,8 +87,8 @@ class MaskedAutoencoder(nn.Module):
         )
 
     def forward(self, images: Tensor) -> Tensor:
-        """Normalised images (B, 3, S, S) -> mean squared error of the hidden patches, each of zero mean and unit
-        deviation.
+        """Normalized images (B, 3, S, S) -> mean squared error of the hidden patches, each
+        normalized to zero mean and unit deviation.
         """
         tokens = self.encoder.embed(images).flatten(1, 2)
         count = tokens.shape[1]
@@ -124,7 +130,9 @@ def take(tokens: Tensor, index: Tensor) -> Tensor:
 
 
 def draw(index: int, side: int) -> np.ndarray:
-    """Picture `index` of the pre-training seeds on a square canvas: (side, side, 3) uint8, mirrored into the rest."""
+    """Draw image `index` of the pre-training seeds on a square canvas (side, side, 3) uint8,
+    mirrored into the padding.
+    """
     image = draw_scene(PRETRAIN_SEED, index).image
     return np.pad(
         image, ((0, side - image.shape[0]), (0, side - image.shape[1]), (0, 0)), mode="symmetric"
@@ -132,14 +140,16 @@ def draw(index: int, side: int) -> np.ndarray:
 
 
 def pictures(count: int, side: int) -> Tensor:
-    """(count, 3, side, side) uint8, drawn by all processors."""
+    """Draw (count, 3, side, side) uint8 images on all processors."""
     with multiprocessing.get_context("fork").Pool() as pool:
         drawn = pool.map(partial(draw, side=side), range(count), chunksize=64)
     return torch.from_numpy(np.stack(drawn)).permute(0, 3, 1, 2).contiguous()
 
 
 def augment(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Shift each by up to a patch and more, mirror or transpose all alike, then normalise; (B, 3, S, S)."""
+    """Shift each image by up to a patch or more, mirror or transpose all equally, then normalize:
+    (B, 3, S, S).
+    """
     side = images.shape[-1]
     dy, dx, flip, transpose = torch.randint(0, side, (4,), generator=generator).tolist()
     images = images.roll((dy, dx), dims=(2, 3)) if flip % 4 == 0 else images
@@ -159,7 +169,9 @@ def pretrain(
     lr: float = 1.5e-3,
     seed: int = 0,
 ) -> None:
-    """Trains the recipe's backbone on `count` pictures and writes its weights, float16, without relative positions."""
+    """Train the recipe's backbone on `count` images and write its weights, float16, without
+    relative positions.
+    """
     torch.manual_seed(seed)
     config = load_config(recipe)
     encoder = build_backbone(config.model)
@@ -168,7 +180,7 @@ def pretrain(
     model = MaskedAutoencoder(encoder)
     started = time.perf_counter()
     images = pictures(count, config.data.image_size)
-    log.info("%d pictures drawn in %.0f s", count, time.perf_counter() - started)
+    log.info("%d images drawn in %.0f s", count, time.perf_counter() - started)
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.05, fused=True
     )
@@ -200,7 +212,7 @@ def pretrain(
 
 
 def export(encoder: ViT, output: Path) -> None:
-    """The backbone's weights as safetensors, under the names that they have in a detector."""
+    """Write the backbone's weights as safetensors, under their names in a detector."""
     weights = {
         f"backbone.{name}": tensor.detach().half().contiguous()
         for name, tensor in encoder.state_dict().items()

@@ -1,11 +1,13 @@
-"""Scenes of the tiny data set: six classes that are told by shape and texture, not by colour.
+"""Scenes of the tiny data set: six classes that differ in shape and texture, not in colour.
 
-Every class has its own silhouette and a favourite texture, which 70 % of its instances wear (the others wear any);
-colours are random, backgrounds wear the same textures on a larger scale, and scraps and lines without a texture lie
-about. A scene depends on its seed and index only. What is drawn is frozen: change it only together with VERSION.
+Every class has its own silhouette and a preferred texture, used by 70 % of its instances (the
+others use any); colours are random, backgrounds have the same textures on a larger scale, and there
+are untextured fragments and lines as distractors. A scene depends on its seed and index only. The
+drawing is frozen: change it only together with VERSION.
 
-Scenes are painted without anti-aliasing on a canvas of twice the size ("fine" pixels) as indices into a palette, beside
-a map of the owner of each fine pixel, from which the visible outline of each object is traced.
+Scenes are painted without anti-aliasing on a canvas of twice the size ("fine" pixels) as indices
+into a palette, with a map of the owner of each fine pixel, from which the visible outline of each
+object is traced.
 """
 
 from __future__ import annotations
@@ -24,14 +26,16 @@ CATEGORIES = {1: "disc", 2: "triangle", 3: "bar", 5: "star", 8: "crescent", 13: 
 FINE = 2  # fine pixels a pixel and axis
 SIDES = (14.0, 80.0)  # longer side of an object's box, pixels, log-uniform
 TOLERANCE = 0.45  # pixels between a traced outline and its polygon
-SLIVER = 4.0  # square pixels; smaller parts of an object are left out
+SLIVER = 4.0  # square pixels; smaller parts of an object are dropped
 VISIBLE = 0.45  # of an object's area and
 VISIBLE_AREA = 44.0  # square pixels: what later objects leave of an earlier one
 
 
 @dataclass(frozen=True)
 class SceneObject:
-    """One annotated object: category id, box xywh, area in square pixels; a crowd has run lengths, others polygons."""
+    """One annotated object: category id, box xywh, area in square pixels; a crowd has run lengths,
+    others polygons.
+    """
 
     category_id: int
     bbox: tuple[float, float, float, float]
@@ -49,7 +53,9 @@ class Scene:
 
 
 def draw_scene(seed: int, index: int) -> Scene:
-    """The scene of a seed and an index: the same one always and everywhere. 88 to 128 pixels a side, one side 128."""
+    """Draw the scene of a seed and an index, deterministically. 88 to 128 pixels a side, one side
+    128.
+    """
     dice = Dice(seed, index)
     short = dice.integer(88, 129)
     height, width = (128, short) if dice.chance(0.5) else (short, 128)
@@ -74,7 +80,7 @@ def draw_scene(seed: int, index: int) -> Scene:
 
 
 class _Canvas:
-    """A scene while it is painted; its arrays count fine pixels, its arguments pixels."""
+    """A scene while it is painted; its arrays are in fine pixels, its arguments in pixels."""
 
     def __init__(self, height: int, width: int, dice: Dice) -> None:
         self.dice = dice
@@ -85,15 +91,15 @@ class _Canvas:
             TEXTURES[dice.integer(0, 6)], self.height, self.width, FINE * dice.uniform(12, 40), dice
         )
         self.paint = pattern.astype(np.uint8)
-        # 0: nobody, else the number of an object
+        # number of an object; 0: none
         self.owner = np.zeros((self.height, self.width), dtype=np.uint8)
         self.category, self.crowd = [0], [False]  # of object 1, 2, ...; entry 0 is the ground
         self.full, self.seen = [0.0], [0]  # fine pixels: of the whole object, of its visible part
-        # the part of the canvas that holds the object
+        # the part of the canvas that contains the object
         self.window = [(slice(0, self.height), slice(0, self.width))]
 
     def paint_scrap(self) -> None:
-        """A small untextured scrap or line that belongs to no class."""
+        """Paint a small untextured fragment or line that belongs to no class."""
         side = FINE * self.dice.uniform(3, 8)
         length = 1.0 if self.dice.chance(0.6) else self.dice.uniform(2.5, 6)
         scrap = placed(
@@ -106,7 +112,7 @@ class _Canvas:
         self._apply(scrap + self._centre(0), 0, [self._plain()])
 
     def paint_line(self) -> None:
-        """A thin line over everything, which cuts objects in parts but does not hide them."""
+        """Paint a thin line over everything, which splits objects but does not hide them."""
         line = placed(
             np.array([[-1, -1], [1, -1], [1, 1], [-1, 1]]) * [1, 0.02],
             FINE * self.dice.uniform(50, 110),
@@ -117,7 +123,7 @@ class _Canvas:
             self._apply(line, 0, [color])
 
     def paint_crowd(self) -> None:
-        """A cluster of small objects of one class, annotated as one region."""
+        """Paint a cluster of small objects of one class, annotated as one region."""
         kind, side = self.dice.integer(0, 6), FINE * self.dice.uniform(30, 46)
         centre, pattern = self._centre(side / 2), self._favourite(kind)
         number = self._register(kind, crowd=True)
@@ -135,10 +141,12 @@ class _Canvas:
         self.full[number] = float(self.seen[number])
 
     def paint_object(self, side: float) -> None:
-        """An object whose box has this longer side, at the best of a few places; none where all places are taken."""
+        """Paint an object whose box has this longer side, at the best of a few positions; nothing
+        if all are occupied.
+        """
         kind = self.dice.integer(0, 6)
         outline = placed(silhouette(kind, self.dice), FINE * side, self.dice)
-        patience = 8 if self.dice.chance(0.75) else 1  # a few objects do not mind to hide others
+        patience = 8 if self.dice.chance(0.75) else 1  # a few objects may hide others
         best, least = None, math.inf
         for _ in range(16):
             vertices = outline + self._centre(0.4 * FINE * side)
@@ -153,7 +161,7 @@ class _Canvas:
             self._apply(best, self._register(kind, crowd=False), colors, pattern, FINE * side)
 
     def image(self) -> np.ndarray:
-        """The picture (H, W, 3) uint8: fine pixels averaged, under light that falls from one side."""
+        """Return the image (H, W, 3) uint8: averaged fine pixels, illuminated from one side."""
         fine = np.take(np.array(self.palette, dtype=np.uint16), self.paint, axis=0)
         rgb = fine[::2, ::2] + fine[1::2, ::2] + fine[::2, 1::2] + fine[1::2, 1::2]
         height, width = rgb.shape[:2]
@@ -165,7 +173,7 @@ class _Canvas:
         )
 
     def objects(self) -> tuple[SceneObject, ...]:
-        """What is visible of each object, in pixels."""
+        """Return the visible part of each object, in pixels."""
         things = [number for number in range(1, len(self.category)) if not self.crowd[number]]
         outlines = trace(
             [self.owner[self.window[number]] == number for number in things], TOLERANCE * FINE
@@ -202,7 +210,7 @@ class _Canvas:
         fine = (self.owner == number).astype(np.int64)
         region = fine[::2, ::2] + fine[1::2, ::2] + fine[::2, 1::2] + fine[1::2, 1::2] >= 2
         rows, columns = (np.flatnonzero(region.any(axis)).tolist() for axis in (1, 0))
-        flat = region.ravel(order="F")  # COCO runs down the columns and starts with the outside
+        flat = region.ravel(order="F")  # COCO's order: by column, starting with outside
         changes = np.flatnonzero(np.diff(flat, prepend=False))
         counts = np.diff(changes, prepend=0, append=flat.size).tolist()
         box = (
@@ -227,7 +235,7 @@ class _Canvas:
         return TEXTURES[kind if self.dice.chance(0.64) else self.dice.integer(0, 6)]
 
     def _colors(self) -> list[Color]:
-        """Two colours that stand off from each other and from both colours of the ground."""
+        """Return two colours that contrast with each other and with both background colours."""
         first = self._unlike(self.palette[:2])
         return [first, self._unlike([*self.palette[:2], first])]
 
@@ -235,7 +243,9 @@ class _Canvas:
         return random_color(self.dice, self.palette[:2], 60)
 
     def _unlike(self, others: list[Color]) -> Color:
-        """A colour that stands off from these, and of four such the one least like anything there is."""
+        """Return a colour that contrasts with these: of four candidates, the one most different
+        from all.
+        """
         choices = [random_color(self.dice, others, 95) for _ in range(4)]
         return max(
             choices, key=lambda color: min(math.dist(color, other) for other in self.palette)
@@ -262,7 +272,9 @@ class _Canvas:
         return window, fill(vertices - (columns.start, rows.start), *size)
 
     def _cost(self, vertices: np.ndarray) -> float:
-        """Fine pixels of other objects that a new one covers; inf if one of them would be hidden or get a hole."""
+        """Return the fine pixels of other objects that a new one would cover; inf if it would hide
+        one or make a hole.
+        """
         window, stencil = self._stencil(vertices)
         size = int(np.count_nonzero(stencil))
         covered = np.bincount(self.owner[window][stencil], minlength=len(self.seen)).tolist()
@@ -284,7 +296,9 @@ class _Canvas:
         pattern: str = "",
         side: float = 0.0,
     ) -> None:
-        """Paints a polygon for owner `number` in one colour, or in two with a pattern that suits its longer side."""
+        """Paint a polygon for owner `number` in one colour, or in two with a pattern scaled to its
+        longer side.
+        """
         window, stencil = self._stencil(vertices)
         index = np.full(stencil.shape, len(self.palette), dtype=np.uint8)
         if pattern:

@@ -1,4 +1,4 @@
-"""What the scenes of the tiny data set are made of: random numbers, colours, silhouettes, textures.
+"""Building blocks of the tiny data set's scenes: random numbers, colours, silhouettes, textures.
 
 Letters: V vertices, H and W fine pixels.
 """
@@ -14,7 +14,9 @@ Color = tuple[float, float, float]
 
 
 class Dice:
-    """Random numbers from `random()` alone, the one distribution whose stream NumPy is least likely to change."""
+    """Random numbers from `random()` only, the distribution whose stream NumPy is least likely to
+    change.
+    """
 
     def __init__(self, seed: int, index: int) -> None:
         self._generator = np.random.Generator(
@@ -22,24 +24,24 @@ class Dice:
         )
 
     def numbers(self, shape: int | tuple[int, int]) -> np.ndarray:
-        """Independent numbers from 0 to 1."""
+        """Return independent numbers from 0 to 1."""
         return self._generator.random(shape)
 
     def uniform(self, low: float, high: float) -> float:
-        """A number from low to high."""
+        """Return a number from low to high."""
         return low + (high - low) * float(self.numbers(1)[0])
 
     def integer(self, low: int, high: int) -> int:
-        """One of low, ..., high - 1."""
+        """Return one of low, ..., high - 1."""
         return low + int(self.uniform(0, high - low))
 
     def chance(self, probability: float) -> bool:
-        """True with this probability."""
+        """Return True with this probability."""
         return self.uniform(0, 1) < probability
 
 
 def random_color(dice: Dice, others: list[Color], apart: float, at_most: float = math.inf) -> Color:
-    """A random colour (0..255 a channel) at this RGB distance from the others."""
+    """Return a random colour (0..255 per channel) at this RGB distance from the others."""
     while True:
         color = tuple((20 + 225 * dice.numbers(3)).tolist())
         if all(apart <= math.dist(color, other) <= at_most for other in others):
@@ -47,7 +49,7 @@ def random_color(dice: Dice, others: list[Color], apart: float, at_most: float =
 
 
 def silhouette(kind: int, dice: Dice) -> np.ndarray:
-    """The silhouette (V, 2) of a class around the origin, any size, upright."""
+    """Return the silhouette (V, 2) of a class around the origin, of any size, upright."""
     if kind == 0:  # disc
         angle = np.arange(28) * (2 * math.pi / 28)
         return np.stack([np.cos(angle), np.sin(angle) * dice.uniform(0.6, 1)], axis=1)
@@ -78,7 +80,9 @@ def silhouette(kind: int, dice: Dice) -> np.ndarray:
 
 
 def placed(outline: np.ndarray, side: float, dice: Dice) -> np.ndarray:
-    """Squeezed, bent and turned at random, the longer side of its box as given, centred at the origin."""
+    """Squeeze, bend and rotate a silhouette at random, scaled to this longer side of its box,
+    centred at the origin.
+    """
     outline = (
         outline * [1, dice.uniform(0.8, 1)] + 0.05 * (dice.numbers(2) - 0.5) * outline[:, ::-1] ** 2
     )
@@ -90,7 +94,7 @@ def placed(outline: np.ndarray, side: float, dice: Dice) -> np.ndarray:
 
 
 def texture(name: str, height: int, width: int, period: float, dice: Dice) -> np.ndarray:
-    """A two-valued pattern (height, width) bool, turned and shifted at random."""
+    """Return a binary pattern (height, width) bool, rotated and shifted at random."""
     angle, shift = dice.uniform(0, 2 * math.pi), dice.numbers(2)
     y, x = np.arange(height)[:, None] - height / 2, np.arange(width) - width / 2
     u = (x * math.cos(angle) + y * math.sin(angle)) / period + shift[0]

@@ -1,7 +1,7 @@
-"""The tiny data set: a folder in COCO's layout, drawn by a program, the same bytes from the same seed.
+"""The tiny data set: a generated data set in COCO's layout, with the same bytes for the same seed.
 
-Training takes the scenes of seed 2 x seed, validation those of 2 x seed + 1; scenes of PRETRAIN_SEED and above are in
-neither and serve pre-training without labels.
+Training uses the scenes of seed 2 x seed, validation those of 2 x seed + 1; scenes of PRETRAIN_SEED
+and above are for pre-training without labels.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pathlib import Path
 from PIL import Image
 
 from vitdet.demo.scenes import CATEGORIES, VERSION, Scene, SceneObject, draw_scene
-from vitdet.files import write_jpeg, written_folder
+from vitdet.files import atomic_dir, write_jpeg
 
 __all__ = ["CATEGORIES", "PRETRAIN_SEED", "Scene", "SceneObject", "draw_scene", "make_tiny"]
 
@@ -26,10 +26,11 @@ PRETRAIN_SEED = 1_000_000
 def make_tiny(
     folder: Path, train: int = 4000, val: int = 200, seed: int = 0, processes: int = 0
 ) -> bool:
-    """Writes folder/{train,val}/*.jpg and folder/annotations/instances_{train,val}.json; False if they are there.
+    """Write folder/{train,val}/*.jpg and folder/annotations/instances_{train,val}.json; return
+    False if they exist.
 
-    processes: 0 takes every processor this process may use; the result does not depend on it.
-    Raises ValueError when the counts or the seed are out of range, or when the folder holds something else.
+    processes: 0: all available processors; the result does not depend on it. Raises ValueError if
+    the counts or the seed are out of range, or the folder contains something else.
     """
     folder = Path(folder)
     if not (0 < train <= 500_000 and 0 < val <= 500_000):
@@ -39,7 +40,7 @@ def make_tiny(
     if _is_there(folder, train, val, seed):
         return False
     try:
-        with written_folder(folder) as temporary:
+        with atomic_dir(folder) as temporary:
             (temporary / "annotations").mkdir()
             for order, (split, count) in enumerate((("train", train), ("val", val))):
                 (temporary / split).mkdir()
@@ -53,18 +54,20 @@ def make_tiny(
     except OSError:
         if not _is_there(folder, train, val, seed):
             raise
-        return False  # another process has finished it meanwhile, as the pods of one job do that start together
+        return False  # finished by a concurrent process meanwhile, e.g. another pod of the job
     return True
 
 
 def _is_there(folder: Path, train: int, val: int, seed: int) -> bool:
-    """Whether the folder is this data set; False for none and for an empty one. Raises ValueError for another."""
+    """Return whether the folder is this data set; False if it is missing or empty. Raises
+    ValueError for other content.
+    """
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return False
     if not _holds(folder, train, val, seed):
         raise ValueError(
-            f"{folder}: holds something else than the tiny data set (version {VERSION}, seed {seed}, "
-            f"{train} + {val} images); give another folder or delete this one"
+            f"{folder}: contains something else than the tiny data set (version {VERSION}, seed "
+            f"{seed}, {train} + {val} images); choose another folder or delete this one"
         )
     return True
 
@@ -85,7 +88,7 @@ def _holds(folder: Path, train: int, val: int, seed: int) -> bool:
         try:
             info = json.loads(path.read_text())["info"]
         except (OSError, ValueError, KeyError, TypeError):
-            return False  # whatever this is, it is not ours
+            return False  # not the tiny data set
         if info != _info(split, count, seed) or len(list((folder / split).glob("*.jpg"))) != count:
             return False
     return True
@@ -94,12 +97,13 @@ def _holds(folder: Path, train: int, val: int, seed: int) -> bool:
 def _write_split(
     folder: Path, count: int, seed: int, first_id: int, processes: int
 ) -> dict[str, object]:
-    """Draws and writes the images; returns the annotation document."""
+    """Draw and write the images; return the annotation document."""
     affinity = hasattr(os, "sched_getaffinity")  # not on macOS
     processes = processes or (len(os.sched_getaffinity(0)) if affinity else os.cpu_count() or 1)
     work = partial(_write_image, folder, seed, first_id)
     if min(processes, count // 16) > 1:
-        # fork: the workers use nothing that runs threads, and start without importing the package again
+        # fork: the workers use nothing that runs threads, and start without importing the package
+        # again
         context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
         with context.Pool(processes) as pool:
             scenes = pool.map(work, range(count), chunksize=8)

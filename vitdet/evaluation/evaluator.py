@@ -129,7 +129,7 @@ def detect(
     finally:
         detector.train(was_training)
     # a collective: a rank that stops must not leave the others waiting in the next one
-    if distributed.largest(int(share is None))():
+    if distributed.async_max(int(share is None))():
         raise Cancelled
     found: dict[int, list[dict]] = {}
     for part in distributed.gather_objects(share or {}):

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from vitdet.files import written
+from vitdet.files import atomic_write
 
 IOUS = np.linspace(0.5, 0.95, 10)
 RECALLS = np.linspace(0, 1, 101)
@@ -95,7 +95,7 @@ def save_matches(path: str | Path, matches: Mapping[str, Matches]) -> None:
         for kind, one in matches.items()
         for name in COLUMNS
     }
-    with written(Path(path)) as temporary, temporary.open("wb") as file:
+    with atomic_write(Path(path)) as temporary, temporary.open("wb") as file:
         np.savez_compressed(file, **columns)
 
 

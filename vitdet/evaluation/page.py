@@ -14,7 +14,7 @@ from vitdet.data.fingerprint import fingerprint
 from vitdet.evaluation.analysis import Analysis
 from vitdet.evaluation.pairs import Images, draw_pairs
 from vitdet.evaluation.results import Truth
-from vitdet.files import sha256, written
+from vitdet.files import atomic_write, sha256
 from vitdet.pages import data_uri, render
 
 
@@ -133,7 +133,7 @@ def write_page(
         "columns": COLUMNS,
     }
     page = render("evaluation/page.html", values)
-    with written(path) as temporary:
+    with atomic_write(path) as temporary:
         temporary.write_text(page, encoding="utf-8")
 
 

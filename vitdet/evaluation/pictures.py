@@ -15,9 +15,9 @@ from vitdet.data.dataset import read_split
 from vitdet.data.images import DEFAULT, Reading, read_image
 from vitdet.data.masks import decode
 from vitdet.data.records import Record
-from vitdet.files import write_jpeg, written
+from vitdet.files import atomic_write, write_jpeg
 from vitdet.predictor import Predictor
-from vitdet.visualize import caption_font, comfortable_scale, draw, paint, scaled, spread
+from vitdet.visualize import caption_font, draw, legible_scale, paint, scaled, spread
 
 GAP = 8  # pixels between the two halves
 
@@ -61,7 +61,7 @@ def draw_truth(
 ) -> Image.Image:
     """The image of a record with its annotated objects, drawn as `draw` draws detections."""
     picture = read_image(record.path, reading)
-    scale = comfortable_scale(picture.size)
+    scale = legible_scale(picture.size)
     labels = record.labels.tolist()
     return paint(
         picture,
@@ -102,6 +102,6 @@ def _compare(record: Record, predictor: Predictor, threshold: float) -> Image.Im
 
 
 def _write(picture: Image.Image, path: Path) -> Path:
-    with written(path) as temporary:
+    with atomic_write(path) as temporary:
         write_jpeg(temporary, picture, quality=90, subsampling=0)
     return path

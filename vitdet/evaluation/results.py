@@ -14,7 +14,7 @@ from typing import Any, cast
 
 import numpy as np
 
-from vitdet.data.annotation_file import Annotation, annotations_of, loosely, parse
+from vitdet.data.annotation_file import Annotation, annotations_of, convert_annotation, parse
 from vitdet.data.coco import read_tree, validate_tree
 from vitdet.data.segmentation import read_outline, show, whole_number
 
@@ -79,7 +79,9 @@ class _Objects(Iterable[Annotation]):
 
     def __iter__(self) -> Iterator[Annotation]:
         for item in annotations_of(self._table):
-            found = item if isinstance(item, Annotation) else loosely(cast("dict", item))[0]
+            found = (
+                item if isinstance(item, Annotation) else convert_annotation(cast("dict", item))[0]
+            )
             if found is not None:
                 yield found
 

@@ -1,9 +1,11 @@
-"""Triton kernels for what PyTorch has no fast operation for: each a custom operator with its oracle in plain torch.
+"""Triton kernels for operations without a fast implementation in PyTorch, each a custom operator
+with a reference in plain torch.
 
-Triton starts a kernel on the current device, so each operator makes that the device of its tensors.
+Triton launches kernels on the current device, so each operator sets it to the device of its
+tensors.
 
-They run on NVIDIA GPUs from Ampere on; everywhere else, and with the environment variable VITDET_KERNELS=off, the
-callers take their plain path.
+They run on NVIDIA GPUs from Ampere on; elsewhere, and with the environment variable
+VITDET_KERNELS=off, callers use plain torch.
 """
 
 from __future__ import annotations
@@ -16,12 +18,12 @@ import torch
 from torch import Tensor
 
 SWITCH = "VITDET_KERNELS"
-CAPABILITY = (8, 0)  # asynchronous copies and products of bf16 came with Ampere
+CAPABILITY = (8, 0)  # asynchronous copies and bf16 products need Ampere
 NAMES = ("attention", "NMS", "RoIAlign", "mask targets", "pasted masks")
 
 
 def enabled(*tensors: Tensor) -> bool:
-    """Whether the kernels run on these tensors, none of them float64, in which only the plain paths compute.
+    """Return whether the kernels run on these tensors; False for float64.
 
     Raises ValueError if VITDET_KERNELS is neither `on` nor `off`.
     """
@@ -30,7 +32,7 @@ def enabled(*tensors: Tensor) -> bool:
 
 
 def describe() -> str:
-    """Which kernels run on the current GPU, or why none do: one line for the log.
+    """Return one line for the log: which kernels run on the current GPU, or why none do.
 
     Raises ValueError if VITDET_KERNELS is neither `on` nor `off`.
     """
@@ -42,12 +44,14 @@ def describe() -> str:
 
 @torch.compiler.assume_constant_result
 def _runs_on(device: int) -> bool:
-    """Neither the environment nor the GPU changes while a compiled model lives, so compilers need not look inside."""
+    """Opaque to compilers: neither the environment nor the GPU changes while a compiled model
+    exists.
+    """
     return _obstacle(device) is None
 
 
 def _obstacle(device: int | None) -> str | None:
-    """What prevents the kernels on this GPU (None: there is no GPU), or None."""
+    """Return why the kernels do not run (None: there is no GPU), or None."""
     setting = os.environ.get(SWITCH, "on")
     if setting not in ("on", "off"):
         raise ValueError(f"{SWITCH} must be on or off, got {setting!r}")

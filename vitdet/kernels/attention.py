@@ -1,10 +1,13 @@
 """Multi-head attention with decomposed relative positions, on a grid of tokens or in windows of it.
 
-Fused kernels of PyTorch take the positions only as an N x N bias or as queries and keys widened to d + H + W. Those of
-`attention_kernels` take them as they are: at 64 x 64 tokens, 12 heads of 64 and 8 images the forward pass takes 1.22 ms
-and the backward pass 4.3 ms, in windows of 14 0.24 and 0.93 ms (H200, bf16; `python -m tests.bench.attention`).
-Relative positions: Li et al., MViTv2 (2112.01526).
-Letters: B images, H x W tokens, N = H W, h heads, d channels of a head, s = d^-1/2, K tokens along an axis.
+PyTorch's fused kernels accept positions only as an N x N bias or as queries and keys widened to d +
+H + W. Those of `attention_kernels` read the position tables: with 64 x 64 tokens, 12 heads of 64
+and 8 images the forward pass takes 1.22 ms and the backward pass 4.3 ms, in windows of 14 0.24 and
+0.93 ms (H200, bf16; `python -m tests.bench.attention`). Relative positions: Li et al., MViTv2
+(2112.01526).
+
+Letters: B images, H x W tokens, N = H W, h heads, d channels of a head, s = d^-1/2, K tokens along
+an axis.
 """
 
 from __future__ import annotations
@@ -22,7 +25,9 @@ LARGEST_WINDOW = 32
 
 
 def fits(width: int, window: int, depth: int) -> bool:
-    """Whether the kernels take rows of so many tokens, windows of this side (0: none) and heads of this depth."""
+    """Return whether the kernels support this many tokens per row, window side (0: none) and head
+    depth.
+    """
     side = window <= LARGEST_WINDOW if window else width <= LARGEST_SIDE
     return side and depth <= LARGEST_DEPTH and depth % 8 == 0
 
@@ -41,23 +46,30 @@ def attention(
 ) -> Tensor:
     """softmax(s q.k + q.Rh[qh - kh] + q.Rw[qw - kw]) v of every head: (B, N, 3 h d) -> (B, N, h d).
 
-    Among all tokens, or (`window` > 0) within windows of that many tokens per side. The last windows may go beyond the
-    grid: their other tokens are zeros before the projection, so its `bias` (3 h d) stands for them. Row r of a table
-    (2 K - 1, d) is for queries that lie r - K + 1 tokens behind the key; K is `window`, or the height or the width.
-    `scaled`: the tables are multiplied by the scaled query. Bias and tables may have another dtype than qkv.
+    Args:
+        qkv: (B, N, 3 h d), queries, keys and values.
+        bias: (3 h d), of the projection. Windows may exceed the grid: tokens beyond it are zeros
+            before the projection, i.e. the bias after it. rel_h, rel_w: (2 K - 1, d) each, K the
+        window, or height or width. Row r is for queries r - K + 1
+            tokens after the key. May have another dtype than qkv.
+        window: side of the windows in tokens; 0: attention among all tokens.
+        scaled: apply the tables to the scaled query.
 
-    Raises ValueError for tables of other lengths and for sizes that the kernels do not take.
+    Raises:
+        ValueError: tables of other lengths, sizes that the kernels do not support.
     """
     depth = qkv.shape[-1] // (3 * heads)
     if not fits(width, window, depth):
         raise ValueError(
-            f"attention kernels take heads of up to {LARGEST_DEPTH} channels, a multiple of 8, rows of up to "
-            f"{LARGEST_SIDE} tokens and windows of up to {LARGEST_WINDOW}, got {depth}, {width} and {window}"
+            f"attention kernels take heads of up to {LARGEST_DEPTH} channels, a multiple of 8, "
+            f"rows of up to {LARGEST_SIDE} tokens and windows of up to {LARGEST_WINDOW}, got "
+            f"{depth}, {width} and {window}"
         )
     for table, size in ((rel_h, window or height), (rel_w, window or width)):
         if table.shape != (2 * size - 1, depth):
             raise ValueError(
-                f"a table of relative positions must be {(2 * size - 1, depth)}, got {tuple(table.shape)}"
+                f"a table of relative positions must be {(2 * size - 1, depth)}, got "
+                f"{tuple(table.shape)}"
             )
     return _attention(qkv, bias, rel_h, rel_w, [height, width, heads, window, int(scaled)])[0]
 
@@ -74,13 +86,16 @@ def reference(
     window: int,
     scaled: bool,
 ) -> Tensor:
-    """The same in plain torch, in the dtype of what is given, with all N x N logits in memory."""
+    """`attention` in plain torch, in the dtype of the arguments, with all N x N logits in
+    memory.
+    """
     rows, columns = window or height, window or width
     x = qkv.unflatten(1, (height, width))
     down, right = -height % rows, -width % columns
     inside = F.pad(x.new_ones(1, height, width, 1, dtype=torch.bool), (0, 0, 0, right, 0, down))
     x = torch.where(inside, F.pad(x, (0, 0, 0, right, 0, down)), bias)
-    # (B, windows down, rows, windows across, columns, 3, h, d) -> three times (B, windows, h, tokens, d)
+    # (B, windows down, rows, windows across, columns, 3, h, d) -> three times (B, windows, h,
+    # tokens, d)
     x = x.unflatten(2, (-1, columns)).unflatten(1, (-1, rows)).unflatten(-1, (3, heads, -1))
     q, k, v = x.permute(5, 0, 1, 3, 6, 2, 4, 7).flatten(5, 6).flatten(2, 3)
     scale = q.shape[-1] ** -0.5
@@ -102,7 +117,7 @@ def reference(
 def _attention(
     qkv: Tensor, bias: Tensor, rel_h: Tensor, rel_w: Tensor, sizes: Sequence[int]
 ) -> tuple[Tensor, Tensor]:
-    """As `attention`, and the logarithms to base 2 of the softmax's sums, for the backward pass.
+    """`attention`, and the base-2 logarithms of the softmax's sums, for the backward pass.
 
     sizes: height, width, heads, window, scaled.
     """
@@ -135,7 +150,7 @@ def _attention_backward(
     sums: Tensor,
     sizes: Sequence[int],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The gradients of qkv, bias and both tables; of the last three in float32."""
+    """Return the gradients of qkv, bias and both tables; the last three in float32."""
     from vitdet.kernels.attention_kernels import backward
 
     given = _arguments(qkv, bias, rel_h, rel_w, sizes)
@@ -153,7 +168,7 @@ def _(_: Tensor, qkv: Tensor, *given: Any) -> tuple[Tensor, Tensor, Tensor, Tens
 def _arguments(
     qkv: Tensor, bias: Tensor, rel_h: Tensor, rel_w: Tensor, sizes: Sequence[int]
 ) -> tuple[Any, ...]:
-    """What the launches of `attention_kernels` begin with."""
+    """Return the first arguments of the launches in `attention_kernels`."""
     from vitdet.kernels.attention_positions import Layout
 
     height, width, heads, window, scaled = sizes

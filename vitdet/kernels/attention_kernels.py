@@ -1,13 +1,17 @@
 """The Triton kernels of `vitdet.kernels.attention`, and their launches.
 
-Tokens attend to each other within an area: a window, or the whole grid, which is the only window then. A block of keys
-is some of its rows, each filled up to a power of 2. So the position along the height is one number for a query and a
-row of keys, and the positions along the width are the same tile for every row, which stays in registers; their gradients
-are row sums and sums of rows of the logits' gradient. The positions cost no matrix product here, and queries and keys
-stay as narrow as a head. Windows are read and written in the grid; tokens beyond it are the projection's bias.
-The backward pass makes 7 products instead of 5, for it computes the logits twice: once per queries, once per keys. So it
-needs no atomics, and its results do not depend on the order of the programs.
-Letters: B images, h heads, d channels of a head, N tokens of the grid, K tokens along an axis of an area.
+Tokens attend to each other within an area: a window, or the whole grid. A block of keys is some of
+its rows, each padded to a power of 2. The position along the height is then one number per query
+and row of keys, and the positions along the width are the same tile for every row, kept in
+registers; their gradients are row sums and sums of rows of the logits' gradient. So positions need
+no matrix product, and queries and keys are not widened. Windows are read and written in the grid;
+tokens beyond it are the projection's bias.
+
+The backward pass computes the logits twice, per queries and per keys (7 products instead of 5), so
+that it needs no atomics and is deterministic.
+
+Letters: B images, h heads, d channels of a head, N tokens of the grid, K tokens along an axis of an
+area.
 """
 # ruff: noqa: ANN001, ANN201 (what Triton passes to a kernel has no Python type)
 
@@ -37,9 +41,9 @@ from vitdet.kernels.attention_positions import (
 
 
 class Blocks(NamedTuple):
-    """Queries and keys of a block (at least a row of keys), warps of a program, stages of its loop's pipeline.
+    """Block sizes of queries and keys (at least a row of keys), warps per program, pipeline stages.
 
-    `registers`: the most that a thread may use, for more programs side by side; None leaves it to the compiler.
+    `registers`: maximum per thread, for higher occupancy; None: chosen by the compiler.
     """
 
     queries: int
@@ -49,8 +53,9 @@ class Blocks(NamedTuple):
     registers: int | None = None
 
 
-# By whether the area is the grid (64 x 64 tokens) or a window (14 x 14): among the best on an H200 with d = 64
-# (`tests/bench/attention.py`); a limit of registers gains 5 to 9 % there but would spill with wider heads.
+# By whether the area is the grid (64 x 64 tokens) or a window (14 x 14): among the best on an H200
+# with d = 64 (`tests/bench/attention.py`); a limit of registers gains 5 to 9 % there but would
+# spill with wider heads.
 FORWARD = {True: Blocks(64, 64, 4, 3), False: Blocks(64, 64, 4, 2)}
 BACKWARD_QUERIES = {True: Blocks(64, 64, 4, 3), False: Blocks(64, 64, 4, 2)}
 BACKWARD_KEYS = {True: Blocks(64, 64, 4, 2), False: Blocks(64, 64, 4, 2)}
@@ -59,9 +64,11 @@ BACKWARD_KEYS = {True: Blocks(64, 64, 4, 2), False: Blocks(64, 64, 4, 2)}
 def forward(
     layout: Layout, qkv: Tensor, bias: Tensor, tables: tuple[Tensor, Tensor], factor: float
 ) -> tuple[Tensor, Tensor]:
-    """What the heads read (B, N, h d), and the logarithms to base 2 of the softmax's sums (B groups, tokens of an area).
+    """Return the heads' output (B, N, h d) and the base-2 logarithms of the softmax's sums (B
+    groups, tokens of an area).
 
-    qkv (B, N, 3 h d), its bias (3 h d), tables of relative positions (2 K - 1, d), to be multiplied by `factor`.
+    qkv (B, N, 3 h d), its bias (3 h d), tables of relative positions (2 K - 1, d), multiplied by
+    `factor`.
     """
     batch, tokens, channels = qkv.shape
     out = qkv.new_empty(batch, tokens, channels // 3)
@@ -83,10 +90,10 @@ def backward(
     tables: tuple[Tensor, Tensor],
     factor: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The gradients of qkv, of its bias (as far as it stands for tokens beyond the grid) and of both tables, from that of
+    """Return the gradients of qkv, bias (for tokens beyond the grid) and both tables, given that of
     `out`; all but the first in float32.
     """
-    # Computed again: they would take more memory than this takes time.
+    # recomputed, to save memory
     products = positions(layout, qkv, tables, factor)
     dproducts = empty_products(layout, qkv)
     dqkv, delta = torch.empty_like(qkv), torch.empty_like(sums)
@@ -96,7 +103,7 @@ def backward(
     launch(backward_queries_kernel, programs, (*given, delta, dqkv, *dproducts), constants)
     constants = _blocks(layout, BACKWARD_KEYS)
     blocks = triton.cdiv(layout.sides[0], constants["LINES"])
-    # of each block of keys and values, those beyond the grid
+    # of each block of keys and values: the part beyond the grid
     size = (len(sums) // layout.heads, layout.heads, blocks if layout.padded else 0)
     beyond = sums.new_zeros(*size, 2, layout.depth)
     given = qkv, bias, *products, gradient, sums, delta
@@ -110,7 +117,7 @@ def backward(
 
 
 def _blocks(layout: Layout, choice: dict[bool, Blocks]) -> dict[str, Any]:
-    """Constants of the kernels of this file."""
+    """Return the constants of the kernels of this file."""
     blocks, line = choice[layout.window == 0], tile(layout.sides[1])
     return layout.constants | {
         "QUERIES": blocks.queries,
@@ -125,7 +132,7 @@ def _blocks(layout: Layout, choice: dict[bool, Blocks]) -> dict[str, Any]:
 def launch(
     kernel: Any, programs: int, tensors: Sequence[Tensor], constants: dict[str, Any]
 ) -> None:
-    """Run a kernel; with fewer stages where a GPU has less shared memory for a program than an H100's 227 KiB."""
+    """Launch a kernel; with fewer stages on GPUs with less than an H100's 227 KiB shared memory."""
     try:
         kernel[(programs,)](*tensors, **constants)
     except triton.runtime.errors.OutOfResources:
@@ -137,7 +144,7 @@ def launch(
 
 @triton.jit
 def load_keys(x, bias, token, exists, inside, step, DEPTH, CHANNELS: tl.constexpr, PADDED):
-    """The same of keys or values. Beyond the grid they are read from the bias, so that they need no registers."""
+    """`load` for keys or values; beyond the grid they are read from the bias."""
     channel = tl.arange(0, CHANNELS)[None, :]
     at = x + token[:, None] * step + channel
     if PADDED:
@@ -147,7 +154,9 @@ def load_keys(x, bias, token, exists, inside, step, DEPTH, CHANNELS: tl.constexp
 
 @triton.jit
 def load_rows(rows, group, row, i, exists, ROWS, LINES, AREA):
-    """q . R of queries i with rows of keys, of shape row x i or i x row: -inf beyond the last row."""
+    """Load q . R of queries i with rows of keys, of shape row x i or i x row: -inf beyond the last
+    row.
+    """
     at = rows + (group.to(tl.int64) * ROWS + row) * AREA + i
     if ROWS % LINES == 0:
         found = tl.load(at, mask=exists, other=0.0).to(tl.float32)
@@ -176,7 +185,9 @@ def forward_kernel(
     LINE: tl.constexpr,
     LINES: tl.constexpr,
 ):
-    """A block of queries over all keys, with a running maximum (Dao, FlashAttention-2, 2307.08691)."""
+    """One block of queries over all keys, with a running maximum (Dao, FlashAttention-2,
+    2307.08691).
+    """
     AREA: tl.constexpr = ROWS * COLUMNS
     BLOCKS: tl.constexpr = (AREA + QUERIES - 1) // QUERIES
     group = tl.program_id(0) // BLOCKS
@@ -250,7 +261,9 @@ def backward_queries_kernel(
     LINE: tl.constexpr,
     LINES: tl.constexpr,
 ):
-    """A block of queries over all keys: its gradient, those of its positions, and `delta` for the keys' turn."""
+    """One block of queries over all keys: gradients of queries and positions, and `delta` for the
+    keys.
+    """
     AREA: tl.constexpr = ROWS * COLUMNS
     BLOCKS: tl.constexpr = (AREA + QUERIES - 1) // QUERIES
     group = tl.program_id(0) // BLOCKS
@@ -325,7 +338,9 @@ def backward_keys_kernel(
     LINE: tl.constexpr,
     LINES: tl.constexpr,
 ):
-    """A block of keys over all queries in the grid. Logits are transposed, so that they multiply from registers."""
+    """One block of keys over all queries in the grid. Logits are transposed, to multiply from
+    registers.
+    """
     BLOCKS: tl.constexpr = (ROWS + LINES - 1) // LINES
     group = tl.program_id(0) // BLOCKS
     first, top, left, head = origin(group, HEIGHT, WIDTH, HEADS, ROWS, COLUMNS)
@@ -359,7 +374,7 @@ def backward_keys_kernel(
         along_height = load_rows(
             rows, group, row[:, None], i[None, :], exists[None, :], ROWS, LINES, AREA
         )
-        # the queries beyond the grid see nothing
+        # queries beyond the grid have no output
         along_height -= tl.load(sums + line, mask=inside, other=float("inf"))[None, :]
         along_width = columns + line[:, None] * LINE + column[None, :]
         along_width = tl.trans(tl.load(along_width, mask=exists[:, None], other=0.0))

@@ -1,8 +1,10 @@
-"""Products of queries with relative positions, q . R, and their gradients; and what all attention kernels share.
+"""Products of queries with relative positions, q . R, their gradients, and helpers of the attention
+kernels.
 
-All queries of a line, a row (axis 0) or a column (axis 1) of an area, meet the same rows of a table (2 K - 1, d), so that
-a line is one matrix product with a part of the table that is read where it lies. Plain torch copies the queries for that
-product and expands the table to (K, K, d).
+All queries of a line, a row (axis 0) or a column (axis 1) of an area, use the same rows of a table
+(2 K - 1, d), so that a line is one matrix product with a slice of the table. Plain torch copies the
+queries and expands the table to (K, K, d).
+
 Letters: B images, h heads, d channels of a head, K tokens along an axis of an area.
 """
 # ruff: noqa: ANN001, ANN201 (what Triton passes to a kernel has no Python type)
@@ -17,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn import functional as F
 
-LOG2E = tl.constexpr(1.4426950408889634)  # exponentials are powers of 2, as in the hardware
+LOG2E = tl.constexpr(1.4426950408889634)  # exponentials are computed as powers of 2
 SMALLEST = 16  # side of a tile that tensor cores multiply
 PARTS = {
     True: 16,
@@ -26,7 +28,7 @@ PARTS = {
 
 
 class Layout(NamedTuple):
-    """Sizes of one call, as the kernels want them. `window`: tokens per side, 0 for the whole grid."""
+    """Sizes of one call. `window`: tokens per side, 0 for the whole grid."""
 
     height: int
     width: int
@@ -46,13 +48,13 @@ class Layout(NamedTuple):
 
     @property
     def groups(self) -> int:
-        """Attentions in an image: areas times heads."""
+        """Attentions per image: areas times heads."""
         rows, columns = self.sides
         return triton.cdiv(self.height, rows) * triton.cdiv(self.width, columns) * self.heads
 
     @property
     def padded(self) -> bool:
-        """Whether areas go beyond the grid."""
+        """Whether areas exceed the grid."""
         rows, columns = self.sides
         return self.height % rows + self.width % columns > 0
 
@@ -71,12 +73,14 @@ class Layout(NamedTuple):
 
 
 def tile(size: int) -> int:
-    """The side of a tile that holds `size` things."""
+    """Return the side of a tile that contains `size` elements."""
     return max(SMALLEST, triton.next_power_of_2(size))
 
 
 def empty_products(layout: Layout, qkv: Tensor) -> tuple[Tensor, Tensor]:
-    """For q . R with the rows (B groups, K, tokens of an area) and with the columns (B groups, tokens, tile of K)."""
+    """Allocate q . R for the rows (B groups, K, tokens of an area) and the columns (B groups,
+    tokens, tile of K).
+    """
     groups = len(qkv) * layout.groups
     rows, columns = layout.sides
     by_row = qkv.new_empty(groups, rows, layout.area)
@@ -86,7 +90,9 @@ def empty_products(layout: Layout, qkv: Tensor) -> tuple[Tensor, Tensor]:
 def positions(
     layout: Layout, qkv: Tensor, tables: tuple[Tensor, Tensor], factor: float
 ) -> tuple[Tensor, Tensor]:
-    """q . R times `factor` and log2(e), as `empty_products`; -inf beyond the last column."""
+    """Return q . R times `factor` and log2(e), shaped as `empty_products`; -inf beyond the last
+    column.
+    """
     found = empty_products(layout, qkv)
     for axis, (table, product) in enumerate(zip(tables, found, strict=True)):
         positions_kernel[(layout.sides[axis] * len(product),)](
@@ -103,7 +109,7 @@ def positions_backward(
     dproducts: tuple[Tensor, Tensor],
     dqkv: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """Adds to the queries' part of dqkv, and returns the gradients of the tables."""
+    """Add to the queries' part of dqkv, and return the gradients of the tables."""
     found = []
     for axis, (table, dproduct) in enumerate(zip(tables, dproducts, strict=True)):
         side, groups = layout.sides[axis], len(dproduct)
@@ -117,15 +123,15 @@ def positions_backward(
 
 
 def diagonal_sums(x: Tensor) -> Tensor:
-    """(K, K, d) -> (2 K - 1, d): row r holds the sum over all i - j + K - 1 = r."""
+    """(K, K, d) -> (2 K - 1, d): row r is the sum over all i - j + K - 1 = r."""
     size, _, depth = x.shape
-    # Every line is moved one place further than the one above it, by giving all of them one place too many.
+    # shift every line by one more than the line above, by padding all of them by one
     skewed = F.pad(x.flip(1), (0, 0, 0, size)).view(-1, depth)[: size * (2 * size - 1)]
     return skewed.view(size, 2 * size - 1, depth).sum(dim=0)
 
 
 def _lines(layout: Layout, axis: int) -> dict[str, int]:
-    """Constants of the kernels that take the queries of a line: of a row (axis 0) or a column (axis 1)."""
+    """Return the constants of the kernels for lines: rows (axis 0) or columns (axis 1)."""
     sides = layout.sides
     tiles = {"AXIS": axis, "QUERIES": tile(sides[1 - axis]), "KEYS": tile(sides[axis])}
     return layout.constants | tiles | {"num_warps": 1 if layout.window else 4}
@@ -133,7 +139,7 @@ def _lines(layout: Layout, axis: int) -> dict[str, int]:
 
 @triton.jit
 def origin(group, HEIGHT, WIDTH, HEADS, ROWS, COLUMNS):
-    """Of a group: the first token of its image, the first row and column of its area, and its head."""
+    """Return a group's first token of its image, first row and column of its area, and head."""
     across = (WIDTH + COLUMNS - 1) // COLUMNS
     areas = (HEIGHT + ROWS - 1) // ROWS * across
     area = group // HEADS
@@ -143,7 +149,9 @@ def origin(group, HEIGHT, WIDTH, HEADS, ROWS, COLUMNS):
 
 @triton.jit
 def tokens(row, column, top, left, HEIGHT, WIDTH, ROWS, COLUMNS):
-    """Tokens of the grid at these rows and columns of an area, which of them exist, and which lie in the grid."""
+    """Return the grid tokens at these rows and columns of an area, which of them exist, and which
+    are in the grid.
+    """
     exists = (row < ROWS) & (column < COLUMNS)
     inside = exists & (top + row < HEIGHT) & (left + column < WIDTH)
     return (top + row) * WIDTH + left + column, exists, inside
@@ -151,7 +159,7 @@ def tokens(row, column, top, left, HEIGHT, WIDTH, ROWS, COLUMNS):
 
 @triton.jit
 def load(x, token, inside, step, DEPTH, CHANNELS: tl.constexpr):
-    """A head's channels of these tokens, which lie `step` apart: (tokens, CHANNELS)."""
+    """Load a head's channels of these tokens, `step` apart: (tokens, CHANNELS)."""
     channel = tl.arange(0, CHANNELS)[None, :]
     mask = inside[:, None] & (channel < DEPTH)
     return tl.load(x + token[:, None] * step + channel, mask=mask, other=0.0)
@@ -159,7 +167,7 @@ def load(x, token, inside, step, DEPTH, CHANNELS: tl.constexpr):
 
 @triton.jit
 def store(to, token, inside, x, step, DEPTH, CHANNELS: tl.constexpr):
-    """The inverse of `load`."""
+    """Inverse of `load`."""
     channel = tl.arange(0, CHANNELS)[None, :]
     mask = inside[:, None] & (channel < DEPTH)
     tl.store(to + token[:, None] * step + channel, x.to(to.dtype.element_ty), mask=mask)
@@ -167,7 +175,9 @@ def store(to, token, inside, x, step, DEPTH, CHANNELS: tl.constexpr):
 
 @triton.jit
 def line_of(i, top, left, HEIGHT, WIDTH, ROWS, COLUMNS, AXIS, QUERIES: tl.constexpr):
-    """The queries of row i (axis 0) or column i (axis 1): their places in the area, and as `tokens`."""
+    """Return the queries of row i (axis 0) or column i (axis 1): their indices in the area, and as
+    `tokens`.
+    """
     j = tl.arange(0, QUERIES)
     row = i + j * 0 if AXIS == 0 else j
     column = j if AXIS == 0 else i + j * 0
@@ -177,7 +187,7 @@ def line_of(i, top, left, HEIGHT, WIDTH, ROWS, COLUMNS, AXIS, QUERIES: tl.conste
 
 @triton.jit
 def table_rows(table, i, side, DEPTH, CHANNELS: tl.constexpr, KEYS: tl.constexpr):
-    """The relative positions of all keys as line i sees them: (KEYS, CHANNELS)."""
+    """Load the relative positions of all keys for line i: (KEYS, CHANNELS)."""
     key = tl.arange(0, KEYS)[:, None]
     channel = tl.arange(0, CHANNELS)[None, :]
     mask = (key < side) & (channel < DEPTH)
@@ -187,7 +197,7 @@ def table_rows(table, i, side, DEPTH, CHANNELS: tl.constexpr, KEYS: tl.constexpr
 
 @triton.jit
 def place_of(group, i, key, AXIS, AREA, ROWS, KEYS):
-    """Where q . R of query i and a key lies, in what `empty_products` made."""
+    """Return the address of q . R of query i and a key in the result of `empty_products`."""
     group = tl.cast(group, tl.int64)
     return (group * ROWS + key) * AREA + i if AXIS == 0 else (group * AREA + i) * KEYS + key
 
@@ -209,7 +219,7 @@ def positions_kernel(
     QUERIES: tl.constexpr,
     KEYS: tl.constexpr,
 ):
-    """All queries of line i meet the rows i - key + K - 1 of a table, which are read where they lie."""
+    """Multiply all queries of line i by the rows i - key + K - 1 of a table."""
     SIDE: tl.constexpr = COLUMNS if AXIS else ROWS
     i = tl.program_id(0) % SIDE
     group = tl.program_id(0) // SIDE
@@ -247,7 +257,7 @@ def positions_backward_kernel(
     QUERIES: tl.constexpr,
     KEYS: tl.constexpr,
 ):
-    """Line i of some groups, one after the other, so that the sums over them need no atomics."""
+    """Line i of several groups in sequence, so that the sums over them need no atomics."""
     i = tl.program_id(0)
     part = tl.program_id(1)
     SIDE: tl.constexpr = COLUMNS if AXIS else ROWS

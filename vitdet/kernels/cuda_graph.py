@@ -1,7 +1,8 @@
-"""A function of tensors as a CUDA graph: its kernels are recorded once and then started by one call.
+"""CUDA graphs of a function of tensors: its kernels are recorded once and then launched by one
+call.
 
-Starting the thousands of kernels of a training step one by one takes a processor longer than a GPU takes to run them at
-small batches; as a graph a step has some 90 launches.
+At small batch sizes, launching the thousands of kernels of a training step takes the host longer
+than the GPU needs to run them; as a graph a step has some 90 launches.
 """
 
 from __future__ import annotations
@@ -15,13 +16,15 @@ from torch import Tensor
 
 Output = TypeVar("Output")
 
-LIMIT = 6  # graphs kept, one for each set of shapes; each holds its activations
+LIMIT = 6  # maximum number of graphs, one per set of shapes; each keeps its activations
 WARM_UPS = 2  # calls before the recording, in which kernels are compiled and chosen
 _recording = Lock()  # torch records one graph of a process at a time
 
 
 class NotRecorded(Exception):
-    """A function cannot be recorded as a CUDA graph, or not for these shapes; it says why."""
+    """A function cannot be recorded as a CUDA graph, or not for these shapes; the message is the
+    reason.
+    """
 
 
 class NoRoom(NotRecorded):
@@ -41,20 +44,20 @@ class _Graph(NamedTuple, Generic[Output]):
 class CudaGraph(Generic[Output]):
     """A function of tensors on a GPU, recorded for each set of shapes that it is called with.
 
-    The function may not wait for the GPU, and what it reads besides its arguments (weights, say) must stay where it is
-    in memory. What it returns lies in memory that the next call with the same shapes overwrites. Random numbers follow
-    the generator of the device as without a graph. No function is kept, whose references back would make the memory of
-    the graphs wait for the garbage collector.
+    The function must not synchronize with the GPU, and tensors that it reads besides its arguments
+    (weights, say) must not move in memory. Its results are overwritten by the next call with the
+    same shapes. Random numbers follow the device's generator as without a graph. No reference to
+    the function is kept, so that no reference cycle delays freeing the memory of the graphs.
     """
 
     def __init__(self) -> None:
         self.graphs: dict[tuple, _Graph[Output]] = {}
-        self.pool: Any = None  # of memory, which the graphs share: one runs at a time
-        # of all recordings: memory that a pool has for one stream serves no other
+        self.pool: Any = None  # memory pool shared by the graphs, of which one runs at a time
+        # one stream for all recordings: a pool's memory belongs to one stream
         self.stream: torch.cuda.Stream | None = None
 
     def __call__(self, *tensors: Tensor) -> Output:
-        """What the recorded function gives for tensors on the GPU or in pinned memory.
+        """Replay the graph for tensors on the GPU or in pinned memory.
 
         Raises NotRecorded for shapes that are not recorded.
         """
@@ -67,20 +70,24 @@ class CudaGraph(Generic[Output]):
         return recorded.output
 
     def clear(self) -> None:
-        """Give back the memory of all graphs; what they returned is lost."""
+        """Free the memory of all graphs; their results become invalid."""
         self.graphs.clear()
         self.pool = None
 
     def has(self, *tensors: Tensor) -> bool:
-        """Whether there is a graph for tensors of these shapes."""
+        """Return whether there is a graph for tensors of these shapes."""
         return _shapes(tensors) in self.graphs
 
     def record(self, function: Callable[..., Output], *tensors: Tensor) -> None:
-        """Record function(*tensors) for tensors of these shapes. It is called a few times: side effects happen.
+        """Record function(*tensors) for tensors of these shapes. It is called several times, with
+        its side effects.
 
-        Raises NotRecorded if it waits for the GPU somewhere, NoRoom if there are LIMIT graphs already, OutOfMemory,
-        with all graphs cleared, if the GPU has too little memory. The state of the device's random generator is
-        unchanged.
+        The state of the device's random generator does not change.
+
+        Raises:
+            NotRecorded: the function synchronizes with the GPU.
+            NoRoom: LIMIT graphs exist.
+            OutOfMemory: too little GPU memory; all graphs are cleared.
         """
         if len(self.graphs) == LIMIT:
             raise NoRoom(f"{LIMIT} graphs are recorded already, for other shapes")
@@ -96,7 +103,9 @@ class CudaGraph(Generic[Output]):
         tensors: tuple[Tensor, ...],
     ) -> None:
         random = torch.cuda.get_rng_state(device)
-        with torch.inference_mode(False):  # else later calls could only write to them in that mode
+        with torch.inference_mode(
+            False
+        ):  # otherwise later calls could write to them in that mode only
             inputs = tuple(tensor.to(device, copy=True) for tensor in tensors)
         graph = torch.cuda.CUDAGraph()
         self.stream = self.stream or torch.cuda.Stream(device)
@@ -107,7 +116,7 @@ class CudaGraph(Generic[Output]):
                     function(*inputs)
             torch.cuda.current_stream(device).wait_stream(self.stream)
             torch.cuda.synchronize(device)
-            torch.cuda.empty_cache()  # the graph has memory of its own
+            torch.cuda.empty_cache()  # the graph has its own memory
             with torch.cuda.graph(
                 graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"
             ):

@@ -1,11 +1,14 @@
 """Exact greedy NMS of many groups of boxes at once.
 
-torchvision suppresses one image after the other, each in a single block of threads that walks through all of its
-boxes: of a training step of ViT-B at batch 8 that took 31 of 312 ms on an H100. Here one launch compares all pairs of
-a group's boxes, 64 to a word of bits, and a second one walks through each group 64 boxes at a time, all groups side by
-side. Nothing waits for the GPU, and no number of rounds limits how long a chain of suppressions may be.
-The arithmetic is that of torchvision on the CPU, operation by operation (IEEE division, no fused multiply-add, float32
-against a float64 threshold), so both paths keep the same boxes.
+torchvision processes one image after the other, each in a single thread block that iterates over
+all of its boxes: 31 of 312 ms of a training step of ViT-B at batch 8 on an H100. Here one launch
+compares all pairs of a group's boxes, 64 per word of bits, and a second one iterates over each
+group, 64 boxes at a time, all groups in parallel. The host does not synchronize, and chains of
+suppressions may have any length.
+
+The arithmetic is that of torchvision on the CPU, operation by operation (IEEE division, no fused
+multiply-add, float32 compared with a float64 threshold), so both keep the same boxes.
+
 Letters: G groups, N boxes of a group.
 """
 
@@ -17,16 +20,24 @@ from torchvision.ops import nms as torchvision_nms
 
 from vitdet.kernels import enabled
 
-TOGETHER = 46_000  # boxes of a group that are compared, in 256 MB of bits; of more, those of one label at a time
+TOGETHER = 46_000  # boxes compared per group (256 MB of bits); larger groups are split by label
 
 
 def nms(boxes: Tensor, labels: Tensor | None, iou: float, limit: int) -> Tensor:
-    """Which boxes (G, N, 4) are kept: (G, N) bool. Boxes are xyxy float32, each group's in descending order of score.
+    """Return which boxes (G, N, 4) are kept: (G, N) bool.
 
-    A box is suppressed by a kept one before it whose IoU with it is above `iou`; with labels (G, N) int64 only if both
-    have the same label. Boxes with x1 <= x0 or y1 <= y0, or with NaN, are never kept. At least the first `limit` kept
-    boxes of a group are marked; later ones may be left out. With labels, groups of more than TOGETHER boxes make the host
-    wait. Raises ValueError for tensors of other shapes.
+    A box is suppressed by a kept one before it if their IoU is above `iou` and, with labels, their
+    labels are equal. Boxes with x1 <= x0 or y1 <= y0, or with NaN, are never kept.
+
+    Args:
+        boxes: (G, N, 4) xyxy float32, each group's in descending order of score.
+        iou: the threshold.
+        labels: (G, N) int64, or None. Groups of more than TOGETHER boxes then need a
+            synchronization.
+        limit: at least the first `limit` kept boxes of a group are marked, later ones may not be.
+
+    Raises:
+        ValueError: tensors of other shapes.
     """
     if boxes.dim() != 3 or boxes.shape[2] != 4:
         raise ValueError(f"boxes must be (G, N, 4), got {tuple(boxes.shape)}")
@@ -41,7 +52,7 @@ def nms(boxes: Tensor, labels: Tensor | None, iou: float, limit: int) -> Tensor:
 
 @torch.library.custom_op("vitdet::nms", mutates_args=())
 def suppress(boxes: Tensor, labels: Tensor | None, iou: float, limit: int) -> Tensor:
-    """As `nms`, by the Triton kernels."""
+    """`nms` by the Triton kernels."""
     from vitdet.kernels.nms_kernels import launch
 
     with torch.cuda.device_of(boxes):
@@ -54,7 +65,7 @@ def _(boxes: Tensor, labels: Tensor | None, iou: float, limit: int) -> Tensor:
 
 
 def suppress_by_label(boxes: Tensor, labels: Tensor, iou: float, limit: int) -> Tensor:
-    """As `suppress`, with a group for each label of a group: pairs of other labels take no memory."""
+    """`suppress` with one group per label, so that pairs of different labels use no memory."""
     keep = torch.zeros(boxes.shape[:2], dtype=torch.bool, device=boxes.device)
     for group_boxes, group_labels, kept in zip(boxes, labels, keep, strict=True):
         found, order = group_labels.sort(stable=True)
@@ -67,14 +78,14 @@ def suppress_by_label(boxes: Tensor, labels: Tensor, iou: float, limit: int) -> 
 
 
 def reference(boxes: Tensor, labels: Tensor | None, iou: float) -> Tensor:
-    """As `nms` without a limit, by torchvision: group after group, and label after label within each."""
+    """`nms` without a limit, by torchvision, by group and label."""
     keep = torch.zeros(boxes.shape[:2], dtype=torch.bool, device=boxes.device)
     scores = -torch.arange(boxes.shape[1], dtype=boxes.dtype, device=boxes.device)
     usable = (boxes[..., 2:] > boxes[..., :2]).all(dim=2)
     for group, group_boxes in enumerate(boxes):
         chosen = usable[group].nonzero().flatten()
         parts = [chosen]
-        # Boxes of one label stay where they are: moved apart by label, as is usual, they would be rounded.
+        # by label instead of offsetting the boxes, as is usual, which would round them
         if labels is not None:
             found, order = labels[group, chosen].sort(stable=True)
             counts = found.unique_consecutive(return_counts=True)[1]

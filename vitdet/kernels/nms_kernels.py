@@ -1,9 +1,10 @@
 """The two Triton kernels of `vitdet.kernels.nms`, and their launch.
 
-`compare_boxes` has a program for 32 boxes and the 64 of a word, and stores that word of 64 bits for each of the 32.
-`suppress_boxes` has a program for a group, which goes through the boxes 64 at a time: whether each of them is kept
-follows from 64 words in registers, a few instructions a box; what the kept ones suppress among the later boxes is the
-OR of their rows of words.
+A program of `compare_boxes` compares 32 boxes with the 64 of a word, and stores one 64-bit word for
+each of the 32. A program of `suppress_boxes` iterates over a group, 64 boxes at a time: whether
+each is kept follows from 64 words in registers; the later boxes that they suppress are the OR of
+their rows of words.
+
 Letters: G groups, N boxes of a group, W words of a row.
 """
 
@@ -26,7 +27,7 @@ TILE = 2**11
 
 
 def launch(boxes: Tensor, labels: Tensor | None, iou: float, limit: int) -> Tensor:
-    """Contiguous boxes (G, N, 4) float32, labels (G, N) int64 or None -> which are kept, (G, N) bool."""
+    """Contiguous boxes (G, N, 4) float32, labels (G, N) int64 or None -> kept boxes (G, N) bool."""
     groups, count, _ = boxes.shape
     keep = torch.zeros(groups, count, dtype=torch.bool, device=boxes.device)
     if not groups * count:
@@ -66,7 +67,9 @@ def launch(boxes: Tensor, labels: Tensor | None, iou: float, limit: int) -> Tens
 
 
 def below(number: float) -> float:
-    """The largest float32 that is no larger: a float32 is above it just where it is above the float64 `number`."""
+    """Return the largest float32 that is at most `number`: a float32 exceeds it iff it exceeds
+    `number`.
+    """
     single = torch.tensor(number, dtype=torch.float32)
     if single.item() > number:
         single = single.nextafter(torch.tensor(-math.inf))
@@ -75,7 +78,7 @@ def below(number: float) -> float:
 
 @triton.jit
 def corners(boxes, index, inside):
-    """x0, y0, x1, y1 of boxes (N, 4); empty boxes where not inside."""
+    """Load x0, y0, x1, y1 of boxes (N, 4); empty boxes where not inside."""
     x0 = tl.load(boxes + index * 4, mask=inside, other=0.0)
     y0 = tl.load(boxes + index * 4 + 1, mask=inside, other=0.0)
     x1 = tl.load(boxes + index * 4 + 2, mask=inside, other=0.0)
@@ -85,9 +88,10 @@ def corners(boxes, index, inside):
 
 @triton.jit(do_not_specialize=["count", "words"])
 def compare_boxes(boxes, labels, bits, count, words, iou, LABELS: tl.constexpr, ROWS: tl.constexpr):
-    """bits (G, 64 W, W): bit k of a box's word w says that it would suppress box 64 w + k, which comes after it.
+    """bits (G, 64 W, W): bit k of a box's word w: it would suppress box 64 w + k, which follows it.
 
-    A box's own bit says that it is empty, as are those from N on. Words of earlier boxes only stay unwritten.
+    A box's own bit: it is empty, as are boxes from N on. Words of earlier boxes only are not
+    written.
     """
     block, part, group = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     if block * BITS + BITS <= part * ROWS:
@@ -97,7 +101,8 @@ def compare_boxes(boxes, labels, bits, count, words, iou, LABELS: tl.constexpr, 
     j = block * BITS + tl.arange(0, BITS)
     ax0, ay0, ax1, ay1 = corners(boxes, i, i < count)
     bx0, by0, bx1, by1 = corners(boxes, j, j < count)
-    # The later boxes lie along axis 0, which is summed below: a thread holds many of them for one row.
+    # The later boxes lie along axis 0, which is summed below: a thread holds many of them for one
+    # row.
     width = tl.minimum(ax1[None, :], bx1[:, None]) - tl.maximum(ax0[None, :], bx0[:, None])
     height = tl.minimum(ay1[None, :], by1[:, None]) - tl.maximum(ay0[None, :], by0[:, None])
     intersection = tl.maximum(width, 0.0) * tl.maximum(height, 0.0)
@@ -126,7 +131,9 @@ def either(a, b):
 
 @triton.jit(do_not_specialize=["count", "words", "limit"])
 def suppress_boxes(bits, keep, count, words, limit, ROWS: tl.constexpr, WORDS: tl.constexpr):
-    """keep (G, N): the boxes that no kept one suppresses, up to the block of 64 in which `limit` is reached."""
+    """keep (G, N): boxes that no kept one suppresses, up to the block of 64 in which `limit` is
+    reached.
+    """
     group = tl.program_id(0).to(tl.int64)
     bits += group * words * words * BITS
     keep += group * count
@@ -140,7 +147,8 @@ def suppress_boxes(bits, keep, count, words, limit, ROWS: tl.constexpr, WORDS: t
         lines = bits + block * BITS * words
         here = tl.sum(tl.where(word == block, gone, 0), axis=0)
         for k in tl.static_range(BITS):
-            # The chain through the 64 boxes is these few instructions; the loads do not wait for it.
+            # The chain through the 64 boxes is these few instructions; the loads do not wait for
+            # it.
             line = tl.load(lines + k * words + block)
             own = tl.full((), 1, tl.int64) << k
             here |= line & tl.where(((here | line) & own) == 0, -1, own)

@@ -1,14 +1,17 @@
-"""Predicted masks on their images, stored column by column as COCO's run lengths go.
+"""Pasting of predicted masks into images, stored by column as in COCO's run lengths.
 
-A mask is zero outside its box, so only that region of the image is stored: of N masks, one after the other, the
-columns of each region from left to right, each from top to bottom and ended by a zero. Where these bytes change, a
-run of the mask begins or ends (`vitdet.evaluation.run_lengths` makes COCO's strings from that).
+A mask is zero outside its box, so only that region of the image is stored: of N masks in sequence,
+the columns of each region from left to right, each from top to bottom and followed by a zero. Where
+these bytes change, a run of the mask begins or ends (`vitdet.evaluation.run_lengths` computes
+COCO's strings from that).
 
-Why a kernel: evaluation compares masks in the size of the image. `grid_sample` takes one launch a mask, writes a grid
-of 8 bytes a pixel before it reads anything, and rounds differently on a GPU. The kernel takes one launch for all masks
-of a batch, keeps coordinates and weights in registers and writes one byte a pixel. It does what `grid_sample` does on
-an x86 CPU in the same order (fused multiply-adds where that has them, correctly rounded division), so the bytes are
-the same ones, and with them the AP. Letters: N masks of M x M cells.
+Evaluation needs masks in the size of the image. `grid_sample` takes one launch per mask, writes a
+grid of 8 bytes per pixel first, and rounds differently on a GPU. The kernel takes one launch for
+all masks of a batch, keeps coordinates and weights in registers and writes one byte per pixel. It
+performs the operations of `grid_sample` on an x86 CPU in the same order (fused multiply-adds where
+used there, correctly rounded division), so the bytes, and with them AP, are identical.
+
+Letters: N masks of M x M cells.
 """
 
 from __future__ import annotations
@@ -22,8 +25,11 @@ PIXELS = 2**18  # sampled at a time on the CPU: 3 MB
 
 
 def regions_of(boxes: Tensor, sizes: Tensor) -> Tensor:
-    """The regions (N, 4) int64 x, y, width, height outside of which masks in boxes (N, 4) xyxy are zero; sizes (N, 2)
-    int64 (height, width) of their images. A box outside of its image has a region without pixels.
+    """Return the regions (N, 4) int64 x, y, width, height outside of which masks in boxes (N, 4)
+    xyxy are zero.
+
+    sizes (N, 2) int64: (height, width) of the images. A box outside of its image has an empty
+    region.
     """
     low = (boxes[:, :2].floor() - 1).clamp(min=0).long()
     high = torch.minimum(boxes[:, 2:].ceil().long() + 1, sizes.flip(1))
@@ -32,16 +38,17 @@ def regions_of(boxes: Tensor, sizes: Tensor) -> Tensor:
 
 
 def bytes_of(regions: Tensor) -> Tensor:
-    """How many bytes (N,) int64 the pixels of each region take, with the zero after each column."""
+    """Return the bytes (N,) int64 of each region's pixels, with the zero after each column."""
     return regions[:, 2] * (regions[:, 3] + 1)
 
 
 @torch.library.custom_op("vitdet::paste", mutates_args=(), device_types="cuda")
 def paste(masks: Tensor, boxes: Tensor, regions: Tensor, ends: Tensor, total: int) -> Tensor:
-    """The pixels (total,) uint8, 0 or 1, of masks (N, M, M) float32 probabilities in boxes (N, 4) float32 xyxy.
+    """Return the pixels (total,) uint8, 0 or 1, of masks (N, M, M) float32 probabilities in boxes
+    (N, 4) float32 xyxy.
 
-    regions (N, 4) as `regions_of` gives them; ends (N,) int64 is the running sum of `bytes_of` them, and total the
-    last of these. All on one device.
+    regions (N, 4): from `regions_of`; ends (N,) int64: cumulative sum of their `bytes_of`, whose
+    last element is total. All on one device.
     """
     from vitdet.kernels.paste_kernels import launch
 
@@ -51,7 +58,7 @@ def paste(masks: Tensor, boxes: Tensor, regions: Tensor, ends: Tensor, total: in
 
 @paste.register_kernel("cpu")
 def reference(masks: Tensor, boxes: Tensor, regions: Tensor, ends: Tensor, total: int) -> Tensor:
-    """What `paste` returns, by `grid_sample`; it is the CPU's way, too."""
+    """`paste` by `grid_sample`; also used on the CPU."""
     pixels = torch.empty(total, dtype=torch.uint8, device=masks.device)
     columns = _centres(regions[:, 0], regions[:, 2], boxes[:, 0], boxes[:, 2])
     rows = _centres(regions[:, 1], regions[:, 3], boxes[:, 1], boxes[:, 3])
@@ -74,10 +81,11 @@ def _(masks: Tensor, boxes: Tensor, regions: Tensor, ends: Tensor, total: int) -
 
 
 def _centres(first: Tensor, counts: Tensor, low: Tensor, high: Tensor) -> Tensor:
-    """Where the centres of `counts` (N,) pixels from `first` (N,) on lie in boxes on one axis: low (N,) is at -1, high
-    (N,) at 1. The rows of the result (N, largest count + 1) go on outside of the box.
+    """Return the positions in boxes, on one axis, of the centres of `counts` (N,) pixels from
+    `first` (N,) on: low (N,) is at -1, high (N,) at 1. The rows of the result (N, largest count +
+    1) continue outside of the box.
     """
     steps = torch.arange(int(counts.max()) + 1, device=low.device)
-    sides = (high - low).clamp(min=1e-9)  # an empty box holds no pixel centre
+    sides = (high - low).clamp(min=1e-9)  # an empty box has no pixel centre
     centres = ((first[:, None] + steps).float() + 0.5 - low[:, None]) / sides[:, None] * 2 - 1
     return centres.where(steps < counts[:, None], OUTSIDE)

@@ -19,14 +19,16 @@ def launch(masks: Tensor, boxes: Tensor, regions: Tensor, ends: Tensor, total: i
     if total:
         tensors = [one.contiguous() for one in (masks, boxes, regions, ends)]
         grid = (len(masks), PROGRAMS)
-        # fused where the kernel says so, and nowhere else
+        # no implicit fused multiply-adds
         paste_kernel[grid](*tensors, pixels, M=masks.shape[-1], enable_fp_fusion=False)
     return pixels
 
 
 @triton.jit
 def cell_of(first, step, low, side, M: tl.constexpr):
-    """Cell and remainder of a pixel's centre on one axis, in the operations of `grid_sample` on a CPU."""
+    """Return cell and remainder of a pixel's centre on one axis, with the operations of
+    `grid_sample` on a CPU.
+    """
     place = tl.div_rn((first + step).to(tl.float32) + 0.5 - low, side) * 2.0 - 1.0
     place = tl.fma(place + 1.0, M / 2, -0.5)
     cell = tl.floor(place)

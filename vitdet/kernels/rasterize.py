@@ -1,10 +1,12 @@
-"""The training targets of masks: outlines cut to boxes, whatever the number of edges of each.
+"""Rasterization of outlines into boxes: the training targets of masks.
 
-In plain torch (`vitdet.models.mask_head.rasterize`) the pairs of RoIs and edges are laid out in blocks, so that their
-number must be known: the host waits for the GPU, and memory and launches grow with the edges. Here each row of a RoI
-is a program that walks over its outline's edges.
-The arithmetic is that of the plain path, operation by operation in float32 (IEEE division, no fused multiply-add), and
-directions are whole numbers, so both mark the same cells.
+In plain torch (`vitdet.models.mask_head.rasterize`) the pairs of RoIs and edges are processed in
+blocks, whose number must be known: the host synchronizes, and memory and launches grow with the
+edges. Here each row of a RoI is a program that iterates over its outline's edges.
+
+The arithmetic is that of the plain version, operation by operation in float32 (IEEE division, no
+fused multiply-add), and directions are integers, so both mark the same cells.
+
 Letters: R RoIs, E edges.
 """
 
@@ -15,11 +17,18 @@ from torch import Tensor
 
 
 def rasterize(edges: Tensor, spans: Tensor, boxes: Tensor, size: int) -> Tensor:
-    """Which of the size x size cells of each RoI have their centre inside its outline: (R, size, size) bool, on CUDA.
+    """Return which of the size x size cells of each RoI have their centre inside its outline: (R,
+    size, size) bool, on CUDA.
 
-    edges (E, 4) float32: x0, y0, x1, y1 in pixels; spans (R, 2) int64: the outline of a RoI is the edges from
-    spans[:, 0] up to spans[:, 1] (none: no cell is inside); boxes (R, 4) float32 xyxy. Inside is where the winding
-    number is not zero. Raises ValueError for other shapes or types.
+    Args:
+        edges: (E, 4) float32, x0, y0, x1, y1 in pixels.
+        spans: (R, 2) int64, the outline of a RoI is the edges from spans[:, 0] to spans[:, 1]
+            (exclusive).
+        boxes: (R, 4) float32 xyxy.
+        size: cells per side.
+
+    A point is inside if the winding number is not zero. Raises ValueError for other shapes or
+    dtypes.
     """
     for name, tensor, columns, kind in (
         ("edges", edges, 4, torch.float32),
@@ -37,7 +46,7 @@ def rasterize(edges: Tensor, spans: Tensor, boxes: Tensor, size: int) -> Tensor:
 
 @torch.library.custom_op("vitdet::rasterize", mutates_args=())
 def fill(edges: Tensor, spans: Tensor, boxes: Tensor, size: int) -> Tensor:
-    """As `rasterize`, by the Triton kernel."""
+    """`rasterize` by the Triton kernel."""
     from vitdet.kernels.rasterize_kernels import launch
 
     with torch.cuda.device_of(boxes):

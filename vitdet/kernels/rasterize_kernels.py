@@ -33,7 +33,7 @@ def launch(edges: Tensor, spans: Tensor, boxes: Tensor, size: int) -> Tensor:
 
 @triton.jit
 def in_cells(edges, index, exists, low, span, SIZE: tl.constexpr):
-    """A coordinate of edges in cells of the RoI."""
+    """Convert a coordinate of edges to cells of the RoI."""
     return tl.math.div_rn(tl.load(edges + index, mask=exists, other=0.0) - low, span) * SIZE
 
 
@@ -47,7 +47,9 @@ def rasterize_kernel(
     COLUMNS: tl.constexpr,
     EDGES: tl.constexpr,
 ):
-    """A program for a row of cells of a RoI: the directions of the edges that cross it left of each cell's centre."""
+    """One program per row of cells of a RoI: sums the directions of the edges that cross it left of
+    each cell's centre.
+    """
     roi = tl.program_id(0).to(tl.int64)
     row = tl.program_id(1)
     first, last = tl.load(spans + roi * 2), tl.load(spans + roi * 2 + 1)

@@ -1,12 +1,16 @@
 """RoIAlign over all levels of a pyramid in one launch, forward and backward.
 
-torchvision reads NCHW maps of float32 one point, RoI and channel at a time, and adds up the gradient atomically: 28 ms
-of a training step of ViT-B at batch 8 on an H100, with the copies that its layout and precision need. Here maps are
-read channels last in their own precision, as products with the weights of a separable interpolation
-(`vitdet.kernels.roi_align_kernels`), while coordinates, weights and sums are float32. The gradient has no atomic
-additions: it is the same in every run, needs no float32 copy of the maps, and is written once.
-Errors beside float64, relative (L2 norms), of features and gradients: below 1e-6 with float32 maps of small sides, on
-larger ones that of coordinates in float32; with 16-bit maps that of rounding the result (float16: 2e-4).
+torchvision reads NCHW maps of float32 one point, RoI and channel at a time, and accumulates the
+gradient with atomics: 28 ms of a training step of ViT-B at batch 8 on an H100, with the copies for
+its layout and precision. Here maps are read channels last in their own precision, as products with
+the weights of a separable interpolation (`vitdet.kernels.roi_align_kernels`), while coordinates,
+weights and sums are float32. The gradient needs no atomics: it is deterministic, needs no float32
+copy of the maps, and is written once.
+
+Errors against float64, relative (L2 norms), of features and gradients: below 1e-6 with float32 maps
+of small sides, on larger ones that of coordinates in float32; with 16-bit maps that of rounding the
+result (float16: 2e-4).
+
 Letters: B images, R RoIs, C channels, h x w cells of a map.
 """
 
@@ -32,13 +36,22 @@ def roi_align(
     bins: int,
     sampling_ratio: int,
 ) -> Tensor:
-    """Features of every RoI, (R, C, bins, bins), channels last in memory: aligned as in detectron2, for CUDA tensors.
+    """Return the features of every RoI, (R, C, bins, bins), channels last in memory: aligned as in
+    Detectron2, for CUDA tensors.
 
-    features: 1 to 5 maps (B, C, h, w) of bfloat16, float16 or float32 (channels last is fastest), with their strides.
-    boxes (R, 4) xyxy pixels, float32; image (R,) int64 in 0..B-1; level (R,) int64: which map is read, -1 for none: such
-    a RoI is zeros and gets no gradient, like one with NaN or infinite coordinates. `sampling_ratio` points a bin and
-    axis; 0 adapts them to the RoI's size. A RoI that ends before it starts has no points then, and is zeros.
-    Raises ValueError for other numbers of maps, shapes or types.
+    Args:
+        features: 1 to 5 maps (B, C, h, w) of bfloat16, float16 or float32 (channels last is
+            fastest).
+        boxes: (R, 4) xyxy pixels, float32. NaN or infinite coordinates give zeros and no gradient.
+        image: (R,) int64 in 0..B-1.
+        level: (R,) int64, the map to read; -1: zeros and no gradient.
+        strides: of the maps.
+        bins: per side.
+        sampling_ratio: points per bin and axis; 0: adaptive to the RoI's size, none if it ends
+            before it starts.
+
+    Raises:
+        ValueError: other numbers of maps, shapes or dtypes.
     """
     features = list(features)
     if not 1 <= len(features) <= LEVELS or len(features) != len(strides):
@@ -64,7 +77,7 @@ def pool(
     bins: int,
     ratio: int,
 ) -> Tensor:
-    """As `roi_align`, by the Triton kernel."""
+    """`roi_align` by the Triton kernel."""
     from vitdet.kernels.roi_align_kernels import forward
 
     maps = [feature.permute(0, 2, 3, 1).contiguous() for feature in features]
@@ -93,7 +106,9 @@ def pool_backward(
     strides: Sequence[int],
     ratio: int,
 ) -> list[Tensor]:
-    """The gradients (B, C, h, w) of the maps of these sizes, from that of the features (R, C, bins, bins)."""
+    """Return the gradients (B, C, h, w) of the maps, given that of the features (R, C, bins,
+    bins).
+    """
     from vitdet.kernels.roi_align_kernels import backward
 
     given = gradient.permute(0, 2, 3, 1).contiguous()
@@ -136,7 +151,7 @@ def reference(
     bins: int,
     sampling_ratio: int,
 ) -> Tensor:
-    """As `roi_align` for finite boxes, by torchvision in the precision of the maps."""
+    """`roi_align` for finite boxes, by torchvision in the precision of the maps."""
     rois = torch.cat([image[:, None], boxes], dim=1).to(features[0].dtype)
     found = features[0].new_zeros(len(boxes), features[0].shape[1], bins, bins)
     for number, (feature, stride) in enumerate(zip(features, strides, strict=True)):

@@ -1,12 +1,15 @@
 """The two Triton kernels of `vitdet.kernels.roi_align`, and their launches.
 
-RoIAlign is linear and separable: a bin's value is a sum over the cells of a map, each weighted by a number of its row
-times a number of its column. So the values of 64 bins are the product of a matrix of weights (bins x cells) with a
-tile of 8 x 8 cells (cells x channels), summed over the tiles that the RoI touches: each cell is read once for a RoI,
-not once for each point beside it. The gradient of a tile is the product of the transposed matrix with the gradients of
-the bins, summed over the RoIs that touch the tile: each cell is written once, by one program, in a fixed order.
-Weights are float32; as operands of a product with 16-bit maps they are split in two 16-bit numbers, whose sum has
-their precision. Sums are float32.
+RoIAlign is linear and separable: a bin's value is a sum over the cells of a map, each weighted by
+the product of a row weight and a column weight. The values of 64 bins are the product of a weight
+matrix (bins x cells) with a tile of 8 x 8 cells (cells x channels), summed over the tiles that the
+RoI touches: each cell is read once per RoI, not once per adjacent point. The gradient of a tile is
+the product of the transposed matrix with the gradients of the bins, summed over the RoIs that touch
+the tile: each cell is written once, by one program, in a fixed order.
+
+Weights are float32; in products with 16-bit maps they are split in two 16-bit numbers, whose sum
+has their precision. Sums are float32.
+
 Letters: B images, R RoIs, C channels, H x W cells of a map, L levels.
 """
 
@@ -62,10 +65,10 @@ def backward(
     strides: Sequence[int],
     ratio: int,
 ) -> list[Tensor]:
-    """Contiguous gradient (R, bins, bins, C) -> those of the maps (B, H, W, C) of each shape (H, W)."""
+    """Contiguous gradient (R, bins, bins, C) -> gradients (B, H, W, C) of all maps."""
     bins, channels = gradient.shape[2:]
     found = [gradient.new_empty(images, *shape, channels) for shape in shapes]
-    # the RoIs of each image and level side by side, so that a program looks at no others
+    # RoIs grouped by image and level, so that a program iterates over its own only
     exists = (level >= 0) & (level < len(shapes))
     of, order = torch.where(exists, image * len(shapes) + level, -1).sort(stable=True)
     first = torch.searchsorted(of, torch.arange(images * len(shapes) + 1, device=of.device))
@@ -79,14 +82,16 @@ def backward(
 
 
 def _levels(maps: Sequence[Tensor], strides: Sequence[int]) -> list[Any]:
-    """Five maps (B, H, W, C), heights, widths and 1 / strides (the first one's for missing levels), and how many exist."""
+    """Return five maps (B, H, W, C), heights, widths and 1 / strides (the first one's for missing
+    levels), and the number of maps.
+    """
     rows = [(one, *one.shape[1:3], 1 / stride) for one, stride in zip(maps, strides, strict=True)]
     rows += rows[:1] * (LEVELS - len(rows))
     return [value for column in zip(*rows, strict=True) for value in column] + [len(maps)]
 
 
 def _sizes(rois: Tensor, bins: int, ratio: int) -> dict[str, int]:
-    """Constants of both kernels for the features of RoIs (R, bins, bins, C), or their gradient."""
+    """Return the constants of both kernels for features (R, bins, bins, C) or their gradient."""
     columns = max(4, triton.next_power_of_2(bins))
     most = WIDE if rois.element_size() == 2 else WIDE // 4
     return {
@@ -102,7 +107,7 @@ def _sizes(rois: Tensor, bins: int, ratio: int) -> dict[str, int]:
 
 @triton.jit
 def choose(level, v0, v1, v2, v3, v4):
-    """The value of a level, elementwise."""
+    """Return the value of a level, elementwise."""
     low = tl.where(level == 1, v1, v0)
     high = tl.where(level == 3, v3, tl.where(level == 4, v4, v2))
     return tl.where(level < 2, low, high)
@@ -110,7 +115,7 @@ def choose(level, v0, v1, v2, v3, v4):
 
 @triton.jit
 def extent(boxes, roi, exists, scale):
-    """Where RoIs start and end, in cells: x0, y0, x1, y1."""
+    """Return start and end of RoIs in cells: x0, y0, x1, y1."""
     x0 = tl.load(boxes + roi * 4, mask=exists, other=0.0) * scale - 0.5
     x1 = tl.load(boxes + roi * 4 + 2, mask=exists, other=0.0) * scale - 0.5
     y0 = tl.load(boxes + roi * 4 + 1, mask=exists, other=0.0) * scale - 0.5
@@ -120,19 +125,21 @@ def extent(boxes, roi, exists, scale):
 
 @triton.jit
 def places(x, row, channel, channels):
-    """Where some channels of some rows of x (., channels) are: (rows, channels)."""
+    """Return the addresses of channels of rows of x (., channels): (rows, channels)."""
     return x + (row * channels)[:, None] + channel[None, :]
 
 
 @triton.jit
 def is_finite(x0, y0, x1, y1):
-    """Whether RoIs can be counted in cells; NaN is in no order."""
+    """Return whether RoIs have finite coordinates in range; False for NaN."""
     return tl.abs(x0) + tl.abs(y0) + tl.abs(x1) + tl.abs(y1) < LARGEST
 
 
 @triton.jit
 def touched(start, end, length):
-    """First and last of the cells 0..length-1 that points between start and end may read."""
+    """Return the first and last of the cells 0..length-1 that points between start and end may
+    read.
+    """
     low, high = tl.minimum(start, end), tl.maximum(start, end)
     last = (length - 1).to(tl.float32)
     first = tl.minimum(tl.maximum(tl.floor(low), 0.0), last)
@@ -142,13 +149,15 @@ def touched(start, end, length):
 
 @triton.jit
 def rows_touched(row, start, size, height, BINS: tl.constexpr, ROWS: tl.constexpr):
-    """First and last row of cells that ROWS rows of bins from `row` on may read."""
+    """Return the first and last row of cells that ROWS rows of bins from `row` on may read."""
     return touched(start + row * size, start + tl.minimum(row + ROWS, BINS) * size, height)
 
 
 @triton.jit
 def points_of(size, RATIO: tl.constexpr):
-    """Points of a bin of this size along an axis; none in one that ends before it starts."""
+    """Return the number of points of a bin of this size along an axis; none if it ends before it
+    starts.
+    """
     if RATIO > 0:
         return tl.full((), RATIO, tl.int32)
     else:
@@ -157,9 +166,11 @@ def points_of(size, RATIO: tl.constexpr):
 
 @triton.jit
 def weights(cell, bin, start, size, length, RATIO: tl.constexpr):
-    """What each cell of an axis counts in each bin's mean: cells and bins in shapes that go together.
+    """Return the weight of each cell of an axis in each bin's mean, with broadcastable cells and
+    bins.
 
-    A point between two cells reads both. Those up to a cell outside the map read the cell at its edge, others nothing.
+    A point between two cells reads both. Points up to a cell outside the map read the border cell,
+    others nothing.
     """
     points = points_of(size, RATIO)
     count = tl.maximum(points, 1).to(tl.float32)
@@ -168,7 +179,8 @@ def weights(cell, bin, start, size, length, RATIO: tl.constexpr):
     first = tl.zeros_like(bin + cell)
     steps = points
     if RATIO == 0:
-        # Two points are at least half a cell apart, so of a bin's many points at most 6 can be near a cell.
+        # Two points are at least half a cell apart, so of a bin's many points at most 6 can be near
+        # a cell.
         before = tl.math.div_rn(at - 1 - origin, size / count) - 0.5
         first = tl.minimum(tl.maximum(tl.floor(before), 0.0), LARGEST).to(tl.int32)
         steps = tl.minimum(points, 6)
@@ -185,7 +197,7 @@ def weights(cell, bin, start, size, length, RATIO: tl.constexpr):
 
 @triton.jit
 def add_product(total, matrix, values):
-    """total + matrix (float32) @ values (any type), with the precision of float32."""
+    """Return total + matrix (float32) @ values (any dtype), with the precision of float32."""
     if values.dtype == tl.float32:
         return tl.dot(matrix, values, total, input_precision="tf32x3")
     else:
@@ -228,7 +240,9 @@ def roi_align_forward(
     RATIO: tl.constexpr,
     CHANNELS: tl.constexpr,
 ):
-    """A program for ROWS rows of a RoI's bins and CHANNELS channels. f: maps, h, w: their sizes, s: 1 / stride."""
+    """One program for ROWS rows of a RoI's bins and CHANNELS channels. f: maps, h, w: their sizes,
+    s: 1 / stride.
+    """
     roi = tl.program_id(0).to(tl.int64)
     row = tl.program_id(1) * ROWS
     channel = tl.program_id(2) * CHANNELS + tl.arange(0, CHANNELS)
@@ -251,7 +265,7 @@ def roi_align_forward(
             vertical = weights((y + side)[None, None, :, None], rows, y0, bin_height, height, RATIO)
             for x in range(left, right + 1, SIDE):
                 cell_y, cell_x = y + cell // SIDE, x + cell % SIDE
-                # before the weights, which are computed while it is on its way
+                # loaded before the weights are computed, to hide the latency
                 at_cells = places(pixels, cell_y * width + cell_x, channel, channels)
                 mask = ((cell_y <= bottom) & (cell_x <= right))[:, None]
                 values = tl.load(at_cells, mask=mask & (channel < channels)[None, :], other=0.0)
@@ -303,11 +317,12 @@ def roi_align_backward(
     CHANNELS: tl.constexpr,
     ROIS: tl.constexpr,
 ):
-    """A program for a tile of a map's gradient and CHANNELS channels.
+    """One program for a tile of a map's gradient and CHANNELS channels.
 
-    order (R,): RoIs by image and level, first (B L + 1,): where those of each image and level start in it.
+    order (R,): RoIs sorted by image and level, first (B L + 1,): the start of each image and level
+    in it.
     """
-    # which tile of which image and level
+    # tile, image and level of this program
     tile = tl.program_id(0)
     at = 0
     height, width = h0, w0

@@ -31,7 +31,7 @@ MATCHES = {"own": (match_keeping_own, match), "best": (match_keeping_best, match
 
 
 def build_backbone(settings: ModelConfig) -> Plain | Hierarchical:
-    """The backbone of the settings. Raises ValueError for settings that it does not support."""
+    """Build the backbone. Raises ValueError for settings that it does not support."""
     backbone = settings.backbone
     if backbone.name in swin.SIZES | vitaev2.SIZES:
         return _hierarchical(backbone)
@@ -49,7 +49,7 @@ def build_backbone(settings: ModelConfig) -> Plain | Hierarchical:
     if backbone.name in vitae.SMALL_SIZES:
         if backbone.patch_size != 16:
             raise ValueError(
-                f"model.backbone.patch_size must be 16 with {backbone.name}, whose cells reduce an image "
+                f"model.backbone.patch_size must be 16 with {backbone.name}, whose cells reduce "
                 f"4 * 2 * 2 times, got {backbone.patch_size}"
             )
         return ViTAESmall(**plain)
@@ -68,7 +68,7 @@ def _hierarchical(backbone: BackboneConfig) -> Hierarchical:
     for name in ("residual_blocks", "scaled_rel_pos", "final_norm"):
         if getattr(backbone, name):
             raise ValueError(
-                f"model.backbone.{name} is for the plain backbones: {backbone.name} has no such thing"
+                f"model.backbone.{name} applies to plain backbones only, not to {backbone.name}"
             )
     if backbone.name in swin.SIZES:
         return Swin(
@@ -86,7 +86,7 @@ def _hierarchical(backbone: BackboneConfig) -> Hierarchical:
 def build_pyramid(
     settings: ModelConfig, backbone: Plain | Hierarchical
 ) -> SimpleFeaturePyramid | FPN:
-    """The pyramid over the map or maps of the backbone. Raises ValueError if it is of the other kind."""
+    """Build the pyramid for the backbone. Raises ValueError if it is of the other kind."""
     pyramid = settings.pyramid
     kind = "fpn" if isinstance(backbone, Hierarchical) else "simple"
     if kind != pyramid.kind:
@@ -112,9 +112,9 @@ def build_pyramid(
 def build_detector(
     model: ModelConfig, evaluate: EvalConfig | None = None, class_weights: Tensor | None = None
 ) -> Detector:
-    """A detector with newly initialized weights.
+    """Build a detector with newly initialized weights.
 
-    class_weights (K,): the odds of drawing each class in the federated loss, if that is used; uniform if absent.
+    class_weights (K,): weights for sampling classes in the federated loss; default: uniform.
     """
     backbone = build_backbone(model)
     pyramid = build_pyramid(model, backbone)

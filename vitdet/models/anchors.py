@@ -1,6 +1,7 @@
 """Anchor boxes of the levels of a pyramid.
 
-As in detectron2 with offset 0: an anchor is centred on the top-left corner of its cell. Order: row, column, anchor.
+As in Detectron2 with offset 0: an anchor is centred on the top-left corner of its cell. Order: row,
+column, anchor.
 """
 
 from __future__ import annotations
@@ -12,7 +13,9 @@ from torch import Tensor
 
 
 def cell_anchors(side: float, aspect_ratios: Sequence[float]) -> list[tuple[float, ...]]:
-    """Boxes xyxy around the origin with area side^2, one for each ratio; aspect_ratios are height / width."""
+    """Return boxes (A, 4) xyxy around the origin with area side^2, one per ratio (height /
+    width).
+    """
     found: list[tuple[float, ...]] = []
     for ratio in aspect_ratios:
         width = (side**2 / ratio) ** 0.5
@@ -28,9 +31,10 @@ def grid_anchors(
     aspect_ratios: Sequence[float],
     device: torch.device | str = "cpu",
 ) -> list[Tensor]:
-    """Anchors (h w A, 4) of every level, pixels of the canvas; grids are the levels' (h, w).
+    """Return the anchors (h w A, 4) of every level in pixels of the canvas; grids: (h, w) of the
+    levels.
 
-    Made of numbers alone: nothing is copied to the device, which a CUDA graph could not repeat.
+    Computed on the device without a copy from the host, which a CUDA graph cannot record.
     """
     levels = []
     for (height, width), stride in zip(grids, strides, strict=True):

@@ -1,7 +1,8 @@
-"""Who learns from which ground truth: match boxes by IoU, then sample a fixed number of them.
+"""Assignment of ground truths to boxes by IoU, and sampling of a fixed number of boxes.
 
-`matched` (B, N) holds for every box the index of its ground truth, or BACKGROUND or IGNORE. Sizes depend on settings
-alone, never on what is found, so a GPU's host waits for nothing: what is missing leaves a slot empty.
+`matched` (B, N) contains for every box the index of its ground truth, or BACKGROUND or IGNORE.
+Sizes depend on settings only, so that the host does not synchronize with the GPU: missing boxes
+leave empty slots.
 Letters: B images, G ground truths, N boxes, S slots.
 """
 
@@ -18,15 +19,16 @@ from torch.nn import functional as F
 BACKGROUND, IGNORE = -1, -2
 
 Match = Callable[[Iterable[Tensor], float, float], Tensor]
-# candidates (B, N) bool and how many of each image are wanted (B,) -> keys (B, N) of at least 0, of which the largest win
+# candidates (B, N) bool and how many of each image are wanted (B,) -> keys (B, N) of at least 0, of
+# which the largest win
 Choose = Callable[[Tensor, Tensor], Tensor]
 
 
 class _Overlaps(NamedTuple):
-    """What `match` and its like need of the IoUs, (..., N) each.
+    """Reductions of the IoUs, (..., N) each.
 
-    best: the largest IoU of each box. truth: the first ground truth that has it. favourite: the last ground truth that
-    the box overlaps most, all boxes that share the largest IoU of a ground truth among them; below 0 for none.
+    best: the largest IoU of each box. truth: the first ground truth that has it. favourite: the
+    last ground truth of which the box has the largest IoU (ties included); below 0 for none.
     """
 
     best: Tensor
@@ -36,19 +38,21 @@ class _Overlaps(NamedTuple):
 
 @torch.no_grad()
 def match(iou: Iterable[Tensor], low: float, high: float) -> Tensor:
-    """iou (..., G, N) -> matched (..., N): from `high` the best ground truth, below `low` BACKGROUND, else IGNORE.
+    """Match boxes: iou (..., G, N) -> matched (..., N); from `high` the best ground truth, below
+    `low` BACKGROUND, else IGNORE.
 
-    iou: in blocks of rows, at least one, as `boxes.iou_blocks` gives them: one block at a time is in memory.
+    iou: at least one block of rows, as from `boxes.iou_blocks`; one block at a time is in memory.
     """
     return _by_threshold(_overlaps(iou, math.inf), low, high)
 
 
 @torch.no_grad()
 def match_keeping_own(iou: Iterable[Tensor], low: float, high: float) -> Tensor:
-    """As `match`, but every box that is some ground truth's best learns from the ground truth it overlaps most itself.
+    """`match`, but every box with the largest IoU of any ground truth is matched to the ground
+    truth of its own largest IoU.
 
-    Detectron2's RPN. (A ground truth that no box meets keeps none; there it would turn all boxes of IoU 0 into
-    foreground.)
+    As in Detectron2's RPN. (A ground truth that overlaps no box is ignored; in Detectron2 it would
+    turn all boxes of IoU 0 into foreground.)
     """
     found = _overlaps(iou, 0.0)
     return torch.where(found.favourite >= 0, found.truth, _by_threshold(found, low, high))
@@ -56,8 +60,8 @@ def match_keeping_own(iou: Iterable[Tensor], low: float, high: float) -> Tensor:
 
 @torch.no_grad()
 def match_keeping_best(iou: Iterable[Tensor], low: float, high: float) -> Tensor:
-    """As `match`, but every box that is some ground truth's best, with at least `low`, learns from that ground truth,
-    the last one if there are several. mmdet, in RPN and RoI heads.
+    """`match`, but every box with the largest IoU, at least `low`, of a ground truth is matched to
+    this ground truth, the last one if there are several. As in mmdet, in RPN and RoI heads.
     """
     found = _overlaps(iou, low)
     return torch.where(found.favourite >= 0, found.favourite, _by_threshold(found, low, high))
@@ -69,10 +73,10 @@ def _by_threshold(found: _Overlaps, low: float, high: float) -> Tensor:
 
 
 def _overlaps(iou: Iterable[Tensor], least: float) -> _Overlaps:
-    """Over all blocks (..., G, N); only IoUs of at least `least` make a ground truth a favourite."""
+    """Reduce all blocks (..., G, N); only IoUs of at least `least` count for `favourite`."""
     found, start = None, 0
     for block in iou:
-        # an image without ground truths: one that overlaps nothing
+        # without ground truths: a dummy that overlaps no box
         rows = block if block.shape[-2] else F.pad(block, (0, 0, 0, 1))
         best, index = rows.max(dim=-2)
         one = _Overlaps(best, index + start, _favourites(rows, start, least))
@@ -92,7 +96,9 @@ def _larger(found: _Overlaps, later: _Overlaps) -> _Overlaps:
 
 
 def _favourites(iou: Tensor, start: int, least: float) -> Tensor:
-    """(..., N) the last ground truth, counted from `start`, that each box overlaps most, with an IoU of at least `least`."""
+    """Return (..., N): the last ground truth, counted from `start`, of which each box has the
+    largest IoU, at least `least`.
+    """
     if least == math.inf or iou.shape[-1] == 0:
         return torch.full_like(iou[..., 0, :], BACKGROUND, dtype=torch.int64)
     top = iou.amax(dim=-1, keepdim=True)
@@ -102,8 +108,10 @@ def _favourites(iou: Tensor, start: int, least: float) -> Tensor:
 
 
 class Sampled(NamedTuple):
-    """Slots of an image, foreground first, then background: indices of the `chosen` boxes (B, S); which slots hold a box of the
-    foreground, and of either kind, (B, S) bool. Foreground lies in the first `most` slots.
+    """Sampled boxes in slots, foreground first, then background.
+
+    Indices of the `chosen` boxes (B, S); (B, S) bool: which slots are foreground, and which are
+    filled. Foreground is in the first `most` slots.
     """
 
     chosen: Tensor
@@ -114,7 +122,9 @@ class Sampled(NamedTuple):
 
 @torch.no_grad()
 def sample(matched: Tensor, num: int, positive_fraction: float, choose: Choose) -> Sampled:
-    """At most num * positive_fraction foreground boxes of matched (B, N), and background boxes up to `num` in all."""
+    """Sample at most num * positive_fraction foreground boxes of matched (B, N), and background
+    boxes up to `num` in total.
+    """
     most, slots = (min(size, matched.shape[1]) for size in (int(num * positive_fraction), num))
     positive, negative = matched > BACKGROUND, matched == BACKGROUND
     num_positive = positive.sum(dim=1).clamp(max=most)
@@ -131,10 +141,10 @@ def sample(matched: Tensor, num: int, positive_fraction: float, choose: Choose) 
 
 
 def _largest(keys: Tensor, candidates: Tensor, num: int) -> Tensor:
-    """The indices (B, num) of the candidates with the largest keys (B, N), largest first."""
+    """Return the indices (B, num) of the candidates with the largest keys (B, N), largest first."""
     return torch.where(candidates, keys, -1.0).topk(num, dim=1).indices
 
 
 def choose_randomly(candidates: Tensor, num: Tensor) -> Tensor:
-    """Random keys: every selection of the candidates is equally likely."""
+    """Return random keys: every subset of the candidates is equally likely."""
     return torch.rand(candidates.shape, device=candidates.device)

@@ -1,12 +1,15 @@
-"""Multi-head attention on a grid of tokens with decomposed relative positions, and the windows it is restricted to.
+"""Multi-head attention on a grid of tokens with decomposed relative positions, and windowing.
 
-Relative positions: Li et al., MViTv2 (2112.01526); windows and their padding: detectron2's ViT.
-The bias q.Rh[qh - kh] + q.Rw[qw - kw] is an inner product, [q s, q Rh, q Rw] . [k, onehot(kh), onehot(kw)], so the
-logits are one matrix product of widened queries and keys and no N x N bias is made apart. ViTAE-Transformer/ViTDet
-takes q s there too: the same functions, from tables that are 1 / s times as large, but they learn more slowly.
-On a GPU zeros widen them to a multiple of 8: no fused kernel takes other widths in half precision (PyTorch's
-sdp_utils.cpp), and d + 14 + 14 is none. In half precision a GPU with `vitdet.kernels` widens nothing and copies no
-windows.
+Relative positions: Li et al., MViTv2 (2112.01526); windows and padding: Detectron2's ViT.
+
+The bias q.Rh[qh - kh] + q.Rw[qw - kw] is an inner product, [q s, q Rh, q Rw] . [k, onehot(kh),
+onehot(kw)], so the logits are one product of widened queries and keys, without an N x N bias.
+ViTAE-Transformer/ViTDet uses q s in the bias too: the same functions, with tables that are 1 / s
+times as large, which learn more slowly.
+
+On a GPU zeros widen queries and keys to a multiple of 8, which fused kernels require in half
+precision (PyTorch's sdp_utils.cpp). In half precision on a GPU with `vitdet.kernels`, neither
+widening nor copies of windows are needed.
 Letters: B images (or windows), H x W tokens, N = H W, C channels, h heads, d = C / h, s = d^-1/2.
 """
 
@@ -22,18 +25,18 @@ from vitdet import kernels
 from vitdet.kernels import attention as fused
 from vitdet.models.layers import at_least_float32
 
-WIDTH = 8  # what the fused kernels want queries, keys and values to be a multiple of in half precision: 16 bytes
+WIDTH = 8  # required multiple of the width of queries, keys and values in half precision: 16 bytes
 
 
 def split_windows(x: Tensor, size: int) -> Tensor:
-    """(B, H, W, C) -> (B * windows, size, size, C); zeros fill the grid up on the right and at the bottom."""
+    """Split (B, H, W, C) into (B * windows, size, size, C), zero-padded on the right and bottom."""
     height, width = x.shape[1:3]
     x = F.pad(x, (0, 0, 0, -width % size, 0, -height % size))
     return rearrange(x, "b (r h) (s w) c -> (b r s) h w c", h=size, w=size)
 
 
 def join_windows(windows: Tensor, grid: tuple[int, int]) -> Tensor:
-    """The inverse of `split_windows`: (B * windows, size, size, C) -> (B, H, W, C), grid = (H, W)."""
+    """Inverse of `split_windows`: (B * windows, size, size, C) -> (B, H, W, C), grid = (H, W)."""
     size, (height, width) = windows.shape[1], grid
     rows, columns = -(-height // size), -(-width // size)
     x = rearrange(windows, "(b r s) h w c -> b (r h) (s w) c", r=rows, s=columns)
@@ -41,9 +44,10 @@ def join_windows(windows: Tensor, grid: tuple[int, int]) -> Tensor:
 
 
 def table_for(table: Tensor, size: int) -> Tensor:
-    """The table of relative positions (2 K - 1, d) for an axis of `size` tokens: (2 size - 1, d).
+    """Return the table of relative positions (2 K - 1, d) for an axis of `size` tokens: (2 size -
+    1, d).
 
-    One made for another size is interpolated linearly along its length (detectron2: get_rel_pos).
+    A table of another size is interpolated linearly (Detectron2: get_rel_pos).
     """
     if len(table) == 2 * size - 1:
         return table
@@ -52,24 +56,28 @@ def table_for(table: Tensor, size: int) -> Tensor:
 
 
 def relative_positions(table: Tensor, size: int) -> Tensor:
-    """Rows of the table for every query and key of an axis of `size` tokens: (size, size, d)."""
-    # Query i sees the rows from i on, the last of them for key 0. Windows of the table's rows have a backward pass that
-    # sorts no indices.
+    """Return the table's rows for every query and key of an axis of `size` tokens: (size, size,
+    d).
+    """
+    # Query i sees the rows from i on, the last of them for key 0. Windows of the table's rows have
+    # a backward pass that sorts no indices.
     return table_for(table, size).unfold(0, size, 1).flip(-1).transpose(1, 2)
 
 
 def in_half(x: Tensor) -> bool:
-    """Whether a linear layer makes half precision of this tensor on a GPU: it is, or autocast will make it so."""
+    """Return whether a linear layer computes this tensor in half precision on a GPU, directly or by
+    autocast.
+    """
     cast = x.is_cuda and x.dtype == torch.float32 and torch.is_autocast_enabled("cuda")
     return (torch.get_autocast_dtype("cuda") if cast else x.dtype).itemsize == 2
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """Softmax of query . key, times value: (B, h, N, e), (B, h, N, e), (B, h, N, d) -> (B, h, N, d).
+    """Attention: queries (B, h, N, e), keys (B, h, N, e), values (B, h, N, d) -> (B, h, N, d).
 
-    On a GPU by a fused kernel, which never holds the N x N logits: the memory-efficient one where e is not d, if both
-    are multiples of 8. A CPU has none for widened queries and falls back on a slower version of the plain products
-    (their backward took 1.8 times as long at N = 256).
+    On a GPU by a fused kernel, which does not store the N x N logits: the memory-efficient one if e
+    is not d, if both are multiples of 8. On a CPU by plain products: the fused fallback for widened
+    queries is slower (its backward took 1.8 times as long at N = 256).
     """
     if query.device.type == "cpu":
         return (query @ key.transpose(-1, -2)).softmax(dim=-1, dtype=query.dtype) @ value
@@ -79,8 +87,8 @@ def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 class Attention(nn.Module):
     """Attention among all tokens of a grid of `size` tokens per side, or (rows, columns).
 
-    For another grid the tables are interpolated. `scaled_rel_pos`: relative positions are multiplied by the scaled
-    query.
+    For another grid the tables are interpolated. `scaled_rel_pos`: apply relative positions to the
+    scaled query.
     """
 
     def __init__(
@@ -96,7 +104,9 @@ class Attention(nn.Module):
         self.rel_pos_w = nn.Parameter(torch.zeros(2 * columns - 1, dim // heads))
 
     def forward(self, x: Tensor, window: int = 0) -> Tensor:
-        """(B, H, W, C) -> (B, H, W, C), within windows of `window` tokens per side, or (0) among all tokens."""
+        """(B, H, W, C) -> (B, H, W, C), within windows of `window` tokens per side, or (0) among
+        all tokens.
+        """
         height, width, channels = x.shape[1:]
         if kernels.enabled(x) and in_half(x) and fused.fits(width, window, channels // self.heads):
             return self.attend_fused(x, window)
@@ -105,7 +115,7 @@ class Attention(nn.Module):
         return self.attend_widened(x)
 
     def attend_fused(self, x: Tensor, window: int) -> Tensor:
-        """By the kernels: on the grid as it is, so that the projections take no windows' padding."""
+        """Attention by the Triton kernels, on the unpadded grid."""
         height, width = x.shape[1:3]
         y = fused.attention(
             self.qkv(x).flatten(1, 2),
@@ -121,7 +131,7 @@ class Attention(nn.Module):
         return self.proj(y.unflatten(1, (height, width)))
 
     def attend_widened(self, x: Tensor) -> Tensor:
-        """In plain torch, among all tokens."""
+        """Attention in plain torch, among all tokens."""
         height, width = x.shape[1:3]
         q, k, v = rearrange(
             self.qkv(x), "b h w (three n d) -> three b n (h w) d", three=3, n=self.heads
@@ -133,7 +143,9 @@ class Attention(nn.Module):
     def with_positions(
         self, q: Tensor, k: Tensor, height: int, width: int
     ) -> tuple[Tensor, Tensor]:
-        """Queries and keys (B, h, N, d) widened to (B, h, N, d + H + W and zeros), whose inner products are the logits."""
+        """Widen queries and keys (B, h, N, d) to (B, h, N, d + H + W, zero-padded), whose inner
+        products are the logits.
+        """
         scaled = q * q.shape[-1] ** -0.5
         grid = rearrange(scaled if self.scaled_rel_pos else q, "b n (h w) d -> b n h w d", h=height)
         rows = relative_positions(self.rel_pos_h, height).to(q.dtype)

@@ -1,6 +1,6 @@
-"""One box stage: pooled features -> class logits and box deltas.
+"""Box head of one stage: pooled features -> class logits and box deltas.
 
-4 convolutions with LN and one fully connected layer, as in detectron2's ViTDet configs.
+4 convolutions with LN and one fully connected layer, as in Detectron2's ViTDet configs.
 Letters: R RoIs, C channels, K classes.
 """
 
@@ -17,7 +17,7 @@ BINS = 7
 
 
 class BoxHead(nn.Module):
-    """Logits over K classes and, last, the background; box deltas per class, or one set if class-agnostic."""
+    """Logits over K classes and the background (last); box deltas per class, or class-agnostic."""
 
     def __init__(
         self,
@@ -46,7 +46,9 @@ class BoxHead(nn.Module):
         init_predictor(self.deltas, std=0.001)
 
     def forward(self, pooled: Tensor) -> tuple[Tensor, Tensor]:
-        """(R, C, 7, 7) -> logits (R, K + 1) and deltas (R, K, 4), or (R, 1, 4) if class-agnostic."""
+        """(R, C, 7, 7) -> logits (R, K + 1) and deltas (R, K, 4), or (R, 1, 4) if
+        class-agnostic.
+        """
         for block in self.convs:
             pooled = F.relu(block(pooled))
         hidden = pooled.flatten(1)

@@ -1,7 +1,7 @@
 """Box arithmetic: pure functions of boxes (..., 4) xyxy in float pixels, half-open.
 
-The transform is that of R-CNN (1311.2524), with the clamps of detectron2 and mmdet. Its weights are numbers, not a
-tensor, whose way to a GPU would make every step wait.
+The box transform is that of R-CNN (1311.2524), with the clamps of Detectron2 and mmdet. Its weights
+are numbers, not a tensor, to avoid a copy to the GPU in every step.
 """
 
 from __future__ import annotations
@@ -12,14 +12,16 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-MAX_LOG_SCALE = math.log(1000 / 16)  # a side grows at most so much in one step
-PAIRS = 2**22  # of boxes that are compared at a time: 130 MB
+MAX_LOG_SCALE = math.log(1000 / 16)  # maximum growth of a side in one step
+PAIRS = 2**22  # pairs of boxes compared at a time: 130 MB
 
 Weights = tuple[float, float, float, float]
 
 
 def encode(boxes: Tensor, targets: Tensor, weights: Weights) -> Tensor:
-    """Deltas (..., 4) that turn boxes into targets: centre shifts in box sides, logs of side ratios, times weights."""
+    """Return deltas (..., 4) that transform boxes to targets: centre offsets / box sides, log side
+    ratios, times weights.
+    """
     size, target_size = boxes[..., 2:] - boxes[..., :2], targets[..., 2:] - targets[..., :2]
     centre, target_centre = boxes[..., :2] + 0.5 * size, targets[..., :2] + 0.5 * target_size
     deltas = torch.cat([(target_centre - centre) / size, torch.log(target_size / size)], dim=-1)
@@ -29,9 +31,10 @@ def encode(boxes: Tensor, targets: Tensor, weights: Weights) -> Tensor:
 
 
 def decode(boxes: Tensor, deltas: Tensor, weights: Weights, min_log_scale: float) -> Tensor:
-    """The inverse of `encode`, in float32: boxes (..., 4) and deltas (..., 4), or (..., K, 4) with K sets for a box.
+    """Inverse of `encode`, in float32: boxes (..., 4) and deltas (..., 4), or (..., K, 4) with K
+    sets per box.
 
-    A side's logarithm changes at most by MAX_LOG_SCALE and at least by `min_log_scale`.
+    The logarithm of a side changes by at most MAX_LOG_SCALE and at least `min_log_scale`.
     """
     boxes = boxes.to(torch.promote_types(boxes.dtype, torch.float32))
     columns = deltas.to(boxes.dtype).unbind(-1)
@@ -48,23 +51,23 @@ def decode(boxes: Tensor, deltas: Tensor, weights: Weights, min_log_scale: float
 
 
 def clip(boxes: Tensor, sizes: Tensor) -> Tensor:
-    """Boxes (B, ..., 4) cut to images of sizes (B, 2), (height, width)."""
+    """Clip boxes (B, ..., 4) to images of sizes (B, 2), (height, width)."""
     limit = sizes.to(boxes.dtype).flip(-1).repeat(1, 2)
     return torch.minimum(boxes.clamp(min=0), limit.view(-1, *[1] * (boxes.dim() - 2), 4))
 
 
 def nonempty(boxes: Tensor) -> Tensor:
-    """(...) bool: which boxes (..., 4) have width and height above 0."""
+    """Return (...) bool: whether boxes (..., 4) have positive width and height."""
     return (boxes[..., 2:] > boxes[..., :2]).all(dim=-1)
 
 
 def area(boxes: Tensor) -> Tensor:
-    """(...) areas of boxes (..., 4)."""
+    """Return the areas (...) of boxes (..., 4)."""
     return (boxes[..., 2] - boxes[..., 0]) * (boxes[..., 3] - boxes[..., 1])
 
 
 def pairwise_iou(first: Tensor, second: Tensor) -> Tensor:
-    """(..., G, N) intersection over union of boxes (..., G, 4) and (..., N, 4); 0 where they do not meet."""
+    """Return the IoU (..., G, N) of boxes (..., G, 4) and (..., N, 4); 0 if they do not overlap."""
     x0, y0, x1, y1 = first.unsqueeze(-2).unbind(-1)
     u0, v0, u1, v1 = second.unsqueeze(-3).unbind(-1)
     width = (torch.minimum(x1, u1) - torch.maximum(x0, u0)).clamp(min=0)
@@ -75,24 +78,27 @@ def pairwise_iou(first: Tensor, second: Tensor) -> Tensor:
 
 
 def iou_blocks(first: Tensor, second: Tensor) -> Iterator[Tensor]:
-    """The rows G of `pairwise_iou` in order, at least one block of them, each of PAIRS pairs at most (or of one row)."""
+    """Yield `pairwise_iou` in at least one block of rows G, each of at most PAIRS pairs (or one
+    row).
+    """
     images = first.shape[:-2].numel()
     for rows in first.split(max(1, PAIRS // max(images * second.shape[-2], 1)), dim=-2):
         yield pairwise_iou(rows, second)
 
 
 def pick(rows: Tensor, index: Tensor) -> Tensor:
-    """The rows (B, N, ...) of each image at index (B, S): (B, S, ...)."""
+    """Return the rows of (B, N, ...) at the indices (B, S) of each image: (B, S, ...)."""
     return rows.gather(
         1, index.view(*index.shape, *[1] * (rows.dim() - 2)).expand(-1, -1, *rows.shape[2:])
     )
 
 
 def largest(scores: Tensor, num: int) -> tuple[Tensor, Tensor]:
-    """The `num` largest of scores (B, N) and their indices, (B, num) each: largest first, equal ones by their index.
+    """Return the `num` largest of scores (B, N) and their indices, (B, num) each, sorted; ties
+    ordered by index.
 
-    (`topk` leaves that order open, and takes another one on each kind of device.) Which of those that equal the last
-    one are among them stays open.
+    (`topk` leaves the order of ties open, and it differs between devices.) Which of several scores
+    equal to the last one are included is not specified.
     """
     index = scores.topk(num, dim=1, sorted=False).indices.sort(dim=1).values
     best, order = scores.gather(1, index).sort(dim=1, descending=True, stable=True)

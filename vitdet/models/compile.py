@@ -1,7 +1,7 @@
-"""Compilation of a detector's parts by torch.compile: the parts between its kernels become few fused ones.
+"""Compilation of a detector's parts with torch.compile, which fuses the operations between kernels.
 
-Each part is compiled where it is, so names of parameters and modules stay. What compiles once serves all parts of the
-same kind and shape, as the blocks of a backbone.
+Parts are compiled in place, so that names of parameters and modules do not change. Compiled code is
+shared by parts of the same kind and shape, such as the blocks of a backbone.
 """
 
 from __future__ import annotations
@@ -18,14 +18,16 @@ from vitdet.models.layers import Blocks
 
 
 def compile_parts(detector: Detector) -> None:
-    """Compile the blocks of the backbone, the pyramid and the heads, in place, for fixed sizes of images and batches.
+    """Compile the blocks of the backbone, the pyramid and the heads in place, for fixed sizes of
+    images and batches.
 
-    The compilation itself happens at the first call. Random numbers are those of the parts as they are.
+    Compilation takes place at the first call. Random numbers are those of the uncompiled parts.
     """
     torch._inductor.config.fallback_random = True
-    # a pyramid's level or a head is called with other shapes in training and evaluation
+    # levels and heads are called with other shapes in training and evaluation
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 32)
-    # einops notes the types of tensors that it has met, and compiled code would be made anew when there is another one
+    # einops caches tensor types, and compiled code would be recompiled when
+    # there is another one
     for tensor in (torch.zeros(1), nn.Parameter(torch.zeros(1)), np.zeros(1)):
         rearrange(tensor, "a -> a")
     for part in parts(detector):
@@ -33,7 +35,7 @@ def compile_parts(detector: Detector) -> None:
 
 
 def parts(detector: Detector) -> Iterator[nn.Module]:
-    """The modules that are compiled, each as a whole."""
+    """Return the modules to compile."""
     for module in detector.backbone.modules():
         if isinstance(module, Blocks):
             yield from module

@@ -51,10 +51,17 @@ class Detector(nn.Module):
         targets: Targets | Sequence[Target] | None = None,
         sizes: Tensor | None = None,
     ) -> dict[str, Tensor] | list[Detections]:
-        """images (B, 3, S, S) RGB 0..255 -> a dict of losses if targets are given, else Detections an image.
+        """Compute losses or detections of images (B, 3, S, S) RGB 0..255.
 
-        sizes (B, 2) int (height, width): the part of each canvas that is picture, top left; absent: all of it.
-        Boxes are in pixels of the canvas.
+        Args:
+            images: (B, 3, S, S), RGB 0..255.
+            targets: ground truth in pixels of the canvas; None: detect.
+            sizes: (B, 2) int, (height, width) of the image in the top left of each canvas; None:
+                all of the canvas.
+
+        Returns:
+            A dict of losses if targets are given, else Detections per image, in pixels of the
+            canvas.
         """
         if sizes is None:
             sizes = torch.tensor([images.shape[-2:]] * len(images), device=images.device)
@@ -70,21 +77,23 @@ class Detector(nn.Module):
         }
 
     def features(self, images: Tensor, sizes: Tensor) -> tuple[list[Tensor], Anchored]:
-        """The maps of the pyramid and what the region proposal network predicts on them."""
+        """Return the maps of the pyramid and the predictions of the region proposal network."""
         features = self.pyramid(self.backbone(self.normalize(images, sizes)))
         return features, self.rpn(features)
 
     def propose(self, images: Tensor, sizes: Tensor) -> tuple[list[Tensor], Proposals]:
-        """The maps of the pyramid, and the proposals of the test mode."""
+        """Return the maps of the pyramid, and the proposals in test mode."""
         features, found = self.features(images, sizes)
         return features, self.rpn.propose(found, sizes, self.rpn.top_test)
 
     def detect(self, images: Tensor, sizes: Tensor) -> list[Detections]:
-        """Detections of every image (B, 3, S, S), best first."""
+        """Return the detections of images (B, 3, S, S), sorted by score."""
         return self.roi_heads.finish(*self.find(images, sizes))
 
     def find(self, images: Tensor, sizes: Tensor) -> tuple[list[Tensor], Scored, Found]:
-        """The same in slots, with what `RoIHeads.finish` makes detections from; nothing waits for a GPU."""
+        """Return the detections in slots, and the inputs of `RoIHeads.finish`; does not synchronize
+        with a GPU.
+        """
         features, proposals = self.propose(images, sizes)
         return features, *self.roi_heads.find(features, proposals, sizes)
 
@@ -95,7 +104,9 @@ class Detector(nn.Module):
         return *most, rpn.nms_iou, heads.nms_iou, heads.score_threshold
 
     def normalize(self, images: Tensor, sizes: Tensor) -> Tensor:
-        """Zero mean and unit deviation; exactly 0 outside the picture, as padding comes after it (detectron2)."""
+        """Normalize to zero mean and unit deviation; 0 in the padding, as in Detectron2, which pads
+        afterwards.
+        """
         height, width = images.shape[-2:]
         rows = torch.arange(height, device=images.device) < sizes[:, :1]
         columns = torch.arange(width, device=images.device) < sizes[:, 1:]

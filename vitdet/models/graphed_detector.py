@@ -1,4 +1,6 @@
-"""Detection as CUDA graphs (see `vitdet.kernels.cuda_graph`), where a detector and its device allow it."""
+"""Detection as CUDA graphs (see `vitdet.kernels.cuda_graph`), if supported by detector and
+device.
+"""
 
 from __future__ import annotations
 
@@ -24,11 +26,13 @@ Output = tuple[list[Tensor], Scored, Found, Tensor | None]
 
 
 class GraphedDetector:
-    """A detector whose inference is recorded as a CUDA graph for each batch shape on a GPU; without a GPU, the detector itself.
+    """A detector whose inference is recorded as a CUDA graph for each batch shape; without a GPU,
+    the detector itself.
 
-    Its weights may change. If they move in memory (to another device, for example), or its mode or a limit of
-    its detections (`Detector.limits`) changes, all graphs are recorded again. Several threads may call it; the graphs serve one of them at a time. A copy or a pickle of it
-    has no graphs. context: the context of the computation, e.g. autocast.
+    Weights may change. If they move in memory (to another device, for example), or if the mode or a
+    limit of the number of detections (`Detector.limits`) changes, all graphs are recorded again. It
+    may be called from several threads; the graphs run one at a time. Copies and pickles contain no
+    graphs. context: the context of the computation, e.g. autocast.
     """
 
     def __init__(self, detector: nn.Module, context: Callable[[], AbstractContextManager]) -> None:
@@ -36,7 +40,7 @@ class GraphedDetector:
         self.forget()
 
     def forget(self) -> None:
-        """Be as before the first call."""
+        """Discard all graphs."""
         self.lock = Lock()
         self.graph: CudaGraph[Output] = CudaGraph()
         self.state: tuple[float, ...] = ()  # of the detector that is recorded
@@ -50,7 +54,7 @@ class GraphedDetector:
         self.forget()
 
     def find(self, images: Tensor, sizes: Tensor) -> Output:
-        """The maps, the scored proposals, slots of detections, and their masks."""
+        """Return maps, scored proposals, slots of detections, and their masks."""
         assert isinstance(self.detector, Detector)
         with self.context():
             features, scored, found = self.detector.find(images, sizes)
@@ -58,7 +62,9 @@ class GraphedDetector:
 
     @torch.no_grad()
     def __call__(self, images: Tensor, sizes: Tensor) -> list[Detections]:
-        """The detections of images (B, 3, S, S), best first; sizes (B, 2) as `Detector.forward` takes them."""
+        """Return the detections of images (B, 3, S, S), sorted by score; sizes (B, 2) as in
+        `Detector.forward`.
+        """
         if isinstance(self.detector, Detector) and enabled(images):
             with self.lock:
                 found = self.replay(images, sizes)
@@ -68,7 +74,9 @@ class GraphedDetector:
             return self.detector(images, None, sizes)
 
     def replay(self, images: Tensor, sizes: Tensor) -> list[Detections] | None:
-        """As a call, by a graph; None if it cannot be recorded. Candidates are as many as it takes (`Found.exact`)."""
+        """Detect by a graph; None if it cannot be recorded. Uses as many candidates as needed
+        (`Found.exact`).
+        """
         detector = self.detector
         assert isinstance(detector, Detector)
         tensors = chain(detector.parameters(), detector.buffers())
@@ -85,7 +93,8 @@ class GraphedDetector:
             except NotRecorded as error:
                 self.refused.add(shape)
                 log.info(
-                    "detection in batches of %d images (%d x %d pixels) runs without a CUDA graph: %s",
+                    "detection in batches of %d images (%d x %d pixels) runs without a CUDA graph: "
+                    "%s",
                     shape[0],
                     *shape[2:],
                     error,
@@ -96,5 +105,6 @@ class GraphedDetector:
             with self.context():
                 return detector.roi_heads.finish(features, scored, found)
         own = Found(*(tensor.clone() for tensor in found))
-        # waits for the copies, so that the next call, in whatever stream, may overwrite the originals
+        # waits for the copies, so that the next call, in whatever stream, may overwrite the
+        # originals
         return detections(own, None if masks is None else masks.clone())

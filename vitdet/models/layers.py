@@ -1,4 +1,4 @@
-"""What several parts of the detector use: two convolutions, initial weights, precision and scale of tensors.
+"""Layers shared by several parts of the detector, initialization, and numeric helpers.
 
 Letters: B images, C channels.
 """
@@ -17,13 +17,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-NORM_EPS = 1e-6  # of the LayerNorms inside backbones and between the pyramid's deconvolutions
+NORM_EPS = 1e-6  # epsilon of the LayerNorms in backbones and between the pyramid's deconvolutions
 
 
 class ConvNorm(nn.Module):
-    """Convolution without bias, then LayerNorm over the channels of each pixel: (B, C, H, W) -> (B, C', H, W).
+    """Convolution without bias, then LayerNorm over the channels: (B, C, H, W) -> (B, C', H, W).
 
-    With `norm` False it is the convolution alone, which then has a bias.
+    Without `norm`, a convolution with bias.
     """
 
     def __init__(
@@ -43,8 +43,8 @@ class ConvNorm(nn.Module):
 class Deconv2x2(nn.ConvTranspose2d):
     """Transposed convolution with kernel 2 and stride 2: (B, C, H, W) -> (B, C', 2H, 2W).
 
-    Its windows do not overlap, so it is one matrix product of every pixel, which is several times faster on a CPU
-    than the general transposed convolution.
+    Its windows do not overlap, so it is one matrix product per pixel, which is several times faster
+    on a CPU than the general transposed convolution.
     """
 
     bias: Tensor
@@ -52,21 +52,22 @@ class Deconv2x2(nn.ConvTranspose2d):
     def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__(in_channels, out_channels, kernel_size=2, stride=2)
 
-    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]  # without output_size: always twice the input
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]  # no output_size
         """(B, C, H, W) -> (B, C', 2H, 2W)."""
         weight = rearrange(self.weight, "c out i j -> (i j out) c")
         pixels = F.linear(x.permute(0, 2, 3, 1), weight, self.bias.repeat(4))
-        # Channels stay innermost in memory, as they come from the tokens and as the next layers want them.
+        # Channels stay innermost in memory, as they come from the tokens and as the next layers
+        # want them.
         return rearrange(pixels, "b h w (i j out) -> b (h i) (w j) out", i=2, j=2).permute(
             0, 3, 1, 2
         )
 
 
 class Blocks(nn.ModuleList):
-    """The blocks of a backbone, one after the other: (B, H, W, C) -> (B, H, W, C).
+    """The blocks of a backbone in sequence: (B, H, W, C) -> (B, H, W, C).
 
-    With `checkpointing` (off by default) only the inputs of the blocks are kept for the backward pass, which computes
-    each block again: the same values from the same random draws, for less memory and more time.
+    With `checkpointing` (off by default) only the inputs of the blocks are stored for the backward
+    pass, which recomputes each block with the same random numbers, for less memory and more time.
     """
 
     checkpointing = False
@@ -83,10 +84,11 @@ class Blocks(nn.ModuleList):
 
 
 class DropPath(nn.Module):
-    """Sets a residual path of an image to zero with probability `rate` in training, and scales those that stay by
-    1 / (1 - rate). Huang et al., stochastic depth (1603.09382).
+    """Sets a residual path of an image to zero with probability `rate` in training, and scales the
+    others by 1 / (1 - rate). Huang et al., stochastic depth (1603.09382).
 
-    What is computed with is a tensor: with a number, as in timm, torch.compile would compile each block of a backbone anew.
+    The rate is a tensor: with a number, as in timm, torch.compile would compile each block
+    separately.
     """
 
     keep: Tensor
@@ -97,7 +99,7 @@ class DropPath(nn.Module):
         self.register_buffer("keep", torch.tensor(1 - rate), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, ...) -> (B, ...); each image by a draw of its own."""
+        """(B, ...) -> (B, ...); images are drawn independently."""
         if not self.training or not self.drops:
             return x
         kept = torch.rand(len(x), *[1] * (x.dim() - 1), device=x.device) < self.keep
@@ -107,13 +109,15 @@ class DropPath(nn.Module):
 def _contexts(
     block: nn.Module,
 ) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-    """Those in which a block is computed for the first time, and again."""
+    """Return the contexts of the first computation of a block and of its recomputation."""
     return nullcontext(), _other_statistics(block)
 
 
 @contextmanager
 def _other_statistics(block: nn.Module) -> Iterator[None]:
-    """Within it BatchNorms update copies of their running statistics, which the first pass has updated already."""
+    """Update copies of the running statistics of BatchNorms, as the first pass has already updated
+    them.
+    """
     statistics = [
         (module, name, buffer)
         for module in block.modules()
@@ -130,32 +134,32 @@ def _other_statistics(block: nn.Module) -> Iterator[None]:
 
 
 def init_conv(module: nn.Conv2d | nn.ConvTranspose2d) -> None:
-    """Kaiming normal over the outputs, bias (if there is one) 0 (detectron2: c2_msra_fill)."""
+    """Kaiming normal over the outputs, bias 0 (Detectron2: c2_msra_fill)."""
     nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
     if module.bias is not None:
         nn.init.zeros_(module.bias)
 
 
 def init_linear(module: nn.Linear) -> None:
-    """Uniform with variance 1 / inputs, bias 0 (detectron2: c2_xavier_fill)."""
+    """Uniform with variance 1 / inputs, bias 0 (Detectron2: c2_xavier_fill)."""
     nn.init.kaiming_uniform_(module.weight, a=1)
     nn.init.zeros_(module.bias)
 
 
 def init_predictor(module: nn.Linear | nn.Conv2d, std: float) -> None:
-    """Normal with the given deviation, bias (if there is one) 0."""
+    """Normal with the given deviation, bias 0."""
     nn.init.normal_(module.weight, std=std)
     if module.bias is not None:
         nn.init.zeros_(module.bias)
 
 
 def at_least_float32(x: Tensor) -> Tensor:
-    """Half precision becomes float32; float32 and float64 stay what they are."""
+    """Convert half precision to float32; float32 and float64 are returned unchanged."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def scale_gradient(x: Tensor, scale: float) -> Tensor:
-    """The same values, in the same memory, with the gradient multiplied by `scale`."""
+    """Return the same tensor, with its gradient multiplied by `scale`."""
     return _ScaledGradient.apply(x, scale)
 
 

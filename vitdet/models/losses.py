@@ -1,6 +1,7 @@
-"""The loss functions, in at least float32: sums over the slots that count, divided by a number, so none of them gives 0.
+"""Loss functions, computed in at least float32: sums over filled slots, divided by a number.
 
-Letters: R boxes or RoIs, K classes (label K is the background). `counts` (R,) bool: which slots are filled; absent: all.
+Letters: R boxes or RoIs, K classes (label K is the background). `counts` (R,) bool: which slots are
+filled; default: all.
 """
 
 from __future__ import annotations
@@ -21,16 +22,18 @@ def classification(logits: Tensor, labels: Tensor, counts: Tensor | None = None)
 def federated_classes(
     labels: Tensor, weights: Tensor, num: int, draw: bool = True, counts: Tensor | None = None
 ) -> Tensor:
-    """The classes that a batch is judged on, (K + 1,) bool: those present (background K among them) and, up to `num`
-    in all, others drawn by weight (K,) without replacement. Zhou et al. (2103.07461).
+    """Return the classes (K + 1,) bool in the loss of a batch: those present (and background K)
+    and, up to `num` in total, others sampled by weight (K,) without replacement. Zhou et al.
+    (2103.07461).
 
-    draw=False takes the heaviest instead: for comparisons with another implementation, whose draws would be others.
+    draw=False selects the largest weights instead, for comparisons with other implementations.
     """
     here = torch.ones_like(labels, dtype=torch.bool) if counts is None else counts
     odds = F.pad(weights.float(), (0, 1))
     present = torch.zeros_like(odds).index_add(0, labels, here.to(odds.dtype)) > 0
     odds = torch.where(present, 0.0, odds)
-    # the largest of odds / exponential noise are a draw without replacement (as torch.multinomial's)
+    # the largest of odds / exponential noise are a draw without replacement (as
+    # torch.multinomial's)
     keys = odds / torch.empty_like(odds).exponential_() if draw else odds
     rank = keys.argsort(descending=True, stable=True).argsort()
     return present | ((rank < num - present.sum()) & (odds > 0))
@@ -39,7 +42,9 @@ def federated_classes(
 def federated_classification(
     logits: Tensor, labels: Tensor, classes: Tensor, counts: Tensor | None = None
 ) -> Tensor:
-    """Sigmoid cross-entropy of logits (R, K + 1) over the chosen classes (K + 1,) bool, summed, divided by R."""
+    """Sigmoid cross-entropy of logits (R, K + 1) over the chosen classes (K + 1,) bool, summed,
+    divided by R.
+    """
     logits = at_least_float32(logits[:, :-1])
     truth = labels[:, None] == torch.arange(logits.shape[1], device=labels.device)
     loss = F.binary_cross_entropy_with_logits(logits, truth.to(logits.dtype), reduction="none")
@@ -59,7 +64,9 @@ def objectness(
 def box_l1(
     deltas: Tensor, targets: Tensor, number: int | Tensor, counts: Tensor | None = None
 ) -> Tensor:
-    """Absolute differences of deltas (..., 4) and targets, summed, divided by `number`, or by 1 if that is 0."""
+    """L1 distance of deltas (..., 4) and targets, summed, divided by `number` (by 1 if that is
+    0).
+    """
     loss = (at_least_float32(deltas) - targets).abs().sum(dim=-1)
     return _sum(loss, counts) / torch.as_tensor(number).clamp(min=1)
 
@@ -77,12 +84,12 @@ def _sum(loss: Tensor, counts: Tensor | None) -> Tensor:
 
 
 def _number(rows: Tensor, counts: Tensor | None) -> int | Tensor:
-    """How many rows count, at least 1."""
+    """Return the number of rows that count, at least 1."""
     return max(len(rows), 1) if counts is None else counts.sum().clamp(min=1)
 
 
 class SoftmaxClassification(nn.Module):
-    """Exactly one class per box, or the background: COCO."""
+    """One class per box, or the background: COCO."""
 
     def __init__(self, *, num_classes: int) -> None:
         super().__init__()
@@ -93,15 +100,15 @@ class SoftmaxClassification(nn.Module):
         return classification(logits, labels, counts)
 
     def probabilities(self, logits: Tensor) -> Tensor:
-        """(..., K + 1) -> (..., K): the background column is left out."""
+        """(..., K + 1) -> (..., K), without the background."""
         return logits.float().softmax(dim=-1)[..., :-1]
 
 
 class FederatedClassification(nn.Module):
     """Independent binary classifiers, with a loss over a sample of the classes: LVIS.
 
-    `class_weights` (K,) are the odds of drawing each class, image_count ** 0.5 in the published models; `draw` as in
-    `federated_classes`.
+    `class_weights` (K,) are the weights for sampling classes, image_count ** 0.5 in the published
+    models; `draw` as in `federated_classes`.
     """
 
     class_weights: Tensor

@@ -1,7 +1,9 @@
 """The mask head and its training targets.
 
-He et al. (1703.06870); 4 convolutions with LN and one deconvolution, as in detectron2's ViTDet configs.
-Letters: R RoIs, G ground truths, E edges, P pairs of a RoI and an edge of its outline, K classes, s x s cells of a mask (28).
+He et al. (1703.06870); 4 convolutions with LN and one deconvolution, as in Detectron2's ViTDet
+configs.
+Letters: R RoIs, G ground truths, E edges, P pairs of a RoI and an edge of its outline, K classes, s
+x s cells of a mask (28).
 """
 
 from __future__ import annotations
@@ -17,11 +19,11 @@ from vitdet.types import Polygons
 
 BINS = 14
 SIZE = 2 * BINS
-PAIRS = 2**16  # of a RoI and an edge that are looked at together: 150 MB
+PAIRS = 2**16  # pairs of a RoI and an edge processed at a time: 150 MB
 
 
 class MaskHead(nn.Module):
-    """One mask per RoI and class, each an independent binary problem."""
+    """One mask per RoI and class, each an independent binary classification per cell."""
 
     def __init__(
         self, *, channels: int, num_convs: int, num_classes: int, norm: bool, eps: float
@@ -37,11 +39,13 @@ class MaskHead(nn.Module):
         init_predictor(self.logits, std=0.001)
 
     def forward(self, pooled: Tensor, labels: Tensor) -> Tensor:
-        """Pooled features (R, C, 14, 14) and labels (R,) in 0..K-1 -> logits (R, 28, 28) of each RoI's own class."""
+        """Features (R, C, 14, 14) and labels (R,) in 0..K-1 -> logits (R, 28, 28) of each RoI's
+        class.
+        """
         for block in self.convs:
             pooled = F.relu(block(pooled))
         pixels = F.relu(self.deconv(pooled)).permute(0, 2, 3, 1)
-        # the product with the own class's row alone, not with all K
+        # only the row of its class, not all K
         weight = self.logits.weight.flatten(1).index_select(0, labels)
         logits = torch.bmm(pixels.flatten(1, 2), weight[:, :, None].to(pixels.dtype))
         bias = self.logits.get_parameter("bias").index_select(0, labels)
@@ -50,17 +54,19 @@ class MaskHead(nn.Module):
 
 @torch.no_grad()
 def mask_targets(masks: Polygons, boxes: Tensor) -> Tensor:
-    """The target of the mask head: R masks, each inside its box of (R, 4) -> (R, 28, 28) bool."""
+    """Return the targets of R masks in boxes (R, 4): (R, 28, 28) bool."""
     if enabled(boxes):
         return rasterize_on_gpu(masks.edges, masks.spans, boxes, SIZE)
     return rasterize(masks, boxes, SIZE)
 
 
 def rasterize(masks: Polygons, boxes: Tensor, size: int) -> Tensor:
-    """R outlines and boxes (R, 4) -> (R, size, size) bool: which cells' centres lie inside.
+    """Rasterize R outlines in boxes (R, 4): (R, size, size) bool, whether a cell's centre is
+    inside.
 
-    A cell is inside where the winding number is not zero: where the edges that cross its row on its left do not
-    cancel. Each edge adds its direction at the first cell right of its crossing, and a running sum spreads it.
+    A cell is inside if the winding number is not zero, i.e. if the edges that cross its row to its
+    left do not cancel. Each edge adds its direction at the first cell right of its crossing; a
+    cumulative sum spreads it.
     """
     first, last = masks.spans.unbind(1)
     ends = (last - first).cumsum(0)
@@ -74,9 +80,10 @@ def rasterize(masks: Polygons, boxes: Tensor, size: int) -> Tensor:
 
 
 def _add_steps(steps: Tensor, edges: Tensor, boxes: Tensor, roi: Tensor) -> None:
-    """Adds to steps (R, size, size + 1) the directions of edges (P, 4), each seen from the box roi (P,) of (R, 4).
+    """Add to steps (R, size, size + 1) the directions of edges (P, 4), each relative to the box roi
+    (P,) of (R, 4).
 
-    Sums of whole numbers are exact in any order.
+    Sums of integers are exact in any order.
     """
     size = steps.shape[1]
     low = boxes[:, :2]

@@ -1,7 +1,8 @@
-"""Simple feature pyramid: every level is made from the one last map of the backbone, without lateral connections.
+"""Simple feature pyramid: every level is computed from the last map of the backbone, without
+lateral connections.
 
-Li et al. (2203.16527), section 3; layers as in detectron2's SimpleFeaturePyramid, whose deconvolutions halve the
-channels; those of ViTAE-Transformer/ViTDet keep them.
+Li et al. (2203.16527), section 3; layers as in Detectron2's SimpleFeaturePyramid, whose
+deconvolutions halve the channels; those of ViTAE-Transformer/ViTDet keep them.
 Letters: B images, C channels of the backbone, D channels of the pyramid.
 """
 
@@ -16,10 +17,12 @@ from vitdet.models.layers import NORM_EPS, ConvNorm, Deconv2x2
 
 
 class SimpleFeaturePyramid(nn.Module):
-    """One map (B, C, h, w) of stride `stride` -> p2..p5 at the given scales, and p6 at half the scale of p5.
+    """One map (B, C, h, w) of stride `stride` -> p2..p5 at the given scales, and p6 at half the
+    scale of p5.
 
-    `self.strides` are the strides of the five levels: 4..64 for stride 16 and scales 4, 2, 1, 1/2. With
-    `halve_channels` each deconvolution halves the channels; `eps` is that of the LNs after the convolutions.
+    `self.strides` are the strides of the five levels: 4..64 for stride 16 and scales 4, 2, 1, 1/2.
+    With `halve_channels` each deconvolution halves the channels; `eps`: of the LNs after the
+    convolutions.
     """
 
     def __init__(

@@ -1,9 +1,9 @@
-"""RoI heads: proposals -> class and box through one or several stages, then a mask.
+"""RoI heads: proposals -> classes and boxes through one or several stages, then masks.
 
-Mask R-CNN is a cascade of one stage: a loop over stages serves both (He et al. 1703.06870; Cai & Vasconcelos
-1712.00726); without the mask head they are Faster R-CNN and Cascade R-CNN. Numbers as in detectron2's ViTDet configs.
-Letters: B images, S slots for boxes of an image, R RoIs (of all images together), N proposals, D detections, K classes,
-G ground truths.
+Mask R-CNN is a cascade of one stage (He et al. 1703.06870; Cai & Vasconcelos 1712.00726); without
+the mask head they are Faster R-CNN and Cascade R-CNN. Numbers as in Detectron2's ViTDet configs.
+Letters: B images, S slots for boxes of an image, R RoIs (of all images together), N proposals, D
+detections, K classes, G ground truths.
 """
 
 from __future__ import annotations
@@ -39,16 +39,15 @@ from vitdet.types import Detections, Polygons, Targets
 
 Classification = SoftmaxClassification | FederatedClassification
 
-WEIGHTS = (10.0, 10.0, 5.0, 5.0)  # of the box transform of stage 0; stage s has s + 1 times these
-CANDIDATES = (
-    2000  # pairs of box and class that enter NMS; all, if fewer detections than wanted are left
-)
+WEIGHTS = (10.0, 10.0, 5.0, 5.0)  # box transform of stage 0; stage s uses s + 1 times these
+CANDIDATES = 2000  # pairs of box and class before NMS; all if too few detections remain
 
 
 class Assigned(NamedTuple):
-    """Boxes (B, S, 4) and the ground truth (B, S) assigned to each, BACKGROUND, or IGNORE in an empty slot.
+    """Boxes (B, S, 4) and the ground truth (B, S) assigned to each, BACKGROUND, or IGNORE in an
+    empty slot.
 
-    Foreground lies in the first `most` slots of an image.
+    Foreground is in the first `most` slots of an image.
     """
 
     boxes: Tensor
@@ -57,13 +56,13 @@ class Assigned(NamedTuple):
 
     @property
     def filled(self) -> Tensor:
-        """(B, S) bool: which slots hold a box."""
+        """(B, S) bool: which slots contain a box."""
         return self.matched >= BACKGROUND
 
 
 class Found(NamedTuple):
-    """Slots of detections, best first: boxes (B, D, 4), scores (B, D), labels (B, D), filled (B, D) bool; and whether
-    these are the best of all, (B,) bool, not only of the candidates that were looked at.
+    """Slots of detections, sorted by score: boxes (B, D, 4), scores (B, D), labels (B, D), filled
+    (B, D) bool; exact (B,) bool: whether more candidates would give the same detections.
     """
 
     boxes: Tensor
@@ -74,8 +73,8 @@ class Found(NamedTuple):
 
 
 class Scored(NamedTuple):
-    """What the stages make of proposals: boxes (B, N, K or 1, 4) of the last, the mean scores (B, N, K) of all, and which
-    slots are filled, (B, N) bool.
+    """Results of the stages: boxes (B, N, K or 1, 4) of the last, mean scores (B, N, K) of all, and
+    which slots are filled (B, N) bool.
     """
 
     boxes: Tensor
@@ -84,11 +83,15 @@ class Scored(NamedTuple):
 
 
 class RoIHeads(nn.Module):
-    """`stages` refine the boxes one after another; in stage s a box is foreground from an IoU of `ious[s]`.
+    """RoI heads whose `stages` refine the boxes one after another.
 
-    `classification` computes the loss and the probabilities from logits; `strides` are those of the levels that RoIs
-    are pooled from (p2..p5); `mask` is None for a detector without masks; `match` assigns ground truths to boxes; `min_log_scale` limits how much a box shrinks in
-    one stage.
+    Args:
+        stages: box heads; in stage s a box is foreground from an IoU of `ious[s]`.
+        classification: computes loss and probabilities from logits.
+        strides: of the levels from which RoIs are pooled (p2..p5).
+        mask: the mask head, or None.
+        match: assigns ground truths to boxes.
+        min_log_scale: limits how much a box shrinks in one stage.
     """
 
     def __init__(
@@ -130,7 +133,9 @@ class RoIHeads(nn.Module):
         targets: Targets,
         sizes: Tensor,
     ) -> dict[str, Tensor]:
-        """loss_cls and loss_box_reg (of every stage, named _stage0.. if there are several); loss_mask with a mask head."""
+        """Return loss_cls and loss_box_reg (with several stages named _stage0...), and loss_mask
+        with a mask head.
+        """
         found = {}
         assigned = self.sample(proposals.boxes, proposals.filled, targets)
         if self.mask is not None:
@@ -152,15 +157,18 @@ class RoIHeads(nn.Module):
     def find(
         self, features: Sequence[Tensor], proposals: Proposals, sizes: Tensor
     ) -> tuple[Scored, Found]:
-        """The slots of detections of every image, from CANDIDATES; boxes in pixels of the canvas, cut to sizes (B, 2).
+        """Return the slots of detections, from CANDIDATES; boxes in pixels of the canvas, clipped
+        to sizes (B, 2).
 
-        Nothing here waits for a GPU.
+        Does not synchronize with a GPU.
         """
         scored = self.refine(features, proposals, sizes)
         return scored, self.select(*scored, CANDIDATES)
 
     def finish(self, features: Sequence[Tensor], scored: Scored, found: Found) -> list[Detections]:
-        """What was found in every image, best first. Where too few candidates entered NMS, it has more of them."""
+        """Return the detections, sorted by score; uses more candidates where too few entered
+        NMS.
+        """
         candidates = CANDIDATES
         while not bool(found.exact.all()):
             candidates *= 8
@@ -168,7 +176,7 @@ class RoIHeads(nn.Module):
         return detections(found, self.masks(features, found))
 
     def refine(self, features: Sequence[Tensor], proposals: Proposals, sizes: Tensor) -> Scored:
-        """Boxes and scores of the proposals."""
+        """Return boxes and scores of the proposals."""
         boxes, scores = proposals.boxes, []
         clipped = boxes[:, :, None]
         for stage in range(len(self.stages)):
@@ -181,7 +189,9 @@ class RoIHeads(nn.Module):
     def run_stage(
         self, stage: int, features: Sequence[Tensor], boxes: Tensor, filled: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Logits (B, S, K + 1) and deltas (B, S, K or 1, 4) of boxes (B, S, 4); of any value in empty slots."""
+        """Return logits (B, S, K + 1) and deltas (B, S, K or 1, 4) of boxes (B, S, 4); undefined in
+        empty slots.
+        """
 
         def head(pooled: Tensor) -> tuple[Tensor, Tensor]:
             if len(self.stages) > 1:
@@ -195,19 +205,21 @@ class RoIHeads(nn.Module):
     def pool(
         self, features: Sequence[Tensor], boxes: Tensor, filled: Tensor, slots: Tensor, bins: int
     ) -> Tensor:
-        """The features (R, C, bins, bins) of the slots (R,) of boxes (B, S, 4)."""
+        """Return the features (R, C, bins, bins) of the slots (R,) of boxes (B, S, 4)."""
         number = torch.arange(len(boxes), device=boxes.device)[:, None]
         image = torch.where(filled, number, -1).flatten()[slots]
         rows = boxes.flatten(0, 1)[slots]
         return pool(features, rows, image, self.strides, bins, self.sampling_ratio)
 
     def decode(self, stage: int, boxes: Tensor, deltas: Tensor) -> Tensor:
-        """What a stage makes of boxes (..., 4) by deltas (..., 4) or (..., K, 4)."""
+        """Apply a stage's deltas (..., 4) or (..., K, 4) to boxes (..., 4)."""
         return decode(boxes, deltas, self.weights[stage], self.min_log_scale)
 
     @torch.no_grad()
     def sample(self, proposals: Tensor, filled: Tensor, targets: Targets) -> Assigned:
-        """Foreground first, then background, out of the proposals (B, N, 4) and the ground truths themselves."""
+        """Sample foreground, then background, from the proposals (B, N, 4) and the ground truths
+        themselves.
+        """
         boxes = torch.cat([proposals, targets.boxes], dim=1)
         # Match proposals and GT boxes separately; otherwise the best match of each GT is itself.
         ious = iou_blocks(targets.boxes, proposals), iou_blocks(targets.boxes, targets.boxes)
@@ -221,7 +233,7 @@ class RoIHeads(nn.Module):
     def reassign(
         self, stage: int, refined: Tensor, filled: Tensor, targets: Targets, sizes: Tensor
     ) -> Assigned:
-        """The previous stage's boxes, cut to the image, with the ground truth that suits this stage's IoU."""
+        """Clip the previous stage's boxes, and assign ground truths by this stage's IoU."""
         boxes = clip(refined, sizes)
         filled = filled & nonempty(boxes)
         boxes = torch.where(filled[..., None], boxes, 0.0)
@@ -229,14 +241,16 @@ class RoIHeads(nn.Module):
         return Assigned(boxes, torch.where(filled, matched, IGNORE), boxes.shape[1])
 
     def labels(self, assigned: Assigned, targets: Targets) -> Tensor:
-        """(B, S) class of each box; K for background and in empty slots."""
+        """Return the class (B, S) of each box; K for background and empty slots."""
         own = targets.labels.gather(1, assigned.matched.clamp(min=0))
         return torch.where(assigned.matched > BACKGROUND, own, self.classification.num_classes)
 
     def box_loss(
         self, stage: int, deltas: Tensor, labels: Tensor, assigned: Assigned, targets: Targets
     ) -> Tensor:
-        """L1 of the foreground boxes' deltas (for their own class), divided by the number of all boxes."""
+        """L1 loss of the foreground boxes' deltas (of their class), divided by the number of all
+        boxes.
+        """
         boxes, matched, most = assigned
         number = assigned.filled.sum()
         boxes, matched, labels, deltas = (
@@ -251,15 +265,15 @@ class RoIHeads(nn.Module):
         return box_l1(own, wanted, number, foreground[..., 0])
 
     def mask_loss(self, features: Sequence[Tensor], assigned: Assigned, targets: Targets) -> Tensor:
-        """Mask cross-entropy over (at most `mask_samples` of) the foreground boxes of every image.
+        """Mask loss over (at most `mask_samples` of) the foreground boxes of every image.
 
-        Boxes of objects without an annotated outline take no part.
+        Boxes of objects without an annotated outline are ignored.
         """
         assert self.mask is not None
         boxes, matched = assigned.boxes[:, : assigned.most], assigned.matched[:, : assigned.most]
         truth = matched.clamp(min=0)
         usable = (matched > BACKGROUND) & targets.has_mask.gather(1, truth)
-        # usable ones first, in their order
+        # usable ones first, in order
         index = usable.to(torch.int8).sort(dim=1, descending=True, stable=True).indices
         index = index[:, : self.mask_samples]
         usable, truth, boxes = usable.gather(1, index), truth.gather(1, index), pick(boxes, index)
@@ -272,11 +286,12 @@ class RoIHeads(nn.Module):
         return mask_bce(logits, wanted, usable.flatten()[slots])
 
     def mask_targets(self, masks: Polygons, boxes: Tensor) -> Tensor:
-        """The target masks (R, 28, 28) bool of boxes (R, 4), one mask each."""
+        """Return the target masks (R, 28, 28) bool of boxes (R, 4)."""
         return mask_targets(masks, boxes)
 
     def select(self, boxes: Tensor, scores: Tensor, filled: Tensor, candidates: int) -> Found:
-        """The best boxes of each image after NMS within classes: boxes (B, N, K or 1, 4), scores (B, N, K).
+        """Return the best boxes of each image after class-wise NMS: boxes (B, N, K or 1, 4), scores
+        (B, N, K).
 
         Only the `candidates` best pairs of box and class enter NMS.
         """
@@ -289,7 +304,7 @@ class RoIHeads(nn.Module):
         row = index // classes * sets + labels.clamp(max=sets - 1)
         found = torch.where(there[..., None], pick(boxes.flatten(1, 2), row), 0.0)
         kept = nms(found, labels, self.nms_iou, self.max_detections)
-        kept = (kept | ~nonempty(found)) & there  # a box without area overlaps none
+        kept = (kept | ~nonempty(found)) & there  # empty boxes overlap no box
         order = kept.to(torch.int8).sort(dim=1, descending=True, stable=True).indices
         order = order[:, : self.max_detections]
         seen = passed.flatten(1).sum(dim=1) <= best.shape[1]
@@ -302,7 +317,9 @@ class RoIHeads(nn.Module):
         )
 
     def masks(self, features: Sequence[Tensor], found: Found) -> Tensor | None:
-        """The mask probabilities (B, D, 28, 28) inside the boxes of detections; None without a mask head."""
+        """Return mask probabilities (B, D, 28, 28) inside the boxes of detections; None without a
+        mask head.
+        """
         if self.mask is None:
             return None
         slots = used(found.filled)
@@ -312,7 +329,9 @@ class RoIHeads(nn.Module):
 
 
 def used(filled: Tensor) -> Tensor:
-    """The slots (R,) of (B, S) that a head runs on: on a GPU all, as its host would wait for the number of filled ones."""
+    """Return the slots (R,) of (B, S) that a head runs on: on a GPU all, to avoid a
+    synchronization.
+    """
     flat = filled.flatten()
     if filled.device.type == "cpu":
         return flat.nonzero().flatten()
@@ -320,14 +339,16 @@ def used(filled: Tensor) -> Tensor:
 
 
 def spread(rows: Tensor, slots: Tensor, filled: Tensor) -> Tensor:
-    """The rows (R, ...) of the slots (R,) at their places: (B, S, ...), zeros elsewhere."""
+    """Scatter the rows (R, ...) of the slots (R,) to (B, S, ...), zeros elsewhere."""
     if len(slots) < filled.numel():
         rows = rows.new_zeros(filled.numel(), *rows.shape[1:]).index_copy(0, slots, rows)
     return rows.unflatten(0, filled.shape)
 
 
 def detections(found: Found, masks: Tensor | None) -> list[Detections]:
-    """The detections of every image, best first. The host waits here for their number."""
+    """Return the detections of every image, sorted by score. Synchronizes with the GPU for their
+    number.
+    """
     counts = found.filled.sum(dim=1).tolist()
     return [
         Detections(

@@ -1,6 +1,6 @@
-"""RoIAlign over a pyramid: each RoI is read from the level that suits its size.
+"""RoIAlign over a pyramid: each RoI is pooled from the level that matches its size.
 
-He et al., Mask R-CNN (1703.06870), aligned as in detectron2; level rule of FPN (1612.03144).
+He et al., Mask R-CNN (1703.06870), aligned as in Detectron2; level assignment of FPN (1612.03144).
 Letters: B images, R RoIs, C channels, s x s bins.
 """
 
@@ -19,7 +19,9 @@ from vitdet.models.layers import at_least_float32
 
 
 def assign_levels(boxes: Tensor, num_levels: int, finest_stride: int) -> Tensor:
-    """(R,) level of each box, 0 the finest: one of side 56 strides stands on level 2 (224 px for stride 4)."""
+    """Return the level (R,) of each box, 0 the finest; a side of 56 strides is assigned to level 2
+    (224 px for stride 4).
+    """
     canonical = 56 * finest_stride
     # detectron2: epsilon within the log
     level = torch.floor(2 + torch.log2(area(boxes).sqrt() / canonical + 1e-8))
@@ -34,10 +36,11 @@ def pool(
     bins: int,
     sampling_ratio: int,
 ) -> Tensor:
-    """Features (R, C, bins, bins) of boxes (R, 4), each of its image (R,), from maps (B, C, h, w).
+    """Return features (R, C, bins, bins) of boxes (R, 4), each of its image (R,), from maps (B, C,
+    h, w).
 
-    `sampling_ratio` points a bin and axis; 0 adapts them to the RoI's size, as the published models do. A RoI of image
-    -1 is an empty slot, whose features are of any finite value.
+    `sampling_ratio` points per bin and axis; 0: adaptive to the RoI's size, as in the published
+    models. A RoI of image -1 is an empty slot, with finite, undefined features.
     """
     features = features[: len(strides)]
     levels = assign_levels(boxes, len(features), strides[0])
@@ -68,17 +71,19 @@ def _pool_by_products(
     bins: int,
     ratio: int,
 ) -> Tensor:
-    """With a fixed number of points RoIAlign is linear and separable: rows and columns are two matrix products.
+    """RoIAlign with a fixed number of points, which is linear and separable, as two matrix
+    products.
 
-    Its gradient is then a matrix product as well, not the scattered additions that dominate a CPU's step.
+    Its gradient is then a matrix product too, instead of the scattered additions that dominate a
+    step on a CPU.
     """
-    # Unbound once: indexing a map by image would make a gradient of the whole map for each image.
+    # unbind once: indexing a map by image would allocate a full-size gradient per image
     maps = [feature.permute(0, 2, 3, 1).unbind() for feature in features]
     values, order = [], []
     for level, (images, stride) in enumerate(zip(maps, strides, strict=True)):
         for number, pixels in enumerate(images):
             chosen = ((image == number) & (levels == level)).nonzero().flatten()
-            # most levels of most images; the products below would be right but not free
+            # common; skips empty products
             if len(chosen) == 0:
                 continue
             rows = interpolation(boxes[chosen, 1::2] / stride, len(pixels), bins, ratio).to(
@@ -96,9 +101,11 @@ def _pool_by_products(
 
 
 def interpolation(spans: Tensor, length: int, bins: int, ratio: int) -> Tensor:
-    """Weights (R, bins, length) with which the cells of an axis make each bin's mean over `ratio` points.
+    """Return the weights (R, bins, length) of an axis's cells in each bin's mean over `ratio`
+    points.
 
-    spans (R, 2): low and high end in cells. Points more than a cell outside the map count as 0, as in torchvision.
+    spans (R, 2): low and high end in cells. Points more than a cell outside the map count as 0, as
+    in torchvision.
     """
     low, high = spans[:, :1] - 0.5, spans[:, 1:] - 0.5
     steps = (torch.arange(bins * ratio, device=spans.device, dtype=spans.dtype) + 0.5) / (

@@ -1,7 +1,8 @@
-"""Region proposal network: objectness and box deltas for every anchor, the proposals, and the losses.
+"""Region proposal network: objectness and box deltas for every anchor, proposals, and losses.
 
-Ren et al., Faster R-CNN (1506.01497); numbers as in detectron2's ViTDet configs.
-Letters: B images, L levels, A anchors a cell, N anchors of a level (h w A) or slots for proposals, G ground truths.
+Ren et al., Faster R-CNN (1506.01497); numbers as in Detectron2's ViTDet configs.
+Letters: B images, L levels, A anchors per cell, N anchors of a level (h w A) or slots for
+proposals, G ground truths.
 """
 
 from __future__ import annotations
@@ -27,7 +28,9 @@ WEIGHTS = (1.0, 1.0, 1.0, 1.0)  # of the box transform
 
 
 class Anchored(NamedTuple):
-    """The anchors (N, 4) of each level, and the predictions for them: logits (B, N), deltas (B, N, 4)."""
+    """The anchors (N, 4) of each level, and the predictions for them: logits (B, N), deltas (B,
+    N, 4).
+    """
 
     logits: list[Tensor]
     deltas: list[Tensor]
@@ -35,7 +38,9 @@ class Anchored(NamedTuple):
 
 
 class Proposals(NamedTuple):
-    """Boxes (B, N, 4) of each image, best first, their objectness logits (B, N), and which of the slots are filled."""
+    """Boxes (B, N, 4) sorted by objectness, objectness logits (B, N), and which slots are filled
+    (B, N).
+    """
 
     boxes: Tensor
     logits: Tensor
@@ -45,10 +50,13 @@ class Proposals(NamedTuple):
 class RPN(nn.Module):
     """Region proposal network over the levels of a pyramid.
 
-    `strides`: of the levels; the side of an anchor is `anchor_scale` times the stride of its level. `norm`, `eps`:
-    whether an LN follows each convolution, and its epsilon. `match` assigns ground truths to anchors; `min_log_scale`
-    limits how much a box shrinks. The losses are divided by samples * images, or with `divide_by_sampled` by the
-    number of sampled anchors.
+    Args:
+        strides: of the levels; an anchor's side is `anchor_scale` times the stride of its level.
+        norm, eps: whether an LN follows each convolution, and its epsilon.
+        match: assigns ground truths to anchors.
+        min_log_scale: limits how much a box shrinks.
+        divide_by_sampled: divide the losses by the number of sampled anchors, not by samples *
+            images.
     """
 
     def __init__(
@@ -106,7 +114,7 @@ class RPN(nn.Module):
     def head(self, feature: Tensor) -> tuple[Tensor, Tensor]:
         """One level's map (B, C, h, w) -> logits (B, A, h, w) and deltas (B, 4 A, h, w).
 
-        Both come from one product, whose width is filled up to a multiple of 8 for the matrix units of GPUs.
+        Both are computed by one product, whose width is padded to a multiple of 8 for tensor cores.
         """
         for block in self.convs:
             feature = F.relu(block(feature))
@@ -119,9 +127,10 @@ class RPN(nn.Module):
 
     @torch.no_grad()
     def propose(self, found: Anchored, sizes: Tensor, top: tuple[int, int]) -> Proposals:
-        """The best boxes of each image after NMS within levels, cut to its size; as many slots as leave NMS at most.
+        """Return the best boxes of each image after level-wise NMS, clipped to its size.
 
-        sizes (B, 2) unpadded (height, width); top = boxes a level that enter NMS, boxes an image that leave it.
+        sizes (B, 2): unpadded (height, width); top: boxes per level before NMS, boxes per image
+        after NMS.
         """
         pre_nms, post_nms = top
         boxes, scores = [], []
@@ -130,7 +139,7 @@ class RPN(nn.Module):
             decoded = decode(anchors[index], pick(deltas, index), WEIGHTS, self.min_log_scale)
             decoded = clip(decoded, sizes)
             usable = decoded.isfinite().all(dim=2) & best.isfinite() & nonempty(decoded)
-            spare = pre_nms - index.shape[1]  # slots of a level with fewer anchors
+            spare = pre_nms - index.shape[1]  # empty slots of a level with fewer anchors
             boxes.append(F.pad(torch.where(usable[..., None], decoded, 0.0), (0, 0, 0, spare)))
             scores.append(F.pad(best, (0, spare)))
         of_level = torch.stack(boxes, dim=1)
@@ -143,13 +152,15 @@ class RPN(nn.Module):
         return Proposals(chosen, best, filled)
 
     def sample(self, anchors: Tensor, targets: Targets) -> tuple[Tensor, Sampled]:
-        """The ground truth (B, N) of every anchor of (N, 4), and which are sampled."""
+        """Return the ground truth (B, N) of every anchor (N, 4), and which anchors are sampled."""
         ious = iou_blocks(targets.boxes, anchors.expand(len(targets), -1, -1))
         matched = self.match(ious, self.iou_low, self.iou_high)
         return matched, sample(matched, self.samples, self.positive_fraction, self.choose)
 
     def losses(self, found: Anchored, targets: Targets) -> dict[str, Tensor]:
-        """loss_rpn_cls over the sampled anchors, loss_rpn_loc over the foreground ones, both divided by one number."""
+        """Return loss_rpn_cls over the sampled anchors and loss_rpn_loc over the foreground
+        anchors.
+        """
         anchors = torch.cat(found.anchors)
         logits, deltas = torch.cat(found.logits, 1), torch.cat(found.deltas, 1)
         matched, sampled = self.sample(anchors, targets)
@@ -157,7 +168,7 @@ class RPN(nn.Module):
         if self.divide_by_sampled:
             background = sampled.filled & ~sampled.foreground
             kinds = torch.stack([sampled.foreground.sum(1), background.sum(1)])
-            number = kinds.clamp(min=1).sum()  # mmdet: none of a kind counts as one
+            number = kinds.clamp(min=1).sum()  # mmdet: at least one
         index, foreground = sampled.chosen[:, : sampled.most], sampled.foreground[:, : sampled.most]
         here = anchors[index]
         truth = pick(targets.boxes, matched.gather(1, index).clamp(min=0))

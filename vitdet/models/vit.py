@@ -1,7 +1,8 @@
-"""The plain Vision Transformer as a detection backbone: windowed attention, global in a few evenly spread blocks.
+"""The plain Vision Transformer as a detection backbone: window attention, global attention in a few
+evenly spaced blocks.
 
-Li et al., Exploring Plain Vision Transformer Backbones for Object Detection (2203.16527); numbers as in detectron2, or,
-with `scaled_rel_pos` and `final_norm`, as in ViTAE-Transformer/ViTDet.
+Li et al., Exploring Plain Vision Transformer Backbones for Object Detection (2203.16527); numbers
+as in Detectron2, or, with `scaled_rel_pos` and `final_norm`, as in ViTAE-Transformer/ViTDet.
 Letters: B images, H x W tokens, C channels.
 """
 
@@ -22,7 +23,9 @@ from vitdet.models.layers import NORM_EPS, Blocks, ConvNorm, DropPath, init_conv
 
 
 class Size(NamedTuple):
-    """The constructor arguments of a named backbone; the blocks in `global_blocks` attend to the whole image."""
+    """Constructor arguments of a named backbone; blocks in `global_blocks` have global
+    attention.
+    """
 
     dim: int
     depth: int
@@ -47,14 +50,16 @@ class PatchEmbed(nn.Module):
         self.proj = nn.Conv2d(3, dim, patch_size, stride=patch_size)
 
     def forward(self, images: Tensor) -> Tensor:
-        """(B, 3, H, W) -> (B, H / patch, W / patch, C); a matrix product of patches, as they do not overlap."""
+        """(B, 3, H, W) -> (B, H / patch, W / patch, C), as a matrix product of the patches."""
         patch = self.proj.kernel_size[0]
         patches = rearrange(images, "b c (h p) (w q) -> b h w (c p q)", p=patch, q=patch)
         return F.linear(patches, self.proj.weight.flatten(1), self.proj.bias)
 
 
 class ConvBottleneck(nn.Module):
-    """Residual convolutions that pass information between windows: the paper's alternative to global attention."""
+    """Residual convolutions that propagate information between windows: the paper's alternative to
+    global attention.
+    """
 
     def __init__(self, dim: int) -> None:
         super().__init__()
@@ -74,9 +79,11 @@ class ConvBottleneck(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block; `window` is the side of its windows in tokens, 0 for attention over `grid`.
+    """Pre-norm transformer block; `window`: side of its windows in tokens, 0 for attention over
+    `grid`.
 
-    `branch` runs in parallel to the attention on the input of the block: maps (B, C, H, W) -> (B, C, H, W).
+    `branch` runs in parallel to the attention on the block's input: maps (B, C, H, W) -> (B, C, H,
+    W).
     """
 
     def __init__(
@@ -105,7 +112,7 @@ class Block(nn.Module):
         self.residual = ConvBottleneck(dim) if conv_after else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, H, W, C) -> (B, H, W, C). Images drop each of the paths by a draw of its own."""
+        """(B, H, W, C) -> (B, H, W, C). Paths are dropped independently per image."""
         y = x + self.drop_path(self.attn(self.norm1(x), self.window))
         if self.pcm is not None:
             y = y + self.drop_path(self.pcm(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
@@ -127,7 +134,9 @@ def build_blocks(
     scaled_rel_pos: bool,
     branch: Callable[[], nn.Module] | None,
 ) -> Blocks:
-    """The blocks of a backbone; the drop path rate grows linearly, and `branch` creates one module per block."""
+    """Build the blocks of a backbone; the drop path rate increases linearly; `branch` creates one
+    module per block.
+    """
     rates = torch.linspace(0, drop_path, depth, device="cpu").tolist()
     return Blocks(
         Block(
@@ -146,16 +155,16 @@ def build_blocks(
 
 
 def init_normal(weight: Tensor) -> None:
-    """Normal of deviation 0.02, in place.
+    """Initialize from a normal distribution of deviation 0.02, in place.
 
-    The published code cuts at -2 and 2, that is nowhere; but then the one draw in 2^24 whose uniform number is exactly
-    -1 becomes -2 itself.
+    The published code truncates at -2 and 2, which never occurs, except that a uniform draw of
+    exactly -1 (1 in 2^24) becomes -2.
     """
     trunc_normal_(weight, std=0.02, a=-0.12, b=0.12)
 
 
 def init_linears(module: nn.Module) -> None:
-    """Normal weights of deviation 0.02, biases 0, of every linear layer inside."""
+    """Initialize every linear layer: normal weights of deviation 0.02, biases 0."""
     for child in module.modules():
         if isinstance(child, nn.Linear):
             init_normal(child.weight)
@@ -164,11 +173,12 @@ def init_linears(module: nn.Module) -> None:
 
 
 class ViT(nn.Module):
-    """Images (B, 3, H, W) -> one map (B, C, H / patch, W / patch).
+    """Plain ViT: images (B, 3, H, W) -> one map (B, C, H / patch, W / patch).
 
-    `pos_embed_grid`: tokens per side of the stored position embedding; `rel_pos_size`: pixels per side for which the
-    relative positions of the global blocks are stored; either may be (rows, columns). Both are resized to the grid of
-    the image. `branch` creates the module that runs in parallel to the attention of a block.
+    `pos_embed_grid`: tokens per side of the stored position embedding; `rel_pos_size`: pixels per
+    side for which the relative positions of the global blocks are stored; either may be (rows,
+    columns). Both are resized to the grid of the image. `branch` creates the module that runs in
+    parallel to the attention of a block.
     """
 
     def __init__(
@@ -219,14 +229,18 @@ class ViT(nn.Module):
         return rearrange(self.norm(x), "b h w c -> b c h w")
 
     def embed(self, images: Tensor) -> Tensor:
-        """Tokens with their absolute positions, before the first block: (B, 3, H, W) -> (B, h, w, C)."""
+        """Return the tokens with absolute positions before the first block: (B, 3, H, W) -> (B, h,
+        w, C).
+        """
         x = self.patch_embed(images)
         return x + resize_positions(self.pos_embed, (x.shape[1], x.shape[2]))
 
     def layer_of(self, name: str) -> int:
-        """The layer of a parameter, for layer-wise decay: 0 before the blocks, i + 1 in block i, depth + 1 the rest.
+        """Return a parameter's layer for layer-wise decay: 0 before the blocks, i + 1 in block i,
+        else depth + 1.
 
-        As detectron2's get_vit_lr_decay_rate, in which a block's residual convolutions count as the rest.
+        As Detectron2's get_vit_lr_decay_rate, which assigns a block's residual convolutions to the
+        last layer.
         """
         if name.startswith(("pos_embed", "patch_embed.")):
             return 0
@@ -234,16 +248,18 @@ class ViT(nn.Module):
 
 
 def layer_of_block(name: str, first: int, rest: int) -> int:
-    """first + i for what lies in block i, `rest` for anything else and for residual convolutions."""
+    """Return first + i for parameters of block i, `rest` for others and for residual
+    convolutions.
+    """
     block = re.match(r"blocks\.(\d+)\.", name)
     return first + int(block.group(1)) if block and ".residual." not in name else rest
 
 
 def resize_positions(pos_embed: Tensor, grid: tuple[int, int]) -> Tensor:
-    """(1, h, w, C) -> (1, *grid, C), bicubic without antialiasing (detectron2: get_abs_pos).
+    """Resize (1, h, w, C) to (1, *grid, C), bicubic without antialiasing (Detectron2: get_abs_pos).
 
-    Two small matrix products: the interpolation is linear, and a GPU's operation for maps took 6 ms of every step of
-    ViT-B on an H100. In float64, which neither autocast nor TF32 rounds.
+    Two small matrix products, since the interpolation is linear: F.interpolate took 6 ms per step
+    of ViT-B on an H100. In float64, which neither autocast nor TF32 rounds.
     """
     if tuple(pos_embed.shape[1:3]) == grid:
         return pos_embed
@@ -257,7 +273,9 @@ def resize_positions(pos_embed: Tensor, grid: tuple[int, int]) -> Tensor:
 
 
 def bicubic_matrix(size: int, wanted: int, device: torch.device) -> Tensor:
-    """What interpolates `size` values to `wanted` ones: (wanted, size) float64. Made on the device, without a wait."""
+    """Return the matrix (wanted, size) float64 that interpolates `size` values to `wanted`;
+    computed on the device without synchronization.
+    """
     one_hot = torch.eye(size, dtype=torch.float64, device=device)[None, :, :, None]
     resized = F.interpolate(one_hot, size=(wanted, 1), mode="bicubic", align_corners=False)
     return resized[0, :, :, 0].T

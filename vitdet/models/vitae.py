@@ -1,10 +1,13 @@
-"""ViTAE as a detection backbone: a plain ViT whose blocks read what they are given with convolutions as well.
+"""ViTAE as a detection backbone: a plain ViT with convolutions parallel to the attention of its
+blocks.
 
-Xu et al., ViTAE (2106.03348), Zhang et al., ViTAEv2 (2202.10108); numbers as in ViTAE-Transformer/ViTDet.
-ViTAE-B is the `ViT` with `wide_branch` in each block. ViTAE-S, `ViTAESmall`, makes its tokens in three reduction cells
-of dilated convolutions, two of them with linear attention (Performer: Choromanski et al., 2009.14794; in the form of
-T2T-ViT: Yuan et al., 2101.11986), and knows no absolute positions.
-Letters: B images, C channels, H x W tokens, N = H W, E channels of a cell's tokens, M = E / 2 random features.
+Xu et al., ViTAE (2106.03348), Zhang et al., ViTAEv2 (2202.10108); numbers as in
+ViTAE-Transformer/ViTDet. ViTAE-B is the `ViT` with `wide_branch` in each block. ViTAE-S,
+`ViTAESmall`, computes its tokens in three reduction cells of dilated convolutions, two of them with
+linear attention (Performer: Choromanski et al., 2009.14794; in the form of T2T-ViT: Yuan et al.,
+2101.11986), and has no absolute positions.
+Letters: B images, C channels, H x W tokens, N = H W, E channels of a cell's tokens, M = E / 2
+random features.
 """
 
 from __future__ import annotations
@@ -46,12 +49,14 @@ EPSILON = 1e-8  # of the linear attention's denominator
 
 
 def conv(inputs: int, outputs: int, stride: int = 1, groups: int = 1) -> nn.Conv2d:
-    """A 3 x 3 convolution that keeps the size, or divides it by the stride."""
+    """Create a 3 x 3 convolution that keeps the size, or divides it by the stride."""
     return nn.Conv2d(inputs, outputs, 3, stride=stride, padding=1, groups=groups)
 
 
 def wide_branch(dim: int, hidden: int) -> nn.Sequential:
-    """ViTAE-B's convolutions beside the attention, of 4 channels a group: (B, C, H, W) -> (B, C, H, W)."""
+    """Create ViTAE-B's convolutions parallel to the attention, 4 channels per group: (B, C, H, W)
+    -> (B, C, H, W).
+    """
     groups = dim // 4
     return nn.Sequential(
         conv(dim, hidden, groups=groups),
@@ -62,7 +67,7 @@ def wide_branch(dim: int, hidden: int) -> nn.Sequential:
 
 
 def deep_branch(dim: int, hidden: int, groups: int) -> nn.Sequential:
-    """ViTAE-S's convolutions beside the attention: (B, C, H, W) -> (B, C, H, W)."""
+    """Create ViTAE-S's convolutions parallel to the attention: (B, C, H, W) -> (B, C, H, W)."""
     return nn.Sequential(
         conv(dim, hidden, groups=groups),
         nn.BatchNorm2d(hidden),
@@ -76,10 +81,11 @@ def deep_branch(dim: int, hidden: int, groups: int) -> nn.Sequential:
 
 
 class Performer(nn.Module):
-    """Attention whose cost is linear in the tokens, and an MLP: (B, N, C) -> (B, N, E), `mixed` added between them.
+    """Linear attention and an MLP: (B, N, C) -> (B, N, E), with `mixed` added in between.
 
-    phi(q) . phi(k) stands for exp(q . k), phi(u) = exp(W u - |u|^2 / 2) / sqrt(M), with W (M, E) fixed at random. Its
-    rows are orthogonal and sqrt(M) long, as published (an unbiased estimate would need sqrt(E)).
+    phi(q) . phi(k) approximates exp(q . k), phi(u) = exp(W u - |u|^2 / 2) / sqrt(M), with W (M, E)
+    fixed at random. Its rows are orthogonal and of length sqrt(M), as published (an unbiased
+    estimate would need sqrt(E)).
     """
 
     w: Tensor
@@ -100,14 +106,14 @@ class Performer(nn.Module):
         )
 
     def forward(self, x: Tensor, mixed: Tensor) -> Tensor:
-        """Tokens (B, N, C) and what the convolutions made of the same image (B, N, E) -> (B, N, E)."""
+        """Tokens (B, N, C) and the output of the convolutions (B, N, E) -> (B, N, E)."""
         k, q, v = self.kqv(self.norm1(x)).chunk(3, dim=-1)
         y = v + self.dropout(self.proj(self.linear_attention(q, k, v))) + mixed
         return y + self.mlp(self.norm2(y))
 
     def linear_attention(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """(B, N, E) each -> (B, N, E). In float64, as the exponentials leave the range of half precision, to which
-        autocast would bring float32.
+        """(B, N, E) each -> (B, N, E). In float64, as the exponentials exceed the range of half
+        precision, to which autocast would convert float32.
         """
         query, key = self.features(q), self.features(k)
         share = (query * key.sum(dim=1, keepdim=True)).sum(dim=-1, keepdim=True)
@@ -120,9 +126,11 @@ class Performer(nn.Module):
 
 
 class ReductionCell(nn.Module):
-    """Parallel dilated convolutions of an image, concatenated: (B, C, H, W) -> (B, E, H / stride, W / stride).
+    """Parallel dilated convolutions of an image, concatenated: (B, C, H, W) -> (B, E, H / stride, W
+    / stride).
 
-    With `dim`, a Performer brings their channels to E = dim, beside convolutions of the cell's input with `strides`.
+    With `dim`, a Performer maps their channels to E = dim, parallel to convolutions of the cell's
+    input with `strides`.
     """
 
     def __init__(
@@ -177,8 +185,9 @@ class ReductionCell(nn.Module):
 class ViTAESmall(nn.Module):
     """ViTAE-S: images (B, 3, H, W) -> one map (B, C, H / 16, W / 16).
 
-    `widths`: channels of each dilated convolution in the three cells, 2 * the last = C; `cell_dims`: output channels
-    of the first two; `groups`: groups of the convolutions in the blocks; the others as in `ViT`.
+    `widths`: channels of each dilated convolution in the three cells, 2 * the last = C;
+    `cell_dims`: output channels of the first two; `groups`: groups of the convolutions in the
+    blocks; the others as in `ViT`.
     """
 
     def __init__(
@@ -235,10 +244,11 @@ class ViTAESmall(nn.Module):
         return rearrange(self.norm(x), "b h w c -> b c h w")
 
     def layer_of(self, name: str) -> int:
-        """The layer of a parameter, for layer-wise decay: s in reduction cell s, 3 + j in block j, 18 for the rest.
+        """Return a parameter's layer for layer-wise decay: s in reduction cell s, 3 + j in block j,
+        else 18.
 
-        So the published run had it; its published config counts 12 layers, in which the last blocks learn faster
-        than the heads.
+        As in the published run; its published config counts 12 layers, with which the last blocks
+        learn faster than the heads.
         """
         cell = re.match(r"reductions\.(\d+)\.", name)
         return (

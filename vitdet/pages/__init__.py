@@ -1,6 +1,6 @@
-"""HTML pages of one file: templates in this package, `base.html` with the style that all share.
+"""Self-contained HTML pages, rendered from jinja2 templates that extend `base.html`.
 
-A page loads no other files: images are data URIs, and its content security policy forbids every request.
+A page loads no other files: images are data URIs, and its content security policy forbids requests.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from PIL import Image
 
 
 def render(template: str, values: Mapping[str, object]) -> str:
-    """Return the page of a template, by its path in the package `vitdet`, e.g. `evaluation/page.html`.
+    """Render a template, given by its path in the package, e.g. `evaluation/page.html`.
 
-    All values are escaped, class names and file names included.
+    All values are escaped.
     """
     return _environment().get_template(template).render(values)
 
@@ -45,7 +45,9 @@ def _environment() -> Environment:
 
 
 def _encodable(value: object) -> object:
-    """Names in annotation files and of files may contain lone surrogates, which UTF-8 cannot encode."""
+    """Replace lone surrogates, which names of classes and files may contain and UTF-8 cannot
+    encode.
+    """
     return value.encode("utf-8", "backslashreplace").decode() if type(value) is str else value
 
 
@@ -54,11 +56,13 @@ def _decimal(value: float | None, digits: int = 1) -> str:
 
 
 def _count(value: int, noun: str = "") -> str:
-    """1,234 objects; 1 object."""
+    """Format a count: 1,234 objects; 1 object."""
     return f"{value:,}" + (f" {noun}{'' if value == 1 else 's'}" if noun else "")
 
 
 def _path(values: Sequence[float], width: float, height: float) -> str:
-    """Return the points of an SVG polyline: values in 0..1 at equal distances, 0 at the bottom."""
+    """Return the points of an SVG polyline of evenly spaced values in 0..1, with 0 at the
+    bottom.
+    """
     step = width / max(len(values) - 1, 1)
     return " ".join(f"{i * step:.1f},{height * (1 - value):.1f}" for i, value in enumerate(values))

@@ -8,8 +8,8 @@ import re
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from vitdet.credentials import hide_credentials as hide_credentials
-from vitdet.ranges import check_address
+from vitdet.config.credentials import hide_credentials as hide_credentials
+from vitdet.config.ranges import check_address
 
 VARIABLES = ("MLFLOW_TRACKING_URI", "MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD")
 STEP = "VITDET_"  # their prefix in a step: pipeline/graph.py

@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING
 
 from vitdet.config import Config, GateConfig
 from vitdet.data.protocol import Protocol
-from vitdet.locks import locked
+from vitdet.files import locked
 from vitdet.tracking.address import hide_credentials
 from vitdet.tracking.evaluations import known_metrics, read_evaluation, save_evaluation, tags_of
 from vitdet.tracking.gate import (

@@ -16,8 +16,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
-from vitdet.files import is_abandoned, write_json, writer
-from vitdet.locks import locked
+from vitdet.files import is_abandoned, locked, write_json, writer
 
 log = logging.getLogger(__name__)
 

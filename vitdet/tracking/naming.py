@@ -15,8 +15,8 @@ import torch
 
 from vitdet import __version__, distributed
 from vitdet.config import Config, flatten, load_config, recipes
-from vitdet.digest import difference
-from vitdet.sections import list_settings
+from vitdet.config.digest import difference
+from vitdet.config.sections import list_settings
 
 LONGEST = 120  # characters of a run's name; MLflow's tables show about 40, its limit is 250
 FIRST = ("train", "optim", "data")  # the sections in which the runs of an experiment usually differ

@@ -17,11 +17,11 @@ from mlflow.models import Model
 
 from vitdet.checkpoint import load_model_file
 from vitdet.config import Config, check_names, from_dict, save_config
+from vitdet.config.ranges import Alias, check
 from vitdet.data.fingerprint import change, fingerprint, fingerprints
 from vitdet.data.protocol import Protocol
 from vitdet.evaluation.report import REPORT
 from vitdet.files import sha256
-from vitdet.ranges import Alias, check
 from vitdet.tracking import champion
 from vitdet.tracking.evaluations import (
     MATCHES,

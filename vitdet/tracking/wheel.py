@@ -13,7 +13,7 @@ import zipfile
 from importlib import metadata
 from pathlib import Path
 
-from vitdet.files import written
+from vitdet.files import atomic_write
 
 PACKAGE = Path(__file__).parents[1]
 STAMP = (1980, 1, 1, 0, 0, 0)  # zip's first day: the same files give the same wheel
@@ -37,7 +37,7 @@ def build_wheel(folder: Path) -> Path:
     files[f"{info}/RECORD"] = "\n".join([*rows, f"{info}/RECORD,,", ""]).encode()
     path = Path(folder) / f"vitdet-{version}-py3-none-any.whl"
     with (
-        written(path) as temporary,
+        atomic_write(path) as temporary,
         zipfile.ZipFile(temporary, "w", zipfile.ZIP_DEFLATED) as archive,
     ):
         for name, content in files.items():

@@ -1,4 +1,6 @@
-"""The best evaluation of a training so far: its detector in best.pt, and early stopping by train.patience."""
+"""The best evaluation of a training: its detector in best.pt, and early stopping by
+train.patience.
+"""
 
 from __future__ import annotations
 
@@ -11,23 +13,28 @@ from typing import Any
 from vitdet import distributed
 from vitdet.checkpoint import load_model_file, save
 from vitdet.config import TrainConfig
-from vitdet.files import written
+from vitdet.files import atomic_write
 
 NAME = "best.pt"
 log = logging.getLogger(__name__)
 
 
 class Best:
-    """The highest value of a metric over the evaluations of a training; of equal ones, the first.
+    """The highest value of a metric over the evaluations of a training; the first of equal ones.
 
-    All ranks have the same metrics and so come to the same decisions; only the first one touches files.
+    All ranks have the same metrics and come to the same decisions; only rank 0 writes files.
 
-    metric: its name. value: the highest one, None before the first evaluation. step: that of its evaluation.
-    stale: the number of evaluations since.
+    Attributes:
+        metric: its name.
+        value: the highest value; None before the first evaluation.
+        step: the step of its evaluation.
+        stale: number of evaluations since.
     """
 
     def __init__(self, settings: TrainConfig, output: Path, states: Path) -> None:
-        """output: the folder of best.pt. states: that of the training states, which may outlive it."""
+        """output: the folder of best.pt. states: the folder of the training states, which keeps a
+        copy.
+        """
         self.keeps, self.patience = bool(settings.keep_best), settings.patience
         self.metric = settings.keep_best or "box_ap"
         self.path, self._stored = output / NAME, states / NAME
@@ -35,7 +42,10 @@ class Best:
         self.step = self.stale = 0
 
     def update(self, metrics: dict[str, float], step: int) -> bool:
-        """Record the metrics of an evaluation and return whether they are the best so far; False if no setting needs it."""
+        """Record the metrics of an evaluation; return whether they are the best so far.
+
+        Always False if neither train.keep_best nor train.patience is set.
+        """
         if not self._is_needed():
             return False
         value = metrics[self.metric]
@@ -46,26 +56,28 @@ class Best:
         return True
 
     def is_final(self) -> bool:
-        """Whether train.patience ends the training."""
+        """Return whether train.patience ends the training."""
         return 0 < self.patience <= self.stale
 
     def figures(self) -> dict[str, float]:
-        """{best_box_ap: its value, best_step: its step} with the name of the metric; {} without one."""
+        """Return {best_METRIC: value, best_step: step}; {} before the first evaluation."""
         if self.value is None:
             return {}
         return {f"best_{self.metric}": self.value, "best_step": self.step}
 
     def keep(self, content: dict) -> None:
-        """Write a finished detector to best.pt, all or nothing. Raises OSError as `vitdet.checkpoint.save` does."""
+        """Write a trained detector to best.pt atomically. Raises OSError as
+        `vitdet.checkpoint.save`.
+        """
         save(self._stored, content)
         self._publish()
 
     def report(self, done: int, steps: int) -> None:
-        """Log why a training of `steps` steps ended after `done`, if train.patience ended it."""
+        """Log it if train.patience ended a training of `steps` steps after `done`."""
         if self.is_final() and done < steps:
             log.info(
-                "train.patience=%d: %s has not risen above %.4g, of step %d, in the last %d evaluations: the training ends "
-                "at step %d of %d",
+                "train.patience=%d: %s has not exceeded %.4g of step %d in the last %d "
+                "evaluations: the training ends at step %d of %d",
                 self.patience,
                 self.metric,
                 self.value or 0.0,
@@ -76,13 +88,14 @@ class Best:
             )
 
     def state_dict(self) -> dict[str, Any]:
-        """The state that `restore` accepts."""
+        """Return the state that `restore` accepts."""
         return {"value": self.value, "step": self.step, "stale": self.stale}
 
     def restore(self, state: dict[str, Any], start: int) -> None:
-        """Restore what `state_dict` returned after `start` steps; to be called by all ranks.
+        """Restore the state saved after `start` steps; must be called on all ranks.
 
-        If best.pt is missing or damaged, `value` becomes None, with a warning: the next evaluation counts as the best.
+        If best.pt is missing or damaged, `value` becomes None, with a warning: the next evaluation
+        counts as the best.
         """
         if not self._is_needed():  # train.patience=0 since this state was saved
             return
@@ -90,7 +103,7 @@ class Best:
         if (
             self.keeps
             and self.value is not None
-            and distributed.from_first(lambda: self._lost(start))
+            and distributed.rank0_result(lambda: self._lost(start))
         ):
             self.value, self.stale = None, 0
 
@@ -98,15 +111,15 @@ class Best:
         return self.keeps or self.patience > 0
 
     def _lost(self, start: int) -> bool:
-        """Whether best.pt is unavailable; copies it to the output folder otherwise."""
+        """Return whether best.pt is unavailable; otherwise copy it to the output folder."""
         try:
             found = load_model_file(self._stored)["step"]
-            # a later one was kept after the state was saved: its evaluation is due again
+            # a later one was written after the state was saved: its evaluation is due again
             if found != self.step and found < start:
-                raise ValueError(f"{self._stored}: is of step {found}")
+                raise ValueError(f"{self._stored}: was written at step {found}")
         except (FileNotFoundError, ValueError) as error:
             log.warning(
-                "the best detector, of step %d, is lost (%s): the next evaluation counts as the best",
+                "the best detector, of step %d, is lost (%s): the next evaluation counts as best",
                 self.step,
                 error,
             )
@@ -115,7 +128,7 @@ class Best:
         return False
 
     def _publish(self) -> None:
-        with written(self.path, sync=True) as temporary:
+        with atomic_write(self.path, sync=True) as temporary:
             try:
                 os.link(self._stored, temporary)
             except OSError:  # another disk, or a file system without hard links

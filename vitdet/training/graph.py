@@ -1,8 +1,10 @@
-"""The forward and backward pass of a training step as CUDA graphs (see `vitdet.kernels.cuda_graph`).
+"""The forward and backward pass of a training step as CUDA graphs (see
+`vitdet.kernels.cuda_graph`).
 
-A graph is for fixed sizes, so targets are padded: to a power of two of objects an image, and of edges in all. Each pair
-of these gets a graph of its own, of which there are few. The gradients are always added to the same tensors, so that
-micro-batches accumulate; after the last one they are averaged over all processes.
+A graph has fixed sizes, so targets are padded: to a power of two of objects per image and of edges
+per batch. There are few pairs of these sizes; each has its own graph. All graphs add to the same
+gradient tensors, so that micro-batches accumulate; after the last one the gradients are averaged
+over all processes.
 """
 
 from __future__ import annotations
@@ -21,8 +23,8 @@ from vitdet.models import Detector
 from vitdet.models.layers import Blocks
 from vitdet.types import Polygons, Target, Targets
 
-SLOTS, EDGES = 16, 2**12  # the least of objects an image and of edges a batch
-CLEARINGS = 8  # how often between two evaluations graphs that were cleared for their memory may be recorded again
+SLOTS, EDGES = 16, 2**12  # minimum padding: objects per image, edges per batch
+CLEARINGS = 8  # times that graphs are cleared for memory and recorded again between two evaluations
 log = logging.getLogger(__name__)
 
 Losses = dict[str, Tensor]
@@ -30,11 +32,11 @@ Run = Callable[[Tensor, Targets, Tensor], Losses]
 
 
 class GraphedGradients:
-    """`run` of a batch's images, targets and sizes, which adds to the gradients and returns the losses, as CUDA graphs.
+    """CUDA graphs of `run`, which adds to the gradients and returns the losses of a batch.
 
-    Where it cannot be recorded, for these shapes or at all, it runs without a graph, which is logged for each size of targets.
-    A size for which there was no room is tried again after `release`, but not a third time after it ran out of memory
-    twice. A step of such a size gets the memory of all graphs.
+    If it cannot be recorded, for these shapes or at all, it runs without a graph, which is logged
+    for each size of targets. A size that did not fit in memory is tried again after `release`, but
+    not after it ran out of memory twice. Steps of such a size may use the memory of all graphs.
     """
 
     def __init__(self, detector: Detector, run: Run) -> None:
@@ -43,13 +45,15 @@ class GraphedGradients:
             parameter.grad = torch.zeros_like(parameter)
         self.run = run
         self.graph: CudaGraph[Losses] = CudaGraph()
-        # sizes of targets that could not be recorded, and whether they are tried again after `release`
+        # sizes of targets that could not be recorded, and whether to retry them after `release`
         self.refused: dict[tuple[int, int], bool] = {}
         self.large: set[tuple[int, int]] = set()  # of these, those that ran out of memory
         self.clearings = 0  # since `release`
 
     def __call__(self, images: Tensor, targets: Targets, sizes: Tensor) -> Losses:
-        """The losses of a batch with targets as `padded` makes them; the next call overwrites them."""
+        """Return the losses of a batch with targets from `padded`; the next call overwrites
+        them.
+        """
         tensors = (images, sizes, *targets.tensors())
         shape = (targets.boxes.shape[1], len(targets.masks.edges))
         known = self.graph.has(*tensors) or shape in self.refused
@@ -62,7 +66,7 @@ class GraphedGradients:
         return self.run(images, targets, sizes)
 
     def record(self, shape: tuple[int, int], *tensors: Tensor) -> None:
-        """Record the step for tensors of these shapes; the gradients stay as they are."""
+        """Record the step for tensors of these shapes; the gradients are not changed."""
         gradients = self.gradients()
         kept = [gradient.clone() for gradient in gradients]
 
@@ -79,7 +83,7 @@ class GraphedGradients:
             self.refused[shape] = again
             if distributed.rank() == 0:
                 log.info(
-                    "steps with %d objects an image and %d edges run without a CUDA graph%s: %s",
+                    "steps with %d objects per image and %d edges run without a CUDA graph%s: %s",
                     *shape,
                     " until the next evaluation" if again else "",
                     error,
@@ -92,12 +96,13 @@ class GraphedGradients:
         self.clearings += 1
         if self.clearings == CLEARINGS and distributed.rank() == 0:
             log.info(
-                "steps run without CUDA graphs until the next evaluation: %d steps needed their memory",
+                "steps run without CUDA graphs until the next evaluation: "
+                "%d steps needed their memory",
                 CLEARINGS,
             )
 
     def release(self) -> None:
-        """Give back the memory of the graphs, which are recorded again when they are needed."""
+        """Free the memory of the graphs, which are recorded again when needed."""
         self.graph.clear()
         self.refused = {shape: again for shape, again in self.refused.items() if not again}
         self.clearings = 0
@@ -107,13 +112,13 @@ class GraphedGradients:
         distributed.average(self.gradients())
 
     def gradients(self) -> list[Tensor]:
-        """The tensors to which every step adds."""
+        """Return the gradient tensors."""
         return [parameter.grad for parameter in self.parameters if parameter.grad is not None]
 
 
 def can_be_graphed(detector: nn.Module) -> bool:
-    """Whether nothing but the gradients changes in a forward and backward pass: no statistics of BatchNorm, and no
-    random state, which activation checkpointing puts back to draw again.
+    """Return whether a forward and backward pass changes nothing but the gradients: no BatchNorm
+    statistics, and no random state, which activation checkpointing restores.
     """
     return not any(
         isinstance(one, nn.modules.batchnorm._BatchNorm)
@@ -123,7 +128,9 @@ def can_be_graphed(detector: nn.Module) -> bool:
 
 
 def padded(targets: Sequence[Target], device: torch.device) -> Targets:
-    """The targets on a GPU, of a size that a graph may have; copied from pinned memory, so that nothing waits."""
+    """Pad the targets to the sizes of a graph and copy them to the device, from pinned memory
+    without synchronization.
+    """
     most = max(SLOTS, *(len(target) for target in targets))
     found = Targets.of(targets, power_of_two(most))
     edges = found.masks.edges
@@ -134,5 +141,5 @@ def padded(targets: Sequence[Target], device: torch.device) -> Targets:
 
 
 def power_of_two(number: int) -> int:
-    """The least power of two that is not below a positive number."""
+    """Return the smallest power of two that is at least `number` (positive)."""
     return 1 << (number - 1).bit_length()

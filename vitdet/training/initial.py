@@ -1,4 +1,4 @@
-"""The detector of a training before its first step."""
+"""Initialization of the detector of a training."""
 
 from __future__ import annotations
 
@@ -20,7 +20,10 @@ log = logging.getLogger(__name__)
 def fresh_detector(
     config: Config, split: CocoSplit, source: str | Path | None, device: torch.device
 ) -> Detector:
-    """Random weights of train.seed, or those of the file `source`; the class weights of the federated loss are those of the training images."""
+    """Build the detector with random weights of train.seed, or the weights of the file `source`.
+
+    The class weights of the federated loss are computed from the training images.
+    """
     torch.manual_seed(config.train.seed)
     # image_count ** 0.5, as in detectron2
     odds = torch.tensor(split.image_counts, dtype=torch.float32).sqrt()
@@ -31,5 +34,5 @@ def fresh_detector(
             log.info("%s: %s", source, note)
     classification = detector.roi_heads.classification
     if isinstance(classification, FederatedClassification):
-        classification.class_weights.copy_(odds)  # a file's are those of its own training images
+        classification.class_weights.copy_(odds)  # those in a file are of other training images
     return detector

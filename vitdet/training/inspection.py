@@ -1,4 +1,4 @@
-"""Checks of the data of a training against its config, before anything is built or written."""
+"""Checks of a training's data against its config, before anything is built or written."""
 
 from __future__ import annotations
 
@@ -6,25 +6,27 @@ import logging
 from collections.abc import Sequence
 
 from vitdet.config import Config
+from vitdet.config.suggestions import nearest
 from vitdet.data import fingerprint
 from vitdet.data.coco import CocoSplit
 from vitdet.data.dataset import read_split
 from vitdet.evaluation.evaluator import measured_metrics, read_validation
-from vitdet.suggestions import nearest
 
 log = logging.getLogger(__name__)
 
 
 def inspect_data(config: Config, split: CocoSplit) -> tuple[tuple[str, ...], dict[str, str]]:
-    """The class names of the validation split, and the fingerprints of both; warns if there are no outlines for masks.
+    """Return the class names of the validation split and the fingerprints of both splits.
 
-    Raises ValueError if an evaluation on this data does not measure what train.keep_best and train.patience need.
+    Warns if there are no outlines for masks. Raises ValueError if evaluations on this data do not
+    measure the metric that train.keep_best and train.patience need.
     """
     data = config.data
     validation = read_split(data, data.val_split)
     if config.model.mask.enabled and not split.outlines:
         log.warning(
-            "%s: no object of %s has an outline: the mask head is not trained; model.mask.enabled=false removes it",
+            "%s: no object of %s has an outline: the mask head is not trained; "
+            "model.mask.enabled=false removes it",
             data.root,
             data.train_split,
         )
@@ -43,7 +45,9 @@ def inspect_data(config: Config, split: CocoSplit) -> tuple[tuple[str, ...], dic
 
 
 def check_metric(config: Config) -> None:
-    """Raise ValueError if the evaluations measure no AP, or not the metric that selects the best detector or ends this training."""
+    """Raise ValueError if evaluations measure no AP, or not the metric of train.keep_best or
+    train.patience.
+    """
     settings = config.train
     if not (settings.keep_best or settings.patience):
         read_validation(config.data, config.evaluate)
@@ -52,18 +56,20 @@ def check_metric(config: Config) -> None:
     if metric not in measured:
         cause = "train.keep_best" if settings.keep_best else "train.patience"
         raise ValueError(
-            f"{cause}: evaluations on {config.data.root} do not measure {metric}: {config.data.val_split} has no object "
-            f"for it; {nearest(metric, measured)}"
+            f"{cause}: evaluations on {config.data.root} do not measure {metric}: "
+            f"{config.data.val_split} has no object for it; {nearest(metric, measured)}"
         )
 
 
 def check_classes(config: Config, trained: Sequence[str], validated: Sequence[str]) -> None:
-    """Raise ValueError if the classes are not as many as the detector has, or differ between the splits."""
+    """Raise ValueError if the number of classes differs from the config, or the splits' classes
+    differ.
+    """
     data, expected = config.data, config.model.roi_heads.num_classes
     if len(trained) != expected:
         raise ValueError(
-            f"{data.root}: {data.train_split} has {len(trained)} classes, but model.roi_heads.num_classes "
-            f"is {expected}; set it to {len(trained)}"
+            f"{data.root}: {data.train_split} has {len(trained)} classes, but "
+            f"model.roi_heads.num_classes is {expected}; set it to {len(trained)}"
         )
     if tuple(validated) != tuple(trained):
         raise ValueError(

@@ -1,14 +1,15 @@
-"""Activation checkpointing: whether the blocks of the backbone keep their activations or compute them again.
+"""Activation checkpointing: whether the backbone's blocks store or recompute their activations.
 
-`train.activation_checkpointing=auto` decides by an estimate of the memory that a step takes without it,
-from what was measured with images of 1024 pixels, without the Triton kernels on an H100 (ViT-B, L and H, batches of 1 to 8
-images: within 15 %), with them on an H200 (ViT-B and L, batches of 1, 4 and 8, as CUDA graphs: within 5 %):
+`train.activation_checkpointing=auto` estimates the memory of a step without it. The constants were
+measured with images of 1024 pixels: without the Triton kernels on an H100 (ViT-B, L and H, batches
+of 1 to 8 images: within 15 %), with them on an H200 (ViT-B and L, batches of 1, 4 and 8, as CUDA
+graphs: within 5 %):
 
-- 16 bytes a weight, for itself, its gradient and AdamW's two moments; 4 more with an average of the weights;
-- 50 bytes, with the kernels 35, for each value that leaves a block, in bf16 or fp16, and twice as many in fp32;
-- 1,300 or 1,230 bytes a pixel of the images for everything else.
+16 bytes per weight, for itself, its gradient and AdamW's two moments; 4 more with an average of the
+weights. 50 bytes, with the kernels 35, per output value of a block, in bf16 or fp16; twice as many
+in fp32. 1,300 or 1,230 bytes per pixel of the images for everything else.
 
-Blocks compute again where that is more than nine tenths of the GPU's memory.
+Blocks recompute their activations if the estimate exceeds nine tenths of the GPU's memory.
 """
 
 from __future__ import annotations
@@ -24,19 +25,18 @@ from vitdet.models.layers import Blocks
 
 BYTES_PER_WEIGHT = 16
 BYTES_PER_AVERAGED_WEIGHT = 4
-BYTES_PER_BLOCK_VALUE = {
-    False: 50,
-    True: 35,
-}  # in half precision; without the kernels and with them
+BYTES_PER_BLOCK_VALUE = {False: 50, True: 35}  # in half precision; with the kernels or without
 BYTES_PER_PIXEL = {False: 1300, True: 1230}
-SHARE = 0.9  # of the GPU's memory: CUDA itself and fragments take the rest
+SHARE = 0.9  # of the GPU's memory; the rest is for CUDA and fragmentation
 log = logging.getLogger(__name__)
 
 
 def checkpoint_activations(
     detector: Detector, config: Config, images: int, precision: str, device: torch.device
 ) -> None:
-    """Turn activation checkpointing on or off in the blocks, as the settings say; images: of a micro-batch."""
+    """Turn activation checkpointing of the blocks on or off. images: number of images per
+    micro-batch.
+    """
     setting = config.train.activation_checkpointing
     needed = setting == "blocks"
     if setting == "auto" and device.type == "cuda":
@@ -46,8 +46,9 @@ def checkpoint_activations(
         needed = estimate > SHARE * total
         if needed and distributed.rank() == 0:
             log.info(
-                "the backbone's blocks compute their activations again in the backward pass: %d images a micro-batch "
-                "would take about %.1f GiB, and the GPU has %.1f GiB (train.activation_checkpointing=auto)",
+                "the backbone's blocks recompute their activations in the backward pass: %d images "
+                "per micro-batch would take about %.1f GiB, and the GPU has %.1f GiB "
+                "(train.activation_checkpointing=auto)",
                 images,
                 estimate / 2**30,
                 total / 2**30,
@@ -60,7 +61,9 @@ def checkpoint_activations(
 def step_bytes(
     detector: Detector, config: Config, images: int, precision: str, fused: bool
 ) -> float:
-    """The estimated bytes of a step without activation checkpointing, of `images` images at once; fused: with the kernels."""
+    """Estimate the bytes of a step of `images` images without activation checkpointing. fused: with
+    the Triton kernels.
+    """
     backbone, side = detector.backbone, config.data.image_size
     weights = sum(parameter.numel() for parameter in detector.parameters())
     averaged = BYTES_PER_AVERAGED_WEIGHT if config.optim.ema else 0

@@ -1,4 +1,4 @@
-"""What a training measures between two readings: means of the losses, speed, memory."""
+"""Training metrics between two readings: means of the losses, speed, memory."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from vitdet import distributed
 
 
 class Meter:
-    """Means of the figures between two readings; they stay on the device until they are read."""
+    """Means of the metrics between two readings; they stay on the device until they are read."""
 
     def __init__(self, batch_size: int) -> None:
         self.batch_size = batch_size
         self.restart()
 
     def restart(self) -> None:
-        """Forgets all, and the time until now."""
+        """Reset all sums and the clock."""
         self.sums: dict[str, Tensor | float] = {}
         self.count = 0  # steps in the sums
         # steps of this process, its seconds
@@ -32,14 +32,14 @@ class Meter:
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
-        """Counts the time within as waiting for data."""
+        """Count the time within the context as waiting for data."""
         start = time.perf_counter()
         yield
         self.waited += time.perf_counter() - start
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """The time within does not count."""
+        """Exclude the time within the context."""
         start = time.perf_counter()
         yield
         self.since += time.perf_counter() - start
@@ -47,7 +47,9 @@ class Meter:
     def add(
         self, losses: dict[str, Tensor], grad_norm: Tensor, skipped: Tensor | None = None
     ) -> None:
-        """The figures of one step. skipped: whether losses or gradients overflowed, a bool; they then do not count."""
+        """Add the metrics of one step. skipped: bool tensor, whether losses or gradients
+        overflowed; the metrics of skipped steps are ignored.
+        """
         total = reduce(torch.add, (loss.detach() for loss in losses.values()))
         figures = {**losses, "loss": total, "grad_norm": grad_norm}
         if skipped is not None:
@@ -59,11 +61,11 @@ class Meter:
         self.timed += 1
 
     def state(self) -> dict:
-        """{sums, count}, the sums a mean of all processes: what a later process goes on from.
+        """Return {sums, count}, with the sums averaged over all processes, for `restore`.
 
-        One synchronisation, of all processes. Raises ValueError when a figure is not finite.
+        Synchronizes all processes once. Raises ValueError if a metric is not finite.
         """
-        if not self.timed:  # no step of this process: what `restore` brought, if it did
+        if not self.timed:  # no step in this process: the restored state, if any
             return {"sums": dict(self.sums), "count": self.count}
         sums = distributed.mean(
             torch.stack([torch.as_tensor(value) for value in self.sums.values()])
@@ -73,19 +75,22 @@ class Meter:
         ]
         if broken:
             raise ValueError(
-                f"{', '.join(broken)} not finite: the training has diverged; try a smaller optim.lr, a "
-                "longer optim.warmup_steps, or optim.clip=1; the last checkpoint is from before"
+                f"{', '.join(broken)} not finite: the training has diverged; try a smaller "
+                "optim.lr, a longer optim.warmup_steps, or optim.clip=1; the last checkpoint was "
+                "saved before"
             )
         return {"sums": dict(zip(self.sums, sums, strict=True)), "count": self.count}
 
     def restore(self, state: dict) -> None:
-        """Goes on from what `state` gave."""
+        """Restore what `state` returned."""
         self.sums, self.count = dict(state["sums"]), state["count"]
 
     def read(self, device: torch.device) -> dict[str, float]:
-        """Means since the last reading, images/s, seconds a step waited for data, memory in GB; then starts anew.
+        """Return the means since the last reading, images/s, seconds per step of waiting for data,
+        memory in GB; then restart.
 
-        skipped_steps is their number; if all were skipped, there are no means. Synchronises and raises as `state` does.
+        skipped_steps is the number of skipped steps; if all were skipped, there are no means.
+        Synchronizes and raises as `state`.
         """
         sums = self.state()["sums"]
         skipped = sums.pop("skipped_steps", None)
@@ -104,7 +109,7 @@ class Meter:
 
 
 def memory(device: torch.device) -> float:
-    """Most bytes held so far: on the GPU, or by this process."""
+    """Return the peak memory in bytes: of the GPU, or of this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (

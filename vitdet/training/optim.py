@@ -1,6 +1,7 @@
-"""Parameter groups with layer-wise decay, AdamW, the learning-rate schedule, and the average of the weights.
+"""Parameter groups with layer-wise decay, AdamW, the learning-rate schedule, and weight averaging.
 
-Layer-wise decay: Clark et al., ELECTRA (2003.10555), as BEiT and detectron2's ViTDet use it; AdamW: 1711.05101.
+Layer-wise decay: Clark et al., ELECTRA (2003.10555), as in BEiT and Detectron2's ViTDet; AdamW:
+1711.05101.
 """
 
 from __future__ import annotations
@@ -19,10 +20,12 @@ from vitdet.models import Detector
 
 
 def parameter_groups(detector: Detector, settings: OptimConfig) -> list[dict]:
-    """Groups {params, names, lr, lr_scale, weight_decay}; each trained parameter is in exactly one.
+    """Return groups {params, names, lr, lr_scale, weight_decay}; each trained parameter is in
+    exactly one.
 
-    Block i of n learns with lr * layer_decay ** (n - i), what stands before the blocks with layer_decay ** (n + 1),
-    the rest with lr; the backbone says which is which. `undecayed` says what has no weight decay.
+    Block i of n has the learning rate lr * layer_decay ** (n - i), layers before the blocks lr *
+    layer_decay ** (n + 1), all others lr; the backbone's `layer_of` assigns parameters to layers.
+    `settings.undecayed` selects the parameters without weight decay.
     """
     last, layer_of = detector.backbone.num_layers + 1, detector.backbone.layer_of
     exempt = _undecayed(detector, settings.undecayed)
@@ -42,7 +45,7 @@ def parameter_groups(detector: Detector, settings: OptimConfig) -> list[dict]:
 
 
 def _undecayed(detector: nn.Module, which: str) -> set[str]:
-    """The names of the parameters without weight decay."""
+    """Return the names of the parameters without weight decay."""
     if which == "vectors":
         return {
             name
@@ -51,7 +54,8 @@ def _undecayed(detector: nn.Module, which: str) -> set[str]:
         }
     if which == "nothing":
         return set()
-    # Exactly nn.LayerNorm, as in detectron2: the channel norms of pyramid and heads are another class, and decay.
+    # Exactly nn.LayerNorm, as in detectron2: the channel norms of pyramid and heads are another
+    # class, and decay.
     norms = {
         name
         for name, module in detector.named_modules()
@@ -68,7 +72,7 @@ def _undecayed(detector: nn.Module, which: str) -> set[str]:
 
 
 def build_optimizer(detector: Detector, settings: OptimConfig) -> torch.optim.AdamW:
-    """AdamW over the parameter groups."""
+    """Create AdamW with the parameter groups."""
     groups = [
         {k: v for k, v in group.items() if k != "names"}
         for group in parameter_groups(detector, settings)
@@ -77,7 +81,9 @@ def build_optimizer(detector: Detector, settings: OptimConfig) -> torch.optim.Ad
 
 
 def clip_gradients(detector: nn.Module, largest: float) -> Tensor:
-    """The norm of all gradients together, which shrink to `largest` where it is above that; 0: they stay as they are."""
+    """Clip the total norm of the gradients to `largest` (0: no clipping); return the norm
+    before.
+    """
     parameters = list(detector.parameters())
     norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
     if largest:
@@ -86,9 +92,10 @@ def clip_gradients(detector: nn.Module, largest: float) -> Tensor:
 
 
 def scaled(settings: OptimConfig, batch_size: int) -> OptimConfig:
-    """The settings with the learning rate for steps of `batch_size` images; only with scale_lr another one.
+    """Return the settings with the learning rate for steps of `batch_size` images, if scale_lr is
+    set.
 
-    Proportional, as Goyal et al. (1706.02677).
+    Linear scaling, as in Goyal et al. (1706.02677).
     """
     if not settings.scale_lr:
         return settings
@@ -96,22 +103,29 @@ def scaled(settings: OptimConfig, batch_size: int) -> OptimConfig:
 
 
 def rate_note(settings: OptimConfig, batch_size: int) -> str:
-    """One line on the learning rate of steps of another size than it is meant for; '' for that size."""
+    """Return a note if the batch size differs from the one that the learning rate is meant for,
+    else ''.
+    """
     meant = settings.lr_batch_size
     if batch_size == meant:
         return ""
     fitting = scaled(replace(settings, scale_lr=True), batch_size).lr
-    steps = f"optim.lr={settings.lr:g} is meant for steps of {meant} images, and train.batch_size is {batch_size}"
+    steps = (
+        f"optim.lr={settings.lr:g} is meant for steps of {meant} images, and train.batch_size is "
+        f"{batch_size}"
+    )
     if settings.scale_lr:
-        return f"{steps}: optim.scale_lr makes it {fitting:g}"
+        return f"{steps}: optim.scale_lr scales it to {fitting:g}"
     return (
-        f"{steps}: it stays as it is; optim.scale_lr=true would make it {fitting:g}, and "
-        f"optim.lr_batch_size={batch_size} says that it is meant for this size"
+        f"{steps}: it is not scaled; optim.scale_lr=true scales it to {fitting:g}, "
+        f"optim.lr_batch_size={batch_size} declares it as meant for this size"
     )
 
 
 def lr_factor(step: int, settings: OptimConfig) -> float:
-    """What the learning rate is multiplied by at a step (0-based): warm-up, then drops to a tenth or half a cosine."""
+    """Return the factor of the learning rate at a step (0-based): warm-up, then drops to a tenth or
+    half a cosine.
+    """
     warmup = 1.0
     if step < settings.warmup_steps:
         warmup = (
@@ -125,7 +139,7 @@ def lr_factor(step: int, settings: OptimConfig) -> float:
 
 
 def set_lr(optimizer: torch.optim.Optimizer, step: int, settings: OptimConfig) -> float:
-    """Sets every group's rate for a step and gives the rate of what has no layer-wise decay."""
+    """Set the learning rate of every group for a step; return the rate without layer-wise decay."""
     lr = settings.lr * lr_factor(step, settings)
     for group in optimizer.param_groups:
         group["lr"] = lr * group["lr_scale"]
@@ -133,16 +147,16 @@ def set_lr(optimizer: torch.optim.Optimizer, step: int, settings: OptimConfig) -
 
 
 def running_statistics(model: nn.Module) -> dict[str, Tensor]:
-    """The statistics of all BatchNorms by name, as used in evaluation."""
+    """Return the running statistics of all BatchNorms by name."""
     ends = (".running_mean", ".running_var")
     return {name: one for name, one in model.named_buffers() if name.endswith(ends)}
 
 
 class WeightAverage:
-    """Exponential moving average of a model's weights (Polyak; 0 decay: the weights themselves) and of the BatchNorms'
-    statistics, which must fit them.
+    """Exponential moving average of the weights and BatchNorm statistics (Polyak); decay 0: no
+    averaging.
 
-    The decay grows from 0 so that the first steps do not weigh on the average.
+    The decay grows from 0, so that the first steps have little influence.
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:
@@ -154,7 +168,7 @@ class WeightAverage:
 
     @torch.no_grad()
     def update(self, step: int) -> None:
-        """Moves the average towards the weights after step `step` (0-based)."""
+        """Update the average after step `step` (0-based)."""
         if self.weights:
             decay = min(self.decay, (1 + step) / (10 + step))
             torch._foreach_lerp_(
@@ -163,7 +177,7 @@ class WeightAverage:
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        """Within it the model has the averaged weights; afterwards, also after an error, its own again."""
+        """Use the averaged weights within the context; restore the model's own afterwards."""
         self.swap()
         try:
             yield
@@ -172,7 +186,7 @@ class WeightAverage:
 
     @torch.no_grad()
     def swap(self) -> None:
-        """Exchanges the average and the model's weights; a second call puts them back."""
+        """Exchange the average and the model's weights."""
         for name, average in self.weights.items():
             weight = self.source[name]
             held = weight.detach().clone()
@@ -180,11 +194,11 @@ class WeightAverage:
             average.copy_(held)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The average by parameter name."""
+        """Return the average by parameter name."""
         return self.weights
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Raises ValueError for other names than the model's."""
+        """Restore the average; raises ValueError if the names differ from the model's."""
         if set(state) != set(self.weights):
             raise ValueError("the stored weight average belongs to another model")
         for name, average in self.weights.items():

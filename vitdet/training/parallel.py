@@ -1,8 +1,8 @@
-"""What turns the single-device detector into one of several processes. The model does not know of it.
+"""Distributed data parallelism for the single-device detector.
 
-BatchNorm (in ViTAE) takes its statistics over the images of all processes on GPUs, as the published ViTAE-B run did.
-On CPUs torch has no such thing: each process uses its own images, and the running statistics that count, in checkpoints
-and evaluations, are the first process's.
+BatchNorm (in ViTAE) uses the statistics of the images of all processes on GPUs, as in the published
+ViTAE-B run. torch has no synchronized BatchNorm for CPUs: there each process uses its own images,
+and checkpoints and evaluations use the running statistics of rank 0.
 """
 
 from __future__ import annotations
@@ -23,16 +23,17 @@ log = logging.getLogger(__name__)
 
 
 def parallelize(detector: nn.Module, device: torch.device, accumulate: int = 1) -> nn.Module:
-    """The detector, wrapped to average gradients if there are several processes; save the bare one, not the result.
+    """Wrap the detector to average gradients over the processes; checkpoints must use the unwrapped
+    one.
 
-    Its BatchNorms become synchronised ones, in place and with the same names, where that is possible. accumulate: the
-    micro-batches of a step.
+    Its BatchNorms are replaced by synchronized ones on GPUs, in place and with the same names.
+    accumulate: micro-batches per step.
     """
     has_norms = any(isinstance(module, nn.BatchNorm2d) for module in detector.modules())
     if has_norms and accumulate > 1 and distributed.rank() == 0:
         log.warning(
-            "BatchNorm sees the images of one micro-batch only: train.accumulate=%d trains another model than as "
-            "many more processes would",
+            "BatchNorm uses the images of one micro-batch only: train.accumulate=%d is not "
+            "equivalent to as many more processes",
             accumulate,
         )
     if distributed.world_size() == 1:
@@ -42,8 +43,8 @@ def parallelize(detector: nn.Module, device: torch.device, accumulate: int = 1) 
             detector = nn.SyncBatchNorm.convert_sync_batchnorm(detector)
         elif distributed.rank() == 0:
             log.warning(
-                "without GPUs BatchNorm sees the images of its own process only: %d processes train another "
-                "model than one does",
+                "without GPUs BatchNorm uses the images of its own process only: %d processes are "
+                "not equivalent to one",
                 distributed.world_size(),
             )
     known = inspect.signature(DistributedDataParallel).parameters
@@ -58,12 +59,14 @@ def parallelize(detector: nn.Module, device: torch.device, accumulate: int = 1) 
 
 
 def without_exchange(model: nn.Module) -> AbstractContextManager[None]:
-    """Within it the gradients of a model of `parallelize` stay those of this process; forward and backward belong inside."""
+    """Return a context in which the gradients of a model from `parallelize` are not averaged; run
+    forward and backward in it.
+    """
     if isinstance(model, DistributedDataParallel):
         return model.no_sync()
     return nullcontext()
 
 
 def share_statistics(detector: nn.Module) -> None:
-    """Gives all processes the first one's running statistics, with which each then evaluates its share."""
+    """Broadcast the running statistics of rank 0, so that all ranks evaluate with the same ones."""
     distributed.broadcast(running_statistics(detector).values())

@@ -1,7 +1,7 @@
-"""In which numbers a training computes: bf16, fp16 or fp32, and how exactly a GPU multiplies the latter.
+"""Precision of the training: bf16, fp16 or fp32, and TF32 on GPUs.
 
-fp16, with which the published ViTDet was trained, is for GPUs without bf16: its gradients need a scale that follows
-them (`vitdet.training.step`), bf16's do not.
+fp16, with which the published ViTDet was trained, is for GPUs without bf16: it needs a gradient
+scaler (`vitdet.training.step`).
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ log = logging.getLogger(__name__)
 
 
 def chosen(precision: str, device: torch.device) -> str:
-    """'bf16', 'fp16' or 'fp32': as told, or with 'auto' bf16 where the processor has instructions for it, fp16 on any
-    other GPU, and fp32 on any other CPU.
+    """Return 'bf16', 'fp16' or 'fp32'; 'auto' is bf16 if the device supports it natively, else fp16
+    on a GPU and fp32 on a CPU.
     """
     if precision != "auto":
         return precision
@@ -28,24 +28,23 @@ def chosen(precision: str, device: torch.device) -> str:
     if torch.cuda.is_bf16_supported(including_emulation=False):
         return "bf16"
     if distributed.rank() == 0:
-        log.info(
-            "this GPU has no instructions for bf16 (those from Ampere on have): training in fp16"
-        )
+        log.info("this GPU does not support bf16 (Ampere and later do): training in fp16")
     return "fp16"
 
 
 def autocast(precision: str, device: torch.device) -> torch.autocast:
-    """Within it the forward pass computes in this precision."""
+    """Return the autocast context of the forward pass."""
     dtype = torch.float16 if precision == "fp16" else torch.bfloat16
     return torch.autocast(device.type, dtype, enabled=precision != "fp32")
 
 
 @contextmanager
 def tf32(precision: str, device: torch.device) -> Iterator[None]:
-    """Within it a GPU multiplies fp32 matrices as TF32 (10 bits of fraction, 8 times as fast) if that is the precision.
+    """Context in which a GPU multiplies fp32 matrices in TF32 (10 bits of fraction, 8 times as
+    fast) if the precision is fp32.
 
-    This is the only place that says so: evaluation and comparisons with published figures stand outside and multiply
-    matrices exactly. Convolutions are TF32 everywhere, by torch's own choice.
+    This is the only place that enables it: evaluation and comparisons with published results use
+    full fp32. Convolutions always use TF32, torch's default.
     """
     if device.type != "cuda" or precision != "fp32":
         yield

@@ -1,9 +1,9 @@
-"""Where the time of a training step goes: a trace of a few steps, and their time by part of the detector.
+"""Profile of a training step: a trace of a few steps, and their time by part of the detector.
 
-Nothing is built into the detector for it: while the steps are profiled, methods of its parts run inside named scopes. An
-operator belongs to the innermost scope around it, or to the part whose operator it is the gradient of. On a GPU a part's
-time is that of its kernels, "data" what the GPU waited for the loader, and "idle" what it waited for anything else; on a
-CPU a part's time is that of its operators, and "idle" what passes between them, in Python.
+While the steps are profiled, methods of the parts are wrapped in named scopes. An operator belongs
+to the innermost enclosing scope, a gradient to the part of its operator. On a GPU a part's time is
+that of its kernels, "data" the time that the GPU waits for the loader, "idle" all other waiting; on
+a CPU a part's time is that of its operators, and "idle" the time between them.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch.autograd import DeviceType
 from torch.autograd.profiler_util import FunctionEvent
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from vitdet.files import write_json, written
+from vitdet.files import atomic_write, write_json
 from vitdet.models.attention import Attention
 from vitdet.models.vit import Mlp
 from vitdet.training.step import TrainingStep
@@ -28,7 +28,7 @@ from vitdet.types import Batch
 
 log = logging.getLogger(__name__)
 
-WARM = 5  # steps: memory is allocated and kernels are chosen
+WARM = 5  # warm-up steps: memory is allocated, kernels are selected
 TIMED = 3  # steps after these that are timed without the profiler, which delays the host
 TRACED = 3  # steps after these in the trace
 STEPS = WARM + TIMED + TRACED + 1  # the last one only ends the trace
@@ -37,7 +37,7 @@ PARTS = (
     "attention", "MLP", "backbone, rest", "pyramid", "RPN", "NMS", "RoI pooling", "box head",
     "mask head", "losses", "optimizer", OTHER, DATA, IDLE,
 )  # fmt: skip
-# operators that are a part of their own, wherever they are called
+# operators that are assigned to a part wherever they are called
 OPERATORS = {
     "torchvision::nms": "NMS",
     "vitdet::nms": "NMS",
@@ -55,8 +55,8 @@ BACKWARD = "autograd::engine::evaluate_function: "
 class ProfiledBatches:
     """The batches of a loader; the first steps computed from them are profiled.
 
-    step: whose parts are looked at. Writes folder/trace.json, for chrome://tracing or Perfetto,
-    and folder/parts.json, and logs a table.
+    step: the training step whose parts are profiled. Writes folder/trace.json, for chrome://tracing
+    or Perfetto, and folder/parts.json, and logs a table.
     """
 
     def __init__(self, loader: Iterable[Batch], step: TrainingStep, folder: Path) -> None:
@@ -87,10 +87,10 @@ class ProfiledBatches:
             traced = (time.perf_counter() - start) / TRACED
         events = trace.events()
         times = of_gpu(events, wall, waited) if on_gpu else of_cpu(events, traced)
-        with written(self.folder / "trace.json") as path:
+        with atomic_write(self.folder / "trace.json") as path:
             trace.export_chrome_trace(str(path))
         write_json(self.folder / "parts.json", {name: 1e3 * value for name, value in times.items()})
-        log.info("%s: where the time of a step goes\n%s", self.folder, table(times))
+        log.info("%s: time of a step by part\n%s", self.folder, table(times))
         yield from batches
 
     def _wait(self) -> None:
@@ -100,7 +100,7 @@ class ProfiledBatches:
 
 @contextmanager
 def scopes(step: TrainingStep) -> Iterator[None]:
-    """Within it the methods of the parts run in scopes that a profiler sees."""
+    """Wrap the methods of the parts in profiler scopes within the context."""
     detector, heads = step.detector, step.detector.roi_heads
     methods: list[tuple[object, str, str]] = [
         (step, "update", "optimizer"),
@@ -137,14 +137,16 @@ def _inside(part: str, method: Callable) -> Callable:
 
 
 def of_gpu(events: Iterable[FunctionEvent], wall: float, waited: float) -> dict[str, float]:
-    """Seconds of a step by part, which add up to `wall`; waited: of them, for the loader."""
+    """Return seconds per step by part, which sum to `wall`; waited: seconds of waiting for the
+    loader.
+    """
     events = list(events)
     host = [event for event in events if event.device_type == DeviceType.CPU]
     part_of, names = belongings(host), {event.name for event in host}
     found = dict.fromkeys(PARTS, 0.0)
     for event in host:
         for kernel in event.kernels:
-            if kernel.name not in names:  # a scope, as the GPU passes through it
+            if kernel.name not in names:  # otherwise the GPU's span of a scope
                 found[part_of(event)] += kernel.duration / 1e6 / TRACED
     spans = [
         (event.time_range.start, event.time_range.end)
@@ -158,7 +160,7 @@ def of_gpu(events: Iterable[FunctionEvent], wall: float, waited: float) -> dict[
 
 
 def of_cpu(events: Iterable[FunctionEvent], wall: float) -> dict[str, float]:
-    """Seconds of a step by part, which add up to `wall`."""
+    """Return seconds per step by part, which sum to `wall`."""
     events = list(events)
     part_of, scoped = belongings(events), set(PARTS)
     found = dict.fromkeys(PARTS, 0.0)
@@ -170,7 +172,7 @@ def of_cpu(events: Iterable[FunctionEvent], wall: float) -> dict[str, float]:
 
 
 def belongings(events: list[FunctionEvent]) -> Callable[[FunctionEvent], str]:
-    """A function for the part that an event belongs to."""
+    """Return a function that maps an event to its part."""
     scoped = {**OPERATORS, **{part: part for part in PARTS}}
     forward: dict[int, str] = {}  # number of an operator in the graph of gradients -> its part
 
@@ -192,7 +194,7 @@ def belongings(events: list[FunctionEvent]) -> Callable[[FunctionEvent], str]:
 
 
 def union(spans: Iterable[tuple[float, float]]) -> float:
-    """The length of what the spans cover together."""
+    """Return the total length of the union of spans."""
     covered, reached = 0.0, float("-inf")
     for start, end in sorted(spans):
         covered += max(end - max(start, reached), 0.0)
@@ -201,7 +203,7 @@ def union(spans: Iterable[tuple[float, float]]) -> float:
 
 
 def table(times: dict[str, float]) -> str:
-    """A line for each part: milliseconds of a step, and its share."""
+    """Format one line per part: milliseconds per step, and share."""
     total = sum(times.values())
     rows = [f"{part:<15}{1e3 * t:9.2f} ms {t / total:6.1%}" for part, t in times.items()]
     return "\n".join([*rows, f"{'step':<15}{1e3 * total:9.2f} ms"])

@@ -1,4 +1,4 @@
-"""Where a training finds its states, and whether it may go on from one."""
+"""Finding and validating the training state to resume from."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from vitdet.checkpoint import (
     load_model_file,
 )
 from vitdet.config import Config, from_dict
+from vitdet.config.digest import difference, digest, legacy_digest
 from vitdet.data import fingerprint
-from vitdet.digest import difference, digest, legacy_digest
 from vitdet.files import sha256
 from vitdet.training.best import NAME
 from vitdet.training.optim import lr_factor, scaled
 
-# what `Checkpoints.save_evaluation` adds to a state
+# entries that `Checkpoints.save_evaluation` adds to a state
 EVALUATION = ("config", "metrics", "evaluated", "best")
 log = logging.getLogger(__name__)
 
@@ -35,11 +35,19 @@ def states_folder(
     prints: dict[str, str],
     source: str | Path | None,
 ) -> Path:
-    """The folder of this training's states: in `output`, or below `checkpoints`, named by what determines the weights.
+    """Return the folder of this training's states: `output`/checkpoints, or a subfolder of
+    `checkpoints`.
 
-    prints: the fingerprints of the data. source: the file of initial weights. If there is no such folder, one that holds
-    a state of the same training with other operational settings, with optim.steps that may change, or named as by
-    version 0.1 is taken.
+    The name of the subfolder is a digest of everything that determines the weights. If it does not
+    exist, a folder of the same training with other operational settings, another optim.steps that
+    is valid, or named by version 0.1 is used.
+
+    Args:
+        config: the config.
+        output: the output folder.
+        checkpoints: the folder of the states of several trainings, or None.
+        prints: the fingerprints of the data.
+        source: the file of initial weights.
     """
     if checkpoints is None:
         return output / "checkpoints"
@@ -75,29 +83,33 @@ def states_folder(
 def state_to_resume(
     config: Config, output: Path, prints: dict[str, str], states: Checkpoints
 ) -> dict | None:
-    """The newest state that all processes find whole, if there is one. To be called by all of them.
+    """Return the newest state that is intact on all ranks, or None; must be called on all ranks.
 
-    Raises ValueError if it does not fit this config and data, and if the processes find different files.
+    Raises ValueError if it does not match this config and data, or if the ranks find different
+    files.
     """
     check_agreement(distributed.all_gather_objects(states.newest()), states.folder)
     state = _agreed_state(states)
-    distributed.together(lambda: _check_resumable(config, output, prints, state, states.folder))
+    distributed.reraise_on_all_ranks(
+        lambda: _check_resumable(config, output, prints, state, states.folder)
+    )
     return state
 
 
 def _agreed_state(states: Checkpoints, up_to: int | None = None) -> dict | None:
-    """The newest state (up_to: of those after at most so many steps) that all processes find whole.
+    """Return the newest state that is intact on all ranks. up_to: ignore states after more steps.
 
-    `states.damaged` then holds the states that any of them found damaged. Of evaluations, what the first one read counts.
+    Adds the states that any rank found damaged to `states.damaged`. Evaluations are those of rank
+    0.
     """
-    state = distributed.together(lambda: states.latest(up_to=up_to))
+    state = distributed.reraise_on_all_ranks(lambda: states.latest(up_to=up_to))
     step = state["step"] if state else 0
     measured = {key: state[key] for key in EVALUATION if key in state} if state else {}
     found = distributed.all_gather_objects((step, measured, states.damaged))
     for _, _, damaged in found:
         states.damaged |= {path: why for path, why in damaged.items() if path.suffix == ".pt"}
     least = min(step for step, _, _ in found)
-    if any(step > least for step, _, _ in found):  # damaged on the way to one machine only
+    if any(step > least for step, _, _ in found):  # damaged on one machine only
         return _agreed_state(states, least)
     return None if state is None else state | found[0][1]
 
@@ -113,24 +125,24 @@ def _check_resumable(
         steps = load_model_file(finished)["step"]
         lacking = "" if _has_best(config, output) else " without its best.pt"
         raise ValueError(
-            f"{output}: holds a finished run of {steps} steps{lacking}, and no training state to go on from is in "
-            f"{folder}; choose another --output or remove it"
+            f"{output}: contains a finished run of {steps} steps{lacking}, and no training state "
+            f"to resume from is in {folder}; choose another --output or remove it"
         )
 
 
 def changed_settings(config: Config, state: dict) -> list[str]:
-    """A text for each setting that differs from those of the state."""
+    """Return a text for each setting that differs from the state."""
     return difference(config, from_dict(state["config"]))
 
 
 def is_complete(
     config: Config, output: Path, close_tracking: Callable[[str, str, int], None]
 ) -> bool:
-    """Whether `output` holds this training's result, as when the same command is given again.
+    """Return whether `output` contains the result of this training, as after the same command.
 
-    Then `close_tracking(fingerprint of the data, run_id, step)` is called: the process may have been killed before it had
-    sent all metrics. False also if the finished run may go on to more steps, or lacks its best.pt.
-    Raises ValueError for any other finished run.
+    If so, `close_tracking(fingerprint of the data, run_id, step)` is called, as the process may
+    have been killed before it had sent all metrics. False also if the finished run can continue to
+    more steps, or lacks its best.pt. Raises ValueError for any other finished run.
     """
     finished = output / "model.pt"
     if not finished.exists():
@@ -138,7 +150,7 @@ def is_complete(
     try:
         done = load_model_file(finished)
     except DamagedError as error:
-        raise DamagedError(f"{error}; remove it, and the same command writes it again") from error
+        raise DamagedError(f"{error}; remove it and run the same command again") from error
     stored = from_dict(done["config"])
     remedy = "choose another --output or remove it"
     patient = _with_patience(stored, config)
@@ -150,35 +162,37 @@ def is_complete(
             return False
         differing = "; ".join(difference(config, stored))
         raise ValueError(
-            f"{output}: holds a finished run with another config ({differing}); {reason}; {remedy}"
+            f"{output}: contains a finished run with another config ({differing}); {reason}; "
+            f"{remedy}"
         )
     if difference(config, patient, affecting_weights=True):
         differing = "; ".join(difference(config, stored))
         raise ValueError(
-            f"{output}: holds a finished run with another config ({differing}); {remedy}"
+            f"{output}: contains a finished run with another config ({differing}); {remedy}"
         )
     prints = fingerprint.fingerprints(config.data)
     if change := fingerprint.change(done, config.data, prints):
-        raise ValueError(f"{output}: holds a finished run on other data ({change}); {remedy}")
+        raise ValueError(f"{output}: contains a finished run on other data ({change}); {remedy}")
     if not _has_best(config, output):
         return False
-    log.warning("%s: complete already, nothing is left to do", output)
+    log.warning("%s: already complete, nothing to do", output)
     if done["run_id"]:
         close_tracking(fingerprint.combined(prints), done["run_id"], done["step"])
     return True
 
 
 def _has_best(config: Config, output: Path) -> bool:
-    """Whether best.pt exists if train.keep_best asks for it."""
+    """Return whether best.pt exists or is not needed."""
     return not config.train.keep_best or (output / NAME).exists()
 
 
 def check_agreement(starts: Sequence[int], folder: Path) -> None:
-    """Raises ValueError if the processes start from different steps."""
-    if len(set(starts)) > 1:  # a folder of each machine's own, or one that lags behind
+    """Raise ValueError if the processes start from different steps."""
+    if len(set(starts)) > 1:  # a local folder on each machine, or one with delayed updates
         raise ValueError(
-            f"{folder}: the processes found states of different steps ({', '.join(map(str, starts))}); "
-            "--output must be one folder that all of them share; if it is, start again"
+            f"{folder}: the processes found states of different steps "
+            f"({', '.join(map(str, starts))}); --output must be one folder that all processes "
+            "share; if it is, start again"
         )
 
 
@@ -187,41 +201,48 @@ def _check_state(config: Config, prints: dict[str, str], state: dict, folder: Pa
     if not _same_but_for_length(config, stored):
         differing = "; ".join(difference(config, stored, affecting_weights=True))
         raise ValueError(
-            f"{folder}: holds a run with another config ({differing}); choose another --output, or go on "
-            "with the same settings"
+            f"{folder}: contains a run with another config ({differing}); choose another --output, "
+            "or resume with the same settings"
         )
     steps, before = config.optim.steps, stored.optim.steps
     if steps < step:
         raise ValueError(
-            f"{folder}: holds a run of {step} steps, more than optim.steps = {steps}; choose another --output"
+            f"{folder}: contains a run of {step} steps, more than optim.steps = {steps}; choose "
+            "another --output"
         )
     if reason := _changed_rate(config, stored, step):
         raise ValueError(
-            f"{folder}: optim.steps cannot change from {before} to {steps} after step {step}: {reason}; "
-            "choose another --output"
+            f"{folder}: optim.steps cannot change from {before} to {steps} after step {step}: "
+            f"{reason}; choose another --output"
         )
     if change := fingerprint.change(state, config.data, prints):
         raise ValueError(
-            f"{folder}: the data set has changed since this run began ({change}); choose another "
-            "--output"
+            f"{folder}: the data set has changed since this run started ({change}); choose "
+            "another --output"
         )
 
 
 def _can_continue(config: Config, stored: Config, step: int) -> bool:
-    """Whether a state after `step` steps of the stored config is one of this config's training."""
+    """Return whether this config can resume from a state after `step` steps of the stored
+    config.
+    """
     same = _same_but_for_length(config, stored) and config.optim.steps >= step
     return same and not _changed_rate(config, stored, step)
 
 
 def _same_but_for_length(config: Config, stored: Config) -> bool:
-    """Whether no setting differs but optim.steps, a larger train.patience and the operational ones."""
+    """Return whether only optim.steps, train.patience (increased) and operational settings
+    differ.
+    """
     optim = replace(stored.optim, steps=config.optim.steps)
     stored = replace(_with_patience(stored, config), optim=optim)
     return not difference(config, stored, affecting_weights=True)
 
 
 def _with_patience(stored: Config, config: Config) -> Config:
-    """The stored config with the train.patience of `config`, if that is larger or 0: it changes no step already done."""
+    """Return the stored config with the train.patience of `config` if that is larger or 0, which
+    affects no completed step.
+    """
     ours, theirs = config.train.patience, stored.train.patience
     if theirs and (ours == 0 or ours > theirs):
         return replace(stored, train=replace(stored.train, patience=ours))
@@ -229,7 +250,9 @@ def _with_patience(stored: Config, config: Config) -> Config:
 
 
 def _changed_rate(config: Config, stored: Config, done: int) -> str:
-    """Why optim.steps may not change: the first of the steps already done whose learning rate would; '' if none."""
+    """Return why optim.steps must not change: the first completed step whose learning rate would
+    differ; '' if none.
+    """
     ours, theirs = (scaled(one.optim, one.train.batch_size) for one in (config, stored))
     for step in range(done if ours.steps != theirs.steps else 0):
         new, old = lr_factor(step, ours), lr_factor(step, theirs)

@@ -1,4 +1,4 @@
-"""Training states that are written while the training goes on."""
+"""Writing training states in the background."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from torch import Tensor
 
 from vitdet.checkpoint import Checkpoints
 
-ABANDONED = 5.0  # seconds that a write may still take after a second Ctrl-C
+ABANDONED = 5.0  # seconds to wait for a write after a second Ctrl-C
 
 
 class Saver:
-    """Writes states in a thread, at most one at a time.
+    """Writes states in a thread, one at a time.
 
-    `save` copies the tensors to host memory, so that the next step may change them, and returns. The
-    copies are kept and reused: they cost as much memory as a state has bytes (16 per trained weight
-    with AdamW and an average of the weights), pinned where the tensors are on a GPU. There the copying
-    is queued behind the step, the next step behind it, and the thread waits for it: not this one.
+    `save` copies the tensors to host memory, so that the next step may change them, and returns.
+    The copies are reused: they take as much memory as a state (16 bytes per trained weight with
+    AdamW and an average of the weights), pinned if the tensors are on a GPU. There the copies are
+    enqueued behind the step, and only the thread waits for them.
 
-    An error of the thread is raised by the next call of `check`, `save` or `wait`. At the end of the
-    context the state in flight is written to its end.
+    An error of the thread is raised by the next call of `check`, `save` or `wait`. On exit from the
+    context a pending write is completed.
     """
 
     def __init__(self, states: Checkpoints) -> None:
@@ -33,26 +33,26 @@ class Saver:
         self._error: BaseException | None = None
 
     def save(self, step: int, content: dict) -> None:
-        """Start to write the state after `step` steps; first waits for the one before."""
+        """Start to write the state after `step` steps, after the previous one is written."""
         self.wait()
         host = self._host(content, ())
         copied = torch.cuda.Event() if torch.cuda.is_initialized() else None
         if copied:
             copied.record()
-        # a daemon, or a write to storage that hangs would keep the process from ending
+        # a daemon, so that a hanging write does not prevent the process from ending
         self._thread = threading.Thread(
             target=self._write, args=(step, host, copied), name="saver", daemon=True
         )
         self._thread.start()
 
     def check(self) -> None:
-        """Raise the error of a write that failed."""
+        """Raise the error of a failed write."""
         error, self._error = self._error, None
         if error is not None:
             raise error
 
     def wait(self) -> None:
-        """Wait until the state in flight is on the disk, if there is one; raises its error."""
+        """Wait until a pending state is written; raises its error."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None
@@ -82,7 +82,7 @@ class Saver:
             self._error = error
 
     def _host(self, value: Any, place: tuple) -> Any:
-        """Copy nested dicts and lists and the tensors in them; place: the keys that lead there."""
+        """Copy tensors in nested dicts and lists to host memory; place: their path of keys."""
         if isinstance(value, dict):
             return {key: self._host(one, (*place, key)) for key, one in value.items()}
         if isinstance(value, list | tuple):

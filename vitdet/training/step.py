@@ -1,13 +1,14 @@
-"""One step of the optimizer: forward and backward, then clipping, the weights and their average.
+"""One optimizer step: forward and backward, gradient clipping, update of the weights and their
+average.
 
-A step has `train.accumulate` micro-batches. Micro-batch k of rank r draws and normalises as rank
-r * accumulate + k of a training with accumulate times as many processes; the gradients are averaged over all
-micro-batches of all processes, with one exchange, in the last one.
+A step has `train.accumulate` micro-batches. Micro-batch k of rank r draws random numbers and
+normalizes as rank r * accumulate + k of a training with accumulate times as many processes;
+gradients are averaged over all micro-batches of all processes, with one exchange in the last one.
 
-In fp16 the losses are multiplied by a scale, so that small gradients do not become zero. Where a gradient overflows, or a
-loss already, the scale is halved and the weights and BatchNorm's statistics stay as they are: such a step is skipped. It
-counts as a step: learning rate, data and
-random draws of the next one are those of the next step, and the average of the weights is updated.
+In fp16 the losses are scaled so that small gradients do not underflow. If a loss or gradient
+overflows, the scale is halved and the step is skipped: weights and BatchNorm statistics do not
+change. A skipped step counts as a step: the learning rate, data and random numbers advance, and the
+average of the weights is updated.
 """
 
 from __future__ import annotations
@@ -42,14 +43,15 @@ from vitdet.types import Batch, Target, Targets
 
 log = logging.getLogger(__name__)
 
-LONG_RUN = 1000  # steps from which train.compile=auto compiles: about 90 s for a third of the time
-LEAST_SCALE = 2.0**-14  # of the losses; it begins with 2 ** 16 and halves in each skipped step
+LONG_RUN = 1000  # steps from which train.compile=auto compiles, which takes about 90 s
+LEAST_SCALE = 2.0**-14  # of the losses; starts at 2 ** 16 and is halved in each skipped step
 
 
 class Figures(NamedTuple):
-    """What a step gives: its losses and the norm of all gradients, on the device, and its learning rate.
+    """The result of a step.
 
-    skipped: whether the step was skipped, a bool tensor on the device; None if the precision skips none.
+    losses and grad_norm (of all gradients): on the device; lr: learning rate; skipped: bool tensor
+    on the device, whether the step was skipped; None if the precision never skips steps.
     """
 
     losses: dict[str, Tensor]
@@ -59,10 +61,10 @@ class Figures(NamedTuple):
 
 
 class TrainingStep:
-    """The detector with its optimizer and average, and the step that changes them.
+    """The detector with its optimizer and weight average, and the step that updates them.
 
-    `forward_backward` computes the gradients of one micro-batch, `update` applies those of a step. Neither reads a value
-    from the device.
+    `forward_backward` computes the gradients of one micro-batch, `update` applies those of a step.
+    Neither synchronizes with the device.
     """
 
     def __init__(self, detector: Detector, config: Config, device: torch.device) -> None:
@@ -75,8 +77,7 @@ class TrainingStep:
         self.optimizer = build_optimizer(detector, self.optim)
         self.average = WeightAverage(detector, self.optim.ema)
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.precision == "fp16")
-        # which a forward pass that overflows would spoil
-        fp16 = self.scaler.is_enabled()
+        fp16 = self.scaler.is_enabled()  # a forward pass that overflows corrupts the statistics
         self.statistics = list(running_statistics(detector).values()) if fp16 else []
         self.model: nn.Module = detector  # what is called; `distribute` wraps it
         self.graphed: GraphedGradients | None = None
@@ -88,22 +89,26 @@ class TrainingStep:
                 self.graphed = GraphedGradients(detector, self.gradients)
             elif distributed.rank() == 0:
                 log.info(
-                    "training steps run without a CUDA graph: it needs the Triton kernels, and a detector without BatchNorm "
-                    "and without activation checkpointing"
+                    "training steps run without a CUDA graph: it needs the Triton kernels, and a "
+                    "detector without BatchNorm and without activation checkpointing"
                 )
 
     def distribute(self) -> None:
-        """Average the gradients of all processes from now on; to be called by all of them, which get the first one's weights."""
-        # processors of other makes draw initial weights that differ in their last bits
+        """Average the gradients over all processes from now on; broadcasts rank 0's weights. Must
+        be called on all ranks.
+        """
+        # initial weights differ in their last bits between CPU models
         weights = (*self.detector.parameters(), *self.detector.buffers())
         distributed.broadcast(one.detach() for one in (*weights, *self.average.weights.values()))
         if self.graphed is None:
             self.model = parallelize(self.detector, self.device, self.accumulate)
 
     def run(self, step: int, load: Callable[[], Batch], at: Callable[[Stage], None]) -> Figures:
-        """Do step `step` (0-based); `load` gives the next micro-batch, `at` is told each stage that begins."""
+        """Run step `step` (0-based). load: returns the next micro-batch; at: called at the start of
+        each stage.
+        """
         lr = set_lr(self.optimizer, step, self.optim)
-        # before the activations, which need the memory; a graph's gradients stay where they are
+        # free gradients before activations are allocated; a graph's gradients must not move
         self.optimizer.zero_grad(set_to_none=self.graphed is None)
         parts, statistics = [], [buffer.clone() for buffer in self.statistics]
         with tf32(self.precision, self.device):
@@ -124,14 +129,16 @@ class TrainingStep:
         return Figures(losses, norm, lr, skipped)
 
     def forward_backward(self, batch: Batch, at: Callable[[Stage], None]) -> dict[str, Tensor]:
-        """Add the gradients of a micro-batch from the loader, its share of the step's, to those there are.
+        """Add the gradients of a micro-batch from the loader, divided by the number of
+        micro-batches.
 
-        Gives its losses, detached. `at` is told that the backward pass begins, with which other processes may have to wait for this one.
+        Returns the detached losses. `at` is called before the backward pass, in which other ranks
+        may wait for this one.
         """
         if self.device.type != "cuda":
             batch = batch.to(self.device)
             return self.gradients(batch.images, batch.targets, batch.sizes, at)
-        # from pinned memory, so that the host does not wait for what the GPU still has to do
+        # from pinned memory, so that the host does not synchronize with the GPU
         images = batch.images.to(self.device, non_blocking=True)
         sizes = batch.sizes.pin_memory().to(self.device, non_blocking=True)
         targets = padded(batch.targets, self.device)
@@ -148,7 +155,7 @@ class TrainingStep:
         sizes: Tensor,
         at: Callable[[Stage], None] = lambda _: None,
     ) -> dict[str, Tensor]:
-        """As `forward_backward`, of what lies on the device."""
+        """`forward_backward` for tensors on the device."""
         with autocast(self.precision, self.device):
             losses = self.model(images, targets, sizes)
         at(Stage.EXCHANGING)
@@ -156,13 +163,14 @@ class TrainingStep:
         return {name: loss.detach() for name, loss in losses.items()}
 
     def update(self, step: int, statistics: Sequence[Tensor] = ()) -> Tensor:
-        """Clip the gradients and move the weights and their average; the norm of the gradients before that.
+        """Clip the gradients, update the weights and their average; return the gradient norm before
+        clipping.
 
-        statistics: of BatchNorm before the step, which a skipped step puts back.
+        statistics: of BatchNorm before the step, restored if the step is skipped.
         """
         self.scaler.unscale_(self.optimizer)
         norm = clip_gradients(self.detector, self.optim.clip)
-        self.scaler.step(self.optimizer)  # not where a gradient is not finite
+        self.scaler.step(self.optimizer)  # skipped if a gradient is not finite
         self.scaler.update()
         for buffer, before in zip(self.statistics, statistics, strict=True):
             buffer.copy_(buffer.where(norm.isfinite(), before))
@@ -170,21 +178,23 @@ class TrainingStep:
         return norm
 
     def release(self) -> None:
-        """Give back the memory that only the next step needs again."""
+        """Free memory that only the next step needs."""
         if self.graphed is not None:
             self.graphed.release()
 
     def check(self) -> None:
-        """Raise ValueError if fp16 skips step after step. Reads the scale from the device."""
+        """Raise ValueError if fp16 keeps skipping steps. Synchronizes with the device."""
         if self.scaler.is_enabled() and (scale := self.scaler.get_scale()) < LEAST_SCALE:
             raise ValueError(
-                f"losses or gradients overflow in fp16 at every scale of the losses (now {scale:.1g}): the training "
-                "has diverged, or needs a larger range; try a smaller optim.lr, optim.clip=1, or train.precision=bf16 "
-                "or fp32"
+                f"losses or gradients overflow in fp16 at every loss scale (now {scale:.1g}): the "
+                "training has diverged, or needs a larger range; try a smaller optim.lr, "
+                "optim.clip=1, or train.precision=bf16 or fp32"
             )
 
     def state_dict(self) -> dict[str, dict]:
-        """What a training goes on from, besides the weights; scaler: {} if the precision needs none."""
+        """Return the state to resume from, besides the weights; scaler: {} if the precision needs
+        none.
+        """
         return {
             "optimizer": self.optimizer.state_dict(),
             "average": self.average.state_dict(),
@@ -192,16 +202,16 @@ class TrainingStep:
         }
 
     def load_state_dict(self, state: dict) -> None:
-        """Go on from what `state_dict` gave; other keys are ignored."""
+        """Restore what `state_dict` returned; other keys are ignored."""
         self.optimizer.load_state_dict(state["optimizer"])
         for slots in self.optimizer.state.values() if self.device.type == "cpu" else ():
             slots |= {name: value.clone() for name, value in slots.items()}  # not memory-mapped
         self.average.load_state_dict(state["average"])
-        # states before version 3, or of a processor for which `auto` is another precision, have none
+        # missing in states before version 3 and of machines where `auto` is another precision
         if scaler := state.get("scaler"):
             self.scaler.load_state_dict(scaler)
 
 
 def step_seed(seed: int, step: int, rank: int) -> int:
-    """The seed of the random draws of one micro-batch; rank: that of a process that computes nothing else."""
+    """Return the random seed of one micro-batch; rank: the virtual rank."""
     return int(np.random.SeedSequence((seed, step, rank)).generate_state(1, np.uint64)[0])

@@ -1,9 +1,9 @@
-"""Training: the story, and the loop.
+"""Training a detector.
 
-What happens at a step depends on (config, data, step) alone: the batch by its place in the stream, every random draw
-by a seed made of seed, step and the number of the micro-batch, that of the rank if each has one. So a restart needs no
-random state and goes on with the same numbers: on a CPU bit for bit, on a GPU as far as its kernels, some of which add in
-any order, repeat themselves.
+The result of a step depends on (config, data, step) only: the batch on its position in the stream,
+random numbers on a seed of train.seed, step and micro-batch. A resumed training needs no random
+state and computes the same numbers: bit for bit on a CPU, on a GPU up to kernels with a
+nondeterministic order of additions.
 """
 
 from __future__ import annotations
@@ -50,8 +50,7 @@ from vitdet.weights import resolve
 
 log = logging.getLogger(__name__)
 
-
-# (fingerprint of the data, run id of the interrupted run or None, step it goes on from) -> tracker
+# (fingerprint of the data, run ID of the interrupted run or None, step to resume from) -> tracker
 StartTracking = Callable[[str, str | None, int], Tracker]
 
 
@@ -64,47 +63,54 @@ def train(
     start_tracking: StartTracking = lambda *_: Tracker(),
     profile: bool = False,
 ) -> Path:
-    """Trains a detector and returns the path of output/model.pt; resumes an interrupted training.
+    """Train a detector and return the path of output/model.pt; resumes an interrupted training.
 
-    Training states go to output/checkpoints, or to a folder of their own below `checkpoints`, named by the settings
-    that affect the weights, the data and the initial weights. `weights` is a local file to use for train.init.
+    A resumed training may change operational settings (see `vitdet.config.sections.operational`),
+    optim.steps if the learning rate of the completed steps stays the same, and train.patience to a
+    larger value or 0; a finished run with its last state can be extended in this way. If `output`
+    contains the finished run of this config and data, nothing is done. Calls
+    `vitdet.data.loader.configure_process`, which changes settings of the process.
 
-    A resumed training may change operational settings (see `vitdet.config.operational`), also where the data is, and
-    optim.steps if the learning rate of the steps already done stays the same, and train.patience to a larger value or 0;
-    a finished run with its last state may so be extended. Raises ValueError when `output` holds any other finished run or one of another config, Stopped after
-    SIGTERM, SIGINT or SIGHUP. A finished run of this config and data is the result: all processes are started again when
-    a node is lost at the very end.
+    Args:
+        config: the config.
+        output: folder of the results.
+        checkpoints: the training states are written to a subfolder of this folder, named by a
+            digest of settings, data and initial weights; default: output/checkpoints.
+        weights: a local file for train.init.
+        start_tracking: see `StartTracking`.
+        profile: write a trace of a few steps to output/profile; disables train.compile.
 
-    profile: write a trace of a few steps of the first process to output/profile, and log where their time goes; without
-    train.compile, whose kernels belong to several parts at once.
-
-    Changes the process as described in `vitdet.data.loader.configure_process`.
+    Raises:
+        ValueError: `output` contains another run, or the data is invalid.
+        Stopped: after SIGTERM, SIGINT or SIGHUP; the state is saved.
     """
     check_tracking(config.tracking)
     configure_process()
     output = Path(output)
     if profile and config.train.compile != "never":
         log.info(
-            "train.compile=never: in what is compiled, the parts of the detector are not told apart"
+            "train.compile=never: compiled kernels cannot be assigned to parts of the detector"
         )
         config = replace(config, train=replace(config.train, compile="never"))
     with (
         distributed.process_group() as device,
         stop_signals() as stop,
         watching(stop) as watchdog,
-        ExitStack() as alone,
+        ExitStack() as rank0_only,
     ):
         warn_of_short_grace()
-        if distributed.from_first(
+        if distributed.rank0_result(
             lambda: is_complete(config, output, lambda *run: start_tracking(*run).close())
         ):
             return output / "model.pt"
         source = weights if weights is not None else resolve(config.train.init)
-        split = distributed.together(
-            lambda: read_split(config.data, config.data.train_split, look=distributed.rank() == 0)
+        split = distributed.reraise_on_all_ranks(
+            lambda: read_split(
+                config.data, config.data.train_split, check_files=distributed.rank() == 0
+            )
         )
-        val_classes, prints = distributed.from_first(lambda: inspect_data(config, split))
-        folder = distributed.from_first(
+        val_classes, prints = distributed.rank0_result(lambda: inspect_data(config, split))
+        folder = distributed.rank0_result(
             lambda: states_folder(config, output, checkpoints, prints, source)
         )
         states = Checkpoints(folder, config.train.keep)
@@ -112,10 +118,10 @@ def train(
         start = state["step"] if state else 0
         if profile and config.optim.steps - start < STEPS:
             raise ValueError(
-                f"a profile takes {STEPS} steps, but only {config.optim.steps - start} are left: start "
-                "another training, with a larger optim.steps"
+                f"a profile takes {STEPS} steps, but only {config.optim.steps - start} are left: "
+                "start another training, with a larger optim.steps"
             )
-        loader = distributed.together(
+        loader = distributed.reraise_on_all_ranks(
             lambda: train_loader(
                 config.data,
                 config.train.batch_size,
@@ -129,27 +135,27 @@ def train(
             )
         )
         check_classes(config, split.class_names, val_classes)
-        # of all ranks: nobody writes before all have looked
+        # a synchronization too: no rank writes before all have checked
         stop.check(f"stopped at step {start} of {config.optim.steps}, before anything was built")
 
         detector = fresh_detector(config, split, None if state else source, device)
 
-        def start_alone() -> Tracker:
-            alone.enter_context(states.locked())
+        def start_tracker() -> Tracker:
+            rank0_only.enter_context(states.locked())
             states.set_aside(start)
             return _announce(config, output, prints, states, state, start_tracking)
 
-        tracker = distributed.together(
-            lambda: start_alone() if distributed.rank() == 0 else Tracker()
+        tracker = distributed.reraise_on_all_ranks(
+            lambda: start_tracker() if distributed.rank() == 0 else Tracker()
         )
-        saver = alone.enter_context(Saver(states))
+        saver = rank0_only.enter_context(Saver(states))
         data = {"class_names": list(split.class_names), "fingerprints": prints}
         loop = Loop(config, detector, loader, tracker, saver, data, device, stop, watchdog, output)
         try:
             if profile and distributed.rank() == 0:
                 loop.loader = ProfiledBatches(loader, loop.training_step, output / "profile")
             loop.begin(state)
-            state = None  # it weighs as much as detector and optimizer, which have it now
+            state = None  # frees its memory
             done = loop.run(start)
             watchdog.at(done, Stage.FINISHING, LONG)
             if distributed.rank() == 0:
@@ -164,7 +170,7 @@ def train(
 
 
 class Loop:
-    """The steps, with what they need at hand."""
+    """The training loop."""
 
     def __init__(
         self,
@@ -179,7 +185,7 @@ class Loop:
         watchdog: Watchdog,
         output: Path,
     ) -> None:
-        """data: class_names and fingerprints, as a finished detector's file holds them."""
+        """data: class_names and fingerprints, as in the file of a trained detector."""
         self.config, self.detector = config, detector
         self.training_step = TrainingStep(detector, config, device)
         self.average = self.training_step.average
@@ -192,9 +198,9 @@ class Loop:
         self.best = Best(config.train, output, saver.states.folder)
 
     def begin(self, state: dict | None) -> None:
-        """Goes on from a state; without one, saves the first."""
+        """Restore a state; without one, save the first."""
         if state is None:
-            self.save(0)  # a full disk or a read-only folder is an error now; keeps the run's id
+            self.save(0)  # fails early on a full disk or read-only folder; stores the run ID
             self.saver.wait()
             return
         load_weights(self.detector, state["model"], self.saver.states.folder)
@@ -204,14 +210,15 @@ class Loop:
         # states written before commit 29b381b do not have it: they were saved after evaluations
         self.evaluated = state.get("evaluated", state["step"])
         if settings_of(from_dict(state["config"])) != settings_of(self.config):
-            self.metrics, self.evaluated = {}, 0  # they were measured with other settings
+            self.metrics, self.evaluated = {}, 0  # computed with other settings
         if "best" in state:  # not in states before version 4
             self.best.restore(state["best"], state["step"])
         if self.best.keeps and self.best.value is None:
             self.evaluated = 0  # best.pt is lost, and no evaluation may follow this step
 
     def run(self, start: int) -> int:
-        """Steps start..steps-1, fewer where train.patience ends them; how many are done then.
+        """Run steps start..steps-1, or until train.patience ends the training; return the completed
+        steps.
 
         Raises Stopped, and ValueError for a loss that is not finite.
         """
@@ -220,18 +227,16 @@ class Loop:
         self.batches = iter(self.loader)
         self.stop.check(self.stopped(start))
         if start and self.is_due(start) and self.evaluated < start:
-            self.evaluate(start)  # it was cut off, had other settings, or its best.pt is lost
+            self.evaluate(start)  # it was interrupted, had other settings, or best.pt is lost
         self.detector.train()
         for step in range(start, config.optim.steps):
             if self.best.is_final():
                 return step
-            done, limit = (
-                step + 1,
-                LONG if step == start else 0.0,
-            )  # the first one may compile kernels
+            done = step + 1
+            limit = LONG if step == start else 0.0  # the first step may compile kernels
             self.watchdog.at(done, Stage.LOADING, limit)
             signal_of_all = self.stop.ask()
-            lr = self.learn(step, limit)
+            lr = self.train_step(step, limit)
             self.watchdog.at(done, Stage.SAVING, LONG)
             self.saver.check()
             due = self.is_due(done)
@@ -249,16 +254,16 @@ class Loop:
         return config.optim.steps
 
     def stopped(self, step: int) -> str:
-        """The message of a training that stops after `step` steps."""
+        """Return the message of a training that stops after `step` steps."""
         steps = self.config.optim.steps
-        return f"stopped at step {step} of {steps}; the same command goes on from there"
+        return f"stopped at step {step} of {steps}; run the same command to resume"
 
     def is_due(self, step: int) -> bool:
-        """Whether an evaluation follows this step."""
+        """Return whether an evaluation follows this step."""
         return step == self.config.optim.steps or step % self.config.train.eval_every == 0
 
-    def learn(self, step: int, limit: float = 0.0) -> float:
-        """One step of the optimizer; its learning rate. limit: the watchdog's."""
+    def train_step(self, step: int, limit: float = 0.0) -> float:
+        """Run one step; return its learning rate. limit: of the watchdog, in seconds."""
 
         def at(stage: Stage) -> None:
             self.watchdog.at(step + 1, stage, limit)
@@ -273,11 +278,10 @@ class Loop:
         return figures.lr
 
     def evaluate(self, step: int) -> None:
-        """AP on the validation split, of the averaged weights if there are any, and pictures of what they find.
+        """Evaluate the (averaged) weights on the validation split, and write pictures.
 
-        The state after `step` steps is saved already; the AP is written beside it. Raises Stopped.
+        The metrics are written beside the saved state after `step` steps. Raises Stopped.
         """
-
         self.training_step.release()
         config, limits = self.config, iter([LONG])  # the first batch may compile kernels
 
@@ -288,7 +292,7 @@ class Loop:
                 self.watchdog.at(step, Stage.COMPARING, LONG)
             return self.stop.received > 0
 
-        # what training compiled is for its own sizes and precision
+        # code compiled for training is specialized to its sizes and precision
         with self.meter.paused(), torch.compiler.set_stance("force_eager"):
             self.watchdog.at(step, Stage.EVALUATING, LONG)  # reads the annotations
             with self.average.applied():
@@ -324,18 +328,14 @@ class Loop:
                 }
                 self.saver.states.save_evaluation(step, added)
         release_memory()
-        if (
-            step < config.optim.steps and not self.best.is_final()
-        ):  # otherwise the training has ended
+        if step < config.optim.steps and not self.best.is_final():
             self.stop.check(self.stopped(step))
 
     def save(self, step: int) -> None:
-        """Starts to write the state after `step` steps, in the first process.
-
-        Raises ValueError when a loss is not finite.
+        """Start to write the state after `step` steps, on rank 0. Raises ValueError if a loss is
+        not finite.
         """
-        # of all processes, and a state that has diverged is none to go on from
-        meter = self.meter.state()
+        meter = self.meter.state()  # before writing: a diverged state must not be saved
         self.training_step.check()
         if distributed.rank() == 0:
             self.saver.save(
@@ -354,14 +354,14 @@ class Loop:
             )
 
     def finish(self, step: int) -> None:
-        """Writes the finished detector, of the averaged weights if there are any."""
+        """Write the trained detector, with the averaged weights if there are any."""
         self.saver.wait()
         self.best.report(step, self.config.optim.steps)
         with self.average.applied():
             save(self.output / "model.pt", self.finished(step))
 
     def finished(self, step: int) -> dict:
-        """What the file of a finished detector holds, with the weights that are applied now."""
+        """Return the content of a trained detector's file, with the current weights."""
         return {
             "format": FORMAT,
             "config": to_dict(self.config),
@@ -381,10 +381,10 @@ def _announce(
     state: dict | None,
     start_tracking: StartTracking,
 ) -> Tracker:
-    """Writes down what is about to happen; by the first process."""
+    """Log the start of the training, write config.yaml and start tracking, on rank 0."""
     if state is not None:
         log.info(
-            "going on from step %d of %d (%s)", state["step"], config.optim.steps, states.folder
+            "resuming from step %d of %d (%s)", state["step"], config.optim.steps, states.folder
         )
         if changed := changed_settings(config, state):
             log.info("changed settings: %s", "; ".join(changed))

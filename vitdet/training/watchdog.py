@@ -1,15 +1,16 @@
-"""Watchdog of the ranks of a training: when one of them stops answering, names it and ends all, so that torchrun
-starts them again.
+"""Watchdog of the ranks of a training: if a rank stalls, reports it and ends all, so that torchrun
+restarts them.
 
-The main thread of each rank notes where it is, as a step and a `Stage`; a thread of its own publishes
-that every INTERVAL seconds in the store that torchrun serves, and reads the others'. The rank that is
-furthest behind is the one that the others wait for. When it has been where it is for longer than the
-limit of that stage, every rank writes its Python stacks and exits. A rank whose publications stop
-(a lost node, a stopped process, a call that holds the interpreter's lock) is named too, with its last
-place; its stacks are written by faulthandler, which needs no lock, as long as the process runs.
+The main thread of each rank records its progress as a step and a `Stage`; another thread publishes
+it every INTERVAL seconds in torchrun's store and reads that of the other ranks. The rank that is
+furthest behind is the one that the others wait for. If it exceeds the time limit of its stage,
+every rank writes its Python stacks and exits. A rank that stops publishing (a lost node, a stopped
+process, a call that holds the GIL) is reported with its last progress; its stacks are written by
+faulthandler, which does not need the GIL, while the process runs.
 
-Slow is not stuck: a limit is at least three times what the previous step or batch took, and the stages
-that may take long, such as the first step or the comparison of LVIS's detections, have LONG.
+To tolerate slow steps, a limit is at least three times the duration of the previous step or batch,
+and stages that may take long, such as the first step or the evaluation of LVIS, have the limit
+LONG.
 """
 
 from __future__ import annotations
@@ -33,9 +34,9 @@ from vitdet import distributed
 from vitdet.training.stop import Stop, Stopped
 
 INTERVAL = 5.0  # seconds between two publications
-LIMIT = 240.0  # seconds without progress, and without a publication
-LONG = distributed.PATIENCE.total_seconds()
-ANSWER = 15.0  # seconds that the others have to write their stacks
+LIMIT = 240.0  # seconds without progress, or without a publication
+LONG = distributed.COLLECTIVE_TIMEOUT.total_seconds()
+ANSWER = 15.0  # seconds for the other ranks to write their stacks
 
 
 class Stage(IntEnum):
@@ -49,12 +50,12 @@ class Stage(IntEnum):
     EVALUATING = 5
     COMPARING = 6  # detections and ground truth, by rank 0
     FINISHING = 7
-    WAITING = 8  # for the other ranks, in a collective
+    WAITING = 8  # for other ranks, in a collective
 
 
 @dataclass(frozen=True)
 class Beat:
-    """What a rank publishes: where it is, for how many seconds, and how many it may."""
+    """The published progress of a rank: stage, seconds in it, and their limit."""
 
     step: int
     stage: Stage
@@ -70,17 +71,18 @@ class Beat:
 
     @property
     def place(self) -> tuple[int, int]:
-        """The order of the ranks: the smallest is the furthest behind."""
+        """Sort key of the ranks: the smallest is furthest behind."""
         return self.step, self.stage
 
     def __str__(self) -> str:
-        text = f"{self.host}, pid {self.pid}: step {self.step}, {self.doing or self.stage.name.lower()}"
+        doing = self.doing or self.stage.name.lower()
+        text = f"{self.host}, pid {self.pid}: step {self.step}, {doing}"
         text += f" for {self.age + self.silent:.0f} s"
         return f"{text}, last heard of {self.silent:.0f} s ago" if self.silent > LIMIT else text
 
 
 def stalled(beats: Mapping[int, Beat]) -> list[int]:
-    """Return the ranks that keep the others waiting for longer than they may."""
+    """Return the ranks that exceed their limit and that the others wait for."""
     running = {rank: beat for rank, beat in beats.items() if not beat.done}
     if silent := [rank for rank, beat in running.items() if beat.silent > LIMIT]:
         return silent
@@ -91,31 +93,31 @@ def stalled(beats: Mapping[int, Beat]) -> list[int]:
 
 
 class Watchdog:
-    """See the module; `at` is the main thread's, the rest belongs to the thread of its own."""
+    """See the module. `at` is called by the main thread, all else runs in the watchdog's thread."""
 
     def __init__(self, stop: Stop) -> None:
         self._stop, self._parent = stop, os.getppid()
         self._place = (0, Stage.PREPARING, LONG, time.monotonic())
-        self._round = (Stage.PREPARING, time.monotonic())  # what repeats itself, and when it began
-        self._paces: dict[Stage, float] = {}  # seconds that it took the last time
+        self._round = (Stage.PREPARING, time.monotonic())  # the repeated stage and its start
+        self._paces: dict[Stage, float] = {}  # last duration of each stage in seconds
         self._beats: dict[int, Beat] = {}
-        self._heard: dict[int, float] = {}  # when the last publication of each rank was new
+        self._heard: dict[int, float] = {}  # time of the last new publication of each rank
         self._number, self._orphaned = 0, 0.0
         self._rank, self._size, self._shared, self._start = 0, 1, False, ""
         self._end = threading.Event()
         self._thread = threading.Thread(target=self._run, name="watchdog", daemon=True)
 
     def start(self) -> None:
-        """Start to watch; all ranks do at once."""
+        """Start watching, on all ranks."""
         self._rank, self._size = distributed.rank(), distributed.world_size()
         self._shared = distributed.has_joined()
-        # torchrun's store also has what the processes before a restart published
-        self._start = distributed.from_first(lambda: uuid.uuid4().hex)
+        # a prefix, since torchrun's store keeps the keys of processes before a restart
+        self._start = distributed.rank0_result(lambda: uuid.uuid4().hex)
         self._heard = dict.fromkeys(range(self._size), time.monotonic())
         self._thread.start()
 
     def at(self, step: int, stage: Stage, limit: float = 0.0) -> None:
-        """Note the progress of the main thread; limit: if it may take longer than LIMIT."""
+        """Record progress of the main thread; limit: seconds, if it may take longer than LIMIT."""
         now = time.monotonic()
         if stage not in (Stage.COMPUTING, Stage.EXCHANGING):  # these are parts of a step
             before, began = self._round
@@ -125,13 +127,13 @@ class Watchdog:
         self._place = step, stage, max(limit, LIMIT, 3 * pace), now
 
     def finish(self) -> None:
-        """Stop watching; the others are told that this rank needs nobody any more."""
+        """Stop watching and publish that this rank has finished."""
         self._end.set()
         if self._thread.is_alive():
             self._thread.join(2 * INTERVAL)
 
     def beat(self) -> Beat:
-        """Return where the main thread is now."""
+        """Return the current progress of the main thread."""
         step, stage, limit, since = self._place
         name, changed = distributed.collective()
         age = time.monotonic() - max(since, changed)
@@ -155,41 +157,40 @@ class Watchdog:
         answered = last
         while not self._end.wait(INTERVAL):
             now = time.monotonic()
-            if now - last > LIMIT / 2:  # it was frozen itself, maybe with all the others
+            if now - last > LIMIT / 2:  # this process was frozen, maybe with all others
                 answered = now
                 self._heard = dict.fromkeys(self._heard, now)
             self._watch_parent(now)
             try:
-                if self._shared and not self._orphaned:  # the store went with torchrun
+                if self._shared and not self._orphaned:  # the store ends with torchrun
                     faulthandler.dump_traceback_later(LIMIT, file=2)
                     store = store or distributed.connect(
                         self._start, timedelta(seconds=3 * INTERVAL)
                     )
                     self._exchange(store)
                     answered = time.monotonic()
-            except RuntimeError as error:  # torch's, of the network
+            except RuntimeError as error:  # network errors in torch
                 store = None
                 if time.monotonic() - answered > LIMIT:
                     self._give_up(None, f"the store of rank 0's node does not answer: {error}")
             last = time.monotonic()
         if self._shared:
             faulthandler.cancel_dump_traceback_later()
-        with suppress(RuntimeError):  # that of another node may have ended
+        with suppress(RuntimeError):  # the store of another node may have ended
             if store is not None and not self._orphaned:
                 self._publish(store)
 
     def _watch_parent(self, now: float) -> None:
-        """The death of torchrun counts as SIGTERM: it cannot pass a SIGKILL on."""
-        started = (
-            self._size > 1 or distributed.by_torchrun()
-        )  # by a launcher; alone it may outlive it
+        """Treat the death of torchrun as SIGTERM: after a SIGKILL it cannot forward a signal."""
+        # a single process without torchrun may outlive its parent
+        started = self._size > 1 or distributed.by_torchrun()
         if not started or os.getppid() == self._parent:
             return
         self._stop.received = self._stop.received or signal.SIGTERM
         self._orphaned = self._orphaned or now
         if now - self._orphaned > LIMIT:
             self._give_up(
-                None, "torchrun has ended, and this training did not come to a point to stop at"
+                None, "torchrun has ended, and this training did not reach a point to stop at"
             )
 
     def _publish(self, store: distributed.Store) -> None:
@@ -229,8 +230,8 @@ class Watchdog:
         others = [f"rank {rank}: {beat}" for rank, beat in self._beats.items() if rank not in late]
         return "\n".join(
             [
-                f"no progress: {names}; ending all ranks, which torchrun starts again from the last "
-                "state if restarts are left",
+                f"no progress: {names}; ending all ranks; torchrun restarts them from the last "
+                "state if it has restarts left",
                 *others,
             ]
         )
@@ -238,12 +239,12 @@ class Watchdog:
     def _give_up(self, store: distributed.Store | None, message: str) -> None:
         """Write the message and this rank's stacks, wait for the others to do so, and exit."""
         lines = [f"vitdet: {message}\n"] if message else []
-        # as torch marks an error's: all ranks may share standard error
+        # prefixed as in torch: all ranks may share standard error
         lines += [f"[rank{self._rank}]: {line}\n" for line in _stacks().splitlines()]
         if record := distributed.flight_record():
             lines.append(f"[rank{self._rank}]: NCCL's collectives in flight: {record}\n")
         os.write(2, "".join(lines).encode())
-        with suppress(RuntimeError):  # some may not answer
+        with suppress(RuntimeError):  # some ranks may not answer
             if store is not None:
                 store.set(f"written {self._rank}", "")
                 answering = [rank for rank, beat in self._beats.items() if beat.silent <= LIMIT]
@@ -253,7 +254,7 @@ class Watchdog:
 
 @contextmanager
 def watching(stop: Stop) -> Iterator[Watchdog]:
-    """Within it the ranks are watched, after torchrun started them."""
+    """Watch the ranks within the context, if torchrun started them."""
     watchdog = Watchdog(stop)
     if distributed.by_torchrun() or distributed.has_joined():
         watchdog.start()
@@ -262,12 +263,12 @@ def watching(stop: Stop) -> Iterator[Watchdog]:
     except Stopped:
         watchdog.finish()
         raise
-    # Not after another error: the others then wait for this rank in vain, and are to notice.
+    # Not after another error: the watchdogs of the other ranks must notice that this one stopped
     watchdog.finish()
 
 
 def _stacks() -> str:
-    """The Python stacks of all threads."""
+    """Return the Python stacks of all threads."""
     with tempfile.TemporaryFile("w+") as file:
         faulthandler.dump_traceback(file)
         file.seek(0)

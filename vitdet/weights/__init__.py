@@ -1,6 +1,6 @@
-"""Where initial weights come from, and how they are loaded: exactly, or with a declared set of missing names.
+"""Initial weights: published files, conversion and loading.
 
-What needs torch is imported when it is first used: the list of the published files answers at once.
+Modules that need torch are imported on first use, so that `vitdet weights list` starts fast.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import importlib
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vitdet.suggestions import nearest
+from vitdet.config.suggestions import nearest
 from vitdet.weights.catalogue import CATALOGUE, PACKAGED, fetched
 
 if TYPE_CHECKING:
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 __all__ = ["CATALOGUE", "NOT_PRETRAINED", "PACKAGED", "Loaded", "load_pretrained", "resolve"]
 
-# A pre-training holds the backbone alone, without what its scattered patches have no use for.
+# Parameters that MAE pre-trained backbones do not have
 NOT_PRETRAINED = ("rel_pos_h", "rel_pos_w", ".residual.")
 
 
@@ -28,18 +28,19 @@ def __getattr__(name: str) -> object:
 
 
 def resolve(name_or_path: str, folder: Path | None = None) -> Path | None:
-    """The file that `train.init` means, None for ''; a named one is looked for in `folder` if that is given, else with
-    the package and in the cache.
+    """Return the file that `train.init` refers to, None for ''.
 
-    Raises ValueError, or FileNotFoundError that names the command which fetches it.
+    folder: where to look for a file of the catalogue; default: the package and the cache. Raises
+    ValueError for an unknown name, FileNotFoundError with the command that fetches the file.
     """
     if not name_or_path:
         return None
     path = Path(name_or_path)
     if not path.suffix and name_or_path not in CATALOGUE:
         raise ValueError(
-            f"train.init: no weights named {name_or_path!r}; {nearest(name_or_path, list(CATALOGUE))} "
-            "(a file of weights can be given too; '' trains from scratch)"
+            f"train.init: no weights named {name_or_path!r}; "
+            f"{nearest(name_or_path, list(CATALOGUE))} "
+            "(or give a file of weights; '' trains from scratch)"
         )
     if not path.suffix:
         return fetched(name_or_path, folder)

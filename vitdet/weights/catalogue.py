@@ -1,4 +1,4 @@
-"""The published files that can be fetched by name; the data is in catalogue.yaml."""
+"""The catalogue of published weights, read from catalogue.yaml."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from typing import Literal
 
 import yaml
 
-from vitdet.suggestions import nearest
+from vitdet.config.suggestions import nearest
 
 NOT_PUBLISHED = "not published"
-PACKAGED = Path(__file__).parent  # where the files that ship with the package lie
+PACKAGED = Path(__file__).parent  # folder of the weights in the package
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A published file. Checksums are the first hexadecimal digits or all of them; '' and None: not published."""
+    """A published file. Checksums may be prefixes; '' and None: not published."""
 
     name: str
     what: str
@@ -28,37 +28,38 @@ class Entry:
     size: int | None = None  # bytes
     sha256: str = ""
     md5: str = ""
-    md5_of_name: bool = False  # the md5 is what the file's name looks like, not what its page says
-    other: str = ""  # pre-trainings that nobody can download: a name to start from instead
-    # file: a plain download. page: a page in a browser. dead: a link that no longer serves. none: never published.
+    md5_of_name: bool = False  # the md5 is inferred from the file name, not published as such
+    other: str = ""  # pre-trainings that cannot be downloaded: the name of an alternative
+    # file: direct download; page: download in a browser; dead: broken link; none: never published
     state: Literal["packaged", "file", "page", "dead", "none"] = "file"
 
     @property
     def file(self) -> str:
-        """The name of the fetched file: weights for train.init, or a whole detector."""
+        """The name of the fetched file: weights for train.init, or a complete detector."""
         return f"{self.name}.{'pt' if self.recipe else 'safetensors'}"
 
     @property
     def downloadable(self) -> bool:
-        """Whether a program can fetch it."""
+        """Whether it can be downloaded without a browser."""
         return self.state == "file"
 
     @property
     def instead(self) -> str:
-        """What to do where nothing can be downloaded."""
-        own = f"convert a copy that you have (vitdet weights fetch {self.name} --from FILE)"
+        """The remedy if it cannot be downloaded."""
+        own = f"convert your copy of the file (vitdet weights fetch {self.name} --from FILE)"
         if self.state == "page":
-            return (
-                f"download it there in a browser, then vitdet weights fetch {self.name} --from FILE"
-            )
+            return f"download it in a browser, then vitdet weights fetch {self.name} --from FILE"
         if self.recipe:
-            return f"{own}, or train it from its pre-training (vitdet train {self.recipe} --output FOLDER)"
+            return (
+                f"{own}, or train it from its pre-training (vitdet train {self.recipe} "
+                "--output FOLDER)"
+            )
         other = f"--set train.init={self.other}" if self.other else "vitdet weights list"
         return f"{own}, or start from other weights ({other})"
 
 
 def load_catalogue(path: Path) -> dict[str, Entry]:
-    """The entries of a catalogue file by name, in its order."""
+    """Read the entries of a catalogue file, by name."""
     loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # ten times as fast, if PyYAML has it
     entries = {}
     for fields in yaml.load(path.read_bytes(), loader):
@@ -71,33 +72,32 @@ CATALOGUE = load_catalogue(PACKAGED / "catalogue.yaml")
 
 
 def find(name: str) -> Entry:
-    """The entry of a name. Raises ValueError with the nearest name."""
+    """Return the entry of a name. Raises ValueError with the nearest name."""
     if name not in CATALOGUE:
         raise ValueError(
             f"no weights named {name!r}; {nearest(name, list(CATALOGUE))} "
-            "(a .safetensors file can be given too)"
+            "(or give a .safetensors file)"
         )
     return CATALOGUE[name]
 
 
 def cache_folder() -> Path:
-    """Where fetched files lie if no other folder is given: ~/.cache/vitdet.
+    """Return the default folder of fetched files, ~/.cache/vitdet (XDG_CACHE_HOME is not used).
 
-    XDG_CACHE_HOME is not asked: no setting of this package comes from the environment. --output and --weights name
-    another folder. Raises FileNotFoundError where the user has no home, as in some containers.
+    Raises FileNotFoundError if the user has no home folder, as in some containers.
     """
     try:
         return Path.home() / ".cache" / "vitdet"
     except RuntimeError as error:
         raise FileNotFoundError(
-            "no home folder to keep weights in; give a folder with --output"
+            "no home folder for the cache of weights; give a folder with --output"
         ) from error
 
 
 def fetched(name: str, folder: Path | None = None) -> Path:
-    """The file of a name: in `folder` if that is given, else with the package or in the cache.
+    """Return the file of a name in `folder`, by default in the package or the cache.
 
-    Raises ValueError for a name that the catalogue lacks, FileNotFoundError with the command that fetches it.
+    Raises ValueError for an unknown name, FileNotFoundError with the command that fetches the file.
     """
     entry = find(name)
     home = PACKAGED if entry.state == "packaged" else cache_folder()
@@ -107,14 +107,14 @@ def fetched(name: str, folder: Path | None = None) -> Path:
         todo = (
             f"run: {command}"
             if entry.state in ("packaged", "file")
-            else f"{trouble(entry)}: {entry.instead}"
+            else f"{unavailable_reason(entry)}: {entry.instead}"
         )
         raise FileNotFoundError(f"{path}: not fetched yet; {todo}")
     return path
 
 
-def trouble(entry: Entry) -> str:
-    """Why no program can download it."""
+def unavailable_reason(entry: Entry) -> str:
+    """Return the reason why it cannot be downloaded."""
     reasons = {
         "page": f"{entry.url} is a page, not a file",
         "dead": f"its link is dead ({entry.url})",

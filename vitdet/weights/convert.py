@@ -1,6 +1,6 @@
-"""Converts checkpoint files: a third-party file to tensors under our names or to a whole detector, and back.
+"""Conversion of checkpoint files: third-party to vitdet, and back.
 
-A detector's file contains its config; the weights are checked against a detector that is built from it.
+A detector file contains its config; the weights are validated against a detector built from it.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from vitdet.checkpoint import FORMAT, read_detector_file, save
 from vitdet.config import Config, flatten, load_config, to_dict
-from vitdet.files import written
+from vitdet.files import atomic_write
 from vitdet.models import Detector, build_detector
 from vitdet.models.vit import ViT
 from vitdet.weights import PACKAGED
@@ -29,7 +29,7 @@ from vitdet.weights.formats.table import Format, to_theirs
 from vitdet.weights.load import LOGITS, Source, fitted, has_mask_head, read_source
 from vitdet.weights.resize import rescale_relative_positions
 
-# What both systems compute in the same way but for these settings, which their weights do not show.
+# Settings in which the systems differ and that cannot be inferred from the weights
 FIXED = {
     "detectron2": {
         "model.norm_eps": 1e-6,
@@ -42,7 +42,7 @@ FIXED = {
         "model.pyramid.halve_channels": False,
     },
 }
-AUTHOR = "vitdet"  # Detectron2 takes a .pkl for whole if somebody signed it
+AUTHOR = "vitdet"  # Detectron2 loads a .pkl without name matching if it has an __author__
 
 
 def convert_file(
@@ -52,25 +52,36 @@ def convert_file(
     recipe: str | Path | None = None,
     reverse: bool = False,
 ) -> list[str]:
-    """Writes the weights of `source`, a file of a named layout, under our names; gives a line on each change.
+    """Convert a file of weights.
 
-    DST.safetensors holds the tensors; with a recipe they are those of its model, exactly. DST.pt is the whole detector
-    of a recipe, for predict, evaluate, register and train.init. reverse: a detector of ours becomes DST.pkl
-    (detectron2) or DST.pth (detectron2, mmdet). Raises ValueError or FileNotFoundError with one line.
+    Args:
+        source: a file of the format `layout`, or with `reverse` a detector of vitdet.
+        destination: .safetensors: tensors with vitdet's names; with a recipe exactly those of its
+            model. .pt: a complete detector for predict, evaluate, register and train.init; needs a
+            recipe. With `reverse`: .pkl (detectron2) or .pth (detectron2, mmdet).
+        layout: a key of FORMATS.
+        recipe: the recipe of the model.
+        reverse: convert from vitdet to `layout`.
+
+    Returns:
+        One line for each change.
+
+    Raises:
+        ValueError, FileNotFoundError: with a one-line message.
     """
     source, destination = Path(source), Path(destination)
     if layout not in FORMATS:
         raise ValueError(
-            f"no layout of weights is named {layout!r}; expected one of {', '.join(FORMATS)}"
+            f"unknown format of weights {layout!r}; expected one of {', '.join(FORMATS)}"
         )
     if source.resolve() == destination.resolve():
-        raise ValueError(f"{destination}: the source itself; choose another destination")
+        raise ValueError(f"{destination}: is the source; choose another destination")
     if reverse:
         return _write_theirs(source, destination, layout)
-    _expect_suffix(destination, (".safetensors", ".pt"), "--format names what SRC is")
+    _expect_suffix(destination, (".safetensors", ".pt"), "--format is the format of SRC")
     if destination.suffix == ".pt" and recipe is None:
         raise ValueError(
-            f"{destination}: a .pt file is a whole detector with its config; say whose (--recipe NAME), "
+            f"{destination}: a .pt file is a complete detector with its config; set --recipe NAME, "
             "or write .safetensors"
         )
     found = read_source(source, layout)
@@ -98,16 +109,16 @@ def convert_file(
 
 
 def shapes_of(config: Config) -> Detector:
-    """The detector of a config without the memory of its weights."""
+    """Build the detector of a config on the meta device."""
     with torch.device("meta"):
         return build_detector(config.model, config.evaluate)
 
 
 def class_names(config: Config, stored: tuple[str, ...] = ()) -> tuple[tuple[str, ...], list[str]]:
-    """The names of a model's classes: those of the file, else those of its data set; and a line where none are known.
+    """Return the class names of a model, and a warning line if they are unknown.
 
-    The lists of COCO and LVIS v1 are the `name`s of their annotation files' categories, in the order of their ids.
-    """
+    stored: the names in the file; default: those of the data set (the categories of COCO or LVIS
+    v1, ordered by id)."""
     count = config.model.roi_heads.num_classes
     known = PACKAGED / "labels" / f"{config.data.dataset}.txt"
     names = stored or tuple(known.read_text().splitlines())
@@ -115,7 +126,7 @@ def class_names(config: Config, stored: tuple[str, ...] = ()) -> tuple[tuple[str
         return names, []
     numbers = tuple(f"class {i}" for i in range(count))
     return numbers, [
-        f"class names: not known for {count} classes of {config.data.dataset}; they are called class 0, "
+        f"class names: unknown for {count} classes of {config.data.dataset}; named class 0, "
         "class 1, ..."
     ]
 
@@ -139,16 +150,16 @@ def _write_detector(
 
 
 def _check_whole(found: Source, weights: dict[str, Tensor], config: Config, source: Path) -> None:
-    """A detector's file has weights for everything that its config builds."""
+    """Raise ValueError if the file does not contain a complete detector of the config."""
     if not found.whole:
         raise ValueError(
-            f"{source}: holds a backbone alone; write .safetensors and train from it (train.init)"
+            f"{source}: contains only a backbone; write .safetensors and train from it (train.init)"
         )
     if LOGITS not in weights:
         theirs, ours = len(found.weights[LOGITS]) - 1, config.model.roi_heads.num_classes
         raise ValueError(
-            f"{source}: finds {theirs} classes, the recipe's model {ours}; to train it for others, give "
-            "it to train as train.init"
+            f"{source}: has {theirs} classes, the recipe's model {ours}; to train it on other "
+            "classes, use it as train.init"
         )
 
 
@@ -166,7 +177,7 @@ def _write_tensors(
 
 
 def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    """Write a .safetensors file, all or nothing. Raises OSError with one line if the disk does not take it."""
+    """Write a .safetensors file atomically. Raises OSError with a one-line message."""
     whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
     with _written(path) as temporary:
         save_file(whole, temporary, metadata=metadata)
@@ -188,7 +199,7 @@ def _write_theirs(source: Path, destination: Path, layout: str) -> list[str]:
             raise ValueError("; ".join(others))
         theirs = to_theirs(weights, _layout_of(config) if layout == "mmdet" else FORMATS[layout])
     except ValueError as error:
-        raise ValueError(f"{source}: not a system of {layout}: {error}") from error
+        raise ValueError(f"{source}: not a detector of {layout}: {error}") from error
     if destination.suffix == ".pth":
         meta = {"meta": {"CLASSES": names, "author": AUTHOR}} if layout == "mmdet" else {}
         save(destination, {**meta, FORMATS[layout].wrappers[0]: theirs})
@@ -200,17 +211,21 @@ def _write_theirs(source: Path, destination: Path, layout: str) -> list[str]:
 
 
 def _other_settings(config: Config, layout: str) -> list[str]:
-    """A line on each setting of a config by which it computes something else than the layout's system."""
+    """A line on each setting of a config by which it computes something else than the layout's
+    system.
+    """
     ours = flatten(config)
     return [
-        f"{key} is {ours[key]}, {layout} computes with {value}"
+        f"{key} is {ours[key]}, {layout} uses {value}"
         for key, value in FIXED.get(layout, {}).items()
         if ours[key] != value
     ]
 
 
 def _layout_of(config: Config) -> Format:
-    """ViTAE-Transformer/ViTDet stores q_bias and v_bias as separate tensors in the global blocks of ViTAE-B."""
+    """ViTAE-Transformer/ViTDet stores q_bias and v_bias as separate tensors in the global blocks
+    of ViTAE-B.
+    """
     backbone = shapes_of(config).backbone
     if config.model.backbone.name != "vitae_b" or not isinstance(backbone, ViT):
         return mmdet_format()
@@ -224,9 +239,9 @@ def _expect_suffix(path: Path, suffixes: tuple[str, ...], why: str) -> None:
 
 @contextmanager
 def _written(path: Path) -> Iterator[Path]:
-    """As `written`, but an error of the disk names the file."""
+    """`atomic_write` whose errors name the file."""
     try:
-        with written(path) as temporary:
+        with atomic_write(path) as temporary:
             yield temporary
     except (OSError, SafetensorError) as error:
         raise OSError(f"{path}: could not be written ({error})") from error

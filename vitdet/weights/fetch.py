@@ -1,9 +1,8 @@
-"""A published file into weights under our names: downloaded or given, verified, converted, put in its place.
+"""Downloading, verifying and converting published weights.
 
-FOLDER/NAME.safetensors (a detector: .pt) appears whole or not at all. Beside it FOLDER/.NAME.part.SUFFIX holds a
-download that is not complete, or that could not be converted yet; it is locked while a process works on it, so that two
-of them download the file once.
-"""
+FOLDER/NAME.safetensors (a detector: .pt) is written atomically. FOLDER/.NAME.part.SUFFIX is an
+incomplete or not yet converted download; it is locked, so that concurrent processes download the
+file once."""
 
 from __future__ import annotations
 
@@ -17,9 +16,8 @@ from pathlib import Path, PurePosixPath
 from urllib.parse import urlsplit
 
 from vitdet.datasets.download import Patience, Watcher, discard, download, mirrored
-from vitdet.files import written
-from vitdet.locks import locked
-from vitdet.weights.catalogue import Entry, cache_folder, fetched, trouble
+from vitdet.files import atomic_write, locked
+from vitdet.weights.catalogue import Entry, cache_folder, fetched, unavailable_reason
 
 Convert = Callable[[Path, Path], None]  # (the published file, the file to write)
 PATIENT = Patience()
@@ -27,7 +25,7 @@ log = logging.getLogger(__name__)
 
 
 class _Silent:
-    """Shows nothing of a download."""
+    """A progress display that shows nothing."""
 
     def at(self, done: int, total: int | None) -> None:
         pass
@@ -43,9 +41,10 @@ def fetch_published(
     mirror: str = "",
     local: Path | None = None,
 ) -> Path:
-    """A file of the catalogue in this folder, or in the cache. A file in the cache is copied, not fetched again.
+    """Fetch a file of the catalogue to a folder (default: the cache); copy it if it is in the
+    cache.
 
-    show: makes what shows the progress of a download. Raises as `fetch` does.
+    show: creates the progress display of a download. Raises as `fetch`.
     """
 
     def convert(source: Path, target: Path) -> None:
@@ -60,7 +59,7 @@ def fetch_published(
 
 
 def is_here(entry: Entry) -> bool:
-    """Whether the file ships with the package or is in the cache."""
+    """Return whether the file is in the package or the cache."""
     try:
         fetched(entry.name)
     except FileNotFoundError:
@@ -69,10 +68,10 @@ def is_here(entry: Entry) -> bool:
 
 
 def copy(source: Path, folder: Path) -> Path:
-    """An atomic copy in the folder."""
+    """Copy a file to a folder atomically."""
     folder.mkdir(parents=True, exist_ok=True)
     target = folder / source.name
-    with written(target) as temporary:
+    with atomic_write(target) as temporary:
         shutil.copyfile(source, temporary)
     return target
 
@@ -86,26 +85,27 @@ def fetch(
     local: Path | None = None,
     patience: Patience = PATIENT,
 ) -> Path:
-    """The file of an entry in this folder; nothing is done if it is there.
+    """Download, verify and convert the file of an entry, unless it exists in the folder.
 
-    `local`: the published file itself, which is then not downloaded. Raises what `download` raises; ValueError for a
-    file that is not the published one, that cannot be converted, or that nobody can download.
-    """
+    local: a copy of the published file to use instead of a download. Raises as `download`;
+    ValueError for a file that is not the published one, cannot be converted, or cannot be
+    downloaded."""
     target = folder / entry.file
     if target.is_file():
         return target
     if local is None and not entry.downloadable:
-        raise ValueError(f"{entry.name} cannot be downloaded: {trouble(entry)}; {entry.instead}")
+        reason = unavailable_reason(entry)
+        raise ValueError(f"{entry.name} cannot be downloaded: {reason}; {entry.instead}")
     if local is not None and not local.is_file():
         raise FileNotFoundError(f"{local}: no such file (--from)")
     address = "" if local else mirrored(entry.url, mirror) if mirror else entry.url
     folder.mkdir(parents=True, exist_ok=True)
-    # readers go by the suffix
+    # keep the suffix, which determines the reader
     part = folder / f".{entry.name}.part{PurePosixPath(urlsplit(entry.url).path).suffix}"
     with _locked(part):
         if not target.is_file():  # else another process was faster
             if address:
-                # it and the converted one
+                # copies: the download and the converted file
                 download(address, part, watcher, patience, entry.size, copies=2)
                 log.info("%s: verifying and converting", entry.name)
             _finish(local or part, target, entry, convert, address)
@@ -114,7 +114,7 @@ def fetch(
 
 
 def verify(path: Path, entry: Entry) -> None:
-    """Raises ValueError if the size or a published checksum of the file is another."""
+    """Raise ValueError if the size or a published checksum does not match."""
     size = path.stat().st_size
     if entry.size is not None and size != entry.size:
         raise ValueError(f"{size:,} bytes, expected {entry.size:,}: not the published {entry.name}")
@@ -130,12 +130,12 @@ def verify(path: Path, entry: Entry) -> None:
         if kind == "sha256" or not entry.md5_of_name:
             raise ValueError(f"{text}: not the published {entry.name}")
         log.warning(
-            "%s: %s by the name of the published file; it may be another one", entry.name, text
+            "%s: %s according to the published file name; it may be another file", entry.name, text
         )
 
 
 def _finish(source: Path, target: Path, entry: Entry, convert: Convert, address: str) -> None:
-    """Verifies and converts a complete file. A download (`address`) that proves wrong is not kept for the next time."""
+    """Verify and convert a complete file; remove an unverified download (`address`) on an error."""
     verified = False
     try:
         verify(source, entry)
@@ -148,14 +148,14 @@ def _finish(source: Path, target: Path, entry: Entry, convert: Convert, address:
             raise ValueError(f"{source}: {error}") from error
         if not verified:
             discard(source)
-        fate = "kept" if verified else "thrown away"
+        fate = "kept" if verified else "removed"
         raise ValueError(
             f"{entry.name}, from {address}: {error}; the download was {fate}"
         ) from error
 
 
 def _unverified(entry: Entry) -> str:
-    """What was not verified of a file of which no checksum is published."""
+    """Return the warning for a file without a published checksum."""
     return (
         "neither a checksum nor a size is published; nothing was verified"
         if entry.size is None
@@ -164,7 +164,7 @@ def _unverified(entry: Entry) -> str:
 
 
 def _place(source: Path, target: Path, convert: Convert) -> None:
-    """Converts into a folder of its own, where a killed process leaves what the next one removes."""
+    """Convert in a temporary folder; the next process removes that of a killed one."""
     workshop = target.with_name(f".{target.stem}.tmp")
     shutil.rmtree(workshop, ignore_errors=True)
     try:
@@ -177,8 +177,8 @@ def _place(source: Path, target: Path, convert: Convert) -> None:
 
 @contextmanager
 def _locked(part: Path) -> Iterator[None]:
-    """Lock the file of a download, for one process at a time; an empty file does not stay."""
-    with locked(part, waiting=f"{part}: another process works on it; waiting"):
+    """Lock the file of a download; remove it afterwards if it is empty."""
+    with locked(part, waiting=f"{part}: in use by another process; waiting"):
         try:
             yield
         finally:

@@ -1,7 +1,9 @@
-"""Weights of a file into a detector: exactly, or with a declared set of names that stay fresh.
+"""Loading weights into a detector: exactly, except for declared parameters that keep their
+initialization.
 
-A pre-trained backbone fills the backbone. A whole detector fills everything; if it knows other classes, all but the
-layers whose rows are classes. Positions and patches of another size are resized.
+A pre-trained backbone fills the backbone. A complete detector fills everything; if its classes
+differ, everything except the layers with one row per class. Position embeddings and patch kernels
+of another size are resized.
 """
 
 from __future__ import annotations
@@ -29,31 +31,33 @@ _DETECTOR = ("rpn.", "roi_heads.", "pyramid.")
 
 @dataclass(frozen=True)
 class Source:
-    """The weights of a file under our names, and what it says of them."""
+    """The weights of a file under vitdet's names, with metadata."""
 
     weights: dict[str, Tensor]
-    layout: str  # whose declared differences hold
-    # whether its relative positions meet the scaled query; None: it does not say
+    layout: str  # the format whose declared differences apply
+    # whether relative positions are applied to the scaled query; None: unknown
     scaled: bool | None
-    class_names: tuple[str, ...] = ()  # none: it does not say
-    notes: tuple[str, ...] = ()  # a line on each thing that was removed or ignored
+    class_names: tuple[str, ...] = ()  # empty: unknown
+    notes: tuple[str, ...] = ()  # one line for each removed or ignored part
 
     @property
     def whole(self) -> bool:
-        """Whether it is a detector and not a backbone alone."""
+        """Whether it is a complete detector, not only a backbone."""
         return any(name.startswith(_DETECTOR) for name in self.weights)
 
 
 @dataclass(frozen=True)
 class Loaded:
-    """What a load left: the names that keep their fresh values, and a line on each thing that a user should know."""
+    """Result of loading weights: the parameters that keep their initialization, and notes for the
+    user.
+    """
 
     fresh: list[str]
     notes: list[str]
 
 
 def read_source(path: Path, layout: str) -> Source:
-    """Reads a file of a named layout (`FORMATS`). Raises ValueError or FileNotFoundError with one line."""
+    """Read a file of a format in FORMATS. Raises ValueError or FileNotFoundError."""
     table, content = FORMATS[layout], read_file(path)
     try:
         theirs, notes = unwrap(content, table, path)
@@ -70,7 +74,7 @@ def read_source(path: Path, layout: str) -> Source:
     if heads := [name for name in theirs if known(name, table.heads)]:
         notes.append(f"ignored classifier head: {', '.join(heads)}")
     said = metadata(path)
-    if said.get("layout") in FORMATS:  # converted before: what the original may lack, this may
+    if said.get("layout") in FORMATS:  # converted: the differences of the original format apply
         origin = said["layout"]
         scaled = {"true": True, "false": False}.get(said.get("scaled_rel_pos", ""))
         names = tuple(json.loads(said.get("class_names", "[]")))
@@ -81,7 +85,7 @@ def read_source(path: Path, layout: str) -> Source:
 
 
 def _scaled(content: dict) -> bool | None:
-    """What a checkpoint of ours says of its relative positions."""
+    """Return the setting scaled_rel_pos of a vitdet checkpoint."""
     try:
         return bool(content["config"]["model"]["backbone"]["scaled_rel_pos"])
     except (KeyError, TypeError):
@@ -89,7 +93,7 @@ def _scaled(content: dict) -> bool | None:
 
 
 def _class_names(content: dict) -> tuple[str, ...]:
-    """The class names, if a checkpoint of ours or of mmdet has them."""
+    """Return the class names in a checkpoint of vitdet or mmdet, if any."""
     meta = content.get("meta")
     names = content.get("class_names") or (meta.get("CLASSES") if isinstance(meta, dict) else None)
     if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
@@ -100,11 +104,21 @@ def _class_names(content: dict) -> tuple[str, ...]:
 def load_pretrained(
     detector: nn.Module, path: str | Path, layout: str = "vitdet", class_names: Sequence[str] = ()
 ) -> Loaded:
-    """Loads the weights of a file; `class_names` are the classes that the detector is to find.
+    """Load the weights of a file into a detector.
 
-    Every tensor must have a place of its shape, or one that it can be resized to, and every place of the backbone, or
-    of the detector if the file holds one, must be filled, but for what the layout declares and for classes that
-    differ; else ValueError with the names, and nothing is loaded.
+    Every tensor must match a parameter in shape, after resizing if possible. Every parameter of the
+    backbone (of the detector, if the file contains one) must be in the file, except those that the
+    format declares as missing and, if the classes differ, the layers with one row per class.
+
+    Args:
+        detector: the detector, changed in place.
+        path: the file.
+        layout: its format, a key of FORMATS.
+        class_names: the classes of the detector.
+
+    Raises:
+        ValueError: tensors do not match; nothing is loaded.
+        FileNotFoundError: no such file.
     """
     path, own = Path(path), detector.state_dict()
     weights, notes = fitted(read_source(path, layout), detector, path, class_names)
@@ -117,8 +131,8 @@ def load_pretrained(
 def fitted(
     source: Source, detector: nn.Module, path: Path, class_names: Sequence[str] = ()
 ) -> tuple[dict[str, Tensor], list[str]]:
-    """The weights that `load_pretrained` copies into a detector, and one line per change and per layer of classes that
-    is left out. The detector may be on the device meta. Raises ValueError as there.
+    """Return the weights that `load_pretrained` copies, and one line per change and per layer that
+    is not loaded. The detector may be on the meta device. Raises as `load_pretrained`.
     """
     weights, own = source.weights, detector.state_dict()
     notes = list(source.notes)
@@ -133,14 +147,14 @@ def fitted(
     ):
         weights = rescale_relative_positions(weights, source.scaled, wanted)
         notes.append(
-            "relative positions: rescaled for "
-            f"{'the scaled' if wanted else 'the unscaled'} query that this model has them meet"
+            "relative positions: rescaled for this model, which applies them to the "
+            f"{'scaled' if wanted else 'unscaled'} query"
         )
     afresh = (
         _other_classes(weights, own, source.class_names, tuple(class_names)) if source.whole else {}
     )
     notes += [
-        f"{name}: {'starts afresh' if name in own else 'left out'} ({why})"
+        f"{name}: {'newly initialized' if name in own else 'not loaded'} ({why})"
         for name, why in afresh.items()
     ]
     if source.whole:
@@ -149,8 +163,8 @@ def fitted(
         notes += [note] if note else []
     if source.whole and not afresh and class_names and not source.class_names:
         notes.append(
-            f"{len(class_names)} classes, as many as in the file, which does not name them: their layers are "
-            "taken over"
+            f"{len(class_names)} classes, as many as in the file, which does not contain their "
+            "names: their layers are loaded"
         )
     weights, lines = _fit(
         {name: tensor for name, tensor in weights.items() if name not in afresh},
@@ -163,19 +177,19 @@ def fitted(
 
 
 def has_mask_head(source: Source) -> bool:
-    """Whether the file of a detector has a mask head."""
+    """Return whether the file of a detector has a mask head."""
     return any(name.startswith(_MASK_HEAD) for name in source.weights)
 
 
 def _other_mask_head(weights: dict[str, Tensor], own: dict[str, Tensor]) -> tuple[set[str], str]:
-    """The names of a mask head that only the file or only the detector has, and a line on it."""
+    """Return the names of a mask head that only the file or only the detector has, and a note."""
     there, here = (
         {name for name in names if name.startswith(_MASK_HEAD)} for names in (weights, own)
     )
     if there and not here:
-        return there, f"{_MASK_HEAD}*: left out (this detector has no mask head)"
+        return there, f"{_MASK_HEAD}*: not loaded (this detector has no mask head)"
     if here and not there:
-        return here, f"{_MASK_HEAD}*: starts afresh (the file has no mask head)"
+        return here, f"{_MASK_HEAD}*: newly initialized (the file has no mask head)"
     return set(), ""
 
 
@@ -185,7 +199,7 @@ def _other_classes(
     theirs: tuple[str, ...],
     ours: tuple[str, ...],
 ) -> dict[str, str]:
-    """The layers of either detector that belong to classes and are not taken over, with the reason."""
+    """Return the class-specific layers of either detector that are not loaded, with the reason."""
     if LOGITS not in weights or LOGITS not in own:
         return {}
     there, here = len(weights[LOGITS]) - 1, len(own[LOGITS]) - 1
@@ -197,11 +211,11 @@ def _other_classes(
         return dict.fromkeys(
             sorted(layers), f"other classes, such as {first[0]!r} in the file and {first[1]!r} here"
         )
-    return {_ODDS: "the loss is another one"} if (_ODDS in own) != (_ODDS in weights) else {}
+    return {_ODDS: "another loss"} if (_ODDS in own) != (_ODDS in weights) else {}
 
 
 def class_layers(weights: dict[str, Tensor]) -> set[str]:
-    """The names whose rows are classes. The box deltas of a cascade are the same for all."""
+    """Return the layers with one row per class; a cascade's box deltas are class-agnostic."""
     patterns = ["roi_heads.stages.{}.logits.{}", "roi_heads.mask.logits.{}", _ODDS]
     if not any(name.startswith("roi_heads.stages.1.") for name in weights):
         patterns.append("roi_heads.stages.0.deltas.{}")
@@ -211,7 +225,7 @@ def class_layers(weights: dict[str, Tensor]) -> set[str]:
 def _fit(
     weights: dict[str, Tensor], own: dict[str, Tensor], source: Source, afresh: set[str], path: Path
 ) -> tuple[dict[str, Tensor], list[str]]:
-    """The weights that the detector has, in its shapes, and one line per kind of tensor that was resized."""
+    """Return the detector's weights in its shapes, and one line per kind of resized tensor."""
     layout = FORMATS[source.layout]
     fitting: dict[str, Tensor] = {}
     surplus: list[str] = []
@@ -223,7 +237,7 @@ def _fit(
             if source.whole or not known(name, layout.spare):
                 surplus.append(name)
             continue
-        # such as whole numbers of a compressed model
+        # e.g. the integers of a quantized model
         if tensor.is_floating_point() != own[name].is_floating_point():
             types.append(f"{name} {tensor.dtype}, expected {own[name].dtype}")
             continue
@@ -250,18 +264,19 @@ def _fit(
     ]
     if surplus or missing or shapes or types:
         hint = (
-            "is it of another layout (train.init_format, --format)?"
+            "is it of another format (train.init_format, --format)?"
             if surplus and source.layout == "vitdet"
             else ""
         )
         raise ValueError(
             f"{path}: does not fit this {'detector' if source.whole else 'backbone'}: "
-            f"{_few('no place for', surplus)}{_few('lacks', missing)}"
-            f"{_few('other shape:', shapes)}"
-            f"{_few('other type:', types)}{hint}".rstrip("; ")
+            f"{_few('unexpected', surplus)}{_few('missing', missing)}"
+            f"{_few('wrong shape:', shapes)}"
+            f"{_few('wrong type:', types)}{hint}".rstrip("; ")
         )
     return fitting, [
-        f"{names[0]}{f' and {len(names) - 1} more' if names[1:] else ''}: resized from {before} to {after}"
+        f"{names[0]}{f' and {len(names) - 1} more' if names[1:] else ''}: resized from {before} to "
+        f"{after}"
         for (before, after), names in resized.items()
     ]
 

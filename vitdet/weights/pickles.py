@@ -1,10 +1,8 @@
-"""Reading files of weights that others made, without running code from them.
+"""Reading third-party files of weights without running code from them.
 
-A pickle is a program: it names functions, and reading it calls them. Here a .pkl may name those alone that make arrays
-of numbers, and in their place stand readers of our own that check shape, type and length. A .pth is read by
-torch.load(weights_only=True); what trainings leave beside the weights (options, configs, scores) becomes `Inert`, which
-keeps nothing and does nothing.
-"""
+A .pkl may reference only the functions that create numeric arrays; they are replaced by our own,
+which check shape, type and length. A .pth is read with torch.load(weights_only=True); objects
+beside the weights (options, configs, scores) become `Inert`."""
 
 from __future__ import annotations
 
@@ -22,25 +20,25 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from vitdet.files import damaged_record
+from vitdet.files import damaged_record, first_line
 from vitdet.weights.signature import check_whole
 
-# how torch's files began before they were zips
+# magic number of torch's files before they were zip archives
 LEGACY = pickle.dumps(0x1950A86A20F9469CFC6C, protocol=2)[:-1]
 
 
 class Inert:
-    """Stands for any object beside the weights."""
+    """Replaces any object beside the weights."""
 
     def __init__(self, *values: object) -> None:
-        """Forgets what it is made of."""
+        """Ignore the arguments."""
 
     def __setstate__(self, state: object) -> None:
-        """Forgets what it held."""
+        """Ignore the state."""
 
 
-# Who leaves them: MAE, ViTAE and timm their options; mmcv, mmengine and timm scores of numpy; mmcv, mmengine and
-# Detectron2 configs, which are tables.
+# Options of MAE, ViTAE and timm; NumPy scores of mmcv, mmengine and timm; configs (dicts) of mmcv,
+# mmengine and Detectron2
 INERT: tuple[tuple[type, str], ...] = (
     *(
         (Inert, name)
@@ -49,7 +47,7 @@ INERT: tuple[tuple[type, str], ...] = (
             "datetime.datetime",
             "pathlib.PosixPath",
             "pathlib.WindowsPath",
-            "pathlib._local.PosixPath",  # as Python 3.13 pickles it
+            "pathlib._local.PosixPath",  # Python 3.13
             "pathlib._local.WindowsPath",
             "numpy.dtype",
             "numpy.ndarray",
@@ -78,9 +76,9 @@ INERT: tuple[tuple[type, str], ...] = (
 
 
 def read_file(path: Path) -> dict:
-    """What a file holds: {name: tensor} of .safetensors and .npz, {name: anything plain} of torch files and pickles.
+    """Read a file of weights: {name: tensor} of .safetensors and .npz, plain data of .pth and .pkl.
 
-    Raises FileNotFoundError, and ValueError with one line for a file that is cut off, of another kind, or that could
+    Raises FileNotFoundError, and ValueError for a file that is truncated, of another kind, or could
     run code.
     """
     if not path.is_file():
@@ -88,7 +86,7 @@ def read_file(path: Path) -> dict:
     check_whole(path)
     content = _reader(path)(path)
     if not isinstance(content, dict):
-        raise ValueError(f"{path}: expected a table of weights, got a {type(content).__name__}")
+        raise ValueError(f"{path}: expected a dict of weights, got a {type(content).__name__}")
     return content
 
 
@@ -98,7 +96,7 @@ def _is_zip(path: Path) -> bool:
 
 
 def _reader(path: Path) -> Callable[[Path], object]:
-    """By suffix where that means one thing; else a torch file is a zip, or begins with a number of its own."""
+    """Choose the reader by suffix, or by the magic number of torch files."""
     if path.suffix in (".safetensors", ".npz"):
         return read_safetensors if path.suffix == ".safetensors" else _read_npz
     with open(path, "rb") as file:
@@ -107,23 +105,24 @@ def _reader(path: Path) -> Callable[[Path], object]:
 
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a .safetensors file; raises ValueError for a damaged one."""
+    """Read the tensors of a .safetensors file; raises ValueError if it is damaged."""
     try:
         with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
-    except Exception as error:  # a damaged file raises anything
-        raise ValueError(f"{path}: not a whole safetensors file ({error})") from error
+            names = list(file.keys())
+            return {name: file.get_tensor(name) for name in names}
+    except Exception as error:  # a damaged file can raise any exception
+        raise ValueError(f"{path}: not a complete safetensors file ({error})") from error
 
 
 def metadata(path: Path) -> dict[str, str]:
-    """What a .safetensors file says of itself; nothing for other files."""
+    """Return the metadata of a .safetensors file; empty for other files."""
     if path.suffix != ".safetensors":
         return {}
     try:
         with safe_open(path, framework="pt") as file:
             return file.metadata() or {}
     except Exception as error:  # a damaged file raises anything
-        raise ValueError(f"{path}: not a whole safetensors file ({error})") from error
+        raise ValueError(f"{path}: not a complete safetensors file ({error})") from error
 
 
 def _read_npz(path: Path) -> dict[str, Tensor]:
@@ -132,7 +131,7 @@ def _read_npz(path: Path) -> dict[str, Tensor]:
             return {name: torch.from_numpy(file[name]) for name in file.files}
     except Exception as error:  # a damaged file raises anything
         raise ValueError(
-            f"{path}: not a whole npz file of numbers ({_first_line(error)})"
+            f"{path}: not a complete npz file of numbers ({first_line(error)})"
         ) from error
 
 
@@ -141,19 +140,19 @@ def _read_torch(path: Path) -> object:
         with torch.serialization.safe_globals(list(INERT)), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of old formats
             if _is_zip(path) and (record := damaged_record(path)):
-                raise ValueError(f"{record} differs from its checksum: the file is damaged")
+                raise ValueError(f"the checksum of {record} does not match: the file is damaged")
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         named = re.search(r"GLOBAL (\S+)", str(error))
         if named:
             raise ValueError(refusal(path, named.group(1))) from error
-        # torch's advice, to run the code, goes before it
+        # cut off torch's advice to allow running the code
         cause = str(error).rpartition("WeightsUnpickler error: ")[2]
         raise ValueError(
-            f"{path}: not a whole file of weights ({' '.join(cause.split())[:120]})"
+            f"{path}: not a complete file of weights ({' '.join(cause.split())[:120]})"
         ) from error
     except Exception as error:  # a damaged file raises anything
-        raise ValueError(f"{path}: not a whole file of weights ({_first_line(error)})") from error
+        raise ValueError(f"{path}: not a complete file of weights ({first_line(error)})") from error
 
 
 def _read_pickle(path: Path) -> object:
@@ -163,21 +162,24 @@ def _read_pickle(path: Path) -> object:
     except _ForbiddenError as error:
         raise ValueError(refusal(path, str(error))) from error
     except Exception as error:  # a damaged file raises anything: struct.error, RecursionError, ...
-        raise ValueError(f"{path}: not a whole file of weights ({_first_line(error)})") from error
+        raise ValueError(f"{path}: not a complete file of weights ({first_line(error)})") from error
 
 
 def refusal(path: Path, name: str) -> str:
-    """The one line about a file that names something else than data."""
+    """Return the message for a file that references something else than data."""
     shown = name.encode("unicode_escape").decode()[:200]  # in a damaged file it may be anything
-    return f"{path}: refused: it names {shown}, and reading that could run code; weights need numbers and text alone"
+    return (
+        f"{path}: rejected: it references {shown}, which could run code; expected only numbers and "
+        "text"
+    )
 
 
 class _ForbiddenError(Exception):
-    """A pickle names a global that is not for weights."""
+    """A pickle references a global that is not allowed."""
 
 
 class _Maker:
-    """A function that a pickle may call. Unlike a real one it cannot be changed by the pickle."""
+    """A function that a pickle may call, but not modify."""
 
     __slots__ = ("call",)
     call: Callable[..., object]
@@ -189,20 +191,20 @@ class _Maker:
         return self.call(*values)
 
     def __setattr__(self, name: str, value: object) -> None:
-        raise TypeError("a pickle may not change what makes arrays")
+        raise TypeError("a pickle must not modify the functions that create arrays")
 
 
 class _Table(dict):
-    """A dict without attributes of its own."""
+    """A dict without other attributes."""
 
     __slots__ = ()
 
     def __setstate__(self, state: object) -> None:
-        """An OrderedDict's attributes, such as PyTorch's versions of modules, have no use."""
+        """Ignore an OrderedDict's attributes, such as the versions of PyTorch modules."""
 
 
 class _Type:
-    """A type of numbers, in numpy's words: 'f4' and, by the second step of its making, '<'."""
+    """A numeric NumPy dtype: a code such as 'f4', and the byte order, set by __setstate__."""
 
     __slots__ = ("code", "order")
 
@@ -214,16 +216,16 @@ class _Type:
     def __setstate__(self, state: Any) -> None:
         _, order, *rest = state
         if order not in ("<", ">", "=", "|") or any(part is not None for part in rest[:3]):
-            raise ValueError("an array of a composed type, expected numbers")
+            raise ValueError("an array of a structured type, expected numbers")
         self.order = order
 
     def dtype(self) -> np.dtype:
-        """As numpy has it."""
+        """Return the NumPy dtype."""
         return np.dtype(self.order.replace("|", "=") + self.code)
 
 
 class _Array:
-    """An array whose content follows in the second step of its making."""
+    """An array whose content is set by __setstate__."""
 
     __slots__ = ("array",)
 
@@ -243,19 +245,19 @@ def _from_buffer(raw: object, kind: object, shape: object, order: object) -> _Ar
 
 def _fill(raw: object, kind: object, shape: object, order: object) -> np.ndarray:
     if isinstance(raw, str):
-        raw = raw.encode("latin1")  # a pickle of Python 2
+        raw = raw.encode("latin1")  # Python 2
     if (
         not isinstance(raw, bytes | bytearray)
         or not isinstance(kind, _Type)
         or order not in ("C", "F")
     ):
-        raise ValueError("an array that is not made of plain numbers")
+        raise ValueError("an array of other elements than numbers")
     if not isinstance(shape, tuple) or not all(type(side) is int and side >= 0 for side in shape):
         raise ValueError(f"an array of shape {shape!r}")
     dtype = kind.dtype()
     if math.prod(shape) * dtype.itemsize != len(raw):
         raise ValueError(
-            f"an array of shape {shape} and {dtype.itemsize} bytes a number with {len(raw)} bytes"
+            f"an array of shape {shape} with {dtype.itemsize} bytes per number in {len(raw)} bytes"
         )
     array = np.frombuffer(raw, dtype).reshape(shape, order=order)
     return (
@@ -293,7 +295,7 @@ _MAKERS = {
 
 
 class _Unpickler(pickle._Unpickler):
-    """The pure-Python one: the other reserves as much memory as a file claims to need for its memo."""
+    """The pure-Python class: the C version allocates a memo of the size that the file claims."""
 
     def __init__(self, file: BinaryIO) -> None:
         super().__init__(file, encoding="latin1")
@@ -305,17 +307,13 @@ class _Unpickler(pickle._Unpickler):
 
 
 def _tensors(content: object) -> object:
-    """The same with tensors for arrays, in tables within tables."""
+    """Convert arrays in nested dicts to tensors."""
     if isinstance(content, dict):
         return {name: _tensors(value) for name, value in content.items()}
     if isinstance(content, _Array):
         if content.array is None:
             raise ValueError("an array without content")
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # it may not be written to, and is not
+            warnings.simplefilter("ignore")  # the array is read-only, and is not written to
             return torch.from_numpy(content.array)
     return content
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).splitlines()), type(error).__name__)[:120]

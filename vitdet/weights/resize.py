@@ -1,6 +1,6 @@
-"""Weights for another size of image or patch: tables of positions and patch kernels, told by their shapes.
+"""Resizing of position embeddings and patch kernels to another image or patch size.
 
-Letters: C channels, P patch, K tokens an axis.
+Letters: C channels, P patch, K tokens per axis.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ RELATIVE = re.compile(r"backbone\.blocks\.\d+\.attn\.rel_pos_[hw]")
 
 
 def resize(name: str, tensor: Tensor, shape: tuple[int, ...]) -> Tensor | None:
-    """The tensor (our name) at another shape, or None if only equal shapes will do for it."""
+    """Resize a tensor of vitdet's name to another shape; None if it cannot be resized."""
     if name == "backbone.pos_embed" and tensor.dim() == 4 and tensor.shape[3] == shape[3]:
         return resize_grid(tensor, (shape[1], shape[2]))
     if RELATIVE.fullmatch(name) and tensor.dim() == 2 and tensor.shape[1] == shape[1]:
@@ -29,33 +29,34 @@ def resize(name: str, tensor: Tensor, shape: tuple[int, ...]) -> Tensor | None:
 
 
 def resize_grid(pos_embed: Tensor, grid: tuple[int, int]) -> Tensor:
-    """Absolute positions (1, h, w, C) -> (1, *grid, C), bicubic without antialiasing, as Detectron2 does in every
-    forward pass and ViTAE-Transformer/ViTDet when it loads a pre-training.
+    """Resize absolute positions (1, h, w, C) to (1, *grid, C), bicubic without antialiasing.
+
+    As Detectron2 in every forward pass and ViTAE-Transformer/ViTDet when loading a pre-training.
     """
     return _bicubic(pos_embed.float().permute(0, 3, 1, 2), grid).permute(0, 2, 3, 1).contiguous()
 
 
 def resize_table(table: Tensor, rows: int) -> Tensor:
-    """Relative positions (2 K - 1, d) -> (rows, d), linear along their length (detectron2: get_rel_pos)."""
+    """Resize relative positions (2 K - 1, d) to (rows, d), linearly (Detectron2: get_rel_pos)."""
     return F.interpolate(table.float().T[None], size=rows, mode="linear")[0].T.contiguous()
 
 
 def resize_kernel(kernel: Tensor, patch: int) -> Tensor:
-    """Patch embedding (C, 3, P, P) -> (C, 3, patch, patch), bicubic: MAE's ViT-H has patches of 14 pixels, ViTDet's 16.
+    """Resize a patch embedding (C, 3, P, P) to (C, 3, patch, patch), bicubic.
 
-    The interpolation of the ViTDet paper's authors, as told by R. Hu in facebookresearch/long_seq_mae, issue 2. Their
-    converted file, mae_pretrain_vit_huge_p14to16.pth, comes with no script.
-    """
+    MAE's ViT-H has patches of 14 pixels, ViTDet's 16. The interpolation of the ViTDet paper's
+    authors according to R. Hu in facebookresearch/long_seq_mae, issue 2; their converted file,
+    mae_pretrain_vit_huge_p14to16.pth, was published without a script."""
     return _bicubic(kernel.float(), (patch, patch))
 
 
 def rescale_relative_positions(
     weights: dict[str, Tensor], scaled: bool, wanted: bool
 ) -> dict[str, Tensor]:
-    """Weights whose relative positions meet the scaled query (or the unscaled one), for a model that has it otherwise.
+    """Rescale relative positions between models that apply them to the scaled or unscaled query.
 
-    q d^-0.5 . R = q . (d^-0.5 R): the function stays what it is.
-    """
+    q d^-0.5 . R = q . (d^-0.5 R): the function does not change. scaled: of the weights; wanted: of
+    the model."""
     if scaled == wanted:
         return weights
     return {

@@ -12,7 +12,7 @@ LIMIT = 100 << 20  # of a safetensors header, as the library has it
 TEXTS = (
     (
         b"version https://git-lfs",
-        "a Git LFS pointer and not the file itself; run `git lfs pull` where it comes from",
+        "a Git LFS pointer, not the file itself; run `git lfs pull` in its repository",
     ),
     (
         b"<!doctype html",
@@ -33,7 +33,7 @@ BINARIES = (
 
 
 def check_whole(path: Path) -> None:
-    """Raise ValueError with what the file is, if it is known not to be a whole file of weights."""
+    """Raise ValueError if the file is known not to be a complete file of weights."""
     with open(path, "rb") as file:
         head = file.read(HEAD)
     if not head:
@@ -52,7 +52,7 @@ def check_whole(path: Path) -> None:
 
 
 def _check_safetensors(path: Path, head: bytes) -> None:
-    """Compare the length of the file with what its header says; other damage is the reader's to find."""
+    """Compare the length of the file with its header; the reader detects other damage."""
     size, length = path.stat().st_size, int.from_bytes(head[:8], "little")
     if length > LIMIT:
         raise ValueError(
@@ -77,13 +77,15 @@ def _check_safetensors(path: Path, head: bytes) -> None:
 
 
 def _check_zip(path: Path) -> None:
-    """Check that a zip archive is complete and holds weights; other damage is the reader's to find."""
+    """Check that a zip archive is complete and contains weights; the reader detects other
+    damage.
+    """
     try:
         complete, names = zipfile.is_zipfile(path), list[str]()
         if complete:
             with zipfile.ZipFile(path) as file:
                 names = file.namelist()
-    except Exception:  # a damaged directory raises anything: BadZipFile, NotImplementedError, ...
+    except Exception:  # a damaged directory can raise any exception, e.g. NotImplementedError
         return
     if not complete:
         raise ValueError(
@@ -92,5 +94,5 @@ def _check_zip(path: Path) -> None:
     if path.suffix != ".npz" and not any(name.endswith("data.pkl") for name in names):
         shown = ", ".join(names[:3]) or "no files"
         raise ValueError(
-            f"{path}: a zip archive with {shown}, and not a file of weights; unpack it first"
+            f"{path}: a zip archive with {shown}, not a file of weights; unpack it first"
         )

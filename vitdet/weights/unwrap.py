@@ -1,8 +1,8 @@
 """Extract the state dict from a checkpoint: nested dictionaries and parameter-name prefixes.
 
-DistributedDataParallel and AveragedModel prefix names with `module.`, torch.compile with `_orig_mod.`, Lightning
-modules with `model.`; checkpoints keep the weights beside those of the optimizer, and averaged ones beside both.
-"""
+DistributedDataParallel and AveragedModel prefix names with `module.`, torch.compile with
+`_orig_mod.`, Lightning modules with `model.`; checkpoints also contain the optimizer state and
+averaged weights."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from vitdet.weights.formats.table import Format, known
 
-# Keys under which trainers keep weights, averaged ones first: DINO, DINOv2, timm, YOLO, Lightning, mmengine, fairseq.
+# Keys of weights, averaged ones first: DINO, DINOv2, timm, YOLO, Lightning, mmengine, fairseq
 KEYS = (
     "teacher",
     "state_dict_ema",
@@ -30,20 +30,19 @@ KEYS = (
     "weights",
     "params",
 )
-# Before a name, and after its first pieces where a part of the model was wrapped
+# At the start of a name, or within it if a part of the model was wrapped
 PREFIX = re.compile(r"^(?:(?:module|model|ema|_orig_mod)\.)+|(?<=\.)_orig_mod\.")
 COUNTER = "n_averaged"  # of torch.optim.swa_utils.AveragedModel
 DEPTH = 4  # of nested dictionaries
 
 
 def unwrap(content: Mapping, layout: Format, path: Path) -> tuple[dict[str, Tensor], list[str]]:
-    """Return the tensors of a checkpoint by plain names, and a line on each thing that was removed.
+    """Return the tensors of a checkpoint by plain names, and one line for each removed part.
 
-    The keys of the layout's own trainer (`layout.wrappers`) are looked for before `KEYS`. If names begin with one of
-    `layout.parts`, such as `encoder.`, only these and the classifier heads (`layout.heads`) are returned.
-    Raises ValueError if there are no weights, if something else than tensors is among them, or if two names are the
-    same without prefixes.
-    """
+    The keys of the format's own trainer (`layout.wrappers`) take precedence over `KEYS`. If names
+    begin with one of `layout.parts`, such as `encoder.`, only these and the classifier heads
+    (`layout.heads`) are returned. Raises ValueError if there are no weights, if some entries are
+    not tensors, or if two names are equal without prefixes."""
     inside, notes = _innermost(content, layout.wrappers)
     _check_tensors(inside, content, path)
     plain = {name: PREFIX.sub("", name) for name in inside}
@@ -52,14 +51,14 @@ def unwrap(content: Mapping, layout: Format, path: Path) -> tuple[dict[str, Tens
     if len(set(plain.values())) < len(plain):
         raise ValueError(f"{path}: the same names with and without {' and '.join(taken)}")
     if taken:
-        notes.append(f"names: without the prefix {' and '.join(taken)}")
+        notes.append(f"names: removed the prefix {' and '.join(taken)}")
     weights = {short: inside[name] for name, short in plain.items()}
     for part in layout.parts:
         chosen = {
             name.removeprefix(part): one for name, one in weights.items() if name.startswith(part)
         }
         if chosen:
-            # a head may stand beside the part: its names are reported by the caller
+            # classifier heads may be outside of the part; the caller reports their names
             heads = {
                 name: one
                 for name, one in weights.items()
@@ -67,7 +66,8 @@ def unwrap(content: Mapping, layout: Format, path: Path) -> tuple[dict[str, Tens
             }
             others = len(weights) - len(chosen) - len(heads)
             notes.append(
-                f"names: without the prefix {part}{f'; {others} other tensors ignored' if others else ''}"
+                f"names: removed the prefix {part}"
+                f"{f'; {others} other tensors ignored' if others else ''}"
             )
             weights = heads | chosen
     return weights, notes
@@ -88,7 +88,7 @@ def check_finite(weights: Mapping[str, Tensor], path: Path) -> None:
 
 
 def _innermost(content: Mapping, keys: tuple[str, ...]) -> tuple[Mapping, list[str]]:
-    """The dictionary of weights, and a line if it was under other keys than the layout's own."""
+    """Return the dictionary of weights, and a line if it was under keys other than `keys`."""
     order = (*keys, *(key for key in KEYS if key not in keys))
     found: list[str] = []
     others: list[str] = []
@@ -102,11 +102,13 @@ def _innermost(content: Mapping, keys: tuple[str, ...]) -> tuple[Mapping, list[s
     if not others and (not found or (len(found) == 1 and found[0] in keys)):
         return content, []
     ignored = f"; ignored: {', '.join(map(repr, others))}" if others else ""
-    return content, [f"weights: those under {' in '.join(map(repr, reversed(found)))}{ignored}"]
+    return content, [f"weights: read from {' in '.join(map(repr, reversed(found)))}{ignored}"]
 
 
 def _holds_tensors(value: object, depth: int = DEPTH) -> bool:
-    """Whether it is a dictionary with a tensor in it or in dictionaries of it; `params` may be options."""
+    """Return whether a value is a dictionary with a tensor, possibly nested; `params` may be
+    options.
+    """
     return isinstance(value, Mapping) and any(
         isinstance(one, Tensor) or (depth > 1 and _holds_tensors(one, depth - 1))
         for one in value.values()
@@ -124,8 +126,8 @@ def _check_tensors(inside: Mapping, content: Mapping, path: Path) -> None:
     if inside is content and not any(isinstance(value, Tensor) for value in inside.values()):
         listed = ", ".join(map(str, list(content)[:6])) or "nothing"
         raise ValueError(
-            f"{path}: expected tensors by name, or a table of them under a key such as state_dict or "
-            f"model; found {listed}"
+            f"{path}: expected tensors by name, or a dict of them under a key such as state_dict "
+            f"or model; found {listed}"
         )
     raise ValueError(
         f"{path}: {len(strange)} entries are not complete tensors, such as {strange[0]}"
@@ -133,7 +135,7 @@ def _check_tensors(inside: Mapping, content: Mapping, path: Path) -> None:
 
 
 def _is_whole(value: object) -> bool:
-    """A tensor with a number in the file for each of its elements: no promise of a billion zeros."""
+    """Return whether a value is a dense tensor whose storage contains all of its elements."""
     if not isinstance(value, Tensor) or value.device.type != "cpu" or value.layout != torch.strided:
         return False
     return value.numel() * value.element_size() <= value.untyped_storage().nbytes()

@@ -60,7 +60,7 @@ def run_compare(args: argparse.Namespace) -> int:
     from vitdet.cli.compare.inputs import Reader, check_comparable
     from vitdet.cli.compare.text import comparison_text
     from vitdet.evaluation.bootstrap import bootstrap
-    from vitdet.files import written
+    from vitdet.files import atomic_write
 
     if len(args.results) < 2:
         raise ValueError("name at least two results to compare")
@@ -76,6 +76,6 @@ def run_compare(args: argparse.Namespace) -> int:
     text = comparison_text(compared, resampled)
     print(text, end="")
     if args.output:
-        with written(args.output) as temporary:
+        with atomic_write(args.output) as temporary:
             temporary.write_text(text, encoding="utf-8")
     return 0

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from vitdet.cli.compare.inputs import Compared
 from vitdet.config import Config, override
-from vitdet.digest import training_settings
+from vitdet.config.digest import training_settings
 from vitdet.evaluation.bootstrap import METRICS, MIN_IMAGES, Difference, Interval, Resampled
 from vitdet.evaluation.coco import NAMES
 from vitdet.tracking.address import hide_credentials

@@ -1,11 +1,14 @@
-"""COCO's annotations (https://cocodataset.org/#format-data) in the folders that annotation tools write.
+"""Reader of COCO's annotations (https://cocodataset.org/#format-data) in the layouts of annotation
+tools.
 
-Roboflow: train|valid|test/_annotations.coco.json beside the images (https://roboflow.com/formats/coco-json); its
-category 0 is the root of the others and no class. CVAT: annotations/instances_default.json and images/, or images/SPLIT/
-(https://docs.cvat.ai/docs/dataset_management/formats/format-coco/). Label Studio: result.json and images/
-(https://labelstud.io/guide/export). FiftyOne: labels.json and data/
-(https://docs.voxel51.com/user_guide/export_datasets.html). COCO itself: annotations/instances_SPLIT.json and SPLIT/. Or
-any JSON file of this format, with the images beside it or in a folder of these names.
+Roboflow: train|valid|test/_annotations.coco.json beside the images
+(https://roboflow.com/formats/coco-json); its category 0 is the root of the others, not a class.
+CVAT: annotations/instances_default.json and images/, or images/SPLIT/
+(https://docs.cvat.ai/docs/dataset_management/formats/format-coco/). Label Studio: result.json and
+images/ (https://labelstud.io/guide/export). FiftyOne: labels.json and data/
+(https://docs.voxel51.com/user_guide/export_datasets.html). COCO: annotations/instances_SPLIT.json
+and SPLIT/. Or any JSON file of this format, with the images beside it or in a folder of these
+names.
 """
 
 from __future__ import annotations
@@ -25,10 +28,10 @@ from vitdet.data.shared_memory import PackedList
 from vitdet.datasets.importers.dataset import (
     BOX_ONLY,
     SPLIT_NAMES,
-    Foreign,
-    Picture,
-    Pictures,
-    Thing,
+    ImportedDataset,
+    ImportedImage,
+    ImportedObject,
+    ImportedSplit,
     find_image,
     split_of,
 )
@@ -36,11 +39,11 @@ from vitdet.datasets.importers.dataset import (
 ROBOFLOW = "_annotations.coco.json"
 NAMES = (ROBOFLOW, "result.json", "labels.json")
 STEM = re.compile(rf"(?:^|[_.-])({'|'.join(SPLIT_NAMES)})(?:$|[_.-])", re.IGNORECASE)
-MOST = 20  # JSON files that are read to find out what they are
+MOST = 20  # JSON files that are read to detect the format
 
 
 def annotation_files(source: Path) -> list[tuple[str, Path]]:
-    """The annotation files of a folder, or the file itself, each with the name of its split."""
+    """Return the annotation files of a folder, or the file itself, by the name of their split."""
     if source.is_file():
         return [(_split(source.stem), source)] if source.suffix == ".json" else []
     folders = [source, *sorted(one for one in source.iterdir() if one.is_dir())]
@@ -61,7 +64,7 @@ def annotation_files(source: Path) -> list[tuple[str, Path]]:
 
 
 def is_coco(source: Path) -> bool:
-    """Whether a folder has such annotation files, or is one."""
+    """Return whether a folder contains such annotation files, or is one."""
     files = annotation_files(source)
     return bool(files) and (not source.is_file() or _is_coco_file(source))
 
@@ -81,7 +84,9 @@ def _is_coco_file(path: Path) -> bool:
 
 @dataclass
 class _File:
-    """What an annotation file says; objects: (category, bbox, segmentation, is a crowd), rows: those of an image."""
+    """The content of an annotation file; objects: (category, bbox, segmentation, is a crowd), rows:
+    those of an image.
+    """
 
     path: Path
     split: str
@@ -92,7 +97,7 @@ class _File:
     used: set[int] = field(default_factory=set)
 
     def folders(self) -> list[Path]:
-        """Where its images may be."""
+        """The possible folders of its images."""
         parents = (self.path.parent, self.path.parent.parent)
         below = (self.split, f"images/{self.split}", "images", "data", "")
         return [parent / name for parent in parents for name in below if (parent / name).is_dir()]
@@ -100,15 +105,16 @@ class _File:
 
 def read_coco_folder(
     source: Path, only: Collection[str] = (), reading: Reading = DEFAULT
-) -> Foreign:
-    """The data set of such a folder or file; classes in the order of the categories. Images are looked at later."""
-    found = Foreign(reading)
+) -> ImportedDataset:
+    """Read such a folder or file; classes in the order of the categories. Images are read later."""
+    found = ImportedDataset(reading)
     there = dict[str, tuple[str, Path]]()
     for name, path in annotation_files(source):
         split = split_of(name)
         if split in there:
             raise ValueError(
-                f"{source}: {there[split][1]} and {path} are both of the split {split}; give one of them as SRC"
+                f"{source}: {there[split][1]} and {path} are both of the split {split}; give one "
+                "of them as SRC"
             )
         there[split] = name, path
     if not there:
@@ -121,7 +127,7 @@ def read_coco_folder(
     beside = {one for path in paths for one in path.parent.glob("*.json")}
     found.notes["other JSON files not read"] += 0 if source.is_file() else len(beside - paths)
     roots = set.intersection(*(_root(file) for file in files.values()))
-    found.notes["root category left out, no object has it"] += len(roots)
+    found.notes["root category dropped, no object has it"] += len(roots)
     names = dict.fromkeys(
         name
         for file in files.values()
@@ -141,17 +147,17 @@ def read_coco_folder(
                 folders.add(folder)
         used.update(path for _, path in images)
         read = partial(_picture, file=file, label_of=label_of, found=found)
-        found.splits[split] = Pictures(images, read, found.problems)
+        found.splits[split] = ImportedSplit(images, read, found.problems)
     found.count_unnamed(folders, used)
     return found
 
 
-def _read(name: str, path: Path, found: Foreign) -> _File:
+def _read(name: str, path: Path, found: ImportedDataset) -> _File:
     def error(kind: str, where: str, what: str) -> None:
         found.problems.add(kind, f"{path}: {where}: {kind}{what and ': '}{what}")
 
     def warning(kind: str, where: str, what: str) -> None:
-        """What is left out is counted below; all else is written as it should be."""
+        """Ignore warnings: dropped objects are counted below."""
 
     file = _File(path, name, AnnotationValidator(False, error, warning))
     try:
@@ -167,10 +173,10 @@ def _read(name: str, path: Path, found: Foreign) -> _File:
         annotation, crowd = one.annotation, one.dropped == CROWD
         file.used.add(annotation.category_id)
         if (one.dropped and not crowd) or min(annotation.bbox[2:]) <= 0:
-            found.notes[f"objects {one.dropped} left out"] += 1
+            found.notes[f"objects {one.dropped} skipped"] += 1
             continue
         if one.unmasked and one.unmasked != NO_OUTLINE and not crowd:
-            found.notes[f"objects {one.unmasked}: the outline left out"] += 1
+            found.notes[f"objects {one.unmasked}: the outline skipped"] += 1
         found.notes[BOX_ONLY] += not one.segmentation
         file.rows[annotation.image_id].append(len(file.objects))
         file.objects.append((annotation.category_id, annotation.bbox, one.segmentation, crowd))
@@ -178,7 +184,7 @@ def _read(name: str, path: Path, found: Foreign) -> _File:
 
 
 def _root(file: _File) -> set[int]:
-    """Category 0 if no object has it and it is the parent of others, or Roboflow's."""
+    """Return category 0 if no object has it and it is the parent of others, or Roboflow's."""
     name = file.validator.categories.get(0)
     if name is None or 0 in file.used or len(file.validator.categories) < 2:
         return set()
@@ -187,8 +193,8 @@ def _root(file: _File) -> set[int]:
 
 
 def _picture(
-    item: tuple[int, Path], file: _File, label_of: dict[str, int], found: Foreign
-) -> Picture:
+    item: tuple[int, Path], file: _File, label_of: dict[str, int], found: ImportedDataset
+) -> ImportedImage:
     number, path = item
     size = found.check_size(
         f"{file.path}: image {number}", path, file.validator.sizes[number] or (0, 0)
@@ -198,5 +204,5 @@ def _picture(
         category, (x, y, width, height), shape, crowd = file.objects[row]
         area = float(pixel_count(shape, *size)) if shape else round(width * height, 3)
         label = label_of[file.validator.categories[category]]
-        things.append(Thing(label, (x, y, width, height), shape or [], area, crowd))
-    return Picture(path, *size, tuple(things))
+        things.append(ImportedObject(label, (x, y, width, height), shape or [], area, crowd))
+    return ImportedImage(path, *size, tuple(things))

@@ -1,10 +1,12 @@
-"""CVAT's XML for images: annotations.xml, and the images in images/, images/SUBSET/ or beside it.
+"""Reader of CVAT's XML for images: annotations.xml, and the images in images/, images/SUBSET/ or
+beside it.
 
-https://docs.cvat.ai/docs/dataset_management/formats/xml_format/: <image name width height> has <box label xtl ytl xbr
-ybr>, turned by `rotation` degrees about its centre if it has that; <polygon label points="x,y;x,y;..."> and <mask label
-rle left top width height>, run lengths of the rows of that rectangle. Coordinates are pixels from 0. `subset` is the
-split. Other elements (polyline, points, ellipse, cuboid, skeleton, tag) are counted and not read. The file for videos has
-<track> in the place of <image>.
+https://docs.cvat.ai/docs/dataset_management/formats/xml_format/: <image name width height> contains
+<box label xtl ytl xbr ybr>, rotated by `rotation` degrees about its centre if present; <polygon
+label points="x,y;x,y;..."> and <mask label rle left top width height>, run lengths of the rows of
+that rectangle. Coordinates are pixels from 0. `subset` is the split. Other elements (polyline,
+points, ellipse, cuboid, skeleton, tag) are counted and ignored. The format for videos has <track>
+instead of <image>.
 """
 
 from __future__ import annotations
@@ -22,38 +24,42 @@ from vitdet.data.images import DEFAULT, Reading
 from vitdet.data.segmentation import show
 from vitdet.datasets.importers.dataset import (
     THIN,
-    Foreign,
-    Picture,
-    Thing,
+    ImportedDataset,
+    ImportedImage,
+    ImportedObject,
     Unusable,
-    box_thing,
     find_image,
-    mask_thing,
-    outline_thing,
+    object_from_box,
+    object_from_mask,
+    object_from_outline,
     pixels_of,
     split_of,
 )
 from vitdet.datasets.importers.xml_file import has_root, read_xml
 
-LARGEST = 1 << 30  # bytes of an XML file; it has all images of a task
+LARGEST = 1 << 30  # maximum bytes of an XML file, which describes all images of a task
 SHAPES = ("box", "polygon", "mask")
 IMAGE_SIZE = ("height", "width")
 
 
 def annotation_files(source: Path) -> list[Path]:
-    """The XML files of this format in a folder, or the file itself."""
+    """Return the XML files of this format in a folder, or the file itself."""
     paths = [source] if source.is_file() else sorted(source.glob("*.xml"))
     return [path for path in paths if path.suffix == ".xml" and has_root(path, "annotations")]
 
 
 def is_cvat(source: Path) -> bool:
-    """Whether a folder has such a file, or is one."""
+    """Return whether a folder contains such a file, or is one."""
     return bool(annotation_files(source))
 
 
-def read_cvat(source: Path, only: Collection[str] = (), reading: Reading = DEFAULT) -> Foreign:
-    """The data set of such a folder or file; classes in the order of the task's labels, then of the alphabet."""
-    found = Foreign(reading)
+def read_cvat(
+    source: Path, only: Collection[str] = (), reading: Reading = DEFAULT
+) -> ImportedDataset:
+    """Read such a folder or file; classes in the order of the task's labels, then
+    alphabetically.
+    """
+    found = ImportedDataset(reading)
     splits: dict[str, list[tuple[Path, Element]]] = defaultdict(list)
     names: dict[str, None] = {}
     for path in annotation_files(source):
@@ -66,7 +72,7 @@ def read_cvat(source: Path, only: Collection[str] = (), reading: Reading = DEFAU
             for element in root.findall("image"):
                 name = split_of(element.get("subset") or "train")
                 splits[name].append((path, element))
-    found.problems.refuse(source)
+    found.problems.raise_if_any(source)
     items: dict[str, list[tuple[Path, Element, Path]]] = {}
     folders: set[Path] = set()
     for split, pairs in found.select(source, splits, only).items():
@@ -77,7 +83,7 @@ def read_cvat(source: Path, only: Collection[str] = (), reading: Reading = DEFAU
                 folders.add(folder)
                 items[split].append((path, element, image))
             for shape in element:
-                found.notes[f"elements <{shape.tag}> left out"] += shape.tag not in SHAPES
+                found.notes[f"elements <{shape.tag}> skipped"] += shape.tag not in SHAPES
     shapes = [shape for pairs in splits.values() for _, one in pairs for shape in one]
     used = {shape.get("label") or "" for shape in shapes if shape.tag in SHAPES}
     classes = [name for name in (*names, *sorted(used - names.keys())) if name]
@@ -98,24 +104,24 @@ def _folders(path: Path, element: Element) -> list[Path]:
 
 
 def _picture(
-    item: tuple[Path, Element, Path], label_of: Mapping[str, int], found: Foreign
-) -> Picture:
+    item: tuple[Path, Element, Path], label_of: Mapping[str, int], found: ImportedDataset
+) -> ImportedImage:
     path, element, image = item
     where = f"{path}: image {show(element.get('name'))}"
     size = found.check_size(where, image, [element.get(side) for side in IMAGE_SIZE])
-    things: list[Thing] = []
+    things: list[ImportedObject] = []
     for shape in (one for one in element if one.tag in SHAPES):
         with found.problems.collect("shape that cannot be used"):
             label = label_of.get(shape.get("label") or "")
             if label is None:
                 raise Unusable("shape without a label", f"{where}: a {shape.tag} without a label")
             things += _shape(f"{where}: {shape.tag}", shape, label, size, found)
-    return Picture(image, *size, tuple(things))
+    return ImportedImage(image, *size, tuple(things))
 
 
 def _shape(
-    where: str, shape: Element, label: int, size: tuple[int, int], found: Foreign
-) -> tuple[Thing, ...]:
+    where: str, shape: Element, label: int, size: tuple[int, int], found: ImportedDataset
+) -> tuple[ImportedObject, ...]:
     if shape.tag == "mask":
         return found.keep(_mask(where, shape, label, size))
     if shape.tag == "polygon":
@@ -123,34 +129,37 @@ def _shape(
         if len(words) < 6 or len(words) % 2:
             found.notes[THIN] += 1
             return ()
-        return found.keep(outline_thing(label, [pixels_of(where, words, size)], size))
+        return found.keep(object_from_outline(label, [pixels_of(where, words, size)], size))
     sides = [shape.get(side) for side in ("xtl", "ytl", "xbr", "ybr")]
     x0, y0, x1, y1 = pixels_of(where, sides, size)
     (angle,) = pixels_of(where, [shape.get("rotation", "0")], (360, 360))
     if angle:
-        found.notes["turned boxes: the upright box around each is taken"] += 1
+        found.notes["rotated boxes: replaced by the upright box around each"] += 1
         cos, sin = abs(math.cos(math.radians(angle))), abs(math.sin(math.radians(angle)))
         wide, high = (x1 - x0) * cos + (y1 - y0) * sin, (x1 - x0) * sin + (y1 - y0) * cos
         x, y = (x0 + x1) / 2, (y0 + y1) / 2
         x0, y0, x1, y1 = x - wide / 2, y - high / 2, x + wide / 2, y + high / 2
-    return found.keep(box_thing(label, (x0, y0, x1, y1), size))
+    return found.keep(object_from_box(label, (x0, y0, x1, y1), size))
 
 
-def _mask(where: str, shape: Element, label: int, size: tuple[int, int]) -> Thing | None:
+def _mask(where: str, shape: Element, label: int, size: tuple[int, int]) -> ImportedObject | None:
     try:
         left, top, width, height = (
             int(shape.get(key, "")) for key in ("left", "top", "width", "height")
         )
         runs = [int(run) for run in shape.get("rle", "").split(",")]
     except ValueError:
-        raise Unusable("mask that is no run lengths", f"{where}: expected whole numbers") from None
+        raise Unusable(
+            "mask with invalid run lengths", f"{where}: expected whole numbers"
+        ) from None
     fits = 0 <= left <= left + width <= size[1] and 0 <= top <= top + height <= size[0]
     if not fits or min(runs) < 0 or sum(runs) != width * height:
         raise Unusable(
-            "mask that is no run lengths",
-            f"{where}: {sum(runs)} pixels in {width} x {height} at {left}, {top} of {size[1]} x {size[0]}",
+            "mask with invalid run lengths",
+            f"{where}: {sum(runs)} pixels in {width} x {height} at {left}, {top} of "
+            f"{size[1]} x {size[0]}",
         )
     pixels = np.zeros(size, bool)
     inside = np.repeat(np.arange(len(runs)) % 2 == 1, runs).reshape(height, width)
     pixels[top : top + height, left : left + width] = inside
-    return mask_thing(label, pixels)
+    return object_from_mask(label, pixels)

@@ -1,7 +1,7 @@
-"""What a data set in another format says, in one form: the pictures of each split and the objects on them.
+"""Common representation of data sets in other formats: the images of each split and their objects.
 
-Boxes and outlines are pixels of the upright picture, x to the right and y down from its corner, as in COCO. Readers
-account for what they see: what is left out is counted in `notes`, and what cannot be used in `problems`.
+Boxes and outlines are in pixels of the upright image, as in COCO. Readers count dropped entries in
+`notes`, and unusable ones in `problems`.
 """
 
 from __future__ import annotations
@@ -25,18 +25,18 @@ from vitdet.data.images import DEFAULT, DRAWINGS, Reading, image_size
 from vitdet.data.masks import encode
 from vitdet.data.segmentation import pixel_count, reaches_far, show
 
-EMPTY = "objects without size left out"
-BOX_ONLY = "objects have a box only and no mask (--boxes-as-masks makes one of each box)"
-THIN = "outlines of fewer than 3 points left out"
-CROWDS = "difficult objects: training leaves them out, evaluation counts them neither way"
-EXAMPLES = 20  # places that are named of each kind of problem
+EMPTY = "objects without size skipped"
+BOX_ONLY = "objects have a box only and no mask (--boxes-as-masks converts boxes to masks)"
+THIN = "outlines of fewer than 3 points skipped"
+CROWDS = "difficult objects: ignored in training and evaluation"
+EXAMPLES = 20  # locations listed per kind of problem
 # formats that Pillow recognises and cannot decode
 STUBS = ("BUFR", "GRIB", "HDF5", "MPEG")
-# files that lie beside images and are none
+# suffixes of other files in image folders
 DOCUMENTS = frozenset(
     ".cache .csv .data .htm .html .json .md .names .npy .npz .pdf .txt .xml .yaml .yml .zip".split()
 )
-# usual names of splits, and what they are called here; "default" is the one split of a CVAT task
+# common names of splits -> names here; "default" is the only split of a CVAT task
 SPLIT_NAMES = {
     "train": "train",
     "training": "train",
@@ -51,7 +51,9 @@ Item = TypeVar("Item")
 
 
 class Unusable(ValueError):
-    """Something of the source that cannot be used: the kind of problem, and where and what it is in one line."""
+    """An unusable part of the source: the kind of problem, and its location and description in one
+    line.
+    """
 
     def __init__(self, kind: str, text: str) -> None:
         super().__init__(text)
@@ -59,18 +61,20 @@ class Unusable(ValueError):
 
 
 class SourceError(ValueError):
-    """All problems of a source: a line for one, else their number and below it each kind with its count and places."""
+    """All problems of a source: one line for a single problem, else their number and each kind with
+    count and examples.
+    """
 
 
 class Problems:
-    """What of a source cannot be used, by kind, with the first places of each."""
+    """The problems of a source, by kind, with examples."""
 
     def __init__(self) -> None:
         self.counts: Counter[str] = Counter()
         self.examples: dict[str, list[str]] = {}
 
     def add(self, kind: str, text: str) -> None:
-        """Counts a problem of this kind."""
+        """Add a problem of this kind."""
         self.counts[kind] += 1
         examples = self.examples.setdefault(kind, [])
         if len(examples) < EXAMPLES:
@@ -78,14 +82,16 @@ class Problems:
 
     @contextmanager
     def collect(self, kind: str) -> Iterator[None]:
-        """Counts the error that ends the block, if any: of its own kind if it is `Unusable`, else of this one."""
+        """Add the error that ends the block, if any: of its own kind if it is `Unusable`, else of
+        this one.
+        """
         try:
             yield
         except (ValueError, OSError) as error:
             self.add(error.kind if isinstance(error, Unusable) else kind, str(error))
 
-    def refuse(self, source: Path) -> None:
-        """Raises SourceError if there is any problem."""
+    def raise_if_any(self, source: Path) -> None:
+        """Raise SourceError if there is any problem."""
         total = self.counts.total()
         if total == 1:
             raise SourceError(next(iter(self.examples.values()))[0])
@@ -98,11 +104,12 @@ class Problems:
 
 
 @dataclass(frozen=True)
-class Thing:
-    """An object: its class, left, top, width, height, COCO's polygons or RLE ([]: it has a box only), area in pixels.
+class ImportedObject:
+    """An object: class, left, top, width, height, COCO's polygons or RLE ([]: box only), area in
+    pixels.
 
-    area: of the mask as pycocotools draws it, of the box where there is no mask. crowd: evaluation counts it neither
-    way, and training leaves it out.
+    area: of the mask as rasterized by pycocotools, or of the box. crowd: ignored in evaluation and
+    training.
     """
 
     label: int
@@ -113,27 +120,29 @@ class Thing:
 
 
 @dataclass(frozen=True)
-class Picture:
+class ImportedImage:
     """An image file, its upright height and width, and its objects."""
 
     path: Path
     height: int
     width: int
-    things: tuple[Thing, ...]
+    things: tuple[ImportedObject, ...]
 
 
-class Pictures(Iterable[Picture], Generic[Item]):
-    """The pictures of a split, each read when it is its turn; those that cannot be read are counted as problems."""
+class ImportedSplit(Iterable[ImportedImage], Generic[Item]):
+    """The images of a split, each read on iteration; those that cannot be read are added to the
+    problems.
+    """
 
     def __init__(
-        self, items: Sequence[Item], read: Callable[[Item], Picture], problems: Problems
+        self, items: Sequence[Item], read: Callable[[Item], ImportedImage], problems: Problems
     ) -> None:
         self.items, self.read, self.problems = items, read, problems
 
     def __len__(self) -> int:
         return len(self.items)
 
-    def __iter__(self) -> Iterator[Picture]:
+    def __iter__(self) -> Iterator[ImportedImage]:
         for item in self.items:
             picture = None
             with self.problems.collect("image or annotation file that cannot be used"):
@@ -143,16 +152,16 @@ class Pictures(Iterable[Picture], Generic[Item]):
 
 
 @dataclass
-class Foreign:
-    """A data set; label k is class_names[k].
+class ImportedDataset:
+    """A data set in another format; label k is class_names[k].
 
-    notes: what a person should know, with counts; remarks: the same without. Going through a split adds to `notes` and
-    to `problems`. reading: how image files are read.
+    notes: messages for the user with counts; remarks: without. Iterating over a split adds to
+    `notes` and `problems`. reading: how image files are read.
     """
 
     reading: Reading = DEFAULT
     class_names: tuple[str, ...] = ()
-    splits: dict[str, Pictures] = field(default_factory=dict)
+    splits: dict[str, ImportedSplit] = field(default_factory=dict)
     notes: Counter[str] = field(default_factory=Counter)
     remarks: list[str] = field(default_factory=list)
     problems: Problems = field(default_factory=Problems)
@@ -160,32 +169,34 @@ class Foreign:
     def select(
         self, source: Path, items: dict[str, Item], only: Collection[str]
     ) -> dict[str, Item]:
-        """The splits that were asked for, all if none was. Raises ValueError for one that is not there."""
+        """Keep the requested splits, all if empty. Raises ValueError for an unknown split."""
         missing = [name for name in only if name not in items]
         if missing:
             raise ValueError(
                 f"{source}: no split {missing[0]}; there are {', '.join(items) or 'none'}"
             )
         left = [name for name in items if only and name not in only]
-        self.remarks += [f"split {name} left out, it was not asked for" for name in left]
+        self.remarks += [f"split {name} skipped, not requested" for name in left]
         return {name: item for name, item in items.items() if name not in left}
 
     def define(
         self,
         class_names: Sequence[str],
         items: Mapping[str, Sequence[Item]],
-        read: Callable[[Item, Mapping[str, int], Foreign], Picture],
+        read: Callable[[Item, Mapping[str, int], ImportedDataset], ImportedImage],
     ) -> None:
-        """Sets the classes and the splits. `read` takes an item of a split, the label of each class, and this."""
+        """Set the classes and splits. `read` is called with an item of a split, the label of each
+        class, and this data set.
+        """
         self.class_names = tuple(class_names)
         label_of = {name: label for label, name in enumerate(class_names)}
         for split, listed in items.items():
-            self.splits[split] = Pictures(
+            self.splits[split] = ImportedSplit(
                 listed, lambda item: read(item, label_of, self), self.problems
             )
 
-    def keep(self, thing: Thing | None) -> tuple[Thing, ...]:
-        """The object if it has a size; counts what a person should know of it."""
+    def keep(self, thing: ImportedObject | None) -> tuple[ImportedObject, ...]:
+        """Return the object if it has a size; update the notes."""
         if thing is None:
             self.notes[EMPTY] += 1
             return ()
@@ -194,7 +205,9 @@ class Foreign:
         return (thing,)
 
     def is_image(self, path: Path) -> bool:
-        """Whether a file is an image by its ending; by its content where the ending says nothing."""
+        """Return whether a file is an image, by its suffix, or its content if the suffix is
+        unknown.
+        """
         suffix = path.suffix.lower()
         if suffix in image_suffixes():
             return True
@@ -207,7 +220,9 @@ class Foreign:
         return True
 
     def images_below(self, *folders: Path) -> tuple[list[Path], list[Path]]:
-        """The image files of folders and their subfolders, and the files that are neither images nor documents."""
+        """Return the image files of folders and their subfolders, and files that are neither images
+        nor documents.
+        """
         images, others = [], []
         for path in files_below(*folders):
             if self.is_image(path):
@@ -219,19 +234,22 @@ class Foreign:
     def check_size(
         self, where: object, image: Path, stated: Sequence[object] = (0, 0)
     ) -> tuple[int, int]:
-        """(height, width) of an image. Raises Unusable if the annotations state another, and not 0 or nothing."""
+        """Return (height, width) of an image. Raises Unusable if the annotations state another size
+        (not 0 or none).
+        """
         size = image_size(image, self.reading)
         words = [str(side or 0) for side in stated]
         if words not in (["0", "0"], list(map(str, size))):
             raise Unusable(
-                "image of another size than annotated",
-                f"{where}: the size is {words[1]} x {words[0]}, but {image} is {size[1]} x {size[0]} (width x height, "
+                "image size that differs from the annotations",
+                f"{where}: the size is {words[1]} x {words[0]}, but {image} is {size[1]} x "
+                f"{size[0]} (width x height, "
                 "upright)",
             )
         return size
 
     def count_left_out(self, files: Iterable[Path], is_labelled: Callable[[Path], bool]) -> None:
-        """Counts files of image folders that are no readable images by their suffix."""
+        """Count the files of image folders that are no readable images, by suffix."""
         by_suffix: dict[str, list[Path]] = {}
         for path in files:
             by_suffix.setdefault(path.suffix.lower(), []).append(path)
@@ -239,27 +257,29 @@ class Foreign:
             labelled = sum(map(is_labelled, paths))
             also = f", {labelled:,} of them with a label file" if labelled else ""
             name = f"{suffix} files" if suffix else "files without an ending"
-            self.notes[f"{name} left out, not an image format that can be read here{also}"] += len(
-                paths
-            )
+            self.notes[f"{name} skipped, not a supported image format{also}"] += len(paths)
 
     def count_unnamed(self, folders: Iterable[Path], used: Collection[Path]) -> None:
-        """Counts the images of these folders that no annotation file names, and the files that are no images."""
+        """Count the images of these folders that no annotation file refers to, and the files that
+        are no images.
+        """
         images, others = self.images_below(*folders)
-        self.notes["images that no annotation file names left out"] += len(
-            {*images}.difference(used)
-        )
+        self.notes["images without annotation file skipped"] += len({*images}.difference(used))
         self.count_left_out(others, lambda path: False)
 
 
 def split_of(name: str, otherwise: str = "") -> str:
-    """The split that a folder or file of this name stands for; if it is no usual name: `otherwise`, or the name."""
+    """Return the split that a folder or file of this name represents; for unknown names
+    `otherwise`, or the name.
+    """
     return SPLIT_NAMES.get(name.lower(), otherwise or name)
 
 
 @cache
 def image_suffixes() -> frozenset[str]:
-    """The endings of the image formats that Pillow reads here, in lower case with their dot."""
+    """Return the suffixes of the image formats that Pillow can read, in lower case with their
+    dot.
+    """
     readable = Image.registered_extensions()
     return frozenset(
         suffix
@@ -269,16 +289,20 @@ def image_suffixes() -> frozenset[str]:
 
 
 def files_below(*folders: Path, suffix: str = "") -> list[Path]:
-    """All files of folders and their subfolders in order of their paths, each once, but hidden ones; of one ending."""
+    """Return all files, except hidden ones, of folders and their subfolders, sorted by path;
+    optionally of one suffix.
+    """
     found = {path for folder in folders for path in folder.rglob("*") if path.name[0] != "."}
     return sorted(path for path in found if suffix in ("", path.suffix.lower()) and path.is_file())
 
 
 def find_image(where: object, folders: Sequence[Path], name: str) -> tuple[Path, Path]:
-    """The first of the folders that has an image file of this name, and the file. Raises Unusable if there is none."""
+    """Return the first of the folders that contains this image file, and the file. Raises Unusable
+    if none does.
+    """
     slashed = name.replace("\\", "/")
     if slashed.startswith("/") or ".." in slashed.split("/"):
-        raise Unusable("image name that leaves its folder", f"{where}: {show(name)}")
+        raise Unusable("image name outside of its folder", f"{where}: {show(name)}")
     for folder in folders:
         path = folder / existing_name(folder, name)
         if name and os.path.isfile(path):
@@ -287,60 +311,71 @@ def find_image(where: object, folders: Sequence[Path], name: str) -> tuple[Path,
     raise Unusable("missing image file", f"{where}: no image file {show(name)}, looked in {looked}")
 
 
-def box_thing(
+def object_from_box(
     label: int, corners: Sequence[float], size: tuple[int, int], crowd: bool = False
-) -> Thing | None:
-    """An object known by its box x0, y0, x1, y1 only, cut at the border of the picture (height, width); None: empty."""
+) -> ImportedObject | None:
+    """Return an object with a box x0, y0, x1, y1 only, clipped to the image (height, width); None
+    if empty.
+    """
     box = _clipped(corners, size)[1]
-    return Thing(label, box, [], round(box[2] * box[3], 3), crowd) if min(box[2:]) > 0 else None
+    return (
+        ImportedObject(label, box, [], round(box[2] * box[3], 3), crowd)
+        if min(box[2:]) > 0
+        else None
+    )
 
 
-def outline_thing(
+def object_from_outline(
     label: int, parts: Sequence[Sequence[float]], size: tuple[int, int], crowd: bool = False
-) -> Thing | None:
-    """An object known by the parts of its outline, each x, y, x, y, ... of 3 points or more; None: empty.
+) -> ImportedObject | None:
+    """Return an object with the parts of its outline, each x, y, x, y, ... of 3 points or more;
+    None if empty.
 
-    Points outside the picture move to its border.
+    Points outside the image are moved to its border.
     """
     clipped = [_clipped(part, size)[0] for part in parts]
     x, y, width, height = _clipped([value for part in clipped for value in part], size)[1]
     if width <= 0 or height <= 0:
         return None
     area = float(pixel_count(clipped, *size))
-    return Thing(label, (x, y, width, height), clipped, area, crowd)
+    return ImportedObject(label, (x, y, width, height), clipped, area, crowd)
 
 
-def mask_thing(
+def object_from_mask(
     label: int,
     pixels: np.ndarray,
     box: tuple[float, float, float, float] | None = None,
     crowd: bool = False,
-) -> Thing | None:
-    """An object known by its mask, pixels (H, W) bool; box: left, top, width, height, of the mask if None. None: empty."""
+) -> ImportedObject | None:
+    """Return an object with a mask (H, W) bool; box: left, top, width, height, default: of the
+    mask. None if empty.
+    """
     rows, columns = np.flatnonzero(pixels.any(axis=1)), np.flatnonzero(pixels.any(axis=0))
     if not len(rows):
         return None
     if box is None:
         x, y = float(columns[0]), float(rows[0])
         box = (x, y, float(columns[-1]) + 1 - x, float(rows[-1]) + 1 - y)
-    return Thing(label, box, encode(torch.from_numpy(pixels[None]))[0], float(pixels.sum()), crowd)
+    return ImportedObject(
+        label, box, encode(torch.from_numpy(pixels[None]))[0], float(pixels.sum()), crowd
+    )
 
 
 def pixels_of(where: object, words: Iterable[object], size: tuple[int, int]) -> list[float]:
-    """Coordinates in pixels of an image (height, width). Raises Unusable for what are none, or lie far outside."""
+    """Return coordinates in pixels of an image (height, width). Raises Unusable for invalid ones or
+    ones far outside.
+    """
     words = list(words)
     try:
         values = [float(word) for word in words]  # type: ignore[arg-type]
     except (TypeError, ValueError):
         values = [math.nan]
     if not all(map(math.isfinite, values)):
-        raise Unusable(
-            "coordinates that are no numbers", f"{where}: expected numbers, got {show(words)}"
-        )
+        raise Unusable("invalid coordinates", f"{where}: expected numbers, got {show(words)}")
     if values and reaches_far(values, size):
         raise Unusable(
             "coordinates far outside of their image",
-            f"{where}: {show(words)} lies far outside the image of {size[1]} x {size[0]} pixels",
+            f"{where}: {show(words)} is far outside of the image of {size[1]} x {size[0]} pixels",
         )
     return values
 
@@ -348,7 +383,9 @@ def pixels_of(where: object, words: Iterable[object], size: tuple[int, int]) -> 
 def _clipped(
     points: Sequence[float], size: tuple[int, int]
 ) -> tuple[list[float], tuple[float, float, float, float]]:
-    """Points x, y, x, y, ... moved into the picture, and the box around them: left, top, width, height."""
+    """Return points x, y, x, y, ... clipped to the image, and the box around them: left, top,
+    width, height.
+    """
     sides = (size[1], size[0])
     inside = [round(min(max(value, 0), sides[k % 2]), 3) for k, value in enumerate(points)]
     x, y = inside[0::2], inside[1::2]

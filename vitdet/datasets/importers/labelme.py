@@ -1,9 +1,11 @@
-"""LabelMe's own files: a JSON file an image, with `imagePath` relative to it and a list of `shapes`.
+"""Reader of LabelMe's files: a JSON file per image, with `imagePath` relative to it and a list of
+`shapes`.
 
-https://github.com/wkentaro/labelme/blob/main/labelme/label_file.py: a shape has a label, points in pixels of the upright
-image and a shape_type. A polygon is an outline; polygons of one label and group_id are one object, as in its
-examples/instance_segmentation/labelme2coco.py. A rectangle is a box by two opposite corners. Other shapes (circle,
-line, linestrip, point, points, mask) are counted and not read. Folders train/, valid/ and test/ are splits.
+https://github.com/wkentaro/labelme/blob/main/labelme/label_file.py: a shape has a label, points in
+pixels of the upright image and a shape_type. A polygon is an outline; polygons of one label and
+group_id are one object, as in its examples/instance_segmentation/labelme2coco.py. A rectangle is a
+box by two opposite corners. Other shapes (circle, line, linestrip, point, points, mask) are counted
+and ignored. Folders train/, valid/ and test/ are splits.
 """
 
 from __future__ import annotations
@@ -16,25 +18,25 @@ from typing import Any
 
 import msgspec
 
-from vitdet.data.annotations import is_text
+from vitdet.data.header import is_text
 from vitdet.data.images import DEFAULT, Reading
 from vitdet.data.segmentation import show
 from vitdet.datasets.importers.dataset import (
     THIN,
-    Foreign,
-    Picture,
-    Thing,
+    ImportedDataset,
+    ImportedImage,
+    ImportedObject,
     Unusable,
-    box_thing,
     files_below,
     find_image,
-    outline_thing,
+    object_from_box,
+    object_from_outline,
     pixels_of,
     split_of,
 )
 
-MOST = 20  # JSON files that are read to find out what they are
-LARGEST = 1 << 28  # bytes of such a file, which may hold its image
+MOST = 20  # JSON files that are read to detect the format
+LARGEST = 1 << 28  # maximum bytes of such a file, which may contain its image
 
 
 class Shape(msgspec.Struct):
@@ -47,7 +49,7 @@ class Shape(msgspec.Struct):
 
 
 class LabelFile(msgspec.Struct):
-    """What is read of a file; imageData, the image itself in base64, is not."""
+    """The used content of a file, without imageData, the image in base64."""
 
     shapes: list[msgspec.Raw]
     imagePath: str = ""  # noqa: N815
@@ -56,7 +58,7 @@ class LabelFile(msgspec.Struct):
 
 
 def is_labelme(source: Path) -> bool:
-    """Whether a folder has JSON files with `shapes`."""
+    """Return whether a folder contains JSON files with `shapes`."""
     return source.is_dir() and any(map(_has_shapes, islice(source.rglob("*.json"), MOST)))
 
 
@@ -67,9 +69,11 @@ def _has_shapes(path: Path) -> bool:
         return False
 
 
-def read_labelme(source: Path, only: Collection[str] = (), reading: Reading = DEFAULT) -> Foreign:
-    """The data set of such a folder; classes in order of the alphabet. JSON files are read here, images later."""
-    found = Foreign(reading)
+def read_labelme(
+    source: Path, only: Collection[str] = (), reading: Reading = DEFAULT
+) -> ImportedDataset:
+    """Read such a folder; classes in alphabetical order. JSON files are read here, images later."""
+    found = ImportedDataset(reading)
     splits: dict[str, list[Path]] = defaultdict(list)
     for path in files_below(source, suffix=".json"):
         splits[split_of(path.relative_to(source).parts[0], "train")].append(path)
@@ -91,13 +95,13 @@ def read_labelme(source: Path, only: Collection[str] = (), reading: Reading = DE
                 read[split].append((path, image, content, shapes))
     found.define(sorted(labels), read, _picture)
     images, others = found.images_below(source)
-    found.notes["images without a JSON file left out"] += len(set(images) - used)
+    found.notes["images without a JSON file skipped"] += len(set(images) - used)
     found.count_left_out(others, lambda path: path.with_suffix(".json").is_file())
     return found
 
 
 def _decode(path: Path) -> LabelFile | None:
-    """The content of a file; None if it is JSON of something else."""
+    """Return the content of a file; None if it is other JSON."""
     content = path.read_bytes()
     try:
         return msgspec.json.decode(content, type=LabelFile)
@@ -105,14 +109,16 @@ def _decode(path: Path) -> LabelFile | None:
         try:
             other: Any = msgspec.json.decode(content)
         except (ValueError, RecursionError):
-            raise ValueError(f"{path}: not JSON that can be read: {error}") from error
+            raise ValueError(f"{path}: invalid JSON: {error}") from error
         if isinstance(other, dict) and "shapes" in other:
             raise ValueError(f"{path}: {error}") from error
         return None
 
 
 def _image(source: Path, path: Path, name: str) -> Path:
-    """The image of a file: where imagePath says if that is below the source, else of this name beside the file."""
+    """Return the image of a file: at imagePath if that is below the source, else of this name
+    beside the file.
+    """
     slashed = name.replace("\\", "/")
     image = path.parent / slashed
     if slashed and image.is_file() and image.resolve().is_relative_to(source.resolve()):
@@ -120,7 +126,7 @@ def _image(source: Path, path: Path, name: str) -> Path:
     return find_image(path, [path.parent], slashed.rpartition("/")[2])[1]
 
 
-def _shapes(path: Path, content: LabelFile, found: Foreign) -> list[Shape]:
+def _shapes(path: Path, content: LabelFile, found: ImportedDataset) -> list[Shape]:
     shapes = []
     for number, marked in enumerate(content.shapes, 1):
         with found.problems.collect("shape that cannot be used"):
@@ -133,17 +139,19 @@ def _shapes(path: Path, content: LabelFile, found: Foreign) -> list[Shape]:
             if shape.shape_type in ("polygon", "rectangle", None):
                 shapes.append(shape)
             else:
-                found.notes[f"shapes of the type {show(shape.shape_type)} left out"] += 1
+                found.notes[f"shapes of the type {show(shape.shape_type)} skipped"] += 1
     return shapes
 
 
 def _picture(
-    item: tuple[Path, Path, LabelFile, list[Shape]], label_of: Mapping[str, int], found: Foreign
-) -> Picture:
+    item: tuple[Path, Path, LabelFile, list[Shape]],
+    label_of: Mapping[str, int],
+    found: ImportedDataset,
+) -> ImportedImage:
     path, image, content, shapes = item
     size = found.check_size(path, image, (content.imageHeight, content.imageWidth))
-    things: list[Thing] = []
-    # of each object: its label and group, and a number of its own without a group
+    things: list[ImportedObject] = []
+    # key of each object: label and group, or a unique number without a group
     outlines: dict[tuple[str, int | None, int], list[list[float]]] = defaultdict(list)
     for number, shape in enumerate(shapes, 1):
         with found.problems.collect("shape that cannot be used"):
@@ -156,12 +164,12 @@ def _picture(
                     )
                 x, y = points[0::2], points[1::2]
                 corners = (min(x), min(y), max(x), max(y))
-                things += found.keep(box_thing(label_of[shape.label], corners, size))
+                things += found.keep(object_from_box(label_of[shape.label], corners, size))
             elif len(points) < 6:
                 found.notes[THIN] += 1
             else:
                 single = shape.group_id is None
                 outlines[shape.label, shape.group_id, number if single else 0].append(points)
     for (label, _, _), parts in outlines.items():
-        things += found.keep(outline_thing(label_of[label], parts, size))
-    return Picture(image, *size, tuple(things))
+        things += found.keep(object_from_outline(label_of[label], parts, size))
+    return ImportedImage(image, *size, tuple(things))

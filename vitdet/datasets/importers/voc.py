@@ -1,16 +1,18 @@
-"""Data sets in Pascal VOC's format: an XML file an image.
+"""Reader of Pascal VOC's format: an XML file per image.
 
-Everingham and Winn, The PASCAL VOC 2012 Development Kit, http://host.robots.ox.ac.uk/pascal/VOC/voc2012/htmldoc/:
-Annotations/ID.xml, JPEGImages/ID.jpg and ImageSets/Main/SPLIT.txt with an ID a line; the pixel at the top left is
-(1, 1) and a box holds its last row and column, so xmin..xmax are the x from xmin - 1 to xmax; detections of `difficult`
-objects count neither way, which is what COCO calls a crowd; in SegmentationObject/ID.png, where there is one, the
-pixels of object n of the XML file have the value n, background 0, and 255 is the rim between objects, which is
-nobody's. Files per class (aeroplane_train.txt) have a second column and are no splits.
+Everingham and Winn, The PASCAL VOC 2012 Development Kit,
+http://host.robots.ox.ac.uk/pascal/VOC/voc2012/htmldoc/: Annotations/ID.xml, JPEGImages/ID.jpg and
+ImageSets/Main/SPLIT.txt with one ID per line; the pixel at the top left is (1, 1) and a box
+includes its last row and column, so xmin..xmax are the x from xmin - 1 to xmax; `difficult` objects
+are ignored in evaluation, like COCO's crowds; in SegmentationObject/ID.png, if present, the pixels
+of object n of the XML file have the value n, background 0, and 255 is the border between objects,
+which is ignored. Files per class (aeroplane_train.txt) have a second column and are no splits.
 
-Annotation tools differ: CVAT puts an ID with a space in quotation marks
-(https://docs.cvat.ai/docs/dataset_management/formats/format-voc/) and lists masks in ImageSets/Segmentation; without
-ImageSets, XML files lie beside the images in train/, valid/ and test/ (https://roboflow.com/formats/pascal-voc-xml) or
-in one folder; <polygon> is an outline of x1, y1, x2, y2, ... or of points <pt> in pixels from 0, and its box is taken.
+Annotation tools differ: CVAT quotes IDs with a space
+(https://docs.cvat.ai/docs/dataset_management/formats/format-voc/) and lists masks in
+ImageSets/Segmentation; without ImageSets, XML files are beside the images in train/, valid/ and
+test/ (https://roboflow.com/formats/pascal-voc-xml) or in one folder; <polygon> is an outline of x1,
+y1, x2, y2, ... or of points <pt> in pixels from 0, whose box is used.
 """
 
 from __future__ import annotations
@@ -32,28 +34,29 @@ from vitdet.data.segmentation import show
 from vitdet.datasets.importers.dataset import (
     SPLIT_NAMES,
     THIN,
-    Foreign,
-    Picture,
-    Thing,
+    ImportedDataset,
+    ImportedImage,
+    ImportedObject,
     Unusable,
-    box_thing,
     files_below,
-    mask_thing,
-    outline_thing,
+    object_from_box,
+    object_from_mask,
+    object_from_outline,
     pixels_of,
     split_of,
 )
 from vitdet.datasets.importers.xml_file import has_root, read_xml
 
-LARGEST = 4 << 20  # bytes of an XML file; one of VOC's has some thousands
+LARGEST = 4 << 20  # maximum bytes of an XML file; VOC's have a few thousand
 RIM = 255
 LISTS = ("ImageSets/Main", "ImageSets/Segmentation", "ImageSets")
-# an ID, perhaps in quotation marks, and what a list of one class says of it: absent, difficult, there
+# an ID, possibly quoted, and its value in a list of one class: absent, difficult,
+# there
 ROW = re.compile(r'(?:"(?P<quoted>(?:[^"\\]|\\.)*)"|(?P<plain>.*?))(?:\s+(?P<presence>-1|0|1))?')
 
 
 def is_voc(source: Path) -> bool:
-    """Whether a folder has Annotations/*.xml, or XML files of images."""
+    """Return whether a folder contains Annotations/*.xml, or XML files of images."""
     if (source / "Annotations").is_dir():
         return True
     if not source.is_dir():
@@ -66,9 +69,9 @@ def is_voc(source: Path) -> bool:
 
 
 class _Folders:
-    """Where the XML files and the images are."""
+    """The folders of the XML files and the images."""
 
-    def __init__(self, source: Path, found: Foreign) -> None:
+    def __init__(self, source: Path, found: ImportedDataset) -> None:
         self.source, self.is_image = source, found.is_image
         self.annotations = source / "Annotations"
         if not self.annotations.is_dir():
@@ -82,15 +85,15 @@ class _Folders:
             self.by_stem.setdefault(self.image_stem(path), []).append(path)
 
     def stem(self, path: Path) -> Path:
-        """The ID of an XML file."""
+        """Return the ID of an XML file."""
         return path.relative_to(self.annotations).with_suffix("")
 
     def image_stem(self, path: Path) -> Path:
-        """The ID of an image."""
+        """Return the ID of an image."""
         return path.relative_to(self.images).with_suffix("")
 
     def image(self, path: Path, tree: Element) -> Path:
-        """The image of an XML file: that of the same name, else the one that `filename` says, in `images` alone."""
+        """Return the image of an XML file: of the same name, else `filename` in `images`."""
         named = Path((tree.findtext("filename") or "").strip().replace("\\", "/")).name
         same = self.by_stem.get(self.stem(path), [])
         if same:
@@ -100,7 +103,7 @@ class _Folders:
                 return folder / named
         unread = [one for one in self.others if self.image_stem(one) == self.stem(path)]
         if unread:
-            raise Unusable("image that cannot be read", f"{unread[0]}: no image format known here")
+            raise Unusable("image that cannot be read", f"{unread[0]}: not a known image format")
         raise Unusable(
             "missing image file",
             f"{path}: no image {self.images / self.stem(path)}.jpg (.png, ...)",
@@ -111,16 +114,18 @@ def _has_lists(folder: Path) -> bool:
     return any(folder.glob("*.txt"))
 
 
-def read_voc(source: Path, only: Collection[str] = (), reading: Reading = DEFAULT) -> Foreign:
-    """The data set of such a folder; classes in order of the alphabet. XML files are read here, images later."""
-    found = Foreign(reading)
+def read_voc(
+    source: Path, only: Collection[str] = (), reading: Reading = DEFAULT
+) -> ImportedDataset:
+    """Read such a folder; classes in alphabetical order. XML files are read here, images later."""
+    found = ImportedDataset(reading)
     folders = _Folders(source, found)
     splits = _splits(folders, found)
     trees: dict[str, list[tuple[Path, Element, Path]]] = {}
     for split, paths in found.select(source, splits, only).items():
         if split == "test" and not any(map(os.path.isfile, paths)):
-            # as VOC2012 has it: the answers are not published
-            found.notes["images of the split test left out, none has an annotation file"] += len(
+            # as in VOC2012, whose test annotations are not published
+            found.notes["images of the split test skipped, none has an annotation file"] += len(
                 paths
             )
             continue
@@ -148,8 +153,10 @@ def read_voc(source: Path, only: Collection[str] = (), reading: Reading = DEFAUL
     return found
 
 
-def _splits(folders: _Folders, found: Foreign) -> dict[str, dict[Path, str]]:
-    """The XML files of each split, with where a list names them; without trainval where train and val are there."""
+def _splits(folders: _Folders, found: ImportedDataset) -> dict[str, dict[Path, str]]:
+    """Return the XML files of each split, with the location in its list; without trainval if train
+    and val exist.
+    """
     splits: dict[str, dict[Path, str]] = {}
     if folders.lists is None:
         paths = files_below(folders.annotations, suffix=".xml")
@@ -174,16 +181,16 @@ def _splits(folders: _Folders, found: Foreign) -> dict[str, dict[Path, str]]:
         raise FileNotFoundError(f"{folders.lists}: no train.txt or val.txt with an ID a line")
     if "train" in splits and "val" in splits:
         both = splits["train"] | splits["val"]
-        found.notes["IDs of trainval.txt left out, in neither train.txt nor val.txt"] += len(
+        found.notes["IDs of trainval.txt skipped, in neither train.txt nor val.txt"] += len(
             splits.pop("trainval", {}).keys() - both.keys()
         )
     return splits
 
 
-def _ids(path: Path, folders: _Folders, found: Foreign) -> dict[Path, str]:
-    """The XML files that a list names, with its line; none of the list of one class.
+def _ids(path: Path, folders: _Folders, found: ImportedDataset) -> dict[Path, str]:
+    """Return the XML files that a list names, with line numbers; none for the list of one class.
 
-    What is neither an ID nor a row of a list of one class is a problem.
+    Lines that are neither an ID nor a row of a list of one class are problems.
     """
     ids: dict[Path, str] = {}
     rows = problems = 0
@@ -216,12 +223,12 @@ def _ids(path: Path, folders: _Folders, found: Foreign) -> dict[Path, str]:
     elif rows:
         found.notes["lists of one class (ID and a second column), not read"] += 1
     elif not ids and not problems:
-        found.remarks.append(f"split {split_of(path.stem)} left out: {path} has no IDs")
+        found.remarks.append(f"split {split_of(path.stem)} skipped: {path} has no IDs")
     return ids
 
 
 def _xml(folders: _Folders, one: str) -> Path:
-    """The XML file of an ID, which may have the ending of its image."""
+    """Return the XML file of an ID, which may have the suffix of its image."""
     path = folders.annotations / f"{one}.xml"
     stem = one.rpartition(".")[0]
     if stem and not os.path.isfile(path) and os.path.isfile(folders.annotations / f"{stem}.xml"):
@@ -230,14 +237,14 @@ def _xml(folders: _Folders, one: str) -> Path:
 
 
 def _account(
-    folders: _Folders, splits: dict[str, dict[Path, str]], used: set[Path], found: Foreign
+    folders: _Folders, splits: dict[str, dict[Path, str]], used: set[Path], found: ImportedDataset
 ) -> None:
-    """Counts what lies in the folders of annotations and images and is in no split."""
+    """Count the annotation and image files that are in no split."""
     listed = {path for paths in splits.values() for path in paths}
     there = {*files_below(folders.annotations, suffix=".xml")}
-    found.notes["annotation files that no list names left out"] += len(there - listed)
+    found.notes["annotation files that no list contains skipped"] += len(there - listed)
     stems = {folders.stem(path) for path in there}
-    found.notes["images without an annotation file left out"] += sum(
+    found.notes["images without an annotation file skipped"] += sum(
         folders.image_stem(path) not in stems and path not in used for path in folders.files
     )
     found.count_left_out(folders.others, lambda path: folders.image_stem(path) in stems)
@@ -247,21 +254,21 @@ def _picture(
     folders: _Folders,
     item: tuple[Path, Element, Path],
     label_of: Mapping[str, int],
-    found: Foreign,
-) -> Picture:
+    found: ImportedDataset,
+) -> ImportedImage:
     path, tree, image = item
     stated = [(tree.findtext(f"size/{side}") or "0").strip() for side in ("height", "width")]
     size = found.check_size(path, image, stated)
     objects = tree.findall("object")
     numbers = _numbers(folders, path, size, len(objects), found.reading)
-    things: list[Thing] = []
+    things: list[ImportedObject] = []
     for number, element in enumerate(objects, 1):
         if not _name(element):
             continue  # counted when the classes were collected
         with found.problems.collect("object that cannot be used"):
             pixels = None if numbers is None else numbers == number
             things += found.keep(_thing(path, element, size, label_of, pixels, found))
-    return Picture(image, *size, tuple(things))
+    return ImportedImage(image, *size, tuple(things))
 
 
 def _thing(
@@ -270,24 +277,26 @@ def _thing(
     size: tuple[int, int],
     label_of: Mapping[str, int],
     pixels: np.ndarray | None,
-    found: Foreign,
-) -> Thing | None:
-    """The object of an element; pixels (H, W) bool: its mask in SegmentationObject, None without."""
+    found: ImportedDataset,
+) -> ImportedObject | None:
+    """Return the object of an element; pixels (H, W) bool: its mask in SegmentationObject, or
+    None.
+    """
     label = label_of[_name(element)]
     crowd = (element.findtext("difficult") or "").strip().lower() in ("1", "true")
     parts = [_polygon(path, polygon, size) for polygon in element.findall("polygon")]
     whole = [part for part in parts if len(part) >= 6]
     found.notes[THIN] += len(parts) - len(whole)
     if whole and (pixels is None or not pixels.any()):
-        return outline_thing(label, whole, size, crowd)
-    thing = box_thing(label, _corners(path, element, size), size, crowd)
+        return object_from_outline(label, whole, size, crowd)
+    thing = object_from_box(label, _corners(path, element, size), size, crowd)
     if thing is None or pixels is None or not pixels.any():
         return thing
-    return mask_thing(label, pixels, thing.box, crowd)
+    return object_from_mask(label, pixels, thing.box, crowd)
 
 
 def _polygon(path: Path, polygon: Element, size: tuple[int, int]) -> list[float]:
-    """x, y, x, y, ... of an outline with children x1, y1, x2, y2, ... or pt."""
+    """Return x, y, x, y, ... of an outline with children x1, y1, x2, y2, ... or pt."""
     points = polygon.findall("pt")
     if points:
         words = [point.findtext(axis) for point in points for axis in ("x", "y")]
@@ -302,14 +311,12 @@ def _polygon(path: Path, polygon: Element, size: tuple[int, int]) -> list[float]
 def _numbers(
     folders: _Folders, path: Path, size: tuple[int, int], objects: int, reading: Reading
 ) -> np.ndarray | None:
-    """Which object each pixel (H, W) is of, from 1; None without a file."""
+    """Return the object number of each pixel (H, W), from 1; None without a file."""
     file = folders.source / "SegmentationObject" / f"{folders.stem(path)}.png"
     if not os.path.isfile(file):
         return None
     if image_size(file, reading) != size:
-        raise ValueError(
-            f"{file}: not of the size of its image, {size[1]} x {size[0]} (width x height)"
-        )
+        raise ValueError(f"{file}: not of its image's size, {size[1]} x {size[0]} (width x height)")
     try:
         with Image.open(file) as image:
             if image.mode not in ("P", "L"):
@@ -339,13 +346,13 @@ def _corners(
     height, width = size
     if not all(map(math.isfinite, (x0, y0, x1, y1))) or x1 < x0 or y1 < y0:
         raise Unusable(
-            "box whose corners are exchanged",
+            "box with exchanged corners",
             f"{path}: bndbox: expected xmin <= xmax and ymin <= ymax, got {show(words)}",
         )
     if x0 > width or y0 > height or x1 < 1 or y1 < 1:
         raise Unusable(
             "box outside of its image",
-            f"{path}: bndbox: {show(words)} lies outside the image of {width} x {height} pixels",
+            f"{path}: bndbox: {show(words)} is outside of the image of {width} x {height} pixels",
         )
     return x0 - 1, y0 - 1, x1, y1
 

@@ -1,4 +1,4 @@
-"""XML files of annotations, which may come from anyone."""
+"""Reading untrusted XML files of annotations."""
 
 from __future__ import annotations
 
@@ -13,17 +13,18 @@ BROKEN = "annotation file that cannot be read"
 
 
 def read_xml(path: Path, largest: int) -> Element:
-    """The root of a file of no more than `largest` bytes.
+    """Return the root of a file of at most `largest` bytes.
 
-    A DOCTYPE is refused: only it can define entities, with which small files grow huge. Raises Unusable.
+    A DOCTYPE is rejected: it could define entities that expand to huge texts. Raises Unusable.
     """
 
     def refuse(*_: object) -> None:
-        raise ValueError("it has a DOCTYPE, which annotations do not need")
+        raise ValueError("it has a DOCTYPE, which is not allowed")
 
     if path.stat().st_size > largest:
         raise Unusable(
-            BROKEN, f"{path}: {path.stat().st_size:,} bytes are no annotation of one image"
+            BROKEN,
+            f"{path}: {path.stat().st_size:,} bytes are too many for the annotations of one image",
         )
     builder, parser = TreeBuilder(), ParserCreate()
     parser.StartElementHandler, parser.EndElementHandler = builder.start, builder.end
@@ -31,16 +32,16 @@ def read_xml(path: Path, largest: int) -> Element:
     try:
         parser.Parse(path.read_bytes(), True)
     except (ExpatError, LookupError, ValueError) as error:
-        raise Unusable(BROKEN, f"{path}: not XML that can be read: {error}") from error
+        raise Unusable(BROKEN, f"{path}: invalid XML: {error}") from error
     return builder.close()
 
 
 def has_root(path: Path, name: str) -> bool:
-    """Whether the root element of a file has this name, as far as its first bytes tell."""
+    """Return whether the root element of a file has this name, from its first bytes."""
     return re.search(rf"<{name}[\s>]".encode(), start_of(path)) is not None
 
 
 def start_of(path: Path) -> bytes:
-    """The first bytes of a file, which tell its root element."""
+    """Return the first bytes of a file, up to its root element."""
     with open(path, "rb") as file:
         return file.read(4096)

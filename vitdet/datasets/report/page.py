@@ -27,7 +27,7 @@ from vitdet.datasets.report.charts import (
     ranges,
 )
 from vitdet.datasets.report.portrait import Portrait, portrait
-from vitdet.files import written
+from vitdet.files import atomic_write
 from vitdet.pages import render
 from vitdet.visualize import spread
 
@@ -100,7 +100,7 @@ def write_page(
         ],
     }
     page = render("datasets/report/page.html", values)
-    with written(output) as temporary:
+    with atomic_write(output) as temporary:
         temporary.write_text(page, encoding="utf-8")
     return (*_sums(report), report)
 

@@ -1,7 +1,7 @@
-"""Feature pyramid network: the maps of a hierarchical backbone, each with what the coarser ones know added to it.
+"""Feature pyramid network.
 
-Lin et al. (1612.03144); layers and their first weights as in mmdet's FPN: no norm, no activation, nearest upsampling,
-the fifth level is every other cell of the fourth.
+Lin et al. (1612.03144); layers and initialization as in mmdet's FPN: no norm, no activation,
+nearest upsampling; the fifth level is the fourth, subsampled by 2.
 Letters: B images, C channels of a backbone's map, D channels of the pyramid.
 """
 

@@ -1,9 +1,9 @@
-"""Swin Transformer, the hierarchical backbone that the ViTAE papers compare with: attention in windows that are
-shifted by half a window in every other block.
+"""Swin Transformer: attention in windows that are shifted by half a window in every other block.
 
-Liu et al. (2103.14030); numbers as in mmdet. The layers are timm's; the block is not, as timm rolls a map before it
-pads it to whole windows, while the published detectors were trained the other way round: the two agree only where the
-map is a multiple of the window, which in detection it is not (256, 128, 64 and 32 cells at 1024 pixels, windows of 7).
+Liu et al. (2103.14030); numbers as in mmdet. The layers are timm's, except the block: timm rolls a
+map before padding it to multiples of the window, while the published detectors were trained with
+padding first. Both agree only if the map is a multiple of the window, which is not the case in
+detection (256, 128, 64 and 32 cells at 1024 pixels, windows of 7).
 Letters: B images, C channels, H x W tokens, K windows of N tokens.
 """
 
@@ -23,11 +23,11 @@ from vitdet.models.attention import join_windows, split_windows
 from vitdet.models.layers import Blocks, DropPath
 from vitdet.models.vit import init_linears
 
-BLOCKED = -100.0  # added to the logits of two tokens that the roll brought together
+BLOCKED = -100.0  # added to the logits of two tokens that only the roll made neighbours
 
 
 class Size(NamedTuple):
-    """What the name of a backbone stands for; channels double from stage to stage."""
+    """Constructor arguments of a named backbone; channels double from stage to stage."""
 
     dim: int
     depths: tuple[int, ...]
@@ -38,9 +38,11 @@ SIZES = {"swin_t": Size(96, (2, 2, 6, 2), (3, 6, 12, 24))}
 
 
 def shift_mask(height: int, width: int, window: int, shift: int, device: torch.device) -> Tensor:
-    """What is added to the logits in a map rolled by `shift`: (K, N, N), 0 between neighbours of the unrolled map.
+    """Return the mask added to the logits in a map rolled by `shift`: (K, N, N), 0 between tokens
+    that were neighbours.
 
-    height and width are multiples of the window. Only the last windows of an axis hold tokens from both its ends.
+    height and width are multiples of the window. Only the last windows of an axis contain tokens
+    from both ends.
     """
 
     def parts(size: int) -> Tensor:
@@ -70,7 +72,7 @@ class Block(nn.Module):
         return x + self.drop_path(self.mlp(self.norm2(x)))
 
     def attend(self, x: Tensor) -> Tensor:
-        """Attention over the windows; zeros fill the map up on the right and at the bottom, and take part."""
+        """Window attention; zero padding on the right and bottom takes part in it."""
         height, width = x.shape[1:3]
         size, shift, mask = self.window, self.shift, None
         x = F.pad(x, (0, 0, 0, -width % size, 0, -height % size))
@@ -84,7 +86,9 @@ class Block(nn.Module):
 
 
 class Stage(nn.Module):
-    """Halves the map unless it is the first stage, then blocks: (B, H, W, C) -> (B, H / 2, W / 2, 2 C)."""
+    """Patch merging, except in the first stage, then blocks: (B, H, W, C) -> (B, H / 2, W / 2, 2
+    C).
+    """
 
     def __init__(
         self, *, dim: int, heads: int, window: int, rates: Sequence[float], downsample: bool
@@ -108,9 +112,10 @@ class Stage(nn.Module):
 
 
 class Swin(nn.Module):
-    """Images (B, 3, H, W) -> four maps of strides 4, 8, 16, 32, each behind a LayerNorm of its own.
+    """Swin Transformer: images (B, 3, H, W) -> four maps of strides 4, 8, 16, 32, each after a
+    LayerNorm.
 
-    H and W are multiples of 32. `drop_path`: rate of the last block; grows linearly from 0.
+    H and W are multiples of 32. `drop_path`: rate of the last block; increases linearly from 0.
     """
 
     def __init__(
@@ -157,5 +162,5 @@ class Swin(nn.Module):
         return maps
 
     def layer_of(self, name: str) -> int:
-        """The layer of a parameter, for layer-wise decay: that of the rest."""
+        """Return a parameter's layer for layer-wise decay: the last one, for no decay."""
         return self.num_layers + 1

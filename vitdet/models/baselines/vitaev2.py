@@ -1,9 +1,10 @@
-"""ViTAEv2, a hierarchical backbone: four stages of a reduction cell, which shrinks the map, and of normal cells.
+"""ViTAEv2, a hierarchical backbone: four stages of a reduction cell, which downsamples, and normal
+cells.
 
-Zhang et al., ViTAEv2 (2202.10108); numbers as in ViTAE-Transformer/ViTAE-Transformer (Object-Detection). The finer two
-stages attend in windows, without shift and without relative positions, the coarser two over the whole map; in each
-cell convolutions run beside the attention.
-Letters: B images, C channels, H x W tokens, N = H W, E channels that leave a cell, h heads, s stage.
+Zhang et al., ViTAEv2 (2202.10108); numbers as in ViTAE-Transformer/ViTAE-Transformer
+(Object-Detection). The first two stages have window attention without shift and without relative
+positions, the last two global attention; in each cell convolutions run parallel to the attention.
+Letters: B images, C channels, H x W tokens, N = H W, E output channels of a cell, h heads, s stage.
 """
 
 from __future__ import annotations
@@ -25,8 +26,9 @@ from vitdet.models.vitae import CELL_NORM_EPS, conv
 
 
 class Size(NamedTuple):
-    """What the name of a backbone stands for, an entry a stage: channels of each dilated convolution, channels that
-    leave the stage, normal cells, heads and groups of the convolutions in the cells of either kind.
+    """Constructor arguments of a named backbone, one entry per stage: channels of each dilated
+    convolution, output channels, normal cells, heads and groups of the convolutions in the cells of
+    either kind.
     """
 
     widths: tuple[int, ...]
@@ -57,7 +59,9 @@ WINDOWED = (True, True, False, False)
 def branch(
     channels: Sequence[int], groups: int, strides: Sequence[int] = (1, 1, 1)
 ) -> nn.Sequential:
-    """Three convolutions beside the attention, from channels[0] to channels[3]: (B, C, H, W) -> (B, E, ., .)."""
+    """Create three convolutions parallel to the attention, from channels[0] to channels[3]: (B, C,
+    H, W) -> (B, E, ., .).
+    """
     return nn.Sequential(
         conv(channels[0], channels[1], strides[0], groups),
         nn.BatchNorm2d(channels[1]),
@@ -70,7 +74,8 @@ def branch(
 
 
 class Attention(nn.Module):
-    """Attention without positions in windows of side `window`, or of all tokens (0); E may differ from C.
+    """Attention without positions in windows of side `window`, or of all tokens (0); E may differ
+    from C.
 
     With `keep_values` the values are added to the result: (B, H, W, C) -> (B, H, W, E).
     """
@@ -88,7 +93,7 @@ class Attention(nn.Module):
         if self.window == 0:
             return self.mix(x)
         (height, width), size = x.shape[1:3], self.window
-        # zeros all around, which take part in the attention
+        # zero padding on all sides, included in the attention
         top, left = (-height % size // 2, -width % size // 2)
         x = F.pad(x, (0, 0, left, -width % size - left, top, -height % size - top))
         x = join_windows(self.mix(split_windows(x, size)), (x.shape[1], x.shape[2]))
@@ -105,7 +110,9 @@ class Attention(nn.Module):
 
 
 class ReductionCell(nn.Module):
-    """Dilated convolutions, attention and convolutions of the cell's input: (B, C, H, W) -> (B, H / s, W / s, E)."""
+    """Dilated convolutions, attention and parallel convolutions of the input: (B, C, H, W) -> (B, H
+    / s, W / s, E).
+    """
 
     def __init__(
         self,
@@ -154,7 +161,7 @@ class ReductionCell(nn.Module):
 
 
 class NormalCell(nn.Module):
-    """Pre-norm transformer block with convolutions of its input beside the attention."""
+    """Pre-norm transformer block with convolutions parallel to the attention."""
 
     def __init__(self, *, dim: int, heads: int, groups: int, window: int, drop_path: float) -> None:
         super().__init__()
@@ -188,9 +195,9 @@ class Stage(nn.Module):
 
 
 class ViTAEv2(nn.Module):
-    """Images (B, 3, H, W) -> four maps of strides 4, 8, 16, 32, without a norm behind them.
+    """ViTAEv2: images (B, 3, H, W) -> four maps of strides 4, 8, 16, 32, without a final norm.
 
-    H and W are multiples of 32. `drop_path`: the largest rate of a cell, as `drop_rates` spreads it.
+    H and W are multiples of 32. `drop_path`: largest rate of a cell, see `drop_rates`.
     """
 
     def __init__(
@@ -249,15 +256,16 @@ class ViTAEv2(nn.Module):
         return maps
 
     def layer_of(self, name: str) -> int:
-        """The layer of a parameter, for layer-wise decay: that of the rest."""
+        """Return a parameter's layer for layer-wise decay: the last one, for no decay."""
         return self.num_layers + 1
 
 
 def drop_rates(depths: Sequence[int], largest: float) -> list[list[float]]:
-    """The rate of each normal cell of each stage, as the published run had them.
+    """Return the drop path rate of each normal cell of each stage, as in the published run.
 
-    The rates grow linearly over all cells, but stage s takes them from the cell on that stage s - 1 has as its depth,
-    not from the sum of the depths before it: the last stage of depths (2, 2, 8, 2) has those of cells 8 and 9.
+    The rates increase linearly over all cells, but stage s uses them from the cell with the index
+    of stage s - 1's depth on, not from the sum of the depths before it: the last stage of depths
+    (2, 2, 8, 2) has those of cells 8 and 9.
     """
     rates = torch.linspace(0, largest, sum(depths), device="cpu").tolist()
     starts = [0, *depths[:-1]]

@@ -1,17 +1,18 @@
-"""The formats of third-party checkpoints by name, as in `train.init_format` and `--format`; one module each."""
+"""The formats of checkpoints by name, as in `train.init_format` and `--format`."""
 
 from __future__ import annotations
 
 from vitdet.weights.formats.detectron2 import DETECTRON2
-from vitdet.weights.formats.mae import MAE
+from vitdet.weights.formats.mae import FRESH, MAE
 from vitdet.weights.formats.mmdet import MMDET
 from vitdet.weights.formats.swin import SWIN, SWIN_CLS, SWIN_MMDET
+from vitdet.weights.formats.table import Format, Row
 from vitdet.weights.formats.vitae import VITAE, VITAE_CLS
 from vitdet.weights.formats.vitaev2 import VITAEV2, VITAEV2_CLS
-from vitdet.weights.formats.vitdet import VITDET
 
 FORMATS = {
-    "vitdet": VITDET,
+    # vitdet's own names: checkpoints, the packaged pre-training, converted files
+    "vitdet": Format(rows=(Row("{*}", "{*}"),), wrappers=("model",), fresh=FRESH),
     "detectron2": DETECTRON2,
     "mmdet": MMDET,
     "mae": MAE,

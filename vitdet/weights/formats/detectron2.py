@@ -1,4 +1,6 @@
-"""Detectron2's names of a ViTDet detector (projects/ViTDet, .pkl): Mask and Cascade R-CNN, COCO and LVIS."""
+"""Detectron2's names of a ViTDet detector (projects/ViTDet, .pkl): Mask and Cascade R-CNN, COCO
+and LVIS.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,7 @@ _ODDS = "roi_heads.box_predictor.{}fed_loss_cls_weights"
 
 
 def drop_class_token(pos_embed: Tensor) -> Tensor:
-    """(1, 1 + n n, C), class token first -> (1, n, n, C)."""
+    """Convert (1, 1 + n n, C), class token first, to (1, n, n, C)."""
     side = round(max(pos_embed.shape[1] - 1, 0) ** 0.5) if pos_embed.dim() == 3 else 0
     if side == 0 or side * side + 1 != pos_embed.shape[1]:
         raise ValueError(
@@ -22,14 +24,14 @@ def drop_class_token(pos_embed: Tensor) -> Tensor:
 
 
 def add_class_token(pos_embed: Tensor) -> Tensor:
-    """(1, n, n, C) -> (1, 1 + n n, C); the class token's row, which no detector reads, is zero."""
+    """Convert (1, n, n, C) to (1, 1 + n n, C); the row of the class token is zero (unused)."""
     return torch.cat(
         [torch.zeros_like(pos_embed[:, 0, :1]), rearrange(pos_embed, "b h w c -> b (h w) c")], dim=1
     )
 
 
 def _repeat_odds(weights: Weights) -> Weights:
-    """A cascade's stages each hold the same odds of the classes."""
+    """Copy the class frequencies of the federated loss to each stage of a cascade."""
     first = _ODDS.format("0.")
     copies = (
         {_ODDS.format(f"{stage}."): weights[first] for stage in (1, 2)} if first in weights else {}
@@ -124,7 +126,7 @@ DETECTRON2 = Format(
         Row("roi_heads.mask_head.predictor.{}", "roi_heads.mask.logits.{}"),
     ),
     changes={"backbone.pos_embed": Change(drop_class_token, add_class_token)},
-    # The same buffer once a stage; and buffers of old files that are made from the config.
+    # Copies of the same buffer per stage; buffers of old files that are computed from the config
     dropped=(
         _ODDS.format("1."),
         _ODDS.format("2."),

@@ -5,10 +5,13 @@ A pre-trained backbone has no relative positions, which start at zero, and no pa
 
 from __future__ import annotations
 
-from vitdet.weights.formats.classifier import HEADS, PARTS
 from vitdet.weights.formats.detectron2 import add_class_token, drop_class_token
 from vitdet.weights.formats.table import Change, Format, Row
 
+# Classifier heads of fine-tuned backbones, also timm's and DINO's
+HEADS = ("head.{*}", "head_dist.{*}", "fc_norm.{*}", "fc.{*}", "classifier.{*}", "dino_head.{*}")
+PARTS = ("teacher.", "encoder.", "backbone.")
+WRAPPERS = ("state_dict_ema", "state_dict", "model")  # of timm's trainer
 POSITIONS = {"backbone.pos_embed": Change(drop_class_token, add_class_token)}
 FRESH = (
     "backbone.blocks.{}.attn.rel_pos_h",
@@ -27,7 +30,7 @@ BLOCKS = (
 MAE = Format(
     rows=BLOCKS,
     changes=POSITIONS,
-    # The detector has no class token, and no decoder, which the file of a whole autoencoder holds.
+    # The detector has neither class token nor decoder, which the file of an autoencoder contains
     dropped=("cls_token", "mask_token", "decoder_{*}"),
     heads=HEADS,
     wrappers=("model",),

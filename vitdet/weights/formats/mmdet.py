@@ -1,7 +1,9 @@
-"""Names of ViTAE-Transformer/ViTDet, a fork of mmdet 2.18 (.pth): its ViT-B, ViTAE-B and ViTAE-S Mask R-CNN.
+"""Names of ViTAE-Transformer/ViTDet, a fork of mmdet 2.18 (.pth): its ViT-B, ViTAE-B and ViTAE-S
+Mask R-CNN.
 
-Its relative positions meet the scaled query, ours in Detectron2's systems the unscaled one: tables cross unchanged into
-a model with `scaled_rel_pos`, and only there (`vitdet.weights.resize.rescale_relative_positions`).
+Its relative positions are applied to the scaled query, Detectron2's to the unscaled one: they are
+used unchanged only in a model with `scaled_rel_pos`, else rescaled
+(`vitdet.weights.resize.rescale_relative_positions`).
 """
 
 from __future__ import annotations
@@ -17,24 +19,25 @@ from vitdet.weights.formats.table import Change, Format, Row, Weights
 
 
 def to_grid(pos_embed: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
-    """(1, h w, C), without a class token -> (1, h, w, C); h = w unless grid = (h, w) says otherwise."""
+    """Convert (1, h w, C), without a class token, to (1, h, w, C). grid: (h, w); default: h = w."""
     side = round(pos_embed.shape[1] ** 0.5) if pos_embed.dim() == 3 else 0
     height, width = grid or (side, side)
     if pos_embed.dim() != 3 or height * width != pos_embed.shape[1]:
         raise ValueError(
-            f"position embedding: expected (1, {'h * w' if grid else 'n * n'}, C) without a class token, "
-            f"got {tuple(pos_embed.shape)}{f' for a grid of {height} x {width}' if grid else ''}"
+            f"position embedding: expected (1, {'h * w' if grid else 'n * n'}, C) without a class "
+            f"token, got {tuple(pos_embed.shape)}"
+            f"{f' for a grid of {height} x {width}' if grid else ''}"
         )
     return rearrange(pos_embed, "b (h w) c -> b h w c", h=height)
 
 
 def to_tokens(pos_embed: Tensor) -> Tensor:
-    """(1, h, w, C) -> (1, h w, C)."""
+    """Convert (1, h, w, C) to (1, h w, C)."""
     return rearrange(pos_embed, "b h w c -> b (h w) c")
 
 
 def join_bias(weights: Weights) -> dict[str, Tensor]:
-    """q_bias and v_bias (C) become qkv.bias (3 C), whose part for the keys is 0."""
+    """Join q_bias and v_bias (C) to qkv.bias (3 C), with zeros for the keys."""
     joined = {}
     for name, tensor in weights.items():
         stem, _, part = name.rpartition(".")
@@ -54,9 +57,8 @@ def join_bias(weights: Weights) -> dict[str, Tensor]:
 
 
 def split_bias(weights: Weights, stems: Sequence[str]) -> dict[str, Tensor]:
-    """The inverse for the given blocks. The part for the keys is left out: it moves all logits of a query alike, which
-    the softmax does not see.
-    """
+    """Inverse of `join_bias` for the given blocks. The keys' part is dropped: it shifts all logits
+    of a query equally, which does not change the softmax."""
     split = dict(weights)
     for stem in stems:
         split[f"{stem}.attn.q_bias"], _, split[f"{stem}.attn.v_bias"] = split.pop(
@@ -65,7 +67,7 @@ def split_bias(weights: Weights, stems: Sequence[str]) -> dict[str, Tensor]:
     return split
 
 
-# Of ViTAE-S. Its blocks are the last stage's cells.
+# ViTAE-S, whose blocks are the last stage's cells
 _REDUCTIONS = "backbone.reductions."
 _BACKBONE = (
     Row("backbone.layers.{}.RC.PRM.convs.{}.0.{}", "backbone.reductions.{}.prm.{}.{}"),
@@ -97,7 +99,7 @@ _PYRAMID = (
         )
     ),
 )
-# Without biases: a detector that has them is none of these.
+# Without biases
 _NORMED_RPN = (
     Row("rpn_head.rpn_conv.{}.conv.weight", "rpn.convs.{}.conv.weight"),
     Row("rpn_head.rpn_conv.{}.ln.{}", "rpn.convs.{}.norm.{}"),
@@ -115,7 +117,7 @@ HEADS = (
     Row("roi_head.mask_head.upsample.{}", "roi_heads.mask.deconv.{}"),
     Row("roi_head.mask_head.conv_logits.{}", "roi_heads.mask.logits.{}"),
 )
-# The neck and heads of the hierarchical detectors.
+# The neck and heads of the hierarchical detectors
 FPN_DETECTOR = (
     Row("neck.lateral_convs.{}.conv.{}", "pyramid.lateral.{}.{}"),
     Row("neck.fpn_convs.{}.conv.{}", "pyramid.output.{}.{}"),
@@ -127,11 +129,14 @@ FPN_DETECTOR = (
 def mmdet_format(
     grid: tuple[int, int] | None = None, wide: Sequence[int] = (), split: Sequence[int] = ()
 ) -> Format:
-    """The layout; for a model of images that are not square, grid = (h, w) tokens and `wide`, its global blocks.
+    """Create the format.
 
-    The original makes both tables of a global block as long as its height needs, so that the tail of rel_pos_w has no
-    use where w < h: it is cut off. On the way back, q_bias and v_bias stand apart in the blocks `split` (ViTAE-B's
-    global ones).
+    Args:
+        grid: (h, w) tokens of a model for non-square images.
+        wide: its global blocks. The original sizes both position tables of these by the height, so
+            that the tail of rel_pos_w is unused if w < h; it is cut off.
+        split: blocks in which q_bias and v_bias are separate (ViTAE-B's global ones), for the
+            conversion back.
     """
     height, width = grid or (0, 0)
 

@@ -1,6 +1,6 @@
 """Names of Swin-T, as a backbone and in a Mask R-CNN with FPN.
 
-As mmdet 2.18 has it; as Microsoft has it (Swin-Transformer-Object-Detection), and its ImageNet classifier
+Of mmdet 2.18; of Microsoft's Swin-Transformer-Object-Detection; and of its ImageNet classifier
 (Swin-Transformer). The FPN and the heads have mmdet's names in both detectors.
 """
 
@@ -11,29 +11,33 @@ from collections.abc import Mapping
 from einops import rearrange
 from torch import Tensor
 
-from vitdet.weights.formats.classifier import HEADS, PARTS, WRAPPERS
+from vitdet.weights.formats.mae import HEADS, PARTS, WRAPPERS
 from vitdet.weights.formats.mmdet import FPN_DETECTOR
 from vitdet.weights.formats.table import Change, Format, Row, without_prefix
 
 
 def slices_first(tensor: Tensor) -> Tensor:
-    """A halving's weights (..., C 2 2) -> (..., 2 2 C): mmdet unfolds a 2 x 2 neighbourhood channel by channel, ours
-    (and Microsoft's) takes its pixels one after the other, columns first.
+    """Reorder the input of patch merging, (..., C 2 2) to (..., 2 2 C).
+
+    mmdet unfolds a 2 x 2 neighbourhood channel by channel; vitdet and Microsoft pixel by pixel,
+    columns first.
     """
     return rearrange(tensor, "... (c h w) -> ... (w h c)", h=2, w=2)
 
 
 def channels_first(tensor: Tensor) -> Tensor:
-    """The inverse of `slices_first`."""
+    """Inverse of `slices_first`."""
     return rearrange(tensor, "... (w h c) -> ... (c h w)", h=2, w=2)
 
 
 def _swin(stages: str, patches: str, inside: Mapping[str, str]) -> tuple[Row, ...]:
-    """Rows of the backbone: the names of its stages, of its patches' convolution and of a block's parts."""
+    """Return the rows of the backbone, given the names of stages, patch embedding and block
+    parts.
+    """
     return (
         Row(f"backbone.patch_embed.{patches}.{{}}", "backbone.patch_embed.proj.{}"),
         Row("backbone.patch_embed.norm.{}", "backbone.patch_embed.norm.{}"),
-        # Their stages end with the halving with which the next of ours begins.
+        # Patch merging is at the end of a stage there, at the start of the next one here
         *(
             Row(
                 f"backbone.{stages}.{s}.downsample.{{*}}",
@@ -61,7 +65,7 @@ _MMDET_BLOCK = {
 }
 _MICROSOFT = _swin("layers", "proj", {"{*}": "{*}"})
 
-# Dropped besides the classifiers: what is made from the size of a window.
+# Dropped: buffers that are computed from the window size
 SWIN_MMDET = Format(
     rows=(*_swin("stages", "projection", _MMDET_BLOCK), *FPN_DETECTOR),
     changes={"backbone.layers.{}.downsample.{*}": Change(slices_first, channels_first)},
@@ -83,6 +87,6 @@ SWIN_CLS = Format(
     heads=HEADS,
     wrappers=WRAPPERS,
     parts=PARTS,
-    # a classifier has one norm, behind its last map, and of another use
+    # a classifier has one norm, after its last map, with another purpose
     fresh=("backbone.norms.{}.{}",),
 )

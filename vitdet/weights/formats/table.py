@@ -1,8 +1,8 @@
-"""A foreign layout of weights as one table, read in both directions.
+"""A third-party format of weights as a table of names for both directions.
 
-A row is (their name, our name); `{}` stands for any piece between dots and `{*}` for any rest, filled in from left to
-right. What is more than a name (another shape, two tensors for one) is a pair of functions beside the rows. A name
-that no row knows is an error, in both directions.
+A row is (their name, our name); `{}` matches any part between dots and `{*}` any rest, in order.
+Changes beyond the name (another shape, two tensors for one) are pairs of functions. A name that
+matches no row is an error, in both directions.
 """
 
 from __future__ import annotations
@@ -18,8 +18,11 @@ Weights = Mapping[str, Tensor]
 
 
 class Row(NamedTuple):
-    """One kind of tensor. On the way back it counts only if a name of ours begins with `given`: layouts give the same
-    part other names in other systems, such as the first of three stages and the only one.
+    """One kind of tensor.
+
+    given: in the conversion back, the row applies only if one of our names begins with this prefix:
+    formats name the same part differently in different systems, e.g. the first of three stages and
+    the only stage.
     """
 
     theirs: str
@@ -28,47 +31,45 @@ class Row(NamedTuple):
 
 
 class Change(NamedTuple):
-    """How a tensor of theirs becomes ours, and back."""
+    """Conversion of one tensor, in both directions."""
 
     to_ours: Callable[[Tensor], Tensor]
     to_theirs: Callable[[Tensor], Tensor]
 
 
 def same(weights: Weights) -> Weights:
-    """Nothing to do before or after the renaming."""
+    """Return the weights unchanged."""
     return weights
 
 
 class Format(NamedTuple):
-    """A foreign layout: rows, changes by our name, and what concerns several tensors at once."""
+    """A format of weights."""
 
     rows: tuple[Row, ...]
-    changes: Mapping[str, Change] = {}
-    dropped: tuple[str, ...] = ()  # their names that have no place in our models
-    # the same of layers that were trained for a task: reported when ignored
-    heads: tuple[str, ...] = ()
-    before: Callable[[Weights], Weights] = same  # on their names, ahead of the rows
-    after: Callable[[Weights], Weights] = same  # its inverse, on the way back
-    # where its own trainer keeps the weights; the first that is there
-    wrappers: tuple[str, ...] = ()
-    parts: tuple[str, ...] = ()  # prefixes of what it describes in a file that holds more
-    # Declared differences of a pre-trained backbone, by our names: what it lacks and starts afresh, and what it may
-    # have without a place. A whole detector has none.
+    changes: Mapping[str, Change] = {}  # by our names
+    dropped: tuple[str, ...] = ()  # their names that have no counterpart
+    heads: tuple[str, ...] = ()  # their classifier heads: ignored, but reported
+    before: Callable[[Weights], Weights] = same  # applied to their names, before the rows
+    after: Callable[[Weights], Weights] = same  # its inverse, in the conversion back
+    wrappers: tuple[str, ...] = ()  # keys of the weights in its own trainer's files, by precedence
+    parts: tuple[str, ...] = ()  # prefixes of the described names in a larger file
+    # Declared differences of a pre-trained backbone, by our names: parameters that it lacks and
+    # that it has in excess. A complete detector has none.
     fresh: tuple[str, ...] = ()
     spare: tuple[str, ...] = ()
-    # whether relative positions meet the scaled query; None: it has none, or says so itself
+    # whether relative positions are applied to the scaled query; None: none, or stored in the file
     scaled: bool | None = None
 
 
 def without_prefix(rows: tuple[Row, ...]) -> tuple[Row, ...]:
-    """The rows of a detector's backbone, for a file that holds only the backbone."""
+    """Return the rows of a detector's backbone for a file that contains only the backbone."""
     return tuple(row._replace(theirs=row.theirs.removeprefix("backbone.")) for row in rows)
 
 
 def to_ours(weights: Weights, layout: Format) -> dict[str, Tensor]:
-    """Their state dict under our names.
+    """Convert their state dict to our names.
 
-    Raises ValueError naming what no row of the table knows, and what two of their tensors claim.
+    Raises ValueError for names that match no row, and for two tensors with the same new name.
     """
     ours: dict[str, Tensor] = {}
     unknown = []
@@ -85,13 +86,13 @@ def to_ours(weights: Weights, layout: Format) -> dict[str, Tensor]:
         ours[renamed] = change.to_ours(tensor) if change else tensor
     if unknown:
         raise ValueError(
-            f"{len(unknown)} tensors that this format does not know, such as {', '.join(unknown[:3])}"
+            f"{len(unknown)} tensors unknown to this format, such as {', '.join(unknown[:3])}"
         )
     return ours
 
 
 def to_theirs(weights: Weights, layout: Format) -> dict[str, Tensor]:
-    """Our state dict under their names. Raises ValueError naming what no row of the table knows."""
+    """Convert our state dict to their names. Raises ValueError for names that match no row."""
     theirs, unknown = {}, []
     for name, tensor in weights.items():
         renamed = _name_back(name, layout, weights)
@@ -102,13 +103,14 @@ def to_theirs(weights: Weights, layout: Format) -> dict[str, Tensor]:
         theirs[renamed] = change.to_theirs(tensor) if change else tensor
     if unknown:
         raise ValueError(
-            f"{len(unknown)} tensors that this format has no name for, such as {', '.join(unknown[:3])}"
+            f"{len(unknown)} tensors without a name in this format, such as "
+            f"{', '.join(unknown[:3])}"
         )
     return dict(layout.after(theirs))
 
 
 def rename(name: str, layout: Format) -> str | None:
-    """Our name of their tensor, or None if the table has no row for it."""
+    """Return our name of their tensor, or None if it matches no row."""
     for row in layout.rows:
         renamed = fill(name, row.theirs, row.ours)
         if renamed is not None:
@@ -117,7 +119,7 @@ def rename(name: str, layout: Format) -> str | None:
 
 
 def fill(name: str, source: str, target: str) -> str | None:
-    """The name written as `target` if it reads as `source`, else None."""
+    """Rewrite a name that matches the pattern `source` as `target`; None if it does not match."""
     found = pattern(source).fullmatch(name)
     if found is None:
         return None
@@ -126,13 +128,13 @@ def fill(name: str, source: str, target: str) -> str | None:
 
 
 def known(name: str, patterns: Iterable[str]) -> bool:
-    """Whether one of the patterns fits the name."""
+    """Return whether one of the patterns matches the name."""
     return any(pattern(one).fullmatch(name) for one in patterns)
 
 
 @cache
 def pattern(row: str) -> re.Pattern[str]:
-    """The regular expression of one side of a row."""
+    """Return the regular expression of one side of a row."""
     return re.compile(re.escape(row).replace(r"\{\*\}", "(.+)").replace(r"\{\}", "([^.]+)"))
 
 

@@ -1,9 +1,10 @@
-"""Names of the ViTAE pre-trained backbones (ViTAE-Transformer/ViTAE-Transformer): MAE and classifiers."""
+"""Names of the ViTAE pre-trained backbones (ViTAE-Transformer/ViTAE-Transformer): MAE and
+classifiers.
+"""
 
 from __future__ import annotations
 
-from vitdet.weights.formats.classifier import HEADS, PARTS, WRAPPERS
-from vitdet.weights.formats.mae import BLOCKS, FRESH, NORM, POSITIONS
+from vitdet.weights.formats.mae import BLOCKS, FRESH, HEADS, NORM, PARTS, POSITIONS, WRAPPERS
 from vitdet.weights.formats.mmdet import join_bias
 from vitdet.weights.formats.table import Format, Row
 
@@ -18,8 +19,8 @@ VITAE = Format(
     fresh=FRESH,
     spare=NORM,
 )
-# ViTAE-B: `layers.0.RC` holds the patches, `layers.2.NC` the blocks. ViTAE-S: three reduction cells. Both were trained
-# with a norm after the pooling instead of the last block's, which starts afresh.
+# ViTAE-B: `layers.0.RC` is the patch embedding, `layers.2.NC` are the blocks. ViTAE-S: three
+# reduction cells. Both were trained with a norm after pooling instead of one after the last block.
 VITAE_CLS = Format(
     rows=(
         Row("layers.0.RC.pos_embed", "backbone.pos_embed"),

@@ -1,8 +1,10 @@
-"""Names of ViTAEv2-S (ViTAE-Transformer/ViTAE-Transformer): its ImageNet classifier, and its Mask R-CNN with FPN."""
+"""Names of ViTAEv2-S (ViTAE-Transformer/ViTAE-Transformer): ImageNet classifier, Mask R-CNN with
+FPN.
+"""
 
 from __future__ import annotations
 
-from vitdet.weights.formats.classifier import HEADS, PARTS, WRAPPERS
+from vitdet.weights.formats.mae import HEADS, PARTS, WRAPPERS
 from vitdet.weights.formats.mmdet import FPN_DETECTOR, join_bias
 from vitdet.weights.formats.table import Format, Row, without_prefix
 

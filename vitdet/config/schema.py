@@ -2,30 +2,20 @@
 
 The defaults are Detectron2's ViTDet-B Mask R-CNN on COCO (mask_rcnn_vitdet_b_100ep); comments name
 the source of other values. A recipe (a YAML file in `recipes/`) lists what differs from them, an
-override `section.key=value` changes one more setting. Steps pass the resolved config on.
+override `section.key=value` changes one more setting.
 """
 
-import json
-import os
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, is_dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
-from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-import yaml
-
-from vitdet.credentials import has_credentials
-from vitdet.files import written
-from vitdet.ranges import (
+from vitdet.config.ranges import (
     Amount,
     Confidence,
     Count,
     Depth,
-    ExperimentName,
     Fraction,
     Fractions,
-    ModelName,
     NonNegative,
     Percent,
     Positive,
@@ -34,26 +24,14 @@ from vitdet.ranges import (
     Size,
     Workers,
     between,
-    check,
-    check_address,
 )
-from vitdet.sections import (
-    Section,
-    convert_section,
-    list_settings,
-    merge,
-    operational,
-    section_error,
-)
-from vitdet.suggestions import nearest
-from vitdet.yaml_text import parse_yaml
+from vitdet.config.sections import Section, operational
+from vitdet.config.suggestions import nearest
 
-RECIPES = Path(__file__).parent / "recipes"
-SEE_RECIPES = " (`vitdet config` lists all recipes)"
-# of one kind (box, mask), by data.dataset: the AP by which train.keep_best can choose
+# AP metrics of one kind (box, mask) that train.keep_best accepts, by data.dataset
 AP = ("ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large")
 AP_OF = {"coco": AP, "lvis": (*AP, "ap_rare", "ap_common", "ap_frequent")}
-# with one of them, the evaluations of a training determine its result
+# with either of these, the evaluations during training affect its result
 SELECTING = ("train.keep_best", "train.patience")
 
 
@@ -157,15 +135,15 @@ class ModelConfig(Section, prefix="model."):
 
 @dataclass(frozen=True)
 class DataConfig(Section, prefix="data."):
-    """A folder in COCO's layout, ROOT/SPLIT/*.jpg and ROOT/annotations/instances_SPLIT.json, or in
-    LVIS's, ROOT/annotations/lvis_v1_SPLIT.json and the images where their coco_url says.
+    """A data set in COCO's layout, ROOT/SPLIT/*.jpg and ROOT/annotations/instances_SPLIT.json, or
+    in LVIS's, ROOT/annotations/lvis_v1_SPLIT.json and the images at the path in their coco_url.
     """
 
     dataset: Literal["coco", "lvis"] = "coco"
     root: str = field(default="data/coco", metadata=operational("the data's identity is compared"))
     train_split: str = "train2017"
     val_split: str = "val2017"
-    # per split, those of lowest id that hold an object; 0: all
+    # per split: the images of lowest id that contain an object; 0: all
     max_images: Annotated[int, between(0, 2**31 - 1)] = 0
     image_size: Size = 1024  # side of the square canvas in pixels
     scale_range: tuple[Positive, Positive] = (0.1, 2.0)  # jitter; (1, 1): longest side = canvas
@@ -177,11 +155,11 @@ class DataConfig(Section, prefix="data."):
     keep_empty: bool = False  # train images without objects too, as background
     redraw_empty: bool = False  # replace a crop without objects by one of another image (mmdet)
     repeat_threshold: Fraction = 0.0  # repeat images with classes in a smaller share of the images
-    # of an image file; one with more is refused before it is decoded (Pillow's own bound is the last)
+    # larger image files are rejected before decoding; the upper bound is Pillow's own
     max_pixels: Annotated[int, between(1, 178_956_970)] = field(
         default=100_000_000, metadata=operational("an error instead of a larger image")
     )
-    # of grey values in files of more than 8 bits, as cameras store 12 in 16; 0: what the file says
+    # of grey values in files of more than 8 bits: cameras store 12 bits in 16; 0: as in the file
     bit_depth: Literal[0, 8, 10, 12, 14, 16] = 0
     # loader processes per rank; 0: load in the training process
     workers: Workers = field(default=4, metadata=operational("samples depend on seed and position"))
@@ -194,7 +172,7 @@ class OptimConfig(Section, prefix="optim."):
     lr: Positive = 1e-4
     scale_lr: bool = False  # lr * train.batch_size / lr_batch_size
     lr_batch_size: Amount = field(  # images per step that lr is meant for
-        default=64, metadata=operational("a line of the log", "optim.scale_lr")
+        default=64, metadata=operational("logs", "optim.scale_lr")
     )
     weight_decay: NonNegative = 0.1
     # Without weight decay: the blocks' LayerNorms and the position embedding (ViT-B, ViT-L); 1-D
@@ -212,9 +190,11 @@ class OptimConfig(Section, prefix="optim."):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        rising = all(low < high for low, high in pairwise((0.0, *self.milestones, 1.0)))
-        what = "rise between 0 and 1 (fractions of the steps)"
-        _rule(rising, f"optim.milestones must {what}, got {list(self.milestones)}")
+        _require(
+            all(low < high for low, high in pairwise((0.0, *self.milestones, 1.0))),
+            "optim.milestones must increase between 0 and 1 (fractions of optim.steps), "
+            f"got {list(self.milestones)}",
+        )
 
 
 @dataclass(frozen=True)
@@ -227,9 +207,9 @@ class TrainConfig(Section, prefix="train."):
         "swin_mmdet", "vitaev2", "vitaev2_cls",
     ] = "vitdet"  # fmt: skip  # of the file `init`
     batch_size: Amount = 64  # images per step over all processes
-    # micro-batches per step and process, one after the other; as that many more processes
+    # micro-batches per step and process (gradient accumulation)
     accumulate: Amount = field(default=1, metadata=operational("as the number of processes"))
-    # blocks: the backbone's compute again in the backward pass; auto: where a GPU's memory needs it
+    # blocks: recompute the backbone's blocks in the backward pass; auto: if GPU memory requires it
     activation_checkpointing: Literal["none", "blocks", "auto"] = field(
         default="auto", metadata=operational("the same gradients")
     )
@@ -246,9 +226,10 @@ class TrainConfig(Section, prefix="train."):
     )
     save_every: Count = field(default=1000, metadata=operational("resuming is exact"))  # steps
     keep: Count = field(default=2, metadata=operational("disk space only"))  # training states
-    # the metric, as box_ap, whose highest value determines the detector in best.pt; '': no best.pt
+    # save the detector with the highest value of this metric, e.g. box_ap, in best.pt; '': no
+    # best.pt
     keep_best: str = ""
-    # evaluations without improvement of keep_best's metric (box_ap) that end the training; 0: never
+    # stop after so many evaluations without improvement of keep_best's metric (box_ap); 0: never
     patience: Annotated[int, between(0, 1_000_000)] = 0
 
 
@@ -260,11 +241,11 @@ class EvalConfig(Section, prefix="evaluate."):
     nms_iou: Fraction = 0.5
     max_detections: Amount = 100
     batch_size: Amount = 1
-    # of the detector; auto: bf16 or fp16 where the processor has instructions for it
+    # of the detector; auto: bf16 or fp16 if the device supports it natively
     precision: Literal["fp32", "bf16", "fp16", "auto"] = "fp32"
-    # on a GPU, with torch.compile: takes a minute, pays from some thousand images on
+    # torch.compile on a GPU: takes a minute, worthwhile from a few thousand images on
     compile: bool = False
-    # of the validation split, those of lowest id that hold an object; 0: all
+    # of the validation split: the images of lowest id that contain an object; 0: all
     max_images: Annotated[int, between(0, 2**31 - 1)] = 0
 
 
@@ -279,7 +260,9 @@ class TrackingConfig(Section, prefix="tracking."):
 
 @dataclass(frozen=True)
 class GateConfig(Section, prefix="gate."):
-    """When a registered detector replaces the champion, in percentage points of AP on the same validation data."""
+    """When a registered detector replaces the champion, in percentage points of AP on the same
+    validation data.
+    """
 
     metric: Literal["box_ap", "box_ap50", "box_ap75", "mask_ap", "mask_ap50", "mask_ap75"] = (
         "box_ap"
@@ -287,7 +270,7 @@ class GateConfig(Section, prefix="gate."):
     min_gain: NonNegative = 0.0  # the metric must exceed the champion's by more than this
     min_class_ap: Percent = 0.0  # of each class, in the same metric; 0: any
     max_class_loss: Percent = 100.0  # of any class against the champion; 100: any
-    # the paired bootstrap interval of the gain at this level must be above min_gain; 0: the gain is enough
+    # the paired bootstrap interval of the gain at this level must be above min_gain; 0: no interval
     confidence: Confidence = 0.0
 
 
@@ -308,172 +291,41 @@ class Config(Section):
     def __post_init__(self) -> None:
         backbone, pyramid, data = self.model.backbone, self.model.pyramid, self.data
         stride = round(2 * backbone.patch_size / pyramid.scales[-1])  # of p6
-        side, what = data.image_size, f"be a positive multiple of {stride} (the coarsest stride)"
-        _rule(side % stride == 0, f"data.image_size must {what}, got {side}")
-        size, patch = backbone.rel_pos_size, backbone.patch_size
-        message = f"model.backbone.rel_pos_size must be at least patch_size ({patch}), got {size}"
-        _rule(size >= patch, message)
-        low, high = data.scale_range
-        _rule(low <= high, f"data.scale_range must be low <= high, got {[low, high]}")
-        hierarchical = backbone.name in ("swin_t", "vitaev2_s")
-        kind, name, window = (
-            "fpn" if hierarchical else "simple",
-            backbone.name,
-            backbone.window_size,
+        _require(
+            data.image_size % stride == 0,
+            f"data.image_size must be a positive multiple of {stride} (the coarsest stride), "
+            f"got {data.image_size}",
         )
-        message = f"model.backbone.name={name} goes with model.pyramid.kind={kind}"
-        _rule(pyramid.kind == kind, message)
-        message = f"model.backbone.window_size must be 7 with {name}, got {window}"
-        _rule(window == 7 or not hierarchical, message)
+        _require(
+            backbone.rel_pos_size >= backbone.patch_size,
+            f"model.backbone.rel_pos_size must be at least patch_size ({backbone.patch_size}), "
+            f"got {backbone.rel_pos_size}",
+        )
+        low, high = data.scale_range
+        _require(low <= high, f"data.scale_range must be low <= high, got {[low, high]}")
+        hierarchical = backbone.name in ("swin_t", "vitaev2_s")
+        kind = "fpn" if hierarchical else "simple"
+        _require(
+            pyramid.kind == kind,
+            f"model.backbone.name={backbone.name} requires model.pyramid.kind={kind}, "
+            f"got {pyramid.kind}",
+        )
+        _require(
+            backbone.window_size == 7 or not hierarchical,
+            f"model.backbone.window_size must be 7 with {backbone.name}, "
+            f"got {backbone.window_size}",
+        )
         kinds = ("box", "mask") if self.model.mask.enabled else ("box",)
         known = [f"{kind}_{name}" for kind in kinds for name in AP_OF[data.dataset]]
-        message = (
-            f"train.keep_best: {self.train.keep_best!r} is not an AP metric that is measured with data.dataset="
-            f"{data.dataset} and model.mask.enabled={str(self.model.mask.enabled).lower()}; "
-        )
         best = self.train.keep_best
-        _rule(best in ("", *known), message + nearest(best, known))
-
-
-def load_config(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """The resolved config of a recipe or YAML file, with overrides `section.key=value` in order.
-
-    Raises ValueError for unknown recipes, settings and choices (suggesting the nearest one) and for
-    values of the wrong type or out of range; FileNotFoundError for a missing file.
-    """
-    config = _overridden(_read(name_or_path), overrides)
-    check_tracking(config.tracking)
-    return config
-
-
-def load_stored(path: str | Path) -> Config:
-    """The config that a training or registration saved; earlier versions stored addresses and names
-    that `load_config` refuses.
-    """
-    return from_dict(_read(path))
-
-
-def check_tracking(tracking: TrackingConfig) -> None:
-    """Raise ValueError as `check_names`, and for an address with a password, as configs are stored."""
-    check_names(tracking)
-    _rule(
-        not has_credentials(tracking.uri),
-        "tracking.uri must not contain a user or password, as it is stored in configs and checkpoints; "
-        "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or the whole address as MLFLOW_TRACKING_URI",
-    )
-
-
-def check_names(tracking: TrackingConfig) -> None:
-    """Raise ValueError for an address or names that MLflow refuses; not part of the section, as old
-    checkpoints may contain such.
-    """
-    check_address("tracking.uri", tracking.uri)
-    check("tracking.experiment", ExperimentName, tracking.experiment)
-    check("tracking.model_name", ModelName, tracking.model_name)
-
-
-def override(
-    config: Config, overrides: Sequence[str], other: Config | None = None, sections: Sequence = ()
-) -> Config:
-    """`config` with `sections` of `other`, then with overrides; raises as `load_config` does."""
-    theirs = to_dict(other) if other else {}
-    tree = to_dict(config) | {name: theirs[name] for name in sections if theirs}
-    return _overridden(tree, overrides)
-
-
-def save_config(config: Config, path: str | Path) -> None:
-    """Writes the resolved config as YAML, all or nothing."""
-    with written(Path(path)) as temporary:
-        temporary.write_text(dump_config(config))
-
-
-def dump_config(config: Config) -> str:
-    """The resolved config as YAML text that `load_config` reads back to an equal config."""
-    return yaml.safe_dump(to_dict(config), sort_keys=False, default_flow_style=None, width=100)
-
-
-def to_dict(config: Config) -> dict:
-    """The config as plain dicts, lists, numbers and strings."""
-    return json.loads(json.dumps(asdict(config)))
-
-
-def from_dict(tree: Mapping) -> Config:
-    """The inverse of `to_dict`; absent settings take their defaults. Raises as `load_config`."""
-    if unknown := list(_unknown(Config, tree)):
-        raise ValueError("; ".join(unknown))
-    return convert_section(Config, tree)
-
-
-def flatten(config: Config) -> dict[str, bool | int | float | str]:
-    """{'optim.lr': 0.0001, ...}: the keys that overrides use; lists as JSON text."""
-    values = {key: value for key, (value, _) in list_settings(config).items()}
-    return {k: json.dumps(v) if isinstance(v, tuple) else v for k, v in values.items()}
-
-
-def recipes() -> list[str]:
-    """The names of the recipes that ship with the package."""
-    return sorted(path.stem for path in RECIPES.glob("*.yaml"))
-
-
-def _read(name_or_path: str | Path) -> dict:
-    text, path = str(name_or_path), Path(name_or_path)
-    if not path.suffix and os.sep not in text:
-        path = RECIPES / f"{text}.yaml"
-        if not path.exists():
-            raise ValueError(f"{text}: no such recipe; {nearest(text, recipes())}{SEE_RECIPES}")
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"{path}: no such config file; give a file or a recipe's name{SEE_RECIPES}"
+        _require(
+            best in ("", *known),
+            f"train.keep_best: {best!r} is not an AP metric that is measured with data.dataset="
+            f"{data.dataset} and model.mask.enabled={str(self.model.mask.enabled).lower()}; "
+            f"{nearest(best, known)}",
         )
-    try:
-        tree = parse_yaml(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
-    if tree is not None and not isinstance(tree, dict):
-        raise ValueError(f"{path}: expected sections ({', '.join(Config.hints)}), got {tree!r}")
-    return tree or {}
 
 
-def _overridden(tree: dict, overrides: Sequence[str]) -> Config:
-    settings = flatten(Config())
-    for one in overrides:
-        key, separator, text = map(str.strip, one.partition("="))
-        if not separator or not key:
-            raise ValueError(f"override {one!r}: expected section.key=value, as in optim.lr=2e-4")
-        if outer := next((name for name in settings if key.startswith(f"{name}.")), None):
-            raise ValueError(f"{key}: {outer} is a setting, not a section")
-        changes: Any = _parse(key, text)
-        for name in reversed(key.split(".")):
-            changes = {name: changes}
-        merge(tree, Config, changes)
-    return from_dict(tree)
-
-
-def _parse(key: str, text: str) -> object:
-    """The value of an override: YAML, but text is taken literally, as 2017 or `a #1`."""
-    default, _ = list_settings(Config()).get(key, (None, False))
-    if isinstance(default, str) and text[:1] not in ("'", '"'):
-        return text
-    try:
-        return parse_yaml(text)
-    except ValueError as error:
-        raise ValueError(f"{key}: {text!r} is not readable as a value") from error
-
-
-def _unknown(kind: Any, tree: object) -> Iterator[str]:
-    """A text for each unknown name. Raises ValueError for a section that is no mapping."""
-    if not isinstance(tree, Mapping | None):
-        raise section_error(kind, tree)
-    for name, value in (tree or {}).items():
-        if name not in kind.hints:
-            elsewhere = [key for key in flatten(Config()) if key.endswith(f".{name}")]
-            close = f"did you mean '{elsewhere[0]}'?" if elsewhere else ""
-            near = close or nearest(str(name), list(kind.hints))
-            yield f"{kind.prefix}{name}: no such setting; {near}"
-        elif is_dataclass(kind.hints[name]):
-            yield from _unknown(kind.hints[name], value)
-
-
-def _rule(holds: bool, message: str) -> None:
-    if not holds:
+def _require(condition: bool, message: str) -> None:
+    if not condition:
         raise ValueError(message)

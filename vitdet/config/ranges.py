@@ -1,4 +1,4 @@
-"""The types of settings with a range. The description of a range completes the message "KEY must ..."."""
+"""Types of settings with a range. A range's description completes the message "KEY must ..."."""
 
 import math
 import re
@@ -9,15 +9,15 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 
 from msgspec import Meta, ValidationError, convert
 
-from vitdet.credentials import hide_credentials
+from vitdet.config.credentials import hide_credentials
 
 
 def between(low: int, high: int) -> Meta:
-    """The range of a whole number, with both bounds in its description."""
+    """Return the range of a whole number, with both bounds in its description."""
     return Meta(ge=low, le=high, description=f"be between {low} and {high}")
 
 
-# Upper bounds are far above what any model or machine uses: they catch typing errors
+# Upper bounds are far above what any model or machine uses: they catch typos
 Seed = Annotated[int, between(0, 2**63 - 1)]
 Count = Annotated[int, between(1, 2**31 - 1)]  # of steps or files
 Amount = Annotated[int, between(1, 1_000_000)]  # of images, boxes or classes
@@ -27,24 +27,24 @@ Workers = Annotated[int, between(0, 1024)]  # number of processes
 NonNegative = Annotated[float, Meta(ge=0, description="not be negative")]
 Positive = Annotated[float, Meta(gt=0, description="be above 0")]
 Positives = Annotated[tuple[Positive, ...], Meta(min_length=1, description="be above 0")]
-Fraction = Annotated[float, Meta(ge=0, le=1, description="lie between 0 and 1")]
-Percent = Annotated[float, Meta(ge=0, le=100, description="lie between 0 and 100")]
-# Of an interval from 1,000 resamples: in a tail of less than 1 / 1,001 is no resample
+Fraction = Annotated[float, Meta(ge=0, le=1, description="be between 0 and 1")]
+Percent = Annotated[float, Meta(ge=0, le=100, description="be between 0 and 100")]
+# With 1,000 resamples, a tail of less than 1 / 1,001 contains none
 Confidence = Annotated[
     float,
     Meta(
-        ge=0, le=0.998, description="lie between 0 and 0.998, the most that 1,000 resamples resolve"
+        ge=0, le=0.998, description="be between 0 and 0.998, the most that 1,000 resamples resolve"
     ),
 ]
-Fractions = Annotated[tuple[Fraction, ...], Meta(min_length=1, description="lie between 0 and 1")]
-# What MLflow accepts (mlflow.utils.validation; its databases have 256 characters for a name). Quotes
-# and backslashes would end or change the text in the filters by which a model is searched.
+Fractions = Annotated[tuple[Fraction, ...], Meta(min_length=1, description="be between 0 and 1")]
+# Accepted by MLflow (mlflow.utils.validation; its databases store 256 characters of a name). Quotes
+# and backslashes would break the filter strings of searches for a model.
 ModelName = Annotated[
     str,
     Meta(
         pattern=r"^(?=.*\S)(?!\.\Z|\.\.)[^/:'\"\\\x00-\x1f\x7f]{1,256}\Z",
-        description="have 1 to 256 characters, none of them / : ' \" \\ or a line break, and not be . or "
-        "begin with ..",
+        description="have 1 to 256 characters, none of them / : ' \" \\ or a line break, and not "
+        "be . or begin with ..",
     ),
 ]
 ExperimentName = Annotated[
@@ -54,7 +54,7 @@ ExperimentName = Annotated[
         description="have 1 to 256 characters and no line break",
     ),
 ]
-# localhost:5000 would be a folder for MLflow, or a kind of store that is called localhost
+# MLflow would read localhost:5000 as a folder or as the URI scheme localhost
 TrackingUri = Annotated[
     str,
     Meta(
@@ -73,8 +73,8 @@ TYPES = {int: "a whole number", float: "a number", str: "text", bool: "true or f
 
 
 def check(key: str, hint: Any, value: Any) -> None:
-    """Raises ValueError for a wrong type or choice, and a value out of range or not finite."""
-    kind, got = bare(hint), list(value) if isinstance(value, tuple) else value
+    """Raise ValueError for a wrong type or choice, and for a value out of range or not finite."""
+    kind, got = without_ranges(hint), list(value) if isinstance(value, tuple) else value
     item, *rest = get_args(kind) if get_origin(kind) is tuple else (kind,)
     if rest and isinstance(got, list) and rest in ([...], [item] * (len(got) - 1)):
         for one in got:
@@ -95,7 +95,7 @@ def check(key: str, hint: Any, value: Any) -> None:
 
 
 def check_address(key: str, uri: str) -> None:
-    """Raises ValueError for an address without a scheme, and hides a password in it."""
+    """Raise ValueError for an address without a scheme; credentials are hidden in the message."""
     hidden = hide_credentials(uri) if "://" in uri else re.sub(r"^.*@", "***@", uri)
     check(key, TrackingUri, hidden)
 
@@ -108,10 +108,10 @@ def _fits(value: object, hint: Any) -> bool:
 
 
 @cache
-def bare(hint: Any) -> Any:
-    """The type without ranges."""
+def without_ranges(hint: Any) -> Any:
+    """Return a type without its ranges."""
     if get_origin(hint) is Annotated:
         hint = get_args(hint)[0]
     if get_origin(hint) is tuple:
-        return GenericAlias(tuple, tuple(map(bare, get_args(hint))))
+        return GenericAlias(tuple, tuple(map(without_ranges, get_args(hint))))
     return hint

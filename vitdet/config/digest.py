@@ -1,4 +1,4 @@
-"""Which settings of two configs differ, and the names of trainings that follow from their settings."""
+"""Differences between two configs, and digests of configs that name trainings."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ import hashlib
 import json
 from functools import reduce
 
-from vitdet.config import Config, flatten, to_dict
-from vitdet.sections import list_settings
+from vitdet.config.load import flatten, to_dict
+from vitdet.config.schema import Config
+from vitdet.config.sections import list_settings
 
 # settings that version 0.1 (commit dad8b8b) did not have
 LATER = (
@@ -34,8 +35,10 @@ LATER = (
 
 
 def difference(ours: Config, theirs: Config, *, affecting_weights: bool | None = None) -> list[str]:
-    """A text as `optim.lr: 0.0001, not 0.0002` for each setting that differs; of all settings, or
-    only of those that affect the trained weights (True) or do not (False).
+    """Return a text like `optim.lr: 0.0001, not 0.0002` for each setting that differs.
+
+    affecting_weights: compare only settings that affect the trained weights (True) or do not
+    (False); None: all settings.
     """
     left, right, settings = flatten(ours), flatten(theirs), list_settings(ours)
     wanted = [k for k in left if affecting_weights is None or settings[k][1] != affecting_weights]
@@ -43,14 +46,16 @@ def difference(ours: Config, theirs: Config, *, affecting_weights: bool | None =
 
 
 def training_settings(config: Config) -> dict[str, bool | int | float | str]:
-    """What `flatten` returns, of the settings that affect the result of a training."""
+    """Return `flatten(config)` restricted to the settings that affect the result of a training."""
     settings = list_settings(config)
     return {key: value for key, value in flatten(config).items() if not settings[key][1]}
 
 
 def digest(config: Config) -> str:
-    """12 hexadecimal digits that name the training, by the settings that affect the trained weights
-    and are not at their default: other operational settings or new ones do not change the name.
+    """Return 12 hexadecimal digits that name a training.
+
+    Computed from the settings that affect the trained weights and differ from their default, so
+    that neither operational nor newly added settings change the name.
     """
     defaults, settings = flatten(type(config)()), training_settings(config)
     changed = {key: value for key, value in settings.items() if value != defaults[key]}
@@ -58,8 +63,9 @@ def digest(config: Config) -> str:
 
 
 def legacy_digest(config: Config) -> str | None:
-    """The digest of version 0.1, over all settings that existed then, to find folders named by it.
-    None if a later setting that affects the weights is not at its default.
+    """Return the digest of version 0.1, over all settings of that version, to find its folders.
+
+    None if a later setting that affects the weights differs from its default.
     """
     tree, settings, defaults = to_dict(config), list_settings(config), list_settings(type(config)())
     for key in LATER:

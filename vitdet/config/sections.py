@@ -1,4 +1,4 @@
-"""Groups of settings, as frozen dataclasses that may hold others: what they check, and their values from a file."""
+"""Sections of the config: nested frozen dataclasses that validate their values."""
 
 import math
 from collections.abc import Mapping
@@ -9,22 +9,23 @@ from typing import Any, get_type_hints
 
 from msgspec import convert
 
-from vitdet.ranges import bare, check
+from vitdet.config.ranges import check, without_ranges
 
 
 def operational(reason: str, *unless: str) -> dict[str, Any]:
-    """Metadata of what does not affect the trained weights, and why: a training can resume with
-    another value, and the names of run and checkpoint folders do not depend on it.
+    """Return field metadata of a setting that does not affect the trained weights.
 
-    unless: keys of settings, as `optim.scale_lr`; it does affect them if any of these is on.
+    A training can resume with another value, and the names of run and checkpoint folders do not
+    depend on it. reason: why it has no effect; unless: settings such as `optim.scale_lr` that give
+    it an effect if any of them is on.
     """
     return {"operational": reason, "unless": unless}
 
 
 class Section:
-    """A group of settings. Types, choices and ranges are checked whenever an instance is made."""
+    """A group of settings. Each new instance checks types, choices and ranges."""
 
-    prefix = ""  # of its settings' keys, as `optim.` of `optim.lr`
+    prefix = ""  # of the keys of its settings, e.g. `optim.`
     hints = dict[str, Any]()  # field -> type and range
 
     def __init_subclass__(cls, prefix: str | None = None) -> None:
@@ -40,9 +41,9 @@ class Section:
 def list_settings(
     section: Any, operational: bool = False, root: Any = None
 ) -> dict[str, tuple[Any, bool]]:
-    """{key: (value, whether it is operational)} of all settings of a section.
+    """Return {key: (value, whether it is operational)} for all settings of a section.
 
-    root: the section of all sections, to which the keys of `unless` refer; default: `section`.
+    root: the outermost section, which the keys of `unless` refer to; default: `section`.
     """
     found: dict[str, tuple[Any, bool]] = {}
     root = section if root is None else root
@@ -58,9 +59,9 @@ def list_settings(
 
 
 def merge(tree: dict, kind: Any, changes: Mapping) -> None:
-    """Set values in the tree of a section of this kind; a mapping is merged into a section that is there.
+    """Set values in the tree of a section of this kind, merging nested sections.
 
-    Raises ValueError where a section would become something else.
+    Raises ValueError if a section would be replaced by another value.
     """
     for name, value in changes.items():
         section, current = kind.hints.get(name), tree.get(name)
@@ -68,7 +69,7 @@ def merge(tree: dict, kind: Any, changes: Mapping) -> None:
             tree[name] = value
             continue
         tree[name] = {} if current is None else current
-        # null stands for the defaults in a file, but here settings of the file would be lost
+        # null selects the defaults in a file; here it would discard settings of the file
         for one in (value, tree[name]):
             if not isinstance(one, dict):
                 raise section_error(section, one)
@@ -76,16 +77,18 @@ def merge(tree: dict, kind: Any, changes: Mapping) -> None:
 
 
 def convert_section(kind: Any, value: Any) -> Any:
-    """A value from YAML as its setting's type, if possible; the section refuses it otherwise."""
+    """Convert a value from YAML to the type of its setting; what does not fit is returned as is,
+    and the section rejects it.
+    """
     if hints := getattr(kind, "hints", None):  # a section
         return kind(
             **{name: convert_section(hints[name], one) for name, one in (value or {}).items()}
         )
-    hint = bare(kind)
+    hint = without_ranges(kind)
     if hint is str and isinstance(value, int | float | None):
         return "" if value is None else str(value)
     with suppress(ValueError):  # also ValidationError
-        # YAML reads 1e-4 as text; a whole number may be 1e3, but true is not 1
+        # YAML reads 1e-4 as text; 1e3 is accepted as a whole number, true is not accepted as 1
         number = float(value) if hint in (int, float) and isinstance(value, str) else value
         if not isinstance(number, float) or math.isfinite(number):
             return convert(number, hint, strict=hint is bool)
@@ -93,6 +96,8 @@ def convert_section(kind: Any, value: Any) -> Any:
 
 
 def section_error(kind: Any, value: object) -> ValueError:
-    """The error of a value in the place of a section."""
+    """Return the error for a value where a section is expected."""
     got = "null" if value is None else repr(value)
-    return ValueError(f"{kind.prefix[:-1]}: is a section ({', '.join(kind.hints)}), got {got}")
+    return ValueError(
+        f"{kind.prefix[:-1]}: expected a section ({', '.join(kind.hints)}), got {got}"
+    )

@@ -1,20 +1,21 @@
-"""Passwords in addresses: which part of a text is one, and how it is hidden."""
+"""Detection and masking of credentials in addresses."""
 
 from __future__ import annotations
 
 import re
 
 _TEXT = r"(?:[^\s'\"]|['\"](?=\w))"  # a quote within a password; not one that ends the address
-# USER:PASSWORD@ behind ://. A password may contain / and @, therefore all up to the last @, unless
-# what follows the colon is the port of http://HOST:PORT/PATH, or there is no colon (the path may
-# contain @ then, as in s3://BUCKET/a@b, and a file's address has no host).
+# USER:PASSWORD@ after ://. A password may contain / and @, so match up to the last @, unless the
+# colon precedes the port of http://HOST:PORT/PATH, or there is no colon (then the path may contain
+# @, as in s3://BUCKET/a@b, and the address of a file has no host).
 _USER = (
     rf"(?:(?<!http)(?<!https)|(?!://[^/\s]*:\d+/))(?P<scheme>://)[^/\s'\"\[]*?:{_TEXT}*(?P<at>@)"
 )
 _USER_ONLY = r"(?<=://)[^/\s'\"]*(?P<at2>@)"
 # NAME=VALUE of a query; %3B and %3D: of an ODBC connection string in one
 _NAME = (
-    r"[\w.-]*(?:password|passwd|passphrase|secret|token|signature|credential|(?:api|access|account|shared)[_-]?key)[\w.-]*"
+    r"[\w.-]*(?:password|passwd|passphrase|secret|token|signature|credential"
+    r"|(?:api|access|account|shared)[_-]?key)[\w.-]*"
     r"|key|pwd|pass|sig|auth"
 )
 _QUERY = rf"(?P<name>(?:[?&;]|%3[BF]|%26|odbc_connect=)(?:{_NAME})(?:=|%3D))[^&\s'\"]+"
@@ -30,10 +31,10 @@ def has_credentials(address: str) -> bool:
 
 
 def hide_credentials(text: object) -> str:
-    """Return the text with *** instead of what `has_credentials` finds in it."""
+    """Return the text with *** in place of its credentials."""
     return _CREDENTIALS.sub(r"\g<scheme>\g<name>***\g<at>\g<at2>", str(text))
 
 
 def without_credentials(address: str) -> str:
-    """Return the address without what `has_credentials` finds in it."""
+    """Return the address without its credentials."""
     return _CREDENTIALS.sub(r"\g<scheme>", address)

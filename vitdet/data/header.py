@@ -1,0 +1,204 @@
+"""Validation of the tables of an annotation file, its categories and its images."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import TypeAlias
+
+from vitdet.data.annotation_file import Entries, InvalidEntry
+from vitdet.data.coco_layouts import image_name
+from vitdet.data.segmentation import show, whole_number
+
+# exclusive limit of an image's sides in pixels: that of JPEG; RLEs count pixels in 32 bits
+MAX_SIDE = 2**16
+# fields of an LVIS image: categories that were annotated as absent or not exhaustively
+LISTS = ("neg_category_ids", "not_exhaustive_category_ids")
+COCO_HINT = "required by LVIS; for COCO's annotations set data.dataset=coco"
+
+Table: TypeAlias = list | Entries
+# (kind of problem, location in the file, value or '') -> None
+Handler: TypeAlias = Callable[[str, str, str], None]
+
+
+def raise_error(kind: str, where: str, what: str) -> None:
+    """Raise ValueError with a one-line message: the error handler of training and evaluation."""
+    raise ValueError(f"{where}: {kind}{what and ': '}{what}")
+
+
+def ignore_warning(kind: str, where: str, what: str) -> None:
+    """Ignore a warning: the warning handler of training and evaluation."""
+
+
+def root_category(categories: Iterable[object]) -> int | None:
+    """Return the id of the category 0 that Roboflow adds as supercategory of all others, or
+    None.
+    """
+    items = [item for item in categories if isinstance(item, dict)]
+    names = [item.get("name") for item in items if whole_number(item.get("id")) == 0]
+    others = [item for item in items if whole_number(item.get("id")) != 0]
+    is_root = others and names and all(one.get("supercategory") == names[0] for one in others)
+    return 0 if is_root else None
+
+
+class HeaderValidator:
+    """Validates the tables, the categories and the images of one annotation file.
+
+    Args:
+        lvis: the file is LVIS's, not COCO's.
+        error, warning: called for each problem.
+        files: image files will be opened, so each image needs a valid name.
+
+    Attributes:
+        sizes: (height, width) of each image by id; None for an image with an error.
+        names: file name of each image by id.
+        categories: name of each category by id.
+        stated: `image_count` of each category by id, as in the file.
+    """
+
+    def __init__(
+        self,
+        lvis: bool,
+        error: Handler = raise_error,
+        warning: Handler = ignore_warning,
+        files: bool = True,
+    ) -> None:
+        self.lvis, self.error, self.warning, self.files = lvis, error, warning, files
+        self.sizes: dict[int, tuple[int, int] | None] = {}
+        self.names: dict[int, str] = {}
+        self.categories: dict[int, str] = {}
+        self.stated: dict[int, object] = {}
+        # of `root_category`; None once an annotation uses it
+        self._root: int | None = None
+
+    def read_header(self, content: object) -> dict[str, Table]:
+        """Check the layout, the categories and the images; return the tables (empty if missing)."""
+        tables = self._tables(content)
+        self._root = root_category(tables["categories"])
+        for category in self._items(tables["categories"], "category"):
+            self._category(category)
+        for image in self._items(tables["images"], "image"):
+            self._image(image)
+        return tables
+
+    def _tables(self, content: object) -> dict[str, Table]:
+        tables: dict[str, Table] = {"images": [], "annotations": [], "categories": []}
+        if not isinstance(content, dict):
+            self.error(
+                "not COCO's layout",
+                "top level",
+                f"expected an object with {', '.join(tables)}; got a {type(content).__name__}",
+            )
+            return tables
+        for key in tables:
+            if key not in content:
+                self.error(
+                    f"no {key!r} in the file", "top level", f"its keys are {show(list(content))}"
+                )
+            elif not isinstance(content[key], Table):
+                self.error(f"{key!r} is not a list", "top level", f"got {show(content[key])}")
+            else:
+                tables[key] = content[key]
+        return tables
+
+    def _items(self, table: Table, what: str) -> Iterator[dict]:
+        """Yield the entries that are objects with a unique id, with the id as int."""
+        seen: set[int] = set()
+        for index, item in enumerate(table):
+            number = whole_number(item.get("id")) if type(item) is dict else None
+            if number is not None and number not in seen and -(2**63) <= number < 2**63:
+                seen.add(number)
+                if type(item["id"]) is not int:
+                    self._converted(f"{what} {number}", f"id {show(item['id'])}")
+                yield item | {"id": number}
+            else:
+                self._no_item(item, what, index)
+
+    def _no_item(self, item: object, what: str, index: int) -> None:
+        where = f"{what}s, entry {index}"
+        if isinstance(item, InvalidEntry):
+            self.error("invalid JSON", where, item.reason)
+        elif not isinstance(item, dict):
+            self.error(f"{what} that is not an object", where, show(item))
+        elif "id" not in item:
+            self.error(f"{what} without 'id'", where, show(item))
+        elif (number := whole_number(item["id"])) is None:
+            self.error(f"{what} id that is not a whole number", where, show(item["id"]))
+        elif not -(2**63) <= number < 2**63:
+            self.error(f"{what} id of more than 64 bits", where, show(item["id"]))
+        else:
+            self.error(f"duplicate {what} id", f"{what} {number}", f"entry {index}")
+
+    def _converted(self, where: str, what: str) -> None:
+        self.warning("number of another type (read as a whole number)", where, what)
+
+    def _has(self, item: dict, key: str, where: str) -> bool:
+        if key not in item:
+            self.error(f"{where.split()[0]} without {key!r}", where, "")
+        return key in item
+
+    def _category(self, category: dict) -> None:
+        number, name = category["id"], category.get("name")
+        where = f"category {number}"
+        if self._has(category, "name", where) and not is_text(name):
+            self.error("category name that is not text", where, show(name))
+        elif name in self.categories.values():
+            self.warning("duplicate category name", where, show(name))
+        if self.lvis and category.get("frequency") not in ("r", "c", "f"):
+            stated = show(category["frequency"]) if "frequency" in category else COCO_HINT
+            self.error("category whose frequency is not r, c or f", where, stated)
+        self.categories[number] = name if isinstance(name, str) and is_text(name) else ""
+        self.stated[number] = category.get("image_count")
+
+    def _image(self, image: dict) -> None:
+        number, where = image["id"], f"image {image['id']}"
+        if self.files:
+            self._name(image, where)
+        for key in LISTS if self.lvis else ():
+            if key not in image:
+                self.error(f"image without {key!r}", where, COCO_HINT)
+            elif not self._are_categories(image[key]):
+                self.error(f"{key!r} that are not categories", where, show(image[key]))
+        sides = []
+        for key in ("height", "width"):
+            if not self._has(image, key, where):
+                continue
+            side = whole_number(image[key])
+            if side is None or not 0 < side < MAX_SIDE:
+                kind = f"image {key} that is not a whole number from 1 to {MAX_SIDE - 1}"
+                self.error(kind, where, show(image[key]))
+                continue
+            if type(image[key]) is not int:
+                self._converted(where, f"{key} {show(image[key])}")
+            sides.append(side)
+        self.sizes[number] = (sides[0], sides[1]) if len(sides) == 2 else None
+
+    def _name(self, image: dict, where: str) -> None:
+        place = "coco_url" if self.lvis and image.get("coco_url") else "file_name"
+        if self._has(image, place, where):
+            if not is_line(image[place]) or not image[place]:
+                self.error("file name that is not text", where, show(image[place]))
+                return
+            name = image_name(image, self.lvis)
+            if name.startswith("/") or ".." in name.replace("\\", "/").split("/"):
+                self.error("file name that leaves its folder", where, show(name))
+            else:
+                self.names[image["id"]] = name
+
+    def _are_categories(self, ids: object) -> bool:
+        return isinstance(ids, list) and all(
+            type(one) is int and one in self.categories for one in ids
+        )
+
+
+def is_line(value: object) -> bool:
+    """Return whether a value is text of at most one line, as a file name."""
+    return isinstance(value, str) and len(value.splitlines()) < 2 and "\0" not in value
+
+
+def is_text(value: object) -> bool:
+    """Return whether a value is text of at most one line without lone surrogates."""
+    return (
+        isinstance(value, str)
+        and is_line(value)
+        and (value.isascii() or not any("\ud800" <= letter <= "\udfff" for letter in value))
+    )
