@@ -234,7 +234,7 @@ def test_kubeflows_executor_runs_a_step(pod: Pod, storage: Path) -> None:
     words = [json.dumps(request) if word == "{{$}}" else word for word in container["args"]]
     pod("vitdet", *container["command"], *words)
     output = json.loads((storage / "data/step/output.json").read_text())
-    assert len(json.loads(output["parameterValues"]["Output"])) == 1
+    assert len(output["parameterValues"]["Output"]) == 1
     assert (storage / "data/step/settings").exists()
 
 
