@@ -167,8 +167,9 @@ def _remove_credentials(path: Path, content: dict) -> None:
         return
     uri = tracking.get("uri")
     if isinstance(uri, str) and (kept := without_credentials(uri)) != uri:
+        assert isinstance(config, dict) and isinstance(tracking, dict)
         _warn_of_credentials(path, hide_credentials(uri))
-        content["config"] = config | {"tracking": tracking | {"uri": kept}}
+        content["config"] = {**config, "tracking": {**tracking, "uri": kept}}
 
 
 @cache

@@ -49,8 +49,8 @@ CANDIDATE = "candidate"
 CARD, CONFIG = "model_card.md", "config.yaml"  # artifacts of a version, beside the report
 DESCRIPTION = (  # of a registered model
     "Detectors of vitdet. `candidate`: the version that was "
-    "registered last. `champion`: the best version, which only a version that passes the gate "
-    "replaces (`vitdet promote`, `vitdet rollback`). A version's description is its model card."
+    "registered last. `champion`: the best version; only a version that passes the gate "
+    "replaces it (`vitdet promote`, `vitdet rollback`). A version's description is its model card."
 )
 log = logging.getLogger(__name__)
 
