@@ -188,7 +188,7 @@ def test_what_is_no_file_of_results_is_refused(files, text, message):
     [
         (
             lambda tree: tree["images"].clear(),
-            "most objects: annotation of an image that does not exist",
+            "most objects: annotation of an unknown image",
         ),
         (
             lambda tree: tree["annotations"][0].pop("bbox"),
