@@ -15,7 +15,7 @@ from components.launcher.client import JobClient, Timeouts
 from components.launcher.failures import Failures
 from components.launcher.logs import OUT_OF_GPU_MEMORY, PodLog, RankLogs
 from components.launcher.progress import PROGRESS, Progress
-from components.launcher.pruned import judge_dropped
+from components.launcher.pruned import check_dropped
 from components.launcher.queue import is_suspended, no_workload, queue_name, waiting_reason
 from components.launcher.restarts import OUT_OF_MEMORY, Restarts, node_is_unresponsive
 from components.launcher.signals import on_stop
@@ -158,7 +158,7 @@ class Follower:
             self.client.delete()
             time.sleep(min(self.timeouts.poll, 1))
         self.report("created", f"created {self.name} in namespace {wanted['namespace']}")
-        warnings, error = judge_dropped(self.kind, self.job, created)
+        warnings, error = check_dropped(self.kind, self.job, created)
         for text in warnings:
             self.report(text, text)
         if error:
