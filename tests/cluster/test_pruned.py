@@ -6,7 +6,7 @@ import copy
 
 import pytest
 
-from components.launcher.pruned import dropped_fields, check_dropped
+from components.launcher.pruned import check_dropped, dropped_fields
 from components.launcher.templates import KINDS, fill_template
 from tests.cluster.test_following import DONE, Record, clock, follow
 from tests.cluster.test_launcher import TEMPLATES, filled, request
