@@ -1,12 +1,15 @@
 # make demo    the whole job: data, weights, training, evaluation, registration; some minutes on 2 cores
 # make test    the fast tests (one file: make test TESTS=tests/cli/test_config.py; on more cores: JOBS=8)
 # make test-slow  the slow tests (end-to-end pipelines, process kills, real servers); up to 20 minutes on 2 cores
+# make test-all   both, in one go
 # make ui      MLflow in the browser: the demo's runs and models
+# make image   the images vitdet and vitdet-mlflow, by docker, podman or buildah: the first that responds, or ENGINE=podman;
+#              make image REGISTRY=registry.example.com/ TAG=0.2.0 OPTIONS="--build-arg BASE=..."
 # make lint    ruff and mypy
 # make lock    renews requirements.lock: the newest versions that the ranges in pyproject.toml allow
 # make clean   removes what the others made: the environment, the work folder, DVC's cache and lock
 #
-# Each first makes the environment (.venv) when it is missing or older than requirements.lock or pyproject.toml.
+# Each but `image` first makes the environment (.venv) when it is missing or older than requirements.lock or pyproject.toml.
 # Another interpreter: make demo PYTHON=python3.12
 
 PYTHON ?= python3
@@ -18,7 +21,7 @@ BIN := .venv/bin
 READY := .venv/.ready
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: demo check-git test test-slow ui lint lock setup clean
+.PHONY: demo check-git test test-slow test-all ui image lint lock setup clean
 
 demo: check-git $(READY)
 	dvc repro
@@ -43,11 +46,28 @@ test: $(READY)
 test-slow: $(READY)
 	$(PYTEST) -m slow $(TESTS)
 
+test-all: $(READY)
+	$(PYTEST) $(TESTS)
+
 ui: $(READY)
 	@test -f $(WORK)/mlflow.db || { echo "$(WORK)/mlflow.db is missing: run make demo first" >&2; exit 1; }
 	@echo "MLflow at http://127.0.0.1:$(PORT)/#/experiments/1?workflowType=machine_learning until Ctrl-C; other port: make ui PORT=5001"
 	mlflow server --backend-store-uri sqlite:///$(WORK)/mlflow.db --artifacts-destination $(WORK)/mlartifacts \
 	  --host 127.0.0.1 --port $(PORT) --workers 1
+
+ENGINE ?= $(shell for one in docker podman buildah; do $$one info >/dev/null 2>&1 && echo $$one && break; done)
+TAG ?= $(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)
+# docker reads this file by itself, and has layers always
+LAYERS := --layers --ignorefile manifests/image/Dockerfile.dockerignore
+
+image:
+	@test -n "$(ENGINE)" || { echo "make image needs docker, podman or buildah, and none of them responds to \`info\`: \
+	start or install one, or name one: make image ENGINE=..." >&2; exit 1; }
+	revision=$$(git describe --always --dirty --abbrev=40 --exclude='*' || true); for target in vitdet mlflow; do \
+	  $(ENGINE) build $(if $(filter docker,$(ENGINE)),,$(LAYERS)) $(OPTIONS) --file manifests/image/Dockerfile --target $$target \
+	    --build-arg REVISION=$$revision --tag $(REGISTRY)vitdet$$([ $$target = vitdet ] || echo -$$target):$(TAG) . || exit 1; \
+	done
+	@echo "built $(REGISTRY)vitdet:$(TAG) and $(REGISTRY)vitdet-mlflow:$(TAG)"
 
 lint: $(READY)
 	ruff check .

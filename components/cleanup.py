@@ -12,14 +12,21 @@ def clean_up(
     workspace: str,
     job_kind: str,
     status: dsl.PipelineTaskFinalStatus,
+    table: dsl.Output[dsl.HTML],
 ) -> None:
-    """End the jobs of this run (job_kind "": it has none) and its MLflow parent run."""
+    """End the jobs of this run (job_kind "": it has none) and its MLflow parent run.
+
+    After a failure it makes the table that `compare` did not: what finished, and why the rest did not.
+    """
     from components import afterwards, run_id
     from components.launcher.launch import clean_up_jobs
     from vitdet import stages
 
-    with afterwards(
-        lambda: stages.end_parent_run(recipes, overrides, workspace, run_id(), status.state)
+    with (
+        afterwards(
+            lambda: stages.end_parent_run(recipes, overrides, workspace, run_id(), status.state)
+        ),
+        afterwards(lambda: print(stages.compare_finished(workspace, run_id(), table.path))),
     ):
         succeeded = status.state in ("SUCCEEDED", "COMPLETE")
         deleted, left = clean_up_jobs(run_id(), job_kind, succeeded) if job_kind else ([], [])

@@ -1,6 +1,6 @@
 """Steps `announce` and `compare`: the MLflow parent run of all trainings, and the final table."""
 
-from kfp.dsl import Artifact, Input, Markdown, Output
+from kfp.dsl import HTML, Artifact, Input, Markdown, Output
 
 from components.decorator import component
 
@@ -19,13 +19,15 @@ def compare(
     verdicts: Input[list[Artifact]],
     resolved: Input[Artifact],
     workspace: str,
-    table: Output[Markdown],
+    table: Output[HTML],
+    links: Output[Markdown],
 ) -> None:
-    """Create a table of all recipes, evaluated on the same data with the same settings."""
+    """Create a table of all trainings, evaluated on the same data with the same settings.
+
+    links: the same table with links to MLflow, which Kubeflow's page opens from Markdown only.
+    """
     from components import run_id
     from vitdet import stages
 
-    text = stages.compare(
-        [verdict.path for verdict in verdicts], resolved.path, workspace, run_id(), table.path
-    )
-    print(text)
+    paths = [verdict.path for verdict in verdicts]
+    print(stages.compare(paths, resolved.path, workspace, run_id(), table.path, links.path))

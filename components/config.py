@@ -7,7 +7,12 @@ from components.decorator import component
 
 @component
 def configs(
-    recipes: list[str], overrides: list[str], workspace: str, settings: Output[Artifact]
+    recipes: list[str],
+    overrides: list[str],
+    sweep: list[str],
+    seeds: int,
+    workspace: str,
+    settings: Output[Artifact],
 ) -> list[str]:
     """Resolve all settings that do not depend on the data; return the names of the trainings.
 
@@ -15,6 +20,6 @@ def configs(
     """
     from vitdet import stages
 
-    names = stages.resolve_configs(recipes, overrides, workspace, settings.path)
+    names = stages.resolve_configs(recipes, overrides, workspace, settings.path, sweep, seeds)
     print("\n".join(names))
     return names

@@ -1,4 +1,4 @@
-"""Step `data`: verifies the data set in the workspace."""
+"""Step `data`: brings the data set to the workspace if asked to, and verifies it."""
 
 from kfp.dsl import Artifact, Dataset, Input, Output
 
@@ -9,17 +9,20 @@ from components.decorator import component
 def data(
     settings: Input[Artifact],
     workspace: str,
+    fetch: str,
     resolved: Output[Artifact],
     manifest: Output[Dataset],
 ) -> list[dict[str, str]]:
-    """Verify the data and add its splits and classes to the configs; generate the demo's data set.
+    """Bring the data if `fetch` names any, verify it and add its splits and classes to the configs.
+
+    The demo's data set is generated.
 
     Returns {"training": name, "data": fingerprint} for each training. The fingerprint is part of
     the cache key of a training.
     """
     from vitdet import stages
 
-    found = stages.prepare_data(settings.path, workspace, resolved.path, manifest.path)
+    found = stages.prepare_data(settings.path, workspace, resolved.path, manifest.path, fetch)
     manifest.metadata["fingerprint"] = found.fingerprint
     print(*found.notes, f"data {found.fingerprint}", sep="\n")
     return [{"training": name, "data": found.fingerprint} for name in found.names]

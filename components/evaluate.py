@@ -17,7 +17,8 @@ def evaluate(
 ) -> str:
     """Evaluate a checkpoint; log box and mask AP in percent and the other metrics, also to MLflow.
 
-    report: curves, classes, errors, worst and best images on one page.
+    report: precision-recall curves, classes, errors, worst and best images on one page; its metadata has the address of
+    the MLflow run.
 
     Returns "known" if the registry has the champion's AP on this data with these settings, else
     "unknown".
@@ -25,7 +26,7 @@ def evaluate(
     from components import run_id
     from vitdet import stages
 
-    found, known = stages.evaluate_recipe(
+    found = stages.evaluate_recipe(
         checkpoint.path,
         resolved.path,
         name,
@@ -36,13 +37,11 @@ def evaluate(
         report.path,
     )
     # AP of single classes is in the report and in MLflow
-    for key in [metric for metric in found if "/" not in metric]:
-        figures.log_metric(key, found[key])
-    kinds = [
-        f"{kind} AP {found[f'{kind}_ap']}" for kind in ("box", "mask") if f"{kind}_ap" in found
-    ]
-    print(f"{name}: {', '.join(kinds) or 'no AP'}")
-    return "known" if known else "unknown"
+    for key in [metric for metric in found.metrics if "/" not in metric]:
+        figures.log_metric(key, found.metrics[key])
+    report.metadata["mlflow_run"] = found.page
+    print(f"{name}: {found.text()}")
+    return "known" if found.known else "unknown"
 
 
 @component

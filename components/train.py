@@ -64,23 +64,24 @@ def train_job(
     from components.launcher.launch import launch
     from vitdet import stages
 
-    argv = stages.train_argv(settings.path, name, data, workspace, run_id())
-    if not stages.is_trained(workspace, name, run_id()):
-        launch(
-            template=job,
-            kind=job_kind,
-            run_id=run_id(),
-            name=name,
-            args=argv,
-            nodes=nodes,
-            pool=pool,
-            image=image,
-            workspace=workspace,
-            task_config={**vars(task_config), "resources": None},
-            finished=lambda: stages.is_trained(workspace, name, run_id()),
-            check_processes=lambda count: stages.check_processes(settings.path, name, count),
-            keep_logs=lambda files: stages.keep_logs(
-                settings.path, name, workspace, run_id(), files
-            ),
-        )
-    stages.copy_checkpoint(workspace, name, run_id(), checkpoint.path)
+    with stages.recorded(workspace, name, run_id(), "train"):
+        argv = stages.train_argv(settings.path, name, data, workspace, run_id())
+        if not stages.is_trained(workspace, name, run_id()):
+            launch(
+                template=job,
+                kind=job_kind,
+                run_id=run_id(),
+                name=name,
+                args=argv,
+                nodes=nodes,
+                pool=pool,
+                image=image,
+                workspace=workspace,
+                task_config={**vars(task_config), "resources": None},
+                finished=lambda: stages.is_trained(workspace, name, run_id()),
+                check_processes=lambda count: stages.check_processes(settings.path, name, count),
+                keep_logs=lambda files: stages.keep_logs(
+                    settings.path, name, workspace, run_id(), files
+                ),
+            )
+        stages.copy_checkpoint(workspace, name, run_id(), checkpoint.path)

@@ -10,6 +10,7 @@ import json
 import re
 import time
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 from uuid import uuid4
@@ -18,6 +19,7 @@ import kfp_server_api as api
 
 from pipeline.connection import ServerError, in_cluster_address
 from pipeline.request import RunRequest, Schedule, kubeflow_cron
+from pipeline.versions import Version, server_version
 
 ENDED = ("SUCCEEDED", "FAILED", "SKIPPED", "CANCELED")  # kfp.Client keeps waiting on CANCELED
 RECURRING = "recurringrun"  # a schedule in the links of the web interface
@@ -42,8 +44,8 @@ class Server:
     ) -> None:
         self.runs, self.experiments = api.RunServiceApi(client), api.ExperimentServiceApi(client)
         self.recurring = api.RecurringRunServiceApi(client)
-        self.health = api.HealthzServiceApi(client)
-        self.transport, self.host = client.rest_client, client.configuration.host
+        self.client, self.transport = client, client.rest_client
+        self.host = client.configuration.host
         self.report = report
         self.ui = ui.rstrip("/") or ("" if in_cluster_address(self.host) else self.host)
 
@@ -51,22 +53,35 @@ class Server:
         """Return the link to a run in the web interface, without the host if it only serves the API."""
         return f"{self.ui}/#/{kind}/details/{run_id}"
 
-    def multi_user(self) -> bool:
-        """Whether the server is multi-user. Sent first, as it verifies that this is the API."""
+    @cached_property
+    def health(self) -> dict:
+        """What the server reports of itself. Requested first, as it verifies that this is the API.
+
+        The generated class has no field for the version, so the response is read as JSON.
+        """
         try:
-            return bool(self.health.healthz_service_get_healthz().multi_user)
+            api.HealthzServiceApi(self.client).healthz_service_get_healthz()
         except ServerError as error:
             if error.status != 404:
                 raise
+        else:
+            health = json.loads(self.client.last_response.data or "{}")
+            if health.get("apiServerReady") is False:  # of the web interface in front of it
+                raise ServerError(f"{self.host}: the API server does not respond", 503)
+            return health
         raise ServerError(
             f"{self.host} is not the Kubeflow Pipelines API (404); in a full Kubeflow deployment the address ends in "
             "/pipeline",
             404,
         )
 
+    def version(self) -> tuple[Version, str]:
+        """Return the server's version and a remark, see `server_version`."""
+        return server_version(self.health)
+
     def namespace(self, asked: str) -> str:
         """Return the namespace for requests: "" for a single-user server, which rejects any."""
-        multi_user = self.multi_user()
+        multi_user = bool(self.health.get("multi_user"))
         if multi_user and not asked and POD_NAMESPACE.exists():
             return POD_NAMESPACE.read_text().strip()
         if multi_user and not asked:
@@ -176,7 +191,7 @@ class Server:
             except ServerError as error:
                 if error.status != 404:
                     raise
-        self.multi_user()  # raises if this is not the API
+        _ = self.health  # raises if this is not the API
         raise ServerError(f"{self.host} has no run or schedule {some_id}", 404)
 
     def pod_namespace(self, run: api.V2beta1Run) -> str:
@@ -189,7 +204,8 @@ class Server:
     def follow(self, run_id: str, every: float = 10.0, tolerance: float = 600.0) -> api.V2beta1Run:
         """Report state changes until the run has ended.
 
-        The server may be unavailable for `tolerance` seconds.
+        The server may be unavailable for `tolerance` seconds, or not accept a token that has expired
+        and whose file is renewed.
         """
         reported: dict[str, str] = {}
         last_answer = time.monotonic()
@@ -197,7 +213,7 @@ class Server:
             try:
                 run = self.runs.run_service_get_run(run_id)
             except ServerError as error:
-                if not error.transient or time.monotonic() - last_answer > tolerance:
+                if not self.passes(error) or time.monotonic() - last_answer > tolerance:
                     raise ServerError(
                         f"{error}; the run continues: `python -m pipeline status {run_id}`",
                         error.status,
@@ -213,6 +229,10 @@ class Server:
                     return run
             time.sleep(every)
 
+    def passes(self, error: ServerError) -> bool:
+        """Whether a later request may succeed."""
+        return error.transient or (error.status == 401 and self.transport.renewed)
+
     def wait_until_ended(self, run_id: str, every: float, seconds: float) -> bool:
         """Whether a run ends within `seconds`; the server may be unavailable during that time."""
         start = time.monotonic()
@@ -221,7 +241,7 @@ class Server:
                 if self.runs.run_service_get_run(run_id).state in ENDED:
                     return True
             except ServerError as error:
-                if not error.transient:
+                if not self.passes(error):
                     raise
             if time.monotonic() - start >= seconds:
                 return False

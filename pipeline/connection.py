@@ -27,6 +27,8 @@ from kfp_server_api import ApiClient, ApiException, Configuration
 from kfp_server_api.rest import RESTClientObject, RESTResponse
 from urllib3 import exceptions
 
+from pipeline.versions import refused_field
+
 IN_CLUSTER = "http://ml-pipeline.kubeflow.svc.cluster.local:8888"
 POD_TOKEN = Path("/var/run/secrets/kubeflow/pipelines/token")  # kfp uses the same path
 LOGIN = "a token (--token-file FILE or KFP_TOKEN) or a cookie (--cookie-file FILE or KFP_COOKIE)"
@@ -37,14 +39,20 @@ class ServerError(OSError):
     """A failed request, with a message for the user.
 
     status: the HTTP status, 0 without a response. transient: a retry may succeed. sent: the request
-    may have taken effect.
+    may have taken effect. field: what the server does not know of the pipeline that it was sent.
     """
 
     def __init__(
-        self, message: str, status: int, *, transient: bool = False, sent: bool = True
+        self,
+        message: str,
+        status: int,
+        *,
+        transient: bool = False,
+        sent: bool = True,
+        field: str = "",
     ) -> None:
         super().__init__(message)
-        self.status, self.transient, self.sent = status, transient, sent
+        self.status, self.transient, self.sent, self.field = status, transient, sent, field
 
 
 @dataclass(frozen=True)
@@ -52,10 +60,12 @@ class Secret:
     """A token or cookie: its source, for messages, and how to read it.
 
     It is read for every request: token files of pods and login helpers are renewed in place.
+    renewed: another value may be read later.
     """
 
     source: str
     read: Callable[[], str] = field(repr=False)
+    renewed: bool = False
 
 
 def server_address(host: str) -> str:
@@ -105,10 +115,7 @@ def credentials(
     if not pod and in_cluster_address(host) and POD_TOKEN.exists():
         pod = str(POD_TOKEN)
     if pod and not token and not cookie:
-        token = Secret(
-            "the pod",
-            lambda: validate_secret("token", read_secret(pod, "the pod's token"), "the pod"),
-        )
+        token = renewed_secret("token", pod, "the pod's token")
     for secret in filter(None, (token, cookie)):
         secret.read()
     return token, cookie
@@ -116,18 +123,33 @@ def credentials(
 
 def named_secret(kind: str, file: str, variable: str) -> Secret | None:
     """Return the token or cookie that the user specified, if any; "-" is standard input."""
-    if file:
-        source = f"--{kind}-file"
-        text = read_secret(file, source)
-        once = file == "-" or not Path(file).is_file()  # a pipe
-        return Secret(
-            source,
-            lambda: validate_secret(kind, text if once else read_secret(file, source), source),
-        )
-    value = os.environ.get(variable)
-    if value:
-        return Secret(variable, lambda: validate_secret(kind, value, variable))
+    source = f"--{kind}-file" if file else variable
+    value = read_secret(file, source) if file else os.environ.get(variable)
+    if file and file != "-" and Path(file).is_file():  # not a pipe, which can be read once
+        return renewed_secret(kind, file, source)
+    if file or value:
+        return Secret(source, lambda: validate_secret(kind, value or "", source))
     return None
+
+
+def renewed_secret(kind: str, file: str, source: str) -> Secret:
+    """Return a secret that is read from its file each time.
+
+    Later, the last valid value is used where the file cannot be read or is empty, as while it is
+    being rewritten: the server decides whether that value is still accepted.
+    """
+    last = ""
+
+    def read() -> str:
+        nonlocal last
+        try:
+            last = validate_secret(kind, read_secret(file, source), source)
+        except ValueError:
+            if not last:
+                raise
+        return last
+
+    return Secret(source, read, renewed=True)
 
 
 def read_secret(file: str, source: str) -> str:
@@ -175,7 +197,10 @@ class Transport(RESTClientObject):
         super().__init__(configuration)
         self.host, self.timeout, self.retries = configuration.host, timeout, retries
         self.report = report
-        self.cookie, self.login = cookie, [secret for secret in (token, cookie) if secret]
+        self.token, self.cookie = token, cookie
+        self.login = [secret for secret in (token, cookie) if secret]
+        # after a 401, a later request may succeed
+        self.renewed = any(secret.renewed for secret in self.login)
 
     def request(
         self,
@@ -189,14 +214,15 @@ class Transport(RESTClientObject):
         _request_timeout: object = None,
     ) -> RESTResponse:
         """Send a request; the base class takes a pair of timeouts and ignores a single float."""
-        cookies = {"Cookie": self.cookie.read()} if self.cookie else {}
-        for attempt in range(self.retries + 1):
+        attempt, read_again = 0, False
+        while True:
+            login = self.login_headers()
             try:
                 answer = super().request(
                     method,
                     url,
                     query_params,
-                    {**(headers or {}), **cookies},
+                    {**(headers or {}), **login},
                     body,
                     post_params,
                     _preload_content,
@@ -214,13 +240,22 @@ class Transport(RESTClientObject):
                 failure = self.response_error(error)
             except exceptions.HTTPError as error:
                 failure = self.connection_error(error)
+            if failure.status == 401 and not read_again and self.login_headers() != login:
+                read_again = True  # the file was renewed since it was read
+                continue
             safe = method == "GET" or not failure.sent
             if attempt == self.retries or not failure.transient or not safe:
                 break
             pause = self.backoff * 2**attempt
             self.report(f"{failure}; retrying in {pause:g} s")
             time.sleep(pause)
+            attempt += 1
         raise failure  # outside `except`: the traceback must not contain the request's headers
+
+    def login_headers(self) -> dict[str, str]:
+        """Return the headers with the token and the cookie, as they are now."""
+        token = {"authorization": f"Bearer {self.token.read()}"} if self.token else {}
+        return {**token, **({"Cookie": self.cookie.read()} if self.cookie else {})}
 
     def response_error(self, error: ApiException) -> ServerError:
         """Return the error for a response with an error status."""
@@ -259,11 +294,13 @@ class Transport(RESTClientObject):
                 else "requests without token and cookie"
             )
             return ServerError(f"{self.host} forbids this to {who} (403){text}", status)
+        unknown = refused_field((error.body or b"").decode(errors="replace").replace('\\"', '"'))
         return ServerError(
             f"{self.host} returned {status} {error.reason}{text}",
             status,
-            transient=status in TRANSIENT,
+            transient=status in TRANSIENT and not unknown,
             sent=status != 429,
+            field=unknown,
         )
 
     def connection_error(self, error: exceptions.HTTPError) -> ServerError:
@@ -332,14 +369,5 @@ def connect(
     configuration = Configuration(host=host)
     configuration.ssl_ca_cert = ca_file or None
     client = ApiClient(configuration)
-    if token:
-        read_token = token.read
-
-        def renew(settings: Configuration) -> None:
-            settings.api_key["authorization"] = read_token()
-
-        configuration.api_key = {"authorization": ""}
-        configuration.api_key_prefix = {"authorization": "Bearer"}
-        configuration.refresh_api_key_hook = renew
     client.rest_client = Transport(configuration, token, cookie, timeout, retries, report)
     return client

@@ -12,6 +12,16 @@ is never cached, as the data may change in place; its fingerprint is an input of
 which are cached. The cache compares artifacts by id, so a training does not use artifacts of
 `data`: it reads the splits and classes itself, from data with that fingerprint.
 
+Trainings wait for one another: ParallelFor's parallelism, a constant of the compiled pipeline. The
+backend (2.5.0 to 2.17.0: argocompiler/dag.go, iteratorTask) sets it as `parallelism` of the Argo
+template whose children are the iterations, so Argo counts iterations, not pods (argo-workflows
+v3.5.14 to v4.0.5, operator.go: checkParallelism). A failed iteration does not stop the others (dag.go:
+assessDAGPhase waits for every node; template.failFast is not set), but `compare` depends on the loop
+(`depends: X.Succeeded`) and is then omitted: the exit handler makes the table of what finished, from
+the workspace, as an exit handler has no outputs of other steps. `ignore_upstream_failure` is no
+alternative: the backend compiles it to an exit hook, which iteratorTask does not pass on. After Retry
+of a run, the backend repeats `compare` but no exit handler that has succeeded.
+
 Workarounds for kfp 2.17:
 
 * The local runner skips an If on an output that is not called `Output`, and compares values other
@@ -46,8 +56,10 @@ from components.weights import weights
 from pipeline.job_manifests import (
     GPU,
     Accelerators,
+    Shape,
     accelerators,
     job_image,
+    job_shape,
     queue_labels,
     training_jobs,
 )
@@ -55,10 +67,13 @@ from pipeline.job_manifests import (
 MANIFESTS = Path(__file__).parents[1] / "manifests"
 JOBS = (MANIFESTS / "pytorchjob" / "pytorchjob.yaml", MANIFESTS / "trainjob" / "trainjob.yaml")
 CLAIM, MOUNT = "vitdet-data", "/data"
+# key -> variable; not MLflow's names, which the MLflow plugin of Kubeflow Pipelines sets:
+# vitdet/tracking/address.py
 SECRET = {
-    "MLFLOW_TRACKING_URI": "MLFLOW_TRACKING_URI",
-    "MLFLOW_TRACKING_USERNAME": "MLFLOW_TRACKING_USERNAME",
-    "MLFLOW_TRACKING_PASSWORD": "MLFLOW_TRACKING_PASSWORD",
+    "MLFLOW_TRACKING_URI": "VITDET_MLFLOW_TRACKING_URI",
+    "MLFLOW_TRACKING_USERNAME": "VITDET_MLFLOW_TRACKING_USERNAME",
+    "MLFLOW_TRACKING_PASSWORD": "VITDET_MLFLOW_TRACKING_PASSWORD",
+    "MLFLOW_UI_URL": "MLFLOW_UI_URL",  # optional: MLflow's address in a browser, for links
 }
 # Longer than any training. Argo counts from the start of the first attempt; after this time there
 # are no more retries and the running attempt is terminated (argo-workflows, operator.go:
@@ -81,11 +96,14 @@ def build(
     job: str = "",
     image: str = "",
     configure: Configure = lambda task, size: task,
+    parallel: int = 1,
+    shape: Shape = Shape(),  # noqa: B008 - immutable
 ) -> BaseComponent:
     """Build the pipeline.
 
     train: the component that trains. job: YAML of the training jobs that it may start. image: the
-    image of these jobs.
+    image of these jobs. parallel: trainings at a time, with their evaluations; 0: no limit. shape: the
+    defaults of the parameters nodes and job_kind.
     """
 
     @dsl.pipeline(name="champion")
@@ -112,30 +130,58 @@ def build(
         description="Trains recipes, compares them, registers what beats the champion.",
     )
     def vitdet(
-        recipes: list[str],
+        recipes: list[str] = ["tiny"],  # noqa: B006
         overrides: list[str] = [],  # noqa: B006
+        sweep: list[str] = [],  # noqa: B006
+        seeds: int = 1,
+        fetch: str = "",
         workspace: str = MOUNT,
-        nodes: int = 1,
+        nodes: int = shape.nodes,
         pool: str = "",
-        job_kind: str = "pytorchjob",
+        job_kind: str = shape.kind,
     ) -> None:
+        """Train, evaluate and compare recipes.
+
+        Args:
+            recipes: Names of recipes (`tiny` is a demo that draws its data), or absolute paths of YAML
+                files on the shared volume. All are trained on the same data and compared.
+            overrides: Settings that replace those of the recipes, as SECTION.KEY=VALUE.
+            sweep: Settings to vary, as SECTION.KEY=VALUE,VALUE; every combination is trained.
+            seeds: Trainings of each recipe and combination, with consecutive seeds; the table has mean
+                and standard deviation.
+            fetch: Brings the data to the recipe's folder on the volume first, as `coco`, `lvis` or
+                `convert SOURCE`, with options of `vitdet data`. Empty: the data is there.
+            workspace: Folder on the shared volume for data, weights and trainings.
+            nodes: Nodes of each training.
+            pool: Node pool for training (label vitdet/pool). Empty: the one in the job's manifest.
+            job_kind: Kind of the training job, `pytorchjob` or `trainjob`.
+        """
         end = configure(
             clean_up(recipes=recipes, overrides=overrides, workspace=workspace, job_kind=job_kind),
             "small",
         )
         with dsl.ExitHandler(end, name="experiment"):
             config = configure(
-                configs(recipes=recipes, overrides=overrides, workspace=workspace), "once"
+                configs(
+                    recipes=recipes,
+                    overrides=overrides,
+                    sweep=sweep,
+                    seeds=seeds,
+                    workspace=workspace,
+                ),
+                "once",
             )
             settings = config.outputs["settings"]
-            dataset = configure(data(settings=settings, workspace=workspace), "data")
+            dataset = configure(data(settings=settings, workspace=workspace, fetch=fetch), "data")
             resolved = dataset.outputs["resolved"]
             initial = configure(weights(settings=settings, workspace=workspace), "data")
             parent = configure(announce(settings=settings, workspace=workspace), "small")
             # never cached: they depend on state outside KFP
             for task in (dataset, initial, parent, end):
                 task.set_caching_options(False)
-            with dsl.ParallelFor(dataset.outputs["Output"], name="recipe") as item:
+            with dsl.ParallelFor(
+                dataset.outputs["Output"], name="recipe", parallelism=parallel
+            ) as item:
                 name, fingerprint = item.training, item.data
                 trained = configure(
                     train(
@@ -205,10 +251,10 @@ def build(
     return vitdet
 
 
-def compile_pipeline(file: Path, job: str = "") -> Path:
+def compile_pipeline(file: Path, job: str = "", parallel: int = 1) -> Path:
     """Write the cluster's pipeline; the output is deterministic.
 
-    job: YAML of the training jobs, as printed by `kubectl kustomize`; default: the jobs in
+    parallel: as of `build`. job: YAML of the training jobs, as printed by `kubectl kustomize`; default: the jobs in
     manifests/. The steps run in the image of the jobs unless the environment variable VITDET_IMAGE
     is set. Raises ValueError if it contains no job, or a TrainJob without its runtime.
     """
@@ -217,7 +263,12 @@ def compile_pipeline(file: Path, job: str = "") -> Path:
     image = IMAGE or job_image(jobs)
     compiler.Compiler().compile(
         build(
-            train_job, jobs, image, cluster_settings(accelerators(text), image, queue_labels(jobs))
+            train_job,
+            jobs,
+            image,
+            cluster_settings(accelerators(text), image, queue_labels(jobs)),
+            parallel,
+            job_shape(jobs),
         ),
         str(file),
     )
@@ -242,6 +293,7 @@ def cluster_settings(needs: Accelerators, image: str, queue: dict[str, str]) -> 
     def configure(task: PipelineTask, size: str) -> PipelineTask:
         processor, memory, memory_limit, retries = sizes[size]
         task.set_container_image(image)
+        task.set_env_variable("VITDET_IMAGE", image)  # logged to MLflow, by the training jobs too
         task.set_cpu_request(processor).set_memory_request(memory).set_memory_limit(memory_limit)
         if retries:
             task.set_retry(

@@ -1,4 +1,4 @@
-"""Read the YAML of the training jobs: kinds, image, GPUs, tolerations and node selector.
+"""Read the YAML of the training jobs: kinds, nodes, image, GPUs, tolerations and node selector.
 
 Step `evaluate` needs the same GPUs and nodes as training. A PyTorchJob specifies them in its pod
 template. For a TrainJob they are merged, later ones taking precedence, from its runtime (another
@@ -51,6 +51,23 @@ def training_jobs(text: str) -> str:
 def job_kinds(text: str) -> set[str]:
     """Return the values of job_kind for the jobs in a YAML stream. Raises like `training_jobs`."""
     return {KINDS[job["kind"]] for job in yaml.safe_load_all(training_jobs(text))}
+
+
+class Shape(NamedTuple):
+    """The number of nodes of a training job, and its kind as job_kind has it."""
+
+    nodes: int = 1
+    kind: str = "pytorchjob"
+
+
+def job_shape(jobs: str) -> Shape:
+    """Return the shape of the job in the result of `training_jobs`; of two kinds, the PyTorchJob's."""
+    job = documents_of(jobs)[0]
+    spec, kind = job["spec"], KINDS[job["kind"]]
+    replicas = spec.get("pytorchReplicaSpecs")
+    if replicas:
+        return Shape(sum(one.get("replicas", 1) for one in replicas.values()), kind)
+    return Shape((spec.get("trainer") or {}).get("numNodes", 1), kind)
 
 
 def documents_of(text: str) -> list[dict]:

@@ -73,10 +73,19 @@ class Screen:
         self.log.flush()
 
 
-def run_locally(recipes: Sequence[str], overrides: Sequence[str], workspace: Path) -> str:
+def run_locally(
+    recipes: Sequence[str],
+    overrides: Sequence[str],
+    workspace: Path,
+    *,
+    sweep: Sequence[str] = (),
+    seeds: int = 1,
+    fetch: str = "",
+    parallel: int = 1,
+) -> str:
     """Run the pipeline and return the run's id; its artifacts and log are in WORKSPACE/pipeline.
 
-    Raises RuntimeError if a step fails, after printing its error. Ctrl-C ends the run.
+    parallel: trainings at a time; kfp's local runner has two at most. Raises RuntimeError if a step fails, after printing its error. Ctrl-C ends the run.
     """
     root, run_id = workspace / "pipeline", uuid4().hex
     root.mkdir(parents=True, exist_ok=True)
@@ -87,9 +96,12 @@ def run_locally(recipes: Sequence[str], overrides: Sequence[str], workspace: Pat
     original_print = builtins.print
     with open(root / f"{run_id}.log", "w") as log, redirect_stdout(Screen(sys.stdout, log)):
         try:
-            build(train)(
+            build(train, parallel=parallel)(
                 recipes=list(recipes),
                 overrides=list(overrides),
+                sweep=list(sweep),
+                seeds=seeds,
+                fetch=fetch,
                 workspace=str(workspace),
                 job_kind="",
             )
@@ -109,6 +121,7 @@ def run_locally(recipes: Sequence[str], overrides: Sequence[str], workspace: Pat
                 workspace=str(workspace),
                 job_kind="",
                 status=ended,
+                table=dsl.HTML(uri=str(root / f"{run_id}.html")),
             )
             raise
         finally:

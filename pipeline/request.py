@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import re
 import subprocess
 import sys
@@ -11,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import yaml
+
+from pipeline.versions import Version, fit
 
 DEFAULT_IMAGE = "vitdet"  # in manifests/ before an overlay names the registry
 DEFAULT_IMAGE_WARNING = (
@@ -40,25 +43,19 @@ class Schedule:
     catch_up: bool = True
 
 
-def load_package(package: Path, parameters: dict[str, object], caching: bool) -> dict:
+def load_package(
+    package: Path, parameters: dict[str, object], caching: bool, parallel: int | None = None
+) -> dict:
     """Create the body of a request from a compiled pipeline.
+
+    parallel: trainings at a time; None: as compiled.
 
     Without caching, no step at any depth reuses results. With caching, step `configs` does not if a
     recipe is a file, whose content may have changed.
 
     Raises ValueError if the file is not a pipeline or does not have these parameters.
     """
-    if not Path(package).is_file():
-        raise FileNotFoundError(f"{package}: no such file")
-    try:
-        documents = list(
-            yaml.load_all(Path(package).read_text(), getattr(yaml, "CSafeLoader", yaml.SafeLoader))
-        )
-    except (yaml.YAMLError, UnicodeDecodeError):
-        documents = []
-    if not documents or not isinstance(documents[0], dict) or "root" not in documents[0]:
-        raise ValueError(f"{package}: not a compiled pipeline")
-    spec, *platforms = documents
+    spec, *platforms = read_package(package)
     known = spec["root"].get("inputDefinitions", {}).get("parameters", {})
     if wrong := parameters.keys() - known.keys():
         raise ValueError(f"{package}: the pipeline has no parameter {', '.join(sorted(wrong))}")
@@ -75,7 +72,35 @@ def load_package(package: Path, parameters: dict[str, object], caching: bool) ->
         for name, task in group.get("dag", {}).get("tasks", {}).items():
             if not caching or (files and name == "configs"):
                 task["cachingOptions"] = {}
+            if parallel and "parameterIterator" in task:
+                task["iteratorPolicy"] = {"parallelismLimit": parallel}
     return {"pipeline_spec": spec, "platform_spec": platforms[0]} if platforms else spec
+
+
+def read_package(package: Path) -> list[dict]:
+    """Return the pipeline and, if it has one, its Kubernetes part. Raises as `load_package`."""
+    if not Path(package).is_file():
+        raise FileNotFoundError(f"{package}: no such file")
+    try:
+        documents = list(
+            yaml.load_all(Path(package).read_text(), getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+        )
+    except (yaml.YAMLError, UnicodeDecodeError):
+        documents = []
+    if not documents or not isinstance(documents[0], dict) or "root" not in documents[0]:
+        raise ValueError(f"{package}: not a compiled pipeline")
+    return documents
+
+
+def fit_package(package: Path, version: Version) -> list[str]:
+    """Leave out of a file what a server of this version does not support, see `versions.fit`."""
+    documents = read_package(package)
+    lines = fit(documents, version)
+    if lines:
+        head = [line for line in package.read_text().splitlines() if line.startswith("#")]
+        body = yaml.safe_dump_all(documents, sort_keys=True)
+        package.write_text("\n".join([*head, body]))
+    return lines
 
 
 def default_image_warning(pipeline: dict) -> str:
@@ -112,40 +137,63 @@ def kubeflow_cron(expression: str) -> str:
     return " ".join(fields if len(fields) == 6 else ["0", *fields])
 
 
-def check_recipes(recipes: Sequence[str], overrides: Sequence[str]) -> bool:
+# Resolves the trainings as the first step does; the workspace is that of the cluster.
+CHECK = """
+import json, sys
+from pathlib import Path
+from vitdet import preparation
+recipes, overrides, sweep, seeds, fetch = json.load(sys.stdin)
+try:
+    preparation.plan_trainings(recipes, overrides, "", sweep, seeds)
+    if fetch: preparation.fetch_words(fetch, Path(), Path())
+except (ValueError, OSError) as error:
+    sys.exit(str(error))
+"""
+
+
+def check_recipes(
+    recipes: Sequence[str],
+    overrides: Sequence[str],
+    sweep: Sequence[str] = (),
+    seeds: int = 1,
+    fetch: str = "",
+) -> bool:
     """Raise ValueError for settings that the first step would reject; False if not checked.
 
-    Runs `vitdet config` in a process, as pipeline/ does not depend on vitdet, which is required
-    only in the image. Without vitdet the first step rejects the run, before data is prepared or
-    GPUs are requested.
+    Runs vitdet in a process, as pipeline/ does not depend on what vitdet depends on, which is required
+    only in the image. Without it the first step rejects the run, before data is prepared or GPUs are
+    requested.
     """
+    from vitdet.credentials import has_credentials
+
     if len(set(recipes)) < len(recipes):
         raise ValueError(f"a recipe is given twice: {' '.join(recipes)}")
-    for override in overrides:
-        if re.search(r"://[^/@\s]*:[^/@\s]*@", override):
-            raise ValueError(
-                f"--set {override.partition('=')[0]}: a password would be visible in the run's parameters; "
-                "store it in the cluster's Secret"
-            )
+    for option, texts in (("--set", overrides), ("--sweep", sweep), ("--fetch", [fetch])):
+        for text in texts:
+            if has_credentials(text.partition("=")[2] or text):
+                raise ValueError(
+                    f"{option} {text.partition('=')[0]}: the user and password would be visible in the "
+                    "run's parameters; store them in the cluster's Secret"
+                )
     package = importlib.util.find_spec("vitdet")
     if package is None or not package.origin:
         return False
-    checked = True
     for recipe in recipes:
         if is_file(recipe) and not Path(recipe).is_absolute():
             raise ValueError(
                 f"{recipe}: a file on this machine; pass a recipe's name, or the absolute path of a file on "
                 "the cluster's shared volume"
             )
-        if is_file(recipe) and not Path(recipe).exists():
-            checked = False
-            continue
-        argv = [sys.executable, "-m", "vitdet", "config", recipe]
-        argv += [arg for override in overrides for arg in ("--set", override)]
+    here = [recipe for recipe in recipes if not is_file(recipe) or Path(recipe).exists()]
+    if here:
         done = subprocess.run(
-            argv, capture_output=True, text=True, cwd=Path(package.origin).parents[1]
+            [sys.executable, "-c", CHECK],
+            input=json.dumps([here, list(overrides), list(sweep), seeds, fetch]),
+            capture_output=True,
+            text=True,
+            cwd=Path(package.origin).parents[1],
         )
         if done.returncode:
-            lines = done.stderr.strip().splitlines() or ["vitdet config failed"]
-            raise ValueError(lines[-1].removeprefix("vitdet: "))
-    return checked
+            lines = done.stderr.strip().splitlines() or ["the recipes could not be checked"]
+            raise ValueError(lines[-1])
+    return len(here) == len(recipes)

@@ -1,4 +1,4 @@
-"""Shared: a tiny data set, and a training on it that takes a second."""
+"""Shared fixtures: a tiny data set, and a training on it that takes a second."""
 
 from __future__ import annotations
 
@@ -57,6 +57,12 @@ MINIMAL = {
     "evaluate.score_threshold": 0.0,
     "evaluate.max_detections": 4,
 }
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Run modules with slow tests first, so that no worker is left with minutes of work at the end."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
 
 
 def minimal(root: Path, **changes: object) -> list[str]:

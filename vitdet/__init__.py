@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from vitdet.predictor import Predictor
     from vitdet.training import train
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 _HOMES = {
     "Config": "vitdet.config",
     "load_config": "vitdet.config",

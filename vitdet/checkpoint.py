@@ -11,6 +11,7 @@ import re
 import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from vitdet.config import Config, from_dict
+from vitdet.credentials import hide_credentials, without_credentials
 from vitdet.files import FULL, damaged_record, remove_abandoned, write_json, written
 from vitdet.locks import locked
 from vitdet.models import Detector, build_detector
@@ -98,6 +100,7 @@ def load(path: Path, *expected: str, verify: bool = True) -> dict:
     if not isinstance(content, dict) or content.get("format") not in expected:
         found = content.get("format") if isinstance(content, dict) else type(content).__name__
         raise ValueError(f"{path}: expected a {expected[0]!r} file, got {found!r}")
+    _remove_credentials(path, content)
     return content
 
 
@@ -136,7 +139,28 @@ def _load_safetensors(path: Path, expected: str) -> dict:
         raise ValueError(
             f"{path}: holds weights without their config; expected a {expected!r} file"
         )
+    _remove_credentials(path, content)
     return content
+
+
+def _remove_credentials(path: Path, content: dict) -> None:
+    """Remove the user and password of the tracking server from a config that version 0.1 stored."""
+    config = content.get("config")
+    tracking = config.get("tracking") if isinstance(config, dict) else None
+    uri = tracking.get("uri") if isinstance(tracking, dict) else None
+    if isinstance(uri, str) and (kept := without_credentials(uri)) != uri:
+        _warn_of_credentials(path, hide_credentials(uri))
+        content["config"] = config | {"tracking": tracking | {"uri": kept}}
+
+
+@cache
+def _warn_of_credentials(path: Path, uri: str) -> None:
+    log.warning(
+        "%s: the user and password in its tracking.uri %s are not used; set MLFLOW_TRACKING_USERNAME and "
+        "MLFLOW_TRACKING_PASSWORD, or the whole address as MLFLOW_TRACKING_URI",
+        path,
+        uri,
+    )
 
 
 def check_content(path: str | Path, content: dict, kinds: Mapping[str, Any]) -> None:

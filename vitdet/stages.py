@@ -9,7 +9,6 @@ Imports are inside the functions: help and configs need neither torch nor MLflow
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import shutil
@@ -19,12 +18,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from vitdet.config import Config, load_config, save_config
-from vitdet.digest import difference, digest
-from vitdet.files import sha256, write_json
+from vitdet.files import write_json
+from vitdet.outcomes import read_outcomes, step, write_verdict
+from vitdet.outcomes import recorded as recorded
+from vitdet.preparation import EXPLICIT, read_configs
+from vitdet.preparation import fetch_weights as fetch_weights
+from vitdet.preparation import plan_trainings as plan_trainings
+from vitdet.preparation import prepare_data as prepare_data
+from vitdet.preparation import resolve_configs as resolve_configs
+from vitdet.sweep import varied_settings
 from vitdet.workspace import (
     logs_folder,
-    resolve_paths,
     result,
+    run_folder,
     runs_folder,
     training_folder,
     weights_folder,
@@ -38,15 +44,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-EXPLICIT = "explicit.json"  # beside the configs of a run: the settings of each that a user chose
-
-
-class Data(NamedTuple):
-    """The verified data of a run: its fingerprint, the names of the configs, a line for each that it changed."""
-
-    fingerprint: str
-    names: list[str]
-    notes: list[str]
+COMPARISON = "comparison.html"  # in the folder of a pipeline run whose trainings all finished
 
 
 def train(
@@ -155,113 +153,24 @@ def register(
     )
 
 
-def resolve_configs(
-    recipes: Sequence[str], overrides: Sequence[str], workspace: str, folder: str
-) -> list[str]:
-    """Write folder/NAME.yaml for each recipe, all settings but those that depend on the data, and return the names.
-
-    Raises ValueError or FileNotFoundError, in one line, for a recipe or setting that is wrong, for the same experiment
-    twice, and for recipes that one table could not compare: of other data or another place in MLflow.
-    """
-    from vitdet.data.layout import SPLITS, explicit_settings
-    from vitdet.tracking.comparison import check_comparable
-
-    if not recipes:
-        raise ValueError("name at least one recipe")
-    configs: dict[str, Config] = {}
-    explicit: dict[str, list[str]] = {}
-    for recipe in recipes:
-        config = resolve_paths(load_config(recipe, overrides), Path(workspace))
-        name = f"{Path(recipe).stem}-{digest(config)[:8]}"
-        if name in configs:
-            differing = "; ".join(difference(config, configs[name]))
-            raise ValueError(
-                f"{recipe} is given twice with the same settings"
-                + (f" for the training, only others differ ({differing})" if differing else "")
-                + ": there is nothing to compare"
-            )
-        explicit[name] = sorted(explicit_settings(recipe, overrides))
-        first = next(iter(explicit))
-        named = set(explicit[first]) & set(explicit[name])
-        open_ = () if "data.root" not in named else [key for key in SPLITS if key not in named]
-        check_comparable(configs.get(first, config), config, recipes[0], recipe, open_)
-        configs[name] = config
-    for name, config in configs.items():
-        save_config(config, Path(folder) / f"{name}.yaml")
-    write_json(Path(folder) / EXPLICIT, explicit)
-    return list(configs)
-
-
-def prepare_data(settings: str, workspace: str, configs: str, manifest: str) -> Data:
-    """Verify the data and write the configs with what depends on it, and a description of the data.
-
-    The demo's data set is drawn if it is not there. Raises FileNotFoundError or ValueError, in one line, for data that is
-    missing or that training could not use.
-    """
-    from vitdet.data.fingerprint import combined, describe
-    from vitdet.data.layout import resolve, settings_text
-    from vitdet.demo.tiny import make_tiny
-    from vitdet.tracking.comparison import check_comparable
-
-    every = _configs(settings)
-    root = next(iter(every.values())).data.root
-    demo = Path(workspace) / load_config("tiny").data.root
-    if Path(root) == demo and not demo.exists():
-        make_tiny(demo)
-    explicit, notes = _read(Path(settings) / EXPLICIT), []
-    for name, config in every.items():
-        every[name], found = resolve(config, explicit[name])
-        if found:
-            notes.append(f"{name}: {root} has {settings_text(found)}")
-    first = next(iter(every))
-    for name, config in every.items():
-        check_comparable(every[first], config, first, name)
-    described = describe(every[first].data)
-    for name, config in every.items():
-        expected, count = config.model.roi_heads.num_classes, len(described["classes"])
-        if expected != count:
-            raise ValueError(
-                f"{root} has {count} classes, but model.roi_heads.num_classes is {expected}; set it "
-                f"to {count}"
-            )
-        save_config(config, Path(configs) / f"{name}.yaml")
-    write_json(manifest, described)
-    return Data(combined(described["fingerprints"]), list(every), notes)
-
-
-def fetch_weights(configs: str, workspace: str) -> str:
-    """Fetch what train.init of each config names into WORKSPACE/weights; returns a digest of all these files.
-
-    Raises what `vitdet weights fetch` raises.
-    """
-    from vitdet.weights import resolve
-    from vitdet.weights.catalogue import find
-    from vitdet.weights.fetch import fetch_published
-
-    sums, folder = [], weights_folder(workspace)
-    for init in sorted({config.train.init for config in _configs(configs).values()}):
-        if init and not Path(init).suffix and not (folder / find(init).file).is_file():
-            fetch_published(find(init), folder)
-        if file := resolve(init, folder):
-            sums.append(f"{init} {sha256(file)}")
-    return hashlib.sha256("\n".join(sums).encode()).hexdigest()[:16]
-
-
 def start_parent_run(configs: str, workspace: str, run_id: str) -> str:
     """Create the parent run of this pipeline run in MLflow; returns one line that says where it is.
 
-    Raises ConnectionError where MLflow does not answer.
+    Keeps the configs in the run's folder, where the comparison finds them after a failure too. Raises ConnectionError
+    where MLflow does not answer.
     """
     from vitdet.tracking import comparison
     from vitdet.tracking.address import hide_credentials, tracking_uri
 
-    every, folder = _configs(configs), runs_folder(workspace)
+    every, folder = read_configs(configs), runs_folder(workspace)
+    for name, config in every.items():
+        save_config(config, run_folder(workspace, run_id) / f"{name}.yaml")
     settings = next(iter(every.values())).tracking
     parent = comparison.start_parent_run(
         run_id, list(every), uri=settings.uri, folder=folder, experiment=settings.experiment
     )
     uri = hide_credentials(tracking_uri(settings.uri, folder))
-    return f"MLflow: {uri}, experiment {settings.experiment}, parent run {parent}"
+    return f"MLflow: {uri}, parent run {parent}"
 
 
 def train_argv(settings: str, name: str, data: str, workspace: str, run_id: str) -> list[str]:
@@ -317,6 +226,7 @@ def copy_checkpoint(workspace: str, name: str, run_id: str, checkpoint: str) -> 
     shutil.copyfile(result(training_folder(workspace, name, run_id)), checkpoint)
 
 
+@step("train")
 def train_recipe(
     settings: str, name: str, data: str, workspace: str, run_id: str, checkpoint: str
 ) -> None:
@@ -328,6 +238,26 @@ def train_recipe(
     copy_checkpoint(workspace, name, run_id, checkpoint)
 
 
+class Evaluation(NamedTuple):
+    """The metrics of a detector, whether the champion's evaluation on this data is known, and the address of the
+    detector's run on MLflow's pages, "" if it has none.
+    """
+
+    metrics: dict[str, float]
+    known: bool
+    page: str
+
+    def text(self) -> str:
+        """One line with AP and address."""
+        kinds = [
+            f"{kind} AP {self.metrics[f'{kind}_ap']}"
+            for kind in ("box", "mask")
+            if f"{kind}_ap" in self.metrics
+        ]
+        return " ".join([", ".join(kinds) or "no AP", self.page]).strip()
+
+
+@step("evaluate")
 def evaluate_recipe(
     checkpoint: str,
     configs: str,
@@ -337,14 +267,15 @@ def evaluate_recipe(
     run_id: str,
     figures: str,
     report: str,
-) -> tuple[dict[str, float], bool]:
-    """The detector's metrics, also in MLflow, and whether the champion's evaluation on this data is known.
+) -> Evaluation:
+    """Evaluate the detector; its metrics are logged to MLflow too.
 
     Writes the metrics with what they belong to, as the following steps read them, and the HTML file `report`.
     """
     from vitdet.data.protocol import Protocol
     from vitdet.evaluation.report import REPORT
     from vitdet.tracking import champion
+    from vitdet.tracking.comparison import page_of_run
 
     config = _verified(configs, name, data)
     folder = training_folder(workspace, name, run_id) / "evaluation"
@@ -355,9 +286,12 @@ def evaluate_recipe(
     protocol = Protocol.of(config, data.split("-")[1])
     row = {"name": name, "run_id": tracked, "metrics": metrics, "plots": str(folder)}
     write_json(figures, row | protocol.tags())
-    return metrics, champion.is_known(protocol, config.gate, **_registry(config, workspace))
+    known = champion.is_known(protocol, config.gate, **_registry(config, workspace))
+    page = page_of_run(tracked, uri=config.tracking.uri, folder=runs_folder(workspace))
+    return Evaluation(metrics, known, page)
 
 
+@step("evaluate-champion")
 def evaluate_champion(
     checkpoint: str, figures: str, configs: str, name: str, workspace: str, run_id: str
 ) -> str:
@@ -384,6 +318,7 @@ def evaluate_champion(
     return f"champion, version {found.version}: {found.failure or value}"
 
 
+@step("gate")
 def gate(
     figures: str, configs: str, name: str, workspace: str, run_id: str, verdict: str
 ) -> tuple[bool, str]:
@@ -398,10 +333,13 @@ def gate(
         evaluated=_evaluated(workspace, name, run_id),
         **_registry(config, workspace),
     )
-    write_json(verdict, {**row, "passed": found.passed, "reason": found.reason})
+    judged = {**row, "passed": found.passed, "reason": found.reason}
+    write_json(verdict, judged)
+    write_verdict(workspace, name, run_id, judged)
     return found.passed, found.reason
 
 
+@step("register")
 def register_recipe(
     checkpoint: str, figures: str, configs: str, name: str, workspace: str, run_id: str
 ) -> str:
@@ -431,17 +369,66 @@ def register_recipe(
     return f"{found.name}, version {found.version}{mark}: {verdict.reason}"
 
 
-def compare(verdicts: Sequence[str], configs: str, workspace: str, run_id: str, table: str) -> str:
-    """The table of all recipes in Markdown, also in MLflow's parent run; writes it to the file `table`."""
+def compare(
+    verdicts: Sequence[str], configs: str, workspace: str, run_id: str, table: str, links: str
+) -> str:
+    """The table of all trainings in Markdown, also in MLflow's parent run.
+
+    Writes an HTML page to the file `table`, and Markdown with links to MLflow to the file `links`.
+    """
+    rows = [_read(path) for path in verdicts]
+    text, linked = _compare(read_configs(configs), rows, {}, workspace, run_id, table)
+    Path(links).parent.mkdir(parents=True, exist_ok=True)
+    Path(links).write_text(linked)
+    return text
+
+
+def compare_finished(workspace: str, run_id: str, table: str) -> str:
+    """The table of `compare` after a failure: the trainings that finished, and why the others did not.
+
+    Writes the HTML page to the file `table`. Returns "" if `compare` has made the table or no training began.
+    """
+    every, written = read_configs(run_folder(workspace, run_id)), run_folder(workspace, run_id)
+    rows, failures = read_outcomes(workspace, list(every), run_id)
+    if every and (failures or not (written / COMPARISON).is_file()):
+        return _compare(every, rows, failures, workspace, run_id, table)[0]
+    Path(table).parent.mkdir(parents=True, exist_ok=True)
+    if every:
+        shutil.copyfile(written / COMPARISON, table)
+    else:
+        Path(table).write_text("<p>No training was started.</p>\n")
+    return ""
+
+
+def _compare(
+    every: dict[str, Config],
+    rows: Sequence[dict],
+    failures: dict[str, str],
+    workspace: str,
+    run_id: str,
+    table: str,
+) -> tuple[str, str]:
     from vitdet.tracking import comparison
 
-    config = next(iter(_configs(configs).values()))
-    rows = [_read(path) for path in verdicts]
-    experiment = config.tracking.experiment
-    text = comparison.compare(run_id, rows, experiment=experiment, **_registry(config, workspace))
-    Path(table).parent.mkdir(parents=True, exist_ok=True)
-    Path(table).write_text(text)
-    return text
+    settings: dict[str, dict[str, str]] = {}
+    recipes = {name.rpartition("-")[0] for name in every}
+    for recipe in recipes:
+        group = {name: one for name, one in every.items() if name.rpartition("-")[0] == recipe}
+        settings |= dict(zip(group, varied_settings(list(group.values())), strict=True))
+    config = next(iter(every.values()))
+    text, linked, html = comparison.compare(
+        run_id,
+        rows,
+        failures,
+        settings,
+        experiment=config.tracking.experiment,
+        **_registry(config, workspace),
+    )
+    complete = [] if failures else [run_folder(workspace, run_id) / COMPARISON]
+    for path in (Path(table), *complete):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(html)
+    return text, linked
 
 
 def end_parent_run(
@@ -473,10 +460,6 @@ def _verified(configs: str, name: str, data: str) -> Config:
         config, _ = resolve(config, _read(explicit)[name])
     verify(config.data, data)
     return config
-
-
-def _configs(folder: str) -> dict[str, Config]:
-    return {path.stem: load_config(path) for path in sorted(Path(folder).glob("*.yaml"))}
 
 
 def _registry(config: Config, workspace: str) -> dict[str, Any]:

@@ -4,6 +4,7 @@ WORKSPACE/...                     data sets and files of weights, where the reci
 WORKSPACE/weights/                what train.init names
 WORKSPACE/runs/NAME-RUN/          a training: config, checkpoints, model.pt, best.pt; NAME is recipe and digest of its config,
                                   RUN the first digits of the pipeline run's id
+WORKSPACE/runs/pipeline-RUN/      a pipeline run: the configs of its trainings, and their comparison
 WORKSPACE/runs/mlflow.db          MLflow's store, where no server is named
 """
 
@@ -25,6 +26,11 @@ def weights_folder(workspace: str) -> Path:
 def runs_folder(workspace: str) -> Path:
     """The folder of the trainings, and of MLflow's store if no server is named."""
     return Path(workspace) / "runs"
+
+
+def run_folder(workspace: str, run_id: str) -> Path:
+    """The folder of a pipeline run, for what belongs to all of its trainings."""
+    return runs_folder(workspace) / f"pipeline-{run_id[:8]}"
 
 
 def training_folder(workspace: str, name: str, run_id: str) -> Path:

@@ -1,4 +1,4 @@
-"""Arguments shared by several commands: overrides, the server, the training jobs' file."""
+"""Arguments shared by several commands: the experiment, the server, the training jobs' file."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from urllib.parse import urlsplit
 
 from pipeline.client import Server
 from pipeline.connection import LOGIN, connect, credentials, in_cluster_address, server_address
+from pipeline.versions import Version, read_version
 
 
 def add_overrides(command: argparse.ArgumentParser) -> None:
@@ -21,6 +22,66 @@ def add_overrides(command: argparse.ArgumentParser) -> None:
         dest="overrides",
         help="override a setting, as `vitdet train` does; may be repeated",
     )
+
+
+def add_experiment(command: argparse.ArgumentParser) -> None:
+    """Add --sweep, --seeds and --fetch."""
+    command.add_argument(
+        "--sweep",
+        action="append",
+        default=[],
+        metavar="SECTION.KEY=VALUE,VALUE,...",
+        help="train with each of these values; if repeated, with every combination",
+    )
+    command.add_argument(
+        "--seeds",
+        type=positive,
+        default=1,
+        metavar="N",
+        help="train each recipe and combination with N seeds; the table has mean and deviation",
+    )
+    command.add_argument(
+        "--fetch",
+        default="",
+        metavar="DATA",
+        help="bring the data first: coco, lvis or 'convert SOURCE', with options of `vitdet data`",
+    )
+
+
+def add_parallel(command: argparse._ActionsContainer, default: str) -> None:
+    """Add --parallel."""
+    command.add_argument(
+        "--parallel",
+        type=positive,
+        metavar="N",
+        help=f"trainings at a time; the others wait ({default})",
+    )
+
+
+def positive(text: str) -> int:
+    """Argument type: an integer of at least 1."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a number of at least 1, got {text}")
+    return int(text)
+
+
+def add_version(command: argparse.ArgumentParser, default: str) -> None:
+    """Add --kfp."""
+    command.add_argument(
+        "--kfp",
+        type=version,
+        metavar="VERSION",
+        help="version of Kubeflow Pipelines; what it does not support is left out of the pipeline, with a "
+        f"message ({default})",
+    )
+
+
+def version(given: str) -> Version:
+    """Argument type: a supported version of Kubeflow Pipelines."""
+    try:
+        return read_version(given)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def add_server(command: argparse.ArgumentParser) -> None:
@@ -92,10 +153,7 @@ def connect_server(args: argparse.Namespace) -> Server:
         "::1",
     )
     if host.startswith("http:") and not nearby and (token or cookie):
-        print(
-            f"pipeline: {host}: without https the credentials are sent unencrypted",
-            file=sys.stderr,
-        )
+        remark(f"{host}: without https the credentials are sent unencrypted")
     client = connect(
         host,
         token,
@@ -103,7 +161,7 @@ def connect_server(args: argparse.Namespace) -> Server:
         ca_file=args.ca_file,
         timeout=args.timeout,
         retries=max(args.retries, 0),
-        report=lambda line: print(f"pipeline: {line}", file=sys.stderr, flush=True),
+        report=remark,
     )
     return Server(client, args.ui_host, report=lambda line: print(line, flush=True))
 
@@ -119,6 +177,11 @@ def seconds(text: str) -> float:
 def run_id_of(run: str) -> str:
     """Return the id of a run or schedule, given its id or link."""
     return run.rstrip("/").split("?")[0].rsplit("/", 1)[-1]
+
+
+def remark(line: str) -> None:
+    """Print a line for the user to stderr."""
+    print(f"pipeline: {line}", file=sys.stderr, flush=True)
 
 
 def read_job_file(file: str) -> str:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 
-from pipeline.cli.arguments import read_job_file
-from pipeline.request import default_image_warning, load_package
+from pipeline.cli.arguments import add_parallel, add_version, read_job_file, remark
+from pipeline.request import default_image_warning, fit_package, load_package
+from pipeline.versions import NEWEST, text
 
 
 def add_compile(commands: argparse._SubParsersAction) -> None:
@@ -25,6 +25,8 @@ def add_compile(commands: argparse._SubParsersAction) -> None:
         help="YAML with the training jobs to start, as `kubectl kustomize manifests/overlays/NAME` "
         "prints it; - is the standard input (the jobs in manifests/ as they are)",
     )
+    add_parallel(command, "default: 1")
+    add_version(command, f"default: {text(NEWEST)}, the newest supported")
     command.set_defaults(run=run_compile)
 
 
@@ -34,9 +36,12 @@ def run_compile(args: argparse.Namespace) -> int:
 
     if args.file.suffix not in (".yaml", ".yml"):
         raise ValueError(f"{args.file}: the name of a compiled pipeline must end in .yaml")
-    text = read_job_file(args.job)
+    job = read_job_file(args.job)
     args.file.parent.mkdir(parents=True, exist_ok=True)
-    print(compile_pipeline(args.file, text))
+    compile_pipeline(args.file, job, args.parallel or 1)
+    for line in fit_package(args.file, args.kfp or NEWEST):
+        remark(line)
+    print(args.file)
     if warning := default_image_warning(load_package(args.file, {"recipes": []}, True)):
-        print(f"pipeline: {warning}", file=sys.stderr)
+        remark(warning)
     return 0

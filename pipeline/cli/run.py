@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from pipeline.cli.arguments import add_overrides
+from pipeline.cli.arguments import add_experiment, add_overrides, add_parallel
 from pipeline.request import check_recipes
 
 
@@ -18,12 +18,14 @@ def add_run(commands: argparse._SubParsersAction) -> None:
         "recipes", nargs="+", metavar="RECIPE", help="a recipe's name or file; several are compared"
     )
     add_overrides(command)
+    add_experiment(command)
+    add_parallel(command, "default: 1, at most 2")
     command.add_argument(
         "--workspace",
         type=Path,
         default=Path("work/pipeline"),
         metavar="DIR",
-        help="folder for data, runs and models; relative paths of the recipes start here (work/pipeline)",
+        help="folder for data, runs and models; relative paths of the recipes start here (default: work/pipeline)",
     )
     command.set_defaults(run=run_run)
 
@@ -36,8 +38,16 @@ def run_run(args: argparse.Namespace) -> int:
         str(Path(recipe).resolve()) if Path(recipe).suffix in (".yaml", ".yml") else recipe
         for recipe in args.recipes
     ]
-    check_recipes(recipes, args.overrides)
+    check_recipes(recipes, args.overrides, args.sweep, args.seeds, args.fetch)
     workspace = args.workspace.resolve()
-    run_id = run_locally(recipes, args.overrides, workspace)
+    run_id = run_locally(
+        recipes,
+        args.overrides,
+        workspace,
+        sweep=args.sweep,
+        seeds=args.seeds,
+        fetch=args.fetch,
+        parallel=args.parallel or 1,
+    )
     print(f"run {run_id}\nlog {workspace / 'pipeline' / run_id}.log")
     return 0

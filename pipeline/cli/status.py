@@ -7,7 +7,8 @@ import argparse
 from kfp_server_api import V2beta1RecurringRun
 
 from pipeline.cli.arguments import add_server, connect_server, run_id_of
-from pipeline.client import ENDED, RECURRING, failed_steps, steps
+from pipeline.cli.report import print_run
+from pipeline.client import RECURRING
 
 
 def add_status(commands: argparse._SubParsersAction) -> None:
@@ -21,7 +22,7 @@ def add_status(commands: argparse._SubParsersAction) -> None:
 
 
 def run_status(args: argparse.Namespace) -> int:
-    """Print the state of a run and its steps, or of a schedule."""
+    """Print the state of a run, its steps and its training jobs, or of a schedule."""
     server = connect_server(args)
     found = server.find(run_id_of(args.run_id))
     if isinstance(found, V2beta1RecurringRun):
@@ -30,15 +31,5 @@ def run_status(args: argparse.Namespace) -> int:
             f"when     {found.trigger.cron_schedule.cron}\nlink     {server.link(found.recurring_run_id, RECURRING)}"
         )
         return 0
-    failed = dict(failed_steps(found))
-    ended = found.finished_at and found.state in ENDED
-    time = f", {found.finished_at:%Y-%m-%d %H:%M:%S}" if ended else ""
-    hidden = "; steps have failed" if failed and found.state == "SUCCEEDED" else ""
-    print(
-        f"run   {found.display_name}\nid    {found.run_id}\nstate {found.state}{time}{hidden}\n"
-        f"link  {server.link(found.run_id)}"
-    )
-    for _, name, state in steps(found):
-        reason = f": {failed[name]}" if failed.get(name) else ""
-        print(f"  {state or 'PENDING':<10} {name}{reason}")
+    print_run(server, found, args.namespace)
     return 0

@@ -11,8 +11,19 @@ from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from pipeline.cli.arguments import add_overrides, add_server, connect_server, read_job_file
+from pipeline.cli.arguments import (
+    add_experiment,
+    add_overrides,
+    add_parallel,
+    add_server,
+    add_version,
+    connect_server,
+    positive,
+    read_job_file,
+    remark,
+)
 from pipeline.client import RECURRING, Server, failed_steps
+from pipeline.connection import ServerError
 from pipeline.request import (
     RunRequest,
     Schedule,
@@ -21,6 +32,7 @@ from pipeline.request import (
     kubeflow_cron,
     load_package,
 )
+from pipeline.versions import FIELDS, Version, fit, text
 
 EXPERIMENT = "vitdet"
 ACCOUNT = "vitdet-pipeline"  # may create training jobs
@@ -38,8 +50,12 @@ def add_submit(commands: argparse._SubParsersAction) -> None:
         help="a recipe's name, or the absolute path of one on the cluster's volume",
     )
     add_overrides(command)
+    add_experiment(command)
     cluster = command.add_argument_group("cluster settings (do not affect the experiment)")
-    cluster.add_argument("--nodes", type=positive, metavar="N", help="nodes per training")
+    cluster.add_argument(
+        "--nodes", type=positive, metavar="N", help="nodes per training (default: as in the job)"
+    )
+    add_parallel(cluster, "default: 1, or as compiled into --package")
     cluster.add_argument(
         "--pool", metavar="NAME", help="node pool for training (the node label vitdet/pool)"
     )
@@ -104,15 +120,9 @@ def add_submit(commands: argparse._SubParsersAction) -> None:
         action="store_true",
         help="with --cron: skip missed runs",
     )
+    add_version(run, "default: the server's")
     add_server(command)
     command.set_defaults(run=run_submit)
-
-
-def positive(text: str) -> int:
-    """Argument type: an integer of at least 1."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected a number of at least 1, got {text}")
-    return int(text)
 
 
 def run_submit(args: argparse.Namespace) -> int:
@@ -128,7 +138,7 @@ def run_submit(args: argparse.Namespace) -> int:
         if args.wait:
             raise ValueError("--wait is for one run, --cron starts many; look at them with status")
     check_pool(args.pool)
-    if not check_recipes(args.recipes, args.overrides):
+    if not check_recipes(args.recipes, args.overrides, args.sweep, args.seeds, args.fetch):
         print(
             "pipeline: recipes and settings are not validated here; the first step does that",
             file=sys.stderr,
@@ -141,26 +151,60 @@ def run_submit(args: argparse.Namespace) -> int:
         "job_kind": args.job_kind,
         "workspace": args.workspace,
     }
+    experiment = {"sweep": args.sweep, "seeds": args.seeds, "fetch": args.fetch}
     parameters = {
         "recipes": args.recipes,
         "overrides": args.overrides,
+        **{key: value for key, value in experiment.items() if value not in ([], 1, "")},
         **{key: value for key, value in cluster.items() if value is not None},
     }
     with compiled_package(args) as package:
-        pipeline = load_package(package, parameters, not args.no_cache)
+        pipeline = load_package(package, parameters, not args.no_cache, args.parallel)
     if warning := default_image_warning(pipeline):
-        print(f"pipeline: {warning}", file=sys.stderr)
+        remark(warning)
     request = RunRequest(
         pipeline, parameters, name, args.experiment, args.service_account, args.pipeline_root
     )
     server = connect_server(args)
-    run_id = server.start(request, server.namespace(args.namespace), schedule)
+    fit_pipeline(pipeline, server, args.kfp)
+    try:
+        run_id = server.start(request, server.namespace(args.namespace), schedule)
+    except ServerError as error:
+        raise refused(error, server) from None
     print(
         f"{'when' if schedule else 'run '} {name}\nid   {run_id}\n"
         f"link {server.link(run_id, RECURRING if schedule else 'runs')}",
         flush=True,
     )
     return follow(server, run_id, args.every) if args.wait else 0
+
+
+def fit_pipeline(pipeline: dict, server: Server, asked: Version | None) -> None:
+    """Leave out of a pipeline what the server does not support, with a message for each field."""
+    version, doubt = (asked, "") if asked else server.version()
+    documents = [pipeline.get("pipeline_spec", pipeline), pipeline.get("platform_spec", {})]
+    if lines := fit(documents, version):
+        for line in [doubt, *lines] if doubt else lines:
+            remark(line)
+
+
+def refused(error: ServerError, server: Server) -> ServerError:
+    """Return the error to raise for a run that was not started, with advice for an unknown field."""
+    if not error.field:
+        return error
+    version, doubt = server.version()
+    since = [field.since for field in FIELDS if field.name == error.field]
+    if not since:
+        advice = "the package was compiled with a newer kfp than the server's"
+    elif doubt:
+        advice = f"pass its version with --kfp; it is older than {text(min(since))}"
+    else:
+        advice = f"use --kfp {text(version)}"
+    server_is = "the server" if doubt else f"this is Pipelines {text(version)}; it"
+    return ServerError(
+        f"{server.host}: {server_is} does not know {error.field} of the pipeline: {advice}",
+        error.status,
+    )
 
 
 def check_pool(name: str | None) -> None:
@@ -180,8 +224,8 @@ def compiled_package(args: argparse.Namespace) -> Iterator[Path]:
     from pipeline.graph import compile_pipeline
     from pipeline.job_manifests import job_kinds
 
-    text, wanted = read_job_file(args.job), args.job_kind or "pytorchjob"
-    if text and wanted not in job_kinds(text):  # it would fail only in the training step
+    text, wanted = read_job_file(args.job), args.job_kind
+    if text and wanted and wanted not in job_kinds(text):  # it would fail only in the training step
         found = " and ".join(sorted(job_kinds(text)))
         raise ValueError(f"--job {args.job}: contains no {wanted} but {found}; see --job-kind")
     with TemporaryDirectory() as folder:

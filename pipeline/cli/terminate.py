@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from kfp_server_api import V2beta1RecurringRun, V2beta1Run
 
 from pipeline.cli.arguments import add_server, connect_server, run_id_of
+from pipeline.cli.report import job_kind, print_run
 from pipeline.client import ENDED, Server
 from pipeline.connection import ServerError
 
@@ -41,9 +42,9 @@ def run_terminate(args: argparse.Namespace) -> int:
         print(f"schedule {found.recurring_run_id}: deleted; runs that it started continue")
         return 0
     run_id = found.run_id
-    ending = "" if found.state in ENDED else ", now ending"
-    print(f"run {run_id}: {found.state}{ending}", flush=True)
     namespace = args.namespace or server.pod_namespace(found)
+    print_run(server, found, namespace, "" if found.state in ENDED else ", now ending")
+    sys.stdout.flush()
     again = f"`python -m pipeline terminate {run_id}`"
     try:
         for line in delete_run_jobs(server, found, namespace, args.every):
@@ -96,9 +97,3 @@ def delete_run_jobs(
         raise StillEnding(doubt)
     if not deleted:
         yield "found none to delete"
-
-
-def job_kind(run: V2beta1Run) -> str:
-    """Return the kind of a run's jobs: its parameter, or the pipeline's default."""
-    parameters = (run.runtime_config and run.runtime_config.parameters) or {}
-    return parameters.get("job_kind") or "pytorchjob"

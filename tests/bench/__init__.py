@@ -1,1 +1,1 @@
-"""Measurements beside other projects; not tests."""
+"""Benchmarks beside other projects; not tests."""

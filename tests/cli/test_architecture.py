@@ -1,4 +1,4 @@
-"""The structure of the code: who imports whom, how long a file may be, and what no file contains.
+"""Code structure: import layers, file length, and names and constructs that no file may contain.
 
 The layers are in `tests/helpers/layers.py`. Each test checks all files and reports all violations at once.
 """

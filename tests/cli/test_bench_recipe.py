@@ -1,4 +1,4 @@
-"""The benchmarks of a recipe's training step and of its detection, on this machine's processor."""
+"""`vitdet bench train` and `vitdet bench infer` on the CPU."""
 
 from __future__ import annotations
 

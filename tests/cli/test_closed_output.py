@@ -1,4 +1,4 @@
-"""A reader that closes the pipe early, as `vitdet weights list | head -1` does, is no error."""
+"""A closed stdout pipe, as in `vitdet weights list | head -1`, is not an error."""
 
 from __future__ import annotations
 

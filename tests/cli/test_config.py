@@ -1,4 +1,4 @@
-"""Settings: what is written is read back, types come from the fields, and a mistake is named in one line."""
+"""Settings: written files read back equal, values are typed by their fields, errors are one line."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What killed processes leave under temporary names, and who removes it."""
+"""Temporary files of killed processes, and their removal."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Locks between processes, also on file systems that have none."""
+"""Inter-process locks, including file systems without lock support."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Settings that a message names: each is one of the config, and takes the value that the message gives it."""
+"""Settings named in messages exist in the config and accept the suggested value."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the README tells to type: its Python runs as it stands, its commands are words that the command lines know."""
+"""Code blocks of README.md, CONTRIBUTING.md and docs/: Python is run, commands parsed or run."""
 
 from __future__ import annotations
 
@@ -6,72 +6,143 @@ import os
 import re
 import shlex
 import shutil
+import socket
 import subprocess
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from pipeline.cli import parser as pipeline_parser
-from tests.conftest import ROOT, minimal
+from tests.conftest import ROOT, minimal, options
+from vitdet.cli import main
 from vitdet.cli import parser as vitdet_parser
+from vitdet.config import load_config, recipes
 
-TEXT = (ROOT / "README.md").read_text()
-BLOCKS = re.findall(r"```(\w*)\n(.*?)```", TEXT, re.S)
-LOAD, TRAIN = (text for language, text in BLOCKS if language == "python")
-# but for the synopsis
-SHELL = [text for language, text in BLOCKS if not language and "[--set k=v]..." not in text]
-LINES = "".join(SHELL).replace("\\\n", " ").splitlines()
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+# (page, language, text) of each fenced block
+BLOCKS = [
+    (page.name, language, text)
+    for page in PAGES
+    for language, text in re.findall(r"^ *```(\w*)\n(.*?)^ *```", page.read_text(), re.S | re.M)
+]
+PYTHON = [text for _, language, text in BLOCKS if language == "python"]
+PROGRAMS = {"vitdet": vitdet_parser, "pipeline": pipeline_parser}
+
+
+def commands(text: str) -> list[tuple[str, list[str]]]:
+    """(program, arguments) of each call of `vitdet` and `python -m pipeline` in a shell block."""
+    found = []
+    for line in text.replace("\\\n", " ").splitlines():
+        if not re.match(r"\s*vitdet |.*-m (vitdet|pipeline) ", line):
+            continue
+        words = shlex.split(line, comments=True)
+        for start, word in enumerate(words):
+            if word == "vitdet" and (start == 0 or words[start - 1] == "-m"):
+                found.append(("vitdet", words[start + 1 :]))
+            if words[start : start + 3] == ["python", "-m", "pipeline"]:
+                found.append(("pipeline", words[start + 3 :]))
+    return found
+
+
 COMMANDS = [
-    line.split("  #")[0].split(" | ")[-1].strip()
-    for line in LINES
-    if re.match(r"vitdet |python -m pipeline |kubectl kustomize .* \| ", line)
+    pytest.param(program, arguments, id=f"{page}: {program} {' '.join(arguments[:3])}")
+    for page, language, text in BLOCKS
+    if language in ("", "bash", "sh")
+    for program, arguments in commands(text)
 ]
 
 
-def test_its_commands_are_found() -> None:
-    assert len(COMMANDS) >= 12 and {command.split()[0] for command in COMMANDS} == {
-        "vitdet",
-        "python",
-    }
+@pytest.mark.parametrize(("program", "arguments"), COMMANDS)
+def test_commands_parse_and_settings_exist(program: str, arguments: list[str]) -> None:
+    args = PROGRAMS[program]().parse_args(arguments)
+    assert args.run
+    load_config("tiny", getattr(args, "set", []))
 
 
-@pytest.mark.parametrize("command", COMMANDS, ids=lambda command: " ".join(command.split()[:6]))
-def test_a_command_is_one(command: str) -> None:
-    program, *words = shlex.split(command)
-    if program == "python":
-        assert words[:2] == ["-m", "pipeline"] and pipeline_parser().parse_args(words[2:]).run
-    else:
-        assert vitdet_parser().parse_args(words).run
+def test_each_program_is_documented() -> None:
+    assert {param.values[0] for param in COMMANDS} == {"vitdet", "pipeline"}
 
 
-def test_a_checkpoint_in_two_lines(
+def test_the_readme_lists_every_recipe() -> None:
+    table = re.findall(r"^\| `(\w+)`", (ROOT / "README.md").read_text(), re.M)
+    assert set(recipes()) <= set(table)
+
+
+def test_links_lead_to_files_and_headings() -> None:
+    links = [
+        (page, *target.partition("#")[::2])
+        for page in PAGES
+        for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text())
+        if not target.startswith("https://")
+    ]
+    assert len(links) > 10
+    for page, name, heading in links:
+        path = page.parent / name if name else page
+        assert path.is_file(), f"{page.name}: {name}"
+        titles = re.findall(r"^#+ (.*)", path.read_text(), re.M) if heading else []
+        slugs = [re.sub(r"[^\w -]", "", title).lower().replace(" ", "-") for title in titles]
+        assert heading in ("", *slugs), f"{page.name}: {name}#{heading}"
+
+
+def python_block(word: str) -> str:
+    [found] = [text for text in PYTHON if word in text]
+    return found
+
+
+def test_python_prediction(
     trained: Path, picture: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "work/train").mkdir(parents=True)
     shutil.copy(trained / "model.pt", tmp_path / "work/train/model.pt")
-    assert LOAD.count("picture.jpg") == 2 and LOAD.count("threshold=0.5") == 1
+    Image.open(picture).save(tmp_path / "picture.jpg")
     monkeypatch.chdir(tmp_path)
     names: dict[str, object] = {}
-    text = LOAD.replace("picture.jpg", picture.name).replace("threshold=0.5", "threshold=0")
-    exec(text.replace("...", "seen = name"), names)
-    assert names["seen"] in names["predictor"].class_names
-    assert (tmp_path / "drawn.jpg").is_file() and len(names["found"].boxes) == len(
-        names["found"].masks
-    ) > 0
+    exec(python_block("Predictor.load").replace("threshold=0.5", "threshold=0"), names)
+    assert len(names["found"].boxes) == len(names["found"].masks) > 0
+    assert (tmp_path / "drawn.jpg").is_file()
 
 
-def test_training_from_python(
+def test_python_training(
     tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """With the settings of `minimal` instead of the block's own."""
     monkeypatch.chdir(tmp_path)
-    settings = '["optim.lr=1e-3", "train.batch_size=16"]'
-    assert TRAIN.count(settings) == 1
+    small = load_config("tiny", minimal(tiny, optim__steps=2))
+    monkeypatch.setattr("vitdet.config.load_config", lambda *_: small)
     names: dict[str, object] = {}
-    exec(TRAIN.replace(settings, repr(minimal(tiny, optim__steps=2))), names)
+    exec(python_block("build_detector"), names)
     assert "box_ap" in capsys.readouterr().out
-    assert all(
-        name.startswith("loss_") and loss.requires_grad for name, loss in names["losses"].items()
-    )
+    losses = names["losses"]
+    assert losses and all(key.startswith("loss_") for key in losses)
+    assert all(loss.requires_grad for loss in losses.values())
+
+
+def test_python_webhook(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from mlflow import MlflowClient
+
+    public = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", ("1.1.1.1", 0))]
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: public)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
+    exec(python_block("create_webhook"), {})
+    [hook] = MlflowClient().list_webhooks()
+    assert [str(event) for event in hook.events] == ["model_version_alias.created"]
+
+
+def test_own_data_commands(
+    own_tiny: Path, picture: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The block of the README that trains on a folder and draws a photo, command by command."""
+    [block] = [text for page, _, text in BLOCKS if page == "README.md" and "photo.jpg" in text]
+    monkeypatch.chdir(tmp_path)
+    Image.open(picture).save(tmp_path / "photo.jpg")
+    own_tiny.rename(tmp_path / "ROOT")
+    for _, arguments in commands(block):
+        small = options(minimal(Path("ROOT"))) if arguments[0] == "train" else []
+        with pytest.raises(SystemExit) as ended:
+            main([*arguments, *small])
+        assert not ended.value.code, arguments
+    assert (tmp_path / "report.html").is_file() and (tmp_path / "drawn/photo.jpg").is_file()
 
 
 # Without the variables of an outer make, and of Git, as in a hook
@@ -87,7 +158,7 @@ ENVIRONMENT = {
 def test_the_demo_without_git_says_so_before_it_installs_anything(
     tmp_path: Path, jobs: str, repository: bool
 ) -> None:
-    """As from a ZIP of the repository, or in an image without .git; repository: one without a commit."""
+    """Without .git, as in a ZIP of the sources; repository: a repository without a commit."""
     environment = {
         **ENVIRONMENT,
         "GIT_CEILING_DIRECTORIES": str(tmp_path.parent),

@@ -1,4 +1,4 @@
-"""Inputs of the command line that are wrong, and a full disk: one line, exit code 1, nothing left behind."""
+"""Invalid command-line inputs and a full disk: one line, exit code 1, no partial files."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The steps of a pipeline run, one after the other in this process: two recipes on one workspace."""
+"""The pipeline's stages in sequence in one process: two recipes in one workspace."""
 
 import json
 import shutil
@@ -14,6 +14,7 @@ from tests.conftest import minimal
 from vitdet import stages
 from vitdet.config import Config, load_config, save_config
 from vitdet.digest import digest, legacy_digest
+from vitdet.preparation import Data
 from vitdet.tracking.mlflow import tracking_uri
 from vitdet.tracking.runs import start_tracker
 from vitdet.workspace import training_folder
@@ -72,9 +73,9 @@ def test_two_recipes_are_trained_compared_and_registered(
             str(tmp_path / name / kind) for kind in ("model.pt", "figures", "verdict", "report")
         )
         stages.train_recipe(settings, name, data, space, RUN, checkpoint)
-        _, known = stages.evaluate_recipe(
+        known = stages.evaluate_recipe(
             checkpoint, configs, name, data, space, RUN, figures, report
-        )
+        ).known
         assert Path(report).read_text().startswith("<!doctype html>")
         passed, _ = stages.gate(figures, configs, name, space, RUN, verdict)
         assert known and passed  # there is no champion yet
@@ -83,9 +84,14 @@ def test_two_recipes_are_trained_compared_and_registered(
     stages.register_recipe(
         str(first / "model.pt"), str(first / "figures"), configs, names[0], space, RUN
     )
-    table = stages.compare(verdicts, configs, space, RUN, str(tmp_path / "table.md"))
+    page, links = tmp_path / "table.html", tmp_path / "links.md"
+    table = stages.compare(verdicts, configs, space, RUN, str(page), str(links))
 
-    assert (tmp_path / "table.md").read_text() == table
+    assert links.read_text() == table  # a database has no pages to link to
+    assert all(f"<td>{name}</td>" in page.read_text() for name in names)
+    # the exit handler of a run that succeeded has the same table
+    assert stages.compare_finished(space, RUN, str(tmp_path / "end.html")) == ""
+    assert (tmp_path / "end.html").read_text() == page.read_text()
     assert f"Data {data.split('-')[1]}" in table
     rows = {
         line.split(" | ")[0].strip("| "): line
@@ -217,9 +223,9 @@ def test_relative_paths_lie_in_the_workspace(tmp_path: Path) -> None:
     assert (config.data.root, config.train.init) == ("/sets/mine", "mae_vit_tiny")
 
 
-def prepare(folder: Path) -> stages.Data:
+def prepare(folder: Path, fetch: str = "") -> Data:
     return stages.prepare_data(
-        *(str(folder / name) for name in ("settings", "space", "configs", "manifest"))
+        *(str(folder / name) for name in ("settings", "space", "configs", "manifest")), fetch
     )
 
 
@@ -238,9 +244,23 @@ def test_the_demo_data_is_drawn_and_other_data_is_not(
     assert prepare(tmp_path) == data and data.notes == []
     shutil.rmtree(tmp_path / "settings")
     resolve(["tiny"], ["data.root=absent"], tmp_path)
-    with pytest.raises(FileNotFoundError, match="absent"):
+    with pytest.raises(FileNotFoundError, match="absent") as missing:
         prepare(tmp_path)
+    assert "`fetch` (--fetch)" in str(missing.value) and "manifests/data" in str(missing.value)
     assert not (tmp_path / "space" / "absent").exists()
+
+
+def test_the_data_is_brought_to_the_volume_if_asked(
+    tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(tiny, tmp_path / "space" / "export")
+    resolve(["tiny"], ["data.root=sets/mine"], tmp_path)
+    with pytest.raises(ValueError, match="fetch convert absent: .*absent: no such folder"):
+        prepare(tmp_path, "convert absent")
+    data = prepare(tmp_path, "convert export --format coco")
+    assert "6 classes; train 12 images" in capsys.readouterr().out
+    assert prepare(tmp_path, "convert export --format coco") == data
+    assert "is there already, nothing is converted" in capsys.readouterr().out
 
 
 def test_a_model_for_other_classes_is_refused_with_the_data(tiny: Path, tmp_path: Path) -> None:

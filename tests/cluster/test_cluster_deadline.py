@@ -1,4 +1,4 @@
-"""The nets under a job that nobody follows, on a real API server: its deadline, and its time to live once it has ended.
+"""Unattended jobs on a real API server: deadline, and time to live after completion.
 
 tests/helpers/fake_operator.py has what the operators do about them, and where their sources say so.
 """

@@ -1,4 +1,4 @@
-"""A training outlives the pods of its step on a real API server, and ends together with its run.
+"""On a real API server, a training survives eviction of its step's pods and ends with its run.
 
 What upstream does at each event: argo's pods (workflow/controller of v3.7), Kubeflow's Terminate and
 Retry (backend/src/common/util of Pipelines 2.17). Conditions of Kubernetes versions that are newer

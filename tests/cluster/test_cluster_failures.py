@@ -1,4 +1,4 @@
-"""What can happen to a training job, on a real API server; the pods' processes are shell scripts.
+"""Failures of a training job on a real API server; the pods' processes are shell scripts.
 
 What the kubelet, the scheduler and Kueue would write is written by the test, in the shapes of core/v1: PodStatus and
 PodCondition of https://kubernetes.io/docs/reference/generated/kubernetes-api/v1.33/#podstatus-v1-core; image errors:

@@ -1,10 +1,13 @@
-"""What manifests/README.md says of `kubectl apply`, on a real API server: its commands, and what cannot be changed."""
+"""Commands of docs/kubeflow.md on a real API server, and the changes that it says are rejected."""
 
 from __future__ import annotations
 
+import base64
 import copy
 import json
+import os
 import shutil
+import subprocess
 import uuid
 from collections.abc import Iterator
 
@@ -12,8 +15,9 @@ import pytest
 import yaml
 
 from tests.cluster.test_cluster_manifests import moved
-from tests.cluster.test_manifests import MANIFESTS, overlay
+from tests.cluster.test_manifests import MANIFESTS, installed, overlay
 from tests.helpers.cluster import kubectl, on_cluster
+from tests.helpers.guide import BLOCKS, lines
 
 pytestmark = [*on_cluster, pytest.mark.skipif(not shutil.which("kubectl"), reason="needs kubectl")]
 
@@ -26,43 +30,90 @@ def namespace() -> Iterator[str]:
     kubectl("delete", "namespace", name, "--wait=false")
 
 
+def applied(name: str, line: str) -> list[str]:
+    """Names of the objects that a line of the guide applies from an overlay."""
+    command = line.replace("$O", str(MANIFESTS / "overlays" / name)) + " --dry-run=client -o name"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.split()
+
+
 @pytest.mark.parametrize("name", ["kind", "eks"])
 def test_the_runtime_is_applied_alone_by_its_label(name: str) -> None:
     """Not the TrainJob beside it, which would start to train."""
-    said = kubectl(
-        "apply",
-        "-k",
-        str(MANIFESTS / "overlays" / name / "trainjob"),
-        "--dry-run=client",
-        "-l",
-        "app.kubernetes.io/component=runtime",
-        "-o",
-        "name",
-    )
-    kind = "trainingruntime" if name == "kind" else "clustertrainingruntime"
-    assert said.split() == [f"{kind}.trainer.kubeflow.org/vitdet-gpu-train"]
+    (line,) = lines("kubectl apply -k $O/trainjob -l")
+    assert applied(name, line) == ["trainingruntime.trainer.kubeflow.org/vitdet-gpu-train"]
 
 
-def test_the_administrator_s_part_is_applied_alone_by_its_label() -> None:
-    said = kubectl(
-        "apply",
-        "-k",
-        str(MANIFESTS / "overlays" / "onprem" / "cluster"),
-        "--dry-run=client",
-        "-l",
-        "vitdet/scope=cluster",
-        "-o",
-        "name",
+# What needs a running pod or an installation: nothing on this API server would answer.
+SKIP = """kubectl() { case "$*" in *" exec "*|*" rollout "*|*"apply -k"*|*" wait "*|"create namespace"*|"label namespace"*) cat > /dev/null ;;
+  *) command kubectl "$@" ;; esac; }
+"""
+
+
+@pytest.fixture
+def spaces() -> Iterator[dict[str, str]]:
+    suffix = uuid.uuid4().hex[:8]
+    found = {"NS": f"vitdet-guide-{suffix}", "M": f"vitdet-guide-{suffix}-mlflow"}
+    for name in found.values():
+        kubectl("create", "namespace", name)
+    yield found
+    for name in found.values():
+        kubectl("delete", "namespace", name, "--wait=false")
+
+
+def run_blocks(word: str, spaces: dict[str, str]) -> None:
+    blocks = [block for block in BLOCKS if word in block]
+    assert blocks
+    for block in blocks:
+        environment = {**os.environ, **spaces, "O": "overlay"}
+        done = subprocess.run(
+            ["bash", "-eu", "-c", SKIP + block],
+            capture_output=True,
+            text=True,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+        )
+        assert done.returncode == 0, block + done.stderr
+
+
+def secret(namespace: str, name: str) -> dict:
+    return json.loads(kubectl("get", "secret", name, "-n", namespace, "-o", "json"))
+
+
+def test_the_secrets_have_the_keys_that_the_pods_read(spaces: dict[str, str]) -> None:
+    run_blocks("kubectl -n $M create secret generic mlflow-server", spaces)
+    run_blocks("kubectl -n $NS create secret generic vitdet-mlflow", spaces)
+    run_blocks("create secret docker-registry", spaces)
+    names = {"MLFLOW_AUTH_ADMIN_PASSWORD", "PGPASSWORD", "MLFLOW_FLASK_SERVER_SECRET_KEY"}
+    assert secret(spaces["M"], "mlflow-server")["data"].keys() == names
+    ours = {
+        key: base64.b64decode(value).decode()
+        for key, value in secret(spaces["NS"], "vitdet-mlflow")["data"].items()
+    }
+    assert ours["MLFLOW_TRACKING_URI"] == f"http://mlflow.{spaces['M']}.svc:5000"
+    assert (
+        ours["MLFLOW_TRACKING_USERNAME"] == "vitdet" and len(ours["MLFLOW_TRACKING_PASSWORD"]) == 32
     )
-    assert said.split() == ["priorityclass.scheduling.k8s.io/vitdet-train"]
+    for namespace in spaces.values():
+        assert secret(namespace, "vitdet-registry")["type"] == "kubernetes.io/dockerconfigjson"
+
+
+def test_the_migration_copies_the_server_s_secret(spaces: dict[str, str]) -> None:
+    words = ("create", "secret", "generic", "mlflow-server", "-n", spaces["NS"])
+    kubectl(*words, "--from-literal=PGPASSWORD=old", "--from-literal=MLFLOW_AUTH_ADMIN_PASSWORD=x")
+    run_blocks("get secret mlflow-server -o json", spaces)
+    data = secret(spaces["NS"], "mlflow-server")["data"]
+    assert len(data) == 2 and secret(spaces["M"], "mlflow-server")["data"] == data
 
 
 def one(kind: str, namespace: str) -> dict:
     """The object of this kind that stays in a cluster, under names of this test."""
     (found,) = (
         document
-        for document in moved(overlay("onprem", "cluster"), namespace)
+        for document in moved(installed("onprem"), namespace)
         if document["kind"] == kind
+        and (kind, document["metadata"]["name"]) != ("Job", "vitdet-data")  # as the other Job
     )
     return found
 
@@ -107,8 +158,8 @@ def test_a_profile_s_runtime_is_made_in_its_namespace(namespace: str) -> None:
     found = json.loads(kubectl("get", "trainingruntimes", "-n", namespace, "-o", "json"))["items"]
     assert [one["metadata"]["name"] for one in found] == ["vitdet-gpu-train"]
     assert found[0]["spec"]["mlPolicy"]["numNodes"] == 2
-    # training, and the demo's data
-    assert yaml.safe_dump(found[0]["spec"]["template"]).count("vitdet:0.1.0") == 2
+    # training, its variable VITDET_IMAGE, and the demo's data
+    assert yaml.safe_dump(found[0]["spec"]["template"]).count("vitdet:0.2.0") == 3
 
 
 def test_the_patch_of_kubeflow_pipelines_keeps_the_rest_of_the_configmap(namespace: str) -> None:

@@ -1,4 +1,4 @@
-"""The manifests against a real API server: what it accepts, and what its accounts may do."""
+"""The manifests on a real API server: validation, and the permissions of the service accounts."""
 
 from __future__ import annotations
 
@@ -7,14 +7,25 @@ import shutil
 import subprocess
 import uuid
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import yaml
 
 from components.launcher.templates import KINDS
-from tests.cluster.test_manifests import JOBS, MANIFESTS, OVERLAYS, overlay
+from tests.cluster.test_manifests import (
+    JOBS,
+    MANIFESTS,
+    OVERLAYS,
+    PARTS,
+    build,
+    copy,
+    overlay,
+    parts,
+)
 from tests.helpers.cluster import QUICK, kubectl, on_cluster
 
+__all__ = ["copy"]  # a fixture
 pytestmark = [*on_cluster, pytest.mark.skipif(not shutil.which("kubectl"), reason="needs kubectl")]
 # Kinds that only their own cloud or add-on defines; tests/cluster/test_manifests.py has their schemas.
 UNKNOWN = {
@@ -25,6 +36,7 @@ UNKNOWN = {
     "LocalQueue",
     "ResourceFlavor",
     "WorkloadPriorityClass",
+    "VirtualService",
 }
 
 
@@ -50,9 +62,11 @@ def moved(documents: list[dict], namespace: str) -> list[dict]:
     return [document for document in found if document["kind"] != "Namespace"]
 
 
-@pytest.mark.parametrize("part", ["cluster", *JOBS])
+@pytest.mark.parametrize("part", [*PARTS, *JOBS])
 @pytest.mark.parametrize("name", OVERLAYS)
 def test_a_server_accepts_an_overlay(name: str, part: str, namespace: str) -> None:
+    if part in PARTS and part not in parts(name):
+        pytest.skip("kind has none")
     documents = moved(overlay(name, JOBS.get(part, part)), namespace)
     said = kubectl(
         "apply",
@@ -62,6 +76,19 @@ def test_a_server_accepts_an_overlay(name: str, part: str, namespace: str) -> No
         given=yaml.safe_dump_all(documents),
     )
     assert said.count("created (server dry run)") == len(documents)
+
+
+def test_a_server_accepts_the_options(namespace: str, copy: Path) -> None:
+    jobs = ["one-zone", "no-priority-class", "rdma", "kueue", "volcano"]
+    outside = ["mlflow-ingress", "mlflow-virtualservice"]
+    documents = [
+        *build(copy, "onprem", [*JOBS], [f"components/{one}" for one in (*jobs, "values")]),
+        *build(copy, "onprem", ["mlflow"], [f"components/{one}" for one in (*outside, "values")]),
+    ]
+    given = yaml.safe_dump_all(moved(documents, namespace))
+    assert "Ingress" in given and "podAffinity" in given
+    said = kubectl("apply", "--dry-run=server", "--validate=true", "-f", "-", given=given)
+    assert said.count("created (server dry run)") == len(moved(documents, namespace))
 
 
 def test_a_server_refuses_a_typo(namespace: str) -> None:
@@ -150,12 +177,17 @@ def test_a_pipeline_s_account_may_what_it_must_and_no_more(accounts: str) -> Non
 
 @pytest.mark.parametrize("kind", JOBS)
 def test_the_launcher_s_requests_are_all_allowed(kind: str, accounts: str) -> None:
+    exercise_launcher(kind, accounts, "vitdet-pipeline")
+
+
+def exercise_launcher(kind: str, accounts: str, account: str) -> None:
+    """All requests of the launcher in namespace `accounts`, as `account`."""
     from kubernetes import config
 
     from components.launcher.client import JobClient
 
     api = config.new_client_from_config()
-    api.set_default_header("Impersonate-User", f"system:serviceaccount:{accounts}:vitdet-pipeline")
+    api.set_default_header("Impersonate-User", f"system:serviceaccount:{accounts}:{account}")
     said: list[str] = []
     cluster = JobClient(api, KINDS[kind], "vitdet-train", accounts, said.append, QUICK)
     *_, job = moved(overlay("kind", JOBS[kind]), accounts)

@@ -1,4 +1,4 @@
-"""An API server that goes away for 20 seconds, and one that does not know the job: on a server of these tests' own."""
+"""An API server that is down for 20 seconds, and one that does not know the job (a server of its own)."""
 
 from __future__ import annotations
 

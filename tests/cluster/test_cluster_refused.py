@@ -1,4 +1,4 @@
-"""Pods that a real API server refuses to make, here for want of their PriorityClass."""
+"""Pods that a real API server rejects, here because of a missing PriorityClass."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A step that Kubeflow repeats, and the end of a run, on a real API server: what is made anew, kept, deleted."""
+"""Step retries and the end of a run on a real API server: which jobs are recreated, kept and deleted."""
 
 from __future__ import annotations
 

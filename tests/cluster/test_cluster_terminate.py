@@ -1,4 +1,4 @@
-"""`python -m pipeline terminate` on a real API server: the jobs of a run are deleted, of both kinds, and no others."""
+"""`python -m pipeline terminate` on a real API server deletes the run's jobs of both kinds, and no others."""
 
 from __future__ import annotations
 

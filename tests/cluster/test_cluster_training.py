@@ -1,4 +1,4 @@
-"""Training on two nodes through a real API server: by kubectl alone, by the launcher, with a worker killed, both kinds.
+"""Training on two nodes through a real API server: kubectl alone, the launcher, a killed worker; both kinds.
 
 The pods are local torchrun processes with the environment that the operators set.
 """

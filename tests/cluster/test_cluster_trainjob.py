@@ -1,4 +1,4 @@
-"""What can happen to a TrainJob, on a real API server; the pods' processes are shell scripts.
+"""Failures of a TrainJob on a real API server; the pods' processes are shell scripts.
 
 The other kind's tests are in tests/cluster/test_cluster_failures.py, with the sources of the shapes. Here besides: a failure
 that is over the runtime's maxRestarts is JobSet 0.12's (pkg/controllers/failure_policy.go, restartJobSetActionApplier,

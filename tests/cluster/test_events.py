@@ -1,4 +1,4 @@
-"""What events tell of a job whose pods are not made, or do not start; the API server is a list of answers."""
+"""Events of jobs whose pods are not created or do not start; API responses are stubbed."""
 
 from __future__ import annotations
 

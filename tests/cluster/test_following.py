@@ -1,4 +1,4 @@
-"""Following a training job without a cluster: the API server is a list of answers."""
+"""Following a training job without a cluster; API responses are stubbed."""
 
 from __future__ import annotations
 

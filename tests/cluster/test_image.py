@@ -1,4 +1,7 @@
-"""The Dockerfile by a linter, and by rules of its own: what it promises in its first lines. It is not built here."""
+"""The Dockerfile by a linter, and by rules of its own: what it promises in its first lines.
+
+It is built in `test_image_build`.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +16,8 @@ import pytest
 from tests.conftest import ROOT
 
 FILE = ROOT / "manifests" / "image" / "Dockerfile"
+SCRIPT = FILE.with_name("install.sh")
+TARGETS = ("vitdet", "mlflow")
 
 
 def instructions(text: str) -> list[tuple[str, str]]:
@@ -35,26 +40,30 @@ def stages(text: str) -> list[list[tuple[str, str]]]:
     return found
 
 
+def unhashed(commands: str) -> list[str]:
+    """The rules that an installation breaks."""
+    return [
+        f"installs without hashes: {part}"
+        for part in re.split(r"&&|;|\n", commands.replace("\\\n", " "))
+        if re.search(r"\bpip\b.* install", part)
+        and not {"--require-hashes", "--no-deps"} & set(part.split())
+    ]
+
+
 def broken(text: str) -> list[str]:
     """The rules that a Dockerfile breaks."""
     arguments = dict(rest.split("=", 1) for word, rest in instructions(text) if word == "ARG")
-    *_, last = made = stages(text)
-    said = ["one stage: compilers and caches stay in the image"] * (len(made) < 2)
-    for stage in made:
-        base = re.sub(r"\$\{(\w+)\}", lambda found: arguments[found[1]], stage[0][1]).split(" AS ")[
-            0
-        ]
+    made = {stage[0][1].partition(" AS ")[2]: stage for stage in stages(text)}
+    said = []
+    for stage in made.values():
+        base = stage[0][1].partition(" AS ")[0]
+        base = re.sub(r"\$\{(\w+)\}", lambda found: arguments[found[1]], base)
         said += [f"base {base} is not named by digest"] * (
-            not re.search(r"@sha256:[0-9a-f]{64}$", base)
+            base not in made and not re.search(r"@sha256:[0-9a-f]{64}$", base)
         )
         for word, rest in stage:
             if word == "RUN":
-                said += [
-                    f"installs without hashes: {part}"
-                    for part in re.split(r"&&|;", rest)
-                    if "pip install" in part
-                    and not {"--require-hashes", "--no-deps"} & set(part.split())
-                ]
+                said += unhashed(rest)
                 for part in re.findall(r"apt-get install ([^&;]*)", rest):
                     said += [
                         f"package {name} has no version"
@@ -65,13 +74,24 @@ def broken(text: str) -> list[str]:
                 word in ("ENV", "ARG") and bool(re.search(r"(?i)passw|token|secret|_key\b", rest))
             )
             said += [f"ADD {rest}: COPY says what it does"] * (word == "ADD")
-    users = [rest for word, rest in last if word == "USER"]
-    said += ["does not end as a numbered user that is not root"] * (
-        not users or not re.fullmatch(r"[1-9]\d*:[1-9]\d*", users[-1])
-    )
-    said += ["installs Python packages in the last stage"] * any(
-        "pip install" in rest for word, rest in last if word == "RUN"
-    )
+        steps = [rest for word, rest in stage if word in ("RUN", "COPY")]
+        code = [rest.split()[0] in ("vitdet", "components") for rest in steps]
+        said += ["every change of the code installs the dependencies again"] * any(
+            "install.sh" in rest and any(code[:place]) for place, rest in enumerate(steps)
+        )
+    for target in TARGETS:
+        stage = made.get(target, [])
+        users = [rest for word, rest in stage if word == "USER"]
+        said += [f"{target} does not end as a numbered user that is not root"] * (
+            not users or not re.fullmatch(r"[1-9]\d*:[1-9]\d*", users[-1])
+        )
+        said += [f"{target} has compilers and caches"] * any(
+            re.search(r"\bpip\b.* install", rest) for word, rest in stage if word == "RUN"
+        )
+        words = [word if rest != 'REVISION=""' else "REVISION" for word, rest in stage]
+        said += [f"{target}: the revision is not after all layers, or is missing"] * bool(
+            "REVISION" not in words or {"RUN", "COPY"} & set(words[words.index("REVISION") :])
+        )
     return said
 
 
@@ -85,18 +105,27 @@ def test_the_dockerfile_keeps_its_promises() -> None:
         (r"@sha256:\w+", ""),
         ("USER 1000:1000", "USER root"),
         ("USER 1000:1000", "USER vitdet"),
+        ("USER 1000:1000", ""),
         ("libibverbs1=44.0-2", "libibverbs1"),
-        ("pip install --require-hashes -r", "pip install -r"),
+        ("install --no-deps", "install"),
         ("COPY comp", "ADD comp"),
         ("ENV PATH", "ENV API_TOKEN=x PATH"),
         ("CMD", "RUN pip install --no-deps x\nCMD"),
-        ("FROM .* AS build", ""),
+        ("RUN sh /build", "COPY vitdet /x\nRUN sh /build"),
+        ('ARG REVISION=""', ""),
+        ("USER 1000:1000", 'ARG REVISION=""\nUSER 1000:1000'),
+        ("AS mlflow\\b", "AS server"),
     ],
 )
 def test_a_broken_promise_is_noticed(old: str, new: str) -> None:
     text = FILE.read_text()
     assert re.search(old, text)
     assert broken(re.sub(old, new, text))
+
+
+def test_everything_is_installed_by_hash() -> None:
+    text = SCRIPT.read_text()
+    assert unhashed(text) == [] and len(unhashed(text.replace(" --require-hashes", ""))) == 3
 
 
 def test_the_linter_finds_nothing() -> None:

@@ -1,4 +1,4 @@
-"""The training job without a cluster: filling in a template, reading states and causes."""
+"""The training job without a cluster: filling in a template, reading states and failure reasons."""
 
 from __future__ import annotations
 

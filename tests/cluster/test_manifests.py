@@ -18,8 +18,10 @@ from vitdet.config import recipes
 
 pytestmark = pytest.mark.skipif(not shutil.which("kubectl"), reason="needs kubectl")
 MANIFESTS = ROOT / "manifests"
-CLOUDS, GPUS = ("gke", "eks", "onprem"), ("a100", "h100", "h200")
+CLOUDS, GPUS = ("gke", "eks", "onprem"), ("a10", "a100", "h100", "h200", "l4")
 OVERLAYS = ("kind", *CLOUDS)
+# folders of an overlay without its training jobs
+PARTS = ("cluster", "dedicated", "namespace", "mlflow", "data")
 # folder of the job -> folder of its kustomization in an overlay
 JOBS = {"pytorchjob": ".", "trainjob": "trainjob"}
 HEADER = "apiVersion: kustomize.config.k8s.io/v1beta1\nkind: Kustomization\n"
@@ -28,6 +30,17 @@ HEADER = "apiVersion: kustomize.config.k8s.io/v1beta1\nkind: Kustomization\n"
 @cache
 def overlay(name: str, part: str = ".") -> list[dict]:
     return kustomize(MANIFESTS / "overlays" / name / part)
+
+
+def installed(name: str, root: Path | None = None) -> list[dict]:
+    """All objects of an overlay that are no training jobs."""
+    render = overlay if root is None else lambda _, part: kustomize(root / "overlays" / name / part)
+    return [document for part in parts(name) for document in render(name, part)]
+
+
+def parts(name: str) -> list[str]:
+    """PARTS of an overlay; in kind's namespace Kubeflow itself runs."""
+    return [part for part in PARTS if (name, part) != ("kind", "dedicated")]
 
 
 def pools(
@@ -40,7 +53,7 @@ def pools(
             ",".join(f"{key}={value}" for key, value in node["labels"].items()): set()
             for node in yaml.safe_load((nodes / "cluster.yaml").read_text())["nodes"]
         }
-    if name == "onprem":  # the commands that README.md has repeated
+    if name == "onprem":  # the commands that docs/kubeflow.md repeats
         text = (nodes / "kustomization.yaml").read_text()
         (label,) = re.findall(r"kubectl label nodes -l \S+ (\S+)", text)
         (taint,) = re.findall(rf"kubectl taint nodes -l {label} (\S+)=present:NoSchedule", text)
@@ -94,13 +107,11 @@ def test_torchrun_waits_for_its_processes_as_long_as_their_pod_may(name: str, pa
 @pytest.mark.parametrize("name", OVERLAYS)
 def test_an_overlay_is_right(name: str, part: str) -> None:
     jobs = overlay(name, JOBS[part])
-    # before the job that names it
-    runtime = "TrainingRuntime" if name == "kind" else "ClusterTrainingRuntime"
     assert [job["kind"] for job in jobs] == {
         "pytorchjob": ["PyTorchJob"],
-        "trainjob": [runtime, "TrainJob"],
+        "trainjob": ["TrainingRuntime", "TrainJob"],  # before the job that refers to it
     }[part]
-    assert problems(overlay(name, "cluster"), jobs, pools(name)) == []
+    assert problems(installed(name), jobs, pools(name)) == []
 
 
 @pytest.mark.parametrize("job", JOBS)
@@ -111,9 +122,10 @@ def test_an_overlay_is_right(name: str, part: str) -> None:
         ["volcano"],
         ["coscheduling"],
         ["kueue"],
-        ["profile"],
+        ["one-zone"],
+        ["no-priority-class"],
         ["+elastic"],
-        ["rdma", "kueue", "+elastic"],
+        ["rdma", "kueue", "one-zone", "+elastic"],
     ],
     ids="-".join,
 )
@@ -122,7 +134,7 @@ def test_an_option_is_right(options: list[str], job: str, copy: Path) -> None:
     after = [f"components/{option[1:]}" for option in options if option[0] == "+"]
     jobs = build(copy, "onprem", [job], ["node-pools/onprem", *before, "components/values", *after])
     assert jobs != overlay("onprem", JOBS[job]) or (job == "trainjob" and options == ["+elastic"])
-    assert problems(overlay("onprem", "cluster"), jobs, pools("onprem")) == []
+    assert problems(installed("onprem"), jobs, pools("onprem")) == []
     if after and job == "pytorchjob":
         spec = jobs[0]["spec"]
         assert {
@@ -179,6 +191,8 @@ def test_a_trainjob_s_pods_are_scheduled_as_a_group(
 @pytest.mark.parametrize("gpu", GPUS)
 def test_one_line_changes_the_gpu_and_one_the_price(gpu: str, copy: Path) -> None:
     for name in CLOUDS:
+        if (name, gpu) == ("gke", "a10"):
+            continue  # Google Cloud has none
         chosen = copy / "overlays" / name / "values" / "kustomization.yaml"
         assert "components/h100" in chosen.read_text()
         chosen.write_text(
@@ -188,9 +202,9 @@ def test_one_line_changes_the_gpu_and_one_the_price(gpu: str, copy: Path) -> Non
         text = yaml.safe_dump_all(
             kustomize(copy / "overlays" / name / ("cluster" if name != "onprem" else "."))
         )
-        family = {"a100": "p4de", "h100": "p5", "h200": "p5en"}[gpu]
+        family = {"a10": "g5", "a100": "p4de", "h100": "p5", "h200": "p5en", "l4": "g6"}[gpu]
         words = {
-            "gke": f"type: nvidia-{gpu}-",
+            "gke": f"type: nvidia-{gpu}",
             "eks": f"- {family}\n",
             "onprem": f"- NVIDIA-{gpu.upper()}",
         }[name]
@@ -215,14 +229,19 @@ def test_every_value_reaches_its_place(name: str, copy: Path) -> None:
     marks |= {"spot": "true"} if "spot" in marks else {}  # kustomize keeps a place's type
     file.write_text(yaml.safe_dump({**values, "data": marks}))
     folder = copy / "overlays" / name
-    rendered = [*kustomize(folder), *kustomize(folder / "trainjob"), *kustomize(folder / "cluster")]
-    queues = ["components/kueue-queues"] if name != "kind" else []
-    rendered += build(copy, name, ["shared"], [*queues, "components/values"])
+    rendered = [*kustomize(folder), *kustomize(folder / "trainjob"), *installed(name, copy)]
+    if name != "kind":
+        rendered += build(copy, name, [], ["components/kueue-queues", "components/values"])
+        rendered += build(copy, name, [], ["components/mlflow-ingress", "components/values"])
+    if name in ("gke", "eks"):
+        both = [f"node-pools/{name}", f"node-pools/{name}/reservation"]
+        rendered += build(copy, name, [], [*both, "components/values"])
     rendered += build(copy, name, ["pytorchjob"], ["components/values", "components/elastic"])
     text = yaml.safe_dump_all(rendered)
     assert [key for key, mark in marks.items() if not re.search(rf"\b{mark}\b", text)] == []
     places = {document["metadata"].get("namespace", marks["namespace"]) for document in rendered}
-    assert places == {marks["namespace"]}
+    assert places == {marks["namespace"], marks["mlflowNamespace"]}
+    assert not re.search(r"namespace: vitdet\b|metadata.name: vitdet\b|vitdet-mlflow\.svc", text)
     file.write_text(
         yaml.safe_dump(
             {**values, "data": {key: value for key, value in marks.items() if key != "pool"}}
@@ -241,7 +260,11 @@ def test_both_kinds_run_the_same(name: str) -> None:
     assert master == worker
     ((_, node),) = pods([runtime])
     # the volume, by its claim
-    node = json.loads(json.dumps(node).replace('"name": "vitdet-data"', '"name": "data"'))
+    node = json.loads(
+        json.dumps(node)
+        .replace('"name": "vitdet-data"', '"name": "data"')
+        .replace("jobset.sigs.k8s.io/jobset-name", "training.kubeflow.org/job-name")
+    )
     node["spec"].pop("restartPolicy", None)
     ours, theirs = master["spec"]["containers"][0], node["spec"]["containers"][0]
     assert ours["args"] == trainjob["spec"]["trainer"]["args"] and ours["args"][0] == "train"
@@ -272,12 +295,13 @@ def test_both_kinds_run_the_same(name: str) -> None:
 def test_the_launcher_s_job_is_right_too(name: str, nodes: int) -> None:
     jobs = []
     for kind, part in JOBS.items():
-        request = JobRequest(
-            "vitdet-x", "vitdet", {"vitdet/run": "r"}, "", ["train", "x.yaml"], nodes, ""
-        )
         *others, job = overlay(name, part)
+        space = job["metadata"]["namespace"]
+        request = JobRequest(
+            "vitdet-x", space, {"vitdet/run": "r"}, "", ["train", "x.yaml"], nodes, ""
+        )
         jobs += [*others, fill_template(yaml.safe_dump(job), KINDS[kind], request)]
-    assert problems(overlay(name, "cluster"), jobs, pools(name)) == []
+    assert problems(installed(name), jobs, pools(name)) == []
     assert len(jobs[0]["spec"]["pytorchReplicaSpecs"]) == min(nodes, 2)
     assert jobs[0]["metadata"]["annotations"] == {SCHEDULE: "3600", RESTARTS: "6"}
     assert jobs[-1]["metadata"]["annotations"] == {SCHEDULE: "3600"}
@@ -306,15 +330,50 @@ def test_another_pool_is_another_compute_class() -> None:
     ] * 2
 
 
-def test_passwords_and_answers_of_users_stand_where_they_should() -> None:
+def test_passwords_and_placeholders_are_where_they_should_be() -> None:
     for name in CLOUDS:
-        assert not [
-            document for document in overlay(name, "cluster") if document["kind"] == "Secret"
-        ]
-        text = yaml.safe_dump_all([*overlay(name), *overlay(name, "cluster")])
-        assert {"gke": 1, "eks": 6, "onprem": 0}[name] == text.count("YOUR-"), (
-            "what README.md has users fill in"
-        )
+        assert not [document for document in installed(name) if document["kind"] == "Secret"]
+        text = yaml.safe_dump_all([*overlay(name), *installed(name)])
+        assert {"gke": 1, "eks": 6, "onprem": 0}[name] == text.count("YOUR-")
+
+
+@pytest.mark.parametrize("name", OVERLAYS)
+def test_jobs_cannot_mount_mlflow_s_secrets(name: str) -> None:
+    """The administrator's password and the database's are in a namespace without jobs."""
+    spaces = {"jobs": set(), "server": set()}
+    for document in [*overlay(name), *overlay(name, "trainjob"), *installed(name)]:
+        for secret in ("mlflow-server", "vitdet-mlflow"):
+            names = [
+                found
+                for _, pod in pods([document])
+                for found in re.findall(rf"'name': '{secret}'", str(pod))
+            ]
+            if names:
+                where = "server" if secret == "mlflow-server" else "jobs"
+                spaces[where].add(document["metadata"]["namespace"])
+    assert len(spaces["jobs"]) == len(spaces["server"]) == 1
+    assert not spaces["jobs"] & spaces["server"]
+
+
+@pytest.mark.parametrize("name", CLOUDS)
+def test_every_pod_of_a_namespace_of_its_own_is_under_a_policy(name: str) -> None:
+    """Default deny for all pods; the download job alone may reach public addresses."""
+    policies = [one for one in installed(name) if one["kind"] == "NetworkPolicy"]
+    jobs = [one for one in policies if one["metadata"]["namespace"] == "vitdet"]
+    (deny,) = (one["spec"] for one in jobs if one["metadata"]["name"] == "default-deny")
+    assert deny == {"podSelector": {}, "policyTypes": ["Ingress", "Egress"]}
+    out = {
+        one["metadata"]["name"]
+        for one in jobs
+        for rule in one["spec"].get("egress", [])
+        for side in rule.get("to", [])
+        if side.get("ipBlock", {}).get("cidr") == "0.0.0.0/0"
+    }
+    assert out == {"vitdet-data"}
+    open_rules = [
+        rule for one in jobs for rule in one["spec"].get("egress", []) if not rule.get("to")
+    ]
+    assert {port["port"] for rule in open_rules for port in rule["ports"]} == {53}
 
 
 def test_the_operator_s_init_container_meets_restricted() -> None:
@@ -334,13 +393,13 @@ def test_images_are_ours_or_pinned_by_digest() -> None:
     images = {
         one["image"]
         for name in OVERLAYS
-        for part in (".", "trainjob", "cluster")
+        for part in (".", "trainjob", *parts(name))
         for _, pod in pods(overlay(name, part))
         for one in containers(pod)
     }
     ours = {
         image
         for image in images
-        if re.fullmatch(r"(registry[.]example[.]com/)?vitdet:\d+[.]\d+[.]\d+", image)
+        if re.fullmatch(r"(registry[.]example[.]com/)?vitdet(-mlflow)?:\d+[.]\d+[.]\d+", image)
     }
     assert ours and all("@sha256:" in image for image in images - ours), images - ours

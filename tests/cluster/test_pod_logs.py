@@ -1,4 +1,4 @@
-"""The lines of a container's log through its restarts, and what is held back for the missing ones."""
+"""Container logs across restarts: order of lines, and lines held back until missing ones arrive."""
 
 # ruff: noqa: F401, F811 - the fixture of the other file
 from __future__ import annotations

@@ -1,147 +1,96 @@
-"""components/profile: a Kubeflow profile's user may apply all that is left, and overwrites no other profile's."""
+"""The namespace of a Kubeflow profile: one value selects it, and its owner may apply all that is in it."""
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
 import yaml
 
 from components.launcher.templates import KINDS, JobRequest, fill_template
-from tests.cluster.test_manifests import CLOUDS, build, copy, overlay, pools, pytestmark
+from tests.cluster.test_manifests import CLOUDS, build, copy, installed, pools, pytestmark
 from tests.helpers.manifests import kustomize, pods, problems
 
 __all__ = ["copy", "pytestmark"]  # a fixture and a mark of the whole file
-WIDE = {
-    "gke": {"ComputeClass"},
-    "eks": {"NodePool", "EC2NodeClass", "StorageClass"},
-    "onprem": set(),
-}
+# Folders of an overlay that the owner of a profile applies.
+OWNER = ("namespace", "data", ".", "trainjob")
 
 
-def cluster_wide(documents: list[dict]) -> dict[str, dict]:
-    """What has no namespace: kind -> metadata."""
-    return {
-        document["kind"]: document["metadata"]
-        for document in documents
-        if "namespace" not in document["metadata"]
-    }
-
-
-def before(name: str) -> list[str]:
-    return ["node-pools/onprem"] if name == "onprem" else []
-
-
-def after(name: str) -> list[str]:
-    return ["node-pools/gke/job"] if name == "gke" else []
-
-
-def pool(name: str) -> list[str]:
-    return [f"node-pools/{name}"] if name != "onprem" else []
+def for_profile(root: Path, name: str, profile: str, mlflow: str = "vitdet-mlflow") -> Path:
+    """Make the one edit of an overlay's values; its folder."""
+    folder = root / "overlays" / name
+    file = folder / "values" / "values.yaml"
+    text = re.sub(r"(?m)^  namespace: [\w-]+", f"  namespace: {profile}", file.read_text())
+    file.write_text(re.sub(r"(?m)^  mlflowNamespace: [\w-]+", f"  mlflowNamespace: {mlflow}", text))
+    return folder
 
 
 @pytest.mark.parametrize("name", CLOUDS)
-def test_nothing_cluster_wide_is_left(name: str, copy: Path) -> None:
-    cluster = build(
-        copy,
-        name,
-        ["shared", "mlflow"],
-        [*pool(name), "components/kueue-queues", "components/profile", "components/values"],
-    )
-    jobs = build(
-        copy,
-        name,
-        ["pytorchjob", "trainjob"],
-        [
-            *before(name),
-            "components/rdma",
-            "components/coscheduling",
-            "components/kueue",
-            "components/profile",
-            "components/values",
-            *after(name),
-        ],
-    )
-    assert cluster_wide([*cluster, *jobs]) == {}
-    # the administrator's
-    classes = [one for one in overlay(name, "cluster") if one["kind"] == "StorageClass"]
-    assert problems([*cluster, *classes], jobs, pools(name)) == []
-    assert {"LocalQueue", "PersistentVolumeClaim", "StatefulSet"} <= {
-        document["kind"] for document in cluster
-    }
-    runtime, trainjob = (
-        one for kind in ("TrainingRuntime", "TrainJob") for one in jobs if one["kind"] == kind
-    )
+def test_one_value_puts_all_into_the_profile(name: str, copy: Path) -> None:
+    folder = for_profile(copy, name, "team-a")
+    mine = [document for part in OWNER for document in kustomize(folder / part)]
+    assert {document["metadata"].get("namespace") for document in mine} == {"team-a"}
+    jobs = [one for one in mine if one["kind"] in ("PyTorchJob", "TrainJob", "TrainingRuntime")]
+    assert len(jobs) == 3
+    everything = installed(name, copy)
+    assert problems(everything, jobs, pools(name)) == []
+    runtime, trainjob = jobs[1:]
     assert trainjob["spec"]["runtimeRef"] == {"kind": "TrainingRuntime", "name": "vitdet-gpu-train"}
-    ((_, pod),) = pods([runtime])  # the other options have reached it under its new kind
-    assert "rdma/rdma_shared_device_a" in pod["spec"]["containers"][0]["resources"]["limits"]
-    assert (
-        "coscheduling" in runtime["spec"]["podGroupPolicy"]
-        and "priorityClassName" not in pod["spec"]
-    )
+    assert runtime["metadata"]["namespace"] == "team-a"
+    # the administrator leaves the profile's Namespace alone, and MLflow's is created by hand
+    wide = [one for part in ("cluster", "mlflow") for one in kustomize(folder / part)]
+    assert not [one for one in wide if one["kind"] == "Namespace"]
 
 
 @pytest.mark.parametrize("name", CLOUDS)
-def test_the_administrator_s_part_has_a_label(name: str, copy: Path) -> None:
-    whole = build(
-        copy,
-        name,
-        ["shared", "mlflow", "trainjob"],
-        [*pool(name), *before(name), "components/kueue-queues", "components/values", *after(name)],
-    )
-    wide = cluster_wide(whole)
-    assert wide.keys() == {
-        "Namespace",
-        "PriorityClass",
-        "ClusterTrainingRuntime",
-        "ClusterQueue",
-        "ResourceFlavor",
-        "WorkloadPriorityClass",
-        *WIDE[name],
-    }
-    labelled = {
-        kind for kind, about in wide.items() if about["labels"].get("vitdet/scope") == "cluster"
-    }
-    assert labelled == wide.keys() - {"Namespace"}
+def test_mlflow_in_the_profile_itself(name: str, copy: Path) -> None:
+    folder = for_profile(copy, name, "team-a", mlflow="team-a")
+    everything = installed(name, copy)
+    assert problems(everything, kustomize(folder), pools(name)) == []
+    assert {one["metadata"].get("namespace", "team-a") for one in everything} == {"team-a"}
+    (server,) = (one for one in everything if one["kind"] == "Deployment")
+    assert "mlflow.team-a.svc:5000,localhost:5000" in str(server)
 
 
 def test_two_profiles_share_nothing_but_the_pool(copy: Path) -> None:
-    file = copy / "overlays" / "eks" / "values" / "values.yaml"
     made = []
     for space in ("team-a", "team-b"):
-        file.write_text(
-            file.read_text()
-            .replace("namespace: vitdet ", f"namespace: {space} ")
-            .replace("namespace: team-a ", f"namespace: {space} ")
-        )
-        made.append(
-            build(
-                copy,
-                "eks",
-                ["shared", "mlflow", "trainjob"],
-                [
-                    "node-pools/eks",
-                    "components/kueue-queues",
-                    "components/profile",
-                    "components/values",
-                ],
-            )
-        )
-        queue = build(copy, "eks", ["shared"], ["components/kueue-queues", "components/values"])
+        folder = for_profile(copy, "eks", space, f"{space}-mlflow")
+        documents = [one for part in (*OWNER, "mlflow") for one in kustomize(folder / part)]
+        queue = build(copy, "eks", [], ["components/kueue-queues", "components/values"])
         assert {one["metadata"]["name"] for one in queue if one["kind"] == "ClusterQueue"} == {
             space
         }
-        assert {one["spec"]["clusterQueue"] for one in made[-1] if one["kind"] == "LocalQueue"} == {
-            space
-        }
-    places = [
-        {(one["kind"], one["metadata"]["namespace"], one["metadata"]["name"]) for one in each}
-        for each in made
-    ]
-    assert not places[0] & places[1] and len(places[0]) == len(places[1]) > 15
+        documents += [one for one in queue if one["kind"] == "LocalQueue"]
+        assert documents[-1]["spec"]["clusterQueue"] == space
+        made.append(
+            {
+                (one["kind"], one["metadata"].get("namespace"), one["metadata"]["name"])
+                for one in documents
+            }
+        )
+    assert not made[0] & made[1] and len(made[0]) == len(made[1]) > 15
 
 
-def test_the_launcher_s_trainjob_keeps_the_profile_s_runtime(copy: Path) -> None:
+@pytest.mark.parametrize("name", CLOUDS)
+def test_cluster_scoped_objects_are_in_the_administrator_s_folder(name: str, copy: Path) -> None:
+    folder = copy / "overlays" / name
+    for part in (*OWNER, "mlflow"):
+        assert not [one for one in kustomize(folder / part) if "namespace" not in one["metadata"]]
+    for document in kustomize(folder / "cluster"):
+        assert "namespace" not in document["metadata"] and document["kind"] != "Namespace"
+
+
+def test_jobs_without_a_priority_class(copy: Path) -> None:
+    parts = ["components/no-priority-class", "components/values"]
+    jobs = build(copy, "eks", ["pytorchjob", "trainjob"], parts)
+    found = list(pods(jobs))
+    assert len(found) == 3
+    assert not [pod for _, pod in found if "priorityClassName" in pod["spec"]]
+
+
+def test_the_launcher_s_trainjob_keeps_the_runtime(copy: Path) -> None:
     (runtime, job) = kustomize(copy / "overlays" / "kind" / "trainjob")
     request = JobRequest("vitdet-x", "kubeflow", {}, "", ["train"], 2, "", {})
     made = fill_template(yaml.safe_dump_all([runtime, job]), KINDS["trainjob"], request)

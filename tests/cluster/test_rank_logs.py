@@ -1,4 +1,4 @@
-"""The last lines of every rank, also of pods that are gone, and which rank failed first."""
+"""The last log lines of every rank, including deleted pods, and the rank that failed first."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Failures of a job by their cause: disruptions are not counted, errors are, memory ends the job."""
+"""Job failures by cause: disruptions are not counted, errors are, out-of-memory ends the job."""
 
 from __future__ import annotations
 

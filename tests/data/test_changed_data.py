@@ -1,4 +1,4 @@
-"""Own data in the pipeline by one override, and a run that is submitted again after the data has changed."""
+"""A custom data set in the pipeline by one override, and a resubmitted run after the data changed."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ class Run:
         return self
 
     def evaluate(self) -> bool:
-        _, known = stages.evaluate_recipe(
+        found = stages.evaluate_recipe(
             self.path("model.pt"),
             self.path("configs"),
             self.name,
@@ -72,7 +72,7 @@ class Run:
             self.path("figures"),
             self.path("report"),
         )
-        return known
+        return found.known
 
     def better(self, ap: float) -> None:
         """Changes the AP that was measured."""

@@ -1,4 +1,4 @@
-"""A damaged data set: every problem is named, nothing raises, and what has no error can be read."""
+"""`data check` on a damaged data set: every problem is listed, nothing raises, valid entries stay readable."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Reading annotation files: what becomes a record, what is dropped and counted, what stops with one line."""
+"""Reading annotation files: records, dropped and counted annotations, one-line errors."""
 
 import json
 from pathlib import Path

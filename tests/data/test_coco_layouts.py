@@ -1,4 +1,4 @@
-"""COCO exports as tools lay them out: found, checked, counted and trained on without a conversion.
+"""COCO exports in the layouts of annotation tools: found, checked and trained on without conversion.
 
 The layouts are those of the tools' documentation, see `vitdet.data.coco_layouts`.
 """

@@ -1,5 +1,5 @@
-"""One name for the same data: on the command line, in the stages of dvc.yaml and in the pipeline's steps, in COCO's and
-in LVIS's layout, wherever it lies and whether its files are copies or links.
+"""The data set digest is equal on the command line, in dvc.yaml and in the pipeline, for COCO and LVIS layouts,
+for any location, and for copies and links.
 """
 
 # ruff: noqa: F401, F811 - fixtures of the other file

@@ -1,4 +1,4 @@
-"""Annotation files decoded entry by entry hold what json reads, and their records are slices of shared arrays."""
+"""Annotation files decoded entry by entry equal those decoded by json; records are slices of shared arrays."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Annotations without fault are found by arrays; what is said and read is what a look at each of them finds."""
+"""The vectorized check of annotations agrees with the check of each annotation."""
 
 from __future__ import annotations
 

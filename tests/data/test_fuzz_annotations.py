@@ -1,5 +1,5 @@
-"""Whatever an annotation file holds: `data check` finds no error and everything runs over it, or it finds errors and
-all readers refuse it in one line. Nothing else: no other exception, no crash, no hang.
+"""Random annotation files: either `data check` finds no error and all readers work, or it finds errors and
+all readers raise a one-line error. No other exception, crash or hang.
 
 Longer, with other inputs each time: pytest --hypothesis-profile=long tests/data/test_fuzz_annotations.py
 """

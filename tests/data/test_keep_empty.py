@@ -1,4 +1,4 @@
-"""Images without objects as background: data.keep_empty, its stream, and the loss of such images worked out by hand."""
+"""`data.keep_empty`: sampling of images without objects, and their loss against values computed by hand."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Loaders: what a step sees depends on seed and step alone; validation shows every image once."""
+"""Loaders: a step's batch depends on seed and step alone; validation yields every image once."""
 
 import json
 import subprocess

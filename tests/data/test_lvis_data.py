@@ -1,4 +1,4 @@
-"""Data in LVIS's layout: read, checked, trained on with the federated loss, and evaluated."""
+"""LVIS-format data: reading, checking, training with the federated loss, evaluation."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Outlines against pycocotools' pixels, the paste against a slow version, RLE there and back."""
+"""Rasterized outlines against pycocotools, pasting against a reference implementation, RLE round trips."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Odd annotations one by one: what `data check` says of each, and that all readers agree with it.
+"""Unusual annotations: the result of `data check` for each, and agreement of all readers with it.
 
 What fuzzing found stands here as well.
 """

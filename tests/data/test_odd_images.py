@@ -1,4 +1,4 @@
-"""Images that are not a plain RGB JPEG, each through everything that reads images: exact pixels, or one clear line.
+"""Images that are not plain RGB JPEG, through every reader of images: exact pixels, or a one-line error.
 
 What is expected is worked out in `odd_files`, from numbers that never saw Pillow.
 """

@@ -1,4 +1,4 @@
-"""One image cannot take the memory of the machine, whatever its annotations hold."""
+"""Memory bounds per image, for any annotations."""
 
 from __future__ import annotations
 

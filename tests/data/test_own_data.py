@@ -1,4 +1,4 @@
-"""Data of one's own: a folder and nothing else, and its classes' names wherever a person meets its detector."""
+"""Custom data sets need only a folder; class names appear wherever the detector is used."""
 
 from __future__ import annotations
 

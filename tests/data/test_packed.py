@@ -1,4 +1,4 @@
-"""A packed list gives back what was put in, and is one array."""
+"""Packed lists: round trip, stored as one array."""
 
 from array import array
 from pathlib import Path

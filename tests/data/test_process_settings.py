@@ -1,4 +1,4 @@
-"""Loaders leave the process as it is; what loading with workers needs of it is set once, by `configure_process`."""
+"""Loaders do not change process-wide settings; `configure_process` sets them once."""
 
 from __future__ import annotations
 

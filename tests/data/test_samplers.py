@@ -1,4 +1,4 @@
-"""The stream of images: every image once an epoch, and the same images for any number of ranks and after a restart."""
+"""Training sampler: each image once per epoch, the same stream for any number of ranks and after a restart."""
 
 import time
 from collections import Counter

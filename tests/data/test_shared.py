@@ -1,4 +1,4 @@
-"""The annotation index in worker processes that were not forked: one memory for all, and the same pictures."""
+"""The annotation index in spawned workers: shared memory, equal images."""
 
 from __future__ import annotations
 

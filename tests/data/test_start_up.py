@@ -1,4 +1,4 @@
-"""Several processes that start on one volume: one looks at the files, and all hear what it found."""
+"""Concurrent start on one volume: one rank reads the files and broadcasts the result or error."""
 
 from __future__ import annotations
 

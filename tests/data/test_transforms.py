@@ -1,4 +1,4 @@
-"""The affine moves pixels, outlines and boxes together, and follows the published pipeline's arithmetic."""
+"""The affine transform of pixels, outlines and boxes, against the published pipeline's arithmetic."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""`vitdet data convert` accounts for every image, label file and row, and says all problems at once."""
+"""`vitdet data convert` accounts for every image, label file and row, and reports all problems at once."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`vitdet data convert`: from YOLO and Pascal VOC to what training reads."""
+"""`vitdet data convert` from YOLO and Pascal VOC."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`vitdet data convert`: one data set, as each annotation tool writes it, becomes the same records."""
+"""`vitdet data convert`: one data set in the format of each annotation tool gives equal records."""
 
 from __future__ import annotations
 

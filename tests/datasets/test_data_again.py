@@ -1,4 +1,4 @@
-"""Fetching data sets where something is there already: archives, images, other files, links; or no room."""
+"""Downloads into folders that already hold archives, images, other files or links; full disks."""
 
 # ruff: noqa: F401, F811 - fixtures of the other file
 from __future__ import annotations

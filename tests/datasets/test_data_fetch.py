@@ -1,4 +1,4 @@
-"""COCO and LVIS over a bad line: in the end the layout that every tool expects, or one line; twice is once."""
+"""COCO and LVIS downloads over an unreliable connection: the standard layout or a one-line error; idempotent."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`vitdet data coco` and `lvis` as a person meets them, and the facts of what is published."""
+"""`vitdet data coco` and `lvis`: output for the user, and the published facts."""
 
 from __future__ import annotations
 

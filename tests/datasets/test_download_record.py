@@ -1,4 +1,4 @@
-"""The manifest: what came is what lies there, or one line says what is not."""
+"""The download record: files that differ from it are reported in one line."""
 
 from __future__ import annotations
 

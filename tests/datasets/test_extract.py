@@ -1,4 +1,4 @@
-"""Unpacking: the files of a good archive, one line for a wicked or broken one, and never a byte outside the folder."""
+"""Archive extraction: valid archives, one-line errors for malicious or broken ones, no write outside the folder."""
 
 from __future__ import annotations
 

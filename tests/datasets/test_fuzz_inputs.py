@@ -1,5 +1,5 @@
-"""Whatever a results file or a foreign data set holds: it is taken, and what comes of it is sound, or it is refused in
-one line that names a file. See `test_fuzz_annotations`.
+"""Random results files and data sets of other formats: accepted with valid output, or rejected in one line
+that names the file. See `test_fuzz_annotations`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""LVIS as it is brought: its images are COCO's, where their coco_url says; and no image of one split in the other."""
+"""Downloaded LVIS: images are found by their coco_url, and no image is in both splits."""
 
 # ruff: noqa: F401, F811 - fixtures of the other files
 from __future__ import annotations

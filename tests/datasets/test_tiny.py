@@ -1,4 +1,4 @@
-"""The tiny data set: frozen, complete, and not to be solved by colour."""
+"""The tiny data set: fixed, complete, and not solvable by colour."""
 
 from __future__ import annotations
 

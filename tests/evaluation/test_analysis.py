@@ -1,4 +1,4 @@
-"""The analysis of an evaluation: its metrics agree with AP, and with small cases counted by hand."""
+"""Evaluation analysis: metrics agree with AP, and with small cases counted by hand."""
 
 import json
 from dataclasses import asdict

@@ -1,4 +1,4 @@
-"""Intervals of AP over resampled images: the right AP of each resample, and the stated error rates."""
+"""Confidence intervals of AP over resampled images: exact AP of each resample, and the stated error rates."""
 
 from __future__ import annotations
 
@@ -113,7 +113,7 @@ def test_a_class_in_few_images_has_no_verdict(images: int, real: bool | None) ->
     first, other = bootstrap([worse, replace(worse, matched=~worse.matched)], resamples=100)
     difference = other.difference(first, "ap", 1)
     assert (difference.value, difference.images) == (100.0, images)
-    assert difference.is_real is real
+    assert difference.is_significant is real
     assert other.difference(first).images == 200
 
 
@@ -122,7 +122,7 @@ def test_the_difference_of_equal_results_is_0() -> None:
     first, other = bootstrap([matches, matches], resamples=20)
     difference = other.difference(first)
     assert (difference.value, difference.low, difference.high, difference.p) == (0, 0, 0, 1)
-    assert not difference.is_real
+    assert not difference.is_significant
     interval = first.interval()
     assert interval.low < interval.value < interval.high
     assert bootstrap([matches], resamples=20)[0].interval() == interval  # a fixed seed
@@ -134,10 +134,14 @@ def test_a_better_class_is_told_from_the_others() -> None:
     lost = (worse.category == 1) & (np.arange(len(worse.category)) % 4 == 0)
     better, worse = worse, replace(worse, matched=worse.matched & ~lost[:, None])
     first, other = bootstrap([worse, better], resamples=100)
-    real = [other.difference(first, "ap50", place).is_real for place in range(3)]
+    real = [other.difference(first, "ap50", place).is_significant for place in range(3)]
     assert real == [False, True, False]
     difference = other.difference(first)
-    assert difference.is_real and difference.value > 0 and difference.p == pytest.approx(2 / 101)
+    assert (
+        difference.is_significant
+        and difference.value > 0
+        and difference.p == pytest.approx(2 / 101)
+    )
     assert len(METRICS) == len(other.value)
 
 
@@ -172,10 +176,10 @@ def test_noise_is_called_equal_and_one_ap_is_found() -> None:
     for seed in range(100):
         world = World(seed, 200, 5)
         first, other = bootstrap([world.detect(), world.detect()], resamples=100, seed=seed)
-        equal += not other.difference(first).is_real
+        equal += not other.difference(first).is_significant
     for seed in range(10):
         world = World(seed, 1500, 5)
         first, other = bootstrap([world.detect(), world.detect(0.033)], resamples=100, seed=seed)
-        found += other.difference(first).is_real and other.difference(first).low > 0
+        found += other.difference(first).is_significant and other.difference(first).low > 0
     assert equal >= 90, equal
     assert found == 10, found

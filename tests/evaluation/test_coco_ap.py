@@ -1,4 +1,4 @@
-"""AP against pycocotools' own figures, and what is left out, refused or made up for."""
+"""AP against pycocotools, and results that are dropped, rejected or completed."""
 
 import copy
 import json

@@ -1,4 +1,4 @@
-"""`vitdet compare`: what is read, refused and written."""
+"""`vitdet compare`: inputs, errors and output."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from vitdet.config import flatten, load_config, save_config
 from vitdet.data.protocol import Protocol
 from vitdet.evaluation import coco
 from vitdet.evaluation.bootstrap import bootstrap
-from vitdet.tracking.comparison import markdown_table
+from vitdet.tracking.table import markdown_table
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -79,7 +79,7 @@ def test_files_of_results(vitdet: Run, files: list[Path], tmp_path: Path) -> Non
     verdicts = [line for line in text.splitlines() if line.startswith("- ")]
     assert verdicts[0].startswith("- worse.json is worse than first.json (1) by ")
     assert verdicts[1].startswith(
-        "- first.json (2) and first.json (1) are equal within chance: +0.00"
+        "- first.json (2) and first.json (1) do not differ significantly: +0.00"
     )
     truth, results = random_set(1, 60, 3)
     ap = coco.compare(truth, results, ["bbox"])["bbox"].ap()
@@ -144,7 +144,7 @@ def test_settings_training_and_seeds_are_shown() -> None:
     assert "optim.steps" not in rows
 
 
-def test_few_images_have_no_verdict() -> None:
+def test_differences_over_few_images_are_not_tested() -> None:
     truth, results = random_set(0, 6, 2)
     matches = coco.compare(truth, results, ["bbox"])["bbox"].matches
     none = replace(matches, matched=np.zeros_like(matches.matched))
@@ -152,9 +152,11 @@ def test_few_images_have_no_verdict() -> None:
         Compared(name, {"bbox": one}, None, {}, {}) for name, one in (("a", matches), ("b", none))
     ]
     text = comparison_text(both, {"bbox": bootstrap([matches, none], resamples=20)})
-    assert "no verdict, as only 4 images have objects (10 are needed)" in text
-    assert "Real: 0 of the 0 classes" in text
-    assert not any(row.endswith(("| yes  |", "| no   |")) for row in text.splitlines())
+    assert "not tested for significance, as only 4 images have objects (10 are needed)" in text
+    assert "0 classes have objects in 10 or more images" in text and "Significant: 0." in text
+    assert "Not corrected for multiple comparisons" in text
+    tables = [row for row in text.splitlines() if row.startswith("| ")]
+    assert not any(row.split(" | ")[-1].startswith(("yes", "no")) for row in tables)
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The error types of TIDE, against the figures of the package tidecv 1.0.1 and in cases made by hand."""
+"""TIDE's error types, against values of tidecv 1.0.1 and in hand-made cases."""
 
 import json
 from pathlib import Path

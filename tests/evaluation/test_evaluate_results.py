@@ -1,4 +1,4 @@
-"""Scoring a file of results: what is printed and written, what is refused, and the benchmark of it."""
+"""Evaluating a results file: output, errors, and its benchmark."""
 
 import json
 
@@ -117,10 +117,10 @@ SHORT = {"size": [SIDE, SIDE], "counts": [SIDE * SIDE - 1]}
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"image_id": 7}, "holds no image 7, which has results"),
-        ({"image_id": None}, "holds no image None"),
+        ({"image_id": 7}, "contains no image 7, which has results"),
+        ({"image_id": None}, "contains no image None"),
         ({"image_id": [7]}, "image_id of a result must be a number"),
-        ({"category_id": 4}, "holds no category 4"),
+        ({"category_id": 4}, "contains no category 4"),
         ({"score": None}, "result 2: score must be a finite number, got None"),
         ({"score": "0.5"}, "result 2: score must be a finite number, got '0.5'"),
         ({"score": float("nan")}, "result 2: score must be a finite number, got nan"),
@@ -227,7 +227,7 @@ def test_what_is_no_file_of_results_is_refused(files, text, message):
             lambda tree: tree["annotations"][0].update(iscrowd="no"),
             "iscrowd that is neither 0 nor 1: 'no'",
         ),
-        (lambda tree: tree["annotations"].clear(), "holds no object to find"),
+        (lambda tree: tree["annotations"].clear(), "contains no object to find"),
         (lambda tree: tree.pop("categories"), "no 'categories' in the file"),
     ],
 )
@@ -284,3 +284,15 @@ def test_the_benchmark_compares_the_figures_too(tmp_path, capsys):
     assert "12 images x 30 detections" in capsys.readouterr().out
     with pytest.raises(ValueError, match="at least 1"):
         measure(images=0)
+
+
+@pytest.mark.parametrize("broken", [[], [4.0, 4.0, 9.0, 9.0], [1.0, 2.0, 3.0]])
+def test_broken_parts_of_an_outline_are_dropped(files, broken):
+    results, annotations = files
+    square = [4.0, 4.0, 20.0, 4.0, 20.0, 20.0, 4.0, 20.0]
+    found = [item | {"segmentation": [square]} for item in json.loads(results.read_text())]
+    metrics = []
+    for shape in ([square], [broken, square], [square, broken]):
+        results.write_text(json.dumps([item | {"segmentation": shape} for item in found]))
+        metrics.append(evaluate_results(results, annotations))
+    assert metrics[0] == metrics[1] == metrics[2]

@@ -1,4 +1,4 @@
-"""The way from a canvas to COCO results, to the figures of a checkpoint and to pictures."""
+"""From a batch to COCO results, metrics of a checkpoint, and images."""
 
 import json
 from dataclasses import replace
@@ -18,7 +18,7 @@ from vitdet.data.masks import decode
 from vitdet.data.protocol import Protocol, settings_of
 from vitdet.evaluation.evaluator import detect, detections_to_results, evaluate, evaluate_detector
 from vitdet.evaluation.pictures import write_pictures
-from vitdet.tracking.comparison import check_comparable
+from vitdet.preparation import check_comparable
 from vitdet.types import Detections
 from vitdet.visualize import spread
 

@@ -1,4 +1,4 @@
-"""The precision that evaluations and predictions compute in."""
+"""The precision of evaluation and prediction."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""AP of LVIS against the official package's own figures, and against a slow version of its rules on random sets."""
+"""LVIS AP against the official package, and against a reference implementation on random sets."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Matches: their AP is that of the comparison they come from, under any weights; they survive a file."""
+"""Matches: their AP equals that of the evaluation, for any image weights; round trip through a file."""
 
 import json
 from collections import Counter

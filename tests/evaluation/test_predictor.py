@@ -1,4 +1,4 @@
-"""Images in every form that a user has, boxes back in the image's own pixels, and pictures of what was found."""
+"""Inputs in every supported form, boxes in image pixels, and drawn detections."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""The report of an evaluation: what it states, that it loads nothing, and that it works in a browser."""
+"""The report page: its content, no external requests, and its behaviour in a browser."""
 
 from __future__ import annotations
 

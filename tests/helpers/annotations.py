@@ -1,4 +1,4 @@
-"""Small data sets that are sound, and strategies for all that can be wrong with them.
+"""Valid small data sets, and hypothesis strategies for all that can be wrong with them.
 
 A mutation knows the structure: it replaces a value anywhere by any other, takes keys and entries away, doubles and
 swaps them; another one cuts and splices the bytes of the file.

@@ -1,4 +1,4 @@
-"""Small archives in the shape of the published ones, and what the wicked make of an archive."""
+"""Small archives in the shape of the published ones, and malicious variants."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The parts of Kubeflow Pipelines' compiler and of Argo's controller that decide about retries.
+"""Retry decisions of Kubeflow Pipelines' compiler and of Argo's controller.
 
 Kubeflow Pipelines (tags 2.14.0, 2.15.0, 2.16.1, 2.17.0: the same rules) compiles a pipeline to an Argo Workflow in
 backend/src/v2/compiler/argocompiler. Argo merges the defaults of its ConfigMap into the templates and retries their nodes

@@ -1,4 +1,4 @@
-"""For tests on a real API server: a namespace of their own in which jobs run as local processes.
+"""Fixtures for tests on a real API server: a namespace in which jobs run as local processes.
 
 KUBECONFIG must name a control plane without scheduler and kubelets on this machine: tests/helpers/fake_node.py plays them.
 """

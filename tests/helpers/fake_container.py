@@ -1,4 +1,4 @@
-"""A container of a played pod: a local process, with all that it starts."""
+"""A container of a simulated pod: a local process with its children."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How a Job and its JobSet decide about failed pods.
+"""Failure policies of a Job and its JobSet for failed pods.
 
 Kubernetes' Job controller: pkg/controller/job/pod_failure_policy.go (matchPodFailurePolicy) and job_controller.go
 (getFailJobMessage, and the order in syncJob: the pod failure policy of any failed pod before the backoff limit). Of the

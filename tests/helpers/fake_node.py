@@ -1,4 +1,4 @@
-"""Scheduler, kubelet, DNS and volumes of one machine, played: pods of a namespace run as local processes.
+"""Simulated scheduler, kubelet, DNS and volumes of one node: pods of a namespace run as local processes.
 
 A pod without a node is bound to this one; its first container becomes a process; its status is written in the shapes of
 core/v1 PodStatus as the kubelet writes them; its log is served as the kubelet does (GET /containerLogs/NAMESPACE/POD/

@@ -1,4 +1,4 @@
-"""A pretended GPU: tensors that say they lie elsewhere, compute on the CPU, and refuse to meet tensors that lie there.
+"""A simulated GPU: tensors on another device that compute on the CPU and reject mixed devices.
 
 The device calls itself `meta`, the only other one that every torch knows. What a GPU refuses, it refuses: operands on
 two devices, unless one is a number; indices from the CPU are let through, as CUDA does.

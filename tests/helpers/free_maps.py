@@ -1,4 +1,4 @@
-"""The maps of a Kubernetes object whose keys no schema knows: labels, annotations, resources and the like.
+"""Maps of Kubernetes objects whose keys no schema lists: labels, annotations, resources and the like.
 
 A key that is misspelled there is accepted and means nothing: a pod without a GPU, a sidecar, an evicted node.
 So every key that manifests/ and the launcher use is named here once.
@@ -19,6 +19,7 @@ LABELS = {
     "pod-security.kubernetes.io/audit",
     "pod-security.kubernetes.io/enforce",
     "pod-security.kubernetes.io/warn",
+    "rbac.authorization.kubeflow.org/aggregate-to-kubeflow-edit",
     "trainer.kubeflow.org/framework",
     "trainer.kubeflow.org/trainjob-ancestor-step",
     "vitdet/pool",
@@ -33,6 +34,7 @@ KNOWN = {
     "annotations": {
         "cluster-autoscaler.kubernetes.io/safe-to-evict",
         "karpenter.sh/do-not-disrupt",
+        "nginx.ingress.kubernetes.io/proxy-body-size",
         "sidecar.istio.io/inject",
         "vitdet/restarts",
         "vitdet/schedule-seconds",

@@ -1,4 +1,4 @@
-"""Code metrics of a checkout: its size by room, its import graph and its repeated defaults.
+"""Code metrics of a checkout: size by folder, import graph and repeated defaults.
 
     python -m tests.helpers.house                          this checkout
     python -m tests.helpers.house --root ../old --verbose  another one, with every import and default listed

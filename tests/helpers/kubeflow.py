@@ -18,6 +18,7 @@ from pathlib import Path
 from urllib.parse import parse_qs, urlsplit
 
 import pytest
+import yaml
 
 from pipeline.cli import main
 from pipeline.connection import Transport
@@ -41,7 +42,8 @@ class Request:
 class Kubeflow(ThreadingHTTPServer):
     """plan["METHOD path"]: the answers to the next such requests, then all is well. states: what a run is at each look.
 
-    token, cookie: those that are let in; None lets everybody in.
+    token, cookie: those that are let in; None lets everybody in. health: what it reports of itself. unknown: a field of
+    the pipeline that it does not know.
     """
 
     daemon_threads = True
@@ -54,6 +56,7 @@ class Kubeflow(ThreadingHTTPServer):
             context.load_cert_chain(certificate)
             self.socket, self.scheme = context.wrap_socket(self.socket, server_side=True), "https"
         self.users, self.token, self.cookie = False, None, None
+        self.health, self.unknown = {"tag_name": "2.17.0", "pipeline_store": "database"}, ""
         self.requests: list[Request] = []
         self.plan: dict[str, list[Callable[[Handler], None]]] = defaultdict(list)
         self.kept: dict[str, list[dict]] = {"experiments": [], "runs": [], "recurringruns": []}
@@ -111,7 +114,7 @@ class Handler(BaseHTTPRequestHandler):
             )
         method, (_, *path) = self.command, made.words.split(" ")[1].split("/")
         if path == ["healthz"]:
-            return self.send(200, {"multi_user": server.users, "pipeline_store": "database"})
+            return self.send(200, {**server.health, "multi_user": server.users})
         kept = server.kept.get(path[0])
         if kept is None:
             return self.send(404, "404 page not found")
@@ -145,6 +148,9 @@ class Handler(BaseHTTPRequestHandler):
                 return self.fail(
                     409, f"Already exist error: experiment {body['display_name']} already exists"
                 )
+        elif (name := self.server.unknown) and f'"{name}"' in json.dumps(body):
+            # a Kubernetes part that cannot be parsed is an internal error, with a stack trace
+            return self.fail(500, f'Internal error: proto: (line 1:2): unknown field "{name}"\nat')
         elif not any(
             item["experiment_id"] == body["experiment_id"]
             for item in self.server.kept["experiments"]
@@ -255,3 +261,20 @@ def page(handler: Handler) -> None:
 def task(name: str, state: str, **more: object) -> dict:
     """A run's task."""
     return {"task_id": f"id-{name}", "display_name": name, "state": state, **more}
+
+
+def waiting(
+    kubeflow: Kubeflow,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    folder: Path,
+) -> Callable[..., tuple[int, str, str]]:
+    """`command` whose submit takes a pipeline of nothing, and which looks every 10 ms."""
+    package, run = folder / "package.yaml", command(kubeflow, monkeypatch, capsys)
+    parameters = {name: {"parameterType": "LIST"} for name in ("recipes", "overrides")}
+    package.write_text(yaml.safe_dump({"root": {"inputDefinitions": {"parameters": parameters}}}))
+    # `test_submit` has it
+    monkeypatch.setattr("pipeline.cli.submit.check_recipes", lambda *_: True)
+    return lambda verb, *words: run(
+        verb, *words, "--every", 0.01, *(["--package", package] if verb == "submit" else [])
+    )

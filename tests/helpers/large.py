@@ -1,4 +1,4 @@
-"""Writes a folder in COCO's or LVIS's layout as large as theirs, to measure how its reading scales.
+"""Writes a data set of COCO's or LVIS's size, to measure how reading scales.
 
     python tests/helpers/large.py DIR [IMAGES OBJECTS]     118,287 and 860,001, a file of 450 MB; no data set for training
     python tests/helpers/large.py DIR lvis                 both splits of LVIS v1 (100,170 images, 1,270,141 objects of 1,203

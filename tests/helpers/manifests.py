@@ -1,4 +1,4 @@
-"""What must hold of rendered manifests beyond spelling: webhooks, references, Pod Security, pinned images."""
+"""Rules for rendered manifests beyond schemas: webhooks, references, Pod Security, pinned images."""
 
 from __future__ import annotations
 
@@ -12,11 +12,12 @@ import yaml
 from tests.helpers.free_maps import unknown
 from tests.helpers.schemas import misspelled
 
-# What the clouds taint GPU nodes with by themselves, or the administrator by hand (node-pools/onprem).
+# Set on GPU nodes by the clouds, or by the administrator (node-pools/onprem).
 GPU_TAINT = "nvidia.com/gpu"
-# Secrets that README.md has made by hand, and what others bring.
-BY_HAND = {("Secret", "vitdet-mlflow"), ("Secret", "mlflow-server")}
+# Secrets that docs/kubeflow.md creates.
+BY_HAND = {"vitdet-mlflow", "mlflow-server", "mlflow-tls"}
 RUNTIMES = ("ClusterTrainingRuntime", "TrainingRuntime")
+CLUSTER_SCOPED = {"PriorityClass"}
 
 # Set by the operators; Trainer refuses them (torch.go of v2.3: TorchRunReservedEnvNames)
 RESERVED = {
@@ -55,10 +56,12 @@ def problems(cluster: list[dict], jobs: list[dict], pools: dict[str, set[str]]) 
         if document["kind"] == "StatefulSet"
         for claim in document["spec"]["volumeClaimTemplates"]
     }
-    for where, pod in pods(documents):
-        found += insecure(where, pod, claims) + dangling(where, pod, documents)
-        if "nodeSelector" in pod["spec"]:
-            found += homeless(where, pod["spec"], pools)
+    for document in documents:
+        for where, pod in pods([document]):
+            found += insecure(where, pod, claims)
+            found += dangling(where, pod, documents, document["metadata"]["namespace"])
+            if "nodeSelector" in pod["spec"]:
+                found += homeless(where, pod["spec"], pools)
     found += unmatched(documents)
     return found
 
@@ -198,9 +201,14 @@ def pinned(image: str) -> bool:
     return bool(tag and (tag[1] or re.search(r"\d+[.]\d+", tag[2])))
 
 
-def dangling(where: str, pod: dict, documents: list[dict]) -> list[str]:
-    """What a pod names and nobody makes."""
-    there = {(document["kind"], document["metadata"]["name"]) for document in documents} | BY_HAND
+def dangling(where: str, pod: dict, documents: list[dict], namespace: str) -> list[str]:
+    """Objects that a pod refers to and that do not exist in its namespace."""
+    there = {
+        (document["kind"], document["metadata"]["name"])
+        for document in documents
+        if document["metadata"].get("namespace", namespace) == namespace
+        and ("namespace" in document["metadata"] or document["kind"] in CLUSTER_SCOPED)
+    } | {("Secret", name) for name in BY_HAND}
     spec, wanted = pod["spec"], [("ServiceAccount", pod["spec"]["serviceAccountName"])]
     if "priorityClassName" in spec:
         wanted.append(("PriorityClass", spec["priorityClassName"]))
@@ -218,7 +226,11 @@ def dangling(where: str, pod: dict, documents: list[dict]) -> list[str]:
                 for key in [entry.get("valueFrom", {}).get("secretKeyRef")]
                 if key
             ]
-    return [f"{where}: no {kind} {name}" for kind, name in wanted if (kind, name) not in there]
+    return [
+        f"{where}: no {kind} {name} in {namespace}"
+        for kind, name in wanted
+        if (kind, name) not in there
+    ]
 
 
 def homeless(where: str, spec: dict, pools: dict[str, set[str]]) -> list[str]:
@@ -239,6 +251,11 @@ def unmatched(documents: list[dict]) -> list[str]:
     """Selectors of services and policies that no pod has, bindings, runtimes and our own classes that are not there."""
     labels = [pod["metadata"]["labels"] for _, pod in pods(documents)]
     names, said = {(d["kind"], d["metadata"]["name"]) for d in documents}, []
+
+    def labels_in(namespace: str) -> list[dict]:
+        found = [one for one in documents if one["metadata"].get("namespace") == namespace]
+        return [pod["metadata"]["labels"] for _, pod in pods(found)]
+
     for document in documents:
         for claim in [document, *document.get("spec", {}).get("volumeClaimTemplates", [])]:
             wanted = claim.get("spec", {}).get("storageClassName", "")  # others are the cluster's
@@ -269,6 +286,18 @@ def unmatched(documents: list[dict]) -> list[str]:
                     *(side["podSelector"] for side in sides if "podSelector" in side),
                 ]
             ]
+            said += [
+                f"{where}: no pod of {space} has {wanted}"
+                for space, wanted in map(_remote, sides)
+                if space and not any(wanted.items() <= own.items() for own in labels_in(space))
+            ]
+        elif document["kind"] == "Ingress":
+            said += [
+                f"{where}: no Service {path['backend']['service']['name']}"
+                for rule in spec["rules"]
+                for path in rule["http"]["paths"]
+                if ("Service", path["backend"]["service"]["name"]) not in names
+            ]
         elif document["kind"] == "RoleBinding":
             wanted = [("Role", document["roleRef"]["name"])]
             wanted += [("ServiceAccount", subject["name"]) for subject in document["subjects"]]
@@ -284,3 +313,11 @@ def unmatched(documents: list[dict]) -> list[str]:
             if not any(wanted.items() <= own.items() for own in labels)
         ]
     return said
+
+
+def _remote(side: dict) -> tuple[str, dict]:
+    """Namespace and labels of a policy's peer in another namespace; ("", {}) of other peers."""
+    if not {"namespaceSelector", "podSelector"} <= side.keys():
+        return "", {}
+    space = side["namespaceSelector"]["matchLabels"]["kubernetes.io/metadata.name"]
+    return space, side["podSelector"]["matchLabels"]

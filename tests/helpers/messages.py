@@ -1,4 +1,4 @@
-"""The texts in the code of which messages are made, found in its syntax trees."""
+"""Message texts in the source, extracted from its syntax trees."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The published files as far as they are known: names and shapes of their tensors, and the systems that they are of."""
+"""The published files as far as known: names and shapes of tensors, and the systems that they belong to."""
 
 from __future__ import annotations
 

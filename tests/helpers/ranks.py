@@ -1,4 +1,4 @@
-"""Real trainings under torchrun whose code a test patches from outside."""
+"""Real trainings under torchrun whose code a test patches."""
 
 from __future__ import annotations
 

@@ -54,7 +54,30 @@ COMPUTE_CLASS = closed(
         whenUnsatisfiable={"enum": ["DoNotScaleUp", "ScaleUpAnyway"]},
         priorities={
             "type": "array",
-            "items": closed(gpu=closed(type=TEXT, count=NUMBER, driverVersion=TEXT), spot=YES_NO),
+            "items": closed(
+                gpu=closed(type=TEXT, count=NUMBER, driverVersion=TEXT),
+                spot=YES_NO,
+                reservations=closed(
+                    affinity={"enum": ["Specific", "AnyBestEffort", "None"]},
+                    specific={"type": "array", "items": closed(name=TEXT, project=TEXT)},
+                ),
+            ),
+        },
+    ),
+)
+# What these manifests use of Istio's (istio.io/latest/docs/reference/config/networking/virtual-service).
+TEXTS = {"type": "array", "items": TEXT}
+DESTINATION = closed(host=TEXT, port=closed(number=NUMBER))
+VIRTUAL_SERVICE = closed(
+    apiVersion=TEXT,
+    kind=TEXT,
+    metadata=METADATA,
+    spec=closed(
+        gateways=TEXTS,
+        hosts=TEXTS,
+        http={
+            "type": "array",
+            "items": closed(route={"type": "array", "items": closed(destination=DESTINATION)}),
         },
     ),
 )
@@ -105,6 +128,10 @@ def definitions() -> dict[str, dict]:
     packed = (Path(__file__).parents[1] / "crds" / "crds.json.gz").read_bytes()
     entries = json.loads(gzip.decompress(packed))
     entries["cloud.google.com/v1 ComputeClass"] = {"namespaced": False, "schema": COMPUTE_CLASS}
+    entries["networking.istio.io/v1 VirtualService"] = {
+        "namespaced": True,
+        "schema": VIRTUAL_SERVICE,
+    }
     return {
         key: {
             **entry,

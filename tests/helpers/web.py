@@ -1,4 +1,4 @@
-"""A server on this machine that does to a download whatever a test asks for."""
+"""A local HTTP server with the faults that a test asks for."""
 
 from __future__ import annotations
 

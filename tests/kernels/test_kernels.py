@@ -1,4 +1,4 @@
-"""Where the Triton kernels run, and what the log says about it."""
+"""Where the Triton kernels are used, and the log line about it."""
 
 from contextlib import contextmanager
 from importlib import import_module

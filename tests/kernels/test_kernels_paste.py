@@ -1,4 +1,4 @@
-"""Pasted masks: the Triton kernel beside the CPU's `grid_sample`, byte for byte."""
+"""Pasted masks: the Triton kernel equals `grid_sample` on the CPU, byte for byte."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Outlines cut to boxes: the Triton kernel against the plain path."""
+"""Outlines cropped to boxes: the Triton kernel against the plain path."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""Anchors as literal numbers."""
+"""Anchors against literal values."""
 
 import pytest
 import torch

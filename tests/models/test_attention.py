@@ -1,4 +1,4 @@
-"""Attention with decomposed relative positions against the formula written out, and windows."""
+"""Attention with decomposed relative positions against the written-out formula, and windows."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""The hierarchical baselines' published weights: every tensor has a place, every place is filled, and back again."""
+"""The baselines' published weights map completely to the models, and back."""
 
 from __future__ import annotations
 

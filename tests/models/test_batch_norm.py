@@ -1,4 +1,4 @@
-"""Training with BatchNorm: its statistics survive a stop, belong to the average, and are one for all processes."""
+"""BatchNorm in training: statistics survive a restart, are part of the EMA, and are equal on all ranks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Box arithmetic: literals, inverses, limits."""
+"""Box arithmetic: literal values, inverses, limits."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""Objects without an outline: detectors without a mask head, mixed data, and what is measured on it."""
+"""Objects without outlines: detectors without a mask head, mixed data, and their evaluation."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Compilation of a detector's parts: each as a whole, once, with the names and the results of the parts as they are."""
+"""`torch.compile` of a detector's parts: whole graphs, compiled once, names and results unchanged."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The whole detector: losses that train, detections that depend on their own image alone, flips."""
+"""The detector: losses decrease, detections depend only on their own image, flips."""
 
 import copy
 

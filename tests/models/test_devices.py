@@ -1,4 +1,4 @@
-"""A model that lies on a GPU makes no tensor on the CPU; checked where there is no GPU."""
+"""A model on a GPU creates no tensor on the CPU; checked without a GPU."""
 
 import contextlib
 

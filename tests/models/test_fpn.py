@@ -1,4 +1,4 @@
-"""The feature pyramid network: sizes, what reaches which level, and every other cell for the last one."""
+"""The feature pyramid network: sizes, flow between levels, and the last level by subsampling."""
 
 import torch
 from torch.nn import functional as F

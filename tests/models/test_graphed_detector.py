@@ -1,4 +1,4 @@
-"""Detection through recorded graphs: threads, weights that move, copies and pickles; on a pretended graph and GPU."""
+"""Detection by CUDA graphs: threads, replaced weights, copies and pickles; on simulated and real graphs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A training step and detection never wait for a GPU: checked without one, on tensors that have a shape and no values.
+"""A training step and detection never wait for the GPU; checked without one by fake tensors.
 
 Whatever needs a value (the number of true entries, a scalar) or moves data between devices has no answer there.
 """

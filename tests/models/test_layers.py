@@ -1,4 +1,4 @@
-"""The shared layers against the general ones that they stand for."""
+"""The shared layers against the general layers that they specialize."""
 
 import pytest
 import torch

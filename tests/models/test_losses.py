@@ -1,4 +1,4 @@
-"""Loss functions as literal numbers, on empty selections, and the federated choice of classes."""
+"""Loss functions: literal values, empty selections, and the federated choice of classes."""
 
 import math
 

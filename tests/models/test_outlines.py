@@ -1,4 +1,4 @@
-"""Outlines to pixels and back."""
+"""Conversion of outlines to pixels and back."""
 
 from __future__ import annotations
 

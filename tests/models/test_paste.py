@@ -1,4 +1,4 @@
-"""Pasted masks and their run lengths, from the pixels of their boxes alone, beside the whole images'."""
+"""Pasted masks and their run lengths from boxes alone, against those of whole images."""
 
 from __future__ import annotations
 

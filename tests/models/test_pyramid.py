@@ -1,4 +1,4 @@
-"""The simple feature pyramid: sizes, strides, and where each level comes from."""
+"""The simple feature pyramid: sizes, strides, and the source of each level."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""RoI heads: who is sampled, which column learns, the cascade, and the choice of detections."""
+"""RoI heads: sampling, class columns of the loss, the cascade, and selection of detections."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""Swin: sizes, the mask of shifted windows, padding before the roll, where the golden case does not say it alone."""
+"""Swin: sizes, the shifted-window mask, padding before the roll; complements the golden case."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""ViTAEv2: sizes, which cells see how far, rates of the drop path, where the golden case does not say it alone."""
+"""ViTAEv2: sizes, attention of each cell, drop path rates; complements the golden case."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Golden cases hold, and the harness that says so notices a change of anything that a case stores."""
+"""Golden cases pass, and the harness detects a change of any stored value."""
 
 import json
 from dataclasses import replace

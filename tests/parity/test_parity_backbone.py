@@ -1,4 +1,4 @@
-"""Golden backbones of ViTAE-Transformer and mmdet hold, and a change of anything that a case stores is noticed."""
+"""Golden backbones of ViTAE-Transformer and mmdet pass, and a change of any stored value is detected."""
 
 import json
 from functools import cache

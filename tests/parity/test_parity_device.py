@@ -1,4 +1,4 @@
-"""Golden cases on a GPU; without one, that a case's tensors all get there, on tensors with a device and no values."""
+"""Golden cases on a GPU; without one, all tensors of a case are moved to the device (meta tensors)."""
 
 from dataclasses import replace
 from pathlib import Path

@@ -1,5 +1,5 @@
-"""The golden detector of ViTAE-Transformer/ViTDet holds, a change of anything it stores is noticed, and the settings
-of the recipes build the same detector.
+"""The golden detector of ViTAE-Transformer/ViTDet passes, a change of any stored value is detected, and the
+recipes' settings build the same detector.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""Pre-trained files fill our backbone as the reference filled its own, and a change of any figure is noticed."""
+"""Pre-trained files load into the backbone as in the reference, and a change of any value is detected."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The golden test-time pipeline of ViTAE-Transformer/ViTDet holds; a change of anything that it stores is noticed."""
+"""The golden test-time pipeline of ViTAE-Transformer/ViTDet passes; a change of any stored value is detected."""
 
 import json
 from pathlib import Path

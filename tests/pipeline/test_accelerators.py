@@ -120,12 +120,13 @@ def test_a_trainjob_s_own_words_are_over_its_runtime_s(parts: tuple[dict, dict])
 
 def test_a_runtime_is_found_by_its_kind_too(parts: tuple[dict, dict]) -> None:
     job, runtime = parts
-    job["spec"]["runtimeRef"]["kind"] = "TrainingRuntime"
+    job["spec"]["runtimeRef"]["kind"] = "ClusterTrainingRuntime"
     with pytest.raises(
-        ValueError, match="the TrainJob's TrainingRuntime vitdet-pool is not among the documents"
+        ValueError,
+        match="the TrainJob's ClusterTrainingRuntime vitdet-pool is not among the documents",
     ):
         said(job, runtime)
-    assert said(job, {**runtime, "kind": "TrainingRuntime"}).gpus == 1
+    assert said(job, {**runtime, "kind": "ClusterTrainingRuntime"}).gpus == 1
     with pytest.raises(ValueError, match="resourcesPerNode"):
         said(
             job,

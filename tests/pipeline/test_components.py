@@ -1,4 +1,4 @@
-"""The steps as shells: short, with nothing of their own, and what `train_job` asks before it asks for GPUs."""
+"""Components are thin wrappers; checks of `train_job` that precede any GPU request."""
 
 import ast
 import inspect
@@ -246,6 +246,7 @@ def test_at_the_end_the_jobs_of_a_cluster_are_ended(
 ) -> None:
     closed = []
     monkeypatch.setattr(stages, "end_parent_run", lambda *words: closed.append(words[-1]))
+    table = dsl.HTML(uri=str(tmp_path / "table"))
     status = dsl.PipelineTaskFinalStatus(
         state=state,
         pipeline_job_resource_name="",
@@ -254,14 +255,20 @@ def test_at_the_end_the_jobs_of_a_cluster_are_ended(
         error_message=None,
     )
     clean_up.python_func(
-        recipes=["tiny"], overrides=[], workspace=str(tmp_path), job_kind=kind, status=status
+        recipes=["tiny"],
+        overrides=[],
+        workspace=str(tmp_path),
+        job_kind=kind,
+        status=status,
+        table=table,
     )
     assert jobs.ended == ended
     assert closed == [state]
+    assert "No training was started" in Path(table.path).read_text()
 
 
 def test_the_parent_run_ends_although_the_jobs_cannot_be_deleted(
-    jobs: Jobs, monkeypatch: pytest.MonkeyPatch
+    jobs: Jobs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def forbidden(*_: object) -> None:
         raise PermissionError("no")
@@ -278,6 +285,11 @@ def test_the_parent_run_ends_although_the_jobs_cannot_be_deleted(
     )
     with pytest.raises(PermissionError):
         clean_up.python_func(
-            recipes=["tiny"], overrides=[], workspace="", job_kind="pytorchjob", status=status
+            recipes=["tiny"],
+            overrides=[],
+            workspace=str(tmp_path),
+            job_kind="pytorchjob",
+            status=status,
+            table=dsl.HTML(uri=str(tmp_path / "table")),
         )
     assert closed == ["FAILED"]

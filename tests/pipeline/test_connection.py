@@ -1,4 +1,4 @@
-"""The client's connection: whom it says it is, what it does when the server fails, and that it keeps its secrets."""
+"""The pipeline client's connection: authentication, server errors, and secrecy of credentials."""
 
 from __future__ import annotations
 
@@ -279,11 +279,14 @@ def test_nobody_is_asked_who_they_are_before_the_server_wants_to_know(
 def test_a_look_is_repeated_until_the_server_is_well(
     kubeflow: Kubeflow, pipeline: Run, trouble: Callable
 ) -> None:
-    kubeflow.kept["runs"].append({"run_id": "x", "display_name": "a run", "state": "RUNNING"})
+    kubeflow.kept["experiments"].append({"experiment_id": "e"})
+    kubeflow.kept["runs"].append(
+        {"run_id": "x", "experiment_id": "e", "display_name": "a run", "state": "RUNNING"}
+    )
     kubeflow.plan["GET /runs/x"] = [trouble, trouble]
     code, out, said = pipeline("status", "x", "--timeout", 1 if trouble is stalling else 60)
     assert code == 0 and "state RUNNING" in out
-    assert len(kubeflow.requests) == 3 and said.count("; retrying in") == 2
+    assert kubeflow.words().count("GET /runs/x") == 3 and said.count("; retrying in") == 2
 
 
 def test_a_server_that_stays_ill_is_given_up(kubeflow: Kubeflow, pipeline: Run) -> None:

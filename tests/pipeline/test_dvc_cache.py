@@ -1,5 +1,5 @@
-"""DVC's cache, where the workspace is links to it (cache.type hardlink, symlink), under everything that reads or makes
-files: not a byte nor a mode of it changes, and what is made again takes the place of a link.
+"""DVC's cache with linked workspaces (cache.type hardlink, symlink): its contents and modes never change, and
+regenerated outputs replace links.
 """
 
 from __future__ import annotations

@@ -1,5 +1,4 @@
-"""What DVC carries to another machine: the stages' results over a folder and over a bucket, and of COCO the
-annotations and the manifest.
+"""DVC remotes (a folder and a bucket): stage outputs, and COCO by its annotations and download record.
 
 The stages are those of dvc.yaml, their program the stub of the other file: what is pushed and what runs again depends
 on the graph and its files, not on what a verb computes.

@@ -1,4 +1,4 @@
-"""The dependencies of the stages in dvc.yaml: exactly the files that determine a stage's result."""
+"""The dependencies of the stages in dvc.yaml are exactly the files that determine a stage's result."""
 
 import ast
 import shutil
@@ -31,7 +31,6 @@ IRRELEVANT = {
         "vitdet/evaluation/analysis.py",
         "vitdet/evaluation/confusion.py",
         "vitdet/evaluation/errors.py",
-        "vitdet/evaluation/facts.py",
         "vitdet/evaluation/overlaps.py",
         "vitdet/evaluation/page.py",
         "vitdet/evaluation/pairs.py",

@@ -1,6 +1,4 @@
-"""What follows what: the pipeline's own graph and components under kfp's local runner, with steps of a few lines in
-place of `vitdet.stages`.
-"""
+"""Dependencies of the pipeline's steps: its own graph and components under kfp's local runner, with stub stages."""
 
 import json
 import os
@@ -24,17 +22,17 @@ def write(path, text):
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     Path(path).write_text(text)
 
-def resolve_configs(recipes, overrides, workspace, folder):
-    note("configs", recipes, overrides)
+def resolve_configs(recipes, overrides, workspace, folder, sweep, seeds):
+    note("configs", recipes, overrides, sweep, seeds)
     write(Path(folder) / "names", json.dumps(recipes))
     return recipes
 
 def recipes(settings):
     return json.loads((Path(settings) / "names").read_text())
 
-def prepare_data(settings, workspace, configs, manifest):
+def prepare_data(settings, workspace, configs, manifest, fetch):
     from types import SimpleNamespace
-    note("data")
+    note("data", fetch)
     write(Path(configs) / "config", "resolved")
     write(manifest, "manifest")
     return SimpleNamespace(fingerprint="fingerprint", names=recipes(settings), notes=["a note"])
@@ -63,7 +61,10 @@ def evaluate_recipe(checkpoint, configs, name, data, workspace, run_id, figures,
     note("evaluate", name, Path(checkpoint).read_text())
     write(figures, name)
     write(report, "<p>report")
-    return {"box_ap": 40.0}, "unknown" not in name
+    from types import SimpleNamespace
+    return SimpleNamespace(
+        metrics={"box_ap": 40.0}, known="unknown" not in name, page="", text=lambda: "box AP 40"
+    )
 
 def evaluate_champion(checkpoint, figures, configs, name, workspace, run_id):
     note("champion", name, Path(checkpoint).read_text(), Path(figures).read_text(), run_id)
@@ -78,10 +79,16 @@ def register_recipe(checkpoint, figures, configs, name, workspace, run_id):
     note("register", name, Path(checkpoint).read_text())
     return "version 1"
 
-def compare(verdicts, configs, workspace, run_id, table):
+def compare(verdicts, configs, workspace, run_id, table, links):
     note("compare", sorted(Path(verdict).read_text() for verdict in verdicts), run_id)
-    write(table, "| a table |")
+    write(table, "<table>")
+    write(links, "| a table |")
     return "| a table |"
+
+def compare_finished(workspace, run_id, table):
+    note("compare-finished", run_id)
+    write(table, "<table>")
+    return "what finished"
 
 def end_parent_run(recipes, overrides, workspace, run_id, state):
     note("clean-up", recipes, state, run_id)
@@ -97,6 +104,7 @@ class Played:
         (package / "__init__.py").touch()
         (package / "__main__.py").touch()
         (package / "stages.py").write_text(STEPS)
+        (package / "preparation.py").write_text("plan_trainings = fetch_words = print")
         outer = {
             **os.environ,
             "PYTHONPATH": f"{package.parent}{os.pathsep}{ROOT}",
@@ -130,7 +138,7 @@ class Played:
 def test_every_recipe_goes_its_way_and_one_table_ends_it(tmp_path: Path) -> None:
     played = Played(tmp_path, "good", "better", "best")
     assert played.done.returncode == 0, played.done.stdout + played.done.stderr
-    assert played.of("configs") == [[["good", "better", "best"], ["a.b=1"]]]
+    assert played.of("configs") == [[["good", "better", "best"], ["a.b=1"], [], 1]]
     (run_id,) = played.of("announce")[0]
     assert sorted(played.of("train")) == [["best", run_id], ["better", run_id], ["good", run_id]]
     assert sorted(played.of("evaluate")) == [
@@ -145,7 +153,7 @@ def test_every_recipe_goes_its_way_and_one_table_ends_it(tmp_path: Path) -> None
     assert order[0] == "configs"
     # all of them before anything is trained
     assert sorted(order[1:4]) == ["announce", "data", "weights"]
-    assert order[-2:] == ["compare", "clean-up"]
+    assert order[-3:] == ["compare", "compare-finished", "clean-up"]
     assert "| a table |" in played.done.stdout
 
 
@@ -163,14 +171,26 @@ def test_the_champion_is_evaluated_only_where_its_ap_is_unknown(tmp_path: Path) 
     assert played.of("register") == [["better-unknown", "better-unknown"]]
 
 
-def test_whatever_fails_the_exit_handler_runs_and_knows(tmp_path: Path) -> None:
-    played = Played(tmp_path, "better", "broken")
+def test_one_that_failed_takes_nothing_from_the_others(tmp_path: Path) -> None:
+    played = Played(tmp_path, "broken", "better")
     assert played.done.returncode == 1
     assert "ValueError: a loss is not finite" in played.done.stdout
     assert played.done.stderr.startswith("pipeline: step train failed")
+    (run_id,) = played.of("announce")[0]
+    assert [name for name, _ in played.of("train")] == ["broken", "better"]  # one after the other
+    assert played.of("register") == [["better", "better"]]
     assert played.of("compare") == []
-    assert played.of("clean-up")[0][1] == "FAILED"
-    assert played.order()[-1] == "clean-up"
+    assert played.order()[-2:] == ["compare-finished", "clean-up"]
+    assert "what finished" in played.done.stdout
+    assert played.of("clean-up")[0][1:] == ["FAILED", run_id]
+
+
+def test_settings_seeds_and_data_reach_the_first_steps(tmp_path: Path) -> None:
+    words = ["--sweep", "a.c=1,2", "--seeds", "3", "--fetch", "coco", "--parallel", "2"]
+    played = Played(tmp_path, "good", *words)
+    assert played.done.returncode == 0, played.done.stdout + played.done.stderr
+    assert played.of("configs") == [[["good"], ["a.b=1"], ["a.c=1,2"], 3]]
+    assert played.of("data") == [["coco"]]
 
 
 def test_ctrl_c_ends_the_steps_and_says_so_to_the_parent_run(tmp_path: Path, ctrl_c: None) -> None:

@@ -1,5 +1,5 @@
-"""`python -m pipeline run` on this machine, every step a process as kfp starts it: two recipes against each other, then
-one more against the champion that they left.
+"""`python -m pipeline run` locally, each step a process as kfp starts it: two recipes compared, then a third
+against the resulting champion.
 
 Most of its time goes into imports: torch, torchvision and MLflow in each of a score of processes.
 """

@@ -1,4 +1,4 @@
-"""The pipeline: what is compiled.
+"""The compiled pipeline.
 
 After a change that is meant:
   env -u VITDET_IMAGE python -m pipeline compile tests/golden_pipeline/pipeline.yaml \
@@ -15,8 +15,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from pipeline.job_manifests import job_image, training_jobs
+from pipeline.job_manifests import job_image, job_shape, training_jobs
 from pipeline.local import Screen
+from pipeline.request import load_package
 from tests.conftest import ROOT
 
 GOLDEN = ROOT / "tests" / "golden_pipeline"
@@ -223,14 +224,46 @@ def test_a_step_that_is_lost_late_is_still_tried_again(documents: tuple[dict, di
     assert all(int(policy["backoffMaxDuration"].removesuffix("s")) > longest for policy in policies)
 
 
-def test_the_parameters_are_recipes_and_the_shape_of_the_cluster(
-    documents: tuple[dict, dict],
-) -> None:
+def test_every_parameter_has_a_description_and_a_default(documents: tuple[dict, dict]) -> None:
+    """So that a run can be started from Kubeflow's page as it is."""
     parameters = documents[0]["root"]["inputDefinitions"]["parameters"]
-    assert sorted(parameters) == ["job_kind", "nodes", "overrides", "pool", "recipes", "workspace"]
-    assert [name for name, about in parameters.items() if not about.get("isOptional")] == [
-        "recipes"
+    assert sorted(parameters) == [
+        *("fetch", "job_kind", "nodes", "overrides", "pool"),
+        *("recipes", "seeds", "sweep", "workspace"),
     ]
+    assert all(about["description"] and about["isOptional"] for about in parameters.values())
+    defaults = {name: about["defaultValue"] for name, about in parameters.items()}
+    assert defaults["recipes"] == ["tiny"] and defaults["seeds"] == 1 and defaults["fetch"] == ""
+
+
+@pytest.mark.parametrize(
+    ("jobs", "shape"),
+    [
+        (JOBS, (2, "pytorchjob")),
+        (
+            JOBS.replace("numNodes: 2", "numNodes: 5").replace("PyTorchJob", "Other"),
+            (5, "trainjob"),
+        ),
+    ],
+)
+def test_nodes_and_kind_are_those_of_the_job(jobs: str, shape: tuple[int, str]) -> None:
+    assert job_shape(training_jobs(jobs)) == shape
+
+
+def test_trainings_wait_for_one_another_as_asked(
+    documents: tuple[dict, dict], tmp_path: Path
+) -> None:
+    def limits(pipeline: dict) -> list[int]:
+        groups = [pipeline["root"], *pipeline["components"].values()]
+        tasks = [t for one in groups for t in one.get("dag", {}).get("tasks", {}).values()]
+        return [t["iteratorPolicy"]["parallelismLimit"] for t in tasks if "parameterIterator" in t]
+
+    assert limits(documents[0]) == [1]
+    three = tmp_path / "three.yaml"
+    assert pipeline("compile", three, "--parallel", 3).returncode == 0
+    assert limits(next(yaml.safe_load_all(three.read_text()))) == [3]
+    assert limits(load_package(three, {}, True)["pipeline_spec"]) == [3]
+    assert limits(load_package(three, {}, True, 2)["pipeline_spec"]) == [2]
 
 
 def test_of_an_error_the_screen_shows_the_last_line() -> None:

@@ -1,5 +1,5 @@
-"""The stages of dvc.yaml under the real DVC, with a program of a few lines in place of the command line: what runs
-again after what, and what an experiment, a wrong setting and a killed training leave behind.
+"""The stages of dvc.yaml under DVC with a stub command line: what is rerun after which change, and the state after
+experiments, invalid settings and killed trainings.
 """
 
 import json

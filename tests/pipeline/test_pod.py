@@ -1,4 +1,4 @@
-"""The command of `train_job` as a pod runs it: kfp has no decorators there, and hands over the task's settings."""
+"""The command of `train_job` as run in a pod, with the task settings that kfp passes."""
 
 import json
 import os

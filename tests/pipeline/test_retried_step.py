@@ -1,4 +1,4 @@
-"""A step that Kubeflow repeats: what a retry can mend is tried again, what it cannot is told again, at once."""
+"""Retried steps: transient errors are retried, permanent ones are reported again at once."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Runs at a server, once they are asked for: started exactly once, followed to their end, looked at, ended."""
+"""Runs on a server: started exactly once, followed to their end, inspected."""
 
 from __future__ import annotations
 
@@ -6,11 +6,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-import yaml
 
 from components.launcher import client as kube
-from components.launcher import launch as launcher
-from tests.helpers.kubeflow import Handler, Kubeflow, command, cut, failing, serving, stalling, task
+from tests.helpers.kubeflow import Handler, Kubeflow, cut, failing, serving, stalling, task, waiting
 
 Run = Callable[..., tuple[int, str, str]]
 RUN = "0000-run-0"
@@ -29,15 +27,7 @@ def pipeline(
     capsys: pytest.CaptureFixture[str],
     tmp_path: Path,
 ) -> Run:
-    """submit takes a pipeline of nothing, and looks every 10 ms."""
-    package, run = tmp_path / "package.yaml", command(kubeflow, monkeypatch, capsys)
-    parameters = {name: {"parameterType": "LIST"} for name in ("recipes", "overrides")}
-    package.write_text(yaml.safe_dump({"root": {"inputDefinitions": {"parameters": parameters}}}))
-    # `test_submit` has it
-    monkeypatch.setattr("pipeline.cli.submit.check_recipes", lambda *_: True)
-    return lambda verb, *words: run(
-        verb, *words, "--every", 0.01, *(["--package", package] if verb == "submit" else [])
-    )
+    return waiting(kubeflow, monkeypatch, capsys, tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -241,6 +231,48 @@ def test_waiting_outlasts_a_server_that_is_away_but_not_a_login_that_has_expired
     )
 
 
+def test_waiting_outlasts_a_token_that_is_renewed_in_its_file(
+    kubeflow: Kubeflow, pipeline: Run, tmp_path: Path
+) -> None:
+    file = tmp_path / "token"
+    file.write_text("first")
+    kubeflow.token = "first"
+
+    def expire(handler: Handler) -> None:
+        kubeflow.token = "second"
+        handler.serve()
+
+    def rewrite(handler: Handler) -> None:
+        file.write_text("")  # as by a program that truncates the file before it writes
+        handler.serve()
+
+    def renew(handler: Handler) -> None:
+        file.write_text("second")  # after this request has read it
+        handler.serve()
+
+    kubeflow.plan[f"GET /runs/{RUN}"] = [Handler.serve, expire, Handler.serve, rewrite, renew]
+    kubeflow.states = [{"state": "RUNNING"}, {"state": "SUCCEEDED"}]
+    code, out, said = pipeline("submit", "tiny", "--wait", "--token-file", file)
+    assert (code, said) == (0, "") and out.count("(401): they have expired") == 3
+    tokens = [
+        request.headers["authorization"]
+        for request in kubeflow.requests
+        if request.words == f"GET /runs/{RUN}"
+    ]
+    assert tokens == [*["Bearer first"] * 5, "Bearer second"]  # the last one at once
+
+
+def test_waiting_ends_with_a_token_that_cannot_be_renewed(
+    kubeflow: Kubeflow, pipeline: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("KFP_TOKEN", "first")
+    kubeflow.token = "first"
+    kubeflow.plan[f"GET /runs/{RUN}"] = [failing(401)]
+    code, _, said = pipeline("submit", "tiny", "--wait")
+    assert code == 1 and said.rstrip().endswith(f"`python -m pipeline status {RUN}`")
+    assert kubeflow.words().count(f"GET /runs/{RUN}") == 1
+
+
 def test_ctrl_c_ends_the_waiting_not_the_run(
     kubeflow: Kubeflow, pipeline: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -253,7 +285,13 @@ def test_ctrl_c_ends_the_waiting_not_the_run(
     assert f"POST /runs/{RUN}:terminate" not in kubeflow.words()
 
 
-def test_status_of_a_run_and_of_a_schedule(kubeflow: Kubeflow, pipeline: Run) -> None:
+def without_cluster(retries: int | None = None) -> None:
+    raise RuntimeError("no cluster: not in a pod")
+
+
+def test_status_of_a_run_and_of_a_schedule(
+    kubeflow: Kubeflow, pipeline: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pipeline("submit", "tiny", "--name", "mine")
     pipeline("submit", "tiny", "--cron", "0 3 * * *")
     kubeflow.states = [
@@ -263,188 +301,15 @@ def test_status_of_a_run_and_of_a_schedule(kubeflow: Kubeflow, pipeline: Run) ->
             "run_details": {"task_details": FAILED},
         }
     ]
+    monkeypatch.setattr(kube, "connect", without_cluster)
     code, out, _ = pipeline("status", f"{kubeflow.url}/#/runs/details/{RUN}")
     assert code == 0 and out == (
         f"run   mine\nid    {RUN}\nstate FAILED, 2026-11-22 10:00:09\nlink  {kubeflow.url}/#/runs/details/{RUN}\n"
         "  FAILED     train-job: OOMKilled (exit 137)\n  SUCCEEDED  clean-up\n"
+        "  job not shown: no cluster: not in a pod\n"
     )
     code, out, _ = pipeline("status", "0000-rec-0")
     assert code == 0, _
     assert "when     0 0 3 * * *" in out
     code, out, said = pipeline("status", "none")
     assert (code, out, said) == (1, "", f"pipeline: {kubeflow.url} has no run or schedule none\n")
-
-
-class Cluster:
-    """asked: (run, namespace, kind of its jobs) of each deletion; found: what the next deletions find."""
-
-    def __init__(self) -> None:
-        self.asked: list[tuple[str, str, str]] = []
-        self.found: list[tuple[list[str], list[str]]] = []
-
-    def delete_jobs(self, run_id: str, namespace: str, own: str) -> tuple[list[str], list[str]]:
-        self.asked.append((run_id, namespace, own))
-        return self.found.pop(0) if self.found else ([], [])
-
-
-@pytest.fixture
-def cluster(monkeypatch: pytest.MonkeyPatch) -> Cluster:
-    made = Cluster()
-    monkeypatch.setattr(launcher, "delete_jobs", made.delete_jobs)
-    monkeypatch.setattr(
-        kube, "describe_namespace", "namespace {} of the cluster of context work".format
-    )
-    return made
-
-
-PLACE = "deleting its training jobs in namespace {} of the cluster of context work"
-KEPT = "vitdet-2: failed; stays until 2026-11-29 12:00 UTC"
-
-
-@pytest.mark.parametrize("state", ["FAILED", "SUCCEEDED", "CANCELED"])
-def test_the_jobs_of_a_run_that_has_ended_are_deleted(
-    kubeflow: Kubeflow, pipeline: Run, cluster: Cluster, state: str
-) -> None:
-    kubeflow.users = True
-    pipeline("submit", "tiny", "--namespace", "team-a")
-    kubeflow.kept["runs"][0]["runtime_config"] = {"parameters": {"job_kind": "trainjob"}}
-    kubeflow.states, cluster.found = [{"state": state}], [(["vitdet-1"], [KEPT])]
-    code, out, said = pipeline("terminate", RUN)
-    assert (code, said) == (0, "")
-    assert out.splitlines() == [
-        f"run {RUN}: {state}",
-        PLACE.format("team-a"),
-        "deleted vitdet-1",
-        KEPT,
-    ]
-    assert cluster.asked == [(RUN, "team-a", "trainjob")]
-    assert f"POST /runs/{RUN}:terminate" not in kubeflow.words()
-
-
-@pytest.mark.parametrize("state", ["RUNNING", "PENDING", "CANCELING"])
-def test_the_jobs_of_a_run_are_deleted_at_once_and_when_it_has_ended(
-    kubeflow: Kubeflow, pipeline: Run, cluster: Cluster, state: str
-) -> None:
-    pipeline("submit", "tiny")
-    kubeflow.states = [
-        {"state": state},
-        {"state": "CANCELING"},
-        {"state": "CANCELING"},
-        {"state": "CANCELED"},
-    ]
-    cluster.found = [(["vitdet-1"], [KEPT]), (["vitdet-3"], [KEPT])]
-    code, out, said = pipeline("terminate", RUN)
-    assert (code, said) == (0, "")
-    assert out.splitlines()[1:] == [
-        PLACE.format("kubeflow"),
-        "deleted vitdet-1",
-        "looking again when the run has ended, for about 300 s",
-        "deleted vitdet-3, made since",
-        KEPT,
-    ]
-    assert cluster.asked == [(RUN, "kubeflow", "pytorchjob")] * 2
-    assert (f"POST /runs/{RUN}:terminate" in kubeflow.words()) == (state != "CANCELING")
-
-
-@pytest.mark.parametrize("left", [[], [KEPT]])
-def test_where_there_are_no_jobs_it_says_where_it_looked(
-    kubeflow: Kubeflow, pipeline: Run, cluster: Cluster, left: list[str]
-) -> None:
-    pipeline("submit", "tiny")
-    kubeflow.states, cluster.found = [{"state": "FAILED"}], [([], left)]
-    assert pipeline("terminate", RUN)[1].splitlines()[1:] == [
-        PLACE.format("kubeflow"),
-        *left,
-        "found none to delete",
-    ]
-
-
-@pytest.mark.parametrize(
-    "status", [503, 401, 404]
-)  # silent; the login has expired; somebody has deleted the run
-def test_jobs_of_a_run_that_is_not_seen_to_end_are_deleted(
-    kubeflow: Kubeflow,
-    pipeline: Run,
-    cluster: Cluster,
-    monkeypatch: pytest.MonkeyPatch,
-    status: int,
-) -> None:
-    monkeypatch.setattr("pipeline.cli.terminate.END_TIMEOUT", 0.3)
-    pipeline("submit", "tiny")
-    cluster.found = [(["vitdet-1"], []), (["vitdet-2"], [KEPT])]
-    kubeflow.plan[f"GET /runs/{RUN}"] = [Handler.serve, *[failing(status)] * 3]
-    code, out, said = pipeline("terminate", RUN, "--retries", 0)
-    assert (
-        code == 1
-        and out.splitlines()[-2:] == ["deleted vitdet-2, made since", KEPT]
-        and len(cluster.asked) == 2
-    )
-    cause = (
-        "the run is still ending" if status == 503 else "it is unknown whether the run has ended ("
-    )
-    assert said.splitlines()[-1].startswith(f"pipeline: {cause}") and said.splitlines()[
-        -1
-    ].endswith(f"; to delete training jobs created later: `python -m pipeline terminate {RUN}`")
-
-
-def test_ctrl_c_while_a_run_ends_says_what_is_left_to_do(
-    kubeflow: Kubeflow, pipeline: Run, cluster: Cluster, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def interrupt(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr("pipeline.client.Server.wait_until_ended", interrupt)
-    pipeline("submit", "tiny")
-    code, _, said = pipeline("terminate", RUN)
-    assert code == 130 and len(cluster.asked) == 1
-    assert said.endswith(
-        f"; to delete training jobs created since: `python -m pipeline terminate {RUN}`\n"
-    )
-
-
-def test_a_cluster_without_the_namespace_is_refused_in_one_line(
-    kubeflow: Kubeflow, pipeline: Run, cluster: Cluster, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def another(namespace: str) -> str:
-        raise ValueError(f"the cluster of context work has no namespace {namespace}")
-
-    monkeypatch.setattr(kube, "describe_namespace", another)
-    pipeline("submit", "tiny")
-    code, out, said = pipeline("terminate", RUN)
-    assert code == 1 and "now ending" in out and cluster.asked == []
-    assert said.endswith(
-        "training jobs may still exist: the cluster of context work has no namespace kubeflow\n"
-    )
-
-
-def test_terminating_a_run_that_ends_in_the_meantime(
-    kubeflow: Kubeflow, pipeline: Run, cluster: Cluster
-) -> None:
-    pipeline("submit", "tiny")
-    kubeflow.plan[f"POST /runs/{RUN}:terminate"] = [failing(400, "Row not found")]
-    kubeflow.states = [{"state": "RUNNING"}, {"state": "FAILED"}]
-    assert pipeline("terminate", RUN)[0] == 0 and {asked[:2] for asked in cluster.asked} == {
-        (RUN, "kubeflow")
-    }
-
-
-def test_jobs_that_cannot_be_deleted_are_an_error_that_says_how(
-    kubeflow: Kubeflow, pipeline: Run, cluster: Cluster, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def forbidden(run_id: str, namespace: str, own: str) -> tuple[list[str], list[str]]:
-        raise RuntimeError("may not delete pytorchjobs")
-
-    monkeypatch.setattr(launcher, "delete_jobs", forbidden)
-    pipeline("submit", "tiny")
-    code, out, said = pipeline("terminate", RUN, "--namespace", "team-a")
-    assert code == 1 and "now ending" in out and len(said.splitlines()) == 1
-    assert f"kubectl delete -n team-a pytorchjobs,trainjobs -l vitdet/run={RUN}" in said
-
-
-def test_terminating_a_schedule_deletes_it(
-    kubeflow: Kubeflow, pipeline: Run, cluster: Cluster
-) -> None:
-    pipeline("submit", "tiny", "--cron", "@daily")
-    code, out, _ = pipeline("terminate", "0000-rec-0")
-    assert code == 0 and "runs that it started continue" in out
-    assert not kubeflow.kept["recurringruns"] and not cluster.asked

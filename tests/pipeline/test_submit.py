@@ -1,4 +1,4 @@
-"""Starting runs at a server: what is sent, and what is refused before. (No postponed annotations: kfp reads them.)"""
+"""Submitting runs: the request sent, and requests rejected beforehand. (No postponed annotations: kfp reads them.)"""
 
 import functools
 import importlib.util
@@ -12,9 +12,11 @@ import pytest
 import yaml
 from kfp import compiler, dsl, kubernetes
 from kfp.client.client import _extract_pipeline_yaml
+from kfp_server_api import V2beta1Run
 
 from pipeline import client, request
 from pipeline.cli.submit import check_pool
+from pipeline.cli.terminate import job_kind
 from pipeline.request import kubeflow_cron, load_package
 from tests.helpers.kubeflow import Kubeflow, command, serving
 
@@ -43,6 +45,9 @@ def small(
     pool: str = "",
     job_kind: str = "pytorchjob",
     workspace: str = "/data",
+    sweep: list[str] = [],  # noqa: B006
+    seeds: int = 1,
+    fetch: str = "",
 ) -> None:
     with dsl.ExitHandler(last()), dsl.ParallelFor(recipes) as name:
         done = one(name=name)
@@ -74,7 +79,9 @@ def pipeline(
     run = command(kubeflow, monkeypatch, capsys)
     monkeypatch.setattr(
         "pipeline.cli.submit.check_recipes",
-        lambda recipes, settings: check(tuple(recipes), tuple(settings)),
+        lambda recipes, settings, sweep, *rest: check(
+            tuple(recipes), tuple(settings), tuple(sweep), *rest
+        ),
     )
 
     def with_package(verb: str, *words: object) -> tuple[int, str, str]:
@@ -178,30 +185,42 @@ def test_the_experiments_pipeline_is_compiled_for_the_server(
     assert "# of the overlay" in str(kubeflow.bodies("POST /runs")[1]["pipeline_spec"])
 
 
-@pytest.mark.parametrize(
-    ("kind", "words", "said"),
-    [
-        (
-            "pytorchjob",
-            ["--job-kind", "trainjob"],
-            "--job -: contains no trainjob but pytorchjob; see --job-kind",
-        ),
-        ("trainjob", [], "--job -: contains no pytorchjob but trainjob; see --job-kind"),
-    ],
-)
-def test_a_job_of_another_kind_is_refused_before_anything_runs(
-    kubeflow: Kubeflow,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    kind: str,
-    words: list[str],
-    said: str,
+def test_the_kind_of_job_is_that_of_the_job_and_no_other_is_accepted(
+    kubeflow: Kubeflow, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = command(kubeflow, monkeypatch, capsys)
-    job = (ROOT / "manifests" / kind / f"{kind}.yaml").read_text()
+    job = (ROOT / "manifests" / "pytorchjob" / "pytorchjob.yaml").read_text()
     monkeypatch.setattr("sys.stdin", io.StringIO(job))
-    assert run("submit", "tiny", "--job", "-", *words) == (1, "", f"pipeline: {said}\n")
+    said = "--job -: contains no trainjob but pytorchjob; see --job-kind"
+    words = ["submit", "tiny", "--job", "-", "--job-kind", "trainjob"]
+    assert run(*words) == (1, "", f"pipeline: {said}\n")
     assert not kubeflow.bodies("POST /runs")
+    job = (ROOT / "tests" / "golden_pipeline" / "jobs.yaml").read_text()
+    job = job.replace("kind: PyTorchJob", "kind: Other").replace("args: [", "image: v:1, args: [")
+    job = job.replace("trainer: {", "trainer: {resourcesPerNode: {}, ")
+    monkeypatch.setattr("sys.stdin", io.StringIO(job))
+    assert run("submit", "tiny", "--job", "-")[0] == 0
+    (body,) = kubeflow.bodies("POST /runs")
+    inputs = body["pipeline_spec"]["pipeline_spec"]["root"]["inputDefinitions"]["parameters"]
+    assert inputs["job_kind"]["defaultValue"] == "trainjob"
+    assert inputs["nodes"]["defaultValue"] == 2
+    assert job_kind(V2beta1Run(pipeline_spec=body["pipeline_spec"])) == "trainjob"
+
+
+def test_sweep_seeds_data_and_parallel_trainings_are_sent(
+    kubeflow: Kubeflow, pipeline: Run
+) -> None:
+    words = ["--sweep", "optim.lr=1e-4,2e-4", "--seeds", 3, "--fetch", "lvis --split val"]
+    assert pipeline("submit", "tiny", *words, "--parallel", 4)[0] == 0
+    (body,) = kubeflow.bodies("POST /runs")
+    assert body["runtime_config"]["parameters"] == {
+        "recipes": ["tiny"],
+        "overrides": [],
+        "sweep": ["optim.lr=1e-4,2e-4"],
+        "seeds": 3,
+        "fetch": "lvis --split val",
+    }
+    assert "'iteratorPolicy': {'parallelismLimit': 4}" in str(body["pipeline_spec"])
 
 
 def test_without_caching_no_step_at_any_depth_takes_old_results(
@@ -264,11 +283,32 @@ def test_a_server_with_users_wants_a_namespace_and_one_without_gets_none(
         (["tinyy"], "tinyy: no such recipe; did you mean 'tiny'?"),
         (["tiny", "--set", "optim.lrr=1"], "optim.lrr: no such setting; did you mean 'lr'?"),
         (["tiny", "--set", "optim.lr=fast"], "optim.lr"),
+        (["tiny", "--sweep", "optim.lrr=1,2"], "optim.lrr: no such setting; did you mean 'lr'?"),
+        (["tiny", "--sweep", "optim.lr=1,fast"], "optim.lr: expected a number, got 'fast'"),
+        (["tiny", "--sweep", "optim.lr=1,1"], "sweep 'optim.lr=1,1': 1 is given twice"),
+        (["tiny", "--sweep", "optim.lr"], "sweep 'optim.lr': expected SECTION.KEY=VALUE,VALUE,..."),
+        (
+            ["tiny", "--set", "optim.lr=1", "--sweep", "optim.lr=1,2"],
+            "optim.lr is set twice; set it in one place",
+        ),
+        (
+            ["tiny", "--sweep", "optim.lr=1,2", "--sweep", "optim.steps=1,2,3", "--seeds", 20],
+            "120 trainings (1 recipes x 6 x 20 seeds), but a run has at most 64: submit several runs",
+        ),
+        (["tiny", "--fetch", "imagenet"], "fetch: expected coco, lvis or 'convert SOURCE'"),
         (["tiny", "tiny"], "a recipe is given twice: tiny tiny"),
         (["mine.yaml"], "mine.yaml: a file on this machine; pass a recipe's name"),
         (
             ["tiny", "--set", "tracking.uri=https://me:hunter2@mlflow"],
-            "--set tracking.uri: a password would be visible in",
+            "--set tracking.uri: the user and password would be visible in",
+        ),
+        (
+            ["tiny", "--set", "tracking.uri=https://me:hunter2/x@mlflow"],
+            "--set tracking.uri: the user and password would be visible in",
+        ),
+        (
+            ["tiny", "--set", "data.root=https://store/data?sig=hunter2"],
+            "--set data.root: the user and password would be visible in",
         ),
         (["tiny", "--cron", "0 3 * *"], "schedule '0 3 * *': expected five fields"),
         (["tiny", "--cron", "@daily", "--wait"], "--wait is for one run"),
@@ -300,6 +340,8 @@ def test_a_mistake_is_one_line_before_anything_is_started(
     [
         ["--nodes", "0"],
         ["--nodes", "two"],
+        ["--parallel", "0"],
+        ["--seeds", "none"],
         ["--job-kind", "mpijob"],
         ["--timeout", "0"],
         ["--cron", "@daily", "--max-concurrency", "11"],

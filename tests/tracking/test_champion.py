@@ -184,8 +184,9 @@ class ClientError(Exception):
         ),
         (KeyError("boxes"), "KeyError: 'boxes'"),
         (AssertionError(), "AssertionError"),
+        (RuntimeError("http://u:s3cret@h:1/a"), "RuntimeError: http://***@h:1/a"),
     ],
-    ids=["memory", "key", "no message"],
+    ids=["memory", "key", "no message", "password"],
 )
 def test_an_unexpected_error_of_the_evaluation_refuses_and_its_traceback_is_logged(
     model: dict, caplog: pytest.LogCaptureFixture, error: Exception, reason: str
@@ -197,7 +198,9 @@ def test_an_unexpected_error_of_the_evaluation_refuses_and_its_traceback_is_logg
         verdict = judge(99.0, OTHER, **model, evaluate=evaluate)
     assert not verdict.passed and len(verdict.reason.splitlines()) == 1
     assert f"cannot be evaluated: {reason}" in verdict.reason
-    assert [record.exc_info[1] for record in caplog.records if record.exc_info] == [error]
+    (message,) = [one for one in caplog.messages if "cannot be evaluated" in one]
+    assert "Traceback (most recent call last)" in message and type(error).__name__ in message
+    assert "s3cret" not in caplog.text
 
 
 def test_an_error_of_the_object_storage_refuses(

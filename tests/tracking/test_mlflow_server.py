@@ -1,4 +1,4 @@
-"""The MLflow server of manifests/mlflow: its options, variables and accounts are ones that the locked MLflow knows."""
+"""The MLflow server of manifests/mlflow: options, variables and accounts exist in the locked MLflow version."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_mlflow_knows_every_option_and_variable(container: dict) -> None:
     variables = {name.removeprefix("_") for name in vars(environment_variables)}
     variables |= {str(parameter.envvar) for parameter in server.params}
     told = {entry["name"] for entry in container["env"]}
-    told |= set(re.findall(r"MLFLOW_\w+", (ROOT / "manifests" / "README.md").read_text()))
+    told |= set(re.findall(r"MLFLOW_\w+", (ROOT / "docs" / "kubeflow.md").read_text()))
     assert {name for name in told if name.startswith("MLFLOW_")} <= variables
 
 
@@ -62,5 +62,6 @@ def test_only_the_names_of_the_service_are_let_in(name: str) -> None:
     values = yaml.safe_load(
         (ROOT / "manifests" / "overlays" / name / "values" / "values.yaml").read_text()
     )["data"]
-    # The host of MLFLOW_TRACKING_URI in README.md, and of a port-forward; neither changes with the namespace.
-    assert values["mlflowHosts"].split(",") == ["mlflow:5000", "localhost:5000"]
+    # the host of MLFLOW_TRACKING_URI in docs/kubeflow.md, and of a port-forward
+    service = f"mlflow.{values['mlflowNamespace']}.svc:5000"
+    assert values["mlflowHosts"].split(",") == [service, "localhost:5000"]

@@ -1,4 +1,4 @@
-"""`vitdet promote` and `vitdet rollback`: what they move, record and refuse."""
+"""`vitdet promote` and `vitdet rollback`: aliases, history and errors."""
 
 from __future__ import annotations
 
@@ -146,14 +146,14 @@ def test_without_a_common_folder_the_better_of_two_keeps_the_alias(
         )
 
     assert promote("1", 40.0, "a").passed
-    other_machine, set_champion = iter(["2"]), champion.set_champion
+    other_machine, record = iter(["2"]), champion.record
 
     def meanwhile(*args: object) -> history.Event:
         for number in other_machine:
             assert promote(number, 42.0, "b").passed
-        return set_champion(*args)
+        return record(*args)
 
-    monkeypatch.setattr(champion, "set_champion", meanwhile)
+    monkeypatch.setattr(champion, "record", meanwhile)
     verdict = promote("3", 41.0, "a")
     assert (
         not verdict.passed and "version 2 with 42 was promoted at the same time" in verdict.reason

@@ -1,22 +1,30 @@
-"""Servers that refuse, that are not MLflow, or that do not take artifacts: what a training and later commands do."""
+"""Servers that reject requests, are not MLflow, or do not accept artifacts: behaviour of trainings and commands."""
 
 from __future__ import annotations
 
+import io
 import json
+import logging
 import threading
+import traceback
 from collections.abc import Iterator
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+import requests
+import sqlalchemy
+import urllib3
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
 from tests.tracking.test_tracking import points, start
 from vitdet.config import load_config, save_config, to_dict
 from vitdet.tracking import mlflow as tracking
+from vitdet.tracking.address import HidingFilter
 from vitdet.tracking.journal import find, journals
+from vitdet.tracking.requests import RefusedError, RepeatingClient, repeating
 from vitdet.workspace import result
 
 
@@ -169,6 +177,9 @@ def test_an_artifact_store_that_hangs_holds_nothing_back(
     assert len(find(tmp_path, run_id).uploads()) == 2
     assert "files are not uploaded after 0.3 s" in caplog.text
     answered.set()
+    for thread in threading.enumerate():  # else it uploads in the next test
+        if thread.name == "uploads":
+            thread.join(60)
 
 
 def test_a_file_that_is_refused_does_not_keep_the_others_back(
@@ -245,3 +256,48 @@ def test_a_password_is_not_stored_in_a_config(uri: str, tmp_path: Path) -> None:
     assert result(tmp_path) == tmp_path / "best.pt"
     allowed = load_config("tiny", ["tracking.uri=sqlite:////data/a@b/mlflow.db"])
     assert "a@b" in json.dumps(to_dict(allowed))
+
+
+FOREIGN = [
+    requests.ConnectionError("HTTPConnectionPool: http://u:s3cret@h:1/x\nrefused"),
+    requests.exceptions.ChunkedEncodingError("http://u:s3cret@h:1/x\nbroken"),
+    urllib3.exceptions.ReadTimeoutError(None, "http://u:s3cret@h:1/x", "timed out\nmore"),
+    sqlalchemy.exc.OperationalError("SELECT 1", {}, Exception("postgresql://u:s3cret@h/d\nx")),
+    MlflowException("http://u:s3cret@h:1/x\nmore"),
+]
+
+
+@pytest.mark.parametrize("error", FOREIGN, ids=lambda error: type(error).__name__)
+def test_errors_of_libraries_are_one_line_without_password(error: Exception) -> None:
+    class Client:
+        def get_run(self) -> None:
+            raise error
+
+    uri = "http://u:s3cret@h:1"
+    with pytest.raises(ConnectionError) as caught:
+        RepeatingClient(Client(), uri).get_run()
+    said = str(caught.value)
+    assert said.startswith("http://***@h:1: ") and "\n" not in said and "s3cret" not in said
+    assert "s3cret" not in "".join(traceback.format_exception(caught.value))
+
+
+def test_an_answer_403_of_an_artifact_store_is_a_refusal() -> None:
+    answer = requests.Response()
+    answer.status_code = 403
+    error = requests.HTTPError("403 Client Error: Forbidden", response=answer)
+    with pytest.raises(RefusedError, match="denies access"), repeating("http://h:1"):
+        raise error
+
+
+def test_a_log_has_no_password_in_messages_and_tracebacks() -> None:
+    stream = io.StringIO()
+    handler = logging.StreamHandler(stream)
+    handler.addFilter(HidingFilter())
+    logger = logging.Logger("test")
+    logger.addHandler(handler)
+    try:
+        raise ValueError("http://u:s3cret@h:1/x: no answer")
+    except ValueError:
+        logger.exception("%s failed", "http://u:s3cret@h:1")
+    text = stream.getvalue()
+    assert text.count("http://***@h:1") == 3 and "Traceback" in text and "s3cret" not in text

@@ -1,4 +1,4 @@
-"""What no waiting cures in MLflow: an error before the first step, in one line; what may pass is a warning."""
+"""Permanent MLflow errors are raised in one line before the first step; transient ones are warnings."""
 
 from __future__ import annotations
 

@@ -1,8 +1,10 @@
-"""A registered model: what it holds, and that it answers in an environment that has never seen this repository."""
+"""A registered model: its contents, and predictions in an environment without this repository."""
 
 from __future__ import annotations
 
+import tomllib
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 import mlflow
@@ -10,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+import vitdet
 from vitdet.checkpoint import FORMAT, load_model_file, save
 from vitdet.config import load_config, to_dict
 from vitdet.data.protocol import Protocol
@@ -85,6 +88,17 @@ def enter(
     )
 
 
+PASSWORD_URI = "http://alice:s3cret@127.0.0.1:9/?token=t0ken"
+
+
+def with_password(path: Path) -> Path:
+    """A detector whose config contains a password, as version 0.1 stored it."""
+    stored = load_model_file(make_checkpoint(path, 1))
+    stored["config"]["tracking"]["uri"] = PASSWORD_URI
+    save(path, stored)
+    return path
+
+
 @pytest.fixture(autouse=True)
 def no_server(monkeypatch: pytest.MonkeyPatch, untried: None) -> None:
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
@@ -110,9 +124,7 @@ def test_a_version_says_where_it_comes_from(work: Path) -> None:
 
 
 def test_the_config_of_a_version_is_that_of_its_registration(work: Path, tmp_path: Path) -> None:
-    stored = load_model_file(make_checkpoint(tmp_path / "model.pt", 1))
-    stored["config"]["tracking"]["uri"] = "http://alice:s3cret@mlflow:5000"
-    save(tmp_path / "model.pt", stored)
+    with_password(tmp_path / "model.pt")
     changes = ["gate.min_gain=0.5", "evaluate.max_detections=7", "data.val_split=test"]
     used = load_config("tiny", [*changes, "optim.lr=5"])
     register(
@@ -130,8 +142,38 @@ def test_the_config_of_a_version_is_that_of_its_registration(work: Path, tmp_pat
         path = mlflow.artifacts.download_artifacts(
             "models:/configured@candidate/config.yaml", dst_path=str(tmp_path)
         )
-    expected = load_config("tiny", [*changes, "tracking.uri=http://mlflow:5000"])
+    expected = load_config("tiny", [*changes, "tracking.uri=http://127.0.0.1:9/"])
     assert load_config(path) == expected
+
+
+def test_a_checkpoint_with_a_password_is_used_without_it(
+    work: Path,
+    tiny: Path,
+    tmp_path: Path,
+    vitdet: Callable[..., tuple[int, str, str]],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    checkpoint = with_password(tmp_path / "old.pt")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", tracking.tracking_uri("", work))
+    code, out, err = vitdet("register", checkpoint)
+    assert code == 0 and out == "vitdet, version 1 (candidate)\n", err
+    (warning,) = [one for one in caplog.messages if "tracking.uri" in one]
+    assert "http://***@127.0.0.1:9/?token=***" in warning and "MLFLOW_TRACKING_USERNAME" in warning
+    with exported(tracking.tracking_uri("", work)):
+        model = Path(
+            mlflow.artifacts.download_artifacts(
+                "models:/vitdet@candidate", dst_path=str(tmp_path / "model")
+            )
+        )
+    config = load_model_file(model / "artifacts" / "detector.safetensors")["config"]
+    assert config["tracking"]["uri"] == "http://127.0.0.1:9/"
+    files = [path for path in model.rglob("*") if path.is_file()]
+    assert not [path for path in files if b"s3cret" in path.read_bytes()]
+    # evaluated with overrides as well, which are validated as those of a new config
+    words = ["--set", f"data.root={tiny}", "--set", "data.image_size=64"]
+    code, out, err = vitdet("evaluate", checkpoint, *words)
+    assert code == 1 and "classes" in err and "password" not in err
 
 
 def test_nothing_is_pickled(work: Path, tmp_path: Path) -> None:
@@ -191,6 +233,17 @@ def test_the_wheel_is_whole_and_repeatable(tmp_path: Path) -> None:
     assert sorted(listed) == sorted(names)
     assert {"vitdet/predictor.py", "vitdet/recipes/tiny.yaml", "vitdet/models/vit.py"} <= set(names)
     assert not any("__pycache__" in name for name in names)
+
+
+def test_all_files_of_the_package_are_installed() -> None:
+    root = Path(vitdet.__file__).parent
+    project = tomllib.loads((root.parent / "pyproject.toml").read_text())
+    patterns = project["tool"]["setuptools"]["package-data"]["vitdet"]
+    installed = {path for pattern in patterns for path in root.glob(pattern)} | {
+        *root.rglob("*.py")
+    }
+    files = {path for path in root.rglob("*") if path.is_file() and path.suffix != ".pyc"}
+    assert files == installed
 
 
 def test_requirements_name_what_runs_here() -> None:

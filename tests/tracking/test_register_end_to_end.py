@@ -1,4 +1,4 @@
-"""From a training to the registry and back: an environment that has never seen this repository finds the same."""
+"""From training to the registry: equal detections in an environment without this repository."""
 
 from __future__ import annotations
 

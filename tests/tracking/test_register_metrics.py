@@ -1,4 +1,4 @@
-"""`vitdet register --metrics`: what is known of where the metrics come from, and what it needs of the data."""
+"""`vitdet register --metrics`: provenance of the metrics, and the data that it requires."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ from vitdet.cli import parser
 from vitdet.config import Config, load_config, override, save_config
 from vitdet.tracking.mlflow import tracking_uri
 from vitdet.tracking.naming import LONGEST, description, recipe_of, run_name
-from vitdet.tracking.runs import start_tracker
+from vitdet.tracking.runs import log_evaluation, start_tracker
 
 ODD = [
     "data.root=it's a 'set'",
@@ -35,6 +35,7 @@ def name_of(config: Config, stem: str) -> str:
         ("mask_rcnn_vitdet_b_coco", ["optim.lr=2e-4"], "mask_rcnn_vitdet_b_coco optim.lr=0.0002"),
         ("tiny", ["train.seed=1", "optim.ema=0"], "tiny train.seed=1 optim.ema=0"),
         ("tiny", ["data.root=x", "tracking.uri=http://x"], "tiny"),
+        ("tiny", ["train.init="], 'tiny train.init=""'),
     ],
 )
 @pytest.mark.parametrize("resolved", [False, True])
@@ -97,3 +98,28 @@ def test_tags_tell_recipe_data_code_and_machine_but_no_password(
     assert "secret" not in description(
         override(load_config("tiny"), [f"tracking.uri={store}"]), "tiny", tmp_path
     )
+
+
+def test_training_and_evaluation_log_the_commit_and_the_image_they_ran_in(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.chdir(tmp_path)  # no repository, as in the image
+    config = load_config("tiny")
+    monkeypatch.setenv("VITDET_REVISION", "a" * 40 + "-dirty")
+    monkeypatch.setenv("VITDET_IMAGE", "registry.example.com/vitdet@sha256:" + "1" * 64)
+    tracker = start_tracker(config, "tiny", tmp_path / "run", "", "0" * 16, None, 0)
+    tracker.close()
+    checkpoint = {"run_id": tracker.run_id, "step": 3, "config": {"tracking": {"uri": ""}}}
+    monkeypatch.setattr("vitdet.tracking.runs.load_model_file", lambda path: checkpoint)
+    monkeypatch.setenv("VITDET_REVISION", "b" * 40)
+    monkeypatch.delenv("VITDET_IMAGE")  # as outside of a cluster
+    run_id = log_evaluation(tmp_path / "model.pt", {"box_ap": 1.0}, None, tmp_path)
+    uri = tracking_uri("", tmp_path)
+    run = MlflowClient(uri, uri).get_run(run_id)
+    tags = run.data.tags
+    assert tags["git_revision"] == "a" * 40 + "-dirty"
+    assert tags["mlflow.source.git.commit"] == "a" * 40
+    assert tags["image"] == "registry.example.com/vitdet@sha256:" + "1" * 64
+    assert tags["evaluation.git_revision"] == "b" * 40 and "evaluation.image" not in tags
+    assert run.data.metrics["box_ap"] == 1.0

@@ -1,4 +1,4 @@
-"""Load of the machine and GPU hours beside the speed of a training."""
+"""System metrics and GPU hours, logged beside training speed."""
 
 from __future__ import annotations
 

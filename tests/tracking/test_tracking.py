@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
-import socket
 import statistics
 import subprocess
 import sys
 import threading
 import time
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import requests
 
+from tests.helpers.mlflow_server import Server
 from vitdet.tracking import mlflow as tracking
 from vitdet.tracking.journal import find
+from vitdet.tracking.naming import git_revision
 
 ROOT = Path(__file__).parents[2]
 WHAT = {
@@ -45,56 +43,6 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> str:
     uri = f"sqlite:///{tmp_path_factory.mktemp('store') / 'mlflow.db'}"
     tracking.open_client(uri).search_experiments()
     return uri
-
-
-class Server:
-    """`mlflow server` on loopback, with one worker on the given sqlite file."""
-
-    def __init__(self, store: str, artifacts: Path) -> None:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self.port = free.getsockname()[1]
-        self.uri = f"http://127.0.0.1:{self.port}"
-        self.command = [
-            sys.executable,
-            "-m",
-            "mlflow",
-            "server",
-            "--backend-store-uri",
-            store,
-            "--workers",
-            "1",
-            "--artifacts-destination",
-            str(artifacts),
-            "--host",
-            "127.0.0.1",
-            "--port",
-            str(self.port),
-        ]
-        self.process: subprocess.Popen | None = None
-
-    def start(self) -> None:
-        environment = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
-        self.process = subprocess.Popen(
-            self.command,
-            start_new_session=True,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            env=environment,
-        )
-
-    def wait(self) -> None:
-        while self.process.poll() is None:
-            try:
-                with urllib.request.urlopen(f"{self.uri}/health", timeout=10):
-                    return
-            except OSError:
-                time.sleep(0.1)
-        raise AssertionError(f"mlflow server ended with {self.process.returncode}")
-
-    def kill(self) -> None:
-        os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait()
 
 
 @pytest.fixture(scope="module")
@@ -311,14 +259,17 @@ def test_the_git_revision_is_of_the_working_directory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert tracking.git_revision() is None
+    monkeypatch.delenv("VITDET_REVISION", raising=False)
+    assert git_revision() is None
+    monkeypatch.setenv("VITDET_REVISION", "1" * 40)  # the image's
+    assert git_revision() == "1" * 40
     git = ["git", "-c", "user.name=a", "-c", "user.email=a@b"]
     (tmp_path / "file").write_text("a")
     for command in (["init", "-q"], ["add", "file"], ["commit", "-qm", "first"]):
         subprocess.run([*git, *command], check=True)
-    clean = tracking.git_revision()
+    clean = git_revision()
     (tmp_path / "file").write_text("b")
-    assert len(clean) == 40 and tracking.git_revision() == clean + "-dirty"
+    assert len(clean) == 40 and clean != "1" * 40 and git_revision() == clean + "-dirty"
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""The best detector of a training, and a training that ends when it no longer gains."""
+"""Best checkpoint and early stopping."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Real processes: killed and started again, alone and under torchrun, tracked by MLflow."""
+"""Real processes, killed and restarted, alone and under torchrun, tracked by MLflow."""
 
 from __future__ import annotations
 

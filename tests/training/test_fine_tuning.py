@@ -1,4 +1,4 @@
-"""A finished detector as the start of a training: with its own classes whole, with others all but their layers."""
+"""Fine-tuning from a detector: all weights with equal classes, all but the class layers with others."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Too little memory of a GPU: what is said, and when the backbone computes its activations again."""
+"""Out of GPU memory: the message, and when activations are checkpointed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The memory of the main process over many evaluations."""
+"""Memory of the main process over many evaluations."""
 
 from __future__ import annotations
 

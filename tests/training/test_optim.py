@@ -1,4 +1,4 @@
-"""Parameter groups and schedule against those of the published recipe, and the average of the weights."""
+"""Parameter groups and schedule against the published recipe, and the EMA of the weights."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""In which numbers a training computes; what GPUs say is pretended."""
+"""The precision of a training, for simulated GPUs."""
 
 from __future__ import annotations
 

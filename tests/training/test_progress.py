@@ -1,4 +1,4 @@
-"""What is shown: one line that changes on a terminal, plain lines elsewhere."""
+"""Progress output: one updated line on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""SIGKILL at random moments: the same weights, every value once in MLflow, no run that stays open.
+"""SIGKILL at random times: equal weights, each value once in MLflow, no open runs.
 
 `python -m tests.training.test_random_kills --kills 30` does it for longer than the suite: 30 trainings, each killed once, with one
 process and 30 with two.

@@ -1,4 +1,4 @@
-"""What a training that goes on holds in memory, and what it makes up for."""
+"""Memory of a resumed training, and evaluations that it makes up for."""
 
 from __future__ import annotations
 

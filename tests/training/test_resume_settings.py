@@ -1,4 +1,4 @@
-"""Which settings a resumed training may change, and in which folder its states are found."""
+"""Settings that a resumed training may change, and the folder of its states."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Training states that are written while the training goes on."""
+"""Asynchronous writing of training states."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One step of the optimizer: micro-batches stand for processes, and fp16 skips what overflows."""
+"""One optimizer step: micro-batches equal ranks, and fp16 skips steps that overflow."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Signals that ask a training to end: whenever they come, it saves its state and goes on later."""
+"""Stop signals: at any time, the state is saved and training can be resumed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Training: interrupted anywhere it gives the same bits, and what cannot work stops before it begins."""
+"""Training: bitwise equal after any interruption; invalid setups are rejected before the start."""
 
 from __future__ import annotations
 

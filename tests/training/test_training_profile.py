@@ -1,4 +1,4 @@
-"""`vitdet train --profile`: a trace, and where the time of a step goes."""
+"""`vitdet train --profile`: the trace, and time by part of a step."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Ranks that stop answering, that never join, and that torchrun leaves behind."""
+"""Ranks that hang, that never join, and processes left by torchrun."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The list of published files says what was published, and every recipe begins with something that has a name."""
+"""The catalogue lists what was published, and the initial weights of each recipe exist in it."""
 
 from __future__ import annotations
 

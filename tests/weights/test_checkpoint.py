@@ -1,4 +1,4 @@
-"""Checkpoints: whole or not there, and nothing that is read can run code."""
+"""Checkpoints: atomic writes, and loading that cannot execute code."""
 
 from __future__ import annotations
 

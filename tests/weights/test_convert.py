@@ -1,4 +1,4 @@
-"""Published files find a place for each of their tensors, fill the published systems, and come back as they were."""
+"""Published files map to our names completely, fit the published systems, and convert back unchanged."""
 
 from __future__ import annotations
 

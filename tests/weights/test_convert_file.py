@@ -1,4 +1,4 @@
-"""`vitdet weights convert`: what it writes is read by us and by those whose names it bears."""
+"""`vitdet weights convert`: the output is read by this package and by the target format's own readers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Files of weights and checkpoints that are damaged: one line, or the same content."""
+"""Damaged files of weights and checkpoints: a one-line error or equal content."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A download over a bad line: what comes out is the whole file or one line, and no byte is fetched twice in vain."""
+"""Downloads over an unreliable connection: the whole file or a one-line error, without fetching bytes twice."""
 
 from __future__ import annotations
 

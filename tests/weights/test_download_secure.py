@@ -1,4 +1,4 @@
-"""A download over TLS and through a proxy: a certificate nobody vouches for is not believed, and nothing leads out."""
+"""Downloads over TLS and a proxy: untrusted certificates are rejected, as are redirects that leave TLS."""
 
 from __future__ import annotations
 

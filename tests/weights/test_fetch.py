@@ -1,4 +1,4 @@
-"""A published file becomes weights under our names, whole or not at all, whoever dies on the way."""
+"""Fetching published weights: complete or absent, also when a process is killed."""
 
 from __future__ import annotations
 

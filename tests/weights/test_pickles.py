@@ -1,4 +1,4 @@
-"""Foreign files are data: what a malicious one would do does not happen, and one line says what it names."""
+"""Third-party pickles: exploits have no effect, and one line names the forbidden object."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every recipe against the published one: parameters, their rates and decays, the schedule."""
+"""Every recipe against the published one: parameters, learning rates, weight decay, schedule."""
 
 from __future__ import annotations
 

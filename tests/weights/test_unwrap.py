@@ -1,4 +1,4 @@
-"""Weights as trainers wrap them: keys, prefixes and heads are removed by name; other files are reported by type."""
+"""Weights as wrapped by trainers: keys, prefixes and heads are removed by name; other files are identified."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Initial weights: every tensor has its place, or nothing is loaded and one line says why."""
+"""Initial weights: every tensor is used, or nothing is loaded and one line says why."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`vitdet weights` as a user sees it: a list, a download that becomes weights, and one line for what goes wrong."""
+"""`vitdet weights`: list, download, conversion, and one-line errors."""
 
 from __future__ import annotations
 

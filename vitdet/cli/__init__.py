@@ -29,7 +29,8 @@ from vitdet.tracking.address import HidingFilter, hide_credentials
 # what a user can change when a GPU's memory does not suffice
 MEMORY_ADVICE = {
     "train": "Raise train.accumulate (the same batch in smaller parts), set train.activation_checkpointing=blocks, or lower "
-    "train.batch_size, data.image_size or, for evaluations, evaluate.batch_size; or use a GPU with more memory",
+    "train.batch_size, data.image_size or, for evaluations, evaluate.batch_size; or use a GPU "
+    "with more memory",
     "evaluate": "Lower evaluate.batch_size, or use a GPU with more memory or the CPU: CUDA_VISIBLE_DEVICES= vitdet evaluate ...",
     "predict": "Use a GPU with more memory or the CPU: CUDA_VISIBLE_DEVICES= vitdet predict ...",
 }
@@ -92,26 +93,29 @@ def _output_is_closed() -> bool:
 def parser() -> argparse.ArgumentParser:
     """All verbs and their arguments."""
     root = argparse.ArgumentParser(prog="vitdet", description="Plain Vision Transformer detectors.")
-    add = root.add_subparsers(required=True, metavar="VERB", dest="verb").add_parser
+    verbs = root.add_subparsers(required=True, metavar="VERB", dest="verb")
+
+    def add(name: str, help: str) -> argparse.ArgumentParser:
+        return verbs.add_parser(name, help=help, description=f"{help[0].upper()}{help[1:]}.")
+
     add_config(
-        add("config", help="print the resolved config of a recipe or file, or the recipes' names")
+        add("config", help="print the resolved settings of a recipe, or the names of all recipes")
     )
-    add_data(add("data", help="make, fetch or check a data set"))
+    add_data(add("data", help="fetch, check, convert or generate a data set"))
     add_weights(add("weights", help="list, fetch and convert published weights"))
-    add_train(add("train", help="train a detector; goes on where an interrupted training stopped"))
+    add_train(add("train", help="train a detector, or resume an interrupted training"))
     add_evaluate(
         add(
             "evaluate",
-            help="box and mask AP of a checkpoint on its validation images, or of a file of "
-            "results",
+            help="compute AP of a checkpoint on its validation images, or of a results file",
         )
     )
-    add_compare(
-        add("compare", help="whether results differ by more than chance: AP, classes, settings")
+    add_compare(add("compare", help="compare the AP of results, with confidence intervals"))
+    add_predict(add("predict", help="detect objects in images and draw them"))
+    add_bench(
+        add("bench", help="measure the speed of training, detection, evaluation or data loading")
     )
-    add_predict(add("predict", help="draw what a checkpoint finds in pictures"))
-    add_bench(add("bench", help="measure how fast something is"))
     add_register(add("register", help="add a checkpoint to the MLflow model registry"))
-    add_promote(add("promote", help="make a registered version the champion, if the gate passes"))
+    add_promote(add("promote", help="make a registered version the champion if it passes the gate"))
     add_rollback(add("rollback", help="restore the previous champion"))
     return root

@@ -13,15 +13,20 @@ def add_config(verb: argparse.ArgumentParser) -> None:
     verb.add_argument(
         "recipe",
         nargs="?",
-        help="a recipe's name or a YAML file; without one, the names are listed",
+        help="name of a recipe, or a YAML file (default: list the recipes)",
     )
     add_set(verb)
-    verb.add_argument("--output", type=given_path, help="write it to this file instead")
+    verb.add_argument(
+        "--output",
+        type=given_path,
+        metavar="FILE",
+        help="write the settings to this file (default: standard output)",
+    )
     verb.add_argument(
         "--training",
         type=given_path,
         metavar="FILE",
-        help="write the settings that affect the result of a training to this JSON file too",
+        help="also write the settings that affect the result of a training to this JSON file",
     )
     verb.set_defaults(run=run_config)
 

@@ -11,9 +11,11 @@ from vitdet.cli.paths import given_path
 from vitdet.cli.progress_bar import Bar
 
 DATA = (
-    "Brings the published archives, verifies and unpacks them into the layout that every COCO tool expects, and "
-    "writes DIR/manifest.json. Whatever interrupts it, the same command goes on from there; what is there is not "
-    "downloaded again, and nothing is overwritten. The proxies of http_proxy and https_proxy are used."
+    "Download and verify the published archives, unpack them into COCO's layout, and write "
+    "DIR/manifest.json. The same "
+    "command resumes after an interruption; existing files are neither downloaded again nor "
+    "overwritten. The proxies in "
+    "http_proxy and https_proxy are used."
 )
 
 LARGEST_IMAGE = ("max_pixels",)  # sizes of images are read to convert, not their pixels
@@ -22,75 +24,85 @@ LARGEST_IMAGE = ("max_pixels",)  # sizes of images are read to convert, not thei
 def add_data(verb: argparse.ArgumentParser) -> None:
     """The kinds of the verb `data`."""
     kinds = verb.add_subparsers(required=True, metavar="KIND")
-    kind = kinds.add_parser("tiny", help="draw the small data set of the demo")
-    kind.add_argument("folder", type=given_path)
-    kind.add_argument("--train", type=int, default=4000, help="training images (4000)")
-    kind.add_argument("--val", type=int, default=200, help="validation images (200)")
-    kind.add_argument("--seed", type=int, default=0)
+    kind = kinds.add_parser("tiny", help="generate the small data set of the demo")
+    kind.add_argument("folder", type=given_path, metavar="DIR", help="folder to create")
+    kind.add_argument(
+        "--train",
+        metavar="N",
+        type=int,
+        default=4000,
+        help="training images (default: %(default)s)",
+    )
+    kind.add_argument(
+        "--val", metavar="N", type=int, default=200, help="validation images (default: %(default)s)"
+    )
+    kind.add_argument("--seed", type=int, default=0, help="random seed (default: %(default)s)")
     kind.set_defaults(run=run_data_tiny)
     for name, title in (("coco", "COCO 2017"), ("lvis", "LVIS v1 and COCO's images")):
         add_fetch(
-            kinds.add_parser(
-                name, help=f"bring {title}: download, verify, unpack", description=DATA
-            ),
+            kinds.add_parser(name, help=f"download, verify and unpack {title}", description=DATA),
             name,
         )
-    kind = kinds.add_parser("check", help="list every problem of a folder in COCO's layout")
-    kind.add_argument("folder", type=given_path)
+    kind = kinds.add_parser("check", help="list all problems of a data set in COCO's layout")
+    kind.add_argument("folder", type=given_path, metavar="DIR", help="folder of the data set")
     kind.add_argument(
         "--images",
         action="store_true",
-        help="read every image file too, and look for the same picture "
-        "in two splits, on all processors",
+        help="also read every image, and find images that are in two splits; uses all CPU cores",
     )
     add_reading(kind)
     kind.set_defaults(run=run_data_check)
     kind = kinds.add_parser(
         "report",
-        help="show a folder in COCO's layout on one HTML page: counts, classes, sizes, "
-        "pictures, problems",
+        help="write an HTML page about a data set: counts, classes, sizes, sample images, problems",
     )
-    kind.add_argument("folder", type=given_path)
+    kind.add_argument("folder", type=given_path, metavar="DIR", help="folder of the data set")
     kind.add_argument(
-        "--output", type=given_path, metavar="FILE", help="(NAME OF THE FOLDER.html, here)"
+        "--output",
+        type=given_path,
+        metavar="FILE",
+        help="HTML file (default: NAME.html in the current folder, with the folder's name)",
     )
     kind.add_argument(
-        "--images", action="store_true", help="read every image file too, as data check does"
+        "--images",
+        action="store_true",
+        help="also read every image, as `vitdet data check --images`",
     )
     add_reading(kind)
     kind.set_defaults(run=run_data_report)
     add_convert(
-        kinds.add_parser("convert", help="rewrite a data set of another format in COCO's layout")
+        kinds.add_parser("convert", help="convert a data set of another format to COCO's layout")
     )
 
 
 def add_fetch(kind: argparse.ArgumentParser, dataset: str) -> None:
     """The arguments of `data coco` and `data lvis`."""
-    kind.add_argument("folder", type=given_path, metavar="DIR")
+    kind.add_argument("folder", type=given_path, metavar="DIR", help="folder of the data set")
     kind.add_argument(
         "--split",
         default="",
         choices=("train", "val"),
-        help="only what this split needs; val of LVIS lies in the images of COCO's train, too",
+        help="download only what this split needs; LVIS val also needs images of COCO's train "
+        "(default: both)",
     )
     kind.add_argument(
         "--mirror",
         default="",
         metavar="URL",
-        help="take URL/PATH instead, where PATH is the path of the published address without its host; "
-        "https://s3.amazonaws.com/images.cocodataset.org is one of COCO's",
+        help="download URL/PATH, where PATH is the path of the published URL; for COCO e.g. "
+        "https://s3.amazonaws.com/images.cocodataset.org",
     )
     kind.add_argument(
         "--from",
         type=given_path,
-        metavar="FOLDER",
+        metavar="DIR",
         dest="local",
-        help="take the archives that lie in this folder; nothing is downloaded",
+        help="use the archives in this folder and download nothing",
     )
     kind.add_argument(
         "--keep-archives",
         action="store_true",
-        help="leave the archives in DIR/archives: twice the disk",
+        help="keep the archives in DIR/archives (twice the disk space)",
     )
     kind.set_defaults(run=run_data_fetch, dataset=dataset)
 
@@ -101,42 +113,46 @@ def add_convert(kind: argparse.ArgumentParser) -> None:
         "source",
         type=given_path,
         metavar="SRC",
-        help="a folder of YOLO (data.yaml), Pascal VOC, COCO (as Roboflow, CVAT, Label Studio and FiftyOne "
-        "write it), LabelMe or CVAT for images; or its data.yaml, JSON or XML file",
+        help="folder in the format of YOLO (data.yaml), Pascal VOC, COCO (also of Roboflow, CVAT, "
+        "Label Studio "
+        "and FiftyOne), LabelMe or CVAT for images; or its data.yaml, JSON or XML file",
     )
-    kind.add_argument("target", type=given_path, metavar="DST", help="a new folder")
+    kind.add_argument("target", type=given_path, metavar="DST", help="folder to create")
     kind.add_argument(
         "--format",
         choices=("yolo", "voc", "coco", "labelme", "cvat"),
-        help="what SRC is, where it looks like several",
+        help="format of SRC (default: detect it)",
     )
     kind.add_argument(
         "--splits",
         type=_names,
         default=(),
         metavar="A,B",
-        help="only these splits",
+        help="convert only these splits (default: all)",
     )
     kind.add_argument(
         "--val-share",
         type=float,
         default=0.0,
         metavar="SHARE",
-        help="of a source with one split, put this share of the images into val, such as 0.1",
+        help="share of the images of a source without val that become val, e.g. 0.1 (default: "
+        "%(default)s)",
     )
-    kind.add_argument("--seed", type=int, default=0, help="of --val-share: which images (0)")
+    kind.add_argument(
+        "--seed", type=int, default=0, help="random seed of --val-share (default: %(default)s)"
+    )
     kind.add_argument(
         "--rename",
         type=Path,
         metavar="FILE",
-        help="a YAML or JSON map of class names, old: new; two names may become one class",
+        help="YAML or JSON map from old to new class names; two classes may get the same name",
     )
     kind.add_argument(
         "--classes",
         type=_names,
         default=(),
         metavar="A,B",
-        help="only these classes, in this order, under their new names",
+        help="keep only these classes (new names), in this order (default: all)",
     )
     kind.add_argument(
         "--copy", action="store_true", help="copy the images instead of linking them (hard links)"
@@ -144,7 +160,7 @@ def add_convert(kind: argparse.ArgumentParser) -> None:
     kind.add_argument(
         "--boxes-as-masks",
         action="store_true",
-        help="make a mask of the box of each object that has a box only",
+        help="use the box of an object without a mask as its mask",
     )
     add_reading(kind, LARGEST_IMAGE)
     kind.set_defaults(run=run_data_convert)

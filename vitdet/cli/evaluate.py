@@ -14,38 +14,50 @@ def add_evaluate(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("checkpoint", type=given_path, nargs="?", help=CHECKPOINT)
     add_set(verb)
     verb.add_argument(
-        "--config", type=given_path, help="take the data and evaluate settings from this file"
+        "--config",
+        metavar="FILE",
+        type=given_path,
+        help="file with the data and evaluate settings (default: those of the checkpoint)",
     )
     verb.add_argument(
         "--output",
+        metavar="FILE",
         type=given_path,
-        help="write the figures, with AP of each class, to this JSON file, and beside it, in NAME.measured.json, what they were measured on",
+        help="JSON file for the metrics, with AP of each class; NAME.measured.json beside it "
+        "describes data and settings",
     )
     verb.add_argument(
-        "--pictures", type=given_path, help="folder for pictures of detections beside ground truth"
+        "--pictures",
+        metavar="DIR",
+        type=given_path,
+        help="folder for images of detections beside the ground truth",
     )
     verb.add_argument(
         "--plots",
+        metavar="DIR",
         type=given_path,
-        help="folder for the report (report.html), precision over recall, AP of each class, and the matches that `vitdet compare` reads",
+        help="folder for report.html, the data of plots, results.json, and the matches that "
+        "`vitdet compare` reads",
     )
     verb.add_argument(
         "--report",
         type=given_path,
         metavar="FILE",
-        help="write an HTML page here, too: curves, classes, errors, confusions, worst and best images",
+        help="HTML report: curves, classes, errors, confusion matrix, worst and best images",
     )
     verb.add_argument(
         "--results",
         type=given_path,
         metavar="FILE",
-        help="score this list of COCO results (image_id, category_id, score, bbox and/or segmentation)",
+        help="evaluate this JSON list of COCO results instead of a checkpoint",
     )
     verb.add_argument(
-        "--annotations", type=given_path, metavar="FILE", help="against these annotations"
+        "--annotations", type=given_path, metavar="FILE", help="with --results: the ground truth"
     )
     verb.add_argument(
-        "--dataset", choices=("coco", "lvis"), help="by the rules of COCO (the default) or LVIS"
+        "--dataset",
+        choices=("coco", "lvis"),
+        help="with --results: evaluation protocol (default: coco)",
     )
     verb.set_defaults(run=run_evaluate)
 
@@ -89,11 +101,13 @@ def score_results(given: argparse.Namespace) -> int:
     """vitdet evaluate --results"""
     if given.checkpoint or given.config or given.overrides or given.pictures:
         raise ValueError(
-            "with --results there is no CHECKPOINT, --config, --set or --pictures: nothing is detected"
+            "with --results there is no CHECKPOINT, --config, --set or --pictures: nothing is "
+            "detected"
         )
     if not given.results or not given.annotations:
         raise ValueError(
-            "--results FILE and --annotations FILE go together; --dataset says by whose rules (coco)"
+            "--results FILE and --annotations FILE go together; --dataset says by whose rules "
+            "(coco)"
         )
     from vitdet.evaluation.evaluator import evaluate_results
     from vitdet.tracking.measured import write_metrics

@@ -23,7 +23,7 @@ def add_set(verb: argparse.ArgumentParser) -> None:
         default=[],
         metavar="SECTION.KEY=VALUE",
         dest="overrides",
-        help="change a setting, as in optim.lr=2e-4; may be repeated",
+        help="override a setting, e.g. optim.lr=2e-4; may be repeated",
     )
 
 
@@ -35,7 +35,7 @@ def add_reading(verb: argparse.ArgumentParser, names: Sequence[str] = READING) -
         default=[],
         metavar="SECTION.KEY=VALUE",
         dest="overrides",
-        help=f"how image files are read: {', '.join(f'data.{name}=N' for name in names)}",
+        help=f"override how images are read: {', '.join(f'data.{name}=N' for name in names)}",
     )
 
 

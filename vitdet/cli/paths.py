@@ -6,7 +6,7 @@ from pathlib import Path
 
 # what `vitdet evaluate` and `vitdet register` take
 CHECKPOINT = (
-    "a detector's file, or a training's folder: its best.pt with train.keep_best, else its model.pt"
+    "checkpoint of a detector, or output folder of a training (its best.pt, or else its model.pt)"
 )
 
 

@@ -13,15 +13,22 @@ from vitdet.files import write_jpeg, write_json, written
 
 def add_predict(verb: argparse.ArgumentParser) -> None:
     """The arguments of the verb `predict`."""
-    verb.add_argument("checkpoint", type=given_path)
-    verb.add_argument("images", type=given_path, nargs="+", metavar="IMAGE")
+    verb.add_argument("checkpoint", type=given_path, help="checkpoint of a detector")
+    verb.add_argument("images", type=given_path, nargs="+", metavar="IMAGE", help="image file")
     verb.add_argument(
         "--output",
+        metavar="DIR",
         type=given_path,
         required=True,
-        help="folder for the drawn pictures and detections.json",
+        help="folder for the drawn images and detections.json",
     )
-    verb.add_argument("--threshold", type=float, default=0.5, help="least score (0.5)")
+    verb.add_argument(
+        "--threshold",
+        metavar="SCORE",
+        type=float,
+        default=0.5,
+        help="minimum score (default: %(default)s)",
+    )
     add_reading(verb)
     verb.set_defaults(run=run_predict)
 

@@ -12,10 +12,16 @@ def add_promote(verb: argparse.ArgumentParser) -> None:
     """The arguments of the verb `promote`."""
     _add_model(verb)
     verb.add_argument(
-        "--version", type=_number, metavar="N", help="default: the version with the alias candidate"
+        "--version",
+        type=_number,
+        metavar="N",
+        help="version to promote (default: the one with the alias candidate)",
     )
     verb.add_argument(
-        "--force", metavar="REASON", type=_reason, help="skip the gate; REASON is stored as a tag"
+        "--force",
+        metavar="REASON",
+        type=_reason,
+        help="skip the gate; REASON is stored as a tag of the version",
     )
     verb.set_defaults(run=run_promote)
 
@@ -23,7 +29,7 @@ def add_promote(verb: argparse.ArgumentParser) -> None:
 def add_rollback(verb: argparse.ArgumentParser) -> None:
     """The arguments of the verb `rollback`."""
     _add_model(verb)
-    verb.add_argument("--reason", default="", help="stored as a tag")
+    verb.add_argument("--reason", default="", help="reason, stored as a tag of the version")
     verb.set_defaults(run=run_rollback)
 
 
@@ -50,18 +56,20 @@ def run_rollback(args: argparse.Namespace) -> int:
 
 
 def _add_model(verb: argparse.ArgumentParser) -> None:
-    verb.add_argument("name", help="name of the registered model, the setting tracking.model_name")
+    verb.add_argument("name", help="name of the registered model (setting tracking.model_name)")
     verb.add_argument(
         "--runs",
         type=given_path,
         default=Path("runs"),
         metavar="DIR",
-        help="folder of the trainings and their mlflow.db, if MLflow has no server (runs)",
+        help="folder with mlflow.db, if there is no MLflow server (default: %(default)s)",
     )
     verb.add_argument(
         "--config",
+        metavar="FILE",
         type=given_path,
-        help="read the MLflow server, the gate and the data of an evaluation from this file",
+        help="file with the tracking, gate, data and evaluate settings (default: those of the "
+        "version)",
     )
 
 

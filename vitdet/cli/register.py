@@ -12,24 +12,35 @@ def add_register(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("checkpoint", type=given_path, help=CHECKPOINT)
     verb.add_argument(
         "--alias",
+        metavar="NAME",
         default="candidate",
-        help="name that then points to this version, as candidate always does; `champion`: if it passes the gate  (settings gate.*), for which the champion is evaluated on the same data if it was not yet",
+        help="alias of the version besides candidate; `champion` only if it passes the gate, "
+        "which re-evaluates the champion if necessary (default: %(default)s)",
     )
     verb.add_argument(
         "--config",
+        metavar="FILE",
         type=given_path,
-        help="take the tracking settings from this file, and what --metrics were measured on",
+        help="file with the tracking, gate, data and evaluate settings (default: those of the "
+        "checkpoint)",
     )
     verb.add_argument(
-        "--metrics", type=given_path, help="JSON file of `vitdet evaluate`, for the version's tags"
+        "--metrics",
+        metavar="FILE",
+        type=given_path,
+        help="JSON file of `vitdet evaluate --output`, for the tags of the version",
     )
     verb.add_argument(
         "--plots",
+        metavar="DIR",
         type=given_path,
-        help="folder that `vitdet evaluate` wrote with --plots, of the same evaluation: its report and per-image matches are "
-        "stored with the version",
+        help="folder of `vitdet evaluate --plots`, of the same evaluation: report and matches to "
+        "store "
+        "with the version",
     )
-    verb.add_argument("--output", type=given_path, help="write name and version to this JSON file")
+    verb.add_argument(
+        "--output", metavar="FILE", type=given_path, help="JSON file for the name and version"
+    )
     verb.set_defaults(run=run_register)
 
 

@@ -14,31 +14,37 @@ from vitdet.config import load_config
 
 def add_train(verb: argparse.ArgumentParser) -> None:
     """The arguments of the verb `train`."""
-    verb.add_argument("recipe", help="a recipe's name or a YAML file")
+    verb.add_argument("recipe", help="name of a recipe, or a YAML file")
     add_set(verb)
     verb.add_argument(
         "--output",
+        metavar="DIR",
         type=given_path,
         required=True,
-        help="folder for model.pt, best.pt, config.yaml and checkpoints",
+        help="folder for model.pt, best.pt, config.yaml and checkpoints/",
     )
     verb.add_argument(
         "--checkpoints",
+        metavar="DIR",
         type=given_path,
-        help="keep training states here, by config and data, not in --output",
+        help="folder for the training states, by config and data (default: --output)",
     )
     verb.add_argument(
         "--weights",
+        metavar="DIR",
         type=given_path,
-        help="folder that `vitdet weights fetch` filled, for train.init",
+        help="folder of fetched weights for train.init (default: ~/.cache/vitdet)",
     )
     verb.add_argument(
-        "--group", default="", metavar="RUN", help="the pipeline run that MLflow shows it under"
+        "--group",
+        default="",
+        metavar="RUN",
+        help="MLflow parent run, by the name of the pipeline run",
     )
     verb.add_argument(
         "--profile",
         action="store_true",
-        help="write a trace of a few steps to --output/profile, and log where their time goes",
+        help="trace a few steps to OUTPUT/profile and log the time of each part",
     )
     verb.set_defaults(run=run_train)
 

@@ -23,70 +23,78 @@ def add_weights(verb: argparse.ArgumentParser) -> None:
     """The kinds of the verb `weights`."""
     kinds = verb.add_subparsers(required=True, metavar="KIND")
     kind = kinds.add_parser(
-        "list", help="the published files by name: what, where from, size, checksum, license"
+        "list", help="list the published weights: size, checksum, license, link"
     )
-    kind.add_argument("--json", action="store_true", help="for programs")
+    kind.add_argument("--json", action="store_true", help="print JSON")
     kind.set_defaults(run=run_list)
 
     kind = kinds.add_parser(
         "fetch",
-        help="download a file of the list, verify and convert it",
+        help="download, verify and convert published weights",
         description=(
-            "Downloads a file of the list, verifies it and converts it: a pre-training to FOLDER/NAME.safetensors, for "
-            "train.init, a detector to FOLDER/NAME.pt, for evaluate, predict and train.init. A download that broke off "
-            "goes on where it was. The proxies of http_proxy and https_proxy are used."
+            "Download, verify and convert published weights. Backbones become "
+            "DIR/NAME.safetensors, for train.init; "
+            "detectors become DIR/NAME.pt, for evaluate, predict and train.init. Interrupted "
+            "downloads are resumed. "
+            "The proxies in http_proxy and https_proxy are used."
         ),
     )
     kind.add_argument(
-        "name", help="a name of the list, or a config file, whose train.init is meant"
+        "name", help="name in `vitdet weights list`, or a config file with train.init"
     )
     kind.add_argument(
         "--output",
         type=given_path,
-        metavar="FOLDER",
-        help="the folder (~/.cache/vitdet, where train.init finds it)",
+        metavar="DIR",
+        help="folder for the weights (default: ~/.cache/vitdet, where train.init finds them)",
     )
     kind.add_argument(
         "--mirror",
         default="",
         metavar="URL",
-        help="take URL/PATH instead, where PATH is the path of the published address without its host",
+        help="download URL/PATH, where PATH is the path of the published URL",
     )
     kind.add_argument(
         "--from",
         type=given_path,
         metavar="FILE",
         dest="local",
-        help="take this copy of the published file",
+        help="use this copy of the published file",
     )
     kind.set_defaults(run=run_fetch)
 
-    kind = kinds.add_parser(
-        "convert", help="rewrite a foreign checkpoint under our names, or ours under theirs"
-    )
-    kind.add_argument("source", type=given_path, metavar="SRC")
+    kind = kinds.add_parser("convert", help="convert weights from or to another format")
+    kind.add_argument("source", type=given_path, metavar="SRC", help="file to convert")
     kind.add_argument(
         "target",
         type=given_path,
         metavar="DST",
-        help=".safetensors: weights; .pt: a detector of --recipe; with --reverse .pkl or .pth",
+        help=".safetensors for weights, .pt for a detector of --recipe; with --reverse .pkl or "
+        ".pth",
     )
     kind.add_argument(
         "--format",
         required=True,
-        help="whose names the foreign file has: detectron2, mmdet, mae, ...",
+        help="format of SRC, or of DST with --reverse: detectron2, mmdet, mae, vitae, ...",
     )
+    kind.add_argument("--recipe", help="model of the weights: name of a recipe, or a YAML file")
     kind.add_argument(
-        "--recipe", help="the model that the weights are for: a recipe's name or a YAML file"
+        "--reverse", action="store_true", help="convert to --format instead of from it"
     )
-    kind.add_argument("--reverse", action="store_true", help="from our names to theirs")
     kind.set_defaults(run=run_convert)
 
     kind = kinds.add_parser(
-        "pretrain", help="make mae_vit_tiny: a masked autoencoder on generated pictures, no labels"
+        "pretrain",
+        help="train mae_vit_tiny, a masked autoencoder, on generated images without labels",
     )
-    kind.add_argument("output", type=given_path, help="the .safetensors file to write")
-    kind.add_argument("--steps", type=int, default=6000, help="steps of 64 pictures (6000)")
+    kind.add_argument("output", type=given_path, help="output file (.safetensors)")
+    kind.add_argument(
+        "--steps",
+        metavar="N",
+        type=int,
+        default=6000,
+        help="steps of 64 images (default: %(default)s)",
+    )
     kind.set_defaults(run=run_pretrain)
 
 
@@ -103,7 +111,8 @@ def run_list(given: argparse.Namespace) -> int:
             if bool(entry.recipe) == kind:
                 print(*lines(entry), sep="\n", end="\n\n")
     print(
-        "vitdet weights fetch NAME converts a file and puts it into ~/.cache/vitdet (--output: elsewhere)."
+        "vitdet weights fetch NAME converts a file and puts it into ~/.cache/vitdet (--output: "
+        "elsewhere)."
     )
     return 0
 

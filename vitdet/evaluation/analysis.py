@@ -1,4 +1,4 @@
-"""What an evaluation found, as the report shows it: curves, thresholds, errors, confused classes, images.
+"""The analysis of an evaluation that the report shows: curves, thresholds, errors, confused classes, images.
 
 All values are plain Python values, so that an `Analysis` can be written as JSON with `dataclasses.asdict`.
 AP, AR and dAP are in percent; scores, precision, recall and F1 are in 0..1. Unless stated otherwise

@@ -107,7 +107,7 @@ class Difference(Interval):
     images: int
 
     @property
-    def is_real(self) -> bool | None:
+    def is_significant(self) -> bool | None:
         """Whether the interval excludes 0; None with fewer than MIN_IMAGES images with objects."""
         return None if self.images < MIN_IMAGES else not self.low <= 0 <= self.high
 

@@ -1,19 +1,21 @@
-"""Average precision as COCO measures it (Lin et al. 2014, cocodataset.org/#detection-eval): pycocotools is the arbiter.
+"""Average precision as defined by COCO (Lin et al. 2014, cocodataset.org/#detection-eval); the reference is pycocotools.
 
-Boxes and masks are compared apart: a detection's size is that of its box in one and of its mask in the other, as
-Detectron2 does it. Figures are percent. A figure for which the annotations hold no object (AP of small objects where
-there are none) is left out, so every number is finite and fit for JSON.
+Boxes and masks are compared separately: the size of a detection is that of its box or of its mask, as in Detectron2.
+Metrics are in percent. A metric without objects (AP of small objects if there are none) is absent, so every number is
+finite and valid in JSON.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 
+from vitdet.data.annotation_file import Annotation
 from vitdet.evaluation.matching import Comparison, choose, index, match
 from vitdet.evaluation.results import Truth
 
 NAMES = {"bbox": "box", "segm": "mask"}
 LIMITS = (1, 10, 100)  # detections of a class in an image
+UNCOUNTED = "all are crowds"
 
 
 def compare(
@@ -23,8 +25,8 @@ def compare(
     image_ids: Iterable[int] | None = None,
     most: int = LIMITS[-1],
 ) -> dict[str, Comparison]:
-    """The comparison of each kind; image_ids limits it to these images (default: all of the file). most: detections
-    of a class in an image that count; of more than COCO's 100, the figures are no longer comparable with published ones.
+    """Return the comparison of each kind; image_ids limits it to these images (default: all of the file). most: detections
+    of a class in an image that count; of more than COCO's 100, the metrics are no longer comparable with published ones.
 
     Raises ValueError, in one line, for results that cannot be compared: of unknown images or categories, without a
     key that is needed, with values that are not numbers, with broken masks.
@@ -43,11 +45,16 @@ def compare(
 
 
 def check(truth: Truth) -> None:
-    """Nothing more is needed of an annotation file than `files.truth_of` demands."""
+    """Accept every annotation file that `truth_of` accepts."""
+
+
+def counts(item: Annotation) -> bool:
+    """Return whether an object counts in AP."""
+    return not item.iscrowd
 
 
 def summary(finished: Mapping[str, Comparison]) -> dict[str, float]:
-    """COCO's twelve figures a kind in percent: box_ap, box_ap50, ..., box_ar_large, mask_ap, ..., mask_ar_large; with
+    """Return the twelve metrics of COCO per kind in percent: box_ap, box_ap50, ..., box_ar_large, mask_ap, ..., mask_ar_large; with
     another limit of detections than 100, box_ar_300 or the like in place of box_ar_100.
     """
     return named(
@@ -73,12 +80,12 @@ def summary(finished: Mapping[str, Comparison]) -> dict[str, float]:
 
 
 def named(
-    finished: Mapping[str, Comparison], figures: Mapping[str, Mapping[str, float | None]]
+    finished: Mapping[str, Comparison], metrics: Mapping[str, Mapping[str, float | None]]
 ) -> dict[str, float]:
-    """The figures of each kind as one table, without those of no object."""
+    """Return the metrics of all kinds by name, without those that have no object."""
     return {
         f"{NAMES[kind]}_{name}": value
         for kind in finished
-        for name, value in figures[kind].items()
+        for name, value in metrics[kind].items()
         if value is not None
     }

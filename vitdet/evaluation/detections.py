@@ -81,7 +81,7 @@ def results_of(
 ) -> Iterator[dict[int, list[dict]]]:
     """For each batch, the COCO results of its images by their ids.
 
-    The detector lies on `device`, in evaluation mode, and computes in `precision` (as `evaluate.precision`). On a GPU
+    The detector is on `device`, in evaluation mode, and computes in `precision` (as `evaluate.precision`). On a GPU
     the results of a batch come after the next batch was computed; of no more than two batches there is anything in
     memory.
     """
@@ -126,7 +126,7 @@ def _found(
     """The detections in the images of a batch. A smaller batch is padded to `slots` images, as the detector is compiled and
     recorded for each batch size.
     """
-    # sizes lie in memory that is not pinned: a blocking copy would wait for the batch before
+    # sizes are in memory that is not pinned: a blocking copy would wait for the batch before
     images, sizes = (one.to(device, non_blocking=True) for one in (batch.images, batch.sizes))
     if (spare := slots - len(batch)) > 0:
         images, sizes = F.pad(images, (0,) * 7 + (spare,)), F.pad(sizes, (0, 0, 0, spare))
@@ -179,7 +179,7 @@ def _without_masks(found: Detections, image_id: int, category_ids: Sequence[int]
 def _segmentations(
     found: Sequence[Detections], originals: Sequence[tuple[int, int]]
 ) -> Iterator[dict]:
-    """RLE dicts of the masks of several images, which lie on one device; the boxes lie on the CPU."""
+    """RLE dicts of the masks of several images, which are on one device; the boxes are on the CPU."""
     masks = torch.cat([one.masks.float() for one in found if one.masks is not None])
     boxes = torch.cat([one.boxes.float() for one in found])
     sizes = torch.tensor(originals).repeat_interleave(

@@ -1,7 +1,7 @@
-"""How good a detector is: its detections on the validation images, as COCO results, against the annotations.
+"""Evaluation of a detector: its detections on the validation images, as COCO results, against the annotations.
 
-Masks are compared in the size of the original image, as Detectron2 does: boxes go back by one factor an axis, masks are
-pasted there with threshold 0.5, boxes are written xywh without rounding.
+As in Detectron2, masks are compared at the size of the original image: boxes are scaled by one factor per axis, masks
+are pasted with threshold 0.5, and boxes are written as xywh without rounding.
 """
 
 from __future__ import annotations
@@ -38,9 +38,8 @@ from vitdet.data.loader import configure_process, val_loader
 from vitdet.evaluation.analysis import Analysis, analyse
 from vitdet.evaluation.detections import detections_to_results as detections_to_results
 from vitdet.evaluation.detections import results_of
-from vitdet.evaluation.facts import of_checkpoint, of_results
 from vitdet.evaluation.matching import Comparison
-from vitdet.evaluation.page import Facts, write_page
+from vitdet.evaluation.page import Facts, checkpoint_facts, results_facts, write_page
 from vitdet.evaluation.pairs import Images, images_of
 from vitdet.evaluation.pictures import write_pictures
 from vitdet.evaluation.report import REPORT, details, write_report
@@ -49,11 +48,11 @@ from vitdet.types import Batch
 
 log = logging.getLogger(__name__)
 
-ARBITERS = {"coco": coco, "lvis": lvis}  # data.dataset -> how its AP is measured
-# the same of results that anybody made
+METRICS_OF = {"coco": coco, "lvis": lvis}  # data.dataset -> the definition of its AP
+# the same for files of results
 OF_FILES = {"coco": coco.compare, "lvis": lvis.compare_file}
 SECTIONS = ("data", "evaluate")  # of a config, that an evaluation may change
-# The settings of `data` that say which images a detector is evaluated on, and how they are read
+# The settings of `data` that determine which images a detector is evaluated on, and how they are read
 PLACE = (
     *("dataset", "root", "train_split", "val_split", "max_images", "workers"),
     *("max_pixels", "bit_depth"),
@@ -74,36 +73,36 @@ def evaluate_detector(
     device: torch.device | str = "cpu",
     advance: Advance = lambda batch: False,
 ) -> tuple[dict[str, float], list[dict]]:
-    """Box and, with masks, mask AP in percent on the validation split, and the COCO results (sorted by image) that they come from.
+    """Return box and, with masks, mask AP in percent on the validation split, and the COCO results, sorted by image.
 
-    The detector lies on `device`; its mode is put back afterwards. Under several processes each takes a share of the
-    images and all return the same figures, the first alone the results (those of LVIS take 5 GB). Raises Cancelled on
+    The detector is on `device`; its mode is restored afterwards. With several processes, each evaluates a part of the
+    images and all return the same metrics, only the first the results (those of LVIS take 5 GB). Raises Cancelled on
     all of them if `advance` cancels it on one.
     """
-    truth, split = _read(data, settings)
+    truth, split = read_validation(data, settings)
     results, image_ids = detect(detector, data, settings, device, split, advance)
     metrics = {}
     advance(False)
     if distributed.rank() == 0:
         kinds = kinds_found_by(detector)
         finished = _compare(truth, results, kinds, data, settings, image_ids)
-        metrics = ARBITERS[data.dataset].summary(finished)
+        metrics = METRICS_OF[data.dataset].summary(finished)
     return distributed.all_gather_objects(metrics)[0], results
 
 
 def measured_metrics(config: Config) -> list[str]:
-    """The names of the metrics that `evaluate_detector` returns for a detector of this config: without those for which
-    the validation split holds no object. Takes as long as a comparison without detections; raises as that does.
+    """Return the names of the metrics that `evaluate_detector` returns for a detector of this config: without those for which
+    the validation split has no object. Takes as long as a comparison without detections; raises as that does.
     """
-    truth, split = _read(config.data, config.evaluate)
+    truth, split = read_validation(config.data, config.evaluate)
     kinds = ("bbox", "segm") if config.model.mask.enabled else ("bbox",)
     image_ids = [record.image_id for record in split.records]
     finished = _compare(truth, [], kinds, config.data, config.evaluate, image_ids)
-    return list(ARBITERS[config.data.dataset].summary(finished))
+    return list(METRICS_OF[config.data.dataset].summary(finished))
 
 
 def kinds_found_by(detector: nn.Module) -> tuple[str, ...]:
-    """What of its detections is compared: "bbox" and, with a mask head, "segm"."""
+    """Return the kinds of its detections that are compared: "bbox" and, with a mask head, "segm"."""
     heads = getattr(detector, "roi_heads", None)
     return ("bbox",) if heads is not None and heads.mask is None else ("bbox", "segm")
 
@@ -116,7 +115,7 @@ def detect(
     split: CocoSplit | None = None,
     advance: Advance = lambda batch: False,
 ) -> tuple[list[dict], list[int]]:
-    """The COCO results of `evaluate_detector` without the comparison, and the ids of the images that were looked at.
+    """Return the COCO results of `evaluate_detector` without the comparison, and the ids of the evaluated images.
 
     split: the validation split, if it was read before. Of several processes the first has those of all, others none.
     Raises Cancelled as `evaluate_detector` does.
@@ -129,12 +128,12 @@ def detect(
         )
     finally:
         detector.train(was_training)
-    # a collective: a rank that is told to stop may not leave the others waiting in the next one
+    # a collective: a rank that stops must not leave the others waiting in the next one
     if distributed.largest(int(share is None))():
         raise Cancelled
     found: dict[int, list[dict]] = {}
     for part in distributed.gather_objects(share or {}):
-        found.update(part)  # a sampler may hand an image to two ranks
+        found.update(part)  # a sampler may assign an image to two ranks
     image_ids = sorted(found)
     return [result for image_id in image_ids for result in found[image_id]], image_ids
 
@@ -142,7 +141,7 @@ def detect(
 def evaluation_config(
     stored: Config, overrides: Sequence[str] = (), config: Config | None = None
 ) -> tuple[Config, dict[str, str | int]]:
-    """The config of a checkpoint with the data and evaluate settings of `config`, then with overrides.
+    """Return the config of a checkpoint with the data and evaluate settings of `config`, then with overrides.
 
     As in training, an override of data.root takes the splits from that folder unless they are
     overridden too; returns these settings as well. Raises ValueError for an override of another section.
@@ -168,7 +167,7 @@ def evaluate(
     device: torch.device | str | None = None,
     detailed: bool = False,
 ) -> dict[str, float]:
-    """Box and mask AP in percent of a checkpoint on its validation split, as {"box_ap": 51.6, "mask_ap": 45.9, ...}.
+    """Return box and mask AP in percent of a checkpoint on its validation split, as {"box_ap": 51.6, "mask_ap": 45.9, ...}.
 
     The data and evaluate settings are the checkpoint's, or those of `config`, changed by overrides. Two folders, if
     given: `pictures` receives what `write_pictures` writes, `plots` what `write_report` does and, in report.html, the page
@@ -193,7 +192,7 @@ def evaluate(
         rebuilt = build_detector(config.model, config.evaluate)
         rebuilt.load_state_dict(detector.state_dict())
         detector = rebuilt
-    truth, split = _read(config.data, config.evaluate)
+    truth, split = read_validation(config.data, config.evaluate)
     _check_classes(checkpoint, class_names, split.class_names, config.data)
     if config.model.mask.enabled and not split.outlines and distributed.rank() == 0:
         log.info(
@@ -216,9 +215,9 @@ def evaluate(
         if distributed.rank() == 0:
             kinds = kinds_found_by(detector)
             finished = _compare(truth, results, kinds, config.data, config.evaluate, image_ids)
-            metrics = ARBITERS[config.data.dataset].summary(finished)
+            metrics = METRICS_OF[config.data.dataset].summary(finished)
             where = str(device) if device.type == "cpu" else torch.cuda.get_device_name(device)
-            facts = partial(of_checkpoint, Path(checkpoint), config, len(image_ids), where)
+            facts = partial(checkpoint_facts, Path(checkpoint), config, len(image_ids), where)
             pages = _Pages(plots, report, facts, _images(config.data))
             pages.write(finished, metrics, truth, results)
             if detailed:
@@ -246,7 +245,7 @@ def evaluate_alike(
     class_names: Sequence[str],
     val_fingerprint: str,
 ) -> dict[str, float]:
-    """The metrics of a checkpoint on the validation data and with the settings of another detector's evaluation.
+    """Return the metrics of a checkpoint on the validation data and with the settings of another detector's evaluation.
 
     config: of that evaluation; how images are resized stays the checkpoint's own, as its model. class_names: of that detector.
     val_fingerprint: of the validation split then. plots: as in `evaluate`. Raises ValueError where classes or data differ.
@@ -277,25 +276,25 @@ def evaluate_results(
     report: str | Path | None = None,
     detailed: bool = False,
 ) -> dict[str, float]:
-    """Box and/or mask AP in percent of any file of COCO results, by what it holds, against an annotation file.
+    """Return box and/or mask AP in percent of a file of COCO results, by its content, against an annotation file.
 
     dataset: 'coco' or 'lvis', whose rules differ. `plots` and `report` as in `evaluate`; the page has pictures if the
     images are found beside the annotations. detailed: also what
     `vitdet.evaluation.report.details` returns. Raises FileNotFoundError for a missing file and ValueError, in one
     line, for what is wrong in them.
     """
-    if dataset not in ARBITERS:
-        raise ValueError(f"dataset is {' or '.join(ARBITERS)}, got {dataset!r}")
+    if dataset not in METRICS_OF:
+        raise ValueError(f"dataset is {' or '.join(METRICS_OF)}, got {dataset!r}")
     found = read_results(results)
     truth = read_truth(annotations, dataset == "lvis")
     try:
         finished = OF_FILES[dataset](truth, found, kinds_of(found))
     except ValueError as error:
         raise ValueError(f"{results}: {error}") from error
-    metrics = ARBITERS[dataset].summary(finished)
+    metrics = METRICS_OF[dataset].summary(finished)
     if not metrics:
-        raise ValueError(f"{annotations}: holds no object to find; there is nothing to score")
-    facts = partial(of_results, Path(results), truth.path, len(truth.images), found)
+        raise ValueError(f"{annotations}: contains no object to find; AP is undefined")
+    facts = partial(results_facts, Path(results), truth.path, len(truth.images), found)
     pages = _Pages(plots, report, facts, images_of(truth.path, dataset))
     pages.write(finished, metrics, truth, found)
     return metrics | details(finished) if detailed else metrics
@@ -324,12 +323,12 @@ class _Pages:
         pages |= {Path(self.report)} if self.report else set()
         if not pages:
             return
-        # a data set of boxes only has no masks to find
+        # a data set of boxes only has no masks
         known = {kind: one for kind, one in finished.items() if one.ap() is not None}
         analyses = [analyse(kind, one, metrics, truth) for kind, one in known.items()]
         if self.plots:
             write_report(self.plots, finished, results, analyses)
-        for page in pages if analyses else ():
+        for page in pages:
             write_page(page, analyses, self.facts(analyses[0]), truth, results, self.images)
 
 
@@ -360,9 +359,10 @@ def _compare(
     return coco.compare(truth, results, kinds, image_ids, max(usual, most))
 
 
-def _read(data: DataConfig, settings: EvalConfig) -> tuple[Truth, CocoSplit]:
-    """The validation split for the comparison and for the detector: the annotation file is read once, and it is known
-    before anything is detected that it can be compared with.
+def read_validation(data: DataConfig, settings: EvalConfig) -> tuple[Truth, CocoSplit]:
+    """Return the validation split for the comparison and for the detector; the annotation file is read once.
+
+    Raises ValueError, before anything is detected, if AP is undefined: no object counts.
     """
     path = split_files(data, data.val_split)[0]
     if not path.exists():
@@ -379,8 +379,15 @@ def _read(data: DataConfig, settings: EvalConfig) -> tuple[Truth, CocoSplit]:
                 len(every.records),
                 data.val_split,
             )
-    truth = truth_of(path, tree)
-    ARBITERS[data.dataset].check(truth)
+    truth, image_ids = truth_of(path, tree), {record.image_id for record in split.records}
+    arbiter = METRICS_OF[data.dataset]
+    arbiter.check(truth)
+    objects = (one for one in truth.objects if one.image_id in image_ids)
+    if not any(one.category_id in truth.categories and arbiter.counts(one) for one in objects):
+        raise ValueError(
+            f"{path}: AP is undefined: none of the objects in the {len(image_ids)} images to evaluate "
+            f"counts: {arbiter.UNCOUNTED}"
+        )
     return truth, split
 
 

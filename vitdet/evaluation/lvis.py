@@ -1,12 +1,12 @@
-"""Average precision as LVIS measures it (Gupta et al. 2019, lvisdataset.org): the package lvis 0.5.3 is the arbiter.
+"""Average precision as defined by LVIS (Gupta et al. 2019, lvisdataset.org); the reference is the package lvis 0.5.3.
 
 An image of LVIS is annotated for some categories only. Detections of a category that is neither annotated there nor
 named as absent (neg_category_ids) are left out; where not every object of a category is annotated
 (not_exhaustive_category_ids), what is found beyond the annotated ones is not counted. The 300 best detections of an
 image count, of all categories together. There are no crowds, and what has no area does not take part.
 
-How large is a detection whose mask is compared? As its mask, for the published figures of Detectron2, which takes the
-boxes away before (`compare`); as its box, where the package itself is given a file that holds both (`compare_file`).
+The size of a detection whose mask is compared is that of its mask in `compare`, as in the published metrics of
+Detectron2, which removes the boxes; it is that of its box in `compare_file`, as the package itself does for a file with both.
 Only AP and AR of small, medium and large masks differ.
 """
 
@@ -15,11 +15,13 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 
+from vitdet.data.annotation_file import Annotation
 from vitdet.evaluation.coco import named
 from vitdet.evaluation.matching import Comparison, choose, index, match
 from vitdet.evaluation.results import Truth, kinds_of
 
 LIMIT = 300  # detections of an image
+UNCOUNTED = "all have an area of 0, which LVIS leaves out"
 # in at most 10, at most 100, more images of the training split
 GROUPS = {"rare": "r", "common": "c", "frequent": "f"}
 
@@ -30,7 +32,7 @@ def compare(
     kinds: Sequence[str] = ("bbox", "segm"),
     image_ids: Iterable[int] | None = None,
 ) -> dict[str, Comparison]:
-    """The comparison of each kind; arguments and errors as of `coco.compare`.
+    """Return the comparison of each kind; arguments and errors as of `coco.compare`.
 
     Raises ValueError as well for an annotation file without LVIS's own fields.
     """
@@ -95,9 +97,14 @@ def check(truth: Truth) -> None:
                 )
 
 
+def counts(item: Annotation) -> bool:
+    """Return whether an object counts in AP."""
+    return item.area != 0
+
+
 def summary(finished: Mapping[str, Comparison]) -> dict[str, float]:
-    """LVIS's thirteen figures a kind in percent: box_ap, ..., box_ap_rare, ..., box_ar_large, mask_ap, ..."""
-    figures = {}
+    """Return the thirteen metrics of LVIS per kind in percent: box_ap, ..., box_ap_rare, ..., box_ar_large, mask_ap, ..."""
+    metrics = {}
     for kind, one in finished.items():
         groups = {
             name: [
@@ -107,7 +114,7 @@ def summary(finished: Mapping[str, Comparison]) -> dict[str, float]:
             ]
             for name, letter in GROUPS.items()
         }
-        figures[kind] = {
+        metrics[kind] = {
             "ap": one.ap(),
             "ap50": one.ap(0.5),
             "ap75": one.ap(0.75),
@@ -120,11 +127,11 @@ def summary(finished: Mapping[str, Comparison]) -> dict[str, float]:
             "ar_medium": one.ar("medium"),
             "ar_large": one.ar("large"),
         }
-    return named(finished, figures)
+    return named(finished, metrics)
 
 
 def best(results: Sequence[dict]) -> list[dict]:
-    """The LIMIT results of highest score of each image; of equal scores, the first ones."""
+    """Return the LIMIT results of highest score of each image; of equal scores, the first ones."""
     images = defaultdict(list)
     for item in results:
         images[item["image_id"]].append(item)
@@ -140,10 +147,10 @@ def best(results: Sequence[dict]) -> list[dict]:
 
 
 def federated(truth: Truth, results: Sequence[dict]) -> list[dict]:
-    """The results of which the annotations say whether they are right: of a category annotated in the image or named
+    """Return the results that the annotations can judge: of a category annotated in the image or listed
     as absent from it.
     """
-    known = {(item.image_id, item.category_id) for item in truth.objects if item.area != 0}
+    known = {(item.image_id, item.category_id) for item in truth.objects if counts(item)}
     known |= {
         (image_id, category)
         for image_id, image in truth.images.items()

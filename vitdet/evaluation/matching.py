@@ -319,8 +319,7 @@ def _text(item: dict, number: int, truth: Truth) -> dict:
         return {"size": list(size), "counts": counts.encode("utf-8", "surrogatepass")}
     if isinstance(counts, bytes):
         return code
-    check_code(item, f"result {number}", size)
-    return compressed(code, *size)
+    return compressed(check_code(item, f"result {number}", size), *size)
 
 
 def _areas(codes: list[dict], results: Sequence[dict], truth: Truth) -> list[float]:

@@ -7,10 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+import vitdet
+from vitdet.checkpoint import load_model_file
+from vitdet.config import Config
+from vitdet.data.fingerprint import fingerprint
 from vitdet.evaluation.analysis import Analysis
 from vitdet.evaluation.pairs import Images, draw_pairs
 from vitdet.evaluation.results import Truth
-from vitdet.files import written
+from vitdet.files import sha256, written
 from vitdet.pages import data_uri, render
 
 
@@ -65,7 +69,7 @@ HEADLINE = {
     "ap_common": "AP common",
     "ap_frequent": "AP frequent",
 }
-# of the table of classes: title, whether it holds numbers, explanation
+# of the table of classes: title, whether it is numeric, explanation
 COLUMNS = (
     ("Class", False, ""),
     ("AP", True, "mean over IoU 0.5, 0.55, ..., 0.95"),
@@ -141,3 +145,56 @@ def _headline(analysis: Analysis) -> dict[str, float]:
     if limits:
         tiles[f"AR, {max(limits)} detections"] = metrics[f"ar_{max(limits)}"]
     return tiles
+
+
+def checkpoint_facts(
+    checkpoint: Path, config: Config, images: int, device: str, analysis: Analysis
+) -> Facts:
+    """The facts of an evaluation of a checkpoint with this config; images: how many were evaluated."""
+    model, data, settings = config.model, config.data, config.evaluate
+    kind = model.architecture
+    return Facts(
+        title=f"{kind}, {model.backbone.name} on {data.val_split}",
+        data={
+            "Folder": data.root,
+            "Split": f"{data.val_split} ({data.dataset})",
+            **_counts(analysis, images),
+            "Fingerprint": fingerprint(data, data.val_split),
+        },
+        model={
+            "Detector": f"{kind}, backbone {model.backbone.name}",
+            "Checkpoint": str(checkpoint),
+            "Step": f"{load_model_file(checkpoint)['step']:,}",
+            "Image size": f"{data.image_size} pixels",
+            "Precision": f"{settings.precision}, {device}",
+            "Detections": f"at most {settings.max_detections} per image, score of at least {settings.score_threshold:g}, NMS at IoU {settings.nms_iou:g}",
+            "vitdet": vitdet.__version__,
+        },
+    )
+
+
+def results_facts(
+    results: Path, annotations: Path, images: int, detections: Sequence[dict], analysis: Analysis
+) -> Facts:
+    """The facts of an evaluation of a file of results."""
+    return Facts(
+        title=f"{results.name} on {annotations.name}",
+        data={
+            "Annotations": str(annotations),
+            **_counts(analysis, images),
+            "SHA-256": sha256(annotations),
+        },
+        model={
+            "Results": str(results),
+            "Detections": f"{len(detections):,}",
+            "vitdet": vitdet.__version__,
+        },
+    )
+
+
+def _counts(analysis: Analysis, images: int) -> dict[str, str]:
+    return {
+        "Images": f"{images:,}",
+        "Objects": f"{sum(one.objects for one in analysis.classes):,}",
+        "Classes": f"{len(analysis.classes):,}",
+    }

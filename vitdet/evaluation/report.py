@@ -1,4 +1,4 @@
-"""The findings of an evaluation as rows that `dvc plots` draws: AP of each class, curves."""
+"""The results of an evaluation as rows for `dvc plots`: AP of each class, curves."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ REPORT = "report.html"
 
 
 def class_rows(finished: Mapping[str, Comparison]) -> list[dict[str, str | float | None]]:
-    """AP of each class that has objects, as rows {class, box_ap, box_ap50, mask_ap, mask_ap50} in percent."""
+    """Return AP of each class that has objects, as rows {class, box_ap, box_ap50, mask_ap, mask_ap50} in percent."""
     rows: dict[str, dict[str, str | float | None]] = {}
     for kind, comparison in finished.items():
         for place, category in enumerate(comparison.categories):
@@ -28,7 +28,7 @@ def class_rows(finished: Mapping[str, Comparison]) -> list[dict[str, str | float
 
 
 def curve_rows(finished: Mapping[str, Comparison]) -> list[dict[str, float]]:
-    """Precision at each recall, mean of the classes, as rows {recall, box_iou50, box_iou75, mask_iou50, ...} in 0..1."""
+    """Return precision at each recall, mean of the classes, as rows {recall, box_iou50, box_iou75, mask_iou50, ...} in 0..1."""
     rows: list[dict[str, float]] = [{"recall": round(float(recall), 4)} for recall in RECALLS]
     for kind, comparison in finished.items():
         curves = mean_curves(comparison)
@@ -39,7 +39,7 @@ def curve_rows(finished: Mapping[str, Comparison]) -> list[dict[str, float]]:
 
 
 def threshold_rows(analyses: Sequence[Analysis]) -> list[dict[str, float]]:
-    """Micro averages at each score threshold as rows {threshold, box_precision, box_recall, box_f1, mask_precision, ...}."""
+    """Return micro averages at each score threshold as rows {threshold, box_precision, box_recall, box_f1, mask_precision, ...}."""
     rows: dict[float, dict[str, float]] = {}
     for analysis in analyses:
         for one in analysis.thresholds:
@@ -50,7 +50,7 @@ def threshold_rows(analyses: Sequence[Analysis]) -> list[dict[str, float]]:
 
 
 def details(finished: Mapping[str, Comparison]) -> dict[str, float]:
-    """AP of each class that has objects, in percent, as class_ap/NAME (boxes) and class_mask_ap/NAME, and the counts of
+    """Return AP of each class that has objects, in percent, as class_ap/NAME (boxes) and class_mask_ap/NAME, and the counts of
     images, objects and detections (of boxes if they were compared).
     """
     names = {"bbox": "class_ap", "segm": "class_mask_ap"}
@@ -74,7 +74,7 @@ def write_report(
     results: list[dict],
     analyses: Sequence[Analysis],
 ) -> None:
-    """Writes classes.json (AP of each class), curve.json (precision over recall), thresholds.json (precision, recall and
+    """Write classes.json (AP of each class), curve.json (precision over recall), thresholds.json (precision, recall and
     F1 over the score), results.json (as COCO) and matches.npz (`vitdet.evaluation.matches`).
     """
     for name, value in (

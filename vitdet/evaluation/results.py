@@ -1,4 +1,4 @@
-"""What an evaluation reads: an annotation file, and a file of results; what is wrong with them is said in one line.
+"""The input of an evaluation: an annotation file and a file of results; errors in them are reported in one line.
 
 Results are COCO's: a list of {image_id, category_id, score, bbox: [x, y, width, height] and/or segmentation: RLE}.
 """
@@ -96,7 +96,7 @@ def read_results(path: Path | str) -> list[dict]:
 
 @contextmanager
 def uncollected() -> Iterator[None]:
-    """Without garbage collection: it looks at half a million small dicts again and again, a quarter of the time."""
+    """Suspend garbage collection, which repeatedly traverses half a million small dicts, a quarter of the time."""
     enabled = gc.isenabled()
     gc.disable()
     try:
@@ -121,9 +121,9 @@ def read_json(path: Path | str, what: str) -> object:
 
 
 def kinds_of(results: Sequence[dict]) -> list[str]:
-    """The comparisons that results allow: 'bbox' and/or 'segm', by what the first of them holds.
+    """The comparisons that results allow: 'bbox' and/or 'segm', by the keys of the first one.
 
-    Raises ValueError if it holds neither.
+    Raises ValueError if it has neither.
     """
     first = results[0]
     kinds = [kind for kind, key in KINDS.items() if isinstance(first, dict) and key in first]
@@ -147,14 +147,14 @@ def check_results(
     strangers += _strangers(results, "image_id", truth.images)
     if strangers:
         raise ValueError(
-            f"{truth.path}: holds no image {show(strangers[0])}, which has results ({len(strangers)} such "
-            "images); are the results of another data set?"
+            f"{truth.path}: contains no image {show(strangers[0])}, which has results ({len(strangers)} such "
+            "images); expected results of the same data set"
         )
     strangers = _strangers(results, "category_id", truth.categories)
     if strangers:
         raise ValueError(
-            f"{truth.path}: holds no category {show(strangers[0])}, which has results ({len(strangers)} "
-            "such categories); are the results of another data set?"
+            f"{truth.path}: contains no category {show(strangers[0])}, which has results ({len(strangers)} "
+            "such categories); expected results of the same data set"
         )
     boxes = [("bbox", (4,), BBOX)] if "bbox" in kinds else []
     for key, shape, expected in [("score", (), "a finite number"), *boxes]:
@@ -187,11 +187,15 @@ def _finite(values: object, shape: tuple[int, ...]) -> bool:
     return array.shape == shape and array.dtype.kind in "iuf" and bool(np.isfinite(array).all())
 
 
-def check_code(item: dict, name: str, size: tuple[int, int]) -> None:
-    """Raises ValueError, with `name` in front, for a segmentation that is no mask of an image of `size`."""
+def check_code(item: dict, name: str, size: tuple[int, int]) -> list | dict:
+    """Return a result's usable outline for an image of `size`: polygons without their broken parts, or RLE.
+
+    Raises ValueError, with `name` in front, for a segmentation that is no mask of such an image.
+    """
     outline = read_outline(item["segmentation"], size)
     if outline.problem:
         raise ValueError(f"{name}: {outline.problem[0]}: {outline.problem[1]}")
     if outline.shape is None:
         shown = show(item["segmentation"])
         raise ValueError(f"{name}: segmentation that is neither polygons nor RLE: {shown}")
+    return outline.shape

@@ -1,7 +1,7 @@
 """COCO's run lengths of masks that are stored as `vitdet.kernels.paste` stores them, without their full images.
 
 The pixels of an image, column by column, are counted in runs alternately outside and inside of the mask, the first
-outside. The counts of all masks are found at once on the device that the pixels lie on; only they come to the CPU,
+outside. The counts of all masks are computed at once on the device of the pixels; only they are copied to the CPU,
 where pycocotools writes them as text (6 us a mask). Letters: N masks, R runs inside masks, C counts.
 """
 

@@ -2,7 +2,7 @@
 
 A code that does not fill its mask sends pycocotools and faster-coco-eval into an endless loop when it is compared with
 another one, hence the check. COCO's compressed text (maskApi.c): 5 bits a character from '0' on, lowest first; bit 5
-says that the number goes on, bit 4 of its last character is the sign; from the fourth number on it is the difference of
+marks that the number continues, bit 4 of its last character is the sign; from the fourth number on it is the difference of
 a run to two runs before. Runs alternate down the columns, background first.
 Letters: C characters, U numbers of all codes.
 """
@@ -17,7 +17,7 @@ AT_ONCE = 512  # codes: what is known of their runs stays in the processor's cac
 
 
 def areas(texts: Sequence[bytes], pixels: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
-    """Areas int64 of codes in pixels, and whether each is sound: its runs add up to as many as `pixels` says.
+    """Areas int64 of codes in pixels, and whether each is valid: its runs add up to `pixels`.
 
     With a code that is no run lengths at all in it, a part of AT_ONCE codes is as a whole not sound.
     """
@@ -44,7 +44,7 @@ def _sums(texts: Sequence[bytes]) -> tuple[np.ndarray, np.ndarray] | None:
     counts = np.add.reduceat(final, np.append(0, ends[:-1]), dtype=np.int64)  # numbers of each code
     starts = np.cumsum(counts) - counts
     place = np.arange(len(numbers)) - np.repeat(starts, counts)
-    # a number is in its own run and, by the differences, in every second one after it; the first stands for itself
+    # a number is in its own run and, by the differences, in every second one after it; the first only in its own
     weights = (np.repeat(counts, counts) - 1 - place) // 2 + 1
     weights[starts] = 1
     numbers *= weights
@@ -54,7 +54,7 @@ def _sums(texts: Sequence[bytes]) -> tuple[np.ndarray, np.ndarray] | None:
 
 
 def _numbers(codes: np.ndarray, ends: np.ndarray) -> np.ndarray | None:
-    """The signed numbers (U,) int64 whose last characters lie at `ends` (U,); None if one is too long."""
+    """The signed numbers (U,) int64 whose last characters are at `ends` (U,); None if one is too long."""
     lengths = np.diff(ends, prepend=-1)
     longest = int(lengths.max())
     if longest > 7:  # 35 bits

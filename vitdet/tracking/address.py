@@ -11,18 +11,48 @@ from urllib.parse import urlsplit
 from vitdet.credentials import hide_credentials as hide_credentials
 from vitdet.ranges import check_address
 
+VARIABLES = ("MLFLOW_TRACKING_URI", "MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD")
+STEP = "VITDET_"  # their prefix in a step: pipeline/graph.py
+
 
 def tracking_uri(uri: str, folder: Path) -> str:
     """The server in use: the environment's MLFLOW_TRACKING_URI, else `uri`, else FOLDER/mlflow.db.
 
     Raises ValueError for what can be no address.
     """
+    _use_step_secret()
     name = "MLFLOW_TRACKING_URI"
     found = os.environ.get(name, "")
     if not found:
         name, found = "tracking.uri", uri
     _check_address(name, found)
     return found or f"sqlite:///{Path(folder).resolve() / 'mlflow.db'}"
+
+
+def run_page(uri: str, experiment_id: str, run_id: str) -> str:
+    """Return the address of a run on MLflow's pages, "" if the store has none.
+
+    The environment's MLFLOW_UI_URL is the server's address in a browser, where that differs from `uri`.
+    """
+    base = os.environ.get("MLFLOW_UI_URL", "") or uri
+    if not re.match(r"https?://", base, re.IGNORECASE):
+        return ""
+    base = re.sub(r"//[^/@]*@", "//", base).rstrip("/")
+    return f"{base}/#/experiments/{experiment_id}/runs/{run_id}"
+
+
+def _use_step_secret() -> None:
+    """Set MLflow's variables from the Secret of a pipeline's step, unless MLFLOW_TRACKING_URI is set.
+
+    A step has its Secret in VITDET_MLFLOW_*: the MLflow plugin of Kubeflow Pipelines 2.17 sets MLFLOW_*, and the API
+    server refuses a pod in which one variable is from both, and a PyTorchJob with one variable twice.
+    """
+    if os.environ.get("MLFLOW_TRACKING_URI") or not os.environ.get(f"{STEP}MLFLOW_TRACKING_URI"):
+        return
+    for name in VARIABLES:  # a password is of the same source as the address, or there is none
+        os.environ.pop(name, None)
+        if value := os.environ.get(f"{STEP}{name}"):
+            os.environ[name] = value
 
 
 def _check_address(name: str, uri: str) -> None:
@@ -38,8 +68,11 @@ def _check_address(name: str, uri: str) -> None:
 
 
 class HidingFilter(logging.Filter):
-    """Hides the credentials of addresses in every message."""
+    """Hides the credentials of addresses in every message and traceback."""
 
     def filter(self, record: logging.LogRecord) -> bool:
         record.msg, record.args = hide_credentials(record.getMessage()), ()
+        if record.exc_info:  # a formatter takes exc_text, if it is set
+            text = record.exc_text or logging.Formatter().formatException(record.exc_info)
+            record.exc_text = hide_credentials(text)
         return True

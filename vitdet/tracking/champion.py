@@ -4,16 +4,20 @@ Its metrics are comparable only if they were measured on the same validation dat
 settings as the candidate's; otherwise the champion is evaluated again and the result is stored with
 its version.
 
-Processes that share a folder promote one at a time. On machines without a common folder two can
-promote at the same time, as MLflow cannot set an alias on a condition. The alias still names one
-version, and each process reads the tags again after it has set the alias: the better one of two that
-replaced the same champion keeps it. Until then, the alias may name the other one for a moment.
+Processes that share a folder promote one at a time. On machines without a common folder several can
+promote at the same time, as MLflow cannot set an alias on a condition. Each records its promotion in
+a tag, then sets the alias, then reads all records: if another version that replaced the same champion
+is better, or was forced or restored by a user, it sets the alias to that one and reads again. The
+process that sets the alias last therefore sets it to the best version. Until then the alias may name
+another one for a moment, and it keeps that one if the process dies between these requests or loses
+its server; promote the better version again in this case.
 """
 
 from __future__ import annotations
 
 import logging
 import tempfile
+import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -24,6 +28,7 @@ from typing import TYPE_CHECKING
 from vitdet.config import Config, GateConfig
 from vitdet.data.protocol import Protocol
 from vitdet.locks import locked
+from vitdet.tracking.address import hide_credentials
 from vitdet.tracking.evaluations import known_metrics, read_evaluation, save_evaluation, tags_of
 from vitdet.tracking.gate import (
     Evaluation,
@@ -37,11 +42,12 @@ from vitdet.tracking.gate import (
 from vitdet.tracking.history import ALIAS as ALIAS
 from vitdet.tracking.history import (
     PROMOTED,
+    Event,
     champion_of,
     events,
+    record,
     rivals,
     rolled_back,
-    set_champion,
     withdraw,
 )
 from vitdet.tracking.mlflow import connect, tracking_uri
@@ -164,7 +170,6 @@ def promote(
     """
     client, _ = connect(None, uri, folder)
     with promoting(folder):
-        recorded = events(client, model_name)
         champion = _champion(client, model_name)
         is_itself = champion is not None and str(champion.version) == version
         verdict = _judge(
@@ -189,17 +194,42 @@ def promote(
         if is_itself:
             return verdict
         before = "" if champion is None else str(champion.version)
-        event = set_champion(client, model_name, version, PROMOTED, before, verdict.reason)
-        for rival in rivals(recorded, events(client, model_name), version):
-            other = client.get_model_version(model_name, rival)
-            theirs = known_metrics(other, protocol).get(gate.metric, -1.0)
-            if theirs > float(tags_of(candidate.metrics)[gate.metric]):
-                withdraw(client, model_name, event, rival)
-                return Verdict(
-                    False,
-                    f"{verdict.reason}; version {rival} with {theirs:.4g} was promoted at the same time",
-                )
+        event = record(client, model_name, version, PROMOTED, before, verdict.reason)
+        ap = float(tags_of(candidate.metrics)[gate.metric])
+        best = _best(client, model_name, event, ap, protocol, gate)
+        previous = None if best[1] == version else best  # a better one sets the alias itself
+        while best != previous:
+            client.set_registered_model_alias(model_name, ALIAS, best[1])
+            previous, best = best, _best(client, model_name, event, ap, protocol, gate)
+        if best[1] != version and all(one.before != version for one in events(client, model_name)):
+            withdraw(client, model_name, event)
+            shown = (
+                f"with {best[0]:.4g} was promoted" if best[0] <= 100 else "was made the champion"
+            )
+            return Verdict(False, f"{verdict.reason}; version {best[1]} {shown} at the same time")
     return verdict
+
+
+def _best(
+    client: MlflowClient,
+    model_name: str,
+    event: Event,
+    ap: float,
+    protocol: Protocol,
+    gate: GateConfig,
+) -> tuple[float, str]:
+    """Return (AP, version) of the best of this promotion and its rivals, of equals the older version.
+
+    A version that a user forced or restored in place of the same champion is better than any other;
+    its AP is infinite.
+    """
+    found = [(ap, event.version)]
+    for rival in rivals(events(client, model_name), event):
+        other = client.get_model_version(model_name, rival.version)
+        known = known_metrics(other, protocol).get(gate.metric, -1.0)
+        by_user = rival.action != PROMOTED and rival.before == event.before
+        found.append((float("inf") if by_user else known, rival.version))
+    return max(found, key=lambda one: (one[0], -int(one[1])))
 
 
 def update_tags(
@@ -329,7 +359,8 @@ def _evaluate(
         line, kind = first_line(error) if str(error).strip() else "", type(error).__name__
         expected = isinstance(error, MlflowException | OSError | ValueError | LookupError)
         if not expected or isinstance(error, KeyError | IndexError):
-            log.warning("the champion, version %s, cannot be evaluated", number, exc_info=True)
+            shown = hide_credentials(traceback.format_exc())
+            log.warning("the champion, version %s, cannot be evaluated\n%s", number, shown)
             line = f"{kind}: {line}" if line else ""
         line = line or kind
         return Evaluated(number, failure=f"it cannot be evaluated: {line}")

@@ -1,25 +1,24 @@
-"""Comparison of the trainings of a pipeline run: the MLflow parent run and a table."""
+"""Comparison of the trainings of a pipeline run: the MLflow parent run and its tables."""
 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Collection, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vitdet.config import Config, flatten
-from vitdet.data.protocol import SETTINGS
+from vitdet.tracking.address import run_page
 from vitdet.tracking.champion import ALIAS
 from vitdet.tracking.experiments import experiment_id
 from vitdet.tracking.mlflow import connect, tracking_uri
+from vitdet.tracking.plugin import plugin_run
 from vitdet.tracking.requests import create
+from vitdet.tracking.table import COLUMNS, page, seeds_table, trainings_table
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
-DATA = ("data.root", "data.train_split", "data.val_split", "data.max_images")
-PLACE = ("tracking.uri", "tracking.experiment", "tracking.model_name")
-COLUMNS = ("box_ap", "mask_ap", "box_ap50", "box_ap75")
 # KFP's final state of a run -> MLflow's. KFP servers report COMPLETE or SUCCEEDED; some report
 # RUNNING while the exit handler runs: then the state depends on the table of the last step.
 ENDS = {
@@ -32,43 +31,23 @@ ENDS = {
 }
 
 
-def check_comparable(
-    first: Config, other: Config, name: str, other_name: str, unknown: Collection[str] = ()
-) -> None:
-    """Check that two configs can be compared in one table. unknown: settings that are unresolved.
-
-    Raises ValueError if they have different data, evaluation settings or MLflow destinations.
-    """
-    ours, theirs = flatten(first), flatten(other)
-    differing = [
-        f"{key} is {theirs[key]}, not {ours[key]}"
-        for key in (*DATA, *SETTINGS, *PLACE)
-        if ours[key] != theirs[key] and key not in unknown
-    ]
-    if differing:
-        raise ValueError(
-            f"{other_name} and {name} cannot be compared: in {other_name}, {'; '.join(differing)}; "
-            "run them one by one, or set the same for both"
-        )
-
-
 def start_parent_run(
     group: str, names: Sequence[str], *, uri: str, folder: Path, experiment: str
 ) -> str:
     """Return the MLflow id of a group's parent run; create the run if it does not exist.
 
-    Raises ConnectionError if MLflow does not respond.
+    With the MLflow plugin of Kubeflow Pipelines it is the plugin's run. Raises ConnectionError if
+    MLflow does not respond.
     """
     client, _ = connect(None, uri, folder)
+    tags = {"group": group, "pipeline_run": group, "recipes": " ".join(names)}
+    if run := plugin_run(client, group):
+        for key, value in tags.items():
+            client.set_tag(run.info.run_id, key, value)
+        return run.info.run_id
     place = experiment_id(client, tracking_uri(uri, folder), folder, experiment)
-    tags = {
-        "group": group,
-        "pipeline_run": group,
-        "mlflow.source.name": "pipeline",
-        "mlflow.source.type": "JOB",
-        "recipes": " ".join(names),
-    }
-    name = " / ".join(names) if len(names) < 4 else f"{len(names)} recipes"
+    tags |= {"mlflow.source.name": "pipeline", "mlflow.source.type": "JOB"}
+    name = " / ".join(names) if len(names) < 4 else f"{len(names)} trainings"
     return create(
         lambda: _parent(client, place, group),
         lambda: client.create_run(place, None, tags, f"pipeline {name}").info.run_id,
@@ -76,86 +55,105 @@ def start_parent_run(
 
 
 def end_parent_run(group: str, state: str, *, uri: str, folder: Path, experiment: str) -> None:
-    """End the parent run; state: the final state in KFP. Raises like `start_parent_run`."""
+    """End the parent run; state: the final state in KFP. Raises like `start_parent_run`.
+
+    A run of the MLflow plugin is ended by the plugin.
+    """
     client, _ = connect(None, uri, folder)
+    if plugin_run(client, group):
+        return
     place = experiment_id(client, tracking_uri(uri, folder), folder, experiment)
     if parent := _parent(client, place, group):
         unknown = "FINISHED" if "best" in client.get_run(parent).data.tags else "FAILED"
         client.set_terminated(parent, ENDS.get(state.upper(), unknown))
 
 
-def compare(
-    group: str, rows: Sequence[dict], *, uri: str, folder: Path, experiment: str, model_name: str
-) -> str:
-    """Create a Markdown table of a group, best box AP first, and log it to the parent run.
+def page_of_run(run_id: str | None, *, uri: str, folder: Path) -> str:
+    """Return the address of a run on MLflow's pages, "" if it has none."""
+    address = tracking_uri(uri, folder)
+    if not run_id or not run_page(address, "", run_id):
+        return ""
+    client, _ = connect(None, uri, folder)
+    return run_page(address, client.get_run(run_id).info.experiment_id, run_id)
 
-    rows: {"name", "val_fingerprint", "evaluate_settings", "run_id", "passed", "reason", "metrics"}
-    of each training. Raises ValueError if they were evaluated on different data or with different
-    settings, ConnectionError if MLflow does not respond.
+
+def compare(
+    group: str,
+    rows: Sequence[dict],
+    failures: Mapping[str, str],
+    settings: Mapping[str, Mapping[str, str]],
+    *,
+    uri: str,
+    folder: Path,
+    experiment: str,
+    model_name: str,
+) -> tuple[str, str, str]:
+    """Compare the trainings of a group, best box AP first, and log the table to the parent run.
+
+    Args:
+        rows: {"name", "val_fingerprint", "evaluate_settings", "run_id", "passed", "reason", "metrics"}
+            of each training with a verdict.
+        failures: {name: why its steps did not all succeed}.
+        settings: {name: {setting: value}} of those that vary among the trainings of one recipe.
+
+    Returns:
+        The tables as Markdown without links, as Markdown with links to MLflow, and as an HTML page.
+
+    Raises:
+        ValueError: The trainings were evaluated on different data or with different settings.
+        ConnectionError: MLflow does not respond.
     """
     for key, what in (
         ("val_fingerprint", "on different data"),
         ("evaluate_settings", "differently"),
     ):
         values = sorted({row[key] for row in rows})
-        if len(values) != 1:
+        if len(values) > 1:
             raise ValueError(
                 f"the trainings were evaluated {what} ({', '.join(values)}): not comparable"
             )
     client, _ = connect(None, uri, folder)
+    address = tracking_uri(uri, folder)
+    place = experiment_id(client, address, folder, experiment)
     champion, versions = _versions(client, model_name)
-    ordered = sorted(rows, key=lambda row: -_figure(row, "box_ap"))
-    text = table(ordered, champion, versions)
-    parent = start_parent_run(
-        group, [row["name"] for row in rows], uri=uri, folder=folder, experiment=experiment
+    ordered = sorted(rows, key=lambda row: -_metric(row, "box_ap"))
+    names = list(dict.fromkeys([*(row["name"] for row in ordered), *failures]))
+    parent = start_parent_run(group, names, uri=uri, folder=folder, experiment=experiment)
+    links = {
+        row["name"]: link
+        for row in ordered
+        if row["run_id"] and (link := run_page(address, place, row["run_id"]))
+    }
+    tables = [trainings_table(ordered, failures, settings, champion, versions, links)]
+    if over_seeds := seeds_table(ordered, settings):
+        tables.insert(0, over_seeds)
+    data = f"Data {ordered[0]['val_fingerprint']}" if ordered else "No training finished"
+    text = "\n".join([f"{data}\n", *(replace(one, links={}).markdown() for one in tables)])
+    address = run_page(address, place, parent)
+    linked = "\n".join(
+        [
+            f"{data}\n",
+            *(one.markdown() for one in tables),
+            *([f"[MLflow]({address})"] * bool(address)),
+        ]
     )
+    html = page("Comparison", [data, *([f"MLflow: {address}"] * bool(address))], tables)
     for row in ordered:
         for key in COLUMNS[:2]:
             if row["metrics"].get(key) is not None:
                 client.log_metric(parent, f"{key}/{row['name']}", row["metrics"][key])
-    client.set_tag(parent, "val_fingerprint", ordered[0]["val_fingerprint"])
-    client.set_tag(parent, "best", ordered[0]["name"])
+    if ordered:
+        client.set_tag(parent, "val_fingerprint", ordered[0]["val_fingerprint"])
+    if ordered and not failures:
+        client.set_tag(parent, "best", ordered[0]["name"])
     client.set_tag(parent, "mlflow.note.content", text)
     with tempfile.TemporaryDirectory() as work:
         (Path(work) / "comparison.md").write_text(text)
         client.log_artifact(parent, str(Path(work) / "comparison.md"))
-    return text
+    return text, linked, html
 
 
-def table(rows: Sequence[dict], champion: str | None, versions: dict[str, str]) -> str:
-    """Format the rows as a Markdown table. versions: MLflow run id -> model version."""
-    heads = [
-        "recipe",
-        *(column.replace("_ap", " AP ").strip() for column in COLUMNS),
-        "version",
-        "gate",
-    ]
-    cells = []
-    for row in rows:
-        version = versions.get(row["run_id"], "-")
-        mark = f"{version} ({ALIAS})" if version == champion else version
-        figures = [
-            "-" if row["metrics"].get(key) is None else f"{row['metrics'][key]:.2f}"
-            for key in COLUMNS
-        ]
-        cells.append([row["name"], *figures, mark, row["reason"]])
-    return f"Data {rows[0]['val_fingerprint']}\n\n{markdown_table(heads, cells)}"
-
-
-def markdown_table(
-    heads: Sequence[str], rows: Sequence[Sequence[str]], padded: bool = False
-) -> str:
-    """Format a table as Markdown. padded: with columns of equal width, to be read as text."""
-    lines = [heads, ["---"] * len(heads), *rows]
-    if padded:
-        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-        lines = [
-            [cell.ljust(width) for cell, width in zip(line, widths, strict=True)] for line in lines
-        ]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
-
-
-def _figure(row: dict, key: str) -> float:
+def _metric(row: dict, key: str) -> float:
     value = row["metrics"].get(key)
     return -1.0 if value is None else value
 

@@ -51,7 +51,7 @@ def check_server(client: MlflowClient, uri: str) -> None:
 def _checked(number: str, uri: str) -> str:
     if not number:
         raise RefusedError(
-            f"{hide_credentials(uri)} is not an MLflow server: its answers lack what was asked for; "
+            f"{hide_credentials(uri)} is not an MLflow server: its responses lack the requested fields; "
             "set tracking.uri or MLFLOW_TRACKING_URI to http://HOST:PORT of an MLflow server"
         )
     return number

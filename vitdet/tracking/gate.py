@@ -121,7 +121,7 @@ def compare(
         found = _difference(gate, candidate, champion)
     except ValueError as error:
         return Verdict(False, f"{reason}, but it cannot be compared: {error}")
-    if found is None or found.is_real is None:
+    if found is None or found.is_significant is None:
         return Verdict(
             False,
             f"{reason}, but gate.confidence needs {MIN_IMAGES} images with objects, the validation data has "

@@ -1,7 +1,8 @@
 """Which versions of a model were its champion: one tag of a version each time that it became champion.
 
 MLflow has no transactions. A tag of its own for each event is never overwritten by another process,
-and is written before the alias, so that processes that promote at the same time see each other.
+and is written before the alias, so that processes that promote at the same time see each other, see
+`vitdet.tracking.champion.promote`.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 ALIAS = "champion"
 PREFIX = "champion_at_"  # of the tags; then the time in UTC
 PROMOTED, FORCED, ROLLED_BACK = "promoted", "forced", "rolled back"
+RECENT = timedelta(minutes=10)  # longer than a promotion takes, with the clocks of two machines
 
 
 @dataclass(frozen=True)
@@ -51,20 +53,26 @@ def events(client: MlflowClient, model_name: str) -> list[Event]:
 
 def set_champion(
     client: MlflowClient, model_name: str, version: str, action: str, before: str, reason: str
+) -> None:
+    """Record the event and set the alias."""
+    record(client, model_name, version, action, before, reason)
+    client.set_registered_model_alias(model_name, ALIAS, version)
+
+
+def record(
+    client: MlflowClient, model_name: str, version: str, action: str, before: str, reason: str
 ) -> Event:
-    """Record the event and set the alias; return the event."""
+    """Record that a version becomes champion now, before its alias is set; return the event."""
     now = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
     event = Event(now, version, action, before, reason)
     value = asdict(event)
     del value["time"], value["version"]
     client.set_model_version_tag(model_name, version, f"{PREFIX}{event.time}", json.dumps(value))
-    client.set_registered_model_alias(model_name, ALIAS, version)
     return event
 
 
-def withdraw(client: MlflowClient, model_name: str, event: Event, champion: str) -> None:
-    """Set the alias to the version that remains champion, and remove the event, which had no effect."""
-    client.set_registered_model_alias(model_name, ALIAS, champion)
+def withdraw(client: MlflowClient, model_name: str, event: Event) -> None:
+    """Remove the record of an event that had no effect."""
     client.delete_model_version_tag(model_name, event.version, f"{PREFIX}{event.time}")
 
 
@@ -100,11 +108,18 @@ def _is_away(event: Event, version: str) -> bool:
     return event.action == ROLLED_BACK and event.before == version
 
 
-def rivals(before: Sequence[Event], now: Sequence[Event], version: str) -> list[str]:
-    """Return the other versions that were promoted over the same champion at the same time.
+def rivals(recorded: Sequence[Event], own: Event) -> list[Event]:
+    """Return the events of other versions at about the same time as `own`, which may not know of each other.
 
-    before: the events when this version was compared with the champion.
+    Without those that a user has undone since: by a rollback, or by forcing another version.
     """
-    new = [event for event in now if event not in before and event.action == PROMOTED]
-    replaced = {event.before for event in new if event.version == version}
-    return [event.version for event in new if event.version != version and event.before in replaced]
+    time, found = datetime.fromisoformat(own.time), []
+    for event in recorded:
+        undone = any(
+            one.before == event.version and one.action != PROMOTED and one.time > event.time
+            for one in recorded
+        )
+        is_recent = abs(time - datetime.fromisoformat(event.time)) < RECENT
+        if event.version != own.version and is_recent and not undone:
+            found.append(event)
+    return found

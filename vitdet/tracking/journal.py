@@ -25,7 +25,8 @@ PENDING = "pending-"  # a run id of ours, until a server has given one
 
 
 class Journal:
-    """One run's lines: {"start": {...}}, {"points": {name: value}, "step"}, {"file", "folder"}, {"resume", "changed"}, {"end"}.
+    """One run's lines: {"start": {...}}, {"points": {name: value}, "step"}, {"file", "folder"}, {"resume", "changed"},
+    {"tags"}, {"end"}.
 
     Each line also contains its time in ms since 1970.
     """

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from vitdet.tracking.address import hide_credentials, tracking_uri
 from vitdet.tracking.experiments import check_server
 from vitdet.tracking.journal import Journal, find, journals, unfinished
+from vitdet.tracking.naming import code_tags
 from vitdet.tracking.requests import (
     RefusedError,
     RepeatingClient,
@@ -24,7 +25,6 @@ from vitdet.tracking.requests import (
     repeating,
     using,
 )
-from vitdet.tracking.revision import git_revision
 from vitdet.tracking.shipper import BACK_OFF_SECONDS, Shipper, open_client
 from vitdet.tracking.system_metrics import SystemMetrics
 from vitdet.tracking.tracker import Tracker
@@ -159,7 +159,7 @@ def start_run(
 
     `uri` '' means a sqlite file in `folder`; the environment's MLFLOW_TRACKING_URI wins. dataset: name, digest, source.
     A run that the server does not know becomes a new one with all records of the journal. group: a new run
-    becomes a child of the run in its experiment whose tag `group` says so. output: the folder in `folder` that the
+    becomes a child of the run in its experiment whose tag `group` has this value. output: the folder in `folder` that the
     training writes to: one that was killed before its first state is found by it and goes on as the same run.
 
     Raises ValueError at step 0 for what no waiting cures: a deleted experiment, or a store that MLflow does not support.
@@ -170,9 +170,14 @@ def start_run(
         key: hide_credentials(value) if isinstance(value, str) else value
         for key, value in params.items()
     }
-    if revision := git_revision():
-        tags = {"git_revision": revision, "mlflow.source.git.commit": revision[:40], **tags}
-    tags = {"mlflow.source.name": "vitdet train", "mlflow.source.type": "LOCAL", **tags}
+    tags = {
+        "mlflow.source.name": "vitdet train",
+        "mlflow.source.type": "LOCAL",
+        **code_tags(),
+        **tags,
+    }
+    if revision := tags.get("git_revision"):
+        tags["mlflow.source.git.commit"] = revision[:40]
     if run_id is None and output:
         run_id = unfinished(folder, output, params)
     journal = find(folder, run_id)
@@ -217,8 +222,9 @@ def log_metrics(
     values: dict[str, float],
     step: int,
     artifacts: dict[Path, str] | None = None,
+    tags: dict[str, str] | None = None,
 ) -> str | None:
-    """Adds values and files ({path: folder}) to a run after its training, where it does not have them; its id.
+    """Adds values, files ({path: folder}) and tags to a run after its training, where it does not have them; its id.
 
     None, and a warning, if the server does not know the run.
     """
@@ -231,6 +237,8 @@ def log_metrics(
             "renew": True,
         }
     )
+    if tags:
+        journal.append({"tags": tags})
     for path, place in (artifacts or {}).items():
         journal.append_file(path, place)
     shipper = Shipper(journal, server)

@@ -1,10 +1,13 @@
-"""How a run is named and described in MLflow: by its recipe and the settings that differ from it."""
+"""The name, description and tags of a run in MLflow: recipe, settings that differ from it, machine, commit."""
 
 from __future__ import annotations
 
 import json
+import os
 import shlex
+import shutil
 import socket
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -71,6 +74,35 @@ def machine() -> dict[str, str]:
     }
 
 
+def git_revision() -> str | None:
+    """Return the commit of the working directory's repository, with `-dirty` where tracked files differ.
+
+    Without a repository: the environment variable VITDET_REVISION, which the image sets; otherwise None.
+    """
+    commit = changes = ""
+    if shutil.which("git") is not None:
+        commit, changes = (
+            subprocess.run(["git", *words], capture_output=True, text=True).stdout.strip()
+            for words in (
+                ["rev-parse", "--verify", "-q", "HEAD"],
+                ["status", "--porcelain", "--untracked-files=no"],
+            )
+        )
+    if not commit:
+        return os.environ.get("VITDET_REVISION") or None
+    return commit + ("-dirty" if changes else "")
+
+
+def code_tags() -> dict[str, str]:
+    """Return MLflow's tags `git_revision` and `image`, each where it is known.
+
+    The image is the environment variable VITDET_IMAGE, as a pod's manifest names it; a container
+    cannot find out its own. With a digest it is exact.
+    """
+    tags = {"git_revision": git_revision(), "image": os.environ.get("VITDET_IMAGE")}
+    return {key: value for key, value in tags.items() if value}
+
+
 def _changes(config: Config, builtin: str) -> Iterator[tuple[str, str]]:
     """Yield (setting, override) of each setting that differs from the built-in recipe."""
     usual = flatten(load_config(builtin))
@@ -82,6 +114,6 @@ def _changes(config: Config, builtin: str) -> Iterator[tuple[str, str]]:
     ):
         if value != usual[key]:
             text = value if isinstance(value, str) else json.dumps(value).removesuffix(".0")
-            if text[:1] in ("'", '"') or text != text.strip():
+            if not text or text[0] in ("'", '"') or text != text.strip():
                 text = json.dumps(text)  # an override takes other text literally
             yield key, f"{key}={text}"

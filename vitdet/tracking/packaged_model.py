@@ -48,7 +48,7 @@ COLUMNS = {
 
 
 def signature(masks: bool) -> ModelSignature:
-    """The signature of a detector with or without masks."""
+    """Return the signature of a detector with or without masks."""
     columns: list = [
         ColSpec(kind, name) for name, kind in COLUMNS.items() if masks or name != "mask"
     ]
@@ -97,7 +97,7 @@ class DetectorModel(PythonModel):
 
 @contextmanager
 def exported(uri: str) -> Iterator[None]:
-    """While code of MLflow runs that asks the environment for the server instead of its client."""
+    """Set MLFLOW_TRACKING_URI for code of MLflow that reads the server from it instead of its client."""
     before = os.environ.get("MLFLOW_TRACKING_URI")
     os.environ["MLFLOW_TRACKING_URI"] = uri
     try:

@@ -17,7 +17,6 @@ from mlflow.models import Model
 
 from vitdet.checkpoint import load_model_file
 from vitdet.config import Config, check_names, from_dict, save_config
-from vitdet.credentials import without_credentials
 from vitdet.data.fingerprint import change, fingerprint, fingerprints
 from vitdet.data.protocol import Protocol
 from vitdet.evaluation.report import REPORT
@@ -38,8 +37,8 @@ from vitdet.tracking.measured import Measured, agree, read_measured
 from vitdet.tracking.mlflow import connect, tracking_uri
 from vitdet.tracking.model_card import description_of, render
 from vitdet.tracking.packaged_model import exported, pack
-from vitdet.tracking.points import same_number
 from vitdet.tracking.requests import UnknownRunError, create
+from vitdet.tracking.shipper import same_number
 from vitdet.tracking.trial import try_model
 from vitdet.tracking.wheel import build_wheel
 
@@ -341,8 +340,7 @@ def _write_files(
     folder.mkdir()
     (folder / CARD).write_text(card, encoding="utf-8")
     own = from_dict(stored["config"])
-    tracking = replace(own.tracking, uri=without_credentials(own.tracking.uri))
-    config = replace(own, tracking=tracking, gate=used.gate, data=used.data, evaluate=used.evaluate)
+    config = replace(own, gate=used.gate, data=used.data, evaluate=used.evaluate)
     save_config(config, folder / CONFIG)
     if plots is None:
         return
@@ -399,12 +397,12 @@ def _log_model_metrics(
 
     MLflow has no metrics of a model without a run. Metrics of single classes are in the report.
     """
-    figures = {
+    values = {
         key: value
         for key, value in evaluation.metrics.items()
         if value is not None and "/" not in key
     }
-    if run_id is None or not figures:
+    if run_id is None or not values:
         return
     data, names = used.data, {}
     if protocol.fingerprint:
@@ -416,7 +414,7 @@ def _log_model_metrics(
             run_id, [DatasetInput(dataset, [InputTag("mlflow.data.context", "evaluation")])]
         )
     now, metrics = int(time.time() * 1000), []
-    for key, value in figures.items():
+    for key, value in values.items():
         # the same point as the run's, if it has it: a metric of a model is one of its run as well
         same = [
             point.timestamp

@@ -34,6 +34,11 @@ ONCE = ("create_experiment", "create_run", "create_registered_model", "create_mo
 MISSING = {"RESOURCE_DOES_NOT_EXIST", "ENDPOINT_NOT_FOUND"}
 INVALID = {"INVALID_PARAMETER_VALUE", "BAD_REQUEST"}
 DENIED = {"PERMISSION_DENIED", "UNAUTHENTICATED", "CUSTOMER_UNAUTHORIZED"}  # 401 and 403
+# MLflow, and what it uses for HTTP, databases and artifact stores; not all of their errors become MLflow's
+LIBRARIES = {
+    *("mlflow", "requests", "urllib3", "sqlalchemy", "psycopg2"),
+    *("botocore", "boto3", "s3transfer", "google", "azure"),
+}
 # of SQLAlchemy: no address of a database, no database; not its OperationalError, which may pass
 NO_DATABASE = {"ArgumentError", "NoSuchModuleError", "DatabaseError"}
 # MLflow's settings and the loggers are the process's: blocks of two threads must not restore each other's values.
@@ -91,8 +96,6 @@ def repeating(uri: str, tries: int | None = None) -> Iterator[None]:
 
 @contextmanager
 def _retry_settings(uri: str, tries: int) -> Iterator[None]:
-    from mlflow.exceptions import MlflowException
-
     logger, waits = logging.getLogger("urllib3.util.retry"), _Waits(uri)
     connections = logging.getLogger("urllib3.connectionpool")  # logs some of the same waits
     settings = {RETRIES: str(tries - 1), FACTOR: str(BACK_OFF)} | (
@@ -107,7 +110,9 @@ def _retry_settings(uri: str, tries: int) -> Iterator[None]:
     connections.setLevel(logging.ERROR)
     try:
         yield
-    except MlflowException as error:
+    except Exception as error:
+        if type(error).__module__.partition(".")[0] not in LIBRARIES:
+            raise
         raise _translated(error, uri) from None  # its context names the address with the password
     finally:
         logger.removeHandler(waits)
@@ -167,11 +172,12 @@ def _is_denied(error: Exception, uri: str) -> bool:
     from mlflow.utils.credentials import get_default_host_creds
     from mlflow.utils.rest_utils import http_request
 
-    if getattr(error, "error_code", "") in DENIED:
+    status = getattr(getattr(error, "response", None), "status_code", None)  # of requests
+    if getattr(error, "error_code", "") in DENIED or status in (401, 403):
         return True
     if not isinstance(error, RestException) or "error_code" in error.json:
         return False
-    try:  # JSON of a proxy: MLflow's error does not hold the status, so it is asked for again
+    try:  # JSON of a proxy: MLflow's error lacks the status, so the request is repeated
         answer = http_request(
             get_default_host_creds(uri), "/api/2.0/mlflow/experiments/search?max_results=1", "GET"
         )

@@ -12,7 +12,7 @@ from vitdet.checkpoint import load_model_file
 from vitdet.config import Config, flatten
 from vitdet.tracking.address import hide_credentials
 from vitdet.tracking.measured import beside
-from vitdet.tracking.naming import description, machine, recipe_of, run_name
+from vitdet.tracking.naming import code_tags, description, machine, recipe_of, run_name
 from vitdet.tracking.tracker import Progress, Tracker
 
 log = logging.getLogger(__name__)
@@ -113,7 +113,8 @@ def log_evaluation(
     plots: Path | None = None,
     report: Path | None = None,
 ) -> str | None:
-    """Log metrics, images, matches and the HTML report to the run that trained the checkpoint; return its id.
+    """Log metrics, images, matches, the HTML report and the code's tags to the run that trained the checkpoint;
+    return its id.
 
     config: selects the server; default: the checkpoint's config. folder: folder of the default
     store. plots: the folder with matches and report. report: default: that in `plots`. Returns None
@@ -131,18 +132,20 @@ def log_evaluation(
         matches = plots / MATCHES
         files |= dict.fromkeys((matches, beside(matches)), MATCHES_FOLDER)
         report = report or plots / REPORT
-    if report and report.is_file():  # without an object to find there is none
+    if report:
         files[report] = ""
     uri = config.tracking.uri if config else stored["config"]["tracking"]["uri"]
     try:
         kind, _, path = tracking_uri(uri, folder).partition(":///")
-    except ValueError as error:  # the measured figures matter more
+    except ValueError as error:  # the metrics matter more
         log.warning("%s: the metrics are not logged", error)
         return None
     if kind == "sqlite" and not Path(path).exists():
         return None
     named = with_metric_names(metrics)
-    return log_metrics(stored["run_id"], uri, folder, named, stored["step"], files)
+    # the training's own tags remain: the evaluation may have run in another image
+    tags = {f"evaluation.{key}": value for key, value in code_tags().items()}
+    return log_metrics(stored["run_id"], uri, folder, named, stored["step"], files, tags)
 
 
 def with_metric_names(metrics: dict[str, float]) -> dict[str, float]:

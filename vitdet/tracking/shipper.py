@@ -1,6 +1,6 @@
 """Sending of a journal to the tracking server: each line once, regardless of failures of server or network.
 
-Where it is unknown whether a request was carried out (it failed, or an earlier process made it), the server is asked
+Where it is unknown whether a request was carried out (it failed, or an earlier process made it), the server is queried
 for what it has before anything is sent again.
 """
 
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import sys
 import time
 from functools import cache
 from typing import TYPE_CHECKING
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING
 from vitdet.tracking.address import hide_credentials
 from vitdet.tracking.experiments import experiment_id
 from vitdet.tracking.journal import Journal
-from vitdet.tracking.points import history, same_number
+from vitdet.tracking.plugin import PARENT, plugin_run
 from vitdet.tracking.requests import (
     INVALID,
     MISSING,
@@ -47,7 +48,7 @@ REFUSED = {"INVALID_PARAMETER_VALUE", "BAD_REQUEST"}  # sending the same again c
 
 
 class Shipper:
-    """Brings a journal's lines to the server at `uri`, each once."""
+    """Sends the lines of a journal to the server at `uri`, each once."""
 
     def __init__(self, journal: Journal, uri: str) -> None:
         self.journal, self.uri, self._shown = journal, uri, hide_credentials(uri)
@@ -108,7 +109,7 @@ class Shipper:
         return self._uploads.is_running
 
     def refusal(self) -> str:
-        """Look for the run or make it; why the store will never take it, '' if it does or may later."""
+        """Find or create the run; return why the store will never accept it, '' if it does or may later."""
         try:
             with self.journal.locked():
                 self.attach(open_client(self.uri))
@@ -119,7 +120,7 @@ class Shipper:
         return ""
 
     def attach(self, client: MlflowClient) -> str:
-        """Finds the run on the server, or makes it. Raises what MLflow's client raises."""
+        """Find the run on the server, or create it; return its id. Raises what MLflow's client raises."""
         if self._run_id is None:
             with permitted(self.uri):
                 self._run_id = self._known(client) or self._create(client)
@@ -154,15 +155,21 @@ class Shipper:
         if start is None:
             raise UnknownRunError(
                 f"{self._shown} has no such run ({self.journal.run_id}), and {self.journal.path.parent} does "
-                "not say what it was"
+                "not describe it"
             )
-        place = experiment_id(client, self.uri, self.journal.folder, start["experiment"])
+        group = start.get("group", "")
+        plugin = plugin_run(client, group)
+        place = (
+            plugin.info.experiment_id
+            if plugin
+            else experiment_id(client, self.uri, self.journal.folder, start["experiment"])
+        )
         tags = {**start["tags"], "journal": self.journal.key}
-        if group := start.get("group"):
-            parents = client.search_runs([place], f"tags.group = '{group}'")
+        if group:
+            parents = [plugin] if plugin else client.search_runs([place], f"tags.group = '{group}'")
             tags |= {
                 "pipeline_run": group,
-                **({"mlflow.parentRunId": parents[0].info.run_id} if parents else {}),
+                **({PARENT: parents[0].info.run_id} if parents else {}),
             }
         made = client.search_runs([place], f"tags.journal = '{self.journal.key}'")
         run_id = (
@@ -198,6 +205,9 @@ class Shipper:
                 client.update_run(run_id, "RUNNING")
                 client.set_tag(run_id, "resumed_at_step", record["resume"])
                 self._send_changes(client, run_id, record.get("changed", ""))
+            elif "tags" in record:
+                for key, value in record["tags"].items():
+                    client.set_tag(run_id, key, value)
             elif "end" in record:
                 client.set_terminated(run_id, record["end"], record.get("ended", record["time"]))
         except Exception as error:
@@ -254,6 +264,20 @@ class Shipper:
         if key not in self._held:
             self._held[key] = history(client, run_id, key)
         return step in self._held[key]
+
+
+def history(client: MlflowClient, run_id: str, key: str) -> dict[int, float]:
+    """Return the last value of a metric at each step."""
+    points = sorted(client.get_metric_history(run_id, key), key=lambda point: point.timestamp)
+    return {point.step: point.value for point in points}
+
+
+def same_number(ours: float, theirs: float) -> bool:
+    """Return whether two values are the same for MLflow, which stores NaN, and the largest number for infinity."""
+    largest = sys.float_info.max
+    return (
+        ours == theirs or ours != ours and theirs != theirs or abs(ours) >= largest <= abs(theirs)
+    )
 
 
 def open_client(uri: str) -> MlflowClient:

@@ -1,6 +1,4 @@
-"""Where the figures of a training go, and what a person sees of them: one line that changes on a terminal, plain
-lines in a log.
-"""
+"""Trackers of a training's metrics, and their progress display: one changing line on a terminal, plain lines in a log."""
 
 from __future__ import annotations
 
@@ -12,25 +10,25 @@ from typing import TextIO
 
 
 class Tracker:
-    """Where the figures of a training go; this one keeps nothing: for ranks other than 0, and without MLflow."""
+    """Interface of trackers; this one records nothing: for ranks other than 0, and without MLflow."""
 
     @property
     def run_id(self) -> str | None:
-        """The id under which a later process continues this run; None where nothing is recorded."""
+        """The id by which a later process resumes this run; None if nothing is recorded."""
         return None
 
     def log(self, values: dict[str, float], step: int) -> None:
-        """Values of this step, by name; the steps of a name rise, and one that the run already has is dropped."""
+        """Log the values of a step by name; steps of a name increase, and one that the run already has is dropped."""
 
     def artifact(self, path: Path, folder: str = "") -> None:
-        """A copy of the file, for this folder of the run's artifacts."""
+        """Log a copy of the file to this folder of the run's artifacts."""
 
     def close(self, status: str = "FINISHED") -> None:
-        """Ends the run as FINISHED, FAILED or KILLED."""
+        """End the run as FINISHED, FAILED or KILLED."""
 
 
 class Progress(Tracker):
-    """A tracker that shows the figures and passes them on. `steps` is the length of the training."""
+    """Displays the metrics and passes them to another tracker. `steps` is the length of the training."""
 
     def __init__(
         self, tracker: Tracker, steps: int, start: int, stream: TextIO | None = None
@@ -42,11 +40,11 @@ class Progress(Tracker):
 
     @property
     def run_id(self) -> str | None:
-        """That of the tracker behind."""
+        """Run id of the wrapped tracker."""
         return self.tracker.run_id
 
     def log(self, values: dict[str, float], step: int) -> None:
-        """Shows losses, images/s and time left, or an evaluation's AP."""
+        """Display losses, images/s and time left, or the AP of an evaluation."""
         self.tracker.log(values, step)
         if "box_ap" in values:
             kinds = [
@@ -70,18 +68,18 @@ class Progress(Tracker):
         )
 
     def artifact(self, path: Path, folder: str = "") -> None:
-        """Passed on."""
+        """Pass the file to the wrapped tracker."""
         self.tracker.artifact(path, folder)
 
     def close(self, status: str = "FINISHED") -> None:
-        """Passed on; the changing line ends."""
+        """End the changing line and close the wrapped tracker."""
         if self.changing:
             self.write("\n")
         self.changing = False
         self.tracker.close(status)
 
     def line(self, text: str, keep: bool) -> None:
-        """Shows a line: on a terminal in the place of the one before, unless that is to be kept."""
+        """Display a line: on a terminal in place of the one before, unless that is kept."""
         if not self.stream.isatty():
             self.write(f"{text}\n")
             return
@@ -91,13 +89,13 @@ class Progress(Tracker):
         self.changing = not keep
 
     def write(self, text: str) -> None:
-        """At once."""
+        """Write and flush."""
         self.stream.write(text)
         self.stream.flush()
 
 
 def clock(seconds: float) -> str:
-    """3725 -> '1:02:05', 65 -> '1:05'."""
+    """Format seconds: 3725 as '1:02:05', 65 as '1:05'."""
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"

@@ -1,4 +1,4 @@
-"""Uploads of the files that wait in a journal, in a thread: an artifact store that hangs holds no metric back."""
+"""Uploads of the pending files of a journal, in a thread, so that an artifact store that hangs delays no metric."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class Uploads:
         if self._thread:
             self._thread = None
             files = [one for one in self._journal.uploads() if one["file"] not in self._uploaded]
-            # also for the next process: one file that the store refuses must not keep the others back
+            # also for the next process: one file that the store refuses must not block the others
             files.sort(key=lambda one: one["file"] in self._failed)
             self._journal.move(run_id, self._journal.cursor()[1], files)
             for name in self._uploaded:

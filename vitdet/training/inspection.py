@@ -9,7 +9,7 @@ from vitdet.config import Config
 from vitdet.data import fingerprint
 from vitdet.data.coco import CocoSplit
 from vitdet.data.dataset import read_split
-from vitdet.evaluation.evaluator import measured_metrics
+from vitdet.evaluation.evaluator import measured_metrics, read_validation
 from vitdet.suggestions import nearest
 
 log = logging.getLogger(__name__)
@@ -43,9 +43,10 @@ def inspect_data(config: Config, split: CocoSplit) -> tuple[tuple[str, ...], dic
 
 
 def check_metric(config: Config) -> None:
-    """Raise ValueError if the evaluations do not measure the metric that selects the best detector or ends this training."""
+    """Raise ValueError if the evaluations measure no AP, or not the metric that selects the best detector or ends this training."""
     settings = config.train
     if not (settings.keep_best or settings.patience):
+        read_validation(config.data, config.evaluate)
         return
     metric, measured = settings.keep_best or "box_ap", measured_metrics(config)
     if metric not in measured:

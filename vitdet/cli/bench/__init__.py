@@ -15,42 +15,72 @@ def add_bench(verb: argparse.ArgumentParser) -> None:
     """The kinds of the verb `bench`."""
     kinds = verb.add_subparsers(required=True, metavar="KIND")
     kind = kinds.add_parser(
-        "evaluate", help="AP of made-up results, beside plain pycocotools (5000 images: 3 minutes)"
+        "evaluate", help="time AP of synthetic results beside pycocotools (about 3 minutes)"
     )
-    kind.add_argument("--images", type=int, default=5000, help="5000")
-    kind.add_argument("--detections", type=int, default=100, help="of an image (100)")
     kind.add_argument(
-        "--rounds", type=int, default=1, help="measure so often and take the least (1)"
+        "--images",
+        metavar="N",
+        type=int,
+        default=5000,
+        help="number of images (default: %(default)s)",
+    )
+    kind.add_argument(
+        "--detections",
+        metavar="N",
+        type=int,
+        default=100,
+        help="detections per image (default: %(default)s)",
+    )
+    kind.add_argument(
+        "--rounds",
+        metavar="N",
+        type=int,
+        default=1,
+        help="repetitions, of which the fastest counts (default: %(default)s)",
     )
     kind.set_defaults(run=run_bench_evaluate)
     kind = kinds.add_parser(
         "data",
-        help="time of reading and augmenting a training image, beside Detectron2's mapper "
-        "where that is installed",
+        help="time reading and augmenting a training image, beside Detectron2's mapper if "
+        "installed",
     )
-    kind.add_argument("folder", type=given_path, help="photos in COCO's layout")
-    kind.add_argument("--split", action="append", help="may be repeated (train2017 and val2017)")
-    kind.add_argument("--rounds", type=int, default=5, help="turns over all images (5)")
+    kind.add_argument("folder", type=given_path, help="folder of a data set in COCO's layout")
+    kind.add_argument(
+        "--split", action="append", help="split; may be repeated (default: train2017 and val2017)"
+    )
+    kind.add_argument(
+        "--rounds",
+        metavar="N",
+        type=int,
+        default=5,
+        help="passes over all images (default: %(default)s)",
+    )
     kind.set_defaults(run=run_bench_data)
-    kind = kinds.add_parser("train", help="training steps on made-up images")
+    kind = kinds.add_parser("train", help="measure training steps on synthetic images")
     _add_recipe(kind)
     kind.set_defaults(run=run_bench_train)
-    kind = kinds.add_parser("infer", help="detection in made-up images")
+    kind = kinds.add_parser("infer", help="measure detection on synthetic images")
     _add_recipe(kind)
     kind.set_defaults(run=run_bench_infer)
     for kind in kinds.choices.values():
-        kind.add_argument("--output", type=given_path, help="write the figures to this JSON file")
+        kind.add_argument(
+            "--output", type=given_path, metavar="FILE", help="JSON file for the results"
+        )
 
 
 def _add_recipe(kind: argparse.ArgumentParser) -> None:
     """The arguments of the benchmarks of a recipe's detector."""
-    kind.add_argument("recipe", help="a recipe's name or a YAML file")
+    kind.add_argument("recipe", help="name of a recipe, or a YAML file")
     add_set(kind)
     kind.add_argument(
-        "--batch", default="1,2,4,8", metavar="N,N", help="numbers of images (1,2,4,8)"
+        "--batch", default="1,2,4,8", metavar="N,N", help="batch sizes (default: %(default)s)"
     )
-    kind.add_argument("--precision", metavar="P,P", help="as in fp32,bf16 (that of the recipe)")
-    kind.add_argument("--steps", type=int, default=20, help="that are measured (20)")
+    kind.add_argument(
+        "--precision", metavar="P,P", help="precisions, e.g. fp32,bf16 (default: the recipe's)"
+    )
+    kind.add_argument(
+        "--steps", metavar="N", type=int, default=20, help="measured steps (default: %(default)s)"
+    )
 
 
 def run_bench_train(given: argparse.Namespace) -> int:

@@ -13,24 +13,37 @@ def add_compare(verb: argparse.ArgumentParser) -> None:
         "results",
         nargs="+",
         metavar="RUN|CHECKPOINT|RESULTS.json",
-        help="an MLflow run (id or unique name), a checkpoint or training folder, or a file of COCO results; the others "
-        "are compared with the first",
+        help="MLflow run (id or unique name), checkpoint, output folder of a training, or file of "
+        "COCO results; "
+        "the first is the baseline",
     )
     verb.add_argument(
-        "--annotations", type=given_path, metavar="FILE", help="annotations of the files of results"
+        "--annotations", type=given_path, metavar="FILE", help="ground truth of results files"
     )
     verb.add_argument(
-        "--dataset", choices=("coco", "lvis"), help="rules for the files of results (coco)"
+        "--dataset",
+        choices=("coco", "lvis"),
+        help="evaluation protocol of results files (default: coco)",
     )
     verb.add_argument(
         "--tracking-uri",
         default="",
         metavar="URI",
-        help="server of the runs (mlflow.db in the current folder); MLFLOW_TRACKING_URI takes precedence",
+        help="MLflow server, unless MLFLOW_TRACKING_URI is set (default: mlflow.db in the current "
+        "folder)",
     )
-    verb.add_argument("--resamples", type=_count, default=1000, help="of the images (1000)")
     verb.add_argument(
-        "--output", type=given_path, help="write the comparison to this Markdown file"
+        "--resamples",
+        type=_count,
+        default=1000,
+        metavar="N",
+        help="bootstrap resamples of the images (default: %(default)s)",
+    )
+    verb.add_argument(
+        "--output",
+        metavar="FILE",
+        type=given_path,
+        help="also write the comparison to this Markdown file",
     )
     verb.set_defaults(run=run_compare)
 

@@ -1,8 +1,7 @@
-"""The text of a comparison, in Markdown: verdict, AP with intervals, classes, seeds, speed, settings."""
+"""The text of a comparison, in Markdown: conclusion, AP with intervals, classes, seeds, speed, settings."""
 
 from __future__ import annotations
 
-import statistics
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 
@@ -12,7 +11,7 @@ from vitdet.digest import training_settings
 from vitdet.evaluation.bootstrap import METRICS, MIN_IMAGES, Difference, Interval, Resampled
 from vitdet.evaluation.coco import NAMES
 from vitdet.tracking.address import hide_credentials
-from vitdet.tracking.comparison import markdown_table
+from vitdet.tracking.table import markdown_table, mean_deviation
 
 CHANGES = 10  # classes shown of each result
 # column -> metric of the training's run
@@ -36,8 +35,10 @@ def comparison_text(
         "# Comparison\n",
         "".join(f"- {sentence}\n" for sentence in _verdicts(names, resampled)),
         f"{len(matches.image_ids)} images, {len(matches.category_ids)} classes{data}. Brackets: 95 % "
-        f"intervals over {resamples} resamples of the images, the same for all results; a difference "
-        f"is real if its interval excludes 0, which {MIN_IMAGES} or more images with objects can show.\n",
+        f"bootstrap confidence intervals, {resamples} resamples of the images, paired. A difference is "
+        "significant at the 5 % level if its interval excludes 0; p: two-sided. Tested are differences "
+        f"over {MIN_IMAGES} or more images with objects. Training noise is not included: compare "
+        "several seeds.\n",
         "## AP\n",
         markdown_table(
             [
@@ -46,7 +47,7 @@ def comparison_text(
                 *(f"{m.replace('ap', 'AP')}" for m in METRICS),
                 "AP - first",
                 "p",
-                "real",
+                "significant",
             ],
             [*_ap_rows(names, resampled)],
             padded=True,
@@ -79,20 +80,20 @@ def _verdicts(names: Sequence[str], resampled: Mapping[str, Sequence[Resampled]]
             if found is None:
                 continue
             what, limits = f"{NAMES[kind]} AP", f"95 % interval {_range(found, '{:+.2f}')}"
-            if found.is_real is None:
+            if found.is_significant is None:
                 yield (
-                    f"{name} and {names[0]} differ by {found.value:+.2f} {what}: no verdict, as only "
-                    f"{found.images} images have objects ({MIN_IMAGES} are needed)."
+                    f"{name} and {names[0]} differ by {found.value:+.2f} {what}; not tested for significance, as "
+                    f"only {found.images} images have objects ({MIN_IMAGES} are needed)."
                 )
-            elif found.is_real:
+            elif found.is_significant:
                 word = "better" if found.value > 0 else "worse"
                 yield (
                     f"{name} is {word} than {names[0]} by {abs(found.value):.2f} {what} ({limits}): the "
-                    "difference is real."
+                    "difference is significant."
                 )
             else:
                 yield (
-                    f"{name} and {names[0]} are equal within chance: {found.value:+.2f} {what} ({limits})."
+                    f"{name} and {names[0]} do not differ significantly: {found.value:+.2f} {what} ({limits})."
                 )
 
 
@@ -114,17 +115,17 @@ def _classes(name: str, kind: str, first: Resampled, result: Resampled) -> list[
         if difference is not None:
             found.append((label, difference, first.value[0, place + 1], result.value[0, place + 1]))
     found.sort(key=lambda row: -abs(row[1].value))
-    judged = [row[1].is_real for row in found if row[1].is_real is not None]
+    flags = [row[1].is_significant for row in found if row[1].is_significant is not None]
     rows = [
         [label, str(difference.images), f"{before:.1f}", f"{after:.1f}", *_difference(difference)]
         for label, difference, before, after in found[:CHANGES]
     ]
     note = (
-        f"The {len(rows)} largest changes of {len(found)} classes. Real: {sum(judged)} of the {len(judged)} classes "
-        f"with objects in {MIN_IMAGES} or more images, the others have no verdict. Of classes in which the detectors "
-        "are equally good, about 1 in 20 is marked as real by chance.\n"
+        f"The {len(rows)} largest changes of {len(found)} classes; {len(flags)} classes have objects in {MIN_IMAGES} or "
+        f"more images and are tested. Significant: {sum(flags)}. Not corrected for multiple comparisons: about 1 in 20 "
+        "of the classes that did not change is significant at the 5 % level by chance.\n"
     )
-    heads = ["class", "images", "first", "AP", "AP - first", "p", "real"]
+    heads = ["class", "images", "first", "AP", "AP - first", "p", "significant"]
     return [
         f"## Classes: {name}, {NAMES[kind]} AP\n",
         note,
@@ -147,7 +148,7 @@ def _seeds(
             seeds = {compared[place].settings["train.seed"] for place in places}
             if len(seeds) == len(places) > 1:  # not two checkpoints of one training
                 cells = [
-                    f"{statistics.mean(column):.2f} ± {statistics.stdev(column):.2f}"
+                    mean_deviation(column)
                     for column in zip(*(value.tolist() for value in values), strict=True)
                 ]
                 group = ", ".join(names[place] for place in places)
@@ -204,9 +205,9 @@ def _difference(found: Difference | None) -> list[str]:
     if found is None:
         return ["", "", ""]
     value = f"{found.value:+.2f} [{_range(found, '{:+.2f}')}]"
-    if found.is_real is None:
+    if found.is_significant is None:
         return [value, "-", "-"]
-    return [value, f"{found.p:.3f}", "yes" if found.is_real else "no"]
+    return [value, f"{found.p:.3f}", "yes" if found.is_significant else "no"]
 
 
 def _range(found: Interval, form: str = "{:.2f}") -> str:

@@ -1,10 +1,9 @@
-"""A record as a picture in a page: a small JPEG inside the HTML, boxes and masks above it as SVG."""
+"""An image of a data set for its report: a small JPEG, and outlines of its objects to draw above it."""
 
 from __future__ import annotations
 
-import base64
-import io
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -13,60 +12,67 @@ from vitdet.data.images import DEFAULT, Reading
 from vitdet.data.masks import decode
 from vitdet.data.outlines import trace
 from vitdet.data.records import Record
-from vitdet.datasets.report.charts import text
+from vitdet.pages import data_uri
 from vitdet.visualize import class_color
 
 SIDE = 560  # pixels of the longer side
-TOLERANCE = 0.5  # pixels by which the outline of an RLE may leave its pixels
+QUALITY = 84  # of JPEG
+TOLERANCE = 0.5  # pixels by which the outline of an RLE may differ from its pixels
+
+
+class Shape(NamedTuple):
+    """An object in pixels of its image: SVG path of its mask, box (x, y, width, height).
+
+    label: x, y and width of the field with the class name; its height is 1.25 letters.
+    """
+
+    color: str
+    name: str
+    path: str
+    box: tuple[float, float, float, float]
+    label: tuple[float, float, float]
+
+
+class Portrait(NamedTuple):
+    """An image with its objects, small ones last; error: why it cannot be read, which leaves `source` and `shapes` empty.
+
+    letter: the size of a letter in pixels of the image.
+    """
+
+    title: str
+    record: Record
+    letter: float
+    source: str = ""
+    shapes: Sequence[Shape] = ()
+    error: str = ""
 
 
 def portrait(
     record: Record, class_names: Sequence[str], split: str, reading: Reading = DEFAULT
-) -> str:
-    """The picture of a record with its objects as an HTML figure; in place of one that cannot be read, why."""
-    title = f"{split}: {record.path.name}"
+) -> Portrait:
+    """Return an image of a split with its objects, read as `reading` says."""
+    title, letter = f"{split}: {record.path.name}", max(record.width, record.height) / 34
     try:
         picture = read_image(record.path, (record.height, record.width), reading)
     except ValueError as error:
-        return (
-            f'<figure class="photo"><p class="error">{text(error)}</p><figcaption>{text(title)}</figcaption>'
-            "</figure>"
-        )
+        return Portrait(title, record, letter, error=str(error))
     picture.thumbnail((SIDE, SIDE))
-    content = io.BytesIO()
-    picture.save(content, "JPEG", quality=84)
-    coded = base64.b64encode(content.getvalue()).decode("ascii")
-    # small ones lie on top
     order = np.argsort(-np.prod(record.boxes[:, 2:] - record.boxes[:, :2], axis=1))
-    things = "".join(_thing(record, int(one), class_names) for one in order)
-    width, height = record.width, record.height
-    counts = f"{len(record)} {'object' if len(record) == 1 else 'objects'}, {width} x {height}"
-    return (
-        f'<figure class="photo"><div><img alt="" src="data:image/jpeg;base64,{coded}">'
-        f'<svg viewBox="0 0 {width} {height}" style="font-size:{max(width, height) / 34:.1f}px">{things}</svg>'
-        f"</div><figcaption>{text(title)} <small>{counts}</small></figcaption></figure>"
-    )
+    shapes = [_shape(record, int(one), class_names, letter) for one in order]
+    return Portrait(title, record, letter, data_uri(picture, QUALITY), shapes)
 
 
-def _thing(record: Record, index: int, class_names: Sequence[str]) -> str:
+def _shape(record: Record, index: int, class_names: Sequence[str], letter: float) -> Shape:
     label = int(record.labels[index])
-    name = text(class_names[label])
     x0, y0, x1, y1 = record.boxes[index].tolist()
     path = "".join(
         "M" + " ".join(f"{x:.1f},{y:.1f}" for x, y in part) + "Z"
         for part in _outlines(record, index)
     )
-    side = max(record.width, record.height) / 34  # of a letter
-    wide, low = side * (0.62 * len(class_names[label]) + 0.6), max(y0, 1.25 * side)
-    left = max(min(x0, record.width - wide), 0)
-    return (
-        f'<g style="--c:rgb{class_color(label)}"><title>{name}</title>'
-        f'<path class="mask" d="{path}"/>'
-        f'<rect class="box" x="{x0:.1f}" y="{y0:.1f}" width="{x1 - x0:.1f}" height="{y1 - y0:.1f}"/>'
-        f'<g class="name"><rect x="{left:.1f}" y="{low - 1.25 * side:.1f}" width="{wide:.1f}" '
-        f'height="{1.25 * side:.1f}"/><text x="{left + 0.3 * side:.1f}" y="{low - 0.33 * side:.1f}" '
-        f'textLength="{wide - 0.6 * side:.1f}" lengthAdjust="spacingAndGlyphs">{name}</text></g></g>'
-    )
+    width = letter * (0.62 * len(class_names[label]) + 0.6)
+    left, top = max(min(x0, record.width - width), 0), max(y0 - 1.25 * letter, 0)
+    box = (x0, y0, x1 - x0, y1 - y0)
+    return Shape(f"rgb{class_color(label)}", class_names[label], path, box, (left, top, width))
 
 
 def _outlines(record: Record, index: int) -> list[np.ndarray]:

@@ -1,0 +1,219 @@
+"""Versions of Kubeflow Pipelines: what each server knows of a compiled pipeline.
+
+All servers refuse a pipeline with an unknown field: HTTP 400 for the pipeline itself, 500 for its
+Kubernetes part (kubeflow/pipelines at the tags of SERVERS: backend/src/apiserver/template/
+v2_template.go, backend/src/v2/compiler/argocompiler/container.go). Pipelines 2.5 ignores unknown
+fields of the Kubernetes part, but then also the annotations and labels of the step. `fit` leaves out
+what a server does not know.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+Version = tuple[int, int, int]
+
+# Release -> the Kubeflow distribution that contains it
+SERVERS: dict[Version, str] = {
+    (2, 5, 0): "Kubeflow 1.10",
+    (2, 14, 0): "",
+    (2, 15, 0): "Kubeflow 1.11",
+    (2, 16, 0): "Kubeflow 26.03",
+    (2, 16, 1): "Kubeflow 26.03.1",
+    (2, 17, 0): "",
+}
+OLDEST, NEWEST = min(SERVERS), max(SERVERS)
+
+
+@dataclass(frozen=True)
+class Field:
+    """A field that a release added.
+
+    path: keys from the top of a document, "*" is any. since: the release. loss: what the user loses
+    without the field; "": the result would be another, so it cannot be left out. value: the field is
+    meant only where it contains this.
+    """
+
+    path: str
+    since: Version
+    loss: str = ""
+    value: tuple[str, str] = ("", "")
+
+    @property
+    def name(self) -> str:
+        """The name that a server's error contains."""
+        return self.value[1] or self.path.rpartition(".")[2]
+
+
+_EXECUTOR = "platforms.kubernetes.deploymentSpec.executors.*."
+_RUN = "platforms.kubernetes.pipelineConfig."
+_KEPT = "the server decides how long the finished Workflow is kept"
+_JOB = "the training job takes environment, volumes, node selector and tolerations from its manifest alone"
+
+# The fields that were added since OLDEST: api/v2alpha1/pipeline_spec.proto and
+# kubernetes_platform/proto/kubernetes_executor_config.proto, compared at the tags of SERVERS.
+FIELDS = (
+    Field(
+        # known before, but 2.5 looks retries up among the steps of the outermost group (container.go:
+        # getTaskRetryPolicySpec)
+        "components.*.dag.tasks.*.retryPolicy",
+        (2, 14, 0),
+        "steps are not retried, e.g. when their node is lost; Retry of the run continues its trainings",
+    ),
+    Field(f"{_EXECUTOR}nodeAffinity.*.nodeAffinityJson", (2, 14, 0)),
+    Field(f"{_RUN}workspace", (2, 14, 0)),
+    Field("components.*.taskConfigPassthroughs", (2, 15, 0), _JOB),
+    Field(
+        "components.*.inputDefinitions.parameters.*",
+        (2, 15, 0),
+        _JOB,
+        ("parameterType", "TASK_CONFIG"),
+    ),
+    Field("deploymentSpec.executors.*.importer.downloadToWorkspace", (2, 15, 0)),
+    Field(
+        f"{_EXECUTOR}secretAsEnv.*.optional",
+        (2, 15, 0),
+        "a pod does not start until its Secret exists and has all keys",
+    ),
+    Field(
+        f"{_EXECUTOR}configMapAsEnv.*.optional",
+        (2, 15, 0),
+        "a pod does not start until its ConfigMap exists and has all keys",
+    ),
+    Field(
+        f"{_EXECUTOR}securityContext",
+        (2, 16, 0),
+        "the steps run as their image's user, and a namespace with Pod Security `restricted` does not "
+        "admit them",
+    ),
+    Field(f"{_EXECUTOR}pvcMount.*.subPath", (2, 16, 0)),
+    *(
+        Field(
+            f"{group}.inputDefinitions.parameters.*.literals",
+            (2, 16, 0),
+            "a parameter's value is checked by the step and not when the run is started",
+        )
+        for group in ("root", "components.*")
+    ),
+    *(
+        Field(f"{_RUN}resourceTtlOn{event}", (2, 17, 0), _KEPT)
+        for event in ("Completion", "Success", "Failure")
+    ),
+    Field(f"{_RUN}activeDeadlineSeconds", (2, 17, 0), "a run is not ended after a fixed time"),
+)
+
+
+def text(version: Version) -> str:
+    """Return a version as it is written."""
+    return ".".join(map(str, version))
+
+
+def read_version(given: str) -> Version:
+    """Return the version in a text such as 2.15, 2.15.0 or v2.15.0-rc.1.
+
+    A patch release knows the fields of its minor release. Raises ValueError for other text and for a
+    release that is not supported.
+    """
+    match = re.fullmatch(r"v?(\d+)\.(\d+)(?:\.(\d+))?(?:[-+.][\w.+-]+)?", given.strip())
+    supported = ", ".join(
+        f"{text(version)} ({kubeflow})" if kubeflow else text(version)
+        for version, kubeflow in SERVERS.items()
+    )
+    if not match:
+        raise ValueError(f"version {given!r} of Kubeflow Pipelines: expected one of {supported}")
+    version = (int(match[1]), int(match[2]), int(match[3] or 0))
+    if version[:2] not in {known[:2] for known in SERVERS}:
+        age = (
+            "too old"
+            if version < OLDEST
+            else "newer than this client knows"
+            if version > NEWEST
+            else "no release of the server"
+        )
+        raise ValueError(f"Kubeflow Pipelines {given} is {age}; supported: {supported}")
+    return version
+
+
+def server_version(health: dict) -> tuple[Version, str]:
+    """Return the version that a server reports at /healthz, and "" or a remark for the user.
+
+    The API server calls it tag_name, the web interface in front of it apiServerTagName. Images before
+    2.16 were built without it and report "unknown" (.github/workflows/build-and-push.yml at the tags);
+    pipeline_store is reported since 2.14. Raises ValueError for a server that is too old.
+    """
+    given = str(health.get("tag_name") or health.get("apiServerTagName") or "unknown")
+    if match := re.match(r"v?(\d+)\.(\d+)", given):
+        if (int(match[1]), int(match[2])) <= NEWEST[:2]:
+            return read_version(given), ""
+        return (
+            NEWEST,
+            f"the server is Pipelines {given}; treated as {text(NEWEST)}, the newest known",
+        )
+    store = health.get("pipeline_store") or health.get("pipelineStore")
+    version = (2, 15, 0) if store else OLDEST
+    return version, (
+        f"the server does not report its version; treated as Pipelines {text(version)} "
+        f"({SERVERS[version]}), pass --kfp VERSION if it is another"
+    )
+
+
+def fit(documents: list[dict], version: Version) -> list[str]:
+    """Leave out, in place, what a server of this version does not know of a compiled pipeline.
+
+    Returns a line for each kind of field left out, with what the user loses. Raises ValueError for a
+    field without which the pipeline would do something else.
+    """
+    lines = []
+    for field in FIELDS:
+        if version >= field.since:
+            continue
+        found = [place for document in documents for place in places(document, field)]
+        if not found:
+            continue
+        if not field.loss:
+            raise ValueError(
+                f"the pipeline uses {field.name}, which Pipelines {text(version)} does not support and "
+                f"which cannot be left out; it needs {text(field.since)} or later"
+            )
+        for parent, key in found:
+            del parent[key]
+        lines.append(
+            f"Pipelines {text(version)} does not support {field.name} ({text(field.since)} does), left "
+            f"out {len(found)} times: {field.loss}"
+        )
+    return lines
+
+
+def places(document: dict, field: Field) -> list[tuple[dict, str]]:
+    """Return the (parent, key) of each occurrence of a field."""
+
+    def walk(node: object, keys: list[str]) -> Iterator[tuple[dict, str]]:
+        key, *rest = keys
+        if isinstance(node, list) and key == "*":
+            for item in node:
+                yield from walk(item, rest)
+        if not isinstance(node, dict):
+            return
+        for name in list(node) if key == "*" else [key] if key in node else []:
+            if rest:
+                yield from walk(node[name], rest)
+            else:
+                yield node, name
+
+    wanted, value = field.value
+    return [
+        (parent, key)
+        for parent, key in walk(document, field.path.split("."))
+        if not wanted or (isinstance(parent[key], dict) and parent[key].get(wanted) == value)
+    ]
+
+
+def refused_field(message: str) -> str:
+    """Return the field or value that a server's error says it does not know; "" for another error.
+
+    The errors are those of Go's protojson: `unknown field "X"`, `invalid value for enum field F: "X"`.
+    """
+    match = re.search(r'unknown field "([^"]+)"|invalid value for enum [^"]*"([^"]+)"', message)
+    return (match[1] or match[2]) if match else ""

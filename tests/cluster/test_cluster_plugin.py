@@ -1,0 +1,119 @@
+"""A step's pod and its training job with the variables of the MLflow plugin of Kubeflow Pipelines, on an API server."""
+
+from __future__ import annotations
+
+import json
+import uuid
+from collections.abc import Iterator
+
+import pytest
+import yaml
+
+from components.launcher.templates import KINDS, JobRequest, fill_template
+from tests.conftest import ROOT
+from tests.helpers.cluster import kubectl, on_cluster, template
+
+pytestmark = on_cluster
+
+# kubeflow/pipelines 2.17.0: in all containers (backend/src/apiserver/plugins/mlflow/handler.go), and, first
+# in the patch of a step's pod, with injectUserEnvVars (backend/src/v2/common/plugins/mlflow/handler.go)
+EVERYWHERE = [{"name": "KFP_MLFLOW_CONFIG", "value": "{}"}] + [
+    {
+        "name": f"MLFLOW_TRACKING_{key.upper()}",
+        "valueFrom": {"secretKeyRef": {"name": "kfp-mlflow-credentials", "key": key}},
+    }
+    for key in ("username", "password")
+]
+INJECTED = [
+    {"name": "MLFLOW_RUN_ID", "value": "1" * 32},
+    {"name": "MLFLOW_TRACKING_URI", "value": "http://mlflow.plugin"},
+    {"name": "MLFLOW_EXPERIMENT_ID", "value": "7"},
+    *EVERYWHERE[1:],
+]
+
+
+@pytest.fixture
+def namespace() -> Iterator[str]:
+    name = f"vitdet-test-{uuid.uuid4().hex[:8]}"
+    kubectl("create", "namespace", name)
+    yield name
+    kubectl("delete", "namespace", name, "--wait=false")
+
+
+def secret_env(step: str) -> list[dict]:
+    """The variables that the driver makes of a step's secretAsEnv: backend/src/v2/driver/k8s.go."""
+    text = (ROOT / "tests" / "golden_pipeline" / "pipeline.yaml").read_text()
+    _, platform = yaml.safe_load_all(text)
+    executor = platform["platforms"]["kubernetes"]["deploymentSpec"]["executors"][step]
+    return [
+        {
+            "name": key["envVar"],
+            "valueFrom": {
+                "secretKeyRef": {
+                    "name": secret["secretName"],
+                    "key": key["secretKey"],
+                    "optional": secret["optional"],
+                }
+            },
+        }
+        for secret in executor["secretAsEnv"]
+        for key in secret["keyToEnv"]
+    ]
+
+
+def patched_env(namespace: str, name: str, env: list[dict], fails: bool = False) -> object:
+    """The variables of a pod that Argo patches with a step's, by the API server's own strategic merge."""
+    container = {"name": "main", "image": "vitdet"}
+    template = {"spec": {"containers": [{**container, "env": EVERYWHERE}]}}
+    made = {
+        "apiVersion": "v1",
+        "kind": "PodTemplate",
+        "metadata": {"name": name, "namespace": namespace},
+        "template": template,
+    }
+    kubectl("create", "-f", "-", given=made)
+    patch = json.dumps({"template": {"spec": {"containers": [{**container, "env": env}]}}})
+    words = ["patch", "podtemplate", name, "-n", namespace, "--type", "strategic", "-p", patch]
+    out = kubectl(*words, "-o", "json", fails=fails)
+    return out if fails else json.loads(out)["template"]["spec"]["containers"][0]["env"]
+
+
+def test_a_step_s_pod_has_each_variable_once(namespace: str) -> None:
+    env = secret_env("exec-evaluate")
+    found = patched_env(namespace, "step", [*INJECTED, *env])
+    names = [one["name"] for one in found]
+    assert len(names) == len(set(names)) and {one["name"] for one in env} < set(names)
+    assert {"name": "MLFLOW_TRACKING_URI", "value": "http://mlflow.plugin"} in found
+    # why the step's Secret is not in MLflow's own variables
+    same = [{**one, "name": one["name"].removeprefix("VITDET_")} for one in env]
+    refused = patched_env(namespace, "refused", [*INJECTED, *same], fails=True)
+    assert "may not be specified when `value` is not empty" in refused
+
+
+@pytest.mark.parametrize("kind", ["pytorchjob", "trainjob"])
+def test_a_training_job_has_each_variable_once(namespace: str, kind: str) -> None:
+    request = JobRequest(
+        name="vitdet-tiny",
+        namespace=namespace,
+        labels={},
+        image="",
+        args=["train", "tiny"],
+        nodes=2,
+        pool="",
+        task={"env": [*INJECTED, *secret_env("exec-train-job")]},
+    )
+    job = fill_template(template(kind), KINDS[kind], request)
+    made = json.loads(kubectl("create", "--dry-run=server", "-o", "json", "-f", "-", given=job))
+    spec = made["spec"]
+    containers = (
+        [spec["trainer"]]
+        if kind == "trainjob"
+        else [
+            replica["template"]["spec"]["containers"][0]
+            for replica in spec["pytorchReplicaSpecs"].values()
+        ]
+    )
+    for container in containers:
+        names = [one["name"] for one in container["env"]]
+        assert names.count("MLFLOW_TRACKING_URI") == 1 and len(names) == len(set(names))
+        assert {"name": "MLFLOW_RUN_ID", "value": "1" * 32} in container["env"]

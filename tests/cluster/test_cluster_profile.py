@@ -1,0 +1,147 @@
+"""What the owner of a Kubeflow profile and its contributors may do, with Kubeflow's roles on a real API server."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import yaml
+
+from tests.cluster.test_cluster_manifests import exercise_launcher
+from tests.cluster.test_manifests import JOBS, MANIFESTS, copy
+from tests.cluster.test_profile import OWNER, for_profile
+from tests.helpers.cluster import kubectl, on_cluster, wait_until
+from tests.helpers.kubeflow_roles import RELEASES, profile_roles
+from tests.helpers.manifests import kustomize
+
+__all__ = ["copy"]  # a fixture
+pytestmark = [*on_cluster, pytest.mark.skipif(not shutil.which("kubectl"), reason="needs kubectl")]
+OURS = MANIFESTS / "cluster" / "profile-roles.yaml"
+
+
+class Profile(NamedTuple):
+    namespace: str
+    owner: str  # user, bound to kubeflow-admin
+    contributor: str  # user, bound to kubeflow-edit
+
+
+def binding(name: str, role: str, subject: dict) -> dict:
+    about = {"apiVersion": "rbac.authorization.k8s.io/v1", "kind": "RoleBinding"}
+    return {
+        **about,
+        "metadata": {"name": name},
+        "roleRef": {"apiGroup": "rbac.authorization.k8s.io", "kind": "ClusterRole", "name": role},
+        "subjects": [subject],
+    }
+
+
+@pytest.fixture(params=RELEASES)
+def profile(request: pytest.FixtureRequest) -> Iterator[Profile]:
+    """A namespace as Kubeflow's profile controller makes it, on a cluster with our ClusterRole."""
+    suffix = uuid.uuid4().hex[:8]
+    made = Profile(f"vitdet-profile-{suffix}", f"owner-{suffix}", f"friend-{suffix}")
+    roles = profile_roles(suffix, request.param, yaml.safe_load(OURS.read_text()))
+    kubectl("create", "namespace", made.namespace)
+    kubectl("apply", "-f", "-", given=yaml.safe_dump_all(roles))
+    kubectl("create", "serviceaccount", "default-editor", "-n", made.namespace)
+    editor = {"kind": "ServiceAccount", "name": "default-editor", "namespace": made.namespace}
+    user = {"kind": "User", "apiGroup": "rbac.authorization.k8s.io"}
+    bindings = [
+        binding("owner", f"kubeflow-admin-{suffix}", {**user, "name": made.owner}),
+        binding("friend", f"kubeflow-edit-{suffix}", {**user, "name": made.contributor}),
+        binding("default-editor", f"kubeflow-edit-{suffix}", editor),
+    ]
+    kubectl("apply", "-n", made.namespace, "-f", "-", given=yaml.safe_dump_all(bindings))
+    wait_until(lambda: may(made.namespace, made.owner, "create", "trainingruntimes"), 60)
+    yield made
+    kubectl("delete", "namespace", made.namespace, "--wait=false")
+    for role in roles:
+        kubectl("delete", "clusterrole", role["metadata"]["name"], "--wait=false")
+
+
+def may(namespace: str, user: str, verb: str, resource: str) -> bool:
+    review = {
+        "apiVersion": "authorization.k8s.io/v1",
+        "kind": "SubjectAccessReview",
+        "spec": {
+            "user": user,
+            "resourceAttributes": {
+                "namespace": namespace,
+                "verb": verb,
+                "resource": resource,
+                "group": {
+                    "trainingruntimes": "trainer.kubeflow.org",
+                    "roles": "rbac.authorization.k8s.io",
+                    "networkpolicies": "networking.k8s.io",
+                }.get(resource, ""),
+            },
+        },
+    }
+    said = json.loads(kubectl("create", "-f", "-", "-o", "json", given=review))
+    return said["status"]["allowed"]
+
+
+def test_the_owner_applies_everything(profile: Profile, copy: Path) -> None:
+    folder = for_profile(copy, "eks", profile.namespace, profile.namespace)
+    documents = [one for part in (*OWNER, "mlflow") for one in kustomize(folder / part)]
+    said = kubectl("apply", f"--as={profile.owner}", "-f", "-", given=yaml.safe_dump_all(documents))
+    assert said.count(" created") == len(documents) > 15
+
+
+def test_contributors_apply_everything_but_the_role(profile: Profile, copy: Path) -> None:
+    folder = for_profile(copy, "onprem", profile.namespace, profile.namespace)
+    documents = [one for part in OWNER for one in kustomize(folder / part)]
+    for document in documents:
+        role = document["kind"] in ("Role", "RoleBinding")
+        said = kubectl(
+            "apply", f"--as={profile.contributor}", "-f", "-", given=document, fails=role
+        )
+        assert ("forbidden" in said) == role, said
+
+
+def test_runs_from_kubeflow_s_page_may_launch_jobs(profile: Profile) -> None:
+    """They run as default-editor, which gets the pull secret by the command of the guide."""
+    for kind in JOBS:
+        exercise_launcher(kind, profile.namespace, "default-editor")
+    patch = '{"imagePullSecrets": [{"name": "vitdet-registry"}]}'
+    words = ("patch", "serviceaccount", "default-editor", "-n", profile.namespace, "-p", patch)
+    kubectl(*words, f"--as={profile.contributor}")
+    found = json.loads(
+        kubectl("get", "serviceaccount", "default-editor", "-n", profile.namespace, "-o", "json")
+    )
+    assert found["imagePullSecrets"] == [{"name": "vitdet-registry"}]
+
+
+@pytest.mark.parametrize("release", RELEASES)
+def test_without_our_role_the_owner_may_not_grant_what_kubeflow_lacks(release: str) -> None:
+    """Why cluster/profile-roles.yaml is there: nobody grants rights that they do not have."""
+    suffix = uuid.uuid4().hex[:8]
+    space, owner = f"vitdet-profile-{suffix}", f"owner-{suffix}"
+    roles = profile_roles(suffix, release, None)
+    user = {"kind": "User", "apiGroup": "rbac.authorization.k8s.io", "name": owner}
+    kubectl("create", "namespace", space)
+    try:
+        kubectl("apply", "-f", "-", given=yaml.safe_dump_all(roles))
+        given = binding("owner", f"kubeflow-admin-{suffix}", user)
+        kubectl("apply", "-n", space, "-f", "-", given=given)
+        wait_until(lambda: may(space, owner, "create", "roles"), 60)
+        (role,) = (
+            one
+            for one in yaml.safe_load_all((MANIFESTS / "shared" / "accounts.yaml").read_text())
+            if one["kind"] == "Role"
+        )
+        role["metadata"]["namespace"] = space
+        said = kubectl("apply", f"--as={owner}", "-f", "-", given=role, fails=release == "early")
+        if release == "early":
+            assert "attempting to grant RBAC permissions not currently held" in said
+            assert "trainjobs" in said and "workflowtaskresults" in said
+        assert not may(space, owner, "create", "trainingruntimes")
+    finally:
+        kubectl("delete", "namespace", space, "--wait=false")
+        for one in roles:
+            kubectl("delete", "clusterrole", one["metadata"]["name"], "--wait=false")

@@ -1,0 +1,88 @@
+"""Options of the manifests that add objects: GPU types, reservations, MLflow's host name outside the cluster."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.cluster.test_manifests import OVERLAYS, build, copy, overlay, parts, pools, pytestmark
+from tests.helpers.manifests import kustomize, problems
+from vitdet.cli import parser as vitdet_parser
+
+__all__ = ["copy", "pytestmark"]  # a fixture and a mark of the whole file
+
+
+def test_a_gpu_that_a_cloud_does_not_have_is_an_error(copy: Path) -> None:
+    chosen = copy / "overlays" / "gke" / "values" / "kustomization.yaml"
+    chosen.write_text(chosen.read_text().replace("components/h100", "components/a10"))
+    with pytest.raises(ValueError, match="data.gke"):
+        kustomize(copy / "overlays" / "gke" / "cluster")
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "wanted"),
+    [
+        (
+            "gke",
+            "ComputeClass",
+            {"affinity": "Specific", "specific": [{"name": "my-gpus", "project": "p-1"}]},
+        ),
+        ("eks", "EC2NodeClass", [{"id": "cr-5"}]),
+    ],
+)
+def test_a_pool_takes_its_nodes_from_a_reservation(
+    name: str, kind: str, wanted: object, copy: Path
+) -> None:
+    file = copy / "overlays" / name / "values" / "values.yaml"
+    values = yaml.safe_load(file.read_text())
+    values["data"] |= {"reservation": "my-gpus" if name == "gke" else "cr-5"}
+    values["data"] |= {"reservationProject": "p-1"} if name == "gke" else {}
+    file.write_text(yaml.safe_dump(values))
+    pool = [f"node-pools/{name}", f"node-pools/{name}/reservation", "components/values"]
+    documents = build(copy, name, ["cluster"], pool)
+    made = {one["kind"]: one.get("spec") for one in documents}
+    assert wanted == (
+        made[kind]["priorities"][0]["reservations"]
+        if name == "gke"
+        else made[kind]["capacityReservationSelectorTerms"]
+    )
+    if name == "eks":
+        requirements = made["NodePool"]["template"]["spec"]["requirements"]
+        assert {"karpenter.sh/capacity-type": ["reserved"]}.items() <= {
+            one["key"]: one["values"] for one in requirements
+        }.items()
+    others = [one for part in parts(name)[1:] for one in overlay(name, part)]
+    assert problems([*documents, *others], overlay(name), pools(name)) == []
+
+
+@pytest.mark.parametrize("option", ["mlflow-ingress", "mlflow-virtualservice"])
+def test_mlflow_is_reached_from_outside_by_one_host_name(option: str, copy: Path) -> None:
+    file = copy / "overlays" / "onprem" / "values" / "values.yaml"
+    file.write_text(
+        file.read_text()
+        .replace("mlflowHost: mlflow.example.com", "mlflowHost: runs.team.org")
+        .replace("mlflowNamespace: vitdet-mlflow", "mlflowNamespace: tracking")
+    )
+    documents = build(copy, "onprem", ["mlflow"], [f"components/{option}", "components/values"])
+    assert problems(documents, [], {}) == []
+    text = yaml.safe_dump_all(documents)
+    assert text.count("runs.team.org") == {"mlflow-ingress": 2, "mlflow-virtualservice": 1}[option]
+    assert "mlflow.example.com" not in text and "vitdet-mlflow" not in text
+    if option == "mlflow-virtualservice":
+        assert "host: mlflow.tracking.svc.cluster.local" in text
+
+
+@pytest.mark.parametrize("name", OVERLAYS)
+def test_the_download_job_runs_commands_that_exist(name: str) -> None:
+    (job,) = (one for one in overlay(name, "data") if one["kind"] == "Job")
+    commands = [
+        one["command"] + one["args"] for one in job["spec"]["template"]["spec"]["containers"]
+    ]
+    assert [words[:3] for words in commands] == [
+        ["vitdet", "data", "coco"],
+        ["vitdet", "weights", "fetch"],
+    ]
+    for words in commands:
+        assert vitdet_parser().parse_args(words[1:]).run

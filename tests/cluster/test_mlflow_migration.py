@@ -1,0 +1,199 @@
+"""The migration of docs/kubeflow.md: dump, restore, accounts; with two PostgreSQL servers and MLflow on each."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import pytest
+
+from tests.cluster.test_manifests import MANIFESTS
+
+BINARIES = max(Path("/usr/lib/postgresql").glob("*/bin"), default=Path("/usr/lib/postgresql"))
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.timeout(900),
+    pytest.mark.skipif(not (BINARIES / "initdb").exists(), reason="needs Debian's postgresql"),
+]
+ADMIN, USER = "password-of-the-admin", "password-of-vitdet"
+
+
+def free_port() -> int:
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return one.getsockname()[1]
+
+
+@contextmanager
+def database(folder: Path) -> Iterator[int]:
+    """A PostgreSQL server with the database and user of manifests/mlflow; its port."""
+    folder.mkdir()
+    as_user = {}
+    if os.geteuid() == 0:  # PostgreSQL refuses to run as root
+        shutil.chown(folder, "nobody")
+        as_user = {"user": "nobody"}
+    port, data = free_port(), folder / "data"
+
+    def run(*words: str) -> None:
+        done = subprocess.run(words, capture_output=True, text=True, cwd=folder, **as_user)
+        assert done.returncode == 0, done.stderr + done.stdout
+
+    run(str(BINARIES / "initdb"), "-D", str(data), "-U", "mlflow", "-A", "trust")
+    options = f"-p {port} -c listen_addresses=127.0.0.1 -c unix_socket_directories={folder}"
+    control = (str(BINARIES / "pg_ctl"), "-D", str(data), "-w", "-t", "120")
+    run(*control, "-l", str(folder / "log"), "-o", options, "start")
+    try:
+        run("createdb", "-h", "127.0.0.1", "-p", str(port), "-U", "mlflow", "mlflow")
+        yield port
+    finally:
+        run(*control, "-m", "fast", "stop")
+
+
+@contextmanager
+def server(folder: Path, port: int) -> Iterator[str]:
+    """MLflow with the accounts' settings of manifests/mlflow on this database; its address."""
+    settings = (MANIFESTS / "mlflow" / "basic_auth.ini").read_text()
+    file = folder / "basic_auth.ini"
+    file.write_text(settings.replace("mlflow-database:5432", f"127.0.0.1:{port}"))
+    own = free_port()
+    environment = {
+        **os.environ,
+        "MLFLOW_BACKEND_STORE_URI": f"postgresql+psycopg2://mlflow@127.0.0.1:{port}/mlflow",
+        "MLFLOW_AUTH_CONFIG_PATH": str(file),
+        "MLFLOW_AUTH_ADMIN_PASSWORD": ADMIN,
+        "MLFLOW_FLASK_SERVER_SECRET_KEY": "secret",
+        "MLFLOW_ARTIFACTS_DESTINATION": str(folder / "artifacts"),
+        "MLFLOW_DISABLE_TELEMETRY": "true",
+    }
+    words = ["server", "--app-name=basic-auth", "--host=127.0.0.1", f"--port={own}", "--workers=1"]
+    log = (folder / "mlflow.log").open("w")
+    process = subprocess.Popen(
+        [sys.executable, "-m", "mlflow", *words],
+        env=environment,
+        cwd=folder,
+        stdout=log,
+        stderr=log,
+    )
+    address = f"http://127.0.0.1:{own}"
+    try:
+        for _ in range(600):
+            assert process.poll() is None, (folder / "mlflow.log").read_text()
+            try:
+                urllib.request.urlopen(f"{address}/health", timeout=5)
+                break
+            except OSError:
+                time.sleep(0.5)
+        yield address
+    finally:
+        process.terminate()
+        process.wait(60)
+
+
+def as_account(address: str, name: str, password: str, code: str) -> str:
+    """Output of Python code with `client`, an MlflowClient of this account."""
+    lines = "from mlflow import MlflowClient\nclient = MlflowClient()\n" + code
+    done = subprocess.run(
+        [sys.executable, "-c", lines],
+        capture_output=True,
+        text=True,
+        env={
+            **os.environ,
+            "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
+            "MLFLOW_TRACKING_URI": address,
+            "MLFLOW_TRACKING_USERNAME": name,
+            "MLFLOW_TRACKING_PASSWORD": password,
+        },
+    )
+    return done.stdout + done.stderr
+
+
+def make_account(address: str) -> str:
+    """What manifests/mlflow/account.py prints, run as in the server's container."""
+    done = subprocess.run(
+        [sys.executable, str(MANIFESTS / "mlflow" / "account.py"), "vitdet"],
+        input=USER + "\n",
+        capture_output=True,
+        text=True,
+        env={**os.environ, "MLFLOW_TRACKING_URI": address, "MLFLOW_AUTH_ADMIN_PASSWORD": ADMIN},
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+# In the order of vitdet.tracking: a run, a logged model with a file, a version, an alias.
+LOG = """
+import os, tempfile
+place = client.get_experiment_by_name("vitdet").experiment_id
+run = client.create_run(place).info.run_id
+client.log_metric(run, "segm/AP", {0})
+model = client.create_logged_model(place, "detector", run, model_type="detection").model_id
+with tempfile.TemporaryDirectory() as folder:
+    open(os.path.join(folder, "MLmodel"), "w").write("flavors: {{}}")
+    client.log_model_artifacts(model, folder)
+client.finalize_logged_model(model, "READY")
+client.set_terminated(run)
+version = client.create_model_version("detector", f"models:/{{model}}", run, model_id=model)
+client.set_registered_model_alias("detector", "champion", version.version)
+print("logged", version.version)
+"""
+COUNT = """
+found = client.search_runs([client.get_experiment_by_name("vitdet").experiment_id])
+print(sorted(run.data.metrics["segm/AP"] for run in found))
+print(client.get_model_version_by_alias("detector", "champion").version)
+"""
+
+
+@pytest.fixture
+def folder() -> Iterator[Path]:
+    """A folder that the account of PostgreSQL may enter; pytest makes its own private."""
+    with TemporaryDirectory(dir="/tmp") as name:
+        Path(name).chmod(0o755)
+        yield Path(name)
+
+
+def test_runs_models_and_accounts_move_to_another_database(folder: Path) -> None:
+    dump = folder / "mlflow.dump"
+    with ExitStack() as stack:
+        old, new = (stack.enter_context(database(folder / name)) for name in ("old", "new"))
+        for name in ("before", "after"):
+            (folder / name).mkdir()
+        with server(folder / "before", old) as address:
+            setup = "client.create_experiment('vitdet')\nclient.create_registered_model('detector')"
+            assert "logged 1" in as_account(address, "admin", ADMIN, setup + LOG.format(0.25))
+            # an installation whose trainings log as the administrator
+            assert "may manage 3 existing" in make_account(address)
+            assert "logged 2" in as_account(address, "vitdet", USER, LOG.format(0.5))
+        with dump.open("wb") as file:
+            where = ("-h", "127.0.0.1", "-p", str(old), "--username=mlflow")
+            words = ["pg_dump", *where, "--format=custom", "--no-owner", "mlflow"]
+            subprocess.run(words, stdout=file, check=True)
+        with server(folder / "after", new) as address:  # creates its tables
+            assert "logged" not in as_account(address, "vitdet", USER, LOG.format(0.5))
+        with dump.open("rb") as file:
+            where = ("-h", "127.0.0.1", "-p", str(new), "--username=mlflow", "--dbname=mlflow")
+            words = ["pg_restore", *where, "--clean", "--if-exists", "--no-owner"]
+            subprocess.run([*words, "--single-transaction"], stdin=file, check=True)
+        with server(folder / "after", new) as address:
+            assert as_account(address, "vitdet", USER, COUNT).split("\n")[:2] == [
+                "[0.25, 0.5]",
+                "2",
+            ]
+            assert "logged 3" in as_account(address, "vitdet", USER, LOG.format(0.75))
+            assert "may manage 3 existing" in make_account(address)  # again
+            create = (
+                "from mlflow.server.auth.client import AuthServiceClient\n"
+                f"AuthServiceClient({address!r}).create_user('other', 'password-of-other')"
+            )
+            assert "PERMISSION_DENIED" in as_account(address, "vitdet", USER, create)
+            assert "UNAUTHENTICATED" in as_account(address, "vitdet", "wrong-password", COUNT) or (
+                "401" in as_account(address, "vitdet", "wrong-password", COUNT)
+            )

@@ -1,0 +1,20 @@
+"""docs/kubeflow.md as its tests read it: fenced blocks, commands in the text, tables."""
+
+from __future__ import annotations
+
+import re
+import textwrap
+
+from tests.conftest import ROOT
+
+TEXT = (ROOT / "docs" / "kubeflow.md").read_text()
+BLOCKS = [textwrap.dedent(block) for block in re.findall(r"(?ms)^ *```\n(.*?)^ *```$", TEXT)]
+PROSE = re.sub(r"(?ms)^ *```\n.*?^ *```$", "", TEXT)
+CODE = re.findall(r"`([^`\n]+)`", PROSE)
+COMMANDS = [one for one in CODE if re.match(r"\(?(kubectl|python -m) ", one)]
+
+
+def lines(*words: str) -> list[str]:
+    """Command lines, continuations joined, that contain all these words."""
+    joined = [line for one in [*BLOCKS, *COMMANDS] for line in one.replace("\\\n", " ").split("\n")]
+    return [line.strip() for line in joined if all(word in line for word in words)]

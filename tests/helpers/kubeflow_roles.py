@@ -1,0 +1,79 @@
+"""The ClusterRoles that Kubeflow binds in a profile, as far as these manifests are concerned.
+
+Rules of the published roles, resources that nothing here uses left out: kubeflow/manifests
+common/kubeflow-roles/base/cluster-roles.yaml, kubeflow/pipelines
+manifests/kustomize/base/installs/multi-user/view-edit-cluster-roles.yaml, kubeflow/training-operator
+manifests/overlays/kubeflow/kubeflow-training-roles.yaml, kubeflow/trainer
+manifests/overlays/kubeflow-platform/kubeflow-trainer-roles.yaml.
+"""
+
+from __future__ import annotations
+
+READ = ["get", "list", "watch"]
+WRITE = ["create", "delete", "deletecollection", "patch", "update"]
+ALL = [*READ, "create", "delete", "patch", "update"]
+CORE = ["configmaps", "persistentvolumeclaims", "secrets", "serviceaccounts", "services"]
+Rule = tuple[str, list[str], list[str]]  # API group, resources, verbs
+EDIT: list[Rule] = [
+    ("", ["secrets", "pods/exec", "pods/portforward"], READ),
+    ("", ["pods", "pods/exec", "pods/portforward", *CORE], WRITE),
+    ("apps", ["deployments", "statefulsets"], WRITE),
+    ("batch", ["jobs", "cronjobs"], WRITE),
+    ("networking.k8s.io", ["ingresses", "networkpolicies"], WRITE),
+    ("", ["configmaps", "persistentvolumeclaims", "pods", "serviceaccounts", "services"], READ),
+    ("", ["events", "pods/log", "resourcequotas"], READ),
+    ("apps", ["deployments", "statefulsets"], READ),
+    ("batch", ["jobs", "cronjobs"], READ),
+    ("networking.k8s.io", ["ingresses", "networkpolicies"], READ),
+    ("kubeflow.org", ["pytorchjobs"], ALL),
+    ("argoproj.io", ["workflows"], ["*"]),
+    ("pipelines.kubeflow.org", ["runs"], ["get", "list", "create", "delete", "terminate"]),
+]
+# of an early and of a later release of Kubeflow Trainer, the first of which has the wrong group
+TRAINER = {
+    "early": [
+        ("kubeflow.org", ["trainjobs"], ALL),
+        ("trainer.kubeflow.org", ["trainingruntimes"], READ),
+    ],
+    "later": [
+        ("trainer.kubeflow.org", ["trainjobs"], [*READ, "create", "delete", "patch"]),
+        ("trainer.kubeflow.org", ["trainingruntimes"], READ),
+    ],
+}
+# of newer releases of Kubeflow Pipelines
+PIPELINES = [
+    ("argoproj.io", ["workflowtaskresults"], ["*"]),
+    ("pipelines.kubeflow.org", ["runs"], ["reportMetrics", "readArtifact"]),
+]
+RELEASES = {"early": EDIT + TRAINER["early"], "later": EDIT + TRAINER["later"] + PIPELINES}
+ADMIN: list[Rule] = [
+    ("rbac.authorization.k8s.io", ["roles", "rolebindings"], [*READ, *WRITE]),
+    ("authorization.k8s.io", ["localsubjectaccessreviews"], ["create"]),
+]
+AGGREGATE = "rbac.authorization.kubeflow.org/aggregate-to-kubeflow-edit"
+
+
+def profile_roles(suffix: str, release: str, ours: dict | None) -> list[dict]:
+    """ClusterRoles kubeflow-edit-SUFFIX and kubeflow-admin-SUFFIX of a release.
+
+    ours: a ClusterRole whose rules join them if it has the label for that. The test control plane runs no controller
+    for aggregated ClusterRoles.
+    """
+    joined = []
+    if ours is not None and ours["metadata"]["labels"].get(AGGREGATE) == "true":
+        joined = ours["rules"]
+    found = []
+    for name, rules in {"edit": RELEASES[release], "admin": RELEASES[release] + ADMIN}.items():
+        listed = [
+            {"apiGroups": [group], "resources": resources, "verbs": verbs}
+            for group, resources, verbs in rules
+        ]
+        found.append(
+            {
+                "apiVersion": "rbac.authorization.k8s.io/v1",
+                "kind": "ClusterRole",
+                "metadata": {"name": f"kubeflow-{name}-{suffix}"},
+                "rules": listed + joined,
+            }
+        )
+    return found

@@ -1,0 +1,259 @@
+"""Ending a run: its training jobs are shown and deleted, also those that its steps make meanwhile."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from components.launcher import client as kube
+from components.launcher import launch as launcher
+from components.launcher.templates import Kind
+from tests.helpers.kubeflow import Handler, Kubeflow, failing, serving, task, waiting
+
+Run = Callable[..., tuple[int, str, str]]
+RUN = "0000-run-0"
+
+
+@pytest.fixture
+def kubeflow() -> Iterator[Kubeflow]:
+    with serving(Kubeflow()) as server:
+        yield server
+
+
+@pytest.fixture
+def pipeline(
+    kubeflow: Kubeflow,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+) -> Run:
+    return waiting(kubeflow, monkeypatch, capsys, tmp_path)
+
+
+class Cluster:
+    """asked: (run, namespace, kind of its jobs) of each deletion; found: what the next deletions find; jobs: all."""
+
+    def __init__(self) -> None:
+        self.jobs: list[dict] = []
+        self.asked: list[tuple[str, str, str]] = []
+        self.found: list[tuple[list[str], list[str]]] = []
+
+    def list_jobs(self, _: None, kind: Kind, namespace: str, selector: str) -> list[dict]:
+        assert selector == f"vitdet/run={RUN}"
+        return [job for job in self.jobs if (job["kind"], namespace) == (kind.name, "kubeflow")]
+
+    def delete_jobs(self, run_id: str, namespace: str, own: str) -> tuple[list[str], list[str]]:
+        self.asked.append((run_id, namespace, own))
+        return self.found.pop(0) if self.found else ([], [])
+
+
+@pytest.fixture
+def cluster(monkeypatch: pytest.MonkeyPatch) -> Cluster:
+    made = Cluster()
+    monkeypatch.setattr(launcher, "delete_jobs", made.delete_jobs)
+    monkeypatch.setattr(kube, "connect", lambda retries=None: (None, ""))
+    monkeypatch.setattr(kube, "list_jobs", made.list_jobs)
+    monkeypatch.setattr(
+        kube, "describe_namespace", "namespace {} of the cluster of context work".format
+    )
+    return made
+
+
+def job(name: str, kind: str, condition: str, **annotations: str) -> dict:
+    """A training job with a condition."""
+    true = {"type": condition, "status": "True", "message": f"{name} is {condition}"}
+    return {
+        "kind": kind,
+        "metadata": {"name": name, "annotations": annotations},
+        "status": {"conditions": [true]},
+    }
+
+
+@pytest.mark.parametrize("kind", ["PyTorchJob", "TrainJob"])
+def test_status_and_terminate_show_the_same(
+    kubeflow: Kubeflow, pipeline: Run, cluster: Cluster, kind: str
+) -> None:
+    pipeline("submit", "tiny", "--name", "mine")
+    details = {"task_details": [task("train-job", "RUNNING"), task("train-job-2", "")]}
+    config = {"parameters": {"job_kind": kind.lower()}}
+    kubeflow.kept["runs"][0] |= {
+        "state": "RUNNING",
+        "run_details": details,
+        "runtime_config": config,
+    }
+    cluster.jobs = [
+        job("vitdet-a", kind, "Suspended", **{"vitdet/progress": "step 200/900,\n3 min left"}),
+        job("vitdet-b", kind, "Failed", **{"vitdet/progress": "step 7/900"}),
+        {"kind": kind, "metadata": {"name": "vitdet-c"}},
+        job("another", "MPIJob", "Running"),
+    ]
+    _, status, _ = pipeline("status", RUN)
+    assert status.splitlines()[4:] == [
+        "  RUNNING    train-job",
+        "  PENDING    train-job-2",
+        "  job vitdet-a: suspended, step 200/900, 3 min left",
+        "  job vitdet-b: failed, step 7/900, vitdet-b is Failed",
+        "  job vitdet-c: pending",
+    ]
+    config["parameters"]["job_kind"] = "mpijob"
+    assert "job not shown: the run's job_kind is 'mpijob'" in pipeline("status", RUN)[1]
+    config["parameters"]["job_kind"] = kind.lower()
+    kubeflow.plan[f"GET /runs/{RUN}"] = [Handler.serve, failing(404)]
+    _, out, _ = pipeline("terminate", RUN)
+    assert out.replace("RUNNING, now ending", "RUNNING").startswith(status)
+
+
+PLACE = "deleting its training jobs in namespace {} of the cluster of context work"
+KEPT = "vitdet-2: failed; stays until 2026-11-29 12:00 UTC"
+
+
+@pytest.mark.parametrize("state", ["FAILED", "SUCCEEDED", "CANCELED"])
+def test_the_jobs_of_a_run_that_has_ended_are_deleted(
+    kubeflow: Kubeflow, pipeline: Run, cluster: Cluster, state: str
+) -> None:
+    kubeflow.users = True
+    pipeline("submit", "tiny", "--namespace", "team-a")
+    kubeflow.kept["runs"][0]["runtime_config"] = {"parameters": {"job_kind": "trainjob"}}
+    kubeflow.states, cluster.found = [{"state": state}], [(["vitdet-1"], [KEPT])]
+    code, out, said = pipeline("terminate", RUN)
+    assert (code, said) == (0, "")
+    assert out.splitlines()[2:] == [
+        f"state {state}",
+        f"link  {kubeflow.url}/#/runs/details/{RUN}",
+        PLACE.format("team-a"),
+        "deleted vitdet-1",
+        KEPT,
+    ]
+    assert cluster.asked == [(RUN, "team-a", "trainjob")]
+    assert f"POST /runs/{RUN}:terminate" not in kubeflow.words()
+
+
+@pytest.mark.parametrize("state", ["RUNNING", "PENDING", "CANCELING"])
+def test_the_jobs_of_a_run_are_deleted_at_once_and_when_it_has_ended(
+    kubeflow: Kubeflow, pipeline: Run, cluster: Cluster, state: str
+) -> None:
+    pipeline("submit", "tiny")
+    kubeflow.states = [
+        {"state": state},
+        {"state": "CANCELING"},
+        {"state": "CANCELING"},
+        {"state": "CANCELED"},
+    ]
+    cluster.found = [(["vitdet-1"], [KEPT]), (["vitdet-3"], [KEPT])]
+    code, out, said = pipeline("terminate", RUN)
+    assert (code, said) == (0, "")
+    assert f"state {state}, now ending" in out and out.splitlines()[4:] == [
+        PLACE.format("kubeflow"),
+        "deleted vitdet-1",
+        "looking again when the run has ended, for about 300 s",
+        "deleted vitdet-3, made since",
+        KEPT,
+    ]
+    assert cluster.asked == [(RUN, "kubeflow", "pytorchjob")] * 2
+    assert (f"POST /runs/{RUN}:terminate" in kubeflow.words()) == (state != "CANCELING")
+
+
+@pytest.mark.parametrize("left", [[], [KEPT]])
+def test_where_there_are_no_jobs_it_says_where_it_looked(
+    kubeflow: Kubeflow, pipeline: Run, cluster: Cluster, left: list[str]
+) -> None:
+    pipeline("submit", "tiny")
+    kubeflow.states, cluster.found = [{"state": "FAILED"}], [([], left)]
+    assert pipeline("terminate", RUN)[1].splitlines()[4:] == [
+        PLACE.format("kubeflow"),
+        *left,
+        "found none to delete",
+    ]
+
+
+@pytest.mark.parametrize(
+    "status", [503, 401, 404]
+)  # silent; the login has expired; somebody has deleted the run
+def test_jobs_of_a_run_that_is_not_seen_to_end_are_deleted(
+    kubeflow: Kubeflow,
+    pipeline: Run,
+    cluster: Cluster,
+    monkeypatch: pytest.MonkeyPatch,
+    status: int,
+) -> None:
+    monkeypatch.setattr("pipeline.cli.terminate.END_TIMEOUT", 0.3)
+    pipeline("submit", "tiny")
+    cluster.found = [(["vitdet-1"], []), (["vitdet-2"], [KEPT])]
+    kubeflow.plan[f"GET /runs/{RUN}"] = [Handler.serve, *[failing(status)] * 3]
+    code, out, said = pipeline("terminate", RUN, "--retries", 0)
+    assert (
+        code == 1
+        and out.splitlines()[-2:] == ["deleted vitdet-2, made since", KEPT]
+        and len(cluster.asked) == 2
+    )
+    cause = (
+        "the run is still ending" if status == 503 else "it is unknown whether the run has ended ("
+    )
+    assert said.splitlines()[-1].startswith(f"pipeline: {cause}") and said.splitlines()[
+        -1
+    ].endswith(f"; to delete training jobs created later: `python -m pipeline terminate {RUN}`")
+
+
+def test_ctrl_c_while_a_run_ends_says_what_is_left_to_do(
+    kubeflow: Kubeflow, pipeline: Run, cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("pipeline.client.Server.wait_until_ended", interrupt)
+    pipeline("submit", "tiny")
+    code, _, said = pipeline("terminate", RUN)
+    assert code == 130 and len(cluster.asked) == 1
+    assert said.endswith(
+        f"; to delete training jobs created since: `python -m pipeline terminate {RUN}`\n"
+    )
+
+
+def test_a_cluster_without_the_namespace_is_refused_in_one_line(
+    kubeflow: Kubeflow, pipeline: Run, cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def another(namespace: str) -> str:
+        raise ValueError(f"the cluster of context work has no namespace {namespace}")
+
+    monkeypatch.setattr(kube, "describe_namespace", another)
+    pipeline("submit", "tiny")
+    code, out, said = pipeline("terminate", RUN)
+    assert code == 1 and "now ending" in out and cluster.asked == []
+    assert said.endswith(
+        "training jobs may still exist: the cluster of context work has no namespace kubeflow\n"
+    )
+
+
+def test_terminating_a_run_that_ends_in_the_meantime(
+    kubeflow: Kubeflow, pipeline: Run, cluster: Cluster
+) -> None:
+    pipeline("submit", "tiny")
+    kubeflow.plan[f"POST /runs/{RUN}:terminate"] = [failing(400, "Row not found")]
+    kubeflow.states = [{"state": "RUNNING"}, {"state": "FAILED"}]
+    assert pipeline("terminate", RUN)[0] == 0 and {asked[:2] for asked in cluster.asked} == {
+        (RUN, "kubeflow")
+    }
+
+
+def test_jobs_that_cannot_be_deleted_are_an_error_that_says_how(
+    kubeflow: Kubeflow, pipeline: Run, cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def forbidden(run_id: str, namespace: str, own: str) -> tuple[list[str], list[str]]:
+        raise RuntimeError("may not delete pytorchjobs")
+
+    monkeypatch.setattr(launcher, "delete_jobs", forbidden)
+    pipeline("submit", "tiny")
+    code, out, said = pipeline("terminate", RUN, "--namespace", "team-a")
+    assert code == 1 and "now ending" in out and len(said.splitlines()) == 1
+    assert f"kubectl delete -n team-a pytorchjobs,trainjobs -l vitdet/run={RUN}" in said
+
+
+def test_terminating_a_schedule_deletes_it(
+    kubeflow: Kubeflow, pipeline: Run, cluster: Cluster
+) -> None:
+    pipeline("submit", "tiny", "--cron", "@daily")
+    code, out, _ = pipeline("terminate", "0000-rec-0")
+    assert code == 0 and "runs that it started continue" in out
+    assert not kubeflow.kept["recurringruns"] and not cluster.asked

@@ -1,0 +1,186 @@
+"""What a server of an older version does not know of a pipeline: left out, refused, told apart from a failure."""
+
+from __future__ import annotations
+
+import copy
+import io
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+
+from pipeline.versions import FIELDS, NEWEST, fit, places, read_version, server_version
+from tests.conftest import ROOT
+from tests.helpers.kubeflow import Kubeflow, command, serving
+
+Run = Callable[..., tuple[int, str, str]]
+GOLDEN = ROOT / "tests" / "golden_pipeline" / "pipeline.yaml"
+JOB = ROOT / "tests" / "golden_pipeline" / "jobs.yaml"
+EXECUTORS = "platforms kubernetes deploymentSpec executors".split()
+
+
+@pytest.fixture
+def kubeflow() -> Iterator[Kubeflow]:
+    with serving(Kubeflow()) as server:
+        yield server
+
+
+@pytest.fixture
+def pipeline(
+    kubeflow: Kubeflow, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Run:
+    monkeypatch.setattr("pipeline.cli.submit.check_recipes", lambda *_: True)
+    return command(kubeflow, monkeypatch, capsys)
+
+
+def documents() -> list[dict]:
+    return list(yaml.safe_load_all(GOLDEN.read_text()))
+
+
+def executors(platform: dict) -> dict[str, dict]:
+    for key in EXECUTORS:
+        platform = platform[key]
+    return platform
+
+
+def sent(kubeflow: Kubeflow) -> list[dict]:
+    body = kubeflow.bodies("POST /runs")[-1]["pipeline_spec"]
+    return [body["pipeline_spec"], body["platform_spec"]]
+
+
+@pytest.mark.parametrize(
+    ("version", "left_out"),
+    [
+        (
+            "2.5",
+            {"retryPolicy", "taskConfigPassthroughs", "TASK_CONFIG", "optional", "securityContext"},
+        ),
+        ("v2.15.0", {"securityContext"}),
+        ("2.16.1", set()),
+        ("2.17.0", set()),
+    ],
+)
+def test_a_server_gets_the_fields_that_it_knows(version: str, left_out: set[str]) -> None:
+    fitted, before = documents(), documents()
+    lines = fit(fitted, read_version(version))
+    assert {line.split(" does not support ")[1].split(" ")[0] for line in lines} == left_out
+    for field in FIELDS:
+        found = [place for document in fitted for place in places(document, field)]
+        assert not found or read_version(version) >= field.since
+    assert (fitted == before) == (not left_out)
+    # nothing else has changed
+    spec, platform = fitted
+    assert spec["deploymentSpec"] == before[0]["deploymentSpec"]
+    for name, executor in executors(platform).items():
+        assert executor["pvcMount"] == executors(before[1])[name]["pvcMount"]
+
+
+def test_a_field_without_which_the_result_differs_is_refused() -> None:
+    spec, platform = documents()
+    executors(platform)["exec-data"]["pvcMount"][0]["subPath"] = "team"
+    with pytest.raises(
+        ValueError,
+        match=r"^the pipeline uses subPath, which Pipelines 2\.15\.0 does not support .*2\.16\.0 or later$",
+    ):
+        fit([spec, copy.deepcopy(platform)], read_version("2.15"))
+    assert fit([spec, platform], NEWEST) == []
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ("1.8.5", "1.8.5 is too old; supported: 2.5.0 (Kubeflow 1.10)"),
+        ("2.9.0", "2.9.0 is no release of the server; supported: "),
+        ("3.0", "3.0 is newer than this client knows; supported: "),
+        (
+            "newest",
+            "version 'newest' of Kubeflow Pipelines: expected one of 2.5.0 (Kubeflow 1.10), ",
+        ),
+    ],
+)
+def test_a_version_that_is_not_supported_is_one_line(
+    kubeflow: Kubeflow, pipeline: Run, given: str, said: str, tmp_path: Path
+) -> None:
+    for words in (["compile", tmp_path / "p.yaml"], ["submit", "tiny"]):
+        code, out, line = pipeline(*words, "--kfp", given)
+        assert (code, out) == (2, "") and said in line.splitlines()[-1]
+    assert not kubeflow.requests and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("health", "version", "doubt"),
+    [
+        ({"tag_name": "2.16.1"}, (2, 16, 1), ""),
+        ({"apiServerTagName": "2.17.0", "frontendTagName": "2.5.0"}, (2, 17, 0), ""),
+        ({"tag_name": "2.18.0"}, NEWEST, "the server is Pipelines 2.18.0; treated as 2.17.0"),
+        # as images before 2.16 report it, directly and through the web interface
+        ({"tag_name": "unknown"}, (2, 5, 0), "Pipelines 2.5.0 (Kubeflow 1.10), pass --kfp VERSION"),
+        ({"tag_name": "unknown", "pipeline_store": "database"}, (2, 15, 0), "Pipelines 2.15.0 ("),
+        ({"apiServerTagName": "unknown", "pipelineStore": "database"}, (2, 15, 0), "2.15.0 ("),
+    ],
+)
+def test_the_server_is_asked_for_its_version(health: dict, version: tuple, doubt: str) -> None:
+    found, remark = server_version(health)
+    assert found == version and doubt in remark and bool(doubt) == bool(remark)
+
+
+def test_submit_leaves_out_what_the_server_does_not_know(kubeflow: Kubeflow, pipeline: Run) -> None:
+    words = ["submit", "tiny", "--package", GOLDEN]
+    assert pipeline(*words)[2] == ""
+    assert "securityContext" in executors(sent(kubeflow)[1])["exec-data"]
+    kubeflow.health = {"tag_name": "unknown", "pipeline_store": "database"}
+    code, _, said = pipeline(*words)
+    doubt, line = said.splitlines()
+    assert code == 0 and "treated as Pipelines 2.15.0 (Kubeflow 1.11), pass --kfp" in doubt
+    assert "securityContext (2.16.0 does), left out" in line and "Pod Security `restricted`" in line
+    assert not any("securityContext" in one for one in executors(sent(kubeflow)[1]).values())
+    # what the user states is used as it is
+    code, _, said = pipeline(*words, "--kfp", "2.16.1")
+    assert (code, said) == (0, "") and "securityContext" in str(sent(kubeflow)[1])
+    kubeflow.health = {"tag_name": "2.4.1"}
+    code, _, said = pipeline(*words)
+    assert code == 1 and "2.4.1 is too old" in said and len(said.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("health", "said"),
+    [
+        (
+            {"tag_name": "2.15.0"},
+            "this is Pipelines 2.15.0; it does not know securityContext of the pipeline: use --kfp 2.15.0",
+        ),
+        (
+            {"tag_name": "unknown"},
+            "the server does not know securityContext of the pipeline: pass its version with --kfp; it is older "
+            "than 2.16.0",
+        ),
+    ],
+)
+def test_a_server_that_refuses_a_field_is_not_one_that_is_down(
+    kubeflow: Kubeflow, pipeline: Run, health: dict, said: str
+) -> None:
+    kubeflow.health, kubeflow.unknown = health, "securityContext"
+    code, out, line = pipeline("submit", "tiny", "--package", GOLDEN, "--kfp", "2.17")
+    assert (code, out, line) == (1, "", f"pipeline: {kubeflow.url}: {said}\n")
+    assert kubeflow.words().count("POST /runs") == 1
+    kubeflow.unknown = "schemaVersion"  # no field of the table
+    line = pipeline("submit", "tiny", "--package", GOLDEN, "--kfp", "2.17")[2]
+    assert line.endswith("the package was compiled with a newer kfp than the server's\n")
+
+
+def test_compile_writes_the_pipeline_of_a_version(
+    pipeline: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    newest, old = tmp_path / "newest.yaml", tmp_path / "old.yaml"
+    monkeypatch.setattr("sys.stdin", io.StringIO(JOB.read_text()))
+    code, out, said = pipeline("compile", newest, "--job", "-")
+    assert (code, out, said) == (0, f"{newest}\n", "")
+    code, out, said = pipeline("compile", old, "--job", JOB, "--kfp", "2.15")
+    assert code == 0 and len(said.splitlines()) == 1 and "securityContext" in said
+    spec, platform = yaml.safe_load_all(newest.read_text())
+    for executor in executors(platform).values():
+        del executor["securityContext"]
+    assert list(yaml.safe_load_all(old.read_text())) == [spec, platform]
+    head = [line for line in newest.read_text().splitlines() if line.startswith("#")]
+    assert old.read_text().splitlines()[: len(head)] == head

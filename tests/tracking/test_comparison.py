@@ -1,0 +1,106 @@
+"""The comparison of a pipeline run's trainings: what finished, what did not and why, and statistics over seeds."""
+
+from pathlib import Path
+
+import pytest
+
+from vitdet import stages
+from vitdet.config import load_config, save_config
+from vitdet.outcomes import read_outcomes, recorded, write_verdict
+from vitdet.preparation import plan_trainings
+from vitdet.tracking.address import run_page
+from vitdet.tracking.mlflow import connect
+from vitdet.tracking.table import mean_deviation, trainings_table
+from vitdet.workspace import run_folder
+
+RUN = "0123456789abcdef"
+
+
+def verdict(name: str, ap: float) -> dict:
+    return {
+        "name": name,
+        "run_id": "",
+        "metrics": {"box_ap": ap},
+        "val_fingerprint": "f1",
+        "evaluate_settings": "s",
+        "passed": False,
+        "reason": "no better",
+    }
+
+
+@pytest.fixture
+def names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Two settings with two seeds each, of a run that has begun."""
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    planned = plan_trainings(["tiny"], [], str(tmp_path), ["optim.lr=0.1,0.2"], 2)
+    for name, (config, _) in planned.items():
+        save_config(config, run_folder(str(tmp_path), RUN) / f"{name}.yaml")
+    return list(planned)
+
+
+def test_after_a_failure_the_table_has_what_finished_and_why_the_rest_did_not(
+    names: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    space, page = str(tmp_path), tmp_path / "page.html"
+    for name, ap in zip(names[:3], (10.0, 12.0, 30.0), strict=True):
+        write_verdict(space, name, RUN, verdict(name, ap))
+    with (
+        pytest.raises(RuntimeError),
+        recorded(space, names[3], RUN, "train"),
+    ):
+        raise RuntimeError("loss <nan> | step 3\nmore")
+    text = stages.compare_finished(space, RUN, str(page))
+
+    rows = [[cell.strip() for cell in line.split(" | ")] for line in text.splitlines()]
+    over_seeds = {row[1]: row[2:4] for row in rows if row[0] == "| tiny"}
+    assert over_seeds == {"optim.lr=0.1": ["2", "11.00 ± 1.41"], "optim.lr=0.2": ["1", "30.00"]}
+    best, *_, failed = [row for row in rows if row[0].startswith("| tiny-")]
+    assert best[:3] == [f"| {names[2]}", "optim.lr=0.2, train.seed=0", "30.00"]
+    assert failed[0] == f"| {names[3]}"
+    assert "train failed: loss <nan> \\| step 3 |" in text
+    assert "train failed: loss &lt;nan&gt; | step 3</td>" in page.read_text()
+    client, _ = connect(None, "", tmp_path / "runs")
+    (parent,) = client.search_runs(["1"], f"tags.group = '{RUN}'")
+    assert "best" not in parent.data.tags  # the exit handler of a server that reports RUNNING
+    assert client.list_artifacts(parent.info.run_id)[0].path == "comparison.md"
+
+    # all of them at last, and addresses of MLflow's pages
+    with recorded(space, names[3], RUN, "train"):
+        pass
+    write_verdict(space, names[3], RUN, verdict(names[3], 31.0))
+    monkeypatch.setenv("MLFLOW_UI_URL", "https://mlflow.example.com/")
+    assert "31.00" in stages.compare_finished(space, RUN, str(page))
+    assert f"https://mlflow.example.com/#/experiments/1/runs/{parent.info.run_id}" in (
+        page.read_text()
+    )
+    assert client.get_run(parent.info.run_id).data.tags["best"] == names[3]
+
+
+def test_what_left_no_trace_did_not_finish(names: list[str], tmp_path: Path) -> None:
+    verdicts, failures = read_outcomes(str(tmp_path), names, RUN)
+    assert not verdicts
+    assert failures == dict.fromkeys(names, "did not finish: see the logs of its steps")
+    assert stages.compare_finished(str(tmp_path), "another-run", str(tmp_path / "page")) == ""
+
+
+def test_links_are_in_markdown_and_html() -> None:
+    link = run_page("http://me:secret@mlflow:5000/", "1", "abc")
+    assert link == "http://mlflow:5000/#/experiments/1/runs/abc"
+    assert run_page("sqlite:///mlflow.db", "1", "abc") == ""
+    table = trainings_table([verdict("a-1", 1.0)], {}, {}, None, {}, {"a-1": link})
+    assert f"| [a-1]({link}) | 1.00 |" in table.markdown()
+    assert f'href="{link}">a-1</a>' in table.html()
+
+
+def test_mean_and_deviation() -> None:
+    assert [mean_deviation(values) for values in ([], [1.0], [1.0, 3.0])] == [
+        "-",
+        "1.00",
+        "2.00 ± 1.41",
+    ]
+
+
+def test_seeds_count_from_the_recipe_s_own() -> None:
+    planned = plan_trainings(["tiny"], ["train.seed=5"], "", seeds=3)
+    assert [config.train.seed for config, _ in planned.values()] == [5, 6, 7]
+    assert load_config("tiny").train.seed == 0
