@@ -9,12 +9,18 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import yaml
 from kubernetes import client, config
 from kubernetes.client.exceptions import ApiException
 from urllib3.exceptions import HTTPError
 
 from components.launcher import queue, workflow
-from components.launcher.errors import describe_error, may_be_admitted_later, server_message
+from components.launcher.errors import (
+    describe_error,
+    describe_outage,
+    may_be_admitted_later,
+    server_message,
+)
 from components.launcher.templates import FAILURE, Kind
 
 SERVICE_ACCOUNT = Path("/var/run/secrets/kubernetes.io/serviceaccount")
@@ -40,7 +46,7 @@ def connect(retries: int | None = None) -> tuple[client.ApiClient, str]:
     """Return an API client and the namespace, from the service account or else the kubeconfig.
 
     retries: of requests without a response; default: urllib3's, each of which waits for the full
-    timeout. Raises RuntimeError if neither exists.
+    timeout. Raises RuntimeError if neither exists or it is not valid.
     """
     settings, file = client.Configuration(), os.environ.get("KUBECONFIG")
     settings.retries = retries
@@ -54,6 +60,11 @@ def connect(retries: int | None = None) -> tuple[client.ApiClient, str]:
     except config.ConfigException as error:
         raise RuntimeError(
             f"no cluster: not in a pod with a service account, and no kubeconfig ({error})"
+        ) from None
+    except (yaml.YAMLError, OSError, ValueError, TypeError, LookupError, AttributeError) as error:
+        problem = " ".join(str(error).split())
+        raise RuntimeError(
+            f"the kubeconfig {file or '~/.kube/config'} is not valid: {problem}"
         ) from None
 
 
@@ -88,7 +99,7 @@ def describe_namespace(namespace: str) -> str:
                 "set KUBECONFIG or its current context to the pipeline's cluster"
             ) from None
     except HTTPError as error:
-        raise RuntimeError(f"{name} does not answer ({type(error).__name__})") from None
+        raise RuntimeError(f"{name} {describe_outage(error)}") from None
     return f"namespace {namespace} of {name}"
 
 
@@ -139,7 +150,7 @@ def request_once(
         raised = PermissionError if error.status == 403 else RuntimeError
         raise raised(describe_error(kind, namespace, f"{verb} {kind.plural}", error)) from None
     except HTTPError as error:
-        raise RuntimeError(f"the API server does not answer ({type(error).__name__})") from None
+        raise RuntimeError(f"the API server {describe_outage(error)}") from None
 
 
 class JobClient:
@@ -207,7 +218,7 @@ class JobClient:
                 elif error.status != 429 and error.status < 500:
                     limit = 0
             except (HTTPError, ValueError) as error:  # no response, or a truncated one
-                problem = f"the API server does not answer ({type(error).__name__})"
+                problem = f"the API server {describe_outage(error)}"
                 limit = self.timeouts.api
             if once or time.monotonic() - start >= limit:
                 waited = f", for {limit:.0f} s" if limit and not once else ""

@@ -37,6 +37,11 @@ def server_message(error: ApiException) -> str:
         return ""
 
 
+def describe_outage(error: Exception) -> str:
+    """Return the kind of a failed connection, e.g. SSLError, for messages."""
+    return f"does not answer ({type(getattr(error, 'reason', None) or error).__name__})"
+
+
 def may_be_admitted_later(error: ApiException) -> bool:
     """Whether a quota or an admission webhook rejected the request, which may change by itself."""
     message = server_message(error)
@@ -49,7 +54,12 @@ def describe_error(kind: Kind, namespace: str, verb: str, error: ApiException) -
     """Describe a rejected request in one line: the request, the reason and the remedy."""
     message = server_message(error)
     what = f"cannot {verb} in namespace {namespace}"
-    if rule := MISSING_RULE.search(message):
+    rule = MISSING_RULE.search(message)
+    if rule and rule["account"] == "system:anonymous":
+        return (
+            f"{what}: the request had no credentials; log in to the cluster (HTTP {error.status})"
+        )
+    if rule:
         resource = f"{rule['resource']}.{rule['group']}".rstrip(".")
         return (
             f"{what}: account {rule['account']} has no Role for verb {rule['verb']} of {resource}; apply "

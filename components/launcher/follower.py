@@ -9,22 +9,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from datetime import datetime, timedelta
 from typing import NoReturn
 
 from components.launcher.client import JobClient, Timeouts
-from components.launcher.logs import (
-    MAX_PODS,
-    OUT_OF_GPU_MEMORY,
-    TAIL,
-    PodLog,
-    RankLogs,
-    keep_newest,
-)
+from components.launcher.failures import Failures
+from components.launcher.logs import OUT_OF_GPU_MEMORY, PodLog, RankLogs
 from components.launcher.progress import PROGRESS, Progress
-from components.launcher.pruned import judge_dropped
+from components.launcher.pruned import check_dropped
 from components.launcher.queue import is_suspended, no_workload, queue_name, waiting_reason
-from components.launcher.restarts import OUT_OF_MEMORY, WINDOW, Restarts, node_is_unresponsive
+from components.launcher.restarts import OUT_OF_MEMORY, Restarts, node_is_unresponsive
 from components.launcher.signals import on_stop
 from components.launcher.status import (
     BROKEN,
@@ -36,7 +29,6 @@ from components.launcher.status import (
     job_phase,
     missing_pods,
     restart_count,
-    root_cause,
     startup_warning,
 )
 from components.launcher.templates import ERRORS, FAILURE, RESTARTS, SCHEDULE, STARTED, Kind
@@ -44,7 +36,6 @@ from components.launcher.workflow import without_run
 
 MAX_ANNOTATION = 32_000  # characters of FAILURE; the API server allows 256 KiB of annotations
 NO_WORKLOAD = 30.0  # seconds after which Kueue should have created a job's Workload
-SHOWN_LINES = 30  # log lines of a failed pod in the cause of a failure
 
 
 class Follower:
@@ -82,7 +73,7 @@ class Follower:
         self.pods: list[dict] = []  # as of the last poll
         self.pod_logs: dict[str, PodLog] = {}
         self.ranks, self.progress = RankLogs(), Progress()
-        self.failures: dict[str, tuple[Cause, list[str]]] = {}
+        self.failures = Failures(client, self.ranks)
         self.restarts, self.errors, self.started = Restarts(), 0, False
         self.admitted = False  # by Kueue
         self.limits = {"schedule": timeouts.schedule, "start": timeouts.start}
@@ -167,7 +158,7 @@ class Follower:
             self.client.delete()
             time.sleep(min(self.timeouts.poll, 1))
         self.report("created", f"created {self.name} in namespace {wanted['namespace']}")
-        warnings, error = judge_dropped(self.kind, self.job, created)
+        warnings, error = check_dropped(self.kind, self.job, created)
         for text in warnings:
             self.report(text, text)
         if error:
@@ -226,7 +217,7 @@ class Follower:
             why = (
                 f"\ncause: {deadline}; its checkpoints stay"
                 if deadline
-                else self.explain(pods, None)
+                else self.failures.explain(pods, None)
             )
             self.fail(f"{self.name} failed: {message or 'its status has no message'}{why}", None)
         if phase == "suspended":
@@ -294,7 +285,7 @@ class Follower:
             return True
         raise RuntimeError(
             f"{self.name} was deleted before it ended, by somebody else or with its owner; or it failed "
-            f"and its time to live has expired{self.explain([], None)}"
+            f"and its time to live has expired{self.failures.explain([], None)}"
         )
 
     def record_failures(self, pods: list[dict]) -> None:
@@ -311,11 +302,7 @@ class Follower:
             if text != self.reported.get(cause.pod):
                 self.report(cause.pod, text)
                 self.stream_log(pod)
-                lines = self.client.log(
-                    cause.pod, tail=TAIL, previous=cause.previous, container=container
-                )
-                keep_newest(self.failures, MAX_PODS - 1)
-                self.failures[cause.pod] = cause, [line.partition(" ")[2] for line in lines]
+                self.failures.add(cause, container)
 
     def stream_log(self, pod: dict, final: bool = False) -> None:
         """Read the new lines of a pod and write those of rank 0; final: the job has ended."""
@@ -365,7 +352,7 @@ class Follower:
 
     def check_memory(self) -> None:
         """End the job if a pod ran out of memory: a restart would not help."""
-        for cause, lines in self.failures.values():
+        for cause, lines in self.failures.found.values():
             if cause.reason == OUT_OF_MEMORY and not cause.init:
                 advice = (
                     "raise the memory limit of the pods (`memory` in the cluster's values), or use fewer "
@@ -411,7 +398,7 @@ class Follower:
     def give_up(self, text: str, pods: list[dict], cause: Cause | None) -> NoReturn:
         """End the job and keep it, so that a retried step finds the cause. Raises RuntimeError."""
         self.stream_held_lines()
-        explained = self.explain(pods, cause)
+        explained = self.failures.explain(pods, cause)
         if queue_name(self.current):
             self.fail(f"{text}{explained}; its deadline is set to now", self.kind.expire)
         self.fail(f"{text}{explained}; it is suspended", self.kind.halt)
@@ -433,34 +420,7 @@ class Follower:
         except RuntimeError as error:
             self.out(f"launcher: cannot delete {self.name}, which may still use its GPUs: {error}")
 
-    def explain(self, pods: list[dict], cause: Cause | None) -> str:
-        """Return the cause of a failure and the last log lines of the pod; "" if unknown."""
-        cause = (
-            cause
-            or root_cause(found for pod in pods if (found := failure_reason(pod)))
-            or root_cause(one for one, _ in self.failures.values())
-        )
-        if cause is None:
-            return ""
-        lines = self.failures[cause.pod][1] if cause.pod in self.failures else []
-        lines = lines[-SHOWN_LINES:]
-        shown = "\n  ".join(["\nlast lines of its log:", *lines]) if lines else ""
-        killed = " (the system killed a process, most likely out of memory)"
-        first = self.ranks.first_failure(time_before(cause.time))
-        return (
-            (f"\n{first}" if first else "")
-            + f"\ncause: {cause}{killed if any('Signal 9 (SIGKILL)' in line for line in lines) else ''}"
-            + shown
-        )
-
 
 def creation_time(resource: dict) -> str:
     """Return when the API server created this; "" if unknown."""
     return resource["metadata"].get("creationTimestamp") or ""
-
-
-def time_before(text: str) -> str:
-    """Return the time `WINDOW` before an RFC 3339 time, as `Line.time`; "" for ""."""
-    if not text:
-        return ""
-    return f"{datetime.fromisoformat(text) - timedelta(seconds=WINDOW):%Y-%m-%dT%H:%M:%S}"

@@ -70,7 +70,7 @@ def pod_settings(spec: dict) -> list[str]:
     return sorted(names)
 
 
-def judge_dropped(kind: Kind, sent: dict, received: dict) -> tuple[list[str], str]:
+def check_dropped(kind: Kind, sent: dict, received: dict) -> tuple[list[str], str]:
     """Return (warnings, error) about the fields of a new job that the API server dropped.
 
     error: the job would not train as requested; "" if only warnings remain.

@@ -96,7 +96,7 @@ def test_lost_pod_settings_end_the_job_and_a_lost_deadline_is_a_warning(
     assert "no spec.runtimePatches, which sets nodeSelector of the pods (upgrade Kubeflow" in text
     assert "\n" not in text and any("no spec.activeDeadlineSeconds" in one for one in played.lines)
     wait_until(lambda: played.job("lost", "trainjob") is None)
-    # without settings of pods only the deadline and labels are lost: nobody reconciles this job, so it is given up
+    # without settings of pods only the deadline and labels are lost; this group has no operator, so the job is given up
     with pytest.raises(RuntimeError, match="has had no status"):
         timeouts = replace(QUICK, operator=3)
         played.launch(old_job(), ["true"], "warned", kind="trainjob", timeouts=timeouts)

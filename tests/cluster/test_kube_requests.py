@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 from kubernetes import client
 from kubernetes.client.exceptions import ApiException
-from urllib3.exceptions import ProtocolError
+from urllib3 import HTTPConnectionPool
+from urllib3.exceptions import MaxRetryError, NameResolutionError, ProtocolError
 
-from components.launcher.client import JobClient, Timeouts
+from components.launcher.client import JobClient, Timeouts, connect
+from components.launcher.errors import describe_outage
 from tests.cluster.test_following import PYTORCH, SHORT, Clock, clock
 
 __all__ = ["clock"]  # a fixture for the whole file
@@ -87,6 +90,13 @@ def test_an_api_server_that_is_away_is_asked_again() -> None:
             refused(403, 'admission webhook "v.io" denied the request: spec.x: Required value: y'),
             "spec.x: Required value: y .HTTP 403.$",
         ),
+        (
+            refused(
+                403,
+                'pods is forbidden: User "system:anonymous" cannot list resource "pods" in API group ""',
+            ),
+            "the request had no credentials",
+        ),
         (refused(401, "Unauthorized"), "does not accept the account's token .HTTP 401.$"),
         (
             refused(404),
@@ -131,3 +141,35 @@ def test_a_quota_and_a_policy_are_waited_for(message: str, clock: Clock) -> None
     with pytest.raises(RuntimeError) as raised:
         ask("create", answers(refused(403, message)), refused=9)
     assert str(raised.value) == f"{what}, for 9 s" and 9 <= clock.now - start < 12
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{: [", "is not valid: while parsing"),
+        ("\x01", "is not valid: unacceptable character"),
+        ("[1]", "is not valid: "),
+        ("hello", "is not valid: "),
+        ("", "file is empty"),
+        (
+            "clusters: [{name: a, cluster: {server: 5}}]\nusers: [{name: u, user: {token: t}}]\n"
+            "contexts: [{name: c, context: {cluster: a, user: u}}]\ncurrent-context: c\n",
+            "is not valid: ",
+        ),
+    ],
+)
+def test_a_kubeconfig_that_is_none_is_one_line(
+    text: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "config").write_text(text)
+    monkeypatch.setenv("KUBECONFIG", str(tmp_path / "config"))
+    with pytest.raises(RuntimeError, match=message) as raised:
+        connect()
+    assert "\n" not in str(raised.value) and str(tmp_path) in str(raised.value)
+    assert raised.value.__suppress_context__
+
+
+def test_an_outage_names_its_kind() -> None:
+    reset = MaxRetryError(HTTPConnectionPool("h"), "/", NameResolutionError("h", None, OSError()))
+    assert describe_outage(reset) == "does not answer (NameResolutionError)"
+    assert describe_outage(ProtocolError("reset")) == "does not answer (ProtocolError)"

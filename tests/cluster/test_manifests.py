@@ -153,7 +153,7 @@ def test_the_queue_covers_what_the_pods_request_and_has_their_priority(
     """Kueue admits no pod with another resource; a missing class leaves a job without a Workload."""
     options = ["components/rdma", "components/kueue", "components/values"]
     jobs = build(copy, "onprem", [job], ["node-pools/onprem", *options])
-    cluster = build(copy, "onprem", ["shared"], ["components/kueue-queues", "components/values"])
+    cluster = build(copy, "onprem", ["cluster"], ["components/kueue-queues", "components/values"])
     queue, one = (
         [d for d in cluster if d["kind"] == kind] for kind in ("ClusterQueue", "LocalQueue")
     )
@@ -167,7 +167,7 @@ def test_the_queue_covers_what_the_pods_request_and_has_their_priority(
     assert "rdma/rdma_shared_device_a" in requested <= set(group["coveredResources"])
     quotas = [resource["name"] for resource in group["flavors"][0]["resources"]]
     assert quotas == group["coveredResources"]
-    labels = jobs[-1]["metadata"]["labels"]
+    (labels,) = (d["metadata"]["labels"] for d in jobs if d["kind"].lower() == job)
     assert labels["kueue.x-k8s.io/queue-name"] == one[0]["metadata"]["name"]
     values = {d["kind"]: d["value"] for d in cluster if d["kind"].endswith("PriorityClass")}
     assert labels["kueue.x-k8s.io/priority-class"] == "vitdet-train" and len(values) == 2
@@ -183,7 +183,8 @@ def test_a_trainjob_s_pods_are_scheduled_as_a_group(
 ) -> None:
     """Trainer creates the PodGroup, but does not set the scheduler that reads it."""
     parts = ["node-pools/onprem", f"components/{option}", "components/values"]
-    runtime, _ = build(copy, "onprem", ["trainjob"], parts)
+    made = build(copy, "onprem", ["trainjob"], parts)
+    (runtime,) = (document for document in made if document["kind"] == "TrainingRuntime")
     assert list(runtime["spec"]["podGroupPolicy"]) == [option]
     assert [pod["spec"]["schedulerName"] for _, pod in pods([runtime])] == [scheduler]
 

@@ -6,7 +6,7 @@ import copy
 
 import pytest
 
-from components.launcher.pruned import dropped_fields, judge_dropped
+from components.launcher.pruned import check_dropped, dropped_fields
 from components.launcher.templates import KINDS, fill_template
 from tests.cluster.test_following import DONE, Record, clock, follow
 from tests.cluster.test_launcher import TEMPLATES, filled, request
@@ -31,12 +31,12 @@ def test_what_webhooks_and_defaults_add_is_no_loss() -> None:
     assert dropped_fields(received, sent, "spec") == ["spec.a[0]", "spec.a[1].c"]
     assert dropped_fields({"a": [{"b": 1}]}, {"a": []}, "spec") == ["spec.a[0]"]
     job = trainjob(pool="")
-    assert judge_dropped(KINDS["trainjob"], job, copy.deepcopy(job)) == ([], "")
+    assert check_dropped(KINDS["trainjob"], job, copy.deepcopy(job)) == ([], "")
 
 
 def test_the_loss_of_a_safety_net_is_a_warning() -> None:
     job = trainjob(pool="")
-    warnings, error = judge_dropped(
+    warnings, error = check_dropped(
         KINDS["trainjob"], job, without(job, "activeDeadlineSeconds", "runtimePatches")
     )
     assert error == "" and warnings == [
@@ -49,7 +49,7 @@ def test_the_loss_of_a_safety_net_is_a_warning() -> None:
 
 def test_lost_settings_of_pods_are_an_error_that_names_them() -> None:
     job = trainjob(pool="h200", task={"volumes": [VOLUME], "tolerations": [{"key": "spot"}]})
-    _, error = judge_dropped(KINDS["trainjob"], job, without(job, "runtimePatches"))
+    _, error = check_dropped(KINDS["trainjob"], job, without(job, "runtimePatches"))
     assert error == (
         "the cluster's TrainJob has no spec.runtimePatches, which sets nodeSelector, tolerations, volumes of the pods "
         "(upgrade Kubeflow Trainer to 2.2 or later); the job would train in another way"

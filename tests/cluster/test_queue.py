@@ -1,4 +1,4 @@
-"""A job that Kueue holds back: the reason is logged, and a queue's label that nobody reads is reported.
+"""A job that Kueue holds back: the reason is logged, and a label without effect is reported.
 
 The conditions are those of kubernetes-sigs/kueue at ff69552e: apis/kueue/v1beta2/workload_types.go, their messages
 pkg/controller/core/workload_controller.go (getQueueBlocker) and pkg/scheduler/flavorassigner/flavorassigner.go.

@@ -1,0 +1,56 @@
+"""The failed pods of a job with the ends of their logs, and the cause of the job's failure."""
+
+from __future__ import annotations
+
+from datetime import datetime, timedelta
+
+from components.launcher.client import JobClient
+from components.launcher.logs import MAX_PODS, TAIL, RankLogs, keep_newest
+from components.launcher.restarts import WINDOW
+from components.launcher.status import Cause, failure_reason, root_cause
+
+SHOWN_LINES = 30  # log lines of a failed pod in the cause of a failure
+
+
+class Failures:
+    """The failures of a job's pods, also of pods that are gone.
+
+    found: name of a pod -> its last failure and the last lines of its log.
+    """
+
+    def __init__(self, client: JobClient, ranks: RankLogs) -> None:
+        self.client, self.ranks = client, ranks
+        self.found: dict[str, tuple[Cause, list[str]]] = {}
+
+    def add(self, cause: Cause, container: str) -> None:
+        """Store a failure and the end of the container's log, as the pod may be deleted soon."""
+        lines = self.client.log(cause.pod, tail=TAIL, previous=cause.previous, container=container)
+        keep_newest(self.found, MAX_PODS - 1)
+        self.found[cause.pod] = cause, [line.partition(" ")[2] for line in lines]
+
+    def explain(self, pods: list[dict], cause: Cause | None) -> str:
+        """Return the cause of a failure and the last log lines of the pod; "" if unknown."""
+        cause = (
+            cause
+            or root_cause(found for pod in pods if (found := failure_reason(pod)))
+            or root_cause(one for one, _ in self.found.values())
+        )
+        if cause is None:
+            return ""
+        lines = self.found[cause.pod][1] if cause.pod in self.found else []
+        lines = lines[-SHOWN_LINES:]
+        shown = "\n  ".join(["\nlast lines of its log:", *lines]) if lines else ""
+        killed = " (the system killed a process, most likely out of memory)"
+        first = self.ranks.first_failure(time_before(cause.time))
+        return (
+            (f"\n{first}" if first else "")
+            + f"\ncause: {cause}{killed if any('Signal 9 (SIGKILL)' in line for line in lines) else ''}"
+            + shown
+        )
+
+
+def time_before(text: str) -> str:
+    """Return the time `WINDOW` before an RFC 3339 time, as `Line.time`; "" for ""."""
+    if not text:
+        return ""
+    return f"{datetime.fromisoformat(text) - timedelta(seconds=WINDOW):%Y-%m-%dT%H:%M:%S}"
