@@ -16,7 +16,8 @@ from typing import Any, ParamSpec, TypeVar
 from vitdet.files import write_json
 from vitdet.workspace import training_folder
 
-P, R = ParamSpec("P"), TypeVar("R")
+P = ParamSpec("P")
+R = TypeVar("R")
 VERDICT, FAILURE = "verdict.json", "failure.json"
 
 
