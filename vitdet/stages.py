@@ -411,8 +411,7 @@ def _compare(
     from vitdet.tracking import comparison
 
     settings: dict[str, dict[str, str]] = {}
-    recipes = {name.rpartition("-")[0] for name in every}
-    for recipe in recipes:
+    for recipe in {name.rpartition("-")[0] for name in every}:
         group = {name: one for name, one in every.items() if name.rpartition("-")[0] == recipe}
         settings |= dict(zip(group, varied_settings(list(group.values())), strict=True))
     config = next(iter(every.values()))

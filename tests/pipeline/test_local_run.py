@@ -62,12 +62,14 @@ def finished(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Finished:
     return Finished(space, first, second, client_of(space))
 
 
-def test_two_recipes_are_trained_side_by_side_and_end_in_one_table(finished: Finished) -> None:
+def test_two_recipes_are_trained_one_after_the_other_and_end_in_one_table(
+    finished: Finished,
+) -> None:
     taken = steps(finished.first)
     # all of them before anything is trained
     assert sorted(taken[:4]) == ["announce", "configs", "data", "weights"]
     assert sorted(taken[4:-2]) == sorted(2 * ["train", "evaluate", "gate", "register"])
-    assert taken[-2:] == ["compare", "clean-up"] and taken[4:6] == ["train", "train"]
+    assert taken[-2:] == ["compare", "clean-up"] and taken[4:6] == ["train", "evaluate"]
     parent, children = finished.runs(finished.first)
     assert parent.info.status == "FINISHED"
     assert {child.data.params["optim.weight_decay"] for child in children} == {"0.05", "0.5"}
@@ -115,21 +117,24 @@ def test_the_screen_shows_the_steps_own_lines(finished: Finished) -> None:
     assert len(logs) >= 2 and all("executor_input" in log.read_text() for log in logs)
 
 
-def test_a_run_that_cannot_be_is_ended_by_its_first_steps(
-    finished: Finished, tiny: Path, tmp_path: Path
-) -> None:
+def test_a_run_that_cannot_be_is_ended_by_its_first_steps(finished: Finished) -> None:
+    done = pipeline("run", "tiny", "--set", "data.root=absent", "--workspace", finished.space)
+    assert done.returncode == 1
+    taken = re.findall(r"^-- (.+)$", done.stdout, re.MULTILINE)
+    assert taken[0] == "configs" and taken[-1] == "clean-up"
+    assert "data failed" in taken and "train" not in taken
+    assert "absent" in done.stdout and "set the pipeline's parameter `fetch`" in done.stdout
+    assert re.fullmatch(r"pipeline: step data failed; the whole log: \S+\n", done.stderr)
+
+
+def test_a_run_that_would_be_refused_is_not_started(finished: Finished, tmp_path: Path) -> None:
     other = tmp_path / "other.yaml"
     text = (ROOT / "vitdet" / "recipes" / "tiny.yaml").read_text()
     other.write_text(f"{text}\ntracking: {{experiment: other}}\n")
-    done = pipeline("run", "tiny", other, *options(minimal(tiny)), "--workspace", finished.space)
-    assert done.returncode == 1
-    assert "other.yaml and tiny cannot be compared" in done.stdout.replace(str(other), "other.yaml")
-    assert re.findall(r"^-- (.+)$", done.stdout, re.MULTILINE) == [
-        "configs",
-        "configs failed",
-        "clean-up",
-    ]
-    assert re.fullmatch(r"pipeline: step configs failed; the whole log: \S+\n", done.stderr)
-    unknown = pipeline("run", "tinny", "--workspace", finished.space)
-    assert (unknown.returncode, unknown.stdout) == (1, "")
-    assert unknown.stderr.startswith("pipeline: tinny: no such recipe; did you mean 'tiny'")
+    for recipes, said in (
+        (["tiny", other], f"{other} and tiny cannot be compared"),
+        (["tinny"], "tinny: no such recipe; did you mean 'tiny'"),
+    ):
+        done = pipeline("run", *recipes, "--workspace", finished.space)
+        assert (done.returncode, done.stdout) == (1, "")
+        assert done.stderr.startswith(f"pipeline: {said}")

@@ -94,7 +94,7 @@ def pipeline(
 def test_a_run_is_what_was_asked_for(kubeflow: Kubeflow, pipeline: Run, package: Path) -> None:
     code, out, said = pipeline(
         "submit",
-        "tiny",
+        "cascade_mask_rcnn_vitdet_b_coco",
         "mask_rcnn_vitdet_b_coco",
         "--set",
         "optim.lr=2e-4",
@@ -130,7 +130,7 @@ def test_a_run_is_what_was_asked_for(kubeflow: Kubeflow, pipeline: Run, package:
         "runtime_config": {
             "pipeline_root": "s3://bucket/root",
             "parameters": {
-                "recipes": ["tiny", "mask_rcnn_vitdet_b_coco"],
+                "recipes": ["cascade_mask_rcnn_vitdet_b_coco", "mask_rcnn_vitdet_b_coco"],
                 "overrides": ["optim.lr=2e-4", "data.root=/data/coco"],
                 "nodes": 2,
                 "pool": "h100",
@@ -196,8 +196,8 @@ def test_the_kind_of_job_is_that_of_the_job_and_no_other_is_accepted(
     assert run(*words) == (1, "", f"pipeline: {said}\n")
     assert not kubeflow.bodies("POST /runs")
     job = (ROOT / "tests" / "golden_pipeline" / "jobs.yaml").read_text()
-    job = job.replace("kind: PyTorchJob", "kind: Other").replace("args: [", "image: v:1, args: [")
-    job = job.replace("trainer: {", "trainer: {resourcesPerNode: {}, ")
+    job = job.replace("kind: PyTorchJob", "kind: Other")
+    job = job.replace("trainer: {", "trainer: {image: 'v:1', resourcesPerNode: {}, ")
     monkeypatch.setattr("sys.stdin", io.StringIO(job))
     assert run("submit", "tiny", "--job", "-")[0] == 0
     (body,) = kubeflow.bodies("POST /runs")
@@ -294,6 +294,10 @@ def test_a_server_with_users_wants_a_namespace_and_one_without_gets_none(
         (
             ["tiny", "--sweep", "optim.lr=1,2", "--sweep", "optim.steps=1,2,3", "--seeds", 20],
             "120 trainings (1 recipes x 6 x 20 seeds), but a run has at most 64: submit several runs",
+        ),
+        (
+            ["tiny", "mask_rcnn_vitdet_b_coco"],
+            "mask_rcnn_vitdet_b_coco and tiny cannot be compared",
         ),
         (["tiny", "--fetch", "imagenet"], "fetch: expected coco, lvis or 'convert SOURCE'"),
         (["tiny", "tiny"], "a recipe is given twice: tiny tiny"),
