@@ -45,7 +45,11 @@ def main() -> None:
     resources = [("experiment", one.experiment_id) for one in pages(client.search_experiments)]
     resources += [("registered_model", one.name) for one in pages(client.search_registered_models)]
     for kind, key in resources:
-        accounts.grant_user_permission(name, kind, key, "MANAGE")
+        try:
+            accounts.grant_user_permission(name, kind, key, "MANAGE")
+        except RestException as error:  # it created the resource, or this script ran before
+            if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                raise
         granted += 1
     print(f"account {name}: password set, may manage {granted} existing experiments and models")
 

@@ -13,10 +13,14 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING
 
 import pytest
 
 from tests.cluster.test_manifests import MANIFESTS
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
 
 BINARIES = max(Path("/usr/lib/postgresql").glob("*/bin"), default=Path("/usr/lib/postgresql"))
 pytestmark = [
@@ -98,22 +102,17 @@ def server(folder: Path, port: int) -> Iterator[str]:
         process.wait(60)
 
 
-def as_account(address: str, name: str, password: str, code: str) -> str:
-    """Output of Python code with `client`, an MlflowClient of this account."""
-    lines = "from mlflow import MlflowClient\nclient = MlflowClient()\n" + code
-    done = subprocess.run(
-        [sys.executable, "-c", lines],
-        capture_output=True,
-        text=True,
-        env={
-            **os.environ,
-            "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
-            "MLFLOW_TRACKING_URI": address,
-            "MLFLOW_TRACKING_USERNAME": name,
-            "MLFLOW_TRACKING_PASSWORD": password,
-        },
-    )
-    return done.stdout + done.stderr
+@contextmanager
+def account(address: str, name: str, password: str) -> Iterator[MlflowClient]:
+    """A client of this account, which reads its password from the environment at each request."""
+    from mlflow import MlflowClient
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MLFLOW_TRACKING_USERNAME", name)
+        patch.setenv("MLFLOW_TRACKING_PASSWORD", password)
+        patch.setenv("MLFLOW_TRACKING_URI", address)
+        patch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+        yield MlflowClient(address)
 
 
 def make_account(address: str) -> str:
@@ -129,27 +128,21 @@ def make_account(address: str) -> str:
     return done.stdout
 
 
-# In the order of vitdet.tracking: a run, a logged model with a file, a version, an alias.
-LOG = """
-import os, tempfile
-place = client.get_experiment_by_name("vitdet").experiment_id
-run = client.create_run(place).info.run_id
-client.log_metric(run, "segm/AP", {0})
-model = client.create_logged_model(place, "detector", run, model_type="detection").model_id
-with tempfile.TemporaryDirectory() as folder:
-    open(os.path.join(folder, "MLmodel"), "w").write("flavors: {{}}")
-    client.log_model_artifacts(model, folder)
-client.finalize_logged_model(model, "READY")
-client.set_terminated(run)
-version = client.create_model_version("detector", f"models:/{{model}}", run, model_id=model)
-client.set_registered_model_alias("detector", "champion", version.version)
-print("logged", version.version)
-"""
-COUNT = """
-found = client.search_runs([client.get_experiment_by_name("vitdet").experiment_id])
-print(sorted(run.data.metrics["segm/AP"] for run in found))
-print(client.get_model_version_by_alias("detector", "champion").version)
-"""
+def log(client: MlflowClient, folder: Path, ap: float) -> str:
+    """Log as vitdet.tracking does: a run, a logged model with a file, a version, an alias. Return the version."""
+    place = client.get_experiment_by_name("vitdet").experiment_id
+    run = client.create_run(place).info.run_id
+    client.log_metric(run, "segm/AP", ap)
+    model = client.create_logged_model(place, "detector", run, model_type="detection").model_id
+    files = folder / "files"
+    files.mkdir(exist_ok=True)
+    (files / "MLmodel").write_text("flavors: {}")
+    client.log_model_artifacts(model, str(files))
+    client.finalize_logged_model(model, "READY")
+    client.set_terminated(run)
+    version = client.create_model_version("detector", f"models:/{model}", run, model_id=model)
+    client.set_registered_model_alias("detector", "champion", version.version)
+    return str(version.version)
 
 
 @pytest.fixture
@@ -161,39 +154,46 @@ def folder() -> Iterator[Path]:
 
 
 def test_runs_models_and_accounts_move_to_another_database(folder: Path) -> None:
+    from mlflow.exceptions import MlflowException
+    from mlflow.server.auth.client import AuthServiceClient
+
     dump = folder / "mlflow.dump"
     with ExitStack() as stack:
         old, new = (stack.enter_context(database(folder / name)) for name in ("old", "new"))
         for name in ("before", "after"):
             (folder / name).mkdir()
         with server(folder / "before", old) as address:
-            setup = "client.create_experiment('vitdet')\nclient.create_registered_model('detector')"
-            assert "logged 1" in as_account(address, "admin", ADMIN, setup + LOG.format(0.25))
-            # an installation whose trainings log as the administrator
+            with account(address, "admin", ADMIN) as client:
+                # an installation whose trainings log as the administrator
+                client.create_experiment("vitdet")
+                client.create_registered_model("detector")
+                assert log(client, folder, 0.25) == "1"
             assert "may manage 3 existing" in make_account(address)
-            assert "logged 2" in as_account(address, "vitdet", USER, LOG.format(0.5))
+            with account(address, "vitdet", USER) as client:
+                assert log(client, folder, 0.5) == "2"
         with dump.open("wb") as file:
             where = ("-h", "127.0.0.1", "-p", str(old), "--username=mlflow")
             words = ["pg_dump", *where, "--format=custom", "--no-owner", "mlflow"]
             subprocess.run(words, stdout=file, check=True)
         with server(folder / "after", new) as address:  # creates its tables
-            assert "logged" not in as_account(address, "vitdet", USER, LOG.format(0.5))
+            with account(address, "admin", ADMIN) as client:
+                assert client.get_experiment_by_name("vitdet") is None
         with dump.open("rb") as file:
             where = ("-h", "127.0.0.1", "-p", str(new), "--username=mlflow", "--dbname=mlflow")
             words = ["pg_restore", *where, "--clean", "--if-exists", "--no-owner"]
             subprocess.run([*words, "--single-transaction"], stdin=file, check=True)
         with server(folder / "after", new) as address:
-            assert as_account(address, "vitdet", USER, COUNT).split("\n")[:2] == [
-                "[0.25, 0.5]",
-                "2",
-            ]
-            assert "logged 3" in as_account(address, "vitdet", USER, LOG.format(0.75))
-            assert "may manage 3 existing" in make_account(address)  # again
-            create = (
-                "from mlflow.server.auth.client import AuthServiceClient\n"
-                f"AuthServiceClient({address!r}).create_user('other', 'password-of-other')"
-            )
-            assert "PERMISSION_DENIED" in as_account(address, "vitdet", USER, create)
-            assert "UNAUTHENTICATED" in as_account(address, "vitdet", "wrong-password", COUNT) or (
-                "401" in as_account(address, "vitdet", "wrong-password", COUNT)
-            )
+            with account(address, "vitdet", USER) as client:
+                place = client.get_experiment_by_name("vitdet").experiment_id
+                found = [run.data.metrics["segm/AP"] for run in client.search_runs([place])]
+                assert sorted(found) == [0.25, 0.5]
+                assert str(client.get_model_version_by_alias("detector", "champion").version) == "2"
+                assert log(client, folder, 0.75) == "3"
+                with pytest.raises(MlflowException, match="Permission denied"):
+                    AuthServiceClient(address).create_user("other", "password-of-other")
+            assert "may manage 3 existing" in make_account(address)  # may be repeated
+            with (
+                account(address, "vitdet", "wrong-password") as client,
+                pytest.raises(MlflowException, match="401|not authenticated"),
+            ):
+                client.get_experiment_by_name("vitdet")
