@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import overload
 
@@ -45,7 +46,6 @@ class Predictor:
         reading: Reading = DEFAULT,
         precision: str = EvalConfig.precision,
     ) -> None:
-
         self._set(detector, precision)
         self.class_names = tuple(class_names)
         self.image_size = image_size
@@ -76,7 +76,7 @@ class Predictor:
                 f"precision: expected one of {', '.join(PRECISIONS)}, got {precision!r}"
             )
         self._precision = precision
-        self.detect = GraphedDetector(detector, lambda: autocast(precision, device_of(detector)))
+        self.detect = GraphedDetector(detector, partial(_context, precision, detector))
 
     @classmethod
     def load(
@@ -140,6 +140,10 @@ class Predictor:
 def device_of(detector: nn.Module) -> torch.device:
     """Return the device of a detector's weights."""
     return next((parameter.device for parameter in detector.parameters()), torch.device("cpu"))
+
+
+def _context(precision: str, detector: nn.Module) -> AbstractContextManager:
+    return autocast(precision, device_of(detector))
 
 
 def autocast(precision: str, device: torch.device) -> AbstractContextManager:

@@ -38,7 +38,8 @@ def add_experiment(command: argparse.ArgumentParser) -> None:
         type=positive,
         default=1,
         metavar="N",
-        help="train each recipe and combination with N seeds; the table has mean and deviation",
+        help="train each recipe and combination with N seeds; the table has mean and deviation "
+        "(default: 1)",
     )
     command.add_argument(
         "--fetch",
@@ -54,7 +55,7 @@ def add_parallel(command: argparse._ActionsContainer, default: str) -> None:
         "--parallel",
         type=positive,
         metavar="N",
-        help=f"trainings at a time; the others wait ({default})",
+        help=f"number of trainings at a time; the others wait ({default})",
     )
 
 

@@ -389,7 +389,7 @@ def test_predict_looks_before_it_writes(
     model = trained / "model.pt"
     refused(
         vitdet("predict", model, picture, text, "--output", "drawn"),
-        "text.jpg: not a readable image",
+        "text.jpg: not an image that can be read",
     )
     refused(vitdet("predict", model, picture, cut, "--output", "drawn"), "cut.jpg: the image ")
     refused(

@@ -246,7 +246,7 @@ def test_lvis_is_measured_by_its_own_rules(spots):
         json.dumps({**tree, "categories": [{"id": 9, "name": "spot"}, {"id": 4, "name": "no"}]})
     )
     with pytest.raises(
-        ValueError, match="category 9: category whose frequency is not r, c or f: LVIS has it"
+        ValueError, match="category 9: category whose frequency is not r, c or f: required by LVIS"
     ):
         # before anything is detected
         evaluate_detector(None, replace(spots, dataset="lvis"), EvalConfig())

@@ -52,7 +52,9 @@ def test_only_the_detector_computes_in_the_precision(precision: str) -> None:
 
 
 def test_a_predictor_refuses_another_precision() -> None:
-    with pytest.raises(ValueError, match="precision is fp32, bf16, fp16, auto, got 'fp8'"):
+    with pytest.raises(
+        ValueError, match="precision: expected one of fp32, bf16, fp16, auto, got 'fp8'"
+    ):
         Predictor(Witness(), ("thing",), 8, precision="fp8")
 
 

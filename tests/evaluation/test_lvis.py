@@ -191,7 +191,7 @@ def test_cocos_annotations_are_refused_in_one_line(tmp_path):
     )
     with pytest.raises(
         ValueError,
-        match="coco.json: image 4: image without 'neg_category_ids': .*take dataset coco;",
+        match="coco.json: image 4: image without 'neg_category_ids': .*set data.dataset=coco;",
     ):
         read_truth(tmp_path / "coco.json", lvis=True)
     with pytest.raises(

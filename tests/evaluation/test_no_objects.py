@@ -13,7 +13,7 @@ from vitdet import stages
 from vitdet.config import load_config
 from vitdet.training import train
 
-UNDEFINED = "holds an object to learn from or to find; .*{}.*"
+UNDEFINED = "no image of val has a usable object; .*{}.*"
 
 
 def edit(root: Path, change: Callable[[dict], object], name: str = "instances_val") -> None:

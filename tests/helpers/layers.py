@@ -50,7 +50,7 @@ LAYERS: tuple[dict[str, str], ...] = (
     {"preparation": ALL},
     {"stages": ALL},
     {"cli": ALL, "components": "stages"},
-    {"__main__": "cli", "pipeline": "components credentials"},
+    {"__main__": "cli", "pipeline": "components config.credentials"},
 )
 # (importing module, imported room) -> the function that the import is inside of
 EXCEPTIONS = {("types", "visualize"): "Detections.draw"}

@@ -159,6 +159,6 @@ def test_what_only_a_plain_backbone_has_is_refused(setting: dict) -> None:
     config = from_dict({"model": {"backbone": backbone, "pyramid": {"kind": "fpn"}}})
     with pytest.raises(
         ValueError,
-        match=f"{next(iter(setting))} is for the plain backbones: swin_t has no such thing",
+        match=f"{next(iter(setting))} applies to plain backbones only, not to swin_t",
     ):
         build_detector(config.model)

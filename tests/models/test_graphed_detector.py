@@ -215,7 +215,9 @@ def test_another_precision_may_be_set(made: list[Recorded]) -> None:
     predictor.precision = "bf16"
     wanted = Predictor(predictor.detector, ("a", "b", "c"), 128, precision="bf16")(picture, 0.0)
     assert same(predictor(picture, 0.0), wanted) and not same(wanted, exact)
-    with pytest.raises(ValueError, match="precision is fp32, bf16, fp16, auto, got 'fp8'"):
+    with pytest.raises(
+        ValueError, match="precision: expected one of fp32, bf16, fp16, auto, got 'fp8'"
+    ):
         predictor.precision = "fp8"
     assert predictor.precision == "bf16"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from datetime import datetime, timedelta
 from pathlib import Path
 
 import numpy as np
@@ -193,9 +194,14 @@ def test_a_rolled_back_version_is_one_whose_last_event_is_a_rollback_from_it() -
     assert rolled_back(record(*back, (FORCED, "1", "2")), "2") is None
 
 
-def test_rivals_replaced_the_same_champion_at_the_same_time() -> None:
-    before = record((PROMOTED, "", "1"), (PROMOTED, "1", "2"), (ROLLED_BACK, "2", "1"))
-    now = [*before, *record((PROMOTED, "1", "4"), (PROMOTED, "1", "3"), (FORCED, "1", "6"))]
-    now.append(Event("x", "5", PROMOTED, "4", ""))
-    assert rivals(before, now, "3") == ["4"]
-    assert rivals(before, [*before, *record((PROMOTED, "1", "3"))], "3") == []
+def test_rivals_are_promotions_at_about_the_same_time_that_stand() -> None:
+    start = datetime.fromisoformat("2026-01-01T12:00:00+00:00")
+
+    def event(minutes: float, version: str, action: str, before: str) -> Event:
+        return Event((start + timedelta(minutes=minutes)).isoformat(), version, action, before, "")
+
+    own = event(0, "3", PROMOTED, "1")
+    near, early = event(1, "4", PROMOTED, "1"), event(-11, "2", PROMOTED, "1")
+    assert rivals([early, own, near], own) == [near]
+    undone = event(2, "1", ROLLED_BACK, "4")
+    assert rivals([early, own, near, undone], own) == [undone]

@@ -88,7 +88,7 @@ def pipeline(folder: Path, group: str) -> tuple[str, str]:
         used=load_config("tiny"),
     )
     rows = [{**ROW, "run_id": tracker.run_id}]
-    comparison.compare(group, rows, model_name="detector", **place)
+    comparison.compare(group, rows, {}, {}, model_name="detector", **place)
     comparison.end_parent_run(group, "SUCCEEDED", **place)
     return parent, tracker.run_id
 

@@ -66,7 +66,7 @@ def add_data(verb: argparse.ArgumentParser) -> None:
     kind.add_argument(
         "--images",
         action="store_true",
-        help="also read every image, as `vitdet data check --images`",
+        help="also read every image, as `vitdet data check` does with --images",
     )
     add_reading(kind)
     kind.set_defaults(run=run_data_report)

@@ -28,15 +28,14 @@ def add_register(verb: argparse.ArgumentParser) -> None:
         "--metrics",
         metavar="FILE",
         type=given_path,
-        help="JSON file of `vitdet evaluate --output`, for the tags of the version",
+        help="JSON file that `vitdet evaluate` wrote (--output), for the tags of the version",
     )
     verb.add_argument(
         "--plots",
         metavar="DIR",
         type=given_path,
-        help="folder of `vitdet evaluate --plots`, of the same evaluation: report and matches to "
-        "store "
-        "with the version",
+        help="folder that `vitdet evaluate` wrote (--plots), of the same evaluation: report and "
+        "matches to store with the version",
     )
     verb.add_argument(
         "--output", metavar="FILE", type=given_path, help="JSON file for the name and version"

@@ -114,11 +114,11 @@ def compare(
             )
     client, _ = connect(None, uri, folder)
     address = tracking_uri(uri, folder)
-    place = experiment_id(client, address, folder, experiment)
     champion, versions = _versions(client, model_name)
     ordered = sorted(rows, key=lambda row: -_metric(row, "box_ap"))
     names = list(dict.fromkeys([*(row["name"] for row in ordered), *failures]))
     parent = start_parent_run(group, names, uri=uri, folder=folder, experiment=experiment)
+    place = client.get_run(parent).info.experiment_id
     links = {
         row["name"]: link
         for row in ordered
