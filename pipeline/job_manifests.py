@@ -32,7 +32,7 @@ def training_jobs(text: str) -> str:
             document = yaml.safe_load(part)
         except yaml.YAMLError as error:
             raise ValueError(
-                f"the job's file: not readable as YAML: {' '.join(str(error).split())}"
+                f"the job's file: invalid YAML: {' '.join(str(error).split())}"
             ) from error
         kind = str(document.get("kind")) if isinstance(document, dict) else ""
         if kind in KINDS:

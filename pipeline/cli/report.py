@@ -62,4 +62,7 @@ def job_lines(run: V2beta1Run, namespace: str) -> list[str]:
 def job_kind(run: V2beta1Run) -> str:
     """Return the kind of a run's jobs: its parameter, or the pipeline's default."""
     parameters = (run.runtime_config and run.runtime_config.parameters) or {}
-    return parameters.get("job_kind") or "pytorchjob"
+    spec = run.pipeline_spec or {}
+    inputs = spec.get("pipeline_spec", spec).get("root", {}).get("inputDefinitions", {})
+    default = inputs.get("parameters", {}).get("job_kind", {}).get("defaultValue")
+    return parameters.get("job_kind") or default or "pytorchjob"

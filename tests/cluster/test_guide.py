@@ -19,7 +19,9 @@ from tests.helpers.manifests import kustomize
 # Fields and variables of Kubernetes, its operators and Istio that the text names in code.
 KUBERNETES = {
     "activeDeadlineSeconds",
+    "authType",  # this and injectUserEnvVars: of Kubeflow Pipelines' MLflow plugin
     "fsGroup",
+    "injectUserEnvVars",
     "matchLabelKeys",
     "podAffinity",
     "runtimePatches",

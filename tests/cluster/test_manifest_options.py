@@ -69,7 +69,7 @@ def test_mlflow_is_reached_from_outside_by_one_host_name(option: str, copy: Path
     assert problems(documents, [], {}) == []
     text = yaml.safe_dump_all(documents)
     assert text.count("runs.team.org") == {"mlflow-ingress": 2, "mlflow-virtualservice": 1}[option]
-    assert "mlflow.example.com" not in text and "vitdet-mlflow" not in text
+    assert "mlflow.example.com" not in text and "namespace: vitdet-mlflow" not in text
     if option == "mlflow-virtualservice":
         assert "host: mlflow.tracking.svc.cluster.local" in text
 

@@ -27,7 +27,11 @@ def launch(**asked):
         json.dump(asked, file)
 """
 STEPS = """
+from contextlib import nullcontext
 from pathlib import Path
+
+def recorded(workspace, name, run_id, step):
+    return nullcontext()
 
 def train_argv(settings, name, data, workspace, run_id):
     return ["train", name, run_id]
