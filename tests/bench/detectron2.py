@@ -25,8 +25,8 @@ from typing import Any
 
 import torch
 
-from vitdet.cli.bench.figures import counted, peak_memory, report, summary, timed
 from vitdet.cli.bench.inference import SCALES, measure_inference
+from vitdet.cli.bench.measurement import counted, peak_memory, report, summary, timed
 from vitdet.cli.bench.synthetic import SHARE, boxes_on_objects
 from vitdet.cli.bench.training import COUNTED, images_for, measure_training
 from vitdet.config import Config, load_config

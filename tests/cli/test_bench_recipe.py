@@ -13,7 +13,7 @@ from torchvision.ops import box_iou
 from tests.cli.test_cli import Run, refused
 from tests.conftest import MINIMAL
 from tests.helpers.parts import block
-from vitdet.cli.bench.figures import forward_flops, report
+from vitdet.cli.bench.measurement import forward_flops, report
 from vitdet.cli.bench.synthetic import boxes_on_objects, make_images
 
 SETTINGS = [

@@ -60,11 +60,11 @@ def test_of_equal_values_the_first_counts_and_patience_counts_evaluations(tmp_pa
     best = best_of(tmp_path, keep_best="mask_ap", patience=2)
     found = [best.update({"mask_ap": ap}, step) for step, ap in enumerate([1.0, 3.0, 3.0], 1)]
     assert found == [True, True, False] and not best.is_final()
-    assert best.figures() == {"best_mask_ap": 3.0, "best_step": 2}
+    assert best.metrics() == {"best_mask_ap": 3.0, "best_step": 2}
     best.update({"mask_ap": 2.0}, 4)
     assert best.is_final() and (best.step, best.stale) == (2, 2)
     without = best_of(tmp_path)
-    assert not without.update({}, 1) and without.figures() == {} and not without.is_final()
+    assert not without.update({}, 1) and without.metrics() == {} and not without.is_final()
     alone = best_of(tmp_path, patience=1)  # of box AP
     assert alone.update({"box_ap": 1.0}, 1) and not alone.update({"box_ap": 1.0}, 2)
     assert alone.is_final() and not alone.keeps

@@ -93,7 +93,7 @@ class Journal:
             file.seek(offset)
             for line in file:
                 offset += len(line)
-                # being written, or the machine went down: `mend` ends it
+                # being written, or the machine went down: `repair` ends it
                 if not line.endswith(b"\n"):
                     return
                 try:
@@ -157,7 +157,7 @@ class Journal:
         with suppress(OSError):  # not empty
             self.path.parent.rmdir()
 
-    def mend(self) -> None:
+    def repair(self) -> None:
         """Ends a line that was left half-written; removes the copies of files that a killed process did not journal."""
         lines = [record for record, _ in self.records(self.cursor()[1])] + self.uploads()
         waiting = {Path(record["file"]).parent.name for record in lines if "file" in record}
@@ -183,7 +183,7 @@ def find(folder: Path, run_id: str | None) -> Journal:
     """The journal of a run, by the server's id or the pending one; a new journal where there is none."""
     for journal in journals(folder) if run_id else ():
         if run_id in (PENDING + journal.key, journal.cursor()[0]):
-            journal.mend()
+            journal.repair()
             return journal
     journal = Journal(folder, uuid.uuid4().hex)
     if run_id and not run_id.startswith(PENDING):
@@ -208,6 +208,6 @@ def unfinished(folder: Path, output: str, params: dict) -> str | None:
         if start["params"] == params and not journal.last_steps():
             found = PENDING + journal.key
         elif "end" not in journal.state()[0]:
-            journal.mend()
+            journal.repair()
             journal.append({"end": "KILLED"})
     return found

@@ -69,12 +69,12 @@ def trainings_table(
     for row in rows:
         version = versions.get(row["run_id"], "-")
         mark = f"{version} ({ALIAS})" if version == champion else version
-        figures = [
+        texts = [
             "-" if row["metrics"].get(key) is None else f"{row['metrics'][key]:.2f}"
             for key in COLUMNS
         ]
         reason = "; ".join(filter(None, (row["reason"], failures.get(row["name"]))))
-        cells.append([row["name"], *figures, mark, reason])
+        cells.append([row["name"], *texts, mark, reason])
     finished = {row["name"] for row in rows}
     for name, reason in failures.items():
         if name not in finished:
@@ -96,8 +96,8 @@ def seeds_table(rows: Sequence[dict], settings: Mapping[str, Mapping[str, str]])
     cells = []
     for (recipe, text), members in groups.items():
         values = [[row["metrics"].get(key) for row in members] for key in COLUMNS]
-        figures = [mean_deviation([one for one in column if one is not None]) for column in values]
-        cells.append([recipe, text or "-", str(len(members)), *figures])
+        texts = [mean_deviation([one for one in column if one is not None]) for column in values]
+        cells.append([recipe, text or "-", str(len(members)), *texts])
     heads = ["recipe", "settings", "seeds", *HEADS]
     title = "Over seeds: mean ± standard deviation"
     return Table(title, heads, cells, {}) if cells else None

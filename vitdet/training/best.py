@@ -59,7 +59,7 @@ class Best:
         """Return whether train.patience ends the training."""
         return 0 < self.patience <= self.stale
 
-    def figures(self) -> dict[str, float]:
+    def metrics(self) -> dict[str, float]:
         """Return {best_METRIC: value, best_step: step}; {} before the first evaluation."""
         if self.value is None:
             return {}

@@ -51,11 +51,11 @@ class Meter:
         overflowed; the metrics of skipped steps are ignored.
         """
         total = reduce(torch.add, (loss.detach() for loss in losses.values()))
-        figures = {**losses, "loss": total, "grad_norm": grad_norm}
+        metrics = {**losses, "loss": total, "grad_norm": grad_norm}
         if skipped is not None:
-            figures = {name: value.where(~skipped, 0.0) for name, value in figures.items()}
-            figures["skipped_steps"] = skipped
-        for name, value in figures.items():
+            metrics = {name: value.where(~skipped, 0.0) for name, value in metrics.items()}
+            metrics["skipped_steps"] = skipped
+        for name, value in metrics.items():
             self.sums[name] = self.sums.get(name, 0.0) + value.detach().float()
         self.count += 1
         self.timed += 1

@@ -273,9 +273,9 @@ class Loop:
             with self.meter.waiting():
                 return next(self.batches)
 
-        figures = self.training_step.run(step, load, at)
-        self.meter.add(figures.losses, figures.grad_norm, figures.skipped)
-        return figures.lr
+        done = self.training_step.run(step, load, at)
+        self.meter.add(done.losses, done.grad_norm, done.skipped)
+        return done.lr
 
     def evaluate(self, step: int) -> None:
         """Evaluate the (averaged) weights on the validation split, and write pictures.
@@ -316,7 +316,7 @@ class Loop:
                 if improved and self.best.keeps and distributed.rank() == 0:
                     self.watchdog.at(step, Stage.SAVING, LONG)
                     self.best.keep(self.finished(step))
-            self.tracker.log({**self.metrics, **self.best.figures()}, step)
+            self.tracker.log({**self.metrics, **self.best.metrics()}, step)
             self.evaluated = step
             if distributed.rank() == 0:
                 self.saver.wait()

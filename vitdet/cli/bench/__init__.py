@@ -99,7 +99,7 @@ def run_bench_infer(given: argparse.Namespace) -> int:
 
 def _measure_recipe(given: argparse.Namespace, measure: Callable[..., dict], section: str) -> int:
     from vitdet import distributed
-    from vitdet.cli.bench.figures import report
+    from vitdet.cli.bench.measurement import report
     from vitdet.config import load_config
 
     numbers = [int(one) if one.isdecimal() else 0 for one in given.batch.split(",")]
@@ -110,15 +110,15 @@ def _measure_recipe(given: argparse.Namespace, measure: Callable[..., dict], sec
     config = load_config(given.recipe, given.overrides)
     precisions = (given.precision or getattr(config, section).precision).split(",")
     with distributed.process_group() as device:
-        figures = measure(config, numbers, precisions, given.steps, device)
-    figures = {"recipe": given.recipe, "overrides": given.overrides, **figures}
-    print(report(figures))
-    return _written(figures, given.output)
+        measured = measure(config, numbers, precisions, given.steps, device)
+    measured = {"recipe": given.recipe, "overrides": given.overrides, **measured}
+    print(report(measured))
+    return _written(measured, given.output)
 
 
-def _written(figures: dict, output: Path | None) -> int:
+def _written(measured: dict, output: Path | None) -> int:
     if output:
-        write_json(output, figures)
+        write_json(output, measured)
     return 0
 
 
@@ -126,31 +126,31 @@ def run_bench_evaluate(given: argparse.Namespace) -> int:
     """vitdet bench evaluate"""
     from vitdet.cli.bench.evaluation import measure
 
-    figures = measure(given.images, given.detections, given.rounds)
+    measured = measure(given.images, given.detections, given.rounds)
     print(
-        f"{figures['images']} images x {figures['detections_per_image']} detections, seconds of one processor"
+        f"{measured['images']} images x {measured['detections_per_image']} detections, seconds of one processor"
     )
-    for name, seconds in figures["cpu_seconds"].items():
+    for name, seconds in measured["cpu_seconds"].items():
         print(f"{name:12}" + "".join(f"  {step} {value:.2f}" for step, value in seconds.items()))
     print(
-        f"pycocotools takes {figures['ratio']:.2f} times as long; "
-        f"the figures differ by {figures['largest_difference']:.0e}"
+        f"pycocotools takes {measured['ratio']:.2f} times as long; "
+        f"the metrics differ by {measured['largest_difference']:.0e}"
     )
-    return _written(figures, given.output)
+    return _written(measured, given.output)
 
 
 def run_bench_data(given: argparse.Namespace) -> int:
     """vitdet bench data"""
     from vitdet.cli.bench.data import measure
 
-    figures = measure(given.folder, given.split or ("train2017", "val2017"), given.rounds)
+    measured = measure(given.folder, given.split or ("train2017", "val2017"), given.rounds)
     print(
-        f"{figures['images']} images, {figures['objects']} objects: milliseconds of one processor an image"
+        f"{measured['images']} images, {measured['objects']} objects: milliseconds of one processor an image"
     )
-    for name, times in figures["cpu_ms"].items():
-        ratio = figures["ratio"].get(name)
+    for name, times in measured["cpu_ms"].items():
+        ratio = measured["ratio"].get(name)
         print(
             f"{name:20} {times['mean']:7.2f}  least {times['least']:7.2f}"
             + (f"  vitdet takes {ratio:.2f} of it" if ratio else "")
         )
-    return _written(figures, given.output)
+    return _written(measured, given.output)

@@ -31,14 +31,14 @@ HEIGHT, WIDTH, CLASSES = 480, 640, 80
 
 def measure(images: int = 5000, detections: int = 100, rounds: int = 1, seed: int = 0) -> dict:
     """Seconds of the processor by step, for vitdet and for pycocotools, the least of `rounds`; their ratio; and the
-    largest difference of their figures in percent points.
+    largest difference of their metrics in percent points.
     """
     if min(images, detections, rounds) < 1:
         raise ValueError(
             f"images, detections and rounds must be at least 1, got {images}, {detections}, {rounds}"
         )
     runs: dict[str, list[dict[str, float]]] = {"vitdet": [], "pycocotools": []}
-    figures: dict[str, list[float]] = {}
+    metrics: dict[str, list[float]] = {}
     with tempfile.TemporaryDirectory() as folder:
         annotations, results = Path(folder) / "annotations.json", Path(folder) / "results.json"
         write_set(annotations, results, images, detections, seed)
@@ -46,7 +46,7 @@ def measure(images: int = 5000, detections: int = 100, rounds: int = 1, seed: in
             for name, evaluation in (("vitdet", _ours), ("pycocotools", _plain)):
                 seconds: dict[str, float] = {}
                 start = time.process_time()
-                figures[name] = evaluation(annotations, results, seconds)
+                metrics[name] = evaluation(annotations, results, seconds)
                 runs[name].append({**seconds, "total": time.process_time() - start})
         sizes = {
             path.stem + "_mb": round(path.stat().st_size / 2**20, 1)
@@ -64,10 +64,10 @@ def measure(images: int = 5000, detections: int = 100, rounds: int = 1, seed: in
         },
         "ratio": round(best["pycocotools"]["total"] / best["vitdet"]["total"], 2),
         "largest_difference": float(
-            np.abs(np.subtract(figures["vitdet"], figures["pycocotools"])).max()
+            np.abs(np.subtract(metrics["vitdet"], metrics["pycocotools"])).max()
         ),
-        "box_ap": figures["vitdet"][0],
-        "mask_ap": figures["vitdet"][12],
+        "box_ap": metrics["vitdet"][0],
+        "mask_ap": metrics["vitdet"][12],
     }
 
 
@@ -89,7 +89,7 @@ def _ours(annotations: Path, results: Path, seconds: dict[str, float]) -> list[f
 
 
 def _plain(annotations: Path, results: Path, seconds: dict[str, float]) -> list[float]:
-    figures: list[float] = []
+    metrics: list[float] = []
     with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints its progress
         with _step(seconds, "read"):
             truth, found = COCO(annotations), json.loads(results.read_bytes())
@@ -103,8 +103,8 @@ def _plain(annotations: Path, results: Path, seconds: dict[str, float]) -> list[
             for step in ("evaluate", "accumulate", "summarize"):
                 with _step(seconds, step):
                     getattr(evaluation, step)()
-            figures += [100 * float(value) for value in evaluation.stats]
-    return figures
+            metrics += [100 * float(value) for value in evaluation.stats]
+    return metrics
 
 
 def write_set(annotations: Path, results: Path, images: int, detections: int, seed: int) -> None:

@@ -13,7 +13,7 @@ import time
 
 import torch
 
-from vitdet.cli.bench.figures import counted, forward_flops, measured, peak_memory, timed
+from vitdet.cli.bench.measurement import counted, forward_flops, measured, peak_memory, timed
 from vitdet.cli.bench.training import images_for, new_detector
 from vitdet.config import Config
 from vitdet.evaluation.detections import results_of
@@ -30,7 +30,7 @@ SCALES = (1, 4, 16, 32, 64)  # of the class logits, of which the smallest that s
 def measure_inference(
     config: Config, sizes: list[int], precisions: list[str], steps: int, device: torch.device
 ) -> dict:
-    """What `figures.measured` returns, of detection."""
+    """What `measurement.measured` returns, of detection."""
     detector = new_detector(config, device).eval()
     one = images_for(config, 1).to(device)
     detections = let_detect(detector, one)
@@ -64,7 +64,7 @@ def let_detect(detector: Detector, batch: Batch) -> int:
 def measure_calls(
     detector: Detector, batch: Batch, precision: str, steps: int, device: torch.device
 ) -> dict:
-    """The figures of one batch size and precision: ms (median) a batch, counts, and those of an evaluation's loop."""
+    """The measurements of one batch size and precision: ms (median) a batch, counts, and those of an evaluation's loop."""
     peak = peak_memory(device)
 
     find = GraphedDetector(detector, lambda: autocast(precision, device))

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from vitdet.checkpoint import Checkpoints
-from vitdet.cli.bench.figures import GIB, Clock, counted, forward_flops, measured, peak_memory
+from vitdet.cli.bench.measurement import GIB, Clock, counted, forward_flops, measured, peak_memory
 from vitdet.cli.bench.synthetic import lay_on_objects, make_images
 from vitdet.config import Config, override
 from vitdet.models import Detector, build_detector
@@ -66,7 +66,7 @@ class Stream:
 def measure_training(
     config: Config, sizes: list[int], precisions: list[str], steps: int, device: torch.device
 ) -> dict:
-    """What `figures.measured` returns, of training steps."""
+    """What `measurement.measured` returns, of training steps."""
     needed = WARM[device.type] + steps + COUNTED + 1
     config = override(config, [f"optim.steps={max(config.optim.steps, needed)}", *RARELY])
 
@@ -78,7 +78,7 @@ def measure_training(
 
 
 def measure_steps(config: Config, steps: int, device: torch.device) -> dict:
-    """The figures of one batch size and precision: ms (median) a step, images_per_second (mean), peak_gib, counts."""
+    """The measurements of one batch size and precision: ms (median) a step, images_per_second (mean), peak_gib, counts."""
     detector = new_detector(config, device).train()
     parts = config.train.accumulate
     batch = images_for(config, config.train.batch_size // parts)

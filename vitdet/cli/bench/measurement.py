@@ -172,7 +172,7 @@ def measured(
     flops: float,
     measure: Callable[[Config, str, int], dict],
 ) -> dict:
-    """The figures of every batch size and precision: {device, tflop_per_image, product_tflops, rows}.
+    """The measurements of every batch size and precision: {device, tflop_per_image, product_tflops, rows}.
 
     section: of the config, `train` or `evaluate`, whose precision is set. flops: of an image. measure(config, precision on
     this device, size) returns a row with images_per_second; one that runs out of memory has an error instead.
@@ -198,7 +198,7 @@ def measured(
 def summary(
     device: torch.device, flops: float, rates: dict[str, float], rows: Sequence[dict]
 ) -> dict:
-    """The figures of a benchmark as they are written: with the device and the rates that MFU refers to."""
+    """The measurements of a benchmark as they are written: with the device and the rates that MFU refers to."""
     on_gpu = device.type == "cuda"
     return {
         "device": torch.cuda.get_device_name(device) if on_gpu else "CPU",
@@ -210,19 +210,19 @@ def summary(
     }
 
 
-def report(figures: dict) -> str:
-    """The figures of `summary` as text: a line on the device, and a table with a line for each row."""
+def report(table: dict) -> str:
+    """The measurements of `summary` as text: a line on the device, and a table with a line for each row."""
     rates = ", ".join(
-        f"{name} {rate:.4g} TFLOP/s" for name, rate in figures["product_tflops"].items()
+        f"{name} {rate:.4g} TFLOP/s" for name, rate in table["product_tflops"].items()
     )
-    head = f"{figures['device']}, torch {figures['torch']}; matrix product: {rates}; "
+    head = f"{table['device']}, torch {table['torch']}; matrix product: {rates}; "
     rows = [list(SHOWN)]
-    for row in figures["rows"]:
+    for row in table["rows"]:
         shown = ["-" if row.get(key) is None else SHOWN[key].format(row[key]) for key in SHOWN]
         rows.append([*shown, row.get("error", "")])
     used = [i for i in range(len(SHOWN)) if any(row[i] != "-" for row in rows[1:])]
     widths = {i: max(len(row[i]) for row in rows) for i in used}
     lines = ["  ".join([row[i].rjust(widths[i]) for i in used] + row[len(SHOWN) :]) for row in rows]
     return "\n".join(
-        [f"{head}{figures['tflop_per_image']:.3g} TFLOP an image", *map(str.rstrip, lines)]
+        [f"{head}{table['tflop_per_image']:.3g} TFLOP an image", *map(str.rstrip, lines)]
     )
