@@ -40,6 +40,18 @@ def parse(line: str, now: datetime) -> dict[str, int | float | str] | None:
     }
 
 
+def describe(annotation: str) -> str:
+    """Return the annotation as text for users; one that this version cannot read, unchanged."""
+    try:
+        found = json.loads(annotation)
+        return (
+            f"step {found['step']}/{found['steps']}, {found['images_per_second']} images/s, "
+            f"expected end {found['eta']} (as of {found['time']})"
+        )
+    except (ValueError, TypeError, KeyError):
+        return annotation
+
+
 class Progress:
     """The latest progress of one training, and when it was published."""
 

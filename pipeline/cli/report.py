@@ -6,8 +6,6 @@ from kfp_server_api import V2beta1Run
 
 from pipeline.client import ENDED, Server, failed_steps, steps
 
-PROGRESS = "vitdet/progress"  # annotation of a training job: step, remaining time, speed
-
 
 def print_run(server: Server, run: V2beta1Run, namespace: str, remark: str = "") -> None:
     """Print a run, its steps, and its training jobs with their progress.
@@ -42,6 +40,7 @@ def job_lines(run: V2beta1Run, namespace: str) -> list[str]:
     ValueError if the run's parameter names no kind of job.
     """
     from components.launcher.client import connect, list_jobs
+    from components.launcher.progress import PROGRESS, describe
     from components.launcher.status import job_phase
     from components.launcher.templates import KINDS, RUN, label
 
@@ -52,7 +51,7 @@ def job_lines(run: V2beta1Run, namespace: str) -> list[str]:
     lines = []
     for job in list_jobs(api, kind, namespace, f"{RUN}={label(run.run_id)}"):
         phase, message = job_phase(kind, job)
-        progress = (job["metadata"].get("annotations") or {}).get(PROGRESS, "")
+        progress = describe((job["metadata"].get("annotations") or {}).get(PROGRESS, ""))
         parts = [phase or "pending", progress, message if phase == "failed" else ""]
         words = [" ".join(part.split()) for part in parts if part]
         lines.append(f"{job['metadata']['name']}: {', '.join(words)}")

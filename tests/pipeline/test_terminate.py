@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
 
 from components.launcher import client as kube
 from components.launcher import launch as launcher
+from components.launcher.progress import PROGRESS, parse
 from components.launcher.templates import Kind
 from tests.helpers.kubeflow import Handler, Kubeflow, failing, serving, task, waiting
 
@@ -83,8 +86,10 @@ def test_status_and_terminate_show_the_same(
         "run_details": details,
         "runtime_config": config,
     }
+    line = "step 200/900  03:00 left  17.4 images/s  loss 2.5"
+    progress = json.dumps(parse(line, datetime(2026, 11, 27, 12, tzinfo=UTC)))
     cluster.jobs = [
-        job("vitdet-a", kind, "Suspended", **{"vitdet/progress": "step 200/900,\n3 min left"}),
+        job("vitdet-a", kind, "Suspended", **{PROGRESS: progress}),
         job("vitdet-b", kind, "Failed", **{"vitdet/progress": "step 7/900"}),
         {"kind": kind, "metadata": {"name": "vitdet-c"}},
         job("another", "MPIJob", "Running"),
@@ -93,7 +98,8 @@ def test_status_and_terminate_show_the_same(
     assert status.splitlines()[4:] == [
         "  RUNNING    train-job",
         "  PENDING    train-job-2",
-        "  job vitdet-a: suspended, step 200/900, 3 min left",
+        "  job vitdet-a: suspended, step 200/900, 17.4 images/s, expected end 2026-11-27T12:03:00Z "
+        "(as of 2026-11-27T12:00:00Z)",
         "  job vitdet-b: failed, step 7/900, vitdet-b is Failed",
         "  job vitdet-c: pending",
     ]
