@@ -1,4 +1,4 @@
-# make demo    the whole job: data, weights, training, evaluation, registration; some minutes on 2 cores
+# make demo    the whole job: data, weights, training, evaluation, registration; 8 to 25 minutes on 2 cores
 # make test    the fast tests (one file: make test TESTS=tests/cli/test_config.py; on more cores: JOBS=8)
 # make test-slow  the slow tests (end-to-end pipelines, process kills, real servers); up to 20 minutes on 2 cores
 # make test-all   both, in one go
@@ -6,8 +6,8 @@
 # make image   the images vitdet and vitdet-mlflow, by docker, podman or buildah: the first that responds, or ENGINE=podman;
 #              make image REGISTRY=registry.example.com/ TAG=0.2.0 OPTIONS="--build-arg BASE=..."
 # make lint    ruff and mypy
-# make lock    renews requirements.lock: the newest versions that the ranges in pyproject.toml allow
-# make clean   removes what the others made: the environment, the work folder, DVC's cache and lock
+# make lock    updates requirements.lock: the newest versions that the ranges in pyproject.toml allow
+# make clean   removes everything that the other targets create: the environment, the work folder, DVC's cache and lock
 #
 # Each but `image` first makes the environment (.venv) when it is missing or older than requirements.lock or pyproject.toml.
 # Another interpreter: make demo PYTHON=python3.12
@@ -104,6 +104,6 @@ model = json.loads((work / "registered.json").read_text())
 print("", table(metrics), sep="\n")
 print(f"\npictures     {work / 'pictures'}")
 print(f"model        {model['name']}, version {model['version']}")
-print("all figures  make ui")
+print("all metrics  make ui")
 endef
 export SUMMARY

@@ -75,8 +75,6 @@ SECRET = {
     "MLFLOW_TRACKING_PASSWORD": "VITDET_MLFLOW_TRACKING_PASSWORD",
     "MLFLOW_UI_URL": "MLFLOW_UI_URL",  # optional: MLflow's address in a browser, for links
 }
-# The labels of the pods that manifests/data/network.yaml allows to download data and weights.
-DOWNLOADS = {"app.kubernetes.io/name": "vitdet", "app.kubernetes.io/component": "data"}
 # Longer than any training. Argo counts from the start of the first attempt; after this time there
 # are no more retries and the running attempt is terminated (argo-workflows, operator.go:
 # processNodeRetries). kfp's default is one hour. The launcher (components/launcher/follower.py) does
@@ -316,8 +314,9 @@ def cluster_settings(needs: Accelerators, image: str, queue: dict[str, str]) -> 
         kubernetes.use_field_path_as_env(task, RUN_ID, "metadata.labels['pipeline/runid']")
         for key, value in DO_NOT_DISRUPT.items() if size == "launcher" else ():
             kubernetes.add_pod_annotation(task, key, value)
-        for key, value in DOWNLOADS.items() if size == "data" else ():
-            kubernetes.add_pod_label(task, key, value)
+        kubernetes.add_pod_label(task, "app.kubernetes.io/name", "vitdet")
+        component = "step-download" if size == "data" else "step"
+        kubernetes.add_pod_label(task, "app.kubernetes.io/component", component)
         if size == "gpu":
             for key, value in queue.items():
                 kubernetes.add_pod_label(task, key, value)

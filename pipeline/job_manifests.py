@@ -2,7 +2,7 @@
 
 Step `evaluate` needs the same GPUs and nodes as training. A PyTorchJob specifies them in its pod
 template. For a TrainJob they are merged, later ones taking precedence, from its runtime (another
-document), spec.trainer and its runtimePatches (Trainer 2.3: maps are merged, a list of tolerations
+document), spec.trainer and its runtimePatches (Trainer 2.2: maps are merged, a list of tolerations
 is replaced).
 """
 
@@ -37,7 +37,7 @@ def training_jobs(text: str) -> str:
         kind = str(document.get("kind")) if isinstance(document, dict) else ""
         if kind in KINDS:
             if kind in found:
-                raise ValueError(f"two documents of kind {kind}: which one is the training job?")
+                raise ValueError(f"found two documents of kind {kind}, expected one training job")
             validate(document)
             found[kind] = part
     if not found:

@@ -132,7 +132,7 @@ def remove_abandoned(folder: Path) -> None:
     except OSError:
         return
     for path in filter(is_abandoned, found):
-        log.info("%s: removed, its writer was killed", path)
+        log.info("%s: removed the incomplete file of a killed process", path)
         if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)
         else:

@@ -200,7 +200,7 @@ def fetch_data(
     """
     words = fetch_words(fetch, root, workspace)
     if words[0] == "convert" and root.is_dir() and any(root.iterdir()):
-        out(f"fetch: {root} is there already, nothing is converted")
+        out(f"fetch: {root} already exists; skipping conversion")
         return
     last = ""
     with subprocess.Popen(

@@ -284,8 +284,8 @@ class Follower:
             self.report("phase", f"{self.name} is gone, and its training is complete")
             return True
         raise RuntimeError(
-            f"{self.name} was deleted before it ended, by somebody else or with its owner; or it failed "
-            f"and its time to live has expired{self.failures.explain([], None)}"
+            f"{self.name} was deleted before it ended: by another client, with its owner, or by "
+            f"ttlSecondsAfterFinished after a failure{self.failures.explain([], None)}"
         )
 
     def record_failures(self, pods: list[dict]) -> None:

@@ -208,7 +208,7 @@ def fill_pytorchjob(job: dict, request: JobRequest) -> None:
 
 
 def fill_trainjob(job: dict, request: JobRequest) -> None:
-    """Fill in spec.trainer, and settings of pods as runtimePatches (Trainer 2.3)."""
+    """Fill in spec.trainer, and settings of pods as runtimePatches (Trainer 2.2)."""
     spec = job["spec"]
     spec.setdefault("activeDeadlineSeconds", DEFAULT_DEADLINE)  # a TrainJob has no time to live
     trainer = spec.setdefault("trainer", {})

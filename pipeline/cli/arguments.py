@@ -38,14 +38,14 @@ def add_experiment(command: argparse.ArgumentParser) -> None:
         type=positive,
         default=1,
         metavar="N",
-        help="train each recipe and combination with N seeds; the table has mean and deviation "
+        help="train each recipe and combination with N seeds; the table has mean and standard deviation "
         "(default: 1)",
     )
     command.add_argument(
         "--fetch",
         default="",
         metavar="DATA",
-        help="bring the data first: coco, lvis or 'convert SOURCE', with options of `vitdet data`",
+        help="download or convert the data first: coco, lvis or 'convert SOURCE', with options of `vitdet data`",
     )
 
 
@@ -145,7 +145,9 @@ def add_server(command: argparse.ArgumentParser) -> None:
 def connect_server(args: argparse.Namespace) -> Server:
     """Connect to the server given by the arguments of `add_server`."""
     if args.inline_secret is not None:
-        raise ValueError(f"other users of this machine can read the command line; give {LOGIN}")
+        raise ValueError(
+            f"credentials on the command line are visible to other users of this machine; use {LOGIN}"
+        )
     host = server_address(args.host)
     token, cookie = credentials(host, args.token_file, args.cookie_file)
     nearby = in_cluster_address(host) or urlsplit(host).hostname in (

@@ -130,7 +130,7 @@ def run_submit(args: argparse.Namespace) -> int:
     schedule = None
     if [args.job, args.token_file, args.cookie_file].count("-") > 1:
         raise ValueError(
-            "the standard input can be read once: as --job, --token-file or --cookie-file"
+            "only one of --job, --token-file and --cookie-file can read standard input"
         )
     if args.cron:
         schedule = Schedule(args.cron, args.max_concurrency, catch_up=not args.no_catch_up)

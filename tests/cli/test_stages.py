@@ -260,7 +260,7 @@ def test_the_data_is_brought_to_the_volume_if_asked(
     data = prepare(tmp_path, "convert export --format coco")
     assert "6 classes; train 12 images" in capsys.readouterr().out
     assert prepare(tmp_path, "convert export --format coco") == data
-    assert "is there already, nothing is converted" in capsys.readouterr().out
+    assert "already exists; skipping conversion" in capsys.readouterr().out
 
 
 def test_a_model_for_other_classes_is_refused_with_the_data(tiny: Path, tmp_path: Path) -> None:

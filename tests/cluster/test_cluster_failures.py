@@ -107,7 +107,7 @@ def test_a_job_deleted_from_outside_is_an_error(played: Scene) -> None:
 
     other = meanwhile(delete)
     with pytest.raises(
-        RuntimeError, match="was deleted before it ended, by somebody else or with its owner"
+        RuntimeError, match="was deleted before it ended: by another client, with its owner"
     ):
         played.launch(script(), ["echo on; sleep 60"], "deleted")
     other.join()

@@ -358,7 +358,7 @@ def test_jobs_cannot_mount_mlflow_s_secrets(name: str) -> None:
 
 @pytest.mark.parametrize("name", CLOUDS)
 def test_every_pod_of_a_namespace_of_its_own_is_under_a_policy(name: str) -> None:
-    """Default deny for all pods; the download job alone may reach public addresses."""
+    """Default deny for all pods; public addresses for the download job and downloading steps."""
     policies = [one for one in installed(name) if one["kind"] == "NetworkPolicy"]
     jobs = [one for one in policies if one["metadata"]["namespace"] == "vitdet"]
     (deny,) = (one["spec"] for one in jobs if one["metadata"]["name"] == "default-deny")
@@ -370,11 +370,29 @@ def test_every_pod_of_a_namespace_of_its_own_is_under_a_policy(name: str) -> Non
         for side in rule.get("to", [])
         if side.get("ipBlock", {}).get("cidr") == "0.0.0.0/0"
     }
-    assert out == {"vitdet-data"}
+    assert out == {"vitdet-data", "vitdet-downloads"}
     open_rules = [
         rule for one in jobs for rule in one["spec"].get("egress", []) if not rule.get("to")
     ]
     assert {port["port"] for rule in open_rules for port in rule["ports"]} == {53}
+
+
+@pytest.mark.parametrize("name", OVERLAYS)
+def test_policies_select_the_steps_that_the_pipeline_labels(name: str) -> None:
+    _, platforms = yaml.safe_load_all((ROOT / "tests/golden_pipeline/pipeline.yaml").read_text())
+    executors = platforms["platforms"]["kubernetes"]["deploymentSpec"]["executors"]
+    key = "app.kubernetes.io/component"
+    found = {one["podMetadata"]["labels"][key] for one in executors.values()}
+    policies = {
+        one["metadata"]["name"]: one["spec"]["podSelector"]
+        for one in overlay(name, "namespace")
+        if one["kind"] == "NetworkPolicy"
+    }
+    (rule,) = policies["vitdet-steps"]["matchExpressions"]
+    assert rule == {"key": key, "operator": "In", "values": sorted(found)}
+    downloads = policies["vitdet-downloads"]["matchLabels"][key]
+    downloading = {n for n, one in executors.items() if downloads in str(one["podMetadata"])}
+    assert downloading == {"exec-data", "exec-weights"}
 
 
 def test_the_operator_s_init_container_meets_restricted() -> None:

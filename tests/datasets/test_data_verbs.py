@@ -99,7 +99,7 @@ def test_a_person_fetches(vitdet: Run, web: Web) -> None:
     [
         (
             ("--mirror", "http://x", "--from", "y"),
-            "vitdet: --from takes the archives of a folder and --mirror those of a",
+            "vitdet: --from and --mirror are mutually exclusive",
         ),
         (("--mirror", "x"), "vitdet: --mirror x: expected an address such as https://"),
         (

@@ -245,7 +245,7 @@ def test_broken_annotations_are_refused_in_one_line(files, change, message):
     ("words", "message"),
     [
         ((), "name a CHECKPOINT, or --results FILE"),
-        (("--results", "r.json"), "go together"),
+        (("--results", "r.json"), "must be given together"),
         (("model.pt", "--dataset", "lvis"), "there is no CHECKPOINT"),
         (("--results", "r.json", "--annotations", "a.json"), "r.json: no such results file"),
     ],

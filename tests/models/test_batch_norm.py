@@ -124,7 +124,7 @@ def test_two_processes_without_gpus(tiny: Path, tmp_path: Path) -> None:
     )
     assert (
         len(said) == 1
-        and "BatchNorm uses the images of its own process only: 2 processes" in said[0]
+        and "BatchNorm statistics are per process: results with 2 processes" in said[0]
     )
     # they have seen other images but evaluate one model
     assert silent == [] and len(norms) == 2 and norms == others

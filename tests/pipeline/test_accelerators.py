@@ -66,7 +66,11 @@ def test_evaluate_waits_in_the_queue_of_the_training(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("pipeline.graph.IMAGE", "")
-    assert "podMetadata" not in evaluation(GOLDEN, tmp_path / "none.yaml")[1]
+    own = evaluation(GOLDEN, tmp_path / "none.yaml")[1]["podMetadata"]["labels"]
+    assert own == {
+        "app.kubernetes.io/name": "vitdet",
+        "app.kubernetes.io/component": "step",
+    }
     labels = {"kueue.x-k8s.io/queue-name": "team", "kueue.x-k8s.io/priority-class": "low"}
     jobs = list(yaml.safe_load_all(GOLDEN))
     for job in jobs:
@@ -79,7 +83,8 @@ def test_evaluate_waits_in_the_queue_of_the_training(
         for name, one in executors.items()
         if labels.keys() & one.get("podMetadata", {}).get("labels", {}).keys()
     }
-    assert queued == {"exec-evaluate": labels, "exec-evaluate-champion": labels}
+    both = {**own, **labels}
+    assert queued == {"exec-evaluate": both, "exec-evaluate-champion": both}
     other = yaml.safe_load((ROOT / "manifests/trainjob/trainjob.yaml").read_text())
     with pytest.raises(ValueError, match="must have the same labels kueue.x-k8s.io/"):
         queue_labels(yaml.safe_dump_all([*jobs, other]))

@@ -321,7 +321,7 @@ def test_a_server_with_users_wants_a_namespace_and_one_without_gets_none(
         (["tiny", "--package", sys.executable], "not a compiled pipeline"),
         (
             ["tiny", "--token-file", "-", "--cookie-file", "-"],
-            "the standard input can be read once",
+            "can read standard input",
         ),
     ],
 )

@@ -79,7 +79,7 @@ def test_a_training_is_registered_promoted_and_rolled_back(
     code, out, err = vitdet("promote", "vitdet", "--version", 2, "--force", "field test")
     assert code == 0 and "version 2 (champion)" in out, err
     code, out, err = vitdet("rollback", "vitdet")
-    assert code == 0 and "version 1 (champion): in place of version 2" in out, err
+    assert code == 0 and "version 1 (champion): replaces version 2" in out, err
     assert str(client.get_registered_model("vitdet").aliases["champion"]) == "1"
 
 

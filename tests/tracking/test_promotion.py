@@ -82,7 +82,7 @@ def test_promote_applies_the_gate_and_rollback_undoes_it(registry: Registry) -> 
         "version 3 (champion): without the gate (field test)"
     )
     assert registry.run("rollback", "--reason", "misses rings") == (
-        0, f"{name}, version 2 (champion): in place of version 3"
+        0, f"{name}, version 2 (champion): replaces version 3"
     )  # fmt: skip
     assert registry.run("rollback")[0] == 0 and registry.champion() == "1"
     code, line = registry.run("rollback")

@@ -208,9 +208,7 @@ def run_data_fetch(given: argparse.Namespace) -> int:
     from vitdet.datasets.published import archives
 
     if given.mirror and given.local:
-        raise ValueError(
-            "--from takes the archives of a folder and --mirror those of a server: give one of them"
-        )
+        raise ValueError("--from and --mirror are mutually exclusive")
     wanted = archives(given.dataset, given.split)
     made = fetch(wanted, given.folder, Bar, given.mirror, given.local, given.keep_archives)
     paths = {path for archive in wanted for path in archive.paths}

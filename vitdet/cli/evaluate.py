@@ -101,13 +101,12 @@ def score_results(given: argparse.Namespace) -> int:
     """vitdet evaluate --results"""
     if given.checkpoint or given.config or given.overrides or given.pictures:
         raise ValueError(
-            "with --results there is no CHECKPOINT, --config, --set or --pictures: nothing is "
-            "detected"
+            "--results cannot be combined with CHECKPOINT, --config, --set or --pictures"
         )
     if not given.results or not given.annotations:
         raise ValueError(
-            "--results FILE and --annotations FILE go together; --dataset says by whose rules "
-            "(coco)"
+            "--results and --annotations must be given together; --dataset selects the evaluation "
+            "protocol (default: coco)"
         )
     from vitdet.evaluation.evaluator import evaluate_results
     from vitdet.tracking.measured import write_metrics

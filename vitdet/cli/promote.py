@@ -51,7 +51,7 @@ def run_rollback(args: argparse.Namespace) -> int:
     from vitdet.tracking.promotion import roll_back
 
     before, now = roll_back(args.name, reason=args.reason, **place)
-    print(f"{args.name}, version {now} (champion): in place of version {before}")
+    print(f"{args.name}, version {now} (champion): replaces version {before}")
     return 0
 
 

@@ -257,7 +257,7 @@ def evaluate_alike(
     if names != list(class_names):
         shown = f"{', '.join(names[:5])}{', ...' if len(names) > 5 else ''}"
         raise ValueError(
-            f"it has other classes ({shown}); register this model under another tracking.model_name"
+            f"it has different classes ({shown}); register this model under another tracking.model_name"
         )
     if fingerprint(config.data, config.data.val_split) != val_fingerprint:
         raise ValueError(f"{config.data.root} has changed since the candidate was evaluated")

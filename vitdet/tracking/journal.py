@@ -51,7 +51,7 @@ class Journal:
                     file.truncate(size)
                     raise OSError("the disk is full")
         except OSError as error:
-            log.warning("tracking: a line is lost, %s cannot be written: %s", self.path, error)
+            log.warning("tracking: cannot write %s, a record is lost: %s", self.path, error)
 
     def append_file(self, path: Path, folder: str) -> None:
         """A file for this folder of the run's artifacts; a copy waits, so the original may change or go."""

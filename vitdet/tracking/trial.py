@@ -32,7 +32,7 @@ if list(found.columns) != expected:
 
 
 def try_model(model: Path, wheel: Path) -> None:
-    """Load a packed model in a fresh process and let it detect. Raises ValueError if it does not answer.
+    """Load a packed model in a new process and let it detect. Raises ValueError if it does not answer.
 
     model: the folder of the model. wheel: this package, as it is in the model.
     """
@@ -51,11 +51,11 @@ def try_model(model: Path, wheel: Path) -> None:
             )
         except subprocess.TimeoutExpired as error:
             raise ValueError(
-                f"the packed model did not answer within {TIMEOUT_SECONDS:.0f} s in a fresh process; "
+                f"the packaged model did not answer within {TIMEOUT_SECONDS:.0f} s in a new process; "
                 "it is not registered"
             ) from error
     if done.returncode:
         reason = next(iter(reversed(done.stderr.strip().splitlines())), f"exit {done.returncode}")
         raise ValueError(
-            f"the packed model does not answer in a fresh process ({reason[:300]}); it is not registered"
+            f"the packaged model does not answer in a new process ({reason[:300]}); it is not registered"
         )

@@ -128,7 +128,7 @@ def check_comparable(compared: Sequence[Compared]) -> None:
         ):
             if ours != theirs:
                 raise ValueError(
-                    f"{name} and {first} have different {what}: {theirs}, not {ours}; evaluate both alike"
+                    f"{name} and {first} have different {what}: {theirs}, not {ours}; evaluate both with the same settings"
                 )
 
 
