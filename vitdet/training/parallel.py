@@ -43,8 +43,8 @@ def parallelize(detector: nn.Module, device: torch.device, accumulate: int = 1) 
             detector = nn.SyncBatchNorm.convert_sync_batchnorm(detector)
         elif distributed.rank() == 0:
             log.warning(
-                "without GPUs, BatchNorm statistics are per process: results with %d processes differ "
-                "from those with one",
+                "without GPUs, BatchNorm statistics are per process: results with %d processes "
+                "differ from those with one",
                 distributed.world_size(),
             )
     known = inspect.signature(DistributedDataParallel).parameters
