@@ -217,7 +217,7 @@ def exercise_launcher(kind: str, accounts: str, account: str) -> None:
     assert cluster.workloads(owner["uid"]) == []
     cluster.delete()
     assert cluster.get() is None and said == []
-    with pytest.raises(RuntimeError, match="vitdet-pipeline has no Role for verb create"):
+    with pytest.raises(RuntimeError, match=f"{account} has no Role for verb create"):
         JobClient(api, KINDS[kind], "vitdet-train", "default", said.append, QUICK).create(job)
 
 
