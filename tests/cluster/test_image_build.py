@@ -225,7 +225,15 @@ def test_kubeflows_executor_runs_a_step(pod: Pod, storage: Path) -> None:
     schema = {"schemaTitle": "system.Artifact", "schemaVersion": "0.0.1"}
     settings = {"name": "settings", "uri": "/data/step/settings", "metadata": {}, "type": schema}
     request = {
-        "inputs": {"parameterValues": {"recipes": ["tiny"], "overrides": [], "workspace": "/data"}},
+        "inputs": {
+            "parameterValues": {
+                "recipes": ["tiny"],
+                "overrides": [],
+                "sweep": [],
+                "seeds": 1,
+                "workspace": "/data",
+            }
+        },
         "outputs": {
             "artifacts": {"settings": {"artifacts": [settings]}},
             "outputFile": "/data/step/output.json",
