@@ -247,9 +247,16 @@ def homeless(where: str, spec: dict, pools: dict[str, set[str]]) -> list[str]:
     return [f"{where}: {what}" for what in said]
 
 
+# Labels of the pods of pipeline steps, which are not part of the manifests (pipeline/graph.py).
+STEPS = [
+    {"app.kubernetes.io/name": "vitdet", "app.kubernetes.io/component": component}
+    for component in ("step", "step-download")
+]
+
+
 def unmatched(documents: list[dict]) -> list[str]:
     """Selectors of services and policies that no pod has, bindings, runtimes and our own classes that are not there."""
-    labels = [pod["metadata"]["labels"] for _, pod in pods(documents)]
+    labels = [*STEPS, *(pod["metadata"]["labels"] for _, pod in pods(documents))]
     names, said = {(d["kind"], d["metadata"]["name"]) for d in documents}, []
 
     def labels_in(namespace: str) -> list[dict]:
