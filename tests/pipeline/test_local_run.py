@@ -68,7 +68,8 @@ def test_two_recipes_are_trained_one_after_the_other_and_end_in_one_table(
     taken = steps(finished.first)
     # all of them before anything is trained
     assert sorted(taken[:4]) == ["announce", "configs", "data", "weights"]
-    assert sorted(taken[4:-2]) == sorted(2 * ["train", "evaluate", "gate", "register"])
+    # the second, with the same AP, does not pass the gate against the champion that the first left
+    assert taken[4:-2] == ["train", "evaluate", "gate", "register", "train", "evaluate", "gate"]
     assert taken[-2:] == ["compare", "clean-up"] and taken[4:6] == ["train", "evaluate"]
     parent, children = finished.runs(finished.first)
     assert parent.info.status == "FINISHED"
@@ -77,7 +78,7 @@ def test_two_recipes_are_trained_one_after_the_other_and_end_in_one_table(
     (digest,) = {child.inputs.dataset_inputs[0].dataset.digest for child in children}
     assert f"Data {digest.split('-')[1]}\n" in finished.first.stdout
     assert set(table(finished.first)) == {"tiny", "heavier"}
-    assert sorted(row[-2] for row in table(finished.first).values()) == ["1 (champion)", "2"]
+    assert sorted(row[-2] for row in table(finished.first).values()) == ["-", "1 (champion)"]
     assert [file.path for file in finished.client.list_artifacts(parent.info.run_id)] == [
         "comparison.md"
     ]
@@ -91,8 +92,7 @@ def test_the_run_ends_in_a_registered_champion(finished: Finished) -> None:
         champion.run_id in [child.info.run_id for child in children]
         and str(champion.version) == "1"
     )
-    versions = finished.client.search_model_versions(f"name = '{model.name}'")
-    assert sorted(str(version.version) for version in versions) == ["1", "2"]
+    assert len(finished.client.search_model_versions(f"name = '{model.name}'")) == 1
 
 
 def test_a_second_run_whose_model_is_no_better_registers_nothing(finished: Finished) -> None:

@@ -65,7 +65,7 @@ def test_a_full_disk_costs_a_line_and_a_warning(
     journal = filled(tmp_path, 1)
     journal.path = Path("/dev/full")
     journal.append({"points": {"loss": 1.0}, "step": 1})
-    assert "cannot be written" in caplog.text
+    assert "cannot write" in caplog.text
 
 
 def test_a_missing_file_costs_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
