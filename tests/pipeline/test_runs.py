@@ -2,32 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from components.launcher import client as kube
-from tests.helpers.kubeflow import Handler, Kubeflow, cut, failing, serving, stalling, task, waiting
+from tests.helpers.kubeflow import Handler, Kubeflow, cut, failing, stalling, task
 
 Run = Callable[..., tuple[int, str, str]]
 RUN = "0000-run-0"
-
-
-@pytest.fixture
-def kubeflow() -> Iterator[Kubeflow]:
-    with serving(Kubeflow()) as server:
-        yield server
-
-
-@pytest.fixture
-def pipeline(
-    kubeflow: Kubeflow,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    tmp_path: Path,
-) -> Run:
-    return waiting(kubeflow, monkeypatch, capsys, tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from datetime import UTC, datetime
-from pathlib import Path
 
 import pytest
 
@@ -13,26 +12,10 @@ from components.launcher import client as kube
 from components.launcher import launch as launcher
 from components.launcher.progress import PROGRESS, parse
 from components.launcher.templates import Kind
-from tests.helpers.kubeflow import Handler, Kubeflow, failing, serving, task, waiting
+from tests.helpers.kubeflow import Handler, Kubeflow, failing, task
 
 Run = Callable[..., tuple[int, str, str]]
 RUN = "0000-run-0"
-
-
-@pytest.fixture
-def kubeflow() -> Iterator[Kubeflow]:
-    with serving(Kubeflow()) as server:
-        yield server
-
-
-@pytest.fixture
-def pipeline(
-    kubeflow: Kubeflow,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    tmp_path: Path,
-) -> Run:
-    return waiting(kubeflow, monkeypatch, capsys, tmp_path)
 
 
 class Cluster:
