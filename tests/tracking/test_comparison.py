@@ -104,3 +104,14 @@ def test_seeds_count_from_the_recipe_s_own() -> None:
     planned = plan_trainings(["tiny"], ["train.seed=5"], "", seeds=3)
     assert [config.train.seed for config, _ in planned.values()] == [5, 6, 7]
     assert load_config("tiny").train.seed == 0
+
+
+@pytest.mark.parametrize("user", ["", "me@", "me:pass@", "me:pa/ss@", "me:p@ss@"])
+def test_a_link_to_a_run_has_no_credentials(user: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MLFLOW_UI_URL", raising=False)
+    link = "https://mlflow.team.org/#/experiments/1/runs/r"
+    assert run_page(f"https://{user}mlflow.team.org/", "1", "r") == link
+    monkeypatch.setenv("MLFLOW_UI_URL", f"https://{user}mlflow.team.org")
+    assert run_page("http://mlflow:5000", "1", "r") == link
+    monkeypatch.delenv("MLFLOW_UI_URL")
+    assert run_page("sqlite:///mlflow.db", "1", "r") == ""

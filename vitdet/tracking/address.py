@@ -9,6 +9,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from vitdet.config.credentials import hide_credentials as hide_credentials
+from vitdet.config.credentials import without_credentials
 from vitdet.config.ranges import check_address
 
 VARIABLES = ("MLFLOW_TRACKING_URI", "MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD")
@@ -37,7 +38,7 @@ def run_page(uri: str, experiment_id: str, run_id: str) -> str:
     base = os.environ.get("MLFLOW_UI_URL", "") or uri
     if not re.match(r"https?://", base, re.IGNORECASE):
         return ""
-    base = re.sub(r"//[^/@]*@", "//", base).rstrip("/")
+    base = without_credentials(base).rstrip("/")
     return f"{base}/#/experiments/{experiment_id}/runs/{run_id}"
 
 
