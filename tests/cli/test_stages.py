@@ -12,12 +12,12 @@ from mlflow.entities import Run
 
 from tests.conftest import minimal
 from vitdet import stages
-from vitdet.config import Config, load_config, save_config
+from vitdet.config import RECIPES, Config, load_config, save_config
 from vitdet.config.digest import digest, legacy_digest
-from vitdet.preparation import Data
+from vitdet.stages.preparation import Data
+from vitdet.stages.workspace import training_folder
 from vitdet.tracking.mlflow import tracking_uri
 from vitdet.tracking.runs import start_tracker
-from vitdet.workspace import training_folder
 
 RUN = "0123456789abcdef"
 
@@ -34,7 +34,7 @@ def client_of(workspace: Path) -> MlflowClient:
 
 def recipe(path: Path, **changes: object) -> str:
     """A file that is the recipe `tiny` with other settings: section__key=value."""
-    tree = yaml.safe_load((Path(stages.__file__).parent / "recipes" / "tiny.yaml").read_text())
+    tree = yaml.safe_load((RECIPES / "tiny.yaml").read_text())
     for key, value in changes.items():
         section, _, leaf = key.partition("__")
         tree[section][leaf] = value

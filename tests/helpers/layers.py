@@ -45,9 +45,6 @@ LAYERS: tuple[dict[str, str], ...] = (
         " evaluation weights tracking.tracker"
     },
     {"demo": f"{BASE} data checkpoint models training weights"},
-    {"workspace": BASE, "sweep": BASE},
-    {"outcomes": f"{BASE} workspace"},
-    {"preparation": ALL},
     {"stages": ALL},
     {"cli": ALL, "components": "stages"},
     {"__main__": "cli", "pipeline": "components config.credentials"},

@@ -71,8 +71,8 @@ def run_evaluate(given: argparse.Namespace) -> int:
     torchrun.end_with_torchrun()
     from vitdet import distributed, stages
     from vitdet.data.layout import resolve_config
+    from vitdet.stages.workspace import result
     from vitdet.tracking.runs import default_folder
-    from vitdet.workspace import result
 
     for path in filter(None, (given.output, given.report)):
         path.parent.mkdir(parents=True, exist_ok=True)  # minutes before it is needed

@@ -48,10 +48,10 @@ def run_register(args: argparse.Namespace) -> int:
     from vitdet import stages
     from vitdet.data.layout import resolve_config
     from vitdet.files import write_json
+    from vitdet.stages.workspace import result
     from vitdet.tracking.gate import RejectedError
     from vitdet.tracking.measured import read_measured, read_metrics
     from vitdet.tracking.runs import default_folder
-    from vitdet.workspace import result
 
     checkpoint = result(args.checkpoint)
     try:

@@ -16,9 +16,9 @@ from vitdet.evaluation.evaluator import OF_FILES
 from vitdet.evaluation.matches import MATCHES, Matches, load_matches
 from vitdet.evaluation.results import Truth, kinds_of, read_results, read_truth
 from vitdet.files import sha256
+from vitdet.stages.workspace import result
 from vitdet.tracking.measured import Measured, beside, read_measured
 from vitdet.tracking.runs import MATCHES_FOLDER, default_folder, has_mlflow
-from vitdet.workspace import result
 
 if TYPE_CHECKING:
     from vitdet.tracking.lookup import StoredRun
