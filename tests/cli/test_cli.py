@@ -394,14 +394,14 @@ def test_predict_looks_before_it_writes(
     refused(vitdet("predict", model, picture, cut, "--output", "drawn"), "cut.jpg: the image ")
     refused(
         vitdet("predict", model, picture, "--threshold", "2", "--output", "drawn"),
-        "--threshold must lie between",
+        "--threshold must be between",
     )
     assert not (tmp_path / "drawn").exists()
     photo = Path(shutil.copy(sorted((tiny / "val").iterdir())[0], tmp_path / "photo.jpg"))
     before = photo.read_bytes()
     refused(
         vitdet("predict", model, photo, "--output", "."),
-        "the drawing would take the place of the picture",
+        "the drawing would overwrite the image",
     )
     assert photo.read_bytes() == before
 
