@@ -186,6 +186,20 @@ def test_a_mistake_is_one_line_and_leaves_nothing(
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("trian", "invalid choice: 'trian'"),
+        ("compare a b --resamples many", "expected a number from 100 to 1000000, got 'many'"),
+        ("promote a --version 0", "expected the number of a version, got '0'"),
+        ("data convert a b --splits ,", "expected names with commas between them, got ','"),
+    ],
+)
+def test_a_wrong_argument_is_named(vitdet: Run, words: str, message: str) -> None:
+    code, output, errors = vitdet(*words.split())
+    assert (code, output) == (2, "") and message in errors
+
+
 def change(root: Path, edit: Callable[[dict], object]) -> None:
     path = root / "annotations" / "instances_train.json"
     content = json.loads(path.read_text())

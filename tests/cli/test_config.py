@@ -150,7 +150,7 @@ def test_an_override_of_a_section_by_null_is_refused(
 
 
 @pytest.mark.parametrize(
-    ("override", "says"),
+    ("override", "message"),
     [
         # names
         ("optim.lrr=1", "optim.lrr: no such setting; did you mean 'lr'?"),
@@ -186,27 +186,27 @@ def test_an_override_of_a_section_by_null_is_refused(
         ("model.backbone.rel_pos_size=4", "model.backbone.rel_pos_size must be at least patch_si"),
     ],
 )
-def test_a_wrong_override_is_named(override: str, says: str) -> None:
-    with pytest.raises(ValueError, match=f"^{re.escape(says)}") as caught:
+def test_a_wrong_override_is_named(override: str, message: str) -> None:
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}") as caught:
         load_config("tiny", [override])
     assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
-    ("name", "says"),
+    ("name", "message"),
     [
         ("tinny", "tinny: no such recipe; did you mean 'tiny'?"),
         ("swin", "swin: no such recipe; the nearest of 27 are mask_rcnn_swin_t_coco (`vitdet conf"),
         ("there/is/none.yaml", "there/is/none.yaml: no such config file; expected a file or the "),
     ],
 )
-def test_an_unknown_recipe_is_named(name: str, says: str) -> None:
-    with pytest.raises((ValueError, FileNotFoundError), match=f"^{re.escape(says)}"):
+def test_an_unknown_recipe_is_named(name: str, message: str) -> None:
+    with pytest.raises((ValueError, FileNotFoundError), match=f"^{re.escape(message)}"):
         load_config(name)
 
 
 @pytest.mark.parametrize(
-    ("text", "says"),
+    ("text", "message"),
     [
         ("optim: [1", "own.yaml: invalid YAML"),
         ("- optim", "own.yaml: expected sections (model, data,"),
@@ -214,9 +214,9 @@ def test_an_unknown_recipe_is_named(name: str, says: str) -> None:
         ("optim:\n  lr: {a: 1}", "optim.lr: expected a number"),
     ],
 )
-def test_a_wrong_file_is_named(tmp_path: Path, text: str, says: str) -> None:
+def test_a_wrong_file_is_named(tmp_path: Path, text: str, message: str) -> None:
     for overrides in ([], ["optim.steps=1"]):  # an override does not hide it
-        with pytest.raises(ValueError, match=re.escape(says)) as caught:
+        with pytest.raises(ValueError, match=re.escape(message)) as caught:
             load_config(write(tmp_path, text), overrides)
         assert "\n" not in str(caught.value)
 

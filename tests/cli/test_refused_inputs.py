@@ -180,7 +180,7 @@ def test_a_full_disk_names_the_file(
     )
     said = [line for line in done.stderr.splitlines() if line.startswith("vitdet: ")]
     assert done.returncode == 1 and len(said) == 1 and "Traceback" not in done.stderr, done.stderr
-    full = "disk I/O error" if names == "mlflow.db" else "File too large"  # as SQLite says it
+    full = "disk I/O error" if names == "mlflow.db" else "File too large"  # SQLite
     assert names in said[0] and full in said[0]
     files = [path for path in tmp_path.rglob("*") if "journal" not in path.parts]
     left = [path for path in files if path.suffix == ".tmp" or path.name == names]

@@ -105,7 +105,7 @@ def test_two_recipes_are_trained_compared_and_registered(
         stages.end_parent_run(["tiny"], [], space, RUN, state)
         assert client.get_run(parent.info.run_id).info.status == status
 
-    # the two trainings can be compared as runs
+    # the two training runs can be compared as runs
     logged = [child.data.metrics for child in children]
     assert all(any(key.startswith("class_ap/") for key in one) for one in logged)
     runs, seen = [child.info.run_id for child in children], tmp_path / "runs.md"

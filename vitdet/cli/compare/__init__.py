@@ -41,10 +41,9 @@ def add_compare(verb: argparse.ArgumentParser) -> None:
 
 
 def _count(text: str) -> int:
-    number = int(text)
-    if not 100 <= number <= 1_000_000:
-        raise argparse.ArgumentTypeError(f"expected 100 to 1000000, got {number}")
-    return number
+    if not text.isdecimal() or not 100 <= int(text) <= 1_000_000:
+        raise argparse.ArgumentTypeError(f"expected a number from 100 to 1000000, got {text!r}")
+    return int(text)
 
 
 def run_compare(args: argparse.Namespace) -> int:
