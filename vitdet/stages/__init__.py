@@ -1,21 +1,21 @@
 """The steps of an experiment as functions, called by the command line and pipeline components.
 
-`train`, `evaluate` and `register` are what the commands of these names do. The other functions are
-the steps of a pipeline run, in this order:
+`train`, `evaluate` and `register` do what the commands of these names do. The other functions are
+the steps of a pipeline run, in this order (`pipeline/graph.py`):
 
     resolve_configs     one config for each training run: recipe, overrides, sweep, seeds
     start_parent_run    the MLflow run that groups the training runs
-    prepare_data        the data set, verified; configs with its splits and classes
-    fetch_weights       initial weights
+    prepare_data        the data set, fetched and verified; configs with its splits and classes
+    fetch_weights       the initial weights
     train_recipe        for each training run, in this process; where a Kubernetes job trains:
                         train_argv, check_processes, is_trained, keep_logs, copy_checkpoint
     evaluate_recipe     its metrics and report
-    evaluate_champion   if the champion was not evaluated on this data with these settings
-    gate                whether it is better than the champion
-    register_recipe     a model version, the new champion
+    evaluate_champion   the champion's metrics, if unknown for this data and these settings
+    gate                whether the detector is better than the champion
+    register_recipe     a new version in the model registry, and the new champion, if it is better
     compare             one table of all training runs
-    compare_finished,   the exit handler, also after a failure
-    end_parent_run
+    compare_finished    after a failure: the table of what finished, and why the rest did not
+    end_parent_run      the end of the MLflow run, with the status of the pipeline run
 
 They exchange results as return values, as files and in a workspace, a folder that all steps share
 (`vitdet.stages.workspace`). Their arguments:
