@@ -141,11 +141,11 @@ def kubeflow_cron(expression: str) -> str:
 CHECK = """
 import json, sys
 from pathlib import Path
-from vitdet import preparation
+from vitdet import stages
 recipes, overrides, sweep, seeds, fetch = json.load(sys.stdin)
 try:
-    preparation.plan_trainings(recipes, overrides, "", sweep, seeds)
-    if fetch: preparation.fetch_words(fetch, Path(), Path())
+    stages.plan_trainings(recipes, overrides, "", sweep, seeds)
+    if fetch: stages.fetch_words(fetch, Path(), Path())
 except (ValueError, OSError) as error:
     sys.exit(str(error))
 """

@@ -9,6 +9,7 @@ import resource
 import shutil
 import subprocess
 import sys
+import tomllib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,7 +19,7 @@ import yaml
 from PIL import Image
 from safetensors.torch import save_file
 
-from tests.conftest import environment, minimal, options
+from tests.conftest import ROOT, environment, minimal, options
 from vitdet.config import load_config
 
 Run = Callable[..., tuple[int, str, str]]
@@ -33,22 +34,28 @@ def untracked(monkeypatch: pytest.MonkeyPatch) -> None:
     )
 
 
-def leftovers(folder: Path) -> list[Path]:
-    """What was begun and not ended."""
-    return [
-        path for path in folder.rglob("*") if path.name.startswith(".") and path.name != ".lock"
-    ]
+def leftovers(folder: Path) -> list[str]:
+    """Temporary files."""
+    return [path.name for path in folder.rglob(".*") if path.name != ".lock"]
 
 
-def refused(result: tuple[int, str, str], says: str) -> None:
+def names(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
+
+
+def refused(result: tuple[int, str, str], message: str) -> None:
     code, output, errors = result
-    assert (
-        code == 1 and output == "" and errors.count("\n") == 1 and errors.startswith("vitdet: ")
-    ), errors
-    assert says in errors
+    assert (code, output, errors.count("\n")) == (1, "", 1), errors
+    assert errors.startswith("vitdet: ") and message in errors, errors
 
 
-# --- what works
+def test_version(vitdet: Run) -> None:
+    import torch
+
+    code, output, errors = vitdet("--version")
+    assert (code, errors) == (0, "") and output.count("\n") == 1
+    version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+    assert output.startswith(f"vitdet {version}, torch {torch.__version__}, Python 3.")
 
 
 def test_config(vitdet: Run, tmp_path: Path) -> None:
@@ -81,13 +88,11 @@ def test_weights(vitdet: Run, tmp_path: Path) -> None:
     vitdet("config", "tiny", "--set", "train.init=", "--output", "config.yaml")
     code, output, _ = vitdet("weights", "fetch", "config.yaml", "--output", "nothing")
     assert code == 0 and "starts from random weights" in output and (tmp_path / "nothing").is_dir()
-    refused(
-        vitdet("weights", "fetch", "mae_vit_tny", "--output", "x"), "did you mean 'mae_vit_tiny'?"
-    )
-    refused(
-        vitdet("weights", "fetch", "none.safetensors", "--output", "x"),
-        "none.safetensors: no such weights file",
-    )
+    for name, message in (
+        ("mae_vit_tny", "did you mean 'mae_vit_tiny'?"),
+        ("none.safetensors", "none.safetensors: no such weights file"),
+    ):
+        refused(vitdet("weights", "fetch", name, "--output", "x"), message)
     assert not (tmp_path / "x").exists()
 
 
@@ -95,24 +100,13 @@ def test_train_shows_its_progress_and_goes_on(vitdet: Run, tiny: Path, tmp_path:
     words = ("train", "tiny", *options(minimal(tiny, optim__steps=2)), "--output", "run")
     code, output, errors = vitdet(*words)
     assert (code, output) == (0, "run/model.pt\n")
-    assert [line.split("  ")[0] for line in errors.splitlines()] == [
-        "step 1/2",
-        "step 2/2",
-        "step 2/2",
-    ]
-    assert {path.name for path in (tmp_path / "run").iterdir()} == {
-        "model.pt",
-        "config.yaml",
-        "checkpoints",
-        "pictures",
-    }
+    steps = [line.split("  ")[0] for line in errors.splitlines()]
+    assert steps == ["step 1/2", "step 2/2", "step 2/2"]
+    assert names(tmp_path / "run") == {"model.pt", "config.yaml", "checkpoints", "pictures"}
     assert not leftovers(tmp_path)
-    code, out, _ = vitdet(*words)
-    assert (code, out) == (0, "run/model.pt\n")
-    refused(
-        vitdet(*words, "--set", "optim.lr=5"),
-        "finished run with another config (optim.lr: 5.0, not 0.001)",
-    )
+    assert vitdet(*words)[:2] == (0, "run/model.pt\n")
+    message = "finished run with another config (optim.lr: 5.0, not 0.001)"
+    refused(vitdet(*words, "--set", "optim.lr=5"), message)
 
 
 def test_evaluate(vitdet: Run, trained: Path, tmp_path: Path) -> None:
@@ -125,23 +119,11 @@ def test_evaluate(vitdet: Run, trained: Path, tmp_path: Path) -> None:
     metrics = json.loads((tmp_path / "m" / "metrics.json").read_text())
     assert {"box_ap", "mask_ap", "box_ap50"} <= set(metrics)
     assert len(list((tmp_path / "pics").glob("*.jpg"))) == 4
-    assert {path.name for path in (tmp_path / "plots").iterdir()} == {
-        "classes.json",
-        "curve.json",
-        "matches.measured.json",
-        "matches.npz",
-        "report.html",
-        "results.json",
-        "thresholds.json",
-    }
+    files = "classes.json curve.json matches.measured.json matches.npz report.html results.json"
+    assert names(tmp_path / "plots") == {*files.split(), "thresholds.json"}
     assert not leftovers(tmp_path)
     code, output, _ = vitdet("evaluate", trained / "model.pt", "--set", "evaluate.max_detections=1")
-    assert code == 0 and {path.name for path in tmp_path.iterdir()} == {
-        "deep",
-        "m",
-        "pics",
-        "plots",
-    }
+    assert code == 0 and names(tmp_path) == {"deep", "m", "pics", "plots"}
 
 
 def test_a_checkpoint_that_was_carried_away_makes_no_tracking_store(
@@ -156,27 +138,14 @@ def test_a_checkpoint_that_was_carried_away_makes_no_tracking_store(
 
 def test_predict(vitdet: Run, trained: Path, tiny: Path, picture: Path, tmp_path: Path) -> None:
     other = Path(shutil.copy(sorted((tiny / "val").iterdir())[0], tmp_path / "picture.jpg"))
-    code, output, _ = vitdet(
-        "predict",
-        trained / "model.pt",
-        picture,
-        other,
-        picture,
-        "--output",
-        "drawn",
-        "--threshold",
-        "0",
-    )
-    assert code == 0 and [line.split(":")[0] for line in output.splitlines()] == [
-        "drawn/picture.jpg",
-        "drawn/picture_2.jpg",
-    ]
+    images = (picture, other, picture)
+    words = ("predict", trained / "model.pt", *images, "--output", "drawn", "--threshold", 0)
+    code, output, _ = vitdet(*words)
+    drawn = ["drawn/picture.jpg", "drawn/picture_2.jpg"]
+    assert code == 0 and [line.split(":")[0] for line in output.splitlines()] == drawn
     found = json.loads((tmp_path / "drawn" / "detections.json").read_text())
-    assert set(found) == {"picture.jpg", "picture_2.jpg"} and set(found["picture.jpg"][0]) == {
-        "name",
-        "score",
-        "box",
-    }
+    assert set(found) == {"picture.jpg", "picture_2.jpg"}
+    assert set(found["picture.jpg"][0]) == {"name", "score", "box"}
     assert Image.open(tmp_path / "drawn" / "picture_2.jpg").format == "JPEG"
     assert not leftovers(tmp_path)
 
@@ -190,60 +159,48 @@ def test_predict_needs_the_checkpoint_alone(
     content["config"]["data"]["root"] = "no longer there"
     torch.save(content, tmp_path / "carried.pt")
     code, output, _ = vitdet(
-        "predict", "carried.pt", picture, "--output", "drawn", "--threshold", "0"
+        "predict", "carried.pt", picture, "--output", "drawn", "--threshold", 0
     )
     assert code == 0 and output.startswith("drawn/picture.jpg: ")
     refused(vitdet("evaluate", "carried.pt", "--output", "m.json"), "no longer there")
     assert not (tmp_path / "m.json").exists()
 
 
-# --- what does not
-
-
 @pytest.mark.parametrize(
-    ("words", "says"),
+    ("words", "message"),
     [
-        (("config", "tny"), "tny: no such recipe; did you mean 'tiny'?"),
-        (("train", "tny", "--output", "run"), "did you mean 'tiny'?"),
-        (("train", "none.yaml", "--output", "run"), "none.yaml: no such config file"),
-        (
-            ("train", "tiny", "--set", "optim.lrate=1", "--output", "run"),
-            "optim.lrate: no such setting; did you mean 'lr'",
-        ),
-        (
-            ("train", "tiny", "--set", "optim.lr=fast", "--output", "run"),
-            "optim.lr: expected a number, got 'fast'",
-        ),
-        (
-            (
-                "train",
-                "tiny",
-                "--set",
-                "data.root=nowhere",
-                "--set",
-                "train.init=",
-                "--output",
-                "run",
-            ),
-            "nowhere",
-        ),
-        (
-            ("train", "tiny", "--set", "train.init=none.safetensors", "--output", "run"),
-            "no such weights file",
-        ),
-        (("evaluate", "none.pt"), "none.pt: no such checkpoint"),
-        (("predict", "none.pt", "none.jpg", "--output", "drawn"), "none.jpg: no such image file"),
-        (("data", "tiny", "x", "--train", "0"), "expected 1 to 500000 images"),
+        ("config tny", "tny: no such recipe; did you mean 'tiny'?"),
+        ("train none.yaml --output run", "none.yaml: no such config file"),
+        ("train tiny --set optim.lrate=1 --output run", "optim.lrate: no such setting"),
+        ("train tiny --set data.root=nowhere --set train.init= --output run", "nowhere"),
+        ("train tiny --set train.init=no.pt --output run", "no such weights file"),
+        ("evaluate none.pt", "none.pt: no such checkpoint"),
+        ("predict none.pt none.jpg --output drawn", "none.jpg: no such image file"),
+        ("data tiny x --train 0", "expected 1 to 500000 images"),
     ],
 )
 def test_a_mistake_is_one_line_and_leaves_nothing(
-    vitdet: Run, tmp_path: Path, words: tuple, says: str
+    vitdet: Run, tmp_path: Path, words: str, message: str
 ) -> None:
-    refused(vitdet(*words), says)
+    refused(vitdet(*words.split()), message)
     assert not list(tmp_path.iterdir())
 
 
-def change(root: Path, edit: Callable[[dict], None]) -> None:
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("trian", "invalid choice: 'trian'"),
+        ("compare a b --resamples many", "expected a number from 100 to 1000000, got 'many'"),
+        ("promote a --version 0", "expected the number of a version, got '0'"),
+        ("data convert a b --splits ,", "expected names with commas between them, got ','"),
+    ],
+)
+def test_a_wrong_argument_is_named(vitdet: Run, words: str, message: str) -> None:
+    code, output, errors = vitdet(*words.split())
+    assert (code, output) == (2, "") and message in errors
+
+
+def change(root: Path, edit: Callable[[dict], object]) -> None:
     path = root / "annotations" / "instances_train.json"
     content = json.loads(path.read_text())
     edit(content)
@@ -256,60 +213,28 @@ def plain(content: dict) -> dict:
 
 
 @pytest.mark.parametrize(
-    ("damage", "says"),
+    ("edit", "message"),
     [
-        (
-            lambda root: (root / "annotations" / "instances_train.json").write_text('{"images": ['),
-            "invalid JSON",
-        ),
-        (
-            lambda root: (root / "annotations" / "instances_val.json").write_text("[]"),
-            "top level: not COCO's layout",
-        ),
-        (lambda root: next((root / "train").iterdir()).unlink(), "no such file"),
-        (
-            lambda root: change(root, lambda c: [a.update(image_id=99) for a in c["annotations"]]),
-            "an unknown image",
-        ),
-        (
-            lambda root: change(
-                root, lambda c: [a.update(category_id=99) for a in c["annotations"]]
-            ),
-            "an unknown category",
-        ),
-        (
-            lambda root: change(root, lambda c: plain(c).update(bbox=[5000, 5000, 10, 10])),
-            "box far outside its image",
-        ),
-        (
-            lambda root: change(root, lambda c: plain(c).update(segmentation=[5])),
-            "polygon that is not a list",
-        ),
-        (
-            lambda root: change(root, lambda c: c["annotations"].append(c["annotations"][0])),
-            "duplicate ",
-        ),
-        (lambda root: change(root, lambda c: c["images"].append(c["images"][0])), "duplicate "),
-        (lambda root: change(root, lambda c: c.pop("categories")), "no 'categories' in the file"),
-    ],
-    ids=[
-        "invalid JSON",
-        "a list",
-        "no image file",
-        "no such image",
-        "no such category",
-        "box outside",
-        "no polygon",
-        "annotation twice",
-        "image twice",
-        "no categories",
+        (lambda c: [one.update(image_id=99) for one in c["annotations"]], "an unknown image"),
+        (lambda c: [one.update(category_id=99) for one in c["annotations"]], "an unknown category"),
+        (lambda c: plain(c).update(bbox=[5000, 5000, 10, 10]), "box far outside its image"),
+        (lambda c: plain(c).update(segmentation=[5]), "polygon that is not a list"),
+        (lambda c: c["annotations"].append(c["annotations"][0]), "duplicate "),
+        (lambda c: c["images"].append(c["images"][0]), "duplicate "),
+        (lambda c: c["images"][0].update(file_name="none.jpg"), "no such file"),
+        (lambda c: c.pop("categories"), "no 'categories' in the file"),
+        ('{"images": [', "invalid JSON"),
+        ("[]", "top level: not COCO's layout"),
     ],
 )
 def test_a_damaged_data_set_is_one_line_and_leaves_nothing(
-    vitdet: Run, own_tiny: Path, tmp_path: Path, damage: Callable[[Path], None], says: str
+    vitdet: Run, own_tiny: Path, tmp_path: Path, edit: Callable[[dict], object] | str, message: str
 ) -> None:
-    damage(own_tiny)
-    refused(vitdet("train", "tiny", *options(minimal(own_tiny)), "--output", "run"), says)
+    if isinstance(edit, str):
+        (own_tiny / "annotations" / "instances_train.json").write_text(edit)
+    else:
+        change(own_tiny, edit)
+    refused(vitdet("train", "tiny", *options(minimal(own_tiny)), "--output", "run"), message)
     assert not (tmp_path / "run").exists()
     code, output, errors = vitdet("data", "check", own_tiny)
     assert code == 1 and errors == "" and "errors: none" not in output
@@ -321,9 +246,8 @@ def test_a_truncated_image_is_one_line(
 ) -> None:
     for path in (own_tiny / "train").iterdir():
         path.write_bytes(path.read_bytes()[:-200])
-    result = vitdet(
-        "train", "tiny", *options(minimal(own_tiny, data__workers=workers)), "--output", "run"
-    )
+    settings = options(minimal(own_tiny, data__workers=workers))
+    result = vitdet("train", "tiny", *settings, "--output", "run")
     refused(result, ".jpg: the image cannot be read: ")
     assert not leftovers(tmp_path) and not (tmp_path / "run" / "model.pt").exists()
 
@@ -331,53 +255,30 @@ def test_a_truncated_image_is_one_line(
 def test_boxes_of_zero_size_are_counted_and_left_out(
     vitdet: Run, own_tiny: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    change(
-        own_tiny,
-        lambda c: [
-            one.update(bbox=[3, 3, 0, 9]) for one in c["annotations"][:2] if not one["iscrowd"]
-        ],
-    )
+    change(own_tiny, lambda c: plain(c).update(bbox=[3, 3, 0, 9]))
+    settings = options(minimal(own_tiny, optim__steps=1))
     with caplog.at_level(logging.WARNING, "vitdet"):
-        code, *_ = vitdet(
-            "train", "tiny", *options(minimal(own_tiny, optim__steps=1)), "--output", "run"
-        )
-    assert code == 0
-    assert any(
-        "objects ignored in training" in message and "of zero size" in message
-        for message in caplog.messages
-    )
+        assert vitdet("train", "tiny", *settings, "--output", "run")[0] == 0
+    (message,) = [text for text in caplog.messages if "objects ignored in training" in text]
+    assert "of zero size" in message
 
 
 def test_checkpoints_that_do_not_fit(
     vitdet: Run, trained: Path, own_tiny: Path, picture: Path, tmp_path: Path
 ) -> None:
-    state = sorted((trained / "checkpoints").glob("*.pt"))[-1]
-    refused(
-        vitdet("evaluate", state),
-        "expected a 'vitdet detector, version 1' file, got 'vitdet training state",
-    )
-    refused(
-        vitdet("predict", picture, picture, "--output", "drawn"), "not a complete vitdet checkpoint"
-    )
-    refused(
-        vitdet("evaluate", trained / "model.pt", "--set", "optim.lr=1"),
-        "only data.* and evaluate.* can change",
-    )
+    state, model = sorted((trained / "checkpoints").glob("*.pt"))[-1], trained / "model.pt"
+    message = "expected a 'vitdet detector, version 1' file, got 'vitdet training state"
+    refused(vitdet("evaluate", state), message)
+    result = vitdet("predict", picture, picture, "--output", "drawn")
+    refused(result, "not a complete vitdet checkpoint")
+    result = vitdet("evaluate", model, "--set", "optim.lr=1")
+    refused(result, "only data.* and evaluate.* can change")
     for name in ("train", "val"):
         path = own_tiny / "annotations" / f"instances_{name}.json"
         path.write_text(path.read_text().replace('"star"', '"sun"'))
-    result = vitdet(
-        "evaluate",
-        trained / "model.pt",
-        "--set",
-        f"data.root={own_tiny}",
-        "--output",
-        "m.json",
-        "--plots",
-        "plots",
-    )
-    refused(result, "its classes are not those that")
-    assert {path.name for path in tmp_path.iterdir()} == {"own", "picture.png"}
+    words = ("--set", f"data.root={own_tiny}", "--output", "m.json", "--plots", "plots")
+    refused(vitdet("evaluate", model, *words), "its classes are not those that")
+    assert names(tmp_path) == {"own", "picture.png"}
 
 
 def test_predict_looks_before_it_writes(
@@ -387,22 +288,16 @@ def test_predict_looks_before_it_writes(
     text.write_text("no picture")
     cut.write_bytes(sorted((tiny / "val").iterdir())[0].read_bytes()[:-500])
     model = trained / "model.pt"
-    refused(
-        vitdet("predict", model, picture, text, "--output", "drawn"),
-        "text.jpg: not an image that can be read",
-    )
-    refused(vitdet("predict", model, picture, cut, "--output", "drawn"), "cut.jpg: the image ")
-    refused(
-        vitdet("predict", model, picture, "--threshold", "2", "--output", "drawn"),
-        "--threshold must lie between",
-    )
+    for words, message in (
+        ((picture, text), "text.jpg: not an image that can be read"),
+        ((picture, cut), "cut.jpg: the image "),
+        ((picture, "--threshold", 2), "--threshold must be between"),
+    ):
+        refused(vitdet("predict", model, *words, "--output", "drawn"), message)
     assert not (tmp_path / "drawn").exists()
     photo = Path(shutil.copy(sorted((tiny / "val").iterdir())[0], tmp_path / "photo.jpg"))
     before = photo.read_bytes()
-    refused(
-        vitdet("predict", model, photo, "--output", "."),
-        "the drawing would take the place of the picture",
-    )
+    refused(vitdet("predict", model, photo, "--output", "."), "would overwrite the image")
     assert photo.read_bytes() == before
 
 
@@ -430,55 +325,30 @@ def largest_file(size: int) -> Iterator[None]:
 
 
 def test_a_full_disk_costs_nothing_but_time(vitdet: Run, tiny: Path, tmp_path: Path) -> None:
-    words = (
-        "train",
-        "tiny",
-        *options(minimal(tiny, optim__steps=4, train__save_every=1)),
-        "--output",
-        "run",
-    )
+    settings = options(minimal(tiny, optim__steps=4, train__save_every=1))
+    words = ("train", "tiny", *settings, "--output", "run")
     with largest_file(8_000_000):  # the first state is smaller: it has no moments of the optimizer
         code, output, errors = vitdet(*words)
     assert (code, output) == (1, "")
-    assert (
-        "step_00000001.pt: could not be written ([Errno 27] File too large); free some"
-        in errors.splitlines()[-1]
-    )
-    assert [path.name for path in sorted((tmp_path / "run" / "checkpoints").glob("*"))] == [
-        ".lock",
-        "step_00000000.pt",
-    ]
+    message = "step_00000001.pt: could not be written ([Errno 27] File too large); free some"
+    assert message in errors.splitlines()[-1]
+    assert names(tmp_path / "run" / "checkpoints") == {".lock", "step_00000000.pt"}
     assert not leftovers(tmp_path)
     assert vitdet(*words)[:2] == (0, "run/model.pt\n")
 
 
-def run_process(folder: Path, *words: object) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, "-m", "vitdet", *map(str, words)],
-        cwd=folder,
-        env=environment(folder),
-        capture_output=True,
-        text=True,
-    )
-
-
 def test_in_a_process_of_its_own(vitdet: Run, tiny: Path, tmp_path: Path) -> None:
-    done = run_process(tmp_path, "config", "tiny")
+    def run(*words: str) -> subprocess.CompletedProcess:
+        command = [sys.executable, "-m", "vitdet", *words]
+        more = {"cwd": tmp_path, "env": environment(tmp_path)}
+        return subprocess.run(command, capture_output=True, text=True, **more)
+
+    done = run("config", "tiny")
     assert done.returncode == 0 and done.stderr == "" and "optim" in yaml.safe_load(done.stdout)
     wrong = "vitdet: optim.lr: expected a number, got 'x'\n"
     assert vitdet("config", "tiny", "--set", "optim.lr=x") == (1, "", wrong)
     assert vitdet()[0] == vitdet("trian")[0] == 2
-    done = run_process(
-        tmp_path,
-        "train",
-        "tiny",
-        *options(minimal(tiny, data__val_split="test")),
-        "--output",
-        "run",
-    )
-    assert (
-        done.returncode == 1
-        and done.stderr.count("\n") == 1
-        and "instances_test.json: no such file or folder" in done.stderr
-    )
+    settings = options(minimal(tiny, data__val_split="test"))
+    done = run("train", "tiny", *settings, "--output", "run")
+    refused((done.returncode, done.stdout, done.stderr), "instances_test.json: no such file or fo")
     assert not list(tmp_path.iterdir())

@@ -13,23 +13,13 @@ from tests.conftest import ROOT, environment
 SIGPIPE = 141  # exit code that a shell reports for a process that the signal ended
 
 
-@pytest.mark.parametrize(
-    "command",
-    [
-        ["weights", "list"],
-        ["weights", "list", "--json"],
-        ["config"],
-        ["config", "tiny"],
-        ["--help"],
-    ],
-    ids=" ".join,
-)
+@pytest.mark.parametrize("command", ["weights list", "config tiny", "--help"])
 @pytest.mark.parametrize("unbuffered", [False, True])
 def test_a_closed_pipe_ends_the_command_without_a_message(
-    command: list[str], unbuffered: bool, tmp_path: Path
+    command: str, unbuffered: bool, tmp_path: Path
 ) -> None:
     process = subprocess.Popen(
-        [sys.executable, *(["-u"] if unbuffered else []), "-m", "vitdet", *command],
+        [sys.executable, *(["-u"] if unbuffered else []), "-m", "vitdet", *command.split()],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -39,7 +29,7 @@ def test_a_closed_pipe_ends_the_command_without_a_message(
     errors = process.stderr.read()
     assert errors == ""
     # argparse ignores errors of its own output: 0 for --help that is not buffered
-    assert process.wait() in ((0, SIGPIPE) if command == ["--help"] else (SIGPIPE,))
+    assert process.wait() in ((0, SIGPIPE) if command == "--help" else (SIGPIPE,))
 
 
 def test_a_closed_pipe_ends_a_command_of_the_pipeline_without_a_message(tmp_path: Path) -> None:

@@ -14,7 +14,6 @@ import yaml
 
 from vitdet.config import (
     RECIPES,
-    BackboneConfig,
     Config,
     DataConfig,
     OptimConfig,
@@ -151,121 +150,63 @@ def test_an_override_of_a_section_by_null_is_refused(
 
 
 @pytest.mark.parametrize(
-    ("override", "says"),
+    ("override", "message"),
     [
+        # names
         ("optim.lrr=1", "optim.lrr: no such setting; did you mean 'lr'?"),
         ("lr=1", "lr: no such setting; did you mean 'optim.lr'?"),
-        (
-            "optim.batch_size=1",
-            "optim.batch_size: no such setting; did you mean 'train.batch_size'?",
-        ),
-        ("optin.lr=1", "optin: no such setting; did you mean 'optim'?"),
         ("zzz.x=1", "zzz: no such setting; known: model, data"),
         ("optim=1", "optim: expected a section (lr, "),
         ("model={rpn: 3}", "model.rpn: expected a section (anchor_scale, "),
-        (f"train.seed={2**63}", f"train.seed must be between 0 and {2**63 - 1}, got {2**63}"),
-        ("train.seed=-1", "train.seed must be between 0 and 9223372036854775807, got -1"),
-        ("data.image_size=640000", "data.image_size must be between 1 and 65536, got 640000"),
-        ("optim.steps=1e10", "optim.steps must be between 1 and 2147483647, got 10000000000"),
-        (
-            "model.roi_heads.num_classes=20260101",
-            "model.roi_heads.num_classes must be between 1 and 1000000, got 20260101",
-        ),
-        (
-            "model.roi_heads.num_fcs=20260101",
-            "model.roi_heads.num_fcs must be between 1 and 1024, got 20260101",
-        ),
-        (
-            "model.backbone.window_size=20260101",
-            "model.backbone.window_size must be between 0 and 65536, got 20260101",
-        ),
-        (
-            "model.backbone.residual_blocks=[2, 20260101]",
-            "model.backbone.residual_blocks must be between 0 and 1023, got [2, 20260101]",
-        ),
         ("optim.lr.x=1", "optim.lr.x: optim.lr is a setting, not a section"),
         ("optim.lr", "override 'optim.lr': expected section.key=value"),
         ("=1", "override '=1': expected section.key=value"),
+        # types
         ("optim.lr=[", "optim.lr: '[' is not readable as a value"),
         ("optim.lr=fast", "optim.lr: expected a number, got 'fast'"),
         ("optim.lr=", "optim.lr: expected a number, got None"),
         ("optim.lr=true", "optim.lr: expected a number, got True"),
         ("optim.lr=nan", "optim.lr: expected a number, got 'nan'"),
-        ("optim.lr=.inf", "optim.lr: expected a number, got inf"),
         ("optim.lr=1" + 400 * "0", "optim.lr: expected a number, got 1000"),
         ("optim.steps=1.5", "optim.steps: expected a whole number, got 1.5"),
         ("model.rpn.norm=1", "model.rpn.norm: expected true or false, got 1"),
-        (
-            "data.scale_range=1",
-            "data.scale_range: expected a list of 2 values, each a number, got 1",
-        ),
-        (
-            "data.scale_range=[1, 2, 3]",
-            "data.scale_range: expected a list of 2 values, each a number, got [1, 2, 3]",
-        ),
+        ("data.scale_range=[1, 2, 3]", "data.scale_range: expected a list of 2 values, each a nu"),
         ("data.scale_range=[1, x]", "data.scale_range: expected a number, got 'x'"),
-        (
-            "model.backbone.name=vit_x",
-            "model.backbone.name: expected one of vit_tiny, vit_b, vit_l, vit_h, vitae_b, vitae_s, swin_t, vitaev2_s, "
-            "got 'vit_x'",
-        ),
-        (
-            "data.image_size=100",
-            "data.image_size must be a positive multiple of 64 (the coarsest stride), got 100",
-        ),
-        ("data.image_size=0", "data.image_size must be between 1 and 65536, got 0"),
-        (
-            "model.pyramid.scales=[4,2,1,0]",
-            "model.pyramid.scales must be above 0, got [4.0, 2.0, 1.0, 0.0]",
-        ),
-        ("optim.milestones=[0.9,0.8]", "optim.milestones must increase between 0 and 1"),
-        ("optim.milestones=[0.5,1]", "optim.milestones must increase between 0 and 1"),
-        ("data.scale_range=[2,1]", "data.scale_range must be low <= high, got [2.0, 1.0]"),
-        ("model.roi_heads.ious=[]", "model.roi_heads.ious must be between 0 and 1, got []"),
-        ("optim.steps=0", "optim.steps must be between 1 and 2147483647, got 0"),
-        ("model.rpn.samples=0", "model.rpn.samples must be between 1 and 1000000, got 0"),
-        ("model.mask.num_convs=-1", "model.mask.num_convs must be between 0 and 1024, got -1"),
-        (
-            "model.backbone.rel_pos_size=4",
-            "model.backbone.rel_pos_size must be at least patch_size (8), got 4",
-        ),
+        ("model.backbone.name=vit_x", "model.backbone.name: expected one of vit_tiny, vit_b, "),
+        # ranges
+        (f"train.seed={2**63}", f"train.seed must be between 0 and {2**63 - 1}, got {2**63}"),
+        ("optim.steps=1e10", "optim.steps must be between 1 and 2147483647, got 10000000000"),
         ("optim.lr=-1", "optim.lr must be above 0, got -1.0"),
-        ("data.workers=-1", "data.workers must be between 0 and 1024, got -1"),
-        ("optim.ema=1.5", "optim.ema must be between 0 and 1, got 1.5"),
+        ("model.backbone.residual_blocks=[2, 1024]", "model.backbone.residual_blocks must be betw"),
+        ("model.roi_heads.ious=[]", "model.roi_heads.ious must be between 0 and 1, got []"),
+        # several settings
+        ("data.image_size=100", "data.image_size must be a positive multiple of 64 (the coarsest "),
+        ("optim.milestones=[0.9,0.8]", "optim.milestones must increase between 0 and 1"),
+        ("data.scale_range=[2,1]", "data.scale_range must be low <= high, got [2.0, 1.0]"),
+        ("model.backbone.rel_pos_size=4", "model.backbone.rel_pos_size must be at least patch_si"),
     ],
 )
-def test_a_wrong_override_is_named(override: str, says: str) -> None:
-    with pytest.raises(ValueError, match=f"^{re.escape(says)}") as caught:
+def test_a_wrong_override_is_named(override: str, message: str) -> None:
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}") as caught:
         load_config("tiny", [override])
     assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
-    ("name", "says"),
+    ("name", "message"),
     [
         ("tinny", "tinny: no such recipe; did you mean 'tiny'?"),
-        (
-            "swin",
-            "swin: no such recipe; the nearest of 27 are mask_rcnn_swin_t_coco (`vitdet config` lists all recipes)",
-        ),
-        (
-            "lvis",
-            "lvis: no such recipe; the nearest of 27 are mask_rcnn_vitdet_l_lvis, mask_rcnn_vitdet_h_lvis, mask_rcnn",
-        ),
-        ("zzz", "zzz: no such recipe; the nearest of 27 are tiny, "),
-        (
-            "there/is/none.yaml",
-            "there/is/none.yaml: no such config file; expected a file or the name of a recipe (`vitdet config`",
-        ),
+        ("swin", "swin: no such recipe; the nearest of 27 are mask_rcnn_swin_t_coco (`vitdet conf"),
+        ("there/is/none.yaml", "there/is/none.yaml: no such config file; expected a file or the "),
     ],
 )
-def test_an_unknown_recipe_is_named(name: str, says: str) -> None:
-    with pytest.raises((ValueError, FileNotFoundError), match=f"^{re.escape(says)}"):
+def test_an_unknown_recipe_is_named(name: str, message: str) -> None:
+    with pytest.raises((ValueError, FileNotFoundError), match=f"^{re.escape(message)}"):
         load_config(name)
 
 
 @pytest.mark.parametrize(
-    ("text", "says"),
+    ("text", "message"),
     [
         ("optim: [1", "own.yaml: invalid YAML"),
         ("- optim", "own.yaml: expected sections (model, data,"),
@@ -273,15 +214,11 @@ def test_an_unknown_recipe_is_named(name: str, says: str) -> None:
         ("optim:\n  lr: {a: 1}", "optim.lr: expected a number"),
     ],
 )
-def test_a_wrong_file_is_named(tmp_path: Path, text: str, says: str) -> None:
-    with pytest.raises(ValueError, match=re.escape(says)) as caught:
-        load_config(write(tmp_path, text))
-    assert "\n" not in str(caught.value)
-
-
-def test_an_override_does_not_hide_a_wrong_section_of_a_file(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"^optim: expected a section \(lr, .*\), got 3$"):
-        load_config(write(tmp_path, "optim: 3"), ["optim.lr=1"])
+def test_a_wrong_file_is_named(tmp_path: Path, text: str, message: str) -> None:
+    for overrides in ([], ["optim.steps=1"]):  # an override does not hide it
+        with pytest.raises(ValueError, match=re.escape(message)) as caught:
+            load_config(write(tmp_path, text), overrides)
+        assert "\n" not in str(caught.value)
 
 
 def test_all_unknown_settings_are_named_at_once(tmp_path: Path) -> None:
@@ -298,29 +235,10 @@ def test_all_unknown_settings_are_named_at_once(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: OptimConfig(steps=0), "optim.steps must be between 1 and 2147483647, got 0"),
-        (
-            lambda: BackboneConfig(drop_path=2),
-            "model.backbone.drop_path must be between 0 and 1, got 2",
-        ),
         (lambda: replace(Config().optim, lr=0.0), "optim.lr must be above 0, got 0.0"),
-        (lambda: OptimConfig(lr=math.inf), "optim.lr: expected a number, got inf"),
         (lambda: OptimConfig(clip=math.nan), "optim.clip: expected a number, got nan"),
         (lambda: OptimConfig(steps="3"), "optim.steps: expected a whole number, got '3'"),
         (lambda: OptimConfig(schedule="line"), "optim.schedule: expected one of step, cosine, got"),
-        (
-            lambda: OptimConfig(milestones=(0.9, 0.1)),
-            "optim.milestones must increase between 0 and 1",
-        ),
-        (lambda: DataConfig(workers=-1), "data.workers must be between 0 and 1024, got -1"),
-        (
-            lambda: DataConfig(scale_range=(0.1, math.inf)),
-            "data.scale_range: expected a number, got inf",
-        ),
-        (
-            lambda: RoIHeadsConfig(ious=(0.5, 1.5)),
-            "model.roi_heads.ious must be between 0 and 1, got [0.5, 1.5]",
-        ),
         (lambda: RoIHeadsConfig(ious=()), "model.roi_heads.ious must be between 0 and 1, got []"),
         (
             lambda: replace(Config(), data=DataConfig(image_size=100)),

@@ -101,7 +101,7 @@ def test_without_locks_the_missing_protection_is_logged_once(
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a sqlite store that the trainings share."""
+    """The folder of a sqlite store that the training runs share."""
     return tmp_path_factory.mktemp("store")
 
 

@@ -8,6 +8,7 @@ import shlex
 import shutil
 import socket
 import subprocess
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -57,7 +58,7 @@ COMMANDS = [
 def test_commands_parse_and_settings_exist(program: str, arguments: list[str]) -> None:
     args = PROGRAMS[program]().parse_args(arguments)
     assert args.run
-    load_config("tiny", getattr(args, "set", []))
+    load_config("tiny", getattr(args, "overrides", []))
 
 
 def test_each_program_is_documented() -> None:
@@ -145,25 +146,17 @@ def test_own_data_commands(
     assert (tmp_path / "report.html").is_file() and (tmp_path / "drawn/photo.jpg").is_file()
 
 
-# Without the variables of an outer make, and of Git, as in a hook
-ENVIRONMENT = {
-    key: value
-    for key, value in os.environ.items()
-    if not key.startswith("GIT_") and key not in ("MAKEFLAGS", "MAKEFILES", "MAKELEVEL", "MFLAGS")
-}
-
-
 @pytest.mark.parametrize("repository", [False, True])
 @pytest.mark.parametrize("jobs", ["-j1", "-j2"])
 def test_the_demo_without_git_says_so_before_it_installs_anything(
     tmp_path: Path, jobs: str, repository: bool
 ) -> None:
     """Without .git, as in a ZIP of the sources; repository: a repository without a commit."""
-    environment = {
-        **ENVIRONMENT,
-        "GIT_CEILING_DIRECTORIES": str(tmp_path.parent),
-        "LC_ALL": "C",
-    }
+    # without the variables of an outer make, and of Git, as in a hook
+    outer = ("GIT_", "MAKEFLAGS", "MAKEFILES", "MAKELEVEL", "MFLAGS")
+    environment = {key: value for key, value in os.environ.items() if not key.startswith(outer)}
+    environment |= {"GIT_CEILING_DIRECTORIES": str(tmp_path.parent), "LC_ALL": "C"}
+    run = partial(subprocess.run, cwd=tmp_path, env=environment, text=True)
     names = ["Makefile", "pyproject.toml", "requirements.lock"]
     for name in names:
         shutil.copy(ROOT / name, tmp_path)
@@ -171,15 +164,8 @@ def test_the_demo_without_git_says_so_before_it_installs_anything(
     python.write_text('#!/bin/sh\ntouch "$(dirname "$0")/installed"\nexit 1\n')
     python.chmod(0o755)
     if repository:
-        subprocess.run(["git", "init", "--quiet"], cwd=tmp_path, env=environment, check=True)
-    done = subprocess.run(
-        ["make", jobs, "demo", f"PYTHON={python}"],
-        cwd=tmp_path,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
+        run(["git", "init", "--quiet"], check=True)
+    done = run(["make", jobs, "demo", f"PYTHON={python}"], capture_output=True, timeout=60)
     assert done.returncode and "make demo needs a Git repository with a commit" in done.stderr
     assert "fatal: " in done.stderr  # Git's own message
     expected = {*names, "python", *([".git"] if repository else [])}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.conftest import SLOW, environment, minimal, options
-from vitdet.checkpoint import FORMAT, MODEL, OPTIONAL, TRAINING, Checkpoints, load_model_file
+from vitdet.checkpoint import MODEL, OPTIONAL, TRAINING, Checkpoints, load_model_file
 from vitdet.cli import main
 from vitdet.config import load_config
 from vitdet.data.layout import explicit_settings
@@ -24,13 +23,10 @@ from vitdet.training.resume import state_to_resume
 DEEP = "{a: " * 5000 + "1" + "}" * 5000
 ODD = {
     "deep": f"model: {DEEP}",
-    "deep list": f"model: {'[' * 5000}",
-    "a tag of Python": "model: !!python/object:os.system {}",
-    "applied": "model: !!python/object/apply:os.system ['touch proof']",
+    "a tag of Python": "model: !!python/object/apply:os.system ['touch proof']",
     "a tag": "train: !foo {seed: 1}",
     "a date": "train: {seed: 2020-99-99}",
     "a number": "train: {seed: !!int abc}",
-    "a fraction": "train: {seed: !!float abc}",
     "base64": "train: {seed: !!binary a}",
     "no key": "? {a: 1}\n: 2",
     "a byte": "train: {seed: '\x00'}",
@@ -58,7 +54,7 @@ def test_yaml_that_is_no_config_names_the_file(
     assert os.listdir() == ["odd.yaml"]
 
 
-@pytest.mark.parametrize("text", [DEEP, "[" * 5000, "2020-99-99", "!foo 1", "!!int a", "{a"])
+@pytest.mark.parametrize("text", [DEEP, "2020-99-99", "!foo 1", "{a"])
 def test_yaml_of_an_override_names_the_setting(text: str) -> None:
     with pytest.raises(ValueError, match=r"^train.seed: .* is not readable as a value$"):
         load_config("tiny", [f"train.seed={text}"])
@@ -102,32 +98,23 @@ def test_an_empty_path_is_not_the_current_folder(
     assert not os.listdir()
 
 
-@pytest.mark.parametrize(
-    ("key", "value"),
-    [*((key, None) for key in MODEL if key not in OPTIONAL), *((key, 3.5) for key in MODEL)],
-)
+@pytest.mark.parametrize("key", MODEL)
 def test_a_detector_without_a_part(
     trained: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture,
     key: str,
-    value: object,
 ) -> None:
-    content = load_model_file(trained / "model.pt")
-    path = tmp_path / "model.pt"
-    if value is None:
-        del content[key]
-    else:
-        content[key] = value
-    torch.save(content, path)
+    content, path = load_model_file(trained / "model.pt"), tmp_path / "model.pt"
     monkeypatch.chdir(tmp_path)
-    for verb in (["evaluate"], ["register"]):
-        said = run(capsys, *verb, path)
-        assert f"model.pt: {key!r} {'is missing' if value is None else 'is a float'}" in said
+    lacking = {name: value for name, value in content.items() if name != key}
+    changes = [(content | {key: 3.5}, "is a float")]
+    for changed, message in changes + [(lacking, "is missing")] * (key not in OPTIONAL):
+        torch.save(changed, path)
+        for verb in ("evaluate", "register"):
+            assert f"model.pt: {key!r} {message}" in run(capsys, verb, path)
     assert os.listdir() == ["model.pt"]
-    torch.save({"format": FORMAT}, path)
-    assert "model.pt: 'config' is missing" in run(capsys, "evaluate", path)
 
 
 @pytest.mark.parametrize("key", TRAINING)
@@ -136,12 +123,12 @@ def test_a_training_state_without_a_part(tmp_path: Path, key: str) -> None:
     parts = dict.fromkeys(("config", "model", "optimizer", "average", "meter", "metrics"), {})
     path = states.save(1, {**parts, "run_id": None})
     content = torch.load(path)
-    for changed, says in (
+    for changed, message in (
         ({name: value for name, value in content.items() if name != key}, "is missing"),
         (content | {key: 3.5}, "is a float"),
     ):
         torch.save(changed, path)
-        with pytest.raises(ValueError, match=f"{path.name}: '{key}' {says}; the file was modified"):
+        with pytest.raises(ValueError, match=f"{path.name}: '{key}' {message}; the file was modi"):
             state_to_resume(load_config("tiny"), tmp_path / "run", {}, states)
     assert states.all() == [path] and not states.damaged
 
@@ -193,7 +180,7 @@ def test_a_full_disk_names_the_file(
     )
     said = [line for line in done.stderr.splitlines() if line.startswith("vitdet: ")]
     assert done.returncode == 1 and len(said) == 1 and "Traceback" not in done.stderr, done.stderr
-    full = "disk I/O error" if names == "mlflow.db" else "File too large"  # as SQLite says it
+    full = "disk I/O error" if names == "mlflow.db" else "File too large"  # SQLite
     assert names in said[0] and full in said[0]
     files = [path for path in tmp_path.rglob("*") if "journal" not in path.parts]
     left = [path for path in files if path.suffix == ".tmp" or path.name == names]
@@ -207,13 +194,11 @@ def test_a_full_disk_names_the_folder_that_is_written(tmp_path: Path) -> None:
 
 
 def test_other_errors_keep_their_name(tmp_path: Path) -> None:
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
     with pytest.raises(TypeError):
         write_json(tmp_path / "a", {1, 2})
     with pytest.raises(FileNotFoundError) as caught, atomic_dir(tmp_path / "a") as folder:
         (folder / "none").read_text()
     assert caught.value.filename.endswith("none")
-    assert resource.getrlimit(resource.RLIMIT_FSIZE) == before
 
 
 def test_a_picture_is_not_cut_off_in_silence(tmp_path: Path) -> None:

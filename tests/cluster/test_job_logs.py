@@ -10,9 +10,9 @@ from mlflow import MlflowClient
 from tests.conftest import minimal
 from vitdet import stages
 from vitdet.config import load_config
+from vitdet.stages.workspace import training_folder
 from vitdet.tracking.mlflow import tracking_uri
 from vitdet.tracking.runs import start_tracker
-from vitdet.workspace import training_folder
 
 RUN = "0b1c2d3e-1f3e-4b7e-9b1b-0d6c35f7a001"
 FILES = {"rank-00000.log": "step 1\n", "rank-00001.log": "vitdet: bad image 7.jpg\n"}

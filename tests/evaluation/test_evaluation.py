@@ -18,7 +18,7 @@ from vitdet.data.masks import decode
 from vitdet.data.protocol import Protocol, settings_of
 from vitdet.evaluation.evaluator import detect, detections_to_results, evaluate, evaluate_detector
 from vitdet.evaluation.pictures import write_pictures
-from vitdet.preparation import check_comparable
+from vitdet.stages.plan import check_comparable
 from vitdet.types import Detections
 from vitdet.visualize import spread
 

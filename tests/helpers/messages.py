@@ -23,7 +23,7 @@ def messages() -> tuple[tuple[str, str], ...]:
 
 
 def texts_of(path: Path) -> Iterator[tuple[int, str]]:
-    """Texts in the code, but no docstrings; what is filled in stands as X."""
+    """Texts in the code, without docstrings, with X for each inserted value."""
     tree = ast.parse(path.read_text())
     docs = {
         id(node.body[0].value)

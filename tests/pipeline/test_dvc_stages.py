@@ -145,7 +145,7 @@ def repository(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Repo]:
         ("vitdet/types.py", {"train", "evaluate"}),
         ("vitdet/predictor.py", {"evaluate"}),
         ("vitdet/visualize.py", {"evaluate"}),
-        ("vitdet/stages.py", set()),
+        ("vitdet/stages/training.py", set()),
         ("vitdet/models/vit.py", {"train", "evaluate"}),
         ("vitdet/data/masks.py", {"train", "evaluate"}),
         ("vitdet/data/samplers.py", {"train"}),

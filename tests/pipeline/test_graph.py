@@ -103,8 +103,7 @@ class Played:
         package.mkdir(parents=True)
         (package / "__init__.py").touch()
         (package / "__main__.py").touch()
-        (package / "stages.py").write_text(STEPS)
-        (package / "preparation.py").write_text("plan_trainings = fetch_words = print")
+        (package / "stages.py").write_text(f"{STEPS}\nplan_trainings = fetch_words = print\n")
         outer = {
             **os.environ,
             "PYTHONPATH": f"{package.parent}{os.pathsep}{ROOT}",

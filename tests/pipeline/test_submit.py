@@ -293,7 +293,7 @@ def test_a_server_with_users_wants_a_namespace_and_one_without_gets_none(
         ),
         (
             ["tiny", "--sweep", "optim.lr=1,2", "--sweep", "optim.steps=1,2,3", "--seeds", 20],
-            "120 trainings (1 recipes x 6 x 20 seeds), but a run has at most 64: submit several runs",
+            "120 training runs (1 recipes x 6 x 20 seeds), but a pipeline run has at most 64: submit several",
         ),
         (
             ["tiny", "mask_rcnn_vitdet_b_coco"],

@@ -6,12 +6,12 @@ import pytest
 
 from vitdet import stages
 from vitdet.config import load_config, save_config
-from vitdet.outcomes import read_outcomes, recorded, write_verdict
-from vitdet.preparation import plan_trainings
+from vitdet.stages.outcomes import read_outcomes, recorded, write_verdict
+from vitdet.stages.plan import plan_trainings
+from vitdet.stages.workspace import run_folder
 from vitdet.tracking.address import run_page
 from vitdet.tracking.mlflow import connect
 from vitdet.tracking.table import mean_deviation, trainings_table
-from vitdet.workspace import run_folder
 
 RUN = "0123456789abcdef"
 

@@ -21,11 +21,11 @@ from mlflow.exceptions import MlflowException
 
 from tests.tracking.test_tracking import points, start
 from vitdet.config import load_config, save_config, to_dict
+from vitdet.stages.workspace import result
 from vitdet.tracking import mlflow as tracking
 from vitdet.tracking.address import HidingFilter
 from vitdet.tracking.journal import find, journals
 from vitdet.tracking.requests import RefusedError, RepeatingClient, repeating
-from vitdet.workspace import result
 
 
 @pytest.fixture(autouse=True)

@@ -19,9 +19,9 @@ from vitdet.config import Config, load_config, override, save_config
 from vitdet.config.digest import digest, training_settings
 from vitdet.evaluation import evaluate
 from vitdet.evaluation.evaluator import measured_metrics
+from vitdet.stages.workspace import result
 from vitdet.training import Stopped, train, trainer
 from vitdet.training.best import Best
-from vitdet.workspace import result
 
 ENDING = {
     "train__keep_best": "box_ap50",

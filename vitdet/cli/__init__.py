@@ -1,7 +1,7 @@
-"""The command line. Each verb has a module of its own: its arguments, and the call that runs it.
+"""The command line. Each verb has a module, which adds its arguments and runs it.
 
-Imports of torch, MLflow and the like are inside the functions that run a verb, so that `vitdet --help` and
-`vitdet config` answer at once. A verb returns the exit code; `main` prints the errors that it raises in one line.
+A verb imports torch, MLflow and the like when it runs, so that `vitdet --help` and `vitdet config`
+are fast. It returns the exit code; `main` prints an error of the user in one line.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import sys
 import warnings
 from collections.abc import Sequence
 
+from vitdet import __version__
 from vitdet.cli.bench import add_bench
 from vitdet.cli.compare import add_compare
 from vitdet.cli.config import add_config
@@ -26,19 +27,36 @@ from vitdet.cli.train import add_train
 from vitdet.cli.weights import add_weights
 from vitdet.tracking.address import HidingFilter, hide_credentials
 
+VERBS = {
+    "config": (add_config, "print the resolved settings of a recipe, or the names of all recipes"),
+    "data": (add_data, "fetch, check, convert or generate a data set"),
+    "weights": (add_weights, "list, fetch and convert published weights"),
+    "train": (add_train, "train a detector, or resume an interrupted training run"),
+    "evaluate": (
+        add_evaluate,
+        "compute AP of a checkpoint on its validation images, or of a results file",
+    ),
+    "compare": (add_compare, "compare the AP of results, with confidence intervals"),
+    "predict": (add_predict, "detect objects in images and draw them"),
+    "bench": (add_bench, "measure the speed of training, detection, evaluation or data loading"),
+    "register": (add_register, "add a checkpoint to the MLflow model registry"),
+    "promote": (add_promote, "make a registered version the champion if it passes the gate"),
+    "rollback": (add_rollback, "restore the previous champion"),
+}
 # what a user can change when a GPU's memory does not suffice
 MEMORY_ADVICE = {
-    "train": "Raise train.accumulate (the same batch in smaller parts), set train.activation_checkpointing=blocks, or lower "
-    "train.batch_size, data.image_size or, for evaluations, evaluate.batch_size; or use a GPU "
-    "with more memory",
-    "evaluate": "Lower evaluate.batch_size, or use a GPU with more memory or the CPU: CUDA_VISIBLE_DEVICES= vitdet evaluate ...",
+    "train": "Raise train.accumulate (the same batch in smaller parts), set "
+    "train.activation_checkpointing=blocks, or lower train.batch_size, data.image_size or, for "
+    "evaluations, evaluate.batch_size; or use a GPU with more memory",
+    "evaluate": "Lower evaluate.batch_size, or use a GPU with more memory or the CPU: "
+    "CUDA_VISIBLE_DEVICES= vitdet evaluate ...",
     "predict": "Use a GPU with more memory or the CPU: CUDA_VISIBLE_DEVICES= vitdet predict ...",
 }
-SIGPIPE = 141  # the exit code that a shell reports for a program that this signal ended
+SIGPIPE = 141  # exit code that a shell reports for a process that this signal ended
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Runs a command; a user's mistake is one line on stderr and exit code 1 (2 for the command line itself)."""
+    """Run a command and exit: with 1 after an error of the user, 2 for wrong arguments."""
     verb = ""
     try:
         try:
@@ -47,35 +65,23 @@ def main(arguments: Sequence[str] | None = None) -> None:
             code = _run(args)
         finally:
             print(end="", flush=True)
-    except (ValueError, OSError, LookupError) as error:
-        if isinstance(error, KeyError | IndexError):
-            raise  # a mistake of ours, not of the user's
+    except KeyboardInterrupt:
+        code = 130
+    except Exception as error:
         if isinstance(error, BrokenPipeError) and _output_is_closed():
             # as in `vitdet weights list | head -1`; what is still buffered must not fail at exit
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             code = SIGPIPE
-        else:
-            print("vitdet:", *hide_credentials(error).splitlines(), file=sys.stderr)
+        elif message := _message(error, verb):
+            print(f"vitdet: {message}", file=sys.stderr)
             code = 1
-    except Exception as error:
-        # torch's and MLflow's, which are not imported here
-        kinds = {kind.__name__ for kind in type(error).__mro__}
-        if not kinds & {"OutOfMemoryError", "MlflowException"}:
+        else:
             raise
-        line = next(iter(hide_credentials(error).strip().splitlines()), type(error).__name__)
-        if "OutOfMemoryError" in kinds:
-            # what was asked for and what the GPU has; torch goes on to explain its allocator
-            line = "".join(line.partition(" is free.")[:2])
-            line += f" {MEMORY_ADVICE.get(verb, 'Use a GPU with more memory')}"
-        print(f"vitdet: {line}", file=sys.stderr)
-        code = 1
-    except KeyboardInterrupt:
-        code = 130
     sys.exit(code)
 
 
 def _run(args: argparse.Namespace) -> int:
-    # what matters about an odd image is logged in one line
+    # what matters about an unusual image is logged in one line
     warnings.filterwarnings("ignore", module=r"PIL\.")
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     for handler in logging.root.handlers:
@@ -83,39 +89,45 @@ def _run(args: argparse.Namespace) -> int:
     return args.run(args)
 
 
+def _message(error: Exception, verb: str) -> str:
+    """Return the line that reports an error of the user, "" for a fault in vitdet."""
+    kinds = {kind.__name__ for kind in type(error).__mro__}  # without importing torch or mlflow
+    lines = hide_credentials(error).strip().splitlines() or [type(error).__name__]
+    if "OutOfMemoryError" in kinds:
+        # requested and available memory; torch goes on to explain its allocator
+        memory = "".join(lines[0].partition(" is free.")[:2])
+        return f"{memory} {MEMORY_ADVICE.get(verb, 'Use a GPU with more memory')}"
+    if "MlflowException" in kinds:
+        return lines[0]
+    if isinstance(error, ValueError | OSError | LookupError):
+        return "" if isinstance(error, KeyError | IndexError) else " ".join(lines)
+    return ""
+
+
 def _output_is_closed() -> bool:
-    """Whether the reader of the pipe that is standard output has closed it."""
+    """Return whether the reader of the pipe that is standard output has closed it."""
     poll = select.poll()
     poll.register(sys.stdout.fileno(), 0)
     return any(event & select.POLLERR for _, event in poll.poll(0))
 
 
+class _Version(argparse.Action):
+    """Print the versions of vitdet, torch and Python; torch is imported for its CUDA version."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        import torch
+
+        print(f"vitdet {__version__}, torch {torch.__version__}, Python {sys.version.split()[0]}")
+        parser.exit()
+
+
 def parser() -> argparse.ArgumentParser:
-    """All verbs and their arguments."""
+    """Return the parser of all verbs and their arguments."""
     root = argparse.ArgumentParser(prog="vitdet", description="Plain Vision Transformer detectors.")
+    help = "print the versions of vitdet, torch and Python"
+    root.add_argument("--version", action=_Version, nargs=0, help=help)
     verbs = root.add_subparsers(required=True, metavar="VERB", dest="verb")
-
-    def add(name: str, help: str) -> argparse.ArgumentParser:
-        return verbs.add_parser(name, help=help, description=f"{help[0].upper()}{help[1:]}.")
-
-    add_config(
-        add("config", help="print the resolved settings of a recipe, or the names of all recipes")
-    )
-    add_data(add("data", help="fetch, check, convert or generate a data set"))
-    add_weights(add("weights", help="list, fetch and convert published weights"))
-    add_train(add("train", help="train a detector, or resume an interrupted training"))
-    add_evaluate(
-        add(
-            "evaluate",
-            help="compute AP of a checkpoint on its validation images, or of a results file",
-        )
-    )
-    add_compare(add("compare", help="compare the AP of results, with confidence intervals"))
-    add_predict(add("predict", help="detect objects in images and draw them"))
-    add_bench(
-        add("bench", help="measure the speed of training, detection, evaluation or data loading")
-    )
-    add_register(add("register", help="add a checkpoint to the MLflow model registry"))
-    add_promote(add("promote", help="make a registered version the champion if it passes the gate"))
-    add_rollback(add("rollback", help="restore the previous champion"))
+    for name, (add_arguments, help) in VERBS.items():
+        description = f"{help[0].upper()}{help[1:]}."
+        add_arguments(verbs.add_parser(name, help=help, description=description))
     return root

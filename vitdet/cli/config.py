@@ -5,34 +5,26 @@ from __future__ import annotations
 import argparse
 
 from vitdet.cli.overrides import add_set, log_resolved
-from vitdet.cli.paths import given_path
+from vitdet.cli.paths import add_file
 
 
 def add_config(verb: argparse.ArgumentParser) -> None:
-    """The arguments of the verb `config`."""
+    """Add the arguments of the verb `config`."""
     verb.add_argument(
-        "recipe",
-        nargs="?",
-        help="name of a recipe, or a YAML file (default: list the recipes)",
+        "recipe", nargs="?", help="name of a recipe, or a YAML file (default: list the recipes)"
     )
     add_set(verb)
-    verb.add_argument(
-        "--output",
-        type=given_path,
-        metavar="FILE",
-        help="write the settings to this file (default: standard output)",
-    )
-    verb.add_argument(
+    add_file(verb, "--output", "write the settings to this file (default: standard output)")
+    add_file(
+        verb,
         "--training",
-        type=given_path,
-        metavar="FILE",
-        help="also write the settings that affect the result of a training to this JSON file",
+        "also write the settings that affect the result of a training run to this JSON file",
     )
     verb.set_defaults(run=run_config)
 
 
 def run_config(args: argparse.Namespace) -> int:
-    """vitdet config"""
+    """Run `vitdet config`."""
     from vitdet.config import dump_config, recipes
     from vitdet.config.digest import training_settings
     from vitdet.data.layout import FROM_DATA, explicit_settings, following, resolve_config

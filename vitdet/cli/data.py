@@ -1,4 +1,4 @@
-"""`vitdet data`: make, fetch, check, report or convert a data set."""
+"""`vitdet data`: generate, fetch, check, report or convert a data set."""
 
 from __future__ import annotations
 
@@ -7,44 +7,32 @@ import sys
 from pathlib import Path
 
 from vitdet.cli.overrides import add_reading, reading_with
-from vitdet.cli.paths import given_path
+from vitdet.cli.paths import add_file, add_folder, given_path
 from vitdet.cli.progress_bar import Bar
 
-DATA = (
+FETCH = (
     "Download and verify the published archives, unpack them into COCO's layout, and write "
-    "DIR/manifest.json. The same "
-    "command resumes after an interruption; existing files are neither downloaded again nor "
-    "overwritten. The proxies in "
-    "http_proxy and https_proxy are used."
+    "DIR/manifest.json. The same command resumes after an interruption; existing files are neither "
+    "downloaded again nor overwritten. The proxies in http_proxy and https_proxy are used."
 )
-
-LARGEST_IMAGE = ("max_pixels",)  # sizes of images are read to convert, not their pixels
+LARGEST_IMAGE = ("max_pixels",)  # a conversion reads the sizes of images, not their pixels
 
 
 def add_data(verb: argparse.ArgumentParser) -> None:
-    """The kinds of the verb `data`."""
+    """Add the kinds of the verb `data`."""
     kinds = verb.add_subparsers(required=True, metavar="KIND")
     kind = kinds.add_parser("tiny", help="generate the small data set of the demo")
-    kind.add_argument("folder", type=given_path, metavar="DIR", help="folder to create")
-    kind.add_argument(
-        "--train",
-        metavar="N",
-        type=int,
-        default=4000,
-        help="training images (default: %(default)s)",
-    )
-    kind.add_argument(
-        "--val", metavar="N", type=int, default=200, help="validation images (default: %(default)s)"
-    )
+    add_folder(kind, "folder", "folder to create")
+    for name, default, what in (("train", 4000, "training"), ("val", 200, "validation")):
+        help = f"{what} images (default: %(default)s)"
+        kind.add_argument(f"--{name}", metavar="N", type=int, default=default, help=help)
     kind.add_argument("--seed", type=int, default=0, help="random seed (default: %(default)s)")
     kind.set_defaults(run=run_data_tiny)
     for name, title in (("coco", "COCO 2017"), ("lvis", "LVIS v1 and COCO's images")):
-        add_fetch(
-            kinds.add_parser(name, help=f"download, verify and unpack {title}", description=DATA),
-            name,
-        )
+        help = f"download, verify and unpack {title}"
+        _add_fetch(kinds.add_parser(name, help=help, description=FETCH), name)
     kind = kinds.add_parser("check", help="list all problems of a data set in COCO's layout")
-    kind.add_argument("folder", type=given_path, metavar="DIR", help="folder of the data set")
+    add_folder(kind, "folder", "folder of the data set")
     kind.add_argument(
         "--images",
         action="store_true",
@@ -56,12 +44,11 @@ def add_data(verb: argparse.ArgumentParser) -> None:
         "report",
         help="write an HTML page about a data set: counts, classes, sizes, sample images, problems",
     )
-    kind.add_argument("folder", type=given_path, metavar="DIR", help="folder of the data set")
-    kind.add_argument(
+    add_folder(kind, "folder", "folder of the data set")
+    add_file(
+        kind,
         "--output",
-        type=given_path,
-        metavar="FILE",
-        help="HTML file (default: NAME.html in the current folder, with the folder's name)",
+        "HTML file (default: NAME.html in the current folder, with the folder's name)",
     )
     kind.add_argument(
         "--images",
@@ -70,14 +57,13 @@ def add_data(verb: argparse.ArgumentParser) -> None:
     )
     add_reading(kind)
     kind.set_defaults(run=run_data_report)
-    add_convert(
+    _add_convert(
         kinds.add_parser("convert", help="convert a data set of another format to COCO's layout")
     )
 
 
-def add_fetch(kind: argparse.ArgumentParser, dataset: str) -> None:
-    """The arguments of `data coco` and `data lvis`."""
-    kind.add_argument("folder", type=given_path, metavar="DIR", help="folder of the data set")
+def _add_fetch(kind: argparse.ArgumentParser, dataset: str) -> None:
+    add_folder(kind, "folder", "folder of the data set")
     kind.add_argument(
         "--split",
         default="",
@@ -107,15 +93,14 @@ def add_fetch(kind: argparse.ArgumentParser, dataset: str) -> None:
     kind.set_defaults(run=run_data_fetch, dataset=dataset)
 
 
-def add_convert(kind: argparse.ArgumentParser) -> None:
-    """The arguments of `data convert`."""
+def _add_convert(kind: argparse.ArgumentParser) -> None:
     kind.add_argument(
         "source",
         type=given_path,
         metavar="SRC",
         help="folder in the format of YOLO (data.yaml), Pascal VOC, COCO (also of Roboflow, CVAT, "
-        "Label Studio "
-        "and FiftyOne), LabelMe or CVAT for images; or its data.yaml, JSON or XML file",
+        "Label Studio and FiftyOne), LabelMe or CVAT for images; or its data.yaml, JSON or XML "
+        "file",
     )
     kind.add_argument("target", type=given_path, metavar="DST", help="folder to create")
     kind.add_argument(
@@ -141,11 +126,10 @@ def add_convert(kind: argparse.ArgumentParser) -> None:
     kind.add_argument(
         "--seed", type=int, default=0, help="random seed of --val-share (default: %(default)s)"
     )
-    kind.add_argument(
+    add_file(
+        kind,
         "--rename",
-        type=Path,
-        metavar="FILE",
-        help="YAML or JSON map from old to new class names; two classes may get the same name",
+        "YAML or JSON map from old to new class names; two classes may get the same name",
     )
     kind.add_argument(
         "--classes",
@@ -173,55 +157,53 @@ def _names(text: str) -> list[str]:
     return list(dict.fromkeys(names))
 
 
-def run_data_tiny(given: argparse.Namespace) -> int:
-    """vitdet data tiny"""
+def run_data_tiny(args: argparse.Namespace) -> int:
+    """Run `vitdet data tiny`."""
     from vitdet.demo.tiny import make_tiny
 
-    made = make_tiny(given.folder, given.train, given.val, given.seed)
-    print(
-        f"{given.folder}: {given.train} + {given.val} images" + ("" if made else ", already there")
-    )
+    made = make_tiny(args.folder, args.train, args.val, args.seed)
+    there = "" if made else ", already there"
+    print(f"{args.folder}: {args.train} + {args.val} images{there}")
     return 0
 
 
-def run_data_check(given: argparse.Namespace) -> int:
-    """vitdet data check"""
+def run_data_check(args: argparse.Namespace) -> int:
+    """Run `vitdet data check`."""
     from vitdet.data import download_record
     from vitdet.data.check import check
     from vitdet.data.images import DEFAULT
 
-    reading = reading_with(given.overrides, DEFAULT)
-    report = check(given.folder, images=given.images, reading=reading)
+    reading = reading_with(args.overrides, DEFAULT)
+    report = check(args.folder, images=args.images, reading=reading)
     try:
-        if download_record.exists(given.folder):
-            download_record.verify(given.folder, contents=given.images)
+        if download_record.exists(args.folder):
+            download_record.verify(args.folder, contents=args.images)
     except (ValueError, FileNotFoundError) as error:
         report.error(f"not as {download_record.NAME} says", str(error))
     print(*report.lines(), sep="\n")
     return 0 if report.ok else 1
 
 
-def run_data_fetch(given: argparse.Namespace) -> int:
-    """vitdet data coco, vitdet data lvis"""
+def run_data_fetch(args: argparse.Namespace) -> int:
+    """Run `vitdet data coco` or `vitdet data lvis`."""
     from vitdet.data import download_record
     from vitdet.datasets.fetch import fetch
     from vitdet.datasets.published import archives
 
-    if given.mirror and given.local:
+    if args.mirror and args.local:
         raise ValueError("--from and --mirror are mutually exclusive")
-    wanted = archives(given.dataset, given.split)
-    made = fetch(wanted, given.folder, Bar, given.mirror, given.local, given.keep_archives)
+    wanted = archives(args.dataset, args.split)
+    made = fetch(wanted, args.folder, Bar, args.mirror, args.local, args.keep_archives)
     paths = {path for archive in wanted for path in archive.paths}
-    here = download_record.read(given.folder).only((), paths)
-    parts = [f"{one.path} {one.count:,} images" for one in here.folders] + [
-        one.path for one in here.files
-    ]
-    print(f"{given.folder}: {', '.join(parts)}{'' if made else ', already there'}")
+    here = download_record.read(args.folder).only((), paths)
+    parts = [f"{one.path} {one.count:,} images" for one in here.folders]
+    parts += [one.path for one in here.files]
+    print(f"{args.folder}: {', '.join(parts)}{'' if made else ', already there'}")
     return 0
 
 
-def run_data_convert(given: argparse.Namespace) -> int:
-    """vitdet data convert"""
+def run_data_convert(args: argparse.Namespace) -> int:
+    """Run `vitdet data convert`."""
     from vitdet.data.images import DEFAULT
     from vitdet.datasets.classes import read_names
     from vitdet.datasets.convert import convert
@@ -229,17 +211,17 @@ def run_data_convert(given: argparse.Namespace) -> int:
 
     try:
         made = convert(
-            given.source,
-            given.target,
-            given.format or "",
-            given.copy,
-            given.boxes_as_masks,
-            splits=given.splits,
-            classes=given.classes,
-            rename=read_names(given.rename) if given.rename else {},
-            val_share=given.val_share,
-            seed=given.seed,
-            reading=reading_with(given.overrides, DEFAULT, LARGEST_IMAGE),
+            args.source,
+            args.target,
+            args.format or "",
+            args.copy,
+            args.boxes_as_masks,
+            splits=args.splits,
+            classes=args.classes,
+            rename=read_names(args.rename) if args.rename else {},
+            val_share=args.val_share,
+            seed=args.seed,
+            reading=reading_with(args.overrides, DEFAULT, LARGEST_IMAGE),
         )
     except SourceError as error:
         print(f"vitdet: {error}", file=sys.stderr)  # all problems, a line each
@@ -248,7 +230,7 @@ def run_data_convert(given: argparse.Namespace) -> int:
         f"{split} {images:,} images, {objects:,} objects"
         for split, (images, objects) in made.splits.items()
     ]
-    print(f"{given.target}: {'; '.join([f'{len(made.class_names)} classes', *splits])}")
+    print(f"{args.target}: {'; '.join([f'{len(made.class_names)} classes', *splits])}")
     for remark in made.remarks:
         print(f"  {remark}")
     for note, count in made.notes.items():
@@ -256,18 +238,18 @@ def run_data_convert(given: argparse.Namespace) -> int:
     return 0
 
 
-def run_data_report(given: argparse.Namespace) -> int:
-    """vitdet data report"""
+def run_data_report(args: argparse.Namespace) -> int:
+    """Run `vitdet data report`."""
     from vitdet.data.images import DEFAULT
     from vitdet.datasets.report.page import write_page
 
-    reading = reading_with(given.overrides, DEFAULT)
-    output = given.output or Path(f"{given.folder.resolve().name}.html")
-    images, objects, report = write_page(given.folder, output, given.images, reading)
-    errors, warnings = (
-        sum(one.count for one in found) for found in (report.errors, report.warnings)
-    )
+    reading = reading_with(args.overrides, DEFAULT)
+    output = args.output or Path(f"{args.folder.resolve().name}.html")
+    images, objects, report = write_page(args.folder, output, args.images, reading)
+    errors = sum(one.count for one in report.errors)
+    warnings = sum(one.count for one in report.warnings)
     print(
-        f"{output}: {images:,} images, {objects:,} annotations, {errors:,} errors, {warnings:,} warnings"
+        f"{output}: {images:,} images, {objects:,} annotations, {errors:,} errors, "
+        f"{warnings:,} warnings"
     )
     return 0

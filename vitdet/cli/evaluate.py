@@ -6,54 +6,38 @@ import argparse
 
 from vitdet import torchrun
 from vitdet.cli.overrides import add_set, log_resolved
-from vitdet.cli.paths import CHECKPOINT, given_path
+from vitdet.cli.paths import CHECKPOINT, add_file, add_folder, given_path
 
 
 def add_evaluate(verb: argparse.ArgumentParser) -> None:
-    """The arguments of the verb `evaluate`."""
+    """Add the arguments of the verb `evaluate`."""
     verb.add_argument("checkpoint", type=given_path, nargs="?", help=CHECKPOINT)
     add_set(verb)
-    verb.add_argument(
+    add_file(
+        verb,
         "--config",
-        metavar="FILE",
-        type=given_path,
-        help="file with the data and evaluate settings (default: those of the checkpoint)",
+        "file with the data and evaluate settings (default: those of the checkpoint)",
     )
-    verb.add_argument(
+    add_file(
+        verb,
         "--output",
-        metavar="FILE",
-        type=given_path,
-        help="JSON file for the metrics, with AP of each class; NAME.measured.json beside it "
-        "describes data and settings",
+        "JSON file for the metrics, with AP of each class; NAME.measured.json beside it describes "
+        "data and settings",
     )
-    verb.add_argument(
-        "--pictures",
-        metavar="DIR",
-        type=given_path,
-        help="folder for images of detections beside the ground truth",
-    )
-    verb.add_argument(
+    add_folder(verb, "--pictures", "folder for images of detections beside the ground truth")
+    add_folder(
+        verb,
         "--plots",
-        metavar="DIR",
-        type=given_path,
-        help="folder for report.html, the data of plots, results.json, and the matches that "
-        "`vitdet compare` reads",
+        "folder for report.html, the data of plots, results.json, and the matches that `vitdet "
+        "compare` reads",
     )
-    verb.add_argument(
+    add_file(
+        verb,
         "--report",
-        type=given_path,
-        metavar="FILE",
-        help="HTML report: curves, classes, errors, confusion matrix, worst and best images",
+        "HTML report: curves, classes, errors, confusion matrix, worst and best images",
     )
-    verb.add_argument(
-        "--results",
-        type=given_path,
-        metavar="FILE",
-        help="evaluate this JSON list of COCO results instead of a checkpoint",
-    )
-    verb.add_argument(
-        "--annotations", type=given_path, metavar="FILE", help="with --results: the ground truth"
-    )
+    add_file(verb, "--results", "evaluate this JSON list of COCO results instead of a checkpoint")
+    add_file(verb, "--annotations", "with --results: the ground truth")
     verb.add_argument(
         "--dataset",
         choices=("coco", "lvis"),
@@ -62,48 +46,48 @@ def add_evaluate(verb: argparse.ArgumentParser) -> None:
     verb.set_defaults(run=run_evaluate)
 
 
-def run_evaluate(given: argparse.Namespace) -> int:
-    """vitdet evaluate"""
-    if given.results or given.annotations or given.dataset:
-        return score_results(given)
-    if not given.checkpoint:
+def run_evaluate(args: argparse.Namespace) -> int:
+    """Run `vitdet evaluate`."""
+    if args.results or args.annotations or args.dataset:
+        return _evaluate_results(args)
+    if not args.checkpoint:
         raise ValueError("name a CHECKPOINT, or --results FILE and --annotations FILE")
     torchrun.end_with_torchrun()
     from vitdet import distributed, stages
     from vitdet.data.layout import resolve_config
+    from vitdet.stages.workspace import result
     from vitdet.tracking.runs import default_folder
-    from vitdet.workspace import result
 
-    for path in filter(None, (given.output, given.report)):
-        path.parent.mkdir(parents=True, exist_ok=True)  # minutes before it is needed
+    for path in filter(None, (args.output, args.report)):
+        path.parent.mkdir(parents=True, exist_ok=True)  # an error before the evaluation
     config = None
-    if given.config:
-        config, found = resolve_config(given.config)
+    if args.config:
+        config, found = resolve_config(args.config)
         if distributed.rank() == 0:
             log_resolved(config, found)
-    given.checkpoint = result(given.checkpoint)
+    checkpoint = result(args.checkpoint)
     metrics, _ = stages.evaluate(
-        given.checkpoint,
-        given.overrides,
-        folder=default_folder(given.checkpoint.parent),
+        checkpoint,
+        args.overrides,
+        folder=default_folder(checkpoint.parent),
         config=config,
-        output=given.output,
-        pictures=given.pictures,
-        plots=given.plots,
-        report=given.report,
+        output=args.output,
+        pictures=args.pictures,
+        plots=args.plots,
+        report=args.report,
     )
     if distributed.rank() == 0:
-        print(table(metrics))
+        print(_table(metrics))
     return 0
 
 
-def score_results(given: argparse.Namespace) -> int:
-    """vitdet evaluate --results"""
-    if given.checkpoint or given.config or given.overrides or given.pictures:
+def _evaluate_results(args: argparse.Namespace) -> int:
+    """Run `vitdet evaluate --results`."""
+    if args.checkpoint or args.config or args.overrides or args.pictures:
         raise ValueError(
             "--results cannot be combined with CHECKPOINT, --config, --set or --pictures"
         )
-    if not given.results or not given.annotations:
+    if not args.results or not args.annotations:
         raise ValueError(
             "--results and --annotations must be given together; --dataset selects the evaluation "
             "protocol (default: coco)"
@@ -112,32 +96,31 @@ def score_results(given: argparse.Namespace) -> int:
     from vitdet.tracking.measured import write_metrics
 
     metrics = evaluate_results(
-        given.results,
-        given.annotations,
-        given.dataset or "coco",
-        plots=given.plots,
-        report=given.report,
+        args.results,
+        args.annotations,
+        args.dataset or "coco",
+        plots=args.plots,
+        report=args.report,
         detailed=True,
     )
-    print(table(metrics))
-    if given.output:
-        write_metrics(given.output, metrics, None)
+    print(_table(metrics))
+    if args.output:
+        write_metrics(args.output, metrics, None)
     return 0
 
 
-def table(metrics: dict[str, float]) -> str:
-    """AP of boxes and masks, a column a kind of figure."""
-    kinds = [kind for kind in ("box", "mask") if any(key.startswith(f"{kind}_") for key in metrics)]
-    shown = [key for key in metrics if key.partition("_")[0] in kinds]
-    columns = list(dict.fromkeys(key.partition("_")[2] for key in shown))
-    rows = [f"{'':6}" + "".join(f"{column:>{max(len(column) + 2, 7)}}" for column in columns)]
-    for kind in kinds:
-        cells = [metrics.get(f"{kind}_{column}") for column in columns]
-        rows.append(
-            f"{kind:6}"
-            + "".join(
-                f"{'-' if cell is None else format(cell, '.1f'):>{max(len(column) + 2, 7)}}"
-                for column, cell in zip(columns, cells, strict=True)
-            )
-        )
-    return "\n".join(rows)
+def _table(metrics: dict[str, float]) -> str:
+    """Return the metrics as text, with a row for boxes and one for masks."""
+    shown = [key.partition("_") for key in metrics if key.startswith(("box_", "mask_"))]
+    columns = list(dict.fromkeys(column for _, _, column in shown))
+    rows = [["", *columns]]
+    for kind in ("box", "mask"):
+        if kind in {one for one, _, _ in shown}:
+            values = [metrics.get(f"{kind}_{column}") for column in columns]
+            rows.append([kind, *("-" if value is None else f"{value:.1f}" for value in values)])
+    widths = [max(len(column) + 2, 7) for column in columns]
+    lines = []
+    for kind, *cells in rows:
+        padded = (f"{cell:>{width}}" for cell, width in zip(cells, widths, strict=True))
+        lines.append(f"{kind:6}{''.join(padded)}")
+    return "\n".join(lines)

@@ -1,4 +1,4 @@
-"""`--set SECTION.KEY=VALUE`, which every verb with a config takes."""
+"""The option `--set SECTION.KEY=VALUE`."""
 
 from __future__ import annotations
 
@@ -12,37 +12,31 @@ if TYPE_CHECKING:
     from vitdet.data.images import Reading
 
 log = logging.getLogger(__name__)
-READING = ("max_pixels", "bit_depth")  # settings of `data` that say how image files are read
+READING = ("max_pixels", "bit_depth")  # settings of `data` for reading image files
 
 
-def add_set(verb: argparse.ArgumentParser) -> None:
-    """The one way to change a setting."""
+def add_set(verb: argparse.ArgumentParser, help: str = "") -> None:
+    """Add `--set`, by default for all settings."""
     verb.add_argument(
         "--set",
         action="append",
         default=[],
         metavar="SECTION.KEY=VALUE",
         dest="overrides",
-        help="override a setting, e.g. optim.lr=2e-4; may be repeated",
+        help=help or "override a setting, e.g. optim.lr=2e-4; may be repeated",
     )
 
 
 def add_reading(verb: argparse.ArgumentParser, names: Sequence[str] = READING) -> None:
-    """The settings of `data` with these names, for a verb that reads image files and has no config."""
-    verb.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="SECTION.KEY=VALUE",
-        dest="overrides",
-        help=f"override how images are read: {', '.join(f'data.{name}=N' for name in names)}",
-    )
+    """Add `--set` for these settings of `data`, for verbs that read images and have no config."""
+    settings = ", ".join(f"data.{name}=N" for name in names)
+    add_set(verb, f"override how images are read: {settings}")
 
 
 def reading_with(
     overrides: Sequence[str], reading: Reading, names: Sequence[str] = READING
 ) -> Reading:
-    """`reading` with these settings of `data`. Raises ValueError for one that is not of these names."""
+    """Return `reading` with these settings of `data`. Raises ValueError for any other setting."""
     from vitdet.config import Config, DataConfig, override
     from vitdet.data.images import Reading
     from vitdet.data.layout import overridden_settings

@@ -1,22 +1,35 @@
-"""Paths on the command line."""
+"""Arguments that are paths."""
 
 from __future__ import annotations
 
+import argparse
 from pathlib import Path
 
 # what `vitdet evaluate` and `vitdet register` take
 CHECKPOINT = (
-    "checkpoint of a detector, or output folder of a training (its best.pt, or else its model.pt)"
+    "checkpoint of a detector, or output folder of a training run (its best.pt, or else its "
+    "model.pt)"
 )
 
 
-def given_path(text: str) -> Path:
-    """The type of an argument that is a file or folder. Raises FileNotFoundError for an empty text.
+def add_file(verb: argparse.ArgumentParser, name: str, help: str) -> None:
+    """Add an argument or option that is the path of a file."""
+    verb.add_argument(name, type=given_path, metavar="FILE", help=help)
 
-    pathlib takes it for the current folder, but it comes from a variable of a shell that is not set.
+
+def add_folder(verb: argparse.ArgumentParser, name: str, help: str) -> None:
+    """Add an argument or option that is the path of a folder."""
+    verb.add_argument(name, type=given_path, metavar="DIR", help=help)
+
+
+def given_path(text: str) -> Path:
+    """Return a path on the command line. Raises FileNotFoundError for an empty text.
+
+    pathlib reads it as the current folder, but it is the value of a shell variable that is not set.
     """
     if not text.strip():
         raise FileNotFoundError(
-            f"a path on the command line is empty, got {text!r}; expected a file or folder (`.` is the current folder)"
+            f"a path on the command line is empty, got {text!r}; expected a file or folder (`.` is "
+            "the current folder)"
         )
     return Path(text)

@@ -12,7 +12,7 @@ from vitdet.files import atomic_write, write_jpeg, write_json
 
 
 def add_predict(verb: argparse.ArgumentParser) -> None:
-    """The arguments of the verb `predict`."""
+    """Add the arguments of the verb `predict`."""
     verb.add_argument("checkpoint", type=given_path, help="checkpoint of a detector")
     verb.add_argument("images", type=given_path, nargs="+", metavar="IMAGE", help="image file")
     verb.add_argument(
@@ -33,43 +33,42 @@ def add_predict(verb: argparse.ArgumentParser) -> None:
     verb.set_defaults(run=run_predict)
 
 
-def run_predict(given: argparse.Namespace) -> int:
-    """vitdet predict"""
+def run_predict(args: argparse.Namespace) -> int:
+    """Run `vitdet predict`."""
     from vitdet.data.images import find_image
     from vitdet.predictor import Predictor, read_image
 
-    if not 0 <= given.threshold <= 1:
-        raise ValueError(f"--threshold must lie between 0 and 1, got {given.threshold}")
-    for path in given.images:
+    if not 0 <= args.threshold <= 1:
+        raise ValueError(f"--threshold must be between 0 and 1, got {args.threshold}")
+    for path in args.images:
         find_image(path)
-    targets = place(given.images, given.output)
-    predictor = Predictor.load(given.checkpoint)
-    predictor.reading = reading_with(given.overrides, predictor.reading)
-    for path in given.images:  # all of them, before anything is written
+    targets = _targets(args.images, args.output)
+    predictor = Predictor.load(args.checkpoint)
+    predictor.reading = reading_with(args.overrides, predictor.reading)
+    for path in args.images:  # all of them, before anything is written
         read_image(path, predictor.reading)
-    given.output.mkdir(parents=True, exist_ok=True)
+    args.output.mkdir(parents=True, exist_ok=True)
     table = {}
     for path, target in targets.items():
-        picture = read_image(path, predictor.reading)
-        found = predictor(picture, given.threshold)
+        image = read_image(path, predictor.reading)
+        found = predictor(image, args.threshold)
         with atomic_write(target) as temporary:
-            write_jpeg(temporary, found.draw(picture), quality=92)
+            write_jpeg(temporary, found.draw(image), quality=92)
+        rows = zip(found.names, found.scores.tolist(), found.boxes.tolist(), strict=True)
         table[target.name] = [
             {"name": name, "score": round(score, 4), "box": [round(side, 2) for side in box]}
-            for name, score, box in zip(
-                found.names, found.scores.tolist(), found.boxes.tolist(), strict=True
-            )
+            for name, score, box in rows
         ]
         named = ", ".join(f"{one['name']} {one['score']:.2f}" for one in table[target.name])
         print(f"{target}: {named or 'nothing'}")
-    write_json(given.output / "detections.json", table)
+    write_json(args.output / "detections.json", table)
     return 0
 
 
-def place(images: Sequence[Path], folder: Path) -> dict[Path, Path]:
-    """Where the drawing of each picture goes: folder/NAME.jpg, and NAME_2.jpg for another picture of that name.
+def _targets(images: Sequence[Path], folder: Path) -> dict[Path, Path]:
+    """Return the file for the drawing of each image: folder/NAME.jpg, NAME_2.jpg if that is taken.
 
-    Raises ValueError rather than draw over one of the pictures themselves.
+    Raises ValueError if a drawing would overwrite one of the images.
     """
     targets: dict[Path, Path] = {}
     for path in images:
@@ -80,7 +79,5 @@ def place(images: Sequence[Path], folder: Path) -> dict[Path, Path]:
         targets.setdefault(path, target)
     own = {path.resolve() for path in images} & {target.resolve() for target in targets.values()}
     if own:
-        raise ValueError(
-            f"{min(own)}: the drawing would take the place of the picture; choose another --output"
-        )
+        raise ValueError(f"{min(own)}: the drawing would overwrite the image; change --output")
     return targets

@@ -1,4 +1,4 @@
-"""How a person sees a download."""
+"""Progress of a download."""
 
 from __future__ import annotations
 
@@ -11,52 +11,51 @@ from vitdet.tracking.tracker import clock
 
 
 class Bar:
-    """A download for the eye: one changing line on a terminal, a line each tenth of the file in a log."""
+    """Progress of a download: a line that is redrawn on a terminal, a line per 10 % in a log."""
 
     def __init__(self, name: str, stream: TextIO | None = None) -> None:
         self.name, self.stream = name, stream or sys.stderr
-        self.first: tuple[float, int] | None = (
-            None  # when this attempt began, and with how many bytes
-        )
-        self.shown = (0.0, -1)  # when the last line was shown, and its tenth
+        # time and number of bytes at the start of this attempt
+        self._first: tuple[float, int] | None = None
+        self._shown = (0.0, -1)  # time and tenth of the last line
 
     def at(self, done: int, total: int | None) -> None:
-        """So many bytes of so many are here."""
+        """Show that `done` bytes of `total`, if known, are present."""
         now = time.monotonic()
-        if self.first is None:
-            self.first = (now, done)
+        if self._first is None:
+            self._first = (now, done)
         terminal, tenth = self.stream.isatty(), 10 * done // total if total else done // 100_000_000
-        if done != total and (now - self.shown[0] < 0.1 if terminal else tenth == self.shown[1]):
+        recent = now - self._shown[0] < 0.1 if terminal else tenth == self._shown[1]
+        if recent and done != total:
             return
-        self.shown = (now, tenth)
-        text = self.text(done, total, now)
-        if terminal:  # a line that the terminal breaks could not be taken back
+        self._shown = (now, tenth)
+        text = self._text(done, total, now)
+        if terminal:  # at most a row: a line that wraps could not be redrawn
             room = shutil.get_terminal_size().columns - 1
             width = min(room - len(text) - 4, 30)
             filled = width * done // total if total else 0
             bar = f"  [{'#' * filled}{'-' * (width - filled)}]" if total and width > 4 else ""
-            text = f"\r\x1b[2K{f'{text}{bar}'[:room]}"
-        self.write(text if terminal else f"{text}\n")
+            self._write(f"\r\x1b[2K{f'{text}{bar}'[:room]}")
+        else:
+            self._write(f"{text}\n")
 
-    def text(self, done: int, total: int | None, now: float) -> str:
-        """mae_vit_b   50 %   171.6 of 343.2 MB  12.0 MB/s  0:14 left"""
-        begin, had = self.first or (now, done)
+    def _text(self, done: int, total: int | None, now: float) -> str:
+        """Return a line as `mae_vit_b   50 %   171.6 of 343.2 MB  12.0 MB/s  0:14 left`."""
+        begin, had = self._first or (now, done)
         speed = (done - had) / max(now - begin, 1e-3) / 1e6
         if not total:
             return f"{self.name}  {done / 1e6:.1f} MB  {speed:.1f} MB/s"
         size = f"{total / 1e6:.1f}"
-        text = f"{self.name}  {100 * done // total:3} %  {done / 1e6:{len(size)}.1f} of {size} MB"
-        return text + (
-            f"  {speed:.1f} MB/s  {clock((total - done) / speed / 1e6)} left" if speed else ""
-        )
+        left = f"  {speed:.1f} MB/s  {clock((total - done) / speed / 1e6)} left" if speed else ""
+        share = f"{100 * done // total:3} %  {done / 1e6:{len(size)}.1f} of {size} MB"
+        return f"{self.name}  {share}{left}"
 
     def end(self) -> None:
-        """No more bytes come from this attempt: the changing line ends."""
-        if self.first and self.stream.isatty():
-            self.write("\n")
-        self.first, self.shown = None, (0.0, -1)
+        """End the line of this attempt."""
+        if self._first and self.stream.isatty():
+            self._write("\n")
+        self._first, self._shown = None, (0.0, -1)
 
-    def write(self, text: str) -> None:
-        """At once."""
+    def _write(self, text: str) -> None:
         self.stream.write(text)
         self.stream.flush()

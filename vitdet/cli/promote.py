@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
-from vitdet.cli.paths import given_path
+from vitdet.cli.paths import add_file, given_path
 
 
 def add_promote(verb: argparse.ArgumentParser) -> None:
-    """The arguments of the verb `promote`."""
+    """Add the arguments of the verb `promote`."""
     _add_model(verb)
     verb.add_argument(
         "--version",
@@ -27,30 +28,30 @@ def add_promote(verb: argparse.ArgumentParser) -> None:
 
 
 def add_rollback(verb: argparse.ArgumentParser) -> None:
-    """The arguments of the verb `rollback`."""
+    """Add the arguments of the verb `rollback`."""
     _add_model(verb)
     verb.add_argument("--reason", default="", help="reason, stored as a tag of the version")
     verb.set_defaults(run=run_rollback)
 
 
 def run_promote(args: argparse.Namespace) -> int:
-    """vitdet promote"""
-    config, place = _place(args)
+    """Run `vitdet promote`."""
+    config, store = _read_model(args)
     from vitdet.tracking.promotion import promote_version
 
     version, reason = promote_version(
-        args.name, args.version, config=config, force=args.force, **place
+        args.name, args.version, config=config, force=args.force, **store
     )
     print(f"{args.name}, version {version} (champion): {reason}")
     return 0
 
 
 def run_rollback(args: argparse.Namespace) -> int:
-    """vitdet rollback"""
-    _, place = _place(args)
+    """Run `vitdet rollback`."""
+    _, store = _read_model(args)
     from vitdet.tracking.promotion import roll_back
 
-    before, now = roll_back(args.name, reason=args.reason, **place)
+    before, now = roll_back(args.name, reason=args.reason, **store)
     print(f"{args.name}, version {now} (champion): replaces version {before}")
     return 0
 
@@ -64,17 +65,15 @@ def _add_model(verb: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="folder with mlflow.db, if there is no MLflow server (default: %(default)s)",
     )
-    verb.add_argument(
+    add_file(
+        verb,
         "--config",
-        metavar="FILE",
-        type=given_path,
-        help="file with the tracking, gate, data and evaluate settings (default: those of the "
-        "version)",
+        "file with the tracking, gate, data and evaluate settings (default: those of the version)",
     )
 
 
-def _place(args: argparse.Namespace) -> tuple:
-    """(config or None, the MLflow store). Raises ValueError without MLflow."""
+def _read_model(args: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
+    """Return the config, None if not given, and the store. Raises ValueError without MLflow."""
     from vitdet.config import TrackingConfig
     from vitdet.config.ranges import ModelName, check
     from vitdet.data.layout import resolve_config

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import argparse
 
-from vitdet.cli.paths import CHECKPOINT, given_path
+from vitdet.cli.paths import CHECKPOINT, add_file, add_folder, given_path
 
 
 def add_register(verb: argparse.ArgumentParser) -> None:
-    """The arguments of the verb `register`."""
+    """Add the arguments of the verb `register`."""
     verb.add_argument("checkpoint", type=given_path, help=CHECKPOINT)
     verb.add_argument(
         "--alias",
@@ -17,41 +17,36 @@ def add_register(verb: argparse.ArgumentParser) -> None:
         help="alias of the version besides candidate; `champion` only if it passes the gate, "
         "which re-evaluates the champion if necessary (default: %(default)s)",
     )
-    verb.add_argument(
+    add_file(
+        verb,
         "--config",
-        metavar="FILE",
-        type=given_path,
-        help="file with the tracking, gate, data and evaluate settings (default: those of the "
+        "file with the tracking, gate, data and evaluate settings (default: those of the "
         "checkpoint)",
     )
-    verb.add_argument(
+    add_file(
+        verb,
         "--metrics",
-        metavar="FILE",
-        type=given_path,
-        help="JSON file that `vitdet evaluate` wrote (--output), for the tags of the version",
+        "JSON file that `vitdet evaluate` wrote (--output), for the tags of the version",
     )
-    verb.add_argument(
+    add_folder(
+        verb,
         "--plots",
-        metavar="DIR",
-        type=given_path,
-        help="folder that `vitdet evaluate` wrote (--plots), of the same evaluation: report and "
+        "folder that `vitdet evaluate` wrote (--plots), of the same evaluation: report and "
         "matches to store with the version",
     )
-    verb.add_argument(
-        "--output", metavar="FILE", type=given_path, help="JSON file for the name and version"
-    )
+    add_file(verb, "--output", "JSON file for the name and version")
     verb.set_defaults(run=run_register)
 
 
 def run_register(args: argparse.Namespace) -> int:
-    """vitdet register"""
+    """Run `vitdet register`."""
     from vitdet import stages
     from vitdet.data.layout import resolve_config
     from vitdet.files import write_json
+    from vitdet.stages.workspace import result
     from vitdet.tracking.gate import RejectedError
     from vitdet.tracking.measured import read_measured, read_metrics
     from vitdet.tracking.runs import default_folder
-    from vitdet.workspace import result
 
     checkpoint = result(args.checkpoint)
     try:
@@ -68,9 +63,8 @@ def run_register(args: argparse.Namespace) -> int:
         if args.output:
             write_json(args.output, dict(error.registered))
         raise
-    print(
-        f"{found.name}, version {found.version} ({args.alias}){found.reason and ': '}{found.reason}"
-    )
+    reason = f": {found.reason}" if found.reason else ""
+    print(f"{found.name}, version {found.version} ({args.alias}){reason}")
     if args.output:
         content = {"name": found.name, "version": found.version, "alias": args.alias}
         write_json(args.output, content)

@@ -8,12 +8,12 @@ from pathlib import Path
 
 from vitdet import torchrun
 from vitdet.cli.overrides import add_set, log_resolved
-from vitdet.cli.paths import given_path
+from vitdet.cli.paths import add_folder, given_path
 from vitdet.config import load_config
 
 
 def add_train(verb: argparse.ArgumentParser) -> None:
-    """The arguments of the verb `train`."""
+    """Add the arguments of the verb `train`."""
     verb.add_argument("recipe", help="name of a recipe, or a YAML file")
     add_set(verb)
     verb.add_argument(
@@ -23,17 +23,15 @@ def add_train(verb: argparse.ArgumentParser) -> None:
         required=True,
         help="folder for model.pt, best.pt, config.yaml and checkpoints/",
     )
-    verb.add_argument(
+    add_folder(
+        verb,
         "--checkpoints",
-        metavar="DIR",
-        type=given_path,
-        help="folder for the training states, by config and data (default: --output)",
+        "folder for the training states, by config and data (default: --output)",
     )
-    verb.add_argument(
+    add_folder(
+        verb,
         "--weights",
-        metavar="DIR",
-        type=given_path,
-        help="folder of fetched weights for train.init (default: ~/.cache/vitdet)",
+        "folder of fetched weights for train.init (default: ~/.cache/vitdet)",
     )
     verb.add_argument(
         "--group",
@@ -50,11 +48,11 @@ def add_train(verb: argparse.ArgumentParser) -> None:
 
 
 def run_train(args: argparse.Namespace) -> int:
-    """vitdet train"""
+    """Run `vitdet train`."""
     torchrun.end_with_torchrun()
     from vitdet.data.samplers import check_batch_size
 
-    # before torch is imported, the data is read and the others are joined
+    # before torch is imported, the data is read and the other processes are joined
     train = load_config(args.recipe, args.overrides).train
     check_batch_size(train.batch_size, torchrun.world_size(), train.accumulate)
 
@@ -81,10 +79,8 @@ def run_train(args: argparse.Namespace) -> int:
         return 128 + stopped.signum  # the shell's code of a process that the signal ended
     if distributed.rank() == 0:
         print(path)
-        if config.train.keep_best:
-            best = load_model_file(path.with_name("best.pt"))
-            metric = config.train.keep_best
-            print(
-                f"{path.with_name('best.pt')}: step {best['step']}, {metric} {best['metrics'][metric]:.4g}"
-            )
+        if metric := config.train.keep_best:
+            best_path = path.with_name("best.pt")
+            best = load_model_file(best_path)
+            print(f"{best_path}: step {best['step']}, {metric} {best['metrics'][metric]:.4g}")
     return 0

@@ -10,17 +10,22 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vitdet.cli.paths import given_path
+from vitdet.cli.paths import add_folder, given_path
 from vitdet.cli.progress_bar import Bar
 
 if TYPE_CHECKING:
     from vitdet.weights.catalogue import Entry
 
 log = logging.getLogger(__name__)
+FETCH = (
+    "Download, verify and convert published weights. Backbones become DIR/NAME.safetensors, for "
+    "train.init; detectors become DIR/NAME.pt, for evaluate, predict and train.init. Interrupted "
+    "downloads are resumed. The proxies in http_proxy and https_proxy are used."
+)
 
 
 def add_weights(verb: argparse.ArgumentParser) -> None:
-    """The kinds of the verb `weights`."""
+    """Add the kinds of the verb `weights`."""
     kinds = verb.add_subparsers(required=True, metavar="KIND")
     kind = kinds.add_parser(
         "list", help="list the published weights: size, checksum, license, link"
@@ -28,25 +33,15 @@ def add_weights(verb: argparse.ArgumentParser) -> None:
     kind.add_argument("--json", action="store_true", help="print JSON")
     kind.set_defaults(run=run_list)
 
-    kind = kinds.add_parser(
-        "fetch",
-        help="download, verify and convert published weights",
-        description=(
-            "Download, verify and convert published weights. Backbones become "
-            "DIR/NAME.safetensors, for train.init; "
-            "detectors become DIR/NAME.pt, for evaluate, predict and train.init. Interrupted "
-            "downloads are resumed. "
-            "The proxies in http_proxy and https_proxy are used."
-        ),
-    )
+    help = "download, verify and convert published weights"
+    kind = kinds.add_parser("fetch", help=help, description=FETCH)
     kind.add_argument(
         "name", help="name in `vitdet weights list`, or a config file with train.init"
     )
-    kind.add_argument(
+    add_folder(
+        kind,
         "--output",
-        type=given_path,
-        metavar="DIR",
-        help="folder for the weights (default: ~/.cache/vitdet, where train.init finds them)",
+        "folder for the weights (default: ~/.cache/vitdet, where train.init finds them)",
     )
     kind.add_argument(
         "--mirror",
@@ -88,28 +83,23 @@ def add_weights(verb: argparse.ArgumentParser) -> None:
         help="train mae_vit_tiny, a masked autoencoder, on generated images without labels",
     )
     kind.add_argument("output", type=given_path, help="output file (.safetensors)")
-    kind.add_argument(
-        "--steps",
-        metavar="N",
-        type=int,
-        default=6000,
-        help="steps of 64 images (default: %(default)s)",
-    )
+    help = "steps of 64 images (default: %(default)s)"
+    kind.add_argument("--steps", metavar="N", type=int, default=6000, help=help)
     kind.set_defaults(run=run_pretrain)
 
 
-def run_list(given: argparse.Namespace) -> int:
-    """vitdet weights list"""
+def run_list(args: argparse.Namespace) -> int:
+    """Run `vitdet weights list`."""
     from vitdet.weights.catalogue import CATALOGUE
 
-    if given.json:
-        print(json.dumps([as_dict(entry) for entry in CATALOGUE.values()], indent=1))
+    if args.json:
+        print(json.dumps([_record(entry) for entry in CATALOGUE.values()], indent=1))
         return 0
-    for title, kind in (("Pre-trainings, for train.init", False), ("Detectors", True)):
+    for title, kind in (("Backbones, for train.init", False), ("Detectors", True)):
         print(f"{title}\n")
         for entry in CATALOGUE.values():
             if bool(entry.recipe) == kind:
-                print(*lines(entry), sep="\n", end="\n\n")
+                print(*_lines(entry), sep="\n", end="\n\n")
     print(
         "vitdet weights fetch NAME converts a file and puts it into ~/.cache/vitdet (--output: "
         "elsewhere)."
@@ -117,8 +107,8 @@ def run_list(given: argparse.Namespace) -> int:
     return 0
 
 
-def as_dict(entry: Entry) -> dict:
-    """All that is known of a file, for programs; what is not published is null."""
+def _record(entry: Entry) -> dict:
+    """Return an entry for --json; what is not published is null."""
     from vitdet.weights.catalogue import NOT_PUBLISHED
     from vitdet.weights.fetch import is_here
 
@@ -128,8 +118,8 @@ def as_dict(entry: Entry) -> dict:
     return {**known, "fetched": is_here(entry)}
 
 
-def lines(entry: Entry) -> Iterator[str]:
-    """A file in three lines: what, where from, what is known of its bytes."""
+def _lines(entry: Entry) -> Iterator[str]:
+    """Yield the lines of an entry: contents, source, what is known of the file."""
     from vitdet.weights.catalogue import NOT_PUBLISHED
     from vitdet.weights.fetch import is_here
 
@@ -142,62 +132,52 @@ def lines(entry: Entry) -> Iterator[str]:
         "packaged": "ships with vitdet",
     }
     yield f"      from {entry.url}{remarks.get(entry.state, '')}"
-    if entry.state == "packaged":
-        yield f"      license {entry.license}"
-        return
-    size = f"{entry.size:,} bytes" if entry.size else NOT_PUBLISHED
-    sha256 = (
-        f"{entry.sha256}{'...' if len(entry.sha256) < 64 else ''}"
-        if entry.sha256
-        else NOT_PUBLISHED
-    )
-    md5 = f" | md5 {entry.md5}...{' by its name' if entry.md5_of_name else ''}" if entry.md5 else ""
-    yield f"      size {size} | sha256 {sha256}{md5} | license {entry.license}"
+    facts = [f"license {entry.license}"]
+    if entry.state != "packaged":
+        size = f"{entry.size:,} bytes" if entry.size else NOT_PUBLISHED
+        cut = "..." if 0 < len(entry.sha256) < 64 else ""
+        by_name = " by its name" if entry.md5_of_name else ""
+        md5 = [f"md5 {entry.md5}...{by_name}"] if entry.md5 else []
+        sha256 = f"{entry.sha256 or NOT_PUBLISHED}{cut}"
+        facts = [f"size {size}", f"sha256 {sha256}", *md5, *facts]
+    yield f"      {' | '.join(facts)}"
 
 
-def run_fetch(given: argparse.Namespace) -> int:
-    """vitdet weights fetch"""
+def run_fetch(args: argparse.Namespace) -> int:
+    """Run `vitdet weights fetch`."""
     from vitdet.config import load_config
     from vitdet.weights.catalogue import find
-    from vitdet.weights.fetch import fetch_published
+    from vitdet.weights.fetch import copy, fetch_published
 
-    is_config = given.name.endswith((".yaml", ".yml"))
-    name = load_config(given.name).train.init if is_config else given.name
+    is_config = args.name.endswith((".yaml", ".yml"))
+    name = load_config(args.name).train.init if is_config else args.name
     if not name:
-        if given.output:
-            # a stage of a pipeline has to leave something
-            given.output.mkdir(parents=True, exist_ok=True)
+        if args.output:  # an output of a DVC stage must exist
+            args.output.mkdir(parents=True, exist_ok=True)
         print("train.init is empty: training starts from random weights")
-    elif Path(name).suffix:
-        print(own_file(Path(name), given.output))
+    elif (source := Path(name)).suffix:  # a file of the user
+        if not source.is_file():
+            raise FileNotFoundError(f"{source}: no such weights file")
+        print(copy(source, args.output) if args.output else source)
     else:
-        print(fetch_published(find(name), given.output, Bar, given.mirror, given.local))
+        print(fetch_published(find(name), args.output, Bar, args.mirror, args.local))
     return 0
 
 
-def own_file(source: Path, folder: Path | None) -> Path:
-    """A file of the user's: copied, if a folder is given."""
-    if not source.is_file():
-        raise FileNotFoundError(f"{source}: no such weights file")
-    from vitdet.weights.fetch import copy
-
-    return copy(source, folder) if folder else source
-
-
-def run_convert(given: argparse.Namespace) -> int:
-    """vitdet weights convert"""
+def run_convert(args: argparse.Namespace) -> int:
+    """Run `vitdet weights convert`."""
     from vitdet.weights.convert import convert_file
 
-    for line in convert_file(given.source, given.target, given.format, given.recipe, given.reverse):
+    for line in convert_file(args.source, args.target, args.format, args.recipe, args.reverse):
         log.info(line)
-    print(given.target)
+    print(args.target)
     return 0
 
 
-def run_pretrain(given: argparse.Namespace) -> int:
-    """vitdet weights pretrain"""
+def run_pretrain(args: argparse.Namespace) -> int:
+    """Run `vitdet weights pretrain`."""
     from vitdet.demo.mae import pretrain
 
-    pretrain("tiny", given.output, steps=given.steps)
-    print(given.output)
+    pretrain("tiny", args.output, steps=args.steps)
+    print(args.output)
     return 0

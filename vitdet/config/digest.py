@@ -1,4 +1,4 @@
-"""Differences between two configs, and digests of configs that name trainings."""
+"""Differences between two configs, and digests that name training runs."""
 
 from __future__ import annotations
 
@@ -46,13 +46,13 @@ def difference(ours: Config, theirs: Config, *, affecting_weights: bool | None =
 
 
 def training_settings(config: Config) -> dict[str, bool | int | float | str]:
-    """Return `flatten(config)` restricted to the settings that affect the result of a training."""
+    """Return `flatten(config)` without the settings that do not affect the result of training."""
     settings = list_settings(config)
     return {key: value for key, value in flatten(config).items() if not settings[key][1]}
 
 
 def digest(config: Config) -> str:
-    """Return 12 hexadecimal digits that name a training.
+    """Return 12 hexadecimal digits that name a training run.
 
     Computed from the settings that affect the trained weights and differ from their default, so
     that neither operational nor newly added settings change the name.

@@ -159,7 +159,7 @@ class DataConfig(Section, prefix="data."):
     max_pixels: Annotated[int, between(1, 178_956_970)] = field(
         default=100_000_000, metadata=operational("an error instead of a larger image")
     )
-    # of grey values in files of more than 8 bits: cameras store 12 bits in 16; 0: as in the file
+    # of gray values in files of more than 8 bits: cameras store 12 bits in 16; 0: as in the file
     bit_depth: Literal[0, 8, 10, 12, 14, 16] = 0
     # loader processes per rank; 0: load in the training process
     workers: Workers = field(default=4, metadata=operational("samples depend on seed and position"))

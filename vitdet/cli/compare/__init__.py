@@ -4,22 +4,19 @@ from __future__ import annotations
 
 import argparse
 
-from vitdet.cli.paths import given_path
+from vitdet.cli.paths import add_file
 
 
 def add_compare(verb: argparse.ArgumentParser) -> None:
-    """The arguments of the verb `compare`."""
+    """Add the arguments of the verb `compare`."""
     verb.add_argument(
         "results",
         nargs="+",
         metavar="RUN|CHECKPOINT|RESULTS.json",
-        help="MLflow run (id or unique name), checkpoint, output folder of a training, or file of "
-        "COCO results; "
-        "the first is the baseline",
+        help="MLflow run (id or unique name), checkpoint, output folder of a training run, or file "
+        "of COCO results; the first is the baseline",
     )
-    verb.add_argument(
-        "--annotations", type=given_path, metavar="FILE", help="ground truth of results files"
-    )
+    add_file(verb, "--annotations", "ground truth of results files")
     verb.add_argument(
         "--dataset",
         choices=("coco", "lvis"),
@@ -39,24 +36,18 @@ def add_compare(verb: argparse.ArgumentParser) -> None:
         metavar="N",
         help="bootstrap resamples of the images (default: %(default)s)",
     )
-    verb.add_argument(
-        "--output",
-        metavar="FILE",
-        type=given_path,
-        help="also write the comparison to this Markdown file",
-    )
+    add_file(verb, "--output", "also write the comparison to this Markdown file")
     verb.set_defaults(run=run_compare)
 
 
 def _count(text: str) -> int:
-    number = int(text)
-    if not 100 <= number <= 1_000_000:
-        raise argparse.ArgumentTypeError(f"expected 100 to 1000000, got {number}")
-    return number
+    if not text.isdecimal() or not 100 <= int(text) <= 1_000_000:
+        raise argparse.ArgumentTypeError(f"expected a number from 100 to 1000000, got {text!r}")
+    return int(text)
 
 
 def run_compare(args: argparse.Namespace) -> int:
-    """vitdet compare"""
+    """Run `vitdet compare`."""
     from vitdet.cli.compare.inputs import Reader, check_comparable
     from vitdet.cli.compare.text import comparison_text
     from vitdet.evaluation.bootstrap import bootstrap

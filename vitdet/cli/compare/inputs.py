@@ -1,4 +1,4 @@
-"""What is compared: read from an MLflow run, a checkpoint or a file of COCO results."""
+"""The inputs of a comparison, read from an MLflow run, a checkpoint or a file of COCO results."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from vitdet.evaluation.evaluator import OF_FILES
 from vitdet.evaluation.matches import MATCHES, Matches, load_matches
 from vitdet.evaluation.results import Truth, kinds_of, read_results, read_truth
 from vitdet.files import sha256
+from vitdet.stages.workspace import result
 from vitdet.tracking.measured import Measured, beside, read_measured
-from vitdet.tracking.runs import MATCHES_FOLDER, default_folder, has_mlflow
-from vitdet.workspace import result
+from vitdet.tracking.runs import MATCHES_FOLDER, default_folder, has_mlflow, require_mlflow
 
 if TYPE_CHECKING:
     from vitdet.tracking.lookup import StoredRun
@@ -26,10 +26,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Compared:
-    """One of the results that are compared.
+    """An input of a comparison.
 
-    protocol: None for a file of results, whose settings are unknown. settings: those of the
-    training, as text. metrics: the last values of the training's run.
+    matches: by kind (bbox, segm). protocol: None for a file of results, whose settings are unknown.
+    settings: those of the training run, as text. metrics: the last values of its MLflow run.
     """
 
     name: str
@@ -40,15 +40,15 @@ class Compared:
 
 
 class Reader:
-    """Reads what is compared. uri: the MLflow server; annotations and dataset: of files of results."""
+    """Reads the inputs. uri: of the MLflow server; annotations, dataset: of files of results."""
 
     def __init__(self, uri: str, annotations: Path | None, dataset: str) -> None:
         self.uri, self.annotations, self.dataset = uri, annotations, dataset
 
     def read(self, name: str) -> Compared:
-        """Read a run, a checkpoint, the folder of a training or a file of results.
+        """Read an MLflow run, a checkpoint, the folder of a training run or a file of results.
 
-        Raises ValueError, OSError or LookupError, in one line, for what cannot be read or has no matches.
+        Raises ValueError, OSError or LookupError for what cannot be read or has no matches.
         """
         path = Path(name)
         if path.suffix == ".json":
@@ -71,9 +71,8 @@ class Reader:
             finished = OF_FILES[self.dataset](truth, found, kinds_of(found))
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
-        return Compared(
-            str(path), {kind: one.matches for kind, one in finished.items()}, None, {}, {}
-        )
+        matches = {kind: one.matches for kind, one in finished.items()}
+        return Compared(str(path), matches, None, {}, {})
 
     def _checkpoint(self, path: Path) -> Compared:
         stored = load_model_file(path)
@@ -99,26 +98,26 @@ class Reader:
                     settings = {key: str(value) for key, value in flatten(config).items()}
                     return Compared(str(path), matches, measured.protocol, settings, metrics)
         raise ValueError(
-            f"{path}: its matches are not stored{problem}; run `vitdet evaluate {path} --plots {path.parent / 'plots'}`"
+            f"{path}: its matches are not stored{problem}; run `vitdet evaluate {path} --plots "
+            f"{path.parent / 'plots'}`"
         )
 
     def _run(self, name: str) -> Compared:
-        if not has_mlflow():
-            raise ValueError("mlflow is not installed; install vitdet with its extra 'tracking'")
+        require_mlflow()
         with tempfile.TemporaryDirectory(prefix="vitdet-compare-") as work:
             run, downloaded = _fetch(name, self.uri, Path(), Path(work))
             measured = _read_measured(downloaded / MATCHES)
             if measured is None:
                 raise ValueError(
-                    f"{run.name} ({run.run_id}): the run has no matches; run `vitdet evaluate CHECKPOINT "
-                    "--plots FOLDER` with its checkpoint, which logs them"
+                    f"{run.name} ({run.run_id}): the run has no matches; run `vitdet evaluate "
+                    "CHECKPOINT --plots FOLDER` with its checkpoint, which logs them"
                 )
             matches = load_matches(downloaded / MATCHES)
         return Compared(run.name, matches, measured.protocol, run.params, run.metrics)
 
 
 def check_comparable(compared: Sequence[Compared]) -> None:
-    """Raise ValueError if results were measured on different validation data or with different settings."""
+    """Raise ValueError if inputs have different validation data or evaluation settings."""
     known = [(one.name, one.protocol) for one in compared if one.protocol is not None]
     for name, protocol in known[1:]:
         first, expected = known[0]
@@ -128,14 +127,15 @@ def check_comparable(compared: Sequence[Compared]) -> None:
         ):
             if ours != theirs:
                 raise ValueError(
-                    f"{name} and {first} have different {what}: {theirs}, not {ours}; evaluate both with the same settings"
+                    f"{name} and {first} have different {what}: {theirs}, not {ours}; evaluate "
+                    "both with the same settings"
                 )
 
 
 def _fetch(
     name: str, uri: str, folder: Path, target: Path, tries: int | None = None
 ) -> tuple[StoredRun, Path]:
-    """Return the run, and the folder that its matches were downloaded to, if it has any."""
+    """Return the run, and the folder with its matches, if it has any: `target` or one in it."""
     from vitdet.tracking.lookup import download_file, find_run, open_store
 
     client = open_store(uri, folder, tries)
@@ -143,9 +143,7 @@ def _fetch(
     downloaded = target
     for file in (MATCHES, beside(Path(MATCHES)).name):
         path = download_file(client, uri, folder, run.run_id, f"{MATCHES_FOLDER}/{file}", target)
-        downloaded = (
-            path.parent if path else downloaded
-        )  # whether in a subfolder depends on the store
+        downloaded = path.parent if path else downloaded  # depends on the kind of store
     return run, downloaded
 
 

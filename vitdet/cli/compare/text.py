@@ -1,4 +1,4 @@
-"""The text of a comparison, in Markdown: conclusion, AP with intervals, classes, seeds, speed, settings."""
+"""The text of a comparison in Markdown: conclusion, AP, classes, seeds, speed, settings."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from vitdet.tracking.address import hide_credentials
 from vitdet.tracking.table import markdown_table, mean_deviation
 
 CHANGES = 10  # classes shown of each result
+AP_HEADS = [metric.replace("ap", "AP") for metric in METRICS]
 # column -> metric of the training's run
 RESOURCES = {
     "training images/s": "images_per_second",
@@ -26,32 +27,22 @@ RESOURCES = {
 def comparison_text(
     compared: Sequence[Compared], resampled: Mapping[str, Sequence[Resampled]]
 ) -> str:
-    """Return the comparison of all results with the first. resampled: of each kind, those of all results."""
+    """Return the comparison of all inputs with the first; resampled: of each, by kind."""
     names, matches = _names(compared), next(iter(compared[0].matches.values()))
     resamples = len(next(iter(resampled.values()))[0].resampled)
     protocol = next((one.protocol for one in compared if one.protocol), None)
     data = f", data {protocol.fingerprint}" if protocol and protocol.fingerprint else ""
+    heads = ["result", "kind", *AP_HEADS, "AP - first", "p", "significant"]
     sections = [
         "# Comparison\n",
-        "".join(f"- {sentence}\n" for sentence in _verdicts(names, resampled)),
-        f"{len(matches.image_ids)} images, {len(matches.category_ids)} classes{data}. Brackets: 95 % "
-        f"bootstrap confidence intervals, {resamples} resamples of the images, paired. A difference is "
-        "significant at the 5 % level if its interval excludes 0; p: two-sided. Tested are differences "
-        f"over {MIN_IMAGES} or more images with objects. Training noise is not included: compare "
-        "several seeds.\n",
+        "".join(f"- {sentence}\n" for sentence in _conclusions(names, resampled)),
+        f"{len(matches.image_ids)} images, {len(matches.category_ids)} classes{data}. Brackets: "
+        f"95 % bootstrap confidence intervals, {resamples} resamples of the images, paired. A "
+        "difference is significant at the 5 % level if its interval excludes 0; p: two-sided. "
+        f"Tested are differences over {MIN_IMAGES} or more images with objects. Training noise is "
+        "not included: compare several seeds.\n",
         "## AP\n",
-        markdown_table(
-            [
-                "result",
-                "kind",
-                *(f"{m.replace('ap', 'AP')}" for m in METRICS),
-                "AP - first",
-                "p",
-                "significant",
-            ],
-            [*_ap_rows(names, resampled)],
-            padded=True,
-        ),
+        markdown_table(heads, [*_ap_rows(names, resampled)], padded=True),
     ]
     for kind, results in resampled.items():
         for name, result in zip(names[1:], results[1:], strict=True):
@@ -65,7 +56,7 @@ def comparison_text(
 
 
 def _names(compared: Sequence[Compared]) -> list[str]:
-    """The names, numbered where several are equal."""
+    """Return the names, numbered if several are equal."""
     names = [one.name for one in compared]
     return [
         f"{name} ({names[: place + 1].count(name)})" if names.count(name) > 1 else name
@@ -73,27 +64,31 @@ def _names(compared: Sequence[Compared]) -> list[str]:
     ]
 
 
-def _verdicts(names: Sequence[str], resampled: Mapping[str, Sequence[Resampled]]) -> Iterator[str]:
+def _conclusions(
+    names: Sequence[str], resampled: Mapping[str, Sequence[Resampled]]
+) -> Iterator[str]:
+    first = names[0]
     for place, name in enumerate(names[1:], start=1):
         for kind, results in resampled.items():
             found = results[place].difference(results[0])
             if found is None:
                 continue
-            what, limits = f"{NAMES[kind]} AP", f"95 % interval {_range(found, '{:+.2f}')}"
+            ap, value = f"{NAMES[kind]} AP", found.value
+            limits = f"95 % interval {_range(found, '{:+.2f}')}"
             if found.is_significant is None:
                 yield (
-                    f"{name} and {names[0]} differ by {found.value:+.2f} {what}; not tested for significance, as "
-                    f"only {found.images} images have objects ({MIN_IMAGES} are needed)."
+                    f"{name} and {first} differ by {value:+.2f} {ap}; not tested for "
+                    f"significance, as only {found.images} images have objects ({MIN_IMAGES} are "
+                    "needed)."
                 )
             elif found.is_significant:
-                word = "better" if found.value > 0 else "worse"
                 yield (
-                    f"{name} is {word} than {names[0]} by {abs(found.value):.2f} {what} ({limits}): the "
-                    "difference is significant."
+                    f"{name} is {'better' if value > 0 else 'worse'} than {first} by "
+                    f"{abs(value):.2f} {ap} ({limits}): the difference is significant."
                 )
             else:
                 yield (
-                    f"{name} and {names[0]} do not differ significantly: {found.value:+.2f} {what} ({limits})."
+                    f"{name} and {first} do not differ significantly: {value:+.2f} {ap} ({limits})."
                 )
 
 
@@ -121,45 +116,43 @@ def _classes(name: str, kind: str, first: Resampled, result: Resampled) -> list[
         for label, difference, before, after in found[:CHANGES]
     ]
     note = (
-        f"The {len(rows)} largest changes of {len(found)} classes; {len(flags)} classes have objects in {MIN_IMAGES} or "
-        f"more images and are tested. Significant: {sum(flags)}. Not corrected for multiple comparisons: about 1 in 20 "
-        "of the classes that did not change is significant at the 5 % level by chance.\n"
+        f"The {len(rows)} largest changes of {len(found)} classes; {len(flags)} classes have "
+        f"objects in {MIN_IMAGES} or more images and are tested. Significant: {sum(flags)}. Not "
+        "corrected for multiple comparisons: about 1 in 20 of the classes that did not change is "
+        "significant at the 5 % level by chance.\n"
     )
     heads = ["class", "images", "first", "AP", "AP - first", "p", "significant"]
-    return [
-        f"## Classes: {name}, {NAMES[kind]} AP\n",
-        note,
-        markdown_table(heads, rows, padded=True),
-    ]
+    title = f"## Classes: {name}, {NAMES[kind]} AP\n"
+    return [title, note, markdown_table(heads, rows, padded=True)]
 
 
 def _seeds(
     names: Sequence[str], compared: Sequence[Compared], resampled: Mapping[str, Sequence[Resampled]]
 ) -> list[str]:
-    """Mean and standard deviation of results of trainings that only differ by seed and settings without effect."""
+    """Return mean and standard deviation of training runs that differ in the seed only.
+
+    Settings that do not affect the training may differ too.
+    """
     groups = defaultdict(list)
     for place, one in enumerate(compared):
         if training := _training(one.settings):
             groups[training].append(place)
     rows = []
     for places in groups.values():
+        seeds = {compared[place].settings["train.seed"] for place in places}
+        if not len(seeds) == len(places) > 1:  # two checkpoints of one training run
+            continue
+        group = ", ".join(names[place] for place in places)
         for kind, results in resampled.items():
-            values = [results[place].value[:, 0] for place in places]
-            seeds = {compared[place].settings["train.seed"] for place in places}
-            if len(seeds) == len(places) > 1:  # not two checkpoints of one training
-                cells = [
-                    mean_deviation(column)
-                    for column in zip(*(value.tolist() for value in values), strict=True)
-                ]
-                group = ", ".join(names[place] for place in places)
-                rows.append([group, str(len(places)), NAMES[kind], *cells])
-    heads = ["results", "number", "kind", *(metric.replace("ap", "AP") for metric in METRICS)]
-    title = "## Over seeds: mean ± standard deviation\n"
-    return [title, markdown_table(heads, rows, padded=True)] if rows else []
+            values = [results[place].value[:, 0].tolist() for place in places]
+            cells = [mean_deviation(column) for column in zip(*values, strict=True)]
+            rows.append([group, str(len(places)), NAMES[kind], *cells])
+    title, heads = "## Over seeds: mean ± standard deviation\n", ["results", "number", "kind"]
+    return [title, markdown_table([*heads, *AP_HEADS], rows, padded=True)] if rows else []
 
 
 def _training(settings: Mapping[str, str]) -> tuple:
-    """The settings that affect the result of a training, without the seed; empty if they are unknown."""
+    """Return the settings that affect the result of training, but the seed; () if unknown."""
     try:
         config = override(Config(), [f"{key}={value}" for key, value in settings.items()])
     except ValueError:  # of another version
@@ -169,32 +162,22 @@ def _training(settings: Mapping[str, str]) -> tuple:
 
 
 def _resources(names: Sequence[str], compared: Sequence[Compared]) -> str:
+    values = [[one.metrics.get(key) for key in RESOURCES.values()] for one in compared]
     rows = [
-        [
-            name,
-            *(
-                "-" if one.metrics.get(key) is None else f"{one.metrics[key]:.3g}"
-                for key in RESOURCES.values()
-            ),
-        ]
-        for name, one in zip(names, compared, strict=True)
+        [name, *("-" if value is None else f"{value:.3g}" for value in row)]
+        for name, row in zip(names, values, strict=True)
     ]
     return markdown_table(["result", *RESOURCES], rows, padded=True)
 
 
 def _settings(names: Sequence[str], compared: Sequence[Compared]) -> str:
-    known = [
-        (name, one.settings) for name, one in zip(names, compared, strict=True) if one.settings
-    ]
-    keys = dict.fromkeys(key for _, settings in known for key in settings)
-    rows = [
-        [key, *(hide_credentials(settings.get(key, "-")) for _, settings in known)]
-        for key in keys
-        if len({settings.get(key) for _, settings in known}) > 1
-    ]
-    if not rows:
-        return "None.\n"
-    return markdown_table(["setting", *(name for name, _ in known)], rows, padded=True)
+    known = {name: one.settings for name, one in zip(names, compared, strict=True) if one.settings}
+    rows = []
+    for key in dict.fromkeys(key for settings in known.values() for key in settings):
+        values = [settings.get(key, "-") for settings in known.values()]
+        if len(set(values)) > 1:
+            rows.append([key, *map(hide_credentials, values)])
+    return markdown_table(["setting", *known], rows, padded=True) if rows else "None.\n"
 
 
 def _interval(found: Interval | None) -> str:

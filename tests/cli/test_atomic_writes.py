@@ -1,4 +1,4 @@
-"""Temporary files of killed processes, and their removal."""
+"""Atomic writes of files and folders, and removal of the temporary files of killed processes."""
 
 from __future__ import annotations
 
@@ -118,3 +118,52 @@ def test_a_process_removes_nothing_of_its_own(tmp_path: Path) -> None:
         files._remove_once.cache_clear()
         write_json(tmp_path / "c", 1)
         assert file.exists() and len(temporary(tmp_path)) == 2
+
+
+def test_a_file_is_made_with_its_folder_and_takes_the_place_of_a_link(tmp_path: Path) -> None:
+    write_json(tmp_path / "a" / "b" / "new.json", {"x": [1]})
+    assert (tmp_path / "a" / "b" / "new.json").read_text() == '{\n "x": [\n  1\n ]\n}\n'
+    (tmp_path / "link").symlink_to(tmp_path / "a" / "b" / "new.json")
+    write_json(tmp_path / "link", 1, indent=None)
+    assert not (tmp_path / "link").is_symlink()
+    assert (tmp_path / "a" / "b" / "new.json").stat().st_size == 19
+    assert {path.name for path in tmp_path.rglob("*")} == {"a", "b", "new.json", "link"}
+
+
+def test_a_failure_leaves_the_old_and_nothing_else(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_text("old")
+    with pytest.raises(KeyboardInterrupt), atomic_write(path) as temporary:
+        temporary.write_text("half")
+        assert path.read_text() == "old" and temporary.parent == tmp_path
+        raise KeyboardInterrupt
+    with pytest.raises(ValueError), atomic_dir(tmp_path / "folder") as temporary:
+        (temporary / "inside").touch()
+        raise ValueError
+    assert [one.name for one in tmp_path.iterdir()] == ["file"] and path.read_text() == "old"
+
+
+def test_the_content_reaches_the_disk_before_the_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+    monkeypatch.setattr(os, "fsync", lambda _: seen.append((tmp_path / "file").exists()))
+    for sync in (False, True):
+        with atomic_write(tmp_path / "file", sync) as temporary:
+            temporary.write_text("new")
+        assert seen == [False, True] * sync  # the file, then the folder with its name
+        (tmp_path / "file").unlink()
+
+
+def test_a_folder_takes_the_place_of_an_empty_one_alone(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "old").touch()
+    with atomic_dir(tmp_path / "empty") as temporary:
+        (temporary / "new").touch()
+    assert (tmp_path / "empty" / "new").exists()
+    assert (tmp_path / "empty").stat().st_mode & 0o777 == 0o755
+    with pytest.raises(OSError, match="not empty"), atomic_dir(tmp_path / "full") as temporary:
+        (temporary / "new").touch()
+    files = sorted(path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*"))
+    assert files == ["empty", "empty/new", "full", "full/old"]

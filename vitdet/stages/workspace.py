@@ -1,10 +1,10 @@
-"""The folders of a workspace, which is shared by the steps of a pipeline run.
+"""The folders of a workspace, which all steps of a pipeline run share.
 
 WORKSPACE/...                data sets and files of weights, at the recipes' relative paths
 WORKSPACE/weights/           initial weights (train.init)
-WORKSPACE/runs/NAME-RUN/     a training: config, checkpoints, model.pt, best.pt; NAME: recipe and
-                             digest of its config, RUN: first digits of the pipeline run's ID
-WORKSPACE/runs/pipeline-RUN/ a pipeline run: configs of its trainings, and their comparison
+WORKSPACE/runs/NAME-RUN/     a training run: config, checkpoints, model.pt, best.pt; NAME: recipe
+                             and digest of its config, RUN: start of the pipeline run's ID
+WORKSPACE/runs/pipeline-RUN/ a pipeline run: configs of its training runs, and their comparison
 WORKSPACE/runs/mlflow.db     MLflow's store, without a tracking server
 """
 
@@ -13,6 +13,7 @@ from __future__ import annotations
 import glob
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from vitdet.config import Config, load_stored
 from vitdet.config.digest import digest, legacy_digest
@@ -24,19 +25,19 @@ def weights_folder(workspace: str) -> Path:
 
 
 def runs_folder(workspace: str) -> Path:
-    """Return the folder of the trainings, and of MLflow's store without a tracking server."""
+    """Return the folder of the training runs, and of MLflow's store without a tracking server."""
     return Path(workspace) / "runs"
 
 
 def run_folder(workspace: str, run_id: str) -> Path:
-    """The folder of a pipeline run, for what belongs to all of its trainings."""
+    """Return the folder of a pipeline run, for what belongs to all of its training runs."""
     return runs_folder(workspace) / f"pipeline-{run_id[:8]}"
 
 
 def training_folder(workspace: str, name: str, run_id: str) -> Path:
-    """Return the folder of a training of a pipeline run, the same for a retried step.
+    """Return the folder of a training run of a pipeline run, the same for a repeated step.
 
-    If version 0.1 started this training, it is the folder named by its digest of the config.
+    If version 0.1 started this training run, it is the folder named by its digest of the config.
     """
     run, (recipe, _, digits) = run_id[:8], name.rpartition("-")
     folder = runs_folder(workspace) / f"{name}-{run}"
@@ -50,8 +51,13 @@ def training_folder(workspace: str, name: str, run_id: str) -> Path:
     return folder
 
 
+def champion_file(workspace: str, name: str, run_id: str) -> Path:
+    """Return the JSON file with the champion's evaluation on the data of a training run."""
+    return training_folder(workspace, name, run_id) / "champion.json"
+
+
 def result(checkpoint: Path) -> Path:
-    """Return a training folder's detector: best.pt with train.keep_best, else model.pt.
+    """Return the detector of a training folder: best.pt with train.keep_best, else model.pt.
 
     A file is returned as is.
     """
@@ -62,16 +68,15 @@ def result(checkpoint: Path) -> Path:
     return checkpoint / ("best.pt" if keeps else "model.pt")
 
 
-def logs_folder(workspace: str, name: str, run_id: str) -> Path:
-    """Return the folder of the log tails of a training job's ranks."""
-    return training_folder(workspace, name, run_id) / "logs"
-
-
 def resolve_paths(config: Config, workspace: Path) -> Config:
     """Return the config with the relative paths of data and weights resolved in the workspace."""
-    init = config.train.init
-    settings = (
-        replace(config.train, init=str(workspace / init)) if Path(init).suffix else config.train
-    )
-    data = replace(config.data, root=str(workspace / config.data.root))
-    return replace(config, data=data, train=settings)
+    train, data = config.train, config.data
+    if Path(train.init).suffix:
+        train = replace(train, init=str(workspace / train.init))
+    return replace(config, data=replace(data, root=str(workspace / data.root)), train=train)
+
+
+def registry(config: Config, workspace: str) -> dict[str, Any]:
+    """Return the model registry as keyword arguments of `vitdet.tracking`'s functions."""
+    tracking, folder = config.tracking, runs_folder(workspace)
+    return {"uri": tracking.uri, "folder": folder, "model_name": tracking.model_name}

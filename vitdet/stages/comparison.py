@@ -1,0 +1,130 @@
+"""The MLflow parent run of a pipeline run, and the table that compares its training runs."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+
+from vitdet.config import Config, flatten, load_config, save_config
+from vitdet.config.digest import training_settings
+from vitdet.stages.outcomes import read_outcomes
+from vitdet.stages.plan import read_configs
+from vitdet.stages.workspace import registry, run_folder, runs_folder
+
+COMPARISON = "comparison.html"  # in the folder of a pipeline run whose training runs all finished
+
+
+def start_parent_run(configs: str, workspace: str, run_id: str) -> str:
+    """Create the MLflow run that groups the training runs; return one line with its address.
+
+    Keeps the configs in the run's folder, where `compare_finished` finds them. Raises
+    ConnectionError if MLflow does not respond.
+    """
+    from vitdet.tracking import comparison
+    from vitdet.tracking.address import hide_credentials, tracking_uri
+
+    every, folder = read_configs(configs), runs_folder(workspace)
+    for name, config in every.items():
+        save_config(config, run_folder(workspace, run_id) / f"{name}.yaml")
+    settings = next(iter(every.values())).tracking
+    parent = comparison.start_parent_run(
+        run_id, list(every), uri=settings.uri, folder=folder, experiment=settings.experiment
+    )
+    uri = hide_credentials(tracking_uri(settings.uri, folder))
+    return f"MLflow: {uri}, parent run {parent}"
+
+
+def compare(
+    verdicts: Sequence[str], configs: str, workspace: str, run_id: str, table: str, links: str
+) -> str:
+    """Return the table of all training runs in Markdown, and log it to the parent run.
+
+    Writes it as HTML to the file `table`, and in Markdown with links to MLflow to `links`.
+    """
+    rows = [json.loads(Path(path).read_text()) for path in verdicts]
+    text, linked = _compare(read_configs(configs), rows, {}, workspace, run_id, table)
+    Path(links).parent.mkdir(parents=True, exist_ok=True)
+    Path(links).write_text(linked)
+    return text
+
+
+def compare_finished(workspace: str, run_id: str, table: str) -> str:
+    """Return the table after a failure: the training runs that finished, and why others did not.
+
+    Writes the HTML page to the file `table`. Returns "" if `compare` has made the table already, or
+    if no training run was planned.
+    """
+    folder = run_folder(workspace, run_id)
+    every = read_configs(folder)
+    rows, failures = read_outcomes(workspace, list(every), run_id)
+    if every and (failures or not (folder / COMPARISON).is_file()):
+        return _compare(every, rows, failures, workspace, run_id, table)[0]
+    Path(table).parent.mkdir(parents=True, exist_ok=True)
+    if every:
+        shutil.copyfile(folder / COMPARISON, table)
+    else:
+        Path(table).write_text("<p>No training was started.</p>\n")
+    return ""
+
+
+def end_parent_run(
+    recipes: Sequence[str], overrides: Sequence[str], workspace: str, run_id: str, state: str
+) -> None:
+    """End the parent run, if there is one. state: that of the pipeline run, as KFP names it."""
+    from vitdet.tracking import comparison
+
+    try:
+        settings = load_config(recipes[0], overrides).tracking
+    except (ValueError, FileNotFoundError, IndexError):
+        return  # the first step failed for this reason, before a parent run was created
+    folder = runs_folder(workspace)
+    comparison.end_parent_run(
+        run_id, state, uri=settings.uri, folder=folder, experiment=settings.experiment
+    )
+
+
+def _compare(
+    every: dict[str, Config],
+    rows: Sequence[dict],
+    failures: dict[str, str],
+    workspace: str,
+    run_id: str,
+    table: str,
+) -> tuple[str, str]:
+    from vitdet.tracking import comparison
+
+    config = next(iter(every.values()))
+    text, linked, html = comparison.compare(
+        run_id,
+        rows,
+        failures,
+        _varied_settings(every),
+        experiment=config.tracking.experiment,
+        **registry(config, workspace),
+    )
+    complete = [] if failures else [run_folder(workspace, run_id) / COMPARISON]
+    for path in (Path(table), *complete):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(html)
+    return text, linked
+
+
+def _varied_settings(every: dict[str, Config]) -> dict[str, dict[str, str]]:
+    """Return, by name, the settings that differ between the training runs of the same recipe.
+
+    Only settings that affect the result of a training run count.
+    """
+    recipes = defaultdict(list)
+    for name in every:
+        recipes[name.rpartition("-")[0]].append(name)
+    varied = {}
+    for names in recipes.values():
+        settings = [training_settings(every[name]) for name in names]
+        keys = [key for key in settings[0] if len({one[key] for one in settings}) > 1]
+        for name in names:
+            values = flatten(every[name])
+            varied[name] = {key: str(values[key]) for key in keys}
+    return varied

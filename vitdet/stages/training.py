@@ -1,0 +1,133 @@
+"""Training: as `vitdet train` does, and as a step of a pipeline run, in its process or in a job."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from vitdet.config import Config, load_config, save_config
+from vitdet.stages.outcomes import recorded
+from vitdet.stages.preparation import verified_config
+from vitdet.stages.workspace import result, training_folder, weights_folder
+
+if TYPE_CHECKING:
+    from vitdet.tracking.tracker import Tracker
+
+log = logging.getLogger(__name__)
+
+
+def train(
+    config: Config,
+    recipe: str,
+    output: Path,
+    *,
+    checkpoints: Path | None = None,
+    weights: Path | None = None,
+    group: str = "",
+    profile: bool = False,
+) -> Path:
+    """Train a detector and log to MLflow, if it is installed; return output/model.pt.
+
+    Args:
+        config: the resolved config.
+        recipe: its name, for the MLflow run.
+        output: folder for model.pt, best.pt and config.yaml; MLflow's default store is beside it.
+        checkpoints: folder for the training states; default: `output`.
+        weights: folder of the initial weights; default: the package and the cache.
+        group: ID of the pipeline run, whose MLflow run becomes the parent; "": none.
+        profile: whether to trace a few steps.
+
+    Raises as `vitdet.train`, `vitdet.weights.resolve` and, for a wrong address of the MLflow
+    server, `vitdet.tracking.address.tracking_uri`.
+    """
+    from vitdet import training
+    from vitdet.tracking.address import tracking_uri
+    from vitdet.tracking.runs import default_folder, has_mlflow, start_tracker
+    from vitdet.weights import resolve
+
+    if has_mlflow():
+        tracking_uri(config.tracking.uri, default_folder(output))  # a mistake in it ends this now
+
+    def start_tracking(data_digest: str, run_id: str | None, step: int) -> Tracker:
+        return start_tracker(config, recipe, output, group, data_digest, run_id, step)
+
+    return training.train(
+        config,
+        output,
+        checkpoints=checkpoints,
+        weights=resolve(config.train.init, weights),
+        start_tracking=start_tracking,
+        profile=profile,
+    )
+
+
+def train_recipe(
+    settings: str, name: str, data: str, workspace: str, run_id: str, checkpoint: str
+) -> None:
+    """Train in this process and copy the detector to `checkpoint`.
+
+    Raises as `verified_config` and `train` do.
+    """
+    with recorded(workspace, name, run_id, "train"):
+        config = verified_config(settings, name, data)
+        if not is_trained(workspace, name, run_id):
+            output = training_folder(workspace, name, run_id)
+            train(config, name, output, weights=weights_folder(workspace), group=run_id)
+        copy_checkpoint(workspace, name, run_id, checkpoint)
+
+
+def train_argv(settings: str, name: str, data: str, workspace: str, run_id: str) -> list[str]:
+    """Return the arguments of `vitdet` in a job that trains, and save the config for the job.
+
+    Raises as `verified_config` and `vitdet.weights.resolve`, before the job is created.
+    """
+    from vitdet.weights import resolve
+
+    config = verified_config(settings, name, data)
+    output, weights = training_folder(workspace, name, run_id), weights_folder(workspace)
+    resolve(config.train.init, weights)
+    file = output / f"{name}.yaml"
+    save_config(config, file)
+    options = {"--output": output, "--weights": weights, "--group": run_id}
+    return ["train", str(file), *(str(word) for pair in options.items() for word in pair)]
+
+
+def check_processes(settings: str, name: str, processes: int) -> None:
+    """Raise ValueError if this number of processes cannot share a batch of the training run."""
+    from vitdet.data.samplers import check_batch_size
+
+    train = load_config(Path(settings) / f"{name}.yaml").train
+    check_batch_size(train.batch_size, processes, train.accumulate)
+
+
+def is_trained(workspace: str, name: str, run_id: str) -> bool:
+    """Return whether the training run is complete, by an earlier attempt or by a job."""
+    folder = training_folder(workspace, name, run_id)
+    return (folder / "model.pt").is_file() and result(folder).is_file()
+
+
+def keep_logs(settings: str, name: str, workspace: str, run_id: str, files: dict[str, str]) -> None:
+    """Write the logs of a job, {file name: text}, to the folder and the MLflow run of its training.
+
+    A failure is logged as a warning.
+    """
+    from vitdet.tracking.runs import log_files
+
+    output = training_folder(workspace, name, run_id)
+    folder = output / "logs"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for file, text in files.items():
+            (folder / file).write_text(text, encoding="utf-8")
+        config = load_config(Path(settings) / f"{name}.yaml")
+        log_files(config, output, [folder / file for file in files], "logs")
+    except (OSError, ValueError) as error:
+        log.warning("the logs of the job are not kept: %s", error)
+
+
+def copy_checkpoint(workspace: str, name: str, run_id: str, checkpoint: str) -> None:
+    """Copy the detector of a training run, best.pt with train.keep_best, to `checkpoint`."""
+    Path(checkpoint).parent.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(result(training_folder(workspace, name, run_id)), checkpoint)
