@@ -270,6 +270,12 @@ def test_the_champion_itself_passes_again(model: dict) -> None:
     assert not judge(40.0, DATA, **model, version="2").passed
 
 
+def update(model: dict, number: str, metrics: dict[str, float], protocol: Protocol) -> None:
+    client = client_of(model["folder"])
+    found = client.get_model_version(model["model_name"], number)
+    update_tags(client, model["folder"], found, metrics, protocol)
+
+
 def tags_of(model: dict, number: str) -> dict[str, str]:
     return client_of(model["folder"]).get_model_version(model["model_name"], number).tags
 
@@ -284,7 +290,7 @@ def test_the_ap_of_a_promotion_counts_before_that_of_the_registration(model: dic
 def test_a_champion_that_is_promoted_again_keeps_its_ap(model: dict) -> None:
     candidate = version(model["folder"], model["model_name"], 45.0)
     assert promote(candidate, 45.0, DATA, **model).passed
-    update_tags(candidate, {"box_ap": 3.0}, DATA, **model)
+    update(model, candidate, {"box_ap": 3.0}, DATA)
     assert promote(candidate, 3.0, DATA, **model).passed
     assert not judge(44.0, DATA, **model).passed and judge(46.0, DATA, **model).passed
     assert (
@@ -299,13 +305,13 @@ def test_the_tags_of_a_version_follow_its_newest_metrics_and_keep_those_of_other
     model: dict,
 ) -> None:
     candidate = version(model["folder"], model["model_name"], 5.0)
-    update_tags(candidate, {"box_ap": 41.0, "mask_ap": 30.0}, DATA, **model)
+    update(model, candidate, {"box_ap": 41.0, "mask_ap": 30.0}, DATA)
     expected = {"box_ap": "41", "mask_ap": "30", **DATA.tags()}
     assert tags_of(model, candidate) == expected
-    update_tags(candidate, {"box_ap": 1.0}, Protocol("", DATA.settings), **model)
+    update(model, candidate, {"box_ap": 1.0}, Protocol("", DATA.settings))
     assert tags_of(model, candidate) == expected  # on which data that was measured is not known
-    update_tags(candidate, {"box_ap": 12.0}, OTHER, **model)
-    update_tags(candidate, {"box_ap": 43.0}, DATA, **model)
+    update(model, candidate, {"box_ap": 12.0}, OTHER)
+    update(model, candidate, {"box_ap": 43.0}, DATA)
     found = tags_of(model, candidate)
     assert found == {
         **DATA.tags(), "box_ap": "43", DATA.tag("mask_ap"): "30", DATA.tag("box_ap"): "43", OTHER.tag("box_ap"): "12"

@@ -10,7 +10,7 @@ from vitdet.outcomes import read_outcomes, recorded, write_verdict
 from vitdet.preparation import plan_trainings
 from vitdet.tracking.address import run_page
 from vitdet.tracking.mlflow import connect
-from vitdet.tracking.table import mean_deviation, trainings_table
+from vitdet.tracking.table import mean_deviation, page, trainings_table
 from vitdet.workspace import run_folder
 
 RUN = "0123456789abcdef"
@@ -59,7 +59,7 @@ def test_after_a_failure_the_table_has_what_finished_and_why_the_rest_did_not(
     assert failed[0] == f"| {names[3]}"
     assert "train failed: loss <nan> \\| step 3 |" in text
     assert "train failed: loss &lt;nan&gt; | step 3</td>" in page.read_text()
-    client, _ = connect(None, "", tmp_path / "runs")
+    client = connect("", tmp_path / "runs")
     (parent,) = client.search_runs(["1"], f"tags.group = '{RUN}'")
     assert "best" not in parent.data.tags  # the exit handler of a server that reports RUNNING
     assert client.list_artifacts(parent.info.run_id)[0].path == "comparison.md"
@@ -89,7 +89,7 @@ def test_links_are_in_markdown_and_html() -> None:
     assert run_page("sqlite:///mlflow.db", "1", "abc") == ""
     table = trainings_table([verdict("a-1", 1.0)], {}, {}, None, {}, {"a-1": link})
     assert f"| [a-1]({link}) | 1.00 |" in table.markdown()
-    assert f'href="{link}">a-1</a>' in table.html()
+    assert f'href="{link}">a-1</a>' in page("", [], [table])
 
 
 def test_mean_and_deviation() -> None:

@@ -89,7 +89,7 @@ def promoted(
 ) -> tuple[Registry, dict[str, Verdict]]:
     """Promote version 2, 3, ... from a machine each; with `forced`, one more machine forces the first."""
     registry, turns = Registry(aps), Turns(seed, len(aps))
-    monkeypatch.setattr(champion, "connect", lambda *_: (Client(registry, turns), None))
+    monkeypatch.setattr(champion, "connect", lambda *_: Client(registry, turns))
     verdicts: dict[str, Verdict] = {}
 
     def run(number: str, ap: float) -> None:

@@ -24,7 +24,7 @@ from vitdet.config import load_config, save_config, to_dict
 from vitdet.tracking import mlflow as tracking
 from vitdet.tracking.address import HidingFilter
 from vitdet.tracking.journal import find, journals
-from vitdet.tracking.requests import RefusedError, RepeatingClient, repeating
+from vitdet.tracking.client import Client, RefusedError, repeating
 from vitdet.workspace import result
 
 
@@ -32,7 +32,7 @@ from vitdet.workspace import result
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     monkeypatch.setattr(tracking, "SHIP_SECONDS", 0.1)
-    monkeypatch.setattr("vitdet.tracking.requests.TRIES", 1)
+    monkeypatch.setattr("vitdet.tracking.client.TRIES", 1)
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +94,7 @@ def test_a_training_without_access_ends_before_its_first_step(
         start(tmp_path, fixed.uri)
     assert not journals(tmp_path)
     with pytest.raises(ValueError, match="denies access"):
-        tracking.connect(None, fixed.uri, tmp_path)
+        tracking.connect(fixed.uri, tmp_path)
 
 
 def test_another_service_that_answers_every_request_is_refused(
@@ -103,7 +103,7 @@ def test_another_service_that_answers_every_request_is_refused(
     with pytest.raises(ValueError, match="is not an MLflow server"):
         start(tmp_path, fixed.uri)
     with pytest.raises(ValueError, match="is not an MLflow server"):
-        tracking.connect(None, fixed.uri, tmp_path)
+        tracking.connect(fixed.uri, tmp_path)
 
 
 def test_access_that_is_lost_later_is_logged_as_a_refusal_and_nothing_is_lost(
@@ -115,7 +115,7 @@ def test_access_that_is_lost_later_is_logged_as_a_refusal_and_nothing_is_lost(
     tracker.close()
     assert "refuses the run's metrics" in caplog.text and "does not accept" not in caplog.text
     (journal,) = journals(tmp_path)
-    assert journal.waiting() and journal.last_steps() == {"loss": 6}
+    assert journal.waiting() and journal.last_points() == {"loss": (6, 1.0)}
 
 
 def test_an_artifact_that_cannot_be_uploaded_holds_no_metric_back(
@@ -139,15 +139,15 @@ def test_an_artifact_that_cannot_be_uploaded_holds_no_metric_back(
     client = tracking.open_client(store)
     assert points(store, tracker.run_id, "loss") == [(1, 1.0), (2, 2.0)]
     assert client.get_run(tracker.run_id).info.status == "FINISHED"
-    assert caplog.text.count("found.png cannot be uploaded (the artifact store is full)") == 1
-    assert len(find(tmp_path, tracker.run_id).uploads()) == 2
+    assert caplog.text.count("found.png cannot be uploaded") == 1 and "store is full" in caplog.text
+    assert len(find(tmp_path, tracker.run_id).entries()) == 2
 
     monkeypatch.setattr(MlflowClient, "log_artifact", upload)
     tracking.log_metrics(tracker.run_id, store, tmp_path, {"box_ap": 1.0}, 2)
     for folder in ("predictions", "more"):
         file = client.download_artifacts(tracker.run_id, f"{folder}/found.png")
         assert Path(file).read_bytes() == b"picture"
-    assert not find(tmp_path, tracker.run_id).uploads()
+    assert not find(tmp_path, tracker.run_id).entries()
     assert points(store, tracker.run_id, "loss") == [(1, 1.0), (2, 2.0)]
 
 
@@ -170,11 +170,11 @@ def test_an_artifact_store_that_hangs_holds_nothing_back(
     tracker.log({"loss": 1.0}, 1)
     tracker.close()
     tracking.log_metrics(tracker.run_id, store, tmp_path, {"box_ap": 1.0}, 2)
-    _, run_id = tracking.connect(tracker.run_id, store, tmp_path)
+    _, run_id = tracking.connect_run(tracker.run_id, store, tmp_path)
     assert points(store, run_id, "loss") == [(1, 1.0)]
     assert points(store, run_id, "box_ap") == [(2, 1.0)]
     assert tracking.open_client(store).get_run(run_id).info.status == "FINISHED"
-    assert len(find(tmp_path, run_id).uploads()) == 2
+    assert len(find(tmp_path, run_id).entries()) == 2
     assert "files are not uploaded after 0.3 s" in caplog.text
     answered.set()
     for thread in threading.enumerate():  # else it uploads in the next test
@@ -203,7 +203,8 @@ def test_a_file_that_is_refused_does_not_keep_the_others_back(
     assert not taken
     tracking.log_metrics(tracker.run_id, store, tmp_path, {}, 1)
     assert taken == ["good"]
-    assert [one["folder"] for one in find(tmp_path, tracker.run_id).uploads()] == ["bad"]
+    (entry,) = find(tmp_path, tracker.run_id).entries()
+    assert [one.name for one in entry.iterdir()] == ["bad"]
 
 
 def test_runs_of_another_server_are_not_sent_to_this_one(
@@ -269,13 +270,13 @@ FOREIGN = [
 
 @pytest.mark.parametrize("error", FOREIGN, ids=lambda error: type(error).__name__)
 def test_errors_of_libraries_are_one_line_without_password(error: Exception) -> None:
-    class Client:
+    class Failing:
         def get_run(self) -> None:
             raise error
 
     uri = "http://u:s3cret@h:1"
     with pytest.raises(ConnectionError) as caught:
-        RepeatingClient(Client(), uri).get_run()
+        Client(Failing(), uri).get_run()
     said = str(caught.value)
     assert said.startswith("http://***@h:1: ") and "\n" not in said and "s3cret" not in said
     assert "s3cret" not in "".join(traceback.format_exception(caught.value))

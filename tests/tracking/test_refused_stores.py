@@ -86,7 +86,7 @@ def test_a_store_that_mlflow_does_not_support(tmp_path: Path, uri: str) -> None:
     folder = tmp_path / "a"
     said = refused(lambda: start(folder, uri, output="a"))
     assert said.startswith(f"{uri}: ") and "set tracking.uri or MLFLOW_TRACKING_URI" in said
-    assert said == refused(lambda: tracking.connect(None, uri, folder))
+    assert said == refused(lambda: tracking.connect(uri, folder))
     assert "no answer" not in said and not files(tmp_path)
 
 
@@ -94,7 +94,7 @@ def test_a_file_that_is_no_database(tmp_path: Path) -> None:
     path = tmp_path / "mlflow.db"
     path.write_text("notes " * 1000)
     assert "not a database" in refused(lambda: start(tmp_path / "a", f"sqlite:///{path}"))
-    assert "not a database" in refused(lambda: tracking.connect(None, "", tmp_path))
+    assert "not a database" in refused(lambda: tracking.connect("", tmp_path))
 
 
 @pytest.mark.parametrize(
@@ -107,7 +107,7 @@ def test_an_address_that_can_be_none(
     monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
     for act in (
         lambda: start(tmp_path / "a", ""),
-        lambda: tracking.connect(None, "", tmp_path),
+        lambda: tracking.connect("", tmp_path),
         lambda: tracking.log_metrics("1" * 32, "", tmp_path, {"a": 1.0}, 1),
     ):
         assert refused(act).startswith("MLFLOW_TRACKING_URI")

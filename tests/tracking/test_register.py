@@ -19,7 +19,7 @@ from vitdet.data.protocol import Protocol
 from vitdet.models import build_detector
 from vitdet.tracking import mlflow as tracking
 from vitdet.tracking.gate import Evaluation
-from vitdet.tracking.packaged_model import exported
+from vitdet.tracking import packaged_model
 from vitdet.tracking.registry import register
 from vitdet.tracking.wheel import build_wheel, requirements
 
@@ -105,10 +105,8 @@ def no_server(monkeypatch: pytest.MonkeyPatch, untried: None) -> None:
 
 
 def download(folder: Path, into: Path) -> Path:
-    with exported(tracking.tracking_uri("", folder)):
-        return Path(
-            mlflow.artifacts.download_artifacts("models:/detector@candidate", dst_path=str(into))
-        )
+    uri = tracking.tracking_uri("", folder)
+    return packaged_model.download(uri, "models:/detector@candidate", into)
 
 
 def test_a_version_says_where_it_comes_from(work: Path) -> None:
@@ -138,10 +136,8 @@ def test_the_config_of_a_version_is_that_of_its_registration(work: Path, tmp_pat
         protocol=PROTOCOL,
         used=used,
     )
-    with exported(tracking.tracking_uri("", work)):
-        path = mlflow.artifacts.download_artifacts(
-            "models:/configured@candidate/config.yaml", dst_path=str(tmp_path)
-        )
+    artifact = "models:/configured@candidate/config.yaml"
+    path = packaged_model.download(tracking.tracking_uri("", work), artifact, tmp_path)
     expected = load_config("tiny", [*changes, "tracking.uri=http://127.0.0.1:9/"])
     assert load_config(path) == expected
 
@@ -160,12 +156,9 @@ def test_a_checkpoint_with_a_password_is_used_without_it(
     assert code == 0 and out == "vitdet, version 1 (candidate)\n", err
     (warning,) = [one for one in caplog.messages if "tracking.uri" in one]
     assert "http://***@127.0.0.1:9/?token=***" in warning and "MLFLOW_TRACKING_USERNAME" in warning
-    with exported(tracking.tracking_uri("", work)):
-        model = Path(
-            mlflow.artifacts.download_artifacts(
-                "models:/vitdet@candidate", dst_path=str(tmp_path / "model")
-            )
-        )
+    model = packaged_model.download(
+        tracking.tracking_uri("", work), "models:/vitdet@candidate", tmp_path / "model"
+    )
     config = load_model_file(model / "artifacts" / "detector.safetensors")["config"]
     assert config["tracking"]["uri"] == "http://127.0.0.1:9/"
     files = [path for path in model.rglob("*") if path.is_file()]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import http.server
-import json
 import logging
 import threading
 from collections.abc import Iterator
@@ -15,7 +14,7 @@ from tests.tracking.test_tracking import WHAT, points, start
 from vitdet.config import load_config
 from vitdet.tracking import mlflow as tracking
 from vitdet.tracking.address import hide_credentials
-from vitdet.tracking.journal import find, journals
+from vitdet.tracking.journal import journals
 
 
 @pytest.fixture(autouse=True)
@@ -192,12 +191,12 @@ def test_a_password_in_the_address_is_never_shown(
 ) -> None:
     caplog.set_level(logging.INFO)
     monkeypatch.setattr(tracking, "CLOSE_SECONDS", 1.0)
-    monkeypatch.setattr("vitdet.tracking.requests.TRIES", 1)
+    monkeypatch.setattr("vitdet.tracking.client.TRIES", 1)
     tracker = start(tmp_path, uri, params={"tracking.uri": uri, "lr": 1.0})
     tracker.close()
     start(tmp_path, uri, run_id=tracker.run_id, params={"tracking.uri": "", "lr": 1.0}).close()
     with pytest.raises(ConnectionError) as error:
-        tracking.connect(None, uri, tmp_path)
+        tracking.connect(uri, tmp_path)
     shown = [caplog.text, str(error.value), *(p.read_text() for p in tmp_path.rglob("*.jsonl"))]
     assert "s3c" not in "".join(shown)
     assert "http://***@127.0.0.1:9" in caplog.text and "http://***@127.0.0.1" in str(error.value)
@@ -244,21 +243,6 @@ def test_text_without_credentials_is_kept(text: str) -> None:
 )
 def test_credentials_are_hidden(text: str, shown: str) -> None:
     assert hide_credentials(text) == shown
-
-
-def test_copies_of_files_that_a_killed_process_did_not_journal_are_removed(tmp_path: Path) -> None:
-    journal = find(tmp_path, None)
-    journal.append({"start": {}})
-    (tmp_path / "a.png").write_bytes(b"a")
-    journal.append_file(tmp_path / "a.png", "pictures")
-    (waiting,) = journal.path.with_suffix("").iterdir()
-    dead = waiting.name.split(".")[2].rsplit("-", 1)[0] + "-1"  # this process id, started earlier
-    (waiting.parent / f".1234abcd.{dead}.tmp").mkdir()
-    living = waiting.parent / waiting.name.replace(waiting.name[1:9], "00000000")
-    living.mkdir()
-    find(tmp_path, journal.run_id)
-    assert set(waiting.parent.iterdir()) == {waiting, living}
-    assert json.loads(journal.path.read_text().splitlines()[-1])["file"].endswith("a.png")
 
 
 @pytest.mark.parametrize(

@@ -177,6 +177,8 @@ def test_lost_answers_double_nothing(
     from mlflow import MlflowException
 
     class Lossy:
+        uri = store
+
         def __init__(self) -> None:
             self.calls: dict[str, int] = {}
 
@@ -248,11 +250,11 @@ def test_a_run_that_the_server_lost_is_made_again(tmp_path: Path, store: str) ->
 def test_connect_names_what_is_missing(
     tmp_path: Path, store: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("vitdet.tracking.requests.TRIES", 2)
+    monkeypatch.setattr("vitdet.tracking.client.TRIES", 2)
     with pytest.raises(ConnectionError, match="no answer from MLflow"):
-        tracking.connect("1" * 32, "http://127.0.0.1:9", tmp_path)
+        tracking.connect_run("1" * 32, "http://127.0.0.1:9", tmp_path)
     with pytest.raises(LookupError, match="has no such run"):
-        tracking.connect("1" * 32, store, tmp_path)
+        tracking.connect_run("1" * 32, store, tmp_path)
 
 
 def test_the_git_revision_is_of_the_working_directory(

@@ -14,7 +14,7 @@ import vitdet
 from tests.tracking.test_register import make_checkpoint
 from vitdet.checkpoint import load_model_file, save_safetensors
 from vitdet.predictor import Predictor
-from vitdet.tracking import trial
+from vitdet.tracking import packaged_model
 from vitdet.tracking.packaged_model import pack
 from vitdet.tracking.wheel import build_wheel
 
@@ -23,13 +23,13 @@ def test_the_last_line_of_a_failure_is_the_reason(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     wheel = build_wheel(tmp_path)
-    monkeypatch.setattr(trial, "PROGRAM", "print(1)\nraise MemoryError('no memory left')")
+    monkeypatch.setattr(packaged_model, "PROGRAM", "print(1)\nraise MemoryError('no memory left')")
     with pytest.raises(ValueError, match="MemoryError: no memory left\\); it is not registered"):
-        trial.try_model(tmp_path, wheel)
-    monkeypatch.setattr(trial, "PROGRAM", "import time; time.sleep(60)")
-    monkeypatch.setattr(trial, "TIMEOUT_SECONDS", 0.2)
+        packaged_model.try_model(tmp_path, wheel)
+    monkeypatch.setattr(packaged_model, "PROGRAM", "import time; time.sleep(60)")
+    monkeypatch.setattr(packaged_model, "TIMEOUT_SECONDS", 0.2)
     with pytest.raises(ValueError, match="did not answer within"):
-        trial.try_model(tmp_path, wheel)
+        packaged_model.try_model(tmp_path, wheel)
 
 
 @pytest.mark.slow
@@ -45,11 +45,11 @@ def test_a_model_that_does_not_load_is_refused(
         pass
     monkeypatch.setenv("PYTHONPATH", str(Path(vitdet.__file__).parents[1]))
     with pytest.raises(ValueError, match="the package is not imported from the wheel of the model"):
-        trial.try_model(model, empty)
+        packaged_model.try_model(model, empty)
     weights = model / "artifacts" / "detector.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
     with pytest.raises(ValueError, match="not a complete detector .*it is not registered"):
-        trial.try_model(model, wheel)
+        packaged_model.try_model(model, wheel)
 
 
 def test_safetensors_hold_the_whole_detector(tmp_path: Path) -> None:
@@ -66,4 +66,6 @@ def test_safetensors_hold_the_whole_detector(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="not a complete detector"):
         load_model_file(path)
     with pytest.raises(ValueError, match="contains weights without their config"):
-        load_model_file(Path(trial.__file__).parents[1] / "weights" / "mae_vit_tiny.safetensors")
+        load_model_file(
+            Path(packaged_model.__file__).parents[1] / "weights" / "mae_vit_tiny.safetensors"
+        )
