@@ -23,8 +23,8 @@ from tests.tracking.test_tracking import points, start
 from vitdet.config import load_config, save_config, to_dict
 from vitdet.tracking import mlflow as tracking
 from vitdet.tracking.address import HidingFilter
-from vitdet.tracking.journal import find, journals
 from vitdet.tracking.client import Client, RefusedError, repeating
+from vitdet.tracking.journal import find, journals
 from vitdet.workspace import result
 
 

@@ -18,8 +18,8 @@ from vitdet.config import load_config, to_dict
 from vitdet.data.protocol import Protocol
 from vitdet.models import build_detector
 from vitdet.tracking import mlflow as tracking
-from vitdet.tracking.gate import Evaluation
 from vitdet.tracking import packaged_model
+from vitdet.tracking.gate import Evaluation
 from vitdet.tracking.registry import register
 from vitdet.tracking.wheel import build_wheel, requirements
 

@@ -16,8 +16,8 @@ import pytest
 from urllib3.util import Retry
 
 from tests.conftest import ROOT
-from vitdet.tracking import mlflow as tracking
 from vitdet.tracking import client as requests
+from vitdet.tracking import mlflow as tracking
 from vitdet.tracking.comparison import start_parent_run
 
 RUN = {"run": {"info": {"run_id": "1" * 32, "status": "RUNNING"}, "data": {}}}

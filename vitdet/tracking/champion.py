@@ -28,30 +28,15 @@ from typing import TYPE_CHECKING
 from vitdet.config import Config, GateConfig
 from vitdet.data.protocol import Protocol
 from vitdet.files import locked
+from vitdet.tracking import gate as gates
+from vitdet.tracking import history
 from vitdet.tracking.address import hide_credentials
 from vitdet.tracking.client import Client, first_line
 from vitdet.tracking.evaluations import known_metrics, read_evaluation, save_evaluation, tags_of
 from vitdet.tracking.experiments import check_server
-from vitdet.tracking.gate import (
-    Evaluation,
-    Verdict,
-    compare,
-    compares_matches,
-    flaw,
-    label,
-    missing,
-)
+from vitdet.tracking.gate import Evaluation, Verdict, compare, flaw, label, missing
 from vitdet.tracking.history import ALIAS as ALIAS
-from vitdet.tracking.history import (
-    PROMOTED,
-    Event,
-    champion_of,
-    events,
-    record,
-    rivals,
-    rolled_back,
-    withdraw,
-)
+from vitdet.tracking.history import PROMOTED, Event, champion_of, events
 from vitdet.tracking.mlflow import connect
 
 if TYPE_CHECKING:
@@ -76,12 +61,8 @@ def evaluation_like(config: Config, class_names: Sequence[str], protocol: Protoc
     """Return a function that evaluates a champion as a candidate was; class_names: its classes."""
     from vitdet.evaluation.evaluator import evaluate_alike
 
-    return partial(
-        evaluate_alike,
-        config=config,
-        class_names=class_names,
-        val_fingerprint=protocol.fingerprint,
-    )
+    known = {"class_names": class_names, "val_fingerprint": protocol.fingerprint}
+    return partial(evaluate_alike, config=config, **known)
 
 
 def is_known(
@@ -177,7 +158,7 @@ def promote(
         if is_itself:
             return verdict
         before = "" if champion is None else str(champion.version)
-        event = record(client, model_name, version, PROMOTED, before, verdict.reason)
+        event = history.record(client, model_name, version, PROMOTED, before, verdict.reason)
         ap = float(tags_of(candidate.metrics)[gate.metric])
         best = contest.best(event, ap)
         previous = None if best[1] == version else best  # a better one sets the alias itself
@@ -185,7 +166,7 @@ def promote(
             client.set_registered_model_alias(model_name, ALIAS, best[1])
             previous, best = best, contest.best(event, ap)
         if best[1] != version and all(one.before != version for one in events(client, model_name)):
-            withdraw(client, model_name, event)
+            history.withdraw(client, model_name, event)
             by_ap = best[0] <= 100
             shown = f"with {best[0]:.4g} was promoted" if by_ap else "was made the champion"
             return Verdict(False, f"{verdict.reason}; version {best[1]} {shown} at the same time")
@@ -251,7 +232,9 @@ class _Contest:
         return None if number is None else self.client.get_model_version(self.model_name, number)
 
     def read(self, version: ModelVersion) -> Evaluation:
-        return read_evaluation(self.client, version, self.protocol, compares_matches(self.gate))
+        return read_evaluation(
+            self.client, version, self.protocol, gates.compares_matches(self.gate)
+        )
 
     def evaluate(self, evaluate: Evaluate, champion: ModelVersion) -> Evaluated:
         """Evaluate the champion and store the result; see `evaluate_champion`."""
@@ -299,7 +282,7 @@ class _Contest:
         name = f"the champion, version {number}"
         if number == version:
             return Verdict(True, f"{shown}: is already {name}")
-        if undone := rolled_back(events(client, model), version):
+        if undone := history.rolled_back(events(client, model), version):
             because = undone.reason and f" ({undone.reason})"
             return Verdict(
                 False,
@@ -329,7 +312,7 @@ class _Contest:
         other; its AP is infinite.
         """
         found = [(ap, event.version)]
-        for rival in rivals(events(self.client, self.model_name), event):
+        for rival in history.rivals(events(self.client, self.model_name), event):
             other = self.client.get_model_version(self.model_name, rival.version)
             known = known_metrics(other, self.protocol).get(self.gate.metric, -1.0)
             by_user = rival.action != PROMOTED and rival.before == event.before

@@ -81,19 +81,15 @@ def compare(
 ) -> tuple[str, str, str]:
     """Compare the training runs of a group, best box AP first, and log the table to the parent run.
 
-    Args: group: The pipeline run. rows: {"name", "val_fingerprint", "evaluate_settings", "run_id",
-        "passed", "reason", "metrics"} of each training run with a verdict. failures: {name: why
-        its steps did not all succeed}. settings: {name: {setting: value}} of those that vary among
-        the training runs of one recipe. uri: The MLflow server. folder: The folder of the default
-        MLflow store. experiment: The experiment of the parent run. model_name: The registered
-        model, for the versions in the table.
+    Returns the tables as Markdown without links, as Markdown with links to MLflow, and as an HTML
+    page.
 
-    Returns:
-        The tables as Markdown without links, as Markdown with links to MLflow, and as an HTML page.
+    rows: name, val_fingerprint, evaluate_settings, run_id, passed, reason and metrics of each
+    training run with a verdict. failures: {name: why its steps did not all succeed}. settings:
+    {name: {setting: value}} of those that vary among the training runs of one recipe.
 
-    Raises:
-        ValueError: The detectors were evaluated on different data or with different settings.
-        ConnectionError: MLflow does not respond.
+    Raises ValueError if the detectors were evaluated on different data or with different settings,
+    ConnectionError if MLflow does not respond.
     """
     for key, what in (
         ("val_fingerprint", "on different data"),

@@ -91,10 +91,8 @@ class MLflowTracker(Tracker):
         finishes = self._is_file and status == "FINISHED"
         self._stop(CLOSE_SECONDS if finishes else STOP_SECONDS)
         if self._thread.is_alive():
-            log.warning(
-                "tracking: the last values wait in %s; the same command sends them",
-                self._journal.path,
-            )
+            path = self._journal.path
+            log.warning("tracking: the last values wait in %s; the same command sends them", path)
 
     def abandon(self) -> None:
         """Send nothing more."""
@@ -157,32 +155,24 @@ def start_run(
     group: str = "",
     output: str = "",
 ) -> Tracker:
-    """Start a tracker of a new run, or of an earlier one that goes on.
+    """Start a tracker of a new run, or of the run `run_id`, which goes on at `resume_step`.
 
-    Args: uri: The server; "": a SQLite file in `folder`. The environment's MLFLOW_TRACKING_URI
-        precedes. folder: The work folder, with the journals. experiment: Name of the experiment.
-        name: Name of the run. params: Parameters of the run: the settings of the training run.
-        tags: Tags of the run. dataset: name, digest and source. run_id: The run that goes on at
-        `resume_step`, by MLflow's id or a pending one. If the server does not know it, a new run
-        gets all records of the journal. resume_step: First step of this process. group: A new run
-        becomes a child of the run in its experiment whose tag `group` has this value. output: The
-        folder in `folder` that the training run writes to. A run that was killed before its first
-        checkpoint is found by it and goes on as the same run.
+    uri: "" means a SQLite file in `folder`; the environment's MLFLOW_TRACKING_URI precedes.
+    dataset: name, digest and source. run_id: MLflow's or a pending one; a run that the server does
+    not know becomes a new one with all records of the journal. group: a new run becomes a child of
+    the run in its experiment whose tag `group` has this value. output: the folder in `folder` that
+    is written to; a run that was killed before its first checkpoint is found by it and goes on.
 
-    Raises: ValueError: At step 0, for what remains wrong: a deleted experiment, or a store that
-        MLflow does not support. Later, that is a warning.
+    Raises ValueError at step 0 for a deleted experiment or an unsupported store; later, that is a
+    warning.
     """
     server = tracking_uri(uri, folder)
     params = {
         key: hide_credentials(value) if isinstance(value, str) else value
         for key, value in params.items()
     }
-    tags = {
-        "mlflow.source.name": "vitdet train",
-        "mlflow.source.type": "LOCAL",
-        **code_tags(),
-        **tags,
-    }
+    source = {"mlflow.source.name": "vitdet train", "mlflow.source.type": "LOCAL"}
+    tags = source | code_tags() | tags
     if revision := tags.get("git_revision"):
         tags["mlflow.source.git.commit"] = revision[:40]
     if run_id is None and output:

@@ -10,18 +10,10 @@ from typing import TYPE_CHECKING, Any
 from vitdet.checkpoint import load_model_file
 from vitdet.config import Config, load_stored
 from vitdet.data.protocol import Protocol, settings_of
-from vitdet.tracking import champion
+from vitdet.tracking import champion, history
 from vitdet.tracking.address import hide_credentials
 from vitdet.tracking.client import Client
 from vitdet.tracking.evaluations import model_id_of, read_evaluation
-from vitdet.tracking.history import (
-    FORCED,
-    ROLLED_BACK,
-    champion_of,
-    events,
-    predecessors,
-    set_champion,
-)
 from vitdet.tracking.lookup import open_store
 from vitdet.tracking.packaged_model import download, download_checkpoint
 from vitdet.tracking.registry import CANDIDATE, CONFIG
@@ -56,10 +48,10 @@ def promote_version(
     shown = f"{model_name}, version {number}"
     if force is not None:
         with champion.promoting(folder):
-            before = champion_of(client, model_name)
+            before = history.champion_of(client, model_name)
             if before == number:
                 raise ValueError(f"{shown}: is already the champion")
-            set_champion(client, model_name, number, FORCED, before or "", force)
+            history.set_champion(client, model_name, number, history.FORCED, before or "", force)
         return number, f"without the gate ({force})"
     tags = found.tags
     protocol = Protocol(tags.get("val_fingerprint", ""), tags.get("evaluate_settings", ""))
@@ -104,14 +96,15 @@ def roll_back(model_name: str, *, uri: str, folder: Path, reason: str) -> tuple[
         current = _alias(client, model_name, champion.ALIAS, "there is nothing to roll back")
         versions = client.search_model_versions(f"name = '{model_name}'")
         numbers = {str(one.version) for one in versions}
-        earlier = predecessors(events(client, model_name), current)
+        earlier = history.predecessors(history.events(client, model_name), current)
         existing = [number for number in earlier if number in numbers]
         if not existing:
             raise ValueError(
                 f"{model_name}: no existing version was champion before version {current}; choose "
                 f"one with `vitdet promote {model_name} --version N`"
             )
-        set_champion(client, model_name, existing[0], ROLLED_BACK, current, reason)
+        event = existing[0], history.ROLLED_BACK, current, reason
+        history.set_champion(client, model_name, *event)
     return current, existing[0]
 
 

@@ -22,16 +22,9 @@ from vitdet.config.ranges import Alias, check
 from vitdet.data.protocol import Protocol
 from vitdet.evaluation.report import REPORT
 from vitdet.files import sha256
-from vitdet.tracking import champion
+from vitdet.tracking import champion, evaluations
 from vitdet.tracking.client import Client, UnknownRunError, create
-from vitdet.tracking.evaluations import (
-    MATCHES,
-    add_matches,
-    evaluation_of,
-    matches_folder,
-    model_id_of,
-    tags_of,
-)
+from vitdet.tracking.evaluations import MATCHES, evaluation_of, model_id_of, tags_of
 from vitdet.tracking.experiments import experiment_id
 from vitdet.tracking.gate import Evaluation, RejectedError
 from vitdet.tracking.measured import Measured, own_protocol, protocol_of_file, read_measured
@@ -74,14 +67,17 @@ def register_checkpoint(
 
     The version becomes `candidate` in any case. The data is read only for the gate.
 
-    Args: checkpoint: The detector. folder: The folder of the default MLflow store. alias: The
-        alias that then also points to this version. config: The server, model name and gate, and
-        the data and settings that `metrics` were measured with, which `vitdet promote` then uses;
-        default: the config in the checkpoint. metrics: Metrics of the checkpoint; default: those
-        in the checkpoint. protocol: The protocol of the metrics, if known. measured: The
-        provenance of the metrics that `vitdet evaluate` wrote. plots: The folder of `vitdet
-        evaluate --plots` of the same evaluation, whose report and per-image matches are stored
-        with the version. Without their provenance, the report is not.
+    Args:
+        checkpoint: The detector.
+        folder: The folder of the default MLflow store.
+        alias: The alias that then also points to this version.
+        config: The server, model name and gate, and the data and settings that `metrics` were
+            measured with, which `vitdet promote` then uses; default: that in the checkpoint.
+        metrics: Metrics of the checkpoint; default: those in the checkpoint.
+        protocol: The protocol of the metrics, if known.
+        measured: The provenance of the metrics that `vitdet evaluate` wrote.
+        plots: The folder of `vitdet evaluate --plots` of the same evaluation, whose matches are
+            stored with the version, and whose report if its provenance is known.
 
     Raises:
         RejectedError: The gate rejects the candidate, which is registered.
@@ -161,21 +157,13 @@ def register(
 
     A checkpoint of a run is registered once; a repeated registration moves the alias, and replaces
     the evaluation, report and model card if the metrics are of known data (see
-    `vitdet.tracking.champion.update_tags`). The packaged model is tried before anything is
-    uploaded.
+    `vitdet.tracking.champion.update_tags`). The packaged model is tried before any upload.
 
-    Args: checkpoint: The detector. run_id: The run of its training. If the server does not know
-        it, e.g. of a checkpoint that was copied from another machine, the version has no run, but
-        this id in the tag `training_run`. uri: The server, see
-        `vitdet.tracking.address.tracking_uri`. folder: The folder of the default MLflow store.
-        model_name: The registered model. alias: The alias, if any. evaluation: Of the checkpoint
-        under `protocol`. protocol: The validation data and the settings of the evaluation. used:
-        The config of the evaluation, whose gate, data and evaluate settings the version's config
-        contains. plots: The folder with the files of the evaluation.
-
-    Raises:
-        ConnectionError: The server does not respond.
-        ValueError: The packaged model does not answer.
+    run_id: of the training run. If the server does not know it, e.g. of a checkpoint from another
+    machine, the version has no run, but this id in the tag `training_run`. evaluation: under
+    `protocol`, with the config `used`, whose gate, data and evaluate settings the version's config
+    contains. plots: the folder of its files. Raises ConnectionError if the server does not respond,
+    ValueError if the packaged model does not answer.
     """
     try:
         client, known_run = connect_run(run_id, uri, folder)
@@ -221,7 +209,7 @@ def register(
                 found.log_metrics(model)
             client.update_model_version(model_name, version.version, description_of(card))
         elif plots is not None:
-            add_matches(client, version, protocol, evaluation.metrics, plots)
+            evaluations.add_matches(client, version, protocol, evaluation.metrics, plots)
     if alias is not None:
         client.set_registered_model_alias(model_name, alias, version.version)
     return model_name, str(version.version)
@@ -257,22 +245,15 @@ class _Registration:
     def write_files(self, folder: Path) -> str:
         """Write model card, config, report and matches of the version; return the card."""
         stored, used, plots = self.stored, self.used, self.plots
-        card = render(
-            self.model_name,
-            stored,
-            used,
-            self.evaluation,
-            self.protocol,
-            self.run_id,
-            self.revision,
-        )
+        origin = self.protocol, self.run_id, self.revision
+        card = render(self.model_name, stored, used, self.evaluation, *origin)
         folder.mkdir()
         (folder / CARD).write_text(card, encoding="utf-8")
         own = from_dict(stored["config"])
         config = replace(own, gate=used.gate, data=used.data, evaluate=used.evaluate)
         save_config(config, folder / CONFIG)
         if plots is not None:
-            matches = folder / matches_folder(self.protocol) / MATCHES
+            matches = folder / evaluations.matches_folder(self.protocol) / MATCHES
             matches.parent.mkdir(parents=True)
             shutil.copyfile(plots / MATCHES, matches)
             if read_measured(plots / MATCHES) and (plots / REPORT).is_file():

@@ -51,14 +51,8 @@ def start_tracker(
 ) -> Progress:
     """Start the MLflow run of a training run; return a tracker that also prints the progress.
 
-    Args:
-        config: The settings.
-        recipe: The recipe, or the stem of the config file that was given.
-        output: The folder that the training run writes to.
-        group: The pipeline run that it belongs to, if any.
-        data_digest: The fingerprint of the data.
-        run_id: The MLflow run to go on with, as stored in the training state.
-        step: The first step.
+    recipe: its name, or the stem of the config file. output: the folder of the training run. group:
+    the pipeline run that it belongs to, if any. run_id: of the MLflow run that goes on at `step`.
     """
     tracker = Tracker()
     if has_mlflow():
@@ -122,17 +116,12 @@ def log_evaluation(
 ) -> str | None:
     """Log an evaluation to the MLflow run that trained the checkpoint; return the id of the run.
 
-    Args:
-        checkpoint: The detector that was evaluated.
-        metrics: Its metrics.
-        config: Selects the server; default: the config in the checkpoint.
-        folder: The folder of the default MLflow store.
-        pictures: The folder of images with detections, if any.
-        plots: The folder of matches and report, if any.
-        report: The HTML report; default: that in `plots`.
+    Returns None if nothing is logged: without MLflow, or if the run or its store does not exist,
+    e.g. as the checkpoint was copied from another machine.
 
-    Returns: None if nothing is logged: without MLflow, or if the run or the store of the
-        checkpoint does not exist, e.g. as the checkpoint was copied from another machine.
+    config: selects the server; default: the config in the checkpoint. folder: of the default store.
+    pictures: the folder of images with detections. plots: the folder of matches and report. report:
+    default: that in `plots`.
     """
     stored = load_model_file(checkpoint)
     if not stored["run_id"] or not has_mlflow():

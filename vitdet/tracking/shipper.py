@@ -65,13 +65,10 @@ class Shipper:
                 self._run_id, self._held = None, {}  # the request may have been carried out
                 is_refused = isinstance(error, RefusedError)
                 if self._answers:
-                    log.warning(
-                        "tracking: the server %s the run's metrics (%s); they are kept in %s",
-                        "refuses" if is_refused else "does not accept",
-                        first_line(error),
-                        self.journal.path,
-                    )
                     self._answers = False
+                    what = "refuses" if is_refused else "does not accept"
+                    kept = f"({first_line(error)}); they are kept in {self.journal.path}"
+                    log.warning("tracking: the server %s the run's metrics %s", what, kept)
                 if time.monotonic() + pause > deadline or is_refused:
                     return False
                 time.sleep(pause)
@@ -96,10 +93,8 @@ class Shipper:
             self._uploading.join(seconds)
             if self._is_uploading():
                 log.warning(
-                    "tracking: files are not uploaded after %g s; they are kept in %s for the next "
-                    "command that uses this run",
-                    seconds,
-                    self.journal.files,
+                    f"tracking: files are not uploaded after {seconds:g} s; they are kept in "
+                    f"{self.journal.files} for the next command that uses this run"
                 )
 
     def refusal(self) -> str:
@@ -141,11 +136,9 @@ class Shipper:
                 name = f"{folder}/{path.name}"
                 if name not in self._failed:
                     log.warning(
-                        "tracking: %s cannot be uploaded (%s); it is kept in %s and tried again, "
-                        "also by the next command that uses this run",
-                        path.name,
-                        first_line(error),
-                        self.journal.files,
+                        f"tracking: {path.name} cannot be uploaded ({first_line(error)}); it is "
+                        f"kept in {self.journal.files} and tried again, also by the next command "
+                        "that uses this run"
                     )
                 self._failed.add(name)
                 self._next_upload = time.monotonic() + UPLOAD_SECONDS
@@ -202,11 +195,8 @@ class Shipper:
             context = InputTag("mlflow.data.context", "training")
             client.log_inputs(run_id, [DatasetInput(dataset, [context])])
         if before := self.journal.cursor()[0]:
-            log.warning(
-                "tracking: %s has no run %s; all records of the journal are sent to a new one",
-                self._shown,
-                before,
-            )
+            again = "all records of the journal are sent to a new one"
+            log.warning("tracking: %s has no run %s; %s", self._shown, before, again)
         self.journal.move(run_id, 0)
         return run_id
 
