@@ -11,12 +11,10 @@ from typing import Any
 
 import pytest
 
-from vitdet.config import GateConfig, load_config
-from vitdet.data.protocol import Protocol
+from tests.helpers.registered import DATA
+from vitdet.config import GateConfig
 from vitdet.tracking import champion, history
 from vitdet.tracking.gate import Evaluation, Verdict
-
-DATA = Protocol.of(load_config("tiny"), "0123456789abcdef")
 
 
 class Registry:

@@ -1,4 +1,4 @@
-"""Servers that reject requests, are not MLflow, or do not accept artifacts: behaviour of trainings and commands."""
+"""Servers that reject requests, are not MLflow, or do not accept artifacts: behavior of training runs and commands."""
 
 from __future__ import annotations
 
@@ -7,9 +7,7 @@ import json
 import logging
 import threading
 import traceback
-from collections.abc import Iterator
 from dataclasses import replace
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -19,6 +17,7 @@ import urllib3
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
+from tests.helpers.mlflow_answers import Server
 from tests.tracking.test_tracking import points, start
 from vitdet.config import load_config, save_config, to_dict
 from vitdet.tracking import mlflow as tracking
@@ -29,52 +28,8 @@ from vitdet.workspace import result
 
 
 @pytest.fixture(autouse=True)
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    monkeypatch.setattr(tracking, "SHIP_SECONDS", 0.1)
+def once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("vitdet.tracking.client.TRIES", 1)
-
-
-@pytest.fixture(scope="module")
-def store(tmp_path_factory: pytest.TempPathFactory) -> str:
-    uri = f"sqlite:///{tmp_path_factory.mktemp('store') / 'mlflow.db'}"
-    tracking.open_client(uri).search_experiments()
-    return uri
-
-
-class Fixed(ThreadingHTTPServer):
-    """Answers every request with `code` and `body`."""
-
-    daemon_threads = True
-
-    def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.code, self.body = 200, b"{}"
-        self.uri = f"http://127.0.0.1:{self.server_port}"
-
-
-class Handler(BaseHTTPRequestHandler):
-    server: Fixed
-
-    def log_message(self, *_: object) -> None:
-        """Quiet."""
-
-    def answer(self) -> None:
-        self.rfile.read(int(self.headers.get("Content-Length") or 0))
-        self.send_response(self.server.code)
-        self.send_header("Content-Length", str(len(self.server.body)))
-        self.end_headers()
-        self.wfile.write(self.server.body)
-
-    do_GET = do_POST = do_PATCH = answer  # noqa: N815 - named by http.server
-
-
-@pytest.fixture
-def fixed() -> Iterator[Fixed]:
-    with Fixed() as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield server
-        server.shutdown()
 
 
 DENIED = [
@@ -85,32 +40,29 @@ DENIED = [
 ]
 
 
-@pytest.mark.parametrize(("code", "body"), DENIED)
-def test_a_training_without_access_ends_before_its_first_step(
-    tmp_path: Path, fixed: Fixed, code: int, body: bytes
+@pytest.mark.parametrize(
+    ("code", "body", "said"),
+    [
+        *((*one, r"denies access .*set MLFLOW_TRACKING_USERNAME and") for one in DENIED),
+        (200, b"{}", "is not an MLflow server"),  # another service
+    ],
+)
+def test_a_training_run_without_a_server_that_accepts_it_ends_before_its_first_step(
+    tmp_path: Path, answers: Server, code: int, body: bytes, said: str
 ) -> None:
-    fixed.code, fixed.body = code, body
-    with pytest.raises(ValueError, match=r"denies access .*set MLFLOW_TRACKING_USERNAME and"):
-        start(tmp_path, fixed.uri)
+    answers.always = code, body
+    with pytest.raises(ValueError, match=said):
+        start(tmp_path, answers.uri)
     assert not journals(tmp_path)
-    with pytest.raises(ValueError, match="denies access"):
-        tracking.connect(fixed.uri, tmp_path)
-
-
-def test_another_service_that_answers_every_request_is_refused(
-    tmp_path: Path, fixed: Fixed
-) -> None:
-    with pytest.raises(ValueError, match="is not an MLflow server"):
-        start(tmp_path, fixed.uri)
-    with pytest.raises(ValueError, match="is not an MLflow server"):
-        tracking.connect(fixed.uri, tmp_path)
+    with pytest.raises(ValueError, match=said):
+        tracking.connect(answers.uri, tmp_path)
 
 
 def test_access_that_is_lost_later_is_logged_as_a_refusal_and_nothing_is_lost(
-    tmp_path: Path, fixed: Fixed, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, answers: Server, caplog: pytest.LogCaptureFixture
 ) -> None:
-    fixed.code, fixed.body = 401, b"no"
-    tracker = start(tmp_path, fixed.uri, run_id="1" * 32, resume_step=5)
+    answers.always = 401, b"no"
+    tracker = start(tmp_path, answers.uri, run_id="1" * 32, resume_step=5)
     tracker.log({"loss": 1.0}, 6)
     tracker.close()
     assert "refuses the run's metrics" in caplog.text and "does not accept" not in caplog.text
@@ -211,7 +163,7 @@ def test_runs_of_another_server_are_not_sent_to_this_one(
     tmp_path: Path, store: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tracking, "STOP_SECONDS", 0.3)
-    with Fixed() as absent:
+    with Server() as absent:
         away = absent.uri
     other = start(tmp_path, away, experiment="elsewhere")  # no server answers there
     other.log({"loss": 1.0}, 1)
@@ -237,11 +189,9 @@ def test_runs_of_another_server_are_not_sent_to_this_one(
     "uri",
     [
         "http://alice:s3cret@mlflow:5000",
-        "postgresql://u:s3cret@h:5/d",
         "https://s3cret@mlflow",
         "postgresql://u:a/s3cret@h/d",
         "http://u:a/s3@s3cret@h",
-        "postgresql://h/d?user=u&password=s3cret",
         "mysql://h/d?ssl_key=k&auth_token=s3cret",
         "mssql+pyodbc:///?odbc_connect=UID%3Dsa%3BPWD%3Ds3cret%3BDatabase%3Dd",
         "https://mlflow/?key=s3cret",

@@ -25,13 +25,6 @@ from vitdet.tracking.runs import log_evaluation
 ADDRESSES = ["localhost:5000", "mlflow:5000/", "10.0.0.7:5000/path", "[::1]:80"]
 
 
-@pytest.fixture(autouse=True)
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    monkeypatch.delenv("MLFLOW_ALLOW_FILE_STORE", raising=False)
-    monkeypatch.setattr(tracking, "SHIP_SECONDS", 0.1)
-
-
 @pytest.fixture
 def store(tmp_path: Path) -> str:
     """A sqlite file of its own, with the experiment `test` that was deleted, and a run in it."""

@@ -18,7 +18,6 @@ def test_the_load_is_logged_with_the_speed_and_gpu_hours_add_up_over_a_resume(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clock = [0.0]
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     monkeypatch.setattr(
         "vitdet.tracking.system_metrics.time", SimpleNamespace(monotonic=lambda: clock[0])
     )
