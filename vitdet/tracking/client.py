@@ -87,14 +87,14 @@ class Client:
     def __getattr__(self, name: str) -> Any:
         method = getattr(self._client, name)
 
-        def call(*args: Any, **kwargs: Any) -> Any:
+        def _call(*args: Any, **kwargs: Any) -> Any:
             if not self._repeats:
                 with translated(self.uri):
                     return method(*args, **kwargs)
             with repeating(self.uri, tries=1 if name in ONCE else None):
                 return method(*args, **kwargs)
 
-        return call
+        return _call
 
     def repeating(self) -> Client:
         """Return the same client with retries."""

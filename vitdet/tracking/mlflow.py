@@ -115,6 +115,7 @@ class MLflowTracker(Tracker):
         return [
             Shipper(journal, self._shipper.uri)
             for journal in journals(self._journal.folder)
+            if journal.key != self._journal.key
             # version 0.1 did not record the server
             if (journal.start() or {}).get("server", server) == server
         ]

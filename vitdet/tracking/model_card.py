@@ -32,22 +32,6 @@ class InitialWeights(NamedTuple):
     warning: str = ""
 
 
-class Row(NamedTuple):
-    """A metric in percent, with its interval if the per-image matches are known."""
-
-    name: str
-    value: float
-    interval: Interval | None
-
-
-class ClassRow(NamedTuple):
-    """A class with its number of objects and its AP in percent."""
-
-    name: str
-    objects: int
-    ap: float
-
-
 def render(
     name: str,
     stored: Mapping,
@@ -130,13 +114,11 @@ def initial_weights(init: str) -> list[InitialWeights]:
             "before you use this model commercially."
         )
     before = load_config(entry.recipe).train.init if entry.recipe else ""
-    return [
-        InitialWeights(name, entry.what, entry.license, warning),
-        *initial_weights(before),
-    ]
+    return [InitialWeights(name, entry.what, entry.license, warning), *initial_weights(before)]
 
 
-def _rows(evaluation: Evaluation) -> list[Row]:
+def _rows(evaluation: Evaluation) -> list[tuple[str, float, Interval | None]]:
+    """(metric, value in percent, interval if the per-image matches are known)."""
     rows = []
     for kind, prefix in NAMES.items():
         matches = evaluation.matches.get(kind)
@@ -145,14 +127,14 @@ def _rows(evaluation: Evaluation) -> list[Row]:
             value = evaluation.metrics.get(f"{prefix}_{metric}")
             if value is not None:
                 interval = resampled.interval(metric) if resampled else None
-                rows.append(Row(f"{prefix} {metric.replace('ap', 'AP')}", value, interval))
+                rows.append((f"{prefix} {metric.replace('ap', 'AP')}", value, interval))
     return rows
 
 
-def _worst(matches: Matches) -> list[ClassRow]:
-    """The classes of the lowest AP, the lowest first."""
+def _worst(matches: Matches) -> list[tuple[str, int, float]]:
+    """(class, objects, AP in percent) of the classes of the lowest AP, the lowest first."""
     aps = WeightedAP(matches)(np.ones(len(matches.image_ids), np.int32))[0, 1:]
     objects = np.bincount(matches.object_category, minlength=len(aps))
     order = [place for place in np.argsort(aps) if objects[place]][:WORST]
     names = matches.class_names
-    return [ClassRow(names[place], int(objects[place]), float(aps[place])) for place in order]
+    return [(names[place], int(objects[place]), float(aps[place])) for place in order]

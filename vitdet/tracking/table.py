@@ -7,41 +7,13 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from jinja2 import Environment
+from jinja2 import Environment, PackageLoader
 
 from vitdet.tracking.history import ALIAS
 
 COLUMNS = ("box_ap", "mask_ap", "box_ap50", "box_ap75")
 HEADS = [column.replace("_ap", " AP ").strip() for column in COLUMNS]
 SEED = "train.seed"
-PAGE = """<!doctype html>
-<meta charset="utf-8"><title>{{ title }}</title><style>
-body{font:14px sans-serif;margin:1em}table{border-collapse:collapse;margin:1em 0}
-td,th{border:1px solid #999;padding:.3em .6em;text-align:left}
-</style>
-{% for text in paragraphs %}
-<p>{{ text }}</p>
-{% endfor %}
-{% for table in tables %}
-{% if table.title %}
-<h2>{{ table.title }}</h2>
-{% endif %}
-<table>
-<tr>{% for head in table.heads %}<th>{{ head }}</th>{% endfor %}</tr>
-{% for row in table.rows %}
-<tr>
-{% for cell in row %}
-{% if loop.first and cell in table.links %}
-<td><a target="_blank" href="{{ table.links[cell] }}">{{ cell }}</a></td>
-{% else %}
-<td>{{ cell }}</td>
-{% endif %}
-{% endfor %}
-</tr>
-{% endfor %}
-</table>
-{% endfor %}
-"""
 
 
 @dataclass(frozen=True)
@@ -123,8 +95,11 @@ def mean_deviation(values: Sequence[float]) -> str:
 
 def page(title: str, paragraphs: Sequence[str], tables: Sequence[Table]) -> str:
     """Return a complete HTML page. paragraphs: plain text."""
-    environment = Environment(autoescape=True, trim_blocks=True)
-    return environment.from_string(PAGE).render(title=title, paragraphs=paragraphs, tables=tables)
+    loader = PackageLoader("vitdet.tracking", ".")
+    template = Environment(loader=loader, autoescape=True, trim_blocks=True).get_template(
+        "comparison.html.jinja"
+    )
+    return template.render(title=title, paragraphs=paragraphs, tables=tables)
 
 
 def markdown_table(
