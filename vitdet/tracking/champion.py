@@ -61,8 +61,8 @@ def evaluation_like(config: Config, class_names: Sequence[str], protocol: Protoc
     """Return a function that evaluates a champion as a candidate was; class_names: its classes."""
     from vitdet.evaluation.evaluator import evaluate_alike
 
-    known = {"class_names": class_names, "val_fingerprint": protocol.fingerprint}
-    return partial(evaluate_alike, config=config, **known)
+    data = protocol.fingerprint
+    return partial(evaluate_alike, config=config, class_names=class_names, val_fingerprint=data)
 
 
 def is_known(
@@ -232,9 +232,8 @@ class _Contest:
         return None if number is None else self.client.get_model_version(self.model_name, number)
 
     def read(self, version: ModelVersion) -> Evaluation:
-        return read_evaluation(
-            self.client, version, self.protocol, gates.compares_matches(self.gate)
-        )
+        matches = gates.compares_matches(self.gate)
+        return read_evaluation(self.client, version, self.protocol, matches)
 
     def evaluate(self, evaluate: Evaluate, champion: ModelVersion) -> Evaluated:
         """Evaluate the champion and store the result; see `evaluate_champion`."""
@@ -252,9 +251,7 @@ class _Contest:
                     raise ValueError(f"its {label(self.gate)} is {ap}")
                 save_evaluation(self.client, champion, self.protocol, metrics, plots)
         except Exception as error:  # also errors of storage clients, or out of memory
-            check_server(
-                self.client
-            )  # not a failure of the champion if the server does not respond
+            check_server(self.client)  # without an answer it is not a failure of the champion
             line, kind = first_line(error) if str(error).strip() else "", type(error).__name__
             expected = isinstance(error, MlflowException | OSError | ValueError | LookupError)
             if not expected or isinstance(error, KeyError | IndexError):

@@ -123,27 +123,26 @@ class Shipper:
         """Upload one file after another until one fails, which then is the last."""
         run_id, client = self.journal.run_id, open_client(self.uri)
         for entry in self.journal.entries():
-            path = next((path for path in entry.rglob("*") if path.is_file()), None)
-            if path is None:
-                continue
-            folder = path.parent.relative_to(entry).as_posix()
+            path, key = None, entry.name[-8:]
             try:
-                client.log_artifact(run_id, str(path), None if folder == "." else folder)
+                path = next((one for one in entry.rglob("*") if one.is_file()), None)
+                if path is not None:
+                    folder = path.parent.relative_to(entry).as_posix()
+                    client.log_artifact(run_id, str(path), None if folder == "." else folder)
                 shutil.rmtree(entry)
             except Exception as error:  # of the server, the artifact store's client, or the disk
                 if not entry.exists():  # another process has uploaded it
                     continue
-                name = f"{folder}/{path.name}"
-                if name not in self._failed:
+                if key not in self._failed:
                     log.warning(
-                        f"tracking: {path.name} cannot be uploaded ({first_line(error)}); it is "
-                        f"kept in {self.journal.files} and tried again, also by the next command "
-                        "that uses this run"
+                        f"tracking: {path and path.name} cannot be uploaded ({first_line(error)}); "
+                        f"it is kept in {self.journal.files} and tried again, also by the next "
+                        "command that uses this run"
                     )
-                self._failed.add(name)
+                self._failed.add(key)
                 self._next_upload = time.monotonic() + UPLOAD_SECONDS
                 # a file that the store refuses must not block the others
-                entry.rename(entry.with_name(f"{time.time_ns()}-{entry.name[-8:]}"))
+                entry.rename(entry.with_name(f"{time.time_ns()}-{key}"))
                 return
 
     def _ship(self, client: Client) -> None:
