@@ -1,4 +1,4 @@
-"""The comparison of a pipeline run's trainings: what finished, what did not and why, and statistics over seeds."""
+"""The comparison of a pipeline run's training runs: what finished, what did not and why, and statistics over seeds."""
 
 from pathlib import Path
 

@@ -50,7 +50,7 @@ def test_a_deleted_experiment_says_how_to_restore_it(tmp_path: Path, store: str)
     advice = "'test' was deleted; restore it with `mlflow experiments restore -x 1`, or set tracking.experiment to"
     folder = tmp_path / "a"
     assert advice in refused(lambda: start(folder, store, output="a"))
-    assert not files(folder)  # nothing that later trainings would try to send
+    assert not files(folder)  # nothing that later runs would try to send
     place = {"uri": store, "folder": folder, "experiment": "test"}
     assert advice in refused(lambda: start_parent_run("group", ["a"], **place))
     tracking.open_client(store).restore_experiment("1")

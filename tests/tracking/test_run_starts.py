@@ -1,4 +1,4 @@
-"""The start and the end of a tracked run: slow servers, killed trainings, passwords, values that are sent again."""
+"""The start and the end of a tracked run: slow servers, kills, passwords, values that are sent again."""
 
 from __future__ import annotations
 

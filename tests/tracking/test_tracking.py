@@ -272,7 +272,7 @@ def test_a_killed_server_costs_no_point_and_no_time(
     server.kill()  # in the middle of shipments
     log(range(300, 600))
     tracker.artifact(picture, "predictions")
-    late = start(tmp_path / "late", server.uri)  # a training that starts without a server
+    late = start(tmp_path / "late", server.uri)  # a run that starts without a server
     pending = late.run_id
     assert pending.startswith("pending-")
     for step in range(50):

@@ -98,7 +98,7 @@ def compare(
         values = sorted({row[key] for row in rows})
         if len(values) > 1:
             raise ValueError(
-                f"the trainings were evaluated {what} ({', '.join(values)}): not comparable"
+                f"the training runs were evaluated {what} ({', '.join(values)}): not comparable"
             )
     client = connect(uri, folder)
     found = client.search_model_versions(f"name = '{model_name}'")
@@ -117,7 +117,7 @@ def compare(
     tables = [trainings_table(ordered, failures, settings, champion, versions, links)]
     if over_seeds := seeds_table(ordered, settings):
         tables.insert(0, over_seeds)
-    data = f"Data {ordered[0]['val_fingerprint']}" if ordered else "No training finished"
+    data = f"Data {ordered[0]['val_fingerprint']}" if ordered else "No training run finished"
     address = run_page(client.uri, place, parent)
     text = "\n".join([f"{data}\n", *(replace(one, links={}).markdown() for one in tables)])
     linked = "\n".join([f"{data}\n", *(one.markdown() for one in tables)])

@@ -83,7 +83,7 @@ def start_tracker(
             output=output.resolve().name,
         )
     else:
-        log.warning("mlflow is not installed: this training is not tracked")
+        log.warning("mlflow is not installed: this training run is not tracked")
     return Progress(tracker, config.optim.steps, step)
 
 

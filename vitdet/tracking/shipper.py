@@ -12,6 +12,7 @@ import shutil
 import sys
 import threading
 import time
+from contextlib import suppress
 
 from vitdet.tracking.address import hide_credentials
 from vitdet.tracking.client import (
@@ -141,8 +142,8 @@ class Shipper:
                     )
                 self._failed.add(key)
                 self._next_upload = time.monotonic() + UPLOAD_SECONDS
-                # a file that the store refuses must not block the others
-                entry.rename(entry.with_name(f"{time.time_ns()}-{key}"))
+                with suppress(OSError):  # a file that the store refuses must not block the others
+                    entry.rename(entry.with_name(f"{time.time_ns()}-{key}"))
                 return
 
     def _ship(self, client: Client) -> None:
