@@ -26,14 +26,13 @@ def test_a_run_is_found_by_either_name(tmp_path: Path) -> None:
     assert find(tmp_path, "unknown").key != journal.key and len(journals(tmp_path)) == 2
 
 
-def test_points_are_batched_and_files_stay_alone(tmp_path: Path) -> None:
+def test_points_are_batched_and_other_lines_stay_alone(tmp_path: Path) -> None:
     journal = filled(tmp_path, 5)
-    (tmp_path / "a.png").write_bytes(b"a")
-    journal.append_file(tmp_path / "a.png", "pictures")
+    journal.append({"tags": {"image": "a"}})
     journal.append({"points": {"loss": 1.0}, "step": 5})
     journal.append({"end": "FINISHED"})
     sizes = [len(records) for records, _ in journal.batches(4)]
-    # 4 points a batch, 2 a record; the file; the last point; the end
+    # 4 points a batch, 2 a record; the tags; the last point; the end
     assert sizes == [2, 2, 1, 1, 1, 1]
     offsets = [offset for _, offset in journal.batches(4)]
     journal.move("abc", offsets[3])
@@ -52,7 +51,7 @@ def test_a_half_written_line_is_left_out_and_the_next_one_stands(tmp_path: Path)
     journal = filled(tmp_path, 2)
     with open(journal.path, "ab") as file:
         file.write(b'{"points": {"loss": 7.0}, "st')
-    assert journal.last_steps() == {"loss": 1, "lr": 1}
+    assert journal.last_points() == {"loss": (1, 0.5), "lr": (1, 0.1)}
     again = find(tmp_path, journal.run_id)
     again.append({"points": {"loss": 3.0}, "step": 7})
     assert [record["step"] for record, _ in again.records()] == [0, 1, 7]
@@ -80,3 +79,13 @@ def test_one_process_ships_at_a_time(tmp_path: Path) -> None:
         pass
     with journal.locked():
         pass
+
+
+def test_a_file_of_an_earlier_version_is_kept(tmp_path: Path) -> None:
+    journal = filled(tmp_path, 1)
+    copy = journal.path.with_suffix("") / "1" / "a.png"
+    copy.parent.mkdir(parents=True)
+    copy.write_bytes(b"a")
+    journal.adopt({"file": str(copy.relative_to(journal.path.parent)), "folder": "pictures"})
+    (entry,) = journal.entries()
+    assert (entry / "pictures" / "a.png").read_bytes() == b"a" and not copy.exists()

@@ -1,4 +1,4 @@
-"""The model card: what it states, and the warning about the licence of the initial weights."""
+"""The model card: what it states, and the warning about the license of the initial weights."""
 
 from __future__ import annotations
 
@@ -39,14 +39,14 @@ def test_a_card_states_data_training_metrics_and_the_worst_classes() -> None:
     assert "No metrics are known." in card(Evaluation({}))
 
 
-def test_a_card_warns_of_a_licence_that_excludes_commercial_use() -> None:
+def test_a_card_warns_of_a_license_that_excludes_commercial_use() -> None:
     text = card(Evaluation({}), "mask_rcnn_vitdet_b_coco")
     assert "**Warning:** the initial weights (mae_vit_b) are licensed under CC BY-NC 4.0" in text
     assert "- Initial weights mae_vit_b: CC BY-NC 4.0." in text
 
 
 @pytest.mark.parametrize(
-    ("init", "licences", "warned"),
+    ("init", "licenses", "warned"),
     [
         ("", [], []),
         ("mae_vit_tiny", ["Apache-2.0"], []),
@@ -56,15 +56,15 @@ def test_a_card_warns_of_a_licence_that_excludes_commercial_use() -> None:
         ("runs/one/model.pt", ["unknown"], ["model.pt"]),
     ],
 )
-def test_the_licence_of_the_initial_weights(
-    init: str, licences: list[str], warned: list[str]
+def test_the_license_of_the_initial_weights(
+    init: str, licenses: list[str], warned: list[str]
 ) -> None:
     found = initial_weights(init)
-    assert [one.license for one in found] == licences
+    assert [one.license for one in found] == licenses
     assert [one.name for one in found if one.warning] == warned
 
 
-def test_weights_of_a_detector_have_the_licence_of_its_pre_training_as_well() -> None:
+def test_weights_of_a_detector_have_the_license_of_its_pre_training_as_well() -> None:
     first, second = initial_weights("mask_rcnn_vitdet_b_coco")
     assert "CC BY-SA 3.0" in first.license and second.name == "mae_vit_b" and second.warning
 

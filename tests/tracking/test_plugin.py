@@ -28,22 +28,9 @@ ROW = {
 }
 
 
-@pytest.fixture(autouse=True)
-def no_server(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in (*VARIABLES, "MLFLOW_RUN_ID", "MLFLOW_EXPERIMENT_ID"):
-        monkeypatch.delenv(name, raising=False)
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a store: creating one takes seconds."""
-    return tmp_path_factory.mktemp("store")
-
-
 @pytest.fixture
-def client(folder: Path) -> MlflowClient:
-    uri = tracking_uri("", folder)
-    return MlflowClient(uri, uri)
+def client(store: str) -> MlflowClient:
+    return MlflowClient(store, store)
 
 
 def plugin(

@@ -11,12 +11,10 @@ from typing import Any
 
 import pytest
 
-from vitdet.config import GateConfig, load_config
-from vitdet.data.protocol import Protocol
+from tests.helpers.registered import DATA
+from vitdet.config import GateConfig
 from vitdet.tracking import champion, history
 from vitdet.tracking.gate import Evaluation, Verdict
-
-DATA = Protocol.of(load_config("tiny"), "0123456789abcdef")
 
 
 class Registry:
@@ -89,7 +87,7 @@ def promoted(
 ) -> tuple[Registry, dict[str, Verdict]]:
     """Promote version 2, 3, ... from a machine each; with `forced`, one more machine forces the first."""
     registry, turns = Registry(aps), Turns(seed, len(aps))
-    monkeypatch.setattr(champion, "connect", lambda *_: (Client(registry, turns), None))
+    monkeypatch.setattr(champion, "connect", lambda *_: Client(registry, turns))
     verdicts: dict[str, Verdict] = {}
 
     def run(number: str, ap: float) -> None:

@@ -1,4 +1,4 @@
-"""Servers that reject requests, are not MLflow, or do not accept artifacts: behaviour of trainings and commands."""
+"""Servers that reject requests, are not MLflow, or do not accept artifacts: behavior of training runs and commands."""
 
 from __future__ import annotations
 
@@ -7,9 +7,7 @@ import json
 import logging
 import threading
 import traceback
-from collections.abc import Iterator
 from dataclasses import replace
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -19,62 +17,19 @@ import urllib3
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
+from tests.helpers.mlflow_answers import Server
 from tests.tracking.test_tracking import points, start
 from vitdet.config import load_config, save_config, to_dict
 from vitdet.stages.workspace import result
 from vitdet.tracking import mlflow as tracking
 from vitdet.tracking.address import HidingFilter
+from vitdet.tracking.client import Client, RefusedError, repeating
 from vitdet.tracking.journal import find, journals
-from vitdet.tracking.requests import RefusedError, RepeatingClient, repeating
 
 
 @pytest.fixture(autouse=True)
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    monkeypatch.setattr(tracking, "SHIP_SECONDS", 0.1)
-    monkeypatch.setattr("vitdet.tracking.requests.TRIES", 1)
-
-
-@pytest.fixture(scope="module")
-def store(tmp_path_factory: pytest.TempPathFactory) -> str:
-    uri = f"sqlite:///{tmp_path_factory.mktemp('store') / 'mlflow.db'}"
-    tracking.open_client(uri).search_experiments()
-    return uri
-
-
-class Fixed(ThreadingHTTPServer):
-    """Answers every request with `code` and `body`."""
-
-    daemon_threads = True
-
-    def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.code, self.body = 200, b"{}"
-        self.uri = f"http://127.0.0.1:{self.server_port}"
-
-
-class Handler(BaseHTTPRequestHandler):
-    server: Fixed
-
-    def log_message(self, *_: object) -> None:
-        """Quiet."""
-
-    def answer(self) -> None:
-        self.rfile.read(int(self.headers.get("Content-Length") or 0))
-        self.send_response(self.server.code)
-        self.send_header("Content-Length", str(len(self.server.body)))
-        self.end_headers()
-        self.wfile.write(self.server.body)
-
-    do_GET = do_POST = do_PATCH = answer  # noqa: N815 - named by http.server
-
-
-@pytest.fixture
-def fixed() -> Iterator[Fixed]:
-    with Fixed() as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield server
-        server.shutdown()
+def once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vitdet.tracking.client.TRIES", 1)
 
 
 DENIED = [
@@ -85,37 +40,34 @@ DENIED = [
 ]
 
 
-@pytest.mark.parametrize(("code", "body"), DENIED)
-def test_a_training_without_access_ends_before_its_first_step(
-    tmp_path: Path, fixed: Fixed, code: int, body: bytes
+@pytest.mark.parametrize(
+    ("code", "body", "said"),
+    [
+        *((*one, r"denies access .*set MLFLOW_TRACKING_USERNAME and") for one in DENIED),
+        (200, b"{}", "is not an MLflow server"),  # another service
+    ],
+)
+def test_a_training_run_without_a_server_that_accepts_it_ends_before_its_first_step(
+    tmp_path: Path, answers: Server, code: int, body: bytes, said: str
 ) -> None:
-    fixed.code, fixed.body = code, body
-    with pytest.raises(ValueError, match=r"denies access .*set MLFLOW_TRACKING_USERNAME and"):
-        start(tmp_path, fixed.uri)
+    answers.always = code, body
+    with pytest.raises(ValueError, match=said):
+        start(tmp_path, answers.uri)
     assert not journals(tmp_path)
-    with pytest.raises(ValueError, match="denies access"):
-        tracking.connect(None, fixed.uri, tmp_path)
-
-
-def test_another_service_that_answers_every_request_is_refused(
-    tmp_path: Path, fixed: Fixed
-) -> None:
-    with pytest.raises(ValueError, match="is not an MLflow server"):
-        start(tmp_path, fixed.uri)
-    with pytest.raises(ValueError, match="is not an MLflow server"):
-        tracking.connect(None, fixed.uri, tmp_path)
+    with pytest.raises(ValueError, match=said):
+        tracking.connect(answers.uri, tmp_path)
 
 
 def test_access_that_is_lost_later_is_logged_as_a_refusal_and_nothing_is_lost(
-    tmp_path: Path, fixed: Fixed, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, answers: Server, caplog: pytest.LogCaptureFixture
 ) -> None:
-    fixed.code, fixed.body = 401, b"no"
-    tracker = start(tmp_path, fixed.uri, run_id="1" * 32, resume_step=5)
+    answers.always = 401, b"no"
+    tracker = start(tmp_path, answers.uri, run_id="1" * 32, resume_step=5)
     tracker.log({"loss": 1.0}, 6)
     tracker.close()
     assert "refuses the run's metrics" in caplog.text and "does not accept" not in caplog.text
     (journal,) = journals(tmp_path)
-    assert journal.waiting() and journal.last_steps() == {"loss": 6}
+    assert journal.waiting() and journal.last_points() == {"loss": (6, 1.0)}
 
 
 def test_an_artifact_that_cannot_be_uploaded_holds_no_metric_back(
@@ -139,15 +91,15 @@ def test_an_artifact_that_cannot_be_uploaded_holds_no_metric_back(
     client = tracking.open_client(store)
     assert points(store, tracker.run_id, "loss") == [(1, 1.0), (2, 2.0)]
     assert client.get_run(tracker.run_id).info.status == "FINISHED"
-    assert caplog.text.count("found.png cannot be uploaded (the artifact store is full)") == 1
-    assert len(find(tmp_path, tracker.run_id).uploads()) == 2
+    assert caplog.text.count("found.png cannot be uploaded") == 1 and "store is full" in caplog.text
+    assert len(find(tmp_path, tracker.run_id).entries()) == 2
 
     monkeypatch.setattr(MlflowClient, "log_artifact", upload)
     tracking.log_metrics(tracker.run_id, store, tmp_path, {"box_ap": 1.0}, 2)
     for folder in ("predictions", "more"):
         file = client.download_artifacts(tracker.run_id, f"{folder}/found.png")
         assert Path(file).read_bytes() == b"picture"
-    assert not find(tmp_path, tracker.run_id).uploads()
+    assert not find(tmp_path, tracker.run_id).entries()
     assert points(store, tracker.run_id, "loss") == [(1, 1.0), (2, 2.0)]
 
 
@@ -170,11 +122,11 @@ def test_an_artifact_store_that_hangs_holds_nothing_back(
     tracker.log({"loss": 1.0}, 1)
     tracker.close()
     tracking.log_metrics(tracker.run_id, store, tmp_path, {"box_ap": 1.0}, 2)
-    _, run_id = tracking.connect(tracker.run_id, store, tmp_path)
+    _, run_id = tracking.connect_run(tracker.run_id, store, tmp_path)
     assert points(store, run_id, "loss") == [(1, 1.0)]
     assert points(store, run_id, "box_ap") == [(2, 1.0)]
     assert tracking.open_client(store).get_run(run_id).info.status == "FINISHED"
-    assert len(find(tmp_path, run_id).uploads()) == 2
+    assert len(find(tmp_path, run_id).entries()) == 2
     assert "files are not uploaded after 0.3 s" in caplog.text
     answered.set()
     for thread in threading.enumerate():  # else it uploads in the next test
@@ -203,14 +155,15 @@ def test_a_file_that_is_refused_does_not_keep_the_others_back(
     assert not taken
     tracking.log_metrics(tracker.run_id, store, tmp_path, {}, 1)
     assert taken == ["good"]
-    assert [one["folder"] for one in find(tmp_path, tracker.run_id).uploads()] == ["bad"]
+    (entry,) = find(tmp_path, tracker.run_id).entries()
+    assert [one.name for one in entry.iterdir()] == ["bad"]
 
 
 def test_runs_of_another_server_are_not_sent_to_this_one(
     tmp_path: Path, store: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tracking, "STOP_SECONDS", 0.3)
-    with Fixed() as absent:
+    with Server() as absent:
         away = absent.uri
     other = start(tmp_path, away, experiment="elsewhere")  # no server answers there
     other.log({"loss": 1.0}, 1)
@@ -236,11 +189,9 @@ def test_runs_of_another_server_are_not_sent_to_this_one(
     "uri",
     [
         "http://alice:s3cret@mlflow:5000",
-        "postgresql://u:s3cret@h:5/d",
         "https://s3cret@mlflow",
         "postgresql://u:a/s3cret@h/d",
         "http://u:a/s3@s3cret@h",
-        "postgresql://h/d?user=u&password=s3cret",
         "mysql://h/d?ssl_key=k&auth_token=s3cret",
         "mssql+pyodbc:///?odbc_connect=UID%3Dsa%3BPWD%3Ds3cret%3BDatabase%3Dd",
         "https://mlflow/?key=s3cret",
@@ -269,13 +220,13 @@ FOREIGN = [
 
 @pytest.mark.parametrize("error", FOREIGN, ids=lambda error: type(error).__name__)
 def test_errors_of_libraries_are_one_line_without_password(error: Exception) -> None:
-    class Client:
+    class Failing:
         def get_run(self) -> None:
             raise error
 
     uri = "http://u:s3cret@h:1"
     with pytest.raises(ConnectionError) as caught:
-        RepeatingClient(Client(), uri).get_run()
+        Client(Failing(), uri).get_run()
     said = str(caught.value)
     assert said.startswith("http://***@h:1: ") and "\n" not in said and "s3cret" not in said
     assert "s3cret" not in "".join(traceback.format_exception(caught.value))

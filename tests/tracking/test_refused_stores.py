@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,8 +10,8 @@ import pytest
 import torch
 from mlflow.exceptions import RestException
 
-from tests.conftest import environment
-from tests.tracking.test_register import enter, make_checkpoint
+from tests.helpers.mlflow_answers import Server
+from tests.tracking.test_register import client_of, enter, make_checkpoint
 from tests.tracking.test_tracking import start
 from vitdet.cli import main
 from vitdet.config import load_config
@@ -23,13 +21,6 @@ from vitdet.tracking.journal import find
 from vitdet.tracking.runs import log_evaluation
 
 ADDRESSES = ["localhost:5000", "mlflow:5000/", "10.0.0.7:5000/path", "[::1]:80"]
-
-
-@pytest.fixture(autouse=True)
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    monkeypatch.delenv("MLFLOW_ALLOW_FILE_STORE", raising=False)
-    monkeypatch.setattr(tracking, "SHIP_SECONDS", 0.1)
 
 
 @pytest.fixture
@@ -59,7 +50,7 @@ def test_a_deleted_experiment_says_how_to_restore_it(tmp_path: Path, store: str)
     advice = "'test' was deleted; restore it with `mlflow experiments restore -x 1`, or set tracking.experiment to"
     folder = tmp_path / "a"
     assert advice in refused(lambda: start(folder, store, output="a"))
-    assert not files(folder)  # nothing that later trainings would try to send
+    assert not files(folder)  # nothing that later runs would try to send
     place = {"uri": store, "folder": folder, "experiment": "test"}
     assert advice in refused(lambda: start_parent_run("group", ["a"], **place))
     tracking.open_client(store).restore_experiment("1")
@@ -86,7 +77,7 @@ def test_a_store_that_mlflow_does_not_support(tmp_path: Path, uri: str) -> None:
     folder = tmp_path / "a"
     said = refused(lambda: start(folder, uri, output="a"))
     assert said.startswith(f"{uri}: ") and "set tracking.uri or MLFLOW_TRACKING_URI" in said
-    assert said == refused(lambda: tracking.connect(None, uri, folder))
+    assert said == refused(lambda: tracking.connect(uri, folder))
     assert "no answer" not in said and not files(tmp_path)
 
 
@@ -94,7 +85,7 @@ def test_a_file_that_is_no_database(tmp_path: Path) -> None:
     path = tmp_path / "mlflow.db"
     path.write_text("notes " * 1000)
     assert "not a database" in refused(lambda: start(tmp_path / "a", f"sqlite:///{path}"))
-    assert "not a database" in refused(lambda: tracking.connect(None, "", tmp_path))
+    assert "not a database" in refused(lambda: tracking.connect("", tmp_path))
 
 
 @pytest.mark.parametrize(
@@ -107,49 +98,30 @@ def test_an_address_that_can_be_none(
     monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
     for act in (
         lambda: start(tmp_path / "a", ""),
-        lambda: tracking.connect(None, "", tmp_path),
+        lambda: tracking.connect("", tmp_path),
         lambda: tracking.log_metrics("1" * 32, "", tmp_path, {"a": 1.0}, 1),
     ):
         assert refused(act).startswith("MLFLOW_TRACKING_URI")
     assert not list(tmp_path.iterdir())
 
 
-def test_the_first_stage_refuses_an_address_without_a_scheme() -> None:
-    for uri in ADDRESSES:
+def test_the_config_refuses_an_address_without_a_scheme() -> None:
+    for uri in (*ADDRESSES, "me:secret@localhost:5000"):
         said = refused(lambda uri=uri: load_config("tiny", [f"tracking.uri={uri}"]))
-        assert (
-            said
-            == f"tracking.uri must begin with a scheme, as in http://HOST:PORT or sqlite:///FILE, got {uri}"
-        )
-    said = refused(lambda: load_config("tiny", ["tracking.uri=me:secret@localhost:5000"]))
-    assert "***@localhost:5000" in said and "secret" not in said
-    for uri in (
-        "http://localhost:5000",
-        "sqlite:///a:5000/b",
-        "postgresql://h:5/d",
-        "databricks",
-    ):
+        shown = uri.replace("me:secret", "***")
+        assert said.startswith("tracking.uri must begin with a scheme, as in http://HOST:PORT or ")
+        assert said.endswith(f", got {shown}")
+    for uri in ("http://localhost:5000", "sqlite:///a:5000/b", "postgresql://h:5/d", "databricks"):
         assert load_config("tiny", [f"tracking.uri={uri}"]).tracking.uri == uri
 
 
-def test_an_answer_that_is_no_json_is_not_a_refusal(tmp_path: Path) -> None:
-    """A proxy in front of a server that is down may say anything."""
-    server = subprocess.Popen(
-        [sys.executable, "-u", "-m", "http.server", "--bind", "127.0.0.1", "0", "-d", tmp_path],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        env=environment(tmp_path),
-        text=True,
-    )
-    try:
-        port = server.stdout.readline().split(" port ")[1].split()[0]
-        tracker = start(tmp_path / "a", f"http://127.0.0.1:{port}")
-        tracker.log({"loss": 1.0}, 1)
-        tracker.close("KILLED")
-        assert tracker.run_id.startswith("pending-")
-    finally:
-        server.kill()
-        server.wait()
+def test_an_answer_that_is_no_json_is_not_a_refusal(tmp_path: Path, answers: Server) -> None:
+    """A proxy in front of a server that is down may answer anything."""
+    answers.always = 404, b"<html>Not found</html>"
+    tracker = start(tmp_path / "a", answers.uri)
+    tracker.log({"loss": 1.0}, 1)
+    tracker.close("KILLED")
+    assert tracker.run_id.startswith("pending-")
 
 
 def copied(folder: Path, run_id: str) -> Path:
@@ -161,18 +133,13 @@ def copied(folder: Path, run_id: str) -> Path:
 
 @pytest.mark.usefixtures("untried")
 @pytest.mark.parametrize("run_id", ["1" * 32, "pending-" + "1" * 32, "not an id!"])
-def test_a_copied_checkpoint_is_registered_without_its_run(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, run_id: str
-) -> None:
+def test_a_copied_checkpoint_is_registered_without_its_run(tmp_path: Path, run_id: str) -> None:
     path = copied(tmp_path, run_id)
     for _ in range(2):
         assert enter(tmp_path, path, "candidate", run_id) == ("detector", "1")
-    version = tracking.open_client(tracking.tracking_uri("", tmp_path)).get_model_version(
-        "detector", "1"
-    )
+    version = client_of(tmp_path).get_model_version("detector", "1")
     assert not version.run_id and version.tags["training_run"] == run_id
     assert not (tmp_path / "journal").exists()
-    assert "a new one gets" not in caplog.text
 
 
 def test_what_is_evaluated_of_a_copied_checkpoint_is_not_tracked(

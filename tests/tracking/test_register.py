@@ -11,15 +11,18 @@ import mlflow
 import numpy as np
 import pytest
 import torch
+from mlflow.models import Model
 
 import vitdet
-from vitdet.checkpoint import FORMAT, load_model_file, save
+from vitdet.checkpoint import FORMAT, load_model_file, save, save_safetensors
 from vitdet.config import load_config, to_dict
 from vitdet.data.protocol import Protocol
 from vitdet.models import build_detector
+from vitdet.predictor import Predictor
 from vitdet.tracking import mlflow as tracking
+from vitdet.tracking import packaged_model
+from vitdet.tracking.client import Client
 from vitdet.tracking.gate import Evaluation
-from vitdet.tracking.packaged_model import exported
 from vitdet.tracking.registry import register
 from vitdet.tracking.wheel import build_wheel, requirements
 
@@ -72,6 +75,10 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def client_of(folder: Path) -> Client:
+    return tracking.open_client(tracking.tracking_uri("", folder))
+
+
 def enter(
     folder: Path, checkpoint: Path, alias: str | None, run_id: str | None = ""
 ) -> tuple[str, str]:
@@ -100,26 +107,21 @@ def with_password(path: Path) -> Path:
 
 
 @pytest.fixture(autouse=True)
-def no_server(monkeypatch: pytest.MonkeyPatch, untried: None) -> None:
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+def without_trial(untried: None) -> None:
+    """The packed models are not run in a new process."""
 
 
 def download(folder: Path, into: Path) -> Path:
-    with exported(tracking.tracking_uri("", folder)):
-        return Path(
-            mlflow.artifacts.download_artifacts("models:/detector@candidate", dst_path=str(into))
-        )
+    uri = tracking.tracking_uri("", folder)
+    return packaged_model.download(uri, "models:/detector@candidate", into)
 
 
 def test_a_version_says_where_it_comes_from(work: Path) -> None:
-    client = tracking.open_client(tracking.tracking_uri("", work))
+    client = client_of(work)
     version = client.get_model_version_by_alias("detector", "candidate")
     assert version.run_id == (work / "run_id").read_text()
-    assert version.tags["box_ap"] == "35.24" and version.tags["mask_ap"] == "30.5"
-    assert (
-        version.tags["val_fingerprint"] == "0123456789abcdef"
-        and version.tags["git_revision"] == "a" * 40
-    )
+    expected = {"box_ap": "35.24", "mask_ap": "30.5", "git_revision": "a" * 40, **PROTOCOL.tags()}
+    assert expected.items() <= version.tags.items()
     assert client.get_run(version.run_id).info.status == "FINISHED"
 
 
@@ -138,10 +140,8 @@ def test_the_config_of_a_version_is_that_of_its_registration(work: Path, tmp_pat
         protocol=PROTOCOL,
         used=used,
     )
-    with exported(tracking.tracking_uri("", work)):
-        path = mlflow.artifacts.download_artifacts(
-            "models:/configured@candidate/config.yaml", dst_path=str(tmp_path)
-        )
+    artifact = "models:/configured@candidate/config.yaml"
+    path = packaged_model.download(tracking.tracking_uri("", work), artifact, tmp_path)
     expected = load_config("tiny", [*changes, "tracking.uri=http://127.0.0.1:9/"])
     assert load_config(path) == expected
 
@@ -160,12 +160,9 @@ def test_a_checkpoint_with_a_password_is_used_without_it(
     assert code == 0 and out == "vitdet, version 1 (candidate)\n", err
     (warning,) = [one for one in caplog.messages if "tracking.uri" in one]
     assert "http://***@127.0.0.1:9/?token=***" in warning and "MLFLOW_TRACKING_USERNAME" in warning
-    with exported(tracking.tracking_uri("", work)):
-        model = Path(
-            mlflow.artifacts.download_artifacts(
-                "models:/vitdet@candidate", dst_path=str(tmp_path / "model")
-            )
-        )
+    model = packaged_model.download(
+        tracking.tracking_uri("", work), "models:/vitdet@candidate", tmp_path / "model"
+    )
     config = load_model_file(model / "artifacts" / "detector.safetensors")["config"]
     assert config["tracking"]["uri"] == "http://127.0.0.1:9/"
     files = [path for path in model.rglob("*") if path.is_file()]
@@ -176,29 +173,22 @@ def test_a_checkpoint_with_a_password_is_used_without_it(
     assert code == 1 and "classes" in err and "password" not in err
 
 
-def test_nothing_is_pickled(work: Path, tmp_path: Path) -> None:
+def test_nothing_is_pickled_and_the_signature_checks_its_input(work: Path, tmp_path: Path) -> None:
     model = download(work, tmp_path)
     files = {path.relative_to(model).as_posix() for path in model.rglob("*") if path.is_file()}
     assert not [name for name in files if name.endswith((".pkl", ".pickle", ".cloudpickle"))]
     assert "artifacts/detector.safetensors" in files and "detector.py" in files
     assert "torch==" in (model / "requirements.txt").read_text()
-
-
-def test_the_signature_checks_its_input(work: Path, tmp_path: Path) -> None:
-    model = mlflow.pyfunc.load_model(str(download(work, tmp_path)))
-    assert list(model.predict(IMAGE, params={"threshold": 1.0}).columns)[:3] == [
-        "name",
-        "label",
-        "score",
-    ]
-    with pytest.raises(mlflow.MlflowException):
-        model.predict(IMAGE[..., :2])
-    with pytest.raises(mlflow.MlflowException):
-        model.predict(IMAGE.astype(np.float32))
+    loaded = mlflow.pyfunc.load_model(str(model))
+    found = loaded.predict(IMAGE, params={"threshold": 1.0})
+    assert list(found.columns)[:3] == ["name", "label", "score"]
+    for image in (IMAGE[..., :2], IMAGE.astype(np.float32)):
+        with pytest.raises(mlflow.MlflowException):
+            loaded.predict(image)
 
 
 def test_the_same_checkpoint_is_registered_once(work: Path) -> None:
-    client = tracking.open_client(tracking.tracking_uri("", work))
+    client = client_of(work)
     assert enter(work, work / "model.pt", "candidate") == ("detector", "1")
     other = make_checkpoint(work / "other.pt", 1)
     assert enter(work, other, "next") == ("detector", "2")
@@ -211,16 +201,6 @@ def test_the_same_checkpoint_is_registered_once(work: Path) -> None:
         "candidate": "1", "next": "2", "again": "2"
     }  # fmt: skip
     assert enter(work, other, "untracked", run_id=None) == ("detector", "3")
-
-
-def test_a_damaged_checkpoint_is_not_registered(work: Path) -> None:
-    damaged = work / "damaged.pt"
-    damaged.write_bytes((work / "model.pt").read_bytes()[:1000])
-    client = tracking.open_client(tracking.tracking_uri("", work))
-    before = len(client.search_model_versions("name = 'detector'"))
-    with pytest.raises(ValueError, match="not a complete vitdet checkpoint"):
-        enter(work, damaged, "candidate")
-    assert len(client.search_model_versions("name = 'detector'")) == before
 
 
 def test_the_wheel_is_whole_and_repeatable(tmp_path: Path) -> None:
@@ -250,3 +230,56 @@ def test_requirements_name_what_runs_here() -> None:
     pinned = dict(line.split("==") for line in requirements(("mlflow",)))
     assert pinned["torch"] == torch.__version__.partition("+")[0]
     assert pinned["mlflow"] == mlflow.__version__
+
+
+def test_the_last_line_of_a_failed_trial_is_the_reason(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wheel = build_wheel(tmp_path)
+    monkeypatch.setattr(packaged_model, "PROGRAM", "print(1)\nraise MemoryError('no memory left')")
+    with pytest.raises(ValueError, match="MemoryError: no memory left\\); it is not registered"):
+        packaged_model.try_model(tmp_path, wheel)
+    monkeypatch.setattr(packaged_model, "PROGRAM", "import time; time.sleep(60)")
+    monkeypatch.setattr(packaged_model, "TIMEOUT_SECONDS", 0.2)
+    with pytest.raises(ValueError, match="did not answer within"):
+        packaged_model.try_model(tmp_path, wheel)
+
+
+@pytest.mark.slow
+def test_a_model_that_does_not_load_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As is one whose package is imported from elsewhere than its wheel."""
+    wheel, model = build_wheel(tmp_path), tmp_path / "packed" / "model"
+    model.parent.mkdir()
+    packaged_model.pack(
+        model, Model(), load_model_file(make_checkpoint(tmp_path / "model.pt", 0)), wheel
+    )
+    empty = tmp_path / "empty.whl"
+    with zipfile.ZipFile(empty, "w"):
+        pass
+    monkeypatch.setenv("PYTHONPATH", str(Path(vitdet.__file__).parents[1]))
+    with pytest.raises(ValueError, match="the package is not imported from the wheel of the model"):
+        packaged_model.try_model(model, empty)
+    weights = model / "artifacts" / "detector.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(ValueError, match="not a complete detector .*it is not registered"):
+        packaged_model.try_model(model, wheel)
+
+
+def test_safetensors_hold_the_whole_detector(tmp_path: Path) -> None:
+    stored = load_model_file(make_checkpoint(tmp_path / "model.pt", 0))
+    path = tmp_path / "detector.safetensors"
+    save_safetensors(path, stored)
+    again = load_model_file(path)
+    assert all(torch.equal(again["model"][key], one) for key, one in stored["model"].items())
+    assert {**again, "model": None} == {**stored, "model": None}
+    ours, theirs = (Predictor.load(one)(IMAGE, 0.0) for one in (path, tmp_path / "model.pt"))
+    assert torch.equal(ours.boxes, theirs.boxes) and ours.names == theirs.names
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(ValueError, match="not a complete detector"):
+        load_model_file(path)
+    with pytest.raises(ValueError, match="contains weights without their config"):
+        load_model_file(
+            Path(packaged_model.__file__).parents[1] / "weights" / "mae_vit_tiny.safetensors"
+        )

@@ -1,9 +1,9 @@
-"""Requests to MLflow while it restarts, is overloaded, or refuses for good."""
+"""Requests to MLflow while it restarts, is overloaded, or refuses permanently."""
 
 from __future__ import annotations
 
-import http.server
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -13,89 +13,28 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from urllib3.util import Retry
 
 from tests.conftest import ROOT
+from tests.helpers.mlflow_answers import CUT, RUN_ID, Server, serving
+from vitdet.tracking import client
 from vitdet.tracking import mlflow as tracking
-from vitdet.tracking import requests, shipper
 from vitdet.tracking.comparison import start_parent_run
 
-RUN = {"run": {"info": {"run_id": "1" * 32, "status": "RUNNING"}, "data": {}}}
-EXPERIMENT = {"experiment_id": "7", "name": "e", "lifecycle_stage": "active"}
 MISSING = (404, {"error_code": "RESOURCE_DOES_NOT_EXIST", "message": "no such thing"}, {})
+START = {"experiment": "e", "name": "n", "params": {}, "tags": {}, "dataset": {}}
+RETRY = logging.getLogger("urllib3.util.retry")
 
 
 @pytest.fixture(autouse=True)
 def unset(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """None of MLflow's settings are set, as by the developer or an earlier test; afterwards they are as before."""
-    names = (*shipper.CLIENT, requests.FACTOR, requests.DEFAULTS)
+    """None of MLflow's settings are set, as by the developer or an earlier test."""
+    names = (*client.DEFAULTS, client.FACTOR)
     before = {name: os.environ.pop(name) for name in names if name in os.environ}
-    monkeypatch.setattr(requests, "USER_SETTINGS", {})
+    monkeypatch.setattr(client, "USER_SETTINGS", {})
     yield
     for name in names:
         os.environ.pop(name, None)
     os.environ.update(before)
-
-
-class Server(http.server.ThreadingHTTPServer):
-    """MLflow's answers to a few requests; `plan`: what comes first, by the end of the path."""
-
-    daemon_threads = True
-
-    def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.plan: dict[str, list] = {}
-        self.asked: list[str] = []
-        self.runs: list[dict] = []
-
-    @property
-    def uri(self) -> str:
-        return f"http://127.0.0.1:{self.server_port}"
-
-
-class Handler(http.server.BaseHTTPRequestHandler):
-    server: Server
-
-    def log_message(self, *_: object) -> None:
-        """Quiet."""
-
-    def do_GET(self) -> None:  # noqa: N802 - named by http.server
-        self.rfile.read(int(self.headers.get("Content-Length") or 0))
-        path = self.path.partition("?")[0].removeprefix("/api/2.0/mlflow/")
-        self.server.asked.append(path)
-        if path == "runs/create":
-            self.server.runs.append(RUN["run"])
-        plan = self.server.plan.get(path)
-        answer = plan.pop(0) if plan else None
-        if answer == "cut":
-            self.connection.close()
-            return
-        bodies = {
-            "experiments/search": {"experiments": [EXPERIMENT]},
-            "experiments/get-by-name": {"experiment": EXPERIMENT},
-            "runs/search": {"runs": self.server.runs},
-            "runs/create": RUN,
-            "runs/log-batch": {},
-            "metrics/get-history": {"metrics": []},
-        }
-        code, body, headers = answer or (200, bodies[path], {})
-        content = json.dumps(body).encode()
-        self.send_response(code)
-        for name, value in {"Content-Length": len(content), **headers}.items():
-            self.send_header(name, str(value))
-        self.end_headers()
-        self.wfile.write(content)
-
-    do_POST = do_GET  # noqa: N815
-
-
-@pytest.fixture
-def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    with Server() as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield server
-        server.shutdown()
 
 
 @pytest.fixture
@@ -117,78 +56,79 @@ def slept(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     return found
 
 
-def parent(server: Server, folder: Path) -> str:
-    return start_parent_run("g", ["a"], uri=server.uri, folder=folder, experiment="e")
+def parent(uri: str, folder: Path) -> str:
+    return start_parent_run("g", ["a"], uri=uri, folder=folder, experiment="e")
 
 
 def waits(caplog: pytest.LogCaptureFixture) -> list[str]:
     return [text for text in caplog.messages if "more tries" in text]
 
 
-@pytest.mark.parametrize(
-    "answer", ["cut", (503, {}, {}), (500, {}, {}), (502, {}, {}), (429, {}, {}), (408, {}, {})]
-)
-def test_what_passes_is_tried_again_and_each_wait_is_logged(
+@pytest.mark.parametrize("answer", [CUT, *((code, {}, {}) for code in (503, 500, 502, 429, 408))])
+def test_transient_errors_are_retried_and_each_wait_is_logged(
     tmp_path: Path,
-    server: Server,
+    answers: Server,
     slept: list[float],
     caplog: pytest.LogCaptureFixture,
     answer: object,
 ) -> None:
-    server.plan["runs/search"] = [answer] * 3
-    assert parent(server, tmp_path) == "1" * 32
-    assert server.asked.count("runs/search") == 4 and server.asked.count("runs/create") == 1
+    answers.plan["runs/search"] = [answer] * 3
+    assert parent(answers.uri, tmp_path) == RUN_ID
+    assert answers.asked.count("runs/search") == 4 and answers.asked.count("runs/create") == 1
     assert len(waits(caplog)) == 3 and "6 more tries" in waits(caplog)[0]
     assert len(slept) == 2  # the first is tried again at once
 
 
-def test_the_server_says_how_long_to_wait(
-    tmp_path: Path, server: Server, slept: list[float]
+def test_the_server_determines_how_long_to_wait(
+    tmp_path: Path, answers: Server, slept: list[float]
 ) -> None:
-    server.plan["runs/search"] = [(429, {}, {"Retry-After": 17})]
-    parent(server, tmp_path)
+    answers.plan["runs/search"] = [(429, {}, {"Retry-After": 17})]
+    parent(answers.uri, tmp_path)
     assert slept == [17]
 
 
 def test_a_server_that_restarts_is_waited_for(
-    tmp_path: Path, server: Server, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, answers: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Refused connections until the second wait."""
-    port, uri = server.server_port, server.uri
-    server.shutdown()
-    server.server_close()
-    again: list[Server] = []
+    answers.shutdown()
+    answers.server_close()
+    again: list = []
 
     def restart(_: float) -> None:
         if not again:
-            monkeypatch.setattr(Server, "__init__", lambda self: None)
-            one = Server()
-            one.plan, one.asked, one.runs = {}, [], []
-            http.server.ThreadingHTTPServer.__init__(one, ("127.0.0.1", port), Handler)
-            threading.Thread(target=one.serve_forever, daemon=True).start()
-            again.append(one)
+            again.append(serving(answers.server_port))
+            again[0].__enter__()
 
     monkeypatch.setattr("urllib3.util.retry.time.sleep", restart)
-    assert start_parent_run("g", ["a"], uri=uri, folder=tmp_path, experiment="e") == "1" * 32
-    again[0].shutdown()
-    again[0].server_close()
+    assert parent(answers.uri, tmp_path) == RUN_ID
+    again[0].__exit__(None, None, None)
 
 
 def test_a_run_whose_answer_was_lost_is_found_and_not_created_again(
-    tmp_path: Path, server: Server, slept: list[float]
+    tmp_path: Path, answers: Server, slept: list[float]
 ) -> None:
-    server.plan["runs/create"] = ["cut"]
-    assert parent(server, tmp_path) == "1" * 32
-    assert len(server.runs) == 1 and server.asked.count("runs/create") == 1
+    answers.plan["runs/create"] = [CUT]
+    assert parent(answers.uri, tmp_path) == RUN_ID
+    assert len(answers.runs) == 1 and answers.asked.count("runs/create") == 1
 
 
+@pytest.mark.parametrize("retries", ["", "0", "2"])
 def test_a_server_that_stays_away_ends_in_one_line(
-    tmp_path: Path, server: Server, slept: list[float]
+    tmp_path: Path,
+    answers: Server,
+    slept: list[float],
+    monkeypatch: pytest.MonkeyPatch,
+    retries: str,
 ) -> None:
-    server.plan["experiments/search"] = [(503, {}, {})] * 100
+    """After as many retries as the user has set."""
+    if retries:
+        monkeypatch.setattr(client, "USER_SETTINGS", {client.RETRIES: retries})
+    answers.plan["experiments/search"] = [(503, {}, {})] * 100
     with pytest.raises(ConnectionError, match="no answer from MLflow") as error:
-        parent(server, tmp_path)
-    assert len(server.asked) == requests.TRIES and 30 < sum(slept) < 90
+        parent(answers.uri, tmp_path)
+    assert len(answers.asked) == (1 + int(retries) if retries else client.TRIES)
+    assert retries or 30 < sum(slept) < 90
     assert "\n" not in str(error.value)
 
 
@@ -200,87 +140,70 @@ def test_a_server_that_stays_away_ends_in_one_line(
         ((400, {"error_code": "INVALID_PARAMETER_VALUE", "message": "a\nb"}, {}), ValueError),
     ],
 )
-def test_what_does_not_pass_fails_at_once_in_one_line(
-    tmp_path: Path, server: Server, slept: list[float], answer: object, kind: type[Exception]
+def test_permanent_errors_fail_at_once_in_one_line(
+    tmp_path: Path, answers: Server, slept: list[float], answer: object, kind: type[Exception]
 ) -> None:
-    server.plan["runs/search"] = [answer] * 9
+    answers.plan["runs/search"] = [answer] * 9
     with pytest.raises(kind) as error:
-        parent(server, tmp_path)
-    assert not slept and server.asked.count("runs/search") == 1
-    assert str(error.value).startswith(server.uri) and "\n" not in str(error.value)
-
-
-def test_the_settings_of_a_training_and_of_the_loggers_come_back(
-    tmp_path: Path, server: Server, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv(requests.RETRIES, "0")
-    monkeypatch.delenv(requests.FACTOR, raising=False)
-    with requests.repeating(server.uri):
-        assert os.environ[requests.RETRIES] == "6"
-    assert os.environ[requests.RETRIES] == "0"
-    assert requests.FACTOR not in os.environ
-    assert not requests.logging.getLogger("urllib3.util.retry").handlers
+        parent(answers.uri, tmp_path)
+    assert not slept and answers.asked.count("runs/search") == 1
+    assert str(error.value).startswith(answers.uri) and "\n" not in str(error.value)
 
 
 def test_blocks_of_two_threads_leave_the_settings_as_they_were(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The first one to begin is the first one to end: without a lock the second would restore the first's values."""
-    monkeypatch.setenv(requests.RETRIES, "0")
+    """The first one begins and ends first: without a lock the second would restore its values."""
+    monkeypatch.setenv(client.RETRIES, "0")
     began, end = threading.Event(), threading.Event()
 
     def first() -> None:
-        with requests.repeating("http://127.0.0.1:9"):
+        with client.repeating("http://127.0.0.1:9"):
+            assert os.environ[client.RETRIES] == "6"
             began.set()
             end.wait(60)
 
     def second() -> None:
         began.wait(60)
         threading.Timer(0.2, end.set).start()
-        with requests.repeating("http://127.0.0.1:9"):
+        with client.repeating("http://127.0.0.1:9"):
             end.wait(60)
             threads[0].join(0.5)
 
-    threads = [threading.Thread(target=first), threading.Thread(target=second)]
+    threads = [threading.Thread(target=one) for one in (first, second)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert os.environ[requests.RETRIES] == "0"
-    assert not requests.logging.getLogger("urllib3.util.retry").handlers
+    assert began.is_set() and os.environ[client.RETRIES] == "0"
+    assert client.FACTOR not in os.environ and not RETRY.filters
 
 
 def test_a_client_that_is_used_again_has_the_same_settings() -> None:
     uri = "http://127.0.0.1:9"
     first = tracking.open_client(uri)
-    del os.environ[requests.RETRIES]
-    assert tracking.open_client(uri) is first and os.environ[requests.RETRIES] == "0"
+    del os.environ[client.RETRIES]
+    assert tracking.open_client(uri) is first and int(os.environ[client.RETRIES]) == 0
 
 
 PARENT = """
 import json, os, subprocess, sys
-from vitdet.tracking import requests, shipper
+from vitdet.tracking import client
 if len(sys.argv) > 1:
-    print(json.dumps(requests.USER_SETTINGS))
+    print(json.dumps(client.USER_SETTINGS))
 else:
-    shipper.set_defaults(shipper.CLIENT)
-    shipper.set_defaults(shipper.CLIENT)
+    client.open_client("http://127.0.0.1:9")
     for changes in ({}, {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "3"}):
-        subprocess.run([sys.executable, "-c", sys.orig_argv[2], "child"], env={**os.environ, **changes})
+        words = [sys.executable, "-c", sys.orig_argv[2], "child"]
+        subprocess.run(words, env={**os.environ, **changes})
 """
 
 
 @pytest.mark.parametrize(
     "settings",
-    [
-        {},
-        {requests.RETRIES: "0"},
-        {requests.RETRIES: "5"},
-        {requests.FACTOR: "0"},
-        {requests.RETRIES: "0", requests.FACTOR: "3"},
-    ],
+    [{}, {client.RETRIES: "0"}, {client.FACTOR: "0"}, {client.RETRIES: "5", client.FACTOR: "3"}],
 )
-def test_settings_of_the_user_are_told_from_those_of_a_parent_process(
+def test_settings_of_the_user_are_distinguished_from_those_of_a_parent_process(
     settings: dict[str, str],
 ) -> None:
     done = subprocess.run(
@@ -291,27 +214,7 @@ def test_settings_of_the_user_are_told_from_those_of_a_parent_process(
         check=True,
     )
     found = [json.loads(line) for line in done.stdout.splitlines()]
-    assert found == [settings, {**settings, requests.RETRIES: "3"}]
-
-
-@pytest.mark.parametrize("retries", ["0", "2"])
-def test_the_number_of_retries_that_the_user_has_set_is_used(
-    tmp_path: Path,
-    server: Server,
-    slept: list[float],
-    monkeypatch: pytest.MonkeyPatch,
-    retries: str,
-) -> None:
-    monkeypatch.setattr(requests, "USER_SETTINGS", {requests.RETRIES: retries})
-    server.plan["experiments/search"] = [(503, {}, {})] * 100
-    with pytest.raises(ConnectionError, match="no answer from MLflow"):
-        parent(server, tmp_path)
-    assert len(server.asked) == 1 + int(retries)
-
-
-def test_urllib3_tells_of_its_retries_as_is_expected_here() -> None:
-    retry = Retry(total=2, status_forcelist=[503])
-    assert retry.increment("GET", "/", error=None, response=None).history
+    assert found == [settings, {**settings, client.RETRIES: "3"}]
 
 
 def created(*answers: object) -> Callable[[], str]:
@@ -326,37 +229,33 @@ def created(*answers: object) -> Callable[[], str]:
     return make
 
 
-def test_a_thing_is_created_again_only_if_it_is_not_there() -> None:
+def test_a_thing_is_created_again_only_if_it_does_not_exist() -> None:
     lost = ConnectionError("lost")
-    assert requests.create(lambda: None, created(lost, "new")) == "new"
-    assert requests.create(iter([None, "old"]).__next__, created(lost)) == "old"
-    assert requests.create(iter([None, "old"]).__next__, created(FileExistsError("is"))) == "old"
+    assert client.create(lambda: None, created(lost, "new")) == "new"
+    assert client.create(iter([None, "old"]).__next__, created(lost)) == "old"
+    assert client.create(iter([None, "old"]).__next__, created(FileExistsError("is"))) == "old"
     with pytest.raises(ConnectionError, match="lost"):
-        requests.create(lambda: None, created(lost, lost, lost))
+        client.create(lambda: None, created(lost, lost, lost))
     with pytest.raises(ValueError, match="refused"):
-        requests.create(lambda: None, created(ValueError("refused")))
+        client.create(lambda: None, created(ValueError("refused")))
 
 
-def test_the_tracker_of_a_training_does_not_repeat_requests_itself(
-    tmp_path: Path, server: Server, monkeypatch: pytest.MonkeyPatch
+def test_the_tracker_of_a_training_run_does_not_repeat_requests_itself(
+    tmp_path: Path, answers: Server
 ) -> None:
-    """Its thread sends everything again; a request that hangs on would hold up the end of a training."""
-    monkeypatch.setenv(requests.RETRIES, "0")
-    server.plan["experiments/get-by-name"] = [(503, {}, {})] * 99
-    shipper = tracking.Shipper(tracking.find(tmp_path, None), server.uri)
-    shipper.journal.append(
-        {"start": {"experiment": "e", "name": "n", "params": {}, "tags": {}, "dataset": {}}}
-    )
-    assert not shipper.deliver() and server.asked == ["experiments/get-by-name"]
+    """Its thread sends everything again; a request that hangs would delay the end of training."""
+    answers.plan["experiments/get-by-name"] = [(503, {}, {})] * 99
+    shipper = tracking.Shipper(tracking.find(tmp_path, None), answers.uri)
+    shipper.journal.append({"start": START})
+    assert not shipper.deliver() and answers.asked == ["experiments/get-by-name"]
 
 
 def test_values_of_an_evaluation_are_sent_when_the_server_is_back(
-    tmp_path: Path, server: Server, slept: list[float], caplog: pytest.LogCaptureFixture
+    tmp_path: Path, answers: Server, slept: list[float], caplog: pytest.LogCaptureFixture
 ) -> None:
-    server.plan["experiments/get-by-name"] = [(503, {}, {}), "cut"]
-    start = {"experiment": "e", "name": "n", "params": {}, "tags": {}, "dataset": {}}
+    answers.plan["experiments/get-by-name"] = [(503, {}, {}), CUT]
     journal = tracking.find(tmp_path, None)
-    journal.append({"start": start})
-    run_id = tracking.log_metrics(journal.run_id, server.uri, tmp_path, {"box_ap": 1.0}, 1)
-    assert run_id == "1" * 32 and not journal.waiting()
-    assert server.asked.count("runs/log-batch") == 1 and len(waits(caplog)) == 2
+    journal.append({"start": START})
+    run_id = tracking.log_metrics(journal.run_id, answers.uri, tmp_path, {"box_ap": 1.0}, 1)
+    assert run_id == RUN_ID and not journal.waiting()
+    assert answers.asked.count("runs/log-batch") == 1 and len(waits(caplog)) == 2

@@ -1,4 +1,4 @@
-"""Names, descriptions and tags of runs: recipe, what differs from it, and the command that trains the same."""
+"""Names, descriptions and tags of runs, and names of metrics."""
 
 from __future__ import annotations
 
@@ -8,13 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 from mlflow import MlflowClient
+from mlflow.utils.validation import _validate_metric
 
 from vitdet import __version__
 from vitdet.cli import parser
 from vitdet.config import Config, load_config, override, save_config
 from vitdet.tracking.mlflow import tracking_uri
 from vitdet.tracking.naming import LONGEST, description, recipe_of, run_name
-from vitdet.tracking.runs import log_evaluation, start_tracker
+from vitdet.tracking.runs import log_evaluation, metric_name, start_tracker, with_metric_names
 
 ODD = [
     "data.root=it's a 'set'",
@@ -78,7 +79,6 @@ def test_the_described_command_trains_with_the_same_settings(recipe: str, tmp_pa
 def test_tags_tell_recipe_data_code_and_machine_but_no_password(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     weights = "http://user:secret@host/tiny.pt"
     store = f"sqlite:///{tmp_path}/mlflow.db?key=http://user:secret@x"
     config = load_config("tiny", ["optim.lr=1", "data.root=/data/shapes", f"train.init={weights}"])
@@ -103,7 +103,6 @@ def test_tags_tell_recipe_data_code_and_machine_but_no_password(
 def test_training_and_evaluation_log_the_commit_and_the_image_they_ran_in(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     monkeypatch.chdir(tmp_path)  # no repository, as in the image
     config = load_config("tiny")
     monkeypatch.setenv("VITDET_REVISION", "a" * 40 + "-dirty")
@@ -123,3 +122,31 @@ def test_training_and_evaluation_log_the_commit_and_the_image_they_ran_in(
     assert tags["image"] == "registry.example.com/vitdet@sha256:" + "1" * 64
     assert tags["evaluation.git_revision"] == "b" * 40 and "evaluation.image" not in tags
     assert run.data.metrics["box_ap"] == 1.0
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("box_ap", "box_ap"),
+        ("class_ap/traffic light", "class_ap/traffic light"),
+        ("class_ap/cup (small), 50%", "class_ap/cup _small__ 50_"),
+        ("class_ap/a/b", "class_ap/a_b"),
+        ("class_ap/..", "class_ap/_"),
+        ("class_ap/", "class_ap/_"),
+        ("class_ap/.hidden", "class_ap/_hidden"),
+        ("class_ap/straße", "class_ap/straße"),
+        ("class_ap/" + "x" * 300, "class_ap/" + "x" * 241),
+    ],
+)
+def test_a_metric_has_a_name_that_mlflow_accepts(name: str, expected: str) -> None:
+    assert metric_name(name) == expected
+    _validate_metric(expected, 1.0, 1, 1)
+
+
+def test_metrics_of_two_classes_keep_two_names() -> None:
+    given = {"class_ap/a/b": 1.0, "class_ap/a_b": 2.0, "class_ap/a_b_2": 3.0, "class_ap/a?b": 4.0}
+    assert with_metric_names(given) == {
+        "class_ap/a_b": 1.0, "class_ap/a_b_2": 2.0, "class_ap/a_b_2_2": 3.0, "class_ap/a_b_3": 4.0
+    }  # fmt: skip
+    long = with_metric_names({"x" * 300: 1.0, "x" * 301: 2.0})
+    assert list(long) == ["x" * 250, "x" * 248 + "_2"]

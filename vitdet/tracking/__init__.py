@@ -1,1 +1,1 @@
-"""MLflow: tracking of a training, the model registry, comparison of trainings; mlflow is imported only here."""
+"""MLflow: tracking, registry and comparison of training runs; mlflow is imported only here."""

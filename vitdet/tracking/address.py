@@ -19,7 +19,7 @@ STEP = "VITDET_"  # their prefix in a step: pipeline/graph.py
 def tracking_uri(uri: str, folder: Path) -> str:
     """The server in use: the environment's MLFLOW_TRACKING_URI, else `uri`, else FOLDER/mlflow.db.
 
-    Raises ValueError for what can be no address.
+    Raises ValueError for an invalid address.
     """
     _use_step_secret()
     name = "MLFLOW_TRACKING_URI"
@@ -33,7 +33,8 @@ def tracking_uri(uri: str, folder: Path) -> str:
 def run_page(uri: str, experiment_id: str, run_id: str) -> str:
     """Return the address of a run on MLflow's pages, "" if the store has none.
 
-    The environment's MLFLOW_UI_URL is the server's address in a browser, where that differs from `uri`.
+    The environment's MLFLOW_UI_URL is the server's address in a browser, where that differs from
+    `uri`.
     """
     base = os.environ.get("MLFLOW_UI_URL", "") or uri
     if not re.match(r"https?://", base, re.IGNORECASE):
@@ -43,10 +44,11 @@ def run_page(uri: str, experiment_id: str, run_id: str) -> str:
 
 
 def _use_step_secret() -> None:
-    """Set MLflow's variables from the Secret of a pipeline's step, unless MLFLOW_TRACKING_URI is set.
+    """Set MLflow's variables from the Secret of a pipeline's step, unless they are set.
 
-    A step has its Secret in VITDET_MLFLOW_*: the MLflow plugin of Kubeflow Pipelines 2.17 sets MLFLOW_*, and the API
-    server refuses a pod in which one variable is from both, and a PyTorchJob with one variable twice.
+    A step has its Secret in VITDET_MLFLOW_*, as the MLflow plugin of Kubeflow Pipelines 2.17 sets
+    MLFLOW_*: the API server rejects a pod with one variable from both, and a PyTorchJob with one
+    twice.
     """
     if os.environ.get("MLFLOW_TRACKING_URI") or not os.environ.get(f"{STEP}MLFLOW_TRACKING_URI"):
         return

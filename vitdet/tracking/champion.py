@@ -1,16 +1,16 @@
 """The champion: the version of a model with the alias `champion`, which the gate protects.
 
 Its metrics are comparable only if they were measured on the same validation data with the same
-settings as the candidate's; otherwise the champion is evaluated again and the result is stored with
-its version.
+settings as the candidate's; otherwise the champion is evaluated again and the result is stored
+with its version.
 
-Processes that share a folder promote one at a time. On machines without a common folder several can
-promote at the same time, as MLflow cannot set an alias on a condition. Each records its promotion in
-a tag, then sets the alias, then reads all records: if another version that replaced the same champion
-is better, or was forced or restored by a user, it sets the alias to that one and reads again. The
-process that sets the alias last therefore sets it to the best version. Until then the alias may name
-another one for a moment, and it keeps that one if the process dies between these requests or loses
-its server; promote the better version again in this case.
+Processes that share a folder promote one at a time. On machines without a common folder several
+can promote at the same time, as MLflow cannot set an alias on a condition. Each records its
+promotion in a tag, then sets the alias, then reads all records: if another version that replaced
+the same champion is better, or was forced or restored by a user, it sets the alias to that one and
+reads again. The process that sets the alias last therefore sets it to the best version. Until then
+the alias may name another one for a moment, and it keeps that one if the process dies between
+these requests or loses its server; promote the better version again in this case.
 """
 
 from __future__ import annotations
@@ -28,33 +28,18 @@ from typing import TYPE_CHECKING
 from vitdet.config import Config, GateConfig
 from vitdet.data.protocol import Protocol
 from vitdet.files import locked
+from vitdet.tracking import gate as gates
+from vitdet.tracking import history
 from vitdet.tracking.address import hide_credentials
+from vitdet.tracking.client import Client, first_line
 from vitdet.tracking.evaluations import known_metrics, read_evaluation, save_evaluation, tags_of
-from vitdet.tracking.gate import (
-    Evaluation,
-    Verdict,
-    compare,
-    compares_matches,
-    flaw,
-    label,
-    missing,
-)
+from vitdet.tracking.experiments import check_server
+from vitdet.tracking.gate import Evaluation, Verdict, compare, flaw, label, missing
 from vitdet.tracking.history import ALIAS as ALIAS
-from vitdet.tracking.history import (
-    PROMOTED,
-    Event,
-    champion_of,
-    events,
-    record,
-    rivals,
-    rolled_back,
-    withdraw,
-)
-from vitdet.tracking.mlflow import connect, tracking_uri
-from vitdet.tracking.requests import first_line
+from vitdet.tracking.history import PROMOTED, Event, champion_of, events
+from vitdet.tracking.mlflow import connect
 
 if TYPE_CHECKING:
-    from mlflow import MlflowClient
     from mlflow.entities.model_registry import ModelVersion
 
 log = logging.getLogger(__name__)
@@ -73,15 +58,11 @@ class Evaluated:
 
 
 def evaluation_like(config: Config, class_names: Sequence[str], protocol: Protocol) -> Evaluate:
-    """Return a function that evaluates a champion as a candidate with these classes was evaluated."""
+    """Return a function that evaluates a champion as a candidate was; class_names: its classes."""
     from vitdet.evaluation.evaluator import evaluate_alike
 
-    return partial(
-        evaluate_alike,
-        config=config,
-        class_names=class_names,
-        val_fingerprint=protocol.fingerprint,
-    )
+    data = protocol.fingerprint
+    return partial(evaluate_alike, config=config, class_names=class_names, val_fingerprint=data)
 
 
 def is_known(
@@ -91,11 +72,9 @@ def is_known(
 
     Raises ConnectionError if MLflow does not respond, like all functions of this module.
     """
-    client, _ = connect(None, uri, folder)
-    champion = _champion(client, model_name)
-    if champion is None:
-        return True
-    return not missing(gate, _read(client, champion, protocol, gate, uri, folder))
+    contest = _Contest(connect(uri, folder), model_name, protocol, gate)
+    champion = contest.champion()
+    return champion is None or not missing(gate, contest.read(champion))
 
 
 def evaluate_champion(
@@ -109,17 +88,18 @@ def evaluate_champion(
 ) -> Evaluated | None:
     """Evaluate the champion's checkpoint and store the result under this protocol in the registry.
 
-    Returns the metrics or the reason for a failure; None if there is no champion. Any Exception during
-    the download or in `evaluate` is a failure; unexpected ones are logged with their traceback.
+    Returns the metrics or the reason for a failure; None if there is no champion. Any Exception
+    during the download or in `evaluate` is a failure; unexpected ones are logged with their
+    traceback.
     """
-    client, _ = connect(None, uri, folder)
-    champion = _champion(client, model_name)
+    contest = _Contest(connect(uri, folder), model_name, protocol, gate)
+    champion = contest.champion()
     if champion is None:
         return None
-    known = _read(client, champion, protocol, gate, uri, folder)
+    known = contest.read(champion)
     if not missing(gate, known):
         return Evaluated(str(champion.version), known.metrics)
-    return _evaluate(client, champion, protocol, gate, evaluate, uri, folder)
+    return contest.evaluate(evaluate, champion)
 
 
 def judge(
@@ -137,20 +117,13 @@ def judge(
     """Compare a candidate with the champion under the same protocol.
 
     The first model passes; a tie does not, and neither does a version after a rollback from it to
-    another one. The champion itself passes: it is recognized by `version`,
-    that of the candidate if it is registered. evaluated: an earlier result of `evaluate_champion`.
-    evaluate: evaluates the champion if its evaluation is unknown; without it, the candidate is
-    rejected in this case.
+    another one. The champion itself passes: it is recognized by `version`, that of the candidate
+    if it is registered. evaluated: an earlier result of `evaluate_champion`. evaluate: evaluates
+    the champion if its evaluation is unknown; without it, the candidate is rejected in this case.
     """
-    client, _ = connect(None, uri, folder)
-
-    def again(champion: ModelVersion) -> Evaluated | None:
-        if evaluate is None:
-            return evaluated
-        return _evaluate(client, champion, protocol, gate, evaluate, uri, folder)
-
-    champion = _champion(client, model_name)
-    return _judge(client, champion, candidate, protocol, gate, uri, folder, again, version)
+    contest = _Contest(connect(uri, folder), model_name, protocol, gate)
+    again = partial(contest.evaluate, evaluate) if evaluate else lambda _: evaluated
+    return contest.judge(contest.champion(), candidate, version, again)
 
 
 def promote(
@@ -168,78 +141,44 @@ def promote(
 
     Another version may have been promoted in the meantime.
     """
-    client, _ = connect(None, uri, folder)
+    client = connect(uri, folder)
+    contest = _Contest(client, model_name, protocol, gate)
     with promoting(folder):
-        champion = _champion(client, model_name)
-        is_itself = champion is not None and str(champion.version) == version
-        verdict = _judge(
-            client,
-            champion,
-            candidate,
-            protocol,
-            gate,
-            uri,
-            folder,
-            lambda _: evaluated,
-            version,
-        )
+        champion = contest.champion()
+        verdict = contest.judge(champion, candidate, version, lambda _: evaluated)
         if not verdict.passed:
             return verdict
-        own = client.get_model_version(model_name, version)
-        if not is_itself or gate.metric not in known_metrics(own, protocol):
-            known = tags_of(known_metrics(own, protocol))
+        is_itself = champion is not None and str(champion.version) == version
+        known = known_metrics(client.get_model_version(model_name, version), protocol)
+        if not is_itself or gate.metric not in known:
+            stored = tags_of(known)
             for key, value in tags_of(candidate.metrics).items():
-                if key == gate.metric or known.get(key) != value:
+                if key == gate.metric or stored.get(key) != value:
                     client.set_model_version_tag(model_name, version, protocol.tag(key), value)
         if is_itself:
             return verdict
         before = "" if champion is None else str(champion.version)
-        event = record(client, model_name, version, PROMOTED, before, verdict.reason)
+        event = history.record(client, model_name, version, PROMOTED, before, verdict.reason)
         ap = float(tags_of(candidate.metrics)[gate.metric])
-        best = _best(client, model_name, event, ap, protocol, gate)
+        best = contest.best(event, ap)
         previous = None if best[1] == version else best  # a better one sets the alias itself
         while best != previous:
             client.set_registered_model_alias(model_name, ALIAS, best[1])
-            previous, best = best, _best(client, model_name, event, ap, protocol, gate)
+            previous, best = best, contest.best(event, ap)
         if best[1] != version and all(one.before != version for one in events(client, model_name)):
-            withdraw(client, model_name, event)
-            shown = (
-                f"with {best[0]:.4g} was promoted" if best[0] <= 100 else "was made the champion"
-            )
+            history.withdraw(client, model_name, event)
+            by_ap = best[0] <= 100
+            shown = f"with {best[0]:.4g} was promoted" if by_ap else "was made the champion"
             return Verdict(False, f"{verdict.reason}; version {best[1]} {shown} at the same time")
     return verdict
 
 
-def _best(
-    client: MlflowClient,
-    model_name: str,
-    event: Event,
-    ap: float,
-    protocol: Protocol,
-    gate: GateConfig,
-) -> tuple[float, str]:
-    """Return (AP, version) of the best of this promotion and its rivals, of equals the older version.
-
-    A version that a user forced or restored in place of the same champion is better than any other;
-    its AP is infinite.
-    """
-    found = [(ap, event.version)]
-    for rival in rivals(events(client, model_name), event):
-        other = client.get_model_version(model_name, rival.version)
-        known = known_metrics(other, protocol).get(gate.metric, -1.0)
-        by_user = rival.action != PROMOTED and rival.before == event.before
-        found.append((float("inf") if by_user else known, rival.version))
-    return max(found, key=lambda one: (one[0], -int(one[1])))
-
-
 def update_tags(
-    version: str,
+    client: Client,
+    folder: Path,
+    version: ModelVersion,
     metrics: Mapping[str, float | None],
     protocol: Protocol,
-    *,
-    uri: str,
-    folder: Path,
-    model_name: str,
 ) -> bool:
     """Update the tags of a version with metrics that were measured under this protocol.
 
@@ -249,122 +188,25 @@ def update_tags(
     """
     if not protocol.fingerprint or metrics.get("box_ap") is None:
         return False
-    client, _ = connect(None, uri, folder)
+    name, number = version.name, str(version.version)
     with promoting(folder):
-        found = client.get_model_version(model_name, version)
-        is_champion = champion_of(client, model_name) == str(found.version)
-        if is_champion and "box_ap" in known_metrics(found, protocol):
+        version = client.get_model_version(name, number)
+        is_champion = champion_of(client, name) == number
+        if is_champion and "box_ap" in known_metrics(version, protocol):
             return False
-        tags = found.tags
-        new = tags_of(metrics)
+        tags, new = version.tags, tags_of(metrics)
         new |= {protocol.tag(key): new[key] for key in list(new) if protocol.tag(key) in tags}
         new |= protocol.tags()
         before = Protocol(tags.get("val_fingerprint", ""), tags.get("evaluate_settings", ""))
         if before != protocol:
-            known = tags_of(known_metrics(found, before))
+            known = tags_of(known_metrics(version, before))
             new |= {before.tag(key): value for key, value in known.items()}
             for key in (known.keys() & tags.keys()) - new.keys():  # not measured this time
-                client.delete_model_version_tag(model_name, version, key)
+                client.delete_model_version_tag(name, number, key)
         for key, value in new.items():
             if tags.get(key) != value:
-                client.set_model_version_tag(model_name, version, key, value)
+                client.set_model_version_tag(name, number, key, value)
     return True
-
-
-def _judge(
-    client: MlflowClient,
-    champion: ModelVersion | None,
-    candidate: Evaluation,
-    protocol: Protocol,
-    gate: GateConfig,
-    uri: str,
-    folder: Path,
-    evaluate: Callable[[ModelVersion], Evaluated | None],
-    version: str,
-) -> Verdict:
-    if reason := flaw(gate, candidate):
-        return Verdict(False, reason)
-    shown = f"{label(gate)} {candidate.metrics[gate.metric]:.4g}"
-    if champion is None:
-        return Verdict(True, f"{shown}: the first champion")
-    name = f"the champion, version {champion.version}"
-    if str(champion.version) == version:
-        return Verdict(True, f"{shown}: is already {name}")
-    if undone := rolled_back(events(client, champion.name), version):
-        because = undone.reason and f" ({undone.reason})"
-        return Verdict(
-            False,
-            f"version {version} was rolled back to version {undone.version} at {undone.time}{because}; "
-            f"`vitdet promote {champion.name} --version {version} --force REASON` makes it the champion again",
-        )
-    before, failure = _read(client, champion, protocol, gate, uri, folder), ""
-    if missing(gate, before):
-        again = evaluate(champion)
-        if again is not None and again.version == str(champion.version):
-            failure = again.failure
-            anew = client.get_model_version(champion.name, champion.version)
-            stored = _read(client, anew, protocol, gate, uri, folder)
-            before = Evaluation({**again.metrics, **stored.metrics}, stored.matches)
-    if what := missing(gate, before):
-        return Verdict(
-            False,
-            f"{shown}: {name}, has no {what} on this validation data with these settings "
-            f"({failure or 'it was not evaluated on them; run this again'})",
-        )
-    return compare(gate, candidate, before, name)
-
-
-def _champion(client: MlflowClient, model_name: str) -> ModelVersion | None:
-    number = champion_of(client, model_name)
-    return None if number is None else client.get_model_version(model_name, number)
-
-
-def _read(
-    client: MlflowClient,
-    champion: ModelVersion,
-    protocol: Protocol,
-    gate: GateConfig,
-    uri: str,
-    folder: Path,
-) -> Evaluation:
-    server = tracking_uri(uri, folder)
-    return read_evaluation(client, server, champion, protocol, compares_matches(gate))
-
-
-def _evaluate(
-    client: MlflowClient,
-    champion: ModelVersion,
-    protocol: Protocol,
-    gate: GateConfig,
-    evaluate: Evaluate,
-    uri: str,
-    folder: Path,
-) -> Evaluated:
-    from mlflow.exceptions import MlflowException
-
-    from vitdet.tracking.packaged_model import download_checkpoint
-
-    number = str(champion.version)
-    try:
-        with tempfile.TemporaryDirectory(prefix="vitdet-champion-") as work:
-            server, plots = tracking_uri(uri, folder), Path(work) / "plots"
-            checkpoint = download_checkpoint(server, champion.name, number, Path(work))
-            metrics = evaluate(checkpoint, plots)
-            ap = metrics.get(gate.metric)
-            if ap is None or not 0 <= ap <= 100:
-                raise ValueError(f"its {label(gate)} is {ap}")
-            save_evaluation(client, champion, protocol, metrics, plots)
-    except Exception as error:  # also errors of storage clients, or out of memory
-        connect(None, uri, folder)  # not a failure of the champion if the server does not respond
-        line, kind = first_line(error) if str(error).strip() else "", type(error).__name__
-        expected = isinstance(error, MlflowException | OSError | ValueError | LookupError)
-        if not expected or isinstance(error, KeyError | IndexError):
-            shown = hide_credentials(traceback.format_exc())
-            log.warning("the champion, version %s, cannot be evaluated\n%s", number, shown)
-            line = f"{kind}: {line}" if line else ""
-        line = line or kind
-        return Evaluated(number, failure=f"it cannot be evaluated: {line}")
-    return Evaluated(number, metrics)
 
 
 @contextmanager
@@ -374,3 +216,102 @@ def promoting(folder: Path) -> Iterator[None]:
     path = folder / ".champion.lock"
     with locked(path, waiting=f"{path}: waiting for another process that updates the champion"):
         yield
+
+
+@dataclass(frozen=True)
+class _Contest:
+    """The champion of a model, and its comparison with candidates under a protocol."""
+
+    client: Client
+    model_name: str
+    protocol: Protocol
+    gate: GateConfig
+
+    def champion(self) -> ModelVersion | None:
+        number = champion_of(self.client, self.model_name)
+        return None if number is None else self.client.get_model_version(self.model_name, number)
+
+    def read(self, version: ModelVersion) -> Evaluation:
+        matches = gates.compares_matches(self.gate)
+        return read_evaluation(self.client, version, self.protocol, matches)
+
+    def evaluate(self, evaluate: Evaluate, champion: ModelVersion) -> Evaluated:
+        """Evaluate the champion and store the result; see `evaluate_champion`."""
+        from mlflow.exceptions import MlflowException
+
+        from vitdet.tracking.packaged_model import download_checkpoint
+
+        uri, name, number = self.client.uri, champion.name, str(champion.version)
+        try:
+            with tempfile.TemporaryDirectory(prefix="vitdet-champion-") as work:
+                plots = Path(work) / "plots"
+                metrics = evaluate(download_checkpoint(uri, name, number, Path(work)), plots)
+                ap = metrics.get(self.gate.metric)
+                if ap is None or not 0 <= ap <= 100:
+                    raise ValueError(f"its {label(self.gate)} is {ap}")
+                save_evaluation(self.client, champion, self.protocol, metrics, plots)
+        except Exception as error:  # also errors of storage clients, or out of memory
+            check_server(self.client)  # without an answer it is not a failure of the champion
+            line, kind = first_line(error) if str(error).strip() else "", type(error).__name__
+            expected = isinstance(error, MlflowException | OSError | ValueError | LookupError)
+            if not expected or isinstance(error, KeyError | IndexError):
+                shown = hide_credentials(traceback.format_exc())
+                log.warning("the champion, version %s, cannot be evaluated\n%s", number, shown)
+                line = f"{kind}: {line}" if line else ""
+            return Evaluated(number, failure=f"it cannot be evaluated: {line or kind}")
+        return Evaluated(number, metrics)
+
+    def judge(
+        self,
+        champion: ModelVersion | None,
+        candidate: Evaluation,
+        version: str,
+        evaluate: Callable[[ModelVersion], Evaluated | None],
+    ) -> Verdict:
+        """Compare a candidate with the champion, see `judge`. evaluate: if necessary."""
+        client, gate = self.client, self.gate
+        if reason := flaw(gate, candidate):
+            return Verdict(False, reason)
+        shown = f"{label(gate)} {candidate.metrics[gate.metric]:.4g}"
+        if champion is None:
+            return Verdict(True, f"{shown}: the first champion")
+        model, number = champion.name, str(champion.version)
+        name = f"the champion, version {number}"
+        if number == version:
+            return Verdict(True, f"{shown}: is already {name}")
+        if undone := history.rolled_back(events(client, model), version):
+            because = undone.reason and f" ({undone.reason})"
+            return Verdict(
+                False,
+                f"version {version} was rolled back to version {undone.version} at {undone.time}"
+                f"{because}; `vitdet promote {model} --version {version} --force REASON` makes it "
+                "the champion again",
+            )
+        before, failure = self.read(champion), ""
+        if missing(gate, before):
+            again = evaluate(champion)
+            if again is not None and again.version == number:
+                failure = again.failure
+                stored = self.read(client.get_model_version(model, number))
+                before = Evaluation({**again.metrics, **stored.metrics}, stored.matches)
+        if what := missing(gate, before):
+            return Verdict(
+                False,
+                f"{shown}: {name}, has no {what} on this validation data with these settings "
+                f"({failure or 'it was not evaluated on them; run this again'})",
+            )
+        return compare(gate, candidate, before, name)
+
+    def best(self, event: Event, ap: float) -> tuple[float, str]:
+        """Return (AP, version) of the best of this promotion and its rivals; of equals the older.
+
+        A version that a user forced or restored in place of the same champion is better than any
+        other; its AP is infinite.
+        """
+        found = [(ap, event.version)]
+        for rival in history.rivals(events(self.client, self.model_name), event):
+            other = self.client.get_model_version(self.model_name, rival.version)
+            known = known_metrics(other, self.protocol).get(self.gate.metric, -1.0)
+            by_user = rival.action != PROMOTED and rival.before == event.before
+            found.append((float("inf") if by_user else known, rival.version))
+        return max(found, key=lambda one: (one[0], -int(one[1])))

@@ -1,4 +1,4 @@
-"""Comparison of the trainings of a pipeline run: the MLflow parent run and its tables."""
+"""Comparison of the training runs of a pipeline run: the MLflow parent run and its tables."""
 
 from __future__ import annotations
 
@@ -6,28 +6,20 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from vitdet.tracking.address import run_page
-from vitdet.tracking.champion import ALIAS
-from vitdet.tracking.experiments import experiment_id
-from vitdet.tracking.mlflow import connect, tracking_uri
-from vitdet.tracking.plugin import plugin_run
-from vitdet.tracking.requests import create
+from vitdet.tracking.address import run_page, tracking_uri
+from vitdet.tracking.client import Client, create
+from vitdet.tracking.experiments import experiment_id, plugin_run
+from vitdet.tracking.history import champion_of
+from vitdet.tracking.mlflow import connect
 from vitdet.tracking.table import COLUMNS, page, seeds_table, trainings_table
-
-if TYPE_CHECKING:
-    from mlflow import MlflowClient
 
 # KFP's final state of a run -> MLflow's. KFP servers report COMPLETE or SUCCEEDED; some report
 # RUNNING while the exit handler runs: then the state depends on the table of the last step.
 ENDS = {
-    "SUCCEEDED": "FINISHED",
-    "COMPLETE": "FINISHED",
-    "CACHED": "FINISHED",
+    **dict.fromkeys(("SUCCEEDED", "COMPLETE", "CACHED"), "FINISHED"),
+    **dict.fromkeys(("CANCELLED", "CANCELED"), "KILLED"),
     "FAILED": "FAILED",
-    "CANCELLED": "KILLED",
-    "CANCELED": "KILLED",
 }
 
 
@@ -39,13 +31,13 @@ def start_parent_run(
     With the MLflow plugin of Kubeflow Pipelines it is the plugin's run. Raises ConnectionError if
     MLflow does not respond.
     """
-    client, _ = connect(None, uri, folder)
+    client = connect(uri, folder)
     tags = {"group": group, "pipeline_run": group, "recipes": " ".join(names)}
     if run := plugin_run(client, group):
         for key, value in tags.items():
             client.set_tag(run.info.run_id, key, value)
         return run.info.run_id
-    place = experiment_id(client, tracking_uri(uri, folder), folder, experiment)
+    place = experiment_id(client, folder, experiment)
     tags |= {"mlflow.source.name": "pipeline", "mlflow.source.type": "JOB"}
     name = " / ".join(names) if len(names) < 4 else f"{len(names)} trainings"
     return create(
@@ -59,11 +51,10 @@ def end_parent_run(group: str, state: str, *, uri: str, folder: Path, experiment
 
     A run of the MLflow plugin is ended by the plugin.
     """
-    client, _ = connect(None, uri, folder)
+    client = connect(uri, folder)
     if plugin_run(client, group):
         return
-    place = experiment_id(client, tracking_uri(uri, folder), folder, experiment)
-    if parent := _parent(client, place, group):
+    if parent := _parent(client, experiment_id(client, folder, experiment), group):
         unknown = "FINISHED" if "best" in client.get_run(parent).data.tags else "FAILED"
         client.set_terminated(parent, ENDS.get(state.upper(), unknown))
 
@@ -73,8 +64,8 @@ def page_of_run(run_id: str | None, *, uri: str, folder: Path) -> str:
     address = tracking_uri(uri, folder)
     if not run_id or not run_page(address, "", run_id):
         return ""
-    client, _ = connect(None, uri, folder)
-    return run_page(address, client.get_run(run_id).info.experiment_id, run_id)
+    run = connect(uri, folder).get_run(run_id)
+    return run_page(address, run.info.experiment_id, run_id)
 
 
 def compare(
@@ -88,20 +79,17 @@ def compare(
     experiment: str,
     model_name: str,
 ) -> tuple[str, str, str]:
-    """Compare the trainings of a group, best box AP first, and log the table to the parent run.
+    """Compare the training runs of a group, best box AP first, and log the table to the parent run.
 
-    Args:
-        rows: {"name", "val_fingerprint", "evaluate_settings", "run_id", "passed", "reason", "metrics"}
-            of each training with a verdict.
-        failures: {name: why its steps did not all succeed}.
-        settings: {name: {setting: value}} of those that vary among the trainings of one recipe.
+    Returns the tables as Markdown without links, as Markdown with links to MLflow, and as an HTML
+    page.
 
-    Returns:
-        The tables as Markdown without links, as Markdown with links to MLflow, and as an HTML page.
+    rows: name, val_fingerprint, evaluate_settings, run_id, passed, reason and metrics of each
+    training run with a verdict. failures: {name: why its steps did not all succeed}. settings:
+    {name: {setting: value}} of those that vary among the training runs of one recipe.
 
-    Raises:
-        ValueError: The trainings were evaluated on different data or with different settings.
-        ConnectionError: MLflow does not respond.
+    Raises ValueError if the detectors were evaluated on different data or with different settings,
+    ConnectionError if MLflow does not respond.
     """
     for key, what in (
         ("val_fingerprint", "on different data"),
@@ -110,34 +98,33 @@ def compare(
         values = sorted({row[key] for row in rows})
         if len(values) > 1:
             raise ValueError(
-                f"the trainings were evaluated {what} ({', '.join(values)}): not comparable"
+                f"the training runs were evaluated {what} ({', '.join(values)}): not comparable"
             )
-    client, _ = connect(None, uri, folder)
-    address = tracking_uri(uri, folder)
-    champion, versions = _versions(client, model_name)
-    ordered = sorted(rows, key=lambda row: -_metric(row, "box_ap"))
+    client = connect(uri, folder)
+    found = client.search_model_versions(f"name = '{model_name}'")
+    found = sorted(found, key=lambda one: int(one.version))
+    versions = {one.run_id: str(one.version) for one in found if one.run_id}  # the newest of a run
+    ordered = sorted(rows, key=_box_ap, reverse=True)
     names = list(dict.fromkeys([*(row["name"] for row in ordered), *failures]))
     parent = start_parent_run(group, names, uri=uri, folder=folder, experiment=experiment)
     place = client.get_run(parent).info.experiment_id
     links = {
         row["name"]: link
         for row in ordered
-        if row["run_id"] and (link := run_page(address, place, row["run_id"]))
+        if row["run_id"] and (link := run_page(client.uri, place, row["run_id"]))
     }
+    champion = champion_of(client, model_name)
     tables = [trainings_table(ordered, failures, settings, champion, versions, links)]
     if over_seeds := seeds_table(ordered, settings):
         tables.insert(0, over_seeds)
-    data = f"Data {ordered[0]['val_fingerprint']}" if ordered else "No training finished"
+    data = f"Data {ordered[0]['val_fingerprint']}" if ordered else "No training run finished"
+    address = run_page(client.uri, place, parent)
     text = "\n".join([f"{data}\n", *(replace(one, links={}).markdown() for one in tables)])
-    address = run_page(address, place, parent)
-    linked = "\n".join(
-        [
-            f"{data}\n",
-            *(one.markdown() for one in tables),
-            *([f"[MLflow]({address})"] * bool(address)),
-        ]
-    )
-    html = page("Comparison", [data, *([f"MLflow: {address}"] * bool(address))], tables)
+    linked = "\n".join([f"{data}\n", *(one.markdown() for one in tables)])
+    paragraphs = [data]
+    if address:
+        linked += f"\n[MLflow]({address})"
+        paragraphs.append(f"MLflow: {address}")
     for row in ordered:
         for key in COLUMNS[:2]:
             if row["metrics"].get(key) is not None:
@@ -150,26 +137,14 @@ def compare(
     with tempfile.TemporaryDirectory() as work:
         (Path(work) / "comparison.md").write_text(text)
         client.log_artifact(parent, str(Path(work) / "comparison.md"))
-    return text, linked, html
+    return text, linked, page("Comparison", paragraphs, tables)
 
 
-def _metric(row: dict, key: str) -> float:
-    value = row["metrics"].get(key)
+def _box_ap(row: dict) -> float:
+    value = row["metrics"].get("box_ap")
     return -1.0 if value is None else value
 
 
-def _parent(client: MlflowClient, place: str, group: str) -> str | None:
+def _parent(client: Client, place: str, group: str) -> str | None:
     found = client.search_runs([place], f"tags.group = '{group}'")
     return found[0].info.run_id if found else None
-
-
-def _versions(client: MlflowClient, model_name: str) -> tuple[str | None, dict[str, str]]:
-    """Return (the champion's version, {run id: its newest version})."""
-    models = client.search_registered_models(f"name = '{model_name}'")
-    found = sorted(
-        client.search_model_versions(f"name = '{model_name}'"), key=lambda one: int(one.version)
-    )
-    alias = models[0].aliases.get(ALIAS) if models else None
-    return (None if alias is None else str(alias)), {
-        one.run_id: str(one.version) for one in found if one.run_id
-    }

@@ -1,6 +1,10 @@
-"""The evaluations of a model version: metrics in its tags, per-image matches among its artifacts.
+"""Where the registry keeps the evaluations of a model version.
 
-Each is of a protocol, the validation data and the settings, by whose digest it is stored.
+A version may have been evaluated several times, on different validation data or with different
+settings (`vitdet.data.protocol.Protocol`). Each evaluation is stored by the digest of its
+protocol: its metrics in tags of the version named METRIC_DIGEST, its per-image matches in the
+artifact evaluation/DIGEST/matches.npz. The tags METRIC, `val_fingerprint` and `evaluate_settings`
+without a digest are the evaluation that the version was registered with.
 """
 
 from __future__ import annotations
@@ -18,10 +22,10 @@ from vitdet.data.protocol import Protocol
 from vitdet.evaluation.bootstrap import WeightedAP
 from vitdet.evaluation.coco import NAMES
 from vitdet.evaluation.matches import MATCHES, load_matches
+from vitdet.tracking.client import Client
 from vitdet.tracking.gate import Evaluation
 
 if TYPE_CHECKING:
-    from mlflow import MlflowClient
     from mlflow.entities.model_registry import ModelVersion
 
 log = logging.getLogger(__name__)
@@ -29,12 +33,12 @@ METRICS = ("box_ap", "box_ap50", "box_ap75", "mask_ap", "mask_ap50", "mask_ap75"
 
 
 def tags_of(metrics: Mapping[str, float | None]) -> dict[str, str]:
-    """Return the metrics that are stored as tags of a version."""
+    """Return those of the metrics that are stored in tags, with four significant digits."""
     return {key: f"{value:.4g}" for key in METRICS if (value := metrics.get(key)) is not None}
 
 
 def matches_folder(protocol: Protocol) -> str:
-    """Return the folder, among the artifacts of a version, of the matches under this protocol."""
+    """Return the artifact folder of the matches under this protocol."""
     return f"evaluation/{protocol.digest}"
 
 
@@ -48,46 +52,44 @@ def model_id_of(version: ModelVersion) -> str | None:
 
 
 def known_metrics(version: ModelVersion, protocol: Protocol) -> dict[str, float]:
-    """Return the metrics of a version that are known under this protocol."""
+    """Return the metrics of a version under this protocol; empty without such an evaluation."""
     tags, own = version.tags, protocol.tags()
     if not own:
         return {}
-    is_own = own == {key: tags.get(key) for key in own}
-    # under the protocol's tag when it was promoted or evaluated again, which precedes the registration
-    found = {key: tags.get(protocol.tag(key), tags.get(key) if is_own else None) for key in METRICS}
+    registered = own.items() <= tags.items()  # with an evaluation under this protocol
+    # a later evaluation, in the tags with the digest, precedes that of the registration
+    found = {
+        key: tags.get(protocol.tag(key), tags.get(key) if registered else None) for key in METRICS
+    }
     return {key: float(value) for key, value in found.items() if value is not None}
 
 
 def read_evaluation(
-    client: MlflowClient, uri: str, version: ModelVersion, protocol: Protocol, matches: bool
+    client: Client, version: ModelVersion, protocol: Protocol, matches: bool
 ) -> Evaluation:
-    """Return what the registry has of the evaluation of a version under this protocol.
+    """Return the stored evaluation of a version under this protocol; without metrics if none is.
 
-    matches: whether the per-image matches are read, if they are stored.
+    matches: whether to download the per-image matches, if they are stored.
     """
     metrics = known_metrics(version, protocol)
-    folder = matches_folder(protocol)
-    model = model_id_of(version) if matches and metrics else None
-    stored = client.list_logged_model_artifacts(model, folder) if model else []
-    if not any(one.path == f"{folder}/{MATCHES}" for one in stored):
+    if not (matches and metrics and _has_matches(client, version, protocol)):
         return Evaluation(metrics)
     from vitdet.tracking.packaged_model import download
 
+    artifact = f"models:/{version.name}/{version.version}/{matches_folder(protocol)}/{MATCHES}"
     with tempfile.TemporaryDirectory(prefix="vitdet-matches-") as work:
-        path = download(
-            uri, f"models:/{version.name}/{version.version}/{folder}/{MATCHES}", Path(work)
-        )
-        return Evaluation(metrics, load_matches(path))
+        return Evaluation(metrics, load_matches(download(client.uri, artifact, Path(work))))
 
 
 def save_evaluation(
-    client: MlflowClient,
+    client: Client,
     version: ModelVersion,
     protocol: Protocol,
     metrics: Mapping[str, float | None],
     plots: Path,
 ) -> None:
-    """Store the evaluation of a version under this protocol; the matches first, if `plots` has them."""
+    """Store an evaluation of a version. plots: the folder with its matches, if there are any."""
+    # the matches first: metrics without them would be taken for complete
     if (model := model_id_of(version)) and (plots / MATCHES).is_file():
         client.log_model_artifact(model, str(plots / MATCHES), matches_folder(protocol))
     for key, value in tags_of(metrics).items():
@@ -95,40 +97,43 @@ def save_evaluation(
 
 
 def add_matches(
-    client: MlflowClient,
+    client: Client,
     version: ModelVersion,
     protocol: Protocol,
     metrics: Mapping[str, float | None],
     plots: Path,
 ) -> None:
-    """Store the matches of the evaluation of which a version has the metrics only; log why, if not."""
-    model, folder, reason = model_id_of(version), matches_folder(protocol), ""
+    """Store the matches of an evaluation whose metrics a version has already.
+
+    metrics: of the evaluation in `plots`. If they differ from the stored ones, or matches are
+    stored already, a warning is logged and nothing is stored.
+    """
+    model, reason = model_id_of(version), ""
     known = tags_of(known_metrics(version, protocol))
     if not model:
         reason = "it has no logged model"
     elif not known or known != tags_of(metrics):
         reason = f"its metrics are of another evaluation: {known}, not {tags_of(metrics)}"
-    elif any(
-        one.path == f"{folder}/{MATCHES}"
-        for one in client.list_logged_model_artifacts(model, folder)
-    ):
+    elif _has_matches(client, version, protocol):
         reason = "it has matches of this evaluation"
     else:
-        client.log_model_artifact(model, str(plots / MATCHES), folder)
+        client.log_model_artifact(model, str(plots / MATCHES), matches_folder(protocol))
     if reason:
-        log.warning(
-            "%s, version %s: the matches in %s are not stored, as %s",
-            version.name,
-            version.version,
-            plots,
-            reason,
-        )
+        shown = f"{version.name}, version {version.version}"
+        log.warning("%s: the matches in %s are not stored, as %s", shown, plots, reason)
+
+
+def _has_matches(client: Client, version: ModelVersion, protocol: Protocol) -> bool:
+    model, folder = model_id_of(version), matches_folder(protocol)
+    stored = client.list_logged_model_artifacts(model, folder) if model else []
+    return any(one.path == f"{folder}/{MATCHES}" for one in stored)
 
 
 def evaluation_of(metrics: Mapping[str, float | None], plots: Path | None) -> Evaluation:
-    """Return the evaluation with these metrics, and the matches in the folder of `vitdet evaluate --plots`.
+    """Return an evaluation that was just made, from its metrics and the folder of its matches.
 
-    Raises FileNotFoundError if there are none, and ValueError if they are of another evaluation.
+    plots: the folder of `vitdet evaluate --plots`; None: without matches. Raises FileNotFoundError
+    if it has no matches, and ValueError if their AP is not that of the metrics.
     """
     if plots is None:
         return Evaluation(metrics)
@@ -140,8 +145,8 @@ def evaluation_of(metrics: Mapping[str, float | None], plots: Path | None) -> Ev
     matches = load_matches(path)
     for kind, one in matches.items():
         key = f"{NAMES[kind]}_ap"
-        mean = WeightedAP(one)(np.ones(len(one.image_ids), int))[0, 0]
-        ap, expected = float(mean), metrics.get(key)
+        ap = float(WeightedAP(one)(np.ones(len(one.image_ids), int))[0, 0])
+        expected = metrics.get(key)
         if ap == ap and (expected is None or abs(ap - expected) > 1e-6):
             raise ValueError(
                 f"{path}: of another evaluation than the metrics ({key} {ap:.6g}, not {expected}); "
@@ -151,21 +156,24 @@ def evaluation_of(metrics: Mapping[str, float | None], plots: Path | None) -> Ev
 
 
 def protocol_of(record: Mapping) -> Protocol:
-    """Return the protocol in the record of an evaluation that a pipeline step wrote."""
+    """Return the protocol in the file that a pipeline's step `evaluate` wrote."""
     return Protocol(record["val_fingerprint"], record["evaluate_settings"])
 
 
 def plots_of(record: Mapping) -> Path | None:
-    """Return the folder of such an evaluation's files; None if they were removed since, as its step was cached."""
+    """Return the folder of matches in the file that a pipeline's step `evaluate` wrote.
+
+    None if there are none, e.g. removed since, as the step was cached.
+    """
     path = Path(record.get("plots", "")) / MATCHES
     return path.parent if "plots" in record and path.is_file() else None
 
 
 def recorded_evaluation(record: Mapping) -> Evaluation:
-    """Return such an evaluation."""
+    """Return the evaluation in the file that a pipeline's step `evaluate` wrote."""
     found = evaluation_of(record["metrics"], plots_of(record))
     removed = (
-        "its files were removed since the pipeline's step `evaluate` was cached; submit the pipeline "
-        "again with --no-cache"
+        "its files were removed since the pipeline's step `evaluate` was cached; submit the "
+        "pipeline again with --no-cache"
     )
     return found if found.matches else replace(found, remedy=removed)

@@ -1,36 +1,46 @@
-"""The experiment that a run belongs to."""
+"""Where a run is created: its experiment, and the run of a pipeline that becomes its parent.
+
+The MLflow plugin of Kubeflow Pipelines (since 2.17, with its setting `injectUserEnvVars`) gives
+each step MLFLOW_TRACKING_URI, MLFLOW_EXPERIMENT_ID and MLFLOW_RUN_ID; the latter is a run of the
+step, below a run of the pipeline run (kubeflow/pipelines 2.17.0,
+backend/src/v2/common/plugins/mlflow/handler.go). That one becomes the parent of the training runs,
+in its experiment, so that MLflow has one tree. The plugin ends it.
+"""
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vitdet.tracking.address import hide_credentials
-from vitdet.tracking.requests import RefusedError, create, using
+from vitdet.tracking.client import Client, RefusedError, create
 
 if TYPE_CHECKING:
-    from mlflow import MlflowClient
+    from mlflow.entities import Experiment, Run
+
+PARENT = "mlflow.parentRunId"
+# tag of the plugin: backend/src/apiserver/plugins/mlflow/run_start.go
+OWNER = "kfp.pipeline_run_id"
+DEPTH = 8  # runs from a step's to the pipeline's: one, and one for each loop around the step
 
 
 def experiment_id(
-    client: MlflowClient,
-    uri: str,
-    folder: Path,
-    name: str,
-    setting: str = "tracking.experiment",
+    client: Client, folder: Path, name: str, setting: str = "tracking.experiment"
 ) -> str:
-    """Return the id of the experiment; a new one in a sqlite file keeps its artifacts in FOLDER/mlartifacts.
+    """Return the id of the experiment; create it if it does not exist.
 
-    setting: where its name is from. Raises RefusedError if it was deleted, and if the store can never be used.
+    folder: of the artifacts of a SQLite file, in mlartifacts/. setting: with the name. Raises
+    RefusedError if it was deleted, or if the service is not MLflow.
     """
-    place = (Path(folder).resolve() / "mlartifacts").as_uri() if uri.startswith("sqlite:") else None
+    is_file = client.uri.startswith("sqlite:")
+    place = (Path(folder).resolve() / "mlartifacts").as_uri() if is_file else None
 
     def found() -> str | None:
-        with using(uri):
-            experiment = client.get_experiment_by_name(name)
+        experiment = _experiment(client, name)
         if experiment is None:
             return None
-        number = _checked(experiment.experiment_id, uri)
+        number = experiment.experiment_id
         if experiment.lifecycle_stage == "deleted":
             raise RefusedError(
                 f"the MLflow experiment {name!r} was deleted; restore it with `mlflow experiments "
@@ -41,17 +51,37 @@ def experiment_id(
     return create(found, lambda: client.create_experiment(name, place))
 
 
-def check_server(client: MlflowClient, uri: str) -> None:
-    """Raise RefusedError if the service at `uri` is not MLflow, e.g. answers `{}` to every request."""
-    experiment = client.get_experiment_by_name("connection check")  # usually there is none
-    if experiment is not None:
-        _checked(experiment.experiment_id, uri)
+def check_server(client: Client) -> None:
+    """Raise RefusedError if the service is not MLflow, e.g. answers `{}` to every request."""
+    _experiment(client, "connection check")  # usually there is none
 
 
-def _checked(number: str, uri: str) -> str:
-    if not number:
+def _experiment(client: Client, name: str) -> Experiment | None:
+    experiment = client.get_experiment_by_name(name)
+    if experiment is not None and not experiment.experiment_id:
         raise RefusedError(
-            f"{hide_credentials(uri)} is not an MLflow server: its responses lack the requested fields; "
-            "set tracking.uri or MLFLOW_TRACKING_URI to http://HOST:PORT of an MLflow server"
+            f"{hide_credentials(client.uri)} is not an MLflow server: its responses lack the "
+            "requested fields; set tracking.uri or MLFLOW_TRACKING_URI to http://HOST:PORT of an "
+            "MLflow server"
         )
-    return number
+    return experiment
+
+
+def plugin_run(client: Client, group: str) -> Run | None:
+    """Return the plugin's run of the pipeline run `group`; None without the plugin.
+
+    An MLFLOW_RUN_ID of anything else, as of a shell or another pipeline run, is not used. Raises
+    ConnectionError if the server does not respond.
+    """
+    run_id = os.environ.get("MLFLOW_RUN_ID", "") if group else ""
+    for _ in range(DEPTH):
+        if not run_id:
+            return None
+        try:
+            run = client.get_run(run_id)
+        except (LookupError, RefusedError):
+            return None
+        if run.data.tags.get(OWNER) == group:
+            return run
+        run_id = run.data.tags.get(PARENT, "")
+    return None

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from vitdet.config import GateConfig
-from vitdet.evaluation.bootstrap import METRICS, MIN_IMAGES, Difference, WeightedAP, bootstrap
+from vitdet.evaluation.bootstrap import METRICS, MIN_IMAGES, WeightedAP, bootstrap
 from vitdet.evaluation.coco import NAMES
 from vitdet.evaluation.matches import Matches
 
@@ -37,7 +37,7 @@ class Verdict:
 
 
 class RejectedError(ValueError):
-    """The gate rejects a version, which is registered; `registered`: its name, version and alias."""
+    """The gate rejects a version, which is registered: its name, version and alias."""
 
     def __init__(self, message: str, registered: Mapping[str, str]) -> None:
         super().__init__(message)
@@ -68,15 +68,14 @@ def flaw(gate: GateConfig, candidate: Evaluation) -> str:
         return f"{name} is {value}: cannot be compared"
     if gate.min_class_ap == 0 and not compares_matches(gate):
         return ""
-    if not _matches(gate, candidate):
+    matches = _matches(gate, candidate)
+    if matches is None:
         return (
-            f"{name} {value:.4g}: gate.min_class_ap, gate.max_class_loss and gate.confidence need the "
-            f"per-image matches; {candidate.remedy}"
+            f"{name} {value:.4g}: gate.min_class_ap, gate.max_class_loss and gate.confidence need "
+            f"the per-image matches; {candidate.remedy}"
         )
-    below = {
-        one: ap for one, ap in _class_values(gate, candidate).items() if ap < gate.min_class_ap
-    }
-    if below:
+    values = _class_values(gate, matches)
+    if below := {one: ap for one, ap in values.items() if ap < gate.min_class_ap}:
         worst = min(below, key=below.__getitem__)
         return (
             f"{name} {value:.4g}: class {worst!r} has {below[worst]:.4g}, gate.min_class_ap is "
@@ -88,25 +87,25 @@ def flaw(gate: GateConfig, candidate: Evaluation) -> str:
 def compare(
     gate: GateConfig, candidate: Evaluation, champion: Evaluation, champion_name: str
 ) -> Verdict:
-    """Compare a candidate without a `flaw` with a champion whose evaluation is complete, see `missing`."""
+    """Compare a candidate without a `flaw` with a champion of which nothing is `missing`."""
     value, before = candidate.metrics[gate.metric], champion.metrics[gate.metric]
     assert value is not None and before is not None
     gain = round(float(f"{value:.4g}") - float(f"{before:.4g}"), 9)
-    shown = f"{label(gate)} {value:.4g}"
     passed = gain > gate.min_gain
     relation = "above" if passed else "no better than"
     if not passed and gain > 0:
-        relation = f"less than gate.min_gain ({gate.min_gain:g}) above"
-        if gain == gate.min_gain:
-            relation = f"no more than gate.min_gain ({gate.min_gain:g}) above"
-    reason = f"{shown}, {relation} the {before:.4g} of {champion_name}"
+        less = "no more than" if gain == gate.min_gain else "less than"
+        relation = f"{less} gate.min_gain ({gate.min_gain:g}) above"
+    reason = f"{label(gate)} {value:.4g}, {relation} the {before:.4g} of {champion_name}"
     if not passed or not compares_matches(gate):
         return Verdict(passed, reason)
-    theirs = _class_values(gate, champion)
+    ours, theirs = _matches(gate, candidate), _matches(gate, champion)
+    assert ours is not None and theirs is not None
+    known = _class_values(gate, theirs)
     losses = {
-        one: theirs[one] - ap
-        for one, ap in _class_values(gate, candidate).items()
-        if theirs.get(one, 0.0) - ap > gate.max_class_loss
+        one: known[one] - ap
+        for one, ap in _class_values(gate, ours).items()
+        if known.get(one, 0.0) - ap > gate.max_class_loss
     }
     if losses:
         worst = max(losses, key=losses.__getitem__)
@@ -117,30 +116,24 @@ def compare(
         )
     if not gate.confidence:
         return Verdict(True, reason)
-    try:
-        found = _difference(gate, candidate, champion)
+    try:  # the gain with its paired bootstrap interval, as `vitdet compare` computes it
+        first, second = bootstrap([ours, theirs])
+        found = first.difference(second, _metric(gate), confidence=gate.confidence)
     except ValueError as error:
         return Verdict(False, f"{reason}, but it cannot be compared: {error}")
     if found is None or found.is_significant is None:
         return Verdict(
             False,
-            f"{reason}, but gate.confidence needs {MIN_IMAGES} images with objects, the validation data has "
-            f"{found.images if found else 0}",
+            f"{reason}, but gate.confidence needs {MIN_IMAGES} images with objects, the validation "
+            f"data has {found.images if found else 0}",
         )
     certain = found.low > gate.min_gain
-    but = "and" if certain else "but"
     return Verdict(
         certain,
-        f"{reason}, {but} the lower bound of the gain at {gate.confidence:.4g} confidence is "
-        f"{found.low:+.3g}, {'above' if certain else 'not above'} {gate.min_gain:g}",
+        f"{reason}, {'and' if certain else 'but'} the lower bound of the gain at "
+        f"{gate.confidence:.4g} confidence is {found.low:+.3g}, "
+        f"{'above' if certain else 'not above'} {gate.min_gain:g}",
     )
-
-
-def _difference(gate: GateConfig, candidate: Evaluation, champion: Evaluation) -> Difference | None:
-    """The gain with its paired bootstrap interval, as `vitdet compare` computes it."""
-    both = [_matches(gate, candidate), _matches(gate, champion)]
-    ours, theirs = bootstrap([one for one in both if one is not None])
-    return ours.difference(theirs, METRICS[_row(gate)], confidence=gate.confidence)
 
 
 def _matches(gate: GateConfig, evaluation: Evaluation) -> Matches | None:
@@ -148,20 +141,16 @@ def _matches(gate: GateConfig, evaluation: Evaluation) -> Matches | None:
     return next((one for kind, one in evaluation.matches.items() if NAMES[kind] == prefix), None)
 
 
-def _row(gate: GateConfig) -> int:
-    return METRICS.index(gate.metric.partition("_")[2])
+def _metric(gate: GateConfig) -> str:
+    return gate.metric.partition("_")[2]
 
 
-def _class_values(gate: GateConfig, evaluation: Evaluation) -> dict[str, float]:
+def _class_values(gate: GateConfig, matches: Matches) -> dict[str, float]:
     """The metric of each class that has objects."""
-    matches = _matches(gate, evaluation)
-    assert matches is not None
-    values = WeightedAP(matches)(np.ones(len(matches.image_ids), np.int32))[_row(gate), 1:]
-    return {
-        name: float(value)
-        for name, value in zip(matches.class_names, values, strict=True)
-        if not np.isnan(value)
-    }
+    values = WeightedAP(matches)(np.ones(len(matches.image_ids), np.int32))
+    row = values[METRICS.index(_metric(gate)), 1:].tolist()
+    named = zip(matches.class_names, row, strict=True)
+    return {name: value for name, value in named if not np.isnan(value)}
 
 
 def _others(classes: Mapping[str, float]) -> str:

@@ -1,52 +1,59 @@
 """The journal of a run on disk: its records for the tracking server, and which of them were sent.
 
-FOLDER/journal/KEY.jsonl grows by one line per event: the run's start, points, files, its end. KEY.json is the cursor:
-the run's id on the server, the offset of the first line that still has to be sent, and the lines of files before it that
-are still to be uploaded. KEY/ contains copies of these files. A line is one unbuffered write, so a killed process loses none; this module uses the standard library only.
+FOLDER/journal/KEY.jsonl grows by one line per event: the run's start, points, its end. KEY.json is
+the cursor: the run's id on the server and the offset of the first line that still has to be sent.
+KEY.files/ contains copies of the files that still have to be uploaded. A line is one unbuffered
+write, so a killed process loses none. MLflow's own asynchronous logging keeps its queue in memory.
 """
 
 from __future__ import annotations
 
 import json
 import logging
+import os
 import shutil
 import time
 import uuid
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 
-from vitdet.files import is_abandoned, locked, write_json, writer
+from vitdet.files import atomic_dir, locked, write_json
 
 log = logging.getLogger(__name__)
 
-PENDING = "pending-"  # a run id of ours, until a server has given one
+PENDING = "pending-"  # prefix of the run id until a server has assigned one
 
 
 class Journal:
-    """One run's lines: {"start": {...}}, {"points": {name: value}, "step"}, {"file", "folder"}, {"resume", "changed"},
-    {"tags"}, {"end"}.
+    """The lines of one run, with their time in ms since 1970.
 
-    Each line also contains its time in ms since 1970.
+    They are {"start": {...}}, {"points": {name: value}, "step"}, {"resume", "changed"}, {"tags"}
+    and {"end"}. Earlier versions also wrote {"file", "folder"}.
     """
 
     def __init__(self, folder: Path, key: str) -> None:
         self.folder, self.key = Path(folder).resolve(), key
         self.path = self.folder / "journal" / f"{key}.jsonl"
+        self.files = self.path.with_suffix(".files")
         self._cursor = self.path.with_suffix(".json")
 
     @property
     def run_id(self) -> str:
-        """The server's id of the run, or `pending-...` until one has answered; `find` knows both."""
+        """The server's id of the run, or `pending-KEY` until a server has assigned one."""
         return self.cursor()[0] or PENDING + self.key
 
     def append(self, record: dict) -> None:
-        """One more line; a full disk costs the line and a warning, not the training."""
+        """Add a line. If the disk is full, the line is lost, with a warning."""
         line = (json.dumps({**record, "time": int(time.time() * 1000)}) + "\n").encode()
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            with open(self.path, "ab", buffering=0) as file:
-                size = file.tell()
+            with open(self.path, "ab+", buffering=0) as file:
+                size = file.seek(0, os.SEEK_END)
+                if size:
+                    file.seek(-1, os.SEEK_END)
+                    if file.read(1) != b"\n":  # the machine went down during a write
+                        line = b"\n" + line
                 if file.write(line) != len(line):
                     file.truncate(size)
                     raise OSError("the disk is full")
@@ -54,47 +61,58 @@ class Journal:
             log.warning("tracking: cannot write %s, a record is lost: %s", self.path, error)
 
     def append_file(self, path: Path, folder: str) -> None:
-        """A file for this folder of the run's artifacts; a copy waits, so the original may change or go."""
-        folder_name = f".{uuid.uuid4().hex[:8]}.{writer()}.tmp"
-        copy = self.path.with_suffix("") / folder_name / Path(path).name
+        """Add a copy of a file for this folder of the run's artifacts."""
         try:
-            copy.parent.mkdir(parents=True)
-            shutil.copyfile(path, copy)
+            with atomic_dir(self.files / f"{time.time_ns()}-{uuid.uuid4().hex[:8]}") as entry:
+                (entry / folder).mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(path, entry / folder / Path(path).name)
         except OSError as error:
             log.warning("tracking: %s is not logged: %s", path, error)
-            return
-        self.append({"file": str(copy.relative_to(self.path.parent)), "folder": folder})
+
+    def adopt(self, record: dict) -> None:
+        """Keep the file of a line of an earlier version, whose copies were elsewhere."""
+        copy = self.path.parent / record["file"]
+        if copy.exists():
+            self.append_file(copy, record["folder"])
+            shutil.rmtree(copy.parent)
+
+    def entries(self) -> list[Path]:
+        """Return the folders of the files to upload, each with one file in its artifact folder."""
+        return sorted(self.files.glob("[!.]*"))
 
     def start(self) -> dict | None:
-        """What the run is, from its first line: experiment, name, params, tags, dataset, time."""
+        """Return what the run is: experiment, name, params, tags, dataset, time."""
         for record, _ in self.records():
             if "start" in record:
                 return {**record["start"], "time": record["time"]}
         return None
 
-    def last_steps(self) -> dict[str, int]:
-        """The last step of each name."""
+    def last_points(self) -> dict[str, tuple[int, float]]:
+        """Return the last (step, value) of each metric."""
         return {
-            key: record["step"] for record, _ in self.records() for key in record.get("points", ())
+            key: (record["step"], value)
+            for record, _ in self.records()
+            for key, value in record.get("points", {}).items()
         }
 
-    def last_value(self, key: str) -> float:
-        """Return the last value of a metric, 0 without one."""
-        value = 0.0
+    def state(self) -> tuple[dict, str]:
+        """Return the last start, resume or end line, and what the last resume changed."""
+        last, changed = {}, ""
         for record, _ in self.records():
-            value = record.get("points", {}).get(key, value)
-        return value
+            if record.keys() & {"start", "resume", "end"}:
+                last = record
+            changed = record.get("changed", changed)
+        return last, changed
 
     def records(self, offset: int = 0) -> Iterator[tuple[dict, int]]:
-        """(record, offset behind it) of each whole line from this offset on."""
+        """Yield (record, offset of the next) of each complete line from this offset on."""
         if not self.path.exists():
             return
         with open(self.path, "rb") as file:
             file.seek(offset)
             for line in file:
                 offset += len(line)
-                # being written, or the machine went down: `repair` ends it
-                if not line.endswith(b"\n"):
+                if not line.endswith(b"\n"):  # it is being written
                     return
                 try:
                     yield json.loads(line), offset
@@ -102,7 +120,10 @@ class Journal:
                     log.warning("tracking: %s: an unreadable line is skipped", self.path)
 
     def batches(self, most: int) -> Iterator[tuple[list[dict], int]]:
-        """What waits, with the offset behind it: neighbouring points together (at most so many), the rest alone."""
+        """Yield the lines to send with the offset of the next.
+
+        Consecutive points are joined up to this number; other records are alone.
+        """
         batch: list[dict] = []
         size, offset = 0, self.cursor()[1]
         for record, end in self.records(offset):
@@ -117,73 +138,38 @@ class Journal:
             yield batch, offset
 
     def waiting(self) -> bool:
-        """Whether any lines were not sent yet, apart from files to upload."""
+        """Whether any lines were not sent yet."""
         return next(self.records(self.cursor()[1]), None) is not None
 
     def cursor(self) -> tuple[str | None, int]:
-        """(the run's id on the server or None, offset of the first line to send)."""
-        cursor = self._read_cursor()
+        """Return the run's id on the server, if any, and the offset of the first line to send."""
+        if not self._cursor.exists():
+            return None, 0
+        cursor = json.loads(self._cursor.read_text())
         return cursor["run_id"], cursor["offset"]
 
-    def uploads(self) -> list[dict]:
-        """The lines before the cursor whose files are still to be uploaded."""
-        return self._read_cursor().get("uploads", [])
-
-    def move(self, run_id: str | None, offset: int, uploads: list[dict] | None = None) -> None:
-        """Set the cursor. uploads: see the method of that name; None: unchanged."""
-        uploads = self.uploads() if uploads is None else uploads
-        cursor = {"run_id": run_id, "offset": offset}
-        write_json(self._cursor, cursor | ({"uploads": uploads} if uploads else {}))
-
-    def _read_cursor(self) -> dict:
-        if not self._cursor.exists():
-            return {"run_id": None, "offset": 0}
-        return json.loads(self._cursor.read_text())
-
-    def state(self) -> tuple[dict, str]:
-        """The last line of the run's start, of a resumption or its end, and the changed settings of the last resumption."""
-        last, changed = {}, ""
-        for record, _ in self.records():
-            if record.keys() & {"start", "resume", "end"}:
-                last = record
-            changed = record.get("changed", changed)
-        return last, changed
+    def move(self, run_id: str | None, offset: int) -> None:
+        """Set the cursor."""
+        write_json(self._cursor, {"run_id": run_id, "offset": offset})
 
     def remove(self) -> None:
-        """Removes all of it, of a run that no server has."""
+        """Remove all files of the journal."""
         for path in (self.path, self._cursor, self.path.with_suffix(".lock")):
             path.unlink(missing_ok=True)
-        shutil.rmtree(self.path.with_suffix(""), ignore_errors=True)
+        for folder in (self.files, self.path.with_suffix("")):
+            shutil.rmtree(folder, ignore_errors=True)
         with suppress(OSError):  # not empty
             self.path.parent.rmdir()
 
-    def repair(self) -> None:
-        """Ends a line that was left half-written; removes the copies of files that a killed process did not journal."""
-        lines = [record for record, _ in self.records(self.cursor()[1])] + self.uploads()
-        waiting = {Path(record["file"]).parent.name for record in lines if "file" in record}
-        for copy in self.path.with_suffix("").glob("*"):
-            if copy.name not in waiting and is_abandoned(copy):
-                shutil.rmtree(copy, ignore_errors=True)
-        if self.path.exists() and not self.path.read_bytes().endswith(b"\n"):
-            with open(self.path, "ab", buffering=0) as file:
-                file.write(b"\n")
-
-    @contextmanager
-    def locked(self) -> Iterator[None]:
-        """While one process ships; raises BlockingIOError in the others."""
-        with ExitStack() as held:
-            try:
-                held.enter_context(locked(self.path.with_suffix(".lock")))
-            except BlockingIOError as error:
-                raise BlockingIOError("another process is sending them") from error
-            yield
+    def locked(self) -> AbstractContextManager[None]:
+        """Lock the journal while it is sent; raises BlockingIOError if another process sends it."""
+        return locked(self.path.with_suffix(".lock"))
 
 
 def find(folder: Path, run_id: str | None) -> Journal:
-    """The journal of a run, by the server's id or the pending one; a new journal where there is none."""
+    """Return the journal of a run, by the server's id or the pending one, or a new one."""
     for journal in journals(folder) if run_id else ():
         if run_id in (PENDING + journal.key, journal.cursor()[0]):
-            journal.repair()
             return journal
     journal = Journal(folder, uuid.uuid4().hex)
     if run_id and not run_id.startswith(PENDING):
@@ -192,22 +178,23 @@ def find(folder: Path, run_id: str | None) -> Journal:
 
 
 def journals(folder: Path) -> list[Journal]:
-    """All journals of a work folder."""
-    return [
-        Journal(folder, path.stem) for path in sorted((Path(folder) / "journal").glob("*.jsonl"))
-    ]
+    """Return all journals of a work folder."""
+    paths = sorted((Path(folder) / "journal").glob("*.jsonl"))
+    return [Journal(folder, path.stem) for path in paths]
 
 
 def unfinished(folder: Path, output: str, params: dict) -> str | None:
-    """The run of an earlier start in this output that has no metrics yet; others that were killed are ended."""
+    """Return the pending id of an earlier run of this output without metrics, if any.
+
+    Other runs of this output that were killed are ended.
+    """
     found = None
     for journal in journals(folder):
-        start = journal.start() or {}
-        if start.get("output") != output or journal.state()[0].get("end") == "FINISHED":
+        start, (last, _) = journal.start() or {}, journal.state()
+        if start.get("output") != output or last.get("end") == "FINISHED":
             continue
-        if start["params"] == params and not journal.last_steps():
+        if start["params"] == params and not journal.last_points():
             found = PENDING + journal.key
-        elif "end" not in journal.state()[0]:
-            journal.repair()
+        elif "end" not in last:
             journal.append({"end": "KILLED"})
     return found

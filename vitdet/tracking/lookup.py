@@ -6,19 +6,15 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from vitdet.tracking.address import hide_credentials, tracking_uri
+from vitdet.tracking.client import Client
 from vitdet.tracking.mlflow import connect
-from vitdet.tracking.requests import repeating
-
-if TYPE_CHECKING:
-    from mlflow import MlflowClient
 
 
 @dataclass(frozen=True)
 class StoredRun:
-    """A run on the server. params: the training's settings as text; metrics: their last values."""
+    """A run on the server. params: its settings as text; metrics: their last values."""
 
     run_id: str
     name: str
@@ -26,7 +22,7 @@ class StoredRun:
     metrics: Mapping[str, float]
 
 
-def open_store(uri: str, folder: Path, tries: int | None = None) -> MlflowClient:
+def open_store(uri: str, folder: Path, tries: int | None = None) -> Client:
     """Return a client of the server in use, see `tracking_uri`; tries: as in `connect`.
 
     Raises FileNotFoundError for an SQLite file that does not exist, instead of creating it, and as
@@ -36,12 +32,13 @@ def open_store(uri: str, folder: Path, tries: int | None = None) -> MlflowClient
     kind, _, path = server.partition(":///")
     if kind == "sqlite" and not Path(path).exists():
         raise FileNotFoundError(
-            f"{path}: no such MLflow store; set MLFLOW_TRACKING_URI, or name the store on the command line (see --help)"
+            f"{path}: no such MLflow store; set MLFLOW_TRACKING_URI, or name the store on the "
+            "command line (see --help)"
         )
-    return connect(None, uri, folder, tries)[0]
+    return connect(uri, folder, tries)
 
 
-def find_run(client: MlflowClient, name: str) -> StoredRun:
+def find_run(client: Client, name: str) -> StoredRun:
     """Return the run with this id, or the only one with this name.
 
     Raises LookupError if there is none, ValueError if there are several.
@@ -55,8 +52,8 @@ def find_run(client: MlflowClient, name: str) -> StoredRun:
         found = client.search_runs(experiments, query)
     if not found:
         raise LookupError(
-            f"{name}: neither a file nor the id or name of an MLflow run; give a run, a checkpoint or "
-            "a results.json"
+            f"{name}: neither a file nor the id or name of an MLflow run; give a run, a checkpoint "
+            "or a results.json"
         )
     if len(found) > 1:
         ids = ", ".join(run.info.run_id for run in found[:5])
@@ -66,17 +63,14 @@ def find_run(client: MlflowClient, name: str) -> StoredRun:
 
 
 def download_file(
-    client: MlflowClient, uri: str, folder: Path, run_id: str, path: str, target: Path
+    client: Client, uri: str, folder: Path, run_id: str, path: str, target: Path
 ) -> Path | None:
     """Download an artifact of a run to the folder `target`; None if the run does not have it."""
-    from vitdet.tracking.packaged_model import exported
-
-    server = tracking_uri(uri, folder)
     parent = path.rpartition("/")[0]
     if all(one.path != path for one in client.list_artifacts(run_id, parent or None)):
         return None
     try:
-        with exported(server), repeating(server):
-            return Path(client.download_artifacts(run_id, path, str(target)))
+        return Path(client.download_artifacts(run_id, path, str(target)))
     except OSError as error:
-        raise OSError(f"{hide_credentials(server)}: {path} of run {run_id}: {error}") from error
+        server = hide_credentials(tracking_uri(uri, folder))
+        raise OSError(f"{server}: {path} of run {run_id}: {error}") from error

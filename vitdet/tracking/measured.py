@@ -1,8 +1,8 @@
-"""The provenance of a file of metrics or matches: the checkpoint, data and settings of the evaluation.
+"""The provenance of metrics and matches: the checkpoint, data and settings of their evaluation.
 
-It is stored in a second file, as `dvc metrics` and other readers expect only numbers in the metrics
-file. That file contains the sha256 of the metrics file and of the checkpoint, so that metrics that
-were edited or restored from elsewhere are not trusted.
+It is stored in a second file, as `dvc metrics` and other readers expect only numbers in the
+metrics file. That file contains the sha256 of the metrics file and of the checkpoint, so that
+metrics that were edited or restored from elsewhere are not trusted.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 
 from vitdet.checkpoint import load_model_file
 from vitdet.config import Config, from_dict, to_dict
-from vitdet.data.fingerprint import fingerprint
+from vitdet.data.fingerprint import change, fingerprint, fingerprints
 from vitdet.data.protocol import Protocol, settings_of
 from vitdet.files import sha256, write_json
 
@@ -31,12 +31,6 @@ class Measured:
     data: Mapping[str, Any]
     evaluate: Mapping[str, Any]
 
-    @classmethod
-    def of(cls, checkpoint: Path, config: Config, val_fingerprint: str) -> Measured:
-        """Create the provenance of an evaluation of this checkpoint with this config."""
-        tree = to_dict(config)
-        return cls(sha256(checkpoint), val_fingerprint, tree["data"], tree["evaluate"])
-
     @property
     def protocol(self) -> Protocol:
         """The protocol of the evaluation."""
@@ -48,15 +42,6 @@ class Measured:
         return from_dict(to_dict(own) | {"data": self.data, "evaluate": self.evaluate})
 
 
-def agree(ours: Config, theirs: Config) -> bool:
-    """Whether two configs select the same validation images and evaluate them in the same way.
-
-    The location of the data is ignored.
-    """
-    keys_agree = all(getattr(ours.data, key) == getattr(theirs.data, key) for key in DATA)
-    return keys_agree and settings_of(ours) == settings_of(theirs)
-
-
 def write_metrics(path: Path, metrics: Mapping[str, float], measured: Measured | None) -> None:
     """Write metrics, and their provenance to the file `beside(path)`.
 
@@ -65,7 +50,7 @@ def write_metrics(path: Path, metrics: Mapping[str, float], measured: Measured |
     beside(path).unlink(missing_ok=True)
     write_json(path, metrics)
     if measured is not None:
-        write_measured(path, measured)
+        _write_measured(path, measured)
 
 
 def write_evaluation(
@@ -76,7 +61,7 @@ def write_evaluation(
     output: Path | None,
     plots: Path | None,
 ) -> None:
-    """Write metrics to the file `output`, and the provenance of these and of the matches in the folder `plots`.
+    """Write metrics to the file `output`; and the provenance, also of the matches in `plots`.
 
     overrides, config: of the evaluation, as in `vitdet.evaluate`.
     """
@@ -87,15 +72,15 @@ def write_evaluation(
 
     own = from_dict(load_model_file(checkpoint)["config"])
     used, _ = evaluation_config(own, overrides, config)
-    measured = Measured.of(checkpoint, used, fingerprint(used.data, used.data.val_split))
+    tree, found = to_dict(used), fingerprint(used.data, used.data.val_split)
+    measured = Measured(sha256(checkpoint), found, tree["data"], tree["evaluate"])
     if output:
         write_metrics(output, metrics, measured)
     if plots:
-        write_measured(plots / MATCHES, measured)
+        _write_measured(plots / MATCHES, measured)
 
 
-def write_measured(path: Path, measured: Measured) -> None:
-    """Write the provenance of a file of metrics or matches beside it."""
+def _write_measured(path: Path, measured: Measured) -> None:
     write_json(beside(path), {"metrics_sha256": sha256(path), **asdict(measured)})
 
 
@@ -128,3 +113,61 @@ def read_measured(path: Path) -> Measured | None:
 def beside(path: Path) -> Path:
     """Return the path of the file with the provenance of this one."""
     return path.with_name(f"{path.stem}.measured.json")
+
+
+def own_protocol(stored: Mapping, may_read: bool) -> Protocol:
+    """Return the protocol of a checkpoint's own metrics; its fingerprint is "" if unknown.
+
+    may_read: whether the data may be read, which is necessary for files of version 0.1.
+    """
+    own, known = from_dict(stored["config"]), stored.get("fingerprints")
+    if known or not stored.get("dataset_digest") or not may_read:
+        return Protocol.of(own, (known or {}).get("val", ""))
+    try:  # version 0.1 stored a digest of both splits: compare it with the current data
+        found = fingerprints(own.data)
+        return Protocol.of(own, "" if change(stored, own.data, found) else found["val"])
+    except (OSError, ValueError):
+        return Protocol.of(own, "")
+
+
+def protocol_of_file(
+    checkpoint: Path, stored: Mapping, config: Config | None, measured: Measured | None, gated: bool
+) -> tuple[Config, Protocol]:
+    """Return the config and the protocol of the metrics in a file, with fingerprint "" if unknown.
+
+    config, measured: of the metrics, if known. gated: whether the gate will be applied. Raises
+    ValueError if it would have to trust metrics of another checkpoint or config.
+    """
+    own = from_dict(stored["config"])
+    unknown = config or own, Protocol.of(config or own, "")
+    if measured is None:
+        if config is None or not gated:
+            return unknown
+        return config, Protocol.of(config, _fingerprint_now(config, own, stored))
+    used, problem = measured.config(own), ""
+    if measured.checkpoint_sha256 != sha256(checkpoint):
+        problem = "are of another checkpoint"
+    elif config is not None and not _agree(config, used):
+        problem = "were measured with other data or evaluate settings than those of --config"
+    if problem and gated:
+        raise ValueError(
+            f"{checkpoint}: the --metrics {problem}; run `vitdet evaluate` again and pass the file "
+            "that it writes"
+        )
+    return unknown if problem else (config or used, Protocol.of(used, measured.val_fingerprint))
+
+
+def _agree(ours: Config, theirs: Config) -> bool:
+    """Whether two configs evaluate the same images, wherever these are."""
+    same = all(getattr(ours.data, key) == getattr(theirs.data, key) for key in DATA)
+    return same and settings_of(ours) == settings_of(theirs)
+
+
+def _fingerprint_now(config: Config, own: Config, stored: Mapping) -> str:
+    """The current fingerprint of the validation split; without the data, the stored one."""
+    try:
+        return fingerprint(config.data, config.data.val_split)
+    except FileNotFoundError:
+        keys = (*DATA, "root")
+        same = all(getattr(config.data, key) == getattr(own.data, key) for key in keys)
+        return own_protocol(stored, True).fingerprint if same else ""

@@ -1,4 +1,4 @@
-"""The name, description and tags of a run in MLflow: recipe, settings that differ from it, machine, commit."""
+"""The name, description and tags of a run in MLflow."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ RESOLVED = "config"  # file name of a resolved config, which is not the name of 
 def recipe_of(config: Config, name: str) -> tuple[str, str]:
     """Return (name of the recipe, built-in recipe to describe the config with).
 
-    name: the recipe or the stem of the config file that was given. The built-in recipe is the one of
-    this name or, for another file, the one with the fewest settings that differ; a resolved config
-    is named by it.
+    name: the recipe or the stem of the config file that was given. The built-in recipe is the one
+    of this name or, for another file, the one with the fewest settings that differ; a resolved
+    config is named by it.
     """
     builtin = recipes()
     if name in builtin:
@@ -38,7 +38,7 @@ def recipe_of(config: Config, name: str) -> tuple[str, str]:
 
 
 def run_name(config: Config, recipe: str, builtin: str) -> str:
-    """Return the recipe and the settings that affect the weights and differ from the built-in recipe.
+    """Return the recipe and the settings that affect the weights and differ from it.
 
     As `tiny optim.lr=0.0002 train.seed=1`, at most LONGEST characters: `+2 more` counts the rest.
     """
@@ -53,7 +53,10 @@ def run_name(config: Config, recipe: str, builtin: str) -> str:
 
 
 def description(config: Config, builtin: str, output: Path) -> str:
-    """Return, in Markdown, the command line of this training. Without tracking.uri, which may hold a password."""
+    """Return, in Markdown, the command line of this training run.
+
+    Without tracking.uri, which may contain a password.
+    """
     changes = [text for key, text in _changes(config, builtin) if key != "tracking.uri"]
     options = [f"--set {shlex.quote(change)}" for change in changes]
     lines = [f"vitdet train {builtin}", *options, f"--output {shlex.quote(str(output))}"]
@@ -75,22 +78,21 @@ def machine() -> dict[str, str]:
 
 
 def git_revision() -> str | None:
-    """Return the commit of the working directory's repository, with `-dirty` where tracked files differ.
+    """Return the commit of the working directory, with `-dirty` where tracked files differ.
 
-    Without a repository: the environment variable VITDET_REVISION, which the image sets; otherwise None.
+    Without a repository: the environment variable VITDET_REVISION, which the image sets; otherwise
+    None.
     """
-    commit = changes = ""
-    if shutil.which("git") is not None:
-        commit, changes = (
-            subprocess.run(["git", *words], capture_output=True, text=True).stdout.strip()
-            for words in (
-                ["rev-parse", "--verify", "-q", "HEAD"],
-                ["status", "--porcelain", "--untracked-files=no"],
-            )
-        )
+    commit = _git("rev-parse", "--verify", "-q", "HEAD")
     if not commit:
         return os.environ.get("VITDET_REVISION") or None
-    return commit + ("-dirty" if changes else "")
+    return commit + ("-dirty" if _git("status", "--porcelain", "--untracked-files=no") else "")
+
+
+def _git(*words: str) -> str:
+    if shutil.which("git") is None:
+        return ""
+    return subprocess.run(["git", *words], capture_output=True, text=True).stdout.strip()
 
 
 def code_tags() -> dict[str, str]:
@@ -106,11 +108,10 @@ def code_tags() -> dict[str, str]:
 def _changes(config: Config, builtin: str) -> Iterator[tuple[str, str]]:
     """Yield (setting, override) of each setting that differs from the built-in recipe."""
     usual = flatten(load_config(builtin))
-    sections = dict.fromkeys((*FIRST, *type(config).hints))
-    rank = {section: place for place, section in enumerate(sections)}
+    sections = list(dict.fromkeys((*FIRST, *type(config).hints)))
     # a sort that keeps the order within sections
     for key, value in sorted(
-        flatten(config).items(), key=lambda item: rank[item[0].partition(".")[0]]
+        flatten(config).items(), key=lambda item: sections.index(item[0].partition(".")[0])
     ):
         if value != usual[key]:
             text = value if isinstance(value, str) else json.dumps(value).removesuffix(".0")

@@ -11,8 +11,10 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+import subprocess
+import sys
+import tempfile
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -24,27 +26,36 @@ from mlflow.types import ColSpec, ParamSchema, ParamSpec, Schema, TensorSpec
 
 from vitdet.checkpoint import save_safetensors
 from vitdet.config import from_dict
-from vitdet.tracking.requests import repeating
+from vitdet.tracking.client import repeating
 from vitdet.tracking.wheel import requirements
 
-CODE = '''"""The detector as an MLflow model; the code is in the wheel vitdet, which travels with it."""
+CODE = '''"""The detector as an MLflow model; its code is in the wheel vitdet."""
 from mlflow.models import set_model
 from vitdet.tracking.packaged_model import DetectorModel
 
 set_model(DetectorModel())
 '''
 COLUMNS = {
-    "name": "string",
-    "label": "long",
-    "score": "double",
-    "x0": "double",
-    "y0": "double",
-    "x1": "double",
-    "y1": "double",
-    "height": "long",
-    "width": "long",
-    "mask": "string",
+    **{"name": "string", "label": "long", "score": "double"},
+    **dict.fromkeys(("x0", "y0", "x1", "y1"), "double"),
+    **{"height": "long", "width": "long", "mask": "string"},
 }
+TIMEOUT_SECONDS = 900.0  # of `try_model`: imports from a network file system take minutes
+PROGRAM = """
+import sys
+wheel, path = sys.argv[1:]
+sys.path.insert(0, wheel)
+import mlflow.pyfunc
+loaded = mlflow.pyfunc.load_model(path)
+found = loaded.predict(loaded.input_example, params={"threshold": 0.0})
+modules = [module for name, module in sys.modules.items() if name.split(".")[0] == "vitdet"]
+outside = [module.__file__ for module in modules if not module.__file__.startswith(wheel)]
+if outside or not modules:
+    raise ImportError(f"the package is not imported from the wheel of the model, but {outside}")
+expected = [column.name for column in loaded.metadata.get_output_schema()]
+if list(found.columns) != expected:
+    raise ValueError(f"the answer has the columns {list(found.columns)}, the signature {expected}")
+"""
 
 
 def signature(masks: bool) -> ModelSignature:
@@ -60,7 +71,7 @@ def signature(masks: bool) -> ModelSignature:
 
 
 class DetectorModel(PythonModel):
-    """One RGB image (H, W, 3) uint8 -> a table with a row a detection, best first."""
+    """One RGB image (H, W, 3) uint8 -> a table with a row per detection, best first."""
 
     def load_context(self, context: PythonModelContext) -> None:
         from vitdet.predictor import Predictor
@@ -70,47 +81,30 @@ class DetectorModel(PythonModel):
     def predict(
         self, context: PythonModelContext, model_input: np.ndarray, params: dict | None = None
     ) -> pd.DataFrame:
-        """name, label, score, box x0 y0 x1 y1 in pixels, height and width of the image; mask: COCO's compressed RLE of
-        a bitmap of that size, no such column for a detector without masks.
+        """Return name, label, score, box x0 y0 x1 y1 in pixels, and height and width of the image.
+
+        mask: COCO's compressed RLE of a bitmap of that size; no such column for a detector without
+        masks.
         """
         from vitdet.data.masks import encode, paste
 
         # by its name in the signature
         image = model_input["image"] if isinstance(model_input, dict) else model_input
         found = self.predictor(image, threshold=(params or {}).get("threshold", 0.5))
-        rows = [
-            (name, label, score, *box, *image.shape[:2])
-            for name, label, score, box in zip(
-                found.names,
-                found.labels.tolist(),
-                found.scores.tolist(),
-                found.boxes.tolist(),
-                strict=True,
-            )
-        ]
-        table = pd.DataFrame(rows, columns=[name for name in COLUMNS if name != "mask"])
+        table = pd.DataFrame(found.boxes.tolist(), columns=["x0", "y0", "x1", "y1"])
+        table.insert(0, "name", found.names)
+        table.insert(1, "label", found.labels.tolist())
+        table.insert(2, "score", found.scores.tolist())
+        table["height"], table["width"] = image.shape[:2]
         if found.masks is not None:
             masks = encode(paste(found.masks, found.boxes, image.shape[:2]))
             table["mask"] = [mask["counts"] for mask in masks]
         return table
 
 
-@contextmanager
-def exported(uri: str) -> Iterator[None]:
-    """Set MLFLOW_TRACKING_URI for code of MLflow that reads the server from it instead of its client."""
-    before = os.environ.get("MLFLOW_TRACKING_URI")
-    os.environ["MLFLOW_TRACKING_URI"] = uri
-    try:
-        yield
-    finally:
-        del os.environ["MLFLOW_TRACKING_URI"]
-        if before is not None:
-            os.environ["MLFLOW_TRACKING_URI"] = before
-
-
 def download(uri: str, artifact: str, folder: Path) -> Path:
-    """Download an artifact, as `models:/NAME/VERSION/FILE`, from the server `uri`; return its path in `folder`."""
-    with exported(uri), repeating(uri):
+    """Download an artifact, as `models:/NAME/VERSION/FILE`; return its path in `folder`."""
+    with repeating(uri):
         return Path(
             download_artifacts(artifact, dst_path=str(folder), tracking_uri=uri, registry_uri=uri)
         )
@@ -119,8 +113,8 @@ def download(uri: str, artifact: str, folder: Path) -> Path:
 def download_checkpoint(uri: str, model_name: str, version: str, folder: Path) -> Path:
     """Download the checkpoint of a registered version to `folder`; return its path.
 
-    uri: the tracking server. Raises OSError, LookupError or ValueError if the artifacts cannot be read, and ValueError
-    if the version was not created by `register`.
+    Raises OSError, LookupError or ValueError if the artifacts cannot be read, and ValueError if the
+    version was not created by `register`.
     """
     model = download(uri, f"models:/{model_name}/{version}", folder)
     try:
@@ -152,3 +146,36 @@ def pack(path: Path, model: Model, content: dict, wheel: Path) -> None:
         pip_requirements=[*requirements(("mlflow", "pandas")), f"code/{wheel.name}"],
     )
     weights.unlink()
+
+
+def try_model(model: Path, wheel: Path) -> None:
+    """Load a packed model in a new process and run it on its input example.
+
+    The process imports this package from the wheel only, as a server of the model does; the other
+    packages are those that are installed here. Pickles are refused. Raises ValueError if the model
+    does not answer.
+    """
+    with tempfile.TemporaryDirectory(prefix="vitdet-trial-") as work:
+        site = Path(work).resolve() / "site"
+        with zipfile.ZipFile(wheel) as archive:
+            archive.extractall(site)
+        try:
+            done = subprocess.run(
+                [sys.executable, "-P", "-c", PROGRAM, str(site), str(model)],
+                cwd=work,
+                env={**os.environ, "MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false"},
+                capture_output=True,
+                text=True,
+                timeout=TIMEOUT_SECONDS,
+            )
+        except subprocess.TimeoutExpired as error:
+            raise ValueError(
+                f"the packaged model did not answer within {TIMEOUT_SECONDS:.0f} s in a new "
+                "process; it is not registered"
+            ) from error
+    if done.returncode:
+        reason = next(iter(reversed(done.stderr.strip().splitlines())), f"exit {done.returncode}")
+        raise ValueError(
+            f"the packaged model does not answer in a new process ({reason[:300]}); it is not "
+            "registered"
+        )

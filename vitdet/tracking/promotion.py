@@ -1,4 +1,4 @@
-"""Moves the alias `champion` by hand: `vitdet promote` applies the gate, `vitdet rollback` undoes a promotion."""
+"""Promotion of a version to champion (`vitdet promote`), and its undoing (`vitdet rollback`)."""
 
 from __future__ import annotations
 
@@ -10,24 +10,15 @@ from typing import TYPE_CHECKING, Any
 from vitdet.checkpoint import load_model_file
 from vitdet.config import Config, load_stored
 from vitdet.data.protocol import Protocol, settings_of
-from vitdet.tracking import champion
-from vitdet.tracking.address import hide_credentials, tracking_uri
-from vitdet.tracking.champion import promoting
+from vitdet.tracking import champion, history
+from vitdet.tracking.address import hide_credentials
+from vitdet.tracking.client import Client
 from vitdet.tracking.evaluations import model_id_of, read_evaluation
-from vitdet.tracking.history import (
-    FORCED,
-    ROLLED_BACK,
-    champion_of,
-    events,
-    predecessors,
-    set_champion,
-)
 from vitdet.tracking.lookup import open_store
 from vitdet.tracking.packaged_model import download, download_checkpoint
 from vitdet.tracking.registry import CANDIDATE, CONFIG
 
 if TYPE_CHECKING:
-    from mlflow import MlflowClient
     from mlflow.entities.model_registry import ModelVersion
 
 
@@ -42,32 +33,34 @@ def promote_version(
 ) -> tuple[str, str]:
     """Make a registered version the champion if it passes the gate; return (version, reason).
 
-    version: default: that with the alias `candidate`. uri, folder: of the MLflow store. config: the
-    gate, and the data and settings of the evaluation; default: those of the version's registration.
-    force: a reason to skip the gate, which is stored. Raises LookupError for what does not exist, and
-    ValueError if the gate rejects the version or cannot be applied.
+    version: default: that with the alias `candidate`. uri, folder: of the MLflow store. config:
+    the gate, and the data and settings of the evaluation; default: those of the version's
+    registration. force: a reason to skip the gate, which is stored. Raises LookupError for what
+    does not exist, and ValueError if the gate rejects the version or cannot be applied.
     """
     client = open_store(uri, folder)
     number = version or _alias(client, model_name, CANDIDATE, "name one with --version N")
-    found = _version(client, model_name, number)
+    try:
+        found = client.get_model_version(model_name, number)
+    except LookupError as error:
+        missing = hide_credentials(f"{model_name}: no version {number} ({error})")
+        raise LookupError(missing) from error
     shown = f"{model_name}, version {number}"
     if force is not None:
-        with promoting(folder):
-            before = champion_of(client, model_name)
+        with champion.promoting(folder):
+            before = history.champion_of(client, model_name)
             if before == number:
                 raise ValueError(f"{shown}: is already the champion")
-            set_champion(client, model_name, number, FORCED, before or "", force)
+            history.set_champion(client, model_name, number, history.FORCED, before or "", force)
         return number, f"without the gate ({force})"
-    protocol = Protocol(
-        found.tags.get("val_fingerprint", ""), found.tags.get("evaluate_settings", "")
-    )
+    tags = found.tags
+    protocol = Protocol(tags.get("val_fingerprint", ""), tags.get("evaluate_settings", ""))
     if not protocol.fingerprint:
         raise ValueError(
             f"{shown}: the data of its metrics is unknown; register it again with the --metrics of "
             "`vitdet evaluate`, or skip the gate with --force REASON"
         )
-    server = tracking_uri(uri, folder)
-    used = config or _config_of(client, server, found)
+    used = config or _config_of(client, found)
     place: dict[str, Any] = {"uri": uri, "folder": folder, "model_name": model_name}
 
     def evaluate(checkpoint: Path, plots: Path) -> Mapping[str, float | None]:
@@ -77,11 +70,11 @@ def promote_version(
                 "config of its evaluation with --config"
             )
         with tempfile.TemporaryDirectory(prefix="vitdet-candidate-") as work:
-            own = load_model_file(download_checkpoint(server, model_name, number, Path(work)))
-            names = [str(name) for name in own["class_names"]]
+            own = load_model_file(download_checkpoint(client.uri, model_name, number, Path(work)))
+        names = [str(name) for name in own["class_names"]]
         return champion.evaluation_like(used, names, protocol)(checkpoint, plots)
 
-    candidate = read_evaluation(client, server, found, protocol, matches=True)
+    candidate = read_evaluation(client, found, protocol, matches=True)
     verdict = champion.judge(
         candidate, protocol, used.gate, **place, evaluate=evaluate, version=number
     )
@@ -95,27 +88,27 @@ def promote_version(
 def roll_back(model_name: str, *, uri: str, folder: Path, reason: str) -> tuple[str, str]:
     """Restore the previous champion; return the numbers (before, now).
 
-    Raises LookupError if there is no such model or champion, ValueError if none was champion before.
+    Raises LookupError if there is no such model or champion, ValueError if none was champion
+    before.
     """
     client = open_store(uri, folder)
-    with promoting(folder):
+    with champion.promoting(folder):
         current = _alias(client, model_name, champion.ALIAS, "there is nothing to roll back")
-        numbers = {
-            str(one.version) for one in client.search_model_versions(f"name = '{model_name}'")
-        }
-        earlier = [
-            one for one in predecessors(events(client, model_name), current) if one in numbers
-        ]
-        if not earlier:
+        versions = client.search_model_versions(f"name = '{model_name}'")
+        numbers = {str(one.version) for one in versions}
+        earlier = history.predecessors(history.events(client, model_name), current)
+        existing = [number for number in earlier if number in numbers]
+        if not existing:
             raise ValueError(
-                f"{model_name}: no existing version was champion before version {current}; choose one "
-                f"with `vitdet promote {model_name} --version N`"
+                f"{model_name}: no existing version was champion before version {current}; choose "
+                f"one with `vitdet promote {model_name} --version N`"
             )
-        set_champion(client, model_name, earlier[0], ROLLED_BACK, current, reason)
-    return current, earlier[0]
+        event = existing[0], history.ROLLED_BACK, current, reason
+        history.set_champion(client, model_name, *event)
+    return current, existing[0]
 
 
-def _alias(client: MlflowClient, model_name: str, alias: str, otherwise: str) -> str:
+def _alias(client: Client, model_name: str, alias: str, otherwise: str) -> str:
     models = client.search_registered_models(f"name = '{model_name}'")
     if not models:
         raise LookupError(f"{model_name}: no such registered model; `vitdet register` creates one")
@@ -124,25 +117,15 @@ def _alias(client: MlflowClient, model_name: str, alias: str, otherwise: str) ->
     return str(models[0].aliases[alias])
 
 
-def _version(client: MlflowClient, model_name: str, number: str) -> ModelVersion:
-    try:
-        return client.get_model_version(model_name, number)
-    except LookupError as error:
-        raise LookupError(
-            hide_credentials(f"{model_name}: no version {number} ({error})")
-        ) from error
-
-
-def _config_of(client: MlflowClient, server: str, found: ModelVersion) -> Config:
+def _config_of(client: Client, found: ModelVersion) -> Config:
     """The config that is stored with a version. Raises ValueError for versions without one."""
     model = model_id_of(found)
     stored = client.list_logged_model_artifacts(model) if model else []
     if not any(one.path == CONFIG for one in stored):
         raise ValueError(
-            f"{found.name}, version {found.version}: was registered without its config; pass it with "
-            "--config FILE"
+            f"{found.name}, version {found.version}: was registered without its config; pass it "
+            "with --config FILE"
         )
+    artifact = f"models:/{found.name}/{found.version}/{CONFIG}"
     with tempfile.TemporaryDirectory(prefix="vitdet-config-") as work:
-        return load_stored(
-            download(server, f"models:/{found.name}/{found.version}/{CONFIG}", Path(work))
-        )
+        return load_stored(download(client.uri, artifact, Path(work)))

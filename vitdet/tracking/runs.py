@@ -1,4 +1,8 @@
-"""The MLflow run of a training; without MLflow, progress is only printed."""
+"""The MLflow run of a training run: its start, and what is added to it afterwards.
+
+All functions do without MLflow if the extra `tracking` is not installed. mlflow is imported inside
+the functions: commands that track nothing do not wait for it.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +14,7 @@ from pathlib import Path
 
 from vitdet.checkpoint import load_model_file
 from vitdet.config import Config, flatten
-from vitdet.tracking.address import hide_credentials
+from vitdet.tracking.address import hide_credentials, tracking_uri
 from vitdet.tracking.measured import beside
 from vitdet.tracking.naming import code_tags, description, machine, recipe_of, run_name
 from vitdet.tracking.tracker import Progress, Tracker
@@ -45,18 +49,22 @@ def start_tracker(
     run_id: str | None,
     step: int,
 ) -> Progress:
-    """Return a tracker that prints progress, and logs to MLflow if it is installed."""
-    if group:  # the pipeline appends a digest of the config
-        recipe = re.sub(r"-[0-9a-f]{8}$", "", recipe)
+    """Start the MLflow run of a training run; return a tracker that also prints the progress.
+
+    recipe: its name, or the stem of the config file. output: the folder of the training run. group:
+    the pipeline run that it belongs to, if any. run_id: of the MLflow run that goes on at `step`.
+    """
     tracker = Tracker()
     if has_mlflow():
         from vitdet.tracking.mlflow import start_run
 
+        if group:  # the pipeline appends a digest of the config
+            recipe = re.sub(r"-[0-9a-f]{8}$", "", recipe)
         recipe, builtin = recipe_of(config, recipe)
-        data = Path(config.data.root).name
+        root = Path(config.data.root)
         tags = {
             "recipe": recipe,
-            "data": data,
+            "data": root.name,
             "data_fingerprint": data_digest,
             "mlflow.note.content": description(config, builtin, output),
             **machine(),
@@ -69,38 +77,31 @@ def start_tracker(
             params=flatten(config),
             tags={key: hide_credentials(value) for key, value in tags.items()},
             group=group,
-            dataset={
-                "name": data,
-                "digest": data_digest,
-                "source": str(Path(config.data.root).resolve()),
-            },
+            dataset={"name": root.name, "digest": data_digest, "source": str(root.resolve())},
             run_id=run_id,
             resume_step=step,
             output=output.resolve().name,
         )
     else:
-        log.warning("mlflow is not installed: this training is not tracked")
+        log.warning("mlflow is not installed: this training run is not tracked")
     return Progress(tracker, config.optim.steps, step)
 
 
 def log_files(config: Config, output: Path, files: Sequence[Path], place: str) -> None:
-    """Log files to the run of the training that last started in `output`, in this artifact folder.
+    """Log files to this artifact folder of the run that was last started in `output`, if any.
 
-    Does nothing if the training did not get as far as its run. What a server does not take now
-    waits in the journal.
+    If the server does not accept them now, they are kept in the journal.
     """
     if not has_mlflow():
         return
-    from vitdet.tracking.journal import PENDING, journals
+    from vitdet.tracking.journal import journals
     from vitdet.tracking.mlflow import log_metrics
 
-    folder, started = default_folder(output), []
-    for journal in journals(folder):
-        start = journal.start() or {}
-        if start.get("output") == output.name:
-            started.append((start["time"], PENDING + journal.key))
-    if started:
-        _, run_id = max(started)
+    folder = default_folder(output)
+    starts = [(journal.start() or {}, journal.run_id) for journal in journals(folder)]
+    times = [(one["time"], run) for one, run in starts if one.get("output") == output.name]
+    if times:
+        _, run_id = max(times)
         log_metrics(run_id, config.tracking.uri, folder, {}, 0, dict.fromkeys(files, place))
 
 
@@ -113,19 +114,21 @@ def log_evaluation(
     plots: Path | None = None,
     report: Path | None = None,
 ) -> str | None:
-    """Log metrics, images, matches, the HTML report and the code's tags to the run that trained the checkpoint;
-    return its id.
+    """Log an evaluation to the MLflow run that trained the checkpoint; return the id of the run.
 
-    config: selects the server; default: the checkpoint's config. folder: folder of the default
-    store. plots: the folder with matches and report. report: default: that in `plots`. Returns None
-    if the store does not exist, e.g. because the checkpoint was moved.
+    Returns None if nothing is logged: without MLflow, or if the run or its store does not exist,
+    e.g. as the checkpoint was copied from another machine.
+
+    config: selects the server; default: the config in the checkpoint. folder: of the default store.
+    pictures: the folder of images with detections. plots: the folder of matches and report. report:
+    default: that in `plots`.
     """
     stored = load_model_file(checkpoint)
     if not stored["run_id"] or not has_mlflow():
         return None
     from vitdet.evaluation.matches import MATCHES
     from vitdet.evaluation.report import REPORT
-    from vitdet.tracking.mlflow import log_metrics, tracking_uri
+    from vitdet.tracking.mlflow import log_metrics
 
     files = dict.fromkeys(sorted(pictures.glob("*.jpg")) if pictures else (), "pictures")
     if plots:
@@ -142,15 +145,16 @@ def log_evaluation(
         return None
     if kind == "sqlite" and not Path(path).exists():
         return None
-    named = with_metric_names(metrics)
-    # the training's own tags remain: the evaluation may have run in another image
+    # the tags of the training run remain: the evaluation may have run in another image
     tags = {f"evaluation.{key}": value for key, value in code_tags().items()}
+    named = with_metric_names(metrics)
     return log_metrics(stored["run_id"], uri, folder, named, stored["step"], files, tags)
 
 
 def with_metric_names(metrics: dict[str, float]) -> dict[str, float]:
-    """Return the values under names that MLflow accepts; of several with the same name, the later ones get
-    the suffix _2, _3 and so on.
+    """Return the values under names that MLflow accepts, see `metric_name`.
+
+    Of several with the same name, the later ones get the suffix _2, _3 and so on.
     """
     named: dict[str, float] = {}
     for key, value in metrics.items():
@@ -164,8 +168,10 @@ def with_metric_names(metrics: dict[str, float]) -> dict[str, float]:
 
 
 def metric_name(name: str) -> str:
-    """Return a name that MLflow accepts: at most 250 characters, of letters, digits and "_-. :/",
-    which as a path does not resolve to another one.
+    """Return a metric's name, KIND/CLASS or KIND, as MLflow accepts it.
+
+    That is 250 characters at most, of letters, digits and "_-. :/", without empty or dotted parts
+    of a path.
     """
     name = re.sub(r"[^\w\-. :/]", "_", name)
     head, slash, tail = name.partition("/")

@@ -1,202 +1,207 @@
-"""Sending of a journal to the tracking server: each line once, regardless of failures of server or network.
+"""Sending of a journal to the tracking server: each line once, in spite of failures.
 
-Where it is unknown whether a request was carried out (it failed, or an earlier process made it), the server is queried
-for what it has before anything is sent again.
+Where it is unknown whether a request was carried out (it failed, or an earlier process made it),
+the server is queried for what it has before anything is sent again.
 """
 
 from __future__ import annotations
 
 import json
 import logging
+import shutil
 import sys
+import threading
 import time
-from functools import cache
-from typing import TYPE_CHECKING
+from contextlib import suppress
 
 from vitdet.tracking.address import hide_credentials
-from vitdet.tracking.experiments import experiment_id
-from vitdet.tracking.journal import Journal
-from vitdet.tracking.plugin import PARENT, plugin_run
-from vitdet.tracking.requests import (
-    INVALID,
-    MISSING,
+from vitdet.tracking.client import (
+    Client,
+    InvalidRequestError,
     RefusedError,
     UnknownRunError,
     first_line,
-    permitted,
-    set_defaults,
-    using,
+    open_client,
 )
-from vitdet.tracking.uploads import Uploads
-
-if TYPE_CHECKING:
-    from mlflow import MlflowClient
+from vitdet.tracking.experiments import PARENT, experiment_id, plugin_run
+from vitdet.tracking.journal import Journal
 
 log = logging.getLogger(__name__)
 
 BACK_OFF_SECONDS = 30.0  # longest pause after failures
+UPLOAD_SECONDS = 60.0  # between attempts to upload files after a failure
 BATCH = 1000  # metrics per request: MLflow's limit
-# MLflow's own defaults make a request to a dead server wait for four minutes; here everything is tried again anyway.
-CLIENT = {
-    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
-    "MLFLOW_HTTP_REQUEST_TIMEOUT": "15",
-    "MLFLOW_DISABLE_TELEMETRY": "true",
-    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
-    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
-}
-REFUSED = {"INVALID_PARAMETER_VALUE", "BAD_REQUEST"}  # sending the same again cannot help
 
 
 class Shipper:
-    """Sends the lines of a journal to the server at `uri`, each once."""
+    """Sends the lines of a journal to the server at `uri`, each once, and uploads its files."""
 
     def __init__(self, journal: Journal, uri: str) -> None:
         self.journal, self.uri, self._shown = journal, uri, hide_credentials(uri)
         self._run_id: str | None = None  # once this process has seen the run on the server
-        # name -> step -> value there; None: the run is empty
+        # name -> step -> value on the server; None: the run is empty
         self._held: dict[str, dict[int, float]] | None = {}
         self._refused: set[str] = set()  # names that the server rejects
-        self._uploads = Uploads(journal)
         self._answers = True
+        self._uploading: threading.Thread | None = None
+        self._next_upload = 0.0
+        self._failed: set[str] = set()  # files of which a warning was logged
         self.is_unknown = False  # see UnknownRunError
 
-    def deliver(self, seconds: float = 0.0, files_too: bool = True) -> bool:
-        """Send the pending lines, retrying for this many seconds; False, with one warning, if lines are left.
+    def deliver(self, seconds: float = 0.0) -> bool:
+        """Send the pending lines, retrying for this many seconds.
 
-        Files are uploaded in a thread, for which this also waits so many seconds and no longer.
+        Returns False, with one warning, if lines are left.
         """
         deadline, pause = time.monotonic() + seconds, 0.5
-        while self.journal.waiting() or files_too and self._uploads.is_due(deadline):
+        while self.journal.waiting():
             try:
                 with self.journal.locked():
-                    self._ship(open_client(self.uri), files_too)
+                    self._ship(open_client(self.uri))
             except UnknownRunError as error:
                 log.warning("tracking: %s; nothing is logged", error)
                 self.is_unknown = True
                 return False
-            except Exception as error:
-                # an error of a server, its client or a database must not stop the caller
-                # the server may or may not have what was on its way
-                self._run_id, self._held = (None, {})
+            except Exception as error:  # of a server, its client or a database
+                self._run_id, self._held = None, {}  # the request may have been carried out
+                is_refused = isinstance(error, RefusedError)
                 if self._answers:
-                    log.warning(
-                        "tracking: %s %s the run's metrics (%s); they are kept in %s",
-                        self._shown,
-                        "refuses" if isinstance(error, RefusedError) else "does not accept",
-                        first_line(error),
-                        self.journal.path,
-                    )
                     self._answers = False
-                if time.monotonic() + pause > deadline or isinstance(error, RefusedError):
+                    what = "refuses" if is_refused else "does not accept"
+                    kept = f"({first_line(error)}); they are kept in {self.journal.path}"
+                    log.warning("tracking: the server %s the run's metrics %s", what, kept)
+                if time.monotonic() + pause > deadline or is_refused:
                     return False
                 time.sleep(pause)
                 pause = min(2 * pause, BACK_OFF_SECONDS)
-        if seconds and files_too and self.is_uploading:
-            log.warning(
-                "tracking: files are not uploaded after %g s; they are kept in %s for the next command that uses "
-                "this run",
-                seconds,
-                self.journal.path.with_suffix(""),
-            )
         if not self._answers:
             self._answers = True
             log.warning("tracking: %s answers again and has all metrics", self._shown)
         return True
 
-    @property
-    def is_uploading(self) -> bool:
-        """Whether an upload is under way."""
-        return self._uploads.is_running
+    def upload(self, seconds: float = 0.0) -> None:
+        """Upload the pending files in a thread, and wait for it for this many seconds.
+
+        An artifact store that hangs therefore delays neither the metrics nor the end of the
+        process.
+        """
+        if not self._is_uploading():
+            if not self.journal.entries() or time.monotonic() < self._next_upload:
+                return
+            self._uploading = threading.Thread(target=self._upload, name="uploads", daemon=True)
+            self._uploading.start()
+        if seconds and self._uploading:
+            self._uploading.join(seconds)
+            if self._is_uploading():
+                log.warning(
+                    f"tracking: files are not uploaded after {seconds:g} s; they are kept in "
+                    f"{self.journal.files} for the next command that uses this run"
+                )
 
     def refusal(self) -> str:
-        """Find or create the run; return why the store will never accept it, '' if it does or may later."""
+        """Find or create the run; return why the server will never accept it, "" if it may."""
         try:
             with self.journal.locked():
                 self.attach(open_client(self.uri))
+        except InvalidRequestError as error:  # a proxy may answer so for a while
+            log.debug("tracking: %s", error)
         except RefusedError as error:
             return str(error)
         except Exception as error:  # `deliver` tries again, and warns
             log.debug("tracking: %s", first_line(error))
         return ""
 
-    def attach(self, client: MlflowClient) -> str:
-        """Find the run on the server, or create it; return its id. Raises what MLflow's client raises."""
+    def attach(self, client: Client) -> str:
+        """Find the run on the server, or create it; return its id. Raises as the client does."""
         if self._run_id is None:
-            with permitted(self.uri):
-                self._run_id = self._known(client) or self._create(client)
+            self._run_id = self._known(client) or self._create(client)
         return self._run_id
 
-    def _ship(self, client: MlflowClient, files_too: bool) -> None:
+    def _is_uploading(self) -> bool:
+        return self._uploading is not None and self._uploading.is_alive()
+
+    def _upload(self) -> None:
+        """Upload one file after another until one fails, which then is the last."""
+        run_id, client = self.journal.run_id, open_client(self.uri)
+        for entry in self.journal.entries():
+            path, key = None, entry.name[-8:]
+            try:
+                path = next((one for one in entry.rglob("*") if one.is_file()), None)
+                if path is not None:
+                    folder = path.parent.relative_to(entry).as_posix()
+                    client.log_artifact(run_id, str(path), None if folder == "." else folder)
+                shutil.rmtree(entry)
+            except Exception as error:  # of the server, the artifact store's client, or the disk
+                if not entry.exists():  # another process has uploaded it
+                    continue
+                if key not in self._failed:
+                    log.warning(
+                        f"tracking: {path and path.name} cannot be uploaded ({first_line(error)}); "
+                        f"it is kept in {self.journal.files} and tried again, also by the next "
+                        "command that uses this run"
+                    )
+                self._failed.add(key)
+                self._next_upload = time.monotonic() + UPLOAD_SECONDS
+                with suppress(OSError):  # a file that the store refuses must not block the others
+                    entry.rename(entry.with_name(f"{time.time_ns()}-{key}"))
+                return
+
+    def _ship(self, client: Client) -> None:
         run_id = self.attach(client)
         for records, end in self.journal.batches(BATCH):
-            files = [record for record in records if "file" in record]
-            if not files:
-                with permitted(self.uri):
-                    self._send(client, run_id, records)
-            self.journal.move(run_id, end, [*self.journal.uploads(), *files])
-        if files_too:
-            self._uploads.advance(client, run_id)
+            self._send(client, run_id, records)
+            self.journal.move(run_id, end)
 
-    def _known(self, client: MlflowClient) -> str | None:
+    def _known(self, client: Client) -> str | None:
         run_id, _ = self.journal.cursor()
         try:
             if run_id is None or client.get_run(run_id).info.lifecycle_stage == "active":
                 return run_id
-        except Exception as error:
-            # invalid: not an id that MLflow assigns
-            if getattr(error, "error_code", None) not in MISSING | INVALID:
-                raise
+        except (LookupError, InvalidRequestError):  # invalid: not an id that MLflow assigns
+            pass
         return None
 
-    def _create(self, client: MlflowClient) -> str:
+    def _create(self, client: Client) -> str:
         from mlflow.entities import Dataset, DatasetInput, InputTag, Param
 
         start = self.journal.start()
         if start is None:
             raise UnknownRunError(
-                f"{self._shown} has no such run ({self.journal.run_id}), and {self.journal.path.parent} does "
-                "not describe it"
+                f"{self._shown} has no such run ({self.journal.run_id}), and "
+                f"{self.journal.path.parent} does not describe it"
             )
-        group = start.get("group", "")
-        plugin = plugin_run(client, group)
-        place = (
-            plugin.info.experiment_id
-            if plugin
-            else experiment_id(client, self.uri, self.journal.folder, start["experiment"])
-        )
-        tags = {**start["tags"], "journal": self.journal.key}
+        group, key = start.get("group", ""), self.journal.key
+        tags = {**start["tags"], "journal": key}
+        if plugin := plugin_run(client, group):
+            place = plugin.info.experiment_id
+        else:
+            place = experiment_id(client, self.journal.folder, start["experiment"])
         if group:
             parents = [plugin] if plugin else client.search_runs([place], f"tags.group = '{group}'")
-            tags |= {
-                "pipeline_run": group,
-                **({PARENT: parents[0].info.run_id} if parents else {}),
-            }
-        made = client.search_runs([place], f"tags.journal = '{self.journal.key}'")
-        run_id = (
-            made[0] if made else client.create_run(place, start["time"], tags, start["name"])
-        ).info.run_id
+            tags["pipeline_run"] = group
+            if parents:
+                tags[PARENT] = parents[0].info.run_id
+        made = client.search_runs([place], f"tags.journal = '{key}'")
+        run = made[0] if made else client.create_run(place, start["time"], tags, start["name"])
+        run_id = run.info.run_id
         # made: an earlier request arrived, though its answer did not
         self._held = {} if made else None
         params = [Param(key, str(value)[:6000]) for key, value in start["params"].items()]
         for first in range(0, len(params), 100):  # MLflow's limits
             client.log_batch(run_id, params=params[first : first + 100])
         if data := start["dataset"]:
-            data = Dataset(
-                data["name"], data["digest"][:36], "local", json.dumps({"uri": data["source"]})
-            )
-            client.log_inputs(
-                run_id, [DatasetInput(data, [InputTag("mlflow.data.context", "training")])]
-            )
+            source = json.dumps({"uri": data["source"]})
+            dataset = Dataset(data["name"], data["digest"][:36], "local", source)
+            context = InputTag("mlflow.data.context", "training")
+            client.log_inputs(run_id, [DatasetInput(dataset, [context])])
         if before := self.journal.cursor()[0]:
-            log.warning(
-                "tracking: %s has no run %s; all records of the journal are sent to a new one",
-                self._shown,
-                before,
-            )
-        self.journal.move(run_id, 0, [])
+            again = "all records of the journal are sent to a new one"
+            log.warning("tracking: %s has no run %s; %s", self._shown, before, again)
+        self.journal.move(run_id, 0)
         return run_id
 
-    def _send(self, client: MlflowClient, run_id: str, records: list[dict]) -> None:
+    def _send(self, client: Client, run_id: str, records: list[dict]) -> None:
+        """Send points that were joined, or a record of another kind."""
         record = records[0]
         try:
             if "points" in record:
@@ -204,42 +209,30 @@ class Shipper:
             elif "resume" in record:
                 client.update_run(run_id, "RUNNING")
                 client.set_tag(run_id, "resumed_at_step", record["resume"])
-                self._send_changes(client, run_id, record.get("changed", ""))
+                # the settings that differ from the run's parameters, which MLflow does not change
+                name, changed = "resumed_settings", record.get("changed", "")
+                if changed or name in client.get_run(run_id).data.tags:
+                    client.set_tag(run_id, name, changed[:5000])  # MLflow's limit
             elif "tags" in record:
                 for key, value in record["tags"].items():
                     client.set_tag(run_id, key, value)
             elif "end" in record:
                 client.set_terminated(run_id, record["end"], record.get("ended", record["time"]))
-        except Exception as error:
-            if getattr(error, "error_code", None) not in REFUSED:
-                raise
-            names = {
-                name for record in records for name in record.get("points", ())
-            } - self._refused
+            elif "file" in record:
+                self.journal.adopt(record)
+        except InvalidRequestError as error:  # sending the same again cannot help
+            names = {name for one in records for name in one.get("points", ())} - self._refused
             if len(names) > 1:  # an invalid name must not affect the other metrics
                 for name in sorted(names):
-                    self._send(
-                        client,
-                        run_id,
-                        [
-                            {**record, "points": {name: record["points"][name]}}
-                            for record in records
-                            if name in record["points"]
-                        ],
-                    )
+                    named = [one for one in records if name in one["points"]]
+                    single = [{**one, "points": {name: one["points"][name]}} for one in named]
+                    self._send(client, run_id, single)
             else:
                 self._refused |= names
-                log.warning(
-                    "tracking: the server refuses %s: %s", *names or [record], first_line(error)
-                )
+                what = next(iter(names), record)
+                log.warning("tracking: the server refuses %s: %s", what, first_line(error))
 
-    def _send_changes(self, client: MlflowClient, run_id: str, changed: str) -> None:
-        """Tag the run with the settings that differ from its parameters, which MLflow keeps as they are."""
-        name = "resumed_settings"
-        if changed or name in client.get_run(run_id).data.tags:
-            client.set_tag(run_id, name, changed[:5000])  # MLflow's limit
-
-    def _send_points(self, client: MlflowClient, run_id: str, records: list[dict]) -> None:
+    def _send_points(self, client: Client, run_id: str, records: list[dict]) -> None:
         from mlflow.entities import Metric
 
         metrics = [
@@ -253,9 +246,9 @@ class Shipper:
             client.log_batch(run_id, metrics[first : first + BATCH])
 
     def _has(
-        self, client: MlflowClient, run_id: str, key: str, step: int, value: float, renew: bool
+        self, client: Client, run_id: str, key: str, step: int, value: float, renew: bool
     ) -> bool:
-        """Whether the server has a value at this step; with renew, whether this value is its last one."""
+        """Whether the server has a value at this step; with renew, whether it is this value."""
         if renew:  # also what this process has sent
             there = history(client, run_id, key)
             return step in there and same_number(there[step], value)
@@ -266,34 +259,14 @@ class Shipper:
         return step in self._held[key]
 
 
-def history(client: MlflowClient, run_id: str, key: str) -> dict[int, float]:
+def history(client: Client, run_id: str, key: str) -> dict[int, float]:
     """Return the last value of a metric at each step."""
     points = sorted(client.get_metric_history(run_id, key), key=lambda point: point.timestamp)
     return {point.step: point.value for point in points}
 
 
 def same_number(ours: float, theirs: float) -> bool:
-    """Return whether two values are the same for MLflow, which stores NaN, and the largest number for infinity."""
+    """Whether two values are equal in MLflow, which stores infinity as the largest number."""
     largest = sys.float_info.max
-    return (
-        ours == theirs or ours != ours and theirs != theirs or abs(ours) >= largest <= abs(theirs)
-    )
-
-
-def open_client(uri: str) -> MlflowClient:
-    """Return MLflow's client of a server; raises RefusedError where it can be none."""
-    set_defaults(CLIENT)  # each time: MLflow reads them at every request
-    with using(uri):
-        return _cached_client(uri)
-
-
-@cache
-def _cached_client(uri: str) -> MlflowClient:
-    from mlflow import MlflowClient
-
-    for name in (
-        "alembic",
-        "mlflow.store.db.utils",
-    ):  # do not log the creation of the tables of a new SQLite file
-        logging.getLogger(name).setLevel(logging.WARNING)
-    return MlflowClient(uri, uri)
+    both_nan = ours != ours and theirs != theirs
+    return ours == theirs or both_nan or abs(ours) >= largest <= abs(theirs)

@@ -1,4 +1,4 @@
-"""The load of this machine during a training, with the names of MLflow's system metrics, and the GPU hours."""
+"""The load of this machine during training, as MLflow's system metrics, and GPU hours."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from vitdet import distributed
 
 
 class SystemMetrics:
-    """Load of CPUs, memory and, where there are any, GPUs of this machine; GPU hours of all processes.
+    """Load of CPUs, memory and GPUs of this machine; GPU hours of all processes.
 
-    GPUs need the package nvidia-ml-py. One reading takes a few milliseconds.
+    gpu_hours: those of earlier processes of the same run. GPUs need the package nvidia-ml-py. One
+    reading takes a few milliseconds.
     """
 
     def __init__(self, gpu_hours: float = 0.0) -> None:
-        """gpu_hours: those of earlier processes of the same run."""
-        # imported here: takes seconds, which only a training needs
+        # imported here: takes seconds, which only training needs
         from mlflow.system_metrics.metrics.base_metrics_monitor import BaseMetricsMonitor
         from mlflow.system_metrics.metrics.cpu_monitor import CPUMonitor
         from mlflow.system_metrics.metrics.gpu_monitor import GPUMonitor
@@ -30,7 +30,7 @@ class SystemMetrics:
         self._rate, self._hours, self._start = gpus / 3600, gpu_hours, time.monotonic()
 
     def read(self) -> dict[str, float]:
-        """{"system/cpu_utilization_percentage": ..., "system/gpu_0_utilization_percentage": ..., "gpu_hours": ...}"""
+        """Return `system/gpu_0_utilization_percentage` and its like, and `gpu_hours`."""
         values: dict[str, float] = {}
         for monitor in self._monitors:
             monitor.collect_metrics()

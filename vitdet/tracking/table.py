@@ -6,17 +6,14 @@ import statistics
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from html import escape
 
-from vitdet.tracking.champion import ALIAS
+from jinja2 import Environment, PackageLoader
+
+from vitdet.tracking.history import ALIAS
 
 COLUMNS = ("box_ap", "mask_ap", "box_ap50", "box_ap75")
 HEADS = [column.replace("_ap", " AP ").strip() for column in COLUMNS]
 SEED = "train.seed"
-STYLE = (
-    "body{font:14px sans-serif;margin:1em}table{border-collapse:collapse;margin:1em 0}"
-    "td,th{border:1px solid #999;padding:.3em .6em;text-align:left}"
-)
 
 
 @dataclass(frozen=True)
@@ -35,20 +32,8 @@ class Table:
             for first, *rest in self.rows
         ]
         title = f"{self.title}\n\n" if self.title else ""
-        return title + markdown_table(
-            self.heads, [[cell.replace("|", "\\|") for cell in row] for row in linked]
-        )
-
-    def html(self) -> str:
-        """Format as HTML."""
-        lines = [f"<h2>{escape(self.title)}</h2>"] if self.title else []
-        lines += ["<table>", _row("th", map(escape, self.heads))]
-        for first, *rest in self.rows:
-            name = escape(first)
-            if first in self.links:
-                name = f'<a target="_blank" href="{escape(self.links[first])}">{name}</a>'
-            lines.append(_row("td", [name, *map(escape, rest)]))
-        return "\n".join([*lines, "</table>"])
+        escaped = [[cell.replace("|", "\\|") for cell in row] for row in linked]
+        return title + markdown_table(self.heads, escaped)
 
 
 def trainings_table(
@@ -59,48 +44,45 @@ def trainings_table(
     versions: Mapping[str, str],
     links: Mapping[str, str],
 ) -> Table:
-    """Return a row for each training, those without a verdict last.
+    """Return a row for each training run, those without a verdict last.
 
-    rows, failures and settings as of `vitdet.tracking.comparison.compare`. versions: MLflow run id ->
-    model version. links: name -> address of its run.
+    rows, failures and settings as of `vitdet.tracking.comparison.compare`. versions: MLflow run id
+    -> model version. links: name -> address of its run.
     """
-    swept = any(settings.values())
     cells = []
     for row in rows:
         version = versions.get(row["run_id"], "-")
         mark = f"{version} ({ALIAS})" if version == champion else version
-        texts = [
-            "-" if row["metrics"].get(key) is None else f"{row['metrics'][key]:.2f}"
-            for key in COLUMNS
-        ]
+        values = [row["metrics"].get(key) for key in COLUMNS]
+        texts = ["-" if value is None else f"{value:.2f}" for value in values]
         reason = "; ".join(filter(None, (row["reason"], failures.get(row["name"]))))
         cells.append([row["name"], *texts, mark, reason])
     finished = {row["name"] for row in rows}
     for name, reason in failures.items():
         if name not in finished:
             cells.append([name, *["-"] * len(COLUMNS), "-", reason])
-    if swept:
+    heads = ["recipe", *HEADS, "version", "gate"]
+    if any(settings.values()):  # a sweep
         cells = [[first, _text(settings.get(first, {})), *rest] for first, *rest in cells]
-    heads = ["recipe", *(["settings"] if swept else []), *HEADS, "version", "gate"]
+        heads.insert(1, "settings")
     return Table("", heads, cells, links)
 
 
 def seeds_table(rows: Sequence[dict], settings: Mapping[str, Mapping[str, str]]) -> Table | None:
-    """Return mean and standard deviation of trainings that only differ by seed; None without such."""
+    """Return mean and standard deviation over seeds; None if no runs differ by seed only."""
     groups: dict[tuple[str, str], list[dict]] = defaultdict(list)
     for row in rows:
         own = settings.get(row["name"], {})
         if SEED in own:
             rest = {key: value for key, value in own.items() if key != SEED}
-            groups[row["name"].rpartition("-")[0], _text(rest)].append(row)
+            groups[row["name"].rpartition("-")[0], _text(rest)].append(row["metrics"])
     cells = []
-    for (recipe, text), members in groups.items():
-        values = [[row["metrics"].get(key) for row in members] for key in COLUMNS]
+    for (recipe, text), metrics in groups.items():
+        values = [[one.get(key) for one in metrics] for key in COLUMNS]
         texts = [mean_deviation([one for one in column if one is not None]) for column in values]
-        cells.append([recipe, text or "-", str(len(members)), *texts])
-    heads = ["recipe", "settings", "seeds", *HEADS]
+        cells.append([recipe, text or "-", str(len(metrics)), *texts])
     title = "Over seeds: mean ± standard deviation"
-    return Table(title, heads, cells, {}) if cells else None
+    return Table(title, ["recipe", "settings", "seeds", *HEADS], cells, {}) if cells else None
 
 
 def mean_deviation(values: Sequence[float]) -> str:
@@ -113,9 +95,11 @@ def mean_deviation(values: Sequence[float]) -> str:
 
 def page(title: str, paragraphs: Sequence[str], tables: Sequence[Table]) -> str:
     """Return a complete HTML page. paragraphs: plain text."""
-    body = [f"<p>{escape(one)}</p>" for one in paragraphs] + [one.html() for one in tables]
-    head = f'<meta charset="utf-8"><title>{escape(title)}</title><style>{STYLE}</style>'
-    return f"<!doctype html>\n{head}\n" + "\n".join(body) + "\n"
+    loader = PackageLoader("vitdet.tracking", ".")
+    template = Environment(loader=loader, autoescape=True, trim_blocks=True).get_template(
+        "comparison.html.jinja"
+    )
+    return template.render(title=title, paragraphs=paragraphs, tables=tables)
 
 
 def markdown_table(
@@ -129,10 +113,6 @@ def markdown_table(
             [cell.ljust(width) for cell, width in zip(line, widths, strict=True)] for line in lines
         ]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
-
-
-def _row(tag: str, cells: Sequence[str] | map) -> str:
-    return "<tr>" + "".join(f"<{tag}>{cell}</{tag}>" for cell in cells) + "</tr>"
 
 
 def _text(settings: Mapping[str, str]) -> str:

@@ -1,4 +1,7 @@
-"""Trackers of a training's metrics, and their progress display: one changing line on a terminal, plain lines in a log."""
+"""Trackers of the metrics of a training run, and the display of its progress.
+
+On a terminal one line changes; in a log there are plain lines.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ from typing import TextIO
 
 
 class Tracker:
-    """Interface of trackers; this one records nothing: for ranks other than 0, and without MLflow."""
+    """Interface of trackers. This one records nothing, for ranks other than 0 or without MLflow."""
 
     @property
     def run_id(self) -> str | None:
@@ -18,7 +21,7 @@ class Tracker:
         return None
 
     def log(self, values: dict[str, float], step: int) -> None:
-        """Log the values of a step by name; steps of a name increase, and one that the run already has is dropped."""
+        """Log the values of a step by name. A step that the run already has is dropped."""
 
     def artifact(self, path: Path, folder: str = "") -> None:
         """Log a copy of the file to this folder of the run's artifacts."""
@@ -28,7 +31,10 @@ class Tracker:
 
 
 class Progress(Tracker):
-    """Displays the metrics and passes them to another tracker. `steps` is the length of the training."""
+    """Displays the metrics and passes them to another tracker.
+
+    steps: of the whole training run. start: the first one.
+    """
 
     def __init__(
         self, tracker: Tracker, steps: int, start: int, stream: TextIO | None = None
@@ -46,26 +52,22 @@ class Progress(Tracker):
     def log(self, values: dict[str, float], step: int) -> None:
         """Display losses, images/s and time left, or the AP of an evaluation."""
         self.tracker.log(values, step)
-        if "box_ap" in values:
-            kinds = [
-                f"{kind} AP {values[f'{kind}_ap']:.1f}"
-                for kind in ("box", "mask")
-                if f"{kind}_ap" in values
+        kinds = [kind for kind in ("box", "mask") if f"{kind}_ap" in values]
+        if kinds:
+            parts = [f"{kind} AP {values[f'{kind}_ap']:.1f}" for kind in kinds]
+        else:
+            losses = "  ".join(
+                f"{name.removeprefix('loss_')} {value:.3f}"
+                for name, value in values.items()
+                if name.startswith("loss_")
+            )
+            pace = (time.perf_counter() - self.since) / max(step - self.begin, 1)
+            parts = [
+                f"{clock(pace * (self.steps - step))} left",
+                f"{values['images_per_second']:.1f} images/s",
+                f"loss {values['loss']:.3f} ({losses})" if losses else "every step skipped",
             ]
-            self.line(f"step {step}/{self.steps}  {'  '.join(kinds)}", keep=True)
-            return
-        losses = "  ".join(
-            f"{name.removeprefix('loss_')} {value:.3f}"
-            for name, value in values.items()
-            if name.startswith("loss_")
-        )
-        shown = f"loss {values['loss']:.3f} ({losses})" if losses else "every step skipped"
-        left = (time.perf_counter() - self.since) / max(step - self.begin, 1) * (self.steps - step)
-        self.line(
-            f"step {step}/{self.steps}  {clock(left)} left  {values['images_per_second']:.1f} images/s  "
-            f"{shown}",
-            keep=False,
-        )
+        self.line("  ".join([f"step {step}/{self.steps}", *parts]), keep=bool(kinds))
 
     def artifact(self, path: Path, folder: str = "") -> None:
         """Pass the file to the wrapped tracker."""

@@ -1,13 +1,15 @@
-"""This package as a wheel, from the files that are running: what travels with a registered model.
+"""This package as a wheel, from the files that are running: part of a registered model.
 
-A wheel is a zip of the package and three text files. It is written here rather than by pip because the same files then
-give the same bytes from a source tree, an editable and an ordinary install, without a build back-end or a network.
+A wheel is a zip of the package and four text files. It is written here rather than by pip because
+the same files then give the same bytes from a source tree, an editable and an ordinary install,
+without a build backend or a network.
 """
 
 from __future__ import annotations
 
 import base64
 import hashlib
+import re
 import tomllib
 import zipfile
 from importlib import metadata
@@ -20,7 +22,10 @@ STAMP = (1980, 1, 1, 0, 0, 0)  # zip's first day: the same files give the same w
 
 
 def build_wheel(folder: Path) -> Path:
-    """FOLDER/vitdet-VERSION-py3-none-any.whl. Raises ValueError where the package's metadata cannot be found."""
+    """Write FOLDER/vitdet-VERSION-py3-none-any.whl; return its path.
+
+    Raises ValueError if the metadata of the package cannot be found.
+    """
     version, description = _metadata()
     info = f"vitdet-{version}.dist-info"
     files = {
@@ -49,20 +54,15 @@ def build_wheel(folder: Path) -> Path:
 
 
 def requirements(extra: tuple[str, ...] = ()) -> list[str]:
-    """What the package needs, and `extra`, pinned to the versions that are running: `torch==2.15.0`, ..."""
+    """Return the dependencies and `extra` in their installed versions, as in `torch==2.15.0`."""
     _, description = _metadata()
-    needs = [
-        line.removeprefix("Requires-Dist: ")
-        for line in description.splitlines()
-        if line.startswith("Requires-Dist: ") and ";" not in line
-    ]
-    names = [need.partition(">")[0].partition("=")[0].partition("<")[0].strip() for need in needs]
+    names = re.findall(r"(?m)^Requires-Dist: ([\w.-]+)[^;\n]*$", description)
     # a local part (+cpu, +cu132) names a build that no public index has
     return [f"{name}=={metadata.version(name).partition('+')[0]}" for name in [*names, *extra]]
 
 
 def _metadata() -> tuple[str, str]:
-    """(version, text of the METADATA file): of pyproject.toml in a source tree, else of the installed package."""
+    """Return (version, METADATA file), from pyproject.toml in a source tree."""
     project = PACKAGE.parent / "pyproject.toml"
     if project.is_file():
         table = tomllib.loads(project.read_text())["project"]

@@ -1,0 +1,228 @@
+"""MLflow's client, with retries, and with errors that are Python's and of one line each.
+
+MLflow's HTTP client (urllib3) repeats requests after a lost connection, 408, 429 and 5xx, with a
+back-off or after the time in Retry-After. It reads the number of retries from the environment at
+each request. During training there are none: `vitdet.tracking.shipper` sends everything again
+later. Commands enable them with `repeating`.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache, partial
+from typing import Any, TypeVar
+
+from vitdet.tracking.address import hide_credentials
+
+# with 0, 2, 4, ... seconds between them: about a minute, as long as a server takes to restart
+TRIES = 7
+BACK_OFF = "1"
+RETRIES, FACTOR = "MLFLOW_HTTP_REQUEST_MAX_RETRIES", "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR"
+NO_RETRIES = "00"  # not "0", so that a child process does not take it for a setting of the user
+DEFAULTS = {
+    RETRIES: NO_RETRIES,
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "15",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
+}
+USER_SETTINGS = {
+    name: os.environ[name]
+    for name in (RETRIES, FACTOR)
+    if os.environ.get(name, NO_RETRIES) != NO_RETRIES
+}
+# If the answer is lost, the request may have been carried out: see `create`.
+ONCE = ("create_experiment", "create_run", "create_registered_model", "create_model_version")
+DENIED = {"PERMISSION_DENIED", "UNAUTHENTICATED", "CUSTOMER_UNAUTHORIZED"}  # 401 and 403
+# MLflow, and what it uses for HTTP, databases and artifact stores; not all of their errors become
+# MLflow's
+LIBRARIES = {
+    *("mlflow", "requests", "urllib3", "sqlalchemy", "psycopg2"),
+    *("botocore", "boto3", "s3transfer", "google", "azure"),
+}
+# of SQLAlchemy: no address of a database, no database; not its OperationalError, which may pass
+NO_DATABASE = {"ArgumentError", "NoSuchModuleError", "DatabaseError"}
+# Environment and loggers are the process's: blocks of two threads must not restore each other's.
+LOCK = threading.RLock()
+T = TypeVar("T")
+log = logging.getLogger(__name__)
+
+
+class RefusedError(ValueError):
+    """What MLflow will not accept later either."""
+
+
+class InvalidRequestError(RefusedError):
+    """A request that MLflow rejects as invalid; other requests may be accepted."""
+
+
+class UnknownRunError(LookupError):
+    """The server does not have the run, and nothing describes it, so that it cannot be created."""
+
+
+KINDS: dict[str, type[Exception]] = {
+    "RESOURCE_ALREADY_EXISTS": FileExistsError,
+    "RESOURCE_DOES_NOT_EXIST": LookupError,
+    "ENDPOINT_NOT_FOUND": LookupError,
+    "INVALID_PARAMETER_VALUE": InvalidRequestError,
+    "BAD_REQUEST": InvalidRequestError,
+}
+
+
+class Client:
+    """An MlflowClient of the server `uri`, with the methods of MLflow's; repeats: see `repeating`.
+
+    Raises LookupError for what does not exist on the server, FileExistsError for what exists
+    already, RefusedError if the server rejects the request permanently or denies access, and
+    ConnectionError for all other errors of the libraries, e.g. no answer.
+    """
+
+    def __init__(self, client: Any, uri: str, repeats: bool = True) -> None:
+        self._client, self.uri, self._repeats = client, uri, repeats
+
+    def __getattr__(self, name: str) -> Any:
+        method = getattr(self._client, name)
+
+        def _call(*args: Any, **kwargs: Any) -> Any:
+            if not self._repeats:
+                with translated(self.uri):
+                    return method(*args, **kwargs)
+            with repeating(self.uri, tries=1 if name in ONCE else None):
+                return method(*args, **kwargs)
+
+        return _call
+
+    def repeating(self) -> Client:
+        """Return the same client with retries."""
+        return Client(self._client, self.uri)
+
+
+def open_client(uri: str) -> Client:
+    """Return a client without retries. Raises RefusedError if the store can never be used."""
+    for name, value in DEFAULTS.items():  # each time: MLflow reads them at every request
+        os.environ.setdefault(name, value)
+    return _cached_client(uri)
+
+
+@cache
+def _cached_client(uri: str) -> Client:
+    from mlflow import MlflowClient
+
+    for name in ("alembic", "mlflow.store.db.utils"):  # they log the creation of a new SQLite file
+        logging.getLogger(name).setLevel(logging.WARNING)
+    try:
+        return Client(MlflowClient(uri, uri), uri, repeats=False)
+    except Exception as error:
+        is_invalid = getattr(error, "error_code", "") == "INVALID_PARAMETER_VALUE"
+        lacks_driver = isinstance(error, ImportError)
+        if not (is_invalid or lacks_driver or type(error).__name__ in NO_DATABASE):
+            raise
+        raise RefusedError(
+            f"{hide_credentials(uri)}: {first_line(error)}; set tracking.uri or "
+            "MLFLOW_TRACKING_URI to http://HOST:PORT or sqlite:///FILE"
+        ) from None  # its context may name the address with the password
+
+
+@contextmanager
+def translated(uri: str) -> Iterator[None]:
+    """Translate the errors of MLflow and its libraries, as `Client` does."""
+    try:
+        yield
+    except Exception as error:
+        if type(error).__module__.partition(".")[0] not in LIBRARIES:
+            raise
+        shown, line = hide_credentials(uri), first_line(error)
+        if _is_denied(error, uri):
+            line = (
+                f"{shown} denies access ({line}); set MLFLOW_TRACKING_USERNAME and "
+                "MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN, of an account that may do this"
+            )
+            raise RefusedError(line) from None  # its context names the address with the password
+        kind = KINDS.get(getattr(error, "error_code", ""), ConnectionError)
+        raise kind(f"{shown}: {line}") from None
+
+
+@contextmanager
+def repeating(uri: str, tries: int | None = None) -> Iterator[None]:
+    """Make each of MLflow's requests in this block up to so many times; raises as `Client` does.
+
+    Functions of MLflow that have no client use the server `uri`. Threads run such blocks one after
+    another.
+    """
+    tries = TRIES if tries is None else tries
+    settings = {"MLFLOW_TRACKING_URI": uri, RETRIES: str(tries - 1), FACTOR: BACK_OFF}
+    settings |= USER_SETTINGS if tries > 1 else {}
+    retry, pool = (
+        logging.getLogger(f"urllib3.{name}") for name in ("util.retry", "connectionpool")
+    )
+    log_wait = partial(_log_wait, hide_credentials(uri))
+    with LOCK:
+        before = {name: os.environ.get(name) for name in settings}
+        levels = retry.level, pool.level
+        os.environ.update(settings)
+        retry.addFilter(log_wait)
+        retry.setLevel(logging.DEBUG)
+        pool.setLevel(logging.ERROR)  # it logs some of the same waits
+        try:
+            with translated(uri):
+                yield
+        finally:
+            retry.removeFilter(log_wait)
+            retry.setLevel(levels[0])
+            pool.setLevel(levels[1])
+            for name, value in before.items():
+                os.environ.pop(name) if value is None else os.environ.update({name: value})
+
+
+def _log_wait(shown: str, record: logging.LogRecord) -> bool:
+    """Log, instead of a debug message of urllib3, that a request is repeated."""
+    retry: Any = record.args[-1] if isinstance(record.args, tuple) and record.args else None
+    if history := getattr(retry, "history", ()):
+        last = history[-1]
+        reason = f"the answer is {last.status}" if last.status else first_line(last.error)
+        log.warning("%s: %s; %d more tries", shown, reason, retry.total + 1)
+    return False
+
+
+def create(find: Callable[[], T | None], make: Callable[[], T]) -> T:
+    """Return what `find` finds or else `make` makes.
+
+    After a lost answer, it looks again before it makes another.
+    """
+    for last in (False, False, True):
+        if (found := find()) is not None:
+            return found
+        try:
+            return make()
+        except (ConnectionError, FileExistsError) as error:
+            if last:
+                raise
+            log.warning("%s; looking whether it was carried out", first_line(error))
+    raise AssertionError
+
+
+def _is_denied(error: Exception, uri: str) -> bool:
+    """Whether an error is of a 401 or 403."""
+    from mlflow.exceptions import MlflowException, RestException
+    from mlflow.utils.credentials import get_default_host_creds
+    from mlflow.utils.rest_utils import http_request
+
+    status = getattr(getattr(error, "response", None), "status_code", None)  # of requests
+    if getattr(error, "error_code", "") in DENIED or status in (401, 403):
+        return True
+    if not isinstance(error, RestException) or "error_code" in error.json:
+        return False
+    try:  # JSON of a proxy: MLflow's error lacks the status, so the request is repeated
+        path = "/api/2.0/mlflow/experiments/search?max_results=1"
+        return http_request(get_default_host_creds(uri), path, "GET").status_code in (401, 403)
+    except MlflowException:
+        return False
+
+
+def first_line(error: object) -> str:
+    """Return the first line of an error, without credentials."""
+    return hide_credentials((str(error).strip().splitlines() or [repr(error)])[0][:300])
