@@ -12,7 +12,7 @@ from vitdet.cli.bench.evaluation import measure
 from vitdet.evaluation.bootstrap import WeightedAP
 from vitdet.evaluation.evaluator import evaluate_results
 from vitdet.evaluation.matches import load_matches
-from vitdet.evaluation.runs import areas
+from vitdet.evaluation.run_lengths import areas
 
 
 @pytest.fixture
@@ -257,7 +257,7 @@ def test_words_that_do_not_go_together(words, message, capsys):
 
 def test_codes_are_measured_in_parts(monkeypatch):
     # 4 pixels of 9 from the third on; the second code holds one pixel too few
-    monkeypatch.setattr("vitdet.evaluation.runs.AT_ONCE", 2)
+    monkeypatch.setattr("vitdet.evaluation.run_lengths.AT_ONCE", 2)
     sizes, sound = areas([b"243", b"242", b"9", b"054", b"24O"], [9] * 5)
     assert sizes[[0, 2, 3]].tolist() == [4, 0, 5]
     assert sound.tolist() == [True, False, True, True, False]

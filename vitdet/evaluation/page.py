@@ -12,6 +12,7 @@ from vitdet.checkpoint import load_model_file
 from vitdet.config import Config
 from vitdet.data.fingerprint import fingerprint
 from vitdet.evaluation.analysis import Analysis
+from vitdet.evaluation.matches import Matches
 from vitdet.evaluation.pairs import Images, draw_pairs
 from vitdet.evaluation.results import Truth
 from vitdet.files import atomic_write, sha256
@@ -19,7 +20,7 @@ from vitdet.pages import data_uri, render
 
 
 class ErrorType(NamedTuple):
-    """An error type of TIDE: the number of its colour, its definition, and that in a few words."""
+    """An error type of TIDE: number of its color, definition, and definition in a few words."""
 
     color: int
     definition: str
@@ -57,18 +58,6 @@ ERROR_TYPES = {
         "objects that were not found",
     ),
 }
-# keys of Analysis.metrics, for the tiles at the top of the page; AR is added with its limit
-HEADLINE = {
-    "ap": "AP",
-    "ap50": "AP50",
-    "ap75": "AP75",
-    "ap_small": "AP small",
-    "ap_medium": "AP medium",
-    "ap_large": "AP large",
-    "ap_rare": "AP rare",
-    "ap_common": "AP common",
-    "ap_frequent": "AP frequent",
-}
 # of the table of classes: title, whether it is numeric, explanation
 COLUMNS = (
     ("Class", False, ""),
@@ -88,8 +77,7 @@ COLUMNS = (
     ("F1", True, "harmonic mean of precision and recall, in %"),
 )
 
-
-QUALITY = 75  # of JPEG: with it the page of COCO's val2017 has less than 2 MB
+QUALITY = 75  # of JPEG: the page of COCO's val2017 has less than 2 MB
 
 
 @dataclass(frozen=True)
@@ -114,22 +102,19 @@ def write_page(
     Without `images`, or where one cannot be read, the page has no pictures of it.
     """
     first = analyses[0]
-    worst, best = first.worst, first.best
-    chosen = {one.image_id for one in (*worst, *best)}
-    pairs = {}
-    if images is not None:
-        pairs = draw_pairs(truth, results, chosen, first.confusion.score, images)
+    chosen = {one.image_id for one in (*first.worst, *first.best)}
+    pairs = draw_pairs(truth, results, chosen, first.confusion.score, images) if images else {}
     values = {
         "analyses": analyses,
         "facts": facts,
-        "worst": [one for one in worst if one.image_id in pairs],
-        "best": [one for one in best if one.image_id in pairs],
+        "worst": [one for one in first.worst if one.image_id in pairs],
+        "best": [one for one in first.best if one.image_id in pairs],
         "pictures": {
             image_id: [data_uri(picture, QUALITY) for picture in pair]
             for image_id, pair in pairs.items()
         },
         "error_types": ERROR_TYPES,
-        "headline": {one.kind: _headline(one) for one in analyses},
+        "headline": {one.kind: _headline(one.metrics) for one in analyses},
         "columns": COLUMNS,
     }
     page = render("evaluation/page.html", values)
@@ -137,64 +122,60 @@ def write_page(
         temporary.write_text(page, encoding="utf-8")
 
 
-def _headline(analysis: Analysis) -> dict[str, float]:
-    """The metrics for the tiles, by title; of AR that with the most detections."""
-    metrics = analysis.metrics
-    tiles = {name: metrics[key] for key, name in HEADLINE.items() if key in metrics}
+def _headline(metrics: Mapping[str, float]) -> dict[str, float]:
+    """Return the metrics at the top of the page by title: AP, and AR with the most detections."""
+    titles = {key: key.replace("ap", "AP", 1).replace("_", " ") for key in metrics}
+    tiles = {titles[key]: value for key, value in metrics.items() if key.startswith("ap")}
     limits = [int(key[3:]) for key in metrics if key.startswith("ar_") and key[3:].isdecimal()]
     if limits:
         tiles[f"AR, {max(limits)} detections"] = metrics[f"ar_{max(limits)}"]
     return tiles
 
 
-def checkpoint_facts(
-    checkpoint: Path, config: Config, images: int, device: str, analysis: Analysis
-) -> Facts:
-    """The facts of an evaluation of a checkpoint with this config; images: how many were evaluated."""
+def checkpoint_facts(checkpoint: Path, config: Config, device: str, matches: Matches) -> Facts:
+    """Return the facts of an evaluation of a checkpoint with this config on a device."""
     model, data, settings = config.model, config.data, config.evaluate
-    kind = model.architecture
     return Facts(
-        title=f"{kind}, {model.backbone.name} on {data.val_split}",
+        title=f"{model.architecture}, {model.backbone.name} on {data.val_split}",
         data={
             "Folder": data.root,
             "Split": f"{data.val_split} ({data.dataset})",
-            **_counts(analysis, images),
+            **_counts(matches),
             "Fingerprint": fingerprint(data, data.val_split),
         },
         model={
-            "Detector": f"{kind}, backbone {model.backbone.name}",
+            "Detector": f"{model.architecture}, backbone {model.backbone.name}",
             "Checkpoint": str(checkpoint),
             "Step": f"{load_model_file(checkpoint)['step']:,}",
             "Image size": f"{data.image_size} pixels",
             "Precision": f"{settings.precision}, {device}",
-            "Detections": f"at most {settings.max_detections} per image, score of at least {settings.score_threshold:g}, NMS at IoU {settings.nms_iou:g}",
+            "Detections": f"at most {settings.max_detections} per image, score of at least "
+            f"{settings.score_threshold:g}, NMS at IoU {settings.nms_iou:g}",
             "vitdet": vitdet.__version__,
         },
     )
 
 
-def results_facts(
-    results: Path, annotations: Path, images: int, detections: Sequence[dict], analysis: Analysis
-) -> Facts:
-    """The facts of an evaluation of a file of results."""
+def results_facts(results: Path, annotations: Path, detections: int, matches: Matches) -> Facts:
+    """Return the facts of an evaluation of a file of so many results."""
     return Facts(
         title=f"{results.name} on {annotations.name}",
         data={
             "Annotations": str(annotations),
-            **_counts(analysis, images),
+            **_counts(matches),
             "SHA-256": sha256(annotations),
         },
         model={
             "Results": str(results),
-            "Detections": f"{len(detections):,}",
+            "Detections": f"{detections:,}",
             "vitdet": vitdet.__version__,
         },
     )
 
 
-def _counts(analysis: Analysis, images: int) -> dict[str, str]:
+def _counts(matches: Matches) -> dict[str, str]:
     return {
-        "Images": f"{images:,}",
-        "Objects": f"{sum(one.objects for one in analysis.classes):,}",
-        "Classes": f"{len(analysis.classes):,}",
+        "Images": f"{len(matches.image_ids):,}",
+        "Objects": f"{len(matches.object_image):,}",
+        "Classes": f"{len(matches.category_ids):,}",
     }
