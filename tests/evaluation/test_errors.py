@@ -9,8 +9,7 @@ import pytest
 from tests.helpers.random_results import random_set
 from vitdet.data.annotation_file import Annotation
 from vitdet.evaluation import coco
-from vitdet.evaluation.errors import SPECIAL, TYPES, errors_of
-from vitdet.evaluation.overlaps import overlaps_of
+from vitdet.evaluation.errors import SPECIAL, TYPES, errors_of, overlaps_of
 from vitdet.evaluation.results import Truth, read_truth
 
 EXAMPLES = Path(__file__).parents[3] / "shared" / "data" / "coco-eval"
