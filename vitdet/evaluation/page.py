@@ -58,25 +58,6 @@ ERROR_TYPES = {
         "objects that were not found",
     ),
 }
-# of the table of classes: title, whether it is numeric, explanation
-COLUMNS = (
-    ("Class", False, ""),
-    ("AP", True, "mean over IoU 0.5, 0.55, ..., 0.95"),
-    ("Main error", False, "the error type with the largest dAP"),
-    ("AP50", True, "AP at IoU 0.5"),
-    ("AP75", True, "AP at IoU 0.75"),
-    ("AP S", True, "objects of up to 32² pixels"),
-    ("AP M", True, "objects of 32² to 96² pixels"),
-    ("AP L", True, "objects of more than 96² pixels"),
-    ("AR", True, "recall at any score, mean over the IoUs"),
-    ("Objects", True, ""),
-    ("Images", True, "images with an object of the class"),
-    ("Threshold", True, "the score with the best F1 at IoU 0.5"),
-    ("P", True, "precision at the threshold, in %"),
-    ("R", True, "recall at the threshold, in %"),
-    ("F1", True, "harmonic mean of precision and recall, in %"),
-)
-
 QUALITY = 75  # of JPEG: the page of COCO's val2017 has less than 2 MB
 
 
@@ -115,7 +96,6 @@ def write_page(
         },
         "error_types": ERROR_TYPES,
         "headline": {one.kind: _headline(one.metrics) for one in analyses},
-        "columns": COLUMNS,
     }
     page = render("evaluation/page.html", values)
     with atomic_write(path) as temporary:
