@@ -17,7 +17,8 @@ import pytest
 from PIL import Image
 
 from vitdet.evaluation.analysis import Analysis, ClassResult, Confusion, ImageResult, Threshold
-from vitdet.evaluation.page import ERROR_TYPES, Facts, write_page
+from vitdet.evaluation.errors import TYPES
+from vitdet.evaluation.page import Facts, write_page
 from vitdet.evaluation.pairs import Images, draw_pairs, images_of
 from vitdet.evaluation.results import Truth, read_truth
 
@@ -29,12 +30,12 @@ LIMIT = 2_000_000  # bytes
 def class_result(name: str, ap: float | None, error: str | None = "missed") -> ClassResult:
     """A class whose metrics follow from its AP; None: it has no object."""
     if ap is None:
-        return ClassResult(name, 0, 0, 3, *[None] * 11, [], {}, {}, None)
-    errors = dict.fromkeys(ERROR_TYPES, 1.0) | ({error: 7.25} if error else {})
+        return ClassResult(name, 0, 0, *[None] * 8, [], {}, {}, None)
+    errors = dict.fromkeys(TYPES, 1.0) | ({error: 7.25} if error else {})
     curve = [round(ap / 100 * (1 - recall), 3) for recall in RECALLS]
-    values = [ap] * 7 + [0.5, 0.6, 0.7, 0.65]
-    counts = dict.fromkeys(ERROR_TYPES, 4)
-    return ClassResult(name, 1200, 30, 5000, *values, curve, errors, counts, error)
+    values = [ap] * 7 + [Threshold(0.5, 0.6, 0.7, 0.65)]
+    counts = dict.fromkeys(TYPES, 4)
+    return ClassResult(name, 1200, 30, *values, curve, errors, counts, error)
 
 
 def analysis(kind: str, classes: list[ClassResult], image_ids: list[int] = []) -> Analysis:  # noqa: B006
@@ -46,13 +47,12 @@ def analysis(kind: str, classes: list[ClassResult], image_ids: list[int] = []) -
         kind=kind,
         metrics={"ap": mean, "ap50": mean, "ap_small": mean, "ar_1": 1.0, "ar_300": mean},
         classes=classes,
-        recalls=RECALLS,
         curves=dict.fromkeys(("0.5", "0.75", "mean"), RECALLS[::-1]),
         thresholds=[Threshold(i / 100, i / 100, 1 - i / 100, 0.5) for i in range(1, 100)],
-        best_threshold=0.5,
-        errors=dict.fromkeys(ERROR_TYPES, 2.0)
+        best_threshold=Threshold(0.5, 0.5, 0.5, 0.5),
+        errors=dict.fromkeys(TYPES, 2.0)
         | {"background": 9.5, "false_positive": 3.0, "false_negative": 4.0},
-        error_counts=dict.fromkeys(ERROR_TYPES, 1234),
+        error_counts=dict.fromkeys(TYPES, 1234),
         confusion=Confusion(
             0.5, [*names, "background"], [[1] * (len(names) + 1)] * (len(names) + 1), len(classes)
         ),

@@ -16,7 +16,7 @@ import numpy as np
 
 from vitdet.evaluation.coco import NAMES
 from vitdet.evaluation.errors import SPECIAL, TYPES, Errors, Overlaps, errors_of, overlaps_of
-from vitdet.evaluation.matches import IOUS, RECALLS, Matches
+from vitdet.evaluation.matches import IOUS, Matches
 from vitdet.evaluation.matching import Comparison
 from vitdet.evaluation.results import Truth
 
@@ -42,10 +42,9 @@ class Threshold:
 class ClassResult:
     """A class. Values are None, dictionaries and curve empty, without objects (of that size).
 
-    objects, images: objects, and images with at least one. detections: at any score.
+    objects, images: objects, and images with at least one.
     ap: mean over IoU 0.5, 0.55, ..., 0.95. ar: recall at any score, mean over the same IoUs.
-    best_threshold: the score of a detection with the best F1; precision, recall and f1 at that
-    score. None also without detections.
+    best_threshold: the score of a detection with the best F1; None also without detections.
     curve: precision at IoU 0.5 and recall 0, 0.01, ..., 1, interpolated as in AP, rounded to 3
     digits.
     errors, error_counts: as in `Analysis`; missed objects by their class, other errors by the class
@@ -55,7 +54,6 @@ class ClassResult:
     name: str
     objects: int
     images: int
-    detections: int
     ap: float | None
     ap50: float | None
     ap75: float | None
@@ -63,10 +61,7 @@ class ClassResult:
     ap_medium: float | None
     ap_large: float | None
     ar: float | None
-    best_threshold: float | None
-    precision: float | None
-    recall: float | None
-    f1: float | None
+    best_threshold: Threshold | None
     curve: list[float]
     errors: dict[str, float]
     error_counts: dict[str, int]
@@ -116,8 +111,8 @@ class Analysis:
     metrics: of COCO or LVIS, by the names of metrics.json without the kind ("ap", "ap_small",
     "ar_100", ...); absent without an object.
     classes: all classes of the annotation file, in its order.
-    recalls: 0, 0.01, ..., 1. curves: precision at these recalls, mean over the classes with
-    objects, for IoU "0.5", "0.75" and the "mean" over all IoUs.
+    curves: precision at recall 0, 0.01, ..., 1, mean over the classes with objects, for IoU "0.5",
+    "0.75" and the "mean" over all IoUs.
     thresholds: scores 0.01, 0.02, ..., 0.99, of all classes together; empty without objects.
     best_threshold: that with the best F1, the highest of equals; None without true positives. The
     confusion matrix and the images are at this threshold, or at 0.5 without one.
@@ -131,10 +126,9 @@ class Analysis:
     kind: str
     metrics: dict[str, float]
     classes: list[ClassResult]
-    recalls: list[float]
     curves: dict[str, list[float]]
     thresholds: list[Threshold]
-    best_threshold: float | None
+    best_threshold: Threshold | None
     errors: dict[str, float]
     error_counts: dict[str, int]
     confusion: Confusion
@@ -153,10 +147,9 @@ def analyse(
     rank = np.array([item["id"] for item in comparison.detections], int)
     errors = errors_of(matches, overlaps, rank)
     table = _thresholds(matches)
-    best = max(table, key=lambda one: (one.f1, one.score), default=None)
-    score = best.score if best and best.f1 > 0 else None
-    shown = 0.5 if score is None else score
-    worst_images, best_images = _images(matches, shown, truth)
+    best = max((one for one in table if one.f1), key=lambda one: (one.f1, one.score), default=None)
+    score = best.score if best else 0.5
+    worst_images, best_images = _images(matches, score, truth)
     return Analysis(
         kind=NAMES[kind],
         metrics={
@@ -165,13 +158,12 @@ def analyse(
             if name.startswith(prefix)
         },
         classes=_classes(comparison, errors),
-        recalls=RECALLS.round(2).tolist(),
         curves={name: one.round(4).tolist() for name, one in mean_curves(comparison).items()},
         thresholds=table,
-        best_threshold=score,
+        best_threshold=best,
         errors=errors.total,
         error_counts={name: int(errors.counts[name].sum()) for name in TYPES},
-        confusion=_confusion(matches, overlaps, shown),
+        confusion=_confusion(matches, overlaps, score),
         worst=worst_images,
         best=best_images,
     )
@@ -225,12 +217,9 @@ def _classes(comparison: Comparison, errors: Errors) -> list[ClassResult]:
     matches, rows = comparison.matches, []
     count = len(matches.category_ids)
     objects = np.bincount(matches.object_category, minlength=count).tolist()
-    detected = matches.category[~matches.ignored[:, 0]]
-    detections = np.bincount(detected, minlength=count).tolist()
     pairs = np.unique(np.stack([matches.object_category, matches.object_image]), axis=1)
     images = np.bincount(pairs[0], minlength=count).tolist()
     for place, name in enumerate(matches.class_names):
-        best = _best_threshold(matches, place)
         known = bool(objects[place])
         gains = {key: float(errors.gains[key][place]) for key in (*TYPES, *SPECIAL) if known}
         main = max(TYPES, key=lambda key: gains.get(key, 0.0))
@@ -240,13 +229,9 @@ def _classes(comparison: Comparison, errors: Errors) -> list[ClassResult]:
                 name=name,
                 objects=objects[place],
                 images=images[place],
-                detections=detections[place],
                 **comparison.aps([place]),
                 ar=100 * float(comparison.recall[:, place, 0, -1].mean()) if known else None,
-                best_threshold=best.score if best else None,
-                precision=best.precision if best else None,
-                recall=best.recall if best else None,
-                f1=best.f1 if best else None,
+                best_threshold=_best_threshold(matches, place),
                 curve=curve.round(3).tolist() if known else [],
                 errors=gains,
                 error_counts={key: int(errors.counts[key][place]) for key in TYPES},

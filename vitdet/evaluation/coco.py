@@ -41,10 +41,6 @@ def compare(
     return {kind: match(truth, image_ids, results, kind, limits) for kind in kinds}
 
 
-def check(truth: Truth) -> None:
-    """Accept every annotation file that `truth_of` accepts."""
-
-
 def counts(item: Annotation) -> bool:
     """Return whether an object counts in AP."""
     return not item.iscrowd

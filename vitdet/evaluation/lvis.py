@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
+from itertools import chain
 
 from vitdet.data.annotation_file import Annotation
 from vitdet.evaluation.coco import named
@@ -101,13 +102,11 @@ def best(results: Sequence[dict]) -> list[dict]:
     images = defaultdict(list)
     for item in results:
         images[item["image_id"]].append(item)
-    return [item for items in images.values() for item in _highest(items)]
-
-
-def _highest(items: list[dict]) -> list[dict]:
-    if len(items) <= LIMIT:
-        return items
-    return sorted(items, key=lambda item: item["score"], reverse=True)[:LIMIT]
+    kept = (
+        sorted(items, key=lambda item: item["score"], reverse=True)[:LIMIT]
+        for items in images.values()
+    )
+    return list(chain.from_iterable(kept))
 
 
 def federated(truth: Truth, results: Sequence[dict]) -> list[dict]:

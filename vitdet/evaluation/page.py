@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import vitdet
 from vitdet.checkpoint import load_model_file
@@ -18,46 +17,6 @@ from vitdet.evaluation.results import Truth
 from vitdet.files import atomic_write, sha256
 from vitdet.pages import data_uri, render
 
-
-class ErrorType(NamedTuple):
-    """An error type of TIDE: number of its color, definition, and definition in a few words."""
-
-    color: int
-    definition: str
-    short: str
-
-
-# Bolya et al. 2020, https://arxiv.org/abs/2008.08115, section 2.2
-ERROR_TYPES = {
-    "classification": ErrorType(
-        3,
-        "IoU of 0.5 or more with an object of another class.",
-        "detections that assign the wrong class to an object",
-    ),
-    "localisation": ErrorType(
-        0,
-        "The right class, but an IoU between 0.1 and 0.5.",
-        "detections of the right class that fit their object badly",
-    ),
-    "both": ErrorType(
-        5,
-        "Another class and an IoU between 0.1 and 0.5.",
-        "detections of the wrong class that fit their object badly",
-    ),
-    "duplicate": ErrorType(
-        2,
-        "IoU of 0.5 or more with an object that a detection of higher score has found.",
-        "further detections of an object that was already found",
-    ),
-    "background": ErrorType(
-        1, "An IoU below 0.1 with every object.", "detections where there is no object"
-    ),
-    "missed": ErrorType(
-        4,
-        "An object without a detection, and without a classification or localisation error.",
-        "objects that were not found",
-    ),
-}
 QUALITY = 75  # of JPEG: the page of COCO's val2017 has less than 2 MB
 
 
@@ -94,7 +53,6 @@ def write_page(
             image_id: [data_uri(picture, QUALITY) for picture in pair]
             for image_id, pair in pairs.items()
         },
-        "error_types": ERROR_TYPES,
         "headline": {one.kind: _headline(one.metrics) for one in analyses},
     }
     page = render("evaluation/page.html", values)
