@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
 from pathlib import Path
 
 from vitdet.cli.overrides import add_set
@@ -32,9 +31,9 @@ def add_bench(verb: argparse.ArgumentParser) -> None:
     )
     _add_number(kind, "--rounds", 5, "passes over all images")
     kind.set_defaults(run=run_bench_data)
-    for name, run, text in (
-        ("train", run_bench_train, "measure training steps on synthetic images"),
-        ("infer", run_bench_infer, "measure detection on synthetic images"),
+    for name, section, text in (
+        ("train", "train", "measure training steps on synthetic images"),
+        ("infer", "evaluate", "measure detection on synthetic images"),
     ):
         kind = kinds.add_parser(name, help=text)
         kind.add_argument("recipe", help="name of a recipe, or a YAML file")
@@ -46,7 +45,7 @@ def add_bench(verb: argparse.ArgumentParser) -> None:
             "--precision", metavar="P,P", help="precisions, e.g. fp32,bf16 (default: the recipe's)"
         )
         _add_number(kind, "--steps", 20, "measured steps")
-        kind.set_defaults(run=run)
+        kind.set_defaults(run=run_bench_recipe, section=section)
     for kind in kinds.choices.values():
         kind.add_argument(
             "--output", type=given_path, metavar="FILE", help="JSON file for the results"
@@ -58,32 +57,22 @@ def _add_number(kind: argparse.ArgumentParser, name: str, default: int, text: st
     kind.add_argument(name, metavar="N", type=int, default=default, help=text)
 
 
-def run_bench_train(given: argparse.Namespace) -> int:
-    """vitdet bench train"""
-    from vitdet.cli.bench.training import measure_training
-
-    return _measure_recipe(given, measure_training, "train")
-
-
-def run_bench_infer(given: argparse.Namespace) -> int:
-    """vitdet bench infer"""
-    from vitdet.cli.bench.inference import measure_inference
-
-    return _measure_recipe(given, measure_inference, "evaluate")
-
-
-def _measure_recipe(given: argparse.Namespace, measure: Callable[..., dict], section: str) -> int:
+def run_bench_recipe(given: argparse.Namespace) -> int:
+    """vitdet bench train, vitdet bench infer"""
     from vitdet import distributed
+    from vitdet.cli.bench.inference import measure_inference
     from vitdet.cli.bench.measurement import report
+    from vitdet.cli.bench.training import measure_training
     from vitdet.config import load_config
 
+    measure = measure_training if given.section == "train" else measure_inference
     numbers = [int(one) if one.isdecimal() else 0 for one in given.batch.split(",")]
     if min(numbers) < 1:
         raise ValueError(f"--batch takes whole numbers above 0, as in 1,8; got {given.batch!r}")
     if given.steps < 1:
         raise ValueError(f"--steps must be at least 1, got {given.steps}")
     config = load_config(given.recipe, given.overrides)
-    precisions = (given.precision or getattr(config, section).precision).split(",")
+    precisions = (given.precision or getattr(config, given.section).precision).split(",")
     with distributed.process_group() as device:
         measured = measure(config, numbers, precisions, given.steps, device)
     measured = {"recipe": given.recipe, "overrides": given.overrides, **measured}
