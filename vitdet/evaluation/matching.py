@@ -146,9 +146,8 @@ def match(
     partner, skipped = np.hstack(partners), np.hstack(ignored)
     true = (partner > 0) & ~skipped
     detections, targets = (list(chain.from_iterable(side)) for side in (ranked_of, wanted_of))
-    columns = np.arange(len(categories), dtype=np.int32)
-    category, object_category = (
-        np.repeat(columns, np.array([len(items) for items in side], int))
+    classes, object_classes = (
+        np.repeat(np.arange(len(side), dtype=np.int32), np.array([*map(len, side)], int))
         for side in (ranked_of, wanted_of)
     )
     order = {item["id"]: place for place, item in enumerate(targets)}
@@ -159,13 +158,13 @@ def match(
         category_ids=np.array(list(truth.categories), np.int64),
         class_names=tuple(str(category["name"]) for category in categories),
         image=np.array([item["image_id"] for item in detections], np.int32),
-        category=category,
+        category=classes,
         score=np.array([item["score"] for item in detections], float),
         matched=np.ascontiguousarray(true.T),
         ignored=np.ascontiguousarray(skipped.T),
         found=np.array([order[number] if hit else -1 for number, hit in first], np.int32),
         object_image=np.array([item["image_id"] for item in targets], np.int32),
-        object_category=object_category,
+        object_category=object_classes,
     )
     return Comparison(precision, recall, categories, tuple(limits), matches, detections, targets)
 
@@ -176,7 +175,8 @@ def _objects(
     """Return the objects to find; with masks, also the boxes of those without an outline by image
     (its place) and category.
     """
-    objects, bare = defaultdict(list), defaultdict(list)
+    objects: ByClass = defaultdict(list)
+    bare: dict[tuple[int, int], list[Sequence[float]]] = defaultdict(list)
     # new ids: pycocotools and similar packages take an object with id 0 as not found
     for number, item in enumerate(truth.objects, start=1):
         if item.image_id not in places:
@@ -214,8 +214,9 @@ def _found(
     boxed: bool,
     bare: Mapping[tuple[int, int], Sequence[Sequence[float]]],
 ) -> ByClass:
+    sizes: list[float] = []
     if kind == "bbox":
-        key, forms, sizes = "bbox", [item["bbox"] for item in results], []
+        key, forms = "bbox", [item["bbox"] for item in results]
     else:
         key, (forms, sizes) = "rle", _masks(results, truth)
     if boxed or kind == "bbox":
