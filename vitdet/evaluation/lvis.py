@@ -17,6 +17,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from itertools import chain
+from operator import itemgetter
 
 from vitdet.data.annotation_file import Annotation
 from vitdet.evaluation.coco import named
@@ -102,11 +103,10 @@ def best(results: Sequence[dict]) -> list[dict]:
     images = defaultdict(list)
     for item in results:
         images[item["image_id"]].append(item)
-    kept = (
-        sorted(items, key=lambda item: item["score"], reverse=True)[:LIMIT]
-        for items in images.values()
-    )
-    return list(chain.from_iterable(kept))
+    for image_id, items in images.items():
+        if len(items) > LIMIT:
+            images[image_id] = sorted(items, key=itemgetter("score"), reverse=True)[:LIMIT]
+    return list(chain.from_iterable(images.values()))
 
 
 def federated(truth: Truth, results: Sequence[dict]) -> list[dict]:
